@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections import deque
 from collections.abc import Callable, Generator, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor, wait
+from concurrent.futures import CancelledError, Future, ThreadPoolExecutor, wait
 from contextlib import ExitStack, closing, nullcontext
 from functools import partial
 from itertools import groupby, islice
@@ -144,7 +144,7 @@ def _measure(
 
     def heartbeat() -> None:
         if stopped.is_set():
-            raise _Stopped
+            raise CancelledError  # nobody needs the result
 
     def analyze(shard: Shard) -> ShardResult:
         with ExitStack() as stack:
@@ -168,10 +168,6 @@ def _measure(
     finally:
         stopped.set()
         wait(running)
-
-
-class _Stopped(Exception):
-    """Raised in the measurement of a shard whose result is no longer needed."""
 
 
 def open_executor(execution: Execution, settings: Settings) -> Executor:

@@ -37,7 +37,6 @@ from avss_dist.models.layers import (
 )
 from avss_dist.partition.group import RowSplit
 from avss_dist.stats.layer_stats import ROW_FIELDS, ExpertStats, LayerKey, LayerStats, RowStats, StratumKey
-from avss_dist.stats.merging import merge_strata
 from avss_dist.system.devices import to_device, to_host
 from avss_dist.system.process import bound
 
@@ -372,7 +371,7 @@ class Observer:
             yield
 
     def send(self) -> None:
-        """Start the transfer of the counts to the host. `result` and `strata` wait for it."""
+        """Start the transfer of the counts to the host. `strata` waits for it."""
         self._finish()
         self._coming.append((list(self._accumulators), send_stats([*self._accumulators.values()])))
         self._accumulators.clear()
@@ -394,10 +393,6 @@ class Observer:
             }
 
         return wait
-
-    def result(self) -> dict[LayerKey, LayerStats]:
-        """Return the statistics of all passes so far, by (layer index, site)."""
-        return merge_strata(self.strata())
 
     def strata(self) -> dict[StratumKey, LayerStats]:
         """Return the statistics of all passes so far, by (layer index, site, stratum).

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
@@ -18,7 +19,6 @@ from avss_dist.corpus.shards import Batch, Shard
 from avss_dist.measure.kernels.reference import PATTERNS
 from avss_dist.measure.observer import UNIT_SITES, Hooks, Observer, attached
 from avss_dist.measure.rows import PlacedRows, in_order
-from avss_dist.models.layers import describe_projections
 from avss_dist.models.size import Footprint
 from avss_dist.models.structure import absent_sites
 from avss_dist.partition.replica import Replica, dummy_batch, no_observation
@@ -145,7 +145,10 @@ def _describe(replica: Replica, rows: int, settings: Settings) -> dict[str, Any]
     model = dict(replica.model)
     if inputs := [site for site in INPUT_SITES if site in settings.sites]:
         model["notes"] = [*model["notes"], *absent_sites(replica.layers, inputs)]
-        model["projections"] = describe_projections(replica.layers)
+        maps = [
+            [layer.index, p.path, p.site, p.outputs, p.inputs] for layer in replica.layers for p in layer.projections
+        ]
+        model["projections"] = json.dumps(maps, separators=(",", ":"))
     if settings.experts and (without := [layer.index for layer in replica.layers if layer.experts is None]):
         note = f"layers {describe_layers(without)} have no routed experts"
         if len(without) == len(replica.layers):

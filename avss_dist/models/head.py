@@ -94,16 +94,13 @@ def _outputs(module: nn.Module, layers: Sequence[Layer]) -> Iterator[dict[str, A
     """Record the outputs of the modules around the layers, by path, inside the context, without the model itself."""
     outputs: dict[str, Any] = {}
     path = next(name for name, child in module.named_modules() if child is layers[0].module)
-    parts = path.split(".")
 
-    def keep(path: str, _module: nn.Module, _args: Any, output: Any) -> None:
-        outputs[path] = output
+    def keep(above: str, _module: nn.Module, _args: Any, output: Any) -> None:
+        outputs[above] = output
 
     with ExitStack() as stack:
-        for end in range(1, len(parts)):
-            above = ".".join(parts[:end])
-            handle = module.get_submodule(above).register_forward_hook(partial(keep, above))
-            stack.callback(handle.remove)
+        for above in (path[:end] for end, letter in enumerate(path) if letter == "."):
+            stack.enter_context(module.get_submodule(above).register_forward_hook(partial(keep, above)))
         yield outputs
 
 

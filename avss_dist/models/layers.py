@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -99,12 +98,6 @@ class Layer:
     taps: Mapping[str, Tap]
     projections: tuple[Projection, ...] = ()
     experts: Experts | None = None
-
-
-def describe_projections(layers: Sequence[Layer]) -> str:
-    """Return the linear maps of layers as JSON, for the column ``projections`` of ``runs``."""
-    rows = [[layer.index, p.path, p.site, p.outputs, p.inputs] for layer in layers for p in layer.projections]
-    return json.dumps(rows, separators=(",", ":"))
 
 
 def layer_lists(model: nn.Module, num_layers: int | None, path: str | None = None) -> dict[str, nn.ModuleList]:

@@ -36,6 +36,7 @@ from avss_dist.measure.kernels.cuda import (
 )
 from avss_dist.measure.kernels.reference import Accumulator, TorchKernels
 from avss_dist.models.loading import forward_function, open_module
+from avss_dist.stats.merging import merge_strata
 
 GRID = np.array(THRESHOLDS)
 SCHEDULES = ((3, 64, 0), (1, 32, 5), (7, 128, 9))  # blocks, threads, seed of the order
@@ -255,7 +256,7 @@ def test_launches_and_bytes_of_a_layer(monkeypatch: pytest.MonkeyPatch) -> None:
     def run() -> Any:
         with observe(layers, SITES, THRESHOLDS) as observer, torch.no_grad(), observer.batch(everything):
             forward_function(backbone.module)(ids, None)
-        return observer.result()
+        return merge_strata(observer.strata())
 
     ours = run()
     assert len(emulator.launches) == 7 * len(layers)

@@ -21,6 +21,7 @@ from avss_dist.core.settings import INPUTS, SITES, THRESHOLDS
 from avss_dist.models.layers import Layer
 from avss_dist.models.loading import Backbone, forward_function, open_module
 from avss_dist.stats.layer_stats import LayerKey, LayerStats, share_of_m2
+from avss_dist.stats.merging import merge_strata
 
 GRID = np.array(THRESHOLDS)
 ROWS, TOKENS = 3, 11
@@ -58,7 +59,7 @@ def observed(
         for ids, mask in batches:
             with observer.batch(mask.numpy()):
                 run(ids, mask.long())
-    return observer.result()
+    return merge_strata(observer.strata())
 
 
 def captured(backbone: Backbone, ids: torch.Tensor, mask: torch.Tensor, *paths: str) -> dict[LayerKey, dict[str, Any]]:
@@ -157,7 +158,7 @@ def test_a_fully_masked_batch_and_passes_outside_add_nothing() -> None:
             run(token_ids(), FULL.long())
             backbone.layers[0].taps["mlp"].module(torch.ones(ROWS, TOKENS, 32))
         run(token_ids(3), None)
-    assert all(once[key].equals(stats) for key, stats in observer.result().items())
+    assert all(once[key].equals(stats) for key, stats in merge_strata(observer.strata()).items())
     assert observed(backbone, [(token_ids(), empty)]) == {}
 
 
@@ -213,7 +214,7 @@ def test_observers_nest() -> None:
     with observe(backbone.layers, SITES, THRESHOLDS) as outer, outer.batch(FULL.numpy()):
         inner = observed(backbone, [(token_ids(), FULL)])
     assert all(stats.equals(inner[key]) for key, stats in alone.items())
-    assert all(stats.equals(outer.result()[key]) for key, stats in alone.items())
+    assert all(stats.equals(merge_strata(outer.strata())[key]) for key, stats in alone.items())
 
 
 def test_only_the_wanted_sites_are_measured() -> None:
@@ -267,7 +268,7 @@ def misbehave(how: str) -> dict[LayerKey, LayerStats]:
             layer.module(torch.ones(2, 3, 4, dtype=torch.float64 if how == "float64" else None))
     finally:
         assert not layer.module._forward_hooks and not layer.module._forward_pre_hooks
-    return observer.result()
+    return merge_strata(observer.strata())
 
 
 @pytest.mark.parametrize(

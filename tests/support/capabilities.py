@@ -22,6 +22,7 @@ from avss_dist.models.loading import Backbone, forward_function, open_module, qu
 from avss_dist.partition.replica import Placement, open_replica
 from avss_dist.pruning.checkpoint import prune
 from avss_dist.pruning.plan import Plan
+from avss_dist.stats.merging import merge_strata
 from avss_dist.stats.scores import score_run
 from support.families import tiny_batch, tiny_model
 from support.observing import observe
@@ -171,7 +172,7 @@ def observe_twice(backbone: Backbone, run: Callable, input_ids: torch.Tensor) ->
             observer.batch(np.ones(input_ids.shape, bool)),
         ):
             during = last_hidden(run(input_ids, None))
-    stats = observer.result()
+    stats = merge_strata(observer.strata())
     assert torch.equal(before, during) or not is_deterministic(run, input_ids)
     assert not any(m._forward_hooks or m._forward_pre_hooks for m in backbone.module.modules())
     for (_, site), s in stats.items():
