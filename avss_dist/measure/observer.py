@@ -46,20 +46,6 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 @dataclass
-class RunningLayer:
-    """The running layer and the hidden states that it received.
-
-    Attributes:
-        hidden: the layer's input, or None.
-        version: autograd version of ``hidden``, which reveals changes in place.
-    """
-
-    layer: Layer
-    hidden: torch.Tensor | None
-    version: int
-
-
-@dataclass
 class Pass:
     """A forward pass in progress: its observer, the tokens to count, and the running layer.
 
@@ -71,7 +57,8 @@ class Pass:
         first_tokens: positions of the first counted tokens, by device and stratum. See `first_tokens_on`.
         own_places: positions of the counted tokens, by device. See `own_places_on`.
         calls: number of calls of each layer's module so far.
-        entered: the running layer, or None.
+        entered: the running layer, the hidden states that it received, and their autograd version, which reveals
+            changes in place; None between layers.
     """
 
     observer: Observer
@@ -84,7 +71,7 @@ class Pass:
     first_tokens: dict[torch.device, dict[str, torch.Tensor]] = field(default_factory=dict)
     own_places: dict[torch.device, torch.Tensor] = field(default_factory=dict)
     calls: dict[nn.Module, int] = field(default_factory=dict)
-    entered: RunningLayer | None = None
+    entered: tuple[Layer, torch.Tensor | None, int] | None = None
 
     def masks_on(self, device: torch.device) -> dict[str, torch.Tensor]:
         """Return the mask of each stratum on a device."""
@@ -250,7 +237,7 @@ def _counted_positions(now: Pass, rows: torch.Tensor) -> tuple[int, torch.Tensor
     """
     if now.mask is None or now.entered is None:
         return None
-    layer = now.entered.layer.index
+    layer = now.entered[0].index
     if len(rows) != now.mask.numel():
         raise ModelError(
             f"The experts of layer {layer} see {len(rows)} tokens in a batch of {now.mask.numel()}.",
@@ -416,32 +403,31 @@ class Observer:
         layer = self._by_call.get((module, call))
         if layer is None:
             raise ModelError(f"A layer ran more often than when the model was opened ({call + 1} times in one pass).")
-        now.entered = RunningLayer(layer, hidden, hidden._version if hidden is not None else 0)
+        now.entered = layer, hidden, hidden._version if hidden is not None else 0
 
     def leave(self, now: Pass, module: nn.Module, output: Any) -> None:
         """Add the statistics of a layer at its end."""
         entered, now.entered = now.entered, None
-        if entered is None or entered.layer.module is not module:
+        if entered is None or entered[0].module is not module:
             return
         if {"block", "update"} & set(self.hooks.sites):
-            self._add_block(now, entered, output)
+            self._add_block(now, *entered, output)
         self._finish()
 
     def read(self, now: Pass, site: str, module: nn.Module, tensor: torch.Tensor | None) -> None:
         """Add the statistics of a site's module inside a layer: its output after it ran, or its input before."""
-        layer = now.entered.layer if now.entered else None
+        layer = now.entered[0] if now.entered else None
         tap = layer.taps.get(site) if layer else None
         if layer is None or tap is None or tap.module is not module or tensor is None:
             return
         x = self._rows(now, layer, tap.axes, tensor)
         self._add(now, layer, site, tap.exchange(x) if tap.exchange else x[now.local_rows])
 
-    def _add_block(self, now: Pass, entered: RunningLayer, output: Any) -> None:
-        layer, before = entered.layer, entered.hidden
+    def _add_block(self, now: Pass, layer: Layer, before: torch.Tensor | None, version: int, output: Any) -> None:
         after = first_tensor(output)
         if after is None:
             raise ModelError(f"Layer {layer.index} ({layer.name}) returns a {type(output).__name__}, no hidden states.")
-        if before is not None and before._version != entered.version:
+        if before is not None and before._version != version:
             raise ModelError(f"Layer {layer.index} ({layer.name}) changes its input in place; it cannot be observed.")
         comparable = before is not None and before.shape == after.shape
         after = self._rows(now, layer, layer.axes, after)[now.local_rows]

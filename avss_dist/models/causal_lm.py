@@ -277,18 +277,13 @@ class LanguageModel:
         """Call the module."""
         return self.module(*args, **kwargs)
 
-    @property
-    def skipped(self) -> frozenset[int]:
-        """Indices of the layers that `without` leaves out now."""
-        return frozenset(layer.index for layer in self.layers if skip_of(layer.module))
-
     def generate(self, **kwargs: Any) -> Any:
         """Call the module's ``generate``.
 
         Where layers are left out, it runs on the remaining layers alone, with a key-value cache. If that is not known
         to compute the same, the layers are skipped, no cache is used, and `notes` has the reason.
         """
-        skipped = self.skipped
+        skipped = frozenset(layer.index for layer in self.layers if skip_of(layer.module))
         if not skipped or kwargs.get("use_cache") is False:
             return self.module.generate(**kwargs)
         if skipped not in self._cache_obstacles:

@@ -327,20 +327,6 @@ class AnswerRows:
     answer_tokens: Int64
     stats: Mapping[LayerKey, RowStats]
 
-    def equals(self, other: AnswerRows) -> bool:
-        """Whether every field is identical to the last bit."""
-        same_keys = self.strata == other.strata and self.stats.keys() == other.stats.keys()
-        names = ("row", "pair", "prompt_tokens", "answer_tokens")
-        return (
-            same_keys
-            and all(np.array_equal(getattr(self, n), getattr(other, n)) for n in names)
-            and all(
-                np.array_equal(getattr(a, n), getattr(other.stats[key], n), equal_nan=True)
-                for key, a in self.stats.items()
-                for n in ROW_FIELDS
-            )
-        )
-
 
 @dataclass(frozen=True, eq=False, kw_only=True)
 class ExpertStats:

@@ -160,15 +160,15 @@ def test_each_weight_is_read_once(tmp_path: Path) -> None:
     """Opening reads what is no layer; a shard reads every layer once, however many batches it has."""
     llama(hidden_size=256, intermediate_size=512).save_pretrained(tmp_path)
     replica = streaming(tmp_path)
-    assert replica.bytes_read == stored_bytes(tmp_path, "embed_tokens", "model.norm")
+    assert replica._weights.bytes_read == stored_bytes(tmp_path, "embed_tokens", "model.norm")
     layers = stored_bytes(tmp_path, "model.layers.")
     for batches in (1, 3):
-        before = replica.bytes_read
+        before = replica._weights.bytes_read
         replica.forward(list(shard().batches(ROWS // batches)), no_observation)
-        assert replica.bytes_read - before == layers
-    before = replica.bytes_read
+        assert replica._weights.bytes_read - before == layers
+    before = replica._weights.bytes_read
     replica.forward([], no_observation)
-    assert replica.bytes_read == before
+    assert replica._weights.bytes_read == before
 
 
 def test_weights_are_where_the_system_has_the_files(tmp_path: Path) -> None:

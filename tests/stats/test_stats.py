@@ -29,11 +29,8 @@ from avss_dist.stats.histogram import (
 )
 from avss_dist.stats.layer_stats import (
     EXPERT_FIELDS,
-    ROW_FIELDS,
-    AnswerRows,
     ExpertStats,
     LayerStats,
-    RowStats,
     ShardResult,
     StratumKey,
     merge_moments,
@@ -425,34 +422,6 @@ def test_blocks_beyond_the_room_in_memory_are_mapped_and_the_same(
     assert numbers_in_memory() == [i < fit for i in range(4)]
     monkeypatch.setattr(tempfile, "TemporaryFile", Mock(side_effect=OSError(28, "No space left on device")))
     assert all(numbers_in_memory())
-
-
-def row_stats(seed: int = 0) -> RowStats:
-    rng = np.random.default_rng(seed)
-    values = {name: rng.integers(0, 99, 3) if name in ("count", "near_zero") else rng.random(3) for name in ROW_FIELDS}
-    values["norm"][1] = np.nan
-    return RowStats(**values)
-
-
-def answers() -> AnswerRows:
-    numbers = {name: np.arange(3) + i for i, name in enumerate(("row", "pair", "prompt_tokens", "answer_tokens"))}
-    stats = {(0, "mlp"): row_stats(0), (1, "mlp"): row_stats(1)}
-    return AnswerRows(**numbers, strata=("good", "bad", "good"), stats=stats)
-
-
-def test_rows_are_equal_where_every_field_is() -> None:
-    rows = answers()
-    assert rows.equals(answers()) and answers().equals(rows)
-    for name in ("row", "pair", "prompt_tokens", "answer_tokens"):
-        assert not rows.equals(replace(rows, **{name: getattr(rows, name) + 1})), name
-    assert not rows.equals(replace(rows, strata=("good", "bad", "bad")))
-    assert not rows.equals(replace(rows, stats={(0, "mlp"): row_stats(0)}))
-    assert not replace(rows, stats={(0, "mlp"): row_stats(0)}).equals(rows)
-    assert not rows.equals(replace(rows, stats={(0, "mlp"): row_stats(0), (2, "mlp"): row_stats(1)}))
-    for name in ROW_FIELDS:
-        for key, stats in rows.stats.items():
-            changed = replace(stats, **{name: getattr(stats, name) + 1})
-            assert not rows.equals(replace(rows, stats={**rows.stats, key: changed})), name
 
 
 def expert_stats(seed: int) -> ExpertStats:

@@ -79,10 +79,6 @@ class ReadBuffer:
         self._used = begin + stored.size
         return self._memory[begin : self._used]
 
-    def holds(self, tensor: torch.Tensor) -> bool:
-        """Whether a tensor is in this buffer."""
-        return tensor.untyped_storage().data_ptr() == self._memory.untyped_storage().data_ptr()
-
 
 class ZeroCopyBuffer:
     """Buffer for CPUs alone of stored tensors that are mapped from their files, without a copy.
@@ -110,12 +106,6 @@ class ZeroCopyBuffer:
             self._tensors.append(tensor)
             aligned = tensor.clone() if source.start % DTYPES[source.dtype].itemsize else tensor
             yield aligned.view(DTYPES[source.dtype]).view(source.shape)
-
-    def holds(self, tensor: torch.Tensor) -> bool:
-        """Whether a tensor is in this buffer."""
-        return any(
-            mapped.untyped_storage().data_ptr() == tensor.untyped_storage().data_ptr() for mapped in self._tensors
-        )
 
 
 AnyBuffer = ReadBuffer | ZeroCopyBuffer

@@ -119,7 +119,7 @@ class Window:
         return self._reading
 
     def _read(self, index: int, mark: Any) -> AnyBuffer | None:
-        """Load a layer's weights, and return the buffer that holds some of them, or None."""
+        """Load a layer's weights. Return the buffer that holds some of them on a CPU, or None."""
         part = self._parts[index]
         buffer: AnyBuffer
         if self._buffers:
@@ -132,7 +132,7 @@ class Window:
             self._weights.load(part, self._device, buffer)
             if self._stream:
                 self._stream.synchronize()
-        if part.uses(buffer):
+        if self._stream is None:
             return buffer
         buffer.clear()
         self._buffers.append(buffer)

@@ -119,11 +119,6 @@ class StreamingReplica(Replica):
         self._filled.enter_context(self._weights.fill_random(self._parts, self.device))
         return open_module(model, layers=settings.layers, device=self.device)
 
-    @property
-    def bytes_read(self) -> int:
-        """Number of bytes of weights read so far."""
-        return self._weights.bytes_read
-
     def forward(self, batches: Sequence[Batch], context: BatchContext) -> None:
         """Run the backbone over every batch, each inside its context.
 

@@ -89,10 +89,6 @@ class Part:
         """Number of bytes of memory that its weights take when they are loaded."""
         return buffer_bytes(self.unchanged) + sum(weight.meta.nbytes for weight in self.weights if not weight.stored)
 
-    def uses(self, buffer: AnyBuffer) -> bool:
-        """Whether a buffer holds some of its weights."""
-        return any(buffer.holds(weight.current()) for weight in self.weights)
-
     def unload(self) -> None:
         """Remove its weights from the model."""
         for weight in self.weights:
