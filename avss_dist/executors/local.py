@@ -15,14 +15,14 @@ from typing import TypeVar
 
 import torch
 
-from avss_dist.core.errors import AvssError, ConfigError, ModelError, as_failure
+from avss_dist.core.errors import AvssError, ConfigError, as_failure
 from avss_dist.core.registry import GANGS, PARTITIONS
 from avss_dist.core.settings import Execution, Settings
 from avss_dist.corpus.shards import Shard
 from avss_dist.executors.interface import Executor, Outcome, ReplicaSpec, RunShards, Underway, by_model
 from avss_dist.measure.observer import Hooks, attached
 from avss_dist.measure.shard import analyze_shard, counter_bytes
-from avss_dist.models.size import footprint
+from avss_dist.partition.choose import size_of
 from avss_dist.partition.memory import batch_bytes
 from avss_dist.partition.replica import Placement, Replica
 from avss_dist.stats.layer_stats import ShardResult
@@ -122,11 +122,8 @@ def shards_at_once(replica: Replica, spec: ReplicaSpec, strata: int = 1) -> int:
         return 1
     settings = spec.settings
     cores = free_cores() // settings.threads
-    if cores < 2:
-        return 1
-    try:
-        size = footprint(spec.checkpoint, settings)
-    except ModelError:  # of unknown size
+    size = size_of(spec.checkpoint, settings) if cores > 1 else None
+    if size is None:
         return 1
     available = int(available_memory() * SPARE_SHARE)
     activations = batch_bytes(size, settings)

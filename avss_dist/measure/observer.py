@@ -269,15 +269,11 @@ class Hooks:
         if (now := self.current()) and now.entered:
             now.observer.leave(now, module, output)
 
-    def reader(self, site: str, reads: str) -> Callable[[nn.Module, Any, Any], None]:
-        """Return a hook that adds the statistics of a module's input or output."""
-
-        def read(module: nn.Module, args: Any, kwargs_or_output: Any) -> None:
-            if (now := self.current()) and now.entered:
-                tensors = (*args, *kwargs_or_output.values()) if reads == "input" else kwargs_or_output
-                now.observer.read(now, site, module, first_tensor(tensors))
-
-        return read
+    def read(self, site: str, reads: str, module: nn.Module, args: Any, kwargs_or_output: Any) -> None:
+        """Add the statistics of a module's input or output."""
+        if (now := self.current()) and now.entered:
+            tensors = (*args, *kwargs_or_output.values()) if reads == "input" else kwargs_or_output
+            now.observer.read(now, site, module, first_tensor(tensors))
 
 
 @contextmanager
@@ -297,10 +293,11 @@ def attached(layers: Sequence[Layer], sites: Sequence[str], *, experts: bool = F
         for site in sites:
             taps = [layer.taps[site] for layer in layers if site in layer.taps]
             for module, reads in dict.fromkeys((tap.module, tap.reads) for tap in taps):
+                read = partial(hooks.read, site, reads)
                 if reads == "input":
-                    stack.enter_context(module.register_forward_pre_hook(hooks.reader(site, reads), with_kwargs=True))
+                    stack.enter_context(module.register_forward_pre_hook(read, with_kwargs=True))
                 else:
-                    stack.enter_context(module.register_forward_hook(hooks.reader(site, reads)))
+                    stack.enter_context(module.register_forward_hook(read))
         for handle in expert_hooks(layers, hooks.current) if experts else ():
             stack.enter_context(handle)
         yield hooks

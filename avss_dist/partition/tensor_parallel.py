@@ -39,6 +39,8 @@ T = TypeVar("T")
 class TensorParallelMemory(PartitionMemory):
     """Memory of a replica with ranks that divide attention and MLP."""
 
+    summary = "every rank loads and keeps a part of each matrix"
+
     @cached_property
     def plan_obstacle(self) -> str | None:
         """Reason why DeepSpeed AutoTP splits the model instead of transformers, or None if transformers does."""
@@ -77,15 +79,13 @@ class TensorParallelMemory(PartitionMemory):
 
     def usage(self) -> Usage:
         """Return the memory of a replica, with a part of the weights on each rank."""
-        whole = self.size.weight_bytes if self.plan_obstacle else 0  # by AutoTP, while the model is opened
-        return self.process_usage(self.part_bytes(), self.summary, host_weights=whole)
-
-    @property
-    def summary(self) -> str:
-        """Description of what each rank holds, for people."""
-        if self.plan_obstacle:
-            return "every rank loads the whole model first, and keeps a part of each layer"
-        return "every rank loads and keeps a part of each matrix"
+        whole, why = 0, self.summary
+        if self.plan_obstacle:  # by AutoTP
+            whole, why = (
+                self.size.weight_bytes,
+                "every rank loads the whole model first, and keeps a part of each layer",
+            )
+        return self.process_usage(self.part_bytes(), why, host_weights=whole)
 
 
 class TensorParallelReplica(Replica):
@@ -141,6 +141,7 @@ class ExpertParallelMemory(TensorParallelMemory):
     """Memory of a replica with ranks that divide experts. See `tensor_parallel.TensorParallelMemory`."""
 
     plan_obstacle = None
+    summary = "every rank loads and keeps some of the experts of each layer"
 
     @staticmethod
     def require_ranks(partition: str, weights: Checkpoint | str, settings: Settings, ranks: int) -> None:
@@ -167,11 +168,6 @@ class ExpertParallelMemory(TensorParallelMemory):
         except ConfigError:
             options = {"tp_size": self.ranks}
         return part_bytes(self.weights, self.settings, options)
-
-    @property
-    def summary(self) -> str:
-        """Description of what each rank holds, for people."""
-        return "every rank loads and keeps some of the experts of each layer"
 
 
 class ExpertParallelReplica(TensorParallelReplica):
