@@ -109,7 +109,7 @@ PASSES: ContextVar[tuple[Pass, ...]] = ContextVar("passes", default=())
 class ExpertCounter:
     """Accumulator of expert statistics by layer, over the passes of one observer, on the device of the experts."""
 
-    _sums: dict[int, tuple[torch.Tensor, ...]] = field(default_factory=dict)
+    _sums: dict[int, Tensors] = field(default_factory=dict)
 
     def add(self, layer: int, experts: Experts, routing: Routing, outputs: Iterable[torch.Tensor]) -> None:
         """Add the tokens of a batch to the sums of a layer.
@@ -118,7 +118,7 @@ class ExpertCounter:
             routing: routing of the tokens that count.
             outputs: [tokens, units], the outputs of each token's k-th expert at a gate of 1, for each k.
         """
-        routed, sums, router = self._sums_of(layer, experts, routing.hidden.device)
+        routed, sums, router = self._sums_of(layer, experts, routing.hidden.device).values()
         router[0] += len(routing.index)
         for slot, output in enumerate(outputs):
             index, gates = routing.index[:, slot], routing.gates[:, slot].double()
@@ -140,42 +140,42 @@ class ExpertCounter:
         """
         wide = logits.double()
         shares = wide / wide.sum(dim=-1, keepdim=True) if experts.normalized else wide.softmax(dim=-1)
-        self._sums_of(layer, experts, logits.device)[2][1] += torch.special.entr(shares).sum()
+        self._sums_of(layer, experts, logits.device)["router"][1] += torch.special.entr(shares).sum()
 
     def send(self) -> Callable[[], dict[int, ExpertStats]]:
         """Start the transfer of the sums, and return a function that waits for it and returns statistics by layer."""
         layers = sorted(self._sums)
-        arrived = to_host([part for layer in layers for part in self._sums[layer]])
+        arrived = to_host([self._sums[layer] for layer in layers])
 
         def wait() -> dict[int, ExpertStats]:
-            arrays, stats = iter(arrived()), {}
-            for layer in layers:
-                routed, outputs, router = (next(arrays) for _ in range(3))
-                stats[layer] = ExpertStats(
-                    routed_tokens=routed[:, 0].astype(np.int64),
-                    gate_sum=routed[:, 1].copy(),
-                    gated_norm_sum=outputs[:, 0].copy(),
-                    output_count=outputs[:, 1].astype(np.int64),
-                    output_sum=outputs[:, 2].copy(),
-                    output_sum_sq=outputs[:, 3].copy(),
-                    token_count=np.full(len(routed), int(router[0]), np.int64),
-                    router_entropy_sum=np.full(len(routed), router[1]),
+            return {
+                layer: ExpertStats(
+                    routed_tokens=sums["routed"][:, 0].astype(np.int64),
+                    gate_sum=sums["routed"][:, 1].copy(),
+                    gated_norm_sum=sums["outputs"][:, 0].copy(),
+                    output_count=sums["outputs"][:, 1].astype(np.int64),
+                    output_sum=sums["outputs"][:, 2].copy(),
+                    output_sum_sq=sums["outputs"][:, 3].copy(),
+                    token_count=np.full(len(sums["routed"]), int(sums["router"][0]), np.int64),
+                    router_entropy_sum=np.full(len(sums["routed"]), sums["router"][1]),
                 )
-            return stats
+                for layer, sums in zip(layers, arrived(), strict=True)
+            }
 
         return wait
 
-    def _sums_of(self, layer: int, experts: Experts, device: torch.device) -> tuple[torch.Tensor, ...]:
+    def _sums_of(self, layer: int, experts: Experts, device: torch.device) -> Tensors:
         """Return the sums of a layer.
 
-        They are float64[experts, 2], tokens and gates; float64[experts, 4], gate * |output|, elements, their sum and
-        sum of squares; and float64[2], tokens and entropy of the router.
+        They are ``routed`` float64[experts, 2], tokens and gates; ``outputs`` float64[experts, 4], gate * |output|,
+        elements, their sum and sum of squares; and ``router`` float64[2], its tokens and entropy.
         """
         if layer not in self._sums:
             zeros = partial(torch.zeros, dtype=torch.float64, device=device)
-            self._sums[layer] = zeros(experts.number, 2), zeros(experts.number, 4), zeros(2)
+            sizes = {"routed": (experts.number, 2), "outputs": (experts.number, 4), "router": (2,)}
+            self._sums[layer] = {name: zeros(size) for name, size in sizes.items()}
             if experts.router is None:
-                self._sums[layer][2][1] = torch.nan
+                self._sums[layer]["router"][1] = torch.nan
         return self._sums[layer]
 
 
@@ -362,19 +362,14 @@ class Observer:
 
     def send_rows(self) -> Callable[[], dict[LayerKey, PlacedRows]]:
         """Start the transfer of the row statistics, and return a function that waits for it and returns them."""
-        batches = sorted(self._row_batches.items())
-        fields = [[batch[name] for _, batch in of_key] for _, of_key in batches for name in ROW_FIELDS]
-        arrived = to_host([torch.cat(parts) for parts in fields])
+        batches = {key: list(zip(*self._row_batches[key], strict=True)) for key in sorted(self._row_batches)}
+        arrived = to_host(
+            [{name: torch.cat([rows[name] for rows in batch]) for name in ROW_FIELDS} for _, batch in batches.values()]
+        )
 
         def wait() -> dict[LayerKey, PlacedRows]:
-            arrays = iter(arrived())
-            return {
-                key: (
-                    np.concatenate([places for places, _ in of_key]),
-                    RowStats(**{name: next(arrays) for name in ROW_FIELDS}),
-                )
-                for key, of_key in batches
-            }
+            rows = zip(batches.items(), arrived(), strict=True)
+            return {key: (np.concatenate(places), RowStats(**fields)) for (key, (places, _)), fields in rows}
 
         return wait
 

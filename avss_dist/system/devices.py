@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import gc
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -85,25 +85,26 @@ def to_device(array: np.ndarray, device: torch.device, dtype: torch.dtype | None
     return tensor.to(device, non_blocking=True).to(dtype or tensor.dtype)
 
 
-def to_host(tensors: Sequence[torch.Tensor]) -> Callable[[], list[np.ndarray]]:
-    """Start copying tensors to the host. Each device sends its tensors as one block of bytes, through pinned memory.
+def to_host(groups: Sequence[Mapping[str, torch.Tensor]]) -> Callable[[], list[dict[str, np.ndarray]]]:
+    """Start copying groups of tensors by name to the host. Each device sends all of its tensors as one block of bytes.
 
     Returns:
-        A function that waits for the copies and returns them in order. Devices can do other work meanwhile.
+        A function that waits for the copies and returns the groups in order. Devices can do other work meanwhile.
     """
+    tensors = [tensor for group in groups for tensor in group.values()]
     devices = dict.fromkeys(tensor.device for tensor in tensors)
     coming = {device: _block_to_host([t for t in tensors if t.device == device]) for device in devices}
-    order = [tensor.device for tensor in tensors]
+    order = [{name: tensor.device for name, tensor in group.items()} for group in groups]
 
-    def wait() -> list[np.ndarray]:
+    def wait() -> list[dict[str, np.ndarray]]:
         arrays = {device: iter(arrived()) for device, arrived in coming.items()}
-        return [next(arrays[device]) for device in order]
+        return [{name: next(arrays[device]) for name, device in group.items()} for group in order]
 
     return wait
 
 
 def _block_to_host(tensors: Sequence[torch.Tensor]) -> Callable[[], list[np.ndarray]]:
-    """Start copying tensors of one device, as `to_host`. Tensors of a CPU are returned without a copy."""
+    """Start copying tensors of one device through pinned memory. Tensors of a CPU are returned without a copy."""
     if tensors[0].device.type == "cpu":
         return lambda: [tensor.numpy() for tensor in tensors]
     block = torch.cat([tensor.reshape(-1).view(torch.uint8) for tensor in tensors])

@@ -98,22 +98,21 @@ class RayExecutor:
 
     def run(self, runs: Iterator[RunShards]) -> Generator[Outcome, None, None]:
         """Yield results as workers finish them. The next run is planned meanwhile. Runs share the workers."""
-        first = next(runs, None)
-        if first is not None:
-            yield from self._measure(ShardQueue(run) for run in chain([first], runs))
+        return self._measure(map(ShardQueue, runs))
 
     def run_cells(
         self, rounds: Iterator[Sequence[Cell]], underway: Underway | None = None
     ) -> Generator[CellOutcome, None, None]:
         """Yield the result of every cell, or an AvssError in its place, as `executors.interface.Executor.run_cells`."""
-        first = next(rounds, None)
-        if first is not None:
-            models = (group for cells in chain([first], rounds) for group in by_model(cells))
-            yield from self._measure(CellQueue(spec, cells, underway) for spec, cells in models)
+        models = (group for cells in rounds for group in by_model(cells))
+        return self._measure(CellQueue(spec, cells, underway) for spec, cells in models)
 
-    def _measure(self, queues: Iterable[UnitQueue[Any]]) -> Generator[tuple[Any, Any], None, None]:
+    def _measure(self, queues: Iterator[UnitQueue[Any]]) -> Generator[tuple[Any, Any], None, None]:
+        first = next(queues, None)
+        if first is None:
+            return
         self.connect()
-        prefetcher = Prefetcher(iter(queues))
+        prefetcher = Prefetcher(chain([first], queues))
         pool = Pool(
             prefetcher,
             new_gang=self._new_gang,

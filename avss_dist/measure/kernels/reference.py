@@ -153,13 +153,11 @@ def float32_limits(thresholds: Float64) -> np.ndarray:
 
 def send_stats(accumulators: Sequence[Accumulator]) -> Callable[[], list[LayerStats]]:
     """Start the transfer of accumulators, and return a function that waits for it and returns their statistics."""
-    concluded = [accumulator.conclude() for accumulator in accumulators]
-    like = [(tuple(a.tensors), a.dtype, a.thresholds) for a in accumulators]
-    arrived = to_host([tensor for tensors in concluded for tensor in tensors.values()])
+    arrived = to_host([accumulator.conclude() for accumulator in accumulators])
+    like = [(accumulator.dtype, accumulator.thresholds) for accumulator in accumulators]
 
     def wait() -> list[LayerStats]:
-        arrays = iter(arrived())
-        return [to_stats({name: next(arrays) for name in names}, dtype, limits) for names, dtype, limits in like]
+        return [to_stats(arrays, dtype, limits) for arrays, (dtype, limits) in zip(arrived(), like, strict=True)]
 
     return wait
 
