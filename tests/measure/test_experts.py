@@ -25,7 +25,7 @@ from avss_dist.analysis.experts import require_experts
 from avss_dist.analysis.findings import findings
 from avss_dist.core.errors import ModelError
 from avss_dist.core.settings import THRESHOLDS
-from avss_dist.measure.observer import ExpertCounter, Observer, Pass, RunningLayer, attached, expert_hooks
+from avss_dist.measure.observer import ExpertCounter, Observer, Pass, attached, expert_hooks
 from avss_dist.models.layers import Experts, Routing
 from avss_dist.models.loading import Backbone, forward_function, open_module
 from avss_dist.stats.layer_stats import EXPERT_FIELDS, ExpertStats
@@ -261,7 +261,7 @@ def test_experts_that_see_other_tokens_than_the_batch_are_refused() -> None:
     assert found.router is not None
     layer: Any = SimpleNamespace(index=5, experts=found)
     with observe([], (), ()) as observer:
-        now = Pass(observer, mask, slice(None), {}, None, entered=RunningLayer(layer, None, 0))
+        now = Pass(observer, mask, slice(None), {}, None, entered=(layer, None, 0))
         handles = expert_hooks([layer], lambda: now)
         found.router(torch.zeros(3, 4))
         with pytest.raises(ModelError, match="The experts of layer 5 see 2 tokens in a batch of 3"):
