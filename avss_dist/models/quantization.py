@@ -10,7 +10,6 @@ import math
 from collections import Counter
 from collections.abc import Mapping
 from contextlib import suppress
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -217,21 +216,6 @@ def unpacking_bytes(parameter: torch.Tensor) -> int:
     """
     matrix = parameter.numel() // (len(parameter) if parameter.dim() > 2 else 1)
     return max(parameter.numel() * (parameter.element_size() + 2), 2 * matrix * torch.float32.itemsize)
-
-
-def runnable_settings(checkpoint: Checkpoint, config: Any, settings: Settings) -> Settings:
-    """Return settings with which this machine can compute: dequantized if the quantization supports that.
-
-    Raises:
-        ModelError: this machine cannot compute with the weights.
-    """
-    how = quantization_settings(config)
-    if how is None:
-        return settings
-    quantizer = _quantizer(checkpoint, config)
-    settings = replace(settings, dequantize=hasattr(quantizer.quantization_config, "dequantize"))
-    with_quantization(checkpoint, config, settings, {})
-    return settings
 
 
 def quantize_skeleton(checkpoint: Checkpoint, config: Any, model: Any) -> Any:

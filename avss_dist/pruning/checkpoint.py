@@ -30,7 +30,7 @@ from avss_dist.models.experts import require_experts, without_parts
 from avss_dist.models.interventions import Patch, patched, skipping
 from avss_dist.models.layers import first_tensor
 from avss_dist.models.loading import forward_function, has_head, load_model, open_module, quiet, text_config
-from avss_dist.models.quantization import quantization_method, runnable_settings
+from avss_dist.models.quantization import can_unpack, quantization_method, ready_quantizer
 from avss_dist.models.safetensors import WEIGHTS, weight_files
 from avss_dist.models.size import footprint
 from avss_dist.partition.choose import size_of, weight_limits
@@ -176,10 +176,13 @@ def _compare(
 ) -> tuple[float | None, list[str]]:
     """Return the largest difference of outputs, see `prune`, and notes on the comparison."""
     config = text_config(checkpoint, trust_remote_code=settings.trust_remote_code)
-    notes = [require_same_modules(checkpoint, plan, folder, settings)] if quantization_method(config) else []
+    is_quantized = quantization_method(config) is not None
+    notes = [require_same_modules(checkpoint, plan, folder, settings)] if is_quantized else []
     try:
         with quiet():
-            settings = runnable_settings(checkpoint, config, settings)
+            if is_quantized:
+                settings = replace(settings, dequantize=can_unpack(checkpoint, config))
+                ready_quantizer(checkpoint, config, settings)
     except ModelError as error:
         return None, [*notes, f"Outputs could not be compared here: {error}"]
     difference = largest_difference(checkpoint, plan, replaced, folder, settings, execution)
