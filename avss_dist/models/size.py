@@ -28,7 +28,6 @@ from avss_dist.system.process import bound
 
 T = TypeVar("T")
 _SKELETONS: ContextVar[dict[Any, Any] | None] = ContextVar("skeletons", default=None)
-_SCORES = {"eager": 2}  # copies of the attention scores that exist at once, beside one in float32; others have none
 _EXPERT = re.compile(r"(^|\.)experts(\.|$)")
 _ATTENTION = re.compile(r"attn|attention", re.IGNORECASE)
 
@@ -102,8 +101,8 @@ class Footprint:
         """Return the peak bytes of activations in a forward pass over one batch, including observed tensors."""
         width = 4 * self.hidden_size  # the layer's input, its normed copy, the sublayer's output, the update
         scores = 0
-        if copies := _SCORES.get(self.attention):
-            scores = rows * self.num_heads * tokens * tokens * (copies * self.element_bytes + 4)
+        if self.attention == "eager":  # two copies exist at once, beside one in float32; with others there is none
+            scores = rows * self.num_heads * tokens * tokens * (2 * self.element_bytes + 4)
         attention = rows * tokens * (width + 6 * self.attention_width) * self.element_bytes + scores
         return max(attention, rows * tokens * (width + self.mlp_width) * self.element_bytes)
 
@@ -239,8 +238,9 @@ def load_skeleton(checkpoint: Checkpoint | str, settings: Settings) -> tuple[Che
 
 @contextmanager
 def sharing_skeletons() -> Iterator[None]:
-    """Build each skeleton once inside the context. None may be changed there."""
-    with bound(_SKELETONS, {}):
+    """Build each skeleton once inside the outermost of these contexts. None may be changed there."""
+    built = _SKELETONS.get()
+    with bound(_SKELETONS, {} if built is None else built):
         yield
 
 

@@ -29,6 +29,7 @@ def place(
     return placement
 
 
+@sharing_skeletons()
 def require_ranks(checkpoint: Checkpoint | str, settings: Settings, placement: Placement) -> None:
     """Refuse a model that the ranks of a placement cannot divide, before they start.
 

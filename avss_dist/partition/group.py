@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, redirect_stdout
 from dataclasses import dataclass
 from datetime import timedelta
+from functools import partial
 from typing import Any, TypeVar
 
 import torch
@@ -18,6 +19,7 @@ from torch import distributed
 
 from avss_dist.core.errors import AvssError, ConfigError
 from avss_dist.models.causal_lm import LanguageModel
+from avss_dist.models.sparsifying import dense
 
 S = TypeVar("S")
 T = TypeVar("T")
@@ -147,13 +149,24 @@ def rank_and_size() -> tuple[int, int]:
     return (distributed.get_rank(), distributed.get_world_size()) if distributed.is_initialized() else (0, 1)
 
 
-class DividedLanguageModel(LanguageModel):
-    """Language model whose ranks take different batches of one task. The first one reports."""
+class RankedLanguageModel(LanguageModel):
+    """Language model of several ranks. The first one reports."""
 
     def __init__(self, *args: Any) -> None:
         super().__init__(*args)
         self._split = RowSplit(*rank_and_size())
         self.reports = self._split.rank == 0
+
+    def total(self, counts: list[list[int]]) -> list[list[int]]:
+        """Return the elementwise sum of all ranks' counts, which have equal shapes. All ranks call this.
+
+        What every rank counts, such as the whole maps of a split model, keeps its share.
+        """
+        return [[sum(numbers) for numbers in zip(*rows, strict=True)] for rows in zip(*all_gather(counts), strict=True)]
+
+
+class DividedLanguageModel(RankedLanguageModel):
+    """Language model whose ranks take different batches of one task."""
 
     def local_indices(self, count: int) -> range:
         """Return the indices of the work items, out of ``count``, that this rank takes.
@@ -173,6 +186,7 @@ def share(function: Callable[[S], T], items: Iterable[S], idle: Callable[[], obj
 
     Args:
         idle: called on a rank that has no item while others have one; by default the function, with the first item.
+            No zeros of sparse activations are counted there.
     """
     every = list(items)
     rank, size = rank_and_size()
@@ -180,10 +194,9 @@ def share(function: Callable[[S], T], items: Iterable[S], idle: Callable[[], obj
     for start in range(0, len(every), size):
         if start + rank < len(every):
             results.append(function(every[start + rank]))
-        elif idle is None:
-            function(every[0])
         else:
-            idle()
+            with dense():
+                (idle or partial(function, every[0]))()
     parts = all_gather(results)
     return [parts[i % size][i // size] for i in range(len(every))]
 
@@ -195,11 +208,6 @@ def all_gather(mine: T) -> list[T]:
     every: list[Any] = [None] * distributed.get_world_size()
     distributed.all_gather_object(every, mine)
     return every
-
-
-def sum_over_ranks(counts: list[list[int]]) -> list[list[int]]:
-    """Return the elementwise sum of all ranks' counts, which have equal shapes. All ranks call this."""
-    return [[sum(numbers) for numbers in zip(*rows, strict=True)] for rows in zip(*all_gather(counts), strict=True)]
 
 
 def lost_rank(error: BaseException | None) -> BaseException | None:

@@ -20,6 +20,7 @@ from avss_dist.models.checkpoints import Checkpoint
 from avss_dist.models.layers import Layer
 from avss_dist.models.loading import Backbone, Forward, forward_function, load, quiet
 from avss_dist.models.quantization import describe_computing
+from avss_dist.models.size import sharing_skeletons
 from avss_dist.partition.group import DividedLanguageModel, RowSplit, require_group, reraise_lost_ranks
 from avss_dist.partition.memory import PartitionMemory
 from avss_dist.system.devices import free_device, pick_device, to_device
@@ -110,7 +111,7 @@ class Replica(ABC):
         self.device = pick_device(settings.device)
         keep_freed_memory()
         self.language_model: LanguageModel | None = None
-        with quiet(), reraise_lost_ranks():
+        with quiet(), reraise_lost_ranks(), sharing_skeletons():
             self._backbone = self._open(checkpoint, settings, placement, head=head)
             if head:
                 self.language_model = self.language_model_type(checkpoint, settings, self._backbone, self.device)
@@ -146,7 +147,10 @@ class Replica(ABC):
                 run_batch(self._run, batch, self.device)
 
     def collect(self, counted: T) -> list[T]:
-        """Return the counts of all ranks that split the rows, in order, or [] on one that does not report."""
+        """Return the counts of the ranks that split the rows of a shard, in order, or [] on one that does not report.
+
+        Where ranks measure different shards, the counts of this rank alone.
+        """
         return [counted]
 
     def close(self) -> None:

@@ -24,13 +24,11 @@ from avss_dist.models.causal_lm import Watcher
 from avss_dist.models.checkpoints import Checkpoint
 from avss_dist.models.quantization import quantization_method
 from avss_dist.models.size import Footprint, load_skeleton
-from avss_dist.models.sparsifying import dense
 from avss_dist.partition.group import (
     DividedLanguageModel,
     all_gather,
     quiet_deepspeed,
     share,
-    sum_over_ranks,
 )
 from avss_dist.partition.memory import PartitionMemory, Usage
 from avss_dist.partition.replica import dummy_batch
@@ -111,12 +109,12 @@ class ShardedLanguageModel(DividedLanguageModel):
 
     def each(self, function: Callable[[Batch], T], batches: Sequence[Batch]) -> list[T]:
         """Return the result of a function for every batch, each computed by one rank."""
-        return self._share(batches, function, lambda: function(self._dummy))
+        return share(function, batches, lambda: function(self._dummy))
 
     def together(self, functions: Sequence[Callable[[], T]]) -> list[T]:
         """Return the results of functions that run the model, each computed by one rank."""
         with torch.no_grad():
-            return self._share(functions, lambda function: function(), lambda: self.losses(self._dummy))
+            return share(lambda function: function(), functions, lambda: self.losses(self._dummy))
 
     def backpropagate(
         self, batches: Sequence[Batch], watchers: Sequence[Watcher], *, draws: int = 0, seed: int = 0
@@ -128,7 +126,7 @@ class ShardedLanguageModel(DividedLanguageModel):
         spare = copy.deepcopy(watchers[0])  # observes dummy passes, and is discarded
         run = partial(super().backpropagate, draws=draws, seed=seed)
         pairs = list(zip(batches, watchers, strict=True))
-        return self._share(pairs, lambda pair: run([pair[0]], [pair[1]])[0], lambda: run([batches[0]], [spare]))
+        return share(lambda pair: run([pair[0]], [pair[1]])[0], pairs, lambda: run([batches[0]], [spare]))
 
     def value(self, layer: int, path: str) -> torch.Tensor:
         """Return a whole parameter of a layer, gathered from the ranks, which must all call this."""
@@ -140,19 +138,6 @@ class ShardedLanguageModel(DividedLanguageModel):
         parameter = self.layers[layer].module.get_parameter(path)
         with GatheredParameters([parameter]):  # of those that DeepSpeed has divided
             return parameter.detach().clone()
-
-    def total(self, counts: list[list[int]]) -> list[list[int]]:
-        """Return the sum of counts over the ranks."""
-        return sum_over_ranks(counts)
-
-    def _share(self, items: Sequence[S], function: Callable[[S], T], dummy: Callable[[], object]) -> list[T]:
-        """Return the function's results for all items, each computed by one rank, in order. All ranks call this."""
-
-        def idle() -> None:
-            with dense():
-                dummy()
-
-        return share(function, items, idle)
 
 
 BUCKET = 12_500_000  # gradients or weights that DeepSpeed exchanges at once: 50 MB in float32

@@ -13,13 +13,12 @@ from typing import Any, ClassVar, TypeVar
 
 from avss_dist.core.errors import ConfigError
 from avss_dist.core.settings import Settings
-from avss_dist.models.causal_lm import LanguageModel
 from avss_dist.models.checkpoints import Checkpoint
 from avss_dist.models.loading import Backbone
 from avss_dist.models.quantization import quantization_method
 from avss_dist.models.size import load_skeleton
 from avss_dist.partition.autotp import open_by_autotp, require_autotp
-from avss_dist.partition.group import RowSplit, gather, rank_and_size, require_group, sum_over_ranks
+from avss_dist.partition.group import RankedLanguageModel, RowSplit, gather, require_group
 from avss_dist.partition.memory import PartitionMemory, Usage
 from avss_dist.partition.replica import Placement, Replica
 from avss_dist.partition.splitting import (
@@ -117,21 +116,10 @@ class TensorParallelReplica(Replica):
         return gather(counted)
 
 
-class TensorParallelLanguageModel(LanguageModel):
+class TensorParallelLanguageModel(RankedLanguageModel):
     """Language model of which each rank computes a part of every matrix product. See `causal_lm.LanguageModel`."""
 
     whole_weights = False
-
-    def __init__(self, *args: Any) -> None:
-        super().__init__(*args)
-        self.reports = rank_and_size()[0] == 0
-
-    def total(self, counts: list[list[int]]) -> list[list[int]]:
-        """Return the sum of counts over the ranks.
-
-        Whole maps are counted by every rank, which leaves their share unchanged.
-        """
-        return sum_over_ranks(counts)
 
 
 _ELSEWHERE = "Use `partition` fsdp, zero3, device_map or streaming."

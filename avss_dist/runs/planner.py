@@ -15,7 +15,7 @@ from avss_dist.corpus.sources import open_source
 from avss_dist.executors.interface import Executor, ReplicaSpec
 from avss_dist.models.checkpoints import Checkpoint, content_hash, convert_pickles, fetch_files, locate, resolve
 from avss_dist.models.loading import load_tokenizer, pin, text_config
-from avss_dist.models.size import Footprint
+from avss_dist.models.size import Footprint, sharing_skeletons
 from avss_dist.partition.choose import choose, needs_size, require_ranks, size_of
 from avss_dist.partition.replica import Placement, fingerprint_part
 from avss_dist.runs.job_file import RunSpec
@@ -77,6 +77,7 @@ class Planner:
             replicas=self.executor.replicas(placement),
         )
 
+    @sharing_skeletons()
     def _open(self, spec: RunSpec) -> tuple[Checkpoint, Any, Settings, Placement, Footprint | None]:
         """Return a model's checkpoint, configuration, settings, placement and, if needed, size. Caches the last one."""
         key = spec.model, spec.settings, spec.execution

@@ -25,17 +25,16 @@ MAPPED_BYTES = 32 << 20  # the most that glibc takes
 
 
 @lru_cache(maxsize=1)
-def keep_freed_memory() -> bool:
-    """Tell glibc to keep up to ``KEPT_BYTES`` of freed memory for later allocations. Returns False without glibc.
+def keep_freed_memory() -> None:
+    """Tell glibc, where it is there, to keep up to ``KEPT_BYTES`` of freed memory for later allocations.
 
     By default glibc may return the activations of one layer to the system and take fresh pages for the next layer,
     depending on where small allocations lie: half a million page faults in a shard, or none.
     """
-    try:
+    with suppress(OSError, AttributeError, TypeError):
         mallopt = ctypes.CDLL(None).mallopt
-    except (OSError, AttributeError, TypeError):
-        return False
-    return bool(mallopt(_M_MMAP_THRESHOLD, MAPPED_BYTES) and mallopt(_M_TRIM_THRESHOLD, KEPT_BYTES))
+        mallopt(_M_MMAP_THRESHOLD, MAPPED_BYTES)
+        mallopt(_M_TRIM_THRESHOLD, KEPT_BYTES)
 
 
 def release_freed_memory() -> None:
