@@ -8,7 +8,6 @@ import os
 import struct
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -173,7 +172,7 @@ def overwrite_tensor(stored: StoredTensor, tensor: torch.Tensor) -> None:
 def copy_tensors(source: Path, target: Path, names: Mapping[str, str], rows: Mapping[str, Sequence[int]] = {}) -> int:
     """Copy some tensors of a safetensors file to a new one under new names, and return their number of bytes.
 
-    The operating system moves the bytes if it can, without going through memory.
+    The operating system moves the bytes, without going through the memory of this process.
 
     Args:
         names: new names by old ones.
@@ -202,22 +201,10 @@ def copy_tensors(source: Path, target: Path, names: Mapping[str, str], rows: Map
     with source.open("rb", buffering=0) as file, target.open("xb", buffering=0) as out:
         out.write(struct.pack("<Q", len(text)) + text)
         for first, last in ranges:
-            for start in range(first, last, COPIED_AT_ONCE):
-                size = min(COPIED_AT_ONCE, last - start)
-                if not _copy(file.fileno(), out.fileno(), start, size):
+            while first < last:
+                size = os.sendfile(out.fileno(), file.fileno(), first, min(COPIED_AT_ONCE, last - first))
+                if not size:
                     raise ModelError(f"{source} ends before its tensors do.", "Copy it again.")
+                first += size
         os.fsync(out.fileno())
     return end
-
-
-def _copy(source: int, target: int, start: int, size: int) -> bool:
-    """Append bytes of a file to another, and return False if the source is too short."""
-    while size:
-        count = 0
-        with suppress(OSError):  # another file system, or one that cannot
-            count = os.copy_file_range(source, target, size, start)
-        count = count or os.sendfile(target, source, start, size)
-        if not count:
-            return False
-        start, size = start + count, size - count
-    return True
