@@ -185,11 +185,11 @@ def _tasks(request: AblateRequest, corpus: RedactedURI, text: CorpusPlan) -> Ite
         parts = tuple(Shapley(shards=text.shards, seeds=chunk, truncation=request.truncation) for chunk in chunks)
         yield Task(name=f"{SCORES['shapley'].task}{corpus}", parts=parts)
     if request.sublayers:
-        without_sublayers = tuple(LeaveOneOut(shard, sublayers=True) for shard in text.shards)
-        yield Task(name=f"{SUBLAYER_LOSS}{corpus}", parts=without_sublayers)
+        yield Task(
+            name=f"{SUBLAYER_LOSS}{corpus}", parts=tuple(LeaveOneOut(shard, sublayers=True) for shard in text.shards)
+        )
     if request.damage:
-        estimates = tuple(Damage(shard=shard) for shard in text.shards)
-        yield Task(name=f"{DAMAGE_TASK}{corpus}", parts=estimates)
+        yield Task(name=f"{DAMAGE_TASK}{corpus}", parts=tuple(Damage(shard=shard) for shard in text.shards))
     yield from rounding_tasks(request, corpus, text)
 
 

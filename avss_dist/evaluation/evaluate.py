@@ -142,16 +142,17 @@ def evaluate(request: EvaluateRequest) -> Evaluations:
     subjects, missing_bases = _with_bases(subjects, request.base, trust_remote_code=settings.trust_remote_code)
     checkpoints = {c.revision: c for subject in subjects for c in (subject.checkpoint, subject.base) if c}
     with EvaluationSession.open(request.warehouse, settings, request.execution, request.on_event) as session:
-        planned: dict[_Key, PlannedTask] = {}
-        for revision, model in [(key, session.place(checkpoint, settings)) for key, checkpoint in checkpoints.items()]:
-            for name in tasks:
-                planned[revision, name] = plan_task(
-                    model,
-                    name,
-                    skip_questions=request.skip_questions,
-                    limit=request.limit,
-                    num_fewshot=request.num_fewshot,
-                )
+        models = [session.place(checkpoint, settings) for checkpoint in checkpoints.values()]
+        planned: dict[_Key, PlannedTask] = {
+            (model.checkpoint.revision, name): plan_task(
+                model,
+                name,
+                skip_questions=request.skip_questions,
+                limit=request.limit,
+                num_fewshot=request.num_fewshot,
+            )
+            for model, name in product(models, tasks)
+        }
         _require_same_tokens(subjects, tasks, planned)
         if not request.allow_overlap:
             _refuse_overlaps(subjects, planned, Warehouse(request.warehouse))

@@ -63,55 +63,47 @@ MOST_EVALUATIONS = 10_000  # evaluations of a model on a task that an experiment
 Layers = tuple[int, ...]
 
 
-@dataclass(frozen=True, kw_only=True)
-class Candidate:
-    """A model that an experiment evaluates.
+Candidate = tuple[Choice | None, Intervention, str | None]
+"""A model that an experiment evaluates: the choice of its layers, None for the whole model, the change, and the name of
+its repair, None without one."""
 
-    Attributes:
-        choice: choice of the layers; None for the whole model.
-        intervention: change of the model.
-        repair: name of the repair; None without one.
+
+def candidate_rows(candidate: Candidate, results: Sequence[Result], guess: float | None) -> Iterator[dict[str, Any]]:
+    """Yield the row of every metric of a task, and for the whole model that of guessing tokens.
+
+    They are rows of ``experiments`` without the columns of RunIdentity.
+
+    Args:
+        results: results of the task, those of the whole model included.
+        guess: loss of a guess among all tokens, in nats per token; None if it is unknown.
     """
-
-    choice: Choice | None = None
-    intervention: Intervention = NO_INTERVENTION
-    repair: str | None = None
-
-    def rows(self, results: Sequence[Result], guess: float | None) -> Iterator[dict[str, Any]]:
-        """Yield the row of every metric of a task, and for the whole model that of guessing tokens.
-
-        They are rows of ``experiments`` without the columns of RunIdentity.
-
-        Args:
-            results: results of the task, those of the whole model included.
-            guess: loss of a guess among all tokens, in nats per token; None if it is unknown.
-        """
-        choice, whole = self.choice, {result.metric: result for result in results_under(results)}
-        reading: Sequence[Any] = (choice and choice.reading) or [None] * len(READING)
-        measured: list[tuple[str, float, float | None, Retention | None]] = [
-            (result.metric, result.value, result.stderr, Retention.of(before, result) if before and choice else None)
-            for result in results_under(results, self.intervention.key)
-            for before in [whole.get(result.metric)]
-        ]
-        if choice is None and guess is not None and LOSS in whole:
-            measured.append((CHANCE, guess, None, None))
-        for metric, value, stderr, retention in measured:
-            yield {
-                **self.intervention.key.row(),
-                "metric": metric,
-                "value": value,
-                "stderr": stderr,
-                "method": describe_method(choice) if choice else WHOLE,
-                "share": choice.share if choice else 0.0,
-                "score": choice and choice.by,
-                **dict(zip(READING, reading, strict=True)),
-                "control": choice and control_name(choice),
-                "seed": choice.seed if choice and choice.by == RANDOM else None,
-                "repair": self.repair,
-                "retention_low": retention and retention.low,
-                "retention_high": retention and retention.high,
-                "retention": retention.value if retention else None if choice else 1.0,
-            }
+    choice, intervention, repair = candidate
+    whole = {result.metric: result for result in results_under(results)}
+    reading: Sequence[Any] = (choice and choice.reading) or [None] * len(READING)
+    measured: list[tuple[str, float, float | None, Retention | None]] = [
+        (result.metric, result.value, result.stderr, Retention.of(before, result) if before and choice else None)
+        for result in results_under(results, intervention.key)
+        for before in [whole.get(result.metric)]
+    ]
+    if choice is None and guess is not None and LOSS in whole:
+        measured.append((CHANCE, guess, None, None))
+    for metric, value, stderr, retention in measured:
+        yield {
+            **intervention.key.row(),
+            "metric": metric,
+            "value": value,
+            "stderr": stderr,
+            "method": describe_method(choice) if choice else WHOLE,
+            "share": choice.share if choice else 0.0,
+            "score": choice and choice.by,
+            **dict(zip(READING, reading, strict=True)),
+            "control": choice and control_name(choice),
+            "seed": choice.seed if choice and choice.by == RANDOM else None,
+            "repair": repair,
+            "retention_low": retention and retention.low,
+            "retention_high": retention and retention.high,
+            "retention": retention.value if retention else None if choice else 1.0,
+        }
 
 
 @dataclass
@@ -224,12 +216,12 @@ class Trial:
 
     def candidates(self, patches: Mapping[tuple[str, Removals], StoredPatch]) -> Iterator[Candidate]:
         """Yield the whole model, and the model without each choice of layers, by repair."""
-        yield Candidate()
+        yield None, NO_INTERVENTION, None
         for (choice, drop), repair in product(self.choices, self.experiment.repairs):
             fit = self.fits.get(repair)
             patch = patches.get((fit.run_id(), drop)) if fit else None
             intervention, name = Intervention(removed=drop, patch=patch), None if repair == NO_REPAIR else repair
-            yield Candidate(choice=choice, intervention=intervention, repair=name)
+            yield choice, intervention, name
 
 
 def run_experiment(job: JobFile, request: RunJobRequest) -> tuple[list[Run], list[dict[str, Any]]]:
@@ -274,7 +266,7 @@ def run_experiment(job: JobFile, request: RunJobRequest) -> tuple[list[Run], lis
         patches = fit_repairs(session, fits) if fits else {}
         candidates = [[*trial.candidates(patches)] for trial in trials]
         measured = session.measure(
-            (planned, [candidate.intervention for candidate in evaluated])
+            (planned, [intervention for _, intervention, _ in evaluated])
             for trial, evaluated in zip(trials, candidates, strict=True)
             for planned in trial.planned.values()
         )
@@ -288,7 +280,7 @@ def run_experiment(job: JobFile, request: RunJobRequest) -> tuple[list[Run], lis
         rows = [
             {"task": task, "created_at": datetime.now(UTC), **row}
             for (task, planned), candidate in product(trial.planned.items(), evaluated)
-            for row in candidate.rows(measured[planned], guess)
+            for row in candidate_rows(candidate, measured[planned], guess)
         ]
         identity = RunIdentity(
             run_id=run_id, model=checkpoint.name, revision=checkpoint.revision, family=trial.rows[0]["family"]

@@ -161,7 +161,7 @@ class EvaluationSession:
         self.fresh = self.execution.fresh
         self.on_event = ignore if on_event is None else on_event
         self._measured: defaultdict[str, set[str]] = defaultdict(set)  # ids of this session's cells, by evaluation
-        self._workers: _Workers | None = None
+        self._workers: Callable[[Sequence[Cell]], Iterator[CellOutcome]] | None = None
 
     @classmethod
     @contextmanager
@@ -323,7 +323,7 @@ class EvaluationSession:
     @contextmanager
     def keeping_workers(self) -> Iterator[None]:
         """Keep workers and their open models between calls inside the block, for cells that depend on earlier ones."""
-        with closing(_Workers(self.store, self.executor, self.on_event)) as self._workers:
+        with self._open_workers() as self._workers:
             try:
                 yield
             finally:
@@ -341,8 +341,8 @@ class EvaluationSession:
         self.on_event(CellsStarted(list(wanted.values()), len(wanted) - len(missing)))
         failed = []
         reused = None if fits else self._workers
-        with nullcontext(reused) if reused else closing(_Workers(self.store, self.executor, self.on_event)) as workers:
-            for cell, outcome in workers.run(missing):
+        with nullcontext(reused) if reused else self._open_workers() as run:
+            for cell, outcome in run(missing):
                 if not isinstance(outcome, AvssError):
                     self._measured[cell.run_id].add(cell.cell_id)
                     continue
@@ -351,63 +351,60 @@ class EvaluationSession:
                     break
         return failed
 
+    @contextmanager
+    def _open_workers(self) -> Iterator[Callable[[Sequence[Cell]], Iterator[CellOutcome]]]:
+        """Open workers that keep their models between rounds of cells, and release them at the end of the block.
+
+        The function of the context measures a round: it stores and yields the outcome of every cell, in any order. All
+        must be taken before the next round.
+        """
+        rounds: SimpleQueue[Sequence[Cell] | None] = SimpleQueue()
+        outcomes = self.executor.run_cells(
+            iter(rounds.get, None), lambda *progress: self.on_event(CellUnderway(*progress))
+        )
+
+        def run(cells: Sequence[Cell]) -> Iterator[CellOutcome]:
+            if cells:
+                rounds.put(cells)
+            for cell, outcome in islice(outcomes, len(cells)):
+                notes: Sequence[str] = ()
+                if not isinstance(outcome, AvssError):
+                    notes = outcome.notes
+                    write = self.store.storage.write_patch
+                    keys = [None if row.patch is None else write(row.patch) for row in outcome.rows]
+                    key, identity = cell.intervention.key, _identity(cell, cell.run_id, outcome.family)
+                    rows = [
+                        {
+                            **key._replace(
+                                removed=key.removed if row.removed is None else row.removed,
+                                rounding=row.rounding or key.rounding,
+                                patch=patch or key.patch,
+                            ).row(),
+                            "task": cell.task,
+                            "metric": row.metric,
+                            "layer": row.layer,
+                            "part": cell.part,
+                            "samples": row.samples.tolist(),
+                            "weights": row.weights.tolist(),
+                            "device": outcome.device,
+                            "seconds": outcome.seconds / len(outcome.rows),
+                            "created_at": datetime.now(UTC),
+                        }
+                        for row, patch in zip(outcome.rows, keys, strict=True)
+                    ]
+                    self.store.write_cell(identity, cell.cell_id, rows)
+                self.on_event(CellDone(cell, notes))
+                yield cell, outcome
+
+        try:
+            yield run
+        finally:
+            rounds.put(None)
+            outcomes.close()
+
     def is_known(self, cell: Cell) -> bool:
         """Whether the warehouse has a cell. A fresh session counts only its own cells."""
         return cell.cell_id in (self._measured[cell.run_id] if self.fresh else self.store.cell_ids(cell.run_id))
-
-
-class _Workers:
-    """Workers that measure rounds of cells, and keep their models open between rounds."""
-
-    def __init__(self, store: Store, executor: Executor, on_event: OnEvent) -> None:
-        self._store, self._on_event = store, on_event
-        self._rounds: SimpleQueue[Sequence[Cell] | None] = SimpleQueue()
-        self._outcomes = executor.run_cells(
-            iter(self._rounds.get, None), lambda *progress: on_event(CellUnderway(*progress))
-        )
-
-    def run(self, cells: Sequence[Cell]) -> Iterator[CellOutcome]:
-        """Store and yield the outcome of every cell, in any order. All must be taken before the next round.
-
-        Raises:
-            AvssError: the workers or the warehouse failed. Measured cells remain in the warehouse.
-        """
-        if cells:
-            self._rounds.put(cells)
-        for cell, outcome in islice(self._outcomes, len(cells)):
-            notes: Sequence[str] = ()
-            if not isinstance(outcome, AvssError):
-                notes = outcome.notes
-                write = self._store.storage.write_patch
-                keys = [None if row.patch is None else write(row.patch) for row in outcome.rows]
-                key, identity = cell.intervention.key, _identity(cell, cell.run_id, outcome.family)
-                rows = [
-                    {
-                        **key._replace(
-                            removed=key.removed if row.removed is None else row.removed,
-                            rounding=row.rounding or key.rounding,
-                            patch=patch or key.patch,
-                        ).row(),
-                        "task": cell.task,
-                        "metric": row.metric,
-                        "layer": row.layer,
-                        "part": cell.part,
-                        "samples": row.samples.tolist(),
-                        "weights": row.weights.tolist(),
-                        "device": outcome.device,
-                        "seconds": outcome.seconds / len(outcome.rows),
-                        "created_at": datetime.now(UTC),
-                    }
-                    for row, patch in zip(outcome.rows, keys, strict=True)
-                ]
-                self._store.write_cell(identity, cell.cell_id, rows)
-            self._on_event(CellDone(cell, notes))
-            yield cell, outcome
-
-    def close(self) -> None:
-        """Release the workers and their models."""
-        self._rounds.put(None)
-        self._outcomes.close()
 
 
 def failure(failed: Sequence[tuple[Cell, AvssError]]) -> AvssError:

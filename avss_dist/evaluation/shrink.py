@@ -95,11 +95,14 @@ class TaskRetention:
 
     def describe(self) -> str:
         """Return one line for people, with the perplexity of a loss."""
-        metric, whole = readable_metric(self.whole)
-        _, pruned = readable_metric(self.pruned)
-        repaired = f"{readable_metric(self.repaired)[1]} repaired, " if self.repaired else ""
-        distilled = f"{readable_metric(self.distilled)[1]} distilled, " if self.distilled else ""
-        return f"{self.task}: {metric} {distilled}{repaired}{pruned} without these layers, {whole} of the whole model."
+        results = {
+            "distilled": self.distilled,
+            "repaired": self.repaired,
+            "without these layers": self.pruned,
+            "of the whole model": self.whole,
+        }
+        values = ", ".join(f"{readable_metric(result)[1]} {name}" for name, result in results.items() if result)
+        return f"{self.task}: {readable_metric(self.whole)[0]} {values}."
 
     def describe_kept(self) -> str:
         """Return one line for people on the retention of the smaller models, with the interval of the last one."""
@@ -372,8 +375,8 @@ def _require_tokens(checkpoint: Checkpoint, request: ShrinkRequest, split: TextS
 
 def _measure_scores(request: ShrinkRequest, session: EvaluationSession, split: TextSplit) -> Callable[..., Plan]:
     """Measure the criterion by which layers are chosen, and return a function that makes plans by it."""
-    given = {**request.options, "max_sequences": split.scored, "on_event": session.on_event}
-    given |= {"corpus": request.corpus, "warehouse": session.store.root.full}
+    reading = {"max_sequences": split.scored, "corpus": request.corpus, "warehouse": session.store.root.full}
+    given = {**request.options, **reading, "on_event": session.on_event}
     run = score(str(request.model), sites=("block",), **given)
     if SCORES[request.ranked_by].task:
         ablate(AblateRequest(str(request.model), **given | dict(SCORES[request.ranked_by].ablate)))

@@ -20,12 +20,12 @@ from avss_dist.core.errors import ModelError
 from avss_dist.core.settings import Settings
 from avss_dist.models.checkpoints import Checkpoint
 from avss_dist.models.experts import RoutedExperts
-from avss_dist.models.loading import quiet, skeleton, text_config
+from avss_dist.models.loading import Naming, quiet, skeleton, text_config
 from avss_dist.models.quantization import describe_quantization, quantize_skeleton
 from avss_dist.models.safetensors import tensors_of, weight_files
 from avss_dist.pruning.plan import Plan
 from avss_dist.pruning.selection import PlanError
-from avss_dist.pruning.weights import StoredWeights, list_path, module_names, renumbered_expert, routed_layers
+from avss_dist.pruning.weights import StoredWeights, list_path, renumbered_expert, routed_layers
 
 FILES = ("quantize_config.json", "quant_config.json", "hf_quant_config.json")  # beside config.json
 MAX_NAMED = 3  # maximum number of tensors in a message
@@ -184,7 +184,7 @@ def _unmatched_tensors(checkpoint: Checkpoint, settings: Settings) -> Tensors:
     config = text_config(checkpoint, trust_remote_code=settings.trust_remote_code)
     with quiet():
         model = quantize_skeleton(checkpoint, config, skeleton(copy.deepcopy(config), settings, torch.bfloat16))
-        named = module_names(model)
+        named = Naming(model).renamed
     held = {name: tuple(value.shape) for name, value in model.state_dict().items()}
     stored = [tensor for file in weight_files(checkpoint.folder) for tensor in tensors_of(file)]
     renamed = ((new if (new := named(tensor.name)) in held else tensor.name, tensor.shape) for tensor in stored)

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -111,7 +111,7 @@ def _renamed_prefix(checkpoint: Checkpoint, plan: Plan, names: Collection[str], 
     Raises:
         PlanError: it is unclear.
     """
-    named, target = module_names(model), re.compile(rf"{re.escape(list_path(model, plan))}\.(\d+)\.")
+    named, target = Naming(model).renamed, re.compile(rf"{re.escape(list_path(model, plan))}\.(\d+)\.")
     renamed = ((name, match[1]) for name in names if (match := target.match(named(name))))
     places = ((name, place, layer) for name, layer in renamed for place in re.finditer(rf"\.{layer}\.", name))
     prefixes = _complete_lists(plan, ((name[: place.start()], int(layer)) for name, place, layer in places))
@@ -207,7 +207,7 @@ def _tensors_of_layers(
     """
     inside = re.compile(rf"{re.escape(prefix)}\.(\d+)\.(.*)")
     target = re.compile(rf"{re.escape(list_path(model, plan))}\.\d+\.(.*)")
-    named = module_names(model)
+    named = Naming(model).renamed
     for name in stored:
         if match := inside.fullmatch(name):
             parameter, expert = target.fullmatch(named(name)), _EXPERT.fullmatch(match[2])
@@ -219,23 +219,6 @@ def _unknown_experts(what: str, checkpoint: Checkpoint, layer: int, experts: Rou
         f"It is unclear how '{checkpoint.name}' stores the {experts.number} experts of layer {layer}: {what}.",
         "Save the checkpoint again with transformers' save_pretrained, and prune that.",
     )
-
-
-def module_names(model: Any) -> Callable[[str], str]:
-    """Return a function from the name of a stored tensor to its name in a model, by `Naming` where that works."""
-    errors = ImportError, TypeError, AttributeError, KeyError, ValueError  # see Naming
-    try:
-        naming = Naming(model)
-    except errors:
-        return str
-
-    def named(stored: str) -> str:
-        try:
-            return naming.renamed(stored)
-        except errors:
-            return stored
-
-    return named
 
 
 def list_path(model: Any, plan: Plan) -> str:
