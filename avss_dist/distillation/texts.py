@@ -54,11 +54,6 @@ class DistillText:
     trained: CorpusPlan | None
     held_out: CorpusPlan
 
-    @property
-    def is_watched(self) -> bool:
-        """Whether the text is only measured."""
-        return self.trained is None
-
 
 def read_trained(
     corpus: str, name: str, weight: float, tokenizer: Any, settings: Settings, held_out: int

@@ -161,11 +161,11 @@ def held_out_metrics(
     """Return the metrics of the held-out rows of all texts, by the names of `curve`."""
     metrics, weighted = {LOSS: 0.0}, sum(text.weight for text in texts)
     for text, expected in zip(texts, teacher_losses, strict=True):
-        measured = measure(student, None if text.is_watched else teacher, text, batch_size, device)
+        measured = measure(student, None if text.trained is None else teacher, text, batch_size, device)
         surprise, diverged = measured.surprise / measured.tokens, measured.divergence / measured.tokens
         metrics[f"{PERPLEXITY}{text.label}"] = _exp(surprise)
         metrics[f"{KEPT}{text.label}"] = _exp(expected.surprise / expected.tokens - surprise)
-        if not text.is_watched:
+        if text.trained:
             metrics[f"{DIVERGENCE}{text.label}"] = diverged
             metrics[LOSS] += diverged * text.weight / weighted
     return metrics

@@ -25,7 +25,7 @@ from avss_dist.models.quantization import describe_quantization, quantize_skelet
 from avss_dist.models.safetensors import tensors_of, weight_files
 from avss_dist.pruning.plan import Plan
 from avss_dist.pruning.selection import PlanError
-from avss_dist.pruning.weights import StoredWeights, list_path, renumbered_expert, routed_layers
+from avss_dist.pruning.weights import StoredWeights, list_path, renumbered, routed_layers
 
 FILES = ("quantize_config.json", "quant_config.json", "hf_quant_config.json")  # beside config.json
 MAX_NAMED = 3  # maximum number of tensors in a message
@@ -70,13 +70,8 @@ class LayerNames:
 
         Names may begin below or above the model. Layers of another tower keep their names.
         """
-        if (split := self._split(name)) is None:
-            return name
-        path, layer, inside = split
-        new = renumbered_expert(inside, self.plan, layer)
-        if layer not in self.plan.keep or new is None:
-            return None
-        return ".".join([path, str(self.plan.keep.index(layer)), *filter(None, [new])])
+        split = self._split(name)
+        return renumbered(name, split[0], self.plan) if split else name
 
     def remaining_shape(self, name: str, shape: tuple[int, ...]) -> tuple[int, ...]:
         """Return the shape of a tensor in the pruned model, which may have a row for each expert."""

@@ -125,27 +125,20 @@ def _renamed_prefix(checkpoint: Checkpoint, plan: Plan, names: Collection[str], 
 
 
 def renumbered(name: str, prefix: str, plan: Plan) -> str | None:
-    """Return the name of a tensor in the pruned model, or None if its layer or expert is dropped.
+    """Return the name of a tensor or module in the pruned model, or None if its layer or expert is dropped.
 
     Args:
         prefix: path of the layer list.
     """
-    if not (match := re.fullmatch(rf"{re.escape(prefix)}\.(\d+)\.(.*)", name)):
+    if not (match := re.fullmatch(rf"{re.escape(prefix)}\.(\d+)(|\..*)", name)):
         return name
-    layer = int(match[1])
-    path = renumbered_expert(match[2], plan, layer)
-    return f"{prefix}.{plan.keep.index(layer)}.{path}" if layer in plan.keep and path is not None else None
-
-
-def renumbered_expert(path: str, plan: Plan, layer: int) -> str | None:
-    """Return the path of a tensor or module of a layer in the pruned model, or None if its expert is dropped."""
+    layer, path = int(match[1]), match[2]
     removed = plan.experts.get(layer, ())
-    match = _EXPERT.fullmatch(path) if removed else None
-    if not match:
-        return path
-    expert = int(match[2])
-    before = sum(other < expert for other in removed)
-    return None if expert in removed else f"{match[1]}.{expert - before}{match[3]}"
+    if removed and (expert := _EXPERT.fullmatch(path)):
+        if (index := int(expert[2])) in removed:
+            return None
+        path = f"{expert[1]}.{index - sum(other < index for other in removed)}{expert[3]}"
+    return f"{prefix}.{plan.keep.index(layer)}{path}" if layer in plan.keep else None
 
 
 def routed_layers(model: Any, plan: Plan) -> dict[int, RoutedExperts]:
