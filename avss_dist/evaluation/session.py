@@ -204,20 +204,8 @@ class EvaluationSession:
         wanted: dict[PlannedTask, dict[Intervention, None]] = {}
         for planned, interventions in work:
             wanted.setdefault(planned, {}).update(dict.fromkeys(interventions))
-        failed = self._run([cell for planned, interventions in wanted.items() for cell in planned.cells(interventions)])
-        results = {planned: self.results(planned, interventions) for planned, interventions in wanted.items()}
-        if failed:
-            raise failure(failed)
-        return results
-
-    def run(self, cells: Iterable[Cell]) -> None:
-        """Measure cells that are not known yet, without writing results.
-
-        Raises:
-            AvssError: a mistake, or a cell that failed. Measured cells remain in the warehouse.
-        """
-        if failed := self._run(cells):
-            raise failure(failed)
+        cells = [cell for planned, interventions in wanted.items() for cell in planned.cells(interventions)]
+        return self.run(cells, wanted)
 
     def fit(self, work: Work) -> dict[tuple[str, Removals], StoredPatch]:
         """Measure tasks that fit patches. A patch that is in the warehouse is not fitted again.
@@ -231,19 +219,15 @@ class EvaluationSession:
             AvssError: a mistake, or a fit that failed. Other patches remain in the warehouse.
         """
         work = list(work)
-        cells = [cell for planned, interventions in work for cell in planned.cells(interventions)]
         run_ids = [planned.run_id() for planned, _ in work]
         known = self._fitted(run_ids)
         missing = [
             cell
-            for cell in cells
+            for planned, interventions in work
+            for cell in planned.cells(interventions)
             if not (self.is_known(cell) if self.fresh else (cell.run_id, cell.intervention.removed) in known)
         ]
-        failed = self._run(missing, fits=True)
-        for planned, _ in work:
-            self.results(planned)
-        if failed:
-            raise failure(failed)
+        self.run(missing, {planned: (NO_INTERVENTION,) for planned, _ in work}, fits=True)
         return {key: StoredPatch(patch, self.store.storage) for key, patch in self._fitted(run_ids).items()}
 
     def _fitted(self, run_ids: Sequence[str]) -> dict[tuple[str, Removals], str]:
@@ -329,27 +313,36 @@ class EvaluationSession:
             finally:
                 self._workers = None
 
-    def _run(self, cells: Iterable[Cell], *, fits: bool = False) -> list[tuple[Cell, AvssError]]:
-        """Measure cells, store each as soon as it is measured, and return those that failed.
+    def run(
+        self, cells: Iterable[Cell], tasks: Mapping[PlannedTask, Iterable[Intervention]] = {}, *, fits: bool = False
+    ) -> dict[PlannedTask, list[Result]]:
+        """Measure cells that are not known yet, and store each as soon as it is measured.
 
         Args:
+            tasks: tasks of the cells whose results are written and returned, each with its interventions.
             fits: the cells fit patches that are missing. Measure known cells, too, and stop once a cell has failed
                 because of a mistake of the user.
+
+        Raises:
+            AvssError: a mistake, or a cell that failed. Measured cells remain in the warehouse.
         """
         wanted = {(cell.run_id, cell.cell_id): cell for cell in cells}
         missing = [cell for cell in wanted.values() if fits or not self.is_known(cell)]
         self.on_event(CellsStarted(list(wanted.values()), len(wanted) - len(missing)))
         failed = []
         reused = None if fits else self._workers
-        with nullcontext(reused) if reused else self._open_workers() as run:
-            for cell, outcome in run(missing):
+        with nullcontext(reused) if reused else self._open_workers() as run_round:
+            for cell, outcome in run_round(missing):
                 if not isinstance(outcome, AvssError):
                     self._measured[cell.run_id].add(cell.cell_id)
                     continue
                 failed.append((cell, outcome))
                 if fits and not isinstance(outcome, RunFailed):
                     break
-        return failed
+        results = {planned: self.results(planned, interventions) for planned, interventions in tasks.items()}
+        if failed:
+            raise failure(failed)
+        return results
 
     @contextmanager
     def _open_workers(self) -> Iterator[Callable[[Sequence[Cell]], Iterator[CellOutcome]]]:
