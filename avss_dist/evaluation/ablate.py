@@ -149,7 +149,7 @@ def ablate(request: AblateRequest) -> Ablation:
         model = session.place(checkpoint, request.settings)
         text = plan_text(checkpoint, corpus, model.settings)
         _require_intended(request, model, text)
-        results = session.measure((model.plan(task), [NO_INTERVENTION]) for task in _tasks(request, corpus, text))
+        results = session.measure({model.plan(task): [NO_INTERVENTION] for task in _tasks(request, corpus, text)})
     by_task = [(planned.task, task_results) for planned, task_results in results.items()]
     removals = [result for task, task_results in by_task if not is_of_rounding(task) for result in task_results]
     return _ablation(str(request.model), corpus, removals, sensitivity(request, corpus, by_task))

@@ -159,11 +159,11 @@ def evaluate(request: EvaluateRequest) -> Evaluations:
         texts = [text for (_, name), text in planned.items() if name.startswith(PERPLEXITY)]
         compared = [(text, row_start_task(text.checkpoint, text.task, text.settings)) for text in texts]
         row_starts = [replace(text, task=task) for text, task in compared if task]
-        work = [
-            (task, [NO_INTERVENTION, *(x.intervention for x in subjects if x.checkpoint.revision == revision)])
+        work = {
+            task: [NO_INTERVENTION, *(x.intervention for x in subjects if x.checkpoint.revision == revision)]
             for (revision, _), task in planned.items()
-        ]
-        measured = session.measure([*work, *((task, [NO_INTERVENTION]) for task in row_starts)])
+        }
+        measured = session.measure(work | dict.fromkeys(row_starts, (NO_INTERVENTION,)))
         for subject, task in product(subjects, tasks):
             if subject.precision_plan:
                 key = subject.checkpoint.revision, task

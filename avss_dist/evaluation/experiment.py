@@ -266,9 +266,11 @@ def run_experiment(job: JobFile, request: RunJobRequest) -> tuple[list[Run], lis
         patches = fit_repairs(session, fits) if fits else {}
         candidates = [[*trial.candidates(patches)] for trial in trials]
         measured = session.measure(
-            (planned, [intervention for _, intervention, _ in evaluated])
-            for trial, evaluated in zip(trials, candidates, strict=True)
-            for planned in trial.planned.values()
+            {
+                planned: [intervention for _, intervention, _ in evaluated]
+                for trial, evaluated in zip(trials, candidates, strict=True)
+                for planned in trial.planned.values()
+            }
         )
     numbers = {key: value for key, value in asdict(experiment).items() if key != "allow_many"}
     name, written = fingerprint(**numbers | {"tasks": tasks})[:20], []
@@ -317,7 +319,7 @@ def _leave_one_out(trials: Sequence[Trial], session: EvaluationSession) -> None:
         text = plan_text(trial.model.checkpoint, trial.corpus, trial.model.settings)
         name = f"{SCORES[LEAVE_ONE_OUT].task}{trial.corpus}"
         planned.append(trial.model.plan(Task(name=name, parts=tuple(map(LeaveOneOut, text.shards)))))
-    results = session.measure((task, [NO_INTERVENTION]) for task in planned)
+    results = session.measure(dict.fromkeys(planned, (NO_INTERVENTION,)))
     for trial, task in zip(trials, planned, strict=True):
         values = {result.removed: result.value for result in results[task] if result.metric == LOSS}
         trial.truth[LEAVE_ONE_OUT] = np.array([values.get((layer,), np.nan) for layer in range(trial.num_layers)])

@@ -176,11 +176,11 @@ def fit_repairs(
     Args:
         wanted: fits, each with sets of layers and experts.
     """
-    fits = []
+    fits = {}
     for fit, drops in sorted(wanted, key=lambda fit: -REPAIRS[fit_of(fit[0]).repair.by].text_rank):
         every_layer = REPAIRS[fit_of(fit).repair.by].every_layer
         repairable = [drop for drop in drops if drop and (every_layer or drop != tuple(range(len(drop))))]
-        fits.append((fit, [Intervention(removed=drop) for drop in repairable]))
+        fits[fit] = [Intervention(removed=drop) for drop in repairable]
     return session.fit(fits)
 
 

@@ -228,7 +228,7 @@ def repaired_search(
         patches = fit_repairs(session, [(fit, drops)]) if fit else {}
         run_id = fit.run_id() if fit else ""
         repaired = {drop: Intervention(removed=drop, patch=patches.get((run_id, drop))) for drop in drops}
-        measured = session.measure([(text, repaired.values())])[text]
+        measured = session.measure({text: repaired.values()})[text]
         results = {result.intervention: result for result in measured if result.metric == LOSS}
         return {drop: results[intervention.key] for drop, intervention in repaired.items()}
 

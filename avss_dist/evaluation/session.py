@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
@@ -136,7 +136,7 @@ def _read(storage: Storage, key: str) -> bytes:
     return storage.read_patch(key)
 
 
-Work = Iterable[tuple[PlannedTask, Iterable[Intervention]]]
+Work = Mapping[PlannedTask, Collection[Intervention]]
 """Tasks, each with the interventions under which it is measured."""
 
 
@@ -201,11 +201,7 @@ class EvaluationSession:
         Raises:
             AvssError: a mistake, or a cell that failed. Measured cells remain in the warehouse.
         """
-        wanted: dict[PlannedTask, dict[Intervention, None]] = {}
-        for planned, interventions in work:
-            wanted.setdefault(planned, {}).update(dict.fromkeys(interventions))
-        cells = [cell for planned, interventions in wanted.items() for cell in planned.cells(interventions)]
-        return self.run(cells, wanted)
+        return self.run((cell for task, interventions in work.items() for cell in task.cells(interventions)), work)
 
     def fit(self, work: Work) -> dict[tuple[str, Removals], StoredPatch]:
         """Measure tasks that fit patches. A patch that is in the warehouse is not fitted again.
@@ -218,16 +214,15 @@ class EvaluationSession:
         Raises:
             AvssError: a mistake, or a fit that failed. Other patches remain in the warehouse.
         """
-        work = list(work)
-        run_ids = [planned.run_id() for planned, _ in work]
+        run_ids = [planned.run_id() for planned in work]
         known = self._fitted(run_ids)
         missing = [
             cell
-            for planned, interventions in work
+            for planned, interventions in work.items()
             for cell in planned.cells(interventions)
             if not (self.is_known(cell) if self.fresh else (cell.run_id, cell.intervention.removed) in known)
         ]
-        self.run(missing, {planned: (NO_INTERVENTION,) for planned, _ in work}, fits=True)
+        self.run(missing, dict.fromkeys(work, (NO_INTERVENTION,)), fits=True)
         return {key: StoredPatch(patch, self.store.storage) for key, patch in self._fitted(run_ids).items()}
 
     def _fitted(self, run_ids: Sequence[str]) -> dict[tuple[str, Removals], str]:
@@ -314,7 +309,7 @@ class EvaluationSession:
                 self._workers = None
 
     def run(
-        self, cells: Iterable[Cell], tasks: Mapping[PlannedTask, Iterable[Intervention]] = {}, *, fits: bool = False
+        self, cells: Iterable[Cell], tasks: Work | None = None, *, fits: bool = False
     ) -> dict[PlannedTask, list[Result]]:
         """Measure cells that are not known yet, and store each as soon as it is measured.
 
@@ -339,7 +334,7 @@ class EvaluationSession:
                 failed.append((cell, outcome))
                 if fits and not isinstance(outcome, RunFailed):
                     break
-        results = {planned: self.results(planned, interventions) for planned, interventions in tasks.items()}
+        results = {planned: self.results(planned, interventions) for planned, interventions in (tasks or {}).items()}
         if failed:
             raise failure(failed)
         return results

@@ -305,7 +305,7 @@ def _distill(
     with EvaluationSession.open(str(request.warehouse), request.settings, request.execution, on_event) as session:
         model = session.place(replace(checkpoint, name=str(output)), request.settings)
         planned = _plan_tasks(model, request, split).values()
-        results = session.measure([(task, [NO_INTERVENTION]) for task in planned])
+        results = session.measure(dict.fromkeys(planned, (NO_INTERVENTION,)))
         label = f"{count_removed(best.plan.drop)} dropped, distilled on {record.after.tokens:,} tokens"
         continuations, unread = continue_prompts(session, model, prompts, {label: NO_INTERVENTION})
     tasks = [
@@ -403,7 +403,7 @@ def _evaluate(
         patches = fit_repairs(session, [(fit, [plan.dropped_layers])])
         patch = patches.get((fit.run_id(), plan.dropped_layers))
     variants = [NO_INTERVENTION, plan.intervention, replace(plan.intervention, patch=patch)]
-    results = session.measure([(task, variants) for task in planned.values()])
+    results = session.measure(dict.fromkeys(planned.values(), variants))
     tasks = []
     for name, task in planned.items():
         whole, pruned, repaired = (_primary(results[task])[variant.key] for variant in variants)

@@ -78,12 +78,12 @@ def test_nothing_is_measured_twice(tiny_llama: Path, tmp_path: Path) -> None:
     with closing(LocalExecutor(SETTINGS)) as executor:
         session, events = session_of(tmp_path, executor)
         task = task_of(session, tiny_llama)
-        first = session.measure([(task, [NO_INTERVENTION, WITHOUT, WITHOUT])])[task]
-        again = session.measure([(task, [WITHOUT]), (task, [NO_INTERVENTION])])[task]
+        first = session.measure({task: [NO_INTERVENTION, WITHOUT, WITHOUT]})[task]
+        again = session.measure({task: [WITHOUT, NO_INTERVENTION]})[task]
         assert events.counts() == [(4, 0, 4), (4, 4, 0)]
         later, events = session_of(tmp_path, executor)
         task = task_of(later, tiny_llama)
-        more = later.measure([(task, [WITHOUT, NO_INTERVENTION.without(2)])])[task]
+        more = later.measure({task: [WITHOUT, NO_INTERVENTION.without(2)]})[task]
         assert events.counts() == [(4, 2, 2)]
     for intervention in (NO_INTERVENTION, WITHOUT):
         (one,), (two,), (three,) = (results_under(results, intervention.key) for results in (first, again, more))
@@ -101,14 +101,14 @@ def test_a_session_that_was_stopped_goes_on_and_what_is_lost_is_measured_again(
             stopped, _ = session_of(tmp_path / str(number), executor, Events(stop_after=number))
             task = task_of(stopped, tiny_llama)
             with pytest.raises(KeyboardInterrupt):
-                stopped.measure([(task, interventions)])
+                stopped.measure({task: interventions})
             later, events = session_of(tmp_path / str(number), executor)
-            results.append(later.measure([(task, interventions)])[task])
+            results.append(later.measure({task: interventions})[task])
             assert events.counts() == [(4, number, 4 - number)]
         lost = min((tmp_path / "4").rglob("cells/**/*.parquet"))
         lost.unlink()
         later, events = session_of(tmp_path / "4", executor)
-        results.append(later.measure([(task, interventions)])[task])
+        results.append(later.measure({task: interventions})[task])
         assert events.counts() == [(4, 3, 1)]
     samples = [[result.samples.tolist() for result in found] for found in results]
     assert all(found == samples[0] for found in samples)
@@ -117,11 +117,11 @@ def test_a_session_that_was_stopped_goes_on_and_what_is_lost_is_measured_again(
 def test_a_fresh_session_measures_what_was_there_once(tiny_llama: Path, tmp_path: Path) -> None:
     with closing(LocalExecutor(SETTINGS)) as executor:
         session, _ = session_of(tmp_path, executor)
-        session.measure([(task_of(session, tiny_llama), [NO_INTERVENTION])])
+        session.measure({task_of(session, tiny_llama): [NO_INTERVENTION]})
         fresh, events = session_of(tmp_path, executor, fresh=True)
         task = task_of(fresh, tiny_llama)
         for _ in range(2):
-            fresh.measure([(task, [NO_INTERVENTION])])
+            fresh.measure({task: [NO_INTERVENTION]})
         assert events.counts() == [(2, 0, 2), (2, 2, 0)]
 
 
@@ -132,8 +132,8 @@ def test_what_did_not_fail_is_kept(tiny_llama: Path, tmp_path: Path) -> None:
         task = task_of(session, tiny_llama)
         with session.keeping_workers():
             with pytest.raises(AvssError, match=r"without layers 9: There is no layer 9: .* 1 more failed\."):
-                session.measure([(task, [WITHOUT, NO_INTERVENTION.without(9)])])
-            session.measure([(task, [NO_INTERVENTION])])
+                session.measure({task: [WITHOUT, NO_INTERVENTION.without(9)]})
+            session.measure({task: [NO_INTERVENTION]})
         stored = session.store.table("evaluations").to_pylist()
     assert {tuple(row["drop"]) for row in stored} == {(), (1,)}
 
