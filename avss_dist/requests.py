@@ -57,7 +57,6 @@ from avss_dist.pruning.repair.registry import (
     DEFAULT_REPAIR,
     NO_REPAIR,
     OptionalRepairName,
-    searched_repair,
     split_weight,
 )
 from avss_dist.read_requests import (
@@ -235,11 +234,6 @@ class ShrinkRequest(ModelRequest, EvaluationOptions):
     def ranked_by(self) -> str:
         """Score that orders the layers, or from which a search begins."""
         return "damage" if self.by == GREEDY else self.by
-
-    @property
-    def searched_repair(self) -> str:
-        """Repair that is fitted to each set of a search: map in place of a repair with many unknowns."""
-        return searched_repair(self.repair)
 
     @property
     def weighted_repair_texts(self) -> tuple[str, ...]:

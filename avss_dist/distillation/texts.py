@@ -184,12 +184,6 @@ def as_examples(batch: Batch) -> Example:
     return dict(zip(("input_ids", "attention_mask", "labels"), map(torch.from_numpy, values), strict=True))
 
 
-def held_out_batches(text: DistillText, batch_size: int) -> Iterator[Example]:
-    """Yield the held-out rows of a text."""
-    for shard in text.held_out.shards:
-        yield from map(as_examples, shard.batches(batch_size))
-
-
 def read_texts(request: DistillRequest, models: ModelPair, work: Path, on_event: OnEvent) -> list[DistillText]:
     """Read all texts: those to train on, the teacher's own, and those to watch."""
     on_event(Preparing("reading"))

@@ -40,7 +40,7 @@ from avss_dist.distillation.loss import (
     text_loss,
 )
 from avss_dist.distillation.pair import ModelPair
-from avss_dist.distillation.texts import DistillText, Example, Mix, held_out_batches
+from avss_dist.distillation.texts import DistillText, Example, Mix, as_examples
 from avss_dist.partition.group import all_gather, share
 from avss_dist.system.streams import complain
 
@@ -186,7 +186,8 @@ def measure(
     def loss(batch: Example) -> LossSums:
         return text_loss(student, teacher, {name: values.to(device) for name, values in batch.items()})
 
-    return sum(share(loss, held_out_batches(text, batch_size)), LossSums())
+    batches = (as_examples(batch) for shard in text.held_out.shards for batch in shard.batches(batch_size))
+    return sum(share(loss, batches), LossSums())
 
 
 class ScheduleCallback(TrainerCallback):

@@ -170,14 +170,14 @@ def fit_repairs(
 ) -> dict[tuple[str, Removals], StoredPatch]:
     """Fit each repair to the model without each of its sets of layers and experts, as `EvaluationSession.fit`.
 
-    Repairs that need the most text are fitted first. A set of layers that no layer precedes is skipped, unless the
-    repair also changes later layers.
+    Repairs with the most unknowns, which need the most text, are fitted first. A set of layers that no layer precedes
+    is skipped, unless the repair also changes later layers.
 
     Args:
         wanted: fits, each with sets of layers and experts.
     """
     fits = {}
-    for fit, drops in sorted(wanted, key=lambda fit: -REPAIRS[fit_of(fit[0]).repair.by].text_rank):
+    for fit, drops in sorted(wanted, key=lambda fit: -[*REPAIRS].index(fit_of(fit[0]).repair.by)):
         every_layer = REPAIRS[fit_of(fit).repair.by].every_layer
         repairable = [drop for drop in drops if drop and (every_layer or drop != tuple(range(len(drop))))]
         fits[fit] = [Intervention(removed=drop) for drop in repairable]

@@ -25,7 +25,7 @@ from avss_dist.models.checkpoints import Checkpoint
 from avss_dist.models.loading import text_config
 from avss_dist.pruning.plan import Plan, layer_list, plan_of, reasons
 from avss_dist.pruning.repair.fitter import HELD_BACK, SINK_TOKENS
-from avss_dist.pruning.repair.registry import REPAIRS
+from avss_dist.pruning.repair.registry import REPAIRS, searched_repair
 from avss_dist.pruning.selection import Choice
 from avss_dist.requests import PlanRequest, ShrinkRequest
 from avss_dist.tasks.task import Result, Task, combine
@@ -209,12 +209,12 @@ def repaired_search(
         CorpusError: a text cannot be read, or has too few rows.
     """
     model = model.reading(max_sequences=rows)
-    checkpoint, settings, repair = model.checkpoint, model.settings, request.searched_repair
+    checkpoint, settings, repair = model.checkpoint, model.settings, searched_repair(request.repair)
     task = text_task(checkpoint, request.corpus, settings)
     text = model.plan(replace(task, name=f"{SEARCH}{RedactedURI(request.corpus)}"))
     if fit is not None:
         final, enough = fit_of(fit), rows
-        if REPAIRS[repair].text_rank > 0:  # rows of each text that suffice for a residual stream of this width
+        if REPAIRS[repair].form == "full":  # rows of each text that suffice for a residual stream of this width
             width = text_config(checkpoint, trust_remote_code=settings.trust_remote_code).get_text_config().hidden_size
             tokens, sequences = (sum(getattr(x, n) for x in final.texts) for n in ("num_tokens", "num_sequences"))
             unknowns = REPAIRS[repair].tokens_needed(width, width) / max(1.0, tokens / sequences - SINK_TOKENS)

@@ -42,7 +42,15 @@ def write_config(checkpoint: Checkpoint, plan: Plan, folder: Path, settings: Set
     plan.require_no_sublayers("No configuration has layers without one, and zeros in its weights would remove nothing")
     whole = text_config(checkpoint, trust_remote_code=settings.trust_remote_code)
     text = whole.get_text_config()
-    _refuse(text, plan)
+    number = getattr(text, NUM_LAYERS, None)
+    if number != plan.num_layers:
+        raise PlanError(f"The plan is for {plan.num_layers} layers; the model has {number}.", "Make a plan of its own.")
+    for name, why in (
+        ("num_kv_shared_layers", "its last layers use the keys and values of earlier ones"),
+        ("scale_attn_by_inverse_layer_idx", "a layer's attention is scaled by its place"),
+    ):
+        if getattr(text, name, None):
+            raise PlanError(f"A {text.model_type} with {name} cannot be pruned: {why}.")
     raw = json.loads((checkpoint.folder / "config.json").read_text(encoding="utf-8"))
     part = next((raw[n] for n in ("text_config", "llm_config", "decoder") if text is not whole and n in raw), raw)
     expected = settings_by_layer(text.to_dict(), plan.num_layers, plan.keep)
@@ -111,18 +119,6 @@ def _write_and_read(
         return text_config(replace(checkpoint, path=str(folder)), trust_remote_code=settings.trust_remote_code)
     except ModelError as error:
         raise _changed_model_error(whole, error.message) from error
-
-
-def _refuse(text: Any, plan: Plan) -> None:
-    number = getattr(text, NUM_LAYERS, None)
-    if number != plan.num_layers:
-        raise PlanError(f"The plan is for {plan.num_layers} layers; the model has {number}.", "Make a plan of its own.")
-    for name, why in (
-        ("num_kv_shared_layers", "its last layers use the keys and values of earlier ones"),
-        ("scale_attn_by_inverse_layer_idx", "a layer's attention is scaled by its place"),
-    ):
-        if getattr(text, name, None):
-            raise PlanError(f"A {text.model_type} with {name} cannot be pruned: {why}.")
 
 
 def _as_json(config: Mapping[str, Any]) -> dict[str, Any]:

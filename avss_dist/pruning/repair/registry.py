@@ -66,13 +66,6 @@ class RepairMethod:
         needed = TOKENS_PER_UNKNOWN * self.unknowns(inputs, outputs)
         return round(needed / chances) if self.features == "inputs" else needed
 
-    @property
-    def text_rank(self) -> int:
-        """Order of repairs by the text that they need: 0 for a few numbers, 2 for a matrix as wide as the MLP."""
-        if self.form != "full":
-            return 0
-        return 2 if self.features == "inputs" else 1
-
 
 REPAIRS: Mapping[str, RepairMethod] = {
     "channel": RepairMethod(
@@ -100,7 +93,7 @@ def searched_repair(name: str) -> str:
 
     It is ``map`` in place of a repair with more unknowns: a search reads little text.
     """
-    return name if name == NO_REPAIR or REPAIRS[name].text_rank == 0 else "map"
+    return name if name == NO_REPAIR or REPAIRS[name].form == "channel" else "map"
 
 
 FILE = "avss_repair.json"
