@@ -10,7 +10,6 @@ import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,6 +18,7 @@ import torch
 from safetensors import SafetensorError
 
 from avss_dist.core.errors import ConfigError, ModelError, RunFailed, StorageFull, first_line, unwritable
+from avss_dist.core.extras import require_package
 from avss_dist.core.results import TabularResult
 from avss_dist.distillation.curve import DIVERGED, CurvePoint, Schedule, best, ending, evaluations, is_better
 from avss_dist.distillation.events import OnEvent, Preparing, ignore
@@ -296,8 +296,7 @@ def _trained(task: DistillTask, on_event: OnEvent, heartbeat: Callable[[], None]
     if ending(history, schedule.steps) is None:
         more: dict[str, Any] = {}
         if tracker := request.report_to:
-            if find_spec(tracker) is None:
-                raise ConfigError(f"`report_to` {tracker} is not installed.", f"pip install {tracker}")
+            require_package(tracker, "`report_to`")
             more = {"report_to": tracker, "run_name": Path(request.output).name}
         on_event(Preparing(f"training, at a learning rate of {schedule.learning_rate:g}"))
         with _explained(folder), sharding_options(request, models) as options:
