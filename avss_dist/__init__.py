@@ -42,8 +42,8 @@ if TYPE_CHECKING:
     from avss_dist.evaluation.shrink import Shrunk
     from avss_dist.pruning.plan import Plan
     from avss_dist.reports.terminal.progress import Progress
-    from avss_dist.runs.api import score, score_all
     from avss_dist.runs.run import Run
+    from avss_dist.runs.scoring import score, score_all
     from avss_dist.warehouse.reader import Warehouse
 
 __version__ = "0.3.0"
@@ -115,7 +115,7 @@ _HOMES = {
     "pruning.plan": ("Plan",),
     "reports.terminal.progress": ("Progress",),
     "core.results": ("Table",),
-    "runs.api": ("score", "score_all"),
+    "runs.scoring": ("score", "score_all"),
     "runs.run": ("Run",),
     "core.settings": ("Execution", "Settings"),
     "warehouse.reader": ("Warehouse",),
@@ -129,7 +129,7 @@ def __getattr__(name: str) -> Any:
 
     for home, names in _HOMES.items():
         if name in names:
-            if home in ("api.change", "runs.api"):
+            if home in ("api.change", "runs.scoring"):
                 from avss_dist.core.extras import require_package
 
                 require_package("torch", f"avss_dist.{name}")

@@ -89,25 +89,11 @@ class RunsRequest(WarehouseRequest):
 
 
 @checked
-class NewestRunsRequest(WarehouseRequest):
-    """A command about the newest run of a warehouse, or about runs that are named."""
-
-    run: RunNames = ()
-    """A run: its id, a unique part of it, its model, or a glob such as 'smollm2-*'. The newest by default."""
-
-
-@checked
-class ThresholdRequest(Request):
-    """A command about one threshold of AVSS."""
+class PlaceRequest(Request):
+    """A command about one reading of AVSS."""
 
     threshold: Threshold = PUBLISHED_THRESHOLD
     """Near zero means below this: 1e-5, or 0.1rms (relative)."""
-
-
-@checked
-class PlaceRequest(ThresholdRequest):
-    """A command about one reading of AVSS."""
-
     site: Site = SITES[0]
     """Site in a layer whose activations are read."""
     recipe: Recipe = RECIPES[0]
@@ -181,9 +167,11 @@ class ListRequest(WarehouseRequest):
 
 
 @checked
-class ShowRequest(PlaceRequest, NewestRunsRequest):
+class ShowRequest(PlaceRequest, WarehouseRequest):
     """Show scores by layer."""
 
+    run: RunNames = ()
+    """A run: its id, a unique part of it, its model, or a glob such as 'smollm2-*'. The newest by default."""
     output: OptionalOutput = None
     """File to write to instead of standard output. FILE.png, .svg or .html draws the scores by depth."""
     experts: bool = False

@@ -34,9 +34,9 @@ from avss_dist.requests import (
     ScoreAllRequest,
     ShrinkRequest,
 )
-from avss_dist.runs.api import Run, run_job, score_models
 from avss_dist.runs.events import both
 from avss_dist.runs.job_file import JobFile, job_schema, read_job
+from avss_dist.runs.scoring import Run, run_job, score_models
 from avss_dist.system.streams import complain, console, emit, emit_json, say
 
 

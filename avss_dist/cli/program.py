@@ -43,11 +43,11 @@ class Group(TyperGroup):
     Errors spell fields as options of the running command, and suggest the nearest name.
     """
 
-    prefix = ""  # words before the names of its commands
     lists = False  # whether the help is written
 
-    def __init__(self, **options: Any) -> None:
+    def __init__(self, *, prefix: str = "", **options: Any) -> None:
         super().__init__(**options)
+        self.prefix = prefix  # words before the names of its commands
         for name, listed in COMMANDS.items():
             words, _, last = name.rpartition(" ")
             if words == self.prefix:
@@ -74,19 +74,13 @@ class Group(TyperGroup):
         return name, command, arguments
 
 
-class Jobs(Group):
-    """Commands about jobs on a cluster."""
-
-    prefix = "jobs"
-
-
 class Commands(Group):
     """All commands. The number that a command returns is its exit code. An error is printed, and has its own."""
 
     def __init__(self, **options: Any) -> None:
         super().__init__(**options)
-        jobs = Jobs(name=Jobs.prefix, help=JOBS, rich_help_panel=ELSEWHERE, no_args_is_help=True, context_settings=HELP)
-        self.commands[Jobs.prefix] = jobs
+        shown: dict[str, Any] = {"help": JOBS, "rich_help_panel": ELSEWHERE, "context_settings": HELP}
+        self.commands["jobs"] = Group(prefix="jobs", name="jobs", no_args_is_help=True, **shown)
 
     def make_context(self, *args: Any, **options: Any) -> Any:
         with _printable_mistakes():

@@ -12,11 +12,11 @@ from avss_dist.core.registry import PARTITIONS
 from avss_dist.core.text import describe_bytes
 from avss_dist.models.size import Footprint
 from avss_dist.partition.memory import batch_bytes
-from avss_dist.runs.api import executor_for, overridden
 from avss_dist.runs.events import OnRunEvent, RunReading, RunRepeated
 from avss_dist.runs.job_file import JobFile
 from avss_dist.runs.planner import Planner
 from avss_dist.runs.run import PlannedRun
+from avss_dist.runs.scoring import executor_for, overridden
 from avss_dist.system.devices import Devices
 from avss_dist.warehouse.store import Store
 

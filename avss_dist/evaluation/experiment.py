@@ -47,9 +47,9 @@ from avss_dist.pruning.repair.registry import NO_REPAIR
 from avss_dist.pruning.repair.repair import Repair
 from avss_dist.pruning.selection import RANDOM, Choice, Reading, count_layers
 from avss_dist.requests import RunJobRequest
-from avss_dist.runs.api import executor_for, overridden, run_job
 from avss_dist.runs.job_file import JobFile, RunSpec
 from avss_dist.runs.run import Run
+from avss_dist.runs.scoring import executor_for, overridden, run_job
 from avss_dist.stats.contrast import contrast
 from avss_dist.stats.layer_stats import Float64
 from avss_dist.stats.scores import RELATIVE_THRESHOLDS, Threshold

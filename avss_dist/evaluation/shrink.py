@@ -53,7 +53,7 @@ from avss_dist.pruning.repair.registry import NO_REPAIR, RepairRecord
 from avss_dist.pruning.repair.repair import Repair, tokens_needed
 from avss_dist.pruning.selection import PlanError
 from avss_dist.requests import AblateRequest, ShrinkRequest
-from avss_dist.runs.api import score
+from avss_dist.runs.scoring import score
 from avss_dist.tasks.task import Result
 from avss_dist.warehouse.reader import Warehouse
 

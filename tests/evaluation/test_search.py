@@ -29,7 +29,7 @@ from avss_dist.models.causal_lm import LanguageModel
 from avss_dist.pruning.plan import Plan
 from avss_dist.pruning.selection import Choice, PlanError
 from avss_dist.requests import PlanRequest
-from avss_dist.runs.api import score
+from avss_dist.runs.scoring import score
 from avss_dist.tasks.text_loss import TextLoss
 from avss_dist.warehouse.reader import Warehouse
 

@@ -33,7 +33,7 @@ from avss_dist.partition.replica import Placement
 from avss_dist.partition.streaming.replica import StreamingReplica
 from avss_dist.pruning.plan import read_checked_plan
 from avss_dist.pruning.selection import PlanError
-from avss_dist.runs.api import score
+from avss_dist.runs.scoring import score
 from avss_dist.tasks.block_search import GreedyBlock, Spectra, hill_exponent
 from avss_dist.tasks.cells import Cell, measure_cell
 from avss_dist.tasks.map_damage import MapDamage

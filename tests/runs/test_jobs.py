@@ -23,10 +23,10 @@ from avss_dist.estimation import preview as previews
 from avss_dist.estimation.preview import preview_job
 from avss_dist.executors.local import LocalExecutor
 from avss_dist.runs import planner
-from avss_dist.runs.api import run_job
 from avss_dist.runs.events import LogRuns, RunEnded, RunReading, RunStarted, ShardMeasured
 from avss_dist.runs.job_file import JobError, JobFile, job_schema, read_job
 from avss_dist.runs.run import Run
+from avss_dist.runs.scoring import run_job
 from avss_dist.warehouse.reader import Warehouse
 from avss_dist.warehouse.store import Store
 

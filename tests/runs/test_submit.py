@@ -25,9 +25,9 @@ from support.warm_workers import own_workers, ray_start_environment
 
 import avss_dist
 from avss_dist.executors.ray.executor import RayExecutor
-from avss_dist.runs.api import run_job
 from avss_dist.runs.events import RunEnded, RunEvent, RunReading
 from avss_dist.runs.job_file import read_job
+from avss_dist.runs.scoring import run_job
 from avss_dist.system.devices import devices_here
 from avss_dist.warehouse.reader import Warehouse
 

@@ -41,7 +41,7 @@ MODULES = (
     "avss_dist.measure.shard",
     "avss_dist.models.causal_lm",
     "avss_dist.partition.replica",
-    "avss_dist.runs.api",
+    "avss_dist.runs.scoring",
     "avss_dist.tasks.cells",
     "avss_dist.warehouse.encoding",
     "deepspeed",
