@@ -106,7 +106,7 @@ class CompareRequest(PlaceRequest, RunsRequest):
 
     by: Annotated[str, OneOf(COMPARED)] = "run"
     """Property in which the two runs or readings of each pair differ."""
-    along: Annotated[str | None, OneOf(ALONG)] = None
+    along: Annotated[str, OneOf(ALONG)] | None = None
     """Follow each layer's rank along this property instead, and find where the ranking changes."""
     score: Annotated[str, OneOf(FROM_ACTIVATIONS)] = "avss"
     """Score that ranks the layers."""

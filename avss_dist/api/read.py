@@ -200,9 +200,10 @@ def find(opened: Warehouse, request: FindingsRequest) -> Table:
         cards = score_cards(opened, choose_runs(opened, request.run, every=True), request.by)
         return Table(cards if request.every else best_readings(cards))
     site, recipe = (None, None) if request.every else (request.site, request.recipe)
-    run_ids = chosen_ids(opened, request.run) if request.run else None
+    run_ids = chosen_ids(opened, request.run)
     threshold = named_threshold(request.threshold)
-    return Table(finding.findings(opened, run_ids, threshold=threshold, site=site, recipe=recipe))
+    names = run_ids if request.run else None  # all, with those that cannot be read
+    return Table(finding.findings(opened, names, threshold=threshold, site=site, recipe=recipe))
 
 
 def contrast_labels(opened: Warehouse, request: ContrastRequest) -> contrasting.Contrast:
