@@ -47,7 +47,7 @@ from avss_dist.requests import (
     ShrinkRequest,
     SparsifyRequest,
 )
-from avss_dist.runs import api as scoring
+from avss_dist.runs import scoring
 from avss_dist.runs.job_file import JobFile, read_job
 from avss_dist.runs.run import Run
 from avss_dist.warehouse.reader import Warehouse
