@@ -426,8 +426,7 @@ def _both(
     table = SiteTable(merged, blocks, [threshold], np.vstack([first, second]))
     if recipe not in table.recipes():
         raise QueryError(f"The site has no statistics for the recipe '{recipe}'.", "Use block or update.")
-    parts = table.weighted_parts(recipe, threshold)
-    assert parts is not None  # the table has weights
+    _, parts = table.parts(recipe, threshold)
     (a, b, c), (x, y, z) = ([part[side] for part in parts] for side in (slice(len(first)), slice(len(first), None)))
     return (a, b, c), (x, y, z)
 

@@ -287,7 +287,7 @@ def open_module(model: Any, *, layers: str | None = None, device: torch.device |
     device = device or next(model.parameters()).device
     try:
         with torch.no_grad():
-            found, notes = find_structure(
+            layers_in_order, notes = find_structure(
                 backbone, lambda ids: run(ids.to(device), None), getattr(text, "num_hidden_layers", None), layers
             )
     except _REFUSALS as error:
@@ -301,7 +301,7 @@ def open_module(model: Any, *, layers: str | None = None, device: torch.device |
     return Backbone(
         model=model,
         module=backbone,
-        layers=found,
+        layers=layers_in_order,
         notes=notes,
         family=config.model_type,
         architecture=type(model).__name__,

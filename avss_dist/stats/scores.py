@@ -147,7 +147,7 @@ class SiteTable:
         shards: LayerStats by shard and layer.
         thresholds: by default, the counted thresholds, then the relative ones.
         weights: float64[n, shards], the weight of each shard in each of n weighted statistics. By default, the
-            bootstrap weights followed by the leave-one-out weights, or None for fewer than `MINIMUM_UNITS` shards.
+            bootstrap weights followed by the leave-one-out weights, or none for fewer than `MINIMUM_UNITS` shards.
     """
 
     def __init__(
@@ -163,10 +163,10 @@ class SiteTable:
             *(Threshold(value=t, kind="rms") for t in RELATIVE_THRESHOLDS),
         )
         self.shards = shards
-        self.weights = weights
         if weights is None and len(shards) >= MINIMUM_UNITS:
-            self.weights = np.vstack([bootstrap_weights(len(shards)), left_out_weights(len(shards))])
-        self._variances: dict[str, tuple[Float64, Float64 | None]] = {}
+            weights = np.vstack([bootstrap_weights(len(shards)), left_out_weights(len(shards))])
+        self.weights: Float64 = np.zeros((0, len(shards))) if weights is None else weights
+        self._variances: dict[str, tuple[Float64, Float64]] = {}
 
     def recipes(self) -> tuple[str, ...]:
         """Return the recipes that the site has statistics for. Recipe ``unit`` needs sums by unit."""
@@ -174,14 +174,13 @@ class SiteTable:
 
     def score(self, recipe: str, threshold: Threshold) -> dict[str, list[Any]]:
         """Return columns of the ``scores`` table as lists over layers. A layer with NaN or infinities has no rank."""
-        variance, (near_zero, count, *_) = self._variance(recipe)[0], _SPARSITY[recipe](self, threshold)
+        (variance, near_zero, count), weighted_parts = self.parts(recipe, threshold)
         literal = np.where(near_zero > 0, avss(variance, near_zero, count, smoothed=False), np.nan)
         score = avss(variance, near_zero, count, smoothed=True)
         finite = self.column("nonfinite_count") == 0  # the finite rest does not measure a layer that overflows
         low = high = lowest = np.full(len(score), np.nan)
-        if (parts := self.weighted_parts(recipe, threshold)) is not None:
-            weighted = avss(*parts, smoothed=True)
-            resampled, left_out = np.split(weighted, [BOOTSTRAP_RESAMPLES])
+        if len(self.weights):
+            resampled, left_out = np.split(avss(*weighted_parts, smoothed=True), [BOOTSTRAP_RESAMPLES])
             low, high = jackknife_interval(score, left_out, scale="log")
             enough = (near_zero >= MINIMUM_NEAR_ZERO) | (recipe == "unit")  # which counts units, of all shards together
             low, high = (np.where(enough, ends, np.nan) for ends in (low, high))
@@ -212,17 +211,13 @@ class SiteTable:
             **{name: column.tolist() for name, column in columns.items()},
         }
 
-    def weighted_parts(self, recipe: str, threshold: Threshold) -> Parts | None:
-        """Return the parts of AVSS for each row of ``weights``, or None without weights."""
-        variances, (_, _, near_zeros, counts) = self._variance(recipe)[1], _SPARSITY[recipe](self, threshold)
-        if variances is None or near_zeros is None or counts is None:
-            return None
-        return variances, near_zeros, counts
-
-    def _variance(self, recipe: str) -> tuple[Float64, Float64 | None]:
+    def parts(self, recipe: str, threshold: Threshold) -> tuple[Parts, Parts]:
+        """Return the parts of AVSS of the merged statistics, and for each row of ``weights``."""
         if recipe not in self._variances:
             self._variances[recipe] = _VARIANCE[recipe](self)
-        return self._variances[recipe]
+        variance, variances = self._variances[recipe]
+        near_zero, count, near_zeros, counts = _SPARSITY[recipe](self, threshold)
+        return (variance, near_zero, count), (variances, near_zeros, counts)
 
     def column(self, name: str) -> Float64:
         """Return a field of the merged statistics, float64[layers]."""
@@ -231,7 +226,7 @@ class SiteTable:
     def weighted(self, values: Callable[[int, LayerStats], float]) -> Float64:
         """Return weighted sums of ``values(layer position, partial)`` over shards, float64[weights, layers]."""
         by_shard = np.array([[values(i, s) for i, s in enumerate(shard)] for shard in self.shards], float)
-        return self.weights @ by_shard
+        return self.weights @ by_shard.reshape(len(self.shards), len(self.merged))
 
     @cached_property
     def units(self) -> list[tuple[Float64, Float64, dict[Threshold, Float64]]]:
@@ -244,7 +239,7 @@ class SiteTable:
         reduced = []
         for layer, merged in enumerate(self.merged):
             means = merged.unit_sum[None] / (merged.unit_count or np.nan)
-            if self.weights is not None:
+            if len(self.weights):
                 partials = [shard[layer] for shard in self.shards]
                 sums = np.stack([p.unit_sum if p.unit_sum.size else np.zeros_like(means[0]) for p in partials])
                 tokens = self.weights @ np.array([p.unit_count for p in partials], float)
@@ -259,35 +254,31 @@ def _ratio(numerator: Float64, denominator: Float64) -> Float64:
     return numerator / np.where(denominator > 0, denominator, np.nan)
 
 
-def _pooled_variance(table: SiteTable) -> tuple[Float64, Float64 | None]:
+def _pooled_variance(table: SiteTable) -> tuple[Float64, Float64]:
     variance = _ratio(table.column("pooled_variance_sum"), table.column("sequence_count"))
-    if table.weights is None:
-        return variance, None
     sums = table.weighted(lambda _, s: s.pooled_variance_sum)
     return variance, _ratio(sums, table.weighted(lambda _, s: s.sequence_count))
 
 
-def _element_variance(table: SiteTable) -> tuple[Float64, Float64 | None]:
+def _element_variance(table: SiteTable) -> tuple[Float64, Float64]:
     """Return the variance over elements, merged and weighted.
 
     Weighted moments are taken about the merged mean, which avoids cancellation.
     """
-    variance = _ratio(table.column("m2"), table.column("count"))
-    if table.weights is None:
-        return variance, None
     center = table.column("mean")
     count = table.weighted(lambda _, s: s.count)
     first = table.weighted(lambda i, s: s.count * (s.mean - center[i]))
     second = table.weighted(lambda i, s: s.m2 + s.count * (s.mean - center[i]) ** 2)
-    return variance, _ratio(second, count) - _ratio(first, count) ** 2
+    merged = _ratio(table.column("m2"), table.column("count"))
+    return merged, _ratio(second, count) - _ratio(first, count) ** 2
 
 
-def _unit_variance(table: SiteTable) -> tuple[Float64, Float64 | None]:
+def _unit_variance(table: SiteTable) -> tuple[Float64, Float64]:
     rows = np.stack([variance for variance, *_ in table.units], axis=1)
-    return rows[0], None if table.weights is None else rows[1:]
+    return rows[0], rows[1:]
 
 
-Counts = tuple[Float64, Float64, Float64 | None, Float64 | None]
+Counts = tuple[Float64, Float64, Float64, Float64]
 
 
 def _element_sparsity(table: SiteTable, threshold: Threshold) -> Counts:
@@ -298,8 +289,6 @@ def _element_sparsity(table: SiteTable, threshold: Threshold) -> Counts:
     """
     at = [threshold.at(s) for s in table.merged]
     near_zero = np.array([s.below(t).near_zero for s, t in zip(table.merged, at, strict=True)])
-    if table.weights is None:
-        return near_zero, table.column("count"), None, None
     shares = [s.share_below(t) for s, t in zip(table.merged, at, strict=True)]
 
     def of_shard(layer: int, stats: LayerStats) -> float:
@@ -313,8 +302,6 @@ def _element_sparsity(table: SiteTable, threshold: Threshold) -> Counts:
 def _unit_sparsity(table: SiteTable, threshold: Threshold) -> Counts:
     near_zero = np.stack([counts[threshold] for *_, counts in table.units], axis=1)
     finite = np.stack([number for _, number, _ in table.units], axis=1)
-    if table.weights is None:
-        return near_zero[0], finite[0], None, None
     return near_zero[0], finite[0], near_zero[1:], finite[1:]
 
 
