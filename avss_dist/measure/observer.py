@@ -273,7 +273,7 @@ class Hooks:
         """Add the statistics of a module's input or output."""
         if (now := self.current()) and now.entered:
             tensors = (*args, *kwargs_or_output.values()) if reads == "input" else kwargs_or_output
-            now.observer.read(now, site, module, first_tensor(tensors))
+            now.observer.read(now, now.entered[0], site, module, first_tensor(tensors))
 
 
 @contextmanager
@@ -406,11 +406,10 @@ class Observer:
             self._add_block(now, *entered, output)
         self._finish()
 
-    def read(self, now: Pass, site: str, module: nn.Module, tensor: torch.Tensor | None) -> None:
+    def read(self, now: Pass, layer: Layer, site: str, module: nn.Module, tensor: torch.Tensor | None) -> None:
         """Add the statistics of a site's module inside a layer: its output after it ran, or its input before."""
-        layer = now.entered[0] if now.entered else None
-        tap = layer.taps.get(site) if layer else None
-        if layer is None or tap is None or tap.module is not module or tensor is None:
+        tap = layer.taps.get(site)
+        if tap is None or tap.module is not module or tensor is None:
             return
         x = self._rows(now, layer, tap.axes, tensor)
         self._add(now, layer, site, tap.exchange(x) if tap.exchange else x[now.local_rows])

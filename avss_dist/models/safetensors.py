@@ -7,7 +7,8 @@ import math
 import os
 import struct
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -132,6 +133,17 @@ def floating_dtype(tensors: Iterable[TensorInfo]) -> torch.dtype:
     return max(sizes, key=lambda dtype: (sizes[dtype], str(dtype)), default=torch.float32)
 
 
+@contextmanager
+def explaining_reads(stored: StoredTensor) -> Iterator[None]:
+    """Raise ModelError for an OSError or an EOFError in reading a tensor inside the context."""
+    try:
+        yield
+    except EOFError as error:
+        raise ModelError(f"{stored.file} ends before its tensor '{stored.name}' does.", "Copy it again.") from error
+    except OSError as error:
+        raise ModelError(f"{stored.file} cannot be read: {error.strerror}.", "Does it still exist?") from error
+
+
 def read_tensor(stored: StoredTensor) -> torch.Tensor:
     """Read a tensor of a file into memory of its own.
 
@@ -140,14 +152,11 @@ def read_tensor(stored: StoredTensor) -> torch.Tensor:
     """
     if stored.dtype not in DTYPES:
         raise ModelError(f"'{stored.name}' of {stored.file} is of dtype {stored.dtype}, which torch does not have.")
-    try:
-        with stored.file.open("rb") as file:
-            file.seek(stored.start)
-            data = bytearray(file.read(stored.size))
-    except OSError as error:
-        raise ModelError(f"{stored.file} cannot be read: {error.strerror}.", "Does it still exist?") from error
-    if len(data) < stored.size:
-        raise ModelError(f"{stored.file} ends before its tensor '{stored.name}' does.", "Copy it again.")
+    with explaining_reads(stored), stored.file.open("rb") as file:
+        file.seek(stored.start)
+        data = bytearray(file.read(stored.size))
+        if len(data) < stored.size:
+            raise EOFError
     return torch.frombuffer(data, dtype=DTYPES[stored.dtype]).reshape(stored.shape)
 
 

@@ -6,12 +6,11 @@ import mmap
 import os
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 
 import torch
 
-from avss_dist.core.errors import ModelError
-from avss_dist.models.safetensors import DTYPES, StoredTensor
+from avss_dist.models.safetensors import DTYPES, StoredTensor, explaining_reads
 from avss_dist.system.memory import populate
 
 ELSEWHERE = (
@@ -67,7 +66,7 @@ class ReadBuffer:
                 for source, part in zip(stored, parts, strict=True)
             ]
             for source, part, pieces in zip(stored, parts, reads, strict=True):
-                with _reading(source):
+                with explaining_reads(source):
                     for piece in pieces:
                         piece.result()
                 yield part.view(DTYPES[source.dtype]).view(source.shape)
@@ -100,7 +99,7 @@ class ZeroCopyBuffer:
             ModelError: a file is gone, or ends before its tensor does.
         """
         for source in stored:
-            with _reading(source):
+            with explaining_reads(source):
                 tensor = _map(source)
                 populate(tensor.data_ptr(), source.size)
             self._tensors.append(tensor)
@@ -109,16 +108,6 @@ class ZeroCopyBuffer:
 
 
 AnyBuffer = ReadBuffer | ZeroCopyBuffer
-
-
-@contextmanager
-def _reading(stored: StoredTensor) -> Iterator[None]:
-    try:
-        yield
-    except EOFError as error:
-        raise ModelError(f"{stored.file} ends before its tensor '{stored.name}' does.", "Copy it again.") from error
-    except OSError as error:
-        raise ModelError(f"{stored.file} cannot be read: {error.strerror}.", "Does it still exist?") from error
 
 
 def _fill(stored: StoredTensor, whole: memoryview, at: int) -> None:
