@@ -30,7 +30,7 @@ from avss_dist.evaluation.session import (
     require_partition,
 )
 from avss_dist.evaluation.tasks import plan_text
-from avss_dist.executors.interface import Executor
+from avss_dist.executors import Executor
 from avss_dist.models.causal_lm import LanguageModel
 from avss_dist.models.checkpoints import resolve
 from avss_dist.models.interventions import decode_patch, encode_patch

@@ -31,7 +31,7 @@ from avss_dist.core.registry import PARTITIONS, PartitionInfo
 from avss_dist.core.settings import Execution, Settings, fingerprint
 from avss_dist.distillation.events import ignore
 from avss_dist.evaluation.events import CellDone, CellsStarted, CellUnderway, OnEvent
-from avss_dist.executors.interface import Executor
+from avss_dist.executors import Executor
 from avss_dist.executors.local import open_executor
 from avss_dist.map_plans.plans import PrecisionPlan
 from avss_dist.models.checkpoints import Checkpoint, resolve

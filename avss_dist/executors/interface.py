@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass, field
-from typing import Any, Protocol, TypeVar
+from typing import Any, TypeVar
 
 from avss_dist.core.errors import AvssError
 from avss_dist.core.settings import Settings, fingerprint
@@ -12,8 +12,7 @@ from avss_dist.corpus.shards import Shard
 from avss_dist.models.checkpoints import Checkpoint
 from avss_dist.partition.replica import Placement, Replica, open_replica
 from avss_dist.stats.layer_stats import ShardResult
-from avss_dist.system.devices import Devices
-from avss_dist.tasks.cells import Cell, CellOutcome
+from avss_dist.tasks.cells import Cell
 from avss_dist.warehouse.store import Receipt, SharedWarehouse
 
 S = TypeVar("S")
@@ -73,58 +72,3 @@ class RunShards:
 Underway = Callable[[Cell, str, float], None]
 """Progress callback: receives a cell, its current activity, and the share of the activity that is done (0 to 1)."""
 Outcome = tuple[RunShards, ShardResult | Receipt | AvssError]
-
-
-class Executor(Protocol):
-    """Measures shards and cells."""
-
-    @property
-    def devices(self) -> Devices:
-        """Devices and memory that are available."""
-
-    def connect(self) -> None:
-        """Connect to Ray once, until `close`. Other executors of this process share the connection.
-
-        Raises:
-            ConfigError: the cluster cannot be reached.
-            RunFailed: workers cannot be started here.
-        """
-
-    def replicas(self, placement: Placement) -> int:
-        """Return the number of model copies of this placement that run in parallel.
-
-        Raises:
-            ConfigError: there are too few devices.
-        """
-
-    def run(self, runs: Iterator[RunShards]) -> Generator[Outcome, None, None]:
-        """Yield a result for every shard of every run, in any order. A shard may come twice, with equal results.
-
-        The next run may be taken, in another thread, while one is measured. An AvssError in place of a result ends
-        its run alone: the model cannot be opened or observed, or a shard failed more often than it is retried.
-        """
-
-    def run_cells(
-        self, rounds: Iterator[Sequence[Cell]], underway: Underway | None = None
-    ) -> Generator[CellOutcome, None, None]:
-        """Yield the result of every cell, in any order. An AvssError in its place concerns that cell alone.
-
-        The next round may be taken, in another thread, while one is measured, and may wait for its results. Models
-        stay open from round to round.
-
-        Args:
-            underway: called now and then in the middle of a cell that takes long.
-        """
-
-    def apply(self, function: Callable[[S], T], items: Sequence[S]) -> Iterator[T]:
-        """Yield the function's value for every item, in order, computed in parallel if there are several machines.
-
-        Args:
-            function, items: must be picklable.
-
-        Raises:
-            AvssError: the function raised it.
-        """
-
-    def close(self) -> None:
-        """Stop workers and free devices."""

@@ -19,7 +19,8 @@ from avss_dist.core.errors import AvssError, ConfigError, as_failure
 from avss_dist.core.registry import GANGS, PARTITIONS
 from avss_dist.core.settings import Execution, Settings
 from avss_dist.corpus.shards import Shard
-from avss_dist.executors.interface import Executor, Outcome, ReplicaSpec, RunShards, Underway, by_model
+from avss_dist.executors import Executor
+from avss_dist.executors.interface import Outcome, ReplicaSpec, RunShards, Underway, by_model
 from avss_dist.measure.observer import Hooks, attached
 from avss_dist.measure.shard import analyze_shard, counter_bytes
 from avss_dist.partition.choose import size_of
@@ -46,16 +47,28 @@ class LocalExecutor:
 
     Shards are measured in parallel on free cores, each with the settings' threads. The degree of parallelism changes no
     number: a shard's result is a pure function of its tokens.
+
+    Attributes:
+        devices: devices and memory that are available.
     """
 
     def __init__(self, settings: Settings) -> None:
         self.devices = devices_here(pick_device(settings.device).type)
 
     def connect(self) -> None:
-        """Do nothing: there are no workers."""
+        """Connect to the workers once, until `close`: here there are none. Other executors share the connection.
+
+        Raises:
+            ConfigError: the cluster cannot be reached.
+            RunFailed: workers cannot be started here.
+        """
 
     def replicas(self, placement: Placement) -> int:
-        """Return 1, the number of replicas. Raises ConfigError if the placement needs more GPUs than there are."""
+        """Return the number of model copies of a placement that run in parallel: here 1.
+
+        Raises:
+            ConfigError: there are too few devices.
+        """
         if placement.gpus > self.devices.count:
             raise ConfigError(
                 f"A replica needs {placement.gpus} GPUs; there are {self.devices.count}.",
@@ -64,7 +77,12 @@ class LocalExecutor:
         return 1
 
     def run(self, runs: Iterator[RunShards]) -> Generator[Outcome, None, None]:
-        """Measure one run after the other: open the model, yield the results of its shards in order, close it."""
+        """Yield a result for every shard of every run: here one run after the other, and its shards in order.
+
+        Others yield them in any order, and a shard may come twice, with equal results. The next run may be taken, in
+        another thread, while one is measured. An AvssError in place of a result ends its run alone: the model cannot be
+        opened or observed, or a shard failed more often than it is retried.
+        """
         for spec, same in groupby(runs, key=lambda run: run.replica_spec):
             with computing_threads(spec.settings.threads):
                 try:
@@ -83,7 +101,14 @@ class LocalExecutor:
     def run_cells(
         self, rounds: Iterator[Sequence[Cell]], underway: Underway | None = None
     ) -> Generator[CellOutcome, None, None]:
-        """Yield the result of every cell, or an AvssError in its place, as `executors.interface.Executor.run_cells`."""
+        """Yield the result of every cell, in any order. An AvssError in its place concerns that cell alone.
+
+        The next round may be taken, in another thread, while one is measured, and may wait for its results. Models
+        stay open from round to round.
+
+        Args:
+            underway: called now and then in the middle of a cell that takes long.
+        """
         models = (group for cells in rounds for group in by_model(cells))
         for spec, same in groupby(models, key=itemgetter(0)):
             cells = (cell for _, group in same for cell in group)
@@ -105,11 +130,18 @@ class LocalExecutor:
                         yield cell, result
 
     def apply(self, function: Callable[[S], T], items: Sequence[S]) -> Iterator[T]:
-        """Return the results of a function, item by item."""
+        """Yield the function's value for every item, in order, computed in parallel if there are several machines.
+
+        Args:
+            function, items: must be picklable.
+
+        Raises:
+            AvssError: the function raised it.
+        """
         return map(function, items)
 
     def close(self) -> None:
-        """Do nothing: nothing outlives `run`."""
+        """Stop workers and free devices: here nothing outlives `run`."""
 
 
 def shards_at_once(replica: Replica, spec: ReplicaSpec, strata: int = 1) -> int:

@@ -15,7 +15,8 @@ from typing import Any
 
 from avss_dist.core.errors import AvssError, StorageFull, as_failure
 from avss_dist.core.settings import fingerprint
-from avss_dist.executors.interface import Executor, RunShards
+from avss_dist.executors import Executor
+from avss_dist.executors.interface import RunShards
 from avss_dist.models.checkpoints import slug
 from avss_dist.runs.events import (
     OnRunEvent,

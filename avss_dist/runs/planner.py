@@ -12,7 +12,8 @@ from avss_dist.core.errors import ModelError, without_secrets
 from avss_dist.core.settings import Settings, fingerprint
 from avss_dist.corpus.shards import USUAL_ROWS, CorpusPlan, tokenize_corpus
 from avss_dist.corpus.sources import open_source
-from avss_dist.executors.interface import Executor, ReplicaSpec
+from avss_dist.executors import Executor
+from avss_dist.executors.interface import ReplicaSpec
 from avss_dist.models.checkpoints import Checkpoint, content_hash, convert_pickles, fetch_files, locate, resolve
 from avss_dist.models.loading import load_tokenizer, pin, text_config
 from avss_dist.models.size import Footprint, sharing_skeletons

@@ -99,7 +99,7 @@ MERGED_HERE = 400  # shards; merging more is distributed to workers
 Expected = Mapping[int, str]
 """Content hashes of shards by id, in order."""
 Apply = Callable[[Callable[[Expected], Any], Sequence[Expected]], Iterable[Any]]
-"""Applies a function to every item, in order. See `executors.interface.Executor.apply`."""
+"""Applies a function to every item, in order. See `executors.local.LocalExecutor.apply`."""
 
 
 @dataclass

@@ -12,7 +12,7 @@ from avss_dist.core.registry import GANGS
 from avss_dist.core.settings import Execution, Settings
 from avss_dist.core.validation import keywords
 from avss_dist.corpus.sources import corpus_problems
-from avss_dist.executors.interface import Executor
+from avss_dist.executors import Executor
 from avss_dist.executors.local import open_executor
 from avss_dist.requests import ScoreAllRequest, ScoreRequest
 from avss_dist.runs.driver import Driver, Ending, record_failure

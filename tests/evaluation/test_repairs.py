@@ -33,7 +33,7 @@ from avss_dist.evaluation.events import CellUnderway, Event
 from avss_dist.evaluation.repairs import fit_repairs, plan_fits, read_repaired
 from avss_dist.evaluation.session import EvaluationSession, PlacedModel, PlannedTask
 from avss_dist.evaluation.tasks import text_task
-from avss_dist.executors.interface import Executor
+from avss_dist.executors import Executor
 from avss_dist.executors.local import LocalExecutor
 from avss_dist.executors.ray.executor import RayExecutor
 from avss_dist.models.checkpoints import resolve

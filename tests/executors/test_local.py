@@ -18,8 +18,8 @@ import avss_dist
 from avss_dist.core.errors import AvssError, BatchTooLarge, ModelError
 from avss_dist.core.intervention import NO_INTERVENTION, Intervention
 from avss_dist.core.settings import Settings
-from avss_dist.executors import local
-from avss_dist.executors.interface import Executor, ReplicaSpec, RunShards
+from avss_dist.executors import Executor, local
+from avss_dist.executors.interface import ReplicaSpec, RunShards
 from avss_dist.executors.local import LocalExecutor
 from avss_dist.measure import shard as measuring
 from avss_dist.models.causal_lm import LanguageModel

@@ -39,7 +39,7 @@ from avss_dist import ablate, evaluate
 from avss_dist.core.errors import ConfigError, RunFailed
 from avss_dist.core.intervention import NO_INTERVENTION, Intervention
 from avss_dist.core.settings import Execution, Settings
-from avss_dist.executors.interface import Executor
+from avss_dist.executors import Executor
 from avss_dist.executors.local import LocalExecutor, open_executor
 from avss_dist.executors.ray import cluster, gang, queue
 from avss_dist.executors.ray.executor import RayExecutor

@@ -103,7 +103,7 @@ class RayExecutor:
     def run_cells(
         self, rounds: Iterator[Sequence[Cell]], underway: Underway | None = None
     ) -> Generator[CellOutcome, None, None]:
-        """Yield the result of every cell, or an AvssError in its place, as `executors.interface.Executor.run_cells`."""
+        """Yield the result of every cell, or an AvssError in its place. See `executors.local.LocalExecutor`."""
         models = (group for cells in rounds for group in by_model(cells))
         return self._measure(CellQueue(spec, cells, underway) for spec, cells in models)
 
