@@ -52,6 +52,7 @@ from avss_dist.warehouse.store import Receipt, Store
 ROWS, LENGTH = 32, 2048
 MADE = 32  # results that are made beforehand
 RUN = RunIdentity(run_id="virtual-0000000000", model="virtual", revision="0", family="virtual")
+VIRTUAL: Any = SimpleNamespace(name=RUN.model)  # the specification of a run, of which events take the name
 
 
 def layer_stats(rng: np.random.Generator, site: str, units: int) -> LayerStats:
@@ -186,7 +187,7 @@ class Committing(Driver):
         (planned,) = specs
         while not self.times or self.times[-1][0] - self.times[0][0] < self._seconds:
             running = RunInProgress(planned, self._store, fresh=True)
-            self._in_progress[running.shards] = planned, running
+            self._in_progress[running.shards] = VIRTUAL, running
             yield running.shards
 
     def _keep(self, outcome: Any, spec: RunSpec, running: RunInProgress) -> None:

@@ -35,6 +35,7 @@ from avss_dist.measure.kernels.reference import Accumulator, Kernels, TorchKerne
 from avss_dist.measure.observer import Observer, attached
 from avss_dist.models.loading import forward_function, open_module
 from avss_dist.partition.replica import run_batch
+from avss_dist.stats.merging import merge_strata
 from avss_dist.system.devices import pick_device
 
 GRID = np.array(THRESHOLDS)
@@ -196,7 +197,7 @@ def speed(run: Run) -> None:
                     ms, host = run.timed(measured, rounds, 1)
                     peak = _peak(run, measured) - _peak(run, bare)
                     start = time.perf_counter()
-                    observer.result()
+                    merge_strata(observer.strata())
                     last = (time.perf_counter() - start) * 1e3
                 run.say(f"{say} {what} {ms:.1f} ms = {base / ms:.3f} of bare (host {host:.1f}), {peak / 1e6:+.0f} MB")
                 run.say(f"    and {last:.0f} ms for the result of a shard")

@@ -58,6 +58,7 @@ def test_gangs_alone_take_ranks_and_need_several_processes(partition: str) -> No
 
 
 SIXTH = '''
+from avss_dist.partition.replica import SingleReplica
 
 
 class SixthReplica(SingleReplica):
@@ -79,8 +80,7 @@ if __name__ == "__main__":
     from avss_dist.estimation.preview import preview_job
     from avss_dist.executors.local import LocalExecutor, shards_at_once
     from avss_dist.partition.choose import choose, least_host_bytes
-    from avss_dist.partition.replica import with_copies
-    from avss_dist.partition.replica import open_replica
+    from avss_dist.partition.replica import open_replica, with_copies
     from avss_dist.runs.job_file import read_job
     from avss_dist.core.settings import Execution, Settings
     from avss_dist.system.devices import devices_here
