@@ -1,4 +1,7 @@
-"""Python functions of the commands that read a warehouse: the fields of their requests are keywords."""
+"""Python functions of the commands that read a warehouse: the fields of their requests are keywords.
+
+Each function imports what it needs, so that a list of runs need not wait for the imports of a comparison.
+"""
 
 from __future__ import annotations
 
@@ -6,19 +9,12 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from functools import wraps
 from pathlib import Path
-from typing import Any, ParamSpec, TypeVar
+from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar
 
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from avss_dist.analysis import comparison as comparing
-from avss_dist.analysis import contrast as contrasting
-from avss_dist.analysis import curves as following
-from avss_dist.analysis import findings as finding
 from avss_dist.analysis.chosen import choose_runs, one_run
-from avss_dist.analysis.experts import require_experts
-from avss_dist.analysis.scorecard import best_readings, own_score, score_cards
-from avss_dist.analysis.thresholds import layer_scores, quantiles
 from avss_dist.core.errors import QueryError, WarehouseError
 from avss_dist.core.names import REPAIR, ROW_START
 from avss_dist.core.registry import READING
@@ -38,6 +34,11 @@ from avss_dist.read_requests import (
 )
 from avss_dist.stats.scores import Threshold
 from avss_dist.warehouse.reader import Warehouse
+
+if TYPE_CHECKING:
+    from avss_dist.analysis.comparison import RankingComparison
+    from avss_dist.analysis.contrast import Contrast
+    from avss_dist.analysis.curves import RankingCurves
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -105,6 +106,10 @@ def layer_rows(opened: Warehouse, request: ShowRequest) -> Table:
     With ``experts``, rows of ``expert_stats``; with ``quantiles`` or ``sparsity``, quantiles of abs(x). A picture of
     the scores is saved to ``output``.
     """
+    from avss_dist.analysis.experts import require_experts
+    from avss_dist.analysis.scorecard import own_score
+    from avss_dist.analysis.thresholds import layer_scores, quantiles
+
     runs = choose_runs(opened, request.run)
     if request.experts:
         for row in runs:
@@ -164,17 +169,22 @@ def query_rows(opened: Warehouse, request: QueryRequest) -> Table:
 
 
 def compare_runs(
-    opened: Warehouse, request: CompareRequest, *, max_listed: int = comparing.MAX_PAIRS
-) -> comparing.RankingComparison | following.RankingCurves:
+    opened: Warehouse, request: CompareRequest, *, max_listed: int | None = None
+) -> RankingComparison | RankingCurves:
     """Compare the layer rankings of runs, by default of all finished ones, by pairs or ``along`` an axis.
 
-    A picture of them is saved to ``output``. All pairs are listed if there are at most ``max_listed``.
+    A picture of them is saved to ``output``. All pairs are listed if there are at most ``max_listed``, by default
+    `comparison.MAX_PAIRS`.
     """
+    from avss_dist.analysis import comparison as comparing
+
     run_ids = chosen_ids(opened, request.run)
     place: dict[str, Any] = {name: getattr(request, name) for name in ("score", "site", "recipe", "allow_mismatch")}
     place["threshold"] = named_threshold(request.threshold)
     if request.along:
-        followed = following.ranking_curves(opened, run_ids, along=request.along, **place)
+        from avss_dist.analysis.curves import ranking_curves
+
+        followed = ranking_curves(opened, run_ids, along=request.along, **place)
         if request.output is not None:
             from avss_dist.reports.chart import save_chart
             from avss_dist.reports.curves import curves_chart
@@ -182,7 +192,7 @@ def compare_runs(
             save_chart(curves_chart(followed.curves), Path(request.output))
         return followed
     mapped = request.output is not None
-    pairs: dict[str, Any] = {"by": request.by, "share": request.share, "max_listed": max_listed}
+    pairs: dict[str, Any] = {"by": request.by, "share": request.share, "max_listed": max_listed or comparing.MAX_PAIRS}
     comparison = comparing.compare(opened, run_ids, mapped=mapped, **pairs, **place)
     if request.output is not None:
         from avss_dist.reports.chart import save_chart, similarity_chart  # altair takes a second to import
@@ -196,6 +206,9 @@ def find(opened: Warehouse, request: FindingsRequest) -> Table:
 
     With ``truth``, a row for each score that says how far it agrees with the measured ground truth.
     """
+    from avss_dist.analysis.findings import findings as find_all
+    from avss_dist.analysis.scorecard import best_readings, score_cards
+
     if request.truth:
         cards = score_cards(opened, choose_runs(opened, request.run, every=True), request.by)
         return Table(cards if request.every else best_readings(cards))
@@ -203,13 +216,15 @@ def find(opened: Warehouse, request: FindingsRequest) -> Table:
     run_ids = chosen_ids(opened, request.run)
     threshold = named_threshold(request.threshold)
     names = run_ids if request.run else None  # all, with those that cannot be read
-    return Table(finding.findings(opened, names, threshold=threshold, site=site, recipe=recipe))
+    return Table(find_all(opened, names, threshold=threshold, site=site, recipe=recipe))
 
 
-def contrast_labels(opened: Warehouse, request: ContrastRequest) -> contrasting.Contrast:
+def contrast_labels(opened: Warehouse, request: ContrastRequest) -> Contrast:
     """Contrast hallucinated with truthful answers, layer by layer, with controls; for a run on paired text."""
+    from avss_dist.analysis.contrast import contrast as contrast_run
+
     value, kind = parse_threshold(request.threshold)
-    return contrasting.contrast(
+    return contrast_run(
         opened,
         named_run(opened, request.run),
         site=request.site,

@@ -21,11 +21,9 @@ from typer.core import TyperCommand, TyperGroup
 
 from avss_dist import __version__
 from avss_dist.cli.commands import COMMANDS, ELSEWHERE, JOBS, READ, REMOVED, epilog
-from avss_dist.cli.options import CommandWithSections, parameters, spelled_option
 from avss_dist.core.errors import AvssError, ConfigError, RunFailed, is_full, nearest, spell_fields, unwritable
 from avss_dist.core.extras import EXTRAS, install_hint
 from avss_dist.core.text import printable
-from avss_dist.core.validation import from_texts
 from avss_dist.system.process import arm, exit_code, stop_signal
 from avss_dist.system.streams import USUAL, VERBOSE, complain, complete_output, emit, prepare, say, set_verbosity
 
@@ -160,6 +158,8 @@ def at_end(work: Callable[[], None]) -> None:
 
 def spelling(command: Any) -> Mapping[str, str]:
     """Return the options of the fields that a command sets, and the placeholders of its arguments."""
+    from avss_dist.cli.options import spelled_option
+
     parameters = getattr(command, "params", ())
     return {parameter.name: spelled_option(parameter) for parameter in parameters}
 
@@ -182,6 +182,9 @@ app = typer.Typer(
 @cache
 def load_command(name: str) -> Any:
     """Return a command with its options. What it does is imported after its values were checked."""
+    from avss_dist.cli.options import CommandWithSections, parameters  # pydantic with it, which --help does not need
+    from avss_dist.core.validation import from_texts
+
     listed = COMMANDS[name]
     module, _, cls = listed.request.partition(":")
     request = getattr(import_module(f"avss_dist.{module}"), cls)

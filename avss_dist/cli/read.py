@@ -173,8 +173,6 @@ def compare(request: CompareRequest, format: str) -> None:
     """Compare layer rankings between runs: how far they agree, or how they move along training, size or text."""
     from avss_dist.analysis.comparison import MAX_PAIRS, RankingComparison
     from avss_dist.api.read import compare_runs
-    from avss_dist.reports.curves import curve_section
-    from avss_dist.reports.terminal.tables import rendered
 
     opened, request = open_for(request)
     result = compare_runs(opened, request, max_listed=MAX_PAIRS if format != "table" else MAX_TABLED)
@@ -187,6 +185,9 @@ def compare(request: CompareRequest, format: str) -> None:
     if isinstance(result, RankingComparison):
         _print_pairs(opened, result, request, format)
     else:
+        from avss_dist.reports.curves import curve_section
+        from avss_dist.reports.terminal.tables import rendered
+
         print_table(format, result.table, map(rendered, [curve_section(curve, "curve") for curve in result.curves]))
 
 
