@@ -1,4 +1,4 @@
-"""What commands about a warehouse share: opening it for a request, choosing runs, and printing a table."""
+"""Functions for commands about a warehouse: open it and find the runs that are named, and print a table."""
 
 from __future__ import annotations
 

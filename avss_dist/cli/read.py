@@ -136,21 +136,22 @@ def query(request: QueryCommandRequest, format: str) -> None:
     """Query a warehouse with SQL (DuckDB). It only reads, and only the warehouse."""
     from avss_dist.api.read import query_rows
     from avss_dist.reports.output import printed_to, write_table
-    from avss_dist.reports.terminal.schema import schema_markdown, schema_page
 
     output = None if request.output is None else Path(request.output)
     if format == "parquet" and output is None and sys.stdout.isatty():
         raise QueryError("`format` parquet cannot be printed on a terminal.", "Name a file with `output`.")
     with printed_to(output):
-        if request.schema and format == "table":
-            console().print(schema_page())
-        elif request.schema and format == "markdown":
-            emit(schema_markdown())
+        if request.schema and format in ("table", "markdown"):
+            from avss_dist.reports.terminal.schema import schema_markdown, schema_page
+
+            if format == "table":
+                console().print(schema_page())
+            else:
+                emit(schema_markdown())
         else:
             opened, _ = open_for(request)
-            with (
-                console().status("Reading ...") if sys.stdout.isatty() else nullcontext()
-            ):  # thousands of runs at first
+            # Thousands of runs are read at first.
+            with console().status("Reading ...") if sys.stdout.isatty() else nullcontext():
                 table = interruptible(lambda: query_rows(opened, request)).table()
             write_table(table, format, console())
             if not table.num_rows:

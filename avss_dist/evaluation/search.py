@@ -163,12 +163,14 @@ def removal_losses(session: EvaluationSession, planned: PlannedTask) -> Losses:
     """
     started = datetime.now(UTC)  # earlier rows do not count in a fresh session
 
-    def known() -> dict[Removals, Result]:
+    def measured() -> dict[Removals, Result]:
         rows = [row for row in session.rows(planned.run_id()) if not session.fresh or row["created_at"] >= started]
         return {result.removed: result for result in combine(rows, len(planned.task.parts))}
 
+    results = measured()
+
     def losses(base: Layers, layers: Layers) -> dict[Layers, Result]:
-        results, drops = known(), _expand(base, layers)
+        drops = _expand(base, layers)
         missing = [layer for layer, removed in zip(layers, drops, strict=False) if removed not in results]
         chunks = [tuple(missing[start : start + SETS_PER_CELL]) for start in range(0, len(missing), SETS_PER_CELL)]
         if not layers and base not in results:
@@ -181,7 +183,7 @@ def removal_losses(session: EvaluationSession, planned: PlannedTask) -> Losses:
         ]
         if cells:
             session.run(cells)
-            results = known()
+            results.update(measured())
         return {removed: results[removed] for removed in drops}
 
     return losses

@@ -42,7 +42,7 @@ from avss_dist.pruning.selection import PlanError
 from avss_dist.stats.intervals import MINIMUM_UNITS, jackknife_interval
 from avss_dist.stats.metrics import retention_of
 from avss_dist.system.process import package_versions
-from avss_dist.tasks.cells import Cell, CellOutcome
+from avss_dist.tasks.cells import Cell, CellOutcome, CellResult
 from avss_dist.tasks.task import Measure, Result, Task, combine
 from avss_dist.warehouse.schema import SCHEMA_VERSION, RunIdentity
 from avss_dist.warehouse.storage import Storage
@@ -360,27 +360,8 @@ class EvaluationSession:
                     notes = outcome.notes
                     write = self.store.storage.write_patch
                     keys = [None if row.patch is None else write(row.patch) for row in outcome.rows]
-                    key, identity = cell.intervention.key, _identity(cell, cell.run_id, outcome.family)
-                    rows = [
-                        {
-                            **key._replace(
-                                removed=key.removed if row.removed is None else row.removed,
-                                rounding=row.rounding or key.rounding,
-                                patch=patch or key.patch,
-                            ).row(),
-                            "task": cell.task,
-                            "metric": row.metric,
-                            "layer": row.layer,
-                            "part": cell.part,
-                            "samples": row.samples.tolist(),
-                            "weights": row.weights.tolist(),
-                            "device": outcome.device,
-                            "seconds": outcome.seconds / len(outcome.rows),
-                            "created_at": datetime.now(UTC),
-                        }
-                        for row, patch in zip(outcome.rows, keys, strict=True)
-                    ]
-                    self.store.write_cell(identity, cell.cell_id, rows)
+                    identity = _identity(cell, cell.run_id, outcome.family)
+                    self.store.write_cell(identity, cell.cell_id, _rows(cell, outcome, keys))
                 self.on_event(CellDone(cell, notes))
                 yield cell, outcome
 
@@ -517,3 +498,31 @@ class Retention:
 def _identity(work: Cell | PlannedTask, run_id: str, family: str) -> RunIdentity:
     checkpoint = work.checkpoint
     return RunIdentity(run_id=run_id, model=checkpoint.name, revision=checkpoint.revision, family=family)
+
+
+def _rows(cell: Cell, measured: CellResult, patches: Sequence[str | None]) -> list[Mapping[str, Any]]:
+    """Return the rows of ``cells`` of a measured cell, without the columns of RunIdentity.
+
+    Args:
+        patches: hash of the patch of each row of the result, or None.
+    """
+    key = cell.intervention.key
+    return [
+        {
+            **key._replace(
+                removed=key.removed if row.removed is None else row.removed,
+                rounding=row.rounding or key.rounding,
+                patch=patch or key.patch,
+            ).row(),
+            "task": cell.task,
+            "metric": row.metric,
+            "layer": row.layer,
+            "part": cell.part,
+            "samples": row.samples.tolist(),
+            "weights": row.weights.tolist(),
+            "device": measured.device,
+            "seconds": measured.seconds / len(measured.rows),
+            "created_at": datetime.now(UTC),
+        }
+        for row, patch in zip(measured.rows, patches, strict=True)
+    ]

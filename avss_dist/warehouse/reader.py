@@ -79,6 +79,7 @@ class Warehouse:
         self._parts: dict[str, TableParts] = {}
         self._snapshot = snapshot
         self._finished: tuple[ds.Dataset, set[str]] | None = None  # of a snapshot
+        self._all_runs: pa.Table | None = None  # of a snapshot
         self._unreadable: set[tuple[str, str]] = set()  # paths and times of change
         self._damaged: dict[str, str] = {}
 
@@ -160,7 +161,9 @@ class Warehouse:
 
     def runs(self) -> pa.Table:
         """Read one row for each run, failed ones too, with the columns of ``SCHEMAS["runs"]``."""
-        return self.table("runs")
+        if self._all_runs is None or not self._snapshot:
+            self._all_runs = self.table("runs")
+        return self._all_runs
 
     def unfinished(self) -> pa.Table:
         """Return the runs that have begun and have no row: interrupted ones, and those that are measured now.
