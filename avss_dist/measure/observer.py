@@ -6,7 +6,7 @@ observer sums the statistics of routed experts.
 
 from __future__ import annotations
 
-from collections import defaultdict, deque
+from collections import Counter, defaultdict, deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from contextvars import ContextVar
@@ -312,6 +312,7 @@ class Observer:
         hooks: hooks of the layers, from `attached`.
         thresholds: absolute near-zero thresholds, ascending.
         split: rows of a batch that this process counts.
+        passes: number of passes to be counted, if known. After the last, a layer's accumulators are freed.
         heartbeat: called at the start of every layer.
     """
 
@@ -321,16 +322,18 @@ class Observer:
         thresholds: Sequence[float],
         *,
         split: RowSplit = ALL_ROWS,
+        passes: int | None = None,
         heartbeat: Callable[[], None] | None = None,
     ) -> None:
         self.hooks = hooks
         self.split, self.experts = split, ExpertCounter()
-        self._heartbeat = heartbeat
+        self._passes, self._heartbeat = passes, heartbeat
         self._thresholds = np.asarray(thresholds, np.float64)
         self._by_call = {(layer.module, layer.call): layer for layer in hooks.layers}
         self._accumulators: dict[StratumKey, Accumulator] = {}
         self._stats: dict[StratumKey, LayerStats] = {}
         self._coming: list[tuple[list[StratumKey], Callable[[], list[LayerStats]]]] = []
+        self._num_observed: Counter[int] = Counter()
         self._row_batches: defaultdict[LayerKey, list[tuple[np.ndarray, Tensors]]] = defaultdict(list)
         self._kernels: dict[torch.device, Kernels] = {}
         inputs = set(INPUT_SITES) & set(hooks.sites)  # of linear maps, whose every unit is summed
@@ -357,8 +360,7 @@ class Observer:
     def send(self) -> None:
         """Start the transfer of the counts to the host. `strata` waits for it."""
         self._finish()
-        self._coming.append((list(self._accumulators), send_stats([*self._accumulators.values()])))
-        self._accumulators.clear()
+        self._coming.append(self._send(list(self._accumulators)))
 
     def send_rows(self) -> Callable[[], dict[LayerKey, PlacedRows]]:
         """Start the transfer of the row statistics, and return a function that waits for it and returns them."""
@@ -384,6 +386,9 @@ class Observer:
         self._coming.clear()
         return dict(sorted(self._stats.items()))
 
+    def _send(self, keys: list[StratumKey]) -> tuple[list[StratumKey], Callable[[], list[LayerStats]]]:
+        return keys, send_stats([self._accumulators.pop(key) for key in keys])
+
     def enter(self, now: Pass, module: nn.Module, hidden: torch.Tensor | None) -> None:
         """Record the start of a layer."""
         if self._heartbeat:
@@ -405,6 +410,13 @@ class Observer:
         if {"block", "update"} & set(self.hooks.sites):
             self._add_block(now, *entered, output)
         self._finish()
+        index = entered[0].index
+        self._num_observed[index] += 1
+        if self._num_observed[index] == self._passes:  # accumulators on the host become results, ten times smaller
+            keys = [key for key in self._accumulators if key[0] == index]
+            if all(self._accumulators[key].device.type == "cpu" for key in keys):
+                _, arrived = self._send(keys)
+                self._stats |= zip(keys, arrived(), strict=True)
 
     def read(self, now: Pass, layer: Layer, site: str, module: nn.Module, tensor: torch.Tensor | None) -> None:
         """Add the statistics of a site's module inside a layer: its output after it ran, or its input before."""

@@ -111,7 +111,8 @@ def _measure(
     replica: Replica, hooks: Hooks, batches: list[Batch], forwards: int, settings: Settings, heartbeat: Heartbeat | None
 ) -> Observer:
     batches = [*batches, *[dummy_batch()] * (forwards - len(batches))]
-    observer = Observer(hooks, settings.thresholds, split=replica.split, heartbeat=heartbeat)
+    passes = sum(bool(batch.observed.any()) for batch in batches)
+    observer = Observer(hooks, settings.thresholds, split=replica.split, passes=passes, heartbeat=heartbeat)
     replica.forward(batches, lambda batch: observer.batch(batch.observed, batch.pairing))
     return observer
 

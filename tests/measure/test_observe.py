@@ -217,6 +217,22 @@ def test_observers_nest() -> None:
     assert all(stats.equals(merge_strata(outer.strata())[key]) for key, stats in alone.items())
 
 
+def test_a_layer_is_concluded_after_its_last_pass() -> None:
+    """Its accumulators are given up when no pass is to come, and its statistics are what they are without."""
+    backbone = opened(llama())
+    run = forward_function(backbone.module)
+    kept = []
+    with observe(backbone.layers, SITES, THRESHOLDS, passes=2) as observer, torch.no_grad():
+        for seed in range(2):
+            with observer.batch(FULL.numpy()):
+                run(token_ids(seed), FULL.long())
+            kept.append(len(observer._accumulators))
+    assert kept == [3 * len(SITES), 0]
+    expected = observed(backbone, [(token_ids(seed), FULL) for seed in range(2)])
+    got = merge_strata(observer.strata())
+    assert list(got) == list(expected) and all(got[key].equals(expected[key]) for key in expected)
+
+
 def test_only_the_wanted_sites_are_measured() -> None:
     backbone = opened(llama())
     everything = observed(backbone, [(token_ids(), FULL)])

@@ -15,8 +15,9 @@ def observe(
     sites: Sequence[str],
     thresholds: Sequence[float],
     *,
+    passes: int | None = None,
     heartbeat: Callable[[], None] | None = None,
 ) -> Iterator[Observer]:
     """Attach hooks and yield an observer. The hooks are removed on exit, also after an exception."""
     with attached(layers, sites) as hooks:
-        yield Observer(hooks, thresholds, heartbeat=heartbeat)
+        yield Observer(hooks, thresholds, passes=passes, heartbeat=heartbeat)
