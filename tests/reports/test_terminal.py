@@ -173,6 +173,15 @@ def test_the_pace_is_that_since_the_beginning() -> None:
     assert (pace.done, pace.rate, pace.seconds_left(20.0), pace.seconds_left(25.0)) == (300.0, 10.0, 70.0, 65.0)
 
 
+def test_units_that_come_together_make_one_pace() -> None:
+    """Four workers, a unit of a minute each: after every round of four, the time left is that of the rounds left."""
+    pace = Pace(72.0, now=0.0)
+    for round_, left in ((60.0, 1020), (120.0, 960), (180.0, 900)):
+        for late in (0.0, 0.4, 0.8, 1.0):
+            pace.reach(pace.done + 1, round_ + late)
+        assert pace.seconds_left(round_ + 1.0) == pytest.approx(left, rel=0.02)
+
+
 @pytest.mark.parametrize("newest_first", [False, True])
 def test_a_terminal_shows_the_ends_of_a_long_table_and_a_pipe_all(
     capsys: pytest.CaptureFixture[str], newest_first: bool
