@@ -30,7 +30,7 @@ ROW_STARTS = ("auto", "none")
 _OLD_ROWS = {"row_start": "none"}  # default of what was stored before this option existed
 _OF_STATISTICS = ("sites", "thresholds", "experts", "sequences_per_shard")
 TRAINED = ("all", "lora")
-"""Weights that distillation trains: see `distillation.student`."""
+"""Weights that distillation trains: see `distillation.pair`."""
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 ATTENTIONS = ("sdpa", "eager", "flash_attention_2")
 EXECUTORS = ("auto", "local", "ray")

@@ -1,9 +1,9 @@
-"""The course of a training: evaluations on held-out text by tokens, and the rules that end it."""
+"""The course of a training: its events, evaluations on held-out text by tokens, and the rules that end it."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
@@ -49,22 +49,56 @@ class Schedule:
 
 @checked
 class CurvePoint:
-    """An evaluation on held-out rows."""
+    """An evaluation on held-out rows. It is also the event of its end.
+
+    Attributes:
+        step: training steps before it.
+        tokens: tokens trained on before it, those before an interruption included.
+        train_loss: mean divergence from the teacher in the steps since the point before, in nats per token.
+        loss: divergence from the teacher on held-out rows of the trained texts, by their weights, in nats per token.
+        divergence: divergence from the teacher, by trained text.
+        perplexity: perplexity, by text.
+        kept: perplexity of the teacher over that of the student, by text.
+    """
 
     step: Count
-    """Training steps before it."""
     tokens: Count = 0
-    """Tokens trained on before it."""
     train_loss: Number | None = None
-    """Mean divergence from the teacher in the steps since the point before, in nats per token."""
     loss: Number
-    """Divergence from the teacher on held-out rows of the trained texts, by their weights, in nats per token."""
     divergence: ByText
-    """Divergence from the teacher, by trained text."""
     perplexity: ByText
-    """Perplexity, by text."""
     kept: ByText
-    """Perplexity of the teacher over that of the student, by text."""
+
+
+@dataclass(frozen=True)
+class Preparing:
+    """The progress of a step before or after training: the share of it that is done."""
+
+    step: str
+    share: float = 0.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainingAdvanced:
+    """The end of a training step.
+
+    Attributes:
+        tokens: number of tokens trained on so far, those before an interruption included.
+        total: number of tokens of the whole training.
+        loss: mean divergence from the teacher in this step, in nats per token.
+    """
+
+    tokens: int
+    total: int
+    loss: float
+
+
+Event = Preparing | TrainingAdvanced | CurvePoint
+OnEvent = Callable[[Event], None]
+
+
+def ignore(_event: object) -> None:
+    """Ignore an event."""
 
 
 def evaluations(history: History, step_tokens: int = 0) -> list[CurvePoint]:

@@ -8,43 +8,48 @@ import shutil
 import socket
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, closing, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pyarrow as pa
-import torch
 from safetensors import SafetensorError
 
 from avss_dist.core.errors import ConfigError, ModelError, RunFailed, StorageFull, first_line, unwritable
 from avss_dist.core.extras import require_package
 from avss_dist.core.results import TabularResult
-from avss_dist.distillation.curve import DIVERGED, CurvePoint, Schedule, best, ending, evaluations, is_better
-from avss_dist.distillation.events import OnEvent, Preparing, ignore
+from avss_dist.core.settings import refuse_unused
+from avss_dist.distillation.curve import (
+    DIVERGED,
+    CurvePoint,
+    OnEvent,
+    Preparing,
+    Schedule,
+    best,
+    ending,
+    evaluations,
+    ignore,
+    is_better,
+)
 from avss_dist.distillation.loss import logits_of
-from avss_dist.distillation.memory import Memory, estimate_memory, require_memory
-from avss_dist.distillation.pair import LORA, ModelPair, ancestry, resolve_pair
-from avss_dist.distillation.ranks import (
-    call_at_layers,
-    open_ranks,
-    require_room,
-    run_ranks,
-    sharding_options,
+from avss_dist.distillation.memory import Memory, estimate_memory, ranks_per_node, require_memory, require_room
+from avss_dist.distillation.pair import (
+    LORA,
+    ModelPair,
+    ancestry,
+    autocast,
+    default_learning_rate,
+    load_trained,
+    resolve_pair,
+    round_to_stored_dtype,
+    write_distilled,
 )
 from avss_dist.distillation.record import (
     FILE,
     DistillRecord,
     RecordedText,
     read_record,
-)
-from avss_dist.distillation.student import (
-    autocast,
-    choose_trained,
-    default_learning_rate,
-    load_trained,
-    round_to_stored_dtype,
-    write_distilled,
 )
 from avss_dist.distillation.texts import DistillText, read_texts
 from avss_dist.models.loading import load_model, quiet
@@ -116,9 +121,25 @@ def distill(request: DistillRequest) -> Distilled:
         RunFailed: training diverged, or made the student no better.
         StorageFull: there is no space left.
     """
-    with quiet(), warnings.catch_warnings(), open_ranks(request) as executor:
+    with quiet(), warnings.catch_warnings(), _open_ranks(request) as executor:
         warnings.simplefilter("ignore", FutureWarning)  # of transformers, about its own names
         return _distill(request, executor, Path(request.output), request.on_event or ignore)
+
+
+def _open_ranks(request: DistillRequest) -> AbstractContextManager[RayExecutor | None]:
+    """Return the context of the executor of the ranks of a distillation, or of None for one process.
+
+    Raises:
+        ConfigError: the cluster cannot be reached, or an option has no effect on one process.
+    """
+    if request.ranks == 1:
+        hint = "Set `ranks` to 2 or more, or leave it out."
+        names = ("address", "node_labels", "placement_seconds", "hang_seconds")
+        refuse_unused({name: getattr(request.execution, name) for name in names}, "with one rank", hint)
+        return nullcontext()
+    from avss_dist.executors.ray.executor import RayExecutor
+
+    return closing(RayExecutor(request.execution, request.settings))
 
 
 def _distill(request: DistillRequest, executor: RayExecutor | None, output: Path, on_event: OnEvent) -> Distilled:
@@ -162,7 +183,10 @@ def _distill(request: DistillRequest, executor: RayExecutor | None, output: Path
             task = DistillTask(request, models, texts, work, output)
             if executor:
                 on_event(Preparing("starting the ranks"))
-                run_ranks(request, executor, replace(task, work=work.absolute(), output=output.absolute()), on_event)
+                task = replace(task, work=work.absolute(), output=output.absolute())
+                devices = executor.devices
+                on_gpu, cpus = devices.kind == "cuda", devices.cpus_of_largest_node // ranks_per_node(request, devices)
+                executor.run_ranks(task, request.ranks, threads=1 if on_gpu else max(1, cpus), on_event=on_event)
             else:
                 task.train_and_write(on_event)
     except OSError as error:
@@ -180,11 +204,8 @@ def _distill(request: DistillRequest, executor: RayExecutor | None, output: Path
 
 def _identity(request: DistillRequest, models: ModelPair) -> dict[str, Any]:
     """Return all that determines the result, to tell whether work in a folder can be resumed."""
-    names = (
-        *("corpora", "watch", "tokens", "train", "lora_rank", "learning_rate", "warmup", "held_out", "self_texts"),
-        *("evaluations", "seed"),
-    )
-    values = {name: getattr(request, name) for name in names}
+    names = "corpora watch tokens train lora_rank learning_rate warmup held_out self_texts evaluations seed"
+    values = {name: getattr(request, name) for name in names.split()}
     values["corpora"], values["watch"] = ([str(split_weight(c)[0]) for c in values[n]] for n in ("corpora", "watch"))
     values["weights"] = [split_weight(corpus)[1] for corpus in request.corpora]
     if request.ranks > 1:
@@ -277,7 +298,7 @@ def _trained(task: DistillTask, on_event: OnEvent, heartbeat: Callable[[], None]
         learning_rate=request.learning_rate or default_learning_rate(models.student, request.train),
     )
     teacher_model = load_model(models.teacher, models.teacher_settings, head=True).to(models.device)
-    call_at_layers(teacher_model, models.teacher_settings, heartbeat)
+    trainer.call_at_layers(teacher_model, models.teacher_settings, heartbeat)
     teacher = logits_of(teacher_model)
     expected = []
     for number, text in enumerate(texts):
@@ -294,24 +315,11 @@ def _trained(task: DistillTask, on_event: OnEvent, heartbeat: Callable[[], None]
     last = trainer.last_checkpoint(folder)
     history = TrainerState.load_from_json(str(last / TRAINER_STATE_NAME)).log_history if last else []
     if ending(history, schedule.steps) is None:
-        more: dict[str, Any] = {}
-        if tracker := request.report_to:
-            require_package(tracker, "`report_to`")
-            more = {"report_to": tracker, "run_name": Path(request.output).name}
+        if request.report_to:
+            require_package(request.report_to, "`report_to`")
         on_event(Preparing(f"training, at a learning rate of {schedule.learning_rate:g}"))
-        with _explained(folder), sharding_options(request, models) as options:
-            history = trainer.train(
-                request,
-                models,
-                lambda: _open_student(request, models, heartbeat),
-                teacher,
-                texts,
-                expected,
-                schedule,
-                folder,
-                on_event,
-                {**more, **options},
-            )
+        with _explained(folder):
+            history = trainer.train(request, models, teacher, texts, expected, schedule, folder, on_event, heartbeat)
         free_device(models.device)
     ended = ending(history, schedule.steps)
     assert ended is not None
@@ -368,14 +376,6 @@ def _trained(task: DistillTask, on_event: OnEvent, heartbeat: Callable[[], None]
         curve=tuple(curve),
     )
     return record, model.to(dtype)
-
-
-def _open_student(request: DistillRequest, models: ModelPair, heartbeat: Callable[[], None] | None) -> Any:
-    """Load the student, of which the trained weights require gradients."""
-    student = load_model(models.student, models.settings, head=True)
-    call_at_layers(student, models.settings, heartbeat)
-    torch.manual_seed(request.seed)  # of a new adapter, which is the same on all ranks
-    return choose_trained(student, request.train, request.lora_rank)
 
 
 @contextmanager

@@ -5,17 +5,20 @@ from __future__ import annotations
 from collections.abc import Mapping
 from copy import deepcopy
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from avss_dist.core.errors import ConfigError
 from avss_dist.core.registry import SHARDINGS
 from avss_dist.core.settings import Settings
 from avss_dist.core.text import describe_bytes
-from avss_dist.distillation.pair import LORA
-from avss_dist.distillation.student import choose_trained
+from avss_dist.distillation.pair import LORA, ModelPair, choose_trained
 from avss_dist.models.checkpoints import Checkpoint
 from avss_dist.models.size import Footprint, footprint, load_skeleton
 from avss_dist.partition.sharded import BUCKET
-from avss_dist.system.devices import available_memory, devices_here
+from avss_dist.system.devices import Devices, available_memory, devices_here
+
+if TYPE_CHECKING:
+    from avss_dist.requests import DistillRequest
 
 FLOAT32 = 4  # bytes of a weight that is trained, of its gradient, and of each of the optimizer's two moments
 LIBRARIES = 500 << 20  # of a process with its libraries, on a CPU
@@ -138,3 +141,25 @@ def require_memory(memory: Memory, device: str, train: str, hint: str = "", free
         f"are {describe_bytes(free)}.",
         hint or f"Lower `batch_size` or `sequence_length`{'' if train == LORA else ', or set `train` lora'}.",
     )
+
+
+def ranks_per_node(request: DistillRequest, devices: Devices) -> int:
+    """Return the maximum number of ranks on one node."""
+    places = devices.count_of_largest_node if devices.kind == "cuda" else devices.cpus_of_largest_node
+    return max(1, min(request.ranks, places))
+
+
+def require_room(request: DistillRequest, devices: Devices, memory: Memory, models: ModelPair) -> None:
+    """Raise ConfigError if the ranks have too few devices, too little memory, or unsuitable devices."""
+    on_gpu, ranks = devices.kind == "cuda", request.ranks
+    if not on_gpu and models.bfloat16 and SHARDINGS[request.sharding].is_fsdp:
+        raise ConfigError(
+            f"`sharding` {request.sharding} computes in float32 on CPUs: transformers wants a GPU for bfloat16 with "
+            "FSDP.",
+            "Set `dtype` float32, or `sharding` zero3.",
+        )
+    places, what = (devices.count, "GPUs") if on_gpu else (devices.cpus, "CPUs")
+    if places < ranks and not request.execution.address:
+        raise ConfigError(f"`ranks` {ranks} need {ranks} {what}; there are {places}.", "Lower `ranks`.")
+    free = devices.device_bytes if on_gpu else devices.host_bytes // ranks_per_node(request, devices)
+    require_memory(memory, devices.kind, request.train, free=free)

@@ -24,54 +24,60 @@ CARD_END = "\nWritten by avss_dist.\n"
 
 @checked
 class RecordedText:
-    """A text of a distillation."""
+    """A text of a distillation.
+
+    Attributes:
+        corpus: the corpus, as the user named it, or self for text that the teacher wrote.
+        label: name of the text in the curve.
+        fingerprint: fingerprint of its content.
+        weight: weight in the mix; 0 for a text that was only measured.
+        trained_rows: rows that were trained on, after the held-out ones.
+        held_out_rows: rows that were measured and never trained on.
+        teacher_perplexity: perplexity of the teacher on the held-out rows.
+    """
 
     corpus: str
-    """The corpus, as the user named it, or self for text that the teacher wrote."""
     label: str
-    """Name of the text in the curve."""
     fingerprint: str
-    """Fingerprint of its content."""
     weight: Number
-    """Weight in the mix; 0 for a text that was only measured."""
     trained_rows: Count
-    """Rows that were trained on, after the held-out ones."""
     held_out_rows: Count
-    """Rows that were measured and never trained on."""
     teacher_perplexity: Number
-    """Perplexity of the teacher on the held-out rows."""
 
 
 @checked
 class DistillRecord:
-    """A distillation of a checkpoint: models, texts, settings and results."""
+    """A distillation of a checkpoint: models, texts, settings and results.
+
+    Attributes:
+        train: weights that were trained.
+        batch_size: rows in a training step.
+        tokens: tokens that were requested.
+        steps: steps of the written checkpoint.
+        ended: reason why training ended.
+        reading: settings with which the texts were read.
+        computed: dtype of the passes; weights were float32.
+        curve: evaluations in order. The last one is that of the written checkpoint, in its dtype.
+    """
 
     student: str
     student_revision: str
     teacher: str
     teacher_revision: str
     train: str
-    """Weights that were trained."""
     lora_rank: Positive | None
     learning_rate: Number
     warmup: Count
     batch_size: Positive
-    """Rows in a training step."""
     tokens: Number
-    """Tokens that were requested."""
     steps: Count
-    """Steps of the written checkpoint."""
     ended: str
-    """Reason why training ended."""
     seed: Count
     reading: Mapping[str, Any]
-    """Settings with which the texts were read."""
     held_out: Positive
     computed: str
-    """Dtype of the passes; weights were float32."""
     texts: Annotated[tuple[RecordedText, ...], Field(strict=False)]
     curve: Annotated[tuple[CurvePoint, ...], Field(strict=False)]
-    """Evaluations in order. The last one is that of the written checkpoint, in its dtype."""
 
     @property
     def settings(self) -> Settings:

@@ -15,14 +15,14 @@ import torch
 from avss_dist.core.errors import ConfigError, ModelError
 from avss_dist.core.settings import Settings, fingerprint
 from avss_dist.corpus.tokens import special_tokens_around
-from avss_dist.distillation.events import OnEvent, Preparing, ignore
+from avss_dist.distillation.curve import OnEvent, Preparing, ignore
 from avss_dist.distillation.record import SELF
 from avss_dist.models.checkpoints import Checkpoint
 from avss_dist.models.loading import load_model, load_tokenizer, pin, text_config
 from avss_dist.models.size import footprint
 from avss_dist.pruning.repair.registry import split_weight
 from avss_dist.system.devices import free_memory, pick_device
-from avss_dist.system.files import Journal, cache_folder, staged_file
+from avss_dist.system.files import cache_folder, staged_file
 from avss_dist.system.streams import progress_to, report, tracked
 
 ROWS = (128, 32)  # texts that are sampled at once, if there is memory for them, and otherwise
@@ -51,33 +51,31 @@ def teacher_text(
     names = ("sequence_length", "dtype", "device", "attention", "trust_remote_code")
     common = {name: getattr(settings, name) for name in names}
 
-    def batched(rows: int) -> tuple[dict[str, Any], Path, Path]:
-        """Return the identity of the texts if so many are sampled at once, their file, and that of unfinished ones."""
+    def files(rows: int) -> tuple[Path, Path]:
+        """Return the files of the texts and of unfinished ones if so many are sampled at once."""
         values = Settings(batch_size=rows, **common).as_dict()
-        identity = {"teacher": teacher.revision, "count": count, "seed": seed, **values}
-        file = cache_folder(_FOLDER, f"{fingerprint(**identity)[:32]}.jsonl")
-        return identity, file, work / f"self-{rows}.part"
+        key = fingerprint(teacher=teacher.revision, count=count, seed=seed, **values)[:32]
+        return cache_folder(_FOLDER, f"{key}.jsonl"), work / f"self-{key}.part"
 
-    begun = (rows for rows in ROWS if any(path.is_file() for path in batched(rows)[1:]))
+    begun = (rows for rows in ROWS if any(path.is_file() for path in files(rows)))
     rows = next(begun, None) or rows_at_once(teacher, settings)
-    identity, file, unfinished = batched(rows)
+    file, unfinished = files(rows)
     if file.is_file():
         return file
-    settings = Settings(batch_size=rows, **common)
-    with (
-        Journal(unfinished, identity) as journal,
-        progress_to(lambda _what, share: on_event(Preparing("the teacher writes text", share))),
-    ):
-        for batch in sample(teacher, settings, count=count, seed=seed, first=len(journal.batches)):
-            journal.add(batch)
-        texts = list(chain.from_iterable(journal.batches))
-        if not texts:
-            raise ConfigError(f"'{teacher.name}' wrote no text.", "Set `self_texts` 0, and name text with `corpus`.")
-        file.parent.mkdir(parents=True, exist_ok=True)
-        lines = (json.dumps({"text": text}, ensure_ascii=False) + "\n" for text in texts)
-        with staged_file(file) as staged:
-            staged.write_text("".join(lines), encoding="utf-8")
-        journal.remove()
+    batches = json.loads(unfinished.read_text(encoding="utf-8")) if unfinished.is_file() else []
+    with progress_to(lambda _what, share: on_event(Preparing("the teacher writes text", share))):
+        settings = Settings(batch_size=rows, **common)
+        for batch in sample(teacher, settings, count=count, seed=seed, first=len(batches)):
+            batches.append(batch)
+            with staged_file(unfinished) as staged:
+                staged.write_text(json.dumps(batches), encoding="utf-8")
+    lines = [json.dumps({"text": text}, ensure_ascii=False) + "\n" for text in chain.from_iterable(batches)]
+    if not lines:
+        raise ConfigError(f"'{teacher.name}' wrote no text.", "Set `self_texts` 0, and name text with `corpus`.")
+    file.parent.mkdir(parents=True, exist_ok=True)
+    with staged_file(file) as staged:
+        staged.write_text("".join(lines), encoding="utf-8")
+    unfinished.unlink(missing_ok=True)
     return file
 
 

@@ -18,7 +18,7 @@ from avss_dist.core.text import RedactedURI, basename
 from avss_dist.corpus.overlap import MAX_SHARED, shared_text
 from avss_dist.corpus.shards import Batch, CorpusPlan, Shard, tokenize_corpus
 from avss_dist.corpus.sources import open_source
-from avss_dist.distillation.events import OnEvent, Preparing
+from avss_dist.distillation.curve import OnEvent, Preparing
 from avss_dist.distillation.loss import NOT_COUNTED
 from avss_dist.distillation.pair import ModelPair
 from avss_dist.distillation.record import SELF

@@ -6,6 +6,7 @@ import math
 import shutil
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from functools import partialmethod
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,6 +16,7 @@ from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArgu
 from transformers.integrations import get_reporting_integration_callbacks
 
 from avss_dist.core.errors import first_line
+from avss_dist.core.settings import Settings
 from avss_dist.distillation.curve import (
     DIVERGENCE,
     KEPT,
@@ -22,13 +24,14 @@ from avss_dist.distillation.curve import (
     MOST_LOGGED,
     PERPLEXITY,
     History,
+    OnEvent,
     Schedule,
+    TrainingAdvanced,
     best,
     ending,
     evaluations,
     require_distance,
 )
-from avss_dist.distillation.events import HeldOutMeasured, OnEvent, TrainingAdvanced
 from avss_dist.distillation.loss import (
     NOT_COUNTED,
     LossSums,
@@ -39,8 +42,10 @@ from avss_dist.distillation.loss import (
     predictions,
     text_loss,
 )
-from avss_dist.distillation.pair import ModelPair
+from avss_dist.distillation.pair import ModelPair, choose_trained
 from avss_dist.distillation.texts import DistillText, Example, Mix, as_examples
+from avss_dist.models.loading import load_model
+from avss_dist.models.size import find_layers, load_skeleton
 from avss_dist.partition.group import all_gather, share
 from avss_dist.system.streams import complain
 
@@ -66,7 +71,7 @@ def arguments(
     """Return the arguments of the Trainer.
 
     Args:
-        more: further arguments, such as those of trackers.
+        more: further arguments, such as those of ranks.
     """
     options: dict[str, Any] = {
         "output_dir": str(folder),
@@ -93,7 +98,8 @@ def arguments(
         "save_strategy": "no",
         "disable_tqdm": True,
         "log_level": "error",
-        "report_to": "none",
+        "report_to": request.report_to or "none",
+        "run_name": Path(request.output).name,
         **more,
     }
     return _Arguments(**options)
@@ -224,7 +230,7 @@ class ScheduleCallback(TrainerCallback):
         point = evaluations(state.log_history, self._schedule.step_tokens)[-1]
         if not point.step:
             require_distance(point, self._folder.parent)
-        self._on_event(HeldOutMeasured(tokens=point.tokens, kept=point.kept))
+        self._on_event(point)
         if ending(state.log_history, self._schedule.steps):
             control.should_training_stop = True
 
@@ -287,42 +293,69 @@ def last_checkpoint(folder: Path) -> Path | None:
     return max(complete, key=lambda path: int(path.name.rpartition("-")[2]), default=None)
 
 
+def _sharding_options(request: DistillRequest, models: ModelPair) -> AbstractContextManager[dict[str, Any]]:
+    """Return a context manager that gives the arguments of the Trainer for the ranks, or none for one process."""
+    if request.ranks == 1:
+        return nullcontext({})
+    from avss_dist.partition.sharded import trainer_options
+
+    _, skeleton, _ = load_skeleton(models.student, models.settings)
+    layers = find_layers(skeleton, models.settings)
+    return trainer_options(
+        request.sharding,
+        models.device.type,
+        rows=request.rows,
+        bfloat16=models.bfloat16,
+        layers={type(layer).__name__ for layer in layers},
+    )
+
+
+def call_at_layers(model: Any, settings: Settings, heartbeat: Callable[[], None] | None) -> None:
+    """Have a model call a function whenever a layer begins, unless it is None."""
+    if heartbeat is not None:
+        for layer in find_layers(model, settings):
+            layer.register_forward_pre_hook(lambda *_: heartbeat())
+
+
 def train(
     request: DistillRequest,
     models: ModelPair,
-    open_student: Callable[[], Any],
     teacher: Predict,
     texts: Sequence[DistillText],
     teacher_losses: Sequence[LossSums],
     schedule: Schedule,
     folder: Path,
     on_event: OnEvent,
-    more: Mapping[str, Any],
+    heartbeat: Callable[[], None] | None,
 ) -> History:
     """Train a model, from the last checkpoint in a folder if there is one, and return the whole history.
 
     The ranks of a group all call this.
 
     Args:
-        open_student: loads the student on any device; its trained weights require gradients.
         folder: folder of the checkpoints. The best and the last one stay in it.
-        more: see `arguments`.
+        heartbeat: called whenever a layer begins.
     """
     last = last_checkpoint(folder)
-    trainer = DistillationTrainer(
-        teacher=teacher,
-        texts=texts,
-        teacher_losses=teacher_losses,
-        args=arguments(request, models, schedule, folder, {**more, "eval_on_start": last is None}),
-        model=open_student(),
-        train_dataset=Mix(texts, schedule.steps * request.batch_size, request.seed),
-        callbacks=[ScheduleCallback(schedule, folder, on_event)],
-    )
-    of_trackers = tuple(get_reporting_integration_callbacks(trainer.args.report_to))
-    handler = trainer.callback_handler
-    handler.callbacks = [TrackerCallback(c) if isinstance(c, of_trackers) else c for c in handler.callbacks]
-    trainer.train(resume_from_checkpoint=str(last) if last else None)
-    if trainer.is_deepspeed_enabled:
-        engine: Any = trainer.model_wrapped
-        engine.destroy()  # it refers to itself
-    return list(trainer.state.log_history)
+    with _sharding_options(request, models) as sharding:
+        args = arguments(request, models, schedule, folder, {**sharding, "eval_on_start": last is None})
+        student = load_model(models.student, models.settings, head=True)
+        call_at_layers(student, models.settings, heartbeat)
+        torch.manual_seed(request.seed)  # of a new adapter, which is the same on all ranks
+        trainer = DistillationTrainer(
+            teacher=teacher,
+            texts=texts,
+            teacher_losses=teacher_losses,
+            args=args,
+            model=choose_trained(student, request.train, request.lora_rank),
+            train_dataset=Mix(texts, schedule.steps * request.batch_size, request.seed),
+            callbacks=[ScheduleCallback(schedule, folder, on_event)],
+        )
+        of_trackers = tuple(get_reporting_integration_callbacks(args.report_to))
+        handler = trainer.callback_handler
+        handler.callbacks = [TrackerCallback(c) if isinstance(c, of_trackers) else c for c in handler.callbacks]
+        trainer.train(resume_from_checkpoint=str(last) if last else None)
+        if trainer.is_deepspeed_enabled:
+            engine: Any = trainer.model_wrapped
+            engine.destroy()  # it refers to itself
+        return list(trainer.state.log_history)

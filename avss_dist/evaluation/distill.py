@@ -13,9 +13,8 @@ from avss_dist.core.errors import ConfigError, RunFailed, unwritable
 from avss_dist.core.registry import LOWEST_SHARE
 from avss_dist.core.settings import ModelOptions, TextOptions, fingerprint
 from avss_dist.core.text import RedactedURI
-from avss_dist.distillation.curve import DIVERGED
+from avss_dist.distillation.curve import DIVERGED, OnEvent
 from avss_dist.distillation.distill import distill
-from avss_dist.distillation.events import OnEvent
 from avss_dist.distillation.memory import estimate_memory, require_memory, without_layers
 from avss_dist.distillation.pair import resolve_pair
 from avss_dist.distillation.record import DistillRecord, read_record, write_card

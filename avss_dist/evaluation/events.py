@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from avss_dist.distillation.events import Event as DistillEvent
+from avss_dist.distillation.curve import Event as DistillEvent
 from avss_dist.runs.events import RunEvent
 
 if TYPE_CHECKING:

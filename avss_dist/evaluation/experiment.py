@@ -24,7 +24,7 @@ from avss_dist.core.registry import GREEDY, MEASURED, READING, RECIPES, SCORES
 from avss_dist.core.settings import fingerprint
 from avss_dist.core.text import RedactedURI
 from avss_dist.corpus.shards import CorpusPlan
-from avss_dist.distillation.events import ignore
+from avss_dist.distillation.curve import ignore
 from avss_dist.evaluation.repairs import fit_of, fit_repairs, plan_fits, require_changeable
 from avss_dist.evaluation.search import greedy_search, removal_losses, search_task
 from avss_dist.evaluation.session import (

@@ -29,7 +29,7 @@ from avss_dist.core.intervention import (
 )
 from avss_dist.core.registry import PARTITIONS, PartitionInfo
 from avss_dist.core.settings import Execution, Settings, fingerprint
-from avss_dist.distillation.events import ignore
+from avss_dist.distillation.curve import ignore
 from avss_dist.evaluation.events import CellDone, CellsStarted, CellUnderway, OnEvent
 from avss_dist.executors import Executor
 from avss_dist.executors.local import open_executor

@@ -26,7 +26,7 @@ from avss_dist.core.results import TabularResult
 from avss_dist.core.settings import Settings
 from avss_dist.core.text import RedactedURI
 from avss_dist.corpus.shards import CorpusPlan
-from avss_dist.distillation.events import Preparing, ignore
+from avss_dist.distillation.curve import Preparing, ignore
 from avss_dist.distillation.record import DistillRecord
 from avss_dist.distillation.teacher_text import with_own_text
 from avss_dist.evaluation.ablate import ablate

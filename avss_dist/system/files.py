@@ -1,10 +1,9 @@
-"""Files: atomic writes, the cache folder, arrays that grow on disk, and journals of long commands."""
+"""Files: atomic writes, the cache folder, and arrays that grow on disk."""
 
 from __future__ import annotations
 
 import errno
 import hashlib
-import json
 import math
 import os
 import re
@@ -13,15 +12,12 @@ import shutil
 import socket
 import tempfile
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-
-from avss_dist.core.errors import ConfigError
 
 LEFTOVER_SECONDS = 3600.0  # nobody writes one file for so long
 LEFTOVER_FOLDER_SECONDS = 7 * 24 * 3600.0  # nor a checkpoint, with nothing new in its folder
@@ -185,56 +181,3 @@ class Spool:
             return
         self._rows_written += len(rows)
         self._waiting = self._waiting[:1]
-
-
-class Journal:
-    """File of batches of texts, a line of JSON each. Used as a context manager.
-
-    Args:
-        path: the file. Its first line is the identity.
-        identity: all options that determine the texts.
-
-    Attributes:
-        batches: recorded batches, in order.
-
-    Raises:
-        ConfigError: the file was written with another identity.
-    """
-
-    def __init__(self, path: Path, identity: Mapping[str, Any]) -> None:
-        self._path = path
-        self._identity = json.dumps(identity, sort_keys=True, default=str)
-        self.batches: list[list[str]] = []
-
-    def __enter__(self) -> Journal:
-        self._file = self._path.open("ab+")
-        self._file.seek(0)
-        identity, *batches = [line for line in self._file if line.endswith(b"\n")] or [b""]  # a kill cuts lines off
-        if identity and identity != f"{self._identity}\n".encode():
-            raise ConfigError(
-                f"{self._path} was begun with another model or other options.",
-                "Use the same ones to continue, delete the file, or name another `output`.",
-            )
-        self._file.truncate(len(identity) + sum(map(len, batches)))
-        self.batches = [json.loads(line) for line in batches]
-        if not identity:
-            self._write(self._identity)
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._file.close()
-        if not self.batches:
-            self.remove()
-
-    def add(self, batch: list[str]) -> None:
-        """Record a batch."""
-        self._write(json.dumps(batch, ensure_ascii=False))
-        self.batches.append(batch)
-
-    def remove(self) -> None:
-        """Delete the file."""
-        self._path.unlink()
-
-    def _write(self, line: str) -> None:
-        self._file.write(f"{line}\n".encode())
-        self._file.flush()

@@ -34,7 +34,7 @@ from ray import cloudpickle
 
 from avss_dist.core.settings import SITES, THRESHOLDS, Execution, Settings
 from avss_dist.corpus.shards import CorpusPlan, Shard
-from avss_dist.distillation.events import ignore
+from avss_dist.distillation.curve import ignore
 from avss_dist.executors.interface import RunShards
 from avss_dist.executors.ray import gang, queue
 from avss_dist.executors.ray.executor import RayExecutor

@@ -22,12 +22,11 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 import avss_dist
 from avss_dist.core.errors import AvssError, ConfigError, ModelError, RunFailed
 from avss_dist.distillation import memory, trainer
-from avss_dist.distillation.curve import KEPT
+from avss_dist.distillation.curve import KEPT, CurvePoint, TrainingAdvanced
 from avss_dist.distillation.distill import Distilled
-from avss_dist.distillation.events import HeldOutMeasured, TrainingAdvanced
 from avss_dist.distillation.loss import distillation_loss
+from avss_dist.distillation.pair import default_learning_rate
 from avss_dist.distillation.record import read_record
-from avss_dist.distillation.student import default_learning_rate
 from avss_dist.models.checkpoints import resolve
 from avss_dist.system import devices
 
@@ -113,7 +112,7 @@ def test_a_student_comes_closer_to_its_teacher(distilled: Observed, student: Pat
     assert done.table().num_rows == len(record.curve) * 3
     advanced = [event.tokens for event in events if isinstance(event, TrainingAdvanced)]
     assert advanced == [TOKENS * step for step in range(1, 11)]
-    assert len([event for event in events if isinstance(event, HeldOutMeasured)]) == 3
+    assert len([event for event in events if isinstance(event, CurvePoint)]) == 3
     assert not folder.with_name("out.part").exists()
     assert done.notes == ()
     card = (folder / "README.md").read_text()

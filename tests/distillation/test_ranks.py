@@ -24,8 +24,8 @@ import avss_dist
 from avss_dist.core.errors import ConfigError, RunFailed
 from avss_dist.core.registry import SHARDINGS
 from avss_dist.distillation import trainer
+from avss_dist.distillation.curve import CurvePoint, TrainingAdvanced, ignore
 from avss_dist.distillation.distill import DistillTask
-from avss_dist.distillation.events import HeldOutMeasured, TrainingAdvanced, ignore
 from avss_dist.distillation.memory import estimate_memory
 from avss_dist.distillation.pair import resolve_pair
 from avss_dist.distillation.record import DistillRecord, read_record
@@ -207,7 +207,7 @@ def test_a_killed_rank_ends_the_training_which_then_goes_on(pair_of: PairOf, tmp
 
     def kill(event: Any) -> None:
         events.append(event)
-        if isinstance(event, HeldOutMeasured) and event.tokens == STEPS * 128:
+        if isinstance(event, CurvePoint) and event.tokens == STEPS * 128:
             wait_until(lambda: trainer.last_checkpoint(tmp_path / "out.part" / "checkpoints") is not None)
             started = [process for process in ray_processes() if process not in before]
             max(started, key=lambda process: process.create_time()).send_signal(signal.SIGKILL)

@@ -15,7 +15,7 @@ pytestmark = pytest.mark.nightly
 
 STEPS = 24
 MOMENTS: dict[str, Callable[[Path], bool]] = {
-    "the teacher writes": lambda part: any(file.read_bytes().count(b"\n") > 1 for file in part.glob("self-*.part")),
+    "the teacher writes": lambda part: bool([*part.glob("self-*.part")]),
     "a checkpoint is being written": lambda part: (
         part / "checkpoints" / "checkpoint-6" / "model.safetensors"
     ).exists(),

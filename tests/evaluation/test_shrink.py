@@ -32,7 +32,7 @@ from avss_dist.core.registry import BLOCK_DISTANCE, GREEDY, SCORES
 from avss_dist.core.settings import Execution, Settings
 from avss_dist.core.text import RedactedURI
 from avss_dist.distillation import memory
-from avss_dist.distillation.events import HeldOutMeasured, TrainingAdvanced
+from avss_dist.distillation.curve import CurvePoint, TrainingAdvanced
 from avss_dist.distillation.record import read_record
 from avss_dist.evaluation import continuations
 from avss_dist.evaluation.continuations import Continuation
@@ -438,7 +438,7 @@ def test_the_distilled_checkpoint_is_the_output_and_is_evaluated(
         [made.folder], tasks=[TASK], warehouse=tmp_path, skip_sequences=10, base=deep, **READ | {"max_sequences": 10}
     )
     assert [one.result.value for one in again] == [task.distilled.value]
-    assert {TrainingAdvanced, HeldOutMeasured} <= {type(event) for event in events}
+    assert {TrainingAdvanced, CurvePoint} <= {type(event) for event in events}
     evaluated = Warehouse(f"{folder}-warehouse").table("evaluations").to_pylist()
     assert {row["model"] for row in evaluated} == {str(deep), made.folder}
     assert (made.record.skip_sequences, made.record.texts[0].rows) == (30, 50)

@@ -21,7 +21,7 @@ from support.warehouses import PUBLISHED, activations, rewrite_file, stats_of, w
 
 from avss_dist.analysis.comparison import compare
 from avss_dist.core.intervention import NO_INTERVENTION
-from avss_dist.distillation.events import Preparing
+from avss_dist.distillation.curve import Preparing
 from avss_dist.evaluation.events import CellDone, CellsStarted, CellUnderway
 from avss_dist.reports.output import write_table
 from avss_dist.reports.terminal import progress as progress_module

@@ -26,7 +26,7 @@ import avss_dist
 from avss_dist.analysis.chosen import choose_runs
 from avss_dist.core.errors import AvssError, ConfigError, RunFailed, StorageFull
 from avss_dist.core.settings import Settings
-from avss_dist.distillation.events import ignore
+from avss_dist.distillation.curve import ignore
 from avss_dist.executors import interface
 from avss_dist.executors.interface import Outcome, RunShards
 from avss_dist.executors.local import LocalExecutor

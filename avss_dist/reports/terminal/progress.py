@@ -15,7 +15,7 @@ from avss_dist.core.intervention import count_removed, describe_removed
 from avss_dist.core.names import REPAIR
 from avss_dist.core.registry import WHOLE
 from avss_dist.core.text import basename
-from avss_dist.distillation.events import HeldOutMeasured, Preparing, TrainingAdvanced
+from avss_dist.distillation.curve import CurvePoint, Preparing, TrainingAdvanced
 from avss_dist.evaluation.events import CellDone, CellsStarted, CellUnderway, Event, SearchStep
 from avss_dist.runs.events import (
     LOG_SECONDS,
@@ -177,7 +177,7 @@ class StepProgress:
                     self._bar, description=f"training, loss {loss:.3f}", total=total, completed=tokens
                 )
                 self._log(f"{tokens:,} of {total:,} tokens: training, loss {loss:.3f}{pace.describe()}")
-            case HeldOutMeasured(tokens=tokens, kept=kept):
+            case CurvePoint(tokens=tokens, kept=kept):
                 line = f"{tokens:,} tokens: kept {', '.join(f'{text} {share:.1%}' for text, share in kept.items())}"
                 if self._progress.disable:
                     log(line)
