@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass, field
-from typing import Any, TypeVar
+from typing import Any
 
 from avss_dist.core.errors import AvssError
 from avss_dist.core.settings import Settings, fingerprint
@@ -14,9 +14,6 @@ from avss_dist.partition.replica import Placement, Replica, open_replica
 from avss_dist.stats.layer_stats import ShardResult
 from avss_dist.tasks.cells import Cell
 from avss_dist.warehouse.store import Receipt, SharedWarehouse
-
-S = TypeVar("S")
-T = TypeVar("T")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -207,8 +207,8 @@ def open_executor(execution: Execution, settings: Settings) -> Executor:
     """
     gpus = torch.cuda.device_count() if settings.device != "cpu" else 0
     replicas = execution.replicas.maximum if execution.replicas else gpus
-    distributed = execution.address or os.environ.get("RAY_ADDRESS") or replicas > 1
-    distributed = distributed or execution.partition in GANGS or bool(execution.node_labels)
+    has_cluster = execution.address or os.environ.get("RAY_ADDRESS") or execution.node_labels
+    distributed = has_cluster or replicas > 1 or execution.partition in GANGS
     if execution.executor == "local" or (execution.executor == "auto" and not distributed):
         return LocalExecutor(settings)
     from avss_dist.executors.ray.executor import RayExecutor

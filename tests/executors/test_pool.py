@@ -31,11 +31,10 @@ from avss_dist.core.settings import Execution, Settings
 from avss_dist.executors.interface import RunShards
 from avss_dist.executors.ray import queue as queue_module
 from avss_dist.executors.ray.cluster import START_SECONDS, Watch, late
-from avss_dist.executors.ray.executor import RayExecutor
+from avss_dist.executors.ray.executor import RayExecutor, run_together
 from avss_dist.executors.ray.heartbeats import HeartbeatMonitor
 from avss_dist.executors.ray.pool import Pool, Prefetcher
 from avss_dist.executors.ray.queue import ATTEMPTS, BLOCK_SHARDS, LATE_SECONDS, ShardQueue, UnitQueue
-from avss_dist.executors.ray.ranks import RankedRun
 from avss_dist.executors.ray.worker import resolve_on_node
 from avss_dist.models.checkpoints import Checkpoint
 from avss_dist.partition.replica import Placement
@@ -679,16 +678,17 @@ def test_a_patch_is_shared_once_for_all_of_its_cells(monkeypatch: pytest.MonkeyP
 def run_on(cluster: SimulatedCluster, task: Callable[[int], Any], ranks: int = 2) -> tuple[Any, list[Any]]:
     """Return what a task of simulated ranks gives, and its events."""
     events: list[Any] = []
-    run = RankedRun(
-        cluster.new_gang(Placement(ranks=ranks)),  # type: ignore[arg-type]
-        cluster,  # type: ignore[arg-type]
-        placement_seconds=PLACEMENT_SECONDS,
-        hang_seconds=HANG_SECONDS,
-        shortage=lambda: "Nothing is free.",
-        on_event=events.append,
-    )
     try:
-        return run.result(task), events  # type: ignore[arg-type]
+        result = run_together(
+            cluster.new_gang(Placement(ranks=ranks)),  # type: ignore[arg-type]
+            cluster,  # type: ignore[arg-type]
+            task,
+            placement_seconds=PLACEMENT_SECONDS,
+            hang_seconds=HANG_SECONDS,
+            shortage=lambda: "Nothing is free.",
+            on_event=events.append,
+        )
+        return result, events
     finally:
         assert not cluster.working, "the ranks are stopped in any case"
 

@@ -22,7 +22,7 @@ CONNECT_SECONDS = 10.0  # for the head of a cluster to accept a connection
 HEAD_SECONDS = float(os.environ.get("RAY_gcs_rpc_server_reconnect_timeout_s", 60)) / 2  # noqa: SIM112
 """Seconds that the head may be away, as it can be restarted. Ray ends this process silently after twice that."""
 RETRY_SECONDS = 0.5
-KEPT = "Run the same command again: everything measured so far is kept."
+RUN_AGAIN = "Run the same command again: everything measured so far is kept."
 
 
 def require_gcs(address: str) -> None:
@@ -80,7 +80,7 @@ def require_head() -> None:
             where = ray.get_runtime_context().gcs_address
             raise RunFailed(
                 f"The Ray cluster is lost: its head (the GCS at {where}) has crashed or was killed.",
-                f"Start it again. {KEPT}",
+                f"Start it again. {RUN_AGAIN}",
             )
         time.sleep(RETRY_SECONDS)
 
@@ -89,7 +89,7 @@ def node_lost() -> RunFailed:
     """Return the error for the loss of this process's node, after which it cannot start workers."""
     return RunFailed(
         "The Ray node of this process has died: its raylet or its dashboard agent crashed, or was killed.",
-        f"See raylet.out and dashboard_agent.log in /tmp/ray/session_latest/logs. {KEPT}",
+        f"See raylet.out and dashboard_agent.log in /tmp/ray/session_latest/logs. {RUN_AGAIN}",
     )
 
 

@@ -21,6 +21,7 @@ from avss_dist.core.settings import Execution, Settings
 from avss_dist.executors.interface import Outcome, RunShards, Underway, by_model
 from avss_dist.executors.ray.cluster import (
     RayCluster,
+    Watch,
     has_head,
     node_lost,
     require_gcs,
@@ -30,7 +31,7 @@ from avss_dist.executors.ray.gang import Gang, missing_package
 from avss_dist.executors.ray.heartbeats import HeartbeatMonitor
 from avss_dist.executors.ray.pool import Pool, Prefetcher
 from avss_dist.executors.ray.queue import ATTEMPTS, CellQueue, ShardQueue, UnitQueue
-from avss_dist.executors.ray.ranks import RankedRun
+from avss_dist.partition.group import lost_rank
 from avss_dist.partition.replica import Placement
 from avss_dist.system.devices import Devices, devices_here, pick_device
 from avss_dist.system.process import preserve_sigterm_handler
@@ -38,6 +39,9 @@ from avss_dist.tasks.cells import Cell, CellOutcome
 
 S = TypeVar("S")
 T = TypeVar("T")
+EVENT_SECONDS = 0.5  # between two looks at the events of ranks
+CHECK_SECONDS = 5.0  # between two looks at their nodes and heartbeats
+PROCESS_SECONDS = 10.0  # until Ray knows that a process is dead; the other ranks lose their connection before
 
 
 class RayExecutor:
@@ -79,20 +83,15 @@ class RayExecutor:
         default = max(1, devices.count // max(1, placement.gpus)) if devices.kind == "cuda" else 1
         workers = self._execution.replicas.maximum if self._execution.replicas else default
         replicas = max(1, workers // placement.copies)
-        if self._address:
-            return replicas
-        if devices.kind == "cuda" and replicas * placement.gpus > devices.count:
+        number, room, unit = placement.ranks * self._settings.threads, devices.cpus, "CPUs"
+        what, options = (f" of {placement.ranks} ranks", " or `ranks`") if placement.ranks > 1 else ("", "")
+        if devices.kind == "cuda":
+            number, room, unit = placement.gpus, devices.count, "GPUs"
+            what, options = f" of {placement.gpus} GPUs", ", `ranks` or `gpus_per_replica`"
+        if not self._address and replicas * number > room:
             raise ConfigError(
-                f"{replicas} replicas of {placement.gpus} GPUs need {replicas * placement.gpus} GPUs; "
-                f"there are {devices.count}.",
-                "Lower `replicas`, `ranks` or `gpus_per_replica`.",
-            )
-        cpus = placement.ranks * self._settings.threads
-        if devices.kind == "cpu" and replicas * cpus > devices.cpus:
-            what = f"{replicas} replicas" + (f" of {placement.ranks} ranks" if placement.ranks > 1 else "")
-            raise ConfigError(
-                f"{what} need {replicas * cpus} CPUs; there are {devices.cpus}.",
-                "Lower `replicas`" + (" or `ranks`." if placement.ranks > 1 else "."),
+                f"{replicas} replicas{what} need {replicas * number} {unit}; there are {room}.",
+                f"Lower `replicas`{options}.",
             )
         return replicas
 
@@ -134,7 +133,7 @@ class RayExecutor:
                     pool.close()
 
     def run_ranks(self, task: Any, ranks: int, *, threads: int, on_event: Callable[[Any], None]) -> Any:
-        """Have ranks do a task together, and return what the first one returns. See `RankedRun.result`.
+        """Have ranks do a task together, and return what the first one returns. See `run_together`.
 
         Args:
             task: has a ``device``, ``cpu`` or ``cuda``, and a method ``run``, which returns the result of a
@@ -145,16 +144,16 @@ class RayExecutor:
         """
         self.connect()
         placement = Placement(ranks=ranks, gpus=ranks if task.device == "cuda" else 0)
-        run = RankedRun(
-            self._new_gang(placement, threads),
-            RayCluster(self._monitor),
-            placement_seconds=self._execution.placement_seconds,
-            hang_seconds=self._execution.hang_seconds,
-            shortage=lambda: _shortage(placement, threads, self._labels),
-            on_event=on_event,
-        )
         try:
-            return run.result(task)
+            return run_together(
+                self._new_gang(placement, threads),
+                RayCluster(self._monitor),
+                task,
+                placement_seconds=self._execution.placement_seconds,
+                hang_seconds=self._execution.hang_seconds,
+                shortage=lambda: _shortage(placement, threads, self._labels),
+                on_event=on_event,
+            )
         except OSError as error:  # the raylet does not answer
             raise node_lost() from error
 
@@ -234,6 +233,87 @@ class RayExecutor:
         )
 
 
+def run_together(
+    gang: Gang,
+    cluster: RayCluster,
+    task: Any,
+    *,
+    placement_seconds: float,
+    hang_seconds: float,
+    shortage: Callable[[], str],
+    on_event: Callable[[Any], None],
+) -> Any:
+    """Have the ranks of a gang do a task, and return what the first one returns. The workers are stopped in any case.
+
+    Args:
+        cluster: the Ray cluster of the gang.
+        task: see `RayExecutor.run_ranks`.
+        placement_seconds: how long to wait for a place for all ranks.
+        hang_seconds: how long a rank may begin no layer.
+        shortage: describes the resources that the cluster lacks.
+        on_event: receives the events of the first rank.
+
+    Raises:
+        AvssError: a rank raised it.
+        RunFailed: a rank was lost, hangs or raised another exception, or the ranks were not placed in time.
+    """
+    watch, hangs = Watch(cluster, hang_seconds), False
+    results: dict[int, Any] = {}
+    begun: float | None = None  # when all ranks were placed
+    requested = checked = cluster.now()
+    try:
+        waiting = {reference: rank for rank, reference in enumerate(gang.run(task))}
+        while waiting:
+            ready = cluster.wait([*waiting], number=1, seconds=EVENT_SECONDS)
+            for event in cluster.events(gang.names[0]):
+                on_event(event)
+            for reference in ready:
+                try:
+                    results[waiting[reference]] = cluster.get(reference)
+                except RayError as error:
+                    raise _first_error(cluster, waiting, reference, error) from error
+                del waiting[reference]
+            if cluster.now() - checked <= min(CHECK_SECONDS, hang_seconds / 4):
+                continue
+            checked = cluster.now()
+            cluster.require_node()
+            if begun is None and gang.is_placed:
+                begun = checked
+            if begun is None:
+                if checked - requested > placement_seconds:
+                    raise RunFailed(
+                        f"The ranks were not placed in {placement_seconds:.0f} seconds. {shortage()}",
+                        "Free some of it, lower `ranks`, or use another cluster.",
+                    )
+            elif watch.listen() and (why := watch.complaint(gang, begun)):
+                hangs = True
+                why = why.replace(gang.names[0].removesuffix("0"), "", 1)  # the gang's name, before the rank
+                raise RunFailed(f"{why[0].upper()}{why[1:]}.", "Run the same command again, or raise `hang_seconds`.")
+    finally:
+        gang.stop(hangs=hangs)
+    return results[0]
+
+
+def _first_error(cluster: RayCluster, waiting: dict[Any, int], reference: Any, error: RayError) -> AvssError:
+    """Return the error of the rank that failed first. The other ranks only lose their connection to it."""
+    rank = waiting.pop(reference)
+    if waiting and isinstance(error, RayTaskError) and lost_rank(error.cause):
+        for other in cluster.wait([*waiting], number=1, seconds=PROCESS_SECONDS):
+            try:
+                cluster.get(other)
+            except RayError as first:
+                rank, error = waiting[other], first
+    if missing := missing_package(error):
+        return missing
+    if not isinstance(error, RayTaskError):
+        cluster.require_node()
+        return RunFailed(f"Rank {rank} was lost: {str(error).splitlines()[0]}", "Run the same command again.")
+    cause = error.cause
+    if isinstance(cause, AvssError):
+        return cause
+    return RunFailed(f"Rank {rank} failed: {type(cause).__name__}: {cause}", "Its traceback is shown with `-v`.")
+
+
 def _call(function: Callable[[S], T], item: S) -> T:
     return function(item)
 
@@ -247,14 +327,12 @@ def _shortage(placement: Placement, cpus: int, labels: Mapping[str, str]) -> str
     needs = f"{who} {_numbers(need)}"
     nodes = _nodes(labels)
     resources = [{name: node["Resources"].get(name, 0.0) for name in need} for node in nodes]
-    if not any(all(node[name] >= need[name] for name in need) for node in resources):
-        largest = {name: max((node[name] for node in resources), default=0) for name in need}
-        which = f"node with {_in_words(labels)}" if labels else "node"
-        return f"{needs}; no {which} has that many. The largest has {_numbers(largest)}."
     by_node = ray._private.state.available_resources_per_node()
     free = [by_node.get(node["NodeID"], {}) for node in nodes]
     has = ", ".join(f"{_total(free, name):g} of {_total(resources, name):g} {name}s" for name in need)
-    return f"{needs}; {has} are free {'on nodes with ' + _in_words(labels) if labels else 'in the cluster'}."
+    where = f"on nodes with {_in_words(labels)}" if labels else "in the cluster"
+    largest = {name: max((node[name] for node in resources), default=0) for name in need}
+    return f"{needs}; {has} are free {where}. The largest node has {_numbers(largest)}."
 
 
 def _total(nodes: Iterable[Mapping[str, float]], name: str) -> float:
@@ -284,10 +362,10 @@ def _devices_of_cluster(device: str, labels: Mapping[str, str]) -> Devices:
     nodes = [node["Resources"] for node in _nodes(labels)]
     if not nodes:
         every = {f"{name}={value}" for node in ray.nodes() for name, value in node["Labels"].items()}
-        shown = sorted(label for label in every if not label.startswith("ray.io/node-id="))
+        names = sorted(label for label in every if not label.startswith("ray.io/node-id="))
         raise ConfigError(
             f"No node of the cluster has `node_labels` {_in_words(labels)}.",
-            f"Labels of its nodes: {', '.join(shown)}." if shown else "Its nodes have no labels: ray start --labels.",
+            f"Labels of its nodes: {', '.join(names)}." if names else "Its nodes have no labels: ray start --labels.",
         )
     gpus = int(_total(nodes, "GPU"))
     kind = ("cuda" if gpus else "cpu") if device == "auto" else device

@@ -10,12 +10,11 @@ measured again.
 
 from __future__ import annotations
 
-import threading
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Future
 from dataclasses import dataclass
 from datetime import UTC, datetime
+from multiprocessing.pool import ThreadPool
 from typing import Any, Generic, TypeVar
 
 from ray.exceptions import RayError, RayTaskError
@@ -38,31 +37,22 @@ class Prefetcher(Generic[T]):
 
     def __init__(self, items: Iterator[T]) -> None:
         self.exhausted = False  # or closed
-        self._items = items
+        self._items, self._threads = items, ThreadPool(1)  # of a daemon: a process that ends does not wait for it
         self._prepare()
 
     def _prepare(self) -> None:
-        coming: Future[T | None] = Future()
-        self._coming = coming
-
-        def prepare() -> None:
-            try:
-                coming.set_result(next(self._items, None))
-            except BaseException as error:
-                coming.set_exception(error)
-
-        threading.Thread(target=prepare, daemon=True).start()
+        self._coming = self._threads.apply_async(next, (self._items, None))
 
     def next(self, *, wait: bool) -> T | None:
         """Return the next item. None at the end or, without ``wait``, if no item is ready.
 
         Raises:
-            BaseException: the error that the iterator raised.
+            Exception: the error that the iterator raised.
         """
-        if self.exhausted or not (wait or self._coming.done()):
+        if self.exhausted or not (wait or self._coming.ready()):
             return None
         self.exhausted = True
-        item = self._coming.result()
+        item: T | None = self._coming.get()
         if item is not None:
             self.exhausted = False
             self._prepare()
@@ -125,7 +115,6 @@ class Pool:
         self._placement_seconds, self._poll = placement_seconds, min(POLL_SECONDS, hang_seconds / 4)
         self._queues: list[UnitQueue[Any]] = []  # in the order in which they came
         self._gangs: dict[Gang, list[Round]] = {}  # none if it is idle, or the current one, and one that waits for it
-        self._awaited: dict[Any, Round] = {}  # by reference
         self._outcomes: list[tuple[Any, Any]] = []
         self._losses: dict[tuple[UnitQueue[Any], str], tuple[float, set[int]]] = {}  # by queue and node
         self._moved = self._polled = cluster.now()
@@ -153,7 +142,6 @@ class Pool:
         """Stop every gang."""
         for gang in self._gangs:
             gang.stop()
-        self._gangs, self._awaited = {}, {}
 
     def _arrived(self) -> list[tuple[Any, Any]]:
         """Return the outcomes since the last call, after a report of lost nodes and of workers whose nodes are alive.
@@ -274,21 +262,20 @@ class Pool:
         begun = self._cluster.now()
         round_ = Round(gang=gang, queue=queue, units=units, awaited=awaited, rows=queue.rows, begun=begun)
         self._gangs.setdefault(gang, []).append(round_)
-        self._awaited |= dict.fromkeys(awaited, round_)
 
     def _wait(self) -> None:
         """Wait for results and take those that have come. Check on gangs from time to time."""
-        if not self._awaited:
+        rounds = {reference: round_ for round_ in self._rounds for reference in round_.awaited}
+        if not rounds:
             return
         takes_next = not (self._coming.exhausted or any(queue.pending for queue in self._queues))
         soon = SOON_SECONDS if self._begun and takes_next and self._idle else self._poll
-        references = list(self._awaited)
-        if not self._cluster.wait(references, number=1, seconds=soon):
+        if not self._cluster.wait([*rounds], number=1, seconds=soon):
             self._require_placement()
-        for reference in self._cluster.wait(references, number=len(references), seconds=0):
+        for reference in self._cluster.wait([*rounds], number=len(rounds), seconds=0):
             self._moved = self._cluster.now()
-            if reference in self._awaited:  # otherwise its gang was stopped
-                self._finish(reference, self._awaited[reference])
+            if reference in rounds[reference].awaited:  # otherwise its gang was stopped
+                self._finish(reference, rounds[reference])
         if self._cluster.now() - self._polled > self._poll:
             self._polled = self._cluster.now()
             self._cluster.require_node()
@@ -313,7 +300,6 @@ class Pool:
             excused = gang.leaves or (not round_.units and any(other.spec == queue.spec for other in self._gangs))
             self._stop(gang, why=None if excused else str(error).splitlines()[0])
             return
-        del self._awaited[reference]
         for unit, unit_result in zip(round_.awaited.pop(reference), result or (), strict=False):
             self._outcomes += queue.finish(unit, unit_result)
         if not round_.awaited:
@@ -338,8 +324,7 @@ class Pool:
 
     def _end(self, round_: Round) -> None:
         """Remove a round that is done or given up. The next one of its gang begins."""
-        for reference in round_.awaited:
-            self._awaited.pop(reference, None)
+        round_.awaited.clear()
         first, *later = self._gangs[round_.gang]
         if round_ is first and later:
             later[0].begun = self._cluster.now()

@@ -66,18 +66,25 @@ def _repeated(what: str, number: int) -> str:
 class UnitQueue(ABC, Generic[Unit]):
     """Units that are measured with one model. A unit's id is its index.
 
+    Args:
+        owners: run or cell that each unit belongs to. It gets the result, and ends with an error of the unit.
+
     Attributes:
         spec: replica that a gang opens for the units.
+        units_a_round: number of units in a round: one for each rank, where ranks take different ones.
+        is_batched: whether a round may have several short units.
         pending: units that no gang has, in order.
         unfinished: units without a result.
         rows: rows in a batch; halved when a batch did not fit in memory.
         clock: returns the monotonic time in seconds; that of the pool.
     """
 
-    def __init__(self, spec: ReplicaSpec, units: Sequence[Unit]) -> None:
+    def __init__(self, spec: ReplicaSpec, units: Sequence[Unit], owners: Sequence[Any]) -> None:
         self.spec = spec
         self.shape = shape(spec.placement)
         self.units: Sequence[Unit] = units
+        self.units_a_round, self.is_batched = 1, False
+        self._owners = owners
         self.pending: deque[int] = deque(range(len(units)))
         self.unfinished: set[int] = set(self.pending)
         self.rows = spec.settings.batch_size
@@ -100,32 +107,28 @@ class UnitQueue(ABC, Generic[Unit]):
     def note(self, text: str) -> None:
         """Note something that readers of the results should know."""
 
-    @abstractmethod
     def kind(self, unit: int) -> str:
         """Return the kind of a unit. Units of one kind take about the same time."""
+        return ""
 
     @abstractmethod
     def parts(self, units: Sequence[int]) -> Sequence[tuple[Sequence[Assignment], Sequence[Any]]]:
         """Return each rank's assignments in a round of these units, and the blocks that hold their shards."""
 
-    @abstractmethod
-    def _outcome(self, unit: int, result: Any) -> tuple[Any, Any]:
-        """Return a result, after the run or cell that it belongs to."""
-
-    @abstractmethod
     def fail(self, units: Sequence[int], error: AvssError) -> list[tuple[Any, AvssError]]:
-        """End the units that an error concerns, and return their outcomes. No units: the model cannot be opened."""
+        """End the run or the cells of these units with an error, and return it as the outcome of each.
+
+        Without units, the model cannot be opened.
+        """
+        failed = self.unfinished.intersection(units or self.unfinished)
+        owners = dict.fromkeys(self._owners[unit] for unit in sorted(failed))
+        self._remove([unit for unit in self.unfinished if self._owners[unit] in owners])
+        return [(owner, error) for owner in owners]
 
     @property
     def is_active(self) -> bool:
         """Whether a result of it is still of use."""
         return bool(self.unfinished)
-
-    @property
-    def units_a_round(self) -> int:
-        """Number of units in a round: one for each rank, where ranks take different ones."""
-        placement = self.spec.placement
-        return placement.ranks if PARTITIONS[placement.partition].splits_data else 1
 
     @property
     def pending_rounds(self) -> int:
@@ -145,12 +148,18 @@ class UnitQueue(ABC, Generic[Unit]):
         return units
 
     def _max_units_in_round(self, gangs: int) -> int:
-        """Return the maximum number of units in a round."""
-        return self.units_a_round
+        """Return the maximum number of units that a gang measures before the driver hears of them."""
+        if not (self.is_batched and self.pending):
+            return self.units_a_round
+        in_time = ROUND_SECONDS / max(self.usual_seconds(self.pending[0]), 1e-9)
+        return max(1, int(min(in_time, len(self.pending) / (ROUND_FRACTION * gangs), BLOCK_SHARDS)))
 
     def runs_ahead(self, gangs: int) -> bool:
-        """Whether a measuring gang may have its next round in advance, with this number of gangs to keep busy."""
-        return False
+        """Whether a measuring gang may have its next round in advance, with this number of gangs to keep busy.
+
+        Repeated units are measured alone, which shows the one that failed.
+        """
+        return self.is_batched and len(self.pending) > gangs and not self._again & self.unfinished
 
     def by_rank(self, units: Sequence[int]) -> list[Sequence[int]]:
         """Return each rank's units in a round: a different one or none for each rank, or the same for all ranks."""
@@ -166,7 +175,7 @@ class UnitQueue(ABC, Generic[Unit]):
         if unit in self._again:
             self._remove([unit])
         self.unfinished.discard(unit)
-        return [self._outcome(unit, result)]
+        return [(self._owners[unit], result)]
 
     def note_opened(self) -> None:
         """Forget the failures to open the model: a gang has opened it."""
@@ -213,10 +222,8 @@ class UnitQueue(ABC, Generic[Unit]):
         unfinished = [unit for unit in units if unit in self.unfinished]
         self.pending.extendleft(reversed([unit for unit in unfinished if unit not in self.pending]))
         self._again.update(unfinished)
-        if why is None or (not units and begun < self._failed_to_open):
-            return []
-        if len(units) > self.units_a_round:
-            return []  # measured one by one, the failing unit shows
+        if why is None or len(units) > self.units_a_round or (not units and begun < self._failed_to_open):
+            return []  # of several units, the failing one shows when they are measured one by one
         if not units:
             self._failed_to_open = self.clock()
         outcomes: list[tuple[Any, AvssError]] = []
@@ -225,8 +232,9 @@ class UnitQueue(ABC, Generic[Unit]):
             self._failures[unit] += 1
             if self._failures[unit] >= ATTEMPTS:
                 what = "Opening the model" if unit is None else self.describe(unit)
-                message = f"{what} failed {ATTEMPTS} times; the last time: {why}"
-                error = RunFailed(message, "Everything measured so far is kept.")
+                error = RunFailed(
+                    f"{what} failed {ATTEMPTS} times; the last time: {why}", "Everything measured so far is kept."
+                )
                 outcomes += self.fail([] if unit is None else [unit], error)
         return outcomes
 
@@ -247,7 +255,10 @@ class ShardQueue(UnitQueue[Shard]):
     """The shards of one run. An error of one shard ends the run."""
 
     def __init__(self, run: RunShards) -> None:
-        super().__init__(run.replica_spec, run.shards)
+        super().__init__(run.replica_spec, run.shards, [run] * len(run.shards))
+        placement = self.spec.placement
+        self.units_a_round = placement.ranks if PARTITIONS[placement.partition].splits_data else 1
+        self.is_batched = placement.ranks == 1
         self._run = run
 
     @property
@@ -271,24 +282,6 @@ class ShardQueue(UnitQueue[Shard]):
         """Add a text to the notes in the run's row."""
         self._run.notes.append(text)
 
-    def kind(self, unit: int) -> str:
-        """Return ``shard``, as shards of a run are of one size, but for the last."""
-        return "shard"
-
-    def _max_units_in_round(self, gangs: int) -> int:
-        """Return the number of short shards that a gang of one rank measures before the driver hears of them."""
-        if self.spec.placement.ranks > 1 or not self.pending:
-            return super()._max_units_in_round(gangs)
-        in_time = ROUND_SECONDS / max(self.usual_seconds(self.pending[0]), 1e-9)
-        return max(1, int(min(in_time, len(self.pending) / (ROUND_FRACTION * gangs), BLOCK_SHARDS)))
-
-    def runs_ahead(self, gangs: int) -> bool:
-        """Whether a measuring gang may have its next round in advance.
-
-        Repeated units are measured alone, which shows the one that failed.
-        """
-        return self.spec.placement.ranks == 1 and len(self.pending) > gangs and not self._again & self.unfinished
-
     def parts(self, units: Sequence[int]) -> list[tuple[Sequence[Assignment], Sequence[Any]]]:
         """Return the shards of each rank in a round, or the same shard for all ranks, and the blocks that hold them.
 
@@ -304,7 +297,7 @@ class ShardQueue(UnitQueue[Shard]):
             run_id=self._run.run_id,
             warehouse=self._run.warehouse,
         )
-        shared = [self._place(indices) for indices in self.by_rank(units)]
+        shared = map(self._place, self.by_rank(units))
         return [([assign(place=place) for place in places or (None,)], blocks) for places, blocks in shared]
 
     def _place(self, units: Sequence[int]) -> tuple[list[tuple[int, int]], list[Any]]:
@@ -323,28 +316,13 @@ class ShardQueue(UnitQueue[Shard]):
             blocks = [self._share(n, partial(tuple, block)) for n, block in zip(numbers, blocks, strict=True)]
         return [(numbers.index(unit // BLOCK_SHARDS), unit % BLOCK_SHARDS) for unit in units], blocks
 
-    def _outcome(self, unit: int, result: Any) -> tuple[RunShards, Any]:
-        return self._run, result
-
-    def fail(self, units: Sequence[int], error: AvssError) -> list[tuple[RunShards, AvssError]]:
-        """End the run with its first error, and return the error as its outcome."""
-        if not self.is_active:
-            return []
-        self._remove([*self.unfinished])
-        return [(self._run, error)]
-
 
 class CellQueue(UnitQueue[Cell]):
     """The cells of one model. An error ends its cell alone, unless the model cannot be opened."""
 
     def __init__(self, spec: ReplicaSpec, units: Sequence[Cell], underway: Underway | None = None) -> None:
-        super().__init__(spec, units)
+        super().__init__(spec, units, units)
         self._underway = underway
-
-    @property
-    def units_a_round(self) -> int:
-        """Number of cells in a round: one, whose work all ranks share."""
-        return 1
 
     def describe(self, unit: int) -> str:
         """Return ``Part 3 of TASK``."""
@@ -372,12 +350,3 @@ class CellQueue(UnitQueue[Cell]):
             shared = SharedPatch(patch.key, self._share(patch.key, patch.read))
             cell = replace(cell, intervention=replace(cell.intervention, patch=shared))
         return [([CellAssignment(cell=cell, rows=self.rows)], ())] * self.spec.placement.ranks
-
-    def _outcome(self, unit: int, result: Any) -> tuple[Cell, Any]:
-        return self.units[unit], result
-
-    def fail(self, units: Sequence[int], error: AvssError) -> list[tuple[Cell, AvssError]]:
-        """End these cells, or all if none is given, and return the error as the outcome of each."""
-        failed = sorted(self.unfinished.intersection(units or self.unfinished))
-        self._remove(failed)
-        return [(self.units[unit], error) for unit in failed]

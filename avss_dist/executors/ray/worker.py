@@ -75,9 +75,14 @@ class ShardAssignment:
         if self.shard is None:
             follow(model, self.forwards)
             return None
-        rows, forwards = self.rows, self.forwards
         result = analyze_shard(
-            model, self.shard, spec.settings, rows=rows, forwards=forwards, heartbeat=heartbeat, computed=computed
+            model,
+            self.shard,
+            spec.settings,
+            rows=self.rows,
+            forwards=self.forwards,
+            heartbeat=heartbeat,
+            computed=computed,
         )
         if not model.reports_stats:
             return None
@@ -145,7 +150,6 @@ class Worker:
         self._doing: Doing | None = None
         self._spec: ReplicaSpec | None = None
         self._model: Any = None
-        self._joined = False
         self._computing = threading.Lock()
         threading.Thread(target=self._report, daemon=True).start()
 
@@ -176,11 +180,10 @@ class Worker:
             first: the `address` of rank 0.
         """
         self._opening = True
-        if spec.placement.ranks > 1 and not self._joined:
+        if spec.placement.ranks > 1 and not torch.distributed.is_initialized():
             from avss_dist.partition.group import join
 
             join(rank, spec.placement.ranks, first[0], first[1], device=pick_device(spec.settings.device))
-            self._joined = True
         if spec != self._spec:
             if self._model is not None:
                 self._model.close()
@@ -199,11 +202,11 @@ class Worker:
         """
         from avss_dist.partition.group import join
 
-        told: Any = None
+        sent: Any = None
 
         def tell(event: Any) -> None:
-            nonlocal told
-            told = self._monitor.tell.remote(self._name, event)
+            nonlocal sent
+            sent = self._monitor.tell.remote(self._name, event)
 
         try:
             join(rank, ranks, first[0], first[1], device=pick_device(task.device), host_tensors=True)
@@ -211,7 +214,7 @@ class Worker:
         finally:
             self._opening = True  # counts as progress while other ranks work
             with suppress(Exception):
-                ray.get(told)  # the driver has all events once it has the result
+                ray.get(sent)  # the driver has all events once it has the result
 
     def measure_round(self, assignments: Sequence[Assignment], *blocks: Sequence[Shard]) -> list[UnitResult | None]:
         """Return the results of this rank's assignments in a round, in their order.
