@@ -39,13 +39,22 @@ def jobs_list(request: ListJobsRequest, format: str) -> int:
     import pyarrow as pa
 
     from avss_dist.reports.output import write_table
-    from avss_dist.runs.submission import COLUMNS
 
     cluster = _cluster(request)
     jobs = [cluster.job(request.job_id)] if request.job_id else cluster.jobs()
-    rows = [dict(zip(COLUMNS, job.row(), strict=True)) for job in jobs]
-    types = {"seconds": pa.int64()}
-    schema = pa.schema([(name, types.get(name, pa.string())) for name in COLUMNS])
+    rows = [
+        {
+            "job": job.job_id,
+            "status": job.status,
+            "started": f"{job.started:%Y-%m-%d %H:%M:%S}" if job.started else "",  # in UTC
+            "seconds": round(job.seconds),
+            "entrypoint": job.entrypoint,
+            "message": job.message,
+        }
+        for job in jobs
+    ]
+    names = ("job", "status", "started", "seconds", "entrypoint", "message")
+    schema = pa.schema([(name, pa.int64() if name == "seconds" else pa.string()) for name in names])
     write_table(pa.Table.from_pylist(rows, schema), format, console())
     return 0
 

@@ -112,7 +112,7 @@ class Pace:
 
     @property
     def rate(self) -> float:
-        """Amount per second, until the last of the work that is done; 0 before any is."""
+        """Amount per second, until the last of the work that is done, or 0 before any is."""
         return (self.done - self._before) / max(self._last - self._start, 1e-9)
 
     def seconds_left(self, now: float | None = None) -> float | None:
@@ -123,7 +123,7 @@ class Pace:
         return max(0.0, (self.total - self.done) / self.rate - passed)
 
     def describe(self) -> str:
-        """Return the rate, if there is a unit, and the time that is left, after a comma each; nothing at first."""
+        """Return the rate, if there is a unit, and the time that is left, after a comma each, or nothing at first."""
         if (seconds := self.seconds_left()) is None:
             return ""
         rate = self.rate
@@ -160,27 +160,25 @@ class LogRuns:
 
         The distribution of a replica is written if it is not a single whole model.
         """
-        match event:
-            case RunRepeated(name):
-                self._write(f"{name}: {event.describe()}")
-            case RunPlaced(name, placement) if placement.partition != WHOLE:
-                self._write(f"{name}: {placement.partition}; {placement.why}.")
-            case RunStarted(name, num_tokens, done_tokens):
-                with self._lock:
+        with self._lock:
+            match event:
+                case RunRepeated(name):
+                    self._write(f"{name}: {event.describe()}")
+                case RunPlaced(name, placement) if placement.partition != WHOLE:
+                    self._write(f"{name}: {placement.partition}; {placement.why}.")
+                case RunStarted(name, num_tokens, done_tokens):
                     self._paces[name] = Pace(num_tokens, done_tokens, "tokens")
-            case ShardMeasured(name, num_tokens):
-                with self._lock:
+                case ShardMeasured(name, num_tokens):
                     pace = self._paces[name]
                     pace.reach(pace.done + num_tokens)
-                    if time.monotonic() - self._logged_at < LOG_SECONDS:
-                        return
-                    self._logged_at = time.monotonic()
-                self._write(f"{name}: {pace.done / (pace.total or 1):.0%} of {pace.total:,} tokens{pace.describe()}")
-            case RunEnded(name, run):
-                with self._lock:
+                    if time.monotonic() - self._logged_at >= LOG_SECONDS:
+                        self._logged_at = time.monotonic()
+                        share = pace.done / (pace.total or 1)
+                        self._write(f"{name}: {share:.0%} of {pace.total:,} tokens{pace.describe()}")
+                case RunEnded(name, run):
                     self._paces.pop(name, None)
                     self._ended += 1
-                if self._ends:
-                    count = f"{self._ended} of {self._num_runs} runs: " if self._num_runs else ""
-                    error = f": {run.error.splitlines()[0]}" if run.error else ""
-                    self._write(f"{count}{name} {run.status}{error}")
+                    if self._ends:
+                        count = f"{self._ended} of {self._num_runs} runs: " if self._num_runs else ""
+                        error = f": {run.error.splitlines()[0]}" if run.error else ""
+                        self._write(f"{count}{name} {run.status}{error}")

@@ -48,10 +48,6 @@ class RevisionRange(_Section):
     step: Annotated[int, Field(ge=1)] = 1
     """Difference of consecutive numbers."""
 
-    def names(self) -> list[str]:
-        """Return the revisions, in order."""
-        return [f"{self.prefix}{number}" for number in range(self.first, self.last + 1, self.step)]
-
 
 def _short(revisions: RevisionRange) -> RevisionRange:
     number = (revisions.last - revisions.first) // revisions.step + 1
@@ -189,8 +185,8 @@ class JobFile:
 
     def refuse_unused(self, **options: bool) -> None:
         """Raise ConfigError for options of an experiment if the file has none."""
-        if self.experiment is None and (named := [name for name, value in options.items() if value]):
-            raise ConfigError(f"`{named[0]}` applies to an experiment; {self.path} has none.", "Leave it out.")
+        if self.experiment is None and (names := [name for name, value in options.items() if value]):
+            raise ConfigError(f"`{names[0]}` applies to an experiment; {self.path} has none.", "Leave it out.")
 
 
 def read_job(path: str | Path, *, expand: bool = True) -> JobFile:
@@ -299,10 +295,12 @@ class _Reader:
             entry: keys and values of the entry; empty for the settings of the job alone.
             at: location of the entry, if there is one.
         """
-        given = {cls: {k: v for k, v in entry.items() if OVERRIDES.get(k) is cls} for cls in (Settings, Execution)}
-        settings = self.document.parse(Settings, self.unchecked("settings", dict) | given[Settings], *at, ("settings",))
+        values = {cls: {k: v for k, v in entry.items() if OVERRIDES.get(k) is cls} for cls in (Settings, Execution)}
+        settings = self.document.parse(
+            Settings, self.unchecked("settings", dict) | values[Settings], *at, ("settings",)
+        )
         execution = self.document.parse(
-            Execution, self.unchecked("execution", dict) | given[Execution], *at, ("execution",)
+            Execution, self.unchecked("execution", dict) | values[Execution], *at, ("execution",)
         )
         return (settings, execution) if settings and execution else None
 
@@ -316,7 +314,8 @@ class _Reader:
             revisions: list[str] = []
             for index, revision in enumerate(entry.revisions):
                 if isinstance(revision, RevisionRange):
-                    revisions += revision.names()
+                    numbers = range(revision.first, revision.last + 1, revision.step)
+                    revisions += [f"{revision.prefix}{number}" for number in numbers]
                 elif self.expand and glob.has_magic(revision):  # which the hub is asked for
                     try:
                         revisions += matching_revisions(name, revision)

@@ -92,12 +92,12 @@ class Planner:
                 code_files = ["*.py"] if code else []
                 checkpoint = fetch_files(spec.model, ["*.json", "*.model", "*.txt", "*.jinja", *code_files])
             config = text_config(checkpoint, trust_remote_code=code)
-            named = None if self.fetch or checkpoint.source != "hub" else spec.model
-            settings = pin(spec.settings, checkpoint, config, self.executor.devices.kind, spec=named)
+            hub_id = None if self.fetch or checkpoint.source != "hub" else spec.model
+            settings = pin(spec.settings, checkpoint, config, self.executor.devices.kind, spec=hub_id)
             matters = settings.sequences_per_shard is None or needs_size(spec.execution)
             size = self.size(spec, checkpoint, settings) if matters else None
             placement = choose(size, settings, spec.execution, self.executor.devices)
-            require_ranks(named or checkpoint, settings, placement)
+            require_ranks(hub_id or checkpoint, settings, placement)
             self.executor.replicas(placement)  # refuses more than there is before anything is loaded
             self._opened = key, (checkpoint, config, settings, placement, size)
         return self._opened[1]
@@ -120,10 +120,10 @@ class Planner:
         self._plans.move_to_end(key)
         corpus, highest = self._plans[key]
         corpus = replace(corpus, source=without_secrets(spec.corpus))
-        known = getattr(config.get_text_config(), "vocab_size", None)
-        if isinstance(known, int) and 0 < known <= highest:
+        size = getattr(config.get_text_config(), "vocab_size", None)
+        if isinstance(size, int) and 0 < size <= highest:
             raise ModelError(
-                f"The tokenizer of '{checkpoint.name}' returned token {highest}; the model's vocabulary has {known}.",
+                f"The tokenizer of '{checkpoint.name}' returned token {highest}; the model's vocabulary has {size}.",
                 "Put the tokenizer that the model was trained with into its folder.",
             )
         return corpus
@@ -134,7 +134,7 @@ class Planner:
         if not planned or corpus in planned:
             return None
         content = open_source(corpus).fingerprint()
-        return next((name for name, known in planned.items() if known == content), None)
+        return next((name for name, print_ in planned.items() if print_ == content), None)
 
     @staticmethod
     def _tokens_key(checkpoint: Checkpoint, config: Any, settings: Settings) -> tuple[Any, ...]:

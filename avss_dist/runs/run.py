@@ -218,19 +218,16 @@ class RunInProgress:
         """Tokens that an earlier attempt has measured."""
         return self._planned.corpus.num_tokens - sum(shard.num_tokens for shard in self.shards.shards)
 
-    def counts(self, result: ShardResult | Receipt) -> bool:
-        """Return whether a result is the first of its shard, and count the shard as measured."""
+    def keep(self, result: ShardResult | Receipt) -> bool:
+        """Return whether a result is the first of its shard. If so, write it unless its worker has written it."""
         if result.shard_id not in self.missing:
             return False
-        self.missing.discard(result.shard_id)
         if self._begun is None:
             self._begun = time.perf_counter() - result.seconds
-        return True
-
-    def keep(self, result: ShardResult | Receipt) -> None:
-        """Write a shard's result, unless its worker has written it."""
         if isinstance(result, ShardResult):
             self._store.write_shard(self._identity(result.model["family"]), result)
+        self.missing.discard(result.shard_id)
+        return True
 
     def finish(self, apply: Apply | None = None) -> Run:
         """Merge, score and commit the run, after every shard was written.

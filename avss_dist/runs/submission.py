@@ -24,13 +24,11 @@ from avss_dist.pruning.repair.registry import split_weight
 from avss_dist.runs.job_file import JobFile
 from avss_dist.tasks.harness_files import task_files
 
-COLUMNS = ("job", "status", "started", "seconds", "entrypoint", "message")  # of `Submitted.row`
 TOKEN_HINT = (
     "Give this machine the cluster's token: RAY_AUTH_TOKEN, RAY_AUTH_TOKEN_PATH, or ~/.ray/auth_token; "
     "`ray get-auth-token` on the head prints it."
 )
-CONNECT_SECONDS, ANSWER_SECONDS = 10.0, 60.0  # for a job server to accept a connection, and to answer
-POLL_SECONDS = 1.0  # between two requests for a state or a log
+STATE_SECONDS = 1.0  # between two requests for a state or a log
 STOP_SECONDS = 60.0  # for a job to end after it was stopped: Ray kills it after a few
 MOST_BYTES = 50_000_000  # of local files that travel with a job
 SEND_ALL = ["!*"]  # Ray leaves out folders named venv, .git and the like; these are only the files that a job names
@@ -59,11 +57,6 @@ class Submitted:
     exit_code: int | None
     hint: str = ""
 
-    def row(self) -> tuple[str | int, ...]:
-        """Return the values of `COLUMNS`, with ``started`` in UTC."""
-        started = f"{self.started:%Y-%m-%d %H:%M:%S}" if self.started else ""
-        return self.job_id, self.status, started, round(self.seconds), self.entrypoint, self.message
-
 
 class Cluster:
     """The job server of a Ray cluster.
@@ -84,7 +77,7 @@ class Cluster:
         for name in [name for name in logging.root.manager.loggerDict if name.startswith("ray")]:
             logging.getLogger(name).setLevel(logging.ERROR)
         self.address = address
-        limits = _seconds("AVSS_CONNECT_SECONDS", CONNECT_SECONDS), _seconds("AVSS_ANSWER_SECONDS", ANSWER_SECONDS)
+        limits = _seconds("AVSS_CONNECT_SECONDS", 10.0), _seconds("AVSS_ANSWER_SECONDS", 60.0)
 
         class Client(JobSubmissionClient):
             """Client that waits at most for the time limits, to connect and for each piece of an answer."""
@@ -155,7 +148,7 @@ class Cluster:
             printed = len(log)
             if job.exit_code is not None:
                 return
-            time.sleep(POLL_SECONDS)
+            time.sleep(STATE_SECONDS)
 
     def stop(self, job_id: str) -> str:
         """Stop a job, wait for its end for up to a minute, and return its state as a sentence."""
@@ -163,7 +156,7 @@ class Cluster:
             if self._client.stop_job(job_id):
                 end = time.monotonic() + STOP_SECONDS
                 while (job := self.job(job_id)).exit_code is None and time.monotonic() < end:
-                    time.sleep(POLL_SECONDS)
+                    time.sleep(STATE_SECONDS)
                 return f"{job.status.lower()}." if job.exit_code is not None else "it was signalled, and has not ended."
             return f"it has ended already ({self.job(job_id).status.lower()})."
 
@@ -229,8 +222,8 @@ def _seconds(variable: str, default: float) -> float:
 
 
 def _has_token() -> bool:
-    given = os.environ.get("RAY_AUTH_TOKEN") or os.environ.get("RAY_AUTH_TOKEN_PATH")
-    return bool(given) or (Path.home() / ".ray" / "auth_token").is_file()
+    token = os.environ.get("RAY_AUTH_TOKEN") or os.environ.get("RAY_AUTH_TOKEN_PATH")
+    return bool(token) or (Path.home() / ".ray" / "auth_token").is_file()
 
 
 def _submitted(details: Any) -> Submitted:
@@ -277,14 +270,14 @@ def _local_files(job: JobFile) -> list[str]:
     Raises:
         ConfigError: a file is missing or cannot be read, or together they are too large.
     """
-    named: list[tuple[Callable[[str], list[str]], str, str]]
-    named = [(local_files, text, f"line {line}: ") for text, line in job.corpora.items()]
+    sources: list[tuple[Callable[[str], list[str]], str, str]]
+    sources = [(local_files, text, f"line {line}: ") for text, line in job.corpora.items()]
     if job.experiment:
-        named += [(local_files, split_weight(text)[0], "repair_corpora: ") for text in job.experiment.repair_corpora]
-        named += [(task_files, task, "tasks: ") for task in job.experiment.tasks]
+        sources += [(local_files, split_weight(text)[0], "repair_corpora: ") for text in job.experiment.repair_corpora]
+        sources += [(task_files, task, "tasks: ") for task in job.experiment.tasks]
     files: set[str] = set()
     problems: list[str] = []
-    for find, name, where in named:
+    for find, name, where in sources:
         try:
             files.update(find(name))
         except AvssError as error:

@@ -39,9 +39,9 @@ from avss_dist.executors.interface import RunShards
 from avss_dist.executors.ray import gang, queue
 from avss_dist.executors.ray.executor import RayExecutor
 from avss_dist.partition.replica import Placement
-from avss_dist.runs.driver import Driver
 from avss_dist.runs.job_file import RunSpec
 from avss_dist.runs.run import PlannedRun, Run, RunInProgress
+from avss_dist.runs.scoring import Driver
 from avss_dist.stats.histogram import HISTOGRAM_BINS, histogram_bin
 from avss_dist.stats.layer_stats import LayerStats, ShardResult
 from avss_dist.system.files import Spool
@@ -190,12 +190,12 @@ class Committing(Driver):
             self._in_progress[running.shards] = VIRTUAL, running
             yield running.shards
 
-    def _keep(self, outcome: Any, spec: RunSpec, running: RunInProgress) -> None:
-        super()._keep(outcome, spec, running)
+    def _attempt(self, shards: RunShards, outcome: Any) -> None:
+        super()._attempt(shards, outcome)
         self._before -= 1
         if self._before < 0:
             self.times.append((time.perf_counter(), time.process_time()))
-            running.shards.dropped = self.times[-1][0] - self.times[0][0] > self._seconds
+            shards.dropped = self.times[-1][0] - self.times[0][0] > self._seconds
 
     def _finish(self, spec: RunSpec, running: RunInProgress) -> None:
         self._in_progress.pop(running.shards, None)

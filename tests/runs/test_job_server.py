@@ -243,7 +243,7 @@ def test_a_log_is_followed_until_its_job_ends(server: JobServer, monkeypatch: py
     states = [json.dumps({**JOB, "status": status}).encode() for status in ("RUNNING", "RUNNING", "SUCCEEDED")]
     logs: list[bytes | Answer] = [json.dumps({"logs": text}).encode() for text in ("one\n", "one\n", "one\ntwo\n")]
     server.answers |= {f"{JOBS}/avss-a": states, f"{JOBS}/avss-a/logs": logs}
-    monkeypatch.setattr(submission, "POLL_SECONDS", 0.01)
+    monkeypatch.setattr(submission, "STATE_SECONDS", 0.01)
     assert list(Cluster(server.address).follow("avss-a")) == ["one\n", "", "two\n"]
 
 

@@ -10,7 +10,6 @@ import shutil
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import closing
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -34,10 +33,10 @@ from avss_dist.models.checkpoints import resolve
 from avss_dist.models.size import footprint
 from avss_dist.runs import events, planner
 from avss_dist.runs import run as partials
-from avss_dist.runs.driver import Driver
 from avss_dist.runs.events import OnRunEvent, RunEvent, ShardMeasured
 from avss_dist.runs.planner import FEWEST_SHARDS, FLOPS_OF_A_GPU, FLOPS_OF_A_THREAD, MOST_SECONDS, rows_per_shard
 from avss_dist.runs.run import Run, ShardSummary, merge_partials
+from avss_dist.runs.scoring import Driver
 from avss_dist.stats.layer_stats import ShardResult
 from avss_dist.stats.merging import Merged, merge_blocks
 from avss_dist.warehouse.reader import Warehouse
@@ -373,8 +372,7 @@ def test_no_run_begins_where_storage_is_full_and_what_comes_late_of_a_failed_run
     failing: Any = (SimpleNamespace(name="org/a"), SimpleNamespace(fail=lambda _: None))
     driver._in_progress[shards] = failing
     for outcome in (failure, None, failure):
-        driver._attempt(shards, partial(driver._keep, outcome))
-    driver._attempt(shards, driver._finish)
+        driver._attempt(shards, outcome)
     run = Run(run_id="b", model="org/b", warehouse="w", status="failed")
     planner: Any = SimpleNamespace(prepare=lambda _: SimpleNamespace(run=run))
     driver._planner = planner
