@@ -111,10 +111,10 @@ def ancestry(models: ModelPair) -> list[str]:
     base = pruned_from(models.student.folder)
     if base and base[1] == models.teacher.revision:
         return []
-    made = f"its model card names {base[0]} at {base[1][:12]}" if base else "it has no model card of avss prune"
+    origin = f"its model card names {base[0]} at {base[1][:12]}" if base else "it has no model card of avss prune"
     return [
-        f"Nothing says that {models.student.name} was made of {models.teacher.name}: {made}. It was distilled all the "
-        "same."
+        f"Nothing says that {models.student.name} was made of {models.teacher.name}: {origin}. "
+        "It was distilled all the same."
     ]
 
 

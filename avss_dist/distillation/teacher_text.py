@@ -26,8 +26,8 @@ from avss_dist.system.files import cache_folder, staged_file
 from avss_dist.system.streams import progress_to, report, tracked
 
 ROWS = (128, 32)  # texts that are sampled at once, if there is memory for them, and otherwise
-SPARE_SHARE = 0.8  # of the memory that is free
-FLOAT32 = 4  # bytes
+FREE_SHARE = 0.8  # of the memory that is free
+LOGITS_BYTES = 4 * 4  # of each token of the vocabulary: logits, and what sampling makes of them
 _FOLDER = "teacher_texts"  # in the cache
 OWN_TEXTS = 256  # that a model writes for a repair of itself
 _APART = 1_000_003  # seeds of batches, from one seed to the next
@@ -82,8 +82,8 @@ def teacher_text(
 def rows_at_once(teacher: Checkpoint, settings: Settings) -> int:
     """Return the number of texts to sample at once: as many as there is memory for, of `ROWS`."""
     size = footprint(teacher, settings)
-    free = SPARE_SHARE * free_memory(pick_device(settings.device)) - size.weight_bytes
-    text = settings.sequence_length * sum(size.cache_bytes) + 4 * FLOAT32 * size.vocabulary  # keys, values and logits
+    free = FREE_SHARE * free_memory(pick_device(settings.device)) - size.weight_bytes
+    text = settings.sequence_length * sum(size.cache_bytes) + LOGITS_BYTES * size.vocabulary
     return next((rows for rows in ROWS if rows * text <= free), ROWS[-1])
 
 

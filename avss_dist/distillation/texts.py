@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from itertools import product
+from itertools import chain, count, product
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -108,24 +108,22 @@ def with_labels(texts: Sequence[DistillText]) -> list[DistillText]:
     """Return the texts with a short, distinct label each: the last part of the name, numbered if it occurs twice."""
     labels: list[str] = []
     for text in texts:
-        label = name = basename(text.name)
-        number = 2
-        while label in labels:
-            label, number = f"{name} ({number})", number + 1
-        labels.append(label)
+        name = basename(text.name)
+        candidates = chain([name], (f"{name} ({number})" for number in count(2)))
+        labels.append(next(label for label in candidates if label not in labels))
     return [replace(text, label=label) for text, label in zip(texts, labels, strict=True)]
 
 
-def refuse_seen_text(texts: Sequence[DistillText], seen: Iterable[tuple[str, Sequence[Shard]]], tokenizer: Any) -> None:
-    """Refuse held-out rows that share passages with rows that were seen. Text of the teacher is not compared.
+def refuse_overlap(texts: Sequence[DistillText], used: Iterable[tuple[str, Sequence[Shard]]], tokenizer: Any) -> None:
+    """Refuse held-out rows that share passages with rows that were used. Text of the teacher is not compared.
 
     Args:
-        seen: rows, each after the end of a sentence that begins with the text: ``is trained on (FILE)``.
+        used: rows, each after the end of a sentence that begins with the text: ``is trained on (FILE)``.
 
     Raises:
         ConfigError: a text shares more than `MAX_SHARED` of its passages.
     """
-    for (use, rows), text in product(seen, texts):
+    for (use, rows), text in product(used, texts):
         shared = None if text.name == SELF else shared_text(rows, text.held_out.shards, tokenizer)
         if shared is not None and shared > MAX_SHARED:
             raise ConfigError(
@@ -148,11 +146,10 @@ class Mix(Dataset[Example]):
 
     def __init__(self, texts: Sequence[DistillText], count: int, seed: int) -> None:
         self._texts = [_all_rows(text.trained) for text in texts if text.trained]
-        trained, random = [text for text in texts if text.trained], np.random.default_rng(seed)
-        weights = np.array([text.weight for text in trained])
+        weights, random = np.array([text.weight for text in texts if text.trained]), np.random.default_rng(seed)
         self._text = random.choice(len(weights), size=count, p=weights / weights.sum()).astype(np.int32)
         self._row = np.zeros(count, np.int64)
-        for number, rows in enumerate(text.trained.num_sequences for text in texts if text.trained):
+        for number, rows in enumerate(len(text["input_ids"]) for text in self._texts):
             drawn = self._text == number
             passes = [random.permutation(rows) for _ in range(-(-int(drawn.sum()) // rows))]
             self._row[drawn] = np.concatenate([*passes, np.zeros(0, np.int64)])[: drawn.sum()]
@@ -169,7 +166,7 @@ class Mix(Dataset[Example]):
 
 def _all_rows(text: CorpusPlan) -> Example:
     """Return all rows of a text, padded to ``sequence_length``, so that rows of all texts can be stacked."""
-    shard = text.recut(text.num_sequences).shards[0]
+    (shard,) = text.recut(text.num_sequences).shards
     (batch,) = shard.batches(shard.num_sequences)
     padding = ((0, 0), (0, shard.input_ids.shape[1] - batch.input_ids.shape[1]))
     masks: dict[str, Any] = {name: np.pad(getattr(batch, name), padding) for name in ("attention_mask", "observed")}
@@ -189,23 +186,17 @@ def read_texts(request: DistillRequest, models: ModelPair, work: Path, on_event:
     on_event(Preparing("reading"))
     code = request.settings.trust_remote_code
     tokenizer = load_tokenizer(models.student, trust_remote_code=code)
-    named = [split_weight(corpus) for corpus in request.corpora]
-    weights = {str(corpus): weight for corpus, weight in named}
-    if len(weights) < len(named):
+    weighted = [split_weight(corpus) for corpus in request.corpora]
+    weights = {str(corpus): weight for corpus, weight in weighted}
+    if len(weights) < len(weighted):
         raise ConfigError("`corpora` names a text twice.", "Name it once, with a weight: CORPUS=2.")
     how = (tokenizer, models.settings, request.held_out)
-    corpora = [(corpus.full, str(corpus), weight) for corpus, weight in named if corpus != SELF]
-    texts = [read_trained(*corpus, *how) for corpus in corpora]
+    texts = [read_trained(corpus.full, str(corpus), weight, *how) for corpus, weight in weighted if corpus != SELF]
     watched = [read_watched(corpus, *how) for corpus in request.watch]
     if request.self_texts:
-        options: dict[str, Any] = {
-            "count": request.self_texts,
-            "seed": request.seed,
-            "work": work,
-            "on_event": on_event,
-        }
         here = replace(models.teacher_settings, device=pick_device(request.settings.device).type)
-        file = teacher_text(models.teacher, here, **options)
+        count, seed = request.self_texts, request.seed
+        file = teacher_text(models.teacher, here, count=count, seed=seed, work=work, on_event=on_event)
         plain = replace(models.settings, chat_template=False, max_sequences=None, skip_sequences=0)
         texts.append(read_trained(f"{file}:text", SELF, weights.get(SELF, 1.0), tokenizer, plain, request.held_out))
     if not texts:
@@ -217,7 +208,7 @@ def read_texts(request: DistillRequest, models: ModelPair, work: Path, on_event:
             for text in texts
             if text.trained and text.name != SELF
         ]
-        refuse_seen_text(texts, [*trained, *_repaired_text(models.student, tokenizer)], tokenizer)
+        refuse_overlap(texts, [*trained, *_repaired_text(models.student, tokenizer)], tokenizer)
     return texts
 
 

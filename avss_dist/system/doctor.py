@@ -25,7 +25,7 @@ from avss_dist.system.process import PACKAGES, installed_version
 OPTIONAL = {name: name.replace("-", "_") for name in ("datasets", "lm_eval", "gguf", "compressed-tensors", "peft")}
 """Modules of optional packages."""
 NEEDED = (*(name for name in PACKAGES if name not in OPTIONAL), "duckdb", "altair", "vl-convert-python")
-TIMEOUT_SECONDS = 180.0
+CHECK_TIMEOUT_SECONDS = 180.0
 LEAST_SHARED_BYTES = 1 << 30  # a container has 64 MiB by default
 
 Check = Callable[[], str]
@@ -61,23 +61,21 @@ def check_machine() -> Iterator[CheckResult]:
             yield from group.result()
 
 
-def run_checks(checks: Mapping[str, Check], timeout_seconds: float = TIMEOUT_SECONDS) -> list[CheckResult]:
+def run_checks(checks: Mapping[str, Check], timeout_seconds: float = CHECK_TIMEOUT_SECONDS) -> list[CheckResult]:
     """Run checks one after the other in another process, and in a new one after a check that ended it."""
     pending, results = list(checks.items()), []
     while pending:
         with ProcessPoolExecutor(1, mp_context=get_context("spawn"), initializer=_silence) as pool:
-            process, alive = pool.submit(os.getpid).result(), True
-            while pending and alive:
-                what, check = pending.pop(0)
-                try:
+            process = pool.submit(os.getpid).result()
+            try:
+                while pending:
+                    what, check = pending.pop(0)
                     results.append(pool.submit(_try, what, check).result(timeout_seconds))
-                except TimeoutError:
-                    alive = False
-                    _kill(process)
-                    results.append(CheckResult(what, False, f"no answer in {timeout_seconds:g} seconds"))
-                except BrokenProcessPool:
-                    alive = False
-                    results.append(CheckResult(what, False, "the process that tried it died"))
+            except TimeoutError:
+                _kill(process)
+                results.append(CheckResult(what, False, f"no answer in {timeout_seconds:g} seconds"))
+            except BrokenProcessPool:
+                results.append(CheckResult(what, False, "the process that tried it died"))
     return results
 
 

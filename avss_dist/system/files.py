@@ -98,12 +98,13 @@ def remove_leftovers(folder: Path) -> None:
 
 def _is_left(name: re.Match[str], seconds: float, *paths: Path) -> bool:
     """Whether the writer of these paths has ended, or has not changed them for so long that it must have."""
-    import psutil  # commands that read a warehouse do without
-
     pid = int(name["pid"])
     if name["machine"] == _machine() != _UNKNOWN:
-        if not psutil.pid_exists(pid):
-            return True
+        with suppress(PermissionError):  # the process of another user
+            try:
+                os.kill(pid, 0)
+            except ProcessLookupError:
+                return True
         if start := _start(pid):
             return start != int(name["start"])
     return time.time() - max(path.lstat().st_mtime for path in paths) > seconds

@@ -20,13 +20,13 @@ from avss_dist.core.errors import BatchTooLarge
 
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # of mallopt(3)
 _MADV_POPULATE_READ = 22  # of madvise(2)
-KEPT_BYTES = 256 << 20
+FREED_BYTES = 256 << 20
 MAPPED_BYTES = 32 << 20  # the most that glibc takes
 
 
 @lru_cache(maxsize=1)
 def keep_freed_memory() -> None:
-    """Tell glibc, where it is there, to keep up to ``KEPT_BYTES`` of freed memory for later allocations.
+    """Tell glibc, where it is there, to keep up to ``FREED_BYTES`` of freed memory for later allocations.
 
     By default glibc may return the activations of one layer to the system and take fresh pages for the next layer,
     depending on where small allocations lie: half a million page faults in a shard, or none.
@@ -34,7 +34,7 @@ def keep_freed_memory() -> None:
     with suppress(OSError, AttributeError, TypeError):
         mallopt = ctypes.CDLL(None).mallopt
         mallopt(_M_MMAP_THRESHOLD, MAPPED_BYTES)
-        mallopt(_M_TRIM_THRESHOLD, KEPT_BYTES)
+        mallopt(_M_TRIM_THRESHOLD, FREED_BYTES)
 
 
 def release_freed_memory() -> None:
