@@ -30,8 +30,7 @@ from avss_dist.stats.intervals import (
     jackknife_interval,
     left_out_weights,
 )
-from avss_dist.stats.layer_stats import Float64, LayerStats, StratumKey
-from avss_dist.stats.merging import merge_stats, split_into_blocks
+from avss_dist.stats.layer_stats import Float64, LayerStats, StratumKey, merge_stats, split_into_blocks
 from avss_dist.stats.rankings import depth_correlation
 from avss_dist.stats.scores import Parts, SiteTable, Threshold
 from avss_dist.warehouse.reader import Warehouse

@@ -12,8 +12,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from avss_dist.stats.intervals import BOOTSTRAP_BLOCKS
-from avss_dist.stats.layer_stats import Float64, LayerStats
-from avss_dist.stats.merging import merge_blocks
+from avss_dist.stats.layer_stats import Float64, LayerStats, merge_blocks
 from avss_dist.stats.scores import Threshold, score_run
 from avss_dist.warehouse.reader import Warehouse
 from avss_dist.warehouse.schema import SCHEMAS

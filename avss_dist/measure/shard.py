@@ -22,8 +22,7 @@ from avss_dist.measure.rows import PlacedRows, in_order
 from avss_dist.models.size import Footprint
 from avss_dist.models.structure import absent_sites
 from avss_dist.partition.replica import Replica, dummy_batch, no_observation
-from avss_dist.stats.layer_stats import AnswerRows, LayerKey, ShardResult
-from avss_dist.stats.merging import merge_stats, merge_strata
+from avss_dist.stats.layer_stats import AnswerRows, LayerKey, ShardResult, merge_stats
 from avss_dist.system.devices import peak_device_memory, reset_peak_device_memory
 from avss_dist.system.memory import halve_until_it_fits, peak_memory
 
@@ -81,8 +80,7 @@ def analyze_shard(
         computed()
     parts = replica.collect((observer.strata(), rows_of_answers()))
     strata = merge_stats(counted for counted, _ in parts)
-    stats = merge_strata(strata)
-    if not stats and replica.reports_stats:
+    if not strata and replica.reports_stats:
         raise ModelError(
             f"The model has none of the sites {', '.join(settings.sites)}.", "; ".join(replica.model["notes"]) or None
         )
@@ -90,13 +88,12 @@ def analyze_shard(
         shard_id=shard.shard_id,
         content_hash=shard.content_hash,
         layers=tuple(layer.name for layer in replica.layers),
-        stats=stats,
+        strata=strata,
         num_tokens=shard.num_tokens,
         seconds=time.perf_counter() - start,
         device=torch.cuda.get_device_name(replica.device) if replica.device.type == "cuda" else "cpu",
         model=_describe(replica, rows, settings),
         peak_memory_bytes=peak,
-        strata=strata if shard.pairing else {},
         rows=_answer_rows(shard, [rows for _, rows in parts]) if shard.pairing else None,
         experts=experts() if settings.experts else None,
     )

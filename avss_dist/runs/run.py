@@ -21,8 +21,15 @@ from avss_dist.executors.interface import ReplicaSpec, RunShards
 from avss_dist.models.checkpoints import CONVERTED, training_point
 from avss_dist.models.quantization import describe_quantization
 from avss_dist.stats.intervals import BOOTSTRAP_BLOCKS
-from avss_dist.stats.layer_stats import ShardResult
-from avss_dist.stats.merging import Block, Merged, combine_blocks, merge_block, split_into_blocks
+from avss_dist.stats.layer_stats import (
+    LayerStats,
+    Merged,
+    ShardResult,
+    StratumKey,
+    combine_blocks,
+    merge_block,
+    split_into_blocks,
+)
 from avss_dist.stats.scores import score_run
 from avss_dist.system.process import package_versions
 from avss_dist.warehouse.reader import Warehouse
@@ -126,6 +133,9 @@ class ShardSummary:
         self.seconds += other.seconds
 
 
+MergedBlock = tuple[Mapping[StratumKey, LayerStats], ShardSummary]
+
+
 def merge_partials(
     store: Store, shared: SharedWarehouse | None, run_id: str, expected: Expected, apply: Apply | None
 ) -> tuple[Merged, ShardSummary]:
@@ -145,8 +155,8 @@ def merge_partials(
     blocks = [{i: expected[i] for i in ids} for ids in split_into_blocks(len(expected), BOOTSTRAP_BLOCKS)]
     summary = ShardSummary()
 
-    def each() -> Iterator[Block]:
-        results: Iterable[tuple[Block, ShardSummary] | None] = map(read_here, blocks)
+    def each() -> Iterator[Mapping[StratumKey, LayerStats]]:
+        results: Iterable[MergedBlock | None] = map(read_here, blocks)
         if apply and shared and len(expected) > MERGED_HERE:
             results = apply(partial(_read_shared_block, shared, run_id), blocks)
         for block, result in zip(blocks, results, strict=True):
@@ -157,13 +167,13 @@ def merge_partials(
     return combine_blocks(each()), summary
 
 
-def _read_shared_block(shared: SharedWarehouse, run_id: str, expected: Expected) -> tuple[Block, ShardSummary] | None:
+def _read_shared_block(shared: SharedWarehouse, run_id: str, expected: Expected) -> MergedBlock | None:
     """Read and merge a block in any process. Returns None if the process does not reach the warehouse."""
     store = shared.store()
     return _read_block(store, run_id, expected) if store else None
 
 
-def _read_block(store: Store, run_id: str, expected: Expected) -> tuple[Block, ShardSummary]:
+def _read_block(store: Store, run_id: str, expected: Expected) -> MergedBlock:
     summary = ShardSummary()
 
     def each() -> Iterator[ShardResult]:
@@ -224,7 +234,9 @@ class RunInProgress:
             return False
         if self._begun is None:
             self._begun = time.perf_counter() - result.seconds
-        if isinstance(result, ShardResult):
+        if isinstance(result, Receipt):
+            self._store.write_shard_files(self.run.run_id, result.shard_id, result.files)
+        else:
             self._store.write_shard(self._identity(result.model["family"]), result)
         self.missing.discard(result.shard_id)
         return True

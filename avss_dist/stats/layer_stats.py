@@ -1,4 +1,4 @@
-"""Statistics from which every score is computed: of layers, of rows of paired text, of experts. Pure numpy.
+"""Statistics from which every score is computed: of layers, of rows of paired text, of experts; and their merge.
 
 Each field is annotated with its meaning, its unit if it has one, and the operation that merges it: the columns of the
 warehouse and `LayerStats.merge` follow from these annotations.
@@ -10,14 +10,16 @@ tokens with a non-finite element, per-sequence fields leave out sequences with o
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable, Iterable, Mapping
+import tempfile
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from functools import cache, partial
-from typing import Annotated, Any, NamedTuple, get_type_hints
+from typing import Annotated, Any, NamedTuple, TypeVar, get_type_hints
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+from avss_dist.core.names import AFTER_ANOTHER
 from avss_dist.stats.histogram import (
     HISTOGRAM_BINS,
     Values,
@@ -33,7 +35,8 @@ Float32 = NDArray[np.float32]
 Float64 = NDArray[np.float64]
 LayerKey = tuple[int, str]
 StratumKey = tuple[int, str, str]
-"""Layer, site and stratum. Only paired text has strata."""
+"""Layer, site and stratum. Unpaired text has one stratum with an empty name."""
+KEPT_BYTES = 128 << 20
 
 
 def merge_moments(a: tuple[int, float, float], b: tuple[int, float, float]) -> tuple[int, float, float]:
@@ -363,8 +366,7 @@ class ShardResult:
         shard_id: index of the shard in the corpus plan.
         content_hash: hash of the shard's tokens, as planned.
         layers: module path of every layer, in order.
-        stats: LayerStats by (layer index, site). For paired text, they cover all answers after their own prompts.
-        strata: LayerStats by (layer index, site, stratum) for paired text, else empty.
+        strata: LayerStats by (layer index, site, stratum).
         rows: statistics of single rows for paired text, else None.
         experts: statistics of routed experts by layer, or None if they were not measured. For paired text, they cover
             all answers after their own prompts.
@@ -378,17 +380,139 @@ class ShardResult:
     shard_id: int
     content_hash: str
     layers: tuple[str, ...]
-    stats: Mapping[LayerKey, LayerStats]
+    strata: Mapping[StratumKey, LayerStats]
     num_tokens: int = 0
     seconds: float = 0.0
     device: str = "cpu"
     model: Mapping[str, Any] = field(default_factory=dict)
     peak_memory_bytes: int = 0
-    strata: Mapping[StratumKey, LayerStats] = field(default_factory=dict)
     rows: AnswerRows | None = None
     experts: Mapping[int, ExpertStats] | None = None
+
+    @property
+    def stats(self) -> dict[LayerKey, LayerStats]:
+        """LayerStats by (layer index, site). For paired text, they cover all answers after their own prompts."""
+        return merge_strata(self.strata)
 
 
 def without_values(stats: LayerStats) -> LayerStats:
     """Return statistics without the counts by value, which take most of their memory."""
     return replace(stats, abs_value=np.zeros(0, np.float32), abs_value_count=np.zeros(0, np.int64))
+
+
+Key = TypeVar("Key", LayerKey, StratumKey, int)
+Stats = TypeVar("Stats", LayerStats, ExpertStats)
+
+
+def merge_stats(parts: Iterable[Mapping[Key, Stats]]) -> dict[Key, Stats]:
+    """Merge statistics by key, in the order of the parts. A key may be missing from some parts."""
+    merged: dict[Key, Stats] = {}
+    for part in parts:
+        for key, stats in part.items():
+            merged[key] = merged[key].merge(stats) if key in merged else stats
+    return {key: merged[key] for key in sorted(merged)}
+
+
+def merge_strata(strata: Mapping[StratumKey, LayerStats]) -> dict[LayerKey, LayerStats]:
+    """Merge the strata of all labels into statistics by (layer, site). Answers after another prompt are left out."""
+    labels = dict.fromkeys(label for _, _, label in sorted(strata) if not label.endswith(AFTER_ANOTHER))
+    return merge_stats(
+        {(layer, site): stats for (layer, site, stratum), stats in strata.items() if stratum == label}
+        for label in labels
+    )
+
+
+@dataclass(frozen=True)
+class Merged:
+    """Merged statistics of a run. They depend only on the shards, whichever process merged which block of them.
+
+    Attributes:
+        stats: statistics of the run, with counts by value.
+        blocks: statistics of each block of consecutive shards, without counts by value.
+        strata: statistics of the run by stratum for paired text, else empty.
+    """
+
+    stats: dict[LayerKey, LayerStats]
+    blocks: list[Mapping[LayerKey, LayerStats]]
+    strata: dict[StratumKey, LayerStats]
+
+
+def split_into_blocks(num_shards: int, maximum: int) -> list[range]:
+    """Return the shard ids of each block, for at most ``maximum`` blocks.
+
+    The limit bounds memory, whatever the size of the corpus.
+    """
+    size = -(-num_shards // maximum)
+    return [range(start, min(start + size, num_shards)) for start in range(0, num_shards, size or 1)]
+
+
+def merge_block(shards: Iterable[ShardResult], ids: range) -> dict[StratumKey, LayerStats]:
+    """Merge the shards of a block, given in the order of their ids.
+
+    Raises:
+        ValueError: if the ids of the shards are not exactly ``ids``.
+    """
+    block: dict[StratumKey, LayerStats] = {}
+    expected = ids.start
+    for shard in shards:
+        if shard.shard_id != expected:
+            raise ValueError(f"shard {shard.shard_id} where shard {expected} belongs")
+        expected += 1
+        block = merge_stats((block, shard.strata))
+    if expected != ids.stop:
+        raise ValueError(f"{expected - ids.start} shards where {len(ids)} belong")
+    return block
+
+
+def combine_blocks(blocks: Iterable[Mapping[StratumKey, LayerStats]]) -> Merged:
+    """Merge blocks, in the order given.
+
+    At most `KEPT_BYTES` of the large arrays of blocks stay in memory. Further ones are mapped from temporary files.
+    """
+    block_stats: list[Mapping[LayerKey, LayerStats]] = []
+    strata: dict[StratumKey, LayerStats] = {}
+    room = KEPT_BYTES
+    for block in blocks:
+        stats = merge_strata({key: without_values(layer_stats) for key, layer_stats in block.items()})
+        room -= sum(getattr(layer_stats, name).nbytes for layer_stats in stats.values() for name in _LARGE)
+        block_stats.append(stats if room >= 0 else _mapped(stats))
+        strata = merge_stats((strata, block))
+    return Merged(merge_strata(strata), block_stats, strata if any(label for *_, label in strata) else {})
+
+
+_LARGE = ("histogram", "unit_sum", "unit_sum_sq")
+
+
+def _mapped(stats: Mapping[LayerKey, LayerStats]) -> Mapping[LayerKey, LayerStats]:
+    """Return the same statistics with their large fields in one memory-mapped file, which has no name.
+
+    If the file cannot be written, they stay in memory.
+    """
+    try:
+        with tempfile.TemporaryFile() as file:
+            for layer_stats in stats.values():
+                for name in _LARGE:
+                    file.write(getattr(layer_stats, name).tobytes())
+            file.flush()
+            whole = np.asarray(np.memmap(file, np.uint8, "r"))
+    except (OSError, ValueError):  # numpy raises ValueError for an empty file
+        return stats
+    mapped, at = {}, 0
+    for key, layer_stats in stats.items():
+        fields = {}
+        for name in _LARGE:
+            field = getattr(layer_stats, name)
+            fields[name] = whole[at : at + field.nbytes].view(field.dtype)
+            at += field.nbytes
+        mapped[key] = replace(layer_stats, **fields)
+    return mapped
+
+
+def merge_blocks(shards: Sequence[ShardResult], maximum: int) -> Merged:
+    """Merge shards in at most ``maximum`` blocks, given in the order of their ids.
+
+    Raises:
+        ValueError: if the ids are not exactly 0, 1, ...
+    """
+    ids = split_into_blocks(len(shards), maximum)
+    return combine_blocks(merge_block(shards[block_ids.start : block_ids.stop], block_ids) for block_ids in ids)

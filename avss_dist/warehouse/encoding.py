@@ -6,10 +6,9 @@ import hashlib
 import json
 import os
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, fields
-from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -29,7 +28,6 @@ from avss_dist.stats.layer_stats import (
     ShardResult,
     StratumKey,
 )
-from avss_dist.stats.merging import merge_strata
 from avss_dist.warehouse.schema import SCHEMA_VERSION, SCHEMAS, TABLES, RunIdentity
 
 if TYPE_CHECKING:
@@ -42,7 +40,7 @@ _UNSIGNED = _PREFIX + b"0" * 64
 _SIGNATURE = re.compile(_CHECKSUM + rb"..(" + _PREFIX + rb"[0-9a-f]{64})", re.DOTALL)  # in a footer
 UNSIGNED_METADATA = {_CHECKSUM: _UNSIGNED}
 _STATE = [f.name for f in fields(LayerStats) if f.name != "histogram"]
-_OF_SHARD = [f.name for f in fields(ShardResult) if f.name not in ("stats", "strata", "rows", "experts")]
+_OF_SHARD = [f.name for f in fields(ShardResult) if f.name not in ("strata", "rows", "experts")]
 _STATS_TABLES = ("layer_stats", "shard_stats", "stratum_stats")
 
 
@@ -212,40 +210,19 @@ def _require_match(view: memoryview, match: re.Match[bytes]) -> None:
         raise pa.ArrowInvalid("its content does not match its checksum")
 
 
-class EncodedStats(Mapping[LayerKey, LayerStats]):
-    """A shard's statistics as the bytes of its partial, which a worker encodes and the driver stores unchanged.
-
-    The bytes are decoded when the mapping is first read.
-    """
-
-    def __init__(self, run: RunIdentity, data: pa.Buffer) -> None:
-        self.run, self.data = run, data
-
-    @cached_property
-    def _stats(self) -> dict[LayerKey, LayerStats]:
-        return _stats_and_strata(parse(self.data))[0]
-
-    def __getitem__(self, key: LayerKey) -> LayerStats:
-        return self._stats[key]
-
-    def __iter__(self) -> Iterator[LayerKey]:
-        return iter(self._stats)
-
-    def __len__(self) -> int:
-        return len(self._stats)
-
-    def __reduce__(self) -> tuple[type[EncodedStats], tuple[RunIdentity, pa.Buffer]]:
-        return EncodedStats, (self.run, self.data)
-
-
-def encode_shard(run: RunIdentity, result: ShardResult) -> EncodedStats:
-    """Return the partial of a shard, which is lossless to the last bit."""
-    if isinstance(result.stats, EncodedStats) and result.stats.run == run:
-        return result.stats
-    header = {name: getattr(result, name) for name in _OF_SHARD}
-    columns = to_columns(run, result.layers, result.strata or result.stats)
+def encode_shard(run: RunIdentity, result: ShardResult) -> dict[str, pa.Buffer]:
+    """Return the files of a shard by table, lossless to the last bit. The partial, from which runs resume, is last."""
+    files = {}
+    if result.rows:
+        files["row_stats"] = _encode_rows(run, result.rows)
+    if result.experts is not None:
+        columns = expert_columns(run, result.layers, result.experts)
+        columns["shard_id"] = [result.shard_id] * len(columns["layer"])
+        files["shard_expert_stats"] = encode("shard_expert_stats", run.run_id, columns)
+    columns = to_columns(run, result.layers, result.strata)
     columns |= {name: [getattr(result, name)] * len(columns["layer"]) for name in ("shard_id", "content_hash")}
-    return EncodedStats(run, encode("shard_stats", run.run_id, columns, header))
+    header = {name: getattr(result, name) for name in _OF_SHARD}
+    return files | {"shard_stats": encode("shard_stats", run.run_id, columns, header)}
 
 
 def _encode_rows(run: RunIdentity, rows: AnswerRows) -> pa.Buffer:
@@ -275,7 +252,7 @@ def to_columns(
     columns |= {"layer": [key[0] for key in keys], "site": [key[1] for key in keys]}
     columns["layer_name"] = [layers[key[0]] for key in keys]
     columns["depth"] = [(key[0] + 0.5) / len(layers) for key in keys]
-    columns["stratum"] = [key[2] if len(key) > 2 else None for key in keys]
+    columns["stratum"] = [stratum[0] or None if stratum else None for _, _, *stratum in keys]
     columns |= {"histogram_bin": bins, "histogram_count": counts}
     columns |= {name: [getattr(state, name) for state in states] for name in _STATE}
     for field in SCHEMAS["layer_stats"]:
@@ -290,17 +267,8 @@ def _to_lists(cells: Sequence[np.ndarray], kind: pa.ListType) -> pa.Array:
     return pa.ListArray.from_arrays(offsets, pa.array(values.astype(kind.value_type.to_pandas_dtype())), type=kind)
 
 
-def to_stats(table: pa.Table) -> dict[LayerKey, LayerStats]:
-    """Return statistics by (layer, site), the inverse of `to_columns`. Fields that a file lacks keep their defaults.
-
-    Raises:
-        pa.ArrowInvalid: the rows are not statistics.
-    """
-    return {(layer, site): stats for (layer, site, _), stats in to_strata(table).items()}
-
-
 def to_strata(table: pa.Table) -> dict[StratumKey, LayerStats]:
-    """Return statistics by (layer, site, stratum). The stratum is empty if the text is not paired.
+    """Return statistics by (layer, site, stratum), the inverse of `to_columns`. Fields that a file lacks keep defaults.
 
     Raises:
         pa.ArrowInvalid: the rows are not statistics.
@@ -323,14 +291,6 @@ def to_strata(table: pa.Table) -> dict[StratumKey, LayerStats]:
     return stats
 
 
-def _stats_and_strata(table: pa.Table) -> tuple[dict[LayerKey, LayerStats], dict[StratumKey, LayerStats]]:
-    """Return the statistics of a partial by (layer, site), and by (layer, site, stratum) of paired text."""
-    strata = to_strata(table)
-    if any(stratum for _, _, stratum in strata):
-        return merge_strata(strata), strata
-    return {(layer, site): stats for (layer, site, _), stats in strata.items()}, {}
-
-
 def decode_shard(data: pa.Buffer, run_id: str) -> ShardResult | None:
     """Return a partial, or None when it is damaged or not of this run."""
     try:
@@ -338,20 +298,9 @@ def decode_shard(data: pa.Buffer, run_id: str) -> ShardResult | None:
         header = json.loads((table.schema.metadata or {}).get(_HEADER, b"{}"))
         if header.pop("run_id", None) != run_id or "layers" not in header:
             return None
-        stats, strata = _stats_and_strata(table)
-        return ShardResult(**header | {"layers": tuple(header["layers"]), "stats": stats, "strata": strata})
+        return ShardResult(**header | {"layers": tuple(header["layers"]), "strata": to_strata(table)})
     except (OSError, pa.ArrowException):
         return None
-
-
-def encode_beside(run: RunIdentity, result: ShardResult) -> Iterator[tuple[str, pa.Buffer]]:
-    """Yield table and content of each file that a shard has beside its partial."""
-    if result.rows:
-        yield "row_stats", _encode_rows(run, result.rows)
-    if result.experts is not None:
-        columns = expert_columns(run, result.layers, result.experts)
-        columns["shard_id"] = [result.shard_id] * len(columns["layer"])
-        yield "shard_expert_stats", encode("shard_expert_stats", run.run_id, columns)
 
 
 def expert_columns(run: RunIdentity, layers: Sequence[str], experts: Mapping[int, ExpertStats]) -> dict[str, Any]:

@@ -17,7 +17,7 @@ import pyarrow.dataset as ds
 
 from avss_dist.core.errors import DamagedFile, QueryError, WarehouseError, nearest, require_known
 from avss_dist.core.text import RedactedURI, basename, count_of
-from avss_dist.stats.layer_stats import LayerKey, LayerStats, ShardResult, StratumKey
+from avss_dist.stats.layer_stats import LayerKey, LayerStats, ShardResult, StratumKey, merge_strata
 from avss_dist.warehouse.checks import RUN_COLUMNS, checked_rows, damaged_runs
 from avss_dist.warehouse.compaction import (
     DIGEST,
@@ -35,7 +35,6 @@ from avss_dist.warehouse.encoding import (
     decode_shard,
     parse,
     require_readable,
-    to_stats,
     to_strata,
     verify,
 )
@@ -227,10 +226,10 @@ class Warehouse:
         Raises:
             WarehouseError: it has none.
         """
-        if (stats := self._decoded("layer_stats", run_id, "layer_stats", to_stats)) is None:
+        if (stats := self._decoded("layer_stats", run_id, "layer_stats", to_strata)) is None:
             known = sorted({run for run, _ in self.storage.files("layer_stats").values()}) or ["none yet"]
             raise WarehouseError(f"{self.root} has no layer statistics of run '{run_id}'.", nearest(run_id, known))
-        return dict(stats)
+        return merge_strata(stats)
 
     def readable_layer_stats(self, run_id: str) -> dict[LayerKey, LayerStats]:
         """Read the merged statistics of a run. Empty if they are damaged, which `damaged` notes."""

@@ -15,12 +15,10 @@ import pyarrow as pa
 
 from avss_dist.core.errors import AvssError, DamagedFile, RunFailed, WarehouseError, require_known, without_secrets
 from avss_dist.core.text import RedactedURI, escape_markdown
-from avss_dist.stats.layer_stats import ExpertStats, LayerKey, LayerStats, ShardResult, StratumKey
-from avss_dist.stats.merging import merge_stats
+from avss_dist.stats.layer_stats import ExpertStats, LayerKey, LayerStats, ShardResult, StratumKey, merge_stats
 from avss_dist.warehouse.checks import checked_rows
 from avss_dist.warehouse.encoding import (
     encode,
-    encode_beside,
     encode_shard,
     expert_columns,
     parse,
@@ -29,9 +27,6 @@ from avss_dist.warehouse.encoding import (
 )
 from avss_dist.warehouse.reader import Warehouse
 from avss_dist.warehouse.schema import SCHEMA_VERSION, SCHEMAS, TABLES, RunIdentity
-
-LayersStats = Mapping[LayerKey, LayerStats]
-StrataStats = Mapping[StratumKey, LayerStats]
 
 
 class Store(Warehouse):
@@ -60,10 +55,13 @@ class Store(Warehouse):
             self.storage.write(path, text)
 
     def write_shard(self, run: RunIdentity, result: ShardResult) -> None:
-        """Write a shard's result, lossless to the last bit, to resume from. The files beside its partial come first."""
-        for table, data in encode_beside(run, result):
-            self.storage.write(self._shard_path(run.run_id, result.shard_id, table), data)
-        self.storage.write(self._shard_path(run.run_id, result.shard_id), encode_shard(run, result).data)
+        """Write a shard's result, to resume from."""
+        self.write_shard_files(run.run_id, result.shard_id, encode_shard(run, result))
+
+    def write_shard_files(self, run_id: str, shard_id: int, files: Mapping[str, pa.Buffer]) -> None:
+        """Write the result of `encode_shard`."""
+        for table, data in files.items():
+            self.storage.write(self._shard_path(run_id, shard_id, table), data)
 
     def write_plan(self, run_id: str, **plan: Any) -> None:
         """Write a description of an unfinished run for `unfinished`. `finish_plan` deletes it.
@@ -78,7 +76,11 @@ class Store(Warehouse):
         self.storage.delete(self.storage.plan_path(run_id))
 
     def write_layer_stats(
-        self, run: RunIdentity, layers: Sequence[str], stats: LayersStats, strata: StrataStats | None = None
+        self,
+        run: RunIdentity,
+        layers: Sequence[str],
+        stats: Mapping[LayerKey, LayerStats],
+        strata: Mapping[StratumKey, LayerStats] | None = None,
     ) -> None:
         """Write the merged statistics of a run. ``layers`` are the module paths of all its layers, in order."""
         self._write("layer_stats", run.run_id, to_columns(run, layers, stats))
@@ -236,18 +238,17 @@ def shared(store: Store) -> Iterator[SharedWarehouse | None]:
 
 @dataclass(frozen=True, kw_only=True)
 class Receipt:
-    """A worker's message that it has written the partial of a shard. It is short, as one driver serves many workers.
+    """A worker's message that it has measured a shard. It is short, as one driver serves many workers.
 
     Attributes:
-        shard_id, content_hash, num_tokens, seconds: see `ShardResult`.
-        size: size of the partial in bytes.
+        shard_id, num_tokens, seconds: see `ShardResult`.
+        files: result of `encode_shard`, if the worker does not reach the warehouse. Else it has written them.
     """
 
     shard_id: int
-    content_hash: str
     num_tokens: int
     seconds: float
-    size: int
+    files: Mapping[str, pa.Buffer]
 
 
 TITLE = "# Layer scores, measured by avss_dist"

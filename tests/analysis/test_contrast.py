@@ -75,7 +75,7 @@ def write(root: Path, *, planted: float, elsewhere: float = 1.0, longer: int = 0
     row = run_row("paired", num_layers=LAYERS, num_sequences=n, num_shards=1, thresholds=THRESHOLDS, sites=["block"])
     identity = RunIdentity(**{name: row[name] for name in ("run_id", "model", "revision", "family")})
     store = Store(root)
-    store.write_shard(identity, ShardResult(shard_id=0, content_hash="", layers=("a",) * LAYERS, stats={}, rows=rows))
+    store.write_shard(identity, ShardResult(shard_id=0, content_hash="", layers=("a",) * LAYERS, strata={}, rows=rows))
     store.write_run(row)
     return row
 

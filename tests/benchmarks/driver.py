@@ -15,12 +15,10 @@ from __future__ import annotations
 
 import argparse
 import os
-import pickle
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import closing
-from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, NamedTuple
@@ -45,7 +43,7 @@ from avss_dist.runs.scoring import Driver
 from avss_dist.stats.histogram import HISTOGRAM_BINS, histogram_bin
 from avss_dist.stats.layer_stats import LayerStats, ShardResult
 from avss_dist.system.files import Spool
-from avss_dist.warehouse.encoding import EncodedStats, encode_shard
+from avss_dist.warehouse.encoding import encode_shard
 from avss_dist.warehouse.schema import RunIdentity
 from avss_dist.warehouse.store import Receipt, Store
 
@@ -100,20 +98,19 @@ def shards(count: int) -> list[Shard]:
 def prepare(folder: Path, shards: Sequence[Shard], layers: int, units: int) -> int:
     """Keep the partial of every shard in a folder, and return the bytes of a partial."""
     rng = np.random.default_rng(1)
-    stats = {(layer, site): layer_stats(rng, site, units) for layer in range(layers) for site in SITES}
+    strata = {(layer, site, ""): layer_stats(rng, site, units) for layer in range(layers) for site in SITES}
     for shard in shards[:MADE]:
         result = ShardResult(
             shard_id=shard.shard_id,
             content_hash=shard.content_hash,
             layers=tuple(f"model.layers.{i}" for i in range(layers)),
-            stats=stats,
+            strata=strata,
             num_tokens=shard.num_tokens,
             seconds=1.0,
             model={"family": RUN.family, "notes": []},
         )
-        data = encode_shard(RUN, result).data
+        data = encode_shard(RUN, result)["shard_stats"]
         (folder / str(shard.shard_id)).write_bytes(data)
-    (folder / "result").write_bytes(pickle.dumps(replace(result, stats={})))
     return data.size
 
 
@@ -136,8 +133,6 @@ class VirtualWorker:
 
     def __init__(self, name: str, threads: int, monitor: Any) -> None:
         self._name, self._monitor = name, monitor
-        self._result: ShardResult = pickle.loads((self.folder / "result").read_bytes())
-        self._size = (self.folder / "0").stat().st_size
 
     def address(self) -> tuple[str, int, str, int]:
         return "127.0.0.1", 0, ray.get_runtime_context().get_node_id(), os.getpid()
@@ -145,24 +140,15 @@ class VirtualWorker:
     def open(self, job: Any, rank: int, first: Any) -> None:
         self._monitor.report.remote(self._name, 1)
 
-    def measure_round(self, assignments: Any, *blocks: Any) -> list[ShardResult | Receipt]:
+    def measure_round(self, assignments: Any, *blocks: Any) -> list[Receipt]:
         places = [assignment.place for assignment in assignments]
         return [self.measure(SimpleNamespace(shard=blocks[block][i])) for block, i in places]
 
-    def measure(self, assignment: Any) -> ShardResult | Receipt:
-        if self.by == "receipts":
-            shard = assignment.shard
-            return Receipt(
-                shard_id=shard.shard_id,
-                content_hash=shard.content_hash,
-                num_tokens=shard.num_tokens,
-                seconds=1.0,
-                size=self._size,
-            )
-        which: dict[str, Any] = {"shard_id": assignment.shard.shard_id, "content_hash": assignment.shard.content_hash}
-        which["device"] = self._name
-        data = pa.memory_map(str(self.folder / str(assignment.shard.shard_id % MADE))).read_buffer()
-        return replace(self._result, stats=EncodedStats(RUN, data), **which)
+    def measure(self, assignment: Any) -> Receipt:
+        shard, files = assignment.shard, {}
+        if self.by != "receipts":
+            files["shard_stats"] = pa.memory_map(str(self.folder / str(shard.shard_id % MADE))).read_buffer()
+        return Receipt(shard_id=shard.shard_id, num_tokens=shard.num_tokens, seconds=1.0, files=files)
 
 
 class VirtualExecutor(RayExecutor):

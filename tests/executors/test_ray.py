@@ -166,8 +166,8 @@ def test_workers_write_and_say_little(tiny_llama: Path, undisturbed: Path, tmp_p
             outcomes = [outcome for _, outcome in executor.run(iter([running.shards]))]
     assert sorted(outcome.shard_id for outcome in outcomes if isinstance(outcome, Receipt)) == list(range(20))
     assert max(len(pickle.dumps(outcome)) for outcome in outcomes) < 2000
-    sizes = {file.stat().st_size for file in (tmp_path / "shard_stats").rglob("*.parquet")}
-    assert {outcome.size for outcome in outcomes if isinstance(outcome, Receipt)} == sizes
+    assert not any(outcome.files for outcome in outcomes if isinstance(outcome, Receipt))
+    assert len(list((tmp_path / "shard_stats").rglob("*.parquet"))) == 20
     assert [file.name for file in (tmp_path / "runs").iterdir()] == [f".plan-{planned.run.run_id}"]  # no mark is left
     run = score(tiny_llama, tmp_path, executor="local")
     assert run.resumed_shards == 20

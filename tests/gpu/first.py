@@ -35,7 +35,7 @@ from avss_dist.measure.kernels.reference import Accumulator, Kernels, TorchKerne
 from avss_dist.measure.observer import Observer, attached
 from avss_dist.models.loading import forward_function, open_module
 from avss_dist.partition.replica import run_batch
-from avss_dist.stats.merging import merge_strata
+from avss_dist.stats.layer_stats import merge_strata
 from avss_dist.system.devices import pick_device
 
 GRID = np.array(THRESHOLDS)

@@ -36,7 +36,7 @@ from avss_dist.measure.kernels.cuda import (
 )
 from avss_dist.measure.kernels.reference import Accumulator, TorchKernels
 from avss_dist.models.loading import forward_function, open_module
-from avss_dist.stats.merging import merge_strata
+from avss_dist.stats.layer_stats import merge_strata
 
 GRID = np.array(THRESHOLDS)
 SCHEDULES = ((3, 64, 0), (1, 32, 5), (7, 128, 9))  # blocks, threads, seed of the order

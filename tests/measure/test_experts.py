@@ -28,8 +28,7 @@ from avss_dist.core.settings import THRESHOLDS
 from avss_dist.measure.observer import ExpertCounter, Observer, Pass, attached, expert_hooks
 from avss_dist.models.layers import Experts, Routing
 from avss_dist.models.loading import Backbone, forward_function, open_module
-from avss_dist.stats.layer_stats import EXPERT_FIELDS, ExpertStats
-from avss_dist.stats.merging import merge_stats
+from avss_dist.stats.layer_stats import EXPERT_FIELDS, ExpertStats, merge_stats
 from avss_dist.warehouse.encoding import to_experts
 from avss_dist.warehouse.reader import Warehouse
 

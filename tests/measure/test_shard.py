@@ -39,8 +39,10 @@ from avss_dist.models.layers import first_tensor
 from avss_dist.models.loading import load_tokenizer
 from avss_dist.models.size import footprint
 from avss_dist.partition.replica import BatchContext, Placement, SingleReplica, dummy_batch, no_observation
-from avss_dist.stats.layer_stats import ROW_FIELDS, RowStats, ShardResult
+from avss_dist.stats.layer_stats import ROW_FIELDS, RowStats
 from avss_dist.stats.scores import score_run
+from avss_dist.warehouse.encoding import decode_shard
+from avss_dist.warehouse.store import Receipt
 
 SETTINGS = Settings(batch_size=2, device="cpu")
 
@@ -201,8 +203,10 @@ def test_a_shard_is_concluded_while_the_next_one_is_computed(
         assert first.wait(timeout=500)
         result = threads.submit(worker.measure, assignment).result()
     assert "it cannot be concluded" in str(failing.exception())
-    assert isinstance(result, ShardResult) and len(result.stats) == len(expected.stats)
-    assert all(result.stats[key].equals(stats) for key, stats in expected.stats.items())
+    assert isinstance(result, Receipt)
+    stored = decode_shard(result.files["shard_stats"], "run")
+    assert stored is not None and len(stored.stats) == len(expected.stats)
+    assert all(stored.stats[key].equals(stats) for key, stats in expected.stats.items())
 
 
 def test_fillers_count_for_nothing(replica: SmallDevice, shard: Shard) -> None:

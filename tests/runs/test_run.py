@@ -37,8 +37,7 @@ from avss_dist.runs.events import OnRunEvent, RunEvent, ShardMeasured
 from avss_dist.runs.planner import FEWEST_SHARDS, FLOPS_OF_A_GPU, FLOPS_OF_A_THREAD, MOST_SECONDS, rows_per_shard
 from avss_dist.runs.run import Run, ShardSummary, merge_partials
 from avss_dist.runs.scoring import Driver
-from avss_dist.stats.layer_stats import ShardResult
-from avss_dist.stats.merging import Merged, merge_blocks
+from avss_dist.stats.layer_stats import Merged, ShardResult, merge_blocks
 from avss_dist.warehouse.reader import Warehouse
 from avss_dist.warehouse.schema import RunIdentity
 from avss_dist.warehouse.store import Store, shared
@@ -420,7 +419,7 @@ def shard(i: int) -> ShardResult:
         shard_id=i,
         content_hash=HASHES[i],
         layers=layer_names(i),
-        stats=stats_of(activations(i, shards=1))[0],
+        strata={(*key, ""): stats for key, stats in stats_of(activations(i, shards=1))[0].items()},
         seconds=1.5,
         device=f"device {i}",
         model=model,

@@ -23,8 +23,7 @@ from support.warehouses import GRID, PUBLISHED, Stats, stats_of
 from avss_dist.core.registry import BASELINES, FROM_ACTIVATIONS, SCORES
 from avss_dist.stats import intervals, scores
 from avss_dist.stats.intervals import jackknife_interval
-from avss_dist.stats.layer_stats import LayerKey, LayerStats
-from avss_dist.stats.merging import merge_stats
+from avss_dist.stats.layer_stats import LayerKey, LayerStats, merge_stats
 from avss_dist.stats.rankings import count_lowest, rank_lowest
 from avss_dist.stats.scores import RELATIVE_THRESHOLDS, SiteTable, Threshold, avss, score_run, share
 from avss_dist.warehouse.schema import SCHEMAS

@@ -16,7 +16,7 @@ from support.oracle import By, Float64, assert_close, oracle_bins, oracle_cuts, 
 
 from avss_dist.core.names import AFTER_ANOTHER
 from avss_dist.core.settings import THRESHOLDS
-from avss_dist.stats import merging
+from avss_dist.stats import layer_stats
 from avss_dist.stats.histogram import (
     CUTS,
     HISTOGRAM_BINS,
@@ -33,16 +33,14 @@ from avss_dist.stats.layer_stats import (
     LayerStats,
     ShardResult,
     StratumKey,
-    merge_moments,
-    stats_from_pattern_counts,
-    without_values,
-)
-from avss_dist.stats.merging import (
     combine_blocks,
     merge_block,
     merge_blocks,
+    merge_moments,
     merge_stats,
     merge_strata,
+    stats_from_pattern_counts,
+    without_values,
 )
 
 GRID = np.array(THRESHOLDS)
@@ -84,7 +82,7 @@ any_stats = st.integers(0, 10**6).map(sampled)
 
 def make_shard(shard_id: int, stats: LayerStats | None = None) -> ShardResult:
     stats = stats or sampled(1001 + 3 * shard_id)
-    return ShardResult(shard_id=shard_id, content_hash="", layers=("a",), stats={(0, "block"): stats})
+    return ShardResult(shard_id=shard_id, content_hash="", layers=("a",), strata={(0, "block", ""): stats})
 
 
 @laws
@@ -358,7 +356,7 @@ def paired_shard(shard_id: int, labels: Sequence[str] = LABELS) -> ShardResult:
     strata: dict[StratumKey, LayerStats] = {}
     for number, label in enumerate([*labels, *(label + AFTER_ANOTHER for label in labels)]):
         strata |= {(layer, "mlp", label): stratum(100 * shard_id + 10 * number + layer) for layer in range(2)}
-    return ShardResult(shard_id=shard_id, content_hash="", layers=("a", "b"), stats={}, strata=strata)
+    return ShardResult(shard_id=shard_id, content_hash="", layers=("a", "b"), strata=strata)
 
 
 def test_paired_text_is_merged_by_stratum_and_its_own_answers_by_layer() -> None:
@@ -382,14 +380,11 @@ def test_paired_text_is_merged_by_stratum_and_its_own_answers_by_layer() -> None
             assert_close(block[layer, "mlp"], expected[layer])
 
 
-def test_a_block_keeps_the_counts_by_value_apart() -> None:
+def test_a_block_has_the_strata_of_its_shards_with_counts_by_value() -> None:
     block = merge_block([paired_shard(3), paired_shard(4)], range(3, 5))
-    assert block.strata.keys() == block.values.keys() == paired_shard(3).strata.keys()
-    for key, stats in block.strata.items():
-        whole = paired_shard(3).strata[key].merge(paired_shard(4).strata[key])
-        assert stats.equals(without_values(whole))
-        for values, expected in zip(block.values[key], whole.values, strict=True):
-            assert np.array_equal(values, expected)
+    assert block.keys() == paired_shard(3).strata.keys()
+    for key, stats in block.items():
+        assert stats.equals(paired_shard(3).strata[key].merge(paired_shard(4).strata[key]))
 
 
 def test_labels_are_merged_in_their_order_and_answers_after_another_prompt_left_out() -> None:
@@ -411,7 +406,7 @@ def test_blocks_beyond_the_room_in_memory_are_mapped_and_the_same(
 ) -> None:
     blocks = [merge_block([paired_shard(shard, ["right"])], range(shard, shard + 1)) for shard in range(4)]
     expected = combine_blocks(blocks).blocks
-    monkeypatch.setattr(merging, "KEPT_BYTES", room)
+    monkeypatch.setattr(layer_stats, "KEPT_BYTES", room)
 
     def numbers_in_memory() -> list[bool]:
         stats = combine_blocks(blocks).blocks

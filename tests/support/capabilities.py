@@ -22,7 +22,7 @@ from avss_dist.models.loading import Backbone, forward_function, open_module, qu
 from avss_dist.partition.replica import Placement, open_replica
 from avss_dist.pruning.checkpoint import prune
 from avss_dist.pruning.plan import Plan
-from avss_dist.stats.merging import merge_strata
+from avss_dist.stats.layer_stats import merge_strata
 from avss_dist.stats.scores import score_run
 from support.families import tiny_batch, tiny_model
 from support.observing import observe

@@ -14,8 +14,7 @@ import numpy as np
 import pyarrow as pa
 
 from avss_dist.core.settings import PUBLISHED_THRESHOLD
-from avss_dist.stats.layer_stats import LayerKey, LayerStats, ShardResult
-from avss_dist.stats.merging import merge_stats
+from avss_dist.stats.layer_stats import LayerKey, LayerStats, ShardResult, merge_stats
 from avss_dist.stats.rankings import rank_lowest
 from avss_dist.stats.scores import Threshold, score_run
 from avss_dist.warehouse.encoding import to_file
@@ -108,7 +107,8 @@ def write_measured(root: Path, run_id: str, shards: Sequence[Stats], layers: int
     names = tuple(f"layers.{i}" for i in range(layers))
     store, identity, merged = Store(root), identity_of(row), merge_stats(shards)
     for i, shard in enumerate(shards):
-        store.write_shard(identity, ShardResult(shard_id=i, content_hash=f"hash{i}", layers=names, stats=shard))
+        strata = {(*key, ""): stats for key, stats in shard.items()}
+        store.write_shard(identity, ShardResult(shard_id=i, content_hash=f"hash{i}", layers=names, strata=strata))
     store.write_layer_stats(identity, names, merged)
     store.write_scores(identity, score_run(merged, names, shards))
     store.write_run(row)

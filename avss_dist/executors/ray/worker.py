@@ -22,7 +22,6 @@ from avss_dist.executors.ray.heartbeats import Doing
 from avss_dist.measure.shard import analyze_shard, follow
 from avss_dist.models.checkpoints import Checkpoint, convert_pickles, resolve
 from avss_dist.partition.replica import Replica
-from avss_dist.stats.layer_stats import ShardResult
 from avss_dist.system.devices import pick_device
 from avss_dist.system.streams import progress_to
 from avss_dist.tasks.cells import Cell, CellResult, Heartbeat, measure_cell
@@ -31,7 +30,7 @@ from avss_dist.warehouse.schema import RunIdentity
 from avss_dist.warehouse.store import Receipt, SharedWarehouse
 
 BEAT_SECONDS = 1.0
-UnitResult = ShardResult | Receipt | CellResult
+UnitResult = Receipt | CellResult
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,8 +61,8 @@ class ShardAssignment:
 
     def run(
         self, spec: ReplicaSpec, model: Replica, heartbeat: Heartbeat, computed: Callable[[], None]
-    ) -> ShardResult | Receipt | None:
-        """Measure the shard, and return its result, or None where this rank reports none.
+    ) -> Receipt | None:
+        """Measure the shard, and return its receipt, or None where this rank reports none.
 
         The partial is encoded and written here, for there are more workers than drivers.
 
@@ -92,18 +91,11 @@ class ShardAssignment:
         if self.warehouse and not store:
             notes = [*result.model["notes"], "some workers do not reach the warehouse: the driver wrote for them"]
             result = replace(result, model={**result.model, "notes": notes})
-        encoded = encode_shard(run, result)
-        result = replace(result, stats=encoded)
-        if not store:
-            return result
-        store.write_shard(run, result)
-        return Receipt(
-            shard_id=result.shard_id,
-            content_hash=result.content_hash,
-            num_tokens=result.num_tokens,
-            seconds=result.seconds,
-            size=encoded.data.size,
-        )
+        files = encode_shard(run, result)
+        if store:
+            store.write_shard_files(run.run_id, result.shard_id, files)
+            files = {}
+        return Receipt(shard_id=result.shard_id, num_tokens=result.num_tokens, seconds=result.seconds, files=files)
 
 
 @dataclass(frozen=True, kw_only=True)
