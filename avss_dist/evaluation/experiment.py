@@ -287,7 +287,7 @@ def run_experiment(job: JobFile, request: RunJobRequest) -> tuple[list[Run], lis
         identity = RunIdentity(
             run_id=run_id, model=checkpoint.name, revision=checkpoint.revision, family=trial.rows[0]["family"]
         )
-        store.write_rows("experiments", identity, name, rows)
+        store.write_rows("experiments", identity, rows, name)
         written += [{**row, "run_id": run_id, "model": checkpoint.name} for row in rows]
     return runs, written
 

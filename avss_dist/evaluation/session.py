@@ -273,7 +273,7 @@ class EvaluationSession:
                 for result in combined
                 for metric, value, stderr in result.metrics()
             ]
-            self.store.write_evaluations(_identity(planned, run_id, rows[0]["family"]), evaluations)
+            self.store.write_rows("evaluations", _identity(planned, run_id, rows[0]["family"]), evaluations)
             results += combined
         return results
 
@@ -297,7 +297,7 @@ class EvaluationSession:
             for entry in plan.rounded
         ]
         identity = _identity(planned, run_id, self.store.cells(run_id)["family"][0].as_py())
-        self.store.write_rows("precision", identity, fingerprint(rounding=rounding)[:20], rows)
+        self.store.write_rows("precision", identity, rows, fingerprint(rounding=rounding)[:20])
 
     @contextmanager
     def keeping_workers(self) -> Iterator[None]:

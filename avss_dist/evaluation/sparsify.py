@@ -92,7 +92,7 @@ def sparsify(request: SparsifyRequest, run: Mapping[str, Any]) -> SparsityPlan:
         "created_at": datetime.now(UTC),
     }
     rows = [common | asdict(projection) for projection in plan.projections]
-    Store(request.warehouse).write_rows("sparsity", identity, key[:20], rows)
+    Store(request.warehouse).write_rows("sparsity", identity, rows, key[:20])
     if request.output is not None:
         plan.write(request.output)
     return plan

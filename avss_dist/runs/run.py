@@ -255,7 +255,7 @@ class RunInProgress:
         self._store.write_layer_stats(identity, layers, merged.stats, merged.strata)
         if self._planned.replica_spec.settings.experts:
             self._store.merge_experts(identity, layers, expected)
-        self._store.write_scores(identity, score_run(merged.stats, layers, merged.blocks))
+        self._store.write_rows("scores", identity, score_run(merged.stats, layers, merged.blocks))
         if self._begun is None:
             speed = corpus.num_tokens / max(shards.seconds, 1e-9)
         else:

@@ -7,10 +7,9 @@ import json
 import os
 import re
 from collections.abc import Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, fields
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -29,9 +28,6 @@ from avss_dist.stats.layer_stats import (
     StratumKey,
 )
 from avss_dist.warehouse.schema import SCHEMA_VERSION, SCHEMAS, TABLES, RunIdentity
-
-if TYPE_CHECKING:
-    import pyarrow.dataset as ds  # which brings pandas, where that is installed: too much for every worker
 
 _VERSION, _HEADER, _CHECKSUM = b"avss_schema_version", b"avss_header", b"avss_checksum"
 _OLDEST = 3  # schema version that is still read; earlier ones were never released
@@ -58,12 +54,16 @@ _STATS_OPTIONS = {
 }
 
 
-def encode(name: str, run_id: str, columns: Mapping[str, Any], shard: Mapping[str, Any] = {}) -> pa.Buffer:
+def encode(name: str, run: Mapping[str, Any], columns: Mapping[str, Any], shard: Mapping[str, Any] = {}) -> pa.Buffer:
     """Return a file of a table as bytes.
 
     Args:
+        run: values that are the same in all rows, by column: ``run_id``, and others of the run.
         shard: header of a partial, beside its rows.
     """
+    size = len(next(iter(columns.values())))
+    columns = {**columns, **{column: [value] * size for column, value in run.items()}}
+    run_id = run["run_id"]
     header = {_VERSION: str(SCHEMA_VERSION), _HEADER: json.dumps({"run_id": run_id, **shard}), **UNSIGNED_METADATA}
     schema = SCHEMAS[name].remove(0).with_metadata(header)
     if not shard:
@@ -100,16 +100,6 @@ def signed(data: pa.Buffer, *, footer_alone: bool = False) -> pa.Buffer:
     return pa.py_buffer(b"".join((view[: match.start(1)], checksum, view[match.end(1) :])))
 
 
-def require_readable(dataset: ds.Dataset) -> None:
-    """Check the schema version of every file of a dataset, as `parse` does."""
-
-    def check(fragment: ds.ParquetFileFragment) -> None:
-        _require_version((fragment.metadata.metadata or {}).get(_VERSION))
-
-    with ThreadPoolExecutor() as pool:
-        list(pool.map(check, dataset.get_fragments()))
-
-
 def _require_version(version: bytes | None) -> None:
     """Check a schema version.
 
@@ -134,13 +124,9 @@ def parse(data: pa.Buffer, schema: pa.Schema | None = None) -> pa.Table:
     Args:
         schema: columns to read. Those whose type is a dictionary are read as dictionaries.
 
-    Raises:
-        WarehouseError: a newer avss_dist wrote it.
-        OSError, pa.ArrowException: it is damaged, or its schema is too old.
+    Raises: as `open_file`.
     """
-    verify(data)
-    file = pq.ParquetFile(pa.BufferReader(data))
-    _require_version((file.metadata.metadata or {}).get(_VERSION))
+    file = open_file(data)
     if schema is None:
         return file.read(use_threads=False)
     columns = file.metadata.schema
@@ -164,22 +150,24 @@ def conform(table: pa.Table, schema: pa.Schema) -> pa.Table:
     return pa.table(columns, schema=schema)
 
 
-def verify(data: pa.Buffer) -> None:
-    """Check the content of a file against its checksum, which was computed with zeros in the checksum's place.
+def open_file(data: pa.Buffer) -> pq.ParquetFile:
+    """Open a file whose content matches its checksum, which was computed with zeros in the checksum's place.
 
     Raises:
-        WarehouseError: it has no checksum, and a newer avss_dist wrote it.
-        OSError, pa.ArrowException: it does not match, or has no checksum.
+        WarehouseError: a newer avss_dist wrote it.
+        OSError, pa.ArrowException: it does not match, has no checksum, or its schema is too old.
     """
     view = memoryview(data)
     if match := _SIGNATURE.search(view, _footer(view)):
-        return _require_match(view, match)
+        _require_match(view, match)
     try:
-        metadata = pq.read_metadata(pa.BufferReader(data)).metadata or {}
+        file = pq.ParquetFile(pa.BufferReader(data))
     except UnicodeDecodeError as error:
         raise pa.ArrowInvalid(f"a name in it is not UTF-8: {error}") from None
-    _require_version(metadata.get(_VERSION))
-    raise pa.ArrowInvalid("it has no checksum")
+    _require_version((file.metadata.metadata or {}).get(_VERSION))
+    if not match:
+        raise pa.ArrowInvalid("it has no checksum")
+    return file
 
 
 def verify_footer(path: Path) -> None:
@@ -212,35 +200,33 @@ def _require_match(view: memoryview, match: re.Match[bytes]) -> None:
 
 def encode_shard(run: RunIdentity, result: ShardResult) -> dict[str, pa.Buffer]:
     """Return the files of a shard by table, lossless to the last bit. The partial, from which runs resume, is last."""
+    every_row = {**asdict(run), "shard_id": result.shard_id, "content_hash": result.content_hash}
     files = {}
     if result.rows:
-        files["row_stats"] = _encode_rows(run, result.rows)
+        files["row_stats"] = encode("row_stats", every_row, _row_columns(result.rows))
     if result.experts is not None:
-        columns = expert_columns(run, result.layers, result.experts)
-        columns["shard_id"] = [result.shard_id] * len(columns["layer"])
-        files["shard_expert_stats"] = encode("shard_expert_stats", run.run_id, columns)
-    columns = to_columns(run, result.layers, result.strata)
-    columns |= {name: [getattr(result, name)] * len(columns["layer"]) for name in ("shard_id", "content_hash")}
+        columns = expert_columns(result.layers, result.experts)
+        files["shard_expert_stats"] = encode("shard_expert_stats", every_row, columns)
     header = {name: getattr(result, name) for name in _OF_SHARD}
-    return files | {"shard_stats": encode("shard_stats", run.run_id, columns, header)}
+    files["shard_stats"] = encode("shard_stats", every_row, to_columns(result.layers, result.strata), header)
+    return files
 
 
-def _encode_rows(run: RunIdentity, rows: AnswerRows) -> pa.Buffer:
-    """Return a file of ``row_stats``: the rows of a shard, for each layer and site in order."""
-    keys, size = sorted(rows.stats), len(rows.row)
-    columns: dict[str, Any] = {name: [value] * size * len(keys) for name, value in asdict(run).items()}
+def _row_columns(rows: AnswerRows) -> dict[str, Any]:
+    """Return the rows of a shard, for each layer and site in order, by column."""
+    keys = sorted(rows.stats)
+    columns: dict[str, Any] = {"stratum": list(rows.strata) * len(keys)}
     for name in ("row", "pair", "prompt_tokens", "answer_tokens"):
         columns[name] = np.tile(getattr(rows, name), len(keys))
-    columns["stratum"] = list(rows.strata) * len(keys)
-    columns |= {name: [key[i] for key in keys for _ in range(size)] for i, name in enumerate(("layer", "site"))}
+    columns |= {name: [key[i] for key in keys for _ in rows.row] for i, name in enumerate(("layer", "site"))}
     for name in ROW_FIELDS:
         values = np.concatenate([getattr(rows.stats[key], name) for key in keys]) if keys else np.zeros(0)
         columns[name] = list(values) if values.ndim > 1 else pa.array(values, from_pandas=True)
-    return encode("row_stats", run.run_id, columns)
+    return columns
 
 
 def to_columns(
-    run: RunIdentity, layers: Sequence[str], stats: Mapping[LayerKey, LayerStats] | Mapping[StratumKey, LayerStats]
+    layers: Sequence[str], stats: Mapping[LayerKey, LayerStats] | Mapping[StratumKey, LayerStats]
 ) -> dict[str, Any]:
     """Return a row for each (layer, site, stratum) in order, by column. Lists are numbers and offsets."""
     every: Mapping[Any, LayerStats] = stats
@@ -248,8 +234,7 @@ def to_columns(
     states = [every[key] for key in keys]
     bins = [np.flatnonzero(state.histogram) for state in states]
     counts = [state.histogram[seen] for state, seen in zip(states, bins, strict=True)]
-    columns: dict[str, Any] = {name: [value] * len(keys) for name, value in asdict(run).items()}
-    columns |= {"layer": [key[0] for key in keys], "site": [key[1] for key in keys]}
+    columns: dict[str, Any] = {"layer": [key[0] for key in keys], "site": [key[1] for key in keys]}
     columns["layer_name"] = [layers[key[0]] for key in keys]
     columns["depth"] = [(key[0] + 0.5) / len(layers) for key in keys]
     columns["stratum"] = [stratum[0] or None if stratum else None for _, _, *stratum in keys]
@@ -303,7 +288,7 @@ def decode_shard(data: pa.Buffer, run_id: str) -> ShardResult | None:
         return None
 
 
-def expert_columns(run: RunIdentity, layers: Sequence[str], experts: Mapping[int, ExpertStats]) -> dict[str, Any]:
+def expert_columns(layers: Sequence[str], experts: Mapping[int, ExpertStats]) -> dict[str, Any]:
     """Return a row for each layer and expert in order, by column.
 
     Args:
@@ -312,8 +297,7 @@ def expert_columns(run: RunIdentity, layers: Sequence[str], experts: Mapping[int
     """
     sizes = {layer: len(stats.routed_tokens) for layer, stats in sorted(experts.items())}
     layer_of_row = [layer for layer, size in sizes.items() for _ in range(size)]
-    columns: dict[str, Any] = {name: [value] * len(layer_of_row) for name, value in asdict(run).items()}
-    columns |= {"layer": layer_of_row, "layer_name": [layers[layer] for layer in layer_of_row]}
+    columns: dict[str, Any] = {"layer": layer_of_row, "layer_name": [layers[layer] for layer in layer_of_row]}
     columns["depth"] = [(layer + 0.5) / len(layers) for layer in layer_of_row]
     columns["expert"] = [expert for size in sizes.values() for expert in range(size)]
     for name in EXPERT_FIELDS:

@@ -33,17 +33,16 @@ from avss_dist.warehouse.compaction import (
 from avss_dist.warehouse.encoding import (
     conform,
     decode_shard,
+    open_file,
     parse,
-    require_readable,
     to_strata,
-    verify,
 )
 from avss_dist.warehouse.schema import DAMAGED, SCHEMAS, TABLES, UNFINISHED_RUNS
 from avss_dist.warehouse.storage import FILE_NAMES, PLAN, Storage
 
 T = TypeVar("T")
-Files = Mapping[str, str]
-"""Size and time of change of files, by path."""
+Files = Mapping[str, tuple[str, str]]
+"""Run id and stamp (size and time of change) of files, by path."""
 
 RUN_FOLDER = "run_id="  # before a run's id: the name of its folder in a table
 AT_ONCE = 8  # partials that are read together
@@ -266,7 +265,7 @@ class Warehouse:
         counts = {}
         for name in SORTED_BY:
             files, parts = self._files(name, done), self._table_parts(name)
-            counts[name] = parts.compact(self._stamps(files)) if files else 0
+            counts[name] = parts.compact(dict(files.values())) if files else 0
             for run_id, reason in parts.left_out.items():
                 self._note(run_id, f"{_stored(name)}: {reason}")
         return counts
@@ -363,9 +362,8 @@ class Warehouse:
             return ds.dataset(SCHEMAS["runs"].empty_table()), set()
         if runs is None:
             self._refuse_without_runs()
-        require_readable(runs)
         rows = runs.to_table(RUN_COLUMNS)
-        without_row = {self.storage.run_id(path) for path in files}.difference(rows["run_id"].to_pylist())
+        without_row = {run_id for run_id, _ in files.values()}.difference(rows["run_id"].to_pylist())
         self._damaged |= dict.fromkeys(without_row, "it has no row; a run has one")
         if damaged := damaged_runs("runs", rows):
             self._damaged |= damaged
@@ -391,7 +389,7 @@ class Warehouse:
 
     def _dataset(self, name: str, files: Files, wanted: Collection[str] | None = None) -> ds.Dataset | None:
         """Return rows of files of a table: parts of it, and the files of wanted runs that are in no part."""
-        stamps = self._stamps(files)
+        stamps = dict(files.values())
         run_ids = stamps.keys() if wanted is None else stamps.keys() & set(wanted)
         few = wanted is not None and len(run_ids) < MIN_RUNS and self.storage.is_local  # sooner read than a large file
         paths: list[str] = []
@@ -399,7 +397,7 @@ class Warehouse:
             parts = self._table_parts(name)
             paths = [str(part.path) for part in parts.covering(stamps, run_ids)]
             run_ids = run_ids - parts.run_ids
-        uncopied = {path: stamp for path, stamp in files.items() if self.storage.run_id(path) in run_ids}
+        uncopied = {path: (run_id, stamp) for path, (run_id, stamp) in files.items() if run_id in run_ids}
         datasets = [ds.dataset(paths, table_schema(name), _VERIFIED_PAGES)] if paths else []
         if uncopied:
             datasets.append(self._digested(uncopied) if name == DIGESTS else self._open(name, uncopied))
@@ -410,13 +408,10 @@ class Warehouse:
         of_all = ("runs", "evaluations", "cells", "precision", "experiments")
         chosen = None if name in of_all else done
         return {
-            path: stamp
-            for path, (run, stamp) in self.storage.files(_stored(name)).items()
-            if (chosen is None or run in chosen) and (path, stamp) not in self._unreadable
+            path: (run_id, stamp)
+            for path, (run_id, stamp) in self.storage.files(_stored(name)).items()
+            if (chosen is None or run_id in chosen) and (path, stamp) not in self._unreadable
         }
-
-    def _stamps(self, files: Files) -> dict[str, str]:
-        return {self.storage.run_id(path): stamp for path, stamp in files.items()}
 
     def _table_parts(self, name: str) -> TableParts:
         if name not in self._parts:
@@ -446,8 +441,7 @@ class Warehouse:
     def _digested(self, files: Files) -> ds.Dataset:
         """Return the digests of files of ``layer_stats``, without those that cannot be read, which are noted."""
 
-        def read(path: str) -> pa.Table:
-            run_id = self.storage.run_id(path)
+        def read(run_id: str) -> pa.Table:
             try:
                 return digest(self._whole("layer_stats", conform(self._read_file(DIGESTS, run_id), SOURCE)))
             except (pa.ArrowInvalid, pa.ArrowNotImplementedError) as error:
@@ -455,7 +449,7 @@ class Warehouse:
                 return DIGEST.empty_table()
 
         with ThreadPoolExecutor(self.storage.readers) as pool:
-            return ds.dataset(pa.concat_tables(pool.map(read, files)))
+            return ds.dataset(pa.concat_tables(pool.map(read, dict(files.values()))))
 
     def _leave_out_unreadable(self, names: Iterable[str]) -> bool:
         """Find the files of tables that cannot be read, leave them out from now on, and return whether there are any.
@@ -469,24 +463,22 @@ class Warehouse:
             return True
         copied = {name: parts.run_ids for name, parts in self._parts.items()}
         files = [
-            (name, path, stamp)
+            (name, path, *file)
             for name in set(names) - {DIGESTS}
-            for path, stamp in self._files(name, None).items()
-            if self.storage.run_id(path) not in copied.get(name, ())
+            for path, file in self._files(name, None).items()
+            if file[0] not in copied.get(name, ())
         ]
         with ThreadPoolExecutor() as pool:
             reasons = list(pool.map(lambda file: self._why_unreadable(*file[:2]), files))
-        for (name, path, stamp), reason in zip(files, reasons, strict=True):
+        for (name, path, run_id, stamp), reason in zip(files, reasons, strict=True):
             if reason:
                 self._unreadable.add((path, stamp))
-                self._note(self.storage.run_id(path), f"{name}: {reason}")
+                self._note(run_id, f"{name}: {reason}")
         return any(reasons)
 
     def _why_unreadable(self, name: str, path: str) -> str | None:
         try:
-            dataset = self._open(name, {path: ""})
-            require_readable(dataset)
-            dataset.to_table()
+            self._open(name, [path]).to_table()
         except FileNotFoundError:
             return "it is gone"
         except (OSError, pa.ArrowException) as error:
@@ -503,22 +495,21 @@ class Warehouse:
     def _note(self, run_id: str, reason: str) -> None:
         self._damaged.setdefault(run_id, reason)
 
-    def _open(self, name: str, files: Files) -> ds.Dataset:
+    def _open(self, name: str, paths: Collection[str]) -> ds.Dataset:
         """Return the rows of some files of a table, whose content is verified now, and whose pages when they are read.
 
-        Args:
-            files: size and time by path.
+        Raises: as `encoding.open_file`.
         """
         hive = ds.partitioning(pa.schema([("run_id", pa.string())]), flavor="hive")
         filesystem = self.storage.filesystem
 
         def check(path: str) -> None:
             with filesystem.open_input_file(path) as file:
-                verify(file.read_buffer())
+                open_file(file.read_buffer())
 
         with ThreadPoolExecutor(self.storage.readers) as pool:
-            list(pool.map(check, files))
-        return ds.dataset(sorted(files), SCHEMAS[name], _VERIFIED_PAGES, filesystem, hive)
+            list(pool.map(check, paths))
+        return ds.dataset(sorted(paths), SCHEMAS[name], _VERIFIED_PAGES, filesystem, hive)
 
     def _shard_path(self, run_id: str, shard_id: int, table: str = "shard_stats") -> str:
         return self.storage.path(table, run_id, f"shard-{shard_id:05d}")

@@ -5,8 +5,7 @@ The schemas of the Parquet files, ``avss query --schema`` and the tables of the 
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any
 
 import pyarrow as pa
@@ -92,10 +91,6 @@ class RunIdentity:
     model: str
     revision: str | None
     family: str
-
-    def identified(self, rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-        """Return rows with these columns added."""
-        return [{**row, **asdict(self)} for row in rows]
 
 
 _COUNTS = ("count", "zero_count", "nonfinite_count", "token_count", "unit_count", "sequence_count")

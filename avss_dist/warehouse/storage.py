@@ -8,7 +8,7 @@ import secrets
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 
 import pyarrow as pa
 import pyarrow.fs as pafs
@@ -85,11 +85,11 @@ class Storage:
 
     def create(self) -> None:
         """Create the warehouse, and check with a small file that it can be written."""
-        self.remove_mark(self.write_mark())
-        with suppress(OSError, pa.ArrowException):  # marks of drivers that were killed
-            for info in self.filesystem.get_file_info(pafs.FileSelector(f"{self.base}/runs")):
+        self.delete(self.write_mark())
+        with suppress(WarehouseError):  # marks of drivers that were killed
+            for info in self._list("runs", recursive=False):
                 if info.base_name.startswith(".mark-") and time.time() - info.mtime_ns / 1e9 > MARK_SECONDS:
-                    self.remove_mark(info.base_name)
+                    self.delete(info.path)
         if self.is_local:
             remove_leftovers(Path(self.base))
 
@@ -99,19 +99,10 @@ class Storage:
         return RedactedURI(self.base) if self.is_local else self.root
 
     def write_mark(self) -> str:
-        """Write a small file under a unique name, and return the name."""
-        mark = f".mark-{secrets.token_hex(8)}"
-        self.write(f"{self.base}/runs/{mark}", b"avss")
+        """Write a small file under a unique name, and return its path."""
+        mark = f"{self.base}/runs/.mark-{secrets.token_hex(8)}"
+        self.write(mark, b"avss")
         return mark
-
-    def has_mark(self, mark: str) -> bool:
-        """Whether a file of `write_mark` exists."""
-        with self.reading(f"{self.root}/runs"):
-            return bool(self.filesystem.get_file_info(f"{self.base}/runs/{mark}").type == pafs.FileType.File)
-
-    def remove_mark(self, mark: str) -> None:
-        """Delete a file of `write_mark`. Errors are ignored."""
-        self.delete(f"{self.base}/runs/{mark}")
 
     def path(self, table: str, run_id: str, name: str) -> str:
         """Return the path of a file.
@@ -156,13 +147,8 @@ class Storage:
 
     def compacted(self, table: str) -> dict[str, str]:
         """Return the paths of the parts of a table, by the stem of their names."""
-        prefix, suffix = f"{self.base}/{COMPACTED}/{table}/", ".parquet"
-        paths = (info.path for info in self._list(COMPACTED, recursive=True))
-        return {
-            path.removeprefix(prefix).removesuffix(suffix): path
-            for path in paths
-            if path.startswith(prefix) and path.endswith(suffix)
-        }
+        paths = [PurePosixPath(info.path) for info in self._list(COMPACTED, recursive=True)]
+        return {path.stem: str(path) for path in paths if path.match(f"{COMPACTED}/{table}/*.parquet")}
 
     def plan_path(self, run_id: str) -> str:
         """Return the path of the file that describes an unfinished run. Readers of tables ignore it."""
@@ -234,10 +220,6 @@ class Storage:
 
     def _patch_path(self, key: str) -> str:
         return f"{self.base}/{PATCHES}/{key}.safetensors"
-
-    def run_id(self, path: str) -> str:
-        """Return the run id of a file."""
-        return path.split("/")[-2].removeprefix("run_id=")
 
     def damage(self, path: str, error: Exception) -> str:
         """Return the reason why a file cannot be read.

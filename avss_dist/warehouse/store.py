@@ -6,8 +6,8 @@ import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
-from functools import lru_cache
+from dataclasses import asdict, dataclass
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -40,19 +40,12 @@ class Store(Warehouse):
 
     def __init__(self, root: str | Path) -> None:
         super().__init__(root)
-        self._cell_ids: dict[str, set[str]] = {}  # of the evaluations whose folder was listed, by run id
-        self._cell_rows: dict[tuple[str, str], pa.Table] = {}  # written or read by this store, by run id and cell id
+        self._cells: dict[str, dict[str, pa.Table | None]] = {}
+        """Rows of cells by cell id, None until they are read, of the evaluations whose folder was listed."""
 
     def create(self) -> None:
         """Create the warehouse, and check with a small file that it can be written."""
         self.storage.create()
-
-    def _write_readme(self) -> None:
-        """Write the README.md of the warehouse, unless it is there. One that is not by this package stays."""
-        path, text = f"{self.storage.base}/README.md", readme().encode()
-        stored = self.storage.read(path)
-        if stored is None or (stored.to_pybytes() != text and stored.to_pybytes().startswith(TITLE.encode())):
-            self.storage.write(path, text)
 
     def write_shard(self, run: RunIdentity, result: ShardResult) -> None:
         """Write a shard's result, to resume from."""
@@ -83,9 +76,9 @@ class Store(Warehouse):
         strata: Mapping[StratumKey, LayerStats] | None = None,
     ) -> None:
         """Write the merged statistics of a run. ``layers`` are the module paths of all its layers, in order."""
-        self._write("layer_stats", run.run_id, to_columns(run, layers, stats))
+        self._write("layer_stats", asdict(run), to_columns(layers, stats))
         if strata:
-            self._write("stratum_stats", run.run_id, to_columns(run, layers, strata))
+            self._write("stratum_stats", asdict(run), to_columns(layers, strata))
 
     def merge_experts(self, run: RunIdentity, layers: Sequence[str], shard_ids: Iterable[int]) -> None:
         """Merge the expert statistics of all shards, in the order of their ids, into those of the run.
@@ -99,7 +92,7 @@ class Store(Warehouse):
         """
         with ThreadPoolExecutor() as pool:
             parts = pool.map(lambda shard_id: self._read_experts(run.run_id, shard_id), sorted(shard_ids))
-            self._write("expert_stats", run.run_id, expert_columns(run, layers, merge_stats(parts)))
+            self._write("expert_stats", asdict(run), expert_columns(layers, merge_stats(parts)))
 
     def _read_experts(self, run_id: str, shard_id: int) -> dict[int, ExpertStats]:
         experts = self._decoded("shard_expert_stats", run_id, f"shard-{shard_id:05d}", to_experts)
@@ -110,13 +103,6 @@ class Store(Warehouse):
             )
         return dict(experts)
 
-    def write_scores(self, run: RunIdentity, rows: Sequence[Mapping[str, Any]]) -> None:
-        """Write the scores of a run.
-
-        Rows lack the columns of RunIdentity. None, NaN and missing values become null.
-        """
-        self._write_rows("scores", run.run_id, run.identified(rows))
-
     def write_run(self, row: Mapping[str, Any]) -> None:
         """Write the row that makes a run exist, after all its other files. A failed run never replaces a done one."""
         if row["status"] not in ("done", "failed"):
@@ -124,16 +110,15 @@ class Store(Warehouse):
         if row["status"] == "failed" and (self.run(row["run_id"]) or {}).get("status") == "done":
             return
         clean = {name: without_secrets(value) if isinstance(value, str) else value for name, value in row.items()}
-        self._write_readme()
-        self._write_rows("runs", row["run_id"], [{**clean, "schema_version": SCHEMA_VERSION}], "run")
+        self._write_rows("runs", {"run_id": row["run_id"]}, [{**clean, "schema_version": SCHEMA_VERSION}], "run")
 
     def write_cell(self, run: RunIdentity, cell_id: str, rows: Sequence[Mapping[str, Any]]) -> None:
         """Write the measurements of one cell of an evaluation. Rows lack the columns of RunIdentity."""
-        data = self._write_rows("cells", run.run_id, run.identified(rows), cell_id)
-        self._cell_rows.pop((run.run_id, cell_id), None)
-        with suppress(pa.ArrowInvalid):  # `cells` notes the cell as damaged
-            self._cell_rows[run.run_id, cell_id] = checked_rows("cells", run.run_id, parse(data))
-        self._cell_ids.get(run.run_id, set()).add(cell_id)
+        data = self._write_rows("cells", asdict(run), rows, cell_id)
+        if (cells := self._cells.get(run.run_id)) is not None:
+            cells[cell_id] = None
+            with suppress(pa.ArrowInvalid):  # `cells` notes the cell as damaged
+                cells[cell_id] = checked_rows("cells", run.run_id, parse(data))
 
     def cell_ids(self, run_id: str) -> Set[str]:
         """Return the ids of the measured cells of an evaluation.
@@ -142,7 +127,7 @@ class Store(Warehouse):
         itself. A cell that another process writes in the meantime is missing here until `cells` is called: it would be
         measured again, and its file replaced by one with the same values.
         """
-        return self._cell_ids[run_id] if run_id in self._cell_ids else self._list_cells(run_id)
+        return (self._cells[run_id] if run_id in self._cells else self._list_cells(run_id)).keys()
 
     def cells(self, run_id: str) -> pa.Table:
         """Read the rows of all measured cells of an evaluation, in the order of cell ids.
@@ -151,19 +136,18 @@ class Store(Warehouse):
         store has written or read before are not opened. A cell whose file is damaged is left out and is noted in
         `damaged`.
         """
-        unread = [cell_id for cell_id in self._list_cells(run_id) if (run_id, cell_id) not in self._cell_rows]
+        cells = self._list_cells(run_id)
+        unread = [cell_id for cell_id, rows in cells.items() if rows is None]
         with ThreadPoolExecutor() as pool:
-            for cell_id, rows in zip(unread, pool.map(lambda name: self._read_cell(run_id, name), unread), strict=True):
-                if rows is not None:
-                    self._cell_rows[run_id, cell_id] = rows
-        known = [(run_id, cell_id) for cell_id in sorted(self._cell_ids[run_id])]
-        tables = [self._cell_rows[key] for key in known if key in self._cell_rows]
+            cells |= zip(unread, pool.map(partial(self._read_cell, run_id), unread), strict=True)
+        tables = [rows for _, rows in sorted(cells.items()) if rows is not None]
         return pa.concat_tables([SCHEMAS["cells"].empty_table(), *tables])
 
-    def _list_cells(self, run_id: str) -> set[str]:
-        listed = {Path(path).stem for path in self.storage.files("cells", run_id)}
-        self._cell_ids[run_id] = listed | self._cell_ids.get(run_id, set())
-        return self._cell_ids[run_id]
+    def _list_cells(self, run_id: str) -> dict[str, pa.Table | None]:
+        cells = self._cells.setdefault(run_id, {})
+        for path in self.storage.files("cells", run_id):
+            cells.setdefault(Path(path).stem, None)
+        return cells
 
     def _read_cell(self, run_id: str, cell_id: str) -> pa.Table | None:
         try:
@@ -172,27 +156,37 @@ class Store(Warehouse):
             self._note(run_id, error.message)
             return None
 
-    def write_evaluations(self, run: RunIdentity, rows: Sequence[Mapping[str, Any]]) -> None:
-        """Write the combined results of an evaluation. Rows lack the columns of RunIdentity."""
-        self._write_readme()
-        self._write_rows("evaluations", run.run_id, run.identified(rows))
+    def write_rows(
+        self, table: str, run: RunIdentity, rows: Sequence[Mapping[str, Any]], name: str | None = None
+    ) -> None:
+        """Write rows of ``scores``, ``evaluations``, ``experiments``, ``sparsity`` or ``precision``.
 
-    def write_rows(self, table: str, run: RunIdentity, name: str, rows: Sequence[Mapping[str, Any]]) -> None:
-        """Write rows of ``experiments``, ``sparsity`` or ``precision``, which lack the columns of RunIdentity."""
-        self._write_rows(table, run.run_id, run.identified(rows), name)
+        Rows lack the columns of RunIdentity. None, NaN and missing values become null.
+
+        Args:
+            name: name of the file, by default that of the table.
+        """
+        self._write_rows(table, asdict(run), rows, name)
 
     def _write_rows(
-        self, table: str, run_id: str, rows: Sequence[Mapping[str, Any]], name: str | None = None
+        self, table: str, run: Mapping[str, Any], rows: Sequence[Mapping[str, Any]], name: str | None = None
     ) -> pa.Buffer:
-        """Write rows and return the content of the file. Missing columns and NaN become null."""
+        """Write rows and return the content of the file. Results come with a README.md, unless others wrote one."""
+        if table in ("runs", "evaluations"):
+            path, text = f"{self.storage.base}/README.md", readme().encode()
+            stored = self.storage.read(path)
+            if stored is None or (stored.to_pybytes() != text and stored.to_pybytes().startswith(TITLE.encode())):
+                self.storage.write(path, text)
         for column in {column for row in rows for column in row}:
             require_known("column", column, SCHEMAS[table].names, WarehouseError)
         columns = {f.name: pa.array([r.get(f.name) for r in rows], f.type, from_pandas=True) for f in SCHEMAS[table]}
-        return self._write(table, run_id, columns, name)
+        return self._write(table, run, columns, name)
 
-    def _write(self, table: str, run_id: str, columns: Mapping[str, Any], name: str | None = None) -> pa.Buffer:
-        data = encode(table, run_id, columns)
-        self.storage.write(self.storage.path(table, run_id, name or table), data)
+    def _write(
+        self, table: str, run: Mapping[str, Any], columns: Mapping[str, Any], name: str | None = None
+    ) -> pa.Buffer:
+        data = encode(table, run, columns)
+        self.storage.write(self.storage.path(table, run["run_id"], name or table), data)
         return data
 
 
@@ -202,7 +196,7 @@ class SharedWarehouse:
 
     Attributes:
         root: address of the warehouse for any process.
-        mark: name of a file in it that the driver has written.
+        mark: path of a file in it that the driver has written.
     """
 
     root: RedactedURI
@@ -217,7 +211,7 @@ class SharedWarehouse:
 def _store_with_mark(shared: SharedWarehouse) -> Store | None:
     try:
         store = Store(shared.root)
-        return store if store.storage.has_mark(shared.mark) else None
+        return None if store.storage.read(shared.mark) is None else store
     except AvssError:
         return None
 
@@ -233,7 +227,7 @@ def shared(store: Store) -> Iterator[SharedWarehouse | None]:
     try:
         yield SharedWarehouse(store.storage.address, mark)
     finally:
-        store.storage.remove_mark(mark)
+        store.storage.delete(mark)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -131,7 +131,7 @@ def measured(tmp_path_factory: pytest.TempPathFactory, save_checkpoint: Callable
     losses: list[dict[str, Any]] = [{"drop": [], "value": 2.0}]
     losses += [{"drop": [layer], "value": 2.5 - layer / 10} for layer in range(4)]
     loss = {"task": "ablation:t.txt", "metric": "loss", **COMMON}
-    store.write_evaluations(RunIdentity(run_id="tiny-1", **about), [loss | row for row in losses])
+    store.write_rows("evaluations", RunIdentity(run_id="tiny-1", **about), [loss | row for row in losses])
     rows = []
     for layer in range(4):
         for name, damage in (("int8", 0.01), ("bf16", 0.0)):
@@ -139,7 +139,7 @@ def measured(tmp_path_factory: pytest.TempPathFactory, save_checkpoint: Callable
             place = {"drop": [], "rounding": f"{name}@{layer}.mlp.up_proj"}
             rows += [{"metric": metric, "value": value} | place for metric, value in values.items()]
     later = {"task": "rounding:t.txt", **COMMON, "created_at": NOW + timedelta(hours=1)}
-    store.write_evaluations(RunIdentity(run_id="tiny-2", **about), [later | row for row in rows])
+    store.write_rows("evaluations", RunIdentity(run_id="tiny-2", **about), [later | row for row in rows])
     for run_id in ("tiny-1", "tiny-2"):
         (root / "cells" / f"run_id={run_id}").mkdir(parents=True)
     return root

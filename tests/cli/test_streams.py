@@ -187,14 +187,14 @@ def place(tmp_path_factory: pytest.TempPathFactory, tiny_llama: Path) -> Path:
     store.write_run({"run_id": "c", "status": "failed", "error": EVIL, "model": f"m{EVIL}", "created_at": now})
     run = RunIdentity(run_id="a-0123456789", model=f"m{EVIL}", revision=names["revision"], family="f")
     about = {"task": f"ablation:{EVIL}", "metric": "loss", "drop": [], "created_at": now, "value": 2.0}
-    store.write_evaluations(run, [about, *({**about, "layer": i, "value": 2.0 + i / 8} for i in range(8))])
+    store.write_rows("evaluations", run, [about, *({**about, "layer": i, "value": 2.0 + i / 8} for i in range(8))])
     tried = {**about, "method": f"avss{EVIL}", "share": 0.25, "retention": 0.5, "drop": [1, 2]}
     store.write_rows(
-        "experiments", run, "1" * 20, [tried, {**tried, "method": "whole model", "share": 0.0, "drop": []}]
+        "experiments", run, [tried, {**tried, "method": "whole model", "share": 0.0, "drop": []}], "1" * 20
     )
     zero = {"sparsity_plan": EVIL, "method": EVIL, "rule": EVIL, "target": 0.5, "layer": 0, "map": EVIL, "by": EVIL}
     zero |= {"site": "neuron", "outputs": 1, "inputs": 2, "value": 0.5, "sparsity": 0.5, "created_at": now}
-    store.write_rows("sparsity", run, "2" * 20, [zero])
+    store.write_rows("sparsity", run, [zero], "2" * 20)
     shutil.copytree(tiny_llama, root / f"model{EVIL}")
     (root / "text.txt").write_text("Some words that are long enough to be read. " * 200)
     plan = {"model": str(root / f"model{EVIL}"), "num_layers": 3, "layers": "model.layers", "drop": [1]}

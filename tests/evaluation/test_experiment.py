@@ -145,7 +145,7 @@ def test_sets_with_sublayers_are_beside_the_point_of_a_score_card(done: Done, tm
     identity = {name: rows[0][name] for name in ("run_id", "model", "revision", "family")}
     whole = next(row for row in rows if not row["drop"] and row["metric"] == "loss")
     another = _row(whole) | {"drop": encode_removals(plan.drop)}
-    Store(copy.root).write_evaluations(RunIdentity(**identity), [*map(_row, rows), another])
+    Store(copy.root).write_rows("evaluations", RunIdentity(**identity), [*map(_row, rows), another])
     assert (of,) == tuple({row["run_id"] for row in copy.table("evaluations").to_pylist() if 10_000 in row["drop"]})
     cards = [score_cards(one, one.runs().to_pylist()).to_pylist() for one in (store, copy)]
     assert json.dumps(cards[0]) == json.dumps(cards[1])

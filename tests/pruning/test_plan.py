@@ -222,8 +222,8 @@ def write_losses(store: Warehouse, run_id: str, losses: list[float], whole: floa
     """What `avss ablate` leaves: the loss of the whole model and without each layer."""
     drops = [([], whole), *(([i], loss) for i, loss in enumerate(losses))]
     common = {"task": "ablation:text.txt", "metric": "loss", "created_at": CREATED}
-    Store(store.root).write_evaluations(
-        identity_of(run_id, "-loss"), [{**common, "drop": drop, "value": loss} for drop, loss in drops]
+    Store(store.root).write_rows(
+        "evaluations", identity_of(run_id, "-loss"), [{**common, "drop": drop, "value": loss} for drop, loss in drops]
     )
 
 
@@ -264,7 +264,7 @@ def write_damage(store: Warehouse, run_id: str, propagated: list[float], predict
         for i, j in blocks
     ]
     common = {"task": "damage:text.txt", "created_at": CREATED}
-    Store(store.root).write_evaluations(identity_of(run_id, "-damage"), [common | row for row in rows])
+    Store(store.root).write_rows("evaluations", identity_of(run_id, "-damage"), [common | row for row in rows])
 
 
 def test_damage_is_the_mean_of_two_ranks_and_the_default_without_a_loss(scored: Warehouse, tmp_path: Path) -> None:
@@ -312,12 +312,12 @@ def test_a_plan_says_what_speaks_against_it(scored: Warehouse, tmp_path: Path) -
     """Scores that track depth, what experiments said of them, and what the model without these layers is worth."""
     common = {"task": "t", "metric": "acc", "drop": [0, 1], "created_at": CREATED, "score": "avss", "value": 0.4}
     kept = {"retention": 0.5, "retention_low": 0.4, "retention_high": 0.6, "method": "avss", "share": 0.25}
-    Store(scored.root).write_rows("experiments", identity_of("b-1"), "0" * 20, [common | kept])
+    Store(scored.root).write_rows("experiments", identity_of("b-1"), [common | kept], "0" * 20)
     rows = [
         {"task": "perplexity:x", "metric": "loss", "drop": drop, "value": value, "created_at": CREATED}
         for drop, value in (([], np.log(20.0)), ([0, 1], np.log(49020.0)))
     ]
-    Store(scored.root).write_evaluations(identity_of("b-1", "-text"), rows)
+    Store(scored.root).write_rows("evaluations", identity_of("b-1", "-text"), rows)
     result = succeed("plan", "-w", scored.root, "--run", "b-1", "--by", "avss", "-o", tmp_path / "plan.yaml")
     made = read_plan(tmp_path / "plan.yaml")
     assert any("rises with depth" in line for line in made.findings)

@@ -109,7 +109,7 @@ def write_removals(warehouse: Warehouse, run_id: str, revision: str, layers: int
     ]
     for name, some in (("damage", rows), ("losses", losses), ("fits", fits), ("kept", kept)):
         of = RunIdentity(run_id=f"{run_id}-{name}", model="org/alpha", revision=revision, family="llama")
-        store.write_evaluations(of, [common | row for row in some])
+        store.write_rows("evaluations", of, [common | row for row in some])
 
 
 def write_failed(warehouse: Warehouse, name: str, error: str) -> str:
@@ -136,6 +136,6 @@ def write_many(root: Path, runs: int, layers: int) -> Warehouse:
                 row | {name: row[name] and row[name] * f for name, f in zip(scaled, scale.tolist(), strict=True)}
             )
         about = run_row(f"model-{run:02d}-0123456789", num_layers=layers, **ABOUT)
-        Store(root).write_scores(identity_of(about), scores)
+        Store(root).write_rows("scores", identity_of(about), scores)
         Store(root).write_run(about)
     return warehouse

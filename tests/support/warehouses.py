@@ -97,7 +97,7 @@ def write_profiles(
             rank = None if np.isnan(ranks[i]) else int(ranks[i])
             rows.append({**place, **at, "avss_smoothed": score, "rank": rank, "near_zero_count": 500.0, **found})
     store = Store(root)
-    store.write_scores(identity_of(row), rows)
+    store.write_rows("scores", identity_of(row), rows)
     store.write_run({"num_layers": len(scores), **row})
 
 
@@ -110,7 +110,7 @@ def write_measured(root: Path, run_id: str, shards: Sequence[Stats], layers: int
         strata = {(*key, ""): stats for key, stats in shard.items()}
         store.write_shard(identity, ShardResult(shard_id=i, content_hash=f"hash{i}", layers=names, strata=strata))
     store.write_layer_stats(identity, names, merged)
-    store.write_scores(identity, score_run(merged, names, shards))
+    store.write_rows("scores", identity, score_run(merged, names, shards))
     store.write_run(row)
 
 
