@@ -36,7 +36,7 @@ if TYPE_CHECKING:
     from avss_dist.core.results import Table
     from avss_dist.core.settings import Execution, Settings
     from avss_dist.distillation.distill import Distilled
-    from avss_dist.estimation.estimate import Estimate
+    from avss_dist.estimation import Estimate
     from avss_dist.evaluation.ablate import Ablation
     from avss_dist.evaluation.evaluate import Evaluations
     from avss_dist.evaluation.shrink import Shrunk
@@ -108,7 +108,7 @@ _HOMES = {
         "WarehouseError",
     ),
     "distillation.distill": ("Distilled",),
-    "estimation.estimate": ("Estimate",),
+    "estimation": ("Estimate",),
     "evaluation.ablate": ("Ablation",),
     "evaluation.evaluate": ("Evaluations",),
     "evaluation.shrink": ("Shrunk",),

@@ -9,6 +9,7 @@ from typing import Any
 
 import pyarrow as pa
 
+from avss_dist import estimation
 from avss_dist.analysis.plans import evaluated_lines, plan_experts, plan_layers, plannable_run
 from avss_dist.api.read import named_run
 from avss_dist.core.errors import ConfigError
@@ -20,7 +21,6 @@ from avss_dist.core.text import parse_threshold
 from avss_dist.core.validation import keywords
 from avss_dist.distillation import distill as distilling
 from avss_dist.distillation.teacher_text import with_own_text
-from avss_dist.estimation import estimate as estimating
 from avss_dist.evaluation import ablate as ablating
 from avss_dist.evaluation import evaluate as evaluating
 from avss_dist.evaluation import shrink as shrinking
@@ -54,7 +54,7 @@ from avss_dist.warehouse.reader import Warehouse
 
 ablate = keywords(AblateRequest)(ablating.ablate)
 distill = keywords(DistillRequest)(distilling.distill)
-estimate = keywords(EstimateRequest)(estimating.estimate)
+estimate = keywords(EstimateRequest)(estimation.estimate)
 evaluate = keywords(EvaluateRequest)(evaluating.evaluate)
 shrink = keywords(ShrinkRequest)(shrinking.shrink)
 

@@ -13,8 +13,8 @@ from avss_dist.cli.choose import print_table
 from avss_dist.cli.program import spelled
 from avss_dist.core.settings import SITES
 from avss_dist.core.text import count_of
-from avss_dist.estimation.estimate import estimate as estimate_memory
-from avss_dist.estimation.preview import preview_job
+from avss_dist.estimation import estimate as estimate_memory
+from avss_dist.estimation import preview_job
 from avss_dist.evaluation.ablate import ablate as measure_ablation
 from avss_dist.evaluation.evaluate import evaluate as measure_tasks
 from avss_dist.evaluation.experiment import describe_size, run_experiment

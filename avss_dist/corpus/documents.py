@@ -8,7 +8,7 @@ import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
-from typing import Any, Protocol
+from typing import Any
 
 from avss_dist.core.errors import CorpusError, first_line, nearest
 from avss_dist.core.names import AFTER_ANOTHER, BEST, INCORRECT, TRUTHFUL
@@ -141,11 +141,8 @@ TODAY = datetime(2024, 7, 26)
 _NOW = re.compile(r"""strftime_now\(\s*(?P<quote>["'])(?P<format>[^"']*)(?P=quote)\s*\)""")
 
 
-class ChatTokenizer(Protocol):
-    """The used part of a transformers tokenizer that has a chat template."""
-
-    def get_chat_template(self) -> str: ...
-    def apply_chat_template(self, conversation: Any, **kwargs: Any) -> Any: ...
+Tokenizer = Any
+"""A tokenizer of transformers."""
 
 
 @dataclass(frozen=True)
@@ -176,7 +173,7 @@ def field_document(record: Mapping[str, Any], field: str, where: str) -> Documen
     return field_text(record, field, where)
 
 
-def chat_template(tokenizer: ChatTokenizer) -> str:
+def chat_template(tokenizer: Tokenizer) -> str:
     """Return the SHA-256, in hex, of a tokenizer's chat template.
 
     Raises:
@@ -206,7 +203,7 @@ def no_text(chat: Chat) -> CorpusError:
     )
 
 
-def render(chat: Chat, tokenizer: ChatTokenizer) -> str:
+def render(chat: Chat, tokenizer: Tokenizer) -> str:
     """Render a conversation with the tokenizer's chat template, special tokens included.
 
     Raises:

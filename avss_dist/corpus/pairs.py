@@ -7,7 +7,7 @@ twice: after its own prompt, and after the prompt of another pair.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
@@ -16,13 +16,11 @@ from numpy.typing import NDArray
 
 from avss_dist.core.errors import CorpusError
 from avss_dist.core.names import AFTER_ANOTHER
-from avss_dist.corpus.documents import Answer
+from avss_dist.core.settings import TextOptions
+from avss_dist.corpus.documents import Answer, Tokenizer
+from avss_dist.corpus.tokens import Ids, encode
 
 _SHUFFLE_SEED = 0  # of the order in which answers get the prompts of others
-
-Ids = NDArray[np.int32]
-Encode = Callable[[list[str], bool], list[list[int]]]
-"""Returns the tokens of texts, with or without special tokens."""
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -66,32 +64,21 @@ def join(pairings: Sequence[Pairing]) -> Pairing:
 
 
 def paired_rows(
-    answers: Iterator[Answer],
-    source: str,
-    *,
-    encode: Encode,
-    eos: int | None,
-    length: int,
-    maximum: int | None,
-    seed: int | None,
+    answers: Iterator[Answer], source: str, tokenizer: Tokenizer, settings: TextOptions
 ) -> tuple[list[Ids], Pairing]:
     """Return the rows of paired text, pair by pair: its answers after their own prompt, then after another.
 
-    Args:
-        eos: EOS token, which is left out after a prompt.
-        length: maximum number of tokens in a row.
-        maximum: maximum number of rows, in whole pairs.
-        seed: seed of the order of pairs; None keeps the order of the text.
+    Pairs are whole, and in the order of the text unless it is shuffled.
 
     Raises:
         CorpusError: the answers do not form pairs (see `group_by_prompt`), or a row is too long. The message
             names the line.
     """
     pairs = group_by_prompt(answers, source)
-    if seed is not None:
-        pairs = [pairs[i] for i in np.random.default_rng(seed).permutation(len(pairs))]
+    if settings.shuffle_seed is not None:
+        pairs = [pairs[i] for i in np.random.default_rng(settings.shuffle_seed).permutation(len(pairs))]
     ends = 2 * np.cumsum([len(pair) for pair in pairs])
-    number = len(pairs) if maximum is None else int(np.searchsorted(ends, maximum, side="right"))
+    number = num_whole(ends, settings.max_sequences)
     if len(pairs) < 2:
         raise CorpusError(f"{pairs[0][0].where}: there is one prompt.", "A contrast takes two prompts at least.")
     if number < 2:
@@ -100,7 +87,16 @@ def paired_rows(
     order = np.random.default_rng(_SHUFFLE_SEED).permutation(len(pairs))
     other = np.empty(len(pairs), np.int64)
     other[order] = np.roll(order, 1)  # the next pair in a shuffled circle
-    return _rows(pairs, [("", range(len(pairs))), (AFTER_ANOTHER, other)], encode, eos, length)
+    return rows_of_pairs(pairs, [("", range(len(pairs))), (AFTER_ANOTHER, other)], tokenizer, settings)
+
+
+def num_whole(ends: NDArray[np.int64], maximum: int | None) -> int:
+    """Return how many pairs fit into a maximum of rows.
+
+    Args:
+        ends: number of rows up to the end of each pair.
+    """
+    return len(ends) if maximum is None else int(np.searchsorted(ends, maximum, side="right"))
 
 
 def group_by_prompt(answers: Iterable[Answer], source: str) -> list[list[Answer]]:
@@ -136,48 +132,36 @@ def group_by_prompt(answers: Iterable[Answer], source: str) -> list[list[Answer]
     return list(pairs.values())
 
 
-def choice_rows(
-    questions: Sequence[Sequence[Answer]], *, encode: Encode, eos: int | None, length: int, maximum: int | None
-) -> tuple[list[Ids], Pairing]:
-    """Return the rows of every answer to questions, each after its own prompt. See `paired_rows` for the arguments.
-
-    Raises:
-        CorpusError: a row is too long, or the first question has more than ``maximum`` answers.
-    """
-    ends = np.cumsum([len(answers) for answers in questions])
-    number = len(questions) if maximum is None else int(np.searchsorted(ends, maximum, side="right"))
-    if not number:
-        raise CorpusError(f"The first question has {ends[0]} answers.", f"Make `max_sequences` {ends[0]} or more.")
-    return _rows(questions[:number], [("", range(number))], encode, eos, length)
-
-
-def _rows(
+def rows_of_pairs(
     pairs: Sequence[Sequence[Answer]],
     prompts_of: Sequence[tuple[str, Sequence[int] | NDArray[np.int64]]],
-    encode: Encode,
-    eos: int | None,
-    length: int,
+    tokenizer: Tokenizer,
+    settings: TextOptions,
 ) -> tuple[list[Ids], Pairing]:
-    """Return the rows of every pair.
+    """Return the rows of every pair. An EOS token after a prompt is left out.
 
     Args:
         prompts_of: suffixes of labels, each with the index of the prompt that the answers of each pair follow.
+
+    Raises:
+        CorpusError: a row is too long.
     """
-    prompts = [np.array(ids, np.int32) for ids in encode([pair[0].prompt for pair in pairs], True)]
-    prompts = [ids[:-1] if len(ids) and ids[-1] == eos else ids for ids in prompts]
+    prompts = [np.array(ids, np.int32) for ids in encode([pair[0].prompt for pair in pairs], tokenizer, special=True)]
+    prompts = [ids[:-1] if len(ids) and ids[-1] == tokenizer.eos_token_id else ids for ids in prompts]
     rows: list[Ids] = []
     places: list[tuple[int, str, int]] = []
     for index, pair in enumerate(pairs):
-        texts = [np.array(ids, np.int32) for ids in encode([answer.text for answer in pair], False)]
+        texts = [np.array(ids, np.int32) for ids in encode([answer.text for answer in pair], tokenizer, special=False)]
         for after, followed in prompts_of:
             prompt = followed[index]
             for answer, text in zip(pair, texts, strict=True):
                 rows.append(np.concatenate([prompts[prompt], text]))
                 places.append((index, answer.label + after, len(prompts[prompt])))
-                if (tokens := len(rows[-1])) > length:
+                if (tokens := len(rows[-1])) > settings.sequence_length:
                     other = "" if prompt == index else f", after the prompt of {pairs[prompt][0].where},"
                     raise CorpusError(
-                        f"{answer.where}: prompt and answer{other} are {tokens} tokens; a row has {length}.",
+                        f"{answer.where}: prompt and answer{other} are {tokens} tokens; a row has "
+                        f"{settings.sequence_length}.",
                         f"Make `sequence_length` {tokens} or more, or leave the line out.",
                     )
     return rows, Pairing(

@@ -9,21 +9,18 @@ import hashlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import islice
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from avss_dist.core.errors import CorpusError, NoRows, without_secrets
 from avss_dist.core.settings import Settings, fingerprint
-from avss_dist.corpus.documents import chat_template, truthfulqa_choices
-from avss_dist.corpus.pairs import Pairing, choice_rows, join, paired_rows
+from avss_dist.corpus.documents import Tokenizer, chat_template, truthfulqa_choices
+from avss_dist.corpus.pairs import Pairing, join, num_whole, paired_rows, rows_of_pairs
 from avss_dist.corpus.sources import json_records, open_source
 from avss_dist.corpus.tokens import (
     Ids,
     ReadCounts,
-    Tokenizer,
-    encode,
     other_row_start,
     rows_of,
     shuffled,
@@ -141,8 +138,7 @@ def tokenize_corpus(
     if opened.answers:
         if settings.skip_sequences:
             raise CorpusError(f"{source} is paired text.", "Leave `skip_sequences` out: its rows belong together.")
-        options = _row_options(tokenizer, settings)
-        paired, pairing = paired_rows(opened.answers(), source, seed=settings.shuffle_seed, **options)
+        paired, pairing = paired_rows(opened.answers(), source, tokenizer, settings)
         ids, lengths = _padded(paired, length, tokenizer)
         if min(lengths) <= skip:
             message = f"{source}: `skip_first_tokens` {skip} leaves nothing of an answer."
@@ -201,25 +197,18 @@ def tokenize_choices(
     All answers to a question are in one shard.
 
     Raises:
-        CorpusError: as `tokenize_corpus`, or ``questions`` selects none.
+        CorpusError: as `tokenize_corpus`, ``questions`` selects none, or the first has more answers than rows are read.
     """
     all_questions = truthfulqa_choices(json_records(path))
     selected = all_questions[questions]
     if not selected:
         raise CorpusError(f"The file has {len(all_questions)} questions, and all are skipped.", "Skip fewer.")
-    rows, pairing = choice_rows(selected, **_row_options(tokenizer, settings))
+    ends = np.cumsum([len(answers) for answers in selected])
+    if not (number := num_whole(ends, settings.max_sequences)):
+        raise CorpusError(f"The first question has {ends[0]} answers.", f"Make `max_sequences` {ends[0]} or more.")
+    rows, pairing = rows_of_pairs(selected[:number], [("", range(number))], tokenizer, settings)
     ids, lengths = _padded(rows, settings.sequence_length, tokenizer)
     return _make_shards(ids, lengths, 0, pairing, settings.sequences_per_shard or USUAL_ROWS)
-
-
-def _row_options(tokenizer: Tokenizer, settings: Settings) -> dict[str, Any]:
-    """Return the keywords of `pairs.paired_rows` and `pairs.choice_rows` that follow from the settings."""
-    return {
-        "encode": lambda texts, special: encode(texts, tokenizer, special=special),
-        "eos": tokenizer.eos_token_id,
-        "length": settings.sequence_length,
-        "maximum": settings.max_sequences,
-    }
 
 
 def _padded(rows: Sequence[Ids], length: int, tokenizer: Tokenizer) -> tuple[Ids, Ids]:

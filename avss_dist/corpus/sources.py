@@ -214,9 +214,8 @@ def _files(source: str) -> Source:
     find = cache(partial(_find, path))
 
     def texts() -> Iterator[Document]:
-        if suffix == "txt":
-            return _texts(*find())
-        return (field_document(record, field, where) for record, where in _records(*find(), suffix, field))
+        records = _records(*find(), suffix, field)
+        return records if suffix == "txt" else (field_document(record, field, where) for record, where in records)
 
     return Source(texts, lambda: _fingerprint(*find(), kind=suffix, field=field), path=path)
 
@@ -253,10 +252,8 @@ def json_records(path: str) -> Iterator[tuple[Mapping[str, Any], str]]:
     return _records(*_find(path), "", "prompt")
 
 
-def _records(
-    filesystem: fs.FileSystem, paths: list[str], suffix: str, field: str
-) -> Iterator[tuple[Mapping[str, Any], str]]:
-    """Yield the records of files, with the place of each.
+def _records(filesystem: fs.FileSystem, paths: list[str], suffix: str, field: str) -> Iterator[Any]:
+    """Yield the records of files, with the place of each; or the pieces of text files.
 
     Args:
         suffix: format of the files; by default that of their names, or else jsonl.
@@ -308,13 +305,7 @@ def _fingerprint(filesystem: fs.FileSystem, paths: list[str], **identity: Any) -
     return fingerprint(files=files, **identity)
 
 
-def _texts(filesystem: fs.FileSystem, paths: list[str]) -> Iterator[str]:
-    for path in paths:
-        with _explaining(path, _FILE_ERRORS, _FILE_HINT), filesystem.open_input_stream(path) as file:
-            yield from _read_txt(file, path)
-
-
-def _read_txt(file: Any, path: str) -> Iterator[str]:
+def _read_txt(file: Any, path: str, _field: str) -> Iterator[str]:
     stream = io.BufferedReader(file, _READ_BYTES)
     carried, offset = b"", 0
     while data := carried + stream.read(max(0, TEXT_PIECE_BYTES - len(carried))):

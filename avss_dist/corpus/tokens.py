@@ -8,14 +8,14 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from itertools import groupby
 from operator import itemgetter
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from avss_dist.core.errors import CorpusError
 from avss_dist.core.settings import TextOptions
-from avss_dist.corpus.documents import Chat, ChatTokenizer, Document, no_text, render
+from avss_dist.corpus.documents import Chat, Document, Tokenizer, no_text, render
 
 Ids = NDArray[np.int32]
 
@@ -24,15 +24,6 @@ FIRST_DOCUMENTS = 4  # as many as a small corpus may need; then twice as many ea
 PIECE_CHARACTERS = 4 << 20  # of a document tokenized at once, which takes over 100 bytes for each
 _WORD = re.compile(r"(?= \S)|(?<=\S\n)(?=\S)")
 """Start of a word. Byte-level tokenizers take the one space before a word with it, and a line end alone."""
-
-
-class Tokenizer(ChatTokenizer, Protocol):
-    """The used part of a transformers tokenizer. A call returns a mapping whose ``input_ids`` is a list[list[int]]."""
-
-    eos_token_id: int | None
-    pad_token_id: int | None
-
-    def __call__(self, text: list[str], **kwargs: Any) -> Any: ...
 
 
 @dataclass

@@ -22,7 +22,6 @@ from typing import Any
 import numpy as np
 
 from avss_dist.core.registry import RECIPES
-from avss_dist.stats.histogram import histogram_below
 from avss_dist.stats.intervals import (
     BOOTSTRAP_RESAMPLES,
     MINIMUM_UNITS,
@@ -30,7 +29,7 @@ from avss_dist.stats.intervals import (
     jackknife_interval,
     left_out_weights,
 )
-from avss_dist.stats.layer_stats import Float64, LayerKey, LayerStats
+from avss_dist.stats.layer_stats import Float64, LayerKey, LayerStats, histogram_below
 from avss_dist.stats.rankings import count_lowest, rank_lowest
 
 RELATIVE_THRESHOLDS = (0.01, 0.1)  # multiples of the RMS of the layer and site; scored from stored counts

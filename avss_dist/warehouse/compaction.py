@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence, Set
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
@@ -111,22 +111,12 @@ class TableParts:
         if not self.run_ids.issuperset(wanted) and self._fetch_shared():
             spare = self._select(stamps)
         missing, minimum = set(wanted) - self.run_ids, MIN_RUNS if self._storage.is_local else 1
-        if len(missing) < minimum:
-            return self._used
-        small = [part for part in self._used if len(part.stamps) < MAX_RUNS // 2 and not part.shared]
-        replaced = [*spare, *(small if len(small) > MAX_SMALL else ())]
-        try:
-            self._cached.mkdir(parents=True, exist_ok=True, mode=0o700)
-            remove_leftovers(self._cached)
-            for copied, rows in self._merged(stamps, missing, replaced, minimum):
-                with staged_file(self._cached / f"{_stem(self._name, copied)}.parquet") as staged:
-                    staged.write_bytes(_to_part(self._name, rows, copied, "lz4"))
-        except OSError:  # the cache cannot be written
-            return self._used
-        for part in replaced:
-            if not part.shared:
-                part.path.unlink(missing_ok=True)
-        self._select(stamps)
+        if len(missing) >= minimum:
+            with suppress(OSError):  # the cache cannot be written
+                self._cached.mkdir(parents=True, exist_ok=True, mode=0o700)
+                remove_leftovers(self._cached)
+                self._copy(stamps, missing, spare, minimum, shared=False)
+                self._select(stamps)
         return self._used
 
     def compact(self, stamps: Stamps) -> int:
@@ -143,15 +133,34 @@ class TableParts:
         """
         self._fetch_shared()
         spare = self._select(stamps, shared_alone=True)
-        missing, number = stamps.keys() - self.run_ids, 0
-        small = [part for part in self._used if len(part.stamps) < MAX_RUNS // 2]
-        replaced = [*spare, *(small if missing or len(small) > MAX_SMALL else ())]
-        for copied, rows in self._merged(stamps, missing, replaced, 1):
-            path = self._storage.compacted_path(self._name, _stem(self._name, copied))
-            self._storage.write(path, _to_part(self._name, rows, copied, "zstd"))
+        return self._copy(stamps, stamps.keys() - self.run_ids, spare, 1, shared=True)
+
+    def _copy(
+        self, stamps: Stamps, missing: Set[str], spare: Sequence[CompactedFile], minimum: int, *, shared: bool
+    ) -> int:
+        """Write new parts in place of the spare and of many small ones, and return the number of missing runs in them.
+
+        Args:
+            shared: write in the warehouse, where parts are rarely written, and well compressed. Else in the cache,
+                which replaces no part of the warehouse.
+        """
+        small = [part for part in self._used if len(part.stamps) < MAX_RUNS // 2 and part.shared <= shared]
+        replaced = [*spare, *(small if (shared and missing) or len(small) > MAX_SMALL else ())]
+        number = 0
+        for copied, rows in self._merged(stamps, missing, replaced, minimum):
+            data = _to_part(self._name, rows, copied, "zstd" if shared else "lz4")
+            stem = hashlib.sha256(_columns(self._name) + json.dumps(copied, sort_keys=True).encode()).hexdigest()[:32]
+            if shared:
+                self._storage.write(self._storage.compacted_path(self._name, stem), data)
+            else:
+                with staged_file(self._cached / f"{stem}.parquet") as staged:
+                    staged.write_bytes(data)
             number += len(copied.keys() & missing)
         for part in replaced:
-            self._storage.delete(self._storage.compacted_path(self._name, part.path.stem))
+            if shared:
+                self._storage.delete(self._storage.compacted_path(self._name, part.path.stem))
+            elif not part.shared:
+                part.path.unlink(missing_ok=True)
         return number
 
     def leave_out_unreadable(self) -> bool:
@@ -217,7 +226,7 @@ class TableParts:
 
     def _merged(
         self, stamps: Stamps, missing: Collection[str], replaced: Sequence[CompactedFile], minimum: int
-    ) -> Iterator[tuple[Stamps, pa.Table]]:
+    ) -> Iterator[tuple[dict[str, str], pa.Table]]:
         """Yield the content of new parts: stamps of the copied files, and rows.
 
         They hold the missing runs, and those of the replaced parts whose files have not changed. Runs whose file cannot
@@ -254,29 +263,19 @@ class TableParts:
         return tables
 
 
-def table_schema(name: str) -> pa.Schema:
-    """Return the schema of a table that has parts."""
-    return DIGEST if name == DIGESTS else SCHEMAS[name]
-
-
 def _columns(name: str) -> bytes:
     """Return a hash of the columns of a table. Parts of versions with other columns are ignored."""
-    version = f"{SCHEMA_VERSION} {DIGEST_VERSION if name == DIGESTS else 0}\n{table_schema(name)}"
+    version = f"{SCHEMA_VERSION} {DIGEST_VERSION if name == DIGESTS else 0}\n{PART_SCHEMAS[name]}"
     return hashlib.sha256(version.encode()).hexdigest().encode()
 
 
 def encoded_schema(name: str) -> pa.Schema:
     """Return the schema in which rows of a table are sorted. Then columns of text, of few values, are dictionaries."""
-    schema = table_schema(name)
+    schema = PART_SCHEMAS[name]
     if not SORTED_BY[name]:
         return schema
     encoded = pa.dictionary(pa.int32(), pa.string())
     return pa.schema([(field.name, encoded if pa.types.is_string(field.type) else field.type) for field in schema])
-
-
-def _stem(name: str, stamps: Stamps) -> str:
-    """Return the name of a part of a table: a hash of its columns and of what it copies."""
-    return hashlib.sha256(_columns(name) + json.dumps(dict(stamps), sort_keys=True).encode()).hexdigest()[:32]
 
 
 def _to_part(name: str, rows: pa.Table, stamps: Stamps, compression: str) -> pa.Buffer:
@@ -284,15 +283,13 @@ def _to_part(name: str, rows: pa.Table, stamps: Stamps, compression: str) -> pa.
     table = rows.unify_dictionaries().combine_chunks()
     codes = np.zeros(len(table), np.int64)
     for by in SORTED_BY[name]:
-        column = table[by].combine_chunks()
-        column = column if pa.types.is_dictionary(column.type) else column.dictionary_encode()
+        column = table[by].combine_chunks().dictionary_encode()
         codes = codes * (len(column.dictionary) + 1) + column.indices.fill_null(-1).to_numpy() + 1
-    if SORTED_BY[name]:
-        order = np.argsort(codes, kind="stable")
-        table, codes = table.take(pa.array(order)), codes[order]
+    order = np.argsort(codes, kind="stable")
+    table, codes = table.take(pa.array(order)), codes[order]
     metadata = {_STAMPS: json.dumps(dict(stamps)).encode(), _COLUMNS: _columns(name)}
     metadata |= {b"avss_schema_version": str(SCHEMA_VERSION).encode(), **UNSIGNED_METADATA}
-    texts = [field.name for field in table_schema(name) if pa.types.is_string(field.type)]
+    texts = [field.name for field in PART_SCHEMAS[name] if pa.types.is_string(field.type)]
     bounds = [0, *(np.flatnonzero(np.diff(codes)) + 1).tolist(), len(table)]
     sink = pa.BufferOutputStream()
     with pq.ParquetWriter(
@@ -347,6 +344,8 @@ DIGEST = pa.schema(
 ``mean_unit`` is the unit with the largest share of the variance over unit means, ``element_unit`` the one with the
 largest share of the variance over elements. They are null if a site has no units, or no variance.
 """
+PART_SCHEMAS = {**SCHEMAS, DIGESTS: DIGEST}
+"""Schemas of the tables that may have parts."""
 
 
 def digest(stats: pa.Table) -> pa.Table:
@@ -388,5 +387,4 @@ def digest(stats: pa.Table) -> pa.Table:
 def _lists(table: pa.Table, name: str) -> tuple[NDArray[np.int64], NDArray[np.float64]]:
     """Return the offsets of a column of lists, and the values of all lists."""
     column = table[name].combine_chunks()
-    column = column if isinstance(column, pa.ListArray) else pa.concat_arrays(column.chunks)
     return column.offsets.to_numpy().astype(np.int64), column.values.to_numpy(zero_copy_only=False).astype(np.float64)

@@ -16,9 +16,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from avss_dist.core.errors import WarehouseError
-from avss_dist.stats.histogram import HISTOGRAM_BINS
 from avss_dist.stats.layer_stats import (
     EXPERT_FIELDS,
+    HISTOGRAM_BINS,
     ROW_FIELDS,
     AnswerRows,
     ExpertStats,
@@ -228,7 +228,7 @@ def _row_columns(rows: AnswerRows) -> dict[str, Any]:
 def to_columns(
     layers: Sequence[str], stats: Mapping[LayerKey, LayerStats] | Mapping[StratumKey, LayerStats]
 ) -> dict[str, Any]:
-    """Return a row for each (layer, site, stratum) in order, by column. Lists are numbers and offsets."""
+    """Return a row for each (layer, site, stratum) in order, by column."""
     every: Mapping[Any, LayerStats] = stats
     keys: list[tuple[Any, ...]] = sorted(every)
     states = [every[key] for key in keys]
@@ -239,17 +239,7 @@ def to_columns(
     columns["depth"] = [(key[0] + 0.5) / len(layers) for key in keys]
     columns["stratum"] = [stratum[0] or None if stratum else None for _, _, *stratum in keys]
     columns |= {"histogram_bin": bins, "histogram_count": counts}
-    columns |= {name: [getattr(state, name) for state in states] for name in _STATE}
-    for field in SCHEMAS["layer_stats"]:
-        if pa.types.is_list(field.type):
-            columns[field.name] = _to_lists(columns[field.name], field.type)
-    return columns
-
-
-def _to_lists(cells: Sequence[np.ndarray], kind: pa.ListType) -> pa.Array:
-    offsets = np.cumsum([0, *map(len, cells)], dtype=np.int32)
-    values = np.concatenate(cells) if cells else np.zeros(0)
-    return pa.ListArray.from_arrays(offsets, pa.array(values.astype(kind.value_type.to_pandas_dtype())), type=kind)
+    return columns | {name: [getattr(state, name) for state in states] for name in _STATE}
 
 
 def to_strata(table: pa.Table) -> dict[StratumKey, LayerStats]:

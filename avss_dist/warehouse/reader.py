@@ -23,12 +23,12 @@ from avss_dist.warehouse.compaction import (
     DIGEST,
     DIGESTS,
     MIN_RUNS,
+    PART_SCHEMAS,
     SORTED_BY,
     SOURCE,
     TableParts,
     digest,
     encoded_schema,
-    table_schema,
 )
 from avss_dist.warehouse.encoding import (
     conform,
@@ -398,7 +398,7 @@ class Warehouse:
             paths = [str(part.path) for part in parts.covering(stamps, run_ids)]
             run_ids = run_ids - parts.run_ids
         uncopied = {path: (run_id, stamp) for path, (run_id, stamp) in files.items() if run_id in run_ids}
-        datasets = [ds.dataset(paths, table_schema(name), _VERIFIED_PAGES)] if paths else []
+        datasets = [ds.dataset(paths, PART_SCHEMAS[name], _VERIFIED_PAGES)] if paths else []
         if uncopied:
             datasets.append(self._digested(uncopied) if name == DIGESTS else self._open(name, uncopied))
         return ds.dataset(datasets) if len(datasets) > 1 else next(iter(datasets), None)

@@ -13,8 +13,16 @@ import pyarrow as pa
 from avss_dist.core.intervention import MAX_STORED
 from avss_dist.core.registry import BASELINES, RECIPES, SCORES
 from avss_dist.core.settings import EVERY_SITE
-from avss_dist.stats.histogram import HISTOGRAM_BINS
-from avss_dist.stats.layer_stats import ROW_FIELDS, ExpertStats, Float32, Float64, Int64, LayerStats, annotations_of
+from avss_dist.stats.layer_stats import (
+    HISTOGRAM_BINS,
+    ROW_FIELDS,
+    ExpertStats,
+    Float32,
+    Float64,
+    Int64,
+    LayerStats,
+    annotations_of,
+)
 
 SCHEMA_VERSION = 3
 

@@ -16,8 +16,7 @@ from support.warehouses import GRID, activations, stats_of, write_measured
 
 from avss_dist.analysis.thresholds import SCORES, quantiles, quantiles_of, scores_at
 from avss_dist.core.errors import QueryError
-from avss_dist.stats.histogram import HISTOGRAM_EDGES
-from avss_dist.stats.layer_stats import LayerStats
+from avss_dist.stats.layer_stats import HISTOGRAM_EDGES, LayerStats
 from avss_dist.stats.scores import Threshold
 from avss_dist.warehouse.reader import Warehouse
 

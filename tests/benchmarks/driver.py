@@ -40,8 +40,7 @@ from avss_dist.partition.replica import Placement
 from avss_dist.runs.job_file import RunSpec
 from avss_dist.runs.run import PlannedRun, Run, RunInProgress
 from avss_dist.runs.scoring import Driver
-from avss_dist.stats.histogram import HISTOGRAM_BINS, histogram_bin
-from avss_dist.stats.layer_stats import LayerStats, ShardResult
+from avss_dist.stats.layer_stats import HISTOGRAM_BINS, LayerStats, ShardResult, histogram_bin
 from avss_dist.system.files import Spool
 from avss_dist.warehouse.encoding import encode_shard
 from avss_dist.warehouse.schema import RunIdentity

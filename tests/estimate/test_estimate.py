@@ -19,13 +19,13 @@ from support.command_line import avss
 from support.devices import devices_of
 from support.ggufs import write_gguf
 
-import avss_dist.estimation.estimate
+import avss_dist.estimation
 from avss_dist.core.errors import ConfigError
 from avss_dist.core.registry import PARTITIONS, SHARDINGS
 from avss_dist.core.settings import Execution, Settings
 from avss_dist.core.text import describe_seconds
 from avss_dist.distillation.memory import LIBRARIES
-from avss_dist.estimation.estimate import DistillRow, Estimate, PartitionEstimate, _row, distillation_rows, estimate
+from avss_dist.estimation import DistillRow, Estimate, PartitionEstimate, _row, distillation_rows, estimate
 from avss_dist.models.checkpoints import locate
 from avss_dist.models.size import footprint, sharing_skeletons
 from avss_dist.partition.choose import choose, least_host_bytes
@@ -241,7 +241,7 @@ def test_a_gang_has_as_many_ranks_as_it_takes(tiny_llama: Path) -> None:
 
 def test_limits_are_of_the_memory_that_is_here(header_only: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A limit that no process keeps fits nothing."""
-    monkeypatch.setattr(avss_dist.estimation.estimate, "devices_here", lambda kind: devices_of(kind, 50_000_000))
+    monkeypatch.setattr(avss_dist.estimation, "devices_here", lambda kind: devices_of(kind, 50_000_000))
     for limits, free in (({}, 50_000_000), ({"cpu": "20MB"}, 20_000_000), ({"cpu": "90MB"}, 50_000_000)):
         found = estimated(header_only, max_memory=limits)
         assert found.host_bytes == found.device_bytes == free and not any(row.fits for row in found.rows)

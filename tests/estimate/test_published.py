@@ -15,12 +15,12 @@ import pytest
 import torch
 from support.devices import devices_of
 
-import avss_dist.estimation.estimate
+import avss_dist.estimation
 from avss_dist.api.change import estimate
 from avss_dist.core.errors import ConfigError, ModelError
 from avss_dist.core.registry import PARTITIONS
 from avss_dist.core.settings import Execution, Settings
-from avss_dist.estimation.estimate import Estimate, PartitionEstimate
+from avss_dist.estimation import Estimate, PartitionEstimate
 from avss_dist.models.checkpoints import locate
 from avss_dist.models.size import footprint
 from avss_dist.partition.choose import choose
@@ -44,8 +44,8 @@ def paper(model: str, nodes: int = 1, **options: Any) -> Estimate:
 
 def estimated(model: str, nodes: int = 1, **options: Any) -> Estimate:
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(avss_dist.estimation.estimate, "devices_here", lambda kind: NODES[nodes])
-        patch.setattr(avss_dist.estimation.estimate, "pick_device", lambda name: torch.device("cuda"))
+        patch.setattr(avss_dist.estimation, "devices_here", lambda kind: NODES[nodes])
+        patch.setattr(avss_dist.estimation, "pick_device", lambda name: torch.device("cuda"))
         return estimate(str(PUBLISHED / model), **options)
 
 

@@ -45,8 +45,7 @@ from avss_dist.partition.group import join, leave
 from avss_dist.partition.replica import Placement, open_replica
 from avss_dist.partition.zero3 import Zero3Replica, deepspeed_config
 from avss_dist.pruning.repair.repair import Repair
-from avss_dist.stats.histogram import merge_values
-from avss_dist.stats.layer_stats import LayerKey, LayerStats, ShardResult
+from avss_dist.stats.layer_stats import LayerKey, LayerStats, ShardResult, merge_values
 from avss_dist.tasks.harness import harness_task
 from avss_dist.tasks.map_damage import RoundedLosses
 from avss_dist.tasks.task import Measure, Row

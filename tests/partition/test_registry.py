@@ -77,7 +77,7 @@ PARTITIONS["sixth"] = PartitionInfo(opens="sixth:SixthReplica", summary="like si
 if __name__ == "__main__":
     import avss_dist
     from avss_dist.cli import app
-    from avss_dist.estimation.preview import preview_job
+    from avss_dist.estimation import preview_job
     from avss_dist.executors.local import LocalExecutor, shards_at_once
     from avss_dist.partition.choose import choose, least_host_bytes
     from avss_dist.partition.replica import open_replica, with_copies

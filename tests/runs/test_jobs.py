@@ -18,9 +18,9 @@ from support.checkpoints import llama
 from support.tables import assert_same_tables
 
 import avss_dist
+from avss_dist import estimation
 from avss_dist.core.settings import Replicas, Settings
-from avss_dist.estimation import preview as previews
-from avss_dist.estimation.preview import preview_job
+from avss_dist.estimation import preview_job
 from avss_dist.executors.local import LocalExecutor
 from avss_dist.runs import planner
 from avss_dist.runs.events import LogRuns, RunEnded, RunReading, RunStarted, ShardMeasured
@@ -447,7 +447,7 @@ def test_the_plan_warns_of_a_model_that_does_not_fit(
         tmp_path, f"warehouse: {tmp_path}/w\nmodels: [{tiny_llama}]\ncorpora: [builtin:pydoc]\n" + SETTINGS + whole
     )
     assert not preview_job(job)[0].warning
-    monkeypatch.setattr(previews, "batch_bytes", lambda *_: 1 << 60)
+    monkeypatch.setattr(estimation, "batch_bytes", lambda *_: 1 << 60)
     assert "it may not fit here: " in preview_job(job)[0].warning
 
 

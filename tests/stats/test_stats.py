@@ -17,29 +17,27 @@ from support.oracle import By, Float64, assert_close, oracle_bins, oracle_cuts, 
 from avss_dist.core.names import AFTER_ANOTHER
 from avss_dist.core.settings import THRESHOLDS
 from avss_dist.stats import layer_stats
-from avss_dist.stats.histogram import (
+from avss_dist.stats.layer_stats import (
     CUTS,
+    EXPERT_FIELDS,
     HISTOGRAM_BINS,
     HISTOGRAM_EDGES,
-    bin_edges,
-    histogram_below,
-    histogram_bin,
-    next_cut,
-    values_of_cuts,
-)
-from avss_dist.stats.layer_stats import (
-    EXPERT_FIELDS,
     ExpertStats,
     LayerStats,
     ShardResult,
     StratumKey,
+    bin_edges,
     combine_blocks,
+    histogram_below,
+    histogram_bin,
     merge_block,
     merge_blocks,
     merge_moments,
     merge_stats,
     merge_strata,
+    next_cut,
     stats_from_pattern_counts,
+    values_of_cuts,
     without_values,
 )
 

@@ -8,8 +8,7 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from avss_dist.stats.histogram import HISTOGRAM_BINS
-from avss_dist.stats.layer_stats import LayerStats, ShardResult
+from avss_dist.stats.layer_stats import HISTOGRAM_BINS, LayerStats, ShardResult
 
 Float64 = NDArray[np.float64]
 Bool = NDArray[np.bool_]

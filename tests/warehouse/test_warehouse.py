@@ -25,8 +25,7 @@ from support.warehouses import rewrite_file
 
 from avss_dist.core.errors import WarehouseError
 from avss_dist.core.settings import SITES
-from avss_dist.stats.histogram import HISTOGRAM_BINS
-from avss_dist.stats.layer_stats import LayerKey, LayerStats, ShardResult, merge_stats
+from avss_dist.stats.layer_stats import HISTOGRAM_BINS, LayerKey, LayerStats, ShardResult, merge_stats
 from avss_dist.warehouse.encoding import encode_shard
 from avss_dist.warehouse.reader import Warehouse
 from avss_dist.warehouse.schema import SCHEMA_VERSION, SCHEMAS, TABLES, RunIdentity

@@ -17,7 +17,7 @@ from numba import njit, types
 from numba.extending import overload
 
 from avss_dist.measure.kernels.reference import PATTERNS, Accumulator, Kernels, limits_on
-from avss_dist.stats.histogram import CUT_SHIFT
+from avss_dist.stats.layer_stats import CUT_SHIFT
 
 MAX_ELEMENTS = 1 << 32  # that are counted in 32 bits before the counts are flushed
 

@@ -17,8 +17,15 @@ from typing import Any
 import numpy as np
 import torch
 
-from avss_dist.stats.histogram import CUT_SHIFT, CUTS, HISTOGRAM_BINS, values_of_cuts
-from avss_dist.stats.layer_stats import Float64, LayerStats, stats_from_pattern_counts
+from avss_dist.stats.layer_stats import (
+    CUT_SHIFT,
+    CUTS,
+    HISTOGRAM_BINS,
+    Float64,
+    LayerStats,
+    stats_from_pattern_counts,
+    values_of_cuts,
+)
 from avss_dist.system.devices import to_host
 
 PATTERNS = 1 << 16

@@ -14,8 +14,7 @@ from avss_dist.reports.section import ReportColumn, ReportTable
 from avss_dist.reports.terminal.tables import FittedTable
 
 if TYPE_CHECKING:
-    from avss_dist.estimation.estimate import Estimate
-    from avss_dist.estimation.preview import Preview
+    from avss_dist.estimation import Estimate, Preview
 
 STYLES = {"done": "green", "partial": "yellow", "missing": "", "repeated": "dim", "refused": "bold red"}
 

@@ -22,8 +22,8 @@ from avss_dist.reports.section import (
     significant,
 )
 from avss_dist.reports.terminal.tables import FittedTable
-from avss_dist.stats.histogram import bin_edges
 from avss_dist.stats.intervals import why_no_interval
+from avss_dist.stats.layer_stats import bin_edges
 from avss_dist.stats.rankings import count_lowest, depth_correlation
 
 OF_SHARDS = ("95% interval", "lowest 25%")  # columns that a run of too few shards does not have

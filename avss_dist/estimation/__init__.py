@@ -1,1 +1,0 @@
-"""Memory of a run before anything is loaded, and the preview of a job."""
