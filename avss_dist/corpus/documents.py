@@ -203,22 +203,27 @@ def no_text(chat: Chat) -> CorpusError:
     )
 
 
-def render(chat: Chat, tokenizer: Tokenizer) -> str:
-    """Render a conversation with the tokenizer's chat template, special tokens included.
+def render(document: Document, tokenizer: Tokenizer, *, chats: bool) -> str:
+    """Return a text as it is, and a conversation in the tokenizer's chat template, special tokens included.
 
     Raises:
-        CorpusError: the template refuses the conversation, or the text is too long. The message names the place.
+        CorpusError: conversations are not read (``chats``), the template refuses this one, or the text is too long. The
+            message names the place.
     """
+    if isinstance(document, str):
+        return document
+    if not chats:
+        raise no_text(document)
     from jinja2 import TemplateError
 
     template = without_today(tokenizer.get_chat_template())
     try:
-        text = tokenizer.apply_chat_template(list(chat.messages), chat_template=template, tokenize=False)
+        text = tokenizer.apply_chat_template(list(document.messages), chat_template=template, tokenize=False)
     except (TemplateError, TypeError, ValueError, LookupError, AttributeError) as error:
         raise CorpusError(
-            f"{chat.where}: the chat template does not take this conversation: {first_line(error)}",
+            f"{document.where}: the chat template does not take this conversation: {first_line(error)}",
             "Fix the messages: a role and a content each, in the order that the model knows.",
         ) from error
     if len(text) > MAX_LINE_BYTES:
-        raise too_long(chat.where)
+        raise too_long(document.where)
     return str(text)

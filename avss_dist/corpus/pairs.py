@@ -6,7 +6,6 @@ twice: after its own prompt, and after the prompt of another pair.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
@@ -42,10 +41,6 @@ class Pairing:
     def part(self, rows: slice) -> Pairing:
         """Return the pairing of some of the rows."""
         return Pairing(rows=self.rows[rows], pairs=self.pairs[rows], strata=self.strata[rows], starts=self.starts[rows])
-
-    def encode(self) -> bytes:
-        """Return the fields that can change a number, as bytes for a hash."""
-        return json.dumps([self.pairs.tolist(), self.strata, self.starts.tolist()]).encode()
 
     def parts(self, rows: int) -> list[slice]:
         """Return slices of whole pairs, each of ``rows`` rows or somewhat more."""

@@ -6,6 +6,7 @@ Shards depend on corpus, tokenizer and settings, never on the workers that measu
 from __future__ import annotations
 
 import hashlib
+import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import islice
@@ -58,11 +59,6 @@ class Shard:
     def num_sequences(self) -> int:
         """Number of rows."""
         return len(self.lengths)
-
-    @property
-    def num_strata(self) -> int:
-        """Number of strata that are counted separately, or 1 for text that is not paired."""
-        return len(set(self.pairing.strata)) if self.pairing else 1
 
     @property
     def num_tokens(self) -> int:
@@ -233,7 +229,7 @@ def _shard(shard_id: int, input_ids: Ids, lengths: Ids, skip: int, pairing: Pair
     for row, real in zip(input_ids, lengths, strict=True):
         digest.update(row[:real].astype("<i4").tobytes())
     if pairing:
-        digest.update(pairing.encode())
+        digest.update(json.dumps([pairing.pairs.tolist(), pairing.strata, pairing.starts.tolist()]).encode())
     return Shard(
         shard_id=shard_id,
         input_ids=input_ids,

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from avss_dist.core.errors import CorpusError
 from avss_dist.core.settings import TextOptions
-from avss_dist.corpus.documents import Chat, Document, Tokenizer, no_text, render
+from avss_dist.corpus.documents import Chat, Document, Tokenizer, render
 
 Ids = NDArray[np.int32]
 
@@ -31,7 +31,7 @@ class ReadCounts:
     """Counts of the text that was read so far."""
 
     documents: int = 0
-    conversations: int = 0
+    conversations: bool = False
     tokens: int = 0
     has_text: bool = False
 
@@ -164,28 +164,16 @@ def _document_tokens(
     packed = settings.layout == "packed"
     eos, special = tokenizer.eos_token_id if packed else None, not packed or settings.row_start == "none"
     for are_chats, group in groupby(documents, lambda document: isinstance(document, Chat)):
-        texts = _texts(group, tokenizer, settings, counts)
+        texts = (render(document, tokenizer, chats=settings.chat_template) for document in group)
         for ids in _tokenize(texts, tokenizer, counts, special=special and not are_chats):
             if are_chats:
+                counts.conversations = True
                 yield around.strip_prefix(ids)
             elif eos is None or (len(ids) and ids[-1] == eos):
                 yield ids
             else:
                 counts.tokens += 1
                 yield np.append(ids, np.int32(eos))
-
-
-def _texts(
-    documents: Iterator[Document], tokenizer: Tokenizer, settings: TextOptions, counts: ReadCounts
-) -> Iterator[str]:
-    for document in documents:
-        if isinstance(document, str):
-            yield document
-        elif settings.chat_template:
-            counts.conversations += 1
-            yield render(document, tokenizer)
-        else:
-            raise no_text(document)
 
 
 def _tokenize(texts: Iterator[str], tokenizer: Tokenizer, counts: ReadCounts, *, special: bool) -> Iterator[Ids]:

@@ -174,7 +174,7 @@ class EvaluationSession:
             AvssError: the warehouse or the executor cannot be opened.
         """
         store = Store(warehouse)
-        store.create()
+        store.storage.create()
         with closing(open_executor(execution, settings)) as executor:
             yield cls(store, executor, execution, on_event)
 

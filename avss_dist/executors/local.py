@@ -93,7 +93,8 @@ class LocalExecutor:
                 sites, experts = spec.settings.sites, spec.settings.experts
                 with closing(replica), attached(replica.layers, sites, experts=experts) as hooks:
                     for run in same:
-                        at_once = shards_at_once(replica, spec, max((s.num_strata for s in run.shards), default=1))
+                        strata = max((len(set(s.pairing.strata)) for s in run.shards if s.pairing), default=1)
+                        at_once = shards_at_once(replica, spec, strata)
                         threads = at_once + (replica.device.type != "cpu")  # one concludes shards that a GPU measured
                         with ThreadPoolExecutor(threads) as pool:
                             yield from _measure(run, replica, hooks, pool, threads, Semaphore(at_once))

@@ -111,7 +111,7 @@ def _run_all(
     Args:
         alone: raise the error of the one run instead of recording it.
     """
-    store.create()
+    store.storage.create()
     endings: dict[int, Run | AvssError] = {}
     with closing(executor_for(specs, settings, execution)) as executor:
         for spec, ending in Driver(store, executor, on_event, fresh=execution.fresh).run(specs):

@@ -27,7 +27,7 @@ Float64 = NDArray[np.float64]
 LayerKey = tuple[int, str]
 StratumKey = tuple[int, str, str]
 """Layer, site and stratum. Unpaired text has one stratum with an empty name."""
-KEPT_BYTES = 128 << 20
+BLOCK_BYTES = 128 << 20
 
 Values = tuple[NDArray[np.float32], NDArray[np.int64]]  # abs(x), ascending, and how many elements have it
 
@@ -219,11 +219,6 @@ class LayerStats:
     def equals(self, other: LayerStats) -> bool:
         """Whether every field is identical to the last bit."""
         return all(np.array_equal(getattr(self, f.name), getattr(other, f.name), equal_nan=True) for f in fields(self))
-
-    @property
-    def values(self) -> Values:
-        """Counts by value: ``abs_value`` and ``abs_value_count``."""
-        return self.abs_value, self.abs_value_count
 
     @property
     def bins(self) -> tuple[Float64, Float64, Int64]:
@@ -529,11 +524,11 @@ def merge_block(shards: Iterable[ShardResult], ids: range) -> dict[StratumKey, L
 def combine_blocks(blocks: Iterable[Mapping[StratumKey, LayerStats]]) -> Merged:
     """Merge blocks, in the order given.
 
-    At most `KEPT_BYTES` of the large arrays of blocks stay in memory. Further ones are mapped from temporary files.
+    At most `BLOCK_BYTES` of the large arrays of blocks stay in memory. Further ones are mapped from temporary files.
     """
     block_stats: list[Mapping[LayerKey, LayerStats]] = []
     strata: dict[StratumKey, LayerStats] = {}
-    room = KEPT_BYTES
+    room = BLOCK_BYTES
     for block in blocks:
         stats = merge_strata({key: without_values(layer_stats) for key, layer_stats in block.items()})
         room -= sum(getattr(layer_stats, name).nbytes for layer_stats in stats.values() for name in _LARGE)

@@ -44,7 +44,7 @@ SORTED_BY: dict[str, list[str]] = {
 }
 """Tables that have parts, with the columns that queries select by. Rows with equal values in them are a row group."""
 MIN_RUNS, MAX_RUNS = 64, 128  # runs of a part; of a warehouse on a local disk, fewer are read where they are
-AT_ONCE = 8  # files of a batch, whose rows are converted together
+BATCH_FILES = 8  # files of a batch, whose rows are converted together
 MAX_SMALL = 8  # parts with less than half of MAX_RUNS, before they are merged
 _STAMPS, _COLUMNS = b"avss_files", b"avss_columns"
 
@@ -238,7 +238,7 @@ class TableParts:
         chunks = [run_ids[start : start + MAX_RUNS] for start in range(0, len(run_ids), MAX_RUNS)]
         chunks = [chunk for chunk in chunks if len(chunk) >= minimum]
         for chunk in tracked(chunks, f"Copying the {self._name} of {len(run_ids):,} runs, once"):
-            batches = [chunk[start : start + AT_ONCE] for start in range(0, len(chunk), AT_ONCE)]
+            batches = [chunk[start : start + BATCH_FILES] for start in range(0, len(chunk), BATCH_FILES)]
             with ThreadPoolExecutor(self._storage.readers) as pool:
                 tables = chain.from_iterable(pool.map(self._rows_of_files, batches))
                 rows = pa.concat_tables([encoded_schema(self._name).empty_table(), *tables])

@@ -37,20 +37,16 @@ _SIGNATURE = re.compile(_CHECKSUM + rb"..(" + _PREFIX + rb"[0-9a-f]{64})", re.DO
 UNSIGNED_METADATA = {_CHECKSUM: _UNSIGNED}
 _STATE = [f.name for f in fields(LayerStats) if f.name != "histogram"]
 _OF_SHARD = [f.name for f in fields(ShardResult) if f.name not in ("strata", "rows", "experts")]
-_STATS_TABLES = ("layer_stats", "shard_stats", "stratum_stats")
-
-
-def _leaves(kind: str) -> list[str]:
-    """Return the Parquet paths of the columns of statistics whose values have a type."""
-    paths = {f.name: (f.type, f.name) for f in SCHEMAS["shard_stats"]}
-    paths |= {n: (t.value_type, f"{n}.list.element") for n, (t, _) in paths.items() if pa.types.is_list(t)}
-    return [path for value, path in paths.values() if str(value) == kind]
 
 
 # Floats seldom repeat, so a dictionary of them only costs time; their bytes, split by significance, shrink well.
 _STATS_OPTIONS = {
-    "use_dictionary": _leaves("string"),
-    "column_encoding": dict.fromkeys(_leaves("double") + _leaves("float"), "BYTE_STREAM_SPLIT"),
+    "use_dictionary": [field.name for field in SCHEMAS["shard_stats"] if pa.types.is_string(field.type)],
+    "column_encoding": {
+        f"{field.name}.list.element" if pa.types.is_list(field.type) else field.name: "BYTE_STREAM_SPLIT"
+        for field in SCHEMAS["shard_stats"]
+        if pa.types.is_floating(getattr(field.type, "value_type", field.type))
+    },
 }
 
 
@@ -70,7 +66,7 @@ def encode(name: str, run: Mapping[str, Any], columns: Mapping[str, Any], shard:
         described = [{"description": column.description} for column in TABLES[name].columns[1:]]
         schema = pa.schema(map(pa.Field.with_metadata, schema, described), header)
     table = pa.table({f.name: columns[f.name] for f in schema}, schema=schema)
-    return to_file(table, **(_STATS_OPTIONS if name in _STATS_TABLES else {}))
+    return to_file(table, **(_STATS_OPTIONS if "histogram_bin" in columns else {}))
 
 
 def to_file(table: pa.Table, **options: Any) -> pa.Buffer:

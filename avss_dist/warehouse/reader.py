@@ -16,7 +16,7 @@ import pyarrow.compute as pc
 import pyarrow.dataset as ds
 
 from avss_dist.core.errors import DamagedFile, QueryError, WarehouseError, nearest, require_known
-from avss_dist.core.text import RedactedURI, basename, count_of
+from avss_dist.core.text import basename, count_of
 from avss_dist.stats.layer_stats import LayerKey, LayerStats, ShardResult, StratumKey, merge_strata
 from avss_dist.warehouse.checks import RUN_COLUMNS, checked_rows, damaged_runs
 from avss_dist.warehouse.compaction import (
@@ -45,7 +45,7 @@ Files = Mapping[str, tuple[str, str]]
 """Run id and stamp (size and time of change) of files, by path."""
 
 RUN_FOLDER = "run_id="  # before a run's id: the name of its folder in a table
-AT_ONCE = 8  # partials that are read together
+PARTIALS_AT_ONCE = 8  # partials that are read together
 _VERIFIED_PAGES = ds.ParquetFileFormat(
     default_fragment_scan_options=ds.ParquetFragmentScanOptions(page_checksum_verification=True)
 )
@@ -64,7 +64,9 @@ class Warehouse:
         snapshot: list its folders once, at the first use. All methods then see the runs of that moment, and cost less.
 
     Attributes:
+        root: name of the warehouse as it was opened, without the keys of a URI.
         storage: storage of its files.
+        damaged: reasons, by run id, for leaving out runs with a file or a row that could not be read.
 
     Raises:
         WarehouseError: there is no such kind of storage.
@@ -79,20 +81,11 @@ class Warehouse:
         self._finished: tuple[ds.Dataset, set[str]] | None = None  # of a snapshot
         self._all_runs: pa.Table | None = None  # of a snapshot
         self._unreadable: set[tuple[str, str]] = set()  # paths and times of change
-        self._damaged: dict[str, str] = {}
+        self.damaged: dict[str, str] = {}
+        self.root = self.storage.root
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}({str(self.root)!r})"
-
-    @property
-    def root(self) -> RedactedURI:
-        """Name of the warehouse as it was opened, without the keys of a URI."""
-        return self.storage.root
-
-    @property
-    def damaged(self) -> Mapping[str, str]:
-        """Reasons, by run id, for leaving out runs with a file or a row that could not be read."""
-        return self._damaged
 
     def table(
         self,
@@ -235,7 +228,7 @@ class Warehouse:
         try:
             return self.read_layer_stats(run_id)
         except DamagedFile as error:
-            self._note(run_id, error.message)
+            self.damaged.setdefault(run_id, error.message)
             return {}
 
     def read_stratum_stats(self, run_id: str) -> dict[StratumKey, LayerStats]:
@@ -267,7 +260,7 @@ class Warehouse:
             files, parts = self._files(name, done), self._table_parts(name)
             counts[name] = parts.compact(dict(files.values())) if files else 0
             for run_id, reason in parts.left_out.items():
-                self._note(run_id, f"{_stored(name)}: {reason}")
+                self.damaged.setdefault(run_id, f"{_stored(name)}: {reason}")
         return counts
 
     def num_partials(self, run_id: str) -> int:
@@ -290,8 +283,8 @@ class Warehouse:
     def each_shard(self, run_id: str, expected: Mapping[int, str]) -> Iterator[ShardResult]:
         """Yield the partials of `read_shards` in the order of their ids, with a few in memory at a time."""
         ids = sorted(expected)
-        for i in range(0, len(ids), AT_ONCE):
-            yield from self.read_shards(run_id, {k: expected[k] for k in ids[i : i + AT_ONCE]})
+        for i in range(0, len(ids), PARTIALS_AT_ONCE):
+            yield from self.read_shards(run_id, {k: expected[k] for k in ids[i : i + PARTIALS_AT_ONCE]})
 
     def read_partials(self, run: Mapping[str, Any]) -> list[ShardResult]:
         """Read all partials of a row of ``runs``, in order. Empty if one is missing or damaged.
@@ -301,7 +294,7 @@ class Warehouse:
         run_id, number = run["run_id"], run["num_shards"] or 0
         shards = self.read_shards(run_id, dict.fromkeys(range(number)))
         if len(shards) < number <= self.num_partials(run_id):
-            self._note(run_id, "shard_stats: a partial is damaged")
+            self.damaged.setdefault(run_id, "shard_stats: a partial is damaged")
         return shards if len(shards) == number else []
 
     def sql(self, query: str) -> pa.Table:
@@ -364,9 +357,9 @@ class Warehouse:
             self._refuse_without_runs()
         rows = runs.to_table(RUN_COLUMNS)
         without_row = {run_id for run_id, _ in files.values()}.difference(rows["run_id"].to_pylist())
-        self._damaged |= dict.fromkeys(without_row, "it has no row; a run has one")
+        self.damaged |= dict.fromkeys(without_row, "it has no row; a run has one")
         if damaged := damaged_runs("runs", rows):
-            self._damaged |= damaged
+            self.damaged |= damaged
             wanted = ~pc.field("run_id").isin(list(damaged))
             runs, rows = runs.filter(wanted), rows.filter(wanted)
         if not rows:
@@ -377,7 +370,7 @@ class Warehouse:
         return finished
 
     def _refuse_without_runs(self) -> NoReturn:
-        for run_id, reason in self._damaged.items():
+        for run_id, reason in self.damaged.items():
             raise WarehouseError(f"Cannot read run {run_id} of {self.root}: {reason}.", DAMAGED)
         folder = self.storage.filesystem.get_file_info(f"{self.storage.base}/runs")
         problem = "has no runs yet" if folder.type else "is not a warehouse: it has no runs folder"
@@ -445,7 +438,7 @@ class Warehouse:
             try:
                 return digest(self._whole("layer_stats", conform(self._read_file(DIGESTS, run_id), SOURCE)))
             except (pa.ArrowInvalid, pa.ArrowNotImplementedError) as error:
-                self._note(run_id, f"layer_stats: {error}")
+                self.damaged.setdefault(run_id, f"layer_stats: {error}")
                 return DIGEST.empty_table()
 
         with ThreadPoolExecutor(self.storage.readers) as pool:
@@ -473,7 +466,7 @@ class Warehouse:
         for (name, path, run_id, stamp), reason in zip(files, reasons, strict=True):
             if reason:
                 self._unreadable.add((path, stamp))
-                self._note(run_id, f"{name}: {reason}")
+                self.damaged.setdefault(run_id, f"{name}: {reason}")
         return any(reasons)
 
     def _why_unreadable(self, name: str, path: str) -> str | None:
@@ -489,11 +482,8 @@ class Warehouse:
         """Return a table without the rows of damaged runs."""
         damaged = damaged_runs(name, table)
         for run_id, reason in damaged.items():
-            self._note(run_id, f"{name}: {reason}")
+            self.damaged.setdefault(run_id, f"{name}: {reason}")
         return table.filter(~pc.field("run_id").isin(list(damaged))) if damaged else table
-
-    def _note(self, run_id: str, reason: str) -> None:
-        self._damaged.setdefault(run_id, reason)
 
     def _open(self, name: str, paths: Collection[str]) -> ds.Dataset:
         """Return the rows of some files of a table, whose content is verified now, and whose pages when they are read.

@@ -186,8 +186,10 @@ _ROUNDING = Column(
     STRING,
     "the weights that are rounded: FORMAT@LAYER, FORMAT@LAYER.MAP, SHA-256 of several places; or null",
 )
-_OF_LAYER = Column("layer", INT32, "the layer that the value is about; null where it is about the whole", bounds=INDEX)
-_EVALUATION = (_EVALUATION_ID, *_MODEL, _TASK, _METRIC, _DROP, _PATCH, _SPARSITY_PLAN, _FACTOR, _ROUNDING, _OF_LAYER)
+_EVALUATION = (
+    *(_EVALUATION_ID, *_MODEL, _TASK, _METRIC, _DROP, _PATCH, _SPARSITY_PLAN, _FACTOR, _ROUNDING),
+    Column("layer", INT32, "the layer that the value is about; null where it is about the whole", bounds=INDEX),
+)
 _VALUE = Column("value", FLOAT64, "the result")
 _STDERR = Column("stderr", FLOAT64, "standard error of the value")
 _SETTINGS = Column("settings", STRING, "every setting that can change a number, as JSON")

@@ -20,7 +20,6 @@ from avss_dist.warehouse.schema import DAMAGED
 
 SCHEMES = ("file", "s3", "gs", "gcs", "hdfs", "viewfs", "abfs", "abfss")
 _SCHEME = re.compile(r"([A-Za-z][\w+.-]+):/")
-_OPEN_HINT = "Give a folder, or an s3://, gs://, hdfs:// or file:// URI."
 _ADDRESS_HINT = "Check the address, and who may {} there."
 PLAN = ".plan-"  # before the id of an unfinished run: the name of a file
 COMPACTED = "compacted"  # folder of copies of many files, beside the tables: see `compaction`
@@ -69,7 +68,8 @@ class Storage:
                 raise pa.ArrowInvalid(f"a warehouse cannot be kept at {scheme[1]}://")
             self.filesystem, path = pafs.FileSystem.from_uri(_uri(self.root.full))
         except (OSError, pa.ArrowException) as error:
-            hint = _ADDRESS_HINT.format("read") if isinstance(error, OSError) else _OPEN_HINT
+            hint = "Give a folder, or an s3://, gs://, hdfs:// or file:// URI."
+            hint = _ADDRESS_HINT.format("read") if isinstance(error, OSError) else hint
             raise WarehouseError(f"Cannot open {self.root}: {_reason(error)}.", hint) from None
         self.base = path.rstrip("/")
 
@@ -92,11 +92,6 @@ class Storage:
                     self.delete(info.path)
         if self.is_local:
             remove_leftovers(Path(self.base))
-
-    @property
-    def address(self) -> RedactedURI:
-        """Address of the warehouse for other processes."""
-        return RedactedURI(self.base) if self.is_local else self.root
 
     def write_mark(self) -> str:
         """Write a small file under a unique name, and return its path."""
@@ -182,14 +177,13 @@ class Storage:
                 stream.write(data)
         except OSError as error:
             if is_full(error):
-                raise self._full(path) from error
+                stored = sum(f"/shard_stats/{path.split('/')[-2]}/" in file for file in self.files("shard_stats"))
+                kept = f"{stored} shard{'s are' if stored != 1 else ' is'} kept."
+                raise StorageFull(
+                    f"No space left on {self.root}.", f"Free some and run the same command again: {kept}"
+                ) from error
             message = f"Cannot write {self.root}: {_reason(error)}."
             raise WarehouseError(message, _ADDRESS_HINT.format("write")) from error
-
-    def _full(self, path: str) -> StorageFull:
-        stored = sum(f"/shard_stats/{path.split('/')[-2]}/" in file for file in self.files("shard_stats"))
-        hint = f"Free some and run the same command again: {stored} shard{'s are' if stored != 1 else ' is'} kept."
-        return StorageFull(f"No space left on {self.root}.", hint)
 
     def write_patch(self, data: bytes) -> str:
         """Write weights that repair a model, in safetensors, and return their key: their SHA-256, in hex."""

@@ -43,10 +43,6 @@ class Store(Warehouse):
         self._cells: dict[str, dict[str, pa.Table | None]] = {}
         """Rows of cells by cell id, None until they are read, of the evaluations whose folder was listed."""
 
-    def create(self) -> None:
-        """Create the warehouse, and check with a small file that it can be written."""
-        self.storage.create()
-
     def write_shard(self, run: RunIdentity, result: ShardResult) -> None:
         """Write a shard's result, to resume from."""
         self.write_shard_files(run.run_id, result.shard_id, encode_shard(run, result))
@@ -153,7 +149,7 @@ class Store(Warehouse):
         try:
             return self._decoded("cells", run_id, cell_id)
         except DamagedFile as error:
-            self._note(run_id, error.message)
+            self.damaged.setdefault(run_id, error.message)
             return None
 
     def write_rows(
@@ -225,7 +221,7 @@ def shared(store: Store) -> Iterator[SharedWarehouse | None]:
         yield None
         return
     try:
-        yield SharedWarehouse(store.storage.address, mark)
+        yield SharedWarehouse(RedactedURI(store.storage.base) if store.storage.is_local else store.root, mark)
     finally:
         store.storage.delete(mark)
 

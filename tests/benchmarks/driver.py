@@ -203,7 +203,7 @@ def drive(out: Path, workers: int, shards: list[Shard], seconds: float) -> list[
     run = Run(run_id=RUN.run_id, model=RUN.model, warehouse=str(out), status="skipped")
     planned = PlannedRun(replica_spec=job, corpus=corpus, fingerprint="0" * 64, run=run, replicas=workers)
     store = Store(out)
-    store.create()
+    store.storage.create()
     with closing(VirtualExecutor(Execution(executor="ray", replicas=workers), settings)) as executor:
         driver = Committing(store, executor, workers=workers, seconds=seconds)
         for _ in driver.run([planned]):  # type: ignore[list-item]

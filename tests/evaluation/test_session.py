@@ -64,7 +64,7 @@ def session_of(
     folder: Path, executor: LocalExecutor, events: Events | None = None, **execution: Any
 ) -> tuple[EvaluationSession, Events]:
     events, store = Events() if events is None else events, Store(folder)
-    store.create()
+    store.storage.create()
     return EvaluationSession(store, executor, Execution(**execution), events), events
 
 

@@ -159,7 +159,7 @@ def test_workers_write_and_say_little(tiny_llama: Path, undisturbed: Path, tmp_p
     spec = run_spec(tiny_llama, **TWENTY_SHARDS, executor="ray", replicas=1)
     with closing(open_executor(spec.execution, spec.settings)) as executor:
         store = Store(tmp_path)
-        store.create()
+        store.storage.create()
         planned = Planner(executor, store).prepare(spec)
         with shared(store) as warehouse:
             running = RunInProgress(planned, store, fresh=False, shared=warehouse)

@@ -67,7 +67,7 @@ def undisturbed(tiny_llama: Path, tmp_path_factory: pytest.TempPathFactory) -> P
 def drive(model: Path, out: Path, executor: Any, on_event: OnRunEvent = ignore) -> avss_dist.Run:
     """Return a run with an executor of the test."""
     store = Store(out)
-    store.create()
+    store.storage.create()
     with closing(executor):
         ((_, ending),) = Driver(store, executor, on_event).run([run_spec(model, **SMALL)])
     assert isinstance(ending, avss_dist.Run), ending

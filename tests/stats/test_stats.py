@@ -404,7 +404,7 @@ def test_blocks_beyond_the_room_in_memory_are_mapped_and_the_same(
 ) -> None:
     blocks = [merge_block([paired_shard(shard, ["right"])], range(shard, shard + 1)) for shard in range(4)]
     expected = combine_blocks(blocks).blocks
-    monkeypatch.setattr(layer_stats, "KEPT_BYTES", room)
+    monkeypatch.setattr(layer_stats, "BLOCK_BYTES", room)
 
     def numbers_in_memory() -> list[bool]:
         stats = combine_blocks(blocks).blocks

@@ -96,7 +96,7 @@ def test_storage_that_cannot_be_used_is_a_mistake_told_at_once(
     with server.asking_for_keys():
         done = avss("score", tiny_llama, "--corpus", "builtin:pydoc", "-w", uri)
         with pytest.raises(WarehouseError) as caught:
-            Store(uri).create()
+            Store(uri).storage.create()
     assert done.exit_code == 2 and "Cannot write s3://" in done.stderr, done.stderr
     assert any(word in done.stderr for word in says.split("|")), done.stderr
     assert "Traceback" not in done.stderr and "secret" not in done.stderr + str(caught.value)

@@ -93,7 +93,7 @@ def score_rows() -> list[dict[str, Any]]:
 def whole_run(store: Store, run_id: str = RUN.run_id, **more: Any) -> None:
     run = replace(RUN, run_id=run_id)
     shard = make_shard(0)
-    store.create()
+    store.storage.create()
     store.write_shard(run, shard)
     store.write_layer_stats(run, LAYERS, shard.stats)
     store.write_rows("scores", run, score_rows())
@@ -416,7 +416,7 @@ def test_errors_say_what_is_wrong(tmp_path: Path) -> None:
     with pytest.raises(WarehouseError, match="is not a warehouse: it has no runs folder"):
         Store(tmp_path).table("runs")
     store = Store(tmp_path)
-    store.create()
+    store.storage.create()
     assert temporaries(tmp_path) == []
     with pytest.raises(WarehouseError, match="has no runs yet"):
         store.table("scores")
@@ -436,7 +436,7 @@ def test_opening_touches_nothing_and_an_unwritable_place_is_refused_before_work(
     (tmp_path / "file").write_text("")
     for place in (tmp_path / "file", tmp_path / "file/below", Path("/proc/avss")):
         with pytest.raises(WarehouseError, match="Cannot write"):
-            Store(place).create()
+            Store(place).storage.create()
 
 
 def test_what_drivers_left_long_ago_is_deleted_and_marks_of_others_stay(tmp_path: Path) -> None:
