@@ -252,17 +252,28 @@ def _require_enough(
     Args:
         length: tokens of text in a full row.
     """
-    skip = settings.skip_first_tokens
-    if not counts.has_text:
-        raise NoRows(f"{source} holds no text (documents read: {counts.documents}).", "Name one that holds some.")
-    if not num_sequences and counts.tokens >= length:
-        message = f"{source} has no sequence left after those that are skipped."
-        raise NoRows(message, "Lower `skip_sequences`, or name a longer text.")
-    if not num_sequences and settings.layout == "packed":
-        message = f"{source} is {counts.tokens} tokens long, too short for one sequence of {settings.sequence_length}."
-        raise NoRows(message, "Choose a smaller `sequence_length`, or `layout` padded.")
-    if not num_tokens:
-        message = (
-            f"No document of {source} is longer than `skip_first_tokens`, {skip} (tokens in all: {counts.tokens})."
-        )
-        raise NoRows(message, "Lower `skip_first_tokens`, or choose `layout` packed.")
+    for applies, message, hint in (
+        (
+            not counts.has_text,
+            f"{source} holds no text (documents read: {counts.documents}).",
+            "Name one that holds some.",
+        ),
+        (
+            not num_sequences and counts.tokens >= length,
+            f"{source} has no sequence left after those that are skipped.",
+            "Lower `skip_sequences`, or name a longer text.",
+        ),
+        (
+            not num_sequences and settings.layout == "packed",
+            f"{source} is {counts.tokens} tokens long, too short for one sequence of {settings.sequence_length}.",
+            "Choose a smaller `sequence_length`, or `layout` padded.",
+        ),
+        (
+            not num_tokens,
+            f"No document of {source} is longer than `skip_first_tokens`, {settings.skip_first_tokens} (tokens in all: "
+            f"{counts.tokens}).",
+            "Lower `skip_first_tokens`, or choose `layout` packed.",
+        ),
+    ):
+        if applies:
+            raise NoRows(message, hint)

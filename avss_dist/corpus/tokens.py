@@ -190,10 +190,16 @@ def _tokenize(texts: Iterator[str], tokenizer: Tokenizer, counts: ReadCounts, *,
 
 def encode(texts: list[str], tokenizer: Tokenizer, *, special: bool) -> list[list[int]]:
     """Return the tokens of texts, with or without the special tokens that the tokenizer puts around them."""
-    options = {"truncation": False, "padding": False, "verbose": False}
-    options |= {"return_attention_mask": False, "return_token_type_ids": False}
-    encoded: list[list[int]] = tokenizer(texts, add_special_tokens=special, **options)["input_ids"]
-    return encoded
+    encoded = tokenizer(
+        texts,
+        add_special_tokens=special,
+        truncation=False,
+        padding=False,
+        verbose=False,
+        return_attention_mask=False,
+        return_token_type_ids=False,
+    )
+    return list(encoded["input_ids"])
 
 
 def _encode_long(text: str, tokenizer: Tokenizer, *, special: bool) -> Ids:

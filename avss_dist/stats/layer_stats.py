@@ -10,10 +10,12 @@ tokens with a non-finite element, per-sequence fields leave out sequences with o
 from __future__ import annotations
 
 import operator
+import pickle
 import tempfile
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from functools import cache, partial
+from itertools import accumulate
 from typing import Annotated, Any, NamedTuple, TypeVar, get_type_hints
 
 import numpy as np
@@ -234,10 +236,8 @@ class LayerStats:
         counted = np.flatnonzero(self.thresholds == threshold)
         if counted.size:
             return NearZeroCount(*[float(self.near_zero[counted[0]])] * 3)
-        if not threshold > 0:
-            return NearZeroCount(0.0, 0.0, 0.0)
         lows, highs, counts = self.bins
-        begun = np.searchsorted(lows, threshold)
+        begun = np.searchsorted(lows, threshold) if threshold > 0 else 0
         high = float(counts[:begun].sum())
         if not begun or highs[begun - 1] <= threshold:
             return NearZeroCount(high, high, high)
@@ -510,14 +510,13 @@ def merge_block(shards: Iterable[ShardResult], ids: range) -> dict[StratumKey, L
         ValueError: if the ids of the shards are not exactly ``ids``.
     """
     block: dict[StratumKey, LayerStats] = {}
-    expected = ids.start
-    for shard in shards:
-        if shard.shard_id != expected:
+    number = 0
+    for number, shard in enumerate(shards, 1):
+        if shard.shard_id != (expected := ids.start + number - 1):
             raise ValueError(f"shard {shard.shard_id} where shard {expected} belongs")
-        expected += 1
         block = merge_stats((block, shard.strata))
-    if expected != ids.stop:
-        raise ValueError(f"{expected - ids.start} shards where {len(ids)} belong")
+    if number != len(ids):
+        raise ValueError(f"{number} shards where {len(ids)} belong")
     return block
 
 
@@ -540,29 +539,22 @@ def combine_blocks(blocks: Iterable[Mapping[StratumKey, LayerStats]]) -> Merged:
 _LARGE = ("histogram", "unit_sum", "unit_sum_sq")
 
 
-def _mapped(stats: Mapping[LayerKey, LayerStats]) -> Mapping[LayerKey, LayerStats]:
-    """Return the same statistics with their large fields in one memory-mapped file, which has no name.
+def _mapped(stats: dict[LayerKey, LayerStats]) -> dict[LayerKey, LayerStats]:
+    """Return the same statistics with their arrays in one memory-mapped file, which has no name.
 
     If the file cannot be written, they stay in memory.
     """
+    buffers: list[pickle.PickleBuffer] = []
+    pickled = pickle.dumps(stats, 5, buffer_callback=buffers.append)
     try:
         with tempfile.TemporaryFile() as file:
-            for layer_stats in stats.values():
-                for name in _LARGE:
-                    file.write(getattr(layer_stats, name).tobytes())
+            sizes = [file.write(buffer.raw()) for buffer in buffers]
             file.flush()
-            whole = np.asarray(np.memmap(file, np.uint8, "r"))
+            whole = np.memmap(file, np.uint8, "r").data
     except (OSError, ValueError):  # numpy raises ValueError for an empty file
         return stats
-    mapped, at = {}, 0
-    for key, layer_stats in stats.items():
-        fields = {}
-        for name in _LARGE:
-            field = getattr(layer_stats, name)
-            fields[name] = whole[at : at + field.nbytes].view(field.dtype)
-            at += field.nbytes
-        mapped[key] = replace(layer_stats, **fields)
-    return mapped
+    mapped = [whole[end - size : end] for size, end in zip(sizes, accumulate(sizes), strict=True)]
+    return dict(pickle.loads(pickled, buffers=mapped))
 
 
 def merge_blocks(shards: Sequence[ShardResult], maximum: int) -> Merged:

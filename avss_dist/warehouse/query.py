@@ -24,7 +24,6 @@ _SEALED: dict[str, str | bool | int | float | list[str]] = {
     "allow_community_extensions": False,
     "lock_configuration": True,
 }
-_READ_LAYER_STATS = {"sparsity_at", "scores_at"}
 _READS = "A query only reads: SELECT, WITH, FROM, VALUES, DESCRIBE, SHOW, SUMMARIZE or EXPLAIN of one of them."
 VIEWS = {
     "published": "the usual reading of scores, one row for each layer of a run: block, pooled, threshold 1e-5",
@@ -32,8 +31,14 @@ VIEWS = {
     "layers": "published scores of the latest runs, with the columns of runs",
 }
 """Views of SQL in addition to the tables, with their rows."""
-_BEHIND = {"published": ("scores",), "latest": ("runs",), "layers": ("scores", "runs")}
-"""Tables that a view reads."""
+_BEHIND = {
+    "published": ("scores",),
+    "latest": ("runs",),
+    "layers": ("scores", "runs"),
+    "sparsity_at": ("layer_stats",),
+    "scores_at": ("layer_stats",),
+}
+"""Tables that a view or a function reads."""
 FUNCTIONS = {
     "sparsity_at(value, kind := 'absolute')": "near-zero counts of layer_stats at any threshold; kind 'rms' takes "
     "a multiple of the root mean square of the layer and site",
@@ -79,10 +84,10 @@ def _readable_tables(query: str) -> Collection[str]:
     DuckDB's own `get_table_names` refuses ``JOIN ... USING`` and the functions of SQL that are defined here.
     """
     words = set(re.findall(r"\w+", query.lower()))
-    words |= {table for view in VIEWS if view in words for table in _BEHIND[view]}
+    words |= {table for name in words & _BEHIND.keys() for table in _BEHIND[name]}
     if words & {"query", "query_table"}:
         return TABLES
-    return [name for name in TABLES if name in words or (name == "layer_stats" and words & _READ_LAYER_STATS)]
+    return [name for name in TABLES if name in words]
 
 
 def _answer(query: str, rows: Mapping[str, ds.Dataset | None]) -> pa.Table:
