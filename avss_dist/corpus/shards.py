@@ -142,9 +142,8 @@ def tokenize_corpus(
     else:
         around = special_tokens_of_rows(tokenizer, settings)
         rows = rows_of(opened.documents(), tokenizer, settings, counts, around)
-        first, end = settings.skip_sequences, None
-        if settings.max_sequences is not None:
-            end = first + settings.max_sequences
+        first = settings.skip_sequences
+        end = None if settings.max_sequences is None else first + settings.max_sequences
         if settings.shuffle_seed is not None:
             rows = shuffled(rows, settings.shuffle_seed, end)
         rows = islice(rows, first, end)

@@ -44,7 +44,6 @@ SORTED_BY: dict[str, list[str]] = {
 }
 """Tables that have parts, with the columns that queries select by. Rows with equal values in them are a row group."""
 MIN_RUNS, MAX_RUNS = 64, 128  # runs of a part; of a warehouse on a local disk, fewer are read where they are
-BATCH_FILES = 8  # files of a batch, whose rows are converted together
 MAX_SMALL = 8  # parts with less than half of MAX_RUNS, before they are merged
 _STAMPS, _COLUMNS = b"avss_files", b"avss_columns"
 
@@ -75,13 +74,11 @@ class TableParts:
         name: name of the table, a key of `SORTED_BY`.
         read: reads the rows of a run from its file; for digests, the rows that they are made of. It raises ArrowInvalid
             for a file that cannot be read.
-
-    Attributes:
-        left_out: reasons, by run id, for copying no rows of a run.
+        damaged: gets the reasons, by run id, for copying no rows of a run.
     """
 
-    def __init__(self, storage: Storage, name: str, read: Callable[[str], pa.Table]) -> None:
-        self._storage, self._name, self._read = storage, name, read
+    def __init__(self, storage: Storage, name: str, read: Callable[[str], pa.Table], damaged: dict[str, str]) -> None:
+        self._storage, self._name, self._read, self._damaged = storage, name, read, damaged
         place = f"{storage.filesystem.type_name}:{storage.base}"
         folder = cache_folder("tables", hashlib.sha256(place.encode()).hexdigest()[:32])
         self._cached = folder / name
@@ -90,7 +87,6 @@ class TableParts:
         self._used: list[CompactedFile] = []
         self._known: dict[Path, CompactedFile] = {}
         self._unreadable: set[Path] = set()
-        self.left_out: dict[str, str] = {}
 
     @property
     def run_ids(self) -> set[str]:
@@ -238,29 +234,24 @@ class TableParts:
         chunks = [run_ids[start : start + MAX_RUNS] for start in range(0, len(run_ids), MAX_RUNS)]
         chunks = [chunk for chunk in chunks if len(chunk) >= minimum]
         for chunk in tracked(chunks, f"Copying the {self._name} of {len(run_ids):,} runs, once"):
-            batches = [chunk[start : start + BATCH_FILES] for start in range(0, len(chunk), BATCH_FILES)]
             with ThreadPoolExecutor(self._storage.readers) as pool:
-                tables = chain.from_iterable(pool.map(self._rows_of_files, batches))
-                rows = pa.concat_tables([encoded_schema(self._name).empty_table(), *tables])
+                rows = pa.concat_tables(pool.map(self.rows, chunk))
             if copied := {run_id: stamps[run_id] for run_id in sorted(pc.unique(rows["run_id"]).to_pylist())}:
                 yield copied, rows
 
-    def _rows_of_files(self, run_ids: Sequence[str]) -> list[pa.Table]:
-        """Return the rows of runs from their files, or their digests. Files that cannot be read are left out."""
-        alike: dict[tuple[str, ...], list[pa.Table]] = {}  # with equal columns, which are converted together
-        for run_id in run_ids:
-            try:
-                rows = self._read(run_id)
-            except pa.ArrowInvalid as error:
-                self.left_out[run_id] = str(error)
-            else:
-                alike.setdefault(tuple(map(str, rows.schema)), []).append(rows)
-        tables = []
-        for group in alike.values():
-            with suppress(pa.ArrowException):  # columns that cannot be cast
-                rows = conform(pa.concat_tables(group), self._schema)
-                tables.append(digest(rows) if self._name == DIGESTS else rows)
-        return tables
+    def rows(self, run_id: str) -> pa.Table:
+        """Return the rows of a run from its file, or their digests. A file that cannot be read is left out."""
+        try:
+            rows = conform(self._read(run_id), self._schema)
+            return digest(rows) if self._name == DIGESTS else rows
+        except pa.ArrowException as error:
+            self._damaged.setdefault(run_id, f"{stored_table(self._name)}: {error}")
+            return encoded_schema(self._name).empty_table()
+
+
+def stored_table(name: str) -> str:
+    """Return the table whose files hold a table: that of digests is ``layer_stats``, of others itself."""
+    return "layer_stats" if name == DIGESTS else name
 
 
 def _columns(name: str) -> bytes:
@@ -349,13 +340,17 @@ PART_SCHEMAS = {**SCHEMAS, DIGESTS: DIGEST}
 
 
 def digest(stats: pa.Table) -> pa.Table:
-    """Return the digest of rows of ``layer_stats``, in their order, without the rows of damaged runs.
+    """Return the digest of rows of ``layer_stats``, in their order.
 
     Args:
         stats: rows with the columns `SOURCE`.
+
+    Raises:
+        pa.ArrowInvalid: a row is damaged.
     """
-    damaged = damaged_runs("layer_stats", stats)
-    table = (stats.filter(~pc.field("run_id").isin(list(damaged))) if damaged else stats).combine_chunks()
+    for reason in damaged_runs("layer_stats", stats).values():
+        raise pa.ArrowInvalid(reason)
+    table = stats.combine_chunks()
     columns = {name: table[name] for name in _COPIED}
     (starts, sums), (square_starts, squares) = (_lists(table, name) for name in _UNIT_LISTS)
     sizes, counts = np.diff(starts), table["unit_count"].to_numpy()

@@ -7,6 +7,7 @@ import re
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 from typing import Any, NoReturn, TypeVar
 
@@ -27,11 +28,10 @@ from avss_dist.warehouse.compaction import (
     SORTED_BY,
     SOURCE,
     TableParts,
-    digest,
     encoded_schema,
+    stored_table,
 )
 from avss_dist.warehouse.encoding import (
-    conform,
     decode_shard,
     open_file,
     parse,
@@ -257,10 +257,8 @@ class Warehouse:
         _, done = self._read([], lambda _: self._runs())
         counts = {}
         for name in SORTED_BY:
-            files, parts = self._files(name, done), self._table_parts(name)
-            counts[name] = parts.compact(dict(files.values())) if files else 0
-            for run_id, reason in parts.left_out.items():
-                self.damaged.setdefault(run_id, f"{_stored(name)}: {reason}")
+            files = self._files(name, done)
+            counts[name] = self._table_parts(name).compact(dict(files.values())) if files else 0
         return counts
 
     def num_partials(self, run_id: str) -> int:
@@ -390,10 +388,10 @@ class Warehouse:
             parts = self._table_parts(name)
             paths = [str(part.path) for part in parts.covering(stamps, run_ids)]
             run_ids = run_ids - parts.run_ids
-        uncopied = {path: (run_id, stamp) for path, (run_id, stamp) in files.items() if run_id in run_ids}
+        uncopied = {path: run_id for path, (run_id, _) in files.items() if run_id in run_ids}
         datasets = [ds.dataset(paths, PART_SCHEMAS[name], _VERIFIED_PAGES)] if paths else []
         if uncopied:
-            datasets.append(self._digested(uncopied) if name == DIGESTS else self._open(name, uncopied))
+            datasets.append(self._digested(uncopied.values()) if name == DIGESTS else self._open(name, uncopied))
         return ds.dataset(datasets) if len(datasets) > 1 else next(iter(datasets), None)
 
     def _files(self, name: str, done: Collection[str] | None) -> Files:
@@ -402,13 +400,13 @@ class Warehouse:
         chosen = None if name in of_all else done
         return {
             path: (run_id, stamp)
-            for path, (run_id, stamp) in self.storage.files(_stored(name)).items()
+            for path, (run_id, stamp) in self.storage.files(stored_table(name)).items()
             if (chosen is None or run_id in chosen) and (path, stamp) not in self._unreadable
         }
 
     def _table_parts(self, name: str) -> TableParts:
         if name not in self._parts:
-            self._parts[name] = TableParts(self.storage, name, lambda run_id: self._read_file(name, run_id))
+            self._parts[name] = TableParts(self.storage, name, partial(self._read_file, name), self.damaged)
         return self._parts[name]
 
     def _read_file(self, name: str, run_id: str) -> pa.Table:
@@ -420,7 +418,7 @@ class Warehouse:
             pa.ArrowInvalid: the file is damaged or gone.
             WarehouseError: a newer avss_dist wrote it, or the storage fails.
         """
-        stored = _stored(name)
+        stored = stored_table(name)
         path = self.storage.path(stored, run_id, FILE_NAMES[stored])
         try:
             with self.storage.filesystem.open_input_file(path) as file:
@@ -431,18 +429,10 @@ class Warehouse:
         except (OSError, pa.ArrowException) as error:
             raise pa.ArrowInvalid(self.storage.damage(path, error)) from error
 
-    def _digested(self, files: Files) -> ds.Dataset:
-        """Return the digests of files of ``layer_stats``, without those that cannot be read, which are noted."""
-
-        def read(run_id: str) -> pa.Table:
-            try:
-                return digest(self._whole("layer_stats", conform(self._read_file(DIGESTS, run_id), SOURCE)))
-            except (pa.ArrowInvalid, pa.ArrowNotImplementedError) as error:
-                self.damaged.setdefault(run_id, f"layer_stats: {error}")
-                return DIGEST.empty_table()
-
+    def _digested(self, run_ids: Iterable[str]) -> ds.Dataset:
+        """Return the digests of runs from their files of ``layer_stats``."""
         with ThreadPoolExecutor(self.storage.readers) as pool:
-            return ds.dataset(pa.concat_tables(pool.map(read, dict(files.values()))))
+            return ds.dataset(pa.concat_tables(pool.map(self._table_parts(DIGESTS).rows, run_ids)))
 
     def _leave_out_unreadable(self, names: Iterable[str]) -> bool:
         """Find the files of tables that cannot be read, leave them out from now on, and return whether there are any.
@@ -503,11 +493,6 @@ class Warehouse:
 
     def _shard_path(self, run_id: str, shard_id: int, table: str = "shard_stats") -> str:
         return self.storage.path(table, run_id, f"shard-{shard_id:05d}")
-
-
-def _stored(name: str) -> str:
-    """Return the table whose files hold a table: that of digests is ``layer_stats``, of others itself."""
-    return "layer_stats" if name == DIGESTS else name
 
 
 def _ids(names: Iterable[str], prefix: str) -> set[str]:
