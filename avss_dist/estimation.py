@@ -9,6 +9,7 @@ from importlib.util import find_spec
 from typing import Any
 
 import pyarrow as pa
+import pyarrow.compute as pc
 
 from avss_dist.core.errors import ConfigError, WarehouseError, as_failure
 from avss_dist.core.registry import PARTITIONS, SHARDINGS
@@ -251,9 +252,8 @@ def _row(
     )
 
 
-ALIKE = ("num_layers", "hidden_size", "num_parameters", "dtype", "partition")
-"""Columns of ``runs`` that tell the shape of a model and how it was spread."""
-_SPEED = ("run_id", "status", "device", "replicas", "tokens_per_second", "created_at")
+_SHAPE = ("num_layers", "hidden_size", "num_parameters", "dtype")
+_SPEED = ("run_id", "partition", "device", "replicas", "tokens_per_second", "created_at")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -304,9 +304,11 @@ def preview_job(job: JobFile, on_event: OnRunEvent | None = None, **options: Any
     specs, execution = overridden(job, options)
     store, previews = Store(job.warehouse), list[Preview]()
     names: dict[str, str] = {}  # of the first specs, by run id
-    finished: list[dict[str, Any]] = []
+    runs: list[dict[str, Any]] = []
     with suppress(WarehouseError):  # there is none yet
-        finished = store.table("runs", columns=[*ALIKE, *_SPEED]).to_pylist()
+        measured = (pc.field("status") == "done") & (pc.field("tokens_per_second") > 0)
+        finished = store.table("runs", columns=[*_SHAPE, *_SPEED], where=measured)
+        runs = finished.sort_by([("created_at", "descending")]).to_pylist()
     with closing(executor_for(specs, job.settings, execution)) as executor:
         planner = Planner(executor, store, fetch=False)
         for spec in specs:
@@ -338,7 +340,7 @@ def preview_job(job: JobFile, on_event: OnRunEvent | None = None, **options: Any
                 repeated = f"{spec.name} is {RunRepeated(spec.name, first).describe()}"
                 preview = replace(preview, status="repeated", warning=repeated)
             elif size and not done and kept < preview.num_shards:
-                preview = _with_time(preview, planned, size, executor.devices, finished)
+                preview = _with_time(preview, planned, size, executor.devices, runs)
             previews.append(preview)
     return previews
 
@@ -346,14 +348,22 @@ def preview_job(job: JobFile, on_event: OnRunEvent | None = None, **options: Any
 def _with_time(
     preview: Preview, planned: PlannedRun, size: Footprint, devices: Devices, runs: Sequence[Mapping[str, Any]]
 ) -> Preview:
-    """Return a preview with the time of the missing shards, and with a warning if the memory may be too small."""
+    """Return a preview with the time of the missing shards, and with a warning if the memory may be too small.
+
+    Args:
+        runs: rows of finished ``runs``, newest first. The time is that of the first with a model of the same shape.
+    """
     settings, replicas = planned.replica_spec.settings, planned.replicas
     if devices.kind == "cpu":
         replicas = min(replicas, max(1, devices.cpus // settings.threads))
-    if like := speed_of_similar_run(runs, size, preview.partition, devices.kind):
-        share = 1 - preview.kept_shards / preview.num_shards
-        seconds = share * preview.num_tokens / like[0] / replicas
-        preview = replace(preview, seconds=seconds, reference_run=like[1])
+    shape = {name: getattr(size, name) for name in _SHAPE}
+    for run in runs:
+        same_device = (run["device"] == "cpu") == (devices.kind == "cpu")
+        if same_device and run["partition"] == preview.partition and shape.items() <= run.items():
+            share = 1 - preview.kept_shards / preview.num_shards
+            seconds = share * preview.num_tokens / (run["tokens_per_second"] / (run["replicas"] or 1)) / replicas
+            preview = replace(preview, seconds=seconds, reference_run=run["run_id"])
+            break
     needed = size.weight_bytes + batch_bytes(size, settings)
     if needed <= devices.device_bytes or not PARTITIONS[preview.partition].whole:
         return preview
@@ -362,20 +372,3 @@ def _with_time(
         f"{describe_bytes(devices.device_bytes)} of memory"
     )
     return replace(preview, warning=warning)
-
-
-def speed_of_similar_run(
-    runs: Sequence[Mapping[str, Any]], size: Footprint, partition: str, device: str
-) -> tuple[float, str] | None:
-    """Return the tokens per second of each replica in the newest finished run of the same shape, and its run id.
-
-    Args:
-        runs: rows of ``runs`` with the columns `ALIKE` and `_SPEED`.
-        device: ``cpu`` or ``cuda``.
-    """
-    shape = (size.num_layers, size.hidden_size, size.num_parameters, size.dtype, partition)
-    for run in sorted(runs, key=lambda run: run["created_at"], reverse=True):
-        alike = tuple(run[name] for name in ALIKE) == shape and (run["device"] == "cpu") == (device == "cpu")
-        if alike and run["status"] == "done" and run["tokens_per_second"]:
-            return run["tokens_per_second"] / (run["replicas"] or 1), run["run_id"]
-    return None

@@ -106,10 +106,8 @@ def merge_values(a: Values, b: Values) -> Values:
 def merge_moments(a: tuple[int, float, float], b: tuple[int, float, float]) -> tuple[int, float, float]:
     """Merge two (count, mean, m2) triples by Chan's pairwise update. An empty triple is the identity."""
     (count_a, mean_a, m2_a), (count_b, mean_b, m2_b) = a, b
-    if count_a == 0:
-        return b
-    if count_b == 0:
-        return a
+    if count_a == 0 or count_b == 0:
+        return b if count_a == 0 else a
     count = count_a + count_b
     delta = mean_b - mean_a
     mean = mean_a + delta * (count_b / count)

@@ -35,9 +35,7 @@ def row_start_warning(losses: Mapping[str, float], model: str, corpus: str) -> t
         losses: results of an evaluation by metric: mean losses of the same text, in nats per token, with the start that
             the rows have (`AS_READ`) and with the other one (`OTHER_START`), if they were measured.
     """
-    if AS_READ not in losses or OTHER_START not in losses:
-        return None
-    ratio = float(np.exp(losses[AS_READ] - losses[OTHER_START]))
+    ratio = float(np.exp(losses.get(AS_READ, np.nan) - losses.get(OTHER_START, np.nan)))
     if not ratio > FAR_WORSE:
         return None
     return ratio, (

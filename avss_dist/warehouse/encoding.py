@@ -211,10 +211,13 @@ def encode_shard(run: RunIdentity, result: ShardResult) -> dict[str, pa.Buffer]:
 def _row_columns(rows: AnswerRows) -> dict[str, Any]:
     """Return the rows of a shard, for each layer and site in order, by column."""
     keys = sorted(rows.stats)
-    columns: dict[str, Any] = {"stratum": list(rows.strata) * len(keys)}
+    columns: dict[str, Any] = {
+        "layer": [layer for layer, _ in keys for _ in rows.row],
+        "site": [site for _, site in keys for _ in rows.row],
+        "stratum": list(rows.strata) * len(keys),
+    }
     for name in ("row", "pair", "prompt_tokens", "answer_tokens"):
         columns[name] = np.tile(getattr(rows, name), len(keys))
-    columns |= {name: [key[i] for key in keys for _ in rows.row] for i, name in enumerate(("layer", "site"))}
     for name in ROW_FIELDS:
         values = np.concatenate([getattr(rows.stats[key], name) for key in keys]) if keys else np.zeros(0)
         columns[name] = list(values) if values.ndim > 1 else pa.array(values, from_pandas=True)
@@ -229,13 +232,16 @@ def to_columns(
     keys: list[tuple[Any, ...]] = sorted(every)
     states = [every[key] for key in keys]
     bins = [np.flatnonzero(state.histogram) for state in states]
-    counts = [state.histogram[seen] for state, seen in zip(states, bins, strict=True)]
-    columns: dict[str, Any] = {"layer": [key[0] for key in keys], "site": [key[1] for key in keys]}
-    columns["layer_name"] = [layers[key[0]] for key in keys]
-    columns["depth"] = [(key[0] + 0.5) / len(layers) for key in keys]
-    columns["stratum"] = [stratum[0] or None if stratum else None for _, _, *stratum in keys]
-    columns |= {"histogram_bin": bins, "histogram_count": counts}
-    return columns | {name: [getattr(state, name) for state in states] for name in _STATE}
+    return {
+        "layer": [key[0] for key in keys],
+        "layer_name": [layers[key[0]] for key in keys],
+        "depth": [(key[0] + 0.5) / len(layers) for key in keys],
+        "site": [key[1] for key in keys],
+        "stratum": [stratum[0] or None if stratum else None for _, _, *stratum in keys],
+        "histogram_bin": bins,
+        "histogram_count": [state.histogram[present] for state, present in zip(states, bins, strict=True)],
+        **{name: [getattr(state, name) for state in states] for name in _STATE},
+    }
 
 
 def to_strata(table: pa.Table) -> dict[StratumKey, LayerStats]:
@@ -281,13 +287,15 @@ def expert_columns(layers: Sequence[str], experts: Mapping[int, ExpertStats]) ->
         layers: module path of every layer, in order.
         experts: statistics by layer.
     """
-    sizes = {layer: len(stats.routed_tokens) for layer, stats in sorted(experts.items())}
-    layer_of_row = [layer for layer, size in sizes.items() for _ in range(size)]
-    columns: dict[str, Any] = {"layer": layer_of_row, "layer_name": [layers[layer] for layer in layer_of_row]}
-    columns["depth"] = [(layer + 0.5) / len(layers) for layer in layer_of_row]
-    columns["expert"] = [expert for size in sizes.values() for expert in range(size)]
+    places = [(layer, expert) for layer in sorted(experts) for expert in range(len(experts[layer].routed_tokens))]
+    columns: dict[str, Any] = {
+        "layer": [layer for layer, _ in places],
+        "layer_name": [layers[layer] for layer, _ in places],
+        "depth": [(layer + 0.5) / len(layers) for layer, _ in places],
+        "expert": [expert for _, expert in places],
+    }
     for name in EXPERT_FIELDS:
-        parts = [getattr(experts[layer], name) for layer in sizes]
+        parts = [getattr(experts[layer], name) for layer in sorted(experts)]
         columns[name] = pa.array(np.concatenate(parts) if parts else np.zeros(0), from_pandas=True)
     return columns
 

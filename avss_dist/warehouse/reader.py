@@ -271,9 +271,8 @@ class Warehouse:
         def read(shard_id: int) -> ShardResult | None:
             data = self.storage.read(self._shard_path(run_id, shard_id))
             shard = decode_shard(data, run_id) if data else None
-            if shard and shard.shard_id == shard_id and expected[shard_id] in (None, shard.content_hash):
-                return shard
-            return None
+            fits = shard and shard.shard_id == shard_id and expected[shard_id] in (None, shard.content_hash)
+            return shard if fits else None
 
         with ThreadPoolExecutor() as pool:
             return [shard for shard in pool.map(read, expected) if shard]
