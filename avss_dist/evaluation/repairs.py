@@ -40,9 +40,8 @@ from avss_dist.models.size import load_skeleton
 from avss_dist.partition.replica import Placement, with_copies
 from avss_dist.pruning.checkpoint import require_free, require_prunable
 from avss_dist.pruning.plan import Plan
-from avss_dist.pruning.repair.fitter import find_cuts
 from avss_dist.pruning.repair.registry import REPAIRS, RepairRecord
-from avss_dist.pruning.repair.repair import Repair, Repaired, fit_repair
+from avss_dist.pruning.repair.repair import Repair, Repaired, find_cuts, fit_repair
 from avss_dist.pruning.selection import PlanError
 from avss_dist.pruning.weights import StoredWeights
 from avss_dist.requests import PruneRequest

@@ -24,8 +24,8 @@ from avss_dist.evaluation.tasks import plan_text, text_task
 from avss_dist.models.checkpoints import Checkpoint
 from avss_dist.models.loading import text_config
 from avss_dist.pruning.plan import Plan, layer_list, plan_of, reasons
-from avss_dist.pruning.repair.fitter import HELD_BACK, SINK_TOKENS
 from avss_dist.pruning.repair.registry import REPAIRS, searched_repair
+from avss_dist.pruning.repair.repair import HELD_BACK, SINK_TOKENS
 from avss_dist.pruning.selection import Choice
 from avss_dist.requests import PlanRequest, ShrinkRequest
 from avss_dist.tasks.task import Result, Task, combine

@@ -48,9 +48,8 @@ from avss_dist.models.loading import require_head, text_config
 from avss_dist.models.safetensors import weight_files
 from avss_dist.pruning.checkpoint import prune, require_copyable, require_free, require_prunable
 from avss_dist.pruning.plan import Plan
-from avss_dist.pruning.repair.fitter import count_fitted, split_texts
 from avss_dist.pruning.repair.registry import NO_REPAIR, RepairRecord
-from avss_dist.pruning.repair.repair import Repair, tokens_needed
+from avss_dist.pruning.repair.repair import Repair, count_fitted, split_texts, tokens_needed
 from avss_dist.pruning.selection import PlanError
 from avss_dist.requests import AblateRequest, ShrinkRequest
 from avss_dist.runs.scoring import score

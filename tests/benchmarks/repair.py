@@ -45,11 +45,10 @@ from avss_dist.models.interventions import Patch, replace_tensor
 from avss_dist.models.layers import first_tensor
 from avss_dist.models.loading import load_tokenizer
 from avss_dist.pruning.plan import Plan
-from avss_dist.pruning.repair.fitter import FitSplit, find_cuts, split_texts
 from avss_dist.pruning.repair.hidden_states import HiddenStateSource
 from avss_dist.pruning.repair.projection import captured
 from avss_dist.pruning.repair.registry import REPAIRS
-from avss_dist.pruning.repair.repair import Repair, fit_repair
+from avss_dist.pruning.repair.repair import FitSplit, Repair, find_cuts, fit_repair, split_texts
 from avss_dist.pruning.weights import StoredWeights
 from avss_dist.tasks.text_loss import TextLoss
 
@@ -122,7 +121,7 @@ def fit_baseline(
 ) -> dict[nn.Module, torch.Tensor]:
     """Return the matrices of a baseline, by the module whose output each multiplies. Each fit sees the earlier ones."""
     splits, matrices = split_texts([text], batch_size), dict[nn.Module, torch.Tensor]()
-    source = HiddenStateSource(model, [split.batch for split in splits], plan.drop, [])
+    source = HiddenStateSource(model, [split.batch for split in splits], plan.drop)
     for cut in find_cuts(plan):
         projection, layer = source.output_projection(cut.after), model.layers[cut.after].module
         added = layer.get_submodule(projection.last)

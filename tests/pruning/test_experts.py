@@ -495,7 +495,7 @@ def test_what_is_too_little_for_a_repair(
     assert few.value.hint and "(channel)" in few.value.hint
     assert tokens_needed(resolve(str(folder)), "refit", Settings()) == 4 * units * 4 // chosen
     assert tokens_needed(resolve(str(folder)), "map", Settings()) == 4 * whole.config.hidden_size
-    monkeypatch.setattr("avss_dist.pruning.repair.fitter.free_memory", lambda device: 1000)
+    monkeypatch.setattr("avss_dist.pruning.repair.repair.free_memory", lambda device: 1000)
     with pytest.raises(RepairError, match=f"needs .* of memory for the products of 3 x {units} inputs") as large:
         prune(str(folder), plan, tmp_path / "less", repair=repair_of("refit"))
     assert large.value.hint and "(channel)" in large.value.hint

@@ -34,7 +34,6 @@ from avss_dist.models.size import footprint
 from avss_dist.pruning.checkpoint import model_card
 from avss_dist.pruning.plan import Plan
 from avss_dist.pruning.repair.fits import FitError, FitStep, NormalEquations, fit_ridge, fit_steps, fold
-from avss_dist.pruning.repair.fitter import find_cuts
 from avss_dist.pruning.repair.hidden_states import MEMORY_SHARE, HiddenStateSource
 from avss_dist.pruning.repair.projection import OutputProjection, RepairError
 from avss_dist.pruning.repair.registry import (
@@ -47,7 +46,7 @@ from avss_dist.pruning.repair.registry import (
     searched_repair,
     split_weight,
 )
-from avss_dist.pruning.repair.repair import Repair
+from avss_dist.pruning.repair.repair import Repair, find_cuts
 
 Save = Callable[[Any, Path], Path]
 TEXT = "builtin:pydoc"

@@ -2,20 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext, suppress
+from collections.abc import Callable, Collection, Iterable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from functools import cached_property, partial
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
-from avss_dist.core.intervention import Removal, experts_by_layer, layer_of, whole_layers
+from avss_dist.core.intervention import Removal, experts_by_layer, layer_of
 from avss_dist.corpus.shards import Batch
 from avss_dist.models.causal_lm import LanguageModel
-from avss_dist.models.experts import require_experts, without_experts
-from avss_dist.models.interventions import Parameter, Recorded, recording, resuming, skipping
-from avss_dist.models.layers import as_rows, first_tensor, probe_tokens
+from avss_dist.models.interventions import Parameter, recording
+from avss_dist.models.layers import as_rows, probe_tokens
 from avss_dist.models.loading import forward_function
 from avss_dist.pruning.repair.projection import (
     CapturedCall,
@@ -26,6 +25,7 @@ from avss_dist.pruning.repair.projection import (
 )
 from avss_dist.system.devices import available_memory, to_device
 
+T = TypeVar("T")
 Visit = Callable[[int, torch.Tensor, torch.Tensor, CapturedCall, CapturedCall], None]
 """Takes a batch's number, the hidden states of the whole and of the pruned model, after the last layer before the cut,
 and the calls of the projection's linear map and of its last module, each [rows, tokens, units]."""
@@ -43,30 +43,21 @@ class HiddenStateSource:
 
     Args:
         drop: layers and experts that the pruned model lacks.
-        starts: layers behind which passes of the whole model will resume.
 
     Attributes:
         changed: changed parameters of the pruned model, in the dtypes of the checkpoint's files. The whole model keeps
             their values.
     """
 
-    def __init__(
-        self, model: LanguageModel, batches: Sequence[Batch], drop: Collection[Removal], starts: Collection[int]
-    ) -> None:
-        self._layers, self._drop, self._device = model.layers, {*drop}, model.device
-        require_experts(self._layers, drop)
-        self._batches, self._model = batches, model
+    def __init__(self, model: LanguageModel, batches: Sequence[Batch], drop: Collection[Removal]) -> None:
+        self._model, self._batches, self._drop = model, batches, {*drop}
+        self._layers, self._device = model.layers, model.device
         self._forward = forward_function(model.backbone.module)
         self.changed: dict[Parameter, torch.Tensor] = {}
         self._stored: dict[tuple[str, int], tuple[int, torch.Tensor]] = {}
-        self._shared = model if model.lockstep == 1 and not model.keeps_hidden_states else None
-        if self._shared:
-            return
-        with torch.no_grad(), recording(self._layers) as recorded:
-            whole = first_tensor(self._probe())
-            self._forms = dict(recorded.forms)
-            alone = model.lockstep == 1
-            room = available_memory() // MEMORY_SHARE if alone and self._resumes(recorded, whole, starts) else 0
+        self._interleaves = not model.keeps_hidden_states
+        resumes = not self._interleaves and model.lockstep == 1 and model.resumes
+        room = available_memory() // MEMORY_SHARE if resumes else 0
         self._room = {"whole": room // 2, "pruned": room // 2}
 
     def output_projection(self, layer: int) -> OutputProjection:
@@ -75,31 +66,22 @@ class HiddenStateSource:
         Raises:
             RepairError: it has none.
         """
-        removed = experts_by_layer(self._drop).get(layer, ())
-        find = partial(find_output_projection, self._layers[layer], value=partial(self.value, layer), removed=removed)
-        if (model := self._shared) is None:
-            with torch.no_grad(), skipping(self._layers, self._after(layer), self._forms):
-                return find(run=self._probe)
-        hidden = self._probe_inputs[layer] if layer > 0 and model.resumes else None  # reads no earlier weight
+        model, removed = self._model, experts_by_layer(self._drop).get(layer, ())
+        start = (layer - 1, self._probe_inputs[layer]) if layer > 0 and model.resumes else None  # reads fewer weights
 
         def run() -> Any:
-            with nullcontext() if hidden is None else model.beginning(layer - 1, hidden.clone()):
-                return model.together([self._probe])[0]
+            with self._resuming(start):
+                return self._probe()
 
-        with model.without(self._after(layer)):
-            return find(run=run)
+        with torch.no_grad(), model.without(self._after(layer)):
+            return find_output_projection(self._layers[layer], run, partial(model.value, layer), removed)
 
     @cached_property
     def _probe_inputs(self) -> dict[int, torch.Tensor]:
         """Input of each layer of the whole model for the probe's tokens."""
-        assert self._shared
-        with recording(self._layers) as recorded:
-            self._shared.together([self._probe])
+        with torch.no_grad(), recording(self._layers) as recorded:
+            self._probe()
         return recorded.inputs
-
-    def value(self, layer: int, path: str) -> torch.Tensor:
-        """Return a parameter of the whole model."""
-        return self._model.value(layer, path)
 
     def visit(
         self, projection: OutputProjection, last: int, visit: Visit, numbers: Iterable[int], *, units: bool = False
@@ -112,29 +94,14 @@ class HiddenStateSource:
             numbers: indices of the batches.
             units: also read the units of routed experts.
         """
-        if (model := self._shared) is None:
-            for number in numbers:
-                visit(number, self._whole(number, last), *self._pruned(number, projection, units=units))
-            return
-        layer, behind = self._layers[last], self._after(projection.layer.index)
-        skipped = behind | {removal for removal in self._drop if layer_of(removal) not in behind}
 
-        def whole(number: int) -> torch.Tensor:
-            with model.without(self._after(last)), captured({"layer": layer.module}) as calls:
-                self._pass(number)
-            return self._rows(calls["layer"].output, layer.axes, number).cpu()
+        def pruned(targets: dict[int, torch.Tensor], number: int) -> None:
+            visit(number, targets.pop(number), *self._pruned(number, projection, units=units))
 
-        def pruned(number: int) -> None:
-            with (
-                model.without(skipped),
-                self._model.patched(self.changed),
-                _captured_at(projection, units=units) as calls,
-            ):
-                self._pass(number)
-            visit(number, targets.pop(number).to(self._device), *self._states(number, projection, calls))
-
-        targets = dict(enumerate(model.together([partial(whole, i) for i in range(len(self._batches))])))
-        model.together([partial(pruned, number) for number in numbers])
+        with torch.no_grad():
+            for group in [[*numbers]] if self._interleaves else ([number] for number in numbers):
+                targets = dict(zip(group, self._together([partial(self._whole, i, last) for i in group]), strict=True))
+                self._together([partial(pruned, targets, number) for number in group])
 
     def _whole(self, number: int, layer: int) -> torch.Tensor:
         """Return the whole model's hidden states after a layer, [rows, tokens, units]."""
@@ -146,17 +113,28 @@ class HiddenStateSource:
                 self._run(number, self._after(layer), stored)
             hidden = calls["layer"].output
             self._store("whole", number, layer, hidden)
-        return self._rows(hidden, self._layers[layer].axes, number)
+        rows = self._rows(hidden, self._layers[layer].axes, number)
+        return rows.cpu() if self._interleaves else rows  # those of all batches wait together
 
     def _pruned(self, number: int, projection: OutputProjection, *, units: bool) -> States:
         """Return the pruned model's states at a projection, with all changes so far."""
-        layer = projection.layer
-        skipped = self._after(layer.index) | {*whole_layers(self._drop)}
-        without = without_experts(self._layers, self._drop)
-        with self._model.patched(self.changed), without, _captured_at(projection, units=units) as calls:
+        layer, places = projection.layer, (projection.linear, projection.last)
+        behind = self._after(layer.index)
+        skipped = behind | {removal for removal in self._drop if layer_of(removal) not in behind}
+        modules = {"layer": layer.module} | {path: layer.module.get_submodule(path) for path in places}
+        read = {projection.linear: projection.down} if units and projection.down else {}
+        with self._model.patched(self.changed), captured(modules, read) as calls:
             self._run(number, skipped, self._stored.get(("pruned", number)))
         self._store("pruned", number, layer.index - 1, calls["layer"].input)
-        return self._states(number, projection, calls)
+        linear, last = (
+            replace(
+                calls[path],
+                input=self._rows(calls[path].input, "rows", number),
+                output=self._rows(calls[path].output, "rows", number),
+            )
+            for path in places
+        )
+        return self._rows(calls["layer"].output, layer.axes, number), linear, last
 
     def _store(self, kind: str, number: int, layer: int, hidden: torch.Tensor) -> None:
         """Store the output of a layer in place of an earlier layer's if there is room, for later passes to resume."""
@@ -166,53 +144,29 @@ class HiddenStateSource:
             self._room[kind] -= hidden.nbytes
             self._stored[kind, number] = layer, hidden.cpu()
 
-    def _states(self, number: int, projection: OutputProjection, calls: Mapping[Any, CapturedCall]) -> States:
-        linear, last = (
-            replace(
-                calls[path],
-                input=self._rows(calls[path].input, "rows", number),
-                output=self._rows(calls[path].output, "rows", number),
-            )
-            for path in (projection.linear, projection.last)
-        )
-        return self._rows(calls["layer"].output, projection.layer.axes, number), linear, last
-
-    def _after(self, layer: int) -> set[int]:
+    def _after(self, layer: int) -> set[Removal]:
         """Return the indices of the layers after one, which need not run."""
         return set(range(layer + 1, len(self._layers)))
 
-    def _run(self, number: int, skipped: Collection[int], start: tuple[int, torch.Tensor] | None) -> None:
+    def _run(self, number: int, skipped: Collection[Removal], start: tuple[int, torch.Tensor] | None) -> None:
         """Run a pass over a batch without some layers, from the beginning or from a stored output of a layer."""
-        with torch.no_grad(), skipping(self._layers, skipped, self._forms), self._resuming(start):
-            self._pass(number)
-
-    def _pass(self, number: int) -> None:
         batch = self._batches[number]
         mask = None if batch.attention_mask.all() else to_device(batch.attention_mask, self._device)
-        self._forward(to_device(batch.input_ids, self._device, torch.int64), mask)
+        with self._model.without(skipped), self._resuming(start):
+            self._forward(to_device(batch.input_ids, self._device, torch.int64), mask)
 
     def _resuming(self, start: tuple[int, torch.Tensor] | None) -> AbstractContextManager[None]:
         if start is None:
             return nullcontext()
         layer, hidden = start
-        return resuming(self._layers, layer, hidden.to(self._device, copy=True), self._forms)
+        return self._model.beginning(layer, hidden.to(self._device, copy=True))
 
     def _probe(self) -> Any:
-        return self._forward(probe_tokens(self._device), None)
+        return self._together([partial(self._forward, probe_tokens(self._device), None)])[0]
 
-    def _resumes(self, recorded: Recorded, whole: torch.Tensor | None, starts: Collection[int]) -> bool:
-        """Whether passes that resume behind these layers equal whole passes exactly, tried on a few tokens."""
-        if whole is None or len(recorded.forms) < len(self._layers):
-            return False
-
-        def is_equal(start: int) -> bool:
-            with self._resuming((start, recorded.inputs[start + 1])):
-                resumed = first_tensor(self._probe())
-            return resumed is not None and torch.equal(resumed, whole)
-
-        with suppress(Exception):  # a model's own code can raise anything where layers did not run
-            return all(map(is_equal, starts))
-        return False
+    def _together(self, passes: Sequence[Callable[[], T]]) -> list[T]:
+        """Return the results of passes: interleaved, or one after the other on this rank."""
+        return self._model.together(passes) if self._interleaves else [run() for run in passes]
 
     def _rows(self, tensor: torch.Tensor, axes: str, number: int) -> torch.Tensor:
         if (rows := as_rows(tensor, axes, *self._batches[number].input_ids.shape)) is None:
@@ -220,11 +174,3 @@ class HiddenStateSource:
                 f"Hidden states have the shape {tuple(tensor.shape)}, which is not rows x tokens x units."
             )
         return rows
-
-
-def _captured_at(projection: OutputProjection, *, units: bool) -> AbstractContextManager[dict[Any, CapturedCall]]:
-    """Return the context that records the calls of a projection's modules, by path, and of its layer."""
-    module = projection.layer.module
-    paths = {path: module.get_submodule(path) for path in (projection.linear, projection.last)}
-    read = {projection.linear: projection.down} if units and projection.down else {}
-    return captured({"layer": module} | paths, read)

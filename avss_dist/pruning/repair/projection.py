@@ -139,8 +139,7 @@ def find_output_projection(
     unmoved = _output(layer, run)
     if (factor := _residual_multiple(layer, linear, run, unmoved)) is not None:
         return OutputProjection(layer, paths[linear], None, factor)
-    if (norm_settings := _norm_after(layer, linear, run, value)) is not None:
-        norm, offset, eps = norm_settings
+    for norm, offset, eps in _norms_after(layer, linear, run, value):
         if (factor := _residual_multiple(layer, norm, run, unmoved)) is not None:
             return OutputProjection(layer, paths[linear], paths[norm], factor, offset, eps)
     raise _refusal(layer, "does not simply add what its MLP gives to the residual stream")
@@ -215,10 +214,10 @@ def _output(layer: Layer, run: Callable[[], Any]) -> torch.Tensor:
     return output.float()
 
 
-def _norm_after(
+def _norms_after(
     layer: Layer, linear: nn.Module, run: Callable[[], Any], value: Callable[[str], torch.Tensor]
-) -> tuple[nn.Module, float, float] | None:
-    """Return the RMS norm that takes the output of a linear map, its offset and its eps, or None if there is none."""
+) -> Iterator[tuple[nn.Module, float, float]]:
+    """Yield each RMS norm that takes the output of a linear map, its offset and its eps."""
     norms = {
         module: path
         for path, module in layer.module.named_modules()
@@ -238,8 +237,7 @@ def _norm_after(
         errors = {o: float((unit * (weight.float() + o) - calls[norm].output.float()).norm()) for o in (0.0, 1.0)}
         offset = min(errors, key=lambda o: errors[o])
         if errors[offset] <= _TOLERANCE * float(calls[norm].output.float().norm()):
-            return norm, offset, eps
-    return None
+            yield norm, offset, eps
 
 
 @dataclass(frozen=True)

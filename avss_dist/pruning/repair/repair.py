@@ -15,41 +15,58 @@ that does not help is undone.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from itertools import chain, product
+from math import prod
 from typing import Annotated
 
+import numpy as np
+import torch
 from pydantic import Field
 from torch import nn
 
-from avss_dist.core.errors import ModelError
+from avss_dist.core.errors import CorpusError, ModelError
 from avss_dist.core.settings import Settings
-from avss_dist.core.text import RedactedURI, describe_layers
+from avss_dist.core.text import RedactedURI, describe_bytes, describe_layers
 from avss_dist.core.validation import checked
-from avss_dist.corpus.shards import CorpusPlan
+from avss_dist.corpus.shards import Batch, CorpusPlan, Mask
 from avss_dist.models.causal_lm import LanguageModel
 from avss_dist.models.checkpoints import Checkpoint
 from avss_dist.models.experts import find_down_projections, find_routed_experts
-from avss_dist.models.interventions import Patch
+from avss_dist.models.interventions import Parameter, Patch
 from avss_dist.models.layers import linear_sizes
 from avss_dist.models.loading import candidate_layers
 from avss_dist.models.safetensors import DTYPES
 from avss_dist.models.size import load_skeleton
 from avss_dist.models.structure import find_down_projection
 from avss_dist.pruning.plan import Plan
-from avss_dist.pruning.repair.fitter import PLAIN_HINT, ReadStored, RepairFitter, count_fitted, find_cuts, split_texts
+from avss_dist.pruning.repair.fits import FitStep, NormalEquations, RidgeFit, features_of, fit_ridge, fit_steps, fold
 from avss_dist.pruning.repair.hidden_states import HiddenStateSource
-from avss_dist.pruning.repair.projection import RepairError
+from avss_dist.pruning.repair.projection import CapturedCall, OutputProjection, RepairError
 from avss_dist.pruning.repair.registry import (
     DEFAULT_REPAIR,
     REPAIRS,
+    RepairedCut,
     RepairName,
     RepairRecord,
     RepairText,
     split_weight,
 )
 from avss_dist.pruning.weights import StoredWeights
+from avss_dist.system.devices import free_memory
+from avss_dist.system.streams import tracked
+
+HELD_BACK = 10  # one row of this many is held back, the last ones of each text
+SINK_TOKENS = 1  # leading tokens of every row: attention sinks, whose hidden states are unlike all others
+ReadStored = Callable[[Parameter], torch.Tensor | None]
+"""Returns a parameter as the checkpoint's files hold it; None if they do not."""
+PLAIN_HINT = (
+    "Repair the checkpoint that it was quantized from, and quantize the result; or save it again with transformers' "
+    "save_pretrained, if it is not quantized."
+)
+_MEASURING = FitStep("output", "linear", "channel")  # of which only the error before it is read
 
 
 @checked
@@ -79,6 +96,318 @@ class Repair:
     def weights(self) -> list[float]:
         """Weight of each text."""
         return [split_weight(corpus)[1] for corpus in self.corpora]
+
+
+@dataclass(frozen=True)
+class RepairCut:
+    """A remaining layer, its removed experts, and the run of removed layers right after it.
+
+    Both are empty where a repair fits a layer to recover what an earlier cut left missing.
+    """
+
+    after: int
+    removed: tuple[int, ...]
+    experts: tuple[int, ...] = ()
+
+    @property
+    def last(self) -> int:
+        """Layer of the whole model whose output the pruned model should have here."""
+        return self.removed[-1] if self.removed else self.after
+
+
+def find_cuts(plan: Plan, *, every_layer: bool = False) -> list[RepairCut]:
+    """Return the cuts of a plan at which a repair is fitted, in order of depth.
+
+    Layers that are removed before the first remaining one make no cut: no layer before them can be changed.
+
+    Args:
+        every_layer: include the other remaining layers behind the first one that is removed or loses experts.
+
+    Raises:
+        RepairError: there is no cut.
+        PlanError: the plan drops sublayers.
+    """
+    plan.require_no_sublayers("A repair makes up for whole layers and for experts")
+    first = min([*(layer - 1 for layer in plan.dropped_layers), *plan.experts])
+    remaining = [layer for layer in plan.keep if layer >= first]
+    cuts = [
+        RepairCut(layer, tuple(range(layer + 1, end)), tuple(plan.experts.get(layer, ())))
+        for layer, end in zip(remaining, [*remaining[1:], plan.num_layers], strict=True)
+    ]
+    cuts = [cut for cut in cuts if cut.removed or cut.experts or every_layer]
+    if not cuts:
+        raise RepairError(
+            f"Layers {describe_layers(plan.dropped_layers)} are the first: there is no layer before them to fit.",
+            "Prune with `repair` none, keep the first layer, or repair by refit_all.",
+        )
+    return cuts
+
+
+@dataclass(frozen=True, eq=False)
+class FitSplit:
+    """A batch of calibration text, split into tokens to fit to and held-back tokens.
+
+    Attributes:
+        text: index of the text.
+        batch: its tokens.
+        fitted, held_back: bool[rows, width], disjoint; without the sink tokens.
+        weight: weight of each token, by which a text counts by its own weight whatever its length.
+    """
+
+    text: int
+    batch: Batch
+    fitted: Mask
+    held_back: Mask
+    weight: float
+
+    def uncounted(self) -> FitSplit:
+        """Return the same batch with no token that counts, for a rank whose partners have more batches."""
+        none = np.zeros_like(self.fitted)
+        return replace(self, fitted=none, held_back=none)
+
+    def with_sinks(self) -> tuple[Mask, Mask]:
+        """Return the masks ``fitted`` and ``held_back``, each with the sink tokens of its rows."""
+        first = self.batch.observed.copy()
+        first[:, SINK_TOKENS:] = False
+        fitted, held_back = (mask | (first & mask.any(1, keepdims=True)) for mask in (self.fitted, self.held_back))
+        return fitted, held_back
+
+    def sink_scale(self, hidden: torch.Tensor) -> torch.Tensor:
+        """Return factors, [rows, width, 1], that give sink tokens the mean length of the other tokens of their rows.
+
+        Args:
+            hidden: float32[rows, width, units], hidden states.
+        """
+        lengths = hidden.norm(dim=-1)
+        counted = torch.from_numpy(self.fitted | self.held_back).to(hidden.device)
+        mean = (lengths * counted).sum(-1) / counted.sum(-1).clamp_min(1)
+        scale = torch.ones_like(lengths)
+        scale[:, :SINK_TOKENS] = mean[:, None] / lengths[:, :SINK_TOKENS].clamp_min(torch.finfo(lengths.dtype).tiny)
+        return scale[..., None]
+
+
+def split_texts(texts: Sequence[CorpusPlan], batch_size: int, weights: Sequence[float] | None = None) -> list[FitSplit]:
+    """Return the batches of texts, in order.
+
+    Args:
+        weights: relative weight of each text; equal by default.
+
+    Raises:
+        CorpusError: a text has only one row, or no token to fit to.
+    """
+    splits = []
+    for number, text in enumerate(texts):
+        first_held_back = text.num_sequences - -(-text.num_sequences // HELD_BACK)
+        row = 0
+        for batch in chain.from_iterable(shard.batches(batch_size) for shard in text.shards):
+            counted = batch.observed.copy()
+            counted[:, :SINK_TOKENS] = False
+            held = np.arange(row, row + len(counted))[:, None] >= first_held_back
+            splits.append(FitSplit(number, batch, counted & ~held, counted & held, 1.0))
+            row += len(counted)
+    counts = count_fitted(splits, len(texts))
+    for text, count in zip(texts, counts, strict=True):
+        if not count:
+            raise CorpusError(
+                f"{text.source} has no token to fit to after the first of each row (rows: {text.num_sequences}).",
+                "Name a longer text, or raise `max_sequences`.",
+            )
+    mean, weights = sum(counts) / len(counts), weights or [1.0] * len(texts)
+    shares = [weight * len(weights) / sum(weights) for weight in weights]
+    return [replace(split, weight=mean / counts[split.text] * shares[split.text]) for split in splits]
+
+
+def count_fitted(splits: Sequence[FitSplit], texts: int) -> list[int]:
+    """Return the number of tokens to fit to of each text."""
+    return [sum(int(split.fitted.sum()) for split in splits if split.text == text) for text in range(texts)]
+
+
+class RepairFitter:
+    """Fits a repair to cuts in order of depth. Each fit sees the changes of the earlier ones.
+
+    Args:
+        source: hidden states of both models.
+        stored: reads parameters from the checkpoint's files.
+        splits: calibration text.
+        model: several copies of it, or ranks that hold it together, share the batches.
+    """
+
+    def __init__(
+        self, source: HiddenStateSource, stored: ReadStored, splits: Sequence[FitSplit], model: LanguageModel
+    ) -> None:
+        self._source, self._stored, self._splits, self._model = source, stored, splits, model
+
+    def fit_all(self, cuts: Sequence[RepairCut], repair: str) -> list[RepairedCut]:
+        """Fit a repair to cuts, in order. Cuts that cannot be fitted are refused before the first fit.
+
+        Args:
+            repair: one of `pruning.repair.registry.REPAIRS`.
+
+        Raises:
+            RepairError: the weights of a cut cannot be changed.
+            CorpusError: there are too few tokens to fit to.
+        """
+        projections = [self._source.output_projection(cut.after) for cut in cuts]
+        for projection in projections:
+            self._require_enough(projection, repair)
+            layer, path = projection.layer.index, projection.paths["linear"]
+            stored = self._stored((layer, path))
+            if stored is None or not stored.is_floating_point() or stored.dtype.itemsize == 1:
+                form = "under other names" if stored is None else f"as {str(stored.dtype).removeprefix('torch.')}"
+                raise RepairError(
+                    f"The files hold '{path}' of layer {layer} {form}, quantized or fused: nothing can be added to it.",
+                    PLAIN_HINT,
+                )
+        return [
+            self.fit(cut, projection, repair, f"Repairing cut {number} of {len(cuts)}")
+            for number, (cut, projection) in enumerate(zip(cuts, projections, strict=True), 1)
+        ]
+
+    def fit(self, cut: RepairCut, projection: OutputProjection, repair: str, description: str) -> RepairedCut:
+        """Fit a repair to one cut and change the weights of its projection.
+
+        The weights stay as they are if the fit does not help on held-back tokens.
+
+        Args:
+            description: text of the progress bar.
+        """
+        fits: list[list[RidgeFit]] = []
+        old = {path: self._parameter(projection.layer.index, path) for path in projection.paths.values()}
+        for step in fit_steps(REPAIRS[repair], projection):
+            sums, size, moment = self._sums(cut, projection, step, description)
+            fits.append([fit_ridge(fitted, held_back, step.form) for fitted, held_back in sums])
+            if any(fit.ridge is not None for fit in fits[-1]):
+                self._fold(projection, step, fits[-1], moment)
+        before, after = sum(fit.before for fit in fits[0]), sum(fit.after for fit in fits[-1])
+        ridges = tuple(fit.ridge for fit in chain.from_iterable(fits))
+        if len(fits[-1]) > 1:  # each alone: what they give together is less than the sum of their errors
+            (((_, held_back),), _, _) = self._sums(cut, projection, _MEASURING, description)
+            after = float(held_back.target)
+        if after > before:  # before a norm, a fit is folded approximately
+            after, ridges = before, (None,) * len(ridges)
+            for path, value in old.items():
+                self._source.changed[projection.layer.index, path] = value
+        return RepairedCut(
+            after=cut.after,
+            removed=cut.removed,
+            experts=cut.experts,
+            ridges=ridges,
+            error_before=(before / size) ** 0.5,
+            error_after=(after / size) ** 0.5,
+        )
+
+    def _require_enough(self, projection: OutputProjection, repair: str) -> None:
+        """Raise an error if there are too few tokens to fit to, or there is too little memory to fit in.
+
+        Raises:
+            CorpusError: there are too few tokens.
+            RepairError: there is too little memory.
+        """
+        value = self._model.value(projection.layer.index, projection.paths["linear"])
+        *_, inputs, outputs = shape = projection.values("linear", value.to("meta")).shape
+        method = REPAIRS[repair]
+        sizes = inputs, outputs, projection.chances
+        needed = method.tokens_needed(*sizes)
+        fewer = [name for name, other in REPAIRS.items() if other.tokens_needed(*sizes) < needed]
+        instead = f"choose a `repair` of fewer unknowns ({', '.join(reversed(fewer))})" if fewer else ""
+        num_tokens = sum(int(split.fitted.sum()) for split in self._splits)
+        if num_tokens < needed:
+            raise CorpusError(
+                f"The repair {repair} of this model needs at least {needed:,} tokens to fit to, not {num_tokens:,}.",
+                "Give more text, raise `max_sequences`" + (f", or {instead}." if instead else "."),
+            )
+        fits = prod(shape[:-2]) if method.features == "inputs" else 1
+        features = inputs if method.features == "inputs" else outputs
+        size, room = NormalEquations.peak_bytes(features, outputs, fits), free_memory(value.device)
+        if size > room:
+            raise RepairError(
+                f"The repair {repair} of layer {projection.layer.index} needs {describe_bytes(size)} of memory for the "
+                f"products of {fits} x {features:,} inputs; {describe_bytes(room)} are free.",
+                f"Use a machine with more memory, or {instead}." if instead else "Use a machine with more memory.",
+            )
+
+    def _sums(
+        self, cut: RepairCut, projection: OutputProjection, step: FitStep, description: str
+    ) -> tuple[list[tuple[NormalEquations, NormalEquations]], float, torch.Tensor]:
+        """Sum the normal equations of a step over the text.
+
+        Returns:
+            For each matrix, the equations over the tokens to fit to and over the held-back tokens; the sum of |Y|^2
+            over the held-back tokens, where Y are the whole model's hidden states; the mean of x^T x over the tokens
+            to fit to, for the first matrix.
+        """
+        sums: list[NormalEquations] = []  # of each matrix in turn, over the tokens to fit to and the held-back ones
+        numbers = torch.zeros(2, dtype=torch.float64)
+
+        def add(
+            number: int, whole: torch.Tensor, pruned: torch.Tensor, linear: CapturedCall, last: CapturedCall
+        ) -> None:
+            split, target = self._splits[number], whole.to(pruned.device).float()
+            scale = split.sink_scale(target)
+            masks = [torch.from_numpy(mask).to(target.device) for mask in split.with_sinks()]
+            missing = (scale * (target - pruned.float())).flatten(0, 1)
+            features = features_of(step, projection, linear, last)
+            if not sums:
+                sizes = [(x.shape[1], missing.shape[1]) for x, *_ in features for _ in masks]
+                sums.extend(NormalEquations.empty(*size, target.device) for size in sizes)
+            for (i, (x, tokens, weights)), (j, mask) in product(enumerate(features), enumerate(masks)):
+                if (counted := mask.flatten()[tokens]).any():
+                    x, y, weight = scale.flatten(0, 1)[tokens] * x, missing[tokens], split.weight * weights
+                    weight = weight if isinstance(weight, float) else weight[counted]
+                    sums[2 * i + j] += NormalEquations.from_tokens(x[counted], y[counted], weight)
+            numbers[0] += split.weight * float(scale[masks[0]].double().square().sum())
+            numbers[1] += split.weight * float((scale * target)[masks[1]].double().square().sum())
+
+        indices = tracked(self._model.local_indices(len(self._splits)), description)
+        self._source.visit(projection, cut.last, add, indices, units=step.features == "inputs")
+        counts = torch.tensor([part.count for part in sums], device=sums[0].gram.device)
+        numbers = numbers.to(counts.device)
+        parts = [tensor for part in sums for tensor in (part.gram, part.cross, part.target)]
+        self._model.all_reduce([numbers, counts, *parts])
+        sums = [replace(part, count=count) for part, count in zip(sums, counts.tolist(), strict=True)]
+        counted, size = numbers.tolist()
+        return list(zip(sums[::2], sums[1::2], strict=True)), size, sums[0].gram / counted
+
+    def _fold(
+        self, projection: OutputProjection, step: FitStep, fits: Sequence[RidgeFit], moment: torch.Tensor
+    ) -> None:
+        """Fold fits into the weights of a projection. ``moment`` is that of `fold`.
+
+        Raises:
+            RepairError: values do not fit into the dtype in which the files hold the parameter.
+        """
+        fitted = fits[0].weights if len(fits) == 1 else torch.stack([fit.weights for fit in fits])
+        layer = projection.layer.index
+        stored = {field: self._parameter(layer, path) for field, path in projection.paths.items()}
+        old = {field: tensor.to(fitted.device, torch.float64) for field, tensor in stored.items()}
+        weights = {field: projection.values(field, tensor) for field, tensor in old.items()}
+        for field, value in fold(step, weights, fitted, moment, projection.factor).items():
+            new = projection.stored(field, value, old[field]).to(stored[field].dtype).cpu().contiguous()
+            if not torch.isfinite(new).all():
+                raise RepairError(
+                    f"The repair of layer {layer} does not fit into {new.dtype}.", "Use another `repair`."
+                )
+            self._source.changed[layer, projection.paths[field]] = new
+
+    def _parameter(self, layer: int, path: str) -> torch.Tensor:
+        """Return a parameter with the changes so far, as it would be written.
+
+        Raises:
+            RepairError: the model does not hold it as the files do, or not on a device that computes.
+        """
+        if (changed := self._source.changed.get((layer, path))) is not None:
+            return changed
+        stored, loaded = self._stored((layer, path)), self._model.value(layer, path)
+        if loaded.is_meta:
+            raise RepairError(
+                f"'{path}' of layer {layer} is kept off the devices that compute, and cannot be changed.",
+                "Use `partition` single, or device_map with more `max_memory`.",
+            )
+        if stored is None or stored.shape != loaded.shape or not torch.equal(stored.to(loaded.dtype), loaded.cpu()):
+            raise RepairError(
+                f"The files hold '{path}' of layer {layer} in another form than the model does.", PLAIN_HINT
+            )
+        return stored
 
 
 @dataclass(frozen=True)
@@ -119,8 +448,7 @@ def fit_repair(
     cuts = find_cuts(plan, every_layer=every_layer)
     splits = split_texts(texts, settings.batch_size, repair.weights)
     splits += [splits[0].uncounted()] * (-len(splits) % model.lockstep)
-    starts = [cut.last for cut in cuts if cut.last + 1 < plan.num_layers]
-    source = HiddenStateSource(model, [split.batch for split in splits], plan.drop, starts)
+    source = HiddenStateSource(model, [split.batch for split in splits], plan.drop)
     repaired_cuts = RepairFitter(source, stored, splits, model).fit_all(cuts, repair.by)
     counts = count_fitted(splits, len(texts))
     record = RepairRecord(
