@@ -5,7 +5,8 @@ from __future__ import annotations
 import difflib
 import errno
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 
 _USERINFO = re.compile(  # a bucket has no port, so that digits before a slash are a secret
     r"(?<=s3://)[^\s/?#@:]*:(?=\S)[^@'\"\n]*@|(?<=://)[^\s/?#@:]*:(?=\S)(?!\d+[/?#])[^@'\"\n]*@"
@@ -136,6 +137,15 @@ def unwritable(path: object, error: OSError, hint: str, kind: type[AvssError] = 
     """
     kind = StorageFull if is_full(error) else kind
     return kind(f"{path} cannot be written: {error.strerror}.", hint)
+
+
+@contextmanager
+def explain_unwritable(path: object, hint: str, kind: type[AvssError] = AvssError) -> Iterator[None]:
+    """Convert OSError inside the block to the error of `unwritable`, with the same arguments."""
+    try:
+        yield
+    except OSError as error:
+        raise unwritable(path, error, hint, kind) from error
 
 
 def as_failure(error: Exception) -> AvssError:

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 import pyarrow as pa
 from safetensors import SafetensorError
 
-from avss_dist.core.errors import ConfigError, ModelError, RunFailed, StorageFull, first_line, unwritable
+from avss_dist.core.errors import ConfigError, ModelError, RunFailed, StorageFull, explain_unwritable, first_line
 from avss_dist.core.extras import require_package
 from avss_dist.core.results import TabularResult
 from avss_dist.core.settings import refuse_unused
@@ -163,7 +163,7 @@ def _distill(request: DistillRequest, executor: RayExecutor | None, output: Path
     else:
         require_memory(memory, models.device.type, request.train)
     notes = ancestry(models)
-    try:
+    with explain_unwritable(output, "Name another folder with `output`, or free some space."):
         work.mkdir(parents=True, exist_ok=True)
         if [*work.iterdir()] == [work / _REQUEST]:
             (work / _REQUEST).unlink()  # of a request that was refused
@@ -189,8 +189,6 @@ def _distill(request: DistillRequest, executor: RayExecutor | None, output: Path
                 executor.run_ranks(task, request.ranks, threads=1 if on_gpu else max(1, cpus), on_event=on_event)
             else:
                 task.train_and_write(on_event)
-    except OSError as error:
-        raise unwritable(output, error, "Name another folder with `output`, or free some space.") from error
     shutil.rmtree(work)
     record = read_record(output)
     assert record is not None
@@ -265,10 +263,8 @@ class DistillTask:
         on_event = ignore if rank_and_size()[0] else on_event
         with quiet(), warnings.catch_warnings():
             warnings.simplefilter("ignore", FutureWarning)
-            try:
+            with explain_unwritable(self.output, "Free some space, and run the same command again."):
                 replace(self, models=models).train_and_write(on_event, heartbeat)
-            except OSError as error:
-                raise unwritable(self.output, error, "Free some space, and run the same command again.") from error
 
     def train_and_write(self, on_event: OnEvent, heartbeat: Callable[[], None] | None = None) -> None:
         """Train the student, and write it on the first rank."""

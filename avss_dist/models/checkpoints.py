@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 
-from avss_dist.core.errors import ModelError, first_line, is_full, unwritable
+from avss_dist.core.errors import ModelError, explain_unwritable, first_line, is_full, unwritable
 from avss_dist.core.extras import require_package
 from avss_dist.models.safetensors import INDEX, WEIGHTS, TensorInfo, tensors_of, weight_files
 from avss_dist.system.files import cache_folder, staged_file, staged_folder
@@ -167,20 +167,18 @@ def convert_pickles(spec: str) -> None:
     place = _place(folder, files)
     if place.is_dir():
         return
-    try:
-        with staged_folder(place) as staged:
-            for file in files:
-                _convert_file(file, staged / _renamed(file.name))
-            for file in folder.iterdir():
-                if file.is_file() and file.name[0] != "." and not any(file.match(p) for p in (*PICKLED, _INDEX)):
-                    shutil.copyfile(file, staged / file.name)
-            if (folder / _INDEX).is_file():
-                index = json.loads((folder / _INDEX).read_text(encoding="utf-8"))
-                index["weight_map"] = {name: _renamed(file) for name, file in index["weight_map"].items()}
-                (staged / INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
-            (staged / CONVERTED).write_text("\n".join(file.name for file in files) + "\n", encoding="utf-8")
-    except OSError as error:
-        raise unwritable(place, error, "Free some space, or name another cache with XDG_CACHE_HOME.") from error
+    hint = "Free some space, or name another cache with XDG_CACHE_HOME."
+    with explain_unwritable(place, hint), staged_folder(place) as staged:
+        for file in files:
+            _convert_file(file, staged / _renamed(file.name))
+        for file in folder.iterdir():
+            if file.is_file() and file.name[0] != "." and not any(file.match(p) for p in (*PICKLED, _INDEX)):
+                shutil.copyfile(file, staged / file.name)
+        if (folder / _INDEX).is_file():
+            index = json.loads((folder / _INDEX).read_text(encoding="utf-8"))
+            index["weight_map"] = {name: _renamed(file) for name, file in index["weight_map"].items()}
+            (staged / INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+        (staged / CONVERTED).write_text("\n".join(file.name for file in files) + "\n", encoding="utf-8")
 
 
 def _convert_file(file: Path, target: Path) -> None:

@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import ClassVar
 
-from avss_dist.core.errors import ConfigError, unwritable
+from avss_dist.core.errors import ConfigError, explain_unwritable
 from avss_dist.core.settings import Settings
 from avss_dist.core.text import describe_bytes
 from avss_dist.models.checkpoints import Checkpoint
@@ -145,11 +145,9 @@ class OffloadFolder:
 
     def __init__(self, needed: int) -> None:
         parent = tempfile.gettempdir()
-        try:
+        hint = "Set the variable TMPDIR to another."
+        with explain_unwritable(f"The temporary folder '{parent}'", hint, ConfigError):
             self._folder = tempfile.TemporaryDirectory(prefix="avss-offload-", ignore_cleanup_errors=True)
-        except OSError as error:
-            hint = "Set the variable TMPDIR to another."
-            raise unwritable(f"The temporary folder '{parent}'", error, hint, ConfigError) from error
         self.path = self._folder.name
         free = shutil.disk_usage(self.path).free
         if free < needed:

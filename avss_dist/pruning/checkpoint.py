@@ -20,7 +20,7 @@ import torch
 import yaml
 from huggingface_hub import metadata_load
 
-from avss_dist.core.errors import ModelError, unwritable
+from avss_dist.core.errors import ModelError, explain_unwritable
 from avss_dist.core.intervention import Removals, count_removed, whole_layers
 from avss_dist.core.registry import LAYERWISE
 from avss_dist.core.settings import Execution, Settings
@@ -83,22 +83,19 @@ def prune(
     checkpoint = resolve(model, trust_remote_code=trust_remote_code)
     _require_planned(checkpoint, plan)
     notes: list[str] = []
-    try:
-        with staged_folder(output) as staged:
-            write_config(checkpoint, plan, staged, settings)
-            weights = StoredWeights.of_checkpoint(checkpoint, plan, settings)
-            notes += repair.notes if repair else []
-            replaced = repair.tensors if repair else {}
-            size = copy_weights(checkpoint, weights, replaced, staged)
-            _copy_files(checkpoint, plan, staged, settings)
-            difference, seen = _compare(checkpoint, plan, replaced, staged, settings, execution or Execution())
-            notes += seen
-            record = repair.record if repair else None
-            (staged / "README.md").write_text(model_card(checkpoint, plan, notes, record), encoding="utf-8")
-            if record:
-                write_repairs(staged, [*read_repairs(checkpoint.folder), record])
-    except OSError as error:
-        raise unwritable(output, error, "Name another folder with `output`.", PlanError) from error
+    with explain_unwritable(output, "Name another folder with `output`.", PlanError), staged_folder(output) as staged:
+        write_config(checkpoint, plan, staged, settings)
+        weights = StoredWeights.of_checkpoint(checkpoint, plan, settings)
+        notes += repair.notes if repair else []
+        replaced = repair.tensors if repair else {}
+        size = copy_weights(checkpoint, weights, replaced, staged)
+        _copy_files(checkpoint, plan, staged, settings)
+        difference, remarks = _compare(checkpoint, plan, replaced, staged, settings, execution or Execution())
+        notes += remarks
+        record = repair.record if repair else None
+        (staged / "README.md").write_text(model_card(checkpoint, plan, notes, record), encoding="utf-8")
+        if record:
+            write_repairs(staged, [*read_repairs(checkpoint.folder), record])
     return {"folder": str(output), "bytes": size, "difference": difference, "notes": notes, "repair": record}
 
 
@@ -285,13 +282,13 @@ def model_card(
     }
     head = printable("\n".join(f"{key}: {json.dumps(value, ensure_ascii=False)}" for key, value in fields.items()))
     source = f", of run {plan.run_id}" if plan.run_id else ""
-    known = [*(f"Finding: {line}" for line in plan.findings), *(notes or []), *(repair.describe() if repair else [])]
-    known.append(f"Evaluated: {' '.join(plan.evaluated) or 'not when it was planned.'}")
+    lines = [*(f"Finding: {line}" for line in plan.findings), *(notes or []), *(repair.describe() if repair else [])]
+    lines.append(f"Evaluated: {' '.join(plan.evaluated) or 'not when it was planned.'}")
     without = count_removed(plan.drop) if plan.experts else f"{len(plan.drop)} of its {plan.num_layers} layers"
     return (
         f"---\n{head}\n---\n\n# {escape_markdown(name)} without {without}\n\n{_describe_changes(plan, repair)}\n\n"
         f"Chosen {escape_markdown(describe_reason(plan.why))}{source}. Base model at {checkpoint.revision}.\n\n"
-        + "".join(f"- {escape_markdown(line)}\n" for line in known)
+        + "".join(f"- {escape_markdown(line)}\n" for line in lines)
         + "\nWritten by avss_dist.\n"
     )
 
@@ -305,8 +302,8 @@ def _describe_changes(plan: Plan, repair: RepairRecord | None) -> str:
         experts = (f"layer {layer}: {', '.join(map(str, indices))}" for layer, indices in plan.experts.items())
         sentences.append(f"Removed routed experts, both counted from 0: {'; '.join(experts)}.")
     changed = [cut.after for cut in repair.cuts if cut.changed] if repair else []
-    others = f"Of the others, the MLP's last map is changed in {describe_layers(changed)}."
-    sentences.append(others if changed else "The others are unchanged.")
+    changes = f"Of the others, the MLP's last map is changed in {describe_layers(changed)}."
+    sentences.append(changes if changed else "The others are unchanged.")
     return " ".join(sentences)
 
 

@@ -21,7 +21,7 @@ import pyarrow as pa
 import yaml
 from pydantic import Field, WithJsonSchema
 
-from avss_dist.core.errors import AvssError, ConfigError, unwritable
+from avss_dist.core.errors import AvssError, ConfigError, explain_unwritable
 from avss_dist.core.intervention import (
     MAX_LAYERS,
     PARTS,
@@ -194,9 +194,9 @@ class Plan(ModelPlan, TabularResult):
         Args:
             why: sentence that says why they cannot be dropped, for the message.
         """
-        if others := [removal for removal in self.drop if not isinstance(removal, (int, Expert))]:
+        if sublayers := [removal for removal in self.drop if not isinstance(removal, (int, Expert))]:
             raise PlanError(
-                f"The plan drops {describe_removed(others)} alone. {why}.",
+                f"The plan drops {describe_removed(sublayers)} alone. {why}.",
                 "Evaluate the plan as it is, or make one that drops whole layers.",
             )
 
@@ -372,11 +372,8 @@ def write_text(path: str | Path, text: str) -> None:
         PlanError: the file cannot be written.
         StorageFull: there is no space left.
     """
-    try:
-        with staged_file(Path(path)) as staged:
-            staged.write_text(text, encoding="utf-8")
-    except OSError as error:
-        raise unwritable(path, error, "Name another file with `output`.", PlanError) from error
+    with explain_unwritable(path, "Name another file with `output`.", PlanError), staged_file(Path(path)) as staged:
+        staged.write_text(text, encoding="utf-8")
 
 
 def to_yaml(values: Mapping[str, Any], *, flow: bool = False) -> str:
@@ -398,9 +395,9 @@ def run_size(run: Mapping[str, Any]) -> Footprint:
     from avss_dist.models.size import footprint
 
     model, settings = run["model"], settings_of(run)
-    given = {name: settings[name] for name in ("dequantize", "layers", "trust_remote_code") if settings.get(name)}
+    options = {name: settings[name] for name in ("dequantize", "layers", "trust_remote_code") if settings.get(name)}
     name = model if Path(model).expanduser().exists() else f"{model}@{run['revision']}"
-    return footprint(name, Settings(dtype=run["dtype"] or "auto", **given))
+    return footprint(name, Settings(dtype=run["dtype"] or "auto", **options))
 
 
 def local_run_size(run: Mapping[str, Any]) -> Footprint | None:

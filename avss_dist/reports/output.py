@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 import pyarrow as pa
 
-from avss_dist.core.errors import QueryError, unwritable
+from avss_dist.core.errors import QueryError, explain_unwritable
 from avss_dist.core.text import escape_markdown, printable
 from avss_dist.system.files import staged_file
 from avss_dist.system.streams import binary_output, emit, emit_json
@@ -37,11 +37,8 @@ def write_file(path: Path, data: bytes) -> None:
         AvssError: it cannot be written.
         StorageFull: there is no space left.
     """
-    try:
-        with staged_file(path) as staged:
-            staged.write_bytes(data)
-    except OSError as error:
-        raise unwritable(path, error, "Choose another `output`.") from error
+    with explain_unwritable(path, "Choose another `output`."), staged_file(path) as staged:
+        staged.write_bytes(data)
 
 
 @contextmanager
@@ -57,15 +54,13 @@ def printed_to(path: Path | None) -> Iterator[None]:
     if path is None:
         yield
         return
-    try:
-        with (
-            staged_file(path) as staged,
-            staged.open("w", encoding="utf-8", errors="surrogateescape") as file,
-            redirect_stdout(file),
-        ):
-            yield
-    except OSError as error:
-        raise unwritable(path, error, "Choose another `output`.") from error
+    with (
+        explain_unwritable(path, "Choose another `output`."),
+        staged_file(path) as staged,
+        staged.open("w", encoding="utf-8", errors="surrogateescape") as file,
+        redirect_stdout(file),
+    ):
+        yield
     emit(path)
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pyarrow.parquet as pq
 
-from avss_dist.core.errors import WarehouseError, unwritable
+from avss_dist.core.errors import WarehouseError, explain_unwritable
 from avss_dist.core.text import describe_count
 from avss_dist.reports.page.page import save_report
 from avss_dist.system.files import staged_folder
@@ -32,14 +32,11 @@ def publish(warehouse: Warehouse, folder: Path) -> dict[str, int]:
     """
     done = [row for row in warehouse.runs().to_pylist() if row["status"] == "done"]
     run_ids = [row["run_id"] for row in sorted(done, key=lambda row: (row["model"], row["run_id"]))]
-    try:
-        with staged_folder(folder) as staged:
-            (staged / DATA).mkdir()
-            rows = _write_tables(warehouse, run_ids, staged / DATA)
-            save_report(warehouse, staged / PAGE)
-            (staged / CARD).write_text(_card(rows), encoding="utf-8")
-    except OSError as error:
-        raise unwritable(folder, error, "Name a new folder.", WarehouseError) from error
+    with explain_unwritable(folder, "Name a new folder.", WarehouseError), staged_folder(folder) as staged:
+        (staged / DATA).mkdir()
+        rows = _write_tables(warehouse, run_ids, staged / DATA)
+        save_report(warehouse, staged / PAGE)
+        (staged / CARD).write_text(_card(rows), encoding="utf-8")
     return rows
 
 
