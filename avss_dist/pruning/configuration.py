@@ -1,7 +1,7 @@
 """The ``config.json`` of a pruned checkpoint: per-layer settings and the number of experts change, and nothing else.
 
-The result is compared with the original setting by setting, as transformers reads both files; layer by layer, as
-modules with their shapes and settings; and parameter by parameter in each class that opens the original.
+The result is compared with the original setting by setting, as transformers reads both files; and, in each class that
+opens the original, parameter by parameter, and layer by layer as modules with their settings.
 """
 
 from __future__ import annotations
@@ -58,8 +58,7 @@ def write_config(checkpoint: Checkpoint, plan: Plan, folder: Path, settings: Set
     names = {NUM_LAYERS, text.attribute_map.get(NUM_LAYERS, NUM_LAYERS)}
     part |= dict.fromkeys(names.intersection(part) or {NUM_LAYERS}, len(plan.keep))
     if plan.experts:
-        counts = _expert_counts(whole, plan, part, settings)
-        part |= counts
+        part |= _expert_counts(whole, plan, part, settings)
         names |= {*EXPERT_COUNTS}
     if method := quantization_method(whole):
         require_known(checkpoint, method)
@@ -74,7 +73,6 @@ def write_config(checkpoint: Checkpoint, plan: Plan, folder: Path, settings: Set
         part |= missing
         less = _write_and_read(checkpoint, whole, raw, folder, settings)
     _require_same_settings(whole, less, {*expected, *names, *KEYS})
-    _require_same_layers(whole, less, plan, settings)
     _require_same_classes(whole, less, plan, settings)
 
 
@@ -105,9 +103,9 @@ def _expert_counts(whole: Any, plan: Plan, part: Mapping[str, Any], settings: Se
     number = next(iter(routed.values())).number
     values = whole.get_text_config().to_dict()
     in_file, as_read = ([name for name in EXPERT_COUNTS if source.get(name) == number] for source in (part, values))
-    if not (known := in_file or as_read):
+    if not (names := in_file or as_read):
         raise PlanError(f"No setting of a {whole.model_type} is its number of routed experts, {number}.")
-    return dict.fromkeys(known, next(iter(numbers)))
+    return dict.fromkeys(names, next(iter(numbers)))
 
 
 def _write_and_read(
@@ -148,75 +146,40 @@ def _differences(before: Any, after: Any, changed: set[str], path: str = "") -> 
         yield path, before, after
 
 
-def _require_same_layers(whole: Any, less: Any, plan: Plan, settings: Settings) -> None:
-    """Require that modules of both models have the same kinds, shapes and settings, layer by layer."""
-    models = [without_head(skeleton(config, settings, torch.float32)) for config in (whole, less)]
-    lists = []
-    for model, number in zip(models, (plan.num_layers, len(plan.keep)), strict=True):
-        layers = dict(model.named_modules()).get(plan.layers)
-        if not isinstance(layers, nn.ModuleList) or len(layers) != number:
-            raise PlanError(
-                f"The layers of a {whole.model_type} are not the {number} modules of '{plan.layers}', each on its own.",
-                _other_layers(model, plan) or "None can be taken out of a checkpoint.",
-            )
-        lists.append(layers)
-    before, after = lists
-    routed = routed_layers(models[0], plan)
-    for new, old in enumerate(plan.keep):
-        seen = zip(_layer_properties(before[old], old), _layer_properties(after[new], new), strict=False)
-        for (path, what, whole_value), (other, _, b) in seen:
-            a = _of_remaining(routed.get(old), len(plan.experts.get(old, ())), path, what, whole_value)
-            if path != other or a != b:
-                raise _changed_model_error(
-                    whole, f"layer {old} would have {path} {what} {b!r} for {a!r} as layer {new}"
-                )
-        if len(list(before[old].modules())) != len(list(after[new].modules())):
-            raise _changed_model_error(whole, f"layer {old} would have other modules as layer {new}")
-
-
-def _of_remaining(routed: RoutedExperts | None, removed: int, path: str, name: str, value: Any) -> Any:
-    """Return a property of a layer's module once some routed experts are removed.
+def _remaining(routed: RoutedExperts | None, removed: int, path: str, name: str, value: Any) -> Any:
+    """Return an attribute of a layer's module once some routed experts are removed.
 
     Args:
-        path, name: path of the module below the layer, and name of its parameter or attribute.
-        value: property before the removal: the shape of a parameter, or an attribute's value.
+        path, name: path of the module below the layer, and name of its attribute.
+        value: value before the removal.
     """
-    if routed is None:
-        return value
-    if isinstance(value, tuple):
-        return routed.shape_without(f"{path}.{name}", value, removed)
-    is_count = name == COUNT and path in (routed.block, routed.router, routed.experts) and value == routed.number
-    return routed.number - removed if is_count else value
+    places = (routed.block, routed.router, routed.experts) if routed else ()
+    is_count = routed and name == COUNT and path in places and value == routed.number
+    return value - removed if is_count else value
 
 
-def _other_layers(model: nn.Module, plan: Plan) -> str:
-    """Return a hint that names the model's list of layers, or an empty text if the plan's path names a module.
-
-    The hint is empty, too, unless exactly one list has as many layers as the plan.
-    """
-    modules = dict(model.named_modules())
-    lists = [path for path, part in modules.items() if isinstance(part, nn.ModuleList) and len(part) == plan.num_layers]
-    return f"Set `layers: {lists[0]}` in the plan." if len(lists) == 1 and plan.layers not in modules else ""
-
-
-def _layer_properties(layer: nn.Module, index: int) -> Iterator[tuple[str, str, Any]]:
-    """Yield (module path, property, value) for all properties of a layer except its own index."""
+def _layer_properties(layer: nn.Module, index: int) -> dict[tuple[str, str], Any]:
+    """Return kinds and attributes of a layer's modules by path and name, without the layer's own index."""
+    properties: dict[tuple[str, str], Any] = {}
     for path, module in layer.named_modules():
-        yield path, "kind", type(module).__name__
-        for name, parameter in sorted(module._parameters.items()):
-            yield path, name, None if parameter is None else tuple(parameter.shape)
+        properties[path, "kind"] = type(module).__name__
         for name, value in sorted(vars(module).items()):
             is_index = is_own_index(name, value, index)
             if not name.startswith("_") and not is_index and isinstance(value, (int, float, str, bool, tuple)):
-                yield path, name, value
+                properties[path, name] = value
+    return properties
 
 
 def _require_same_classes(whole: Any, less: Any, plan: Plan, settings: Settings) -> None:
-    """Require that each class that opens the original also opens the pruned checkpoint, with the same parameters.
+    """Require that each class that opens the original also opens the pruned checkpoint, with the same layers.
+
+    Parameters have the names and shapes that they had, and modules of layers the same kinds and attributes.
 
     Raises:
-        PlanError: the message names the class, and the first parameter that would be missing or of another shape.
+        PlanError: the message names the class and the first parameter that would be missing or of another shape, or the
+            layer and the first attribute that would differ; or no class has the plan's layers.
     """
+    is_compared = False
     for auto in auto_classes(whole):
         before = skeleton_by(auto, whole, settings)
         layers = before is not None and dict(before.named_modules()).get(list_path(before, plan))
@@ -224,8 +187,8 @@ def _require_same_classes(whole: Any, less: Any, plan: Plan, settings: Settings)
             continue
         if (after := skeleton_by(auto, less, settings)) is None:
             raise _changed_model_error(whole, f"{auto.__name__}, which opens the original, would not open it")
-        place = list_path(before, plan)
-        names = LayerNames(plan, (place,), (), routed_layers(before, plan))
+        place, routed = list_path(before, plan), routed_layers(before, plan)
+        names = LayerNames(plan, (place,), (), routed)
         expected = {
             new: names.remaining_shape(name, shape)
             for name, shape in _shapes(before)
@@ -237,6 +200,26 @@ def _require_same_classes(whole: Any, less: Any, plan: Plan, settings: Settings)
             raise _changed_model_error(
                 whole, f"in {auto.__name__}, {different[0]} would have the shape {other} for {shape}"
             )
+        for index, old in enumerate(plan.keep):
+            removed, now = len(plan.experts.get(old, ())), _layer_properties(after.get_submodule(place)[index], index)
+            was = {
+                at: _remaining(routed.get(old), removed, *at, value)
+                for at, value in _layer_properties(layers[old], old).items()
+            }
+            for at in {**was, **now}:
+                if was.get(at) != now.get(at):
+                    change = f"{' '.join(at)} {now.get(at)!r} for {was.get(at)!r}"
+                    raise _changed_model_error(whole, f"layer {old} would have {change} as layer {index}")
+        is_compared = True
+    if not is_compared:
+        modules = dict(without_head(skeleton(whole, settings, torch.float32)).named_modules())
+        number = plan.num_layers
+        fitting = [path for path, m in modules.items() if isinstance(m, nn.ModuleList) and len(m) == number]
+        is_clear = len(fitting) == 1 and plan.layers not in modules
+        raise PlanError(
+            f"The layers of a {whole.model_type} are not the {number} modules of '{plan.layers}', each on its own.",
+            f"Set `layers: {fitting[0]}` in the plan." if is_clear else "None can be taken out of a checkpoint.",
+        )
 
 
 def _shapes(model: Any) -> Iterator[tuple[str, tuple[int, ...]]]:

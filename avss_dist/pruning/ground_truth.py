@@ -249,8 +249,7 @@ def repeated_command(verb: str, store: Warehouse, run: Mapping[str, Any], *optio
     Args:
         options: what to measure, as words of the command line.
     """
-    hub_commit = len(run["revision"] or "") == 40
-    model = f"{run['model']}@{run['revision']}" if hub_commit else run["model"]
+    model = f"{run['model']}@{run['revision']}" if len(run["revision"] or "") == 40 else run["model"]  # a hub commit
     words = [model, "--corpus", run["corpus"], "--warehouse", store.root]
     return " ".join(["avss", verb, *map(shlex.quote, words), *repeated_options(run), *options])
 

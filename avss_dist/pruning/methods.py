@@ -83,8 +83,9 @@ class Experiment:
 
     def __post_init__(self) -> None:
         if self.fitted and not self.repair_corpora:
-            message = f"`repairs` {self.fitted[0]} needs text to be fitted on."
-            raise ConfigError(message, "Name it with `repair_corpora`.")
+            raise ConfigError(
+                f"`repairs` {self.fitted[0]} needs text to be fitted on.", "Name it with `repair_corpora`."
+            )
 
     @property
     def fitted(self) -> Sequence[str]:
@@ -166,6 +167,7 @@ def choices(experiment: Experiment, rows: Sequence[Mapping[str, Any]]) -> list[C
             controls = [*plain, *highest, *ends] if reading in (None, PUBLISHED) else plain
             methods += [{"by": score, "reading": reading, **control} for control in controls]
     methods += [{"by": LAST}] if experiment.last else []
-    random = range(experiment.random)
-    methods += [{"by": RANDOM, "seed": seed, **control} for seed in random for control in [*plain, *ends]]
+    methods += [
+        {"by": RANDOM, "seed": seed, **control} for seed in range(experiment.random) for control in [*plain, *ends]
+    ]
     return [Choice(**method, share=share) for method, share in product(methods, experiment.shares)]

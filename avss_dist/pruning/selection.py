@@ -78,15 +78,17 @@ class Choice:
         if self.by == RANDOM:
             return np.random.default_rng(self.seed).permutation(count_layers(rows)).astype(np.float64)
         if self.by == LAST:  # low for the last layers, except for the final one, which has the highest
-            places = np.arange(count_layers(rows), 0, -1, dtype=np.float64)
-            places[-1] = len(places) + 1
-            return places
+            count = count_layers(rows)
+            return np.array([*range(count, 1, -1), count + 1], np.float64)
         if self.by in MEASURED or self.by not in SCORES:
             return truth[self.by]
         column = SCORES[self.by].column
         reading = self.reading or reading_of(rows[0])
-        wanted = [row for row in rows if reading_of(row) == reading]
-        values = {row["layer"]: None if self.by == "avss" and row["rank"] is None else row[column] for row in wanted}
+        values = {
+            row["layer"]: None if self.by == "avss" and row["rank"] is None else row[column]
+            for row in rows
+            if reading_of(row) == reading
+        }
         return np.array([value for _, value in sorted(values.items())], np.float64)  # None is NaN
 
     def drop_block(self, distances: Mapping[tuple[int, ...], float], layers: int) -> tuple[int, ...]:
@@ -96,8 +98,7 @@ class Choice:
             PlanError: as `drop`, or a distance is missing.
         """
         number, candidates = self.number(layers), self.unprotected(layers)
-        starts = range(candidates.start, candidates.stop - number + 1)
-        blocks = [tuple(range(start, start + number)) for start in starts]
+        blocks = [tuple(candidates[place : place + number]) for place in range(len(candidates) - number + 1)]
         if missing := [block for block in blocks if not np.isfinite(distances.get(block, np.nan))]:
             raise PlanError(
                 f"Layers {missing[0][0]} to {missing[0][-1]} have no measurement '{self.by}'.", "Measure it again."
@@ -110,8 +111,7 @@ class Choice:
         Raises:
             PlanError: no layer would remain, none would be dropped, or a score is missing.
         """
-        values = np.asarray(scores, np.float64)
-        values = -values if self.highest else values
+        values = np.asarray(scores, np.float64) * (-1 if self.highest else 1)
         if not np.isfinite(values).all():
             missing = ", ".join(map(str, np.flatnonzero(~np.isfinite(values))))
             raise PlanError(f"Layers {missing} have no score '{self.by}'.", "Choose by another score or recipe.")

@@ -7,8 +7,9 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Collection, Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -41,7 +42,7 @@ class StoredWeights:
     """Tensors of a checkpoint's files. Those of layers are named ``{prefix}.{layer}.{path}``.
 
     Attributes:
-        files: tensors by file.
+        tensors: tensors by name, those of a file after each other.
         prefix: name of the layer list in the files.
         plan: plan whose layers and experts are dropped.
         rows: rows of the remaining experts, by the name of each tensor that has a row for each expert.
@@ -49,7 +50,7 @@ class StoredWeights:
             for each expert, or one for each expert, in their order.
     """
 
-    files: Mapping[Path, Mapping[str, StoredTensor]]
+    tensors: Mapping[str, StoredTensor]
     prefix: str
     plan: Plan
     rows: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
@@ -63,25 +64,18 @@ class StoredWeights:
             PlanError: it is unclear which tensors are the plan's layers or experts, or an expert cannot be dropped.
             ModelError: a file cannot be read.
         """
-        files = {file: {tensor.name: tensor for tensor in tensors_of(file)} for file in weight_files(checkpoint.folder)}
-        stored = {name: tensor for tensors in files.values() for name, tensor in tensors.items()}
+        stored = {tensor.name: tensor for file in weight_files(checkpoint.folder) for tensor in tensors_of(file)}
         inside = re.compile(rf"((?:.*\.)?{re.escape(plan.layers)})\.(\d+)\..*")
         matches = filter(None, map(inside.fullmatch, stored))
         prefixes = _complete_lists(plan, ((match[1], int(match[2])) for match in matches))
         has_experts = bool(plan.experts) or any("experts." in name for name in stored)
         if len(prefixes) == 1 and not has_experts:
-            return cls(files, prefixes[0], plan)
+            return cls(stored, prefixes[0], plan)
         config = text_config(checkpoint, trust_remote_code=settings.trust_remote_code)
         model = skeleton(config, settings, torch.float32)
         prefix = prefixes[0] if len(prefixes) == 1 else _renamed_prefix(checkpoint, plan, stored, model)
-        rows, fused = _find_experts(checkpoint, plan, stored, prefix, model) if has_experts else ({}, {})
-        ordered = {parameter: dict(sorted(tensors)) for parameter, tensors in fused.items()}
-        experts = {
-            parameter: tuple(names.values())
-            for parameter, names in ordered.items()  # several tensors of an expert are no parameter of it
-            if [*names] in ([-1], [*range(len(fused[parameter]))])
-        }
-        return cls(files, prefix, plan, rows, experts)
+        rows, experts = _find_experts(checkpoint, plan, stored, prefix, model) if has_experts else ({}, {})
+        return cls(stored, prefix, plan, rows, experts)
 
     def names(self, parameter: Parameter) -> tuple[str, ...]:
         """Return the names of the tensors that hold a layer's parameter: one, or one for each expert in order."""
@@ -89,11 +83,11 @@ class StoredWeights:
 
     def read(self, parameter: Parameter) -> torch.Tensor | None:
         """Read a layer's parameter as it is stored. Return None if the files have none of its name and one dtype."""
-        names = {*self.names(parameter)}
-        stored = {name: tensor for tensors in self.files.values() for name, tensor in tensors.items() if name in names}
-        if len(stored) < len(names) or len({tensor.dtype for tensor in stored.values()}) > 1:
+        names = self.names(parameter)
+        stored = [self.tensors[name] for name in names if name in self.tensors]
+        if len(stored) < len(names) or len({tensor.dtype for tensor in stored}) > 1:
             return None
-        values = [read_tensor(stored[name]) for name in self.names(parameter)]
+        values = [*map(read_tensor, stored)]
         return values[0] if len(values) == 1 else torch.stack(values)
 
 
@@ -111,8 +105,8 @@ def _renamed_prefix(checkpoint: Checkpoint, plan: Plan, names: Collection[str], 
     Raises:
         PlanError: it is unclear.
     """
-    named, target = Naming(model).renamed, re.compile(rf"{re.escape(list_path(model, plan))}\.(\d+)\.")
-    renamed = ((name, match[1]) for name in names if (match := target.match(named(name))))
+    rename, target = Naming(model).renamed, re.compile(rf"{re.escape(list_path(model, plan))}\.(\d+)\.")
+    renamed = ((name, match[1]) for name in names if (match := target.match(rename(name))))
     places = ((name, place, layer) for name, layer in renamed for place in re.finditer(rf"\.{layer}\.", name))
     prefixes = _complete_lists(plan, ((name[: place.start()], int(layer)) for name, place, layer in places))
     if len(prefixes) != 1:
@@ -158,28 +152,30 @@ def routed_layers(model: Any, plan: Plan) -> dict[int, RoutedExperts]:
 
 def _find_experts(
     checkpoint: Checkpoint, plan: Plan, stored: Mapping[str, StoredTensor], prefix: str, model: Any
-) -> tuple[dict[str, tuple[int, ...]], dict[Parameter, list[tuple[int, str]]]]:
+) -> tuple[dict[str, tuple[int, ...]], dict[Parameter, tuple[str, ...]]]:
     """Find the stored tensors of routed experts.
 
     Returns:
-        `StoredWeights.rows`, and of each parameter that holds all experts of a layer in the model the tensors that it
-        is made of: the index of the expert, -1 for a tensor of all, and the name.
+        `StoredWeights.rows` and `StoredWeights.experts`.
 
     Raises:
         PlanError: the stored tensors of a layer's experts are not one for each expert, nor rows of one tensor.
     """
     routed = routed_layers(model, plan) if plan.experts else {}
     rows: dict[str, tuple[int, ...]] = {}
-    fused: dict[Parameter, list[tuple[int, str]]] = {}
+    fused: dict[Parameter, list[tuple[int, str]]] = {}  # index of the expert, -1 for a tensor of all, and name
     stored_experts: dict[int, set[int]] = {layer: set() for layer in routed}
-    for name, layer, path, expert in _tensors_of_layers(stored, prefix, model, plan):
+    inside = re.compile(rf"{re.escape(prefix)}\.(\d+)\.(.*)")
+    target = re.compile(rf"{re.escape(list_path(model, plan))}\.\d+\.(.*)")
+    rename = Naming(model).renamed
+    for name, match in ((name, match) for name in stored if (match := inside.fullmatch(name))):
+        layer, parameter, expert = int(match[1]), target.fullmatch(rename(name)), _EXPERT.fullmatch(match[2])
+        path, experts = parameter[1] if parameter else match[2], routed.get(layer)
         if _FUSED.fullmatch(path):
-            fused.setdefault((layer, path), []).append((-1 if expert is None else expert, name))
-        if (experts := routed.get(layer)) is None:
-            continue
-        if expert is not None:
-            stored_experts[layer].add(expert)
-        elif experts.has_row_for_each(path):
+            fused.setdefault((layer, path), []).append((int(expert[2]) if expert else -1, name))
+        if experts and expert:
+            stored_experts[layer].add(int(expert[2]))
+        elif experts and experts.has_row_for_each(path):
             if (shape := stored[name].shape)[:1] != (experts.number,):
                 raise _unknown_experts(f"'{name}' has the shape {shape}", checkpoint, layer, experts)
             rows[name] = tuple(i for i in range(experts.number) if i not in plan.experts[layer])
@@ -188,23 +184,12 @@ def _find_experts(
     for layer, indices in stored_experts.items():
         if indices != {*range(routed[layer].number)}:
             raise _unknown_experts(f"{len(indices)} have known names", checkpoint, layer, routed[layer])
-    return rows, fused
-
-
-def _tensors_of_layers(
-    stored: Iterable[str], prefix: str, model: Any, plan: Plan
-) -> Iterator[tuple[str, int, str, int | None]]:
-    """Yield the name of each stored tensor of a layer, the index of the layer, the path of its parameter, its expert.
-
-    The path is that below the layer in the model. The expert is None for a tensor that is not one expert's.
-    """
-    inside = re.compile(rf"{re.escape(prefix)}\.(\d+)\.(.*)")
-    target = re.compile(rf"{re.escape(list_path(model, plan))}\.\d+\.(.*)")
-    named = Naming(model).renamed
-    for name in stored:
-        if match := inside.fullmatch(name):
-            parameter, expert = target.fullmatch(named(name)), _EXPERT.fullmatch(match[2])
-            yield name, int(match[1]), parameter[1] if parameter else match[2], int(expert[2]) if expert else None
+    ordered = {parameter: dict(sorted(tensors)) for parameter, tensors in fused.items()}
+    return rows, {
+        parameter: tuple(names.values())
+        for parameter, names in ordered.items()  # several tensors of an expert are no parameter of it
+        if [*names] in ([-1], [*range(len(fused[parameter]))])
+    }
 
 
 def _unknown_experts(what: str, checkpoint: Checkpoint, layer: int, experts: RoutedExperts) -> PlanError:
@@ -234,9 +219,9 @@ def copy_weights(checkpoint: Checkpoint, weights: StoredWeights, replaced: Patch
                 values[new] = part[list(weights.rows[name])] if name in weights.rows else part
     places: dict[str, str] = {}
     size = 0
-    for file, stored in weights.files.items():
-        names = {name: new for name in stored if (new := renumbered(name, weights.prefix, weights.plan)) is not None}
-        if names:
+    for file, stored in groupby(weights.tensors.values(), key=lambda tensor: tensor.file):
+        new_names = ((tensor.name, renumbered(tensor.name, weights.prefix, weights.plan)) for tensor in stored)
+        if names := {name: new for name, new in new_names if new is not None}:
             place = file.relative_to(checkpoint.folder)
             (folder / place).parent.mkdir(parents=True, exist_ok=True)
             size += copy_tensors(file, folder / place, names, weights.rows)
@@ -244,7 +229,7 @@ def copy_weights(checkpoint: Checkpoint, weights: StoredWeights, replaced: Patch
             for tensor in tensors_of(folder / place):
                 if tensor.name in values:
                     overwrite_tensor(tensor, values[tensor.name])
-    if [file.name for file in weights.files] != ["model.safetensors"]:
+    if {*places.values()} != {"model.safetensors"}:
         index = {"metadata": {"total_size": size}, "weight_map": dict(sorted(places.items()))}
         (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
     return size

@@ -505,9 +505,9 @@ def tokens_needed(checkpoint: Checkpoint, repair: str, settings: Settings) -> in
         )
     plan = Plan(model=checkpoint.name, num_layers=len(layers), layers=path, drop=(0,))
     weights = StoredWeights.of_checkpoint(checkpoint, plan, settings)
-    stored = {tensor.name: tensor.dtype for tensors in weights.files.values() for tensor in tensors.values()}
     names = [weights.names((layer, path))[0] for layer, (path, *_) in changed.items()]
-    dtypes = [DTYPES[stored[name]] for name in names if stored.get(name) in DTYPES]
+    stored = {name: weights.tensors[name].dtype for name in names if name in weights.tensors}
+    dtypes = [DTYPES[dtype] for dtype in stored.values() if dtype in DTYPES]
     if not any(dtype.is_floating_point and dtype.itemsize > 1 for dtype in dtypes):
         form = f"as {stored[names[0]]}" if names[0] in stored else "under other names"
         raise RepairError(
