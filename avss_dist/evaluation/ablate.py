@@ -1,28 +1,31 @@
-"""Ablation: the effect of each layer of a model on its loss, the ground truth for scores."""
+"""Ablation: the effect of each layer of a model, and of rounded weights, on its loss, the ground truth for scores."""
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
 
-from avss_dist.core.intervention import NO_INTERVENTION, PARTS, Removals, Sublayer, layer_of
-from avss_dist.core.names import LOSS, SUBLAYER_LOSS
-from avss_dist.core.registry import DAMAGE_TASK, SCORES, metrics_of
+from avss_dist.analysis.scorecard import reliability
+from avss_dist.core.intervention import (
+    NO_INTERVENTION,
+    PARTS,
+    Removals,
+    RoundedPlace,
+    Sublayer,
+    layer_of,
+    parse_rounded,
+)
+from avss_dist.core.names import BITS_PER_WEIGHT, LOSS, NUM_WEIGHTS, ROUNDED_LOSS, ROUNDING_TASK, SUBLAYER_LOSS
+from avss_dist.core.registry import DAMAGE_TASK, ROUNDING_ESTIMATES, SCORES, metrics_of
 from avss_dist.core.results import TabularResult
+from avss_dist.core.settings import fingerprint
 from avss_dist.core.text import RedactedURI
 from avss_dist.corpus.shards import CorpusPlan
-from avss_dist.evaluation.sensitivity import (
-    Sensitivity,
-    agreement_of,
-    increase_over,
-    is_of_rounding,
-    rounding_tasks,
-    sensitivity,
-)
 from avss_dist.evaluation.session import (
     EvaluationSession,
     PlacedModel,
@@ -39,6 +42,7 @@ from avss_dist.requests import AblateRequest
 from avss_dist.stats.intervals import MINIMUM_UNITS, jackknife_interval
 from avss_dist.tasks.backward import Gradients
 from avss_dist.tasks.damage import Damage
+from avss_dist.tasks.map_damage import RoundedLosses, RoundingDamage
 from avss_dist.tasks.shapley import SHAPLEY, SHARED, Shapley
 from avss_dist.tasks.task import Result, Task
 from avss_dist.tasks.text_loss import LeaveOneOut
@@ -48,27 +52,51 @@ PERMUTATIONS_PER_CELL = 4
 ESTIMATED = ("taylor", "gradient_l1", "gradient_l2", "weight_frobenius", *metrics_of("damage"))
 
 
+@dataclass(frozen=True, kw_only=True, repr=False)
+class Sensitivity(TabularResult):
+    """Effect of rounded weights on the loss of a model.
+
+    Attributes:
+        rows: rows of the table: layers, each followed by its linear maps, of each format.
+        reliability: agreement of the measured order of layers with that on other text of the same size, by format
+            (`scorecard.reliability`); NaN if it was not measured.
+    """
+
+    model: str
+    corpus: str
+    rows: Sequence[Mapping[str, Any]]
+    reliability: Mapping[str, float]
+
+    _bars = ("increase", "predicted")
+
+    def table(self) -> pa.Table:
+        """Return a table with a row for each format, layer and map. ``map`` is null for whole layers.
+
+        Its columns are the loss, its increase over that of the whole model, paired by sequence, and the results of
+        `map_damage.RoundingDamage`, with standard errors that are null for a single sample.
+        """
+        return pa.Table.from_pylist(list(self.rows))
+
+    def summary(self) -> str:
+        """Return the formats, the model and the text, in a line."""
+        return f"{', '.join(self.reliability)}: {self.model} on {self.corpus}"
+
+
 @dataclass(frozen=True, kw_only=True)
 class LayerAblation:
     """Measurements of a layer.
 
     Attributes:
-        loss: loss without the layer, in nats per token.
-        increase: increase of the loss over that of the whole model, paired by sequence.
-        sublayers: increase without its ``attention`` alone, and without its ``mlp`` alone.
-        shapley: Shapley value of the layer, with a sample for each permutation.
-        shapley_shared: 1 for each permutation that was truncated before the layer, else 0; None without truncation.
-        estimates: results of `backward.Gradients` and `damage.Damage`, by metric.
+        results: what was measured, by name: the ``loss`` without the layer, in nats per token; its ``increase`` over
+            that of the whole model, paired by sequence, and that without its ``attention`` alone and its ``mlp`` alone;
+            the Shapley value, ``shapley``, with a sample for each permutation; ``shapley_shared``, 1 for each
+            permutation that was truncated before the layer, else 0; results of `backward.Gradients` and
+            `damage.Damage`, by metric.
         damage: mean of the layer's ranks by the two estimates that `registry.metrics_of` names; 1 is the lowest.
     """
 
     layer: int
-    loss: Result | None
-    increase: Result | None
-    sublayers: Mapping[str, Result]
-    shapley: Result | None
-    shapley_shared: Result | None
-    estimates: Mapping[str, Result]
+    results: Mapping[str, Result]
     damage: float | None = None
 
 
@@ -96,9 +124,11 @@ class Ablation(TabularResult):
     @property
     def permutations(self) -> tuple[int, int]:
         """Number of truncated permutations of the Shapley values, and number of all permutations."""
-        number = max((len(layer.shapley.samples) for layer in self.layers if layer.shapley), default=0)
-        shared = [layer.shapley_shared.samples for layer in self.layers if layer.shapley_shared]
-        return int(np.any(shared, axis=0).sum()) if shared else 0, number
+        shapley, shared = (
+            [layer.results[name].samples for layer in self.layers if name in layer.results]
+            for name in (SHAPLEY, SHARED)
+        )
+        return int(np.any(shared, axis=0).sum()) if shared else 0, max(map(len, shapley), default=0)
 
     def table(self) -> pa.Table:
         """Return a table with a row for each layer, with null for values that were not measured."""
@@ -110,24 +140,25 @@ class Ablation(TabularResult):
 
 
 def _row(layer: LayerAblation) -> dict[str, Any]:
-    predicted = layer.estimates.get(metrics_of("predicted")[0])
-    shapley, low, high = layer.shapley, None, None
+    values = {name: result.value for name, result in layer.results.items()}
+    errors = {name: result.stderr for name, result in layer.results.items()}
+    shapley, low, high = layer.results.get(SHAPLEY), None, None
     if shapley is not None and len(shapley.samples) >= MINIMUM_UNITS:  # over permutations
         low, high = map(float, jackknife_interval(np.array(shapley.value), shapley.left_out))
     return {
         "layer": layer.layer,
-        "loss": getattr(layer.loss, "value", None),
-        "increase": getattr(layer.increase, "value", None),
-        "increase_stderr": getattr(layer.increase, "stderr", None),
-        **{part: getattr(layer.sublayers.get(part), "value", None) for part in PARTS},
-        **{f"{part}_stderr": getattr(layer.sublayers.get(part), "stderr", None) for part in PARTS},
-        "shapley": getattr(layer.shapley, "value", None),
+        "loss": values.get(LOSS),
+        "increase": values.get("increase"),
+        "increase_stderr": errors.get("increase"),
+        **{part: values.get(part) for part in PARTS},
+        **{f"{part}_stderr": errors.get(part) for part in PARTS},
+        "shapley": values.get(SHAPLEY),
         "shapley_low": low,
         "shapley_high": high,
-        "shapley_shared": getattr(layer.shapley_shared, "value", None),
+        "shapley_shared": values.get(SHARED),
         "damage": layer.damage,
-        **{name: getattr(layer.estimates.get(name), "value", None) for name in ESTIMATED},
-        "predicted_stderr": getattr(predicted, "stderr", None),
+        **{name: values.get(name) for name in ESTIMATED},
+        "predicted_stderr": errors.get(metrics_of("predicted")[0]),
     }
 
 
@@ -150,15 +181,15 @@ def ablate(request: AblateRequest) -> Ablation:
         text = plan_text(checkpoint, corpus, model.settings)
         _require_intended(request, model, text)
         results = session.measure({model.plan(task): [NO_INTERVENTION] for task in _tasks(request, corpus, text)})
-    by_task = [(planned.task, task_results) for planned, task_results in results.items()]
-    removals = [result for task, task_results in by_task if not is_of_rounding(task) for result in task_results]
-    return _ablation(str(request.model), corpus, removals, sensitivity(request, corpus, by_task))
+    removed, rounded = list[Result](), list[Result]()
+    for planned, measured in results.items():
+        (rounded if planned.task.name.startswith((ROUNDING_TASK, ROUNDED_LOSS)) else removed).extend(measured)
+    return _ablation(str(request.model), corpus, removed, _sensitivity(request, corpus, rounded))
 
 
 def _require_intended(request: AblateRequest, model: PlacedModel, text: CorpusPlan) -> None:
     """Refuse more than `MOST_PASSES` forward passes unless ``allow_many`` is set."""
-    code = model.settings.trust_remote_code
-    config = text_config(model.checkpoint, trust_remote_code=code).get_text_config()
+    config = text_config(model.checkpoint, trust_remote_code=model.settings.trust_remote_code).get_text_config()
     layers = getattr(config, "num_hidden_layers", None) or 1
     batches = text.num_batches(model.settings.batch_size)
     removals = request.leave_one_out + len(PARTS) * request.sublayers + request.shapley
@@ -190,38 +221,75 @@ def _tasks(request: AblateRequest, corpus: RedactedURI, text: CorpusPlan) -> Ite
         )
     if request.damage:
         yield Task(name=f"{DAMAGE_TASK}{corpus}", parts=tuple(Damage(shard=shard) for shard in text.shards))
-    yield from rounding_tasks(request, corpus, text)
+    read = {"text": fingerprint(shards=[shard.content_hash for shard in text.shards])}
+    if request.formats:
+        damage = tuple(RoundingDamage(shard=s, formats=request.formats) for s in text.shards)
+        yield Task(name=f"{ROUNDING_TASK}{corpus}", parts=damage, options=read)
+    for name in request.formats if request.rounded_layers else ():
+        layers = tuple(RoundedLosses(shard, name) for shard in text.shards)
+        yield Task(name=f"{ROUNDED_LOSS}{name}:{corpus}", parts=layers, options=read)
 
 
 def _ablation(model: str, corpus: str, results: Iterable[Result], rounded: Sensitivity | None) -> Ablation:
     """Return the measurements of every layer, from the results of all tasks."""
     losses: dict[Removals, Result] = {}
-    estimates: dict[int, dict[str, Result]] = {}
+    by_layer: defaultdict[int, dict[str, Result]] = defaultdict(dict)
     for result in results:
         if result.metric == LOSS:
             losses[result.removed] = result
-        if result.removed and result.metric == LOSS:
-            estimates.setdefault(layer_of(result.removed[0]), {})
         elif result.layer is not None and not result.removed:
-            estimates.setdefault(result.layer, {})[result.metric] = result
-    whole = losses.get(())
-    values = [(name, layer, result.value) for layer, by_name in estimates.items() for name, result in by_name.items()]
+            by_layer[result.layer][result.metric] = result
+    whole = losses.pop((), None)
+    for (removed, *_), loss in losses.items():
+        increase = _increase_over(whole, loss)
+        measured = {removed.part: increase} if isinstance(removed, Sublayer) else {LOSS: loss, "increase": increase}
+        by_layer[layer_of(removed)] |= {name: result for name, result in measured.items() if result}
+    values = [(name, layer, result.value) for layer, by_name in by_layer.items() for name, result in by_name.items()]
     ranks = mean_ranks("damage", values)
-
     layers = [
-        LayerAblation(
-            layer=layer,
-            loss=losses.get((layer,)),
-            increase=increase_over(whole, losses.get((layer,))),
-            sublayers={
-                part: value for part in PARTS if (value := increase_over(whole, losses.get((Sublayer(layer, part),))))
-            },
-            shapley=by_name.pop(SHAPLEY, None),
-            shapley_shared=by_name.pop(SHARED, None),
-            estimates=by_name,
-            damage=ranks.get(layer),
-        )
-        for layer, by_name in sorted(estimates.items())
+        LayerAblation(layer=layer, results=by_name, damage=ranks.get(layer))
+        for layer, by_name in sorted(by_layer.items())
     ]
-    agreement = agreement_of(layer.increase for layer in layers)
+    agreement = _agreement_of(layer.results.get("increase") for layer in layers)
     return Ablation(model=model, corpus=corpus, whole=whole, layers=layers, reliability=agreement, sensitivity=rounded)
+
+
+def _sensitivity(request: AblateRequest, corpus: str, results: Iterable[Result]) -> Sensitivity | None:
+    """Return the effect of rounded weights from the results of the tasks of rounding, or None without formats."""
+    if not request.formats:
+        return None
+    by_place: dict[RoundedPlace, dict[str, Result]] = {}
+    whole: Result | None = None
+    for result in results:
+        if (place := parse_rounded(result.intervention.rounding or "")) is None:
+            whole = result
+        else:
+            by_place.setdefault(place, {})[result.metric] = result
+    places = sorted(by_place, key=lambda at: (request.formats.index(at.format), at.layer, at.path or ""))
+    increases = {place: _increase_over(whole, by_place[place].get(LOSS)) for place in places}
+    rows = []
+    for place in places:
+        measured = by_place[place]
+        row: dict[str, Any] = {"format": place.format, "layer": place.layer, "map": place.path}
+        row |= {name: getattr(measured.get(name), "value", None) for name in (NUM_WEIGHTS, BITS_PER_WEIGHT, LOSS)}
+        with_errors = {"increase": increases[place], **{name: measured.get(name) for name in ROUNDING_ESTIMATES}}
+        for name, effect in with_errors.items():
+            stderr = None if effect is None or np.isnan(effect.stderr) else effect.stderr
+            row |= {name: getattr(effect, "value", None), f"{name}_stderr": stderr}
+        rows.append(row)
+    agreement = {
+        name: _agreement_of(increases[place] for place in places if (place.format, place.path) == (name, None))
+        for name in request.formats
+    }
+    return Sensitivity(model=str(request.model), corpus=corpus, rows=rows, reliability=agreement)
+
+
+def _increase_over(whole: Result | None, loss: Result | None) -> Result | None:
+    """Return the increase of a loss over that of the whole model, paired by sample, or None if one is missing."""
+    return None if whole is None or loss is None else replace(loss, samples=loss.samples - whole.samples)
+
+
+def _agreement_of(increases: Iterable[Result | None]) -> float:
+    """Return the agreement of layers' increases with those on other text of the same size. NaN without any."""
+    measured = [increase.samples for increase in increases if increase is not None]
+    return reliability(np.stack(measured, axis=1)) if measured else float("nan")

@@ -322,18 +322,13 @@ def test_plans_need_the_ablation_and_evaluate_to_its_losses(tiny_llama: Path, tm
             [str(plan)], tasks=[f"perplexity:{TEXT}"], warehouse=warehouse, skip_sequences=6, **SMALL
         )
         (dropped,) = evaluated.subject.intervention.removed
-        values = {
-            "loss": [layer.increase for layer in found.layers],
-            "shapley": [layer.shapley for layer in found.layers],
-            "taylor": [layer.estimates["taylor"] for layer in found.layers],
-        }[by]
-        assert dropped == int(np.argmin([result.value for result in values if result]))
-        assert np.array_equal(evaluated.result.samples, found.layers[dropped].loss.samples)  # type: ignore[union-attr]
-    layer = found.layers[1]
-    assert layer.loss is not None and layer.increase is not None
-    assert layer.increase.value == pytest.approx(layer.loss.value - found.whole.value)
-    difference = layer.loss.samples / layer.loss.weights - found.whole.samples / found.whole.weights
-    assert layer.increase.stderr == pytest.approx(difference.std(ddof=1) / math.sqrt(len(difference)))
+        name = "increase" if by == "loss" else by
+        assert dropped == int(np.argmin([layer.results[name].value for layer in found.layers]))
+        assert np.array_equal(evaluated.result.samples, found.layers[dropped].results["loss"].samples)
+    loss, increase = (found.layers[1].results[name] for name in ("loss", "increase"))
+    assert increase.value == pytest.approx(loss.value - found.whole.value)
+    difference = loss.samples / loss.weights - found.whole.samples / found.whole.weights
+    assert increase.stderr == pytest.approx(difference.std(ddof=1) / math.sqrt(len(difference)))
     rows = [row for row in Warehouse(warehouse).table("evaluations").to_pylist() if row["task"] == f"gradients:{TEXT}"]
     assert {row["metric"] for row in rows} == {"taylor", "gradient_l1", "gradient_l2", "weight_frobenius"}
     assert {row["num_samples"] for row in rows if row["metric"] == "taylor"} == {6}

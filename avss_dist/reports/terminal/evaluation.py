@@ -10,7 +10,7 @@ from rich.console import Group, RenderableType
 from rich.text import Text
 
 from avss_dist.analysis.verdict import metric_format, readable_value
-from avss_dist.core.intervention import count_removed, describe_removed
+from avss_dist.core.intervention import PARTS, count_removed, describe_removed
 from avss_dist.core.names import LOSS
 from avss_dist.core.registry import metrics_of
 from avss_dist.core.text import count_of, describe_count, printable
@@ -29,10 +29,9 @@ from avss_dist.stats.metrics import NO_INTERVAL
 from avss_dist.stats.rankings import count_lowest
 
 if TYPE_CHECKING:
-    from avss_dist.evaluation.ablate import Ablation
+    from avss_dist.evaluation.ablate import Ablation, Sensitivity
     from avss_dist.evaluation.evaluate import Evaluations
     from avss_dist.evaluation.search import SearchResult
-    from avss_dist.evaluation.sensitivity import Sensitivity
 
 (PROPAGATED,), (PREDICTED,) = metrics_of("propagated"), metrics_of("predicted")
 _OF_LAYERS: Sequence[tuple[str, str, int, Callable[[dict[str, Any]], str]]] = (
@@ -103,9 +102,9 @@ def ablation_table(ablation: Ablation) -> FittedTable:
     number = count_lowest(len(ablation.layers))
     text = f"* the {'layer' if number == 1 else f'{number} layers'} with the lowest {first}. Losses, their increases "
     text += "and what is predicted of them are in nats per token."
-    if ablation.layers[0].sublayers:
+    if any(rows[0][part] is not None for part in PARTS):
         text += " Alone: the increase without that sublayer of the layer."
-    if ablation.layers[0].damage is not None:
+    if rows[0]["damage"] is not None:
         text += " Damage is the mean of the ranks by predicted and propagated."
     truncated, permutations = ablation.permutations
     if truncated:
@@ -114,7 +113,7 @@ def ablation_table(ablation: Ablation) -> FittedTable:
     if ablation.whole is not None:
         text += f" Loss of the whole model: {_with_error(ablation.whole.value, ablation.whole.stderr)}; the error of "
         text += "an increase is of the same sequences with and without the layer."
-    shapley = ablation.layers[0].shapley
+    shapley = ablation.layers[0].results.get("shapley")
     if shapley is not None and len(shapley.samples) < MINIMUM_UNITS:
         text += f" No interval of Shapley values: {count_of(len(shapley.samples), 'permutation')}, {MINIMUM_UNITS} are "
         text += "needed (--shapley)."
