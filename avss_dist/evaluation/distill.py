@@ -9,7 +9,7 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
-from avss_dist.core.errors import ConfigError, RunFailed, unwritable
+from avss_dist.core.errors import ConfigError, RunFailed, explain_unwritable
 from avss_dist.core.registry import LOWEST_SHARE
 from avss_dist.core.settings import ModelOptions, TextOptions, fingerprint
 from avss_dist.core.text import RedactedURI
@@ -37,19 +37,17 @@ def require_distillable(request: ShrinkRequest, checkpoint: Checkpoint) -> None:
     """
     if len(set(request.repair_texts)) < len(request.repair_texts):
         raise ConfigError("`repair_corpora` names a text twice.", "Name it once, with a weight: CORPUS=2.")
-    wanted = _distill_request(request, checkpoint.path, Path(request.output), {})
-    models = resolve_pair(wanted)
+    training = _distill_request(request, checkpoint.path, Path(request.output), {})
+    models = resolve_pair(training)
     size = footprint(checkpoint, models.settings)
-    if request.keep is None:
-        dropped = count_lowest(size.num_layers, request.share or LOWEST_SHARE)
-    else:
-        dropped = max(0, min(size.num_layers - 1, size.num_layers - request.first - request.last))
+    maximum = max(0, min(size.num_layers - 1, size.num_layers - request.first - request.last))
+    dropped = maximum if request.keep else count_lowest(size.num_layers, request.share or LOWEST_SHARE)
     settings = models.settings, models.teacher_settings
-    whole = estimate_memory(checkpoint, checkpoint, *settings, train=wanted.train, rank=wanted.lora_rank)
+    whole = estimate_memory(checkpoint, checkpoint, *settings, train=training.train, rank=training.lora_rank)
     require_memory(
         without_layers(whole, size, dropped),
         models.device.type,
-        wanted.train,
+        training.train,
         "Lower `sequence_length`, or leave out `distill_tokens` and distill the result with avss distill, which can "
         "train fewer weights. It loads both models whole on one device, whatever `partition` is.",
     )
@@ -70,17 +68,16 @@ def distill_student(
         AvssError: see `distillation.distill.distill`.
     """
     reading = {"max_sequences": rows - skip, "skip_sequences": skip, "held_out": held_out}
-    values = {**_reading(request), "tokens": request.distill_tokens, **reading}
-    values["corpora"] = [RedactedURI(text) for text in request.weighted_repair_texts]
-    values["student"] = resolve(str(student), trust_remote_code=request.settings.trust_remote_code).revision
-    name = Path(request.output).name  # that of the output, for run ids
-    folder = student.with_name(f"distilled-{fingerprint(**values)[:12]}") / name
+    revision = resolve(str(student), trust_remote_code=request.settings.trust_remote_code).revision
+    corpora = [RedactedURI(text) for text in request.weighted_repair_texts]
+    key = fingerprint(**_reading(request) | reading, tokens=request.distill_tokens, corpora=corpora, student=revision)
+    folder = student.with_name(f"distilled-{key[:12]}") / Path(request.output).name  # for run ids
     record = read_record(folder)
     if record is None or record.ended == DIVERGED:
         shutil.rmtree(folder, ignore_errors=True)
-        wanted = _distill_request(request, student, folder, {**reading, "on_event": on_event})
+        training = _distill_request(request, student, folder, {**reading, "on_event": on_event})
         try:
-            record = distill(wanted).record
+            record = distill(training).record
         except RunFailed as error:
             raise RunFailed(
                 f"{error.message} The checkpoint before distillation is in {student}.",
@@ -97,14 +94,12 @@ def publish_distilled(
     Raises:
         AvssError: a folder cannot be written.
     """
-    try:
+    with explain_unwritable(output, "Repair that, and run the same command again."):
         write_card(student, folder, record, evaluated)
         shutil.rmtree(student)
         folder.replace(output)
         for path in student.parent.glob("distilled-*"):
             shutil.rmtree(path)
-    except OSError as error:
-        raise unwritable(output, error, "Repair that, and run the same command again.") from error
     with suppress(OSError):  # the folder has files of the user
         student.parent.rmdir()
 

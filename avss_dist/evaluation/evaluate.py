@@ -157,8 +157,7 @@ def evaluate(request: EvaluateRequest) -> Evaluations:
         if not request.allow_overlap:
             _refuse_overlaps(subjects, planned, Warehouse(request.warehouse))
         texts = [text for (_, name), text in planned.items() if name.startswith(PERPLEXITY)]
-        compared = [(text, row_start_task(text.checkpoint, text.task, text.settings)) for text in texts]
-        row_starts = [replace(text, task=task) for text, task in compared if task]
+        row_starts = [*filter(None, map(row_start_task, texts))]
         work = {
             task: [NO_INTERVENTION, *(x.intervention for x in subjects if x.checkpoint.revision == revision)]
             for (revision, _), task in planned.items()
@@ -187,12 +186,10 @@ def _require_same_tokens(
 ) -> None:
     """Refuse a base model that reads a task in other tokens, because its samples cannot be paired."""
     for subject, name in product(subjects, tasks):
-        if subject.base is None:
-            continue
-        keys = {planned[model.revision, name].task.key for model in (subject.checkpoint, subject.base)}
+        keys = {planned[model.revision, name].task.key for model in (subject.checkpoint, subject.whole)}
         if len(keys) > 1:
             raise ConfigError(
-                f"{subject.base.name} and {subject.label} read {RedactedURI(name)} in different tokens.",
+                f"{subject.whole.name} and {subject.label} read {RedactedURI(name)} in different tokens.",
                 "Name the model that it was made of with `base`.",
             )
 
@@ -251,8 +248,7 @@ def _guess_findings(evaluations: Iterable[Evaluation]) -> Iterator[str]:
 def _row_start_findings(planned: PlannedTask, results: Sequence[Result]) -> list[str]:
     """Return a sentence for a text that is far likelier with another start of its rows."""
     losses = {result.metric: result.value for result in results if not result.removed}
-    corpus = planned.task.name.removeprefix(ROW_START)
-    warning = row_start_warning(losses, planned.checkpoint.name, corpus)
+    warning = row_start_warning(losses, planned.checkpoint.name, planned.task.name.removeprefix(ROW_START))
     return [warning[1]] if warning else []
 
 
@@ -388,14 +384,14 @@ def _with_bases(
         ConfigError: a base model is given, and all subjects are plans.
         AvssError: the given base model cannot be opened.
     """
-    checkpoints = [subject for subject in subjects if not subject.intervention]
-    bases: Mapping[Subject, Checkpoint | str | None]
-    if base is None:
-        bases = {subject: _base_of(subject, trust_remote_code=trust_remote_code) for subject in checkpoints}
-    elif not checkpoints:
+    if base is not None and all(subject.intervention for subject in subjects):
         raise ConfigError("`base` has no effect on plans, which name their own models.", "Leave it out.")
-    else:
-        bases = dict.fromkeys(checkpoints, resolve(str(base), trust_remote_code=trust_remote_code))
+    common = None if base is None else resolve(str(base), trust_remote_code=trust_remote_code)
+    bases = {
+        subject: common or _base_of(subject, trust_remote_code=trust_remote_code)
+        for subject in subjects
+        if not subject.intervention
+    }
     different = {
         subject: model
         for subject, model in bases.items()

@@ -7,7 +7,7 @@ once on every task and compared with the whole model on the same samples.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import closing, nullcontext
+from contextlib import closing
 from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
 from itertools import product
@@ -26,7 +26,7 @@ from avss_dist.core.text import RedactedURI
 from avss_dist.corpus.shards import CorpusPlan
 from avss_dist.distillation.curve import ignore
 from avss_dist.evaluation.repairs import fit_of, fit_repairs, plan_fits, require_changeable
-from avss_dist.evaluation.search import greedy_search, removal_losses, search_task
+from avss_dist.evaluation.search import greedy_search, searching
 from avss_dist.evaluation.session import (
     EvaluationSession,
     PlacedModel,
@@ -37,14 +37,13 @@ from avss_dist.evaluation.session import (
     require_listable,
     results_under,
 )
-from avss_dist.evaluation.tasks import plan_task, plan_text, refuse_overlaps, texts_of_run
+from avss_dist.evaluation.tasks import plan_task, refuse_overlaps, text_task, texts_of_run
 from avss_dist.models.checkpoints import resolve
 from avss_dist.models.loading import text_config
 from avss_dist.pruning.ground_truth import layer_truth
 from avss_dist.pruning.methods import LEAVE_ONE_OUT, Experiment, choices, control_name, describe_method
 from avss_dist.pruning.plan import layer_list
 from avss_dist.pruning.repair.registry import NO_REPAIR
-from avss_dist.pruning.repair.repair import Repair
 from avss_dist.pruning.selection import RANDOM, Choice, Reading, count_layers
 from avss_dist.requests import RunJobRequest
 from avss_dist.runs.job_file import JobFile, RunSpec
@@ -53,7 +52,7 @@ from avss_dist.runs.scoring import executor_for, overridden, run_job
 from avss_dist.stats.contrast import contrast
 from avss_dist.stats.layer_stats import Float64
 from avss_dist.stats.scores import RELATIVE_THRESHOLDS, Threshold
-from avss_dist.tasks.task import Result, Task
+from avss_dist.tasks.task import Result
 from avss_dist.tasks.text_loss import LeaveOneOut
 from avss_dist.warehouse.reader import Warehouse
 from avss_dist.warehouse.schema import RunIdentity
@@ -113,8 +112,8 @@ class Trial:
     Attributes:
         model: checkpoint of the run.
         rows: rows of the table ``scores``.
-        truth: measurements of the layers, float64[layers], by a name of ``registry.MEASURED``.
-        contrasts: contrasts of the layers on paired text, float64[layers], by reading.
+        truth: values by which layers are chosen, float64[layers], by method and reading: a measurement, or the negative
+            contrast on paired text.
         planned: tasks by name.
         choices: choices of layers, each with the layers that it drops.
         fits: task of fitting each repair except `pruning.repair.registry.NO_REPAIR`.
@@ -125,8 +124,7 @@ class Trial:
     model: PlacedModel
     rows: Sequence[Mapping[str, Any]]
     corpus: str
-    truth: dict[str, Float64] = field(default_factory=dict)
-    contrasts: dict[Reading, Float64] = field(default_factory=dict)
+    truth: dict[tuple[str, Reading | None], Float64] = field(default_factory=dict)
     planned: dict[str, PlannedTask] = field(default_factory=dict)
     choices: list[tuple[Choice, Layers]] = field(default_factory=list)
     fits: dict[str, PlannedTask] = field(default_factory=dict)
@@ -146,16 +144,14 @@ class Trial:
             rows=warehouse.table("scores", run_ids=[run.run_id]).to_pylist(),
             corpus=spec.corpus,
         )
-        measured = {*experiment.scores} & {*MEASURED}
-        for by in measured - ({LEAVE_ONE_OUT} if experiment.leave_one_out else set()):
-            trial.truth[by] = layer_truth(warehouse, stored, by).by_layer(trial.num_layers)
-        for reading in {choice.reading for choice in choices(experiment, trial.rows) if choice.by == CONTRAST}:
-            assert reading is not None
-            site, recipe, value, kind = reading
-            strata, values = Strata.of_run(warehouse, stored, site), np.full(trial.num_layers, np.nan)
-            sides = strata.both_sides(recipe, Threshold(value=value, kind=kind))
-            (values[[*strata.layers]],) = contrast(*sides)
-            trial.contrasts[reading] = values
+        for by, reading in dict.fromkeys((choice.by, choice.reading) for choice in choices(experiment, trial.rows)):
+            if by == CONTRAST and reading is not None:
+                site, recipe, value, kind = reading
+                strata, values = Strata.of_run(warehouse, stored, site), np.full(trial.num_layers, np.nan)
+                (values[[*strata.layers]],) = contrast(*strata.both_sides(recipe, Threshold(value=value, kind=kind)))
+                trial.truth[by, reading] = -values  # the highest are dropped
+            elif by in MEASURED and not (by == LEAVE_ONE_OUT and experiment.leave_one_out):
+                trial.truth[by, reading] = layer_truth(warehouse, stored, by).by_layer(trial.num_layers)
         return trial
 
     @property
@@ -181,9 +177,8 @@ class Trial:
         texts: Sequence[CorpusPlan] = ()
         if repairs := experiment.fitted:
             layers, _ = layer_list(self.rows, model.checkpoint.name)
-            read = model.reading(max_sequences=experiment.repair_max_sequences, skip_sequences=skipped)
-            fitted = [Repair(by=by, corpora=experiment.repair_corpora, settings=read.settings) for by in repairs]
-            self.fits = plan_fits(model, layers, fitted)
+            reading: dict[str, Any] = {"max_sequences": experiment.repair_max_sequences, "skip_sequences": skipped}
+            self.fits = plan_fits(model, layers, repairs, experiment.repair_corpora, **reading)
             texts = fit_of(self.fits[repairs[0]]).texts
         if not allow_overlap:
             refuse_overlaps(
@@ -197,22 +192,17 @@ class Trial:
 
     def choose(self, session: EvaluationSession) -> None:
         """Choose the layers that every method drops at every share. A search is on the text of the scores."""
-        limits = [n for n in (self.model.settings.max_sequences, self.experiment.search_max_sequences) if n]
-        model, layers = self.model.reading(max_sequences=min(limits, default=None)), self.num_layers
-        searched = GREEDY in self.experiment.scores
-        planned = model.plan(search_task(model.checkpoint, self.corpus, model.settings)) if searched else None
-        losses = planned and removal_losses(session, planned)
-        with session.keeping_workers() if planned else nullcontext():
-            for choice in choices(self.experiment, self.rows):
-                if losses and choice.by == GREEDY:
-                    drop, _ = greedy_search(choice.unprotected(layers), choice.number(layers), losses)
-                elif choice.by == CONTRAST and choice.reading is not None:
-                    drop = choice.drop(-self.contrasts[choice.reading])
-                else:
-                    drop = choice.drop(choice.scores(self.rows, self.truth))
-                self.choices.append((choice, drop))
-        if planned:
-            session.results(planned)
+        every_choice, layers, searched = choices(self.experiment, self.rows), self.num_layers, dict[Choice, Layers]()
+        if GREEDY in self.experiment.scores:
+            limits = [n for n in (self.model.settings.max_sequences, self.experiment.search_max_sequences) if n]
+            model = self.model.reading(max_sequences=min(limits, default=None))
+            with searching(session, model, self.corpus) as (_, losses):
+                for choice in (choice for choice in every_choice if choice.by == GREEDY):
+                    searched[choice], _ = greedy_search(choice.unprotected(layers), choice.number(layers), losses)
+        for choice in every_choice:
+            truth = {by: values for (by, reading), values in self.truth.items() if reading == choice.reading}
+            drop = searched.get(choice) or choice.drop(choice.scores(self.rows, truth))
+            self.choices.append((choice, drop))
 
     def candidates(self, patches: Mapping[tuple[str, Removals], StoredPatch]) -> Iterator[Candidate]:
         """Yield the whole model, and the model without each choice of layers, by repair."""
@@ -220,8 +210,7 @@ class Trial:
         for (choice, drop), repair in product(self.choices, self.experiment.repairs):
             fit = self.fits.get(repair)
             patch = patches.get((fit.run_id(), drop)) if fit else None
-            intervention, name = Intervention(removed=drop, patch=patch), None if repair == NO_REPAIR else repair
-            yield choice, intervention, name
+            yield choice, Intervention(removed=drop, patch=patch), None if repair == NO_REPAIR else repair
 
 
 def run_experiment(job: JobFile, request: RunJobRequest) -> tuple[list[Run], list[dict[str, Any]]]:
@@ -243,8 +232,7 @@ def run_experiment(job: JobFile, request: RunJobRequest) -> tuple[list[Run], lis
     number, text = _size(specs, experiment)
     fewer = "Lower `random`, or name fewer `scores`, `shares`, `repairs` or `tasks`."
     require_listable(number, "evaluations", fewer)
-    allow_many = request.allow_many or experiment.allow_many
-    require_intended(number, MOST_EVALUATIONS, text, fewer, allow_many=allow_many)
+    require_intended(number, MOST_EVALUATIONS, text, fewer, allow_many=request.allow_many or experiment.allow_many)
     for spec in specs if experiment.fitted else ():
         require_changeable(spec.execution.partition)
     runs = run_job(job, request.on_event or ignore, **request.replaced)
@@ -252,8 +240,11 @@ def run_experiment(job: JobFile, request: RunJobRequest) -> tuple[list[Run], lis
     store, warehouse = Store(job.warehouse), Warehouse(job.warehouse)
     with closing(executor_for(specs, job.settings, execution)) as executor:
         session = EvaluationSession(store, executor, execution, request.on_event)
-        scored = [(run, spec) for run, spec in zip(runs, specs, strict=True) if run.status != "failed"]
-        trials = [Trial.of_run(run, spec, experiment, warehouse, session) for run, spec in scored]
+        trials = [
+            Trial.of_run(run, spec, experiment, warehouse, session)
+            for run, spec in zip(runs, specs, strict=True)
+            if run.status != "failed"
+        ]
         for trial in trials:
             trial.plan(tasks, warehouse, allow_overlap=request.allow_overlap)
         if experiment.leave_one_out:
@@ -276,9 +267,8 @@ def run_experiment(job: JobFile, request: RunJobRequest) -> tuple[list[Run], lis
     name, written = fingerprint(**numbers | {"tasks": tasks})[:20], []
     for trial, evaluated in zip(trials, candidates, strict=True):
         run_id, checkpoint = trial.run.run_id, trial.model.checkpoint
-        config = text_config(checkpoint, trust_remote_code=trial.model.settings.trust_remote_code)
-        size = getattr(config.get_text_config(), "vocab_size", None)
-        guess = float(np.log(size)) if size else None
+        config = text_config(checkpoint, trust_remote_code=trial.model.settings.trust_remote_code).get_text_config()
+        guess = float(np.log(config.vocab_size)) if getattr(config, "vocab_size", None) else None
         rows = [
             {"task": task, "created_at": datetime.now(UTC), **row}
             for (task, planned), candidate in product(trial.planned.items(), evaluated)
@@ -302,10 +292,8 @@ def describe_size(job: JobFile) -> str:
 def _size(specs: Sequence[RunSpec], experiment: Experiment) -> tuple[int, str]:
     """Return the maximum number of evaluations, and a sentence with a place for it."""
     tasks, repairs = len(experiment.tasks), len(experiment.repairs)
-    counts = []
-    for settings in (spec.settings for spec in specs):
-        readings = len(settings.sites) * len(RECIPES) * (len(settings.thresholds) + len(RELATIVE_THRESHOLDS))
-        counts.append(experiment.count_choices(readings))
+    read = [(len(spec.settings.sites), len(spec.settings.thresholds) + len(RELATIVE_THRESHOLDS)) for spec in specs]
+    counts = [experiment.count_choices(sites * len(RECIPES) * thresholds) for sites, thresholds in read]
     return sum(1 + count * repairs for count in counts) * tasks, (
         f"The experiment makes up to {{}} evaluations (models: {len(specs):,}, sets of layers to drop: "
         f"{max(counts, default=0):,}, repairs: {repairs:,}, tasks: {tasks:,})"
@@ -314,12 +302,11 @@ def _size(specs: Sequence[RunSpec], experiment: Experiment) -> tuple[int, str]:
 
 def _leave_one_out(trials: Sequence[Trial], session: EvaluationSession) -> None:
     """Measure the loss of every trial without each of its layers, on the text that its scores were measured on."""
-    planned = []
+    planned, prefix = [], SCORES[LEAVE_ONE_OUT].task
     for trial in trials:
-        text = plan_text(trial.model.checkpoint, trial.corpus, trial.model.settings)
-        name = f"{SCORES[LEAVE_ONE_OUT].task}{trial.corpus}"
-        planned.append(trial.model.plan(Task(name=name, parts=tuple(map(LeaveOneOut, text.shards)))))
+        model = trial.model
+        planned.append(model.plan(text_task(model.checkpoint, trial.corpus, model.settings, LeaveOneOut, prefix)))
     results = session.measure(dict.fromkeys(planned, (NO_INTERVENTION,)))
     for trial, task in zip(trials, planned, strict=True):
         values = {result.removed: result.value for result in results[task] if result.metric == LOSS}
-        trial.truth[LEAVE_ONE_OUT] = np.array([values.get((layer,), np.nan) for layer in range(trial.num_layers)])
+        trial.truth[LEAVE_ONE_OUT, None] = np.array([values.get((layer,), np.nan) for layer in range(trial.num_layers)])

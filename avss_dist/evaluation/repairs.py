@@ -40,7 +40,7 @@ from avss_dist.models.size import load_skeleton
 from avss_dist.partition.replica import Placement, with_copies
 from avss_dist.pruning.checkpoint import require_free, require_prunable
 from avss_dist.pruning.plan import Plan
-from avss_dist.pruning.repair.registry import REPAIRS, RepairRecord
+from avss_dist.pruning.repair.registry import REPAIRS, RepairRecord, split_weight
 from avss_dist.pruning.repair.repair import Repair, Repaired, find_cuts, fit_repair
 from avss_dist.pruning.selection import PlanError
 from avss_dist.pruning.weights import StoredWeights
@@ -93,9 +93,9 @@ class FitRepair(Measure):
             layers=self.layers,
             drop=intervention.removed,
         )
-        weights = StoredWeights.of_checkpoint(checkpoint, plan, settings).read
+        stored = StoredWeights.of_checkpoint(checkpoint, plan, settings)
         repair = replace(self.repair, settings=settings)
-        repaired = fit_repair(checkpoint, plan, repair, self.texts, weights, model)
+        repaired = fit_repair(checkpoint, plan, repair, self.texts, stored.read, model)
         about = json.dumps({"record": asdict(repaired.record), "notes": list(repaired.notes)})
         errors = np.array([cut.error_after for cut in repaired.record.cuts])
         patch = encode_patch(repaired.tensors, about)
@@ -123,37 +123,36 @@ def copies_of(placement: Placement, settings: Settings, executor: Executor) -> i
     return max(1, min(executor.replicas(placement), room))
 
 
-def plan_fits(model: PlacedModel, layers: str, repairs: Iterable[Repair], copies: int = 1) -> dict[str, PlannedTask]:
+def plan_fits(
+    model: PlacedModel, layers: str, repairs: Iterable[str], corpora: Sequence[str], copies: int = 1, **reading: Any
+) -> dict[str, PlannedTask]:
     """Return the task of fitting each of several repairs of a checkpoint, by the name of the repair.
 
     Args:
         layers: module path of the layer list.
-        repairs: repairs with pinned settings that differ only in their names.
+        corpora: texts to fit them on, with their weights; see `pruning.repair.repair.Repair`.
         copies: number of model copies that share the text of one fit, for a single fit with several workers.
+        reading: `TextOptions` in place of the model's.
 
     Raises:
         PlanError: the checkpoint cannot be repaired.
         ConfigError: no repair can be fitted in the partition.
         CorpusError: a text cannot be read, or is too short.
     """
-    checkpoint, placement = model.checkpoint, model.placement
+    checkpoint, settings = model.checkpoint, model.reading(**reading).settings
     if checkpoint.gguf:
         raise PlanError(
             f"'{checkpoint.name}' is a .gguf file.", "Repair the safetensors checkpoint that it was made from."
         )
-    require_changeable(placement.partition)
+    require_changeable(model.placement.partition)
+    texts = tuple(plan_text(checkpoint, split_weight(corpus)[0], settings) for corpus in corpora)
+    batches = sum(text.num_batches(settings.batch_size) for text in texts)
+    model = replace(model, settings=settings, placement=with_copies(model.placement, min(copies, batches)))
     planned: dict[str, PlannedTask] = {}
-    texts: tuple[CorpusPlan, ...] = ()
-    for repair in repairs:
-        texts = texts or tuple(plan_text(checkpoint, corpus, repair.settings) for corpus in repair.texts)
-        name = f"{REPAIR}{repair.by}:{','.join(RedactedURI(corpus) for corpus in repair.corpora)}"
-        batches = sum(text.num_batches(repair.settings.batch_size) for text in texts)
-        planned[repair.by] = PlannedTask(
-            checkpoint=checkpoint,
-            settings=repair.settings,
-            task=Task(name=name, parts=(FitRepair(repair=repair, layers=layers, texts=texts),)),
-            placement=with_copies(placement, min(copies, batches)),
-        )
+    for by in repairs:
+        repair = Repair(by=by, corpora=tuple(corpora), settings=settings)
+        fit = FitRepair(repair=repair, layers=layers, texts=texts)
+        planned[by] = model.plan(Task(name=f"{REPAIR}{by}:{','.join(map(RedactedURI, corpora))}", parts=(fit,)))
     return planned
 
 
@@ -165,7 +164,7 @@ def fit_of(planned: PlannedTask) -> FitRepair:
 
 
 def fit_repairs(
-    session: EvaluationSession, wanted: Sequence[tuple[PlannedTask, Iterable[Removals]]]
+    session: EvaluationSession, requested: Sequence[tuple[PlannedTask, Iterable[Removals]]]
 ) -> dict[tuple[str, Removals], StoredPatch]:
     """Fit each repair to the model without each of its sets of layers and experts, as `EvaluationSession.fit`.
 
@@ -173,10 +172,10 @@ def fit_repairs(
     is skipped, unless the repair also changes later layers.
 
     Args:
-        wanted: fits, each with sets of layers and experts.
+        requested: fits, each with sets of layers and experts.
     """
     fits = {}
-    for fit, drops in sorted(wanted, key=lambda fit: -[*REPAIRS].index(fit_of(fit[0]).repair.by)):
+    for fit, drops in sorted(requested, key=lambda fit: -[*REPAIRS].index(fit_of(fit[0]).repair.by)):
         every_layer = REPAIRS[fit_of(fit).repair.by].every_layer
         repairable = [drop for drop in drops if drop and (every_layer or drop != tuple(range(len(drop))))]
         fits[fit] = [Intervention(removed=drop) for drop in repairable]
@@ -209,7 +208,7 @@ def fit_plan(request: PruneRequest, plan: Plan, repair: Repair) -> Repaired:
         EvaluationSession.open(warehouse, settings, execution, request.on_event) as session,
     ):
         model = session.place(checkpoint, settings)
-        planned = partial(plan_fits, model, plan.layers, [replace(repair, settings=model.settings)])
+        planned = partial(plan_fits, model, plan.layers, [repair.by], repair.corpora)
         fit, copies = planned()[repair.by], copies_of(model.placement, model.settings, session.executor)
         (cell,) = fit.cells([plan.intervention])
         if copies > 1 and not session.is_known(cell):

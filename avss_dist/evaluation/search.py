@@ -5,9 +5,11 @@ See SLEB, Song et al., arXiv 2402.09025.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
+from functools import partial
 from math import ceil, inf, isnan
 from typing import Any
 
@@ -15,20 +17,18 @@ from avss_dist.analysis.plans import evaluated_lines
 from avss_dist.core.intervention import Intervention, Removals
 from avss_dist.core.names import LOSS, SEARCH
 from avss_dist.core.registry import GREEDY
-from avss_dist.core.settings import Settings
 from avss_dist.core.text import RedactedURI, describe_layers
 from avss_dist.evaluation.events import SearchStep
 from avss_dist.evaluation.repairs import fit_of, fit_repairs, plan_fits
 from avss_dist.evaluation.session import EvaluationSession, PlacedModel, PlannedTask, checkpoint_of_run
-from avss_dist.evaluation.tasks import plan_text, text_task
-from avss_dist.models.checkpoints import Checkpoint
+from avss_dist.evaluation.tasks import text_task
 from avss_dist.models.loading import text_config
 from avss_dist.pruning.plan import Plan, layer_list, plan_of, reasons
 from avss_dist.pruning.repair.registry import REPAIRS, searched_repair
 from avss_dist.pruning.repair.repair import HELD_BACK, SINK_TOKENS
 from avss_dist.pruning.selection import Choice
 from avss_dist.requests import PlanRequest, ShrinkRequest
-from avss_dist.tasks.task import Result, Task, combine
+from avss_dist.tasks.task import Result, combine
 from avss_dist.tasks.text_loss import LeaveOneOut
 from avss_dist.warehouse.reader import Warehouse
 
@@ -79,13 +79,9 @@ def search(
     checkpoint = checkpoint_of_run(run, trust_remote_code=settings.trust_remote_code)
     with EvaluationSession.open(request.warehouse, settings, request.execution, request.on_event) as session:
         model = session.place(checkpoint, settings)
-        task = search_task(checkpoint, corpus, model.settings)
-        planned = model.plan(task)
-        losses = removal_losses(session, planned)
-        with session.keeping_workers():
+        with searching(session, model, corpus) as (planned, losses):
             removed, steps = greedy_search(choice.unprotected(layers), count, losses, session.on_event)
             measured = losses((), ()) | losses(removed, ())
-        session.results(planned)
     whole, chosen = measured[()], measured[removed]
     why = {
         **reasons(choice),
@@ -96,25 +92,11 @@ def search(
         "loss": round(chosen.value, 6),
         "whole_model": round(whole.value, 6),
         "evaluation": planned.run_id(),
-        "task": task.name,
+        "task": planned.task.name,
     }
     evaluated = evaluated_lines(Warehouse(request.warehouse), run, removed)
     plan = replace(plan_of(scores, run, removed, why), findings=(CHOSEN_HERE,), evaluated=evaluated)
     return SearchResult(plan=plan, corpus=str(corpus), whole=whole, chosen=chosen, steps=steps)
-
-
-def search_task(checkpoint: Checkpoint, corpus: str, settings: Settings) -> Task:
-    """Return the task of the loss on a corpus without sets of layers.
-
-    Args:
-        settings: settings with every ``auto`` decided (`loading.pin`).
-
-    Raises:
-        CorpusError: the corpus cannot be read, or is too short.
-    """
-    text = plan_text(checkpoint, corpus, settings)
-    parts = tuple(LeaveOneOut(shard, ()) for shard in text.shards)
-    return Task(name=f"{SEARCH}{corpus}", parts=parts)
 
 
 Losses = Callable[[Layers, Layers], dict[Layers, Result]]
@@ -148,19 +130,27 @@ def greedy_search(
         results = losses(chosen, free)
         values = {removed: inf if isnan(result.value) else result.value for removed, result in results.items()}
         chosen = min(values, key=lambda removed: (values[removed], removed))
-        known = steps[-1].sets if steps else 0
-        steps.append(SearchStep(best=results[chosen], sets=known + len(results)))
+        earlier = steps[-1].sets if steps else 0
+        steps.append(SearchStep(best=results[chosen], sets=earlier + len(results)))
         if on_step is not None:
             on_step(steps[-1])
     return chosen, steps
 
 
-def removal_losses(session: EvaluationSession, planned: PlannedTask) -> Losses:
-    """Return a function that measures the loss without sets of layers, several sets per cell and none twice.
+@contextmanager
+def searching(session: EvaluationSession, model: PlacedModel, corpus: str) -> Iterator[tuple[PlannedTask, Losses]]:
+    """Plan the task of the loss on a corpus without sets of layers, and write its results at the end of the block.
 
-    Args:
-        planned: a `search_task`.
+    Workers are kept inside the block.
+
+    Yields:
+        The task, and a function that measures losses, several sets per cell and none twice.
+
+    Raises:
+        CorpusError: the corpus cannot be read, or is too short.
     """
+    task = text_task(model.checkpoint, corpus, model.settings, partial(LeaveOneOut, layers=()), SEARCH)
+    planned = model.plan(task)
     started = datetime.now(UTC)  # earlier rows do not count in a fresh session
 
     def measured() -> dict[Removals, Result]:
@@ -186,7 +176,9 @@ def removal_losses(session: EvaluationSession, planned: PlannedTask) -> Losses:
             results.update(measured())
         return {removed: results[removed] for removed in drops}
 
-    return losses
+    with session.keeping_workers():
+        yield planned, losses
+    session.results(planned)
 
 
 def repaired_search(
@@ -212,8 +204,7 @@ def repaired_search(
     """
     model = model.reading(max_sequences=rows)
     checkpoint, settings, repair = model.checkpoint, model.settings, searched_repair(request.repair)
-    task = text_task(checkpoint, request.corpus, settings)
-    text = model.plan(replace(task, name=f"{SEARCH}{RedactedURI(request.corpus)}"))
+    text = model.plan(text_task(checkpoint, request.corpus, settings, prefix=SEARCH))
     if fit is not None:
         final, enough = fit_of(fit), rows
         if REPAIRS[repair].form == "full":  # rows of each text that suffice for a residual stream of this width
@@ -222,14 +213,16 @@ def repaired_search(
             unknowns = REPAIRS[repair].tokens_needed(width, width) / max(1.0, tokens / sequences - SINK_TOKENS)
             fitted = unknowns / len(final.texts) * HELD_BACK / (HELD_BACK - 1)
             enough = max(rows, ceil(fitted) + 2)  # because the held-back rows are rounded up
-        read = replace(final.repair.settings, max_sequences=enough)
-        fit = plan_fits(model, final.layers, [replace(final.repair, by=repair, settings=read)])[repair]
+        skipped = final.repair.settings.skip_sequences
+        reading = {"max_sequences": enough, "skip_sequences": skipped}
+        fit = plan_fits(model, final.layers, [repair], final.repair.corpora, **reading)[repair]
 
     def losses(base: Layers, layers: Layers) -> dict[Layers, Result]:
         drops = _expand(base, layers)
         patches = fit_repairs(session, [(fit, drops)]) if fit else {}
-        run_id = fit.run_id() if fit else ""
-        repaired = {drop: Intervention(removed=drop, patch=patches.get((run_id, drop))) for drop in drops}
+        repaired = {
+            drop: Intervention(removed=drop, patch=patches.get((fit.run_id(), drop)) if fit else None) for drop in drops
+        }
         measured = session.measure({text: repaired.values()})[text]
         results = {result.intervention: result for result in measured if result.metric == LOSS}
         return {drop: results[intervention.key] for drop, intervention in repaired.items()}

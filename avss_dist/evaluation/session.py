@@ -8,7 +8,7 @@ from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, S
 from contextlib import closing, contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
-from functools import cached_property, lru_cache
+from functools import lru_cache
 from itertools import islice
 from math import isfinite, nan
 from pathlib import Path
@@ -74,28 +74,21 @@ class PlannedTask(PlacedModel):
 
     task: Task
 
-    @cached_property
-    def _run_ids(self) -> dict[str | None, str]:
-        """Ids of evaluations by sparsity, each hashed once."""
-        return {}
-
     def run_id(self, intervention: Intervention = NO_INTERVENTION) -> str:
         """Return the id of the evaluation that results under an intervention belong to.
 
         Sparsity makes another evaluation. Removals, a patch and a rounding make other cells of the same one.
         """
         sparsity = intervention.key.sparsity
-        if sparsity not in self._run_ids:
-            digest = fingerprint(
-                schema=SCHEMA_VERSION,
-                checkpoint=self.checkpoint.revision,
-                task=self.task.key,
-                settings=self.settings.numbers(statistics=False),
-                **fingerprint_part(self.placement),
-                **({"sparsity": sparsity} if sparsity else {}),
-            )
-            self._run_ids[sparsity] = f"{self.checkpoint.slug}-{digest[:10]}"
-        return self._run_ids[sparsity]
+        digest = fingerprint(
+            schema=SCHEMA_VERSION,
+            checkpoint=self.checkpoint.revision,
+            task=self.task.key,
+            settings=self.settings.numbers(statistics=False),
+            **fingerprint_part(self.placement),
+            **({"sparsity": sparsity} if sparsity else {}),
+        )
+        return f"{self.checkpoint.slug}-{digest[:10]}"
 
     def cells(self, interventions: Iterable[Intervention] = (NO_INTERVENTION,)) -> list[Cell]:
         """Return a cell for each part of the task under each distinct intervention."""
@@ -131,9 +124,7 @@ class StoredPatch:
         return _read(self.storage, self.key)
 
 
-@lru_cache(maxsize=1)
-def _read(storage: Storage, key: str) -> bytes:
-    return storage.read_patch(key)
+_read = lru_cache(maxsize=1)(Storage.read_patch)
 
 
 Work = Mapping[PlannedTask, Collection[Intervention]]
@@ -215,12 +206,12 @@ class EvaluationSession:
             AvssError: a mistake, or a fit that failed. Other patches remain in the warehouse.
         """
         run_ids = [planned.run_id() for planned in work]
-        known = self._fitted(run_ids)
+        fitted = self._fitted(run_ids)
         missing = [
             cell
             for planned, interventions in work.items()
             for cell in planned.cells(interventions)
-            if not (self.is_known(cell) if self.fresh else (cell.run_id, cell.intervention.removed) in known)
+            if not (self.is_known(cell) if self.fresh else (cell.run_id, cell.intervention.removed) in fitted)
         ]
         self.run(missing, dict.fromkeys(work, (NO_INTERVENTION,)), fits=True)
         return {key: StoredPatch(patch, self.store.storage) for key, patch in self._fitted(run_ids).items()}
@@ -321,9 +312,9 @@ class EvaluationSession:
         Raises:
             AvssError: a mistake, or a cell that failed. Measured cells remain in the warehouse.
         """
-        wanted = {(cell.run_id, cell.cell_id): cell for cell in cells}
-        missing = [cell for cell in wanted.values() if fits or not self.is_known(cell)]
-        self.on_event(CellsStarted(list(wanted.values()), len(wanted) - len(missing)))
+        requested = {(cell.run_id, cell.cell_id): cell for cell in cells}
+        missing = [cell for cell in requested.values() if fits or not self.is_known(cell)]
+        self.on_event(CellsStarted(list(requested.values()), len(requested) - len(missing)))
         failed = []
         reused = None if fits else self._workers
         with nullcontext(reused) if reused else self._open_workers() as run_round:
@@ -382,8 +373,8 @@ def failure(failed: Sequence[tuple[Cell, AvssError]]) -> AvssError:
     subject = f"{cell.task} of {cell.checkpoint.name}"
     if removed := cell.intervention.removed:
         subject += f" without {'layers ' if whole_layers(removed) else ''}{describe_removed(removed)}"
-    others = f" {len(failed) - 1} more failed." if len(failed) > 1 else ""
-    return type(error)(f"{subject}: {error.message}{others}", error.hint)
+    more = f" {len(failed) - 1} more failed." if len(failed) > 1 else ""
+    return type(error)(f"{subject}: {error.message}{more}", error.hint)
 
 
 def require_partition(

@@ -19,7 +19,7 @@ import pyarrow as pa
 from avss_dist.analysis.plans import plan_layers
 from avss_dist.analysis.verdict import WHOLE, primary_metric
 from avss_dist.core.errors import CorpusError
-from avss_dist.core.intervention import NO_INTERVENTION, InterventionKey, count_removed
+from avss_dist.core.intervention import NO_INTERVENTION, Intervention, count_removed
 from avss_dist.core.names import PERPLEXITY
 from avss_dist.core.registry import GREEDY, LOWEST_SHARE, SCORES
 from avss_dist.core.results import TabularResult
@@ -41,6 +41,7 @@ from avss_dist.evaluation.session import (
     PlannedTask,
     Retention,
     StoredPatch,
+    results_under,
 )
 from avss_dist.evaluation.tasks import plan_task, plan_text, refuse_overlaps, texts_of_run
 from avss_dist.models.checkpoints import Checkpoint, resolve
@@ -49,7 +50,7 @@ from avss_dist.models.safetensors import weight_files
 from avss_dist.pruning.checkpoint import prune, require_copyable, require_free, require_prunable
 from avss_dist.pruning.plan import Plan
 from avss_dist.pruning.repair.registry import NO_REPAIR, RepairRecord
-from avss_dist.pruning.repair.repair import Repair, count_fitted, split_texts, tokens_needed
+from avss_dist.pruning.repair.repair import count_fitted, split_texts, tokens_needed
 from avss_dist.pruning.selection import PlanError
 from avss_dist.requests import AblateRequest, ShrinkRequest
 from avss_dist.runs.scoring import score
@@ -65,49 +66,38 @@ SCORED = 16  # maximum rows to score on: more hardly improve the ranks, and the 
 
 @dataclass(frozen=True, kw_only=True)
 class TaskRetention:
-    """Primary metric of a task for the whole, the pruned, the repaired and the distilled model.
+    """Primary metric of a task for the whole and the smaller models.
 
     Attributes:
-        repaired: result of the repaired model; None without a repair.
-        distilled: result of the distilled model; None without distillation.
+        results: result of the ``whole``, the ``pruned``, the ``repaired`` and the ``distilled`` model, in this order,
+            as far as they exist.
     """
 
     task: str
-    whole: Result
-    pruned: Result
-    repaired: Result | None
-    distilled: Result | None = None
+    results: Mapping[str, Result]
+
+    @cached_property
+    def retentions(self) -> dict[str, Retention]:
+        """Retention of each smaller model against the whole model."""
+        whole, *smaller = self.results.items()
+        return {name: Retention.of(whole[1], result) for name, result in smaller}
 
     @property
-    def smaller(self) -> list[Result]:
-        """Results of the pruned, the repaired and the distilled model, as far as they exist."""
-        return [result for result in (self.pruned, self.repaired, self.distilled) if result]
-
-    @property
-    def final(self) -> Result:
-        """Result of the distilled model, else of the repaired model, else of the pruned model."""
-        return self.smaller[-1]
-
-    def of(self, result: Result) -> Retention:
-        """Return the retention of a result against that of the whole model."""
-        return Retention.of(self.whole, result)
+    def final(self) -> Retention:
+        """Retention of the distilled model, else of the repaired model, else of the pruned model."""
+        return [*self.retentions.values()][-1]
 
     def describe(self) -> str:
         """Return one line for people, with the perplexity of a loss."""
-        results = {
-            "distilled": self.distilled,
-            "repaired": self.repaired,
-            "without these layers": self.pruned,
-            "of the whole model": self.whole,
-        }
-        values = ", ".join(f"{readable_metric(result)[1]} {name}" for name, result in results.items() if result)
-        return f"{self.task}: {readable_metric(self.whole)[0]} {values}."
+        names = {"pruned": "without these layers", "whole": "of the whole model"}
+        results = reversed([*self.results.items()])
+        values = ", ".join(f"{readable_metric(result)[1]} {names.get(name, name)}" for name, result in results)
+        return f"{self.task}: {readable_metric(self.results['whole'])[0]} {values}."
 
     def describe_kept(self) -> str:
         """Return one line for people on the retention of the smaller models, with the interval of the last one."""
-        names = {"pruned": self.pruned, "repaired": self.repaired, "distilled": self.distilled}
-        shares = ", ".join(f"{self.of(result).value:z.1%} {name}" for name, result in names.items() if result)
-        final = self.of(self.final)
+        final = self.final
+        shares = ", ".join(f"{retention.value:z.1%} {name}" for name, retention in self.retentions.items())
         interval = f" (95% interval {final.low:z.1%} to {final.high:z.1%})" if final.has_interval else ""
         return f"Kept of the whole model on {self.task}: {shares}{interval}."
 
@@ -134,7 +124,7 @@ class CandidateResult:
     @cached_property
     def kept(self) -> float:
         """Lowest retention over the tasks."""
-        return min(task.of(task.final).value for task in self.tasks)
+        return min(task.final.value for task in self.tasks)
 
 
 @dataclass(frozen=True, kw_only=True, repr=False)
@@ -228,8 +218,7 @@ def shrink(request: ShrinkRequest) -> Shrunk:
     if request.distill_tokens is not None:
         require_distillable(request, checkpoint)
     texts = with_own_text(request.repair_corpora, checkpoint, settings, on_event)
-    warehouse = request.warehouse or f"{request.output}-warehouse"
-    request = replace(request, repair_corpora=texts, warehouse=warehouse)
+    request = replace(request, repair_corpora=texts, warehouse=request.warehouse or f"{request.output}-warehouse")
     split = split_rows(checkpoint, request.texts, settings, distilled=request.distill_tokens is not None)
     if request.repair != NO_REPAIR:
         _require_tokens(checkpoint, request, split)
@@ -308,7 +297,7 @@ def _distill(
         label = f"{count_removed(best.plan.drop)} dropped, distilled on {record.after.tokens:,} tokens"
         continuations, unread = continue_prompts(session, model, prompts, {label: NO_INTERVENTION})
     tasks = [
-        replace(before, distilled=_primary(results[task])[NO_INTERVENTION.key])
+        replace(before, results={**before.results, **_primary(results[task], {"distilled": NO_INTERVENTION})})
         for before, task in zip(best.tasks, planned, strict=True)
     ]
     evaluated = [f"Evaluated: {task.describe()} {task.describe_kept()}" for task in tasks]
@@ -364,10 +353,10 @@ def _require_tokens(checkpoint: Checkpoint, request: ShrinkRequest, split: TextS
     needed = tokens_needed(checkpoint, request.repair, request.settings)
     read = replace(request.settings, max_sequences=split.rows - split.held_out, skip_sequences=split.held_out)
     texts = [plan_text(checkpoint, text, read) for text in request.repair_texts]
-    given = sum(count_fitted(split_texts(texts, request.settings.batch_size), len(texts)))
-    if given < needed:
+    tokens = sum(count_fitted(split_texts(texts, request.settings.batch_size), len(texts)))
+    if tokens < needed:
         raise CorpusError(
-            f"The repair {request.repair} of this model needs at least {needed:,} tokens to fit to, not {given:,}.",
+            f"The repair {request.repair} of this model needs at least {needed:,} tokens to fit to, not {tokens:,}.",
             "Raise `max_sequences`, give longer texts, or choose a `repair` of fewer unknowns (channel).",
         )
 
@@ -375,10 +364,10 @@ def _require_tokens(checkpoint: Checkpoint, request: ShrinkRequest, split: TextS
 def _measure_scores(request: ShrinkRequest, session: EvaluationSession, split: TextSplit) -> Callable[..., Plan]:
     """Measure the criterion by which layers are chosen, and return a function that makes plans by it."""
     reading = {"max_sequences": split.scored, "corpus": request.corpus, "warehouse": session.store.root.full}
-    given = {**request.options, **reading, "on_event": session.on_event}
-    run = score(str(request.model), sites=("block",), **given)
+    options = {**request.options, **reading, "on_event": session.on_event}
+    run = score(str(request.model), sites=("block",), **options)
     if SCORES[request.ranked_by].task:
-        ablate(AblateRequest(str(request.model), **given | dict(SCORES[request.ranked_by].ablate)))
+        ablate(AblateRequest(str(request.model), **options | dict(SCORES[request.ranked_by].ablate)))
     opened = Warehouse(session.store.root.full)
     row = opened.run(run.run_id)
     assert row is not None
@@ -397,23 +386,21 @@ def _evaluate(
     Raises:
         AvssError: a mistake, or a fit or an evaluation that failed. Measured cells remain in the warehouse.
     """
-    patch = None
-    if fit is not None:
-        patches = fit_repairs(session, [(fit, [plan.dropped_layers])])
-        patch = patches.get((fit.run_id(), plan.dropped_layers))
-    variants = [NO_INTERVENTION, plan.intervention, replace(plan.intervention, patch=patch)]
-    results = session.measure(dict.fromkeys(planned.values(), variants))
-    tasks = []
-    for name, task in planned.items():
-        whole, pruned, repaired = (_primary(results[task])[variant.key] for variant in variants)
-        tasks.append(TaskRetention(task=name, whole=whole, pruned=pruned, repaired=repaired if patch else None))
+    patches = fit_repairs(session, [(fit, [plan.dropped_layers])]) if fit else {}
+    patch = patches.get((fit.run_id(), plan.dropped_layers)) if fit else None
+    variants = {"whole": NO_INTERVENTION, "pruned": plan.intervention}
+    if patch:
+        variants["repaired"] = replace(plan.intervention, patch=patch)
+    results = session.measure({task: variants.values() for task in planned.values()})
+    tasks = [TaskRetention(task=name, results=_primary(results[task], variants)) for name, task in planned.items()]
     return CandidateResult(plan=plan, patch=patch, tasks=tasks)
 
 
-def _primary(results: Sequence[Result]) -> dict[InterventionKey, Result]:
-    """Return the results of a task in its primary metric, by intervention."""
+def _primary(results: Sequence[Result], variants: Mapping[str, Intervention]) -> dict[str, Result]:
+    """Return the results of a task in its primary metric, by the name of the intervention."""
     metric = primary_metric([{"metric": result.metric} for result in results if result.layer is None])
-    return {result.intervention: result for result in results if result.layer is None and result.metric == metric}
+    by_name = {name: results_under(results, intervention.key) for name, intervention in variants.items()}
+    return {name: result for name, measured in by_name.items() for result in measured if result.metric == metric}
 
 
 def _plan_tasks(model: PlacedModel, request: ShrinkRequest, split: TextSplit) -> dict[str, PlannedTask]:
@@ -433,18 +420,19 @@ def _plan_candidates(
     skipped, use, fit = split.held_out, "the repair is fitted on", None
     texts: Sequence[CorpusPlan] = ()
     if request.repair != NO_REPAIR:
-        read = model.reading(max_sequences=split.rows - skipped, skip_sequences=skipped).settings
-        repair = Repair(by=request.repair, corpora=request.weighted_repair_texts, settings=read)
         copies = copies_of(model.placement, model.settings, session.executor)
-        fit = plan_fits(model, example.layers, [repair], copies)[request.repair]
+        reading = {"max_sequences": split.rows - skipped, "skip_sequences": skipped}
+        fit = plan_fits(model, example.layers, [request.repair], request.weighted_repair_texts, copies, **reading)[
+            request.repair
+        ]
         texts = fit_of(fit).texts
     if not request.allow_overlap:
         if request.distill_tokens is not None:
             skipped, use = split.measured, "the smaller model is distilled on"
             read = model.reading(max_sequences=split.rows - skipped, skip_sequences=skipped).settings
             texts = [plan_text(model.checkpoint, text, read) for text in request.repair_texts]
-        warehouse = Warehouse(session.store.root.full)
-        scored = texts_of_run(warehouse, example.run_id, model.checkpoint, corpus=request.corpus)
+        stored = Warehouse(session.store.root.full)
+        scored = texts_of_run(stored, example.run_id, model.checkpoint, corpus=request.corpus)
         refuse_overlaps([planned.task for planned in tasks.values()], texts, model, scored, skipped=skipped, use=use)
     return tasks, fit
 

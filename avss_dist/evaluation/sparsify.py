@@ -29,7 +29,6 @@ from avss_dist.warehouse.store import Store
 
 LEVELS = np.append(np.arange(1, 20) / 20, 0.98)  # sparsities at which `loss` measures the damage
 READ_TEXT = ("loss", "teal")
-LARGEST_OF_TOKEN = ("acttail", "wina")  # methods that leave the largest inputs of each token
 BASE = 0.05  # TEAL's step for the largest map of a block
 
 Rows = Mapping[tuple[int, str], Float64]
@@ -78,7 +77,7 @@ def sparsify(request: SparsifyRequest, run: Mapping[str, Any]) -> SparsityPlan:
 
             sparsities, reasons = _ALLOCATIONS[method](measured, target, text, measure)
         why |= reasons
-    by = TOP_K if method in LARGEST_OF_TOKEN else THRESHOLD
+    by = TOP_K if method in ("acttail", "wina") else THRESHOLD  # the largest inputs of each token, or of all
     plan = make_plan(measured, sparsities, by, why, rule=rule, weighted=method == "wina")
     identity = RunIdentity(run_id=run["run_id"], model=run["model"], revision=run["revision"], family=run["family"])
     key = plan.intervention.key.sparsity
@@ -134,8 +133,10 @@ def _by_tails(measured: MeasuredMaps, target: float, _text: CorpusPlan | None, m
     """Return sparsities in proportion to ratios that depend on the heavy tail of each weight's spectrum."""
     rows = measure(tuple(Spectra(layer) for layer in sorted({map_.layer for map_ in measured.maps})))
     exponents = np.array([rows[map_.layer, f"{HILL}{map_.path}"][0] for map_ in measured.maps])
-    reading = "the mapping of AlphaPruning, which is read as ActTail's: its paper's is not at hand"
-    reasons = {"reading": reading, "exponents": "Hill, upper half"}
+    reasons = {
+        "reading": "the mapping of AlphaPruning, which is read as ActTail's: its paper's is not at hand",
+        "exponents": "Hill, upper half",
+    }
     return proportional(heavy_tail_ratios(exponents), measured.sizes, target, MAX_SPARSITY), reasons
 
 

@@ -20,13 +20,12 @@ from avss_dist.evaluation.session import PlacedModel, PlannedTask
 from avss_dist.models.checkpoints import Checkpoint
 from avss_dist.models.loading import load_tokenizer
 from avss_dist.pruning.repair.registry import read_repairs
-from avss_dist.tasks.task import Task
+from avss_dist.tasks.task import Measure, Task
 from avss_dist.tasks.text_loss import RowStartLoss, TextLoss, TruthfulChoices
 from avss_dist.warehouse.checks import settings_of
 from avss_dist.warehouse.reader import Warehouse
 
 COMPARED_ROWS = 4  # rows of a text that are read with both starts
-OTHER_QUESTIONS = "Use other text there, or other questions."
 
 
 def make_task(
@@ -44,8 +43,7 @@ def make_task(
         AvssError: no task has this name, or its data cannot be loaded.
     """
     if name.startswith(PERPLEXITY):
-        corpus = RedactedURI(name).full.removeprefix(PERPLEXITY)
-        return text_task(checkpoint, corpus, settings)
+        return text_task(checkpoint, RedactedURI(name).full.removeprefix(PERPLEXITY), settings)
     if name.startswith(TRUTHFULQA):
         questions = slice(skip_questions, None if limit is None else skip_questions + limit)
         path = RedactedURI(name).full.removeprefix(TRUTHFULQA)
@@ -71,8 +69,7 @@ def plan_text(checkpoint: Checkpoint, corpus: str, settings: Settings) -> Corpus
     Raises:
         CorpusError: the corpus cannot be read, is too short, or has no token to predict.
     """
-    tokenizer = load_tokenizer(checkpoint, trust_remote_code=settings.trust_remote_code)
-    text = tokenize_corpus(corpus, tokenizer, settings)
+    text = tokenize_corpus(corpus, load_tokenizer(checkpoint, trust_remote_code=settings.trust_remote_code), settings)
     if max(int(shard.lengths.max()) for shard in text.shards) <= max(1, settings.skip_first_tokens):
         raise CorpusError(
             f"No row of {RedactedURI(corpus)} has a token that is predicted from others before it and counts.",
@@ -81,24 +78,33 @@ def plan_text(checkpoint: Checkpoint, corpus: str, settings: Settings) -> Corpus
     return text
 
 
-def text_task(checkpoint: Checkpoint, corpus: str, settings: Settings) -> Task:
-    """Return the task of the loss on a corpus, in the checkpoint's tokens.
+def text_task(
+    checkpoint: Checkpoint,
+    corpus: str,
+    settings: Settings,
+    measure: Callable[[Shard], Measure] = TextLoss,
+    prefix: str = PERPLEXITY,
+) -> Task:
+    """Return the task of a measure of a corpus in the checkpoint's tokens, by default of the loss.
+
+    Args:
+        prefix: start of the name of the task, before that of the corpus.
 
     Raises:
         CorpusError: the corpus cannot be read, or is too short.
     """
     text = plan_text(checkpoint, corpus, settings)
-    return Task(name=f"{PERPLEXITY}{RedactedURI(corpus)}", parts=tuple(TextLoss(shard) for shard in text.shards))
+    return Task(name=f"{prefix}{RedactedURI(corpus)}", parts=tuple(map(measure, text.shards)))
 
 
-def row_start_task(checkpoint: Checkpoint, text: Task, settings: Settings) -> Task | None:
+def row_start_task(planned: PlannedTask) -> PlannedTask | None:
     """Return the task of comparing two starts of the first rows of a `text_task`, or None if rows have only one."""
-    tokenizer = load_tokenizer(checkpoint, trust_remote_code=settings.trust_remote_code)
-    first = next(part.shard for part in text.parts if isinstance(part, TextLoss))
-    shards = with_other_start(first, tokenizer, settings, COMPARED_ROWS)
-    if shards is None:
+    tokenizer = load_tokenizer(planned.checkpoint, trust_remote_code=planned.settings.trust_remote_code)
+    first = _shards(planned.task, TextLoss)[0]
+    if (shards := with_other_start(first, tokenizer, planned.settings, COMPARED_ROWS)) is None:
         return None
-    return Task(name=f"{ROW_START}{text.name.removeprefix(PERPLEXITY)}", parts=(RowStartLoss(shards),))
+    name = f"{ROW_START}{planned.task.name.removeprefix(PERPLEXITY)}"
+    return planned.plan(Task(name=name, parts=(RowStartLoss(shards),)))
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -106,8 +112,7 @@ class SeenText:
     """A text that scores, a search or a repair have read, so that it is not held out.
 
     Attributes:
-        use: end of a sentence that begins with the text: ``the scores of RUN were measured on``.
-        name: name of the text.
+        use: end of a sentence that begins with the text: ``the scores of RUN were measured on (NAME)``.
         rows: index after its last row, the value of ``skip_option`` that skips all of its rows.
         read: returns its rows, read again if necessary, and raises ConfigError if that is not possible.
         load_tokenizer: loads the tokenizer of its rows.
@@ -116,12 +121,11 @@ class SeenText:
     """
 
     use: str
-    name: str = ""
     rows: int
     read: Callable[[], Sequence[Shard]]
     load_tokenizer: Callable[[], Any]
     skip_option: str = "skip_sequences"
-    questions_hint: str = OTHER_QUESTIONS
+    questions_hint: str = "Use other text there, or other questions."
 
 
 def refuse_overlap(tasks: Iterable[Task], texts: Iterable[SeenText]) -> None:
@@ -132,28 +136,27 @@ def refuse_overlap(tasks: Iterable[Task], texts: Iterable[SeenText]) -> None:
             again.
     """
     comparable = [task for task in tasks if _shards(task, TruthfulChoices) or _shards(task, TextLoss)]
-    for task, seen in product(comparable, texts if comparable else ()):
-        if (asked := _shards(task, TruthfulChoices)) and seen.questions_hint:
-            prompts, questions = (_prompts(shards, seen.load_tokenizer()) for shards in (seen.read(), asked))
+    for task, earlier in product(comparable, texts if comparable else ()):
+        if (asked := _shards(task, TruthfulChoices)) and earlier.questions_hint:
+            prompts, questions = (_prompts(shards, earlier.load_tokenizer()) for shards in (earlier.read(), asked))
             if shared := len(prompts & questions):
                 raise ConfigError(
-                    f"{shared} of the {len(questions)} questions of {task.name} are prompts that {seen.use}.",
-                    seen.questions_hint.format(len(prompts)),
+                    f"{shared} of the {len(questions)} questions of {task.name} are prompts that {earlier.use}.",
+                    earlier.questions_hint.format(len(prompts)),
                 )
         if not (text := _shards(task, TextLoss)):
             continue
-        share = shared_text(seen.read(), text, seen.load_tokenizer())
-        use = f"{seen.use} ({seen.name})" if seen.name else seen.use
+        share = shared_text(earlier.read(), text, earlier.load_tokenizer())
         if share is None:
             raise ConfigError(
-                f"{task.name} cannot be compared with the text that {use}: one of them has no {SHORTEST} characters "
-                "in a row, without whitespace.",
+                f"{task.name} cannot be compared with the text that {earlier.use}: one of them has no {SHORTEST} "
+                "characters in a row, without whitespace.",
                 "Read more text, or longer rows (`sequence_length`); or set `allow_overlap` and know that they may be "
                 "one.",
             )
         if share > MAX_SHARED:
-            hint = f"Use other text: another corpus, or `{seen.skip_option}` {seen.rows}."
-            raise ConfigError(f"{share:.0%} of {task.name} is text that {use}.", hint)
+            hint = f"Use other text: another corpus, or `{earlier.skip_option}` {earlier.rows}."
+            raise ConfigError(f"{share:.0%} of {task.name} is text that {earlier.use}.", hint)
 
 
 def _shards(task: Task, kind: type[TextLoss | TruthfulChoices]) -> list[Shard]:
@@ -183,8 +186,7 @@ def texts_of_run(
         reader=f"run {run_id}",
         risk="layers may be chosen on",
         fingerprints=tuple(filter(None, (run["corpus_fingerprint"], run["tokens_fingerprint"]))),
-        use=f"the scores of {run_id} were measured on",
-        name=run["corpus"],
+        use=f"the scores of {run_id} were measured on ({run['corpus']})",
         rows=settings.skip_sequences + run["num_sequences"],
         questions_hint="Ask others: with `skip_questions` {}, where the run is of the first questions of the file.",
     )
@@ -214,21 +216,19 @@ def texts_of_repair(checkpoint: Checkpoint) -> Iterator[SeenText]:
     Raises:
         ModelError: a record is damaged.
     """
-    record = read_record(checkpoint.folder)
-    for distilled in record.texts if record else ():
-        if record is None or not distilled.trained_rows or distilled.corpus == SELF:  # text that the teacher wrote
-            continue
-        skipped = record.settings.skip_sequences + distilled.held_out_rows
-        yield _stored_text(
-            checkpoint,
-            distilled.corpus,
-            replace(record.settings, max_sequences=distilled.trained_rows, skip_sequences=skipped),
-            reader=f"the distillation of '{checkpoint.name}'",
-            risk="it is trained on",
-            fingerprints=(distilled.fingerprint,),
-            use=f"'{checkpoint.name}' was distilled on ({distilled.corpus})",
-            rows=skipped + distilled.trained_rows,
-        )
+    if record := read_record(checkpoint.folder):
+        for distilled in (text for text in record.texts if text.trained_rows and text.corpus != SELF):
+            skipped = record.settings.skip_sequences + distilled.held_out_rows
+            yield _stored_text(
+                checkpoint,
+                distilled.corpus,
+                replace(record.settings, max_sequences=distilled.trained_rows, skip_sequences=skipped),
+                reader=f"the distillation of '{checkpoint.name}'",
+                risk="it is trained on",
+                fingerprints=(distilled.fingerprint,),
+                use=f"'{checkpoint.name}' was distilled on ({distilled.corpus})",
+                rows=skipped + distilled.trained_rows,
+            )
     fit = f"the repair of '{checkpoint.name}'"
     for repair in read_repairs(checkpoint.folder):
         for text in repair.texts:
@@ -275,10 +275,10 @@ def refuse_overlaps(
         )
         for text in texts
     ]
-    seen = list(scored)
-    refuse_overlap(tasks, chain(texts_of_repair(model.checkpoint), seen, fitted))
+    scored_texts = list(scored)
+    refuse_overlap(tasks, chain(texts_of_repair(model.checkpoint), scored_texts, fitted))
     read = [Task(name=text.source, parts=tuple(map(TextLoss, text.shards))) for text in texts]
-    refuse_overlap(read, [replace(text, skip_option=skip_option) for text in seen])
+    refuse_overlap(read, [replace(text, skip_option=skip_option) for text in scored_texts])
 
 
 def _stored_text(

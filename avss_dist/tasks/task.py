@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
+from functools import cached_property
 from typing import Any, ClassVar
 
 import numpy as np
@@ -87,7 +88,7 @@ class Task:
     parts: tuple[Measure, ...]
     options: Mapping[str, Any] = field(default_factory=dict)
 
-    @property
+    @cached_property
     def key(self) -> str:
         """SHA-256, in hex, of its parts' keys."""
         return fingerprint(parts=[part.key for part in self.parts])

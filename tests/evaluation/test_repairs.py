@@ -117,7 +117,7 @@ def test_a_patch_in_place_is_the_repaired_checkpoint(
     task = PlannedTask(checkpoint=checkpoint, settings=text, task=read, placement=placement)
     with closing(LocalExecutor(settings)) as executor:
         placed = PlacedModel(checkpoint=checkpoint, settings=settings, placement=placement)
-        (fit,) = plan_fits(placed, layers, [repair]).values()
+        (fit,) = plan_fits(placed, layers, ["map"], (TEXT,)).values()
         found = fit_repairs(EvaluationSession(Store(tmp_path / "w"), executor), [(fit, [(1,)])])
         patch = found[fit.run_id(), (1,)]
         without = NO_INTERVENTION.without(1)
@@ -158,8 +158,7 @@ def fit_by_copies(model: Path, copies: int, partition: str = "single", rows: int
     """Return the fit of a repair that so many copies of a model share."""
     settings = Settings(**READ, max_sequences=rows, dtype="float32")
     placed = PlacedModel(checkpoint=resolve(str(model)), settings=settings, placement=Placement(partition=partition))
-    repair = Repair(by="refit_all", corpora=(TEXT,), settings=settings)
-    return plan_fits(placed, "model.layers", [repair], copies)[repair.by]
+    return plan_fits(placed, "model.layers", ["refit_all"], (TEXT,), copies)["refit_all"]
 
 
 def test_no_more_copies_share_a_fit_than_its_text_has_batches(deep: Path) -> None:

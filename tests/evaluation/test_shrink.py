@@ -93,15 +93,16 @@ def test_a_quarter_goes_and_is_repaired(done: Shrunk, deep: Path) -> None:
     """What is said of the written checkpoint is what evaluating it gives, to the bit."""
     plan, (task,) = done.best.plan, done.best.tasks
     assert (len(plan.drop), plan.why["by"], done.record and done.record.repair) == (2, "damage", "refit")
-    assert task.task == TASK and task.repaired is not None
-    assert task.whole.value < task.repaired.value < task.pruned.value
-    assert done.best.kept == task.of(task.repaired).value > task.of(task.pruned).value
+    whole, pruned, repaired = task.results.values()
+    assert task.task == TASK and [*task.results] == ["whole", "pruned", "repaired"]
+    assert whole.value < repaired.value < pruned.value
+    assert done.best.kept == task.retentions["repaired"].value > task.retentions["pruned"].value
     assert [len(one.plan.drop) for one in done.curve] == [2]
     read = {**READ, "max_sequences": 10}
     again = evaluate(
         [str(deep), done.folder], tasks=[TASK], warehouse=f"{done.folder}-again", skip_sequences=10, **read
     )
-    assert [one.result.value for one in again] == [task.whole.value, task.repaired.value]
+    assert [one.result.value for one in again] == [whole.value, repaired.value]
     assert read_repairs(Path(done.folder)) == [done.record]
     card = (Path(done.folder) / "README.md").read_text()
     assert "repaired, " in card and "without these layers, " in card and "Repaired by refit" in card
@@ -165,7 +166,7 @@ def test_the_parts_of_the_text_are_apart(done: Shrunk, deep: Path) -> None:
     assert run["num_sequences"] == 10
     assert (done.record.skip_sequences, done.record.max_sequences, done.record.texts[0].rows) == (20, 60, 60)
     (task,) = done.best.tasks
-    assert len(task.whole.samples) == 10
+    assert len(task.results["whole"].samples) == 10
     read = Settings(max_sequences=160, sequence_length=32)
     split = split_rows(resolve(str(deep)), [RedactedURI(TEXT)], read)
     assert split == TextSplit(scored=SCORED, evaluated=20, rows=160)
@@ -182,7 +183,7 @@ def test_two_workers_do_what_one_process_does(
     made = shrunk(deep, tmp_path / "out", executor="ray", replicas=2)
     assert len(starts) == 1 and not ray.is_initialized()
     assert (made.best.plan.drop, made.best.plan.why) == (done.best.plan.drop, done.best.plan.why)
-    assert made.best.tasks[0].pruned.value == done.best.tasks[0].pruned.value
+    assert made.best.tasks[0].results["pruned"].value == done.best.tasks[0].results["pruned"].value
     assert made.best.kept == pytest.approx(done.best.kept, rel=1e-4)
 
 
@@ -243,7 +244,7 @@ def test_layers_are_chosen_by_a_score_and_repaired_if_others_stand_before_them(
     how = {"last": 6} if by == "avss" else {}
     made = shrunk(deep, tmp_path / "out", by=by, repair="channel", warehouse=warehouse, **how)
     assert made.best.plan.why["by"] == by
-    assert (made.record is not None) == repaired == (made.best.tasks[0].repaired is not None)
+    assert (made.record is not None) == repaired == ("repaired" in made.best.tasks[0].results)
     assert repaired or made.best.plan.drop == (0, 1)
 
 
@@ -429,15 +430,17 @@ def test_the_distilled_checkpoint_is_the_output_and_is_evaluated(
     made, events = distilled
     (task,), record, folder = made.best.tasks, made.distillation, Path(made.folder)
     assert record is not None and record == read_record(folder) and record.after.tokens <= TOKENS
-    assert task.distilled is not None and task.repaired is not None
+    assert [*task.results] == ["whole", "pruned", "repaired", "distilled"]
     assert record.after.loss < record.before.loss
-    assert made.best.kept == task.of(task.distilled).value != made.curve[0].kept == task.of(task.repaired).value
+    assert (
+        made.best.kept == task.retentions["distilled"].value != made.curve[0].kept == task.retentions["repaired"].value
+    )
     assert {path.name for path in folder.parent.iterdir()} == {"out", "out-warehouse"}
     assert made.record is not None and read_repairs(folder) == [made.record]
     again = evaluate(
         [made.folder], tasks=[TASK], warehouse=tmp_path, skip_sequences=10, base=deep, **READ | {"max_sequences": 10}
     )
-    assert [one.result.value for one in again] == [task.distilled.value]
+    assert [one.result.value for one in again] == [task.results["distilled"].value]
     assert {TrainingAdvanced, CurvePoint} <= {type(event) for event in events}
     evaluated = Warehouse(f"{folder}-warehouse").table("evaluations").to_pylist()
     assert {row["model"] for row in evaluated} == {str(deep), made.folder}

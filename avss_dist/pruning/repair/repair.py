@@ -29,7 +29,7 @@ from torch import nn
 
 from avss_dist.core.errors import CorpusError, ModelError
 from avss_dist.core.settings import Settings
-from avss_dist.core.text import RedactedURI, describe_bytes, describe_layers
+from avss_dist.core.text import describe_bytes, describe_layers
 from avss_dist.core.validation import checked
 from avss_dist.corpus.shards import Batch, CorpusPlan, Mask
 from avss_dist.models.causal_lm import LanguageModel
@@ -86,11 +86,6 @@ class Repair:
 
     def __post_init__(self) -> None:
         self.weights  # noqa: B018  (checks them)
-
-    @property
-    def texts(self) -> list[RedactedURI]:
-        """Corpora without their weights."""
-        return [split_weight(corpus)[0] for corpus in self.corpora]
 
     @property
     def weights(self) -> list[float]:

@@ -37,7 +37,7 @@ def shrunk_tables(done: Shrunk) -> RenderableType:
     rows = ["whole model", f"{count_removed(plan.drop)} dropped"]
     rows += [f"repaired by {done.record.repair}"] if done.record else []
     rows += [f"distilled on {done.distillation.after.tokens:,} tokens"] if done.distillation else []
-    missing = not all(task.of(result).has_interval for task in tasks for result in task.smaller)
+    missing = not all(kept.has_interval for task in tasks for kept in task.retentions.values())
     caption = "Kept: of the whole model's metric (of a perplexity: whole over this), and its 95% interval."
     table = ReportTable(
         columns=[
@@ -79,11 +79,10 @@ def continuation_tables(continuations: Sequence[Continuation]) -> Iterator[Repor
 def _task_columns(task: TaskRetention) -> Iterator[ReportColumn]:
     from avss_dist.evaluation.shrink import readable_metric
 
-    results = [task.whole, *task.smaller]
-    kept = [None, *(task.of(result) for result in results[1:])]
-    metric, _ = readable_metric(task.whole)
+    kept = [None, *task.retentions.values()]
+    metrics = [readable_metric(result) for result in task.results.values()]
     group = basename(task.task.removeprefix(PERPLEXITY))
-    yield ReportColumn(metric, [readable_metric(result)[1] for result in results], group=group)
+    yield ReportColumn(metrics[0][0], [value for _, value in metrics], group=group)
     yield ReportColumn("kept", [one and one.value for one in kept], percent(1), missing="")
     intervals = [one and known_interval(one.low, one.high) for one in kept]
     yield ReportColumn("95% interval", intervals, interval(percent(1)), priority=1)
@@ -98,7 +97,7 @@ def shrunk_values(done: Shrunk) -> dict[str, Any]:
     texts = [{"prompt": one.prompt, "model": one.variant, "text": one.text} for one in done.continuations]
     values |= {"continuations": texts} if texts else {}
     if done.distillation:
-        kept = {task.task: task.of(task.final) for task in done.best.tasks}
+        kept = {task.task: task.final for task in done.best.tasks}
         values["distilled"] = [{"task": k, "kept": v.value, "low": v.low, "high": v.high} for k, v in kept.items()]
     return values
 
