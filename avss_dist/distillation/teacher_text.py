@@ -49,22 +49,17 @@ def teacher_text(
         ConfigError: it wrote no text.
     """
     names = ("sequence_length", "dtype", "device", "attention", "trust_remote_code")
-    common = {name: getattr(settings, name) for name in names}
-
-    def files(rows: int) -> tuple[Path, Path]:
-        """Return the files of the texts and of unfinished ones if so many are sampled at once."""
-        values = Settings(batch_size=rows, **common).as_dict()
-        key = fingerprint(teacher=teacher.revision, count=count, seed=seed, **values)[:32]
-        return cache_folder(_FOLDER, f"{key}.jsonl"), work / f"self-{key}.part"
-
-    begun = (rows for rows in ROWS if any(path.is_file() for path in files(rows)))
-    rows = next(begun, None) or rows_at_once(teacher, settings)
-    file, unfinished = files(rows)
+    choices: dict[int, tuple[Settings, Path, Path]] = {}
+    for rows in ROWS:
+        choice = Settings(batch_size=rows, **{name: getattr(settings, name) for name in names})
+        key = fingerprint(teacher=teacher.revision, count=count, seed=seed, **choice.as_dict())[:32]
+        choices[rows] = choice, cache_folder(_FOLDER, f"{key}.jsonl"), work / f"self-{key}.part"
+    begun = (rows for rows, (_, *paths) in choices.items() if any(path.is_file() for path in paths))
+    settings, file, unfinished = choices[next(begun, None) or rows_at_once(teacher, settings)]
     if file.is_file():
         return file
     batches = json.loads(unfinished.read_text(encoding="utf-8")) if unfinished.is_file() else []
     with progress_to(lambda _what, share: on_event(Preparing("the teacher writes text", share))):
-        settings = Settings(batch_size=rows, **common)
         for batch in sample(teacher, settings, count=count, seed=seed, first=len(batches)):
             batches.append(batch)
             with staged_file(unfinished) as staged:

@@ -197,10 +197,9 @@ class Driver:
                     continue
                 if self._full:
                     hint = "Free some space and run the same command again."
-                    error = StorageFull(f"Not begun: no space left on {self._store.root}.", hint)
-                    error.run_id = run.run_id
-                    self._ended.append((spec, error))
-                    continue
+                    full = StorageFull(f"Not begun: no space left on {self._store.root}.", hint)
+                    full.run_id = run.run_id
+                    raise full
                 self._run_ids[run.run_id] = spec.name
                 self._on_event(RunPlaced(spec.name, planned.replica_spec.placement))
                 running = RunInProgress(planned, self._store, fresh=self._fresh, shared=self._shared)

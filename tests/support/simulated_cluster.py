@@ -1,7 +1,7 @@
 """A Ray cluster in memory, with a clock of its own: nodes, gangs and results, for tests of scheduling.
 
 `SimulatedCluster` takes the place of `executors.ray.cluster.RayCluster`, `SimulatedGang` that of
-`executors.ray.gang.Gang`, and `PlannedQueues` that of `executors.prefetch.Prefetcher`. A second passes only when the
+`executors.ray.gang.Gang`, and `PlannedQueues` that of `executors.ray.pool.Prefetcher`. A second passes only when the
 scheduler waits. What Ray does is what tests on a real cluster in `tests/executors/test_ray.py` saw it do.
 """
 
@@ -365,7 +365,7 @@ class SimulatedCluster:
 
 @dataclass(eq=False)
 class PlannedQueues:
-    """Queues that are planned by given times. See `executors.prefetch.Prefetcher`."""
+    """Queues that are planned by given times. See `executors.ray.pool.Prefetcher`."""
 
     cluster: SimulatedCluster
     queues: deque[UnitQueue[Any]]
