@@ -11,7 +11,7 @@ from avss_dist.core.errors import ConfigError
 from avss_dist.core.registry import FROM_ACTIVATIONS, LOWEST_SHARE, RECIPES, is_own
 from avss_dist.core.settings import DEFAULT_WAREHOUSE, EVERY_SITE, PUBLISHED_THRESHOLD, SITES, Request
 from avss_dist.core.text import parse_threshold
-from avss_dist.core.validation import Check, OneOf, Option, PathOrText, checked
+from avss_dist.core.validation import OneOf, Option, PathOrText, check, checked
 
 LISTINGS = ("runs", "plans", "evaluations")
 ALONG = ("step", "tokens", "size", "sequence_length")
@@ -51,15 +51,15 @@ def _run_names(runs: Any) -> Any:
 
 WAREHOUSE = Option(short="-w", environment="AVSS_WAREHOUSE")
 OUTPUT = Option(short="-o")
-RunName = Annotated[Any, Check(_run_name, before=True)]
-RunNames = Annotated[tuple[str, ...], Check(_run_names, before=True)]
+RunName = Annotated[Any, check(_run_name, before=True)]
+RunNames = Annotated[tuple[str, ...], check(_run_names, before=True)]
 Output = Annotated[PathOrText, OUTPUT]
 OptionalOutput = Annotated[PathOrText | None, OUTPUT]
 Shares = Annotated[tuple[Annotated[float, Field(strict=False, ge=0, le=1)], ...], Field(strict=False)]
 OwnScores = Annotated[
     tuple[Annotated[str, OneOf((), accepts=is_own)], ...], Field(strict=False), Option(metavar="FILE:COLUMN")
 ]
-Threshold = Annotated[str | float, Check(_require_threshold)]
+Threshold = Annotated[str | float, check(_require_threshold)]
 Site = Annotated[str, OneOf(EVERY_SITE)]
 Recipe = Annotated[str, OneOf(RECIPES)]
 
@@ -68,7 +68,7 @@ Recipe = Annotated[str, OneOf(RECIPES)]
 class WarehouseRequest(Request):
     """A command that reads or writes a warehouse."""
 
-    warehouse: Annotated[PathOrText, Check(require_warehouse), WAREHOUSE] = DEFAULT_WAREHOUSE
+    warehouse: Annotated[PathOrText, check(require_warehouse), WAREHOUSE] = DEFAULT_WAREHOUSE
     """Folder of results, or s3://, gs://, hdfs:// URI."""
 
 

@@ -41,7 +41,6 @@ from avss_dist.core.settings import (
 from avss_dist.core.text import RedactedURI
 from avss_dist.core.validation import (
     RARE,
-    Check,
     Count,
     OneOf,
     Option,
@@ -50,6 +49,7 @@ from avss_dist.core.validation import (
     Share,
     Text,
     Texts,
+    check,
     checked,
 )
 from avss_dist.models.number_formats import format_names, number_format
@@ -225,10 +225,10 @@ class ShrinkRequest(ModelRequest, EvaluationOptions):
     """Also distill the model from the whole one on so many tokens: 1e6."""
 
     def __post_init__(self) -> None:
-        if self.share is not None and self.keep is not None:
-            raise ConfigError("`share` and `keep` are mutually exclusive.", "Keep one of them.")
-        if self.skip_sequences:
-            raise ConfigError("`skip_sequences` has no effect: each text is divided into parts.", "Leave it out.")
+        ConfigError.refuse(
+            (self.share and self.keep, "`share` and `keep` are mutually exclusive.", "Keep one of them."),
+            (self.skip_sequences, "`skip_sequences` has no effect: each text is divided into parts.", "Leave it out."),
+        )
 
     @property
     def ranked_by(self) -> str:
@@ -260,7 +260,7 @@ class PlanRequest(PlaceRequest, RunRequest, EvaluationOptions):
     run: RunName = None
     """A run: id, part of it, model or glob; by default the newest that will do."""
     by: Annotated[
-        Annotated[str, OneOf(tuple(SCORES | EXPERT_SCORES), accepts=is_own)] | None, Check(name_values, before=True)
+        Annotated[str, OneOf(tuple(SCORES | EXPERT_SCORES), accepts=is_own)] | None, check(name_values, before=True)
     ] = None
     """Score that chooses the layers, greedy (the loss on `corpus`), or FILE.csv:COLUMN; loss or damage by default.
     Of `experts`: reap, tokens, gate or random."""
@@ -284,13 +284,11 @@ class PlanRequest(PlaceRequest, RunRequest, EvaluationOptions):
     def __post_init__(self) -> None:
         if self.by == GREEDY and self.corpus is None:
             raise ConfigError("`by` greedy needs text to measure losses on.", "Name it with `corpus`.")
-        if self.experts is not None:
-            self._require_experts_alone()
-        elif self.by in EXPERT_SCORES.keys() - SCORES.keys():
-            raise ConfigError(f"`by` {self.by} is a score of routed experts.", "Set `experts` to the share to drop.")
-
-    def _require_experts_alone(self) -> None:
-        """Raise ConfigError without a score of experts, or with options that choose layers."""
+        if self.experts is None:
+            if self.by in EXPERT_SCORES.keys() - SCORES.keys():
+                message = f"`by` {self.by} is a score of routed experts."
+                raise ConfigError(message, "Set `experts` to the share to drop.")
+            return
         if self.by is None:
             choices = "\n".join(f"  {name}: {meaning}" for name, meaning in EXPERT_SCORES.items())
             raise ConfigError("`experts` needs a score to choose by.", f"Name it with `by`:\n{choices}")

@@ -78,6 +78,16 @@ class ConfigError(AvssError):
         combined.problems = tuple(problems)
         return combined
 
+    @classmethod
+    def refuse(cls, *checks: tuple[object, str, str | None]) -> None:
+        """Raise one error for all checks that apply.
+
+        Args:
+            checks: a condition that is true of invalid values, a message and a hint each.
+        """
+        if problems := [cls(message, hint) for applies, message, hint in checks if applies]:
+            raise cls.combine(problems)
+
 
 class CorpusError(AvssError):
     """The calibration text cannot be read, or is too short."""

@@ -15,7 +15,7 @@ from pydantic_core import PydanticKnownError
 from avss_dist.core.errors import ConfigError
 from avss_dist.core.registry import GANGS, PARTITIONS
 from avss_dist.core.text import parse_bytes, parse_threshold
-from avss_dist.core.validation import NO_OPTION, RARE, Check, Count, OneOf, Positive, checked
+from avss_dist.core.validation import NO_OPTION, RARE, Count, OneOf, Positive, check, checked
 
 DEFAULT_WAREHOUSE = "warehouse"  # a folder in the working directory
 SITES = ("block", "update", "attention", "mlp", "neuron")  # measured by default
@@ -27,8 +27,6 @@ SITE_FAMILIES = {"inputs": INPUTS}
 """Names that stand for several sites."""
 LAYOUTS = ("packed", "padded")
 ROW_STARTS = ("auto", "none")
-_OLD_ROWS = {"row_start": "none"}  # default of what was stored before this option existed
-_OF_STATISTICS = ("sites", "thresholds", "experts", "sequences_per_shard")
 TRAINED = ("all", "lora")
 """Weights that distillation trains: see `distillation.pair`."""
 DTYPES = ("auto", "float32", "bfloat16", "float16")
@@ -80,10 +78,6 @@ def _by_device(sizes: Any) -> Any:
     return {name: size for name, _, size in pairs}
 
 
-def _bytes(size: Any) -> Any:
-    return parse_bytes(size) if isinstance(size, str) else size
-
-
 _REPLICAS = re.compile(r"(?:(\d{1,9})\.\.)?(\d{1,9})", re.ASCII)
 
 
@@ -104,18 +98,14 @@ class Replicas:
 
 
 def _replicas(value: Any) -> Any:
-    """Return replicas from a number, or from text such as ``4..64``."""
-    if isinstance(value, Replicas):
-        replicas = value
-    elif isinstance(value, int) and not isinstance(value, bool):
-        replicas = Replicas(1, value)
-    elif isinstance(value, str) and (match := _REPLICAS.fullmatch(value.strip())):
-        replicas = Replicas(int(match[1] or 1), int(match[2]))
-    else:
+    """Return replicas from a number, from text such as ``4..64``, or from replicas, which may be out of range."""
+    match = _REPLICAS.fullmatch(str(value).strip())
+    if not match:
         raise ConfigError(
             f"invalid replica count '{value}': expected an integer (8) or a range (4..64).",
             "4..64 starts with 4 copies, and uses up to 64 when there is room.",
         )
+    replicas = Replicas(int(match[1] or 1), int(match[2]))
     if min(replicas.minimum, replicas.maximum) < 1:
         raise PydanticKnownError("greater_than_equal", {"ge": 1})
     if replicas.minimum > replicas.maximum:
@@ -140,25 +130,28 @@ def _single_values(labels: tuple[str, ...]) -> tuple[str, ...]:
 
 
 _LABEL_VALUE = re.compile(r"[A-Za-z0-9]([A-Za-z0-9._-]*[A-Za-z0-9])?")  # Ray's syntax, without operators
-NodeLabels = Annotated[tuple[Annotated[str, Check(_node_label)], ...], Field(strict=False), Check(_single_values)]
+NodeLabels = Annotated[tuple[Annotated[str, check(_node_label)], ...], Field(strict=False), check(_single_values)]
 Sites = Annotated[
     tuple[Annotated[str, OneOf((*EVERY_SITE, *SITE_FAMILIES))], ...],
     Field(strict=False, min_length=1),
-    Check(_in_order),
+    check(_in_order),
 ]
-Threshold = Annotated[float, Check(_absolute, before=True), Field(gt=0, allow_inf_nan=False)]
-Thresholds = Annotated[tuple[Threshold, ...], Field(strict=False), Check(_with_published)]
+Threshold = Annotated[float, check(_absolute, before=True), Field(gt=0, allow_inf_nan=False)]
+Thresholds = Annotated[tuple[Threshold, ...], Field(strict=False), check(_with_published)]
 Bytes = Annotated[
-    int, Check(_bytes, before=True), Field(ge=1), WithJsonSchema({"type": ["string", "integer"], "examples": ["20GB"]})
+    int,
+    check(lambda size: parse_bytes(size) if isinstance(size, str) else size, before=True),
+    Field(ge=1),
+    WithJsonSchema({"type": ["string", "integer"], "examples": ["20GB"]}),
 ]
 ReplicaRange = Annotated[
     Replicas,
-    Check(_replicas, before=True),
+    check(_replicas, before=True),
     WithJsonSchema(
         {"type": ["integer", "string"], "minimum": 1, "pattern": r"^([1-9]\d*\.\.)?[1-9]\d*$", "examples": [8, "4..64"]}
     ),
 ]
-Sizes = Annotated[Mapping[Annotated[str, Check(_device_name)], Bytes], Check(_by_device, before=True)]
+Sizes = Annotated[Mapping[Annotated[str, check(_device_name)], Bytes], check(_by_device, before=True)]
 Seconds = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 
 
@@ -188,7 +181,7 @@ class TextOptions:
     @classmethod
     def from_stored(cls, values: Mapping[str, Any]) -> Self:
         """Make an instance from stored values by name, without names that it does not have."""
-        values = _OLD_ROWS | {**values}
+        values = {"row_start": "none", **values}  # default of what was stored before this option existed
         return cls(**{f.name: values[f.name] for f in fields(cls) if f.name in values})
 
     def text_options(self) -> dict[str, Any]:
@@ -267,8 +260,8 @@ class Settings(StatisticsOptions, BatchOptions, ModelOptions, TextOptions):
         Args:
             statistics: include the settings of statistics inside of layers.
         """
-        without = {*TEXT_OPTIONS, "trust_remote_code", "allow_pickle"} - {"sequence_length"}
-        without |= set() if statistics else {*_OF_STATISTICS}
+        of_statistics = () if statistics else ("sites", "thresholds", "experts", "sequences_per_shard")
+        without = {*TEXT_OPTIONS, *of_statistics, "trust_remote_code", "allow_pickle"} - {"sequence_length"}
         return {name: value for name, value in self.as_dict().items() if name not in without}
 
 
@@ -310,23 +303,30 @@ class Execution(ClusterOptions):
     """Maximum memory of a replica on a device: cpu=20GB (with interpreter and activations), 0=40GB, ..."""
 
     def __post_init__(self) -> None:
-        problems = []
-        if self.ranks and self.partition not in GANGS:
-            gangs = f"{', '.join(GANGS[:-1])} and {GANGS[-1]}"
-            message = f"`ranks` applies to {gangs}, not to `partition` {self.partition}."
-            problems.append(ConfigError(message, "Leave it out."))
-        if self.executor == "local" and self.partition in GANGS:
-            message = f"`partition` {self.partition} needs several processes; `executor` local is one."
-            problems.append(ConfigError(message, "Use `executor` ray."))
-        if self.executor == "local" and (self.address or (self.replicas and self.replicas.maximum > 1)):
-            message = "`executor` local is one replica in this process; "
-            message += "it takes neither `address` nor `replicas` above 1."
-            problems.append(ConfigError(message, "Use `executor` ray."))
-        if self.executor == "local" and self.node_labels:
-            message = "`node_labels` chooses nodes of a cluster; `executor` local is this process."
-            problems.append(ConfigError(message, "Use `executor` ray, with an `address`."))
-        if problems:
-            raise ConfigError.combine(problems)
+        gangs, local = f"{', '.join(GANGS[:-1])} and {GANGS[-1]}", self.executor == "local"
+        several = self.address or (self.replicas and self.replicas.maximum > 1)
+        ConfigError.refuse(
+            (
+                self.ranks and self.partition not in GANGS,
+                f"`ranks` applies to {gangs}, not to `partition` {self.partition}.",
+                "Leave it out.",
+            ),
+            (
+                local and self.partition in GANGS,
+                f"`partition` {self.partition} needs several processes; `executor` local is one.",
+                "Use `executor` ray.",
+            ),
+            (
+                local and several,
+                "`executor` local is one replica in this process; it takes neither `address` nor `replicas` above 1.",
+                "Use `executor` ray.",
+            ),
+            (
+                local and self.node_labels,
+                "`node_labels` chooses nodes of a cluster; `executor` local is this process.",
+                "Use `executor` ray, with an `address`.",
+            ),
+        )
 
 
 @checked

@@ -40,14 +40,10 @@ def parse_bytes(text: str) -> int:
     Raises:
         ConfigError: the text is not a positive size.
     """
-    match = re.fullmatch(r"\s*([0-9.]+)\s*(?:([kmgt])(i?))?b?\s*", text.lower())
-    try:
-        number = float(match[1]) if match else 0.0
-    except ValueError:
-        number = 0.0
-    if not match or number <= 0:
+    match = re.fullmatch(r"\s*([0-9]+\.?[0-9]*|\.[0-9]+)\s*(?:([kmgt])(i?))?b?\s*", text.lower())
+    if not match or not float(match[1]):
         raise ConfigError(f"'{text}' is not a size.", "Write 200MB (10^6 bytes), or 20GiB (2^30 bytes).")
-    return int(number * (1024 if match[3] else 1000) ** ("kmgt".find(match[2]) + 1 if match[2] else 0))
+    return int(float(match[1]) * (1024 if match[3] else 1000) ** ("kmgt".find(match[2]) + 1 if match[2] else 0))
 
 
 def docs_page(name: str) -> str:

@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
+import ast
 import inspect
+import sys
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import MISSING, Field, dataclass, field, fields
-from functools import wraps
+from dataclasses import MISSING, Field, dataclass, field, fields, is_dataclass
+from functools import cache, wraps
+from itertools import pairwise
 from pathlib import Path
 from textwrap import shorten
 from typing import Annotated, Any, ParamSpec, TypeVar, dataclass_transform, get_args, get_type_hints
 
-from pydantic import ConfigDict, ValidationError
+from pydantic import AfterValidator, BeforeValidator, ConfigDict, PlainValidator, TypeAdapter, ValidationError
 from pydantic import Field as Range
-from pydantic.dataclasses import dataclass as pydantic_dataclass
-from pydantic.dataclasses import rebuild_dataclass
 from pydantic_core import ArgsKwargs, PydanticCustomError, PydanticKnownError, core_schema
 
 from avss_dist.core.errors import AvssError, ConfigError, nearest
@@ -28,28 +29,21 @@ Count = Annotated[int, Range(ge=0)]
 Positive = Annotated[int, Range(ge=1)]
 
 
-@dataclass(frozen=True)
-class Check:
-    """Metadata of a field: a check of its values. ``Annotated[float, Check(require_share)]``.
+def check(function: Callable[[Any], Any], *, before: bool = False) -> AfterValidator | BeforeValidator:
+    """Return metadata of a field that checks its values: ``Annotated[float, check(require_share)]``.
 
     Args:
-        check: raises an `AvssError`, or returns the value.
-        before: run before the type is checked; ``check`` may then return a value of another type.
+        function: raises an `AvssError`, or returns the value.
+        before: run before the type is checked; ``function`` may then return a value of another type.
     """
 
-    check: Callable[[Any], Any]
-    before: bool = False
-
-    def _run(self, value: Any) -> Any:
+    def run(value: Any) -> Any:
         try:
-            return self.check(value)
+            return function(value)
         except AvssError as error:  # pydantic collects its own errors only
             raise PydanticCustomError("problem", "{message}", {"message": error.message, "hint": error.hint}) from None
 
-    def __get_pydantic_core_schema__(self, source: Any, handler: Any) -> Any:
-        if self.before:
-            return core_schema.no_info_before_validator_function(self._run, handler(source))
-        return core_schema.no_info_after_validator_function(self._run, handler(source))
+    return BeforeValidator(run) if before else AfterValidator(run)
 
 
 @dataclass(frozen=True)
@@ -103,54 +97,58 @@ class Option:
 RARE, NO_OPTION = Option(rare=True), Option(exists=False)
 
 
-class _AsText:
-    """Metadata of a text that may be passed as a path, and that keeps its class, such as `RedactedURI`."""
-
-    def __get_pydantic_core_schema__(self, source: Any, handler: Any) -> Any:
-        return core_schema.no_info_plain_validator_function(self._run)
-
-    @staticmethod
-    def _run(value: Any) -> str:
-        if isinstance(value, Path):
-            return str(value)
-        if not isinstance(value, str):
-            raise PydanticKnownError("string_type")
-        return value
+def _as_text(value: Any) -> str:
+    """Return a text that may be a path. It keeps its class, such as `RedactedURI`."""
+    if isinstance(value, Path):
+        return str(value)
+    if not isinstance(value, str):
+        raise PydanticKnownError("string_type")
+    return value
 
 
-Text = Annotated[str, _AsText()]
+Text = Annotated[str, PlainValidator(_as_text)]
 Texts = Annotated[tuple[Text, ...], Range(strict=False)]
-PathOrText = Annotated[str | Path, _AsText()]
+PathOrText = Annotated[str | Path, PlainValidator(_as_text)]
 
 
 @dataclass_transform(frozen_default=True, kw_only_default=True, field_specifiers=(field,))
 def checked(cls: type[T]) -> type[T]:
     """Make a class a frozen, keyword-only dataclass that checks its values: all fields, then ``__post_init__``.
 
-    It is a pydantic dataclass, so `dataclasses.replace`, ``fields`` and ``asdict`` work. ``Annotated`` types have
-    ranges, `OneOf` and `Check`. The docstring below a field is its description in front ends. An invalid value, an
-    unknown or a missing field is a `ConfigError` that lists every problem, each with its field in backticks. As a
-    field of another class, an instance may be given as a mapping.
+    It is checked by pydantic: ``Annotated`` types have ranges, `OneOf` and `check`. The docstring below a field is its
+    description in front ends. An invalid value, an unknown or a missing field is a `ConfigError` that lists every
+    problem, each with its field in backticks. As a field of another class, an instance may be given as a mapping.
     The checks are prepared when the first instance is made, which takes milliseconds for many fields.
     """
-    config = ConfigDict(strict=True, extra="forbid", use_attribute_docstrings=True, defer_build=True)
     checks: Any = cls
+    checks.__pydantic_config__ = ConfigDict(strict=True, extra="forbid")
     checks.__get_pydantic_core_schema__ = classmethod(_schema_that_accepts_mappings)
+    checks.__get_pydantic_json_schema__ = classmethod(_described_schema)
     if "__post_init__" in vars(cls):
         checks.check_values = checks.__post_init__
     checks.__post_init__ = _check_all_values
-    checked_class: Any = pydantic_dataclass(cls, frozen=True, kw_only=True, config=config)
-    for name, info in checked_class.__pydantic_fields__.items():  # for subclasses, whose own docstrings pydantic reads
-        described: Any = Annotated[info.rebuild_annotation(), Range(description=info.description)]
-        checked_class.__dataclass_fields__[name].type = described
-    checked_class.__init__ = _initialize
-    if attributes := _documented_fields(checked_class):
-        checked_class.__doc__ = f"{inspect.cleandoc(cls.__doc__ or '')}\n\nAttributes:\n{attributes}"
-    return checked_class
+    dataclass(frozen=True, kw_only=True)(cls)
+
+    @wraps(checks.__init__)
+    def initialize(self: Any, *positional: Any, **values: Any) -> None:
+        _validate(self, ArgsKwargs(positional, values))
+
+    checks.__init__, checks.__doc__ = initialize, _Documentation(cls.__doc__ or "")
+    return cls
 
 
-def _initialize(self: Any, *positional: Any, **values: Any) -> None:
-    _validate(self, ArgsKwargs(positional, values))
+class _Documentation(str):
+    """Docstring of a checked class, followed by its fields when it is read."""
+
+    def __get__(self, instance: object, cls: Any) -> str:
+        hints, lines = get_type_hints(cls, include_extras=True), [inspect.cleandoc(self), "", "Attributes:"]
+        for name, text in descriptions(cls).items():
+            names = next(
+                (meta.names for meta in getattr(hints[name], "__metadata__", ()) if isinstance(meta, OneOf)), ()
+            )
+            valid = f" One of: {', '.join(names)}." if names else ""
+            lines.append(f"    {name}: {text}{valid}")
+        return "\n".join(lines)
 
 
 def from_texts(cls: type[T], values: Mapping[str, Any]) -> T:
@@ -161,14 +159,17 @@ def from_texts(cls: type[T], values: Mapping[str, Any]) -> T:
 
 
 def _validate(instance: Any, values: ArgsKwargs, strict: bool | None = None) -> None:
-    cls = type(instance)
-    if not cls.__pydantic_complete__:
-        rebuild_dataclass(cls)
-        cls.__init__ = _initialize  # pydantic has replaced it
+    cls: Any = type(instance)
     try:
-        cls.__pydantic_validator__.validate_python(values, strict=strict, self_instance=instance)
+        adapter(cls).validator.validate_python(values, strict=strict, self_instance=instance)
     except ValidationError as error:
         raise ConfigError.combine([problem for _, problem in located_problems(cls, error)]) from None
+
+
+@cache
+def adapter(cls: Any) -> TypeAdapter[Any]:
+    """Return pydantic's checks of a class."""
+    return TypeAdapter(cls)
 
 
 def _check_all_values(self: Any) -> None:
@@ -228,24 +229,41 @@ def keywords(cls: Callable[P, R]) -> Callable[[Callable[[R], T]], Callable[P, T]
     return decorate
 
 
-def _documented_fields(cls: Any) -> str:
-    """Return the lines of a class's docstring about its own fields: descriptions and valid names."""
-    lines = []
-    for name, info in cls.__pydantic_fields__.items():
-        names = next((item.names for item in info.metadata if isinstance(item, OneOf)), ())
-        valid = f" One of: {', '.join(names)}." if names else ""
-        lines += [f"    {name}: {info.description}{valid}"] if info.description else []
-    return "\n".join(lines)
-
-
 def _schema_that_accepts_mappings(cls: Any, source: Any, handler: Any) -> Any:
     """Return pydantic's schema of a strict dataclass, whose fields stay strict."""
     return {**handler(source), "strict": False}
 
 
+def _described_schema(cls: Any, schema: Any, handler: Any) -> Any:
+    """Return the JSON schema of a class with the descriptions of its fields."""
+    json_schema = handler(schema)
+    properties = handler.resolve_ref_schema(json_schema)["properties"]
+    for name, text in descriptions(cls).items():
+        properties[name]["description"] = text
+    return json_schema
+
+
+@cache
 def descriptions(cls: Any) -> dict[str, str]:
     """Return the docstring of every field of a checked class, by name."""
-    return {name: info.description for name, info in cls.__pydantic_fields__.items() if info.description}
+    bases = [_docstrings(base.__module__).get(base.__name__, {}) for base in reversed(cls.__mro__[:-1])]
+    texts = {name: text for docstrings in bases for name, text in docstrings.items()}
+    return {f.name: texts[f.name] for f in fields(cls) if f.name in texts}
+
+
+@cache
+def _docstrings(module: str) -> dict[str, dict[str, str]]:
+    """Return the docstrings below the fields of the classes of a module, by class and field."""
+    nodes = ast.walk(ast.parse(inspect.getsource(sys.modules[module])))
+    return {
+        node.name: {
+            ast.unparse(field.target): inspect.cleandoc(str(text.value.value))
+            for field, text in pairwise(node.body)
+            if isinstance(field, ast.AnnAssign) and isinstance(text, ast.Expr) and isinstance(text.value, ast.Constant)
+        }
+        for node in nodes
+        if isinstance(node, ast.ClassDef)
+    }
 
 
 _EXPECTED = {
@@ -310,16 +328,19 @@ def _field_at(cls: Any, path: Location) -> tuple[str, Any]:
     for part in path:
         if part in _fields(cls):
             name = str(part)
-            cls = next(_classes_in(_fields(cls)[name].annotation), cls)
+            cls = next(_classes_in(_fields(cls)[name]), cls)
     return name, cls
 
 
 def _fields(cls: Any) -> dict[str, Any]:
-    return {info.alias or name: info for name, info in cls.__pydantic_fields__.items()}
+    """Return the types of the fields of a checked class or a pydantic model, by key."""
+    if is_dataclass(cls):
+        return {name: hint for name, hint in get_type_hints(cls).items() if name in cls.__dataclass_fields__}
+    return {info.alias or name: info.annotation for name, info in cls.model_fields.items()}
 
 
 def _classes_in(annotation: Any) -> Iterator[Any]:
-    if hasattr(annotation, "__pydantic_fields__"):
+    if isinstance(annotation, type) and hasattr(annotation, "__get_pydantic_core_schema__"):
         yield annotation
     for part in get_args(annotation):
         yield from _classes_in(part)

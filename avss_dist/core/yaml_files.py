@@ -6,20 +6,24 @@ import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from difflib import get_close_matches
-from functools import cache
 from pathlib import Path
 from typing import Any, TypeVar
 
 import yaml
-from pydantic import TypeAdapter, ValidationError
+from pydantic import ValidationError
 
 from avss_dist.core.errors import AvssError, ConfigError, named_fields, spell_fields
-from avss_dist.core.validation import Location, located_problems
+from avss_dist.core.validation import Location, adapter, located_problems
 
 MAX_BYTES = 1_000_000
 MAX_DEPTH = 20
 MAX_VALUES = 100_000  # with aliases, a few lines can stand for any number of values
-TAGS = ("null", "bool", "int", "float", "str", "seq", "map", "timestamp", "value")
+TAGS = {
+    "scalar": ("null", "bool", "int", "float", "str", "timestamp", "value"),
+    "sequence": ("seq",),
+    "mapping": ("map",),
+}
+"""Tags of plain YAML by the kind of node that has them."""
 _PREFIX = "tag:yaml.org,2002:"
 _HALF = re.compile("[\ud800-\udfff]")
 
@@ -88,7 +92,7 @@ class Document:
             places: locations of the mappings that the values come from, the one that counts first. The root by default.
         """
         try:
-            return _adapter(cls).validate_python(values, strict=None if self.kind.typed else False)
+            return adapter(cls).validate_python(values, strict=None if self.kind.typed else False)
         except ValidationError as error:
             problems = [*located_problems(cls, error, noun="key")]
         misspelled = [str(location[-1]) for location, problem in problems if problem.message.startswith("Unknown key")]
@@ -114,12 +118,6 @@ class Document:
         return parsed
 
 
-@cache
-def _adapter(cls: Any) -> Any:
-    """Return pydantic's adapter of a class."""
-    return TypeAdapter(cls)
-
-
 def read_yaml(path: Path, kind: YamlKind) -> Document:
     """Read a YAML file.
 
@@ -131,8 +129,6 @@ def read_yaml(path: Path, kind: YamlKind) -> Document:
         with path.open("rb") as file:
             data = file.read(MAX_BYTES + 1)
         text = data.decode()
-    except FileNotFoundError as error:
-        raise kind.error(f"The {kind.noun} {path} cannot be read: {error.strerror}.", kind.hint) from None
     except (OSError, ValueError) as error:  # ValueError: bytes that are not UTF-8, a path with a null
         reason = getattr(error, "strerror", None) or "it is not UTF-8 text"
         raise kind.error(f"The {kind.noun} {path} cannot be read: {reason}.", kind.hint) from None
@@ -182,24 +178,19 @@ class _Values:
             return self.loader.construct_object(node)
         except (yaml.YAMLError, ValueError, LookupError, AttributeError) as error:  # `!!bool 7`: a KeyError
             reason = str(error) if type(error) is ValueError else f"'{node.value[:40]}' is not a {_name(node.tag)}"
-            where = f"{self.document.path}:{_line(node)}"
-            raise kind.error(f"{where}: this is not YAML: {reason}.", kind.hint) from None
+            raise self._error(node, f"this is not YAML: {reason}.") from None
 
     def _mapping(self, node: Any, location: Location) -> dict[Any, Any]:
-        kind, lines = self.document.kind, self.document.lines
-        values: dict[Any, Any] = {}
-        first: dict[Any, int] = {}
+        lines, values = self.document.lines, dict[Any, Any]()
         for key, value in node.value:
             self._require_plain(key, location)
             if not isinstance(key, yaml.ScalarNode):
-                where = f"{self.document.path}:{_line(key)}"
-                raise kind.error(f"{where}: a key must be a text, not a {_name(key.tag)}.", kind.hint)
-            name = self._scalar(key) if kind.typed else str(key.value)
-            if name in first:
-                what = f"the key '{key.value}' is repeated; the first is in line {first[name]}."
+                raise self._error(key, f"a key must be a text, not a {_name(key.tag)}.")
+            name = self._scalar(key) if self.document.kind.typed else str(key.value)
+            if name in values:
+                what = f"the key '{key.value}' is repeated; the first is in line {lines[(*location, name)]}."
                 self.document.problems.add((_line(key), what))
                 continue
-            first[name] = _line(key)
             lines[(*location, name)] = _line(key)
             values[name] = self.plain(value, (*location, name))
         return values
@@ -207,21 +198,19 @@ class _Values:
     def _require_plain(self, node: Any, location: Location) -> None:
         self.count += 1
         kind = self.document.kind
-        where = f"{self.document.path}:{_line(node)}"
         if len(location) > MAX_DEPTH:
-            raise kind.error(f"{where}: nested too deeply.", f"A {kind.noun} has at most {MAX_DEPTH} levels.")
+            raise self._error(node, "nested too deeply.", f"A {kind.noun} has at most {MAX_DEPTH} levels.")
         if self.count > MAX_VALUES:
-            raise kind.error(f"{where}: more than {MAX_VALUES:,} values.", "Split the file, or use fewer aliases.")
+            raise self._error(node, f"more than {MAX_VALUES:,} values.", "Split the file, or use fewer aliases.")
         if isinstance(node.value, str) and _HALF.search(node.value):
-            raise kind.error(f"{where}: a text has half of a surrogate pair.", "Write the character in UTF-8.")
-        if not self._is_known(node):
-            raise kind.error(f"{where}: the tag {_name(node.tag)} is not plain YAML.", "Leave it out.")
+            raise self._error(node, "a text has half of a surrogate pair.", "Write the character in UTF-8.")
+        of_kind = node.id == "scalar" and node.tag in kind.tags
+        if not of_kind and node.tag.removeprefix(_PREFIX) not in TAGS[node.id]:
+            raise self._error(node, f"the tag {_name(node.tag)} is not plain YAML.", "Leave it out.")
 
-    def _is_known(self, node: Any) -> bool:
-        if isinstance(node, yaml.ScalarNode):
-            scalar = node.tag.removeprefix(_PREFIX) in TAGS and node.tag not in (f"{_PREFIX}seq", f"{_PREFIX}map")
-            return scalar or node.tag in self.document.kind.tags
-        return bool(node.tag == f"{_PREFIX}{'seq' if isinstance(node, yaml.SequenceNode) else 'map'}")
+    def _error(self, node: Any, problem: str, hint: str | None = None) -> AvssError:
+        kind = self.document.kind
+        return kind.error(f"{self.document.path}:{_line(node)}: {problem}", hint or kind.hint)
 
 
 def _name(tag: str) -> str:

@@ -13,7 +13,7 @@ from avss_dist.core.names import CONTRAST
 from avss_dist.core.registry import FROM_ACTIVATIONS, GREEDY, MEASURED, RECIPES
 from avss_dist.core.settings import EVERY_SITE
 from avss_dist.core.text import describe_threshold, parse_threshold
-from avss_dist.core.validation import Check, Count, Positive, Share, checked
+from avss_dist.core.validation import Count, Positive, Share, check, checked
 from avss_dist.pruning.repair.registry import NO_REPAIR, OptionalRepairName
 from avss_dist.pruning.selection import LAST, PUBLISHED, RANDOM, Choice, Reading, reading_of
 
@@ -28,7 +28,7 @@ def _known_score(text: str) -> str:
     return text
 
 
-Score = Annotated[str, Check(_known_score)]
+Score = Annotated[str, check(_known_score)]
 
 
 @checked

@@ -42,7 +42,7 @@ from avss_dist.core.registry import BLOCK_DISTANCE, EXPERT_SCORES, LOWEST_SHARE,
 from avss_dist.core.results import TabularResult
 from avss_dist.core.settings import Settings
 from avss_dist.core.text import describe_bytes, describe_count, printable
-from avss_dist.core.validation import Check, checked
+from avss_dist.core.validation import check, checked
 from avss_dist.core.yaml_files import Document, YamlKind, read_yaml
 from avss_dist.pruning.ground_truth import LayerTruth
 from avss_dist.pruning.selection import RANDOM, Choice, PlanError, Rows
@@ -76,10 +76,10 @@ _REMOVAL_SCHEMA = {
         {"type": "string", "pattern": rf"^(({'|'.join(PARTS)})\.\d+|expert\.\d+\.\d+)$"},
     ]
 }
-FileRemoval = Annotated[Removal, Check(parse_removal, before=True), WithJsonSchema(_REMOVAL_SCHEMA)]
+FileRemoval = Annotated[Removal, check(parse_removal, before=True), WithJsonSchema(_REMOVAL_SCHEMA)]
 Lines = Annotated[tuple[str, ...], Field(strict=False)]
 Name = Annotated[str, Field(min_length=1)]
-Reason = Annotated[Any, Check(_reason)]
+Reason = Annotated[Any, check(_reason)]
 
 
 @checked
@@ -98,7 +98,7 @@ class ModelPlan:
     """Layers of the whole model."""
     why: Mapping[str, Reason] = Field(default_factory=dict)
     """Criterion and options by which it was chosen."""
-    run_id: Annotated[str, Check(_run_id)] | None = None
+    run_id: Annotated[str, check(_run_id)] | None = None
     """Run whose measurements were read; none for a plan by hand."""
     findings: Lines = ()
     """Findings that speak against the choice."""

@@ -14,7 +14,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Discriminator, Fiel
 from avss_dist.core.errors import ConfigError, ModelError
 from avss_dist.core.settings import Execution, Settings
 from avss_dist.core.text import RedactedURI, docs_page
-from avss_dist.core.validation import Check, Location
+from avss_dist.core.validation import Location, check
 from avss_dist.core.yaml_files import Document, YamlKind, read_yaml
 from avss_dist.corpus.sources import corpus_problems
 from avss_dist.models.checkpoints import matching_revisions
@@ -57,7 +57,7 @@ def _short(revisions: RevisionRange) -> RevisionRange:
 
 
 Revision = Annotated[
-    Annotated[Text, Tag("text")] | Annotated[RevisionRange, Check(_short), Tag("mapping")],
+    Annotated[Text, Tag("text")] | Annotated[RevisionRange, check(_short), Tag("mapping")],
     Discriminator(lambda value: "mapping" if isinstance(value, (dict, RevisionRange)) else "text"),
 ]
 

@@ -11,7 +11,7 @@ from pydantic import Field
 from avss_dist.core.errors import ConfigError, spell_fields
 from avss_dist.core.settings import Execution, Replicas, Settings, fingerprint
 from avss_dist.core.text import parse_bytes
-from avss_dist.core.validation import Check, OneOf, checked, descriptions, from_texts
+from avss_dist.core.validation import OneOf, check, checked, descriptions, from_texts
 from avss_dist.requests import ScoreRequest
 
 FIRST_FIELDS = (
@@ -36,7 +36,7 @@ class Example:
     count: Annotated[int, Field(ge=1)] = 3
     shares: Annotated[tuple[Annotated[float, Field(gt=0, lt=1)], ...], Field(strict=False, min_length=1)] = (0.25,)
     name: Annotated[str, OneOf(("block", "mlp"))] = "block"
-    size: Annotated[int, Check(lambda text: parse_bytes(text) if isinstance(text, str) else text, before=True)] = 0
+    size: Annotated[int, check(lambda text: parse_bytes(text) if isinstance(text, str) else text, before=True)] = 0
 
     def __post_init__(self) -> None:
         if self.count == 7:
