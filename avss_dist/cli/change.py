@@ -11,13 +11,12 @@ from typing import Any
 from avss_dist.analysis.plans import plannable_run
 from avss_dist.api.change import Pruned, choose_layers, describe_remaining, write_pruned
 from avss_dist.api.read import named_run
-from avss_dist.cli.choose import newest_of, open_for
+from avss_dist.cli.read import newest_of, open_for
 from avss_dist.core.registry import GREEDY
 from avss_dist.core.text import describe_bytes
 from avss_dist.distillation.distill import distill as train
 from avss_dist.evaluation.sparsify import sparsify as choose_thresholds
-from avss_dist.map_plans.exports import EXPORTS
-from avss_dist.map_plans.quantize import plan_precision
+from avss_dist.map_plans.quantize import EXPORTS, plan_precision
 from avss_dist.pruning.ground_truth import describe_headless, repeated_options
 from avss_dist.pruning.plan import describe_savings, local_run_size, read_plan
 from avss_dist.reports.terminal.evaluation import search_table

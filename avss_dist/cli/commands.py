@@ -221,7 +221,7 @@ COMMANDS = {
     ),
     "doctor": Command(
         ELSEWHERE,
-        "doctor",
+        "jobs",
         "core.settings:Request",
         "Check what works on this machine: devices, Ray, DeepSpeed, versions.",
         TEXT,

@@ -1,17 +1,33 @@
-"""Jobs on a Ray cluster: `avss jobs submit`, `list`, `logs`, `stop`."""
+"""Jobs on a Ray cluster: `avss jobs submit`, `list`, `logs`, `stop`; and `avss doctor`."""
 
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import asdict, replace
 from typing import TYPE_CHECKING
 
 from avss_dist.core.errors import RunFailed
+from avss_dist.core.settings import Request
 from avss_dist.requests import ClusterRequest, JobIdRequest, ListJobsRequest, LogsRequest, SubmitRequest
 from avss_dist.system.process import exit_code
 from avss_dist.system.streams import console, emit, emit_json, say
 
 if TYPE_CHECKING:
     from avss_dist.runs.submission import Cluster
+
+
+def doctor(_: Request, format: str) -> int:
+    """Check what works on this machine: devices, Ray, DeepSpeed, versions."""
+    from avss_dist.system.doctor import check_machine
+
+    terminal, results = console(), []
+    for result in check_machine():
+        results.append(result)
+        if format == "text":
+            terminal.print(f"[{'green]ok ' if result.works else 'red]NO '}[/] {result.what:<24}", end="")
+            terminal.print(result.detail, markup=False)
+    if format == "json":
+        emit_json([asdict(result) for result in results], indent=2)
+    return 0 if all(result.works for result in results) else 1
 
 
 def jobs_submit(request: SubmitRequest, format: str) -> int:

@@ -9,8 +9,8 @@ from typing import Any
 
 import pyarrow as pa
 
-from avss_dist.cli.choose import print_table
 from avss_dist.cli.program import spelled
+from avss_dist.cli.read import print_table
 from avss_dist.core.settings import SITES
 from avss_dist.core.text import count_of
 from avss_dist.estimation import estimate as estimate_memory

@@ -11,7 +11,7 @@ from typing import Annotated, Any, TypeVar, get_args, get_origin, get_type_hints
 import typer
 from typer.core import TyperCommand
 
-from avss_dist.core.errors import named_fields, require_known, spell_fields
+from avss_dist.core.errors import named_fields, spell_fields
 from avss_dist.core.settings import (
     BatchOptions,
     ClusterOptions,
@@ -72,11 +72,7 @@ def parameters(request: Any, formats: Sequence[str]) -> list[inspect.Parameter]:
     ]
     if formats:
         about = _of_names(formats, f"Output format. [default: {formats[0]}]")
-
-        def check(value: str) -> str:
-            return require_known("`format`", value, formats)
-
-        option = typer.Option("--format", callback=check, show_default=False, rich_help_panel=OUTPUT, **about)
+        option = typer.Option("--format", show_default=False, rich_help_panel=OUTPUT, **about)
         found.append(_keyword("format", Annotated[str, option], formats[0]))
     return [
         *found,

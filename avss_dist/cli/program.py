@@ -8,12 +8,13 @@ import signal
 import sys
 import threading
 import traceback
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor, wait
 from contextlib import contextmanager
 from contextvars import ContextVar
 from functools import cache
 from importlib import import_module
+from types import SimpleNamespace
 from typing import Annotated, Any, TypeVar
 
 import typer
@@ -21,7 +22,7 @@ from typer.core import TyperCommand, TyperGroup
 
 from avss_dist import __version__
 from avss_dist.cli.commands import COMMANDS, ELSEWHERE, JOBS, READ, REMOVED, epilog
-from avss_dist.core.errors import AvssError, ConfigError, RunFailed, is_full, nearest, spell_fields, unwritable
+from avss_dist.core.errors import AvssError, ConfigError, is_full, nearest, require_known, spell_fields, unwritable
 from avss_dist.core.extras import EXTRAS, install_hint
 from avss_dist.core.text import printable
 from avss_dist.system.process import arm, exit_code, stop_signal
@@ -41,8 +42,6 @@ class Group(TyperGroup):
     Errors spell fields as options of the running command, and suggest the nearest name.
     """
 
-    lists = False  # whether the help is written
-
     def __init__(self, *, prefix: str = "", **options: Any) -> None:
         super().__init__(**options)
         self.prefix = prefix  # words before the names of its commands
@@ -51,24 +50,17 @@ class Group(TyperGroup):
             if words == self.prefix:
                 self.commands[last] = TyperCommand(last, help=listed.summary, rich_help_panel=listed.panel)
 
-    def get_command(self, ctx: Any, cmd_name: str) -> Any:
-        name = f"{self.prefix} {cmd_name}".strip()
-        return super().get_command(ctx, cmd_name) if self.lists or name not in COMMANDS else load_command(name)
-
-    def format_help(self, ctx: Any, formatter: Any) -> None:
-        self.lists = True
-        try:
-            super().format_help(ctx, formatter)
-        finally:
-            self.lists = False
-
     def resolve_command(self, ctx: Any, args: list[str]) -> Any:
         if args and args[0] not in self.commands:
             instead = REMOVED.get(args[0])
             advice = f"It was removed: {instead}" if instead else nearest(args[0], self.commands)
             ctx.fail(f"There is no command '{args[0]}'. {advice}")
         name, command, arguments = super().resolve_command(ctx, args)
-        _spelling.set(spelling(command))
+        if (words := f"{self.prefix} {name}".strip()) in COMMANDS:
+            from avss_dist.cli.options import spelled_option
+
+            command = load_command(words)
+            _spelling.set({parameter.name: spelled_option(parameter) for parameter in command.params})
         return name, command, arguments
 
 
@@ -90,45 +82,29 @@ class Commands(Group):
         try:
             with complete_output(), _printable_mistakes():
                 code = super().invoke(ctx)
-        except AvssError as error:
-            code = error.exit_code
-            _complain(spelled(str(error)), error)
-        except ModuleNotFoundError as error:
-            module = (error.name or "").partition(".")[0]
-            if not any(module in modules for modules in EXTRAS.values()):
+        except (AvssError, ModuleNotFoundError, OSError) as error:
+            mistake: Exception = error
+            if isinstance(error, ModuleNotFoundError):
+                module = (error.name or "").partition(".")[0]
+                if any(module in modules for modules in EXTRAS.values()):
+                    mistake = ConfigError(f"The command needs {module}, which is not installed.", install_hint(module))
+            elif isinstance(error, OSError) and is_full(error):
+                mistake = unwritable(error.filename or "A file", error, "Free some space.")
+            if not isinstance(mistake, AvssError):
                 raise
-            code = ConfigError.exit_code
-            _complain(f"The command needs {module}, which is not installed.\n{install_hint(module)}", error)
-        except OSError as error:
-            if not is_full(error):
-                raise
-            code = RunFailed.exit_code
-            _complain(unwritable(error.filename or "A file", error, "Free some space."), error)
+            code = mistake.exit_code
+            say("".join(traceback.format_exception(error)), least=VERBOSE)
+            complain(f"Error: {spelled(str(mistake))}")
         except KeyboardInterrupt as stop:
             for number in (signal.SIGINT, signal.SIGTERM):
                 signal.signal(number, signal.SIG_IGN)  # the remaining work is short, and would end in a traceback
-            code = exit_code(stop)
-            complain(_stopped(getattr(stop, "__notes__", [])))
+            code, notes = exit_code(stop), " ".join(getattr(stop, "__notes__", []))  # about the stored results
+            kept = f"Stopped, {notes}" if notes else "Stopped. Everything measured so far is kept"
+            resumes = "fresh" in (_spelling.get() or {})
+            complain(f"{kept}; run the same command again to finish." if resumes else "Stopped.")
         for work in _at_end.get() or ():
             work()
         raise typer.Exit(code or 0)
-
-
-def _stopped(notes: Sequence[str]) -> str:
-    """Return the message of a stopped command.
-
-    Args:
-        notes: sentences about the stored results.
-    """
-    if "fresh" not in (_spelling.get() or {}):
-        return "Stopped."
-    stopped = f"Stopped, {' '.join(notes)}" if notes else "Stopped. Everything measured so far is kept"
-    return f"{stopped}; run the same command again to finish."
-
-
-def _complain(text: object, error: Exception) -> None:
-    say("".join(traceback.format_exception(error)), least=VERBOSE)
-    complain(f"Error: {text}")
 
 
 @contextmanager
@@ -154,14 +130,6 @@ def at_end(work: Callable[[], None]) -> None:
     """Register work to be done when the running command has ended, with or without an error."""
     if (running := _at_end.get()) is not None:
         running.append(work)
-
-
-def spelling(command: Any) -> Mapping[str, str]:
-    """Return the options of the fields that a command sets, and the placeholders of its arguments."""
-    from avss_dist.cli.options import spelled_option
-
-    parameters = getattr(command, "params", ())
-    return {parameter.name: spelled_option(parameter) for parameter in parameters}
 
 
 def spelled(text: str) -> str:
@@ -190,7 +158,8 @@ def load_command(name: str) -> Any:
     request = getattr(import_module(f"avss_dist.{module}"), cls)
 
     def run(**values: Any) -> Any:
-        printed = {"format": values.pop("format")} if listed.formats else {}
+        formats = listed.formats
+        printed = {"format": require_known("`format`", values.pop("format"), formats)} if formats else {}
         given = {field: value for field, value in values.items() if value not in (None, []) and field[0] != "_"}
         made = from_texts(request, given)
         return getattr(import_module(f"avss_dist.cli.{listed.module}"), name.replace(" ", "_"))(made, **printed)
@@ -201,9 +170,7 @@ def load_command(name: str) -> Any:
     run.__doc__ = "\n\n".join(filter(None, (listed.summary, listed.more)))
     single = typer.Typer(add_completion=False, rich_markup_mode=None)
     single.command(name, cls=CommandWithSections, epilog=epilog(name), context_settings=HELP)(run)
-    command: Any = typer.main.get_command(single)
-    command.request = request
-    return command
+    return typer.main.get_command(single)
 
 
 def interrupt_again(unraisable: Any) -> None:
@@ -230,24 +197,19 @@ def main() -> None:
         app()
 
 
-class _NoPandas:
-    """Finder of modules that finds no pandas."""
+def _hide_pandas_from_pyarrow() -> None:
+    """Make pyarrow work without pandas, which it would import with its first array. That takes as long as a listing."""
 
-    def find_spec(self, name: str, *_: Any) -> None:
+    def find_spec(name: str, *_: Any) -> None:
         if name == "pandas":
             raise ModuleNotFoundError(name)
 
-
-def _hide_pandas_from_pyarrow() -> None:
-    """Make pyarrow work without pandas, which it would import with its first array. That takes as long as a listing."""
-    finder: Any = _NoPandas()
+    finder: Any = SimpleNamespace(find_spec=find_spec)
     sys.meta_path.insert(0, finder)
-    try:
-        import pyarrow
+    import pyarrow
 
-        pyarrow.array([])  # pyarrow tries the import once
-    finally:
-        sys.meta_path.remove(finder)
+    pyarrow.array([])  # pyarrow tries the import once
+    sys.meta_path.remove(finder)
 
 
 def interruptible(work: Callable[[], T]) -> T:

@@ -1,19 +1,18 @@
-"""Commands that read a warehouse."""
+"""Commands that read a warehouse, and functions for all commands about one: open it, find runs, print a table."""
 
 from __future__ import annotations
 
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import nullcontext
 from dataclasses import replace
 from itertools import takewhile
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, TypeVar
 
-from avss_dist.cli.choose import MOST_NAMED, open_for, print_table
-from avss_dist.cli.program import interruptible
+from avss_dist.cli.program import at_end, interruptible
 from avss_dist.core.errors import QueryError
-from avss_dist.core.text import count_of, describe_count, describe_threshold
+from avss_dist.core.text import basename, count_of, describe_count, describe_threshold
 from avss_dist.read_requests import (
     CompactRequest,
     CompareRequest,
@@ -24,6 +23,7 @@ from avss_dist.read_requests import (
     QueryCommandRequest,
     ReportRequest,
     ShowRequest,
+    WarehouseRequest,
 )
 from avss_dist.system.streams import console, emit, say
 
@@ -32,6 +32,66 @@ if TYPE_CHECKING:
 
     from avss_dist.analysis.comparison import RankingComparison
     from avss_dist.warehouse.reader import Warehouse
+
+
+Q = TypeVar("Q", bound=WarehouseRequest)
+MOST_NAMED = 5  # runs that cannot be read
+
+
+def _say_damaged(runs: Mapping[str, str]) -> None:
+    if runs:
+        from avss_dist.warehouse.schema import DAMAGED
+
+        first = "; ".join(f"{run_id} ({reason})" for run_id, reason in [*sorted(runs.items())][:MOST_NAMED])
+        more = f" and {len(runs) - MOST_NAMED} more" if len(runs) > MOST_NAMED else ""
+        say(f"{len(runs)} run{'s' if len(runs) > 1 else ''} cannot be read: {first}{more}. {DAMAGED}")
+
+
+def print_table(format: str, table: Callable[[], pa.Table], shown: Iterable[Any]) -> None:
+    """Print what is shown on a terminal, or the rows of a table in another format."""
+    from avss_dist.reports.output import write_table
+
+    if format == "table":
+        for item in shown:
+            console().print(item)
+    else:
+        write_table(table(), format, console())
+
+
+def open_for(request: Q, **options: Any) -> tuple[Warehouse, Q]:
+    """Open the warehouse of a request as it is now. When the command ends, runs that could not be read are listed.
+
+    Args:
+        options: of `chosen.choose_runs`.
+
+    Returns:
+        The warehouse, and the request with the ids of the runs that it names. If it names one by a part of its id, that
+        run is printed.
+    """
+    from avss_dist.analysis.chosen import choose_runs, one_run
+    from avss_dist.warehouse.reader import Warehouse
+
+    opened = Warehouse(str(request.warehouse), snapshot=True)
+    at_end(lambda: _say_damaged(opened.damaged))
+    run = getattr(request, "run", None)
+    if not run:
+        return opened, request
+    several = isinstance(run, tuple)
+    names = run if several else [run]
+    runs = choose_runs(opened, names, columns=("run_id", "model"), **options)
+    if len(names) == len(runs) == 1 and not {*names[0]} & {*"*?["}:
+        run_id, model = runs[0]["run_id"], runs[0]["model"]
+        if names[0] not in (run_id, model, basename(model)):
+            say(f"Run {run_id} is the one with '{names[0]}' in its id.")
+    run_ids = tuple(row["run_id"] for row in runs)
+    chosen: dict[str, Any] = {"run": run_ids if several else one_run(runs, names[0])["run_id"]}
+    return opened, replace(request, **chosen)
+
+
+def newest_of(warehouse: Warehouse, name: str | None) -> list[str]:
+    """Return a line that says that the newest run was chosen, if there are several and none was named."""
+    number = warehouse.runs().num_rows
+    return [f"This is the newest of {number} runs; --run names another."] if number > 1 and not name else []
 
 
 def ls(request: ListRequest, format: str) -> None:
