@@ -11,6 +11,7 @@ import re
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
+from itertools import groupby
 from typing import Any, NamedTuple, Protocol
 
 from avss_dist.core.errors import ConfigError
@@ -32,8 +33,6 @@ _FIRST_EXPERT = 1_000_000  # stored number of expert 0 of layer 0
 MAX_STORED = _FIRST_EXPERT + MAX_LAYERS * MAX_EXPERTS - 1
 """Largest stored number of a removal."""
 _NAMED_EXPERTS = 8  # maximum number of experts that a description names one by one
-_STORED = {part: place * MAX_LAYERS for place, part in enumerate(PARTS, 1)}
-_PARTS = dict(enumerate(PARTS, 1))
 _SUBLAYER = re.compile(rf"({'|'.join(PARTS)})\.(\d{{1,9}})", re.ASCII)
 _EXPERT = re.compile(r"expert\.(\d{1,9})\.(\d{1,4})", re.ASCII)
 
@@ -90,7 +89,7 @@ def stored_number(removal: Removal) -> int:
     """Return the number that stands for a removal in Parquet files and in fingerprints."""
     if isinstance(removal, Expert):
         return _FIRST_EXPERT + removal.layer * MAX_EXPERTS + removal.index
-    return removal if isinstance(removal, int) else _STORED[removal.part] + removal.layer
+    return removal if isinstance(removal, int) else MAX_LAYERS * (1 + PARTS.index(removal.part)) + removal.layer
 
 
 def encode_removals(removals: Iterable[Removal]) -> list[int]:
@@ -106,8 +105,8 @@ def decode_removals(numbers: Iterable[int]) -> Removals:
 def _decode_removal(number: int) -> Removal:
     if number >= _FIRST_EXPERT:
         return Expert(*divmod(number - _FIRST_EXPERT, MAX_EXPERTS))
-    part = _PARTS.get(number // MAX_LAYERS)
-    return Sublayer(number % MAX_LAYERS, part) if part else number
+    place, layer = divmod(number, MAX_LAYERS)
+    return Sublayer(layer, PARTS[place - 1]) if 0 < place <= len(PARTS) else number
 
 
 def parse_removal(value: object) -> Removal:
@@ -157,10 +156,8 @@ def layers_by_part(removals: Iterable[Removal]) -> dict[str, tuple[int, ...]]:
 
 def experts_by_layer(removals: Iterable[Removal]) -> dict[int, tuple[int, ...]]:
     """Return the indices of the removed experts of each layer that loses some, ascending."""
-    by_layer: dict[int, list[int]] = {}
-    for expert in sorted(removal for removal in removals if isinstance(removal, Expert)):
-        by_layer.setdefault(expert.layer, []).append(expert.index)
-    return {layer: tuple(indices) for layer, indices in by_layer.items()}
+    experts = sorted(removal for removal in removals if isinstance(removal, Expert))
+    return {layer: tuple(expert.index for expert in group) for layer, group in groupby(experts, key=layer_of)}
 
 
 def joined(removals: Iterable[Removal]) -> Removals:
@@ -370,19 +367,12 @@ class Intervention:
     @property
     def key(self) -> InterventionKey:
         """Key of the intervention, which rows of results also have."""
-        patch = None if self.patch is None else self.patch.key
-        sparsity = None if self.sparsity is None else self.sparsity.key
-        rounding = None if self.rounding is None else self.rounding.key
-        return InterventionKey(self.removed, patch, sparsity, rounding)
+        changes = (self.patch, self.sparsity, self.rounding)
+        return InterventionKey(self.removed, *(None if change is None else change.key for change in changes))
 
     def split(self) -> tuple[Intervention, Intervention]:
         """Return the changes of weights and activations, and the removals, as two interventions."""
-        changes = replace(self, removed=())
-        return changes, replace(self, patch=None, sparsity=None, rounding=None)
-
-    def rounded(self, rounding: Rounding) -> Intervention:
-        """Return the intervention with rounded weights."""
-        return replace(self, rounding=rounding)
+        return replace(self, removed=()), Intervention(removed=self.removed)
 
     def differing_layers(self, other: Intervention) -> set[int]:
         """Return the layers at which two interventions differ, of those that they remove and round."""

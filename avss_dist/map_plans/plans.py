@@ -13,7 +13,6 @@ from typing import Annotated, ClassVar
 
 from pydantic import Field
 
-from avss_dist.core.errors import ConfigError
 from avss_dist.core.intervention import (
     SPARSITY_RULES,
     THRESHOLD,
@@ -128,29 +127,23 @@ class LinearMapPlan(ModelPlan):
 
     def __post_init__(self) -> None:
         places = [(entry.layer, entry.map) for entry in self.maps]
-        planned, mean = getattr(self, self.budget), self.total / self.weights
-        problems = [*self._problems()]
-        if len({*places}) != len(places):
-            problems.append(PlanError(f"`{self.key}` names a linear map twice."))
-        if (last := max(layer for layer, _ in places)) >= self.num_layers:
-            problems.append(PlanError(f"There is no layer {last}: the model has {self.num_layers}, from 0."))
-        if abs(planned - mean) > TOLERANCE:
-            unit = " bits per weight" if self.budget == "bits" else ""
-            problems.append(
-                PlanError(
-                    f"`{self.budget}` is {planned:g}, and the maps of `{self.key}` have {mean:.6g}{unit} on average, "
-                    "each by the number of its weights.",
-                    f"Write {self.budget}: {mean:.6g}, or change the maps.",
-                )
-            )
-        if problems:
-            raise ConfigError.combine(problems)
+        planned, mean, last = getattr(self, self.budget), self.total / self.weights, max(layer for layer, _ in places)
+        unit = " bits per weight" if self.budget == "bits" else ""
+        PlanError.refuse(
+            (len({*places}) != len(places), f"`{self.key}` names a linear map twice.", None),
+            (last >= self.num_layers, f"There is no layer {last}: the model has {self.num_layers}, from 0.", None),
+            (
+                abs(planned - mean) > TOLERANCE,
+                f"`{self.budget}` is {planned:g}, and the maps of `{self.key}` have {mean:.6g}{unit} on average, each "
+                "by the number of its weights.",
+                f"Write {self.budget}: {mean:.6g}, or change the maps.",
+            ),
+        )
 
     @property
     def maps(self) -> Sequence[MapPlan | MapPrecision]:
         """The linear maps."""
-        maps: Sequence[MapPlan | MapPrecision] = getattr(self, self.key)
-        return maps
+        return tuple(getattr(self, self.key))
 
     @property
     def weights(self) -> int:
@@ -161,10 +154,6 @@ class LinearMapPlan(ModelPlan):
     def total(self) -> float:
         """Sum of the budget over all weights, such as the bits of the linear maps."""
         return float(sum(getattr(entry, self.budget) * entry.weights for entry in self.maps))
-
-    def _problems(self) -> Sequence[PlanError]:
-        """Return further problems of a kind of plan."""
-        return ()
 
     def write(self, path: str | Path) -> None:
         """Write the YAML file.
@@ -283,16 +272,15 @@ class PrecisionPlan(LinearMapPlan):
 
     key, budget, comment = "rounded", "bits", "Number formats of weights."
 
-    def _problems(self) -> Sequence[PlanError]:
-        """Return the problem of maps whose bits contradict their formats."""
+    def __post_init__(self) -> None:
         wrong = [
             f"Map {number} of `{self.key}`, '{entry.map}' of layer {entry.layer}, {problem}"
             for number, entry in enumerate(self.rounded, start=1)
             if (problem := entry.wrong_bits((1, entry.weights), (entry.weights, 1)))  # extremes of all shapes
         ]
         others = f", and {count_of(len(wrong) - 1, 'other map')} alike" if len(wrong) > 1 else ""
-        hint = "Write the bits of the formats, or use avss quantize."
-        return [PlanError(f"{text}{others}.", hint) for text in wrong[:1]]
+        if wrong:
+            raise PlanError(f"{wrong[0]}{others}.", "Write the bits of the formats, or use avss quantize.")
 
     @property
     def intervention(self) -> Intervention:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from itertools import product
 from typing import Any
@@ -133,7 +133,7 @@ class RoundedLosses(Measure):
     def __call__(self, model: LanguageModel, intervention: Intervention = NO_INTERVENTION) -> list[Row]:
         """Return the losses of the model under the intervention, and with each remaining layer rounded."""
         layers = _roundable_layers(model, intervention, [self.format])
-        roundings = [intervention.rounded(round_place(self.format, layer.index)) for layer in layers]
+        roundings = [replace(intervention, rounding=round_place(self.format, layer.index)) for layer in layers]
         return losses_under(model, self.shard, [intervention, *roundings])
 
 
