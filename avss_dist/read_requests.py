@@ -9,13 +9,12 @@ from pydantic import Field
 
 from avss_dist.core.errors import ConfigError
 from avss_dist.core.registry import FROM_ACTIVATIONS, LOWEST_SHARE, RECIPES, is_own
-from avss_dist.core.settings import DEFAULT_WAREHOUSE, EVERY_SITE, PUBLISHED_THRESHOLD, SITES, Request
+from avss_dist.core.settings import EVERY_SITE, PUBLISHED_THRESHOLD, SITES, Request
 from avss_dist.core.text import parse_threshold
 from avss_dist.core.validation import OneOf, Option, PathOrText, check, checked
 
 LISTINGS = ("runs", "plans", "evaluations")
 ALONG = ("step", "tokens", "size", "sequence_length")
-DEFAULT_QUANTILES = (0.5, 0.9, 0.99)
 COMPARED = ("run", "family", "size", "revision", "corpus", "dtype", "recipe", "threshold", "site", "score")
 
 
@@ -68,7 +67,7 @@ Recipe = Annotated[str, OneOf(RECIPES)]
 class WarehouseRequest(Request):
     """A command that reads or writes a warehouse."""
 
-    warehouse: Annotated[PathOrText, check(require_warehouse), WAREHOUSE] = DEFAULT_WAREHOUSE
+    warehouse: Annotated[PathOrText, check(require_warehouse), WAREHOUSE] = "warehouse"
     """Folder of results, or s3://, gs://, hdfs:// URI."""
 
 
@@ -186,7 +185,7 @@ class ShowRequest(PlaceRequest, WarehouseRequest):
     @property
     def shares(self) -> tuple[float, ...]:
         """Shares of the elements whose largest absolute value is shown instead of scores."""
-        return self.sparsity or (DEFAULT_QUANTILES if self.quantiles else ())
+        return self.sparsity or ((0.5, 0.9, 0.99) if self.quantiles else ())
 
 
 @checked

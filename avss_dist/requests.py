@@ -24,7 +24,6 @@ from avss_dist.core.registry import (
 )
 from avss_dist.core.settings import (
     EXECUTORS,
-    TRACKERS,
     TRAINED,
     BatchOptions,
     Bytes,
@@ -71,7 +70,6 @@ from avss_dist.read_requests import (
 
 RANKED_BY = tuple(name for name, score in SCORES.items() if not score.of_sets)
 """Scores of single layers, by which shrinking can rank them."""
-_TRAINED_INSTEAD = {"near": "It was removed: `train` all keeps up to two points more, and lora takes less memory."}
 
 Follow = Annotated[bool, Option(short="-f")]
 Model = Annotated[PathOrText, Option(argument=True, metavar="MODEL")]
@@ -401,7 +399,12 @@ class DistillRequest(ModelOptions, TextOptions, ClusterOptions, Request):
     """Allow held-out text that the student is trained on, or was repaired on."""
     tokens: Tokens = 1e6
     """Tokens to train on."""
-    train: Annotated[str, OneOf(TRAINED, _TRAINED_INSTEAD)] = TRAINED[0]
+    train: Annotated[
+        str,
+        OneOf(
+            TRAINED, {"near": "It was removed: `train` all keeps up to two points more, and lora takes less memory."}
+        ),
+    ] = TRAINED[0]
     """Weights that are trained: all but tied embeddings, or a LoRA adapter that is then merged."""
     lora_rank: Annotated[Positive, RARE] = 16
     """Rank of the LoRA adapter."""
@@ -419,7 +422,7 @@ class DistillRequest(ModelOptions, TextOptions, ClusterOptions, Request):
     """Processes that share each training step, started by Ray, each with a GPU where there are GPUs."""
     sharding: Annotated[str, OneOf(tuple(SHARDINGS))] = next(iter(SHARDINGS))
     """Parts that are divided among ranks: none (ddp), optimizer (zero1), also gradients (zero2), all (zero3, fsdp)."""
-    report_to: Annotated[Annotated[str, OneOf(TRACKERS)] | None, RARE] = None
+    report_to: Annotated[Annotated[str, OneOf(("trackio", "wandb", "mlflow"))] | None, RARE] = None
     """Experiment tracker to which the Trainer reports; its environment variables name the project."""
 
     def __post_init__(self) -> None:

@@ -95,11 +95,14 @@ def plan(request: PlanRequest) -> Plan:
     be planned for.
     """
     opened = Warehouse(request.warehouse)
+    return choose_layers(opened, planned_run(opened, request)[0], request)[0]
+
+
+def planned_run(opened: Warehouse, request: PlanRequest) -> tuple[dict[str, Any], list[str]]:
+    """Return the run that a plan is for, and a line for each newer run for which no plan can be made."""
     if request.run is not None or request.by == GREEDY:
-        row = named_run(opened, request.run, measured=request.by != GREEDY)
-    else:
-        row, _ = plannable_run(opened, request.by, experts=request.experts is not None)
-    return choose_layers(opened, row, request)[0]
+        return named_run(opened, request.run, measured=request.by != GREEDY), []
+    return plannable_run(opened, request.by, experts=request.experts is not None)
 
 
 def choose_layers(opened: Warehouse, run: Mapping[str, Any], request: PlanRequest) -> tuple[Plan, SearchResult | None]:
@@ -112,8 +115,8 @@ def choose_layers(opened: Warehouse, run: Mapping[str, Any], request: PlanReques
     else:
         constraints = _common(Choice, request)
         if request.memory is not None:
-            if given := [name for name in ("share", "count") if constraints[name] is not None]:
-                raise ConfigError(f"`memory` and `{given[0]}` are mutually exclusive.", "Keep one.")
+            if excluded := [name for name in ("share", "count") if constraints[name] is not None]:
+                raise ConfigError(f"`memory` and `{excluded[0]}` are mutually exclusive.", "Keep one.")
             constraints["count"] = count_for_memory(run_size(run), request.memory)
         if request.by == GREEDY:
             result = search(request, run, Choice(**constraints))

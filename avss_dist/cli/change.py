@@ -8,8 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from avss_dist.analysis.plans import plannable_run
-from avss_dist.api.change import Pruned, choose_layers, describe_remaining, write_pruned
+from avss_dist.api.change import Pruned, choose_layers, describe_remaining, planned_run, write_pruned
 from avss_dist.api.read import named_run
 from avss_dist.cli.read import newest_of, open_for
 from avss_dist.core.registry import GREEDY
@@ -32,13 +31,8 @@ from avss_dist.warehouse.reader import Warehouse
 
 def plan(request: PlanRequest) -> None:
     """Choose the layers or experts to drop, and write the plan."""
-    measured = request.by != GREEDY
-    opened, request = open_for(request, measured=measured)
-    passed: list[str] = []
-    if request.run is not None or not measured:
-        row = named_run(opened, request.run, measured=measured)
-    else:
-        row, passed = plannable_run(opened, request.by, experts=request.experts is not None)
+    opened, request = open_for(request, measured=request.by != GREEDY)
+    row, passed = planned_run(opened, request)
     hints = newest_of(opened, request.run)
     if passed:
         number = opened.runs().num_rows

@@ -64,18 +64,18 @@ def parameters(request: Any, formats: Sequence[str]) -> list[inspect.Parameter]:
         formats: formats of what the command prints, the default first.
     """
     hints, annotated = get_type_hints(request), get_type_hints(request, include_extras=True)
-    fields = [(name, [*_metadata(annotated[name], Option)]) for name in (field.name for field in ordered(request))]
-    found = [
-        _parameter(request, name, hints[name], annotated[name], next(iter(options), Option()))
-        for name, options in fields
-        if all(option.exists for option in options)
+    fields = [(field.name, [*_metadata(annotated[field.name], Option)]) for field in ordered(request)]
+    options = [
+        _parameter(request, name, hints[name], annotated[name], next(iter(shown), Option()))
+        for name, shown in fields
+        if all(option.exists for option in shown)
     ]
     if formats:
         about = _of_names(formats, f"Output format. [default: {formats[0]}]")
         option = typer.Option("--format", show_default=False, rich_help_panel=OUTPUT, **about)
-        found.append(_keyword("format", Annotated[str, option], formats[0]))
+        options.append(_keyword("format", Annotated[str, option], formats[0]))
     return [
-        *found,
+        *options,
         _flag("quiet", "Print only the result and errors.", lambda _: set_verbosity(QUIET)),
         _flag("verbose", "Show library messages, and the traceback of an error.", lambda _: set_verbosity(VERBOSE)),
         _flag("help_all", "Show all options and exit.", _show_all),

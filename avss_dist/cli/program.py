@@ -160,9 +160,9 @@ def load_command(name: str) -> Any:
     def run(**values: Any) -> Any:
         formats = listed.formats
         printed = {"format": require_known("`format`", values.pop("format"), formats)} if formats else {}
-        given = {field: value for field, value in values.items() if value not in (None, []) and field[0] != "_"}
-        made = from_texts(request, given)
-        return getattr(import_module(f"avss_dist.cli.{listed.module}"), name.replace(" ", "_"))(made, **printed)
+        typed = {field: value for field, value in values.items() if value not in (None, []) and field[0] != "_"}
+        instance = from_texts(request, typed)
+        return getattr(import_module(f"avss_dist.cli.{listed.module}"), name.replace(" ", "_"))(instance, **printed)
 
     options = parameters(request, listed.formats)
     run.__signature__ = inspect.Signature(options)  # type: ignore[attr-defined]
@@ -225,8 +225,8 @@ def interruptible(work: Callable[[], T]) -> T:
         return result.result()
 
 
-def _version(wanted: bool) -> None:
-    if wanted:
+def _version(value: bool) -> None:
+    if value:
         emit(f"avss_dist {__version__}")
         raise typer.Exit
 

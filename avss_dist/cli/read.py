@@ -157,9 +157,9 @@ def show(request: ShowRequest, format: str) -> None:
                 _print_runs(opened, request, table)
             else:
                 write_table(table, format, console())
-    others = opened.runs().num_rows - 1
-    if others and not request.run and format == "table":
-        emit(f"{others} more in {opened.root}: avss ls -w {opened.root}")
+    more = opened.runs().num_rows - 1
+    if more and not request.run and format == "table":
+        emit(f"{more} more in {opened.root}: avss ls -w {opened.root}")
 
 
 def _print_runs(opened: Warehouse, request: ShowRequest, table: pa.Table) -> None:

@@ -176,8 +176,8 @@ def _around(removal: Removal) -> list[Removal]:
 
 def can_be_added(removal: Removal, removals: Collection[Removal]) -> bool:
     """Whether a set contains neither the removal nor the layer or sublayers that overlap with it."""
-    others = sublayers_of([removal]) if isinstance(removal, int) else _around(removal)
-    return removal not in removals and not any(other in removals for other in others)
+    overlapping = sublayers_of([removal]) if isinstance(removal, int) else _around(removal)
+    return not any(part in removals for part in (removal, *overlapping))
 
 
 def describe_removed(removals: Collection[Removal]) -> str:

@@ -17,7 +17,6 @@ from avss_dist.core.registry import GANGS, PARTITIONS
 from avss_dist.core.text import parse_bytes, parse_threshold
 from avss_dist.core.validation import NO_OPTION, RARE, Count, OneOf, Positive, check, checked
 
-DEFAULT_WAREHOUSE = "warehouse"  # a folder in the working directory
 SITES = ("block", "update", "attention", "mlp", "neuron")  # measured by default
 INPUT_SITES = ("query_input", "output_input", "up_input")  # what q, k and v read; what o reads; what gate and up read
 EVERY_SITE = (*SITES, *INPUT_SITES)
@@ -25,24 +24,20 @@ INPUTS = (*INPUT_SITES, "neuron")
 """Sites of the inputs of a layer's linear maps, where activations are made sparse."""
 SITE_FAMILIES = {"inputs": INPUTS}
 """Names that stand for several sites."""
-LAYOUTS = ("packed", "padded")
 ROW_STARTS = ("auto", "none")
 TRAINED = ("all", "lora")
 """Weights that distillation trains: see `distillation.pair`."""
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 ATTENTIONS = ("sdpa", "eager", "flash_attention_2")
 EXECUTORS = ("auto", "local", "ray")
-PARTITION_CHOICES = ("auto", *PARTITIONS)
-DEVICES = ("auto", "cpu", "cuda")
-TRACKERS = ("trackio", "wandb", "mlflow")  # to which the Trainer reports
 
 PUBLISHED_THRESHOLD = 1e-5
 THRESHOLDS = (1e-6, PUBLISHED_THRESHOLD, 1e-4, 1e-3, 1e-2, 1e-1)
 
 
 def _in_order(sites: tuple[str, ...]) -> tuple[str, ...]:
-    wanted = {member for site in sites for member in SITE_FAMILIES.get(site, (site,))}
-    return tuple(site for site in EVERY_SITE if site in wanted)
+    members = {member for site in sites for member in SITE_FAMILIES.get(site, (site,))}
+    return tuple(site for site in EVERY_SITE if site in members)
 
 
 def _absolute(threshold: Any) -> Any:
@@ -116,8 +111,8 @@ def _replicas(value: Any) -> Any:
 
 
 def _node_label(value: str) -> str:
-    name, _, wanted = value.partition("=")
-    if not name or not _LABEL_VALUE.fullmatch(wanted):
+    key, _, label = value.partition("=")
+    if not key or not _LABEL_VALUE.fullmatch(label):
         raise ConfigError(f"'{value}' is no label of a node.", "Write KEY=VALUE: ray.io/accelerator-type=H100.")
     return value
 
@@ -173,7 +168,7 @@ class TextOptions:
     """Read the whole corpus and take its rows in a random order with this seed; by default they keep their order."""
     chat_template: Annotated[bool, RARE] = False
     """Format conversations (columns of messages), and questions of tasks, with the tokenizer's chat template."""
-    layout: Annotated[str, OneOf(LAYOUTS), RARE] = "packed"
+    layout: Annotated[str, OneOf(("packed", "padded")), RARE] = "packed"
     """Rows of equal length without padding (packed), or one document per row (padded)."""
     row_start: Annotated[str, OneOf(ROW_STARTS), RARE] = "auto"
     """Put the tokenizer's own special tokens, such as BOS, around the text of each packed row (auto), or not (none)."""
@@ -202,7 +197,7 @@ class ModelOptions:
     """Module path of the layer list, if it is not found automatically."""
     attention: Annotated[Annotated[str, OneOf(ATTENTIONS)] | None, RARE] = None
     """Attention implementation; by default transformers chooses."""
-    device: Annotated[str, OneOf(DEVICES)] = "auto"
+    device: Annotated[str, OneOf(("auto", "cpu", "cuda"))] = "auto"
     """Device that computes; auto is cuda where there is one."""
     trust_remote_code: Annotated[bool, RARE] = False
     """Run the Python code that comes with the checkpoint."""
@@ -293,7 +288,7 @@ class Execution(ClusterOptions):
     """Model copies in parallel: 8, or 4..64; by default one per GPU."""
     fresh: bool = False
     """Measure again what has already been measured."""
-    partition: Annotated[str, OneOf(PARTITION_CHOICES)] = "auto"
+    partition: Annotated[str, OneOf(("auto", *PARTITIONS))] = "auto"
     """Distribution of a replica over devices; auto chooses."""
     ranks: Annotated[Positive | None, RARE] = None
     """Processes per replica (fsdp, zero3, tensor_parallel, expert_parallel); by default one per GPU of it, or 2."""

@@ -212,8 +212,8 @@ def keywords(cls: Callable[P, R]) -> Callable[[Callable[[R], T]], Callable[P, T]
 
     def decorate(function: Callable[[R], T]) -> Callable[P, T]:
         @wraps(function)
-        def run(*positional: P.args, **named: P.kwargs) -> T:
-            return function(cls(*positional, **named))
+        def run(*positional: P.args, **values: P.kwargs) -> T:
+            return function(cls(*positional, **values))
 
         annotation, hints = inspect.signature(function).return_annotation, get_type_hints(cls)
         parameters = [
@@ -282,10 +282,10 @@ _EXPECTED = {
 """Expected kind of value, by the first word of the type of pydantic's error."""
 MAX_SHOWN = 80  # characters of a value in a message
 _BOUNDS = {
-    "greater_than": ("greater than", "gt"),
-    "greater_than_equal": ("at least", "ge"),
-    "less_than": ("less than", "lt"),
-    "less_than_equal": ("at most", "le"),
+    "greater_than": "greater than",
+    "greater_than_equal": "at least",
+    "less_than": "less than",
+    "less_than_equal": "at most",
 }
 
 
@@ -313,8 +313,8 @@ def _problem(cls: Any, error: Any, noun: str) -> ConfigError:
             f"Unknown {noun} '{error['loc'][-1]}'.", nearest(str(error["loc"][-1]), sorted(_fields(inner)))
         )
     if kind == "unexpected_positional_argument":
-        named = [name for name, info in cls.__dataclass_fields__.items() if info.kw_only]
-        return ConfigError(f"{value!r} needs a name.", f"Write it as a keyword: {', '.join(named)}.")
+        names = [field.name for field in fields(cls) if field.kw_only]
+        return ConfigError(f"{value!r} needs a name.", f"Write it as a keyword: {', '.join(names)}.")
     if kind == "unknown_name":
         return ConfigError(f"Unknown `{name}` '{value}'.", context["hint"])
     if kind == "problem":
@@ -353,8 +353,7 @@ def _complaint(kind: str, value: Any, context: dict[str, Any]) -> str | None:
     if kind in ("too_short", "string_too_short"):
         return " must not be empty"
     if kind in _BOUNDS:
-        bound, key = _BOUNDS[kind]
-        return f" must be {bound} {context[key]:g}, not {value}"
+        return f" must be {_BOUNDS[kind]} {next(iter(context.values())):g}, not {value}"
     if expected := _EXPECTED.get(kind.partition("_")[0]):
         return f" must be {expected}, not {'nothing' if value is None else shorten(repr(value), MAX_SHOWN)}"
     return None

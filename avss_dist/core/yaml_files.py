@@ -70,11 +70,11 @@ class Document:
 
     def line(self, location: Location) -> int:
         """Return the line of a value or, if the file does not have the value, of the nearest mapping or list around."""
-        known: Location = ()
+        nearest: Location = ()
         for part in location:
-            if (*known, part) in self.lines:
-                known = (*known, part)
-        return self.lines[known]
+            if (*nearest, part) in self.lines:
+                nearest = (*nearest, part)
+        return self.lines[nearest]
 
     def report(self, location: Location, problem: str | ConfigError) -> None:
         """Add a problem, with the keys of the file in place of fields."""
@@ -84,12 +84,12 @@ class Document:
         plain = spell_fields(text, {name: name for name in named_fields(text)})
         self.problems.add((self.line(location), plain.replace("\n", " ")))
 
-    def parse(self, cls: Callable[..., T], values: Any, *places: Location) -> T | None:
+    def parse(self, cls: Callable[..., T], values: Any, *at: Location) -> T | None:
         """Return values of the file as an instance of a class. If they are invalid, add the problems and return None.
 
         Args:
             cls: a checked class or a pydantic model.
-            places: locations of the mappings that the values come from, the one that counts first. The root by default.
+            at: locations of the mappings that the values come from, the one that counts first. The root by default.
         """
         try:
             return adapter(cls).validate_python(values, strict=None if self.kind.typed else False)
@@ -99,10 +99,10 @@ class Document:
         for location, problem in problems:
             if problem.message.endswith(" is missing.") and get_close_matches(str(location[-1]), misspelled, 1, 0.6):
                 continue  # the key is there, misspelled
-            around = [(*place, *location) for place in places or ((),)]
+            around = [(*place, *location) for place in at or ((),)]
             around.sort(key=lambda key: key[: len(key) - len(location) + 1] not in self.lines)  # with the field first
-            named = [(*key, name) for key in around for name in named_fields(problem.message)]
-            self.report(next((key for key in (*named, *around) if key in self.lines), around[0]), problem)
+            places = [*((*key, name) for key in around for name in named_fields(problem.message)), *around]
+            self.report(next((place for place in places if place in self.lines), around[0]), problem)
         return None
 
     def require_valid(self, parsed: T | None) -> T:

@@ -165,9 +165,9 @@ class LinearMapPlan(ModelPlan):
         budget, mean = self.budget, round(getattr(self, self.budget), 6)
         values = {**self.values(), "findings": list(self.findings), budget: mean}
         maps = [asdict(entry) | {budget: round(getattr(entry, budget), 6)} for entry in values.pop(self.key)]
-        given = {name: value for name, value in values.items() if value is not None and value is not False}
+        written = {name: value for name, value in values.items() if value is not None and value is not False}
         lines = to_yaml({self.key: maps}, flow=True)
-        write_text(path, f"# {self.comment} Layers count from 0.\n{to_yaml(given)}{lines}")
+        write_text(path, f"# {self.comment} Layers count from 0.\n{to_yaml(written)}{lines}")
 
     def _describe(self, methods: Mapping[str, str], first: str, *lines: str) -> list[str]:
         """Return lines for people: a headline, the origin and the reason of the plan, other lines, and findings."""

@@ -109,9 +109,9 @@ def _measured(store: Warehouse, run: Mapping[str, Any], formats: Sequence[str], 
     for measured in predictions:
         if set(formats) <= {*measured.formats}:
             return measured
-    wanted = formats or ("int4-g64", "int8")
-    what = f"one prediction of {', '.join(wanted)}" if predictions else "a prediction of rounded weights"
-    options = ["--no-leave-one-out", "--no-rounded-layers", *(f"--quantize {name}" for name in wanted)]
+    names = formats or ("int4-g64", "int8")
+    what = f"one prediction of {', '.join(names)}" if predictions else "a prediction of rounded weights"
+    options = ["--no-leave-one-out", "--no-rounded-layers", *(f"--quantize {name}" for name in names)]
     raise QueryError(
         f"{store.root} lacks {what} for the linear maps of {run['model']}.",
         f"Do: {repeated_command('ablate', store, run, *options)}",
@@ -136,14 +136,14 @@ def _budget(request: PrecisionRequest, run: Mapping[str, Any], weights: Float64,
         return float(budget)
     assert request.memory is not None
     size = run_size(run)
-    others = size.weight_bytes - weights.sum() * size.element_bytes
-    if request.memory * 8 < others * 8 + least:
+    outside = size.weight_bytes - weights.sum() * size.element_bytes
+    if request.memory * 8 < outside * 8 + least:
         raise PlanError(
-            f"`memory` {describe_bytes(request.memory)} is below the {describe_bytes(others + least / 8)} of the model "
-            f"with the smallest formats: its other weights take {describe_bytes(others)} in {size.dtype}.",
+            f"`memory` {describe_bytes(request.memory)} is below the {describe_bytes(outside + least / 8)} of the "
+            f"model with the smallest formats: its other weights take {describe_bytes(outside)} in {size.dtype}.",
             "Raise `memory`, or predict a smaller format with avss ablate --quantize.",
         )
-    return float((request.memory - others) * 8)
+    return float((request.memory - outside) * 8)
 
 
 def _choose(request: PrecisionRequest, damage: Float64, bits: Float64, budget: float) -> Choice:
@@ -178,13 +178,13 @@ def _named(plan: PrecisionPlan, library: str, program: str, examples: str) -> li
     _, model, _ = load_skeleton(plan.model, Settings())
     names = {id(module): name for name, module in model.named_modules()}
     layers = find_layers(model, Settings())
-    named = []
+    entries = []
     for entry in plan.rounded:
         try:
-            named.append((entry, names[id(layers[entry.layer].get_submodule(entry.map))]))
+            entries.append((entry, names[id(layers[entry.layer].get_submodule(entry.map))]))
         except (AttributeError, IndexError, KeyError):
             raise PlanError(f"{plan.model} has no linear map '{entry.map}' in layer {entry.layer}.") from None
-    return named
+    return entries
 
 
 def llama_cpp(plan: PrecisionPlan) -> str:
@@ -197,18 +197,17 @@ def llama_cpp(plan: PrecisionPlan) -> str:
 
     from avss_dist.models.loading import text_config
 
-    named = _named(plan, "gguf", "llama.cpp", "q4_0 and q8_0")
+    entries = _named(plan, "gguf", "llama.cpp", "q4_0 and q8_0")
     architecture = str(text_config(resolve(plan.model)).get_text_config().model_type)
     architectures = {name.replace("-", ""): key for key, name in MODEL_ARCH_NAMES.items()}
     if (key := architectures.get(re.sub("[^a-z0-9]|text$", "", architecture))) is None:
         raise PlanError(f"The library gguf does not know the architecture {architecture}.", "Use another `format`.")
     tensors = get_tensor_name_map(MODEL_ARCH(key), plan.num_layers)
     lines = []
-    for entry, module in named:
+    for entry, module in entries:
         if (name := tensors.get_name(module, try_suffixes=(".weight", ""))) is None:
             raise PlanError(f"The library gguf has no name for '{entry.map}' of layer {entry.layer} of {architecture}.")
-        known = FORMATS[entry.format]
-        lines.append(f"{re.escape(name)}\\.weight={known.type.lower()}\n")
+        lines.append(f"{re.escape(name)}\\.weight={FORMATS[entry.format].type.lower()}\n")
     return "".join(lines)
 
 
@@ -223,9 +222,9 @@ def llm_compressor(plan: PrecisionPlan) -> str:
         by_format.setdefault(entry.format, []).append(name)
     groups = {}
     for number, (format, names) in enumerate(by_format.items()):
-        known = FORMATS[format]
-        dtypes = {name: f"torch.{value}" for name, value in known.options.items() if name.endswith("_dtype")}
-        scheme = {**known.options, **dtypes, "symmetric": True, "strategy": known.strategy, "group_size": known.group}
+        about = FORMATS[format]
+        dtypes = {name: f"torch.{value}" for name, value in about.options.items() if name.endswith("_dtype")}
+        scheme = {**about.options, **dtypes, "symmetric": True, "strategy": about.strategy, "group_size": about.group}
         weights = {name: value for name, value in scheme.items() if value is not None}
         groups[f"group_{number}"] = {"targets": names, "weights": weights}
     modifier = {"QuantizationModifier": {"config_groups": groups, "ignore": ["lm_head"]}}
