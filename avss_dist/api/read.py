@@ -179,8 +179,10 @@ def compare_runs(
     from avss_dist.analysis import comparison as comparing
 
     run_ids = chosen_ids(opened, request.run)
-    place: dict[str, Any] = {name: getattr(request, name) for name in ("score", "site", "recipe", "allow_mismatch")}
-    place["threshold"] = named_threshold(request.threshold)
+    place: dict[str, Any] = {
+        **{name: getattr(request, name) for name in ("score", "site", "recipe", "allow_mismatch")},
+        "threshold": named_threshold(request.threshold),
+    }
     if request.along:
         from avss_dist.analysis.curves import ranking_curves
 
@@ -191,9 +193,15 @@ def compare_runs(
 
             save_chart(curves_chart(followed.curves), Path(request.output))
         return followed
-    mapped = request.output is not None
-    pairs: dict[str, Any] = {"by": request.by, "share": request.share, "max_listed": max_listed or comparing.MAX_PAIRS}
-    comparison = comparing.compare(opened, run_ids, mapped=mapped, **pairs, **place)
+    comparison = comparing.compare(
+        opened,
+        run_ids,
+        by=request.by,
+        share=request.share,
+        mapped=request.output is not None,
+        max_listed=max_listed or comparing.MAX_PAIRS,
+        **place,
+    )
     if request.output is not None:
         from avss_dist.reports.chart import save_chart, similarity_chart  # altair takes a second to import
 

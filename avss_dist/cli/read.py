@@ -127,14 +127,12 @@ def _narrowed(table: pa.Table, width: int) -> pa.Table:
 
     columns = {name: [name, *map(describe_value, table[name].to_pylist())] for name in table.column_names}
     widths = {name: max(map(len, texts)) for name, texts in columns.items()}
-    left_out = []
     for name in ("model", "status", "dtype", "created_at"):  # a run's id begins with its model
         if sum(widths.values()) + 3 * len(widths) + 1 > width and (
             name != "status" or {*columns[name][1:]} == {"done"}
         ):
-            left_out.append(name)
             del widths[name]
-    if left_out:
+    if left_out := [name for name in columns if name not in widths]:
         say(f"Not shown, as lines would be too long: {', '.join(left_out)}. All columns: --format csv.")
     return table.select(list(widths))
 
