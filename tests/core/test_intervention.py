@@ -158,7 +158,7 @@ def test_evaluations_and_cells_have_the_ids_that_warehouses_know(checkpoint: Che
         fingerprint(measure="measure", part=0, drop=[])[:20],
         *[fingerprint(measure="measure", part=0, drop=[1, 10_002], patch="p")[:20]] * 2,
     ]
-    (rounded,) = planned.cells([NO_INTERVENTION.rounded(round_place("int4", 3))])
+    (rounded,) = planned.cells([replace(NO_INTERVENTION, rounding=round_place("int4", 3))])
     assert rounded.run_id == planned.run_id()
     assert rounded.cell_id == fingerprint(measure="measure", part=0, drop=[], rounding="int4@3")[:20]
 

@@ -14,7 +14,7 @@ from support.checkpoints import llama, one_thread
 from torch.nn.functional import cross_entropy
 
 from avss_dist.core.errors import ModelError
-from avss_dist.core.intervention import NO_INTERVENTION, RoundedPlace, Rounding, parse_rounded, round_place
+from avss_dist.core.intervention import Intervention, RoundedPlace, Rounding, parse_rounded, round_place
 from avss_dist.corpus.shards import Batch
 from avss_dist.models.causal_lm import LanguageModel, predicted
 from avss_dist.models.head import draw_labels, uniform_numbers
@@ -173,7 +173,7 @@ def test_half_precision_weights_are_rounded_to_what_they_can_hold(grouped: Path)
     model = opened(grouped, dtype="bfloat16")
     weight = model.layers[0].module.mlp.up_proj.weight
     expected = FORMATS["int4"].round(weight).bfloat16()
-    with model.applying(NO_INTERVENTION.rounded(round_place("int4", 0, "mlp.up_proj"))):
+    with model.applying(Intervention(rounding=round_place("int4", 0, "mlp.up_proj"))):
         assert torch.equal(weight, expected)
         assert weight.dtype == torch.bfloat16
 
@@ -214,7 +214,7 @@ def test_a_rounding_of_several_places(grouped: Path) -> None:
     assert [parse_rounded(str(place)) for place in (layer, path)] == [layer, path]
     mlp = model.layers[1].module.mlp
     wanted = FORMATS["q8_0"].round(mlp.up_proj.weight), FORMATS["int4"].round(mlp.down_proj.weight)
-    with model.applying(NO_INTERVENTION.rounded(both)):
+    with model.applying(Intervention(rounding=both)):
         assert torch.equal(mlp.up_proj.weight, wanted[0]) and torch.equal(mlp.down_proj.weight, wanted[1])
 
 
@@ -228,7 +228,7 @@ def test_a_rounding_of_several_places(grouped: Path) -> None:
 )
 def test_what_does_not_fit_is_refused(place: RoundedPlace, message: str, grouped: Path) -> None:
     model = opened(grouped, dtype="float32")
-    with pytest.raises(ModelError, match=message), model.applying(NO_INTERVENTION.rounded(Rounding((place,)))):
+    with pytest.raises(ModelError, match=message), model.applying(Intervention(rounding=Rounding((place,)))):
         pass
 
 
