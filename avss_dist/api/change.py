@@ -197,8 +197,7 @@ def write_pruned(request: PruneRequest) -> Pruned:
 
     With a warehouse, a repair is stored there, or read if it is stored already.
     """
-    model, output, warehouse = str(request.model), Path(request.output), request.warehouse
-    execution, code = request.execution, request.settings.trust_remote_code
+    model, code, warehouse = str(request.model), request.trust_remote_code, request.warehouse
     plan = request.plan if isinstance(request.plan, Plan) else read_plan(request.plan)
     checkpoint = resolve(model, trust_remote_code=code)
     fitted = None
@@ -208,8 +207,8 @@ def write_pruned(request: PruneRequest) -> Pruned:
     if warehouse is not None:
         lines = evaluated_lines(Warehouse(warehouse), {"revision": checkpoint.revision}, plan.drop)
         plan = replace(plan, evaluated=tuple(dict.fromkeys([*plan.evaluated, *lines])))
-    done = write_checkpoint(model, plan, output, repair=fitted, execution=execution, trust_remote_code=code)
-    return Pruned(plan, done)
+    options: dict[str, Any] = {"repair": fitted, "execution": request.execution, "trust_remote_code": code}
+    return Pruned(plan, write_checkpoint(model, plan, Path(request.output), **options))
 
 
 prune = keywords(PruneRequest)(write_pruned)

@@ -107,18 +107,19 @@ def _parameter(request: Any, name: str, hint: Any, annotation: Any, option: Opti
     several = get_origin(hint) in (tuple, Mapping)
     kinds = {*(get_args(hint) or [hint])} - {NoneType}
     kind: Any = list[str] if several else bool if bool in kinds else str
-    info = option_help(request, name, " Repeatable." if several and not option.argument else "")
+    help = option_help(request, name, " Repeatable." if several and not option.argument else "")
     metavar = option.metavar or METAVARS.get(kinds.pop() if len(kinds) == 1 and not several else str, "TEXT")
-    about: dict[str, Any] = {"help": info, "metavar": None if kind is bool else metavar}
-    if names := next((meta.names for meta in _metadata(annotation, OneOf) if meta.names), ()):
-        about |= _of_names(names, info)
+    names = next((meta.names for meta in _metadata(annotation, OneOf) if meta.names), ())
+    about: dict[str, Any] = {"help": help, "metavar": None if kind is bool else metavar}
+    about |= _of_names(names, help) if names else {}
     about |= {"rich_help_panel": section_of(request, name), "hidden": option.rare, "show_default": False}
     if option.argument:
         parameter = typer.Argument(**about | {"rich_help_panel": TITLES[0]})
     else:
         spelling = option_name(name, is_on=request.__dataclass_fields__[name].default is True)
-        spellings = [spelling, *([option.short] if option.short else [])]
-        parameter = typer.Option(*spellings, envvar=option.environment or None, show_envvar=False, **about)
+        parameter = typer.Option(
+            spelling, *filter(None, [option.short]), envvar=option.environment or None, show_envvar=False, **about
+        )
     return _keyword(name, Annotated[kind | None, parameter], None)
 
 

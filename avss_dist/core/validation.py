@@ -131,7 +131,7 @@ def checked(cls: type[T]) -> type[T]:
 
     @wraps(checks.__init__)
     def initialize(self: Any, *positional: Any, **values: Any) -> None:
-        _validate(self, ArgsKwargs(positional, values))
+        _validate(type(self), ArgsKwargs(positional, values), self_instance=self)
 
     checks.__init__, checks.__doc__ = initialize, _Documentation(cls.__doc__ or "")
     return cls
@@ -153,15 +153,12 @@ class _Documentation(str):
 
 def from_texts(cls: type[T], values: Mapping[str, Any]) -> T:
     """Return an instance of a checked class from texts, such as those of a command line, which are converted."""
-    instance = object.__new__(cls)
-    _validate(instance, ArgsKwargs((), dict(values)), strict=False)
-    return instance
+    return _validate(cls, ArgsKwargs((), dict(values)), strict=False)
 
 
-def _validate(instance: Any, values: ArgsKwargs, strict: bool | None = None) -> None:
-    cls: Any = type(instance)
+def _validate(cls: Any, values: ArgsKwargs, **options: Any) -> Any:
     try:
-        adapter(cls).validator.validate_python(values, strict=strict, self_instance=instance)
+        return adapter(cls).validator.validate_python(values, **options)
     except ValidationError as error:
         raise ConfigError.combine([problem for _, problem in located_problems(cls, error)]) from None
 

@@ -60,6 +60,7 @@ class Document:
         value: mapping of keys to mappings, lists, scalars, and None for null.
         lines: line of every key and list item, from 1.
         problems: line and text of everything that is wrong with the file. A repeated key is a problem.
+        count: number of values that were read.
     """
 
     path: Path
@@ -67,6 +68,8 @@ class Document:
     value: dict[Any, Any] = field(default_factory=dict)
     lines: dict[Location, int] = field(default_factory=lambda: {(): 1})
     problems: set[tuple[int, str]] = field(default_factory=set)
+    count: int = 0
+    _loader: Any = field(default_factory=lambda: yaml.SafeLoader(""), repr=False)
 
     def line(self, location: Location) -> int:
         """Return the line of a value or, if the file does not have the value, of the nearest mapping or list around."""
@@ -117,6 +120,57 @@ class Document:
             raise self.kind.error("\n".join([*count, *lines]), self.kind.hint)
         return parsed
 
+    def read(self, node: Any, location: Location) -> Any:
+        """Return the value of a node of the file, and note its line."""
+        self._require_plain(node, location)
+        self.lines.setdefault(location, _line(node))
+        if isinstance(node, yaml.SequenceNode):
+            return [self.read(item, (*location, index)) for index, item in enumerate(node.value)]
+        if isinstance(node, yaml.MappingNode):
+            return self._mapping(node, location)
+        return self._scalar(node)
+
+    def _scalar(self, node: Any) -> Any:
+        if node.tag in self.kind.tags:
+            return self.kind.tags[node.tag](node.value)
+        if not self.kind.typed:
+            return None if node.tag == f"{_PREFIX}null" else str(node.value)
+        try:
+            return self._loader.construct_object(node)
+        except (yaml.YAMLError, ValueError, LookupError, AttributeError) as error:  # `!!bool 7`: a KeyError
+            reason = str(error) if type(error) is ValueError else f"'{node.value[:40]}' is not a {_name(node.tag)}"
+            raise self._error(node, f"this is not YAML: {reason}.") from None
+
+    def _mapping(self, node: Any, location: Location) -> dict[Any, Any]:
+        lines, values = self.lines, dict[Any, Any]()
+        for key, value in node.value:
+            self._require_plain(key, location)
+            if not isinstance(key, yaml.ScalarNode):
+                raise self._error(key, f"a key must be a text, not a {_name(key.tag)}.")
+            name = self._scalar(key) if self.kind.typed else str(key.value)
+            if name in values:
+                what = f"the key '{key.value}' is repeated; the first is in line {lines[(*location, name)]}."
+                self.problems.add((_line(key), what))
+                continue
+            lines[(*location, name)] = _line(key)
+            values[name] = self.read(value, (*location, name))
+        return values
+
+    def _require_plain(self, node: Any, location: Location) -> None:
+        self.count += 1
+        if len(location) > MAX_DEPTH:
+            raise self._error(node, "nested too deeply.", f"A {self.kind.noun} has at most {MAX_DEPTH} levels.")
+        if self.count > MAX_VALUES:
+            raise self._error(node, f"more than {MAX_VALUES:,} values.", "Split the file, or use fewer aliases.")
+        if isinstance(node.value, str) and _HALF.search(node.value):
+            raise self._error(node, "a text has half of a surrogate pair.", "Write the character in UTF-8.")
+        of_kind = node.id == "scalar" and node.tag in self.kind.tags
+        if not of_kind and node.tag.removeprefix(_PREFIX) not in TAGS[node.id]:
+            raise self._error(node, f"the tag {_name(node.tag)} is not plain YAML.", "Leave it out.")
+
+    def _error(self, node: Any, problem: str, hint: str | None = None) -> AvssError:
+        return self.kind.error(f"{self.path}:{_line(node)}: {problem}", hint or self.kind.hint)
+
 
 def read_yaml(path: Path, kind: YamlKind) -> Document:
     """Read a YAML file.
@@ -144,73 +198,11 @@ def read_yaml(path: Path, kind: YamlKind) -> Document:
     except RecursionError:
         raise kind.error(f"{path} is nested too deeply: expected at most {MAX_DEPTH} levels.", kind.hint) from None
     document = Document(path, kind)
-    value = _Values(document).plain(root, ()) if root else None
+    value = document.read(root, ()) if root else None
     if not isinstance(value, dict):
         raise kind.error(f"{path} is not a {kind.noun}: expected a mapping with keys.", kind.hint)
     document.value = value
     return document
-
-
-@dataclass
-class _Values:
-    """Turns the nodes of a document into values, and notes their lines."""
-
-    document: Document
-    count: int = 0
-    loader: Any = field(default_factory=lambda: yaml.SafeLoader(""))
-
-    def plain(self, node: Any, location: Location) -> Any:
-        self._require_plain(node, location)
-        self.document.lines.setdefault(location, _line(node))
-        if isinstance(node, yaml.SequenceNode):
-            return [self.plain(item, (*location, index)) for index, item in enumerate(node.value)]
-        if isinstance(node, yaml.MappingNode):
-            return self._mapping(node, location)
-        return self._scalar(node)
-
-    def _scalar(self, node: Any) -> Any:
-        kind = self.document.kind
-        if node.tag in kind.tags:
-            return kind.tags[node.tag](node.value)
-        if not kind.typed:
-            return None if node.tag == f"{_PREFIX}null" else str(node.value)
-        try:
-            return self.loader.construct_object(node)
-        except (yaml.YAMLError, ValueError, LookupError, AttributeError) as error:  # `!!bool 7`: a KeyError
-            reason = str(error) if type(error) is ValueError else f"'{node.value[:40]}' is not a {_name(node.tag)}"
-            raise self._error(node, f"this is not YAML: {reason}.") from None
-
-    def _mapping(self, node: Any, location: Location) -> dict[Any, Any]:
-        lines, values = self.document.lines, dict[Any, Any]()
-        for key, value in node.value:
-            self._require_plain(key, location)
-            if not isinstance(key, yaml.ScalarNode):
-                raise self._error(key, f"a key must be a text, not a {_name(key.tag)}.")
-            name = self._scalar(key) if self.document.kind.typed else str(key.value)
-            if name in values:
-                what = f"the key '{key.value}' is repeated; the first is in line {lines[(*location, name)]}."
-                self.document.problems.add((_line(key), what))
-                continue
-            lines[(*location, name)] = _line(key)
-            values[name] = self.plain(value, (*location, name))
-        return values
-
-    def _require_plain(self, node: Any, location: Location) -> None:
-        self.count += 1
-        kind = self.document.kind
-        if len(location) > MAX_DEPTH:
-            raise self._error(node, "nested too deeply.", f"A {kind.noun} has at most {MAX_DEPTH} levels.")
-        if self.count > MAX_VALUES:
-            raise self._error(node, f"more than {MAX_VALUES:,} values.", "Split the file, or use fewer aliases.")
-        if isinstance(node.value, str) and _HALF.search(node.value):
-            raise self._error(node, "a text has half of a surrogate pair.", "Write the character in UTF-8.")
-        of_kind = node.id == "scalar" and node.tag in kind.tags
-        if not of_kind and node.tag.removeprefix(_PREFIX) not in TAGS[node.id]:
-            raise self._error(node, f"the tag {_name(node.tag)} is not plain YAML.", "Leave it out.")
-
-    def _error(self, node: Any, problem: str, hint: str | None = None) -> AvssError:
-        kind = self.document.kind
-        return kind.error(f"{self.document.path}:{_line(node)}: {problem}", hint or kind.hint)
 
 
 def _name(tag: str) -> str:
