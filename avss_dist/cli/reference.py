@@ -31,13 +31,7 @@ def commands() -> dict[str, Any]:
 
 def reference_markdown() -> str:
     """Return the tables of options: of groups, of several commands, and of each command, and the table of names."""
-    own: dict[str, dict[str, str]] = {}
-    groups: dict[str, list[str]] = {}
-    for name, command in commands().items():
-        titles = {p.rich_help_panel for p in command.params}
-        groups[name] = [title for title in dict.fromkeys(SECTIONS.values()) if title in titles]
-        parameters = [p for p in command.params if p.rich_help_panel not in (*SECTIONS.values(), COMMON)]
-        own[name] = {spelled_option(p): _row(f"`{spelled_option(p)}`", escape_markdown(p.help)) for p in parameters}
+    own = {name: _own_rows(command) for name, command in commands().items()}
     shared = shared_rows(own.values())
     lines = ["### Groups of options", "", *_table("option", "group", "key in a job file", "meaning"), *_groups(), ""]
     lines += ["### Options of several commands", "", *_table("option", "meaning"), *sorted(shared.values()), ""]
@@ -46,10 +40,18 @@ def reference_markdown() -> str:
         also = [f"`{option}`" for option, row in own[name].items() if shared.get(option) == row]
         lines += [f"### avss {name}", "", escape_markdown(command.help), ""]
         lines += [*_table("option", "meaning"), *rows, ""] if rows else []
+        titles = {parameter.rich_help_panel for parameter in command.params}
+        groups = [title for title in dict.fromkeys(SECTIONS.values()) if title in titles]
         sentences = [f"Also {', '.join(also)}."] if also else []
-        sentences += [f"Groups: {', '.join(groups[name])}."] if groups[name] else []
+        sentences += [f"Groups: {', '.join(groups)}."] if groups else []
         lines += [" ".join(sentences), ""] if sentences else []
     return "\n".join([*lines, *names_markdown()]).rstrip()
+
+
+def _own_rows(command: Any) -> dict[str, str]:
+    """Return the row of each option of a command that is in no group, by its spelling."""
+    parameters = [p for p in command.params if p.rich_help_panel not in (*SECTIONS.values(), COMMON)]
+    return {spelled_option(p): _row(f"`{spelled_option(p)}`", escape_markdown(p.help)) for p in parameters}
 
 
 def names_markdown() -> Iterator[str]:
