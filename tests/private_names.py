@@ -53,5 +53,6 @@ PRIVATE_NAMES: dict[str, tuple[str, Callable[[], object]]] = {
     "_is_mkldnn_bf16_supported": ("torch", _at("torch:ops.mkldnn._is_mkldnn_bf16_supported")),
     "_KERNEL_MODULE_MAPPING": ("transformers", _at("transformers.integrations.hub_kernels:_KERNEL_MODULE_MAPPING")),
     "_parameters": ("torch", lambda: import_module("torch.nn").Module()._parameters),
+    "_buffers": ("torch", lambda: import_module("torch.nn").Module()._buffers),
 }
 """By the name as the code writes it: the package, and a check that raises where the name is gone."""

@@ -24,7 +24,7 @@ from avss_dist.models.size import (
     parameter_bytes,
     stored_skeleton,
 )
-from avss_dist.partition.memory import OffloadFolder, PartitionMemory, Usage, batch_bytes, bytes_beside_weights
+from avss_dist.partition.memory import PartitionMemory, Usage, batch_bytes, bytes_beside_weights, offload_folder
 from avss_dist.partition.replica import Placement, Replica
 from avss_dist.system.devices import SPARE_SHARE, available_memory
 
@@ -43,12 +43,10 @@ class DeviceMapMemory(PartitionMemory):
     def spread(self) -> tuple[Mapping[Device, int], int]:
         """Distribution of the weights by a device map on this machine, as `spread` returns it."""
         batch = batch_bytes(self.size, self.settings)
-        devices = self.devices
-        count = devices.count_of_largest_node if self.on_gpu else 0
-        free: dict[Device, int] = dict.fromkeys(range(count), devices.device_bytes)
-        free["cpu"] = devices.host_bytes
+        gpus = range(self.devices.count_of_largest_node if self.on_gpu else 0)
+        free: dict[Device, int] = {**dict.fromkeys(gpus, self.devices.device_bytes), "cpu": self.devices.host_bytes}
         limits = {name: max(0, int(room * SPARE_SHARE) - batch) for name, room in free.items()}
-        beside = {"cpu": bytes_beside_weights(self.size, self.settings, devices.kind)}
+        beside = {"cpu": bytes_beside_weights(self.size, self.settings, self.devices.kind)}
         limits |= {
             name if name == "cpu" else int(name): max(0, limit - beside.get(name, batch))
             for name, limit in self.max_memory.items()
@@ -98,12 +96,12 @@ class DeviceMapReplica(Replica):
                 "Allow more `max_memory`, or convert it to safetensors.",
             )
         rewritten = [p for name, p in unstored(model, stored).items() if _place(name, self.device_map)[1] == "disk"]
-        self._folder = OffloadFolder(parameter_bytes(rewritten))
+        self._folder = offload_folder(parameter_bytes(rewritten))
         try:
-            placing = {"device_map": self.device_map, "offload_folder": self._folder.path}
+            placing = {"device_map": self.device_map, "offload_folder": self._folder.name}
             backbone = load(checkpoint, settings, self.device, head=head, **placing)
         except BaseException:
-            self._folder.remove()
+            self._folder.cleanup()
             raise
         places = set(self.device_map.values())
         several = len(places - {"cpu", "disk"}) > 1
@@ -126,7 +124,7 @@ class DeviceMapReplica(Replica):
         remove_hook_from_module(self._backbone.model, recurse=True)
         del self._handles
         super().close()
-        self._folder.remove()
+        self._folder.cleanup()
 
 
 def memory_limits(
@@ -143,18 +141,17 @@ def memory_limits(
     gpus = range(min(count, placement.gpus or count))
     available = [*map(str, gpus), "cpu"]
     for name in placement.max_memory:
-        if name != "cpu" and not name.isdecimal():
-            raise ConfigError(f"`max_memory` names '{name}', which is no device.", nearest(name, available))
         if name not in available:
-            raise ConfigError(
-                f"`max_memory` names GPU {name}; this replica has {len(gpus) or 'no'} GPU{'s' * (len(gpus) != 1)}.",
-                f"Valid: {', '.join(available)}.",
-            )
+            wrong = f"'{name}', which is no device"
+            if name.isdecimal():
+                wrong = f"GPU {name}; this replica has {len(gpus) or 'no'} GPU{'s' * (len(gpus) != 1)}"
+            raise ConfigError(f"`max_memory` names {wrong}.", nearest(name, available))
     batch = batch_bytes(footprint(checkpoint, settings), settings)
     free = {str(gpu): int(torch.cuda.mem_get_info(gpu)[0] * SPARE_SHARE) - batch for gpu in gpus}
     free["cpu"] = int(available_memory() * SPARE_SHARE) - (0 if free else batch)
-    limits = {name: placement.max_memory.get(name, max(0, free[name])) for name in available}
-    return {name if name == "cpu" else int(name): size for name, size in limits.items()}
+    return {
+        name if name == "cpu" else int(name): placement.max_memory.get(name, max(0, free[name])) for name in available
+    }
 
 
 def plan_map(model: Any, stored: Iterable[str], limits: Mapping[Device, int], settings: Settings) -> dict[str, Device]:
@@ -197,13 +194,11 @@ def spread(
     resolved, skeleton, tensors = load_skeleton(checkpoint, settings)
     model = stored_skeleton(resolved, skeleton, settings)
     device_map = plan_map(model, [tensor.name for tensor in tensors], limits, settings)
-    places = {id(p): _place(name, device_map)[1] for name, p in model.named_parameters()}
+    places: dict[nn.Parameter, Any] = {p: _place(name, device_map)[1] for name, p in model.named_parameters()}
     held: Counter[Device] = Counter()
-    for parameter in model.parameters():
-        place = places[id(parameter)]
-        held["cpu" if place is None else place] += parameter_bytes([parameter])
-    layers = find_layers(model, settings)
-    on_disk = sum(any(places[id(p)] == "disk" for p in layer.parameters()) for layer in layers)
+    for parameter, place in places.items():
+        held[place] += parameter_bytes([parameter])
+    on_disk = sum(any(places[p] == "disk" for p in layer.parameters()) for layer in find_layers(model, settings))
     return held, on_disk
 
 

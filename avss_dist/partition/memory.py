@@ -9,6 +9,7 @@ import shutil
 import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from tempfile import TemporaryDirectory
 from typing import ClassVar
 
 from avss_dist.core.errors import ConfigError, explain_unwritable
@@ -133,8 +134,8 @@ class PartitionMemory:
         return Usage(device_bytes=process + held, host_bytes=self.ranks * (process + held), why=why)
 
 
-class OffloadFolder:
-    """Temporary folder of a replica, for weights and hidden states that do not fit in memory.
+def offload_folder(needed: int) -> TemporaryDirectory[str]:
+    """Make a temporary folder of a replica, for weights and hidden states that do not fit in memory.
 
     Args:
         needed: number of bytes that will be written.
@@ -142,22 +143,15 @@ class OffloadFolder:
     Raises:
         ConfigError: the folder cannot be written, or has too little free space.
     """
-
-    def __init__(self, needed: int) -> None:
-        parent = tempfile.gettempdir()
-        hint = "Set the variable TMPDIR to another."
-        with explain_unwritable(f"The temporary folder '{parent}'", hint, ConfigError):
-            self._folder = tempfile.TemporaryDirectory(prefix="avss-offload-", ignore_cleanup_errors=True)
-        self.path = self._folder.name
-        free = shutil.disk_usage(self.path).free
-        if free < needed:
-            self.remove()
-            raise ConfigError(
-                f"The temporary folder '{parent}' needs {describe_bytes(needed)} and has {describe_bytes(free)} free: "
-                f"{describe_bytes(needed - free)} of weights have no place.",
-                "Set the variable TMPDIR to a larger one, or allow more `max_memory`.",
-            )
-
-    def remove(self) -> None:
-        """Delete the folder and its files."""
-        self._folder.cleanup()
+    parent, hint = tempfile.gettempdir(), "Set the variable TMPDIR to another."
+    with explain_unwritable(f"The temporary folder '{parent}'", hint, ConfigError):
+        folder = TemporaryDirectory(prefix="avss-offload-", ignore_cleanup_errors=True)
+    free = shutil.disk_usage(folder.name).free
+    if free < needed:
+        folder.cleanup()
+        raise ConfigError(
+            f"The temporary folder '{parent}' needs {describe_bytes(needed)} and has {describe_bytes(free)} free: "
+            f"{describe_bytes(needed - free)} of weights have no place.",
+            "Set the variable TMPDIR to a larger one, or allow more `max_memory`.",
+        )
+    return folder

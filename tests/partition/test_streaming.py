@@ -30,10 +30,9 @@ from avss_dist.measure.shard import analyze_shard
 from avss_dist.models.checkpoints import resolve
 from avss_dist.models.layers import Layer
 from avss_dist.partition.replica import Placement, SingleReplica, no_observation
-from avss_dist.partition.streaming.buffers import AnyBuffer, ReadBuffer, ZeroCopyBuffer, buffer_bytes
-from avss_dist.partition.streaming.hidden_states import HiddenStateOffloader
-from avss_dist.partition.streaming.passes import Window
+from avss_dist.partition.streaming.passes import HiddenStateOffloader, Window
 from avss_dist.partition.streaming.replica import StreamingReplica
+from avss_dist.partition.streaming.weights import ReadBuffer, buffer_bytes, copied, mapped
 
 ROWS, TOKENS = 5, 12
 SETTINGS = Settings(batch_size=2, sequence_length=TOKENS, device="cpu")
@@ -206,16 +205,15 @@ def test_what_a_model_writes_into_its_weights_does_not_reach_the_file(tiny: Path
 
 
 def test_layers_in_another_order_than_expected(tiny: Path) -> None:
-    """What was read ahead for nothing is taken away; memory to read into is used again."""
+    """What was read ahead for nothing is taken away."""
     replica = streaming(tiny)
     stored = load_file(tiny / "model.safetensors")
-    buffers: list[AnyBuffer] = []
-    with Window(replica._weights, replica._parts, [0, 1, 2], replica.device, buffers) as window:
+    with Window(replica._weights, replica._parts, [0, 1, 2], replica.device) as window:
         for index in (2, 0, 1, 1, 0):
             window.load(index)
             weights = replica.layers[index].module.state_dict()
             assert all(torch.equal(weights[name], stored[f"model.layers.{index}.{name}"]) for name in weights)
-    assert all(map(without_numbers, replica.layers)) and len(buffers) <= 2
+    assert all(map(without_numbers, replica.layers))
 
 
 def test_code_of_the_checkpoint_itself(tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -448,8 +446,8 @@ def test_unpacked_blocks_are_the_stored_numbers_times_their_scales(tmp_path: Pat
     stored = load_file(folder / "model.safetensors")
     replica = streaming(folder, DEQUANTIZED)
     part = replica._parts[1]
-    for buffer in (None, ZeroCopyBuffer(), ReadBuffer(buffer_bytes(part.stored))):
-        replica._weights.load(part, replica.device, buffer)
+    for read in (copied, mapped, ReadBuffer(buffer_bytes(part.stored)).read):
+        replica._weights.load(part, replica.device, read)
         weights = replica.layers[1].module.state_dict()
         for name in ("mlp.up_proj.weight", "mlp.down_proj.weight", "self_attn.k_proj.weight"):
             packed, scale = (stored[f"model.layers.1.{name}{suffix}"] for suffix in ("", "_scale_inv"))

@@ -18,14 +18,15 @@ from avss_dist.core.errors import ModelError, first_line
 from avss_dist.models.checkpoints import Checkpoint, read_gguf
 from avss_dist.models.loading import Naming, quiet
 from avss_dist.models.safetensors import DTYPES, StoredTensor
-from avss_dist.partition.streaming.buffers import ELSEWHERE
 
+ELSEWHERE = (
+    "Use `partition` device_map, which has transformers load the whole model."  # hint where streaming is impossible
+)
 GROUP_BYTES = 64 << 20  # of tensors that are converted together, unless those of a single weight are larger
 
 Unpack = Callable[[Mapping[str, torch.Tensor]], dict[str, torch.Tensor]]
 Group = tuple[StoredTensor, ...]
 """Stored tensors that are converted together: all that make some weights."""
-_BYTES = "U8"
 
 
 class Conversion:
@@ -162,7 +163,7 @@ class GgufTensors:
     def _stored(self, tensor: Any) -> StoredTensor:
         kind = tensor.tensor_type.name
         shape = tuple(int(size) for size in reversed(tensor.shape)) if kind in DTYPES else tensor.data.shape
-        dtype = kind if kind in DTYPES else _BYTES
+        dtype = kind if kind in DTYPES else "U8"
         return StoredTensor(tensor.name, dtype, int(tensor.n_bytes), shape, self._file, int(tensor.data_offset))
 
     def quantizer(self, model: Any) -> Any:

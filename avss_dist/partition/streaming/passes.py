@@ -6,32 +6,126 @@ the layer's weights are loaded.
 
 from __future__ import annotations
 
-import contextvars
-import weakref
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import math
+import os
+from collections import Counter
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import closing, contextmanager, nullcontext
-from contextvars import ContextVar
+from contextlib import closing, contextmanager, suppress
+from contextvars import ContextVar, copy_context
 from dataclasses import dataclass, field
 from functools import partial
+from itertools import count
+from pathlib import Path
+from tempfile import TemporaryDirectory
 from types import MappingProxyType
 from typing import Any, TypeVar
 
 import torch
 from greenlet import getcurrent, greenlet
 from torch import nn
+from torch.utils.weak import WeakTensorKeyDictionary
 
+from avss_dist.core.errors import RunFailed
 from avss_dist.models.interventions import in_form, skip_of
 from avss_dist.models.layers import LayerCall, first_tensor, input_tensor
-from avss_dist.partition.streaming.buffers import AnyBuffer, ReadBuffer, ZeroCopyBuffer, buffer_bytes, readahead
-from avss_dist.partition.streaming.hidden_states import HiddenStateOffloader
-from avss_dist.partition.streaming.weights import Part, StreamedWeights
+from avss_dist.partition.memory import offload_folder
+from avss_dist.partition.streaming.weights import Part, ReadBuffer, StreamedWeights, buffer_bytes, mapped, readahead
 from avss_dist.system.memory import release_freed_memory
 
 LARGE_BYTES = 64_000_000  # of a layer: beside its arithmetic, taking fresh pages once costs nothing
 T = TypeVar("T")
 Fork = Callable[[torch.Tensor], object]
 """Function that runs another pass from given hidden states."""
+_Offloaded = tuple[torch.UntypedStorage, int, torch.UntypedStorage | Path]
+"""Emptied storage, its size, and its bytes in host memory or the file that has them."""
+
+
+class HiddenStateOffloader:
+    """Offloader that moves the bytes of waiting tensors out of their storages and back, under live references.
+
+    They stay on the GPU up to a limit, then go to host memory, then to files. A batch may have several tensors, such as
+    inputs of earlier layers that the model still refers to.
+
+    Args:
+        device: device of the tensors.
+        device_bytes: GPU memory that all tensors may take together; 0 on a CPU.
+        host_bytes: host memory that the others may take; None is no limit.
+    """
+
+    def __init__(self, device: torch.device, device_bytes: int, host_bytes: int | None) -> None:
+        self._device = device
+        self._room = {"device": float(device_bytes), "host": math.inf if host_bytes is None else float(host_bytes)}
+        self._held: dict[str, Counter[Hashable]] = {place: Counter() for place in self._room}
+        self._idle = device.type == "cpu" and host_bytes is None
+        self._folder: TemporaryDirectory[str] | None = None
+        self._numbers = count()
+        self._offloaded: dict[Hashable, list[_Offloaded]] = {}
+
+    def close(self) -> None:
+        """Delete what is in files."""
+        if self._folder:
+            self._folder.cleanup()
+
+    def offload(self, batch: Hashable, tensors: Sequence[torch.Tensor]) -> None:
+        """Move the hidden states of a batch out. They must not be used before `restore`.
+
+        Raises:
+            RunFailed: the bytes do not fit in memory, and cannot be written to a file.
+        """
+        if self._idle:
+            return
+        activations = [(x.untyped_storage(), x.nbytes) for x in tensors if not isinstance(x, torch.nn.Parameter)]
+        storages = {s._cdata: s for s, size in activations if s.nbytes() == size > 0}  # that a tensor covers
+        moved = (self._offload_storage(batch, storage) for storage in storages.values())
+        self._offloaded[batch] = [offloaded for offloaded in moved if offloaded]
+
+    def restore(self, batch: Hashable) -> None:
+        """Move the hidden states of a batch back into the storages of its tensors."""
+        for storage, size, place in self._offloaded.pop(batch, []):
+            storage.resize_(size)
+            if isinstance(place, Path):
+                storage.copy_(torch.UntypedStorage.from_file(str(place), shared=False, nbytes=size))
+                place.unlink()
+            else:
+                storage.copy_(place, non_blocking=True)
+        for held in self._held.values():
+            held.pop(batch, None)
+
+    def _take(self, place: str, batch: Hashable, size: int) -> bool:
+        """Reserve bytes for a batch, and return whether the room suffices."""
+        fits = self._held[place].total() + size <= self._room[place]
+        self._held[place][batch] += size * fits
+        return fits
+
+    def _offload_storage(self, batch: Hashable, storage: torch.UntypedStorage) -> _Offloaded | None:
+        """Move the bytes of a storage out and return where they are, or return None if it stays as it is."""
+        size = storage.nbytes()
+        if self._take("device", batch, size):
+            return None
+        fits = self._take("host", batch, size)
+        if fits and self._device.type == "cpu":
+            return None
+        if fits:
+            host = torch.empty(size, dtype=torch.uint8, pin_memory=True).untyped_storage()
+            host.copy_(storage, non_blocking=True)
+        place = host if fits else self._write(storage)
+        storage.resize_(0)
+        return storage, size, place
+
+    def _write(self, storage: torch.UntypedStorage) -> Path:
+        self._folder = self._folder or offload_folder(storage.nbytes())
+        file = Path(self._folder.name) / str(next(self._numbers))
+        try:
+            with file.open("wb") as stream:
+                os.posix_fallocate(stream.fileno(), 0, storage.nbytes())  # or a full disk would end the process
+        except OSError as error:
+            raise RunFailed(
+                f"Hidden states cannot be written to {file.parent.parent}: {error.strerror}.",
+                "Set the variable TMPDIR to a larger folder, allow more `max_memory`, or lower `sequences_per_shard`.",
+            ) from error
+        torch.UntypedStorage.from_file(str(file), shared=True, nbytes=storage.nbytes()).copy_(storage)
+        return file
 
 
 class Window:
@@ -42,7 +136,7 @@ class Window:
     Args:
         parts: weights of the layers, by index.
         order: indices of the layers in their expected order, for reading ahead.
-        buffers: memory to read into, reused from pass to pass; empty at first.
+        buffer: pinned memory to read a layer into on its way to a GPU; None on a CPU.
     """
 
     def __init__(
@@ -51,15 +145,14 @@ class Window:
         parts: Sequence[Part],
         order: Sequence[int],
         device: torch.device,
-        buffers: list[AnyBuffer],
+        buffer: ReadBuffer | None = None,
     ) -> None:
-        self._weights, self._parts, self._device, self._buffers = weights, parts, device, buffers
+        self._weights, self._parts, self._device, self._buffer = weights, parts, device, buffer
         self._coming = list(order)
         self._loaded: int | None = None
-        self._reading: tuple[int, Future[AnyBuffer | None]] | None = None
-        self._buffer: AnyBuffer | None = None
-        self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
-        self._largest = max(buffer_bytes(part.stored) for part in parts)
+        self._present: dict[int, Future[None] | None] = {}  # layers in the model, or on their way to a GPU
+        self._stream = torch.cuda.Stream(device) if buffer else None
+        self._is_large = max(buffer_bytes(part.stored) for part in parts) >= LARGE_BYTES
 
     def __enter__(self) -> Window:
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="avss-weights")
@@ -68,75 +161,54 @@ class Window:
 
     def __exit__(self, *_: object) -> None:
         self._thread.shutdown(cancel_futures=True)
-        if self._reading:
-            index, future = self._reading
-            failed = future.cancelled() or future.exception() is not None
-            self._release(index, None if failed else future.result())
         self._unload()
 
     def load(self, index: int) -> None:
         """Load a layer's weights, after unloading those of another layer, and start to read the next layer's."""
         if index == self._loaded:
             return
-        self._unload()
-        if self._stream is None and self._largest >= LARGE_BYTES:
-            release_freed_memory()
-        if self._reading and self._reading[0] != index:
-            self._release(self._reading[0], self._reading[1].result())
-            self._reading = None
-        if self._stream:
-            _, future = self._reading or self._start_reading(index)
-            self._buffer = future.result()
+        self._loaded = None
+        self._unload(keep=index)
+        if self._buffer:
+            (self._present.get(index) or self._start_copying(index)).result()
         else:
-            self._buffer = self._read(index, None)
-        self._loaded, self._reading = index, None
+            if self._is_large:
+                release_freed_memory()
+            self._present[index] = None
+            self._weights.load(self._parts[index], self._device, mapped)
+        self._loaded = index
         if index in self._coming:
             del self._coming[: self._coming.index(index) + 1]
         self._read_ahead()
 
-    def _unload(self) -> None:
-        if self._loaded is not None:
-            self._release(self._loaded, self._buffer)
-            self._loaded = self._buffer = None
-
-    def _release(self, index: int, buffer: AnyBuffer | None) -> None:
-        self._parts[index].unload()
-        if buffer:
-            buffer.clear()
-            self._buffers.append(buffer)
+    def _unload(self, keep: int | None = None) -> None:
+        """Unload all layers but one. Errors of a layer that was read for nothing are ignored."""
+        for index in self._present.keys() - {keep}:
+            if future := self._present.pop(index):
+                with suppress(Exception):
+                    future.result()
+            self._parts[index].unload()
 
     def _read_ahead(self) -> None:
         """Start to read the next layer: to a GPU by a copy, for a CPU into the page cache."""
-        if self._coming and self._stream:
-            self._start_reading(self._coming[0])
+        if self._coming and self._buffer:
+            self._start_copying(self._coming[0])
         elif self._coming:
             self._thread.submit(readahead, self._parts[self._coming[0]].stored)
 
-    def _start_reading(self, index: int) -> tuple[int, Future[AnyBuffer | None]]:
+    def _start_copying(self, index: int) -> Future[None]:
         """Start to copy a layer, after the device's current work, which may still use memory that its weights take."""
         mark = torch.cuda.current_stream(self._device).record_event()
-        self._reading = (index, self._thread.submit(self._read, index, mark))
-        return self._reading
+        future = self._present[index] = self._thread.submit(self._copy, index, mark)
+        return future
 
-    def _read(self, index: int, mark: Any) -> AnyBuffer | None:
-        """Load a layer's weights. Return the buffer that holds some of them on a CPU, or None."""
-        part = self._parts[index]
-        buffer: AnyBuffer
-        if self._buffers:
-            buffer = self._buffers.pop()
-        else:
-            buffer = ReadBuffer(self._largest, pinned=True) if self._stream else ZeroCopyBuffer()
-        with torch.no_grad(), torch.cuda.stream(self._stream) if self._stream else nullcontext():
-            if self._stream:
-                self._stream.wait_event(mark)
-            self._weights.load(part, self._device, buffer)
-            if self._stream:
-                self._stream.synchronize()
-        if self._stream is None:
-            return buffer
-        buffer.clear()
-        self._buffers.append(buffer)
-        return None
+    def _copy(self, index: int, mark: Any) -> None:
+        """Load a layer's weights on a GPU, through the buffer."""
+        assert self._stream and self._buffer
+        with torch.no_grad(), torch.cuda.stream(self._stream):
+            self._stream.wait_event(mark)
+            self._weights.load(self._parts[index], self._device, self._buffer.read)
+            self._stream.synchronize()
 
 
 @dataclass(frozen=True)
@@ -175,40 +247,32 @@ RECORD: ContextVar[Record | None] = ContextVar("record", default=None)
 """Record of the passes of this context for their backward passes."""
 
 
-@dataclass
-class _Pass:
-    """Progress of a pass.
+class _Pass(greenlet):
+    """A pass through the model, which is paused at each layer and runs in a copy of this context.
 
     Attributes:
         calls: number of calls of layers so far.
         layer: index of the layer at which it waits.
         forks: passes that start there.
+        hidden: hidden states that something else still refers to, such as inputs of earlier layers, as keys.
     """
 
-    calls: int = 0
-    layer: int = -1
-    forks: list[Callable[[], object]] = field(default_factory=list)
-    _seen: list[weakref.ref[torch.Tensor]] = field(default_factory=list)
+    calls, layer = 0, -1
 
-    def note(self, hidden: torch.Tensor | None) -> None:
-        """Remember hidden states by a weak reference."""
-        if hidden is not None and all(ref() is not hidden for ref in self._seen):
-            self._seen.append(weakref.ref(hidden))
-
-    def alive(self) -> list[torch.Tensor]:
-        """Return the hidden states that something else still refers to, such as inputs of earlier layers."""
-        self._seen = [ref for ref in self._seen if ref() is not None]
-        return [tensor for ref in self._seen if (tensor := ref()) is not None]
-
-
-_PASS: ContextVar[_Pass | None] = ContextVar("pass", default=None)
+    def __init__(self, function: Callable[[], object]) -> None:
+        super().__init__(function)
+        self.gr_context = copy_context()
+        self.forks: list[Callable[[], object]] = []
+        self.hidden = WeakTensorKeyDictionary()
 
 
 class Passes:
     """Runner of functions that call the model, interleaved layer by layer.
 
-    Args:
+    Attributes:
         modules: the layers.
+
+    Args:
         parts: their weights, in the same order.
         order: indices of the layers in the order of a pass.
         device_bytes, host_bytes: see `HiddenStateOffloader`.
@@ -225,16 +289,17 @@ class Passes:
         host_bytes: int | None,
     ) -> None:
         self._weights, self._parts, self._order, self._device = weights, parts, order, device
-        self._device_bytes, self.host_bytes = device_bytes, host_bytes
-        self._buffers: list[AnyBuffer] = []
-        self._modules = list(modules)
+        self._device_bytes, self.host_bytes, self.modules = device_bytes, host_bytes, list(modules)
+        self._buffer: ReadBuffer | None = None
+        if device.type == "cuda":
+            self._buffer = ReadBuffer(max(buffer_bytes(part.stored) for part in parts), pinned=True)
         for index, module in enumerate(modules):
             _pause(module, index)
 
     @property
     def running(self) -> bool:
         """Whether the caller is inside of a pass."""
-        return _PASS.get() is not None
+        return isinstance(getcurrent(), _Pass)
 
     def run(self, functions: Sequence[Callable[[], T]]) -> list[T]:
         """Run functions and their forks, each in a copy of this context, and return the functions' results.
@@ -243,31 +308,20 @@ class Passes:
         unwound.
         """
         results: dict[int, T] = {}
-        waiting: dict[greenlet, _Pass] = {}
+        waiting: list[_Pass] = []
 
         def keep(i: int) -> None:
             results[i] = functions[i]()
 
-        def start(function: Callable[[], object]) -> None:
-            current = _Pass()
-
-            def run() -> None:
-                _PASS.set(current)
-                function()
-
-            started = greenlet(run)
-            started.gr_context = contextvars.copy_context()
-            resume(started, current)
-
-        def resume(paused: greenlet, current: _Pass) -> None:
-            """Run a pass until its next layer, or to its end."""
-            paused.switch()
-            if paused.dead:
+        def resume(current: _Pass) -> None:
+            """Run a pass until its next layer, or to its end, and then those that start there."""
+            current.switch()
+            if current.dead:
                 return
-            waiting[paused] = current
-            offloader.offload(paused, current.alive())
+            waiting.append(current)
+            offloader.offload(current, list(current.hidden))
             while current.forks:
-                start(current.forks.pop(0))
+                resume(_Pass(current.forks.pop(0)))
 
         if not functions:
             return []
@@ -275,38 +329,34 @@ class Passes:
         with self.window() as window, closing(offloader):
             try:
                 for i in range(len(functions)):
-                    start(partial(keep, i))
+                    resume(_Pass(partial(keep, i)))
                 while waiting:
-                    index = min(waiting.values(), key=lambda current: current.calls).layer
+                    index = min(waiting, key=lambda current: current.calls).layer
                     window.load(index)
-                    for paused, current in [item for item in waiting.items() if item[1].layer == index]:
-                        del waiting[paused]
-                        offloader.restore(paused)
-                        resume(paused, current)
+                    for current in [current for current in waiting if current.layer == index]:
+                        waiting.remove(current)
+                        offloader.restore(current)
+                        resume(current)
             finally:
-                for paused in waiting:
-                    paused.throw()
+                for current in waiting:
+                    current.throw()
         return [results[i] for i in range(len(functions))]
 
     @contextmanager
     def window(self, *, backwards: bool = False) -> Iterator[Window]:
         """Open a `Window` over the layers, with gradients disabled."""
         order = self._order[::-1] if backwards else self._order
-        with torch.no_grad(), Window(self._weights, self._parts, order, self._device, self._buffers) as window:
+        with torch.no_grad(), Window(self._weights, self._parts, order, self._device, self._buffer) as window:
             yield window
 
-    def index(self, layer: nn.Module) -> int:
-        """Return the index of a layer and of its weights."""
-        return self._modules.index(layer)
-
     def call(self, layer: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        """Call a layer whose weights are loaded."""
+        """Call a layer whose weights are loaded, without pausing."""
         kind: Any = type(layer).__bases__[0]  # the class that it had before it was paused
         return kind.__call__(layer, *args, **kwargs)
 
     def close(self) -> None:
         """Restore the layers' classes."""
-        for layer in self._modules:
+        for layer in self.modules:
             layer.__class__ = type(layer).__bases__[0]
 
 
@@ -326,19 +376,18 @@ def _pause(layer: nn.Module, index: int) -> None:
 
 def _arrive(layer: nn.Module, index: int, call: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
     """Wait until the weights of a layer are loaded, and call it."""
-    current, record, skip = _PASS.get(), RECORD.get(), skip_of(layer)
-    assert current is not None, "a layer was called outside of Passes.run"
+    current, record, skip = getcurrent(), RECORD.get(), skip_of(layer)
+    assert isinstance(current, _Pass) and current.parent, "a layer was called outside of Passes.run"
     current.calls += 1
     hidden = input_tensor(args, kwargs)
-    current.note(hidden)
+    if hidden is not None:
+        current.hidden[hidden] = True
     if skip is not None and skip.form is not None:
         return skip(call, *args, **kwargs)
-    forks = FORKS.get().get(layer, ())
     current.layer = index
-    current.forks = [] if hidden is None else [partial(fork, hidden.clone()) for fork in forks]
-    scheduler = getcurrent().parent
-    assert scheduler is not None
-    scheduler.switch()  # until the layer's weights are loaded
+    if hidden is not None:
+        current.forks = [partial(fork, hidden.clone()) for fork in FORKS.get().get(layer, ())]
+    current.parent.switch()  # until the layer's weights are loaded
     if skip is not None or record is None:
         return call(*args, **kwargs)
     record.keep(layer, args, kwargs)

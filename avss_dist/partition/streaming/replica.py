@@ -6,7 +6,7 @@ A checkpoint larger than memory therefore costs one read of its files for each s
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from functools import partial
 from itertools import groupby
 from typing import Any, TypeVar
@@ -29,9 +29,8 @@ from avss_dist.models.size import Footprint, footprint
 from avss_dist.partition.memory import PartitionMemory, Usage, batch_bytes
 from avss_dist.partition.replica import BatchContext, Placement, Replica, run_batch
 from avss_dist.partition.splitting import layer_modules
-from avss_dist.partition.streaming.buffers import buffer_bytes
 from avss_dist.partition.streaming.passes import FORKS, RECORD, Fork, Passes, Record
-from avss_dist.partition.streaming.weights import StreamedWeights
+from avss_dist.partition.streaming.weights import StreamedWeights, buffer_bytes
 from avss_dist.stats.layer_stats import Float64
 from avss_dist.system.devices import SPARE_SHARE
 from avss_dist.system.process import bound
@@ -181,20 +180,15 @@ class StreamingLanguageModel(LanguageModel):
 
     keeps_hidden_states = False
     weights_stay = False
-    passes: Passes | None = None
+    passes: Passes
 
     def __init__(self, *args: Any) -> None:
         super().__init__(*args)
         self.resumes, self.obstacles  # noqa: B018  (while the layers have numbers)
 
-    @property
-    def _ready(self) -> Passes:
-        assert self.passes is not None
-        return self.passes
-
     def _groups(self, batches: Sequence[Batch], passes: int) -> Iterator[range]:
         """Return groups of batch indices whose hidden states fit in memory, ``passes`` times each."""
-        room = MAX_WAITING_BYTES if self._ready.host_bytes is None else self._ready.host_bytes
+        room = MAX_WAITING_BYTES if self.passes.host_bytes is None else self.passes.host_bytes
         largest = max((batch.input_ids.size for batch in batches), default=1) * self.token_bytes
         step = max(1, room // (passes * largest))
         return (range(start, min(start + step, len(batches))) for start in range(0, len(batches), step))
@@ -202,9 +196,9 @@ class StreamingLanguageModel(LanguageModel):
     @contextmanager
     def running(self, layer: Layer) -> Iterator[Callable[..., Any]]:
         """Load the weights of a layer inside the context, and yield a function that calls it alone."""
-        with self._ready.window() as window:
-            window.load(self._ready.index(layer.module))
-            yield partial(self._ready.call, layer.module)
+        with self.passes.window() as window:
+            window.load(self.passes.modules.index(layer.module))
+            yield partial(self.passes.call, layer.module)
 
     def value(self, layer: int, path: str) -> torch.Tensor:
         """Return a copy of a parameter of a layer, whose weights are loaded for it."""
@@ -223,7 +217,7 @@ class StreamingLanguageModel(LanguageModel):
         return "`partition` streaming finds the weights of a layer by its place in the whole model"
 
     def _alone(self, function: Callable[[], T]) -> T:
-        if self.passes is None or self.passes.running:
+        if not hasattr(self, "passes") or self.passes.running:
             return function()
         return self.passes.run([function])[0]
 
@@ -233,7 +227,7 @@ class StreamingLanguageModel(LanguageModel):
 
     def together(self, functions: Sequence[Callable[[], T]]) -> list[T]:
         """Return the results of functions that run the model, from interleaved passes."""
-        return self._ready.run(functions)
+        return self.passes.run(functions)
 
     def losses_under(self, batches: Sequence[Batch], interventions: Sequence[Intervention]) -> list[Float64]:
         """Return the `losses` of all batches, float64[rows], under each intervention.
@@ -244,12 +238,11 @@ class StreamingLanguageModel(LanguageModel):
         losses: dict[tuple[Intervention, int], Float64] = {}
 
         def ask(intervention: Intervention, i: int, hidden: torch.Tensor | None = None) -> None:
-            with self.applying(intervention):
-                if hidden is None:
-                    losses[intervention, i] = self.losses(batches[i])
-                    return
-                with self.beginning(begins_behind(intervention, branches[intervention]), hidden):
-                    losses[intervention, i] = self.losses(batches[i])
+            behind: AbstractContextManager[None] = nullcontext()
+            if hidden is not None:
+                behind = self.beginning(begins_behind(intervention, branches[intervention]), hidden)
+            with self.applying(intervention), behind:
+                losses[intervention, i] = self.losses(batches[i])
 
         def ask_first(i: int) -> None:
             forks: dict[nn.Module, Sequence[Fork]] = {
@@ -259,10 +252,13 @@ class StreamingLanguageModel(LanguageModel):
             with bound(FORKS, forks):
                 ask(first, i)
 
-        others = [other for other in dict.fromkeys(interventions[1:]) if other not in branches and other != first]
+        separate = [other for other in dict.fromkeys(interventions[1:]) if other not in branches and other != first]
         for group in self._groups(batches, 2 * len(interventions)):
-            self._ready.run(
-                [*(partial(ask_first, i) for i in group), *(partial(ask, other, i) for other in others for i in group)]
+            self.passes.run(
+                [
+                    *(partial(ask_first, i) for i in group),
+                    *(partial(ask, other, i) for other in separate for i in group),
+                ]
             )
         return [np.concatenate([losses[key, i] for i in range(len(batches))]) for key in interventions]
 
@@ -304,13 +300,13 @@ class StreamingLanguageModel(LanguageModel):
             return leaf_gradients
 
         passes = [partial(forward, *arguments) for arguments in zip(batches, records, watchers, strict=True)]
-        gradients = self._ready.run(passes)
-        with self._ready.window(backwards=True) as window:
+        gradients = self.passes.run(passes)
+        with self.passes.window(backwards=True) as window:
             for module in [layer.module for layer in reversed(layers)]:
-                window.load(self._ready.index(module))
+                window.load(self.passes.modules.index(module))
                 for i, (record, watcher) in enumerate(zip(records, watchers, strict=True)):
                     with watcher.watch(), torch.enable_grad():
-                        leaf, output = record.calls.pop(module).rerun(partial(self._ready.call, module))
+                        leaf, output = record.calls.pop(module).rerun(partial(self.passes.call, module))
                         for number, gradient in enumerate(gradients[i]):
                             output.backward(gradient, retain_graph=number < draws)
                             gradients[i][number] = _take_gradient(leaf)

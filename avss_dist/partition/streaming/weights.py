@@ -2,14 +2,18 @@
 
 transformers builds the model from tensors that have a name, a shape and a dtype, but no data, which shows where each
 stored tensor goes. Renamed tensors are read straight into place. Rearranged ones, such as fused experts, and quantized
-ones go through transformers' own conversion, a few weights at a time.
+ones go through transformers' own conversion, a few weights at a time. Stored tensors are copied into memory, or mapped
+from the page cache.
 """
 
 from __future__ import annotations
 
+import mmap
+import os
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from itertools import chain
 from typing import Any
@@ -22,18 +26,112 @@ from avss_dist.core.settings import Settings
 from avss_dist.models.checkpoints import Checkpoint
 from avss_dist.models.loading import build_model, text_config
 from avss_dist.models.quantization import quantization_method, ready_quantizer, unpacking_bytes
-from avss_dist.models.safetensors import DTYPES, StoredTensor, tensors_of, weight_files
-from avss_dist.partition.streaming.buffers import (
-    ELSEWHERE,
-    AnyBuffer,
-    ReadBuffer,
-    ZeroCopyBuffer,
-    buffer_bytes,
-)
-from avss_dist.partition.streaming.conversion import Conversion, GgufTensors, Group, refusing
+from avss_dist.models.safetensors import DTYPES, StoredTensor, explaining_reads, tensors_of, weight_files
+from avss_dist.partition.streaming.conversion import ELSEWHERE, Conversion, GgufTensors, Group, refusing
+from avss_dist.system.memory import populate
 
+Read = Callable[[Sequence[StoredTensor]], Iterator[torch.Tensor]]
+"""Function that yields stored tensors in memory: `copied`, `mapped`, or the method of a `ReadBuffer`."""
+_ALIGNMENT = 64  # bytes, of torch's allocations
+_READERS = 4  # threads: one alone does not saturate the memory bandwidth
+_PIECE = 8 << 20  # bytes that a thread reads at a time
 RANDOM_SCALE = 0.02
 _RANDOM_BLOCK, _RANDOM_OFFSETS, _RANDOM_STEP = 1 << 20, 1 << 16, 997
+
+
+def buffer_bytes(stored: Iterable[StoredTensor]) -> int:
+    """Return the size of a buffer that holds these tensors, in bytes."""
+    return sum(tensor.size + _ALIGNMENT for tensor in stored)
+
+
+def readahead(stored: Iterable[StoredTensor]) -> None:
+    """Ask the system to read tensors ahead of their use, and block while the disk's queue is full."""
+    for tensor in stored:
+        with suppress(OSError), tensor.file.open("rb", buffering=0) as file:
+            os.posix_fadvise(file.fileno(), tensor.start, tensor.size, os.POSIX_FADV_WILLNEED)
+
+
+class ReadBuffer:
+    """Buffer into which stored tensors are copied, one after the other.
+
+    Each tensor keeps the alignment of its file, so that kernels compute as with a mapped file.
+
+    Args:
+        size: number of bytes, from `buffer_bytes`.
+        pinned: pin the memory, for asynchronous copies to a GPU.
+    """
+
+    def __init__(self, size: int, *, pinned: bool = False) -> None:
+        self._memory = torch.empty(size, dtype=torch.uint8, pin_memory=pinned)
+
+    def read(self, stored: Sequence[StoredTensor]) -> Iterator[torch.Tensor]:
+        """Copy stored tensors into this buffer, over those of earlier calls, and yield each when it is complete.
+
+        Threads read the next tensors in the meantime.
+
+        Raises:
+            ModelError: a file is gone, or ends before its tensor does.
+        """
+        parts, used = [], 0
+        for source in stored:
+            residue = source.start % _ALIGNMENT if source.start % DTYPES[source.dtype].itemsize == 0 else 0
+            begin = used + (residue - self._memory.data_ptr() - used) % _ALIGNMENT
+            used = begin + source.size
+            parts.append(self._memory[begin:used])
+        with ThreadPoolExecutor(_READERS, thread_name_prefix="avss-readers") as threads:
+            reads = [
+                [threads.submit(_fill, source, part.numpy().data, start) for start in range(0, source.size, _PIECE)]
+                for source, part in zip(stored, parts, strict=True)
+            ]
+            for source, part, pieces in zip(stored, parts, reads, strict=True):
+                with explaining_reads(source):
+                    for piece in pieces:
+                        piece.result()
+                yield part.view(DTYPES[source.dtype]).view(source.shape)
+
+
+def _fill(stored: StoredTensor, whole: memoryview, at: int) -> None:
+    """Read a piece of a tensor, from offset ``at``, into the same place of its memory."""
+    unread = whole[at : at + _PIECE]
+    with stored.file.open("rb", buffering=0) as file:
+        while unread:
+            count = os.preadv(file.fileno(), [unread], stored.start + at)
+            if not count:
+                raise EOFError
+            unread, at = unread[count:], at + count
+
+
+def copied(stored: Iterable[StoredTensor]) -> Iterator[torch.Tensor]:
+    """Copy stored tensors into memory of their own, one after the other. See `ReadBuffer`."""
+    return chain.from_iterable(ReadBuffer(buffer_bytes([tensor])).read([tensor]) for tensor in stored)
+
+
+def mapped(stored: Iterable[StoredTensor]) -> Iterator[torch.Tensor]:
+    """Map stored tensors for a CPU, one after the other, and read each into memory without holding the GIL.
+
+    Writes to a tensor stay in this process. It is mapped as long as something refers to it.
+
+    Raises:
+        ModelError: a file is gone, or ends before its tensor does.
+    """
+    for source in stored:
+        with explaining_reads(source):
+            tensor = _map(source)
+            populate(tensor.data_ptr(), source.size)
+        aligned = tensor.clone() if source.start % DTYPES[source.dtype].itemsize else tensor
+        yield aligned.view(DTYPES[source.dtype]).view(source.shape)
+
+
+def _map(stored: StoredTensor) -> torch.Tensor:
+    """Return a private mapping of a stored tensor, uint8[size]."""
+    before = stored.start % mmap.ALLOCATIONGRANULARITY
+    with stored.file.open("rb", buffering=0) as file:
+        if os.fstat(file.fileno()).st_size < stored.start + stored.size:
+            raise EOFError
+        if not stored.size:
+            return torch.empty(0, dtype=torch.uint8)
+        memory = mmap.mmap(file.fileno(), before + stored.size, access=mmap.ACCESS_COPY, offset=stored.start - before)
+    return torch.frombuffer(memory, dtype=torch.uint8, count=stored.size, offset=before)
 
 
 @dataclass(frozen=True, eq=False)
@@ -110,7 +208,6 @@ class StreamedWeights:
 
     def __init__(self, checkpoint: Checkpoint, settings: Settings, *, head: bool = False) -> None:
         self.bytes_read = 0
-        self._weights: dict[int, Weight] = {}
         if checkpoint.gguf:
             self._open_gguf(checkpoint, settings, head=head)
         else:
@@ -154,10 +251,8 @@ class StreamedWeights:
         self._weights = _weights(self.model, {})
         with refusing(f"The weights of '{checkpoint.name}'"):
             quantizer = file.quantizer(self.model)
-        if quantizer:
-            self._conversion = Conversion(self.model, file.stored, quantizer)
-        else:
-            self._conversion = Conversion(self.model, file.stored, names=file.names, unpack=file.unpack)
+        older: dict[str, Any] = {} if quantizer else {"names": file.names, "unpack": file.unpack}
+        self._conversion = Conversion(self.model, file.stored, quantizer, **older)
 
     @property
     def unpacks_on_cpu(self) -> bool:
@@ -195,32 +290,28 @@ class StreamedWeights:
         is_converted = any(weight.stored is None for weight in weights)
         return Part(weights, self._conversion.groups(keys) if is_converted else ())
 
-    def load(self, part: Part, device: torch.device, buffer: AnyBuffer | None = None) -> None:
+    def load(self, part: Part, device: torch.device, read: Read = copied) -> None:
         """Read a part's weights and set them in the model, on a device.
-
-        Args:
-            buffer: buffer to read into, which then holds the weights that need no conversion.
 
         Raises:
             ModelError: a file has changed, or transformers cannot convert its tensors.
         """
-        reads_all = isinstance(buffer, ReadBuffer)  # and reads on while tensors are converted
-        tensors = self._read(part.stored if reads_all else part.unchanged, buffer)
+        self.bytes_read += sum(tensor.size for tensor in part.stored)
+        tensors = read(part.stored)
         for weight in [weight for weight in part.weights if weight.stored]:
             weight.assign(next(tensors).to(device, non_blocking=True).to(weight.meta.dtype))  # converted there
         for group in part.groups:
-            if not reads_all:  # no more of the stored tensors than this is in memory
-                tensors = self._read(group, ZeroCopyBuffer() if device.type == "cpu" else None)
             self._conversion.convert({stored.name: next(tensors) for stored in group}, device)
-        for weight in part.weights:
-            if not weight.stored:
-                weight.assign(_require_numbers(weight).detach().to(device))
-
-    def _read(self, stored: Sequence[StoredTensor], buffer: AnyBuffer | None) -> Iterator[torch.Tensor]:
-        self.bytes_read += sum(tensor.size for tensor in stored)
-        if buffer:
-            return buffer.read(stored)
-        return chain.from_iterable(ReadBuffer(buffer_bytes([tensor])).read([tensor]) for tensor in stored)
+        for weight in [weight for weight in part.weights if not weight.stored]:
+            tensor = weight.current()
+            if tensor.is_meta:
+                module, name = weight.places[0]
+                raise ModelError(
+                    f"The weights cannot be read layer by layer: '{name}' of a {type(module).__name__} is not made of "
+                    "its layer's tensors alone.",
+                    ELSEWHERE,
+                )
+            weight.assign(tensor.detach().to(device))
 
     def resolve_ties(self, backbone: nn.Module) -> None:
         """Tie equal weights that the configuration ties and the files store twice, and keep those of the backbone."""
@@ -298,18 +389,6 @@ def _weights(model: nn.Module, unread: Mapping[str, _Placeholder]) -> dict[int, 
         is_whole = (tensor.shape, tensor.stride()) == (whole.shape, whole.stride())  # not a view of a part
         weights[key] = Weight(tensor, tuple(places[key]), stored if is_whole else None)
     return weights
-
-
-def _require_numbers(weight: Weight) -> torch.Tensor:
-    tensor = weight.current()
-    if tensor.is_meta:
-        module, name = weight.places[0]
-        raise ModelError(
-            f"The weights cannot be read layer by layer: '{name}' of a {type(module).__name__} is not made of its "
-            "layer's tensors alone.",
-            ELSEWHERE,
-        )
-    return tensor
 
 
 def _random(size: int, dtype: torch.dtype) -> torch.Tensor:
