@@ -71,14 +71,14 @@ PARTITIONS = {
         changes_weights=True,
     ),
     "fsdp": PartitionInfo(
-        opens="avss_dist.partition.fsdp:FsdpReplica",
+        opens="avss_dist.partition.sharded:FsdpReplica",
         summary="each rank holds a part of every parameter, and takes its own data (PyTorch FSDP2)",
         gang=True,
         splits_data=True,
         changes_weights=True,
     ),
     "zero3": PartitionInfo(
-        opens="avss_dist.partition.zero3:Zero3Replica",
+        opens="avss_dist.partition.sharded:Zero3Replica",
         summary="each rank holds a part of every parameter, and takes its own data (DeepSpeed ZeRO-3)",
         gang=True,
         splits_data=True,

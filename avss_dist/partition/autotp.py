@@ -58,23 +58,21 @@ def open_by_autotp(
     model = load_model(checkpoint, settings, head=head)
     with quiet(), quiet_deepspeed():
         whole = open_module(model, layers=settings.layers)
-        run = forward_function(whole.module)
-        logits = _logits(predictor(model), torch.device("cpu")) if head else None
-        expected = probe(run, whole.layers, torch.device("cpu"))
+        run, cpu = forward_function(whole.module), torch.device("cpu")
+        expected_logits = _logits(predictor(model), cpu) if head else None
+        expected = probe(run, whole.layers, cpu)
         names = {module: name for name, module in model.named_modules()}
         with without_output_embeddings(predictor(model), keep=head):
             apply_autotp(model, split.ranks, device)
         again = _find_again(whole.layers, names, model)
-        with _running(model):
+        try:
             actual = probe(run, again, device)
+            logits = _logits(predictor(model), device) if head else None
+        except _REFUSALS as error:
+            raise _cannot_split(model, f"the split model does not run: {error}") from error
         layers = _check(model, again, expected, actual, split)
-        if logits is not None:
-            with _running(model):
-                split_logits = _logits(predictor(model), device)
-            error = difference(logits, split_logits) if split_logits.shape == logits.shape else float("inf")
-            maximum = max(all_gather(error))
-            if maximum > TOLERANCES.get(logits.dtype, 0.0):
-                raise _cannot_split(model, f"its logits are off by {maximum:.2g} of their size after the split")
+        if expected_logits is not None and logits is not None:
+            _require_equal(model, "the head", expected_logits, logits, TOLERANCES.get(logits.dtype, 0.0))
     return replace(whole, layers=layers)
 
 
@@ -154,20 +152,14 @@ def _logits(model: Any, device: torch.device) -> torch.Tensor:
     return logits.cpu()
 
 
-@contextmanager
-def _running(model: Any) -> Iterator[None]:
-    """Raise ModelError if the split model fails inside the context."""
-    try:
-        yield
-    except _REFUSALS as error:
-        raise _cannot_split(model, f"the split model does not run: {error}") from error
-
-
 def difference(expected: torch.Tensor, actual: torch.Tensor) -> float:
     """Return the median over tokens of |actual - expected| / |expected|, for tensors of shape [..., units].
 
-    A wrong split changes nearly every token, while rounding routes few tokens to other experts.
+    It is infinite for tensors of different shapes. A wrong split changes nearly every token, while rounding routes few
+    tokens to other experts.
     """
+    if expected.shape != actual.shape:
+        return float("inf")
     expected, actual = (x.double().reshape(-1, x.shape[-1]) for x in (expected, actual))
     sizes = expected.norm(dim=-1)
     ratios = (actual - expected).norm(dim=-1) / sizes.clamp_min(torch.finfo(torch.float64).tiny)
@@ -207,15 +199,19 @@ def _check(model: Any, layers: Sequence[Layer], expected: Probe, actual: Probe, 
             assert reference is not None and part is not None
             taps[site] = tap = replace(tap, exchange=exchange_for(part, reference.shape[-1]))
             rows = split.rows(len(part))
-            got, reference = tap.exchange(part) if tap.exchange else part[rows], reference[rows]
-            error = difference(reference, got.cpu()) if got.shape == reference.shape else float("inf")
-            error = max(all_gather(error))
-            if error > tolerance or (site == "block" and tap.exchange):
-                raise _cannot_split(
-                    model, f"site '{site}' of layer {layer.index} is off by {error:.2g} of its size after the split"
-                )
+            received = tap.exchange(part) if tap.exchange else part[rows]
+            if site == "block" and tap.exchange:
+                raise _cannot_split(model, f"each rank has a part of the output of layer {layer.index}")
+            _require_equal(model, f"site '{site}' of layer {layer.index}", reference[rows], received.cpu(), tolerance)
         checked.append(replace(layer, taps={site: taps[site] for site in layer.taps}))
     return tuple(checked)
+
+
+def _require_equal(model: Any, place: str, expected: torch.Tensor, actual: torch.Tensor, tolerance: float) -> None:
+    """Refuse a split that changed a tensor on any rank. All ranks call this."""
+    error = max(all_gather(difference(expected, actual)))
+    if error > tolerance:
+        raise _cannot_split(model, f"{place} is off by {error:.2g} of its size after the split")
 
 
 def _cannot_split(model: Any, why: str) -> ModelError:

@@ -86,8 +86,20 @@ def leave() -> None:
     InferenceEngine.inference_mp_group = None
 
 
-def require_group(partition: str, ranks: int) -> tuple[int, int]:
-    """Return this process's rank and the number of ranks.
+@dataclass(frozen=True)
+class RowSplit:
+    """Share of a batch's rows that a rank counts, if several ranks see the same batch."""
+
+    rank: int = 0
+    ranks: int = 1
+
+    def rows(self, number: int) -> slice:
+        """Return the slice of this rank's rows of ``number`` rows."""
+        return slice(number * self.rank // self.ranks, number * (self.rank + 1) // self.ranks)
+
+
+def require_group(partition: str, ranks: int) -> RowSplit:
+    """Return this process's share of the rows of a batch, in a group of so many ranks.
 
     Raises:
         ConfigError: the process is not in a group, or in one of another size.
@@ -100,19 +112,7 @@ def require_group(partition: str, ranks: int) -> tuple[int, int]:
             f"`partition` {partition} needs a group of {ranks} processes; this is one of {here}.",
             "Set `executor` to ray; in Python, call avss_dist.partition.group.join in every process first.",
         )
-    return rank, here
-
-
-@dataclass(frozen=True)
-class RowSplit:
-    """Share of a batch's rows that a rank counts, if several ranks see the same batch."""
-
-    rank: int = 0
-    ranks: int = 1
-
-    def rows(self, number: int) -> slice:
-        """Return the slice of this rank's rows of ``number`` rows."""
-        return slice(number * self.rank // self.ranks, number * (self.rank + 1) // self.ranks)
+    return RowSplit(rank, here)
 
 
 def exchange_units_for_rows(part: torch.Tensor, widths: Sequence[int]) -> torch.Tensor:
@@ -135,13 +135,6 @@ def exchange_units_for_rows(part: torch.Tensor, widths: Sequence[int]) -> torch.
     distributed.all_to_all_single(received, sent, sizes, sends)
     parts = zip(received.split(sizes), widths, strict=True)
     return torch.cat([piece.view(part.dtype).view(rows, tokens, width) for piece, width in parts], dim=-1)
-
-
-def gather(mine: T) -> list[T]:
-    """Return the objects of all ranks on the first rank, in order, and [] on the others. All ranks call it."""
-    every: list[Any] | None = [None] * distributed.get_world_size() if distributed.get_rank() == 0 else None
-    distributed.gather_object(mine, every)
-    return every or []
 
 
 def rank_and_size() -> tuple[int, int]:

@@ -28,13 +28,9 @@ from avss_dist.system.memory import keep_freed_memory
 
 T = TypeVar("T")
 MAX_COPIES = 8  # the loss of one stops all
-BatchContext = Callable[[Batch], AbstractContextManager[None]]
+BatchContext = Callable[[Batch], AbstractContextManager[object]]
 """Context manager around everything that runs for a batch, in its thread or greenlet: ``with context(batch):``."""
-
-
-def no_observation(_batch: Batch) -> AbstractContextManager[None]:
-    """Return a `BatchContext` that does nothing."""
-    return nullcontext()
+no_observation: BatchContext = nullcontext
 
 
 def dummy_batch() -> Batch:
@@ -92,6 +88,8 @@ class Replica(ABC):
         split: rows of a batch that this rank counts.
         reports_stats: whether this rank returns the statistics, which the other ranks send to it.
         language_model: model with its head; None unless the replica was opened with the head.
+        language_model_type: class of ``language_model``.
+        no_gradients: see `causal_lm.LanguageModel`.
         memory: memory of a replica with this partition, for its choice and for estimates.
 
     Raises:
@@ -116,6 +114,7 @@ class Replica(ABC):
             if head:
                 self.language_model = self.language_model_type(checkpoint, settings, self._backbone, self.device)
                 self.language_model.no_gradients = self.no_gradients
+                self.language_model.whole_weights = not PARTITIONS[placement.partition].splits_matrices
         self._run = forward_function(self._backbone.module)
         self.layers: tuple[Layer, ...] = self._backbone.layers
         self.model: Mapping[str, Any] = {

@@ -1,7 +1,8 @@
-"""Ranks that each hold a part of every parameter: to measure, and, in the form of transformers' Trainer, to train.
+"""Partitions ``fsdp`` (PyTorch FSDP2) and ``zero3`` (DeepSpeed ZeRO-3): each rank holds a part of every parameter.
 
-``zero3`` and ``fsdp`` measure with it: ranks gather a layer at a time, measure different shards, and share the batches
-of a part of a task.
+All ranks gather a layer's parameters when it begins and drop them when it ends, so all run equally many forward passes.
+They measure different shards, and share the batches of a part of a task. In the form of transformers' Trainer, ranks
+train so, too.
 """
 
 from __future__ import annotations
@@ -16,24 +17,31 @@ from typing import Any, TypeVar
 import torch
 from torch.distributed.tensor import DTensor
 
-from avss_dist.core.errors import ConfigError
+from avss_dist.core.errors import ConfigError, ModelError
 from avss_dist.core.registry import SHARDINGS
 from avss_dist.core.settings import Settings
 from avss_dist.corpus.shards import Batch
 from avss_dist.models.causal_lm import Watcher
 from avss_dist.models.checkpoints import Checkpoint
+from avss_dist.models.layers import probe_tokens
+from avss_dist.models.loading import (
+    Backbone,
+    candidate_layers,
+    compute_dtype,
+    load_model,
+    open_module,
+    predictor,
+    text_config,
+    without_head,
+)
 from avss_dist.models.quantization import quantization_method
 from avss_dist.models.size import Footprint, load_skeleton
-from avss_dist.partition.group import (
-    DividedLanguageModel,
-    all_gather,
-    quiet_deepspeed,
-    share,
-)
+from avss_dist.partition.device_map import unstored
+from avss_dist.partition.group import DividedLanguageModel, all_gather, quiet_deepspeed, require_group, share
 from avss_dist.partition.memory import PartitionMemory, Usage
-from avss_dist.partition.replica import dummy_batch
+from avss_dist.partition.replica import Placement, Replica, dummy_batch
+from avss_dist.partition.splitting import generic_name, layer_modules, require_version, scale_obstacle
 
-S = TypeVar("S")
 T = TypeVar("T")
 PREFETCHED = 50_000_000  # parameters that are gathered ahead, on GPUs, beside the arithmetic; DeepSpeed's own default
 
@@ -138,6 +146,179 @@ class ShardedLanguageModel(DividedLanguageModel):
         parameter = self.layers[layer].module.get_parameter(path)
         with GatheredParameters([parameter]):  # of those that DeepSpeed has divided
             return parameter.detach().clone()
+
+
+class FsdpMemory(ShardedMemory):
+    """Memory of a replica with FSDP2. See `ShardedMemory`."""
+
+    @staticmethod
+    def require_ranks(partition: str, weights: Checkpoint | str, settings: Settings, ranks: int) -> None:
+        """Refuse a model of which transformers cannot load parts on so many ranks. See `ShardedMemory`.
+
+        Raises:
+            ConfigError: the installed transformers is too old; a rank would have none of the experts of a layer that
+                the files store one by one; or ranks would unpack parts of blocks in FP8.
+        """
+        ShardedMemory.require_ranks(partition, weights, settings, ranks)
+        require_version()
+        _, model, tensors = load_skeleton(weights, settings)
+        for stack in unstored(model, [tensor.name for tensor in tensors]).values():
+            experts = len(stack)
+            if stack.dim() == 3 and -(-experts // ranks) * (ranks - 1) >= experts:
+                raise ConfigError(
+                    f"`partition` fsdp would leave one of {ranks} ranks without any of the {experts} experts of a "
+                    "layer, which transformers cannot load where files have them one by one.",
+                    f"Set `ranks` to a divisor of {experts}, or use `partition` zero3.",
+                )
+        if obstacle := scale_obstacle(weights, settings, {"fsdp_size": ranks}):
+            raise ConfigError(
+                f"`partition` fsdp cannot unpack the weights: {obstacle}.",
+                "Set `ranks` to a smaller number, leave out `dequantize`, or use `partition` streaming.",
+            )
+
+
+class FsdpReplica(Replica):
+    """One rank of an FSDP2 model. See `partition.replica.Replica`. All ranks open it in a group (`group.join`).
+
+    Each rank reads its part of every tensor from the files.
+    """
+
+    memory = FsdpMemory
+    language_model_type = ShardedLanguageModel
+
+    def _open(self, checkpoint: Checkpoint, settings: Settings, placement: Placement, *, head: bool) -> Backbone:
+        self.memory.require_ranks(placement.partition, checkpoint, settings, placement.ranks)
+        require_group(placement.partition, placement.ranks)
+        from torch.distributed.fsdp import FSDPModule
+        from transformers.distributed import DistributedConfig
+
+        plan = gathering_plan(load_skeleton(checkpoint, settings)[1], settings.layers)
+        parts = DistributedConfig(fsdp_size=placement.ranks, fsdp_plan=plan)
+        model = load_model(checkpoint, settings, head=head, distributed_config=parts)
+        for module in model.modules():
+            if isinstance(module, FSDPModule):  # of which the model itself and tied embeddings would keep weights
+                module.set_reshard_after_forward(True, recurse=False)
+                type(module).__name__ = type(module).__name__.removeprefix("FSDP")
+        if head:  # FSDP2 refuses a module that first runs after those inside it
+            with torch.no_grad():
+                predictor(model)(input_ids=probe_tokens(self.device), use_cache=False)
+        return open_module(model, layers=settings.layers, device=self.device)
+
+
+def gathering_plan(model: Any, layers: str | None) -> dict[str, str]:
+    """Return transformers' plan for FSDP2 in which each layer, and each other module with weights, is gathered alone.
+
+    Embeddings that are tied to the head are gathered with the backbone: two modules share their weights, and each part
+    of the model that runs must gather them itself.
+
+    Args:
+        model: the model with its head, on any device.
+        layers: module path of the layer list in the backbone; None finds it.
+    """
+    units = {*layer_modules(model, layers), without_head(model)}
+    inside = {module for unit in layer_modules(model, layers) for module in unit.modules() if module is not unit}
+    tied = model.get_input_embeddings() if model.all_tied_weights_keys else None
+    return {
+        generic_name(path): "free_full_weight"  # gathered while they run
+        for path, module in model.named_modules()
+        if path and module not in inside | {tied} and (module in units or list(module.parameters(recurse=False)))
+    }
+
+
+class Zero3Memory(ShardedMemory):
+    """Memory of a replica with ZeRO-3. See `ShardedMemory`."""
+
+    def host_weights(self) -> int:
+        """Return the bytes of weights that each process holds in host memory while the model is opened on a GPU.
+
+        transformers loads quantized weights whole, unpacked or not, before ranks keep parts.
+        """
+        _, model, _ = load_skeleton(self.weights, self.settings)
+        return self.size.weight_bytes if self.on_gpu and quantization_method(model.config) else 0
+
+
+class Zero3Replica(Replica):
+    """One rank of a ZeRO-3 model. See `partition.replica.Replica`. All ranks open it in a group (`group.join`)."""
+
+    memory = Zero3Memory
+    language_model_type = ShardedLanguageModel
+
+    def _open(self, checkpoint: Checkpoint, settings: Settings, placement: Placement, *, head: bool) -> Backbone:
+        self.memory.require_ranks(placement.partition, checkpoint, settings, placement.ranks)
+        require_group(placement.partition, placement.ranks)
+        text = text_config(checkpoint, trust_remote_code=settings.trust_remote_code)
+        config = deepspeed_config(compute_dtype(checkpoint, text, settings), self.device)
+        with quiet_deepspeed():
+            self._module = _load_in_parts(checkpoint, settings, config, head=head)
+            self._engine = _partition(self._module, settings, config, head=head)
+            return open_module(self._module, layers=settings.layers, device=self.device)
+
+    def close(self) -> None:
+        """Drop this rank's part of the weights, and DeepSpeed's hooks."""
+        from deepspeed.runtime.zero import parameter_offload
+
+        self._engine.destroy()
+        parameter_offload.FWD_MODULE_STACK.clear()
+        for parameter in self._module.parameters():  # DeepSpeed keeps references to the modules
+            parameter.data = parameter.data.new_empty(0)
+            if hasattr(parameter, "ds_tensor"):  # not the unused head of a model that was loaded whole
+                parameter.ds_tensor.data = parameter.data
+        del self._engine, self._module
+        super().close()
+
+
+def deepspeed_config(dtype: torch.dtype, device: torch.device) -> dict[str, Any]:
+    """Return the DeepSpeed configuration.
+
+    ``cluster/deepspeed/zero3.json`` is that for bfloat16 on GPUs, explained by the README beside it.
+    """
+    return {
+        "train_micro_batch_size_per_gpu": 1,
+        "bf16": {"enabled": dtype == torch.bfloat16},
+        "fp16": {"enabled": dtype == torch.float16},
+        "zero_optimization": {
+            "stage": 3,
+            "stage3_param_persistence_threshold": 0,
+            "stage3_prefetch_bucket_size": PREFETCHED if device.type == "cuda" else 0,
+            "memory_efficient_linear": False,
+        },
+    }
+
+
+def _load_in_parts(checkpoint: Checkpoint, settings: Settings, config: dict[str, Any], *, head: bool) -> Any:
+    """Load a model such that a process never holds more than its part and one module. Rank 0 maps the files."""
+    from transformers.integrations.deepspeed import HfDeepSpeedConfig, unset_hf_deepspeed_config
+
+    reference = HfDeepSpeedConfig(config)  # transformers refers to it weakly; while it lives, models are built in parts
+    try:
+        return load_model(checkpoint, settings, head=head)
+    except ModelError as error:
+        hint = error.hint or "If another `partition` opens it, transformers cannot load this family in parts."
+        raise ModelError(f"{error.message} (It was loaded in parts, for zero3.)", hint) from error
+    finally:
+        unset_hf_deepspeed_config()
+        del reference
+
+
+def _partition(model: Any, settings: Settings, config: dict[str, Any], *, head: bool) -> Any:
+    """Hook the backbone, or the whole model, so that parameters are gathered when needed. Return the engine.
+
+    A layer is gathered as one, because ranks must gather in the same order and routed experts depend on the data.
+    """
+    import deepspeed
+    from deepspeed.utils import set_z3_leaf_modules_by_name
+
+    backbone = without_head(model)
+    lists = candidate_layers(model, settings.layers)
+    set_z3_leaf_modules_by_name(
+        backbone, [f"{path}.{i}" for path, modules in lists.items() for i in range(len(modules))]
+    )
+    try:
+        return deepspeed.initialize(model=model if head else backbone, config=config)[0]
+    except (RuntimeError, ValueError, AssertionError, NotImplementedError) as error:
+        raise ConfigError(
+            f"DeepSpeed cannot partition {type(model).__name__}: {error}", "Use another `partition`."
+        ) from error
 
 
 BUCKET = 12_500_000  # gradients or weights that DeepSpeed exchanges at once: 50 MB in float32

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -42,38 +43,16 @@ from avss_dist.partition.group import all_gather, exchange_units_for_rows
 
 Probe = dict[tuple[int, str], torch.Tensor]
 """Tensors of a pass, by layer and site."""
-_HEADS = ("num_key_value_heads", "num_kv_heads", "num_attention_heads")
 
 
 def head_count(config: Any) -> tuple[str, int] | None:
     """Return the attribute of a configuration with the number of heads that have keys of their own, and its value."""
-    for name in _HEADS:
-        try:
+    for name in ("num_key_value_heads", "num_kv_heads", "num_attention_heads"):
+        with suppress(RuntimeError):  # it differs from layer to layer
             heads = getattr(config, name, None)
-        except RuntimeError:  # it differs from layer to layer
-            continue
-        if isinstance(heads, int):
-            return name, heads
+            if isinstance(heads, int):
+                return name, heads
     return None
-
-
-def whole_norms(matrix: torch.Tensor, order: int) -> torch.Tensor:
-    """Return the vector norms of a matrix, or of each of a stack of matrices, float64. Ranks may have parts of it."""
-    if not hasattr(matrix, "to_local"):
-        return _norms(matrix, order)
-    from torch.distributed.tensor import DTensor, Partial, Replicate, Shard
-
-    assert isinstance(matrix, DTensor)
-    dims = [getattr(placement, "dim", None) for placement in matrix.placements]
-    placements = [
-        Replicate() if dim is None else Shard(0) if dim % matrix.dim() < matrix.dim() - 2 else Partial() for dim in dims
-    ]
-    powers = _norms(matrix.to_local(), order) ** order
-    return DTensor.from_local(powers, matrix.device_mesh, placements, run_check=False).full_tensor() ** (1 / order)
-
-
-def _norms(matrix: torch.Tensor, order: int) -> torch.Tensor:
-    return torch.linalg.vector_norm(matrix, order, dim=(-2, -1), dtype=torch.float64)
 
 
 def probe(run: Forward, layers: Sequence[Layer], device: torch.device) -> Probe:
@@ -94,8 +73,6 @@ def exchange_for(part: torch.Tensor, width: int) -> Callable[[torch.Tensor], tor
     return partial(exchange_units_for_rows, widths=widths)
 
 
-FIRST_VERSION = "5.23"  # of transformers, with every option that is used here
-_ATTENTION = re.compile(r"attn|attention")
 _DIVIDED = re.compile(r"^(packed_)?(colwise|rowwise)|^grouped_gemm|^embedding_")  # styles that divide a parameter
 
 
@@ -108,7 +85,7 @@ def version_obstacle() -> str | None:
 
         DistributedConfig(fsdp_plan={}, ep_implementation="auto")
     except (ImportError, TypeError):
-        return f"transformers {transformers.__version__} cannot load a model in parts; {FIRST_VERSION} or newer can"
+        return f"transformers {transformers.__version__} cannot load a model in parts; 5.23 or newer can"
     return None
 
 
@@ -120,17 +97,6 @@ def require_version() -> None:
     """
     if obstacle := version_obstacle():
         raise ConfigError(f"{obstacle}.", "Run pip install -U transformers, or use `partition` zero3.")
-
-
-def distributed_config(**options: Any) -> dict[str, Any]:
-    """Return the option of ``from_pretrained`` that has every rank of the group load its part of a model.
-
-    Args:
-        options: fields of transformers' ``DistributedConfig``.
-    """
-    from transformers.distributed import DistributedConfig
-
-    return {"distributed_config": DistributedConfig(**options)}
 
 
 def generic_name(path: str) -> str:
@@ -166,7 +132,7 @@ def tensor_plan_obstacle(checkpoint: Checkpoint | str, settings: Settings, ranks
 
 def attention_plan(plan: dict[str, str]) -> dict[str, str]:
     """Return the rules of a plan for the attention of layers."""
-    return {name: style for name, style in plan.items() if _ATTENTION.search(name)}
+    return {name: style for name, style in plan.items() if re.search(r"attn|attention", name)}
 
 
 def layer_plan(model: Any, plan: dict[str, str], layers: str | None) -> dict[str, str]:
@@ -257,7 +223,9 @@ def open_by_plan(
     Raises:
         ModelError: the model cannot be opened or observed.
     """
-    model = load_model(checkpoint, settings, head=head, **distributed_config(**options))
+    from transformers.distributed import DistributedConfig
+
+    model = load_model(checkpoint, settings, head=head, distributed_config=DistributedConfig(**options))
     with quiet():
         backbone = open_module(model, layers=settings.layers, device=device)
         layers = backbone.layers

@@ -11,6 +11,8 @@ from dataclasses import replace
 from functools import cached_property
 from typing import Any, ClassVar, TypeVar
 
+from torch import distributed
+
 from avss_dist.core.errors import ConfigError
 from avss_dist.core.settings import Settings
 from avss_dist.models.checkpoints import Checkpoint
@@ -18,7 +20,7 @@ from avss_dist.models.loading import Backbone
 from avss_dist.models.quantization import quantization_method
 from avss_dist.models.size import load_skeleton
 from avss_dist.partition.autotp import open_by_autotp, require_autotp
-from avss_dist.partition.group import RankedLanguageModel, RowSplit, gather, require_group
+from avss_dist.partition.group import RankedLanguageModel, require_group
 from avss_dist.partition.memory import PartitionMemory, Usage
 from avss_dist.partition.replica import Placement, Replica
 from avss_dist.partition.splitting import (
@@ -91,13 +93,13 @@ class TensorParallelReplica(Replica):
     """One rank of a split model. See `partition.replica.Replica`. All ranks open it in a group (`group.join`)."""
 
     memory: ClassVar[type[PartitionMemory]] = TensorParallelMemory
+    language_model_type = RankedLanguageModel
 
     def _open(self, checkpoint: Checkpoint, settings: Settings, placement: Placement, *, head: bool) -> Backbone:
-        self.split = RowSplit(*require_group(placement.partition, placement.ranks))
+        self.split = require_group(placement.partition, placement.ranks)
         self.reports_stats = self.split.rank == 0
-        self.language_model_type = TensorParallelLanguageModel
-        self.memory.require_ranks(placement.partition, checkpoint, settings, self.split.ranks)
-        return self._open_part(checkpoint, settings, self.split.ranks, head=head)
+        self.memory.require_ranks(placement.partition, checkpoint, settings, placement.ranks)
+        return self._open_part(checkpoint, settings, placement.ranks, head=head)
 
     def _open_part(self, checkpoint: Checkpoint, settings: Settings, ranks: int, *, head: bool) -> Backbone:
         """Return this rank's part of the model, whose taps exchange the units of the ranks."""
@@ -113,13 +115,9 @@ class TensorParallelReplica(Replica):
 
     def collect(self, counted: T) -> list[T]:
         """Return the counts of all ranks, in order, on the rank that reports."""
-        return gather(counted)
-
-
-class TensorParallelLanguageModel(RankedLanguageModel):
-    """Language model of which each rank computes a part of every matrix product. See `causal_lm.LanguageModel`."""
-
-    whole_weights = False
+        every: list[Any] | None = [None] * self.split.ranks if self.reports_stats else None
+        distributed.gather_object(counted, every)
+        return every or []
 
 
 _ELSEWHERE = "Use `partition` fsdp, zero3, device_map or streaming."

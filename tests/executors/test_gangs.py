@@ -43,7 +43,7 @@ from avss_dist.models.loading import load_tokenizer
 from avss_dist.partition.autotp import difference, inference_config, require_autotp
 from avss_dist.partition.group import join, leave
 from avss_dist.partition.replica import Placement, open_replica
-from avss_dist.partition.zero3 import Zero3Replica, deepspeed_config
+from avss_dist.partition.sharded import Zero3Replica, deepspeed_config
 from avss_dist.pruning.repair.repair import Repair
 from avss_dist.stats.layer_stats import LayerKey, LayerStats, ShardResult, merge_values
 from avss_dist.tasks.harness import harness_task
