@@ -1,4 +1,4 @@
-"""Tasks of lm-evaluation-harness, run on an open model."""
+"""Tasks of lm-evaluation-harness, run on an open model, and the adapter of the model to the harness."""
 
 from __future__ import annotations
 
@@ -12,24 +12,28 @@ import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
-from functools import lru_cache
+from functools import lru_cache, partial
 from importlib.metadata import version
-from itertools import islice
+from itertools import chain, islice
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import numpy as np
 import torch
 import yaml
 from jinja2.sandbox import SandboxedEnvironment
+from torch.nn.functional import cross_entropy
 
 from avss_dist.core.errors import AvssError, TaskError, first_line
 from avss_dist.core.extras import require_package
 from avss_dist.core.intervention import NO_INTERVENTION, Intervention
 from avss_dist.core.names import CHANCE
 from avss_dist.core.settings import fingerprint
+from avss_dist.corpus.documents import without_today
+from avss_dist.corpus.shards import Batch
 from avss_dist.models.causal_lm import LanguageModel
-from avss_dist.models.loading import quiet
+from avss_dist.models.loading import load_tokenizer, quiet
 from avss_dist.system.memory import is_out_of_memory
 from avss_dist.tasks.harness_files import (
     code_entries,
@@ -38,7 +42,6 @@ from avss_dist.tasks.harness_files import (
     read_task_file,
     resolve_data_files,
 )
-from avss_dist.tasks.harness_model import harness_model
 from avss_dist.tasks.task import Measure, Row, Task
 
 SEED, OTHER_SEED = 0, 1234  # the harness's own: of `random`; of numpy, torch and the choice of examples
@@ -223,9 +226,8 @@ def _load(part: HarnessPart) -> Any:
     elif is_task_file(part.name):
         config = read_task_file(Path(part.name))
     manager = TaskManager(include_defaults=False) if config else _catalogue()
-    with ExitStack() as stack:
-        if has_local_data(config):
-            _change(stack, datasets.config, "HF_HUB_OFFLINE", True)
+    offline = datasets.config.HF_HUB_OFFLINE or has_local_data(config)
+    with patch.object(datasets.config, "HF_HUB_OFFLINE", offline):
         loaded = manager.load([spec])
     for name, task in loaded["tasks"].items():
         if getattr(task, "UNSAFE_CODE", False):
@@ -233,9 +235,8 @@ def _load(part: HarnessPart) -> Any:
         if getattr(task, "MULTIMODAL", False):
             raise TaskError(f"Task '{name}' has images or sounds; only text is evaluated.")
         task_shots = task.get_config("num_fewshot")
-        requested_shots = part.num_fewshot
-        if task_shots is None or (requested_shots is not None and task_shots != 0):
-            task.set_config("num_fewshot", requested_shots or 0)
+        if task_shots is None or (part.num_fewshot is not None and task_shots != 0):
+            task.set_config("num_fewshot", part.num_fewshot or 0)
     return loaded
 
 
@@ -293,14 +294,11 @@ def _rows(evaluated: Any, loaded: Any) -> Iterator[Row]:
                 metrics[metric if filtered == "none" else key] = samples
         if all(loaded["tasks"][task].OUTPUT_TYPE == "multiple_choice" for task in tasks):
             asked = [document for document in documents if document["filter"] == documents[0]["filter"]]
-            metrics[CHANCE] = 1 / np.array([_num_choices(document) for document in asked])
+            # Mutual information requests each answer twice.
+            choices = [len(document["arguments"]) // (1 + ("acc_mutual_info" in document)) for document in asked]
+            metrics[CHANCE] = 1 / np.array(choices)
         for metric, samples in metrics.items():
             yield Row(metric=f"{prefix}{metric}", samples=samples, weights=np.ones(len(samples)))
-
-
-def _num_choices(document: Mapping[str, Any]) -> int:
-    """Return the number of answers of a multiple-choice question. Mutual information requests each one twice."""
-    return len(document["arguments"]) // (2 if "acc_mutual_info" in document else 1)
 
 
 def _samples(documents: Iterable[Mapping[str, Any]], metric: str, filtered: str, value: float) -> np.ndarray:
@@ -311,6 +309,112 @@ def _samples(documents: Iterable[Mapping[str, Any]], metric: str, filtered: str,
         samples = np.zeros(0)
     is_mean = samples.ndim == 1 and len(samples) > 0 and abs(samples.sum() / len(samples) - value) <= 1e-9
     return samples if is_mean else np.array([value])
+
+
+Question = tuple[tuple[int, ...], tuple[int, ...]]
+"""Input of the model (context and continuation without the last token), and the continuation that is asked for."""
+
+
+def harness_model(model: LanguageModel, *, failures: list[Exception], chat: bool = False) -> Any:
+    """Return a language model as a model of the harness.
+
+    Args:
+        failures: list to which exceptions of the model itself are appended; they are raised all the same.
+        chat: apply the model's chat template.
+    """
+    from lm_eval.models.huggingface import HFLM
+
+    class Model(HFLM):
+        """The harness's model with another way to batch log-likelihoods: all batches of a task run together."""
+
+        def _loglikelihood_tokens(self, requests: Any, disable_tqdm: bool = False, override_bs: Any = None) -> Any:
+            questions = [
+                (tuple((*before, *after)[-(self.max_length + 1) :][:-1]), tuple(after)) for _, before, after in requests
+            ]
+            groups = _batches(questions, self.batch_size)
+            with _noting(failures):
+                likelihoods = model.together(
+                    [partial(_likelihoods, model, [questions[i] for i in group]) for group in groups]
+                )
+            answers = dict(zip(chain(*groups), chain(*likelihoods), strict=True))
+            return [answers[i] for i in range(len(requests))]
+
+    settings = model.settings
+    tokenizer = load_tokenizer(model.checkpoint, trust_remote_code=settings.trust_remote_code)
+    if chat:
+        tokenizer.chat_template = without_today(tokenizer.get_chat_template())
+    return Model(
+        pretrained=_Module(model, failures),
+        tokenizer=tokenizer,
+        backend="causal",
+        batch_size=settings.batch_size,
+        softmax_dtype="float32",
+    )
+
+
+def _batches(questions: Sequence[Question], rows: int) -> list[list[int]]:
+    """Return the indices of questions in batches of ``rows`` distinct rows, the longest rows first."""
+    shared: dict[tuple[int, ...], list[int]] = {}
+    for i in sorted(range(len(questions)), key=lambda i: (-len(questions[i][0]), questions[i][0])):
+        shared.setdefault(questions[i][0], []).append(i)
+    groups = [*shared.values()]
+    return [sorted(i for group in groups[at : at + rows] for i in group) for at in range(0, len(groups), rows)]
+
+
+@torch.no_grad()
+def _likelihoods(model: LanguageModel, questions: Sequence[Question]) -> list[tuple[float, bool]]:
+    """Return (log-likelihood in nats, whether greedy decoding gives the continuation) of each question of a batch.
+
+    The head runs at tokens of continuations alone. Padding comes after them, where causal models do not look.
+    """
+    rows = {row: number for number, row in enumerate(dict.fromkeys(row for row, _ in questions))}
+    ids = np.zeros((len(rows), max(map(len, rows))), np.int32)
+    for row, number in rows.items():
+        ids[number, : len(row)] = row
+    real = np.ones(ids.shape, np.bool_)
+    hidden = model.hidden_states(Batch(input_ids=ids, attention_mask=real, observed=real))
+    positions = [(rows[row], at) for row, after in questions for at in range(len(row) - len(after), len(row))]
+    at, after = torch.tensor(positions, device=model.device).T
+    labels = torch.tensor([token for _, continuation in questions for token in continuation], device=model.device)
+    losses, best = torch.empty(len(labels), dtype=torch.float64), torch.empty(len(labels), dtype=torch.bool)
+    for piece, logits in model.logits(hidden[at, after]):
+        losses[piece] = cross_entropy(logits, labels[piece], reduction="none").double().cpu()
+        best[piece] = (logits.argmax(dim=-1) == labels[piece]).cpu()
+    lengths = [len(continuation) for _, continuation in questions]
+    parts = zip(losses.split(lengths), best.split(lengths), strict=True)
+    return [(-float(loss.sum()), bool(greedy.all())) for loss, greedy in parts]
+
+
+class _Module:
+    """Stand-in for a model's module, which calls the model as its intervention requires.
+
+    Args:
+        failures: see `harness_model`.
+    """
+
+    def __init__(self, model: LanguageModel, failures: list[Exception]) -> None:
+        self._model, self._failures = model, failures
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._model.module, name)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        with _noting(self._failures):
+            return self._model.call(*args, **{**kwargs, "use_cache": False})
+
+    def generate(self, **kwargs: Any) -> Any:
+        with _noting(self._failures):
+            return self._model.generate(**kwargs)
+
+
+@contextmanager
+def _noting(failures: list[Exception]) -> Iterator[None]:
+    """Append an exception that is raised inside the context to a list, and raise it."""
+    try:
+        yield
+    except Exception as error:
+        failures.append(error)
+        raise
 
 
 @contextmanager
@@ -326,16 +430,14 @@ def _silence() -> Iterator[None]:
     def start_disabled(self: Any, *args: Any, **kwargs: Any) -> None:
         start(self, *args, **{**kwargs, "disable": True})
 
-    with ExitStack() as stack, quiet():
-        _change(stack, tqdm, "__init__", start_disabled)
-        _change(stack, utils, "env", templates)
+    with (
+        ExitStack() as stack,
+        quiet(),
+        patch.object(tqdm, "__init__", start_disabled),
+        patch.object(utils, "env", templates),
+    ):
         for name in ("lm_eval", "datasets"):
             logger = logging.getLogger(name)
             stack.callback(logger.setLevel, logger.level)
             logger.setLevel(logging.CRITICAL + 1)
         yield
-
-
-def _change(stack: ExitStack, owner: Any, name: str, value: Any) -> None:
-    stack.callback(setattr, owner, name, getattr(owner, name))
-    setattr(owner, name, value)

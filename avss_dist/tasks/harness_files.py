@@ -49,10 +49,9 @@ def read_task_file(path: Path) -> dict[Any, Any]:
 
 def _read(path: Path, including: tuple[Path, ...] = ()) -> Iterator[tuple[Path, dict[Any, Any]]]:
     """Yield the files that a task file includes and then itself, each with its keys and values."""
-    if path.exists() and not path.is_file():
-        raise TaskError(f"{path} is not a file.", "Name a task file, which ends in .yaml.")
-    if not path.exists():
-        raise TaskError(f"There is no task file {path}.", "A relative path starts in the working directory.")
+    if not path.is_file():
+        wrong = f"{path} is not a file" if path.exists() else f"There is no task file {path}"
+        raise TaskError(f"{wrong}.", "A relative path to a task file starts in the working directory.")
     document = read_yaml(path, _KIND)
     values = document.require_valid(document.value)
     files = values.pop("include", [])
@@ -125,13 +124,11 @@ def resolve_data_files(config: Mapping[str, Any], *folders: Path) -> dict[str, A
     Raises:
         TaskError: a data file is in none of the folders, or is empty.
     """
-    options = config.get("dataset_kwargs") or {}
-    if not isinstance(options, Mapping):
-        return dict(config)  # which the harness refuses
-    options = dict(options)
-    if "data_files" in options:
-        options["data_files"] = _resolve_paths(options["data_files"], folders, str(config["task"]))
-    return {**config, "dataset_kwargs": options} if options else dict(config)
+    options = config.get("dataset_kwargs")
+    if not isinstance(options, Mapping) or "data_files" not in options:
+        return dict(config)
+    files = _resolve_paths(options["data_files"], folders, str(config["task"]))
+    return {**config, "dataset_kwargs": {**options, "data_files": files}}
 
 
 def _resolve_paths(files: Any, folders: tuple[Path, ...], task: str) -> Any:
