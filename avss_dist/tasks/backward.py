@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
 from functools import partial
+from itertools import count
 from typing import Any, ClassVar
 
 import numpy as np
 import torch
 from torch import nn
-from torch.utils.weak import WeakIdKeyDictionary
 
 from avss_dist.core.errors import ModelError
 from avss_dist.core.intervention import NO_INTERVENTION, Intervention
@@ -21,7 +21,6 @@ from avss_dist.corpus.shards import Batch, Shard
 from avss_dist.models.causal_lm import LanguageModel, predicted
 from avss_dist.models.interventions import around
 from avss_dist.models.layers import Layer, as_rows, first_tensor, input_tensor
-from avss_dist.partition.splitting import whole_norms
 from avss_dist.stats.layer_stats import Float64
 from avss_dist.system.devices import to_device
 from avss_dist.system.process import bound
@@ -43,7 +42,8 @@ class BackwardPass:
         order: indices of the layers that run.
         keeps: maximum number of hidden states of the batch that it keeps for each layer.
         observed, real: bool[rows, tokens]; tokens that are counted, and tokens without padding.
-        sums: float64[any], on the devices that computed them, so that nothing waits for a device.
+        sums: float64[any] by the metric, layer, removed layers and rounding of a row, or by the keys of a measure with
+            ``rows`` of its own. They are on the devices that computed them, so that nothing waits for a device.
     """
 
     keeps = 2
@@ -53,7 +53,6 @@ class BackwardPass:
         self.observed, self.real = (to_device(mask, device) for mask in (batch.observed, batch.attention_mask))
         self.sums: dict[Any, torch.Tensor] = {}
         self._calls: Counter[int] = Counter()  # of modules, by the first layer that each is
-        self._gradients: Counter[Any] = Counter()
 
     @contextmanager
     def watch(self) -> Iterator[None]:
@@ -67,24 +66,29 @@ class BackwardPass:
         self._calls[uses[0].index] += 1
         return number, uses[number % len(uses)]
 
-    def listen(self, key: Any, out: torch.Tensor, receive: Callable[[int, torch.Tensor], None]) -> None:
+    def listen(self, out: torch.Tensor, receive: Callable[[int, torch.Tensor], None]) -> None:
         """Have a function called with the number and the gradient of an output in each backward pass.
 
         Number 0 is the gradient for the labels of the text. Those of drawn labels follow.
         """
         if not out.requires_grad:  # of the first layer: nothing before it has a gradient
             out.requires_grad_()
-        out.register_hook(partial(self._receive, key, receive))
-
-    def _receive(self, key: Any, receive: Callable[[int, torch.Tensor], None], gradient: torch.Tensor) -> None:
-        number = self._gradients[key]
-        self._gradients[key] += 1
-        receive(number, gradient.detach())
+        numbers = count()
+        out.register_hook(lambda gradient: receive(next(numbers), gradient.detach()))
 
     def add(self, key: Any, values: torch.Tensor) -> None:
         """Add values to a sum."""
         before = self.sums.get(key)
         self.sums[key] = values.clone() if before is None else before + values.to(before.device)
+
+    def change_of_loss(self, number: int, products: torch.Tensor, dim: int) -> torch.Tensor:
+        """Return the first-order change of the loss from the products <g, d> of gradients and changes of activations.
+
+        For drawn labels, return that of second order: half of the squares, a mean over draws.
+        """
+        if number == 0:
+            return products.sum(dim=dim)
+        return products.square().sum(dim=dim) / (2 * self.measure.draws)
 
     def by_row(self, layer: Layer, tensor: torch.Tensor) -> torch.Tensor:
         """Return a layer's input, output or gradient as [rows, tokens, units]."""
@@ -102,11 +106,13 @@ class BackwardMeasure(Measure):
         draws: number of further backward passes, with labels that are drawn from the model's own prediction.
         seed: seed of the draws.
         new_pass: class of the passes, a `BackwardPass`.
+        by_token: starts of the names of metrics that are means over the counted tokens, and not the predicted ones.
         trains: whether the layers' weights have gradients, too.
     """
 
     shard: Shard
     new_pass: ClassVar[type[Any]]
+    by_token: ClassVar[tuple[str, ...]] = ()
     draws = 0
     seed = 0
     trains = False
@@ -133,12 +139,22 @@ class BackwardMeasure(Measure):
         return through_passes(layers)
 
     def rows(self, layers: Sequence[Layer], passes: Sequence[Any], weights: Float64) -> Iterator[Row]:
-        """Yield the rows of all passes.
+        """Yield the rows of all passes: a row for each sum, with a sample for each sequence.
 
         Args:
             weights: predicted tokens of each sequence.
         """
-        raise NotImplementedError
+        observed = np.concatenate([batch.observed.sum(dim=1).cpu().numpy() for batch in passes]).astype(np.float64)
+        for key in sorted(passes[0].sums, key=lambda key: (key[1], key[2] or (), key[3] or "", key[0])):
+            metric, layer, removed, rounding = key
+            yield Row(
+                metric=metric,
+                samples=torch.cat([batch.sums[key].cpu() for batch in passes]).numpy(),
+                weights=observed if metric.startswith(self.by_token) else weights,
+                layer=layer,
+                removed=removed,
+                rounding=rounding,
+            )
 
 
 @contextmanager
@@ -152,16 +168,11 @@ def through_passes(layers: Sequence[Layer]) -> Iterator[None]:
         current = CURRENT.get()
         return forward(*args, **kwargs) if current is None else current.call(uses, forward, args, kwargs)
 
-    with around({uses[0].module: partial(call, uses) for uses in by_module(layers)}):
-        yield
-
-
-def by_module(layers: Iterable[Layer]) -> list[list[Layer]]:
-    """Return layers in groups that are the same module."""
-    groups: defaultdict[nn.Module, list[Layer]] = defaultdict(list)
+    uses_by_module: defaultdict[nn.Module, list[Layer]] = defaultdict(list)
     for layer in layers:
-        groups[layer.module].append(layer)
-    return [*groups.values()]
+        uses_by_module[layer.module].append(layer)
+    with around({module: partial(call, uses) for module, uses in uses_by_module.items()}):
+        yield
 
 
 def matrices(module: nn.Module) -> list[nn.Parameter]:
@@ -179,9 +190,16 @@ def matrices(module: nn.Module) -> list[nn.Parameter]:
     return list(by_id.values())
 
 
-def observed_tokens(passes: Sequence[BackwardPass]) -> Float64:
-    """Return the number of counted tokens of each sequence of all passes, float64[sequences]."""
-    return np.concatenate([batch.observed.sum(dim=1).cpu().numpy() for batch in passes]).astype(np.float64)
+def require_shape(layer: Layer, output: Any, hidden: torch.Tensor | None) -> torch.Tensor:
+    """Return the hidden states of a layer's output.
+
+    Raises:
+        ModelError: they do not have the shape of the layer's input.
+    """
+    out = first_tensor(output)
+    if out is None or hidden is None or out.shape != hidden.shape:
+        raise ModelError(f"Layer {layer.index} ({layer.name}) does not keep the shape of its input.")
+    return out
 
 
 class LayerGradients(BackwardPass):
@@ -195,28 +213,37 @@ class LayerGradients(BackwardPass):
         self.sizes: dict[int, Any] = {}  # norms of weights
         self._tokens = max(1.0, float(predicted(batch).sum()))
 
+    @contextmanager
+    def watch(self) -> Iterator[None]:
+        """Make this pass current for hooks inside the context, and at its end remove those of weights."""
+        with super().watch(), ExitStack() as self._hooks:
+            yield
+
     def call(self, uses: Sequence[Layer], forward: Callable[..., Any], args: Any, kwargs: Any) -> Any:
-        """Run a layer, and listen to the gradient of its output."""
+        """Run a layer, and listen to the gradients of its output and of its weights."""
         if not torch.is_grad_enabled():
             return forward(*args, **kwargs)
-        if uses[0].index not in self.sizes:  # weights may be gone when the layer has run
-            size = sum(_norms(weight, 2) for weight in matrices(uses[0].module))
+        if uses[0].index not in self.sizes:  # streamed weights are gone when the layer has run
+            weights = matrices(uses[0].module)
+            size = sum(whole_norm(weight, 2) for weight in weights)
             self.sizes |= dict.fromkeys([use.index for use in uses], size)
+            for weight in weights:
+                hook = weight.register_post_accumulate_grad_hook(partial(self.accumulate, uses))
+                self._hooks.callback(hook.remove)
         hidden = input_tensor(args, kwargs)
-        given, version = (None, 0) if hidden is None else (hidden.detach(), hidden._version)
+        version = None if hidden is None else hidden._version
         output = forward(*args, **kwargs)
         _, layer = self.count_call(uses)
-        out = first_tensor(output)
-        if out is None or given is None or out.shape != given.shape:
-            raise ModelError(f"Layer {layer.index} ({layer.name}) does not keep the shape of its input.")
-        out.register_hook(partial(self._remove, layer, (given, out.detach()), (version, out._version)))
+        out = require_shape(layer, output, hidden)
+        assert hidden is not None
+        out.register_hook(partial(self._remove, layer, (hidden.detach(), out.detach()), (version, out._version)))
         return output
 
     def _remove(
         self,
         layer: Layer,
         states: tuple[torch.Tensor, torch.Tensor],
-        versions: tuple[int, int],
+        versions: tuple[int | None, int],
         gradient: torch.Tensor,
     ) -> None:
         """Add the change of the loss if a layer returned its input, from its input and output and their versions.
@@ -235,14 +262,10 @@ class LayerGradients(BackwardPass):
         """Add the norms of a weight's gradient, and free the gradient."""
         assert weight.grad is not None
         for order in (1, 2):
-            norm = _norms(weight.grad, order) / self._tokens
+            norm = whole_norm(weight.grad, order) / self._tokens
             for layer in uses:
                 self.norms[layer.index, order] += norm
         weight.grad = None
-
-
-def _accumulate(uses: Sequence[Layer], weight: torch.Tensor) -> None:
-    CURRENT.get().accumulate(uses, weight)
 
 
 @dataclass(frozen=True, eq=False)
@@ -260,27 +283,6 @@ class Gradients(BackwardMeasure):
     measure = "gradients"
     new_pass = LayerGradients
     trains = True
-
-    @contextmanager
-    def hooked(self, layers: Sequence[Layer]) -> Iterator[None]:
-        """Report layers and the gradients of their weights to the current pass inside the context.
-
-        Weights are hooked when their layer begins, because streamed weights are replaced between passes.
-        """
-        with ExitStack() as stack:
-            known = WeakIdKeyDictionary()
-
-            def hook(uses: Sequence[Layer], forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-                for weight in matrices(uses[0].module) if torch.is_grad_enabled() else ():
-                    if weight not in known:
-                        known[weight] = True
-                        report = partial(_accumulate, uses)
-                        stack.callback(weight.register_post_accumulate_grad_hook(report).remove)
-                return forward(*args, **kwargs)
-
-            stack.enter_context(around({uses[0].module: partial(hook, uses) for uses in by_module(layers)}))
-            stack.enter_context(super().hooked(layers))
-            yield
 
     def rows(self, layers: Sequence[Layer], passes: Sequence[LayerGradients], weights: Float64) -> Iterator[Row]:
         """Yield the rows of all passes."""
@@ -310,6 +312,10 @@ def trainable(model: nn.Module, layers: Sequence[Layer]) -> Iterator[None]:
             parameter.grad = None
 
 
-def _norms(matrix: torch.Tensor, order: int) -> torch.Tensor:
-    """Return the vector norm of a matrix's elements, summed over a stack of matrices."""
-    return whole_norms(matrix.detach(), order).sum()
+def whole_norm(matrix: torch.Tensor, order: int) -> torch.Tensor:
+    """Return the vector norm of a matrix's elements, or the sum of those of a stack of matrices, float64.
+
+    Ranks may have parts of it (a DTensor). Then all of them call this.
+    """
+    norms: Any = torch.linalg.vector_norm(matrix.detach(), order, dim=(-2, -1), dtype=torch.float64)
+    return (norms.full_tensor() if hasattr(norms, "full_tensor") else norms).sum()

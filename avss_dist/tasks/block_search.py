@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from contextvars import ContextVar
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -17,18 +16,16 @@ from avss_dist.core.errors import ModelError
 from avss_dist.core.intervention import NO_INTERVENTION, Intervention
 from avss_dist.corpus.shards import Batch, Shard
 from avss_dist.models.causal_lm import LanguageModel
+from avss_dist.models.interventions import around
 from avss_dist.models.layers import Layer, LayerCall, as_rows, first_tensor
 from avss_dist.models.sparsifying import weight_of
 from avss_dist.stats.layer_stats import Float64
-from avss_dist.system.process import bound
 from avss_dist.tasks.task import Measure, Row
 
 GREEDY, GREEDY_ERROR = "greedy:", "greedy_error"
 HILL = "hill:"  # before the path of a map: the exponent of its spectrum
 JUDGED = 4  # the error is measured on the last 1 / 4 of a row's tokens, as in TEAL
 ENOUGH = 0.9  # sparsity of the block at which it ends: TEAL's
-
-_BATCH: ContextVar[int] = ContextVar("batch")
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -61,10 +58,10 @@ class GreedyBlock(Measure):
 
     def __call__(self, model: LanguageModel, intervention: Intervention = NO_INTERVENTION) -> list[Row]:
         """Return the sparsity of each map of the block after each round, and the error after each round, as rows."""
-        layer, cuts = model.layers[self.layer], dict[str, float]()
+        layer = model.layers[self.layer]
         batches = [batch for shard in self.shards for batch in shard.batches(model.settings.batch_size)]
         calls = dense_calls(model, layer, batches)
-        with model.running(layer) as run, torch.no_grad(), _zeroing_inputs(layer, cuts):
+        with model.running(layer) as run, torch.no_grad():
 
             def judged(call: LayerCall, batch: Batch) -> torch.Tensor:
                 """Return the block's output at the last quarter of each row's tokens."""
@@ -79,12 +76,13 @@ class GreedyBlock(Measure):
 
             dense = list(map(judged, calls, batches))
 
-            def error() -> float:
-                """Return the L2 norm of the change of the judged output."""
-                changed = zip(map(judged, calls, batches), dense, strict=True)
-                return float(np.sqrt(sum(float((out - whole).double().square().sum()) for out, whole in changed)))
+            def error(cuts: Mapping[str, float]) -> float:
+                """Return the L2 norm of the change of the judged output, with zeroed inputs of maps."""
+                with _zeroing_inputs(layer, cuts):
+                    changed = zip(map(judged, calls, batches), dense, strict=True)
+                    return float(np.sqrt(sum(float((out - whole).double().square().sum()) for out, whole in changed)))
 
-            path, errors = self._search(error, cuts)
+            path, errors = self._search(error)
         ones = np.ones(len(errors))
         rows = [
             Row(metric=f"{GREEDY}{name}", samples=np.array([at[name] for at in path]), weights=ones, layer=self.layer)
@@ -92,62 +90,56 @@ class GreedyBlock(Measure):
         ]
         return [*rows, Row(metric=GREEDY_ERROR, samples=np.array(errors), weights=ones, layer=self.layer)]
 
-    def _search(self, error: Callable[[], float], cuts: dict[str, float]) -> tuple[list[dict[str, float]], list[float]]:
-        """Return the sparsity of each map and the error after each round, while ``cuts`` holds the thresholds."""
-        steps_taken = dict.fromkeys(self.steps, 0)
-        path, errors = [dict.fromkeys(self.steps, 0.0)], [0.0]
-        while sum(path[-1][name] * size for name, size in self.sizes.items()) / sum(self.sizes.values()) < ENOUGH:
-            error_by_map = {}
-            for name, number in steps_taken.items():
-                if number < len(self.thresholds[name]):
-                    before = dict(cuts)
-                    cuts[name] = self.thresholds[name][number]
-                    error_by_map[name] = error()
-                    cuts.clear()
-                    cuts.update(before)
-            if not error_by_map:
-                break
-            best = min(error_by_map, key=lambda name: error_by_map[name])
-            cuts[best] = self.thresholds[best][steps_taken[best]]
-            steps_taken[best] += 1
-            path.append(path[-1] | {best: steps_taken[best] * self.steps[best]})
+    def _search(self, error: Callable[[Mapping[str, float]], float]) -> tuple[list[dict[str, float]], list[float]]:
+        """Return the sparsity of each map and the error after each round.
+
+        Args:
+            error: returns the error with a threshold for some of the maps, by path.
+        """
+        taken, path, errors = dict.fromkeys(self.steps, 0), list[dict[str, float]](), [0.0]
+        while True:
+            path.append({name: steps * self.steps[name] for name, steps in taken.items()})
+            zeroed = sum(path[-1][name] * size for name, size in self.sizes.items()) / sum(self.sizes.values())
+            candidates = [name for name, steps in taken.items() if steps < len(self.thresholds[name])]
+            if zeroed >= ENOUGH or not candidates:
+                return path, errors
+            cuts = {name: self.thresholds[name][steps - 1] for name, steps in taken.items() if steps}
+            error_by_map = {name: error({**cuts, name: self.thresholds[name][taken[name]]}) for name in candidates}
+            best = min(candidates, key=error_by_map.__getitem__)
+            taken[best] += 1
             errors.append(error_by_map[best])
-        return path, errors
 
 
 def dense_calls(model: LanguageModel, layer: Layer, batches: Sequence[Batch]) -> list[LayerCall]:
     """Return the arguments of a layer's call in the whole model, for each batch, without running later layers."""
-    calls_by_batch: dict[int, LayerCall] = {}
 
-    def keep(_module: nn.Module, args: Any, kwargs: Any) -> None:
+    def record(calls: list[LayerCall], forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         call = LayerCall(args, kwargs)
-        calls_by_batch[_BATCH.get()] = call.with_hidden(call.hidden.detach().clone())
+        calls.append(call.with_hidden(call.hidden.detach().clone()))
+        return forward(*args, **kwargs)
 
-    def run(number: int) -> None:
-        with bound(_BATCH, number), torch.no_grad():
-            model.hidden_states(batches[number])
+    def run(batch: Batch) -> LayerCall:
+        calls: list[LayerCall] = []
+        with around({layer.module: partial(record, calls)}), torch.no_grad():
+            model.hidden_states(batch)
+        return calls[-1]
 
-    handle = layer.module.register_forward_pre_hook(keep, with_kwargs=True)
-    try:
-        with model.applying(Intervention(removed=tuple(range(layer.index + 1, len(model.layers))))):
-            model.together([partial(run, number) for number in range(len(batches))])
-    finally:
-        handle.remove()
-    return [calls_by_batch[number] for number in range(len(batches))]
+    with model.applying(Intervention(removed=tuple(range(layer.index + 1, len(model.layers))))):
+        return model.together([partial(run, batch) for batch in batches])
 
 
 @contextmanager
 def _zeroing_inputs(layer: Layer, cuts: Mapping[str, float]) -> Iterator[None]:
-    """Zero the inputs of the layer's maps up to the thresholds in ``cuts``, which may change, inside the context."""
+    """Zero the inputs of the layer's maps up to the thresholds in ``cuts`` inside the context."""
 
-    def cut(path: str, _module: nn.Module, args: Any) -> Any:
-        if path not in cuts:
-            return None
-        return (args[0].masked_fill(args[0].abs() <= cuts[path], 0), *args[1:])
+    def cut(threshold: float, _module: nn.Module, args: Any) -> Any:
+        return (args[0].masked_fill(args[0].abs() <= threshold, 0), *args[1:])
 
     with ExitStack() as stack:
         for projection in layer.projections:
-            stack.callback(projection.module.register_forward_pre_hook(partial(cut, projection.path)).remove)
+            if projection.path in cuts:
+                hook = partial(cut, cuts[projection.path])
+                stack.enter_context(projection.module.register_forward_pre_hook(hook))
         yield
 
 

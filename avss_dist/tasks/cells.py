@@ -48,9 +48,8 @@ class Cell:
     def cell_id(self) -> str:
         """Name of its file, equal for equal measurements within an evaluation."""
         key = self.intervention.key
-        changes = {"patch": key.patch, "rounding": key.rounding}
-        named = {name: value for name, value in changes.items() if value}
-        return fingerprint(measure=self.measure.key, part=self.part, drop=encode_removals(key.removed), **named)[:20]
+        more = {name: value for name, value in (("patch", key.patch), ("rounding", key.rounding)) if value}
+        return fingerprint(measure=self.measure.key, part=self.part, drop=encode_removals(key.removed), **more)[:20]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -94,23 +93,30 @@ def measure_cell(
             return measured
         return [*measured, *_realized(changes.sparsity, model.total(counts()))]
 
-    def too_large(rows: int) -> BatchTooLarge:
-        return BatchTooLarge(
-            f"{rows} x {settings.sequence_length} tokens do not fit in memory.", "Use a smaller `sequence_length`."
-        )
-
     try:
         with ExitStack() as stack:
             for module in {layer.module for layer in model.layers} if heartbeat else ():
                 stack.callback(module.register_forward_pre_hook(lambda *_: heartbeat and heartbeat()).remove)
             rows = rows or settings.batch_size
             least = rows if cell.placement.ranks > 1 else 1  # all ranks must halve them together
-            result, _ = halve_until_it_fits(run, rows, too_large, least=least)
+            result, _ = halve_until_it_fits(
+                run,
+                rows,
+                lambda rows: BatchTooLarge(
+                    f"{rows} x {settings.sequence_length} tokens do not fit in memory.",
+                    "Use a smaller `sequence_length`.",
+                ),
+                least=least,
+            )
     finally:
         model.settings = settings
-    seconds = time.perf_counter() - start
-    device, notes = str(model.device), tuple(model.notes)
-    return CellResult(rows=result, family=model.family, device=device, seconds=seconds, notes=notes)
+    return CellResult(
+        rows=result,
+        family=model.family,
+        device=str(model.device),
+        seconds=time.perf_counter() - start,
+        notes=tuple(model.notes),
+    )
 
 
 def _realized(sparsity: Sparsity, counts: Sequence[Sequence[int]]) -> Iterator[Row]:

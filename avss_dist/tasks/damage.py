@@ -6,7 +6,7 @@ one of the layers before it. Each of these models is followed for ``lookahead`` 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import product
@@ -14,13 +14,10 @@ from typing import Any
 
 import torch
 
-from avss_dist.core.errors import ModelError
 from avss_dist.core.registry import BLOCK_DISTANCE, DRAWS, SCORES
 from avss_dist.corpus.shards import Batch
 from avss_dist.models.layers import Layer, LayerCall, first_tensor
-from avss_dist.stats.layer_stats import Float64
-from avss_dist.tasks.backward import TAYLOR, BackwardMeasure, BackwardPass, observed_tokens
-from avss_dist.tasks.task import Row
+from avss_dist.tasks.backward import TAYLOR, BackwardMeasure, BackwardPass, require_shape
 
 LOOKAHEAD = max(info.lookahead for info in SCORES.values() if info.lookahead is not None)  # layers
 PROPAGATED, PROPAGATED_COSINE = "propagated", "propagated_cosine"
@@ -32,7 +29,7 @@ Displacement = tuple[int, Sequence[int], torch.Tensor]
 
 
 class _DamagePass(BackwardPass):
-    """Sums over one batch by metric, removed layer, and the layers of a block that begins with it or None."""
+    """Sums over one batch by metric, removed layer, the layers of a block that begins with it or None, and None."""
 
     def __init__(self, measure: Damage, batch: Batch, layers: Sequence[Layer], device: torch.device) -> None:
         super().__init__(measure, batch, layers, device)
@@ -50,27 +47,29 @@ class _DamagePass(BackwardPass):
         if number < len(uses):
             with torch.no_grad():
                 call = LayerCall(args, kwargs)
-                given = call.hidden.detach().clone()  # which a layer may change
+                layer_input = call.hidden.detach().clone()  # which a layer may change
                 models = {}
                 for removed, hidden in self._changed.items():
                     moved = call.with_hidden(hidden.to(call.hidden.device))
-                    models[removed] = _hidden(layer, forward(*moved.args, **moved.kwargs), hidden)
-                models[layer.index] = given
+                    models[removed] = require_shape(layer, forward(*moved.args, **moved.kwargs), hidden)
+                models[layer.index] = layer_input
             output = forward(*args, **kwargs)
-            with torch.no_grad():
-                self._compare(layer, models, given, _hidden(layer, output, given))
+            self._compare(layer, models, layer_input, require_shape(layer, output, layer_input))
         else:
             output = forward(*args, **kwargs)
         if torch.is_grad_enabled():
             out = first_tensor(output)
             assert out is not None
-            self.listen(layer.index, out, partial(self._project, layer))
+            self.listen(out, partial(self._project, layer))
         return output
 
-    def _compare(self, layer: Layer, models: dict[int, torch.Tensor], given: torch.Tensor, out: torch.Tensor) -> None:
-        """Compare the models without a layer with the whole model after a layer, of which ``given`` is the input."""
+    @torch.no_grad()
+    def _compare(
+        self, layer: Layer, models: dict[int, torch.Tensor], layer_input: torch.Tensor, out: torch.Tensor
+    ) -> None:
+        """Compare the models without a layer with the whole model after a layer, run on ``layer_input``."""
         whole = self.by_row(layer, out)
-        self._streams += [] if self._streams else [self.by_row(layer, given)]
+        self._streams += [] if self._streams else [self.by_row(layer, layer_input)]
         self._streams.append(whole.clone())  # which the next layer may change
         position, last = self.order.index(layer.index), layer.index == self.order[-1]
         self._changed = {}
@@ -82,8 +81,8 @@ class _DamagePass(BackwardPass):
             relative = self._sum(torch.linalg.vector_norm(changed - reference, dim=-1) / size)
             cosine = self._sum(1 - torch.cosine_similarity(changed, reference, dim=-1))
             for m in distances:
-                self.sums[f"{PROPAGATED}_{m}", removed, None] = relative
-                self.sums[f"{PROPAGATED_COSINE}_{m}", removed, None] = cosine
+                self.sums[f"{PROPAGATED}_{m}", removed, None, None] = relative
+                self.sums[f"{PROPAGATED_COSINE}_{m}", removed, None, None] = cosine
             displacement = removed, distances, (changed - reference).to(whole.dtype)
             self._displaced.setdefault(layer.index, []).append(displacement)
             if distance < self.measure.lookahead:
@@ -102,8 +101,8 @@ class _DamagePass(BackwardPass):
         for start, layer in enumerate(self.order):
             for end in range(start + 1, len(self.order) + 1):
                 block = tuple(self.order[start:end])
-                self.sums[BLOCK_DISTANCE, layer, block] = self._sum(distances[..., start, end])
-                self.sums[BLOCK_COSINE, layer, block] = self._sum(1 - cosines[..., start, end])
+                self.sums[BLOCK_DISTANCE, layer, block, None] = self._sum(distances[..., start, end])
+                self.sums[BLOCK_COSINE, layer, block, None] = self._sum(1 - cosines[..., start, end])
 
     def _project(self, layer: Layer, number: int, gradient: torch.Tensor) -> None:
         """Add the products of the gradient at the output of a layer with what it is without an earlier layer."""
@@ -113,24 +112,16 @@ class _DamagePass(BackwardPass):
             self._displaced.pop(layer.index, None)
         for removed, distances, difference in displacements:
             products = (g * difference.float()).sum(dim=-1).double().where(self.real.to(g.device), 0)
-            total, second = products.sum(dim=1), products.square().sum(dim=1) / (2 * self.measure.draws)
-            sums = {FISHER: second, PREDICTED: second}
+            change = self.change_of_loss(number, products, dim=1)
+            sums = {FISHER if number else SIGNED: change, PREDICTED: change}
             if number == 0:
-                sums = {TAYLOR: products.abs().sum(dim=1), SIGNED: total, PREDICTED: total}
+                sums[TAYLOR] = products.abs().sum(dim=1)
             for metric, m in product(sums, distances):
-                self.add((f"{metric}_{m}", removed, None), sums[metric])
+                self.add((f"{metric}_{m}", removed, None, None), sums[metric])
 
     def _sum(self, values: torch.Tensor) -> torch.Tensor:
         """Return the sums of values over the counted tokens of each row, float64[rows]."""
         return values.double().where(self.observed.to(values.device), 0).sum(dim=1)
-
-
-def _hidden(layer: Layer, output: Any, layer_input: torch.Tensor) -> torch.Tensor:
-    """Return the hidden states of a layer's output."""
-    out = first_tensor(output)
-    if out is None or out.shape != layer_input.shape:
-        raise ModelError(f"Layer {layer.index} ({layer.name}) does not keep the shape of its input.")
-    return out
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -163,14 +154,4 @@ class Damage(BackwardMeasure):
     seed: int = 0
     measure = "damage"
     new_pass = _DamagePass
-
-    def rows(self, layers: Sequence[Layer], passes: Sequence[_DamagePass], weights: Float64) -> Iterator[Row]:
-        """Yield the rows of all passes."""
-        observed = observed_tokens(passes)
-        for key in sorted(passes[0].sums, key=lambda key: (key[1], key[2] or (), key[0])):
-            metric, layer, block = key
-            samples = torch.cat([batch.sums[key].cpu() for batch in passes]).numpy()
-            by_token = metric.startswith((PROPAGATED, BLOCK_DISTANCE, BLOCK_COSINE))
-            yield Row(
-                metric=metric, samples=samples, weights=observed if by_token else weights, layer=layer, removed=block
-            )
+    by_token = (PROPAGATED, BLOCK_DISTANCE, BLOCK_COSINE)

@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from avss_dist.core.errors import ModelError
-from avss_dist.core.intervention import NO_INTERVENTION, Intervention, RoundedPlace, Rounding, round_place
+from avss_dist.core.intervention import NO_INTERVENTION, Intervention, round_place
 from avss_dist.core.names import BITS_PER_WEIGHT, NUM_WEIGHTS, PREDICTED_RISE
 from avss_dist.core.registry import DRAWS
 from avss_dist.corpus.shards import Batch, Shard
@@ -24,7 +24,7 @@ from avss_dist.models.number_formats import NumberFormat, number_format
 from avss_dist.models.rounding import rounded_before, rounded_weight
 from avss_dist.models.sparsifying import weight_of
 from avss_dist.stats.layer_stats import Float64
-from avss_dist.tasks.backward import CURRENT, BackwardMeasure, BackwardPass, observed_tokens
+from avss_dist.tasks.backward import CURRENT, BackwardMeasure, BackwardPass
 from avss_dist.tasks.task import Measure, Row, losses_under
 
 FIRST, SECOND = "first_order", "second_order"  # of zeroed inputs, a colon and the path of a map follow
@@ -59,7 +59,7 @@ class _ZeroingPass(BackwardPass):
     def see(self, layer: Layer, projection: Projection, x: torch.Tensor, out: torch.Tensor) -> None:
         """Listen to the gradient of a linear map that has run."""
         key = layer.index, projection.path
-        self.listen(key, out, partial(self._project, key, projection.module, x.detach()))
+        self.listen(out, partial(self._project, key, projection.module, x.detach()))
 
     def _project(self, key: Key, module: nn.Module, x: torch.Tensor, number: int, gradient: torch.Tensor) -> None:
         """Add the products <g, d> of all tokens, or half of their squares for drawn labels."""
@@ -69,10 +69,7 @@ class _ZeroingPass(BackwardPass):
         at = torch.bucketize(x.abs(), edges)
         sums = torch.zeros((len(x), len(edges) + 1), device=x.device).scatter_add_(1, at, g * x)
         change = -sums.double().cumsum(dim=1)[:, :-1]
-        if number == 0:
-            self.add((FIRST, key), change.sum(dim=0))
-        else:
-            self.add((SECOND, key), change.square().sum(dim=0) / (2 * self.measure.draws))
+        self.add((SECOND if number else FIRST, key), self.change_of_loss(number, change, dim=0))
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -153,7 +150,7 @@ def _roundable_layers(model: LanguageModel, intervention: Intervention, formats:
 
 
 class _RoundingPass(BackwardPass):
-    """Sums over one batch: float64[rows], by metric and place."""
+    """Sums over one batch: float64[rows], by metric, layer, None, and key of the rounding."""
 
     def __init__(self, measure: Any, batch: Batch, layers: Sequence[Layer], device: torch.device) -> None:
         super().__init__(measure, batch, layers, device)
@@ -165,7 +162,7 @@ class _RoundingPass(BackwardPass):
         """Listen to the gradient of a linear map that has run."""
         size = out.detach().float().square().sum(dim=-1).clamp_min(torch.finfo(torch.float32).tiny)
         key = layer.index, projection.path
-        self.listen(key, out, partial(self._project, key, projection, x.detach(), size))
+        self.listen(out, partial(self._project, key, projection, x.detach(), size))
 
     def _project(
         self,
@@ -178,18 +175,15 @@ class _RoundingPass(BackwardPass):
     ) -> None:
         """Add the products <g, d> of all tokens of a map, or half of their squares for drawn labels."""
         g = gradient.float()
-        for known, change in zip(self.formats, self._output_changes(key, projection, x), strict=True):
+        for format_, change in zip(self.formats, self._output_changes(key, projection, x), strict=True):
             products = self._by_token(projection, (g * change.float()).sum(dim=-1))
+            predicted = self.change_of_loss(number, products, dim=1)
+            sums = {SECOND if number else FIRST: predicted, PREDICTED: predicted}
             if number == 0:
                 error = self._by_token(projection, change.float().square().sum(dim=-1) / size)
-                total = products.sum(dim=1)
-                observed = error.where(self.observed.to(error.device), 0).sum(dim=1)
-                sums = {OUTPUT_ERROR: observed, FIRST: total, PREDICTED: total}
-            else:
-                second = products.square().sum(dim=1) / (2 * self.measure.draws)
-                sums = {SECOND: second, PREDICTED: second}
+                sums[OUTPUT_ERROR] = error.where(self.observed.to(error.device), 0).sum(dim=1)
             for path, metric in product((key[1], None), sums):  # a layer has the sums of its maps
-                self.add((metric, RoundedPlace(layer=key[0], path=path, format=known.name)), sums[metric])
+                self.add((metric, key[0], None, round_place(format_.name, key[0], path).key), sums[metric])
         if number == self.measure.draws:
             self._kept_bytes -= sum(change.nbytes for change in self._changes.pop(key, ()))
 
@@ -201,7 +195,7 @@ class _RoundingPass(BackwardPass):
             return self._changes[key]
         units = weight_of(projection.module).shape[0]
         size = len(self.formats) * x[..., 0].numel() * units * x.element_size()
-        changes = (_output_change(projection.module, known, x) for known in self.formats)
+        changes = (_output_change(projection.module, format_, x) for format_ in self.formats)
         if self._kept_bytes + size > MAX_KEPT_BYTES:
             return changes
         self._kept_bytes += size
@@ -250,6 +244,7 @@ class RoundingDamage(BackwardMeasure):
     seed: int = 0
     measure = "rounding damage"
     new_pass = _RoundingPass
+    by_token = (OUTPUT_ERROR,)
 
     def layers(self, model: LanguageModel, intervention: Intervention) -> list[Layer]:
         """Return the layers that are measured."""
@@ -261,28 +256,20 @@ class RoundingDamage(BackwardMeasure):
 
     def rows(self, layers: Sequence[Layer], passes: Sequence[_RoundingPass], weights: Float64) -> Iterator[Row]:
         """Yield the rows of all passes, and the number of weights of every place and their bits in every format."""
-        observed = observed_tokens(passes)
-        for metric, place in sorted(passes[0].sums, key=lambda key: (key[1].layer, str(key[1]), key[0])):
-            yield Row(
-                metric=metric,
-                samples=torch.cat([batch.sums[metric, place].cpu() for batch in passes]).numpy(),
-                weights=observed if metric == OUTPUT_ERROR else weights,
-                layer=place.layer,
-                rounding=Rounding((place,)).key,
-            )
+        yield from super().rows(layers, passes, weights)
         for layer in layers:
             shapes = {projection.path: (projection.outputs, projection.inputs) for projection in layer.projections}
-            for path, known in product([None, *shapes], map(number_format, self.formats)):
+            for path, format_ in product([None, *shapes], map(number_format, self.formats)):
                 maps = [shapes[path]] if path else [*shapes.values()]
                 number = sum(outputs * inputs for outputs, inputs in maps)
-                bits = sum(known.bits(*shape) * shape[0] * shape[1] for shape in maps)
-                key = round_place(known.name, layer.index, path).key
+                bits = sum(format_.bits(*shape) * shape[0] * shape[1] for shape in maps)
+                key = round_place(format_.name, layer.index, path).key
                 for metric, value, weight in ((NUM_WEIGHTS, number, 1), (BITS_PER_WEIGHT, bits, number)):
                     samples, ones = np.array([value], np.float64), np.array([weight], np.float64)
                     yield Row(metric=metric, samples=samples, weights=ones, layer=layer.index, rounding=key)
 
 
-def _output_change(module: nn.Module, known: NumberFormat, x: torch.Tensor) -> torch.Tensor:
+def _output_change(module: nn.Module, format_: NumberFormat, x: torch.Tensor) -> torch.Tensor:
     """Return the change of a linear map's output if its weight is rounded, [..., outputs], in the dtype of x."""
-    difference = rounded_weight(module, known).float() - weight_of(module).float()
+    difference = rounded_weight(module, format_).float() - weight_of(module).float()
     return x @ difference.to(x.dtype).T

@@ -3,17 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property, partial
 from typing import Any
 
 import numpy as np
 
-from avss_dist.core.intervention import (
-    NO_INTERVENTION,
-    Intervention,
-)
+from avss_dist.core.intervention import NO_INTERVENTION, Intervention
 from avss_dist.corpus.shards import Batch, Shard
 from avss_dist.models.causal_lm import LanguageModel, predicted
 from avss_dist.models.interventions import Recorded, recording
@@ -102,24 +99,27 @@ class _Text:
 
     @cached_property
     def _whole(self) -> float:
-        with self._model.applying(self._intervention):
-            return self._mean(self._model.each(self._record if self._keeps else self._model.losses, self._batches))
+        return self._loss((), self._record if self._keeps else self._model.losses)
 
     @cached_property
     def empty(self) -> float:
         """Nats per token without any of the layers."""
-        with self._model.applying(self._intervention.without(*self._players)):
-            return self._mean(self._model.each(self._model.losses, self._batches))
+        return self._loss(self._players, self._model.losses)
 
     def losses(self, order: Sequence[int]) -> Iterator[float]:
         """Yield the nats per token with all layers, without the first of ``order``, without the first two, ..."""
         yield self._whole
         recorded = {batch: Recorded(dict(whole.inputs), whole.forms) for batch, whole in self._recorded.items()}
         for number, layer in enumerate(order):
-            measure = partial(self._resumed, recorded, layer) if self._keeps else self._model.losses
-            with self._model.applying(self._intervention.without(*order[: number + (not self._keeps)])):
-                losses = self._model.each(measure, self._batches)
-            yield self._mean(losses)
+            if self._keeps:  # the pass begins behind this layer
+                yield self._loss(order[:number], partial(self._resumed, recorded, layer))
+            else:
+                yield self._loss(order[: number + 1], self._model.losses)
+
+    def _loss(self, removed: Sequence[int], measure: Callable[[Batch], Float64]) -> float:
+        """Return the nats per token without some layers, from the losses of a batch's rows."""
+        with self._model.applying(self._intervention.without(*removed)):
+            return float(np.concatenate(self._model.each(measure, self._batches)).sum() / self._tokens)
 
     def _record(self, batch: Batch) -> Float64:
         with recording(self._model.layers) as self._recorded[id(batch)]:
@@ -131,6 +131,3 @@ class _Text:
             losses = self._model.losses(batch)
         states.inputs.update(later.inputs)
         return losses
-
-    def _mean(self, losses: Sequence[Float64]) -> float:
-        return float(np.concatenate(losses).sum() / self._tokens)

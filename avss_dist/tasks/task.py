@@ -61,8 +61,7 @@ class Measure:
 
     def identity(self) -> dict[str, Any]:
         """Return the values that the key is made of: the name and the fields, shards by their content."""
-        values = {f.name: getattr(self, f.name) for f in fields(self)}
-        return {"measure": self.measure, **{name: _identity(value) for name, value in values.items()}}
+        return {"measure": self.measure, **{f.name: _identity(getattr(self, f.name)) for f in fields(self)}}
 
     def __call__(self, model: LanguageModel, intervention: Intervention = NO_INTERVENTION) -> list[Row]:
         """Measure a model under an intervention.
