@@ -21,8 +21,7 @@ from avss_dist.distillation.pair import LORA, computes_in_bfloat16
 from avss_dist.models.checkpoints import Checkpoint, locate
 from avss_dist.models.size import Footprint, footprint, sharing_skeletons
 from avss_dist.partition.choose import choose
-from avss_dist.partition.memory import PartitionMemory, batch_bytes
-from avss_dist.partition.replica import replica_class
+from avss_dist.partition.replica import PartitionMemory, batch_bytes, replica_class
 from avss_dist.requests import DistillRequest, EstimateRequest, require_divisible
 from avss_dist.runs.events import OnRunEvent, RunReading, RunRepeated
 from avss_dist.runs.job_file import JobFile

@@ -10,8 +10,7 @@ from avss_dist.distillation.curve import Event as DistillEvent
 from avss_dist.runs.events import RunEvent
 
 if TYPE_CHECKING:
-    from avss_dist.tasks.cells import Cell
-    from avss_dist.tasks.task import Result
+    from avss_dist.tasks.task import Cell, Result
 
 
 @dataclass(frozen=True)

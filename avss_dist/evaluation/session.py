@@ -42,8 +42,7 @@ from avss_dist.pruning.selection import PlanError
 from avss_dist.stats.intervals import MINIMUM_UNITS, jackknife_interval
 from avss_dist.stats.metrics import retention_of
 from avss_dist.system.process import package_versions
-from avss_dist.tasks.cells import Cell, CellOutcome, CellResult
-from avss_dist.tasks.task import Measure, Result, Task, combine
+from avss_dist.tasks.task import Cell, CellOutcome, CellResult, Measure, Result, Task, combine
 from avss_dist.warehouse.schema import SCHEMA_VERSION, RunIdentity
 from avss_dist.warehouse.storage import Storage
 from avss_dist.warehouse.store import Store

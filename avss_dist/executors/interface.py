@@ -12,7 +12,7 @@ from avss_dist.corpus.shards import Shard
 from avss_dist.models.checkpoints import Checkpoint
 from avss_dist.partition.replica import Placement, Replica, open_replica
 from avss_dist.stats.layer_stats import ShardResult
-from avss_dist.tasks.cells import Cell
+from avss_dist.tasks.task import Cell
 from avss_dist.warehouse.store import Receipt, SharedWarehouse
 
 

@@ -24,8 +24,7 @@ from avss_dist.executors.interface import Outcome, ReplicaSpec, RunShards, Under
 from avss_dist.measure.observer import Hooks, attached
 from avss_dist.measure.shard import analyze_shard, counter_bytes
 from avss_dist.partition.choose import size_of
-from avss_dist.partition.memory import batch_bytes
-from avss_dist.partition.replica import Placement, Replica
+from avss_dist.partition.replica import Placement, Replica, batch_bytes
 from avss_dist.stats.layer_stats import ShardResult
 from avss_dist.system.devices import (
     SPARE_SHARE,
@@ -36,7 +35,7 @@ from avss_dist.system.devices import (
     pick_device,
 )
 from avss_dist.system.streams import progress_to
-from avss_dist.tasks.cells import Cell, CellOutcome, CellResult, measure_cell
+from avss_dist.tasks.task import Cell, CellOutcome, CellResult, measure_cell
 
 S = TypeVar("S")
 T = TypeVar("T")

@@ -12,8 +12,7 @@ from avss_dist.core.settings import Execution, Settings
 from avss_dist.core.text import describe_bytes
 from avss_dist.models.checkpoints import Checkpoint
 from avss_dist.models.size import Footprint, footprint, sharing_skeletons
-from avss_dist.partition.memory import PROCESS_BYTES, batch_bytes, bytes_beside_weights
-from avss_dist.partition.replica import Placement, replica_class
+from avss_dist.partition.replica import PROCESS_BYTES, Placement, batch_bytes, bytes_beside_weights, replica_class
 from avss_dist.partition.splitting import version_obstacle
 from avss_dist.system.devices import SPARE_SHARE, Devices
 

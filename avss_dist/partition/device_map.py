@@ -24,8 +24,15 @@ from avss_dist.models.size import (
     parameter_bytes,
     stored_skeleton,
 )
-from avss_dist.partition.memory import PartitionMemory, Usage, batch_bytes, bytes_beside_weights, offload_folder
-from avss_dist.partition.replica import Placement, Replica
+from avss_dist.partition.replica import (
+    PartitionMemory,
+    Placement,
+    Replica,
+    Usage,
+    batch_bytes,
+    bytes_beside_weights,
+    offload_folder,
+)
 from avss_dist.system.devices import SPARE_SHARE, available_memory
 
 Device = int | str  # a GPU's index, "cpu" or "disk"

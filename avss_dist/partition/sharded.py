@@ -38,8 +38,7 @@ from avss_dist.models.quantization import quantization_method
 from avss_dist.models.size import Footprint, load_skeleton
 from avss_dist.partition.device_map import unstored
 from avss_dist.partition.group import DividedLanguageModel, all_gather, quiet_deepspeed, require_group, share
-from avss_dist.partition.memory import PartitionMemory, Usage
-from avss_dist.partition.replica import Placement, Replica, dummy_batch
+from avss_dist.partition.replica import PartitionMemory, Placement, Replica, Usage, dummy_batch
 from avss_dist.partition.splitting import generic_name, layer_modules, require_version, scale_obstacle
 
 T = TypeVar("T")

@@ -21,8 +21,7 @@ from avss_dist.models.quantization import quantization_method
 from avss_dist.models.size import load_skeleton
 from avss_dist.partition.autotp import open_by_autotp, require_autotp
 from avss_dist.partition.group import RankedLanguageModel, require_group
-from avss_dist.partition.memory import PartitionMemory, Usage
-from avss_dist.partition.replica import Placement, Replica
+from avss_dist.partition.replica import PartitionMemory, Placement, Replica, Usage
 from avss_dist.partition.splitting import (
     attention_plan,
     generic_name,

@@ -29,7 +29,7 @@ from avss_dist.estimation import DistillRow, Estimate, PartitionEstimate, _row, 
 from avss_dist.models.checkpoints import locate
 from avss_dist.models.size import footprint, sharing_skeletons
 from avss_dist.partition.choose import choose, least_host_bytes
-from avss_dist.partition.memory import PROCESS_BYTES, batch_bytes
+from avss_dist.partition.replica import PROCESS_BYTES, batch_bytes
 from avss_dist.pruning.checkpoint import prune
 from avss_dist.pruning.plan import Plan
 from avss_dist.reports.terminal.previews import automatic, estimate_table

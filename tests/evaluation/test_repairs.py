@@ -47,7 +47,7 @@ from avss_dist.pruning.repair.repair import Repair
 from avss_dist.reports.terminal import progress as avss_progress
 from avss_dist.reports.terminal.progress import CellProgress
 from avss_dist.runs.job_file import read_job
-from avss_dist.tasks.cells import Cell
+from avss_dist.tasks.task import Cell
 from avss_dist.warehouse.reader import Warehouse
 from avss_dist.warehouse.storage import Storage
 from avss_dist.warehouse.store import Store

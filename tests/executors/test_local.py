@@ -26,8 +26,7 @@ from avss_dist.models.causal_lm import LanguageModel
 from avss_dist.models.checkpoints import Checkpoint, resolve
 from avss_dist.partition.replica import Placement
 from avss_dist.system import devices
-from avss_dist.tasks.cells import Cell, measure_cell
-from avss_dist.tasks.task import Measure, Row
+from avss_dist.tasks.task import Cell, Measure, Row, measure_cell
 from avss_dist.tasks.text_loss import TextLoss
 from avss_dist.warehouse.reader import Warehouse
 

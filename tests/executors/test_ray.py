@@ -52,8 +52,7 @@ from avss_dist.runs import run as partials
 from avss_dist.runs.events import RunEvent, ShardMeasured
 from avss_dist.runs.planner import Planner
 from avss_dist.runs.run import RunInProgress
-from avss_dist.tasks.cells import Cell
-from avss_dist.tasks.task import Row
+from avss_dist.tasks.task import Cell, Row
 from avss_dist.tasks.text_loss import TextLoss
 from avss_dist.warehouse.reader import Warehouse
 from avss_dist.warehouse.store import Receipt, Store, shared

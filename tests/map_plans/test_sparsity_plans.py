@@ -35,9 +35,8 @@ from avss_dist.pruning.plan import read_checked_plan
 from avss_dist.pruning.selection import PlanError
 from avss_dist.runs.scoring import score
 from avss_dist.tasks.block_search import GreedyBlock, Spectra, hill_exponent
-from avss_dist.tasks.cells import Cell, measure_cell
 from avss_dist.tasks.map_damage import MapDamage
-from avss_dist.tasks.task import Row
+from avss_dist.tasks.task import Cell, Row, measure_cell
 from avss_dist.tasks.text_loss import TextLoss
 from avss_dist.warehouse.reader import Warehouse
 

@@ -16,8 +16,7 @@ from avss_dist.core.errors import ConfigError
 from avss_dist.core.registry import PARTITIONS
 from avss_dist.core.settings import Execution, Settings
 from avss_dist.models.checkpoints import resolve
-from avss_dist.partition.memory import PartitionMemory
-from avss_dist.partition.replica import Placement, open_replica, replica_class
+from avss_dist.partition.replica import PartitionMemory, Placement, open_replica, replica_class
 
 
 @pytest.mark.parametrize("partition", PARTITIONS)

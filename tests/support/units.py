@@ -12,7 +12,7 @@ from avss_dist.executors.interface import ReplicaSpec, RunShards
 from avss_dist.executors.ray.queue import CellQueue, ShardQueue
 from avss_dist.models.checkpoints import Checkpoint
 from avss_dist.partition.replica import Placement
-from avss_dist.tasks.cells import Cell
+from avss_dist.tasks.task import Cell
 from avss_dist.tasks.text_loss import TextLoss
 from support.causal_lm import SMALL, random_shard
 

@@ -42,7 +42,7 @@ MODULES = (
     "avss_dist.models.causal_lm",
     "avss_dist.partition.replica",
     "avss_dist.runs.scoring",
-    "avss_dist.tasks.cells",
+    "avss_dist.tasks.task",
     "avss_dist.warehouse.encoding",
     "deepspeed",
     "jsonschema",

@@ -35,7 +35,7 @@ from avss_dist.partition.group import lost_rank
 from avss_dist.partition.replica import Placement
 from avss_dist.system.devices import Devices, devices_here, pick_device
 from avss_dist.system.process import preserve_sigterm_handler
-from avss_dist.tasks.cells import Cell, CellOutcome
+from avss_dist.tasks.task import Cell, CellOutcome
 
 S = TypeVar("S")
 T = TypeVar("T")

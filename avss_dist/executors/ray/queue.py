@@ -27,7 +27,7 @@ from avss_dist.corpus.shards import Shard
 from avss_dist.executors.interface import ReplicaSpec, RunShards, Underway
 from avss_dist.executors.ray.worker import Assignment, CellAssignment, ShardAssignment
 from avss_dist.partition.replica import Placement
-from avss_dist.tasks.cells import Cell
+from avss_dist.tasks.task import Cell
 
 MOST_SHARED = 2  # patches, or blocks of shards, that are held at once: units that need the same one are consecutive
 BLOCK_SHARDS = 16  # consecutive shards, as one object

@@ -24,7 +24,7 @@ from avss_dist.models.checkpoints import Checkpoint, convert_pickles, resolve
 from avss_dist.partition.replica import Replica
 from avss_dist.system.devices import pick_device
 from avss_dist.system.streams import progress_to
-from avss_dist.tasks.cells import Cell, CellResult, Heartbeat, measure_cell
+from avss_dist.tasks.task import Cell, CellResult, Heartbeat, measure_cell
 from avss_dist.warehouse.encoding import encode_shard
 from avss_dist.warehouse.schema import RunIdentity
 from avss_dist.warehouse.store import Receipt, SharedWarehouse

@@ -29,7 +29,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 from avss_dist.core.errors import RunFailed
 from avss_dist.models.interventions import in_form, skip_of
 from avss_dist.models.layers import LayerCall, first_tensor, input_tensor
-from avss_dist.partition.memory import offload_folder
+from avss_dist.partition.replica import offload_folder
 from avss_dist.partition.streaming.weights import Part, ReadBuffer, StreamedWeights, buffer_bytes, mapped, readahead
 from avss_dist.system.memory import release_freed_memory
 

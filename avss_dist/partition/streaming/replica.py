@@ -26,8 +26,7 @@ from avss_dist.models.interventions import skip_of
 from avss_dist.models.layers import Layer
 from avss_dist.models.loading import Backbone, open_module, without_head
 from avss_dist.models.size import Footprint, footprint
-from avss_dist.partition.memory import PartitionMemory, Usage, batch_bytes
-from avss_dist.partition.replica import BatchContext, Placement, Replica, run_batch
+from avss_dist.partition.replica import BatchContext, PartitionMemory, Placement, Replica, Usage, batch_bytes, run_batch
 from avss_dist.partition.splitting import layer_modules
 from avss_dist.partition.streaming.passes import FORKS, RECORD, Fork, Passes, Record
 from avss_dist.partition.streaming.weights import StreamedWeights, buffer_bytes

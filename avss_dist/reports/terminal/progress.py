@@ -31,7 +31,7 @@ from avss_dist.runs.events import (
 from avss_dist.system.streams import console, say
 
 if TYPE_CHECKING:
-    from avss_dist.tasks.cells import Cell
+    from avss_dist.tasks.task import Cell
 
 
 SHOWN_ENDED = 10  # bars of runs that are over
