@@ -32,7 +32,7 @@ UNSUPPORTED = ("deberta", "flaubert", "fsmt", "gpt2", "led", "longformer", "xlm"
 """Families that ``deepspeed.module_inject.auto_tp.AutoTP.supported`` refuses."""
 
 _REFUSALS = (AssertionError, RuntimeError, ValueError, TypeError, AttributeError, KeyError, IndexError)
-_ELSEWHERE = "Use `partition` single, device_map, fsdp, zero3 or streaming."
+_WITHOUT_SPLIT = "Use `partition` single, device_map, fsdp, zero3 or streaming."
 
 
 def open_by_autotp(
@@ -92,12 +92,12 @@ def require_autotp(config: Any, world: int) -> None:
         ConfigError: the family is one of `UNSUPPORTED`, or there are more ranks than heads.
     """
     if config.model_type in UNSUPPORTED:
-        raise ConfigError(f"Neither transformers nor DeepSpeed can split a {config.model_type} model.", _ELSEWHERE)
+        raise ConfigError(f"Neither transformers nor DeepSpeed can split a {config.model_type} model.", _WITHOUT_SPLIT)
     name, heads = head_count(config) or ("", world)
     if world > heads:
         raise ConfigError(
             f"{world} ranks cannot share {heads} heads ({name} of the {config.model_type} configuration).",
-            f"Set `ranks` to {heads} at most. {_ELSEWHERE}" if heads > 1 else _ELSEWHERE,
+            f"Set `ranks` to {heads} at most. {_WITHOUT_SPLIT}" if heads > 1 else _WITHOUT_SPLIT,
         )
 
 
@@ -217,5 +217,5 @@ def _require_equal(model: Any, place: str, expected: torch.Tensor, actual: torch
 def _cannot_split(model: Any, why: str) -> ModelError:
     return ModelError(
         f"DeepSpeed cannot split a {model.config.model_type} model ({type(model).__name__}): {why}.",
-        _ELSEWHERE,
+        _WITHOUT_SPLIT,
     )

@@ -119,7 +119,7 @@ class TensorParallelReplica(Replica):
         return every or []
 
 
-_ELSEWHERE = "Use `partition` fsdp, zero3, device_map or streaming."
+_WITHOUT_EXPERT_PLAN = "Use `partition` fsdp, zero3, device_map or streaming."
 
 
 class ExpertParallelMemory(TensorParallelMemory):
@@ -179,13 +179,13 @@ def expert_options(checkpoint: Checkpoint | str, settings: Settings, ranks: int)
     rules = layer_plan(model, getattr(model, "ep_plan", {}), settings.layers)
     if resolved.gguf or not rules:
         raise ConfigError(
-            f"transformers has no plan that spreads experts of {type(model).__name__} over ranks.", _ELSEWHERE
+            f"transformers has no plan that spreads experts of {type(model).__name__} over ranks.", _WITHOUT_EXPERT_PLAN
         )
     numbers = {len(stack) for path, stack in model.named_parameters() if generic_name(path) in rules}
     if wrong := sorted(number for number in numbers if number % ranks):
         raise ConfigError(
             f"{ranks} ranks do not divide the {wrong[0]} experts of a layer of {type(model).__name__}.",
-            f"Set `ranks` to a divisor of {wrong[0]}. {_ELSEWHERE}",
+            f"Set `ranks` to a divisor of {wrong[0]}. {_WITHOUT_EXPERT_PLAN}",
         )
     options: dict[str, Any] = {"tp_size": ranks, "ep_size": ranks}
     if tensor_plan_obstacle(checkpoint, settings, ranks):

@@ -28,7 +28,7 @@ from avss_dist.tasks.backward import CURRENT, BackwardMeasure, BackwardPass
 from avss_dist.tasks.task import Measure, Row, losses_under
 
 FIRST, SECOND = "first_order", "second_order"  # of zeroed inputs, a colon and the path of a map follow
-PREDICTED, OUTPUT_ERROR = PREDICTED_RISE, "output_error"
+OUTPUT_ERROR = "output_error"
 MAX_KEPT_BYTES = 2 << 30  # of changes of outputs that wait for the gradients of drawn labels
 Key = tuple[int, str]  # layer, and path of a linear map below it
 
@@ -178,7 +178,7 @@ class _RoundingPass(BackwardPass):
         for format_, change in zip(self.formats, self._output_changes(key, projection, x), strict=True):
             products = self._by_token(projection, (g * change.float()).sum(dim=-1))
             predicted = self.change_of_loss(number, products, dim=1)
-            sums = {SECOND if number else FIRST: predicted, PREDICTED: predicted}
+            sums = {SECOND if number else FIRST: predicted, PREDICTED_RISE: predicted}
             if number == 0:
                 error = self._by_token(projection, change.float().square().sum(dim=-1) / size)
                 sums[OUTPUT_ERROR] = error.where(self.observed.to(error.device), 0).sum(dim=1)

@@ -32,7 +32,7 @@ from avss_dist.system.memory import populate
 
 Read = Callable[[Sequence[StoredTensor]], Iterator[torch.Tensor]]
 """Function that yields stored tensors in memory: `copied`, `mapped`, or the method of a `ReadBuffer`."""
-_ALIGNMENT = 64  # bytes, of torch's allocations
+_TENSOR_ALIGNMENT = 64  # bytes, of torch's allocations
 _READERS = 4  # threads: one alone does not saturate the memory bandwidth
 _PIECE = 8 << 20  # bytes that a thread reads at a time
 RANDOM_SCALE = 0.02
@@ -41,7 +41,7 @@ _RANDOM_BLOCK, _RANDOM_OFFSETS, _RANDOM_STEP = 1 << 20, 1 << 16, 997
 
 def buffer_bytes(stored: Iterable[StoredTensor]) -> int:
     """Return the size of a buffer that holds these tensors, in bytes."""
-    return sum(tensor.size + _ALIGNMENT for tensor in stored)
+    return sum(tensor.size + _TENSOR_ALIGNMENT for tensor in stored)
 
 
 def readahead(stored: Iterable[StoredTensor]) -> None:
@@ -74,8 +74,8 @@ class ReadBuffer:
         """
         parts, used = [], 0
         for source in stored:
-            residue = source.start % _ALIGNMENT if source.start % DTYPES[source.dtype].itemsize == 0 else 0
-            begin = used + (residue - self._memory.data_ptr() - used) % _ALIGNMENT
+            residue = source.start % _TENSOR_ALIGNMENT if source.start % DTYPES[source.dtype].itemsize == 0 else 0
+            begin = used + (residue - self._memory.data_ptr() - used) % _TENSOR_ALIGNMENT
             used = begin + source.size
             parts.append(self._memory[begin:used])
         with ThreadPoolExecutor(_READERS, thread_name_prefix="avss-readers") as threads:
