@@ -21,7 +21,7 @@ from avss_dist.distillation.pair import LORA, computes_in_bfloat16
 from avss_dist.models.checkpoints import Checkpoint, locate
 from avss_dist.models.size import Footprint, footprint, sharing_skeletons
 from avss_dist.partition.choose import choose
-from avss_dist.partition.replica import PartitionMemory, batch_bytes, replica_class
+from avss_dist.partition.replica import MemoryQuery, batch_bytes, replica_class
 from avss_dist.requests import DistillRequest, EstimateRequest, require_divisible
 from avss_dist.runs.events import OnRunEvent, RunReading, RunRepeated
 from avss_dist.runs.job_file import JobFile
@@ -222,32 +222,39 @@ def _row(
     request: EstimateRequest,
 ) -> PartitionEstimate:
     """Return the row of a partition. A gang has the requested ranks, or as few as have room for their parts."""
-    kind: type[PartitionMemory] = replica_class(partition).memory
+    replica = replica_class(partition)
     numbers: tuple[int, ...] = (1,)
     if PARTITIONS[partition].gang:
         numbers = (request.ranks,) if request.ranks else RANKS if devices.kind == "cuda" else RANKS[:1]
     for ranks in numbers:
-        memory = kind(partition, weights, size, settings, ranks, request.max_memory, devices)
-        usage = memory.usage()
-        if usage.device_bytes <= devices.device_bytes or memory.obstacle:
+        query = MemoryQuery(
+            partition=partition,
+            weights=weights,
+            size=size,
+            settings=settings,
+            ranks=ranks,
+            max_memory=request.max_memory,
+            devices=devices,
+        )
+        usage, obstacle = replica.usage(query), replica.obstacle(query)
+        if usage.device_bytes <= devices.device_bytes or obstacle:
             break
     needs = [(usage.host_bytes, devices.host_bytes, "host memory")]
-    if memory.on_gpu:
+    if query.on_gpu:
         needs.append((usage.device_bytes, devices.device_bytes, "GPU memory"))
     lacks = [f"lacks {describe_bytes(need - free)} of {name}" for need, free, name in needs if need > free]
-    if memory.obstacle:
-        lacks.append(memory.obstacle)
-    if memory.gpus > devices.count:
-        lacks.append(f"{memory.gpus} GPUs are needed, {devices.count} are here")
-    unpacked = [f"weights are unpacked to {size.dtype}"] if memory.size.quantized != size.quantized else []
+    if obstacle:
+        lacks.append(obstacle)
+    if usage.gpus > devices.count:
+        lacks.append(f"{usage.gpus} GPUs are needed, {devices.count} are here")
     return PartitionEstimate(
         partition=partition,
         ranks=ranks,
-        gpus=memory.gpus,
+        gpus=usage.gpus,
         device_bytes=usage.device_bytes,
         host_bytes=usage.host_bytes,
         fits=not lacks,
-        why="; ".join([*lacks, usage.why, *unpacked]),
+        why="; ".join([*lacks, usage.why]),
     )
 
 

@@ -21,7 +21,7 @@ class PartitionInfo:
 
     Attributes:
         opens: ``module:class`` of the replica; the class takes (checkpoint, settings, placement, head=...).
-            See `partition.replica.Replica`. Its memory is that of `Replica.memory`.
+            See `partition.replica.Replica`, which also tells its memory.
         summary: description in a few words.
         whole: one process has the whole model on one device. Such a replica can measure several shards at once, and
             copies of it can share a task. The first such partition is chosen if the model fits.

@@ -36,9 +36,7 @@ def require_ranks(checkpoint: Checkpoint | str, settings: Settings, placement: P
         ConfigError: they cannot.
     """
     with suppress(ModelError):  # a model that cannot be built without weights is opened, and says what is wrong with it
-        replica_class(placement.partition).memory.require_ranks(
-            placement.partition, checkpoint, settings, placement.ranks
-        )
+        replica_class(placement.partition).require_ranks(placement.partition, checkpoint, settings, placement.ranks)
 
 
 def size_of(checkpoint: Checkpoint | str, settings: Settings) -> Footprint | None:
@@ -153,14 +151,14 @@ def least_host_bytes(partition: str, size: Footprint, settings: Settings, kind: 
     beside = bytes_beside_weights(size, settings, kind, head=head)
     if PARTITIONS[partition].gang:  # `max_memory` has no effect
         return beside
-    return beside + int(replica_class(partition).memory.minimum_host_weights(size, kind, head=head))
+    return beside + int(replica_class(partition).minimum_host_weights(size, kind, head=head))
 
 
 def _require_room_to_gather(
     partition: str, ranks: int, size: Footprint, settings: Settings, devices: Devices, *, head: bool
 ) -> None:
     """Refuse ranks that have no room for the largest layer, which each of them gathers, beside their parts."""
-    weights = replica_class(partition).memory.minimum_rank_weights(size, ranks)
+    weights = replica_class(partition).minimum_rank_weights(size, ranks)
     beside, room, memory = batch_bytes(size, settings, head=head), devices.device_bytes, "GPU memory"
     if devices.kind == "cpu":
         room, memory = devices.host_bytes // _on_one_node(ranks, settings, devices), "host memory"

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
-from functools import cached_property
 from typing import Any
 
 import torch
@@ -25,7 +24,7 @@ from avss_dist.models.size import (
     stored_skeleton,
 )
 from avss_dist.partition.replica import (
-    PartitionMemory,
+    MemoryQuery,
     Placement,
     Replica,
     Usage,
@@ -38,49 +37,6 @@ from avss_dist.system.devices import SPARE_SHARE, available_memory
 Device = int | str  # a GPU's index, "cpu" or "disk"
 
 
-class DeviceMapMemory(PartitionMemory):
-    """Memory of a replica with layers over GPUs, host memory and disk."""
-
-    @staticmethod
-    def minimum_host_weights(size: Footprint, kind: str, *, head: bool) -> int:
-        """Return the bytes of weights that must be in host memory at once: the largest layer on a CPU, otherwise 0."""
-        return max(size.layer_bytes, default=0) if kind == "cpu" else 0
-
-    @cached_property
-    def spread(self) -> tuple[Mapping[Device, int], int]:
-        """Distribution of the weights by a device map on this machine, as `spread` returns it."""
-        batch = batch_bytes(self.size, self.settings)
-        gpus = range(self.devices.count_of_largest_node if self.on_gpu else 0)
-        free: dict[Device, int] = {**dict.fromkeys(gpus, self.devices.device_bytes), "cpu": self.devices.host_bytes}
-        limits = {name: max(0, int(room * SPARE_SHARE) - batch) for name, room in free.items()}
-        beside = {"cpu": bytes_beside_weights(self.size, self.settings, self.devices.kind)}
-        limits |= {
-            name if name == "cpu" else int(name): max(0, limit - beside.get(name, batch))
-            for name, limit in self.max_memory.items()
-        }
-        return spread(self.weights, self.settings, limits)
-
-    @property
-    def gpus(self) -> int:
-        """Number of GPUs of one replica."""
-        return max(int(self.on_gpu), sum(isinstance(name, int) for name in self.spread[0]))
-
-    def usage(self) -> Usage:
-        """Return the memory of a replica, whose layers may be on several devices and on disk."""
-        spread, on_disk = self.spread
-        on_host = spread.get("cpu", 0)
-        size, layer = self.size, max(self.size.layer_bytes)
-        why = f"{on_disk} of {size.num_layers} layers on disk, read for every batch" if on_disk else "all in memory"
-        if not self.on_gpu:
-            return self.process_usage(on_host + (layer if on_disk else 0), why)
-        held = {gpu: weights for gpu, weights in spread.items() if isinstance(gpu, int)}
-        if on_host or on_disk:  # layers come to the first GPU, one at a time
-            held[0] = held.get(0, 0) + layer
-        if on_host:
-            why = f"{describe_bytes(on_host)} in host memory, copied for every batch" + (f"; {why}" if on_disk else "")
-        return self.process_usage(max(held.values()), why, host_weights=on_host)
-
-
 class DeviceMapReplica(Replica):
     """Model whose modules are on the devices of a ``device_map``. See `partition.replica.Replica`.
 
@@ -88,7 +44,35 @@ class DeviceMapReplica(Replica):
     checkpoint's own files if these have the compute dtype and layout, else from the offload folder.
     """
 
-    memory = DeviceMapMemory
+    @staticmethod
+    def minimum_host_weights(size: Footprint, kind: str, *, head: bool) -> int:
+        """Return the bytes of weights that must be in host memory at once: the largest layer on a CPU, otherwise 0."""
+        return max(size.layer_bytes, default=0) if kind == "cpu" else 0
+
+    @classmethod
+    def usage(cls, query: MemoryQuery) -> Usage:
+        """Return the memory of a replica, whose layers may be on several devices and on disk."""
+        size, devices, batch = query.size, query.devices, batch_bytes(query.size, query.settings)
+        gpus = range(devices.count_of_largest_node if query.on_gpu else 0)
+        free: dict[Device, int] = {**dict.fromkeys(gpus, devices.device_bytes), "cpu": devices.host_bytes}
+        limits = {name: max(0, int(room * SPARE_SHARE) - batch) for name, room in free.items()}
+        beside = {"cpu": bytes_beside_weights(size, query.settings, devices.kind)}
+        limits |= {
+            name if name == "cpu" else int(name): max(0, limit - beside.get(name, batch))
+            for name, limit in query.max_memory.items()
+        }
+        held, on_disk = spread(query.weights, query.settings, limits)
+        on_host, layer = held.get("cpu", 0), max(size.layer_bytes)
+        why = f"{on_disk} of {size.num_layers} layers on disk, read for every batch" if on_disk else "all in memory"
+        if not query.on_gpu:
+            return query.usage(on_host + (layer if on_disk else 0), why)
+        on_gpus = {gpu: weights for gpu, weights in held.items() if isinstance(gpu, int)}
+        number = len(on_gpus)
+        if on_host or on_disk:  # layers come to the first GPU, one at a time
+            on_gpus[0] = on_gpus.get(0, 0) + layer
+        if on_host:
+            why = f"{describe_bytes(on_host)} in host memory, copied for every batch" + (f"; {why}" if on_disk else "")
+        return query.usage(max(on_gpus.values()), why, host_weights=on_host, gpus=max(1, number))
 
     def _open(self, checkpoint: Checkpoint, settings: Settings, placement: Placement, *, head: bool) -> Backbone:
         resolved, model, tensors = load_skeleton(checkpoint, settings)

@@ -1,7 +1,4 @@
-"""Replicas: model copies on one or more devices, their placement, their memory, and their opening by the registry.
-
-`PartitionMemory` describes a whole model on one device. Other partitions have a subclass beside their replica.
-"""
+"""Replicas: model copies on one or more devices, their placement, their memory, and their opening by the registry."""
 
 from __future__ import annotations
 
@@ -13,7 +10,7 @@ from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
 from importlib import import_module
 from tempfile import TemporaryDirectory
-from typing import Any, ClassVar, TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -28,7 +25,7 @@ from avss_dist.models.checkpoints import Checkpoint
 from avss_dist.models.layers import Layer
 from avss_dist.models.loading import Backbone, Forward, forward_function, load, quiet
 from avss_dist.models.quantization import describe_computing
-from avss_dist.models.size import Footprint, footprint, sharing_skeletons
+from avss_dist.models.size import Footprint, sharing_skeletons
 from avss_dist.partition.group import DividedLanguageModel, RowSplit, require_group, reraise_lost_ranks
 from avss_dist.system.devices import Devices, free_device, pick_device, to_device
 from avss_dist.system.memory import keep_freed_memory
@@ -104,98 +101,57 @@ class Usage:
     Attributes:
         device_bytes: bytes of each GPU or, on a CPU, of each process.
         host_bytes: bytes of a host, all its ranks together.
+        gpus: number of GPUs of the replica.
         why: largest parts of the numbers, for people.
     """
 
     device_bytes: int
     host_bytes: int
+    gpus: int
     why: str
 
 
-class PartitionMemory:
-    """Memory of a replica with one partition. This class is that of a whole model in the memory of each process.
+@dataclass(frozen=True, kw_only=True)
+class MemoryQuery:
+    """Question about the memory of a replica. See `Replica.usage`.
 
-    Args:
+    Attributes:
         partition: name of the partition.
         weights: checkpoint with the headers of the weights, or its hub id.
-        size: size of the model. A partition that unpacks weights that would stay quantized has another one.
+        size: size of the model, with weights that stay quantized if the settings leave them so.
         settings: pinned settings, without ``auto``, and with the rows of a shard.
         ranks: processes of one replica.
         max_memory: limits in bytes, by device name.
         devices: devices that may be used.
     """
 
-    unpacks: ClassVar[bool] = False
-    """Whether the partition computes with unpacked weights alone."""
-
-    def __init__(
-        self,
-        partition: str,
-        weights: Checkpoint | str,
-        size: Footprint,
-        settings: Settings,
-        ranks: int,
-        max_memory: Mapping[str, int],
-        devices: Devices,
-    ) -> None:
-        self.partition, self.weights, self.stored, self.size = partition, weights, size, size
-        if self.unpacks and size.quantized:
-            settings = replace(settings, dequantize=True)
-            self.size = footprint(weights, settings)
-        self.settings, self.ranks, self.max_memory, self.devices = settings, ranks, max_memory, devices
-        self.on_gpu = devices.kind == "cuda"
-
-    @staticmethod
-    def minimum_host_weights(size: Footprint, kind: str, *, head: bool) -> int:
-        """Return the bytes of weights that must be in host memory at once, on a device of this kind."""
-        return size.weight_bytes if kind == "cpu" else 0
-
-    @staticmethod
-    def minimum_rank_weights(size: Footprint, ranks: int) -> int:
-        """Return the bytes of weights that each rank must hold at once, where ranks gather them, or 0 otherwise."""
-        return 0
-
-    @staticmethod
-    def require_ranks(partition: str, weights: Checkpoint | str, settings: Settings, ranks: int) -> None:
-        """Refuse a model that so many ranks cannot hold together, by its configuration and headers.
-
-        Raises:
-            ConfigError: they cannot.
-        """
+    partition: str
+    weights: Checkpoint | str
+    size: Footprint
+    settings: Settings
+    ranks: int
+    max_memory: Mapping[str, int]
+    devices: Devices
 
     @property
-    def obstacle(self) -> str | None:
-        """Reason for which the partition does not run the model with these settings, or None if it does."""
-        try:
-            self.require_ranks(self.partition, self.weights, self.settings, self.ranks)
-        except ConfigError as error:
-            return error.message.removesuffix(".").replace("`", "")
-        return None
+    def on_gpu(self) -> bool:
+        """Whether the devices are GPUs."""
+        return self.devices.kind == "cuda"
 
-    @property
-    def gpus(self) -> int:
-        """Number of GPUs of one replica."""
-        return self.ranks if self.on_gpu else 0
-
-    def usage(self) -> Usage:
-        """Return the memory of a replica."""
-        weights = self.size.weight_bytes
-        return self.process_usage(weights, f"{describe_bytes(weights)} of weights stay in memory")
-
-    def process_usage(self, weights: int, why: str, *, host_weights: int = 0) -> Usage:
+    def usage(self, weights: int, why: str, *, host_weights: int = 0, gpus: int | None = None) -> Usage:
         """Return the memory of processes with the activations of one batch each.
 
         Args:
             weights: bytes of weights on the device of each process.
             why: see `Usage`.
             host_weights: further bytes of weights in the host memory of each process.
+            gpus: number of GPUs, by default one for each rank.
         """
-        held = weights + batch_bytes(self.size, self.settings)
-        process = PROCESS_BYTES + host_weights
-        if self.on_gpu:
-            on_host = min(self.ranks, max(1, self.devices.count_of_largest_node))
-            return Usage(device_bytes=held, host_bytes=on_host * process, why=why)
-        return Usage(device_bytes=process + held, host_bytes=self.ranks * (process + held), why=why)
+        held, process = weights + batch_bytes(self.size, self.settings), PROCESS_BYTES + host_weights
+        if not self.on_gpu:
+            return Usage(device_bytes=process + held, host_bytes=self.ranks * (process + held), gpus=0, why=why)
+        on_host = min(self.ranks, max(1, self.devices.count_of_largest_node))
+        return Usage(device_bytes=held, host_bytes=on_host * process, gpus=gpus or self.ranks, why=why)
 
 
 def offload_folder(needed: int) -> TemporaryDirectory[str]:
@@ -222,7 +178,7 @@ def offload_folder(needed: int) -> TemporaryDirectory[str]:
 
 
 class Replica(ABC):
-    """One rank of a model copy, or the whole copy if it has one rank.
+    """One rank of a model copy, or the whole copy if it has one rank. Its class tells how much memory it will take.
 
     Attributes:
         layers: transformer blocks, in order.
@@ -233,7 +189,6 @@ class Replica(ABC):
         language_model: model with its head; None unless the replica was opened with the head.
         language_model_type: class of ``language_model``.
         no_gradients: see `causal_lm.LanguageModel`.
-        memory: memory of a replica with this partition, for its choice and for estimates.
 
     Raises:
         ConfigError: there is no group of as many ranks, or the partition does not fit the checkpoint or the device.
@@ -242,7 +197,6 @@ class Replica(ABC):
 
     split = RowSplit()
     reports_stats = True
-    memory: ClassVar[type[PartitionMemory]] = PartitionMemory
     language_model_type: type[LanguageModel] = LanguageModel
     no_gradients: tuple[str, str] | None = None
 
@@ -272,6 +226,39 @@ class Replica(ABC):
             "threads": torch.get_num_threads(),
             "notes": list(self._backbone.notes),
         }
+
+    @staticmethod
+    def minimum_host_weights(size: Footprint, kind: str, *, head: bool) -> int:
+        """Return the bytes of weights that must be in host memory at once, on a device of this kind."""
+        return size.weight_bytes if kind == "cpu" else 0
+
+    @staticmethod
+    def minimum_rank_weights(size: Footprint, ranks: int) -> int:
+        """Return the bytes of weights that each rank must hold at once, where ranks gather them, or 0 otherwise."""
+        return 0
+
+    @staticmethod  # noqa: B027  (one process holds any model)
+    def require_ranks(partition: str, weights: Checkpoint | str, settings: Settings, ranks: int) -> None:
+        """Refuse a model that so many ranks cannot hold together, by its configuration and headers.
+
+        Raises:
+            ConfigError: they cannot.
+        """
+
+    @classmethod
+    def obstacle(cls, query: MemoryQuery) -> str | None:
+        """Return why the partition does not run the model with these settings, or None if it does."""
+        try:
+            cls.require_ranks(query.partition, query.weights, query.settings, query.ranks)
+        except ConfigError as error:
+            return error.message.removesuffix(".").replace("`", "")
+        return None
+
+    @classmethod
+    def usage(cls, query: MemoryQuery) -> Usage:
+        """Return the memory of a replica."""
+        weights = query.size.weight_bytes
+        return query.usage(weights, f"{describe_bytes(weights)} of weights stay in memory")
 
     @abstractmethod
     def _open(self, checkpoint: Checkpoint, settings: Settings, placement: Placement, *, head: bool) -> Backbone:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import copy
 import os
+from abc import abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
@@ -38,59 +39,11 @@ from avss_dist.models.quantization import quantization_method
 from avss_dist.models.size import Footprint, load_skeleton
 from avss_dist.partition.device_map import unstored
 from avss_dist.partition.group import DividedLanguageModel, all_gather, quiet_deepspeed, require_group, share
-from avss_dist.partition.replica import PartitionMemory, Placement, Replica, Usage, dummy_batch
+from avss_dist.partition.replica import MemoryQuery, Placement, Replica, Usage, dummy_batch
 from avss_dist.partition.splitting import generic_name, layer_modules, require_version, scale_obstacle
 
 T = TypeVar("T")
 PREFETCHED = 50_000_000  # parameters that are gathered ahead, on GPUs, beside the arithmetic; DeepSpeed's own default
-
-
-class ShardedMemory(PartitionMemory):
-    """Memory of a replica whose ranks hold parts of the parameters and gather one layer at a time."""
-
-    @staticmethod
-    def minimum_rank_weights(size: Footprint, ranks: int) -> int:
-        """Return the bytes of weights that each rank must hold at once.
-
-        A gathered module is there twice: as it comes, and put together.
-        """
-        return -(-size.weight_bytes // ranks) + 2 * max(*size.layer_bytes, size.embedding_bytes)
-
-    @staticmethod
-    def require_ranks(partition: str, weights: Checkpoint | str, settings: Settings, ranks: int) -> None:
-        """Refuse a model of which every rank would hold the whole, or whose parts cannot be gathered.
-
-        Raises:
-            ConfigError: the checkpoint is a .gguf file, or its weights stay in MXFP4, whose kernels need them in a form
-                that is no longer a parameter.
-        """
-        checkpoint = weights if isinstance(weights, Checkpoint) else load_skeleton(weights, settings)[0]
-        if checkpoint.gguf:
-            raise ConfigError(
-                f"'{checkpoint.name}' is a .gguf file: transformers unpacks the whole model in every process, so that "
-                f"{partition} would save no memory.",
-                "Use `partition` single, device_map or tensor_parallel, or convert it to safetensors.",
-            )
-        _, model, _ = load_skeleton(weights, settings)
-        if quantization_method(model.config) == "mxfp4" and not settings.dequantize:
-            raise ConfigError(
-                f"'{checkpoint.name}' is quantized (mxfp4): transformers arranges such weights for its kernels as it "
-                f"loads them, so that ranks of {partition} cannot gather them.",
-                "Set `dequantize`, or use `partition` single, device_map or expert_parallel.",
-            )
-
-    def host_weights(self) -> int:
-        """Return the bytes of weights that each process holds in host memory while the model is opened on a GPU."""
-        return 0
-
-    def usage(self) -> Usage:
-        """Return the memory of a replica, with the weights that each rank holds and gathers."""
-        weights = self.minimum_rank_weights(self.size, self.ranks)
-        if self.on_gpu:
-            gathered = sum(self.size.layer_bytes) + self.size.other_bytes
-            weights += min(PREFETCHED * self.size.element_bytes, gathered)
-        why = "every rank holds a part and gathers one layer at a time"
-        return self.process_usage(weights, why, host_weights=self.host_weights())
 
 
 class ShardedLanguageModel(DividedLanguageModel):
@@ -147,18 +100,83 @@ class ShardedLanguageModel(DividedLanguageModel):
             return parameter.detach().clone()
 
 
-class FsdpMemory(ShardedMemory):
-    """Memory of a replica with FSDP2. See `ShardedMemory`."""
+class ShardedReplica(Replica):
+    """One rank of a model of which each rank holds a part of every parameter. All open it in a group (`group.join`).
+
+    Attributes:
+        loads_quantized_whole: whether each process of a GPU has quantized weights whole in host memory, unpacked or
+            not, while the model is opened.
+    """
+
+    language_model_type = ShardedLanguageModel
+    loads_quantized_whole = False
+
+    @staticmethod
+    def minimum_rank_weights(size: Footprint, ranks: int) -> int:
+        """Return the bytes of weights that each rank must hold at once.
+
+        A gathered module is there twice: as it comes, and put together.
+        """
+        return -(-size.weight_bytes // ranks) + 2 * max(*size.layer_bytes, size.embedding_bytes)
 
     @staticmethod
     def require_ranks(partition: str, weights: Checkpoint | str, settings: Settings, ranks: int) -> None:
-        """Refuse a model of which transformers cannot load parts on so many ranks. See `ShardedMemory`.
+        """Refuse a model of which every rank would hold the whole, or whose parts cannot be gathered.
+
+        Raises:
+            ConfigError: the checkpoint is a .gguf file, or its weights stay in MXFP4, whose kernels need them in a form
+                that is no longer a parameter.
+        """
+        checkpoint = weights if isinstance(weights, Checkpoint) else load_skeleton(weights, settings)[0]
+        if checkpoint.gguf:
+            raise ConfigError(
+                f"'{checkpoint.name}' is a .gguf file: transformers unpacks the whole model in every process, so that "
+                f"{partition} would save no memory.",
+                "Use `partition` single, device_map or tensor_parallel, or convert it to safetensors.",
+            )
+        _, model, _ = load_skeleton(weights, settings)
+        if quantization_method(model.config) == "mxfp4" and not settings.dequantize:
+            raise ConfigError(
+                f"'{checkpoint.name}' is quantized (mxfp4): transformers arranges such weights for its kernels as it "
+                f"loads them, so that ranks of {partition} cannot gather them.",
+                "Set `dequantize`, or use `partition` single, device_map or expert_parallel.",
+            )
+
+    @classmethod
+    def usage(cls, query: MemoryQuery) -> Usage:
+        """Return the memory of a replica, with the weights that each rank holds and gathers."""
+        size, host_weights = query.size, 0
+        weights = cls.minimum_rank_weights(size, query.ranks)
+        if query.on_gpu:
+            weights += min(PREFETCHED * size.element_bytes, sum(size.layer_bytes) + size.other_bytes)
+        if query.on_gpu and cls.loads_quantized_whole:
+            _, model, _ = load_skeleton(query.weights, query.settings)
+            host_weights = size.weight_bytes if quantization_method(model.config) else 0
+        why = "every rank holds a part and gathers one layer at a time"
+        return query.usage(weights, why, host_weights=host_weights)
+
+    def _open(self, checkpoint: Checkpoint, settings: Settings, placement: Placement, *, head: bool) -> Backbone:
+        self.require_ranks(placement.partition, checkpoint, settings, placement.ranks)
+        require_group(placement.partition, placement.ranks)
+        return self._open_part(checkpoint, settings, placement.ranks, head=head)
+
+    @abstractmethod
+    def _open_part(self, checkpoint: Checkpoint, settings: Settings, ranks: int, *, head: bool) -> Backbone:
+        """Open this rank's part of the model."""
+
+
+class FsdpReplica(ShardedReplica):
+    """One rank of an FSDP2 model, which reads its part of every tensor from the files."""
+
+    @staticmethod
+    def require_ranks(partition: str, weights: Checkpoint | str, settings: Settings, ranks: int) -> None:
+        """Refuse a model of which transformers cannot load parts on so many ranks. See `ShardedReplica`.
 
         Raises:
             ConfigError: the installed transformers is too old; a rank would have none of the experts of a layer that
                 the files store one by one; or ranks would unpack parts of blocks in FP8.
         """
-        ShardedMemory.require_ranks(partition, weights, settings, ranks)
+        ShardedReplica.require_ranks(partition, weights, settings, ranks)
         require_version()
         _, model, tensors = load_skeleton(weights, settings)
         for stack in unstored(model, [tensor.name for tensor in tensors]).values():
@@ -175,24 +193,12 @@ class FsdpMemory(ShardedMemory):
                 "Set `ranks` to a smaller number, leave out `dequantize`, or use `partition` streaming.",
             )
 
-
-class FsdpReplica(Replica):
-    """One rank of an FSDP2 model. See `partition.replica.Replica`. All ranks open it in a group (`group.join`).
-
-    Each rank reads its part of every tensor from the files.
-    """
-
-    memory = FsdpMemory
-    language_model_type = ShardedLanguageModel
-
-    def _open(self, checkpoint: Checkpoint, settings: Settings, placement: Placement, *, head: bool) -> Backbone:
-        self.memory.require_ranks(placement.partition, checkpoint, settings, placement.ranks)
-        require_group(placement.partition, placement.ranks)
+    def _open_part(self, checkpoint: Checkpoint, settings: Settings, ranks: int, *, head: bool) -> Backbone:
         from torch.distributed.fsdp import FSDPModule
         from transformers.distributed import DistributedConfig
 
         plan = gathering_plan(load_skeleton(checkpoint, settings)[1], settings.layers)
-        parts = DistributedConfig(fsdp_size=placement.ranks, fsdp_plan=plan)
+        parts = DistributedConfig(fsdp_size=ranks, fsdp_plan=plan)
         model = load_model(checkpoint, settings, head=head, distributed_config=parts)
         for module in model.modules():
             if isinstance(module, FSDPModule):  # of which the model itself and tied embeddings would keep weights
@@ -224,27 +230,12 @@ def gathering_plan(model: Any, layers: str | None) -> dict[str, str]:
     }
 
 
-class Zero3Memory(ShardedMemory):
-    """Memory of a replica with ZeRO-3. See `ShardedMemory`."""
+class Zero3Replica(ShardedReplica):
+    """One rank of a ZeRO-3 model."""
 
-    def host_weights(self) -> int:
-        """Return the bytes of weights that each process holds in host memory while the model is opened on a GPU.
+    loads_quantized_whole = True
 
-        transformers loads quantized weights whole, unpacked or not, before ranks keep parts.
-        """
-        _, model, _ = load_skeleton(self.weights, self.settings)
-        return self.size.weight_bytes if self.on_gpu and quantization_method(model.config) else 0
-
-
-class Zero3Replica(Replica):
-    """One rank of a ZeRO-3 model. See `partition.replica.Replica`. All ranks open it in a group (`group.join`)."""
-
-    memory = Zero3Memory
-    language_model_type = ShardedLanguageModel
-
-    def _open(self, checkpoint: Checkpoint, settings: Settings, placement: Placement, *, head: bool) -> Backbone:
-        self.memory.require_ranks(placement.partition, checkpoint, settings, placement.ranks)
-        require_group(placement.partition, placement.ranks)
+    def _open_part(self, checkpoint: Checkpoint, settings: Settings, ranks: int, *, head: bool) -> Backbone:
         text = text_config(checkpoint, trust_remote_code=settings.trust_remote_code)
         config = deepspeed_config(compute_dtype(checkpoint, text, settings), self.device)
         with quiet_deepspeed():

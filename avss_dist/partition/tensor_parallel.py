@@ -7,9 +7,9 @@ matrices and the head are split as with ``tensor_parallel``, if the ranks divide
 
 from __future__ import annotations
 
+from contextlib import suppress
 from dataclasses import replace
-from functools import cached_property
-from typing import Any, ClassVar, TypeVar
+from typing import Any, TypeVar
 
 from torch import distributed
 
@@ -21,7 +21,7 @@ from avss_dist.models.quantization import quantization_method
 from avss_dist.models.size import load_skeleton
 from avss_dist.partition.autotp import open_by_autotp, require_autotp
 from avss_dist.partition.group import RankedLanguageModel, require_group
-from avss_dist.partition.replica import PartitionMemory, Placement, Replica, Usage
+from avss_dist.partition.replica import MemoryQuery, Placement, Replica, Usage
 from avss_dist.partition.splitting import (
     attention_plan,
     generic_name,
@@ -36,15 +36,10 @@ from avss_dist.partition.splitting import (
 T = TypeVar("T")
 
 
-class TensorParallelMemory(PartitionMemory):
-    """Memory of a replica with ranks that divide attention and MLP."""
+class TensorParallelReplica(Replica):
+    """One rank of a split model. See `partition.replica.Replica`. All ranks open it in a group (`group.join`)."""
 
-    summary = "every rank loads and keeps a part of each matrix"
-
-    @cached_property
-    def plan_obstacle(self) -> str | None:
-        """Reason why DeepSpeed AutoTP splits the model instead of transformers, or None if transformers does."""
-        return tensor_plan_obstacle(self.weights, self.settings, self.ranks)
+    language_model_type = RankedLanguageModel
 
     @staticmethod
     def require_ranks(partition: str, weights: Checkpoint | str, settings: Settings, ranks: int) -> None:
@@ -71,33 +66,21 @@ class TensorParallelMemory(PartitionMemory):
         if obstacle:
             require_autotp(model.config.get_text_config(), ranks)
 
-    def part_bytes(self) -> int:
-        """Return the bytes of weights that each rank keeps. AutoTP divides the layers alone."""
-        if not self.plan_obstacle:
-            return part_bytes(self.weights, self.settings, {"tp_size": self.ranks})
-        return self.size.other_bytes + sum(self.size.layer_bytes) // self.ranks
-
-    def usage(self) -> Usage:
-        """Return the memory of a replica, with a part of the weights on each rank."""
-        whole, why = 0, self.summary
-        if self.plan_obstacle:  # by AutoTP
-            whole, why = (
-                self.size.weight_bytes,
-                "every rank loads the whole model first, and keeps a part of each layer",
-            )
-        return self.process_usage(self.part_bytes(), why, host_weights=whole)
-
-
-class TensorParallelReplica(Replica):
-    """One rank of a split model. See `partition.replica.Replica`. All ranks open it in a group (`group.join`)."""
-
-    memory: ClassVar[type[PartitionMemory]] = TensorParallelMemory
-    language_model_type = RankedLanguageModel
+    @classmethod
+    def usage(cls, query: MemoryQuery) -> Usage:
+        """Return the memory of a replica, with a part of the weights on each rank. AutoTP divides the layers alone."""
+        size = query.size
+        if tensor_plan_obstacle(query.weights, query.settings, query.ranks):
+            why = "every rank loads the whole model first, and keeps a part of each layer"
+            part = size.other_bytes + sum(size.layer_bytes) // query.ranks
+            return query.usage(part, why, host_weights=size.weight_bytes)
+        part = part_bytes(query.weights, query.settings, {"tp_size": query.ranks})
+        return query.usage(part, "every rank loads and keeps a part of each matrix")
 
     def _open(self, checkpoint: Checkpoint, settings: Settings, placement: Placement, *, head: bool) -> Backbone:
         self.split = require_group(placement.partition, placement.ranks)
         self.reports_stats = self.split.rank == 0
-        self.memory.require_ranks(placement.partition, checkpoint, settings, placement.ranks)
+        self.require_ranks(placement.partition, checkpoint, settings, placement.ranks)
         return self._open_part(checkpoint, settings, placement.ranks, head=head)
 
     def _open_part(self, checkpoint: Checkpoint, settings: Settings, ranks: int, *, head: bool) -> Backbone:
@@ -122,11 +105,8 @@ class TensorParallelReplica(Replica):
 _WITHOUT_EXPERT_PLAN = "Use `partition` fsdp, zero3, device_map or streaming."
 
 
-class ExpertParallelMemory(TensorParallelMemory):
-    """Memory of a replica with ranks that divide experts. See `tensor_parallel.TensorParallelMemory`."""
-
-    plan_obstacle = None
-    summary = "every rank loads and keeps some of the experts of each layer"
+class ExpertParallelReplica(TensorParallelReplica):
+    """One rank of a mixture of experts. See `tensor_parallel.TensorParallelReplica`."""
 
     @staticmethod
     def require_ranks(partition: str, weights: Checkpoint | str, settings: Settings, ranks: int) -> None:
@@ -143,22 +123,14 @@ class ExpertParallelMemory(TensorParallelMemory):
                 "Set `ranks` to a smaller number.",
             )
 
-    def part_bytes(self) -> int:
-        """Return the bytes of weights that each rank keeps.
-
-        If no plan spreads the experts, they are those of ``tensor_parallel``.
-        """
-        try:
-            options = expert_options(self.weights, self.settings, self.ranks)
-        except ConfigError:
-            options = {"tp_size": self.ranks}
-        return part_bytes(self.weights, self.settings, options)
-
-
-class ExpertParallelReplica(TensorParallelReplica):
-    """One rank of a mixture of experts. See `tensor_parallel.TensorParallelReplica`."""
-
-    memory = ExpertParallelMemory
+    @classmethod
+    def usage(cls, query: MemoryQuery) -> Usage:
+        """Return the memory of a replica. If no plan spreads the experts, parts are those of ``tensor_parallel``."""
+        options: dict[str, Any] = {"tp_size": query.ranks}
+        with suppress(ConfigError):
+            options = expert_options(query.weights, query.settings, query.ranks)
+        part = part_bytes(query.weights, query.settings, options)
+        return query.usage(part, "every rank loads and keeps some of the experts of each layer")
 
     def _open_part(self, checkpoint: Checkpoint, settings: Settings, ranks: int, *, head: bool) -> Backbone:
         """Return this rank's part of the model, which has some of the experts of each layer.

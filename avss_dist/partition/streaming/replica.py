@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from dataclasses import replace
 from functools import partial
 from itertools import groupby
 from typing import Any, TypeVar
@@ -26,7 +27,7 @@ from avss_dist.models.interventions import skip_of
 from avss_dist.models.layers import Layer
 from avss_dist.models.loading import Backbone, open_module, without_head
 from avss_dist.models.size import Footprint, footprint
-from avss_dist.partition.replica import BatchContext, PartitionMemory, Placement, Replica, Usage, batch_bytes, run_batch
+from avss_dist.partition.replica import BatchContext, MemoryQuery, Placement, Replica, Usage, batch_bytes, run_batch
 from avss_dist.partition.splitting import layer_modules
 from avss_dist.partition.streaming.passes import FORKS, RECORD, Fork, Passes, Record
 from avss_dist.partition.streaming.weights import StreamedWeights, buffer_bytes
@@ -36,47 +37,6 @@ from avss_dist.system.process import bound
 
 T = TypeVar("T")
 MAX_WAITING_BYTES = 2 << 30  # of hidden states of all waiting passes, without a limit by the user
-
-
-class StreamingMemory(PartitionMemory):
-    """Memory of a replica with one or two layers and the waiting hidden states in memory."""
-
-    unpacks = True
-
-    @staticmethod
-    def minimum_host_weights(size: Footprint, kind: str, *, head: bool) -> int:
-        """Return the bytes of weights that must be in host memory at once, on a device of this kind."""
-        outside = size.weight_bytes - sum(size.layer_bytes) if head else size.other_bytes
-        largest = max(size.layer_bytes, default=0)
-        return largest + size.unpacking_bytes + outside if kind == "cpu" else int(largest * size.stored_share)
-
-    @property
-    def obstacle(self) -> str | None:
-        """Reason for which the partition does not run the model with these settings, or None if it does."""
-        if not self.stored.quantized:
-            return None
-        if not self.stored.can_unpack:
-            return "computes with unpacked weights, and transformers cannot unpack these while it loads them"
-        return "needs the setting dequantize, which unpacks the weights"
-
-    def usage(self) -> Usage:
-        """Return the memory of a replica, with at most two layers at a time.
-
-        Under a limit, the next layer and hidden states take what it leaves.
-        """
-        size, layers = self.size, sum(sorted(self.size.layer_bytes)[-2:])
-        host = self.minimum_host_weights(size, self.devices.kind, head=False)
-        why = "layers are read for each shard"
-        if size.unpacking_bytes:
-            why += f", and unpacked in {describe_bytes(size.unpacking_bytes)}"
-        if "cpu" not in self.max_memory:
-            rows = self.settings.sequences_per_shard or self.settings.batch_size
-            waiting = size.hidden_bytes(rows, self.settings.sequence_length)
-            host += waiting + int((layers - max(size.layer_bytes)) * size.stored_share)
-            why += f"; {describe_bytes(waiting)} of hidden states wait"
-        if not self.on_gpu:
-            return self.process_usage(host, why)
-        return self.process_usage(size.other_bytes + layers + size.unpacking_bytes, why, host_weights=host)
 
 
 class StreamingReplica(Replica):
@@ -91,7 +51,45 @@ class StreamingReplica(Replica):
         ModelError: the weights cannot be read layer by layer; the message says why.
     """
 
-    memory = StreamingMemory
+    @staticmethod
+    def minimum_host_weights(size: Footprint, kind: str, *, head: bool) -> int:
+        """Return the bytes of weights that must be in host memory at once, on a device of this kind."""
+        outside = size.weight_bytes - sum(size.layer_bytes) if head else size.other_bytes
+        largest = max(size.layer_bytes, default=0)
+        return largest + size.unpacking_bytes + outside if kind == "cpu" else int(largest * size.stored_share)
+
+    @classmethod
+    def obstacle(cls, query: MemoryQuery) -> str | None:
+        """Return why the partition does not run the model with these settings, or None if it does."""
+        if not query.size.quantized:
+            return None
+        if not query.size.can_unpack:
+            return "computes with unpacked weights, and transformers cannot unpack these while it loads them"
+        return "needs the setting dequantize, which unpacks the weights"
+
+    @classmethod
+    def usage(cls, query: MemoryQuery) -> Usage:
+        """Return the memory of a replica, with at most two layers at a time, and of unpacked weights.
+
+        Under a limit, the next layer and hidden states take what it leaves.
+        """
+        why, unpacked = "layers are read for each shard", ""
+        if query.size.quantized:
+            unpacked = f"; weights are unpacked to {query.size.dtype}"
+            settings = replace(query.settings, dequantize=True)
+            query = replace(query, settings=settings, size=footprint(query.weights, settings))
+        size, layers = query.size, sum(sorted(query.size.layer_bytes)[-2:])
+        host = cls.minimum_host_weights(size, query.devices.kind, head=False)
+        if size.unpacking_bytes:
+            why += f", and unpacked in {describe_bytes(size.unpacking_bytes)}"
+        if "cpu" not in query.max_memory:
+            rows = query.settings.sequences_per_shard or query.settings.batch_size
+            waiting = size.hidden_bytes(rows, query.settings.sequence_length)
+            host += waiting + int((layers - max(size.layer_bytes)) * size.stored_share)
+            why += f"; {describe_bytes(waiting)} of hidden states wait"
+        if not query.on_gpu:
+            return query.usage(host, why + unpacked)
+        return query.usage(size.other_bytes + layers + size.unpacking_bytes, why + unpacked, host_weights=host)
 
     def __init__(self, checkpoint: Checkpoint, settings: Settings, placement: Placement, *, head: bool = False) -> None:
         with ExitStack() as self._filled:  # with random numbers, until the model was tried
