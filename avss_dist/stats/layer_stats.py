@@ -528,13 +528,10 @@ def combine_blocks(blocks: Iterable[Mapping[StratumKey, LayerStats]]) -> Merged:
     room = BLOCK_BYTES
     for block in blocks:
         stats = merge_strata({key: without_values(layer_stats) for key, layer_stats in block.items()})
-        room -= sum(getattr(layer_stats, name).nbytes for layer_stats in stats.values() for name in _LARGE)
+        room -= sum(array.nbytes for s in stats.values() for array in (s.histogram, s.unit_sum, s.unit_sum_sq))
         block_stats.append(stats if room >= 0 else _mapped(stats))
         strata = merge_stats((strata, block))
     return Merged(merge_strata(strata), block_stats, strata if any(label for *_, label in strata) else {})
-
-
-_LARGE = ("histogram", "unit_sum", "unit_sum_sq")
 
 
 def _mapped(stats: dict[LayerKey, LayerStats]) -> dict[LayerKey, LayerStats]:

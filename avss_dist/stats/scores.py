@@ -165,7 +165,6 @@ class SiteTable:
         if weights is None and len(shards) >= MINIMUM_UNITS:
             weights = np.vstack([bootstrap_weights(len(shards)), left_out_weights(len(shards))])
         self.weights: Float64 = np.zeros((0, len(shards))) if weights is None else weights
-        self._variances: dict[str, tuple[Float64, Float64]] = {}
 
     def recipes(self) -> tuple[str, ...]:
         """Return the recipes that the site has statistics for. Recipe ``unit`` needs sums by unit."""
@@ -212,10 +211,9 @@ class SiteTable:
 
     def parts(self, recipe: str, threshold: Threshold) -> tuple[Parts, Parts]:
         """Return the parts of AVSS of the merged statistics, and for each row of ``weights``."""
-        if recipe not in self._variances:
-            self._variances[recipe] = _VARIANCE[recipe](self)
-        variance, variances = self._variances[recipe]
-        near_zero, count, near_zeros, counts = _SPARSITY[recipe](self, threshold)
+        variance, variances = getattr(self, f"{recipe}_variance")
+        sparsity = _unit_sparsity if recipe == "unit" else _element_sparsity
+        near_zero, count, near_zeros, counts = sparsity(self, threshold)
         return (variance, near_zero, count), (variances, near_zeros, counts)
 
     def column(self, name: str) -> Float64:
@@ -248,33 +246,35 @@ class SiteTable:
             reduced.append((means.var(axis=-1), np.isfinite(means).sum(axis=-1).astype(float), near_zero))
         return reduced
 
+    @cached_property
+    def pooled_variance(self) -> tuple[Float64, Float64]:
+        """Mean variance over sequences, merged and weighted."""
+        variance = _ratio(self.column("pooled_variance_sum"), self.column("sequence_count"))
+        sums = self.weighted(lambda _, s: s.pooled_variance_sum)
+        return variance, _ratio(sums, self.weighted(lambda _, s: s.sequence_count))
+
+    @cached_property
+    def element_variance(self) -> tuple[Float64, Float64]:
+        """Variance over elements, merged and weighted.
+
+        Weighted moments are taken about the merged mean, which avoids cancellation.
+        """
+        center = self.column("mean")
+        count = self.weighted(lambda _, s: s.count)
+        first = self.weighted(lambda i, s: s.count * (s.mean - center[i]))
+        second = self.weighted(lambda i, s: s.m2 + s.count * (s.mean - center[i]) ** 2)
+        merged = _ratio(self.column("m2"), self.column("count"))
+        return merged, _ratio(second, count) - _ratio(first, count) ** 2
+
+    @cached_property
+    def unit_variance(self) -> tuple[Float64, Float64]:
+        """Variance of unit means over units, merged and weighted."""
+        rows = np.stack([variance for variance, *_ in self.units], axis=1)
+        return rows[0], rows[1:]
+
 
 def _ratio(numerator: Float64, denominator: Float64) -> Float64:
     return numerator / np.where(denominator > 0, denominator, np.nan)
-
-
-def _pooled_variance(table: SiteTable) -> tuple[Float64, Float64]:
-    variance = _ratio(table.column("pooled_variance_sum"), table.column("sequence_count"))
-    sums = table.weighted(lambda _, s: s.pooled_variance_sum)
-    return variance, _ratio(sums, table.weighted(lambda _, s: s.sequence_count))
-
-
-def _element_variance(table: SiteTable) -> tuple[Float64, Float64]:
-    """Return the variance over elements, merged and weighted.
-
-    Weighted moments are taken about the merged mean, which avoids cancellation.
-    """
-    center = table.column("mean")
-    count = table.weighted(lambda _, s: s.count)
-    first = table.weighted(lambda i, s: s.count * (s.mean - center[i]))
-    second = table.weighted(lambda i, s: s.m2 + s.count * (s.mean - center[i]) ** 2)
-    merged = _ratio(table.column("m2"), table.column("count"))
-    return merged, _ratio(second, count) - _ratio(first, count) ** 2
-
-
-def _unit_variance(table: SiteTable) -> tuple[Float64, Float64]:
-    rows = np.stack([variance for variance, *_ in table.units], axis=1)
-    return rows[0], rows[1:]
 
 
 Counts = tuple[Float64, Float64, Float64, Float64]
@@ -302,7 +302,3 @@ def _unit_sparsity(table: SiteTable, threshold: Threshold) -> Counts:
     near_zero = np.stack([counts[threshold] for *_, counts in table.units], axis=1)
     finite = np.stack([number for _, number, _ in table.units], axis=1)
     return near_zero[0], finite[0], near_zero[1:], finite[1:]
-
-
-_VARIANCE = {"pooled": _pooled_variance, "element": _element_variance, "unit": _unit_variance}
-_SPARSITY = {"pooled": _element_sparsity, "element": _element_sparsity, "unit": _unit_sparsity}

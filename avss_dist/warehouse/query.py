@@ -109,19 +109,12 @@ def _require_reading(connection: duckdb.DuckDBPyConnection, query: str) -> None:
         raise QueryError("The query is empty.", _READS)
     if len(statements) > 1:
         raise QueryError(f"There are {len(statements)} statements; a query is one.", "Run them one by one.")
-    kind = _kind(statements[0])
-    if kind == duckdb.StatementType.MULTI:
-        raise QueryError("PIVOT must name its columns here.", "Write PIVOT ... ON column IN ('a', 'b') USING ...")
-    if kind == duckdb.StatementType.EXPLAIN:
-        explained = re.sub(r"^\s*explain(\s+analyze)?\b", "", query, flags=re.IGNORECASE)
-        statements = connection.extract_statements(explained)
-        kind = _kind(statements[0])
-    if kind != duckdb.StatementType.SELECT:
-        raise QueryError(f"{kind.name} is not allowed in a query.", _READS)
-
-
-def _kind(statement: duckdb.Statement) -> duckdb.StatementType:
+    explained = re.sub(r"^\s*explain(\s+analyze)?\b", "", query, flags=re.IGNORECASE)
     try:
-        return statement.type
+        kind = connection.extract_statements(explained)[0].type
     except ValueError:  # DuckDB has more of them than its Python names: UPDATE EXTENSIONS
         raise QueryError("This statement is not allowed in a query.", _READS) from None
+    if kind == duckdb.StatementType.MULTI:
+        raise QueryError("PIVOT must name its columns here.", "Write PIVOT ... ON column IN ('a', 'b') USING ...")
+    if kind != duckdb.StatementType.SELECT:
+        raise QueryError(f"{kind.name} is not allowed in a query.", _READS)
