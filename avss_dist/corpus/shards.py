@@ -104,9 +104,9 @@ class CorpusPlan:
         for shard in self.shards:
             spool.add(shard.input_ids)
         ids, lengths = spool.array(), np.concatenate([shard.lengths for shard in self.shards])
-        skip = self.shards[0].skip_first_tokens
         pairings = [shard.pairing for shard in self.shards if shard.pairing]
-        shards = _make_shards(ids, lengths, skip, join(pairings) if pairings else None, rows)
+        pairing = join(pairings) if pairings else None
+        shards = _make_shards(ids, lengths, self.shards[0].skip_first_tokens, pairing, rows)
         return replace(self, shards=shards, tokens_fingerprint=_fingerprint(shards, ids.shape[1]))
 
     def num_batches(self, batch_size: int) -> int:
@@ -180,8 +180,7 @@ def with_other_start(shard: Shard, tokenizer: Tokenizer, settings: Settings, row
     around, length = special_tokens_of_rows(tokenizer, settings), shard.input_ids.shape[1]
     text = [row[len(around.prefix) : length - len(around.suffix)] for row in shard.input_ids[:rows]]
     ids, lengths = _padded([other.enclose(row)[:length] for row in text], length, tokenizer)
-    as_read = _shard(0, shard.input_ids[:rows], shard.lengths[:rows], 0)
-    return as_read, _shard(0, ids, lengths, 0)
+    return _shard(0, shard.input_ids[:rows], shard.lengths[:rows], 0), _shard(0, ids, lengths, 0)
 
 
 def tokenize_choices(

@@ -101,20 +101,20 @@ def score_run(
         for recipe in table.recipes():
             for threshold in table.thresholds:
                 columns = table.score(recipe, threshold)
-                for position, layer in enumerate(present):
-                    rows.append(
-                        {
-                            "layer": layer,
-                            "layer_name": layers[layer],
-                            "depth": (layer + 0.5) / len(layers),
-                            "site": site,
-                            "recipe": recipe,
-                            "threshold": threshold.value,
-                            "threshold_kind": threshold.kind,
-                            **{name: column[position] for name, column in columns.items()},
-                            **baselines[layer],
-                        }
-                    )
+                rows += [
+                    {
+                        "layer": layer,
+                        "layer_name": layers[layer],
+                        "depth": (layer + 0.5) / len(layers),
+                        "site": site,
+                        "recipe": recipe,
+                        "threshold": threshold.value,
+                        "threshold_kind": threshold.kind,
+                        **{name: column[position] for name, column in columns.items()},
+                        **baselines[layer],
+                    }
+                    for position, layer in enumerate(present)
+                ]
     return rows
 
 

@@ -278,8 +278,12 @@ def _to_part(name: str, rows: pa.Table, stamps: Stamps, compression: str) -> pa.
         codes = codes * (len(column.dictionary) + 1) + column.indices.fill_null(-1).to_numpy() + 1
     order = np.argsort(codes, kind="stable")
     table, codes = table.take(pa.array(order)), codes[order]
-    metadata = {_STAMPS: json.dumps(dict(stamps)).encode(), _COLUMNS: _columns(name)}
-    metadata |= {b"avss_schema_version": str(SCHEMA_VERSION).encode(), **UNSIGNED_METADATA}
+    metadata = {
+        _STAMPS: json.dumps(dict(stamps)).encode(),
+        _COLUMNS: _columns(name),
+        b"avss_schema_version": str(SCHEMA_VERSION).encode(),
+        **UNSIGNED_METADATA,
+    }
     texts = [field.name for field in PART_SCHEMAS[name] if pa.types.is_string(field.type)]
     bounds = [0, *(np.flatnonzero(np.diff(codes)) + 1).tolist(), len(table)]
     sink = pa.BufferOutputStream()

@@ -255,11 +255,8 @@ class Warehouse:
             StorageFull, WarehouseError: a file cannot be written, or the warehouse cannot be read.
         """
         _, done = self._read([], lambda _: self._runs())
-        counts = {}
-        for name in SORTED_BY:
-            files = self._files(name, done)
-            counts[name] = self._table_parts(name).compact(dict(files.values())) if files else 0
-        return counts
+        stamps = {name: dict(self._files(name, done).values()) for name in SORTED_BY}
+        return {name: self._table_parts(name).compact(stamps[name]) if stamps[name] else 0 for name in SORTED_BY}
 
     def num_partials(self, run_id: str) -> int:
         """Return the number of stored shards of a run, by the names of their files."""

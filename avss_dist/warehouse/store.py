@@ -288,6 +288,5 @@ def readme() -> str:
     parts = [TITLE, _QUERIES]
     for name, table in TABLES.items():
         parts += [f"## `{name}`\n\n{table.meaning.capitalize()}.\n\n| column | type | meaning |\n|---|---|---|"]
-        parts += [f"| `{c.name}` | {c.type} | {escape_markdown(c.description)} |" for c in table.columns]
-        parts.append("")
+        parts += [*(f"| `{c.name}` | {c.type} | {escape_markdown(c.description)} |" for c in table.columns), ""]
     return "\n".join(parts)
