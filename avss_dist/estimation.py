@@ -324,7 +324,7 @@ def preview_job(job: JobFile, on_event: OnRunEvent | None = None, **options: Any
                 planned = planner.prepare(spec)
                 size = planner.size(spec, planned.replica_spec.checkpoint, planned.replica_spec.settings)
                 done = (store.run(planned.run.run_id) or {}).get("status") == "done"
-                kept = 0 if done else sum(1 for _ in store.each_shard(planned.run.run_id, planned.expected))
+                num_kept = 0 if done else sum(1 for _ in store.each_shard(planned.run.run_id, planned.expected))
             except Exception as error:
                 refused = as_failure(error).message
                 previews.append(Preview(model=spec.title, corpus=spec.corpus, status="refused", error=refused))
@@ -334,18 +334,18 @@ def preview_job(job: JobFile, on_event: OnRunEvent | None = None, **options: Any
             preview = Preview(
                 model=spec.title,
                 corpus=spec.corpus,
-                status="done" if done else "partial" if kept else "missing",
+                status="done" if done else "partial" if num_kept else "missing",
                 revision=planned.replica_spec.checkpoint.revision,
                 partition=planned.replica_spec.placement.partition,
                 weight_bytes=size.weight_bytes if size else None,
                 num_tokens=planned.corpus.num_tokens,
                 num_shards=len(planned.corpus.shards),
-                kept_shards=kept,
+                kept_shards=num_kept,
             )
             if first:
                 repeated = f"{spec.name} is {RunRepeated(spec.name, first).describe()}"
                 preview = replace(preview, status="repeated", warning=repeated)
-            elif size and not done and kept < preview.num_shards:
+            elif size and not done and num_kept < preview.num_shards:
                 preview = _with_time(preview, planned, size, executor.devices, runs)
             previews.append(preview)
     return previews

@@ -33,12 +33,12 @@ _NONE: Hashes = np.zeros(0, np.uint64)
 MAX_SHARED = 0.03  # share of a text's passages that seen text may have; other rows of the same text repeat fewer
 
 
-def shared_text(seen: Iterable[Shard], read: Iterable[Shard], tokenizer: Any) -> float | None:
-    """Return the share of the passages of ``read`` that are in ``seen`` too, from 0 to 1.
+def shared_text(reference: Iterable[Shard], read: Iterable[Shard], tokenizer: Any) -> float | None:
+    """Return the share of the passages of ``read`` that are in ``reference`` too, from 0 to 1.
 
     Each passage counts once. One that is repeated within either text, such as a license header, does not tell where a
     text is from, and does not count unless most are repeated. `FEW` shared ones do not count unless they are half of
-    ``read``. Memory grows with ``read``, by some 20 bytes for each token, and not with ``seen``.
+    ``read``. Memory grows with ``read``, by some 20 bytes for each token, and not with ``reference``.
 
     Args:
         tokenizer: a transformers tokenizer, that of both texts.
@@ -48,17 +48,17 @@ def shared_text(seen: Iterable[Shard], read: Iterable[Shard], tokenizer: Any) ->
     """
     prints = [*_fingerprints(read, tokenizer)]
     passages, counts = np.unique(np.concatenate(prints or [_NONE]), return_counts=True)
-    in_seen, comparable = np.zeros(len(passages), np.int64), False
-    for hashes in _fingerprints(seen, tokenizer) if len(passages) else ():
+    in_reference, comparable = np.zeros(len(passages), np.int64), False
+    for hashes in _fingerprints(reference, tokenizer) if len(passages) else ():
         comparable = True
         places = np.searchsorted(passages, hashes).clip(max=len(passages) - 1)
-        np.add.at(in_seen, places[passages[places] == hashes], 1)
+        np.add.at(in_reference, places[passages[places] == hashes], 1)
     if not comparable:
         return None
-    distinctive = (counts < 2) & (in_seen < 2)
+    distinctive = (counts < 2) & (in_reference < 2)
     if 2 * distinctive.sum() < len(passages):
         distinctive[:] = True
-    shared = in_seen[distinctive] > 0
+    shared = in_reference[distinctive] > 0
     return 0.0 if shared.sum() <= min(FEW, len(shared) // 2) else float(shared.mean())
 
 
@@ -79,8 +79,8 @@ def _fingerprints(shards: Iterable[Shard], tokenizer: Any) -> Iterator[Hashes]:
         tail = documents[-1][-(PASSAGE - 1) :]
         hashes = [_winnow(text) for text in documents]
         short = plain_text([row for row in rows if len(row) < PASSAGE], tokenizer)
-        of_rows = np.concatenate([_NONE, *(_winnow(text) for text in short if len(text) < PASSAGE)])
-        hashes.append(np.setdiff1d(of_rows, np.concatenate(hashes)))
+        short_hashes = np.concatenate([_NONE, *(_winnow(text) for text in short if len(text) < PASSAGE)])
+        hashes.append(np.setdiff1d(short_hashes, np.concatenate(hashes)))
         if len(block := np.concatenate(hashes)):
             yield block
 

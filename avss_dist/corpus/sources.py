@@ -201,8 +201,8 @@ def _files(source: str) -> Source:
     match = _FILE.fullmatch(source)
     if not match:
         ending = re.search(r"\.\w+(?=:|$)", source.rpartition("/")[2])
-        known = [f".{name}" for name in _READERS] if ending else [*NAMED]
-        near = nearest(ending[0] if ending else source.partition(":")[0], known) if source else ""
+        valid = [f".{name}" for name in _READERS] if ending else [*NAMED]
+        near = nearest(ending[0] if ending else source.partition(":")[0], valid) if source else ""
         raise CorpusError(f"'{source}' is not a corpus source.", f"{near} Sources: {FORMS}.".strip())
     path, suffix = match["path"], (match["suffix"] or match["parquet"]).lower()
     if suffix == "txt" and match["field"] is not None:
@@ -389,8 +389,8 @@ def _hub(source: str) -> Source:
     parts = source.split(":")[1:] or [""]
     if not parts[0] or len(parts) > 4:
         raise CorpusError(f"'{source}' is not a corpus source.", f"Sources: {FORMS}.")
-    named, config, split, column = (p or d for p, d in zip_longest(parts, ("", "", "train", "text")))
-    name, _, revision = (named, "", "") if os.path.exists(named) else named.partition("@")
+    versioned, config, split, column = (p or d for p, d in zip_longest(parts, ("", "", "train", "text")))
+    name, _, revision = (versioned, "", "") if os.path.exists(versioned) else versioned.partition("@")
 
     @cache
     def builder() -> Any:

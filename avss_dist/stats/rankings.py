@@ -91,18 +91,18 @@ def spearman_interval(rho: float, number: int) -> tuple[float, float]:
     return float(np.tanh(z - width)), float(np.tanh(z + width))
 
 
-def given_depth(rho: Float64, of_a: Float64, of_b: Float64) -> Float64:
+def given_depth(rho: Float64, depth_a: Float64, depth_b: Float64) -> Float64:
     """Return the partial correlation of the ranks of two scores given depth, float64[...].
 
     The result is NaN if one of the scores is the order of depth itself.
 
     Args:
         rho: float64[...], the correlation of the scores.
-        of_a, of_b: the correlation of each score with depth, in shapes that broadcast to that of ``rho``.
+        depth_a, depth_b: the correlation of each score with depth, in shapes that broadcast to that of ``rho``.
     """
-    unexplained = (1 - of_a**2) * (1 - of_b**2)
+    unexplained = (1 - depth_a**2) * (1 - depth_b**2)
     with np.errstate(invalid="ignore", divide="ignore"):
-        partial: Float64 = np.where(unexplained > ALL_DEPTH, (rho - of_a * of_b) / np.sqrt(unexplained), np.nan)
+        partial: Float64 = np.where(unexplained > ALL_DEPTH, (rho - depth_a * depth_b) / np.sqrt(unexplained), np.nan)
     return partial
 
 

@@ -290,12 +290,12 @@ def _element_sparsity(table: SiteTable, threshold: Threshold) -> Counts:
     near_zero = np.array([s.below(t).near_zero for s, t in zip(table.merged, at, strict=True)])
     shares = [s.share_below(t) for s, t in zip(table.merged, at, strict=True)]
 
-    def of_shard(layer: int, stats: LayerStats) -> float:
+    def count_below(layer: int, stats: LayerStats) -> float:
         if (counted := np.flatnonzero(stats.thresholds == at[layer])).size:
             return float(stats.near_zero[counted[0]])
         return float(histogram_below(stats.histogram, at[layer], shares[layer]))
 
-    return near_zero, table.column("count"), table.weighted(of_shard), table.weighted(lambda _, s: s.count)
+    return near_zero, table.column("count"), table.weighted(count_below), table.weighted(lambda _, s: s.count)
 
 
 def _unit_sparsity(table: SiteTable, threshold: Threshold) -> Counts:

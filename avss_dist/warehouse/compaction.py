@@ -85,7 +85,7 @@ class TableParts:
         self._shared = Path(storage.base) / COMPACTED / name if storage.is_local else folder / COMPACTED / name
         self._schema = SOURCE if name == DIGESTS else encoded_schema(name)
         self._used: list[CompactedFile] = []
-        self._known: dict[Path, CompactedFile] = {}
+        self._parts: dict[Path, CompactedFile] = {}
         self._unreadable: set[Path] = set()
 
     @property
@@ -93,7 +93,7 @@ class TableParts:
         """Runs of the parts that were last returned."""
         return {run_id for part in self._used for run_id in part.stamps}
 
-    def covering(self, stamps: Stamps, wanted: Collection[str]) -> Sequence[CompactedFile]:
+    def covering(self, stamps: Stamps, requested: Collection[str]) -> Sequence[CompactedFile]:
         """Return the parts to read, with each run in at most one.
 
         Runs that are in no part are first copied into new ones in the cache. A warehouse on a local disk with few such
@@ -101,12 +101,12 @@ class TableParts:
 
         Args:
             stamps: stamps of all files of the table.
-            wanted: runs that are to be read.
+            requested: runs that are to be read.
         """
         spare = self._select(stamps)
-        if not self.run_ids.issuperset(wanted) and self._fetch_shared():
+        if not self.run_ids.issuperset(requested) and self._fetch_shared():
             spare = self._select(stamps)
-        missing, minimum = set(wanted) - self.run_ids, MIN_RUNS if self._storage.is_local else 1
+        missing, minimum = set(requested) - self.run_ids, MIN_RUNS if self._storage.is_local else 1
         if len(missing) >= minimum:
             with suppress(OSError):  # the cache cannot be written
                 self._cached.mkdir(parents=True, exist_ok=True, mode=0o700)
@@ -191,13 +191,13 @@ class TableParts:
         """Yield the readable parts in a folder."""
         for path in sorted(set(folder.glob("*.parquet")) - self._unreadable):
             with suppress(OSError, pa.ArrowException, KeyError, ValueError, TypeError):
-                if path not in self._known:  # a part is never changed
+                if path not in self._parts:  # a part is never changed
                     verify_footer(path)
                     metadata = pq.read_metadata(path).metadata or {}
                     if metadata[_COLUMNS] != _columns(self._name):
                         continue
-                    self._known[path] = CompactedFile(path, dict(json.loads(metadata[_STAMPS])), folder == self._shared)
-                yield self._known[path]
+                    self._parts[path] = CompactedFile(path, dict(json.loads(metadata[_STAMPS])), folder == self._shared)
+                yield self._parts[path]
 
     def _fetch_shared(self) -> bool:
         """Copy the parts of a remote warehouse into the cache, each whole, and return whether a copy is new.
@@ -363,9 +363,9 @@ def digest(stats: pa.Table) -> pa.Table:
     shares = {name: np.full(len(table), np.nan) for name in units}
     for size in np.unique(sizes[(sizes > 0) & (counts > 0)]):
         rows = np.flatnonzero((sizes == size) & (counts > 0))
-        of_rows = np.arange(size)
-        unit_sums = sums[starts[rows, None] + of_rows]
-        unit_squares = squares[square_starts[rows, None] + of_rows]
+        places = np.arange(size)
+        unit_sums = sums[starts[rows, None] + places]
+        unit_squares = squares[square_starts[rows, None] + places]
         tokens = counts[rows, None].astype(np.float64)
         means = unit_sums / tokens
         mean = unit_sums.sum(axis=1, keepdims=True) / (tokens * size)

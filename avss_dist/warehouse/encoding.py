@@ -36,7 +36,7 @@ _UNSIGNED = _PREFIX + b"0" * 64
 _SIGNATURE = re.compile(_CHECKSUM + rb"..(" + _PREFIX + rb"[0-9a-f]{64})", re.DOTALL)  # in a footer
 UNSIGNED_METADATA = {_CHECKSUM: _UNSIGNED}
 _STATE = [f.name for f in fields(LayerStats) if f.name != "histogram"]
-_OF_SHARD = [f.name for f in fields(ShardResult) if f.name not in ("strata", "rows", "experts")]
+_HEADER_FIELDS = [f.name for f in fields(ShardResult) if f.name not in ("strata", "rows", "experts")]
 
 
 # Floats seldom repeat, so a dictionary of them only costs time; their bytes, split by significance, shrink well.
@@ -203,7 +203,7 @@ def encode_shard(run: RunIdentity, result: ShardResult) -> dict[str, pa.Buffer]:
     if result.experts is not None:
         columns = expert_columns(result.layers, result.experts)
         files["shard_expert_stats"] = encode("shard_expert_stats", every_row, columns)
-    header = {name: getattr(result, name) for name in _OF_SHARD}
+    header = {name: getattr(result, name) for name in _HEADER_FIELDS}
     files["shard_stats"] = encode("shard_stats", every_row, to_columns(result.layers, result.strata), header)
     return files
 

@@ -104,8 +104,8 @@ class Warehouse:
             where: condition on each row, such as ``pc.field("site") == "block"``.
         """
         schema = SCHEMAS[require_known("table", name, TABLES, WarehouseError)]
-        wanted = [require_known("column", c, schema.names, WarehouseError) for c in columns or schema.names]
-        return self._whole(name, self._rows(name, schema, ["run_id", *wanted], run_ids, where)).select(wanted)
+        selected = [require_known("column", c, schema.names, WarehouseError) for c in columns or schema.names]
+        return self._whole(name, self._rows(name, schema, ["run_id", *selected], run_ids, where)).select(selected)
 
     def _rows(
         self,
@@ -125,7 +125,7 @@ class Warehouse:
             dataset = datasets[name]
             return schema.empty_table().select(read) if dataset is None else dataset.to_table(read, filter=where)
 
-        return self._read([name], rows, wanted=run_ids)
+        return self._read([name], rows, run_ids=run_ids)
 
     def run(self, run_id: str) -> dict[str, Any] | None:
         """Read the ``runs`` row of a run by column, ``versions`` as a dict, or None if it has no row."""
@@ -188,29 +188,29 @@ class Warehouse:
             QueryError: a column does not exist, or no score has that name in it (run, model, site, recipe and so on).
             WarehouseError: as `table`.
         """
-        wanted = {}
+        allowed = {}
         where = pc.scalar(True)
         for name, value in equals.items():
             require_known("column", name, SCHEMAS["scores"].names, QueryError)
-            wanted[name] = list(value) if isinstance(value, (list, tuple, set, frozenset)) else [value]
+            allowed[name] = list(value) if isinstance(value, (list, tuple, set, frozenset)) else [value]
             if name == "model":
-                wanted[name] = self._models(wanted[name])
-            where &= pc.field(name).isin(pa.array(wanted[name], SCHEMAS["scores"].field(name).type))
+                allowed[name] = self._models(allowed[name])
+            where &= pc.field(name).isin(pa.array(allowed[name], SCHEMAS["scores"].field(name).type))
         table = self.table("scores", where=where)
-        for name, values in wanted.items():
+        for name, values in allowed.items():
             if not pa.types.is_string(SCHEMAS["scores"].field(name).type):
                 continue
             missing = {value for value in values if value is not None} - set(pc.unique(table[name]).to_pylist())
-            known = pc.unique(self.table("scores", columns=[name])[name]).drop_null().to_pylist() if missing else []
-            for value in missing if known else ():  # a warehouse without scores has no names to compare with
-                require_known(name, value, sorted(known), QueryError)
+            stored = pc.unique(self.table("scores", columns=[name])[name]).drop_null().to_pylist() if missing else []
+            for value in missing if stored else ():  # a warehouse without scores has no names to compare with
+                require_known(name, value, sorted(stored), QueryError)
         return table
 
     def _models(self, names: list[Any]) -> list[Any]:
         """Return the full names of models that are named by the end of their path."""
-        known = pc.unique(self.table("runs", columns=["model"])["model"]).to_pylist()
-        ends = {name: [model for model in known if model and basename(model) == name] for name in names}
-        return [model for name in names for model in ([name] if name in known else ends[name] or [name])]
+        models = pc.unique(self.table("runs", columns=["model"])["model"]).to_pylist()
+        ends = {name: [model for model in models if model and basename(model) == name] for name in names}
+        return [model for name in names for model in ([name] if name in models else ends[name] or [name])]
 
     def read_layer_stats(self, run_id: str) -> dict[LayerKey, LayerStats]:
         """Read the merged statistics of a run by (layer, site).
@@ -219,8 +219,8 @@ class Warehouse:
             WarehouseError: it has none.
         """
         if (stats := self._decoded("layer_stats", run_id, "layer_stats", to_strata)) is None:
-            known = sorted({run for run, _ in self.storage.files("layer_stats").values()}) or ["none yet"]
-            raise WarehouseError(f"{self.root} has no layer statistics of run '{run_id}'.", nearest(run_id, known))
+            measured = sorted({run for run, _ in self.storage.files("layer_stats").values()}) or ["none yet"]
+            raise WarehouseError(f"{self.root} has no layer statistics of run '{run_id}'.", nearest(run_id, measured))
         return merge_strata(stats)
 
     def readable_layer_stats(self, run_id: str) -> dict[LayerKey, LayerStats]:
@@ -311,28 +311,28 @@ class Warehouse:
         names: Iterable[str],
         work: Callable[[dict[str, ds.Dataset | None]], T],
         failures: tuple[type[Exception], ...] = (),
-        wanted: Collection[str] | None = None,
+        run_ids: Collection[str] | None = None,
     ) -> T:
         """Return the result of work on datasets of tables at one moment. If files are damaged, repeat it without them.
 
         Args:
             failures: exceptions of ``work`` for files that cannot be read, in addition to those of pyarrow.
-            wanted: ids of the runs that the work is about; None for all. Datasets may have others too.
+            run_ids: ids of the runs that the work is about; None for all. Datasets may have others too.
         """
-        known = [require_known("table", name, [*TABLES, DIGESTS], WarehouseError) for name in names]
+        tables = [require_known("table", name, [*TABLES, DIGESTS], WarehouseError) for name in names]
         while True:
             try:
                 runs, done = self._runs()
                 datasets = {
-                    name: runs if name == "runs" else self._dataset(name, self._files(name, done), wanted)
-                    for name in known
+                    name: runs if name == "runs" else self._dataset(name, self._files(name, done), run_ids)
+                    for name in tables
                 }
                 return work(datasets)
             except (OSError, pa.ArrowException, *failures) as error:
-                if not self._leave_out_unreadable({"runs", *known}):
+                if not self._leave_out_unreadable({"runs", *tables}):
                     if isinstance(error, failures):
                         raise
-                    with self.storage.reading(f"{self.root}/{known[0] if known else 'runs'}"):
+                    with self.storage.reading(f"{self.root}/{tables[0] if tables else 'runs'}"):
                         raise
 
     def _runs(self) -> tuple[ds.Dataset, set[str]]:
@@ -354,8 +354,8 @@ class Warehouse:
         self.damaged |= dict.fromkeys(without_row, "it has no row; a run has one")
         if damaged := damaged_runs("runs", rows):
             self.damaged |= damaged
-            wanted = ~pc.field("run_id").isin(list(damaged))
-            runs, rows = runs.filter(wanted), rows.filter(wanted)
+            undamaged = ~pc.field("run_id").isin(list(damaged))
+            runs, rows = runs.filter(undamaged), rows.filter(undamaged)
         if not rows:
             self._refuse_without_runs()
         finished = runs, set(rows["run_id"].filter(pc.equal(rows["status"], "done")).to_pylist())
@@ -374,11 +374,11 @@ class Warehouse:
             hint = f"{count_of(unfinished, 'run')} {'has' if unfinished == 1 else 'have'} begun: avss ls."
         raise WarehouseError(f"{self.root} {problem}.", hint)
 
-    def _dataset(self, name: str, files: Files, wanted: Collection[str] | None = None) -> ds.Dataset | None:
-        """Return rows of files of a table: parts of it, and the files of wanted runs that are in no part."""
+    def _dataset(self, name: str, files: Files, requested: Collection[str] | None = None) -> ds.Dataset | None:
+        """Return rows of files of a table: parts of it, and the files of requested runs that are in no part."""
         stamps = dict(files.values())
-        run_ids = stamps.keys() if wanted is None else stamps.keys() & set(wanted)
-        few = wanted is not None and len(run_ids) < MIN_RUNS and self.storage.is_local  # sooner read than a large file
+        run_ids = stamps.keys() if requested is None else stamps.keys() & set(requested)
+        few = requested is not None and len(run_ids) < MIN_RUNS and self.storage.is_local  # a large file is slower
         paths: list[str] = []
         if self._reads_parts and name in SORTED_BY and not few:
             parts = self._table_parts(name)
@@ -392,8 +392,8 @@ class Warehouse:
 
     def _files(self, name: str, done: Collection[str] | None) -> Files:
         """Return the readable files of a table. A table of whole runs has files of the runs ``done`` alone."""
-        of_all = ("runs", "evaluations", "cells", "precision", "experiments")
-        chosen = None if name in of_all else done
+        unfiltered = ("runs", "evaluations", "cells", "precision", "experiments")
+        chosen = None if name in unfiltered else done
         return {
             path: (run_id, stamp)
             for path, (run_id, stamp) in self.storage.files(stored_table(name)).items()

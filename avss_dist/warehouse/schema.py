@@ -164,7 +164,7 @@ _EXPERT = (
 )
 _EXPERT_REQUIRED = frozenset({column.name for column in _EXPERT} - {"router_entropy_sum"})
 _STRATUM = Column("stratum", STRING, "of paired text, the label of the answers, and whether they follow another prompt")
-_OF_ROWS = {"count": INT64, "near_zero": INT64_LIST}  # columns that are not floats
+_ROW_TYPES = {"count": INT64, "near_zero": INT64_LIST}  # columns that are not floats
 _TASK = Column(
     "task",
     STRING,
@@ -447,7 +447,7 @@ TABLES: dict[str, TableInfo] = {
             Column("answer_tokens", INT64, "tokens of the answer that count", "tokens", bounds=COUNT),
             _PLACE[0],
             _PLACE[3],
-            *(_field_column(name, _OF_ROWS.get(name, FLOAT64), meaning) for name, meaning in ROW_FIELDS.items()),
+            *(_field_column(name, _ROW_TYPES.get(name, FLOAT64), meaning) for name, meaning in ROW_FIELDS.items()),
         ),
         _names("row pair stratum layer site answer_tokens count near_zero"),
     ),

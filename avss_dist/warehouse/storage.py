@@ -129,12 +129,12 @@ class Storage:
 
     def _list(self, folder: str, *, recursive: bool) -> list[pafs.FileInfo]:
         """Return the files and folders below a folder of the warehouse, or an empty list if it does not exist."""
-        known = {} if self._listings is None else self._listings
-        if (folder, recursive) not in known:
+        listings = {} if self._listings is None else self._listings
+        if (folder, recursive) not in listings:
             selector = pafs.FileSelector(f"{self.base}/{folder}", recursive=recursive, allow_not_found=True)
             with self.reading(f"{self.root}/{folder}"):
-                known[folder, recursive] = self.filesystem.get_file_info(selector)
-        return known[folder, recursive]
+                listings[folder, recursive] = self.filesystem.get_file_info(selector)
+        return listings[folder, recursive]
 
     def compacted_path(self, table: str, stem: str) -> str:
         """Return the path of a part of a table, see `compaction`."""
@@ -178,9 +178,9 @@ class Storage:
         except OSError as error:
             if is_full(error):
                 stored = sum(f"/shard_stats/{path.split('/')[-2]}/" in file for file in self.files("shard_stats"))
-                kept = f"{stored} shard{'s are' if stored != 1 else ' is'} kept."
+                partials = f"{stored} shard{'s are' if stored != 1 else ' is'} kept."
                 raise StorageFull(
-                    f"No space left on {self.root}.", f"Free some and run the same command again: {kept}"
+                    f"No space left on {self.root}.", f"Free some and run the same command again: {partials}"
                 ) from error
             message = f"Cannot write {self.root}: {_reason(error)}."
             raise WarehouseError(message, _ADDRESS_HINT.format("write")) from error
