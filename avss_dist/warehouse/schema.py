@@ -114,11 +114,7 @@ def _field_column(name: str, kind: pa.DataType, meaning: str, unit: str = "") ->
     return Column(name, kind, meaning, unit, **_FIELD_CHECKS.get(name, {}))
 
 
-def _score_column(name: str) -> Column:
-    info = SCORES[name]
-    return Column(info.column, FLOAT64, info.definition, info.unit)
-
-
+_SCORES = {name: Column(info.column, FLOAT64, info.definition, info.unit) for name, info in SCORES.items()}
 _MODEL = (
     Column("model", STRING, "the checkpoint as it was named: hub id, folder or .gguf file"),
     Column("revision", STRING, "commit of a hub id, or hash of the files' content"),
@@ -286,7 +282,7 @@ TABLES: dict[str, TableInfo] = {
             Column("nav", FLOAT64, "variance / sum of it over layers"),
             Column("nas", FLOAT64, "sparsity / sum of it over layers"),
             Column("avss", FLOAT64, "nav / nas, as published; null where nothing was near zero"),
-            _score_column("avss"),
+            _SCORES["avss"],
             Column("avss_normalized", FLOAT64, "avss / sum of it over layers"),
             Column("avss_cumulative", FLOAT64, "running sum of avss_normalized, in the order of layers"),
             Column("rank", INT32, "1 is the lowest avss_smoothed: the least important layer", bounds=INDEX),
@@ -300,7 +296,7 @@ TABLES: dict[str, TableInfo] = {
                 "share of resamples of the shards with the layer among the lowest 25%; null below 8 shards",
             ),
             Column("quality", STRING, "ok, noisy_sparsity (fewer than 100 near zero) or zero_sparsity (none)"),
-            *map(_score_column, BASELINES),
+            *(_SCORES[name] for name in BASELINES),
         ),
         _names("layer layer_name depth site recipe threshold threshold_kind"),
     ),

@@ -123,9 +123,9 @@ class Storage:
         matches = ((info, name.fullmatch(info.path, len(folder))) for info in infos)
         return {info.path: (match[1], f"{info.size} {info.mtime_ns}") for info, match in matches if match}
 
-    def names(self, table: str) -> set[str]:
-        """Return the names of the files and folders right below a table. Its folders are not entered."""
-        return {info.base_name for info in self._list(table, recursive=False)}
+    def names(self, folder: str) -> set[str]:
+        """Return the names of the files and folders right below a folder, such as that of a table."""
+        return {info.base_name for info in self._list(folder, recursive=False)}
 
     def _list(self, folder: str, *, recursive: bool) -> list[pafs.FileInfo]:
         """Return the files and folders below a folder of the warehouse, or an empty list if it does not exist."""
@@ -193,10 +193,8 @@ class Storage:
 
     def patch_keys(self) -> set[str]:
         """Return the keys of all patches."""
-        folder = f"{self.base}/{PATCHES}"
-        with self.reading(folder):
-            infos = self.filesystem.get_file_info(pafs.FileSelector(folder, allow_not_found=True))
-        return {match[1] for info in infos if (match := re.fullmatch(r"([0-9a-f]{64})\.safetensors", info.base_name))}
+        matches = (re.fullmatch(r"([0-9a-f]{64})\.safetensors", name) for name in self.names(PATCHES))
+        return {match[1] for match in matches if match}
 
     def read_patch(self, key: str) -> bytes:
         """Read a patch.

@@ -287,6 +287,9 @@ def readme() -> str:
     """Return the text of the file, with the tables in the order of `TABLES`."""
     parts = [TITLE, _QUERIES]
     for name, table in TABLES.items():
-        parts += [f"## `{name}`\n\n{table.meaning.capitalize()}.\n\n| column | type | meaning |\n|---|---|---|"]
-        parts += [*(f"| `{c.name}` | {c.type} | {escape_markdown(c.description)} |" for c in table.columns), ""]
+        parts += [
+            f"## `{name}`\n\n{table.meaning.capitalize()}.\n\n| column | type | meaning |\n|---|---|---|",
+            *(f"| `{c.name}` | {c.type} | {escape_markdown(c.description)} |" for c in table.columns),
+            "",
+        ]
     return "\n".join(parts)
