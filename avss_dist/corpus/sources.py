@@ -253,7 +253,7 @@ def json_records(path: str) -> Iterator[tuple[Mapping[str, Any], str]]:
 
 
 def _records(filesystem: fs.FileSystem, paths: list[str], suffix: str, field: str) -> Iterator[Any]:
-    """Yield the records of files, with the place of each; or the pieces of text files.
+    """Yield the pieces of text files, or the records of other files, each with its place.
 
     Args:
         suffix: format of the files; by default that of their names, or else jsonl.

@@ -1,4 +1,4 @@
-"""Statistics from which every score is computed: of layers, of rows of paired text, of experts; and their merge.
+"""Statistics from which every score is computed, and their merge: of layers, of rows of paired text, of experts.
 
 Each field is annotated with its meaning, its unit if it has one, and the operation that merges it: the columns of the
 warehouse and `LayerStats.merge` follow from these annotations.

@@ -59,8 +59,11 @@ def encode(name: str, run: Mapping[str, Any], columns: Mapping[str, Any], shard:
     """
     size = len(next(iter(columns.values())))
     columns = {**columns, **{column: [value] * size for column, value in run.items()}}
-    run_id = run["run_id"]
-    header = {_VERSION: str(SCHEMA_VERSION), _HEADER: json.dumps({"run_id": run_id, **shard}), **UNSIGNED_METADATA}
+    header = {
+        _VERSION: str(SCHEMA_VERSION),
+        _HEADER: json.dumps({"run_id": run["run_id"], **shard}),
+        **UNSIGNED_METADATA,
+    }
     schema = SCHEMAS[name].remove(0).with_metadata(header)
     if not shard:
         described = [{"description": column.description} for column in TABLES[name].columns[1:]]
@@ -125,9 +128,8 @@ def parse(data: pa.Buffer, schema: pa.Schema | None = None) -> pa.Table:
     file = open_file(data)
     if schema is None:
         return file.read(use_threads=False)
-    columns = file.metadata.schema
-    stored = {columns.column(i).path.partition(".")[0] for i in range(len(columns))} - {"run_id"}
-    names = [field.name for field in schema if field.name in stored]
+    stored = {*file.schema_arrow.names} - {"run_id"}
+    names = [name for name in schema.names if name in stored]
     if texts := [name for name in names if pa.types.is_dictionary(schema.field(name).type)]:
         file = pq.ParquetFile(pa.BufferReader(data), metadata=file.metadata, read_dictionary=texts)
     return file.read(names, use_threads=False).replace_schema_metadata(None)

@@ -129,7 +129,6 @@ class Warehouse:
 
     def run(self, run_id: str) -> dict[str, Any] | None:
         """Read the ``runs`` row of a run by column, ``versions`` as a dict, or None if it has no row."""
-
         if (rows := self._decoded("runs", run_id, "run")) is None:
             return None
         return dict(rows.to_pylist(maps_as_pydicts="lossy")[0])

@@ -474,4 +474,4 @@ UNFINISHED_RUNS = pa.schema(
         "started_at": pa.string(),
     }
 )
-"""Columns of the runs that have begun and have no row yet; ``started_at`` is UTC, in ISO 8601, of the last attempt."""
+"""Columns of the runs that have begun and have no row yet. ``started_at`` is UTC, in ISO 8601, of the last attempt."""
