@@ -10,12 +10,10 @@ tokens with a non-finite element, per-sequence fields leave out sequences with o
 from __future__ import annotations
 
 import operator
-import pickle
 import tempfile
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from functools import cache, partial
-from itertools import accumulate
 from typing import Annotated, Any, NamedTuple, TypeVar, get_type_hints
 
 import numpy as np
@@ -535,21 +533,25 @@ def combine_blocks(blocks: Iterable[Mapping[StratumKey, LayerStats]]) -> Merged:
 
 
 def _mapped(stats: dict[LayerKey, LayerStats]) -> dict[LayerKey, LayerStats]:
-    """Return the same statistics with their arrays in one memory-mapped file, which has no name.
+    """Return the same statistics with their large arrays in one memory-mapped file, which has no name.
 
     If the file cannot be written, they stay in memory.
     """
-    buffers: list[pickle.PickleBuffer] = []
-    pickled = pickle.dumps(stats, 5, buffer_callback=buffers.append)
+    arrays = [array for s in stats.values() for array in (s.histogram, s.unit_sum, s.unit_sum_sq)]
     try:
         with tempfile.TemporaryFile() as file:
-            sizes = [file.write(buffer.raw()) for buffer in buffers]
+            file.writelines(array.tobytes() for array in arrays)
             file.flush()
-            whole = np.memmap(file, np.uint8, "r").data
+            whole = np.asarray(np.memmap(file, np.int64, "r"))
     except (OSError, ValueError):  # numpy raises ValueError for an empty file
         return stats
-    mapped = [whole[end - size : end] for size, end in zip(sizes, accumulate(sizes), strict=True)]
-    return dict(pickle.loads(pickled, buffers=mapped))
+    mapped = np.split(whole, np.cumsum([array.size for array in arrays])[:-1])
+    return {
+        key: replace(s, histogram=histogram, unit_sum=sums.view(np.float64), unit_sum_sq=squares.view(np.float64))
+        for (key, s), histogram, sums, squares in zip(
+            stats.items(), mapped[::3], mapped[1::3], mapped[2::3], strict=True
+        )
+    }
 
 
 def merge_blocks(shards: Sequence[ShardResult], maximum: int) -> Merged:
