@@ -121,8 +121,7 @@ def layer_rows(opened: Warehouse, request: ShowRequest) -> Table:
             hint = "List sites: avss query 'SELECT run_id, sites FROM runs'"
             raise QueryError(f"No statistics of site '{request.site}'.", hint)
         return Table(table)
-    threshold = named_threshold(request.threshold)
-    scores = layer_scores(opened, runs, threshold, site=request.site, recipe=request.recipe)
+    scores = layer_scores(opened, runs, named_threshold(request.threshold), site=request.site, recipe=request.recipe)
     if not scores.num_rows:
         stored = opened.table("scores", run_ids=[row["run_id"] for row in runs], columns=READING)
         raise _not_scored(stored, request)
@@ -153,8 +152,9 @@ def _not_scored(table: pa.Table, request: ShowRequest) -> QueryError:
         return QueryError(f"No scores of site '{site}' with recipe '{recipe}'.", f"Scored: {', '.join(scored)}.")
     thresholds = sorted({(row["threshold_kind"], row["threshold"]) for row in here})
     names = ", ".join(f"{value:g}{'rms' if kind == 'rms' else ''}" for kind, value in thresholds)
-    missing = f"No scores at threshold {request.threshold}, and no statistics to compute them."
-    return QueryError(missing, f"Scored: {names}.")
+    return QueryError(
+        f"No scores at threshold {request.threshold}, and no statistics to compute them.", f"Scored: {names}."
+    )
 
 
 def query_rows(opened: Warehouse, request: QueryRequest) -> Table:

@@ -187,8 +187,7 @@ def describe_removed(removals: Collection[Removal]) -> str:
     experts = [str(removal) for removal in removals if isinstance(removal, Expert)]
     if len(experts) > _NAMED_EXPERTS:
         places = tuple(experts_by_layer(removals))
-        named = f"layer{'s' * (len(places) > 1)} {describe_layers(places)}"
-        experts = [f"{len(experts)} experts of {named}"]
+        experts = [f"{len(experts)} experts of layer{'s' * (len(places) > 1)} {describe_layers(places)}"]
     return ", ".join([*([describe_layers(layers)] if layers else []), *sublayers, *experts])
 
 
