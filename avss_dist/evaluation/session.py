@@ -8,7 +8,7 @@ from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, S
 from contextlib import closing, contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from itertools import islice
 from math import isfinite, nan
 from pathlib import Path
@@ -73,21 +73,28 @@ class PlannedTask(PlacedModel):
 
     task: Task
 
+    @cached_property
+    def _run_ids(self) -> dict[str | None, str]:
+        """Ids of evaluations by sparsity, each hashed once."""
+        return {}
+
     def run_id(self, intervention: Intervention = NO_INTERVENTION) -> str:
         """Return the id of the evaluation that results under an intervention belong to.
 
         Sparsity makes another evaluation. Removals, a patch and a rounding make other cells of the same one.
         """
         sparsity = intervention.key.sparsity
-        digest = fingerprint(
-            schema=SCHEMA_VERSION,
-            checkpoint=self.checkpoint.revision,
-            task=self.task.key,
-            settings=self.settings.numbers(statistics=False),
-            **fingerprint_part(self.placement),
-            **({"sparsity": sparsity} if sparsity else {}),
-        )
-        return f"{self.checkpoint.slug}-{digest[:10]}"
+        if sparsity not in self._run_ids:
+            digest = fingerprint(
+                schema=SCHEMA_VERSION,
+                checkpoint=self.checkpoint.revision,
+                task=self.task.key,
+                settings=self.settings.numbers(statistics=False),
+                **fingerprint_part(self.placement),
+                **({"sparsity": sparsity} if sparsity else {}),
+            )
+            self._run_ids[sparsity] = f"{self.checkpoint.slug}-{digest[:10]}"
+        return self._run_ids[sparsity]
 
     def cells(self, interventions: Iterable[Intervention] = (NO_INTERVENTION,)) -> list[Cell]:
         """Return a cell for each part of the task under each distinct intervention."""
