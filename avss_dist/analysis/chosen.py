@@ -22,7 +22,6 @@ from avss_dist.warehouse.reader import Warehouse
 
 ABLATION_TASKS = sorted({info.task for info in SCORES.values() if info.task} | {ROUNDING_TASK})
 _TELLING = ("dtype", "corpus", "revision")  # what tells runs of one model apart, before settings
-_COLUMNS = ("run_id", "model", "status", "error", "created_at")
 
 
 def choose_runs(
@@ -51,7 +50,8 @@ def choose_runs(
     table = warehouse.runs()
     if measured:
         table = pa.concat_tables([table, measured_checkpoints(warehouse, table)])
-    rows = table.select(_COLUMNS).to_pylist()  # a row of all columns is 20 times as large
+    # A row of all columns is 20 times as large.
+    rows = table.select(["run_id", "model", "status", "error", "created_at"]).to_pylist()
     index = {row["run_id"]: number for number, row in enumerate(rows)}
     rows.sort(key=lambda row: str(row["run_id"]))
     valid = {row["run_id"]: row for row in rows if failed or row["status"] in ("done", MEASURED_ONLY)}

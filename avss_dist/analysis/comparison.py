@@ -5,17 +5,24 @@ from __future__ import annotations
 from bisect import bisect_right
 from collections import Counter
 from collections.abc import Hashable, Iterator, Mapping, Sequence, Set
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from itertools import combinations
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
 
-from avss_dist.analysis.agreement import CorrelationSummary, RankMatrix, correlate_pairs, summarize
+from avss_dist.analysis.agreement import (
+    GROUPS,
+    PairSurvey,
+    RankMatrix,
+    SimilarityMap,
+    correlate_pairs,
+    similarity_map,
+    summarize,
+    survey_pairs,
+)
 from avss_dist.analysis.chosen import run_labels
-from avss_dist.analysis.groups import SCHEMA as GROUPS
-from avss_dist.analysis.groups import SimilarityMap, similarity_map, survey_pairs
 from avss_dist.analysis.thresholds import at_reading, scores_at
 from avss_dist.core.errors import QueryError, require_known
 from avss_dist.core.registry import BASELINES, FROM_ACTIVATIONS, LOWEST_SHARE, READING, SCORES
@@ -92,14 +99,11 @@ def size_label(parameters: int | None) -> str:
 
 
 @dataclass(frozen=True, kw_only=True, repr=False)
-class RankingComparison(TabularResult):
+class RankingComparison(PairSurvey, TabularResult):
     """Agreement of pairs of profiles, of the groups that they belong to, and the runs that are in no pair.
 
     Attributes:
         pairs: a table of `SCHEMA`, most alike first. Of more pairs than are listed, the most and the least alike.
-        number: number of pairs.
-        spearman, given_depth: summaries of the correlations of all pairs.
-        groups: a table of `groups.SCHEMA`: mean correlations within and between groups, over all pairs.
         conditions: the `CONDITIONS` in which the given runs differ. Empty unless they restrict the pairs.
         left_out: the reason why a run is in no pair, by run id.
         similarity: map of the correlations of all runs under the most frequent conditions; None unless asked for.
@@ -108,10 +112,6 @@ class RankingComparison(TabularResult):
     """
 
     pairs: pa.Table
-    number: int
-    spearman: CorrelationSummary
-    given_depth: CorrelationSummary
-    groups: pa.Table = field(default_factory=GROUPS.empty_table)
     conditions: tuple[str, ...] = ()
     left_out: Mapping[str, str]
     similarity: SimilarityMap | None = None
@@ -169,7 +169,7 @@ def compare(
     fixed: dict[str, Any] = {"site": site, "recipe": recipe, "threshold": threshold, "score": score}
     selected = profiles(warehouse, runs, **{name: None if name == by else value for name, value in fixed.items()})
     scores = [(profile.depth, profile.values) for profile in selected]
-    survey = None
+    survey, indices = None, np.empty((2, 0), np.int64)
     if by in BETWEEN:
         members = {
             "stratum": [_shared(profile, by, allow_mismatch) for profile in selected],
@@ -177,11 +177,10 @@ def compare(
             "model": [str(profile.run["model"]) for profile in selected],
             "group": ["all runs" if by == "run" else profile.label(by) for profile in selected],
         }
-        across_models = by in ("run", "family", "size")
-        survey = survey_pairs(RankMatrix(scores), members, by=by, across_models=across_models, most=EXTREMES)
-    if survey is not None and survey.number > max_listed:
-        indices = survey.extremes
-    else:
+        survey, indices = survey_pairs(
+            RankMatrix(scores), members, by=by, across_models=by in ("run", "family", "size"), most=EXTREMES
+        )
+    if survey is None or survey.number <= max_listed:
         indices = np.array(sorted(_pairs(selected, by, allow_mismatch)), np.int64).reshape(-1, 2).T
     if not indices.size:
         raise _no_pair(selected, by, allow_mismatch)
@@ -264,10 +263,10 @@ def _no_pair(selected: Sequence[Profile], by: str, allow_mismatch: bool) -> Quer
             f"These runs are not comparable: they differ in {'; '.join(texts)}.",
             "Choose alike ones, name what they differ in (`by` corpus, `by` dtype), or pass `allow_mismatch`.",
         )
-    labels = sorted({profile.label(by) for profile in selected})
-    available = f"There is: {', '.join(labels[:10])}{', ...' if len(labels) > 10 else ''}."
-    nothing = "There are no scores of that site, recipe and threshold: avss query -w WAREHOUSE 'SUMMARIZE scores'."
-    return QueryError(f"No two profiles differ in {by} alone.", available if labels else nothing)
+    hint = "There are no scores of that site, recipe and threshold: avss query -w WAREHOUSE 'SUMMARIZE scores'."
+    if labels := sorted({profile.label(by) for profile in selected}):
+        hint = f"There is: {', '.join(labels[:10])}{', ...' if len(labels) > 10 else ''}."
+    return QueryError(f"No two profiles differ in {by} alone.", hint)
 
 
 def _map(selected: Sequence[Profile], by: str, allow_mismatch: bool) -> SimilarityMap:
@@ -307,8 +306,9 @@ def profiles(
     table = warehouse.table("scores", **of_runs, columns=columns, where=where & at)
     if threshold is not None and not (table or warehouse.table("scores", **of_runs, columns=["layer"], where=at)):
         table = scores_at(warehouse, runs, threshold, sites=site and [site]).select(columns).filter(where)
-    run_ids = pa.array(of_runs["run_ids"], pa.string())
-    position = pa.table({"run_id": run_ids, "position": pa.array(range(len(runs)), pa.int64())})
+    position = pa.table(
+        {"run_id": pa.array(of_runs["run_ids"], pa.string()), "position": pa.array(range(len(runs)), pa.int64())}
+    )
     table = table.join(position, "run_id").sort_by([(name, "ascending") for name in ("position", *READING, "depth")])
     names = FROM_ACTIVATIONS if score is None else (score,)
     depth = table["depth"].to_numpy()
@@ -337,9 +337,8 @@ def runs_with_conditions(warehouse: Warehouse, run_ids: Sequence[str]) -> list[d
         QueryError: there is no such run.
     """
     rows = {row["run_id"]: row for row in warehouse.runs().to_pylist(maps_as_pydicts="lossy")}
-    for run_id in run_ids:
-        if run_id not in rows:
-            require_known("run", run_id, sorted(rows), QueryError)
+    if unknown := next((run_id for run_id in run_ids if run_id not in rows), None):
+        require_known("run", unknown, sorted(rows), QueryError)
     return [with_conditions(rows[run_id]) for run_id in run_ids]
 
 

@@ -6,7 +6,7 @@ blocks of shards.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial, reduce
 from typing import Any
@@ -15,6 +15,23 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from avss_dist.analysis.section import (
+    AMBER,
+    BLUE,
+    GRAY,
+    BarColumn,
+    Chart,
+    ReportColumn,
+    ReportTable,
+    Row,
+    Section,
+    column_of,
+    interval,
+    known_interval,
+    p_value,
+    page_number,
+    yes,
+)
 from avss_dist.core.errors import DamagedFile, QueryError, require_known
 from avss_dist.core.names import AFTER_ANOTHER, ENTROPY, INCORRECT, LOSS, PERPLEXITY, TRUTHFUL
 from avss_dist.core.registry import RECIPES
@@ -26,11 +43,12 @@ from avss_dist.stats.intervals import (
     BOOTSTRAP_BLOCKS,
     BOOTSTRAP_SEED,
     INTERVAL,
+    MINIMUM_UNITS,
     bootstrap_weights,
     jackknife_interval,
     left_out_weights,
 )
-from avss_dist.stats.layer_stats import Float64, LayerStats, StratumKey, merge_stats, split_into_blocks
+from avss_dist.stats.layer_stats import Float64, Int64, LayerStats, StratumKey, merge_stats, split_into_blocks
 from avss_dist.stats.rankings import depth_correlation
 from avss_dist.stats.scores import Parts, SiteTable, Threshold
 from avss_dist.warehouse.reader import Warehouse
@@ -46,8 +64,13 @@ BASELINES = {LOSS: "log_likelihood", ENTROPY: "token_entropy"}
 """Name of each baseline that is a prediction of the whole model, by metric."""
 HALLUCINATED_NAMES = (INCORRECT, "hallucinated", "hallucination", "false", "wrong")
 """Lower-case labels that are recognized as those of hallucinated answers."""
+SERIES = {
+    "deviation": "after their own prompts",
+    "length_matched": "pairs of about equal length",
+    "after_another": "after another prompt",
+}
+"""Columns that the chart draws, each with a description of its answers."""
 _MATCHED = tuple(f"{kind}_matched{what}" for kind in ("length", "position") for what in ("", "_p", "_pairs"))
-_ARRAYS = ("pooled_variance", "count", "mean", "m2", "norm", "relative_magnitude")
 
 
 @dataclass(frozen=True, kw_only=True, repr=False)
@@ -96,29 +119,32 @@ def contrast(
     """
     require_known("recipe", recipe, RECIPES, QueryError)
     require_known("site", site, run["sites"] or SITES, QueryError)
-    reading = {"run_id": run["run_id"], "model": run["model"], "site": site, "recipe": recipe}
-    reading["threshold"] = describe_threshold(threshold, threshold_kind)
     if recipe == "unit" or threshold_kind == "rms":
         strata = Strata.of_run(warehouse, run, site, hallucinated, truthful)
-        reading |= {"hallucinated": strata.labels[0], "truthful": strata.labels[1], "pairs": None}
-        layers = _table(stratum_columns(strata, recipe, Threshold(value=threshold, kind=threshold_kind)))
-        return Contrast(
-            reading=reading,
-            layers=layers,
-            predictions=pa.table({"layer": pa.nulls(0, pa.int64()), "statistic": pa.nulls(0, pa.string())}),
-            findings=tuple(_about_layers(layers.to_pylist())),
+        labels, pairs = strata.labels, None
+        layers = stratum_table(strata, recipe, Threshold(value=threshold, kind=threshold_kind))
+        predictions = pa.table({"layer": pa.nulls(0, pa.int64()), "statistic": pa.nulls(0, pa.string())})
+    else:
+        rows, counted = answer_rows(warehouse, run, site), list(run["thresholds"])
+        if threshold not in counted:
+            hint = f"It counted {', '.join(f'{value:g}' for value in counted)}."
+            raise QueryError(f"The run did not count elements below {threshold:g} row by row.", hint)
+        labels = which_labels(pc.unique(rows["stratum"]).to_pylist(), hallucinated, truthful)
+        own_prompt, other_prompt = (
+            read_answers(rows, labels, after, counted.index(threshold)) for after in ("", AFTER_ANOTHER)
         )
-    rows = answer_rows(warehouse, run, site)
-    counted = list(run["thresholds"])
-    if threshold not in counted:
-        known = ", ".join(f"{value:g}" for value in counted)
-        raise QueryError(f"The run did not count elements below {threshold:g} row by row.", f"It counted {known}.")
-    labels = which_labels(pc.unique(rows["stratum"]).to_pylist(), hallucinated, truthful)
-    at = counted.index(threshold)
-    own_prompt, other_prompt = (read_answers(rows, labels, after, at) for after in ("", AFTER_ANOTHER))
-    layers = layer_table(own_prompt, other_prompt, recipe)
-    predictions = _predictions(own_prompt, other_prompt, _evaluated(warehouse, run, rows, labels))
-    reading |= {"hallucinated": labels[0], "truthful": labels[1], "pairs": len(own_prompt.pairs)}
+        layers, pairs = layer_table(own_prompt, other_prompt, recipe), len(own_prompt.pairs)
+        predictions = _predictions(own_prompt, other_prompt, _evaluated(warehouse, run, rows, labels))
+    reading = {
+        "run_id": run["run_id"],
+        "model": run["model"],
+        "site": site,
+        "recipe": recipe,
+        "threshold": describe_threshold(threshold, threshold_kind),
+        "hallucinated": labels[0],
+        "truthful": labels[1],
+        "pairs": pairs,
+    }
     sentences = (*_about_layers(layers.to_pylist()), *_about_prediction(predictions.to_pylist()))
     return Contrast(reading=reading, layers=layers, predictions=predictions, findings=sentences)
 
@@ -161,54 +187,86 @@ def read_answers(rows: pa.Table, labels: tuple[str, str], after: str, threshold:
         hallucinated=stratum == strata[0],
         tokens=grid("answer_tokens")[:, 0].astype(np.int64),
         near_zero=near_zero,
-        **{name: grid(name) for name in _ARRAYS},
+        pooled_variance=grid("pooled_variance"),
+        count=grid("count"),
+        mean=grid("mean"),
+        m2=grid("m2"),
+        norm=grid("norm"),
+        relative_magnitude=grid("relative_magnitude"),
     )
     both = [p for p in answers.pairs if 0 < answers.hallucinated[answers.pair == p].mean() < 1]
     return answers.of_pairs(np.array(both, np.int64))
 
 
 def layer_table(own_prompt: contrast_stats.Answers, other_prompt: contrast_stats.Answers, recipe: str) -> pa.Table:
-    """Return `Contrast.layers` from the answers after their own prompts and after another."""
-    columns: dict[str, Any] = {"layer": np.arange(own_prompt.count.shape[1])}
-    left_out, place = left_out_weights(len(own_prompt.pairs)), np.searchsorted(own_prompt.pairs, own_prompt.pair)
-    labels, once = own_prompt.hallucinated.astype(np.float64), np.ones(len(own_prompt.pair))
-    weights = (once, bootstrap_weights(len(own_prompt.pairs))[:, place], left_out[:, place])
-    columns |= contrast_stats.contrast_columns(
-        *(contrast_stats.both_sides(own_prompt, w, labels, recipe) for w in weights)
-    )
-    p = contrast_stats.permutation_p(own_prompt, recipe)
-    columns |= {"p": p, "p_holm": contrast_stats.holm(p), "noise_floor": contrast_stats.noise_floor(own_prompt, recipe)}
+    """Return `Contrast.layers` from the answers after their own prompts and after another.
+
+    Pairs of answers are resampled and left out, and their labels are exchanged inside them.
+    """
+
+    def sides(answers: contrast_stats.Answers, weights: Float64 | None = None) -> tuple[Parts, Parts]:
+        place = np.searchsorted(own_prompt.pairs, answers.pair)
+        by_answer = np.ones(len(place)) if weights is None else weights[:, place]
+        return contrast_stats.both_sides(answers, by_answer, answers.hallucinated.astype(np.float64), recipe)
+
+    layers, matched = np.arange(own_prompt.count.shape[1]), dict[str, Float64]()
     for name, slack in (("length_matched", MATCHED), ("position_matched", 0.0)):
-        matched = contrast_stats.length_matched(own_prompt, slack)
-        enough = len(matched.pairs) >= MIN_PAIRS
-        nothing = np.full(len(p), np.nan)
-        columns[name] = contrast_stats.observed(matched, recipe) if enough else nothing
-        columns[f"{name}_p"] = contrast_stats.holm(contrast_stats.permutation_p(matched, recipe)) if enough else nothing
-        columns[f"{name}_pairs"] = np.full(len(p), len(matched.pairs))
-    columns["after_another"] = contrast_stats.observed(other_prompt, recipe)
-    with_own, with_other = (
-        contrast_stats.weighted_deviation(a, recipe, own_prompt.pairs, left_out) for a in (own_prompt, other_prompt)
+        answers = contrast_stats.length_matched(own_prompt, slack)
+        matched |= {name: np.full(len(layers), np.nan), f"{name}_p": np.full(len(layers), np.nan)}
+        if len(answers.pairs) >= MIN_PAIRS:
+            matched[name] = contrast_stats.observed(answers, recipe)
+            matched[f"{name}_p"] = contrast_stats.holm(contrast_stats.permutation_p(answers, recipe))
+        matched[f"{name}_pairs"] = np.full(len(layers), len(answers.pairs))
+    return _table(
+        layers,
+        partial(sides, own_prompt),
+        partial(sides, other_prompt),
+        len(own_prompt.pairs),
+        contrast_stats.permutation_p(own_prompt, recipe),
+        contrast_stats.noise_floor(own_prompt, recipe),
+        matched,
     )
-    columns |= contrast_stats.change_columns(columns["deviation"], columns["after_another"], with_own - with_other)
-    deviation = columns["deviation"]
+
+
+def _table(
+    layers: Sequence[int] | Int64,
+    own_prompt: Callable[..., tuple[Parts, Parts]],
+    other_prompt: Callable[..., tuple[Parts, Parts]],
+    units: int,
+    p: Float64,
+    noise_floor: Float64,
+    matched: Mapping[str, Float64],
+) -> pa.Table:
+    """Return `Contrast.layers`: scores with their intervals, and controls.
+
+    Args:
+        layers: indices of the layers.
+        own_prompt, other_prompt: functions that return the parts of AVSS of hallucinated and of truthful answers under
+            weights of the units, float64[n, units], by default 1: after the own and after another prompt.
+        units: number of pairs, or of blocks of shards.
+        p: p-values under exchanged labels, float64[layers].
+        noise_floor: quantile of the deviations between halves of the truthful answers, float64[layers].
+        matched: the columns `_MATCHED`, float64[layers] each.
+    """
+    left_out = left_out_weights(units)
+    observed = [(variance.ravel(), near_zero.ravel(), count.ravel()) for variance, near_zero, count in own_prompt()]
+    without = own_prompt(left_out)
+    columns = contrast_stats.contrast_columns((observed[0], observed[1]), own_prompt(bootstrap_weights(units)), without)
+    deviation, after_another = columns["deviation"], _deviation(other_prompt()).ravel()
+    change = contrast_stats.change_columns(
+        deviation, after_another, _deviation(without) - _deviation(other_prompt(left_out))
+    )
+    columns |= {"p": p, "p_holm": contrast_stats.holm(p), "noise_floor": noise_floor, **matched}
+    columns |= {"after_another": after_another, **change}
     with np.errstate(invalid="ignore"):
-        by_label = (columns["p_holm"] < LEVEL) & (np.abs(deviation) > columns["noise_floor"])
-        by_length = columns["length_matched_p"] < LEVEL
-        by_length &= np.sign(deviation) == np.sign(columns["length_matched"])
-        by_prompt = np.where(deviation > 0, columns["own_minus_another_low"] > 0, columns["own_minus_another_high"] < 0)
-    columns["stands"] = by_label & by_length & by_prompt
-    return _table(columns)
-
-
-def _table(columns: dict[str, Any]) -> pa.Table:
+        by_label = (columns["p_holm"] < LEVEL) & (np.abs(deviation) > noise_floor)
+        by_length = (matched["length_matched_p"] < LEVEL) & (np.sign(deviation) == np.sign(matched["length_matched"]))
+        by_prompt = np.where(deviation > 0, change["own_minus_another_low"] > 0, change["own_minus_another_high"] < 0)
+    arrays = {name: pa.array(values, from_pandas=True) for name, values in ({"layer": layers} | columns).items()}
+    arrays["stands"] = pa.array(by_label & by_length & by_prompt, mask=np.isnan(matched["length_matched_pairs"]))
     depth = depth_correlation(columns["eavss_contrast"].tolist())
-    columns["depth_correlation"] = np.full(len(columns["layer"]), depth)
-    table = pa.table({name: pa.array(values, from_pandas=True) for name, values in columns.items()})
-    for name in [*_MATCHED, "stands"]:
-        if name not in columns:
-            nothing = pa.nulls(len(table), pa.bool_() if name == "stands" else pa.float64())
-            table = table.append_column(name, nothing)
-    return table
+    arrays["depth_correlation"] = pa.array(np.full(len(layers), depth), from_pandas=True)
+    return pa.table(arrays)
 
 
 def _evaluated(
@@ -241,26 +299,26 @@ def _predictions(
     features, elsewhere = map(_features, (a, other))
     weights = left_out_weights(len(a.pairs))[:, np.searchsorted(a.pairs, a.pair)]
     baselines = {"length": a.tokens.astype(np.float64), **evaluated}
-    classifiers: list[tuple[int | None, str, float, Float64]] = []
-    for name, values in baselines.items():
-        if len(values) == len(a.pair):
-            classifiers.append((None, name, *_auroc(a, values, weights)))
+    classifiers: list[tuple[int | None, str, float, Float64]] = [
+        (None, name, *_auroc(a, values, weights)) for name, values in baselines.items() if len(values) == len(a.pair)
+    ]
     for name, grid in features.items():
         if np.isfinite(grid).all():
             classifiers += [(layer, name, *_auroc(a, column, weights)) for layer, column in enumerate(grid.T)]
     number = sum(layer is not None for layer, *_ in classifiers)
     best = max((one for one in classifiers if one[0] is None), key=lambda one: one[2])
+    corrected = 1 - (1 - INTERVAL) / max(number, 1)  # Bonferroni, over layers and statistics
     rows = []
     for layer, name, value, left_out in classifiers:
         low, high = jackknife_interval(np.array(value), left_out, scale="logit")
-        gain = value - best[2]
-        corrected = 1 - (1 - INTERVAL) / max(number, 1)  # Bonferroni, over layers and statistics
-        least_gain, _ = jackknife_interval(np.array(gain), left_out - best[3], confidence=corrected)
-        beats = layer is not None and bool(least_gain > 0)
         row = {"layer": layer, "statistic": name, "auroc": value, "auroc_low": low, "auroc_high": high}
-        once = np.ones((1, len(other.pair)))
-        row["after_another"] = None if layer is None else _auroc(other, elsewhere[name][:, layer], once)[0]
-        rows.append(row | {"gain": gain if layer is not None else None, "beats_baselines": beats})
+        beside = {"after_another": None, "gain": None, "beats_baselines": False}
+        if layer is not None:
+            gain, once = value - best[2], np.ones((1, len(other.pair)))
+            least_gain, _ = jackknife_interval(np.array(gain), left_out - best[3], confidence=corrected)
+            after_another, _ = _auroc(other, elsewhere[name][:, layer], once)
+            beside = {"after_another": after_another, "gain": gain, "beats_baselines": bool(least_gain > 0)}
+        rows.append(row | beside)
     return pa.Table.from_pylist(rows)
 
 
@@ -303,6 +361,9 @@ def _about_layers(rows: list[dict[str, Any]]) -> list[str]:
 
 
 def _about_prediction(rows: list[dict[str, Any]]) -> list[str]:
+    """Return sentences on how well layers and baselines predict labels, none if there are no predictions."""
+    if not rows:
+        return []
     best = max((row for row in rows if row["layer"] is None), key=lambda row: row["auroc"])
     top = max((row for row in rows if row["layer"] is not None), key=lambda row: row["auroc"])
     beating = sorted({row["layer"] for row in rows if row["beats_baselines"]})
@@ -312,8 +373,8 @@ def _about_prediction(rows: list[dict[str, Any]]) -> list[str]:
         f"{top['after_another']:.2f} after another prompt; the best baseline ({baseline}) has {best['auroc']:.2f}.",
         f"Layers that beat the baselines: {_listed(beating)}.",
     ]
-    known = {row["statistic"] for row in rows}
-    if missing := [name.replace("_", "-") for name in BASELINES.values() if name not in known]:
+    measured = {row["statistic"] for row in rows}
+    if missing := [name.replace("_", "-") for name in BASELINES.values() if name not in measured]:
         words.append(f"Baselines are missing ({', '.join(missing)}): evaluate perplexity on the same corpus.")
     return words
 
@@ -334,13 +395,11 @@ class Strata:
     Attributes:
         labels: labels of the hallucinated and of the truthful answers.
         layers: indices of the layers that have the site.
-        merged: LayerStats by label and layer, of the answers after their own prompts.
         blocks: LayerStats by stratum, block of consecutive shards, and layer.
     """
 
     labels: tuple[str, str]
     layers: tuple[int, ...]
-    merged: Mapping[str, list[LayerStats]]
     blocks: Mapping[str, list[list[LayerStats]]]
 
     @staticmethod
@@ -371,12 +430,7 @@ class Strata:
         partials = [shard.strata for shard in warehouse.read_partials(run)]
         parts = split_into_blocks(len(partials), BOOTSTRAP_BLOCKS)
         blocks = [merge_stats([partials[i] for i in part]) for part in parts] or [merged]
-        return Strata(
-            labels,
-            layers,
-            {label: by_layer(merged, label) for label in labels},
-            {stratum: [by_layer(block, stratum) for block in blocks] for stratum in strata},
-        )
+        return Strata(labels, layers, {key: [by_layer(block, key) for block in blocks] for key in strata})
 
     @property
     def num_blocks(self) -> int:
@@ -404,14 +458,6 @@ class Strata:
         first, second = (self.blocks[label + after] for label in self.labels)
         return _both([*first, *second], recipe, threshold, np.hstack([ours, theirs]), np.hstack([theirs, ours]))
 
-    def halves(self, recipe: str, threshold: Threshold, first: Float64) -> tuple[Parts, Parts]:
-        """Return the parts of AVSS of two groups of truthful answers, float64[n, layers] each.
-
-        Args:
-            first: float64[n, blocks], 1 for blocks of the first group, 0 for those of the second.
-        """
-        return _both(self.blocks[self.labels[1]], recipe, threshold, first, 1 - first)
-
 
 def _both(
     blocks: Sequence[Sequence[LayerStats]], recipe: str, threshold: Threshold, first: Float64, second: Float64
@@ -426,12 +472,12 @@ def _both(
     if recipe not in table.recipes():
         raise QueryError(f"The site has no statistics for the recipe '{recipe}'.", "Use block or update.")
     _, parts = table.parts(recipe, threshold)
-    (a, b, c), (x, y, z) = ([part[side] for part in parts] for side in (slice(len(first)), slice(len(first), None)))
+    (a, x), (b, y), (c, z) = (np.split(part, [len(first)]) for part in parts)
     return (a, b, c), (x, y, z)
 
 
-def stratum_columns(strata: Strata, recipe: str, threshold: Threshold) -> dict[str, Any]:
-    """Return the scores of layers, their intervals, and the controls that need no single answers.
+def stratum_table(strata: Strata, recipe: str, threshold: Threshold) -> pa.Table:
+    """Return `Contrast.layers` with the controls that need no single answers.
 
     Instead of pairs, blocks of shards are resampled, left out, and exchange their labels.
 
@@ -445,22 +491,19 @@ def stratum_columns(strata: Strata, recipe: str, threshold: Threshold) -> dict[s
         )
     rng = np.random.default_rng(BOOTSTRAP_SEED)
     own_prompt = partial(strata.both_sides, recipe, threshold)
-    other_prompt = partial(own_prompt, after=AFTER_ANOTHER)
-    left_out = left_out_weights(n)
-    columns: dict[str, Any] = {"layer": np.array(strata.layers)}
-    without = own_prompt(left_out)
-    hallucinated, truthful = ((variance[0], near_zero[0], count[0]) for variance, near_zero, count in own_prompt())
-    columns |= contrast_stats.contrast_columns((hallucinated, truthful), own_prompt(bootstrap_weights(n)), without)
     exchanged = rng.integers(0, 2, (contrast_stats.num_permutations(layers), n)).astype(np.float64)
-    p = contrast_stats.p_values(columns["deviation"], _deviation(own_prompt(exchanged=exchanged)))
+    p = contrast_stats.p_values(_deviation(own_prompt()).ravel(), _deviation(own_prompt(exchanged=exchanged)))
     halves = rng.permuted(np.tile(np.arange(n) < n // 2, (contrast_stats.PERMUTATIONS, 1)), axis=1).astype(np.float64)
-    columns |= {"p": p, "p_holm": contrast_stats.holm(p)}
-    columns["noise_floor"] = contrast_stats.floor_of(_deviation(strata.halves(recipe, threshold, halves)))
-    (columns["after_another"],) = _deviation(other_prompt())
-    columns |= contrast_stats.change_columns(
-        columns["deviation"], columns["after_another"], _deviation(without) - _deviation(other_prompt(left_out))
+    noise = _deviation(_both(strata.blocks[strata.labels[1]], recipe, threshold, halves, 1 - halves))
+    return _table(
+        strata.layers,
+        own_prompt,
+        partial(own_prompt, after=AFTER_ANOTHER),
+        n,
+        p,
+        contrast_stats.floor_of(noise),
+        dict.fromkeys(_MATCHED, np.full(layers, np.nan)),
     )
-    return columns
 
 
 def _deviation(sides: tuple[Parts, Parts]) -> Float64:
@@ -473,15 +516,15 @@ def which_labels(strata: Collection[str], hallucinated: str | None, truthful: st
     Raises:
         QueryError: if a given label is unknown, or a missing one is not recognized unambiguously.
     """
-    known = sorted(stratum for stratum in strata if not stratum.endswith(AFTER_ANOTHER))
+    labels = sorted(stratum for stratum in strata if not stratum.endswith(AFTER_ANOTHER))
     for label in filter(None, (hallucinated, truthful)):
-        require_known("label", label, known, QueryError)
-    hallucinated = hallucinated or _only([label for label in known if label.lower() in HALLUCINATED_NAMES])
-    others = [label for label in known if label != hallucinated]
-    truthful = truthful or (TRUTHFUL if TRUTHFUL in others else _only(others))
+        require_known("label", label, labels, QueryError)
+    hallucinated = hallucinated or _only([label for label in labels if label.lower() in HALLUCINATED_NAMES])
+    remaining = [label for label in labels if label != hallucinated]
+    truthful = truthful or (TRUTHFUL if TRUTHFUL in remaining else _only(remaining))
     if not hallucinated or not truthful or hallucinated == truthful:
         raise QueryError(
-            f"Which answers are hallucinated, and which truthful? Labels: {', '.join(known)}.",
+            f"Which answers are hallucinated, and which truthful? Labels: {', '.join(labels)}.",
             "Name one label as `hallucinated` and another as `truthful`.",
         )
     return hallucinated, truthful
@@ -497,3 +540,116 @@ def not_paired(run_id: str) -> QueryError:
 
 def _only(labels: list[str]) -> str | None:
     return labels[0] if len(labels) == 1 else None
+
+
+def contrast_section(label: str, result: Contrast) -> Section:
+    """Return the contrast of one run."""
+    name, reading, rows = f"contrast-{page_number(label)}", result.reading, result.layers.to_pylist()
+    about = f"{reading['hallucinated']} against {reading['truthful']} answers"
+    about += f", {reading['pairs']} pairs" if reading["pairs"] else ""
+    drawn = [
+        {"layer": row["layer"], "answers": title, "deviation": row[source], "noise": row["noise_floor"]}
+        for row in rows
+        for source, title in SERIES.items()
+        if row[source] is not None
+    ]
+    chart = Chart(
+        name=name,
+        title="Deviation from the median layer",
+        meaning="How far each layer's contrast is from that of the median layer, beside the controls.",
+        rows=drawn,
+        draw=_drawing,
+    )
+    predictions = [_predictions_table(name, result.predictions.to_pylist())] if len(result.predictions) else []
+    return Section(
+        label=label,
+        about=f"{about}; {reading['site']}, {reading['recipe']}, below {reading['threshold']}.",
+        sentences=result.findings,
+        charts=[chart],
+        tables=[_layers_table(name, rows, reading), *predictions],
+    )
+
+
+def _layers_table(name: str, rows: Sequence[Row], reading: Mapping[str, Any]) -> ReportTable:
+    column, number = partial(column_of, rows), "{:z.3f}".format
+    intervals = [known_interval(row["eavss_contrast_low"], row["eavss_contrast_high"]) for row in rows]
+    sizes = [abs(row["deviation"] or 0.0) for row in rows]
+    beyond_noise = [
+        (row["p_holm"] or 1) < LEVEL and size > (row["noise_floor"] or 0.0)
+        for row, size in zip(rows, sizes, strict=True)
+    ]
+    pairs, truthful = reading["pairs"], reading["truthful"]
+    matched = f", the {rows[0]['length_matched_pairs']} pairs of about equal length" if pairs else ""
+    caption = (
+        f"Contrast: log(AVSS on {reading['hallucinated']} / on {truthful} answers). The tests are of its deviation "
+        f"from the median layer: p by exchange of labels inside {'pairs' if pairs else 'shards'} (Holm), noise "
+        f"between random halves of {truthful} answers{matched}, and the same answers after another prompt."
+    )
+    if rows[0]["eavss_contrast_low"] is None:
+        units = "pairs" if pairs else "shards"
+        caption += f" No interval: fewer than {MINIMUM_UNITS} {units}, or a contrast that is not defined."
+    return ReportTable(
+        name=name,
+        title="Each layer",
+        columns=[
+            column("layer", "layer", str),
+            column("contrast", "eavss_contrast", number),
+            ReportColumn("95%", intervals, interval(number), priority=2),
+            column("rank", "rank", "{:z.0f}".format, 3),
+            column("in top 25%", "prone_probability", "{:z.0%}".format, 4),
+            column("deviation", "deviation", number),
+            BarColumn(values=sizes, marked=beyond_noise),
+            column("p", "p_holm", p_value),
+            column("noise", "noise_floor", number, 1),
+            column("length-matched", "length_matched", number, 1),
+            column("its p", "length_matched_p", p_value, 1),
+            column("other prompt", "after_another", number, 1),
+            ReportColumn("left", [bool(row["stands"]) for row in rows], yes),
+        ],
+        caption=caption,
+    )
+
+
+def _predictions_table(name: str, rows: Sequence[Row]) -> ReportTable:
+    """Return the baselines, and the best layer of each statistic."""
+    best = {str(row["statistic"]).replace("_", "-"): row for row in rows if row["layer"] is None}
+    for statistic, title in FEATURES.items():
+        of_layers = [row for row in rows if row["statistic"] == statistic and row["layer"] is not None]
+        if row := max(of_layers, key=lambda row: row["auroc"], default=None):
+            best[f"{title}, layer {row['layer']}"] = row
+    intervals = [known_interval(row["auroc_low"], row["auroc_high"]) for row in best.values()]
+    return ReportTable(
+        name=f"{name}-predictions",
+        title="Does it predict",
+        columns=[
+            ReportColumn("predicts by", list(best), number=False),
+            ReportColumn("AUROC", [row["auroc"] for row in best.values()], "{:z.3f}".format),
+            ReportColumn("95%", intervals, interval("{:z.3f}".format)),
+            ReportColumn("other prompt", [row["after_another"] for row in best.values()], "{:z.3f}".format, priority=1),
+            ReportColumn("beats", [bool(row["beats_baselines"]) for row in best.values()], yes),
+        ],
+        caption="Folds over prompts; of each statistic, its best layer.",
+    )
+
+
+def _drawing() -> Any:
+    """Return the chart of deviations: a dot for each layer and kind of answers, and a band of noise."""
+    import altair as alt
+
+    titles = list(SERIES.values())
+    legend = alt.Legend(title=None, orient="top", columns=1, labelLimit=alt.ExprRef("limit"), symbolOpacity=1)
+    title = "deviation from the median layer"
+    base = alt.Chart().encode(alt.X("layer:Q", title="layer (from 0)").axis(format="d", tickMinStep=1, grid=False))
+    band = (
+        base.transform_calculate(low="-datum.noise", high="datum.noise")
+        .mark_area(color=GRAY, opacity=0.25, interpolate="step")
+        .encode(alt.Y("low:Q", title=title), alt.Y2("high:Q"))
+        .transform_filter(f"datum.answers == '{titles[0]}'")
+    )
+    dots = base.mark_point(filled=True, size=40, opacity=1).encode(
+        alt.Y("deviation:Q", title=title, axis=alt.Axis(grid=False)),
+        alt.Color("answers:N", scale=alt.Scale(domain=titles, range=[BLUE, AMBER, GRAY]), legend=legend),
+        alt.Shape("answers:N", scale=alt.Scale(domain=titles), legend=legend),
+        tooltip=["layer:Q", "answers:N", alt.Tooltip("deviation:Q", format=".3f")],
+    )
+    return alt.layer(band, dots).properties(height=220)

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
 
 from avss_dist.analysis.comparison import CONDITIONS, Profile, condition, differing, profiles, runs_with_conditions
+from avss_dist.analysis.section import Chart, ReportColumn, ReportTable, Section
 from avss_dist.core.errors import QueryError, require_known
 from avss_dist.core.registry import FROM_ACTIVATIONS
 from avss_dist.core.results import TabularResult
@@ -21,6 +22,7 @@ from avss_dist.stats.scores import Threshold
 from avss_dist.warehouse.reader import Warehouse
 
 MIN_POINTS = 2  # of a curve
+MAX_DRAWN = 12  # curves in a picture
 MIN_TREND = 4  # points from which the correlation of a rank with the axis is told
 
 SCHEMA = pa.schema(
@@ -51,6 +53,12 @@ AXES = {
     "sequence_length": "sequence_length",
 }
 """Axes along which layer scores are followed, each with the column of ``runs`` that has the place on it, a number."""
+AXIS_TITLES = {
+    "step": "training step",
+    "tokens": "tokens trained on",
+    "size": "parameters",
+    "sequence_length": "tokens in a row",
+}
 SAME = {"step": ("series",), "tokens": ("series",), "size": ("family",), "sequence_length": ("model", "revision")}
 """Columns of ``runs`` in which the runs of a curve are equal by axis, besides the conditions of a comparison."""
 
@@ -92,16 +100,15 @@ class Curve:
         """Whether each layer is among the lowest 25% at each point, bool[points, layers]."""
         return rank_lowest(self.values) <= count_lowest(len(self.depth))
 
-    @property
-    def trend(self) -> Float64:
-        """Spearman's rho of the rank of each layer with the axis, float64[layers].
-
-        NaN for fewer than `MIN_TREND` points.
-        """
-        if len(self.runs) < MIN_TREND:
-            return np.full(len(self.depth), np.nan)
-        order = np.arange(len(self.runs), dtype=np.float64)
-        return spearman_rows(self.ranks.T, np.broadcast_to(order, self.ranks.T.shape))
+    def rows(self) -> Iterator[dict[str, Any]]:
+        """Yield a row of `SCHEMA` for each point and layer."""
+        for run, point, *by_layer in zip(
+            self.runs, self.points, self.values.tolist(), self.ranks.tolist(), self.is_lowest.tolist(), strict=True
+        ):
+            about = {"along": self.along, "curve": self.name, "point": point, "value": float(run[AXES[self.along]])}
+            for layer, depth, *values in zip(self.layers, self.depth.tolist(), *by_layer, strict=True):
+                place = {"run_id": run["run_id"], "layer": layer, "depth": depth}
+                yield about | place | dict(zip(("score", "rank", "is_lowest"), values, strict=True))
 
 
 @dataclass(frozen=True, kw_only=True, repr=False)
@@ -118,17 +125,7 @@ class RankingCurves(TabularResult):
 
     def table(self) -> pa.Table:
         """Return a table of `SCHEMA`, with a row for each point and layer of each curve."""
-        rows: list[dict[str, Any]] = []
-        for curve in self.curves:
-            column, lowest = AXES[curve.along], curve.is_lowest
-            for point, (run, text) in enumerate(zip(curve.runs, curve.points, strict=True)):
-                about = {"along": curve.along, "curve": curve.name, "point": text, "run_id": run["run_id"]}
-                about["value"] = float(run[column])
-                for place, (layer, depth) in enumerate(zip(curve.layers, curve.depth.tolist(), strict=True)):
-                    scored = {"score": curve.values[point, place], "rank": curve.ranks[point, place]}
-                    is_lowest = bool(lowest[point, place])
-                    rows.append(about | {"layer": layer, "depth": depth, "is_lowest": is_lowest} | scored)
-        return pa.Table.from_pylist(rows, SCHEMA)
+        return pa.Table.from_pylist([row for curve in self.curves for row in curve.rows()], SCHEMA)
 
     def summary(self) -> str:
         """Return the numbers of curves and of points, in words."""
@@ -200,24 +197,129 @@ def curves_of(scored: Sequence[Profile], along: str, *, allow_mismatch: bool = F
             groups.setdefault((*same, *(condition(profile.run, name) for name in equal)), {})[place] = profile
     members = [[group[place] for place in sorted(group)] for group in groups.values() if len(group) >= MIN_POINTS]
     oldest = [next(iter(group.values())).run for group in groups.values() if len(group) >= MIN_POINTS]
-    subject, *others = SAME[along]
-    telling, curves = differing(oldest, (*others, *conditions)), []
+    telling, curves = differing(oldest, (*SAME[along][1:], *conditions)), []
     for first, group in zip(oldest, members, strict=True):
         details = [f"{name} {basename(str(first.get(f'{name}_name') or first[name]))}" for name in telling]
         shallowest = min(group, key=lambda profile: len(profile.depth))
         depth, number = shallowest.depth, shallowest.run["num_layers"] or len(shallowest.depth)
-        curve = Curve(
-            along=along,
-            name=printable(", ".join([str(first[subject]), *details])),
-            runs=[profile.run for profile in group],
-            layers=np.rint(depth * number - 0.5).astype(int).tolist(),
-            depth=depth,
-            values=np.array([np.interp(depth, profile.depth, profile.values) for profile in group]),
+        curves.append(
+            Curve(
+                along=along,
+                name=printable(", ".join([str(first[SAME[along][0]]), *details])),
+                runs=[profile.run for profile in group],
+                layers=np.rint(depth * number - 0.5).astype(int).tolist(),
+                depth=depth,
+                values=np.array([np.interp(depth, profile.depth, profile.values) for profile in group]),
+            )
         )
-        curves.append(curve)
     return sorted(curves, key=lambda curve: (-len(curve.runs), curve.name))
 
 
 def _place(run: Mapping[str, Any], along: str) -> tuple[Any, ...]:
     """Return the place of a run on an axis and the values that its curve shares, with None for unknown ones."""
     return tuple(run[name] for name in (AXES[along], *SAME[along]))
+
+
+def curve_section(curve: Curve, name: str) -> Section:
+    """Return the section of a curve: where its lowest layers settle, a heat map, and tables of points and layers.
+
+    Args:
+        name: base name of its files.
+    """
+    axis, points, values, is_lowest = AXIS_TITLES[curve.along], curve.points, curve.values, curve.is_lowest
+    lowest = [", ".join(str(curve.layers[place]) for place in np.flatnonzero(row).tolist()) for row in is_lowest]
+    settled = max((index for index, layers in enumerate(lowest) if layers != lowest[-1]), default=-1) + 1
+    with_previous = [np.nan, *spearman_rows(values[1:], values[:-1]).tolist()]
+    with_last = spearman_rows(values, np.broadcast_to(values[-1], values.shape)).tolist()
+    of_points = [
+        ReportColumn(axis, points),
+        ReportColumn("run", [run["run_id"] for run in curve.runs], number=False, priority=5),
+        ReportColumn("with the one before", with_previous, "{:z.3f}".format, group="Spearman"),
+        ReportColumn("with the last", with_last, "{:z.3f}".format, group="Spearman"),
+        ReportColumn("lowest 25%", lowest, number=False, priority=2, wraps=True),
+    ]
+    ranks, order = curve.ranks, np.arange(len(curve.runs), dtype=np.float64)
+    trend = spearman_rows(ranks.T, np.broadcast_to(order, ranks.T.shape)).tolist()
+    of_layers = [
+        ReportColumn("layer", curve.layers),
+        ReportColumn("depth", curve.depth.tolist(), "{:z.2f}".format, priority=4),
+        ReportColumn("first", ranks[0].tolist(), "{:g}".format, group="rank"),
+        ReportColumn("last", ranks[-1].tolist(), "{:g}".format, group="rank"),
+        ReportColumn("lowest", ranks.min(axis=0).tolist(), "{:g}".format, group="rank", priority=3),
+        ReportColumn("highest", ranks.max(axis=0).tolist(), "{:g}".format, group="rank", priority=3),
+        *([ReportColumn("trend", trend, "{:z.2f}".format, priority=1)] if len(curve.runs) >= MIN_TREND else []),
+        ReportColumn("among the lowest", is_lowest.mean(axis=0).tolist(), "{:z.0%}".format, priority=1),
+    ]
+    number = len(curve.depth)
+    distinct = [text if points.count(text) == 1 else f"{text} ({n})" for n, text in enumerate(points, start=1)]
+    cells = [
+        {
+            "point": label,
+            "layer": layer,
+            "run": run["run_id"],
+            "rank": float(rank),
+            "share": round(float((rank - 1) / (number - 1)), 4),
+        }
+        for label, run, of_point in zip(distinct, curve.runs, ranks, strict=True)
+        for layer, rank in zip(curve.layers, of_point, strict=True)
+    ]
+    chart = Chart(
+        name=name,
+        title=f"Ranks along {axis}",
+        meaning="A column for each point, a cell for each layer; dark layers are the least important.",
+        rows=cells,
+        draw=partial(_drawing, curve.along, number),
+    )
+    return Section(
+        label=f"{curve.name} along {axis}",
+        sentences=[f"The lowest 25% are those of the last point from {points[settled]} on."],
+        charts=[chart],
+        tables=[
+            ReportTable(name=f"{name}-points", title="Points", columns=of_points),
+            ReportTable(
+                name=name,
+                title="Layers",
+                columns=of_layers,
+                caption="Rank 1 is the lowest score. Trend: Spearman's correlation of the rank with the axis. Among "
+                "the lowest: the share of points at which the layer is in the lowest 25%.",
+            ),
+        ],
+    )
+
+
+def curves_chart(curves: Sequence[Curve]) -> Any:
+    """Return the heat maps of up to `MAX_DRAWN` curves, one above the other."""
+    import altair as alt
+
+    charts = []
+    for number, curve in enumerate(curves[:MAX_DRAWN], start=1):
+        section = curve_section(curve, f"curve-{number}")
+        (chart,) = section.charts
+        title = alt.TitleParams(section.label, subtitle=list(section.sentences), anchor="start")
+        charts.append(
+            chart.draw().properties(width=560, title=title).properties(data=alt.InlineData(values=list(chart.rows)))
+        )
+    return alt.vconcat(*charts).properties(padding=12)
+
+
+def _drawing(along: str, number: int) -> Any:
+    """Return the heat map of ranks by point and layer.
+
+    Args:
+        number: number of layers.
+    """
+    import altair as alt
+
+    legend = alt.Legend(title="rank: 0 least, 1 most important", orient="top", direction="horizontal", titleLimit=240)
+    labels = alt.Axis(labelAngle=-45, labelOverlap="greedy", labelLimit=120, grid=False)
+    return (
+        alt.Chart()
+        .mark_rect()
+        .properties(height=max(120, 11 * number))
+        .encode(
+            x=alt.X("point:N", sort=None, title=AXIS_TITLES[along], axis=labels),
+            y=alt.Y("layer:O", sort="descending", title="layer").axis(labelOverlap="greedy"),
+            color=alt.Color("share:Q", scale=alt.Scale(domain=[0, 1], scheme="viridis"), legend=legend),
+            tooltip=["point:N", "run:N", "layer:Q", alt.Tooltip("rank:Q", format=".1f")],
+        )
+    )

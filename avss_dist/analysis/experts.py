@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
 
+from avss_dist.analysis.section import BarColumn, ReportColumn, ReportTable, Section
 from avss_dist.core.errors import QueryError
+from avss_dist.core.text import describe_count
 from avss_dist.stats.layer_stats import Float64
 from avss_dist.warehouse.encoding import to_experts
 from avss_dist.warehouse.reader import Warehouse
+
+NUM_NAMED = 3  # experts of the lowest saliency that are named
 
 
 @dataclass(frozen=True, eq=False)
@@ -91,3 +97,69 @@ def experts_by_layer(rows: pa.Table) -> list[LayerExperts]:
 def _shares(values: Float64) -> Float64:
     total = values.sum()
     return values / total if total > 0 else np.zeros_like(values)
+
+
+def experts_section(label: str, run: Mapping[str, Any], layers: Sequence[LayerExperts]) -> Section:
+    """Return the section on a run: evenness of its routers, and the experts that stand out.
+
+    Args:
+        run: a row of ``runs``.
+    """
+    idle, number = sum(len(one.idle) for one in layers), sum(len(one.load) for one in layers)
+    uneven = min(layers, key=lambda one: one.balance)
+    summary = (
+        f"{idle} of {number} experts got no token. The spread is least even in layer {uneven.layer}: "
+        f"balance {uneven.balance:.3f}, where 1 is even; its busiest expert got {uneven.load.max():.0%} of the tokens."
+    )
+    balance = [one.balance for one in layers]
+    least_salient = [np.argsort(one.saliency, kind="stable")[:NUM_NAMED].tolist() for one in layers]
+    table = ReportTable(
+        name="experts",
+        title="Routed experts by layer",
+        columns=[
+            ReportColumn("layer", [one.layer for one in layers]),
+            BarColumn(values=balance),
+            ReportColumn(
+                "balance", balance, "{:z.3f}".format, meaning="entropy of the tokens' spread over experts, 1 is even"
+            ),
+            ReportColumn(
+                "router entropy",
+                [one.router_entropy for one in layers],
+                "{:z.3f}".format,
+                meaning="of its probabilities, a mean over tokens",
+                priority=3,
+            ),
+            ReportColumn("experts", [len(one.load) for one in layers], priority=4),
+            ReportColumn("idle", [len(one.idle) for one in layers]),
+            ReportColumn(
+                "busiest",
+                [_largest(one.load) for one in layers],
+                meaning="share of the routed tokens",
+                priority=2,
+                number=False,
+            ),
+            ReportColumn(
+                "carries most",
+                [_largest(one.carried) for one in layers],
+                meaning="share of the sum of gate x |output|",
+                priority=2,
+                number=False,
+            ),
+            ReportColumn(
+                "least salient",
+                [", ".join(map(str, experts)) for experts in least_salient],
+                meaning="the lowest means of gate x |output| (REAP), idle experts first",
+                number=False,
+            ),
+        ],
+    )
+    return Section(
+        label=label,
+        about=f"{describe_count(run['num_tokens'])} tokens of {run['corpus']}.",
+        sentences=[summary],
+        tables=[table],
+    )
+
+
+def _largest(shares: np.ndarray) -> str:
+    return f"{shares.argmax()} ({shares.max():.0%})"

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from itertools import chain
 from typing import Any
 
@@ -62,12 +62,9 @@ SCORES = (
     "lowest_set_probability",
 )
 _BY_LAYER = [(name, "ascending") for name in ("run_id", "site", "layer")]
-OF_RUNS = ["run_id", "model", "revision", "num_shards", "settings"]
-"""Columns of ``runs`` that findings depend on."""
 RUNS_AT_ONCE = 2048  # runs whose scores and digests are in memory together: 0.4 GB for 80 layers
 PLACE = ("run_id", "site", "recipe")
 """Columns of a reading."""
-_EVALUATED = ("run_id", "revision", "task", "metric", "value", "settings", "drop")
 _OLD_ROWS = (
     "This run was measured before packed rows started with the tokenizer's special tokens. If its tokenizer adds any "
     "(BOS, CLS), score the model again; else nothing has changed."
@@ -125,10 +122,10 @@ def findings(
     done = pc.field("status") == "done"
     if run_ids is not None:
         done &= pc.field("run_id").isin(pa.array(run_ids, pa.string()))
-    runs = warehouse.runs().filter(done).select(OF_RUNS).to_pylist()
+    runs = warehouse.runs().filter(done).select(["run_id", "model", "revision", "num_shards", "settings"]).to_pylist()
     names = [run["run_id"] for run in runs]
-    of_recipe = recipe if rankings_alone else None  # what else there is compares recipes
-    where = at_reading(site, of_recipe, threshold.value, threshold.kind)
+    # All other findings compare recipes.
+    where = at_reading(site, recipe if rankings_alone else None, threshold.value, threshold.kind)
     at = {"threshold": threshold.value, "threshold_kind": threshold.kind}
     rows: list[Row] = []
     for start in range(0, len(names), RUNS_AT_ONCE):
@@ -140,31 +137,26 @@ def findings(
             (key["run_id"], key["site"], key["recipe"]): {name: cells[begin:end] for name, cells in columns.items()}
             for key, begin, end in slices_by(scores, PLACE)
         }
-        rows += [row | at for row in _in_order([*_of_readings(readings, threshold), *_of_recipes(readings)], group)]
+        rows += [row | at for row in chain(_of_readings(readings, threshold), _of_recipes(readings))]
         if rankings_alone:
-            rows += _in_order(nonfinite_layers(warehouse.digests(group, NONFINITE)), group)
+            rows += nonfinite_layers(warehouse.digests(group, NONFINITE))
         else:
-            rows += _in_order(of_digests(warehouse.digests(group), threshold, site), group)
+            rows += of_digests(warehouse.digests(group), threshold, site)
     if not rankings_alone:
-        rows += [{"run_id": name, **row} for name, row in expert_findings(warehouse, names)]
+        rows += expert_findings(warehouse, names)
         for run in runs:
             if (shards := run["num_shards"]) and (message := why_no_interval(shards)):
-                rows.append({"run_id": run["run_id"], **finding("no_interval", "note", shards, message)})
+                rows.append(finding("no_interval", "note", shards, message, run_id=run["run_id"]))
         rows += _row_starts(warehouse, runs)
         for run_id, reason in warehouse.damaged.items():
             if run_ids is None or run_id in run_ids:
                 message = f"This run cannot be read: {reason}."
-                rows.append({"run_id": run_id, **finding("unreadable", "warning", np.nan, message)})
+                rows.append(finding("unreadable", "warning", np.nan, message, run_id=run_id))
     place = (("site", site), ("recipe", recipe))
     rows = [row for row in rows if all(value is None or row.get(name) in (None, value) for name, value in place)]
-    rows.sort(key=_urgency)
+    position = {name: index for index, name in enumerate(names)}
+    rows.sort(key=lambda row: (*_urgency(row), position.get(row["run_id"], len(names))))
     return pa.Table.from_pylist(rows, SCHEMA)
-
-
-def _in_order(findings: Iterable[Row], run_ids: Sequence[str]) -> list[Row]:
-    """Return findings in the order of the runs that they are about."""
-    position = {run_id: index for index, run_id in enumerate(run_ids)}
-    return sorted(findings, key=lambda row: position[row["run_id"]])
 
 
 def of_rankings(table: pa.Table, score: str) -> pa.Table:
@@ -175,10 +167,14 @@ def of_rankings(table: pa.Table, score: str) -> pa.Table:
 
 def _urgency(row: Row) -> tuple[bool, bool, int, int, int]:
     """Return the sort key of a finding: warnings first, then the default site and recipe, then the order of `KINDS`."""
-    site, recipe = row.get("site") or SITES[0], row.get("recipe") or RECIPES[0]
-    elsewhere = (site, recipe) != (SITES[0], RECIPES[0])
-    kind = KINDS.index(row["kind"])
-    return row["severity"] == "note", elsewhere, kind, EVERY_SITE.index(site), RECIPES.index(recipe)
+    site, recipe = EVERY_SITE.index(row.get("site") or SITES[0]), RECIPES.index(row.get("recipe") or RECIPES[0])
+    return (
+        row["severity"] == "note",
+        (site, recipe) != (EVERY_SITE.index(SITES[0]), 0),
+        KINDS.index(row["kind"]),
+        site,
+        recipe,
+    )
 
 
 def _of_readings(readings: Mapping[Reading, Columns], threshold: Threshold) -> Iterator[Row]:
@@ -209,10 +205,15 @@ def _of_recipes(readings: Mapping[Reading, Columns]) -> Iterator[Row]:
         if rho < DISAGREE:
             worst[run_id, site] = min(worst.get((run_id, site), (rho, a, b)), (rho, a, b))
     for (run_id, site), (rho, a, b) in worst.items():
-        message = f"The recipes '{a}' and '{b}' rank the layers differently (Spearman {rho:z.2f}): "
-        message += "which layers matter depends on how AVSS is read."
-        severity = "warning" if rho < 0 else "note"
-        yield finding("recipes_disagree", severity, rho, message, run_id=run_id, site=site)
+        yield finding(
+            "recipes_disagree",
+            "warning" if rho < 0 else "note",
+            rho,
+            f"The recipes '{a}' and '{b}' rank the layers differently (Spearman {rho:z.2f}): "
+            "which layers matter depends on how AVSS is read.",
+            run_id=run_id,
+            site=site,
+        )
 
 
 def _correlations(pairs: Sequence[tuple[Float64, ...]]) -> list[float]:
@@ -244,12 +245,12 @@ def _noisy_sparsity(group: Columns, recipe: str, threshold: Threshold) -> Iterat
     layers, noisy = len(counts), int((counts < NOISY_BELOW).sum())
     if recipe == "unit" or not noisy:  # it counts units, of which there are few
         return
-    fewest, most = np.nanmin(counts), np.nanmax(counts)
-    no_interval = f" No interval below {MINIMUM_NEAR_ZERO}." if fewest < MINIMUM_NEAR_ZERO else ""
+    minimum, maximum = np.nanmin(counts), np.nanmax(counts)
+    no_interval = f" No interval below {MINIMUM_NEAR_ZERO}." if minimum < MINIMUM_NEAR_ZERO else ""
     yield finding(
         *("noisy_sparsity", "warning" if noisy > layers / 2 else "note", noisy / layers),
         f"{noisy} of {layers} layers have fewer than {NOISY_BELOW} elements with |x| < {describe(threshold)} "
-        f"({fewest:,.0f} to {most:,.0f} in a layer): their sparsity is noise.{no_interval}",
+        f"({minimum:,.0f} to {maximum:,.0f} in a layer): their sparsity is noise.{no_interval}",
     )
 
 
@@ -257,21 +258,21 @@ def _unstable_ranking(group: Columns) -> Iterator[Row]:
     layer, rank, probability = (group[name] for name in ("layer", "rank", "lowest_set_probability"))
     ranked = np.argsort(rank, kind="stable")[: int(np.isfinite(rank).sum())]
     size = count_lowest(len(layer))
-    chosen, others = ranked[:size], ranked[size:]
-    if not others.size or np.isnan(probability[chosen]).any():
+    chosen, rest = ranked[:size], ranked[size:]
+    if not rest.size or np.isnan(probability[chosen]).any():
         return
     changed = float((1 - probability[chosen]).mean())
     if changed <= CHANGING[0]:
         return
     unsure = layer[(probability > 0.05) & (probability < 0.95)].tolist()
-    last, first = chosen[-1], others[0]
-    overlap = group["avss_high"][last] > group["avss_low"][first]
-    yield finding(
-        *("unstable_ranking", "warning" if changed > CHANGING[1] else "note", changed),
+    last, first = chosen[-1], rest[0]
+    message = (
         f"Resampling the shards changes {changed:.0%} of the {size} lowest layers on average; "
         f"{layers_in_words(unsure)} may or may not be among them"
-        + (f" (the intervals of layers {layer[last]} and {layer[first]} overlap)." if overlap else "."),
     )
+    if group["avss_high"][last] > group["avss_low"][first]:
+        message += f" (the intervals of layers {layer[last]} and {layer[first]} overlap)"
+    yield finding("unstable_ranking", "warning" if changed > CHANGING[1] else "note", changed, f"{message}.")
 
 
 def _row_starts(warehouse: Warehouse, runs: Rows) -> Iterator[Row]:
@@ -282,17 +283,19 @@ def _row_starts(warehouse: Warehouse, runs: Rows) -> Iterator[Row]:
     """
     where = pc.starts_with(pc.field("task"), ROW_START) & (pc.list_value_length(pc.field("drop")) == 0)
     losses: dict[tuple[str, str], dict[str, dict[str, float]]] = {}
-    for row in warehouse.table("evaluations", columns=_EVALUATED, where=where).to_pylist():
+    for row in warehouse.table(
+        "evaluations", columns=("revision", "task", "metric", "value", "settings"), where=where
+    ).to_pylist():
         key = row["revision"], settings_of(row).get("row_start", "none")
         losses.setdefault(key, {}).setdefault(row["task"], {})[row["metric"]] = row["value"]
     for run in runs:
         settings = settings_of(run)
         start = settings.get("row_start")
         if settings.get("layout", "packed") == "packed" and start is None:
-            yield {"run_id": run["run_id"], **finding("row_start", "note", np.nan, _OLD_ROWS)}
+            yield finding("row_start", "note", np.nan, _OLD_ROWS, run_id=run["run_id"])
         for task, by_metric in losses.get((run["revision"], start or ""), {}).items():
             if warning := row_start_warning(by_metric, run["model"], task.removeprefix(ROW_START)):
-                yield {"run_id": run["run_id"], **finding("row_start", "warning", *warning)}
+                yield finding("row_start", "warning", *warning, run_id=run["run_id"])
 
 
 def _numbers(table: pa.Table) -> dict[str, NDArray[Any]]:
@@ -302,7 +305,7 @@ def _numbers(table: pa.Table) -> dict[str, NDArray[Any]]:
 
 
 def finding(kind: str, severity: str, value: float, message: str, **place: Any) -> Row:
-    """Return a finding without its run. ``place`` is where it holds."""
+    """Return a finding. ``place`` is where it holds."""
     return {"kind": kind, "severity": severity, "value": float(value), "message": message, **place}
 
 
@@ -319,13 +322,9 @@ def of_digests(digests: pa.Table, threshold: Threshold, site: str | None = None)
     at = pc.list_flatten(thresholds).to_numpy() == threshold.value  # there are no counts if it was not counted
     row_of_count, counted = pc.list_parent_indices(counts).to_numpy()[at], pc.list_flatten(counts).to_numpy()[at]
     columns = _numbers(table) | {"near_zero": np.bincount(row_of_count, counted, len(table)).astype(np.int64)}
-    first, mean, m2 = (
-        (columns["first_count"], columns["first_mean"], columns["first_m2"]),
-        columns["mean"],
-        columns["m2"],
-    )
+    first, m2 = (columns["first_count"], columns["first_mean"], columns["first_m2"]), columns["m2"]
     has_others = (m2 > 0) & (columns["count"] > columns["first_count"])  # elements that are not of the first token
-    columns["first_share"] = np.where(has_others, share_of_m2(first, mean, m2), np.nan)
+    columns["first_share"] = np.where(has_others, share_of_m2(first, columns["mean"], m2), np.nan)
     tokens, change = columns["token_count"], columns["relative_magnitude_sum"]
     columns["change"] = np.divide(change, tokens, out=np.full(len(tokens), np.nan), where=tokens > 0)
     unmoved = pc.equal(table["site"], "update").to_numpy() & (columns["count"] > 0) & (columns["max_abs"] == 0)
@@ -368,16 +367,14 @@ def _nonfinite(layers: Columns) -> Iterator[Row]:
     """Yield a finding on layers with NaN or infinite elements, which every other statistic leaves out."""
     affected = layers["nonfinite_count"] > 0
     if affected.any():
-        nonfinite, count = layers["nonfinite_count"][affected], layers["count"][affected]
-        largest = (nonfinite / (count + nonfinite)).max()
-        names = layers["layer"][affected].tolist()
-        have = "has" if len(names) == 1 else "have"
+        nonfinite, names = layers["nonfinite_count"][affected], layers["layer"][affected].tolist()
+        largest = (nonfinite / (layers["count"][affected] + nonfinite)).max()
         yield finding(
             "nonfinite",
             "warning",
             largest,
-            f"{layers_in_words(names).capitalize()} {have} NaN or infinite activations (up to {largest:.2g} of "
-            "the elements): AVSS ranks no such layer. Is the dtype wide enough?",
+            f"{layers_in_words(names).capitalize()} {'has' if len(names) == 1 else 'have'} NaN or infinite activations "
+            f"(up to {largest:.2g} of the elements): AVSS ranks no such layer. Is the dtype wide enough?",
         )
 
 
@@ -385,11 +382,11 @@ def _exact_zeros(site: str, zeros: int, near_zero: int, threshold: Threshold) ->
     """Yield a finding if most near-zero elements of a site are zeros."""
     if threshold.kind != "absolute" or near_zero < NOISY_BELOW or zeros <= EXACT * near_zero:
         return
-    share, is_neuron = zeros / near_zero, site == "neuron"
-    cut_off = "the activation function cuts them off, and the threshold hardly matters."
-    reason = cut_off if is_neuron else "the count reflects rounding in this dtype, not the layer."
+    share, severity = zeros / near_zero, "warning"
+    reason = "the count reflects rounding in this dtype, not the layer."
+    if site == "neuron":
+        severity, reason = "note", "the activation function cuts them off, and the threshold hardly matters."
     message = f"{share:.0%} of the elements with |x| < {describe(threshold)} are exactly zero: {reason}"
-    severity = "note" if is_neuron else "warning"
     at = {"threshold": threshold.value, "threshold_kind": threshold.kind}
     yield from (finding("exact_zeros", severity, share, message, recipe=r, **at) for r in ("pooled", "element"))
 
@@ -425,15 +422,15 @@ def _dominant_units(layers: Columns) -> Iterator[Row]:
 def _first_token(layers: Columns) -> Iterator[Row]:
     """Yield a finding if the first token of each row carries more than half of the variance over elements."""
     shares = layers["first_share"]
-    known, dominated = int(np.isfinite(shares).sum()), np.flatnonzero(shares > DOMINANT)
+    defined, dominated = int(np.isfinite(shares).sum()), np.flatnonzero(shares > DOMINANT)
     if dominated.size:
         largest = dominated[shares[dominated].argmax()]
         yield finding(
             "first_token",
-            "warning" if len(dominated) > known / 2 else "note",
+            "warning" if len(dominated) > defined / 2 else "note",
             shares[largest],
             f"The first token that counts in each row carries more than half of the variance in {len(dominated)} of "
-            f"{known} layers ({shares[largest]:.1%} in layer {layers['layer'][largest]}): it is an "
+            f"{defined} layers ({shares[largest]:.1%} in layer {layers['layer'][largest]}): it is an "
             "attention sink. To see the other tokens, leave it out with `skip_first_tokens`.",
             recipe="element",
         )
@@ -462,24 +459,32 @@ def layers_in_words(layers: Sequence[int]) -> str:
     return f"layer{'s' if len(layers) != 1 else ''} {describe_layers(layers)}"
 
 
-def expert_findings(warehouse: Warehouse, run_ids: Sequence[str]) -> Iterator[tuple[str, Row]]:
-    """Yield (run id, finding) for the runs whose experts were measured: on idle experts, and on dominant ones."""
+def expert_findings(warehouse: Warehouse, run_ids: Sequence[str]) -> Iterator[Row]:
+    """Yield the findings of the runs whose experts were measured: on idle experts, and on dominant ones."""
     rows = warehouse.table("expert_stats", run_ids=run_ids)
     for run_id in dict.fromkeys(rows["run_id"].to_pylist()):
         layers = experts_by_layer(rows.filter(pc.field("run_id") == run_id))
         if affected := [one for one in layers if one.idle]:
             idle, number = sum(len(one.idle) for one in layers), sum(len(one.load) for one in layers)
-            named = "; ".join(f"layer {one.layer}: {', '.join(map(str, one.idle[:8]))}" for one in affected[:MAX_NAMED])
-            more = "; ..." if len(affected) > MAX_NAMED else ""
-            message = f"{idle} of {number} experts got no token of this text, in "
-            message += (
-                f"{layers_in_words([o.layer for o in affected])} ({named}{more}): nothing is known of them but that."
+            lists = "; ".join(f"layer {one.layer}: {', '.join(map(str, one.idle[:8]))}" for one in affected[:MAX_NAMED])
+            yield finding(
+                "idle_experts",
+                "warning" if idle > number / 4 else "note",
+                idle / number,
+                f"{idle} of {number} experts got no token of this text, in "
+                f"{layers_in_words([one.layer for one in affected])} ({lists}"
+                f"{'; ...' if len(affected) > MAX_NAMED else ''}): nothing is known of them but that.",
+                run_id=run_id,
             )
-            yield run_id, finding("idle_experts", "warning" if idle > number / 4 else "note", idle / number, message)
         if affected := [one for one in layers if len(one.carried) > 1 and one.carried.max() > DOMINANT]:
             extreme = max(affected, key=lambda one: float(one.carried.max()))
-            share, severity = float(extreme.carried.max()), "warning" if len(affected) > len(layers) / 2 else "note"
-            message = "One expert gives more than half of what all experts add, in "
-            message += f"{layers_in_words([o.layer for o in affected])} (expert {int(extreme.carried.argmax())} gives "
-            message += f"{share:.0%} in layer {extreme.layer})."
-            yield run_id, finding("dominant_expert", severity, share, message)
+            share = float(extreme.carried.max())
+            yield finding(
+                "dominant_expert",
+                "warning" if len(affected) > len(layers) / 2 else "note",
+                share,
+                "One expert gives more than half of what all experts add, in "
+                f"{layers_in_words([one.layer for one in affected])} (expert {int(extreme.carried.argmax())} gives "
+                f"{share:.0%} in layer {extreme.layer}).",
+                run_id=run_id,
+            )

@@ -2,31 +2,38 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any
 
+import numpy as np
 import pyarrow.compute as pc
 
 from avss_dist.analysis.chosen import choose_runs
 from avss_dist.analysis.experts import require_experts
 from avss_dist.analysis.findings import describe_depth, expert_findings, findings
 from avss_dist.analysis.scorecard import own_score
+from avss_dist.analysis.thresholds import quantiles_of
 from avss_dist.analysis.verdict import describe_metric, primary_metric, shown_value, verdicts
 from avss_dist.core.errors import ModelError, QueryError
-from avss_dist.core.intervention import Removals, decode_removals
+from avss_dist.core.intervention import SPARSITY_RULES, TOP_K, Removals, decode_removals
 from avss_dist.core.names import LOSS, SEARCH
 from avss_dist.core.registry import BLOCK_DISTANCE, FROM_ACTIVATIONS, MEASURED, MEASURED_ONLY, SCORES
 from avss_dist.core.settings import Settings
 from avss_dist.core.text import describe_threshold
+from avss_dist.map_plans.plans import MapPlan, SparsityPlan
 from avss_dist.pruning.ground_truth import (
     ablate_command,
     describe_headless,
     find_layer_truth,
     layer_truth,
+    repeated_command,
 )
 from avss_dist.pruning.plan import Plan, make_plan, plan_of
 from avss_dist.pruning.selection import LAST, PUBLISHED, RANDOM, Choice, ExpertChoice, Reading, Rows, reading_of
+from avss_dist.stats.layer_stats import Float64, LayerStats
 from avss_dist.stats.rankings import depth_correlation
 from avss_dist.stats.scores import Threshold
 from avss_dist.warehouse.checks import has_head, settings_of
@@ -105,10 +112,9 @@ def plan_experts(warehouse: Warehouse, run: Mapping[str, Any], choice: ExpertCho
     scores = {experts.layer: experts.scores().get(choice.by, experts.load) for experts in layers}
     groups = _routing_groups(run)
     drop = choice.drop(scores, max(experts.top_k for experts in layers), groups)
-    why = {"by": choice.by, "experts": choice.experts}
-    why |= {"seed": choice.seed} if choice.by == RANDOM else {}
+    why = {"by": choice.by, "experts": choice.experts, **({"seed": choice.seed} if choice.by == RANDOM else {})}
     why |= {"groups": groups} if groups > 1 else {}
-    against = [row["message"] for _, row in expert_findings(warehouse, [run["run_id"]]) if choice.by != RANDOM]
+    against = [row["message"] for row in expert_findings(warehouse, [run["run_id"]]) if choice.by != RANDOM]
     plan = plan_of(warehouse.table("scores", run_ids=[run["run_id"]]).to_pylist(), run, drop, why)
     return replace(plan, findings=tuple(against), evaluated=evaluated_lines(warehouse, run, plan.drop))
 
@@ -170,10 +176,14 @@ def default_score(warehouse: Warehouse, run: Mapping[str, Any]) -> str:
             return name
     meanings = {name: f"  {name}: {info.meaning}" for name, info in SCORES.items()}
     if not has_head(run):
-        available = [meanings[name] for name in (*FROM_ACTIVATIONS, LAST, RANDOM)]
         raise QueryError(
             f"No score was named. {describe_headless(run)}",
-            "\n".join(["Name the score to choose by with `by`:", *available]),
+            "\n".join(
+                [
+                    "Name the score to choose by with `by`:",
+                    *[meanings[name] for name in (*FROM_ACTIVATIONS, LAST, RANDOM)],
+                ]
+            ),
         )
     raise QueryError(
         f"No score was named, and neither the damage of the layers of {run['model']} nor the loss without each is "
@@ -227,3 +237,113 @@ def evaluated_lines(warehouse: Warehouse, run: Mapping[str, Any], removed: Remov
             whole = f", {values[()]} of the whole model" if () in values else ""
             lines.append(f"{task}: {describe_metric(metric)} {values[removed]}{whole}.")
     return tuple(dict.fromkeys(lines))
+
+
+@dataclass(frozen=True)
+class LinearMap:
+    """A linear map of a run: its location, its shape, and the statistics of its input."""
+
+    layer: int
+    path: str
+    site: str
+    outputs: int
+    inputs: int
+    read: LayerStats
+
+    def thresholds(self, shares: Sequence[float] | Float64) -> Float64:
+        """Return the quantiles of the absolute input values at the given shares."""
+        return quantiles_of(self.read, np.asarray(shares).tolist())[0]
+
+
+@dataclass(frozen=True, eq=False)
+class MeasuredMaps:
+    """The linear maps of a run whose inputs were measured."""
+
+    run: Mapping[str, Any]
+    maps: tuple[LinearMap, ...]
+
+    @staticmethod
+    def of_run(warehouse: Warehouse, run: Mapping[str, Any]) -> MeasuredMaps:
+        """Read the linear maps of a row of ``runs``.
+
+        Raises:
+            QueryError: if some or all inputs were not measured. The message has the command that measures them.
+        """
+        described = json.loads(run["projections"] or "[]")
+        stats = warehouse.read_layer_stats(run["run_id"]) if described else {}
+        if not described or any((layer, site) not in stats for layer, _, site, _, _ in described):
+            if run.get("projections") == "[]":
+                raise QueryError(
+                    f"No input of a linear map of {run['model']} can be seen: its maps are fused.",
+                    "No sparsity can be planned for it.",
+                )
+            command = repeated_command("score", warehouse, run, "--sites inputs")
+            raise QueryError(f"Run {run['run_id']} did not measure what linear maps read.", f"Do: {command}")
+        maps = [
+            LinearMap(layer, path, site, out, given, stats[layer, site]) for layer, path, site, out, given in described
+        ]
+        return MeasuredMaps(run, tuple(maps))
+
+    @cached_property
+    def sizes(self) -> Float64:
+        """Number of weights of each map, float64[maps]."""
+        return np.array([one.outputs * one.inputs for one in self.maps], np.float64)
+
+
+def plan_sparsity(
+    measured: MeasuredMaps,
+    sparsities: Float64,
+    by: str,
+    why: Mapping[str, Any],
+    *,
+    rule: str = SPARSITY_RULES[0],
+    weighted: bool = False,
+) -> SparsityPlan:
+    """Return a plan with a sparsity for each map.
+
+    Args:
+        sparsities: float64[maps].
+        by: `THRESHOLD` or `TOP_K`.
+        why: record of the method and its target, stored in the plan.
+
+    Raises:
+        PlanError: if a top-k keeps no unit.
+    """
+    maps = []
+    for one, share in zip(measured.maps, sparsities.tolist(), strict=True):
+        value, expected = share, int(share * one.inputs) / one.inputs
+        if by != TOP_K:
+            value, counts = float(one.thresholds([share])[0]), one.read.abs_value_count
+            up_to = float(counts[one.read.abs_value.astype(np.float64) <= value].sum())
+            expected = share if one.read.abs_value_cut else up_to / max(float(counts.sum()), 1.0)
+            if share == 0:
+                value, expected = 0.0, one.read.zero_count / max(1, one.read.count)
+        maps.append(
+            MapPlan(
+                layer=one.layer,
+                map=one.path,
+                site=one.site,
+                outputs=one.outputs,
+                inputs=one.inputs,
+                sparsity=min(expected, 1 - 1e-9),
+                by=by,
+                value=value,
+            )
+        )
+    whole, findings = set(range(measured.run["num_layers"])), []
+    for site, what in (("query_input", "attention"), ("neuron", "MLP")):
+        if missing := whole - {one.layer for one in measured.maps if one.site == site}:
+            findings.append(f"The {what} of {len(missing)} of {len(whole)} layers stays dense: its maps are fused.")
+    by_map, run = np.array([one.sparsity for one in maps]), measured.run
+    return SparsityPlan(
+        model=run["model"],
+        revision=run["revision"],
+        num_layers=run["num_layers"],
+        sparsity=float(by_map @ measured.sizes / measured.sizes.sum()),
+        rule=rule,
+        weighted=weighted,
+        why=why,
+        run_id=run["run_id"],
+        findings=tuple(findings),
+        projections=tuple(maps),
+    )

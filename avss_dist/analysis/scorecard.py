@@ -12,7 +12,8 @@ estimates of `tasks.map_damage.RoundingDamage` are correlated with the loss with
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,17 @@ import pyarrow.compute as pc
 import pyarrow.csv as csv
 import pyarrow.parquet as pq
 
+from avss_dist.analysis.section import (
+    AMBER,
+    BLUE,
+    GRAY,
+    Chart,
+    ReportColumn,
+    ReportTable,
+    Row,
+    Section,
+    page_number,
+)
 from avss_dist.core.errors import QueryError, require_known
 from avss_dist.core.intervention import InterventionKey
 from avss_dist.core.names import LOSS
@@ -50,17 +62,19 @@ from avss_dist.stats.rankings import count_lowest, spearman, spearman_interval
 from avss_dist.warehouse.reader import Warehouse
 
 SPLITS, SEED = 200, 0  # of sequences into halves
+GOOD = 0.7  # a correlation that stands out
+KINDS = {"from the scoring pass": BLUE, "from passes of avss ablate": AMBER, "a control": GRAY}
+TRUTHS = {"loss": "the loss without each layer", "shapley": "the Shapley value", "taylor": "the first-order estimate"}
 SPEARMAN = {name: f"spearman_{name}" for name in GROUND_TRUTH}
-_TEXTS = ("run_id", "model", "score", "site", "recipe", "threshold_kind", "format")
-_OF_LOSS = ("ceiling", "share_of_ceiling", "misranked")
 MEASURED_ROUNDED = "rounded:"  # before a number format: the score that is the measured effect of another format
 LEFT_OUT = "left_out:"  # before a measurement or estimate of layers that are left out, among those of rounded weights
 SCHEMA = pa.schema(
     [
-        *(
-            (name, pa.string() if name in _TEXTS else pa.float64())
-            for name in ("run_id", "model", "score", *READING, *SPEARMAN.values(), *_OF_LOSS, "format")
-        ),
+        *((name, pa.string()) for name in ("run_id", "model", "score", "site", "recipe")),
+        ("threshold", pa.float64()),
+        ("threshold_kind", pa.string()),
+        *((name, pa.float64()) for name in (*SPEARMAN.values(), "ceiling", "share_of_ceiling", "misranked")),
+        ("format", pa.string()),
         ("same_text", pa.bool_()),
     ]
 )
@@ -87,37 +101,39 @@ def score_cards(store: Warehouse, runs: Sequence[Mapping[str, Any]], own: Sequen
         if not truths.keys() & GROUND_TRUTH and not rounded:
             missing = missing or nothing_measured(store, run, LOSS)
             continue
+        about = {"run_id": run["run_id"], "model": run["model"]}
         scored = store.table("scores", run_ids=[run["run_id"]]).to_pylist()
         values = {name: truth.by_layer(run["num_layers"]) for name, truth in truths.items()}
+        left_out = [*_scores(scored, values)] if rounded else []
         if truths.keys() & GROUND_TRUTH:
-            for name in own:
-                values[name] = own_score(name, store, run).by_layer(run["num_layers"])
+            values |= {name: own_score(name, store, run).by_layer(run["num_layers"]) for name in own}
             ceiling = reliability(increases(store, truths[LOSS])) if LOSS in truths else np.nan
-            for choice, score in _scores(scored, values):
-                card = _identity(run, choice)
-                card |= {SPEARMAN[n]: _finite(spearman(score, values[n])) for n in SPEARMAN.keys() & values.keys()}
-                compared = _agreement(score, values[LOSS], ceiling) if LOSS in values and choice.by != LOSS else {}
-                rows.append(card | compared)
-        if rounded:
-            scores = _scores(scored, {name: values[name] for name in truths})
-            rows += _rounding_cards(store, run, [*scores], rounded)
+            for card, score in _scores(scored, values):
+                agreement = _agreement(score, values[LOSS], ceiling) if LOSS in values and card["score"] != LOSS else {}
+                correlations = {SPEARMAN[n]: spearman(score, values[n]) for n in SPEARMAN.keys() & values.keys()}
+                rows.append(about | card | agreement | correlations)
+        rows += (about | card for card in _rounding_cards(store, run, left_out, rounded))
     if not rows and missing:
         raise missing
-    return pa.Table.from_pylist(rows, SCHEMA)
+    columns = {f.name: pa.array([row.get(f.name) for row in rows], f.type, from_pandas=True) for f in SCHEMA}
+    return pa.table(columns, SCHEMA)
 
 
 def _agreement(values: Float64, measured: Float64, ceiling: float) -> dict[str, Any]:
     """Return the columns of a score, float64[layers], that is compared with a measured loss."""
-    reached = spearman(values, measured) / ceiling
+    rho = spearman(values, measured)
     return {
-        "ceiling": _finite(ceiling),
-        "share_of_ceiling": _finite(reached),
+        SPEARMAN[LOSS]: rho,
+        "ceiling": ceiling,
+        "share_of_ceiling": rho / ceiling,
         "misranked": misranked(values, measured),
     }
 
 
-def _scores(scored: Sequence[Mapping[str, Any]], truth: Mapping[str, Float64]) -> Iterator[tuple[Choice, Float64]]:
-    """Yield every reading of AVSS, other scores, measurements and a control, each with float64[layers].
+def _scores(
+    scored: Sequence[Mapping[str, Any]], truth: Mapping[str, Float64]
+) -> Iterator[tuple[dict[str, Any], Float64]]:
+    """Yield every reading of AVSS, other scores, measurements and a control: columns of a card, and float64[layers].
 
     Args:
         scored: rows of ``scores`` of a run.
@@ -127,20 +143,16 @@ def _scores(scored: Sequence[Mapping[str, Any]], truth: Mapping[str, Float64]) -
     for row in scored:
         by_reading.setdefault(reading_of(row), []).append(row)
     of_avss = [(Choice(by="avss", reading=reading), rows) for reading, rows in by_reading.items()]
-    others = [(Choice(by=name), scored) for name in (*BASELINES, *truth, LAST)]
-    for choice, rows in (*of_avss, *others):
-        yield choice, choice.scores(rows, truth)
-
-
-def _identity(run: Mapping[str, Any], choice: Choice) -> dict[str, Any]:
-    place = dict(zip(READING, choice.reading, strict=True)) if choice.reading else {}
-    return {"run_id": run["run_id"], "model": run["model"], "score": choice.by, **place}
+    of_layers = [(Choice(by=name), scored) for name in (*BASELINES, *truth, LAST)]
+    for choice, rows in (*of_avss, *of_layers):
+        place = dict(zip(READING, choice.reading, strict=True)) if choice.reading else {}
+        yield {"score": choice.by, **place}, choice.scores(rows, truth)
 
 
 def _rounding_cards(
     store: Warehouse,
     run: Mapping[str, Any],
-    scores: Sequence[tuple[Choice, Float64]],
+    scores: Sequence[tuple[Mapping[str, Any], Float64]],
     rounded: Mapping[str, LayerTruth],
 ) -> Iterator[dict[str, Any]]:
     """Yield the score cards of a run for the loss with rounded weights, format by format.
@@ -149,26 +161,17 @@ def _rounding_cards(
         scores: see `_scores`. Measurements of layers that are left out may have the name of an estimate of rounding.
         rounded: measurements of layers that are rounded, by number format.
     """
-    number = run["num_layers"]
     for name, truth in sorted(rounded.items()):
-        measured, ceiling = truth.by_layer(number), reliability(increases(store, truth))
-        others = {f"{MEASURED_ROUNDED}{other}": values for other, values in rounded.items() if other != name}
-        beside = rounding_estimates(store, run, truth) | others
-        same = {score: estimate.text == truth.text for score, estimate in beside.items()}
-        cards: list[tuple[dict[str, Any], Float64]] = []
-        for choice, values in scores:
-            left_out = LEFT_OUT if SCORES[choice.by].task in (SCORES[LOSS].task, DAMAGE_TASK) else ""
-            cards.append((_identity(run, choice) | {"score": f"{left_out}{choice.by}"}, values))
+        measured, ceiling = truth.by_layer(run["num_layers"]), reliability(increases(store, truth))
+        other_formats = {f"{MEASURED_ROUNDED}{other}": values for other, values in rounded.items() if other != name}
+        beside = rounding_estimates(store, run, truth) | other_formats
+        for card, values in scores:
+            removes = SCORES[card["score"]].task in (SCORES[LOSS].task, DAMAGE_TASK)
+            score = f"{LEFT_OUT if removes else ''}{card['score']}"
+            yield {**card, "score": score, "format": name, **_agreement(values, measured, ceiling)}
         for score, estimate in beside.items():
-            identity = {"run_id": run["run_id"], "model": run["model"], "score": score}
-            cards.append((identity, estimate.by_layer(number)))
-        for card, values in cards:
-            card |= {"format": name, "same_text": same.get(card["score"])}
-            yield card | {SPEARMAN[LOSS]: _finite(spearman(values, measured))} | _agreement(values, measured, ceiling)
-
-
-def _finite(rho: float) -> float | None:
-    return None if np.isnan(rho) else rho
+            agreement = _agreement(estimate.by_layer(run["num_layers"]), measured, ceiling)
+            yield {"score": score, "format": name, "same_text": estimate.text == truth.text, **agreement}
 
 
 def describe_agreement(
@@ -186,15 +189,15 @@ def describe_agreement(
         return
     number = run["num_layers"] or 0
     lowest = [row for row in scores if (row["rank"] or np.inf) <= count_lowest(len(scores))]
-    kept = float(np.mean(np.array([row["lowest_set_probability"] for row in lowest], np.float64))) if lowest else np.nan
-    stable = f"; resampling the shards keeps {kept:.0%} of its lowest layers" if np.isfinite(kept) else ""
+    stability = float(np.mean(np.array([row["lowest_set_probability"] for row in lowest] or [None], np.float64)))
+    stable = f"; resampling the shards keeps {stability:.0%} of its lowest layers" if np.isfinite(stability) else ""
     for column in ("avss_smoothed", *own):
         score = _truth({row["layer"]: np.nan if row[column] is None else row[column] for row in scores})
         rho = spearman(score.by_layer(number), truth.by_layer(number))
         low, high = spearman_interval(rho, number)
         if np.isfinite(low):
-            found = f"Spearman {rho:z.2f} with the loss without each layer (95% interval {low:z.2f} to {high:z.2f})"
-            yield f"{column}: {found}." if column in own else f"Smoothed AVSS: {found}{stable}."
+            text = f"Spearman {rho:z.2f} with the loss without each layer (95% interval {low:z.2f} to {high:z.2f})"
+            yield f"{column}: {text}." if column in own else f"Smoothed AVSS: {text}{stable}."
 
 
 def describe_score(card: Mapping[str, Any]) -> str:
@@ -251,8 +254,9 @@ def own_score(name: str, warehouse: Warehouse, run: Mapping[str, Any]) -> LayerT
     try:
         table = pq.read_table(file) if Path(file).suffix != ".csv" else csv.read_csv(file)
     except (OSError, pa.ArrowException) as error:
-        expected = "Expected FILE.csv:COLUMN or FILE.parquet:COLUMN."
-        raise QueryError(f"{file} cannot be read: {error}", expected) from error
+        raise QueryError(
+            f"{file} cannot be read: {error}", "Expected FILE.csv:COLUMN or FILE.parquet:COLUMN."
+        ) from error
     for required in ("layer", column):
         require_known(f"column of {file}", required, table.column_names, QueryError)
     for key in ("run_id", "model"):
@@ -274,9 +278,8 @@ def increases(store: Warehouse, truth: LayerTruth) -> Float64:
     The array has no sequences if the warehouse lacks the cells of the evaluation.
     """
     where = (pc.field("run_id") == truth.run_id) & (pc.field("task") == truth.task) & (pc.field("metric") == LOSS)
-    rows = store.table("cells", where=where).to_pylist()
     by_key: dict[InterventionKey, dict[int, list[float]]] = {}
-    for row in rows:
+    for row in store.table("cells", where=where).to_pylist():
         by_key.setdefault(InterventionKey.of_row(row), {})[row["part"]] = row["samples"]
     samples = {key: np.concatenate([parts[part] for part in sorted(parts)]) for key, parts in by_key.items()}
     layers, whole = sorted(truth.values), InterventionKey()
@@ -303,9 +306,8 @@ def reliability(samples: Float64) -> float:
     rng = np.random.default_rng(SEED)
     correlations = []
     for _ in range(SPLITS):
-        order = rng.permutation(number)
-        half, other = samples[order[: number // 2]].sum(axis=0), samples[order[number // 2 :]].sum(axis=0)
-        correlations.append(spearman(half, other))
+        halves = np.split(samples[rng.permutation(number)], [number // 2])
+        correlations.append(spearman(*(half.sum(axis=0) for half in halves)))
     r = float(np.mean(correlations))
     return 2 * r / (1 + r) if r > 0 else np.nan
 
@@ -321,3 +323,135 @@ def misranked(score: Float64, truth: Float64) -> float | None:
     product = np.sign(np.subtract.outer(x, x)) * np.sign(np.subtract.outer(y, y))  # every pair twice
     ordered = int(np.count_nonzero(product))
     return int(np.count_nonzero(product < 0)) / ordered if ordered else None
+
+
+def scorecard_sections(cards: pa.Table) -> list[Section]:
+    """Return the score card of each run, and that of each number format that its weights were rounded to.
+
+    Args:
+        cards: as `analysis.scorecard.score_cards` returns them.
+    """
+    rows = cards.to_pylist()
+    sections = []
+    for run_id, name in dict.fromkeys((row["run_id"], row["format"]) for row in rows):
+        of_run = [row for row in rows if (row["run_id"], row["format"]) == (run_id, name)]
+        change = f", weights rounded to {name}" if name else ""
+        sections.append(
+            Section(label=f"{of_run[0]['model']}  ({run_id}){change}", tables=[_table("scorecard", of_run)])
+        )
+    return sections
+
+
+def page_section(label: str, cards: Sequence[Row], layers: int, readings: int) -> Section | None:
+    """Return the score card of one run with a chart and a sentence, or None if no score has a correlation.
+
+    Args:
+        layers: number of layers.
+        readings: number of the readings of AVSS, of which ``cards`` has the best.
+    """
+    truth = next((name for name in TRUTHS if any(row[SPEARMAN[name]] is not None for row in cards)), "")
+    column = SPEARMAN.get(truth, "")
+    compared = [row for row in cards if row["score"] != truth and row.get(column) is not None]
+    if not compared:
+        return None
+    compared.sort(key=lambda row: -float(row[column]))
+    name, best = f"scorecard-{page_number(label)}", compared[0]
+    text = f"Closest to {TRUTHS[truth]}: {_name(best)}, {best[column]:z.2f}"
+    if best["ceiling"] is not None:
+        text += f" of at most {best['ceiling']:z.2f}, which the same measurement on other text would reach"
+    for row in compared:
+        if is_published(row):
+            text += f". AVSS as published: {row[column]:z.2f}"
+        elif row["score"] == LAST:
+            text += f". The place alone: {row[column]:z.2f}"
+    kinds = list(KINDS)
+    drawn = [
+        {
+            "score": _name(row),
+            "kind": kinds[2 if row["score"] == LAST else 1 if row["score"] in MEASURED else 0],
+            "correlation": row[column],
+            "ceiling": row["ceiling"],
+            **dict(zip(("low", "high"), spearman_interval(row[column], layers), strict=True)),
+        }
+        for row in compared
+    ]
+    chart = Chart(
+        name=name,
+        title=f"Correlation with {TRUTHS[truth]}",
+        meaning="The correlation of each score with what leaving layers out does, and its 95% interval.",
+        rows=drawn,
+        draw=partial(_drawing, min(0.0, *(row["correlation"] for row in drawn)), len(drawn)),
+    )
+    readings_note = f"Of {readings} readings of AVSS, the best of each site is shown; on other text, expect less of it."
+    return Section(label=label, sentences=[f"{text}. {readings_note}"], charts=[chart], tables=[_table(name, cards)])
+
+
+def _table(name: str, rows: Sequence[Row]) -> ReportTable:
+    columns: list[tuple[str, str, Callable[[float], str], int]] = [
+        *((f"with {truth}", column, "{:z.2f}".format, i) for i, (truth, column) in enumerate(SPEARMAN.items())),
+        ("of the ceiling", "share_of_ceiling", "{:z.1%}".format, 1),
+        ("misranked", "misranked", "{:z.1%}".format, 3),
+    ]
+    filled = [column for column in columns if any(row[column[1]] is not None for row in rows)]
+    for _, first, *_ in filled[:1]:
+        rows = sorted(rows, key=lambda row: -2.0 if row[first] is None else row[first], reverse=True)
+    rounded_to = rows[0]["format"]
+    change = f"rounding their weights to {rounded_to}" if rounded_to else "leaving them out"
+    caption = f"Spearman's correlation of each score, over layers, with what {change} does."
+    if ceiling := next((row["ceiling"] for row in rows if row["ceiling"] is not None), None):
+        caption += (
+            f" Its ceiling, which the loss of other text of the same size would reach: {ceiling:z.2f}. "
+            "Misranked: pairs of layers in the wrong order."
+        )
+    estimates = {row["same_text"] for row in rows if row["score"] in ROUNDING_ESTIMATES}
+    if True in estimates:
+        caption += (
+            " Estimates are of the same text, and share the chance of its selection: expect less of them elsewhere."
+        )
+    elif estimates:
+        caption += " Estimates are of other text than that."
+    return ReportTable(
+        name=name,
+        title="Each score",
+        columns=[
+            ReportColumn("score", [describe_score(row) for row in rows], number=False),
+            *(
+                ReportColumn(
+                    heading,
+                    [row[column] for row in rows],
+                    format_,
+                    priority=priority,
+                    style=(lambda rho: "bold" if rho is not None and rho > GOOD else "")
+                    if column.startswith("spearman")
+                    else None,
+                )
+                for heading, column, format_, priority in filled
+            ),
+        ],
+        caption=caption,
+    )
+
+
+def _name(card: Row) -> str:
+    return "AVSS as published" if is_published(card) else describe_score(card).replace("avss  ", "AVSS ")
+
+
+def _drawing(lowest: float, number: int) -> Any:
+    """Return the chart of the correlation of each score with its interval, and a dashed line at the ceiling."""
+    import altair as alt
+
+    legend = alt.Legend(title=None, orient="top", columns=1, symbolType="circle", symbolOpacity=1)
+    base = alt.Chart().encode(
+        alt.Y("score:N", sort=None, title=None).axis(labelLimit=alt.ExprRef("room")),
+        alt.Color("kind:N", scale=alt.Scale(domain=list(KINDS), range=list(KINDS.values())), legend=legend),
+    )
+    scale = alt.Scale(domain=[lowest, 1])
+    x = alt.X("correlation:Q", scale=scale, title="rank correlation", axis=alt.Axis(grid=False, tickCount=5))
+    return alt.layer(
+        alt.Chart().mark_rule(color=GRAY, opacity=0.5).encode(x=alt.datum(0)),
+        alt.Chart().mark_rule(color=GRAY, strokeDash=[4, 3]).encode(alt.X("ceiling:Q", aggregate="max")),
+        base.mark_rule(clip=True).encode(alt.X("low:Q", scale=scale), alt.X2("high:Q")),
+        base.mark_point(filled=True, size=45, opacity=1).encode(
+            x, tooltip=["score:N", alt.Tooltip("correlation:Q", format=".2f")]
+        ),
+    ).properties(height=18 * number)

@@ -68,8 +68,15 @@ def scores_at(
             below = measured.below(threshold.at(measured))
             cut = row["recipe"] != "unit" and below.low < below.high
             low, high = below[1:] if cut else (row["near_zero_count"],) * 2
-            exactness = INTERPOLATED if cut else EXACT
-            rows.append({**identity, **row, "exactness": exactness, "near_zero_low": low, "near_zero_high": high})
+            rows.append(
+                {
+                    **identity,
+                    **row,
+                    "exactness": INTERPOLATED if cut else EXACT,
+                    "near_zero_low": low,
+                    "near_zero_high": high,
+                }
+            )
     arrays = [pa.array([row[f.name] for row in rows], f.type, from_pandas=True) for f in SCORES]
     return pa.Table.from_arrays(arrays, schema=SCORES)
 
@@ -100,8 +107,11 @@ def layer_scores(
     Raises:
         WarehouseError: as `Warehouse.read_layer_stats`.
     """
-    where = at_reading(site, recipe, threshold.value, threshold.kind)
-    stored = warehouse.table("scores", run_ids=[run["run_id"] for run in runs], where=where)
+    stored = warehouse.table(
+        "scores",
+        run_ids=[run["run_id"] for run in runs],
+        where=at_reading(site, recipe, threshold.value, threshold.kind),
+    )
     unscored = {run["run_id"]: run for run in runs} | dict.fromkeys(stored["run_id"].to_pylist())
     missing = [run for run in unscored.values() if run and site in (run["sites"] or [site])]
     computed = scores_at(warehouse, missing, threshold, sites=[site])
@@ -138,12 +148,12 @@ def quantiles(
         for (layer, site), stats in warehouse.readable_layer_stats(run["run_id"]).items():
             if sites is not None and site not in sites:
                 continue
-            identity = {"run_id": run["run_id"], "model": run["model"], "layer": layer, "layer_name": names[layer]}
-            identity |= {"depth": (layer + 0.5) / len(names), "site": site}
-            for share, value, low, high in zip(shares, *quantiles_of(stats, shares), strict=True):
-                multiple = float(value / stats.rms) if stats.rms > 0 else None
-                bounds = {"low": float(low), "high": float(high)}
-                rows.append({**identity, "share": share, "value": float(value), "rms_multiple": multiple, **bounds})
+            identity = {"run_id": run["run_id"], "model": run["model"], "site": site}
+            identity |= {"layer": layer, "layer_name": names[layer], "depth": (layer + 0.5) / len(names)}
+            for share, *ends in zip(shares, *(part.tolist() for part in quantiles_of(stats, shares)), strict=True):
+                multiple = ends[0] / stats.rms if stats.rms > 0 else None
+                bounds = dict(zip(("value", "low", "high"), ends, strict=True))
+                rows.append({**identity, "share": share, "rms_multiple": multiple, **bounds})
     return pa.Table.from_pylist(rows, QUANTILES)
 
 

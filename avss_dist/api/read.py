@@ -188,8 +188,8 @@ def compare_runs(
 
         followed = ranking_curves(opened, run_ids, along=request.along, **place)
         if request.output is not None:
+            from avss_dist.analysis.curves import curves_chart
             from avss_dist.reports.chart import save_chart
-            from avss_dist.reports.curves import curves_chart
 
             save_chart(curves_chart(followed.curves), Path(request.output))
         return followed

@@ -18,8 +18,7 @@ from avss_dist.evaluation.sparsify import sparsify as choose_thresholds
 from avss_dist.map_plans.quantize import EXPORTS, plan_precision
 from avss_dist.pruning.ground_truth import describe_headless, repeated_options
 from avss_dist.pruning.plan import describe_savings, local_run_size, read_plan
-from avss_dist.reports.terminal.evaluation import search_table
-from avss_dist.reports.terminal.previews import thresholds_table
+from avss_dist.reports.terminal.evaluation import search_table, thresholds_table
 from avss_dist.reports.terminal.progress import CellProgress, StepProgress
 from avss_dist.reports.terminal.shrink import distilled_lines, distilled_table, distilled_values
 from avss_dist.reports.terminal.tables import FittedTable

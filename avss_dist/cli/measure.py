@@ -9,6 +9,7 @@ from typing import Any
 
 import pyarrow as pa
 
+from avss_dist.analysis.verdict import experiment_sections
 from avss_dist.cli.program import spelled
 from avss_dist.cli.read import print_table
 from avss_dist.core.settings import SITES
@@ -19,10 +20,14 @@ from avss_dist.evaluation.ablate import ablate as measure_ablation
 from avss_dist.evaluation.evaluate import evaluate as measure_tasks
 from avss_dist.evaluation.experiment import describe_size, run_experiment
 from avss_dist.evaluation.shrink import shrink as write_smaller
-from avss_dist.reports.experiments import experiment_sections
 from avss_dist.reports.output import write_table
-from avss_dist.reports.terminal.evaluation import ablation_table, evaluation_table, sensitivity_tables
-from avss_dist.reports.terminal.previews import estimate_table, plan_table
+from avss_dist.reports.terminal.evaluation import (
+    ablation_table,
+    estimate_table,
+    evaluation_table,
+    plan_table,
+    sensitivity_tables,
+)
 from avss_dist.reports.terminal.progress import CellProgress, StepProgress, run_progress
 from avss_dist.reports.terminal.shrink import shrunk_lines, shrunk_tables, shrunk_values
 from avss_dist.reports.terminal.tables import rendered

@@ -165,10 +165,9 @@ def _print_runs(opened: Warehouse, request: ShowRequest, table: pa.Table) -> Non
     import pyarrow.compute as pc
 
     from avss_dist.analysis.chosen import choose_runs
-    from avss_dist.analysis.experts import experts_by_layer
+    from avss_dist.analysis.experts import experts_by_layer, experts_section
     from avss_dist.analysis.scorecard import describe_agreement
     from avss_dist.api.read import score_rows
-    from avss_dist.reports.experts import experts_section
     from avss_dist.reports.terminal.scores import describe_exactness, layer_table, quantiles_table
     from avss_dist.reports.terminal.tables import rendered
 
@@ -244,7 +243,7 @@ def compare(request: CompareRequest, format: str) -> None:
     if isinstance(result, RankingComparison):
         _print_pairs(opened, result, request, format)
     else:
-        from avss_dist.reports.curves import curve_section
+        from avss_dist.analysis.curves import curve_section
         from avss_dist.reports.terminal.tables import rendered
 
         print_table(format, result.table, map(rendered, [curve_section(curve, "curve") for curve in result.curves]))
@@ -297,8 +296,8 @@ def _say_reasons(left_out: Mapping[str, str]) -> None:
 
 def findings(request: FindingsRequest, format: str) -> None:
     """List findings that speak against scores: they track depth, noise, rounding, single units, and so on."""
+    from avss_dist.analysis.scorecard import scorecard_sections
     from avss_dist.api.read import find
-    from avss_dist.reports.scorecards import scorecard_sections
     from avss_dist.reports.terminal.agreement import findings_list
     from avss_dist.reports.terminal.tables import rendered
 
@@ -312,8 +311,8 @@ def findings(request: FindingsRequest, format: str) -> None:
 
 def contrast(request: ContrastCommandRequest, format: str) -> None:
     """Contrast hallucinated with truthful answers, layer by layer, with controls; for a run on paired text."""
+    from avss_dist.analysis.contrast import contrast_section
     from avss_dist.api.read import contrast_labels
-    from avss_dist.reports.contrasts import contrast_section
     from avss_dist.reports.output import write_table
     from avss_dist.reports.terminal.tables import rendered
 

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from avss_dist.analysis.sparsity_plans import MeasuredMaps, make_plan
+from avss_dist.analysis.plans import MeasuredMaps, plan_sparsity
 from avss_dist.core.intervention import THRESHOLD, TOP_K
 from avss_dist.core.names import SPARSITY_TASK
 from avss_dist.core.text import RedactedURI
@@ -78,7 +78,7 @@ def sparsify(request: SparsifyRequest, run: Mapping[str, Any]) -> SparsityPlan:
             sparsities, reasons = _ALLOCATIONS[method](measured, target, text, measure)
         why |= reasons
     by = TOP_K if method in ("acttail", "wina") else THRESHOLD  # the largest inputs of each token, or of all
-    plan = make_plan(measured, sparsities, by, why, rule=rule, weighted=method == "wina")
+    plan = plan_sparsity(measured, sparsities, by, why, rule=rule, weighted=method == "wina")
     identity = RunIdentity(run_id=run["run_id"], model=run["model"], revision=run["revision"], family=run["family"])
     key = plan.intervention.key.sparsity
     assert key is not None

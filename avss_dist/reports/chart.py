@@ -26,9 +26,7 @@ from avss_dist.system.files import cache_folder, staged_file
 
 MAX_RUNS = 100  # in a chart: its ten colors repeat long before, and the library that draws holds every point
 MAX_LABELED = 60  # rows of a similarity map with a name beside each
-TITLE_OF_MAP = "Agreement of layer rankings"
 SIDE = 560  # pixels of a similarity map
-PANEL = {"width": 300, "height": 210}
 COLORS = alt.Scale(scheme="tableau10")
 LOWEST_COLOR = "#d62728"
 ROWS = alt.NamedData(name="rows")  # the data of the charts of a page
@@ -52,16 +50,16 @@ def layers_chart(runs: Sequence[Mapping[str, Any]], scores: Sequence[Mapping[str
             "Name fewer with `run`; avss report draws the runs of a whole warehouse.",
         )
     labels = {r["run_id"]: f"{basename(r['model'])} ({r['run_id'][-10:]})" for r in runs}
-    lowest = _lowest(scores)
-    rows = [
-        {
-            **{k: s[k] for k in ("layer", "layer_name", "depth", "rank", "avss_low", "avss_high", *BASELINES)},
-            "avss": s["avss_smoothed"],
-            "run": labels[s["run_id"]],
-            **{f"lowest_{name}": (s["run_id"], s["layer"]) in places for name, places in lowest.items()},
+    rows = []
+    for run_id, label in labels.items():
+        of_run = [s for s in scores if s["run_id"] == run_id]
+        ranks = {
+            name: rank_lowest(np.array([s[SCORES[name].column] for s in of_run], float)) for name in FROM_ACTIVATIONS
         }
-        for s in scores
-    ]
+        for position, s in enumerate(of_run):
+            shown = {k: s[k] for k in ("layer", "layer_name", "depth", "rank", "avss_low", "avss_high", *BASELINES)}
+            lowest = {f"lowest_{k}": bool(r[position] <= count_lowest(len(of_run))) for k, r in ranks.items()}
+            rows.append({**shown, "avss": s["avss_smoothed"], "run": label, **lowest})
     first, corpora = scores[0], dict.fromkeys(basename(run["corpus"] or "?") for run in runs)
     threshold = describe_threshold(first["threshold"], first["threshold_kind"])
     several = len(runs) > 1
@@ -70,8 +68,7 @@ def layers_chart(runs: Sequence[Mapping[str, Any]], scores: Sequence[Mapping[str
         x = alt.X("depth:Q", title="relative depth")
     base = alt.Chart(alt.InlineData(values=rows)).encode(x=x)
     color = alt.Color("run:N", title=None, scale=COLORS, legend=alt.Legend(orient="bottom", columns=2))
-    paint: Any = color if several else alt.value("#1f77b4")
-    panels = [_panel(base, paint, rows, name) for name in FROM_ACTIVATIONS]
+    panels = [_panel(base, color if several else alt.value("#1f77b4"), rows, name) for name in FROM_ACTIVATIONS]
     band = why_no_interval(max(run["num_shards"] or 0 for run in runs)) or "Band: 95% interval over shards."
     ordered = [s["avss_smoothed"] for s in sorted(scores, key=lambda s: s["layer"])]
     warning = None if several else describe_depth("Smoothed AVSS", depth_correlation(ordered), len(ordered))
@@ -92,18 +89,6 @@ def layers_chart(runs: Sequence[Mapping[str, Any]], scores: Sequence[Mapping[str
         .configure_axis(gridOpacity=0.4)
         .resolve_scale(y="independent")
     )
-
-
-def _lowest(scores: Sequence[Mapping[str, Any]]) -> dict[str, set[tuple[str, int]]]:
-    """Return (run id, layer) of the lowest 25% of the layers of each run, by the name of each score."""
-    lowest: dict[str, set[tuple[str, int]]] = {}
-    for run_id in dict.fromkeys(s["run_id"] for s in scores):
-        of_run = [s for s in scores if s["run_id"] == run_id]
-        for name, column in ((name, SCORES[name].column) for name in FROM_ACTIVATIONS):
-            ranks = rank_lowest(np.array([s[column] for s in of_run], float))
-            low = [s["layer"] for s, rank in zip(of_run, ranks, strict=True) if rank <= count_lowest(len(of_run))]
-            lowest.setdefault(name, set()).update((run_id, layer) for layer in low)
-    return lowest
 
 
 def depth_chart(
@@ -143,17 +128,11 @@ def depth_chart(
     return alt.layer(*layers)
 
 
-def depth_title(title: str, scale: str) -> str:
-    """Return the title of the axis of a score."""
-    return f"{title} (log)" if scale == "log" else title
-
-
 def _panel(base: Any, color: Any, rows: Sequence[Mapping[str, Any]], name: str) -> Any:
     """Return the chart of a score, on a log scale unless a layer scores zero or less."""
     title = SCORES[name].title
     log = name == "avss" or all(row[name] is None or row[name] > 0 for row in rows)
-    scale: Any = "log" if log else "linear"
-    axis = {"title": depth_title(title, scale), "scale": alt.Scale(type=scale)}
+    axis = {"title": f"{title} (log)" if log else title, "scale": alt.Scale(type="log" if log else "linear")}
     marked: Any = color  # of several runs, points have the color of their run
     if not isinstance(color, alt.Color):
         marked = alt.when(f"datum.lowest_{name}").then(alt.value(LOWEST_COLOR)).otherwise(color)
@@ -161,7 +140,7 @@ def _panel(base: Any, color: Any, rows: Sequence[Mapping[str, Any]], name: str) 
     tooltip = [alt.Tooltip("run:N"), alt.Tooltip("layer:Q"), alt.Tooltip("layer_name:N")]
     tooltip += [alt.Tooltip(f"{name}:Q", format=".4g"), *([alt.Tooltip("rank:Q")] if name == "avss" else [])]
     chart = depth_chart(base, name, axis, color, marked, lowest=f"lowest_{name}", ends=ends, tooltip=tooltip)
-    return chart.properties(title=title, **PANEL)
+    return chart.properties(title=title, width=300, height=210)
 
 
 def similarity_chart(comparison: RankingComparison) -> Any:
@@ -215,7 +194,7 @@ def similarity_chart(comparison: RankingComparison) -> Any:
         alt.hconcat(strip, heat, spacing=2)
         .resolve_scale(color="independent")
         .properties(
-            title=alt.TitleParams(TITLE_OF_MAP, subtitle=shown + shared + left_out, anchor="start"),
+            title=alt.TitleParams("Agreement of layer rankings", subtitle=shown + shared + left_out, anchor="start"),
             padding=12,
         )
         .configure_view(strokeOpacity=0)
@@ -253,11 +232,10 @@ def save_chart(chart: Any, path: Path) -> None:
 
 def specification(chart: Any) -> dict[str, Any]:
     """Return a chart as Vega-Lite with `printable` texts. The library that draws aborts the process at other texts."""
-
-    def drawable(leaf: Any) -> Any:
-        return printable(leaf).encode(errors="replace").decode() if isinstance(leaf, str) else leaf
-
-    spec: dict[str, Any] = map_leaves(chart.to_dict(), drawable)
+    spec: dict[str, Any] = map_leaves(
+        chart.to_dict(),
+        lambda leaf: printable(leaf).encode(errors="replace").decode() if isinstance(leaf, str) else leaf,
+    )
     return spec
 
 

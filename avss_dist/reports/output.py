@@ -26,7 +26,6 @@ if TYPE_CHECKING:
 PICTURES = (".png", ".svg", ".html")  # endings of files that charts are written to
 ROWS_AT_ONCE = 10_000  # of a table, as Python objects
 MAX_ROWS = 40  # of a table on a terminal
-_ENCODED = (pa.types.is_string, pa.types.is_integer, pa.types.is_float64, pa.types.is_boolean, pa.types.is_timestamp)
 MAX_FITTED = 200  # rows of a table in a pipe that is fitted to the width of a page
 
 
@@ -121,35 +120,19 @@ def _write_lines(table: pa.Table) -> None:
 
     The columns are as wide as the headings and the first of these rows need.
     """
-    numbers = [pa.types.is_integer(kind) or pa.types.is_floating(kind) for kind in table.schema.types]
-    alignments = [str.rjust if number else str.ljust for number in numbers]
-    widths: list[int] = []
-    for batch in table.combine_chunks().to_batches(ROWS_AT_ONCE):
-        columns = [_texts(column) for column in batch.columns]
-        if not widths:
-            widths = [max(map(len, [name, *texts])) for name, texts in zip(table.column_names, columns, strict=True)]
-            headings = zip(table.column_names, widths, columns, strict=True)
-            columns = [[name, "-" * width, *texts] for name, width, texts in headings]
-        padded = [
-            [align(text, width) for text in texts]
-            for align, width, texts in zip(alignments, widths, columns, strict=True)
-        ]
-        emit("\n".join(map("  ".join, zip(*padded, strict=True))))
-
-
-def _texts(column: pa.Array) -> list[str]:
-    """Return the values of a column as text for people, each in one line. Equal values are described once."""
     from avss_dist.reports.terminal.tables import describe_value
 
-    def texts(values: pa.Array) -> list[str]:
-        with _readable_times():
-            return [describe_value(value).replace("\n", " ") for value in values.to_pylist(maps_as_pydicts="lossy")]
-
-    if not any(is_kind(column.type) for is_kind in _ENCODED):
-        return texts(column)
-    encoded = column.dictionary_encode()
-    described = [*texts(encoded.dictionary), ""]
-    return [described[index] for index in encoded.indices.fill_null(-1).to_pylist()]
+    numbers = [pa.types.is_integer(kind) or pa.types.is_floating(kind) for kind in table.schema.types]
+    widths: list[int] = []
+    for batch in table.combine_chunks().to_batches(ROWS_AT_ONCE):
+        rows = _rows(pa.Table.from_batches([batch]))
+        lines = [[describe_value(value).replace("\n", " ") for value in row.values()] for row in rows]
+        if not widths:
+            widths = [max(map(len, texts)) for texts in zip(table.column_names, *lines, strict=True)]
+            lines = [table.column_names, ["-" * width for width in widths], *lines]
+        for line in lines:
+            cells = zip(line, widths, numbers, strict=True)
+            emit("  ".join(text.rjust(width) if number else text.ljust(width) for text, width, number in cells))
 
 
 _FORMULA = ("=", "+", "-", "@", "\t", "\r")  # what a formula begins with
@@ -186,21 +169,14 @@ def _rows(table: pa.Table) -> Iterator[dict[str, object]]:
         QueryError: a time is outside of the years that Python supports.
     """
     for batch in table.to_batches(ROWS_AT_ONCE):
-        with _readable_times():
+        try:
             rows = batch.to_pylist(maps_as_pydicts="lossy")
+        except (OverflowError, ValueError) as error:
+            raise QueryError(
+                f"A date or time of the result is outside of the years 1 to 9999, or not finite: {error}.",
+                "Write it as text: SELECT column::VARCHAR, or use `format` parquet.",
+            ) from error
         yield from rows
-
-
-@contextmanager
-def _readable_times() -> Iterator[None]:
-    """Raise a QueryError if a time is outside of the years that Python supports."""
-    try:
-        yield
-    except (OverflowError, ValueError) as error:
-        raise QueryError(
-            f"A date or time of the result is outside of the years 1 to 9999, or not finite: {error}.",
-            "Write it as text: SELECT column::VARCHAR, or use `format` parquet.",
-        ) from error
 
 
 def _write_parquet(table: pa.Table) -> None:

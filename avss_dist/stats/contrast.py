@@ -116,17 +116,6 @@ def observed(a: Answers, recipe: str) -> Float64:
     return deviation(a, np.ones(len(a.pair)), a.hallucinated.astype(np.float64), recipe)
 
 
-def weighted_deviation(a: Answers, recipe: str, pairs: Int64, weights: Float64) -> Float64:
-    """Return the `deviation` for each row of ``weights``, float64[n, layers].
-
-    Args:
-        pairs: int64[pairs], ascending.
-        weights: float64[n, pairs]. The answers of a pair share its weight.
-    """
-    by_answer = weights[:, np.searchsorted(pairs, a.pair)]
-    return deviation(a, by_answer, a.hallucinated.astype(np.float64), recipe)
-
-
 def permuted_labels(a: Answers, times: int, seed: int = BOOTSTRAP_SEED) -> Float64:
     """Return labels that are exchanged at random inside each pair, float64[times, rows]."""
     rng = np.random.default_rng(seed)

@@ -22,10 +22,9 @@ from support.command_line import avss
 from support.warehouses import run_row
 
 import avss_dist
-from avss_dist.analysis.contrast import Strata, answer_rows, contrast, layer_table, read_answers
+from avss_dist.analysis.contrast import Strata, answer_rows, contrast, contrast_section, layer_table, read_answers
 from avss_dist.core.errors import QueryError
 from avss_dist.core.names import AFTER_ANOTHER
-from avss_dist.reports.contrasts import contrast_section
 from avss_dist.reports.page.page import report_page
 from avss_dist.stats import contrast as contrast_stats
 from avss_dist.stats.layer_stats import AnswerRows, RowStats, ShardResult

@@ -15,14 +15,12 @@ from support.command_line import avss
 from support.warehouses import PUBLISHED, write_profiles, write_scores
 
 import avss_dist
-from avss_dist.analysis import groups
-from avss_dist.analysis.agreement import RankMatrix, Scores, rank_correlations
+from avss_dist.analysis import agreement
+from avss_dist.analysis.agreement import RankMatrix, Scores, rank_correlations, similarity_map, survey_pairs
 from avss_dist.analysis.comparison import RankingComparison, compare, size_label
-from avss_dist.analysis.curves import AXES, SCHEMA, RankingCurves, ranking_curves
-from avss_dist.analysis.groups import similarity_map, survey_pairs
+from avss_dist.analysis.curves import AXES, SCHEMA, RankingCurves, curve_section, ranking_curves
 from avss_dist.core.errors import ConfigError, QueryError
 from avss_dist.read_requests import ALONG
-from avss_dist.reports.curves import curve_section
 from avss_dist.warehouse.reader import Warehouse
 
 
@@ -59,7 +57,7 @@ def test_products_are_what_pair_by_pair_gives() -> None:
 
 @pytest.mark.parametrize("across_models", [True, False])
 def test_groups_are_what_a_loop_over_pairs_gives(across_models: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(groups, "AT_ONCE", 7)
+    monkeypatch.setattr(agreement, "BLOCK_ROWS", 7)
     scores = draw_scores(60)
     strata = [index % 2 if across_models else (index % 2, index // 4) for index in range(60)]
     labels = ["xy"[index % 4 // 2] for index in range(60)]
@@ -67,7 +65,7 @@ def test_groups_are_what_a_loop_over_pairs_gives(across_models: bool, monkeypatc
     families = ["xy"[index // 4 % 2] for index in range(60)] if across_models else labels
     members = {"stratum": strata, "value": labels, "model": models, "group": families}
     rho, _ = RankMatrix(scores).correlations(np.arange(60), np.arange(60))
-    survey = survey_pairs(RankMatrix(scores), members, by="family", across_models=across_models, most=3)
+    survey, ends = survey_pairs(RankMatrix(scores), members, by="family", across_models=across_models, most=3)
 
     def values(first: str, second: str) -> np.ndarray:
         chosen = [
@@ -91,7 +89,7 @@ def test_groups_are_what_a_loop_over_pairs_gives(across_models: bool, monkeypatc
     assert summary.count == len(defined)
     expected = np.median(defined), defined[0], defined[-1]
     assert (summary.median, summary.lowest, summary.highest) == pytest.approx(expected, abs=2e-5)
-    extremes = np.sort([rho[i, j] for i, j in survey.extremes.T])
+    extremes = np.sort([rho[i, j] for i, j in ends.T])
     np.testing.assert_array_equal(extremes, [*defined[:3], *defined[-3:]])
 
 
@@ -164,14 +162,14 @@ def test_alike_rankings_stand_beside_each_other() -> None:
 def test_of_many_rankings_a_cell_is_the_mean_of_its_pairs(monkeypatch: pytest.MonkeyPatch) -> None:
     matrix, labels = draw_families(30)
     every = similarity_map(matrix, labels, labels)
-    monkeypatch.setattr(groups, "CELLS", 10)
+    monkeypatch.setattr(agreement, "CELLS", 10)
     few = similarity_map(matrix, labels, labels)
     np.testing.assert_allclose(few.rho, every.rho.reshape(10, 3, 10, 3).mean(axis=(1, 3)))
     assert (few.scores, few.left_out, few.labels[0]) == (30, 0, f"{every.labels[0]} and 2 more")
 
 
 def test_the_oldest_are_left_out_of_too_many(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(groups, "MAX_SCORES", 12)
+    monkeypatch.setattr(agreement, "MAX_SCORES", 12)
     matrix, labels = draw_families(30)
     shown = similarity_map(matrix, labels, labels)
     assert (shown.scores, shown.left_out) == (12, 18)

@@ -35,7 +35,7 @@ from avss_dist.core.settings import (
     SITES,
 )
 from avss_dist.read_requests import COMPARED, ShowRequest
-from avss_dist.reports.page import summary
+from avss_dist.reports.page.page import HEADLESS, NOTHING
 from avss_dist.runs import events
 from avss_dist.system.doctor import CheckResult
 from avss_dist.warehouse.checks import has_head
@@ -112,7 +112,7 @@ def test_nothing_that_is_refused_is_recommended_to_an_encoder(scored: Path, tmp_
     assert "Evaluate it: avss evaluate" in llama.output and "predicts no next token" not in llama.output
     told = avss("report", "-w", scored, "-o", tmp_path / "page.html")
     page = (tmp_path / "page.html").read_text(encoding="utf-8")
-    assert told.exit_code == 0 and page.count(summary.NOTHING) == 1 and page.count(summary.HEADLESS) == 1
+    assert told.exit_code == 0 and page.count(NOTHING) == 1 and page.count(HEADLESS) == 1
 
 
 @pytest.mark.parametrize(

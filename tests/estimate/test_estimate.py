@@ -32,7 +32,7 @@ from avss_dist.partition.choose import choose, least_host_bytes
 from avss_dist.partition.replica import PROCESS_BYTES, batch_bytes
 from avss_dist.pruning.checkpoint import prune
 from avss_dist.pruning.plan import Plan
-from avss_dist.reports.terminal.previews import automatic, estimate_table
+from avss_dist.reports.terminal.evaluation import automatic, estimate_table
 from avss_dist.requests import EstimateRequest
 from avss_dist.system.devices import Devices
 

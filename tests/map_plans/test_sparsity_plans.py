@@ -20,7 +20,7 @@ from support.families import lively, tiny_model
 from support.tiers import nightly
 
 from avss_dist import evaluate, sparsify
-from avss_dist.analysis.sparsity_plans import MeasuredMaps
+from avss_dist.analysis.plans import MeasuredMaps
 from avss_dist.core.errors import ConfigError, ModelError
 from avss_dist.core.intervention import NO_INTERVENTION, Intervention, MapSparsity, Sparsity
 from avss_dist.core.settings import Settings

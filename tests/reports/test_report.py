@@ -25,27 +25,23 @@ from support.warehouses import PUBLISHED, unpack_released, write_scores
 from avss_dist.analysis.agreement import rank_correlations
 from avss_dist.analysis.chosen import run_labels
 from avss_dist.analysis.comparison import compare
-from avss_dist.analysis.experts import LayerExperts
+from avss_dist.analysis.experts import LayerExperts, experts_section
 from avss_dist.analysis.findings import findings
 from avss_dist.analysis.scorecard import score_cards
-from avss_dist.core.text import describe_threshold
-from avss_dist.reports.experiments import experiment_sections
-from avss_dist.reports.experts import experts_section
-from avss_dist.reports.page.charts import section_chart
-from avss_dist.reports.page.data import page_data, run_agreement
-from avss_dist.reports.page.page import html_table, report_page
-from avss_dist.reports.page.summary import is_published
-from avss_dist.reports.section import (
+from avss_dist.analysis.section import (
     BarColumn,
     ReportColumn,
     ReportTable,
     Section,
-    decimals,
     interval,
     known_interval,
     p_value,
-    percent,
 )
+from avss_dist.analysis.verdict import experiment_sections
+from avss_dist.core.text import describe_threshold
+from avss_dist.reports.page.charts import section_chart
+from avss_dist.reports.page.data import page_data, run_agreement
+from avss_dist.reports.page.page import html_table, is_published, report_page
 from avss_dist.reports.terminal.agreement import summary
 from avss_dist.reports.terminal.tables import FittedTable, rendered
 from avss_dist.warehouse.reader import Warehouse
@@ -468,11 +464,11 @@ def test_the_page_has_every_chart_and_table_of_its_sections(tmp_path: Path) -> N
 
 
 def test_columns_format_missing_values_intervals_and_booleans() -> None:
-    ends = ReportColumn("x", [known_interval(0.1, 0.2), known_interval(None, 1)], interval(percent(0)))
+    ends = ReportColumn("x", [known_interval(0.1, 0.2), known_interval(None, 1)], interval("{:z.0%}".format))
     assert (ends.text(0), ends.sort_key(0)) == ("10% to 20%", 0.1)
     assert (ends.text(1), ends.sort_key(1)) == ("", "")
     assert known_interval(0.0, float("nan")) is None
-    numbers = ReportColumn("y", [-0.0001, float("nan"), None, True], decimals(3))
+    numbers = ReportColumn("y", [-0.0001, float("nan"), None, True], "{:z.3f}".format)
     assert [numbers.text(i) for i in range(3)] == ["0.000", "", ""] and numbers.sort_key(3) == 1
     assert [p_value(p) for p in (0.0123, 0.0001)] == ["0.012", "<0.001"]
     pair = ReportColumn("z", [(2, 0.5)], lambda value: f"{value[0]} ({value[1]:.0%})", number=False)

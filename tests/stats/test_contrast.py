@@ -122,8 +122,8 @@ def test_deviations_are_log_ratios_of_avss_less_the_median(recipe: str) -> None:
     pairs = sample.answers().pairs
     assert pairs.tolist() == [10 * p for p in range(8)]
     weights = bootstrap_weights(8)
-    found = contrast_stats.weighted_deviation(sample.answers(), recipe, pairs, weights)
     drawn = weights[:, sample.pair // 10]
+    found = contrast_stats.deviation(sample.answers(), drawn, labels, recipe)
     for i in (0, 7, 500):
         assert found[i] == pytest.approx(sample.deviation(drawn[i], labels, recipe), rel=1e-9)
 

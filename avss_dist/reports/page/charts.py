@@ -10,24 +10,18 @@ from typing import Any
 
 import altair as alt
 
+from avss_dist.analysis.section import GRAY, Chart
 from avss_dist.core.registry import FROM_ACTIVATIONS, SCORES
-from avss_dist.reports.chart import LOWEST_COLOR, ROWS, depth_chart, depth_title
-from avss_dist.reports.section import GRAY, Chart
+from avss_dist.reports.chart import LOWEST_COLOR, ROWS, depth_chart
 
-TITLE = alt.TitleParams(text=alt.ExprRef("choice"), limit=alt.ExprRef("limit"), anchor="start", frame="bounds")
 HEIGHTS = {"avss": 280, "blocks": 340, "kept": 280, "lowest": 280}
-RIVAL_HEIGHT = 170
 STRONG = 0.6  # a cell of such a correlation is dark enough for light numbers
 ROOM = alt.param(name="room", value=180)  # for the labels of runs, in pixels
 OF_RUNS = (alt.param(name="names", value=["", ""]), alt.param(name="which", value=[0]))
 """Parameters of charts: labels of the chosen and the compared run, and the positions of those that are present."""
+_RUNS = alt.Y("run:N", title=None, sort=None).axis(labelLimit=alt.ExprRef("room"), ticks=False, domain=False)
+"""Axis of runs by label, in the order of the rows."""
 _DEPTHS = alt.X("from:Q", title="relative depth", scale=alt.Scale(domain=[0, 1])).axis(tickCount=5, grid=False)
-_OF_LAYER = [
-    alt.Tooltip("run:N"),
-    alt.Tooltip("layer:Q"),
-    alt.Tooltip("rank:Q"),
-    alt.Tooltip("value:Q", title="score", format=".4g"),
-]
 
 
 @cache
@@ -55,8 +49,11 @@ def section_chart(chart: Chart) -> dict[str, Any]:
 def _finished(chart: Any) -> dict[str, Any]:
     """Return the specification of a chart as wide as its container, titled by the signal ``choice``, without colors."""
     chart = chart.add_params(alt.param(name="choice", value=""), alt.param(name="limit", value=600))
-    fit = alt.AutoSizeParams(type="fit-x", contains="padding")
-    chart = chart.properties(title=TITLE, width="container", autosize=fit)
+    chart = chart.properties(
+        title=alt.TitleParams(text=alt.ExprRef("choice"), limit=alt.ExprRef("limit"), anchor="start", frame="bounds"),
+        width="container",
+        autosize=alt.AutoSizeParams(type="fit-x", contains="padding"),
+    )
     spec: dict[str, Any] = chart.to_dict(validate=False)  # which takes as long as the rest; tests validate
     del spec["config"]  # the page's, which follows its colors
     return spec
@@ -67,15 +64,27 @@ def _by_depth(name: str, title: str, axis: str, scale: str) -> Any:
     x = alt.X(f"{axis}:Q", title="layer (from 0)").axis(format="d", tickMinStep=1).scale(nice=False)
     if axis == "depth":
         x = alt.X("depth:Q", title="relative depth").scale(domain=[0, 1])
-    y_scale: Any = alt.Scale(type="log") if scale == "log" else alt.Scale(zero=False)
-    axis_of_score = {"title": depth_title(title, scale), "scale": y_scale}
-    color = color_of_runs()
+    axis_of_score = {
+        "title": f"{title} (log)" if scale == "log" else title,
+        "scale": alt.Scale(type="log") if scale == "log" else alt.Scale(zero=False),
+    }
+    legend = alt.Legend(
+        orient="top",
+        columns=1,
+        title=None,
+        labelLimit=alt.ExprRef("limit"),
+        labelExpr="names[datum.value]",  # of the chosen and the compared run
+        symbolOpacity=1,
+        symbolType="circle",
+        values=alt.ExprRef("which"),
+    )
+    color = alt.Color("which:N", scale=alt.Scale(domain=[0, 1], range="category"), legend=legend)
     marked = alt.when("datum.lowest").then(alt.value(LOWEST_COLOR)).otherwise(color)
     tooltip = [alt.Tooltip("run:N"), alt.Tooltip("layer:Q"), alt.Tooltip("layer_name:N", title="name")]
     tooltip += [alt.Tooltip(f"{name}:Q", title=title, format=".4g"), alt.Tooltip("rank:Q")]
     base, ends = alt.Chart().encode(x=x), ("low", "high") if name == "avss" else None
     chart = depth_chart(base, name, axis_of_score, color, marked, lowest="lowest", ends=ends, tooltip=tooltip)
-    return chart.properties(data=ROWS, height=HEIGHTS.get(name, RIVAL_HEIGHT)).add_params(*OF_RUNS)
+    return chart.properties(data=ROWS, height=HEIGHTS.get(name, 170)).add_params(*OF_RUNS)
 
 
 def _blocks() -> Any:
@@ -119,26 +128,6 @@ def _best_sets() -> Any:
     return alt.layer(base.mark_line(strokeWidth=1.5), points, data=ROWS).properties(height=HEIGHTS["kept"])
 
 
-def color_of_runs() -> Any:
-    """Return the color encoding of the chosen run and the compared run."""
-    legend = alt.Legend(
-        orient="top",
-        columns=1,
-        title=None,
-        labelLimit=alt.ExprRef("limit"),
-        labelExpr="names[datum.value]",
-        symbolOpacity=1,
-        symbolType="circle",
-        values=alt.ExprRef("which"),
-    )
-    return alt.Color("which:N", scale=alt.Scale(domain=[0, 1], range="category"), legend=legend)
-
-
-def _runs_axis(field: str, title: str | None = None) -> Any:
-    """Return an axis of runs by label, in the order of the rows."""
-    return alt.Y(f"{field}:N", title=title, sort=None).axis(labelLimit=alt.ExprRef("room"), ticks=False, domain=False)
-
-
 def _heat() -> Any:
     """Return a heat map: a row for each run, a cell for each layer, colored by its place in the ranking."""
     legend = alt.Legend(title="rank: 0 least, 1 most important", orient="top", direction="horizontal", titleLimit=240)
@@ -148,9 +137,9 @@ def _heat() -> Any:
         .encode(
             x=_DEPTHS,
             x2="to:Q",
-            y=_runs_axis("run"),
+            y=_RUNS,
             color=alt.Color("share:Q", scale=alt.Scale(domain=[0, 1], scheme="viridis"), legend=legend),
-            tooltip=_OF_LAYER,
+            tooltip=["run:N", "layer:Q", "rank:Q", alt.Tooltip("value:Q", title="score", format=".4g")],
         )
         .add_params(ROOM)
     )
@@ -180,7 +169,7 @@ def _correlation() -> Any:
         x=alt.X("column:N", title="number of the run", sort=None).axis(
             labelAngle=0, ticks=False, domain=False, labelOverlap="greedy"
         ),
-        y=_runs_axis("run"),
+        y=_RUNS,
     )
     cells = base.mark_rect().encode(
         color=alt.Color(

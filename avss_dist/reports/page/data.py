@@ -22,7 +22,6 @@ from avss_dist.warehouse.checks import has_head
 from avss_dist.warehouse.reader import Warehouse, slices_by
 
 DIGITS = 4  # significant ones, as many as the page shows
-CORRELATION_DIGITS = 3  # after the point
 FEWER = 3  # significant digits of the ends of intervals, as many as a thousand resamples determine
 CHOICE = ("site", "recipe", "threshold_kind", "threshold")
 COLUMNS = {
@@ -42,7 +41,6 @@ _SCORED = {"avss": "avss_smoothed", **{name: name for name in BASELINES}}
 MIN_RUNS = 8  # of a matrix: of fewer, the charts show each
 UNRANKED = -1  # in a matrix, in place of the rank of a layer without a score
 STEPS = 100  # of a rank in a matrix between the least and the most important layer
-EXACT_POWER = 15  # of ten, which doubles hold exactly, as they do its product with the digits of a rounded value
 
 
 def page_data(
@@ -103,17 +101,17 @@ def page_data(
         "rivals": {name: run_agreement(profiles(name)) for name in BASELINES},
         "without": [
             {
-                "blocks": [block | {"distance": _round(block["distance"], DIGITS)} for block in known["blocks"]],
+                "blocks": [block | {"distance": _round(block["distance"], DIGITS)} for block in measured["blocks"]],
                 "kept": [
                     {
                         **one,
                         "share": _round(one["size"] / run["num_layers"], DIGITS),
                         "kept": _round(one["kept"], DIGITS),
                     }
-                    for one in known["sets"]
+                    for one in measured["sets"]
                 ],
             }
-            for run, known in zip(runs, without, strict=True)
+            for run, measured in zip(runs, without, strict=True)
         ],
     }
 
@@ -121,10 +119,7 @@ def page_data(
 def _order(choice: tuple[Any, ...]) -> tuple[Any, ...]:
     """Return the sort key of a choice: site, recipe, absolute before relative thresholds, value of the threshold."""
     site, recipe, kind, threshold = choice
-    site_index, recipe_index = (
-        names.index(name) if name in names else len(names) for name, names in ((site, EVERY_SITE), (recipe, RECIPES))
-    )
-    return site_index, recipe_index, kind == "rms", threshold or 0.0
+    return EVERY_SITE.index(site), RECIPES.index(recipe), kind == "rms", threshold or 0.0
 
 
 def _described(runs: Sequence[Mapping[str, Any]], table: pa.Table) -> list[dict[str, Any]]:
@@ -148,18 +143,7 @@ def rounded(column: pa.ChunkedArray, digits: int = DIGITS) -> list[Any]:
     """
     if not pa.types.is_floating(column.type):
         return [printable(value) if isinstance(value, str) else value for value in column.to_pylist()]
-    values = column.to_numpy().astype(np.float64)
-    with np.errstate(divide="ignore", invalid="ignore", over="ignore"):
-        shift = digits - 1 - np.floor(np.log10(np.abs(values)))  # decimal places that stay
-        power = 10.0 ** np.abs(shift)
-        short = np.where(shift >= 0, np.rint(values * power) / power, np.rint(values / power) * power)
-    usual = (np.abs(shift) <= EXACT_POWER) & (np.abs(short) < 2.0**53)
-    rounded: list[float | None] = short.tolist()
-    for index in np.flatnonzero(usual & (short == np.rint(short))).tolist():
-        rounded[index] = int(short[index])
-    for index in np.flatnonzero(~usual).tolist():  # very large and very small ones
-        rounded[index] = _round(float(values[index]), digits)
-    return rounded
+    return [_round(value, digits) for value in column.to_numpy().tolist()]
 
 
 def _round(value: float, digits: int) -> float | None:
@@ -200,7 +184,7 @@ def run_agreement(profiles: Mapping[int, Scores]) -> dict[str, Any]:
 
 
 def _correlation(value: float) -> float | None:
-    return round(float(value), CORRELATION_DIGITS) + 0.0 if math.isfinite(value) else None  # + 0.0: no negative zero
+    return round(float(value), 3) + 0.0 if math.isfinite(value) else None  # + 0.0: no negative zero
 
 
 def matrix_data(
@@ -221,7 +205,7 @@ def matrix_data(
     scores = scores.sort_by([("run_id", "ascending"), ("layer", "ascending")])
     values = scores["avss_smoothed"].to_numpy()
     places = {key["run_id"]: _places(values[start:stop]) for key, start, stop in slices_by(scores, ["run_id"])}
-    described = [
+    return [
         {
             "label": label,
             "about": printable(f"{run['family']}, {run['dtype']}, {basename(str(run['corpus']))}"),
@@ -229,8 +213,7 @@ def matrix_data(
         }
         for run, label in zip(runs, labels, strict=True)
         if run["run_id"] in places
-    ]
-    return described or None
+    ] or None
 
 
 def _places(scores: Float64) -> list[int]:
@@ -238,8 +221,7 @@ def _places(scores: Float64) -> list[int]:
 
     Layers with NaN have none, nor has the only layer with a score.
     """
-    places = np.full(len(scores), UNRANKED)
-    known = ~np.isnan(scores)
-    if known.sum() > 1:
-        places[known] = np.rint((average_ranks(scores[known]) - 1) / (known.sum() - 1) * STEPS)
+    places, scored = np.full(len(scores), UNRANKED), ~np.isnan(scores)
+    if scored.sum() > 1:
+        places[scored] = np.rint((average_ranks(scores[scored]) - 1) / (scored.sum() - 1) * STEPS)
     return list(places.tolist())

@@ -22,26 +22,32 @@ from markupsafe import Markup
 from avss_dist import __version__
 from avss_dist.analysis.chosen import run_labels
 from avss_dist.analysis.comparison import differing, profiles, with_conditions
-from avss_dist.analysis.contrast import contrast
-from avss_dist.analysis.curves import AXES, Curve, curves_of
+from avss_dist.analysis.contrast import contrast, contrast_section
+from avss_dist.analysis.curves import AXES, Curve, curve_section, curves_of
 from avss_dist.analysis.findings import findings
-from avss_dist.analysis.scorecard import best_readings, score_cards
-from avss_dist.analysis.verdict import describe_task, without_layers
+from avss_dist.analysis.scorecard import best_readings, describe_agreement, page_section, score_cards
+from avss_dist.analysis.section import ReportColumn, ReportTable, Row, Section, page_number
+from avss_dist.analysis.thresholds import at_reading
+from avss_dist.analysis.verdict import (
+    CLAIMED_KEPT,
+    CLAIMED_SHARE,
+    claim_in_short,
+    describe_task,
+    experiment_sections,
+    without_layers,
+)
 from avss_dist.core.errors import QueryError
-from avss_dist.core.registry import FROM_ACTIVATIONS, GROUND_TRUTH, SCORES
+from avss_dist.core.registry import FROM_ACTIVATIONS, GROUND_TRUTH, RECIPES, SCORES
+from avss_dist.core.settings import SITES
 from avss_dist.core.text import basename, printable
 from avss_dist.pruning.selection import PUBLISHED
 from avss_dist.reports.chart import drawing_library
-from avss_dist.reports.contrasts import contrast_section
-from avss_dist.reports.curves import curve_section
-from avss_dist.reports.experiments import experiment_sections
 from avss_dist.reports.output import map_leaves, write_file
 from avss_dist.reports.page.charts import page_charts, section_chart
 from avss_dist.reports.page.data import MIN_RUNS, matrix_data, page_data
-from avss_dist.reports.page.summary import in_short, is_published
-from avss_dist.reports.scorecards import page_section
-from avss_dist.reports.section import ReportColumn, ReportTable, Row, Section, page_number
+from avss_dist.stats.rankings import count_lowest
 from avss_dist.stats.scores import Threshold
+from avss_dist.warehouse.checks import has_head
 from avss_dist.warehouse.reader import Warehouse
 
 MAX_SCORECARDS = 6  # runs
@@ -74,7 +80,6 @@ CHAPTERS = {
     ),
 }
 """Title in the list of contents, heading and lead of each chapter, by its anchor on the page."""
-COMPRESSION = 6  # of gzip; 9 takes three times as long and saves little
 LINES = 40  # of a kind of finding; the others are counted
 MAX_RUNS = 40  # runs that a page draws, the newest; all are in its overview
 OVERVIEW = {
@@ -116,8 +121,8 @@ def report_page(warehouse: Warehouse, run_ids: Collection[str] | None = None, ow
     rows = warehouse.runs().to_pylist(maps_as_pydicts="lossy")
     rows = sorted((r for r in rows if run_ids is None or r["run_id"] in run_ids), key=_by_model)
     done = [row for row in rows if row["status"] == "done"]
-    newest = sorted((str(row["created_at"]), row["run_id"]) for row in done)[-MAX_RUNS:]
-    drawn = [row for row in done if (str(row["created_at"]), row["run_id"]) in newest]
+    newest = sorted(done, key=lambda row: (str(row["created_at"]), row["run_id"]))[-MAX_RUNS:]
+    drawn = [row for row in done if row in newest]
     without = without_layers(warehouse, drawn)
     data = page_data(warehouse, drawn, without)
     labels = [run["label"] for run in data["runs"]]
@@ -155,8 +160,9 @@ def report_page(warehouse: Warehouse, run_ids: Collection[str] | None = None, ow
             for run_id, why in damaged.items()
         ),
     ]
-    failed = len(rows) - len(done)
-    number = f"{len(done)} run{'' if len(done) == 1 else 's'}"
+    summary = f"{len(done)} run{'' if len(done) == 1 else 's'}"
+    if len(rows) > len(done):
+        summary += f" and {len(rows) - len(done)} that failed"
     return _template("page.html").render(
         html_table=html_table,
         policy=_policy(style, script, library),
@@ -171,7 +177,7 @@ def report_page(warehouse: Warehouse, run_ids: Collection[str] | None = None, ow
         version=__version__,
         warehouse=warehouse.root,
         created=datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
-        summary=f"{number} and {failed} that failed" if failed else number,
+        summary=summary,
         short=in_short(warehouse, drawn, of_run, rows_of_findings, without, named),
         findings=_findings(rows_of_findings, of_run),
         chapters=[(name, *CHAPTERS[name], sections) for name, sections in chapters.items() if sections],
@@ -206,10 +212,12 @@ def html_table(table: ReportTable, label: str) -> Markup:
 
 @cache
 def _template(name: str) -> jinja2.Template:
-    def finalize(value: Any) -> Any:  # no name changes the direction of the text after it
-        return printable(value) if isinstance(value, str) and not isinstance(value, Markup) else value
-
-    environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined, finalize=finalize)
+    environment = jinja2.Environment(
+        autoescape=True,
+        undefined=jinja2.StrictUndefined,
+        # No name changes the direction of the text after it.
+        finalize=lambda value: printable(value) if isinstance(value, str) and not isinstance(value, Markup) else value,
+    )
     return environment.from_string(_part(name))
 
 
@@ -220,21 +228,19 @@ def _part(name: str) -> Markup:
 
 def _policy(style: str, *scripts: str) -> str:
     """Return a Content-Security-Policy that allows this style and these scripts, and nothing from outside."""
-    allowed = " ".join(_hash(script) for script in scripts if script)
+    hashes = [base64.b64encode(hashlib.sha256(text.encode()).digest()).decode() for text in (style, *scripts) if text]
+    allowed, *of_scripts = (f"'sha256-{digest}'" for digest in hashes)
     return (
-        f"default-src 'none'; script-src {allowed}; style-src {_hash(style)}; img-src data:; "
+        f"default-src 'none'; script-src {' '.join(of_scripts)}; style-src {allowed}; img-src data:; "
         "base-uri 'none'; form-action 'none'"
     )
-
-
-def _hash(text: str) -> str:
-    return f"'sha256-{base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()}'"
 
 
 def _packed(data: Mapping[str, Any]) -> str:
     """Return data as compressed JSON in base64: forty runs at a hundred choices have a few hundred thousand numbers."""
     text = json.dumps(data, separators=(",", ":"), allow_nan=False)
-    return base64.b64encode(gzip.compress(text.encode(), COMPRESSION, mtime=0)).decode()
+    compressed = gzip.compress(text.encode(), 6, mtime=0)  # level 9 takes three times as long and saves little
+    return base64.b64encode(compressed).decode()
 
 
 def _overview(rows: Sequence[Row], labels: Mapping[str, str]) -> ReportTable:
@@ -265,15 +271,16 @@ def _findings(rows: Sequence[Row], labels: Mapping[str, str]) -> list[dict[str, 
     described = []
     for kind, by_run in kinds.items():
         ordered, first = sorted(by_run, key=list(labels).index), next(iter(by_run.values()))[0]
-        description = {
-            "title": kind.replace("_", " ").capitalize(),
-            "severity": first["severity"],
-            "example": _line(labels[first["run_id"]], [first]),
-            "runs": f"{len(by_run)} of {len(labels)} runs" if len(labels) > 1 else "",
-            "lines": [_line(labels[run_id], by_run[run_id]) for run_id in ordered[:LINES]],
-            "more": len(ordered[LINES:]),
-        }
-        described.append(description)
+        described.append(
+            {
+                "title": kind.replace("_", " ").capitalize(),
+                "severity": first["severity"],
+                "example": _line(labels[first["run_id"]], [first]),
+                "runs": f"{len(by_run)} of {len(labels)} runs" if len(labels) > 1 else "",
+                "lines": [_line(labels[run_id], by_run[run_id]) for run_id in ordered[:LINES]],
+                "more": len(ordered[LINES:]),
+            }
+        )
     return described
 
 
@@ -290,8 +297,13 @@ def _line(label: str, rows: Sequence[Row]) -> dict[str, Any]:
 def _curves(warehouse: Warehouse, runs: Sequence[Row]) -> list[Curve]:
     """Return the longest curves of runs, each set of runs once."""
     site, recipe, value, kind = PUBLISHED
-    threshold = Threshold(value=value, kind=kind)
-    scored = profiles(warehouse, list(map(with_conditions, runs)), site=site, recipe=recipe, threshold=threshold)
+    scored = profiles(
+        warehouse,
+        list(map(with_conditions, runs)),
+        site=site,
+        recipe=recipe,
+        threshold=Threshold(value=value, kind=kind),
+    )
     by_runs: dict[tuple[str, ...], Curve] = {}
     for curve in (curve for along in AXES for curve in curves_of(scored, along)):
         if len(curve.runs) >= MIN_CURVE:
@@ -307,23 +319,21 @@ def _scorecards(
     revisions = pa.array(sorted({run["revision"] for run in runs} - {None}), pa.string())
     rows = warehouse.table("evaluations", where=pc.field("revision").isin(revisions), columns=["revision", "task"])
     evaluated = {row["revision"] for row in rows.to_pylist() if row["task"].startswith(tasks)}
-    known = [run for run in runs if run["revision"] in evaluated][:MAX_SCORECARDS]
-    cards = score_cards(warehouse, known, own)
-    cards = cards.filter(pc.is_null(cards["format"]))
+    measured = [run for run in runs if run["revision"] in evaluated][:MAX_SCORECARDS]
+    cards = score_cards(warehouse, measured, own).filter(pc.field("format").is_null())
     best = best_readings(cards)
-    for run in known:
-        is_of_run = pc.field("run_id") == run["run_id"]
-        readings = cards.filter(is_of_run & (pc.field("score") == "avss")).num_rows
-        of_run = best.filter(is_of_run).to_pylist()
-        if section := page_section(labels[run["run_id"]], of_run, run["num_layers"], readings):
+    for run in measured:
+        of_run = pc.field("run_id") == run["run_id"]
+        readings = cards.filter(of_run & (pc.field("score") == "avss")).num_rows
+        rows = best.filter(of_run).to_pylist()
+        if section := page_section(labels[run["run_id"]], rows, run["num_layers"], readings):
             yield section
 
 
 def _contrasts(warehouse: Warehouse, runs: Sequence[Row], labels: Mapping[str, str]) -> Iterator[Section]:
     """Yield the contrast of each run on paired text, at the published reading."""
     strata = warehouse.table("stratum_stats", run_ids=[run["run_id"] for run in runs], columns=["run_id"])
-    paired = set(strata["run_id"].to_pylist())
-    for run in (run for run in runs if run["run_id"] in paired):
+    for run in (run for run in runs if run["run_id"] in strata["run_id"].unique().to_pylist()):
         label = labels[run["run_id"]]
         try:
             result = contrast(warehouse, run, site=(run["sites"] or ["block"])[0])
@@ -331,3 +341,71 @@ def _contrasts(warehouse: Warehouse, runs: Sequence[Row], labels: Mapping[str, s
             yield Section(label=label, sentences=[f"{error.message} {error.hint or ''}"])
         else:
             yield contrast_section(label, result)
+
+
+MAX_LISTED = 6  # runs, and tasks of each
+MAX_UNTRIED = 3  # runs without any evaluated removal
+NOTHING = "Nothing was left out and evaluated yet: avss ablate --damage, avss plan, avss evaluate; or avss shrink."
+HEADLESS = "Not known: the model predicts no next token, so nothing here evaluates it without layers."
+
+
+def in_short(
+    warehouse: Warehouse,
+    runs: Sequence[Row],
+    labels: Mapping[str, str],
+    findings: Sequence[Row],
+    without: Sequence[Row],
+    experiments: Sequence[Row],
+) -> list[dict[str, Any]]:
+    """Return answers to the questions about a few runs, for the template. Runs with evaluated removals come first.
+
+    Args:
+        runs: rows of ``runs``.
+        labels: labels by run id.
+        findings: rows of `findings`.
+        without: by run, see `without_layers`.
+        experiments: rows of ``experiments``, the newest first.
+    """
+    in_experiments = {row["run_id"] for row in experiments}
+    evaluated: list[tuple[Row, Sequence[Row]]] = []
+    untried: list[tuple[Row, Sequence[Row]]] = []
+    for run, measured in zip(runs, without, strict=True):
+        is_evaluated = measured["sets"] or run["run_id"] in in_experiments
+        (evaluated if is_evaluated else untried).append((run, measured["sets"]))
+    summaries = []
+    for run, sets in [*evaluated, *untried[:MAX_UNTRIED]][:MAX_LISTED]:
+        of_run = [row for row in findings if row["run_id"] == run["run_id"] and is_published(row)]
+        kinds = dict.fromkeys(row["kind"].replace("_", " ") for row in of_run)
+        against = f"{len(kinds)} finding{'' if len(kinds) == 1 else 's'} against it: {', '.join(kinds)}."
+        by_task: dict[str, list[Row]] = {}
+        for removed in sets:
+            by_task.setdefault(removed["series"], []).append(removed)
+        largest, of_claim, size = [], [], count_lowest(run["num_layers"] or 0)
+        for task, of_task in list(by_task.items())[:MAX_LISTED]:
+            if enough := [removed for removed in of_task if removed["kept"] >= CLAIMED_KEPT]:
+                one = max(enough, key=lambda removed: removed["size"])
+                largest.append(f"{task}: {one['size']:g} layers ({one['dropped']}), {one['kept']:z.0%} kept.")
+            else:
+                one = max(of_task, key=lambda removed: removed["kept"])
+                largest.append(
+                    f"{task}: no set that was evaluated; without {one['dropped']}, {one['kept']:z.0%} is kept."
+                )
+            for removed in (removed for removed in of_task if removed["size"] == size):
+                of_claim.append(f"{task}: {removed['kept']:z.0%} at best, without {removed['dropped']}.")
+        of_claim += claim_in_short([row for row in experiments if row["run_id"] == run["run_id"]])
+        scored = warehouse.table("scores", run_ids=[run["run_id"]], where=at_reading(*PUBLISHED)).to_pylist()
+        answers = {
+            "Can AVSS be believed?": [
+                against if kinds else "No finding warns of it.",
+                *describe_agreement(warehouse, run, scored),
+            ],
+            f"How many layers can go at {CLAIMED_KEPT:.0%} kept?": largest or [NOTHING if has_head(run) else HEADLESS],
+            f"What is kept without {CLAIMED_SHARE:.0%} of them?": of_claim or ["No such set was evaluated yet."],
+        }
+        summaries.append({"label": labels[run["run_id"]], "answers": answers})
+    return summaries
+
+
+def is_published(finding: Row) -> bool:
+    """Whether a finding concerns AVSS as published, or the whole run."""
+    return finding["site"] in (None, SITES[0]) and finding["recipe"] in (None, RECIPES[0])

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
+from functools import partial
 
 import pyarrow as pa
 import pyarrow.compute as pc
@@ -14,8 +13,8 @@ from rich.text import Text
 from avss_dist.analysis.agreement import CorrelationSummary
 from avss_dist.analysis.comparison import MAX_PAIRS as MAX_LISTED
 from avss_dist.analysis.comparison import RankingComparison
+from avss_dist.analysis.section import ReportColumn, ReportTable, column_of
 from avss_dist.core.text import basename
-from avss_dist.reports.section import ReportColumn, ReportTable, decimals, significant
 from avss_dist.reports.terminal.tables import FittedTable
 
 MAX_PAIRS = 40  # shown on a terminal
@@ -35,9 +34,7 @@ def comparison_tables(comparison: RankingComparison, title: str) -> RenderableTy
     ends = pairs if len(pairs) <= MAX_PAIRS else pa.concat_tables([pairs[:half], pairs[-half:]])
     rows, groups = ends.to_pylist(), comparison.groups.to_pylist()
 
-    def column(heading: str, name: str, format_: Callable[[Any], str], priority: int = 0) -> ReportColumn:
-        return ReportColumn(heading, [row[name] for row in rows], format_, priority=priority)
-
+    column = partial(column_of, rows)
     one_run = all(row["a_run_id"] == row["b_run_id"] for row in rows)
     names, labels = ["run", "a", "b"] if one_run else ["a", "b"], []
     for row in rows:
@@ -53,12 +50,12 @@ def comparison_tables(comparison: RankingComparison, title: str) -> RenderableTy
     columns = [
         *(ReportColumn(name, [label[i] for label in labels], number=False) for i, name in enumerate(names)),
         ReportColumn("layers", layers, priority=5),
-        column("Spearman", "spearman", decimals(3)),
-        column("given depth", "given_depth", decimals(3), 1),
+        column("Spearman", "spearman", "{:z.3f}".format),
+        column("given depth", "given_depth", "{:z.3f}".format, 1),
         ReportColumn("shared lowest", [f"{row['shared']} of {row['k']}" for row in rows], priority=1),
-        column("Jaccard", "jaccard", decimals(2), 3),
-        column("by chance", "jaccard_by_chance", decimals(2), 7),
-        column("p", "p_by_chance", significant(2), 2),
+        column("Jaccard", "jaccard", "{:z.2f}".format, 3),
+        column("by chance", "jaccard_by_chance", "{:z.2f}".format, 7),
+        column("p", "p_by_chance", "{:z.2g}".format, 2),
     ]
     parts: list[RenderableType] = [FittedTable(ReportTable(columns=columns, title=title)), Text(summary(comparison))]
     if hidden := comparison.number - len(ends):
@@ -70,13 +67,12 @@ def comparison_tables(comparison: RankingComparison, title: str) -> RenderableTy
         parts.append(Text(comparison.odd))
     if len(groups) > 1:
         by = groups[0]["by"]
-        others = [row["b"] if row["b"] != row["a"] else "itself" for row in groups]
         columns = [
             ReportColumn(f"a {by}", [row["a"] for row in groups], number=False),
-            ReportColumn("and", others, number=False),
+            ReportColumn("and", [row["b"] if row["b"] != row["a"] else "itself" for row in groups], number=False),
             ReportColumn("pairs", [row["pairs"] for row in groups], "{:,}".format, priority=2),
-            ReportColumn("Spearman", [row["spearman"] for row in groups], decimals(3)),
-            ReportColumn("given depth", [row["given_depth"] for row in groups], decimals(3), priority=1),
+            ReportColumn("Spearman", [row["spearman"] for row in groups], "{:z.3f}".format),
+            ReportColumn("given depth", [row["given_depth"] for row in groups], "{:z.3f}".format, priority=1),
         ]
         parts.append(FittedTable(ReportTable(columns=columns, title=f"Mean correlation of models by {by}")))
     return Group(*parts)
@@ -125,8 +121,9 @@ def _verdict(rho: CorrelationSummary, given_depth: CorrelationSummary) -> str:
     elif rho.median > RELATED:
         strength = "the rankings have something in common"
     else:
-        opposite = rho.median <= -RELATED
-        strength = "the rankings are the other way round" if opposite else "the rankings have little in common"
+        strength = (
+            "the rankings are the other way round" if rho.median <= -RELATED else "the rankings have little in common"
+        )
     due_to_depth = rho.median > RELATED and rho.median - beyond_depth > DUE_TO_DEPTH
     return f"{strength}, in part because both follow depth" if due_to_depth else strength
 
@@ -151,8 +148,7 @@ def findings_list(findings: pa.Table) -> RenderableType:
             messages = {f"{alike[0]}: {next(iter(messages))}": alike}
         for message, runs in messages.items():
             more = [f"and {len(runs) - FEW} more"] if len(runs) > FEW else []
-            below = Text("\n".join([*runs[:FEW], *more, message]))
-            lines += [heading, Padding(below, (0, 0, 0, 2), expand=False)]
+            lines += [heading, Padding(Text("\n".join([*runs[:FEW], *more, message])), (0, 0, 0, 2), expand=False)]
     if any(len(messages) > FEW for messages in places.values()):
         lines.append(Text("Of many, the first stands for all: avss findings --format csv has each."))
     return Group(*lines) if lines else Text("Nothing to warn of.")

@@ -1,4 +1,4 @@
-"""Tables of what was evaluated: models without layers, single layers, rounded weights, and rounds of a search."""
+"""Tables of estimates, plans and evaluations: memory, jobs, sparsity, models without layers, rounds of a search."""
 
 from __future__ import annotations
 
@@ -9,30 +9,30 @@ from typing import TYPE_CHECKING, Any
 from rich.console import Group, RenderableType
 from rich.text import Text
 
+from avss_dist.analysis.section import (
+    BarColumn,
+    ReportColumn,
+    ReportTable,
+    known_interval,
+)
 from avss_dist.analysis.verdict import metric_format, readable_value
 from avss_dist.core.intervention import PARTS, count_removed, describe_removed
 from avss_dist.core.names import LOSS
 from avss_dist.core.registry import metrics_of
-from avss_dist.core.text import count_of, describe_count, printable
-from avss_dist.reports.section import (
-    BarColumn,
-    ReportColumn,
-    ReportTable,
-    decimals,
-    known_interval,
-    percent,
-    significant,
-)
+from avss_dist.core.text import count_of, describe_bytes, describe_count, describe_seconds, printable
+from avss_dist.map_plans.plans import SparsityPlan
 from avss_dist.reports.terminal.tables import FittedTable
 from avss_dist.stats.intervals import MINIMUM_UNITS
 from avss_dist.stats.metrics import NO_INTERVAL
 from avss_dist.stats.rankings import count_lowest
 
 if TYPE_CHECKING:
+    from avss_dist.estimation import Estimate, Preview
     from avss_dist.evaluation.ablate import Ablation, Sensitivity
     from avss_dist.evaluation.evaluate import Evaluations
     from avss_dist.evaluation.search import SearchResult
 
+STATUS_STYLES = {"done": "green", "partial": "yellow", "missing": "", "repeated": "dim", "refused": "bold red"}
 (PROPAGATED,), (PREDICTED,) = metrics_of("propagated"), metrics_of("predicted")
 _OF_LAYERS: Sequence[tuple[str, str, int, Callable[[dict[str, Any]], str]]] = (
     ("loss without", "loss", 4, lambda row: f"{row['loss']:z.4f}"),
@@ -72,10 +72,10 @@ def evaluation_table(evaluations: Evaluations) -> RenderableType:
             ReportColumn("dropped", [count_removed(one) if one else None for one in dropped], number=False, priority=3),
             ReportColumn("task", [one.task for one in evaluations], number=False, wraps=True),
             ReportColumn("metric", [metric for metric, *_ in metrics], number=False),
-            ReportColumn("value", [value for _, value, _ in metrics], significant(4)),
-            ReportColumn("+/-", errors, significant(2), priority=4),
-            ReportColumn("whole model", whole, significant(4), priority=2),
-            ReportColumn("retention", [retention and retention.value for retention in retained], percent(1)),
+            ReportColumn("value", [value for _, value, _ in metrics], "{:z.4g}".format),
+            ReportColumn("+/-", errors, "{:z.2g}".format, priority=4),
+            ReportColumn("whole model", whole, "{:z.4g}".format, priority=2),
+            ReportColumn("retention", [retention and retention.value for retention in retained], "{:z.1%}".format),
             ReportColumn("95% interval", intervals, lambda ends: "{:z.1%} .. {:z.1%}".format(*ends), priority=1),
         ],
         caption=caption,
@@ -86,10 +86,9 @@ def evaluation_table(evaluations: Evaluations) -> RenderableType:
 def ablation_table(ablation: Ablation) -> FittedTable:
     """Return a table of the layers, with a bar of the first available measure. The least important are marked."""
     rows = ablation.table().to_pylist()
-    drawn = ("increase", "shapley", "attention", "damage", "taylor")
-    first = next(name for name in drawn if rows[0][name] is not None)
+    first = next(name for name in ("increase", "shapley", "attention", "damage", "taylor") if rows[0][name] is not None)
     lowest = sorted(rows, key=lambda row: row[first])[: count_lowest(len(rows))]
-    marked = [row in lowest for row in rows]
+    marked, number = [row in lowest for row in rows], len(lowest)
     columns: list[ReportColumn | BarColumn] = [
         ReportColumn("layer", [row["layer"] for row in rows]),
         BarColumn(values=[row[first] for row in rows], marked=marked),
@@ -99,29 +98,39 @@ def ablation_table(ablation: Ablation) -> FittedTable:
             if rows[0][name] is not None
         ),
     ]
-    number = count_lowest(len(ablation.layers))
-    text = f"* the {'layer' if number == 1 else f'{number} layers'} with the lowest {first}. Losses, their increases "
-    text += "and what is predicted of them are in nats per token."
+    text = (
+        f"* the {'layer' if number == 1 else f'{number} layers'} with the lowest {first}. Losses, their increases "
+        "and what is predicted of them are in nats per token."
+    )
     if any(rows[0][part] is not None for part in PARTS):
         text += " Alone: the increase without that sublayer of the layer."
     if rows[0]["damage"] is not None:
         text += " Damage is the mean of the ranks by predicted and propagated."
     truncated, permutations = ablation.permutations
     if truncated:
-        text += f" {truncated} of {permutations} permutations were truncated where the model only guessed: their "
-        text += "remaining layers share the rest of the loss alike. Truncation can be turned off."
+        text += (
+            f" {truncated} of {permutations} permutations were truncated where the model only guessed: their "
+            "remaining layers share the rest of the loss alike. Truncation can be turned off."
+        )
     if ablation.whole is not None:
-        text += f" Loss of the whole model: {_with_error(ablation.whole.value, ablation.whole.stderr)}; the error of "
-        text += "an increase is of the same sequences with and without the layer."
+        text += (
+            f" Loss of the whole model: {_with_error(ablation.whole.value, ablation.whole.stderr)}; the error of "
+            "an increase is of the same sequences with and without the layer."
+        )
     shapley = ablation.layers[0].results.get("shapley")
     if shapley is not None and len(shapley.samples) < MINIMUM_UNITS:
-        text += f" No interval of Shapley values: {count_of(len(shapley.samples), 'permutation')}, {MINIMUM_UNITS} are "
-        text += "needed (--shapley)."
+        text += (
+            f" No interval of Shapley values: {count_of(len(shapley.samples), 'permutation')}, {MINIMUM_UNITS} are "
+            "needed (--shapley)."
+        )
     if math.isfinite(ablation.reliability):
-        text += f" Other text of the same size would order the layers as this one does to {ablation.reliability:z.2f} "
-        text += "(Spearman; split halves)."
-    title = f"{ablation.model}  {ablation.corpus}"
-    return FittedTable(ReportTable(columns=columns, title=title, caption=text, marked=marked))
+        text += (
+            f" Other text of the same size would order the layers as this one does to {ablation.reliability:z.2f} "
+            "(Spearman; split halves)."
+        )
+    return FittedTable(
+        ReportTable(columns=columns, title=f"{ablation.model}  {ablation.corpus}", caption=text, marked=marked)
+    )
 
 
 def _with_error(value: float, stderr: float | None, digits: int = 4) -> str:
@@ -140,8 +149,8 @@ def search_table(result: SearchResult) -> FittedTable:
             columns=[
                 ReportColumn("dropped", [dropped for _, dropped, _, _ in rows]),
                 ReportColumn("layers", [layers for layers, *_ in rows], number=False, wraps=True),
-                ReportColumn("loss", [loss.value for loss in losses], decimals(4)),
-                ReportColumn("+/-", errors, significant(2), priority=1),
+                ReportColumn("loss", [loss.value for loss in losses], "{:z.4f}".format),
+                ReportColumn("+/-", errors, "{:z.2g}".format, priority=1),
                 ReportColumn("perplexity", [readable_value(LOSS, loss.value) for loss in losses], metric_format(LOSS)),
                 ReportColumn("sets", [sets for *_, sets in rows], describe_count, priority=2),
             ],
@@ -171,14 +180,18 @@ def sensitivity_tables(rounded: Sensitivity | None) -> Iterator[FittedTable]:
                 )
             )
             heading = ""
-    caption = "Nats per token. Predicted: first and second order from gradients, summed over the linear maps of the "
-    caption += "layer."
-    if known := {name: value for name, value in rounded.reliability.items() if math.isfinite(value)}:
-        caption += " Increase: measured, with the weights of that layer alone rounded. Other text of the same size "
-        agreements = ", ".join(f"{value:z.2f} ({name})" for name, value in known.items())
-        caption += f"would order the layers as this one does to {agreements} (Spearman; split halves)."
-    title = f"{rounded.model}  {rounded.corpus}: rounded weights"
-    yield FittedTable(ReportTable(columns=columns, title=title, caption=caption))
+    caption = (
+        "Nats per token. Predicted: first and second order from gradients, summed over the linear maps of the layer."
+    )
+    agreements = [f"{value:z.2f} ({name})" for name, value in rounded.reliability.items() if math.isfinite(value)]
+    if agreements:
+        caption += (
+            " Increase: measured, with the weights of that layer alone rounded. Other text of the same size would "
+            f"order the layers as this one does to {', '.join(agreements)} (Spearman; split halves)."
+        )
+    yield FittedTable(
+        ReportTable(columns=columns, title=f"{rounded.model}  {rounded.corpus}: rounded weights", caption=caption)
+    )
     if paths := list(dict.fromkeys(row["map"] for row in rows if row["map"])):
         yield FittedTable(_rounded_maps(rows, paths, formats))
 
@@ -190,6 +203,128 @@ def _rounded_maps(rows: Sequence[Mapping[str, Any]], paths: Sequence[str], forma
             by_path = [[row[column] for row in rows if row["map"] == path and row["format"] == name] for path in paths]
             if all(value is not None for values in by_path for value in values):
                 sums = [sum(values) for values in by_path]
-                columns.append(ReportColumn(f"{name}: {column}", sums, decimals(4), priority=priority))
-    caption = "Sums over all layers, in nats per token, of maps that are rounded one at a time."
-    return ReportTable(columns=columns, title="By linear map", caption=caption)
+                columns.append(ReportColumn(f"{name}: {column}", sums, "{:z.4f}".format, priority=priority))
+    return ReportTable(
+        columns=columns,
+        title="By linear map",
+        caption="Sums over all layers, in nats per token, of maps that are rounded one at a time.",
+    )
+
+
+def estimate_table(estimate: Estimate) -> RenderableType:
+    """Return a table of the memory that each partition takes and whether it fits, with another of ways to distill."""
+    free = describe_bytes(estimate.host_bytes)
+    if estimate.device == "cuda":
+        free = f"{describe_bytes(estimate.device_bytes)} on each GPU and {free} on the host"
+    held = f"as stored, computing in {estimate.dtype}" if estimate.quantized else f"in {estimate.dtype}"
+    rows, ways = estimate.rows, estimate.distillation
+    table = ReportTable(
+        title=estimate.model,
+        columns=[
+            ReportColumn("partition", [row.partition for row in rows], number=False),
+            ReportColumn("ranks", [row.ranks for row in rows]),
+            ReportColumn("memory of each device", [row.device_bytes for row in rows], describe_bytes),
+            ReportColumn("memory of the host", [row.host_bytes for row in rows], describe_bytes, priority=1),
+            _fits([row.fits for row in rows]),
+            ReportColumn("why", [row.why for row in rows], number=False, wraps=True),
+        ],
+        caption=f"{estimate.num_parameters:,} parameters in {estimate.num_layers} layers, "
+        f"{describe_bytes(estimate.weight_bytes)} {held}.\nMemory is that of weights, activations of a batch, and "
+        f"the interpreter, libraries and counters of each process. Here, or allowed: {free}.",
+        marked=[not row.fits for row in rows],
+        mark="failed",
+    )
+    distillation = ReportTable(
+        title=f"Distilling {estimate.model}",
+        columns=[
+            ReportColumn("train", [row.train for row in ways], number=False),
+            ReportColumn("sharding", [row.sharding or "one process" for row in ways], number=False),
+            ReportColumn("ranks", [row.ranks for row in ways], priority=1),
+            ReportColumn("trained parameters", [row.trained for row in ways], "{:,}".format, priority=2),
+            ReportColumn("memory of each device", [row.device_bytes for row in ways], describe_bytes),
+            _fits([row.fits for row in ways]),
+            ReportColumn("why", [row.why for row in ways], number=False, wraps=True, priority=3),
+        ],
+        caption="Memory at the peak of avss distill, with the teacher on each rank. Weights are trained in float32.",
+        marked=[not row.fits for row in ways],
+        mark="failed",
+    )
+    return Group(
+        FittedTable(table), Text(automatic(estimate), style="bold"), *([FittedTable(distillation)] if ways else [])
+    )
+
+
+def _fits(values: Sequence[bool]) -> ReportColumn:
+    """Return the column that says what fits."""
+    return ReportColumn(
+        "fits", values, lambda fits: "yes" if fits else "no", style=lambda fits: "green" if fits else "bold red"
+    )
+
+
+def automatic(estimate: Estimate) -> str:
+    """Return the choice of ``auto`` as a line: ``auto takes single: 175 kB of weights ... fit into ...``"""
+    return f"auto takes {estimate.auto}: {estimate.auto_why}." if estimate.auto else f"auto: {estimate.auto_why}"
+
+
+def plan_table(previews: Sequence[Preview], warehouse: str) -> RenderableType:
+    """Return a table of the runs (model, text, status and amount of work) and a summary."""
+    statuses = [f"{p.status} {p.kept_shards}/{p.num_shards}" if p.status == "partial" else p.status for p in previews]
+    table = ReportTable(
+        title=f"{count_of(len(previews), 'run')} into {warehouse}",
+        columns=[
+            ReportColumn("model", [p.model for p in previews], number=False, wraps=True),
+            ReportColumn("revision", [p.revision[:12] for p in previews], number=False, wraps=True, priority=3),
+            ReportColumn("corpus", [p.corpus for p in previews], number=False, wraps=True),
+            ReportColumn("partition", [p.partition for p in previews], number=False, priority=2),
+            ReportColumn("status", statuses, style=lambda status: STATUS_STYLES[status.split()[0]], number=False),
+            ReportColumn("weights", [p.weight_bytes or None for p in previews], describe_bytes, priority=1),
+            ReportColumn("tokens", [p.num_tokens or None for p in previews], describe_count),
+            ReportColumn("time", [p.seconds for p in previews], describe_seconds),
+        ],
+    )
+    errors = [Text(f"{p.model}: {p.error}", style="red") for p in previews if p.error]
+    warnings = dict.fromkeys(f"{p.model}: {p.warning}" for p in previews if p.warning)
+    count = {status: sum(p.status == status for p in previews) for status in STATUS_STYLES}
+    text = f"{', '.join(f'{number} {status}' for status, number in count.items() if number)}."
+    if seconds := [p.seconds for p in previews if p.seconds]:
+        text += f" About {describe_seconds(sum(seconds))} of measuring, at the speed of earlier runs."
+    if unknown := sum(p.seconds is None for p in previews if p.status in ("partial", "missing")):
+        text += f" {count_of(unknown, 'run')} of unknown time: no finished run has the shape of the model."
+    if count["refused"]:
+        text += " The refused ones will be recorded as failed; the others run."
+    return Group(
+        FittedTable(table),
+        *errors,
+        *(Text(warning, style="yellow") for warning in warnings),
+        Text(text, style="bold"),
+    )
+
+
+def thresholds_table(plan: SparsityPlan) -> ReportTable:
+    """Return a table of a plan: threshold or share and expected sparsity by layer and linear map, in shades."""
+
+    def shade(point: Any) -> str:
+        if point is None:
+            return ""
+        red = round(255 * min(point.sparsity, 1.0))
+        return f"rgb({red},128,{255 - red})"
+
+    maps = list(dict.fromkeys(one.map for one in plan.projections))
+    by_place = {(one.layer, one.map): one for one in plan.projections}
+    layers = sorted({one.layer for one in plan.projections})
+    return ReportTable(
+        title=f"What becomes zero in {plan.model}: by {plan.projections[0].by}, and the sparsity that is expected",
+        columns=[
+            ReportColumn("layer", layers),
+            *(
+                ReportColumn(
+                    name.rpartition(".")[2],
+                    [by_place.get((layer, name)) for layer in layers],
+                    lambda one: f"{one.value:z.3g} {one.sparsity:4.0%}",
+                    style=shade,
+                    priority=number,
+                )
+                for number, name in enumerate(maps)
+            ),
+        ],
+    )

@@ -6,7 +6,7 @@ import time
 from collections import deque
 from collections.abc import Sequence
 from datetime import UTC, datetime, timedelta
-from typing import TYPE_CHECKING, Self
+from typing import TYPE_CHECKING
 
 from rich import progress as rich_progress
 from rich.text import Text
@@ -61,17 +61,19 @@ class TimeColumn(rich_progress.ProgressColumn):
         return Text(text if remaining is None else f"{text}, {timedelta(seconds=int(remaining))} left", style="cyan")
 
 
-def bars(*columns: rich_progress.ProgressColumn) -> rich_progress.Progress:
-    """Return a progress display on standard error, for terminals and notebooks: description, bar, ``columns``, time."""
-    terminal = console(stderr=True)
-    return rich_progress.Progress(
-        rich_progress.TextColumn("{task.description}", markup=False),
-        rich_progress.BarColumn(),
-        *columns,
-        TimeColumn(),
-        console=terminal,
-        disable=not (terminal.is_terminal or terminal.is_jupyter),
-    )
+class _Bars(rich_progress.Progress):
+    """Progress on standard error, for terminals and notebooks: description, bar, ``columns``, time."""
+
+    def __init__(self, *columns: rich_progress.ProgressColumn) -> None:
+        terminal = console(stderr=True)
+        super().__init__(
+            rich_progress.TextColumn("{task.description}", markup=False),
+            rich_progress.BarColumn(),
+            *columns,
+            TimeColumn(),
+            console=terminal,
+            disable=not (terminal.is_terminal or terminal.is_jupyter),
+        )
 
 
 def log(what: str) -> None:
@@ -79,46 +81,35 @@ def log(what: str) -> None:
     say(f"{datetime.now(UTC):%H:%M:%S} {what}")
 
 
-class Progress:
+class Progress(_Bars):
     """Callback for the events of runs: a bar for each run, with tokens/s and the time that is left."""
 
     def __init__(self) -> None:
-        self._progress = bars(rich_progress.TaskProgressColumn(), _Speed())
-        self._tasks: dict[str, rich_progress.TaskID] = {}
+        super().__init__(rich_progress.TaskProgressColumn(), _Speed())
+        self._runs: dict[str, rich_progress.TaskID] = {}
         self._ended: deque[rich_progress.TaskID] = deque()
-
-    def __enter__(self) -> Self:
-        self._progress.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._progress.stop()
 
     def __call__(self, event: object) -> None:
         """Show an event. How a replica is spread is printed on a terminal, or if it is not a single whole model."""
         match event:
             case RunReading(name):
-                self._tasks[name] = self._progress.add_task(f"{_short(name)}: reading", total=None)
+                self._runs[name] = self.add_task(f"{_short(name)}: reading", total=None)
             case RunRepeated(name, first):
-                self._print(f"{_short(name)}: {event.describe(_short(first))}")
-            case RunPlaced(name, placement) if self._progress.console.is_terminal or placement.partition != WHOLE:
-                self._print(f"{_short(name)}: {placement.partition}; {placement.why}.")
+                self.print(f"{_short(name)}: {event.describe(_short(first))}", markup=False)
+            case RunPlaced(name, placement) if self.console.is_terminal or placement.partition != WHOLE:
+                self.print(f"{_short(name)}: {placement.partition}; {placement.why}.", markup=False)
             case RunStarted(name, total, done):
-                task = self._tasks[name]
-                self._progress.reset(task, start=False, total=total, completed=done, description=_short(name))
+                self.reset(self._runs[name], start=False, total=total, completed=done, description=_short(name))
             case ShardMeasured(name, num_tokens):
-                self._progress.start_task(self._tasks[name])
-                self._progress.advance(self._tasks[name], num_tokens)
+                self.start_task(self._runs[name])
+                self.advance(self._runs[name], num_tokens)
             case RunEnded(name, run):
-                if (ended := self._tasks.pop(name, None)) is not None:
-                    self._progress.update(ended, description=f"{_short(name)}: {run.status}")
-                    self._progress.stop_task(ended)
+                if (ended := self._runs.pop(name, None)) is not None:
+                    self.update(ended, description=f"{_short(name)}: {run.status}")
+                    self.stop_task(ended)
                     self._ended.append(ended)
                 if len(self._ended) > SHOWN_ENDED:
-                    self._progress.update(self._ended.popleft(), visible=False)
-
-    def _print(self, text: str) -> None:
-        self._progress.console.print(text, markup=False)
+                    self.update(self._ended.popleft(), visible=False)
 
 
 def run_progress(num_runs: int, *, ends: bool = True) -> Progress | LogRuns:
@@ -130,22 +121,15 @@ def run_progress(num_runs: int, *, ends: bool = True) -> Progress | LogRuns:
     return Progress() if console(stderr=True).is_terminal else LogRuns(log, num_runs, ends=ends)
 
 
-class StepProgress:
+class StepProgress(_Bars):
     """Callback for the events of `shrink` and `distill`: one bar over all steps. Without a terminal, lines."""
 
     def __init__(self, column: rich_progress.ProgressColumn | None = None) -> None:
-        self._progress = bars(column or rich_progress.TaskProgressColumn())
-        self._bar = self._progress.add_task("reading", total=None)
+        super().__init__(column or rich_progress.TaskProgressColumn())
+        self._bar = self.add_task("reading", total=None)
         self._step, self._pace = "reading", Pace()
         self._training: Pace | None = None
         self._logged_at, self._notes = time.monotonic(), set[str]()
-
-    def __enter__(self) -> Self:
-        self._progress.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._progress.stop()
 
     def __call__(self, event: Event) -> None:
         """Show an event."""
@@ -158,7 +142,7 @@ class StepProgress:
                 self._advance(num_tokens, self._step)
             case CellUnderway(_, step, share):
                 what = f"{step[0].lower()}{step[1:]}, {share:.0%}"
-                self._progress.update(self._bar, description=what)
+                self.update(self._bar, description=what)
                 self._log(f"{what}{self._pace.describe()}")
             case CellDone(cell, notes):
                 self._print_notes(notes)
@@ -166,40 +150,38 @@ class StepProgress:
             case Preparing(step, share):
                 if step != self._step:
                     self._begin(step, 1.0)
-                self._progress.update(self._bar, total=1.0, completed=share)
+                self.update(self._bar, total=1.0, completed=share)
                 self._pace.reach(share)
                 if share:
                     self._log(f"{step}, {share:.0%}{self._pace.describe()}")
             case TrainingAdvanced(tokens=tokens, total=total, loss=loss):
                 pace = self._training = self._training or Pace(total, tokens, "tokens")
                 pace.reach(tokens)
-                self._progress.update(
-                    self._bar, description=f"training, loss {loss:.3f}", total=total, completed=tokens
-                )
+                self.update(self._bar, description=f"training, loss {loss:.3f}", total=total, completed=tokens)
                 self._log(f"{tokens:,} of {total:,} tokens: training, loss {loss:.3f}{pace.describe()}")
             case CurvePoint(tokens=tokens, kept=kept):
                 line = f"{tokens:,} tokens: kept {', '.join(f'{text} {share:.1%}' for text, share in kept.items())}"
-                if self._progress.disable:
+                if self.disable:
                     log(line)
                 else:
-                    self._progress.console.print(line, markup=False, highlight=False)
+                    self.print(line, markup=False, highlight=False)
 
     def _begin(self, what: str, total: float, done: float = 0, unit: str = "", *, said: bool = True) -> None:
         """Begin a step of ``total`` units, of which ``done`` are done."""
-        self._progress.reset(self._bar, total=total, completed=done, description=what, visible=True)  # type: ignore[arg-type]
+        self.reset(self._bar, total=total, completed=done, description=what, visible=True)  # type: ignore[arg-type]
         self._step, self._pace = what, Pace(total, done, unit)
-        if said and self._progress.disable and done != total:
+        if said and self.disable and done != total:
             log(what)
 
     def _advance(self, amount: int, what: str) -> None:
         """Count finished units of a step."""
-        self._progress.update(self._bar, advance=amount, description=what)
+        self.update(self._bar, advance=amount, description=what)
         self._pace.reach(self._pace.done + amount)
         self._log(f"{self._step}: {self._pace.done / (self._pace.total or 1):.0%}{self._pace.describe()}")
 
     def _log(self, what: str) -> None:
         """Log a line where no bar is shown, one every `LOG_SECONDS` at most."""
-        if self._progress.disable and time.monotonic() - self._logged_at > LOG_SECONDS:
+        if self.disable and time.monotonic() - self._logged_at > LOG_SECONDS:
             self._logged_at = time.monotonic()
             log(what)
 
@@ -207,7 +189,7 @@ class StepProgress:
         """Print each note on how cells were measured once."""
         for note in dict.fromkeys(note for note in notes if note not in self._notes):
             self._notes.add(note)
-            self._progress.console.print(f"Note: {note}", markup=False, highlight=False)
+            self.print(f"Note: {note}", markup=False, highlight=False)
 
 
 class CellProgress(StepProgress):
@@ -215,7 +197,7 @@ class CellProgress(StepProgress):
 
     def __init__(self) -> None:
         super().__init__(rich_progress.MofNCompleteColumn())
-        self._progress.update(self._bar, visible=False)  # until cells are known
+        self.update(self._bar, visible=False)  # until cells are known
         self._part = Pace()
 
     def __call__(self, event: Event) -> None:
@@ -225,7 +207,7 @@ class CellProgress(StepProgress):
                 self._begin("evaluating", len(cells), done, "evaluations", said=False)
             case CellUnderway(cell, step, share):
                 name, what = _short(cell.checkpoint.name), f"{step}, {share:.0%}"
-                self._progress.update(self._bar, description=f"{name}{describe_without(cell)}: {what}")
+                self.update(self._bar, description=f"{name}{describe_without(cell)}: {what}")
                 if step != self._step:
                     self._step, self._part = step, Pace(done=share)
                 self._part.reach(share)
@@ -234,12 +216,12 @@ class CellProgress(StepProgress):
             case CellDone(cell, notes):
                 self._print_notes(notes)
                 name, self._step = _short(cell.checkpoint.name), ""
-                self._progress.update(self._bar, advance=1, description=f"{name}{describe_without(cell)}")
+                self.update(self._bar, advance=1, description=f"{name}{describe_without(cell)}")
                 self._pace.reach(self._pace.done + 1)
                 self._log(f"{name}: {self._pace.done} of {self._pace.total} evaluated{self._pace.describe()}")
-            case SearchStep(best=best, sets=sets) if self._progress.console.is_terminal:
+            case SearchStep(best=best, sets=sets) if self.console.is_terminal:
                 loss = f"loss {best.value:.4f} without {describe_removed(best.removed)}"
-                self._progress.console.print(f"{sets} sets: {loss}", markup=False, highlight=False)
+                self.print(f"{sets} sets: {loss}", markup=False, highlight=False)
 
 
 def _describe_step(cell: Cell) -> str:

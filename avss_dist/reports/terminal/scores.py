@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
+from functools import partial
 from math import isnan
 from typing import Any
 
@@ -10,17 +11,16 @@ from rich.console import Group, RenderableType
 from rich.text import Text
 
 from avss_dist.analysis.findings import TRACKS_DEPTH
-from avss_dist.analysis.thresholds import INTERPOLATED
-from avss_dist.core.registry import LOWEST_SHARE, SCORES
-from avss_dist.core.text import describe_count, describe_layers, describe_threshold
-from avss_dist.reports.section import (
+from avss_dist.analysis.section import (
     BarColumn,
     ReportColumn,
     ReportTable,
+    column_of,
     known_interval,
-    percent,
-    significant,
 )
+from avss_dist.analysis.thresholds import INTERPOLATED
+from avss_dist.core.registry import LOWEST_SHARE, SCORES
+from avss_dist.core.text import describe_count, describe_layers, describe_threshold
 from avss_dist.reports.terminal.tables import FittedTable
 from avss_dist.stats.intervals import why_no_interval
 from avss_dist.stats.layer_stats import bin_edges
@@ -40,8 +40,22 @@ def layer_table(run: Mapping[str, Any], scores: Sequence[Mapping[str, Any]], own
     first, count = scores[0], count_lowest(len(scores))
     lowest = [s["rank"] is not None and s["rank"] <= count for s in scores]
     threshold = describe_threshold(first["threshold"], first["threshold_kind"])
-    columns = _layer_columns(scores, lowest, has_intervals=why_no_interval(run["num_shards"] or 0) is None)
-    columns += [ReportColumn(name, [s[name] for s in scores], significant(4), priority=1) for name in own]
+    column, number = partial(column_of, scores), "{:z.4g}".format
+    intervals = [known_interval(s["avss_low"], s["avss_high"]) for s in scores]
+    columns: list[ReportColumn | BarColumn] = [
+        column("layer", "layer"),
+        BarColumn(values=[s["avss_smoothed"] for s in scores], marked=lowest),
+        column(SCORES["avss"].title, "avss_smoothed", number),
+        ReportColumn("95% interval", intervals, lambda ends: "{:z.4g} .. {:z.4g}".format(*ends), priority=4),
+        column("rank", "rank"),
+        column("lowest 25%", "lowest_set_probability", "{:z.0%}".format, 3),
+        column("variance", "variance", number, 6),
+        column("near zero", "near_zero_count", "{:,.0f}".format, 5),
+        column("block influence", "block_influence", number, 2),
+        *(column(name, name, number, 1) for name in own),
+    ]
+    if why_no_interval(run["num_shards"] or 0):
+        columns = [one for one in columns if isinstance(one, BarColumn) or one.heading not in OF_SHARDS]
     table = ReportTable(
         columns=columns,
         title=f"{run['model']}  {first['site']} / {first['recipe']} / |x| < {threshold}",
@@ -52,36 +66,17 @@ def layer_table(run: Mapping[str, Any], scores: Sequence[Mapping[str, Any]], own
     return Group(FittedTable(table), *notes)
 
 
-def _layer_columns(
-    scores: Sequence[Mapping[str, Any]], lowest: Sequence[bool], *, has_intervals: bool
-) -> list[ReportColumn | BarColumn]:
-    def column(heading: str, name: str, format_: Callable[[Any], str], priority: int = 0) -> ReportColumn:
-        return ReportColumn(heading, [s[name] for s in scores], format_, priority=priority)
-
-    number = significant(4)
-    intervals = [known_interval(s["avss_low"], s["avss_high"]) for s in scores]
-    columns: list[ReportColumn | BarColumn] = [
-        column("layer", "layer", str),
-        BarColumn(values=[s["avss_smoothed"] for s in scores], marked=lowest),
-        column(SCORES["avss"].title, "avss_smoothed", number),
-        ReportColumn("95% interval", intervals, lambda ends: "{:z.4g} .. {:z.4g}".format(*ends), priority=4),
-        column("rank", "rank", str),
-        column("lowest 25%", "lowest_set_probability", percent(0), 3),
-        column("variance", "variance", number, 6),
-        column("near zero", "near_zero_count", "{:,.0f}".format, 5),
-        column("block influence", "block_influence", number, 2),
-    ]
-    return [one for one in columns if has_intervals or isinstance(one, BarColumn) or one.heading not in OF_SHARDS]
-
-
 def describe_exactness(scores: Sequence[Mapping[str, Any]]) -> str:
     """Return a sentence on the error of interpolated near-zero counts and the nearest exact ones, if any."""
     inexact = [s for s in scores if s["exactness"] == INTERPOLATED]
     if not inexact:
         return ""
     off = max(max(s["near_zero_high"] - k, k - s["near_zero_low"]) / k for s in inexact if (k := s["near_zero_count"]))
-    absolute = scores[0]["threshold_kind"] == "absolute"
-    where = " Exact: {:.10g} and {:.10g}.".format(*bin_edges(scores[0]["threshold"])) if absolute else ""
+    where = (
+        " Exact: {:.10g} and {:.10g}.".format(*bin_edges(scores[0]["threshold"]))
+        if scores[0]["threshold_kind"] == "absolute"
+        else ""
+    )
     text = f"{len(inexact)} of {len(scores)} near-zero counts are interpolated from stored counts"
     return f"{text}, and off by {off:.0%} at the very most.{where}"
 
@@ -113,10 +108,14 @@ def _caption(run: Mapping[str, Any], scores: Sequence[Mapping[str, Any]], lowest
 def quantiles_table(rows: Sequence[Mapping[str, Any]]) -> RenderableType:
     """Return a table of the quantiles of one run and site: a row for each layer, a column for each share."""
     layers = list(dict.fromkeys(row["layer"] for row in rows))
-    by_place = {(row["layer"], row["share"]): row for row in rows}
-    defined = {place: row for place, row in by_place.items() if row["value"] is not None and not isnan(row["value"])}
+    texts = {
+        (row["layer"], row["share"]): f"{row['value']:.4g}"
+        + (f" ({row['rms_multiple']:.3g} x RMS)" if row["rms_multiple"] else "")
+        for row in rows
+        if row["value"] is not None and not isnan(row["value"])
+    }
     columns = [
-        ReportColumn(f"|x| below which {share:.4g}", [defined.get((layer, share)) for layer in layers], _quantile)
+        ReportColumn(f"|x| below which {share:.4g}", [texts.get((layer, share)) for layer in layers])
         for share in dict.fromkeys(row["share"] for row in rows)
     ]
     exact = all(row["low"] == row["high"] for row in rows if row["low"] is not None)
@@ -127,8 +126,3 @@ def quantiles_table(rows: Sequence[Mapping[str, Any]]) -> RenderableType:
         caption="Every one is exact: each value was counted." if exact else inexact,
     )
     return FittedTable(table)
-
-
-def _quantile(row: Mapping[str, Any]) -> str:
-    multiple = row["rms_multiple"]
-    return f"{row['value']:.4g}" + (f" ({multiple:.3g} x RMS)" if multiple else "")

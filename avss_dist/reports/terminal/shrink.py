@@ -8,18 +8,16 @@ from typing import TYPE_CHECKING, Any
 
 from rich.console import Group, RenderableType
 
-from avss_dist.core.intervention import count_removed, describe_removed
-from avss_dist.core.names import PERPLEXITY
-from avss_dist.core.text import basename, describe_bytes
-from avss_dist.reports.section import (
+from avss_dist.analysis.section import (
     BarColumn,
     ReportColumn,
     ReportTable,
     interval,
     known_interval,
-    percent,
-    significant,
 )
+from avss_dist.core.intervention import count_removed, describe_removed
+from avss_dist.core.names import PERPLEXITY
+from avss_dist.core.text import basename, describe_bytes
 from avss_dist.reports.terminal.tables import FittedTable
 from avss_dist.stats.metrics import NO_INTERVAL
 
@@ -27,8 +25,6 @@ if TYPE_CHECKING:
     from avss_dist.distillation.distill import Distilled
     from avss_dist.evaluation.continuations import Continuation
     from avss_dist.evaluation.shrink import Shrunk, TaskRetention
-
-BAR = 40  # cells of what keeps all
 
 
 def shrunk_tables(done: Shrunk) -> RenderableType:
@@ -52,13 +48,12 @@ def shrunk_tables(done: Shrunk) -> RenderableType:
         dropped, retentions = [len(one.plan.drop) for one in done.curve], [one.kept for one in done.curve]
         columns: list[ReportColumn | BarColumn] = [
             ReportColumn("layers dropped", dropped),
-            ReportColumn("share", [number / plan.num_layers for number in dropped], percent(0)),
-            ReportColumn("kept", retentions, percent(1)),
-            BarColumn(values=retentions, largest=1.0, width=BAR),
+            ReportColumn("share", [number / plan.num_layers for number in dropped], "{:z.0%}".format),
+            ReportColumn("kept", retentions, "{:z.1%}".format),
+            BarColumn(values=retentions, largest=1.0, width=40),
         ]
         when = " before distillation" if done.distillation else ""
-        title = f"What is kept{when}, in the task in which the least is"
-        tables.append(ReportTable(columns=columns, title=title))
+        tables.append(ReportTable(columns=columns, title=f"What is kept{when}, in the task in which the least is"))
     return Group(*map(FittedTable, [*tables, *continuation_tables(done.continuations)]))
 
 
@@ -83,17 +78,22 @@ def _task_columns(task: TaskRetention) -> Iterator[ReportColumn]:
     metrics = [readable_metric(result) for result in task.results.values()]
     group = basename(task.task.removeprefix(PERPLEXITY))
     yield ReportColumn(metrics[0][0], [value for _, value in metrics], group=group)
-    yield ReportColumn("kept", [one and one.value for one in kept], percent(1), missing="")
+    yield ReportColumn("kept", [one and one.value for one in kept], "{:z.1%}".format, missing="")
     intervals = [one and known_interval(one.low, one.high) for one in kept]
-    yield ReportColumn("95% interval", intervals, interval(percent(1)), priority=1)
+    yield ReportColumn("95% interval", intervals, interval("{:z.1%}".format), priority=1)
 
 
 def shrunk_values(done: Shrunk) -> dict[str, Any]:
     """Return the results of shrinking as plain values, for programs."""
     curve = [{"drop": one.plan.drop, "kept": one.kept} for one in done.curve]
     about = {"output": done.folder, "bytes": done.bytes, "drop": done.best.plan.drop, "kept": done.best.kept}
-    tasks = [task.describe() for task in done.best.tasks]
-    values = {**about, "tasks": tasks, "curve": curve, "difference": done.difference, "notes": [*done.notes]}
+    values = {
+        **about,
+        "tasks": [task.describe() for task in done.best.tasks],
+        "curve": curve,
+        "difference": done.difference,
+        "notes": [*done.notes],
+    }
     texts = [{"prompt": one.prompt, "model": one.variant, "text": one.text} for one in done.continuations]
     values |= {"continuations": texts} if texts else {}
     if done.distillation:
@@ -118,18 +118,22 @@ def distilled_table(done: Distilled) -> ReportTable:
     record = done.record
     columns = [
         ReportColumn("tokens", [f"{point.tokens:,}" for point in record.curve], number=False),
-        ReportColumn("divergence", [point.loss for point in record.curve], significant(3)),
+        ReportColumn("divergence", [point.loss for point in record.curve], "{:z.3g}".format),
     ]
     for text in record.texts:
         group = text.label if text.trained_rows else f"{text.label}, watched"
         kept = [point.kept[text.label] for point in record.curve]
         perplexity = [point.perplexity[text.label] for point in record.curve]
-        columns.append(ReportColumn("kept", kept, percent(1), group=group))
-        columns.append(ReportColumn("perplexity", perplexity, significant(4), group=group, priority=1))
-    caption = "On rows that are not trained on; kept: the teacher's perplexity over the student's; divergence: from "
-    caption += "the teacher, in nats per token of trained texts. The last row is the written checkpoint."
-    title = f"{record.student}, distilled from {record.teacher}"
-    return ReportTable(columns=columns, title=title, caption=caption)
+        columns += [
+            ReportColumn("kept", kept, "{:z.1%}".format, group=group),
+            ReportColumn("perplexity", perplexity, "{:z.4g}".format, group=group, priority=1),
+        ]
+    return ReportTable(
+        columns=columns,
+        title=f"{record.student}, distilled from {record.teacher}",
+        caption="On rows that are not trained on; kept: the teacher's perplexity over the student's; divergence: from "
+        "the teacher, in nats per token of trained texts. The last row is the written checkpoint.",
+    )
 
 
 def distilled_lines(done: Distilled) -> Iterator[str]:

@@ -12,8 +12,8 @@ from rich.console import Console, ConsoleOptions, Group, RenderableType
 from rich.table import Table as RichTable
 from rich.text import Text
 
+from avss_dist.analysis.section import BarColumn, ReportColumn, ReportTable, Section
 from avss_dist.core.text import printable
-from avss_dist.reports.section import BarColumn, ReportColumn, ReportTable, Section
 
 WRAPPED = 24  # cells that a column of prose needs at least
 STYLES = {"lowest": "bold red", "failed": "dim"}  # of marked rows
@@ -80,8 +80,13 @@ class FittedTable:
     def _bar(self, column: BarColumn, row: int) -> Bar:
         largest = column.largest or max((value or 0.0 for value in column.values), default=0.0)
         length = min(max(0.0, column.values[row] or 0.0), largest)
-        color = "red" if column.marked and column.marked[row] else "cyan"
-        return Bar(largest if largest > 0 else 1.0, 0, length, width=column.width, color=color)
+        return Bar(
+            largest if largest > 0 else 1.0,
+            0,
+            length,
+            width=column.width,
+            color="red" if column.marked and column.marked[row] else "cyan",
+        )
 
     def _cell(self, column: ReportColumn, row: int) -> Text:
         """Return the text of a cell. The name of a row with the lowest scores has a star behind it."""

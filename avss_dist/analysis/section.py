@@ -10,25 +10,8 @@ from typing import Any
 from avss_dist.core.text import printable
 
 GRAY, BLUE, AMBER = "#8b949e", "#4c9be8", "#e0a030"  # seen on light and on dark
-MISSING = "-"
-BAR_WIDTH = 18  # cells of a terminal
 Row = Mapping[str, Any]  # of a table
 Interval = tuple[float, float]
-
-
-def decimals(digits: int) -> Callable[[float], str]:
-    """Return a format with a fixed number of digits after the point."""
-    return lambda value: f"{value:z.{digits}f}"
-
-
-def significant(digits: int) -> Callable[[float], str]:
-    """Return a format with a number of significant digits."""
-    return lambda value: f"{value:z.{digits}g}"
-
-
-def percent(digits: int) -> Callable[[float], str]:
-    """Return a format of shares as percentages, with a fixed number of digits after the point."""
-    return lambda value: f"{value:z.{digits}%}"
 
 
 def interval(ends: Callable[[float], str]) -> Callable[[Interval], str]:
@@ -75,7 +58,7 @@ class ReportColumn:
     values: Sequence[Any]
     format: Callable[[Any], str] = str
     _: KW_ONLY
-    missing: str = MISSING
+    missing: str = "-"
     group: str = ""
     meaning: str = ""
     number: bool = True
@@ -127,7 +110,7 @@ class BarColumn:
     values: Sequence[float | None]
     largest: float | None = None
     marked: Sequence[bool] = ()
-    width: int = BAR_WIDTH
+    width: int = 18
     priority: int = 1
 
 
@@ -208,6 +191,13 @@ class Section:
     sentences: Sequence[str] = ()
     charts: Sequence[Chart] = ()
     tables: Sequence[ReportTable] = ()
+
+
+def column_of(
+    rows: Sequence[Row], heading: str, name: str, format: Callable[[Any], str] = str, priority: int = 0
+) -> ReportColumn:
+    """Return the column of a field of rows, such as those of a table of the warehouse."""
+    return ReportColumn(heading, [row[name] for row in rows], format, priority=priority)
 
 
 def page_number(label: str) -> str:
