@@ -176,23 +176,18 @@ def read_answers(rows: pa.Table, labels: tuple[str, str], after: str, threshold:
     strata = [label + after for label in labels]
     rows = rows.filter(pc.is_in(rows["stratum"], pa.array(strata)))
     layers = len(pc.unique(rows["layer"]))
-
-    def grid(name: str) -> Float64:
-        return np.asarray(rows[name].to_numpy(), np.float64).reshape(-1, layers)
-
-    near_zero = np.array(pc.list_element(rows["near_zero"], threshold), np.float64).reshape(-1, layers)
+    arrays = ("pooled_variance", "count", "mean", "m2", "norm", "relative_magnitude")
+    grids = {
+        name: np.asarray(rows[name].to_numpy(), np.float64).reshape(-1, layers)
+        for name in ("pair", "answer_tokens", *arrays)
+    }
     stratum = np.array(rows["stratum"].to_pylist(), object).reshape(-1, layers)[:, 0]
     answers = contrast_stats.Answers(
-        pair=grid("pair")[:, 0].astype(np.int64),
+        pair=grids["pair"][:, 0].astype(np.int64),
         hallucinated=stratum == strata[0],
-        tokens=grid("answer_tokens")[:, 0].astype(np.int64),
-        near_zero=near_zero,
-        pooled_variance=grid("pooled_variance"),
-        count=grid("count"),
-        mean=grid("mean"),
-        m2=grid("m2"),
-        norm=grid("norm"),
-        relative_magnitude=grid("relative_magnitude"),
+        tokens=grids["answer_tokens"][:, 0].astype(np.int64),
+        near_zero=np.array(pc.list_element(rows["near_zero"], threshold), np.float64).reshape(-1, layers),
+        **{name: grids[name] for name in arrays},
     )
     both = [p for p in answers.pairs if 0 < answers.hallucinated[answers.pair == p].mean() < 1]
     return answers.of_pairs(np.array(both, np.int64))

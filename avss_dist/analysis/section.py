@@ -79,10 +79,10 @@ class ReportColumn:
     def sort_key(self, row: int) -> Any:
         """Return the sort key of a row: its value, or the lower end of an interval. Empty if it is missing."""
         value = self.values[row]
-        if self.is_missing(row):
-            return ""
+        if self.is_missing(row) or (isinstance(value, tuple) and not self.number):
+            return self.text(row)
         if isinstance(value, tuple):
-            return value[0] if self.is_interval(row) else self.text(row)
+            return value[0]
         return int(value) if isinstance(value, bool) else value
 
     def is_interval(self, row: int) -> bool:

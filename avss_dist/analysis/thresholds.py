@@ -77,8 +77,7 @@ def scores_at(
                     "near_zero_high": high,
                 }
             )
-    arrays = [pa.array([row[f.name] for row in rows], f.type, from_pandas=True) for f in SCORES]
-    return pa.Table.from_arrays(arrays, schema=SCORES)
+    return pa.table({f.name: pa.array([row[f.name] for row in rows], f.type, from_pandas=True) for f in SCORES}, SCORES)
 
 
 def at_reading(

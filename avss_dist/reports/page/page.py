@@ -1,4 +1,4 @@
-"""A warehouse as one page that needs no network: findings, runs, charts with controls, and a table."""
+"""A warehouse as one page that needs no network: a summary, findings, runs, charts with controls, and a table."""
 
 from __future__ import annotations
 
@@ -50,6 +50,10 @@ from avss_dist.stats.scores import Threshold
 from avss_dist.warehouse.checks import has_head
 from avss_dist.warehouse.reader import Warehouse
 
+MAX_LISTED = 6  # runs of the summary, and tasks of each
+MAX_UNTRIED = 3  # runs without any evaluated removal
+NOTHING = "Nothing was left out and evaluated yet: avss ablate --damage, avss plan, avss evaluate; or avss shrink."
+HEADLESS = "Not known: the model predicts no next token, so nothing here evaluates it without layers."
 MAX_SCORECARDS = 6  # runs
 MIN_CURVE, MAX_CURVES = 3, 12  # points of a curve, and curves
 CHAPTERS = {
@@ -343,12 +347,6 @@ def _contrasts(warehouse: Warehouse, runs: Sequence[Row], labels: Mapping[str, s
             yield contrast_section(label, result)
 
 
-MAX_LISTED = 6  # runs, and tasks of each
-MAX_UNTRIED = 3  # runs without any evaluated removal
-NOTHING = "Nothing was left out and evaluated yet: avss ablate --damage, avss plan, avss evaluate; or avss shrink."
-HEADLESS = "Not known: the model predicts no next token, so nothing here evaluates it without layers."
-
-
 def in_short(
     warehouse: Warehouse,
     runs: Sequence[Row],
@@ -367,11 +365,9 @@ def in_short(
         experiments: rows of ``experiments``, the newest first.
     """
     in_experiments = {row["run_id"] for row in experiments}
-    evaluated: list[tuple[Row, Sequence[Row]]] = []
-    untried: list[tuple[Row, Sequence[Row]]] = []
-    for run, measured in zip(runs, without, strict=True):
-        is_evaluated = measured["sets"] or run["run_id"] in in_experiments
-        (evaluated if is_evaluated else untried).append((run, measured["sets"]))
+    with_sets = [(run, measured["sets"]) for run, measured in zip(runs, without, strict=True)]
+    evaluated = [pair for pair in with_sets if pair[1] or pair[0]["run_id"] in in_experiments]
+    untried = [pair for pair in with_sets if pair not in evaluated]
     summaries = []
     for run, sets in [*evaluated, *untried[:MAX_UNTRIED]][:MAX_LISTED]:
         of_run = [row for row in findings if row["run_id"] == run["run_id"] and is_published(row)]

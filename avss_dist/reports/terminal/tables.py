@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from datetime import datetime
 from typing import Any
 
@@ -31,17 +32,17 @@ def rendered(*sections: Section) -> RenderableType:
     return Group(*parts[:-1])
 
 
+@dataclass(frozen=True)
 class FittedTable:
     """A table that fits the terminal: it leaves out columns that have no room, and names them in a line below.
 
     If even the columns that are always shown have no room, each row is a block of lines.
     """
 
-    def __init__(self, table: ReportTable) -> None:
-        self._table = table
+    table: ReportTable
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> Iterator[RenderableType]:
-        columns = self._table.columns
+        columns = self.table.columns
         visible, needed = list(columns), {column: self._needs(column) + 3 for column in columns}
         while _width(visible, needed) > options.max_width and any(column.priority for column in visible):
             visible.remove(max(reversed(visible), key=lambda column: column.priority))
@@ -50,14 +51,14 @@ class FittedTable:
             yield from self._blocks()
         else:
             yield self._grid(visible)
-        if lines := [line for line in (self._table.caption, self._table.meanings) if line]:
+        if lines := [line for line in (self.table.caption, self.table.meanings) if line]:
             yield Text(printable("\n".join(lines)))
         hidden = [column for column in columns if column not in visible and isinstance(column, ReportColumn)]
         if missing := [_heading(column).replace("\n", " ") for column in hidden]:
             yield Text(f"No room for: {', '.join(missing)}. A wider terminal shows them.", style="dim")
 
     def _grid(self, columns: Sequence[ReportColumn | BarColumn]) -> RichTable:
-        table = self._table
+        table = self.table
         grid = RichTable(title=Text(printable(table.title)) if table.title else None, title_style="bold")
         for column in columns:
             if isinstance(column, BarColumn):
@@ -91,29 +92,29 @@ class FittedTable:
     def _cell(self, column: ReportColumn, row: int) -> Text:
         """Return the text of a cell. The name of a row with the lowest scores has a star behind it."""
         words = column.missing if column.is_missing(row) else column.text(row)
-        if self._table.marked and self._table.mark == "lowest" and column is self._table.columns[0]:
-            words += " *" if self._table.is_marked(row) else "  "
+        if self.table.marked and self.table.mark == "lowest" and column is self.table.columns[0]:
+            words += " *" if self.table.is_marked(row) else "  "
         return Text(words, style=column.style(column.values[row]) if column.style else "")
 
     def _needs(self, column: ReportColumn | BarColumn) -> int:
         """Return the number of screen cells that a column needs."""
         if isinstance(column, BarColumn):
             return column.width
-        texts = (_heading(column), *(self._cell(column, row).plain for row in self._table.rows))
+        texts = (_heading(column), *(self._cell(column, row).plain for row in self.table.rows))
         widest = max((cell_len(line) for words in texts for line in words.splitlines()), default=0)
         return min(widest, WRAPPED) if column.wraps else widest
 
     def _blocks(self) -> Iterator[RenderableType]:
         """Yield a line for each column, row after row."""
-        if self._table.title:
-            yield Text(printable(self._table.title), style="bold")
-        for row in self._table.rows:
+        if self.table.title:
+            yield Text(printable(self.table.title), style="bold")
+        for row in self.table.rows:
             if row:
                 yield Text()
             grid = RichTable.grid(padding=(0, 2))
             grid.add_column(no_wrap=True, style="cyan")
             grid.add_column(overflow="fold")
-            for column in self._table.values:
+            for column in self.table.values:
                 grid.add_row(Text(_heading(column)), self._cell(column, row))
             yield grid
 
