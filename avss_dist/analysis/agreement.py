@@ -163,10 +163,8 @@ class RankMatrix:
 
     def __init__(self, scores: Sequence[Scores]) -> None:
         self._scores = scores
-        grids: dict[int, Counter[Hashable]] = {}
-        for depth, values in scores:
-            grids.setdefault(len(values), Counter())[depth.tobytes()] += 1
-        usual = {size: counts.most_common(1)[0][0] for size, counts in grids.items()}
+        grids = Counter((len(values), depth.tobytes()) for depth, values in scores)
+        usual = {size: grid for (size, grid), _ in reversed(grids.most_common())}  # the most common is the last
         sizes = [
             len(values) if usual[len(values)] == depth.tobytes() and np.isfinite(values).all() else 0
             for depth, values in scores

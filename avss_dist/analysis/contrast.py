@@ -307,7 +307,7 @@ def _predictions(
     for layer, name, value, left_out in classifiers:
         low, high = jackknife_interval(np.array(value), left_out, scale="logit")
         row = {"layer": layer, "statistic": name, "auroc": value, "auroc_low": low, "auroc_high": high}
-        beside = {"after_another": None, "gain": None, "beats_baselines": False}
+        beside: dict[str, Any] = {"after_another": None, "gain": None, "beats_baselines": False}
         if layer is not None:
             gain, once = value - best[2], np.ones((1, len(other.pair)))
             least_gain, _ = jackknife_interval(np.array(gain), left_out - best[3], confidence=corrected)
@@ -390,7 +390,8 @@ class Strata:
     Attributes:
         labels: labels of the hallucinated and of the truthful answers.
         layers: indices of the layers that have the site.
-        blocks: LayerStats by stratum, block of consecutive shards, and layer.
+        blocks: LayerStats by stratum, block of consecutive shards, and layer. A block holds whole pairs and is the unit
+            of resampling.
     """
 
     labels: tuple[str, str]
@@ -427,11 +428,6 @@ class Strata:
         blocks = [merge_stats([partials[i] for i in part]) for part in parts] or [merged]
         return Strata(labels, layers, {key: [by_layer(block, key) for block in blocks] for key in strata})
 
-    @property
-    def num_blocks(self) -> int:
-        """Number of shard blocks. A block holds whole pairs and is the unit of resampling."""
-        return len(self.blocks[self.labels[0]])
-
     def both_sides(
         self,
         recipe: str,
@@ -448,7 +444,7 @@ class Strata:
             exchanged: float64[n, blocks], 1 if the labels of a block are exchanged, 0 by default.
             after: `AFTER_ANOTHER` for answers after another prompt, or empty for answers after their own.
         """
-        swapped = np.zeros((1, self.num_blocks)) if exchanged is None else exchanged
+        swapped = np.zeros((1, len(self.blocks[self.labels[0]]))) if exchanged is None else exchanged
         ours, theirs = ((1 if weights is None else weights) * part for part in (1 - swapped, swapped))
         first, second = (self.blocks[label + after] for label in self.labels)
         return _both([*first, *second], recipe, threshold, np.hstack([ours, theirs]), np.hstack([theirs, ours]))
@@ -479,7 +475,7 @@ def stratum_table(strata: Strata, recipe: str, threshold: Threshold) -> pa.Table
     Raises:
         QueryError: if there are fewer than two blocks, or the site has no statistics for the recipe.
     """
-    n, layers = strata.num_blocks, len(strata.layers)
+    n, layers = len(strata.blocks[strata.labels[0]]), len(strata.layers)
     if n < 2:
         raise QueryError(
             "The run has one shard, and shards exchange their labels.", "Make `sequences_per_shard` smaller."

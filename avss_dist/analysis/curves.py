@@ -310,16 +310,25 @@ def _drawing(along: str, number: int) -> Any:
     """
     import altair as alt
 
-    legend = alt.Legend(title="rank: 0 least, 1 most important", orient="top", direction="horizontal", titleLimit=240)
-    labels = alt.Axis(labelAngle=-45, labelOverlap="greedy", labelLimit=120, grid=False)
     return (
         alt.Chart()
         .mark_rect()
         .properties(height=max(120, 11 * number))
         .encode(
-            x=alt.X("point:N", sort=None, title=AXIS_TITLES[along], axis=labels),
+            x=alt.X(
+                "point:N",
+                sort=None,
+                title=AXIS_TITLES[along],
+                axis=alt.Axis(labelAngle=-45, labelOverlap="greedy", labelLimit=120, grid=False),
+            ),
             y=alt.Y("layer:O", sort="descending", title="layer").axis(labelOverlap="greedy"),
-            color=alt.Color("share:Q", scale=alt.Scale(domain=[0, 1], scheme="viridis"), legend=legend),
+            color=alt.Color(
+                "share:Q",
+                scale=alt.Scale(domain=[0, 1], scheme="viridis"),
+                legend=alt.Legend(
+                    title="rank: 0 least, 1 most important", orient="top", direction="horizontal", titleLimit=240
+                ),
+            ),
             tooltip=["point:N", "run:N", "layer:Q", alt.Tooltip("rank:Q", format=".1f")],
         )
     )

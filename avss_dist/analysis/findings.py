@@ -65,13 +65,8 @@ _BY_LAYER = [(name, "ascending") for name in ("run_id", "site", "layer")]
 RUNS_AT_ONCE = 2048  # runs whose scores and digests are in memory together: 0.4 GB for 80 layers
 PLACE = ("run_id", "site", "recipe")
 """Columns of a reading."""
-_OLD_ROWS = (
-    "This run was measured before packed rows started with the tokenizer's special tokens. If its tokenizer adds any "
-    "(BOS, CLS), score the model again; else nothing has changed."
-)
 
 Row = dict[str, Any]
-Rows = Sequence[Mapping[str, Any]]
 Columns = Mapping[str, NDArray[Any]]
 """Values of each layer by column; missing numbers are NaN."""
 Reading = tuple[str, str, str]  # run, site and recipe
@@ -275,7 +270,7 @@ def _unstable_ranking(group: Columns) -> Iterator[Row]:
     yield finding("unstable_ranking", "warning" if changed > CHANGING[1] else "note", changed, f"{message}.")
 
 
-def _row_starts(warehouse: Warehouse, runs: Rows) -> Iterator[Row]:
+def _row_starts(warehouse: Warehouse, runs: Sequence[Row]) -> Iterator[Row]:
     """Yield a finding for each run whose model expects another start of its rows.
 
     The evidence is an evaluation of the model on any text with the same ``row_start``. Runs on packed text from before
@@ -292,7 +287,14 @@ def _row_starts(warehouse: Warehouse, runs: Rows) -> Iterator[Row]:
         settings = settings_of(run)
         start = settings.get("row_start")
         if settings.get("layout", "packed") == "packed" and start is None:
-            yield finding("row_start", "note", np.nan, _OLD_ROWS, run_id=run["run_id"])
+            yield finding(
+                "row_start",
+                "note",
+                np.nan,
+                "This run was measured before packed rows started with the tokenizer's special tokens. If its "
+                "tokenizer adds any (BOS, CLS), score the model again; else nothing has changed.",
+                run_id=run["run_id"],
+            )
         for task, by_metric in losses.get((run["revision"], start or ""), {}).items():
             if warning := row_start_warning(by_metric, run["model"], task.removeprefix(ROW_START)):
                 yield finding("row_start", "warning", *warning, run_id=run["run_id"])

@@ -250,6 +250,11 @@ class LinearMap:
     inputs: int
     read: LayerStats
 
+    @property
+    def weights(self) -> int:
+        """Number of weights."""
+        return self.outputs * self.inputs
+
     def thresholds(self, shares: Sequence[float] | Float64) -> Float64:
         """Return the quantiles of the absolute input values at the given shares."""
         return quantiles_of(self.read, np.asarray(shares).tolist())[0]
@@ -287,7 +292,7 @@ class MeasuredMaps:
     @cached_property
     def sizes(self) -> Float64:
         """Number of weights of each map, float64[maps]."""
-        return np.array([one.outputs * one.inputs for one in self.maps], np.float64)
+        return np.array([one.weights for one in self.maps], np.float64)
 
 
 def plan_sparsity(

@@ -440,10 +440,13 @@ def _drawing(lowest: float, number: int) -> Any:
     """Return the chart of the correlation of each score with its interval, and a dashed line at the ceiling."""
     import altair as alt
 
-    legend = alt.Legend(title=None, orient="top", columns=1, symbolType="circle", symbolOpacity=1)
     base = alt.Chart().encode(
         alt.Y("score:N", sort=None, title=None).axis(labelLimit=alt.ExprRef("room")),
-        alt.Color("kind:N", scale=alt.Scale(domain=list(KINDS), range=list(KINDS.values())), legend=legend),
+        alt.Color(
+            "kind:N",
+            scale=alt.Scale(domain=list(KINDS), range=list(KINDS.values())),
+            legend=alt.Legend(title=None, orient="top", columns=1, symbolType="circle", symbolOpacity=1),
+        ),
     )
     scale = alt.Scale(domain=[lowest, 1])
     x = alt.X("correlation:Q", scale=scale, title="rank correlation", axis=alt.Axis(grid=False, tickCount=5))

@@ -171,14 +171,17 @@ def similarity_chart(comparison: RankingComparison) -> Any:
         )
         .properties(width=14, height=SIDE)
     )
-    legend = alt.Legend(title="rank correlation", orient="right")
     heat = (
         alt.Chart(alt.InlineData(values=cells))
         .mark_rect()
         .encode(
             x=alt.X("column:N", sort=labels, title=None, axis=None),
             y=y.axis(None),
-            color=alt.Color("rho:Q", scale=alt.Scale(domain=[-1, 0, 1], scheme="redblue"), legend=legend),
+            color=alt.Color(
+                "rho:Q",
+                scale=alt.Scale(domain=[-1, 0, 1], scheme="redblue"),
+                legend=alt.Legend(title="rank correlation", orient="right"),
+            ),
             tooltip=[
                 alt.Tooltip("row:N", title="runs"),
                 alt.Tooltip("column:N", title="with"),

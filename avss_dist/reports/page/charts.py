@@ -130,7 +130,6 @@ def _best_sets() -> Any:
 
 def _heat() -> Any:
     """Return a heat map: a row for each run, a cell for each layer, colored by its place in the ranking."""
-    legend = alt.Legend(title="rank: 0 least, 1 most important", orient="top", direction="horizontal", titleLimit=240)
     return (
         alt.Chart(ROWS)
         .mark_rect()
@@ -138,7 +137,13 @@ def _heat() -> Any:
             x=_DEPTHS,
             x2="to:Q",
             y=_RUNS,
-            color=alt.Color("share:Q", scale=alt.Scale(domain=[0, 1], scheme="viridis"), legend=legend),
+            color=alt.Color(
+                "share:Q",
+                scale=alt.Scale(domain=[0, 1], scheme="viridis"),
+                legend=alt.Legend(
+                    title="rank: 0 least, 1 most important", orient="top", direction="horizontal", titleLimit=240
+                ),
+            ),
             tooltip=["run:N", "layer:Q", "rank:Q", alt.Tooltip("value:Q", title="score", format=".4g")],
         )
         .add_params(ROOM)

@@ -77,8 +77,10 @@ def describe_exactness(scores: Sequence[Mapping[str, Any]]) -> str:
         if scores[0]["threshold_kind"] == "absolute"
         else ""
     )
-    text = f"{len(inexact)} of {len(scores)} near-zero counts are interpolated from stored counts"
-    return f"{text}, and off by {off:.0%} at the very most.{where}"
+    return (
+        f"{len(inexact)} of {len(scores)} near-zero counts are interpolated from stored counts, and off by {off:.0%} "
+        f"at the very most.{where}"
+    )
 
 
 def _caption(run: Mapping[str, Any], scores: Sequence[Mapping[str, Any]], lowest: int) -> str:
