@@ -31,7 +31,7 @@ from avss_dist.core.text import basename, count_of, describe_threshold
 from avss_dist.stats.layer_stats import Float64
 from avss_dist.stats.scores import Threshold
 from avss_dist.warehouse.checks import settings_of
-from avss_dist.warehouse.reader import Warehouse, slices_by
+from avss_dist.warehouse.reader import Warehouse, grouped, slices_by
 
 CONDITIONS = ("corpus", "dtype", "sequence_length", "layout", "row_start", "skip_first_tokens", "schema_version")
 """Properties besides the model that two runs must share for their scores to be comparable."""
@@ -356,9 +356,7 @@ def condition(run: Mapping[str, Any], name: str) -> Any:
 
 def _strata(selected: Sequence[Profile], by: str, allow_mismatch: bool) -> list[list[int]]:
     """Return the indices of the profiles of each stratum in which ``by`` has several values."""
-    strata: dict[Hashable, list[int]] = {}
-    for index, profile in enumerate(selected):
-        strata.setdefault(_shared(profile, by, allow_mismatch), []).append(index)
+    strata = grouped(range(len(selected)), lambda index: _shared(selected[index], by, allow_mismatch))
     return [members for members in strata.values() if len({_value(selected[index], by) for index in members}) > 1]
 
 

@@ -6,6 +6,7 @@ import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
+from operator import itemgetter
 from typing import Any
 
 import numpy as np
@@ -37,7 +38,7 @@ from avss_dist.stats.layer_stats import Float64, LayerStats
 from avss_dist.stats.rankings import depth_correlation
 from avss_dist.stats.scores import Threshold
 from avss_dist.warehouse.checks import has_head, settings_of
-from avss_dist.warehouse.reader import Warehouse
+from avss_dist.warehouse.reader import Warehouse, grouped
 
 MAX_TRIED = 20  # runs, the newest first
 
@@ -225,15 +226,12 @@ def evaluated_lines(warehouse: Warehouse, run: Mapping[str, Any], removed: Remov
     """Return a line for each task that the model was evaluated on without these layers, beside the whole model."""
     rows = warehouse.table("evaluations", where=pc.field("revision") == run["revision"]).to_pylist()
     other_changes = ("layer", "patch", "sparsity_plan", "factor", "rounding")
-    groups: dict[tuple[str, str], list[dict[str, Any]]] = {}
-    for row in rows:
-        if all(row[name] is None for name in other_changes) and not row["task"].startswith(SEARCH):
-            groups.setdefault((row["run_id"], row["task"]), []).append(row)
+    unchanged = (row for row in rows if all(row[name] is None for name in other_changes))
     lines = []
-    for (_, task), group in groups.items():
+    for (_, task), group in grouped(unchanged, itemgetter("run_id", "task")).items():
         metric = primary_metric(group)
         values = {decode_removals(row["drop"]): shown_value(row) for row in group if row["metric"] == metric}
-        if removed in values:
+        if removed in values and not task.startswith(SEARCH):
             whole = f", {values[()]} of the whole model" if () in values else ""
             lines.append(f"{task}: {describe_metric(metric)} {values[removed]}{whole}.")
     return tuple(dict.fromkeys(lines))

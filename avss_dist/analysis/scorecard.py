@@ -56,10 +56,10 @@ from avss_dist.pruning.ground_truth import (
     rounded_truths,
     rounding_estimates,
 )
-from avss_dist.pruning.selection import LAST, PUBLISHED, Choice, Reading, reading_of
+from avss_dist.pruning.selection import LAST, PUBLISHED, Choice, reading_of
 from avss_dist.stats.layer_stats import Float64
 from avss_dist.stats.rankings import count_lowest, spearman, spearman_interval
-from avss_dist.warehouse.reader import Warehouse
+from avss_dist.warehouse.reader import Warehouse, grouped
 
 SPLITS, SEED = 200, 0  # of sequences into halves
 GOOD = 0.7  # a correlation that stands out
@@ -139,10 +139,7 @@ def _scores(
         scored: rows of ``scores`` of a run.
         truth: measurements of its layers, by name.
     """
-    by_reading: dict[Reading, list[Mapping[str, Any]]] = {}
-    for row in scored:
-        by_reading.setdefault(reading_of(row), []).append(row)
-    of_avss = [(Choice(by="avss", reading=reading), rows) for reading, rows in by_reading.items()]
+    of_avss = [(Choice(by="avss", reading=reading), rows) for reading, rows in grouped(scored, reading_of).items()]
     of_layers = [(Choice(by=name), scored) for name in (*BASELINES, *truth, LAST)]
     for choice, rows in (*of_avss, *of_layers):
         place = dict(zip(READING, choice.reading, strict=True)) if choice.reading else {}

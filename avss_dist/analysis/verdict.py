@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from itertools import product
 from math import exp, isfinite
+from operator import itemgetter
 from typing import Any
 
 import numpy as np
@@ -35,7 +36,7 @@ from avss_dist.pruning.methods import ENDS_KEPT, LEAVE_ONE_OUT, REVERSED
 from avss_dist.pruning.selection import LAST, PUBLISHED, RANDOM
 from avss_dist.stats.intervals import MINIMUM_UNITS
 from avss_dist.stats.metrics import NO_INTERVAL, retention_of
-from avss_dist.warehouse.reader import Warehouse
+from avss_dist.warehouse.reader import Warehouse, grouped
 
 CLAIMED_SHARE, CLAIMED_KEPT = 0.25, 0.9
 LARGEST_SHOWN = 1.5  # retention that the chart has room for
@@ -221,11 +222,10 @@ def without_layers(warehouse: Warehouse, runs: Sequence[Row]) -> list[dict[str, 
     """
     revisions = {run["revision"] for run in runs} - {None}
     where = pc.field("revision").isin(pa.array(sorted(revisions), pa.string()))
-    by_revision: dict[str, list[Row]] = {revision: [] for revision in revisions}
-    for row in warehouse.table("evaluations", where=where).to_pylist() if revisions else ():
-        by_revision[row["revision"]].append(row)
+    rows = warehouse.table("evaluations", where=where).to_pylist() if revisions else []
     measured = {
-        revision: {"blocks": _blocks(rows), "sets": list(_best_sets(rows))} for revision, rows in by_revision.items()
+        revision: {"blocks": _blocks(of_revision), "sets": list(_best_sets(of_revision))}
+        for revision, of_revision in grouped(rows, itemgetter("revision")).items()
     }
     return [measured.get(run["revision"], {"blocks": [], "sets": []}) for run in runs]
 
@@ -274,27 +274,21 @@ def experiment_sections(rows: Sequence[Row], labels: Mapping[str, str] | None = 
         rows: rows of the table ``experiments``, the newest last. The last of repeated evaluations counts.
         labels: labels of runs by id, in their order; by default the model and the id.
     """
-    by_run: dict[str, list[Row]] = {run_id: [] for run_id in labels or ()}
-    for row in rows:
-        by_run.setdefault(row["run_id"], []).append(row)
-    sections = []
-    for run_id, of_run in by_run.items():
+    by_run, sections = grouped(rows, itemgetter("run_id")), []
+    for run_id in labels or by_run:
         newest: dict[tuple[Any, ...], Row] = {}
-        for row in of_run:
+        for row in by_run.get(run_id, ()):
             if row["score"] is None or (row["share"] and not row.get("factor")):  # not sparsities, of version 0.2
                 newest[shown_method(row), row["share"], row["task"], row["metric"]] = row
         if any(row["share"] for row in newest.values()):
-            sections.append(
-                _section(labels[run_id] if labels else f"{of_run[0]['model']}  ({run_id})", list(newest.values()))
-            )
+            label = labels[run_id] if labels else f"{by_run[run_id][0]['model']}  ({run_id})"
+            sections.append(_section(label, list(newest.values())))
     return sections
 
 
 def _section(label: str, rows: Sequence[Row]) -> Section:
     """Return the section on the results of one run, each of which is there once."""
-    by_task: dict[str, list[Row]] = {}
-    for row in rows:
-        by_task.setdefault(row["task"], []).append(row)
+    by_task = grouped(rows, itemgetter("task"))
     metrics = {task: primary_metric(of_task) for task, of_task in by_task.items()}
     primary = sorted(
         (row for row in rows if row["metric"] == metrics[row["task"]]), key=lambda row: float(row["share"])

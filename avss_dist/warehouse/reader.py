@@ -40,6 +40,7 @@ from avss_dist.warehouse.encoding import (
 from avss_dist.warehouse.schema import DAMAGED, SCHEMAS, TABLES, UNFINISHED_RUNS
 from avss_dist.warehouse.storage import FILE_NAMES, PLAN, Storage
 
+K = TypeVar("K")
 T = TypeVar("T")
 Files = Mapping[str, tuple[str, str]]
 """Run id and stamp (size and time of change) of files, by path."""
@@ -493,6 +494,14 @@ class Warehouse:
 def _ids(names: Iterable[str], prefix: str) -> set[str]:
     """Return the run ids in the names of files or folders that begin with a prefix."""
     return {match[1] for name in names if (match := re.fullmatch(rf"{re.escape(prefix)}([\w.-]+)", name))}
+
+
+def grouped(items: Iterable[T], key: Callable[[T], K]) -> dict[K, list[T]]:
+    """Return items, such as rows, by their key."""
+    groups: dict[K, list[T]] = {}
+    for item in items:
+        groups.setdefault(key(item), []).append(item)
+    return groups
 
 
 def slices_by(table: pa.Table, names: Sequence[str]) -> list[tuple[dict[str, Any], int, int]]:

@@ -11,6 +11,7 @@ from collections.abc import Collection, Iterator, Mapping, Sequence
 from datetime import UTC, datetime
 from functools import cache
 from importlib.resources import files
+from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
@@ -48,7 +49,7 @@ from avss_dist.reports.page.data import MIN_RUNS, matrix_data, page_data
 from avss_dist.stats.rankings import count_lowest
 from avss_dist.stats.scores import Threshold
 from avss_dist.warehouse.checks import has_head
-from avss_dist.warehouse.reader import Warehouse
+from avss_dist.warehouse.reader import Warehouse, grouped
 
 MAX_LISTED = 6  # runs of the summary, and tasks of each
 MAX_UNTRIED = 3  # runs without any evaluated removal
@@ -373,9 +374,7 @@ def in_short(
         of_run = [row for row in findings if row["run_id"] == run["run_id"] and is_published(row)]
         kinds = dict.fromkeys(row["kind"].replace("_", " ") for row in of_run)
         against = f"{len(kinds)} finding{'' if len(kinds) == 1 else 's'} against it: {', '.join(kinds)}."
-        by_task: dict[str, list[Row]] = {}
-        for removed in sets:
-            by_task.setdefault(removed["series"], []).append(removed)
+        by_task = grouped(sets, itemgetter("series"))
         largest, of_claim, size = [], [], count_lowest(run["num_layers"] or 0)
         for task, of_task in list(by_task.items())[:MAX_LISTED]:
             if enough := [removed for removed in of_task if removed["kept"] >= CLAIMED_KEPT]:
