@@ -94,35 +94,39 @@ def layers_chart(runs: Sequence[Mapping[str, Any]], scores: Sequence[Mapping[str
 def depth_chart(
     base: Any,
     name: str,
-    axis: Mapping[str, Any],
     color: Any,
-    point_color: Any,
     *,
+    log: bool,
+    linear: alt.Scale,
     lowest: str,
-    ends: tuple[str, str] | None = None,
+    red: bool = True,
+    ends: tuple[str, str],
     tooltip: Sequence[Any],
 ) -> Any:
     """Return a chart of a score by depth: a line with a point for each layer, and triangles for the lowest layers.
 
+    AVSS has its interval as a band.
+
     Args:
         base: chart that encodes the position of a layer.
-        name: column of the score.
-        axis: ``title`` and ``scale`` of the axis of the score.
-        color: color of lines and bands.
-        point_color: color of points.
+        name: the score, and the column that has it.
+        color: color of lines, bands and points.
+        log: whether the score is on a log scale, and else on ``linear``.
         lowest: column that is true for the lowest layers.
-        ends: columns of an interval, which is drawn as a band.
+        red: whether the points of the lowest layers are red.
+        ends: columns of the interval of AVSS.
     """
-    y, marked = alt.Y(f"{name}:Q", **axis), alt.when(f"datum.{lowest}")
+    title, marked = SCORES[name].title, alt.when(f"datum.{lowest}")
+    axis: Any = {"title": f"{title} (log)" if log else title, "scale": alt.Scale(type="log") if log else linear}
     points = base.mark_point(filled=True, opacity=1).encode(
-        y=y,
-        color=point_color,
+        y=alt.Y(f"{name}:Q", **axis),
+        color=marked.then(alt.value(LOWEST_COLOR)).otherwise(color) if red else color,
         shape=marked.then(alt.value("triangle-down")).otherwise(alt.value("circle")),
         size=marked.then(alt.value(80)).otherwise(alt.value(32)),
         tooltip=list(tooltip),
     )
-    layers = [base.mark_line(strokeWidth=1.5).encode(y=y, color=color), points]
-    if ends:
+    layers = [base.mark_line(strokeWidth=1.5).encode(y=alt.Y(f"{name}:Q", **axis), color=color), points]
+    if name == "avss":
         band = base.mark_area(opacity=0.2).encode(y=alt.Y(f"{ends[0]}:Q", **axis), y2=f"{ends[1]}:Q", color=color)
         layers.insert(0, band)
     return alt.layer(*layers)
@@ -130,17 +134,19 @@ def depth_chart(
 
 def _panel(base: Any, color: Any, rows: Sequence[Mapping[str, Any]], name: str) -> Any:
     """Return the chart of a score, on a log scale unless a layer scores zero or less."""
-    title = SCORES[name].title
-    log = name == "avss" or all(row[name] is None or row[name] > 0 for row in rows)
-    axis = {"title": f"{title} (log)" if log else title, "scale": alt.Scale(type="log" if log else "linear")}
-    marked: Any = color  # of several runs, points have the color of their run
-    if not isinstance(color, alt.Color):
-        marked = alt.when(f"datum.lowest_{name}").then(alt.value(LOWEST_COLOR)).otherwise(color)
-    ends = ("avss_low", "avss_high") if name == "avss" else None
     tooltip = [alt.Tooltip("run:N"), alt.Tooltip("layer:Q"), alt.Tooltip("layer_name:N")]
     tooltip += [alt.Tooltip(f"{name}:Q", format=".4g"), *([alt.Tooltip("rank:Q")] if name == "avss" else [])]
-    chart = depth_chart(base, name, axis, color, marked, lowest=f"lowest_{name}", ends=ends, tooltip=tooltip)
-    return chart.properties(title=title, width=300, height=210)
+    return depth_chart(
+        base,
+        name,
+        color,
+        log=name == "avss" or all(row[name] is None or row[name] > 0 for row in rows),
+        linear=alt.Scale(type="linear"),
+        lowest=f"lowest_{name}",
+        red=not isinstance(color, alt.Color),  # of several runs, points have the color of their run
+        ends=("avss_low", "avss_high"),
+        tooltip=tooltip,
+    ).properties(title=SCORES[name].title, width=300, height=210)
 
 
 def similarity_chart(comparison: RankingComparison) -> Any:

@@ -31,7 +31,7 @@ def page_charts() -> dict[str, dict[str, Any]]:
     Each draws the data set ``rows``, and writes the signal ``choice`` above it, cut to ``limit`` pixels.
     """
     charts: dict[str, Any] = {
-        f"{name}:{axis}:{scale}": _by_depth(name, SCORES[name].title, axis, scale)
+        f"{name}:{axis}:{scale}": _by_depth(name, axis, scale)
         for name in FROM_ACTIVATIONS
         for axis in ("layer", "depth")
         for scale in ("log", "linear")
@@ -59,15 +59,11 @@ def _finished(chart: Any) -> dict[str, Any]:
     return spec
 
 
-def _by_depth(name: str, title: str, axis: str, scale: str) -> Any:
+def _by_depth(name: str, axis: str, scale: str) -> Any:
     """Return the chart of a score by depth: a line and an interval for each run, triangles for its lowest 25%."""
     x = alt.X(f"{axis}:Q", title="layer (from 0)").axis(format="d", tickMinStep=1).scale(nice=False)
     if axis == "depth":
         x = alt.X("depth:Q", title="relative depth").scale(domain=[0, 1])
-    axis_of_score = {
-        "title": f"{title} (log)" if scale == "log" else title,
-        "scale": alt.Scale(type="log") if scale == "log" else alt.Scale(zero=False),
-    }
     legend = alt.Legend(
         orient="top",
         columns=1,
@@ -79,11 +75,18 @@ def _by_depth(name: str, title: str, axis: str, scale: str) -> Any:
         values=alt.ExprRef("which"),
     )
     color = alt.Color("which:N", scale=alt.Scale(domain=[0, 1], range="category"), legend=legend)
-    marked = alt.when("datum.lowest").then(alt.value(LOWEST_COLOR)).otherwise(color)
     tooltip = [alt.Tooltip("run:N"), alt.Tooltip("layer:Q"), alt.Tooltip("layer_name:N", title="name")]
-    tooltip += [alt.Tooltip(f"{name}:Q", title=title, format=".4g"), alt.Tooltip("rank:Q")]
-    base, ends = alt.Chart().encode(x=x), ("low", "high") if name == "avss" else None
-    chart = depth_chart(base, name, axis_of_score, color, marked, lowest="lowest", ends=ends, tooltip=tooltip)
+    tooltip += [alt.Tooltip(f"{name}:Q", title=SCORES[name].title, format=".4g"), alt.Tooltip("rank:Q")]
+    chart = depth_chart(
+        alt.Chart().encode(x=x),
+        name,
+        color,
+        log=scale == "log",
+        linear=alt.Scale(zero=False),
+        lowest="lowest",
+        ends=("low", "high"),
+        tooltip=tooltip,
+    )
     return chart.properties(data=ROWS, height=HEIGHTS.get(name, 170)).add_params(*OF_RUNS)
 
 
