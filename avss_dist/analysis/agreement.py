@@ -44,6 +44,23 @@ COLUMNS = (
     "p_by_chance",
 )
 AT_ONCE = 1024  # pairs
+BLOCK_ROWS = 512  # rows of a block of pairs: with 20,000 runs, a block is 80 MB
+MAX_GROUPS = 50  # with more, the table of all pairs of groups tells nobody anything
+RESOLUTION = 1e-5  # of the median of many correlations
+MAX_SCORES = 5_000  # of a map: clustering takes memory and time with the square of their number
+CELLS = 120  # along an axis of a map
+
+GROUPS = pa.schema(
+    [
+        *((name, pa.string()) for name in ("by", "a", "b")),
+        ("pairs", pa.int64()),
+        *((name, pa.float64()) for name in ("spearman", "given_depth")),
+    ]
+)
+"""Columns of a pair of groups: the mean correlation of their pairs.
+
+``a`` equals ``b`` for the agreement within a group.
+"""
 
 
 def correlate_pairs(
@@ -214,10 +231,8 @@ class RankMatrix:
         for size in np.unique(self._sizes[self._sizes > 0]).tolist():
             members = np.flatnonzero(self._sizes >= size)
             depth = self._scores[int(np.flatnonzero(self._sizes == size)[0])][0]
-            aligned = [
-                values if len(values) == size else np.interp(depth, at, values)
-                for at, values in [self._scores[index] for index in members.tolist()]
-            ]
+            scores = [self._scores[index] for index in members.tolist()]
+            aligned = [values if len(values) == size else np.interp(depth, at, values) for at, values in scores]
             ranks = 2 * average_ranks(np.array(aligned)) - (size + 1)
             order = 2 * np.arange(size) - (size - 1.0)
             with np.errstate(invalid="ignore", divide="ignore"):
@@ -226,25 +241,6 @@ class RankMatrix:
             place[members] = np.arange(len(members))
             ranked[size] = place, ranks, with_depth
         return ranked
-
-
-BLOCK_ROWS = 512  # rows of a block of pairs: with 20,000 runs, a block is 80 MB
-MAX_GROUPS = 50  # with more, the table of all pairs of groups tells nobody anything
-RESOLUTION = 1e-5  # of the median of many correlations
-MAX_SCORES = 5_000  # of a map: clustering takes memory and time with the square of their number
-CELLS = 120  # along an axis of a map
-
-GROUPS = pa.schema(
-    [
-        *((name, pa.string()) for name in ("by", "a", "b")),
-        ("pairs", pa.int64()),
-        *((name, pa.float64()) for name in ("spearman", "given_depth")),
-    ]
-)
-"""Columns of a pair of groups: the mean correlation of their pairs.
-
-``a`` equals ``b`` for the agreement within a group.
-"""
 
 
 @dataclass(frozen=True, kw_only=True, repr=False)

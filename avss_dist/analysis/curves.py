@@ -102,13 +102,14 @@ class Curve:
 
     def rows(self) -> Iterator[dict[str, Any]]:
         """Yield a row of `SCHEMA` for each point and layer."""
-        for run, point, *by_layer in zip(
-            self.runs, self.points, self.values.tolist(), self.ranks.tolist(), self.is_lowest.tolist(), strict=True
-        ):
+        of_points = self.values.tolist(), self.ranks.tolist(), self.is_lowest.tolist()
+        for run, point, scores, ranks, lowest in zip(self.runs, self.points, *of_points, strict=True):
             about = {"along": self.along, "curve": self.name, "point": point, "value": float(run[AXES[self.along]])}
-            for layer, depth, *values in zip(self.layers, self.depth.tolist(), *by_layer, strict=True):
+            for layer, depth, score, rank, is_lowest in zip(
+                self.layers, self.depth.tolist(), scores, ranks, lowest, strict=True
+            ):
                 place = {"run_id": run["run_id"], "layer": layer, "depth": depth}
-                yield about | place | dict(zip(("score", "rank", "is_lowest"), values, strict=True))
+                yield about | place | {"score": score, "rank": rank, "is_lowest": is_lowest}
 
 
 @dataclass(frozen=True, kw_only=True, repr=False)

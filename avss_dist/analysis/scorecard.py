@@ -390,7 +390,8 @@ def _table(name: str, rows: Sequence[Row]) -> ReportTable:
         ("misranked", "misranked", "{:z.1%}".format, 3),
     ]
     filled = [column for column in columns if any(row[column[1]] is not None for row in rows)]
-    for _, first, *_ in filled[:1]:
+    if filled:
+        first = filled[0][1]
         rows = sorted(rows, key=lambda row: -2.0 if row[first] is None else row[first], reverse=True)
     rounded_to = rows[0]["format"]
     change = f"rounding their weights to {rounded_to}" if rounded_to else "leaving them out"

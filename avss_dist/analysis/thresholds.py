@@ -149,10 +149,11 @@ def quantiles(
                 continue
             identity = {"run_id": run["run_id"], "model": run["model"], "site": site}
             identity |= {"layer": layer, "layer_name": names[layer], "depth": (layer + 0.5) / len(names)}
-            for share, *ends in zip(shares, *(part.tolist() for part in quantiles_of(stats, shares)), strict=True):
-                multiple = ends[0] / stats.rms if stats.rms > 0 else None
-                bounds = dict(zip(("value", "low", "high"), ends, strict=True))
-                rows.append({**identity, "share": share, "rms_multiple": multiple, **bounds})
+            ends = (part.tolist() for part in quantiles_of(stats, shares))
+            for share, value, low, high in zip(shares, *ends, strict=True):
+                multiple = value / stats.rms if stats.rms > 0 else None
+                measured = {"share": share, "value": value, "rms_multiple": multiple, "low": low, "high": high}
+                rows.append(identity | measured)
     return pa.Table.from_pylist(rows, QUANTILES)
 
 

@@ -7,7 +7,7 @@ import gzip
 import hashlib
 import json
 import math
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from datetime import UTC, datetime
 from functools import cache
 from importlib.resources import files
@@ -87,22 +87,21 @@ CHAPTERS = {
 """Title in the list of contents, heading and lead of each chapter, by its anchor on the page."""
 LINES = 40  # of a kind of finding; the others are counted
 MAX_RUNS = 40  # runs that a page draws, the newest; all are in its overview
-OVERVIEW = {
-    "model": "model",
-    "status": "status",
-    "error": "error",
-    "family": "family",
-    "dtype": "dtype",
-    "corpus": "corpus",
-    "num_layers": "layers",
-    "num_tokens": "tokens",
-    "tokens_per_second": "tokens/s",
-    "run_id": "run",
-    "revision": "revision",
+_NUMBER = "{:,.0f}".format
+OVERVIEW: Mapping[str, tuple[str, Callable[[Any], str]]] = {
+    "model": ("model", basename),
+    "status": ("status", str),
+    "error": ("error", str),
+    "family": ("family", str),
+    "dtype": ("dtype", str),
+    "corpus": ("corpus", basename),
+    "num_layers": ("layers", _NUMBER),
+    "num_tokens": ("tokens", _NUMBER),
+    "tokens_per_second": ("tokens/s", _NUMBER),
+    "run_id": ("run", str),
+    "revision": ("revision", str),
 }
-"""Columns of ``runs`` that the overview shows, and their titles."""
-_NUMBERS = ("num_tokens", "num_layers", "tokens_per_second")
-_FORMATS = {**dict.fromkeys(_NUMBERS, "{:,.0f}".format), "model": basename, "corpus": basename}
+"""Columns of ``runs`` that the overview shows, with their titles and formats."""
 
 
 def save_report(
@@ -135,7 +134,7 @@ def report_page(warehouse: Warehouse, run_ids: Collection[str] | None = None, ow
     # This and what follows complete `damaged`.
     rows_of_findings = findings(warehouse, run_ids=list(of_run)).to_pylist()
     experiments = warehouse.table("experiments", run_ids=list(of_run)).sort_by("created_at").to_pylist()
-    named = [{**row, "task": describe_task(row["task"])} for row in reversed(experiments)]
+    newest_first = [{**row, "task": describe_task(row["task"])} for row in reversed(experiments)]
     chapters = {
         "curves": [curve_section(c, f"curve-{number}") for number, c in enumerate(_curves(warehouse, drawn), start=1)],
         "experiments": experiment_sections(experiments, of_run),
@@ -183,7 +182,7 @@ def report_page(warehouse: Warehouse, run_ids: Collection[str] | None = None, ow
         warehouse=warehouse.root,
         created=datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
         summary=summary,
-        short=in_short(warehouse, drawn, of_run, rows_of_findings, without, named),
+        short=in_short(warehouse, drawn, of_run, rows_of_findings, without, newest_first),
         findings=_findings(rows_of_findings, of_run),
         chapters=[(name, *CHAPTERS[name], sections) for name, sections in chapters.items() if sections],
         overview=_overview(overview, of_run),
@@ -234,9 +233,9 @@ def _part(name: str) -> Markup:
 def _policy(style: str, *scripts: str) -> str:
     """Return a Content-Security-Policy that allows this style and these scripts, and nothing from outside."""
     hashes = [base64.b64encode(hashlib.sha256(text.encode()).digest()).decode() for text in (style, *scripts) if text]
-    allowed, *of_scripts = (f"'sha256-{digest}'" for digest in hashes)
+    of_style, *of_scripts = (f"'sha256-{digest}'" for digest in hashes)
     return (
-        f"default-src 'none'; script-src {' '.join(of_scripts)}; style-src {allowed}; img-src data:; "
+        f"default-src 'none'; script-src {' '.join(of_scripts)}; style-src {of_style}; img-src data:; "
         "base-uri 'none'; form-action 'none'"
     )
 
@@ -252,8 +251,8 @@ def _overview(rows: Sequence[Row], labels: Mapping[str, str]) -> ReportTable:
     """Return the table of runs, without columns in which no run has a value."""
     numbers = [page_number(labels.get(row["run_id"], "")) or None for row in rows]
     columns = [
-        ReportColumn(title, [row[name] for row in rows], _FORMATS.get(name, str), number=name in _NUMBERS, name=name)
-        for name, title in OVERVIEW.items()
+        ReportColumn(title, [row[name] for row in rows], format_, number=format_ is _NUMBER, name=name)
+        for name, (title, format_) in OVERVIEW.items()
         if any(row[name] is not None for row in rows)
     ]
     return ReportTable(
