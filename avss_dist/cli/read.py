@@ -255,7 +255,7 @@ def _print_pairs(opened: Warehouse, comparison: RankingComparison, request: Comp
     from avss_dist.analysis.findings import of_rankings
     from avss_dist.api.read import chosen_ids, named_threshold
     from avss_dist.reports.output import write_table
-    from avss_dist.reports.terminal.agreement import comparison_tables, findings_list
+    from avss_dist.reports.terminal.scores import comparison_tables, findings_list
 
     pairs, by = comparison.pairs, request.by
     if format != "table":
@@ -298,7 +298,7 @@ def findings(request: FindingsRequest, format: str) -> None:
     """List findings that speak against scores: they track depth, noise, rounding, single units, and so on."""
     from avss_dist.analysis.scorecard import scorecard_sections
     from avss_dist.api.read import find
-    from avss_dist.reports.terminal.agreement import findings_list
+    from avss_dist.reports.terminal.scores import findings_list
     from avss_dist.reports.terminal.tables import rendered
 
     opened, request = open_for(request)

@@ -13,7 +13,7 @@ from support.oracle import Float64, oracle_stats
 from support.warehouses import GRID, SCALES, activations, stats_of, write_measured, write_profiles, write_scores
 
 from avss_dist.analysis.findings import KINDS, OF_RANKINGS, SCHEMA, findings
-from avss_dist.reports.terminal.agreement import findings_list
+from avss_dist.reports.terminal.scores import findings_list
 from avss_dist.stats.scores import Threshold
 from avss_dist.warehouse.reader import Warehouse
 

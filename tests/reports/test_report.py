@@ -42,7 +42,7 @@ from avss_dist.core.text import describe_threshold
 from avss_dist.reports.page.charts import section_chart
 from avss_dist.reports.page.data import page_data, run_agreement
 from avss_dist.reports.page.page import html_table, is_published, report_page
-from avss_dist.reports.terminal.agreement import summary
+from avss_dist.reports.terminal.scores import summary
 from avss_dist.reports.terminal.tables import FittedTable, rendered
 from avss_dist.warehouse.reader import Warehouse
 

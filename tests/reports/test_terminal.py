@@ -25,9 +25,8 @@ from avss_dist.distillation.curve import Preparing
 from avss_dist.evaluation.events import CellDone, CellsStarted, CellUnderway
 from avss_dist.reports.output import write_table
 from avss_dist.reports.terminal import progress as progress_module
-from avss_dist.reports.terminal.agreement import comparison_tables
 from avss_dist.reports.terminal.progress import CellProgress, StepProgress, TimeColumn
-from avss_dist.reports.terminal.scores import layer_table
+from avss_dist.reports.terminal.scores import comparison_tables, layer_table
 from avss_dist.reports.terminal.tables import plain_table
 from avss_dist.runs.events import Pace, RunStarted, ShardMeasured
 from avss_dist.system.streams import USUAL, set_verbosity
