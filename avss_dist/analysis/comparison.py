@@ -238,17 +238,17 @@ def find_odd(pairs: pa.Table, runs: Sequence[Mapping[str, Any]]) -> str:
     else:
         return ""
     odd = min(means, key=lambda run_id: (means[run_id], run_id))
-    others = [run_id for run_id in means if run_id != odd]
+    remaining = [run_id for run_id in means if run_id != odd]
     label = dict(zip(means, run_labels([by_id[run_id] for run_id in means]), strict=True))[odd]
     differences = []
     for name in ("model", "revision", *CONDITIONS):
-        (usual, number), *_ = Counter(str(by_id[run_id][name]) for run_id in others).most_common(1)
-        if number > len(others) / 2 and str(by_id[odd][name]) != usual:
+        (usual, number), *_ = Counter(str(by_id[run_id][name]) for run_id in remaining).most_common(1)
+        if number > len(remaining) / 2 and str(by_id[odd][name]) != usual:
             differences.append(f"{name} ({basename(by_id[odd][name])}, not {basename(usual)})")
     reason = f"It differs in {', '.join(differences)}." if differences else "Its settings are those of the others."
     return (
         f"{label} ({odd}) agrees least with the other runs of its {group}: Spearman {means[odd]:z.3f} on average, "
-        f"that of the others {np.mean([means[run_id] for run_id in others]):z.3f}. {reason}"
+        f"that of the others {np.mean([means[run_id] for run_id in remaining]):z.3f}. {reason}"
     )
 
 

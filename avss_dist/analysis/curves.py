@@ -185,10 +185,7 @@ def ranking_curves(
 
 
 def curves_of(scored: Sequence[Profile], along: str, *, allow_mismatch: bool = False) -> list[Curve]:
-    """Return the curves of profiles along an axis, those with the most points first.
-
-    See `ranking_curves`.
-    """
+    """Return the curves of profiles along an axis as `ranking_curves` does, those with the most points first."""
     groups: dict[tuple[Any, ...], dict[Any, Profile]] = {}
     conditions = [name for name in CONDITIONS if name != AXES[along]]
     equal = () if allow_mismatch else conditions

@@ -118,14 +118,14 @@ def _sentences(claim: Row, rows: Sequence[Row], guess: float | None) -> list[str
             f"Of {len(chances)} random choices of as many layers{repaired}, {better or 'none'} "
             f"keep{'s' if better == 1 else ''} as much or more (the best {_percent(max(chances))})."
         )
-    others = {
+    controls = {
         "The reverse, the highest AVSS,": _published_row(rows, "avss", REVERSED),
         "AVSS with the ends kept": _published_row(rows, "avss", ENDS_KEPT),
         "Block influence": _published_row(rows, "block_influence"),
         "Leaving out by the loss without each layer": _published_row(rows, LEAVE_ONE_OUT),
         "Leaving out the last before the final one": _published_row(rows, LAST),
     }
-    return [*sentences, *(f"{name} keeps {_percent(row['retention'])}." for name, row in others.items() if row)]
+    return [*sentences, *(f"{name} keeps {_percent(row['retention'])}." for name, row in controls.items() if row)]
 
 
 def judgement(row: Row, guess: float | None = None) -> str:

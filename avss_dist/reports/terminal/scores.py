@@ -210,10 +210,10 @@ def summary(comparison: RankingComparison) -> str:
     correlations = "no Spearman correlation is defined"
     if rho.count:
         span = f", from {rho.lowest:z.3f} to {rho.highest:z.3f}" if rho.count > 1 else ""
-        given = "nothing is left, as one of each pair is the order of the layers"
+        beyond_depth = "nothing is left, as one of each pair is the order of the layers"
         if given_depth.count:
-            given = f"(a partial correlation) {_median(given_depth)}"
-        correlations = f"Spearman {_median(rho)}{span}; given depth {given}: {_verdict(rho, given_depth)}"
+            beyond_depth = f"(a partial correlation) {_median(given_depth)}"
+        correlations = f"Spearman {_median(rho)}{span}; given depth {beyond_depth}: {_verdict(rho, given_depth)}"
     lines = [f"{f'{comparison.number:,} pairs' if comparison.number > 1 else 'One pair'}: {correlations}."]
     if len(pairs) == comparison.number:
         lines.append(

@@ -133,14 +133,14 @@ def plain_table(names: Sequence[str], rows: Sequence[Sequence[Any]]) -> FittedTa
     columns = []
     for i, name in enumerate(names):
         values = [row[i] for row in rows]
-        known = [value for value in values if value is not None]
+        present = [value for value in values if value is not None]
         columns.append(
             ReportColumn(
                 str(name),
                 [describe_value(value) for value in values],
                 missing="",
-                number=bool(known) and all(isinstance(value, (int, float)) for value in known),
-                wraps=any(isinstance(value, (str, list, dict)) and " " in describe_value(value) for value in known),
+                number=bool(present) and all(isinstance(value, (int, float)) for value in present),
+                wraps=any(isinstance(value, (str, list, dict)) and " " in describe_value(value) for value in present),
             )
         )
     return FittedTable(ReportTable(columns=columns))
