@@ -308,6 +308,7 @@ def _drawing(along: str, number: int) -> Any:
     """
     import altair as alt
 
+    legend = alt.Legend(title="rank: 0 least, 1 most important", orient="top", direction="horizontal", titleLimit=240)
     return (
         alt.Chart()
         .mark_rect()
@@ -320,13 +321,7 @@ def _drawing(along: str, number: int) -> Any:
                 axis=alt.Axis(labelAngle=-45, labelOverlap="greedy", labelLimit=120, grid=False),
             ),
             y=alt.Y("layer:O", sort="descending", title="layer").axis(labelOverlap="greedy"),
-            color=alt.Color(
-                "share:Q",
-                scale=alt.Scale(domain=[0, 1], scheme="viridis"),
-                legend=alt.Legend(
-                    title="rank: 0 least, 1 most important", orient="top", direction="horizontal", titleLimit=240
-                ),
-            ),
+            color=alt.Color("share:Q", scale=alt.Scale(domain=[0, 1], scheme="viridis"), legend=legend),
             tooltip=["point:N", "run:N", "layer:Q", alt.Tooltip("rank:Q", format=".1f")],
         )
     )
