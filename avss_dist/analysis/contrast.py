@@ -60,7 +60,7 @@ FOLLOWS_DEPTH = 0.9
 MIN_PAIRS = 10  # that a matched subset is tested on
 FEATURES = {"variance": "variance", "sparsity": "sparsity", "norm": "norm", "relative_magnitude": "update ratio"}
 """Statistics of answers that classifiers are trained on, with their names in reports."""
-BASELINES = {LOSS: "log_likelihood", ENTROPY: "token_entropy"}
+PREDICTED_BASELINES = {LOSS: "log_likelihood", ENTROPY: "token_entropy"}
 """Name of each baseline that is a prediction of the whole model, by metric."""
 HALLUCINATED_NAMES = (INCORRECT, "hallucinated", "hallucination", "false", "wrong")
 """Lower-case labels that are recognized as those of hallucinated answers."""
@@ -282,8 +282,8 @@ def _evaluated(
     for run_id in dict.fromkeys(cell["run_id"] for cell in cells):
         of_run = [cell for cell in cells if cell["run_id"] == run_id]
         for result in combine(of_run, len({cell["part"] for cell in of_run})):
-            if result.metric in BASELINES and result.weights.tolist() == tokens:
-                baselines[BASELINES[result.metric]] = (result.samples / result.weights)[counts]
+            if result.metric in PREDICTED_BASELINES and result.weights.tolist() == tokens:
+                baselines[PREDICTED_BASELINES[result.metric]] = (result.samples / result.weights)[counts]
     return baselines
 
 
@@ -369,7 +369,7 @@ def _about_prediction(rows: list[dict[str, Any]]) -> list[str]:
         f"Layers that beat the baselines: {_listed(beating)}.",
     ]
     measured = {row["statistic"] for row in rows}
-    if missing := [name.replace("_", "-") for name in BASELINES.values() if name not in measured]:
+    if missing := [name.replace("_", "-") for name in PREDICTED_BASELINES.values() if name not in measured]:
         words.append(f"Baselines are missing ({', '.join(missing)}): evaluate perplexity on the same corpus.")
     return words
 

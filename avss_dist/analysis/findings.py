@@ -44,15 +44,12 @@ DOMINANT = 0.5  # share of the variance that one unit, or the first tokens, carr
 EXACT = 0.5  # share of exact zeros among near zeros
 IDENTITY = 1e-4  # mean |out - in| / |in| of a layer that does nothing
 MAX_NAMED = 4  # layers whose experts a finding names
-NONFINITE = ("run_id", "site", "layer", "count", "nonfinite_count")
-"""Columns of a digest that tell of NaN and infinite elements."""
-SCORES = (
-    "run_id",
+_BY_LAYER = [(name, "ascending") for name in ("run_id", "site", "layer")]
+RUNS_AT_ONCE = 2048  # runs whose scores and digests are in memory together: 0.4 GB for 80 layers
+PLACE = ("run_id", "site", "recipe")
+"""Columns of a reading."""
+_SCORED = (
     "layer",
-    "site",
-    "recipe",
-    "threshold",
-    "threshold_kind",
     "depth",
     "near_zero_count",
     "avss_smoothed",
@@ -61,15 +58,10 @@ SCORES = (
     "avss_high",
     "lowest_set_probability",
 )
-_BY_LAYER = [(name, "ascending") for name in ("run_id", "site", "layer")]
-RUNS_AT_ONCE = 2048  # runs whose scores and digests are in memory together: 0.4 GB for 80 layers
-PLACE = ("run_id", "site", "recipe")
-"""Columns of a reading."""
 
 Row = dict[str, Any]
 Columns = Mapping[str, NDArray[Any]]
 """Values of each layer by column; missing numbers are NaN."""
-Reading = tuple[str, str, str]  # run, site and recipe
 
 KINDS = (
     "unreadable",
@@ -125,16 +117,16 @@ def findings(
     rows: list[Row] = []
     for start in range(0, len(names), RUNS_AT_ONCE):
         group = names[start : start + RUNS_AT_ONCE]
-        scores = warehouse.table("scores", run_ids=group, columns=SCORES, where=where)
+        scores = warehouse.table("scores", run_ids=group, columns=(*PLACE, *_SCORED), where=where)
         scores = scores.sort_by([(name, "ascending") for name in (*PLACE, "layer")])
-        columns = {name: scores[name].to_numpy() for name in scores.column_names if name not in PLACE}
+        columns = {name: scores[name].to_numpy() for name in _SCORED}
         readings = {
             (key["run_id"], key["site"], key["recipe"]): {name: cells[begin:end] for name, cells in columns.items()}
             for key, begin, end in slices_by(scores, PLACE)
         }
         rows += [row | at for row in chain(_of_readings(readings, threshold), _of_recipes(readings))]
         if rankings_alone:
-            rows += nonfinite_layers(warehouse.digests(group, NONFINITE))
+            rows += nonfinite_layers(warehouse.digests(group, ("run_id", "site", "layer", "count", "nonfinite_count")))
         else:
             rows += of_digests(warehouse.digests(group), threshold, site)
     if not rankings_alone:
@@ -172,7 +164,7 @@ def _urgency(row: Row) -> tuple[bool, bool, int, int, int]:
     )
 
 
-def _of_readings(readings: Mapping[Reading, Columns], threshold: Threshold) -> Iterator[Row]:
+def _of_readings(readings: Mapping[tuple[str, str, str], Columns], threshold: Threshold) -> Iterator[Row]:
     """Yield the findings about the scores of a run at one site with one recipe."""
     with_depth = _correlations([(columns["avss_smoothed"], columns["depth"]) for columns in readings.values()])
     for ((run_id, site, recipe), columns), rho in zip(readings.items(), with_depth, strict=True):
@@ -183,7 +175,7 @@ def _of_readings(readings: Mapping[Reading, Columns], threshold: Threshold) -> I
             yield row | place
 
 
-def _of_recipes(readings: Mapping[Reading, Columns]) -> Iterator[Row]:
+def _of_recipes(readings: Mapping[tuple[str, str, str], Columns]) -> Iterator[Row]:
     """Yield a finding for each run and site of which two recipes rank the layers differently, on the worst pair."""
     pairs = [
         (run_id, site, recipe, other)
@@ -357,7 +349,7 @@ def nonfinite_layers(digests: pa.Table) -> Iterator[Row]:
     """Yield the findings on NaN and infinite elements of runs, in the order of run ids and sites.
 
     Args:
-        digests: the columns `NONFINITE` of `compaction.DIGEST`.
+        digests: run, site, layer and the two counts of elements of `compaction.DIGEST`.
     """
     table = digests.filter(pc.field("nonfinite_count") > 0).sort_by(_BY_LAYER)
     columns = _numbers(table)
