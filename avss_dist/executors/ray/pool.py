@@ -288,7 +288,6 @@ class Pool:
             result = self._cluster.get(reference)
         except RayTaskError as error:
             self._fail(round_, error.cause)
-            return
         except RayError as error:  # the worker, its node or the result was lost
             if missing := missing_package(error):
                 self._outcomes += queue.fail([], missing)
@@ -299,17 +298,17 @@ class Pool:
             # It counts as no failure if the node is draining, or if other gangs have opened the model.
             excused = gang.leaves or (not round_.units and any(other.spec == queue.spec for other in self._gangs))
             self._stop(gang, why=None if excused else str(error).splitlines()[0])
-            return
-        for unit, unit_result in zip(round_.awaited.pop(reference), result or (), strict=False):
-            self._outcomes += queue.finish(unit, unit_result)
-        if not round_.awaited:
-            if round_.units:
-                queue.note_duration(round_.units, self._cluster.now() - round_.begun)
-                queue.put_back(round_.units, None)  # units without a result
-            elif reference != gang.placed:
-                gang.spec = queue.spec
-                queue.note_opened()
-            self._free(round_)
+        else:
+            for unit, unit_result in zip(round_.awaited.pop(reference), result or (), strict=False):
+                self._outcomes += queue.finish(unit, unit_result)
+            if not round_.awaited:
+                if round_.units:
+                    queue.note_duration(round_.units, self._cluster.now() - round_.begun)
+                    queue.put_back(round_.units, None)  # units without a result
+                elif reference != gang.placed:
+                    gang.spec = queue.spec
+                    queue.note_opened()
+                self._free(round_)
 
     def _free(self, round_: Round) -> None:
         """Give a gang that has finished a round its next one, or make it idle."""
@@ -339,12 +338,12 @@ class Pool:
             self._stop(round_.gang, why=f"{type(error).__name__}: {error}", failed=round_)
         else:
             self._outcomes += round_.queue.fail(round_.units, error)
-            if len(round_.gang.names) > 1:  # the other ranks may wait for this one
-                self._stop(round_.gang)
-                return
             if not round_.units:
                 round_.gang.spec = None
-            self._free(round_)
+            if len(round_.gang.names) > 1:  # the other ranks may wait for this one
+                self._stop(round_.gang)
+            else:
+                self._free(round_)
 
     def _require_placement(self) -> None:
         """End a queue if the cluster has had no room for its gangs for too long."""
