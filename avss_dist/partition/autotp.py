@@ -17,10 +17,10 @@ from torch import nn
 from avss_dist.core.errors import ConfigError, ModelError
 from avss_dist.core.settings import Settings
 from avss_dist.models.checkpoints import Checkpoint
-from avss_dist.models.layers import PROBE_SHAPE, Layer, Tap, as_rows, probe_tokens
+from avss_dist.models.layers import PROBE_SHAPE, Layer, as_rows, probe_tokens
 from avss_dist.models.loading import Backbone, forward_function, load_model, open_module, predictor, quiet, without_head
 from avss_dist.partition.group import RowSplit, all_gather, quiet_deepspeed
-from avss_dist.partition.splitting import Probe, exchange_for, head_count, probe
+from avss_dist.partition.splitting import Probe, exchange_for, head_count, probe, taps_and_block
 
 TOLERANCES = {torch.float32: 1e-3, torch.float16: 0.05, torch.bfloat16: 0.2}
 """Maximum difference between the tensors of a whole and of a split model; see `difference`.
@@ -170,15 +170,13 @@ def difference(expected: torch.Tensor, actual: torch.Tensor) -> float:
 def _find_again(layers: Sequence[Layer], names: Mapping[nn.Module, str], model: nn.Module) -> list[Layer]:
     """Return the same layers and taps in the model, after its modules were replaced."""
 
-    def again(module: nn.Module) -> nn.Module:
-        return model.get_submodule(names[module])
-
+    modules = dict(model.named_modules())
     return [
         replace(
             layer,
-            module=again(layer.module),
-            taps={site: replace(tap, module=again(tap.module)) for site, tap in layer.taps.items()},
-            projections=tuple(replace(p, module=again(p.module)) for p in layer.projections),
+            module=modules[names[layer.module]],
+            taps={site: replace(tap, module=modules[names[tap.module]]) for site, tap in layer.taps.items()},
+            projections=tuple(replace(p, module=modules[names[p.module]]) for p in layer.projections),
         )
         for layer in layers
     ]
@@ -193,7 +191,7 @@ def _check(model: Any, layers: Sequence[Layer], expected: Probe, actual: Probe, 
     tolerance = max(TOLERANCES.get(tensor.dtype, 0.0) for tensor in expected.values())
     checked: list[Layer] = []
     for layer in layers:
-        taps = {"block": Tap(layer.module, "output", layer.axes), **layer.taps}
+        taps = taps_and_block(layer)
         for site, tap in taps.items():
             reference, part = (as_rows(x[layer.index, site], tap.axes, *PROBE_SHAPE) for x in (expected, actual))
             assert reference is not None and part is not None

@@ -55,11 +55,16 @@ def head_count(config: Any) -> tuple[str, int] | None:
     return None
 
 
+def taps_and_block(layer: Layer) -> dict[str, Tap]:
+    """Return the taps of a layer by site, and before them that of its output as ``block``."""
+    return {"block": Tap(layer.module, "output", layer.axes), **layer.taps}
+
+
 def probe(run: Forward, layers: Sequence[Layer], device: torch.device) -> Probe:
     """Return the tensor of each site in a pass over ``PROBE_SHAPE`` tokens. The last call of a shared module."""
-    taps = [(layer.index, "block", Tap(layer.module, "output", layer.axes)) for layer in layers]
-    taps += [(layer.index, site, tap) for layer in layers for site, tap in layer.taps.items()]
-    places = {(index, site): (tap.module, tap.reads) for index, site, tap in taps}
+    places = {
+        (layer.index, site): (tap.module, tap.reads) for layer in layers for site, tap in taps_and_block(layer).items()
+    }
     with torch.no_grad(), reading(places) as tensors:
         run(probe_tokens(device), None)
     return tensors

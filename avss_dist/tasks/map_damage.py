@@ -191,15 +191,13 @@ class _RoundingPass(BackwardPass):
         self, key: Key, projection: Projection, x: torch.Tensor
     ) -> Iterator[torch.Tensor] | list[torch.Tensor]:
         """Return the change of a map's output for each format, [..., outputs], kept ones if there is room for them."""
-        if key in self._changes:
-            return self._changes[key]
-        units = weight_of(projection.module).shape[0]
-        size = len(self.formats) * x[..., 0].numel() * units * x.element_size()
-        changes = (_output_change(projection.module, format_, x) for format_ in self.formats)
-        if self._kept_bytes + size > MAX_KEPT_BYTES:
-            return changes
-        self._kept_bytes += size
-        self._changes[key] = list(changes)
+        if key not in self._changes:
+            size = len(self.formats) * x[..., 0].numel() * weight_of(projection.module).shape[0] * x.element_size()
+            changes = (_output_change(projection.module, format_, x) for format_ in self.formats)
+            if self._kept_bytes + size > MAX_KEPT_BYTES:
+                return changes
+            self._kept_bytes += size
+            self._changes[key] = list(changes)
         return self._changes[key]
 
     def _by_token(self, projection: Projection, values: torch.Tensor) -> torch.Tensor:
