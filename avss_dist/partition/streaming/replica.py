@@ -27,7 +27,7 @@ from avss_dist.models.interventions import skip_of
 from avss_dist.models.layers import Layer
 from avss_dist.models.loading import Backbone, open_module, without_head
 from avss_dist.models.size import Footprint, footprint
-from avss_dist.partition.replica import BatchContext, MemoryQuery, Placement, Replica, Usage, batch_bytes, run_batch
+from avss_dist.partition.replica import BatchContext, MemoryQuery, Placement, Replica, Usage, batch_bytes
 from avss_dist.partition.splitting import layer_modules
 from avss_dist.partition.streaming.passes import FORKS, RECORD, Fork, Passes, Record
 from avss_dist.partition.streaming.weights import StreamedWeights, buffer_bytes
@@ -120,12 +120,8 @@ class StreamingReplica(Replica):
 
         Every layer is loaded once for all batches whose passes wait for it.
         """
-
-        def run(batch: Batch) -> None:
-            with context(batch):
-                run_batch(self._run, batch, self.device)
-
-        self._passes.run([partial(run, batch) for batch in batches])
+        run = super().forward
+        self._passes.run([partial(run, [batch], context) for batch in batches])
 
     def _host_bytes_for_hidden_states(self, maximum: int | None) -> int | None:
         """Return the bytes of host memory that weights leave of a maximum, or None if there is no limit."""
