@@ -100,6 +100,12 @@ class Curve:
         """Whether each layer is among the lowest 25% at each point, bool[points, layers]."""
         return rank_lowest(self.values) <= count_lowest(len(self.depth))
 
+    @property
+    def trend(self) -> Float64:
+        """Spearman's rho of the rank of each layer with the axis, float64[layers]."""
+        order = np.arange(len(self.runs), dtype=np.float64)
+        return spearman_rows(self.ranks.T, np.broadcast_to(order, self.ranks.T.shape))
+
     def rows(self) -> Iterator[dict[str, Any]]:
         """Yield a row of `SCHEMA` for each point and layer."""
         of_points = self.values.tolist(), self.ranks.tolist(), self.is_lowest.tolist()
@@ -236,8 +242,7 @@ def curve_section(curve: Curve, name: str) -> Section:
         ReportColumn("with the last", with_last, "{:z.3f}".format, group="Spearman"),
         ReportColumn("lowest 25%", lowest, number=False, priority=2, wraps=True),
     ]
-    ranks, order = curve.ranks, np.arange(len(curve.runs), dtype=np.float64)
-    trend = spearman_rows(ranks.T, np.broadcast_to(order, ranks.T.shape)).tolist()
+    ranks, trend = curve.ranks, curve.trend.tolist()
     of_layers = [
         ReportColumn("layer", curve.layers),
         ReportColumn("depth", curve.depth.tolist(), "{:z.2f}".format, priority=4),
