@@ -148,12 +148,6 @@ def whole_layers(removals: Iterable[Removal]) -> tuple[int, ...]:
     return tuple(removal for removal in removals if isinstance(removal, int))
 
 
-def layers_by_part(removals: Iterable[Removal]) -> dict[str, tuple[int, ...]]:
-    """Return the layers whose attention alone, and whose MLP alone, is removed."""
-    sublayers = [removal for removal in removals if isinstance(removal, Sublayer)]
-    return {part: tuple(removal.layer for removal in sublayers if removal.part == part) for part in PARTS}
-
-
 def experts_by_layer(removals: Iterable[Removal]) -> dict[int, tuple[int, ...]]:
     """Return the indices of the removed experts of each layer that loses some, ascending."""
     experts = sorted(removal for removal in removals if isinstance(removal, Expert))

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import contextmanager, suppress
 from functools import partial
 from typing import Any
 
@@ -17,7 +17,7 @@ import torch
 from torch import nn
 
 from avss_dist.corpus.shards import Batch
-from avss_dist.models.interventions import around
+from avss_dist.models.interventions import around, hooked
 from avss_dist.models.layers import PROBE_SHAPE, Layer, probe_tokens
 from avss_dist.stats.layer_stats import Float64
 
@@ -95,12 +95,11 @@ def _outputs(module: nn.Module, layers: Sequence[Layer]) -> Iterator[dict[str, A
     outputs: dict[str, Any] = {}
     path = next(name for name, child in module.named_modules() if child is layers[0].module)
 
-    def keep(above: str, _module: nn.Module, _args: Any, output: Any) -> None:
+    def keep(above: str, _args: Any, _kwargs: Any, output: Any) -> None:
         outputs[above] = output
 
-    with ExitStack() as stack:
-        for above in (path[:end] for end, letter in enumerate(path) if letter == "."):
-            stack.enter_context(module.get_submodule(above).register_forward_hook(partial(keep, above)))
+    paths = [path[:end] for end, letter in enumerate(path) if letter == "."]
+    with hooked(after=[(module.get_submodule(above), partial(keep, above)) for above in paths]):
         yield outputs
 
 

@@ -7,7 +7,7 @@ pass without one layer equals that of the whole model up to the layer, so it can
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Collection, Hashable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Hashable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
@@ -20,7 +20,7 @@ from safetensors.torch import load, save
 from torch import nn
 
 from avss_dist.core.errors import ModelError, first_line
-from avss_dist.core.intervention import PARTS, Removal, describe_removed, layers_by_part, sublayers_of
+from avss_dist.core.intervention import PARTS, Removal, Sublayer, describe_removed, sublayers_of
 from avss_dist.models.layers import Layer, first_tensor, input_tensor
 from avss_dist.system.process import bound
 
@@ -28,6 +28,9 @@ MAX_REPRESENTATIVES = 8  # layers, beside the ends of each kind
 
 Action = Callable[..., Any]
 """Function of a module's ``forward`` and the arguments of a call; its result is that of the call."""
+Hook = tuple[nn.Module, Callable[..., Any]]
+"""Module and a function that `hooked` calls."""
+Key = TypeVar("Key", bound=Hashable)
 Parameter = tuple[int, str]
 """Index of a layer in the whole model, and path of a parameter below it."""
 Patch = Mapping[Parameter, torch.Tensor]
@@ -36,7 +39,7 @@ _ABOUT = "avss"
 _ACTIONS: ContextVar[Mapping[tuple[nn.Module, str], tuple[Action, ...]]] = ContextVar(
     "actions", default=MappingProxyType({})
 )
-_LEFT_OUT: ContextVar[frozenset[object]] = ContextVar("left out", default=frozenset())
+_HOOKED: ContextVar[frozenset[object]] = ContextVar("hooked", default=frozenset())
 
 
 @contextmanager
@@ -89,6 +92,29 @@ class _Acting:
         for action in _ACTIONS.get().get(self._place, ()):
             run = partial(action, run)
         return run(*args, **kwargs)
+
+
+@contextmanager
+def hooked(*, before: Iterable[Hook] = (), after: Iterable[Hook] = ()) -> Iterator[None]:
+    """Have functions called before and after modules run, in the passes of this context alone.
+
+    Unlike actions of `around`, they see what hooks of a partition make of arguments and outputs.
+
+    Args:
+        before: modules with functions of a call's positional and keyword arguments. They return None or others.
+        after: modules with functions of the arguments and the output. They return None or another output.
+    """
+    token = object()
+
+    def run(function: Callable[..., Any], _module: nn.Module, *call: Any) -> Any:
+        return function(*call) if token in _HOOKED.get() else None
+
+    with bound(_HOOKED, _HOOKED.get() | {token}), ExitStack() as stack:
+        for module, function in before:
+            stack.enter_context(module.register_forward_pre_hook(partial(run, function), with_kwargs=True))
+        for module, function in after:
+            stack.enter_context(module.register_forward_hook(partial(run, function), with_kwargs=True))
+        yield
 
 
 @contextmanager
@@ -169,25 +195,64 @@ def recording(layers: Sequence[Layer]) -> Iterator[Recorded]:
     """Record a forward pass of layers inside the context."""
     recorded = Recorded()
     modules = [layer.module for layer in layers]
+    single = [layer for layer in layers if modules.count(layer.module) == 1]
 
-    def enter(layer: Layer, _module: nn.Module, args: Any, kwargs: Any) -> None:
+    def enter(layer: Layer, args: Any, kwargs: Any) -> None:
         hidden = input_tensor(args, kwargs)
         if hidden is not None:
             recorded.inputs[layer.index] = hidden.detach().clone()  # which layers may change
 
-    def leave(layer: Layer, _module: nn.Module, _args: Any, _kwargs: Any, output: Any) -> None:
+    def leave(layer: Layer, _args: Any, _kwargs: Any, output: Any) -> None:
         before, after = recorded.inputs.get(layer.index), first_tensor(output)
         if before is not None and after is not None and after.shape == before.shape and _is_alone(output):
             recorded.forms[layer.index] = type(output)
         else:
             recorded.inputs.pop(layer.index, None)
 
-    with ExitStack() as stack:
-        for layer in layers:
-            if modules.count(layer.module) == 1:
-                stack.callback(layer.module.register_forward_pre_hook(partial(enter, layer), with_kwargs=True).remove)
-                stack.callback(layer.module.register_forward_hook(partial(leave, layer), with_kwargs=True).remove)
+    with hooked(
+        before=[(layer.module, partial(enter, layer)) for layer in single],
+        after=[(layer.module, partial(leave, layer)) for layer in single],
+    ):
         yield recorded
+
+
+@dataclass(frozen=True)
+class CapturedCall:
+    """The input and the output of one call of a module, and its units if it holds routed experts."""
+
+    input: torch.Tensor
+    output: torch.Tensor
+    units: Any = None
+
+
+@contextmanager
+def captured(
+    modules: Mapping[Key, nn.Module], units: Mapping[Key, Callable[..., Any]] = {}
+) -> Iterator[dict[Key, CapturedCall]]:
+    """Record copies of the hidden states that modules take and return inside the context. The last call counts.
+
+    Args:
+        modules: modules by key.
+        units: functions of a call's arguments that return the units of routed experts, by key.
+    """
+    inputs: dict[Key, torch.Tensor] = {}
+    calls: dict[Key, CapturedCall] = {}
+
+    def enter(key: Key, args: Any, kwargs: Any) -> None:
+        if (hidden := input_tensor(args, kwargs)) is not None:
+            inputs[key] = hidden.detach().clone()  # which modules may change
+
+    def leave(key: Key, args: Any, kwargs: Any, output: Any) -> None:
+        hidden = first_tensor(output)
+        if key in inputs and hidden is not None:
+            read = units[key](args, kwargs) if key in units else None
+            calls[key] = CapturedCall(inputs.pop(key), hidden.detach().clone(), read)
+
+    with hooked(
+        before=[(module, partial(enter, key)) for key, module in modules.items()],
+        after=[(module, partial(leave, key)) for key, module in modules.items()],
+    ):
+        yield calls
 
 
 @contextmanager
@@ -349,25 +414,15 @@ def with_parameters(
 
 @contextmanager
 def without_sublayers(layers: Sequence[Layer], removed: Collection[Removal]) -> Iterator[None]:
-    """Have the sublayers in ``removed`` run and add nothing inside the context.
+    """Have the sublayers in ``removed`` run and add nothing inside the context."""
 
-    Interleaved passes are not affected.
-    """
-    token = object()
-    with ExitStack() as stack:
-        for kind, indices in layers_by_part(removed).items():
-            for index in indices:
-                module = layers[index].taps[kind].module
-                stack.callback(module.register_forward_hook(partial(_nothing, token)).remove)
-        stack.enter_context(bound(_LEFT_OUT, _LEFT_OUT.get() | {token}))
+    def add_nothing(_args: Any, _kwargs: Any, output: Any) -> Any:
+        added = first_tensor(output)
+        return None if added is None else replace_tensor(output, added, torch.zeros_like(added))
+
+    sublayers = [removal for removal in removed if isinstance(removal, Sublayer)]
+    with hooked(after=[(layers[part.layer].taps[part.part].module, add_nothing) for part in sublayers]):
         yield
-
-
-def _nothing(token: object, _module: nn.Module, _args: Any, output: Any) -> Any:
-    added = first_tensor(output)
-    if token not in _LEFT_OUT.get() or added is None:
-        return None
-    return replace_tensor(output, added, torch.zeros_like(added))
 
 
 def find_obstacles(layers: Sequence[Layer], run: Callable[[], Any]) -> dict[int, str]:
@@ -389,46 +444,18 @@ def find_obstacles(layers: Sequence[Layer], run: Callable[[], Any]) -> dict[int,
             obstacles[layer.index] = f"no module of the layer is its {' or its '.join(missing)}"
     candidates = [layer for layer in layers if layer.index not in obstacles]
     skips = {layer.module: Skip(layer, None) for layer in layers}
-    places = {(layer.index, name): (layer.module, name) for layer in candidates for name in ("input", "output")}
-    places |= {(layer.index, "mlp"): (layer.taps["mlp"].module, "input") for layer in candidates}
-    with around(skips), reading(places) as running:
+    modules = {(layer.index, "layer"): layer.module for layer in candidates}
+    modules |= {(layer.index, "mlp"): layer.taps["mlp"].module for layer in candidates}
+    with around(skips), captured(modules) as running:
         run()
     removed = sublayers_of(layer.index for layer in candidates)
     others = {layer.module: skips[layer.module] for layer in layers if layer not in candidates}
-    with around(others), without_sublayers(layers, removed), reading(places) as without:
+    with around(others), without_sublayers(layers, removed), captured(modules) as without:
         run()
     for layer in candidates:
-        mlp, given, output = (without[layer.index, name] for name in ("mlp", "input", "output"))
-        if not torch.equal(output, given):
+        whole, mlp = without[layer.index, "layer"], without[layer.index, "mlp"]
+        if not torch.equal(whole.output, whole.input):
             obstacles[layer.index] = "without both of its sublayers, the layer would still change what it is given"
-        elif torch.equal(mlp, running[layer.index, "mlp"]):
+        elif torch.equal(mlp.input, running[layer.index, "mlp"].input):
             obstacles[layer.index] = "its attention and its MLP stand side by side (a parallel block)"
     return obstacles
-
-
-Key = TypeVar("Key", bound=Hashable)
-
-
-@contextmanager
-def reading(places: Mapping[Key, tuple[nn.Module, str]]) -> Iterator[dict[Key, torch.Tensor]]:
-    """Record copies of the hidden states that modules take or return inside the context. The last call counts.
-
-    Args:
-        places: modules, and ``input`` or ``output``, by key.
-    """
-    tensors: dict[Key, torch.Tensor] = {}
-
-    def keep(key: Key, reads: str, _module: nn.Module, args: Any, kwargs_or_output: Any) -> None:
-        is_input = reads == "input"
-        tensor = input_tensor(args, kwargs_or_output) if is_input else first_tensor(kwargs_or_output)
-        if tensor is not None:
-            tensors[key] = tensor.detach().clone()
-
-    with ExitStack() as stack:
-        for key, (module, reads) in places.items():
-            hook = partial(keep, key, reads)
-            if reads == "input":
-                stack.enter_context(module.register_forward_pre_hook(hook, with_kwargs=True))
-            else:
-                stack.enter_context(module.register_forward_hook(hook))
-        yield tensors

@@ -6,7 +6,7 @@ Hooks before the linear maps change their inputs alone: other modules that read 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
 from functools import partial
@@ -17,7 +17,7 @@ from torch import nn
 
 from avss_dist.core.errors import ModelError
 from avss_dist.core.intervention import THRESHOLD, MapSparsity, Sparsity
-from avss_dist.models.interventions import require_single_use
+from avss_dist.models.interventions import hooked, require_single_use
 from avss_dist.models.layers import Layer, Projection, with_replaced
 from avss_dist.system.process import bound
 
@@ -68,12 +68,11 @@ def sparsified(model: nn.Module, layers: Sequence[Layer], sparsity: Sparsity) ->
     def counts() -> list[list[int]]:
         return [sums[number].tolist() if number in sums else [0, 0] for number in range(len(projections))]
 
-    with bound(_TOKENS, None), ExitStack() as stack:
-        begin = partial(_begin, sparsity.rule)
-        stack.callback(model.register_forward_pre_hook(begin, with_kwargs=True).remove)
-        for number, (cut, projection) in enumerate(zip(sparsity.maps, projections, strict=True)):
-            sparsify = partial(_sparsify, cut, projection.axes, norms, partial(add, number))
-            stack.callback(projection.module.register_forward_pre_hook(sparsify, with_kwargs=True).remove)
+    hooks = [
+        (projection.module, partial(_sparsify, cut, projection, norms, partial(add, number)))
+        for number, (cut, projection) in enumerate(zip(sparsity.maps, projections, strict=True))
+    ]
+    with bound(_TOKENS, None), hooked(before=[(model, partial(_begin, sparsity.rule)), *hooks]):
         yield counts
 
 
@@ -104,7 +103,7 @@ def find_projection(layers: Sequence[Layer], cut: MapSparsity) -> Projection:
     return projection
 
 
-def _begin(rule: str, _module: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
+def _begin(rule: str, args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
     """Set the sparse tokens of the forward pass that begins."""
     given = next(t for t in (kwargs.get("input_ids"), kwargs.get("inputs_embeds"), *args) if t is not None)
     rows, tokens = given.shape[:2]
@@ -129,10 +128,9 @@ def sparse_tokens(
 
 def _sparsify(
     cut: MapSparsity,
-    axes: str,
+    projection: Projection,
     norms: dict[nn.Module, torch.Tensor],
     count: Callable[[torch.Tensor], None],
-    module: nn.Module,
     args: Sequence[Any],
     kwargs: Mapping[str, Any],
 ) -> Any:
@@ -144,10 +142,10 @@ def _sparsify(
     if current.last is not None and current.last[0] is x and current.last[1] == how and not cut.weighted:
         sparse, counts = current.last[2]  # maps that read one tensor often have one cut
     else:
-        removed = ~keep_mask(cut, x.detach(), column_norms(module, norms) if cut.weighted else None)
+        removed = ~keep_mask(cut, x.detach(), column_norms(projection.module, norms) if cut.weighted else None)
         size = torch.tensor(x.numel(), device=x.device)
         if current.sparse is not None:
-            by_token = (current.sparse.T if axes == "tokens first" else current.sparse).to(x.device)
+            by_token = (current.sparse.T if projection.axes == "tokens first" else current.sparse).to(x.device)
             where = by_token.reshape(x.shape[:-1]).unsqueeze(-1)
             removed, size = removed & where, where.sum() * x.shape[-1]
         sparse, counts = torch.where(removed, x.new_zeros(()), x), torch.stack([removed.sum(), size])

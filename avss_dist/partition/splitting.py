@@ -17,7 +17,7 @@ import torch
 from avss_dist.core.errors import ConfigError
 from avss_dist.core.settings import Settings
 from avss_dist.models.checkpoints import Checkpoint
-from avss_dist.models.interventions import reading
+from avss_dist.models.interventions import captured
 from avss_dist.models.layers import (
     PROBE_SHAPE,
     Layer,
@@ -62,12 +62,10 @@ def taps_and_block(layer: Layer) -> dict[str, Tap]:
 
 def probe(run: Forward, layers: Sequence[Layer], device: torch.device) -> Probe:
     """Return the tensor of each site in a pass over ``PROBE_SHAPE`` tokens. The last call of a shared module."""
-    places = {
-        (layer.index, site): (tap.module, tap.reads) for layer in layers for site, tap in taps_and_block(layer).items()
-    }
-    with torch.no_grad(), reading(places) as tensors:
+    taps = {(layer.index, site): tap for layer in layers for site, tap in taps_and_block(layer).items()}
+    with torch.no_grad(), captured({place: tap.module for place, tap in taps.items()}) as calls:
         run(probe_tokens(device), None)
-    return tensors
+    return {place: getattr(calls[place], tap.reads) for place, tap in taps.items() if place in calls}
 
 
 def exchange_for(part: torch.Tensor, width: int) -> Callable[[torch.Tensor], torch.Tensor] | None:

@@ -3,20 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
 import numpy as np
 import torch
-from torch import nn
 
 from avss_dist.core.errors import ModelError
 from avss_dist.core.intervention import NO_INTERVENTION, Intervention
 from avss_dist.corpus.shards import Batch, Shard
 from avss_dist.models.causal_lm import LanguageModel
-from avss_dist.models.interventions import around
+from avss_dist.models.interventions import hooked
 from avss_dist.models.layers import Layer, LayerCall, as_rows, first_tensor
 from avss_dist.models.sparsifying import weight_of
 from avss_dist.stats.layer_stats import Float64
@@ -113,14 +112,13 @@ class GreedyBlock(Measure):
 def dense_calls(model: LanguageModel, layer: Layer, batches: Sequence[Batch]) -> list[LayerCall]:
     """Return the arguments of a layer's call in the whole model, for each batch, without running later layers."""
 
-    def record(calls: list[LayerCall], forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    def keep(calls: list[LayerCall], args: Any, kwargs: Any) -> None:
         call = LayerCall(args, kwargs)
         calls.append(call.with_hidden(call.hidden.detach().clone()))
-        return forward(*args, **kwargs)
 
     def run(batch: Batch) -> LayerCall:
         calls: list[LayerCall] = []
-        with around({layer.module: partial(record, calls)}), torch.no_grad():
+        with hooked(before=[(layer.module, partial(keep, calls))]), torch.no_grad():
             model.hidden_states(batch)
         return calls[-1]
 
@@ -132,14 +130,11 @@ def dense_calls(model: LanguageModel, layer: Layer, batches: Sequence[Batch]) ->
 def _zeroing_inputs(layer: Layer, cuts: Mapping[str, float]) -> Iterator[None]:
     """Zero the inputs of the layer's maps up to the thresholds in ``cuts`` inside the context."""
 
-    def cut(threshold: float, _module: nn.Module, args: Any) -> Any:
-        return (args[0].masked_fill(args[0].abs() <= threshold, 0), *args[1:])
+    def cut(threshold: float, args: Any, kwargs: Any) -> Any:
+        return (args[0].masked_fill(args[0].abs() <= threshold, 0), *args[1:]), kwargs
 
-    with ExitStack() as stack:
-        for projection in layer.projections:
-            if projection.path in cuts:
-                hook = partial(cut, cuts[projection.path])
-                stack.enter_context(projection.module.register_forward_pre_hook(hook))
+    maps = [projection for projection in layer.projections if projection.path in cuts]
+    with hooked(before=[(projection.module, partial(cut, cuts[projection.path])) for projection in maps]):
         yield
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, ExitStack, contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field, replace
 from functools import partial
 from itertools import product
@@ -19,6 +19,7 @@ from avss_dist.core.names import BITS_PER_WEIGHT, NUM_WEIGHTS, PREDICTED_RISE
 from avss_dist.core.registry import DRAWS
 from avss_dist.corpus.shards import Batch, Shard
 from avss_dist.models.causal_lm import LanguageModel
+from avss_dist.models.interventions import hooked
 from avss_dist.models.layers import Layer, Projection, as_rows
 from avss_dist.models.number_formats import NumberFormat, number_format
 from avss_dist.models.rounding import rounded_before, rounded_weight
@@ -40,16 +41,13 @@ def reporting_maps(maps: Iterable[tuple[Layer, Projection]]) -> Iterator[None]:
     Its method ``see`` is called with the layer, the map, the map's input and its output whenever the map has run.
     """
 
-    def see(layer: Layer, projection: Projection, _module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
+    def see(layer: Layer, projection: Projection, args: Any, kwargs: Any, output: Any) -> None:
         current = CURRENT.get()
         if torch.is_grad_enabled() and current is not None:
             x = next(t for t in (*args, *kwargs.values()) if isinstance(t, torch.Tensor))
             current.see(layer, projection, x, output)
 
-    with ExitStack() as stack:
-        for layer, projection in maps:
-            hook = partial(see, layer, projection)
-            stack.callback(projection.module.register_forward_hook(hook, with_kwargs=True).remove)
+    with hooked(after=[(projection.module, partial(see, layer, projection)) for layer, projection in maps]):
         yield
 
 

@@ -41,12 +41,11 @@ from avss_dist.core.intervention import NO_INTERVENTION
 from avss_dist.core.settings import DTYPES, Settings
 from avss_dist.corpus.shards import CorpusPlan, tokenize_corpus
 from avss_dist.models.causal_lm import LanguageModel
-from avss_dist.models.interventions import Patch, replace_tensor
+from avss_dist.models.interventions import Patch, captured, replace_tensor
 from avss_dist.models.layers import first_tensor
 from avss_dist.models.loading import load_tokenizer
 from avss_dist.pruning.plan import Plan
 from avss_dist.pruning.repair.hidden_states import HiddenStateSource
-from avss_dist.pruning.repair.projection import captured
 from avss_dist.pruning.repair.registry import REPAIRS
 from avss_dist.pruning.repair.repair import FitSplit, Repair, find_cuts, fit_repair, split_texts
 from avss_dist.pruning.weights import StoredWeights

@@ -32,11 +32,12 @@ from avss_dist.models.experts import (
     require_experts,
     without_experts,
 )
+from avss_dist.models.interventions import CapturedCall
 from avss_dist.models.loading import open_module
 from avss_dist.pruning.checkpoint import pruned_from
 from avss_dist.pruning.plan import Plan, read_plan
 from avss_dist.pruning.repair.fits import FitStep, features_of
-from avss_dist.pruning.repair.projection import CapturedCall, OutputProjection, RepairError
+from avss_dist.pruning.repair.projection import OutputProjection, RepairError
 from avss_dist.pruning.repair.registry import read_repairs
 from avss_dist.pruning.repair.repair import tokens_needed
 from avss_dist.pruning.selection import ExpertChoice, PlanError

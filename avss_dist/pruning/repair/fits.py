@@ -42,7 +42,8 @@ from typing import Literal
 import torch
 
 from avss_dist.core.errors import AvssError
-from avss_dist.pruning.repair.projection import CapturedCall, OutputProjection, inverse_rms
+from avss_dist.models.interventions import CapturedCall
+from avss_dist.pruning.repair.projection import OutputProjection, inverse_rms
 from avss_dist.pruning.repair.registry import RepairMethod
 
 ROUNDS = 2  # of fits of experts

@@ -13,16 +13,10 @@ import torch
 from avss_dist.core.intervention import Removal, experts_by_layer, layer_of
 from avss_dist.corpus.shards import Batch
 from avss_dist.models.causal_lm import LanguageModel
-from avss_dist.models.interventions import Parameter, recording
+from avss_dist.models.interventions import CapturedCall, Parameter, captured, recording
 from avss_dist.models.layers import as_rows, probe_tokens
 from avss_dist.models.loading import forward_function
-from avss_dist.pruning.repair.projection import (
-    CapturedCall,
-    OutputProjection,
-    RepairError,
-    captured,
-    find_output_projection,
-)
+from avss_dist.pruning.repair.projection import OutputProjection, RepairError, find_output_projection
 from avss_dist.system.devices import available_memory, to_device
 
 T = TypeVar("T")
@@ -122,7 +116,7 @@ class HiddenStateSource:
         behind = self._after(layer.index)
         skipped = behind | {removal for removal in self._drop if layer_of(removal) not in behind}
         modules = {"layer": layer.module} | {path: layer.module.get_submodule(path) for path in places}
-        read = {projection.linear: projection.down} if units and projection.down else {}
+        read = {projection.linear: projection.down.units} if units and projection.down else {}
         with self._model.patched(self.changed), captured(modules, read) as calls:
             self._run(number, skipped, self._stored.get(("pruned", number)))
         self._store("pruned", number, layer.index - 1, calls["layer"].input)

@@ -6,9 +6,7 @@ the layer's output by a multiple of the push if, and only if, the module's outpu
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
-from contextvars import ContextVar
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -16,10 +14,10 @@ from typing import Any
 import torch
 from torch import nn
 
-from avss_dist.models.experts import ChosenUnits, DownProjections, find_down_projections
-from avss_dist.models.layers import PROBE_SHAPE, Experts, Layer, as_rows, first_tensor, input_tensor
+from avss_dist.models.experts import DownProjections, find_down_projections
+from avss_dist.models.interventions import captured
+from avss_dist.models.layers import PROBE_SHAPE, Experts, Layer, as_rows
 from avss_dist.pruning.selection import PlanError
-from avss_dist.system.process import bound
 
 PUSHES = (1.0, 4.0)  # multiples of the size of the layer's output; an output that is added is added at any size
 _PLAIN_KINDS = ("Conv1D", "FalconLinear")  # GPT-2's and Falcon's names for an ordinary linear map
@@ -238,43 +236,3 @@ def _norms_after(
         offset = min(errors, key=lambda o: errors[o])
         if errors[offset] <= _TOLERANCE * float(calls[norm].output.float().norm()):
             yield norm, offset, eps
-
-
-@dataclass(frozen=True)
-class CapturedCall:
-    """The input and the output of one call of a module, and its units if it holds routed experts."""
-
-    input: torch.Tensor
-    output: torch.Tensor
-    units: ChosenUnits | None = None
-
-
-@contextmanager
-def captured(
-    modules: Mapping[Any, nn.Module], units: Mapping[Any, DownProjections] = {}
-) -> Iterator[dict[Any, CapturedCall]]:
-    """Record the last call of each module, under the key that it has in ``modules``.
-
-    Among interleaved passes, it records the calls of the pass that entered it.
-
-    Args:
-        units: down projections of the routed experts whose units are read, by key.
-    """
-    calls: dict[Any, CapturedCall] = {}
-
-    def record(key: Any, _module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
-        if _CAPTURING.get() is not calls:
-            return
-        input_, output_ = input_tensor(args, kwargs), first_tensor(output)
-        if input_ is not None and output_ is not None:
-            read = units[key].units(args, kwargs) if key in units else None
-            calls[key] = CapturedCall(input_.clone(), output_.clone(), read)  # which later modules may change
-
-    with ExitStack() as stack:
-        for key, module in modules.items():
-            stack.enter_context(module.register_forward_hook(partial(record, key), with_kwargs=True))
-        stack.enter_context(bound(_CAPTURING, calls))
-        yield calls
-
-
-_CAPTURING: ContextVar[dict[Any, CapturedCall] | None] = ContextVar("capturing", default=None)
