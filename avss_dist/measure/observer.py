@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
-from functools import partial
+from functools import cached_property, partial
 from typing import Any
 
 import numpy as np
@@ -42,7 +42,7 @@ from avss_dist.system.process import bound
 
 ALL_ROWS = RowSplit()
 UNIT_SITES = ("block", "update", *INPUT_SITES)
-DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+COUNTED_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 @dataclass
@@ -50,55 +50,63 @@ class Pass:
     """A forward pass in progress: its observer, the tokens to count, and the running layer.
 
     Attributes:
-        mask: bool[rows, tokens], true for tokens that count; None if none counts.
+        mask: bool[rows, tokens], true for tokens that count.
         local_rows: rows that this process counts.
         strata: the mask of each stratum in these rows. Unpaired text has one stratum.
-        masks, tokens: copies of the masks and the observed tokens, by device.
-        first_tokens: positions of the first counted tokens, by device and stratum. See `first_tokens_on`.
-        own_places: positions of the counted tokens, by device. See `own_places_on`.
+        copies: tokens that count, by device. See `on`.
         calls: number of calls of each layer's module so far.
         entered: the running layer, the hidden states that it received, and their autograd version, which reveals
-            changes in place; None between layers.
+            changes in place; None between layers, and in a pass without tokens that count.
     """
 
     observer: Observer
-    mask: torch.Tensor | None
+    mask: torch.Tensor
     local_rows: slice
     strata: dict[str, torch.Tensor]
     pairing: Pairing | None
-    masks: dict[torch.device, dict[str, torch.Tensor]] = field(default_factory=dict)
-    tokens: dict[torch.device, ObservedTokens] = field(default_factory=dict)
-    first_tokens: dict[torch.device, dict[str, torch.Tensor]] = field(default_factory=dict)
-    own_places: dict[torch.device, torch.Tensor] = field(default_factory=dict)
-    calls: dict[nn.Module, int] = field(default_factory=dict)
+    copies: dict[torch.device, CountedTokens] = field(default_factory=dict)
+    calls: Counter[nn.Module] = field(default_factory=Counter)
     entered: tuple[Layer, torch.Tensor | None, int] | None = None
 
-    def masks_on(self, device: torch.device) -> dict[str, torch.Tensor]:
-        """Return the mask of each stratum on a device."""
-        if device not in self.masks:
-            self.masks[device] = {name: to_device(mask.numpy(), device) for name, mask in self.strata.items()}
-        return self.masks[device]
+    def on(self, device: torch.device) -> CountedTokens:
+        """Return the tokens that count, on a device."""
+        return self.copies.setdefault(device, CountedTokens(self, device))
 
-    def first_tokens_on(self, device: torch.device) -> dict[str, torch.Tensor]:
-        """Return the flat index of each row's first counted token, int64[rows], by stratum."""
-        if device not in self.first_tokens:
-            self.first_tokens[device] = {}
-            for name, mask in self.strata.items():
-                rows = np.flatnonzero(mask.numpy().any(axis=1))
-                first = rows * mask.shape[1] + mask.numpy()[rows].argmax(axis=1)
-                self.first_tokens[device][name] = to_device(first, device)
-        return self.first_tokens[device]
 
-    def own_places_on(self, device: torch.device) -> torch.Tensor:
-        """Return the flat indices of counted tokens, int64[tokens], without answers that follow another prompt."""
-        if device not in self.own_places:
-            assert self.mask is not None
-            counted = self.mask.numpy()
-            if self.pairing:
-                after_own_prompt = [not label.endswith(AFTER_ANOTHER) for label in self.pairing.strata]
-                counted = counted & np.array(after_own_prompt)[:, None]
-            self.own_places[device] = to_device(np.flatnonzero(counted), device)
-        return self.own_places[device]
+@dataclass(frozen=True)
+class CountedTokens:
+    """The tokens of a pass that count, on one device. Each tensor is copied there when it is first used."""
+
+    now: Pass
+    device: torch.device
+
+    @cached_property
+    def masks(self) -> dict[str, torch.Tensor]:
+        """Mask of each stratum."""
+        return {name: to_device(mask.numpy(), self.device) for name, mask in self.now.strata.items()}
+
+    @cached_property
+    def first_tokens(self) -> dict[str, torch.Tensor]:
+        """Flat index of each row's first counted token, int64[rows], by stratum."""
+        flat = {}
+        for name, mask in self.now.strata.items():
+            rows = np.flatnonzero(mask.numpy().any(axis=1))
+            flat[name] = to_device(rows * mask.shape[1] + mask.numpy()[rows].argmax(axis=1), self.device)
+        return flat
+
+    @cached_property
+    def own_places(self) -> torch.Tensor:
+        """Flat indices of counted tokens, int64[tokens], without answers that follow another prompt."""
+        counted = self.now.mask.numpy()
+        if self.now.pairing:
+            after_own_prompt = [not label.endswith(AFTER_ANOTHER) for label in self.now.pairing.strata]
+            counted = counted & np.array(after_own_prompt)[:, None]
+        return to_device(np.flatnonzero(counted), self.device)
+
+    @cached_property
+    def local(self) -> ObservedTokens:
+        """Counted tokens of the rows that this process counts."""
+        return ObservedTokens.of_mask(self.now.mask[self.now.local_rows], self.device)
 
 
 PASSES: ContextVar[tuple[Pass, ...]] = ContextVar("passes", default=())
@@ -179,73 +187,6 @@ class ExpertCounter:
         return self._sums[layer]
 
 
-Current = Callable[[], Pass | None]
-"""Function that returns the pass in progress, or None."""
-
-
-def expert_hooks(layers: Sequence[Layer], current: Current) -> list[Any]:
-    """Register hooks on the experts and routers of layers, and return their handles."""
-    handles: list[Any] = []
-    for experts in dict.fromkeys(layer.experts for layer in layers if layer.experts):
-        read = partial(_read_experts, experts, current)
-        handles.append(experts.module.register_forward_pre_hook(read, with_kwargs=True))
-        if experts.router is not None:
-            handles.append(experts.router.register_forward_hook(partial(_read_router, experts, current)))
-    return handles
-
-
-def _read_experts(experts: Experts, current: Current, module: nn.Module, args: Any, kwargs: Any) -> None:
-    """Run the experts once for each of the k slots, with gates of 1, as their usual output is a sum over slots."""
-    routing = routing_of([t for t in (*args, *kwargs.values()) if isinstance(t, torch.Tensor)])
-    now = current()
-    if now is None or routing is None or (counts := _counted_positions(now, routing.index)) is None:
-        return
-    layer, places = counts
-    counted = Routing(*(x.index_select(0, places) for x in (routing.hidden, routing.index, routing.gates)))
-
-    def output(slot: slice) -> torch.Tensor:
-        instead = {
-            id(routing.hidden): counted.hidden,
-            id(routing.index): counted.index[:, slot],
-            id(routing.gates): torch.ones_like(counted.gates[:, slot]),
-        }
-        positional, keywords = with_replaced(args, kwargs, instead)
-        return module.forward(*positional, **keywords)
-
-    outputs = (output(slice(slot, slot + 1)) for slot in range(counted.index.shape[1]))
-    if now.observer.split.rank == 0:
-        now.observer.experts.add(layer, experts, counted, outputs)
-    else:  # ranks that share the experts run them together, and the first one counts
-        deque(outputs, maxlen=0)
-
-
-def _read_router(experts: Experts, current: Current, _module: nn.Module, _args: Any, output: Any) -> None:
-    logits, now = first_tensor(output), current()
-    if now is None or logits is None or now.observer.split.rank:
-        return
-    logits = logits.reshape(-1, experts.number)
-    if counts := _counted_positions(now, logits):
-        layer, places = counts
-        now.observer.experts.add_entropy(layer, experts, logits.index_select(0, places))
-
-
-def _counted_positions(now: Pass, rows: torch.Tensor) -> tuple[int, torch.Tensor] | None:
-    """Return the index of the running layer and the positions of counted tokens, or None if none counts.
-
-    Raises:
-        ModelError: if ``rows`` has another number of tokens than the batch.
-    """
-    if now.mask is None or now.entered is None:
-        return None
-    layer = now.entered[0].index
-    if len(rows) != now.mask.numel():
-        raise ModelError(
-            f"The experts of layer {layer} see {len(rows)} tokens in a batch of {now.mask.numel()}.",
-            "Score it without `experts`.",
-        )
-    return layer, now.own_places_on(rows.device)
-
-
 class Hooks:
     """Hooks on layers, which hand activations to the `Observer` whose forward pass runs in their context.
 
@@ -255,25 +196,14 @@ class Hooks:
     def __init__(self, layers: Sequence[Layer], sites: Sequence[str]) -> None:
         self.layers, self.sites = layers, sites
 
-    def current(self) -> Pass | None:
-        """Return the pass in progress in this context whose observer uses these hooks, or None."""
-        return next((now for now in reversed(PASSES.get()) if now.observer.hooks is self), None)
+    def hand(self, read: Callable[..., None], module: nn.Module, *call: Any) -> None:
+        """Hand a call of a module to the observer of the pass in progress in this context, if it uses these hooks.
 
-    def enter(self, module: nn.Module, args: Any, kwargs: Any) -> None:
-        """Record the start of a layer, before it runs."""
-        if now := self.current():
-            now.observer.enter(now, module, input_tensor(args, kwargs))
-
-    def leave(self, module: nn.Module, _args: Any, output: Any) -> None:
-        """Add the statistics of a layer, after it ran."""
-        if (now := self.current()) and now.entered:
-            now.observer.leave(now, module, output)
-
-    def read(self, site: str, reads: str, module: nn.Module, args: Any, kwargs_or_output: Any) -> None:
-        """Add the statistics of a module's input or output."""
-        if (now := self.current()) and now.entered:
-            tensors = (*args, *kwargs_or_output.values()) if reads == "input" else kwargs_or_output
-            now.observer.read(now, now.entered[0], site, module, first_tensor(tensors))
+        Args:
+            read: method of `Observer` that takes the pass, the module and what torch tells its hooks of the call.
+        """
+        if now := next((now for now in reversed(PASSES.get()) if now.observer.hooks is self), None):
+            read(now.observer, now, module, *call)
 
 
 @contextmanager
@@ -288,18 +218,22 @@ def attached(layers: Sequence[Layer], sites: Sequence[str], *, experts: bool = F
     hooks = Hooks(layers, sites)
     with ExitStack() as stack:
         for module in dict.fromkeys(layer.module for layer in layers):
-            stack.enter_context(module.register_forward_pre_hook(hooks.enter, with_kwargs=True))
-            stack.enter_context(module.register_forward_hook(hooks.leave))
-        for site in sites:
-            taps = [layer.taps[site] for layer in layers if site in layer.taps]
-            for module, reads in dict.fromkeys((tap.module, tap.reads) for tap in taps):
-                read = partial(hooks.read, site, reads)
-                if reads == "input":
-                    stack.enter_context(module.register_forward_pre_hook(read, with_kwargs=True))
-                else:
-                    stack.enter_context(module.register_forward_hook(read))
-        for handle in expert_hooks(layers, hooks.current) if experts else ():
-            stack.enter_context(handle)
+            enter, leave = partial(hooks.hand, Observer.enter), partial(hooks.hand, Observer.leave)
+            stack.enter_context(module.register_forward_pre_hook(enter, with_kwargs=True))
+            stack.enter_context(module.register_forward_hook(leave))
+        taps = [(site, layer.taps[site]) for site in sites for layer in layers if site in layer.taps]
+        for site, module, reads in dict.fromkeys((site, tap.module, tap.reads) for site, tap in taps):
+            read = partial(hooks.hand, partial(Observer.read, site=site, reads=reads))
+            if reads == "input":
+                stack.enter_context(module.register_forward_pre_hook(read, with_kwargs=True))
+            else:
+                stack.enter_context(module.register_forward_hook(read))
+        for routed in dict.fromkeys(layer.experts for layer in layers if layer.experts and experts):
+            read = partial(hooks.hand, partial(Observer.read_experts, experts=routed))
+            stack.enter_context(routed.module.register_forward_pre_hook(read, with_kwargs=True))
+            if routed.router is not None:
+                read = partial(hooks.hand, partial(Observer.read_router, experts=routed))
+                stack.enter_context(routed.router.register_forward_hook(read))
         yield hooks
 
 
@@ -351,16 +285,16 @@ class Observer:
             pairing: description of the rows of paired text. With it, strata are counted separately, and the statistics
                 of single rows are measured.
         """
-        mask = torch.from_numpy(np.ascontiguousarray(observed)) if observed.any() else None
-        local_rows = self.split.rows(len(observed))
-        strata = {} if mask is None else masks_by_stratum(mask[local_rows], pairing and pairing.part(local_rows))
+        mask, local_rows = torch.from_numpy(np.ascontiguousarray(observed)), self.split.rows(len(observed))
+        strata = masks_by_stratum(mask[local_rows], pairing and pairing.part(local_rows))
         with bound(PASSES, (*PASSES.get(), Pass(self, mask, local_rows, strata, pairing))):
             yield
 
     def send(self) -> None:
         """Start the transfer of the counts to the host. `strata` waits for it."""
         self._finish()
-        self._coming.append(self._send(list(self._accumulators)))
+        keys = list(self._accumulators)
+        self._coming.append((keys, self._send(keys)))
 
     def send_rows(self) -> Callable[[], dict[LayerKey, PlacedRows]]:
         """Start the transfer of the row statistics, and return a function that waits for it and returns them."""
@@ -386,23 +320,24 @@ class Observer:
         self._coming.clear()
         return dict(sorted(self._stats.items()))
 
-    def _send(self, keys: list[StratumKey]) -> tuple[list[StratumKey], Callable[[], list[LayerStats]]]:
-        return keys, send_stats([self._accumulators.pop(key) for key in keys])
+    def _send(self, keys: list[StratumKey]) -> Callable[[], list[LayerStats]]:
+        return send_stats([self._accumulators.pop(key) for key in keys])
 
-    def enter(self, now: Pass, module: nn.Module, hidden: torch.Tensor | None) -> None:
+    def enter(self, now: Pass, module: nn.Module, args: Any, kwargs: Any) -> None:
         """Record the start of a layer."""
         if self._heartbeat:
             self._heartbeat()
-        if now.mask is None:
+        if not now.mask.numpy().any():
             return
-        call = now.calls.get(module, 0)
-        now.calls[module] = call + 1
-        layer = self._by_call.get((module, call))
+        layer, hidden = self._by_call.get((module, now.calls[module])), input_tensor(args, kwargs)
+        now.calls[module] += 1
         if layer is None:
-            raise ModelError(f"A layer ran more often than when the model was opened ({call + 1} times in one pass).")
+            raise ModelError(
+                f"A layer ran more often than when the model was opened ({now.calls[module]} times in one pass)."
+            )
         now.entered = layer, hidden, hidden._version if hidden is not None else 0
 
-    def leave(self, now: Pass, module: nn.Module, output: Any) -> None:
+    def leave(self, now: Pass, module: nn.Module, _args: Any, output: Any) -> None:
         """Add the statistics of a layer at its end."""
         entered, now.entered = now.entered, None
         if entered is None or entered[0].module is not module:
@@ -415,23 +350,74 @@ class Observer:
         if self._num_observed[index] == self._passes:  # accumulators on the host become results, ten times smaller
             keys = [key for key in self._accumulators if key[0] == index]
             if all(self._accumulators[key].device.type == "cpu" for key in keys):
-                _, arrived = self._send(keys)
-                self._stats |= zip(keys, arrived(), strict=True)
+                self._stats |= zip(keys, self._send(keys)(), strict=True)
 
-    def read(self, now: Pass, layer: Layer, site: str, module: nn.Module, tensor: torch.Tensor | None) -> None:
+    def read(self, now: Pass, module: nn.Module, args: Any, kwargs_or_output: Any, *, site: str, reads: str) -> None:
         """Add the statistics of a site's module inside a layer: its output after it ran, or its input before."""
+        if now.entered is None:
+            return
+        layer = now.entered[0]
         tap = layer.taps.get(site)
+        tensor = first_tensor((*args, *kwargs_or_output.values()) if reads == "input" else kwargs_or_output)
         if tap is None or tap.module is not module or tensor is None:
             return
         x = self._rows(now, layer, tap.axes, tensor)
         self._add(now, layer, site, tap.exchange(x) if tap.exchange else x[now.local_rows])
 
+    def read_experts(self, now: Pass, module: nn.Module, args: Any, kwargs: Any, *, experts: Experts) -> None:
+        """Add the statistics of the routed experts of a layer before they run.
+
+        They run once for each of the k slots, with gates of 1, as their usual output is a sum over slots.
+        """
+        routing = routing_of([t for t in (*args, *kwargs.values()) if isinstance(t, torch.Tensor)])
+        if routing is None or now.entered is None:
+            return
+        places = self._counted_places(now, now.entered[0], routing.index)
+        counted = Routing(*(x.index_select(0, places) for x in (routing.hidden, routing.index, routing.gates)))
+
+        def output(slot: slice) -> torch.Tensor:
+            instead = {
+                id(routing.hidden): counted.hidden,
+                id(routing.index): counted.index[:, slot],
+                id(routing.gates): torch.ones_like(counted.gates[:, slot]),
+            }
+            positional, keywords = with_replaced(args, kwargs, instead)
+            return module.forward(*positional, **keywords)
+
+        outputs = (output(slice(slot, slot + 1)) for slot in range(counted.index.shape[1]))
+        if self.split.rank == 0:
+            self.experts.add(now.entered[0].index, experts, counted, outputs)
+        else:  # ranks that share the experts run them together, and the first one counts
+            deque(outputs, maxlen=0)
+
+    def read_router(self, now: Pass, _module: nn.Module, _args: Any, output: Any, *, experts: Experts) -> None:
+        """Add the entropy of the router of a layer, after it ran."""
+        logits = first_tensor(output)
+        if now.entered is None or logits is None or self.split.rank:
+            return
+        logits, layer = logits.reshape(-1, experts.number), now.entered[0]
+        places = self._counted_places(now, layer, logits)
+        self.experts.add_entropy(layer.index, experts, logits.index_select(0, places))
+
+    def _counted_places(self, now: Pass, layer: Layer, rows: torch.Tensor) -> torch.Tensor:
+        """Return the positions of counted tokens among the rows that the experts of a layer see.
+
+        Raises:
+            ModelError: if ``rows`` has another number of tokens than the batch.
+        """
+        if len(rows) != now.mask.numel():
+            raise ModelError(
+                f"The experts of layer {layer.index} see {len(rows)} tokens in a batch of {now.mask.numel()}.",
+                "Score it without `experts`.",
+            )
+        return now.on(rows.device).own_places
+
     def _add_block(self, now: Pass, layer: Layer, before: torch.Tensor | None, version: int, output: Any) -> None:
         after = first_tensor(output)
         if after is None:
-            raise ModelError(f"Layer {layer.index} ({layer.name}) returns a {type(output).__name__}, no hidden states.")
+            raise ModelError(f"{layer} returns a {type(output).__name__}, no hidden states.")
         if before is not None and before._version != version:
-            raise ModelError(f"Layer {layer.index} ({layer.name}) changes its input in place; it cannot be observed.")
+            raise ModelError(f"{layer} changes its input in place; it cannot be observed.")
         comparable = before is not None and before.shape == after.shape
         after = self._rows(now, layer, layer.axes, after)[now.local_rows]
         if before is None or not comparable:
@@ -439,44 +425,31 @@ class Observer:
             return
         before = self._rows(now, layer, layer.axes, before)[now.local_rows]
         self._add(now, layer, "block", after, before)
-        self._add_update(now, layer, after, before)
-
-    def _rows(self, now: Pass, layer: Layer, axes: str, tensor: torch.Tensor) -> torch.Tensor:
-        assert now.mask is not None
-        rows, tokens = now.mask.shape
-        x = as_rows(tensor.detach(), axes, rows, tokens)
-        if x is None:
-            raise ModelError(
-                f"Layer {layer.index} ({layer.name}) sees {list(tensor.shape)} in a batch of {rows} x {tokens} tokens: "
-                "the model pads, pools or extends its rows.",
-                "If it pads rows to a multiple, make `sequence_length` one.",
-            )
-        if x.dtype not in DTYPES:
-            raise ModelError(f"Layer {layer.index} ({layer.name}) computes in {x.dtype}.", "Use `dtype` float32.")
-        return x
-
-    def _add(self, now: Pass, layer: Layer, site: str, x: torch.Tensor, before: torch.Tensor | None = None) -> None:
-        for stratum, mask, into in self._accumulators_of(now, layer, site, x, geometry=before is not None):
-            self._kernels_of(x.device).add(into, x, mask, before)
-            if site == "block":
-                into.add_first_tokens(x.flatten(0, 1).index_select(0, now.first_tokens_on(x.device)[stratum]))
-        self._add_rows(now, layer, site, x, before)
-
-    def _add_update(self, now: Pass, layer: Layer, after: torch.Tensor, before: torch.Tensor) -> None:
         like = after.new_empty((0, 0, after.shape[2]), dtype=torch.promote_types(after.dtype, before.dtype))
         for _, mask, into in self._accumulators_of(now, layer, "update", like):
             self._kernels_of(after.device).add_update(into, after, before, mask)
         if now.pairing:
             self._add_rows(now, layer, "update", after - before)
 
+    def _rows(self, now: Pass, layer: Layer, axes: str, tensor: torch.Tensor) -> torch.Tensor:
+        x = as_rows(tensor.detach(), axes, *now.mask.shape, place=layer)
+        if x.dtype not in COUNTED_DTYPES:
+            raise ModelError(f"{layer} computes in {x.dtype}.", "Use `dtype` float32.")
+        return x
+
+    def _add(self, now: Pass, layer: Layer, site: str, x: torch.Tensor, before: torch.Tensor | None = None) -> None:
+        for stratum, mask, into in self._accumulators_of(now, layer, site, x, geometry=before is not None):
+            self._kernels_of(x.device).add(into, x, mask, before)
+            if site == "block":
+                into.add_first_tokens(x.flatten(0, 1).index_select(0, now.on(x.device).first_tokens[stratum]))
+        self._add_rows(now, layer, site, x, before)
+
     def _add_rows(
         self, now: Pass, layer: Layer, site: str, x: torch.Tensor, before: torch.Tensor | None = None
     ) -> None:
-        if now.mask is None or now.pairing is None or site not in self.hooks.sites or not len(x):
+        if now.pairing is None or site not in self.hooks.sites or not len(x):
             return
-        if x.device not in now.tokens:
-            now.tokens[x.device] = ObservedTokens.of_mask(now.mask[now.local_rows], x.device)
-        rows = row_tensors(x, now.tokens[x.device], self._thresholds, before)
+        rows = row_tensors(x, now.on(x.device).local, self._thresholds, before)
         self._row_batches[layer.index, site].append((now.pairing.rows[now.local_rows], rows))
 
     def _accumulators_of(
@@ -485,7 +458,7 @@ class Observer:
         """Yield each stratum with its mask and the accumulator of a layer's site, if the site is measured."""
         if site not in self.hooks.sites:
             return
-        for stratum, mask in now.masks_on(like.device).items():
+        for stratum, mask in now.on(like.device).masks.items():
             key = (layer.index, site, stratum)
             if key not in self._accumulators:
                 units = site in self._unit_sites

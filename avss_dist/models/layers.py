@@ -99,6 +99,9 @@ class Layer:
     projections: tuple[Projection, ...] = ()
     experts: Experts | None = None
 
+    def __str__(self) -> str:
+        return f"Layer {self.index} ({self.name})"
+
 
 def layer_lists(model: nn.Module, num_layers: int | None, path: str | None = None) -> dict[str, nn.ModuleList]:
     """Return the module lists that may be the layers, by path.
@@ -177,6 +180,18 @@ def input_tensor(args: Sequence[Any], kwargs: Mapping[str, Any]) -> torch.Tensor
     return first_tensor(named) if named is not None else first_tensor((*args, *kwargs.values()))
 
 
+def output_tensor(layer: Layer, output: Any, hidden: torch.Tensor) -> torch.Tensor:
+    """Return the hidden states in the output of a layer with the input ``hidden``.
+
+    Raises:
+        ModelError: their shapes differ.
+    """
+    after = first_tensor(output)
+    if after is None or after.shape != hidden.shape:
+        raise ModelError(f"{layer} does not keep the shape of its input.")
+    return after
+
+
 def axes_of(shape: Sequence[int], rows: int, tokens: int) -> str:
     """Return the order of a tensor's axes by its shape: ``flat``, ``tokens first``, ``streams first`` or ``rows``."""
     if len(shape) == 2 and shape[0] == rows * tokens:
@@ -188,11 +203,16 @@ def axes_of(shape: Sequence[int], rows: int, tokens: int) -> str:
     return "rows"
 
 
-def as_rows(x: torch.Tensor, axes: str, rows: int, tokens: int) -> torch.Tensor | None:
-    """Return a tensor as contiguous [rows, tokens, units], or None if its shape differs.
+def as_rows(x: torch.Tensor, axes: str, rows: int, tokens: int, *, place: object = "A module") -> torch.Tensor:
+    """Return a tensor as contiguous [rows, tokens, units]. Parallel streams become units.
 
-    Parallel streams become units.
+    Args:
+        place: the module that has the tensor, for the message.
+
+    Raises:
+        ModelError: the tensor has another shape.
     """
+    shape = list(x.shape)
     if axes == "tokens first":
         x = x.transpose(0, 1)
     elif axes == "streams first":
@@ -200,7 +220,10 @@ def as_rows(x: torch.Tensor, axes: str, rows: int, tokens: int) -> torch.Tensor 
     elif x.dim() == 2 and x.shape[0] == rows * tokens:
         x = x.reshape(rows, tokens, -1)
     if x.dim() < 3 or tuple(x.shape[:2]) != (rows, tokens):
-        return None
+        raise ModelError(
+            f"{place} sees {shape} in a batch of {rows} x {tokens} tokens: the model pads, pools or extends its rows.",
+            "If it pads rows to a multiple, make `sequence_length` one.",
+        )
     return x.reshape(rows, tokens, -1).contiguous()
 
 
@@ -232,7 +255,8 @@ class LayerCall:
     def hidden(self) -> torch.Tensor:
         """Hidden states among the arguments."""
         hidden = input_tensor(self.args, self.kwargs)
-        assert hidden is not None
+        if hidden is None:
+            raise ModelError("A layer is called without hidden states.")
         return hidden
 
     def with_hidden(self, replacement: torch.Tensor) -> LayerCall:

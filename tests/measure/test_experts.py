@@ -17,7 +17,6 @@ from numpy.testing import assert_allclose
 from support.checkpoints import VOCABULARY
 from support.command_line import avss
 from support.families import tiny_batch, tiny_model
-from support.observing import observe
 from support.tiers import all_of
 from torch import nn
 
@@ -25,10 +24,11 @@ from avss_dist.analysis.experts import require_experts
 from avss_dist.analysis.findings import findings
 from avss_dist.core.errors import ModelError
 from avss_dist.core.settings import THRESHOLDS
-from avss_dist.measure.observer import ExpertCounter, Observer, Pass, attached, expert_hooks
+from avss_dist.measure.observer import PASSES, ExpertCounter, Observer, Pass, attached
 from avss_dist.models.layers import Experts, Routing
 from avss_dist.models.loading import Backbone, forward_function, open_module
 from avss_dist.stats.layer_stats import EXPERT_FIELDS, ExpertStats, merge_stats
+from avss_dist.system.process import bound
 from avss_dist.warehouse.encoding import to_experts
 from avss_dist.warehouse.reader import Warehouse
 
@@ -229,45 +229,43 @@ def test_the_entropy_of_routers_that_give_probabilities_or_logits(normalized: bo
     assert counter.send()()[0].router_entropy_sum == pytest.approx([expected] * 4, rel=1e-12)
 
 
+def layer_of(found: Experts | None) -> Any:
+    """A layer of an index, with these experts alone."""
+    return SimpleNamespace(index=5, module=nn.Identity(), call=0, taps={}, experts=found)
+
+
 @pytest.mark.parametrize(("router", "hooks"), [(True, 2), (False, 1)])
 def test_only_routers_that_are_modules_are_hooked(router: bool, hooks: int) -> None:
     found = experts(router=router)
-    layers: list[Any] = [SimpleNamespace(experts=found), SimpleNamespace(experts=None), SimpleNamespace(experts=found)]
-    handles = expert_hooks(layers, lambda: None)
-    assert len(handles) == hooks
-    for handle in handles:
-        handle.remove()
+    with attached([layer_of(found), layer_of(None), layer_of(found)], (), experts=True):
+        assert len(found.module._forward_pre_hooks) + (len(found.router._forward_hooks) if found.router else 0) == hooks
     assert not found.module._forward_pre_hooks
 
 
 def test_nothing_counts_outside_of_a_pass_of_a_layer_and_where_no_token_does() -> None:
     found, tokens = experts(), torch.zeros(2, 4)
     assert found.router is not None
-    with observe([], (), ()) as observer:
-        for mask in (None, torch.ones((2, 1), dtype=torch.bool)):
-            now = Pass(observer, mask, slice(None), {}, None)
-            for current in (lambda: None, lambda now=now: now):
-                handles = expert_hooks([SimpleNamespace(experts=found)], current)  # type: ignore[list-item]
-                found.router(tokens)
-                found.module(tokens)
-                for handle in handles:
-                    handle.remove()
+    with attached([layer_of(found)], (), experts=True) as hooks:
+        observer = Observer(hooks, ())
+        for mask in (torch.zeros((2, 1), dtype=torch.bool), torch.ones((2, 1), dtype=torch.bool)):
+            for passes in ((), (Pass(observer, mask, slice(None), {}, None),)):
+                with bound(PASSES, passes):
+                    found.router(tokens)
+                    found.module(tokens)
         assert observer.experts.send()() == {}
 
 
 def test_experts_that_see_other_tokens_than_the_batch_are_refused() -> None:
     found, mask = experts(), torch.ones((1, 3), dtype=torch.bool)
     assert found.router is not None
-    layer: Any = SimpleNamespace(index=5, experts=found)
-    with observe([], (), ()) as observer:
-        now = Pass(observer, mask, slice(None), {}, None, entered=(layer, None, 0))
-        handles = expert_hooks([layer], lambda: now)
-        found.router(torch.zeros(3, 4))
-        with pytest.raises(ModelError, match="The experts of layer 5 see 2 tokens in a batch of 3"):
-            found.router(torch.zeros(2, 4))
+    with attached([layer_of(found)], (), experts=True) as hooks:
+        observer = Observer(hooks, ())
+        now = Pass(observer, mask, slice(None), {}, None, entered=(layer_of(found), None, 0))
+        with bound(PASSES, (now,)):
+            found.router(torch.zeros(3, 4))
+            with pytest.raises(ModelError, match="The experts of layer 5 see 2 tokens in a batch of 3"):
+                found.router(torch.zeros(2, 4))
         assert observer.experts.send()()[5].router_entropy_sum == pytest.approx([3 * np.log(4)] * 4)
-    for handle in handles:
-        handle.remove()
 
 
 def test_without_a_router_there_is_no_entropy() -> None:

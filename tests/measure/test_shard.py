@@ -289,7 +289,7 @@ def test_answers_after_another_prompt_are_not_own() -> None:
 
     def own(mask: torch.Tensor, pairing: Pairing | None) -> list[int]:
         with observe([], (), ()) as observer:
-            return Pass(observer, mask, slice(None), {}, pairing).own_places_on(mask.device).tolist()
+            return Pass(observer, mask, slice(None), {}, pairing).on(mask.device).own_places.tolist()
 
     assert own(mask, pairing) == [0, 5]
     assert own(mask, None) == mask.flatten().nonzero().flatten().tolist()
