@@ -20,6 +20,7 @@ from avss_dist.core.intervention import (
     Rounding,
     Sparsity,
     Sublayer,
+    describe_removed,
     layer_of,
     whole_layers,
 )
@@ -39,7 +40,6 @@ from avss_dist.models.head import (
 from avss_dist.models.interventions import (
     Patch,
     decode_patch,
-    explaining,
     find_obstacles,
     patched,
     recording,
@@ -50,11 +50,10 @@ from avss_dist.models.interventions import (
     skipping,
 )
 from avss_dist.models.layers import Layer, probe_tokens
+from avss_dist.models.linear_maps import SparsityCounts, dense, require_fit, rounded, sparsified
 from avss_dist.models.loading import Backbone, no_head, predictor, quiet
 from avss_dist.models.number_formats import NumberFormat
 from avss_dist.models.remaining import without_modules
-from avss_dist.models.rounding import require_fit, rounded
-from avss_dist.models.sparsifying import SparsityCounts, dense, sparsified
 from avss_dist.stats.layer_stats import Float64
 from avss_dist.system.devices import to_device
 from avss_dist.system.streams import underway
@@ -221,19 +220,29 @@ class LanguageModel:
     def without(self, removed: Collection[Removal]) -> Iterator[None]:
         """Have the model compute without layers, sublayers and experts inside the context.
 
-        See `Intervention`.
+        Raises:
+            ModelError: one of them cannot be removed, or the model's own code fails without them, for example because a
+                later layer reads keys and values of a removed one.
         """
         self.require_layers(removed)
-        skipped = skipping(self.layers, whole_layers(removed), self.forms)
-        with skipped, without_parts(self.layers, removed), explaining(self.checkpoint.name, removed):
-            yield
+        try:
+            with skipping(self.layers, whole_layers(removed), self.forms), without_parts(self.layers, removed):
+                yield
+        except (AttributeError, IndexError, KeyError, TypeError) as error:
+            if not removed:
+                raise
+            raise ModelError(
+                f"'{self.checkpoint.name}' does not run with these layers left out: {describe_removed(removed)}. "
+                f"{type(error).__name__}: {first_line(error)}",
+                "A layer behind may need what one of them computes. Leave out others.",
+            ) from error
 
     def patched(self, patch: Patch) -> AbstractContextManager[None]:
         """Have the model compute with a patch inside the context, as `interventions.patched`."""
         return patched(self.layers, patch, when_called=not self.weights_stay)
 
     def rounded(self, rounding: Rounding) -> AbstractContextManager[None]:
-        """Have the model compute with rounded weights inside the context, as `rounding.rounded`."""
+        """Have the model compute with rounded weights inside the context, as `linear_maps.rounded`."""
         self.require_roundable((), ())
         return rounded(self.layers, rounding, when_called=not self.weights_stay)
 
@@ -246,7 +255,7 @@ class LanguageModel:
         return self.layers[layer].module.get_parameter(path).detach()
 
     def sparsified(self, sparsity: Sparsity) -> AbstractContextManager[SparsityCounts]:
-        """Have the model compute with sparse activations inside the context, as `sparsifying.sparsified`."""
+        """Have the model compute with sparse activations inside the context, as `linear_maps.sparsified`."""
         if not self.whole_weights and any(cut.by != THRESHOLD or cut.weighted for cut in sparsity.maps):
             raise ModelError(
                 "Each rank has some of a token's units, and cannot choose the largest of all.",

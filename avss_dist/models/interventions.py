@@ -7,6 +7,7 @@ pass without one layer equals that of the whole model up to the layer, so it can
 from __future__ import annotations
 
 import json
+from collections import defaultdict
 from collections.abc import Callable, Collection, Hashable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from contextvars import ContextVar
@@ -19,9 +20,9 @@ import torch
 from safetensors.torch import load, save
 from torch import nn
 
-from avss_dist.core.errors import ModelError, first_line
-from avss_dist.core.intervention import PARTS, Removal, Sublayer, describe_removed, sublayers_of
-from avss_dist.models.layers import Layer, first_tensor, input_tensor
+from avss_dist.core.errors import ModelError
+from avss_dist.core.intervention import PARTS, Removal, Sublayer, sublayers_of
+from avss_dist.models.layers import Layer, LayerCall, first_tensor, input_tensor, output_tensor
 from avss_dist.system.process import bound
 
 MAX_REPRESENTATIVES = 8  # layers, beside the ends of each kind
@@ -149,32 +150,13 @@ def require_single_use(layers: Sequence[Layer], layer: Layer, change: str) -> No
         ModelError: the layer is used more than once in a pass.
     """
     if sum(other.module is layer.module for other in layers) > 1:
-        raise ModelError(f"Layer {layer.index} ({layer.name}) is used more than once; it cannot be {change}.")
+        raise ModelError(f"{layer} is used more than once; it cannot be {change}.")
 
 
 def skip_of(layer: nn.Module) -> Skip | None:
     """Return the action by which a layer is skipped in the current context, or None."""
     actions = reversed(_ACTIONS.get().get((layer, "forward"), ()))
     return next((action for action in actions if isinstance(action, Skip)), None)
-
-
-@contextmanager
-def explaining(model: str, removed: Collection[Removal]) -> Iterator[None]:
-    """Explain exceptions of a model's own code that computes without layers and sublayers inside the context.
-
-    Raises:
-        ModelError: the model fails, for example because a later layer reads keys and values of a removed one.
-    """
-    try:
-        yield
-    except (AttributeError, IndexError, KeyError, TypeError) as error:
-        if not removed:
-            raise
-        raise ModelError(
-            f"'{model}' does not run with these layers left out: {describe_removed(removed)}. "
-            f"{type(error).__name__}: {first_line(error)}",
-            "A layer behind may need what one of them computes. Leave out others.",
-        ) from error
 
 
 @dataclass(frozen=True)
@@ -278,16 +260,13 @@ def representatives(layers: Sequence[Layer]) -> list[Layer]:
     """
     if len(layers) <= MAX_REPRESENTATIVES:
         return list(layers)
-    kinds: dict[Hashable, list[int]] = {}
+    kinds: defaultdict[Hashable, list[int]] = defaultdict(list)
     for place, layer in enumerate(layers):
-        parts = [(path, type(part), vars(part)) for path, part in layer.module.named_modules()]
-        flags = [
-            (path, name, value)
-            for path, _, attributes in parts
-            for name, value in attributes.items()
-            if type(value) in (bool, str)
+        parts = [
+            (path, type(part), tuple(item for item in vars(part).items() if type(item[1]) in (bool, str)))
+            for path, part in layer.module.named_modules()
         ]
-        kinds.setdefault((tuple((path, kind) for path, kind, _ in parts), tuple(flags)), []).append(place)
+        kinds[tuple(parts)].append(place)
     ends = {place for places in kinds.values() for place in (places[0], places[-1])}
     step = (len(layers) - 1) / (MAX_REPRESENTATIVES - 1)
     return [layers[place] for place in sorted(ends | {round(step * number) for number in range(MAX_REPRESENTATIVES)})]
@@ -307,16 +286,12 @@ class Skip:
     replacement: torch.Tensor | None = None
 
     def __call__(self, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        hidden = input_tensor(args, kwargs) if self.replacement is None else self.replacement
-        if hidden is None:
-            raise ModelError(f"Layer {self.layer.index} ({self.layer.name}) is called without hidden states.")
+        hidden = LayerCall(args, kwargs).hidden if self.replacement is None else self.replacement
         if self.form is not None:
             return in_form(hidden, self.form)
         before = hidden.clone()  # which a layer may change
         output = forward(*args, **kwargs)
-        after = first_tensor(output)
-        if after is None or after.shape != before.shape:
-            raise ModelError(f"Layer {self.layer.index} ({self.layer.name}) does not keep the shape of its input.")
+        after = output_tensor(self.layer, output, before)
         if _is_alone(output):
             self.form = type(output)
         return replace_tensor(output, after, before)

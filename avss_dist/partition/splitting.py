@@ -247,7 +247,6 @@ def open_by_plan(
 def _exchanging(tap: Tap, tensor: torch.Tensor) -> Tap:
     """Return a tap that exchanges units if ranks have different ones. Those of a linear map tell their number."""
     part = as_rows(tensor, tap.axes, *PROBE_SHAPE)
-    assert part is not None
     width = part.shape[-1]
     if is_linear(tap.module):
         inputs, outputs = linear_sizes(tap.module)

@@ -20,7 +20,7 @@ from avss_dist.core.intervention import NO_INTERVENTION, Intervention
 from avss_dist.corpus.shards import Batch, Shard
 from avss_dist.models.causal_lm import LanguageModel, predicted
 from avss_dist.models.interventions import around
-from avss_dist.models.layers import Layer, as_rows, first_tensor, input_tensor
+from avss_dist.models.layers import Layer, LayerCall, as_rows, output_tensor
 from avss_dist.stats.layer_stats import Float64
 from avss_dist.system.devices import to_device
 from avss_dist.system.process import bound
@@ -92,10 +92,7 @@ class BackwardPass:
 
     def by_row(self, layer: Layer, tensor: torch.Tensor) -> torch.Tensor:
         """Return a layer's input, output or gradient as [rows, tokens, units]."""
-        rows = as_rows(tensor, layer.axes, *self.real.shape)
-        if rows is None:
-            raise ModelError(f"Layer {layer.index} ({layer.name}) does not keep rows and tokens apart.")
-        return rows
+        return as_rows(tensor, layer.axes, *self.real.shape, place=layer)
 
 
 @dataclass(frozen=True, eq=False)
@@ -190,18 +187,6 @@ def matrices(module: nn.Module) -> list[nn.Parameter]:
     return list(by_id.values())
 
 
-def require_shape(layer: Layer, output: Any, hidden: torch.Tensor | None) -> torch.Tensor:
-    """Return the hidden states of a layer's output.
-
-    Raises:
-        ModelError: they do not have the shape of the layer's input.
-    """
-    out = first_tensor(output)
-    if out is None or hidden is None or out.shape != hidden.shape:
-        raise ModelError(f"Layer {layer.index} ({layer.name}) does not keep the shape of its input.")
-    return out
-
-
 class LayerGradients(BackwardPass):
     """Effects of removal by layer, and norms of weights and of their gradients, from one pass."""
 
@@ -230,12 +215,11 @@ class LayerGradients(BackwardPass):
             for weight in weights:
                 hook = weight.register_post_accumulate_grad_hook(partial(self.accumulate, uses))
                 self._hooks.callback(hook.remove)
-        hidden = input_tensor(args, kwargs)
-        version = None if hidden is None else hidden._version
+        hidden = LayerCall(args, kwargs).hidden
+        version = hidden._version
         output = forward(*args, **kwargs)
         _, layer = self.count_call(uses)
-        out = require_shape(layer, output, hidden)
-        assert hidden is not None
+        out = output_tensor(layer, output, hidden)
         out.register_hook(partial(self._remove, layer, (hidden.detach(), out.detach()), (version, out._version)))
         return output
 
@@ -251,7 +235,7 @@ class LayerGradients(BackwardPass):
         The backward pass saves both anyway, so that they take no further memory.
         """
         if tuple(tensor._version for tensor in states) != versions:
-            raise ModelError(f"Layer {layer.index} ({layer.name}), or one behind it, changes its input in place.")
+            raise ModelError(f"{layer}, or one behind it, changes its input in place.")
         tensors = gradient, *reversed(states)
         chunks = (self.by_row(layer, x).flatten(0, 1).split(CHUNK) for x in tensors)
         products = [(g.double() * (y.float() - x.float())).sum(dim=1) for g, y, x in zip(*chunks, strict=True)]

@@ -11,13 +11,12 @@ from typing import Any
 import numpy as np
 import torch
 
-from avss_dist.core.errors import ModelError
 from avss_dist.core.intervention import NO_INTERVENTION, Intervention
 from avss_dist.corpus.shards import Batch, Shard
 from avss_dist.models.causal_lm import LanguageModel
 from avss_dist.models.interventions import hooked
 from avss_dist.models.layers import Layer, LayerCall, as_rows, first_tensor
-from avss_dist.models.sparsifying import weight_of
+from avss_dist.models.linear_maps import weight_of
 from avss_dist.stats.layer_stats import Float64
 from avss_dist.tasks.task import Measure, Row
 
@@ -66,9 +65,8 @@ class GreedyBlock(Measure):
                 """Return the block's output at the last quarter of each row's tokens."""
                 copied = call.with_hidden(call.hidden.clone())  # which a layer may change
                 out, real = first_tensor(run(*copied.args, **copied.kwargs)), batch.attention_mask
-                rows = None if out is None else as_rows(out, layer.axes, *real.shape)
-                if rows is None:
-                    raise ModelError(f"Layer {layer.index} ({layer.name}) does not keep rows and tokens apart.")
+                assert out is not None
+                rows = as_rows(out, layer.axes, *real.shape, place=layer)
                 place, length = real.cumsum(axis=1), real.sum(axis=1, keepdims=True)
                 last = torch.from_numpy(real & (place > length - np.maximum(1, length // JUDGED)))
                 return rows[last.to(rows.device)].float()

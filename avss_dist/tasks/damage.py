@@ -16,8 +16,8 @@ import torch
 
 from avss_dist.core.registry import BLOCK_DISTANCE, DRAWS, SCORES
 from avss_dist.corpus.shards import Batch
-from avss_dist.models.layers import Layer, LayerCall, first_tensor
-from avss_dist.tasks.backward import TAYLOR, BackwardMeasure, BackwardPass, require_shape
+from avss_dist.models.layers import Layer, LayerCall, first_tensor, output_tensor
+from avss_dist.tasks.backward import TAYLOR, BackwardMeasure, BackwardPass
 
 LOOKAHEAD = max(info.lookahead for info in SCORES.values() if info.lookahead is not None)  # layers
 PROPAGATED, PROPAGATED_COSINE = "propagated", "propagated_cosine"
@@ -51,10 +51,10 @@ class _DamagePass(BackwardPass):
                 models = {}
                 for removed, hidden in self._changed.items():
                     moved = call.with_hidden(hidden.to(call.hidden.device))
-                    models[removed] = require_shape(layer, forward(*moved.args, **moved.kwargs), hidden)
+                    models[removed] = output_tensor(layer, forward(*moved.args, **moved.kwargs), hidden)
                 models[layer.index] = layer_input
             output = forward(*args, **kwargs)
-            self._compare(layer, models, layer_input, require_shape(layer, output, layer_input))
+            self._compare(layer, models, layer_input, output_tensor(layer, output, layer_input))
         else:
             output = forward(*args, **kwargs)
         if torch.is_grad_enabled():

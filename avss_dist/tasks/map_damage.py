@@ -21,9 +21,8 @@ from avss_dist.corpus.shards import Batch, Shard
 from avss_dist.models.causal_lm import LanguageModel
 from avss_dist.models.interventions import hooked
 from avss_dist.models.layers import Layer, Projection, as_rows
+from avss_dist.models.linear_maps import rounded_before, rounded_weight, weight_of
 from avss_dist.models.number_formats import NumberFormat, number_format
-from avss_dist.models.rounding import rounded_before, rounded_weight
-from avss_dist.models.sparsifying import weight_of
 from avss_dist.stats.layer_stats import Float64
 from avss_dist.tasks.backward import CURRENT, BackwardMeasure, BackwardPass
 from avss_dist.tasks.task import Measure, Row, losses_under
@@ -200,9 +199,7 @@ class _RoundingPass(BackwardPass):
 
     def _by_token(self, projection: Projection, values: torch.Tensor) -> torch.Tensor:
         """Return values of the tokens of a map's output as float64[rows, tokens], 0 for padding."""
-        by_row = as_rows(values.unsqueeze(-1), projection.axes, *self.real.shape)
-        if by_row is None:
-            raise ModelError(f"The linear map '{projection.path}' does not keep rows and tokens apart.")
+        by_row = as_rows(values.unsqueeze(-1), projection.axes, *self.real.shape, place=f"'{projection.path}'")
         return by_row.sum(dim=-1).double().where(self.real.to(by_row.device), 0)
 
 

@@ -16,7 +16,7 @@ from avss_dist.models.causal_lm import LanguageModel
 from avss_dist.models.interventions import CapturedCall, Parameter, captured, recording
 from avss_dist.models.layers import as_rows, probe_tokens
 from avss_dist.models.loading import forward_function
-from avss_dist.pruning.repair.projection import OutputProjection, RepairError, find_output_projection
+from avss_dist.pruning.repair.projection import OutputProjection, find_output_projection
 from avss_dist.system.devices import available_memory, to_device
 
 T = TypeVar("T")
@@ -163,8 +163,4 @@ class HiddenStateSource:
         return self._model.together(passes) if self._interleaves else [run() for run in passes]
 
     def _rows(self, tensor: torch.Tensor, axes: str, number: int) -> torch.Tensor:
-        if (rows := as_rows(tensor, axes, *self._batches[number].input_ids.shape)) is None:
-            raise RepairError(
-                f"Hidden states have the shape {tuple(tensor.shape)}, which is not rows x tokens x units."
-            )
-        return rows
+        return as_rows(tensor, axes, *self._batches[number].input_ids.shape)

@@ -6,7 +6,7 @@ the layer's output by a multiple of the push if, and only if, the module's outpu
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -174,9 +174,7 @@ def inverse_rms(x: torch.Tensor, eps: float) -> torch.Tensor:
 
 
 def _refusal(layer: Layer, why: str, hint: str = "Drop other layers, or prune with `repair` none.") -> RepairError:
-    return RepairError(
-        f"Layer {layer.index} ({layer.name}) {why}: what is missing after it cannot be given back.", hint
-    )
+    return RepairError(f"{layer} {why}: what is missing after it cannot be given back.", hint)
 
 
 def _residual_multiple(layer: Layer, module: nn.Module, run: Callable[[], Any], unmoved: torch.Tensor) -> float | None:
@@ -207,9 +205,7 @@ def _output(layer: Layer, run: Callable[[], Any]) -> torch.Tensor:
     """Return the output of a layer, float32[rows, tokens, units]."""
     with captured({"layer": layer.module}) as calls:
         run()
-    if (output := as_rows(calls["layer"].output, layer.axes, *PROBE_SHAPE)) is None:
-        raise _refusal(layer, "gives hidden states of another shape than it takes")
-    return output.float()
+    return as_rows(calls["layer"].output, layer.axes, *PROBE_SHAPE, place=layer).float()
 
 
 def _norms_after(

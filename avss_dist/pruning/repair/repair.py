@@ -35,7 +35,7 @@ from avss_dist.corpus.shards import Batch, CorpusPlan, Mask
 from avss_dist.models.causal_lm import LanguageModel
 from avss_dist.models.checkpoints import Checkpoint
 from avss_dist.models.experts import find_down_projections, find_routed_experts
-from avss_dist.models.interventions import Parameter, Patch
+from avss_dist.models.interventions import CapturedCall, Parameter, Patch
 from avss_dist.models.layers import linear_sizes
 from avss_dist.models.loading import candidate_layers
 from avss_dist.models.safetensors import DTYPES
@@ -44,7 +44,7 @@ from avss_dist.models.structure import find_down_projection
 from avss_dist.pruning.plan import Plan
 from avss_dist.pruning.repair.fits import FitStep, NormalEquations, RidgeFit, features_of, fit_ridge, fit_steps, fold
 from avss_dist.pruning.repair.hidden_states import HiddenStateSource
-from avss_dist.pruning.repair.projection import CapturedCall, OutputProjection, RepairError
+from avss_dist.pruning.repair.projection import OutputProjection, RepairError
 from avss_dist.pruning.repair.registry import (
     DEFAULT_REPAIR,
     REPAIRS,
