@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from avss_dist.cli.program import at_end, interruptible
-from avss_dist.core.errors import QueryError
+from avss_dist.core.errors import QueryError, first_names
 from avss_dist.core.text import basename, count_of, describe_count, describe_threshold
 from avss_dist.read_requests import (
     CompactRequest,
@@ -42,9 +42,8 @@ def _say_damaged(runs: Mapping[str, str]) -> None:
     if runs:
         from avss_dist.warehouse.schema import DAMAGED
 
-        first = "; ".join(f"{run_id} ({reason})" for run_id, reason in [*sorted(runs.items())][:MOST_NAMED])
-        more = f" and {len(runs) - MOST_NAMED} more" if len(runs) > MOST_NAMED else ""
-        say(f"{len(runs)} run{'s' if len(runs) > 1 else ''} cannot be read: {first}{more}. {DAMAGED}")
+        first = first_names([f"{run_id} ({reason})" for run_id, reason in sorted(runs.items())], MOST_NAMED, "; ")
+        say(f"{len(runs)} run{'s' if len(runs) > 1 else ''} cannot be read: {first}. {DAMAGED}")
 
 
 def print_table(format: str, table: Callable[[], pa.Table], shown: Iterable[Any]) -> None:
@@ -290,8 +289,7 @@ def _say_reasons(left_out: Mapping[str, str]) -> None:
     for run_id, reason in left_out.items():
         run_ids.setdefault(reason, []).append(run_id)
     for reason, names in run_ids.items():
-        more = f" and {len(names) - MOST_NAMED} more" if len(names) > MOST_NAMED else ""
-        say(f"Left out: {', '.join(names[:MOST_NAMED])}{more}: {reason}.")
+        say(f"Left out: {first_names(names, MOST_NAMED)}: {reason}.")
 
 
 def findings(request: FindingsRequest, format: str) -> None:

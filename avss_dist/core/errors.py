@@ -179,6 +179,12 @@ def first_line(error: BaseException) -> str:
     return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
+def first_names(names: Sequence[str], maximum: int = 3, separator: str = ", ") -> str:
+    """Return the first names of a list and the number of all others, for a message: ``a, b, c and 4 more``."""
+    more = f" and {len(names) - maximum:,} more" if len(names) > maximum else ""
+    return separator.join(names[:maximum]) + more
+
+
 MAX_SUGGESTED, SHORTEN_ABOVE = 10, 40  # of more names than 40, an error lists 10
 
 
@@ -186,8 +192,7 @@ def nearest(name: str, valid: Iterable[str]) -> str:
     """Return a hint with the valid names and the most similar one: ``Did you mean 'block'? Valid: block, mlp.``"""
     names = [str(v) for v in valid]
     match = difflib.get_close_matches(str(name).lower(), names, n=1, cutoff=0.5)
-    more = f" and {len(names) - MAX_SUGGESTED:,} more" if len(names) > SHORTEN_ABOVE else ""
-    valid_names = f"Valid: {', '.join(names[:MAX_SUGGESTED] if more else names)}{more}."
+    valid_names = f"Valid: {first_names(names, MAX_SUGGESTED if len(names) > SHORTEN_ABOVE else len(names))}."
     return f"Did you mean '{match[0]}'? {valid_names}" if match else valid_names
 
 

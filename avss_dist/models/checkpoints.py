@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 
-from avss_dist.core.errors import ModelError, explain_unwritable, first_line, is_full, unwritable
+from avss_dist.core.errors import ModelError, explain_unwritable, first_line, first_names, is_full, unwritable
 from avss_dist.core.extras import require_package
 from avss_dist.models.safetensors import INDEX, WEIGHTS, TensorInfo, tensors_of, weight_files
 from avss_dist.system.files import cache_folder, staged_file, staged_folder
@@ -39,7 +39,6 @@ _TOKENS = (
     re.compile(r"(?<![a-z\d.])(?P<number>\d+(\.\d+)?)(?P<unit>[kmbt])[-_]?tok", re.IGNORECASE),
 )
 _THOUSANDS = {"": 1, "k": 10**3, "m": 10**6, "b": 10**9, "t": 10**12}
-MAX_NAMED = 5  # revisions in a message
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -410,11 +409,8 @@ def matching_revisions(name: str, pattern: str) -> list[str]:
     known = [ref.name for ref in (*refs.branches, *refs.tags)]
     matches = [revision for revision in dict.fromkeys(known) if fnmatchcase(revision, pattern)]
     if not matches:
-        names = sorted(known, key=natural_key)
-        more = f" and {len(names) - MAX_NAMED:,} more" if len(names) > MAX_NAMED else ""
-        raise ModelError(
-            f"No revision of '{name}' matches '{pattern}'.", f"There are: {', '.join(names[:MAX_NAMED])}{more}."
-        )
+        names = first_names(sorted(known, key=natural_key), 5)
+        raise ModelError(f"No revision of '{name}' matches '{pattern}'.", f"There are: {names}.")
     return sorted(matches, key=natural_key)
 
 

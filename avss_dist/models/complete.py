@@ -8,12 +8,11 @@ from typing import Any
 
 from torch import nn
 
-from avss_dist.core.errors import ModelError
+from avss_dist.core.errors import ModelError, first_names
 from avss_dist.models.checkpoints import Checkpoint, read_config, stored_tensors
 from avss_dist.models.layers import layer_lists
 from avss_dist.models.safetensors import DTYPES, TensorInfo
 
-MAX_NAMED = 3  # tensors in a message
 ALWAYS_BUILT = 200  # layers: so many are built without a look at the files
 MAX_SHARED = 100  # layers beside those with weights of their own: ALBERT, for one, has one block that it runs 12 times
 _NUM_LAYERS = re.compile(r"(num_|n_)?(hidden_|encoder_|decoder_)?layers?")  # n_layer, num_hidden_layers, ...
@@ -84,16 +83,16 @@ def require_complete(
         missing = [name for name in missing if name not in values or id(values[name]) in needed]
     unused = sorted(report["unexpected_keys"])
     if missing:
-        instead = f" They have {_some(unused)}, which the model does not." if unused else ""
+        instead = f" They have {first_names(unused)}, which the model does not." if unused else ""
         raise ModelError(
             f"The files of '{checkpoint.name}' lack weights of the {type(model).__name__} that config.json describes: "
-            f"{_some(missing)}.{instead}",
+            f"{first_names(missing)}.{instead}",
             "Download or copy the checkpoint again, or correct its config.json.",
         )
     if strange := _of_layers(unused, model, backbone, layers):
         raise ModelError(
             f"The files of '{checkpoint.name}' have tensors in its layers that the {type(model).__name__} of "
-            f"config.json does not use: {_some(strange)}.",
+            f"config.json does not use: {first_names(strange)}.",
             "Does config.json have the right number of layers, and the quantization_config of packed weights?",
         )
     _require_numbers(checkpoint, model)
@@ -121,7 +120,7 @@ def require_scales(checkpoint: Checkpoint) -> None:
             lacking.append(name)
     if lacking:
         raise ModelError(
-            f"The files of '{checkpoint.name}' lack the scales of quantized weights: {_some(sorted(lacking))}.",
+            f"The files of '{checkpoint.name}' lack the scales of quantized weights: {first_names(sorted(lacking))}.",
             "Download or copy the checkpoint again.",
         )
 
@@ -152,9 +151,3 @@ def _require_numbers(checkpoint: Checkpoint, model: nn.Module) -> None:
                 "quantization_config that says how to unpack it.",
                 "Copy config.json again from where the weights come from.",
             )
-
-
-def _some(names: Sequence[str]) -> str:
-    """Return the first `MAX_NAMED` names, and the number of the others, for a message."""
-    more = f" and {len(names) - MAX_NAMED} more" if len(names) > MAX_NAMED else ""
-    return ", ".join(names[:MAX_NAMED]) + more

@@ -130,14 +130,15 @@ def find_routed_experts(layer: nn.Module) -> RoutedExperts | None:
         raise _unsupported(f"it has {len(fused)} modules of experts: {', '.join(fused)}")
     (path,) = fused
     block, number = path.rpartition(".")[0], _stacked(modules[path])[0]
-    routers = [name for name, _ in modules[block].named_children() if _is_router(modules[block].get_submodule(name))]
+    beside = {name: module for name, module in modules[block].named_children() if module is not modules[path]}
+    routers = [name for name, module in beside.items() if _is_router(module)]
     if len(routers) != 1:
-        kinds = [type(module).__name__ for name, module in modules[block].named_children() if name != path]
-        among = f" (it has {', '.join(kinds)})" if kinds else ""
+        kinds = ", ".join(type(module).__name__ for module in beside.values())
         raise _unsupported(
-            f"no module beside its experts has `{COUNT}`, `top_k` and one weight row for each expert{among}"
+            f"no module beside its experts has `{COUNT}`, `top_k` and one weight row for each expert"
+            f"{kinds and f' (it has {kinds})'}"
         )
-    router = modules[block].get_submodule(routers[0])
+    router = beside[routers[0]]
     if reason := _obstacle(router, modules[block], number):
         raise _unsupported(reason)
     groups = _groups(router, "num_group", "n_group", "num_groups")

@@ -9,7 +9,7 @@ import os
 import re
 import struct
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -359,26 +359,31 @@ def quiet() -> Iterator[None]:
     from transformers.utils import logging as messages
 
     accelerate = logging.getLogger("accelerate")
-    levels, bars = (messages.get_verbosity(), accelerate.level), messages.is_progress_bar_enabled()
-    messages.set_verbosity_error()
-    messages.disable_progress_bar()
-    accelerate.setLevel(logging.ERROR)
-    try:
+    with ExitStack() as stack:
+        stack.callback(messages.set_verbosity, messages.get_verbosity())
+        stack.callback(accelerate.setLevel, accelerate.level)
+        if messages.is_progress_bar_enabled():
+            stack.callback(messages.enable_progress_bar)
+        messages.set_verbosity_error()
+        messages.disable_progress_bar()
+        accelerate.setLevel(logging.ERROR)
         yield
-    finally:
-        messages.set_verbosity(levels[0])
-        accelerate.setLevel(levels[1])
-        if bars:
-            messages.enable_progress_bar()
 
 
 def auto_class(config: Any) -> Any:
-    """Return the auto class for a configuration."""
+    """Return the auto class for a configuration. A language model with a vision tower reads only text here."""
     from transformers import AutoModel, AutoModelForCausalLM, AutoModelForImageTextToText
+    from transformers.models.auto import modeling_auto as known
 
-    if _reads_images(config):
+    kind, architectures = config.model_type, getattr(config, "architectures", None) or []
+    multimodal = known.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES.get(kind, ())
+    if {*architectures}.intersection([multimodal] if isinstance(multimodal, str) else multimodal):
         return AutoModelForImageTextToText
-    return AutoModelForCausalLM if _is_causal(config) else AutoModel
+    is_causal = any(_CAUSAL.search(name) for name in architectures)
+    if not architectures:
+        is_causal = kind in known.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+        is_causal = is_causal and kind not in known.MODEL_FOR_MASKED_LM_MAPPING_NAMES
+    return AutoModelForCausalLM if is_causal else AutoModel
 
 
 def auto_classes(config: Any) -> list[Any]:
@@ -402,7 +407,7 @@ def auto_classes(config: Any) -> list[Any]:
 
 def has_head(config: Any) -> bool:
     """Whether the model that `load_model` returns predicts the next token."""
-    return _is_causal(config) or _reads_images(config)
+    return auto_class(config).__name__ != "AutoModel"
 
 
 def require_head(name: str, config: Any) -> None:
@@ -435,25 +440,6 @@ def predictor(model: Any) -> Any:
     head = model.get_output_embeddings()
     towers = (child for child in model.children() if hasattr(child, "get_output_embeddings"))
     return next((child for child in towers if head is not None and child.get_output_embeddings() is head), model)
-
-
-def _reads_images(config: Any) -> bool:
-    """Whether the checkpoint is a language model with a vision tower, which reads only text here."""
-    from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES as MULTIMODAL
-
-    known = MULTIMODAL.get(config.model_type, ())
-    classes = {known} if isinstance(known, str) else set(known)
-    return bool(classes.intersection(getattr(config, "architectures", None) or []))
-
-
-def _is_causal(config: Any) -> bool:
-    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES as CAUSAL
-    from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_NAMES as MASKED
-
-    architectures = getattr(config, "architectures", None) or []
-    if architectures:
-        return any(_CAUSAL.search(name) for name in architectures)
-    return config.model_type in CAUSAL and config.model_type not in MASKED
 
 
 def pin(settings: Settings, checkpoint: Checkpoint, config: Any, device: str, *, spec: str | None = None) -> Settings:

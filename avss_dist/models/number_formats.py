@@ -76,20 +76,17 @@ class NumberFormat:
         Args:
             weight: [outputs, inputs], of a shape without `obstacle`.
         """
+        import torch
+
         self.require_package()
         weight = weight.detach().float().contiguous()
-        return self._round_by_gguf(weight) if self.type else self._round_by_compressed_tensors(weight)
+        if self.type:
+            from gguf import GGMLQuantizationType
+            from gguf.quants import dequantize, quantize
 
-    def require_package(self) -> None:
-        """Refuse a format whose library is not installed.
-
-        Raises:
-            ConfigError: the hint is the command that installs it.
-        """
-        require_package(self.module, f"The number format {self.name}")
-
-    def _round_by_compressed_tensors(self, weight: torch.Tensor) -> torch.Tensor:
-        import torch
+            kind = GGMLQuantizationType[self.type]
+            stored = quantize(weight.cpu().numpy(), kind)
+            return torch.from_numpy(dequantize(stored, kind)).to(weight.device)
         from compressed_tensors.quantization import QuantizationArgs
         from compressed_tensors.quantization.lifecycle.forward import fake_quantize
         from compressed_tensors.quantization.utils import calculate_qparams, generate_gparam
@@ -102,14 +99,13 @@ class NumberFormat:
         scale, zero_point = calculate_qparams(lowest, highest, args, global_scale=whole)
         return fake_quantize(weight, scale, zero_point, args, global_scale=whole)
 
-    def _round_by_gguf(self, weight: torch.Tensor) -> torch.Tensor:
-        import torch
-        from gguf import GGMLQuantizationType
-        from gguf.quants import dequantize, quantize
+    def require_package(self) -> None:
+        """Refuse a format whose library is not installed.
 
-        kind = GGMLQuantizationType[self.type]
-        stored = quantize(weight.cpu().numpy(), kind)
-        return torch.from_numpy(dequantize(stored, kind)).to(weight.device)
+        Raises:
+            ConfigError: the hint is the command that installs it.
+        """
+        require_package(self.module, f"The number format {self.name}")
 
 
 def _integers(bits: int, group: int | None) -> NumberFormat:

@@ -293,7 +293,7 @@ def scale_block(config: Any) -> tuple[int, int] | None:
     return (block[0], block[1]) if block else None
 
 
-def require_known(checkpoint: Checkpoint, method: str) -> None:
+def require_known_method(checkpoint: Checkpoint, method: str) -> None:
     """Refuse a quantization method that transformers does not know.
 
     Raises:
@@ -314,7 +314,7 @@ def _quantizer(checkpoint: Checkpoint, config: Any) -> Any:
     from transformers.quantizers.auto import AutoHfQuantizer
 
     method = quantization_method(config) or ""
-    require_known(checkpoint, method)
+    require_known_method(checkpoint, method)
     try:
         return AutoHfQuantizer.from_config(copy.deepcopy(quantization_settings(config)), pre_quantized=True)
     except ImportError as error:

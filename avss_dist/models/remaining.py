@@ -45,33 +45,29 @@ def without_modules(model: nn.Module, layers: Sequence[Layer], removed: Collecti
     if modules is None:
         raise ModelError("The layers are not the modules of one list, each used once.")
     keep = [layer.index for layer in layers if layer.index not in removed]
-    configs = _configs(model, modules)
-    indices = [
-        (vars(module), name, value, value + new - old)
+    changes: list[tuple[dict[str, Any], dict[str, Any]]] = [
+        (vars(module), {name: value + new - old})
         for new, old in enumerate(keep)
         for module in layers[old].module.modules()
         for name, value in vars(module).items()
         if is_own_index(name, value, old)
     ]
-    settings = [dict(vars(config)) for config in configs]
+    for config in _configs(model, modules):
+        shortened = settings_by_layer(vars(config), len(layers), keep)
+        changes.append((vars(config), {**shortened, _num_layers_key(config): len(keep)}))
+    originals = [(attributes, {name: attributes[name] for name in new}) for attributes, new in changes]
     children = dict(modules._modules)
     try:
         modules._modules.clear()
         modules._modules.update({str(new): layers[old].module for new, old in enumerate(keep)})
-        for attributes, name, _, new in indices:
-            attributes[name] = new
-        for config in configs:
-            shortened = settings_by_layer(vars(config), len(layers), keep)
-            vars(config).update({**shortened, _num_layers_key(config): len(keep)})
+        for attributes, new_values in changes:
+            attributes.update(new_values)
         yield
     finally:
         modules._modules.clear()
         modules._modules.update(children)
-        for attributes, name, old, _ in indices:
-            attributes[name] = old
-        for config, values in zip(configs, settings, strict=True):
-            vars(config).clear()
-            vars(config).update(values)
+        for attributes, old_values in originals:
+            attributes.update(old_values)
 
 
 def _configs(model: nn.Module, modules: nn.ModuleList) -> list[Any]:

@@ -12,6 +12,7 @@ from collections.abc import Callable, Collection, Iterable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, TypeVar
 
 import torch
@@ -293,23 +294,23 @@ def token_embeddings(model: Any) -> nn.Module | None:
         return None
 
 
-def _number(config: Any, *names: str) -> int:
-    """Return the first of these attributes that is a positive integer (the largest of a per-layer list), or 0."""
+def _number(config: Any, *names: str, layer: int | None = None) -> int:
+    """Return the first of these attributes that is a positive integer, or 0.
+
+    Args:
+        layer: index of the layer in attributes that have a number for each layer. None takes the largest of these.
+    """
     for name in names:
-        value = _attribute(config, name)
-        if isinstance(value, (list, tuple)) and value and all(isinstance(v, int) for v in value):
-            value = max(value)
+        try:
+            value = getattr(config, name, None)
+        except RuntimeError:  # transformers' own, where layers differ
+            value = [getattr(layer_config, name, None) for layer_config in config.per_layer_config]
+        if isinstance(value, (list, tuple)):
+            by_layer = value if layer is None else value[layer : layer + 1]
+            value = max((number for number in by_layer if isinstance(number, int)), default=0)
         if isinstance(value, int) and value:
             return value
     return 0
-
-
-def _attribute(config: Any, name: str) -> Any:
-    """Return an attribute of a configuration, as a list if the configuration has it layer by layer."""
-    try:
-        return getattr(config, name, None)
-    except RuntimeError:  # transformers' own, where layers differ
-        return [getattr(layer_config, name, None) for layer_config in config.per_layer_config]
 
 
 def _cache_bytes(config: Any, layer: int, attends: bool, itemsize: int) -> int:
@@ -318,13 +319,7 @@ def _cache_bytes(config: Any, layer: int, attends: bool, itemsize: int) -> int:
     kind = str(kinds[layer]) if layer < len(kinds) else "attention"
     if not attends or "attention" not in kind or "linear" in kind:
         return 0
-
-    def number(name: str) -> int:
-        value = _attribute(config, name)
-        if isinstance(value, (list, tuple)):
-            value = value[layer] if layer < len(value) else None
-        return value if isinstance(value, int) else 0
-
+    number = partial(_number, config, layer=layer)
     if latent := number("kv_lora_rank"):
         return (latent + number("qk_rope_head_dim")) * itemsize
     heads = number("num_attention_heads")

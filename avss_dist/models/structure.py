@@ -12,16 +12,15 @@ from __future__ import annotations
 import re
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
-from itertools import takewhile
 from typing import Any
 
 import torch
 from torch import nn
 
 from avss_dist.core.settings import EVERY_SITE, INPUT_SITES
+from avss_dist.models.interventions import hooked
 from avss_dist.models.layers import (
     PROBE_SHAPE,
     Experts,
@@ -150,11 +149,8 @@ def _linears(calls: Sequence[Call]) -> list[Call]:
 def _short_class_name(module: nn.Module, layer_class: str) -> str:
     """Return a class name without the prefix of its family: ``Attention`` for ``Qwen3MoeAttention``."""
     kind = type(module).__name__
-    prefix = "".join(a for a, b in takewhile(lambda pair: pair[0] == pair[1], zip(kind, layer_class, strict=False)))
-    short = kind[len(prefix) :]
-    while prefix and not short[:1].isupper():
-        short, prefix = prefix[-1] + short, prefix[:-1]
-    return short
+    starts = [i for i, letter in enumerate(kind) if letter.isupper() and layer_class.startswith(kind[:i])]
+    return kind[max(starts, default=0) :]
 
 
 def _kind(path: str, module: nn.Module, layer_class: str) -> str | None:
@@ -286,7 +282,7 @@ def _watch(modules: Iterable[nn.Module], forward: Callable[[torch.Tensor], Any])
     layer_calls: list[_LayerCall] = []
     calls: list[Call] = []  # of one layer at a time
 
-    def enter(_module: nn.Module, _args: Any) -> None:
+    def enter(_args: Any, _kwargs: Any) -> None:
         calls.clear()
 
     def record(path: str, module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
@@ -300,14 +296,15 @@ def _watch(modules: Iterable[nn.Module], forward: Callable[[torch.Tensor], Any])
             layer_calls.append((module, axes_of(tensor.shape, *PROBE_SHAPE), sites))
         calls.clear()
 
-    with ExitStack() as stack:
-        for module in dict.fromkeys(modules):
-            for path, child in module.named_modules():
-                if child is not module:
-                    hook = partial(record, path)
-                    stack.callback(child.register_forward_hook(hook, with_kwargs=True).remove)
-            stack.callback(module.register_forward_pre_hook(enter).remove)
-            stack.callback(module.register_forward_hook(leave, with_kwargs=True).remove)
+    layers = dict.fromkeys(modules)
+    inside = [
+        (child, partial(record, path, child))
+        for layer in layers
+        for path, child in layer.named_modules()
+        if child is not layer
+    ]
+    ends = [(layer, partial(leave, layer)) for layer in layers]
+    with hooked(before=[(layer, enter) for layer in layers], after=[*inside, *ends]):
         forward(probe_tokens())
     return layer_calls
 

@@ -20,7 +20,7 @@ from avss_dist.core.settings import Settings
 from avss_dist.models.checkpoints import Checkpoint
 from avss_dist.models.experts import COUNT, RoutedExperts, find_routed_experts
 from avss_dist.models.loading import auto_classes, skeleton, skeleton_by, text_config, without_head
-from avss_dist.models.quantization import KEYS, quantization_method, require_known
+from avss_dist.models.quantization import KEYS, quantization_method, require_known_method
 from avss_dist.models.remaining import NUM_LAYERS, is_own_index, settings_by_layer
 from avss_dist.pruning.plan import Plan
 from avss_dist.pruning.quantization import LayerNames, renumber_quantization
@@ -61,7 +61,7 @@ def write_config(checkpoint: Checkpoint, plan: Plan, folder: Path, settings: Set
         part |= _expert_counts(whole, plan, part, settings)
         names |= {*EXPERT_COUNTS}
     if method := quantization_method(whole):
-        require_known(checkpoint, method)
+        require_known_method(checkpoint, method)
         layer_names = LayerNames.of_checkpoint(checkpoint, plan, settings)
         for settings_of in [raw] if part is raw else [raw, part]:
             settings_of |= {

@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-from avss_dist.core.errors import ModelError
+from avss_dist.core.errors import ModelError, first_names
 from avss_dist.core.settings import Settings
 from avss_dist.models.checkpoints import Checkpoint
 from avss_dist.models.experts import RoutedExperts
@@ -28,7 +28,6 @@ from avss_dist.pruning.selection import PlanError
 from avss_dist.pruning.weights import StoredWeights, list_path, renumbered, routed_layers
 
 FILES = ("quantize_config.json", "quant_config.json", "hf_quant_config.json")  # beside config.json
-MAX_NAMED = 3  # maximum number of tensors in a message
 _PATTERN = re.compile(r"[\\^$*+?{}\[\]|()]")
 _NUMBER = re.compile(r"(?<![A-Za-z0-9_])\d")
 _MARK = re.compile(r"(re:|[+-]:)?(.*)", re.DOTALL)  # prefix of a pattern in compressed-tensors or GPTQModel
@@ -165,10 +164,9 @@ def require_same_modules(checkpoint: Checkpoint, plan: Plan, folder: Path, setti
         if (new := names.renumbered(name)) is not None
     }
     if strange := sorted(name for name, _ in after ^ expected):
-        more = f" and {len(strange) - MAX_NAMED} more" if len(strange) > MAX_NAMED else ""
         raise PlanError(
             f"The quantization settings of '{checkpoint.name}' would read weights as what they are not once layers are "
-            f"dropped: {', '.join(strange[:MAX_NAMED])}{more}.",
+            f"dropped: {first_names(strange)}.",
             "Prune the checkpoint before it is quantized, or evaluate the plan without a checkpoint.",
         )
     return f"{note}. Built as quantized modules, they have the names and shapes of the tensors in the files, as before."
