@@ -27,7 +27,7 @@ from avss_dist.core.intervention import (
 from avss_dist.core.settings import Settings
 from avss_dist.corpus.shards import Batch
 from avss_dist.models.checkpoints import Checkpoint
-from avss_dist.models.experts import require_experts, without_parts
+from avss_dist.models.experts import require_experts, without_experts
 from avss_dist.models.head import (
     LOGIT_BYTES,
     Head,
@@ -48,6 +48,7 @@ from avss_dist.models.interventions import (
     resuming,
     skip_of,
     skipping,
+    without_sublayers,
 )
 from avss_dist.models.layers import Layer, probe_tokens
 from avss_dist.models.linear_maps import SparsityCounts, dense, require_fit, rounded, sparsified
@@ -213,8 +214,8 @@ class LanguageModel:
         every = list(formats)
         for layer in layers:
             require_single_use(self.layers, layer, "rounded alone")
-            for projection, known in product(layer.projections, every):
-                require_fit(self.layers, layer, projection, known)
+            for projection, target in product(layer.projections, every):
+                require_fit(self.layers, layer, projection, target)
 
     @contextmanager
     def without(self, removed: Collection[Removal]) -> Iterator[None]:
@@ -226,7 +227,11 @@ class LanguageModel:
         """
         self.require_layers(removed)
         try:
-            with skipping(self.layers, whole_layers(removed), self.forms), without_parts(self.layers, removed):
+            with (
+                skipping(self.layers, whole_layers(removed), self.forms),
+                without_sublayers(self.layers, removed),
+                without_experts(self.layers, removed),
+            ):
                 yield
         except (AttributeError, IndexError, KeyError, TypeError) as error:
             if not removed:

@@ -406,10 +406,10 @@ def matching_revisions(name: str, pattern: str) -> list[str]:
 
     with explain_hub_errors(name):
         refs = HfApi().list_repo_refs(name)
-    known = [ref.name for ref in (*refs.branches, *refs.tags)]
-    matches = [revision for revision in dict.fromkeys(known) if fnmatchcase(revision, pattern)]
+    revisions = [ref.name for ref in (*refs.branches, *refs.tags)]
+    matches = [revision for revision in dict.fromkeys(revisions) if fnmatchcase(revision, pattern)]
     if not matches:
-        names = first_names(sorted(known, key=natural_key), 5)
+        names = first_names(sorted(revisions, key=natural_key), 5)
         raise ModelError(f"No revision of '{name}' matches '{pattern}'.", f"There are: {names}.")
     return sorted(matches, key=natural_key)
 

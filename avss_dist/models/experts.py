@@ -29,7 +29,7 @@ from torch.distributed.tensor import DTensor
 from avss_dist.core.errors import ModelError
 from avss_dist.core.intervention import Removal, experts_by_layer
 from avss_dist.core.text import count_of
-from avss_dist.models.interventions import around, replace_tensor, replaced_parameters, without_sublayers
+from avss_dist.models.interventions import around, replace_tensor, replaced_parameters
 from avss_dist.models.layers import Layer, Routing, first_tensor, routing_of, with_replaced
 from avss_dist.system.process import bound
 
@@ -233,19 +233,12 @@ def require_experts(layers: Sequence[Layer], removed: Collection[Removal]) -> No
     """
     for index, experts in experts_by_layer(removed).items():
         layer = layers[index]
-        routed, seen = require_routed_experts(layer.module, index, experts), layer.experts
-        if seen is None or seen.module is not layer.module.get_submodule(routed.experts):
+        routed, called = require_routed_experts(layer.module, index, experts), layer.experts
+        if called is None or called.module is not layer.module.get_submodule(routed.experts):
             raise ModelError(
                 f"Layer {index} calls its routed experts in a way that is not seen, so none can be removed.",
                 _ELSEWHERE,
             )
-
-
-@contextmanager
-def without_parts(layers: Sequence[Layer], removed: Collection[Removal]) -> Iterator[None]:
-    """Have a model compute without the sublayers and experts in ``removed`` inside the context."""
-    with without_sublayers(layers, removed), without_experts(layers, removed):
-        yield
 
 
 _REMOVED: ContextVar[_Removed] = ContextVar("removed experts", default=MappingProxyType({}))

@@ -424,8 +424,8 @@ def find_obstacles(layers: Sequence[Layer], run: Callable[[], Any]) -> dict[int,
     with around(skips), captured(modules) as running:
         run()
     removed = sublayers_of(layer.index for layer in candidates)
-    others = {layer.module: skips[layer.module] for layer in layers if layer not in candidates}
-    with around(others), without_sublayers(layers, removed), captured(modules) as without:
+    skipped = {layer.module: skips[layer.module] for layer in layers if layer not in candidates}
+    with around(skipped), without_sublayers(layers, removed), captured(modules) as without:
         run()
     for layer in candidates:
         whole, mlp = without[layer.index, "layer"], without[layer.index, "mlp"]

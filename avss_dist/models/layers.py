@@ -137,10 +137,10 @@ def layers_not_found(
     model: nn.Module, num_layers: int | None, lists: Mapping[str, nn.ModuleList], why: str
 ) -> ModelError:
     """Return the error that the layers of a model were not found, naming the module lists that it has."""
-    seen = ", ".join(f"{name} ({len(module)} x {type(module[0]).__name__})" for name, module in lists.items())
+    described = ", ".join(f"{name} ({len(module)} x {type(module[0]).__name__})" for name, module in lists.items())
     return ModelError(
         f"The {num_layers or ''} layers of {type(model).__name__} could not be found: {why}.".replace("  ", " "),
-        f"Seen: {seen or 'no module list'}. Name one with `layers`.",
+        f"Seen: {described or 'no module list'}. Name one with `layers`.",
     )
 
 
@@ -176,8 +176,8 @@ def first_tensor(value: Any) -> torch.Tensor | None:
 
 def input_tensor(args: Sequence[Any], kwargs: Mapping[str, Any]) -> torch.Tensor | None:
     """Return the hidden states in the arguments of a call, or None."""
-    named = kwargs.get("hidden_states")
-    return first_tensor(named) if named is not None else first_tensor((*args, *kwargs.values()))
+    hidden = kwargs.get("hidden_states")
+    return first_tensor(hidden) if hidden is not None else first_tensor((*args, *kwargs.values()))
 
 
 def output_tensor(layer: Layer, output: Any, hidden: torch.Tensor) -> torch.Tensor:

@@ -91,13 +91,13 @@ def find_projection(layers: Sequence[Layer], cut: MapSparsity) -> Projection:
     """
     hint = "The plan was made for another model."
     layer = _layer_at(layers, cut.layer, "made sparse", hint)
-    known = {projection.path: projection for projection in layer.projections}
-    if cut.path not in known:
+    maps = {projection.path: projection for projection in layer.projections}
+    if cut.path not in maps:
         raise ModelError(
             f"Layer {layer.index} has no linear map '{cut.path}' whose input is seen.",
-            f"{hint} It has {', '.join(known) or 'none: they are fused'}.",
+            f"{hint} It has {', '.join(maps) or 'none: they are fused'}.",
         )
-    projection = known[cut.path]
+    projection = maps[cut.path]
     if (projection.outputs, projection.inputs) != (cut.outputs, cut.inputs):
         raise ModelError(
             f"'{cut.path}' of layer {layer.index} is {projection.outputs} x {projection.inputs}, "
@@ -124,9 +124,9 @@ def _layer_at(layers: Sequence[Layer], index: int, change: str, hint: str | None
 
 def _begin(rule: str, args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
     """Set the sparse tokens of the forward pass that begins."""
-    given = next(t for t in (kwargs.get("input_ids"), kwargs.get("inputs_embeds"), *args) if t is not None)
-    rows, tokens = given.shape[:2]
-    _TOKENS.set(_Tokens(sparse_tokens(rule, rows, tokens, kwargs.get("attention_mask"), given.device)))
+    inputs = next(t for t in (kwargs.get("input_ids"), kwargs.get("inputs_embeds"), *args) if t is not None)
+    rows, tokens = inputs.shape[:2]
+    _TOKENS.set(_Tokens(sparse_tokens(rule, rows, tokens, kwargs.get("attention_mask"), inputs.device)))
 
 
 def sparse_tokens(
@@ -192,11 +192,11 @@ def keep_mask(cut: MapSparsity, x: torch.Tensor, norms: torch.Tensor | None = No
     return chosen.scatter_(-1, sizes.topk(number, dim=-1, sorted=False).indices, True)
 
 
-def column_norms(module: nn.Module, known: dict[nn.Module, torch.Tensor]) -> torch.Tensor:
-    """Return the norms of the columns of a linear map's weight, float32[inputs], cached in ``known``."""
-    if module not in known:
-        known[module] = torch.linalg.vector_norm(weight_of(module).float(), dim=0)
-    return known[module]
+def column_norms(module: nn.Module, cache: dict[nn.Module, torch.Tensor]) -> torch.Tensor:
+    """Return the norms of the columns of a linear map's weight, float32[inputs], cached in ``cache``."""
+    if module not in cache:
+        cache[module] = torch.linalg.vector_norm(weight_of(module).float(), dim=0)
+    return cache[module]
 
 
 def weight_of(module: nn.Module) -> torch.Tensor:
@@ -212,16 +212,16 @@ def weight_of(module: nn.Module) -> torch.Tensor:
     return weight.detach().T if type(module).__name__ == "Conv1D" else weight.detach()
 
 
-def rounded_weight(module: nn.Module, known: NumberFormat) -> torch.Tensor:
+def rounded_weight(module: nn.Module, target: NumberFormat) -> torch.Tensor:
     """Return the weight of a linear map after rounding, [outputs, inputs], in the weight's dtype.
 
     Raises:
         ModelError: the weight is quantized, or has a shape that the format cannot take.
     """
     weight = weight_of(module)
-    if obstacle := known.obstacle(*weight.shape):
-        raise ModelError(f"{known.name} cannot round a {type(module).__name__}: its {obstacle}.")
-    return known.round(weight).to(weight.dtype)
+    if obstacle := target.obstacle(*weight.shape):
+        raise ModelError(f"{target.name} cannot round a {type(module).__name__}: its {obstacle}.")
+    return target.round(weight).to(weight.dtype)
 
 
 def rounded_maps(layers: Sequence[Layer], rounding: Rounding) -> dict[Projection, NumberFormat]:
@@ -246,7 +246,7 @@ def rounded_maps(layers: Sequence[Layer], rounding: Rounding) -> dict[Projection
     return formats
 
 
-def require_fit(layers: Sequence[Layer], layer: Layer, projection: Projection, known: NumberFormat) -> None:
+def require_fit(layers: Sequence[Layer], layer: Layer, projection: Projection, target: NumberFormat) -> None:
     """Refuse a format that cannot take a linear map.
 
     Args:
@@ -255,10 +255,10 @@ def require_fit(layers: Sequence[Layer], layer: Layer, projection: Projection, k
     Raises:
         ModelError: the map has another shape. The hint names formats that can take all maps of the model.
     """
-    if obstacle := known.obstacle(projection.outputs, projection.inputs):
+    if obstacle := target.obstacle(projection.outputs, projection.inputs):
         able = fitting((p.outputs, p.inputs) for other in layers for p in other.projections)
         raise ModelError(
-            f"The number format {known.name} cannot take '{projection.path}' of layer {layer.index}: its {obstacle}.",
+            f"The number format {target.name} cannot take '{projection.path}' of layer {layer.index}: its {obstacle}.",
             f"Formats that can take every linear map of this model: {', '.join(able)}.",
         )
 
@@ -299,7 +299,7 @@ def rounded(layers: Sequence[Layer], rounding: Rounding, *, when_called: bool = 
     Raises:
         ModelError: see `rounded_maps`.
     """
-    maps = {projection.module: known for projection, known in rounded_maps(layers, rounding).items()}
+    maps = {projection.module: target for projection, target in rounded_maps(layers, rounding).items()}
 
     def current(module: nn.Module) -> dict[nn.Parameter, torch.Tensor]:
         weight = rounded_weight(module, maps[module])

@@ -373,16 +373,16 @@ def quiet() -> Iterator[None]:
 def auto_class(config: Any) -> Any:
     """Return the auto class for a configuration. A language model with a vision tower reads only text here."""
     from transformers import AutoModel, AutoModelForCausalLM, AutoModelForImageTextToText
-    from transformers.models.auto import modeling_auto as known
+    from transformers.models.auto import modeling_auto as auto_models
 
     kind, architectures = config.model_type, getattr(config, "architectures", None) or []
-    multimodal = known.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES.get(kind, ())
+    multimodal = auto_models.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES.get(kind, ())
     if {*architectures}.intersection([multimodal] if isinstance(multimodal, str) else multimodal):
         return AutoModelForImageTextToText
     is_causal = any(_CAUSAL.search(name) for name in architectures)
     if not architectures:
-        is_causal = kind in known.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
-        is_causal = is_causal and kind not in known.MODEL_FOR_MASKED_LM_MAPPING_NAMES
+        is_causal = kind in auto_models.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+        is_causal = is_causal and kind not in auto_models.MODEL_FOR_MASKED_LM_MAPPING_NAMES
     return AutoModelForCausalLM if is_causal else AutoModel
 
 
@@ -394,15 +394,15 @@ def auto_classes(config: Any) -> list[Any]:
     from transformers.models.auto import modeling_auto
 
     custom = getattr(config, "auto_map", None) or {}
-    known: dict[Any, Any] = {}
+    classes: dict[Any, Any] = {}
     for name, auto in vars(modeling_auto).items():
         if not name.startswith("AutoModel"):
             continue
         if name in custom:
-            known[custom[name]] = auto
+            classes[custom[name]] = auto
         elif type(config) in (mapping := auto._model_mapping):
-            known.setdefault(mapping[type(config)], auto)
-    return [*known.values()]
+            classes.setdefault(mapping[type(config)], auto)
+    return [*classes.values()]
 
 
 def has_head(config: Any) -> bool:
@@ -480,12 +480,12 @@ def compute_dtype(
     """
     if settings.dtype != "auto":
         return getattr(torch, settings.dtype)
-    named = getattr(config.get_text_config(), "dtype", None) or getattr(config, "dtype", None)
-    if named is not None:
-        dtype = named if isinstance(named, torch.dtype) else getattr(torch, str(named).removeprefix("torch."), None)
+    value = getattr(config.get_text_config(), "dtype", None) or getattr(config, "dtype", None)
+    if value is not None:
+        dtype = value if isinstance(value, torch.dtype) else getattr(torch, str(value).removeprefix("torch."), None)
         if not isinstance(dtype, torch.dtype):
             raise ModelError(
-                f"The config.json of '{checkpoint.name}' names the dtype {named!r}, which torch does not have.",
+                f"The config.json of '{checkpoint.name}' names the dtype {value!r}, which torch does not have.",
                 "Set `dtype`, or correct config.json.",
             )
         return dtype

@@ -175,7 +175,7 @@ _FORMATS = (
     _gguf("TQ2_0", 2, 256, 16, "-1, 0 or 1 in 2 bits, a scale for each 256"),
     _gguf("TQ1_0", 1.625, 256, 16, "-1, 0 or 1 in 1.6 bits, a scale for each 256"),
 )
-FORMATS: Mapping[str, NumberFormat] = {known.name: known for known in _FORMATS}
+FORMATS: Mapping[str, NumberFormat] = {target.name: target for target in _FORMATS}
 """Number formats by name."""
 
 
@@ -196,4 +196,4 @@ def format_names(names: Iterable[str]) -> tuple[str, ...]:
 def fitting(shapes: Iterable[tuple[int, int]]) -> list[str]:
     """Return the names of the formats that can take weights of all shapes (outputs, inputs)."""
     every = set(shapes)
-    return [name for name, known in FORMATS.items() if not any(known.obstacle(*shape) for shape in every)]
+    return [name for name, target in FORMATS.items() if not any(target.obstacle(*shape) for shape in every)]

@@ -77,8 +77,8 @@ def _configs(model: nn.Module, modules: nn.ModuleList) -> list[Any]:
     inside = set(modules.modules())
     holders = [module for module in model.modules() if module in inside or modules in set(module.modules())]
     configs = [getattr(module, "config", None) for module in holders]
-    known = [config for config in configs if isinstance(config, PreTrainedConfig)]
-    distinct = {id(part): part for config in known for part in (config, config.get_text_config())}
+    recognized = [config for config in configs if isinstance(config, PreTrainedConfig)]
+    distinct = {id(part): part for config in recognized for part in (config, config.get_text_config())}
     return [config for config in distinct.values() if vars(config).get(_num_layers_key(config)) == len(modules)]
 
 

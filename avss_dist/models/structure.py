@@ -86,8 +86,8 @@ def find_sites(calls: Sequence[Call], layer_class: str) -> LayerSites:
             down = _last_linear(in_mlp, mlp.output.shape[-1])
             taps |= {"mlp": _output_tap(mlp, in_mlp), "neuron": _tap(down, "input") if down else None}
     else:  # linear maps in the layer itself
-        known = {id(call) for call in (*by_kind["attention"], *in_attention)}
-        in_mlp = [call for call in calls if id(call) not in known]
+        attending = {id(call) for call in (*by_kind["attention"], *in_attention)}
+        in_mlp = [call for call in calls if id(call) not in attending]
         down = _last_linear(in_mlp, calls[-1].output.shape[-1]) if calls else None
         if down and down.inputs[0].shape[-1] != down.output.shape[-1]:
             taps |= {"mlp": _tap(down, "output"), "neuron": _tap(down, "input")}

@@ -26,8 +26,8 @@ from avss_dist.core.registry import LAYERWISE
 from avss_dist.core.settings import Execution, Settings
 from avss_dist.core.text import describe_layers, escape_markdown, printable
 from avss_dist.models.checkpoints import PICKLED, Checkpoint, read_config, resolve
-from avss_dist.models.experts import require_experts, without_parts
-from avss_dist.models.interventions import Patch, patched, skipping
+from avss_dist.models.experts import require_experts, without_experts
+from avss_dist.models.interventions import Patch, patched, skipping, without_sublayers
 from avss_dist.models.layers import first_tensor
 from avss_dist.models.loading import forward_function, has_head, load_model, open_module, quiet, text_config
 from avss_dist.models.quantization import can_unpack, quantization_method, ready_quantizer
@@ -241,7 +241,13 @@ def _output(checkpoint: Checkpoint, settings: Settings, drop: Removals, patch: P
     backbone = open_module(load_model(checkpoint, settings), layers=settings.layers)
     layers = backbone.layers
     require_experts(layers, drop)
-    with torch.no_grad(), patched(layers, patch), skipping(layers, whole_layers(drop)), without_parts(layers, drop):
+    with (
+        torch.no_grad(),
+        patched(layers, patch),
+        skipping(layers, whole_layers(drop)),
+        without_sublayers(layers, drop),
+        without_experts(layers, drop),
+    ):
         return first_tensor(forward_function(backbone.module)(CHECKED_TOKENS, None))
 
 
