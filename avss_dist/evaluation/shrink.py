@@ -325,8 +325,7 @@ def split_rows(
         CorpusError: a text cannot be read, is paired, or has too few rows.
     """
     rows = settings.max_sequences or ROWS
-    read = replace(settings, max_sequences=rows)
-    plans = {text: plan_text(checkpoint, text, read) for text in texts}
+    plans = {text: plan_text(checkpoint, text, replace(settings, max_sequences=rows)) for text in texts}
     if paired := [text for text, plan in plans.items() if plan.shards[0].pairing]:
         raise CorpusError(
             f"{paired[0]} is paired text, whose rows belong together: it has no part to repair on.",
@@ -363,8 +362,13 @@ def _require_tokens(checkpoint: Checkpoint, request: ShrinkRequest, split: TextS
 
 def _measure_scores(request: ShrinkRequest, session: EvaluationSession, split: TextSplit) -> Callable[..., Plan]:
     """Measure the criterion by which layers are chosen, and return a function that makes plans by it."""
-    reading = {"max_sequences": split.scored, "corpus": request.corpus, "warehouse": session.store.root.full}
-    options = {**request.options, **reading, "on_event": session.on_event}
+    options = {
+        **request.options,
+        "max_sequences": split.scored,
+        "corpus": request.corpus,
+        "warehouse": session.store.root.full,
+        "on_event": session.on_event,
+    }
     run = score(str(request.model), sites=("block",), **options)
     if SCORES[request.ranked_by].task:
         ablate(AblateRequest(str(request.model), **options | dict(SCORES[request.ranked_by].ablate)))

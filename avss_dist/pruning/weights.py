@@ -7,8 +7,9 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Collection, Iterable, Mapping
-from dataclasses import dataclass, field
+from collections import defaultdict
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 from itertools import groupby
 from pathlib import Path
 from typing import Any
@@ -53,8 +54,8 @@ class StoredWeights:
     tensors: Mapping[str, StoredTensor]
     prefix: str
     plan: Plan
-    rows: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
-    experts: Mapping[Parameter, tuple[str, ...]] = field(default_factory=dict)
+    rows: Mapping[str, tuple[int, ...]]
+    experts: Mapping[Parameter, tuple[str, ...]]
 
     @classmethod
     def of_checkpoint(cls, checkpoint: Checkpoint, plan: Plan, settings: Settings) -> StoredWeights:
@@ -65,16 +66,10 @@ class StoredWeights:
             ModelError: a file cannot be read.
         """
         stored = {tensor.name: tensor for file in weight_files(checkpoint.folder) for tensor in tensors_of(file)}
-        inside = re.compile(rf"((?:.*\.)?{re.escape(plan.layers)})\.(\d+)\..*")
-        matches = filter(None, map(inside.fullmatch, stored))
-        prefixes = _complete_lists(plan, ((match[1], int(match[2])) for match in matches))
-        has_experts = bool(plan.experts) or any("experts." in name for name in stored)
-        if len(prefixes) == 1 and not has_experts:
-            return cls(stored, prefixes[0], plan)
         config = text_config(checkpoint, trust_remote_code=settings.trust_remote_code)
         model = skeleton(config, settings, torch.float32)
-        prefix = prefixes[0] if len(prefixes) == 1 else _renamed_prefix(checkpoint, plan, stored, model)
-        rows, experts = _find_experts(checkpoint, plan, stored, prefix, model) if has_experts else ({}, {})
+        prefix = _stored_prefix(checkpoint, plan, stored, model)
+        rows, experts = _find_experts(checkpoint, plan, stored, prefix, model)
         return cls(stored, prefix, plan, rows, experts)
 
     def names(self, parameter: Parameter) -> tuple[str, ...]:
@@ -91,24 +86,21 @@ class StoredWeights:
         return values[0] if len(values) == 1 else torch.stack(values)
 
 
-def _complete_lists(plan: Plan, places: Iterable[tuple[str, int]]) -> list[str]:
-    """Return the names, of pairs with an index, that stand with the index of every layer of a plan's model."""
-    indices: dict[str, set[int]] = {}
-    for prefix, index in places:
-        indices.setdefault(prefix, set()).add(index)
-    return [prefix for prefix, held in indices.items() if held == set(range(plan.num_layers))]
+def _stored_prefix(checkpoint: Checkpoint, plan: Plan, names: Iterable[str], model: Any) -> str:
+    """Return the name of the layer list in the files. Transformers may rename tensors when it loads them.
 
-
-def _renamed_prefix(checkpoint: Checkpoint, plan: Plan, names: Collection[str], model: Any) -> str:
-    """Return the name of the layer list in the files, where transformers renames tensors on loading.
+    It is the only part of names before the index of a layer that stands with the index of every layer.
 
     Raises:
         PlanError: it is unclear.
     """
     rename, target = Naming(model).renamed, re.compile(rf"{re.escape(list_path(model, plan))}\.(\d+)\.")
-    renamed = ((name, match[1]) for name in names if (match := target.match(rename(name))))
-    places = ((name, place, layer) for name, layer in renamed for place in re.finditer(rf"\.{layer}\.", name))
-    prefixes = _complete_lists(plan, ((name[: place.start()], int(layer)) for name, place, layer in places))
+    indices: defaultdict[str, set[int]] = defaultdict(set)
+    for name in names:
+        if match := target.match(rename(name)):
+            for place in re.finditer(rf"\.{match[1]}\.", name):
+                indices[name[: place.start()]].add(int(match[1]))
+    prefixes = [prefix for prefix, layers in indices.items() if layers == {*range(plan.num_layers)}]
     if len(prefixes) != 1:
         raise PlanError(
             f"It is unclear which stored tensors of '{checkpoint.name}' are layers of '{plan.layers}': "

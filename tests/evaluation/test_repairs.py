@@ -158,7 +158,7 @@ def fit_by_copies(model: Path, copies: int, partition: str = "single", rows: int
     """Return the fit of a repair that so many copies of a model share."""
     settings = Settings(**READ, max_sequences=rows, dtype="float32")
     placed = PlacedModel(checkpoint=resolve(str(model)), settings=settings, placement=Placement(partition=partition))
-    return plan_fits(placed, "model.layers", ["refit_all"], (TEXT,), copies)["refit_all"]
+    return plan_fits(placed, "layers", ["refit_all"], (TEXT,), copies)["refit_all"]
 
 
 def test_no_more_copies_share_a_fit_than_its_text_has_batches(deep: Path) -> None:
