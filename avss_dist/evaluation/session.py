@@ -325,12 +325,10 @@ class EvaluationSession:
         reused = None if fits else self._workers
         with nullcontext(reused) if reused else self._open_workers() as run_round:
             for cell, outcome in run_round(missing):
-                if not isinstance(outcome, AvssError):
-                    self._measured[cell.run_id].add(cell.cell_id)
-                    continue
-                failed.append((cell, outcome))
-                if fits and not isinstance(outcome, RunFailed):
-                    break
+                if isinstance(outcome, AvssError):
+                    failed.append((cell, outcome))
+                    if fits and not isinstance(outcome, RunFailed):
+                        break
         results = {planned: self.results(planned, interventions) for planned, interventions in (tasks or {}).items()}
         if failed:
             raise failure(failed)
@@ -359,6 +357,7 @@ class EvaluationSession:
                     keys = [None if row.patch is None else write(row.patch) for row in outcome.rows]
                     identity = _identity(cell, cell.run_id, outcome.family)
                     self.store.write_cell(identity, cell.cell_id, _rows(cell, outcome, keys))
+                    self._measured[cell.run_id].add(cell.cell_id)
                 self.on_event(CellDone(cell, notes))
                 yield cell, outcome
 
