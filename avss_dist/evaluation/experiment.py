@@ -26,7 +26,7 @@ from avss_dist.core.text import RedactedURI
 from avss_dist.corpus.shards import CorpusPlan
 from avss_dist.distillation.curve import ignore
 from avss_dist.evaluation.repairs import fit_of, fit_repairs, plan_fits, require_changeable
-from avss_dist.evaluation.search import greedy_search, searching
+from avss_dist.evaluation.search import Layers, greedy_search, searching
 from avss_dist.evaluation.session import (
     EvaluationSession,
     PlacedModel,
@@ -59,8 +59,6 @@ from avss_dist.warehouse.schema import RunIdentity
 from avss_dist.warehouse.store import Store
 
 MOST_EVALUATIONS = 10_000  # evaluations of a model on a task that an experiment makes without `allow_many`
-Layers = tuple[int, ...]
-
 
 Candidate = tuple[Choice | None, Intervention, str | None]
 """A model that an experiment evaluates: the choice of its layers, None for the whole model, the change, and the name of

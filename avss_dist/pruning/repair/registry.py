@@ -101,7 +101,7 @@ MOST_RIDGES = 2  # that are named one by one
 _WEIGHTED = re.compile(
     r"([^?]+)=([0-9]*\.?[0-9]+)"
 )  # the query of a URI, after its question mark, has equals signs too
-Layers = Annotated[tuple[Count, ...], Field(strict=False)]
+LayerIndices = Annotated[tuple[Count, ...], Field(strict=False)]
 Error = Annotated[float, Field(ge=0, strict=False)]
 
 
@@ -153,7 +153,7 @@ class RepairedCut:
 
     after: Count
     """Layer whose MLP was changed, counted in the whole model."""
-    removed: Layers
+    removed: LayerIndices
     """Removed layers right after it; empty where only its experts are, or a repair fits what an earlier cut left."""
     ridges: Annotated[tuple[float | None, ...], Field(strict=False)]
     """Ridge of each fit, as a multiple of the mean diagonal; None if the fit did not help and nothing was changed."""
@@ -161,7 +161,7 @@ class RepairedCut:
     """Error without the repair of this cut."""
     error_after: Error
     """Error with the repair of this cut."""
-    experts: Layers = ()
+    experts: LayerIndices = ()
     """Removed experts of ``after``, of which the remaining ones were changed."""
     maps: Annotated[tuple[str, ...], Field(strict=False)] = ()
     """Linear maps that were fitted in ``after``; only repairs of earlier versions fitted others than the MLP's last."""
@@ -204,7 +204,7 @@ class RepairRecord(TextOptions):
     """Name of the whole model."""
     revision: str
     """Revision of the whole model."""
-    removed: Layers
+    removed: LayerIndices
     """Layers that the pruned model lacks."""
     texts: Annotated[tuple[RepairText, ...], Field(strict=False)]
     """Texts that the repair was fitted on."""
