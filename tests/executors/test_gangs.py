@@ -328,7 +328,7 @@ def assert_near(actual: Mapping[LayerKey, LayerStats], expected: Mapping[LayerKe
         got = actual[key]
         assert np.abs(got.near_zero - want.near_zero).max() <= 2, key
         assert np.abs(got.histogram - want.histogram).sum() <= 4, key
-        moved = merge_values(got.values, (want.abs_value, -want.abs_value_count))[1]
+        moved = merge_values((got.abs_value, got.abs_value_count), (want.abs_value, -want.abs_value_count))[1]
         assert np.abs(moved).sum() <= 16, key
         for name in ("min", "max", "max_abs"):
             assert abs(getattr(got, name) - getattr(want, name)) <= rtol * want.max_abs, (key, name)
