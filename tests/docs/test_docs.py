@@ -21,10 +21,10 @@ import pytest
 import yaml
 from support.command_line import commands as registered
 from support.documentation import DOCS, OWN, PAGES, ROOT, code_blocks, commands, read
+from support.reference import reference_markdown
 from support.warehouses import unpack_released
 
 import avss_dist
-from avss_dist.cli.reference import reference_markdown
 from avss_dist.core.results import TabularResult
 from avss_dist.warehouse.reader import Warehouse
 

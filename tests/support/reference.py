@@ -1,4 +1,7 @@
-"""Reference tables of options: of the groups that commands share, of each command, and the names of everything."""
+"""Tables of options for the documentation: of groups of options, of each command, and the names of everything.
+
+To write them into the page: ``PYTHONPATH=tests python tests/support/reference.py``
+"""
 
 from __future__ import annotations
 
@@ -6,9 +9,10 @@ from collections.abc import Iterator
 from dataclasses import fields
 from typing import Any
 
-from avss_dist.cli.commands import COMMANDS
+from support.command_line import commands
+from support.documentation import DOCS, read
+
 from avss_dist.cli.options import COMMON, SECTIONS, option_help, option_name, section_of, spelled_option
-from avss_dist.cli.program import load_command
 from avss_dist.core.settings import Execution, Settings
 from avss_dist.core.text import escape_markdown
 from avss_dist.pruning.methods import Experiment
@@ -22,11 +26,6 @@ JOB_KEYS = (
     *(f"{section}.{f.name}" for cls, section in _SECTIONS for f in fields(cls) if f.name not in OPTIONS_ONLY),
 )
 """Keys of job files, below the sections that hold them."""
-
-
-def commands() -> dict[str, Any]:
-    """Return every command by the words that call it: ``score``, ``jobs submit``."""
-    return {name: load_command(name) for name in COMMANDS}
 
 
 def reference_markdown() -> str:
@@ -84,3 +83,9 @@ def _table(*names: str) -> Iterator[str]:
 
 def _row(*cells: str) -> str:
     return f"| {' | '.join(cells)} |"
+
+
+if __name__ == "__main__":
+    page = DOCS / "reference" / "commands.md"
+    head, mark, rest = read(page).partition("<!-- generated from the commands -->\n\n")
+    page.write_text(f"{head}{mark}{reference_markdown()}\n\n<!-- end -->{rest.partition('<!-- end -->')[2]}")
