@@ -9,9 +9,6 @@ from collections.abc import Iterator
 from dataclasses import fields
 from typing import Any
 
-from support.command_line import commands
-from support.documentation import DOCS, read
-
 from avss_dist.cli.options import COMMON, SECTIONS, option_help, option_name, section_of, spelled_option
 from avss_dist.core.settings import Execution, Settings
 from avss_dist.core.text import escape_markdown
@@ -19,6 +16,8 @@ from avss_dist.pruning.methods import Experiment
 from avss_dist.reports.terminal.schema import shared_rows
 from avss_dist.runs.job_file import OPTIONS_ONLY
 from avss_dist.warehouse.schema import SCHEMAS
+from support.command_line import commands
+from support.documentation import DOCS, read
 
 _SECTIONS: tuple[tuple[Any, str], ...] = ((Settings, "settings"), (Execution, "execution"), (Experiment, "experiment"))
 JOB_KEYS = (
