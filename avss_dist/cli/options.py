@@ -48,7 +48,7 @@ class CommandWithSections(TyperCommand):
         sections: dict[str, list[Any]] = {}
         for parameter in self.params:
             if record := parameter.get_help_record(ctx):
-                spelling = _BOTH.sub(r"--[no-]\1", record[0])
+                spelling = _BOTH.sub(r"--[no-]\1", re.sub(r" <[^<>]+>$", "", record[0]))  # without typer's "<str>"
                 sections.setdefault(getattr(parameter, "rich_help_panel", ""), []).append((spelling, record[1]))
         for title in filter(sections.get, TITLES):
             with formatter.section(title):
