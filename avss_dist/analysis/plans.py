@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property
 from operator import itemgetter
 from typing import Any
 
@@ -258,43 +257,39 @@ class LinearMap:
         return quantiles_of(self.read, np.asarray(shares).tolist())[0]
 
 
-@dataclass(frozen=True, eq=False)
-class MeasuredMaps:
-    """The linear maps of a run whose inputs were measured."""
+def measured_maps(warehouse: Warehouse, run: Mapping[str, Any]) -> tuple[LinearMap, ...]:
+    """Return the linear maps of a run whose inputs were measured.
 
-    run: Mapping[str, Any]
-    maps: tuple[LinearMap, ...]
+    Args:
+        run: a row of ``runs``.
 
-    @staticmethod
-    def of_run(warehouse: Warehouse, run: Mapping[str, Any]) -> MeasuredMaps:
-        """Read the linear maps of a row of ``runs``.
+    Raises:
+        QueryError: if some or all inputs were not measured. The message has the command that measures them.
+    """
+    described = json.loads(run["projections"] or "[]")
+    stats = warehouse.read_layer_stats(run["run_id"]) if described else {}
+    if not described or any((layer, site) not in stats for layer, _, site, _, _ in described):
+        if run.get("projections") == "[]":
+            raise QueryError(
+                f"No input of a linear map of {run['model']} can be seen: its maps are fused.",
+                "No sparsity can be planned for it.",
+            )
+        command = repeated_command("score", warehouse, run, "--sites inputs")
+        raise QueryError(f"Run {run['run_id']} did not measure what linear maps read.", f"Do: {command}")
+    return tuple(
+        LinearMap(layer, path, site, outputs, inputs, stats[layer, site])
+        for layer, path, site, outputs, inputs in described
+    )
 
-        Raises:
-            QueryError: if some or all inputs were not measured. The message has the command that measures them.
-        """
-        described = json.loads(run["projections"] or "[]")
-        stats = warehouse.read_layer_stats(run["run_id"]) if described else {}
-        if not described or any((layer, site) not in stats for layer, _, site, _, _ in described):
-            if run.get("projections") == "[]":
-                raise QueryError(
-                    f"No input of a linear map of {run['model']} can be seen: its maps are fused.",
-                    "No sparsity can be planned for it.",
-                )
-            command = repeated_command("score", warehouse, run, "--sites inputs")
-            raise QueryError(f"Run {run['run_id']} did not measure what linear maps read.", f"Do: {command}")
-        maps = [
-            LinearMap(layer, path, site, out, given, stats[layer, site]) for layer, path, site, out, given in described
-        ]
-        return MeasuredMaps(run, tuple(maps))
 
-    @cached_property
-    def sizes(self) -> Float64:
-        """Number of weights of each map, float64[maps]."""
-        return np.array([one.weights for one in self.maps], np.float64)
+def map_sizes(maps: Sequence[LinearMap]) -> Float64:
+    """Return the number of weights of each map, float64[maps]."""
+    return np.array([linear_map.weights for linear_map in maps], np.float64)
 
 
 def plan_sparsity(
-    measured: MeasuredMaps,
+    run: Mapping[str, Any],
+    measured: Sequence[LinearMap],
     sparsities: Float64,
     by: str,
     why: Mapping[str, Any],
@@ -305,6 +300,8 @@ def plan_sparsity(
     """Return a plan with a sparsity for each map.
 
     Args:
+        run: a row of ``runs``.
+        measured: the maps of the run.
         sparsities: float64[maps].
         by: `THRESHOLD` or `TOP_K`.
         why: record of the method and its target, stored in the plan.
@@ -313,7 +310,7 @@ def plan_sparsity(
         PlanError: if a top-k keeps no unit.
     """
     maps = []
-    for one, share in zip(measured.maps, sparsities.tolist(), strict=True):
+    for one, share in zip(measured, sparsities.tolist(), strict=True):
         value, expected = share, int(share * one.inputs) / one.inputs
         if by != TOP_K:
             value, counts = float(one.thresholds([share])[0]), one.read.abs_value_count
@@ -333,16 +330,16 @@ def plan_sparsity(
                 value=value,
             )
         )
-    whole, findings = set(range(measured.run["num_layers"])), []
+    whole, findings = set(range(run["num_layers"])), []
     for site, what in (("query_input", "attention"), ("neuron", "MLP")):
-        if missing := whole - {one.layer for one in measured.maps if one.site == site}:
+        if missing := whole - {one.layer for one in measured if one.site == site}:
             findings.append(f"The {what} of {len(missing)} of {len(whole)} layers stays dense: its maps are fused.")
-    by_map, run = np.array([one.sparsity for one in maps]), measured.run
+    by_map, sizes = np.array([one.sparsity for one in maps]), map_sizes(measured)
     return SparsityPlan(
         model=run["model"],
         revision=run["revision"],
         num_layers=run["num_layers"],
-        sparsity=float(by_map @ measured.sizes / measured.sizes.sum()),
+        sparsity=float(by_map @ sizes / sizes.sum()),
         rule=rule,
         weighted=weighted,
         why=why,

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from avss_dist.analysis.plans import MeasuredMaps, plan_sparsity
+from avss_dist.analysis.plans import LinearMap, map_sizes, measured_maps, plan_sparsity
 from avss_dist.core.intervention import THRESHOLD, TOP_K
 from avss_dist.core.names import SPARSITY_TASK
 from avss_dist.core.text import RedactedURI
@@ -47,10 +47,10 @@ def sparsify(request: SparsifyRequest, run: Mapping[str, Any]) -> SparsityPlan:
         AvssError: a mistake, or a cell that failed. Measured cells remain in the warehouse.
     """
     target, method, rule = request.target, request.method, request.rule
-    measured = MeasuredMaps.of_run(Warehouse(request.warehouse), run)
+    maps = measured_maps(Warehouse(request.warehouse), run)
     why: dict[str, Any] = {"by": method, "target": target}
     if method not in _ALLOCATIONS:  # the counts of the run are enough
-        sparsities = np.full(len(measured.maps), target)
+        sparsities = np.full(len(maps), target)
     else:
         problem = f"has a part of each weight, and {method} needs it whole."
         require_partition(request.execution.partition, lambda info: not info.gang, problem)
@@ -75,10 +75,10 @@ def sparsify(request: SparsifyRequest, run: Mapping[str, Any]) -> SparsityPlan:
                     summed[key] = summed[key] + samples if key in summed else samples
                 return summed
 
-            sparsities, reasons = _ALLOCATIONS[method](measured, target, text, measure)
+            sparsities, reasons = _ALLOCATIONS[method](maps, target, text, measure)
         why |= reasons
     by = TOP_K if method in ("acttail", "wina") else THRESHOLD  # the largest inputs of each token, or of all
-    plan = plan_sparsity(measured, sparsities, by, why, rule=rule, weighted=method == "wina")
+    plan = plan_sparsity(run, maps, sparsities, by, why, rule=rule, weighted=method == "wina")
     identity = RunIdentity(run_id=run["run_id"], model=run["model"], revision=run["revision"], family=run["family"])
     key = plan.intervention.key.sparsity
     assert key is not None
@@ -101,43 +101,43 @@ Allocation = tuple[Float64, dict[str, Any]]
 """Sparsity of each map, float64[maps], and reasons for the plan."""
 
 
-def _by_damage(measured: MeasuredMaps, target: float, text: CorpusPlan, measure: Measurement) -> Allocation:
+def _by_damage(maps: tuple[LinearMap, ...], target: float, text: CorpusPlan, measure: Measurement) -> Allocation:
     """Return the sparsities with the least damage."""
-    thresholds = {(map_.layer, map_.path): tuple(map_.thresholds(LEVELS).tolist()) for map_ in measured.maps}
+    thresholds = {(map_.layer, map_.path): tuple(map_.thresholds(LEVELS).tolist()) for map_ in maps}
     rows = measure(tuple(MapDamage(shard=shard, thresholds=thresholds) for shard in text.shards))
-    damage = np.array([rows[map_.layer, f"{SECOND}:{map_.path}"] for map_ in measured.maps])
-    return knapsack(damage, LEVELS, measured.sizes, target), {}
+    damage = np.array([rows[map_.layer, f"{SECOND}:{map_.path}"] for map_ in maps])
+    return knapsack(damage, LEVELS, map_sizes(maps), target), {}
 
 
-def _by_paths(measured: MeasuredMaps, target: float, text: CorpusPlan, measure: Measurement) -> Allocation:
+def _by_paths(maps: tuple[LinearMap, ...], target: float, text: CorpusPlan, measure: Measurement) -> Allocation:
     """Return sparsities with which each block meets the target, interpolated between two steps of its path."""
-    sparsities, layers = np.zeros(len(measured.maps)), np.array([map_.layer for map_ in measured.maps])
+    sparsities, layers = np.zeros(len(maps)), np.array([map_.layer for map_ in maps])
     blocks = {layer: np.flatnonzero(layers == layer) for layer in dict.fromkeys(layers.tolist())}
     parts = []
     for layer, block in blocks.items():
-        maps = [measured.maps[i] for i in block]
-        sizes = {map_.path: map_.weights for map_ in maps}
-        steps = {path: BASE * max(sizes.values()) / weights for path, weights in sizes.items()}
+        members = [maps[i] for i in block]
+        weights = {map_.path: map_.weights for map_ in members}
+        steps = {path: BASE * max(weights.values()) / number for path, number in weights.items()}
         levels = {path: np.arange(step, 1 - 1e-9, step) for path, step in steps.items()}
-        thresholds = {map_.path: tuple(map_.thresholds(levels[map_.path]).tolist()) for map_ in maps}
+        thresholds = {map_.path: tuple(map_.thresholds(levels[map_.path]).tolist()) for map_ in members}
         shards = tuple(text.shards)
-        parts.append(GreedyBlock(layer=layer, shards=shards, thresholds=thresholds, steps=steps, sizes=sizes))
-    rows = measure(tuple(parts))
+        parts.append(GreedyBlock(layer=layer, shards=shards, thresholds=thresholds, steps=steps, sizes=weights))
+    rows, sizes = measure(tuple(parts)), map_sizes(maps)
     for layer, block in blocks.items():
-        path = np.stack([rows[layer, f"{GREEDY}{measured.maps[i].path}"] for i in block], axis=1)
-        sparsities[block] = interpolate_path(path, measured.sizes[block], target)
+        path = np.stack([rows[layer, f"{GREEDY}{maps[i].path}"] for i in block], axis=1)
+        sparsities[block] = interpolate_path(path, sizes[block], target)
     return sparsities, {"base_step": BASE}
 
 
-def _by_tails(measured: MeasuredMaps, target: float, _text: CorpusPlan | None, measure: Measurement) -> Allocation:
+def _by_tails(maps: tuple[LinearMap, ...], target: float, _text: CorpusPlan | None, measure: Measurement) -> Allocation:
     """Return sparsities in proportion to ratios that depend on the heavy tail of each weight's spectrum."""
-    rows = measure(tuple(Spectra(layer) for layer in sorted({map_.layer for map_ in measured.maps})))
-    exponents = np.array([rows[map_.layer, f"{HILL}{map_.path}"][0] for map_ in measured.maps])
+    rows = measure(tuple(Spectra(layer) for layer in sorted({map_.layer for map_ in maps})))
+    exponents = np.array([rows[map_.layer, f"{HILL}{map_.path}"][0] for map_ in maps])
     reasons = {
         "reading": "the mapping of AlphaPruning, which is read as ActTail's: its paper's is not at hand",
         "exponents": "Hill, upper half",
     }
-    return proportional(heavy_tail_ratios(exponents), measured.sizes, target, MAX_SPARSITY), reasons
+    return proportional(heavy_tail_ratios(exponents), map_sizes(maps), target, MAX_SPARSITY), reasons
 
 
 _ALLOCATIONS: Mapping[str, Callable[..., Allocation]] = {"loss": _by_damage, "teal": _by_paths, "acttail": _by_tails}

@@ -20,7 +20,7 @@ from support.families import lively, tiny_model
 from support.tiers import nightly
 
 from avss_dist import evaluate, sparsify
-from avss_dist.analysis.plans import MeasuredMaps
+from avss_dist.analysis.plans import measured_maps
 from avss_dist.core.errors import ConfigError, ModelError
 from avss_dist.core.intervention import NO_INTERVENTION, Intervention, MapSparsity, Sparsity
 from avss_dist.core.settings import Settings
@@ -185,7 +185,7 @@ def test_a_family_whose_experts_are_fused_keeps_its_mlp_dense(save_checkpoint: A
     row = warehouse.run(run.run_id)
     assert row is not None
     assert any("'up_input' is absent" in note for note in row["notes"])
-    assert {one.site for one in MeasuredMaps.of_run(warehouse, row).maps} == {"query_input", "output_input"}
+    assert {one.site for one in measured_maps(warehouse, row)} == {"query_input", "output_input"}
     result = avss("sparsify", 0.5, "-w", tmp_path / "w", "-o", tmp_path / "sparse.yaml")
     assert "The MLP of 3 of 3 layers stays dense: its maps are fused." in result.stdout
 
