@@ -211,11 +211,6 @@ class PublishRequest(WarehouseRequest):
 
 
 @checked
-class CompactRequest(WarehouseRequest):
-    """Copy the finished runs of a warehouse into few large files beside the small ones."""
-
-
-@checked
 class QueryRequest(WarehouseRequest):
     """Query a warehouse with SQL."""
 

@@ -22,7 +22,6 @@ from avss_dist.core.results import Table
 from avss_dist.core.text import parse_threshold
 from avss_dist.core.validation import keywords
 from avss_dist.read_requests import (
-    CompactRequest,
     CompareRequest,
     ContrastRequest,
     FindingsRequest,
@@ -31,6 +30,7 @@ from avss_dist.read_requests import (
     QueryRequest,
     ReportRequest,
     ShowRequest,
+    WarehouseRequest,
 )
 from avss_dist.stats.scores import Threshold
 from avss_dist.warehouse.reader import Warehouse
@@ -260,7 +260,7 @@ def publish_runs(opened: Warehouse, request: PublishRequest) -> Table:
     return _counts("rows", publish(opened, Path(request.folder)))
 
 
-def compact_runs(opened: Warehouse, request: CompactRequest) -> Table:
+def compact_runs(opened: Warehouse, request: WarehouseRequest) -> Table:
     """Copy many finished runs into few large files, and return the number of runs copied of each table."""
     return _counts("runs", opened.compact())
 
@@ -304,4 +304,4 @@ findings = reading(FindingsRequest)(find)
 contrast = reading(ContrastRequest)(contrast_labels)
 report = reading(ReportRequest)(write_report)
 publish = reading(PublishRequest)(publish_runs)
-compact = reading(CompactRequest)(compact_runs)
+compact = reading(WarehouseRequest)(compact_runs)

@@ -153,7 +153,7 @@ COMMANDS = {
     "compact": Command(
         READ,
         "read",
-        "read_requests:CompactRequest",
+        "read_requests:WarehouseRequest",
         "Copy many finished runs into few large files, so that every reader opens them in a moment.",
         (),
         examples=("avss compact -w s3://bucket/warehouse",),

@@ -14,7 +14,6 @@ from avss_dist.cli.program import at_end, interruptible
 from avss_dist.core.errors import QueryError, first_names
 from avss_dist.core.text import basename, count_of, describe_count, describe_threshold
 from avss_dist.read_requests import (
-    CompactRequest,
     CompareRequest,
     ContrastCommandRequest,
     FindingsRequest,
@@ -340,7 +339,7 @@ def publish(request: PublishRequest) -> None:
     emit(f"{request.folder}: {tables}.")
 
 
-def compact(request: CompactRequest) -> None:
+def compact(request: WarehouseRequest) -> None:
     """Copy many finished runs into few large files."""
     from avss_dist.api.read import compact_runs
 
