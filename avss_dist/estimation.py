@@ -23,7 +23,7 @@ from avss_dist.models.size import Footprint, footprint, sharing_skeletons
 from avss_dist.partition.choose import choose
 from avss_dist.partition.replica import MemoryQuery, batch_bytes, replica_class
 from avss_dist.requests import DistillRequest, EstimateRequest, require_divisible
-from avss_dist.runs.events import OnRunEvent, RunReading, RunRepeated
+from avss_dist.runs.events import OnRunEvent, RunReading, describe_repeated
 from avss_dist.runs.job_file import JobFile
 from avss_dist.runs.planner import Planner, rows_per_shard
 from avss_dist.runs.run import PlannedRun
@@ -343,8 +343,7 @@ def preview_job(job: JobFile, on_event: OnRunEvent | None = None, **options: Any
                 kept_shards=num_kept,
             )
             if first:
-                repeated = f"{spec.name} is {RunRepeated(spec.name, first).describe()}"
-                preview = replace(preview, status="repeated", warning=repeated)
+                preview = replace(preview, status="repeated", warning=f"{spec.name} is {describe_repeated(first)}")
             elif size and not done and num_kept < preview.num_shards:
                 preview = _with_time(preview, planned, size, executor.devices, runs)
             previews.append(preview)

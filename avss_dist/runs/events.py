@@ -7,7 +7,7 @@ import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Self, TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
 from avss_dist.core.registry import WHOLE
 from avss_dist.core.text import describe_seconds
@@ -40,29 +40,16 @@ class RunReading(RunEvent):
 
 
 @dataclass(frozen=True)
-class RunRepeated(RunEvent):
-    """A run with the same model, text and settings as the run named ``first``. It is measured once."""
-
-    first: str
-
-    def describe(self, first: str = "") -> str:
-        """Return a sentence that says which run it repeats, by another name if one is given."""
-        return f"the same model, text and settings as {first or self.first}; measured once."
-
-
-@dataclass(frozen=True)
-class RunPlaced(RunEvent):
-    """The placement of a run's replicas on devices."""
-
-    placement: Placement
-
-
-@dataclass(frozen=True)
 class RunStarted(RunEvent):
-    """The start of measuring ``num_tokens`` tokens, of which an earlier attempt has measured ``done_tokens``."""
+    """The start of measuring ``num_tokens`` tokens, of which an earlier attempt has measured ``done_tokens``.
+
+    Attributes:
+        placement: placement of the run's replicas on devices.
+    """
 
     num_tokens: int
     done_tokens: int
+    placement: Placement
 
 
 @dataclass(frozen=True)
@@ -74,12 +61,22 @@ class ShardMeasured(RunEvent):
 
 @dataclass(frozen=True)
 class RunEnded(RunEvent):
-    """The end of a run, with its `Run.status`."""
+    """The end of a run, with its `Run.status`.
+
+    Attributes:
+        repeats: name of the run with the same model, text and settings, which is measured in its place; usually empty.
+    """
 
     run: Run
+    repeats: str = ""
 
 
 OnRunEvent = Callable[[RunEvent], None]
+
+
+def describe_repeated(name: str) -> str:
+    """Return a description of a run that repeats the run with this name."""
+    return f"the same model, text and settings as {name}; measured once."
 
 
 def both(first: Callable[[E], None], second: Callable[[E], None]) -> Callable[[E], None]:
@@ -150,11 +147,6 @@ class LogRuns:
         self._logged_at = time.monotonic()
         self._lock = threading.Lock()
 
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *_: object) -> None: ...
-
     def __call__(self, event: object) -> None:
         """Write what an event says. The progress of runs has a line every `LOG_SECONDS` at most.
 
@@ -162,11 +154,9 @@ class LogRuns:
         """
         with self._lock:
             match event:
-                case RunRepeated(name):
-                    self._write(f"{name}: {event.describe()}")
-                case RunPlaced(name, placement) if placement.partition != WHOLE:
-                    self._write(f"{name}: {placement.partition}; {placement.why}.")
-                case RunStarted(name, num_tokens, done_tokens):
+                case RunStarted(name, num_tokens, done_tokens, placement):
+                    if placement.partition != WHOLE:
+                        self._write(f"{name}: {placement.partition}; {placement.why}.")
                     self._paces[name] = Pace(num_tokens, done_tokens, "tokens")
                 case ShardMeasured(name, num_tokens):
                     pace = self._paces[name]
@@ -175,7 +165,9 @@ class LogRuns:
                         self._logged_at = time.monotonic()
                         share = pace.done / (pace.total or 1)
                         self._write(f"{name}: {share:.0%} of {pace.total:,} tokens{pace.describe()}")
-                case RunEnded(name, run):
+                case RunEnded(name, run, repeats):
+                    if repeats:
+                        self._write(f"{name}: {describe_repeated(repeats)}")
                     self._paces.pop(name, None)
                     self._ended += 1
                     if self._ends:

@@ -27,9 +27,7 @@ from avss_dist.runs.events import (
     LogRuns,
     OnRunEvent,
     RunEnded,
-    RunPlaced,
     RunReading,
-    RunRepeated,
     RunStarted,
     ShardMeasured,
 )
@@ -188,12 +186,11 @@ class Driver:
                 self._on_event(RunReading(spec.name))
                 planned = self._planner.prepare(spec)
                 run = planned.run
-                if run.run_id in self._run_ids:
-                    self._on_event(RunRepeated(spec.name, self._run_ids[run.run_id]))
+                repeats = self._run_ids.get(run.run_id, "")
                 stored = {} if self._fresh else self._store.run(run.run_id) or {}
-                if run.run_id in self._run_ids or stored.get("status") == "done":
+                if repeats or stored.get("status") == "done":
                     self._run_ids.setdefault(run.run_id, spec.name)
-                    self._end(spec, run)
+                    self._end(spec, run, repeats)
                     continue
                 if self._full:
                     hint = "Free some space and run the same command again."
@@ -201,12 +198,12 @@ class Driver:
                     full.run_id = run.run_id
                     raise full
                 self._run_ids[run.run_id] = spec.name
-                self._on_event(RunPlaced(spec.name, planned.replica_spec.placement))
                 running = RunInProgress(planned, self._store, fresh=self._fresh, shared=self._shared)
             except Exception as error:
                 self._ended.append((spec, as_failure(error)))
                 continue
-            self._on_event(RunStarted(spec.name, run.num_tokens, running.done_tokens))
+            placement = planned.replica_spec.placement
+            self._on_event(RunStarted(spec.name, run.num_tokens, running.done_tokens, placement))
             self._in_progress[running.shards] = spec, running
             if running.missing:
                 yield running.shards
@@ -242,9 +239,9 @@ class Driver:
         del self._in_progress[running.shards]
         self._end(spec, run)
 
-    def _end(self, spec: RunSpec, run: Run) -> None:
+    def _end(self, spec: RunSpec, run: Run, repeats: str = "") -> None:
         self._done += 1
-        self._on_event(RunEnded(spec.name, run))
+        self._on_event(RunEnded(spec.name, run, repeats))
         self._ended.append((spec, run))
 
 

@@ -443,10 +443,8 @@ def test_events_tell_how_far_each_model_is(tiny_llama: Path, tmp_path: Path) -> 
         match event:
             case events.RunReading():
                 lines.append("planning")
-            case events.RunPlaced(_, placement):
-                lines.append(f"placed {placement.partition}")
-            case events.RunStarted(_, num_tokens, done_tokens):
-                lines.append(f"started {num_tokens} {done_tokens}")
+            case events.RunStarted(_, num_tokens, done_tokens, placement):
+                lines.append(f"started {num_tokens} {done_tokens} {placement.partition}")
             case events.ShardMeasured(_, num_tokens):
                 lines.append(f"advanced {num_tokens}")
             case events.RunEnded(_, run):
@@ -455,7 +453,7 @@ def test_events_tell_how_far_each_model_is(tiny_llama: Path, tmp_path: Path) -> 
     sizes: dict[str, Any] = {"max_sequences": 6, "sequence_length": 32, "sequences_per_shard": 4, "executor": "local"}
     models = [str(tiny_llama), "/missing"]
     avss_dist.score_all(models, corpus="builtin:pydoc", warehouse=tmp_path, on_event=note, **sizes)
-    measured = ["planning", "placed single", "started 192 0", "advanced 128", "advanced 64", "finished done"]
+    measured = ["planning", "started 192 0 single", "advanced 128", "advanced 64", "finished done"]
     assert told == {"tiny-llama": measured, "missing": ["planning", "finished failed"]}
 
 

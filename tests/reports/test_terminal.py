@@ -23,6 +23,7 @@ from avss_dist.analysis.comparison import compare
 from avss_dist.core.intervention import NO_INTERVENTION
 from avss_dist.distillation.curve import Preparing
 from avss_dist.evaluation.events import CellDone, CellsStarted, CellUnderway
+from avss_dist.partition.replica import Placement
 from avss_dist.reports.output import write_table
 from avss_dist.reports.terminal import progress as progress_module
 from avss_dist.reports.terminal.progress import CellProgress, StepProgress, TimeColumn
@@ -253,7 +254,7 @@ def test_an_evaluation_tells_how_far_it_is(lines: Lines) -> None:
 
 def test_shrinking_tells_how_far_each_step_is(lines: Lines) -> None:
     with StepProgress() as progress:
-        progress(RunStarted("a", 1000, 0))
+        progress(RunStarted("a", 1000, 0, Placement()))
         for _ in range(8):
             progress(ShardMeasured("a", 100))
         progress(CellsStarted([CELL] * 10, 0))

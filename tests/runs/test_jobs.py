@@ -19,12 +19,14 @@ from support.tables import assert_same_tables
 
 import avss_dist
 from avss_dist import estimation
+from avss_dist.core.errors import ConfigError
 from avss_dist.core.settings import Replicas, Settings
 from avss_dist.estimation import preview_job
 from avss_dist.executors.local import LocalExecutor
+from avss_dist.partition.replica import Placement
 from avss_dist.runs import planner
 from avss_dist.runs.events import LogRuns, RunEnded, RunReading, RunStarted, ShardMeasured
-from avss_dist.runs.job_file import JobError, JobFile, job_schema, read_job
+from avss_dist.runs.job_file import JobFile, job_schema, read_job
 from avss_dist.runs.run import Run
 from avss_dist.runs.scoring import run_job
 from avss_dist.warehouse.reader import Warehouse
@@ -48,7 +50,7 @@ def read(folder: Path, text: str, **options: Any) -> JobFile:
 
 def problems(folder: Path, text: str) -> list[str]:
     """Return the problems of a job file, each with its line and without the file's name."""
-    with pytest.raises(JobError) as caught:
+    with pytest.raises(ConfigError) as caught:
         read(folder, text)
     assert caught.value.exit_code == 2
     lines = caught.value.message.splitlines()
@@ -195,12 +197,12 @@ def test_mistakes(text: str, says: list[str], tmp_path: Path) -> None:
     ids=["open", "two colons", "deep", "nested", "recursive", "aliases", "large", "tag", "merge", "surrogate"],
 )
 def test_what_is_no_plain_yaml_is_refused(text: str, says: str, tmp_path: Path) -> None:
-    with pytest.raises(JobError, match=says):
+    with pytest.raises(ConfigError, match=says):
         read(tmp_path, text)
 
 
 def test_a_device_without_end_is_no_job_file() -> None:
-    with pytest.raises(JobError, match="/dev/zero is too large for a job file"):
+    with pytest.raises(ConfigError, match="/dev/zero is too large for a job file"):
         read_job("/dev/zero")
 
 
@@ -286,7 +288,7 @@ def test_the_schema_refuses_what_reading_refuses(change: dict[str, Any], tmp_pat
     jsonschema.validate(job, job_schema())
     with pytest.raises(jsonschema.ValidationError):
         jsonschema.validate(job | change, job_schema())
-    with pytest.raises(JobError):
+    with pytest.raises(ConfigError, match=r"job\.yaml"):
         read(tmp_path, json.dumps(job | change))
 
 
@@ -498,7 +500,7 @@ def test_a_mistake_names_a_page_that_exists(tmp_path: Path, text: str | bytes | 
     file = tmp_path / "job.yaml"
     if text is not None:
         file.write_bytes(text.encode() if isinstance(text, str) else text)
-    with pytest.raises(JobError) as caught:
+    with pytest.raises(ConfigError) as caught:
         read_job(file)
     (page,) = re.findall(r"\S+\.md", str(caught.value.hint))
     assert Path(page.rstrip(".")).read_text().startswith("# ")
@@ -510,7 +512,7 @@ def test_a_log_has_a_line_for_each_run_and_now_and_then_one_between(monkeypatch:
     monkeypatch.setattr("avss_dist.runs.events.LOG_SECONDS", 0.0)
     for name in ("one", "two"):
         log(RunReading(name))
-        log(RunStarted(name, 1000, 200))
+        log(RunStarted(name, 1000, 200, Placement()))
     log(ShardMeasured("one", 300))
     log(RunEnded("one", Run(run_id="one-0", model="one", warehouse="w", status="done")))
     log(RunEnded("two", Run(run_id="two-0", model="two", warehouse="w", status="failed", error="no\nmore")))
@@ -518,6 +520,6 @@ def test_a_log_has_a_line_for_each_run_and_now_and_then_one_between(monkeypatch:
     assert lines[1:] == ["1 of 2 runs: one done", "2 of 2 runs: two failed: no"]
     monkeypatch.setattr("avss_dist.runs.events.LOG_SECONDS", 1000.0)
     log = LogRuns(lines.append, 1)
-    log(RunStarted("one", 1000, 0))
+    log(RunStarted("one", 1000, 0, Placement()))
     log(ShardMeasured("one", 300))
     assert len(lines) == 3

@@ -391,17 +391,16 @@ def test_the_log_of_runs_has_a_line_for_each_step_and_one_in_half_a_minute(
     placement: Any = SimpleNamespace(partition="streaming", why="it does not fit")
     tell = events.both(seen.append, events.LogRuns())
     with caplog.at_level("INFO", "avss_dist"):
-        for event in (events.RunReading("m"), events.RunRepeated("n", "m"), events.RunPlaced("m", placement)):
-            tell(event)
-        tell(events.RunStarted("m", 10, 1))
+        tell(events.RunReading("m"))
+        tell(events.RunStarted("m", 10, 1, placement))
         for clock.now, tokens in ((129.0, 2), (130.0, 3), (159.0, 1), (160.0, 1)):
             tell(events.ShardMeasured("m", tokens))
-        tell(events.RunEnded("n", run))
+        tell(events.RunEnded("n", run, "m"))
         tell(events.RunEnded("m", replace(run, status="failed", error="no memory")))
-    lines = ["n: the same model, text and settings as m; measured once.", "m: streaming; it does not fit."]
+    lines = ["m: streaming; it does not fit."]
     lines += ["m: 60% of 10 tokens, 10 tokens/min, 24 s left", "m: 80% of 10 tokens, 7 tokens/min, 17 s left"]
-    lines += ["n done", "m failed: no memory"]
-    assert [record.getMessage() for record in caplog.records] == lines and len(seen) == 10
+    lines += ["n: the same model, text and settings as m; measured once.", "n done", "m failed: no memory"]
+    assert [record.getMessage() for record in caplog.records] == lines and len(seen) == 8
 
 
 RUN = RunIdentity(run_id="r", model="m", revision="main", family="llama")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections import deque
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from datetime import UTC, datetime, timedelta
 from typing import TYPE_CHECKING
 
@@ -22,11 +23,10 @@ from avss_dist.runs.events import (
     LogRuns,
     Pace,
     RunEnded,
-    RunPlaced,
     RunReading,
-    RunRepeated,
     RunStarted,
     ShardMeasured,
+    describe_repeated,
 )
 from avss_dist.system.streams import console, say
 
@@ -94,16 +94,16 @@ class Progress(_Bars):
         match event:
             case RunReading(name):
                 self._runs[name] = self.add_task(f"{_short(name)}: reading", total=None)
-            case RunRepeated(name, first):
-                self.print(f"{_short(name)}: {event.describe(_short(first))}", markup=False)
-            case RunPlaced(name, placement) if self.console.is_terminal or placement.partition != WHOLE:
-                self.print(f"{_short(name)}: {placement.partition}; {placement.why}.", markup=False)
-            case RunStarted(name, total, done):
+            case RunStarted(name, total, done, placement):
+                if self.console.is_terminal or placement.partition != WHOLE:
+                    self.print(f"{_short(name)}: {placement.partition}; {placement.why}.", markup=False)
                 self.reset(self._runs[name], start=False, total=total, completed=done, description=_short(name))
             case ShardMeasured(name, num_tokens):
                 self.start_task(self._runs[name])
                 self.advance(self._runs[name], num_tokens)
-            case RunEnded(name, run):
+            case RunEnded(name, run, repeats):
+                if repeats:
+                    self.print(f"{_short(name)}: {describe_repeated(_short(repeats))}", markup=False)
                 if (ended := self._runs.pop(name, None)) is not None:
                     self.update(ended, description=f"{_short(name)}: {run.status}")
                     self.stop_task(ended)
@@ -112,13 +112,13 @@ class Progress(_Bars):
                     self.update(self._ended.popleft(), visible=False)
 
 
-def run_progress(num_runs: int, *, ends: bool = True) -> Progress | LogRuns:
+def run_progress(num_runs: int, *, ends: bool = True) -> AbstractContextManager[Progress | LogRuns]:
     """Return a callback for the events of runs: bars on a terminal, otherwise lines.
 
     Args:
         ends: print a line at the end of each run, if there are no bars.
     """
-    return Progress() if console(stderr=True).is_terminal else LogRuns(log, num_runs, ends=ends)
+    return Progress() if console(stderr=True).is_terminal else nullcontext(LogRuns(log, num_runs, ends=ends))
 
 
 class StepProgress(_Bars):
