@@ -131,12 +131,8 @@ DISTINGUISHING = tuple(name for name, cls in OVERRIDES.items() if cls is Setting
 """Fields that tell two runs of one model apart."""
 
 
-class JobError(ConfigError):
-    """A job file has problems. The message has a line for each."""
-
-
 _HINT = f"The keys are explained in {docs_page('reference/commands')}."
-_KIND = YamlKind(noun="job file", hint=_HINT, error=JobError, typed=False)
+_KIND = YamlKind(noun="job file", hint=_HINT, error=ConfigError, typed=False)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -196,7 +192,7 @@ def read_job(path: str | Path, *, expand: bool = True) -> JobFile:
         expand: replace globs of folders by their matches on this machine. Set it to False for a job of another machine.
 
     Raises:
-        JobError: the file has problems. All of them are reported.
+        ConfigError: the file has problems. All of them are reported, each with its line.
     """
     return _Reader(read_yaml(Path(path), _KIND), expand=expand).job()
 
@@ -212,7 +208,7 @@ class _Reader:
         """Return the job.
 
         Raises:
-            JobError: there are problems.
+            ConfigError: there are problems.
         """
         document = self.document
         job = document.parse(Job, document.value)

@@ -22,13 +22,13 @@ from support.documentation import DOCS
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-from avss_dist.core.errors import CorpusError
+from avss_dist.core.errors import ConfigError, CorpusError
 from avss_dist.core.names import AFTER_ANOTHER
 from avss_dist.core.settings import Settings
 from avss_dist.corpus.shards import CorpusPlan, tokenize_corpus
 from avss_dist.corpus.sources import NAMED, documents
 from avss_dist.corpus.tokens import shuffled
-from avss_dist.runs.job_file import JobError, read_job
+from avss_dist.runs.job_file import read_job
 from avss_dist.warehouse.reader import Warehouse
 
 WORDS = ["<eos>", "<user>", "<assistant>", "<end>", *(f"w{i}" for i in range(60)), "26", "Jul"]
@@ -186,7 +186,7 @@ def test_a_job_says_which_corpus_needs_the_template(tmp_path: Path) -> None:
         job.write_text(json.dumps({"warehouse": "w", "models": ["a"], "corpora": corpora, "settings": settings}))
         try:
             return str(len(read_job(job).specs))
-        except JobError as error:
+        except ConfigError as error:
             return error.message
 
     assert told({"chat_template": True}, text, chats) == "2", "text stays text"

@@ -24,7 +24,7 @@ from avss_dist.pruning.methods import Experiment, choices, describe_method, pars
 from avss_dist.pruning.plan import Plan
 from avss_dist.pruning.selection import Choice
 from avss_dist.requests import PlanRequest
-from avss_dist.runs.job_file import JobError, read_job
+from avss_dist.runs.job_file import read_job
 from avss_dist.warehouse.reader import Warehouse
 from avss_dist.warehouse.schema import RunIdentity
 from avss_dist.warehouse.store import Store
@@ -217,7 +217,7 @@ def test_methods_of_every_reading() -> None:
 def test_mistakes_in_a_section_are_told_with_their_line(tmp_path: Path, section: str, message: str) -> None:
     job = tmp_path / "job.yaml"
     job.write_text(f"warehouse: w\nmodels: [m]\ncorpora: ['builtin:pydoc']\nexperiment: {section}\n")
-    with pytest.raises(JobError, match=message) as error:
+    with pytest.raises(ConfigError, match=message) as error:
         read_job(job)
     assert ":4:" in str(error.value)
 

@@ -27,7 +27,7 @@ from support.command_line import avss
 from support.families import tiny_model
 from support.quantized import block_fp8, compressed_tensors
 
-from avss_dist.core.errors import ModelError
+from avss_dist.core.errors import ConfigError, ModelError
 from avss_dist.core.settings import INPUT_SITES, Settings
 from avss_dist.models.checkpoints import (
     Checkpoint,
@@ -40,7 +40,7 @@ from avss_dist.models.checkpoints import (
 )
 from avss_dist.models.loading import forward_function, load, load_tokenizer, open_module, skeleton, text_config
 from avss_dist.models.quantization import describe_computing, quantize_skeleton
-from avss_dist.runs.job_file import JobError, read_job
+from avss_dist.runs.job_file import read_job
 from avss_dist.warehouse.reader import Warehouse
 
 CPU = torch.device("cpu")
@@ -530,5 +530,5 @@ def test_a_job_takes_revisions_by_pattern(hub_server: str, tmp_path: Path) -> No
     names = [f"org/a@{BRANCHES[i]}" for i in (2, 1, 3, 4)]
     assert [spec.model for spec in read_job(job).specs] == names
     job.write_text("warehouse: w\nmodels:\n- model: org/a\n  revisions: [stage9-*]\ncorpora: [builtin:pydoc]\n")
-    with pytest.raises(JobError, match=r"job\.yaml:4: No revision of 'org/a' matches 'stage9-\*'"):
+    with pytest.raises(ConfigError, match=r"job\.yaml:4: No revision of 'org/a' matches 'stage9-\*'"):
         read_job(job)
