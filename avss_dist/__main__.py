@@ -18,9 +18,9 @@ def main() -> None:
         from avss_dist.cli import main as run
 
         run()
-    except KeyboardInterrupt as stop:  # while commands are imported; later, commands handle it
+    except KeyboardInterrupt:  # while commands are imported; later, commands handle it
         print("Stopped.", file=sys.stderr)
-        sys.exit(exit_code(stop))
+        sys.exit(exit_code())
 
 
 if __name__ == "__main__":

@@ -107,9 +107,9 @@ def _follow(cluster: Cluster, job_id: str) -> int:
         for text in cluster.follow(job_id):
             emit(text, end="", flush=True)
         job = cluster.job(job_id)
-    except KeyboardInterrupt as stop:
+    except KeyboardInterrupt:
         say(f"The job continues. Stop it: avss jobs stop {job_id} --address {cluster.address}")
-        return exit_code(stop)
+        return exit_code()
     except RunFailed as error:
         raise RunFailed(
             error.message,

@@ -98,7 +98,7 @@ class Commands(Group):
         except KeyboardInterrupt as stop:
             for number in (signal.SIGINT, signal.SIGTERM):
                 signal.signal(number, signal.SIG_IGN)  # the remaining work is short, and would end in a traceback
-            code, notes = exit_code(stop), " ".join(getattr(stop, "__notes__", []))  # about the stored results
+            code, notes = exit_code(), " ".join(getattr(stop, "__notes__", []))  # about the stored results
             kept = f"Stopped, {notes}" if notes else "Stopped. Everything measured so far is kept"
             resumes = "fresh" in (_spelling.get() or {})
             complain(f"{kept}; run the same command again to finish." if resumes else "Stopped.")
@@ -178,9 +178,9 @@ def interrupt_again(unraisable: Any) -> None:
     if not issubclass(unraisable.exc_type, KeyboardInterrupt):
         sys.__unraisablehook__(unraisable)
         return
-    if stop_signal(unraisable.exc_type) == signal.SIGTERM:
+    if stop_signal() == signal.SIGTERM:
         arm()
-    again = threading.Timer(0.05, os.kill, (os.getpid(), stop_signal(unraisable.exc_type)))
+    again = threading.Timer(0.05, os.kill, (os.getpid(), stop_signal()))
     again.daemon = True
     again.start()
 
@@ -219,9 +219,9 @@ def interruptible(work: Callable[[], T]) -> T:
         try:
             while not result.done():
                 wait([result], timeout=0.2)
-        except KeyboardInterrupt as stop:
+        except KeyboardInterrupt:
             say("Stopped.")
-            os._exit(exit_code(stop))
+            os._exit(exit_code())
         return result.result()
 
 

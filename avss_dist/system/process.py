@@ -11,25 +11,21 @@ from contextvars import ContextVar
 from platform import python_version
 from typing import Any, TypeVar
 
-_terminated = False  # whether SIGTERM has been received: Ray turns `Terminated` into a plain KeyboardInterrupt
+_terminated = False  # whether SIGTERM has been received
 
 
-class Terminated(KeyboardInterrupt):
-    """Exception raised for SIGTERM. Handlers of Ctrl-C handle it too."""
-
-
-def exit_code(stop: BaseException) -> int:
+def exit_code() -> int:
     """Return the exit code of a command that was stopped, as shells have it: 130 for Ctrl-C, 143 for SIGTERM."""
-    return 128 + stop_signal(type(stop))
+    return 128 + stop_signal()
 
 
-def stop_signal(stop: type[BaseException]) -> signal.Signals:
-    """Return the signal that an exception of this type was raised for."""
-    return signal.SIGTERM if _terminated or issubclass(stop, Terminated) else signal.SIGINT
+def stop_signal() -> signal.Signals:
+    """Return the signal that KeyboardInterrupt was raised for."""
+    return signal.SIGTERM if _terminated else signal.SIGINT
 
 
 def raise_on_sigterm() -> None:
-    """Make SIGTERM raise `Terminated` in the main thread, once. A second SIGTERM does not interrupt the cleanup.
+    """Make SIGTERM raise KeyboardInterrupt in the main thread, once. A second SIGTERM does not interrupt the cleanup.
 
     A process that ignores or handles SIGTERM already is not changed.
     """
@@ -38,7 +34,7 @@ def raise_on_sigterm() -> None:
 
 
 def arm() -> None:
-    """Make the next SIGTERM raise `Terminated` in the main thread of this process."""
+    """Make the next SIGTERM raise KeyboardInterrupt in the main thread of this process."""
     owner = os.getpid()
 
     def stop(_number: int, _frame: Any) -> None:
@@ -49,7 +45,7 @@ def arm() -> None:
             return
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
         _terminated = True
-        raise Terminated
+        raise KeyboardInterrupt
 
     signal.signal(signal.SIGTERM, stop)
 

@@ -17,7 +17,7 @@ from support.command_line import avss
 from avss_dist.__main__ import main
 from avss_dist.pruning.plan import Plan
 from avss_dist.system import process
-from avss_dist.system.process import Terminated, preserve_sigterm_handler, raise_on_sigterm
+from avss_dist.system.process import preserve_sigterm_handler, raise_on_sigterm, stop_signal
 
 
 @pytest.fixture
@@ -83,8 +83,9 @@ def test_a_signal_while_commands_are_imported_is_no_traceback(
 @pytest.mark.usefixtures("default_sigterm")
 def test_sigterm_is_raised_once() -> None:
     raise_on_sigterm()
-    with pytest.raises(Terminated):
+    with pytest.raises(KeyboardInterrupt):
         os.kill(os.getpid(), signal.SIGTERM)
+    assert stop_signal() == signal.SIGTERM
     os.kill(os.getpid(), signal.SIGTERM)  # while the command cleans up
 
 
