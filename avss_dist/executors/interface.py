@@ -13,7 +13,7 @@ from avss_dist.models.checkpoints import Checkpoint
 from avss_dist.partition.replica import Placement, Replica, open_replica
 from avss_dist.stats.layer_stats import ShardResult
 from avss_dist.tasks.task import Cell
-from avss_dist.warehouse.store import Receipt, SharedWarehouse
+from avss_dist.warehouse.store import OpenShared, Receipt
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,7 +61,7 @@ class RunShards:
     run_id: str
     replica_spec: ReplicaSpec
     shards: Sequence[Shard]
-    warehouse: SharedWarehouse | None = None
+    warehouse: OpenShared | None = None
     dropped: bool = False
     notes: list[str] = field(default_factory=list)
 

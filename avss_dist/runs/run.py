@@ -34,7 +34,7 @@ from avss_dist.stats.scores import score_run
 from avss_dist.system.process import package_versions
 from avss_dist.warehouse.reader import Warehouse
 from avss_dist.warehouse.schema import RunIdentity
-from avss_dist.warehouse.store import Receipt, SharedWarehouse, Store
+from avss_dist.warehouse.store import OpenShared, Receipt, Store
 
 SHOWN = ("layer", "depth", "avss_smoothed", "avss_low", "avss_high", "rank", "variance", "sparsity", *BASELINES)
 
@@ -137,7 +137,7 @@ MergedBlock = tuple[Mapping[StratumKey, LayerStats], ShardSummary]
 
 
 def merge_partials(
-    store: Store, shared: SharedWarehouse | None, run_id: str, expected: Expected, apply: Apply | None
+    store: Store, shared: OpenShared | None, run_id: str, expected: Expected, apply: Apply | None
 ) -> tuple[Merged, ShardSummary]:
     """Merge the partials of a run, and summarize its shards.
 
@@ -167,9 +167,9 @@ def merge_partials(
     return combine_blocks(each()), summary
 
 
-def _read_shared_block(shared: SharedWarehouse, run_id: str, expected: Expected) -> MergedBlock | None:
+def _read_shared_block(shared: OpenShared, run_id: str, expected: Expected) -> MergedBlock | None:
     """Read and merge a block in any process. Returns None if the process does not reach the warehouse."""
-    store = shared.store()
+    store = shared()
     return _read_block(store, run_id, expected) if store else None
 
 
@@ -199,9 +199,7 @@ class RunInProgress:
         missing: ids of the shards without a result.
     """
 
-    def __init__(
-        self, planned: PlannedRun, store: Store, *, fresh: bool, shared: SharedWarehouse | None = None
-    ) -> None:
+    def __init__(self, planned: PlannedRun, store: Store, *, fresh: bool, shared: OpenShared | None = None) -> None:
         self._planned, self._store, self._shared = planned, store, shared
         self._start = time.perf_counter()
         self._begun: float | None = None

@@ -34,7 +34,7 @@ from avss_dist.runs.events import (
 from avss_dist.runs.job_file import JobFile, RunSpec
 from avss_dist.runs.planner import Planner
 from avss_dist.runs.run import Run, RunInProgress
-from avss_dist.warehouse.store import SharedWarehouse, Store, shared
+from avss_dist.warehouse.store import OpenShared, Store, shared
 
 __all__ = ["Run", "run_job", "score", "score_all"]
 
@@ -140,7 +140,7 @@ class Driver:
         self._ended: deque[tuple[RunSpec, Run | AvssError]] = deque()
         self._full = False
         self._done = 0
-        self._shared: SharedWarehouse | None = None
+        self._shared: OpenShared | None = None
         self._room = threading.BoundedSemaphore(UNCOMMITTED)
 
     def run(self, specs: Sequence[RunSpec]) -> Iterator[tuple[RunSpec, Run | AvssError]]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Set
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
@@ -186,34 +186,22 @@ class Store(Warehouse):
         return data
 
 
-@dataclass(frozen=True)
-class SharedWarehouse:
-    """Reference to a driver's warehouse, pickled for its workers.
-
-    Attributes:
-        root: address of the warehouse for any process.
-        mark: path of a file in it that the driver has written.
-    """
-
-    root: RedactedURI
-    mark: str
-
-    def store(self) -> Store | None:
-        """Open the warehouse, or return None if this process does not find the driver's mark in it."""
-        return _store_with_mark(self)
+OpenShared = Callable[[], Store | None]
+"""Opens a driver's warehouse in one of its workers. Returns None if the worker does not reach it. It is pickled."""
 
 
 @lru_cache(maxsize=8)
-def _store_with_mark(shared: SharedWarehouse) -> Store | None:
+def store_with_mark(root: RedactedURI, mark: str) -> Store | None:
+    """Open a warehouse, or return None if this process does not find the file in it that the driver has written."""
     try:
-        store = Store(shared.root)
-        return None if store.storage.read(shared.mark) is None else store
+        store = Store(root)
+        return None if store.storage.read(mark) is None else store
     except AvssError:
         return None
 
 
 @contextmanager
-def shared(store: Store) -> Iterator[SharedWarehouse | None]:
+def shared(store: Store) -> Iterator[OpenShared | None]:
     """Let workers write the warehouse inside the block. Yield None if no mark can be written, as on a full disk."""
     try:
         mark = store.storage.write_mark()
@@ -221,7 +209,8 @@ def shared(store: Store) -> Iterator[SharedWarehouse | None]:
         yield None
         return
     try:
-        yield SharedWarehouse(RedactedURI(store.storage.base) if store.storage.is_local else store.root, mark)
+        root = RedactedURI(store.storage.base) if store.storage.is_local else store.root
+        yield partial(store_with_mark, root, mark)
     finally:
         store.storage.delete(mark)
 

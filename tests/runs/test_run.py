@@ -10,6 +10,7 @@ import shutil
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import closing
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -40,7 +41,7 @@ from avss_dist.runs.scoring import Driver
 from avss_dist.stats.layer_stats import Merged, ShardResult, merge_blocks
 from avss_dist.warehouse.reader import Warehouse
 from avss_dist.warehouse.schema import RunIdentity
-from avss_dist.warehouse.store import Store, shared
+from avss_dist.warehouse.store import Store, shared, store_with_mark
 
 SMALL: dict[str, Any] = {
     "corpus": "builtin:pydoc",
@@ -490,7 +491,7 @@ def test_blocks_are_merged_here_where_workers_see_no_warehouse_or_shards_are_few
     with shared(store) as warehouse:
         assert warehouse is not None
         for place, few, number in (
-            (replace(warehouse, mark="another"), 0, 3),
+            (partial(store_with_mark, store.root, "another"), 0, 3),
             (warehouse, NUMBER, 0),
             (None, 0, 0),
         ):

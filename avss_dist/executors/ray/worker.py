@@ -27,7 +27,7 @@ from avss_dist.system.streams import progress_to
 from avss_dist.tasks.task import Cell, CellResult, Heartbeat, measure_cell
 from avss_dist.warehouse.encoding import encode_shard
 from avss_dist.warehouse.schema import RunIdentity
-from avss_dist.warehouse.store import Receipt, SharedWarehouse
+from avss_dist.warehouse.store import OpenShared, Receipt
 
 BEAT_SECONDS = 1.0
 UnitResult = Receipt | CellResult
@@ -50,7 +50,7 @@ class ShardAssignment:
     rows: int
     forwards: int
     run_id: str
-    warehouse: SharedWarehouse | None = None
+    warehouse: OpenShared | None = None
 
     def resolved(self, blocks: Sequence[Sequence[Shard]]) -> ShardAssignment:
         """Return the assignment with its shard, which is in one of the blocks on this node."""
@@ -87,7 +87,7 @@ class ShardAssignment:
             return None
         checkpoint, family = spec.checkpoint, result.model["family"]
         run = RunIdentity(run_id=self.run_id, model=checkpoint.name, revision=checkpoint.revision, family=family)
-        store = self.warehouse and self.warehouse.store()
+        store = self.warehouse and self.warehouse()
         if self.warehouse and not store:
             notes = [*result.model["notes"], "some workers do not reach the warehouse: the driver wrote for them"]
             result = replace(result, model={**result.model, "notes": notes})
