@@ -8,11 +8,11 @@ repair or rounded to a number format, and small activations become zero. Nothing
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
 from itertools import groupby
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 from avss_dist.core.errors import ConfigError
 from avss_dist.core.settings import fingerprint
@@ -294,15 +294,17 @@ def round_place(name: str, layer: int, path: str | None = None) -> Rounding:
     return Rounding((RoundedPlace(format=name, layer=layer, path=path),))
 
 
-class EncodedPatch(Protocol):
-    """Encoded weights that replace a model's own. Patches with the same key are equal."""
+@dataclass(frozen=True)
+class EncodedPatch:
+    """Encoded weights that replace a model's own. Patches with the same key are equal.
 
-    @property
-    def key(self) -> str:
-        """SHA-256 of the bytes, in hex."""
+    Attributes:
+        key: SHA-256 of the bytes, in hex.
+        read: returns the weights as `models.interventions.encode_patch` encodes them.
+    """
 
-    def read(self) -> bytes:
-        """Return the weights as `models.interventions.encode_patch` encodes them."""
+    key: str
+    read: Callable[[], bytes] = field(compare=False, repr=False)
 
 
 class InterventionKey(NamedTuple):

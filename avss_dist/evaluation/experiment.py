@@ -18,7 +18,7 @@ import numpy as np
 from avss_dist.analysis.contrast import Strata
 from avss_dist.analysis.verdict import WHOLE
 from avss_dist.core.errors import ConfigError
-from avss_dist.core.intervention import NO_INTERVENTION, Intervention, Removals
+from avss_dist.core.intervention import NO_INTERVENTION, EncodedPatch, Intervention, Removals
 from avss_dist.core.names import CHANCE, CONTRAST, LOSS
 from avss_dist.core.registry import GREEDY, MEASURED, READING, RECIPES, SCORES
 from avss_dist.core.settings import fingerprint
@@ -32,7 +32,6 @@ from avss_dist.evaluation.session import (
     PlacedModel,
     PlannedTask,
     Retention,
-    StoredPatch,
     require_intended,
     require_listable,
     results_under,
@@ -202,7 +201,7 @@ class Trial:
             drop = searched.get(choice) or choice.drop(choice.scores(self.rows, truth))
             self.choices.append((choice, drop))
 
-    def candidates(self, patches: Mapping[tuple[str, Removals], StoredPatch]) -> Iterator[Candidate]:
+    def candidates(self, patches: Mapping[tuple[str, Removals], EncodedPatch]) -> Iterator[Candidate]:
         """Yield the whole model, and the model without each choice of layers, by repair."""
         yield None, NO_INTERVENTION, None
         for (choice, drop), repair in product(self.choices, self.experiment.repairs):

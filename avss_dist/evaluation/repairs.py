@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 
 from avss_dist.core.errors import ModelError
-from avss_dist.core.intervention import NO_INTERVENTION, Intervention, Removals
+from avss_dist.core.intervention import NO_INTERVENTION, EncodedPatch, Intervention, Removals
 from avss_dist.core.names import REPAIR
 from avss_dist.core.settings import Settings
 from avss_dist.core.text import RedactedURI
@@ -26,7 +26,6 @@ from avss_dist.evaluation.session import (
     EvaluationSession,
     PlacedModel,
     PlannedTask,
-    StoredPatch,
     require_partition,
 )
 from avss_dist.evaluation.tasks import plan_text
@@ -50,7 +49,7 @@ from avss_dist.tasks.task import Measure, Row, Task
 MISSING = "missing"  # metric of a fit: remaining error of the hidden states after each cut, on held-back text
 
 
-def read_repaired(patch: StoredPatch) -> Repaired:
+def read_repaired(patch: EncodedPatch) -> Repaired:
     """Return a fitted repair: its weights, record and notes."""
     tensors, about = decode_patch(patch.read())
     values = json.loads(about)
@@ -165,7 +164,7 @@ def fit_of(planned: PlannedTask) -> FitRepair:
 
 def fit_repairs(
     session: EvaluationSession, requested: Sequence[tuple[PlannedTask, Iterable[Removals]]]
-) -> dict[tuple[str, Removals], StoredPatch]:
+) -> dict[tuple[str, Removals], EncodedPatch]:
     """Fit each repair to the model without each of its sets of layers and experts, as `EvaluationSession.fit`.
 
     Repairs with the most unknowns, which need the most text, are fitted first. A set of layers that no layer precedes

@@ -6,9 +6,9 @@ import json
 from collections import defaultdict
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager, nullcontext
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
-from functools import cached_property, lru_cache
+from functools import cached_property, lru_cache, partial
 from itertools import islice
 from math import isfinite, nan
 from pathlib import Path
@@ -20,6 +20,7 @@ import numpy as np
 from avss_dist.core.errors import AvssError, ConfigError, RunFailed
 from avss_dist.core.intervention import (
     NO_INTERVENTION,
+    EncodedPatch,
     Intervention,
     InterventionKey,
     Removals,
@@ -118,19 +119,7 @@ class PlannedTask(PlacedModel):
         )
 
 
-@dataclass(frozen=True)
-class StoredPatch:
-    """A patch in a warehouse, an `intervention.EncodedPatch`."""
-
-    key: str
-    storage: Storage = field(compare=False, repr=False)
-
-    def read(self) -> bytes:
-        """Return the content of the patch. The last patch that was read is cached."""
-        return _read(self.storage, self.key)
-
-
-_read = lru_cache(maxsize=1)(Storage.read_patch)
+_read_patch = lru_cache(maxsize=1)(Storage.read_patch)  # of several cells in a row
 
 
 Work = Mapping[PlannedTask, Collection[Intervention]]
@@ -200,7 +189,7 @@ class EvaluationSession:
         """
         return self.run((cell for task, interventions in work.items() for cell in task.cells(interventions)), work)
 
-    def fit(self, work: Work) -> dict[tuple[str, Removals], StoredPatch]:
+    def fit(self, work: Work) -> dict[tuple[str, Removals], EncodedPatch]:
         """Measure tasks that fit patches. A patch that is in the warehouse is not fitted again.
 
         Fitting stops at the first mistake, so that too little text is reported before other fits take an hour.
@@ -220,7 +209,8 @@ class EvaluationSession:
             if not (self.is_known(cell) if self.fresh else (cell.run_id, cell.intervention.removed) in fitted)
         ]
         self.run(missing, dict.fromkeys(work, (NO_INTERVENTION,)), fits=True)
-        return {key: StoredPatch(patch, self.store.storage) for key, patch in self._fitted(run_ids).items()}
+        read = partial(_read_patch, self.store.storage)
+        return {key: EncodedPatch(patch, partial(read, patch)) for key, patch in self._fitted(run_ids).items()}
 
     def _fitted(self, run_ids: Sequence[str]) -> dict[tuple[str, Removals], str]:
         """Return the keys of the stored patches that cells of these evaluations have fitted."""

@@ -19,7 +19,7 @@ import pyarrow as pa
 from avss_dist.analysis.plans import plan_layers
 from avss_dist.analysis.verdict import WHOLE, primary_metric
 from avss_dist.core.errors import CorpusError
-from avss_dist.core.intervention import NO_INTERVENTION, Intervention, count_removed
+from avss_dist.core.intervention import NO_INTERVENTION, EncodedPatch, Intervention, count_removed
 from avss_dist.core.names import PERPLEXITY
 from avss_dist.core.registry import GREEDY, LOWEST_SHARE, SCORES
 from avss_dist.core.results import TabularResult
@@ -40,7 +40,6 @@ from avss_dist.evaluation.session import (
     PlacedModel,
     PlannedTask,
     Retention,
-    StoredPatch,
     results_under,
 )
 from avss_dist.evaluation.tasks import plan_task, plan_text, refuse_overlaps, texts_of_run
@@ -118,7 +117,7 @@ class CandidateResult:
     """
 
     plan: Plan
-    patch: StoredPatch | None = field(repr=False)
+    patch: EncodedPatch | None = field(repr=False)
     tasks: Sequence[TaskRetention]
 
     @cached_property

@@ -11,7 +11,7 @@ import shutil
 import time
 from collections import Counter, deque
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
@@ -27,6 +27,7 @@ from support.units import SETTINGS, cell_queue, shard_queue
 from torch.distributed import DistNetworkError
 
 from avss_dist.core.errors import AvssError, BatchTooLarge, ConfigError, ModelError, RunFailed
+from avss_dist.core.intervention import EncodedPatch
 from avss_dist.core.settings import Execution, Settings
 from avss_dist.executors.interface import RunShards
 from avss_dist.executors.ray import queue as queue_module
@@ -469,7 +470,8 @@ def test_a_round_ends_before_its_first_failing_shard() -> None:
 @pytest.fixture(autouse=True)
 def no_object_store(monkeypatch: pytest.MonkeyPatch) -> None:
     """References are what would be put there."""
-    monkeypatch.setattr(ray, "put", lambda value: value)
+    for name in ("put", "get"):
+        monkeypatch.setattr(ray, name, lambda value: value)
 
 
 def assignments(queue: ShardQueue, units: Sequence[int]) -> list[Any]:
@@ -477,14 +479,8 @@ def assignments(queue: ShardQueue, units: Sequence[int]) -> list[Any]:
     return [assignment.resolved(blocks) for some, blocks in queue.parts(units) for assignment in some]
 
 
-@dataclass(frozen=True)
-class Patch:
-    """What a repair leaves in a file."""
-
-    key: str
-
-    def read(self) -> bytes:
-        return self.key.encode()
+def patch_of(key: str) -> EncodedPatch:
+    return EncodedPatch(key, key.encode)
 
 
 def test_a_result_counts_once() -> None:
@@ -560,11 +556,11 @@ def test_every_rank_takes_the_cell_with_its_patch() -> None:
     queue, cells = cell_queue(["loss"], partition="tensor_parallel", ranks=2)
     parts = [assignment for some, _ in queue.parts([0]) for assignment in some]
     assert [(one.cell, one.rows) for one in parts] == [(cells[0], SETTINGS.batch_size)] * 2
-    queue, cells = cell_queue(["loss", "loss"], Patch("k"))
+    queue, cells = cell_queue(["loss", "loss"], patch_of("k"))
     (((assignment,), blocks),) = queue.parts([1])
     assert assignment.resolved(blocks) is assignment
-    assert assignment.cell.part == 1 and assignment.cell.intervention.patch.data == b"k"
-    assert cells[1].intervention.patch == Patch("k")
+    assert assignment.cell.part == 1 and assignment.cell.intervention.patch.read() == b"k"
+    assert cells[1].intervention.patch == patch_of("k")
 
 
 def test_ranks_that_take_different_shards_take_as_long_as_one() -> None:
@@ -669,9 +665,9 @@ def test_a_patch_is_shared_once_for_all_of_its_cells(monkeypatch: pytest.MonkeyP
     monkeypatch.setattr(ray, "put", lambda data: stored.append(data) or data)
     queue, cells = cell_queue(["loss"])
     for key in "aababcddcab":
-        queue.units = [replace(cells[0], intervention=replace(cells[0].intervention, patch=Patch(key)))]
+        queue.units = [replace(cells[0], intervention=replace(cells[0].intervention, patch=patch_of(key)))]
         ((((assignment,), _)),) = queue.parts([0])
-        assert assignment.cell.intervention.patch.data == key.encode()
+        assert assignment.cell.intervention.patch.read() == key.encode()
     assert stored == [b"a", b"b", b"c", b"d", b"a", b"b"]
 
 

@@ -13,7 +13,7 @@ from bisect import insort
 from collections import Counter, deque
 from collections.abc import Callable, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from functools import partial
 from typing import Any, Generic, TypeVar
 
@@ -21,6 +21,7 @@ import ray
 from ray.exceptions import RayError
 
 from avss_dist.core.errors import AvssError, RunFailed
+from avss_dist.core.intervention import EncodedPatch
 from avss_dist.core.registry import PARTITIONS
 from avss_dist.core.text import count_of
 from avss_dist.corpus.shards import Shard
@@ -42,16 +43,9 @@ ROUND_FRACTION = 16  # at most this fraction of a gang's part of the pending sha
 Unit = TypeVar("Unit", bound=Shard | Cell)
 
 
-@dataclass(frozen=True)
-class SharedPatch:
-    """A patch in the object store, kept as long as it is referred to. See `intervention.EncodedPatch`."""
-
-    key: str
-    data: Any = field(compare=False, repr=False)
-
-    def read(self) -> bytes:
-        """Return the encoded weights from the copy on the worker's node."""
-        return ray.get(self.data)
+def _read_shared(patch: Any) -> bytes:
+    """Return the bytes of a patch in the object store, from the copy on the worker's node."""
+    return ray.get(patch)
 
 
 def shape(placement: Placement) -> tuple[int, int]:
@@ -347,6 +341,6 @@ class CellQueue(UnitQueue[Cell]):
         (unit,) = units
         cell = self.units[unit]
         if patch := cell.intervention.patch:
-            shared = SharedPatch(patch.key, self._share(patch.key, patch.read))
+            shared = EncodedPatch(patch.key, partial(_read_shared, self._share(patch.key, patch.read)))
             cell = replace(cell, intervention=replace(cell.intervention, patch=shared))
         return [([CellAssignment(cell=cell, rows=self.rows)], ())] * self.spec.placement.ranks
