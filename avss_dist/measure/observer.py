@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
-from functools import cached_property, partial
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -19,12 +19,11 @@ import torch
 from torch import nn
 
 from avss_dist.core.errors import ModelError
-from avss_dist.core.names import AFTER_ANOTHER
 from avss_dist.core.settings import INPUT_SITES
 from avss_dist.corpus.pairs import Pairing
 from avss_dist.measure.kernels import kernels_for
 from avss_dist.measure.kernels.reference import Accumulator, Kernels, Tensors, send_stats
-from avss_dist.measure.rows import ObservedTokens, PlacedRows, masks_by_stratum, row_tensors
+from avss_dist.measure.rows import CountedTokens, PlacedRows, row_tensors
 from avss_dist.models.layers import (
     Experts,
     Layer,
@@ -37,7 +36,7 @@ from avss_dist.models.layers import (
 )
 from avss_dist.partition.group import RowSplit
 from avss_dist.stats.layer_stats import ROW_FIELDS, ExpertStats, LayerKey, LayerStats, RowStats, StratumKey
-from avss_dist.system.devices import to_device, to_host
+from avss_dist.system.devices import to_host
 from avss_dist.system.process import bound
 
 ALL_ROWS = RowSplit()
@@ -52,7 +51,6 @@ class Pass:
     Attributes:
         mask: bool[rows, tokens], true for tokens that count.
         local_rows: rows that this process counts.
-        strata: the mask of each stratum in these rows. Unpaired text has one stratum.
         copies: tokens that count, by device. See `on`.
         calls: number of calls of each layer's module so far.
         entered: the running layer, the hidden states that it received, and their autograd version, which reveals
@@ -62,7 +60,6 @@ class Pass:
     observer: Observer
     mask: torch.Tensor
     local_rows: slice
-    strata: dict[str, torch.Tensor]
     pairing: Pairing | None
     copies: dict[torch.device, CountedTokens] = field(default_factory=dict)
     calls: Counter[nn.Module] = field(default_factory=Counter)
@@ -70,43 +67,7 @@ class Pass:
 
     def on(self, device: torch.device) -> CountedTokens:
         """Return the tokens that count, on a device."""
-        return self.copies.setdefault(device, CountedTokens(self, device))
-
-
-@dataclass(frozen=True)
-class CountedTokens:
-    """The tokens of a pass that count, on one device. Each tensor is copied there when it is first used."""
-
-    now: Pass
-    device: torch.device
-
-    @cached_property
-    def masks(self) -> dict[str, torch.Tensor]:
-        """Mask of each stratum."""
-        return {name: to_device(mask.numpy(), self.device) for name, mask in self.now.strata.items()}
-
-    @cached_property
-    def first_tokens(self) -> dict[str, torch.Tensor]:
-        """Flat index of each row's first counted token, int64[rows], by stratum."""
-        flat = {}
-        for name, mask in self.now.strata.items():
-            rows = np.flatnonzero(mask.numpy().any(axis=1))
-            flat[name] = to_device(rows * mask.shape[1] + mask.numpy()[rows].argmax(axis=1), self.device)
-        return flat
-
-    @cached_property
-    def own_places(self) -> torch.Tensor:
-        """Flat indices of counted tokens, int64[tokens], without answers that follow another prompt."""
-        counted = self.now.mask.numpy()
-        if self.now.pairing:
-            after_own_prompt = [not label.endswith(AFTER_ANOTHER) for label in self.now.pairing.strata]
-            counted = counted & np.array(after_own_prompt)[:, None]
-        return to_device(np.flatnonzero(counted), self.device)
-
-    @cached_property
-    def local(self) -> ObservedTokens:
-        """Counted tokens of the rows that this process counts."""
-        return ObservedTokens.of_mask(self.now.mask[self.now.local_rows], self.device)
+        return self.copies.setdefault(device, CountedTokens(self.mask, device, self.local_rows, self.pairing))
 
 
 PASSES: ContextVar[tuple[Pass, ...]] = ContextVar("passes", default=())
@@ -286,8 +247,7 @@ class Observer:
                 of single rows are measured.
         """
         mask, local_rows = torch.from_numpy(np.ascontiguousarray(observed)), self.split.rows(len(observed))
-        strata = masks_by_stratum(mask[local_rows], pairing and pairing.part(local_rows))
-        with bound(PASSES, (*PASSES.get(), Pass(self, mask, local_rows, strata, pairing))):
+        with bound(PASSES, (*PASSES.get(), Pass(self, mask, local_rows, pairing))):
             yield
 
     def send(self) -> None:
@@ -449,7 +409,7 @@ class Observer:
     ) -> None:
         if now.pairing is None or site not in self.hooks.sites or not len(x):
             return
-        rows = row_tensors(x, now.on(x.device).local, self._thresholds, before)
+        rows = row_tensors(x, now.on(x.device), self._thresholds, before)
         self._row_batches[layer.index, site].append((now.pairing.rows[now.local_rows], rows))
 
     def _accumulators_of(

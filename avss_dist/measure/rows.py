@@ -9,6 +9,7 @@ from functools import cached_property
 import numpy as np
 import torch
 
+from avss_dist.core.names import AFTER_ANOTHER
 from avss_dist.corpus.pairs import Pairing
 from avss_dist.measure.kernels.cpu import measure_answers
 from avss_dist.measure.kernels.reference import Tensors
@@ -16,30 +17,63 @@ from avss_dist.stats.layer_stats import ROW_FIELDS, Float64, RowStats
 from avss_dist.system.devices import to_device
 
 
-@dataclass(frozen=True)
-class ObservedTokens:
-    """The tokens that count in a batch, on one device.
+@dataclass(frozen=True, eq=False)
+class CountedTokens:
+    """The tokens that count in a batch, on one device. Each tensor is copied there when it is first used.
 
     Attributes:
-        places: int64[tokens], the flat index of each token in the batch.
-        rows: int64[tokens], the row of each token.
-        numbers: float64[rows], the number of tokens in each row.
+        mask: bool[rows, tokens], true for tokens that count, on the host.
+        local_rows: rows that this process counts. All tensors but `own_places` are of these rows.
+        pairing: description of the rows of paired text.
     """
 
-    places: torch.Tensor
-    rows: torch.Tensor
-    numbers: torch.Tensor
+    mask: torch.Tensor
+    device: torch.device
+    local_rows: slice
+    pairing: Pairing | None = None
 
-    @staticmethod
-    def of_mask(mask: torch.Tensor, device: torch.device) -> ObservedTokens:
-        """Return the tokens that a mask on the host selects.
+    @cached_property
+    def strata(self) -> dict[str, torch.Tensor]:
+        """Mask of each stratum, on the host."""
+        return masks_by_stratum(self.mask[self.local_rows], self.pairing and self.pairing.part(self.local_rows))
 
-        Args:
-            mask: bool[rows, tokens].
-        """
-        counted = mask.numpy()
-        rows, numbers = counted.nonzero()[0], counted.sum(axis=1, dtype=np.float64)
-        return ObservedTokens(*(to_device(array, device) for array in (np.flatnonzero(counted), rows, numbers)))
+    @cached_property
+    def masks(self) -> dict[str, torch.Tensor]:
+        """Mask of each stratum."""
+        return {name: to_device(mask.numpy(), self.device) for name, mask in self.strata.items()}
+
+    @cached_property
+    def first_tokens(self) -> dict[str, torch.Tensor]:
+        """Flat index of each row's first counted token, int64[rows], by stratum."""
+        flat = {}
+        for name, mask in self.strata.items():
+            rows = np.flatnonzero(mask.numpy().any(axis=1))
+            flat[name] = to_device(rows * mask.shape[1] + mask.numpy()[rows].argmax(axis=1), self.device)
+        return flat
+
+    @cached_property
+    def own_places(self) -> torch.Tensor:
+        """Flat indices of counted tokens of all rows, int64[tokens], without answers that follow another prompt."""
+        counted = self.mask.numpy()
+        if self.pairing:
+            after_own_prompt = [not label.endswith(AFTER_ANOTHER) for label in self.pairing.strata]
+            counted = counted & np.array(after_own_prompt)[:, None]
+        return to_device(np.flatnonzero(counted), self.device)
+
+    @cached_property
+    def places(self) -> torch.Tensor:
+        """Flat index of each token, int64[tokens]."""
+        return to_device(np.flatnonzero(self.mask[self.local_rows].numpy()), self.device)
+
+    @cached_property
+    def rows(self) -> torch.Tensor:
+        """Row of each token, int64[tokens]."""
+        return to_device(self.mask[self.local_rows].numpy().nonzero()[0], self.device)
+
+    @cached_property
+    def numbers(self) -> torch.Tensor:
+        """Number of tokens in each row, float64[rows]."""
+        return to_device(self.mask[self.local_rows].numpy().sum(axis=1, dtype=np.float64), self.device)
 
     def select(self, x: torch.Tensor) -> torch.Tensor:
         """Return the counted tokens of x[rows, tokens, units], [tokens, units]."""
@@ -60,7 +94,7 @@ def masks_by_stratum(mask: torch.Tensor, pairing: Pairing | None) -> dict[str, t
 
 
 def row_tensors(
-    x: torch.Tensor, tokens: ObservedTokens, thresholds: Float64, before: torch.Tensor | None = None
+    x: torch.Tensor, tokens: CountedTokens, thresholds: Float64, before: torch.Tensor | None = None
 ) -> Tensors:
     """Return the fields of `RowStats` of each row of a batch, on the device of ``x``.
 
@@ -72,9 +106,7 @@ def row_tensors(
     return measure(tokens.select(x), tokens, thresholds, None if before is None else tokens.select(before))
 
 
-def _compiled(
-    values: torch.Tensor, tokens: ObservedTokens, thresholds: Float64, before: torch.Tensor | None
-) -> Tensors:
+def _compiled(values: torch.Tensor, tokens: CountedTokens, thresholds: Float64, before: torch.Tensor | None) -> Tensors:
     """Return the fields of `row_tensors` by compiled loops, for CPUs.
 
     Args:
@@ -102,7 +134,7 @@ def _compiled(
 
 
 def by_matrices(
-    values: torch.Tensor, tokens: ObservedTokens, thresholds: Float64, before: torch.Tensor | None
+    values: torch.Tensor, tokens: CountedTokens, thresholds: Float64, before: torch.Tensor | None
 ) -> Tensors:
     """Return the fields of `row_tensors` by matrix products over all tokens, for devices that compute in parallel.
 
@@ -133,7 +165,7 @@ def by_matrices(
     }
 
 
-def _pooled(centers: torch.Tensor, tokens: ObservedTokens) -> torch.Tensor:
+def _pooled(centers: torch.Tensor, tokens: CountedTokens) -> torch.Tensor:
     """Return the variance over units of the means over tokens, float64[rows].
 
     Args:
@@ -143,7 +175,7 @@ def _pooled(centers: torch.Tensor, tokens: ObservedTokens) -> torch.Tensor:
     return _finite(means.var(dim=1) if means.shape[1] > 1 else means[:, 0] * 0)
 
 
-def _mean(values: torch.Tensor, tokens: ObservedTokens) -> torch.Tensor:
+def _mean(values: torch.Tensor, tokens: CountedTokens) -> torch.Tensor:
     """Return the mean over the tokens of each row, NaN for rows without tokens or with a non-finite value."""
     finite = torch.isfinite(values)
     total = tokens.membership @ torch.where(finite, values, 0)

@@ -248,7 +248,7 @@ def test_nothing_counts_outside_of_a_pass_of_a_layer_and_where_no_token_does() -
     with attached([layer_of(found)], (), experts=True) as hooks:
         observer = Observer(hooks, ())
         for mask in (torch.zeros((2, 1), dtype=torch.bool), torch.ones((2, 1), dtype=torch.bool)):
-            for passes in ((), (Pass(observer, mask, slice(None), {}, None),)):
+            for passes in ((), (Pass(observer, mask, slice(None), None),)):
                 with bound(PASSES, passes):
                     found.router(tokens)
                     found.module(tokens)
@@ -260,7 +260,7 @@ def test_experts_that_see_other_tokens_than_the_batch_are_refused() -> None:
     assert found.router is not None
     with attached([layer_of(found)], (), experts=True) as hooks:
         observer = Observer(hooks, ())
-        now = Pass(observer, mask, slice(None), {}, None, entered=(layer_of(found), None, 0))
+        now = Pass(observer, mask, slice(None), None, entered=(layer_of(found), None, 0))
         with bound(PASSES, (now,)):
             found.router(torch.zeros(3, 4))
             with pytest.raises(ModelError, match="The experts of layer 5 see 2 tokens in a batch of 3"):

@@ -20,7 +20,6 @@ import ray
 import torch
 from support.causal_lm import random_shard
 from support.families import tiny_model
-from support.observing import observe
 from support.oracle import FLOAT_FIELDS
 
 from avss_dist.core.errors import BatchTooLarge, ModelError
@@ -31,8 +30,8 @@ from avss_dist.corpus.shards import Batch, Shard, tokenize_corpus
 from avss_dist.executors.interface import ReplicaSpec
 from avss_dist.executors.ray.worker import ShardAssignment, Worker
 from avss_dist.measure.kernels.reference import Accumulator
-from avss_dist.measure.observer import Observer, Pass
-from avss_dist.measure.rows import ObservedTokens, by_matrices, in_order, masks_by_stratum, row_tensors
+from avss_dist.measure.observer import Observer
+from avss_dist.measure.rows import CountedTokens, by_matrices, in_order, masks_by_stratum, row_tensors
 from avss_dist.measure.shard import UNIT_SITES, analyze_shard, counter_bytes, follow
 from avss_dist.models.checkpoints import resolve
 from avss_dist.models.layers import first_tensor
@@ -220,14 +219,14 @@ def test_fillers_count_for_nothing(replica: SmallDevice, shard: Shard) -> None:
 
 
 GRID = np.array([0.25, 1.0])
-Measure = Callable[[torch.Tensor, ObservedTokens, torch.Tensor | None], dict[str, Any]]
+Measure = Callable[[torch.Tensor, CountedTokens, torch.Tensor | None], dict[str, Any]]
 
 
-def compiled(x: torch.Tensor, tokens: ObservedTokens, before: torch.Tensor | None) -> dict[str, Any]:
+def compiled(x: torch.Tensor, tokens: CountedTokens, before: torch.Tensor | None) -> dict[str, Any]:
     return dict(row_tensors(x, tokens, GRID, before))
 
 
-def matrices(x: torch.Tensor, tokens: ObservedTokens, before: torch.Tensor | None) -> dict[str, Any]:
+def matrices(x: torch.Tensor, tokens: CountedTokens, before: torch.Tensor | None) -> dict[str, Any]:
     return dict(by_matrices(tokens.select(x), tokens, GRID, None if before is None else tokens.select(before)))
 
 
@@ -261,7 +260,7 @@ def test_rows_are_those_of_numpy(measure: Measure, geometry: bool, units: int) -
     x[1, 2, 0], x[2, 3, -1], before[3, 1], x[5] = np.inf, np.nan, 0, np.nan
     mask = rng.random((7, 6)) < 0.6
     mask[:4, 1:4], mask[4], mask[5], mask[6] = True, False, True, np.arange(6) == 2
-    tokens = ObservedTokens.of_mask(torch.from_numpy(mask), torch.device("cpu"))
+    tokens = CountedTokens(torch.from_numpy(mask), torch.device("cpu"), slice(None))
     found = measure(torch.from_numpy(x), tokens, torch.from_numpy(before) if geometry else None)
     assert set(found) == set(ROW_FIELDS)
     for i, own in enumerate(mask):
@@ -288,8 +287,7 @@ def test_answers_after_another_prompt_are_not_own() -> None:
     pairing = Pairing(rows=zeros, pairs=zeros, strata=("good", f"good{AFTER_ANOTHER}", "bad"), starts=zeros)
 
     def own(mask: torch.Tensor, pairing: Pairing | None) -> list[int]:
-        with observe([], (), ()) as observer:
-            return Pass(observer, mask, slice(None), {}, pairing).on(mask.device).own_places.tolist()
+        return CountedTokens(mask, mask.device, slice(None), pairing).own_places.tolist()
 
     assert own(mask, pairing) == [0, 5]
     assert own(mask, None) == mask.flatten().nonzero().flatten().tolist()

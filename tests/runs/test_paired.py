@@ -19,7 +19,7 @@ import avss_dist
 from avss_dist.core.names import AFTER_ANOTHER
 from avss_dist.core.settings import Settings
 from avss_dist.corpus.shards import Shard, tokenize_corpus
-from avss_dist.measure.rows import ObservedTokens, by_matrices, row_tensors
+from avss_dist.measure.rows import CountedTokens, by_matrices, row_tensors
 from avss_dist.measure.shard import analyze_shard
 from avss_dist.models.checkpoints import resolve
 from avss_dist.models.loading import load_tokenizer
@@ -120,7 +120,7 @@ def test_rows_are_the_same_on_every_device(dtype: torch.dtype) -> None:
     x[0, 3, 3], x[1, 4, 9], before[2, 5] = torch.inf, torch.nan, 0
     mask = torch.zeros((5, 9), dtype=torch.bool)
     mask[:4, 2:7] = True
-    tokens, thresholds = ObservedTokens.of_mask(mask, x.device), np.array([1e-3, 0.1])
+    tokens, thresholds = CountedTokens(mask, x.device, slice(None)), np.array([1e-3, 0.1])
     found = row_tensors(x, tokens, thresholds, before)
     expected = by_matrices(tokens.select(x), tokens, thresholds, tokens.select(before))
     assert found.keys() == expected.keys()
