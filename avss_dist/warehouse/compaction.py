@@ -13,10 +13,9 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence, Set
+from collections.abc import Callable, Collection, Iterator, Mapping, Set
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
-from dataclasses import dataclass
 from itertools import chain, pairwise
 from pathlib import Path
 
@@ -49,21 +48,8 @@ _STAMPS, _COLUMNS = b"avss_files", b"avss_columns"
 
 Stamps = Mapping[str, str]
 """Size and time of change of the file of a table, by run id."""
-
-
-@dataclass(frozen=True, eq=False)
-class CompactedFile:
-    """A file with the rows of several runs.
-
-    Attributes:
-        path: path of the file.
-        stamps: stamps of the copied files.
-        shared: whether it is in the warehouse. Readers delete no such part.
-    """
-
-    path: Path
-    stamps: Stamps
-    shared: bool = False
+Parts = Mapping[Path, Stamps]
+"""Stamps of the files that each part has copied, by the path of the part."""
 
 
 class TableParts:
@@ -84,16 +70,16 @@ class TableParts:
         self._cached = folder / name
         self._shared = Path(storage.base) / COMPACTED / name if storage.is_local else folder / COMPACTED / name
         self._schema = SOURCE if name == DIGESTS else encoded_schema(name)
-        self._used: list[CompactedFile] = []
-        self._parts: dict[Path, CompactedFile] = {}
+        self._used: Parts = {}
+        self._stamps: dict[Path, Stamps] = {}  # of all parts that were read
         self._unreadable: set[Path] = set()
 
     @property
     def run_ids(self) -> set[str]:
         """Runs of the parts that were last returned."""
-        return {run_id for part in self._used for run_id in part.stamps}
+        return set(chain.from_iterable(self._used.values()))
 
-    def covering(self, stamps: Stamps, requested: Collection[str]) -> Sequence[CompactedFile]:
+    def covering(self, stamps: Stamps, requested: Collection[str]) -> Collection[Path]:
         """Return the parts to read, with each run in at most one.
 
         Runs that are in no part are first copied into new ones in the cache. A warehouse on a local disk with few such
@@ -113,7 +99,7 @@ class TableParts:
                 remove_leftovers(self._cached)
                 self._copy(stamps, missing, spare, minimum, shared=False)
                 self._select(stamps)
-        return self._used
+        return self._used.keys()
 
     def compact(self, stamps: Stamps) -> int:
         """Copy the runs that are in no part of the warehouse into new ones there, and return their number.
@@ -131,17 +117,19 @@ class TableParts:
         spare = self._select(stamps, shared_alone=True)
         return self._copy(stamps, stamps.keys() - self.run_ids, spare, 1, shared=True)
 
-    def _copy(
-        self, stamps: Stamps, missing: Set[str], spare: Sequence[CompactedFile], minimum: int, *, shared: bool
-    ) -> int:
+    def _copy(self, stamps: Stamps, missing: Set[str], spare: Parts, minimum: int, *, shared: bool) -> int:
         """Write new parts in place of the spare and of many small ones, and return the number of missing runs in them.
 
         Args:
             shared: write in the warehouse, where parts are rarely written, and well compressed. Else in the cache,
                 which replaces no part of the warehouse.
         """
-        small = [part for part in self._used if len(part.stamps) < MAX_RUNS // 2 and part.shared <= shared]
-        replaced = [*spare, *(small if (shared and missing) or len(small) > MAX_SMALL else ())]
+        small = {
+            path: copied
+            for path, copied in self._used.items()
+            if len(copied) < MAX_RUNS // 2 and self._is_shared(path) <= shared
+        }
+        replaced = {**spare, **(small if (shared and missing) or len(small) > MAX_SMALL else {})}
         number = 0
         for copied, rows in self._merged(stamps, missing, replaced, minimum):
             data = _to_part(self._name, rows, copied, "zstd" if shared else "lz4")
@@ -152,11 +140,11 @@ class TableParts:
                 with staged_file(self._cached / f"{stem}.parquet") as staged:
                     staged.write_bytes(data)
             number += len(copied.keys() & missing)
-        for part in replaced:
+        for path in replaced:
             if shared:
-                self._storage.delete(self._storage.compacted_path(self._name, part.path.stem))
-            elif not part.shared:
-                part.path.unlink(missing_ok=True)
+                self._storage.delete(self._storage.compacted_path(self._name, path.stem))
+            elif not self._is_shared(path):
+                path.unlink(missing_ok=True)
         return number
 
     def leave_out_unreadable(self) -> bool:
@@ -165,39 +153,43 @@ class TableParts:
         Those in the cache are deleted. A part that another process has deleted since it was listed is one of them.
         """
         before = len(self._unreadable)
-        for part in self._used:
+        for path in self._used:
             try:
-                verify_footer(part.path)
-                pq.ParquetFile(part.path, page_checksum_verification=True).read()
+                verify_footer(path)
+                pq.ParquetFile(path, page_checksum_verification=True).read()
             except (OSError, pa.ArrowException):
-                self._unreadable.add(part.path)
-                if not (part.shared and self._storage.is_local):
-                    part.path.unlink(missing_ok=True)
+                self._unreadable.add(path)
+                if not (self._is_shared(path) and self._storage.is_local):
+                    path.unlink(missing_ok=True)
         return len(self._unreadable) > before
 
-    def _select(self, stamps: Stamps, *, shared_alone: bool = False) -> list[CompactedFile]:
+    def _is_shared(self, path: Path) -> bool:
+        """Whether a part is in the warehouse. Readers delete no such part."""
+        return path.parent == self._shared
+
+    def _select(self, stamps: Stamps, *, shared_alone: bool = False) -> Parts:
         """Use the parts whose files have not changed, and no run twice, the largest first. Return the others."""
         folders = [self._shared] if shared_alone else [self._shared, self._cached]
-        spare: list[CompactedFile] = []
-        self._used = []
-        for part in sorted(
-            chain.from_iterable(map(self._listed, folders)), key=lambda part: (-len(part.stamps), part.path.name)
-        ):
-            current = part.stamps.items() <= stamps.items() and self.run_ids.isdisjoint(part.stamps)
-            (self._used if current else spare).append(part)
+        used: dict[Path, Stamps] = {}
+        spare: dict[Path, Stamps] = {}
+        self._used = used
+        listed = chain.from_iterable(map(self._listed, folders))
+        for path, copied in sorted(listed, key=lambda part: (-len(part[1]), part[0].name)):
+            is_current = copied.items() <= stamps.items() and self.run_ids.isdisjoint(copied)
+            (used if is_current else spare)[path] = copied
         return spare
 
-    def _listed(self, folder: Path) -> Iterator[CompactedFile]:
-        """Yield the readable parts in a folder."""
+    def _listed(self, folder: Path) -> Iterator[tuple[Path, Stamps]]:
+        """Yield the readable parts in a folder, each with the stamps of the files that it copies."""
         for path in sorted(set(folder.glob("*.parquet")) - self._unreadable):
             with suppress(OSError, pa.ArrowException, KeyError, ValueError, TypeError):
-                if path not in self._parts:  # a part is never changed
+                if path not in self._stamps:  # a part is never changed
                     verify_footer(path)
                     metadata = pq.read_metadata(path).metadata or {}
                     if metadata[_COLUMNS] != _columns(self._name):
                         continue
-                    self._parts[path] = CompactedFile(path, dict(json.loads(metadata[_STAMPS])), folder == self._shared)
-                yield self._parts[path]
+                    self._stamps[path] = dict(json.loads(metadata[_STAMPS]))
+                yield path, self._stamps[path]
 
     def _fetch_shared(self) -> bool:
         """Copy the parts of a remote warehouse into the cache, each whole, and return whether a copy is new.
@@ -221,15 +213,15 @@ class TableParts:
         return bool(new)
 
     def _merged(
-        self, stamps: Stamps, missing: Collection[str], replaced: Sequence[CompactedFile], minimum: int
+        self, stamps: Stamps, missing: Collection[str], replaced: Parts, minimum: int
     ) -> Iterator[tuple[dict[str, str], pa.Table]]:
         """Yield the content of new parts: stamps of the copied files, and rows.
 
         They hold the missing runs, and those of the replaced parts whose files have not changed. Runs whose file cannot
         be read are left out.
         """
-        remaining = {run_id for part in self._used if part not in replaced for run_id in part.stamps}
-        unchanged = {run_id for part in replaced for run_id, stamp in part.stamps.items() & stamps.items()}
+        remaining = {run_id for path, copied in self._used.items() if path not in replaced for run_id in copied}
+        unchanged = {run_id for copied in replaced.values() for run_id, _ in copied.items() & stamps.items()}
         run_ids = sorted((unchanged | {*missing}) - remaining)
         chunks = [run_ids[start : start + MAX_RUNS] for start in range(0, len(run_ids), MAX_RUNS)]
         chunks = [chunk for chunk in chunks if len(chunk) >= minimum]

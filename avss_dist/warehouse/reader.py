@@ -382,7 +382,7 @@ class Warehouse:
         paths: list[str] = []
         if self._reads_parts and name in SORTED_BY and not few:
             parts = self._table_parts(name)
-            paths = [str(part.path) for part in parts.covering(stamps, run_ids)]
+            paths = [*map(str, parts.covering(stamps, run_ids))]
             run_ids = run_ids - parts.run_ids
         uncopied = {path: run_id for path, (run_id, _) in files.items() if run_id in run_ids}
         datasets = [ds.dataset(paths, PART_SCHEMAS[name], _VERIFIED_PAGES)] if paths else []
