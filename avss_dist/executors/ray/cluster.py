@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import socket
 import time
@@ -189,7 +190,7 @@ class Watch:
             return False
         self._signs = signs
         self._heard = self._cluster.now()
-        self._alive |= {name: self._heard - sign.silence for name, sign in self._signs.items()}
+        self._alive |= {name: self._heard - silence for name, (silence, *_) in signs.items()}
         return True
 
     def complaint(self, gang: Gang, begun: float) -> str:
@@ -203,8 +204,8 @@ class Watch:
 
     def doing(self, gang: Gang, begun: float) -> Doing | None:
         """Return the activity that the first rank of a gang has reported in its round, if any."""
-        sign = self._signs.get(gang.names[0])
-        return sign.doing if sign and self._heard - sign.age > begun else None
+        _, age, doing = self._signs.get(gang.names[0], (0.0, math.inf, None))
+        return doing if self._heard - age > begun else None
 
 
 def late(silence: Mapping[str, float], heard: Collection[str], elapsed: float, hang_seconds: float) -> list[str]:

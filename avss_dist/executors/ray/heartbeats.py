@@ -3,24 +3,14 @@
 from __future__ import annotations
 
 import time
-from typing import Any, NamedTuple
+from typing import Any
 
 Doing = tuple[str, float]
 """A worker's current activity, and the share of it that is done (0 to 1)."""
 
 
-class Sign(NamedTuple):
-    """Latest known state of a worker.
-
-    Attributes:
-        silence: seconds since it last made progress.
-        age: seconds since it last reported.
-        doing: activity that it reported, if any.
-    """
-
-    silence: float
-    age: float
-    doing: Doing | None
+Sign = tuple[float, float, Doing | None]
+"""Seconds since a worker last made progress, and since it last reported, and the activity that it reported, if any."""
 
 
 class HeartbeatMonitor:
@@ -40,7 +30,7 @@ class HeartbeatMonitor:
         """Return the latest known state of each worker."""
         now = time.monotonic()
         reports = self._reports.items()
-        return {worker: Sign(now - since, now - reported, doing) for worker, (_, since, reported, doing) in reports}
+        return {worker: (now - since, now - reported, doing) for worker, (_, since, reported, doing) in reports}
 
     def tell(self, worker: str, event: Any) -> None:
         """Keep an event of a worker until it is taken."""
