@@ -65,9 +65,10 @@ def scores_at(
         blocks = merge_blocks(shards, BOOTSTRAP_BLOCKS).blocks if shards else []  # as when the run was scored
         for row in score_run(stats, _layer_names(warehouse, run), blocks, [threshold], sites) if stats else ():
             measured = stats[row["layer"], row["site"]]
-            below = measured.below(threshold.at(measured))
-            cut = row["recipe"] != "unit" and below.low < below.high
-            low, high = below[1:] if cut else (row["near_zero_count"],) * 2
+            _, low, high = measured.below(threshold.at(measured))
+            cut = row["recipe"] != "unit" and low < high
+            if not cut:
+                low = high = row["near_zero_count"]
             rows.append(
                 {
                     **identity,

@@ -14,7 +14,7 @@ import tempfile
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from functools import cache, partial
-from typing import Annotated, Any, NamedTuple, TypeVar, get_type_hints
+from typing import Annotated, Any, TypeVar, get_type_hints
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -126,19 +126,6 @@ SUM, MINIMUM, MAXIMUM, ANY, UNITS = (
 MOMENTS, INPUT_MOMENTS, FIRST_MOMENTS = (partial(merge_moments) for _ in range(3))
 
 
-class NearZeroCount(NamedTuple):
-    """Number of elements below a threshold.
-
-    Attributes:
-        near_zero: number of elements. It is fractional if interpolated.
-        low, high: lower and upper bound of the number. They are equal if it is exact.
-    """
-
-    near_zero: float
-    low: float
-    high: float
-
-
 @dataclass(frozen=True, eq=False, kw_only=True)
 class LayerStats:
     """Sufficient statistics of one (layer, site). ``LayerStats.zero(thresholds)`` is the identity of `merge`.
@@ -224,26 +211,27 @@ class LayerStats:
         values = self.abs_value.astype(np.float64)
         return values, next_cut(self.abs_value) if self.abs_value_cut else values, self.abs_value_count
 
-    def below(self, threshold: float) -> NearZeroCount:
-        """Return the number of elements with abs(x) < ``threshold``, with bounds, or 0 if the threshold is NaN.
+    def below(self, threshold: float) -> tuple[float, float, float]:
+        """Return the number of elements with abs(x) < ``threshold``, 0 if it is NaN, and the bounds of this number.
 
-        The number is exact at counted thresholds and at the bounds of `bins`. Elsewhere it is interpolated linearly.
+        The number is exact at counted thresholds and at the bounds of `bins`. Elsewhere it is interpolated linearly,
+        between a lower and an upper bound that differ.
         """
         counted = np.flatnonzero(self.thresholds == threshold)
         if counted.size:
-            return NearZeroCount(*[float(self.near_zero[counted[0]])] * 3)
+            return (float(self.near_zero[counted[0]]),) * 3
         lows, highs, counts = self.bins
         begun = np.searchsorted(lows, threshold) if threshold > 0 else 0
         high = float(counts[:begun].sum())
         if not begun or highs[begun - 1] <= threshold:
-            return NearZeroCount(high, high, high)
+            return high, high, high
         low, edge = float(counts[: begun - 1].sum()), lows[begun - 1]
-        return NearZeroCount(low + float((threshold - edge) / (highs[begun - 1] - edge)) * (high - low), low, high)
+        return low + float((threshold - edge) / (highs[begun - 1] - edge)) * (high - low), low, high
 
     def share_below(self, threshold: float) -> float:
         """Return the share below a threshold of the elements in its histogram bin, or 0 if the bin is empty."""
         bins = [float(histogram_below(self.histogram, edge)) for edge in bin_edges(threshold)]
-        return (self.below(threshold).near_zero - bins[0]) / (bins[1] - bins[0]) if bins[1] > bins[0] else 0.0
+        return (self.below(threshold)[0] - bins[0]) / (bins[1] - bins[0]) if bins[1] > bins[0] else 0.0
 
     @property
     def variance(self) -> float:

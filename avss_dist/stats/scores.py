@@ -287,7 +287,7 @@ def _element_sparsity(table: SiteTable, threshold: Threshold) -> Counts:
     whole run's share of the elements below it in its histogram bin.
     """
     at = [threshold.at(s) for s in table.merged]
-    near_zero = np.array([s.below(t).near_zero for s, t in zip(table.merged, at, strict=True)])
+    near_zero = np.array([s.below(t)[0] for s, t in zip(table.merged, at, strict=True)])
     shares = [s.share_below(t) for s, t in zip(table.merged, at, strict=True)]
 
     def count_below(layer: int, stats: LayerStats) -> float:
