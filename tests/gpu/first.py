@@ -31,7 +31,7 @@ from avss_dist.corpus.shards import Shard
 from avss_dist.measure import observer as observing
 from avss_dist.measure.kernels import kernels_for
 from avss_dist.measure.kernels.cuda import CudaKernels
-from avss_dist.measure.kernels.reference import Accumulator, Kernels, TorchKernels
+from avss_dist.measure.kernels.reference import Accumulator, Kernels
 from avss_dist.measure.observer import Observer, attached
 from avss_dist.models.loading import forward_function, open_module
 from avss_dist.partition.replica import run_batch
@@ -131,7 +131,7 @@ def alone(run: Run) -> None:
                 )
                 run.say(f"    host {host:.3f} ms for {3 if name == 'block' else 2} launches")
         into = Accumulator(x, GRID, units=True, geometry=True)
-        torch_kernels = TorchKernels()
+        torch_kernels = Kernels()
         ms, _ = run.timed(lambda k=torch_kernels, i=into, x=x, b=before: k.add(i, x, mask, b), 3, 1)
         run.say(f"{str(dtype)[6:]:8} normal   {units:5} units block by torch: {ms:.2f} ms")
 
@@ -186,7 +186,7 @@ def speed(run: Run) -> None:
             flops = rows * tokens * (2 * parameters + 2 * tokens * shape[1] * shape[0])
             say = f"{name} {rows} x {tokens}:"
             run.say(f"{say} bare {base:.1f} ms (host {host:.1f}), {flops / base / 1e9:.0f} TFLOP/s")
-            for what, kernels, rounds in (("ours", run.own_kernels(), 7), ("torch", TorchKernels(), 2)):
+            for what, kernels, rounds in (("ours", run.own_kernels(), 7), ("torch", Kernels(), 2)):
                 with _counting_with(kernels), attached(backbone.layers, SITES) as on_layers:
                     observer = Observer(on_layers, THRESHOLDS)
 

@@ -34,7 +34,7 @@ from avss_dist.measure.kernels.cuda import (
     shared_bytes,
     window,
 )
-from avss_dist.measure.kernels.reference import Accumulator, TorchKernels
+from avss_dist.measure.kernels.reference import Accumulator, Kernels
 from avss_dist.models.loading import forward_function, open_module
 from avss_dist.stats.layer_stats import merge_strata
 
@@ -341,5 +341,5 @@ def test_without_a_compiler_torch_counts_and_says_so_once() -> None:
     with pytest.warns(RuntimeWarning, match=r"torch counts torch\.bfloat16, which is slower: the arch") as warned:
         got = counted(CudaKernels(WithoutKernels()), batch)
     assert len(warned) == 1
-    expected = counted(TorchKernels(), batch)
+    expected = counted(Kernels(), batch)
     assert all(got[name].tobytes() == expected[name].tobytes() for name in expected)

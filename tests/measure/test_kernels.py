@@ -23,7 +23,7 @@ from avss_dist.core.settings import THRESHOLDS
 from avss_dist.measure.kernels import cpu, kernels_for, reference
 from avss_dist.measure.kernels.cpu import CpuKernels, compiled
 from avss_dist.measure.kernels.cuda import CudaKernels
-from avss_dist.measure.kernels.reference import Accumulator, Kernels, TorchKernels, float32_limits, to_stats
+from avss_dist.measure.kernels.reference import Accumulator, Kernels, float32_limits, to_stats
 from avss_dist.stats.layer_stats import LayerStats
 
 GRID = np.array(THRESHOLDS)
@@ -49,7 +49,7 @@ def emulated() -> Kernels:
 
 BACKENDS = [
     CpuKernels,
-    TorchKernels,
+    Kernels,
     pytest.param(
         emulated, marks=[pytest.mark.nightly, pytest.mark.skipif(COMPILER is None, reason="needs a C++ compiler")]
     ),
@@ -304,7 +304,7 @@ def test_counts_move_to_64_bits_before_they_overflow(
 def test_small_chunks_change_no_count(monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype) -> None:
     batch = any_batch(13, (3, 8, 16), dtype, oddities=0.002)
     monkeypatch.setattr(reference, "CHUNK", 40)
-    assert_close(measured(TorchKernels(), batch), expected(batch))
+    assert_close(measured(Kernels(), batch), expected(batch))
 
 
 TRANSFERS = {"item": torch.Tensor.item, "nonzero": torch.nonzero, "mask": lambda t: t[t > 0], "bool": bool}
@@ -324,9 +324,7 @@ def test_the_guard_sees_a_copy() -> None:
     assert guard.copies == ["_to_copy", "copy_"]
 
 
-BOTH = pytest.mark.parametrize(
-    "backend", [TorchKernels, lambda: kernels_for(torch.device("cuda"))], ids=["torch", "own"]
-)
+BOTH = pytest.mark.parametrize("backend", [Kernels, lambda: kernels_for(torch.device("cuda"))], ids=["torch", "own"])
 
 
 @pytest.mark.gpu
@@ -350,13 +348,13 @@ def test_a_cuda_device_has_its_own_kernels() -> None:
 
 def test_a_cpu_has_its_own_kernels_and_an_unknown_device_those_of_torch() -> None:
     assert isinstance(kernels_for(torch.device("cpu")), CpuKernels)
-    assert isinstance(kernels_for(torch.device("xpu")), TorchKernels)
+    assert type(kernels_for(torch.device("xpu"))) is Kernels
 
 
 @pytest.mark.skipif(torch.version.cuda is not None, reason="this torch brings CUDA")
 def test_without_nvrtc_torch_counts_on_cuda_and_says_so() -> None:
     with pytest.warns(RuntimeWarning, match="torch counts on cuda:0, which is slower: libnvrtc"):
-        assert isinstance(kernels_for(torch.device("cuda:0")), TorchKernels)
+        assert type(kernels_for(torch.device("cuda:0"))) is Kernels
 
 
 def float32_cases() -> Float64:

@@ -19,7 +19,7 @@ from avss_dist.corpus.pairs import Pairing
 from avss_dist.corpus.shards import Batch
 from avss_dist.measure import observer as observing
 from avss_dist.measure.kernels.cuda import CudaKernels, window
-from avss_dist.measure.kernels.reference import Accumulator, TorchKernels, limits_on
+from avss_dist.measure.kernels.reference import Accumulator, Kernels, limits_on
 from avss_dist.measure.observer import ExpertCounter, Observer, attached
 from avss_dist.models.layers import Experts, Routing
 from avss_dist.models.loading import forward_function, open_module
@@ -59,7 +59,7 @@ def test_a_batch_is_measured_without_waiting(
 ) -> None:
     """Only token ids and the mask of what counts are sent, and the host never asks for a value."""
     launches = Launches()
-    kernels: Any = TorchKernels() if backend == "torch" else CudaKernels(launches)
+    kernels: Any = Kernels() if backend == "torch" else CudaKernels(launches)
     monkeypatch.setattr(observing, "kernels_for", lambda device: kernels)
     # Here transformers itself waits, once a batch, whoever observes.
     monkeypatch.setattr(masking_utils, "find_packed_sequence_indices", lambda position_ids: None)

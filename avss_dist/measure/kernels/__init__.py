@@ -24,7 +24,7 @@ import warnings
 
 import torch
 
-from avss_dist.measure.kernels.reference import Kernels, TorchKernels
+from avss_dist.measure.kernels.reference import Kernels
 
 
 def kernels_for(device: torch.device) -> Kernels:
@@ -43,4 +43,4 @@ def kernels_for(device: torch.device) -> Kernels:
             return CudaKernels(launcher_of(device))
         except NotCompiled as error:
             warnings.warn(f"torch counts on {device}, which is slower: {error}.", RuntimeWarning, stacklevel=2)
-    return TorchKernels()
+    return Kernels()

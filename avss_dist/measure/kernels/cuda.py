@@ -27,7 +27,7 @@ from typing import Any
 
 import torch
 
-from avss_dist.measure.kernels.reference import Accumulator, Kernels, TorchKernels, limits_on
+from avss_dist.measure.kernels.reference import Accumulator, Kernels, limits_on
 
 UNITS_A_WARP, STRIP, RUN = 128, 32, 8  # as in kernels.cu
 MAX_CALLS = 8
@@ -51,7 +51,7 @@ class CudaKernels(Kernels):
         self._launcher, self._chunk = launcher, chunk
         self._memory: dict[int, list[torch.Tensor]] = {}
         self._pending: list[tuple[Accumulator, torch.dtype, int, bytes]] = []
-        self._torch = TorchKernels()
+        self._torch = Kernels()
         self._without: set[torch.dtype] = set()
 
     def add(self, into: Accumulator, x: torch.Tensor, mask: torch.Tensor, before: torch.Tensor | None = None) -> None:

@@ -109,37 +109,6 @@ class Accumulator:
             self.tensors["patterns"] = self.tensors["patterns"].to(torch.int64)
 
 
-class Kernels:
-    """Interface of a backend. Each observer has its own, since a backend may keep memory between calls."""
-
-    _buffer: torch.Tensor | None = None
-
-    def add(self, into: Accumulator, x: torch.Tensor, mask: torch.Tensor, before: torch.Tensor | None = None) -> None:
-        """Add the elementwise statistics and pooled variances of a batch, and its sums by unit if ``into`` keeps them.
-
-        Args:
-            x: [sequences, tokens, units], contiguous, float32 or bfloat16 or float16.
-            mask: bool[sequences, tokens] on the device of ``x``, true for tokens that count.
-            before: input of a block with output ``x``, of the same shape. With it, each token's angle and relative
-                update (of the values as float64) and the moments of the input are added, too.
-        """
-        raise NotImplementedError
-
-    def add_update(self, into: Accumulator, after: torch.Tensor, before: torch.Tensor, mask: torch.Tensor) -> None:
-        """Add ``after - before``, rounded to the wider of their dtypes, as in `add`."""
-        update = self._buffer
-        if after.dtype != before.dtype:
-            update = after - before
-        elif update is None or update.shape != after.shape or update.dtype != after.dtype:
-            update = self._buffer = after - before
-        else:  # fresh pages are expensive
-            torch.sub(after, before, out=update)
-        self.add(into, update, mask)
-
-    def finish(self) -> None:
-        """Complete pending additions. Accumulators are up to date only after this call, which ends every layer."""
-
-
 @lru_cache(maxsize=16)
 def limits_on(thresholds: bytes, device: torch.device) -> torch.Tensor:
     """Return the `float32_limits` of thresholds on a device, int32[k]. The result is cached.
@@ -200,11 +169,23 @@ def _pattern_values(dtype: torch.dtype) -> Float64:
     return patterns.view(dtype).double().numpy()
 
 
-class TorchKernels(Kernels):
-    """Deterministic backend of torch operations without host transfers. Temporaries have up to `CHUNK` elements."""
+class Kernels:
+    """Backend of torch operations, deterministic and without host transfers. Faster backends override it.
+
+    Temporaries have up to `CHUNK` elements. Each observer has its own backend, which may keep memory between calls.
+    """
+
+    _buffer: torch.Tensor | None = None
 
     def add(self, into: Accumulator, x: torch.Tensor, mask: torch.Tensor, before: torch.Tensor | None = None) -> None:
-        """Add the statistics of a batch to an accumulator, as `Kernels.add`."""
+        """Add the elementwise statistics and pooled variances of a batch, and its sums by unit if ``into`` keeps them.
+
+        Args:
+            x: [sequences, tokens, units], contiguous, float32 or bfloat16 or float16.
+            mask: bool[sequences, tokens] on the device of ``x``, true for tokens that count.
+            before: input of a block with output ``x``, of the same shape. With it, each token's angle and relative
+                update (of the values as float64) and the moments of the input are added, too.
+        """
         into.reserve(x.numel())
         size = max(1, CHUNK // x.shape[2])
         for tokens, counted in zip(x.flatten(0, 1).split(size), mask.flatten().split(size), strict=True):
@@ -219,6 +200,20 @@ class TorchKernels(Kernels):
             self._units(into.tensors, x[here], mask[here])
             if before is not None:
                 self._geometry(into.tensors, before[here], x[here], mask[here])
+
+    def add_update(self, into: Accumulator, after: torch.Tensor, before: torch.Tensor, mask: torch.Tensor) -> None:
+        """Add ``after - before``, rounded to the wider of their dtypes, as in `add`."""
+        update = self._buffer
+        if after.dtype != before.dtype:
+            update = after - before
+        elif update is None or update.shape != after.shape or update.dtype != after.dtype:
+            update = self._buffer = after - before
+        else:  # fresh pages are expensive
+            torch.sub(after, before, out=update)
+        self.add(into, update, mask)
+
+    def finish(self) -> None:
+        """Complete pending additions. Accumulators are up to date only after this call, which ends every layer."""
 
     def _float32(self, into: Tensors, thresholds: Float64, x: torch.Tensor, mask: torch.Tensor) -> None:
         sizes = x.view(torch.int32) & 0x7FFFFFFF
