@@ -17,7 +17,7 @@ from collections import Counter
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from contextvars import ContextVar
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from types import MappingProxyType
 from typing import Any, ClassVar
@@ -306,21 +306,6 @@ def _shortened(router: nn.Module, keep: torch.Tensor) -> Iterator[None]:
 
 
 @dataclass(frozen=True)
-class ChosenUnits:
-    """Units of the experts that each token is sent to.
-
-    Attributes:
-        units: [tokens, k, units], the inputs of their down projections.
-        index: integer [tokens, k], the indices of the experts.
-        gates: [tokens, k], the weights of their outputs.
-    """
-
-    units: torch.Tensor
-    index: torch.Tensor
-    gates: torch.Tensor
-
-
-@dataclass(frozen=True)
 class DownProjections:
     """Down projections of the fused experts of a layer, stacked in one parameter.
 
@@ -345,8 +330,8 @@ class DownProjections:
         assert routing is not None
         return routing
 
-    def units(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> ChosenUnits:
-        """Return the units of the experts that each token is sent to.
+    def units(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Routing:
+        """Return a routing whose hidden units are the inputs of the down projections of a token's experts.
 
         Args:
             args, kwargs: arguments of a call of the experts.
@@ -365,7 +350,7 @@ class DownProjections:
                     index, gates = (tensor[:, slot : slot + 1] for tensor in (routing.index, routing.gates))
                     only = {id(routing.index): index, id(routing.gates): torch.ones_like(gates)}
                     units[:, slot, start : start + read] = self._call(args, kwargs, only)[:, :read]
-        return ChosenUnits(units, routing.index, routing.gates)
+        return replace(routing, hidden=units)
 
     def is_linear(self, args: Sequence[Any], kwargs: Mapping[str, Any], output: torch.Tensor, tolerance: float) -> bool:
         """Whether the output of a call is that of the down projections and their biases applied to `units`.
@@ -375,7 +360,7 @@ class DownProjections:
             tolerance: largest difference, relative to the norm of the output.
         """
         rows, chosen = self.as_rows(self.module.get_parameter(self.WEIGHT)), self.units(args, kwargs)
-        gated = chosen.units.float() * chosen.gates.unsqueeze(-1).float()
+        gated = chosen.hidden.float() * chosen.gates.unsqueeze(-1).float()
         from_units = gated.new_zeros(len(gated), rows.shape[-1])
         for token, experts in enumerate(chosen.index.tolist()):  # one matrix at a time in float32
             for units, expert in zip(gated[token], experts, strict=True):

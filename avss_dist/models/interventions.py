@@ -22,7 +22,7 @@ from torch import nn
 
 from avss_dist.core.errors import ModelError
 from avss_dist.core.intervention import PARTS, Removal, Sublayer, sublayers_of
-from avss_dist.models.layers import Layer, LayerCall, first_tensor, input_tensor, output_tensor
+from avss_dist.models.layers import Layer, LayerCall, Routing, first_tensor, input_tensor, output_tensor
 from avss_dist.system.process import bound
 
 MAX_REPRESENTATIVES = 8  # layers, beside the ends of each kind
@@ -204,12 +204,12 @@ class CapturedCall:
 
     input: torch.Tensor
     output: torch.Tensor
-    units: Any = None
+    units: Routing | None = None
 
 
 @contextmanager
 def captured(
-    modules: Mapping[Key, nn.Module], units: Mapping[Key, Callable[..., Any]] = {}
+    modules: Mapping[Key, nn.Module], units: Mapping[Key, Callable[..., Routing]] = {}
 ) -> Iterator[dict[Key, CapturedCall]]:
     """Record copies of the hidden states that modules take and return inside the context. The last call counts.
 

@@ -73,10 +73,10 @@ class Experts:
 
 @dataclass(frozen=True)
 class Routing:
-    """Arguments of a call of the experts.
+    """Tensors of a call of the experts.
 
     Attributes:
-        hidden: hidden states, [tokens, units].
+        hidden: hidden states, [tokens, units]; or the hidden units of each of a token's experts, [tokens, k, units].
         index: integer [tokens, k], the indices of each token's experts.
         gates: floating [tokens, k], the weights of the experts' outputs.
     """

@@ -25,14 +25,9 @@ from avss_dist.core.errors import ConfigError, CorpusError, ModelError
 from avss_dist.core.intervention import Expert
 from avss_dist.core.settings import Settings
 from avss_dist.models.checkpoints import resolve
-from avss_dist.models.experts import (
-    ChosenUnits,
-    find_down_projections,
-    find_routed_experts,
-    require_experts,
-    without_experts,
-)
+from avss_dist.models.experts import find_down_projections, find_routed_experts, require_experts, without_experts
 from avss_dist.models.interventions import CapturedCall
+from avss_dist.models.layers import Routing
 from avss_dist.models.loading import open_module
 from avss_dist.pruning.checkpoint import pruned_from
 from avss_dist.pruning.plan import Plan, read_plan
@@ -413,7 +408,7 @@ def test_units_are_those_of_the_definition(family: str) -> None:
                 expected[token, slot] = units
         before = experts.down_proj.clone()
         output = experts(hidden, index, gates)
-    torch.testing.assert_close(chosen.units, expected, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(chosen.hidden, expected, rtol=1e-4, atol=1e-5)
     assert torch.equal(chosen.index, index) and torch.equal(chosen.gates, gates)
     assert torch.equal(experts.down_proj, before)
     with torch.no_grad():
@@ -424,7 +419,7 @@ def test_units_are_those_of_the_definition(family: str) -> None:
 def test_fits_of_experts_average_to_what_experts_give() -> None:
     """Whatever matrices they have; and what is missing is divided among them without a rest."""
     torch.manual_seed(0)
-    chosen = ChosenUnits(torch.randn(9, 2, 5), torch.stack([torch.randperm(4)[:2] for _ in range(9)]), torch.rand(9, 2))
+    chosen = Routing(torch.randn(9, 2, 5), torch.stack([torch.randperm(4)[:2] for _ in range(9)]), torch.rand(9, 2))
     matrices = torch.randn(4, 5, 3)
     layer = open_module(mixture("qwen3_moe")).layers[1]
     down = find_down_projections(layer.experts.module)
@@ -435,7 +430,7 @@ def test_fits_of_experts_average_to_what_experts_give() -> None:
     for matrix, (x, tokens, weight) in zip(matrices, parts, strict=True):
         given[tokens] += weight * (x @ matrix)
         shares[tokens] += weight
-    expected = torch.einsum("tk,tku,tkuo->to", chosen.gates, chosen.units, matrices[chosen.index])
+    expected = torch.einsum("tk,tku,tkuo->to", chosen.gates, chosen.hidden, matrices[chosen.index])
     torch.testing.assert_close(given, expected)
     torch.testing.assert_close(shares, torch.ones(9, 1))
 

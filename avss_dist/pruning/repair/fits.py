@@ -219,7 +219,7 @@ def features_of(
         total, parts = gates.sum(dim=1), list[Features]()
         for expert in projection.remaining:
             tokens, slots = torch.where((chosen.index == expert) & (gates > 0))
-            x = (factor * total[tokens])[:, None] * chosen.units[tokens, slots].float()
+            x = (factor * total[tokens])[:, None] * chosen.hidden[tokens, slots].float()
             parts.append((x, tokens, (gates[tokens, slots] / total[tokens])[:, None]))
         return parts
     hidden = factor * (last.output if step.features == "output" else linear.input).float()
