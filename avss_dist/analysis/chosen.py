@@ -151,6 +151,6 @@ def _details(runs: Sequence[Mapping[str, Any]]) -> Iterator[list[str | None]]:
     for name in _TELLING:
         yield [None if run[name] is None else basename(run.get(f"{name}_name") or run[name]) for run in runs]
     settings = [settings_of(run) for run in runs]
-    for key in dict.fromkeys(key for one in settings for key in one if key not in _TELLING):
-        yield [f"{key}={one[key]}" if one.get(key) else None for one in settings]
+    for key in dict.fromkeys(key for setting in settings for key in setting if key not in _TELLING):
+        yield [f"{key}={setting[key]}" if setting.get(key) else None for setting in settings]
     yield [run["run_id"][-10:] for run in runs]

@@ -301,7 +301,9 @@ def _predictions(
         if np.isfinite(grid).all():
             classifiers += [(layer, name, *_auroc(a, column, weights)) for layer, column in enumerate(grid.T)]
     number = sum(layer is not None for layer, *_ in classifiers)
-    best = max((one for one in classifiers if one[0] is None), key=lambda one: one[2])
+    best = max(
+        (classifier for classifier in classifiers if classifier[0] is None), key=lambda classifier: classifier[2]
+    )
     corrected = 1 - (1 - INTERVAL) / max(number, 1)  # Bonferroni, over layers and statistics
     rows = []
     for layer, name, value, left_out in classifiers:

@@ -105,42 +105,42 @@ def experts_section(label: str, run: Mapping[str, Any], layers: Sequence[LayerEx
     Args:
         run: a row of ``runs``.
     """
-    idle, number = sum(len(one.idle) for one in layers), sum(len(one.load) for one in layers)
-    uneven = min(layers, key=lambda one: one.balance)
+    idle, number = sum(len(layer.idle) for layer in layers), sum(len(layer.load) for layer in layers)
+    uneven = min(layers, key=lambda layer: layer.balance)
     summary = (
         f"{idle} of {number} experts got no token. The spread is least even in layer {uneven.layer}: "
         f"balance {uneven.balance:.3f}, where 1 is even; its busiest expert got {uneven.load.max():.0%} of the tokens."
     )
-    balance = [one.balance for one in layers]
-    least_salient = [np.argsort(one.saliency, kind="stable")[:NUM_NAMED].tolist() for one in layers]
+    balance = [layer.balance for layer in layers]
+    least_salient = [np.argsort(layer.saliency, kind="stable")[:NUM_NAMED].tolist() for layer in layers]
     table = ReportTable(
         name="experts",
         title="Routed experts by layer",
         columns=[
-            ReportColumn("layer", [one.layer for one in layers]),
+            ReportColumn("layer", [layer.layer for layer in layers]),
             BarColumn(values=balance),
             ReportColumn(
                 "balance", balance, "{:z.3f}".format, meaning="entropy of the tokens' spread over experts, 1 is even"
             ),
             ReportColumn(
                 "router entropy",
-                [one.router_entropy for one in layers],
+                [layer.router_entropy for layer in layers],
                 "{:z.3f}".format,
                 meaning="of its probabilities, a mean over tokens",
                 priority=3,
             ),
-            ReportColumn("experts", [len(one.load) for one in layers], priority=4),
-            ReportColumn("idle", [len(one.idle) for one in layers]),
+            ReportColumn("experts", [len(layer.load) for layer in layers], priority=4),
+            ReportColumn("idle", [len(layer.idle) for layer in layers]),
             ReportColumn(
                 "busiest",
-                [_largest(one.load) for one in layers],
+                [_largest(layer.load) for layer in layers],
                 meaning="share of the routed tokens",
                 priority=2,
                 number=False,
             ),
             ReportColumn(
                 "carries most",
-                [_largest(one.carried) for one in layers],
+                [_largest(layer.carried) for layer in layers],
                 meaning="share of the sum of gate x |output|",
                 priority=2,
                 number=False,

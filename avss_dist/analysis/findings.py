@@ -458,27 +458,29 @@ def expert_findings(warehouse: Warehouse, run_ids: Sequence[str]) -> Iterator[Ro
     rows = warehouse.table("expert_stats", run_ids=run_ids)
     for run_id in dict.fromkeys(rows["run_id"].to_pylist()):
         layers = experts_by_layer(rows.filter(pc.field("run_id") == run_id))
-        if affected := [one for one in layers if one.idle]:
-            idle, number = sum(len(one.idle) for one in layers), sum(len(one.load) for one in layers)
-            lists = "; ".join(f"layer {one.layer}: {', '.join(map(str, one.idle[:8]))}" for one in affected[:MAX_NAMED])
+        if affected := [layer for layer in layers if layer.idle]:
+            idle, number = sum(len(layer.idle) for layer in layers), sum(len(layer.load) for layer in layers)
+            lists = "; ".join(
+                f"layer {layer.layer}: {', '.join(map(str, layer.idle[:8]))}" for layer in affected[:MAX_NAMED]
+            )
             yield finding(
                 "idle_experts",
                 "warning" if idle > number / 4 else "note",
                 idle / number,
                 f"{idle} of {number} experts got no token of this text, in "
-                f"{layers_in_words([one.layer for one in affected])} ({lists}"
+                f"{layers_in_words([layer.layer for layer in affected])} ({lists}"
                 f"{'; ...' if len(affected) > MAX_NAMED else ''}): nothing is known of them but that.",
                 run_id=run_id,
             )
-        if affected := [one for one in layers if len(one.carried) > 1 and one.carried.max() > DOMINANT]:
-            extreme = max(affected, key=lambda one: float(one.carried.max()))
+        if affected := [layer for layer in layers if len(layer.carried) > 1 and layer.carried.max() > DOMINANT]:
+            extreme = max(affected, key=lambda layer: float(layer.carried.max()))
             share = float(extreme.carried.max())
             yield finding(
                 "dominant_expert",
                 "warning" if len(affected) > len(layers) / 2 else "note",
                 share,
                 "One expert gives more than half of what all experts add, in "
-                f"{layers_in_words([one.layer for one in affected])} (expert {int(extreme.carried.argmax())} gives "
+                f"{layers_in_words([layer.layer for layer in affected])} (expert {int(extreme.carried.argmax())} gives "
                 f"{share:.0%} in layer {extreme.layer}).",
                 run_id=run_id,
             )

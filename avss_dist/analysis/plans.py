@@ -310,21 +310,21 @@ def plan_sparsity(
         PlanError: if a top-k keeps no unit.
     """
     maps = []
-    for one, share in zip(measured, sparsities.tolist(), strict=True):
-        value, expected = share, int(share * one.inputs) / one.inputs
+    for linear_map, share in zip(measured, sparsities.tolist(), strict=True):
+        value, expected = share, int(share * linear_map.inputs) / linear_map.inputs
         if by != TOP_K:
-            value, counts = float(one.thresholds([share])[0]), one.read.abs_value_count
-            up_to = float(counts[one.read.abs_value.astype(np.float64) <= value].sum())
-            expected = share if one.read.abs_value_cut else up_to / max(float(counts.sum()), 1.0)
+            value, counts = float(linear_map.thresholds([share])[0]), linear_map.read.abs_value_count
+            up_to = float(counts[linear_map.read.abs_value.astype(np.float64) <= value].sum())
+            expected = share if linear_map.read.abs_value_cut else up_to / max(float(counts.sum()), 1.0)
             if share == 0:
-                value, expected = 0.0, one.read.zero_count / max(1, one.read.count)
+                value, expected = 0.0, linear_map.read.zero_count / max(1, linear_map.read.count)
         maps.append(
             MapPlan(
-                layer=one.layer,
-                map=one.path,
-                site=one.site,
-                outputs=one.outputs,
-                inputs=one.inputs,
+                layer=linear_map.layer,
+                map=linear_map.path,
+                site=linear_map.site,
+                outputs=linear_map.outputs,
+                inputs=linear_map.inputs,
                 sparsity=min(expected, 1 - 1e-9),
                 by=by,
                 value=value,
@@ -332,9 +332,9 @@ def plan_sparsity(
         )
     whole, findings = set(range(run["num_layers"])), []
     for site, what in (("query_input", "attention"), ("neuron", "MLP")):
-        if missing := whole - {one.layer for one in measured if one.site == site}:
+        if missing := whole - {linear_map.layer for linear_map in measured if linear_map.site == site}:
             findings.append(f"The {what} of {len(missing)} of {len(whole)} layers stays dense: its maps are fused.")
-    by_map, sizes = np.array([one.sparsity for one in maps]), map_sizes(measured)
+    by_map, sizes = np.array([planned.sparsity for planned in maps]), map_sizes(measured)
     return SparsityPlan(
         model=run["model"],
         revision=run["revision"],

@@ -262,8 +262,8 @@ def _best_sets(rows: Sequence[Row]) -> Iterator[dict[str, Any]]:
             about = {"dropped": describe_removed(removed), "size": size_removed(removed)}
             kept = float(retention_of(metric, np.array(whole), np.array(row["value"])))
             sets.append({"series": f"{describe_task(task)}{repair}", **about, "kept": kept})
-        sets = sorted((one for one in sets if isfinite(one["kept"])), key=lambda one: one["kept"])
-        best = {(one["series"], one["size"]): one for one in sets}
+        sets = sorted((row for row in sets if isfinite(row["kept"])), key=lambda row: row["kept"])
+        best = {(row["series"], row["size"]): row for row in sets}
         yield from (best[key] for key in sorted(best))
 
 

@@ -104,11 +104,11 @@ def page_data(
                 "blocks": [block | {"distance": _round(block["distance"], DIGITS)} for block in measured["blocks"]],
                 "kept": [
                     {
-                        **one,
-                        "share": _round(one["size"] / run["num_layers"], DIGITS),
-                        "kept": _round(one["kept"], DIGITS),
+                        **entry,
+                        "share": _round(entry["size"] / run["num_layers"], DIGITS),
+                        "kept": _round(entry["kept"], DIGITS),
                     }
-                    for one in measured["sets"]
+                    for entry in measured["sets"]
                 ],
             }
             for run, measured in zip(runs, without, strict=True)

@@ -377,12 +377,12 @@ def in_short(
         largest, of_claim, size = [], [], count_lowest(run["num_layers"] or 0)
         for task, of_task in list(by_task.items())[:MAX_LISTED]:
             if enough := [removed for removed in of_task if removed["kept"] >= CLAIMED_KEPT]:
-                one = max(enough, key=lambda removed: removed["size"])
-                largest.append(f"{task}: {one['size']:g} layers ({one['dropped']}), {one['kept']:z.0%} kept.")
+                chosen = max(enough, key=lambda removed: removed["size"])
+                largest.append(f"{task}: {chosen['size']:g} layers ({chosen['dropped']}), {chosen['kept']:z.0%} kept.")
             else:
-                one = max(of_task, key=lambda removed: removed["kept"])
+                chosen = max(of_task, key=lambda removed: removed["kept"])
                 largest.append(
-                    f"{task}: no set that was evaluated; without {one['dropped']}, {one['kept']:z.0%} is kept."
+                    f"{task}: no set that was evaluated; without {chosen['dropped']}, {chosen['kept']:z.0%} is kept."
                 )
             for removed in (removed for removed in of_task if removed["size"] == size):
                 of_claim.append(f"{task}: {removed['kept']:z.0%} at best, without {removed['dropped']}.")

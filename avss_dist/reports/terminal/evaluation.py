@@ -58,19 +58,24 @@ def evaluation_table(evaluations: Evaluations) -> RenderableType:
         "Retention: the metric without the layers over that with them (of a perplexity: with over without), "
         "and its 95% interval over the same samples."
     )
-    if not all(one.retained.has_interval for one in evaluations if one.retained):
+    if not all(evaluation.retained.has_interval for evaluation in evaluations if evaluation.retained):
         caption = f"{caption} {NO_INTERVAL}"
-    metrics = [one.result.metrics()[-1] for one in evaluations]
+    metrics = [evaluation.result.metrics()[-1] for evaluation in evaluations]
     errors = [error if math.isfinite(error) else None for *_, error in metrics]
-    dropped = [one.subject.intervention.removed for one in evaluations]
-    whole = [one.whole.metrics()[-1][1] if one.whole else None for one in evaluations]
-    retained = [one.retained for one in evaluations]
+    dropped = [evaluation.subject.intervention.removed for evaluation in evaluations]
+    whole = [evaluation.whole.metrics()[-1][1] if evaluation.whole else None for evaluation in evaluations]
+    retained = [evaluation.retained for evaluation in evaluations]
     intervals = [retention and known_interval(retention.low, retention.high) for retention in retained]
     table = ReportTable(
         columns=[
-            ReportColumn("", [one.subject.label for one in evaluations], number=False, wraps=True),
-            ReportColumn("dropped", [count_removed(one) if one else None for one in dropped], number=False, priority=3),
-            ReportColumn("task", [one.task for one in evaluations], number=False, wraps=True),
+            ReportColumn("", [evaluation.subject.label for evaluation in evaluations], number=False, wraps=True),
+            ReportColumn(
+                "dropped",
+                [count_removed(removed) if removed else None for removed in dropped],
+                number=False,
+                priority=3,
+            ),
+            ReportColumn("task", [evaluation.task for evaluation in evaluations], number=False, wraps=True),
             ReportColumn("metric", [metric for metric, *_ in metrics], number=False),
             ReportColumn("value", [value for _, value, _ in metrics], "{:z.4g}".format),
             ReportColumn("+/-", errors, "{:z.2g}".format, priority=4),
@@ -309,9 +314,9 @@ def thresholds_table(plan: SparsityPlan) -> ReportTable:
         red = round(255 * min(point.sparsity, 1.0))
         return f"rgb({red},128,{255 - red})"
 
-    maps = list(dict.fromkeys(one.map for one in plan.projections))
-    by_place = {(one.layer, one.map): one for one in plan.projections}
-    layers = sorted({one.layer for one in plan.projections})
+    maps = list(dict.fromkeys(planned.map for planned in plan.projections))
+    by_place = {(planned.layer, planned.map): planned for planned in plan.projections}
+    layers = sorted({planned.layer for planned in plan.projections})
     return ReportTable(
         title=f"What becomes zero in {plan.model}: by {plan.projections[0].by}, and the sparsity that is expected",
         columns=[
@@ -320,7 +325,7 @@ def thresholds_table(plan: SparsityPlan) -> ReportTable:
                 ReportColumn(
                     name.rpartition(".")[2],
                     [by_place.get((layer, name)) for layer in layers],
-                    lambda one: f"{one.value:z.3g} {one.sparsity:4.0%}",
+                    lambda planned: f"{planned.value:z.3g} {planned.sparsity:4.0%}",
                     style=shade,
                     priority=number,
                 )

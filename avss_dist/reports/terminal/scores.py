@@ -68,7 +68,7 @@ def layer_table(run: Mapping[str, Any], scores: Sequence[Mapping[str, Any]], own
         *(column(name, name, number, 1) for name in own),
     ]
     if why_no_interval(run["num_shards"] or 0):
-        columns = [one for one in columns if isinstance(one, BarColumn) or one.heading not in OF_SHARDS]
+        columns = [column for column in columns if isinstance(column, BarColumn) or column.heading not in OF_SHARDS]
     table = ReportTable(
         columns=columns,
         title=f"{run['model']}  {first['site']} / {first['recipe']} / |x| < {threshold}",

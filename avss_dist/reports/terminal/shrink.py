@@ -45,7 +45,7 @@ def shrunk_tables(done: Shrunk) -> RenderableType:
     )
     tables = [table]
     if len(done.curve) > 1:
-        dropped, retentions = [len(one.plan.drop) for one in done.curve], [one.kept for one in done.curve]
+        dropped, retentions = [len(point.plan.drop) for point in done.curve], [point.kept for point in done.curve]
         columns: list[ReportColumn | BarColumn] = [
             ReportColumn("layers dropped", dropped),
             ReportColumn("share", [number / plan.num_layers for number in dropped], "{:z.0%}".format),
@@ -59,13 +59,13 @@ def shrunk_tables(done: Shrunk) -> RenderableType:
 
 def continuation_tables(continuations: Sequence[Continuation]) -> Iterator[ReportTable]:
     """Yield a table for each prompt, with a row for each model."""
-    for prompt in dict.fromkeys(one.prompt for one in continuations):
-        of_prompt = [one for one in continuations if one.prompt == prompt]
-        texts = [" ".join(one.text.split()) for one in of_prompt]
+    for prompt in dict.fromkeys(continuation.prompt for continuation in continuations):
+        of_prompt = [continuation for continuation in continuations if continuation.prompt == prompt]
+        texts = [" ".join(continuation.text.split()) for continuation in of_prompt]
         yield ReportTable(
             title=f"Greedy continuation of: {' '.join(prompt.split())}",
             columns=[
-                ReportColumn("model", [one.variant for one in of_prompt], number=False, wraps=True),
+                ReportColumn("model", [continuation.variant for continuation in of_prompt], number=False, wraps=True),
                 ReportColumn("continuation", texts, number=False, wraps=True),
             ],
         )
@@ -78,14 +78,14 @@ def _task_columns(task: TaskRetention) -> Iterator[ReportColumn]:
     metrics = [readable_metric(result) for result in task.results.values()]
     group = basename(task.task.removeprefix(PERPLEXITY))
     yield ReportColumn(metrics[0][0], [value for _, value in metrics], group=group)
-    yield ReportColumn("kept", [one and one.value for one in kept], "{:z.1%}".format, missing="")
-    intervals = [one and known_interval(one.low, one.high) for one in kept]
+    yield ReportColumn("kept", [retention and retention.value for retention in kept], "{:z.1%}".format, missing="")
+    intervals = [retention and known_interval(retention.low, retention.high) for retention in kept]
     yield ReportColumn("95% interval", intervals, interval("{:z.1%}".format), priority=1)
 
 
 def shrunk_values(done: Shrunk) -> dict[str, Any]:
     """Return the results of shrinking as plain values, for programs."""
-    curve = [{"drop": one.plan.drop, "kept": one.kept} for one in done.curve]
+    curve = [{"drop": point.plan.drop, "kept": point.kept} for point in done.curve]
     about = {"output": done.folder, "bytes": done.bytes, "drop": done.best.plan.drop, "kept": done.best.kept}
     values = {
         **about,
@@ -94,7 +94,10 @@ def shrunk_values(done: Shrunk) -> dict[str, Any]:
         "difference": done.difference,
         "notes": [*done.notes],
     }
-    texts = [{"prompt": one.prompt, "model": one.variant, "text": one.text} for one in done.continuations]
+    texts = [
+        {"prompt": continuation.prompt, "model": continuation.variant, "text": continuation.text}
+        for continuation in done.continuations
+    ]
     values |= {"continuations": texts} if texts else {}
     if done.distillation:
         kept = {task.task: task.final for task in done.best.tasks}
