@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -33,40 +33,22 @@ MAX_KEPT_BYTES = 2 << 30  # of changes of outputs that wait for the gradients of
 Key = tuple[int, str]  # layer, and path of a linear map below it
 
 
+See = Callable[[Any, Layer, Projection, torch.Tensor, torch.Tensor], None]
+"""Receives the current pass and a linear map that has run: the layer, the map, the map's input and its output."""
+
+
 @contextmanager
-def reporting_maps(maps: Iterable[tuple[Layer, Projection]]) -> Iterator[None]:
-    """Report linear maps to the current pass inside the context, while gradients are enabled.
+def reporting_maps(maps: Iterable[tuple[Layer, Projection]], see: See) -> Iterator[None]:
+    """Report linear maps to a function inside the context whenever one has run while gradients are enabled."""
 
-    Its method ``see`` is called with the layer, the map, the map's input and its output whenever the map has run.
-    """
-
-    def see(layer: Layer, projection: Projection, args: Any, kwargs: Any, output: Any) -> None:
+    def report(layer: Layer, projection: Projection, args: Any, kwargs: Any, output: Any) -> None:
         current = CURRENT.get()
         if torch.is_grad_enabled() and current is not None:
             x = next(t for t in (*args, *kwargs.values()) if isinstance(t, torch.Tensor))
-            current.see(layer, projection, x, output)
+            see(current, layer, projection, x, output)
 
-    with hooked(after=[(projection.module, partial(see, layer, projection)) for layer, projection in maps]):
+    with hooked(after=[(projection.module, partial(report, layer, projection)) for layer, projection in maps]):
         yield
-
-
-class _ZeroingPass(BackwardPass):
-    """Sums over one batch: float64[thresholds], by order and map."""
-
-    def see(self, layer: Layer, projection: Projection, x: torch.Tensor, out: torch.Tensor) -> None:
-        """Listen to the gradient of a linear map that has run."""
-        key = layer.index, projection.path
-        self.listen(out, partial(self._project, key, projection.module, x.detach()))
-
-    def _project(self, key: Key, module: nn.Module, x: torch.Tensor, number: int, gradient: torch.Tensor) -> None:
-        """Add the products <g, d> of all tokens, or half of their squares for drawn labels."""
-        gradient = (gradient @ weight_of(module)).to(x.dtype)
-        x, g = x.reshape(-1, x.shape[-1]).float(), gradient.reshape(-1, x.shape[-1]).float()
-        edges = torch.tensor(self.measure.thresholds[key], dtype=torch.float32, device=x.device)
-        at = torch.bucketize(x.abs(), edges)
-        sums = torch.zeros((len(x), len(edges) + 1), device=x.device).scatter_add_(1, at, g * x)
-        change = -sums.double().cumsum(dim=1)[:, :-1]
-        self.add((SECOND if number else FIRST, key), self.change_of_loss(number, change, dim=0))
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -90,7 +72,7 @@ class MapDamage(BackwardMeasure):
     draws: int = DRAWS
     seed: int = 0
     measure = "map damage"
-    new_pass = _ZeroingPass
+    new_pass = BackwardPass
 
     def identity(self) -> dict[str, Any]:
         """Return the values that the key is made of."""
@@ -99,9 +81,29 @@ class MapDamage(BackwardMeasure):
     def hooked(self, layers: Sequence[Layer]) -> AbstractContextManager[None]:
         """Report the linear maps with thresholds to the current pass inside the context."""
         maps = ((layer, projection) for layer in layers for projection in layer.projections)
-        return reporting_maps([pair for pair in maps if (pair[0].index, pair[1].path) in self.thresholds])
+        return reporting_maps([pair for pair in maps if (pair[0].index, pair[1].path) in self.thresholds], self._listen)
 
-    def rows(self, layers: Sequence[Layer], passes: Sequence[_ZeroingPass], weights: Float64) -> Iterator[Row]:
+    def _listen(
+        self, current: BackwardPass, layer: Layer, projection: Projection, x: torch.Tensor, out: torch.Tensor
+    ) -> None:
+        """Add to a pass, at each gradient of the output, the products <g, d> of all tokens, or half of their squares.
+
+        Its sums are float64[thresholds], by order and map.
+        """
+        key, x = (layer.index, projection.path), x.detach()
+
+        def add(number: int, gradient: torch.Tensor) -> None:
+            g = (gradient @ weight_of(projection.module)).to(x.dtype)
+            inputs, g = x.reshape(-1, x.shape[-1]).float(), g.reshape(-1, x.shape[-1]).float()
+            edges = torch.tensor(self.thresholds[key], dtype=torch.float32, device=inputs.device)
+            at = torch.bucketize(inputs.abs(), edges)
+            sums = torch.zeros((len(inputs), len(edges) + 1), device=inputs.device).scatter_add_(1, at, g * inputs)
+            change = -sums.double().cumsum(dim=1)[:, :-1]
+            current.add((SECOND if number else FIRST, key), current.change_of_loss(number, change, dim=0))
+
+        current.listen(out, add)
+
+    def rows(self, layers: Sequence[Layer], passes: Sequence[BackwardPass], weights: Float64) -> Iterator[Row]:
         """Yield the rows of all passes."""
         for order, key in passes[0].sums:
             samples: Float64 = np.sum([batch.sums[order, key].cpu().numpy() for batch in passes], axis=0)
@@ -245,7 +247,8 @@ class RoundingDamage(BackwardMeasure):
 
     def hooked(self, layers: Sequence[Layer]) -> AbstractContextManager[None]:
         """Report all linear maps to the current pass inside the context."""
-        return reporting_maps((layer, projection) for layer in layers for projection in layer.projections)
+        maps = ((layer, projection) for layer in layers for projection in layer.projections)
+        return reporting_maps(maps, _RoundingPass.see)
 
     def rows(self, layers: Sequence[Layer], passes: Sequence[_RoundingPass], weights: Float64) -> Iterator[Row]:
         """Yield the rows of all passes, and the number of weights of every place and their bits in every format."""
