@@ -386,7 +386,7 @@ def _likelihoods(model: LanguageModel, questions: Sequence[Question]) -> list[tu
 
 
 class _Module:
-    """Stand-in for a model's module, which calls the model as its intervention requires.
+    """Stand-in for a model's module, which generates as the intervention requires.
 
     Args:
         failures: see `harness_model`.
@@ -397,10 +397,6 @@ class _Module:
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._model.module, name)
-
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        with _noting(self._failures):
-            return self._model.call(*args, **{**kwargs, "use_cache": False})
 
     def generate(self, **kwargs: Any) -> Any:
         with _noting(self._failures):
