@@ -10,6 +10,7 @@ import numpy as np
 
 from avss_dist.core.errors import ConfigError, QueryError
 from avss_dist.core.intervention import RoundedPlace
+from avss_dist.core.names import BITS_PER_WEIGHT, NUM_WEIGHTS
 from avss_dist.core.registry import MEASURED_ONLY, PRECISION_ESTIMATES, SECOND_ORDER
 from avss_dist.core.settings import Settings
 from avss_dist.core.text import describe_bytes
@@ -17,7 +18,7 @@ from avss_dist.map_plans.budget import ROUNDING_ERROR, Choice, Float64, in_order
 from avss_dist.map_plans.plans import MapPrecision, PrecisionPlan
 from avss_dist.models.checkpoints import resolve
 from avss_dist.models.number_formats import FORMATS
-from avss_dist.pruning.ground_truth import MapRounding, map_roundings, repeated_command
+from avss_dist.pruning.ground_truth import map_roundings, repeated_command
 from avss_dist.pruning.plan import run_size, to_yaml, write_text
 from avss_dist.pruning.selection import PlanError
 from avss_dist.requests import PrecisionRequest
@@ -38,15 +39,15 @@ def plan_precision(request: PrecisionRequest, store: Warehouse, run: Mapping[str
         PlanError: the budget is below the smallest formats.
     """
     by = request.by if request.by in PRECISION_ESTIMATES else SECOND_ORDER
-    measured = _measured(store, run, request.formats, by)
-    formats = [name for name in measured.formats if name in (request.formats or measured.formats)]
-    maps = sorted({(place.layer, place.path or "") for place in measured.weights})
+    evaluation, values, available = _measured(store, run, request.formats, by)
+    formats = [name for name in available if name in (request.formats or available)]
+    maps = sorted({(place.layer, place.path or "") for place in values[by]})
     places = [[RoundedPlace(layer=layer, path=path, format=name) for name in formats] for layer, path in maps]
     damage, bits = (
-        np.array([[values[place] for place in row] for row in places], np.float64)
-        for values in (measured.damage, measured.bits)
+        np.array([[values[metric][place] for place in row] for row in places], np.float64)
+        for metric in (by, BITS_PER_WEIGHT)
     )
-    weights = np.array([measured.weights[row[0]] for row in places], np.float64)
+    weights = np.array([round(values[NUM_WEIGHTS][row[0]]) for row in places], np.float64)
     bits *= weights[:, None]
     chosen = _choose(request, damage, bits, _budget(request, run, weights, bits))
     rounded = [
@@ -72,7 +73,7 @@ def plan_precision(request: PrecisionRequest, store: Warehouse, run: Mapping[str
             **({"seed": request.seed} if request.by == "random" else {}),
         },
         run_id=None if run.get("status") == MEASURED_ONLY else run["run_id"],
-        evaluation=measured.run_id,
+        evaluation=evaluation,
         findings=tuple(_findings(by, damage, chosen, formats)),
         rounded=tuple(rounded),
     )
@@ -99,16 +100,19 @@ def _findings(by: str, damage: Float64, chosen: Choice, formats: Sequence[str]) 
         )
 
 
-def _measured(store: Warehouse, run: Mapping[str, Any], formats: Sequence[str], by: str) -> MapRounding:
-    """Return the newest prediction that has all formats.
+def _measured(
+    store: Warehouse, run: Mapping[str, Any], formats: Sequence[str], by: str
+) -> tuple[str, dict[str, dict[RoundedPlace, float]], list[str]]:
+    """Return the newest prediction that has all formats, as `map_roundings`, and its formats from the fewest bits on.
 
     Raises:
         QueryError: there is none.
     """
     predictions = [*map_roundings(store, run, by)]
-    for measured in predictions:
-        if set(formats) <= {*measured.formats}:
-            return measured
+    for run_id, values in predictions:
+        sizes = {place.format: bits for place, bits in values[BITS_PER_WEIGHT].items()}
+        if set(formats) <= {*sizes}:
+            return run_id, values, sorted(sizes, key=lambda name: sizes[name])
     names = formats or ("int4-g64", "int8")
     what = f"one prediction of {', '.join(names)}" if predictions else "a prediction of rounded weights"
     options = ["--no-leave-one-out", "--no-rounded-layers", *(f"--quantize {name}" for name in names)]

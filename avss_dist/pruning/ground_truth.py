@@ -133,34 +133,16 @@ def rounding_estimates(store: Warehouse, run: Mapping[str, Any], truth: LayerTru
     }
 
 
-@dataclass(frozen=True, kw_only=True)
-class MapRounding:
-    """Estimated damage of rounding each linear map, and the sizes of the maps.
-
-    Attributes:
-        damage: values of the estimate, by place and format; nats per predicted token, unless of the output error.
-        bits: bits per weight, by place and format.
-        weights: number of weights, by place and format.
-        run_id: the evaluation.
-    """
-
-    damage: Mapping[RoundedPlace, float]
-    bits: Mapping[RoundedPlace, float]
-    weights: Mapping[RoundedPlace, int]
-    run_id: str
-
-    @property
-    def formats(self) -> list[str]:
-        """Names of the formats, the one with the fewest bits first."""
-        sizes = {place.format: bits for place, bits in self.bits.items()}
-        return sorted(sizes, key=lambda name: sizes[name])
-
-
-def map_roundings(store: Warehouse, run: Mapping[str, Any], by: str) -> Iterator[MapRounding]:
+def map_roundings(
+    store: Warehouse, run: Mapping[str, Any], by: str
+) -> Iterator[tuple[str, dict[str, dict[RoundedPlace, float]]]]:
     """Yield the estimated damage of rounding each linear map of a run's checkpoint, newest evaluation first.
 
     Args:
         by: metric of the estimate.
+
+    Yields:
+        Id of the evaluation, and values of the estimate, `BITS_PER_WEIGHT` and `NUM_WEIGHTS`, by place and format.
     """
     for rows in _newest_first(store, run, ROUNDING_TASK, [by, BITS_PER_WEIGHT, NUM_WEIGHTS]):
         values: dict[str, dict[RoundedPlace, float]] = {}
@@ -168,12 +150,7 @@ def map_roundings(store: Warehouse, run: Mapping[str, Any], by: str) -> Iterator
             if (place := parse_rounded(row["rounding"] or "")) is not None and place.path is not None:
                 values.setdefault(row["metric"], {})[place] = row["value"]
         if len(values) == 3:
-            yield MapRounding(
-                damage=values[by],
-                bits=values[BITS_PER_WEIGHT],
-                weights={place: round(number) for place, number in values[NUM_WEIGHTS].items()},
-                run_id=rows[0]["run_id"],
-            )
+            yield rows[0]["run_id"], values
 
 
 def _by_format(rows: Sequence[Mapping[str, Any]]) -> dict[str, dict[int, float]]:
