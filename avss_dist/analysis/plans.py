@@ -32,7 +32,7 @@ from avss_dist.pruning.ground_truth import (
     repeated_command,
 )
 from avss_dist.pruning.plan import Plan, make_plan, plan_of
-from avss_dist.pruning.selection import LAST, PUBLISHED, RANDOM, Choice, ExpertChoice, Reading, Rows, reading_of
+from avss_dist.pruning.selection import LAST, PUBLISHED, RANDOM, Choice, Reading, Rows, choose_experts, reading_of
 from avss_dist.stats.layer_stats import Float64, LayerStats
 from avss_dist.stats.rankings import depth_correlation
 from avss_dist.stats.scores import Threshold
@@ -98,23 +98,27 @@ def _unscored_layers(run: Mapping[str, Any], by: str) -> Rows:
     return [{"layer": index, "layer_name": f"{path}.{index}"} for index in range(len(modules))]
 
 
-def plan_experts(warehouse: Warehouse, run: Mapping[str, Any], choice: ExpertChoice) -> Plan:
+def plan_experts(warehouse: Warehouse, run: Mapping[str, Any], by: str, share: float, seed: int) -> Plan:
     """Return a plan that drops routed experts of the checkpoint of a run, with the findings about its experts.
 
     Args:
         run: a row of ``runs`` whose experts were measured.
+        by: one of ``registry.EXPERT_SCORES``.
+        share: share of the experts of each layer to drop.
+        seed: seed of a random choice.
 
     Raises:
         QueryError: if no experts were measured.
-        PlanError: if no plan satisfies the choice. See `ExpertChoice.drop`.
+        PlanError: if no plan satisfies the choice. See `choose_experts`.
     """
     layers = require_experts(warehouse, run["run_id"])
-    scores = {experts.layer: experts.scores().get(choice.by, experts.load) for experts in layers}
+    scores = {experts.layer: experts.scores().get(by, experts.load) for experts in layers}
     groups = _routing_groups(run)
-    drop = choice.drop(scores, max(experts.top_k for experts in layers), groups)
-    why = {"by": choice.by, "experts": choice.experts, **({"seed": choice.seed} if choice.by == RANDOM else {})}
+    random = {"seed": seed} if by == RANDOM else {}
+    drop = choose_experts(scores, share, max(experts.top_k for experts in layers), groups, **random)
+    why: dict[str, Any] = {"by": by, "experts": share, **random}
     why |= {"groups": groups} if groups > 1 else {}
-    against = [row["message"] for row in expert_findings(warehouse, [run["run_id"]]) if choice.by != RANDOM]
+    against = [row["message"] for row in expert_findings(warehouse, [run["run_id"]]) if by != RANDOM]
     plan = plan_of(warehouse.table("scores", run_ids=[run["run_id"]]).to_pylist(), run, drop, why)
     return replace(plan, findings=tuple(against), evaluated=evaluated_lines(warehouse, run, plan.drop))
 

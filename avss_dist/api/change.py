@@ -25,16 +25,17 @@ from avss_dist.evaluation import ablate as ablating
 from avss_dist.evaluation import evaluate as evaluating
 from avss_dist.evaluation import shrink as shrinking
 from avss_dist.evaluation import sparsify as sparsifying
+from avss_dist.evaluation.events import SearchStep
 from avss_dist.evaluation.experiment import run_experiment
 from avss_dist.evaluation.repairs import fit_plan
-from avss_dist.evaluation.search import SearchResult, search
+from avss_dist.evaluation.search import search
 from avss_dist.map_plans.plans import PrecisionPlan, SparsityPlan
 from avss_dist.map_plans.quantize import plan_precision
 from avss_dist.models.checkpoints import resolve
 from avss_dist.pruning.checkpoint import prune as write_checkpoint
 from avss_dist.pruning.plan import Plan, count_for_memory, read_plan, run_size
 from avss_dist.pruning.repair.repair import Repair
-from avss_dist.pruning.selection import Choice, ExpertChoice
+from avss_dist.pruning.selection import Choice
 from avss_dist.requests import (
     AblateRequest,
     DistillRequest,
@@ -105,34 +106,28 @@ def planned_run(opened: Warehouse, request: PlanRequest) -> tuple[dict[str, Any]
     return plannable_run(opened, request.by, experts=request.experts is not None)
 
 
-def choose_layers(opened: Warehouse, run: Mapping[str, Any], request: PlanRequest) -> tuple[Plan, SearchResult | None]:
-    """Return the plan for a row of ``runs``, and the result of its search. The plan is written if a file is named."""
-    result: SearchResult | None = None
+def choose_layers(opened: Warehouse, run: Mapping[str, Any], request: PlanRequest) -> tuple[Plan, list[SearchStep]]:
+    """Return the plan for a row of ``runs``, and the rounds of its search. The plan is written if a file is named."""
+    steps: list[SearchStep] = []
     unused = {"corpus": request.corpus, **request.options}
     if request.experts is not None:
         refuse_unused(unused, "on routed experts", "Leave it out.")
-        chosen = plan_experts(opened, run, ExpertChoice(**_common(ExpertChoice, request)))
+        chosen = plan_experts(opened, run, str(request.by), request.experts, request.seed)
     else:
-        constraints = _common(Choice, request)
+        constraints = {f.name: getattr(request, f.name) for f in fields(Choice) if hasattr(request, f.name)}
         if request.memory is not None:
             if excluded := [name for name in ("share", "count") if constraints[name] is not None]:
                 raise ConfigError(f"`memory` and `{excluded[0]}` are mutually exclusive.", "Keep one.")
             constraints["count"] = count_for_memory(run_size(run), request.memory)
         if request.by == GREEDY:
-            result = search(request, run, Choice(**constraints))
-            chosen = result.plan
+            chosen, steps = search(request, run, Choice(**constraints))
         else:
             refuse_unused(unused, "without a search", "Leave it out, or choose `by` greedy.")
             reading = (request.site, request.recipe, *parse_threshold(request.threshold))
             chosen = plan_layers(opened, run, reading=reading, **constraints)
     if request.output is not None:
         chosen.write(request.output)
-    return chosen, result
-
-
-def _common(cls: Any, request: Any) -> dict[str, Any]:
-    """Return the values that a request has in common with another class, to make an instance of it."""
-    return {f.name: getattr(request, f.name) for f in fields(cls) if hasattr(request, f.name)}
+    return chosen, steps
 
 
 @keywords(SparsifyRequest)

@@ -37,9 +37,9 @@ def plan(request: PlanRequest) -> None:
         number = opened.runs().num_rows
         hints = [f"This is the newest of {number} runs that can be planned for; --run names another.", *passed]
     with CellProgress() as progress:
-        chosen, result = choose_layers(opened, row, replace(request, on_event=progress))
-    if result:
-        console().print(search_table(result))
+        chosen, steps = choose_layers(opened, row, replace(request, on_event=progress))
+    if steps:
+        console().print(search_table(chosen, steps))
     size = local_run_size(row) if chosen.dropped_layers else None
     hints = [*([describe_savings(chosen, size)] if size else []), *hints]
     if request.by is None:

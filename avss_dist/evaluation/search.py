@@ -5,9 +5,9 @@ See SLEB, Song et al., arXiv 2402.09025.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from datetime import UTC, datetime
 from functools import partial
 from math import ceil, inf, isnan
@@ -38,28 +38,11 @@ Layers = tuple[int, ...]
 CHOSEN_HERE = "The set was chosen for its loss on this very text: on other text, its loss will be higher."
 
 
-@dataclass(frozen=True, kw_only=True)
-class SearchResult:
-    """Result of a search.
-
-    Attributes:
-        whole: loss of the whole model.
-        chosen: loss without the layers of the plan.
-        steps: rounds, in order.
-    """
-
-    plan: Plan
-    corpus: str
-    whole: Result
-    chosen: Result
-    steps: Sequence[SearchStep]
-
-
 def search(
     request: PlanRequest,
     run: Mapping[str, Any],
     choice: Choice,
-) -> SearchResult:
+) -> tuple[Plan, list[SearchStep]]:
     """Search the set of layers to drop by the loss without it. Losses that the warehouse has are not measured again.
 
     A search that was stopped continues from the stored losses.
@@ -67,6 +50,9 @@ def search(
     Args:
         run: row of ``runs`` whose checkpoint is searched.
         choice: number of layers to drop, and protected layers.
+
+    Returns:
+        The plan, and the rounds in order, after the whole model as a round without a set.
 
     Raises:
         AvssError: a mistake, or a cell that failed (`RunFailed`). Measured cells remain in the warehouse.
@@ -81,22 +67,21 @@ def search(
         model = session.place(checkpoint, settings)
         with searching(session, model, corpus) as (planned, losses):
             removed, steps = greedy_search(choice.unprotected(layers), count, losses, session.on_event)
-            measured = losses((), ()) | losses(removed, ())
-    whole, chosen = measured[()], measured[removed]
+            whole = SearchStep(best=losses((), ())[()], sets=0)
     why = {
         **reasons(choice),
         "text": str(corpus),
-        "sequences": len(whole.samples),
+        "sequences": len(whole.best.samples),
         "skip_sequences": settings.skip_sequences,
         "sets": steps[-1].sets,
-        "loss": round(chosen.value, 6),
-        "whole_model": round(whole.value, 6),
+        "loss": round(steps[-1].best.value, 6),
+        "whole_model": round(whole.best.value, 6),
         "evaluation": planned.run_id(),
         "task": planned.task.name,
     }
     evaluated = evaluated_lines(Warehouse(request.warehouse), run, removed)
     plan = replace(plan_of(scores, run, removed, why), findings=(CHOSEN_HERE,), evaluated=evaluated)
-    return SearchResult(plan=plan, corpus=str(corpus), whole=whole, chosen=chosen, steps=steps)
+    return plan, [whole, *steps]
 
 
 Losses = Callable[[Layers, Layers], dict[Layers, Result]]

@@ -12,7 +12,6 @@ from avss_dist.core.intervention import Expert
 from avss_dist.core.names import CONTRAST
 from avss_dist.core.registry import (
     BLOCK_DISTANCE,
-    EXPERT_SCORES,
     GREEDY,
     LAST,
     LOWEST_SHARE,
@@ -147,61 +146,50 @@ class Choice:
         return number
 
 
-@checked
-class ExpertChoice:
-    """Request to choose routed experts: the same share of every layer, as configurations have one number for all.
+def choose_experts(
+    scores: Mapping[int, Float64], share: float, top_k: int, groups: int = 1, seed: int | None = None
+) -> tuple[Expert, ...]:
+    """Return the experts to drop: the same share of every layer, as configurations have one number for all.
+
+    Args:
+        scores: float64[experts] by layer. The lowest are dropped (ties go to the earlier expert).
+        share: share of the experts of each layer.
+        top_k: number of experts that a router sends each token to.
+        groups: number of groups of equal size that routers divide the experts into. Each loses equally many.
+        seed: seed of a random choice, which does not go by the scores.
 
     Raises:
-        ConfigError: values out of their range.
+        PlanError: layers have different numbers of experts, or too few experts would remain.
     """
-
-    by: Annotated[str, OneOf(tuple(EXPERT_SCORES))]
-    """The score."""
-    experts: Share
-    """Drop the lowest share of the experts of each layer."""
-    seed: Count = 0
-    """Seed of a random choice."""
-
-    def drop(self, scores: Mapping[int, Float64], top_k: int, groups: int = 1) -> tuple[Expert, ...]:
-        """Return the experts to drop, by the score of each (ties go to the earlier expert).
-
-        Args:
-            scores: float64[experts] by layer.
-            top_k: number of experts that a router sends each token to.
-            groups: number of groups of equal size that routers divide the experts into. Each loses equally many.
-
-        Raises:
-            PlanError: layers have different numbers of experts, or too few experts would remain.
-        """
-        numbers = {len(values): layer for layer, values in sorted(scores.items(), reverse=True)}
-        if len(numbers) > 1:
-            (a, i), (b, j) = sorted(numbers.items())[:2]
-            raise PlanError(
-                f"Layer {i} has {a} routed experts and layer {j} has {b}: no share of them is one number.",
-                "List the experts in `drop` of a plan by hand.",
-            )
-        (number,) = numbers
-        size = number // groups
-        lost = count_lowest(size, self.experts)
-        if (remaining := number - lost * groups) < top_k:
-            raise PlanError(
-                f"`experts` {self.experts:g} would leave {remaining} of {number} experts in each layer, and each token "
-                f"is sent to {top_k}.",
-                f"Set at most {(number - top_k) / number:.3g}.",
-            )
-        if groups > 1 and size - lost < 2:
-            raise PlanError(
-                f"{size - lost} of {size} experts would remain in each of the {groups} groups that a router compares "
-                "by their two best.",
-                "Set a smaller share in `experts`.",
-            )
-        rng = np.random.default_rng(self.seed)
-        chosen = []
-        for layer, values in sorted(scores.items()):
-            ordered = rng.permutation(number).astype(np.float64) if self.by == RANDOM else values
-            ranks = rank_lowest(ordered.reshape(groups, size)).reshape(number)
-            chosen += [Expert(layer, int(expert)) for expert in np.flatnonzero(ranks <= lost)]
-        return tuple(chosen)
+    numbers = {len(values): layer for layer, values in sorted(scores.items(), reverse=True)}
+    if len(numbers) > 1:
+        (a, i), (b, j) = sorted(numbers.items())[:2]
+        raise PlanError(
+            f"Layer {i} has {a} routed experts and layer {j} has {b}: no share of them is one number.",
+            "List the experts in `drop` of a plan by hand.",
+        )
+    (number,) = numbers
+    size = number // groups
+    lost = count_lowest(size, share)
+    if (remaining := number - lost * groups) < top_k:
+        raise PlanError(
+            f"`experts` {share:g} would leave {remaining} of {number} experts in each layer, and each token "
+            f"is sent to {top_k}.",
+            f"Set at most {(number - top_k) / number:.3g}.",
+        )
+    if groups > 1 and size - lost < 2:
+        raise PlanError(
+            f"{size - lost} of {size} experts would remain in each of the {groups} groups that a router compares "
+            "by their two best.",
+            "Set a smaller share in `experts`.",
+        )
+    rng = np.random.default_rng(seed)
+    chosen = []
+    for layer, values in sorted(scores.items()):
+        ordered = values if seed is None else rng.permutation(number).astype(np.float64)
+        ranks = rank_lowest(ordered.reshape(groups, size)).reshape(number)
+        chosen += [Expert(layer, int(expert)) for expert in np.flatnonzero(ranks <= lost)]
+    return tuple(chosen)
 
 
 def reading_of(row: Mapping[str, Any]) -> Reading:

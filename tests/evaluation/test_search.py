@@ -23,7 +23,8 @@ from avss_dist.core.intervention import (
     sublayers_of,
 )
 from avss_dist.core.settings import Settings
-from avss_dist.evaluation.search import SearchResult, search
+from avss_dist.evaluation.events import SearchStep
+from avss_dist.evaluation.search import search
 from avss_dist.evaluation.tasks import plan_text
 from avss_dist.models.causal_lm import LanguageModel
 from avss_dist.pruning.plan import Plan
@@ -63,7 +64,7 @@ def scored(warehouse: Path, tmp_path: Path) -> Scored:
     return folder, row
 
 
-def found_in(scored: Scored, **options: Any) -> SearchResult:
+def found_in(scored: Scored, **options: Any) -> tuple[Plan, list[SearchStep]]:
     warehouse, run = scored
     request = PlanRequest(warehouse=warehouse, by="greedy", corpus=TEXT, skip_sequences=6, **SMALL | options)
     return search(request, run, Choice(by="greedy", count=3, last=1))
@@ -83,10 +84,10 @@ class Truth:
 
 def test_greedy_drops_what_costs_least_at_each_step(scored: Scored, model: Path) -> None:
     truth = Truth(opened(model, batch_size=4))
-    found = found_in(scored)
+    plan, (whole, *steps) = found_in(scored)
     drop: Removals = ()
-    assert len(found.steps) == 3
-    for number, step in enumerate(found.steps):
+    assert len(steps) == 3
+    for number, step in enumerate(steps):
         drop = min(
             (tuple(sorted({*drop, layer})) for layer in range(LAYERS - 1) if layer not in drop),
             key=truth,
@@ -94,23 +95,23 @@ def test_greedy_drops_what_costs_least_at_each_step(scored: Scored, model: Path)
         assert step.best.removed == drop
         assert step.best.value == truth(drop)
         assert step.sets == [5, 9, 12][number]
-    assert found.plan.drop == drop and found.chosen.value == truth(drop) and found.whole.value == truth(())
-    assert found.plan.why["by"] == "greedy" and found.plan.why["sets"] == 12
+    assert plan.drop == drop and steps[-1].best.value == truth(drop) and whole.best.value == truth(())
+    assert plan.why["by"] == "greedy" and plan.why["sets"] == 12
 
 
 def test_a_search_measures_what_it_does_not_know(scored: Scored) -> None:
     """Again, nothing; from the start, everything."""
-    found = found_in(scored)
+    plan, _ = found_in(scored)
     before = cell_times(scored[0])
-    assert found_in(scored).plan == found.plan
+    assert found_in(scored)[0] == plan
     assert cell_times(scored[0]) == before
-    assert found_in(scored, fresh=True).plan.drop == found.plan.drop
+    assert found_in(scored, fresh=True)[0].drop == plan.drop
     assert not cell_times(scored[0]).items() >= before.items()
 
 
 def test_the_text_of_a_search_is_no_text_to_evaluate_on(scored: Scored, tmp_path: Path) -> None:
     plan = tmp_path / "plan.yaml"
-    found_in(scored).plan.write(plan)
+    found_in(scored)[0].write(plan)
     command = ["evaluate", plan, "--tasks", f"perplexity:{TEXT}", "--warehouse", scored[0], *OPTIONS]
     for skip in (0, 6):  # that of the scores, and that of the search
         told = mistake(*command, "--skip-sequences", skip)

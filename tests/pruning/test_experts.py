@@ -31,11 +31,11 @@ from avss_dist.models.layers import Routing
 from avss_dist.models.loading import open_module
 from avss_dist.pruning.checkpoint import pruned_from
 from avss_dist.pruning.plan import Plan, read_plan
-from avss_dist.pruning.repair.fits import FitStep, features_of
-from avss_dist.pruning.repair.projection import OutputProjection, RepairError
-from avss_dist.pruning.repair.registry import read_repairs
+from avss_dist.pruning.repair.fits import features_of
+from avss_dist.pruning.repair.projection import OutputProjection
+from avss_dist.pruning.repair.registry import REPAIRS, read_repairs
 from avss_dist.pruning.repair.repair import tokens_needed
-from avss_dist.pruning.selection import ExpertChoice, PlanError
+from avss_dist.pruning.selection import PlanError, choose_experts
 
 Save = Callable[[Any, Path], Path]
 Planted = tuple[Path, Path]
@@ -209,20 +209,19 @@ SCORES = {1: np.array([3.0, 0.0, 0.0, 5, 1, 9, 8, 7]), 4: np.array([1.0, 2, 3, 4
 
 def test_the_lowest_of_each_layer_are_chosen() -> None:
     """A quarter of eight, of ties the earlier; with two groups, one of each; by chance, the same for the same seed."""
-    reap = ExpertChoice(by="reap", experts=0.25)
-    assert reap.drop(SCORES, 2) == (Expert(1, 1), Expert(1, 2), Expert(4, 0), Expert(4, 7))
-    assert reap.drop(SCORES, 2, groups=2) == (Expert(1, 1), Expert(1, 4), Expert(4, 0), Expert(4, 7))
-    draws = [ExpertChoice(by="random", experts=0.25, seed=seed).drop(SCORES, 2) for seed in (0, 0, 1)]
+    assert choose_experts(SCORES, 0.25, 2) == (Expert(1, 1), Expert(1, 2), Expert(4, 0), Expert(4, 7))
+    assert choose_experts(SCORES, 0.25, 2, groups=2) == (Expert(1, 1), Expert(1, 4), Expert(4, 0), Expert(4, 7))
+    draws = [choose_experts(SCORES, 0.25, 2, seed=seed) for seed in (0, 0, 1)]
     assert draws[0] == draws[1] != draws[2] and {len(draw) for draw in draws} == {4}
     with pytest.raises(
         PlanError, match="would leave 1 of 8 experts in each layer, and each token is sent to 2"
     ) as caught:
-        ExpertChoice(by="reap", experts=0.9).drop(SCORES, 2)
+        choose_experts(SCORES, 0.9, 2)
     assert "at most 0.75" in str(caught.value.hint)
     with pytest.raises(PlanError, match="1 of 4 experts would remain in each of the 2 groups"):
-        ExpertChoice(by="reap", experts=0.75).drop(SCORES, 2, groups=2)
+        choose_experts(SCORES, 0.75, 2, groups=2)
     with pytest.raises(PlanError, match="Layer 7 has 2 routed experts and layer 1 has 8"):
-        reap.drop({**SCORES, 7: np.zeros(2)}, 2)
+        choose_experts({**SCORES, 7: np.zeros(2)}, 0.25, 2)
 
 
 @pytest.fixture(scope="module")
@@ -426,7 +425,7 @@ def test_fits_of_experts_average_to_what_experts_give() -> None:
     projection = OutputProjection(layer, "mlp.experts", None, 1.0, down=down, remaining=(0, 1, 2, 3), chosen=2)
     call = CapturedCall(torch.zeros(9, 1), torch.zeros(9, 1), chosen)
     given, shares = torch.zeros(9, 3), torch.zeros(9, 1)
-    parts = features_of(FitStep("inputs", "linear", "full"), projection, call, call)
+    parts = features_of(REPAIRS["refit"], projection, call, call)
     for matrix, (x, tokens, weight) in zip(matrices, parts, strict=True):
         given[tokens] += weight * (x @ matrix)
         shares[tokens] += weight
@@ -492,7 +491,7 @@ def test_what_is_too_little_for_a_repair(
     assert tokens_needed(resolve(str(folder)), "refit", Settings()) == 4 * units * 4 // chosen
     assert tokens_needed(resolve(str(folder)), "map", Settings()) == 4 * whole.config.hidden_size
     monkeypatch.setattr("avss_dist.pruning.repair.repair.free_memory", lambda device: 1000)
-    with pytest.raises(RepairError, match=f"needs .* of memory for the products of 3 x {units} inputs") as large:
+    with pytest.raises(PlanError, match=f"needs .* of memory for the products of 3 x {units} inputs") as large:
         prune(str(folder), plan, tmp_path / "less", repair=repair_of("refit"))
     assert large.value.hint and "(channel)" in large.value.hint
     assert not (tmp_path / "less").exists()
@@ -505,6 +504,6 @@ def test_experts_whose_weights_are_unknown_are_refused(tmp_path: Path, save_chec
     stored = {name: t.to(torch.float8_e4m3fn) if "experts.0.down_proj" in name else t for name, t in weights.items()}
     save_file(stored, folder / "model.safetensors", {"format": "pt"})
     plan = plan_of(folder, whole, experts_of(whole, 1))
-    with pytest.raises(RepairError, match="nothing can be added to it"):
+    with pytest.raises(PlanError, match="nothing can be added to it"):
         prune(str(folder), plan, tmp_path / "less", repair=repair_of("refit"))
     assert not (tmp_path / "less").exists()

@@ -24,7 +24,7 @@ from transformers import AutoModelForCausalLM
 
 import avss_dist
 from avss_dist import evaluate
-from avss_dist.core.errors import ConfigError, CorpusError, ModelError
+from avss_dist.core.errors import AvssError, ConfigError, CorpusError, ModelError
 from avss_dist.core.settings import Execution, Settings
 from avss_dist.corpus.shards import tokenize_corpus
 from avss_dist.models.checkpoints import resolve
@@ -33,9 +33,9 @@ from avss_dist.models.loading import load_tokenizer, open_module
 from avss_dist.models.size import footprint
 from avss_dist.pruning.checkpoint import model_card
 from avss_dist.pruning.plan import Plan
-from avss_dist.pruning.repair.fits import FitError, FitStep, NormalEquations, fit_ridge, fit_steps, fold
+from avss_dist.pruning.repair.fits import NormalEquations, fit_ridge, fit_steps, fold
 from avss_dist.pruning.repair.hidden_states import MEMORY_SHARE, HiddenStateSource
-from avss_dist.pruning.repair.projection import OutputProjection, RepairError
+from avss_dist.pruning.repair.projection import OutputProjection
 from avss_dist.pruning.repair.registry import (
     DEFAULT_REPAIR,
     FILE,
@@ -47,6 +47,7 @@ from avss_dist.pruning.repair.registry import (
     split_weight,
 )
 from avss_dist.pruning.repair.repair import Repair, find_cuts
+from avss_dist.pruning.selection import PlanError
 
 Save = Callable[[Any, Path], Path]
 TEXT = "builtin:pydoc"
@@ -151,7 +152,7 @@ def test_behind_a_norm_every_token_gets_its_direction(by: str) -> None:
     """The new gain and weights give each token the direction that is wanted, and on average its size."""
     hidden, linear, gain, factor = normal(400, 9), normal(9, 6), normal(6).abs() + 0.5, 0.5
     first, second = fit_steps(REPAIRS[by], projection("post_norm", factor))
-    assert (first.target, second) == ("linear", FitStep("output", "norm", "channel"))
+    assert (first, second) == (REPAIRS[by], REPAIRS["channel"])
 
     def norm(m: torch.Tensor, gain: torch.Tensor) -> torch.Tensor:
         return gain * m / m.square().mean(-1, keepdim=True).sqrt()
@@ -274,7 +275,7 @@ def test_the_ends(tmp_path: Path, save_checkpoint: Save) -> None:
     assert (cut.after, cut.removed) == (2, (3, 4)) and cut.error_after < cut.error_before
     assert done["notes"] == ["Nothing stands before layers 0-1: what they did is not given back."]
     first = Plan(model=str(folder), num_layers=5, layers="layers", drop=(0, 1), why={})
-    with pytest.raises(RepairError, match="Layers 0-1 are the first"):
+    with pytest.raises(PlanError, match="Layers 0-1 are the first"):
         prune(str(folder), first, tmp_path / "first", repair=repair_of())
 
 
@@ -324,7 +325,7 @@ def test_weights_in_several_files(tmp_path: Path, save_checkpoint: Save) -> None
 )
 def test_families_that_are_refused(kind: str, family: str, told: str, tmp_path: Path, save_checkpoint: Save) -> None:
     folder, plan = whole_of(lively(tiny_model(kind, family)), tmp_path / "whole", save_checkpoint)
-    with pytest.raises(RepairError, match=told):
+    with pytest.raises(PlanError, match=told):
         prune(str(folder), plan, tmp_path / "less", repair=repair_of())
     assert not (tmp_path / "less").exists() and not list(tmp_path.glob(".*"))
 
@@ -472,7 +473,7 @@ def test_an_mlp_that_adds_nothing_gives_nothing_back(by: str, tmp_path: Path, sa
     with torch.no_grad():
         model.model.layers[0].mlp.up_proj.weight.zero_()
     folder = save_checkpoint(model, tmp_path / "whole")
-    with pytest.raises(FitError, match="the inputs of the fit are zero"):
+    with pytest.raises(AvssError, match="the inputs of the fit are zero"):
         prune(str(folder), PLAN, tmp_path / "less", repair=repair_of(by, **FEW))
     assert not (tmp_path / "less").exists()
 
@@ -486,7 +487,7 @@ def test_quantized_weights_are_refused_before_a_text_is_seen(
     done = prune(str(folder), PLAN, tmp_path / "less", repair=repair)
     assert done["repair"].cuts[0].error_after < done["repair"].cuts[0].error_before
     monkeypatch.setattr(HiddenStateSource, "visit", lambda *_, **__: pytest.fail("text was read"))
-    with pytest.raises(RepairError, match=r"'mlp.down_proj.weight' of layer 1 as float8_e4m3fn, quantized") as refused:
+    with pytest.raises(PlanError, match=r"'mlp.down_proj.weight' of layer 1 as float8_e4m3fn, quantized") as refused:
         prune(str(folder), replace(PLAN, drop=(2,)), tmp_path / "no", repair=repair)
     assert "Repair the checkpoint that it was quantized from" in str(refused.value)
     assert not (tmp_path / "no").exists()

@@ -37,23 +37,18 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Literal
 
 import torch
 
 from avss_dist.core.errors import AvssError
 from avss_dist.models.interventions import CapturedCall
 from avss_dist.pruning.repair.projection import OutputProjection, inverse_rms
-from avss_dist.pruning.repair.registry import RepairMethod
+from avss_dist.pruning.repair.registry import REPAIRS, RepairMethod
 
 ROUNDS = 2  # of fits of experts
 _MINIMUM_GAIN = 1e-4  # of the mean gain: a channel that is always zero has none, and is divided by it
 RIDGES = (0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1.0)  # multiples of the mean diagonal of G
 _SOLVING_COPIES = 3  # the sums of a batch, and the factor and the solution with a ridge
-
-
-class FitError(AvssError):
-    """The equations of a least-squares fit have no solution."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -111,15 +106,15 @@ class NormalEquations:
             ridge: multiple of the mean diagonal of G, or for ``channel`` of each input's own entry.
 
         Raises:
-            FitError: sums are not finite, or all inputs are zero.
+            AvssError: sums are not finite, or all inputs are zero.
         """
         diagonal = self.gram.diagonal()
         if not all(torch.isfinite(sums).all() for sums in (self.gram, self.cross, self.target)):
-            raise FitError(
+            raise AvssError(
                 "Hidden states hold NaN or infinite values; nothing can be fitted to them.", "Try `dtype` float32."
             )
         if not float(diagonal.sum()) > 0:
-            raise FitError(f"Nothing can be fitted: the inputs of the fit are zero (tokens: {self.count:,}).")
+            raise AvssError(f"Nothing can be fitted: the inputs of the fit are zero (tokens: {self.count:,}).")
         if form == "channel":
             return torch.diag(torch.where(diagonal > 0, self.cross.diagonal() / (diagonal * (1 + ridge)), 0.0))
         dead = (diagonal == 0).double()  # inputs that are always zero get a weight of zero
@@ -127,7 +122,7 @@ class NormalEquations:
         factor, failed = torch.linalg.cholesky_ex(ridged)
         explained = factor.diagonal().square() / ridged.diagonal()  # by no input before it, of each input
         if failed or explained.min() <= len(explained) * torch.finfo(torch.float64).eps:
-            raise FitError(f"The equations of the fit are singular (tokens: {self.count:,}).", "Fit on more text.")
+            raise AvssError(f"The equations of the fit are singular (tokens: {self.count:,}).", "Fit on more text.")
         return torch.cholesky_solve(self.cross, factor)
 
     def error(self, weights: torch.Tensor) -> float:
@@ -161,7 +156,7 @@ def fit_ridge(
     matrix is zero if there is no token to fit to.
 
     Raises:
-        FitError: as `NormalEquations.solve`.
+        AvssError: as `NormalEquations.solve`.
     """
     before = float(held_back.target)
     best = RidgeFit(torch.zeros_like(fitted.cross), None, before, before)
@@ -174,29 +169,11 @@ def fit_ridge(
     return best
 
 
-@dataclass(frozen=True)
-class FitStep:
-    """One least-squares fit of a repair.
-
-    Attributes:
-        features: what R is fitted from, as in `RepairMethod.features`.
-        target: the module that the fit is folded into: the ``linear`` map or the ``norm``.
-        form: form of the fitted matrix, ``channel`` (a diagonal) or ``full``.
-    """
-
-    features: Literal["inputs", "output"]
-    target: Literal["linear", "norm"]
-    form: Literal["channel", "full"]
-
-
-def fit_steps(method: RepairMethod, projection: OutputProjection) -> list[FitStep]:
+def fit_steps(method: RepairMethod, projection: OutputProjection) -> list[RepairMethod]:
     """Return the fits of a repair at a projection, in order. Each sees the changes of those before it."""
     if projection.norm is None:
-        rounds = ROUNDS if projection.down and method.features == "inputs" else 1
-        return [FitStep(method.features, "linear", method.form)] * rounds
-    if method.form == "channel":
-        return [FitStep("output", "norm", "channel")]
-    return [FitStep(method.features, "linear", method.form), FitStep("output", "norm", "channel")]
+        return [method] * (ROUNDS if projection.down and method.features == "inputs" else 1)
+    return [method] if method.form == "channel" else [method, REPAIRS["channel"]]
 
 
 Features = tuple[torch.Tensor, torch.Tensor | slice, torch.Tensor | float]
@@ -204,7 +181,7 @@ Features = tuple[torch.Tensor, torch.Tensor | slice, torch.Tensor | float]
 
 
 def features_of(
-    step: FitStep, projection: OutputProjection, linear: CapturedCall, last: CapturedCall
+    step: RepairMethod, projection: OutputProjection, linear: CapturedCall, last: CapturedCall
 ) -> list[Features]:
     """Return the features of each matrix of a fit: of each remaining expert, or of one linear map.
 
@@ -229,7 +206,7 @@ def features_of(
 
 
 def fold(
-    step: FitStep, weights: Mapping[str, torch.Tensor], fitted: torch.Tensor, moment: torch.Tensor, factor: float
+    step: RepairMethod, weights: Mapping[str, torch.Tensor], fitted: torch.Tensor, moment: torch.Tensor, factor: float
 ) -> dict[str, torch.Tensor]:
     """Return the weights of an output projection with a fit folded into them.
 
@@ -241,8 +218,7 @@ def fold(
         factor: `OutputProjection.factor`.
     """
     gain = weights.get("gain")
-    if step.target == "norm":
-        assert gain is not None
+    if step.form == "channel" and gain is not None:
         return {**weights, "gain": gain * (1 + fitted.diagonal())}
     added = {name: value if gain is None else value * gain for name, value in weights.items() if name != "gain"}
     if step.features == "inputs":

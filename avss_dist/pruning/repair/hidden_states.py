@@ -58,7 +58,7 @@ class HiddenStateSource:
         """Return the output projection of a layer.
 
         Raises:
-            RepairError: it has none.
+            PlanError: it has none.
         """
         model, removed = self._model, experts_by_layer(self._drop).get(layer, ())
         start = (layer - 1, self._probe_inputs[layer]) if layer > 0 and model.resumes else None  # reads fewer weights

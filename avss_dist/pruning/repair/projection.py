@@ -25,10 +25,6 @@ _TOLERANCE = 0.03  # of the move; bfloat16 rounds to 0.004
 _ONE = 0.005  # a factor that differs from 1 by less is 1 up to rounding
 
 
-class RepairError(PlanError):
-    """The remaining layers cannot make up for the removed ones."""
-
-
 @dataclass(frozen=True)
 class OutputProjection:
     """The last linear map of a layer's MLP or of its routed experts, and the norm after it if there is one.
@@ -119,7 +115,7 @@ def find_output_projection(
         removed: indices of the removed routed experts.
 
     Raises:
-        RepairError: there is none, or its weights cannot be changed; the message says why.
+        PlanError: there is none, or its weights cannot be changed; the message says why.
     """
     paths = {module: path for path, module in layer.module.named_modules()}
     if layer.experts is not None:
@@ -173,8 +169,8 @@ def inverse_rms(x: torch.Tensor, eps: float) -> torch.Tensor:
     return (x.float().square().mean(-1, keepdim=True) + eps).rsqrt()
 
 
-def _refusal(layer: Layer, why: str, hint: str = "Drop other layers, or prune with `repair` none.") -> RepairError:
-    return RepairError(f"{layer} {why}: what is missing after it cannot be given back.", hint)
+def _refusal(layer: Layer, why: str, hint: str = "Drop other layers, or prune with `repair` none.") -> PlanError:
+    return PlanError(f"{layer} {why}: what is missing after it cannot be given back.", hint)
 
 
 def _residual_multiple(layer: Layer, module: nn.Module, run: Callable[[], Any], unmoved: torch.Tensor) -> float | None:

@@ -42,18 +42,20 @@ from avss_dist.models.safetensors import DTYPES
 from avss_dist.models.size import load_skeleton
 from avss_dist.models.structure import find_down_projection
 from avss_dist.pruning.plan import Plan
-from avss_dist.pruning.repair.fits import FitStep, NormalEquations, RidgeFit, features_of, fit_ridge, fit_steps, fold
+from avss_dist.pruning.repair.fits import NormalEquations, RidgeFit, features_of, fit_ridge, fit_steps, fold
 from avss_dist.pruning.repair.hidden_states import HiddenStateSource
-from avss_dist.pruning.repair.projection import OutputProjection, RepairError
+from avss_dist.pruning.repair.projection import OutputProjection
 from avss_dist.pruning.repair.registry import (
     DEFAULT_REPAIR,
     REPAIRS,
     RepairedCut,
+    RepairMethod,
     RepairName,
     RepairRecord,
     RepairText,
     split_weight,
 )
+from avss_dist.pruning.selection import PlanError
 from avss_dist.pruning.weights import StoredWeights
 from avss_dist.system.devices import free_memory
 from avss_dist.system.streams import tracked
@@ -66,7 +68,7 @@ PLAIN_HINT = (
     "Repair the checkpoint that it was quantized from, and quantize the result; or save it again with transformers' "
     "save_pretrained, if it is not quantized."
 )
-_MEASURING = FitStep("output", "linear", "channel")  # of which only the error before it is read
+_MEASURING = REPAIRS["channel"]  # of which only the error before it is read
 
 
 @checked
@@ -119,7 +121,7 @@ def find_cuts(plan: Plan, *, every_layer: bool = False) -> list[RepairCut]:
         every_layer: include the other remaining layers behind the first one that is removed or loses experts.
 
     Raises:
-        RepairError: there is no cut.
+        PlanError: there is no cut.
         PlanError: the plan drops sublayers.
     """
     plan.require_no_sublayers("A repair makes up for whole layers and for experts")
@@ -131,7 +133,7 @@ def find_cuts(plan: Plan, *, every_layer: bool = False) -> list[RepairCut]:
     ]
     cuts = [cut for cut in cuts if cut.removed or cut.experts or every_layer]
     if not cuts:
-        raise RepairError(
+        raise PlanError(
             f"Layers {describe_layers(plan.dropped_layers)} are the first: there is no layer before them to fit.",
             "Prune with `repair` none, keep the first layer, or repair by refit_all.",
         )
@@ -239,7 +241,7 @@ class RepairFitter:
             repair: one of `pruning.repair.registry.REPAIRS`.
 
         Raises:
-            RepairError: the weights of a cut cannot be changed.
+            PlanError: the weights of a cut cannot be changed.
             CorpusError: there are too few tokens to fit to.
         """
         projections = [self._source.output_projection(cut.after) for cut in cuts]
@@ -249,7 +251,7 @@ class RepairFitter:
             stored = self._stored((layer, path))
             if stored is None or not stored.is_floating_point() or stored.dtype.itemsize == 1:
                 form = "under other names" if stored is None else f"as {str(stored.dtype).removeprefix('torch.')}"
-                raise RepairError(
+                raise PlanError(
                     f"The files hold '{path}' of layer {layer} {form}, quantized or fused: nothing can be added to it.",
                     PLAIN_HINT,
                 )
@@ -296,7 +298,7 @@ class RepairFitter:
 
         Raises:
             CorpusError: there are too few tokens.
-            RepairError: there is too little memory.
+            PlanError: there is too little memory.
         """
         value = self._model.value(projection.layer.index, projection.paths["linear"])
         *_, inputs, outputs = shape = projection.values("linear", value.to("meta")).shape
@@ -315,14 +317,14 @@ class RepairFitter:
         features = inputs if method.features == "inputs" else outputs
         size, room = NormalEquations.peak_bytes(features, outputs, fits), free_memory(value.device)
         if size > room:
-            raise RepairError(
+            raise PlanError(
                 f"The repair {repair} of layer {projection.layer.index} needs {describe_bytes(size)} of memory for the "
                 f"products of {fits} x {features:,} inputs; {describe_bytes(room)} are free.",
                 f"Use a machine with more memory, or {instead}." if instead else "Use a machine with more memory.",
             )
 
     def _sums(
-        self, cut: RepairCut, projection: OutputProjection, step: FitStep, description: str
+        self, cut: RepairCut, projection: OutputProjection, step: RepairMethod, description: str
     ) -> tuple[list[tuple[NormalEquations, NormalEquations]], float, torch.Tensor]:
         """Sum the normal equations of a step over the text.
 
@@ -364,12 +366,12 @@ class RepairFitter:
         return list(zip(sums[::2], sums[1::2], strict=True)), size, sums[0].gram / counted
 
     def _fold(
-        self, projection: OutputProjection, step: FitStep, fits: Sequence[RidgeFit], moment: torch.Tensor
+        self, projection: OutputProjection, step: RepairMethod, fits: Sequence[RidgeFit], moment: torch.Tensor
     ) -> None:
         """Fold fits into the weights of a projection. ``moment`` is that of `fold`.
 
         Raises:
-            RepairError: values do not fit into the dtype in which the files hold the parameter.
+            PlanError: values do not fit into the dtype in which the files hold the parameter.
         """
         fitted = fits[0].weights if len(fits) == 1 else torch.stack([fit.weights for fit in fits])
         layer = projection.layer.index
@@ -379,27 +381,25 @@ class RepairFitter:
         for field, value in fold(step, weights, fitted, moment, projection.factor).items():
             new = projection.stored(field, value, old[field]).to(stored[field].dtype).cpu().contiguous()
             if not torch.isfinite(new).all():
-                raise RepairError(
-                    f"The repair of layer {layer} does not fit into {new.dtype}.", "Use another `repair`."
-                )
+                raise PlanError(f"The repair of layer {layer} does not fit into {new.dtype}.", "Use another `repair`.")
             self._source.changed[layer, projection.paths[field]] = new
 
     def _parameter(self, layer: int, path: str) -> torch.Tensor:
         """Return a parameter with the changes so far, as it would be written.
 
         Raises:
-            RepairError: the model does not hold it as the files do, or not on a device that computes.
+            PlanError: the model does not hold it as the files do, or not on a device that computes.
         """
         if (changed := self._source.changed.get((layer, path))) is not None:
             return changed
         stored, loaded = self._stored((layer, path)), self._model.value(layer, path)
         if loaded.is_meta:
-            raise RepairError(
+            raise PlanError(
                 f"'{path}' of layer {layer} is kept off the devices that compute, and cannot be changed.",
                 "Use `partition` single, or device_map with more `max_memory`.",
             )
         if stored is None or stored.shape != loaded.shape or not torch.equal(stored.to(loaded.dtype), loaded.cpu()):
-            raise RepairError(
+            raise PlanError(
                 f"The files hold '{path}' of layer {layer} in another form than the model does.", PLAIN_HINT
             )
         return stored
@@ -435,9 +435,9 @@ def fit_repair(
         stored: reads a parameter from the checkpoint's files; its dtype is the one that is written.
 
     Raises:
-        RepairError: a cut cannot be repaired; the message says why.
+        PlanError: a cut cannot be repaired; the message says why.
         CorpusError: a text has too few tokens.
-        FitError: hidden states are not finite.
+        AvssError: hidden states are not finite.
     """
     every_layer, settings = REPAIRS[repair.by].every_layer, repair.settings
     cuts = find_cuts(plan, every_layer=every_layer)
@@ -482,7 +482,7 @@ def tokens_needed(checkpoint: Checkpoint, repair: str, settings: Settings) -> in
         0 if only a pass over tokens can tell which modules are the layers.
 
     Raises:
-        RepairError: no layer can hold the repair; the message says why.
+        PlanError: no layer can hold the repair; the message says why.
         ModelError: the checkpoint cannot be read, or its model cannot be built.
     """
     _, model, _ = load_skeleton(checkpoint, settings)
@@ -493,7 +493,7 @@ def tokens_needed(checkpoint: Checkpoint, repair: str, settings: Settings) -> in
     ((path, layers),) = lists.items()
     changed = {i: weight for i, layer in enumerate(layers) if (weight := _changed_weight(layer, text.hidden_size))}
     if not changed:
-        raise RepairError(
+        raise PlanError(
             f"No layer of '{checkpoint.name}' has an MLP that ends in one linear map, or in those of its routed "
             "experts: what is missing after it cannot be given back.",
             "Set `repair` to none.",
@@ -505,7 +505,7 @@ def tokens_needed(checkpoint: Checkpoint, repair: str, settings: Settings) -> in
     dtypes = [DTYPES[dtype] for dtype in stored.values() if dtype in DTYPES]
     if not any(dtype.is_floating_point and dtype.itemsize > 1 for dtype in dtypes):
         form = f"as {stored[names[0]]}" if names[0] in stored else "under other names"
-        raise RepairError(
+        raise PlanError(
             f"The files of '{checkpoint.name}' hold '{names[0]}' {form}, quantized or fused: "
             "nothing can be added to it.",
             PLAIN_HINT,

@@ -30,7 +30,8 @@ if TYPE_CHECKING:
     from avss_dist.estimation import Estimate, Preview
     from avss_dist.evaluation.ablate import Ablation, Sensitivity
     from avss_dist.evaluation.evaluate import Evaluations
-    from avss_dist.evaluation.search import SearchResult
+    from avss_dist.evaluation.events import SearchStep
+    from avss_dist.pruning.plan import Plan
 
 STATUS_STYLES = {"done": "green", "partial": "yellow", "missing": "", "repeated": "dim", "refused": "bold red"}
 (PROPAGATED,), (PREDICTED,) = metrics_of("propagated"), metrics_of("predicted")
@@ -143,10 +144,9 @@ def _with_error(value: float, stderr: float | None, digits: int = 4) -> str:
     return f"{value:z.{digits}f}{error}"
 
 
-def search_table(result: SearchResult) -> FittedTable:
+def search_table(plan: Plan, steps: Sequence[SearchStep]) -> FittedTable:
     """Return a table of the best set of each round: its loss and perplexity, and the number of sets known by then."""
-    rows = [("-", 0, result.whole, 0)]
-    rows += [(describe_removed(x.best.removed), len(x.best.removed), x.best, x.sets) for x in result.steps]
+    rows = [(describe_removed(x.best.removed) or "-", len(x.best.removed), x.best, x.sets) for x in steps]
     losses = [loss for *_, loss, _ in rows]
     errors = [loss.stderr if math.isfinite(loss.stderr) else None for loss in losses]
     return FittedTable(
@@ -159,9 +159,9 @@ def search_table(result: SearchResult) -> FittedTable:
                 ReportColumn("perplexity", [readable_value(LOSS, loss.value) for loss in losses], metric_format(LOSS)),
                 ReportColumn("sets", [sets for *_, sets in rows], describe_count, priority=2),
             ],
-            title=f"{result.plan.model}  {result.corpus}",
+            title=f"{plan.model}  {plan.why['text']}",
             caption="The best set of each round, on the text of the search; sets: whose loss was known by then. "
-            f"Of the plan: {result.chosen.value:.4f}.",
+            f"Of the plan: {steps[-1].best.value:.4f}.",
         )
     )
 
