@@ -20,7 +20,7 @@ from avss_dist.core.errors import ModelError, first_names
 from avss_dist.core.settings import Settings
 from avss_dist.models.checkpoints import Checkpoint
 from avss_dist.models.experts import RoutedExperts
-from avss_dist.models.loading import Naming, quiet, skeleton, text_config
+from avss_dist.models.loading import quiet, renaming, skeleton, text_config
 from avss_dist.models.quantization import describe_quantization, quantize_skeleton
 from avss_dist.models.safetensors import tensors_of, weight_files
 from avss_dist.pruning.plan import Plan
@@ -177,7 +177,7 @@ def _unmatched_tensors(checkpoint: Checkpoint, settings: Settings) -> Tensors:
     config = text_config(checkpoint, trust_remote_code=settings.trust_remote_code)
     with quiet():
         model = quantize_skeleton(checkpoint, config, skeleton(copy.deepcopy(config), settings, torch.bfloat16))
-        rename = Naming(model).renamed
+        rename = renaming(model)
     held = {name: tuple(value.shape) for name, value in model.state_dict().items()}
     stored = [tensor for file in weight_files(checkpoint.folder) for tensor in tensors_of(file)]
     renamed = ((new if (new := rename(tensor.name)) in held else tensor.name, tensor.shape) for tensor in stored)

@@ -22,7 +22,7 @@ from avss_dist.core.settings import Settings
 from avss_dist.models.checkpoints import Checkpoint
 from avss_dist.models.experts import RoutedExperts, require_routed_experts
 from avss_dist.models.interventions import Parameter, Patch
-from avss_dist.models.loading import Naming, skeleton, text_config, without_head
+from avss_dist.models.loading import renaming, skeleton, text_config, without_head
 from avss_dist.models.safetensors import (
     StoredTensor,
     copy_tensors,
@@ -94,7 +94,7 @@ def _stored_prefix(checkpoint: Checkpoint, plan: Plan, names: Iterable[str], mod
     Raises:
         PlanError: it is unclear.
     """
-    rename, target = Naming(model).renamed, re.compile(rf"{re.escape(list_path(model, plan))}\.(\d+)\.")
+    rename, target = renaming(model), re.compile(rf"{re.escape(list_path(model, plan))}\.(\d+)\.")
     indices: defaultdict[str, set[int]] = defaultdict(set)
     for name in names:
         if match := target.match(rename(name)):
@@ -159,7 +159,7 @@ def _find_experts(
     stored_experts: dict[int, set[int]] = {layer: set() for layer in routed}
     inside = re.compile(rf"{re.escape(prefix)}\.(\d+)\.(.*)")
     target = re.compile(rf"{re.escape(list_path(model, plan))}\.\d+\.(.*)")
-    rename = Naming(model).renamed
+    rename = renaming(model)
     for name, match in ((name, match) for name in stored if (match := inside.fullmatch(name))):
         layer, parameter, expert = int(match[1]), target.fullmatch(rename(name)), _EXPERT.fullmatch(match[2])
         path, experts = parameter[1] if parameter else match[2], routed.get(layer)

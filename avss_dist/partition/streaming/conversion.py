@@ -16,7 +16,7 @@ import torch
 
 from avss_dist.core.errors import ModelError, first_line
 from avss_dist.models.checkpoints import Checkpoint, read_gguf
-from avss_dist.models.loading import Naming, quiet
+from avss_dist.models.loading import quiet, renaming
 from avss_dist.models.safetensors import DTYPES, StoredTensor
 
 ELSEWHERE = (
@@ -64,11 +64,14 @@ class Conversion:
         """
         if self._targets is None:
             with refusing(self._subject):
-                naming = Naming(self._model, self._quantizer)
-                self._mapping, self._targets = naming.mapping, {}
+                from transformers.conversion_mapping import get_model_conversion_mapping
+
+                self._mapping = get_model_conversion_mapping(self._model, hf_quantizer=self._quantizer)
+                rename, state = renaming(self._model, self._quantizer), self._model.state_dict(keep_vars=True)
+                self._targets = {}
                 for name in sorted(stored.name for stored in self._stored):
                     read = self._names.get(name, name)
-                    target = naming.state.get(naming.renamed(read), naming.state.get(read))
+                    target = state.get(rename(read), state.get(read))
                     if target is not None:
                         self._targets[name] = id(target)
         by_target: dict[int, list[StoredTensor]] = {}
@@ -141,7 +144,7 @@ def _grouped(sources: Iterable[list[StoredTensor]]) -> Iterator[Group]:
 class GgufTensors:
     """Tensors of a .gguf file.
 
-    It uses private interfaces of transformers, which may change; see `loading.Naming`.
+    It uses private interfaces of transformers, which may change; see `loading.renaming`.
 
     Attributes:
         stored: the tensors as they are in the file; blocks of quantized numbers are bytes.
@@ -190,9 +193,9 @@ class GgufTensors:
     def find_names(self, model: Any) -> None:
         """Find the name of each tensor in a model, which may be on the meta device."""
         if quantizer := self.quantizer(model):
-            naming = Naming(model, quantizer)
-            renamed = {stored.name: naming.renamed(stored.name) for stored in self.stored}
-            self.names = {name: target for name, target in renamed.items() if target in naming.state}
+            rename, state = renaming(model, quantizer), model.state_dict(keep_vars=True)
+            renamed = {stored.name: rename(stored.name) for stored in self.stored}
+            self.names = {name: target for name, target in renamed.items() if target in state}
             return
         from transformers.modeling_gguf_pytorch_utils import (
             TENSOR_PROCESSORS,
