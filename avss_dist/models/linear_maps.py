@@ -11,7 +11,6 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
-from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -29,17 +28,12 @@ GROUP, MOST_DISTINCT = 32, 16  # neighbours that are looked at together, and val
 SAMPLED = 8  # rows of a weight that are looked at
 
 
-@dataclass
-class _Tokens:
-    """State of a forward pass: its sparse tokens, bool[rows, tokens] or None for all, and the last sparsified input."""
-
-    sparse: torch.Tensor | None
-    last: tuple[torch.Tensor, Any, _Sparsified] | None = None
-
-
 _Sparsified = tuple[torch.Tensor, torch.Tensor]
 """Input of a map after some elements became zero, and int64[2]: numbers of zeros and of elements."""
-_TOKENS: ContextVar[_Tokens | None] = ContextVar("tokens", default=None)
+_SPARSE: ContextVar[torch.Tensor | None] = ContextVar("sparse", default=None)
+"""Sparse tokens of the forward pass in this context, bool[rows, tokens], or None for all."""
+_LAST: ContextVar[tuple[torch.Tensor, Any, _Sparsified] | None] = ContextVar("last", default=None)
+"""Last sparsified input of the forward pass in this context, and how it was sparsified."""
 _DENSE: ContextVar[bool] = ContextVar("dense", default=False)
 
 
@@ -79,7 +73,7 @@ def sparsified(model: nn.Module, layers: Sequence[Layer], sparsity: Sparsity) ->
         (projection.module, partial(_sparsify, cut, projection, norms, partial(add, number)))
         for number, (cut, projection) in enumerate(zip(sparsity.maps, projections, strict=True))
     ]
-    with bound(_TOKENS, None), hooked(before=[(model, partial(_begin, sparsity.rule)), *hooks]):
+    with bound(_SPARSE, None), bound(_LAST, None), hooked(before=[(model, partial(_begin, sparsity.rule)), *hooks]):
         yield counts
 
 
@@ -126,7 +120,8 @@ def _begin(rule: str, args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
     """Set the sparse tokens of the forward pass that begins."""
     inputs = next(t for t in (kwargs.get("input_ids"), kwargs.get("inputs_embeds"), *args) if t is not None)
     rows, tokens = inputs.shape[:2]
-    _TOKENS.set(_Tokens(sparse_tokens(rule, rows, tokens, kwargs.get("attention_mask"), inputs.device)))
+    _SPARSE.set(sparse_tokens(rule, rows, tokens, kwargs.get("attention_mask"), inputs.device))
+    _LAST.set(None)
 
 
 def sparse_tokens(
@@ -157,18 +152,18 @@ def _sparsify(
     if _DENSE.get():
         return None
     x = next(t for t in (*args, *kwargs.values()) if isinstance(t, torch.Tensor))
-    current, how = _TOKENS.get() or _Tokens(None), (cut.by, cut.value)
-    if current.last is not None and current.last[0] is x and current.last[1] == how and not cut.weighted:
-        sparse, counts = current.last[2]  # maps that read one tensor often have one cut
+    how, last, tokens = (cut.by, cut.value), _LAST.get(), _SPARSE.get()
+    if last is not None and last[0] is x and last[1] == how and not cut.weighted:
+        sparse, counts = last[2]  # maps that read one tensor often have one cut
     else:
         removed = ~keep_mask(cut, x.detach(), column_norms(projection.module, norms) if cut.weighted else None)
         size = torch.tensor(x.numel(), device=x.device)
-        if current.sparse is not None:
-            by_token = (current.sparse.T if projection.axes == "tokens first" else current.sparse).to(x.device)
+        if tokens is not None:
+            by_token = (tokens.T if projection.axes == "tokens first" else tokens).to(x.device)
             where = by_token.reshape(x.shape[:-1]).unsqueeze(-1)
             removed, size = removed & where, where.sum() * x.shape[-1]
         sparse, counts = torch.where(removed, x.new_zeros(()), x), torch.stack([removed.sum(), size])
-        current.last = (x, how, (sparse, counts))
+        _LAST.set((x, how, (sparse, counts)))
     count(counts)
     return with_replaced(args, kwargs, {id(x): sparse})
 
