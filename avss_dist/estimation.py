@@ -21,7 +21,7 @@ from avss_dist.distillation.pair import LORA, computes_in_bfloat16
 from avss_dist.models.checkpoints import Checkpoint, locate
 from avss_dist.models.size import Footprint, footprint, sharing_skeletons
 from avss_dist.partition.choose import choose
-from avss_dist.partition.replica import MemoryQuery, batch_bytes, replica_class
+from avss_dist.partition.replica import MemoryQuery, PartitionEstimate, batch_bytes, replica_class
 from avss_dist.requests import DistillRequest, EstimateRequest, require_divisible
 from avss_dist.runs.events import OnRunEvent, RunReading, describe_repeated
 from avss_dist.runs.job_file import JobFile
@@ -105,29 +105,6 @@ def distillation_rows(
 ENOUGH_ROWS = 1 << 20  # of a text, for shards of the usual size
 RANKS = (2, 4, 8, 16, 32, 64, 128)
 """Numbers of ranks on GPUs, of which the first whose part fits is estimated."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class PartitionEstimate:
-    """Estimated memory of a replica with one partition.
-
-    Attributes:
-        partition: one of ``registry.PARTITIONS``.
-        ranks: processes of the replica; by default as few as GPUs have room for, and 2 on a CPU.
-        gpus: GPUs of the replica; 0 on a CPU.
-        device_bytes: bytes of each GPU or, on a CPU, of each process.
-        host_bytes: bytes of the host, all its ranks together.
-        fits: whether this memory is here, and nothing else is in the way.
-        why: components of the numbers, or the missing memory.
-    """
-
-    partition: str
-    ranks: int
-    gpus: int
-    device_bytes: int
-    host_bytes: int
-    fits: bool
-    why: str
 
 
 @dataclass(frozen=True, kw_only=True, repr=False)
@@ -247,15 +224,7 @@ def _row(
         lacks.append(obstacle)
     if usage.gpus > devices.count:
         lacks.append(f"{usage.gpus} GPUs are needed, {devices.count} are here")
-    return PartitionEstimate(
-        partition=partition,
-        ranks=ranks,
-        gpus=usage.gpus,
-        device_bytes=usage.device_bytes,
-        host_bytes=usage.host_bytes,
-        fits=not lacks,
-        why="; ".join([*lacks, usage.why]),
-    )
+    return replace(usage, fits=not lacks, why="; ".join([*lacks, usage.why]))
 
 
 _SHAPE = ("num_layers", "hidden_size", "num_parameters", "dtype")

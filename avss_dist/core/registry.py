@@ -53,7 +53,7 @@ class PartitionInfo:
 
 PARTITIONS = {
     "single": PartitionInfo(
-        opens="avss_dist.partition.replica:SingleReplica",
+        opens="avss_dist.partition.replica:Replica",
         summary="the whole model on one device",
         whole=True,
         changes_weights=True,

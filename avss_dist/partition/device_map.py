@@ -25,9 +25,9 @@ from avss_dist.models.size import (
 )
 from avss_dist.partition.replica import (
     MemoryQuery,
+    PartitionEstimate,
     Placement,
     Replica,
-    Usage,
     batch_bytes,
     bytes_beside_weights,
     offload_folder,
@@ -50,7 +50,7 @@ class DeviceMapReplica(Replica):
         return max(size.layer_bytes, default=0) if kind == "cpu" else 0
 
     @classmethod
-    def usage(cls, query: MemoryQuery) -> Usage:
+    def usage(cls, query: MemoryQuery) -> PartitionEstimate:
         """Return the memory of a replica, whose layers may be on several devices and on disk."""
         size, devices, batch = query.size, query.devices, batch_bytes(query.size, query.settings)
         gpus = range(devices.count_of_largest_node if query.on_gpu else 0)

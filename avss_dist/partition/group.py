@@ -143,7 +143,10 @@ def rank_and_size() -> tuple[int, int]:
 
 
 class RankedLanguageModel(LanguageModel):
-    """Language model of several ranks. The first one reports."""
+    """Language model of several ranks. The first one reports.
+
+    Ranks take different batches of one task. Those that split matrices, without `whole_weights`, take the same.
+    """
 
     def __init__(self, *args: Any) -> None:
         super().__init__(*args)
@@ -157,20 +160,16 @@ class RankedLanguageModel(LanguageModel):
         """
         return [[sum(numbers) for numbers in zip(*rows, strict=True)] for rows in zip(*all_gather(counts), strict=True)]
 
-
-class DividedLanguageModel(RankedLanguageModel):
-    """Language model whose ranks take different batches of one task."""
-
     def local_indices(self, count: int) -> range:
         """Return the indices of the work items, out of ``count``, that this rank takes.
 
-        They are contiguous, and equally many if ``count`` is a multiple of ranks.
+        Of ranks with different batches they are contiguous, and equally many if ``count`` is a multiple of ranks.
         """
-        return range(count)[self._split.rows(count)]
+        return range(count)[self._split.rows(count)] if self.whole_weights else range(count)
 
     def all_reduce(self, tensors: Sequence[torch.Tensor]) -> None:
-        """Sum tensors over the ranks, in place."""
-        for tensor in tensors:
+        """Sum tensors over the ranks with different batches, in place."""
+        for tensor in tensors if self.whole_weights else ():
             distributed.all_reduce(tensor)
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import shutil
 import tempfile
-from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
@@ -26,7 +25,7 @@ from avss_dist.models.layers import Layer
 from avss_dist.models.loading import Backbone, Forward, forward_function, load, quiet
 from avss_dist.models.quantization import describe_computing
 from avss_dist.models.size import Footprint, sharing_skeletons
-from avss_dist.partition.group import DividedLanguageModel, RowSplit, require_group, reraise_lost_ranks
+from avss_dist.partition.group import RankedLanguageModel, RowSplit, require_group, reraise_lost_ranks
 from avss_dist.system.devices import Devices, free_device, pick_device, to_device
 from avss_dist.system.memory import keep_freed_memory
 
@@ -95,19 +94,25 @@ def bytes_beside_weights(size: Footprint | None, settings: Settings, kind: str, 
 
 
 @dataclass(frozen=True, kw_only=True)
-class Usage:
-    """Memory that a replica takes with a partition.
+class PartitionEstimate:
+    """Estimated memory of a replica with one partition.
 
     Attributes:
+        partition: one of ``registry.PARTITIONS``.
+        ranks: processes of the replica; by default as few as GPUs have room for, and 2 on a CPU.
+        gpus: GPUs of the replica; 0 on a CPU.
         device_bytes: bytes of each GPU or, on a CPU, of each process.
-        host_bytes: bytes of a host, all its ranks together.
-        gpus: number of GPUs of the replica.
-        why: largest parts of the numbers, for people.
+        host_bytes: bytes of the host, all its ranks together.
+        fits: whether this memory is here, and nothing else is in the way. `estimation.estimate` finds out.
+        why: components of the numbers, or the missing memory.
     """
 
+    partition: str
+    ranks: int
+    gpus: int
     device_bytes: int
     host_bytes: int
-    gpus: int
+    fits: bool = True
     why: str
 
 
@@ -138,20 +143,25 @@ class MemoryQuery:
         """Whether the devices are GPUs."""
         return self.devices.kind == "cuda"
 
-    def usage(self, weights: int, why: str, *, host_weights: int = 0, gpus: int | None = None) -> Usage:
+    def usage(self, weights: int, why: str, *, host_weights: int = 0, gpus: int | None = None) -> PartitionEstimate:
         """Return the memory of processes with the activations of one batch each.
 
         Args:
             weights: bytes of weights on the device of each process.
-            why: see `Usage`.
+            why: see `PartitionEstimate`.
             host_weights: further bytes of weights in the host memory of each process.
             gpus: number of GPUs, by default one for each rank.
         """
         held, process = weights + batch_bytes(self.size, self.settings), PROCESS_BYTES + host_weights
-        if not self.on_gpu:
-            return Usage(device_bytes=process + held, host_bytes=self.ranks * (process + held), gpus=0, why=why)
-        on_host = min(self.ranks, max(1, self.devices.count_of_largest_node))
-        return Usage(device_bytes=held, host_bytes=on_host * process, gpus=gpus or self.ranks, why=why)
+        if self.on_gpu:
+            gpus = gpus or self.ranks
+            host = min(self.ranks, max(1, self.devices.count_of_largest_node)) * process
+        else:
+            gpus, held = 0, process + held
+            host = self.ranks * held
+        return PartitionEstimate(
+            partition=self.partition, ranks=self.ranks, gpus=gpus, device_bytes=held, host_bytes=host, why=why
+        )
 
 
 def offload_folder(needed: int) -> TemporaryDirectory[str]:
@@ -177,8 +187,11 @@ def offload_folder(needed: int) -> TemporaryDirectory[str]:
     return folder
 
 
-class Replica(ABC):
+class Replica:
     """One rank of a model copy, or the whole copy if it has one rank. Its class tells how much memory it will take.
+
+    This class is that of the partition ``single``: the whole model on one device, or several copies that share the text
+    of a task. Other partitions have subclasses.
 
     Attributes:
         layers: transformer blocks, in order.
@@ -237,7 +250,7 @@ class Replica(ABC):
         """Return the bytes of weights that each rank must hold at once, where ranks gather them, or 0 otherwise."""
         return 0
 
-    @staticmethod  # noqa: B027  (one process holds any model)
+    @staticmethod
     def require_ranks(partition: str, weights: Checkpoint | str, settings: Settings, ranks: int) -> None:
         """Refuse a model that so many ranks cannot hold together, by its configuration and headers.
 
@@ -255,14 +268,17 @@ class Replica(ABC):
         return None
 
     @classmethod
-    def usage(cls, query: MemoryQuery) -> Usage:
+    def usage(cls, query: MemoryQuery) -> PartitionEstimate:
         """Return the memory of a replica."""
         weights = query.size.weight_bytes
         return query.usage(weights, f"{describe_bytes(weights)} of weights stay in memory")
 
-    @abstractmethod
     def _open(self, checkpoint: Checkpoint, settings: Settings, placement: Placement, *, head: bool) -> Backbone:
         """Open the model, or this rank's part of it."""
+        if head and placement.copies > 1:
+            require_group(placement.partition, placement.ranks)
+            self.language_model_type = RankedLanguageModel
+        return load(checkpoint, settings, self.device, head=head)
 
     def forward(self, batches: Sequence[Batch], context: BatchContext) -> None:
         """Run the backbone over every batch, for hooks that observe it. All ranks must run equally many batches.
@@ -287,16 +303,6 @@ class Replica(ABC):
         self.language_model = None
         del self._backbone, self._run, self.layers
         free_device(self.device)
-
-
-class SingleReplica(Replica):
-    """Whole model on one device, or several copies that share the text of a task."""
-
-    def _open(self, checkpoint: Checkpoint, settings: Settings, placement: Placement, *, head: bool) -> Backbone:
-        if head and placement.copies > 1:
-            require_group(placement.partition, placement.ranks)
-            self.language_model_type = DividedLanguageModel
-        return load(checkpoint, settings, self.device, head=head)
 
 
 def replica_class(partition: str) -> Any:

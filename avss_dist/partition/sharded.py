@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import copy
 import os
-from abc import abstractmethod
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
@@ -38,15 +38,15 @@ from avss_dist.models.loading import (
 from avss_dist.models.quantization import quantization_method
 from avss_dist.models.size import Footprint, load_skeleton
 from avss_dist.partition.device_map import unstored
-from avss_dist.partition.group import DividedLanguageModel, all_gather, quiet_deepspeed, require_group, share
-from avss_dist.partition.replica import MemoryQuery, Placement, Replica, Usage, dummy_batch
+from avss_dist.partition.group import RankedLanguageModel, all_gather, quiet_deepspeed, require_group, share
+from avss_dist.partition.replica import MemoryQuery, PartitionEstimate, Placement, Replica, dummy_batch
 from avss_dist.partition.splitting import generic_name, layer_modules, require_version, scale_obstacle
 
 T = TypeVar("T")
 PREFETCHED = 50_000_000  # parameters that are gathered ahead, on GPUs, beside the arithmetic; DeepSpeed's own default
 
 
-class ShardedLanguageModel(DividedLanguageModel):
+class ShardedLanguageModel(RankedLanguageModel):
     """Language model whose ranks share the batches and all return all results. See `causal_lm.LanguageModel`.
 
     A rank without a batch runs a dummy while others have one, because collectives wait for all.
@@ -100,7 +100,7 @@ class ShardedLanguageModel(DividedLanguageModel):
             return parameter.detach().clone()
 
 
-class ShardedReplica(Replica):
+class ShardedReplica(Replica, ABC):
     """One rank of a model of which each rank holds a part of every parameter. All open it in a group (`group.join`).
 
     Attributes:
@@ -143,7 +143,7 @@ class ShardedReplica(Replica):
             )
 
     @classmethod
-    def usage(cls, query: MemoryQuery) -> Usage:
+    def usage(cls, query: MemoryQuery) -> PartitionEstimate:
         """Return the memory of a replica, with the weights that each rank holds and gathers."""
         size, host_weights = query.size, 0
         weights = cls.minimum_rank_weights(size, query.ranks)

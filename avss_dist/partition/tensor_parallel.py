@@ -21,7 +21,7 @@ from avss_dist.models.quantization import quantization_method
 from avss_dist.models.size import load_skeleton
 from avss_dist.partition.autotp import open_by_autotp, require_autotp
 from avss_dist.partition.group import RankedLanguageModel, require_group
-from avss_dist.partition.replica import MemoryQuery, Placement, Replica, Usage
+from avss_dist.partition.replica import MemoryQuery, PartitionEstimate, Placement, Replica
 from avss_dist.partition.splitting import (
     attention_plan,
     generic_name,
@@ -67,7 +67,7 @@ class TensorParallelReplica(Replica):
             require_autotp(model.config.get_text_config(), ranks)
 
     @classmethod
-    def usage(cls, query: MemoryQuery) -> Usage:
+    def usage(cls, query: MemoryQuery) -> PartitionEstimate:
         """Return the memory of a replica, with a part of the weights on each rank. AutoTP divides the layers alone."""
         size = query.size
         if tensor_plan_obstacle(query.weights, query.settings, query.ranks):
@@ -124,7 +124,7 @@ class ExpertParallelReplica(TensorParallelReplica):
             )
 
     @classmethod
-    def usage(cls, query: MemoryQuery) -> Usage:
+    def usage(cls, query: MemoryQuery) -> PartitionEstimate:
         """Return the memory of a replica. If no plan spreads the experts, parts are those of ``tensor_parallel``."""
         options: dict[str, Any] = {"tp_size": query.ranks}
         with suppress(ConfigError):

@@ -31,7 +31,7 @@ from avss_dist.corpus.shards import tokenize_corpus
 from avss_dist.measure.shard import analyze_shard
 from avss_dist.models.checkpoints import resolve
 from avss_dist.models.loading import load_tokenizer
-from avss_dist.partition.replica import SingleReplica, no_observation
+from avss_dist.partition.replica import Replica, no_observation
 
 BARE, PLAIN, AUTHORS = "bare backbone forward", "plain CausalLM forward", "AVSS authors' recipe"
 
@@ -76,7 +76,7 @@ def main() -> None:
     checkpoint = resolve(options.model)
     shard = tokenize_corpus(options.corpus, load_tokenizer(checkpoint), settings).shards[0]
     batches = list(shard.batches(settings.batch_size))
-    replica = SingleReplica(checkpoint, settings)
+    replica = Replica(checkpoint, settings)
     inputs = [torch.from_numpy(batch.input_ids).to(torch.int64) for batch in batches]
     causal = AutoModelForCausalLM.from_pretrained(checkpoint.folder, dtype=torch.bfloat16).eval()
     exact = AutoModelForCausalLM.from_pretrained(checkpoint.folder, dtype=torch.float32).eval()
@@ -137,7 +137,7 @@ def print_peak_memory(model: str, corpus: str, sequences: int, what: str) -> Non
     settings = Settings(max_sequences=sequences, dtype="bfloat16")
     checkpoint = resolve(model)
     shard = tokenize_corpus(corpus, load_tokenizer(checkpoint), settings).shards[0]
-    replica = SingleReplica(checkpoint, settings)
+    replica = Replica(checkpoint, settings)
     if what == "observed":
         analyze_shard(replica, shard, settings)
     else:

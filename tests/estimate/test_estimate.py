@@ -25,11 +25,11 @@ from avss_dist.core.registry import PARTITIONS, SHARDINGS
 from avss_dist.core.settings import Execution, Settings
 from avss_dist.core.text import describe_seconds
 from avss_dist.distillation.memory import LIBRARIES
-from avss_dist.estimation import DistillRow, Estimate, PartitionEstimate, _row, distillation_rows, estimate
+from avss_dist.estimation import DistillRow, Estimate, _row, distillation_rows, estimate
 from avss_dist.models.checkpoints import locate
 from avss_dist.models.size import footprint, sharing_skeletons
 from avss_dist.partition.choose import choose, least_host_bytes
-from avss_dist.partition.replica import PROCESS_BYTES, batch_bytes
+from avss_dist.partition.replica import PROCESS_BYTES, PartitionEstimate, batch_bytes
 from avss_dist.pruning.checkpoint import prune
 from avss_dist.pruning.plan import Plan
 from avss_dist.reports.terminal.evaluation import automatic, estimate_table

@@ -37,7 +37,7 @@ from avss_dist.models.checkpoints import resolve
 from avss_dist.models.layers import first_tensor
 from avss_dist.models.loading import load_tokenizer
 from avss_dist.models.size import footprint
-from avss_dist.partition.replica import BatchContext, Placement, SingleReplica, dummy_batch, no_observation
+from avss_dist.partition.replica import BatchContext, Placement, Replica, dummy_batch, no_observation
 from avss_dist.stats.layer_stats import ROW_FIELDS, RowStats
 from avss_dist.stats.scores import score_run
 from avss_dist.warehouse.encoding import decode_shard
@@ -46,9 +46,9 @@ from avss_dist.warehouse.store import Receipt
 SETTINGS = Settings(batch_size=2, device="cpu")
 
 
-def opened(family: str, folder: Path, settings: Settings) -> SingleReplica:
+def opened(family: str, folder: Path, settings: Settings) -> Replica:
     tiny_model("causal", family).save_pretrained(folder)
-    return SingleReplica(resolve(str(folder)), settings)
+    return Replica(resolve(str(folder)), settings)
 
 
 def test_a_model_without_any_of_the_sites_is_refused(tmp_path: Path) -> None:
@@ -67,7 +67,7 @@ def test_layers_without_experts_are_noted(tmp_path: Path) -> None:
 
 def test_every_token_of_padded_rows_counts_once_and_only_what_is_asked_is_told(tiny_llama: Path) -> None:
     shard = random_shard()
-    result = analyze_shard(SingleReplica(resolve(str(tiny_llama)), SETTINGS), shard, SETTINGS)
+    result = analyze_shard(Replica(resolve(str(tiny_llama)), SETTINGS), shard, SETTINGS)
     tokens = int(shard.lengths.sum())
     assert {stats.count for key, stats in result.stats.items() if key[1] == "block"} == {tokens * 32}
     assert result.num_tokens == tokens and result.rows is None and result.experts is None
@@ -79,7 +79,7 @@ def test_rows_of_answers_have_the_tokens_of_prompts_and_answers(tiny_llama: Path
     shard = random_shard()
     starts = np.array([3, 0, 9, 23, 20], np.int32)
     pairing = Pairing(rows=np.arange(5), pairs=np.arange(5) // 2, strata=("good", "bad") * 2 + ("good",), starts=starts)
-    result = analyze_shard(SingleReplica(resolve(str(tiny_llama)), SETTINGS), replace(shard, pairing=pairing), SETTINGS)
+    result = analyze_shard(Replica(resolve(str(tiny_llama)), SETTINGS), replace(shard, pairing=pairing), SETTINGS)
     assert result.rows is not None
     assert shard.lengths.tolist() == [24, 24, 9, 24, 17]
     assert result.rows.prompt_tokens.tolist() == starts.tolist()
@@ -101,7 +101,7 @@ def test_the_memory_of_counters_is_that_of_the_accumulators(tiny_llama: Path) ->
 BATCHES_OF_8 = Settings(max_sequences=13, sequence_length=32, batch_size=8, sequences_per_shard=13, device="cpu")
 
 
-class SmallDevice(SingleReplica):
+class SmallDevice(Replica):
     """A device that runs out of memory beyond ``most`` rows, halfway through the layers."""
 
     most = 8
@@ -315,7 +315,7 @@ def test_the_released_reading_of_avss(smollm2: Path) -> None:
     settings = Settings(max_sequences=2, sequence_length=64, batch_size=1, dtype="bfloat16", sites=("block",))
     checkpoint = resolve(str(smollm2))
     shard = tokenize_corpus(CORPUS, load_tokenizer(checkpoint), settings).shards[0]
-    replica = SingleReplica(checkpoint, settings)
+    replica = Replica(checkpoint, settings)
     rows = score_run(analyze_shard(replica, shard, settings).stats, [layer.name for layer in replica.layers])
     ours = [
         r["avss"] for r in rows if (r["recipe"], r["threshold"], r["threshold_kind"]) == ("pooled", 1e-5, "absolute")
@@ -341,7 +341,7 @@ def test_a_threshold_without_a_rerun_equals_a_rerun(smollm2: Path, dtype: str) -
     rerun = replace(kept, thresholds=(*drawn, 0.6875))
     checkpoint = resolve(str(smollm2))
     shard = tokenize_corpus(CORPUS, load_tokenizer(checkpoint), kept).shards[0]
-    replica = SingleReplica(checkpoint, kept)
+    replica = Replica(checkpoint, kept)
     stored, counted = (analyze_shard(replica, shard, settings).stats for settings in (kept, rerun))
     for key, stats in counted.items():
         found = np.array([stored[key].below(t) for t in stats.thresholds])

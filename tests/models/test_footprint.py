@@ -29,7 +29,7 @@ from avss_dist.models.checkpoints import resolve
 from avss_dist.models.loading import load
 from avss_dist.models.quantization import unpacking_bytes
 from avss_dist.models.size import footprint
-from avss_dist.partition.replica import SingleReplica
+from avss_dist.partition.replica import Replica
 
 SETTINGS = Settings(device="cpu")
 CPU = torch.device("cpu")
@@ -65,7 +65,7 @@ def test_it_is_what_single_loads(kind: str, family: str, dtype: str, folder_of: 
     folder = folder_of(kind, family)
     settings = Settings(device="cpu", dtype=dtype)
     size, checkpoint = footprint(str(folder), settings), resolve(str(folder))
-    replica = SingleReplica(checkpoint, settings)
+    replica = Replica(checkpoint, settings)
     backbone = load(checkpoint, settings, CPU)
     assert size.num_parameters == replica.model["num_parameters"]
     assert size.hidden_size == replica.model["hidden_size"] and size.dtype == replica.model["dtype"]
@@ -129,7 +129,7 @@ def test_quantized_weights(tiny_llama: Path, tmp_path: Path) -> None:
 def test_a_gguf_file(tmp_path: Path) -> None:
     file = write_gguf(llama(), tmp_path / "tiny.gguf")
     size = footprint(str(file), SETTINGS)
-    assert size.num_parameters == SingleReplica(resolve(str(file)), SETTINGS).model["num_parameters"]
+    assert size.num_parameters == Replica(resolve(str(file)), SETTINGS).model["num_parameters"]
     assert size.weight_bytes == 4 * size.num_parameters
     assert size.unpacking_bytes == max(2 * 4 * 320 * 32 - size.layer_bytes[0], 2 * 4 * 32 * 48)  # embeddings, MLP
     (tmp_path / "bad.gguf").write_bytes(b"GGUF")

@@ -26,7 +26,7 @@ from avss_dist.models.checkpoints import Checkpoint, resolve
 from avss_dist.models.size import footprint, sharing_skeletons
 from avss_dist.partition.choose import gpus_filled
 from avss_dist.partition.device_map import DeviceMapReplica, require_complete, spread
-from avss_dist.partition.replica import Placement, SingleReplica, open_replica
+from avss_dist.partition.replica import Placement, Replica, open_replica
 from avss_dist.stats.layer_stats import ShardResult
 
 SETTINGS = Settings(batch_size=2, sequence_length=24, dtype="float32", device="cpu")
@@ -64,7 +64,7 @@ def test_statistics_are_those_of_single(
     """A packed and a padded shard through the same replica; of Llama also where all is in memory."""
     checkpoint = resolve(str(family_folder(kind, family)))
     shards = [packed_or_padded(padded=padded) for padded in (False, True)]
-    single = SingleReplica(checkpoint, SETTINGS)
+    single = Replica(checkpoint, SETTINGS)
     expected = [analyze_shard(single, shard, SETTINGS) for shard in shards]
     limits = [(room_for(checkpoint), False, True), (1, True, True)]
     for cpu, first, last in (*limits, *([(1 << 40, False, False)] if family == "llama" else [])):
@@ -79,7 +79,7 @@ def test_statistics_are_those_of_single(
 def test_bfloat16_and_a_dtype_that_is_not_stored(tiny_llama: Path) -> None:
     checkpoint, settings = resolve(str(tiny_llama)), replace(SETTINGS, dtype="bfloat16")
     shard = packed_or_padded()
-    expected = measured(SingleReplica(checkpoint, settings), shard, settings)
+    expected = measured(Replica(checkpoint, settings), shard, settings)
     assert_same_result(measured(placed(checkpoint, 1, settings=settings), shard, settings), expected)
 
 
@@ -173,7 +173,7 @@ def test_a_full_offload_folder_is_refused(
 def test_a_gguf_file_stays_in_memory(tmp_path: Path) -> None:
     checkpoint = resolve(str(write_gguf(llama(), tmp_path / "tiny.gguf")))
     shard = packed_or_padded()
-    expected = measured(SingleReplica(checkpoint, SETTINGS), shard)
+    expected = measured(Replica(checkpoint, SETTINGS), shard)
     assert_same_result(measured(placed(checkpoint, 1 << 40), shard), expected)
     with pytest.raises(ConfigError, match=r"134 kB of weights have no place: those of a \.gguf file"):
         placed(checkpoint, 1)

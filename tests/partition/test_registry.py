@@ -57,10 +57,10 @@ def test_gangs_alone_take_ranks_and_need_several_processes(partition: str) -> No
 
 
 SIXTH = '''
-from avss_dist.partition.replica import SingleReplica
+from avss_dist.partition.replica import Replica
 
 
-class SixthReplica(SingleReplica):
+class SixthReplica(Replica):
     """A replica that has an estimate like that of a whole model, and changes nothing else."""
 
     def __init__(self, *args, **options):

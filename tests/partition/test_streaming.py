@@ -29,10 +29,10 @@ from avss_dist.core.settings import SITES, Settings
 from avss_dist.measure.shard import analyze_shard
 from avss_dist.models.checkpoints import resolve
 from avss_dist.models.layers import Layer
-from avss_dist.partition.replica import Placement, SingleReplica, no_observation
+from avss_dist.partition.replica import Placement, Replica, no_observation
 from avss_dist.partition.streaming.passes import HiddenStateOffloader, Window
 from avss_dist.partition.streaming.replica import StreamingReplica
-from avss_dist.partition.streaming.weights import ReadBuffer, buffer_bytes, copied, mapped
+from avss_dist.partition.streaming.weights import buffer_bytes, copied, copied_into, mapped
 
 ROWS, TOKENS = 5, 12
 SETTINGS = Settings(batch_size=2, sequence_length=TOKENS, device="cpu")
@@ -55,13 +55,11 @@ def streaming(folder: Path, settings: Settings = SETTINGS, **placement: Any) -> 
     return StreamingReplica(resolve(str(folder)), settings, Placement(partition="streaming", **placement))
 
 
-def single(folder: Path, settings: Settings = SETTINGS) -> SingleReplica:
-    return SingleReplica(resolve(str(folder)), settings)
+def single(folder: Path, settings: Settings = SETTINGS) -> Replica:
+    return Replica(resolve(str(folder)), settings)
 
 
-def assert_same(
-    folder: Path, settings: Settings = SETTINGS, **placement: Any
-) -> tuple[StreamingReplica, SingleReplica]:
+def assert_same(folder: Path, settings: Settings = SETTINGS, **placement: Any) -> tuple[StreamingReplica, Replica]:
     """Packed and padded, a shard after the other through the same two replicas."""
     got, wanted = streaming(folder, settings, **placement), single(folder, settings)
     for padded in (False, True):
@@ -233,7 +231,7 @@ def test_code_of_the_checkpoint_itself(tiny: Path, tmp_path: Path, monkeypatch: 
     settings = replace(SETTINGS, trust_remote_code=True)
     got = StreamingReplica(checkpoint, settings, Placement(partition="streaming"))
     assert got.model["architecture"] == "OwnForCausalLM"
-    wanted = SingleReplica(checkpoint, settings)
+    wanted = Replica(checkpoint, settings)
     assert_same_result(analyze_shard(got, shard(), settings), analyze_shard(wanted, shard(), settings))
 
 
@@ -446,7 +444,8 @@ def test_unpacked_blocks_are_the_stored_numbers_times_their_scales(tmp_path: Pat
     stored = load_file(folder / "model.safetensors")
     replica = streaming(folder, DEQUANTIZED)
     part = replica._parts[1]
-    for read in (copied, mapped, ReadBuffer(buffer_bytes(part.stored)).read):
+    buffer = torch.empty(buffer_bytes(part.stored), dtype=torch.uint8)
+    for read in (copied, mapped, lambda stored: copied_into(buffer, stored)):
         replica._weights.load(part, replica.device, read)
         weights = replica.layers[1].module.state_dict()
         for name in ("mlp.up_proj.weight", "mlp.down_proj.weight", "self_attn.k_proj.weight"):

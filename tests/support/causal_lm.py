@@ -11,7 +11,7 @@ from avss_dist.core.settings import Settings
 from avss_dist.corpus.shards import Shard
 from avss_dist.models.causal_lm import LanguageModel
 from avss_dist.models.checkpoints import Checkpoint, resolve
-from avss_dist.partition.replica import SingleReplica
+from avss_dist.partition.replica import Replica
 
 SMALL = {"max_sequences": 6, "sequence_length": 32, "batch_size": 4, "sequences_per_shard": 3, "device": "cpu"}
 
@@ -39,7 +39,7 @@ def packed_or_padded(*, padded: bool = False, rows: int = 5, tokens: int = 12) -
 
 def open_whole(checkpoint: Checkpoint, settings: Settings) -> LanguageModel:
     """A checkpoint with its head on one device."""
-    model = SingleReplica(checkpoint, settings, head=True).language_model
+    model = Replica(checkpoint, settings, head=True).language_model
     assert model is not None
     return model
 

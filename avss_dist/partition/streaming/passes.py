@@ -30,7 +30,7 @@ from avss_dist.core.errors import RunFailed
 from avss_dist.models.interventions import in_form, skip_of
 from avss_dist.models.layers import LayerCall, first_tensor, input_tensor
 from avss_dist.partition.replica import offload_folder
-from avss_dist.partition.streaming.weights import Part, ReadBuffer, StreamedWeights, buffer_bytes, mapped, readahead
+from avss_dist.partition.streaming.weights import Part, StreamedWeights, buffer_bytes, copied_into, mapped, readahead
 from avss_dist.system.memory import release_freed_memory
 
 LARGE_BYTES = 64_000_000  # of a layer: beside its arithmetic, taking fresh pages once costs nothing
@@ -145,13 +145,13 @@ class Window:
         parts: Sequence[Part],
         order: Sequence[int],
         device: torch.device,
-        buffer: ReadBuffer | None = None,
+        buffer: torch.Tensor | None = None,
     ) -> None:
         self._weights, self._parts, self._device, self._buffer = weights, parts, device, buffer
         self._coming = list(order)
         self._loaded: int | None = None
         self._present: dict[int, Future[None] | None] = {}  # layers in the model, or on their way to a GPU
-        self._stream = torch.cuda.Stream(device) if buffer else None
+        self._stream = None if buffer is None else torch.cuda.Stream(device)
         self._is_large = max(buffer_bytes(part.stored) for part in parts) >= LARGE_BYTES
 
     def __enter__(self) -> Window:
@@ -169,7 +169,7 @@ class Window:
             return
         self._loaded = None
         self._unload(keep=index)
-        if self._buffer:
+        if self._stream:
             (self._present.get(index) or self._start_copying(index)).result()
         else:
             if self._is_large:
@@ -191,7 +191,7 @@ class Window:
 
     def _read_ahead(self) -> None:
         """Start to read the next layer: to a GPU by a copy, for a CPU into the page cache."""
-        if self._coming and self._buffer:
+        if self._coming and self._stream:
             self._start_copying(self._coming[0])
         elif self._coming:
             self._thread.submit(readahead, self._parts[self._coming[0]].stored)
@@ -204,10 +204,10 @@ class Window:
 
     def _copy(self, index: int, mark: Any) -> None:
         """Load a layer's weights on a GPU, through the buffer."""
-        assert self._stream and self._buffer
+        assert self._stream and self._buffer is not None
         with torch.no_grad(), torch.cuda.stream(self._stream):
             self._stream.wait_event(mark)
-            self._weights.load(self._parts[index], self._device, self._buffer.read)
+            self._weights.load(self._parts[index], self._device, partial(copied_into, self._buffer))
             self._stream.synchronize()
 
 
@@ -290,9 +290,10 @@ class Passes:
     ) -> None:
         self._weights, self._parts, self._order, self._device = weights, parts, order, device
         self._device_bytes, self.host_bytes, self.modules = device_bytes, host_bytes, list(modules)
-        self._buffer: ReadBuffer | None = None
+        self._buffer: torch.Tensor | None = None
         if device.type == "cuda":
-            self._buffer = ReadBuffer(max(buffer_bytes(part.stored) for part in parts), pinned=True)
+            size = max(buffer_bytes(part.stored) for part in parts)
+            self._buffer = torch.empty(size, dtype=torch.uint8, pin_memory=True)
         for index, module in enumerate(modules):
             _pause(module, index)
 

@@ -27,7 +27,7 @@ from avss_dist.models.interventions import skip_of
 from avss_dist.models.layers import Layer
 from avss_dist.models.loading import Backbone, open_module, without_head
 from avss_dist.models.size import Footprint, footprint
-from avss_dist.partition.replica import BatchContext, MemoryQuery, Placement, Replica, Usage, batch_bytes
+from avss_dist.partition.replica import BatchContext, MemoryQuery, PartitionEstimate, Placement, Replica, batch_bytes
 from avss_dist.partition.splitting import layer_modules
 from avss_dist.partition.streaming.passes import FORKS, RECORD, Fork, Passes, Record
 from avss_dist.partition.streaming.weights import StreamedWeights, buffer_bytes
@@ -68,7 +68,7 @@ class StreamingReplica(Replica):
         return "needs the setting dequantize, which unpacks the weights"
 
     @classmethod
-    def usage(cls, query: MemoryQuery) -> Usage:
+    def usage(cls, query: MemoryQuery) -> PartitionEstimate:
         """Return the memory of a replica, with at most two layers at a time, and of unpacked weights.
 
         Under a limit, the next layer and hidden states take what it leaves.

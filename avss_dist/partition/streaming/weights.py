@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
-from itertools import chain
+from itertools import chain, starmap
 from typing import Any
 
 import torch
@@ -31,7 +31,7 @@ from avss_dist.partition.streaming.conversion import ELSEWHERE, Conversion, Gguf
 from avss_dist.system.memory import populate
 
 Read = Callable[[Sequence[StoredTensor]], Iterator[torch.Tensor]]
-"""Function that yields stored tensors in memory: `copied`, `mapped`, or the method of a `ReadBuffer`."""
+"""Function that yields stored tensors in memory: `copied`, `mapped`, or `copied_into` a buffer."""
 _TENSOR_ALIGNMENT = 64  # bytes, of torch's allocations
 _READERS = 4  # threads: one alone does not saturate the memory bandwidth
 _PIECE = 8 << 20  # bytes that a thread reads at a time
@@ -51,43 +51,34 @@ def readahead(stored: Iterable[StoredTensor]) -> None:
             os.posix_fadvise(file.fileno(), tensor.start, tensor.size, os.POSIX_FADV_WILLNEED)
 
 
-class ReadBuffer:
-    """Buffer into which stored tensors are copied, one after the other.
+def copied_into(buffer: torch.Tensor, stored: Sequence[StoredTensor]) -> Iterator[torch.Tensor]:
+    """Copy stored tensors into a buffer, over those of earlier calls, and yield each when it is complete.
 
-    Each tensor keeps the alignment of its file, so that kernels compute as with a mapped file.
+    Threads read the next tensors in the meantime. Each tensor keeps the alignment of its file, so that kernels compute
+    as with a mapped file.
 
     Args:
-        size: number of bytes, from `buffer_bytes`.
-        pinned: pin the memory, for asynchronous copies to a GPU.
+        buffer: uint8[size], of the size from `buffer_bytes`.
+
+    Raises:
+        ModelError: a file is gone, or ends before its tensor does.
     """
-
-    def __init__(self, size: int, *, pinned: bool = False) -> None:
-        self._memory = torch.empty(size, dtype=torch.uint8, pin_memory=pinned)
-
-    def read(self, stored: Sequence[StoredTensor]) -> Iterator[torch.Tensor]:
-        """Copy stored tensors into this buffer, over those of earlier calls, and yield each when it is complete.
-
-        Threads read the next tensors in the meantime.
-
-        Raises:
-            ModelError: a file is gone, or ends before its tensor does.
-        """
-        parts, used = [], 0
-        for source in stored:
-            residue = source.start % _TENSOR_ALIGNMENT if source.start % DTYPES[source.dtype].itemsize == 0 else 0
-            begin = used + (residue - self._memory.data_ptr() - used) % _TENSOR_ALIGNMENT
-            used = begin + source.size
-            parts.append(self._memory[begin:used])
-        with ThreadPoolExecutor(_READERS, thread_name_prefix="avss-readers") as threads:
-            reads = [
-                [threads.submit(_fill, source, part.numpy().data, start) for start in range(0, source.size, _PIECE)]
-                for source, part in zip(stored, parts, strict=True)
-            ]
-            for source, part, pieces in zip(stored, parts, reads, strict=True):
-                with explaining_reads(source):
-                    for piece in pieces:
-                        piece.result()
-                yield part.view(DTYPES[source.dtype]).view(source.shape)
+    parts, used = [], 0
+    for source in stored:
+        residue = source.start % _TENSOR_ALIGNMENT if source.start % DTYPES[source.dtype].itemsize == 0 else 0
+        begin = used + (residue - buffer.data_ptr() - used) % _TENSOR_ALIGNMENT
+        used = begin + source.size
+        parts.append(buffer[begin:used])
+    with ThreadPoolExecutor(_READERS, thread_name_prefix="avss-readers") as threads:
+        reads = [
+            [threads.submit(_fill, source, part.numpy().data, start) for start in range(0, source.size, _PIECE)]
+            for source, part in zip(stored, parts, strict=True)
+        ]
+        for source, part, pieces in zip(stored, parts, reads, strict=True):
+            with explaining_reads(source):
+                for piece in pieces:
+                    piece.result()
+            yield part.view(DTYPES[source.dtype]).view(source.shape)
 
 
 def _fill(stored: StoredTensor, whole: memoryview, at: int) -> None:
@@ -102,8 +93,9 @@ def _fill(stored: StoredTensor, whole: memoryview, at: int) -> None:
 
 
 def copied(stored: Iterable[StoredTensor]) -> Iterator[torch.Tensor]:
-    """Copy stored tensors into memory of their own, one after the other. See `ReadBuffer`."""
-    return chain.from_iterable(ReadBuffer(buffer_bytes([tensor])).read([tensor]) for tensor in stored)
+    """Copy stored tensors into memory of their own, one after the other. See `copied_into`."""
+    buffers = ((torch.empty(buffer_bytes([tensor]), dtype=torch.uint8), [tensor]) for tensor in stored)
+    return chain.from_iterable(starmap(copied_into, buffers))
 
 
 def mapped(stored: Iterable[StoredTensor]) -> Iterator[torch.Tensor]:
