@@ -81,7 +81,7 @@ class LanguageModel:
         backbone: the model as it was opened.
         head: maps the hidden states after the last layer to logits.
         layers: transformer blocks, in order.
-        forms: how each layer returns hidden states (see `interventions.Recorded`): then it need not run to be skipped.
+        forms: how each layer returns hidden states (see `interventions.recording`): then it need not run to be skipped.
         family: ``model_type`` of the configuration.
         device: device of token ids and results.
         reports: whether the results of this process count; one of several ranks with equal results reports.
@@ -116,12 +116,11 @@ class LanguageModel:
         self.layers: tuple[Layer, ...] = backbone.layers
         self.family = backbone.family
         try:
-            with quiet(), torch.no_grad(), recording(self.layers) as recorded:
+            with quiet(), torch.no_grad(), recording(self.layers) as (_, self.forms):
                 self.head = Head(self.module, self.layers, device)
         except (TypeError, ValueError, AttributeError) as error:  # of the model's own code
             name = type(self.module).__name__
             raise ModelError(f"{name} cannot predict from token ids alone: {first_line(error)}") from error
-        self.forms = recorded.forms
 
     @property
     def token_bytes(self) -> int:
@@ -150,10 +149,10 @@ class LanguageModel:
         batch = Batch(input_ids=np.arange(PROBE_TOKENS, dtype=np.int32)[None], attention_mask=real, observed=real)
         try:
             with torch.no_grad():
-                with recording(self.layers) as recorded:
+                with recording(self.layers) as (inputs, _):
                     self.hidden_states(batch)
                 for layer in representatives(self.layers):
-                    with self.beginning(layer.index, recorded.inputs.pop(layer.index)):
+                    with self.beginning(layer.index, inputs.pop(layer.index)):
                         resumed = self.hidden_states(batch)
                     with self.without((layer.index,)):
                         if not torch.equal(resumed, self.hidden_states(batch)):
@@ -404,7 +403,7 @@ class LanguageModel:
     def _losses_under(self, interventions: Sequence[Intervention], batch: Batch) -> list[Float64]:
         first, branches = interventions[0], self.branches(interventions)
         watched = [self.layers[layer] for layer in set(branches.values())]
-        with self.applying(first), recording(watched) as recorded:
+        with self.applying(first), recording(watched) as (inputs, _):
             results = [self.losses(batch)]
         for intervention in interventions[1:]:
             with self.applying(intervention):
@@ -413,7 +412,7 @@ class LanguageModel:
                     continue
                 layer = branches[intervention]
                 behind = begins_behind(intervention, layer)
-                with self.beginning(behind, recorded.inputs[layer].clone()):
+                with self.beginning(behind, inputs[layer].clone()):
                     results.append(self.losses(batch))
         return results
 

@@ -11,7 +11,7 @@ from collections import defaultdict
 from collections.abc import Callable, Collection, Hashable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from contextvars import ContextVar
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
 from types import MappingProxyType
 from typing import Any, TypeVar
@@ -127,7 +127,7 @@ def skipping(layers: Sequence[Layer], drop: Collection[int], forms: Mapping[int,
 
     Args:
         drop: indices of the layers.
-        forms: see `Recorded`; a layer without a form runs once, which shows its form.
+        forms: see `recording`; a layer without a form runs once, which shows its form.
 
     Raises:
         ModelError: a layer is used more than once in a pass, or (from the forward pass) does not keep the shape.
@@ -159,43 +159,36 @@ def skip_of(layer: nn.Module) -> Skip | None:
     return next((action for action in actions if isinstance(action, Skip)), None)
 
 
-@dataclass(frozen=True)
-class Recorded:
-    """Record of a forward pass, of the layers that return only hidden states, of their input's shape.
-
-    Attributes:
-        inputs: copies of the layers' input hidden states, by index.
-        forms: types of the layers' outputs, by index: ``torch.Tensor``, or the type of a tuple of one.
-    """
-
-    inputs: dict[int, torch.Tensor] = field(default_factory=dict)
-    forms: dict[int, type] = field(default_factory=dict)
-
-
 @contextmanager
-def recording(layers: Sequence[Layer]) -> Iterator[Recorded]:
-    """Record a forward pass of layers inside the context."""
-    recorded = Recorded()
+def recording(layers: Sequence[Layer]) -> Iterator[tuple[dict[int, torch.Tensor], dict[int, type]]]:
+    """Record a forward pass inside the context, of the layers that return only hidden states, of their input's shape.
+
+    Yields:
+        Copies of the layers' input hidden states, by index, and the forms of the layers, by index: the types of their
+        outputs, which are ``torch.Tensor``, or the type of a tuple of one.
+    """
+    inputs: dict[int, torch.Tensor] = {}
+    forms: dict[int, type] = {}
     modules = [layer.module for layer in layers]
     single = [layer for layer in layers if modules.count(layer.module) == 1]
 
     def enter(layer: Layer, args: Any, kwargs: Any) -> None:
         hidden = input_tensor(args, kwargs)
         if hidden is not None:
-            recorded.inputs[layer.index] = hidden.detach().clone()  # which layers may change
+            inputs[layer.index] = hidden.detach().clone()  # which layers may change
 
     def leave(layer: Layer, _args: Any, _kwargs: Any, output: Any) -> None:
-        before, after = recorded.inputs.get(layer.index), first_tensor(output)
+        before, after = inputs.get(layer.index), first_tensor(output)
         if before is not None and after is not None and after.shape == before.shape and _is_alone(output):
-            recorded.forms[layer.index] = type(output)
+            forms[layer.index] = type(output)
         else:
-            recorded.inputs.pop(layer.index, None)
+            inputs.pop(layer.index, None)
 
     with hooked(
         before=[(layer.module, partial(enter, layer)) for layer in single],
         after=[(layer.module, partial(leave, layer)) for layer in single],
     ):
-        yield recorded
+        yield inputs, forms
 
 
 @dataclass(frozen=True)
@@ -245,7 +238,7 @@ def resuming(layers: Sequence[Layer], index: int, hidden: torch.Tensor, forms: M
 
     Args:
         hidden: output of the layer ``index``, which later layers may change.
-        forms: see `Recorded`.
+        forms: see `recording`.
     """
     skips = {layer.module: Skip(layer, forms[layer.index]) for layer in layers[:index]}
     with around({**skips, layers[index].module: Skip(layers[index], forms[index], hidden)}):
@@ -277,7 +270,7 @@ class Skip:
     """Action of a skipped layer, which returns its input. Without a known ``form``, the layer runs once to find it.
 
     Attributes:
-        form: see `Recorded`.
+        form: see `recording`.
         replacement: hidden states to return instead of the input.
     """
 
@@ -300,7 +293,7 @@ class Skip:
 def in_form(hidden: torch.Tensor, form: type) -> Any:
     """Return hidden states in the form of a layer's output.
 
-    See `Recorded`.
+    See `recording`.
     """
     return hidden if form is torch.Tensor else (hidden,)
 

@@ -9,11 +9,12 @@ from functools import cached_property, partial
 from typing import Any
 
 import numpy as np
+import torch
 
 from avss_dist.core.intervention import NO_INTERVENTION, Intervention
 from avss_dist.corpus.shards import Batch, Shard
 from avss_dist.models.causal_lm import LanguageModel, predicted
-from avss_dist.models.interventions import Recorded, recording
+from avss_dist.models.interventions import recording
 from avss_dist.stats.layer_stats import Float64
 from avss_dist.tasks.task import Measure, Row
 
@@ -95,7 +96,7 @@ class _Text:
         self._tokens = float(sum(predicted(batch).sum() for batch in self._batches))
         size = sum(batch.input_ids.size for batch in self._batches) * model.token_bytes * len(model.layers)
         self._keeps = model.keeps_hidden_states and 2 * size <= MAX_RECORDED_BYTES and model.resumes
-        self._recorded: dict[int, Recorded] = {}  # of the whole model, by the batch's id
+        self._inputs: dict[int, dict[int, torch.Tensor]] = {}  # of layers of the whole model, by the batch's id
 
     @cached_property
     def _whole(self) -> float:
@@ -109,10 +110,10 @@ class _Text:
     def losses(self, order: Sequence[int]) -> Iterator[float]:
         """Yield the nats per token with all layers, without the first of ``order``, without the first two, ..."""
         yield self._whole
-        recorded = {batch: Recorded(dict(whole.inputs), whole.forms) for batch, whole in self._recorded.items()}
+        inputs = {batch: dict(whole) for batch, whole in self._inputs.items()}
         for number, layer in enumerate(order):
             if self._keeps:  # the pass begins behind this layer
-                yield self._loss(order[:number], partial(self._resumed, recorded, layer))
+                yield self._loss(order[:number], partial(self._resumed, inputs, layer))
             else:
                 yield self._loss(order[: number + 1], self._model.losses)
 
@@ -122,12 +123,12 @@ class _Text:
             return float(np.concatenate(self._model.each(measure, self._batches)).sum() / self._tokens)
 
     def _record(self, batch: Batch) -> Float64:
-        with recording(self._model.layers) as self._recorded[id(batch)]:
+        with recording(self._model.layers) as (self._inputs[id(batch)], _):
             return self._model.losses(batch)
 
-    def _resumed(self, recorded: Mapping[int, Recorded], layer: int, batch: Batch) -> Float64:
-        layers, states = self._model.layers, recorded[id(batch)]
-        with self._model.beginning(layer, states.inputs.pop(layer).clone()), recording(layers[layer + 1 :]) as later:
+    def _resumed(self, inputs: Mapping[int, dict[int, torch.Tensor]], layer: int, batch: Batch) -> Float64:
+        layers, states = self._model.layers, inputs[id(batch)]
+        with self._model.beginning(layer, states.pop(layer).clone()), recording(layers[layer + 1 :]) as (later, _):
             losses = self._model.losses(batch)
-        states.inputs.update(later.inputs)
+        states.update(later)
         return losses

@@ -217,7 +217,7 @@ class Record:
 
     Attributes:
         last: the last layer that runs. Gradients are enabled after it.
-        form: type of its output; see `interventions.Recorded`.
+        form: type of its output; see `interventions.recording`.
         calls: arguments of the call of every layer that runs.
         leaf: the last layer's output, as the only item.
     """

@@ -73,9 +73,9 @@ class HiddenStateSource:
     @cached_property
     def _probe_inputs(self) -> dict[int, torch.Tensor]:
         """Input of each layer of the whole model for the probe's tokens."""
-        with torch.no_grad(), recording(self._layers) as recorded:
+        with torch.no_grad(), recording(self._layers) as (inputs, _):
             self._probe()
-        return recorded.inputs
+        return inputs
 
     def visit(
         self, projection: OutputProjection, last: int, visit: Visit, numbers: Iterable[int], *, units: bool = False
