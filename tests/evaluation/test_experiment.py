@@ -113,10 +113,10 @@ def test_a_search_finds_what_a_plan_finds(done: Done) -> None:
     sizes = {"sequence_length": 32, "batch_size": 4, "sequences_per_shard": 4, "device": "cpu", "max_sequences": 8}
     for ends in (0, 1):
         request = PlanRequest(warehouse=warehouse, by="greedy", corpus=run["corpus"], **sizes)
-        found = search(request, run, Choice(by="greedy", share=0.5, first=ends, last=ends))
+        plan, _ = search(request, run, Choice(by="greedy", share=0.5, first=ends, last=ends))
         name = "greedy search, ends kept" if ends else "greedy search"
         (row,) = (row for row in rows if (row["method"], row["share"]) == (name, 0.5))
-        assert tuple(row["drop"]) == found.plan.drop
+        assert tuple(row["drop"]) == plan.drop
     assert cell_times(warehouse) == cells
 
 
