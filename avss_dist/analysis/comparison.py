@@ -221,7 +221,7 @@ def find_odd(pairs: pa.Table, runs: Sequence[Mapping[str, Any]]) -> str:
         runs: rows of ``runs``, extended by `with_conditions`.
 
     Returns:
-        The sentence. Empty if no model and no family has three runs.
+        The sentence. Empty if no model and no family has three runs that do not all agree alike.
     """
     by_id = {run["run_id"]: run for run in runs}
     for group in ("model", "family"):
@@ -232,7 +232,8 @@ def find_odd(pairs: pa.Table, runs: Sequence[Mapping[str, Any]]) -> str:
             for run_id in ends if len(same) == 1 and row["spearman"] is not None else ():
                 rho.setdefault(by_id[run_id][group], {}).setdefault(run_id, []).append(row["spearman"])
         groups = [{run_id: float(np.mean(values)) for run_id, values in group.items()} for group in rho.values()]
-        if groups := [means for means in groups if len(means) > 2]:
+        groups = [means for means in groups if len(means) > 2 and len({f"{mean:z.3f}" for mean in means.values()}) > 1]
+        if groups:
             means = min(groups, key=lambda means: min(means.values()))
             break
     else:

@@ -397,7 +397,7 @@ def test_many_pairs_are_shown_from_both_ends(tmp_path: Path) -> None:
 
 
 def test_the_run_that_agrees_least_with_its_like_is_named_with_what_it_differs_in(tmp_path: Path) -> None:
-    """Runs of other families have no part in it. With two runs alike, neither is odd."""
+    """Runs of other families have no part in it. With two runs, or runs that all agree alike, none is odd."""
     for i in range(4):
         scores = [1.0, 2.0, 3.0, 4.0] if i < 3 else [4.0, 3.0, 2.0, 1.0]
         write_scores(tmp_path, f"a-{i}", scores, model="org/a", dtype="float32" if i < 3 else "bfloat16")
@@ -408,3 +408,5 @@ def test_the_run_that_agrees_least_with_its_like_is_named_with_what_it_differs_i
     assert "that of the others 0.333. It differs in dtype (bfloat16, not float32)." in text
     two = avss("compare", "-w", tmp_path, "--run", "a-0", "--run", "a-1", "--run", "b-0").stdout
     assert "agrees least" not in two
+    alike = avss("compare", "-w", tmp_path, "--run", "a-0", "--run", "a-1", "--run", "a-2").stdout
+    assert "3 pairs" in alike and "agrees least" not in alike
