@@ -94,7 +94,7 @@ class PlaceRequest(Request):
     threshold: Threshold = PUBLISHED_THRESHOLD
     """Near zero means below this: 1e-5, or 0.1rms (relative)."""
     site: Site = SITES[0]
-    """Site in a layer whose activations are read."""
+    """Site whose activations are read."""
     recipe: Recipe = RECIPES[0]
     """AVSS pooled (as released), by element or by unit."""
 

@@ -283,7 +283,7 @@ class Execution(ClusterOptions):
     """
 
     executor: Annotated[str, OneOf(EXECUTORS)] = "auto"
-    """This process (local) or Ray workers (ray); auto decides."""
+    """This process (local) or Ray workers; auto decides."""
     replicas: ReplicaRange | None = None
     """Model copies in parallel: 8, or 4..64; by default one per GPU."""
     fresh: bool = False

@@ -145,8 +145,8 @@ def test_the_commands_are_those_of_the_help() -> None:
 
 
 def help_of(name: str, option: str) -> str:
-    """Return a help as on a terminal of 100 columns."""
-    return CliRunner().invoke(app, [*name.split(), option], terminal_width=100).stdout
+    """Return a help as on a terminal of 100 columns, of which two stay empty."""
+    return CliRunner().invoke(app, [*name.split(), option], terminal_width=98).stdout
 
 
 def test_helps_fit_on_a_screen_and_rare_options_are_shown_on_request() -> None:
