@@ -226,12 +226,16 @@ class RunInProgress:
         """Tokens that an earlier attempt has measured."""
         return self._planned.corpus.num_tokens - sum(shard.num_tokens for shard in self.shards.shards)
 
-    def keep(self, result: ShardResult | Receipt) -> bool:
-        """Return whether a result is the first of its shard. If so, write it unless its worker has written it."""
+    def keep(self, result: ShardResult | Receipt, arrived: float) -> bool:
+        """Return whether a result is the first of its shard. If so, write it unless its worker has written it.
+
+        Args:
+            arrived: time when it came, by ``time.perf_counter``; it may have waited since then.
+        """
         if result.shard_id not in self.missing:
             return False
         if self._begun is None:
-            self._begun = time.perf_counter() - result.seconds
+            self._begun = arrived - result.seconds
         if isinstance(result, Receipt):
             self._store.write_shard_files(self.run.run_id, result.shard_id, result.files)
         else:

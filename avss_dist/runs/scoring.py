@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import threading
+import time
 from collections import deque
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -211,10 +212,13 @@ class Driver:
                 self._commit(running.shards, None)
 
     def _commit(self, shards: RunShards, outcome: Any) -> None:
+        arrived = time.perf_counter()
         self._room.acquire()
-        self._committer.submit(self._attempt, shards, outcome).add_done_callback(lambda _: self._room.release())
+        self._committer.submit(self._attempt, shards, outcome, arrived).add_done_callback(
+            lambda _: self._room.release()
+        )
 
-    def _attempt(self, shards: RunShards, outcome: Any) -> None:
+    def _attempt(self, shards: RunShards, outcome: Any, arrived: float) -> None:
         """Store a result of a run, or None, and finish the run after its last one. An error ends the run."""
         if shards not in self._in_progress:
             return
@@ -222,7 +226,7 @@ class Driver:
         try:
             if isinstance(outcome, AvssError):
                 raise outcome
-            if outcome is not None and running.keep(outcome):
+            if outcome is not None and running.keep(outcome, arrived):
                 self._on_event(ShardMeasured(spec.name, outcome.num_tokens))
             if not running.missing:
                 self._finish(spec, running)

@@ -175,8 +175,8 @@ class Committing(Driver):
             self._in_progress[running.shards] = VIRTUAL, running
             yield running.shards
 
-    def _attempt(self, shards: RunShards, outcome: Any) -> None:
-        super()._attempt(shards, outcome)
+    def _attempt(self, shards: RunShards, outcome: Any, arrived: float) -> None:
+        super()._attempt(shards, outcome, arrived)
         self._before -= 1
         if self._before < 0:
             self.times.append((time.perf_counter(), time.process_time()))

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import pickle
 import shutil
+import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import closing
 from dataclasses import replace
@@ -372,7 +373,7 @@ def test_no_run_begins_where_storage_is_full_and_what_comes_late_of_a_failed_run
     failing: Any = (SimpleNamespace(name="org/a"), SimpleNamespace(fail=lambda _: None))
     driver._in_progress[shards] = failing
     for outcome in (failure, None, failure):
-        driver._attempt(shards, outcome)
+        driver._attempt(shards, outcome, time.perf_counter())
     run = Run(run_id="b", model="org/b", warehouse="w", status="failed")
     planner: Any = SimpleNamespace(prepare=lambda _: SimpleNamespace(run=run))
     driver._planner = planner
