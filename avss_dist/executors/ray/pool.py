@@ -10,11 +10,12 @@ measured again.
 
 from __future__ import annotations
 
+import threading
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future
 from dataclasses import dataclass
 from datetime import UTC, datetime
-from multiprocessing.pool import ThreadPool
 from typing import Any, Generic, TypeVar
 
 from ray.exceptions import RayError, RayTaskError
@@ -37,22 +38,31 @@ class Prefetcher(Generic[T]):
 
     def __init__(self, items: Iterator[T]) -> None:
         self.exhausted = False  # or closed
-        self._items, self._threads = items, ThreadPool(1)  # of a daemon: a process that ends does not wait for it
+        self._items = items
         self._prepare()
 
     def _prepare(self) -> None:
-        self._coming = self._threads.apply_async(next, (self._items, None))
+        coming: Future[T | None] = Future()
+        self._coming = coming
+
+        def prepare() -> None:
+            try:
+                coming.set_result(next(self._items, None))
+            except BaseException as error:
+                coming.set_exception(error)
+
+        threading.Thread(target=prepare, daemon=True).start()
 
     def next(self, *, wait: bool) -> T | None:
         """Return the next item. None at the end or, without ``wait``, if no item is ready.
 
         Raises:
-            Exception: the error that the iterator raised.
+            BaseException: the error that the iterator raised.
         """
-        if self.exhausted or not (wait or self._coming.ready()):
+        if self.exhausted or not (wait or self._coming.done()):
             return None
         self.exhausted = True
-        item: T | None = self._coming.get()
+        item = self._coming.result()
         if item is not None:
             self.exhausted = False
             self._prepare()
