@@ -14,6 +14,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
+from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
@@ -60,6 +61,7 @@ from avss_dist.pruning.selection import LAST, PUBLISHED, Choice, reading_of
 from avss_dist.stats.layer_stats import Float64
 from avss_dist.stats.rankings import count_lowest, spearman, spearman_interval
 from avss_dist.warehouse.reader import Warehouse, grouped
+from avss_dist.warehouse.schema import columns_of
 
 SPLITS, SEED = 200, 0  # of sequences into halves
 GOOD = 0.7  # a correlation that stands out
@@ -115,8 +117,7 @@ def score_cards(store: Warehouse, runs: Sequence[Mapping[str, Any]], own: Sequen
         rows += (about | card for card in _rounding_cards(store, run, left_out, rounded))
     if not rows and missing:
         raise missing
-    columns = {f.name: pa.array([row.get(f.name) for row in rows], f.type, from_pandas=True) for f in SCHEMA}
-    return pa.table(columns, SCHEMA)
+    return pa.table(columns_of(rows, SCHEMA), SCHEMA)
 
 
 def _agreement(values: Float64, measured: Float64, ceiling: float) -> dict[str, Any]:
@@ -326,12 +327,10 @@ def scorecard_sections(cards: pa.Table) -> list[Section]:
     """Return the score card of each run, and that of each number format that its weights were rounded to.
 
     Args:
-        cards: as `analysis.scorecard.score_cards` returns them.
+        cards: as `score_cards` returns them.
     """
-    rows = cards.to_pylist()
     sections = []
-    for run_id, name in dict.fromkeys((row["run_id"], row["format"]) for row in rows):
-        of_run = [row for row in rows if (row["run_id"], row["format"]) == (run_id, name)]
+    for (run_id, name), of_run in grouped(cards.to_pylist(), itemgetter("run_id", "format")).items():
         change = f", weights rounded to {name}" if name else ""
         sections.append(
             Section(label=f"{of_run[0]['model']}  ({run_id}){change}", tables=[_table("scorecard", of_run)])

@@ -15,7 +15,7 @@ from avss_dist.stats.intervals import BOOTSTRAP_BLOCKS
 from avss_dist.stats.layer_stats import Float64, LayerStats, merge_blocks
 from avss_dist.stats.scores import Threshold, score_run
 from avss_dist.warehouse.reader import Warehouse
-from avss_dist.warehouse.schema import SCHEMAS
+from avss_dist.warehouse.schema import SCHEMAS, columns_of
 
 EXACT, INTERPOLATED = "exact", "interpolated"
 SCORES = pa.schema(
@@ -78,7 +78,7 @@ def scores_at(
                     "near_zero_high": high,
                 }
             )
-    return pa.table({f.name: pa.array([row[f.name] for row in rows], f.type, from_pandas=True) for f in SCORES}, SCORES)
+    return pa.table(columns_of(rows, SCORES), SCORES)
 
 
 def at_reading(

@@ -268,8 +268,9 @@ def _to_part(name: str, rows: pa.Table, stamps: Stamps, compression: str) -> pa.
     for by in SORTED_BY[name]:
         column = table[by].combine_chunks().dictionary_encode()
         codes = codes * (len(column.dictionary) + 1) + column.indices.fill_null(-1).to_numpy() + 1
-    order = np.argsort(codes, kind="stable")
-    table, codes = table.take(pa.array(order)), codes[order]
+    if SORTED_BY[name]:
+        order = np.argsort(codes, kind="stable")
+        table, codes = table.take(pa.array(order)), codes[order]
     metadata = {
         _STAMPS: json.dumps(dict(stamps)).encode(),
         _COLUMNS: _columns(name),

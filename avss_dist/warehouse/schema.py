@@ -5,6 +5,7 @@ The schemas of the Parquet files, ``avss query --schema`` and the tables of the 
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -462,6 +463,13 @@ SCHEMAS: dict[str, pa.Schema] = {
     name: pa.schema([(column.name, column.type) for column in table.columns]) for name, table in TABLES.items()
 }
 """Schemas of the rows of tables. For a file, ``run_id`` is in the path alone."""
+
+
+def columns_of(rows: Sequence[Mapping[str, Any]], schema: pa.Schema) -> dict[str, pa.Array]:
+    """Return the columns of rows by name. What a row lacks is null, and so is NaN."""
+    return {f.name: pa.array([row.get(f.name) for row in rows], f.type, from_pandas=True) for f in schema}
+
+
 UNFINISHED_RUNS = pa.schema(
     {
         "run_id": pa.string(),

@@ -26,7 +26,7 @@ from avss_dist.warehouse.encoding import (
     to_experts,
 )
 from avss_dist.warehouse.reader import Warehouse
-from avss_dist.warehouse.schema import SCHEMA_VERSION, SCHEMAS, TABLES, RunIdentity
+from avss_dist.warehouse.schema import SCHEMA_VERSION, SCHEMAS, TABLES, RunIdentity, columns_of
 
 
 class Store(Warehouse):
@@ -41,7 +41,9 @@ class Store(Warehouse):
     def __init__(self, root: str | Path) -> None:
         super().__init__(root)
         self._cells: dict[str, dict[str, pa.Table | None]] = {}
-        """Rows of cells by cell id, None until they are read, of the evaluations whose folder was listed."""
+        """Rows of cells by cell id, None until they are read, by evaluation."""
+        self._listed: set[str] = set()
+        """Evaluations whose folder was listed."""
 
     def write_shard(self, run: RunIdentity, result: ShardResult) -> None:
         """Write a shard's result, to resume from."""
@@ -111,10 +113,10 @@ class Store(Warehouse):
     def write_cell(self, run: RunIdentity, cell_id: str, rows: Sequence[Mapping[str, Any]]) -> None:
         """Write the measurements of one cell of an evaluation. Rows lack the columns of RunIdentity."""
         data = self._write_rows("cells", asdict(run), rows, cell_id)
-        if (cells := self._cells.get(run.run_id)) is not None:
-            cells[cell_id] = None
-            with suppress(pa.ArrowInvalid):  # `cells` notes the cell as damaged
-                cells[cell_id] = checked_rows("cells", run.run_id, parse(data))
+        cells = self._cells.setdefault(run.run_id, {})
+        cells[cell_id] = None
+        with suppress(pa.ArrowInvalid):  # `cells` notes the cell as damaged
+            cells[cell_id] = checked_rows("cells", run.run_id, parse(data))
 
     def cell_ids(self, run_id: str) -> Set[str]:
         """Return the ids of the measured cells of an evaluation.
@@ -123,7 +125,7 @@ class Store(Warehouse):
         itself. A cell that another process writes in the meantime is missing here until `cells` is called: it would be
         measured again, and its file replaced by one with the same values.
         """
-        return (self._cells[run_id] if run_id in self._cells else self._list_cells(run_id)).keys()
+        return (self._cells[run_id] if run_id in self._listed else self._list_cells(run_id)).keys()
 
     def cells(self, run_id: str) -> pa.Table:
         """Read the rows of all measured cells of an evaluation, in the order of cell ids.
@@ -140,6 +142,7 @@ class Store(Warehouse):
         return pa.concat_tables([SCHEMAS["cells"].empty_table(), *tables])
 
     def _list_cells(self, run_id: str) -> dict[str, pa.Table | None]:
+        self._listed.add(run_id)
         cells = self._cells.setdefault(run_id, {})
         for path in self.storage.files("cells", run_id):
             cells.setdefault(Path(path).stem, None)
@@ -175,8 +178,7 @@ class Store(Warehouse):
                 self.storage.write(path, text)
         for column in {column for row in rows for column in row}:
             require_known("column", column, SCHEMAS[table].names, WarehouseError)
-        columns = {f.name: pa.array([r.get(f.name) for r in rows], f.type, from_pandas=True) for f in SCHEMAS[table]}
-        return self._write(table, run, columns, name)
+        return self._write(table, run, columns_of(rows, SCHEMAS[table]), name)
 
     def _write(
         self, table: str, run: Mapping[str, Any], columns: Mapping[str, Any], name: str | None = None

@@ -537,7 +537,7 @@ def test_an_evaluation_is_listed_once_and_its_own_cells_are_not_read(store: Stor
         store.write_cell(RUN, cell_id, [cell_row()])
         assert cell_id in store.cell_ids(RUN.run_id)
     assert noted(store).listed == [RUN.run_id]
-    assert store.cells(RUN.run_id).num_rows == 2
+    assert store.cells(RUN.run_id).num_rows == 2 and store.cells(OTHER.run_id).num_rows == 1
     assert noted(store).opened == []
 
 
