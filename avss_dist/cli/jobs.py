@@ -116,5 +116,5 @@ def _follow(cluster: Cluster, job_id: str) -> int:
             f"If the server is slow, the job continues: avss jobs logs {job_id} --address {cluster.address} --follow\n"
             "If the cluster is lost, so is the job, not what it has stored: submit it again to resume.",
         ) from error
-    say(f"{job_id}: {job.status.lower()}.")
+    say(f"{job_id}: {job.status.lower()}." + (f" {job.hint}" if job.hint else ""))
     return int(job.exit_code or 0)

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from avss_dist.core.errors import ModelError
+from avss_dist.core.errors import ConfigError, ModelError
 from avss_dist.core.settings import Settings, fingerprint
 from avss_dist.corpus.tokens import special_tokens_around
 from avss_dist.distillation.curve import OnEvent, Preparing, ignore
@@ -46,6 +46,7 @@ def teacher_text(
 
     Raises:
         ModelError: the teacher has no start token or predicts no next token.
+        ConfigError: it wrote no text.
     """
     names = ("sequence_length", "dtype", "device", "attention", "trust_remote_code")
     choices: dict[int, tuple[Settings, Path, Path]] = {}
@@ -63,8 +64,10 @@ def teacher_text(
             batches.append(batch)
             with staged_file(unfinished) as staged:
                 staged.write_text(json.dumps(batches), encoding="utf-8")
+    lines = [json.dumps({"text": text}, ensure_ascii=False) + "\n" for text in chain.from_iterable(batches)]
+    if not lines:
+        raise ConfigError(f"'{teacher.name}' wrote no text.", "Set `self_texts` 0, and name text with `corpus`.")
     file.parent.mkdir(parents=True, exist_ok=True)
-    lines = (json.dumps({"text": text}, ensure_ascii=False) + "\n" for text in chain.from_iterable(batches))
     with staged_file(file) as staged:
         staged.write_text("".join(lines), encoding="utf-8")
     unfinished.unlink(missing_ok=True)

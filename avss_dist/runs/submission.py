@@ -32,6 +32,7 @@ STATE_SECONDS = 1.0  # between two requests for a state or a log
 STOP_SECONDS = 60.0  # for a job to end after it was stopped: Ray kills it after a few
 MOST_BYTES = 50_000_000  # of local files that travel with a job
 SEND_ALL = ["!*"]  # Ray leaves out folders named venv, .git and the like; these are only the files that a job names
+_NOT_FOUND = 127  # exit code of a shell that has no such command
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,6 +45,7 @@ class Submitted:
         seconds: time since the start, or until the end.
         message: reason of a failure: the first error in the log, or the job server's message.
         exit_code: exit code of the command: 0 done, 1 a run failed or was stopped, 2 a mistake; None before its end.
+        hint: what to do next; may be empty.
     """
 
     job_id: str
@@ -53,6 +55,7 @@ class Submitted:
     entrypoint: str
     message: str
     exit_code: int | None
+    hint: str = ""
 
 
 class Cluster:
@@ -230,6 +233,9 @@ def _submitted(details: Any) -> Submitted:
     failed = code if code in (1, 2) else 1
     log = details.message or ""  # its first line that tells of an error or of a failed run, or else its first line
     match = re.search(r"^Error: (.*)$", log, re.MULTILINE) or re.search(r"^(\S+: failed\. .*)$", log, re.MULTILINE)
+    no_command = (
+        "The cluster's image has no avss_dist: install it on every node, from a clone or a wheel of the repository."
+    )
     return Submitted(
         job_id=details.submission_id or details.job_id,
         status=str(details.status.value),
@@ -238,6 +244,7 @@ def _submitted(details: Any) -> Submitted:
         entrypoint=details.entrypoint,
         message=(match[1] if match else log.strip().partition("\n")[0]).strip(),
         exit_code=None if not ended else 0 if details.status.value == "SUCCEEDED" else failed,
+        hint=no_command if code == _NOT_FOUND else "",
     )
 
 
