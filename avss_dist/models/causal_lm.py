@@ -286,10 +286,6 @@ class LanguageModel:
     def all_reduce(self, tensors: Sequence[torch.Tensor]) -> None:
         """Sum tensors over the copies that share work, in place. A collective: all copies call it."""
 
-    def call(self, *args: Any, **kwargs: Any) -> Any:
-        """Call the module."""
-        return self.module(*args, **kwargs)
-
     def generate(self, **kwargs: Any) -> Any:
         """Call the module's ``generate``.
 
@@ -349,7 +345,7 @@ class LanguageModel:
         """Return the input of the head, [rows, tokens, units] on the model's device, in the caller's gradient mode."""
         input_ids = to_device(batch.input_ids, self.device, torch.int64)
         padded = {} if batch.attention_mask.all() else {"attention_mask": to_device(batch.attention_mask, self.device)}
-        run = partial(self.call, input_ids=input_ids, use_cache=False, **padded)
+        run = partial(self.module, input_ids=input_ids, use_cache=False, **padded)
         return self.head.hidden_states(run).to(self.device)
 
     def pieces(self, number: int) -> list[slice]:

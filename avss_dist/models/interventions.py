@@ -22,7 +22,7 @@ from torch import nn
 
 from avss_dist.core.errors import ModelError
 from avss_dist.core.intervention import PARTS, Removal, Sublayer, sublayers_of
-from avss_dist.models.layers import Layer, LayerCall, Routing, first_tensor, input_tensor, output_tensor
+from avss_dist.models.layers import Layer, Routing, first_tensor, input_tensor, output_tensor
 from avss_dist.system.process import bound
 
 MAX_REPRESENTATIVES = 8  # layers, beside the ends of each kind
@@ -279,7 +279,9 @@ class Skip:
     replacement: torch.Tensor | None = None
 
     def __call__(self, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        hidden = LayerCall(args, kwargs).hidden if self.replacement is None else self.replacement
+        hidden = input_tensor(args, kwargs) if self.replacement is None else self.replacement
+        if hidden is None:
+            raise ModelError(f"{self.layer} is called without hidden states.")
         if self.form is not None:
             return in_form(hidden, self.form)
         before = hidden.clone()  # which a layer may change

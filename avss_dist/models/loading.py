@@ -495,11 +495,12 @@ def compute_dtype(
     return floating_dtype(stored) if stored or not quantization_settings(config) else torch.bfloat16
 
 
-def renaming(model: Any, quantizer: Any = None) -> Callable[[str], str]:
-    """Return a function of the name of a stored tensor: the name of the weight that it becomes.
+def renaming(model: Any, quantizer: Any = None) -> tuple[Callable[[str], str], list[Any], dict[str, torch.Tensor]]:
+    """Return a function of a stored tensor's name, transformers' conversions of the model, and its weights by name.
 
-    Of a tensor that is a part of several weights, it is the first one. The function uses private interfaces of
-    transformers, which may change: expect ImportError, TypeError, AttributeError, KeyError and ValueError.
+    The function returns the name of the weight that a tensor becomes: of a part of several weights, the first one. It
+    uses private interfaces of transformers, which may change: expect ImportError, TypeError, AttributeError, KeyError
+    and ValueError.
 
     Args:
         model: a transformers model, which may be on the meta device.
@@ -512,4 +513,8 @@ def renaming(model: Any, quantizer: Any = None) -> Callable[[str], str]:
     renamings = [entry for entry in mapping if isinstance(entry, WeightRenaming)]
     converters = [entry for entry in mapping if isinstance(entry, WeightConverter)]
     state = model.state_dict(keep_vars=True)
-    return lambda stored: str(rename_source_key(stored, renamings, converters, model.base_model_prefix, state)[0])
+
+    def rename(stored: str) -> str:
+        return str(rename_source_key(stored, renamings, converters, model.base_model_prefix, state)[0])
+
+    return rename, mapping, state

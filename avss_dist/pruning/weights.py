@@ -10,7 +10,6 @@ import re
 from collections import defaultdict
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +32,7 @@ from avss_dist.models.safetensors import (
 )
 from avss_dist.pruning.plan import Plan
 from avss_dist.pruning.selection import PlanError
+from avss_dist.warehouse.reader import grouped
 
 _EXPERT = re.compile(r"((?:.*\.)?experts)\.(\d+)(|\..*)")
 _FUSED = re.compile(r"(?:.*\.)?experts\.[^.]+")
@@ -43,7 +43,7 @@ class StoredWeights:
     """Tensors of a checkpoint's files. Those of layers are named ``{prefix}.{layer}.{path}``.
 
     Attributes:
-        tensors: tensors by name, those of a file after each other.
+        tensors: tensors by name.
         prefix: name of the layer list in the files.
         plan: plan whose layers and experts are dropped.
         rows: rows of the remaining experts, by the name of each tensor that has a row for each expert.
@@ -94,7 +94,7 @@ def _stored_prefix(checkpoint: Checkpoint, plan: Plan, names: Iterable[str], mod
     Raises:
         PlanError: it is unclear.
     """
-    rename, target = renaming(model), re.compile(rf"{re.escape(list_path(model, plan))}\.(\d+)\.")
+    (rename, *_), target = renaming(model), re.compile(rf"{re.escape(list_path(model, plan))}\.(\d+)\.")
     indices: defaultdict[str, set[int]] = defaultdict(set)
     for name in names:
         if match := target.match(rename(name)):
@@ -159,7 +159,7 @@ def _find_experts(
     stored_experts: dict[int, set[int]] = {layer: set() for layer in routed}
     inside = re.compile(rf"{re.escape(prefix)}\.(\d+)\.(.*)")
     target = re.compile(rf"{re.escape(list_path(model, plan))}\.\d+\.(.*)")
-    rename = renaming(model)
+    rename, *_ = renaming(model)
     for name, match in ((name, match) for name in stored if (match := inside.fullmatch(name))):
         layer, parameter, expert = int(match[1]), target.fullmatch(rename(name)), _EXPERT.fullmatch(match[2])
         path, experts = parameter[1] if parameter else match[2], routed.get(layer)
@@ -211,7 +211,7 @@ def copy_weights(checkpoint: Checkpoint, weights: StoredWeights, replaced: Patch
                 values[new] = part[list(weights.rows[name])] if name in weights.rows else part
     places: dict[str, str] = {}
     size = 0
-    for file, stored in groupby(weights.tensors.values(), key=lambda tensor: tensor.file):
+    for file, stored in grouped(weights.tensors.values(), lambda tensor: tensor.file).items():
         new_names = ((tensor.name, renumbered(tensor.name, weights.prefix, weights.plan)) for tensor in stored)
         if names := {name: new for name, new in new_names if new is not None}:
             place = file.relative_to(checkpoint.folder)

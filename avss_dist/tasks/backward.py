@@ -227,7 +227,7 @@ class LayerGradients(BackwardPass):
         self,
         layer: Layer,
         states: tuple[torch.Tensor, torch.Tensor],
-        versions: tuple[int | None, int],
+        versions: tuple[int, int],
         gradient: torch.Tensor,
     ) -> None:
         """Add the change of the loss if a layer returned its input, from its input and output and their versions.

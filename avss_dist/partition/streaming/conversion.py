@@ -64,16 +64,13 @@ class Conversion:
         """
         if self._targets is None:
             with refusing(self._subject):
-                from transformers.conversion_mapping import get_model_conversion_mapping
-
-                self._mapping = get_model_conversion_mapping(self._model, hf_quantizer=self._quantizer)
-                rename, state = renaming(self._model, self._quantizer), self._model.state_dict(keep_vars=True)
+                rename, self._mapping, state = renaming(self._model, self._quantizer)
                 self._targets = {}
                 for name in sorted(stored.name for stored in self._stored):
                     read = self._names.get(name, name)
-                    target = state.get(rename(read), state.get(read))
-                    if target is not None:
-                        self._targets[name] = id(target)
+                    weight = state.get(rename(read), state.get(read))
+                    if weight is not None:
+                        self._targets[name] = id(weight)
         by_target: dict[int, list[StoredTensor]] = {}
         for stored in self._stored:
             if (target := self._targets.get(stored.name)) in keys:
@@ -193,7 +190,7 @@ class GgufTensors:
     def find_names(self, model: Any) -> None:
         """Find the name of each tensor in a model, which may be on the meta device."""
         if quantizer := self.quantizer(model):
-            rename, state = renaming(model, quantizer), model.state_dict(keep_vars=True)
+            rename, _, state = renaming(model, quantizer)
             renamed = {stored.name: rename(stored.name) for stored in self.stored}
             self.names = {name: target for name, target in renamed.items() if target in state}
             return

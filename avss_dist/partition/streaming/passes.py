@@ -152,7 +152,6 @@ class Window:
         self._loaded: int | None = None
         self._present: dict[int, Future[None] | None] = {}  # layers in the model, or on their way to a GPU
         self._stream = None if buffer is None else torch.cuda.Stream(device)
-        self._is_large = max(buffer_bytes(part.stored) for part in parts) >= LARGE_BYTES
 
     def __enter__(self) -> Window:
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="avss-weights")
@@ -172,7 +171,7 @@ class Window:
         if self._stream:
             (self._present.get(index) or self._start_copying(index)).result()
         else:
-            if self._is_large:
+            if buffer_bytes(self._parts[index].stored) >= LARGE_BYTES:
                 release_freed_memory()
             self._present[index] = None
             self._weights.load(self._parts[index], self._device, mapped)

@@ -198,9 +198,9 @@ class StreamingLanguageModel(LanguageModel):
         with self.running(self.layers[layer]):
             return self.layers[layer].module.get_parameter(path).detach().clone()
 
-    def call(self, *args: Any, **kwargs: Any) -> Any:
-        """Call the module, and load each layer while it runs."""
-        return self._alone(partial(super().call, *args, **kwargs))
+    def hidden_states(self, batch: Batch) -> torch.Tensor:
+        """Return the input of the head, and load each layer while the module runs."""
+        return self._alone(partial(super().hidden_states, batch))
 
     def generate(self, **kwargs: Any) -> Any:
         """Call the module's ``generate``, and read the weights for every token."""

@@ -14,7 +14,7 @@ from avss_dist.core.intervention import Removal, experts_by_layer, layer_of
 from avss_dist.corpus.shards import Batch
 from avss_dist.models.causal_lm import LanguageModel
 from avss_dist.models.interventions import CapturedCall, Parameter, captured, recording
-from avss_dist.models.layers import as_rows, probe_tokens
+from avss_dist.models.layers import Layer, as_rows, probe_tokens
 from avss_dist.models.loading import forward_function
 from avss_dist.pruning.repair.projection import OutputProjection, find_output_projection
 from avss_dist.system.devices import available_memory, to_device
@@ -107,7 +107,7 @@ class HiddenStateSource:
                 self._run(number, self._after(layer), stored)
             hidden = calls["layer"].output
             self._store("whole", number, layer, hidden)
-        rows = self._rows(hidden, self._layers[layer].axes, number)
+        rows = self._rows(hidden, self._layers[layer], number)
         return rows.cpu() if self._interleaves else rows  # those of all batches wait together
 
     def _pruned(self, number: int, projection: OutputProjection, *, units: bool) -> States:
@@ -123,12 +123,12 @@ class HiddenStateSource:
         linear, last = (
             replace(
                 calls[path],
-                input=self._rows(calls[path].input, "rows", number),
-                output=self._rows(calls[path].output, "rows", number),
+                input=self._rows(calls[path].input, layer, number, "rows"),
+                output=self._rows(calls[path].output, layer, number, "rows"),
             )
             for path in places
         )
-        return self._rows(calls["layer"].output, layer.axes, number), linear, last
+        return self._rows(calls["layer"].output, layer, number), linear, last
 
     def _store(self, kind: str, number: int, layer: int, hidden: torch.Tensor) -> None:
         """Store the output of a layer in place of an earlier layer's if there is room, for later passes to resume."""
@@ -162,5 +162,5 @@ class HiddenStateSource:
         """Return the results of passes: interleaved, or one after the other on this rank."""
         return self._model.together(passes) if self._interleaves else [run() for run in passes]
 
-    def _rows(self, tensor: torch.Tensor, axes: str, number: int) -> torch.Tensor:
-        return as_rows(tensor, axes, *self._batches[number].input_ids.shape)
+    def _rows(self, tensor: torch.Tensor, layer: Layer, number: int, axes: str = "") -> torch.Tensor:
+        return as_rows(tensor, axes or layer.axes, *self._batches[number].input_ids.shape, place=layer)

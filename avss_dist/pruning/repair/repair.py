@@ -121,8 +121,7 @@ def find_cuts(plan: Plan, *, every_layer: bool = False) -> list[RepairCut]:
         every_layer: include the other remaining layers behind the first one that is removed or loses experts.
 
     Raises:
-        PlanError: there is no cut.
-        PlanError: the plan drops sublayers.
+        PlanError: there is no cut, or the plan drops sublayers.
     """
     plan.require_no_sublayers("A repair makes up for whole layers and for experts")
     first = min([*(layer - 1 for layer in plan.dropped_layers), *plan.experts])
