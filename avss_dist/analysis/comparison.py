@@ -338,7 +338,7 @@ def runs_with_conditions(warehouse: Warehouse, run_ids: Sequence[str]) -> list[d
         QueryError: there is no such run.
     """
     rows = {row["run_id"]: row for row in warehouse.runs().to_pylist(maps_as_pydicts="lossy")}
-    if unknown := next((run_id for run_id in run_ids if run_id not in rows), None):
+    if (unknown := next((run_id for run_id in run_ids if run_id not in rows), None)) is not None:
         require_known("run", unknown, sorted(rows), QueryError)
     return [with_conditions(rows[run_id]) for run_id in run_ids]
 

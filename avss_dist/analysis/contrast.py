@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial, reduce
+from operator import itemgetter
 from typing import Any
 
 import numpy as np
@@ -51,7 +52,7 @@ from avss_dist.stats.intervals import (
 from avss_dist.stats.layer_stats import Float64, Int64, LayerStats, StratumKey, merge_stats, split_into_blocks
 from avss_dist.stats.rankings import depth_correlation
 from avss_dist.stats.scores import Parts, SiteTable, Threshold
-from avss_dist.warehouse.reader import Warehouse
+from avss_dist.warehouse.reader import Warehouse, grouped
 from avss_dist.warehouse.schema import DAMAGED
 
 LEVEL = 0.05
@@ -279,8 +280,7 @@ def _evaluated(
     tokens, strata = (layer[name].to_pylist() for name in ("answer_tokens", "stratum"))
     counts = np.isin(strata, labels)
     baselines = {}
-    for run_id in dict.fromkeys(cell["run_id"] for cell in cells):
-        of_run = [cell for cell in cells if cell["run_id"] == run_id]
+    for of_run in grouped(cells, itemgetter("run_id")).values():
         for result in combine(of_run, len({cell["part"] for cell in of_run})):
             if result.metric in PREDICTED_BASELINES and result.weights.tolist() == tokens:
                 baselines[PREDICTED_BASELINES[result.metric]] = (result.samples / result.weights)[counts]

@@ -102,7 +102,12 @@ class Curve:
 
     @property
     def trend(self) -> Float64:
-        """Spearman's rho of the rank of each layer with the axis, float64[layers]."""
+        """Spearman's rho of the rank of each layer with the axis, float64[layers].
+
+        NaN for fewer than `MIN_TREND` points.
+        """
+        if len(self.runs) < MIN_TREND:
+            return np.full(len(self.depth), np.nan)
         order = np.arange(len(self.runs), dtype=np.float64)
         return spearman_rows(self.ranks.T, np.broadcast_to(order, self.ranks.T.shape))
 

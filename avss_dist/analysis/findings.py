@@ -157,7 +157,7 @@ def _urgency(row: Row) -> tuple[bool, bool, int, int, int]:
     site, recipe = EVERY_SITE.index(row.get("site") or SITES[0]), RECIPES.index(row.get("recipe") or RECIPES[0])
     return (
         row["severity"] == "note",
-        (site, recipe) != (EVERY_SITE.index(SITES[0]), 0),
+        (site, recipe) != (0, 0),
         KINDS.index(row["kind"]),
         site,
         recipe,

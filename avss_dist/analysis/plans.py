@@ -180,14 +180,10 @@ def default_score(warehouse: Warehouse, run: Mapping[str, Any]) -> str:
             return name
     meanings = {name: f"  {name}: {info.meaning}" for name, info in SCORES.items()}
     if not has_head(run):
+        available = [meanings[name] for name in (*FROM_ACTIVATIONS, LAST, RANDOM)]
         raise QueryError(
             f"No score was named. {describe_headless(run)}",
-            "\n".join(
-                [
-                    "Name the score to choose by with `by`:",
-                    *[meanings[name] for name in (*FROM_ACTIVATIONS, LAST, RANDOM)],
-                ]
-            ),
+            "\n".join(["Name the score to choose by with `by`:", *available]),
         )
     raise QueryError(
         f"No score was named, and neither the damage of the layers of {run['model']} nor the loss without each is "
@@ -229,12 +225,14 @@ def evaluated_lines(warehouse: Warehouse, run: Mapping[str, Any], removed: Remov
     """Return a line for each task that the model was evaluated on without these layers, beside the whole model."""
     rows = warehouse.table("evaluations", where=pc.field("revision") == run["revision"]).to_pylist()
     other_changes = ("layer", "patch", "sparsity_plan", "factor", "rounding")
-    unchanged = (row for row in rows if all(row[name] is None for name in other_changes))
+    unchanged = (
+        row for row in rows if not row["task"].startswith(SEARCH) and all(row[name] is None for name in other_changes)
+    )
     lines = []
     for (_, task), group in grouped(unchanged, itemgetter("run_id", "task")).items():
         metric = primary_metric(group)
         values = {decode_removals(row["drop"]): shown_value(row) for row in group if row["metric"] == metric}
-        if removed in values and not task.startswith(SEARCH):
+        if removed in values:
             whole = f", {values[()]} of the whole model" if () in values else ""
             lines.append(f"{task}: {describe_metric(metric)} {values[removed]}{whole}.")
     return tuple(dict.fromkeys(lines))

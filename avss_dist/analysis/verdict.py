@@ -70,8 +70,7 @@ def claim_in_short(rows: Sequence[Row]) -> list[str]:
 
 def _claims(rows: Sequence[Row]) -> Iterator[tuple[str, Row, Sequence[Row], float | None]]:
     """Yield task, row of the claim, all rows of its repair, and `kept_by_guess`, for each task and repair."""
-    for task in dict.fromkeys(row["task"] for row in rows):
-        of_task = [row for row in rows if row["task"] == task]
+    for task, of_task in grouped(rows, itemgetter("task")).items():
         metric = primary_metric(of_task)
         guess = kept_by_guess(of_task, metric)
         of_task = [row for row in of_task if row["metric"] == metric and not row.get("factor")]

@@ -202,8 +202,9 @@ def write_pruned(request: PruneRequest) -> Pruned:
     if warehouse is not None:
         lines = evaluated_lines(Warehouse(warehouse), {"revision": checkpoint.revision}, plan.drop)
         plan = replace(plan, evaluated=tuple(dict.fromkeys([*plan.evaluated, *lines])))
-    options: dict[str, Any] = {"repair": fitted, "execution": request.execution, "trust_remote_code": code}
-    return Pruned(plan, write_checkpoint(model, plan, Path(request.output), **options))
+    output = Path(request.output)
+    changes = write_checkpoint(model, plan, output, repair=fitted, execution=request.execution, trust_remote_code=code)
+    return Pruned(plan, changes)
 
 
 prune = keywords(PruneRequest)(write_pruned)

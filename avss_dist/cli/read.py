@@ -34,7 +34,7 @@ if TYPE_CHECKING:
 
 
 Q = TypeVar("Q", bound=WarehouseRequest)
-MOST_NAMED = 5  # runs that cannot be read
+MOST_NAMED = 5  # runs that a message names
 
 
 def _say_damaged(runs: Mapping[str, str]) -> None:

@@ -251,7 +251,10 @@ def descriptions(cls: Any) -> dict[str, str]:
 @cache
 def _docstrings(module: str) -> dict[str, dict[str, str]]:
     """Return the docstrings below the fields of the classes of a module, by class and field."""
-    nodes = ast.walk(ast.parse(inspect.getsource(sys.modules[module])))
+    try:
+        nodes = ast.walk(ast.parse(inspect.getsource(sys.modules[module])))
+    except OSError:  # an installation without sources
+        return {}
     return {
         node.name: {
             ast.unparse(field.target): inspect.cleandoc(str(text.value.value))

@@ -40,7 +40,7 @@ from avss_dist.analysis.verdict import (
 from avss_dist.core.errors import QueryError
 from avss_dist.core.registry import FROM_ACTIVATIONS, GROUND_TRUTH, RECIPES, SCORES
 from avss_dist.core.settings import SITES
-from avss_dist.core.text import basename, printable
+from avss_dist.core.text import basename, count_of, printable
 from avss_dist.pruning.selection import PUBLISHED
 from avss_dist.reports.chart import drawing_library
 from avss_dist.reports.output import map_leaves, write_file
@@ -164,7 +164,7 @@ def report_page(warehouse: Warehouse, run_ids: Collection[str] | None = None, ow
             for run_id, why in damaged.items()
         ),
     ]
-    summary = f"{len(done)} run{'' if len(done) == 1 else 's'}"
+    summary = count_of(len(done), "run")
     if len(rows) > len(done):
         summary += f" and {len(rows) - len(done)} that failed"
     return _template("page.html").render(
@@ -337,7 +337,8 @@ def _scorecards(
 def _contrasts(warehouse: Warehouse, runs: Sequence[Row], labels: Mapping[str, str]) -> Iterator[Section]:
     """Yield the contrast of each run on paired text, at the published reading."""
     strata = warehouse.table("stratum_stats", run_ids=[run["run_id"] for run in runs], columns=["run_id"])
-    for run in (run for run in runs if run["run_id"] in strata["run_id"].unique().to_pylist()):
+    paired = strata["run_id"].unique().to_pylist()
+    for run in (run for run in runs if run["run_id"] in paired):
         label = labels[run["run_id"]]
         try:
             result = contrast(warehouse, run, site=(run["sites"] or ["block"])[0])
@@ -372,7 +373,7 @@ def in_short(
     for run, sets in [*evaluated, *untried[:MAX_UNTRIED]][:MAX_LISTED]:
         of_run = [row for row in findings if row["run_id"] == run["run_id"] and is_published(row)]
         kinds = dict.fromkeys(row["kind"].replace("_", " ") for row in of_run)
-        against = f"{len(kinds)} finding{'' if len(kinds) == 1 else 's'} against it: {', '.join(kinds)}."
+        against = f"{count_of(len(kinds), 'finding')} against it: {', '.join(kinds)}."
         by_task = grouped(sets, itemgetter("series"))
         largest, of_claim, size = [], [], count_lowest(run["num_layers"] or 0)
         for task, of_task in list(by_task.items())[:MAX_LISTED]:
