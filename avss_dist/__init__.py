@@ -8,7 +8,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from avss_dist.api.change import (
+    from avss_dist.commands import (
         Pruned,
         Runs,
         ablate,
@@ -22,7 +22,6 @@ if TYPE_CHECKING:
         shrink,
         sparsify,
     )
-    from avss_dist.api.read import compact, compare, contrast, doctor, findings, ls, publish, query, report, show
     from avss_dist.core.errors import (
         AvssError,
         ConfigError,
@@ -41,6 +40,7 @@ if TYPE_CHECKING:
     from avss_dist.evaluation.evaluate import Evaluations
     from avss_dist.evaluation.shrink import Shrunk
     from avss_dist.pruning.plan import Plan
+    from avss_dist.read_commands import compact, compare, contrast, doctor, findings, ls, publish, query, report, show
     from avss_dist.reports.terminal.progress import Progress
     from avss_dist.runs.run import Run
     from avss_dist.runs.scoring import score, score_all
@@ -96,11 +96,11 @@ __all__ = [
 ]
 
 _HOMES = {
-    "api.change": (
+    "commands": (
         *("Pruned", "Runs", "ablate", "distill", "estimate", "evaluate", "plan", "prune", "quantize"),
         *("run", "shrink", "sparsify"),
     ),
-    "api.read": (
+    "read_commands": (
         *("compact", "compare", "contrast", "doctor", "findings", "ls", "publish", "query", "report", "show"),
     ),
     "core.errors": (
@@ -129,7 +129,7 @@ def __getattr__(name: str) -> Any:
 
     for home, names in _HOMES.items():
         if name in names:
-            if home in ("api.change", "runs.scoring"):
+            if home in ("commands", "runs.scoring"):
                 from avss_dist.core.extras import require_package
 
                 require_package("torch", f"avss_dist.{name}")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import gc
 import sys
 
-from avss_dist.system.process import exit_code, raise_on_sigterm
+from avss_dist.core.process import exit_code, raise_on_sigterm
 
 YOUNG_OBJECTS = 100_000  # before a collection; at Python's 700, collections are a quarter of the time that imports take
 

@@ -11,6 +11,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from avss_dist.core.devices import Devices, devices_here, pick_device
 from avss_dist.core.errors import ConfigError, WarehouseError, as_failure
 from avss_dist.core.registry import PARTITIONS, SHARDINGS
 from avss_dist.core.results import TabularResult
@@ -28,7 +29,6 @@ from avss_dist.runs.job_file import JobFile
 from avss_dist.runs.planner import Planner, rows_per_shard
 from avss_dist.runs.run import PlannedRun
 from avss_dist.runs.scoring import executor_for, overridden
-from avss_dist.system.devices import Devices, devices_here, pick_device
 from avss_dist.warehouse.store import Store
 
 

@@ -37,10 +37,10 @@ os.environ["RAY_prestart_worker_first_driver"] = "0"  # noqa: SIM112  (processes
 os.environ["RAY_worker_niceness"] = "0"  # noqa: SIM112  (at Ray's 15, workers wait while other tests compute)
 
 LONGEST = (  # files, the longest first: in processes that take one after the other, none is left alone with one
-    *("executors/test_ray", "executors/test_gangs"),
-    *("runs/test_submit", "cluster/test_manifests", "report/test_report_browser", "distillation/test_resume"),
+    *("runs/test_ray", "runs/test_gangs"),
+    *("runs/test_submit", "cluster/test_manifests", "reports/test_report_browser", "distillation/test_resume"),
     *("test_benchmarks", "warehouse/test_s3", "distillation/test_ranks", "docs/test_commands", "cli/test_cli"),
-    *("estimate/test_estimate", "evaluation/test_shrink", "executors/test_liveness"),
+    *("estimate/test_estimate", "evaluation/test_shrink", "runs/test_liveness"),
     *("pruning/test_repair", "partition/test_language_models", "partition/test_streaming", "cli/test_errors"),
     *("evaluation/test_repairs", "warehouse/test_compaction"),
     *("evaluation/test_ablation", "models/test_families", "cli/test_streams"),

@@ -18,6 +18,7 @@ import pyarrow as pa
 from numpy.typing import NDArray
 
 from avss_dist.core.registry import LOWEST_SHARE
+from avss_dist.core.streams import tracked
 from avss_dist.stats.layer_stats import Float64
 from avss_dist.stats.rankings import (
     MIN_VALUES,
@@ -28,7 +29,6 @@ from avss_dist.stats.rankings import (
     spearman,
     spearman_rows,
 )
-from avss_dist.system.streams import tracked
 
 Scores = tuple[Float64, Float64]  # depth and values of layers, float64[layers] each, ascending in depth
 Indices = NDArray[np.int64]

@@ -23,7 +23,6 @@ from avss_dist.core.names import LOSS, SEARCH
 from avss_dist.core.registry import BLOCK_DISTANCE, FROM_ACTIVATIONS, MEASURED, MEASURED_ONLY, SCORES
 from avss_dist.core.settings import Settings
 from avss_dist.core.text import describe_threshold
-from avss_dist.map_plans.plans import MapPlan, SparsityPlan
 from avss_dist.pruning.ground_truth import (
     ablate_command,
     describe_headless,
@@ -31,6 +30,7 @@ from avss_dist.pruning.ground_truth import (
     layer_truth,
     repeated_command,
 )
+from avss_dist.pruning.map_plans import MapPlan, SparsityPlan
 from avss_dist.pruning.plan import Plan, make_plan, plan_of
 from avss_dist.pruning.selection import LAST, PUBLISHED, RANDOM, Choice, Reading, Rows, choose_experts, reading_of
 from avss_dist.stats.layer_stats import Float64, LayerStats

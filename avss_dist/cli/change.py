@@ -8,22 +8,22 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from avss_dist.api.change import Pruned, choose_layers, describe_remaining, planned_run, write_pruned
-from avss_dist.api.read import named_run
 from avss_dist.cli.read import newest_of, open_for
+from avss_dist.commands import Pruned, choose_layers, describe_remaining, planned_run, write_pruned
 from avss_dist.core.registry import GREEDY
+from avss_dist.core.streams import console, emit, emit_json, say
 from avss_dist.core.text import describe_bytes
 from avss_dist.distillation.distill import distill as train
+from avss_dist.evaluation.quantize import EXPORTS, plan_precision
 from avss_dist.evaluation.sparsify import sparsify as choose_thresholds
-from avss_dist.map_plans.quantize import EXPORTS, plan_precision
 from avss_dist.pruning.ground_truth import describe_headless, repeated_options
 from avss_dist.pruning.plan import describe_savings, local_run_size, read_plan
+from avss_dist.read_commands import named_run
 from avss_dist.reports.terminal.evaluation import search_table, thresholds_table
 from avss_dist.reports.terminal.progress import CellProgress, StepProgress
 from avss_dist.reports.terminal.shrink import distilled_lines, distilled_table, distilled_values
 from avss_dist.reports.terminal.tables import FittedTable
 from avss_dist.requests import DistillRequest, PlanRequest, PrecisionRequest, PruneRequest, SparsifyRequest
-from avss_dist.system.streams import console, emit, emit_json, say
 from avss_dist.warehouse.checks import has_head
 from avss_dist.warehouse.reader import Warehouse
 

@@ -6,10 +6,10 @@ from dataclasses import asdict, replace
 from typing import TYPE_CHECKING
 
 from avss_dist.core.errors import RunFailed
+from avss_dist.core.process import exit_code
 from avss_dist.core.settings import Request
+from avss_dist.core.streams import console, emit, emit_json, say
 from avss_dist.requests import ClusterRequest, JobIdRequest, ListJobsRequest, LogsRequest, SubmitRequest
-from avss_dist.system.process import exit_code
-from avss_dist.system.streams import console, emit, emit_json, say
 
 if TYPE_CHECKING:
     from avss_dist.runs.submission import Cluster
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 def doctor(_: Request, format: str) -> int:
     """Check what works on this machine: devices, Ray, DeepSpeed, versions."""
-    from avss_dist.system.doctor import check_machine
+    from avss_dist.core.doctor import check_machine
 
     terminal, results = console(), []
     for result in check_machine():

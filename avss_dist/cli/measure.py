@@ -13,6 +13,7 @@ from avss_dist.analysis.verdict import experiment_sections
 from avss_dist.cli.program import spelled
 from avss_dist.cli.read import print_table
 from avss_dist.core.settings import SITES
+from avss_dist.core.streams import complain, console, emit, emit_json, say
 from avss_dist.core.text import count_of
 from avss_dist.estimation import estimate as estimate_memory
 from avss_dist.estimation import preview_job
@@ -42,7 +43,6 @@ from avss_dist.requests import (
 from avss_dist.runs.events import both
 from avss_dist.runs.job_file import JobFile, job_schema, read_job
 from avss_dist.runs.scoring import Run, run_job, score_models
-from avss_dist.system.streams import complain, console, emit, emit_json, say
 
 
 def score(request: ScoreAllRequest, format: str) -> int:

@@ -20,8 +20,8 @@ from avss_dist.core.settings import (
     StatisticsOptions,
     TextOptions,
 )
+from avss_dist.core.streams import QUIET, VERBOSE, emit, set_verbosity
 from avss_dist.core.validation import OneOf, Option, default_of, descriptions, ordered
-from avss_dist.system.streams import QUIET, VERBOSE, emit, set_verbosity
 
 SECTIONS: dict[type, str] = {
     TextOptions: "Text",

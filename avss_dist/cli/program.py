@@ -24,9 +24,9 @@ from avss_dist import __version__
 from avss_dist.cli.commands import COMMANDS, ELSEWHERE, JOBS, READ, REMOVED, epilog
 from avss_dist.core.errors import AvssError, ConfigError, is_full, nearest, require_known, spell_fields, unwritable
 from avss_dist.core.extras import EXTRAS, install_hint
+from avss_dist.core.process import arm, exit_code, stop_signal
+from avss_dist.core.streams import USUAL, VERBOSE, complain, complete_output, emit, prepare, say, set_verbosity
 from avss_dist.core.text import printable
-from avss_dist.system.process import arm, exit_code, stop_signal
-from avss_dist.system.streams import USUAL, VERBOSE, complain, complete_output, emit, prepare, say, set_verbosity
 
 T = TypeVar("T")
 

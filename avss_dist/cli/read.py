@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from avss_dist.cli.program import at_end, interruptible
 from avss_dist.core.errors import QueryError, first_names
+from avss_dist.core.streams import console, emit, say
 from avss_dist.core.text import basename, count_of, describe_count, describe_threshold
 from avss_dist.read_requests import (
     CompareRequest,
@@ -24,7 +25,6 @@ from avss_dist.read_requests import (
     ShowRequest,
     WarehouseRequest,
 )
-from avss_dist.system.streams import console, emit, say
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -94,7 +94,7 @@ def newest_of(warehouse: Warehouse, name: str | None) -> list[str]:
 
 def ls(request: ListRequest, format: str) -> None:
     """List runs (with stored shards of unfinished ones), evaluated sets of layers, or evaluations, newest first."""
-    from avss_dist.api.read import list_rows
+    from avss_dist.read_commands import list_rows
     from avss_dist.reports.output import write_table
 
     opened, request = open_for(request)
@@ -108,7 +108,7 @@ def _with_kept_shards(table: pa.Table) -> pa.Table:
     """Return a table of runs, with the number of stored shards in the status of unfinished runs."""
     import pyarrow as pa
 
-    from avss_dist.api.read import UNFINISHED
+    from avss_dist.read_commands import UNFINISHED
 
     texts = []
     for row in table.select(["status", "kept_shards", "num_shards"]).to_pylist():
@@ -137,7 +137,7 @@ def _narrowed(table: pa.Table, width: int) -> pa.Table:
 
 def show(request: ShowRequest, format: str) -> None:
     """Show scores by layer, at any threshold, or draw them; the lowest 25% of layers are marked."""
-    from avss_dist.api.read import layer_rows
+    from avss_dist.read_commands import layer_rows
     from avss_dist.reports.output import PICTURES, printed_to, write_table
 
     output = None if request.output is None else Path(request.output)
@@ -165,7 +165,7 @@ def _print_runs(opened: Warehouse, request: ShowRequest, table: pa.Table) -> Non
     from avss_dist.analysis.chosen import choose_runs
     from avss_dist.analysis.experts import experts_by_layer, experts_section
     from avss_dist.analysis.scorecard import describe_agreement
-    from avss_dist.api.read import score_rows
+    from avss_dist.read_commands import score_rows
     from avss_dist.reports.terminal.scores import describe_exactness, layer_table, quantiles_table
     from avss_dist.reports.terminal.tables import rendered
 
@@ -189,7 +189,7 @@ def _print_runs(opened: Warehouse, request: ShowRequest, table: pa.Table) -> Non
 
 def query(request: QueryCommandRequest, format: str) -> None:
     """Query a warehouse with SQL (DuckDB). It only reads, and only the warehouse."""
-    from avss_dist.api.read import query_rows
+    from avss_dist.read_commands import query_rows
     from avss_dist.reports.output import printed_to, write_table
 
     output = None if request.output is None else Path(request.output)
@@ -228,7 +228,7 @@ MAX_TABLED = 20_000  # pairs of which all are compared in full for a table on a 
 def compare(request: CompareRequest, format: str) -> None:
     """Compare layer rankings between runs: how far they agree, or how they move along training, size or text."""
     from avss_dist.analysis.comparison import MAX_PAIRS, RankingComparison
-    from avss_dist.api.read import compare_runs
+    from avss_dist.read_commands import compare_runs
 
     opened, request = open_for(request)
     result = compare_runs(opened, request, max_listed=MAX_PAIRS if format != "table" else MAX_TABLED)
@@ -251,7 +251,7 @@ def _print_pairs(opened: Warehouse, comparison: RankingComparison, request: Comp
     """Print the agreement of pairs of runs, and the findings that speak against it."""
     from avss_dist.analysis.findings import findings as find_all
     from avss_dist.analysis.findings import of_rankings
-    from avss_dist.api.read import chosen_ids, named_threshold
+    from avss_dist.read_commands import chosen_ids, named_threshold
     from avss_dist.reports.output import write_table
     from avss_dist.reports.terminal.scores import comparison_tables, findings_list
 
@@ -294,7 +294,7 @@ def _say_reasons(left_out: Mapping[str, str]) -> None:
 def findings(request: FindingsRequest, format: str) -> None:
     """List findings that speak against scores: they track depth, noise, rounding, single units, and so on."""
     from avss_dist.analysis.scorecard import scorecard_sections
-    from avss_dist.api.read import find
+    from avss_dist.read_commands import find
     from avss_dist.reports.terminal.scores import findings_list
     from avss_dist.reports.terminal.tables import rendered
 
@@ -309,7 +309,7 @@ def findings(request: FindingsRequest, format: str) -> None:
 def contrast(request: ContrastCommandRequest, format: str) -> None:
     """Contrast hallucinated with truthful answers, layer by layer, with controls; for a run on paired text."""
     from avss_dist.analysis.contrast import contrast_section
-    from avss_dist.api.read import contrast_labels
+    from avss_dist.read_commands import contrast_labels
     from avss_dist.reports.output import write_table
     from avss_dist.reports.terminal.tables import rendered
 
@@ -325,14 +325,14 @@ def contrast(request: ContrastCommandRequest, format: str) -> None:
 
 def report(request: ReportRequest) -> None:
     """Write the page of a warehouse."""
-    from avss_dist.api.read import write_report
+    from avss_dist.read_commands import write_report
 
     emit(write_report(*open_for(request, failed=True)))
 
 
 def publish(request: PublishRequest) -> None:
     """Write the finished runs of a warehouse for others."""
-    from avss_dist.api.read import publish_runs
+    from avss_dist.read_commands import publish_runs
 
     rows = publish_runs(*open_for(request)).table().to_pylist()
     tables = ", ".join(f"{describe_count(row['rows'])} {row['table']}" for row in rows)
@@ -341,7 +341,7 @@ def publish(request: PublishRequest) -> None:
 
 def compact(request: WarehouseRequest) -> None:
     """Copy many finished runs into few large files."""
-    from avss_dist.api.read import compact_runs
+    from avss_dist.read_commands import compact_runs
 
     opened, request = open_for(request)
     rows = compact_runs(opened, request).table().to_pylist()

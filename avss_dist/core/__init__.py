@@ -1,1 +1,1 @@
-"""Shared by every package: errors, texts, checked settings, and the registry of partitions and scores."""
+"""Shared by every package: errors, texts, checked settings, the registry of partitions and scores, and this machine."""

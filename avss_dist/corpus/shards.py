@@ -15,6 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from avss_dist.core.errors import CorpusError, NoRows, without_secrets
+from avss_dist.core.files import Spool
 from avss_dist.core.settings import Settings, fingerprint
 from avss_dist.corpus.documents import Tokenizer, chat_template, truthfulqa_choices
 from avss_dist.corpus.pairs import Pairing, join, num_whole, paired_rows, rows_of_pairs
@@ -27,7 +28,6 @@ from avss_dist.corpus.tokens import (
     shuffled,
     special_tokens_of_rows,
 )
-from avss_dist.system.files import Spool
 
 Mask = NDArray[np.bool_]
 

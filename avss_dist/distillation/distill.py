@@ -16,8 +16,10 @@ from typing import TYPE_CHECKING, Any
 import pyarrow as pa
 from safetensors import SafetensorError
 
+from avss_dist.core.devices import free_device
 from avss_dist.core.errors import ConfigError, ModelError, RunFailed, StorageFull, explain_unwritable, first_line
 from avss_dist.core.extras import require_package
+from avss_dist.core.files import staged_file
 from avss_dist.core.results import TabularResult
 from avss_dist.core.settings import refuse_unused
 from avss_dist.distillation.curve import (
@@ -57,12 +59,10 @@ from avss_dist.models.safetensors import weight_files
 from avss_dist.partition.group import rank_and_size, share
 from avss_dist.pruning.checkpoint import require_free
 from avss_dist.pruning.repair.registry import split_weight
-from avss_dist.system.devices import free_device
-from avss_dist.system.files import staged_file
 
 if TYPE_CHECKING:
-    from avss_dist.executors.ray.executor import RayExecutor
     from avss_dist.requests import DistillRequest
+    from avss_dist.runs.ray.executor import RayExecutor
 
 
 _REQUEST = "request.json"
@@ -137,7 +137,7 @@ def _open_ranks(request: DistillRequest) -> AbstractContextManager[RayExecutor |
         names = ("address", "node_labels", "placement_seconds", "hang_seconds")
         refuse_unused({name: getattr(request.execution, name) for name in names}, "with one rank", hint)
         return nullcontext()
-    from avss_dist.executors.ray.executor import RayExecutor
+    from avss_dist.runs.ray.executor import RayExecutor
 
     return closing(RayExecutor(request.execution, request.settings))
 
@@ -247,7 +247,7 @@ class DistillTask:
 
     def run(self, heartbeat: Callable[[], None], on_event: Callable[[Any], None]) -> None:
         """Do the part of this process's rank."""
-        from avss_dist.executors.ray.worker import resolve_on_node
+        from avss_dist.runs.ray.worker import resolve_on_node
 
         code = self.models.settings.trust_remote_code
         student, teacher = (

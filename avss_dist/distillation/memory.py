@@ -7,6 +7,7 @@ from copy import deepcopy
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from avss_dist.core.devices import Devices, available_memory, devices_here
 from avss_dist.core.errors import ConfigError
 from avss_dist.core.registry import SHARDINGS
 from avss_dist.core.settings import Settings
@@ -15,7 +16,6 @@ from avss_dist.distillation.pair import LORA, ModelPair, choose_trained
 from avss_dist.models.checkpoints import Checkpoint
 from avss_dist.models.size import Footprint, footprint, load_skeleton
 from avss_dist.partition.sharded import BUCKET
-from avss_dist.system.devices import Devices, available_memory, devices_here
 
 if TYPE_CHECKING:
     from avss_dist.requests import DistillRequest

@@ -13,8 +13,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
+from avss_dist.core.devices import has_fast_bfloat16, pick_device
 from avss_dist.core.errors import ConfigError
 from avss_dist.core.extras import require_package
+from avss_dist.core.files import staged_folder
 from avss_dist.core.settings import TRAINED, Settings
 from avss_dist.core.text import count_of
 from avss_dist.distillation.loss import Predict
@@ -25,8 +27,6 @@ from avss_dist.models.quantization import quantization_method
 from avss_dist.models.safetensors import DTYPES, floating_dtype, read_tensor, tensors_of, weight_files
 from avss_dist.models.size import token_embeddings
 from avss_dist.pruning.checkpoint import pruned_from
-from avss_dist.system.devices import has_fast_bfloat16, pick_device
-from avss_dist.system.files import staged_folder
 
 if TYPE_CHECKING:
     from avss_dist.requests import DistillRequest

@@ -12,8 +12,11 @@ from typing import Any
 
 import torch
 
+from avss_dist.core.devices import free_memory, pick_device
 from avss_dist.core.errors import ConfigError, ModelError
+from avss_dist.core.files import cache_folder, staged_file
 from avss_dist.core.settings import Settings, fingerprint
+from avss_dist.core.streams import progress_to, report, tracked
 from avss_dist.corpus.tokens import special_tokens_around
 from avss_dist.distillation.curve import OnEvent, Preparing, ignore
 from avss_dist.distillation.record import SELF
@@ -21,9 +24,6 @@ from avss_dist.models.checkpoints import Checkpoint
 from avss_dist.models.loading import load_model, load_tokenizer, pin, text_config
 from avss_dist.models.size import footprint
 from avss_dist.pruning.repair.registry import split_weight
-from avss_dist.system.devices import free_memory, pick_device
-from avss_dist.system.files import cache_folder, staged_file
-from avss_dist.system.streams import progress_to, report, tracked
 
 ROWS = (128, 32)  # texts that are sampled at once, if there is memory for them, and otherwise
 FREE_SHARE = 0.8  # of the memory that is free

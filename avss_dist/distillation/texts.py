@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from torch.utils.data import Dataset
 
+from avss_dist.core.devices import pick_device
 from avss_dist.core.errors import AvssError, ConfigError, NoRows
 from avss_dist.core.settings import Settings
 from avss_dist.core.text import RedactedURI, basename
@@ -27,7 +28,6 @@ from avss_dist.models.causal_lm import predicted
 from avss_dist.models.checkpoints import Checkpoint
 from avss_dist.models.loading import load_tokenizer
 from avss_dist.pruning.repair.registry import read_repairs, split_weight
-from avss_dist.system.devices import pick_device
 
 if TYPE_CHECKING:
     from avss_dist.requests import DistillRequest

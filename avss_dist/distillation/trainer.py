@@ -17,6 +17,7 @@ from transformers.integrations import get_reporting_integration_callbacks
 
 from avss_dist.core.errors import first_line
 from avss_dist.core.settings import Settings
+from avss_dist.core.streams import complain
 from avss_dist.distillation.curve import (
     DIVERGENCE,
     KEPT,
@@ -47,7 +48,6 @@ from avss_dist.distillation.texts import DistillText, Example, Mix, as_examples
 from avss_dist.models.loading import load_model
 from avss_dist.models.size import find_layers, load_skeleton
 from avss_dist.partition.group import all_gather, share
-from avss_dist.system.streams import complain
 
 if TYPE_CHECKING:
     from avss_dist.requests import DistillRequest

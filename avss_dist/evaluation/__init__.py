@@ -1,1 +1,1 @@
-"""Evaluation of models and plans: evaluate, ablate, search, experiment, shrink and sparsify."""
+"""Evaluation of models and plans: evaluate, ablate, search, experiment, shrink, sparsify and quantize."""

@@ -29,12 +29,12 @@ from avss_dist.evaluation.tasks import (
     texts_of_run,
     texts_of_search,
 )
-from avss_dist.map_plans.plans import PrecisionPlan, SparsityPlan
 from avss_dist.models.checkpoints import Checkpoint, resolve
 from avss_dist.models.layers import is_linear, linear_sizes
 from avss_dist.models.loading import candidate_layers
 from avss_dist.models.size import load_skeleton
 from avss_dist.pruning.checkpoint import pruned_from
+from avss_dist.pruning.map_plans import PrecisionPlan, SparsityPlan
 from avss_dist.pruning.plan import Plan, read_checked_plan, read_plan, read_plan_file
 from avss_dist.pruning.selection import PlanError
 from avss_dist.requests import EvaluateRequest

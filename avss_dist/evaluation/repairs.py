@@ -29,7 +29,6 @@ from avss_dist.evaluation.session import (
     require_partition,
 )
 from avss_dist.evaluation.tasks import plan_text
-from avss_dist.executors import Executor
 from avss_dist.models.causal_lm import LanguageModel
 from avss_dist.models.checkpoints import resolve
 from avss_dist.models.interventions import decode_patch, encode_patch
@@ -44,6 +43,7 @@ from avss_dist.pruning.repair.repair import Repair, Repaired, find_cuts, fit_rep
 from avss_dist.pruning.selection import PlanError
 from avss_dist.pruning.weights import StoredWeights
 from avss_dist.requests import PruneRequest
+from avss_dist.runs.local import Executor
 from avss_dist.tasks.task import Measure, Row, Task
 
 MISSING = "missing"  # metric of a fit: remaining error of the hidden states after each cut, on held-back text

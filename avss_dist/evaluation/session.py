@@ -28,21 +28,20 @@ from avss_dist.core.intervention import (
     describe_removed,
     whole_layers,
 )
+from avss_dist.core.process import package_versions
 from avss_dist.core.registry import PARTITIONS, PartitionInfo
 from avss_dist.core.settings import Execution, Settings, fingerprint
 from avss_dist.distillation.curve import ignore
 from avss_dist.evaluation.events import CellDone, CellsStarted, CellUnderway, OnEvent
-from avss_dist.executors import Executor
-from avss_dist.executors.local import open_executor
-from avss_dist.map_plans.plans import PrecisionPlan
 from avss_dist.models.checkpoints import Checkpoint, resolve
 from avss_dist.models.loading import pin, require_head, text_config
 from avss_dist.partition.choose import place
 from avss_dist.partition.replica import Placement, fingerprint_part
+from avss_dist.pruning.map_plans import PrecisionPlan
 from avss_dist.pruning.selection import PlanError
+from avss_dist.runs.local import Executor, open_executor
 from avss_dist.stats.intervals import MINIMUM_UNITS, jackknife_interval
 from avss_dist.stats.metrics import retention_of
-from avss_dist.system.process import package_versions
 from avss_dist.tasks.task import Cell, CellOutcome, CellResult, Measure, Result, Task, combine
 from avss_dist.warehouse.schema import SCHEMA_VERSION, RunIdentity
 from avss_dist.warehouse.storage import Storage

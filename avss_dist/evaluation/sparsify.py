@@ -16,8 +16,8 @@ from avss_dist.core.text import RedactedURI
 from avss_dist.corpus.shards import CorpusPlan
 from avss_dist.evaluation.session import EvaluationSession, checkpoint_of_run, require_partition
 from avss_dist.evaluation.tasks import plan_text
-from avss_dist.map_plans.budget import MAX_SPARSITY, heavy_tail_ratios, interpolate_path, knapsack, proportional
-from avss_dist.map_plans.plans import SparsityPlan
+from avss_dist.pruning.budget import MAX_SPARSITY, heavy_tail_ratios, interpolate_path, knapsack, proportional
+from avss_dist.pruning.map_plans import SparsityPlan
 from avss_dist.requests import SparsifyRequest
 from avss_dist.stats.layer_stats import Float64
 from avss_dist.tasks.block_search import GREEDY, HILL, GreedyBlock, Spectra

@@ -18,7 +18,9 @@ import numpy as np
 import torch
 from torch import nn
 
+from avss_dist.core.devices import to_host
 from avss_dist.core.errors import ModelError
+from avss_dist.core.process import bound
 from avss_dist.core.settings import INPUT_SITES
 from avss_dist.corpus.pairs import Pairing
 from avss_dist.measure.kernels import kernels_for
@@ -36,8 +38,6 @@ from avss_dist.models.layers import (
 )
 from avss_dist.partition.group import RowSplit
 from avss_dist.stats.layer_stats import ROW_FIELDS, ExpertStats, LayerKey, LayerStats, RowStats, StratumKey
-from avss_dist.system.devices import to_host
-from avss_dist.system.process import bound
 
 ALL_ROWS = RowSplit()
 UNIT_SITES = ("block", "update", *INPUT_SITES)

@@ -9,12 +9,12 @@ from functools import cached_property
 import numpy as np
 import torch
 
+from avss_dist.core.devices import to_device
 from avss_dist.core.names import AFTER_ANOTHER
 from avss_dist.corpus.pairs import Pairing
 from avss_dist.measure.kernels.cpu import measure_answers
 from avss_dist.measure.kernels.reference import Tensors
 from avss_dist.stats.layer_stats import ROW_FIELDS, Float64, RowStats
-from avss_dist.system.devices import to_device
 
 
 @dataclass(frozen=True, eq=False)

@@ -11,7 +11,9 @@ from typing import Any
 import numpy as np
 import torch
 
+from avss_dist.core.devices import peak_device_memory, reset_peak_device_memory
 from avss_dist.core.errors import BatchTooLarge, ModelError
+from avss_dist.core.memory import halve_until_it_fits, peak_memory
 from avss_dist.core.registry import PARTITIONS
 from avss_dist.core.settings import INPUT_SITES, Settings
 from avss_dist.core.text import describe_layers
@@ -23,8 +25,6 @@ from avss_dist.models.size import Footprint
 from avss_dist.models.structure import absent_sites
 from avss_dist.partition.replica import Replica, dummy_batch, no_observation
 from avss_dist.stats.layer_stats import AnswerRows, LayerKey, ShardResult, merge_stats
-from avss_dist.system.devices import peak_device_memory, reset_peak_device_memory
-from avss_dist.system.memory import halve_until_it_fits, peak_memory
 
 Heartbeat = Callable[[], None]
 

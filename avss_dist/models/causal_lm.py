@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from torch.nn.functional import cross_entropy
 
+from avss_dist.core.devices import to_device
 from avss_dist.core.errors import ModelError, first_line
 from avss_dist.core.intervention import (
     THRESHOLD,
@@ -25,6 +26,7 @@ from avss_dist.core.intervention import (
     whole_layers,
 )
 from avss_dist.core.settings import Settings
+from avss_dist.core.streams import underway
 from avss_dist.corpus.shards import Batch
 from avss_dist.models.checkpoints import Checkpoint
 from avss_dist.models.experts import require_experts, without_experts
@@ -56,8 +58,6 @@ from avss_dist.models.loading import Backbone, no_head, predictor, quiet
 from avss_dist.models.number_formats import NumberFormat
 from avss_dist.models.remaining import without_modules
 from avss_dist.stats.layer_stats import Float64
-from avss_dist.system.devices import to_device
-from avss_dist.system.streams import underway
 
 PROBE_TOKENS = 16
 CHECKED_TOKENS = 3  # tokens that are generated to check the key-value cache

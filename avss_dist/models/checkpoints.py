@@ -19,8 +19,8 @@ import torch
 
 from avss_dist.core.errors import ModelError, explain_unwritable, first_line, first_names, is_full, unwritable
 from avss_dist.core.extras import require_package
+from avss_dist.core.files import cache_folder, staged_file, staged_folder
 from avss_dist.models.safetensors import INDEX, WEIGHTS, TensorInfo, tensors_of, weight_files
-from avss_dist.system.files import cache_folder, staged_file, staged_folder
 
 _FETCHED = ("*.json", "*.model", "*.txt", "*.jinja")  # of a hub checkpoint, beside its weights
 _READ = {".json", ".safetensors", ".model", ".txt"}  # suffixes of the files that can change a number

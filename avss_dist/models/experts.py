@@ -28,10 +28,10 @@ from torch.distributed.tensor import DTensor
 
 from avss_dist.core.errors import ModelError
 from avss_dist.core.intervention import Removal, experts_by_layer
+from avss_dist.core.process import bound
 from avss_dist.core.text import count_of
 from avss_dist.models.interventions import around, replace_tensor, replaced_parameters
 from avss_dist.models.layers import Layer, Routing, first_tensor, routing_of, with_replaced
-from avss_dist.system.process import bound
 
 COUNT = "num_experts"
 """Attribute of routers and of fused experts with the number of experts."""

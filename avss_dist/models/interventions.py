@@ -22,8 +22,8 @@ from torch import nn
 
 from avss_dist.core.errors import ModelError
 from avss_dist.core.intervention import PARTS, Removal, Sublayer, sublayers_of
+from avss_dist.core.process import bound
 from avss_dist.models.layers import Layer, Routing, first_tensor, input_tensor, output_tensor
-from avss_dist.system.process import bound
 
 MAX_REPRESENTATIVES = 8  # layers, beside the ends of each kind
 

@@ -19,10 +19,10 @@ from torch import nn
 
 from avss_dist.core.errors import ModelError, nearest
 from avss_dist.core.intervention import THRESHOLD, MapSparsity, Rounding, Sparsity
+from avss_dist.core.process import bound
 from avss_dist.models.interventions import around, hooked, replaced_parameters, require_single_use, with_parameters
 from avss_dist.models.layers import Layer, Projection, with_replaced
 from avss_dist.models.number_formats import NumberFormat, fitting, number_format
-from avss_dist.system.process import bound
 
 GROUP, MOST_DISTINCT = 32, 16  # neighbours that are looked at together, and values of 4 bits
 SAMPLED = 8  # rows of a weight that are looked at

@@ -19,13 +19,13 @@ import torch
 from torch import nn
 
 from avss_dist.core.errors import ModelError
+from avss_dist.core.process import bound
 from avss_dist.core.settings import Settings
 from avss_dist.models.checkpoints import Checkpoint, fetch_files, hub_tensors, locate, stored_tensors
 from avss_dist.models.head import LOGIT_BYTES
 from avss_dist.models.loading import candidate_layers, compute_dtype, skeleton, text_config, without_head
 from avss_dist.models.quantization import can_unpack, packed, quantization_method, unpacking_bytes
 from avss_dist.models.safetensors import TensorInfo
-from avss_dist.system.process import bound
 
 T = TypeVar("T")
 _SKELETONS: ContextVar[dict[Any, Any] | None] = ContextVar("skeletons", default=None)

@@ -6,6 +6,7 @@ import math
 from collections.abc import Mapping
 from contextlib import suppress
 
+from avss_dist.core.devices import SPARE_SHARE, Devices
 from avss_dist.core.errors import ConfigError, ModelError
 from avss_dist.core.registry import GANGS, LAYERWISE, PARTITIONS, SEVERAL_GPUS, WHOLE
 from avss_dist.core.settings import Execution, Settings
@@ -14,7 +15,6 @@ from avss_dist.models.checkpoints import Checkpoint
 from avss_dist.models.size import Footprint, footprint, sharing_skeletons
 from avss_dist.partition.replica import PROCESS_BYTES, Placement, batch_bytes, bytes_beside_weights, replica_class
 from avss_dist.partition.splitting import version_obstacle
-from avss_dist.system.devices import SPARE_SHARE, Devices
 
 
 @sharing_skeletons()

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from avss_dist.core.devices import SPARE_SHARE, available_memory
 from avss_dist.core.errors import ConfigError, nearest
 from avss_dist.core.settings import Settings
 from avss_dist.core.text import describe_bytes
@@ -32,7 +33,6 @@ from avss_dist.partition.replica import (
     bytes_beside_weights,
     offload_folder,
 )
-from avss_dist.system.devices import SPARE_SHARE, available_memory
 
 Device = int | str  # a GPU's index, "cpu" or "disk"
 

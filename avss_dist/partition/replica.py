@@ -14,7 +14,9 @@ from typing import Any, TypeVar
 import numpy as np
 import torch
 
+from avss_dist.core.devices import Devices, free_device, pick_device, to_device
 from avss_dist.core.errors import ConfigError, explain_unwritable
+from avss_dist.core.memory import keep_freed_memory
 from avss_dist.core.registry import PARTITIONS
 from avss_dist.core.settings import Settings
 from avss_dist.core.text import describe_bytes
@@ -26,8 +28,6 @@ from avss_dist.models.loading import Backbone, Forward, forward_function, load, 
 from avss_dist.models.quantization import describe_computing
 from avss_dist.models.size import Footprint, sharing_skeletons
 from avss_dist.partition.group import RankedLanguageModel, RowSplit, require_group, reraise_lost_ranks
-from avss_dist.system.devices import Devices, free_device, pick_device, to_device
-from avss_dist.system.memory import keep_freed_memory
 
 T = TypeVar("T")
 PROCESS_BYTES = 1 << 30  # interpreter, libraries and counters of a process, beside weights and activations

@@ -1,1 +1,1 @@
-"""Pruning: plans, selection of layers, pruned checkpoints and their repair."""
+"""Pruning: plans of layers and of linear maps, selection of layers, pruned checkpoints and their repair."""

@@ -20,7 +20,9 @@ import torch
 import yaml
 from huggingface_hub import metadata_load
 
+from avss_dist.core.devices import available_memory, pick_device
 from avss_dist.core.errors import ModelError, explain_unwritable
+from avss_dist.core.files import staged_folder
 from avss_dist.core.intervention import Removals, count_removed, whole_layers
 from avss_dist.core.registry import LAYERWISE
 from avss_dist.core.settings import Execution, Settings
@@ -42,8 +44,6 @@ from avss_dist.pruning.repair.registry import RepairRecord, read_repairs, write_
 from avss_dist.pruning.repair.repair import Repaired
 from avss_dist.pruning.selection import PlanError
 from avss_dist.pruning.weights import StoredWeights, copy_weights
-from avss_dist.system.devices import available_memory, pick_device
-from avss_dist.system.files import staged_folder
 
 _NOT_COPIED = (WEIGHTS, *PICKLED, "*.gguf", "*.safetensors.index.json", "*.bin.index.json", "config.json", "README.md")
 

@@ -22,6 +22,7 @@ import yaml
 from pydantic import Field, WithJsonSchema
 
 from avss_dist.core.errors import AvssError, ConfigError, explain_unwritable
+from avss_dist.core.files import staged_file
 from avss_dist.core.intervention import (
     MAX_LAYERS,
     PARTS,
@@ -46,7 +47,6 @@ from avss_dist.core.validation import check, checked
 from avss_dist.core.yaml_files import Document, YamlKind, read_yaml
 from avss_dist.pruning.ground_truth import LayerTruth
 from avss_dist.pruning.selection import RANDOM, Choice, PlanError, Rows
-from avss_dist.system.files import staged_file
 from avss_dist.warehouse.checks import settings_of
 
 if TYPE_CHECKING:

@@ -17,12 +17,12 @@ import vl_convert
 from avss_dist.analysis.comparison import RankingComparison
 from avss_dist.analysis.findings import describe_depth
 from avss_dist.core.errors import AvssError, QueryError, nearest
+from avss_dist.core.files import cache_folder, staged_file
 from avss_dist.core.registry import BASELINES, FROM_ACTIVATIONS, SCORES
 from avss_dist.core.text import basename, count_of, describe_count, describe_threshold, printable
 from avss_dist.reports.output import PICTURES, map_leaves, write_file
 from avss_dist.stats.intervals import why_no_interval
 from avss_dist.stats.rankings import count_lowest, depth_correlation, rank_lowest
-from avss_dist.system.files import cache_folder, staged_file
 
 MAX_RUNS = 100  # in a chart: its ten colors repeat long before, and the library that draws holds every point
 MAX_LABELED = 60  # rows of a similarity map with a name beside each

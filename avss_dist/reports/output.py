@@ -16,9 +16,9 @@ from typing import TYPE_CHECKING, Any
 import pyarrow as pa
 
 from avss_dist.core.errors import QueryError, explain_unwritable
+from avss_dist.core.files import staged_file
+from avss_dist.core.streams import binary_output, emit, emit_json
 from avss_dist.core.text import escape_markdown, printable
-from avss_dist.system.files import staged_file
-from avss_dist.system.streams import binary_output, emit, emit_json
 
 if TYPE_CHECKING:
     from rich.console import Console

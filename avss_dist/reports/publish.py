@@ -8,9 +8,9 @@ from pathlib import Path
 import pyarrow.parquet as pq
 
 from avss_dist.core.errors import WarehouseError, explain_unwritable
+from avss_dist.core.files import staged_folder
 from avss_dist.core.text import describe_count
 from avss_dist.reports.page.page import save_report
-from avss_dist.system.files import staged_folder
 from avss_dist.warehouse.reader import Warehouse
 from avss_dist.warehouse.schema import DAMAGED, SCHEMAS, TABLES
 

@@ -1,1 +1,1 @@
-"""Runs, from the request to the warehouse: job files, planning, driving, submission."""
+"""Runs, from the request to the warehouse: job files, planning, driving, local and Ray executors, submission."""

@@ -12,15 +12,15 @@ from avss_dist.core.errors import ModelError, without_secrets
 from avss_dist.core.settings import Settings, fingerprint
 from avss_dist.corpus.shards import USUAL_ROWS, CorpusPlan, tokenize_corpus
 from avss_dist.corpus.sources import open_source
-from avss_dist.executors import Executor
-from avss_dist.executors.interface import ReplicaSpec
 from avss_dist.models.checkpoints import Checkpoint, content_hash, convert_pickles, fetch_files, locate, resolve
 from avss_dist.models.loading import load_tokenizer, pin, text_config
 from avss_dist.models.size import Footprint, sharing_skeletons
 from avss_dist.partition.choose import choose, needs_size, require_ranks, size_of
 from avss_dist.partition.replica import Placement, fingerprint_part
 from avss_dist.runs.job_file import RunSpec
+from avss_dist.runs.local import Executor
 from avss_dist.runs.run import PlannedRun, Run
+from avss_dist.runs.work import ReplicaSpec
 from avss_dist.warehouse.schema import SCHEMA_VERSION
 from avss_dist.warehouse.store import Store
 

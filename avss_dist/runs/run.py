@@ -13,13 +13,14 @@ from typing import Any
 import pyarrow as pa
 
 from avss_dist.core.errors import AvssError, RunFailed
+from avss_dist.core.process import package_versions
 from avss_dist.core.registry import BASELINES, RECIPES
 from avss_dist.core.results import TabularResult
 from avss_dist.core.settings import PUBLISHED_THRESHOLD, SITES
 from avss_dist.corpus.shards import CorpusPlan
-from avss_dist.executors.interface import ReplicaSpec, RunShards
 from avss_dist.models.checkpoints import CONVERTED, training_point
 from avss_dist.models.quantization import describe_quantization
+from avss_dist.runs.work import ReplicaSpec, RunShards
 from avss_dist.stats.intervals import BOOTSTRAP_BLOCKS
 from avss_dist.stats.layer_stats import (
     LayerStats,
@@ -31,7 +32,6 @@ from avss_dist.stats.layer_stats import (
     split_into_blocks,
 )
 from avss_dist.stats.scores import score_run
-from avss_dist.system.process import package_versions
 from avss_dist.warehouse.reader import Warehouse
 from avss_dist.warehouse.schema import RunIdentity
 from avss_dist.warehouse.store import OpenShared, Receipt, Store
@@ -106,7 +106,7 @@ MERGED_HERE = 400  # shards; merging more is distributed to workers
 Expected = Mapping[int, str]
 """Content hashes of shards by id, in order."""
 Apply = Callable[[Callable[[Expected], Any], Sequence[Expected]], Iterable[Any]]
-"""Applies a function to every item, in order. See `executors.local.LocalExecutor.apply`."""
+"""Applies a function to every item, in order. See `runs.local.LocalExecutor.apply`."""
 
 
 @dataclass

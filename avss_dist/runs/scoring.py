@@ -19,9 +19,6 @@ from avss_dist.core.registry import GANGS
 from avss_dist.core.settings import Execution, Settings, fingerprint
 from avss_dist.core.validation import keywords
 from avss_dist.corpus.sources import corpus_problems
-from avss_dist.executors import Executor
-from avss_dist.executors.interface import RunShards
-from avss_dist.executors.local import open_executor
 from avss_dist.models.checkpoints import slug
 from avss_dist.requests import ScoreAllRequest, ScoreRequest
 from avss_dist.runs.events import (
@@ -33,8 +30,10 @@ from avss_dist.runs.events import (
     ShardMeasured,
 )
 from avss_dist.runs.job_file import JobFile, RunSpec
+from avss_dist.runs.local import Executor, open_executor
 from avss_dist.runs.planner import Planner
 from avss_dist.runs.run import Run, RunInProgress
+from avss_dist.runs.work import RunShards
 from avss_dist.warehouse.store import OpenShared, Store, shared
 
 __all__ = ["Run", "run_job", "score", "score_all"]

@@ -15,15 +15,15 @@ import numpy as np
 import torch
 from torch import nn
 
+from avss_dist.core.devices import to_device
 from avss_dist.core.errors import ModelError
 from avss_dist.core.intervention import NO_INTERVENTION, Intervention
+from avss_dist.core.process import bound
 from avss_dist.corpus.shards import Batch, Shard
 from avss_dist.models.causal_lm import LanguageModel, predicted
 from avss_dist.models.interventions import around
 from avss_dist.models.layers import Layer, LayerCall, as_rows, output_tensor
 from avss_dist.stats.layer_stats import Float64
-from avss_dist.system.devices import to_device
-from avss_dist.system.process import bound
 from avss_dist.tasks.task import Measure, Row, predicted_tokens
 
 TAYLOR = "taylor"  # nats per predicted token; low is unimportant

@@ -25,6 +25,7 @@ from avss_dist.core.intervention import (
     Sparsity,
     encode_removals,
 )
+from avss_dist.core.memory import halve_until_it_fits
 from avss_dist.core.names import LOSS, REALIZED, SPARSITY
 from avss_dist.core.settings import Settings, fingerprint
 from avss_dist.corpus.shards import Shard
@@ -32,7 +33,6 @@ from avss_dist.models.causal_lm import LanguageModel, predicted
 from avss_dist.models.checkpoints import Checkpoint
 from avss_dist.partition.replica import Placement
 from avss_dist.stats.layer_stats import Float64
-from avss_dist.system.memory import halve_until_it_fits
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)

@@ -25,8 +25,8 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
-from avss_dist.system.files import cache_folder, remove_leftovers, staged_file
-from avss_dist.system.streams import tracked
+from avss_dist.core.files import cache_folder, remove_leftovers, staged_file
+from avss_dist.core.streams import tracked
 from avss_dist.warehouse.checks import damaged_runs
 from avss_dist.warehouse.encoding import UNSIGNED_METADATA, conform, signed, verify_footer
 from avss_dist.warehouse.schema import SCHEMA_VERSION, SCHEMAS

@@ -14,8 +14,8 @@ import pyarrow as pa
 import pyarrow.fs as pafs
 
 from avss_dist.core.errors import DamagedFile, StorageFull, WarehouseError, is_full
+from avss_dist.core.files import remove_leftovers, staged_file
 from avss_dist.core.text import RedactedURI
-from avss_dist.system.files import remove_leftovers, staged_file
 from avss_dist.warehouse.schema import DAMAGED
 
 SCHEMES = ("file", "s3", "gs", "gcs", "hdfs", "viewfs", "abfs", "abfss")

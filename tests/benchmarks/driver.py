@@ -30,18 +30,18 @@ import pyarrow as pa
 import ray
 from ray import cloudpickle
 
+from avss_dist.core.files import Spool
 from avss_dist.core.settings import SITES, THRESHOLDS, Execution, Settings
 from avss_dist.corpus.shards import CorpusPlan, Shard
 from avss_dist.distillation.curve import ignore
-from avss_dist.executors.interface import RunShards
-from avss_dist.executors.ray import gang, queue
-from avss_dist.executors.ray.executor import RayExecutor
 from avss_dist.partition.replica import Placement
 from avss_dist.runs.job_file import RunSpec
+from avss_dist.runs.ray import gang, queue
+from avss_dist.runs.ray.executor import RayExecutor
 from avss_dist.runs.run import PlannedRun, Run, RunInProgress
 from avss_dist.runs.scoring import Driver
+from avss_dist.runs.work import RunShards
 from avss_dist.stats.layer_stats import HISTOGRAM_BINS, LayerStats, ShardResult, histogram_bin
-from avss_dist.system.files import Spool
 from avss_dist.warehouse.encoding import encode_shard
 from avss_dist.warehouse.schema import RunIdentity
 from avss_dist.warehouse.store import Receipt, Store

@@ -23,6 +23,7 @@ import avss_dist
 from avss_dist.cli import app
 from avss_dist.cli.commands import COMMANDS as LISTED
 from avss_dist.cli.commands import REMOVED
+from avss_dist.core.doctor import CheckResult
 from avss_dist.core.errors import ConfigError
 from avss_dist.core.registry import FROM_ACTIVATIONS, RECIPES
 from avss_dist.core.settings import (
@@ -37,7 +38,6 @@ from avss_dist.core.settings import (
 from avss_dist.read_requests import COMPARED, ShowRequest
 from avss_dist.reports.page.page import HEADLESS, NOTHING
 from avss_dist.runs import events
-from avss_dist.system.doctor import CheckResult
 from avss_dist.warehouse.checks import has_head
 from avss_dist.warehouse.reader import Warehouse
 
@@ -57,7 +57,7 @@ def loaded(*packages):
     return [name for name in packages if name in sys.modules]
 
 model, read, written, *score = sys.argv[1:]
-import avss_dist.executors.ray.heartbeats
+import avss_dist.runs.ray.heartbeats
 avss_dist.Warehouse
 heavy = ["torch", "ray", "transformers", "deepspeed"]
 assert not loaded(*heavy, "altair", "datasets")
@@ -410,7 +410,7 @@ def test_stopping_says_that_the_work_is_kept(tmp_path: Path, monkeypatch: pytest
 @pytest.mark.parametrize(("works", "shown"), [(True, "ok "), (False, "NO ")])
 def test_doctor_says_what_works(works: bool, shown: str, monkeypatch: pytest.MonkeyPatch) -> None:
     found = [CheckResult("torch", True, "2.9.1"), CheckResult("pictures", works, "[red]no\u001b[2J")]
-    monkeypatch.setattr("avss_dist.system.doctor.check_machine", lambda: iter(found))
+    monkeypatch.setattr("avss_dist.core.doctor.check_machine", lambda: iter(found))
     done = avss("doctor")
     assert done.exit_code == (0 if works else 1)
     first, second = done.stdout.splitlines()

@@ -100,7 +100,7 @@ def test_one_place_writes_what_people_see() -> None:
     }
     # `group` sends what libraries log to standard error; `__main__` speaks while nothing is imported; `store` has
     # examples for others.
-    assert found == {"system/streams.py", "partition/group.py", "__main__.py", "warehouse/store.py"}
+    assert found == {"core/streams.py", "partition/group.py", "__main__.py", "warehouse/store.py"}
 
 
 def test_a_terminal_obeys_no_text() -> None:

@@ -180,6 +180,6 @@ def test_an_evaluation_is_hashed_once(checkpoint: Checkpoint, monkeypatch: pytes
 
 
 def test_plans_are_interventions_without_torch() -> None:
-    modules = "avss_dist.core.intervention, avss_dist.pruning.plan, avss_dist.map_plans.plans"
+    modules = "avss_dist.core.intervention, avss_dist.pruning.plan, avss_dist.pruning.map_plans"
     code = f"import sys, {modules}; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

@@ -552,7 +552,7 @@ def test_memory_stays_bounded(tmp_path: Path) -> None:
     (tmp_path / "c.jsonl").write_bytes((json.dumps({"text": "x" * 9980}).encode() + b"\n") * 20_000)
     code = (
         "import sys; from avss_dist.corpus.sources import open_source\n"
-        "from avss_dist.system.memory import peak_memory as peak\n"
+        "from avss_dist.core.memory import peak_memory as peak\n"
         "source = open_source(sys.argv[1]); next(source.documents()); before = peak()\n"
         "n = sum(1 for _ in source.documents()); source.fingerprint()\n"
         "print(n, peak() - before)"

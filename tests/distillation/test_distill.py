@@ -20,6 +20,7 @@ from support.pairs import write_pairs
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import avss_dist
+from avss_dist.core import devices
 from avss_dist.core.errors import AvssError, ConfigError, ModelError, RunFailed
 from avss_dist.distillation import memory, trainer
 from avss_dist.distillation.curve import KEPT, CurvePoint, TrainingAdvanced
@@ -28,7 +29,6 @@ from avss_dist.distillation.loss import distillation_loss
 from avss_dist.distillation.pair import default_learning_rate
 from avss_dist.distillation.record import read_record
 from avss_dist.models.checkpoints import resolve
-from avss_dist.system import devices
 
 Distill = Callable[..., Distilled]
 Observed = tuple[Distilled, list[Any]]

@@ -16,6 +16,7 @@ from transformers import AutoModelForCausalLM
 import avss_dist
 from avss_dist.core.errors import ModelError
 from avss_dist.core.settings import Settings
+from avss_dist.core.streams import progress_to
 from avss_dist.corpus.tokens import special_tokens_around
 from avss_dist.distillation import teacher_text as module
 from avss_dist.distillation.teacher_text import ROWS, has_own_text, rows_at_once, sample, teacher_text, with_own_text
@@ -23,7 +24,6 @@ from avss_dist.models.causal_lm import LanguageModel
 from avss_dist.models.checkpoints import resolve
 from avss_dist.models.loading import load_tokenizer
 from avss_dist.pruning.plan import Plan
-from avss_dist.system.streams import progress_to
 
 SETTINGS = Settings(sequence_length=16, dtype="float32", device="cpu")
 

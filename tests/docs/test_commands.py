@@ -20,8 +20,8 @@ from avss_dist.cli.commands import COMMANDS
 
 ONLY_PARSED = {
     "jobs": "needs a cluster",
-    "doctor": "starts processes for a minute; tests/system runs it",
-    "--replicas": "starts Ray; tests/executors has it",
+    "doctor": "starts processes for a minute; tests/core runs it",
+    "--replicas": "starts Ray; tests/runs has it",
     "--address": "needs a cluster",
     "--ranks": "starts processes; tests/partition has it",
     "--along": "needs several checkpoints of a training; tests/analysis has it",

@@ -20,6 +20,7 @@ from support.devices import devices_of
 from support.ggufs import write_gguf
 
 import avss_dist.estimation
+from avss_dist.core.devices import Devices
 from avss_dist.core.errors import ConfigError
 from avss_dist.core.registry import PARTITIONS, SHARDINGS
 from avss_dist.core.settings import Execution, Settings
@@ -34,7 +35,6 @@ from avss_dist.pruning.checkpoint import prune
 from avss_dist.pruning.plan import Plan
 from avss_dist.reports.terminal.evaluation import automatic, estimate_table
 from avss_dist.requests import EstimateRequest
-from avss_dist.system.devices import Devices
 
 SETTINGS = Settings(max_sequences=6, sequence_length=32, batch_size=2, sequences_per_shard=4, device="cpu")
 GB = 10**9

@@ -16,7 +16,7 @@ import torch
 from support.devices import devices_of
 
 import avss_dist.estimation
-from avss_dist.api.change import estimate
+from avss_dist.commands import estimate
 from avss_dist.core.errors import ConfigError, ModelError
 from avss_dist.core.registry import PARTITIONS
 from avss_dist.core.settings import Execution, Settings

@@ -33,9 +33,6 @@ from avss_dist.evaluation.events import CellUnderway, Event
 from avss_dist.evaluation.repairs import fit_repairs, plan_fits, read_repaired
 from avss_dist.evaluation.session import EvaluationSession, PlacedModel, PlannedTask
 from avss_dist.evaluation.tasks import text_task
-from avss_dist.executors import Executor
-from avss_dist.executors.local import LocalExecutor
-from avss_dist.executors.ray.executor import RayExecutor
 from avss_dist.models.checkpoints import resolve
 from avss_dist.models.interventions import decode_patch, encode_patch, patched
 from avss_dist.models.loading import open_module
@@ -47,6 +44,8 @@ from avss_dist.pruning.repair.repair import Repair
 from avss_dist.reports.terminal import progress as avss_progress
 from avss_dist.reports.terminal.progress import CellProgress
 from avss_dist.runs.job_file import read_job
+from avss_dist.runs.local import Executor, LocalExecutor
+from avss_dist.runs.ray.executor import RayExecutor
 from avss_dist.tasks.task import Cell
 from avss_dist.warehouse.reader import Warehouse
 from avss_dist.warehouse.storage import Storage

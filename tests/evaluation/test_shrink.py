@@ -27,6 +27,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import avss_dist
 from avss_dist import evaluate
+from avss_dist.core.devices import Devices
 from avss_dist.core.errors import ConfigError, CorpusError, ModelError, RunFailed
 from avss_dist.core.registry import BLOCK_DISTANCE, GREEDY, SCORES
 from avss_dist.core.settings import Execution, Settings
@@ -39,8 +40,6 @@ from avss_dist.evaluation.continuations import Continuation
 from avss_dist.evaluation.repairs import copies_of
 from avss_dist.evaluation.shrink import SCORED, CandidateResult, Shrunk, TextSplit, split_rows
 from avss_dist.evaluation.tasks import plan_text
-from avss_dist.executors.local import LocalExecutor
-from avss_dist.executors.ray.executor import RayExecutor
 from avss_dist.models.causal_lm import LanguageModel
 from avss_dist.models.checkpoints import resolve
 from avss_dist.partition.replica import Placement
@@ -49,7 +48,8 @@ from avss_dist.pruning.selection import PlanError
 from avss_dist.reports.terminal.shrink import continuation_tables
 from avss_dist.reports.terminal.tables import FittedTable
 from avss_dist.requests import RANKED_BY
-from avss_dist.system.devices import Devices
+from avss_dist.runs.local import LocalExecutor
+from avss_dist.runs.ray.executor import RayExecutor
 from avss_dist.warehouse.reader import Warehouse
 
 Observed = tuple[Shrunk, list[Any]]

@@ -26,6 +26,7 @@ from torch import nn
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
+from avss_dist.core.devices import pick_device
 from avss_dist.core.settings import SITES, THRESHOLDS
 from avss_dist.corpus.shards import Shard
 from avss_dist.measure import observer as observing
@@ -36,7 +37,6 @@ from avss_dist.measure.observer import Observer, attached
 from avss_dist.models.loading import forward_function, open_module
 from avss_dist.partition.replica import run_batch
 from avss_dist.stats.layer_stats import merge_strata
-from avss_dist.system.devices import pick_device
 
 GRID = np.array(THRESHOLDS)
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)

@@ -13,7 +13,9 @@ from support.tiers import nightly
 from support.waiting import NoWaiting
 from transformers import masking_utils
 
+from avss_dist.core import devices
 from avss_dist.core.errors import BatchTooLarge
+from avss_dist.core.memory import halve_until_it_fits
 from avss_dist.core.settings import EVERY_SITE, SITES, THRESHOLDS
 from avss_dist.corpus.pairs import Pairing
 from avss_dist.corpus.shards import Batch
@@ -24,8 +26,6 @@ from avss_dist.measure.observer import ExpertCounter, Observer, attached
 from avss_dist.models.layers import Experts, Routing
 from avss_dist.models.loading import forward_function, open_module
 from avss_dist.partition.replica import run_batch
-from avss_dist.system import devices
-from avss_dist.system.memory import halve_until_it_fits
 
 META = torch.device("meta")
 PAIRED = Pairing(rows=np.arange(3), pairs=np.arange(3), strata=("good", "bad", "good"), starts=np.zeros(3, np.int32))

@@ -27,8 +27,6 @@ from avss_dist.core.names import AFTER_ANOTHER
 from avss_dist.core.settings import SITES, THRESHOLDS, Settings
 from avss_dist.corpus.pairs import Pairing
 from avss_dist.corpus.shards import Batch, Shard, tokenize_corpus
-from avss_dist.executors.interface import ReplicaSpec
-from avss_dist.executors.ray.worker import ShardAssignment, Worker
 from avss_dist.measure.kernels.reference import Accumulator
 from avss_dist.measure.observer import Observer
 from avss_dist.measure.rows import CountedTokens, by_matrices, in_order, masks_by_stratum, row_tensors
@@ -38,6 +36,8 @@ from avss_dist.models.layers import first_tensor
 from avss_dist.models.loading import load_tokenizer
 from avss_dist.models.size import footprint
 from avss_dist.partition.replica import BatchContext, Placement, Replica, dummy_batch, no_observation
+from avss_dist.runs.ray.worker import ShardAssignment, Worker
+from avss_dist.runs.work import ReplicaSpec
 from avss_dist.stats.layer_stats import ROW_FIELDS, RowStats
 from avss_dist.stats.scores import score_run
 from avss_dist.warehouse.encoding import decode_shard

@@ -13,6 +13,7 @@ from support.devices import devices_of
 from support.planning import llama_like
 from transformers import GPT2Config, GPT2LMHeadModel
 
+from avss_dist.core.devices import Devices, devices_here
 from avss_dist.core.errors import ConfigError
 from avss_dist.core.settings import Execution, Settings
 from avss_dist.core.text import describe_bytes, parse_bytes
@@ -28,7 +29,6 @@ from avss_dist.partition.choose import (
     needs_size,
     place,
 )
-from avss_dist.system.devices import Devices, devices_here
 
 GB = 10**9
 SETTINGS = Settings()

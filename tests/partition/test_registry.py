@@ -77,12 +77,12 @@ if __name__ == "__main__":
     import avss_dist
     from avss_dist.cli import app
     from avss_dist.estimation import preview_job
-    from avss_dist.executors.local import LocalExecutor, shards_at_once
+    from avss_dist.runs.local import LocalExecutor, shards_at_once
     from avss_dist.partition.choose import choose, least_host_bytes
     from avss_dist.partition.replica import open_replica, with_copies
     from avss_dist.runs.job_file import read_job
     from avss_dist.core.settings import Execution, Settings
-    from avss_dist.system.devices import devices_here
+    from avss_dist.core.devices import devices_here
 
     model, folder = sys.argv[1:]
     sizes = {"sequence_length": 32, "max_sequences": 4, "sequences_per_shard": 2, "device": "cpu"}

@@ -21,6 +21,7 @@ from support.warehouses import PUBLISHED, activations, rewrite_file, stats_of, w
 
 from avss_dist.analysis.comparison import compare
 from avss_dist.core.intervention import NO_INTERVENTION
+from avss_dist.core.streams import USUAL, set_verbosity
 from avss_dist.distillation.curve import Preparing
 from avss_dist.evaluation.events import CellDone, CellsStarted, CellUnderway
 from avss_dist.partition.replica import Placement
@@ -30,7 +31,6 @@ from avss_dist.reports.terminal.progress import CellProgress, StepProgress, Time
 from avss_dist.reports.terminal.scores import comparison_tables, layer_table
 from avss_dist.reports.terminal.tables import plain_table
 from avss_dist.runs.events import Pace, RunStarted, ShardMeasured
-from avss_dist.system.streams import USUAL, set_verbosity
 from avss_dist.warehouse.reader import Warehouse
 
 RUNS = [f"SmolLM2-{size}M-Instruct-0123456789" for size in (135, 360)]

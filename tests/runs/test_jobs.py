@@ -22,11 +22,11 @@ from avss_dist import estimation
 from avss_dist.core.errors import ConfigError
 from avss_dist.core.settings import Replicas, Settings
 from avss_dist.estimation import preview_job
-from avss_dist.executors.local import LocalExecutor
 from avss_dist.partition.replica import Placement
 from avss_dist.runs import planner
 from avss_dist.runs.events import LogRuns, RunEnded, RunReading, RunStarted, ShardMeasured
 from avss_dist.runs.job_file import JobFile, job_schema, read_job
+from avss_dist.runs.local import LocalExecutor
 from avss_dist.runs.run import Run
 from avss_dist.runs.scoring import run_job
 from avss_dist.warehouse.reader import Warehouse
@@ -418,7 +418,7 @@ def test_the_plan_runs_no_model_and_takes_the_speed_of_a_run_like_it(
     longer = text.replace("max_sequences: 12", "max_sequences: 120")
     first, second = read(tmp_path, text), read(tmp_path, longer)
     with monkeypatch.context() as patch:
-        for module in ("avss_dist.partition.replica", "avss_dist.executors.interface"):
+        for module in ("avss_dist.partition.replica", "avss_dist.runs.work"):
             patch.setattr(f"{module}.open_replica", lambda *_, **__: pytest.fail("a model was opened"))
         (preview,) = preview_job(first)
     assert (preview.status, preview.reference_run, preview.warning) == ("missing", "", "")

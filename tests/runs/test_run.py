@@ -28,17 +28,16 @@ from avss_dist.analysis.chosen import choose_runs
 from avss_dist.core.errors import AvssError, ConfigError, RunFailed, StorageFull
 from avss_dist.core.settings import Settings
 from avss_dist.distillation.curve import ignore
-from avss_dist.executors import interface
-from avss_dist.executors.interface import Outcome, RunShards
-from avss_dist.executors.local import LocalExecutor
 from avss_dist.models.checkpoints import resolve
 from avss_dist.models.size import footprint
-from avss_dist.runs import events, planner
+from avss_dist.runs import events, planner, work
 from avss_dist.runs import run as partials
 from avss_dist.runs.events import OnRunEvent, RunEvent, ShardMeasured
+from avss_dist.runs.local import LocalExecutor
 from avss_dist.runs.planner import FEWEST_SHARDS, FLOPS_OF_A_GPU, FLOPS_OF_A_THREAD, MOST_SECONDS, rows_per_shard
 from avss_dist.runs.run import Run, ShardSummary, merge_partials
 from avss_dist.runs.scoring import Driver
+from avss_dist.runs.work import Outcome, RunShards
 from avss_dist.stats.layer_stats import Merged, ShardResult, merge_blocks
 from avss_dist.warehouse.reader import Warehouse
 from avss_dist.warehouse.schema import RunIdentity
@@ -161,7 +160,7 @@ def test_all_measured_but_not_committed_needs_no_model(
     score(tiny_llama, tmp_path)
     for name in ("runs", "scores", "layer_stats"):
         next((tmp_path / name).rglob("*.parquet")).unlink()
-    monkeypatch.setattr(interface, "open_replica", lambda *_: pytest.fail("the model was opened"))
+    monkeypatch.setattr(work, "open_replica", lambda *_: pytest.fail("the model was opened"))
     assert score(tiny_llama, tmp_path).resumed_shards == 6
     assert_same_tables(tmp_path, undisturbed)
 

@@ -24,11 +24,11 @@ from support.tables import assert_same_tables
 from support.warm_workers import own_workers, ray_start_environment
 
 import avss_dist
-from avss_dist.executors.ray.executor import RayExecutor
+from avss_dist.core.devices import devices_here
 from avss_dist.runs.events import RunEnded, RunEvent, RunReading
 from avss_dist.runs.job_file import read_job
+from avss_dist.runs.ray.executor import RayExecutor
 from avss_dist.runs.scoring import run_job
-from avss_dist.system.devices import devices_here
 from avss_dist.warehouse.reader import Warehouse
 
 LOCAL_CLUSTER = Path(__file__).parents[2] / "cluster" / "local.sh"

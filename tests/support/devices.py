@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from avss_dist.system.devices import Devices
+from avss_dist.core.devices import Devices
 
 
 def devices_of(kind: str, device_bytes: int, *, count: int = 1, nodes: int = 1, host_bytes: int = 0) -> Devices:

@@ -12,9 +12,9 @@ import pytest
 import ray
 from ray import cloudpickle
 
-from avss_dist.executors.interface import ReplicaSpec
-from avss_dist.executors.ray import gang
-from avss_dist.executors.ray.worker import ShardAssignment, Worker
+from avss_dist.runs.ray import gang
+from avss_dist.runs.ray.worker import ShardAssignment, Worker
+from avss_dist.runs.work import ReplicaSpec
 
 
 class Note(NamedTuple):

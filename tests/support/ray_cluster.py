@@ -94,7 +94,7 @@ class Cluster:
         self._ray.remove_node(node, allow_graceful=False)
 
     def workers(self) -> list[psutil.Process]:
-        """The processes of all `executors.ray.worker.Worker`."""
+        """The processes of all `runs.ray.worker.Worker`."""
         return [process for node in self.nodes for process in children(node, "ray::Worker")]
 
     def services(self, name: str) -> list[psutil.Process]:

@@ -1,8 +1,8 @@
 """A Ray cluster in memory, with a clock of its own: nodes, gangs and results, for tests of scheduling.
 
-`SimulatedCluster` takes the place of `executors.ray.cluster.RayCluster`, `SimulatedGang` that of
-`executors.ray.gang.Gang`, and `PlannedQueues` that of `executors.ray.pool.Prefetcher`. A second passes only when the
-scheduler waits. What Ray does is what tests on a real cluster in `tests/executors/test_ray.py` saw it do.
+`SimulatedCluster` takes the place of `runs.ray.cluster.RayCluster`, `SimulatedGang` that of
+`runs.ray.gang.Gang`, and `PlannedQueues` that of `runs.ray.pool.Prefetcher`. A second passes only when the
+scheduler waits. What Ray does is what tests on a real cluster in `tests/runs/test_ray.py` saw it do.
 """
 
 from __future__ import annotations
@@ -16,10 +16,10 @@ from typing import Any
 from ray.exceptions import RayActorError, RayTaskError
 
 from avss_dist.core.registry import PARTITIONS
-from avss_dist.executors.interface import ReplicaSpec
-from avss_dist.executors.ray.heartbeats import Doing, Sign
-from avss_dist.executors.ray.queue import UnitQueue, shape
 from avss_dist.partition.replica import Placement
+from avss_dist.runs.ray.heartbeats import Doing, Sign
+from avss_dist.runs.ray.queue import UnitQueue, shape
+from avss_dist.runs.work import ReplicaSpec
 
 OPEN_SECONDS, UNIT_SECONDS = 1.0, 1.0
 SPINS = 500  # of the scheduler without waiting, after which it counts as endless
@@ -72,7 +72,7 @@ def result_of(assignment: Any) -> Any:
 
 
 class SimulatedGang:
-    """Ranks that are placed, open models and measure units in virtual time. See `executors.ray.gang.Gang`."""
+    """Ranks that are placed, open models and measure units in virtual time. See `runs.ray.gang.Gang`."""
 
     def __init__(self, cluster: SimulatedCluster, name: str, placement: Placement) -> None:
         self.cluster, self.placement = cluster, placement
@@ -135,7 +135,7 @@ class SimulatedGang:
         ]
 
     def _measure_round(self, rank: int, assignments: Sequence[Any]) -> list[Any]:
-        """Compute what `executors.ray.worker.Worker.measure_round` returns."""
+        """Compute what `runs.ray.worker.Worker.measure_round` returns."""
         results: list[Any] = []
         for assignment in assignments:
             try:
@@ -365,7 +365,7 @@ class SimulatedCluster:
 
 @dataclass(eq=False)
 class PlannedQueues:
-    """Queues that are planned by given times. See `executors.ray.pool.Prefetcher`."""
+    """Queues that are planned by given times. See `runs.ray.pool.Prefetcher`."""
 
     cluster: SimulatedCluster
     queues: deque[UnitQueue[Any]]

@@ -8,10 +8,10 @@ from typing import Any
 
 from avss_dist.core.intervention import Intervention
 from avss_dist.core.settings import Settings
-from avss_dist.executors.interface import ReplicaSpec, RunShards
-from avss_dist.executors.ray.queue import CellQueue, ShardQueue
 from avss_dist.models.checkpoints import Checkpoint
 from avss_dist.partition.replica import Placement
+from avss_dist.runs.ray.queue import CellQueue, ShardQueue
+from avss_dist.runs.work import ReplicaSpec, RunShards
 from avss_dist.tasks.task import Cell
 from avss_dist.tasks.text_loss import TextLoss
 from support.causal_lm import SMALL, random_shard

@@ -10,7 +10,7 @@ device:
 - `cuda`: CUDA C++, compiled when it is first needed, on NVIDIA's devices.
 - `reference`: torch operations, on any other device, and on CUDA where the compiler (NVRTC) is missing.
 
-Concurrent shards use the cores (`executors.local`), rather than threads inside a kernel: with the default of one thread
+Concurrent shards use the cores (`runs.local`), rather than threads inside a kernel: with the default of one thread
 per shard, an OpenMP region around the loops is no faster. Emitted LLVM is no faster either: reading bfloat16 through
 numba's own ``view`` takes 1.00 of its time, and prefetching cache lines changed counting by 1 to 3% and the sums over
 1,536 units by -1%.

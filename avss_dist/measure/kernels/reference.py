@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from avss_dist.core.devices import to_host
 from avss_dist.stats.layer_stats import (
     CUT_SHIFT,
     CUTS,
@@ -26,7 +27,6 @@ from avss_dist.stats.layer_stats import (
     stats_from_pattern_counts,
     values_of_cuts,
 )
-from avss_dist.system.devices import to_host
 
 PATTERNS = 1 << 16
 MOST_32_BIT = (1 << 31) - 1

@@ -27,11 +27,11 @@ from torch import nn
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from avss_dist.core.errors import RunFailed
+from avss_dist.core.memory import release_freed_memory
 from avss_dist.models.interventions import in_form, skip_of
 from avss_dist.models.layers import LayerCall, first_tensor, input_tensor
 from avss_dist.partition.replica import offload_folder
 from avss_dist.partition.streaming.weights import Part, StreamedWeights, buffer_bytes, copied_into, mapped, readahead
-from avss_dist.system.memory import release_freed_memory
 
 LARGE_BYTES = 64_000_000  # of a layer: beside its arithmetic, taking fresh pages once costs nothing
 T = TypeVar("T")

@@ -16,8 +16,10 @@ import numpy as np
 import torch
 from torch import nn
 
+from avss_dist.core.devices import SPARE_SHARE
 from avss_dist.core.errors import ConfigError, ModelError
 from avss_dist.core.intervention import Intervention
+from avss_dist.core.process import bound
 from avss_dist.core.settings import Settings
 from avss_dist.core.text import describe_bytes
 from avss_dist.corpus.shards import Batch
@@ -32,8 +34,6 @@ from avss_dist.partition.splitting import layer_modules
 from avss_dist.partition.streaming.passes import FORKS, RECORD, Fork, Passes, Record
 from avss_dist.partition.streaming.weights import StreamedWeights, buffer_bytes
 from avss_dist.stats.layer_stats import Float64
-from avss_dist.system.devices import SPARE_SHARE
-from avss_dist.system.process import bound
 
 T = TypeVar("T")
 MAX_WAITING_BYTES = 2 << 30  # of hidden states of all waiting passes, without a limit by the user

@@ -22,13 +22,13 @@ import torch
 from torch import nn
 
 from avss_dist.core.errors import ModelError
+from avss_dist.core.memory import populate
 from avss_dist.core.settings import Settings
 from avss_dist.models.checkpoints import Checkpoint
 from avss_dist.models.loading import build_model, text_config
 from avss_dist.models.quantization import quantization_method, ready_quantizer, unpacking_bytes
 from avss_dist.models.safetensors import DTYPES, StoredTensor, explaining_reads, tensors_of, weight_files
 from avss_dist.partition.streaming.conversion import ELSEWHERE, Conversion, GgufTensors, Group, refusing
-from avss_dist.system.memory import populate
 
 Read = Callable[[Sequence[StoredTensor]], Iterator[torch.Tensor]]
 """Function that yields stored tensors in memory: `copied`, `mapped`, or `copied_into` a buffer."""

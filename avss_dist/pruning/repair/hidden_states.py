@@ -10,6 +10,7 @@ from typing import Any, TypeVar
 
 import torch
 
+from avss_dist.core.devices import available_memory, to_device
 from avss_dist.core.intervention import Removal, experts_by_layer, layer_of
 from avss_dist.corpus.shards import Batch
 from avss_dist.models.causal_lm import LanguageModel
@@ -17,7 +18,6 @@ from avss_dist.models.interventions import CapturedCall, Parameter, captured, re
 from avss_dist.models.layers import Layer, as_rows, probe_tokens
 from avss_dist.models.loading import forward_function
 from avss_dist.pruning.repair.projection import OutputProjection, find_output_projection
-from avss_dist.system.devices import available_memory, to_device
 
 T = TypeVar("T")
 Visit = Callable[[int, torch.Tensor, torch.Tensor, CapturedCall, CapturedCall], None]

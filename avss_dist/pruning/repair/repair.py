@@ -27,8 +27,10 @@ import torch
 from pydantic import Field
 from torch import nn
 
+from avss_dist.core.devices import free_memory
 from avss_dist.core.errors import CorpusError, ModelError
 from avss_dist.core.settings import Settings
+from avss_dist.core.streams import tracked
 from avss_dist.core.text import describe_bytes, describe_layers
 from avss_dist.core.validation import checked
 from avss_dist.corpus.shards import Batch, CorpusPlan, Mask
@@ -57,8 +59,6 @@ from avss_dist.pruning.repair.registry import (
 )
 from avss_dist.pruning.selection import PlanError
 from avss_dist.pruning.weights import StoredWeights
-from avss_dist.system.devices import free_memory
-from avss_dist.system.streams import tracked
 
 HELD_BACK = 10  # one row of this many is held back, the last ones of each text
 SINK_TOKENS = 1  # leading tokens of every row: attention sinks, whose hidden states are unlike all others

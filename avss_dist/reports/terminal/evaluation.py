@@ -20,7 +20,7 @@ from avss_dist.core.intervention import PARTS, count_removed, describe_removed
 from avss_dist.core.names import LOSS
 from avss_dist.core.registry import metrics_of
 from avss_dist.core.text import count_of, describe_bytes, describe_count, describe_seconds, printable
-from avss_dist.map_plans.plans import SparsityPlan
+from avss_dist.pruning.map_plans import SparsityPlan
 from avss_dist.reports.terminal.tables import FittedTable
 from avss_dist.stats.intervals import MINIMUM_UNITS
 from avss_dist.stats.metrics import NO_INTERVAL

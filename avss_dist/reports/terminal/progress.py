@@ -15,6 +15,7 @@ from rich.text import Text
 from avss_dist.core.intervention import count_removed, describe_removed
 from avss_dist.core.names import REPAIR
 from avss_dist.core.registry import WHOLE
+from avss_dist.core.streams import console, say
 from avss_dist.core.text import basename
 from avss_dist.distillation.curve import CurvePoint, Preparing, TrainingAdvanced
 from avss_dist.evaluation.events import CellDone, CellsStarted, CellUnderway, Event, SearchStep
@@ -28,7 +29,6 @@ from avss_dist.runs.events import (
     ShardMeasured,
     describe_repeated,
 )
-from avss_dist.system.streams import console, say
 
 if TYPE_CHECKING:
     from avss_dist.tasks.task import Cell

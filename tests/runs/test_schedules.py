@@ -26,8 +26,8 @@ from support.simulated_cluster import PlannedQueues, SimulatedCluster, Simulated
 from support.units import SHARDS, shard_queue
 
 from avss_dist.core.errors import AvssError
-from avss_dist.executors.ray.pool import Pool
-from avss_dist.executors.ray.queue import ATTEMPTS
+from avss_dist.runs.ray.pool import Pool
+from avss_dist.runs.ray.queue import ATTEMPTS
 from avss_dist.stats.layer_stats import merge_moments
 
 HANG_SECONDS = 20.0

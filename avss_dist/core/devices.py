@@ -15,7 +15,7 @@ import torch
 from torch.torch_version import TorchVersion
 
 from avss_dist.core.errors import ConfigError
-from avss_dist.system.memory import memory_left
+from avss_dist.core.memory import memory_left
 
 ALLOCATOR = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF")  # since torch 2.9, and before; the older one still works
 CONTEXT_BYTES = 1 << 30  # of a GPU, at most, that a process's CUDA context and the kernels of its libraries take

@@ -18,9 +18,9 @@ import numpy as np
 import psutil
 
 from avss_dist.core.extras import install_hint
+from avss_dist.core.files import cache_folder
+from avss_dist.core.process import PACKAGES, installed_version
 from avss_dist.core.text import describe_bytes
-from avss_dist.system.files import cache_folder
-from avss_dist.system.process import PACKAGES, installed_version
 
 OPTIONAL = {name: name.replace("-", "_") for name in ("datasets", "lm_eval", "gguf", "compressed-tensors", "peft")}
 """Modules of optional packages."""

@@ -1,4 +1,4 @@
-"""The interface of executors: they measure shards and cells, each of which gives one pure result."""
+"""Work of executors: shards and cells, each of which gives one pure result."""
 
 from __future__ import annotations
 

@@ -15,9 +15,9 @@ import pytest
 from support.command_line import avss
 
 from avss_dist.__main__ import main
+from avss_dist.core import process
+from avss_dist.core.process import preserve_sigterm_handler, raise_on_sigterm, stop_signal
 from avss_dist.pruning.plan import Plan
-from avss_dist.system import process
-from avss_dist.system.process import preserve_sigterm_handler, raise_on_sigterm, stop_signal
 
 
 @pytest.fixture
@@ -53,7 +53,7 @@ def test_a_signal_while_a_checkpoint_is_written_leaves_nothing(
         remove(*args, **options)
 
     monkeypatch.setattr("avss_dist.pruning.checkpoint._copy_files", interrupted_copy)
-    monkeypatch.setattr("avss_dist.system.files.shutil.rmtree", interrupted_remove)
+    monkeypatch.setattr("avss_dist.core.files.shutil.rmtree", interrupted_remove)
     raise_on_sigterm()
     done = avss("prune", tiny_llama, plan, "-o", plan.parent / "out")
     assert done.exit_code == code and "Stopped." in done.stderr and "Traceback" not in done.stderr

@@ -15,15 +15,15 @@ import ray
 import torch
 from ray.util import get_node_ip_address
 
+from avss_dist.core.devices import pick_device
 from avss_dist.core.errors import ModelError
+from avss_dist.core.streams import progress_to
 from avss_dist.corpus.shards import Shard
-from avss_dist.executors.interface import ReplicaSpec
-from avss_dist.executors.ray.heartbeats import Doing
 from avss_dist.measure.shard import analyze_shard, follow
 from avss_dist.models.checkpoints import Checkpoint, convert_pickles, resolve
 from avss_dist.partition.replica import Replica
-from avss_dist.system.devices import pick_device
-from avss_dist.system.streams import progress_to
+from avss_dist.runs.ray.heartbeats import Doing
+from avss_dist.runs.work import ReplicaSpec
 from avss_dist.tasks.task import Cell, CellResult, Heartbeat, measure_cell
 from avss_dist.warehouse.encoding import encode_shard
 from avss_dist.warehouse.schema import RunIdentity
@@ -67,7 +67,7 @@ class ShardAssignment:
         The partial is encoded and written here, for there are more workers than drivers.
 
         Args:
-            model: the replica that `executors.interface.ReplicaSpec.open` returned.
+            model: the replica that `runs.work.ReplicaSpec.open` returned.
             heartbeat: to be called whenever a layer begins.
             computed: may be called when the model can be used for another unit.
         """

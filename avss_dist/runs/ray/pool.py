@@ -21,11 +21,11 @@ from typing import Any, Generic, TypeVar
 from ray.exceptions import RayError, RayTaskError
 
 from avss_dist.core.errors import AvssError, BatchTooLarge, RunFailed
-from avss_dist.executors.ray.cluster import RayCluster, Watch
-from avss_dist.executors.ray.gang import Gang, missing_package
-from avss_dist.executors.ray.queue import UnitQueue
+from avss_dist.core.streams import say
 from avss_dist.partition.replica import Placement
-from avss_dist.system.streams import say
+from avss_dist.runs.ray.cluster import RayCluster, Watch
+from avss_dist.runs.ray.gang import Gang, missing_package
+from avss_dist.runs.ray.queue import UnitQueue
 
 T = TypeVar("T")
 POLL_SECONDS = 2.0

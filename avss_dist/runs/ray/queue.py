@@ -25,9 +25,9 @@ from avss_dist.core.intervention import EncodedPatch
 from avss_dist.core.registry import PARTITIONS
 from avss_dist.core.text import count_of
 from avss_dist.corpus.shards import Shard
-from avss_dist.executors.interface import ReplicaSpec, RunShards, Underway
-from avss_dist.executors.ray.worker import Assignment, CellAssignment, ShardAssignment
 from avss_dist.partition.replica import Placement
+from avss_dist.runs.ray.worker import Assignment, CellAssignment, ShardAssignment
+from avss_dist.runs.work import ReplicaSpec, RunShards, Underway
 from avss_dist.tasks.task import Cell
 
 MOST_SHARED = 2  # patches, or blocks of shards, that are held at once: units that need the same one are consecutive

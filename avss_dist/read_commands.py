@@ -271,7 +271,7 @@ def _counts(heading: str, numbers: Mapping[str, int]) -> Table:
 
 def doctor() -> Table:
     """Check what works on this machine: devices, Ray, DeepSpeed, versions."""
-    from avss_dist.system.doctor import check_machine
+    from avss_dist.core.doctor import check_machine
 
     return Table(pa.Table.from_pylist([asdict(result) for result in check_machine()]))
 

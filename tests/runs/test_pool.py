@@ -29,16 +29,16 @@ from torch.distributed import DistNetworkError
 from avss_dist.core.errors import AvssError, BatchTooLarge, ConfigError, ModelError, RunFailed
 from avss_dist.core.intervention import EncodedPatch
 from avss_dist.core.settings import Execution, Settings
-from avss_dist.executors.interface import RunShards
-from avss_dist.executors.ray import queue as queue_module
-from avss_dist.executors.ray.cluster import START_SECONDS, Watch, late
-from avss_dist.executors.ray.executor import RayExecutor, run_together
-from avss_dist.executors.ray.heartbeats import HeartbeatMonitor
-from avss_dist.executors.ray.pool import Pool, Prefetcher
-from avss_dist.executors.ray.queue import ATTEMPTS, BLOCK_SHARDS, LATE_SECONDS, ShardQueue, UnitQueue
-from avss_dist.executors.ray.worker import resolve_on_node
 from avss_dist.models.checkpoints import Checkpoint
 from avss_dist.partition.replica import Placement
+from avss_dist.runs.ray import queue as queue_module
+from avss_dist.runs.ray.cluster import START_SECONDS, Watch, late
+from avss_dist.runs.ray.executor import RayExecutor, run_together
+from avss_dist.runs.ray.heartbeats import HeartbeatMonitor
+from avss_dist.runs.ray.pool import Pool, Prefetcher
+from avss_dist.runs.ray.queue import ATTEMPTS, BLOCK_SHARDS, LATE_SECONDS, ShardQueue, UnitQueue
+from avss_dist.runs.ray.worker import resolve_on_node
+from avss_dist.runs.work import RunShards
 
 HANG_SECONDS, PLACEMENT_SECONDS = 30.0, 60.0
 
@@ -784,7 +784,7 @@ def test_a_rank_that_makes_no_progress_hangs(
 def test_a_monitor_tells_progress_activity_and_events(monkeypatch: pytest.MonkeyPatch) -> None:
     """A gang's activity is that of its current round: what its first rank reported before is not."""
     cluster, monitor = SimulatedCluster(), HeartbeatMonitor()
-    monkeypatch.setattr("avss_dist.executors.ray.heartbeats.time.monotonic", cluster.now)
+    monkeypatch.setattr("avss_dist.runs.ray.heartbeats.time.monotonic", cluster.now)
     monkeypatch.setattr(cluster, "signs", monitor.signs)
     gang: Any = SimpleNamespace(names=["g.0"], find_processes=lambda: ["g.0"])
     watch = Watch(cluster, 30.0)  # type: ignore[arg-type]

@@ -18,8 +18,8 @@ from contextlib import AbstractContextManager, contextmanager, suppress
 from contextvars import ContextVar
 from typing import IO, TYPE_CHECKING, Any, TextIO, TypeVar
 
+from avss_dist.core.process import bound
 from avss_dist.core.text import printable
-from avss_dist.system.process import bound
 
 if TYPE_CHECKING:
     from rich.console import Console

@@ -14,8 +14,8 @@ import ray
 from ray.exceptions import RayError
 
 from avss_dist.core.errors import RunFailed
-from avss_dist.executors.ray.gang import Gang
-from avss_dist.executors.ray.heartbeats import Doing, Sign
+from avss_dist.runs.ray.gang import Gang
+from avss_dist.runs.ray.heartbeats import Doing, Sign
 
 CONNECT_SECONDS = 10.0  # for the head of a cluster to accept a connection
 

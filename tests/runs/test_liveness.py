@@ -24,8 +24,8 @@ from support.warm_workers import own_workers, ray_start_environment
 
 from avss_dist.core.errors import ConfigError
 from avss_dist.core.settings import Execution, Settings
-from avss_dist.executors.ray import cluster
-from avss_dist.executors.ray.executor import RayExecutor
+from avss_dist.runs.ray import cluster
+from avss_dist.runs.ray.executor import RayExecutor
 
 
 @pytest.mark.parametrize("hangs_up", [False, True])

@@ -12,8 +12,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from avss_dist.system import files
-from avss_dist.system.files import remove_leftovers, staged_file, staged_folder
+from avss_dist.core import files
+from avss_dist.core.files import remove_leftovers, staged_file, staged_folder
 
 
 def test_a_file_is_replaced_when_the_block_ends(tmp_path: Path) -> None:
@@ -108,7 +108,7 @@ def test_leftovers_of_killed_writers_are_deleted_and_nothing_else(tmp_path: Path
 HOLD = """
 import sys, time
 from pathlib import Path
-from avss_dist.system.files import staged_folder
+from avss_dist.core.files import staged_folder
 with staged_folder(Path(sys.argv[1])) as staged:
     (staged / "weights").write_text("x")
     print(staged.name, flush=True)

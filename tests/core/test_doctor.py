@@ -13,9 +13,9 @@ from pathlib import Path
 import psutil
 import pytest
 
-from avss_dist.system import devices
-from avss_dist.system.devices import available_memory
-from avss_dist.system.doctor import (
+from avss_dist.core import devices
+from avss_dist.core.devices import available_memory
+from avss_dist.core.doctor import (
     CHECKS,
     NEEDED,
     OPTIONAL,
@@ -23,7 +23,7 @@ from avss_dist.system.doctor import (
     check_machine,
     run_checks,
 )
-from avss_dist.system.memory import memory_left
+from avss_dist.core.memory import memory_left
 
 
 def works() -> str:

@@ -16,10 +16,10 @@ from ray.util.placement_group import placement_group, remove_placement_group
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy, PlacementGroupSchedulingStrategy
 
 from avss_dist.core.errors import ConfigError
-from avss_dist.executors.interface import ReplicaSpec
-from avss_dist.executors.ray.queue import shape
-from avss_dist.executors.ray.worker import Assignment, Worker
 from avss_dist.partition.replica import Placement
+from avss_dist.runs.ray.queue import shape
+from avss_dist.runs.ray.worker import Assignment, Worker
+from avss_dist.runs.work import ReplicaSpec
 
 
 class Gang:

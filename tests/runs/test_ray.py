@@ -39,18 +39,17 @@ from avss_dist import ablate, evaluate
 from avss_dist.core.errors import ConfigError, RunFailed
 from avss_dist.core.intervention import NO_INTERVENTION, Intervention
 from avss_dist.core.settings import Execution, Settings
-from avss_dist.executors import Executor
-from avss_dist.executors.local import LocalExecutor, open_executor
-from avss_dist.executors.ray import cluster, gang, queue
-from avss_dist.executors.ray.executor import RayExecutor
-from avss_dist.executors.ray.heartbeats import HeartbeatMonitor
-from avss_dist.executors.ray.worker import ShardAssignment, Worker
 from avss_dist.models.causal_lm import LanguageModel
 from avss_dist.models.checkpoints import resolve
 from avss_dist.partition.replica import Placement
 from avss_dist.runs import run as partials
 from avss_dist.runs.events import RunEvent, ShardMeasured
+from avss_dist.runs.local import Executor, LocalExecutor, open_executor
 from avss_dist.runs.planner import Planner
+from avss_dist.runs.ray import cluster, gang, queue
+from avss_dist.runs.ray.executor import RayExecutor
+from avss_dist.runs.ray.heartbeats import HeartbeatMonitor
+from avss_dist.runs.ray.worker import ShardAssignment, Worker
 from avss_dist.runs.run import RunInProgress
 from avss_dist.tasks.task import Cell, Row
 from avss_dist.tasks.text_loss import TextLoss

@@ -11,22 +11,11 @@ from functools import partial
 from itertools import groupby, islice
 from operator import itemgetter
 from threading import Event, Semaphore
-from typing import TypeVar
+from typing import TYPE_CHECKING, TypeAlias, TypeVar
 
 import torch
 
-from avss_dist.core.errors import AvssError, ConfigError, as_failure
-from avss_dist.core.registry import GANGS, PARTITIONS
-from avss_dist.core.settings import Execution, Settings
-from avss_dist.corpus.shards import Shard
-from avss_dist.executors import Executor
-from avss_dist.executors.interface import Outcome, ReplicaSpec, RunShards, Underway, by_model
-from avss_dist.measure.observer import Hooks, attached
-from avss_dist.measure.shard import analyze_shard, counter_bytes
-from avss_dist.partition.choose import size_of
-from avss_dist.partition.replica import Placement, Replica, batch_bytes
-from avss_dist.stats.layer_stats import ShardResult
-from avss_dist.system.devices import (
+from avss_dist.core.devices import (
     SPARE_SHARE,
     available_memory,
     computing_threads,
@@ -34,8 +23,24 @@ from avss_dist.system.devices import (
     free_cores,
     pick_device,
 )
-from avss_dist.system.streams import progress_to
+from avss_dist.core.errors import AvssError, ConfigError, as_failure
+from avss_dist.core.registry import GANGS, PARTITIONS
+from avss_dist.core.settings import Execution, Settings
+from avss_dist.core.streams import progress_to
+from avss_dist.corpus.shards import Shard
+from avss_dist.measure.observer import Hooks, attached
+from avss_dist.measure.shard import analyze_shard, counter_bytes
+from avss_dist.partition.choose import size_of
+from avss_dist.partition.replica import Placement, Replica, batch_bytes
+from avss_dist.runs.work import Outcome, ReplicaSpec, RunShards, Underway, by_model
+from avss_dist.stats.layer_stats import ShardResult
 from avss_dist.tasks.task import Cell, CellOutcome, CellResult, measure_cell
+
+if TYPE_CHECKING:
+    from avss_dist.runs.ray.executor import RayExecutor
+
+Executor: TypeAlias = "LocalExecutor | RayExecutor"
+"""Measures shards and cells. `LocalExecutor`, the reference, says what the methods of both promise."""
 
 S = TypeVar("S")
 T = TypeVar("T")
@@ -211,7 +216,7 @@ def open_executor(execution: Execution, settings: Settings) -> Executor:
     distributed = has_cluster or replicas > 1 or execution.partition in GANGS
     if execution.executor == "local" or (execution.executor == "auto" and not distributed):
         return LocalExecutor(settings)
-    from avss_dist.executors.ray.executor import RayExecutor
+    from avss_dist.runs.ray.executor import RayExecutor
 
     executor = RayExecutor(execution, settings)
     try:

@@ -11,7 +11,6 @@ import pyarrow as pa
 
 from avss_dist import estimation
 from avss_dist.analysis.plans import evaluated_lines, plan_experts, plan_layers, plannable_run
-from avss_dist.api.read import named_run
 from avss_dist.core.errors import ConfigError
 from avss_dist.core.intervention import count_removed, removal_names
 from avss_dist.core.registry import GREEDY
@@ -27,15 +26,16 @@ from avss_dist.evaluation import shrink as shrinking
 from avss_dist.evaluation import sparsify as sparsifying
 from avss_dist.evaluation.events import SearchStep
 from avss_dist.evaluation.experiment import run_experiment
+from avss_dist.evaluation.quantize import plan_precision
 from avss_dist.evaluation.repairs import fit_plan
 from avss_dist.evaluation.search import search
-from avss_dist.map_plans.plans import PrecisionPlan, SparsityPlan
-from avss_dist.map_plans.quantize import plan_precision
 from avss_dist.models.checkpoints import resolve
 from avss_dist.pruning.checkpoint import prune as write_checkpoint
+from avss_dist.pruning.map_plans import PrecisionPlan, SparsityPlan
 from avss_dist.pruning.plan import Plan, count_for_memory, read_plan, run_size
 from avss_dist.pruning.repair.repair import Repair
 from avss_dist.pruning.selection import Choice
+from avss_dist.read_commands import named_run
 from avss_dist.requests import (
     AblateRequest,
     DistillRequest,
@@ -143,7 +143,7 @@ def sparsify(request: SparsifyRequest) -> SparsityPlan:
 def quantize(request: PrecisionRequest) -> PrecisionPlan:
     """Choose the number format of each linear map of a run's model under a budget of bits.
 
-    ``ablate(..., quantize=[...])`` must have predicted the losses; see `map_plans.quantize.plan_precision`.
+    ``ablate(..., quantize=[...])`` must have predicted the losses; see `evaluation.quantize.plan_precision`.
     """
     store = Warehouse(request.warehouse)
     return plan_precision(request, store, named_run(store, request.run, measured=True))

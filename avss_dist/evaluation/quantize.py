@@ -14,11 +14,11 @@ from avss_dist.core.names import BITS_PER_WEIGHT, NUM_WEIGHTS
 from avss_dist.core.registry import MEASURED_ONLY, PRECISION_ESTIMATES, SECOND_ORDER
 from avss_dist.core.settings import Settings
 from avss_dist.core.text import describe_bytes
-from avss_dist.map_plans.budget import ROUNDING_ERROR, Choice, Float64, in_order, least_damage, same_format, total
-from avss_dist.map_plans.plans import MapPrecision, PrecisionPlan
 from avss_dist.models.checkpoints import resolve
 from avss_dist.models.number_formats import FORMATS
+from avss_dist.pruning.budget import ROUNDING_ERROR, Choice, Float64, in_order, least_damage, same_format, total
 from avss_dist.pruning.ground_truth import map_roundings, repeated_command
+from avss_dist.pruning.map_plans import MapPrecision, PrecisionPlan
 from avss_dist.pruning.plan import run_size, to_yaml, write_text
 from avss_dist.pruning.selection import PlanError
 from avss_dist.requests import PrecisionRequest

@@ -15,17 +15,17 @@ from support.causal_lm import SMALL, opened, random_shard
 from support.tables import assert_same_tables
 
 import avss_dist
+from avss_dist.core import devices
 from avss_dist.core.errors import AvssError, BatchTooLarge, ModelError
 from avss_dist.core.intervention import NO_INTERVENTION, Intervention
 from avss_dist.core.settings import Settings
-from avss_dist.executors import Executor, local
-from avss_dist.executors.interface import ReplicaSpec, RunShards
-from avss_dist.executors.local import LocalExecutor
 from avss_dist.measure import shard as measuring
 from avss_dist.models.causal_lm import LanguageModel
 from avss_dist.models.checkpoints import Checkpoint, resolve
 from avss_dist.partition.replica import Placement
-from avss_dist.system import devices
+from avss_dist.runs import local
+from avss_dist.runs.local import Executor, LocalExecutor
+from avss_dist.runs.work import ReplicaSpec, RunShards
 from avss_dist.tasks.task import Cell, Measure, Row, measure_cell
 from avss_dist.tasks.text_loss import TextLoss
 from avss_dist.warehouse.reader import Warehouse

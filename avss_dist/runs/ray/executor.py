@@ -15,11 +15,14 @@ import ray
 from ray.exceptions import LocalRayletDiedError, RayError, RayTaskError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
+from avss_dist.core.devices import Devices, devices_here, pick_device
 from avss_dist.core.errors import AvssError, ConfigError, RunFailed
+from avss_dist.core.process import preserve_sigterm_handler
 from avss_dist.core.registry import PARTITIONS
 from avss_dist.core.settings import Execution, Settings
-from avss_dist.executors.interface import Outcome, RunShards, Underway, by_model
-from avss_dist.executors.ray.cluster import (
+from avss_dist.partition.group import lost_rank
+from avss_dist.partition.replica import Placement
+from avss_dist.runs.ray.cluster import (
     RayCluster,
     Watch,
     has_head,
@@ -27,14 +30,11 @@ from avss_dist.executors.ray.cluster import (
     require_gcs,
     require_head,
 )
-from avss_dist.executors.ray.gang import Gang, missing_package
-from avss_dist.executors.ray.heartbeats import HeartbeatMonitor
-from avss_dist.executors.ray.pool import Pool, Prefetcher
-from avss_dist.executors.ray.queue import ATTEMPTS, CellQueue, ShardQueue, UnitQueue
-from avss_dist.partition.group import lost_rank
-from avss_dist.partition.replica import Placement
-from avss_dist.system.devices import Devices, devices_here, pick_device
-from avss_dist.system.process import preserve_sigterm_handler
+from avss_dist.runs.ray.gang import Gang, missing_package
+from avss_dist.runs.ray.heartbeats import HeartbeatMonitor
+from avss_dist.runs.ray.pool import Pool, Prefetcher
+from avss_dist.runs.ray.queue import ATTEMPTS, CellQueue, ShardQueue, UnitQueue
+from avss_dist.runs.work import Outcome, RunShards, Underway, by_model
 from avss_dist.tasks.task import Cell, CellOutcome
 
 S = TypeVar("S")
@@ -102,7 +102,7 @@ class RayExecutor:
     def run_cells(
         self, rounds: Iterator[Sequence[Cell]], underway: Underway | None = None
     ) -> Generator[CellOutcome, None, None]:
-        """Yield the result of every cell, or an AvssError in its place. See `executors.local.LocalExecutor`."""
+        """Yield the result of every cell, or an AvssError in its place. See `runs.local.LocalExecutor`."""
         models = (group for cells in rounds for group in by_model(cells))
         return self._measure(CellQueue(spec, cells, underway) for spec, cells in models)
 

@@ -1,1 +1,0 @@
-"""This machine: devices, memory, versions, what works (doctor), and progress bars."""
