@@ -20,7 +20,7 @@ import torch
 import yaml
 from huggingface_hub import metadata_load
 
-from avss_dist.core.devices import available_memory, pick_device
+from avss_dist.core.devices import available_memory, devices_here, pick_device
 from avss_dist.core.errors import ModelError, explain_unwritable
 from avss_dist.core.files import staged_folder
 from avss_dist.core.intervention import Removals, count_removed, whole_layers
@@ -35,15 +35,15 @@ from avss_dist.models.loading import forward_function, has_head, load_model, ope
 from avss_dist.models.quantization import can_unpack, quantization_method, ready_quantizer
 from avss_dist.models.safetensors import WEIGHTS, weight_files
 from avss_dist.models.size import footprint
-from avss_dist.partition.choose import size_of, weight_limits
-from avss_dist.partition.replica import Placement, open_replica
+from avss_dist.partition.choose import place
+from avss_dist.partition.replica import open_replica
 from avss_dist.pruning.configuration import write_config
 from avss_dist.pruning.plan import Plan, describe_reason
-from avss_dist.pruning.quantization import FILES, LayerNames, renumber_quantization, require_same_modules
+from avss_dist.pruning.quantization import FILES, renumber_quantization, require_same_modules
 from avss_dist.pruning.repair.registry import RepairRecord, read_repairs, write_repairs
 from avss_dist.pruning.repair.repair import Repaired
 from avss_dist.pruning.selection import PlanError
-from avss_dist.pruning.weights import StoredWeights, copy_weights
+from avss_dist.pruning.weights import LayerNames, StoredWeights, copy_weights
 
 _NOT_COPIED = (WEIGHTS, *PICKLED, "*.gguf", "*.safetensors.index.json", "*.bin.index.json", "config.json", "README.md")
 
@@ -82,16 +82,14 @@ def prune(
     require_free(output)
     checkpoint = resolve(model, trust_remote_code=trust_remote_code)
     _require_planned(checkpoint, plan)
-    notes: list[str] = []
     with explain_unwritable(output, "Name another folder with `output`.", PlanError), staged_folder(output) as staged:
         write_config(checkpoint, plan, staged, settings)
         weights = StoredWeights.of_checkpoint(checkpoint, plan, settings)
-        notes += repair.notes if repair else []
         replaced = repair.tensors if repair else {}
         size = copy_weights(checkpoint, weights, replaced, staged)
-        _copy_files(checkpoint, plan, staged, settings)
-        difference, remarks = _compare(checkpoint, plan, replaced, staged, settings, execution or Execution())
-        notes += remarks
+        _copy_files(checkpoint, weights.layers, staged)
+        difference, remarks = _compare(checkpoint, weights.layers, replaced, staged, settings, execution or Execution())
+        notes = [*(repair.notes if repair else ()), *remarks]
         record = repair.record if repair else None
         (staged / "README.md").write_text(model_card(checkpoint, plan, notes, record), encoding="utf-8")
         if record:
@@ -158,23 +156,22 @@ def _other_files(folder: Path) -> list[Path]:
     ]
 
 
-def _copy_files(checkpoint: Checkpoint, plan: Plan, folder: Path, settings: Settings) -> None:
+def _copy_files(checkpoint: Checkpoint, names: LayerNames, folder: Path) -> None:
     """Copy all files but configuration, weights and model card, and renumber quantization settings."""
     for file in _other_files(checkpoint.folder):
         shutil.copyfile(file, folder / file.name)
     for file in (folder / name for name in FILES if (folder / name).is_file()):
-        names = LayerNames.of_checkpoint(checkpoint, plan, settings)
         quantization = json.loads(file.read_text(encoding="utf-8"))
         file.write_text(json.dumps(renumber_quantization(quantization, names), indent=2) + "\n")
 
 
 def _compare(
-    checkpoint: Checkpoint, plan: Plan, replaced: Patch, folder: Path, settings: Settings, execution: Execution
+    checkpoint: Checkpoint, names: LayerNames, replaced: Patch, folder: Path, settings: Settings, execution: Execution
 ) -> tuple[float | None, list[str]]:
     """Return the largest difference of outputs, see `prune`, and notes on the comparison."""
     config = text_config(checkpoint, trust_remote_code=settings.trust_remote_code)
     is_quantized = quantization_method(config) is not None
-    notes = [require_same_modules(checkpoint, plan, folder, settings)] if is_quantized else []
+    notes = [require_same_modules(checkpoint, names, folder, settings)] if is_quantized else []
     try:
         with quiet():
             if is_quantized:
@@ -182,7 +179,7 @@ def _compare(
                 ready_quantizer(checkpoint, config, settings)
     except ModelError as error:
         return None, [*notes, f"Outputs could not be compared here: {error}"]
-    difference = largest_difference(checkpoint, plan, replaced, folder, settings, execution)
+    difference = largest_difference(checkpoint, names.plan, replaced, folder, settings, execution)
     if difference is None:
         notes.append("There was no room to compare the outputs of both models.")
     elif settings.dequantize:
@@ -254,9 +251,8 @@ def _output(checkpoint: Checkpoint, settings: Settings, drop: Removals, patch: P
 def _streamed_output(
     checkpoint: Checkpoint, settings: Settings, drop: Removals, patch: Patch, execution: Execution
 ) -> torch.Tensor | None:
-    kind = pick_device(settings.device).type
-    limits = weight_limits(LAYERWISE, size_of(checkpoint, settings), settings, execution.max_memory, kind, head=True)
-    placement = Placement(partition=LAYERWISE, max_memory=limits)
+    streamed = Execution(partition=LAYERWISE, max_memory=execution.max_memory)
+    placement = place(checkpoint, settings, streamed, devices_here(pick_device(settings.device).type), head=True)
     with closing(open_replica(checkpoint, settings, placement, head=True)) as replica:
         model = replica.language_model
         assert model is not None
@@ -288,8 +284,12 @@ def model_card(
     }
     head = printable("\n".join(f"{key}: {json.dumps(value, ensure_ascii=False)}" for key, value in fields.items()))
     source = f", of run {plan.run_id}" if plan.run_id else ""
-    lines = [*(f"Finding: {line}" for line in plan.findings), *(notes or []), *(repair.describe() if repair else [])]
-    lines.append(f"Evaluated: {' '.join(plan.evaluated) or 'not when it was planned.'}")
+    lines = [
+        *(f"Finding: {line}" for line in plan.findings),
+        *(notes or []),
+        *(repair.describe() if repair else []),
+        f"Evaluated: {' '.join(plan.evaluated) or 'not when it was planned.'}",
+    ]
     without = count_removed(plan.drop) if plan.experts else f"{len(plan.drop)} of its {plan.num_layers} layers"
     return (
         f"---\n{head}\n---\n\n# {escape_markdown(name)} without {without}\n\n{_describe_changes(plan, repair)}\n\n"
@@ -301,16 +301,16 @@ def model_card(
 
 def _describe_changes(plan: Plan, repair: RepairRecord | None) -> str:
     """Return sentences with the removed layers and experts, and the changed weights."""
-    sentences = []
-    if plan.dropped_layers:
-        sentences.append(f"Removed, counted from 0: {', '.join(map(str, plan.dropped_layers))}.")
-    if plan.experts:
-        experts = (f"layer {layer}: {', '.join(map(str, indices))}" for layer, indices in plan.experts.items())
-        sentences.append(f"Removed routed experts, both counted from 0: {'; '.join(experts)}.")
+    layers = ", ".join(map(str, plan.dropped_layers))
+    experts = "; ".join(f"layer {layer}: {', '.join(map(str, indices))}" for layer, indices in plan.experts.items())
     changed = [cut.after for cut in repair.cuts if cut.changed] if repair else []
-    changes = f"Of the others, the MLP's last map is changed in {describe_layers(changed)}."
-    sentences.append(changes if changed else "The others are unchanged.")
-    return " ".join(sentences)
+    sentences = {
+        f"Removed, counted from 0: {layers}.": layers,
+        f"Removed routed experts, both counted from 0: {experts}.": experts,
+        f"Of the others, the MLP's last map is changed in {describe_layers(changed)}.": changed,
+        "The others are unchanged.": not changed,
+    }
+    return " ".join(sentence for sentence, applies in sentences.items() if applies)
 
 
 def pruned_from(folder: Path) -> tuple[str, str] | None:

@@ -7,7 +7,7 @@ opens the original, parameter by parameter, and layer by layer as modules with t
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -23,9 +23,9 @@ from avss_dist.models.loading import auto_classes, skeleton, skeleton_by, text_c
 from avss_dist.models.quantization import KEYS, quantization_method, require_known_method
 from avss_dist.models.remaining import NUM_LAYERS, is_own_index, settings_by_layer
 from avss_dist.pruning.plan import Plan
-from avss_dist.pruning.quantization import LayerNames, renumber_quantization
+from avss_dist.pruning.quantization import renumber_quantization
 from avss_dist.pruning.selection import PlanError
-from avss_dist.pruning.weights import list_path, renumbered, routed_layers
+from avss_dist.pruning.weights import LayerNames, StoredWeights, list_path, renumbered
 
 EXPERT_COUNTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
 """Settings that give the number of routed experts of a layer."""
@@ -62,7 +62,7 @@ def write_config(checkpoint: Checkpoint, plan: Plan, folder: Path, settings: Set
         names |= {*EXPERT_COUNTS}
     if method := quantization_method(whole):
         require_known_method(checkpoint, method)
-        layer_names = LayerNames.of_checkpoint(checkpoint, plan, settings)
+        layer_names = StoredWeights.of_checkpoint(checkpoint, plan, settings).layers
         for settings_of in [raw] if part is raw else [raw, part]:
             settings_of |= {
                 key: renumber_quantization(settings_of[key], layer_names) for key in KEYS if key in settings_of
@@ -86,9 +86,10 @@ def _expert_counts(whole: Any, plan: Plan, part: Mapping[str, Any], settings: Se
         PlanError: layers would have different numbers of experts, or no setting has the number.
     """
     model = skeleton(whole, settings, torch.float32)
-    if not (routed := routed_layers(model, plan)):
+    layer_names = LayerNames.of_model(model, plan)
+    if not (routed := layer_names.routed):
         return {}  # the plan names another list of layers, which is refused below
-    layers = dict(model.named_modules())[list_path(model, plan)]
+    layers = model.get_submodule(layer_names.lists[0])
     numbers: dict[int, int] = {}
     for layer in plan.keep:
         if experts := routed.get(layer) or find_routed_experts(layers[layer]):
@@ -121,8 +122,7 @@ def _write_and_read(
 
 def _as_json(config: Mapping[str, Any]) -> dict[str, Any]:
     """Return a configuration as its file holds it, with strings as keys."""
-    values: dict[str, Any] = json.loads(json.dumps(config, default=str))
-    return values
+    return dict(json.loads(json.dumps(config, default=str)))
 
 
 def _require_same_settings(whole: Any, less: Any, changed: set[str]) -> None:
@@ -136,8 +136,10 @@ def _require_same_settings(whole: Any, less: Any, changed: set[str]) -> None:
         raise _changed_model_error(whole, f"its setting `{path}` would be {new!r} for {old!r}")
 
 
-def _differences(before: Any, after: Any, changed: set[str], path: str = "") -> Iterator[tuple[str, Any, Any]]:
-    """Yield (path, value, other value) for each difference of two configurations, except for the ``changed`` names."""
+def _differences(
+    before: Any, after: Any, changed: Collection[str] = (), path: str = ""
+) -> Iterator[tuple[str, Any, Any]]:
+    """Yield (path, value, other value) for each difference of nested mappings, except for the ``changed`` names."""
     if isinstance(before, Mapping) and isinstance(after, Mapping):
         for name in dict.fromkeys([*before, *after]):
             if name not in changed:
@@ -146,27 +148,28 @@ def _differences(before: Any, after: Any, changed: set[str], path: str = "") -> 
         yield path, before, after
 
 
-def _remaining(routed: RoutedExperts | None, removed: int, path: str, name: str, value: Any) -> Any:
-    """Return an attribute of a layer's module once some routed experts are removed.
+def _layer_properties(
+    layer: nn.Module, index: int, routed: RoutedExperts | None = None, removed: int = 0
+) -> dict[str, Any]:
+    """Return kinds and attributes of a layer's modules by path and name, without the layer's own index.
 
     Args:
-        path, name: path of the module below the layer, and name of its attribute.
-        value: value before the removal.
+        routed: routed experts of the layer, if it loses some.
+        removed: number of experts by which their count is lowered.
     """
-    places = (routed.block, routed.router, routed.experts) if routed else ()
-    is_count = routed and name == COUNT and path in places and value == routed.number
-    return value - removed if is_count else value
-
-
-def _layer_properties(layer: nn.Module, index: int) -> dict[tuple[str, str], Any]:
-    """Return kinds and attributes of a layer's modules by path and name, without the layer's own index."""
-    properties: dict[tuple[str, str], Any] = {}
+    properties: dict[str, Any] = {}
     for path, module in layer.named_modules():
-        properties[path, "kind"] = type(module).__name__
+        properties[f"{path} kind"] = type(module).__name__
         for name, value in sorted(vars(module).items()):
             is_index = is_own_index(name, value, index)
             if not name.startswith("_") and not is_index and isinstance(value, (int, float, str, bool, tuple)):
-                properties[path, name] = value
+                properties[f"{path} {name}"] = value
+        if (
+            routed
+            and path in (routed.block, routed.router, routed.experts)
+            and vars(module).get(COUNT) == routed.number
+        ):
+            properties[f"{path} {COUNT}"] = routed.number - removed
     return properties
 
 
@@ -187,29 +190,19 @@ def _require_same_classes(whole: Any, less: Any, plan: Plan, settings: Settings)
             continue
         if (after := skeleton_by(auto, less, settings)) is None:
             raise _changed_model_error(whole, f"{auto.__name__}, which opens the original, would not open it")
-        place, routed = list_path(before, plan), routed_layers(before, plan)
-        names = LayerNames(plan, (place,), (), routed)
+        names = LayerNames.of_model(before, plan)
+        (place,) = names.lists
         expected = {
             new: names.remaining_shape(name, shape)
             for name, shape in _shapes(before)
             if (new := renumbered(name, place, plan)) is not None
         }
-        shapes = dict(_shapes(after))
-        if different := [name for name in {**expected, **shapes} if expected.get(name) != shapes.get(name)]:
-            shape, other = expected.get(different[0]), shapes.get(different[0])
-            raise _changed_model_error(
-                whole, f"in {auto.__name__}, {different[0]} would have the shape {other} for {shape}"
-            )
+        for name, shape, other in _differences(expected, dict(_shapes(after))):
+            raise _changed_model_error(whole, f"in {auto.__name__}, {name} would have the shape {other} for {shape}")
         for index, old in enumerate(plan.keep):
-            removed, now = len(plan.experts.get(old, ())), _layer_properties(after.get_submodule(place)[index], index)
-            was = {
-                at: _remaining(routed.get(old), removed, *at, value)
-                for at, value in _layer_properties(layers[old], old).items()
-            }
-            for at in {**was, **now}:
-                if was.get(at) != now.get(at):
-                    change = f"{' '.join(at)} {now.get(at)!r} for {was.get(at)!r}"
-                    raise _changed_model_error(whole, f"layer {old} would have {change} as layer {index}")
+            before = _layer_properties(layers[old], old, names.routed.get(old), len(plan.experts.get(old, ())))
+            for at, was, now in _differences(before, _layer_properties(after.get_submodule(place)[index], index)):
+                raise _changed_model_error(whole, f"layer {old} would have {at} {now!r} for {was!r} as layer {index}")
         is_compared = True
     if not is_compared:
         modules = dict(without_head(skeleton(whole, settings, torch.float32)).named_modules())

@@ -9,8 +9,7 @@ from __future__ import annotations
 
 import copy
 import re
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,13 +18,11 @@ import torch
 from avss_dist.core.errors import ModelError, first_names
 from avss_dist.core.settings import Settings
 from avss_dist.models.checkpoints import Checkpoint
-from avss_dist.models.experts import RoutedExperts
 from avss_dist.models.loading import quiet, renaming, skeleton, text_config
 from avss_dist.models.quantization import describe_quantization, quantize_skeleton
 from avss_dist.models.safetensors import tensors_of, weight_files
-from avss_dist.pruning.plan import Plan
 from avss_dist.pruning.selection import PlanError
-from avss_dist.pruning.weights import StoredWeights, list_path, renumbered, routed_layers
+from avss_dist.pruning.weights import LayerNames
 
 FILES = ("quantize_config.json", "quant_config.json", "hf_quant_config.json")  # beside config.json
 _PATTERN = re.compile(r"[\\^$*+?{}\[\]|()]")
@@ -33,69 +30,6 @@ _NUMBER = re.compile(r"(?<![A-Za-z0-9_])\d")
 _MARK = re.compile(r"(re:|[+-]:)?(.*)", re.DOTALL)  # prefix of a pattern in compressed-tensors or GPTQModel
 
 Tensors = frozenset[tuple[str, tuple[int, ...]]]  # (name, shape)
-
-
-@dataclass(frozen=True)
-class LayerNames:
-    """Names of a plan's layers in quantization settings.
-
-    Attributes:
-        lists: paths of the layer list in the whole model and in its files.
-        modules: paths of the whole model's modules.
-        routed: routed experts of the layers that lose some.
-    """
-
-    plan: Plan
-    lists: tuple[str, ...]
-    modules: Sequence[str] = ()
-    routed: Mapping[int, RoutedExperts] = field(default_factory=dict)
-
-    @classmethod
-    def of_checkpoint(cls, checkpoint: Checkpoint, plan: Plan, settings: Settings) -> LayerNames:
-        """Return the names of a checkpoint's layers.
-
-        Raises:
-            PlanError: it is unclear which of its tensors are the plan's layers.
-            ModelError: it cannot be read, or its model cannot be built.
-        """
-        stored = StoredWeights.of_checkpoint(checkpoint, plan, settings).prefix
-        config = text_config(checkpoint, trust_remote_code=settings.trust_remote_code)
-        model = skeleton(config, settings, torch.float32)
-        modules = [name for name, _ in model.named_modules() if name]
-        return cls(plan, (list_path(model, plan), stored), modules, routed_layers(model, plan))
-
-    def renumbered(self, name: str) -> str | None:
-        """Return the name of a module or tensor in the pruned model, or None if its layer or expert is dropped.
-
-        Names may begin below or above the model. Layers of another tower keep their names.
-        """
-        split = self._split(name)
-        return renumbered(name, split[0], self.plan) if split else name
-
-    def remaining_shape(self, name: str, shape: tuple[int, ...]) -> tuple[int, ...]:
-        """Return the shape of a tensor in the pruned model, which may have a row for each expert."""
-        _, layer, inside = self._split(name) or (None, None, "")
-        if layer is None or (experts := self.routed.get(layer)) is None:
-            return shape
-        return experts.shape_without(inside, shape, len(self.plan.experts[layer]))
-
-    def _split(self, name: str) -> tuple[str, int, str] | None:
-        """Return the path of the layer list in a name, the layer, and the path below it, or None for names outside."""
-        parts = name.split(".")
-        for place, part in enumerate(parts):
-            path = ".".join(parts[:place])
-            lists = (f".{layers}" for layers in self.lists)
-            if (
-                place
-                and part.isdecimal()
-                and any(f".{path}".endswith(end) or end.endswith(f".{path}") for end in lists)
-            ):
-                return path, int(part), ".".join(parts[place + 1 :])
-        return None
-
-    def renumbered_all(self, names: Iterable[str], mark: str = "") -> list[str]:
-        """Return the new names of modules and tensors, without those of dropped layers."""
-        return [f"{mark}{new}" for name in names if (new := self.renumbered(name)) is not None]
 
 
 def renumber_quantization(config: Any, names: LayerNames) -> Any:
@@ -124,9 +58,9 @@ def _new_names(text: str, names: LayerNames) -> list[str]:
     """Return the texts that replace a module's path or a pattern, empty if the layers are dropped."""
     match = _MARK.fullmatch(text)
     assert match
-    mark, body = match.groups()
+    mark, body = match.groups("")
     if not (_PATTERN.search(body) and _NUMBER.search(body)):
-        return names.renumbered_all([body], mark or "")
+        return [f"{mark}{new}" for new in [names.renumbered(body)] if new is not None]
     try:
         pattern = re.compile(body)
     except re.error as error:
@@ -134,14 +68,15 @@ def _new_names(text: str, names: LayerNames) -> list[str]:
             f"The quantization settings name layers by '{text}', which is not a valid pattern: {error}.",
             "Prune the checkpoint before it is quantized, or evaluate the plan without a checkpoint.",
         ) from None
-    renumbered = names.renumbered_all(filter(pattern.match, names.modules))
-    return [f"{mark}{re.escape(name)}$" for name in renumbered] if mark in ("+:", "-:") else renumbered
+    remaining = [new for name in filter(pattern.match, names.modules) if (new := names.renumbered(name)) is not None]
+    return [f"{mark}{re.escape(name)}$" for name in remaining] if mark in ("+:", "-:") else remaining
 
 
-def require_same_modules(checkpoint: Checkpoint, plan: Plan, folder: Path, settings: Settings) -> str:
+def require_same_modules(checkpoint: Checkpoint, names: LayerNames, folder: Path, settings: Settings) -> str:
     """Require that the quantized modules of both checkpoints have the names and shapes of their stored tensors.
 
     Args:
+        names: names of the layers of the original.
         folder: folder of the pruned checkpoint.
 
     Returns:
@@ -151,7 +86,6 @@ def require_same_modules(checkpoint: Checkpoint, plan: Plan, folder: Path, setti
         PlanError: a remaining weight would be read differently.
     """
     note = f"The weights are quantized ({describe_quantization(checkpoint, settings)}), and copied as they are"
-    names = LayerNames.of_checkpoint(checkpoint, plan, settings)
     try:
         before, after = (
             _unmatched_tensors(tested, settings) for tested in (checkpoint, replace(checkpoint, path=str(folder)))

@@ -8,8 +8,8 @@ from __future__ import annotations
 import json
 import re
 from collections import defaultdict
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -39,13 +39,80 @@ _FUSED = re.compile(r"(?:.*\.)?experts\.[^.]+")
 
 
 @dataclass(frozen=True)
+class LayerNames:
+    """Names of a plan's layers in a model and in its files.
+
+    Attributes:
+        lists: paths of the layer list in the whole model, and in its files if they differ.
+        modules: paths of the whole model's modules.
+        routed: routed experts of the layers that lose some.
+    """
+
+    plan: Plan
+    lists: tuple[str, ...]
+    modules: Sequence[str] = ()
+    routed: Mapping[int, RoutedExperts] = field(default_factory=dict)
+
+    @classmethod
+    def of_model(cls, model: Any, plan: Plan, *stored: str) -> LayerNames:
+        """Return the names in a model, which may be on the meta device, and in files.
+
+        Args:
+            stored: path of the layer list in the files.
+
+        Raises:
+            PlanError: an expert cannot be dropped; the message has the layer and the reason.
+        """
+        path, modules = list_path(model, plan), dict(model.named_modules())
+        layers, routed = modules.get(path), {}
+        if isinstance(layers, nn.ModuleList) and len(layers) == plan.num_layers:  # or else it is refused later
+            try:
+                routed = {
+                    layer: require_routed_experts(layers[layer], layer, removed)
+                    for layer, removed in plan.experts.items()
+                }
+            except ModelError as error:
+                raise PlanError(error.message, error.hint) from error
+        return cls(plan, (path, *stored), [name for name in modules if name], routed)
+
+    def renumbered(self, name: str) -> str | None:
+        """Return the name of a module or tensor in the pruned model, or None if its layer or expert is dropped.
+
+        Names may begin below or above the model. Layers of another tower keep their names.
+        """
+        split = self._split(name)
+        return renumbered(name, split[0], self.plan) if split else name
+
+    def remaining_shape(self, name: str, shape: tuple[int, ...]) -> tuple[int, ...]:
+        """Return the shape of a tensor in the pruned model, which may have a row for each expert."""
+        _, layer, inside = self._split(name) or (None, None, "")
+        if layer is None or (experts := self.routed.get(layer)) is None:
+            return shape
+        return experts.shape_without(inside, shape, len(self.plan.experts[layer]))
+
+    def _split(self, name: str) -> tuple[str, int, str] | None:
+        """Return the path of the layer list in a name, the layer, and the path below it, or None for names outside."""
+        parts = name.split(".")
+        for place, part in enumerate(parts):
+            path = ".".join(parts[:place])
+            lists = (f".{layers}" for layers in self.lists)
+            if (
+                place
+                and part.isdecimal()
+                and any(f".{path}".endswith(end) or end.endswith(f".{path}") for end in lists)
+            ):
+                return path, int(part), ".".join(parts[place + 1 :])
+        return None
+
+
+@dataclass(frozen=True)
 class StoredWeights:
     """Tensors of a checkpoint's files. Those of layers are named ``{prefix}.{layer}.{path}``.
 
     Attributes:
         tensors: tensors by name.
         prefix: name of the layer list in the files.
-        plan: plan whose layers and experts are dropped.
+        layers: names of the layers, and the plan whose layers and experts are dropped.
         rows: rows of the remaining experts, by the name of each tensor that has a row for each expert.
         experts: names of the tensors of each parameter that holds all experts of a layer in the model: one with a row
             for each expert, or one for each expert, in their order.
@@ -53,7 +120,7 @@ class StoredWeights:
 
     tensors: Mapping[str, StoredTensor]
     prefix: str
-    plan: Plan
+    layers: LayerNames
     rows: Mapping[str, tuple[int, ...]]
     experts: Mapping[Parameter, tuple[str, ...]]
 
@@ -69,8 +136,9 @@ class StoredWeights:
         config = text_config(checkpoint, trust_remote_code=settings.trust_remote_code)
         model = skeleton(config, settings, torch.float32)
         prefix = _stored_prefix(checkpoint, plan, stored, model)
-        rows, experts = _find_experts(checkpoint, plan, stored, prefix, model)
-        return cls(stored, prefix, plan, rows, experts)
+        layers = LayerNames.of_model(model, plan, prefix)
+        rows, experts = _find_experts(checkpoint, layers, stored, model)
+        return cls(stored, prefix, layers, rows, experts)
 
     def names(self, parameter: Parameter) -> tuple[str, ...]:
         """Return the names of the tensors that hold a layer's parameter: one, or one for each expert in order."""
@@ -127,23 +195,8 @@ def renumbered(name: str, prefix: str, plan: Plan) -> str | None:
     return f"{prefix}.{plan.keep.index(layer)}{path}" if layer in plan.keep else None
 
 
-def routed_layers(model: Any, plan: Plan) -> dict[int, RoutedExperts]:
-    """Return the routed experts of each layer that loses some, in a model that may be on the meta device.
-
-    Raises:
-        PlanError: an expert cannot be dropped; the message has the layer and the reason.
-    """
-    layers = dict(model.named_modules()).get(list_path(model, plan))
-    if not isinstance(layers, nn.ModuleList) or len(layers) != plan.num_layers:
-        return {}  # which is refused where layers are compared
-    try:
-        return {layer: require_routed_experts(layers[layer], layer, removed) for layer, removed in plan.experts.items()}
-    except ModelError as error:
-        raise PlanError(error.message, error.hint) from error
-
-
 def _find_experts(
-    checkpoint: Checkpoint, plan: Plan, stored: Mapping[str, StoredTensor], prefix: str, model: Any
+    checkpoint: Checkpoint, layers: LayerNames, stored: Mapping[str, StoredTensor], model: Any
 ) -> tuple[dict[str, tuple[int, ...]], dict[Parameter, tuple[str, ...]]]:
     """Find the stored tensors of routed experts.
 
@@ -153,12 +206,12 @@ def _find_experts(
     Raises:
         PlanError: the stored tensors of a layer's experts are not one for each expert, nor rows of one tensor.
     """
-    routed = routed_layers(model, plan) if plan.experts else {}
+    routed, (path_in_model, prefix) = layers.routed, layers.lists
     rows: dict[str, tuple[int, ...]] = {}
     fused: dict[Parameter, list[tuple[int, str]]] = {}  # index of the expert, -1 for a tensor of all, and name
     stored_experts: dict[int, set[int]] = {layer: set() for layer in routed}
     inside = re.compile(rf"{re.escape(prefix)}\.(\d+)\.(.*)")
-    target = re.compile(rf"{re.escape(list_path(model, plan))}\.\d+\.(.*)")
+    target = re.compile(rf"{re.escape(path_in_model)}\.\d+\.(.*)")
     rename, *_ = renaming(model)
     for name, match in ((name, match) for name in stored if (match := inside.fullmatch(name))):
         layer, parameter, expert = int(match[1]), target.fullmatch(rename(name)), _EXPERT.fullmatch(match[2])
@@ -170,7 +223,7 @@ def _find_experts(
         elif experts and experts.has_row_for_each(path):
             if (shape := stored[name].shape)[:1] != (experts.number,):
                 raise _unknown_experts(f"'{name}' has the shape {shape}", checkpoint, layer, experts)
-            rows[name] = tuple(i for i in range(experts.number) if i not in plan.experts[layer])
+            rows[name] = tuple(i for i in range(experts.number) if i not in layers.plan.experts[layer])
             if path.startswith(f"{experts.experts}."):
                 stored_experts[layer] |= {*range(experts.number)}
     for layer, indices in stored_experts.items():
@@ -207,12 +260,12 @@ def copy_weights(checkpoint: Checkpoint, weights: StoredWeights, replaced: Patch
     for parameter, value in replaced.items():
         names_of_parts = weights.names(parameter)
         for name, part in zip(names_of_parts, [value] if len(names_of_parts) == 1 else value, strict=True):
-            if (new := renumbered(name, weights.prefix, weights.plan)) is not None:
+            if (new := renumbered(name, weights.prefix, weights.layers.plan)) is not None:
                 values[new] = part[list(weights.rows[name])] if name in weights.rows else part
     places: dict[str, str] = {}
     size = 0
     for file, stored in grouped(weights.tensors.values(), lambda tensor: tensor.file).items():
-        new_names = ((tensor.name, renumbered(tensor.name, weights.prefix, weights.plan)) for tensor in stored)
+        new_names = ((tensor.name, renumbered(tensor.name, weights.prefix, weights.layers.plan)) for tensor in stored)
         if names := {name: new for name, new in new_names if new is not None}:
             place = file.relative_to(checkpoint.folder)
             (folder / place).parent.mkdir(parents=True, exist_ok=True)

@@ -43,7 +43,7 @@ def test_a_signal_while_a_checkpoint_is_written_leaves_nothing(
     """It is sent twice, as `timeout` does: while files are copied, and during the cleanup."""
     remove = shutil.rmtree
 
-    def interrupted_copy(_checkpoint: Any, _plan: Any, staged: Path, _settings: Any) -> None:
+    def interrupted_copy(_checkpoint: Any, _names: Any, staged: Path) -> None:
         assert any(staged.iterdir()) and not (plan.parent / "out").exists()
         signal.raise_signal(number)
 

@@ -31,8 +31,9 @@ from avss_dist.models.loading import auto_classes, forward_function, load, load_
 from avss_dist.pruning import configuration
 from avss_dist.pruning.checkpoint import model_card, prune, source_license
 from avss_dist.pruning.plan import Plan, read_plan
-from avss_dist.pruning.quantization import LayerNames, renumber_quantization, require_same_modules
+from avss_dist.pruning.quantization import renumber_quantization, require_same_modules
 from avss_dist.pruning.selection import PlanError
+from avss_dist.pruning.weights import LayerNames, StoredWeights
 from avss_dist.warehouse.reader import Warehouse
 
 IDS = torch.arange(16).reshape(2, 8) + 3
@@ -335,8 +336,9 @@ def test_settings_that_fit_another_layer_are_seen(fp8: Path, tmp_path: Path) -> 
     stale = json.loads((fp8 / "config.json").read_text())["quantization_config"]
     config = json.loads((tmp_path / "less" / "config.json").read_text())
     (tmp_path / "less" / "config.json").write_text(json.dumps(config | {"quantization_config": stale}))
+    names = StoredWeights.of_checkpoint(resolve(str(fp8)), PLAN, Settings()).layers
     with pytest.raises(PlanError, match=r"as what they are not once layers are dropped: model\.layers\.1\.") as wrong:
-        require_same_modules(resolve(str(fp8)), PLAN, tmp_path / "less", Settings())
+        require_same_modules(resolve(str(fp8)), names, tmp_path / "less", Settings())
     assert "weight_scale_inv" in wrong.value.message
 
 
