@@ -202,14 +202,18 @@ def _distill(request: DistillRequest, executor: RayExecutor | None, output: Path
 
 def _identity(request: DistillRequest, models: ModelPair) -> dict[str, Any]:
     """Return all that determines the result, to tell whether work in a folder can be resumed."""
-    names = "corpora watch tokens train lora_rank learning_rate warmup held_out self_texts evaluations seed"
-    values = {name: getattr(request, name) for name in names.split()}
-    values["corpora"], values["watch"] = ([str(split_weight(c)[0]) for c in values[n]] for n in ("corpora", "watch"))
-    values["weights"] = [split_weight(corpus)[1] for corpus in request.corpora]
-    if request.ranks > 1:
-        values |= {"ranks": request.ranks, "sharding": request.sharding}
-    models_of = {"student": models.student.revision, "teacher": models.teacher.revision}
-    return {**models_of, **values, "settings": models.settings.as_dict(), "bfloat16": models.bfloat16}
+    names = ["tokens", "train", "lora_rank", "learning_rate", "warmup", "held_out", "self_texts", "evaluations", "seed"]
+    names += ["ranks", "sharding"] if request.ranks > 1 else []
+    return {
+        "student": models.student.revision,
+        "teacher": models.teacher.revision,
+        "corpora": [str(split_weight(corpus)[0]) for corpus in request.corpora],
+        "watch": [str(split_weight(corpus)[0]) for corpus in request.watch],
+        "weights": [split_weight(corpus)[1] for corpus in request.corpora],
+        **{name: getattr(request, name) for name in names},
+        "settings": models.settings.as_dict(),
+        "bfloat16": models.bfloat16,
+    }
 
 
 def _differing(file: Path, values: Mapping[str, Any]) -> list[str]:

@@ -164,8 +164,9 @@ def load_trained(models: ModelPair, folder: Path, train: str) -> Any:
     if train == LORA:
         from peft import PeftModel
 
-        student = load_model(models.student, models.settings, head=True)
-        return PeftModel.from_pretrained(student, folder).merge_and_unload()
+        return PeftModel.from_pretrained(
+            load_model(models.student, models.settings, head=True), folder
+        ).merge_and_unload()
     checkpoint = locate(str(folder))
     assert checkpoint is not None
     return load_model(checkpoint, models.settings, head=True)

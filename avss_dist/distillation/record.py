@@ -123,8 +123,7 @@ _REMOVED = ("others", "missed", "teacher_top", "text_loss", "hidden_loss")  # fi
 
 def write_record(folder: Path, record: DistillRecord) -> None:
     """Write the record of a checkpoint."""
-    text = json.dumps(asdict(record), indent=2)
-    (folder / FILE).write_text(text + "\n", encoding="utf-8")
+    (folder / FILE).write_text(json.dumps(asdict(record), indent=2) + "\n", encoding="utf-8")
 
 
 def read_record(folder: Path) -> DistillRecord | None:
@@ -143,9 +142,7 @@ def read_record(folder: Path) -> DistillRecord | None:
                 part.pop(name, None)
         if "skip_sequences" in values:  # where earlier versions had it
             values["reading"]["skip_sequences"] = values.pop("skip_sequences")
-        texts = tuple(RecordedText(**text) for text in values.pop("texts"))
-        curve = tuple(CurvePoint(**point) for point in values.pop("curve"))
-        return DistillRecord(**values, texts=texts, curve=curve)
+        return DistillRecord(**values)
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError, ConfigError) as error:
         why = error.message if isinstance(error, ConfigError) else str(error)
         raise ModelError(f"{file} is no record of a distillation: {why}", "Copy the checkpoint again.") from error

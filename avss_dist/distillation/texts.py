@@ -97,10 +97,8 @@ def read_watched(corpus: str, tokenizer: Any, settings: Settings, held_out: int)
     Raises:
         CorpusError: the text cannot be read or is too short.
     """
-    settings = replace(settings, max_sequences=held_out)
-    if open_source(corpus).answers:
-        settings = replace(settings, skip_sequences=0)
-    rows = tokenize_corpus(corpus, tokenizer, settings)
+    skipped = 0 if open_source(corpus).answers else settings.skip_sequences
+    rows = tokenize_corpus(corpus, tokenizer, replace(settings, max_sequences=held_out, skip_sequences=skipped))
     return DistillText(name=str(RedactedURI(corpus)), label="", weight=0.0, trained=None, held_out=rows)
 
 

@@ -300,13 +300,12 @@ def _sharding_options(request: DistillRequest, models: ModelPair) -> AbstractCon
     from avss_dist.partition.sharded import trainer_options
 
     _, skeleton, _ = load_skeleton(models.student, models.settings)
-    layers = find_layers(skeleton, models.settings)
     return trainer_options(
         request.sharding,
         models.device.type,
         rows=request.rows,
         bfloat16=models.bfloat16,
-        layers={type(layer).__name__ for layer in layers},
+        layers={type(layer).__name__ for layer in find_layers(skeleton, models.settings)},
     )
 
 

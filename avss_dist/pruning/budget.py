@@ -86,8 +86,7 @@ def interpolate_path(path: Float64, sizes: Float64, target: float) -> Float64:
     if at == 0 or at == len(reached):
         return path[min(at, len(path) - 1)]
     part = (target - reached[at - 1]) / (reached[at] - reached[at - 1])
-    step: Float64 = path[at - 1] + part * (path[at] - path[at - 1])
-    return step
+    return np.asarray(path[at - 1] + part * (path[at] - path[at - 1]))
 
 
 def heavy_tail_ratios(exponents: Float64, epsilon: float = 0.3) -> Float64:
@@ -99,8 +98,7 @@ def heavy_tail_ratios(exponents: Float64, epsilon: float = 0.3) -> Float64:
     low, high = exponents.min(), exponents.max()
     if high == low:
         return np.ones_like(exponents)
-    ratios: Float64 = (exponents - low) / (high - low) * 2 * epsilon + (1 - epsilon)
-    return ratios
+    return np.asarray((exponents - low) / (high - low) * 2 * epsilon + (1 - epsilon))
 
 
 def least_damage(damage: Float64, bits: Float64, budget: float) -> Choice:

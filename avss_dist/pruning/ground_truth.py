@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import json
 import shlex
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from operator import itemgetter
 from typing import Any
 
 import numpy as np
@@ -30,7 +31,7 @@ from avss_dist.core.settings import TEXT_OPTIONS, Settings
 from avss_dist.stats.layer_stats import Float64
 from avss_dist.stats.rankings import average_ranks
 from avss_dist.warehouse.checks import has_head, settings_of
-from avss_dist.warehouse.reader import Warehouse
+from avss_dist.warehouse.reader import Warehouse, grouped
 
 _REPEATED = (*TEXT_OPTIONS, "batch_size", "dtype")
 
@@ -110,8 +111,9 @@ def rounded_truths(store: Warehouse, run: Mapping[str, Any]) -> dict[str, LayerT
     for rows in _newest_first(store, run, ROUNDED_LOSS, [LOSS]):
         whole = [row["value"] for row in rows if row["rounding"] is None]
         for name, by_layer in _by_format(rows).items() if whole else ():
-            values = {layer: value - whole[0] for layer, value in by_layer.items()}
-            truths.setdefault(name, _rounded_truth(rows[0], name, values))
+            truths.setdefault(
+                name, _rounded_truth(rows[0], name, {layer: value - whole[0] for layer, value in by_layer.items()})
+            )
     return truths
 
 
@@ -163,20 +165,23 @@ def _by_format(rows: Sequence[Mapping[str, Any]]) -> dict[str, dict[int, float]]
 
 
 def _rounded_truth(row: Mapping[str, Any], name: str | None, values: Mapping[int, float]) -> LayerTruth:
-    text = json.loads(row["settings"]).get("text")
-    return LayerTruth(values=values, run_id=row["run_id"], task=row["task"], format=name, text=text)
+    return LayerTruth(
+        values=values,
+        run_id=row["run_id"],
+        task=row["task"],
+        format=name,
+        text=json.loads(row["settings"]).get("text"),
+    )
 
 
 def _newest_first(
     store: Warehouse, run: Mapping[str, Any], task: str, metrics: Sequence[str]
-) -> Iterator[list[dict[str, Any]]]:
-    """Yield the rows of each evaluation of a run's checkpoint with these metrics, the newest evaluation first."""
+) -> list[list[dict[str, Any]]]:
+    """Return the rows of each evaluation of a run's checkpoint with these metrics, the newest evaluation first."""
     where = (pc.field("revision") == run["revision"]) & pc.starts_with(pc.field("task"), task)
     where &= pc.field("metric").isin(metrics)
-    rows = store.table("evaluations", where=where).to_pylist()
-    evaluations = {row["run_id"]: row for row in rows}
-    for newest in sorted(evaluations.values(), key=lambda row: row["created_at"], reverse=True):
-        yield [row for row in rows if row["run_id"] == newest["run_id"]]
+    evaluations = grouped(store.table("evaluations", where=where).to_pylist(), itemgetter("run_id"))
+    return sorted(evaluations.values(), key=lambda rows: rows[-1]["created_at"], reverse=True)
 
 
 def _by_layer(rows: Sequence[Mapping[str, Any]], by: str) -> Mapping[Any, float]:
@@ -191,7 +196,7 @@ def _by_layer(rows: Sequence[Mapping[str, Any]], by: str) -> Mapping[Any, float]
     return mean_ranks(by, [(row["metric"], row["layer"], row["value"]) for row in rows])
 
 
-def mean_ranks(score: str, measured: Iterable[tuple[str, int, float]]) -> dict[int, float]:
+def mean_ranks(score: str, measured: Collection[tuple[str, int, float]]) -> dict[int, float]:
     """Return each layer's mean rank (1 = lowest) over the metrics of a score, such as ``damage``.
 
     Args:
@@ -200,10 +205,9 @@ def mean_ranks(score: str, measured: Iterable[tuple[str, int, float]]) -> dict[i
     Returns:
         By layer; empty if a layer lacks a finite value of one of the metrics.
     """
-    by_metric: dict[str, dict[int, float]] = {name: {} for name in metrics_of(score)}
-    for metric, layer, value in measured:
-        if metric in by_metric:
-            by_metric[metric][layer] = value
+    by_metric = {
+        name: {layer: value for metric, layer, value in measured if metric == name} for name in metrics_of(score)
+    }
     layers = sorted(next(iter(by_metric.values())))
     if any(sorted(values) != layers or not np.isfinite([*values.values()]).all() for values in by_metric.values()):
         return {}

@@ -70,8 +70,9 @@ class MapPlan(PlannedMap):
 
     def __post_init__(self) -> None:
         if self.by == TOP_K and self.inputs - int(self.value * self.inputs) < 1:
-            message = f"`value` {self.value:g} leaves none of the {self.inputs} units of a token."
-            raise PlanError(message, "Keep one at least.")
+            raise PlanError(
+                f"`value` {self.value:g} leaves none of the {self.inputs} units of a token.", "Keep one at least."
+            )
 
     @property
     def weights(self) -> int:
@@ -171,9 +172,13 @@ class LinearMapPlan(ModelPlan):
 
     def _describe(self, methods: Mapping[str, str], first: str, *lines: str) -> list[str]:
         """Return lines for people: a headline, the origin and the reason of the plan, other lines, and findings."""
-        origin = describe_origin(self.model, self.revision, self.run_id)
-        findings = [f"Finding: {line}" for line in self.findings]
-        return [first, origin, f"Chosen {describe_reason(self.why, methods)}.", *lines, *findings]
+        return [
+            first,
+            describe_origin(self.model, self.revision, self.run_id),
+            f"Chosen {describe_reason(self.why, methods)}.",
+            *lines,
+            *(f"Finding: {line}" for line in self.findings),
+        ]
 
 
 @checked

@@ -154,8 +154,7 @@ def choices(experiment: Experiment, rows: Sequence[Mapping[str, Any]]) -> list[C
     scored = dict.fromkeys(reading_of(row) for row in rows)
     names: dict[tuple[str, Reading | None], None] = {}
     for text in experiment.scores:
-        every = text == EVERY_READING
-        names |= dict.fromkeys([("avss", reading) for reading in scored] if every else [parse_score(text)])
+        names |= dict.fromkeys([("avss", r) for r in scored] if text == EVERY_READING else [parse_score(text)])
     if experiment.leave_one_out:
         names[LEAVE_ONE_OUT, None] = None
     methods: list[dict[str, Any]] = []

@@ -150,10 +150,7 @@ class HiddenStateSource:
             self._forward(to_device(batch.input_ids, self._device, torch.int64), mask)
 
     def _resuming(self, start: tuple[int, torch.Tensor] | None) -> AbstractContextManager[None]:
-        if start is None:
-            return nullcontext()
-        layer, hidden = start
-        return self._model.beginning(layer, hidden.to(self._device, copy=True))
+        return self._model.beginning(start[0], start[1].to(self._device, copy=True)) if start else nullcontext()
 
     def _probe(self) -> Any:
         return self._together([partial(self._forward, probe_tokens(self._device), None)])[0]

@@ -160,8 +160,15 @@ def _experts_projection(
         raise _refusal(layer, "computes with its routed experts in an unknown way")
     if (factor := _residual_multiple(layer, experts.module, run, unmoved)) is None:
         raise _refusal(layer, "does not simply add what its routed experts give to the residual stream")
-    remaining = tuple(expert for expert in range(experts.number) if expert not in removed)
-    return OutputProjection(layer, path, None, factor, down=down, remaining=remaining, chosen=calls[-1][1])
+    return OutputProjection(
+        layer,
+        path,
+        None,
+        factor,
+        down=down,
+        remaining=tuple(expert for expert in range(experts.number) if expert not in removed),
+        chosen=calls[-1][1],
+    )
 
 
 def inverse_rms(x: torch.Tensor, eps: float) -> torch.Tensor:

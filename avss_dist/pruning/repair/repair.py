@@ -485,11 +485,11 @@ def tokens_needed(checkpoint: Checkpoint, repair: str, settings: Settings) -> in
         ModelError: the checkpoint cannot be read, or its model cannot be built.
     """
     _, model, _ = load_skeleton(checkpoint, settings)
-    text = model.config.get_text_config()
     lists = candidate_layers(model, settings.layers)
     if len(lists) != 1:
         return 0
     ((path, layers),) = lists.items()
+    text = model.config.get_text_config()
     changed = {i: weight for i, layer in enumerate(layers) if (weight := _changed_weight(layer, text.hidden_size))}
     if not changed:
         raise PlanError(
@@ -499,7 +499,7 @@ def tokens_needed(checkpoint: Checkpoint, repair: str, settings: Settings) -> in
         )
     plan = Plan(model=checkpoint.name, num_layers=len(layers), layers=path, drop=(0,))
     weights = StoredWeights.of_checkpoint(checkpoint, plan, settings)
-    names = [weights.names((layer, path))[0] for layer, (path, *_) in changed.items()]
+    names = [weights.names((layer, path))[0] for layer, (path, _) in changed.items()]
     stored = {name: weights.tensors[name].dtype for name in names if name in weights.tensors}
     dtypes = [DTYPES[dtype] for dtype in stored.values() if dtype in DTYPES]
     if not any(dtype.is_floating_point and dtype.itemsize > 1 for dtype in dtypes):
@@ -509,11 +509,10 @@ def tokens_needed(checkpoint: Checkpoint, repair: str, settings: Settings) -> in
             "nothing can be added to it.",
             PLAIN_HINT,
         )
-    needed = REPAIRS[repair].tokens_needed
-    return min(needed(inputs, outputs, chances) for _, inputs, outputs, chances in changed.values())
+    return min(REPAIRS[repair].tokens_needed(*sizes) for _, sizes in changed.values())
 
 
-def _changed_weight(layer: nn.Module, width: int) -> tuple[str, int, int, float] | None:
+def _changed_weight(layer: nn.Module, width: int) -> tuple[str, tuple[int, int, float]] | None:
     """Return the weight of a layer that a repair changes, or None if it has none.
 
     Args:
@@ -521,14 +520,14 @@ def _changed_weight(layer: nn.Module, width: int) -> tuple[str, int, int, float]
         width: units of the residual stream.
 
     Returns:
-        Path below the layer, inputs and outputs of the linear map, and the share of the tokens that reach it.
+        Path below the layer; inputs and outputs of the linear map, and the share of the tokens that reach it.
     """
     with suppress(ModelError):
         routed = find_routed_experts(layer)
         if routed and (down := find_down_projections(layer.get_submodule(routed.experts))):
             experts, units, outputs = down.as_rows(down.module.get_parameter(down.WEIGHT)).shape
-            return f"{routed.experts}.{down.WEIGHT}", units, outputs, routed.top_k / experts
+            return f"{routed.experts}.{down.WEIGHT}", (units, outputs, routed.top_k / experts)
     if linear := find_down_projection(layer, width):
         path, module = linear
-        return f"{path}.weight", *linear_sizes(module), 1.0
+        return f"{path}.weight", (*linear_sizes(module), 1.0)
     return None
