@@ -75,8 +75,7 @@ class Runs(list[Run], TabularResult):
         return pa.Table.from_pylist([{f.name: getattr(run, f.name) for f in fields(run)} for run in self])
 
 
-@keywords(RunJobRequest)
-def run(request: RunJobRequest) -> Runs:
+def execute_job(request: RunJobRequest) -> Runs:
     """Execute a job file, its experiment included. Finished runs are not repeated."""
     job = request.job if isinstance(request.job, JobFile) else read_job(request.job)
     job.refuse_unused(allow_overlap=request.allow_overlap, allow_many=request.allow_many)
@@ -86,6 +85,9 @@ def run(request: RunJobRequest) -> Runs:
     done = Runs(runs)
     done.experiment = Table(pa.Table.from_pylist(rows))
     return done
+
+
+run = keywords(RunJobRequest)(execute_job)
 
 
 @keywords(PlanRequest)

@@ -121,7 +121,9 @@ def layer_rows(opened: Warehouse, request: ShowRequest) -> Table:
             hint = "List sites: avss query 'SELECT run_id, sites FROM runs'"
             raise QueryError(f"No statistics of site '{request.site}'.", hint)
         return Table(table)
-    scores = layer_scores(opened, runs, named_threshold(request.threshold), site=request.site, recipe=request.recipe)
+    scores = layer_scores(
+        opened, runs, Threshold(*parse_threshold(request.threshold)), site=request.site, recipe=request.recipe
+    )
     if not scores.num_rows:
         stored = opened.table("scores", run_ids=[row["run_id"] for row in runs], columns=READING)
         raise _not_scored(stored, request)
@@ -144,12 +146,13 @@ def score_rows(scores: pa.Table) -> list[dict[str, Any]]:
 
 def _not_scored(table: pa.Table, request: ShowRequest) -> QueryError:
     """Return the error for missing scores of a reading. It lists the readings of a table."""
-    site, recipe = request.site, request.recipe
     rows = table.group_by(table.column_names).aggregate([]).to_pylist()
-    here = [row for row in rows if (row["site"], row["recipe"]) == (site, recipe)]
+    here = [row for row in rows if (row["site"], row["recipe"]) == (request.site, request.recipe)]
     if not here:
         scored = sorted({f"{row['site']} {row['recipe']}" for row in rows})
-        return QueryError(f"No scores of site '{site}' with recipe '{recipe}'.", f"Scored: {', '.join(scored)}.")
+        return QueryError(
+            f"No scores of site '{request.site}' with recipe '{request.recipe}'.", f"Scored: {', '.join(scored)}."
+        )
     thresholds = sorted({(row["threshold_kind"], row["threshold"]) for row in here})
     names = ", ".join(f"{value:g}{'rms' if kind == 'rms' else ''}" for kind, value in thresholds)
     return QueryError(
@@ -177,36 +180,32 @@ def compare_runs(
     `comparison.MAX_PAIRS`.
     """
     from avss_dist.analysis import comparison as comparing
+    from avss_dist.analysis.curves import RankingCurves, curves_chart, ranking_curves
 
     run_ids = chosen_ids(opened, request.run)
     place: dict[str, Any] = {
         **{name: getattr(request, name) for name in ("score", "site", "recipe", "allow_mismatch")},
-        "threshold": named_threshold(request.threshold),
+        "threshold": Threshold(*parse_threshold(request.threshold)),
     }
+    result: comparing.RankingComparison | RankingCurves
     if request.along:
-        from avss_dist.analysis.curves import ranking_curves
-
-        followed = ranking_curves(opened, run_ids, along=request.along, **place)
-        if request.output is not None:
-            from avss_dist.analysis.curves import curves_chart
-            from avss_dist.reports.chart import save_chart
-
-            save_chart(curves_chart(followed.curves), Path(request.output))
-        return followed
-    comparison = comparing.compare(
-        opened,
-        run_ids,
-        by=request.by,
-        share=request.share,
-        mapped=request.output is not None,
-        max_listed=max_listed or comparing.MAX_PAIRS,
-        **place,
-    )
+        result = ranking_curves(opened, run_ids, along=request.along, **place)
+    else:
+        result = comparing.compare(
+            opened,
+            run_ids,
+            by=request.by,
+            share=request.share,
+            mapped=request.output is not None,
+            max_listed=max_listed or comparing.MAX_PAIRS,
+            **place,
+        )
     if request.output is not None:
         from avss_dist.reports.chart import save_chart, similarity_chart  # altair takes a second to import
 
-        save_chart(similarity_chart(comparison), Path(request.output))
-    return comparison
+        chart = curves_chart(result.curves) if isinstance(result, RankingCurves) else similarity_chart(result)
+        save_chart(chart, Path(request.output))
+    return result
 
 
 def find(opened: Warehouse, request: FindingsRequest) -> Table:
@@ -222,7 +221,7 @@ def find(opened: Warehouse, request: FindingsRequest) -> Table:
         return Table(cards if request.every else best_readings(cards))
     site, recipe = (None, None) if request.every else (request.site, request.recipe)
     run_ids = chosen_ids(opened, request.run)
-    threshold = named_threshold(request.threshold)
+    threshold = Threshold(*parse_threshold(request.threshold))
     names = run_ids if request.run else None  # all, with those that cannot be read
     return Table(find_all(opened, names, threshold=threshold, site=site, recipe=recipe))
 
@@ -288,12 +287,6 @@ def named_run(opened: Warehouse, name: str | None, *, measured: bool = False) ->
         measured: include checkpoints without a run, as `chosen.choose_runs`.
     """
     return one_run(choose_runs(opened, [] if name is None else [name], measured=measured), str(name))
-
-
-def named_threshold(value: str | float) -> Threshold:
-    """Return a threshold from a number or a text."""
-    number, kind = parse_threshold(value)
-    return Threshold(value=number, kind=kind)
 
 
 ls = reading(ListRequest)(list_rows)

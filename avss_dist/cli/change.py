@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import nullcontext
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 from avss_dist.cli.read import newest_of, open_for
 from avss_dist.commands import Pruned, choose_layers, describe_remaining, planned_run, write_pruned
 from avss_dist.core.registry import GREEDY
-from avss_dist.core.streams import console, emit, emit_json, say
+from avss_dist.core.streams import console, emit, say
 from avss_dist.core.text import describe_bytes
 from avss_dist.distillation.distill import distill as train
 from avss_dist.evaluation.quantize import EXPORTS, plan_precision
@@ -19,9 +19,10 @@ from avss_dist.evaluation.sparsify import sparsify as choose_thresholds
 from avss_dist.pruning.ground_truth import describe_headless, repeated_options
 from avss_dist.pruning.plan import describe_savings, local_run_size, read_plan
 from avss_dist.read_commands import named_run
+from avss_dist.reports.output import print_result
 from avss_dist.reports.terminal.evaluation import search_table, thresholds_table
 from avss_dist.reports.terminal.progress import CellProgress, StepProgress
-from avss_dist.reports.terminal.shrink import distilled_lines, distilled_table, distilled_values
+from avss_dist.reports.terminal.shrink import distilled_table
 from avss_dist.reports.terminal.tables import FittedTable
 from avss_dist.requests import DistillRequest, PlanRequest, PrecisionRequest, PruneRequest, SparsifyRequest
 from avss_dist.warehouse.checks import has_head
@@ -30,7 +31,7 @@ from avss_dist.warehouse.reader import Warehouse
 
 def plan(request: PlanRequest) -> None:
     """Choose the layers or experts to drop, and write the plan."""
-    opened, request = open_for(request, measured=request.by != GREEDY)
+    opened = open_for(request, measured=request.by != GREEDY)
     row, passed = planned_run(opened, request)
     hints = newest_of(opened, request.run)
     if passed:
@@ -51,7 +52,7 @@ def plan(request: PlanRequest) -> None:
 
 def sparsify(request: SparsifyRequest) -> None:
     """Choose the activations that become zero, and write the plan."""
-    opened, request = open_for(request)
+    opened = open_for(request)
     row = named_run(opened, request.run)
     with CellProgress() as progress:
         chosen = choose_thresholds(replace(request, on_event=progress), row)
@@ -62,7 +63,7 @@ def sparsify(request: SparsifyRequest) -> None:
 
 def quantize(request: PrecisionRequest) -> None:
     """Choose the number format of each linear map, and write the plan, or the file of another program."""
-    opened, request = open_for(request, measured=True)
+    opened = open_for(request, measured=True)
     row = named_run(opened, request.run, measured=True)
     chosen = plan_precision(request, opened, row)
     _emit_plan(request.output, [*chosen.describe(), *newest_of(opened, request.run)])
@@ -90,33 +91,26 @@ def prune(request: PruneRequest, format: str) -> None:
         emit("\n  ".join([f"{request.plan}:", *plan.describe()]))
     with CellProgress() if request.warehouse else nullcontext() as progress:
         done = write_pruned(replace(request, plan=plan, on_event=progress))
-    if format == "json":
-        emit_json(done.table().to_pylist()[0])
-    else:
-        _print_pruned(done)
+    print_result(format, _pruned_lines(done), done.table().to_pylist)
 
 
-def _print_pruned(done: Pruned) -> None:
-    emit(f"{done.folder}: {describe_remaining(done.plan)}, {describe_bytes(done.bytes)} of weights.")
-    for line in done.repair.describe() if done.repair else ():
-        emit(line)
+def _pruned_lines(done: Pruned) -> Iterator[str]:
+    yield f"{done.folder}: {describe_remaining(done.plan)}, {describe_bytes(done.bytes)} of weights."
+    yield from done.repair.describe() if done.repair else ()
     if done.difference is None:
-        emit("Layers have the shapes and settings that they had.")
+        yield "Layers have the shapes and settings that they had."
     else:
         masked = "the experts masked" if done.plan.experts else "the layers skipped"
         repaired = " and the repaired weights" if done.repair else ""
-        emit(f"Outputs are those of the original with {masked}{repaired} (largest difference {done.difference:g}).")
-    for note in done.notes:
-        emit(note)
+        yield f"Outputs are those of the original with {masked}{repaired} (largest difference {done.difference:g})."
+    yield from done.notes
 
 
 def distill(request: DistillRequest, format: str) -> None:
     """Train a smaller model on the predictions of the whole one."""
     with StepProgress() as progress:
         done = train(replace(request, on_event=progress))
-    if format == "json":
-        emit_json(distilled_values(done))
-        return
-    console().print(FittedTable(distilled_table(done)))
-    for line in distilled_lines(done):
-        emit(line)
+    size = f"{done.folder}: {describe_bytes(done.bytes)} of weights."
+    shown = [FittedTable(distilled_table(done)), size, *done.record.describe(), *done.notes]
+    values = {"output": done.folder, "bytes": done.bytes, "notes": [*done.notes], **asdict(done.record)}
+    print_result(format, shown, lambda: [values])

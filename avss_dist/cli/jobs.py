@@ -32,6 +32,7 @@ def doctor(_: Request, format: str) -> int:
 
 def jobs_submit(request: SubmitRequest, format: str) -> int:
     """Submit a job file to a Ray cluster, which runs it with avss run; it needs avss_dist and the models."""
+    from avss_dist.reports.output import print_result
     from avss_dist.runs.job_file import read_job
 
     job_file = read_job(request.job, expand=False)
@@ -40,10 +41,7 @@ def jobs_submit(request: SubmitRequest, format: str) -> int:
     cluster = _cluster(request)
     job_id = cluster.submit(job_file, arguments)
     if not request.follow:
-        if format == "json":
-            emit_json({"job": job_id, "address": request.address})
-        else:
-            emit(job_id)
+        print_result(format, [job_id], lambda: [{"job": job_id, "address": request.address}])
         say(f"Follow it: avss jobs logs {job_id} --address {request.address} --follow")
         return 0
     say(f"Submitted {job_id}.")
@@ -86,11 +84,10 @@ def jobs_logs(request: LogsRequest) -> int:
 
 def jobs_stop(request: JobIdRequest, format: str) -> int:
     """Stop a submitted job; its measurements are kept, and submitting it again resumes it."""
+    from avss_dist.reports.output import print_result
+
     job_id, outcome = request.job_id, _cluster(request).stop(request.job_id)
-    if format == "json":
-        emit_json({"job": job_id, "outcome": outcome})
-    else:
-        emit(f"{job_id}: {outcome}")
+    print_result(format, [f"{job_id}: {outcome}"], lambda: [{"job": job_id, "outcome": outcome}])
     return 0
 
 

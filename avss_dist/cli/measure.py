@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import asdict, replace
 from itertools import chain
 from typing import Any
@@ -11,17 +10,17 @@ import pyarrow as pa
 
 from avss_dist.analysis.verdict import experiment_sections
 from avss_dist.cli.program import spelled
-from avss_dist.cli.read import print_table
+from avss_dist.commands import Runs, execute_job
 from avss_dist.core.settings import SITES
-from avss_dist.core.streams import complain, console, emit, emit_json, say
+from avss_dist.core.streams import complain, console, emit_json, say
 from avss_dist.core.text import count_of
 from avss_dist.estimation import estimate as estimate_memory
 from avss_dist.estimation import preview_job
 from avss_dist.evaluation.ablate import ablate as measure_ablation
 from avss_dist.evaluation.evaluate import evaluate as measure_tasks
-from avss_dist.evaluation.experiment import describe_size, run_experiment
+from avss_dist.evaluation.experiment import describe_size
 from avss_dist.evaluation.shrink import shrink as write_smaller
-from avss_dist.reports.output import write_table
+from avss_dist.reports.output import print_result
 from avss_dist.reports.terminal.evaluation import (
     ablation_table,
     estimate_table,
@@ -42,18 +41,14 @@ from avss_dist.requests import (
 )
 from avss_dist.runs.events import both
 from avss_dist.runs.job_file import JobFile, job_schema, read_job
-from avss_dist.runs.scoring import Run, run_job, score_models
+from avss_dist.runs.scoring import Run, score_models
 
 
 def score(request: ScoreAllRequest, format: str) -> int:
     """Score models, and print a line for each. A single model that fails ends the command with its error."""
     with run_progress(len(request.models), ends=False) as progress:
         runs = score_models(replace(request, on_event=progress), request.models, alone=len(request.models) == 1)
-    for run in runs:
-        if format == "json":
-            emit_json(asdict(run))
-        else:
-            emit(_outcome(run))
+    print_result(format, map(_outcome, runs), lambda: map(asdict, runs))
     done = [run for run in runs if run.status != "failed"]
     if done and format != "json":
         site = "" if SITES[0] in request.sites else f" --site {request.sites[0]}"
@@ -77,27 +72,24 @@ def ablate(request: AblateRequest, format: str) -> None:
     with CellProgress() as progress:
         ablation = measure_ablation(replace(request, on_event=progress))
     rounded = ablation.sensitivity
-    shown = chain(map(ablation_table, [ablation] if ablation.layers else []), sensitivity_tables(rounded))
-    print_table(format, (rounded or ablation).table, shown)
+    shown = chain(
+        map(ablation_table, [ablation] if ablation.layers else []), sensitivity_tables(rounded) if rounded else []
+    )
+    print_result(format, shown, (rounded or ablation).table)
 
 
 def evaluate(request: EvaluateRequest, format: str) -> None:
     """Evaluate models and plans, and print the results."""
     with CellProgress() as progress:
         evaluations = measure_tasks(replace(request, on_event=progress))
-    print_table(format, evaluations.table, map(evaluation_table, [evaluations]))
+    print_result(format, map(evaluation_table, [evaluations]), evaluations.table)
 
 
 def shrink(request: ShrinkRequest, format: str) -> None:
     """Write a smaller checkpoint, and print how it compares."""
     with StepProgress() as progress:
         done = write_smaller(replace(request, on_event=progress))
-    if format == "json":
-        emit_json(shrunk_values(done))
-        return
-    console().print(shrunk_tables(done))
-    for line in shrunk_lines(done):
-        emit(line)
+    print_result(format, [shrunk_tables(done), *shrunk_lines(done)], lambda: [shrunk_values(done)])
 
 
 def estimate(request: EstimateRequest, format: str) -> None:
@@ -117,41 +109,29 @@ def run(request: RunCommandRequest, format: str) -> int:
     job = read_job(request.job)
     if request.dry_run:
         return _preview(job, format, request.replaced)
-    job.refuse_unused(allow_overlap=request.allow_overlap, allow_many=request.allow_many)
     with run_progress(len(job.specs)) as progress:
-        if job.experiment:
-            runs, rows = run_experiment(job, replace(request, on_event=both(progress, CellProgress())))
-        else:
-            runs, rows = run_job(job, progress, **request.replaced), []
-    failed = [run for run in runs if run.status == "failed"]
-    tell = complain if job.experiment else emit
-    if format != "table":
-        _write_rows(rows if job.experiment else [asdict(run) for run in runs], format)
-    elif job.experiment:
-        console().print(rendered(*experiment_sections(rows)))
-    for run in failed if job.experiment or format == "table" else ():
-        tell(f"{run.run_id}: failed. {spelled(str(run.error))}")
-    if format == "table" and not job.experiment:
-        emit(_summary(runs))
-    return 1 if failed else 0
+        on_event = both(progress, CellProgress()) if job.experiment else progress
+        runs = execute_job(replace(request, job=job, on_event=on_event))
+    failures = [_outcome(run) for run in runs if run.status == "failed"]
+    if runs.experiment is None:
+        print_result(format, [*failures, _summary(runs)], runs.table)
+    else:
+        rows = runs.experiment.table()
+        print_result(format, [rendered(*experiment_sections(rows.to_pylist()))], lambda: rows)
+        for line in failures:
+            complain(line)
+    return 1 if failures else 0
 
 
 def _preview(job: JobFile, format: str, options: dict[str, Any]) -> int:
     previews = preview_job(job, lambda event: say(f"Planning {event.name} ..."), **options)
-    if format != "table":
-        _write_rows([asdict(preview) for preview in previews], format)
-    else:
-        console().print(plan_table(previews, job.warehouse))
-        if job.experiment:
-            emit(f"{describe_size(job)}.")
+    size = [f"{describe_size(job)}."] if job.experiment else []
+    rows = [asdict(preview) for preview in previews]
+    print_result(format, [plan_table(previews, job.warehouse), *size], lambda: pa.Table.from_pylist(rows))
     return 1 if any(preview.status == "refused" for preview in previews) else 0
 
 
-def _write_rows(rows: list[dict[str, Any]], format: str) -> None:
-    write_table(pa.Table.from_pylist(rows), format, console())
-
-
-def _summary(runs: Sequence[Run]) -> str:
+def _summary(runs: Runs) -> str:
     count = {status: sum(run.status == status for run in runs) for status in ("done", "skipped", "failed")}
     counts = ", ".join(f"{number} {status}" for status, number in count.items() if number)
     return f"{count_of(len(runs), 'run')}: {counts}. Look at the results: avss ls -w {runs[0].warehouse}"

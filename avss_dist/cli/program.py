@@ -33,7 +33,7 @@ T = TypeVar("T")
 _UsageError: Any = typer.BadParameter.__base__
 
 _spelling: ContextVar[Mapping[str, str] | None] = ContextVar("_spelling", default=None)  # of the command that runs
-_at_end: ContextVar[list[Callable[[], None]] | None] = ContextVar("_at_end", default=None)  # of the command that runs
+_running: ContextVar[Any] = ContextVar("_running")  # context of the command line
 
 
 class Group(TyperGroup):
@@ -77,7 +77,7 @@ class Commands(Group):
             return super().make_context(*args, **options)
 
     def invoke(self, ctx: Any) -> None:
-        _at_end.set([])
+        _running.set(ctx)
         set_verbosity(USUAL)
         try:
             with complete_output(), _printable_mistakes():
@@ -102,8 +102,6 @@ class Commands(Group):
             kept = f"Stopped, {notes}" if notes else "Stopped. Everything measured so far is kept"
             resumes = "fresh" in (_spelling.get() or {})
             complain(f"{kept}; run the same command again to finish." if resumes else "Stopped.")
-        for work in _at_end.get() or ():
-            work()
         raise typer.Exit(code or 0)
 
 
@@ -128,8 +126,7 @@ def _printable_mistakes() -> Iterator[None]:
 
 def at_end(work: Callable[[], None]) -> None:
     """Register work to be done when the running command has ended, with or without an error."""
-    if (running := _at_end.get()) is not None:
-        running.append(work)
+    _running.get().call_on_close(work)
 
 
 def spelled(text: str) -> str:

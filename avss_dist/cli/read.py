@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import nullcontext
 from dataclasses import replace
-from itertools import takewhile
+from itertools import chain, takewhile
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any
 
 from avss_dist.cli.program import at_end, interruptible
 from avss_dist.core.errors import QueryError, first_names
 from avss_dist.core.streams import console, emit, say
-from avss_dist.core.text import basename, count_of, describe_count, describe_threshold
+from avss_dist.core.text import basename, count_of, describe_count, describe_threshold, parse_threshold
 from avss_dist.read_requests import (
     CompareRequest,
     ContrastCommandRequest,
@@ -33,7 +33,6 @@ if TYPE_CHECKING:
     from avss_dist.warehouse.reader import Warehouse
 
 
-Q = TypeVar("Q", bound=WarehouseRequest)
 MOST_NAMED = 5  # runs that a message names
 
 
@@ -45,45 +44,26 @@ def _say_damaged(runs: Mapping[str, str]) -> None:
         say(f"{len(runs)} run{'s' if len(runs) > 1 else ''} cannot be read: {first}. {DAMAGED}")
 
 
-def print_table(format: str, table: Callable[[], pa.Table], shown: Iterable[Any]) -> None:
-    """Print what is shown on a terminal, or the rows of a table in another format."""
-    from avss_dist.reports.output import write_table
-
-    if format == "table":
-        for item in shown:
-            console().print(item)
-    else:
-        write_table(table(), format, console())
-
-
-def open_for(request: Q, **options: Any) -> tuple[Warehouse, Q]:
+def open_for(request: WarehouseRequest, **options: Any) -> Warehouse:
     """Open the warehouse of a request as it is now. When the command ends, runs that could not be read are listed.
+
+    If the request names one run by a part of its id, that run is printed.
 
     Args:
         options: of `chosen.choose_runs`.
-
-    Returns:
-        The warehouse, and the request with the ids of the runs that it names. If it names one by a part of its id, that
-        run is printed.
     """
-    from avss_dist.analysis.chosen import choose_runs, one_run
+    from avss_dist.analysis.chosen import choose_runs
     from avss_dist.warehouse.reader import Warehouse
 
     opened = Warehouse(str(request.warehouse), snapshot=True)
     at_end(lambda: _say_damaged(opened.damaged))
-    run = getattr(request, "run", None)
-    if not run:
-        return opened, request
-    several = isinstance(run, tuple)
-    names = run if several else [run]
-    runs = choose_runs(opened, names, columns=("run_id", "model"), **options)
-    if len(names) == len(runs) == 1 and not {*names[0]} & {*"*?["}:
-        run_id, model = runs[0]["run_id"], runs[0]["model"]
-        if names[0] not in (run_id, model, basename(model)):
-            say(f"Run {run_id} is the one with '{names[0]}' in its id.")
-    run_ids = tuple(row["run_id"] for row in runs)
-    chosen: dict[str, Any] = {"run": run_ids if several else one_run(runs, names[0])["run_id"]}
-    return opened, replace(request, **chosen)
+    run: Any = getattr(request, "run", None) or ()
+    names = [run] if isinstance(run, str) else run
+    if len(names) == 1 and not {*names[0]} & {*"*?["}:
+        first, *more = choose_runs(opened, names, columns=("run_id", "model"), **options)
+        if not more and names[0] not in (first["run_id"], first["model"], basename(first["model"])):
+            say(f"Run {first['run_id']} is the one with '{names[0]}' in its id.")
+    return opened
 
 
 def newest_of(warehouse: Warehouse, name: str | None) -> list[str]:
@@ -97,7 +77,7 @@ def ls(request: ListRequest, format: str) -> None:
     from avss_dist.read_commands import list_rows
     from avss_dist.reports.output import write_table
 
-    opened, request = open_for(request)
+    opened = open_for(request)
     table = list_rows(opened, request).table()
     if request.what == "runs" and format == "table":
         table = _narrowed(_with_kept_shards(table), console().width)
@@ -141,7 +121,7 @@ def show(request: ShowRequest, format: str) -> None:
     from avss_dist.reports.output import PICTURES, printed_to, write_table
 
     output = None if request.output is None else Path(request.output)
-    opened, request = open_for(request)
+    opened = open_for(request)
     drawn = output and output.suffix.lower() in PICTURES and format == "table"
     if drawn and not (request.experts or request.shares):
         layer_rows(opened, request)
@@ -204,7 +184,7 @@ def query(request: QueryCommandRequest, format: str) -> None:
             else:
                 emit(schema_markdown())
         else:
-            opened, _ = open_for(request)
+            opened = open_for(request)
             # Thousands of runs are read at first.
             with console().status("Reading ...") if sys.stdout.isatty() else nullcontext():
                 table = interruptible(lambda: query_rows(opened, request)).table()
@@ -228,39 +208,38 @@ MAX_TABLED = 20_000  # pairs of which all are compared in full for a table on a 
 def compare(request: CompareRequest, format: str) -> None:
     """Compare layer rankings between runs: how far they agree, or how they move along training, size or text."""
     from avss_dist.analysis.comparison import MAX_PAIRS, RankingComparison
+    from avss_dist.analysis.curves import curve_section
     from avss_dist.read_commands import compare_runs
+    from avss_dist.reports.output import print_result
+    from avss_dist.reports.terminal.tables import rendered
+    from avss_dist.warehouse.reader import grouped
 
-    opened, request = open_for(request)
+    opened = open_for(request)
     result = compare_runs(opened, request, max_listed=MAX_PAIRS if format != "table" else MAX_TABLED)
     if isinstance(result, RankingComparison) and result.conditions:
         same = ", ".join(result.conditions)
         say(f"Only runs with the same {same} are compared with each other; --allow-mismatch compares all.")
-    _say_reasons(result.left_out)
+    for reason, run_ids in grouped(result.left_out, result.left_out.__getitem__).items():
+        say(f"Left out: {first_names(run_ids, MOST_NAMED)}: {reason}.")
     if request.output is not None:
         say(f"{f'Ranks along {request.along}' if request.along else 'Map of all pairs'}: {request.output}")
-    if isinstance(result, RankingComparison):
-        _print_pairs(opened, result, request, format)
-    else:
-        from avss_dist.analysis.curves import curve_section
-        from avss_dist.reports.terminal.tables import rendered
+    if not isinstance(result, RankingComparison):
+        print_result(format, (rendered(curve_section(curve, "curve")) for curve in result.curves), result.table)
+        return
+    if format != "table" and len(result.pairs) < result.number:
+        say(f"Of {result.number:,} pairs, the {len(result.pairs):,} most and least alike are listed.")
+    print_result(format, _describe_pairs(opened, result, request), result.table)
 
-        print_table(format, result.table, map(rendered, [curve_section(curve, "curve") for curve in result.curves]))
 
-
-def _print_pairs(opened: Warehouse, comparison: RankingComparison, request: CompareRequest, format: str) -> None:
-    """Print the agreement of pairs of runs, and the findings that speak against it."""
+def _describe_pairs(opened: Warehouse, comparison: RankingComparison, request: CompareRequest) -> Iterator[Any]:
+    """Yield the agreement of pairs of runs, and the findings that speak against it."""
     from avss_dist.analysis.findings import findings as find_all
     from avss_dist.analysis.findings import of_rankings
-    from avss_dist.read_commands import chosen_ids, named_threshold
-    from avss_dist.reports.output import write_table
+    from avss_dist.read_commands import chosen_ids
     from avss_dist.reports.terminal.scores import comparison_tables, findings_list
+    from avss_dist.stats.scores import Threshold
 
-    pairs, by = comparison.pairs, request.by
-    if format != "table":
-        if len(pairs) < comparison.number:
-            say(f"Of {comparison.number:,} pairs, the {len(pairs):,} most and least alike are listed.")
-        return write_table(pairs, format, console())
-    at = named_threshold(request.threshold)
+    by, at = request.by, Threshold(*parse_threshold(request.threshold))
     fixed = {
         "score": request.score,
         "site": request.site,
@@ -268,7 +247,7 @@ def _print_pairs(opened: Warehouse, comparison: RankingComparison, request: Comp
         "threshold": f"|x| < {describe_threshold(at.value, at.kind)}",
     }
     reading = " / ".join(text for name, text in fixed.items() if name != by)
-    console().print(comparison_tables(comparison, f"by {by}  {reading}"))
+    yield comparison_tables(comparison, f"by {by}  {reading}")
     bearing = find_all(
         opened,
         sorted({*chosen_ids(opened, request.run)} - {*comparison.left_out}),
@@ -277,49 +256,36 @@ def _print_pairs(opened: Warehouse, comparison: RankingComparison, request: Comp
         recipe=None if by == "recipe" else request.recipe,
         rankings_alone=True,
     )
-    console().print(findings_list(of_rankings(bearing, request.score if by != "score" else "avss")))
+    yield findings_list(of_rankings(bearing, request.score if by != "score" else "avss"))
     say(f"avss findings -w {opened.root} lists what else speaks against each of these runs.")
-    return None
-
-
-def _say_reasons(left_out: Mapping[str, str]) -> None:
-    """Print the runs that were left out, by reason."""
-    run_ids: dict[str, list[str]] = {}
-    for run_id, reason in left_out.items():
-        run_ids.setdefault(reason, []).append(run_id)
-    for reason, names in run_ids.items():
-        say(f"Left out: {first_names(names, MOST_NAMED)}: {reason}.")
 
 
 def findings(request: FindingsRequest, format: str) -> None:
     """List findings that speak against scores: they track depth, noise, rounding, single units, and so on."""
     from avss_dist.analysis.scorecard import scorecard_sections
     from avss_dist.read_commands import find
+    from avss_dist.reports.output import print_result
     from avss_dist.reports.terminal.scores import findings_list
     from avss_dist.reports.terminal.tables import rendered
 
-    opened, request = open_for(request)
-    table = find(opened, request).table()
+    table = find(open_for(request), request).table()
     shown = (rendered(*scorecard_sections(t)) if request.truth else findings_list(t) for t in [table])
-    print_table(format, lambda: table, shown)
-    if format == "table" and not request.every and not request.truth:
-        emit("--every also lists findings at other sites and recipes.")
+    hints = [] if request.every or request.truth else ["--every also lists findings at other sites and recipes."]
+    print_result(format, chain(shown, hints), lambda: table)
 
 
 def contrast(request: ContrastCommandRequest, format: str) -> None:
     """Contrast hallucinated with truthful answers, layer by layer, with controls; for a run on paired text."""
     from avss_dist.analysis.contrast import contrast_section
     from avss_dist.read_commands import contrast_labels
-    from avss_dist.reports.output import write_table
+    from avss_dist.reports.output import print_result
     from avss_dist.reports.terminal.tables import rendered
 
-    result = contrast_labels(*open_for(request))
-    if format == "table":
-        label = f"{result.reading['model']}  ({result.reading['run_id']})"
-        console().print(rendered(contrast_section(label, result)))
-        return
-    write_table(result.predictions if request.predictions else result.layers, format, console())
-    for line in result.findings:
+    result = contrast_labels(open_for(request), request)
+    table = result.predictions if request.predictions else result.layers
+    label = f"{result.reading['model']}  ({result.reading['run_id']})"
+    print_result(format, [rendered(contrast_section(label, result))], lambda: table)
+    for line in result.findings if format != "table" else ():
         say(line)
 
 
@@ -327,14 +293,14 @@ def report(request: ReportRequest) -> None:
     """Write the page of a warehouse."""
     from avss_dist.read_commands import write_report
 
-    emit(write_report(*open_for(request, failed=True)))
+    emit(write_report(open_for(request, failed=True), request))
 
 
 def publish(request: PublishRequest) -> None:
     """Write the finished runs of a warehouse for others."""
     from avss_dist.read_commands import publish_runs
 
-    rows = publish_runs(*open_for(request)).table().to_pylist()
+    rows = publish_runs(open_for(request), request).table().to_pylist()
     tables = ", ".join(f"{describe_count(row['rows'])} {row['table']}" for row in rows)
     emit(f"{request.folder}: {tables}.")
 
@@ -343,7 +309,7 @@ def compact(request: WarehouseRequest) -> None:
     """Copy many finished runs into few large files."""
     from avss_dist.read_commands import compact_runs
 
-    opened, request = open_for(request)
+    opened = open_for(request)
     rows = compact_runs(opened, request).table().to_pylist()
     tables = ", ".join(f"{row['table']} of {count_of(row['runs'], 'run')}" for row in rows if row["runs"])
     every = "every finished run that can be read" if opened.damaged else "every finished run"

@@ -63,9 +63,7 @@ def layers_chart(runs: Sequence[Mapping[str, Any]], scores: Sequence[Mapping[str
     first, corpora = scores[0], dict.fromkeys(basename(run["corpus"] or "?") for run in runs)
     threshold = describe_threshold(first["threshold"], first["threshold_kind"])
     several = len(runs) > 1
-    x = alt.X("layer:Q", title="layer (from 0)").axis(format="d", tickMinStep=1).scale(nice=False)
-    if several:
-        x = alt.X("depth:Q", title="relative depth")
+    x = alt.X("depth:Q", title="relative depth") if several else layer_axis()
     base = alt.Chart(alt.InlineData(values=rows)).encode(x=x)
     color = alt.Color("run:N", title=None, scale=COLORS, legend=alt.Legend(orient="bottom", columns=2))
     panels = [_panel(base, color if several else alt.value("#1f77b4"), rows, name) for name in FROM_ACTIVATIONS]
@@ -89,6 +87,11 @@ def layers_chart(runs: Sequence[Mapping[str, Any]], scores: Sequence[Mapping[str
         .configure_axis(gridOpacity=0.4)
         .resolve_scale(y="independent")
     )
+
+
+def layer_axis() -> alt.X:
+    """Return the axis of layers."""
+    return alt.X("layer:Q", title="layer (from 0)").axis(format="d", tickMinStep=1).scale(nice=False)
 
 
 def depth_chart(

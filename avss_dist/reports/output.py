@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 import itertools
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, redirect_stdout
 from decimal import Decimal
 from functools import partial
@@ -17,7 +17,7 @@ import pyarrow as pa
 
 from avss_dist.core.errors import QueryError, explain_unwritable
 from avss_dist.core.files import staged_file
-from avss_dist.core.streams import binary_output, emit, emit_json
+from avss_dist.core.streams import binary_output, console, emit, emit_json
 from avss_dist.core.text import escape_markdown, printable
 
 if TYPE_CHECKING:
@@ -63,6 +63,26 @@ def printed_to(path: Path | None) -> Iterator[None]:
     emit(path)
 
 
+def print_result(format: str, shown: Iterable[Any], rows: Callable[[], pa.Table | Iterable[Mapping[str, Any]]]) -> None:
+    """Print a result: what people read in the formats ``table`` and ``text``, its rows in the others.
+
+    Args:
+        shown: lines, and tables for a terminal.
+        rows: returns a table, or objects that are printed as JSON.
+    """
+    if format in ("table", "text"):
+        for part in shown:
+            if isinstance(part, str):
+                emit(part)
+            else:
+                console().print(part)
+    elif isinstance(table := rows(), pa.Table):
+        write_table(table, format, console())
+    else:
+        for row in table:
+            emit_json(row)
+
+
 def write_table(table: pa.Table, kind: str, console: Console, *, newest_first: bool = False) -> None:
     """Write a table to standard output: ``table``, ``csv``, ``json`` (an object a line), ``markdown``, ``parquet``.
 
@@ -79,11 +99,13 @@ def write_table(table: pa.Table, kind: str, console: Console, *, newest_first: b
         numbered = (f"{name}_{count}" if count else name for count in itertools.count())
         names.append(next(new for new in numbered if new not in names))
     table = table.rename_columns(names)
-    if kind == "table":
+    if kind == "table" and len(table) > MAX_FITTED and not console.is_terminal:
+        _write_lines(table)
+    elif kind == "table":
         _write_fitted(table, console, newest_first=newest_first)
     elif kind == "json":
         for row in _rows(table):
-            emit_json(map_leaves(row, _as_json))
+            emit_json(map_leaves(row, as_json))
     elif kind == "markdown":
         lines = [[escape_markdown(name) for name in names], ["---"] * table.num_columns]
         lines += [[escape_markdown(describe_value(value)) for value in row.values()] for row in _rows(table)]
@@ -99,11 +121,9 @@ def write_table(table: pa.Table, kind: str, console: Console, *, newest_first: b
 
 
 def _write_fitted(table: pa.Table, console: Console, *, newest_first: bool) -> None:
-    """Write a table as wide as a terminal or a page, or a long one in a pipe with a line for each row."""
+    """Write a table as wide as a terminal or a page."""
     from avss_dist.reports.terminal.tables import plain_table
 
-    if len(table) > MAX_FITTED and not console.is_terminal:
-        return _write_lines(table)
     hidden = len(table) - MAX_ROWS if console.is_terminal else 0
     if hidden > 0:
         last = 0 if newest_first else MAX_ROWS // 2
@@ -112,7 +132,6 @@ def _write_fitted(table: pa.Table, console: Console, *, newest_first: bool) -> N
     if hidden > 0:
         where = "older rows" if newest_first else f"rows between the first and the last {MAX_ROWS // 2}"
         emit(f"{hidden:,} {where} are not shown; a file or a pipe gets all: --format csv > FILE.csv.")
-    return None
 
 
 def _write_lines(table: pa.Table) -> None:
@@ -155,7 +174,7 @@ def map_leaves(value: Any, change: Callable[[Any], Any]) -> Any:
     return change(value)
 
 
-def _as_json(value: Any) -> Any:
+def as_json(value: Any) -> Any:
     """Return a value that JSON can hold: null for NaN and infinities, a number for a decimal of SQL."""
     if isinstance(value, Decimal):
         return int(value) if value == value.to_integral_value() else float(value)

@@ -41,7 +41,7 @@ Parts = tuple[Float64, Float64, Float64]
 """Parts of AVSS, float64[..., layers] each: variance, near-zero elements, elements."""
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True)
 class Threshold:
     """A near-zero threshold. ``kind`` is ``absolute``, or ``rms`` for a multiple of the RMS of the layer and site."""
 

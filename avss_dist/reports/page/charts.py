@@ -5,6 +5,7 @@ The page gives them rows, texts and colors.
 
 from __future__ import annotations
 
+import itertools
 from functools import cache
 from typing import Any
 
@@ -12,7 +13,7 @@ import altair as alt
 
 from avss_dist.analysis.section import GRAY, Chart
 from avss_dist.core.registry import FROM_ACTIVATIONS, SCORES
-from avss_dist.reports.chart import LOWEST_COLOR, ROWS, depth_chart
+from avss_dist.reports.chart import LOWEST_COLOR, ROWS, depth_chart, layer_axis
 
 HEIGHTS = {"avss": 280, "blocks": 340, "kept": 280, "lowest": 280}
 STRONG = 0.6  # a cell of such a correlation is dark enough for light numbers
@@ -30,14 +31,15 @@ def page_charts() -> dict[str, dict[str, Any]]:
 
     Each draws the data set ``rows``, and writes the signal ``choice`` above it, cut to ``limit`` pixels.
     """
-    charts: dict[str, Any] = {
-        f"{name}:{axis}:{scale}": _by_depth(name, axis, scale)
-        for name in FROM_ACTIVATIONS
-        for axis in ("layer", "depth")
-        for scale in ("log", "linear")
+    by_depth = itertools.product(FROM_ACTIVATIONS, ("layer", "depth"), ("log", "linear"))
+    charts = {
+        **{":".join(names): _by_depth(*names) for names in by_depth},
+        "heat": _heat(),
+        "lowest": _lowest(),
+        "correlation": _correlation(),
+        "blocks": _blocks(),
+        "kept": _best_sets(),
     }
-    charts |= {"heat": _heat(), "lowest": _lowest(), "correlation": _correlation()}
-    charts |= {"blocks": _blocks(), "kept": _best_sets()}
     return {name: _finished(chart) for name, chart in charts.items()}
 
 
@@ -61,9 +63,7 @@ def _finished(chart: Any) -> dict[str, Any]:
 
 def _by_depth(name: str, axis: str, scale: str) -> Any:
     """Return the chart of a score by depth: a line and an interval for each run, triangles for its lowest 25%."""
-    x = alt.X(f"{axis}:Q", title="layer (from 0)").axis(format="d", tickMinStep=1).scale(nice=False)
-    if axis == "depth":
-        x = alt.X("depth:Q", title="relative depth").scale(domain=[0, 1])
+    depths = alt.X("depth:Q", title="relative depth").scale(domain=[0, 1])
     legend = alt.Legend(
         orient="top",
         columns=1,
@@ -78,7 +78,7 @@ def _by_depth(name: str, axis: str, scale: str) -> Any:
     tooltip = [alt.Tooltip("run:N"), alt.Tooltip("layer:Q"), alt.Tooltip("layer_name:N", title="name")]
     tooltip += [alt.Tooltip(f"{name}:Q", title=SCORES[name].title, format=".4g"), alt.Tooltip("rank:Q")]
     chart = depth_chart(
-        alt.Chart().encode(x=x),
+        alt.Chart().encode(x=depths if axis == "depth" else layer_axis()),
         name,
         color,
         log=scale == "log",
@@ -172,7 +172,6 @@ def _lowest() -> Any:
 
 def _correlation() -> Any:
     """Return a heat map of the correlation of pairs of runs, with numbers where there is room."""
-    legend = alt.Legend(title="rank correlation", orient="top", direction="horizontal")
     base = alt.Chart().encode(
         x=alt.X("column:N", title="number of the run", sort=None).axis(
             labelAngle=0, ticks=False, domain=False, labelOverlap="greedy"
@@ -183,7 +182,7 @@ def _correlation() -> Any:
         color=alt.Color(
             "correlation:Q",
             scale=alt.Scale(domain=[-1, 0, 1], range="diverging", type="linear", interpolate="lab"),
-            legend=legend,
+            legend=alt.Legend(title="rank correlation", orient="top", direction="horizontal"),
         ),
         tooltip=[
             alt.Tooltip("run:N"),
@@ -192,11 +191,10 @@ def _correlation() -> Any:
             alt.Tooltip("correlation:Q", format=".3f"),
         ],
     )
-    numbers = base.encode(text=alt.Text("correlation:Q", format=".2f"))
     texts = [
-        numbers.mark_text(style=style, fontSize=10).transform_filter(
-            f"datum.written && isValid(datum.correlation) && {where}"
-        )
+        base.encode(text=alt.Text("correlation:Q", format=".2f"))
+        .mark_text(style=style, fontSize=10)
+        .transform_filter(f"datum.written && isValid(datum.correlation) && {where}")
         for style, where in (
             ("weak", f"abs(datum.correlation) < {STRONG}"),
             ("strong", f"abs(datum.correlation) >= {STRONG}"),

@@ -6,7 +6,6 @@ import base64
 import gzip
 import hashlib
 import json
-import math
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from datetime import UTC, datetime
 from functools import cache
@@ -43,7 +42,7 @@ from avss_dist.core.settings import SITES
 from avss_dist.core.text import basename, count_of, printable
 from avss_dist.pruning.selection import PUBLISHED
 from avss_dist.reports.chart import drawing_library
-from avss_dist.reports.output import map_leaves, write_file
+from avss_dist.reports.output import as_json, map_leaves, write_file
 from avss_dist.reports.page.charts import page_charts, section_chart
 from avss_dist.reports.page.data import MIN_RUNS, matrix_data, page_data
 from avss_dist.stats.rankings import count_lowest
@@ -122,8 +121,8 @@ def report_page(warehouse: Warehouse, run_ids: Collection[str] | None = None, ow
     Names are text to it: the template escapes them, its data is base64 of compressed JSON, its script only sets
     texts. A policy in the page forbids every connection and every script but its own, by their hashes.
     """
-    rows = warehouse.runs().to_pylist(maps_as_pydicts="lossy")
-    rows = sorted((r for r in rows if run_ids is None or r["run_id"] in run_ids), key=_by_model)
+    every = warehouse.runs().to_pylist(maps_as_pydicts="lossy")
+    rows = sorted((row for row in every if run_ids is None or row["run_id"] in run_ids), key=_by_model)
     done = [row for row in rows if row["status"] == "done"]
     newest = sorted(done, key=lambda row: (str(row["created_at"]), row["run_id"]))[-MAX_RUNS:]
     drawn = [row for row in done if row in newest]
@@ -194,9 +193,7 @@ def report_page(warehouse: Warehouse, run_ids: Collection[str] | None = None, ow
 
 def _finite(value: Any) -> Any:
     """Return a value for JSON: printable text, and None for NaN and infinity."""
-    if isinstance(value, str):
-        return printable(value)
-    return None if isinstance(value, float) and not math.isfinite(value) else value
+    return printable(value) if isinstance(value, str) else as_json(value)
 
 
 def _by_model(run: Mapping[str, Any]) -> tuple[Any, ...]:
@@ -249,16 +246,17 @@ def _packed(data: Mapping[str, Any]) -> str:
 
 def _overview(rows: Sequence[Row], labels: Mapping[str, str]) -> ReportTable:
     """Return the table of runs, without columns in which no run has a value."""
-    numbers = [page_number(labels.get(row["run_id"], "")) or None for row in rows]
-    columns = [
-        ReportColumn(title, [row[name] for row in rows], format_, number=format_ is _NUMBER, name=name)
-        for name, (title, format_) in OVERVIEW.items()
-        if any(row[name] is not None for row in rows)
-    ]
     return ReportTable(
         name="runs",
         title="Each run, failed ones too; its number is its name in the charts",
-        columns=[ReportColumn("#", numbers), *columns],
+        columns=[
+            ReportColumn("#", [page_number(labels.get(row["run_id"], "")) or None for row in rows]),
+            *(
+                ReportColumn(title, [row[name] for row in rows], format_, number=format_ is _NUMBER, name=name)
+                for name, (title, format_) in OVERVIEW.items()
+                if any(row[name] is not None for row in rows)
+            ),
+        ],
         marked=[row["status"] != "done" for row in rows],
         mark="failed",
     )
@@ -269,12 +267,11 @@ def _findings(rows: Sequence[Row], labels: Mapping[str, str]) -> list[dict[str, 
 
     A run shows its first finding of a kind, and the other readings with it.
     """
-    kinds: dict[str, dict[str, list[Row]]] = {}
-    for row in sorted(rows, key=lambda row: not is_published(row)):
-        kinds.setdefault(row["kind"], {}).setdefault(row["run_id"], []).append(row)
     described = []
-    for kind, by_run in kinds.items():
-        ordered, first = sorted(by_run, key=list(labels).index), next(iter(by_run.values()))[0]
+    published_first = sorted(rows, key=lambda row: not is_published(row))
+    for kind, of_kind in grouped(published_first, itemgetter("kind")).items():
+        first, by_run = of_kind[0], grouped(of_kind, itemgetter("run_id"))
+        ordered = sorted(by_run, key=list(labels).index)
         described.append(
             {
                 "title": kind.replace("_", " ").capitalize(),
@@ -308,11 +305,9 @@ def _curves(warehouse: Warehouse, runs: Sequence[Row]) -> list[Curve]:
         recipe=recipe,
         threshold=Threshold(value=value, kind=kind),
     )
-    by_runs: dict[tuple[str, ...], Curve] = {}
-    for curve in (curve for along in AXES for curve in curves_of(scored, along)):
-        if len(curve.runs) >= MIN_CURVE:
-            by_runs.setdefault(tuple(run["run_id"] for run in curve.runs), curve)
-    return sorted(by_runs.values(), key=lambda curve: -len(curve.runs))[:MAX_CURVES]
+    curves = [curve for along in AXES for curve in curves_of(scored, along) if len(curve.runs) >= MIN_CURVE]
+    by_runs = grouped(curves, lambda curve: tuple(run["run_id"] for run in curve.runs))
+    return sorted((first for first, *_ in by_runs.values()), key=lambda curve: -len(curve.runs))[:MAX_CURVES]
 
 
 def _scorecards(
@@ -337,7 +332,7 @@ def _scorecards(
 def _contrasts(warehouse: Warehouse, runs: Sequence[Row], labels: Mapping[str, str]) -> Iterator[Section]:
     """Yield the contrast of each run on paired text, at the published reading."""
     strata = warehouse.table("stratum_stats", run_ids=[run["run_id"] for run in runs], columns=["run_id"])
-    paired = strata["run_id"].unique().to_pylist()
+    paired = {*strata["run_id"].to_pylist()}
     for run in (run for run in runs if run["run_id"] in paired):
         label = labels[run["run_id"]]
         try:
@@ -373,10 +368,8 @@ def in_short(
     for run, sets in [*evaluated, *untried[:MAX_UNTRIED]][:MAX_LISTED]:
         of_run = [row for row in findings if row["run_id"] == run["run_id"] and is_published(row)]
         kinds = dict.fromkeys(row["kind"].replace("_", " ") for row in of_run)
-        against = f"{count_of(len(kinds), 'finding')} against it: {', '.join(kinds)}."
-        by_task = grouped(sets, itemgetter("series"))
         largest, of_claim, size = [], [], count_lowest(run["num_layers"] or 0)
-        for task, of_task in list(by_task.items())[:MAX_LISTED]:
+        for task, of_task in list(grouped(sets, itemgetter("series")).items())[:MAX_LISTED]:
             if enough := [removed for removed in of_task if removed["kept"] >= CLAIMED_KEPT]:
                 chosen = max(enough, key=lambda removed: removed["size"])
                 largest.append(f"{task}: {chosen['size']:g} layers ({chosen['dropped']}), {chosen['kept']:z.0%} kept.")
@@ -391,7 +384,9 @@ def in_short(
         scored = warehouse.table("scores", run_ids=[run["run_id"]], where=at_reading(*PUBLISHED)).to_pylist()
         answers = {
             "Can AVSS be believed?": [
-                against if kinds else "No finding warns of it.",
+                f"{count_of(len(kinds), 'finding')} against it: {', '.join(kinds)}."
+                if kinds
+                else "No finding warns of it.",
                 *describe_agreement(warehouse, run, scored),
             ],
             f"How many layers can go at {CLAIMED_KEPT:.0%} kept?": largest or [NOTHING if has_head(run) else HEADLESS],

@@ -62,11 +62,9 @@ def evaluation_table(evaluations: Evaluations) -> RenderableType:
     if not all(evaluation.retained.has_interval for evaluation in evaluations if evaluation.retained):
         caption = f"{caption} {NO_INTERVAL}"
     metrics = [evaluation.result.metrics()[-1] for evaluation in evaluations]
-    errors = [error if math.isfinite(error) else None for *_, error in metrics]
     dropped = [evaluation.subject.intervention.removed for evaluation in evaluations]
     whole = [evaluation.whole.metrics()[-1][1] if evaluation.whole else None for evaluation in evaluations]
     retained = [evaluation.retained for evaluation in evaluations]
-    intervals = [retention and known_interval(retention.low, retention.high) for retention in retained]
     table = ReportTable(
         columns=[
             ReportColumn("", [evaluation.subject.label for evaluation in evaluations], number=False, wraps=True),
@@ -79,10 +77,20 @@ def evaluation_table(evaluations: Evaluations) -> RenderableType:
             ReportColumn("task", [evaluation.task for evaluation in evaluations], number=False, wraps=True),
             ReportColumn("metric", [metric for metric, *_ in metrics], number=False),
             ReportColumn("value", [value for _, value, _ in metrics], "{:z.4g}".format),
-            ReportColumn("+/-", errors, "{:z.2g}".format, priority=4),
+            ReportColumn(
+                "+/-",
+                [error if math.isfinite(error) else None for *_, error in metrics],
+                "{:z.2g}".format,
+                priority=4,
+            ),
             ReportColumn("whole model", whole, "{:z.4g}".format, priority=2),
             ReportColumn("retention", [retention and retention.value for retention in retained], "{:z.1%}".format),
-            ReportColumn("95% interval", intervals, lambda ends: "{:z.1%} .. {:z.1%}".format(*ends), priority=1),
+            ReportColumn(
+                "95% interval",
+                [retention and known_interval(retention.low, retention.high) for retention in retained],
+                lambda ends: "{:z.1%} .. {:z.1%}".format(*ends),
+                priority=1,
+            ),
         ],
         caption=caption,
     )
@@ -95,15 +103,6 @@ def ablation_table(ablation: Ablation) -> FittedTable:
     first = next(name for name in ("increase", "shapley", "attention", "damage", "taylor") if rows[0][name] is not None)
     lowest = sorted(rows, key=lambda row: row[first])[: count_lowest(len(rows))]
     marked, number = [row in lowest for row in rows], len(lowest)
-    columns: list[ReportColumn | BarColumn] = [
-        ReportColumn("layer", [row["layer"] for row in rows]),
-        BarColumn(values=[row[first] for row in rows], marked=marked),
-        *(
-            ReportColumn(heading, rows, format_, priority=0 if name == first else priority)
-            for heading, name, priority, format_ in _OF_LAYERS
-            if rows[0][name] is not None
-        ),
-    ]
     text = (
         f"* the {'layer' if number == 1 else f'{number} layers'} with the lowest {first}. Losses, their increases "
         "and what is predicted of them are in nats per token."
@@ -135,7 +134,20 @@ def ablation_table(ablation: Ablation) -> FittedTable:
             "(Spearman; split halves)."
         )
     return FittedTable(
-        ReportTable(columns=columns, title=f"{ablation.model}  {ablation.corpus}", caption=text, marked=marked)
+        ReportTable(
+            columns=[
+                ReportColumn("layer", [row["layer"] for row in rows]),
+                BarColumn(values=[row[first] for row in rows], marked=marked),
+                *(
+                    ReportColumn(heading, rows, format_, priority=0 if name == first else priority)
+                    for heading, name, priority, format_ in _OF_LAYERS
+                    if rows[0][name] is not None
+                ),
+            ],
+            title=f"{ablation.model}  {ablation.corpus}",
+            caption=text,
+            marked=marked,
+        )
     )
 
 
@@ -146,18 +158,18 @@ def _with_error(value: float, stderr: float | None, digits: int = 4) -> str:
 
 def search_table(plan: Plan, steps: Sequence[SearchStep]) -> FittedTable:
     """Return a table of the best set of each round: its loss and perplexity, and the number of sets known by then."""
-    rows = [(describe_removed(x.best.removed) or "-", len(x.best.removed), x.best, x.sets) for x in steps]
-    losses = [loss for *_, loss, _ in rows]
+    losses = [step.best for step in steps]
     errors = [loss.stderr if math.isfinite(loss.stderr) else None for loss in losses]
+    layers = [describe_removed(loss.removed) or "-" for loss in losses]
     return FittedTable(
         ReportTable(
             columns=[
-                ReportColumn("dropped", [dropped for _, dropped, _, _ in rows]),
-                ReportColumn("layers", [layers for layers, *_ in rows], number=False, wraps=True),
+                ReportColumn("dropped", [len(loss.removed) for loss in losses]),
+                ReportColumn("layers", layers, number=False, wraps=True),
                 ReportColumn("loss", [loss.value for loss in losses], "{:z.4f}".format),
                 ReportColumn("+/-", errors, "{:z.2g}".format, priority=1),
                 ReportColumn("perplexity", [readable_value(LOSS, loss.value) for loss in losses], metric_format(LOSS)),
-                ReportColumn("sets", [sets for *_, sets in rows], describe_count, priority=2),
+                ReportColumn("sets", [step.sets for step in steps], describe_count, priority=2),
             ],
             title=f"{plan.model}  {plan.why['text']}",
             caption="The best set of each round, on the text of the search; sets: whose loss was known by then. "
@@ -166,10 +178,8 @@ def search_table(plan: Plan, steps: Sequence[SearchStep]) -> FittedTable:
     )
 
 
-def sensitivity_tables(rounded: Sensitivity | None) -> Iterator[FittedTable]:
+def sensitivity_tables(rounded: Sensitivity) -> Iterator[FittedTable]:
     """Yield a table of the layers and one of the linear maps, with columns for each number format."""
-    if rounded is None:
-        return
     rows = rounded.table().to_pylist()
     formats = list(rounded.reliability)
     columns = [ReportColumn("layer", [r["layer"] for r in rows if r["format"] == formats[0] and r["map"] is None])]
@@ -287,7 +297,6 @@ def plan_table(previews: Sequence[Preview], warehouse: str) -> RenderableType:
             ReportColumn("time", [p.seconds for p in previews], describe_seconds),
         ],
     )
-    errors = [Text(f"{p.model}: {p.error}", style="red") for p in previews if p.error]
     warnings = dict.fromkeys(f"{p.model}: {p.warning}" for p in previews if p.warning)
     count = {status: sum(p.status == status for p in previews) for status in STATUS_STYLES}
     text = f"{', '.join(f'{number} {status}' for status, number in count.items() if number)}."
@@ -299,7 +308,7 @@ def plan_table(previews: Sequence[Preview], warehouse: str) -> RenderableType:
         text += " The refused ones will be recorded as failed; the others run."
     return Group(
         FittedTable(table),
-        *errors,
+        *(Text(f"{p.model}: {p.error}", style="red") for p in previews if p.error),
         *(Text(warning, style="yellow") for warning in warnings),
         Text(text, style="bold"),
     )
@@ -309,8 +318,6 @@ def thresholds_table(plan: SparsityPlan) -> ReportTable:
     """Return a table of a plan: threshold or share and expected sparsity by layer and linear map, in shades."""
 
     def shade(point: Any) -> str:
-        if point is None:
-            return ""
         red = round(255 * min(point.sparsity, 1.0))
         return f"rgb({red},128,{255 - red})"
 

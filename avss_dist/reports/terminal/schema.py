@@ -32,7 +32,7 @@ def schema_table() -> pa.Table:
 
 def schema_page() -> RenderableType:
     """Return the descriptions of columns, functions and ready queries for the terminal."""
-    answers = [(f"@{name}", query.splitlines()[0].removeprefix("-- ")) for name, query in ready_queries().items()]
+    answers = ((f"@{name}", query.splitlines()[0].removeprefix("-- ")) for name, query in ready_queries().items())
     chapters: list[tuple[str, str, Iterable[tuple[str, ...]]]] = [
         *((name, TABLES[name].meaning, rows) for name, rows in _by_table().items()),
         ("views", "what most questions are about", VIEWS.items()),

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from functools import partial
 from math import isnan
+from operator import itemgetter
 from typing import TYPE_CHECKING, Any
 
 import pyarrow as pa
@@ -28,6 +29,7 @@ from avss_dist.reports.terminal.tables import FittedTable
 from avss_dist.stats.intervals import why_no_interval
 from avss_dist.stats.layer_stats import bin_edges
 from avss_dist.stats.rankings import count_lowest, depth_correlation
+from avss_dist.warehouse.reader import grouped
 
 if TYPE_CHECKING:
     from avss_dist.analysis.agreement import CorrelationSummary
@@ -52,14 +54,17 @@ def layer_table(run: Mapping[str, Any], scores: Sequence[Mapping[str, Any]], own
     """
     first, count = scores[0], count_lowest(len(scores))
     lowest = [s["rank"] is not None and s["rank"] <= count for s in scores]
-    threshold = describe_threshold(first["threshold"], first["threshold_kind"])
     column, number = partial(column_of, scores), "{:z.4g}".format
-    intervals = [known_interval(s["avss_low"], s["avss_high"]) for s in scores]
     columns: list[ReportColumn | BarColumn] = [
         column("layer", "layer"),
         BarColumn(values=[s["avss_smoothed"] for s in scores], marked=lowest),
         column(SCORES["avss"].title, "avss_smoothed", number),
-        ReportColumn("95% interval", intervals, lambda ends: "{:z.4g} .. {:z.4g}".format(*ends), priority=4),
+        ReportColumn(
+            "95% interval",
+            [known_interval(s["avss_low"], s["avss_high"]) for s in scores],
+            lambda ends: "{:z.4g} .. {:z.4g}".format(*ends),
+            priority=4,
+        ),
         column("rank", "rank"),
         column("lowest 25%", "lowest_set_probability", "{:z.0%}".format, 3),
         column("variance", "variance", number, 6),
@@ -69,14 +74,14 @@ def layer_table(run: Mapping[str, Any], scores: Sequence[Mapping[str, Any]], own
     ]
     if why_no_interval(run["num_shards"] or 0):
         columns = [column for column in columns if isinstance(column, BarColumn) or column.heading not in OF_SHARDS]
+    threshold = describe_threshold(first["threshold"], first["threshold_kind"])
     table = ReportTable(
         columns=columns,
         title=f"{run['model']}  {first['site']} / {first['recipe']} / |x| < {threshold}",
         caption=_caption(run, scores, count),
         marked=lowest,
     )
-    notes = [Text(f"note: {note}", style="yellow") for note in run["notes"] or []]
-    return Group(FittedTable(table), *notes)
+    return Group(FittedTable(table), *(Text(f"note: {note}", style="yellow") for note in run["notes"] or []))
 
 
 def describe_exactness(scores: Sequence[Mapping[str, Any]]) -> str:
@@ -107,8 +112,8 @@ def _caption(run: Mapping[str, Any], scores: Sequence[Mapping[str, Any]], lowest
         f"* the {'layer' if lowest == 1 else f'{lowest} layers'} with the lowest {SCORES['avss'].title}, "
         f"{LOWEST_SHARE:.0%} of {len(scores)}"
     )
-    resampled = "; 'lowest 25%' is the share of resamples of the shards in which a layer is among them."
     missing = why_no_interval(run["num_shards"] or 0)
+    resampled = "; 'lowest 25%' is the share of resamples of the shards in which a layer is among them."
     text += f".\n{missing}" if missing else resampled
     if unranked := [s["layer"] for s in scores if s["rank"] is None and s["avss_smoothed"] is not None]:
         text += f"\nNaN or infinite activations in layers {describe_layers(unranked)}: they have no rank."
@@ -134,13 +139,15 @@ def quantiles_table(rows: Sequence[Mapping[str, Any]]) -> RenderableType:
         for share in dict.fromkeys(row["share"] for row in rows)
     ]
     exact = all(row["low"] == row["high"] for row in rows if row["low"] is not None)
-    inexact = "The truth lies close by: --format csv has the edges between which it is."
-    table = ReportTable(
-        title=f"{rows[0]['run_id']}  {rows[0]['site']}",
-        columns=[ReportColumn("layer", layers), *columns],
-        caption="Every one is exact: each value was counted." if exact else inexact,
+    return FittedTable(
+        ReportTable(
+            title=f"{rows[0]['run_id']}  {rows[0]['site']}",
+            columns=[ReportColumn("layer", layers), *columns],
+            caption="Every one is exact: each value was counted."
+            if exact
+            else "The truth lies close by: --format csv has the edges between which it is.",
+        )
     )
-    return FittedTable(table)
 
 
 def comparison_tables(comparison: RankingComparison, title: str) -> RenderableType:
@@ -155,15 +162,11 @@ def comparison_tables(comparison: RankingComparison, title: str) -> RenderableTy
     rows, groups = ends.to_pylist(), comparison.groups.to_pylist()
 
     column = partial(column_of, rows)
-    one_run = all(row["a_run_id"] == row["b_run_id"] for row in rows)
-    names, labels = ["run", "a", "b"] if one_run else ["a", "b"], []
-    for row in rows:
-        label = [row["a"], row["b"]]
-        if one_run:
-            label = [row["a_run_id"], *label]
-        elif row["by"] != "run":
-            label = [f"{short_name(row[side])}\n{row[f'{side}_run_id']}" for side in "ab"]
-        labels.append(label)
+    names, labels = ["a", "b"], [[row["a"], row["b"]] for row in rows]
+    if all(row["a_run_id"] == row["b_run_id"] for row in rows):
+        names, labels = ["run", "a", "b"], [[row["a_run_id"], row["a"], row["b"]] for row in rows]
+    elif rows[0]["by"] != "run":
+        labels = [[f"{short_name(row[side])}\n{row[f'{side}_run_id']}" for side in "ab"] for row in rows]
     if max((sum(map(len, label)) for label in labels), default=0) > WIDEST_LABELS:  # lines of one column
         names, labels = [", ".join(names)], [["\n".join(label)] for label in labels]
     layers = [f"{'~' if row['interpolated'] else ''}{row['layers']}" for row in rows]
@@ -250,15 +253,12 @@ def _verdict(rho: CorrelationSummary, given_depth: CorrelationSummary) -> str:
 
 def findings_list(findings: pa.Table) -> RenderableType:
     """Return findings of `findings.SCHEMA` in order. If many differ only in the run, the first stands for all."""
-    merged: dict[tuple[str, ...], tuple[list[str], list[str]]] = {}  # runs and recipes of a message
-    for row in findings.to_pylist():
-        key = (row["severity"], row["kind"], row["site"] or "", row["message"])
-        for names, name in zip(merged.setdefault(key, ([], [])), (row["run_id"], row["recipe"]), strict=True):
-            if name and name not in names:
-                names.append(name)
-    places: dict[tuple[str, ...], dict[str, list[str]]] = {}
-    for (*place, message), (runs, recipes) in merged.items():
-        places.setdefault((*place, ", ".join(recipes)), {})[message] = runs
+    places: dict[tuple[str, ...], dict[str, list[str]]] = {}  # the runs of each message
+    merged = grouped(findings.to_pylist(), itemgetter("severity", "kind", "site", "message"))
+    for (*place, message), rows in merged.items():
+        recipes = dict.fromkeys(row["recipe"] for row in rows if row["recipe"])
+        run_ids = dict.fromkeys(row["run_id"] for row in rows if row["run_id"])
+        places.setdefault((*place, ", ".join(recipes)), {})[message] = [*run_ids]
     lines: list[RenderableType] = []
     for (severity, kind, site, of_recipes), messages in places.items():
         where = " / ".join(part for part in (site, of_recipes) if part)

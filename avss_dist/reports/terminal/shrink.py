@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Group, RenderableType
@@ -33,27 +32,31 @@ def shrunk_tables(done: Shrunk) -> RenderableType:
     rows = ["whole model", f"{count_removed(plan.drop)} dropped"]
     rows += [f"repaired by {done.record.repair}"] if done.record else []
     rows += [f"distilled on {done.distillation.after.tokens:,} tokens"] if done.distillation else []
-    missing = not all(kept.has_interval for task in tasks for kept in task.retentions.values())
-    caption = "Kept: of the whole model's metric (of a perplexity: whole over this), and its 95% interval."
+    complete = all(kept.has_interval for task in tasks for kept in task.retentions.values())
     table = ReportTable(
         columns=[
             ReportColumn("", rows, number=False),
             *(column for task in tasks for column in _task_columns(task)),
         ],
         title=f"{basename(plan.model)} without {len(plan.drop)} of its {plan.num_layers} layers",
-        caption=f"{caption} {NO_INTERVAL}" if missing else caption,
+        caption="Kept: of the whole model's metric (of a perplexity: whole over this), and its 95% interval."
+        + ("" if complete else f" {NO_INTERVAL}"),
     )
     tables = [table]
     if len(done.curve) > 1:
         dropped, retentions = [len(point.plan.drop) for point in done.curve], [point.kept for point in done.curve]
-        columns: list[ReportColumn | BarColumn] = [
-            ReportColumn("layers dropped", dropped),
-            ReportColumn("share", [number / plan.num_layers for number in dropped], "{:z.0%}".format),
-            ReportColumn("kept", retentions, "{:z.1%}".format),
-            BarColumn(values=retentions, largest=1.0, width=40),
-        ]
         when = " before distillation" if done.distillation else ""
-        tables.append(ReportTable(columns=columns, title=f"What is kept{when}, in the task in which the least is"))
+        tables.append(
+            ReportTable(
+                columns=[
+                    ReportColumn("layers dropped", dropped),
+                    ReportColumn("share", [number / plan.num_layers for number in dropped], "{:z.0%}".format),
+                    ReportColumn("kept", retentions, "{:z.1%}".format),
+                    BarColumn(values=retentions, largest=1.0, width=40),
+                ],
+                title=f"What is kept{when}, in the task in which the least is",
+            )
+        )
     return Group(*map(FittedTable, [*tables, *continuation_tables(done.continuations)]))
 
 
@@ -85,23 +88,21 @@ def _task_columns(task: TaskRetention) -> Iterator[ReportColumn]:
 
 def shrunk_values(done: Shrunk) -> dict[str, Any]:
     """Return the results of shrinking as plain values, for programs."""
-    curve = [{"drop": point.plan.drop, "kept": point.kept} for point in done.curve]
-    about = {"output": done.folder, "bytes": done.bytes, "drop": done.best.plan.drop, "kept": done.best.kept}
     values = {
-        **about,
+        "output": done.folder,
+        "bytes": done.bytes,
+        "drop": done.best.plan.drop,
+        "kept": done.best.kept,
         "tasks": [task.describe() for task in done.best.tasks],
-        "curve": curve,
+        "curve": [{"drop": point.plan.drop, "kept": point.kept} for point in done.curve],
         "difference": done.difference,
         "notes": [*done.notes],
     }
-    texts = [
-        {"prompt": continuation.prompt, "model": continuation.variant, "text": continuation.text}
-        for continuation in done.continuations
-    ]
-    values |= {"continuations": texts} if texts else {}
+    if done.continuations:
+        values["continuations"] = [{"prompt": c.prompt, "model": c.variant, "text": c.text} for c in done.continuations]
     if done.distillation:
-        kept = {task.task: task.final for task in done.best.tasks}
-        values["distilled"] = [{"task": k, "kept": v.value, "low": v.low, "high": v.high} for k, v in kept.items()]
+        finals = [(task.task, task.final) for task in done.best.tasks]
+        values["distilled"] = [{"task": k, "kept": v.value, "low": v.low, "high": v.high} for k, v in finals]
     return values
 
 
@@ -137,15 +138,3 @@ def distilled_table(done: Distilled) -> ReportTable:
         caption="On rows that are not trained on; kept: the teacher's perplexity over the student's; divergence: from "
         "the teacher, in nats per token of trained texts. The last row is the written checkpoint.",
     )
-
-
-def distilled_lines(done: Distilled) -> Iterator[str]:
-    """Yield lines on the written checkpoint."""
-    yield f"{done.folder}: {describe_bytes(done.bytes)} of weights."
-    yield from done.record.describe()
-    yield from done.notes
-
-
-def distilled_values(done: Distilled) -> dict[str, Any]:
-    """Return the result as plain values, for programs."""
-    return {"output": done.folder, "bytes": done.bytes, "notes": [*done.notes], **asdict(done.record)}

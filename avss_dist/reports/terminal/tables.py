@@ -91,10 +91,11 @@ class FittedTable:
 
     def _cell(self, column: ReportColumn, row: int) -> Text:
         """Return the text of a cell. The name of a row with the lowest scores has a star behind it."""
-        words = column.missing if column.is_missing(row) else column.text(row)
+        missing = column.is_missing(row)
+        words = column.missing if missing else column.text(row)
         if self.table.marked and self.table.mark == "lowest" and column is self.table.columns[0]:
             words += " *" if self.table.is_marked(row) else "  "
-        return Text(words, style=column.style(column.values[row]) if column.style else "")
+        return Text(words, style=column.style(column.values[row]) if column.style and not missing else "")
 
     def _needs(self, column: ReportColumn | BarColumn) -> int:
         """Return the number of screen cells that a column needs."""
