@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -14,8 +15,6 @@ from avss_dist.analysis.scorecard import reliability
 from avss_dist.core.intervention import (
     NO_INTERVENTION,
     PARTS,
-    Removals,
-    RoundedPlace,
     Sublayer,
     layer_of,
     parse_rounded,
@@ -25,7 +24,7 @@ from avss_dist.core.registry import DAMAGE_TASK, ROUNDING_ESTIMATES, SCORES, met
 from avss_dist.core.results import TabularResult
 from avss_dist.core.settings import fingerprint
 from avss_dist.core.text import RedactedURI
-from avss_dist.corpus.shards import CorpusPlan
+from avss_dist.corpus.shards import CorpusPlan, Shard
 from avss_dist.evaluation.session import (
     EvaluationSession,
     PlacedModel,
@@ -44,7 +43,7 @@ from avss_dist.tasks.backward import Gradients
 from avss_dist.tasks.damage import Damage
 from avss_dist.tasks.map_damage import RoundedLosses, RoundingDamage
 from avss_dist.tasks.shapley import SHAPLEY, SHARED, Shapley
-from avss_dist.tasks.task import Result, Task
+from avss_dist.tasks.task import Measure, Result, Task
 from avss_dist.tasks.text_loss import LeaveOneOut
 
 MOST_PASSES = 100_000  # passes of a batch through a model that an ablation makes without `allow_many`
@@ -82,31 +81,17 @@ class Sensitivity(TabularResult):
         return f"{', '.join(self.reliability)}: {self.model} on {self.corpus}"
 
 
-@dataclass(frozen=True, kw_only=True)
-class LayerAblation:
-    """Measurements of a layer.
-
-    Attributes:
-        results: what was measured, by name: the ``loss`` without the layer, in nats per token; its ``increase`` over
-            that of the whole model, paired by sequence, and that without its ``attention`` alone and its ``mlp`` alone;
-            the Shapley value, ``shapley``, with a sample for each permutation; ``shapley_shared``, 1 for each
-            permutation that was truncated before the layer, else 0; results of `backward.Gradients` and
-            `damage.Damage`, by metric.
-        damage: mean of the layer's ranks by the two estimates that `registry.metrics_of` names; 1 is the lowest.
-    """
-
-    layer: int
-    results: Mapping[str, Result]
-    damage: float | None = None
-
-
 @dataclass(frozen=True, kw_only=True, repr=False)
 class Ablation(TabularResult):
     """Measurements of the layers of a model.
 
     Attributes:
         whole: loss of the whole model; None if no layers were left out.
-        layers: measurements of each layer, in order.
+        layers: what was measured of each layer, in order, by name: the ``loss`` without the layer, in nats per token;
+            its ``increase`` over that of the whole model, paired by sequence, and that without its ``attention`` alone
+            and its ``mlp`` alone; the Shapley value, ``shapley``, with a sample for each permutation;
+            ``shapley_shared``, 1 for each permutation that was truncated before the layer, else 0; results of
+            `backward.Gradients` and `damage.Damage`, by metric.
         reliability: agreement with the order of layers on other text of the same size (`scorecard.reliability`); NaN
             if no layers were left out, or for fewer than four sequences.
         sensitivity: effect of rounded weights; None without number formats.
@@ -115,7 +100,7 @@ class Ablation(TabularResult):
     model: str
     corpus: str
     whole: Result | None
-    layers: Sequence[LayerAblation]
+    layers: Mapping[int, Mapping[str, Result]]
     reliability: float = float("nan")
     sensitivity: Sensitivity | None = None
 
@@ -125,28 +110,34 @@ class Ablation(TabularResult):
     def permutations(self) -> tuple[int, int]:
         """Number of truncated permutations of the Shapley values, and number of all permutations."""
         shapley, shared = (
-            [layer.results[name].samples for layer in self.layers if name in layer.results]
-            for name in (SHAPLEY, SHARED)
+            [results[name].samples for results in self.layers.values() if name in results] for name in (SHAPLEY, SHARED)
         )
         return int(np.any(shared, axis=0).sum()) if shared else 0, max(map(len, shapley), default=0)
 
     def table(self) -> pa.Table:
-        """Return a table with a row for each layer, with null for values that were not measured."""
-        return pa.Table.from_pylist([_row(layer) for layer in self.layers])
+        """Return a table with a row for each layer, with null for values that were not measured.
+
+        ``damage`` is the mean of the layer's ranks by the two estimates that `registry.metrics_of` names; 1 is the
+        lowest.
+        """
+        ranks = mean_ranks(
+            "damage", ((name, layer, x.value) for layer, results in self.layers.items() for name, x in results.items())
+        )
+        return pa.Table.from_pylist([_row(layer, results, ranks.get(layer)) for layer, results in self.layers.items()])
 
     def summary(self) -> str:
         """Return the number of layers, the model and the text, in a line."""
         return f"{len(self.layers)} layers of {self.model} on {self.corpus}"
 
 
-def _row(layer: LayerAblation) -> dict[str, Any]:
-    values = {name: result.value for name, result in layer.results.items()}
-    errors = {name: result.stderr for name, result in layer.results.items()}
-    shapley, low, high = layer.results.get(SHAPLEY), None, None
+def _row(layer: int, results: Mapping[str, Result], damage: float | None) -> dict[str, Any]:
+    values = {name: result.value for name, result in results.items()}
+    errors = {name: result.stderr for name, result in results.items()}
+    shapley, low, high = results.get(SHAPLEY), None, None
     if shapley is not None and len(shapley.samples) >= MINIMUM_UNITS:  # over permutations
         low, high = map(float, jackknife_interval(np.array(shapley.value), shapley.left_out))
     return {
-        "layer": layer.layer,
+        "layer": layer,
         "loss": values.get(LOSS),
         "increase": values.get("increase"),
         "increase_stderr": errors.get("increase"),
@@ -156,7 +147,7 @@ def _row(layer: LayerAblation) -> dict[str, Any]:
         "shapley_low": low,
         "shapley_high": high,
         "shapley_shared": values.get(SHARED),
-        "damage": layer.damage,
+        "damage": damage,
         **{name: values.get(name) for name in ESTIMATED},
         "predicted_stderr": errors.get(metrics_of("predicted")[0]),
     }
@@ -192,8 +183,8 @@ def _require_intended(request: AblateRequest, model: PlacedModel, text: CorpusPl
     config = text_config(model.checkpoint, trust_remote_code=model.settings.trust_remote_code).get_text_config()
     layers = getattr(config, "num_hidden_layers", None) or 1
     batches = text.num_batches(model.settings.batch_size)
-    removals = request.leave_one_out + len(PARTS) * request.sublayers + request.shapley
-    removals += len(request.formats) * request.rounded_layers
+    rounded = len(request.formats) * request.rounded_layers
+    removals = request.leave_one_out + len(PARTS) * request.sublayers + request.shapley + rounded
     require_intended(
         removals * layers * batches,
         MOST_PASSES,
@@ -206,90 +197,88 @@ def _require_intended(request: AblateRequest, model: PlacedModel, text: CorpusPl
 
 def _tasks(request: AblateRequest, corpus: RedactedURI, text: CorpusPlan) -> Iterator[Task]:
     """Yield the task of each requested measurement of a text."""
-    if request.gradients:
-        yield Task(name=f"{SCORES['taylor'].task}{corpus}", parts=tuple(map(Gradients, text.shards)))
-    if request.leave_one_out:
-        yield Task(name=f"{SCORES['loss'].task}{corpus}", parts=tuple(map(LeaveOneOut, text.shards)))
+    rounded = [(f"{ROUNDED_LOSS}{name}:", partial(RoundedLosses, format=name)) for name in request.formats]
+    measures: list[tuple[object, str, Callable[[Shard], Measure]]] = [
+        (request.gradients, SCORES["taylor"].task, Gradients),
+        (request.leave_one_out, SCORES["loss"].task, LeaveOneOut),
+        (request.sublayers, SUBLAYER_LOSS, partial(LeaveOneOut, sublayers=True)),
+        (request.damage, DAMAGE_TASK, Damage),
+        (request.formats, ROUNDING_TASK, partial(RoundingDamage, formats=request.formats)),
+        *((request.rounded_layers, prefix, measure) for prefix, measure in rounded),
+    ]
+    read = {"text": fingerprint(shards=[shard.content_hash for shard in text.shards])}
+    for is_requested, prefix, measure in measures:
+        if is_requested:
+            options = read if prefix.startswith((ROUNDING_TASK, ROUNDED_LOSS)) else {}
+            yield Task(name=f"{prefix}{corpus}", parts=tuple(map(measure, text.shards)), options=options)
     if request.shapley:
         seeds = np.random.SeedSequence(request.seed).generate_state(request.shapley).tolist()
         chunks = [tuple(seeds[i : i + PERMUTATIONS_PER_CELL]) for i in range(0, len(seeds), PERMUTATIONS_PER_CELL)]
         parts = tuple(Shapley(shards=text.shards, seeds=chunk, truncation=request.truncation) for chunk in chunks)
         yield Task(name=f"{SCORES['shapley'].task}{corpus}", parts=parts)
-    if request.sublayers:
-        yield Task(
-            name=f"{SUBLAYER_LOSS}{corpus}", parts=tuple(LeaveOneOut(shard, sublayers=True) for shard in text.shards)
-        )
-    if request.damage:
-        yield Task(name=f"{DAMAGE_TASK}{corpus}", parts=tuple(Damage(shard=shard) for shard in text.shards))
-    read = {"text": fingerprint(shards=[shard.content_hash for shard in text.shards])}
-    if request.formats:
-        damage = tuple(RoundingDamage(shard=s, formats=request.formats) for s in text.shards)
-        yield Task(name=f"{ROUNDING_TASK}{corpus}", parts=damage, options=read)
-    for name in request.formats if request.rounded_layers else ():
-        layers = tuple(RoundedLosses(shard, name) for shard in text.shards)
-        yield Task(name=f"{ROUNDED_LOSS}{name}:{corpus}", parts=layers, options=read)
+
+
+def _by_place(
+    results: Iterable[Result], place_of: Callable[[Result], Any]
+) -> tuple[Result | None, dict[Any, dict[str, Result]]]:
+    """Return the loss of the whole model, and the results of each place by metric, with the increase of each loss.
+
+    The increase is that over the loss of the whole model, paired by sample.
+
+    Args:
+        place_of: returns the layer, sublayer or linear map that a result describes, or None for the whole model.
+    """
+    by_place: defaultdict[Any, dict[str, Result]] = defaultdict(dict)
+    for result in results:
+        by_place[place_of(result)][result.metric] = result
+    whole = by_place.pop(None, {}).get(LOSS)
+    for measured in by_place.values():
+        if whole and (loss := measured.get(LOSS)):
+            measured["increase"] = replace(loss, samples=loss.samples - whole.samples)
+    return whole, by_place
 
 
 def _ablation(model: str, corpus: str, results: Iterable[Result], rounded: Sensitivity | None) -> Ablation:
     """Return the measurements of every layer, from the results of all tasks."""
-    losses: dict[Removals, Result] = {}
-    by_layer: defaultdict[int, dict[str, Result]] = defaultdict(dict)
-    for result in results:
-        if result.metric == LOSS:
-            losses[result.removed] = result
-        elif result.layer is not None and not result.removed:
-            by_layer[result.layer][result.metric] = result
-    whole = losses.pop((), None)
-    for (removed, *_), loss in losses.items():
-        increase = _increase_over(whole, loss)
-        measured = {removed.part: increase} if isinstance(removed, Sublayer) else {LOSS: loss, "increase": increase}
-        by_layer[layer_of(removed)] |= {name: result for name, result in measured.items() if result}
-    values = [(name, layer, result.value) for layer, by_name in by_layer.items() for name, result in by_name.items()]
-    ranks = mean_ranks("damage", values)
-    layers = [
-        LayerAblation(layer=layer, results=by_name, damage=ranks.get(layer))
-        for layer, by_name in sorted(by_layer.items())
-    ]
-    agreement = _agreement_of(layer.results.get("increase") for layer in layers)
-    return Ablation(model=model, corpus=corpus, whole=whole, layers=layers, reliability=agreement, sensitivity=rounded)
+    single = (result for result in results if result.metric == LOSS or not result.removed)  # not of blocks of layers
+    whole, by_place = _by_place(single, lambda result: result.removed[0] if result.removed else result.layer)
+    layers: defaultdict[int, dict[str, Result]] = defaultdict(dict)
+    for place, measured in by_place.items():
+        layers[layer_of(place)] |= {place.part: measured["increase"]} if isinstance(place, Sublayer) else measured
+    return Ablation(
+        model=model,
+        corpus=corpus,
+        whole=whole,
+        layers=dict(sorted(layers.items())),
+        reliability=_agreement_of(layers[layer] for layer in sorted(layers)),
+        sensitivity=rounded,
+    )
 
 
 def _sensitivity(request: AblateRequest, corpus: str, results: Iterable[Result]) -> Sensitivity | None:
     """Return the effect of rounded weights from the results of the tasks of rounding, or None without formats."""
     if not request.formats:
         return None
-    by_place: dict[RoundedPlace, dict[str, Result]] = {}
-    whole: Result | None = None
-    for result in results:
-        if (place := parse_rounded(result.intervention.rounding or "")) is None:
-            whole = result
-        else:
-            by_place.setdefault(place, {})[result.metric] = result
-    places = sorted(by_place, key=lambda at: (request.formats.index(at.format), at.layer, at.path or ""))
-    increases = {place: _increase_over(whole, by_place[place].get(LOSS)) for place in places}
+    _, by_place = _by_place(results, lambda result: parse_rounded(result.intervention.rounding or ""))
     rows = []
+    places = sorted(by_place, key=lambda at: (request.formats.index(at.format), at.layer, at.path or ""))
     for place in places:
         measured = by_place[place]
         row: dict[str, Any] = {"format": place.format, "layer": place.layer, "map": place.path}
         row |= {name: getattr(measured.get(name), "value", None) for name in (NUM_WEIGHTS, BITS_PER_WEIGHT, LOSS)}
-        with_errors = {"increase": increases[place], **{name: measured.get(name) for name in ROUNDING_ESTIMATES}}
-        for name, effect in with_errors.items():
+        for name in ("increase", *ROUNDING_ESTIMATES):
+            effect = measured.get(name)
             stderr = None if effect is None or np.isnan(effect.stderr) else effect.stderr
             row |= {name: getattr(effect, "value", None), f"{name}_stderr": stderr}
         rows.append(row)
     agreement = {
-        name: _agreement_of(increases[place] for place in places if (place.format, place.path) == (name, None))
+        name: _agreement_of(by_place[place] for place in places if (place.format, place.path) == (name, None))
         for name in request.formats
     }
     return Sensitivity(model=str(request.model), corpus=corpus, rows=rows, reliability=agreement)
 
 
-def _increase_over(whole: Result | None, loss: Result | None) -> Result | None:
-    """Return the increase of a loss over that of the whole model, paired by sample, or None if one is missing."""
-    return None if whole is None or loss is None else replace(loss, samples=loss.samples - whole.samples)
-
-
-def _agreement_of(increases: Iterable[Result | None]) -> float:
+def _agreement_of(places: Iterable[Mapping[str, Result]]) -> float:
     """Return the agreement of layers' increases with those on other text of the same size. NaN without any."""
-    measured = [increase.samples for increase in increases if increase is not None]
-    return reliability(np.stack(measured, axis=1)) if measured else float("nan")
+    increases = [results["increase"].samples for results in places if "increase" in results]
+    return reliability(np.stack(increases, axis=1)) if increases else float("nan")

@@ -323,9 +323,9 @@ def test_plans_need_the_ablation_and_evaluate_to_its_losses(tiny_llama: Path, tm
         )
         (dropped,) = evaluated.subject.intervention.removed
         name = "increase" if by == "loss" else by
-        assert dropped == int(np.argmin([layer.results[name].value for layer in found.layers]))
-        assert np.array_equal(evaluated.result.samples, found.layers[dropped].results["loss"].samples)
-    loss, increase = (found.layers[1].results[name] for name in ("loss", "increase"))
+        assert dropped == int(np.argmin([results[name].value for results in found.layers.values()]))
+        assert np.array_equal(evaluated.result.samples, found.layers[dropped]["loss"].samples)
+    loss, increase = (found.layers[1][name] for name in ("loss", "increase"))
     assert increase.value == pytest.approx(loss.value - found.whole.value)
     difference = loss.samples / loss.weights - found.whole.samples / found.whole.weights
     assert increase.stderr == pytest.approx(difference.std(ddof=1) / math.sqrt(len(difference)))

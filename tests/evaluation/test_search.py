@@ -147,9 +147,9 @@ def test_sublayers_are_measured_evaluated_and_not_pruned(scored: Scored, model: 
     shown = succeed("ablate", model, *text, "--warehouse", warehouse, "--no-leave-one-out", "--sublayers")
     assert "attention alone" in shown.stdout, shown.stderr
     read = ablate(model, corpus=TEXT, warehouse=warehouse, sublayers=True, skip_sequences=6, **SMALL)
-    for layer in read.layers:
-        for removed in sublayers_of([layer.layer]):
-            assert layer.results[removed.part].value == pytest.approx(truth((removed,)) - truth(()), abs=1e-9)
+    for layer, results in read.layers.items():
+        for removed in sublayers_of([layer]):
+            assert results[removed.part].value == pytest.approx(truth((removed,)) - truth(()), abs=1e-9)
     written = Plan(model=str(model), num_layers=LAYERS, layers="layers", drop=("attention.2", "mlp.0"))
     written.write(plan)
     task = ("--tasks", f"perplexity:{TEXT}", "--skip-sequences", 12, "--warehouse", warehouse, *OPTIONS)

@@ -122,7 +122,7 @@ def ablation_table(ablation: Ablation) -> FittedTable:
             f" Loss of the whole model: {_with_error(ablation.whole.value, ablation.whole.stderr)}; the error of "
             "an increase is of the same sequences with and without the layer."
         )
-    shapley = ablation.layers[0].results.get("shapley")
+    shapley = next(iter(ablation.layers.values())).get("shapley")
     if shapley is not None and len(shapley.samples) < MINIMUM_UNITS:
         text += (
             f" No interval of Shapley values: {count_of(len(shapley.samples), 'permutation')}, {MINIMUM_UNITS} are "
