@@ -139,19 +139,25 @@ def searching(session: EvaluationSession, model: PlacedModel, corpus: str) -> It
     started = datetime.now(UTC)  # earlier rows do not count in a fresh session
 
     def measured() -> dict[Removals, Result]:
-        rows = [row for row in session.rows(planned.run_id()) if not session.fresh or row["created_at"] >= started]
+        rows = [
+            row
+            for row in session.store.cells(planned.run_id()).to_pylist()
+            if not session.fresh or row["created_at"] >= started
+        ]
         return {result.removed: result for result in combine(rows, len(planned.task.parts))}
 
     results = measured()
 
     def losses(base: Layers, layers: Layers) -> dict[Layers, Result]:
         drops = _expand(base, layers)
-        missing = [layer for layer, removed in zip(layers, drops, strict=False) if removed not in results]
-        chunks = [tuple(missing[start : start + SETS_PER_CELL]) for start in range(0, len(missing), SETS_PER_CELL)]
-        if not layers and base not in results:
-            chunks = [()]
+        missing = [removed for removed in drops if removed not in results]
+        chunks = [missing[start : start + SETS_PER_CELL] for start in range(0, len(missing), SETS_PER_CELL)]
         cells = [
-            planned.cell(part, replace(measure, layers=chunk), Intervention(removed=base))
+            planned.cell(
+                part,
+                replace(measure, layers=tuple(layer for removed in chunk for layer in removed if layer not in base)),
+                Intervention(removed=base),
+            )
             for part, measure in enumerate(planned.task.parts)
             for chunk in chunks
             if isinstance(measure, LeaveOneOut)

@@ -8,7 +8,7 @@ from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, S
 from contextlib import closing, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
-from functools import cached_property, lru_cache, partial
+from functools import lru_cache, partial
 from itertools import islice
 from math import isfinite, nan
 from pathlib import Path
@@ -73,28 +73,20 @@ class PlannedTask(PlacedModel):
 
     task: Task
 
-    @cached_property
-    def _run_ids(self) -> dict[str | None, str]:
-        """Ids of evaluations by sparsity, each hashed once."""
-        return {}
-
     def run_id(self, intervention: Intervention = NO_INTERVENTION) -> str:
         """Return the id of the evaluation that results under an intervention belong to.
 
         Sparsity makes another evaluation. Removals, a patch and a rounding make other cells of the same one.
         """
-        sparsity = intervention.key.sparsity
-        if sparsity not in self._run_ids:
-            digest = fingerprint(
-                schema=SCHEMA_VERSION,
-                checkpoint=self.checkpoint.revision,
-                task=self.task.key,
-                settings=self.settings.numbers(statistics=False),
-                **fingerprint_part(self.placement),
-                **({"sparsity": sparsity} if sparsity else {}),
-            )
-            self._run_ids[sparsity] = f"{self.checkpoint.slug}-{digest[:10]}"
-        return self._run_ids[sparsity]
+        digest = fingerprint(
+            schema=SCHEMA_VERSION,
+            checkpoint=self.checkpoint.revision,
+            task=self.task.key,
+            settings=self.settings.numbers(statistics=False),
+            **fingerprint_part(self.placement),
+            **({"sparsity": intervention.sparsity.key} if intervention.sparsity else {}),
+        )
+        return f"{self.checkpoint.slug}-{digest[:10]}"
 
     def cells(self, interventions: Iterable[Intervention] = (NO_INTERVENTION,)) -> list[Cell]:
         """Return a cell for each part of the task under each distinct intervention."""
@@ -199,8 +191,7 @@ class EvaluationSession:
         Raises:
             AvssError: a mistake, or a fit that failed. Other patches remain in the warehouse.
         """
-        run_ids = [planned.run_id() for planned in work]
-        fitted = self._fitted(run_ids)
+        fitted = self._fitted(work)
         missing = [
             cell
             for planned, interventions in work.items()
@@ -208,23 +199,19 @@ class EvaluationSession:
             if not (self.is_known(cell) if self.fresh else (cell.run_id, cell.intervention.removed) in fitted)
         ]
         self.run(missing, dict.fromkeys(work, (NO_INTERVENTION,)), fits=True)
-        read = partial(_read_patch, self.store.storage)
-        return {key: EncodedPatch(patch, partial(read, patch)) for key, patch in self._fitted(run_ids).items()}
+        return self._fitted(work)
 
-    def _fitted(self, run_ids: Sequence[str]) -> dict[tuple[str, Removals], str]:
-        """Return the keys of the stored patches that cells of these evaluations have fitted."""
+    def _fitted(self, tasks: Iterable[PlannedTask]) -> dict[tuple[str, Removals], EncodedPatch]:
+        """Return the stored patches that cells of these tasks have fitted."""
         stored = self.store.storage.patch_keys()
         return {
-            (row["run_id"], decode_removals(row["drop"])): row["patch"]
-            for run_id in (dict.fromkeys(run_ids) if stored else ())
-            for row in self.rows(run_id)
+            (run_id, decode_removals(row["drop"])): EncodedPatch(
+                row["patch"], partial(_read_patch, self.store.storage, row["patch"])
+            )
+            for run_id in (dict.fromkeys(planned.run_id() for planned in tasks) if stored else ())
+            for row in self.store.cells(run_id).to_pylist()
             if row["patch"] in stored
         }
-
-    def rows(self, run_id: str) -> list[dict[str, Any]]:
-        """Return the rows of ``cells`` of an evaluation."""
-        rows: list[dict[str, Any]] = self.store.cells(run_id).to_pylist()
-        return rows
 
     def results(self, planned: PlannedTask, interventions: Iterable[Intervention] = (NO_INTERVENTION,)) -> list[Result]:
         """Write and return the results of the evaluations that interventions belong to, combined from all cells.
@@ -233,7 +220,7 @@ class EvaluationSession:
         """
         results = []
         for run_id in dict.fromkeys(map(planned.run_id, interventions)):
-            rows = self.rows(run_id)
+            rows = self.store.cells(run_id).to_pylist()
             if not (combined := combine(rows, len(planned.task.parts))):
                 continue
             seconds: defaultdict[tuple[InterventionKey, int | None], float] = defaultdict(float)
@@ -259,7 +246,7 @@ class EvaluationSession:
                 for result in combined
                 for metric, value, stderr in result.metrics()
             ]
-            self.store.write_rows("evaluations", _identity(planned, run_id, rows[0]["family"]), evaluations)
+            self.store.write_rows("evaluations", identity(planned.checkpoint, run_id, rows[0]["family"]), evaluations)
             results += combined
         return results
 
@@ -282,8 +269,8 @@ class EvaluationSession:
             }
             for entry in plan.rounded
         ]
-        identity = _identity(planned, run_id, self.store.cells(run_id)["family"][0].as_py())
-        self.store.write_rows("precision", identity, rows, fingerprint(rounding=rounding)[:20])
+        written = identity(planned.checkpoint, run_id, self.store.cells(run_id)["family"][0].as_py())
+        self.store.write_rows("precision", written, rows, fingerprint(rounding=rounding)[:20])
 
     @contextmanager
     def keeping_workers(self) -> Iterator[None]:
@@ -339,15 +326,9 @@ class EvaluationSession:
             if cells:
                 rounds.put(cells)
             for cell, outcome in islice(outcomes, len(cells)):
-                notes: Sequence[str] = ()
-                if not isinstance(outcome, AvssError):
-                    notes = outcome.notes
-                    write = self.store.storage.write_patch
-                    keys = [None if row.patch is None else write(row.patch) for row in outcome.rows]
-                    identity = _identity(cell, cell.run_id, outcome.family)
-                    self.store.write_cell(identity, cell.cell_id, _rows(cell, outcome, keys))
-                    self._measured[cell.run_id].add(cell.cell_id)
-                self.on_event(CellDone(cell, notes))
+                if isinstance(outcome, CellResult):
+                    self._write(cell, outcome)
+                self.on_event(CellDone(cell, getattr(outcome, "notes", ())))
                 yield cell, outcome
 
         try:
@@ -355,6 +336,31 @@ class EvaluationSession:
         finally:
             rounds.put(None)
             outcomes.close()
+
+    def _write(self, cell: Cell, measured: CellResult) -> None:
+        """Write the rows of a measured cell, and the patches that it has fitted."""
+        key, written = cell.intervention.key, self.store.storage.write_patch
+        rows = [
+            {
+                **key._replace(
+                    removed=key.removed if row.removed is None else row.removed,
+                    rounding=row.rounding or key.rounding,
+                    patch=key.patch if row.patch is None else written(row.patch),
+                ).row(),
+                "task": cell.task,
+                "metric": row.metric,
+                "layer": row.layer,
+                "part": cell.part,
+                "samples": row.samples.tolist(),
+                "weights": row.weights.tolist(),
+                "device": measured.device,
+                "seconds": measured.seconds / len(measured.rows),
+                "created_at": datetime.now(UTC),
+            }
+            for row in measured.rows
+        ]
+        self.store.write_cell(identity(cell.checkpoint, cell.run_id, measured.family), cell.cell_id, rows)
+        self._measured[cell.run_id].add(cell.cell_id)
 
     def is_known(self, cell: Cell) -> bool:
         """Whether the warehouse has a cell. A fresh session counts only its own cells."""
@@ -429,8 +435,10 @@ def checkpoint_of_run(run: Mapping[str, Any], *, trust_remote_code: bool) -> Che
         PlanError: the checkpoint has changed since it was scored.
     """
     model, revision = str(run["model"]), run["revision"] or ""
-    is_commit = len(revision) == 40
-    checkpoint = resolve(f"{model}@{revision}" if is_commit else model, trust_remote_code=trust_remote_code)
+    checkpoint = resolve(
+        f"{model}@{revision}" if len(revision) == 40 else model,  # a commit
+        trust_remote_code=trust_remote_code,
+    )
     if checkpoint.revision != revision:
         raise PlanError(
             f"{run['run_id']} is of {model} at {revision[:12]}; it is at {checkpoint.revision[:12]} now.",
@@ -480,34 +488,6 @@ class Retention:
         return isfinite(self.low) and isfinite(self.high)
 
 
-def _identity(work: Cell | PlannedTask, run_id: str, family: str) -> RunIdentity:
-    checkpoint = work.checkpoint
+def identity(checkpoint: Checkpoint, run_id: str, family: str) -> RunIdentity:
+    """Return the columns of every row of an evaluation of a checkpoint."""
     return RunIdentity(run_id=run_id, model=checkpoint.name, revision=checkpoint.revision, family=family)
-
-
-def _rows(cell: Cell, measured: CellResult, patches: Sequence[str | None]) -> list[Mapping[str, Any]]:
-    """Return the rows of ``cells`` of a measured cell, without the columns of RunIdentity.
-
-    Args:
-        patches: hash of the patch of each row of the result, or None.
-    """
-    key = cell.intervention.key
-    return [
-        {
-            **key._replace(
-                removed=key.removed if row.removed is None else row.removed,
-                rounding=row.rounding or key.rounding,
-                patch=patch or key.patch,
-            ).row(),
-            "task": cell.task,
-            "metric": row.metric,
-            "layer": row.layer,
-            "part": cell.part,
-            "samples": row.samples.tolist(),
-            "weights": row.weights.tolist(),
-            "device": measured.device,
-            "seconds": measured.seconds / len(measured.rows),
-            "created_at": datetime.now(UTC),
-        }
-        for row, patch in zip(measured.rows, patches, strict=True)
-    ]

@@ -70,7 +70,7 @@ def sparsify(request: SparsifyRequest, run: Mapping[str, Any]) -> SparsityPlan:
                 session.run(planned.cells())
                 why["evaluation"] = planned.run_id()
                 summed: dict[tuple[int, str], Float64] = {}
-                for row in sorted(session.rows(planned.run_id()), key=lambda row: row["part"]):
+                for row in sorted(session.store.cells(planned.run_id()).to_pylist(), key=lambda row: row["part"]):
                     key, samples = (row["layer"], row["metric"]), np.asarray(row["samples"], np.float64)
                     summed[key] = summed[key] + samples if key in summed else samples
                 return summed
