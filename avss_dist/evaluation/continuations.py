@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from itertools import islice, zip_longest
 
 from avss_dist.core.errors import ModelError
@@ -23,18 +22,11 @@ NEW_TOKENS = 48
 Prompt = tuple[int, ...]
 
 
-@dataclass(frozen=True, kw_only=True)
-class Continuation:
-    """A continuation of a prompt by one model.
+Continuation = dict[str, str]
+"""A continuation of a prompt by one model: its ``prompt``, the name of the ``model`` for people, and the ``text``.
 
-    Attributes:
-        variant: name of the model for people.
-        prompt, text: texts without special tokens.
-    """
-
-    variant: str
-    prompt: str
-    text: str
+The texts have no special tokens.
+"""
 
 
 def held_out_prompts(model: PlacedModel, texts: Sequence[str], *, skip_sequences: int) -> list[Prompt]:
@@ -79,12 +71,12 @@ def continue_prompts(
     tokenizer = load_tokenizer(model.checkpoint, trust_remote_code=model.settings.trust_remote_code)
     continuations = []
     for variant, intervention in variants.items():
-        stored = session.rows(planned.run_id(intervention))
+        stored = session.store.cells(planned.run_id(intervention)).to_pylist()
         samples = {row["part"]: row["samples"] for row in stored if InterventionKey.of_row(row) == intervention.key}
         for number, ids in enumerate(prompts):
             prompt, text = (
                 tokenizer.decode([int(token) for token in tokens], skip_special_tokens=True)
                 for tokens in (ids, samples[number])
             )
-            continuations.append(Continuation(variant=variant, prompt=prompt, text=text))
+            continuations.append({"prompt": prompt, "model": variant, "text": text})
     return continuations, []

@@ -93,8 +93,7 @@ class FitRepair(Measure):
             drop=intervention.removed,
         )
         stored = StoredWeights.of_checkpoint(checkpoint, plan, settings)
-        repair = replace(self.repair, settings=settings)
-        repaired = fit_repair(checkpoint, plan, repair, self.texts, stored.read, model)
+        repaired = fit_repair(checkpoint, plan, replace(self.repair, settings=settings), self.texts, stored.read, model)
         about = json.dumps({"record": asdict(repaired.record), "notes": list(repaired.notes)})
         errors = np.array([cut.error_after for cut in repaired.record.cuts])
         patch = encode_patch(repaired.tensors, about)
@@ -147,12 +146,10 @@ def plan_fits(
     texts = tuple(plan_text(checkpoint, split_weight(corpus)[0], settings) for corpus in corpora)
     batches = sum(text.num_batches(settings.batch_size) for text in texts)
     model = replace(model, settings=settings, placement=with_copies(model.placement, min(copies, batches)))
-    planned: dict[str, PlannedTask] = {}
-    for by in repairs:
-        repair = Repair(by=by, corpora=tuple(corpora), settings=settings)
-        fit = FitRepair(repair=repair, layers=layers, texts=texts)
-        planned[by] = model.plan(Task(name=f"{REPAIR}{by}:{','.join(map(RedactedURI, corpora))}", parts=(fit,)))
-    return planned
+    chosen = [Repair(by=by, corpora=tuple(corpora), settings=settings) for by in repairs]
+    fits = {repair.by: (FitRepair(repair=repair, layers=layers, texts=texts),) for repair in chosen}
+    names = ",".join(map(RedactedURI, corpora))
+    return {by: model.plan(Task(name=f"{REPAIR}{by}:{names}", parts=fit)) for by, fit in fits.items()}
 
 
 def fit_of(planned: PlannedTask) -> FitRepair:

@@ -78,8 +78,8 @@ class TaskRetention:
     @cached_property
     def retentions(self) -> dict[str, Retention]:
         """Retention of each smaller model against the whole model."""
-        whole, *smaller = self.results.items()
-        return {name: Retention.of(whole[1], result) for name, result in smaller}
+        whole = self.results["whole"]
+        return {name: Retention.of(whole, result) for name, result in self.results.items() if name != "whole"}
 
     @property
     def final(self) -> Retention:
@@ -89,9 +89,9 @@ class TaskRetention:
     def describe(self) -> str:
         """Return one line for people, with the perplexity of a loss."""
         names = {"pruned": "without these layers", "whole": "of the whole model"}
-        results = reversed([*self.results.items()])
-        values = ", ".join(f"{readable_metric(result)[1]} {names.get(name, name)}" for name, result in results)
-        return f"{self.task}: {readable_metric(self.results['whole'])[0]} {values}."
+        metrics = {name: result.metrics()[-1] for name, result in self.results.items()}
+        values = [f"{value:z,.4g} {names.get(name, name)}" for name, (_, value, _) in metrics.items()]
+        return f"{self.task}: {metrics['whole'][0]} {', '.join(reversed(values))}."
 
     def describe_kept(self) -> str:
         """Return one line for people on the retention of the smaller models, with the interval of the last one."""
@@ -99,12 +99,6 @@ class TaskRetention:
         shares = ", ".join(f"{retention.value:z.1%} {name}" for name, retention in self.retentions.items())
         interval = f" (95% interval {final.low:z.1%} to {final.high:z.1%})" if final.has_interval else ""
         return f"Kept of the whole model on {self.task}: {shares}{interval}."
-
-
-def readable_metric(result: Result) -> tuple[str, str]:
-    """Return name and value of a metric for people, those of the perplexity of a loss."""
-    *_, (name, value, _) = result.metrics()
-    return name, f"{value:z,.4g}"
 
 
 @dataclass(frozen=True, kw_only=True)

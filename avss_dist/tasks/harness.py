@@ -16,6 +16,7 @@ from functools import lru_cache, partial
 from importlib.metadata import version
 from itertools import chain, islice
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 from unittest.mock import patch
 
@@ -44,6 +45,7 @@ from avss_dist.tasks.harness_files import (
 )
 from avss_dist.tasks.task import Measure, Row, Task
 
+MODEL_NOTE = "The model raised it, not the task."
 SEED, OTHER_SEED = 0, 1234  # the harness's own: of `random`; of numpy, torch and the choice of examples
 
 
@@ -73,19 +75,19 @@ class HarnessPart(Measure):
 
         Likelihoods are computed in float32.
         """
-        loaded = _load_cached(self)
+        with _silence(), _explained(self.name, "made"):
+            loaded = _load_cached(self)
         from lm_eval.evaluator import evaluate
 
         with _silence(), model.applying(intervention):
-            failures: list[Exception] = []
             chat = self.template is not None
-            wrapped = harness_model(model, chat=chat, failures=failures)
+            wrapped = harness_model(model, chat=chat)
             random.seed(SEED)
             np.random.seed(OTHER_SEED)
             torch.manual_seed(OTHER_SEED)
             for task in loaded["tasks"].values():
                 task.set_fewshot_seed(OTHER_SEED)
-            with _explained(self.name, "asked or scored", failures):
+            with _explained(self.name, "asked or scored"):
                 results = evaluate(
                     wrapped,
                     loaded,
@@ -174,20 +176,14 @@ def _catalogue() -> Any:
     return TaskManager()
 
 
-@lru_cache(maxsize=4)
-def _load_cached(part: HarnessPart) -> Any:
-    """Return `_load`, cached, because a part runs many times."""
-    with _silence(), _explained(part.name, "made"):
-        return _load(part)
-
-
 @contextmanager
-def _explained(task: str, what: str, failures: Sequence[Exception] = ()) -> Iterator[None]:
+def _explained(task: str, what: str) -> Iterator[None]:
     """Convert exceptions of the harness, of `datasets` and of a task's own templates and code to `TaskError`.
+
+    Exceptions of `_from_model` pass through.
 
     Args:
         what: participle for what the context does with the task.
-        failures: exceptions of the model, which pass through.
     """
     from datasets.exceptions import DatasetGenerationError, DatasetsError
 
@@ -196,7 +192,7 @@ def _explained(task: str, what: str, failures: Sequence[Exception] = ()) -> Iter
     except AvssError:
         raise
     except Exception as error:
-        if any(error is failure for failure in failures) or is_out_of_memory(error):
+        if MODEL_NOTE in getattr(error, "__notes__", ()) or is_out_of_memory(error):
             raise
         if isinstance(error, OSError | DatasetsError):
             reason = error.__cause__ if isinstance(error, DatasetGenerationError) else error
@@ -238,6 +234,9 @@ def _load(part: HarnessPart) -> Any:
         if task_shots is None or (part.num_fewshot is not None and task_shots != 0):
             task.set_config("num_fewshot", part.num_fewshot or 0)
     return loaded
+
+
+_load_cached = lru_cache(maxsize=4)(_load)  # because a part runs many times
 
 
 def _key(part: HarnessPart, loaded: Any) -> str:
@@ -315,11 +314,10 @@ Question = tuple[tuple[int, ...], tuple[int, ...]]
 """Input of the model (context and continuation without the last token), and the continuation that is asked for."""
 
 
-def harness_model(model: LanguageModel, *, failures: list[Exception], chat: bool = False) -> Any:
+def harness_model(model: LanguageModel, *, chat: bool = False) -> Any:
     """Return a language model as a model of the harness.
 
     Args:
-        failures: list to which exceptions of the model itself are appended; they are raised all the same.
         chat: apply the model's chat template.
     """
     from lm_eval.models.huggingface import HFLM
@@ -332,7 +330,7 @@ def harness_model(model: LanguageModel, *, failures: list[Exception], chat: bool
                 (tuple((*before, *after)[-(self.max_length + 1) :][:-1]), tuple(after)) for _, before, after in requests
             ]
             groups = _batches(questions, self.batch_size)
-            with _noting(failures):
+            with _from_model():
                 likelihoods = model.together(
                     [partial(_likelihoods, model, [questions[i] for i in group]) for group in groups]
                 )
@@ -343,8 +341,9 @@ def harness_model(model: LanguageModel, *, failures: list[Exception], chat: bool
     tokenizer = load_tokenizer(model.checkpoint, trust_remote_code=settings.trust_remote_code)
     if chat:
         tokenizer.chat_template = without_today(tokenizer.get_chat_template())
+    module = model.module  # the harness takes its configuration and device, and has it generate
     return Model(
-        pretrained=_Module(model, failures),
+        pretrained=SimpleNamespace(config=module.config, device=module.device, generate=_from_model()(model.generate)),
         tokenizer=tokenizer,
         backend="causal",
         batch_size=settings.batch_size,
@@ -385,31 +384,13 @@ def _likelihoods(model: LanguageModel, questions: Sequence[Question]) -> list[tu
     return [(-float(loss.sum()), bool(greedy.all())) for loss, greedy in parts]
 
 
-class _Module:
-    """Stand-in for a model's module, which generates as the intervention requires.
-
-    Args:
-        failures: see `harness_model`.
-    """
-
-    def __init__(self, model: LanguageModel, failures: list[Exception]) -> None:
-        self._model, self._failures = model, failures
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._model.module, name)
-
-    def generate(self, **kwargs: Any) -> Any:
-        with _noting(self._failures):
-            return self._model.generate(**kwargs)
-
-
 @contextmanager
-def _noting(failures: list[Exception]) -> Iterator[None]:
-    """Append an exception that is raised inside the context to a list, and raise it."""
+def _from_model() -> Iterator[None]:
+    """Add a note to an exception that is raised inside the context: the task is not the cause."""
     try:
         yield
     except Exception as error:
-        failures.append(error)
+        error.add_note(MODEL_NOTE)
         raise
 
 

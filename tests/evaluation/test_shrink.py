@@ -36,7 +36,6 @@ from avss_dist.distillation import memory
 from avss_dist.distillation.curve import CurvePoint, TrainingAdvanced
 from avss_dist.distillation.record import read_record
 from avss_dist.evaluation import continuations
-from avss_dist.evaluation.continuations import Continuation
 from avss_dist.evaluation.repairs import copies_of
 from avss_dist.evaluation.shrink import SCORED, CandidateResult, Shrunk, TextSplit, split_rows
 from avss_dist.evaluation.tasks import plan_text
@@ -126,8 +125,8 @@ def test_models_continue_held_out_text_as_plain_transformers_does(done: Shrunk, 
     read = Settings(**ROWS | {"max_sequences": 3, "skip_sequences": 10})
     rows = plan_text(resolve(str(deep)), TEXT, read).shards[0].input_ids
     prompts = [tokenizer.decode(row[:16]) for row in rows]
-    assert [(one.prompt, one.variant) for one in done.continuations] == [(p, m) for m in MODELS for p in prompts]
-    texts = {(one.prompt, one.variant): one.text for one in done.continuations}
+    assert [(one["prompt"], one["model"]) for one in done.continuations] == [(p, m) for m in MODELS for p in prompts]
+    texts = {(one["prompt"], one["model"]): one["text"] for one in done.continuations}
     for prompt in prompts:
         assert texts[prompt, MODELS[0]] == greedy(deep, prompt, 6)
         assert texts[prompt, MODELS[2]] == greedy(done.folder, prompt, 6)
@@ -135,7 +134,7 @@ def test_models_continue_held_out_text_as_plain_transformers_does(done: Shrunk, 
 
 
 def test_markup_in_a_text_is_shown_as_text() -> None:
-    (table,) = continuation_tables([Continuation(variant="whole", prompt="[red]A\nlist", text="[/red] b")])
+    (table,) = continuation_tables([{"model": "whole", "prompt": "[red]A\nlist", "text": "[/red] b"}])
     console = Console(file=StringIO(), width=80)
     console.print(FittedTable(table))
     shown = " ".join(console.file.getvalue().split())  # type: ignore[attr-defined]
@@ -454,7 +453,7 @@ def test_the_table_the_card_and_the_texts_are_those_of_the_distilled_model(disti
     made, _ = distilled
     assert made.distillation is not None
     last = f"2 layers dropped, distilled on {made.distillation.after.tokens:,} tokens"
-    texts = [(one.variant, one.prompt) for one in made.continuations]
+    texts = [(one["model"], one["prompt"]) for one in made.continuations]
     assert texts == [(model, prompt) for model in (*MODELS, last) for prompt in dict.fromkeys(p for _, p in texts)]
     (row,) = made.table().to_pylist()
     assert row["distilled"] == made.best.kept and row["kept"] == made.curve[0].kept

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from operator import itemgetter
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Group, RenderableType
@@ -19,6 +20,7 @@ from avss_dist.core.names import PERPLEXITY
 from avss_dist.core.text import basename, describe_bytes
 from avss_dist.reports.terminal.tables import FittedTable
 from avss_dist.stats.metrics import NO_INTERVAL
+from avss_dist.warehouse.reader import grouped
 
 if TYPE_CHECKING:
     from avss_dist.distillation.distill import Distilled
@@ -62,25 +64,22 @@ def shrunk_tables(done: Shrunk) -> RenderableType:
 
 def continuation_tables(continuations: Sequence[Continuation]) -> Iterator[ReportTable]:
     """Yield a table for each prompt, with a row for each model."""
-    for prompt in dict.fromkeys(continuation.prompt for continuation in continuations):
-        of_prompt = [continuation for continuation in continuations if continuation.prompt == prompt]
-        texts = [" ".join(continuation.text.split()) for continuation in of_prompt]
+    for prompt, same in grouped(continuations, itemgetter("prompt")).items():
+        texts = [" ".join(continuation["text"].split()) for continuation in same]
         yield ReportTable(
             title=f"Greedy continuation of: {' '.join(prompt.split())}",
             columns=[
-                ReportColumn("model", [continuation.variant for continuation in of_prompt], number=False, wraps=True),
+                ReportColumn("model", [continuation["model"] for continuation in same], number=False, wraps=True),
                 ReportColumn("continuation", texts, number=False, wraps=True),
             ],
         )
 
 
 def _task_columns(task: TaskRetention) -> Iterator[ReportColumn]:
-    from avss_dist.evaluation.shrink import readable_metric
-
     kept = [None, *task.retentions.values()]
-    metrics = [readable_metric(result) for result in task.results.values()]
+    metrics = [result.metrics()[-1] for result in task.results.values()]
     group = basename(task.task.removeprefix(PERPLEXITY))
-    yield ReportColumn(metrics[0][0], [value for _, value in metrics], group=group)
+    yield ReportColumn(metrics[0][0], [f"{value:z,.4g}" for _, value, _ in metrics], group=group)
     yield ReportColumn("kept", [retention and retention.value for retention in kept], "{:z.1%}".format, missing="")
     intervals = [retention and known_interval(retention.low, retention.high) for retention in kept]
     yield ReportColumn("95% interval", intervals, interval("{:z.1%}".format), priority=1)
@@ -99,7 +98,7 @@ def shrunk_values(done: Shrunk) -> dict[str, Any]:
         "notes": [*done.notes],
     }
     if done.continuations:
-        values["continuations"] = [{"prompt": c.prompt, "model": c.variant, "text": c.text} for c in done.continuations]
+        values["continuations"] = [*done.continuations]
     if done.distillation:
         finals = [(task.task, task.final) for task in done.best.tasks]
         values["distilled"] = [{"task": k, "kept": v.value, "low": v.low, "high": v.high} for k, v in finals]
