@@ -71,11 +71,8 @@ def ablate(request: AblateRequest, format: str) -> None:
     """Measure what layers do to the loss, and print it."""
     with CellProgress() as progress:
         ablation = measure_ablation(replace(request, on_event=progress))
-    rounded = ablation.sensitivity
-    shown = chain(
-        map(ablation_table, [ablation] if ablation.layers else []), sensitivity_tables(rounded) if rounded else []
-    )
-    print_result(format, shown, (rounded or ablation).table)
+    shown = chain(map(ablation_table, [ablation] if ablation.layers else []), sensitivity_tables(ablation))
+    print_result(format, shown, (ablation.sensitivity or ablation).table)
 
 
 def evaluate(request: EvaluateRequest, format: str) -> None:

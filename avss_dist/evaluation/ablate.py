@@ -61,8 +61,6 @@ class Sensitivity(TabularResult):
             (`scorecard.reliability`); NaN if it was not measured.
     """
 
-    model: str
-    corpus: str
     rows: Sequence[Mapping[str, Any]]
     reliability: Mapping[str, float]
 
@@ -75,10 +73,6 @@ class Sensitivity(TabularResult):
         `map_damage.RoundingDamage`, with standard errors that are null for a single sample.
         """
         return pa.Table.from_pylist(list(self.rows))
-
-    def summary(self) -> str:
-        """Return the formats, the model and the text, in a line."""
-        return f"{', '.join(self.reliability)}: {self.model} on {self.corpus}"
 
 
 @dataclass(frozen=True, kw_only=True, repr=False)
@@ -175,7 +169,7 @@ def ablate(request: AblateRequest) -> Ablation:
     removed, rounded = list[Result](), list[Result]()
     for planned, measured in results.items():
         (rounded if planned.task.name.startswith((ROUNDING_TASK, ROUNDED_LOSS)) else removed).extend(measured)
-    return _ablation(str(request.model), corpus, removed, _sensitivity(request, corpus, rounded))
+    return _ablation(str(request.model), corpus, removed, _sensitivity(request.formats, rounded))
 
 
 def _require_intended(request: AblateRequest, model: PlacedModel, text: CorpusPlan) -> None:
@@ -255,13 +249,13 @@ def _ablation(model: str, corpus: str, results: Iterable[Result], rounded: Sensi
     )
 
 
-def _sensitivity(request: AblateRequest, corpus: str, results: Iterable[Result]) -> Sensitivity | None:
+def _sensitivity(formats: Sequence[str], results: Iterable[Result]) -> Sensitivity | None:
     """Return the effect of rounded weights from the results of the tasks of rounding, or None without formats."""
-    if not request.formats:
+    if not formats:
         return None
     _, by_place = _by_place(results, lambda result: parse_rounded(result.intervention.rounding or ""))
     rows = []
-    places = sorted(by_place, key=lambda at: (request.formats.index(at.format), at.layer, at.path or ""))
+    places = sorted(by_place, key=lambda at: (formats.index(at.format), at.layer, at.path or ""))
     for place in places:
         measured = by_place[place]
         row: dict[str, Any] = {"format": place.format, "layer": place.layer, "map": place.path}
@@ -273,9 +267,9 @@ def _sensitivity(request: AblateRequest, corpus: str, results: Iterable[Result])
         rows.append(row)
     agreement = {
         name: _agreement_of(by_place[place] for place in places if (place.format, place.path) == (name, None))
-        for name in request.formats
+        for name in formats
     }
-    return Sensitivity(model=str(request.model), corpus=corpus, rows=rows, reliability=agreement)
+    return Sensitivity(rows=rows, reliability=agreement)
 
 
 def _agreement_of(places: Iterable[Mapping[str, Result]]) -> float:

@@ -32,11 +32,12 @@ from avss_dist.evaluation.session import (
     PlacedModel,
     PlannedTask,
     Retention,
+    identity,
     require_intended,
     require_listable,
     results_under,
 )
-from avss_dist.evaluation.tasks import plan_task, refuse_overlaps, text_task, texts_of_run
+from avss_dist.evaluation.tasks import plan_task, plan_text_task, refuse_overlaps, texts_of_run
 from avss_dist.models.checkpoints import resolve
 from avss_dist.models.loading import text_config
 from avss_dist.pruning.ground_truth import layer_truth
@@ -54,7 +55,6 @@ from avss_dist.stats.scores import RELATIVE_THRESHOLDS, Threshold
 from avss_dist.tasks.task import Result
 from avss_dist.tasks.text_loss import LeaveOneOut
 from avss_dist.warehouse.reader import Warehouse
-from avss_dist.warehouse.schema import RunIdentity
 from avss_dist.warehouse.store import Store
 
 MOST_EVALUATIONS = 10_000  # evaluations of a model on a task that an experiment makes without `allow_many`
@@ -271,10 +271,7 @@ def run_experiment(job: JobFile, request: RunJobRequest) -> tuple[list[Run], lis
             for (task, planned), candidate in product(trial.planned.items(), evaluated)
             for row in candidate_rows(candidate, measured[planned], guess)
         ]
-        identity = RunIdentity(
-            run_id=run_id, model=checkpoint.name, revision=checkpoint.revision, family=trial.rows[0]["family"]
-        )
-        store.write_rows("experiments", identity, rows, name)
+        store.write_rows("experiments", identity(checkpoint, run_id, trial.rows[0]["family"]), rows, name)
         written += [{**row, "run_id": run_id, "model": checkpoint.name} for row in rows]
     return runs, written
 
@@ -299,10 +296,8 @@ def _size(specs: Sequence[RunSpec], experiment: Experiment) -> tuple[int, str]:
 
 def _leave_one_out(trials: Sequence[Trial], session: EvaluationSession) -> None:
     """Measure the loss of every trial without each of its layers, on the text that its scores were measured on."""
-    planned, prefix = [], SCORES[LEAVE_ONE_OUT].task
-    for trial in trials:
-        model = trial.model
-        planned.append(model.plan(text_task(model.checkpoint, trial.corpus, model.settings, LeaveOneOut, prefix)))
+    prefix = SCORES[LEAVE_ONE_OUT].task
+    planned = [plan_text_task(trial.model, trial.corpus, LeaveOneOut, prefix) for trial in trials]
     results = session.measure(dict.fromkeys(planned, (NO_INTERVENTION,)))
     for trial, task in zip(trials, planned, strict=True):
         values = {result.removed: result.value for result in results[task] if result.metric == LOSS}

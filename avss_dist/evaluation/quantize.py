@@ -162,8 +162,7 @@ def _choose(request: PrecisionRequest, damage: Float64, bits: Float64, budget: f
         if bits.sum(axis=0).min() > budget * (1 + ROUNDING_ERROR):
             raise ConfigError("No single format is within the budget.", f"Raise it, or use `by` {SECOND_ORDER}.")
         return same_format(bits, budget)
-    order = np.random.default_rng(request.seed).permutation(len(bits)).tolist()
-    return in_order(order, damage, bits, budget)
+    return in_order(np.random.default_rng(request.seed).permutation(len(bits)).tolist(), damage, bits, budget)
 
 
 def _named(plan: PrecisionPlan, library: str, program: str, examples: str) -> list[tuple[MapPrecision, str]]:

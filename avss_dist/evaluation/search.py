@@ -21,7 +21,7 @@ from avss_dist.core.text import RedactedURI, describe_layers
 from avss_dist.evaluation.events import SearchStep
 from avss_dist.evaluation.repairs import fit_of, fit_repairs, plan_fits
 from avss_dist.evaluation.session import EvaluationSession, PlacedModel, PlannedTask, checkpoint_of_run
-from avss_dist.evaluation.tasks import text_task
+from avss_dist.evaluation.tasks import plan_text_task
 from avss_dist.models.loading import text_config
 from avss_dist.pruning.plan import Plan, layer_list, plan_of, reasons
 from avss_dist.pruning.repair.registry import REPAIRS, searched_repair
@@ -134,8 +134,7 @@ def searching(session: EvaluationSession, model: PlacedModel, corpus: str) -> It
     Raises:
         CorpusError: the corpus cannot be read, or is too short.
     """
-    task = text_task(model.checkpoint, corpus, model.settings, partial(LeaveOneOut, layers=()), SEARCH)
-    planned = model.plan(task)
+    planned = plan_text_task(model, corpus, partial(LeaveOneOut, layers=()), SEARCH)
     started = datetime.now(UTC)  # earlier rows do not count in a fresh session
 
     def measured() -> dict[Removals, Result]:
@@ -195,7 +194,7 @@ def repaired_search(
     """
     model = model.reading(max_sequences=rows)
     checkpoint, settings, repair = model.checkpoint, model.settings, searched_repair(request.repair)
-    text = model.plan(text_task(checkpoint, request.corpus, settings, prefix=SEARCH))
+    text = plan_text_task(model, request.corpus, prefix=SEARCH)
     if fit is not None:
         final, enough = fit_of(fit), rows
         if REPAIRS[repair].form == "full":  # rows of each text that suffice for a residual stream of this width
@@ -204,9 +203,14 @@ def repaired_search(
             unknowns = REPAIRS[repair].tokens_needed(width, width) / max(1.0, tokens / sequences - SINK_TOKENS)
             fitted = unknowns / len(final.texts) * HELD_BACK / (HELD_BACK - 1)
             enough = max(rows, ceil(fitted) + 2)  # because the held-back rows are rounded up
-        skipped = final.repair.settings.skip_sequences
-        reading = {"max_sequences": enough, "skip_sequences": skipped}
-        fit = plan_fits(model, final.layers, [repair], final.repair.corpora, **reading)[repair]
+        fit = plan_fits(
+            model,
+            final.layers,
+            [repair],
+            final.repair.corpora,
+            max_sequences=enough,
+            skip_sequences=final.repair.settings.skip_sequences,
+        )[repair]
 
     def losses(base: Layers, layers: Layers) -> dict[Layers, Result]:
         drops = _expand(base, layers)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import asdict
 from datetime import UTC, datetime
+from operator import itemgetter
 from typing import Any
 
 import numpy as np
@@ -23,7 +24,7 @@ from avss_dist.stats.layer_stats import Float64
 from avss_dist.tasks.block_search import GREEDY, HILL, GreedyBlock, Spectra
 from avss_dist.tasks.map_damage import SECOND, MapDamage
 from avss_dist.tasks.task import Measure, Task
-from avss_dist.warehouse.reader import Warehouse
+from avss_dist.warehouse.reader import Warehouse, grouped
 from avss_dist.warehouse.schema import RunIdentity
 from avss_dist.warehouse.store import Store
 
@@ -52,8 +53,11 @@ def sparsify(request: SparsifyRequest, run: Mapping[str, Any]) -> SparsityPlan:
     if method not in _ALLOCATIONS:  # the counts of the run are enough
         sparsities = np.full(len(maps), target)
     else:
-        problem = f"has a part of each weight, and {method} needs it whole."
-        require_partition(request.execution.partition, lambda info: not info.gang, problem)
+        require_partition(
+            request.execution.partition,
+            lambda info: not info.gang,
+            f"has a part of each weight, and {method} needs it whole.",
+        )
         checkpoint = checkpoint_of_run(run, trust_remote_code=request.settings.trust_remote_code)
         corpus = RedactedURI(request.corpus or run["corpus"])
         with EvaluationSession.open(
@@ -69,11 +73,9 @@ def sparsify(request: SparsifyRequest, run: Mapping[str, Any]) -> SparsityPlan:
                 planned = model.plan(Task(name=name, parts=parts))
                 session.run(planned.cells())
                 why["evaluation"] = planned.run_id()
-                summed: dict[tuple[int, str], Float64] = {}
-                for row in sorted(session.store.cells(planned.run_id()).to_pylist(), key=lambda row: row["part"]):
-                    key, samples = (row["layer"], row["metric"]), np.asarray(row["samples"], np.float64)
-                    summed[key] = summed[key] + samples if key in summed else samples
-                return summed
+                rows = session.store.cells(planned.run_id()).sort_by("part").to_pylist()
+                by_place = grouped(rows, itemgetter("layer", "metric"))
+                return {place: np.sum([row["samples"] for row in same], axis=0) for place, same in by_place.items()}
 
             sparsities, reasons = _ALLOCATIONS[method](maps, target, text, measure)
         why |= reasons

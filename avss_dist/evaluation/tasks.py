@@ -28,39 +28,35 @@ from avss_dist.warehouse.reader import Warehouse
 COMPARED_ROWS = 4  # rows of a text that are read with both starts
 
 
-def make_task(
-    checkpoint: Checkpoint,
+def plan_task(
+    model: PlacedModel,
     name: str,
-    settings: Settings,
     *,
     skip_questions: int = 0,
     limit: int | None = None,
     num_fewshot: int | None = None,
-) -> Task:
-    """Return the task with a name.
+) -> PlannedTask:
+    """Return the task with a name for a model, ready to be measured.
 
     Raises:
         AvssError: no task has this name, or its data cannot be loaded.
     """
     if name.startswith(PERPLEXITY):
-        return text_task(checkpoint, RedactedURI(name).full.removeprefix(PERPLEXITY), settings)
+        return plan_text_task(model, RedactedURI(name).full.removeprefix(PERPLEXITY))
+    settings = model.settings
     if name.startswith(TRUTHFULQA):
         questions = slice(skip_questions, None if limit is None else skip_questions + limit)
         path = RedactedURI(name).full.removeprefix(TRUTHFULQA)
-        tokenizer = load_tokenizer(checkpoint, trust_remote_code=settings.trust_remote_code)
+        tokenizer = load_tokenizer(model.checkpoint, trust_remote_code=settings.trust_remote_code)
         choices = tuple(map(TruthfulChoices, tokenize_choices(path, tokenizer, settings, questions)))
-        return Task(name=f"{TRUTHFULQA}{RedactedURI(path)}", parts=choices)
+        return model.plan(Task(name=f"{TRUTHFULQA}{RedactedURI(path)}", parts=choices))
     from avss_dist.tasks.harness import harness_task
 
     code, template = settings.trust_remote_code, None
     if settings.chat_template:
-        template = chat_template(load_tokenizer(checkpoint, trust_remote_code=code))
-    return harness_task(name, limit=limit, num_fewshot=num_fewshot, template=template, trust_remote_code=code)
-
-
-def plan_task(model: PlacedModel, name: str, **options: Any) -> PlannedTask:
-    """Return the task with a name for a model, ready to be measured. Options are those of `make_task`."""
-    return model.plan(make_task(model.checkpoint, name, model.settings, **options))
+        template = chat_template(load_tokenizer(model.checkpoint, trust_remote_code=code))
+    task = harness_task(name, limit=limit, num_fewshot=num_fewshot, template=template, trust_remote_code=code)
+    return model.plan(task)
 
 
 def plan_text(checkpoint: Checkpoint, corpus: str, settings: Settings) -> CorpusPlan:
@@ -78,14 +74,10 @@ def plan_text(checkpoint: Checkpoint, corpus: str, settings: Settings) -> Corpus
     return text
 
 
-def text_task(
-    checkpoint: Checkpoint,
-    corpus: str,
-    settings: Settings,
-    measure: Callable[[Shard], Measure] = TextLoss,
-    prefix: str = PERPLEXITY,
-) -> Task:
-    """Return the task of a measure of a corpus in the checkpoint's tokens, by default of the loss.
+def plan_text_task(
+    model: PlacedModel, corpus: str, measure: Callable[[Shard], Measure] = TextLoss, prefix: str = PERPLEXITY
+) -> PlannedTask:
+    """Return the task of a measure of a corpus in a model's tokens, by default of the loss.
 
     Args:
         prefix: start of the name of the task, before that of the corpus.
@@ -93,12 +85,12 @@ def text_task(
     Raises:
         CorpusError: the corpus cannot be read, or is too short.
     """
-    text = plan_text(checkpoint, corpus, settings)
-    return Task(name=f"{prefix}{RedactedURI(corpus)}", parts=tuple(map(measure, text.shards)))
+    text = plan_text(model.checkpoint, corpus, model.settings)
+    return model.plan(Task(name=f"{prefix}{RedactedURI(corpus)}", parts=tuple(map(measure, text.shards))))
 
 
 def row_start_task(planned: PlannedTask) -> PlannedTask | None:
-    """Return the task of comparing two starts of the first rows of a `text_task`, or None if rows have only one."""
+    """Return the task of comparing two starts of the first rows of a text, or None if rows have only one."""
     tokenizer = load_tokenizer(planned.checkpoint, trust_remote_code=planned.settings.trust_remote_code)
     first = _shards(planned.task, TextLoss)[0]
     if (shards := with_other_start(first, tokenizer, planned.settings, COMPARED_ROWS)) is None:

@@ -26,8 +26,10 @@ from avss_dist.analysis.findings import findings
 from avss_dist.core.errors import AvssError, ConfigError, CorpusError
 from avss_dist.core.names import ROW_START
 from avss_dist.core.settings import Settings
-from avss_dist.evaluation.tasks import make_task, refuse_overlap, texts_of_run
+from avss_dist.evaluation.session import PlacedModel
+from avss_dist.evaluation.tasks import plan_task, refuse_overlap, texts_of_run
 from avss_dist.models.checkpoints import resolve
+from avss_dist.partition.replica import Placement
 from avss_dist.pruning.checkpoint import prune, pruned_from
 from avss_dist.pruning.plan import Plan
 from avss_dist.tasks.task import Task
@@ -234,10 +236,11 @@ def refuse(seen: Seen, model: Path, task: Task) -> None:
     refuse_overlap([task], texts_of_run(Warehouse(seen[0]), seen[1], resolve(str(model))))
 
 
-def task_on(text: str, model: Path, folder: Path, **changes: Any) -> Task:
-    file = folder / "read.txt"
+def task_on(text: str, model: Path, folder: Path, name: str = "read.txt", **changes: Any) -> Task:
+    file = folder / name
     file.write_bytes(text.encode())
-    return make_task(resolve(str(model)), f"perplexity:{file}", Settings(**SHORT | changes))
+    read: dict[str, Any] = {"settings": Settings(**SHORT | changes), "placement": Placement()}
+    return plan_task(PlacedModel(checkpoint=resolve(str(model)), **read), f"perplexity:{file}").task
 
 
 @pytest.mark.parametrize("name", SAME)
@@ -248,9 +251,8 @@ def test_seen_text_in_short_rows_is_refused(name: str, seen: Seen, tiny_llama: P
 
 
 def test_text_that_cannot_be_compared_is_refused(seen: Seen, tiny_llama: Path, tmp_path: Path) -> None:
-    file = tmp_path / "words.jsonl"
-    file.write_text("".join(json.dumps({"text": word}) + "\n" for word in ("yes", "no", "perhaps")))
-    task = make_task(resolve(str(tiny_llama)), f"perplexity:{file}", Settings(**SHORT, layout="padded"))
+    text = "".join(json.dumps({"text": word}) + "\n" for word in ("yes", "no", "perhaps"))
+    task = task_on(text, tiny_llama, tmp_path, name="words.jsonl", layout="padded")
     with pytest.raises(
         ConfigError, match=r"cannot be compared with the text that the scores of .*: one of them has no 16"
     ):

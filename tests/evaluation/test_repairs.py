@@ -32,7 +32,7 @@ from avss_dist.core.settings import Execution, Settings
 from avss_dist.evaluation.events import CellUnderway, Event
 from avss_dist.evaluation.repairs import fit_repairs, plan_fits, read_repaired
 from avss_dist.evaluation.session import EvaluationSession, PlacedModel, PlannedTask
-from avss_dist.evaluation.tasks import text_task
+from avss_dist.evaluation.tasks import plan_text_task
 from avss_dist.models.checkpoints import resolve
 from avss_dist.models.interventions import decode_patch, encode_patch, patched
 from avss_dist.models.loading import open_module
@@ -112,8 +112,7 @@ def test_a_patch_in_place_is_the_repaired_checkpoint(
     checkpoint, settings = resolve(str(folder)), Settings(**READ, max_sequences=60, dtype="float32")
     placement, repair = Placement(partition=partition), Repair(by="map", corpora=(TEXT,), settings=settings)
     text = Settings(**READ, skip_sequences=72, max_sequences=8, dtype="float32")
-    read = text_task(checkpoint, TEXT, text)
-    task = PlannedTask(checkpoint=checkpoint, settings=text, task=read, placement=placement)
+    task = plan_text_task(PlacedModel(checkpoint=checkpoint, settings=text, placement=placement), TEXT)
     with closing(LocalExecutor(settings)) as executor:
         placed = PlacedModel(checkpoint=checkpoint, settings=settings, placement=placement)
         (fit,) = plan_fits(placed, layers, ["map"], (TEXT,)).values()
@@ -125,8 +124,7 @@ def test_a_patch_in_place_is_the_repaired_checkpoint(
         plan = Plan(model=str(folder), num_layers=3, layers=layers, drop=(1,))
         prune(str(folder), plan, tmp_path / "less", repair=repair)
         less = resolve(str(tmp_path / "less"))
-        read = text_task(less, TEXT, text)
-        pruned_task = PlannedTask(checkpoint=less, settings=text, task=read, placement=Placement())
+        pruned_task = plan_text_task(PlacedModel(checkpoint=less, settings=text, placement=Placement()), TEXT)
         expected = total_losses(executor, pruned_task.cells())
         again = total_losses(executor, task.cells())
     assert losses[repaired.key] == expected[NO_INTERVENTION.key] != losses[without.key]

@@ -20,7 +20,7 @@ from avss_dist.core.names import LOSS
 from avss_dist.core.settings import Execution, Settings
 from avss_dist.evaluation.events import CellDone, CellsStarted, Event
 from avss_dist.evaluation.session import EvaluationSession, PlannedTask, Retention, failure, results_under
-from avss_dist.evaluation.tasks import text_task
+from avss_dist.evaluation.tasks import plan_text_task
 from avss_dist.models.checkpoints import resolve
 from avss_dist.runs.local import LocalExecutor
 from avss_dist.stats.intervals import jackknife_interval
@@ -69,8 +69,7 @@ def session_of(
 
 
 def task_of(session: EvaluationSession, model: Path) -> PlannedTask:
-    placed = session.place(resolve(str(model)), SETTINGS)
-    return placed.plan(text_task(placed.checkpoint, TEXT, placed.settings))
+    return plan_text_task(session.place(resolve(str(model)), SETTINGS), TEXT)
 
 
 def test_nothing_is_measured_twice(tiny_llama: Path, tmp_path: Path) -> None:

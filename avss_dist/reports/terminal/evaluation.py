@@ -28,7 +28,7 @@ from avss_dist.stats.rankings import count_lowest
 
 if TYPE_CHECKING:
     from avss_dist.estimation import Estimate, Preview
-    from avss_dist.evaluation.ablate import Ablation, Sensitivity
+    from avss_dist.evaluation.ablate import Ablation
     from avss_dist.evaluation.evaluate import Evaluations
     from avss_dist.evaluation.events import SearchStep
     from avss_dist.pruning.plan import Plan
@@ -178,8 +178,10 @@ def search_table(plan: Plan, steps: Sequence[SearchStep]) -> FittedTable:
     )
 
 
-def sensitivity_tables(rounded: Sensitivity) -> Iterator[FittedTable]:
+def sensitivity_tables(ablation: Ablation) -> Iterator[FittedTable]:
     """Yield a table of the layers and one of the linear maps, with columns for each number format."""
+    if (rounded := ablation.sensitivity) is None:
+        return
     rows = rounded.table().to_pylist()
     formats = list(rounded.reliability)
     columns = [ReportColumn("layer", [r["layer"] for r in rows if r["format"] == formats[0] and r["map"] is None])]
@@ -205,7 +207,7 @@ def sensitivity_tables(rounded: Sensitivity) -> Iterator[FittedTable]:
             f"order the layers as this one does to {', '.join(agreements)} (Spearman; split halves)."
         )
     yield FittedTable(
-        ReportTable(columns=columns, title=f"{rounded.model}  {rounded.corpus}: rounded weights", caption=caption)
+        ReportTable(columns=columns, title=f"{ablation.model}  {ablation.corpus}: rounded weights", caption=caption)
     )
     if paths := list(dict.fromkeys(row["map"] for row in rows if row["map"])):
         yield FittedTable(_rounded_maps(rows, paths, formats))
