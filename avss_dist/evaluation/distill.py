@@ -42,8 +42,14 @@ def require_distillable(request: ShrinkRequest, checkpoint: Checkpoint) -> None:
     size = footprint(checkpoint, models.settings)
     maximum = max(0, min(size.num_layers - 1, size.num_layers - request.first - request.last))
     dropped = maximum if request.keep else count_lowest(size.num_layers, request.share or LOWEST_SHARE)
-    settings = models.settings, models.teacher_settings
-    whole = estimate_memory(checkpoint, checkpoint, *settings, train=training.train, rank=training.lora_rank)
+    whole = estimate_memory(
+        checkpoint,
+        checkpoint,
+        models.settings,
+        models.teacher_settings,
+        train=training.train,
+        rank=training.lora_rank,
+    )
     require_memory(
         without_layers(whole, size, dropped),
         models.device.type,
@@ -68,16 +74,18 @@ def distill_student(
         AvssError: see `distillation.distill.distill`.
     """
     reading = {"max_sequences": rows - skip, "skip_sequences": skip, "held_out": held_out}
-    revision = resolve(str(student), trust_remote_code=request.settings.trust_remote_code).revision
-    corpora = [RedactedURI(text) for text in request.weighted_repair_texts]
-    key = fingerprint(**_reading(request) | reading, tokens=request.distill_tokens, corpora=corpora, student=revision)
+    key = fingerprint(
+        **_reading(request) | reading,
+        tokens=request.distill_tokens,
+        corpora=[RedactedURI(text) for text in request.weighted_repair_texts],
+        student=resolve(str(student), trust_remote_code=request.settings.trust_remote_code).revision,
+    )
     folder = student.with_name(f"distilled-{key[:12]}") / Path(request.output).name  # for run ids
     record = read_record(folder)
     if record is None or record.ended == DIVERGED:
         shutil.rmtree(folder, ignore_errors=True)
-        training = _distill_request(request, student, folder, {**reading, "on_event": on_event})
         try:
-            record = distill(training).record
+            record = distill(_distill_request(request, student, folder, {**reading, "on_event": on_event})).record
         except RunFailed as error:
             raise RunFailed(
                 f"{error.message} The checkpoint before distillation is in {student}.",

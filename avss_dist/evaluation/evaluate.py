@@ -156,8 +156,9 @@ def evaluate(request: EvaluateRequest) -> Evaluations:
         _require_same_tokens(subjects, tasks, planned)
         if not request.allow_overlap:
             _refuse_overlaps(subjects, planned, Warehouse(request.warehouse))
-        texts = [text for (_, name), text in planned.items() if name.startswith(PERPLEXITY)]
-        row_starts = [*filter(None, map(row_start_task, texts))]
+        row_starts = [
+            *filter(None, (row_start_task(t) for (_, name), t in planned.items() if name.startswith(PERPLEXITY)))
+        ]
         work = {
             task: [NO_INTERVENTION, *(x.intervention for x in subjects if x.checkpoint.revision == revision)]
             for (revision, _), task in planned.items()
@@ -165,8 +166,9 @@ def evaluate(request: EvaluateRequest) -> Evaluations:
         measured = session.measure(work | dict.fromkeys(row_starts, (NO_INTERVENTION,)))
         for subject, task in product(subjects, tasks):
             if subject.precision_plan:
-                key = subject.checkpoint.revision, task
-                session.keep_precision(planned[key], subject.intervention, subject.precision_plan)
+                session.keep_precision(
+                    planned[subject.checkpoint.revision, task], subject.intervention, subject.precision_plan
+                )
     results = {key: measured[task] for key, task in planned.items()}
     evaluations = [
         evaluation for subject, task in product(subjects, tasks) for evaluation in _compare(subject, task, results)

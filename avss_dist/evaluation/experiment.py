@@ -173,9 +173,14 @@ class Trial:
         }
         texts: Sequence[CorpusPlan] = ()
         if repairs := experiment.fitted:
-            layers, _ = layer_list(self.rows, model.checkpoint.name)
-            reading: dict[str, Any] = {"max_sequences": experiment.repair_max_sequences, "skip_sequences": skipped}
-            self.fits = plan_fits(model, layers, repairs, experiment.repair_corpora, **reading)
+            self.fits = plan_fits(
+                model,
+                layer_list(self.rows, model.checkpoint.name)[0],
+                repairs,
+                experiment.repair_corpora,
+                max_sequences=experiment.repair_max_sequences,
+                skip_sequences=skipped,
+            )
             texts = fit_of(self.fits[repairs[0]]).texts
         if not allow_overlap:
             refuse_overlaps(

@@ -12,7 +12,7 @@ from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 
@@ -74,9 +74,12 @@ class FitRepair(Measure):
 
     def identity(self) -> dict[str, Any]:
         """Return the values that the key is made of."""
-        texts = [[shard.content_hash for shard in text.shards] for text in self.texts]
-        weights = {"weights": self.repair.weights} if len(set(self.repair.weights)) > 1 else {}
-        return {"measure": "repair 3", "by": self.repair.by, "texts": texts, **weights}
+        return {
+            "measure": "repair 3",
+            "by": self.repair.by,
+            "texts": [[shard.content_hash for shard in text.shards] for text in self.texts],
+            **({"weights": self.repair.weights} if len(set(self.repair.weights)) > 1 else {}),
+        }
 
     def __call__(self, model: LanguageModel, intervention: Intervention = NO_INTERVENTION) -> list[Row]:
         """Return a row with the errors and the patch of the repair of the model without what is removed.
@@ -154,9 +157,7 @@ def plan_fits(
 
 def fit_of(planned: PlannedTask) -> FitRepair:
     """Return the only part of the task of fitting a repair."""
-    (part,) = planned.task.parts
-    assert isinstance(part, FitRepair)
-    return part
+    return cast(FitRepair, planned.task.parts[0])
 
 
 def fit_repairs(

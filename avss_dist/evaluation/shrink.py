@@ -210,8 +210,11 @@ def shrink(request: ShrinkRequest) -> Shrunk:
     require_copyable(checkpoint)
     if request.distill_tokens is not None:
         require_distillable(request, checkpoint)
-    texts = with_own_text(request.repair_corpora, checkpoint, settings, on_event)
-    request = replace(request, repair_corpora=texts, warehouse=request.warehouse or f"{request.output}-warehouse")
+    request = replace(
+        request,
+        repair_corpora=with_own_text(request.repair_corpora, checkpoint, settings, on_event),
+        warehouse=request.warehouse or f"{request.output}-warehouse",
+    )
     split = split_rows(checkpoint, request.texts, settings, distilled=request.distill_tokens is not None)
     if request.repair != NO_REPAIR:
         _require_tokens(checkpoint, request, split)
@@ -417,19 +420,23 @@ def _plan_candidates(
     skipped, use, fit = split.held_out, "the repair is fitted on", None
     texts: Sequence[CorpusPlan] = ()
     if request.repair != NO_REPAIR:
-        copies = copies_of(model.placement, model.settings, session.executor)
-        reading = {"max_sequences": split.rows - skipped, "skip_sequences": skipped}
-        fit = plan_fits(model, example.layers, [request.repair], request.weighted_repair_texts, copies, **reading)[
-            request.repair
-        ]
+        (fit,) = plan_fits(
+            model,
+            example.layers,
+            [request.repair],
+            request.weighted_repair_texts,
+            copies_of(model.placement, model.settings, session.executor),
+            max_sequences=split.rows - skipped,
+            skip_sequences=skipped,
+        ).values()
         texts = fit_of(fit).texts
     if not request.allow_overlap:
         if request.distill_tokens is not None:
             skipped, use = split.measured, "the smaller model is distilled on"
             read = model.reading(max_sequences=split.rows - skipped, skip_sequences=skipped).settings
             texts = [plan_text(model.checkpoint, text, read) for text in request.repair_texts]
-        stored = Warehouse(session.store.root.full)
-        scored = texts_of_run(stored, example.run_id, model.checkpoint, corpus=request.corpus)
+        warehouse = Warehouse(session.store.root.full)  # a store does not read compacted files
+        scored = texts_of_run(warehouse, example.run_id, model.checkpoint, corpus=request.corpus)
         refuse_overlaps([planned.task for planned in tasks.values()], texts, model, scored, skipped=skipped, use=use)
     return tasks, fit
 

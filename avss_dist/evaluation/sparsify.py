@@ -82,8 +82,7 @@ def sparsify(request: SparsifyRequest, run: Mapping[str, Any]) -> SparsityPlan:
     by = TOP_K if method in ("acttail", "wina") else THRESHOLD  # the largest inputs of each token, or of all
     plan = plan_sparsity(run, maps, sparsities, by, why, rule=rule, weighted=method == "wina")
     identity = RunIdentity(run_id=run["run_id"], model=run["model"], revision=run["revision"], family=run["family"])
-    key = plan.intervention.key.sparsity
-    assert key is not None
+    key = str(plan.intervention.key.sparsity)
     common = {
         "sparsity_plan": key,
         "method": method,

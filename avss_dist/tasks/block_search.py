@@ -15,7 +15,7 @@ from avss_dist.core.intervention import NO_INTERVENTION, Intervention
 from avss_dist.corpus.shards import Batch, Shard
 from avss_dist.models.causal_lm import LanguageModel
 from avss_dist.models.interventions import hooked
-from avss_dist.models.layers import Layer, LayerCall, as_rows, first_tensor
+from avss_dist.models.layers import Layer, LayerCall, as_rows, output_tensor
 from avss_dist.models.linear_maps import weight_of
 from avss_dist.stats.layer_stats import Float64
 from avss_dist.tasks.task import Measure, Row
@@ -51,8 +51,12 @@ class GreedyBlock(Measure):
     def identity(self) -> dict[str, Any]:
         """Return the values that the key is made of."""
         maps = {name: [self.steps[name], self.sizes[name], *self.thresholds[name]] for name in sorted(self.steps)}
-        shards = [shard.content_hash for shard in self.shards]
-        return {"measure": "greedy block", "shards": shards, "layer": self.layer, "maps": maps}
+        return {
+            "measure": "greedy block",
+            "shards": [shard.content_hash for shard in self.shards],
+            "layer": self.layer,
+            "maps": maps,
+        }
 
     def __call__(self, model: LanguageModel, intervention: Intervention = NO_INTERVENTION) -> list[Row]:
         """Return the sparsity of each map of the block after each round, and the error after each round, as rows."""
@@ -63,9 +67,8 @@ class GreedyBlock(Measure):
 
             def judged(call: LayerCall, batch: Batch) -> torch.Tensor:
                 """Return the block's output at the last quarter of each row's tokens."""
-                copied = call.with_hidden(call.hidden.clone())  # which a layer may change
-                out, real = first_tensor(run(*copied.args, **copied.kwargs)), batch.attention_mask
-                assert out is not None
+                copied, real = call.with_hidden(call.hidden.clone()), batch.attention_mask  # a layer may change it
+                out = output_tensor(layer, run(*copied.args, **copied.kwargs), call.hidden)
                 rows = as_rows(out, layer.axes, *real.shape, place=layer)
                 place, length = real.cumsum(axis=1), real.sum(axis=1, keepdims=True)
                 last = torch.from_numpy(real & (place > length - np.maximum(1, length // JUDGED)))

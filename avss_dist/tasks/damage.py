@@ -16,7 +16,7 @@ import torch
 
 from avss_dist.core.registry import BLOCK_DISTANCE, DRAWS, SCORES
 from avss_dist.corpus.shards import Batch
-from avss_dist.models.layers import Layer, LayerCall, first_tensor, output_tensor
+from avss_dist.models.layers import Layer, LayerCall, output_tensor
 from avss_dist.tasks.backward import TAYLOR, BackwardMeasure, BackwardPass
 
 LOOKAHEAD = max(info.lookahead for info in SCORES.values() if info.lookahead is not None)  # layers
@@ -58,9 +58,7 @@ class _DamagePass(BackwardPass):
         else:
             output = forward(*args, **kwargs)
         if torch.is_grad_enabled():
-            out = first_tensor(output)
-            assert out is not None
-            self.listen(out, partial(self._project, layer))
+            self.listen(output_tensor(layer, output, LayerCall(args, kwargs).hidden), partial(self._project, layer))
         return output
 
     @torch.no_grad()

@@ -33,6 +33,7 @@ from avss_dist.models.causal_lm import LanguageModel, predicted
 from avss_dist.models.checkpoints import Checkpoint
 from avss_dist.partition.replica import Placement
 from avss_dist.stats.layer_stats import Float64
+from avss_dist.warehouse.reader import grouped
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -182,18 +183,16 @@ def combine(rows: Iterable[Mapping[str, Any]], num_parts: int) -> list[Result]:
 
     Rows of the same part are the same measurement, of which one counts.
     """
-    parts: dict[tuple[InterventionKey, int | None, str], dict[int, Mapping[str, Any]]] = {}
-    for row in rows:
-        parts.setdefault((InterventionKey.of_row(row), row["layer"], row["metric"]), {})[row["part"]] = row
     results = []
-    for (intervention, layer, metric), rows_by_part in parts.items():
-        if len(rows_by_part) < num_parts:
-            continue
-        ordered = [rows_by_part[part] for part in sorted(rows_by_part)]
-        samples, weights = (
-            np.concatenate([np.asarray(row[name], np.float64) for row in ordered]) for name in ("samples", "weights")
-        )
-        results.append(Result(metric, intervention, layer, samples, weights))
+    by_result = grouped(rows, lambda row: (row["metric"], InterventionKey.of_row(row), row["layer"]))
+    for described, same in by_result.items():
+        by_part = {row["part"]: row for row in same}
+        if len(by_part) >= num_parts:
+            samples, weights = (
+                np.concatenate([np.asarray(by_part[part][name], np.float64) for part in sorted(by_part)])
+                for name in ("samples", "weights")
+            )
+            results.append(Result(*described, samples, weights))
     return results
 
 
@@ -275,7 +274,6 @@ def measure_cell(
             for module in {layer.module for layer in model.layers} if heartbeat else ():
                 stack.callback(module.register_forward_pre_hook(lambda *_: heartbeat and heartbeat()).remove)
             rows = rows or settings.batch_size
-            least = rows if cell.placement.ranks > 1 else 1  # all ranks must halve them together
             result, _ = halve_until_it_fits(
                 run,
                 rows,
@@ -283,7 +281,7 @@ def measure_cell(
                     f"{rows} x {settings.sequence_length} tokens do not fit in memory.",
                     "Use a smaller `sequence_length`.",
                 ),
-                least=least,
+                least=rows if cell.placement.ranks > 1 else 1,  # all ranks must halve them together
             )
     finally:
         model.settings = settings

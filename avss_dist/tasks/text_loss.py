@@ -40,8 +40,10 @@ class TextLoss(Measure):
 
     def identity(self) -> dict[str, Any]:
         """Return the values that the key is made of."""
-        measure = "loss and entropy" if self.shard.pairing else "loss"
-        return {"measure": measure, "shard": self.shard.content_hash}
+        return {
+            "measure": "loss and entropy" if self.shard.pairing else "loss",
+            "shard": self.shard.content_hash,
+        }
 
     def __call__(self, model: LanguageModel, intervention: Intervention = NO_INTERVENTION) -> list[Row]:
         """Return the losses of the rows of the shard, and for paired text their entropies."""
@@ -87,9 +89,12 @@ class LeaveOneOut(Measure):
 
     def identity(self) -> dict[str, Any]:
         """Return the values that the key is made of, without those at their defaults."""
-        options: dict[str, Any] = {} if self.layers is None else {"layers": encode_removals(self.layers)}
-        options |= {"sublayers": True} if self.sublayers else {}
-        return {"measure": "leave one out", "shard": self.shard.content_hash, **options}
+        return {
+            "measure": "leave one out",
+            "shard": self.shard.content_hash,
+            **({} if self.layers is None else {"layers": encode_removals(self.layers)}),
+            **({"sublayers": True} if self.sublayers else {}),
+        }
 
     def __call__(self, model: LanguageModel, intervention: Intervention = NO_INTERVENTION) -> list[Row]:
         """Return the losses of rows under the intervention, and without each layer in addition.
