@@ -154,8 +154,11 @@ def ablate(request: AblateRequest) -> Ablation:
         AvssError: a mistake, or a cell that failed (`RunFailed`). Measured cells remain in the warehouse.
     """
     if request.formats:
-        problem = "has a part of each weight in a process, and a rounded weight needs scales of the whole."
-        require_partition(request.execution.partition, lambda partition: not partition.splits_matrices, problem)
+        require_partition(
+            request.execution.partition,
+            lambda partition: not partition.splits_matrices,
+            "has a part of each weight in a process, and a rounded weight needs scales of the whole.",
+        )
     require_listable(request.shapley, "permutations", "Lower `shapley`.")
     corpus = RedactedURI(request.corpus)
     checkpoint = resolve(str(request.model), trust_remote_code=request.settings.trust_remote_code)
@@ -203,13 +206,18 @@ def _tasks(request: AblateRequest, corpus: RedactedURI, text: CorpusPlan) -> Ite
     read = {"text": fingerprint(shards=[shard.content_hash for shard in text.shards])}
     for is_requested, prefix, measure in measures:
         if is_requested:
-            options = read if prefix.startswith((ROUNDING_TASK, ROUNDED_LOSS)) else {}
-            yield Task(name=f"{prefix}{corpus}", parts=tuple(map(measure, text.shards)), options=options)
+            yield Task(
+                name=f"{prefix}{corpus}",
+                parts=tuple(map(measure, text.shards)),
+                options=read if prefix.startswith((ROUNDING_TASK, ROUNDED_LOSS)) else {},
+            )
     if request.shapley:
         seeds = np.random.SeedSequence(request.seed).generate_state(request.shapley).tolist()
         chunks = [tuple(seeds[i : i + PERMUTATIONS_PER_CELL]) for i in range(0, len(seeds), PERMUTATIONS_PER_CELL)]
-        parts = tuple(Shapley(shards=text.shards, seeds=chunk, truncation=request.truncation) for chunk in chunks)
-        yield Task(name=f"{SCORES['shapley'].task}{corpus}", parts=parts)
+        yield Task(
+            name=f"{SCORES['shapley'].task}{corpus}",
+            parts=tuple(Shapley(shards=text.shards, seeds=chunk, truncation=request.truncation) for chunk in chunks),
+        )
 
 
 def _by_place(

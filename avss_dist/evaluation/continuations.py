@@ -71,8 +71,11 @@ def continue_prompts(
     tokenizer = load_tokenizer(model.checkpoint, trust_remote_code=model.settings.trust_remote_code)
     continuations = []
     for variant, intervention in variants.items():
-        stored = session.store.cells(planned.run_id(intervention)).to_pylist()
-        samples = {row["part"]: row["samples"] for row in stored if InterventionKey.of_row(row) == intervention.key}
+        samples = {
+            row["part"]: row["samples"]
+            for row in session.store.cells(planned.run_id(intervention)).to_pylist()
+            if InterventionKey.of_row(row) == intervention.key
+        }
         for number, ids in enumerate(prompts):
             prompt, text = (
                 tokenizer.decode([int(token) for token in tokens], skip_special_tokens=True)

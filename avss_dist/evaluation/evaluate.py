@@ -213,8 +213,13 @@ def _compare(subject: Subject, task: str, results: Mapping[_Key, Sequence[Result
     is_changed = bool(subject.intervention) or subject.base is not None
     for result in results_under(results[subject.checkpoint.revision, task], subject.intervention.key):
         before = whole.get(result.metric) if is_changed else None
-        retention = Retention.of(before, result) if before else None
-        yield Evaluation(subject=subject, task=task, result=result, whole=before, retained=retention)
+        yield Evaluation(
+            subject=subject,
+            task=task,
+            result=result,
+            whole=before,
+            retained=Retention.of(before, result) if before else None,
+        )
 
 
 def _sparsity_findings(

@@ -203,8 +203,7 @@ class Trial:
                     searched[choice], _ = greedy_search(choice.unprotected(layers), choice.number(layers), losses)
         for choice in every_choice:
             truth = {by: values for (by, reading), values in self.truth.items() if reading == choice.reading}
-            drop = searched.get(choice) or choice.drop(choice.scores(self.rows, truth))
-            self.choices.append((choice, drop))
+            self.choices.append((choice, searched.get(choice) or choice.drop(choice.scores(self.rows, truth))))
 
     def candidates(self, patches: Mapping[tuple[str, Removals], EncodedPatch]) -> Iterator[Candidate]:
         """Yield the whole model, and the model without each choice of layers, by repair."""
@@ -301,8 +300,7 @@ def _size(specs: Sequence[RunSpec], experiment: Experiment) -> tuple[int, str]:
 
 def _leave_one_out(trials: Sequence[Trial], session: EvaluationSession) -> None:
     """Measure the loss of every trial without each of its layers, on the text that its scores were measured on."""
-    prefix = SCORES[LEAVE_ONE_OUT].task
-    planned = [plan_text_task(trial.model, trial.corpus, LeaveOneOut, prefix) for trial in trials]
+    planned = [plan_text_task(trial.model, trial.corpus, LeaveOneOut, SCORES[LEAVE_ONE_OUT].task) for trial in trials]
     results = session.measure(dict.fromkeys(planned, (NO_INTERVENTION,)))
     for trial, task in zip(trials, planned, strict=True):
         values = {result.removed: result.value for result in results[task] if result.metric == LOSS}

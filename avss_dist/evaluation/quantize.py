@@ -230,8 +230,8 @@ def llm_compressor(plan: PrecisionPlan) -> str:
         scheme = {**about.options, **dtypes, "symmetric": True, "strategy": about.strategy, "group_size": about.group}
         weights = {name: value for name, value in scheme.items() if value is not None}
         groups[f"group_{number}"] = {"targets": names, "weights": weights}
-    modifier = {"QuantizationModifier": {"config_groups": groups, "ignore": ["lm_head"]}}
-    return to_yaml({"precision_stage": {"precision_modifiers": modifier}})
+    modifiers = {"QuantizationModifier": {"config_groups": groups, "ignore": ["lm_head"]}}
+    return to_yaml({"precision_stage": {"precision_modifiers": modifiers}})
 
 
 EXPORTS: Mapping[str, Callable[[PrecisionPlan], str]] = {

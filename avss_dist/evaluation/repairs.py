@@ -99,8 +99,14 @@ class FitRepair(Measure):
         repaired = fit_repair(checkpoint, plan, replace(self.repair, settings=settings), self.texts, stored.read, model)
         about = json.dumps({"record": asdict(repaired.record), "notes": list(repaired.notes)})
         errors = np.array([cut.error_after for cut in repaired.record.cuts])
-        patch = encode_patch(repaired.tensors, about)
-        return [Row(metric=MISSING, samples=errors, weights=np.ones(len(errors)), patch=patch)]
+        return [
+            Row(
+                metric=MISSING,
+                samples=errors,
+                weights=np.ones(len(errors)),
+                patch=encode_patch(repaired.tensors, about),
+            )
+        ]
 
 
 def require_changeable(partition: str) -> None:
@@ -174,8 +180,9 @@ def fit_repairs(
     fits = {}
     for fit, drops in sorted(requested, key=lambda fit: -[*REPAIRS].index(fit_of(fit[0]).repair.by)):
         every_layer = REPAIRS[fit_of(fit).repair.by].every_layer
-        repairable = [drop for drop in drops if drop and (every_layer or drop != tuple(range(len(drop))))]
-        fits[fit] = [Intervention(removed=drop) for drop in repairable]
+        fits[fit] = [
+            Intervention(removed=drop) for drop in drops if drop and (every_layer or drop != tuple(range(len(drop))))
+        ]
     return session.fit(fits)
 
 

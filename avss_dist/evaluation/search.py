@@ -79,8 +79,11 @@ def search(
         "evaluation": planned.run_id(),
         "task": planned.task.name,
     }
-    evaluated = evaluated_lines(Warehouse(request.warehouse), run, removed)
-    plan = replace(plan_of(scores, run, removed, why), findings=(CHOSEN_HERE,), evaluated=evaluated)
+    plan = replace(
+        plan_of(scores, run, removed, why),
+        findings=(CHOSEN_HERE,),
+        evaluated=evaluated_lines(Warehouse(request.warehouse), run, removed),
+    )
     return plan, [whole, *steps]
 
 

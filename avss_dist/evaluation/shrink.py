@@ -392,15 +392,22 @@ def _evaluate(
     if patch:
         variants["repaired"] = replace(plan.intervention, patch=patch)
     results = session.measure({task: variants.values() for task in planned.values()})
-    tasks = [TaskRetention(task=name, results=_primary(results[task], variants)) for name, task in planned.items()]
-    return CandidateResult(plan=plan, patch=patch, tasks=tasks)
+    return CandidateResult(
+        plan=plan,
+        patch=patch,
+        tasks=[TaskRetention(task=name, results=_primary(results[task], variants)) for name, task in planned.items()],
+    )
 
 
 def _primary(results: Sequence[Result], variants: Mapping[str, Intervention]) -> dict[str, Result]:
     """Return the results of a task in its primary metric, by the name of the intervention."""
     metric = primary_metric([{"metric": result.metric} for result in results if result.layer is None])
-    by_name = {name: results_under(results, intervention.key) for name, intervention in variants.items()}
-    return {name: result for name, measured in by_name.items() for result in measured if result.metric == metric}
+    return {
+        name: result
+        for name, intervention in variants.items()
+        for result in results_under(results, intervention.key)
+        if result.metric == metric
+    }
 
 
 def _plan_tasks(model: PlacedModel, request: ShrinkRequest, split: TextSplit) -> dict[str, PlannedTask]:
@@ -435,8 +442,9 @@ def _plan_candidates(
             skipped, use = split.measured, "the smaller model is distilled on"
             read = model.reading(max_sequences=split.rows - skipped, skip_sequences=skipped).settings
             texts = [plan_text(model.checkpoint, text, read) for text in request.repair_texts]
-        warehouse = Warehouse(session.store.root.full)  # a store does not read compacted files
-        scored = texts_of_run(warehouse, example.run_id, model.checkpoint, corpus=request.corpus)
+        scored = texts_of_run(
+            Warehouse(session.store.root.full), example.run_id, model.checkpoint, corpus=request.corpus
+        )
         refuse_overlaps([planned.task for planned in tasks.values()], texts, model, scored, skipped=skipped, use=use)
     return tasks, fit
 

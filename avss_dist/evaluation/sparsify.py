@@ -121,8 +121,9 @@ def _by_paths(maps: tuple[LinearMap, ...], target: float, text: CorpusPlan, meas
         steps = {path: BASE * max(weights.values()) / number for path, number in weights.items()}
         levels = {path: np.arange(step, 1 - 1e-9, step) for path, step in steps.items()}
         thresholds = {map_.path: tuple(map_.thresholds(levels[map_.path]).tolist()) for map_ in members}
-        shards = tuple(text.shards)
-        parts.append(GreedyBlock(layer=layer, shards=shards, thresholds=thresholds, steps=steps, sizes=weights))
+        parts.append(
+            GreedyBlock(layer=layer, shards=tuple(text.shards), thresholds=thresholds, steps=steps, sizes=weights)
+        )
     rows, sizes = measure(tuple(parts)), map_sizes(maps)
     for layer, block in blocks.items():
         path = np.stack([rows[layer, f"{GREEDY}{maps[i].path}"] for i in block], axis=1)

@@ -55,8 +55,9 @@ def plan_task(
     code, template = settings.trust_remote_code, None
     if settings.chat_template:
         template = chat_template(load_tokenizer(model.checkpoint, trust_remote_code=code))
-    task = harness_task(name, limit=limit, num_fewshot=num_fewshot, template=template, trust_remote_code=code)
-    return model.plan(task)
+    return model.plan(
+        harness_task(name, limit=limit, num_fewshot=num_fewshot, template=template, trust_remote_code=code)
+    )
 
 
 def plan_text(checkpoint: Checkpoint, corpus: str, settings: Settings) -> CorpusPlan:
@@ -147,8 +148,10 @@ def refuse_overlap(tasks: Iterable[Task], texts: Iterable[SeenText]) -> None:
                 "one.",
             )
         if share > MAX_SHARED:
-            hint = f"Use other text: another corpus, or `{earlier.skip_option}` {earlier.rows}."
-            raise ConfigError(f"{share:.0%} of {task.name} is text that {earlier.use}.", hint)
+            raise ConfigError(
+                f"{share:.0%} of {task.name} is text that {earlier.use}.",
+                f"Use other text: another corpus, or `{earlier.skip_option}` {earlier.rows}.",
+            )
 
 
 def _shards(task: Task, kind: type[TextLoss | TruthfulChoices]) -> list[Shard]:

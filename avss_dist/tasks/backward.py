@@ -122,8 +122,11 @@ class BackwardMeasure(Measure):
         layers = self.layers(model, intervention)
         batches = list(self.shard.batches(model.settings.batch_size))
         passes = [self.new_pass(self, batch, layers, model.device) for batch in batches]
-        trained = layers if self.trains else ()
-        with model.applying(intervention), trainable(model.module, trained), self.hooked(layers):
+        with (
+            model.applying(intervention),
+            trainable(model.module, layers if self.trains else ()),
+            self.hooked(layers),
+        ):
             passes = model.backpropagate(batches, passes, draws=self.draws, seed=self.seed)
         return list(self.rows(layers, passes, predicted_tokens(self.shard, model)))
 
@@ -213,8 +216,7 @@ class LayerGradients(BackwardPass):
             size = sum(whole_norm(weight, 2) for weight in weights)
             self.sizes |= dict.fromkeys([use.index for use in uses], size)
             for weight in weights:
-                hook = weight.register_post_accumulate_grad_hook(partial(self.accumulate, uses))
-                self._hooks.callback(hook.remove)
+                self._hooks.callback(weight.register_post_accumulate_grad_hook(partial(self.accumulate, uses)).remove)
         hidden = LayerCall(args, kwargs).hidden
         version = hidden._version
         output = forward(*args, **kwargs)
@@ -239,8 +241,8 @@ class LayerGradients(BackwardPass):
         tensors = gradient, *reversed(states)
         chunks = (self.by_row(layer, x).flatten(0, 1).split(CHUNK) for x in tensors)
         products = [(g.double() * (y.float() - x.float())).sum(dim=1) for g, y, x in zip(*chunks, strict=True)]
-        changes = torch.cat(products).abs().view(self.real.shape).where(self.real.to(gradient.device), 0)
-        self.sums[layer.index] = changes.sum(dim=1)
+        changes = torch.cat(products).abs().view(self.real.shape)
+        self.sums[layer.index] = changes.where(self.real.to(gradient.device), 0).sum(dim=1)
 
     def accumulate(self, uses: Sequence[Layer], weight: torch.Tensor) -> None:
         """Add the norms of a weight's gradient, and free the gradient."""

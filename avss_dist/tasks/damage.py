@@ -81,8 +81,9 @@ class _DamagePass(BackwardPass):
             for m in distances:
                 self.sums[f"{PROPAGATED}_{m}", removed, None, None] = relative
                 self.sums[f"{PROPAGATED_COSINE}_{m}", removed, None, None] = cosine
-            displacement = removed, distances, (changed - reference).to(whole.dtype)
-            self._displaced.setdefault(layer.index, []).append(displacement)
+            self._displaced.setdefault(layer.index, []).append(
+                (removed, distances, (changed - reference).to(whole.dtype))
+            )
             if distance < self.measure.lookahead:
                 self._changed[removed] = hidden
         if last:

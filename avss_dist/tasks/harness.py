@@ -131,8 +131,11 @@ def harness_task(
                 raise TaskError(f"{name} runs code: {', '.join(code)}.", hint)
             # With functions, the harness reads the file itself, and finds data where the process is.
             config = resolve_data_files(config, Path.cwd(), *([] if code else [path.parent]))
-            text = yaml.safe_dump(config, sort_keys=False) if not code else None
-            part = replace(part, name=str(path) if code else name, config=text)
+            part = replace(
+                part,
+                name=str(path) if code else name,
+                config=None if code else yaml.safe_dump(config, sort_keys=False),
+            )
         elif name not in _catalogue().task_index:
             names = {task: task for task in _catalogue().all_tasks} | {"perplexity": "perplexity:CORPUS"}
             match = difflib.get_close_matches(name.partition(":")[0].lower(), names, n=1)
@@ -143,8 +146,8 @@ def harness_task(
             for task in loaded["tasks"].values():
                 _require_meaning(name, task, limit)
         part = replace(part, key=_key(part, loaded))
-    options = {"num_fewshot": num_fewshot, **({"harness_chat_template": template} if template else {})}
-    return Task(name=name, parts=(part,), options={"limit": limit, **options})
+    chat = {"harness_chat_template": template} if template else {}
+    return Task(name=name, parts=(part,), options={"limit": limit, "num_fewshot": num_fewshot, **chat})
 
 
 def _require_meaning(name: str, task: Any, limit: int | None) -> None:

@@ -60,9 +60,8 @@ def _read(path: Path, including: tuple[Path, ...] = ()) -> Iterator[tuple[Path, 
         raise TaskError(f"{path}: key 'include' must be the name of a file, or a list of them, not {files!r}.")
     for included in (path.parent / name for name in files):
         if not included.is_file():
-            where = f"{path}:{document.line(('include',))}"
             raise TaskError(
-                f"{where}: key 'include' names {included}, which is not a file.",
+                f"{path}:{document.line(('include',))}: key 'include' names {included}, which is not a file.",
                 "A relative path starts beside the file that includes it.",
             )
         if included.resolve() in including:

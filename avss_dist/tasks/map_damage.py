@@ -160,8 +160,7 @@ class _RoundingPass(BackwardPass):
     def see(self, layer: Layer, projection: Projection, x: torch.Tensor, out: torch.Tensor) -> None:
         """Listen to the gradient of a linear map that has run."""
         size = out.detach().float().square().sum(dim=-1).clamp_min(torch.finfo(torch.float32).tiny)
-        key = layer.index, projection.path
-        self.listen(out, partial(self._project, key, projection, x.detach(), size))
+        self.listen(out, partial(self._project, (layer.index, projection.path), projection, x.detach(), size))
 
     def _project(
         self,

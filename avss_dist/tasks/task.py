@@ -110,8 +110,8 @@ class Task:
 
 def predicted_tokens(shard: Shard, model: LanguageModel) -> Float64:
     """Return the number of predicted tokens of each sequence of a shard, float64[sequences]."""
-    batches = shard.batches(model.settings.batch_size)
-    return np.concatenate([predicted(batch).sum(axis=1) for batch in batches]).astype(np.float64)
+    counts = [predicted(batch).sum(axis=1) for batch in shard.batches(model.settings.batch_size)]
+    return np.concatenate(counts).astype(np.float64)
 
 
 def losses_under(
