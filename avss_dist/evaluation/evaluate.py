@@ -7,6 +7,7 @@ from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from itertools import chain, product, zip_longest
+from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
@@ -40,7 +41,7 @@ from avss_dist.pruning.selection import PlanError
 from avss_dist.requests import EvaluateRequest
 from avss_dist.stats.metrics import row_start_warning
 from avss_dist.tasks.task import Result
-from avss_dist.warehouse.reader import Warehouse
+from avss_dist.warehouse.reader import Warehouse, grouped
 
 _ANOTHER_MODEL = "Is it a plan for another model? Score this one, and make a plan of its own."
 _Key = tuple[str, str]  # revision and task
@@ -201,9 +202,11 @@ def _refuse_overlaps(subjects: Sequence[Subject], planned: Mapping[_Key, Planned
     for checkpoint in {task.checkpoint.revision: task.checkpoint for task in planned.values()}.values():
         tasks = [task.task for (revision, _), task in planned.items() if revision == checkpoint.revision]
         same = [subject for subject in subjects if subject.checkpoint.revision == checkpoint.revision]
-        texts = [texts_of_repair(checkpoint)]
-        texts += [texts_of_run(warehouse, run, checkpoint) for run in dict.fromkeys(s.run_id for s in same)]
-        texts += [texts_of_search(warehouse, search, checkpoint) for search in dict.fromkeys(s.search for s in same)]
+        texts = chain(
+            [texts_of_repair(checkpoint)],
+            (texts_of_run(warehouse, run, checkpoint) for run in dict.fromkeys(s.run_id for s in same)),
+            (texts_of_search(warehouse, search, checkpoint) for search in dict.fromkeys(s.search for s in same)),
+        )
         refuse_overlap(tasks, chain.from_iterable(texts))
 
 
@@ -241,12 +244,9 @@ def _sparsity_findings(
 
 def _guess_findings(evaluations: Iterable[Evaluation]) -> Iterator[str]:
     """Yield a sentence on the retention of a guess, for each task and whole model that a subject is compared with."""
-    whole: dict[tuple[str, str], list[dict[str, Any]]] = {}
-    for evaluation in evaluations:
-        if evaluation.whole:
-            rows = whole.setdefault((evaluation.subject.whole.name, evaluation.task), [])
-            rows.append({"score": None, "metric": evaluation.whole.metric, "value": evaluation.whole.value})
-    for (model, task), rows in whole.items():
+    compared = ((x.subject.whole.name, x.task, x.whole) for x in evaluations if x.whole)
+    for (model, task), same in grouped(compared, itemgetter(0, 1)).items():
+        rows = [{"score": None, "metric": whole.metric, "value": whole.value} for *_, whole in same]
         metric = primary_metric(rows)
         if guess := kept_by_guess(rows, metric):
             yield f"{task}: a guess keeps {guess:z.1%} of the {metric} of {model}."

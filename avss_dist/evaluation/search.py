@@ -18,6 +18,7 @@ from avss_dist.core.intervention import Intervention, Removals
 from avss_dist.core.names import LOSS, SEARCH
 from avss_dist.core.registry import GREEDY
 from avss_dist.core.text import RedactedURI, describe_layers
+from avss_dist.distillation.curve import ignore
 from avss_dist.evaluation.events import SearchStep
 from avss_dist.evaluation.repairs import fit_of, fit_repairs, plan_fits
 from avss_dist.evaluation.session import EvaluationSession, PlacedModel, PlannedTask, checkpoint_of_run
@@ -100,7 +101,7 @@ def _expand(base: Layers, layers: Layers) -> list[Layers]:
 
 
 def greedy_search(
-    candidates: Iterable[int], count: int, losses: Losses, on_step: Callable[[SearchStep], None] | None = None
+    candidates: Iterable[int], count: int, losses: Losses, on_step: Callable[[SearchStep], None] = ignore
 ) -> tuple[Layers, list[SearchStep]]:
     """Return the layers that a greedy search removes, and its rounds.
 
@@ -120,8 +121,7 @@ def greedy_search(
         chosen = min(values, key=lambda removed: (values[removed], removed))
         earlier = steps[-1].sets if steps else 0
         steps.append(SearchStep(best=results[chosen], sets=earlier + len(results)))
-        if on_step is not None:
-            on_step(steps[-1])
+        on_step(steps[-1])
     return chosen, steps
 
 

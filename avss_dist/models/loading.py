@@ -349,24 +349,28 @@ def forward_function(backbone: nn.Module) -> Forward:
 
 
 @contextmanager
-def quiet() -> Iterator[None]:
+def quiet(*silenced: str) -> Iterator[None]:
     """Silence progress bars and warnings of transformers and Accelerate inside the context.
 
     Errors are reported by this package. Accelerate's warnings are about offloaded weights, which are intended.
+
+    Args:
+        silenced: names of loggers that say nothing at all.
     """
     if not torch.cuda.is_available():
         os.environ.setdefault("DS_ACCELERATOR", "cpu")  # or DeepSpeed, which transformers imports, warns on stdout
     from transformers.utils import logging as messages
 
-    accelerate = logging.getLogger("accelerate")
+    levels = {"accelerate": logging.ERROR, **dict.fromkeys(silenced, logging.CRITICAL + 1)}
     with ExitStack() as stack:
+        for logger, level in ((logging.getLogger(name), level) for name, level in levels.items()):
+            stack.callback(logger.setLevel, logger.level)
+            logger.setLevel(level)
         stack.callback(messages.set_verbosity, messages.get_verbosity())
-        stack.callback(accelerate.setLevel, accelerate.level)
         if messages.is_progress_bar_enabled():
             stack.callback(messages.enable_progress_bar)
         messages.set_verbosity_error()
         messages.disable_progress_bar()
-        accelerate.setLevel(logging.ERROR)
         yield
 
 

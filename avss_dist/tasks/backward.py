@@ -6,9 +6,9 @@ from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from contextvars import ContextVar
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
-from itertools import count
+from itertools import count, product
 from typing import Any, ClassVar
 
 import numpy as np
@@ -197,8 +197,6 @@ class LayerGradients(BackwardPass):
 
     def __init__(self, measure: Any, batch: Batch, layers: Sequence[Layer], device: torch.device) -> None:
         super().__init__(measure, batch, layers, device)
-        self.norms: defaultdict[tuple[int, int], Any] = defaultdict(float)  # of gradients, by layer and order
-        self.sizes: dict[int, Any] = {}  # norms of weights
         self._tokens = max(1.0, float(predicted(batch).sum()))
 
     @contextmanager
@@ -211,13 +209,15 @@ class LayerGradients(BackwardPass):
         """Run a layer, and listen to the gradients of its output and of its weights."""
         if not torch.is_grad_enabled():
             return forward(*args, **kwargs)
-        if uses[0].index not in self.sizes:  # streamed weights are gone when the layer has run
+        hidden = LayerCall(args, kwargs).hidden
+        if (FROBENIUS, uses[0].index, None, None) not in self.sums:  # streamed weights are gone when the layer has run
             weights = matrices(uses[0].module)
-            size = sum(whole_norm(weight, 2) for weight in weights)
-            self.sizes |= dict.fromkeys([use.index for use in uses], size)
+            nothing = torch.zeros(1, dtype=torch.float64, device=hidden.device)
+            size = sum((whole_norm(weight, 2) for weight in weights), nothing)
+            for use, (metric, norm) in product(uses, ((FROBENIUS, size), (L1, nothing), (L2, nothing))):
+                self.add((metric, use.index, None, None), norm)
             for weight in weights:
                 self._hooks.callback(weight.register_post_accumulate_grad_hook(partial(self.accumulate, uses)).remove)
-        hidden = LayerCall(args, kwargs).hidden
         version = hidden._version
         output = forward(*args, **kwargs)
         _, layer = self.count_call(uses)
@@ -242,15 +242,15 @@ class LayerGradients(BackwardPass):
         chunks = (self.by_row(layer, x).flatten(0, 1).split(CHUNK) for x in tensors)
         products = [(g.double() * (y.float() - x.float())).sum(dim=1) for g, y, x in zip(*chunks, strict=True)]
         changes = torch.cat(products).abs().view(self.real.shape)
-        self.sums[layer.index] = changes.where(self.real.to(gradient.device), 0).sum(dim=1)
+        self.sums[TAYLOR, layer.index, None, None] = changes.where(self.real.to(gradient.device), 0).sum(dim=1)
 
     def accumulate(self, uses: Sequence[Layer], weight: torch.Tensor) -> None:
         """Add the norms of a weight's gradient, and free the gradient."""
         assert weight.grad is not None
-        for order in (1, 2):
+        for metric, order in ((L1, 1), (L2, 2)):
             norm = whole_norm(weight.grad, order) / self._tokens
             for layer in uses:
-                self.norms[layer.index, order] += norm
+                self.add((metric, layer.index, None, None), norm)
         weight.grad = None
 
 
@@ -271,16 +271,10 @@ class Gradients(BackwardMeasure):
     trains = True
 
     def rows(self, layers: Sequence[Layer], passes: Sequence[LayerGradients], weights: Float64) -> Iterator[Row]:
-        """Yield the rows of all passes."""
-        ones = np.ones(len(passes))
-        for index in (layer.index for layer in layers):
-            removal = np.concatenate([batch.sums[index].cpu().numpy() for batch in passes])
-            yield Row(metric=TAYLOR, samples=removal, weights=weights, layer=index)
-            for metric, order in ((L1, 1), (L2, 2)):
-                samples = np.array([float(batch.norms[index, order]) for batch in passes])
-                yield Row(metric=metric, samples=samples, weights=ones, layer=index)
-            size = np.array([float(passes[0].sizes[index])])
-            yield Row(metric=FROBENIUS, samples=size, weights=np.ones(1), layer=index)
+        """Yield the rows of all passes. Norms have a sample for each batch, and that of weights one sample."""
+        for row in super().rows(layers, passes, weights):
+            samples = row.samples[:1] if row.metric == FROBENIUS else row.samples
+            yield row if row.metric == TAYLOR else replace(row, samples=samples, weights=np.ones(len(samples)))
 
 
 @contextmanager

@@ -6,11 +6,10 @@ import difflib
 import hashlib
 import inspect
 import json
-import logging
 import random
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import lru_cache, partial
 from importlib.metadata import version
@@ -205,12 +204,12 @@ def _explained(task: str, what: str) -> Iterator[None]:
             ) from error
         unclear = isinstance(error, TypeError | AttributeError | LookupError | ArithmeticError | AssertionError)
         kind = f"{type(error).__name__}: " if unclear and str(error) else ""
-        hint = "It is a task of lm-evaluation-harness: does it run there, with this version of it?"
-        if is_task_file(task):
-            hint = (
-                "Do its fields name columns of its data? Do its metrics, aggregations and filters fit its output_type?"
-            )
-        raise TaskError(f"Task '{task}' could not be {what}: {kind}{first_line(error)}", hint) from error
+        raise TaskError(
+            f"Task '{task}' could not be {what}: {kind}{first_line(error)}",
+            "Do its fields name columns of its data? Do its metrics, aggregations and filters fit its output_type?"
+            if is_task_file(task)
+            else "It is a task of lm-evaluation-harness: does it run there, with this version of it?",
+        ) from error
 
 
 def _load(part: HarnessPart) -> Any:
@@ -218,16 +217,14 @@ def _load(part: HarnessPart) -> Any:
     import datasets
     from lm_eval.tasks import TaskManager
 
-    spec: Any = part.name
-    config: Mapping[str, Any] = {}
-    if part.config is not None:
-        spec = config = yaml.safe_load(part.config)
-    elif is_task_file(part.name):
-        config = read_task_file(Path(part.name))
+    if part.config is None:
+        config = read_task_file(Path(part.name)) if is_task_file(part.name) else {}
+    else:
+        config = yaml.safe_load(part.config)
     manager = TaskManager(include_defaults=False) if config else _catalogue()
     offline = datasets.config.HF_HUB_OFFLINE or has_local_data(config)
     with patch.object(datasets.config, "HF_HUB_OFFLINE", offline):
-        loaded = manager.load([spec])
+        loaded = manager.load([part.name if part.config is None else config])
     for name, task in loaded["tasks"].items():
         if getattr(task, "UNSAFE_CODE", False):
             raise TaskError(f"Task '{name}' runs the code that a model writes, which is not supported.")
@@ -411,13 +408,8 @@ def _silence() -> Iterator[None]:
         start(self, *args, **{**kwargs, "disable": True})
 
     with (
-        ExitStack() as stack,
-        quiet(),
+        quiet("lm_eval", "datasets"),
         patch.object(tqdm, "__init__", start_disabled),
         patch.object(utils, "env", templates),
     ):
-        for name in ("lm_eval", "datasets"):
-            logger = logging.getLogger(name)
-            stack.callback(logger.setLevel, logger.level)
-            logger.setLevel(logging.CRITICAL + 1)
         yield
