@@ -115,7 +115,7 @@ class Ablation(TabularResult):
         lowest.
         """
         ranks = mean_ranks(
-            "damage", ((name, layer, x.value) for layer, results in self.layers.items() for name, x in results.items())
+            "damage", [(name, layer, x.value) for layer, results in self.layers.items() for name, x in results.items()]
         )
         return pa.Table.from_pylist([_row(layer, results, ranks.get(layer)) for layer, results in self.layers.items()])
 
