@@ -134,8 +134,6 @@ def __getattr__(name: str) -> Any:
 
                 require_package("torch", f"avss_dist.{name}")
             value = globals()[name] = getattr(import_module(f"avss_dist.{home}"), name)
-            if not isinstance(value, type):
-                value.__name__ = name  # as `help` shows it
             return value
     raise AttributeError(f"module 'avss_dist' has no attribute {name!r}")
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import fields, replace
-from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
@@ -75,7 +74,8 @@ class Runs(list[Run], TabularResult):
         return pa.Table.from_pylist([{f.name: getattr(run, f.name) for f in fields(run)} for run in self])
 
 
-def execute_job(request: RunJobRequest) -> Runs:
+@keywords(RunJobRequest)
+def run(request: RunJobRequest) -> Runs:
     """Execute a job file, its experiment included. Finished runs are not repeated."""
     job = request.job if isinstance(request.job, JobFile) else read_job(request.job)
     job.refuse_unused(allow_overlap=request.allow_overlap, allow_many=request.allow_many)
@@ -85,9 +85,6 @@ def execute_job(request: RunJobRequest) -> Runs:
     done = Runs(runs)
     done.experiment = Table(pa.Table.from_pylist(rows))
     return done
-
-
-run = keywords(RunJobRequest)(execute_job)
 
 
 @keywords(PlanRequest)
@@ -166,15 +163,16 @@ class Pruned(TabularResult):
 
     def table(self) -> pa.Table:
         """Return a table of one row."""
+        experts = removal_names(self.plan.drop[len(self.plan.dropped_layers) :])
         values = {
             "folder": self.folder,
             "bytes": self.bytes,
             "difference": self.difference,
             "drop": [*self.plan.dropped_layers],
+            **({"experts": experts} if self.plan.experts else {}),
+            "notes": self.notes,
+            "repair": self.repair and self.repair.repair,
         }
-        if self.plan.experts:
-            values["experts"] = removal_names(self.plan.drop[len(self.plan.dropped_layers) :])
-        values |= {"notes": self.notes, "repair": self.repair and self.repair.repair}
         return pa.Table.from_pylist([values])
 
     def summary(self) -> str:
@@ -189,7 +187,8 @@ def describe_remaining(plan: Plan) -> str:
     return f"{len(plan.keep)} of {plan.num_layers} layers{without}"
 
 
-def write_pruned(request: PruneRequest) -> Pruned:
+@keywords(PruneRequest)
+def prune(request: PruneRequest) -> Pruned:
     """Write a checkpoint without the layers and routed experts that a plan drops, repaired on request.
 
     With a warehouse, a repair is stored there, or read if it is stored already.
@@ -204,9 +203,7 @@ def write_pruned(request: PruneRequest) -> Pruned:
     if warehouse is not None:
         lines = evaluated_lines(Warehouse(warehouse), {"revision": checkpoint.revision}, plan.drop)
         plan = replace(plan, evaluated=tuple(dict.fromkeys([*plan.evaluated, *lines])))
-    output = Path(request.output)
-    changes = write_checkpoint(model, plan, output, repair=fitted, execution=request.execution, trust_remote_code=code)
-    return Pruned(plan, changes)
-
-
-prune = keywords(PruneRequest)(write_pruned)
+    done = write_checkpoint(
+        model, plan, request.output, repair=fitted, execution=request.execution, trust_remote_code=code
+    )
+    return Pruned(plan, done)

@@ -67,7 +67,7 @@ UNFINISHED = "unfinished"  # the status of a run that has begun and has no row
 
 
 def reading(cls: Callable[P, R]) -> Callable[[Callable[[Warehouse, R], T]], Callable[P, T]]:
-    """Decorate a function of a warehouse and a request to take the request's fields as keywords."""
+    """Decorate a function of a warehouse and a request to take the request's fields as keywords, as `keywords`."""
 
     def decorate(function: Callable[[Warehouse, R], T]) -> Callable[P, T]:
         @wraps(function)
@@ -79,7 +79,8 @@ def reading(cls: Callable[P, R]) -> Callable[[Callable[[Warehouse, R], T]], Call
     return decorate
 
 
-def list_rows(opened: Warehouse, request: ListRequest) -> Table:
+@reading(ListRequest)
+def ls(opened: Warehouse, request: ListRequest) -> Table:
     """List runs (with stored shards of unfinished ones), evaluated sets of layers, or evaluations, newest first."""
     return Table(_listed_runs(opened) if request.what == "runs" else opened.sql(LISTED[request.what]))
 
@@ -100,7 +101,8 @@ def _listed_runs(opened: Warehouse) -> pa.Table:
     return pa.concat_tables([begun.select(RUNS).cast(ended.schema), ended])
 
 
-def layer_rows(opened: Warehouse, request: ShowRequest) -> Table:
+@reading(ShowRequest)
+def show(opened: Warehouse, request: ShowRequest) -> Table:
     """Return the scores of runs by layer, by default of the newest, with a column for each score of your own.
 
     With ``experts``, rows of ``expert_stats``; with ``quantiles`` or ``sparsity``, quantiles of abs(x). A picture of
@@ -118,8 +120,9 @@ def layer_rows(opened: Warehouse, request: ShowRequest) -> Table:
     if request.shares:
         table = quantiles(opened, runs, request.shares, [request.site])
         if not table.num_rows:
-            hint = "List sites: avss query 'SELECT run_id, sites FROM runs'"
-            raise QueryError(f"No statistics of site '{request.site}'.", hint)
+            raise QueryError(
+                f"No statistics of site '{request.site}'.", "List sites: avss query 'SELECT run_id, sites FROM runs'"
+            )
         return Table(table)
     scores = layer_scores(
         opened, runs, Threshold(*parse_threshold(request.threshold)), site=request.site, recipe=request.recipe
@@ -130,8 +133,9 @@ def layer_rows(opened: Warehouse, request: ShowRequest) -> Table:
     for name in request.by:
         values = {row["run_id"]: own_score(name, opened, row).values for row in runs}
         places = zip(scores["run_id"].to_pylist(), scores["layer"].to_pylist(), strict=True)
-        column = pa.array([values[run_id].get(layer) for run_id, layer in places], pa.float64())
-        scores = scores.append_column(name, column)
+        scores = scores.append_column(
+            name, pa.array([values[run_id].get(layer) for run_id, layer in places], pa.float64())
+        )
     if request.output is not None:
         from avss_dist.reports.chart import layers_chart, save_chart  # altair takes a second to import
 
@@ -160,7 +164,8 @@ def _not_scored(table: pa.Table, request: ShowRequest) -> QueryError:
     )
 
 
-def query_rows(opened: Warehouse, request: QueryRequest) -> Table:
+@reading(QueryRequest)
+def query(opened: Warehouse, request: QueryRequest) -> Table:
     """Return the rows of a query in SQL (DuckDB) or, with ``schema``, every table and column of a warehouse."""
     if request.schema:
         from avss_dist.reports.terminal.schema import schema_table
@@ -171,7 +176,8 @@ def query_rows(opened: Warehouse, request: QueryRequest) -> Table:
     return Table(opened.sql(request.sql))
 
 
-def compare_runs(
+@reading(CompareRequest)
+def compare(
     opened: Warehouse, request: CompareRequest, *, max_listed: int | None = None
 ) -> RankingComparison | RankingCurves:
     """Compare the layer rankings of runs, by default of all finished ones, by pairs or ``along`` an axis.
@@ -208,12 +214,13 @@ def compare_runs(
     return result
 
 
-def find(opened: Warehouse, request: FindingsRequest) -> Table:
+@reading(FindingsRequest)
+def findings(opened: Warehouse, request: FindingsRequest) -> Table:
     """List findings that speak against the scores of runs, by default of all finished ones.
 
     With ``truth``, a row for each score that says how far it agrees with the measured ground truth.
     """
-    from avss_dist.analysis.findings import findings as find_all
+    from avss_dist.analysis.findings import findings as find
     from avss_dist.analysis.scorecard import best_readings, score_cards
 
     if request.truth:
@@ -223,10 +230,11 @@ def find(opened: Warehouse, request: FindingsRequest) -> Table:
     run_ids = chosen_ids(opened, request.run)
     threshold = Threshold(*parse_threshold(request.threshold))
     names = run_ids if request.run else None  # all, with those that cannot be read
-    return Table(find_all(opened, names, threshold=threshold, site=site, recipe=recipe))
+    return Table(find(opened, names, threshold=threshold, site=site, recipe=recipe))
 
 
-def contrast_labels(opened: Warehouse, request: ContrastRequest) -> Contrast:
+@reading(ContrastRequest)
+def contrast(opened: Warehouse, request: ContrastRequest) -> Contrast:
     """Contrast hallucinated with truthful answers, layer by layer, with controls; for a run on paired text."""
     from avss_dist.analysis.contrast import contrast as contrast_run
 
@@ -243,7 +251,8 @@ def contrast_labels(opened: Warehouse, request: ContrastRequest) -> Contrast:
     )
 
 
-def write_report(opened: Warehouse, request: ReportRequest) -> Path:
+@reading(ReportRequest)
+def report(opened: Warehouse, request: ReportRequest) -> Path:
     """Write the page of a warehouse, and return its path."""
     from avss_dist.reports.page.page import save_report
 
@@ -252,14 +261,16 @@ def write_report(opened: Warehouse, request: ReportRequest) -> Path:
     return Path(request.output)
 
 
-def publish_runs(opened: Warehouse, request: PublishRequest) -> Table:
+@reading(PublishRequest)
+def publish(opened: Warehouse, request: PublishRequest) -> Table:
     """Write the finished runs of a warehouse for others, and return the number of rows of each table."""
-    from avss_dist.reports.publish import publish
+    from avss_dist.reports.publish import publish as write_tables
 
-    return _counts("rows", publish(opened, Path(request.folder)))
+    return _counts("rows", write_tables(opened, Path(request.folder)))
 
 
-def compact_runs(opened: Warehouse, request: WarehouseRequest) -> Table:
+@reading(WarehouseRequest)
+def compact(opened: Warehouse, request: WarehouseRequest) -> Table:
     """Copy many finished runs into few large files, and return the number of runs copied of each table."""
     return _counts("runs", opened.compact())
 
@@ -287,14 +298,3 @@ def named_run(opened: Warehouse, name: str | None, *, measured: bool = False) ->
         measured: include checkpoints without a run, as `chosen.choose_runs`.
     """
     return one_run(choose_runs(opened, [] if name is None else [name], measured=measured), str(name))
-
-
-ls = reading(ListRequest)(list_rows)
-show = reading(ShowRequest)(layer_rows)
-query = reading(QueryRequest)(query_rows)
-compare = reading(CompareRequest)(compare_runs)
-findings = reading(FindingsRequest)(find)
-contrast = reading(ContrastRequest)(contrast_labels)
-report = reading(ReportRequest)(write_report)
-publish = reading(PublishRequest)(publish_runs)
-compact = reading(WarehouseRequest)(compact_runs)

@@ -5,11 +5,13 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from contextlib import nullcontext
 from dataclasses import asdict, replace
+from inspect import unwrap
 from pathlib import Path
 from typing import Any
 
 from avss_dist.cli.read import newest_of, open_for
-from avss_dist.commands import Pruned, choose_layers, describe_remaining, planned_run, write_pruned
+from avss_dist.commands import Pruned, choose_layers, describe_remaining, planned_run
+from avss_dist.commands import prune as write_pruned
 from avss_dist.core.registry import GREEDY
 from avss_dist.core.streams import console, emit, say
 from avss_dist.core.text import describe_bytes
@@ -35,8 +37,8 @@ def plan(request: PlanRequest) -> None:
     row, passed = planned_run(opened, request)
     hints = newest_of(opened, request.run)
     if passed:
-        number = opened.runs().num_rows
-        hints = [f"This is the newest of {number} runs that can be planned for; --run names another.", *passed]
+        newest = f"This is the newest of {opened.runs().num_rows} runs that can be planned for; --run names another."
+        hints = [newest, *passed]
     with CellProgress() as progress:
         chosen, steps = choose_layers(opened, row, replace(request, on_event=progress))
     if steps:
@@ -90,7 +92,7 @@ def prune(request: PruneRequest, format: str) -> None:
     if format == "text":
         emit("\n  ".join([f"{request.plan}:", *plan.describe()]))
     with CellProgress() if request.warehouse else nullcontext() as progress:
-        done = write_pruned(replace(request, plan=plan, on_event=progress))
+        done = unwrap(write_pruned)(replace(request, plan=plan, on_event=progress))
     print_result(format, _pruned_lines(done), done.table().to_pylist)
 
 

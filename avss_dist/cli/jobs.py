@@ -48,7 +48,7 @@ def jobs_submit(request: SubmitRequest, format: str) -> int:
     return _follow(cluster, job_id)
 
 
-def jobs_list(request: ListJobsRequest, format: str) -> int:
+def jobs_list(request: ListJobsRequest, format: str) -> None:
     """List submitted jobs and their status."""
     import pyarrow as pa
 
@@ -67,10 +67,8 @@ def jobs_list(request: ListJobsRequest, format: str) -> int:
         }
         for job in jobs
     ]
-    names = ("job", "status", "started", "seconds", "entrypoint", "message")
-    schema = pa.schema([(name, pa.int64() if name == "seconds" else pa.string()) for name in names])
-    write_table(pa.Table.from_pylist(rows, schema), format, console())
-    return 0
+    texts = dict.fromkeys(("job", "status", "started", "seconds", "entrypoint", "message"), pa.string())
+    write_table(pa.Table.from_pylist(rows, pa.schema(texts | {"seconds": pa.int64()})), format, console())
 
 
 def jobs_logs(request: LogsRequest) -> int:
@@ -82,13 +80,12 @@ def jobs_logs(request: LogsRequest) -> int:
     return 0
 
 
-def jobs_stop(request: JobIdRequest, format: str) -> int:
+def jobs_stop(request: JobIdRequest, format: str) -> None:
     """Stop a submitted job; its measurements are kept, and submitting it again resumes it."""
     from avss_dist.reports.output import print_result
 
-    job_id, outcome = request.job_id, _cluster(request).stop(request.job_id)
-    print_result(format, [f"{job_id}: {outcome}"], lambda: [{"job": job_id, "outcome": outcome}])
-    return 0
+    outcome = _cluster(request).stop(request.job_id)
+    print_result(format, [f"{request.job_id}: {outcome}"], lambda: [{"job": request.job_id, "outcome": outcome}])
 
 
 def _cluster(request: ClusterRequest) -> Cluster:

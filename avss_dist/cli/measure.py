@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import asdict, replace
+from inspect import unwrap
 from itertools import chain
 from typing import Any
 
@@ -10,7 +11,8 @@ import pyarrow as pa
 
 from avss_dist.analysis.verdict import experiment_sections
 from avss_dist.cli.program import spelled
-from avss_dist.commands import Runs, execute_job
+from avss_dist.commands import Runs
+from avss_dist.commands import run as run_job
 from avss_dist.core.settings import SITES
 from avss_dist.core.streams import complain, console, emit_json, say
 from avss_dist.core.text import count_of
@@ -108,7 +110,7 @@ def run(request: RunCommandRequest, format: str) -> int:
         return _preview(job, format, request.replaced)
     with run_progress(len(job.specs)) as progress:
         on_event = both(progress, CellProgress()) if job.experiment else progress
-        runs = execute_job(replace(request, job=job, on_event=on_event))
+        runs = unwrap(run_job)(replace(request, job=job, on_event=on_event))
     failures = [_outcome(run) for run in runs if run.status == "failed"]
     if runs.experiment is None:
         print_result(format, [*failures, _summary(runs)], runs.table)

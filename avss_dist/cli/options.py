@@ -110,9 +110,8 @@ def _parameter(request: Any, name: str, hint: Any, annotation: Any, option: Opti
     help = option_help(request, name, " Repeatable." if several and not option.argument else "")
     metavar = option.metavar or METAVARS.get(kinds.pop() if len(kinds) == 1 and not several else str, "TEXT")
     names = next((meta.names for meta in _metadata(annotation, OneOf) if meta.names), ())
-    about: dict[str, Any] = {"help": help, "metavar": None if kind is bool else metavar}
-    about |= _of_names(names, help) if names else {}
-    about |= {"rich_help_panel": section_of(request, name), "hidden": option.rare, "show_default": False}
+    about: dict[str, Any] = {"rich_help_panel": section_of(request, name), "hidden": option.rare, "show_default": False}
+    about |= _of_names(names, help) if names else {"help": help, "metavar": None if kind is bool else metavar}
     if option.argument:
         parameter = typer.Argument(**about | {"rich_help_panel": TITLES[0]})
     else:

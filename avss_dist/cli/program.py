@@ -155,18 +155,17 @@ def load_command(name: str) -> Any:
     request = getattr(import_module(f"avss_dist.{module}"), cls)
 
     def run(**values: Any) -> Any:
-        formats = listed.formats
-        printed = {"format": require_known("`format`", values.pop("format"), formats)} if formats else {}
+        format = [require_known("`format`", values.pop("format"), listed.formats)] if listed.formats else []
         typed = {field: value for field, value in values.items() if value not in (None, []) and field[0] != "_"}
         instance = from_texts(request, typed)
-        return getattr(import_module(f"avss_dist.cli.{listed.module}"), name.replace(" ", "_"))(instance, **printed)
+        return getattr(import_module(f"avss_dist.cli.{listed.module}"), name.replace(" ", "_"))(instance, *format)
 
     options = parameters(request, listed.formats)
     run.__signature__ = inspect.Signature(options)  # type: ignore[attr-defined]
     run.__annotations__ = {option.name: option.annotation for option in options}
-    run.__doc__ = "\n\n".join(filter(None, (listed.summary, listed.more)))
+    help = "\n\n".join(filter(None, (listed.summary, listed.more)))
     single = typer.Typer(add_completion=False, rich_markup_mode=None)
-    single.command(name, cls=CommandWithSections, epilog=epilog(name), context_settings=HELP)(run)
+    single.command(name, cls=CommandWithSections, help=help, epilog=epilog(name), context_settings=HELP)(run)
     return typer.main.get_command(single)
 
 

@@ -6,10 +6,12 @@ import sys
 from collections.abc import Iterator, Mapping
 from contextlib import nullcontext
 from dataclasses import replace
+from inspect import unwrap
 from itertools import chain, takewhile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from avss_dist import read_commands
 from avss_dist.cli.program import at_end, interruptible
 from avss_dist.core.errors import QueryError, first_names
 from avss_dist.core.streams import console, emit, say
@@ -74,11 +76,10 @@ def newest_of(warehouse: Warehouse, name: str | None) -> list[str]:
 
 def ls(request: ListRequest, format: str) -> None:
     """List runs (with stored shards of unfinished ones), evaluated sets of layers, or evaluations, newest first."""
-    from avss_dist.read_commands import list_rows
     from avss_dist.reports.output import write_table
 
     opened = open_for(request)
-    table = list_rows(opened, request).table()
+    table = unwrap(read_commands.ls)(opened, request).table()
     if request.what == "runs" and format == "table":
         table = _narrowed(_with_kept_shards(table), console().width)
     write_table(table, format, console(), newest_first=True)
@@ -88,15 +89,12 @@ def _with_kept_shards(table: pa.Table) -> pa.Table:
     """Return a table of runs, with the number of stored shards in the status of unfinished runs."""
     import pyarrow as pa
 
-    from avss_dist.read_commands import UNFINISHED
-
-    texts = []
-    for row in table.select(["status", "kept_shards", "num_shards"]).to_pylist():
-        total = f" of {row['num_shards']}" if row["num_shards"] else ""
-        stored = f", {row['kept_shards']}{total} shards" if row["status"] == UNFINISHED else ""
-        texts.append(f"{row['status']}{stored}")
-    table = table.set_column(table.schema.get_field_index("status"), "status", pa.array(texts, pa.string()))
-    return table.drop_columns(["kept_shards", "num_shards"])
+    rows = table.to_pylist()
+    for row in rows:
+        if row["status"] == read_commands.UNFINISHED:
+            total = f" of {row['num_shards']}" if row["num_shards"] else ""
+            row["status"] += f", {row['kept_shards']}{total} shards"
+    return pa.Table.from_pylist(rows, table.schema).drop_columns(["kept_shards", "num_shards"])
 
 
 def _narrowed(table: pa.Table, width: int) -> pa.Table:
@@ -117,35 +115,30 @@ def _narrowed(table: pa.Table, width: int) -> pa.Table:
 
 def show(request: ShowRequest, format: str) -> None:
     """Show scores by layer, at any threshold, or draw them; the lowest 25% of layers are marked."""
-    from avss_dist.read_commands import layer_rows
-    from avss_dist.reports.output import PICTURES, printed_to, write_table
+    from avss_dist.reports.output import PICTURES, print_result, printed_to
 
     output = None if request.output is None else Path(request.output)
     opened = open_for(request)
     drawn = output and output.suffix.lower() in PICTURES and format == "table"
     if drawn and not (request.experts or request.shares):
-        layer_rows(opened, request)
+        unwrap(read_commands.show)(opened, request)
         emit(output)
     else:
-        with printed_to(output):
-            table = layer_rows(opened, replace(request, output=None)).table()
-            if format == "table":
-                _print_runs(opened, request, table)
-            else:
-                write_table(table, format, console())
+        with printed_to(output) if output else nullcontext():
+            table = unwrap(read_commands.show)(opened, replace(request, output=None)).table()
+            print_result(format, _describe_runs(opened, request, table), lambda: table)
     more = opened.runs().num_rows - 1
     if more and not request.run and format == "table":
         emit(f"{more} more in {opened.root}: avss ls -w {opened.root}")
 
 
-def _print_runs(opened: Warehouse, request: ShowRequest, table: pa.Table) -> None:
-    """Print the scores, the quantiles or the experts of each run."""
+def _describe_runs(opened: Warehouse, request: ShowRequest, table: pa.Table) -> Iterator[Any]:
+    """Yield the scores, the quantiles or the experts of each run."""
     import pyarrow.compute as pc
 
     from avss_dist.analysis.chosen import choose_runs
     from avss_dist.analysis.experts import experts_by_layer, experts_section
     from avss_dist.analysis.scorecard import describe_agreement
-    from avss_dist.read_commands import score_rows
     from avss_dist.reports.terminal.scores import describe_exactness, layer_table, quantiles_table
     from avss_dist.reports.terminal.tables import rendered
 
@@ -154,28 +147,23 @@ def _print_runs(opened: Warehouse, request: ShowRequest, table: pa.Table) -> Non
         if not rows:
             continue
         if request.experts:
-            section = experts_section(f"{run['model']}  ({run['run_id']})", run, experts_by_layer(rows))
-            console().print(rendered(section))
+            yield rendered(experts_section(f"{run['model']}  ({run['run_id']})", run, experts_by_layer(rows)))
         elif request.shares:
-            console().print(quantiles_table(rows.to_pylist()))
+            yield quantiles_table(rows.to_pylist())
         else:
-            layers = score_rows(rows)
-            console().print(layer_table(run, layers, request.by))
-            for line in describe_agreement(opened, run, layers, request.by):
-                emit(line)
-            if note := describe_exactness(layers):
-                emit(note)
+            layers = read_commands.score_rows(rows)
+            yield layer_table(run, layers, request.by)
+            yield from describe_agreement(opened, run, layers, request.by)
+            yield from describe_exactness(layers)
 
 
 def query(request: QueryCommandRequest, format: str) -> None:
     """Query a warehouse with SQL (DuckDB). It only reads, and only the warehouse."""
-    from avss_dist.read_commands import query_rows
     from avss_dist.reports.output import printed_to, write_table
 
-    output = None if request.output is None else Path(request.output)
-    if format == "parquet" and output is None and sys.stdout.isatty():
+    if format == "parquet" and request.output is None and sys.stdout.isatty():
         raise QueryError("`format` parquet cannot be printed on a terminal.", "Name a file with `output`.")
-    with printed_to(output):
+    with printed_to(Path(request.output)) if request.output else nullcontext():
         if request.schema and format in ("table", "markdown"):
             from avss_dist.reports.terminal.schema import schema_markdown, schema_page
 
@@ -187,7 +175,7 @@ def query(request: QueryCommandRequest, format: str) -> None:
             opened = open_for(request)
             # Thousands of runs are read at first.
             with console().status("Reading ...") if sys.stdout.isatty() else nullcontext():
-                table = interruptible(lambda: query_rows(opened, request)).table()
+                table = interruptible(lambda: unwrap(read_commands.query)(opened, request)).table()
             write_table(table, format, console())
             if not table.num_rows:
                 say(f"No row.{_query_comment(str(request.sql))}")
@@ -209,13 +197,12 @@ def compare(request: CompareRequest, format: str) -> None:
     """Compare layer rankings between runs: how far they agree, or how they move along training, size or text."""
     from avss_dist.analysis.comparison import MAX_PAIRS, RankingComparison
     from avss_dist.analysis.curves import curve_section
-    from avss_dist.read_commands import compare_runs
     from avss_dist.reports.output import print_result
     from avss_dist.reports.terminal.tables import rendered
     from avss_dist.warehouse.reader import grouped
 
     opened = open_for(request)
-    result = compare_runs(opened, request, max_listed=MAX_PAIRS if format != "table" else MAX_TABLED)
+    result = unwrap(read_commands.compare)(opened, request, max_listed=MAX_PAIRS if format != "table" else MAX_TABLED)
     if isinstance(result, RankingComparison) and result.conditions:
         same = ", ".join(result.conditions)
         say(f"Only runs with the same {same} are compared with each other; --allow-mismatch compares all.")
@@ -235,7 +222,6 @@ def _describe_pairs(opened: Warehouse, comparison: RankingComparison, request: C
     """Yield the agreement of pairs of runs, and the findings that speak against it."""
     from avss_dist.analysis.findings import findings as find_all
     from avss_dist.analysis.findings import of_rankings
-    from avss_dist.read_commands import chosen_ids
     from avss_dist.reports.terminal.scores import comparison_tables, findings_list
     from avss_dist.stats.scores import Threshold
 
@@ -250,7 +236,7 @@ def _describe_pairs(opened: Warehouse, comparison: RankingComparison, request: C
     yield comparison_tables(comparison, f"by {by}  {reading}")
     bearing = find_all(
         opened,
-        sorted({*chosen_ids(opened, request.run)} - {*comparison.left_out}),
+        sorted({*read_commands.chosen_ids(opened, request.run)} - {*comparison.left_out}),
         threshold=at,
         site=None if by == "site" else request.site,
         recipe=None if by == "recipe" else request.recipe,
@@ -263,12 +249,11 @@ def _describe_pairs(opened: Warehouse, comparison: RankingComparison, request: C
 def findings(request: FindingsRequest, format: str) -> None:
     """List findings that speak against scores: they track depth, noise, rounding, single units, and so on."""
     from avss_dist.analysis.scorecard import scorecard_sections
-    from avss_dist.read_commands import find
     from avss_dist.reports.output import print_result
     from avss_dist.reports.terminal.scores import findings_list
     from avss_dist.reports.terminal.tables import rendered
 
-    table = find(open_for(request), request).table()
+    table = unwrap(read_commands.findings)(open_for(request), request).table()
     shown = (rendered(*scorecard_sections(t)) if request.truth else findings_list(t) for t in [table])
     hints = [] if request.every or request.truth else ["--every also lists findings at other sites and recipes."]
     print_result(format, chain(shown, hints), lambda: table)
@@ -277,11 +262,10 @@ def findings(request: FindingsRequest, format: str) -> None:
 def contrast(request: ContrastCommandRequest, format: str) -> None:
     """Contrast hallucinated with truthful answers, layer by layer, with controls; for a run on paired text."""
     from avss_dist.analysis.contrast import contrast_section
-    from avss_dist.read_commands import contrast_labels
     from avss_dist.reports.output import print_result
     from avss_dist.reports.terminal.tables import rendered
 
-    result = contrast_labels(open_for(request), request)
+    result = unwrap(read_commands.contrast)(open_for(request), request)
     table = result.predictions if request.predictions else result.layers
     label = f"{result.reading['model']}  ({result.reading['run_id']})"
     print_result(format, [rendered(contrast_section(label, result))], lambda: table)
@@ -291,26 +275,23 @@ def contrast(request: ContrastCommandRequest, format: str) -> None:
 
 def report(request: ReportRequest) -> None:
     """Write the page of a warehouse."""
-    from avss_dist.read_commands import write_report
 
-    emit(write_report(open_for(request, failed=True), request))
+    emit(unwrap(read_commands.report)(open_for(request, failed=True), request))
 
 
 def publish(request: PublishRequest) -> None:
     """Write the finished runs of a warehouse for others."""
-    from avss_dist.read_commands import publish_runs
 
-    rows = publish_runs(open_for(request), request).table().to_pylist()
+    rows = unwrap(read_commands.publish)(open_for(request), request).table().to_pylist()
     tables = ", ".join(f"{describe_count(row['rows'])} {row['table']}" for row in rows)
     emit(f"{request.folder}: {tables}.")
 
 
 def compact(request: WarehouseRequest) -> None:
     """Copy many finished runs into few large files."""
-    from avss_dist.read_commands import compact_runs
 
     opened = open_for(request)
-    rows = compact_runs(opened, request).table().to_pylist()
+    rows = unwrap(read_commands.compact)(opened, request).table().to_pylist()
     tables = ", ".join(f"{row['table']} of {count_of(row['runs'], 'run')}" for row in rows if row["runs"])
     every = "every finished run that can be read" if opened.damaged else "every finished run"
     emit(f"{opened.root}: {f'copied {tables}' if tables else f'{every} was compacted before'}.")

@@ -205,7 +205,10 @@ _KEYWORD, _ANY = inspect.Parameter.KEYWORD_ONLY, inspect.Parameter.POSITIONAL_OR
 
 
 def keywords(cls: Callable[P, R]) -> Callable[[Callable[[R], T]], Callable[P, T]]:
-    """Decorate a function of a request to take the request's fields as keywords, with signature and docstring."""
+    """Decorate a function of a request to take the request's fields as keywords, with signature and docstring.
+
+    `inspect.unwrap` returns the function of the request.
+    """
 
     def decorate(function: Callable[[R], T]) -> Callable[P, T]:
         @wraps(function)

@@ -222,7 +222,11 @@ def save_chart(chart: Any, path: Path) -> None:
     kind = path.suffix.lower()
     if kind not in PICTURES:
         raise AvssError(f"'{path}' does not say what to draw.", nearest(kind, PICTURES))
-    spec = specification(chart)
+    # The library that draws aborts the process at texts that are not printable.
+    spec = map_leaves(
+        chart.to_dict(),
+        lambda leaf: printable(leaf).encode(errors="replace").decode() if isinstance(leaf, str) else leaf,
+    )
     if kind == ".png":
         data = vl_convert.vegalite_to_png(spec, scale=2)
     elif kind == ".svg":
@@ -240,15 +244,6 @@ def save_chart(chart: Any, path: Path) -> None:
 </body></html>
 """.encode()
     write_file(path, data)
-
-
-def specification(chart: Any) -> dict[str, Any]:
-    """Return a chart as Vega-Lite with `printable` texts. The library that draws aborts the process at other texts."""
-    spec: dict[str, Any] = map_leaves(
-        chart.to_dict(),
-        lambda leaf: printable(leaf).encode(errors="replace").decode() if isinstance(leaf, str) else leaf,
-    )
-    return spec
 
 
 @cache

@@ -41,8 +41,8 @@ def write_file(path: Path, data: bytes) -> None:
 
 
 @contextmanager
-def printed_to(path: Path | None) -> Iterator[None]:
-    """Redirect standard output to a file inside the block. Without a path, leave it as it is.
+def printed_to(path: Path) -> Iterator[None]:
+    """Redirect standard output to a file inside the block.
 
     The file is written in one step. If the block or the writing fails, a previous file stays as it was.
 
@@ -50,9 +50,6 @@ def printed_to(path: Path | None) -> Iterator[None]:
         AvssError: it cannot be written.
         StorageFull: there is no space left.
     """
-    if path is None:
-        yield
-        return
     with (
         explain_unwritable(path, "Choose another `output`."),
         staged_file(path) as staged,
@@ -114,8 +111,7 @@ def write_table(table: pa.Table, kind: str, console: Console, *, newest_first: b
         import csv
 
         writer = csv.writer(SimpleNamespace(write=partial(emit, end="")), lineterminator="\n")
-        for cells in itertools.chain([names], (row.values() for row in _rows(table))):
-            writer.writerow(map(csv_cell, cells))
+        writer.writerows(map(csv_cell, cells) for cells in itertools.chain([names], map(dict.values, _rows(table))))
     else:
         _write_parquet(table)
 

@@ -30,8 +30,8 @@ def publish(warehouse: Warehouse, folder: Path) -> dict[str, int]:
         WarehouseError: there is no finished run, or the folder cannot be written or has files.
         StorageFull: there is no space left.
     """
-    done = [row for row in warehouse.runs().to_pylist() if row["status"] == "done"]
-    run_ids = [row["run_id"] for row in sorted(done, key=lambda row: (row["model"], row["run_id"]))]
+    runs = warehouse.runs().sort_by([("model", "ascending"), ("run_id", "ascending")]).to_pylist()
+    run_ids = [row["run_id"] for row in runs if row["status"] == "done"]
     with explain_unwritable(folder, "Name a new folder.", WarehouseError), staged_folder(folder) as staged:
         (staged / DATA).mkdir()
         rows = _write_tables(warehouse, run_ids, staged / DATA)
@@ -60,10 +60,9 @@ def _write_table(warehouse: Warehouse, name: str, run_ids: Sequence[str], folder
     groups = [None] if name == "evaluations" else [[run_id] for run_id in run_ids]
     with pq.ParquetWriter(file, SCHEMAS[name], compression="zstd") as writer:
         for group in groups:
-            table = warehouse.table(name, run_ids=group)
-            if table or group is None:
+            if table := warehouse.table(name, run_ids=group):
                 writer.write_table(table.cast(SCHEMAS[name]))
-            rows += len(table)
+                rows += len(table)
     if not rows:
         file.unlink()
     return rows

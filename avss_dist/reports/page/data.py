@@ -131,8 +131,13 @@ def _described(runs: Sequence[Mapping[str, Any]], table: pa.Table) -> list[dict[
         scored = [layer for run_id, layer in row_of if run_id == run["run_id"]]
         size = max([run["num_layers"] or 0, *(layer + 1 for layer in scored)])
         rows = table.take(pa.array([row_of.get((run["run_id"], layer)) for layer in range(size)], pa.int64()))
-        by_layer = {name: rounded(rows[name]) for name in ("layer_name", *BASELINES)}
-        described.append({"label": f"{i + 1}. {label}", "has_head": has_head(run), **by_layer})
+        described.append(
+            {
+                "label": f"{i + 1}. {label}",
+                "has_head": has_head(run),
+                **{name: rounded(rows[name]) for name in ("layer_name", *BASELINES)},
+            }
+        )
     return described
 
 
@@ -200,9 +205,12 @@ def matrix_data(
         For each run with scores: ``label``, ``about`` with its properties, and ``places``, that of each layer from 0
         (least important) to `STEPS`, `UNRANKED` without a score.
     """
-    run_ids, columns = [run["run_id"] for run in runs], ["run_id", "layer", "avss_smoothed"]
-    scores = warehouse.table("scores", run_ids=run_ids, columns=columns, where=at_reading(*PUBLISHED))
-    scores = scores.sort_by([("run_id", "ascending"), ("layer", "ascending")])
+    scores = warehouse.table(
+        "scores",
+        run_ids=[run["run_id"] for run in runs],
+        columns=["run_id", "layer", "avss_smoothed"],
+        where=at_reading(*PUBLISHED),
+    ).sort_by([("run_id", "ascending"), ("layer", "ascending")])
     values = scores["avss_smoothed"].to_numpy()
     places = {key["run_id"]: _places(values[start:stop]) for key, start, stop in slices_by(scores, ["run_id"])}
     return [

@@ -163,9 +163,7 @@ def report_page(warehouse: Warehouse, run_ids: Collection[str] | None = None, ow
             for run_id, why in damaged.items()
         ),
     ]
-    summary = count_of(len(done), "run")
-    if len(rows) > len(done):
-        summary += f" and {len(rows) - len(done)} that failed"
+    failed = len(rows) - len(done)
     return _template("page.html").render(
         html_table=html_table,
         policy=_policy(style, script, library),
@@ -180,7 +178,7 @@ def report_page(warehouse: Warehouse, run_ids: Collection[str] | None = None, ow
         version=__version__,
         warehouse=warehouse.root,
         created=datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
-        summary=summary,
+        summary=count_of(len(done), "run") + (f" and {failed} that failed" if failed else ""),
         short=in_short(warehouse, drawn, of_run, rows_of_findings, without, newest_first),
         findings=_findings(rows_of_findings, of_run),
         chapters=[(name, *CHAPTERS[name], sections) for name, sections in chapters.items() if sections],
@@ -240,8 +238,8 @@ def _policy(style: str, *scripts: str) -> str:
 def _packed(data: Mapping[str, Any]) -> str:
     """Return data as compressed JSON in base64: forty runs at a hundred choices have a few hundred thousand numbers."""
     text = json.dumps(data, separators=(",", ":"), allow_nan=False)
-    compressed = gzip.compress(text.encode(), 6, mtime=0)  # level 9 takes three times as long and saves little
-    return base64.b64encode(compressed).decode()
+    # Level 9 takes three times as long and saves little.
+    return base64.b64encode(gzip.compress(text.encode(), 6, mtime=0)).decode()
 
 
 def _overview(rows: Sequence[Row], labels: Mapping[str, str]) -> ReportTable:
@@ -366,8 +364,9 @@ def in_short(
     untried = [pair for pair in with_sets if pair not in evaluated]
     summaries = []
     for run, sets in [*evaluated, *untried[:MAX_UNTRIED]][:MAX_LISTED]:
-        of_run = [row for row in findings if row["run_id"] == run["run_id"] and is_published(row)]
-        kinds = dict.fromkeys(row["kind"].replace("_", " ") for row in of_run)
+        kinds = dict.fromkeys(
+            row["kind"].replace("_", " ") for row in findings if row["run_id"] == run["run_id"] and is_published(row)
+        )
         largest, of_claim, size = [], [], count_lowest(run["num_layers"] or 0)
         for task, of_task in list(grouped(sets, itemgetter("series")).items())[:MAX_LISTED]:
             if enough := [removed for removed in of_task if removed["kept"] >= CLAIMED_KEPT]:

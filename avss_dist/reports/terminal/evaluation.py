@@ -160,12 +160,13 @@ def search_table(plan: Plan, steps: Sequence[SearchStep]) -> FittedTable:
     """Return a table of the best set of each round: its loss and perplexity, and the number of sets known by then."""
     losses = [step.best for step in steps]
     errors = [loss.stderr if math.isfinite(loss.stderr) else None for loss in losses]
-    layers = [describe_removed(loss.removed) or "-" for loss in losses]
     return FittedTable(
         ReportTable(
             columns=[
                 ReportColumn("dropped", [len(loss.removed) for loss in losses]),
-                ReportColumn("layers", layers, number=False, wraps=True),
+                ReportColumn(
+                    "layers", [describe_removed(loss.removed) or "-" for loss in losses], number=False, wraps=True
+                ),
                 ReportColumn("loss", [loss.value for loss in losses], "{:z.4f}".format),
                 ReportColumn("+/-", errors, "{:z.2g}".format, priority=1),
                 ReportColumn("perplexity", [readable_value(LOSS, loss.value) for loss in losses], metric_format(LOSS)),
@@ -299,7 +300,6 @@ def plan_table(previews: Sequence[Preview], warehouse: str) -> RenderableType:
             ReportColumn("time", [p.seconds for p in previews], describe_seconds),
         ],
     )
-    warnings = dict.fromkeys(f"{p.model}: {p.warning}" for p in previews if p.warning)
     count = {status: sum(p.status == status for p in previews) for status in STATUS_STYLES}
     text = f"{', '.join(f'{number} {status}' for status, number in count.items() if number)}."
     if seconds := [p.seconds for p in previews if p.seconds]:
@@ -311,7 +311,10 @@ def plan_table(previews: Sequence[Preview], warehouse: str) -> RenderableType:
     return Group(
         FittedTable(table),
         *(Text(f"{p.model}: {p.error}", style="red") for p in previews if p.error),
-        *(Text(warning, style="yellow") for warning in warnings),
+        *(
+            Text(warning, style="yellow")
+            for warning in dict.fromkeys(f"{p.model}: {p.warning}" for p in previews if p.warning)
+        ),
         Text(text, style="bold"),
     )
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
 from math import isnan
 from operator import itemgetter
@@ -84,18 +84,18 @@ def layer_table(run: Mapping[str, Any], scores: Sequence[Mapping[str, Any]], own
     return Group(FittedTable(table), *(Text(f"note: {note}", style="yellow") for note in run["notes"] or []))
 
 
-def describe_exactness(scores: Sequence[Mapping[str, Any]]) -> str:
-    """Return a sentence on the error of interpolated near-zero counts and the nearest exact ones, if any."""
+def describe_exactness(scores: Sequence[Mapping[str, Any]]) -> Iterator[str]:
+    """Yield a sentence on the error of interpolated near-zero counts and the nearest exact ones, if any."""
     inexact = [s for s in scores if s["exactness"] == INTERPOLATED]
     if not inexact:
-        return ""
+        return
     off = max(max(s["near_zero_high"] - k, k - s["near_zero_low"]) / k for s in inexact if (k := s["near_zero_count"]))
     where = (
         " Exact: {:.10g} and {:.10g}.".format(*bin_edges(scores[0]["threshold"]))
         if scores[0]["threshold_kind"] == "absolute"
         else ""
     )
-    return (
+    yield (
         f"{len(inexact)} of {len(scores)} near-zero counts are interpolated from stored counts, and off by {off:.0%} "
         f"at the very most.{where}"
     )

@@ -53,8 +53,7 @@ class FittedTable:
             yield self._grid(visible)
         if lines := [line for line in (self.table.caption, self.table.meanings) if line]:
             yield Text(printable("\n".join(lines)))
-        hidden = [column for column in columns if column not in visible and isinstance(column, ReportColumn)]
-        if missing := [_heading(column).replace("\n", " ") for column in hidden]:
+        if missing := [_heading(c).replace("\n", " ") for c in self.table.values if c not in visible]:
             yield Text(f"No room for: {', '.join(missing)}. A wider terminal shows them.", style="dim")
 
     def _grid(self, columns: Sequence[ReportColumn | BarColumn]) -> RichTable:
