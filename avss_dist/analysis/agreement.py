@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Hashable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import cache, cached_property
 from itertools import product
 from math import comb
@@ -26,23 +26,23 @@ from avss_dist.stats.rankings import (
     average_ranks,
     count_lowest,
     given_depth,
-    spearman,
     spearman_rows,
 )
 
 Scores = tuple[Float64, Float64]  # depth and values of layers, float64[layers] each, ascending in depth
 Indices = NDArray[np.int64]
-COLUMNS = (
-    "layers",
-    "interpolated",
-    "spearman",
-    "given_depth",
-    "k",
-    "shared",
-    "jaccard",
-    "jaccard_by_chance",
-    "p_by_chance",
-)
+COLUMNS = {
+    "layers": np.int64,
+    "interpolated": np.bool_,
+    "spearman": np.float64,
+    "given_depth": np.float64,
+    "k": np.int64,
+    "shared": np.int64,
+    "jaccard": np.float64,
+    "jaccard_by_chance": np.float64,
+    "p_by_chance": np.float64,
+}
+"""Columns of a pair of scores, each with its type."""
 AT_ONCE = 1024  # pairs
 BLOCK_ROWS = 512  # rows of a block of pairs: with 20,000 runs, a block is 80 MB
 MAX_GROUPS = 50  # with more, the table of all pairs of groups tells nobody anything
@@ -79,7 +79,7 @@ def correlate_pairs(
         which both scores are finite. ``given_depth`` is its partial correlation given depth, NaN if one of the scores
         is the order of depth itself. Correlations are NaN for fewer than three layers or a constant score.
     """
-    columns = {name: np.full(len(a), np.nan) for name in COLUMNS}
+    columns: dict[str, NDArray[Any]] = {name: np.empty(len(a), kind) for name, kind in COLUMNS.items()}
     for chunk in tracked(list(_chunks(scores, a, b)), f"Comparing {len(a):,} pairs"):
         x, y, columns["interpolated"][chunk] = _aligned(scores, a[chunk], b[chunk])
         n = x.shape[1]
@@ -91,23 +91,7 @@ def correlate_pairs(
         columns["jaccard"][chunk] = shared / (2 * size - shared)
         columns["jaccard_by_chance"][chunk], at_least = _expected_overlap(n, size)
         columns["p_by_chance"][chunk] = at_least[shared]
-    kinds = {"layers": np.int64, "k": np.int64, "shared": np.int64, "interpolated": np.bool_}
-    return {name: values.astype(kinds.get(name, np.float64)) for name, values in columns.items()}
-
-
-def rank_correlations(scores: Sequence[Scores], a: Indices, b: Indices) -> tuple[Float64, Float64]:
-    """Return Spearman's rho of pairs of scores and its partial correlation given depth, float64[pairs] each.
-
-    These are the columns ``spearman`` and ``given_depth`` of `correlate_pairs`, at a fraction of its cost.
-
-    Args:
-        a, b: int64[pairs], the indices in ``scores`` of the two scores of each pair.
-    """
-    rho, partial = np.full(len(a), np.nan), np.full(len(a), np.nan)
-    for chunk in _chunks(scores, a, b):
-        x, y, _ = _aligned(scores, a[chunk], b[chunk])
-        rho[chunk], partial[chunk] = _correlations(x, y)
-    return rho, partial
+    return columns
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -151,12 +135,9 @@ def _aligned(scores: Sequence[Scores], a: Indices, b: Indices) -> tuple[Float64,
 
 def _correlations(x: Float64, y: Float64) -> tuple[Float64, Float64]:
     """Return Spearman's rho of every row of two scores, and its partial correlation given depth."""
-    rho, depth = spearman_rows(x, y), np.broadcast_to(np.arange(x.shape[1], dtype=np.float64), x.shape)
-    of_x, of_y = spearman_rows(x, depth), spearman_rows(y, depth)
-    for row in np.flatnonzero(~np.isfinite(x + y).all(axis=1)):
-        both = np.isfinite(x[row]) & np.isfinite(y[row])
-        of_x[row], of_y[row] = (spearman(values[row][both], depth[row][both]) for values in (x, y))
-    return rho, given_depth(rho, of_x, of_y)
+    depth = np.where(np.isfinite(x) & np.isfinite(y), np.arange(x.shape[1], dtype=np.float64), np.nan)
+    rho = spearman_rows(x, y)
+    return rho, given_depth(rho, spearman_rows(x, depth), spearman_rows(y, depth))
 
 
 @cache
@@ -171,7 +152,7 @@ def _expected_overlap(layers: int, size: int) -> tuple[float, Float64]:
 class RankMatrix:
     """Ranks of the layers of many scores, from which the correlations of any block of pairs are computed.
 
-    The correlations equal those of `rank_correlations`, to which scores with missing or infinite values are left.
+    The correlations equal those of `correlate_pairs`. Scores with missing or infinite values are compared as there.
     Scores of different depth are compared at the relative depths of the one with fewer layers.
 
     Args:
@@ -186,7 +167,7 @@ class RankMatrix:
             len(values) if usual[len(values)] == depth.tobytes() and np.isfinite(values).all() else 0
             for depth, values in scores
         ]
-        self._sizes = np.array(sizes, np.int64)  # 0 for scores that only `rank_correlations` compares
+        self._sizes = np.array(sizes, np.int64)  # 0 for scores that are compared pair by pair
 
     def correlations(self, rows: Indices, columns: Indices) -> tuple[Float64, Float64]:
         """Return Spearman's rho and its partial correlation given depth, float64[rows, columns] each.
@@ -209,10 +190,12 @@ class RankMatrix:
     def _block(self, rows: Indices, columns: Indices, size: int) -> tuple[Float64, Float64]:
         """Return the correlations of scores that are all compared at the same ``size`` depths, or pair by pair if 0."""
         if not size:
+            rho, partial = np.empty((2, len(rows), len(columns)))
             a, b = (index.ravel() for index in np.meshgrid(rows, columns, indexing="ij"))
-            rho, partial = rank_correlations(self._scores, np.minimum(a, b), np.maximum(a, b))
-            shape = len(rows), len(columns)
-            return rho.reshape(shape), partial.reshape(shape)
+            for chunk in _chunks(self._scores, a, b):
+                x, y, _ = _aligned(self._scores, *np.sort([a[chunk], b[chunk]], axis=0))
+                rho.flat[chunk], partial.flat[chunk] = _correlations(x, y)
+            return rho, partial
         place, ranks, with_depth = self._ranked[size]
         x, y = ranks[place[rows]], ranks[place[columns]]
         with np.errstate(invalid="ignore", divide="ignore"):
@@ -234,34 +217,16 @@ class RankMatrix:
             scores = [self._scores[index] for index in members.tolist()]
             aligned = [values if len(values) == size else np.interp(depth, at, values) for at, values in scores]
             ranks = 2 * average_ranks(np.array(aligned)) - (size + 1)
-            order = 2 * np.arange(size) - (size - 1.0)
-            with np.errstate(invalid="ignore", divide="ignore"):
-                with_depth = ranks @ order / np.sqrt((ranks**2).sum(axis=1) * (order**2).sum())
+            with_depth = spearman_rows(ranks, np.broadcast_to(np.arange(float(size)), ranks.shape))
             place = np.full(len(self._scores), -1, np.int64)
             place[members] = np.arange(len(members))
             ranked[size] = place, ranks, with_depth
         return ranked
 
 
-@dataclass(frozen=True, kw_only=True, repr=False)
-class PairSurvey:
-    """Correlations of all pairs of a comparison, summarized.
-
-    Attributes:
-        number: number of pairs.
-        spearman, given_depth: summaries of the correlations of all pairs.
-        groups: a table of `GROUPS`: mean correlations within and between groups, over all pairs. Empty without groups.
-    """
-
-    number: int
-    spearman: CorrelationSummary
-    given_depth: CorrelationSummary
-    groups: pa.Table = field(default_factory=GROUPS.empty_table)
-
-
 def survey_pairs(
     matrix: RankMatrix, members: Mapping[str, Sequence[Hashable]], *, by: str, across_models: bool, most: int
-) -> tuple[PairSurvey, Indices]:
+) -> tuple[dict[str, Any], Indices]:
     """Correlate all pairs of equal strata and different values, and the pairs within and between groups.
 
     Memory is bounded, so that medians are rounded to `RESOLUTION`.
@@ -275,14 +240,15 @@ def survey_pairs(
         most: number of the most, and of the least, similar pairs to return.
 
     Returns:
-        The survey, and int64[2, ...], the pairs that are most and least alike, ascending in each pair.
+        The fields ``number``, ``spearman``, ``given_depth`` and ``groups`` of a `comparison.RankingComparison`, and
+        int64[2, ...], the pairs that are most and least alike, ascending in each pair.
     """
     stratum, value, model, group = (_codes(members[name]) for name in ("stratum", "value", "model", "group"))
     groups = list(dict.fromkeys(members["group"]))
     has_groups, membership = 1 < len(groups) <= MAX_GROUPS, np.eye(len(groups))[group]
     sums, counts = (np.zeros((2, len(groups), len(groups))) for _ in range(2))
     number, histograms = 0, np.zeros((2, round(2 / RESOLUTION) + 1), np.int64)
-    extremes = {sign: (np.empty(0), np.empty((2, 0), np.int64)) for sign in (1, -1)}
+    extremes = {sign: [np.empty((3, 0))] for sign in (1, -1)}  # correlation and both indices of pairs, block by block
     for rows, columns in tracked(list(_blocks(stratum)), "Comparing runs"):
         correlations = matrix.correlations(rows, columns)
         differ = (value[rows][:, None] != value[columns]) & (rows[:, None] < columns)
@@ -290,13 +256,10 @@ def survey_pairs(
         for histogram, rho in zip(histograms, correlations, strict=True):
             defined = rho[differ & np.isfinite(rho)]
             histogram += np.bincount(np.rint((defined + 1) / RESOLUTION).astype(np.int64), minlength=len(histogram))
-        flat = np.flatnonzero(differ & np.isfinite(correlations[0]))
-        for sign, (values, pairs) in extremes.items():
-            chosen = flat[_largest(sign * correlations[0].ravel()[flat], most)]
-            values = np.concatenate([values, correlations[0].ravel()[chosen]])
-            candidates = np.stack([rows[chosen // len(columns)], columns[chosen % len(columns)]])
-            best = _largest(sign * values, most)
-            extremes[sign] = values[best], np.concatenate([pairs, candidates], axis=1)[:, best]
+        flat, rho = np.flatnonzero(differ & np.isfinite(correlations[0])), correlations[0].ravel()
+        for sign, blocks in extremes.items():
+            chosen = flat[_largest(sign * rho[flat], most)]
+            blocks.append(np.stack([rho[chosen], rows[chosen // len(columns)], columns[chosen % len(columns)]]))
         if has_groups:  # each pair is met twice, once from each side
             same_model = model[rows][:, None] == model[columns]
             chosen = ~same_model if across_models else same_model & (rows[:, None] != columns)
@@ -319,23 +282,23 @@ def survey_pairs(
         if counts[0, a, b]
     ]
     spearman, given_depth = map(_summarize_histogram, histograms)
-    survey = PairSurvey(
-        number=number,
-        spearman=spearman,
-        given_depth=given_depth,
-        groups=pa.Table.from_pylist(of_groups, GROUPS),
-    )
-    return survey, np.unique(np.concatenate([pairs for _, pairs in extremes.values()], axis=1), axis=1)
+    tables = {sign: np.hstack(blocks) for sign, blocks in extremes.items()}
+    ends = [table[1:, _largest(sign * table[0], most)] for sign, table in tables.items()]
+    survey = {
+        "number": number,
+        "spearman": spearman,
+        "given_depth": given_depth,
+        "groups": pa.Table.from_pylist(of_groups, GROUPS),
+    }
+    return survey, np.unique(np.hstack(ends).astype(np.int64), axis=1)
 
 
 def _summarize_histogram(counts: Indices) -> CorrelationSummary:
     """Summarize correlations by their numbers in bins of `RESOLUTION` from -1 on."""
     count = int(counts.sum())
-    if not count:
-        return CorrelationSummary(count=0, median=np.nan, lowest=np.nan, highest=np.nan)
-    filled = np.flatnonzero(counts)
-    middle = np.searchsorted(counts.cumsum(), [(count + 1) // 2, count // 2 + 1])
-    median, lowest, highest = (float(bins) * RESOLUTION - 1 for bins in (middle.mean(), filled[0], filled[-1]))
+    ordered = [1, (count + 1) // 2, count // 2 + 1, count] if count else []
+    places = summarize(np.searchsorted(counts.cumsum(), ordered).astype(np.float64))
+    median, lowest, highest = (bin_ * RESOLUTION - 1 for bin_ in (places.median, places.lowest, places.highest))
     return CorrelationSummary(count=count, median=median, lowest=lowest, highest=highest)
 
 

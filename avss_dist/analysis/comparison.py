@@ -5,8 +5,9 @@ from __future__ import annotations
 from bisect import bisect_right
 from collections import Counter
 from collections.abc import Hashable, Iterator, Mapping, Sequence, Set
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import combinations
+from operator import itemgetter
 from typing import Any
 
 import numpy as np
@@ -14,7 +15,7 @@ import pyarrow as pa
 
 from avss_dist.analysis.agreement import (
     GROUPS,
-    PairSurvey,
+    CorrelationSummary,
     RankMatrix,
     SimilarityMap,
     correlate_pairs,
@@ -67,14 +68,12 @@ class Profile:
 
     Attributes:
         run: the row of ``runs``, extended by `with_conditions`.
+        reading: site, recipe, threshold and score, by name.
         depth, values: float64[layers], ascending in depth.
     """
 
     run: Mapping[str, Any]
-    site: str
-    recipe: str
-    threshold: Threshold
-    score: str
+    reading: Mapping[str, Any]
     depth: Float64
     values: Float64
 
@@ -82,11 +81,7 @@ class Profile:
         """Return the label of this profile in a comparison by ``by``."""
         if by == "size":
             return size_label(self.run["num_parameters"])
-        if by == "threshold":
-            return describe_threshold(self.threshold.value, self.threshold.kind)
-        if by in WITHIN:
-            return str(getattr(self, by))
-        return str(self.run["run_id" if by == "run" else by])
+        return str(self.reading[by] if by in WITHIN else self.run["run_id" if by == "run" else by])
 
 
 def size_label(parameters: int | None) -> str:
@@ -99,10 +94,13 @@ def size_label(parameters: int | None) -> str:
 
 
 @dataclass(frozen=True, kw_only=True, repr=False)
-class RankingComparison(PairSurvey, TabularResult):
+class RankingComparison(TabularResult):
     """Agreement of pairs of profiles, of the groups that they belong to, and the runs that are in no pair.
 
     Attributes:
+        number: number of pairs.
+        spearman, given_depth: summaries of the correlations of all pairs.
+        groups: a table of `GROUPS`: mean correlations within and between groups, over all pairs. Empty without groups.
         pairs: a table of `SCHEMA`, most alike first. Of more pairs than are listed, the most and the least alike.
         conditions: the `CONDITIONS` in which the given runs differ. Empty unless they restrict the pairs.
         left_out: the reason why a run is in no pair, by run id.
@@ -111,6 +109,10 @@ class RankingComparison(PairSurvey, TabularResult):
             empty with fewer than three such runs, or if not all pairs are listed.
     """
 
+    number: int
+    spearman: CorrelationSummary
+    given_depth: CorrelationSummary
+    groups: pa.Table = field(default_factory=GROUPS.empty_table)
     pairs: pa.Table
     conditions: tuple[str, ...] = ()
     left_out: Mapping[str, str]
@@ -169,7 +171,7 @@ def compare(
     fixed: dict[str, Any] = {"site": site, "recipe": recipe, "threshold": threshold, "score": score}
     selected = profiles(warehouse, runs, **{name: None if name == by else value for name, value in fixed.items()})
     scores = [(profile.depth, profile.values) for profile in selected]
-    survey, indices = None, np.empty((2, 0), np.int64)
+    survey: dict[str, Any] = {}
     if by in BETWEEN:
         members = {
             "stratum": [_shared(profile, by, allow_mismatch) for profile in selected],
@@ -180,7 +182,7 @@ def compare(
         survey, indices = survey_pairs(
             RankMatrix(scores), members, by=by, across_models=by in ("run", "family", "size"), most=EXTREMES
         )
-    if survey is None or survey.number <= max_listed:
+    if by in WITHIN or survey["number"] <= max_listed:
         indices = np.array(sorted(_pairs(selected, by, allow_mismatch)), np.int64).reshape(-1, 2).T
     if not indices.size:
         raise _no_pair(selected, by, allow_mismatch)
@@ -198,18 +200,16 @@ def compare(
     order = np.argsort(-np.nan_to_num(agreement["spearman"], nan=-2.0), kind="stable")
     pairs = pa.table({name: columns[name] for name in SCHEMA.names}, SCHEMA).take(pa.array(order))
     scored = list({profile.run["run_id"]: profile.run for profile in selected}.values())
-    all_listed = survey is None or survey.number == len(pairs)
+    if all_listed := survey.get("number", len(pairs)) == len(pairs):
+        survey |= {name: summarize(pairs[name].to_numpy()) for name in ("spearman", "given_depth")}
     compared = {selected[index].run["run_id"] for members in _strata(selected, by, allow_mismatch) for index in members}
     return RankingComparison(
         pairs=pairs,
-        number=survey.number if survey else len(pairs),
-        spearman=survey.spearman if survey and not all_listed else summarize(pairs["spearman"].to_numpy()),
-        given_depth=survey.given_depth if survey and not all_listed else summarize(pairs["given_depth"].to_numpy()),
-        groups=survey.groups if survey else GROUPS.empty_table(),
+        **{"number": len(pairs), **survey},
         conditions=() if allow_mismatch or by not in ACROSS_MODELS else tuple(differing(scored)),
         left_out=_left_out(runs, {run["run_id"] for run in scored}, compared, by),
         similarity=_map(selected, by, allow_mismatch) if mapped else None,
-        odd=find_odd(pairs, scored) if survey and all_listed else "",
+        odd=find_odd(pairs, scored) if by in BETWEEN and all_listed else "",
     )
 
 
@@ -223,24 +223,22 @@ def find_odd(pairs: pa.Table, runs: Sequence[Mapping[str, Any]]) -> str:
     Returns:
         The sentence. Empty if no model and no family has three runs that do not all agree alike.
     """
-    by_id = {run["run_id"]: run for run in runs}
+    by_id, ends = {run["run_id"]: run for run in runs}, ("a_run_id", "b_run_id")
+    rows = pairs.filter(pairs["spearman"].is_valid()).select([*ends, "spearman"]).to_pylist()
     for group in ("model", "family"):
-        rho: dict[Any, dict[str, list[float]]] = {}
-        for row in pairs.select(["a_run_id", "b_run_id", "spearman"]).to_pylist():
-            ends = row["a_run_id"], row["b_run_id"]
-            same = {by_id[run_id][group] for run_id in ends}
-            for run_id in ends if len(same) == 1 and row["spearman"] is not None else ():
-                rho.setdefault(by_id[run_id][group], {}).setdefault(run_id, []).append(row["spearman"])
-        groups = [{run_id: float(np.mean(values)) for run_id, values in group.items()} for group in rho.values()]
-        groups = [means for means in groups if len(means) > 2 and len({f"{mean:z.3f}" for mean in means.values()}) > 1]
-        if groups:
-            means = min(groups, key=lambda means: min(means.values()))
+        group_of = {run["run_id"]: run[group] for run in runs}
+        within = [row for row in rows if group_of[row[ends[0]]] == group_of[row[ends[1]]]]
+        by_run = grouped(((row[end], row["spearman"]) for row in within for end in ends), itemgetter(0))
+        mean = {run_id: float(np.mean([rho for _, rho in members])) for run_id, members in by_run.items()}
+        groups = [ids for ids in grouped(mean, group_of.get).values() if len(ids) > 2]
+        if groups := [ids for ids in groups if len({f"{mean[run_id]:z.3f}" for run_id in ids}) > 1]:
             break
     else:
         return ""
-    odd = min(means, key=lambda run_id: (means[run_id], run_id))
-    remaining = [run_id for run_id in means if run_id != odd]
-    label = dict(zip(means, run_labels([by_id[run_id] for run_id in means]), strict=True))[odd]
+    members = min(groups, key=lambda ids: min(mean[run_id] for run_id in ids))
+    odd = min(members, key=lambda run_id: (mean[run_id], run_id))
+    remaining = [run_id for run_id in members if run_id != odd]
+    label = run_labels([by_id[run_id] for run_id in members])[members.index(odd)]
     differences = []
     for name in ("model", "revision", *CONDITIONS):
         (usual, number), *_ = Counter(str(by_id[run_id][name]) for run_id in remaining).most_common(1)
@@ -248,8 +246,8 @@ def find_odd(pairs: pa.Table, runs: Sequence[Mapping[str, Any]]) -> str:
             differences.append(f"{name} ({basename(by_id[odd][name])}, not {basename(usual)})")
     reason = f"It differs in {', '.join(differences)}." if differences else "Its settings are those of the others."
     return (
-        f"{label} ({odd}) agrees least with the other runs of its {group}: Spearman {means[odd]:z.3f} on average, "
-        f"that of the others {np.mean([means[run_id] for run_id in remaining]):z.3f}. {reason}"
+        f"{label} ({odd}) agrees least with the other runs of its {group}: Spearman {mean[odd]:z.3f} on average, "
+        f"that of the others {np.mean([mean[run_id] for run_id in remaining]):z.3f}. {reason}"
     )
 
 
@@ -272,10 +270,9 @@ def _no_pair(selected: Sequence[Profile], by: str, allow_mismatch: bool) -> Quer
 
 def _map(selected: Sequence[Profile], by: str, allow_mismatch: bool) -> SimilarityMap:
     """Return the similarity map of the profiles under the most frequent conditions."""
-    conditions = [_shared(profile, "run", allow_mismatch) for profile in selected]
-    (most_frequent, _), *_ = Counter(conditions).most_common(1)
-    shown = [profile for profile, key in zip(selected, conditions, strict=True) if key == most_frequent]
-    shown.sort(key=lambda profile: str(profile.run["created_at"]))
+    groups = grouped(selected, lambda profile: _shared(profile, "run", allow_mismatch))
+    most_frequent = max(groups.values(), key=lambda members: len(members))
+    shown = sorted(most_frequent, key=lambda profile: str(profile.run["created_at"]))
     return similarity_map(
         RankMatrix([(profile.depth, profile.values) for profile in shown]),
         run_labels([profile.run for profile in shown]),
@@ -307,25 +304,21 @@ def profiles(
     table = warehouse.table("scores", **of_runs, columns=columns, where=where & at)
     if threshold is not None and not (table or warehouse.table("scores", **of_runs, columns=["layer"], where=at)):
         table = scores_at(warehouse, runs, threshold, sites=site and [site]).select(columns).filter(where)
-    position = pa.table(
-        {"run_id": pa.array(of_runs["run_ids"], pa.string()), "position": pa.array(range(len(runs)), pa.int64())}
-    )
-    table = table.join(position, "run_id").sort_by([(name, "ascending") for name in ("position", *READING, "depth")])
+    table = table.sort_by([(name, "ascending") for name in ("run_id", *READING, "depth")])
+    slices = grouped(slices_by(table, ["run_id", *READING]), lambda entry: entry[0]["run_id"])
     names = FROM_ACTIVATIONS if score is None else (score,)
     depth = table["depth"].to_numpy()
     cells = {name: table[SCORES[name].column] for name in names}
     scored = {name: (column.is_valid().to_numpy(), column.to_numpy()) for name, column in cells.items()}
     return [
         Profile(
-            run=runs[key["position"]],
-            site=key["site"],
-            recipe=key["recipe"],
-            threshold=Threshold(value=key["threshold"], kind=key["threshold_kind"]),
-            score=name,
+            run=run,
+            reading={**key, "threshold": describe_threshold(key["threshold"], key["threshold_kind"]), "score": name},
             depth=depth[start:stop][valid[start:stop]],
             values=values[start:stop][valid[start:stop]],
         )
-        for key, start, stop in slices_by(table, ["position", *READING])
+        for run in runs
+        for key, start, stop in slices.get(run["run_id"], ())
         for name, (valid, values) in scored.items()
         if valid[start:stop].any()
     ]

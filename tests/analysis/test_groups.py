@@ -16,7 +16,7 @@ from support.warehouses import PUBLISHED, write_profiles, write_scores
 
 import avss_dist
 from avss_dist.analysis import agreement
-from avss_dist.analysis.agreement import RankMatrix, Scores, rank_correlations, similarity_map, survey_pairs
+from avss_dist.analysis.agreement import RankMatrix, Scores, correlate_pairs, similarity_map, survey_pairs
 from avss_dist.analysis.comparison import RankingComparison, compare, size_label
 from avss_dist.analysis.curves import AXES, SCHEMA, RankingCurves, curve_section, ranking_curves
 from avss_dist.core.errors import ConfigError, QueryError
@@ -49,9 +49,9 @@ def test_products_are_what_pair_by_pair_gives() -> None:
     every = np.arange(len(scores))
     rho, partial = RankMatrix(scores).correlations(every, every)
     pairs = np.array([*combinations(range(len(scores)), 2)]).T
-    expected = rank_correlations(scores, *pairs)
-    np.testing.assert_array_equal(rho[tuple(pairs)], expected[0])
-    np.testing.assert_allclose(partial[tuple(pairs)], expected[1], rtol=1e-12)
+    expected = correlate_pairs(scores, *pairs)
+    np.testing.assert_array_equal(rho[tuple(pairs)], expected["spearman"])
+    np.testing.assert_allclose(partial[tuple(pairs)], expected["given_depth"], rtol=1e-12)
     np.testing.assert_array_equal(rho, rho.T)
 
 
@@ -77,15 +77,15 @@ def test_groups_are_what_a_loop_over_pairs_gives(across_models: bool, monkeypatc
         ]
         return np.array([value for value in chosen if np.isfinite(value)])
 
-    rows = {(row["a"], row["b"]): row for row in survey.groups.to_pylist()}
+    rows = {(row["a"], row["b"]): row for row in survey["groups"].to_pylist()}
     assert set(rows) == ({("x", "x"), ("x", "y"), ("y", "y")} if across_models else {("x", "y")})
     for (first, second), row in rows.items():
         every = values(first, second)
         assert (row["pairs"], row["spearman"]) == (len(every), pytest.approx(every.mean()))
     wanted = [rho[i, j] for i, j in combinations(range(60), 2) if strata[i] == strata[j] and labels[i] != labels[j]]
     defined = np.sort([value for value in wanted if np.isfinite(value)])
-    assert survey.number == len(wanted)
-    summary = survey.spearman
+    assert survey["number"] == len(wanted)
+    summary = survey["spearman"]
     assert summary.count == len(defined)
     expected = np.median(defined), defined[0], defined[-1]
     assert (summary.median, summary.lowest, summary.highest) == pytest.approx(expected, abs=2e-5)

@@ -22,7 +22,7 @@ from support.command_line import avss
 from support.pages import write_failed, write_many, write_removals, write_run
 from support.warehouses import PUBLISHED, unpack_released, write_scores
 
-from avss_dist.analysis.agreement import rank_correlations
+from avss_dist.analysis.agreement import correlate_pairs
 from avss_dist.analysis.chosen import run_labels
 from avss_dist.analysis.comparison import compare
 from avss_dist.analysis.experts import LayerExperts, experts_section
@@ -229,7 +229,7 @@ def test_a_correlation_of_nearly_zero_has_no_sign() -> None:
     rng = np.random.default_rng(0)
     depth = (np.arange(2000) + 0.5) / 2000
     scores = [(depth, rng.permutation(2000).astype(float)) for _ in range(60)]
-    rho, _ = rank_correlations(scores, np.zeros(59, np.int64), np.arange(1, 60))
+    rho = correlate_pairs(scores, np.zeros(59, np.int64), np.arange(1, 60))["spearman"]
     close = int(np.argmin(np.where(rho < 0, -rho, 1))) + 1
     assert -0.0005 < rho[close - 1] < 0
     text = run_agreement({0: scores[0], 1: scores[close]})
