@@ -49,7 +49,7 @@ from avss_dist.stats.intervals import (
     jackknife_interval,
     left_out_weights,
 )
-from avss_dist.stats.layer_stats import Float64, Int64, LayerStats, StratumKey, merge_stats, split_into_blocks
+from avss_dist.stats.layer_stats import Float64, Int64, LayerStats, merge_stats, split_into_blocks
 from avss_dist.stats.rankings import depth_correlation
 from avss_dist.stats.scores import Parts, SiteTable, Threshold
 from avss_dist.warehouse.reader import Warehouse, grouped
@@ -176,19 +176,14 @@ def read_answers(rows: pa.Table, labels: tuple[str, str], after: str, threshold:
     """
     strata = [label + after for label in labels]
     rows = rows.filter(pc.is_in(rows["stratum"], pa.array(strata)))
-    layers = len(pc.unique(rows["layer"]))
-    arrays = ("pooled_variance", "count", "mean", "m2", "norm", "relative_magnitude")
-    grids = {
-        name: np.asarray(rows[name].to_numpy(), np.float64).reshape(-1, layers)
-        for name in ("pair", "answer_tokens", *arrays)
-    }
-    stratum = np.array(rows["stratum"].to_pylist(), object).reshape(-1, layers)[:, 0]
+    answer = rows.filter(pc.equal(rows["layer"], rows["layer"][0]))
+    grids = {name: rows[name] for name in ("pooled_variance", "count", "mean", "m2", "norm", "relative_magnitude")}
+    grids["near_zero"] = pc.list_element(rows["near_zero"], threshold)
     answers = contrast_stats.Answers(
-        pair=grids["pair"][:, 0].astype(np.int64),
-        hallucinated=stratum == strata[0],
-        tokens=grids["answer_tokens"][:, 0].astype(np.int64),
-        near_zero=np.array(pc.list_element(rows["near_zero"], threshold), np.float64).reshape(-1, layers),
-        **{name: grids[name] for name in arrays},
+        pair=answer["pair"].to_numpy(),
+        hallucinated=pc.equal(answer["stratum"], strata[0]).to_numpy(),
+        tokens=answer["answer_tokens"].to_numpy(),
+        stats={name: np.array(grid, np.float64).reshape(len(answer), -1) for name, grid in grids.items()},
     )
     both = [p for p in answers.pairs if 0 < answers.hallucinated[answers.pair == p].mean() < 1]
     return answers.of_pairs(np.array(both, np.int64))
@@ -205,14 +200,16 @@ def layer_table(own_prompt: contrast_stats.Answers, other_prompt: contrast_stats
         by_answer = np.ones(len(place)) if weights is None else weights[:, place]
         return contrast_stats.both_sides(answers, by_answer, answers.hallucinated.astype(np.float64), recipe)
 
-    layers, matched = np.arange(own_prompt.count.shape[1]), dict[str, Float64]()
+    layers, matched = np.arange(own_prompt.stats["count"].shape[1]), dict[str, Float64]()
+    nothing = np.full(len(layers), np.nan)
     for name, slack in (("length_matched", MATCHED), ("position_matched", 0.0)):
         answers = contrast_stats.length_matched(own_prompt, slack)
-        matched |= {name: np.full(len(layers), np.nan), f"{name}_p": np.full(len(layers), np.nan)}
-        if len(answers.pairs) >= MIN_PAIRS:
-            matched[name] = contrast_stats.observed(answers, recipe)
-            matched[f"{name}_p"] = contrast_stats.holm(contrast_stats.permutation_p(answers, recipe))
-        matched[f"{name}_pairs"] = np.full(len(layers), len(answers.pairs))
+        tested = len(answers.pairs) >= MIN_PAIRS
+        matched |= {
+            name: contrast_stats.observed(answers, recipe) if tested else nothing,
+            f"{name}_p": contrast_stats.holm(contrast_stats.permutation_p(answers, recipe)) if tested else nothing,
+            f"{name}_pairs": np.full(len(layers), len(answers.pairs)),
+        }
     return _table(
         layers,
         partial(sides, own_prompt),
@@ -248,16 +245,18 @@ def _table(
     observed = [(variance.ravel(), near_zero.ravel(), count.ravel()) for variance, near_zero, count in own_prompt()]
     without = own_prompt(left_out)
     columns = contrast_stats.contrast_columns((observed[0], observed[1]), own_prompt(bootstrap_weights(units)), without)
-    deviation, after_another = columns["deviation"], _deviation(other_prompt()).ravel()
-    change = contrast_stats.change_columns(
-        deviation, after_another, _deviation(without) - _deviation(other_prompt(left_out))
+    deviation, after_another = columns["deviation"], contrast_stats.deviation(*other_prompt()).ravel()
+    change = deviation - after_another
+    low, high = jackknife_interval(
+        change, contrast_stats.deviation(*without) - contrast_stats.deviation(*other_prompt(left_out))
     )
     columns |= {"p": p, "p_holm": contrast_stats.holm(p), "noise_floor": noise_floor, **matched}
-    columns |= {"after_another": after_another, **change}
+    columns |= {"after_another": after_another, "own_minus_another": change}
+    columns |= {"own_minus_another_low": low, "own_minus_another_high": high}
     with np.errstate(invalid="ignore"):
         by_label = (columns["p_holm"] < LEVEL) & (np.abs(deviation) > noise_floor)
         by_length = (matched["length_matched_p"] < LEVEL) & (np.sign(deviation) == np.sign(matched["length_matched"]))
-        by_prompt = np.where(deviation > 0, change["own_minus_another_low"] > 0, change["own_minus_another_high"] < 0)
+        by_prompt = np.where(deviation > 0, low > 0, high < 0)
     arrays = {name: pa.array(values, from_pandas=True) for name, values in ({"layer": layers} | columns).items()}
     arrays["stands"] = pa.array(by_label & by_length & by_prompt, mask=np.isnan(matched["length_matched_pairs"]))
     depth = depth_correlation(columns["eavss_contrast"].tolist())
@@ -309,21 +308,21 @@ def _predictions(
     for layer, name, value, left_out in classifiers:
         low, high = jackknife_interval(np.array(value), left_out, scale="logit")
         row = {"layer": layer, "statistic": name, "auroc": value, "auroc_low": low, "auroc_high": high}
-        beside: dict[str, Any] = {"after_another": None, "gain": None, "beats_baselines": False}
+        row |= {"after_another": None, "gain": None, "beats_baselines": False}
         if layer is not None:
             gain, once = value - best[2], np.ones((1, len(other.pair)))
             least_gain, _ = jackknife_interval(np.array(gain), left_out - best[3], confidence=corrected)
             after_another, _ = _auroc(other, elsewhere[name][:, layer], once)
-            beside = {"after_another": after_another, "gain": gain, "beats_baselines": bool(least_gain > 0)}
-        rows.append(row | beside)
+            row |= {"after_another": after_another, "gain": gain, "beats_baselines": bool(least_gain > 0)}
+        rows.append(row)
     return pa.Table.from_pylist(rows)
 
 
 def _features(a: contrast_stats.Answers) -> dict[str, Float64]:
     """Return the statistics of answers that classifiers are trained on, float64[rows, layers], by name."""
     with np.errstate(invalid="ignore", divide="ignore"):
-        variance, sparsity = a.m2 / a.count, a.near_zero / a.count
-    return {"variance": variance, "sparsity": sparsity, "norm": a.norm, "relative_magnitude": a.relative_magnitude}
+        shares = {"variance": a.stats["m2"] / a.stats["count"], "sparsity": a.stats["near_zero"] / a.stats["count"]}
+    return shares | {name: a.stats[name] for name in ("norm", "relative_magnitude")}
 
 
 def _auroc(a: contrast_stats.Answers, values: Float64, weights: Float64) -> tuple[float, Float64]:
@@ -420,15 +419,14 @@ class Strata:
         labels = which_labels({stratum for _, _, stratum in merged}, hallucinated, truthful)
         layers = tuple(sorted({layer for layer, _, _ in merged}))
         zero = LayerStats.zero(next(iter(merged.values())).thresholds)
-
-        def by_layer(stats: Mapping[StratumKey, LayerStats], stratum: str) -> list[LayerStats]:
-            return [stats.get((layer, site, stratum), zero) for layer in layers]
-
         strata = [label + after for label in labels for after in ("", AFTER_ANOTHER)]
         partials = [shard.strata for shard in warehouse.read_partials(run)]
         parts = split_into_blocks(len(partials), BOOTSTRAP_BLOCKS)
         blocks = [merge_stats([partials[i] for i in part]) for part in parts] or [merged]
-        return Strata(labels, layers, {key: [by_layer(block, key) for block in blocks] for key in strata})
+        by_layer = {
+            key: [[block.get((layer, site, key), zero) for layer in layers] for block in blocks] for key in strata
+        }
+        return Strata(labels, layers, by_layer)
 
     def both_sides(
         self,
@@ -485,9 +483,11 @@ def stratum_table(strata: Strata, recipe: str, threshold: Threshold) -> pa.Table
     rng = np.random.default_rng(BOOTSTRAP_SEED)
     own_prompt = partial(strata.both_sides, recipe, threshold)
     exchanged = rng.integers(0, 2, (contrast_stats.num_permutations(layers), n)).astype(np.float64)
-    p = contrast_stats.p_values(_deviation(own_prompt()).ravel(), _deviation(own_prompt(exchanged=exchanged)))
+    p = contrast_stats.p_values(
+        contrast_stats.deviation(*own_prompt()).ravel(), contrast_stats.deviation(*own_prompt(exchanged=exchanged))
+    )
     halves = rng.permuted(np.tile(np.arange(n) < n // 2, (contrast_stats.PERMUTATIONS, 1)), axis=1).astype(np.float64)
-    noise = _deviation(_both(strata.blocks[strata.labels[1]], recipe, threshold, halves, 1 - halves))
+    noise = contrast_stats.deviation(*_both(strata.blocks[strata.labels[1]], recipe, threshold, halves, 1 - halves))
     return _table(
         strata.layers,
         own_prompt,
@@ -497,10 +497,6 @@ def stratum_table(strata: Strata, recipe: str, threshold: Threshold) -> pa.Table
         contrast_stats.floor_of(noise),
         dict.fromkeys(_MATCHED, np.full(layers, np.nan)),
     )
-
-
-def _deviation(sides: tuple[Parts, Parts]) -> Float64:
-    return contrast_stats.from_median(contrast_stats.contrast(*sides))
 
 
 def which_labels(strata: Collection[str], hallucinated: str | None, truthful: str | None) -> tuple[str, str]:

@@ -6,7 +6,8 @@ public. This module implements a reading of it in the form of AVSS: see ``docs/g
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields, replace
+from collections.abc import Mapping
+from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
@@ -30,19 +31,13 @@ class Answers:
         pair: int64[rows], the index of each answer's prompt.
         hallucinated: bool[rows], true for hallucinated and false for truthful answers.
         tokens: int64[rows], the number of tokens of each answer.
-        pooled_variance, count, mean, m2, near_zero, norm, relative_magnitude: float64[rows, layers]. See `RowStats`.
+        stats: float64[rows, layers] by name: the fields of `RowStats`, with ``near_zero`` at one threshold.
     """
 
     pair: Int64
     hallucinated: Bools
     tokens: Int64
-    pooled_variance: Float64
-    count: Float64
-    mean: Float64
-    m2: Float64
-    near_zero: Float64
-    norm: Float64
-    relative_magnitude: Float64
+    stats: Mapping[str, Float64]
 
     @property
     def pairs(self) -> Int64:
@@ -51,7 +46,10 @@ class Answers:
 
     def where(self, rows: Bools) -> Answers:
         """Return the answers that a mask, bool[rows], selects."""
-        return replace(self, **{f.name: getattr(self, f.name)[rows] for f in fields(self)})
+        stats = {name: values[rows] for name, values in self.stats.items()}
+        return Answers(
+            pair=self.pair[rows], hallucinated=self.hallucinated[rows], tokens=self.tokens[rows], stats=stats
+        )
 
     def of_pairs(self, pairs: Int64) -> Answers:
         """Return the answers of the given pairs."""
@@ -65,17 +63,20 @@ def parts(a: Answers, weights: Float64, recipe: str) -> Parts:
         weights: float64[..., rows], the weight of each answer.
         recipe: ``pooled`` or ``element``.
     """
-    near_zero, count = weights @ a.near_zero, weights @ a.count
+    pooled, near_zero, counts, means, m2 = (
+        a.stats[name] for name in ("pooled_variance", "near_zero", "count", "mean", "m2")
+    )
+    count = weights @ counts
     with np.errstate(divide="ignore", invalid="ignore"):
         if recipe == "pooled":
-            finite = np.isfinite(a.pooled_variance)
-            variance = (weights @ np.where(finite, a.pooled_variance, 0)) / (weights @ finite.astype(np.float64))
+            finite = np.isfinite(pooled)
+            variance = (weights @ np.where(finite, pooled, 0)) / (weights @ finite.astype(np.float64))
         else:
-            mean = np.where(a.count > 0, a.mean, 0)
-            shifted = mean - (a.count * mean).sum(axis=0) / a.count.sum(axis=0)  # so that nothing cancels
-            first = (weights @ (a.count * shifted)) / count
-            variance = (weights @ (a.m2 + a.count * shifted**2)) / count - first**2
-    return variance, near_zero, count
+            mean = np.where(counts > 0, means, 0)
+            shifted = mean - (counts * mean).sum(axis=0) / counts.sum(axis=0)  # so that nothing cancels
+            first = (weights @ (counts * shifted)) / count
+            variance = (weights @ (m2 + counts * shifted**2)) / count - first**2
+    return variance, weights @ near_zero, count
 
 
 def both_sides(a: Answers, weights: Float64, hallucinated: Float64, recipe: str) -> tuple[Parts, Parts]:
@@ -106,14 +107,14 @@ def from_median(contrasts: Float64) -> Float64:
     return contrasts - middle
 
 
-def deviation(a: Answers, weights: Float64, hallucinated: Float64, recipe: str) -> Float64:
-    """Return the contrasts of weighted answers minus that of the median layer. See `both_sides` for the arguments."""
-    return from_median(contrast(*both_sides(a, weights, hallucinated, recipe)))
+def deviation(hallucinated: Parts, truthful: Parts) -> Float64:
+    """Return the `contrast` minus that of the median layer, float64[..., layers]."""
+    return from_median(contrast(hallucinated, truthful))
 
 
 def observed(a: Answers, recipe: str) -> Float64:
     """Return the `deviation` of the unweighted answers with their own labels, float64[layers]."""
-    return deviation(a, np.ones(len(a.pair)), a.hallucinated.astype(np.float64), recipe)
+    return deviation(*both_sides(a, np.ones(len(a.pair)), a.hallucinated.astype(np.float64), recipe))
 
 
 def permuted_labels(a: Answers, times: int, seed: int = BOOTSTRAP_SEED) -> Float64:
@@ -133,7 +134,7 @@ def permutation_p(a: Answers, recipe: str, seed: int = BOOTSTRAP_SEED) -> Float6
     """
     deviations = observed(a, recipe)
     labels = permuted_labels(a, num_permutations(len(deviations)), seed)
-    return p_values(deviations, deviation(a, np.ones(len(a.pair)), labels, recipe))
+    return p_values(deviations, deviation(*both_sides(a, np.ones(len(a.pair)), labels, recipe)))
 
 
 def num_permutations(layers: int) -> int:
@@ -168,27 +169,12 @@ def noise_floor(a: Answers, recipe: str) -> Float64:
     rng = np.random.default_rng(BOOTSTRAP_SEED)
     half = np.arange(len(truthful.pair)) < len(truthful.pair) // 2
     halves = rng.permuted(np.tile(half, (PERMUTATIONS, 1)), axis=1).astype(np.float64)
-    return floor_of(deviation(truthful, np.ones(len(half)), halves, recipe))
+    return floor_of(deviation(*both_sides(truthful, np.ones(len(half)), halves, recipe)))
 
 
 def floor_of(deviations: Float64) -> Float64:
     """Return the 95% quantile of |deviations|, float64[splits, layers], by layer: float64[layers]."""
     return np.quantile(np.abs(deviations), INTERVAL, axis=0)
-
-
-def change_columns(own_prompt: Float64, other_prompt: Float64, left_out: Float64) -> dict[str, Float64]:
-    """Return the difference of deviations after the own and after another prompt, float64[layers], and its interval.
-
-    Args:
-        own_prompt, other_prompt: float64[layers], the deviations after the own and after another prompt.
-        left_out: float64[groups, layers], the difference without each pair or block.
-    """
-    low, high = jackknife_interval(own_prompt - other_prompt, left_out)
-    return {
-        "own_minus_another": own_prompt - other_prompt,
-        "own_minus_another_low": low,
-        "own_minus_another_high": high,
-    }
 
 
 def length_matched(a: Answers, slack: float) -> Answers:

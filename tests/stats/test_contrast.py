@@ -43,18 +43,14 @@ class Sample:
         def sums(value: Any) -> Float64:
             return np.array([[float(value(v)) for v in row] for row in self.x])
 
-        return Answers(
-            pair=self.pair,
-            hallucinated=self.hallucinated,
-            tokens=self.tokens,
-            pooled_variance=table(lambda v: v.mean(axis=0).var(ddof=1)),
-            count=sums(np.size),
-            mean=table(np.mean),
-            m2=sums(lambda v: v.size * v.var() if v.size else 0.0),
-            near_zero=sums(lambda v: (np.abs(v) < THRESHOLD).sum()),
-            norm=table(np.linalg.norm),
-            relative_magnitude=table(np.linalg.norm),
-        )
+        stats = {
+            "pooled_variance": table(lambda v: v.mean(axis=0).var(ddof=1)),
+            "count": sums(np.size),
+            "mean": table(np.mean),
+            "m2": sums(lambda v: v.size * v.var() if v.size else 0.0),
+            "near_zero": sums(lambda v: (np.abs(v) < THRESHOLD).sum()),
+        }
+        return Answers(pair=self.pair, hallucinated=self.hallucinated, tokens=self.tokens, stats=stats)
 
     def parts(self, times: Sequence[float], recipe: str) -> tuple[Float64, Float64, Float64]:
         """Of the activations, each answer repeated."""
@@ -105,9 +101,9 @@ def test_an_answer_of_one_element_counts() -> None:
         "m2": [v.size * v.var() if v.size else 0.0 for v in values],
     }
     columns = {name: np.array(column, np.float64)[:, None] for name, column in fields.items()}
-    nothing = dict.fromkeys(("pooled_variance", "near_zero", "norm", "relative_magnitude"), np.zeros((3, 1)))
+    nothing = dict.fromkeys(("pooled_variance", "near_zero"), np.zeros((3, 1)))
     numbers = {name: np.arange(3) for name in ("pair", "tokens")}
-    a = Answers(**numbers, **columns, **nothing, hallucinated=np.zeros(3, bool))
+    a = Answers(**numbers, stats=columns | nothing, hallucinated=np.zeros(3, bool))
     assert contrast_stats.parts(a, np.ones((1, 3)), "element")[0] == pytest.approx(
         np.var([5.0, 1.0, 2.0, 3.0]), rel=1e-12
     )
@@ -123,7 +119,7 @@ def test_deviations_are_log_ratios_of_avss_less_the_median(recipe: str) -> None:
     assert pairs.tolist() == [10 * p for p in range(8)]
     weights = bootstrap_weights(8)
     drawn = weights[:, sample.pair // 10]
-    found = contrast_stats.deviation(sample.answers(), drawn, labels, recipe)
+    found = contrast_stats.deviation(*contrast_stats.both_sides(sample.answers(), drawn, labels, recipe))
     for i in (0, 7, 500):
         assert found[i] == pytest.approx(sample.deviation(drawn[i], labels, recipe), rel=1e-9)
 
@@ -206,7 +202,7 @@ def test_pairs_of_about_the_same_length() -> None:
     other = Answers(**{**vars(a), "tokens": np.concatenate([*tokens.values()])})
     matched = contrast_stats.length_matched(other, 0.25)
     assert matched.pairs.tolist() == [0, 30] and matched.tokens.tolist() == [8, 10, 5, 5]
-    assert matched.near_zero.tolist() == a.near_zero[np.isin(a.pair, [0, 30])].tolist()
+    assert matched.stats["near_zero"].tolist() == a.stats["near_zero"][np.isin(a.pair, [0, 30])].tolist()
 
 
 def test_the_prone_layers_are_the_highest_quarter() -> None:
