@@ -210,11 +210,27 @@ class SiteTable:
         }
 
     def parts(self, recipe: str, threshold: Threshold) -> tuple[Parts, Parts]:
-        """Return the parts of AVSS of the merged statistics, and for each row of ``weights``."""
-        variance, variances = getattr(self, f"{recipe}_variance")
-        sparsity = _unit_sparsity if recipe == "unit" else _element_sparsity
-        near_zero, count, near_zeros, counts = sparsity(self, threshold)
-        return (variance, near_zero, count), (variances, near_zeros, counts)
+        """Return the parts of AVSS of the merged statistics, and for each row of ``weights``.
+
+        A relative threshold is fixed at the RMS of the whole run. Shards without an exact count at the threshold take
+        the whole run's share of the elements below it in its histogram bin.
+        """
+        if recipe == "unit":
+            by_layer = [(variance, near_zero[threshold], finite) for variance, finite, near_zero in self.units]
+            variance, near_zero, finite = (np.stack(part, axis=1) for part in zip(*by_layer, strict=True))
+            return (variance[0], near_zero[0], finite[0]), (variance[1:], near_zero[1:], finite[1:])
+        at = [threshold.at(s) for s in self.merged]
+        shares = [s.share_below(t) for s, t in zip(self.merged, at, strict=True)]
+
+        def count_below(layer: int, stats: LayerStats) -> float:
+            if (counted := np.flatnonzero(stats.thresholds == at[layer])).size:
+                return float(stats.near_zero[counted[0]])
+            return float(histogram_below(stats.histogram, at[layer], shares[layer]))
+
+        merged, weighted = self.pooled_variance if recipe == "pooled" else self.element_variance
+        near_zero = np.array([s.below(t)[0] for s, t in zip(self.merged, at, strict=True)])
+        counts = self.weighted(lambda _, s: s.count)
+        return (merged, near_zero, self.column("count")), (weighted, self.weighted(count_below), counts)
 
     def column(self, name: str) -> Float64:
         """Return a field of the merged statistics, float64[layers]."""
@@ -266,39 +282,6 @@ class SiteTable:
         merged = _ratio(self.column("m2"), self.column("count"))
         return merged, _ratio(second, count) - _ratio(first, count) ** 2
 
-    @cached_property
-    def unit_variance(self) -> tuple[Float64, Float64]:
-        """Variance of unit means over units, merged and weighted."""
-        rows = np.stack([variance for variance, *_ in self.units], axis=1)
-        return rows[0], rows[1:]
-
 
 def _ratio(numerator: Float64, denominator: Float64) -> Float64:
     return numerator / np.where(denominator > 0, denominator, np.nan)
-
-
-Counts = tuple[Float64, Float64, Float64, Float64]
-
-
-def _element_sparsity(table: SiteTable, threshold: Threshold) -> Counts:
-    """Return the near-zero elements and all elements, merged and weighted.
-
-    A relative threshold is fixed at the RMS of the whole run. Shards without an exact count at the threshold take the
-    whole run's share of the elements below it in its histogram bin.
-    """
-    at = [threshold.at(s) for s in table.merged]
-    near_zero = np.array([s.below(t)[0] for s, t in zip(table.merged, at, strict=True)])
-    shares = [s.share_below(t) for s, t in zip(table.merged, at, strict=True)]
-
-    def count_below(layer: int, stats: LayerStats) -> float:
-        if (counted := np.flatnonzero(stats.thresholds == at[layer])).size:
-            return float(stats.near_zero[counted[0]])
-        return float(histogram_below(stats.histogram, at[layer], shares[layer]))
-
-    return near_zero, table.column("count"), table.weighted(count_below), table.weighted(lambda _, s: s.count)
-
-
-def _unit_sparsity(table: SiteTable, threshold: Threshold) -> Counts:
-    near_zero = np.stack([counts[threshold] for *_, counts in table.units], axis=1)
-    finite = np.stack([number for _, number, _ in table.units], axis=1)
-    return near_zero[0], finite[0], near_zero[1:], finite[1:]
