@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from itertools import chain
+from operator import itemgetter
 from typing import Any
 
 import numpy as np
@@ -23,7 +24,7 @@ from avss_dist.stats.metrics import row_start_warning
 from avss_dist.stats.rankings import count_lowest, spearman_rows
 from avss_dist.stats.scores import MINIMUM_NEAR_ZERO, NOISY_BELOW, Threshold
 from avss_dist.warehouse.checks import settings_of
-from avss_dist.warehouse.reader import Warehouse, slices_by
+from avss_dist.warehouse.reader import Warehouse, grouped, slices_by
 
 SCHEMA = pa.schema(
     [
@@ -131,14 +132,17 @@ def findings(
             rows += of_digests(warehouse.digests(group), threshold, site)
     if not rankings_alone:
         rows += expert_findings(warehouse, names)
-        for run in runs:
-            if (shards := run["num_shards"]) and (message := why_no_interval(shards)):
-                rows.append(finding("no_interval", "note", shards, message, run_id=run["run_id"]))
+        rows += (
+            finding("no_interval", "note", shards, message, run_id=run["run_id"])
+            for run in runs
+            if (shards := run["num_shards"]) and (message := why_no_interval(shards))
+        )
         rows += _row_starts(warehouse, runs)
-        for run_id, reason in warehouse.damaged.items():
-            if run_ids is None or run_id in run_ids:
-                message = f"This run cannot be read: {reason}."
-                rows.append(finding("unreadable", "warning", np.nan, message, run_id=run_id))
+        rows += (
+            finding("unreadable", "warning", np.nan, f"This run cannot be read: {reason}.", run_id=run_id)
+            for run_id, reason in warehouse.damaged.items()
+            if run_ids is None or run_id in run_ids
+        )
     place = (("site", site), ("recipe", recipe))
     rows = [row for row in rows if all(value is None or row.get(name) in (None, value) for name, value in place)]
     position = {name: index for index, name in enumerate(names)}
@@ -187,11 +191,9 @@ def _of_recipes(readings: Mapping[tuple[str, str, str], Columns]) -> Iterator[Ro
         (readings[run_id, site, a]["avss_smoothed"], readings[run_id, site, b]["avss_smoothed"])
         for run_id, site, a, b in pairs
     ]
-    worst: dict[tuple[str, str], tuple[float, str, str]] = {}
-    for (run_id, site, a, b), rho in zip(pairs, _correlations(values), strict=True):
-        if rho < DISAGREE:
-            worst[run_id, site] = min(worst.get((run_id, site), (rho, a, b)), (rho, a, b))
-    for (run_id, site), (rho, a, b) in worst.items():
+    disagree = ((rho, *pair) for pair, rho in zip(pairs, _correlations(values), strict=True) if rho < DISAGREE)
+    for (run_id, site), of_site in grouped(disagree, itemgetter(1, 2)).items():
+        rho, _, _, a, b = min(of_site)
         yield finding(
             "recipes_disagree",
             "warning" if rho < 0 else "note",

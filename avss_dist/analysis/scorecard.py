@@ -222,13 +222,10 @@ def best_readings(cards: pa.Table) -> pa.Table:
     """Return score cards without the readings of AVSS that are neither the published one nor the best of their site."""
     rows = cards.to_pylist()
     order = SPEARMAN["loss"] if any(row[SPEARMAN["loss"]] is not None for row in rows) else SPEARMAN["shapley"]
-    best: dict[tuple[str, ...], tuple[float, int]] = {}
-    for i, row in enumerate(rows):
-        if row["score"] == "avss" and row[order] is not None:
-            key = row["run_id"], row["site"], row["format"]
-            best[key] = max(best.get(key, (-2.0, -1)), (row[order], -i))
-    chosen = {-i for _, i in best.values()}
-    keep = [i for i, row in enumerate(rows) if row["score"] != "avss" or i in chosen or is_published(row)]
+    scored = [i for i, row in enumerate(rows) if row["score"] == "avss" and row[order] is not None]
+    readings = grouped(scored, lambda i: (rows[i]["run_id"], rows[i]["site"], rows[i]["format"])).values()
+    best = {max(places, key=lambda i: float(rows[i][order])) for places in readings}
+    keep = [i for i, row in enumerate(rows) if row["score"] != "avss" or i in best or is_published(row)]
     return cards.take(pa.array(keep, pa.int64()))
 
 

@@ -245,13 +245,14 @@ def _best_sets(rows: Sequence[Row]) -> Iterator[dict[str, Any]]:
     repairs = {
         row["patch"]: row["task"].split(":")[1] for row in rows if row["patch"] and row["task"].startswith(REPAIR)
     }
-    by_task: dict[str, dict[str, list[Row]]] = {}
-    for row in rows:
-        changed_otherwise = row["factor"] or any(row[k] is not None for k in ("layer", "sparsity_plan", "rounding"))
-        if not changed_otherwise and not row["task"].startswith((*OF_EVERY_LAYER, REPAIR, ROW_START)):
-            by_task.setdefault(row["task"], {}).setdefault(row["run_id"], []).append(row)
-    for task, evaluations in by_task.items():
-        of_task = max(evaluations.values(), key=len)
+    evaluated = [
+        row
+        for row in rows
+        if not (row["factor"] or any(row[name] is not None for name in ("layer", "sparsity_plan", "rounding")))
+        and not row["task"].startswith((*OF_EVERY_LAYER, REPAIR, ROW_START))
+    ]
+    for task, of_task in grouped(evaluated, itemgetter("task")).items():
+        of_task = max(grouped(of_task, itemgetter("run_id")).values(), key=lambda results: len(results))
         metric = primary_metric(of_task)
         sets: list[dict[str, Any]] = []
         results = [row for row in of_task if row["metric"] == metric]
