@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from operator import itemgetter
 from typing import Any
 
@@ -18,7 +19,7 @@ from avss_dist.analysis.scorecard import own_score
 from avss_dist.analysis.thresholds import quantiles_of
 from avss_dist.analysis.verdict import describe_metric, primary_metric, shown_value, verdicts
 from avss_dist.core.errors import ModelError, QueryError
-from avss_dist.core.intervention import SPARSITY_RULES, TOP_K, Removals, decode_removals
+from avss_dist.core.intervention import SPARSITY_RULES, THRESHOLD, TOP_K, Removals, decode_removals
 from avss_dist.core.names import LOSS, SEARCH
 from avss_dist.core.registry import BLOCK_DISTANCE, FROM_ACTIVATIONS, MEASURED, MEASURED_ONLY, SCORES
 from avss_dist.core.settings import Settings
@@ -116,8 +117,7 @@ def plan_experts(warehouse: Warehouse, run: Mapping[str, Any], by: str, share: f
     groups = _routing_groups(run)
     random = {"seed": seed} if by == RANDOM else {}
     drop = choose_experts(scores, share, max(experts.top_k for experts in layers), groups, **random)
-    why: dict[str, Any] = {"by": by, "experts": share, **random}
-    why |= {"groups": groups} if groups > 1 else {}
+    why = {"by": by, "experts": share, **random, **({"groups": groups} if groups > 1 else {})}
     against = [row["message"] for row in expert_findings(warehouse, [run["run_id"]]) if by != RANDOM]
     plan = plan_of(warehouse.table("scores", run_ids=[run["run_id"]]).to_pylist(), run, drop, why)
     return replace(plan, findings=tuple(against), evaluated=evaluated_lines(warehouse, run, plan.drop))
@@ -238,29 +238,8 @@ def evaluated_lines(warehouse: Warehouse, run: Mapping[str, Any], removed: Remov
     return tuple(dict.fromkeys(lines))
 
 
-@dataclass(frozen=True)
-class LinearMap:
-    """A linear map of a run: its location, its shape, and the statistics of its input."""
-
-    layer: int
-    path: str
-    site: str
-    outputs: int
-    inputs: int
-    read: LayerStats
-
-    @property
-    def weights(self) -> int:
-        """Number of weights."""
-        return self.outputs * self.inputs
-
-    def thresholds(self, shares: Sequence[float] | Float64) -> Float64:
-        """Return the quantiles of the absolute input values at the given shares."""
-        return quantiles_of(self.read, np.asarray(shares).tolist())[0]
-
-
-def measured_maps(warehouse: Warehouse, run: Mapping[str, Any]) -> tuple[LinearMap, ...]:
-    """Return the linear maps of a run whose inputs were measured.
+def measured_maps(warehouse: Warehouse, run: Mapping[str, Any]) -> dict[MapPlan, LayerStats]:
+    """Return the linear maps of a run whose inputs were measured, as dense ones, with the statistics of their inputs.
 
     Args:
         run: a row of ``runs``.
@@ -278,20 +257,21 @@ def measured_maps(warehouse: Warehouse, run: Mapping[str, Any]) -> tuple[LinearM
             )
         command = repeated_command("score", warehouse, run, "--sites inputs")
         raise QueryError(f"Run {run['run_id']} did not measure what linear maps read.", f"Do: {command}")
-    return tuple(
-        LinearMap(layer, path, site, outputs, inputs, stats[layer, site])
+    dense: dict[str, Any] = {"sparsity": 0.0, "by": THRESHOLD, "value": 0.0}
+    return {
+        MapPlan(layer=layer, map=path, site=site, outputs=outputs, inputs=inputs, **dense): stats[layer, site]
         for layer, path, site, outputs, inputs in described
-    )
+    }
 
 
-def map_sizes(maps: Sequence[LinearMap]) -> Float64:
+def map_sizes(maps: Iterable[MapPlan]) -> Float64:
     """Return the number of weights of each map, float64[maps]."""
     return np.array([linear_map.weights for linear_map in maps], np.float64)
 
 
 def plan_sparsity(
     run: Mapping[str, Any],
-    measured: Sequence[LinearMap],
+    measured: Mapping[MapPlan, LayerStats],
     sparsities: Float64,
     by: str,
     why: Mapping[str, Any],
@@ -303,7 +283,7 @@ def plan_sparsity(
 
     Args:
         run: a row of ``runs``.
-        measured: the maps of the run.
+        measured: the maps of the run, see `measured_maps`.
         sparsities: float64[maps].
         by: `THRESHOLD` or `TOP_K`.
         why: record of the method and its target, stored in the plan.
@@ -312,35 +292,27 @@ def plan_sparsity(
         PlanError: if a top-k keeps no unit.
     """
     maps = []
-    for linear_map, share in zip(measured, sparsities.tolist(), strict=True):
+    for (linear_map, read), share in zip(measured.items(), sparsities.tolist(), strict=True):
         value, expected = share, int(share * linear_map.inputs) / linear_map.inputs
         if by != TOP_K:
-            value, counts = float(linear_map.thresholds([share])[0]), linear_map.read.abs_value_count
-            up_to = float(counts[linear_map.read.abs_value.astype(np.float64) <= value].sum())
-            expected = share if linear_map.read.abs_value_cut else up_to / max(float(counts.sum()), 1.0)
+            value, counts = quantiles_of(read, [share])[0].item(), read.abs_value_count
+            up_to = float(counts[read.abs_value.astype(np.float64) <= value].sum())
+            expected = share if read.abs_value_cut else up_to / max(float(counts.sum()), 1.0)
             if share == 0:
-                value, expected = 0.0, linear_map.read.zero_count / max(1, linear_map.read.count)
-        maps.append(
-            MapPlan(
-                layer=linear_map.layer,
-                map=linear_map.path,
-                site=linear_map.site,
-                outputs=linear_map.outputs,
-                inputs=linear_map.inputs,
-                sparsity=min(expected, 1 - 1e-9),
-                by=by,
-                value=value,
-            )
-        )
-    whole, findings = set(range(run["num_layers"])), []
-    for site, what in (("query_input", "attention"), ("neuron", "MLP")):
-        if missing := whole - {linear_map.layer for linear_map in measured if linear_map.site == site}:
-            findings.append(f"The {what} of {len(missing)} of {len(whole)} layers stays dense: its maps are fused.")
+                value, expected = 0.0, read.zero_count / max(1, read.count)
+        maps.append(replace(linear_map, sparsity=min(expected, 1 - 1e-9), by=by, value=value))
+    number = run["num_layers"]
+    layers = Counter(site for site, _ in {(linear_map.site, linear_map.layer) for linear_map in measured})
+    findings = [
+        f"The {what} of {number - layers[site]} of {number} layers stays dense: its maps are fused."
+        for site, what in (("query_input", "attention"), ("neuron", "MLP"))
+        if layers[site] < number
+    ]
     by_map, sizes = np.array([planned.sparsity for planned in maps]), map_sizes(measured)
     return SparsityPlan(
         model=run["model"],
         revision=run["revision"],
-        num_layers=run["num_layers"],
+        num_layers=number,
         sparsity=float(by_map @ sizes / sizes.sum()),
         rule=rule,
         weighted=weighted,

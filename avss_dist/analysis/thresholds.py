@@ -66,14 +66,13 @@ def scores_at(
         for row in score_run(stats, _layer_names(warehouse, run), blocks, [threshold], sites) if stats else ():
             measured = stats[row["layer"], row["site"]]
             _, low, high = measured.below(threshold.at(measured))
-            cut = row["recipe"] != "unit" and low < high
-            if not cut:
+            if row["recipe"] == "unit" or low == high:
                 low = high = row["near_zero_count"]
             rows.append(
                 {
                     **identity,
                     **row,
-                    "exactness": INTERPOLATED if cut else EXACT,
+                    "exactness": INTERPOLATED if low < high else EXACT,
                     "near_zero_low": low,
                     "near_zero_high": high,
                 }
@@ -117,8 +116,12 @@ def layer_scores(
     computed = scores_at(warehouse, missing, threshold, sites=[site])
     is_exact = pc.equal(stored["threshold_kind"], "absolute")
     counts = pc.if_else(is_exact, stored["near_zero_count"].cast(pa.float64()), None)
-    columns = {name: stored[name] for name in SCHEMAS["scores"].names}
-    columns |= {"exactness": pc.if_else(is_exact, EXACT, None), "near_zero_low": counts, "near_zero_high": counts}
+    columns = {
+        **{name: stored[name] for name in SCHEMAS["scores"].names},
+        "exactness": pc.if_else(is_exact, EXACT, None),
+        "near_zero_low": counts,
+        "near_zero_high": counts,
+    }
     scores = pa.concat_tables([pa.table(columns).cast(SCORES), computed.filter(pc.field("recipe") == recipe)])
     return scores.sort_by([("run_id", "ascending"), ("layer", "ascending")])
 
@@ -148,17 +151,25 @@ def quantiles(
         for (layer, site), stats in warehouse.readable_layer_stats(run["run_id"]).items():
             if sites is not None and site not in sites:
                 continue
-            identity = {"run_id": run["run_id"], "model": run["model"], "site": site}
-            identity |= {"layer": layer, "layer_name": names[layer], "depth": (layer + 0.5) / len(names)}
+            place = {"site": site, "layer": layer, "layer_name": names[layer], "depth": (layer + 0.5) / len(names)}
             ends = (part.tolist() for part in quantiles_of(stats, shares))
-            for share, value, low, high in zip(shares, *ends, strict=True):
-                multiple = value / stats.rms if stats.rms > 0 else None
-                measured = {"share": share, "value": value, "rms_multiple": multiple, "low": low, "high": high}
-                rows.append(identity | measured)
+            rows += (
+                {
+                    "run_id": run["run_id"],
+                    "model": run["model"],
+                    **place,
+                    "share": share,
+                    "value": value,
+                    "rms_multiple": value / stats.rms if stats.rms > 0 else None,
+                    "low": low,
+                    "high": high,
+                }
+                for share, value, low, high in zip(shares, *ends, strict=True)
+            )
     return pa.Table.from_pylist(rows, QUANTILES)
 
 
-def quantiles_of(stats: LayerStats, shares: Sequence[float]) -> tuple[Float64, Float64, Float64]:
+def quantiles_of(stats: LayerStats, shares: Sequence[float] | Float64) -> tuple[Float64, Float64, Float64]:
     """Return the quantiles of abs(x) and their lower and upper bounds, each float64[shares].
 
     A quantile is the smallest value that at least a share of the elements does not exceed. If values are cut,

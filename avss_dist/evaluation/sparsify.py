@@ -10,7 +10,8 @@ from typing import Any
 
 import numpy as np
 
-from avss_dist.analysis.plans import LinearMap, map_sizes, measured_maps, plan_sparsity
+from avss_dist.analysis.plans import map_sizes, measured_maps, plan_sparsity
+from avss_dist.analysis.thresholds import quantiles_of
 from avss_dist.core.intervention import THRESHOLD, TOP_K
 from avss_dist.core.names import SPARSITY_TASK
 from avss_dist.core.text import RedactedURI
@@ -18,9 +19,9 @@ from avss_dist.corpus.shards import CorpusPlan
 from avss_dist.evaluation.session import EvaluationSession, checkpoint_of_run, require_partition
 from avss_dist.evaluation.tasks import plan_text
 from avss_dist.pruning.budget import MAX_SPARSITY, heavy_tail_ratios, interpolate_path, knapsack, proportional
-from avss_dist.pruning.map_plans import SparsityPlan
+from avss_dist.pruning.map_plans import MapPlan, SparsityPlan
 from avss_dist.requests import SparsifyRequest
-from avss_dist.stats.layer_stats import Float64
+from avss_dist.stats.layer_stats import Float64, LayerStats
 from avss_dist.tasks.block_search import GREEDY, HILL, GreedyBlock, Spectra
 from avss_dist.tasks.map_damage import SECOND, MapDamage
 from avss_dist.tasks.task import Measure, Task
@@ -98,43 +99,45 @@ def sparsify(request: SparsifyRequest, run: Mapping[str, Any]) -> SparsityPlan:
     return plan
 
 
+Maps = Mapping[MapPlan, LayerStats]
+"""Linear maps of a run, with the statistics of their inputs."""
 Allocation = tuple[Float64, dict[str, Any]]
 """Sparsity of each map, float64[maps], and reasons for the plan."""
 
 
-def _by_damage(maps: tuple[LinearMap, ...], target: float, text: CorpusPlan, measure: Measurement) -> Allocation:
+def _by_damage(maps: Maps, target: float, text: CorpusPlan, measure: Measurement) -> Allocation:
     """Return the sparsities with the least damage."""
-    thresholds = {(map_.layer, map_.path): tuple(map_.thresholds(LEVELS).tolist()) for map_ in maps}
+    thresholds = {(map_.layer, map_.map): tuple(quantiles_of(read, LEVELS)[0].tolist()) for map_, read in maps.items()}
     rows = measure(tuple(MapDamage(shard=shard, thresholds=thresholds) for shard in text.shards))
-    damage = np.array([rows[map_.layer, f"{SECOND}:{map_.path}"] for map_ in maps])
+    damage = np.array([rows[map_.layer, f"{SECOND}:{map_.map}"] for map_ in maps])
     return knapsack(damage, LEVELS, map_sizes(maps), target), {}
 
 
-def _by_paths(maps: tuple[LinearMap, ...], target: float, text: CorpusPlan, measure: Measurement) -> Allocation:
+def _by_paths(maps: Maps, target: float, text: CorpusPlan, measure: Measurement) -> Allocation:
     """Return sparsities with which each block meets the target, interpolated between two steps of its path."""
-    sparsities, layers = np.zeros(len(maps)), np.array([map_.layer for map_ in maps])
+    sparsities, places, layers = np.zeros(len(maps)), list(maps), np.array([map_.layer for map_ in maps])
     blocks = {layer: np.flatnonzero(layers == layer) for layer in dict.fromkeys(layers.tolist())}
     parts = []
     for layer, block in blocks.items():
-        members = [maps[i] for i in block]
-        weights = {map_.path: map_.weights for map_ in members}
+        members = [places[i] for i in block]
+        weights = {map_.map: map_.weights for map_ in members}
         steps = {path: BASE * max(weights.values()) / number for path, number in weights.items()}
         levels = {path: np.arange(step, 1 - 1e-9, step) for path, step in steps.items()}
-        thresholds = {map_.path: tuple(map_.thresholds(levels[map_.path]).tolist()) for map_ in members}
+        thresholds = {map_.map: tuple(quantiles_of(maps[map_], levels[map_.map])[0].tolist()) for map_ in members}
         parts.append(
             GreedyBlock(layer=layer, shards=tuple(text.shards), thresholds=thresholds, steps=steps, sizes=weights)
         )
     rows, sizes = measure(tuple(parts)), map_sizes(maps)
     for layer, block in blocks.items():
-        path = np.stack([rows[layer, f"{GREEDY}{maps[i].path}"] for i in block], axis=1)
+        path = np.stack([rows[layer, f"{GREEDY}{places[i].map}"] for i in block], axis=1)
         sparsities[block] = interpolate_path(path, sizes[block], target)
     return sparsities, {"base_step": BASE}
 
 
-def _by_tails(maps: tuple[LinearMap, ...], target: float, _text: CorpusPlan | None, measure: Measurement) -> Allocation:
+def _by_tails(maps: Maps, target: float, _text: CorpusPlan | None, measure: Measurement) -> Allocation:
     """Return sparsities in proportion to ratios that depend on the heavy tail of each weight's spectrum."""
     rows = measure(tuple(Spectra(layer) for layer in sorted({map_.layer for map_ in maps})))
-    exponents = np.array([rows[map_.layer, f"{HILL}{map_.path}"][0] for map_ in maps])
+    exponents = np.array([rows[map_.layer, f"{HILL}{map_.map}"][0] for map_ in maps])
     reasons = {
         "reading": "the mapping of AlphaPruning, which is read as ActTail's: its paper's is not at hand",
         "exponents": "Hill, upper half",
