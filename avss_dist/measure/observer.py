@@ -37,7 +37,7 @@ from avss_dist.models.layers import (
     with_replaced,
 )
 from avss_dist.partition.group import RowSplit
-from avss_dist.stats.layer_stats import ROW_FIELDS, ExpertStats, LayerKey, LayerStats, RowStats, StratumKey
+from avss_dist.stats.layer_stats import ROW_FIELDS, ExpertStats, LayerKey, LayerStats, StratumKey
 
 ALL_ROWS = RowSplit()
 UNIT_SITES = ("block", "update", *INPUT_SITES)
@@ -265,7 +265,7 @@ class Observer:
 
         def wait() -> dict[LayerKey, PlacedRows]:
             rows = zip(batches.items(), arrived(), strict=True)
-            return {key: (np.concatenate(places), RowStats(**fields)) for (key, (places, _)), fields in rows}
+            return {key: (np.concatenate(places), stats) for (key, (places, _)), stats in rows}
 
         return wait
 

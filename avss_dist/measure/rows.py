@@ -96,7 +96,7 @@ def masks_by_stratum(mask: torch.Tensor, pairing: Pairing | None) -> dict[str, t
 def row_tensors(
     x: torch.Tensor, tokens: CountedTokens, thresholds: Float64, before: torch.Tensor | None = None
 ) -> Tensors:
-    """Return the fields of `RowStats` of each row of a batch, on the device of ``x``.
+    """Return the `RowStats` of each row of a batch, on the device of ``x``.
 
     Args:
         x: [rows, tokens, units], the activations.
@@ -193,5 +193,4 @@ PlacedRows = tuple[np.ndarray, RowStats]
 def in_order(parts: Sequence[PlacedRows]) -> RowStats:
     """Return the statistics of all rows, ordered by position in the corpus."""
     order = np.argsort(np.concatenate([places for places, _ in parts]))
-    fields = {name: np.concatenate([getattr(rows, name) for _, rows in parts])[order] for name in ROW_FIELDS}
-    return RowStats(**fields)
+    return {name: np.concatenate([rows[name] for _, rows in parts])[order] for name in ROW_FIELDS}

@@ -24,7 +24,7 @@ from avss_dist.measure.rows import PlacedRows, in_order
 from avss_dist.models.size import Footprint
 from avss_dist.models.structure import absent_sites
 from avss_dist.partition.replica import Replica, dummy_batch, no_observation
-from avss_dist.stats.layer_stats import AnswerRows, LayerKey, ShardResult, merge_stats
+from avss_dist.stats.layer_stats import ROW_FIELDS, LayerKey, ShardResult, merge_stats
 
 Heartbeat = Callable[[], None]
 
@@ -114,21 +114,24 @@ def _measure(
     return observer
 
 
-def _answer_rows(shard: Shard, parts: Sequence[Mapping[LayerKey, PlacedRows]]) -> AnswerRows:
-    """Return the statistics of the shard's rows, merged from the parts of all ranks."""
+def _answer_rows(shard: Shard, parts: Sequence[Mapping[LayerKey, PlacedRows]]) -> dict[str, np.ndarray]:
+    """Return the columns of ``row_stats`` of the shard, for each layer, site and row, from the parts of all ranks."""
     assert shard.pairing is not None
-    lengths = shard.lengths.astype(np.int64)
-    return AnswerRows(
-        row=shard.pairing.rows,
-        pair=shard.pairing.pairs,
-        strata=shard.pairing.strata,
-        prompt_tokens=shard.pairing.starts.astype(np.int64),
-        answer_tokens=np.maximum(lengths - shard.starts, 0),
-        stats={
-            key: in_order([rows[key] for rows in parts if key in rows])
-            for key in sorted({key for rows in parts for key in rows})
-        },
-    )
+    answers = {
+        "row": shard.pairing.rows,
+        "pair": shard.pairing.pairs,
+        "stratum": np.array(shard.pairing.strata),
+        "prompt_tokens": shard.pairing.starts.astype(np.int64),
+        "answer_tokens": np.maximum(shard.lengths.astype(np.int64) - shard.starts, 0),
+    }
+    keys = sorted({key for rows in parts for key in rows})
+    stats = [in_order([rows[key] for rows in parts if key in rows]) for key in keys]
+    return {
+        "layer": np.repeat([layer for layer, _ in keys], len(shard.pairing.rows)),
+        "site": np.repeat([site for _, site in keys], len(shard.pairing.rows)),
+        **{name: np.tile(values, len(keys)) for name, values in answers.items()},
+        **{name: np.concatenate([rows[name] for rows in stats] or [np.zeros(0)]) for name in ROW_FIELDS},
+    }
 
 
 def counter_bytes(size: Footprint, settings: Settings, strata: int = 1) -> int:

@@ -28,7 +28,7 @@ from avss_dist.stats.layer_stats import (
     ShardResult,
     StratumKey,
     combine_blocks,
-    merge_block,
+    merge_stats,
     split_into_blocks,
 )
 from avss_dist.stats.scores import score_run
@@ -176,7 +176,7 @@ def _read_shared_block(shared: OpenShared, run_id: str, expected: Expected) -> M
 def _read_block(store: Store, run_id: str, expected: Expected) -> MergedBlock:
     summary = ShardSummary()
 
-    def each() -> Iterator[ShardResult]:
+    def each() -> Iterator[Mapping[StratumKey, LayerStats]]:
         shards = store.each_shard(run_id, expected)
         for shard_id in expected:
             shard = next(shards, None)
@@ -186,9 +186,9 @@ def _read_block(store: Store, run_id: str, expected: Expected) -> MergedBlock:
                     "Run the same command again: it measures that shard again, and keeps the others.",
                 )
             summary.add(shard)
-            yield shard
+            yield shard.strata
 
-    return merge_block(each(), range(min(expected), max(expected) + 1)), summary
+    return merge_stats(each()), summary
 
 
 class RunInProgress:

@@ -31,7 +31,7 @@ class Answers:
         pair: int64[rows], the index of each answer's prompt.
         hallucinated: bool[rows], true for hallucinated and false for truthful answers.
         tokens: int64[rows], the number of tokens of each answer.
-        stats: float64[rows, layers] by name: the fields of `RowStats`, with ``near_zero`` at one threshold.
+        stats: float64[rows, layers] by name: `RowStats`, with ``near_zero`` at one threshold.
     """
 
     pair: Int64

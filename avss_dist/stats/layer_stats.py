@@ -54,24 +54,17 @@ def bin_edges(value: float) -> tuple[float, float]:
     return float(HISTOGRAM_EDGES[low]), float(HISTOGRAM_EDGES[low + 1])
 
 
-def histogram_below(histogram: NDArray[np.int64], threshold: float, share: float | None = None) -> NDArray[np.float64]:
+def histogram_below(histogram: NDArray[np.int64], threshold: float, share: float = 0.0) -> NDArray[np.float64]:
     """Return the number of elements below ``threshold`` in each histogram, float64[...].
 
     Args:
         histogram: int64[..., 2048].
-        share: share below the threshold of the elements in its bin. By default, values are assumed to be uniform in
-            that bin.
+        share: share below the threshold of the elements in its bin, 0 at an edge.
     """
     if not threshold > 0:
         return np.zeros(histogram.shape[:-1])
     position = int(np.searchsorted(HISTOGRAM_EDGES, threshold, side="right")) - 1
-    whole = histogram[..., :position].sum(axis=-1).astype(np.float64)
-    if position >= len(HISTOGRAM_EDGES) - 1:
-        return whole
-    low, high = HISTOGRAM_EDGES[position : position + 2]
-    if share is None:
-        share = (threshold - low) / (high - low)  # 0 in the last bin, which has no end
-    return whole + share * histogram[..., position]
+    return histogram[..., :position].sum(axis=-1).astype(np.float64) + share * histogram[..., position]
 
 
 def values_of_cuts(counts: NDArray[np.int64]) -> Values:
@@ -197,7 +190,7 @@ class LayerStats:
         if not np.array_equal(self.thresholds, other.thresholds):
             raise ValueError(f"thresholds differ: {self.thresholds.tolist()} and {other.thresholds.tolist()}")
         merged: dict[str, Any] = {"thresholds": self.thresholds}
-        for operation, names in _merging_operations():
+        for operation, names in MERGED_FIELDS.items():
             merged |= zip(names, operation(*([getattr(x, name) for name in names] for x in (self, other))), strict=True)
         return LayerStats(**merged)
 
@@ -245,16 +238,6 @@ class LayerStats:
 
 
 @cache
-def _merging_operations() -> list[tuple[Callable[..., Iterable[Any]], list[str]]]:
-    """Return each operation that merges fields of LayerStats, with these fields."""
-    names: dict[Any, list[str]] = {}
-    for name, (_, _, operation) in annotations_of(LayerStats).items():
-        if operation:
-            names.setdefault(operation, []).append(name)
-    return list(names.items())
-
-
-@cache
 def annotations_of(cls: type) -> dict[str, tuple[type, tuple[str, ...], Callable[..., Iterable[Any]] | None]]:
     """Return the type, the texts (meaning, unit) and the merging operation of each annotated field of a class.
 
@@ -269,6 +252,14 @@ def annotations_of(cls: type) -> dict[str, tuple[type, tuple[str, ...], Callable
         )
         for name, hint in hints.items()
     }
+
+
+_OPERATIONS = {name: operation for name, (_, _, operation) in annotations_of(LayerStats).items() if operation}
+MERGED_FIELDS = {
+    operation: [name for name, merging in _OPERATIONS.items() if merging is operation]
+    for operation in _OPERATIONS.values()
+}
+"""Fields of LayerStats by the operation that merges them."""
 
 
 def share_of_m2(part: tuple[ArrayLike, ArrayLike, ArrayLike], mean: ArrayLike, m2: ArrayLike) -> Float64:
@@ -309,13 +300,11 @@ def stats_from_pattern_counts(counts: NDArray[np.integer], values: Float64, thre
     )
     below = np.append(0, np.cumsum(abs_value_count))
     count = int(below[-1])
-    histogram = np.zeros(HISTOGRAM_BINS, np.int64)
-    np.add.at(histogram, histogram_bin(abs_value), abs_value_count)
     result: dict[str, object] = {
         "near_zero": below[np.searchsorted(abs_value.astype(np.float64), thresholds)],
         "zero_count": int(abs_value_count[abs_value == 0].sum()),
         "nonfinite_count": nonfinite_count,
-        "histogram": histogram,
+        "histogram": np.bincount(histogram_bin(abs_value), abs_value_count, HISTOGRAM_BINS).astype(np.int64),
         "abs_value": abs_value,
         "abs_value_count": abs_value_count,
         "count": count,
@@ -332,44 +321,22 @@ def stats_from_pattern_counts(counts: NDArray[np.integer], values: Float64, thre
     return result
 
 
-@dataclass(frozen=True, eq=False, kw_only=True)
-class RowStats:
-    """Statistics of one layer and site, an entry for each row, over the tokens of its answer.
+RowStats = Mapping[str, NDArray[Any]]
+"""Statistics of one layer and site by name, an entry for each row, over the tokens of its answer.
 
-    The sums of ``count`` and ``near_zero`` over the rows of a stratum equal those of its LayerStats.
-    """
+The sums of ``count`` and ``near_zero`` over the rows of a stratum equal those of its LayerStats.
+"""
 
-    count: Annotated[Int64, "finite elements of the answer (tokens x units)"]
-    near_zero: Annotated[Int64, "elements with abs(x) < threshold, for each threshold of the run, exact"]
-    mean: Annotated[Float64, "mean over elements"]
-    m2: Annotated[Float64, "sum over elements of (x - mean)^2; m2 / count is the variance"]
-    pooled_variance: Annotated[Float64, "unbiased variance, over units, of the mean over tokens"]
-    norm: Annotated[Float64, "mean over tokens of |x|"]
-    relative_magnitude: Annotated[Float64, "mean over tokens of |output - input| / |input| (block site)"]
-
-
-ROW_FIELDS = {name: texts[0] for name, (_, texts, _) in annotations_of(RowStats).items()}
-"""Meaning of each field of RowStats."""
-
-
-@dataclass(frozen=True, eq=False, kw_only=True)
-class AnswerRows:
-    """Statistics of the rows of a shard of paired text.
-
-    Attributes:
-        row: int64[rows], the position of each row in the corpus.
-        pair: int64[rows], the index of the prompt that each answer belongs to.
-        strata: stratum of each row.
-        prompt_tokens, answer_tokens: int64[rows], the number of tokens of each prompt and answer.
-        stats: row statistics by (layer, site).
-    """
-
-    row: Int64
-    pair: Int64
-    strata: tuple[str, ...]
-    prompt_tokens: Int64
-    answer_tokens: Int64
-    stats: Mapping[LayerKey, RowStats]
+ROW_FIELDS = {
+    "count": "finite elements of the answer (tokens x units)",
+    "near_zero": "elements with abs(x) < threshold, for each threshold of the run, exact",
+    "mean": "mean over elements",
+    "m2": "sum over elements of (x - mean)^2; m2 / count is the variance",
+    "pooled_variance": "unbiased variance, over units, of the mean over tokens",
+    "norm": "mean over tokens of |x|",
+    "relative_magnitude": "mean over tokens of |output - input| / |input| (block site)",
+}
+"""Meaning of each of the `RowStats`."""
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -408,7 +375,7 @@ class ShardResult:
         content_hash: hash of the shard's tokens, as planned.
         layers: module path of every layer, in order.
         strata: LayerStats by (layer index, site, stratum).
-        rows: statistics of single rows for paired text, else None.
+        rows: columns of ``row_stats`` for paired text, a value for each layer, site and row in order, else None.
         experts: statistics of routed experts by layer, or None if they were not measured. For paired text, they cover
             all answers after their own prompts.
         num_tokens: valid tokens observed.
@@ -427,7 +394,7 @@ class ShardResult:
     device: str = "cpu"
     model: Mapping[str, Any] = field(default_factory=dict)
     peak_memory_bytes: int = 0
-    rows: AnswerRows | None = None
+    rows: Mapping[str, NDArray[Any]] | None = None
     experts: Mapping[int, ExpertStats] | None = None
 
     @property
@@ -487,23 +454,6 @@ def split_into_blocks(num_shards: int, maximum: int) -> list[range]:
     return [range(start, min(start + size, num_shards)) for start in range(0, num_shards, size or 1)]
 
 
-def merge_block(shards: Iterable[ShardResult], ids: range) -> dict[StratumKey, LayerStats]:
-    """Merge the shards of a block, given in the order of their ids.
-
-    Raises:
-        ValueError: if the ids of the shards are not exactly ``ids``.
-    """
-    block: dict[StratumKey, LayerStats] = {}
-    number = 0
-    for number, shard in enumerate(shards, 1):
-        if shard.shard_id != (expected := ids.start + number - 1):
-            raise ValueError(f"shard {shard.shard_id} where shard {expected} belongs")
-        block = merge_stats((block, shard.strata))
-    if number != len(ids):
-        raise ValueError(f"{number} shards where {len(ids)} belong")
-    return block
-
-
 def combine_blocks(blocks: Iterable[Mapping[StratumKey, LayerStats]]) -> Merged:
     """Merge blocks, in the order given.
 
@@ -543,10 +493,6 @@ def _mapped(stats: dict[LayerKey, LayerStats]) -> dict[LayerKey, LayerStats]:
 
 
 def merge_blocks(shards: Sequence[ShardResult], maximum: int) -> Merged:
-    """Merge shards in at most ``maximum`` blocks, given in the order of their ids.
-
-    Raises:
-        ValueError: if the ids are not exactly 0, 1, ...
-    """
-    ids = split_into_blocks(len(shards), maximum)
-    return combine_blocks(merge_block(shards[block_ids.start : block_ids.stop], block_ids) for block_ids in ids)
+    """Merge shards in at most ``maximum`` blocks, given in the order of their ids."""
+    blocks = (shards[ids.start : ids.stop] for ids in split_into_blocks(len(shards), maximum))
+    return combine_blocks(merge_stats(shard.strata for shard in block) for block in blocks)

@@ -19,8 +19,6 @@ from avss_dist.core.errors import WarehouseError
 from avss_dist.stats.layer_stats import (
     EXPERT_FIELDS,
     HISTOGRAM_BINS,
-    ROW_FIELDS,
-    AnswerRows,
     ExpertStats,
     LayerKey,
     LayerStats,
@@ -201,29 +199,17 @@ def encode_shard(run: RunIdentity, result: ShardResult) -> dict[str, pa.Buffer]:
     every_row = {**asdict(run), "shard_id": result.shard_id, "content_hash": result.content_hash}
     files = {}
     if result.rows:
-        files["row_stats"] = encode("row_stats", every_row, _row_columns(result.rows))
+        columns = {
+            name: list(values) if values.ndim > 1 else pa.array(values, from_pandas=True)
+            for name, values in result.rows.items()
+        }
+        files["row_stats"] = encode("row_stats", every_row, columns)
     if result.experts is not None:
         columns = expert_columns(result.layers, result.experts)
         files["shard_expert_stats"] = encode("shard_expert_stats", every_row, columns)
     header = {name: getattr(result, name) for name in _HEADER_FIELDS}
     files["shard_stats"] = encode("shard_stats", every_row, to_columns(result.layers, result.strata), header)
     return files
-
-
-def _row_columns(rows: AnswerRows) -> dict[str, Any]:
-    """Return the rows of a shard, for each layer and site in order, by column."""
-    keys = sorted(rows.stats)
-    columns: dict[str, Any] = {
-        "layer": [layer for layer, _ in keys for _ in rows.row],
-        "site": [site for _, site in keys for _ in rows.row],
-        "stratum": list(rows.strata) * len(keys),
-    }
-    for name in ("row", "pair", "prompt_tokens", "answer_tokens"):
-        columns[name] = np.tile(getattr(rows, name), len(keys))
-    for name in ROW_FIELDS:
-        values = np.concatenate([getattr(rows.stats[key], name) for key in keys]) if keys else np.zeros(0)
-        columns[name] = list(values) if values.ndim > 1 else pa.array(values, from_pandas=True)
-    return columns
 
 
 def to_columns(

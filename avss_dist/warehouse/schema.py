@@ -108,7 +108,7 @@ _FIELD_CHECKS: dict[str, dict[str, Any]] = {
     "thresholds": {"bounds": SIZE},
     "near_zero": {"bounds": COUNT, "as_long_as": "thresholds"},
 }
-"""Checks of the columns of the fields of LayerStats, RowStats and ExpertStats, by name."""
+"""Checks of the columns of the fields of LayerStats and ExpertStats and of row statistics, by name."""
 
 
 def _field_column(name: str, kind: pa.DataType, meaning: str, unit: str = "") -> Column:

@@ -27,7 +27,7 @@ from avss_dist.core.errors import QueryError
 from avss_dist.core.names import AFTER_ANOTHER
 from avss_dist.reports.page.page import report_page
 from avss_dist.stats import contrast as contrast_stats
-from avss_dist.stats.layer_stats import AnswerRows, RowStats, ShardResult
+from avss_dist.stats.layer_stats import ShardResult
 from avss_dist.stats.scores import Threshold
 from avss_dist.warehouse.reader import Warehouse
 from avss_dist.warehouse.schema import RunIdentity
@@ -47,30 +47,32 @@ def write(root: Path, *, planted: float, elsewhere: float = 1.0, longer: int = 0
     strata = STRATA * PAIRS
     tokens = np.repeat(rng.integers(10, 20, PAIRS), 4)
     tokens = tokens + longer * np.array([s.startswith("incorrect") for s in strata])
-    stats = {}
+    layers = []
     for layer in range(LAYERS):
         factor = {"incorrect": planted, STRATA[3]: elsewhere} if layer == PLANTED else {}
         own = np.array([factor.get(s, 1.0) for s in strata])
         variance = own * np.exp(0.2 * rng.normal(size=n)) * (layer + 1) * (tokens / 10 if layer == 1 else 1)
         count = tokens * 8
         near_zero = np.stack([np.zeros(n, np.int64), rng.binomial(count, 0.2)], axis=1)
-        stats[layer, "block"] = RowStats(
-            count=count,
-            near_zero=near_zero,
-            mean=np.zeros(n),
-            m2=variance * count,
-            pooled_variance=variance,
-            norm=np.sqrt(variance * 8),
-            relative_magnitude=np.ones(n),
+        layers.append(
+            {
+                "layer": np.full(n, layer),
+                "site": np.full(n, "block"),
+                "row": np.arange(n),
+                "pair": np.repeat(np.arange(PAIRS), 4),
+                "stratum": np.array(strata),
+                "prompt_tokens": np.full(n, 9),
+                "answer_tokens": tokens,
+                "count": count,
+                "near_zero": near_zero,
+                "mean": np.zeros(n),
+                "m2": variance * count,
+                "pooled_variance": variance,
+                "norm": np.sqrt(variance * 8),
+                "relative_magnitude": np.ones(n),
+            }
         )
-    rows = AnswerRows(
-        row=np.arange(n),
-        pair=np.repeat(np.arange(PAIRS), 4),
-        strata=strata,
-        prompt_tokens=np.full(n, 9),
-        answer_tokens=tokens,
-        stats=stats,
-    )
+    rows = {name: np.concatenate([columns[name] for columns in layers]) for name in layers[0]}
     row = run_row("paired", num_layers=LAYERS, num_sequences=n, num_shards=1, thresholds=THRESHOLDS, sites=["block"])
     identity = RunIdentity(**{name: row[name] for name in ("run_id", "model", "revision", "family")})
     store = Store(root)

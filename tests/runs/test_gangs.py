@@ -438,10 +438,11 @@ def test_ranks_measure_paired_text(two_ranks: Gang, folder_of: Callable[[str], P
     assert {key: one.count for key, one in got.strata.items()} == {key: one.count for key, one in want.strata.items()}
     assert alone.strata.keys() == want.strata.keys()
     assert all(alone.strata[key].equals(stats) for key, stats in want.strata.items())
-    assert got.rows and want.rows and got.rows.row.tolist() == [7, 8, 9, 10]
-    for key, rows in want.rows.stats.items():
-        for name in ("count", "norm", "m2", "pooled_variance"):
-            np.testing.assert_allclose(getattr(got.rows.stats[key], name), getattr(rows, name), rtol=1e-4)
+    assert got.rows and want.rows and got.rows["row"].tolist() == [7, 8, 9, 10] * len(want.stats)
+    for name in ("layer", "site", "row", "pair", "stratum", "prompt_tokens", "answer_tokens"):
+        np.testing.assert_array_equal(got.rows[name], want.rows[name])
+    for name in ("count", "norm", "m2", "pooled_variance"):
+        np.testing.assert_allclose(got.rows[name], want.rows[name], rtol=1e-4)
 
 
 def test_zero3_in_bfloat16(two_ranks: Gang, folder_of: Callable[[str], Path]) -> None:

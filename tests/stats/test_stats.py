@@ -30,7 +30,6 @@ from avss_dist.stats.layer_stats import (
     combine_blocks,
     histogram_below,
     histogram_bin,
-    merge_block,
     merge_blocks,
     merge_moments,
     merge_stats,
@@ -184,12 +183,12 @@ def test_histogram_below_is_exact_at_every_edge_and_nothing_is_below_what_is_not
 
 
 @pytest.mark.parametrize("position", [0, 7, 8, 1016, 2038, 2039])
-def test_histogram_below_is_linear_inside_a_bin_or_takes_a_given_share(position: int) -> None:
+def test_histogram_below_takes_a_given_share_of_a_bin(position: int) -> None:
     histogram = random_histogram()
     low, high = HISTOGRAM_EDGES[position : position + 2]
     for share in (0.125, 0.5, 0.75) if np.isfinite(high) else ():
         expected = histogram[:position].sum() + share * histogram[position]
-        assert histogram_below(histogram, low + share * (high - low)) == pytest.approx(expected, rel=1e-12)
+        assert histogram_below(histogram, low + share * (high - low), share) == pytest.approx(expected, rel=1e-12)
     inside = np.nextafter(low, np.inf) * 1.01
     assert bin_edges(inside) == bin_edges(low if position else 0.0) == (low, high)
     assert histogram_below(histogram, inside, 0.25) == histogram[:position].sum() + 0.25 * histogram[position]
@@ -325,23 +324,6 @@ def test_blocks_are_bounded_and_merge_into_the_run(num_shards: int, most: int) -
         assert without_values(merged[key]).equals(merge_stats(blocks)[key])
 
 
-@pytest.mark.parametrize(
-    ("ids", "message"),
-    [
-        ([1, 0, 2], "shard 1 where shard 0 belongs"),
-        ([0, 1, 1], "shard 1 where shard 2 belongs"),
-        ([0, 2], "shard 2 where shard 1 belongs"),
-        ([0, 1], "2 shards where 3 belong"),
-        ([0, 1, 2, 3], "4 shards where 3 belong"),
-        ([], "0 shards where 3 belong"),
-    ],
-    ids=["disordered", "duplicate", "gap", "too few", "too many", "none"],
-)
-def test_blocks_take_every_shard_once_and_in_order(ids: list[int], message: str) -> None:
-    with pytest.raises(ValueError, match=message):
-        merge_block([make_shard(i) for i in ids], range(3))
-
-
 LABELS = ("right", "wrong")
 
 
@@ -379,7 +361,7 @@ def test_paired_text_is_merged_by_stratum_and_its_own_answers_by_layer() -> None
 
 
 def test_a_block_has_the_strata_of_its_shards_with_counts_by_value() -> None:
-    block = merge_block([paired_shard(3), paired_shard(4)], range(3, 5))
+    block = merge_stats([paired_shard(3).strata, paired_shard(4).strata])
     assert block.keys() == paired_shard(3).strata.keys()
     for key, stats in block.items():
         assert stats.equals(paired_shard(3).strata[key].merge(paired_shard(4).strata[key]))
@@ -402,7 +384,7 @@ BYTES = 2 * (2048 + 4 + 4) * 8  # of a block: two layers of a histogram and two 
 def test_blocks_beyond_the_room_in_memory_are_mapped_and_the_same(
     monkeypatch: pytest.MonkeyPatch, room: int, fit: int
 ) -> None:
-    blocks = [merge_block([paired_shard(shard, ["right"])], range(shard, shard + 1)) for shard in range(4)]
+    blocks = [paired_shard(shard, ["right"]).strata for shard in range(4)]
     expected = combine_blocks(blocks).blocks
     monkeypatch.setattr(layer_stats, "BLOCK_BYTES", room)
 
