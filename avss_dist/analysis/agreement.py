@@ -196,17 +196,18 @@ class RankMatrix:
                 x, y, _ = _aligned(self._scores, *np.sort([a[chunk], b[chunk]], axis=0))
                 rho.flat[chunk], partial.flat[chunk] = _correlations(x, y)
             return rho, partial
-        place, ranks, with_depth = self._ranked[size]
-        x, y = ranks[place[rows]], ranks[place[columns]]
+        members, ranks, with_depth = self._ranked[size]
+        a, b = (np.searchsorted(members, indices) for indices in (rows, columns))
+        x, y = ranks[a], ranks[b]
         with np.errstate(invalid="ignore", divide="ignore"):
             rho = (x @ y.T) / np.sqrt(np.outer((x**2).sum(axis=1), (y**2).sum(axis=1)))
         if size < MIN_VALUES:
             rho[:] = np.nan
-        return rho, given_depth(rho, with_depth[place[rows]][:, None], with_depth[place[columns]][None, :])
+        return rho, given_depth(rho, with_depth[a][:, None], with_depth[b][None, :])
 
     @cached_property
     def _ranked(self) -> dict[int, tuple[Indices, Float64, Float64]]:
-        """Rows of each score, ranks and correlations with depth, by the number of depths.
+        """Indices of scores, their ranks, and their correlations with depth, by the number of depths.
 
         The ranks are centered and doubled: doubled average ranks are integers, so that every sum over them is exact.
         """
@@ -214,13 +215,10 @@ class RankMatrix:
         for size in np.unique(self._sizes[self._sizes > 0]).tolist():
             members = np.flatnonzero(self._sizes >= size)
             depth = self._scores[int(np.flatnonzero(self._sizes == size)[0])][0]
-            scores = [self._scores[index] for index in members.tolist()]
+            scores = (self._scores[index] for index in members.tolist())
             aligned = [values if len(values) == size else np.interp(depth, at, values) for at, values in scores]
             ranks = 2 * average_ranks(np.array(aligned)) - (size + 1)
-            with_depth = spearman_rows(ranks, np.broadcast_to(np.arange(float(size)), ranks.shape))
-            place = np.full(len(self._scores), -1, np.int64)
-            place[members] = np.arange(len(members))
-            ranked[size] = place, ranks, with_depth
+            ranked[size] = members, ranks, spearman_rows(ranks, np.broadcast_to(np.arange(float(size)), ranks.shape))
         return ranked
 
 
@@ -383,5 +381,4 @@ def _order(rho: Float64) -> NDArray[np.int64]:
     distance = 1 - np.nan_to_num(rho, nan=0.0)
     distance = (distance + distance.T) / 2
     np.fill_diagonal(distance, 0)
-    leaves: NDArray[np.int64] = leaves_list(linkage(squareform(distance, checks=False), "average")).astype(np.int64)
-    return leaves
+    return np.asarray(leaves_list(linkage(squareform(distance, checks=False), "average")), np.int64)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from fnmatch import fnmatchcase
 from functools import reduce
@@ -136,11 +137,9 @@ def run_labels(runs: Sequence[Mapping[str, Any]]) -> list[str]:
     """Return short names that differ: the model's, with as few details as tell runs of one model apart."""
     labels = [basename(run["model"] or run["run_id"]) for run in runs]
     for detail in _details(runs):
-        values: dict[str, set[str | None]] = {}
-        for label, value in zip(labels, detail, strict=True):
-            values.setdefault(label, set()).add(value)
+        distinct = Counter(label for label, _ in set(zip(labels, detail, strict=True)))
         labels = [
-            f"{label} · {value}" if value is not None and len(values[label]) > 1 else label
+            f"{label} · {value}" if value is not None and distinct[label] > 1 else label
             for label, value in zip(labels, detail, strict=True)
         ]
     return [printable(label) for label in labels]

@@ -254,10 +254,9 @@ def find_odd(pairs: pa.Table, runs: Sequence[Mapping[str, Any]]) -> str:
 def _no_pair(selected: Sequence[Profile], by: str, allow_mismatch: bool) -> QueryError:
     """Return the error for profiles of which no two are comparable."""
     if by in ACROSS_MODELS and not allow_mismatch and next(_pairs(selected, by, True), None):
-        runs, texts = [profile.run for profile in selected], []
-        for name in differing(runs):
-            values = {condition(run, name): str(run[name]) for run in runs}
-            texts.append(f"{name} ({', '.join(sorted(values.values()))})")
+        runs = [profile.run for profile in selected]
+        values = {name: {condition(run, name): str(run[name]) for run in runs} for name in differing(runs)}
+        texts = (f"{name} ({', '.join(sorted(by_condition.values()))})" for name, by_condition in values.items())
         return QueryError(
             f"These runs are not comparable: they differ in {'; '.join(texts)}.",
             "Choose alike ones, name what they differ in (`by` corpus, `by` dtype), or pass `allow_mismatch`.",
@@ -400,17 +399,18 @@ def _left_out(runs: Sequence[Mapping[str, Any]], scored: Set[str], compared: Set
     partners = [run for run in runs if run["run_id"] in compared]
     reasons = {}
     for run in (run for run in runs if run["run_id"] not in compared):
-        any_model = by not in ("revision", "corpus", "dtype")
         differences = (
             (differing([run, other], conditions), other)
             for other in partners
-            if any_model or other["model"] == run["model"]
+            if by not in ("revision", "corpus", "dtype") or other["model"] == run["model"]
         )
         names, nearest = min(differences, key=lambda difference: len(difference[0]), default=([], run))
-        texts = []
-        for name in names:
-            here, there = str(run[name]), str(nearest[name])
-            texts.append(f"{name} {here} instead of {there}" if here != there else f"{name} {here} of other content")
+        texts = [
+            f"{name} {run[name]} instead of {nearest[name]}"
+            if str(run[name]) != str(nearest[name])
+            else f"{name} {run[name]} of other content"
+            for name in names
+        ]
         reason = "; ".join(texts) or f"nothing comparable that differs in {by} alone"
         reasons[run["run_id"]] = reason if run["run_id"] in scored else "no scores at this site, recipe and threshold"
     return reasons

@@ -128,8 +128,10 @@ def contrast(
     else:
         rows, counted = answer_rows(warehouse, run, site), list(run["thresholds"])
         if threshold not in counted:
-            hint = f"It counted {', '.join(f'{value:g}' for value in counted)}."
-            raise QueryError(f"The run did not count elements below {threshold:g} row by row.", hint)
+            raise QueryError(
+                f"The run did not count elements below {threshold:g} row by row.",
+                f"It counted {', '.join(f'{value:g}' for value in counted)}.",
+            )
         labels = which_labels(pc.unique(rows["stratum"]).to_pylist(), hallucinated, truthful)
         own_prompt, other_prompt = (
             read_answers(rows, labels, after, counted.index(threshold)) for after in ("", AFTER_ANOTHER)
@@ -250,9 +252,16 @@ def _table(
     low, high = jackknife_interval(
         change, contrast_stats.deviation(*without) - contrast_stats.deviation(*other_prompt(left_out))
     )
-    columns |= {"p": p, "p_holm": contrast_stats.holm(p), "noise_floor": noise_floor, **matched}
-    columns |= {"after_another": after_another, "own_minus_another": change}
-    columns |= {"own_minus_another_low": low, "own_minus_another_high": high}
+    columns |= {
+        "p": p,
+        "p_holm": contrast_stats.holm(p),
+        "noise_floor": noise_floor,
+        **matched,
+        "after_another": after_another,
+        "own_minus_another": change,
+        "own_minus_another_low": low,
+        "own_minus_another_high": high,
+    }
     with np.errstate(invalid="ignore"):
         by_label = (columns["p_holm"] < LEVEL) & (np.abs(deviation) > noise_floor)
         by_length = (matched["length_matched_p"] < LEVEL) & (np.sign(deviation) == np.sign(matched["length_matched"]))
@@ -335,25 +344,43 @@ def _auroc(a: contrast_stats.Answers, values: Float64, weights: Float64) -> tupl
 def _about_layers(rows: list[dict[str, Any]]) -> list[str]:
     """Return sentences on the layers that differ by label, and on those that also do by length and by prompt."""
     differ = [row for row in rows if row["p_holm"] is not None and row["p_holm"] < LEVEL]
-    number, rho = rows[0]["length_matched_pairs"], rows[0]["depth_correlation"]
+    number, rho = rows[0]["length_matched_pairs"], rows[0]["depth_correlation"] or 0.0
     where = "inside pairs" if number is not None else "of whole shards"
-    words = [f"No layer differs between hallucinated and truthful answers more than with labels exchanged {where}."]
-    if differ:
-        layers = _listed([row["layer"] for row in differ])
-        words = [f"Layers that differ more than with labels exchanged {where} (Holm, {LEVEL:.0%}): {layers}."]
-        if number is not None:
-            matched = _listed([row["layer"] for row in differ if (row["length_matched_p"] or 1) < LEVEL])
-            matched = "too few pairs to tell" if number < MIN_PAIRS else matched
-            words.append(f"With lengths matched ({number} pairs): {matched}.")
-        prompt = _listed([row["layer"] for row in differ if _excludes_zero(row)])
-        words.append(f"Otherwise than for the same answers after another prompt: {prompt}.")
-    if number is None:
-        words.append("Lengths are not controlled: that takes pooled or element, and a threshold that the run counted.")
-    else:
-        words.append(f"Left after every control: {_listed([row['layer'] for row in rows if row['stands']])}.")
-    if rho is not None and abs(rho) > FOLLOWS_DEPTH:
-        words.append(f"The contrast follows depth (Spearman {rho:z.2f}), and says little more than a layer's number.")
-    return words
+    matched = _listed([row["layer"] for row in differ if (row["length_matched_p"] or 1) < LEVEL])
+    sentences = (
+        (
+            not differ,
+            f"No layer differs between hallucinated and truthful answers more than with labels exchanged {where}.",
+        ),
+        (
+            differ,
+            f"Layers that differ more than with labels exchanged {where} (Holm, {LEVEL:.0%}): "
+            f"{_listed([row['layer'] for row in differ])}.",
+        ),
+        (
+            differ and number is not None,
+            f"With lengths matched ({number} pairs): "
+            f"{matched if (number or 0) >= MIN_PAIRS else 'too few pairs to tell'}.",
+        ),
+        (
+            differ,
+            "Otherwise than for the same answers after another prompt: "
+            f"{_listed([row['layer'] for row in differ if _excludes_zero(row)])}.",
+        ),
+        (
+            number is None,
+            "Lengths are not controlled: that takes pooled or element, and a threshold that the run counted.",
+        ),
+        (
+            number is not None,
+            f"Left after every control: {_listed([row['layer'] for row in rows if row['stands']])}.",
+        ),
+        (
+            abs(rho) > FOLLOWS_DEPTH,
+            f"The contrast follows depth (Spearman {rho:z.2f}), and says little more than a layer's number.",
+        ),
+    )
+    return [sentence for holds, sentence in sentences if holds]
 
 
 def _about_prediction(rows: list[dict[str, Any]]) -> list[str]:

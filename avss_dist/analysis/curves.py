@@ -115,12 +115,17 @@ class Curve:
         """Yield a row of `SCHEMA` for each point and layer."""
         of_points = self.values.tolist(), self.ranks.tolist(), self.is_lowest.tolist()
         for run, point, scores, ranks, lowest in zip(self.runs, self.points, *of_points, strict=True):
-            about = {"along": self.along, "curve": self.name, "point": point, "value": float(run[AXES[self.along]])}
+            about = {
+                "along": self.along,
+                "curve": self.name,
+                "point": point,
+                "value": float(run[AXES[self.along]]),
+                "run_id": run["run_id"],
+            }
             for layer, depth, score, rank, is_lowest in zip(
                 self.layers, self.depth.tolist(), scores, ranks, lowest, strict=True
             ):
-                place = {"run_id": run["run_id"], "layer": layer, "depth": depth}
-                yield about | place | {"score": score, "rank": rank, "is_lowest": is_lowest}
+                yield about | {"layer": layer, "depth": depth, "score": score, "rank": rank, "is_lowest": is_lowest}
 
 
 @dataclass(frozen=True, kw_only=True, repr=False)
@@ -178,14 +183,10 @@ def ranking_curves(
     curves = curves_of(scored, along, allow_mismatch=allow_mismatch)
     followed = {run["run_id"] for curve in curves for run in curve.runs}
     with_scores = {profile.run["run_id"] for profile in scored}
-    left_out = {}
-    for run in (run for run in runs if run["run_id"] not in followed):
-        reason = f"no other run differs from it in {along} alone, or a newer one is at its place"
-        if None in _place(run, along):
-            reason = f"its {along} is not known"
-        elif run["run_id"] not in with_scores:
-            reason = "it has no such scores"
-        left_out[run["run_id"]] = reason
+    alone = [run for run in runs if run["run_id"] not in followed]
+    nowhere = f"no other run differs from it in {along} alone, or a newer one is at its place"
+    left_out = {run["run_id"]: nowhere if run["run_id"] in with_scores else "it has no such scores" for run in alone}
+    left_out |= {run["run_id"]: f"its {along} is not known" for run in alone if None in _place(run, along)}
     if not curves:
         why = "; ".join(dict.fromkeys(left_out.values())) or "there are no runs"
         mismatch = "" if allow_mismatch else ", or set `allow_mismatch` if it is their text or settings that differ"

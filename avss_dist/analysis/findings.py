@@ -401,18 +401,16 @@ def _dominant_units(layers: Columns) -> Iterator[Row]:
         share, unit, layer = max(zip(*(values[dominated].tolist() for values in columns), strict=True))
         units = sorted({int(number) for number in layers[name][dominated]})
         defined = int(np.isfinite(shares).sum())
-        message = (
+        first_units = f"; units {', '.join(map(str, units[:5]))}{', ...' if len(units) > 5 else ''}"
+        yield finding(
+            "dominant_unit",
+            "warning" if len(dominated) > defined / 2 else "note",
+            share,
             f"One unit carries more than half of the variance in {len(dominated)} of {defined} layers "
-            f"(unit {int(unit)} carries {share:.0%} in layer {layer}"
-            + (
-                f"; units {', '.join(map(str, units[:5]))}{', ...' if len(units) > 5 else ''})"
-                if len(units) > 1
-                else ")"
-            )
-            + ": the score is that unit's."
+            f"(unit {int(unit)} carries {share:.0%} in layer {layer}{first_units if len(units) > 1 else ''}): "
+            "the score is that unit's.",
+            recipe=recipe,
         )
-        severity = "warning" if len(dominated) > defined / 2 else "note"
-        yield finding("dominant_unit", severity, share, message, recipe=recipe)
 
 
 def _first_token(layers: Columns) -> Iterator[Row]:

@@ -59,7 +59,7 @@ from avss_dist.pruning.ground_truth import (
 )
 from avss_dist.pruning.selection import LAST, PUBLISHED, Choice, reading_of
 from avss_dist.stats.layer_stats import Float64
-from avss_dist.stats.rankings import count_lowest, spearman, spearman_interval
+from avss_dist.stats.rankings import count_lowest, spearman, spearman_interval, spearman_rows
 from avss_dist.warehouse.reader import Warehouse, grouped
 from avss_dist.warehouse.schema import columns_of
 
@@ -96,12 +96,10 @@ def score_cards(store: Warehouse, runs: Sequence[Mapping[str, Any]], own: Sequen
         QueryError: if no run has a measured ground truth. The message has the command that measures it.
     """
     rows: list[dict[str, Any]] = []
-    missing: QueryError | None = None
     for run in runs:
         truths = {name: truth for name in MEASURED if (truth := find_layer_truth(store, run, name))}
         rounded = rounded_truths(store, run)
         if not truths.keys() & GROUND_TRUTH and not rounded:
-            missing = missing or nothing_measured(store, run, LOSS)
             continue
         about = {"run_id": run["run_id"], "model": run["model"]}
         scored = store.table("scores", run_ids=[run["run_id"]]).to_pylist()
@@ -115,8 +113,8 @@ def score_cards(store: Warehouse, runs: Sequence[Mapping[str, Any]], own: Sequen
                 correlations = {SPEARMAN[n]: spearman(score, values[n]) for n in SPEARMAN.keys() & values.keys()}
                 rows.append(about | card | agreement | correlations)
         rows += (about | card for card in _rounding_cards(store, run, left_out, rounded))
-    if not rows and missing:
-        raise missing
+    if runs and not rows:
+        raise nothing_measured(store, runs[0], LOSS)
     return pa.table(columns_of(rows, SCHEMA), SCHEMA)
 
 
@@ -273,10 +271,8 @@ def increases(store: Warehouse, truth: LayerTruth) -> Float64:
     The array has no sequences if the warehouse lacks the cells of the evaluation.
     """
     where = (pc.field("run_id") == truth.run_id) & (pc.field("task") == truth.task) & (pc.field("metric") == LOSS)
-    by_key: dict[InterventionKey, dict[int, list[float]]] = {}
-    for row in store.table("cells", where=where).to_pylist():
-        by_key.setdefault(InterventionKey.of_row(row), {})[row["part"]] = row["samples"]
-    samples = {key: np.concatenate([parts[part] for part in sorted(parts)]) for key, parts in by_key.items()}
+    parts = grouped(store.table("cells", where=where).sort_by("part").to_pylist(), InterventionKey.of_row)
+    samples = {key: np.concatenate([row["samples"] for row in rows]) for key, rows in parts.items()}
     layers, whole = sorted(truth.values), InterventionKey()
     if samples.keys() != {whole, *map(truth.key, layers)} or len({len(one) for one in samples.values()}) > 1:
         return np.zeros((0, len(layers)))
@@ -299,11 +295,9 @@ def reliability(samples: Float64) -> float:
     if number < 4:
         return np.nan
     rng = np.random.default_rng(SEED)
-    correlations = []
-    for _ in range(SPLITS):
-        halves = np.split(samples[rng.permutation(number)], [number // 2])
-        correlations.append(spearman(*(half.sum(axis=0) for half in halves)))
-    r = float(np.mean(correlations))
+    halves = (np.split(samples[rng.permutation(number)], [number // 2]) for _ in range(SPLITS))
+    sums = np.array([[half.sum(axis=0) for half in both] for both in halves])
+    r = float(np.mean(spearman_rows(sums[:, 0], sums[:, 1])))
     return 2 * r / (1 + r) if r > 0 else np.nan
 
 
@@ -326,13 +320,14 @@ def scorecard_sections(cards: pa.Table) -> list[Section]:
     Args:
         cards: as `score_cards` returns them.
     """
-    sections = []
-    for (run_id, name), of_run in grouped(cards.to_pylist(), itemgetter("run_id", "format")).items():
-        change = f", weights rounded to {name}" if name else ""
-        sections.append(
-            Section(label=f"{of_run[0]['model']}  ({run_id}){change}", tables=[_table("scorecard", of_run)])
+    by_format = grouped(cards.to_pylist(), itemgetter("run_id", "model", "format"))
+    return [
+        Section(
+            label=f"{model}  ({run_id}){f', weights rounded to {name}' if name else ''}",
+            tables=[_table("scorecard", rows)],
         )
-    return sections
+        for (run_id, model, name), rows in by_format.items()
+    ]
 
 
 def page_section(label: str, cards: Sequence[Row], layers: int, readings: int) -> Section | None:
@@ -349,14 +344,15 @@ def page_section(label: str, cards: Sequence[Row], layers: int, readings: int) -
         return None
     compared.sort(key=lambda row: -float(row[column]))
     name, best = f"scorecard-{page_number(label)}", compared[0]
-    text = f"Closest to {TRUTHS[truth]}: {_name(best)}, {best[column]:z.2f}"
+    ceiling = ""
     if best["ceiling"] is not None:
-        text += f" of at most {best['ceiling']:z.2f}, which the same measurement on other text would reach"
-    for row in compared:
-        if is_published(row):
-            text += f". AVSS as published: {row[column]:z.2f}"
-        elif row["score"] == LAST:
-            text += f". The place alone: {row[column]:z.2f}"
+        ceiling = f" of at most {best['ceiling']:z.2f}, which the same measurement on other text would reach"
+    references = [row for row in compared if is_published(row) or row["score"] == LAST]
+    sentences = (
+        f"Closest to {TRUTHS[truth]}: {_name(best)}, {best[column]:z.2f}{ceiling}.",
+        *(f"{_name(row) if is_published(row) else 'The place alone'}: {row[column]:z.2f}." for row in references),
+        f"Of {readings} readings of AVSS, the best of each site is shown; on other text, expect less of it.",
+    )
     kinds = list(KINDS)
     drawn = [
         {
@@ -375,8 +371,7 @@ def page_section(label: str, cards: Sequence[Row], layers: int, readings: int) -
         rows=drawn,
         draw=partial(_drawing, min(0.0, *(row["correlation"] for row in drawn)), len(drawn)),
     )
-    readings_note = f"Of {readings} readings of AVSS, the best of each site is shown; on other text, expect less of it."
-    return Section(label=label, sentences=[f"{text}. {readings_note}"], charts=[chart], tables=[_table(name, cards)])
+    return Section(label=label, sentences=[" ".join(sentences)], charts=[chart], tables=[_table(name, cards)])
 
 
 def _table(name: str, rows: Sequence[Row]) -> ReportTable:
@@ -391,19 +386,21 @@ def _table(name: str, rows: Sequence[Row]) -> ReportTable:
         rows = sorted(rows, key=lambda row: -2.0 if row[first] is None else row[first], reverse=True)
     rounded_to = rows[0]["format"]
     change = f"rounding their weights to {rounded_to}" if rounded_to else "leaving them out"
-    caption = f"Spearman's correlation of each score, over layers, with what {change} does."
-    if ceiling := next((row["ceiling"] for row in rows if row["ceiling"] is not None), None):
-        caption += (
-            f" Its ceiling, which the loss of other text of the same size would reach: {ceiling:z.2f}. "
-            "Misranked: pairs of layers in the wrong order."
-        )
+    ceiling = next((row["ceiling"] for row in rows if row["ceiling"] is not None), 0.0)
     estimates = {row["same_text"] for row in rows if row["score"] in ROUNDING_ESTIMATES}
-    if True in estimates:
-        caption += (
-            " Estimates are of the same text, and share the chance of its selection: expect less of them elsewhere."
-        )
-    elif estimates:
-        caption += " Estimates are of other text than that."
+    notes = (
+        (True, f"Spearman's correlation of each score, over layers, with what {change} does."),
+        (
+            ceiling,
+            f"Its ceiling, which the loss of other text of the same size would reach: {ceiling:z.2f}. "
+            "Misranked: pairs of layers in the wrong order.",
+        ),
+        (
+            True in estimates,
+            "Estimates are of the same text, and share the chance of its selection: expect less of them elsewhere.",
+        ),
+        (estimates and True not in estimates, "Estimates are of other text than that."),
+    )
     return ReportTable(
         name=name,
         title="Each score",
@@ -422,7 +419,7 @@ def _table(name: str, rows: Sequence[Row]) -> ReportTable:
                 for heading, column, format_, priority in filled
             ),
         ],
-        caption=caption,
+        caption=" ".join(note for holds, note in notes if holds),
     )
 
 

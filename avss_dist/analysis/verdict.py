@@ -73,8 +73,11 @@ def _claims(rows: Sequence[Row]) -> Iterator[tuple[str, Row, Sequence[Row], floa
     for task, of_task in grouped(rows, itemgetter("task")).items():
         metric = primary_metric(of_task)
         guess = kept_by_guess(of_task, metric)
-        of_task = [row for row in of_task if row["metric"] == metric and not row.get("factor")]
-        of_task = [row for row in of_task if row["share"] in (0.0, CLAIMED_SHARE)]
+        of_task = [
+            row
+            for row in of_task
+            if row["metric"] == metric and row["share"] in (0.0, CLAIMED_SHARE) and not row.get("factor")
+        ]
         for repair in dict.fromkeys(row.get("repair") for row in of_task if not _is_whole(row)):
             same_repair = [row for row in of_task if _is_whole(row) or row.get("repair") == repair]
             if claim := _published_row(same_repair, "avss"):
@@ -100,23 +103,25 @@ def _sentences(claim: Row, rows: Sequence[Row], guess: float | None) -> list[str
     ends, whole = retention_interval(claim), next(filter(_is_whole, rows), None)
     span = f" ({_percent(ends[0])} to {_percent(ends[1])})" if ends else ""
     change = f" ({describe_metric(claim['metric'])} {shown_value(whole)}, then {shown_value(claim)})" if whole else ""
-    sentences = [
-        f"without the {removed} of the lowest AVSS ({CLAIMED_SHARE:.0%}){of_claim}, "
-        f"{_percent(claim['retention'])}{span} is kept{change}: {judgement(claim, guess)}."
-    ]
-    if guess is not None and MENTIONED <= guess <= CLAIMED_KEPT:
-        sentences.append(f"A guess keeps {_percent(guess)}.")
     chances = [row["retention"] for row in rows if row["score"] == RANDOM and not row["control"]]
-    if len(chances) == 1:
-        sentences.append(
-            f"A random choice of as many layers{repaired}{',' * bool(repaired)} keeps {_percent(chances[0])}."
-        )
-    elif chances:
-        better = sum(chance >= claim["retention"] for chance in chances)
-        sentences.append(
+    better, best = sum(chance >= claim["retention"] for chance in chances), max(chances, default=0.0)
+    sentences = (
+        (
+            True,
+            f"without the {removed} of the lowest AVSS ({CLAIMED_SHARE:.0%}){of_claim}, "
+            f"{_percent(claim['retention'])}{span} is kept{change}: {judgement(claim, guess)}.",
+        ),
+        (MENTIONED <= (guess or 0.0) <= CLAIMED_KEPT, f"A guess keeps {_percent(guess or 0.0)}."),
+        (
+            len(chances) == 1,
+            f"A random choice of as many layers{repaired}{',' * bool(repaired)} keeps {_percent(best)}.",
+        ),
+        (
+            len(chances) > 1,
             f"Of {len(chances)} random choices of as many layers{repaired}, {better or 'none'} "
-            f"keep{'s' if better == 1 else ''} as much or more (the best {_percent(max(chances))})."
-        )
+            f"keep{'s' if better == 1 else ''} as much or more (the best {_percent(best)}).",
+        ),
+    )
     controls = {
         "The reverse, the highest AVSS,": _published_row(rows, "avss", REVERSED),
         "AVSS with the ends kept": _published_row(rows, "avss", ENDS_KEPT),
@@ -124,7 +129,8 @@ def _sentences(claim: Row, rows: Sequence[Row], guess: float | None) -> list[str
         "Leaving out by the loss without each layer": _published_row(rows, LEAVE_ONE_OUT),
         "Leaving out the last before the final one": _published_row(rows, LAST),
     }
-    return [*sentences, *(f"{name} keeps {_percent(row['retention'])}." for name, row in controls.items() if row)]
+    of_controls = (f"{name} keeps {_percent(row['retention'])}." for name, row in controls.items() if row)
+    return [*(sentence for holds, sentence in sentences if holds), *of_controls]
 
 
 def judgement(row: Row, guess: float | None = None) -> str:
@@ -150,10 +156,9 @@ def _published_row(rows: Sequence[Row], score: str, control: str | None = None) 
 
     Schema 2 has the reading of AVSS only in the label of the method.
     """
-    for row in rows:
+    for row in (row for row in rows if (row["score"], row["control"]) == (score, control)):
         reading = tuple(row.get(name) for name in READING)
-        is_published = "(" not in row["method"] if None in reading else reading == PUBLISHED
-        if (row["score"], row["control"]) == (score, control) and is_published:
+        if reading == PUBLISHED or (None in reading and "(" not in row["method"]):
             return row
     return None
 
@@ -259,9 +264,14 @@ def _best_sets(rows: Sequence[Row]) -> Iterator[dict[str, Any]]:
         for whole, row in product((r["value"] for r in results if not r["drop"]), (r for r in results if r["drop"])):
             repair = f", repaired by {repairs.get(row['patch'], 'a patch')}" if row["patch"] else ""
             removed = decode_removals(row["drop"])
-            about = {"dropped": describe_removed(removed), "size": size_removed(removed)}
-            kept = float(retention_of(metric, np.array(whole), np.array(row["value"])))
-            sets.append({"series": f"{describe_task(task)}{repair}", **about, "kept": kept})
+            sets.append(
+                {
+                    "series": f"{describe_task(task)}{repair}",
+                    "dropped": describe_removed(removed),
+                    "size": size_removed(removed),
+                    "kept": float(retention_of(metric, np.array(whole), np.array(row["value"]))),
+                }
+            )
         sets = sorted((row for row in sets if isfinite(row["kept"])), key=lambda row: row["kept"])
         best = {(row["series"], row["size"]): row for row in sets}
         yield from (best[key] for key in sorted(best))
@@ -276,10 +286,11 @@ def experiment_sections(rows: Sequence[Row], labels: Mapping[str, str] | None = 
     """
     by_run, sections = grouped(rows, itemgetter("run_id")), []
     for run_id in labels or by_run:
-        newest: dict[tuple[Any, ...], Row] = {}
-        for row in by_run.get(run_id, ()):
-            if row["score"] is None or (row["share"] and not row.get("factor")):  # not sparsities, of version 0.2
-                newest[shown_method(row), row["share"], row["task"], row["metric"]] = row
+        newest = {
+            (shown_method(row), row["share"], row["task"], row["metric"]): row
+            for row in by_run.get(run_id, ())
+            if row["score"] is None or (row["share"] and not row.get("factor"))  # not sparsities, of version 0.2
+        }
         if any(row["share"] for row in newest.values()):
             label = labels[run_id] if labels else f"{by_run[run_id][0]['model']}  ({run_id})"
             sections.append(_section(label, list(newest.values())))
@@ -293,9 +304,10 @@ def _section(label: str, rows: Sequence[Row]) -> Section:
     primary = sorted(
         (row for row in rows if row["metric"] == metrics[row["task"]]), key=lambda row: float(row["share"])
     )
-    methods: dict[tuple[float, str], dict[str, Row]] = {}
-    for row in primary:
-        methods.setdefault((row["share"], shown_method(row)), {})[row["task"]] = row
+    methods = {
+        method: {row["task"]: row for row in of_method}
+        for method, of_method in grouped(primary, lambda row: (row["share"], shown_method(row))).items()
+    }
     removed = [decode_removals(next(iter(of_method.values()))["drop"]) for of_method in methods.values()]
     columns = [
         ReportColumn("layers chosen by", [method for _, method in methods], number=False),
