@@ -561,8 +561,7 @@ def _only(labels: list[str]) -> str | None:
 def contrast_section(label: str, result: Contrast) -> Section:
     """Return the contrast of one run."""
     name, reading, rows = f"contrast-{page_number(label)}", result.reading, result.layers.to_pylist()
-    about = f"{reading['hallucinated']} against {reading['truthful']} answers"
-    about += f", {reading['pairs']} pairs" if reading["pairs"] else ""
+    pairs = f", {reading['pairs']} pairs" if reading["pairs"] else ""
     drawn = [
         {"layer": row["layer"], "answers": title, "deviation": row[source], "noise": row["noise_floor"]}
         for row in rows
@@ -579,7 +578,8 @@ def contrast_section(label: str, result: Contrast) -> Section:
     predictions = [_predictions_table(name, result.predictions.to_pylist())] if len(result.predictions) else []
     return Section(
         label=label,
-        about=f"{about}; {reading['site']}, {reading['recipe']}, below {reading['threshold']}.",
+        about=f"{reading['hallucinated']} against {reading['truthful']} answers{pairs}; {reading['site']}, "
+        f"{reading['recipe']}, below {reading['threshold']}.",
         sentences=result.findings,
         charts=[chart],
         tables=[_layers_table(name, rows, reading), *predictions],

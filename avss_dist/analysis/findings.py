@@ -378,10 +378,12 @@ def _exact_zeros(site: str, zeros: int, near_zero: int, threshold: Threshold) ->
     """Yield a finding if most near-zero elements of a site are zeros."""
     if threshold.kind != "absolute" or near_zero < NOISY_BELOW or zeros <= EXACT * near_zero:
         return
-    share, severity = zeros / near_zero, "warning"
-    reason = "the count reflects rounding in this dtype, not the layer."
-    if site == "neuron":
-        severity, reason = "note", "the activation function cuts them off, and the threshold hardly matters."
+    share = zeros / near_zero
+    severity, reason = (
+        ("note", "the activation function cuts them off, and the threshold hardly matters.")
+        if site == "neuron"
+        else ("warning", "the count reflects rounding in this dtype, not the layer.")
+    )
     message = f"{share:.0%} of the elements with |x| < {describe(threshold)} are exactly zero: {reason}"
     at = {"threshold": threshold.value, "threshold_kind": threshold.kind}
     yield from (finding("exact_zeros", severity, share, message, recipe=r, **at) for r in ("pooled", "element"))
