@@ -148,10 +148,9 @@ class Spool:
     """
 
     def __init__(self, width: int) -> None:
-        self._width = width
-        self._waiting = [np.zeros((0, width), np.int32)]
+        self._written = np.zeros((0, width), np.int32)
+        self._waiting: list[NDArray[np.int32]] = []
         self._max_waiting_bytes: float = KEPT_BYTES
-        self._rows_written = 0
 
     def add(self, rows: NDArray[np.int32]) -> None:
         """Append rows."""
@@ -161,24 +160,19 @@ class Spool:
 
     def array(self) -> NDArray[np.int32]:
         """Return all rows. Rows in a file are read-only."""
-        if self._rows_written:
+        if len(self._written):
             self._write()
-        waiting = np.concatenate(self._waiting)
-        if not self._rows_written:
-            return waiting
-        written = np.asarray(np.memmap(self._file, np.int32, "r", shape=(self._rows_written, self._width)))
-        return np.concatenate([written, waiting]) if len(waiting) else written
+        return np.concatenate([self._written, *self._waiting]) if self._waiting else self._written
 
     def _write(self) -> None:
-        rows = np.concatenate(self._waiting)
+        rows = len(self._written) + sum(map(len, self._waiting))
         try:
-            if not self._rows_written:
+            if not len(self._written):
                 self._file = tempfile.TemporaryFile()  # noqa: SIM115  (it lives as long as the array)
-            self._file.seek(4 * self._width * self._rows_written)
-            self._file.write(rows.tobytes())
+            self._file.seek(self._written.nbytes)
+            self._file.writelines(np.ascontiguousarray(waiting) for waiting in self._waiting)
             self._file.flush()
+            self._written = np.asarray(np.memmap(self._file, np.int32, "r", shape=(rows, self._written.shape[1])))
+            self._waiting.clear()
         except OSError:
             self._max_waiting_bytes = math.inf
-            return
-        self._rows_written += len(rows)
-        self._waiting = self._waiting[:1]

@@ -12,6 +12,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
+from numpy.lib.stride_tricks import sliding_window_view
 from numpy.typing import NDArray
 
 from avss_dist.corpus.shards import Shard
@@ -19,13 +20,13 @@ from avss_dist.corpus.tokens import Ids
 
 Hashes = NDArray[np.uint64]
 
-GRAM, WINDOW = 32, 8  # characters in a hash, and hashes in a window: powers of two
+GRAM, WINDOW = 32, 8  # characters in a hash, and hashes in a window
 PASSAGE = GRAM + WINDOW - 1  # characters, without whitespace, that two texts share before a fingerprint is the same
 SHORTEST = 16  # characters of a document or row that is compared as a whole; a shorter one is too common to tell
 FEW = 10  # shared fingerprints, some 80 characters: a phrase that any two texts of one kind may share
 BLOCK_TOKENS = 1 << 20  # decoded at once
-_BASE, _MIX = 0x9E3779B97F4A7C15, np.uint64(0xBF58476D1CE4E5B9)
-_ALL_BITS = (1 << 64) - 1
+_MIX = np.uint64(0xBF58476D1CE4E5B9)
+_POWERS = np.array([pow(0x9E3779B97F4A7C15, power, 1 << 64) for power in range(GRAM)], np.uint64)
 _END = -1  # in place of the token that ends a document
 _NONE: Hashes = np.zeros(0, np.uint64)
 
@@ -115,13 +116,7 @@ def _winnow(text: str) -> Hashes:
     hashes = np.frombuffer(text.encode("utf-32-le", "surrogatepass"), np.uint32).astype(np.uint64)
     if len(hashes) < PASSAGE:
         hashes = np.resize(hashes, PASSAGE)  # repeats it
-    hashes, step, power = hashes * _MIX, 1, _BASE
-    while step < GRAM:  # the polynomial of twice as many characters, from those of two halves
-        hashes = hashes[:-step] * np.uint64(power) + hashes[step:]
-        step, power = 2 * step, power * power & _ALL_BITS
+    hashes = np.convolve(hashes * _MIX, _POWERS, "valid")  # a polynomial of each `GRAM` characters, modulo 2^64
     hashes = (hashes ^ (hashes >> np.uint64(31))) * _MIX
-    step = 1
-    while step < WINDOW:
-        hashes = np.minimum(hashes[:-step], hashes[step:])
-        step *= 2
+    hashes = sliding_window_view(hashes, len(hashes) - WINDOW + 1).min(axis=0)  # the least of each `WINDOW` neighbours
     return hashes[np.append(True, hashes[1:] != hashes[:-1])]

@@ -20,7 +20,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache, partial
 from glob import has_magic
-from itertools import count, zip_longest
+from itertools import zip_longest
 from typing import Any
 from urllib.parse import unquote
 
@@ -94,6 +94,8 @@ _FILE = re.compile(
     re.IGNORECASE,
 )
 _PAIRED = re.compile(r"(?P<prompt>[^+:]+)\+(?P<answer>[^+:]+)(?::(?P<label>.+))?")
+_LAST_WORD = re.compile(rb".+(?= \S)", re.DOTALL)
+"""Text up to the last word and its space, where most tokenizers make the same tokens of both parts."""
 _READ_BYTES = 8 << 20
 _FILE_ERRORS = (OSError, ArrowException, UnicodeDecodeError)
 _FILE_HINT = "Check that the file exists, is complete and readable."
@@ -312,29 +314,23 @@ def _read_txt(file: Any, path: str, _field: str) -> Iterator[str]:
         data += stream.readline(MAX_REST_BYTES)
         end = len(data)
         if not data.endswith(b"\n") and stream.peek(1):
-            end = _last_word(data)
-        if end <= 0:
-            data += _read_line(stream, f"{path}, byte {offset}")
-            end = len(data)
+            if word := _LAST_WORD.match(data):
+                end = word.end()
+            else:
+                data += stream.readline(MAX_LINE_BYTES + 1)
+                end = len(data)
+        if end > MAX_LINE_BYTES:
+            raise too_long(f"{path}, byte {offset}")
         yield _decode(data[:end], path, offset)
         carried, offset = data[end:], offset + end
 
 
-def _last_word(data: bytes) -> int:
-    """Return the start of the last word and its space, where most tokenizers make the same tokens of both parts."""
-    start = data.rfind(b" ", 0, -1)
-    while start > 0 and data[start + 1 : start + 2].isspace():
-        start = data.rfind(b" ", 0, start)
-    return start
-
-
 def _read_jsonl(file: Any, path: str, field: str) -> Iterator[tuple[Mapping[str, Any], str]]:
     stream = io.BufferedReader(file, _READ_BYTES)
-    for number in count(1):
+    for number, line in enumerate(iter(partial(stream.readline, MAX_LINE_BYTES + 1), b""), 1):
         where = f"{path}, line {number}"
-        line = _read_line(stream, where)
-        if not line:
-            return
+        if len(line) > MAX_LINE_BYTES:
+            raise too_long(where)
         if not line.strip():
             continue
         try:
@@ -357,14 +353,6 @@ def _read_csv(file: Any, path: str, _column: str) -> Iterator[tuple[Mapping[str,
             yield row, f"{path}, line {rows.line_num}"
     except csv.Error as error:
         raise CorpusError(f"{path}, line {rows.line_num} is not CSV: {error}.", "Fix the line.") from error
-
-
-def _read_line(stream: io.BufferedReader, where: str) -> bytes:
-    """Read a line with its end. Empty at the end of the file."""
-    line = stream.readline(MAX_LINE_BYTES + 1)
-    if len(line) > MAX_LINE_BYTES:
-        raise too_long(where)
-    return line
 
 
 def _read_parquet(file: Any, path: str, column: str) -> Iterator[tuple[Mapping[str, Any], str]]:

@@ -7,7 +7,6 @@ import re
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from itertools import groupby
-from operator import itemgetter
 from typing import Any
 
 import numpy as np
@@ -144,8 +143,7 @@ def shuffled(rows: Iterable[Ids], seed: int, maximum: int | None) -> Iterator[Id
     """
     random = np.random.default_rng(seed)
     keyed = ((random.random(), place, row.copy()) for place, row in enumerate(rows))
-    key = itemgetter(0, 1)
-    chosen = sorted(keyed, key=key) if maximum is None else heapq.nsmallest(maximum, keyed, key=key)
+    chosen = sorted(keyed) if maximum is None else heapq.nsmallest(maximum, keyed)
     return (row for _, _, row in chosen)
 
 
