@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
@@ -129,13 +128,6 @@ def reset_peak_device_memory() -> None:
 def peak_device_memory() -> int:
     """Return the peak bytes that torch allocated on each GPU of this process, summed."""
     return sum(torch.cuda.max_memory_allocated(index) for index in range(torch.cuda.device_count()))
-
-
-def free_device(device: torch.device) -> None:
-    """Release the unreferenced memory of a device."""
-    gc.collect()
-    if device.type == "cuda":
-        torch.cuda.empty_cache()
 
 
 def allocator_options(version: str) -> list[str]:

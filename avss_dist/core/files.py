@@ -170,7 +170,7 @@ class Spool:
             if not len(self._written):
                 self._file = tempfile.TemporaryFile()  # noqa: SIM115  (it lives as long as the array)
             self._file.seek(self._written.nbytes)
-            self._file.writelines(np.ascontiguousarray(waiting) for waiting in self._waiting)
+            self._file.writelines(waiting.tobytes() for waiting in self._waiting)
             self._file.flush()
             self._written = np.asarray(np.memmap(self._file, np.int32, "r", shape=(rows, self._written.shape[1])))
             self._waiting.clear()

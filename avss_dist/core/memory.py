@@ -43,6 +43,12 @@ def release_freed_memory() -> None:
         ctypes.CDLL(None).malloc_trim(0)
 
 
+def free_cached_memory() -> None:
+    """Release the memory of unreferenced tensors, on GPUs too if this process uses them."""
+    gc.collect()
+    torch.cuda.empty_cache()
+
+
 def populate(address: int, size: int) -> None:
     """Ask the system to read mapped pages of a file into memory at once, if it supports that (Linux 5.14).
 
@@ -144,9 +150,7 @@ def halve_until_it_fits(
             if rows <= least:
                 raise too_large(rows) from None
         rows = (rows + 1) // 2
-        gc.collect()
-        if torch.cuda.is_initialized():
-            torch.cuda.empty_cache()
+        free_cached_memory()
 
 
 def is_out_of_memory(error: BaseException) -> bool:

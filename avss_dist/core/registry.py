@@ -33,9 +33,9 @@ class PartitionInfo:
         several_gpus: one process uses several GPUs. The first such partition is chosen if the model fits on a host's.
         offloads: weights or hidden states may leave the devices: ``max_memory`` limits the memory on devices.
         splits_data: ranks take different shards; otherwise all take the same shard, and rank 0 reports.
-        changes_numbers: sums have another order than on one device, so the number of ranks is fingerprinted.
-        changes_weights: a weight of an open replica can be changed, so that repairs are fitted and evaluated in place.
-        splits_matrices: no process ever has a whole weight, even while a layer runs, so that none can be rounded.
+        splits_matrices: no process ever has a whole weight, even while a layer runs. Sums have another order than on
+            one device, so the number of ranks is fingerprinted. Weights of an open replica can be neither rounded nor
+            changed, so that repairs cannot be fitted and evaluated in place.
     """
 
     opens: str
@@ -46,8 +46,6 @@ class PartitionInfo:
     several_gpus: bool = False
     offloads: bool = False
     splits_data: bool = False
-    changes_numbers: bool = False
-    changes_weights: bool = False
     splits_matrices: bool = False
 
 
@@ -56,48 +54,41 @@ PARTITIONS = {
         opens="avss_dist.partition.replica:Replica",
         summary="the whole model on one device",
         whole=True,
-        changes_weights=True,
     ),
     "device_map": PartitionInfo(
         opens="avss_dist.partition.device_map:DeviceMapReplica",
         summary="layers over the GPUs of one process, the rest in host memory and on disk",
         several_gpus=True,
         offloads=True,
-        changes_weights=True,
     ),
     "streaming": PartitionInfo(
         opens="avss_dist.partition.streaming.replica:StreamingReplica",
         summary="one layer in memory at a time, read from the files once for each shard",
         layerwise=True,
         offloads=True,
-        changes_weights=True,
     ),
     "fsdp": PartitionInfo(
         opens="avss_dist.partition.sharded:FsdpReplica",
         summary="each rank holds a part of every parameter, and takes its own data (PyTorch FSDP2)",
         gang=True,
         splits_data=True,
-        changes_weights=True,
     ),
     "zero3": PartitionInfo(
         opens="avss_dist.partition.sharded:Zero3Replica",
         summary="each rank holds a part of every parameter, and takes its own data (DeepSpeed ZeRO-3)",
         gang=True,
         splits_data=True,
-        changes_weights=True,
     ),
     "tensor_parallel": PartitionInfo(
         opens="avss_dist.partition.tensor_parallel:TensorParallelReplica",
         summary="each rank computes a part of every matrix product (transformers' plans, or DeepSpeed AutoTP)",
         gang=True,
-        changes_numbers=True,
         splits_matrices=True,
     ),
     "expert_parallel": PartitionInfo(
         opens="avss_dist.partition.tensor_parallel:ExpertParallelReplica",
         summary="each rank computes some of the routed experts of every layer, and a part of the other matrices",
         gang=True,
-        changes_numbers=True,
         splits_matrices=True,
     ),
 }

@@ -246,8 +246,7 @@ class Settings(StatisticsOptions, BatchOptions, ModelOptions, TextOptions):
 
     def as_dict(self) -> dict[str, Any]:
         """Return the settings as JSON-ready values, `skip_sequences` only if rows are skipped, as it is newer."""
-        names = (f.name for f in fields(self) if f.name != "skip_sequences" or self.skip_sequences)
-        return {name: getattr(self, name) for name in names}
+        return {name: value for name, value in vars(self).items() if name != "skip_sequences" or value}
 
     def numbers(self, *, statistics: bool) -> dict[str, Any]:
         """Return the settings that can change a number, except those of the text, whose tokens are hashed.

@@ -158,29 +158,27 @@ def progress_to(callback: ProgressCallback) -> AbstractContextManager[None]:
     return bound(_CALLBACK, callback)
 
 
-def tracked(items: Sequence[Item], what: str) -> Iterable[Item]:
-    """Return the items with a progress bar on standard error, if it is a terminal. The bar disappears at the end."""
-    if (callback := _CALLBACK.get()) is not None:
-        return _reported(items, what, callback)
-    if not items or not sys.stderr.isatty():
-        return items
-    from rich.progress import track
+def tracked(items: Sequence[Item], what: str, *, bar: bool = True) -> Iterable[Item]:
+    """Return the items, and show or report the progress through them.
 
-    return track(items, what, console=console(stderr=True), transient=True)
+    Args:
+        bar: show a bar on standard error if no callback receives the progress, and if standard error is a terminal. The
+            bar disappears at the end.
+    """
+    if bar and items and _CALLBACK.get() is None and sys.stderr.isatty():
+        from rich.progress import track
+
+        return track(items, what, console=console(stderr=True), transient=True)
+    return _reported(items, what)
 
 
-def underway(items: Sequence[Item], what: str) -> Iterable[Item]:
-    """Return the items as `tracked` does, without a bar where no callback shows the progress."""
-    return items if _CALLBACK.get() is None else tracked(items, what)
+def _reported(items: Sequence[Item], what: str) -> Iterator[Item]:
+    for number, item in enumerate(items):
+        report(what, number / len(items))
+        yield item
 
 
 def report(what: str, share: float) -> None:
     """Pass the share of an activity that is done to the callback of `progress_to`, if there is one."""
     if (callback := _CALLBACK.get()) is not None:
         callback(what, share)
-
-
-def _reported(items: Sequence[Item], what: str, callback: ProgressCallback) -> Iterator[Item]:
-    for number, item in enumerate(items):
-        callback(what, number / len(items))
-        yield item

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Sequence
+from itertools import groupby
 from pathlib import Path
 
 from avss_dist.core.errors import ConfigError, without_secrets
@@ -112,12 +113,8 @@ def describe_threshold(value: float, kind: str) -> str:
 
 def describe_layers(layers: Sequence[int]) -> str:
     """Return ascending numbers as text: ``0-3, 7``."""
-    spans: list[list[int]] = []
-    for layer in layers:
-        if spans and spans[-1][-1] == layer - 1:
-            spans[-1].append(layer)
-        else:
-            spans.append([layer])
+    runs = groupby(enumerate(layers), key=lambda item: item[1] - item[0])  # the same for neighbours
+    spans = [[layer for _, layer in run] for _, run in runs]
     return ", ".join(str(span[0]) if len(span) == 1 else f"{span[0]}-{span[-1]}" for span in spans)
 
 

@@ -197,11 +197,10 @@ def read_yaml(path: Path, kind: YamlKind) -> Document:
         raise kind.error(f"{where}: this is not YAML: {reason}.", kind.hint) from None
     except RecursionError:
         raise kind.error(f"{path} is nested too deeply: expected at most {MAX_DEPTH} levels.", kind.hint) from None
-    document = Document(path, kind)
-    value = document.read(root, ()) if root else None
-    if not isinstance(value, dict):
+    if not isinstance(root, yaml.MappingNode):
         raise kind.error(f"{path} is not a {kind.noun}: expected a mapping with keys.", kind.hint)
-    document.value = value
+    document = Document(path, kind)
+    document.value = document.read(root, ())
     return document
 
 

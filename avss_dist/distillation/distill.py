@@ -16,10 +16,10 @@ from typing import TYPE_CHECKING, Any
 import pyarrow as pa
 from safetensors import SafetensorError
 
-from avss_dist.core.devices import free_device
 from avss_dist.core.errors import ConfigError, ModelError, RunFailed, StorageFull, explain_unwritable, first_line
 from avss_dist.core.extras import require_package
 from avss_dist.core.files import staged_file
+from avss_dist.core.memory import free_cached_memory
 from avss_dist.core.results import TabularResult
 from avss_dist.core.settings import refuse_unused
 from avss_dist.distillation.curve import (
@@ -320,7 +320,7 @@ def _trained(task: DistillTask, on_event: OnEvent, heartbeat: Callable[[], None]
         on_event(Preparing(f"training, at a learning rate of {schedule.learning_rate:g}"))
         with _explained(folder):
             history = trainer.train(request, models, teacher, texts, expected, schedule, folder, on_event, heartbeat)
-        free_device(models.device)
+        free_cached_memory()
     ended = ending(history, schedule.steps)
     assert ended is not None
     points = evaluations(history, schedule.step_tokens)

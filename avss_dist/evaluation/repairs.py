@@ -117,7 +117,7 @@ def require_changeable(partition: str) -> None:
     """
     require_partition(
         partition,
-        lambda info: info.changes_weights,
+        lambda info: not info.splits_matrices,
         "keeps weights where they cannot be changed, so that nothing is repaired in it.",
         "Use {}, or leave the repairs out.",
     )

@@ -26,7 +26,7 @@ from avss_dist.core.intervention import (
     whole_layers,
 )
 from avss_dist.core.settings import Settings
-from avss_dist.core.streams import underway
+from avss_dist.core.streams import tracked
 from avss_dist.corpus.shards import Batch
 from avss_dist.models.checkpoints import Checkpoint
 from avss_dist.models.experts import require_experts, without_experts
@@ -335,7 +335,7 @@ class LanguageModel:
 
     def each(self, function: Callable[[Batch], T], batches: Sequence[Batch]) -> list[T]:
         """Return the result of a function for every batch. Its passes may run on another rank, or interleaved."""
-        return [function(batch) for batch in underway(batches, "Reading text")]
+        return [function(batch) for batch in tracked(batches, "Reading text", bar=False)]
 
     def together(self, functions: Sequence[Callable[[], T]]) -> list[T]:
         """Return the results of functions that run the model. Their passes may run on another rank, or interleaved."""
@@ -447,7 +447,7 @@ class LanguageModel:
         """
         if self.no_gradients:
             raise ModelError(*self.no_gradients)
-        for batch, watcher in underway(list(zip(batches, watchers, strict=True)), "Computing gradients"):
+        for batch, watcher in tracked([*zip(batches, watchers, strict=True)], "Computing gradients", bar=False):
             with watcher.watch(), torch.enable_grad():
                 hidden = self.hidden_states(batch)
                 for number, gradient in enumerate(self.loss_gradients(hidden.detach(), batch, draws, seed)):

@@ -14,9 +14,9 @@ from typing import Any, TypeVar
 import numpy as np
 import torch
 
-from avss_dist.core.devices import Devices, free_device, pick_device, to_device
+from avss_dist.core.devices import Devices, pick_device, to_device
 from avss_dist.core.errors import ConfigError, explain_unwritable
-from avss_dist.core.memory import keep_freed_memory
+from avss_dist.core.memory import free_cached_memory, keep_freed_memory
 from avss_dist.core.registry import PARTITIONS
 from avss_dist.core.settings import Settings
 from avss_dist.core.text import describe_bytes
@@ -70,7 +70,7 @@ class Placement:
 
 def fingerprint_part(placement: Placement) -> dict[str, int]:
     """Return the part of a placement that can change a number, for a fingerprint: ranks that sum in another order."""
-    differs = PARTITIONS[placement.partition].changes_numbers or placement.copies > 1
+    differs = PARTITIONS[placement.partition].splits_matrices or placement.copies > 1
     return {placement.partition: placement.ranks} if differs else {}
 
 
@@ -302,7 +302,7 @@ class Replica:
         """Drop the weights, or this rank's part of them."""
         self.language_model = None
         del self._backbone, self._run, self.layers
-        free_device(self.device)
+        free_cached_memory()
 
 
 def replica_class(partition: str) -> Any:
