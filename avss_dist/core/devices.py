@@ -184,12 +184,9 @@ def computing_threads(threads: int) -> Iterator[None]:
 def free_cores() -> int:
     """Return the number of cores that are idle now, within this process's affinity and control group, at least 1."""
     usable = len(os.sched_getaffinity(0))
-    with suppress(OSError, ValueError):
+    with suppress(OSError, ValueError):  # a ValueError means no quota: "max"
         quota, period = (_CGROUP / "cpu.max").read_text(encoding="ascii").split()
-        if quota != "max":
-            usable = min(usable, int(quota) // int(period))
-    if usable <= 1:
-        return 1
+        usable = min(usable, int(quota) // int(period))
     total = psutil.cpu_count() or usable
     busy = total * psutil.cpu_percent(interval=SAMPLE_SECONDS) / 100
     return max(1, min(usable, round(total - busy)))

@@ -19,6 +19,8 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
+from avss_dist.core.errors import AvssError, explain_unwritable
+
 LEFTOVER_SECONDS = 3600.0  # nobody writes one file for so long
 LEFTOVER_FOLDER_SECONDS = 7 * 24 * 3600.0  # nor a checkpoint, with nothing new in its folder
 _STAGED = re.compile(r"\..+\.avss-(?P<machine>[0-9a-f]{8})-(?P<pid>\d+)-(?P<start>\d+)-[0-9a-f]{8}\.tmp")
@@ -56,6 +58,26 @@ def staged_file(path: Path, *, folder: Path | None = None, durable: bool = False
     finally:
         with suppress(OSError):
             staged.unlink(missing_ok=True)
+
+
+def write_file(path: Path, data: str | bytes, *, folder: Path | None = None, durable: bool = False) -> None:
+    """Write a file whole, text in UTF-8. If that fails, the old file stays. See `staged_file`."""
+    with staged_file(path, folder=folder, durable=durable) as staged:
+        staged.write_bytes(data.encode() if isinstance(data, str) else data)
+
+
+def write_output(path: str | Path, data: str | bytes, kind: type[AvssError] = AvssError) -> None:
+    """Write the file that a command was asked for, as `write_file` does.
+
+    Args:
+        kind: type of the error if it cannot be written.
+
+    Raises:
+        AvssError: it cannot be written.
+        StorageFull: there is no space left.
+    """
+    with explain_unwritable(path, "Name another file with `output`.", kind):
+        write_file(Path(path), data)
 
 
 @contextmanager

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator
 from contextlib import suppress
 from functools import lru_cache
 from itertools import product
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import TypeVar
 
 import torch
@@ -101,18 +101,12 @@ def memory_left(root: Path = _ROOT, membership: Path = _MEMBERSHIP) -> int | Non
 def _groups(root: Path, membership: Path) -> Iterator[Path]:
     """Yield the folders of this process's memory groups and of their parents. Each has a limit of its own."""
     yield from (root, root / "memory")  # inside a container, its own group is the root
-    try:
-        lines = membership.read_text(encoding="utf-8").splitlines()
-    except OSError:
-        return
-    for line in lines:
-        _, controllers, path = line.split(":", 2)
+    lines = membership.read_text(encoding="utf-8").splitlines() if membership.exists() else []
+    for _, controllers, path in (line.split(":", 2) for line in lines):
         base = root / "memory" if "memory" in controllers.split(",") else root
         if base != root or not controllers:
-            group = base / path.lstrip("/")
-            while group != base:
-                yield group
-                group = group.parent
+            group = PurePath(path.strip("/"))
+            yield from (base / part for part in (group, *group.parents))
 
 
 T = TypeVar("T")

@@ -53,14 +53,12 @@ def arm() -> None:
 @contextmanager
 def preserve_sigterm_handler() -> Iterator[None]:
     """Keep this process's SIGTERM handler, whatever a library sets inside the block."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
     handler = signal.getsignal(signal.SIGTERM)
     try:
         yield
     finally:
-        if handler is not None and handler is not signal.SIG_DFL:
+        is_main = threading.current_thread() is threading.main_thread()  # no other thread sets or restores handlers
+        if is_main and handler not in (None, signal.SIG_DFL):
             signal.signal(signal.SIGTERM, handler)
 
 

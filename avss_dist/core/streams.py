@@ -64,12 +64,10 @@ def complete_output() -> Iterator[None]:
                 sys.stdout.flush()
             raise
         sys.stdout.flush()
-    except BrokenPipeError:
-        raise SystemExit(0) from None
-    except SystemExit as end:  # the framework that prints help turns a broken pipe into an exit of its own
-        if not isinstance(end.__context__, BrokenPipeError):
+    except (BrokenPipeError, SystemExit) as end:
+        if not isinstance(end, BrokenPipeError) and not isinstance(end.__context__, BrokenPipeError):
             raise
-        raise SystemExit(0) from None
+        raise SystemExit(0) from None  # the framework that prints help turns a broken pipe into an exit of its own
     except OSError as error:
         if error.filename is not None or error.errno not in _UNWRITABLE:
             raise

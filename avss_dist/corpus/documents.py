@@ -132,8 +132,9 @@ def _text(value: Any, field: str, where: str) -> str:
 
 def too_long(where: str) -> CorpusError:
     """Return the error for a text that is too long to be read."""
-    maximum = describe_bytes(MAX_LINE_BYTES)
-    return CorpusError(f"{where}: a text or line is longer than {maximum}.", "Split it into several documents.")
+    return CorpusError(
+        f"{where}: a text or line is longer than {describe_bytes(MAX_LINE_BYTES)}.", "Split it into several documents."
+    )
 
 
 TODAY = datetime(2024, 7, 26)
@@ -195,14 +196,6 @@ def without_today(template: str) -> str:
     return _NOW.sub(lambda call: json.dumps(TODAY.strftime(call["format"])), template)
 
 
-def no_text(chat: Chat) -> CorpusError:
-    """Return the error for a conversation that is read without `chat_template`."""
-    return CorpusError(
-        f"{chat.where} is a conversation, and no text.",
-        "Set `chat_template` to put it in the tokenizer's chat template, or name a column of text.",
-    )
-
-
 def render(document: Document, tokenizer: Tokenizer, *, chats: bool) -> str:
     """Return a text as it is, and a conversation in the tokenizer's chat template, special tokens included.
 
@@ -213,7 +206,10 @@ def render(document: Document, tokenizer: Tokenizer, *, chats: bool) -> str:
     if isinstance(document, str):
         return document
     if not chats:
-        raise no_text(document)
+        raise CorpusError(
+            f"{document.where} is a conversation, and no text.",
+            "Set `chat_template` to put it in the tokenizer's chat template, or name a column of text.",
+        )
     from jinja2 import TemplateError
 
     template = without_today(tokenizer.get_chat_template())

@@ -38,7 +38,7 @@ from avss_dist.corpus.documents import (
     Records,
     field_document,
     labelled_answers,
-    no_text,
+    render,
     too_long,
     truthfulqa_answers,
 )
@@ -176,15 +176,14 @@ def corpus_problems(corpora: Sequence[str], chat_templates: set[bool]) -> Iterat
     Args:
         chat_templates: values of the setting ``chat_template`` among the runs.
     """
-    first: list[Document | None] = []
+    first: list[Document] = []
     for index, corpus in enumerate(corpora):
         try:
-            first.append(next(documents(corpus), None))
+            first.append(next(documents(corpus), ""))
+            if chat_templates == {False}:
+                render(first[-1], None, chats=False)  # refuses a conversation
         except AvssError as error:
             yield index, error
-        else:
-            if isinstance(first[-1], Chat) and chat_templates == {False}:
-                yield index, no_text(first[-1])
     if chat_templates == {True} and first and not any(isinstance(document, Chat) for document in first):
         names = " and ".join(map(RedactedURI, corpora))
         message = f"`chat_template` has no effect: there are no conversations in {names}."
@@ -298,12 +297,12 @@ def _fingerprint(filesystem: fs.FileSystem, paths: list[str], **identity: Any) -
     files: list[object] = []
     for path in paths:
         with _explaining(path, _FILE_ERRORS, _FILE_HINT):
-            if filesystem.type_name != "local":
+            if filesystem.type_name == "local":
+                with filesystem.open_input_file(path) as file:
+                    files.append(hashlib.file_digest(file, "sha256").hexdigest())
+            else:
                 info = filesystem.get_file_info(path)
                 files.append([path, info.size, info.mtime_ns])
-                continue
-            with filesystem.open_input_file(path) as file:
-                files.append(hashlib.file_digest(file, "sha256").hexdigest())
     return fingerprint(files=files, **identity)
 
 

@@ -18,7 +18,7 @@ from safetensors import SafetensorError
 
 from avss_dist.core.errors import ConfigError, ModelError, RunFailed, StorageFull, explain_unwritable, first_line
 from avss_dist.core.extras import require_package
-from avss_dist.core.files import staged_file
+from avss_dist.core.files import write_file
 from avss_dist.core.memory import free_cached_memory
 from avss_dist.core.results import TabularResult
 from avss_dist.core.settings import refuse_unused
@@ -220,8 +220,7 @@ def _differing(file: Path, values: Mapping[str, Any]) -> list[str]:
     """Write values into a file that does not exist, or return the names of those that differ from the file's."""
     text = json.dumps(values, indent=2, default=str) + "\n"
     if not file.is_file():
-        with staged_file(file) as staged:
-            staged.write_text(text, encoding="utf-8")
+        write_file(file, text)
         return []
     before, now = json.loads(file.read_text(encoding="utf-8")), json.loads(text)
     return sorted(name for name in {**before, **now} if before.get(name) != now.get(name))

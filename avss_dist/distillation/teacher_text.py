@@ -14,7 +14,7 @@ import torch
 
 from avss_dist.core.devices import free_memory, pick_device
 from avss_dist.core.errors import ConfigError, ModelError
-from avss_dist.core.files import cache_folder, staged_file
+from avss_dist.core.files import cache_folder, write_file
 from avss_dist.core.settings import Settings, fingerprint
 from avss_dist.core.streams import progress_to, report, tracked
 from avss_dist.corpus.tokens import special_tokens_around
@@ -62,14 +62,12 @@ def teacher_text(
     with progress_to(lambda _what, share: on_event(Preparing("the teacher writes text", share))):
         for batch in sample(teacher, settings, count=count, seed=seed, first=len(batches)):
             batches.append(batch)
-            with staged_file(unfinished) as staged:
-                staged.write_text(json.dumps(batches), encoding="utf-8")
+            write_file(unfinished, json.dumps(batches))
     lines = [json.dumps({"text": text}, ensure_ascii=False) + "\n" for text in chain.from_iterable(batches)]
     if not lines:
         raise ConfigError(f"'{teacher.name}' wrote no text.", "Set `self_texts` 0, and name text with `corpus`.")
     file.parent.mkdir(parents=True, exist_ok=True)
-    with staged_file(file) as staged:
-        staged.write_text("".join(lines), encoding="utf-8")
+    write_file(file, "".join(lines))
     unfinished.unlink(missing_ok=True)
     return file
 

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from avss_dist.core.errors import ConfigError, QueryError
+from avss_dist.core.files import write_output
 from avss_dist.core.intervention import RoundedPlace
 from avss_dist.core.names import BITS_PER_WEIGHT, NUM_WEIGHTS
 from avss_dist.core.registry import MEASURED_ONLY, PRECISION_ESTIMATES, SECOND_ORDER
@@ -19,7 +20,7 @@ from avss_dist.models.number_formats import FORMATS
 from avss_dist.pruning.budget import ROUNDING_ERROR, Choice, Float64, in_order, least_damage, same_format, total
 from avss_dist.pruning.ground_truth import map_roundings, repeated_command
 from avss_dist.pruning.map_plans import MapPrecision, PrecisionPlan
-from avss_dist.pruning.plan import run_size, to_yaml, write_text
+from avss_dist.pruning.plan import run_size, to_yaml
 from avss_dist.pruning.selection import PlanError
 from avss_dist.requests import PrecisionRequest
 from avss_dist.warehouse.reader import Warehouse
@@ -79,7 +80,7 @@ def plan_precision(request: PrecisionRequest, store: Warehouse, run: Mapping[str
     )
     if request.output is not None:
         if request.format in EXPORTS:
-            write_text(request.output, EXPORTS[request.format](plan))
+            write_output(request.output, EXPORTS[request.format](plan), PlanError)
         else:
             plan.write(request.output)
     return plan

@@ -19,7 +19,7 @@ import torch
 
 from avss_dist.core.errors import ModelError, explain_unwritable, first_line, first_names, is_full, unwritable
 from avss_dist.core.extras import require_package
-from avss_dist.core.files import cache_folder, staged_file, staged_folder
+from avss_dist.core.files import cache_folder, staged_folder, write_file
 from avss_dist.models.safetensors import INDEX, WEIGHTS, TensorInfo, tensors_of, weight_files
 
 _FETCHED = ("*.json", "*.model", "*.txt", "*.jinja")  # of a hub checkpoint, beside its weights
@@ -366,8 +366,7 @@ def _file_hash(file: Path) -> str:
     if stat.st_size > 1 << 20:
         with suppress(OSError):  # only a convenience: without it the file is hashed again
             cache.parent.mkdir(parents=True, exist_ok=True)
-            with staged_file(cache) as staged:
-                staged.write_text(value, encoding="ascii")
+            write_file(cache, value)
     return value
 
 

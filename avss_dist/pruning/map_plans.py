@@ -13,6 +13,7 @@ from typing import Annotated, ClassVar
 
 from pydantic import Field
 
+from avss_dist.core.files import write_output
 from avss_dist.core.intervention import (
     SPARSITY_RULES,
     THRESHOLD,
@@ -27,7 +28,7 @@ from avss_dist.core.registry import PRECISION_METHODS, SPARSITY_METHODS
 from avss_dist.core.text import count_of, describe_bytes
 from avss_dist.core.validation import OneOf, checked
 from avss_dist.models.number_formats import FORMATS
-from avss_dist.pruning.plan import ModelPlan, Name, describe_origin, describe_reason, to_yaml, write_text
+from avss_dist.pruning.plan import ModelPlan, Name, describe_origin, describe_reason, to_yaml
 from avss_dist.pruning.selection import PlanError
 
 MAX_UNITS = 10**9
@@ -168,7 +169,7 @@ class LinearMapPlan(ModelPlan):
         maps = [asdict(entry) | {budget: round(getattr(entry, budget), 6)} for entry in values.pop(self.key)]
         written = {name: value for name, value in values.items() if value is not None and value is not False}
         lines = to_yaml({self.key: maps}, flow=True)
-        write_text(path, f"# {self.comment} Layers count from 0.\n{to_yaml(written)}{lines}")
+        write_output(path, f"# {self.comment} Layers count from 0.\n{to_yaml(written)}{lines}", PlanError)
 
     def _describe(self, methods: Mapping[str, str], first: str, *lines: str) -> list[str]:
         """Return lines for people: a headline, the origin and the reason of the plan, other lines, and findings."""

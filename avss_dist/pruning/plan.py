@@ -21,8 +21,8 @@ import pyarrow as pa
 import yaml
 from pydantic import Field, WithJsonSchema
 
-from avss_dist.core.errors import AvssError, ConfigError, explain_unwritable
-from avss_dist.core.files import staged_file
+from avss_dist.core.errors import AvssError, ConfigError
+from avss_dist.core.files import write_output
 from avss_dist.core.intervention import (
     MAX_LAYERS,
     PARTS,
@@ -214,7 +214,9 @@ class Plan(ModelPlan, TabularResult):
         values = self.values()
         lists = {"drop": values.pop("drop"), "keep": list(self.keep)}
         lines = {name: list(values.pop(name)) for name in ("findings", "evaluated")}
-        write_text(path, f"# Layers count from 0.\n{to_yaml(values)}{to_yaml(lists, flow=True)}{to_yaml(lines)}")
+        write_output(
+            path, f"# Layers count from 0.\n{to_yaml(values)}{to_yaml(lists, flow=True)}{to_yaml(lines)}", PlanError
+        )
 
     def describe(self) -> list[str]:
         """Return lines for people: the removed layers, the origin, the reason, findings and evaluations."""
@@ -363,17 +365,6 @@ def read_plan_file(path: str | Path) -> Document:
         PlanError: the file cannot be read, or is not a mapping.
     """
     return read_yaml(Path(path), YamlKind(noun="plan", hint=_HINT, error=PlanError))
-
-
-def write_text(path: str | Path, text: str) -> None:
-    """Write a text file.
-
-    Raises:
-        PlanError: the file cannot be written.
-        StorageFull: there is no space left.
-    """
-    with explain_unwritable(path, "Name another file with `output`.", PlanError), staged_file(Path(path)) as staged:
-        staged.write_text(text, encoding="utf-8")
 
 
 def to_yaml(values: Mapping[str, Any], *, flow: bool = False) -> str:

@@ -17,10 +17,10 @@ import vl_convert
 from avss_dist.analysis.comparison import RankingComparison
 from avss_dist.analysis.findings import describe_depth
 from avss_dist.core.errors import AvssError, QueryError, nearest
-from avss_dist.core.files import cache_folder, staged_file
+from avss_dist.core.files import cache_folder, write_file, write_output
 from avss_dist.core.registry import BASELINES, FROM_ACTIVATIONS, SCORES
 from avss_dist.core.text import basename, count_of, describe_count, describe_threshold, printable
-from avss_dist.reports.output import PICTURES, map_leaves, write_file
+from avss_dist.reports.output import PICTURES, map_leaves
 from avss_dist.stats.intervals import why_no_interval
 from avss_dist.stats.rankings import count_lowest, depth_correlation, rank_lowest
 
@@ -243,7 +243,7 @@ def save_chart(chart: Any, path: Path) -> None:
 <script>vegaEmbed("#chart", JSON.parse(document.getElementById("spec").textContent), {{renderer: "svg"}});</script>
 </body></html>
 """.encode()
-    write_file(path, data)
+    write_output(path, data)
 
 
 @cache
@@ -258,6 +258,5 @@ def drawing_library() -> str:
     library = str(vl_convert.javascript_bundle("window.vegaEmbed = vegaEmbed;"))
     with suppress(OSError):  # the cache cannot be written
         file.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
-        with staged_file(file) as staged:
-            staged.write_text(library, encoding="utf-8")
+        write_file(file, library)
     return library

@@ -29,17 +29,6 @@ MAX_ROWS = 40  # of a table on a terminal
 MAX_FITTED = 200  # rows of a table in a pipe that is fitted to the width of a page
 
 
-def write_file(path: Path, data: bytes) -> None:
-    """Write a file in one step. If that fails, a previous file stays as it was.
-
-    Raises:
-        AvssError: it cannot be written.
-        StorageFull: there is no space left.
-    """
-    with explain_unwritable(path, "Choose another `output`."), staged_file(path) as staged:
-        staged.write_bytes(data)
-
-
 @contextmanager
 def printed_to(path: Path) -> Iterator[None]:
     """Redirect standard output to a file inside the block.
@@ -51,7 +40,7 @@ def printed_to(path: Path) -> Iterator[None]:
         StorageFull: there is no space left.
     """
     with (
-        explain_unwritable(path, "Choose another `output`."),
+        explain_unwritable(path, "Name another file with `output`."),
         staged_file(path) as staged,
         staged.open("w", encoding="utf-8", errors="surrogateescape") as file,
         redirect_stdout(file),

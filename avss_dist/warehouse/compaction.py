@@ -25,7 +25,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
-from avss_dist.core.files import cache_folder, remove_leftovers, staged_file
+from avss_dist.core.files import cache_folder, remove_leftovers, write_file
 from avss_dist.core.streams import tracked
 from avss_dist.warehouse.checks import damaged_runs
 from avss_dist.warehouse.encoding import UNSIGNED_METADATA, conform, signed, verify_footer
@@ -137,8 +137,7 @@ class TableParts:
             if shared:
                 self._storage.write(self._storage.compacted_path(self._name, stem), data)
             else:
-                with staged_file(self._cached / f"{stem}.parquet") as staged:
-                    staged.write_bytes(data)
+                write_file(self._cached / f"{stem}.parquet", data)
             number += len(copied.keys() & missing)
         for path in replaced:
             if shared:
@@ -208,8 +207,7 @@ class TableParts:
             for stem in tracked(new, f"Copying the {self._name} of compacted runs, once"):
                 if (data := self._storage.read(listed[stem])) is not None:
                     self._shared.mkdir(parents=True, exist_ok=True, mode=0o700)
-                    with staged_file(self._shared / f"{stem}.parquet") as staged:
-                        staged.write_bytes(data)
+                    write_file(self._shared / f"{stem}.parquet", data)
         return bool(new)
 
     def _merged(

@@ -14,7 +14,7 @@ import pyarrow as pa
 import pyarrow.fs as pafs
 
 from avss_dist.core.errors import DamagedFile, StorageFull, WarehouseError, is_full
-from avss_dist.core.files import remove_leftovers, staged_file
+from avss_dist.core.files import remove_leftovers, write_file
 from avss_dist.core.text import RedactedURI
 from avss_dist.warehouse.schema import DAMAGED
 
@@ -170,8 +170,7 @@ class Storage:
         try:
             if self.is_local:  # staged in the root: Polars reads every file of a table's folder
                 Path(path).parent.mkdir(parents=True, exist_ok=True)
-                with staged_file(Path(path), folder=Path(self.base), durable=True) as staged:
-                    staged.write_bytes(data)
+                write_file(Path(path), data, folder=Path(self.base), durable=True)
                 return
             with self.filesystem.open_output_stream(path) as stream:
                 stream.write(data)

@@ -37,12 +37,13 @@ from avss_dist.analysis.verdict import (
     without_layers,
 )
 from avss_dist.core.errors import QueryError
+from avss_dist.core.files import write_output
 from avss_dist.core.registry import FROM_ACTIVATIONS, GROUND_TRUTH, RECIPES, SCORES
 from avss_dist.core.settings import SITES
 from avss_dist.core.text import basename, count_of, printable
 from avss_dist.pruning.selection import PUBLISHED
 from avss_dist.reports.chart import drawing_library
-from avss_dist.reports.output import as_json, map_leaves, write_file
+from avss_dist.reports.output import as_json, map_leaves
 from avss_dist.reports.page.charts import page_charts, section_chart
 from avss_dist.reports.page.data import MIN_RUNS, matrix_data, page_data
 from avss_dist.stats.rankings import count_lowest
@@ -112,7 +113,7 @@ def save_report(
         AvssError: the file cannot be written.
         WarehouseError: as `Store.table`.
     """
-    write_file(path, report_page(warehouse, run_ids, own).encode())
+    write_output(path, report_page(warehouse, run_ids, own))
 
 
 def report_page(warehouse: Warehouse, run_ids: Collection[str] | None = None, own: Sequence[str] = ()) -> str:
