@@ -96,7 +96,7 @@ class FitRepair(Measure):
             drop=intervention.removed,
         )
         stored = StoredWeights.of_checkpoint(checkpoint, plan, settings)
-        repaired = fit_repair(checkpoint, plan, replace(self.repair, settings=settings), self.texts, stored.read, model)
+        repaired = fit_repair(checkpoint, plan, replace(self.repair, settings=settings), self.texts, stored, model)
         about = json.dumps({"record": asdict(repaired.record), "notes": list(repaired.notes)})
         errors = np.array([cut.error_after for cut in repaired.record.cuts])
         return [

@@ -28,7 +28,7 @@ from avss_dist.core.registry import PRECISION_METHODS, SPARSITY_METHODS
 from avss_dist.core.text import count_of, describe_bytes
 from avss_dist.core.validation import OneOf, checked
 from avss_dist.models.number_formats import FORMATS
-from avss_dist.pruning.plan import ModelPlan, Name, describe_origin, describe_reason, to_yaml
+from avss_dist.pruning.plan import ModelPlan, Name, to_yaml
 from avss_dist.pruning.selection import PlanError
 
 MAX_UNITS = 10**9
@@ -171,16 +171,6 @@ class LinearMapPlan(ModelPlan):
         lines = to_yaml({self.key: maps}, flow=True)
         write_output(path, f"# {self.comment} Layers count from 0.\n{to_yaml(written)}{lines}", PlanError)
 
-    def _describe(self, methods: Mapping[str, str], first: str, *lines: str) -> list[str]:
-        """Return lines for people: a headline, the origin and the reason of the plan, other lines, and findings."""
-        return [
-            first,
-            describe_origin(self.model, self.revision, self.run_id),
-            f"Chosen {describe_reason(self.why, methods)}.",
-            *lines,
-            *(f"Finding: {line}" for line in self.findings),
-        ]
-
 
 @checked
 class SparsityPlan(LinearMapPlan):
@@ -226,11 +216,11 @@ class SparsityPlan(LinearMapPlan):
             zeros[entry.site] += entry.sparsity * entry.weights
             sizes[entry.site] += entry.weights
         return self._describe(
-            SPARSITY_METHODS,
             f"{self.sparsity:.1%} of the weights of {len(self.projections)} linear maps meet a zero, rule {self.rule}.",
             f"Per token {2 * saved:,} FLOP of {2 * self.weights:,} are saved, and {saved:,} weights need not be read: "
             f"{describe_bytes(2 * saved)} of {describe_bytes(2 * self.weights)} in 16 bits.",
             *(f"{site}: {zeros[site] / size:.3f} on average." for site, size in sizes.items()),
+            meanings=SPARSITY_METHODS,
         )
 
     def describe_realized(self, measured: Mapping[tuple[int, str], float]) -> str | None:
@@ -301,8 +291,8 @@ class PrecisionPlan(LinearMapPlan):
             by_format[entry.format] += entry.weights
         shares = ", ".join(f"{weights / self.weights:.1%} {name}" for name, weights in by_format.most_common())
         return self._describe(
-            PRECISION_METHODS,
             f"{self.bits:.3f} bits per weight of {count_of(len(self.rounded), 'linear map')}: "
             f"{describe_bytes(self.total / 8)} of {describe_bytes(2 * self.weights)} in 16 bits.",
             f"Of the weights, {shares}.",
+            meanings=PRECISION_METHODS,
         )

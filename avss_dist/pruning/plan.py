@@ -81,6 +81,9 @@ Lines = Annotated[tuple[str, ...], Field(strict=False)]
 Name = Annotated[str, Field(min_length=1)]
 Reason = Annotated[Any, check(_reason)]
 
+MEANINGS = EXPERT_SCORES | {name: info.meaning for name, info in SCORES.items()}
+"""Meaning of every criterion that layers or experts are chosen by."""
+
 
 @checked
 class ModelPlan:
@@ -107,6 +110,21 @@ class ModelPlan:
         """Return the fields as plain values, as files and JSON have them."""
         plain = {field.name: getattr(self, field.name) for field in fields(self)} | {"why": dict(self.why)}
         return {name: plain[name] for name in sorted(plain, key=lambda name: _AT_THE_END.get(name, 0))}
+
+    def _describe(self, first: str, *lines: str, meanings: Mapping[str, str] = MEANINGS) -> list[str]:
+        """Return lines for people: a headline, the origin and the reason of the plan, other lines, and findings.
+
+        Args:
+            meanings: meaning of each criterion by which the plan may be made.
+        """
+        at = f" at {self.revision[:12]}" if self.revision else ""
+        return [
+            first,
+            f"Model: {self.model}{at}. {f'Run: {self.run_id}.' if self.run_id else 'Of no run.'}",
+            f"Chosen {describe_reason(self.why, meanings)}.",
+            *lines,
+            *(f"Finding: {line}" for line in self.findings),
+        ]
 
 
 _AT_THE_END = {name: place for place, name in enumerate(("why", "run_id", "evaluation", "findings", "evaluated"), 1)}
@@ -226,22 +244,9 @@ class Plan(ModelPlan, TabularResult):
         if self.experts and not self.dropped_layers:
             of_layers = f"{count_removed(self.drop)} in {len(self.experts)} of {self.num_layers} layers"
         return [
-            f"Drops {of_layers}: {describe_removed(self.drop)}.",
-            describe_origin(self.model, self.revision, self.run_id),
-            f"Chosen {describe_reason(self.why)}.",
-            *(f"Finding: {line}" for line in self.findings),
+            *self._describe(f"Drops {of_layers}: {describe_removed(self.drop)}."),
             *([f"Evaluated: {line}" for line in self.evaluated] or ["Not evaluated yet when the plan was made."]),
         ]
-
-
-def describe_origin(model: str, revision: str | None, run_id: str | None) -> str:
-    """Return sentences that name the checkpoint and the run of a plan."""
-    at = f" at {revision[:12]}" if revision else ""
-    return f"Model: {model}{at}. " + (f"Run: {run_id}." if run_id else "Of no run.")
-
-
-MEANINGS = EXPERT_SCORES | {name: info.meaning for name, info in SCORES.items()}
-"""Meaning of every criterion that layers or experts are chosen by."""
 
 
 def describe_reason(why: Mapping[str, Any], meanings: Mapping[str, str] = MEANINGS) -> str:

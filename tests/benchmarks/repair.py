@@ -47,7 +47,7 @@ from avss_dist.models.loading import load_tokenizer
 from avss_dist.pruning.plan import Plan
 from avss_dist.pruning.repair.hidden_states import HiddenStateSource
 from avss_dist.pruning.repair.registry import REPAIRS
-from avss_dist.pruning.repair.repair import FitSplit, Repair, find_cuts, fit_repair, split_texts
+from avss_dist.pruning.repair.repair import SINK_TOKENS, FitSplit, Repair, find_cuts, fit_repair, split_texts
 from avss_dist.pruning.weights import StoredWeights
 from avss_dist.tasks.text_loss import TextLoss
 
@@ -110,7 +110,8 @@ def outputs(
             model.hidden_states(split.batch)
         for number, parts in enumerate(found):
             shape = (*split.fitted.shape, -1)  # OPT's MLP has rows and tokens in one axis
-            parts.append(calls[number].output.reshape(shape)[torch.from_numpy(split.fitted)].double())
+            output, fitted = calls[number].output.reshape(shape), torch.from_numpy(split.fitted)
+            parts.append(output[:, SINK_TOKENS:][fitted[:, SINK_TOKENS:]].double())
     return [torch.cat(parts) for parts in found]
 
 
@@ -166,7 +167,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     drop = tuple(int(layer) for layer in args.drop.split(",")) if args.drop else tuple(range(3, layers, 4))
     path = model.layers[0].name.rpartition(".")[0]
     plan = Plan(model=checkpoint.name, num_layers=layers, layers=path, drop=drop)
-    stored = StoredWeights.of_checkpoint(checkpoint, plan, settings).read
+    stored = StoredWeights.of_checkpoint(checkpoint, plan, settings)
     whole, pruned = perplexity(model, held_out), perplexity(model, held_out, drop)
     _, once = cpu_timed(lambda: perplexity(model, text))
     print(f"{checkpoint.name} without {len(drop)} of {layers} layers, fitted on {args.rows} rows")

@@ -20,10 +20,6 @@ from avss_dist.models.loading import forward_function
 from avss_dist.pruning.repair.projection import OutputProjection, find_output_projection
 
 T = TypeVar("T")
-Visit = Callable[[int, torch.Tensor, torch.Tensor, CapturedCall, CapturedCall], None]
-"""Takes a batch's number, the hidden states of the whole and of the pruned model, after the last layer before the cut,
-and the calls of the projection's linear map and of its last module, each [rows, tokens, units]."""
-States = tuple[torch.Tensor, CapturedCall, CapturedCall]
 MEMORY_SHARE = 4  # one part in this many of the free memory holds hidden states
 
 
@@ -78,13 +74,22 @@ class HiddenStateSource:
         return inputs
 
     def visit(
-        self, projection: OutputProjection, last: int, visit: Visit, numbers: Iterable[int], *, units: bool = False
+        self,
+        projection: OutputProjection,
+        last: int,
+        visit: Callable[[int, torch.Tensor, torch.Tensor, CapturedCall, CapturedCall], None],
+        numbers: Iterable[int],
+        *,
+        units: bool = False,
     ) -> None:
         """Compute the hidden states of batches, in order, and pass them to ``visit``.
 
         Args:
             projection: projection in the pruned model at which its states are captured.
             last: layer of the whole model after which its hidden states are taken.
+            visit: takes a batch's number, the hidden states of the whole and of the pruned model after the last layer
+                before the cut, and the calls of the projection's linear map and of its last module, each [rows, tokens,
+                units].
             numbers: indices of the batches.
             units: also read the units of routed experts.
         """
@@ -110,7 +115,9 @@ class HiddenStateSource:
         rows = self._rows(hidden, self._layers[layer], number)
         return rows.cpu() if self._interleaves else rows  # those of all batches wait together
 
-    def _pruned(self, number: int, projection: OutputProjection, *, units: bool) -> States:
+    def _pruned(
+        self, number: int, projection: OutputProjection, *, units: bool
+    ) -> tuple[torch.Tensor, CapturedCall, CapturedCall]:
         """Return the pruned model's states at a projection, with all changes so far."""
         layer, places = projection.layer, (projection.linear, projection.last)
         behind = self._after(layer.index)

@@ -82,8 +82,6 @@ REPAIRS: Mapping[str, RepairMethod] = {
 }
 """Repairs by name, from the fewest unknowns to the most."""
 
-RepairName = Annotated[str, OneOf(tuple(REPAIRS))]
-"""Type of a checked field that names a repair."""
 OptionalRepairName = Annotated[str, OneOf((NO_REPAIR, *REPAIRS))]
 """Type of a checked field that names a repair or `NO_REPAIR`."""
 

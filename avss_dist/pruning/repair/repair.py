@@ -15,7 +15,7 @@ that does not help is undone.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from itertools import chain, product
@@ -32,12 +32,12 @@ from avss_dist.core.errors import CorpusError, ModelError
 from avss_dist.core.settings import Settings
 from avss_dist.core.streams import tracked
 from avss_dist.core.text import describe_bytes, describe_layers
-from avss_dist.core.validation import checked
+from avss_dist.core.validation import OneOf, checked
 from avss_dist.corpus.shards import Batch, CorpusPlan, Mask
 from avss_dist.models.causal_lm import LanguageModel
 from avss_dist.models.checkpoints import Checkpoint
 from avss_dist.models.experts import find_down_projections, find_routed_experts
-from avss_dist.models.interventions import CapturedCall, Parameter, Patch
+from avss_dist.models.interventions import CapturedCall, Patch
 from avss_dist.models.layers import linear_sizes
 from avss_dist.models.loading import candidate_layers
 from avss_dist.models.safetensors import DTYPES
@@ -52,7 +52,6 @@ from avss_dist.pruning.repair.registry import (
     REPAIRS,
     RepairedCut,
     RepairMethod,
-    RepairName,
     RepairRecord,
     RepairText,
     split_weight,
@@ -62,13 +61,10 @@ from avss_dist.pruning.weights import StoredWeights
 
 HELD_BACK = 10  # one row of this many is held back, the last ones of each text
 SINK_TOKENS = 1  # leading tokens of every row: attention sinks, whose hidden states are unlike all others
-ReadStored = Callable[[Parameter], torch.Tensor | None]
-"""Returns a parameter as the checkpoint's files hold it; None if they do not."""
 PLAIN_HINT = (
     "Repair the checkpoint that it was quantized from, and quantize the result; or save it again with transformers' "
     "save_pretrained, if it is not quantized."
 )
-_MEASURING = REPAIRS["channel"]  # of which only the error before it is read
 
 
 @checked
@@ -79,7 +75,7 @@ class Repair:
         ConfigError: values out of their range.
     """
 
-    by: RepairName = DEFAULT_REPAIR
+    by: Annotated[str, OneOf(tuple(REPAIRS))] = DEFAULT_REPAIR
     """Name of the repair."""
     corpora: Annotated[tuple[str, ...], Field(strict=False, min_length=1)]
     """Texts that it is fitted on, with equal weight whatever their length, or a weight each: CORPUS=0.5."""
@@ -146,7 +142,7 @@ class FitSplit:
     Attributes:
         text: index of the text.
         batch: its tokens.
-        fitted, held_back: bool[rows, width], disjoint; without the sink tokens.
+        fitted, held_back: bool[rows, width], disjoint. A row that has no other token lacks its sink tokens.
         weight: weight of each token, by which a text counts by its own weight whatever its length.
     """
 
@@ -161,13 +157,6 @@ class FitSplit:
         none = np.zeros_like(self.fitted)
         return replace(self, fitted=none, held_back=none)
 
-    def with_sinks(self) -> tuple[Mask, Mask]:
-        """Return the masks ``fitted`` and ``held_back``, each with the sink tokens of its rows."""
-        first = self.batch.observed.copy()
-        first[:, SINK_TOKENS:] = False
-        fitted, held_back = (mask | (first & mask.any(1, keepdims=True)) for mask in (self.fitted, self.held_back))
-        return fitted, held_back
-
     def sink_scale(self, hidden: torch.Tensor) -> torch.Tensor:
         """Return factors, [rows, width, 1], that give sink tokens the mean length of the other tokens of their rows.
 
@@ -176,6 +165,7 @@ class FitSplit:
         """
         lengths = hidden.norm(dim=-1)
         counted = torch.from_numpy(self.fitted | self.held_back).to(hidden.device)
+        counted[:, :SINK_TOKENS] = False
         mean = (lengths * counted).sum(-1) / counted.sum(-1).clamp_min(1)
         scale = torch.ones_like(lengths)
         scale[:, :SINK_TOKENS] = mean[:, None] / lengths[:, :SINK_TOKENS].clamp_min(torch.finfo(lengths.dtype).tiny)
@@ -197,7 +187,7 @@ def split_texts(texts: Sequence[CorpusPlan], batch_size: int, weights: Sequence[
         row = 0
         for batch in chain.from_iterable(shard.batches(batch_size) for shard in text.shards):
             counted = batch.observed.copy()
-            counted[:, :SINK_TOKENS] = False
+            counted[:, :SINK_TOKENS] &= counted[:, SINK_TOKENS:].any(1, keepdims=True)
             held = np.arange(row, row + len(counted))[:, None] >= first_held_back
             splits.append(FitSplit(number, batch, counted & ~held, counted & held, 1.0))
             row += len(counted)
@@ -214,8 +204,10 @@ def split_texts(texts: Sequence[CorpusPlan], batch_size: int, weights: Sequence[
 
 
 def count_fitted(splits: Sequence[FitSplit], texts: int) -> list[int]:
-    """Return the number of tokens to fit to of each text."""
-    return [sum(int(split.fitted.sum()) for split in splits if split.text == text) for text in range(texts)]
+    """Return the number of tokens to fit to of each text, without sink tokens."""
+    return [
+        sum(int(split.fitted[:, SINK_TOKENS:].sum()) for split in splits if split.text == text) for text in range(texts)
+    ]
 
 
 class RepairFitter:
@@ -223,13 +215,13 @@ class RepairFitter:
 
     Args:
         source: hidden states of both models.
-        stored: reads parameters from the checkpoint's files.
+        stored: weights of the checkpoint's files.
         splits: calibration text.
         model: several copies of it, or ranks that hold it together, share the batches.
     """
 
     def __init__(
-        self, source: HiddenStateSource, stored: ReadStored, splits: Sequence[FitSplit], model: LanguageModel
+        self, source: HiddenStateSource, stored: StoredWeights, splits: Sequence[FitSplit], model: LanguageModel
     ) -> None:
         self._source, self._stored, self._splits, self._model = source, stored, splits, model
 
@@ -247,7 +239,7 @@ class RepairFitter:
         for projection in projections:
             self._require_enough(projection, repair)
             layer, path = projection.layer.index, projection.paths["linear"]
-            stored = self._stored((layer, path))
+            stored = self._stored.read((layer, path))
             if stored is None or not stored.is_floating_point() or stored.dtype.itemsize == 1:
                 form = "under other names" if stored is None else f"as {str(stored.dtype).removeprefix('torch.')}"
                 raise PlanError(
@@ -277,7 +269,7 @@ class RepairFitter:
         before, after = sum(fit.before for fit in fits[0]), sum(fit.after for fit in fits[-1])
         ridges = tuple(fit.ridge for fit in chain.from_iterable(fits))
         if len(fits[-1]) > 1:  # each alone: what they give together is less than the sum of their errors
-            (((_, held_back),), _, _) = self._sums(cut, projection, _MEASURING, description)
+            (((_, held_back),), _, _) = self._sums(cut, projection, REPAIRS["channel"], description)
             after = float(held_back.target)
         if after > before:  # before a norm, a fit is folded approximately
             after, ridges = before, (None,) * len(ridges)
@@ -306,7 +298,7 @@ class RepairFitter:
         needed = method.tokens_needed(*sizes)
         fewer = [name for name, other in REPAIRS.items() if other.tokens_needed(*sizes) < needed]
         instead = f"choose a `repair` of fewer unknowns ({', '.join(reversed(fewer))})" if fewer else ""
-        num_tokens = sum(int(split.fitted.sum()) for split in self._splits)
+        num_tokens = sum(int(split.fitted[:, SINK_TOKENS:].sum()) for split in self._splits)
         if num_tokens < needed:
             raise CorpusError(
                 f"The repair {repair} of this model needs at least {needed:,} tokens to fit to, not {num_tokens:,}.",
@@ -340,7 +332,7 @@ class RepairFitter:
         ) -> None:
             split, target = self._splits[number], whole.to(pruned.device).float()
             scale = split.sink_scale(target)
-            masks = [torch.from_numpy(mask).to(target.device) for mask in split.with_sinks()]
+            masks = [torch.from_numpy(mask).to(target.device) for mask in (split.fitted, split.held_back)]
             missing = (scale * (target - pruned.float())).flatten(0, 1)
             features = features_of(step, projection, linear, last)
             if not sums:
@@ -391,7 +383,7 @@ class RepairFitter:
         """
         if (changed := self._source.changed.get((layer, path))) is not None:
             return changed
-        stored, loaded = self._stored((layer, path)), self._model.value(layer, path)
+        stored, loaded = self._stored.read((layer, path)), self._model.value(layer, path)
         if loaded.is_meta:
             raise PlanError(
                 f"'{path}' of layer {layer} is kept off the devices that compute, and cannot be changed.",
@@ -424,14 +416,14 @@ def fit_repair(
     plan: Plan,
     repair: Repair,
     texts: Sequence[CorpusPlan],
-    stored: ReadStored,
+    stored: StoredWeights,
     model: LanguageModel,
 ) -> Repaired:
     """Fit a repair to the cuts of a plan, on an open model and tokenized texts.
 
     Args:
         repair: its settings are pinned.
-        stored: reads a parameter from the checkpoint's files; its dtype is the one that is written.
+        stored: weights of the checkpoint's files. Their dtypes are those that are written.
 
     Raises:
         PlanError: a cut cannot be repaired; the message says why.
