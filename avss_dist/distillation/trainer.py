@@ -34,7 +34,6 @@ from avss_dist.distillation.curve import (
     require_distance,
 )
 from avss_dist.distillation.loss import (
-    NOT_COUNTED,
     LossSums,
     Predict,
     distillation_loss,
@@ -136,8 +135,6 @@ class DistillationTrainer(Trainer):
         with torch.no_grad():
             expected = predictions(self._teacher, ids, mask)
         total = distillation_loss(predictions(logits_of(model), ids, mask), expected, labels)
-        if num_items_in_batch is None:
-            return total / (labels != NOT_COUNTED).sum()
         return total * self.accelerator.num_processes / num_items_in_batch
 
     def evaluate(self, *_: Any, **__: Any) -> dict[str, float]:

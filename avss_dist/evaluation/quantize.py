@@ -17,12 +17,13 @@ from avss_dist.core.settings import Settings
 from avss_dist.core.text import describe_bytes
 from avss_dist.models.checkpoints import resolve
 from avss_dist.models.number_formats import FORMATS
-from avss_dist.pruning.budget import ROUNDING_ERROR, Choice, Float64, in_order, least_damage, same_format, total
+from avss_dist.pruning.budget import ROUNDING_ERROR, Choice, in_order, least_damage, same_format, total
 from avss_dist.pruning.ground_truth import map_roundings, repeated_command
 from avss_dist.pruning.map_plans import MapPrecision, PrecisionPlan
 from avss_dist.pruning.plan import run_size, to_yaml
 from avss_dist.pruning.selection import PlanError
 from avss_dist.requests import PrecisionRequest
+from avss_dist.stats.layer_stats import Float64
 from avss_dist.warehouse.reader import Warehouse
 
 MAX_FALL = 0.01  # nats per token that maps of a plan may gain together: other text does not have them

@@ -11,7 +11,8 @@ from itertools import pairwise
 import numpy as np
 from numpy.typing import NDArray
 
-Float64 = NDArray[np.float64]
+from avss_dist.stats.layer_stats import Float64
+
 Choice = NDArray[np.int64]
 """int64[maps]; the index of the format of each map."""
 MAX_SPARSITY = 0.99  # of a map

@@ -232,20 +232,14 @@ class RepairFitter:
             repair: one of `pruning.repair.registry.REPAIRS`.
 
         Raises:
-            PlanError: the weights of a cut cannot be changed.
+            PlanError: the weights of a cut cannot be changed, see `_parameter`.
             CorpusError: there are too few tokens to fit to.
         """
         projections = [self._source.output_projection(cut.after) for cut in cuts]
         for projection in projections:
             self._require_enough(projection, repair)
-            layer, path = projection.layer.index, projection.paths["linear"]
-            stored = self._stored.read((layer, path))
-            if stored is None or not stored.is_floating_point() or stored.dtype.itemsize == 1:
-                form = "under other names" if stored is None else f"as {str(stored.dtype).removeprefix('torch.')}"
-                raise PlanError(
-                    f"The files hold '{path}' of layer {layer} {form}, quantized or fused: nothing can be added to it.",
-                    PLAIN_HINT,
-                )
+            for path in projection.paths.values():
+                self._parameter(projection.layer.index, path)
         return [
             self.fit(cut, projection, repair, f"Repairing cut {number} of {len(cuts)}")
             for number, (cut, projection) in enumerate(zip(cuts, projections, strict=True), 1)
@@ -389,11 +383,20 @@ class RepairFitter:
                 f"'{path}' of layer {layer} is kept off the devices that compute, and cannot be changed.",
                 "Use `partition` single, or device_map with more `max_memory`.",
             )
-        if stored is None or stored.shape != loaded.shape or not torch.equal(stored.to(loaded.dtype), loaded.cpu()):
-            raise PlanError(
-                f"The files hold '{path}' of layer {layer} in another form than the model does.", PLAIN_HINT
-            )
-        return stored
+        if (
+            stored is not None
+            and stored.is_floating_point()
+            and stored.dtype.itemsize > 1
+            and stored.shape == loaded.shape
+            and torch.equal(stored.to(loaded.dtype), loaded.cpu())
+        ):
+            return stored
+        form = "under other names" if stored is None else f"as {str(stored.dtype).removeprefix('torch.')}"
+        raise PlanError(
+            f"The files hold '{path}' of layer {layer} {form}, quantized, fused or otherwise unlike the model: nothing "
+            "can be added to it.",
+            PLAIN_HINT,
+        )
 
 
 @dataclass(frozen=True)
