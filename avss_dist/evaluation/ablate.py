@@ -194,14 +194,16 @@ def _require_intended(request: AblateRequest, model: PlacedModel, text: CorpusPl
 
 def _tasks(request: AblateRequest, corpus: RedactedURI, text: CorpusPlan) -> Iterator[Task]:
     """Yield the task of each requested measurement of a text."""
-    rounded = [(f"{ROUNDED_LOSS}{name}:", partial(RoundedLosses, format=name)) for name in request.formats]
     measures: list[tuple[object, str, Callable[[Shard], Measure]]] = [
         (request.gradients, SCORES["taylor"].task, Gradients),
         (request.leave_one_out, SCORES["loss"].task, LeaveOneOut),
         (request.sublayers, SUBLAYER_LOSS, partial(LeaveOneOut, sublayers=True)),
         (request.damage, DAMAGE_TASK, Damage),
         (request.formats, ROUNDING_TASK, partial(RoundingDamage, formats=request.formats)),
-        *((request.rounded_layers, prefix, measure) for prefix, measure in rounded),
+        *(
+            (request.rounded_layers, f"{ROUNDED_LOSS}{name}:", partial(RoundedLosses, format=name))
+            for name in request.formats
+        ),
     ]
     read = {"text": fingerprint(shards=[shard.content_hash for shard in text.shards])}
     for is_requested, prefix, measure in measures:
@@ -273,11 +275,13 @@ def _sensitivity(formats: Sequence[str], results: Iterable[Result]) -> Sensitivi
             stderr = None if effect is None or np.isnan(effect.stderr) else effect.stderr
             row |= {name: getattr(effect, "value", None), f"{name}_stderr": stderr}
         rows.append(row)
-    agreement = {
-        name: _agreement_of(by_place[place] for place in places if (place.format, place.path) == (name, None))
-        for name in formats
-    }
-    return Sensitivity(rows=rows, reliability=agreement)
+    return Sensitivity(
+        rows=rows,
+        reliability={
+            name: _agreement_of(by_place[place] for place in places if (place.format, place.path) == (name, None))
+            for name in formats
+        },
+    )
 
 
 def _agreement_of(places: Iterable[Mapping[str, Result]]) -> float:

@@ -174,14 +174,16 @@ def evaluate(request: EvaluateRequest) -> Evaluations:
     evaluations = [
         evaluation for subject, task in product(subjects, tasks) for evaluation in _compare(subject, task, results)
     ]
-    findings = [
-        *missing_bases,
-        *_sparsity_findings(subjects, tasks, results),
-        *(f"{subject.label}: {plan.describe()[0]}" for subject in subjects if (plan := subject.precision_plan)),
-        *_guess_findings(evaluations),
-        *(finding for task in row_starts for finding in _row_start_findings(task, measured[task])),
-    ]
-    return Evaluations(evaluations, findings=findings)
+    return Evaluations(
+        evaluations,
+        findings=[
+            *missing_bases,
+            *_sparsity_findings(subjects, tasks, results),
+            *(f"{subject.label}: {plan.describe()[0]}" for subject in subjects if (plan := subject.precision_plan)),
+            *_guess_findings(evaluations),
+            *(finding for task in row_starts for finding in _row_start_findings(task, measured[task])),
+        ],
+    )
 
 
 def _require_same_tokens(

@@ -9,7 +9,7 @@ import json
 from collections.abc import Iterable, Sequence
 from contextlib import nullcontext, suppress
 from dataclasses import asdict, dataclass, field, replace
-from functools import partial
+from functools import lru_cache, partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, cast
@@ -17,7 +17,7 @@ from typing import Any, cast
 import numpy as np
 
 from avss_dist.core.errors import ModelError
-from avss_dist.core.intervention import NO_INTERVENTION, EncodedPatch, Intervention, Removals
+from avss_dist.core.intervention import NO_INTERVENTION, EncodedPatch, Intervention, Removals, decode_removals
 from avss_dist.core.names import REPAIR
 from avss_dist.core.settings import Settings
 from avss_dist.core.text import RedactedURI
@@ -45,6 +45,7 @@ from avss_dist.pruning.weights import StoredWeights
 from avss_dist.requests import PruneRequest
 from avss_dist.runs.local import Executor
 from avss_dist.tasks.task import Measure, Row, Task
+from avss_dist.warehouse.storage import Storage
 
 MISSING = "missing"  # metric of a fit: remaining error of the hidden states after each cut, on held-back text
 
@@ -169,21 +170,51 @@ def fit_of(planned: PlannedTask) -> FitRepair:
 def fit_repairs(
     session: EvaluationSession, requested: Sequence[tuple[PlannedTask, Iterable[Removals]]]
 ) -> dict[tuple[str, Removals], EncodedPatch]:
-    """Fit each repair to the model without each of its sets of layers and experts, as `EvaluationSession.fit`.
+    """Fit each repair to the model without each of its sets of layers and experts.
 
-    Repairs with the most unknowns, which need the most text, are fitted first. A set of layers that no layer precedes
-    is skipped, unless the repair also changes later layers.
+    A patch that is in the warehouse is not fitted again. Repairs with the most unknowns, which need the most text, are
+    fitted first. Fitting stops at the first mistake, so that too little text is reported before other fits take an
+    hour. A set of layers that no layer precedes is skipped, unless the repair also changes later layers.
 
     Args:
         requested: fits, each with sets of layers and experts.
+
+    Returns:
+        Patches by the id of the evaluation and the removals that they are fitted for, earlier fits included.
+
+    Raises:
+        AvssError: a mistake, or a fit that failed. Other patches remain in the warehouse.
     """
-    fits = {}
+    fits = [fit for fit, _ in requested]
+    fitted, missing = _stored_patches(session, fits), []
     for fit, drops in sorted(requested, key=lambda fit: -[*REPAIRS].index(fit_of(fit[0]).repair.by)):
         every_layer = REPAIRS[fit_of(fit).repair.by].every_layer
-        fits[fit] = [
-            Intervention(removed=drop) for drop in drops if drop and (every_layer or drop != tuple(range(len(drop))))
+        missing += [
+            cell
+            for drop in drops
+            if drop and (every_layer or drop != tuple(range(len(drop))))
+            for cell in fit.cells([Intervention(removed=drop)])
+            if not (session.is_known(cell) if session.fresh else (cell.run_id, drop) in fitted)
         ]
-    return session.fit(fits)
+    session.run(missing, dict.fromkeys(fits, (NO_INTERVENTION,)), fits=True)
+    return _stored_patches(session, fits)
+
+
+def _stored_patches(
+    session: EvaluationSession, fits: Iterable[PlannedTask]
+) -> dict[tuple[str, Removals], EncodedPatch]:
+    """Return the stored patches that cells of these tasks have fitted."""
+    storage = session.store.storage
+    stored = storage.patch_keys()
+    return {
+        (run_id, decode_removals(row["drop"])): EncodedPatch(row["patch"], partial(_read_patch, storage, row["patch"]))
+        for run_id in (dict.fromkeys(planned.run_id() for planned in fits) if stored else ())
+        for row in session.store.cells(run_id).to_pylist()
+        if row["patch"] in stored
+    }
+
+
+_read_patch = lru_cache(maxsize=1)(Storage.read_patch)  # of several cells in a row
 
 
 def fit_plan(request: PruneRequest, plan: Plan, repair: Repair) -> Repaired:

@@ -230,16 +230,22 @@ def repaired_search(
         layers = make_plan(count=1).num_layers
         pool = make_plan(count=min(POOL * choice.number(layers), len(choice.unprotected(layers)), layers - 1))
         removed, steps = greedy_search(pool.dropped_layers, choice.number(layers), losses)
-        outcome = {
-            "among": describe_layers(pool.dropped_layers),
-            "repair": repair,
-            "sets": steps[-1].sets,
-            "loss": round(steps[-1].best.value, 6),
-            "text": request.corpus,
-            "sequences": text.settings.max_sequences,
-            "evaluation": text.run_id(),
-            "task": text.task.name,
-        }
-        return replace(pool, drop=removed, why=reasons(choice) | outcome, findings=(CHOSEN_HERE,), evaluated=())
+        return replace(
+            pool,
+            drop=removed,
+            why={
+                **reasons(choice),
+                "among": describe_layers(pool.dropped_layers),
+                "repair": repair,
+                "sets": steps[-1].sets,
+                "loss": round(steps[-1].best.value, 6),
+                "text": request.corpus,
+                "sequences": text.settings.max_sequences,
+                "evaluation": text.run_id(),
+                "task": text.task.name,
+            },
+            findings=(CHOSEN_HERE,),
+            evaluated=(),
+        )
 
     return searched_plan

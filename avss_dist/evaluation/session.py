@@ -8,7 +8,6 @@ from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, S
 from contextlib import closing, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
-from functools import lru_cache, partial
 from itertools import islice
 from math import isfinite, nan
 from pathlib import Path
@@ -20,11 +19,8 @@ import numpy as np
 from avss_dist.core.errors import AvssError, ConfigError, RunFailed
 from avss_dist.core.intervention import (
     NO_INTERVENTION,
-    EncodedPatch,
     Intervention,
     InterventionKey,
-    Removals,
-    decode_removals,
     describe_removed,
     whole_layers,
 )
@@ -44,7 +40,6 @@ from avss_dist.stats.intervals import MINIMUM_UNITS, jackknife_interval
 from avss_dist.stats.metrics import retention_of
 from avss_dist.tasks.task import Cell, CellOutcome, CellResult, Measure, Result, Task, combine
 from avss_dist.warehouse.schema import SCHEMA_VERSION, RunIdentity
-from avss_dist.warehouse.storage import Storage
 from avss_dist.warehouse.store import Store
 
 MOST_LISTED = 1_000_000  # evaluations, or permutations: all are listed before the first is measured
@@ -108,9 +103,6 @@ class PlannedTask(PlacedModel):
             placement=self.placement,
             intervention=intervention,
         )
-
-
-_read_patch = lru_cache(maxsize=1)(Storage.read_patch)  # of several cells in a row
 
 
 Work = Mapping[PlannedTask, Collection[Intervention]]
@@ -180,39 +172,6 @@ class EvaluationSession:
         """
         return self.run((cell for task, interventions in work.items() for cell in task.cells(interventions)), work)
 
-    def fit(self, work: Work) -> dict[tuple[str, Removals], EncodedPatch]:
-        """Measure tasks that fit patches. A patch that is in the warehouse is not fitted again.
-
-        Fitting stops at the first mistake, so that too little text is reported before other fits take an hour.
-
-        Returns:
-            Patches by the id of the evaluation and the removals that they are fitted for, earlier fits included.
-
-        Raises:
-            AvssError: a mistake, or a fit that failed. Other patches remain in the warehouse.
-        """
-        fitted = self._fitted(work)
-        missing = [
-            cell
-            for planned, interventions in work.items()
-            for cell in planned.cells(interventions)
-            if not (self.is_known(cell) if self.fresh else (cell.run_id, cell.intervention.removed) in fitted)
-        ]
-        self.run(missing, dict.fromkeys(work, (NO_INTERVENTION,)), fits=True)
-        return self._fitted(work)
-
-    def _fitted(self, tasks: Iterable[PlannedTask]) -> dict[tuple[str, Removals], EncodedPatch]:
-        """Return the stored patches that cells of these tasks have fitted."""
-        stored = self.store.storage.patch_keys()
-        return {
-            (run_id, decode_removals(row["drop"])): EncodedPatch(
-                row["patch"], partial(_read_patch, self.store.storage, row["patch"])
-            )
-            for run_id in (dict.fromkeys(planned.run_id() for planned in tasks) if stored else ())
-            for row in self.store.cells(run_id).to_pylist()
-            if row["patch"] in stored
-        }
-
     def results(self, planned: PlannedTask, interventions: Iterable[Intervention] = (NO_INTERVENTION,)) -> list[Result]:
         """Write and return the results of the evaluations that interventions belong to, combined from all cells.
 
@@ -270,8 +229,10 @@ class EvaluationSession:
             }
             for entry in plan.rounded
         ]
-        written = identity(planned.checkpoint, run_id, self.store.cells(run_id)["family"][0].as_py())
-        self.store.write_rows("precision", written, rows, fingerprint(rounding=rounding)[:20])
+        family = self.store.cells(run_id)["family"][0].as_py()
+        self.store.write_rows(
+            "precision", identity(planned.checkpoint, run_id, family), rows, fingerprint(rounding=rounding)[:20]
+        )
 
     @contextmanager
     def keeping_workers(self) -> Iterator[None]:

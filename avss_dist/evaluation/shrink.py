@@ -296,8 +296,9 @@ def _distill(
         replace(before, results={**before.results, **_primary(results[task], {"distilled": NO_INTERVENTION})})
         for before, task in zip(best.tasks, planned, strict=True)
     ]
-    evaluated = [f"Evaluated: {task.describe()} {task.describe_kept()}" for task in tasks]
-    publish_distilled(student, folder, output, record, evaluated)
+    publish_distilled(
+        student, folder, output, record, [f"Evaluated: {task.describe()} {task.describe_kept()}" for task in tasks]
+    )
     return replace(
         pruned,
         folder=str(output),

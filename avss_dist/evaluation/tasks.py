@@ -52,11 +52,17 @@ def plan_task(
         return model.plan(Task(name=f"{TRUTHFULQA}{RedactedURI(path)}", parts=choices))
     from avss_dist.tasks.harness import harness_task
 
-    code, template = settings.trust_remote_code, None
-    if settings.chat_template:
-        template = chat_template(load_tokenizer(model.checkpoint, trust_remote_code=code))
+    code = settings.trust_remote_code
     return model.plan(
-        harness_task(name, limit=limit, num_fewshot=num_fewshot, template=template, trust_remote_code=code)
+        harness_task(
+            name,
+            limit=limit,
+            num_fewshot=num_fewshot,
+            template=chat_template(load_tokenizer(model.checkpoint, trust_remote_code=code))
+            if settings.chat_template
+            else None,
+            trust_remote_code=code,
+        )
     )
 
 
@@ -272,8 +278,10 @@ def refuse_overlaps(
     ]
     scored_texts = list(scored)
     refuse_overlap(tasks, chain(texts_of_repair(model.checkpoint), scored_texts, fitted))
-    read = [Task(name=text.source, parts=tuple(map(TextLoss, text.shards))) for text in texts]
-    refuse_overlap(read, [replace(text, skip_option=skip_option) for text in scored_texts])
+    refuse_overlap(
+        [Task(name=text.source, parts=tuple(map(TextLoss, text.shards))) for text in texts],
+        [replace(text, skip_option=skip_option) for text in scored_texts],
+    )
 
 
 def _stored_text(

@@ -152,8 +152,14 @@ class Spectra(Measure):
         with model.running(layer):
             for projection in layer.projections:
                 eigenvalues = torch.linalg.svdvals(weight_of(projection.module).double()).square().cpu().numpy()
-                value = np.array([hill_exponent(eigenvalues)])
-                rows.append(Row(metric=f"{HILL}{projection.path}", samples=value, weights=np.ones(1), layer=self.layer))
+                rows.append(
+                    Row(
+                        metric=f"{HILL}{projection.path}",
+                        samples=np.array([hill_exponent(eigenvalues)]),
+                        weights=np.ones(1),
+                        layer=self.layer,
+                    )
+                )
         return rows
 
 

@@ -141,9 +141,8 @@ def harness_task(
             hint = f"Did you mean '{names[match[0]]}'? " if match else ""
             raise TaskError(f"There is no task '{name}'.", f"{hint}`lm-eval ls tasks` lists those of the harness.")
         loaded = _load(part)
-        if is_task_file(name):
-            for task in loaded["tasks"].values():
-                _require_meaning(name, task, limit)
+        for task in loaded["tasks"].values() if is_task_file(name) else ():
+            _require_meaning(name, task, limit)
         part = replace(part, key=_key(part, loaded))
     chat = {"harness_chat_template": template} if template else {}
     return Task(name=name, parts=(part,), options={"limit": limit, "num_fewshot": num_fewshot, **chat})
@@ -222,8 +221,7 @@ def _load(part: HarnessPart) -> Any:
     else:
         config = yaml.safe_load(part.config)
     manager = TaskManager(include_defaults=False) if config else _catalogue()
-    offline = datasets.config.HF_HUB_OFFLINE or has_local_data(config)
-    with patch.object(datasets.config, "HF_HUB_OFFLINE", offline):
+    with patch.object(datasets.config, "HF_HUB_OFFLINE", datasets.config.HF_HUB_OFFLINE or has_local_data(config)):
         loaded = manager.load([part.name if part.config is None else config])
     for name, task in loaded["tasks"].items():
         if getattr(task, "UNSAFE_CODE", False):
@@ -289,8 +287,7 @@ def _rows(evaluated: Any, loaded: Any) -> Iterator[Row]:
         for key, value in results.items():  # the name of a metric has its filter, unless that is ``none``
             metric, comma, filtered = key.rpartition(",")
             if comma and not metric.endswith("_stderr"):
-                samples = _samples(documents, metric, filtered, float(value))
-                metrics[metric if filtered == "none" else key] = samples
+                metrics[metric if filtered == "none" else key] = _samples(documents, metric, filtered, float(value))
         if all(loaded["tasks"][task].OUTPUT_TYPE == "multiple_choice" for task in tasks):
             asked = [document for document in documents if document["filter"] == documents[0]["filter"]]
             # Mutual information requests each answer twice.

@@ -39,9 +39,7 @@ def read_task_file(path: Path) -> dict[Any, Any]:
     Raises:
         TaskError: a file cannot be read or repeats a key, or the task file is a group.
     """
-    config: dict[Any, Any] = {}
-    for _, values in _read(path):
-        config |= values
+    config = {key: value for _, values in _read(path) for key, value in values.items()}
     if not isinstance(config.get("task"), str):
         raise TaskError(f"{path} names no single task.", "Write `task: NAME`; give the tasks of a group one by one.")
     return config
