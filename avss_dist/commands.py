@@ -193,9 +193,9 @@ def prune(request: PruneRequest) -> Pruned:
 
     With a warehouse, a repair is stored there, or read if it is stored already.
     """
-    model, code, warehouse = str(request.model), request.trust_remote_code, request.warehouse
+    model, warehouse = str(request.model), request.warehouse
     plan = request.plan if isinstance(request.plan, Plan) else read_plan(request.plan)
-    checkpoint = resolve(model, trust_remote_code=code)
+    checkpoint = resolve(model, trust_remote_code=request.trust_remote_code)
     fitted = None
     if request.fitted:
         corpora = with_own_text(request.repair_corpora, checkpoint, request.settings, request.on_event)
@@ -204,6 +204,11 @@ def prune(request: PruneRequest) -> Pruned:
         lines = evaluated_lines(Warehouse(warehouse), {"revision": checkpoint.revision}, plan.drop)
         plan = replace(plan, evaluated=tuple(dict.fromkeys([*plan.evaluated, *lines])))
     done = write_checkpoint(
-        model, plan, request.output, repair=fitted, execution=request.execution, trust_remote_code=code
+        model,
+        plan,
+        request.output,
+        repair=fitted,
+        execution=request.execution,
+        trust_remote_code=request.trust_remote_code,
     )
     return Pruned(plan, done)

@@ -19,9 +19,9 @@ from avss_dist.core.settings import TRAINED, Execution, Settings
 from avss_dist.core.text import describe_bytes
 from avss_dist.distillation.memory import LIBRARIES, estimate_memory
 from avss_dist.distillation.pair import LORA, computes_in_bfloat16
-from avss_dist.models.checkpoints import Checkpoint, locate
+from avss_dist.models.checkpoints import Checkpoint, find_checkpoint
 from avss_dist.models.size import Footprint, footprint, sharing_skeletons
-from avss_dist.partition.choose import choose
+from avss_dist.partition.choose import choose, size_of
 from avss_dist.partition.replica import MemoryQuery, PartitionEstimate, batch_bytes, replica_class
 from avss_dist.requests import DistillRequest, EstimateRequest, require_divisible
 from avss_dist.runs.events import OnRunEvent, RunReading, describe_repeated
@@ -56,7 +56,7 @@ class DistillRow:
 
 
 def distillation_rows(
-    student: Checkpoint | str, request: EstimateRequest, settings: Settings, devices: Devices
+    student: Checkpoint, request: EstimateRequest, settings: Settings, devices: Devices
 ) -> Iterator[DistillRow]:
     """Yield the memory of each way to distill a model that is possible here.
 
@@ -67,7 +67,7 @@ def distillation_rows(
         ConfigError: the rows of a training step cannot be divided among the ranks.
         ModelError: a model cannot be read or built.
     """
-    teacher = locate(str(request.teacher)) or str(request.teacher)
+    teacher = find_checkpoint(str(request.teacher), trust_remote_code=settings.trust_remote_code)
     ranks = request.ranks or max(2, devices.count)
     require_divisible(settings.batch_size, ranks)
     dtype = "bfloat16" if computes_in_bfloat16(request.settings, settings.device) else "float32"
@@ -158,9 +158,9 @@ def estimate(request: EstimateRequest) -> Estimate:
         AvssError: the model or a setting is not one that can be run.
     """
     settings, model = request.settings, str(request.model)
-    weights = locate(model, weights=False) or model
+    checkpoint = find_checkpoint(model, trust_remote_code=settings.trust_remote_code, weights=False)
     settings = replace(settings, device=pick_device(settings.device).type)
-    size = footprint(weights, settings)
+    size = footprint(checkpoint, settings)
     rows = settings.sequences_per_shard or rows_per_shard(size, settings, settings.max_sequences or ENOUGH_ROWS)
     settings = replace(settings, dtype=size.dtype, sequences_per_shard=rows)
     here = devices_here(settings.device)
@@ -183,16 +183,16 @@ def estimate(request: EstimateRequest) -> Estimate:
         device=devices.kind,
         device_bytes=devices.device_bytes,
         host_bytes=devices.host_bytes,
-        rows=tuple(_row(partition, weights, size, settings, devices, request) for partition in PARTITIONS),
+        rows=tuple(_row(partition, checkpoint, size, settings, devices, request) for partition in PARTITIONS),
         auto=auto,
         auto_why=why,
-        distillation=tuple(distillation_rows(weights, request, settings, devices)) if request.teacher else (),
+        distillation=tuple(distillation_rows(checkpoint, request, settings, devices)) if request.teacher else (),
     )
 
 
 def _row(
     partition: str,
-    weights: Checkpoint | str,
+    checkpoint: Checkpoint,
     size: Footprint,
     settings: Settings,
     devices: Devices,
@@ -206,7 +206,7 @@ def _row(
     for ranks in numbers:
         query = MemoryQuery(
             partition=partition,
-            weights=weights,
+            checkpoint=checkpoint,
             size=size,
             settings=settings,
             ranks=ranks,
@@ -291,7 +291,7 @@ def preview_job(job: JobFile, on_event: OnRunEvent | None = None, **options: Any
                 on_event(RunReading(spec.name))
             try:
                 planned = planner.prepare(spec)
-                size = planner.size(spec, planned.replica_spec.checkpoint, planned.replica_spec.settings)
+                size = size_of(planned.replica_spec.checkpoint, planned.replica_spec.settings)
                 done = (store.run(planned.run.run_id) or {}).get("status") == "done"
                 num_kept = 0 if done else sum(1 for _ in store.each_shard(planned.run.run_id, planned.expected))
             except Exception as error:

@@ -85,13 +85,14 @@ def _unscored_layers(run: Mapping[str, Any], by: str) -> Rows:
     Raises:
         QueryError: the layers are chosen by a score of activations, or are not known without scores.
     """
+    from avss_dist.models.checkpoints import find_checkpoint
     from avss_dist.models.loading import candidate_layers
     from avss_dist.models.size import load_skeleton
 
     if by in FROM_ACTIVATIONS:
         raise QueryError(f"{run['model']} was not scored, and `by` {by} is a score.", "Do: avss score.")
     settings = Settings(layers=settings_of(run).get("layers"))
-    _, model, _ = load_skeleton(run["model"], settings)
+    model, _ = load_skeleton(find_checkpoint(run["model"]), settings)
     lists = candidate_layers(model, settings.layers)
     if len(lists) != 1:
         raise QueryError(f"{run['model']} was not scored, and its layers are not known without it.", "Do: avss score.")

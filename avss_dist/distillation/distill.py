@@ -252,11 +252,7 @@ class DistillTask:
         """Do the part of this process's rank."""
         from avss_dist.runs.ray.worker import resolve_on_node
 
-        code = self.models.settings.trust_remote_code
-        student, teacher = (
-            resolve_on_node(checkpoint, trust_remote_code=code)
-            for checkpoint in (self.models.student, self.models.teacher)
-        )
+        student, teacher = map(resolve_on_node, (self.models.student, self.models.teacher))
         models = replace(self.models, student=student, teacher=teacher)
         if not (self.work / _REQUEST).is_file():
             raise ConfigError(

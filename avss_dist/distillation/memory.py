@@ -53,8 +53,8 @@ class Memory:
 
 
 def estimate_memory(
-    student: Checkpoint | str,
-    teacher: Checkpoint | str,
+    student: Checkpoint,
+    teacher: Checkpoint,
     settings: Settings,
     teacher_settings: Settings,
     *,
@@ -66,7 +66,7 @@ def estimate_memory(
     """Estimate the memory of a distillation on each rank from configurations and headers alone.
 
     Args:
-        student, teacher: checkpoints, or hub ids, of which only headers are fetched.
+        student, teacher: checkpoints, whose weights may be on the hub.
         settings: of the student; ``batch_size`` and ``sequence_length`` are those of a rank's training step.
         teacher_settings: of the teacher, with its compute dtype.
         train, rank: see `choose_trained`.
@@ -75,7 +75,7 @@ def estimate_memory(
     Raises:
         ModelError: a checkpoint cannot be read or built.
     """
-    _, skeleton, _ = load_skeleton(student, settings)
+    skeleton, _ = load_skeleton(student, settings)
     model = choose_trained(deepcopy(skeleton), train, rank)  # it may be shared, and an adapter changes it
     parameters = list(model.parameters())
     trained = sum(p.numel() for p in parameters if p.requires_grad)

@@ -63,9 +63,11 @@ def resolve_pair(request: DistillRequest, kind: str | None = None) -> ModelPair:
     Args:
         kind: kind of the devices of the ranks; by default that of this process's device.
     """
-    code = request.settings.trust_remote_code
-    student, teacher = (resolve(str(name), trust_remote_code=code) for name in (request.student, request.teacher))
-    configs = [text_config(checkpoint, trust_remote_code=code) for checkpoint in (student, teacher)]
+    student, teacher = (
+        resolve(str(name), trust_remote_code=request.settings.trust_remote_code)
+        for name in (request.student, request.teacher)
+    )
+    configs = [text_config(checkpoint) for checkpoint in (student, teacher)]
     for checkpoint, config in zip((student, teacher), configs, strict=True):
         require_head(checkpoint.name, config)
     if student.gguf or quantization_method(configs[0]):
@@ -76,7 +78,7 @@ def resolve_pair(request: DistillRequest, kind: str | None = None) -> ModelPair:
     if request.train == LORA:
         require_package("peft", "`train` lora")
     sizes = [config.get_text_config().vocab_size for config in configs]
-    words = [load_tokenizer(checkpoint, trust_remote_code=code).get_vocab() for checkpoint in (student, teacher)]
+    words = [load_tokenizer(checkpoint).get_vocab() for checkpoint in (student, teacher)]
     if words[0] != words[1] or sizes[0] != sizes[1]:  # a token has not the same meaning or place among the logits
         differing = len(set(words[0].items()) ^ set(words[1].items()))
         raise ConfigError(

@@ -182,8 +182,7 @@ def as_examples(batch: Batch) -> Example:
 def read_texts(request: DistillRequest, models: ModelPair, work: Path, on_event: OnEvent) -> list[DistillText]:
     """Read all texts: those to train on, the teacher's own, and those to watch."""
     on_event(Preparing("reading"))
-    code = request.settings.trust_remote_code
-    tokenizer = load_tokenizer(models.student, trust_remote_code=code)
+    tokenizer = load_tokenizer(models.student)
     weighted = [split_weight(corpus) for corpus in request.corpora]
     weights = {str(corpus): weight for corpus, weight in weighted}
     if len(weights) < len(weighted):

@@ -296,7 +296,7 @@ def _sharding_options(request: DistillRequest, models: ModelPair) -> AbstractCon
         return nullcontext({})
     from avss_dist.partition.sharded import trainer_options
 
-    _, skeleton, _ = load_skeleton(models.student, models.settings)
+    skeleton, _ = load_skeleton(models.student, models.settings)
     return trainer_options(
         request.sharding,
         models.device.type,

@@ -177,7 +177,7 @@ def ablate(request: AblateRequest) -> Ablation:
 
 def _require_intended(request: AblateRequest, model: PlacedModel, text: CorpusPlan) -> None:
     """Refuse more than `MOST_PASSES` forward passes unless ``allow_many`` is set."""
-    config = text_config(model.checkpoint, trust_remote_code=model.settings.trust_remote_code).get_text_config()
+    config = text_config(model.checkpoint).get_text_config()
     layers = getattr(config, "num_hidden_layers", None) or 1
     batches = text.num_batches(model.settings.batch_size)
     rounded = len(request.formats) * request.rounded_layers

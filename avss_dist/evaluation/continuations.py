@@ -68,7 +68,7 @@ def continue_prompts(
         session.run(planned.cells(variants.values()))
     except ModelError as error:
         return [], [f"No text was continued. {error.message}"]
-    tokenizer = load_tokenizer(model.checkpoint, trust_remote_code=model.settings.trust_remote_code)
+    tokenizer = load_tokenizer(model.checkpoint)
     continuations = []
     for variant, intervention in variants.items():
         samples = {

@@ -140,7 +140,7 @@ def evaluate(request: EvaluateRequest) -> Evaluations:
     settings = request.settings
     tasks = [RedactedURI(task) for task in request.tasks]
     subjects = _read_subjects(request.subjects, request.sparse, settings)
-    subjects, missing_bases = _with_bases(subjects, request.base, trust_remote_code=settings.trust_remote_code)
+    subjects, missing_bases = _with_bases(subjects, request.base)
     checkpoints = {c.revision: c for subject in subjects for c in (subject.checkpoint, subject.base) if c}
     with EvaluationSession.open(request.warehouse, settings, request.execution, request.on_event) as session:
         models = [session.place(checkpoint, settings) for checkpoint in checkpoints.values()]
@@ -376,14 +376,12 @@ def _require_same_layers(
 def _layer_lists(checkpoint: Checkpoint, settings: Settings) -> dict[str, nn.ModuleList]:
     """Return the module lists that may be a checkpoint's layers, without weights, by path, if it is built."""
     with suppress(ModelError):
-        _, model, _ = load_skeleton(checkpoint, settings)
+        model, _ = load_skeleton(checkpoint, settings)
         return candidate_layers(model, settings.layers)
     return {}
 
 
-def _with_bases(
-    subjects: Sequence[Subject], base: str | Path | None, *, trust_remote_code: bool
-) -> tuple[list[Subject], list[str]]:
+def _with_bases(subjects: Sequence[Subject], base: str | Path | None) -> tuple[list[Subject], list[str]]:
     """Return subjects with the base models of those that are checkpoints, and findings on missing base models.
 
     Args:
@@ -395,12 +393,8 @@ def _with_bases(
     """
     if base is not None and all(subject.intervention for subject in subjects):
         raise ConfigError("`base` has no effect on plans, which name their own models.", "Leave it out.")
-    common = None if base is None else resolve(str(base), trust_remote_code=trust_remote_code)
-    bases = {
-        subject: common or _base_of(subject, trust_remote_code=trust_remote_code)
-        for subject in subjects
-        if not subject.intervention
-    }
+    common = None if base is None else resolve(str(base), trust_remote_code=subjects[0].checkpoint.trust_remote_code)
+    bases = {subject: common or _base_of(subject) for subject in subjects if not subject.intervention}
     different = {
         subject: model
         for subject, model in bases.items()
@@ -410,7 +404,7 @@ def _with_bases(
     return [replace(subject, base=different.get(subject)) for subject in subjects], findings
 
 
-def _base_of(subject: Subject, *, trust_remote_code: bool) -> Checkpoint | str | None:
+def _base_of(subject: Subject) -> Checkpoint | str | None:
     """Return the base model that a pruned checkpoint's card names, or a finding if it is missing.
 
     Returns:
@@ -423,7 +417,9 @@ def _base_of(subject: Subject, *, trust_remote_code: bool) -> Checkpoint | str |
     sibling = folder.parent / name
     hint = f"name it with `base` to see what {subject.label} keeps."
     try:
-        base = resolve(str(sibling) if sibling.is_dir() else name, trust_remote_code=trust_remote_code)
+        base = resolve(
+            str(sibling) if sibling.is_dir() else name, trust_remote_code=subject.checkpoint.trust_remote_code
+        )
     except AvssError:
         return f"{name}, the base model of {subject.label}, is not found: {hint}"
     if base.revision != revision:

@@ -268,7 +268,7 @@ def run_experiment(job: JobFile, request: RunJobRequest) -> tuple[list[Run], lis
     name, written = fingerprint(**numbers | {"tasks": tasks})[:20], []
     for trial, evaluated in zip(trials, candidates, strict=True):
         run_id, checkpoint = trial.run.run_id, trial.model.checkpoint
-        config = text_config(checkpoint, trust_remote_code=trial.model.settings.trust_remote_code).get_text_config()
+        config = text_config(checkpoint).get_text_config()
         guess = float(np.log(config.vocab_size)) if getattr(config, "vocab_size", None) else None
         rows = [
             {"task": task, "created_at": datetime.now(UTC), **row}

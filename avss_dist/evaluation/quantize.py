@@ -174,13 +174,14 @@ def _named(plan: PrecisionPlan, library: str, program: str, examples: str) -> li
         ModelError: the model cannot be found or built.
         PlanError: a format is of another library than the program's, or the model lacks a map.
     """
+    from avss_dist.models.checkpoints import find_checkpoint
     from avss_dist.models.size import find_layers, load_skeleton
 
     if foreign := sorted({e.format for e in plan.rounded if FORMATS[e.format].module != library}):
         raise PlanError(
             f"{program} does not have {', '.join(foreign)}.", f"Choose from its own formats, such as {examples}."
         )
-    _, model, _ = load_skeleton(plan.model, Settings())
+    model, _ = load_skeleton(find_checkpoint(plan.model), Settings())
     names = {id(module): name for name, module in model.named_modules()}
     layers = find_layers(model, Settings())
     entries = []

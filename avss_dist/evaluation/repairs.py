@@ -234,7 +234,7 @@ def fit_plan(request: PruneRequest, plan: Plan, repair: Repair) -> Repaired:
     require_prunable(checkpoint, plan, settings)
     layers: str | None = plan.layers
     with suppress(ModelError):
-        _, module, _ = load_skeleton(checkpoint, settings)
+        module, _ = load_skeleton(checkpoint, settings)
         if [*layer_lists(without_head(module), plan.num_layers)] == [plan.layers]:
             layers = None  # it is found automatically, as in runs without a path
     settings = replace(settings, layers=layers)

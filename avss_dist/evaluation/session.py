@@ -157,7 +157,7 @@ class EvaluationSession:
             ConfigError: the requirements of the partition are not met.
             ModelError: the checkpoint has no head, or cannot read such rows.
         """
-        config = text_config(checkpoint, trust_remote_code=settings.trust_remote_code)
+        config = text_config(checkpoint)
         require_head(checkpoint.name, config)
         fixed = pin(settings, checkpoint, config, self.executor.devices.kind)
         placement = place(checkpoint, fixed, execution or self.execution, self.executor.devices, head=True)

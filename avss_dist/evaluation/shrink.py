@@ -206,7 +206,7 @@ def shrink(request: ShrinkRequest) -> Shrunk:
     if request.repair != NO_REPAIR:
         require_changeable(request.execution.partition)
     checkpoint = resolve(str(request.model), trust_remote_code=settings.trust_remote_code)
-    require_head(checkpoint.name, text_config(checkpoint, trust_remote_code=settings.trust_remote_code))
+    require_head(checkpoint.name, text_config(checkpoint))
     require_copyable(checkpoint)
     if request.distill_tokens is not None:
         require_distillable(request, checkpoint)

@@ -47,21 +47,18 @@ def plan_task(
     if name.startswith(TRUTHFULQA):
         questions = slice(skip_questions, None if limit is None else skip_questions + limit)
         path = RedactedURI(name).full.removeprefix(TRUTHFULQA)
-        tokenizer = load_tokenizer(model.checkpoint, trust_remote_code=settings.trust_remote_code)
+        tokenizer = load_tokenizer(model.checkpoint)
         choices = tuple(map(TruthfulChoices, tokenize_choices(path, tokenizer, settings, questions)))
         return model.plan(Task(name=f"{TRUTHFULQA}{RedactedURI(path)}", parts=choices))
     from avss_dist.tasks.harness import harness_task
 
-    code = settings.trust_remote_code
     return model.plan(
         harness_task(
             name,
             limit=limit,
             num_fewshot=num_fewshot,
-            template=chat_template(load_tokenizer(model.checkpoint, trust_remote_code=code))
-            if settings.chat_template
-            else None,
-            trust_remote_code=code,
+            template=chat_template(load_tokenizer(model.checkpoint)) if settings.chat_template else None,
+            trust_remote_code=settings.trust_remote_code,
         )
     )
 
@@ -72,7 +69,7 @@ def plan_text(checkpoint: Checkpoint, corpus: str, settings: Settings) -> Corpus
     Raises:
         CorpusError: the corpus cannot be read, is too short, or has no token to predict.
     """
-    text = tokenize_corpus(corpus, load_tokenizer(checkpoint, trust_remote_code=settings.trust_remote_code), settings)
+    text = tokenize_corpus(corpus, load_tokenizer(checkpoint), settings)
     if max(int(shard.lengths.max()) for shard in text.shards) <= max(1, settings.skip_first_tokens):
         raise CorpusError(
             f"No row of {RedactedURI(corpus)} has a token that is predicted from others before it and counts.",
@@ -98,7 +95,7 @@ def plan_text_task(
 
 def row_start_task(planned: PlannedTask) -> PlannedTask | None:
     """Return the task of comparing two starts of the first rows of a text, or None if rows have only one."""
-    tokenizer = load_tokenizer(planned.checkpoint, trust_remote_code=planned.settings.trust_remote_code)
+    tokenizer = load_tokenizer(planned.checkpoint)
     first = _shards(planned.task, TextLoss)[0]
     if (shards := with_other_start(first, tokenizer, planned.settings, COMPARED_ROWS)) is None:
         return None
@@ -266,7 +263,7 @@ def refuse_overlaps(
     Raises:
         ConfigError: see `refuse_overlap`.
     """
-    load = cache(partial(load_tokenizer, model.checkpoint, trust_remote_code=model.settings.trust_remote_code))
+    load = cache(partial(load_tokenizer, model.checkpoint))
     fitted = [
         SeenText(
             use=f"{use} ({text.source})",

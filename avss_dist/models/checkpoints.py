@@ -8,7 +8,7 @@ import pickle
 import re
 import shutil
 import zipfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
@@ -51,6 +51,7 @@ class Checkpoint:
         path: the local folder, or the ``.gguf`` file.
         revision: the hub's commit, or the SHA-256 of the files that are read.
         revision_name: the branch or tag of a hub id, as the user wrote it.
+        trust_remote_code: whether Python code that the checkpoint ships may run.
     """
 
     name: str
@@ -58,6 +59,7 @@ class Checkpoint:
     path: str
     revision: str
     revision_name: str = ""
+    trust_remote_code: bool = False
 
     @property
     def slug(self) -> str:
@@ -88,7 +90,7 @@ def slug(name: str) -> str:
     return f"{text[:SLUG_PREFIX]}-{hashlib.sha256(name.encode(errors='surrogatepass')).hexdigest()[:16]}"
 
 
-def resolve(spec: str, *, trust_remote_code: bool = False) -> Checkpoint:
+def resolve(spec: str, *, trust_remote_code: bool = False, weights: bool = True) -> Checkpoint:
     """Find a checkpoint's files and pin their content.
 
     Files of a hub id are downloaded: safetensors, config and tokenizer only.
@@ -96,19 +98,20 @@ def resolve(spec: str, *, trust_remote_code: bool = False) -> Checkpoint:
     Args:
         spec: ``org/name``, ``org/name@revision``, a folder, or a ``.gguf`` file.
         trust_remote_code: also fetch the Python files that a hub checkpoint ships.
+        weights: download the weights of a hub id, too.
 
     Raises:
         ModelError: the checkpoint does not exist or cannot be opened; the message says what to do.
     """
-    local = locate(spec)
-    code = ["*.py"] if trust_remote_code else []
+    local = locate(spec, trust_remote_code=trust_remote_code)
     if local is None:
-        fetched = fetch_files(spec, [*_FETCHED, WEIGHTS, *code])
-        if not weight_files(fetched.folder) and (converted := converted_folder(fetched.folder)):
+        fetched = fetch_files(spec, [*_FETCHED, *([WEIGHTS] if weights else [])], trust_remote_code=trust_remote_code)
+        if weights and not weight_files(fetched.folder) and (converted := converted_folder(fetched.folder)):
             fetched = replace(fetched, path=str(converted))
-        _check_folder(fetched.folder, spec)
+        if weights:
+            _check_folder(fetched.folder, spec)
         return fetched
-    suffixes = {*_READ, *(name.removeprefix("*") for name in code)}
+    suffixes = {*_READ, *([".py"] if trust_remote_code else [])}
     path = Path(local.path)
     if not path.is_dir():
         return replace(local, revision=content_hash(path.parent, [path]))
@@ -116,7 +119,20 @@ def resolve(spec: str, *, trust_remote_code: bool = False) -> Checkpoint:
     return replace(local, revision=content_hash(path, {*files, *weight_files(path)}))
 
 
-def locate(spec: str, *, weights: bool = True) -> Checkpoint | None:
+def find_checkpoint(spec: str, *, trust_remote_code: bool = False, weights: bool = True) -> Checkpoint:
+    """Return a checkpoint of which only configuration and headers are read. Of a hub id, only these are fetched.
+
+    Args: see `resolve` and `locate`.
+
+    Raises:
+        ModelError: the checkpoint does not exist or cannot be opened.
+    """
+    return locate(spec, trust_remote_code=trust_remote_code, weights=weights) or fetch_files(
+        spec, ["config.json"], trust_remote_code=trust_remote_code
+    )
+
+
+def locate(spec: str, *, trust_remote_code: bool = False, weights: bool = True) -> Checkpoint | None:
     """Return a checkpoint on this machine with an empty revision, or None if ``spec`` is a hub id.
 
     Args:
@@ -130,11 +146,15 @@ def locate(spec: str, *, weights: bool = True) -> Checkpoint | None:
         if not path.is_file():
             raise ModelError(f"There is no file '{spec}'.", "Check the path of the .gguf file.")
         require_package("gguf", f"'{spec}'")
-        return Checkpoint(name=spec, source="gguf", path=str(path.resolve()), revision="")
+        return Checkpoint(
+            name=spec, source="gguf", path=str(path.resolve()), revision="", trust_remote_code=trust_remote_code
+        )
     if path.is_dir():
         path = path if weight_files(path) else converted_folder(path) or path
         _check_folder(path, spec, weights=weights)
-        return Checkpoint(name=spec, source="folder", path=str(path.resolve()), revision="")
+        return Checkpoint(
+            name=spec, source="folder", path=str(path.resolve()), revision="", trust_remote_code=trust_remote_code
+        )
     if path.exists():
         raise ModelError(
             f"'{spec}' is a file.", "Name the checkpoint's folder, a .gguf file, or a hub id like org/name."
@@ -194,8 +214,8 @@ def _convert_file(file: Path, target: Path) -> None:
     save_file(contiguous, target, {"format": "pt"})
 
 
-def fetch_files(spec: str, patterns: list[str]) -> Checkpoint:
-    """Download the files of a hub checkpoint whose names match patterns.
+def fetch_files(spec: str, patterns: list[str], *, trust_remote_code: bool = False) -> Checkpoint:
+    """Download the files of a hub checkpoint whose names match patterns, and its Python files if they are trusted.
 
     Raises:
         ModelError: the checkpoint does not exist, or the hub cannot be reached.
@@ -204,8 +224,16 @@ def fetch_files(spec: str, patterns: list[str]) -> Checkpoint:
 
     name, _, revision = spec.partition("@")
     with explain_hub_errors(spec):
-        folder = snapshot_download(name, revision=revision or None, allow_patterns=patterns)
-    return Checkpoint(name=name, source="hub", path=folder, revision=Path(folder).name, revision_name=revision)
+        allowed = [*patterns, *(["*.py"] if trust_remote_code else [])]
+        folder = snapshot_download(name, revision=revision or None, allow_patterns=allowed)
+    return Checkpoint(
+        name=name,
+        source="hub",
+        path=folder,
+        revision=Path(folder).name,
+        revision_name=revision,
+        trust_remote_code=trust_remote_code,
+    )
 
 
 @contextmanager
@@ -263,39 +291,40 @@ def read_config(folder: Path, spec: str) -> dict[str, Any]:
     return config
 
 
-def stored_tensors(checkpoint: Checkpoint) -> Iterator[TensorInfo]:
-    """Yield the tensors of the weight files that transformers loads.
+def stored_tensors(checkpoint: Checkpoint) -> Sequence[TensorInfo]:
+    """Return the tensors of the weight files that transformers loads. Headers that are not here come from the hub.
 
     Raises:
-        ModelError: a file has no valid header.
+        ModelError: a file has no valid header, or the hub cannot be reached.
     """
     if checkpoint.gguf:
-        for tensor in read_gguf(checkpoint).tensors:
-            yield TensorInfo(tensor.name, tensor.tensor_type.name, int(tensor.n_bytes))
-        return
-    for file in weight_files(checkpoint.folder):
-        yield from tensors_of(file)
+        tensors = read_gguf(checkpoint).tensors
+        return [TensorInfo(tensor.name, tensor.tensor_type.name, int(tensor.n_bytes)) for tensor in tensors]
+    files = weight_files(checkpoint.folder)
+    if checkpoint.source == "hub" and not (files and all(file.is_file() for file in files)):
+        return _hub_tensors(checkpoint)
+    return [tensor for file in files for tensor in tensors_of(file)]
 
 
-def hub_tensors(spec: str, checkpoint: Checkpoint) -> Iterator[TensorInfo]:
-    """Yield the tensors of a checkpoint on the hub, without downloading its weights.
-
-    Args:
-        spec: the hub id as the user wrote it, for messages.
+def _hub_tensors(checkpoint: Checkpoint) -> Sequence[TensorInfo]:
+    """Return the tensors of a checkpoint on the hub, without downloading its weights.
 
     Raises:
         ModelError: the checkpoint has no weights with a header, or the hub cannot be reached.
     """
     from huggingface_hub import errors, get_safetensors_metadata
 
+    spec = "@".join(filter(None, (checkpoint.name, checkpoint.revision_name)))
     with explain_hub_errors(spec):
         try:
             metadata = get_safetensors_metadata(checkpoint.name, revision=checkpoint.revision)
         except (errors.NotASafetensorsRepoError, errors.SafetensorsParsingError) as error:
             raise ModelError(f"'{spec}' has no weights (*.safetensors) with a header: {error}") from error
-    for file in metadata.files_metadata.values():
-        for name, tensor in file.tensors.items():
-            yield TensorInfo(name, tensor.dtype, tensor.data_offsets[1] - tensor.data_offsets[0])
+    return [
+        TensorInfo(name, tensor.dtype, tensor.data_offsets[1] - tensor.data_offsets[0])
+        for file in metadata.files_metadata.values()
+        for name, tensor in file.tensors.items()
+    ]
 
 
 def read_gguf(checkpoint: Checkpoint) -> Any:

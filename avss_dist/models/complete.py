@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import Any
 
 from torch import nn
@@ -11,7 +11,7 @@ from torch import nn
 from avss_dist.core.errors import ModelError, first_names
 from avss_dist.models.checkpoints import Checkpoint, read_config, stored_tensors
 from avss_dist.models.layers import layer_lists
-from avss_dist.models.safetensors import DTYPES, TensorInfo
+from avss_dist.models.safetensors import DTYPES
 
 ALWAYS_BUILT = 200  # layers: so many are built without a look at the files
 MAX_SHARED = 100  # layers beside those with weights of their own: ALBERT, for one, has one block that it runs 12 times
@@ -20,14 +20,12 @@ _PACKED = re.compile(r"_(packed|blocks)$")  # endings of the names of quantized 
 _AFTER_LAYERS = re.compile(r"(^|\.)pooler\.")  # of encoders: many files lack it, and no layer sees it
 
 
-def require_layers(
-    checkpoint: Checkpoint, config: Mapping[str, Any], tensors: Callable[[], Iterable[TensorInfo]]
-) -> None:
+def require_layers(checkpoint: Checkpoint, config: Mapping[str, Any]) -> None:
     """Refuse a configuration of far more layers than the files have, before anything of that size is built.
 
     Args:
         config: the checkpoint's ``config.json``, or transformers' translation of the metadata of its ``.gguf`` file.
-        tensors: returns the tensors in the headers of its weight files; called only if the layer count is unusual.
+            Headers of weight files are read only if its layer count is unusual.
 
     Raises:
         ModelError: the configuration has too many layers for these files.
@@ -35,7 +33,7 @@ def require_layers(
     field, number = max(_layer_counts(config), key=lambda count: count[1], default=("", 0))
     if number <= ALWAYS_BUILT:
         return
-    stored = len({part for tensor in tensors() for part in tensor.name.split(".") if part.isdigit()})
+    stored = len({part for tensor in stored_tensors(checkpoint) for part in tensor.name.split(".") if part.isdigit()})
     if number > stored + MAX_SHARED:
         where, correct = ("metadata", "") if checkpoint.gguf else ("config.json", ", or correct its config.json")
         raise ModelError(

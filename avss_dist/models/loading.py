@@ -8,9 +8,10 @@ import logging
 import os
 import re
 import struct
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -20,7 +21,7 @@ from torch import nn
 
 from avss_dist.core.errors import ModelError, first_line
 from avss_dist.core.settings import DTYPES, Settings
-from avss_dist.models.checkpoints import Checkpoint, hub_tensors, read_config, stored_tensors
+from avss_dist.models.checkpoints import Checkpoint, read_config, stored_tensors
 from avss_dist.models.complete import require_complete, require_layers
 from avss_dist.models.layers import Layer, count_parameters, layer_lists
 from avss_dist.models.quantization import (
@@ -28,7 +29,7 @@ from avss_dist.models.quantization import (
     quantization_settings,
     with_quantization,
 )
-from avss_dist.models.safetensors import TensorInfo, floating_dtype, weight_files
+from avss_dist.models.safetensors import TensorInfo, floating_dtype
 from avss_dist.models.structure import find_structure
 
 Forward = Callable[[torch.Tensor, torch.Tensor | None], Any]  # of (token ids, attention mask or None)
@@ -41,7 +42,7 @@ _REFUSALS: tuple[type[Exception], ...] = (  # what libraries raise over a bad ch
 _CAUSAL = re.compile(r"(ForCausalLM|LMHeadModel|DoubleHeadsModel)$")
 
 
-def load_tokenizer(checkpoint: Checkpoint, *, trust_remote_code: bool = False) -> Any:
+def load_tokenizer(checkpoint: Checkpoint) -> Any:
     """Load the checkpoint's tokenizer.
 
     Raises:
@@ -54,7 +55,7 @@ def load_tokenizer(checkpoint: Checkpoint, *, trust_remote_code: bool = False) -
     with quiet():
         try:
             tokenizer = AutoTokenizer.from_pretrained(
-                checkpoint.folder, trust_remote_code=trust_remote_code, **checkpoint.gguf
+                checkpoint.folder, trust_remote_code=checkpoint.trust_remote_code, **checkpoint.gguf
             )
             if len(tokenizer):
                 return tokenizer
@@ -77,31 +78,26 @@ def _first_line(error: BaseException) -> str:
     return first_line(error)
 
 
-def text_config(
-    checkpoint: Checkpoint, *, trust_remote_code: bool = False, tensors: Iterable[TensorInfo] | None = None
-) -> Any:
+def text_config(checkpoint: Checkpoint, folder: Path | None = None) -> Any:
     """Load the checkpoint's configuration.
 
     Args:
-        tensors: tensors of the weight files; None reads their headers if they are needed.
+        folder: folder of another ``config.json`` for its weights.
 
     Raises:
         ModelError: transformers does not know the architecture, or it has far more layers than the files.
     """
     from transformers import AutoConfig, PreTrainedConfig
 
-    def headers() -> Iterable[TensorInfo]:
-        return stored_tensors(checkpoint) if tensors is None else tensors
-
+    folder = folder or checkpoint.folder
     with quiet():
         try:
             if checkpoint.gguf:
-                values, _ = PreTrainedConfig.get_config_dict(checkpoint.folder, **checkpoint.gguf)
-                require_layers(checkpoint, values, headers)
+                values, _ = PreTrainedConfig.get_config_dict(folder, **checkpoint.gguf)
+                require_layers(checkpoint, values)
                 return AutoConfig.for_model(**values)
-            if tensors is not None or weight_files(checkpoint.folder):  # a hub's may not be here
-                require_layers(checkpoint, read_config(checkpoint.folder, checkpoint.name), headers)
-            return AutoConfig.from_pretrained(checkpoint.folder, trust_remote_code=trust_remote_code)
+            require_layers(checkpoint, read_config(folder, checkpoint.name))
+            return AutoConfig.from_pretrained(folder, trust_remote_code=checkpoint.trust_remote_code)
         except _REFUSALS as error:
             raise ModelError(
                 f"The configuration of '{checkpoint.name}' cannot be read: {_first_line(error)}",
@@ -170,7 +166,7 @@ def load_model(checkpoint: Checkpoint, settings: Settings, *, head: bool = False
     """
     import transformers
 
-    config = text_config(checkpoint, trust_remote_code=settings.trust_remote_code)
+    config = text_config(checkpoint)
     options = _options(settings)
     with quiet(), _explain_errors(checkpoint):
         if not checkpoint.gguf:
@@ -199,7 +195,7 @@ def build_model(
     Raises:
         ModelError: the model cannot be built of them; the message names the reason.
     """
-    config = text_config(checkpoint, trust_remote_code=settings.trust_remote_code)
+    config = text_config(checkpoint)
     empty = skeleton(copy.deepcopy(config), settings, torch.float32)  # which changes the configuration
     with quiet(), _explain_errors(checkpoint):
         config = with_quantization(checkpoint, config, settings, {})
@@ -446,12 +442,11 @@ def predictor(model: Any) -> Any:
     return next((child for child in towers if head is not None and child.get_output_embeddings() is head), model)
 
 
-def pin(settings: Settings, checkpoint: Checkpoint, config: Any, device: str, *, spec: str | None = None) -> Settings:
+def pin(settings: Settings, checkpoint: Checkpoint, config: Any, device: str) -> Settings:
     """Return settings in which every ``auto`` that can change a number is resolved.
 
     Args:
         config: from `text_config`.
-        spec: the hub id as the user wrote it, if the weights may not be on this machine.
 
     Raises:
         ModelError: ``sequence_length`` exceeds the model's maximum, or the weight files have no header.
@@ -464,13 +459,12 @@ def pin(settings: Settings, checkpoint: Checkpoint, config: Any, device: str, *,
             "`sequence_length`.",
             f"Make `sequence_length` {longest} or less.",
         )
-    tensors = hub_tensors(spec, checkpoint) if spec and not weight_files(checkpoint.folder) else None
-    dtype = str(compute_dtype(checkpoint, config, settings, tensors)).removeprefix("torch.")
+    dtype = str(compute_dtype(checkpoint, config, settings)).removeprefix("torch.")
     return replace(settings, device=device, dtype=dtype if dtype in DTYPES else settings.dtype)
 
 
 def compute_dtype(
-    checkpoint: Checkpoint, config: Any, settings: Settings, tensors: Iterable[TensorInfo] | None = None
+    checkpoint: Checkpoint, config: Any, settings: Settings, tensors: Sequence[TensorInfo] | None = None
 ) -> torch.dtype:
     """Return the compute dtype: that of the settings, else of the configuration, else of the weight files.
 
@@ -495,7 +489,7 @@ def compute_dtype(
         return dtype
     if checkpoint.gguf:
         return torch.float32  # which transformers unpacks it to
-    stored = list(stored_tensors(checkpoint) if tensors is None else tensors)
+    stored = stored_tensors(checkpoint) if tensors is None else tensors
     return floating_dtype(stored) if stored or not quantization_settings(config) else torch.bfloat16
 
 

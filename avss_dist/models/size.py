@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import copy
 import re
-from collections.abc import Callable, Collection, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
@@ -21,7 +21,7 @@ from torch import nn
 from avss_dist.core.errors import ModelError
 from avss_dist.core.process import bound
 from avss_dist.core.settings import Settings
-from avss_dist.models.checkpoints import Checkpoint, fetch_files, hub_tensors, locate, stored_tensors
+from avss_dist.models.checkpoints import Checkpoint, find_checkpoint, stored_tensors
 from avss_dist.models.head import LOGIT_BYTES
 from avss_dist.models.loading import candidate_layers, compute_dtype, skeleton, text_config, without_head
 from avss_dist.models.quantization import can_unpack, packed, quantization_method, unpacking_bytes
@@ -123,7 +123,12 @@ def footprint(checkpoint: Checkpoint | str, settings: Settings) -> Footprint:
     Raises:
         ModelError: the checkpoint does not exist, or cannot be read or built.
     """
-    resolved, model, tensors = load_skeleton(checkpoint, settings)
+    resolved = (
+        find_checkpoint(checkpoint, trust_remote_code=settings.trust_remote_code)
+        if isinstance(checkpoint, str)
+        else checkpoint
+    )
+    model, tensors = load_skeleton(resolved, settings)
     loaded = stored_skeleton(resolved, model, settings)
     text, method = model.config.get_text_config(), quantization_method(model.config)
     dtype = compute_dtype(resolved, model.config, settings, tensors)
@@ -212,27 +217,16 @@ def _packed_share(checkpoint: Checkpoint, model: Any, layers: nn.ModuleList, set
     return _bytes(find_layers(smaller, settings)) / _bytes(layers)
 
 
-def load_skeleton(checkpoint: Checkpoint | str, settings: Settings) -> tuple[Checkpoint, Any, list[TensorInfo]]:
-    """Return a checkpoint, its model on the meta device in the compute dtype, and the tensors that its headers list.
-
-    Args:
-        checkpoint: see `footprint`.
+def load_skeleton(checkpoint: Checkpoint, settings: Settings) -> tuple[Any, Sequence[TensorInfo]]:
+    """Return a checkpoint's model on the meta device in the compute dtype, and the tensors that its headers list.
 
     Raises:
         ModelError: see `footprint`.
     """
 
-    def build() -> tuple[Checkpoint, Any, list[TensorInfo]]:
-        code = settings.trust_remote_code
-        resolved = locate(checkpoint) if isinstance(checkpoint, str) else checkpoint
-        if resolved is None:  # on the hub
-            spec = str(checkpoint)
-            resolved = fetch_files(spec, ["config.json", *(["*.py"] if code else [])])
-            tensors = list(hub_tensors(spec, resolved))
-        else:
-            tensors = list(stored_tensors(resolved))
-        config = text_config(resolved, trust_remote_code=code, tensors=None if resolved.gguf else tensors)
-        return resolved, skeleton(config, settings, compute_dtype(resolved, config, settings, tensors)), tensors
+    def build() -> tuple[Any, Sequence[TensorInfo]]:
+        tensors, config = stored_tensors(checkpoint), text_config(checkpoint)
+        return skeleton(config, settings, compute_dtype(checkpoint, config, settings, tensors)), tensors
 
     return _shared(("skeleton", checkpoint, settings), build)
 

@@ -19,7 +19,7 @@ from avss_dist.partition.splitting import version_obstacle
 
 @sharing_skeletons()
 def place(
-    checkpoint: Checkpoint | str, settings: Settings, execution: Execution, devices: Devices, *, head: bool = False
+    checkpoint: Checkpoint, settings: Settings, execution: Execution, devices: Devices, *, head: bool = False
 ) -> Placement:
     """Return the placement of a checkpoint. Its headers are read if the choice depends on its size."""
     size = size_of(checkpoint, settings) if needs_size(execution) else None
@@ -29,7 +29,7 @@ def place(
 
 
 @sharing_skeletons()
-def require_ranks(checkpoint: Checkpoint | str, settings: Settings, placement: Placement) -> None:
+def require_ranks(checkpoint: Checkpoint, settings: Settings, placement: Placement) -> None:
     """Refuse a model that the ranks of a placement cannot divide, before they start.
 
     Raises:
@@ -39,7 +39,7 @@ def require_ranks(checkpoint: Checkpoint | str, settings: Settings, placement: P
         replica_class(placement.partition).require_ranks(placement.partition, checkpoint, settings, placement.ranks)
 
 
-def size_of(checkpoint: Checkpoint | str, settings: Settings) -> Footprint | None:
+def size_of(checkpoint: Checkpoint, settings: Settings) -> Footprint | None:
     """Return a checkpoint's size, or None if it cannot be determined."""
     with suppress(ModelError):  # what cannot be sized is opened as `single`, which says what is wrong with it
         return footprint(checkpoint, settings)

@@ -61,7 +61,7 @@ class DeviceMapReplica(Replica):
             name if name == "cpu" else int(name): max(0, limit - beside.get(name, batch))
             for name, limit in query.max_memory.items()
         }
-        held, on_disk = spread(query.weights, query.settings, limits)
+        held, on_disk = spread(query.checkpoint, query.settings, limits)
         on_host, layer = held.get("cpu", 0), max(size.layer_bytes)
         why = f"{on_disk} of {size.num_layers} layers on disk, read for every batch" if on_disk else "all in memory"
         if not query.on_gpu:
@@ -75,10 +75,10 @@ class DeviceMapReplica(Replica):
         return query.usage(max(on_gpus.values()), why, host_weights=on_host, gpus=max(1, number))
 
     def _open(self, checkpoint: Checkpoint, settings: Settings, placement: Placement, *, head: bool) -> Backbone:
-        resolved, model, tensors = load_skeleton(checkpoint, settings)
+        model, tensors = load_skeleton(checkpoint, settings)
         stored = [tensor.name for tensor in tensors]
         limits = memory_limits(self.device, checkpoint, settings, placement)
-        self.device_map = plan_map(stored_skeleton(resolved, model, settings), stored, limits, settings)
+        self.device_map = plan_map(stored_skeleton(checkpoint, model, settings), stored, limits, settings)
         on_disk = [p for name, p in model.named_parameters() if _place(name, self.device_map)[1] == "disk"]
         if checkpoint.gguf and on_disk:  # transformers unpacks the file into memory
             raise ConfigError(
@@ -174,7 +174,7 @@ def plan_map(model: Any, stored: Iterable[str], limits: Mapping[Device, int], se
 
 
 def spread(
-    checkpoint: Checkpoint | str, settings: Settings, limits: Mapping[Device, int]
+    checkpoint: Checkpoint, settings: Settings, limits: Mapping[Device, int]
 ) -> tuple[Mapping[Device, int], int]:
     """Distribute weights by `plan_map`, from headers alone. See it for ``limits``.
 
@@ -182,8 +182,8 @@ def spread(
         Bytes of weights by device, which is a GPU's index, ``cpu`` or ``disk``, and the number of layers with a weight
         on disk.
     """
-    resolved, skeleton, tensors = load_skeleton(checkpoint, settings)
-    model = stored_skeleton(resolved, skeleton, settings)
+    skeleton, tensors = load_skeleton(checkpoint, settings)
+    model = stored_skeleton(checkpoint, skeleton, settings)
     device_map = plan_map(model, [tensor.name for tensor in tensors], limits, settings)
     places: dict[nn.Parameter, Any] = {p: _place(name, device_map)[1] for name, p in model.named_parameters()}
     held: Counter[Device] = Counter()

@@ -122,7 +122,7 @@ class MemoryQuery:
 
     Attributes:
         partition: name of the partition.
-        weights: checkpoint with the headers of the weights, or its hub id.
+        checkpoint: checkpoint, whose weights may be on the hub.
         size: size of the model, with weights that stay quantized if the settings leave them so.
         settings: pinned settings, without ``auto``, and with the rows of a shard.
         ranks: processes of one replica.
@@ -131,7 +131,7 @@ class MemoryQuery:
     """
 
     partition: str
-    weights: Checkpoint | str
+    checkpoint: Checkpoint
     size: Footprint
     settings: Settings
     ranks: int
@@ -251,7 +251,7 @@ class Replica:
         return 0
 
     @staticmethod
-    def require_ranks(partition: str, weights: Checkpoint | str, settings: Settings, ranks: int) -> None:
+    def require_ranks(partition: str, checkpoint: Checkpoint, settings: Settings, ranks: int) -> None:
         """Refuse a model that so many ranks cannot hold together, by its configuration and headers.
 
         Raises:
@@ -262,7 +262,7 @@ class Replica:
     def obstacle(cls, query: MemoryQuery) -> str | None:
         """Return why the partition does not run the model with these settings, or None if it does."""
         try:
-            cls.require_ranks(query.partition, query.weights, query.settings, query.ranks)
+            cls.require_ranks(query.partition, query.checkpoint, query.settings, query.ranks)
         except ConfigError as error:
             return error.message.removesuffix(".").replace("`", "")
         return None

@@ -120,21 +120,20 @@ class ShardedReplica(Replica, ABC):
         return -(-size.weight_bytes // ranks) + 2 * max(*size.layer_bytes, size.embedding_bytes)
 
     @staticmethod
-    def require_ranks(partition: str, weights: Checkpoint | str, settings: Settings, ranks: int) -> None:
+    def require_ranks(partition: str, checkpoint: Checkpoint, settings: Settings, ranks: int) -> None:
         """Refuse a model of which every rank would hold the whole, or whose parts cannot be gathered.
 
         Raises:
             ConfigError: the checkpoint is a .gguf file, or its weights stay in MXFP4, whose kernels need them in a form
                 that is no longer a parameter.
         """
-        checkpoint = weights if isinstance(weights, Checkpoint) else load_skeleton(weights, settings)[0]
         if checkpoint.gguf:
             raise ConfigError(
                 f"'{checkpoint.name}' is a .gguf file: transformers unpacks the whole model in every process, so that "
                 f"{partition} would save no memory.",
                 "Use `partition` single, device_map or tensor_parallel, or convert it to safetensors.",
             )
-        _, model, _ = load_skeleton(weights, settings)
+        model, _ = load_skeleton(checkpoint, settings)
         if quantization_method(model.config) == "mxfp4" and not settings.dequantize:
             raise ConfigError(
                 f"'{checkpoint.name}' is quantized (mxfp4): transformers arranges such weights for its kernels as it "
@@ -150,7 +149,7 @@ class ShardedReplica(Replica, ABC):
         if query.on_gpu:
             weights += min(PREFETCHED * size.element_bytes, sum(size.layer_bytes) + size.other_bytes)
         if query.on_gpu and cls.loads_quantized_whole:
-            _, model, _ = load_skeleton(query.weights, query.settings)
+            model, _ = load_skeleton(query.checkpoint, query.settings)
             host_weights = size.weight_bytes if quantization_method(model.config) else 0
         why = "every rank holds a part and gathers one layer at a time"
         return query.usage(weights, why, host_weights=host_weights)
@@ -169,16 +168,16 @@ class FsdpReplica(ShardedReplica):
     """One rank of an FSDP2 model, which reads its part of every tensor from the files."""
 
     @staticmethod
-    def require_ranks(partition: str, weights: Checkpoint | str, settings: Settings, ranks: int) -> None:
+    def require_ranks(partition: str, checkpoint: Checkpoint, settings: Settings, ranks: int) -> None:
         """Refuse a model of which transformers cannot load parts on so many ranks. See `ShardedReplica`.
 
         Raises:
             ConfigError: the installed transformers is too old; a rank would have none of the experts of a layer that
                 the files store one by one; or ranks would unpack parts of blocks in FP8.
         """
-        ShardedReplica.require_ranks(partition, weights, settings, ranks)
+        ShardedReplica.require_ranks(partition, checkpoint, settings, ranks)
         require_version()
-        _, model, tensors = load_skeleton(weights, settings)
+        model, tensors = load_skeleton(checkpoint, settings)
         for stack in unstored(model, [tensor.name for tensor in tensors]).values():
             experts = len(stack)
             if stack.dim() == 3 and -(-experts // ranks) * (ranks - 1) >= experts:
@@ -187,7 +186,7 @@ class FsdpReplica(ShardedReplica):
                     "layer, which transformers cannot load where files have them one by one.",
                     f"Set `ranks` to a divisor of {experts}, or use `partition` zero3.",
                 )
-        if obstacle := scale_obstacle(weights, settings, {"fsdp_size": ranks}):
+        if obstacle := scale_obstacle(checkpoint, settings, {"fsdp_size": ranks}):
             raise ConfigError(
                 f"`partition` fsdp cannot unpack the weights: {obstacle}.",
                 "Set `ranks` to a smaller number, leave out `dequantize`, or use `partition` streaming.",
@@ -197,7 +196,7 @@ class FsdpReplica(ShardedReplica):
         from torch.distributed.fsdp import FSDPModule
         from transformers.distributed import DistributedConfig
 
-        plan = gathering_plan(load_skeleton(checkpoint, settings)[1], settings.layers)
+        plan = gathering_plan(load_skeleton(checkpoint, settings)[0], settings.layers)
         parts = DistributedConfig(fsdp_size=ranks, fsdp_plan=plan)
         model = load_model(checkpoint, settings, head=head, distributed_config=parts)
         for module in model.modules():
@@ -236,7 +235,7 @@ class Zero3Replica(ShardedReplica):
     loads_quantized_whole = True
 
     def _open_part(self, checkpoint: Checkpoint, settings: Settings, ranks: int, *, head: bool) -> Backbone:
-        text = text_config(checkpoint, trust_remote_code=settings.trust_remote_code)
+        text = text_config(checkpoint)
         config = deepspeed_config(compute_dtype(checkpoint, text, settings), self.device)
         with quiet_deepspeed():
             self._module = _load_in_parts(checkpoint, settings, config, head=head)

@@ -117,13 +117,13 @@ def layer_modules(model: Any, layers: str | None) -> list[torch.nn.Module]:
     return [layer for modules in candidate_layers(model, layers).values() for layer in modules]
 
 
-def tensor_plan_obstacle(checkpoint: Checkpoint | str, settings: Settings, ranks: int) -> str | None:
+def tensor_plan_obstacle(checkpoint: Checkpoint, settings: Settings, ranks: int) -> str | None:
     """Return why transformers cannot split the matrices of a model's layers over ranks, or None if it can."""
-    if isinstance(checkpoint, Checkpoint) and checkpoint.gguf:
+    if checkpoint.gguf:
         return "transformers unpacks the whole model of a .gguf file in every process"
     if obstacle := version_obstacle():
         return obstacle
-    _, model, _ = load_skeleton(checkpoint, replace(settings, attention=None))
+    model, _ = load_skeleton(checkpoint, replace(settings, attention=None))
     plan = layer_plan(model, model.tp_plan, settings.layers)
     if not plan:
         return f"transformers has no plan for the layers of {type(model).__name__}"
@@ -145,7 +145,7 @@ def layer_plan(model: Any, plan: dict[str, str], layers: str | None) -> dict[str
     return {name: style for name, style in plan.items() if name.startswith(prefixes)}
 
 
-def part_bytes(checkpoint: Checkpoint | str, settings: Settings, options: Mapping[str, Any]) -> int:
+def part_bytes(checkpoint: Checkpoint, settings: Settings, options: Mapping[str, Any]) -> int:
     """Return the bytes of the weights that each rank holds, from the configuration and headers of a model.
 
     Args:
@@ -155,10 +155,10 @@ def part_bytes(checkpoint: Checkpoint | str, settings: Settings, options: Mappin
         ModelError: the model cannot be built.
     """
     settings = replace(settings, attention=None)
-    resolved, model, _ = load_skeleton(checkpoint, settings)
+    model, _ = load_skeleton(checkpoint, settings)
     plan, ranks = applied_plan(model, options), options["tp_size"]
     part = 0
-    for name, parameter in stored_skeleton(resolved, model, settings).named_parameters():
+    for name, parameter in stored_skeleton(checkpoint, model, settings).named_parameters():
         size, style = parameter.numel() * parameter.element_size(), _style(name, plan)
         is_whole = style.startswith("rowwise") and name.endswith("bias")  # of a product whose inputs are divided
         part += -(-size // ranks) if _DIVIDED.match(style) and not is_whole else size
@@ -181,7 +181,7 @@ def _style(name: str, plan: Mapping[str, str]) -> str:
     return plan.get(generic) or plan.get(generic.rpartition(".")[0], "")
 
 
-def scale_obstacle(checkpoint: Checkpoint | str, settings: Settings, options: Mapping[str, Any]) -> str | None:
+def scale_obstacle(checkpoint: Checkpoint, settings: Settings, options: Mapping[str, Any]) -> str | None:
     """Return why ranks cannot divide weights in block FP8 among them, or None if they can.
 
     transformers 5.24 divides weights and scales evenly, each by itself. A rank whose part is not whole blocks has the
@@ -191,13 +191,13 @@ def scale_obstacle(checkpoint: Checkpoint | str, settings: Settings, options: Ma
         options: fields of transformers' ``DistributedConfig``.
     """
     settings = replace(settings, attention=None)
-    resolved, model, _ = load_skeleton(checkpoint, settings)
+    model, _ = load_skeleton(checkpoint, settings)
     block = scale_block(model.config)
     if block is None or (fully_sharded := "fsdp_size" in options) > settings.dequantize:
         return None  # stored parts are gathered with their scales before they are used
     ranks = options["fsdp_size"] if fully_sharded else options["tp_size"]
     plan = {} if fully_sharded else applied_plan(model, options)
-    stored = dict(stored_skeleton(resolved, model, replace(settings, dequantize=False)).named_parameters())
+    stored = dict(stored_skeleton(checkpoint, model, replace(settings, dequantize=False)).named_parameters())
     for name, parameter in model.named_parameters():
         style = "colwise" if fully_sharded and parameter.dim() == 2 else _style(name, plan)
         if stored[name].dtype != torch.uint8 or style == "grouped_gemm" or not _DIVIDED.match(style):

@@ -42,15 +42,15 @@ class TensorParallelReplica(Replica):
     language_model_type = RankedLanguageModel
 
     @staticmethod
-    def require_ranks(partition: str, weights: Checkpoint | str, settings: Settings, ranks: int) -> None:
+    def require_ranks(partition: str, checkpoint: Checkpoint, settings: Settings, ranks: int) -> None:
         """Refuse a model that so many ranks cannot divide, by its configuration.
 
         Raises:
             ConfigError: the weights stay quantized and only DeepSpeed would split the model, which it checks unsplit on
                 the CPU; the ranks do not divide a quantized matrix into whole blocks; or see `autotp.require_autotp`.
         """
-        checkpoint, model, _ = load_skeleton(weights, replace(settings, attention=None))  # which may not be here
-        obstacle = tensor_plan_obstacle(weights, settings, ranks)
+        model, _ = load_skeleton(checkpoint, replace(settings, attention=None))  # which may not be here
+        obstacle = tensor_plan_obstacle(checkpoint, settings, ranks)
         if quantization_method(model.config) and not checkpoint.gguf:
             if obstacle and not settings.dequantize:
                 raise ConfigError(
@@ -58,7 +58,7 @@ class TensorParallelReplica(Replica):
                     "which splits other models, takes none that stay quantized.",
                     "Set `ranks` to another number, or use `partition` device_map or expert_parallel.",
                 )
-            if not obstacle and (blocks := scale_obstacle(weights, settings, {"tp_size": ranks})):
+            if not obstacle and (blocks := scale_obstacle(checkpoint, settings, {"tp_size": ranks})):
                 raise ConfigError(
                     f"`partition` tensor_parallel cannot split these quantized weights: {blocks}.",
                     "Set `ranks` to a smaller number.",
@@ -70,11 +70,11 @@ class TensorParallelReplica(Replica):
     def usage(cls, query: MemoryQuery) -> PartitionEstimate:
         """Return the memory of a replica, with a part of the weights on each rank. AutoTP divides the layers alone."""
         size = query.size
-        if tensor_plan_obstacle(query.weights, query.settings, query.ranks):
+        if tensor_plan_obstacle(query.checkpoint, query.settings, query.ranks):
             why = "every rank loads the whole model first, and keeps a part of each layer"
             part = size.other_bytes + sum(size.layer_bytes) // query.ranks
             return query.usage(part, why, host_weights=size.weight_bytes)
-        part = part_bytes(query.weights, query.settings, {"tp_size": query.ranks})
+        part = part_bytes(query.checkpoint, query.settings, {"tp_size": query.ranks})
         return query.usage(part, "every rank loads and keeps a part of each matrix")
 
     def _open(self, checkpoint: Checkpoint, settings: Settings, placement: Placement, *, head: bool) -> Backbone:
@@ -109,7 +109,7 @@ class ExpertParallelReplica(TensorParallelReplica):
     """One rank of a mixture of experts. See `tensor_parallel.TensorParallelReplica`."""
 
     @staticmethod
-    def require_ranks(partition: str, weights: Checkpoint | str, settings: Settings, ranks: int) -> None:
+    def require_ranks(partition: str, checkpoint: Checkpoint, settings: Settings, ranks: int) -> None:
         """Refuse a model whose experts so many ranks cannot divide, by its configuration.
 
         Raises:
@@ -117,7 +117,7 @@ class ExpertParallelReplica(TensorParallelReplica):
                 quantized matrix into whole blocks.
         """
         require_version()
-        if obstacle := scale_obstacle(weights, settings, expert_options(weights, settings, ranks)):
+        if obstacle := scale_obstacle(checkpoint, settings, expert_options(checkpoint, settings, ranks)):
             raise ConfigError(
                 f"`partition` expert_parallel cannot split the weights beside the experts: {obstacle}.",
                 "Set `ranks` to a smaller number.",
@@ -128,8 +128,8 @@ class ExpertParallelReplica(TensorParallelReplica):
         """Return the memory of a replica. If no plan spreads the experts, parts are those of ``tensor_parallel``."""
         options: dict[str, Any] = {"tp_size": query.ranks}
         with suppress(ConfigError):
-            options = expert_options(query.weights, query.settings, query.ranks)
-        part = part_bytes(query.weights, query.settings, options)
+            options = expert_options(query.checkpoint, query.settings, query.ranks)
+        part = part_bytes(query.checkpoint, query.settings, options)
         return query.usage(part, "every rank loads and keeps some of the experts of each layer")
 
     def _open_part(self, checkpoint: Checkpoint, settings: Settings, ranks: int, *, head: bool) -> Backbone:
@@ -141,15 +141,15 @@ class ExpertParallelReplica(TensorParallelReplica):
         return open_by_plan(checkpoint, settings, self.device, head=head, **options)
 
 
-def expert_options(checkpoint: Checkpoint | str, settings: Settings, ranks: int) -> dict[str, Any]:
+def expert_options(checkpoint: Checkpoint, settings: Settings, ranks: int) -> dict[str, Any]:
     """Return the fields of transformers' ``DistributedConfig`` that spread the experts of a model over ranks.
 
     Raises:
         ConfigError: the model has no experts that transformers can spread, or the ranks do not divide their number.
     """
-    resolved, model, _ = load_skeleton(checkpoint, settings)
+    model, _ = load_skeleton(checkpoint, settings)
     rules = layer_plan(model, getattr(model, "ep_plan", {}), settings.layers)
-    if resolved.gguf or not rules:
+    if checkpoint.gguf or not rules:
         raise ConfigError(
             f"transformers has no plan that spreads experts of {type(model).__name__} over ranks.", _WITHOUT_EXPERT_PLAN
         )

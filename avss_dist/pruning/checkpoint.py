@@ -169,7 +169,7 @@ def _compare(
     checkpoint: Checkpoint, names: LayerNames, replaced: Patch, folder: Path, settings: Settings, execution: Execution
 ) -> tuple[float | None, list[str]]:
     """Return the largest difference of outputs, see `prune`, and notes on the comparison."""
-    config = text_config(checkpoint, trust_remote_code=settings.trust_remote_code)
+    config = text_config(checkpoint)
     is_quantized = quantization_method(config) is not None
     notes = [require_same_modules(checkpoint, names, folder, settings)] if is_quantized else []
     try:
@@ -217,7 +217,7 @@ def largest_difference(
     for tested, drop, patch in ((checkpoint, plan.drop, replaced), (pruned, (), {})):
         if fits and execution.partition != LAYERWISE:
             output = _output(tested, settings, drop, patch)
-        elif has_head(text_config(tested, trust_remote_code=settings.trust_remote_code)):
+        elif has_head(text_config(tested)):
             output = _streamed_output(tested, settings, drop, patch, execution)
         else:
             return None

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Collection, Iterator, Mapping
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -40,7 +39,7 @@ def write_config(checkpoint: Checkpoint, plan: Plan, folder: Path, settings: Set
         PlanError: no configuration does that, or the plan is for another number of layers.
     """
     plan.require_no_sublayers("No configuration has layers without one, and zeros in its weights would remove nothing")
-    whole = text_config(checkpoint, trust_remote_code=settings.trust_remote_code)
+    whole = text_config(checkpoint)
     text = whole.get_text_config()
     number = getattr(text, NUM_LAYERS, None)
     if number != plan.num_layers:
@@ -117,7 +116,7 @@ def _write_and_read(
     """Write a configuration, and return it as transformers reads it."""
     (folder / "config.json").write_text(json.dumps(raw, indent=2) + "\n", encoding="utf-8")
     try:
-        return text_config(replace(checkpoint, path=str(folder)), trust_remote_code=settings.trust_remote_code)
+        return text_config(checkpoint, folder)
     except ModelError as error:
         raise _changed_model_error(whole, error.message) from error
 

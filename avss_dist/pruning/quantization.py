@@ -108,7 +108,7 @@ def require_same_modules(checkpoint: Checkpoint, names: LayerNames, folder: Path
 
 def _unmatched_tensors(checkpoint: Checkpoint, settings: Settings) -> Tensors:
     """Return tensors of the files that no quantized module has in that shape, and tensors of modules in no file."""
-    config = text_config(checkpoint, trust_remote_code=settings.trust_remote_code)
+    config = text_config(checkpoint)
     with quiet():
         model = quantize_skeleton(checkpoint, config, skeleton(copy.deepcopy(config), settings, torch.bfloat16))
         rename, *_ = renaming(model)

@@ -133,7 +133,7 @@ class StoredWeights:
             ModelError: a file cannot be read.
         """
         stored = {tensor.name: tensor for file in weight_files(checkpoint.folder) for tensor in tensors_of(file)}
-        config = text_config(checkpoint, trust_remote_code=settings.trust_remote_code)
+        config = text_config(checkpoint)
         model = skeleton(config, settings, torch.float32)
         prefix = _stored_prefix(checkpoint, plan, stored, model)
         layers = LayerNames.of_model(model, plan, prefix)

@@ -12,7 +12,7 @@ from avss_dist.core.errors import ModelError, without_secrets
 from avss_dist.core.settings import Settings, fingerprint
 from avss_dist.corpus.shards import USUAL_ROWS, CorpusPlan, tokenize_corpus
 from avss_dist.corpus.sources import open_source
-from avss_dist.models.checkpoints import Checkpoint, content_hash, convert_pickles, fetch_files, locate, resolve
+from avss_dist.models.checkpoints import Checkpoint, content_hash, convert_pickles, resolve
 from avss_dist.models.loading import load_tokenizer, pin, text_config
 from avss_dist.models.size import Footprint, sharing_skeletons
 from avss_dist.partition.choose import choose, needs_size, require_ranks, size_of
@@ -83,35 +83,25 @@ class Planner:
         """Return a model's checkpoint, configuration, settings, placement and, if needed, size. Caches the last one."""
         key = spec.model, spec.settings, spec.execution
         if not self._opened or self._opened[0] != key:
-            code = spec.settings.trust_remote_code
             if spec.settings.allow_pickle and self.fetch:
                 convert_pickles(spec.model)
-            if self.fetch or locate(spec.model):
-                checkpoint = resolve(spec.model, trust_remote_code=code)
-            else:  # its revision, without its weights
-                code_files = ["*.py"] if code else []
-                checkpoint = fetch_files(spec.model, ["*.json", "*.model", "*.txt", "*.jinja", *code_files])
-            config = text_config(checkpoint, trust_remote_code=code)
-            hub_id = None if self.fetch or checkpoint.source != "hub" else spec.model
-            settings = pin(spec.settings, checkpoint, config, self.executor.devices.kind, spec=hub_id)
+            checkpoint = resolve(spec.model, trust_remote_code=spec.settings.trust_remote_code, weights=self.fetch)
+            config = text_config(checkpoint)
+            settings = pin(spec.settings, checkpoint, config, self.executor.devices.kind)
             matters = settings.sequences_per_shard is None or needs_size(spec.execution)
-            size = self.size(spec, checkpoint, settings) if matters else None
+            size = size_of(checkpoint, settings) if matters else None
             placement = choose(size, settings, spec.execution, self.executor.devices)
-            require_ranks(hub_id or checkpoint, settings, placement)
+            require_ranks(checkpoint, settings, placement)
             self.executor.replicas(placement)  # refuses more than there is before anything is loaded
             self._opened = key, (checkpoint, config, settings, placement, size)
         return self._opened[1]
-
-    def size(self, spec: RunSpec, checkpoint: Checkpoint, settings: Settings) -> Footprint | None:
-        """Return the checkpoint's size, or None if it is unknown."""
-        return size_of(checkpoint if self.fetch else spec.model, settings)
 
     def _plan(self, spec: RunSpec, checkpoint: Checkpoint, config: Any, settings: Settings) -> CorpusPlan:
         """Return the corpus in the checkpoint's tokens. Raises ModelError for tokens that the model lacks."""
         how = self._tokens_key(checkpoint, config, settings)
         key = (self._same_text(spec.corpus, how) or spec.corpus, *how)
         if key not in self._plans:
-            tokenizer = load_tokenizer(checkpoint, trust_remote_code=settings.trust_remote_code)
+            tokenizer = load_tokenizer(checkpoint)
             planned = tokenize_corpus(spec.corpus, tokenizer, settings)
             rows = (batch.input_ids for shard in planned.shards for batch in shard.batches(settings.batch_size))
             self._plans[key] = planned, max(int(np.max(ids)) for ids in rows)

@@ -335,7 +335,7 @@ def harness_model(model: LanguageModel, *, chat: bool = False) -> Any:
             return [answers[i] for i in range(len(requests))]
 
     settings = model.settings
-    tokenizer = load_tokenizer(model.checkpoint, trust_remote_code=settings.trust_remote_code)
+    tokenizer = load_tokenizer(model.checkpoint)
     if chat:
         tokenizer.chat_template = without_today(tokenizer.get_chat_template())
     module = model.module  # the harness takes its configuration and device, and has it generate

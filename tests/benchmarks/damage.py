@@ -41,7 +41,7 @@ def main() -> None:
     rows = args.sequences
     wanted = Settings(max_sequences=2 * rows, sequences_per_shard=rows, batch_size=min(8, rows))
     checkpoint, settings = open_checkpoint(args.model, wanted)
-    text, other = tokenize_corpus(args.corpus, load_tokenizer(checkpoint, trust_remote_code=False), settings).shards
+    text, other = tokenize_corpus(args.corpus, load_tokenizer(checkpoint), settings).shards
     model = open_whole(checkpoint, settings)
     _, once = cpu_timed(partial(TextLoss(text), model))
     found, cost = cpu_timed(partial(Damage(shard=text, draws=args.draws), model))

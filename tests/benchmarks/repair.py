@@ -157,7 +157,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     torch.set_num_threads(1)
     given = Settings(max_sequences=args.rows, sequence_length=args.sequence_length, dtype=args.dtype, device="cpu")
     checkpoint, settings = open_checkpoint(args.model, given)
-    tokenizer = load_tokenizer(checkpoint, trust_remote_code=False)
+    tokenizer = load_tokenizer(checkpoint)
     held_out = tokenize_corpus(
         args.corpus, tokenizer, Settings(max_sequences=args.held_out, sequence_length=args.sequence_length)
     )

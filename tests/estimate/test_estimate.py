@@ -27,7 +27,7 @@ from avss_dist.core.settings import Execution, Settings
 from avss_dist.core.text import describe_seconds
 from avss_dist.distillation.memory import LIBRARIES
 from avss_dist.estimation import DistillRow, Estimate, _row, distillation_rows, estimate
-from avss_dist.models.checkpoints import locate
+from avss_dist.models.checkpoints import find_checkpoint
 from avss_dist.models.size import footprint, sharing_skeletons
 from avss_dist.partition.choose import choose, least_host_bytes
 from avss_dist.partition.replica import PROCESS_BYTES, PartitionEstimate, batch_bytes
@@ -70,9 +70,10 @@ def rows(folder: Path, devices: Devices, ranks: int | None = None, **changes: An
     """Rows of a model on devices; changes are of its size, or limits of memory."""
     limits = changes.pop("max_memory", {})
     settings = replace(SETTINGS, dtype="float32", device=devices.kind)
-    size = replace(footprint(str(folder), settings), **changes)
+    checkpoint = find_checkpoint(str(folder))
+    size = replace(footprint(checkpoint, settings), **changes)
     request = EstimateRequest(folder, ranks=ranks, max_memory=limits)
-    return {name: _row(name, str(folder), size, settings, devices, request) for name in PARTITIONS}
+    return {name: _row(name, checkpoint, size, settings, devices, request) for name in PARTITIONS}
 
 
 def test_no_weight_is_read(guess: Estimate) -> None:
@@ -273,8 +274,7 @@ def student(tiny_llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def rows_of(student: Path, teacher: Path, devices: Devices, **options: Any) -> Sequence[DistillRow]:
     request = EstimateRequest(str(student), teacher=str(teacher), batch_size=8, **options)
-    checkpoint = locate(str(student))
-    assert checkpoint is not None
+    checkpoint = find_checkpoint(str(student))
     return list(distillation_rows(checkpoint, request, replace(SETTINGS, batch_size=8), devices))
 
 

@@ -192,7 +192,8 @@ def test_the_fewest_gpus_on_which_all_weights_fit(kind: str, family: str, tmp_pa
     size = footprint(str(tmp_path), SETTINGS)
 
     def on_host(gpus: int, room: int) -> int:
-        return spread(str(tmp_path), SETTINGS, {**dict.fromkeys(range(gpus), room), "cpu": 1 << 40})[0].get("cpu", 0)
+        limits = {**dict.fromkeys(range(gpus), room), "cpu": 1 << 40}
+        return spread(resolve(str(tmp_path)), SETTINGS, limits)[0].get("cpu", 0)
 
     with sharing_skeletons():
         for share in (1.0, 1.2, 1.5, 2.0):

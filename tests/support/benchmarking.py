@@ -29,4 +29,4 @@ def cpu_timed(work: Callable[[], T]) -> tuple[T, float]:
 def open_checkpoint(model: str, settings: Settings) -> tuple[Checkpoint, Settings]:
     """Return the checkpoint of a folder or hub id, and its settings on a CPU without ``auto``."""
     checkpoint = resolve(str(Path(model).resolve()) if Path(model).exists() else model)
-    return checkpoint, pin(settings, checkpoint, text_config(checkpoint, trust_remote_code=False), "cpu")
+    return checkpoint, pin(settings, checkpoint, text_config(checkpoint), "cpu")

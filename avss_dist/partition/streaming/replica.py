@@ -77,7 +77,7 @@ class StreamingReplica(Replica):
         if query.size.quantized:
             unpacked = f"; weights are unpacked to {query.size.dtype}"
             settings = replace(query.settings, dequantize=True)
-            query = replace(query, settings=settings, size=footprint(query.weights, settings))
+            query = replace(query, settings=settings, size=footprint(query.checkpoint, settings))
         size, layers = query.size, sum(sorted(query.size.layer_bytes)[-2:])
         host = cls.minimum_host_weights(size, query.devices.kind, head=False)
         if size.unpacking_bytes:

@@ -206,7 +206,7 @@ class StreamedWeights:
             self._open_safetensors(checkpoint, settings, head=head)
 
     def _open_safetensors(self, checkpoint: Checkpoint, settings: Settings, *, head: bool) -> None:
-        config = text_config(checkpoint, trust_remote_code=settings.trust_remote_code)
+        config = text_config(checkpoint)
         method = quantization_method(config)
         if method and not settings.dequantize:
             raise ModelError(

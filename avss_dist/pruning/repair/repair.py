@@ -479,7 +479,7 @@ def tokens_needed(checkpoint: Checkpoint, repair: str, settings: Settings) -> in
         PlanError: no layer can hold the repair; the message says why.
         ModelError: the checkpoint cannot be read, or its model cannot be built.
     """
-    _, model, _ = load_skeleton(checkpoint, settings)
+    model, _ = load_skeleton(checkpoint, settings)
     lists = candidate_layers(model, settings.layers)
     if len(lists) != 1:
         return 0

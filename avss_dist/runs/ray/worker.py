@@ -180,8 +180,7 @@ class Worker:
             if self._model is not None:
                 self._model.close()
             self._spec, self._model = None, None
-            trust, pickles = spec.settings.trust_remote_code, spec.settings.allow_pickle
-            checkpoint = resolve_on_node(spec.checkpoint, trust_remote_code=trust, pickles=pickles)
+            checkpoint = resolve_on_node(spec.checkpoint, pickles=spec.settings.allow_pickle)
             self._model = replace(spec, checkpoint=checkpoint).open()
             self._spec = spec
         self._opening = False
@@ -238,7 +237,7 @@ class Worker:
             return assignment.run(self._spec, self._model, self._heartbeat, stack.close)
 
 
-def resolve_on_node(checkpoint: Checkpoint, *, trust_remote_code: bool = False, pickles: bool = False) -> Checkpoint:
+def resolve_on_node(checkpoint: Checkpoint, *, pickles: bool = False) -> Checkpoint:
     """Return the driver's checkpoint as this node has it. One from the hub is downloaded if necessary.
 
     Args:
@@ -257,4 +256,4 @@ def resolve_on_node(checkpoint: Checkpoint, *, trust_remote_code: bool = False, 
     spec = f"{checkpoint.name}@{checkpoint.revision}"
     if pickles:
         convert_pickles(spec)
-    return resolve(spec, trust_remote_code=trust_remote_code)
+    return resolve(spec, trust_remote_code=checkpoint.trust_remote_code)
