@@ -81,7 +81,6 @@ class LanguageModel:
         backbone: the model as it was opened.
         head: maps the hidden states after the last layer to logits.
         layers: transformer blocks, in order.
-        forms: how each layer returns hidden states (see `interventions.recording`): then it need not run to be skipped.
         family: ``model_type`` of the configuration.
         device: device of token ids and results.
         reports: whether the results of this process count; one of several ranks with equal results reports.
@@ -116,7 +115,7 @@ class LanguageModel:
         self.layers: tuple[Layer, ...] = backbone.layers
         self.family = backbone.family
         try:
-            with quiet(), torch.no_grad(), recording(self.layers) as (_, self.forms):
+            with quiet(), torch.no_grad():
                 self.head = Head(self.module, self.layers, device)
         except (TypeError, ValueError, AttributeError) as error:  # of the model's own code
             name = type(self.module).__name__
@@ -143,13 +142,13 @@ class LanguageModel:
 
         Tried on a few tokens, with `interventions.representatives` of the layers.
         """
-        if len(self.forms) < len(self.layers):
+        if not all(layer.form for layer in self.layers):
             return False
         real = np.ones((1, PROBE_TOKENS), np.bool_)
         batch = Batch(input_ids=np.arange(PROBE_TOKENS, dtype=np.int32)[None], attention_mask=real, observed=real)
         try:
             with torch.no_grad():
-                with recording(self.layers) as (inputs, _):
+                with recording(self.layers) as inputs:
                     self.hidden_states(batch)
                 for layer in representatives(self.layers):
                     with self.beginning(layer.index, inputs.pop(layer.index)):
@@ -227,7 +226,7 @@ class LanguageModel:
         self.require_layers(removed)
         try:
             with (
-                skipping(self.layers, whole_layers(removed), self.forms),
+                skipping(self.layers, whole_layers(removed)),
                 without_sublayers(self.layers, removed),
                 without_experts(self.layers, removed),
             ):
@@ -252,7 +251,7 @@ class LanguageModel:
 
     def beginning(self, layer: int, hidden: torch.Tensor) -> AbstractContextManager[None]:
         """Have passes start with the output of a layer inside the context, which is allowed if `resumes`."""
-        return resuming(self.layers, layer, hidden, self.forms)
+        return resuming(self.layers, layer, hidden)
 
     def value(self, layer: int, path: str) -> torch.Tensor:
         """Return a parameter of a layer."""
@@ -399,7 +398,7 @@ class LanguageModel:
     def _losses_under(self, interventions: Sequence[Intervention], batch: Batch) -> list[Float64]:
         first, branches = interventions[0], self.branches(interventions)
         watched = [self.layers[layer] for layer in set(branches.values())]
-        with self.applying(first), recording(watched) as (inputs, _):
+        with self.applying(first), recording(watched) as inputs:
             results = [self.losses(batch)]
         for intervention in interventions[1:]:
             with self.applying(intervention):

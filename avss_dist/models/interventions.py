@@ -11,7 +11,7 @@ from collections import defaultdict
 from collections.abc import Callable, Collection, Hashable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from contextvars import ContextVar
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from types import MappingProxyType
 from typing import Any, TypeVar
@@ -119,7 +119,7 @@ def hooked(*, before: Iterable[Hook] = (), after: Iterable[Hook] = ()) -> Iterat
 
 
 @contextmanager
-def skipping(layers: Sequence[Layer], drop: Collection[int], forms: Mapping[int, type] = {}) -> Iterator[None]:
+def skipping(layers: Sequence[Layer], drop: Collection[int]) -> Iterator[None]:
     """Have layers add nothing to the residual stream inside the context.
 
     Run the model without a key-value cache, or only with its remaining layers (see `remaining`): a skipped layer has no
@@ -127,7 +127,6 @@ def skipping(layers: Sequence[Layer], drop: Collection[int], forms: Mapping[int,
 
     Args:
         drop: indices of the layers.
-        forms: see `recording`; a layer without a form runs once, which shows its form.
 
     Raises:
         ModelError: a layer is used more than once in a pass, or (from the forward pass) does not keep the shape.
@@ -135,7 +134,7 @@ def skipping(layers: Sequence[Layer], drop: Collection[int], forms: Mapping[int,
     skipped = [layer for layer in layers if layer.index in drop]
     for layer in skipped:
         require_single_use(layers, layer, "left out")
-    with around({layer.module: Skip(layer, forms.get(layer.index)) for layer in skipped}):
+    with around({layer.module: Skip(layer) for layer in skipped}):
         yield
 
 
@@ -160,35 +159,17 @@ def skip_of(layer: nn.Module) -> Skip | None:
 
 
 @contextmanager
-def recording(layers: Sequence[Layer]) -> Iterator[tuple[dict[int, torch.Tensor], dict[int, type]]]:
-    """Record a forward pass inside the context, of the layers that return only hidden states, of their input's shape.
-
-    Yields:
-        Copies of the layers' input hidden states, by index, and the forms of the layers, by index: the types of their
-        outputs, which are ``torch.Tensor``, or the type of a tuple of one.
-    """
+def recording(layers: Sequence[Layer]) -> Iterator[dict[int, torch.Tensor]]:
+    """Record copies of the input hidden states, by index, of the layers with a `Layer.form` inside the context."""
     inputs: dict[int, torch.Tensor] = {}
-    forms: dict[int, type] = {}
-    modules = [layer.module for layer in layers]
-    single = [layer for layer in layers if modules.count(layer.module) == 1]
 
     def enter(layer: Layer, args: Any, kwargs: Any) -> None:
         hidden = input_tensor(args, kwargs)
         if hidden is not None:
             inputs[layer.index] = hidden.detach().clone()  # which layers may change
 
-    def leave(layer: Layer, _args: Any, _kwargs: Any, output: Any) -> None:
-        before, after = inputs.get(layer.index), first_tensor(output)
-        if before is not None and after is not None and after.shape == before.shape and _is_alone(output):
-            forms[layer.index] = type(output)
-        else:
-            inputs.pop(layer.index, None)
-
-    with hooked(
-        before=[(layer.module, partial(enter, layer)) for layer in single],
-        after=[(layer.module, partial(leave, layer)) for layer in single],
-    ):
-        yield inputs, forms
+    with hooked(before=[(layer.module, partial(enter, layer)) for layer in layers if layer.form]):
+        yield inputs
 
 
 @dataclass(frozen=True)
@@ -231,17 +212,16 @@ def captured(
 
 
 @contextmanager
-def resuming(layers: Sequence[Layer], index: int, hidden: torch.Tensor, forms: Mapping[int, type]) -> Iterator[None]:
+def resuming(layers: Sequence[Layer], index: int, hidden: torch.Tensor) -> Iterator[None]:
     """Have a pass begin behind the layer ``index`` inside the context, without running the layers up to it.
 
-    These layers must pass nothing but hidden states to the later ones.
+    These layers must have a `Layer.form`, and pass nothing but hidden states to the later ones.
 
     Args:
         hidden: output of the layer ``index``, which later layers may change.
-        forms: see `recording`.
     """
-    skips = {layer.module: Skip(layer, forms[layer.index]) for layer in layers[:index]}
-    with around({**skips, layers[index].module: Skip(layers[index], forms[index], hidden)}):
+    skips = {layer.module: Skip(layer) for layer in layers[:index]}
+    with around({**skips, layers[index].module: Skip(layers[index], hidden)}):
         yield
 
 
@@ -267,42 +247,29 @@ def representatives(layers: Sequence[Layer]) -> list[Layer]:
 
 @dataclass
 class Skip:
-    """Action of a skipped layer, which returns its input. Without a known ``form``, the layer runs once to find it.
+    """Action of a skipped layer, which returns its input. A layer without a `Layer.form` runs for its other outputs.
 
     Attributes:
-        form: see `recording`.
         replacement: hidden states to return instead of the input.
     """
 
     layer: Layer
-    form: type | None
     replacement: torch.Tensor | None = None
 
     def __call__(self, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         hidden = input_tensor(args, kwargs) if self.replacement is None else self.replacement
         if hidden is None:
             raise ModelError(f"{self.layer} is called without hidden states.")
-        if self.form is not None:
-            return in_form(hidden, self.form)
+        if self.layer.form:
+            return in_form(hidden, self.layer)
         before = hidden.clone()  # which a layer may change
         output = forward(*args, **kwargs)
-        after = output_tensor(self.layer, output, before)
-        if _is_alone(output):
-            self.form = type(output)
-        return replace_tensor(output, after, before)
+        return replace_tensor(output, output_tensor(self.layer, output, before), before)
 
 
-def in_form(hidden: torch.Tensor, form: type) -> Any:
-    """Return hidden states in the form of a layer's output.
-
-    See `recording`.
-    """
-    return hidden if form is torch.Tensor else (hidden,)
-
-
-def _is_alone(output: Any) -> bool:
-    """Whether a layer's output is hidden states alone."""
-    return isinstance(output, torch.Tensor) or (isinstance(output, tuple) and len(output) == 1)
+def in_form(hidden: torch.Tensor, layer: Layer) -> Any:
+    """Return hidden states as a layer with a `Layer.form` returns them."""
+    return hidden if layer.form is torch.Tensor else (hidden,)
 
 
 def replace_tensor(output: Any, old: torch.Tensor, new: torch.Tensor) -> Any:
@@ -413,13 +380,13 @@ def find_obstacles(layers: Sequence[Layer], run: Callable[[], Any]) -> dict[int,
         elif missing:
             obstacles[layer.index] = f"no module of the layer is its {' or its '.join(missing)}"
     candidates = [layer for layer in layers if layer.index not in obstacles]
-    skips = {layer.module: Skip(layer, None) for layer in layers}
+    skips = {layer.module: Skip(replace(layer, form=None)) for layer in layers}  # which run
     modules = {(layer.index, "layer"): layer.module for layer in candidates}
     modules |= {(layer.index, "mlp"): layer.taps["mlp"].module for layer in candidates}
     with around(skips), captured(modules) as running:
         run()
     removed = sublayers_of(layer.index for layer in candidates)
-    skipped = {layer.module: skips[layer.module] for layer in layers if layer not in candidates}
+    skipped = {layer.module: Skip(layer) for layer in layers if layer not in candidates}
     with around(skipped), without_sublayers(layers, removed), captured(modules) as without:
         run()
     for layer in candidates:

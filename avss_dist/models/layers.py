@@ -88,7 +88,12 @@ class Routing:
 
 @dataclass(frozen=True)
 class Layer:
-    """One transformer block: the ``call``-th use of ``module`` in a forward pass (models may share a block)."""
+    """One transformer block: the ``call``-th use of ``module`` in a forward pass (models may share a block).
+
+    Attributes:
+        form: type of the output where it is hidden states alone, of the input's shape: ``torch.Tensor``, or the type of
+            a tuple of one. Such a layer need not run to be skipped. None for other layers and for shared modules.
+    """
 
     index: int
     name: str
@@ -98,6 +103,7 @@ class Layer:
     taps: Mapping[str, Tap]
     projections: tuple[Projection, ...] = ()
     experts: Experts | None = None
+    form: type | None = None
 
     def __str__(self) -> str:
         return f"Layer {self.index} ({self.name})"

@@ -30,6 +30,7 @@ from avss_dist.models.layers import (
     axes_of,
     count_parameters,
     first_tensor,
+    input_tensor,
     is_linear,
     layer_lists,
     layers_not_found,
@@ -228,7 +229,7 @@ def find_experts(calls: Sequence[Call]) -> Experts | None:
     return None
 
 
-_LayerCall = tuple[nn.Module, str, LayerSites]  # layer, axes of its output, its sites
+_LayerCall = tuple[nn.Module, str, LayerSites, type | None]  # layer, axes of its output, its sites, `Layer.form`
 
 
 def find_structure(
@@ -250,14 +251,14 @@ def find_structure(
     """
     lists = layer_lists(model, num_layers, path)
     layer_calls = _watch([module for modules in lists.values() for module in modules], forward)
-    ran = {module for module, _, _ in layer_calls}
-    used = {name: modules for name, modules in lists.items() if any(module in ran for module in modules)}
+    calls = Counter(module for module, *_ in layer_calls)
+    used = {name: modules for name, modules in lists.items() if any(module in calls for module in modules)}
     if len(used) != 1:
         raise layers_not_found(
             model, num_layers, used or lists, "several module lists run" if used else "none of them runs"
         )
     (list_path, modules) = next(iter(used.items()))
-    if not all(module in ran for module in modules):
+    if not all(module in calls for module in modules):
         raise layers_not_found(model, num_layers, used, f"not every module of '{list_path}' runs as a layer")
     names = {module: f"{list_path}.{i}" for i, module in reversed(list(enumerate(modules)))}
     order = list(reversed(names))
@@ -265,9 +266,9 @@ def find_structure(
         layer_calls = sorted(layer_calls, key=lambda item: order.index(item[0]))
     layers: list[Layer] = []
     uses: Counter[nn.Module] = Counter()
-    for index, (module, axes, sites) in enumerate(layer_calls):
+    for index, (module, axes, sites, form) in enumerate(layer_calls):
         name = f"{names[module]}#{uses[module]}" if uses[module] else names[module]
-        layers.append(Layer(index, name, module, uses[module], axes, *sites))
+        layers.append(Layer(index, name, module, uses[module], axes, *sites, form if calls[module] == 1 else None))
         uses[module] += 1
     notes = [*absent_sites(layers, ("attention", "mlp", "neuron"))]
     if shared := sum(layer.call > 0 for layer in layers):
@@ -278,7 +279,7 @@ def find_structure(
 
 
 def _watch(modules: Iterable[nn.Module], forward: Callable[[torch.Tensor], Any]) -> list[_LayerCall]:
-    """Return each call of these modules in one forward pass, in order: module, axes of its output, sites."""
+    """Return each call of these modules in one forward pass, in order."""
     layer_calls: list[_LayerCall] = []
     calls: list[Call] = []  # of one layer at a time
 
@@ -290,10 +291,12 @@ def _watch(modules: Iterable[nn.Module], forward: Callable[[torch.Tensor], Any])
             inputs = [t for t in (*args, *kwargs.values()) if isinstance(t, torch.Tensor)]
             calls.append(Call(path, module, inputs, tensor.clone()))
 
-    def leave(module: nn.Module, _args: Any, _kwargs: Any, output: Any) -> None:
+    def leave(module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
         if (tensor := first_tensor(output)) is not None:
-            sites = find_sites(calls, type(module).__name__)
-            layer_calls.append((module, axes_of(tensor.shape, *PROBE_SHAPE), sites))
+            hidden, sites = input_tensor(args, kwargs), find_sites(calls, type(module).__name__)
+            is_alone = isinstance(output, torch.Tensor) or (isinstance(output, tuple) and len(output) == 1)
+            form = type(output) if is_alone and hidden is not None and hidden.shape == tensor.shape else None
+            layer_calls.append((module, axes_of(tensor.shape, *PROBE_SHAPE), sites, form))
         calls.clear()
 
     layers = dict.fromkeys(modules)

@@ -123,12 +123,12 @@ class _Text:
             return float(np.concatenate(self._model.each(measure, self._batches)).sum() / self._tokens)
 
     def _record(self, batch: Batch) -> Float64:
-        with recording(self._model.layers) as (self._inputs[id(batch)], _):
+        with recording(self._model.layers) as self._inputs[id(batch)]:
             return self._model.losses(batch)
 
     def _resumed(self, inputs: Mapping[int, dict[int, torch.Tensor]], layer: int, batch: Batch) -> Float64:
         layers, states = self._model.layers, inputs[id(batch)]
-        with self._model.beginning(layer, states.pop(layer).clone()), recording(layers[layer + 1 :]) as (later, _):
+        with self._model.beginning(layer, states.pop(layer).clone()), recording(layers[layer + 1 :]) as later:
             losses = self._model.losses(batch)
         states.update(later)
         return losses

@@ -29,7 +29,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 from avss_dist.core.errors import RunFailed
 from avss_dist.core.memory import release_freed_memory
 from avss_dist.models.interventions import in_form, skip_of
-from avss_dist.models.layers import LayerCall, first_tensor, input_tensor
+from avss_dist.models.layers import Layer, LayerCall, first_tensor, input_tensor
 from avss_dist.partition.replica import offload_folder
 from avss_dist.partition.streaming.weights import Part, StreamedWeights, buffer_bytes, copied_into, mapped, readahead
 
@@ -216,13 +216,11 @@ class Record:
 
     Attributes:
         last: the last layer that runs. Gradients are enabled after it.
-        form: type of its output; see `interventions.recording`.
         calls: arguments of the call of every layer that runs.
         leaf: the last layer's output, as the only item.
     """
 
-    last: nn.Module
-    form: type
+    last: Layer
     calls: dict[nn.Module, LayerCall] = field(default_factory=dict)
     leaf: list[torch.Tensor] = field(default_factory=list)
 
@@ -237,7 +235,7 @@ class Record:
         assert hidden is not None
         self.leaf.append(hidden.detach().requires_grad_())
         torch.set_grad_enabled(True)  # no pass is paused any more until this one has ended
-        return in_form(self.leaf[0], self.form)
+        return in_form(self.leaf[0], self.last)
 
 
 FORKS: ContextVar[Mapping[nn.Module, Sequence[Fork]]] = ContextVar("forks", default=MappingProxyType({}))
@@ -382,7 +380,7 @@ def _arrive(layer: nn.Module, index: int, call: Callable[..., Any], *args: Any, 
     hidden = input_tensor(args, kwargs)
     if hidden is not None:
         current.hidden[hidden] = True
-    if skip is not None and skip.form is not None:
+    if skip is not None and skip.layer.form:
         return skip(call, *args, **kwargs)
     current.layer = index
     if hidden is not None:
@@ -392,4 +390,4 @@ def _arrive(layer: nn.Module, index: int, call: Callable[..., Any], *args: Any, 
         return call(*args, **kwargs)
     record.keep(layer, args, kwargs)
     output = call(*args, **kwargs)
-    return record.cut(output) if layer is record.last else output
+    return record.cut(output) if layer is record.last.module else output

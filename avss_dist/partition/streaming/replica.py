@@ -276,7 +276,7 @@ class StreamingLanguageModel(LanguageModel):
 
     def _backpropagate(self, batches: Sequence[Batch], watchers: Sequence[Watcher], draws: int, seed: int) -> None:
         layers = [layer for layer in self.layers if not skip_of(layer.module)]
-        records = [Record(layers[-1].module, self.forms[layers[-1].index]) for _ in batches]
+        records = [Record(layers[-1]) for _ in batches]
 
         def forward(batch: Batch, record: Record, watcher: Watcher) -> list[torch.Tensor]:
             """Return the gradients of the last layer's output, for the text's labels and for each draw."""

@@ -69,7 +69,7 @@ class HiddenStateSource:
     @cached_property
     def _probe_inputs(self) -> dict[int, torch.Tensor]:
         """Input of each layer of the whole model for the probe's tokens."""
-        with torch.no_grad(), recording(self._layers) as (inputs, _):
+        with torch.no_grad(), recording(self._layers) as inputs:
             self._probe()
         return inputs
 
