@@ -113,7 +113,7 @@ class LanguageModel:
         if self.module.get_output_embeddings() is None:
             raise no_head(checkpoint.name, type(self.module).__name__)
         self.layers: tuple[Layer, ...] = backbone.layers
-        self.family = backbone.family
+        self.family: str = backbone.columns["family"]
         try:
             with quiet(), torch.no_grad():
                 self.head = Head(self.module, self.layers, device)
@@ -124,7 +124,7 @@ class LanguageModel:
     @property
     def token_bytes(self) -> int:
         """Number of bytes of a token's hidden states between two layers."""
-        return max(1, self.backbone.hidden_size) * int(self.module.dtype.itemsize)
+        return max(1, self.backbone.columns["hidden_size"]) * int(self.module.dtype.itemsize)
 
     @cached_property
     def obstacles(self) -> dict[int, str]:

@@ -41,7 +41,15 @@ class Head:
     def __init__(self, module: Any, layers: Sequence[Layer], device: torch.device) -> None:
         self._module, self._ids, self._linear = module, probe_tokens(device), module.get_output_embeddings()
         self.body: nn.Module | None = None
-        with torch.no_grad(), _outputs(module, layers) as outputs, self._reading(runs=True) as inputs:
+        outputs: dict[str, Any] = {}  # of the modules around the layers, by path
+
+        def keep(path: str, _args: Any, _kwargs: Any, output: Any) -> None:
+            outputs[path] = output
+
+        path = next(name for name, child in module.named_modules() if child is layers[0].module)
+        paths = [path[:end] for end, letter in enumerate(path) if letter == "."]
+        hooks = [(module.get_submodule(above), partial(keep, above)) for above in paths]
+        with torch.no_grad(), hooked(after=hooks), self._reading(runs=True) as inputs:
             logits: torch.Tensor = module(input_ids=self._ids, use_cache=False).logits
         self.vocabulary = logits.shape[-1]
         if not outputs or len(inputs) != 1 or inputs[0].shape[:-1] != PROBE_SHAPE or inputs[0].dim() != 3:
@@ -87,20 +95,6 @@ class Head:
         with around({self.body: lambda *_, **__: self._output, self._linear: replace}):
             logits: torch.Tensor = self._module(input_ids=self._ids, use_cache=False).logits
         return logits.squeeze(0)
-
-
-@contextmanager
-def _outputs(module: nn.Module, layers: Sequence[Layer]) -> Iterator[dict[str, Any]]:
-    """Record the outputs of the modules around the layers, by path, inside the context, without the model itself."""
-    outputs: dict[str, Any] = {}
-    path = next(name for name, child in module.named_modules() if child is layers[0].module)
-
-    def keep(above: str, _args: Any, _kwargs: Any, output: Any) -> None:
-        outputs[above] = output
-
-    paths = [path[:end] for end, letter in enumerate(path) if letter == "."]
-    with hooked(after=[(module.get_submodule(above), partial(keep, above)) for above in paths]):
-        yield outputs
 
 
 def pieces(number: int, vocabulary: int, maximum: int) -> list[slice]:

@@ -194,14 +194,13 @@ def column_norms(module: nn.Module, cache: dict[nn.Module, torch.Tensor]) -> tor
     return cache[module]
 
 
-def weight_of(module: nn.Module) -> torch.Tensor:
+def weight_of(module: Any) -> torch.Tensor:
     """Return the weight of a linear map, [outputs, inputs], in its current dtype.
 
     Raises:
         ModelError: the weight is quantized.
     """
-    weight = module.weight
-    assert isinstance(weight, torch.Tensor)
+    weight: torch.Tensor = module.weight
     if weight.dim() != 2 or weight.dtype not in (torch.float32, torch.bfloat16, torch.float16, torch.float64):
         raise ModelError(f"The weight of a {type(module).__name__} is quantized: it cannot be read as numbers.")
     return weight.detach().T if type(module).__name__ == "Conv1D" else weight.detach()
@@ -276,7 +275,7 @@ def rounded_before(layers: Sequence[Layer]) -> str | None:
 
 def _distinct(projection: Projection) -> int:
     """Return the largest number of different values in a group of neighbours, or `GROUP` if the weight is not here."""
-    weight = _weight(projection.module)
+    weight = projection.module.get_parameter("weight")
     if weight.is_meta or hasattr(weight, "to_local") or weight.numel() != projection.outputs * projection.inputs:
         return GROUP
     sampled = weight_of(projection.module)[:SAMPLED].reshape(-1)
@@ -298,18 +297,13 @@ def rounded(layers: Sequence[Layer], rounding: Rounding, *, when_called: bool = 
 
     def current(module: nn.Module) -> dict[nn.Parameter, torch.Tensor]:
         weight = rounded_weight(module, maps[module])
-        return {_weight(module): weight.T.contiguous() if type(module).__name__ == "Conv1D" else weight}
+        stored = weight.T.contiguous() if type(module).__name__ == "Conv1D" else weight
+        return {module.get_parameter("weight"): stored}
 
-    absent = [module for module in maps if when_called or _weight(module).is_meta]
+    absent = [module for module in maps if when_called or module.get_parameter("weight").is_meta]
     present = [current(module) for module in maps if module not in absent]
     with (
         replaced_parameters({weight: value for values in present for weight, value in values.items()}),
         around({module: partial(with_parameters, partial(current, module)) for module in absent}, weights=True),
     ):
         yield
-
-
-def _weight(module: nn.Module) -> nn.Parameter:
-    weight = module.weight
-    assert isinstance(weight, nn.Parameter)
-    return weight

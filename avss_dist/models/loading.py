@@ -114,24 +114,14 @@ class Backbone:
         model: the transformers model with its head.
         module: its backbone, which never runs a language-model head.
         layers: its layers in the order of their calls, with their sites.
-        notes: remarks on the layers for people.
-        family: ``model_type`` of the configuration.
-        architecture: name of the model's class.
-        hidden_size: units of the residual stream.
-        num_parameters: parameters of the whole loaded model.
-        dtype, attention_implementation: names of the compute dtype and of the attention implementation.
+        columns: columns of a run's row that describe the model: ``family``, ``architecture``, ``hidden_size``,
+            ``num_parameters``, ``dtype``, ``attention_implementation`` and ``notes`` on the layers.
     """
 
     model: Any
     module: nn.Module
     layers: tuple[Layer, ...]
-    notes: tuple[str, ...]
-    family: str
-    architecture: str
-    hidden_size: int
-    num_parameters: int
-    dtype: str
-    attention_implementation: str
+    columns: Mapping[str, Any]
 
 
 def load(
@@ -294,18 +284,16 @@ def open_module(model: Any, *, layers: str | None = None, device: torch.device |
                 "Compute where there is a device for that, or set `dequantize`.",
             ) from error
         raise ModelError(f"{name} does not run on token ids alone: {_first_line(error)}") from error
-    return Backbone(
-        model=model,
-        module=backbone,
-        layers=layers_in_order,
-        notes=notes,
-        family=config.model_type,
-        architecture=type(model).__name__,
-        hidden_size=int(getattr(text, "hidden_size", 0) or 0),
-        num_parameters=count_parameters(model),
-        dtype=str(next(p.dtype for p in backbone.parameters() if p.is_floating_point())).removeprefix("torch."),
-        attention_implementation=str(getattr(text, "_attn_implementation", None) or "eager"),
-    )
+    columns = {
+        "family": config.model_type,
+        "architecture": type(model).__name__,
+        "hidden_size": int(getattr(text, "hidden_size", 0) or 0),
+        "num_parameters": count_parameters(model),
+        "dtype": str(next(p.dtype for p in backbone.parameters() if p.is_floating_point())).removeprefix("torch."),
+        "attention_implementation": str(getattr(text, "_attn_implementation", None) or "eager"),
+        "notes": list(notes),
+    }
+    return Backbone(model=model, module=backbone, layers=layers_in_order, columns=columns)
 
 
 def candidate_layers(model: Any, path: str | None) -> dict[str, nn.ModuleList]:

@@ -11,7 +11,7 @@ import re
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, TypeVar
 
@@ -149,7 +149,11 @@ def footprint(checkpoint: Checkpoint | str, settings: Settings) -> Footprint:
         parts = [(unpacking_bytes(p), 0) for p in layers.parameters()]
         if resolved.gguf:  # whose embeddings are quantized, too, and unpacked before there is a layer
             parts += [(unpacking_bytes(p), max(map(_bytes, layers))) for p in model.parameters()]
-        share = stored / _bytes(model) if tensors else _packed_share(resolved, model, layers, settings)
+        if tensors:
+            share = stored / _bytes(model)
+        else:  # from the configuration alone
+            as_stored = stored_skeleton(resolved, model, replace(settings, dequantize=False))
+            share = _bytes(find_layers(as_stored, settings)) / _bytes(layers)
         unpacking = {"unpacking_bytes": max(size - beside for size, beside in parts), "stored_share": share}
     heads = _number(text, "num_attention_heads")
     width = heads * _number(text, "head_dim") or (_number(text, "hidden_size") if heads else 0)
@@ -207,14 +211,6 @@ def _stays_quantized(checkpoint: Checkpoint, model: Any, settings: Settings) -> 
     A .gguf file is always unpacked.
     """
     return quantization_method(model.config) is not None and not checkpoint.gguf and not settings.dequantize
-
-
-def _packed_share(checkpoint: Checkpoint, model: Any, layers: nn.ModuleList, settings: Settings) -> float:
-    """Return `Footprint.stored_share` of the layers from the configuration alone, or 1 if it does not tell."""
-    smaller = packed(checkpoint, model.config, copy.deepcopy(model)) if quantization_method(model.config) else None
-    if smaller is None:
-        return 1.0
-    return _bytes(find_layers(smaller, settings)) / _bytes(layers)
 
 
 def load_skeleton(checkpoint: Checkpoint, settings: Settings) -> tuple[Any, Sequence[TensorInfo]]:

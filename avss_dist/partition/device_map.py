@@ -104,7 +104,8 @@ class DeviceMapReplica(Replica):
                 "Use `partition` streaming, or give it more memory.",
             )
         # Weights on disk are untied while they are there; the skeleton still knows.
-        return replace(backbone, num_parameters=sum(p.numel() for p in model.parameters()))
+        number = sum(p.numel() for p in model.parameters())
+        return replace(backbone, columns={**backbone.columns, "num_parameters": number})
 
     def close(self) -> None:
         """Drop the weights, Accelerate's hooks and what was written to the offload folder."""

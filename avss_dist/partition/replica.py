@@ -228,16 +228,10 @@ class Replica:
         self._run = forward_function(self._backbone.module)
         self.layers: tuple[Layer, ...] = self._backbone.layers
         self.model: Mapping[str, Any] = {
-            "family": self._backbone.family,
-            "architecture": self._backbone.architecture,
-            "hidden_size": self._backbone.hidden_size,
-            "num_parameters": self._backbone.num_parameters,
-            "dtype": self._backbone.dtype,
+            **self._backbone.columns,
             "quantized_modules": describe_computing(self._backbone.model),
-            "attention_implementation": self._backbone.attention_implementation,
             "partition": placement.partition,
             "threads": torch.get_num_threads(),
-            "notes": list(self._backbone.notes),
         }
 
     @staticmethod

@@ -88,8 +88,9 @@ class TensorParallelReplica(Replica):
         if tensor_plan_obstacle(checkpoint, settings, ranks):
             backbone = open_by_autotp(checkpoint, settings, self.device, self.split, head=head)
             self.no_gradients = (
-                f"`partition` tensor_parallel has no gradients of a {backbone.family} model: transformers has no plan "
-                "that splits it over these ranks, and DeepSpeed splits models for inference alone.",
+                f"`partition` tensor_parallel has no gradients of a {backbone.columns['family']} model: "
+                "transformers has no plan that splits it over these ranks, and DeepSpeed splits models for inference "
+                "alone.",
                 "Use `partition` fsdp, zero3, single or streaming.",
             )
             return backbone

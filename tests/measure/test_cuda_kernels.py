@@ -262,7 +262,7 @@ def test_launches_and_bytes_of_a_layer(monkeypatch: pytest.MonkeyPatch) -> None:
     assert len(emulator.launches) == 7 * len(layers)
     expected = ["compare", *["count"] * 3, "count_squared", "count_update", "finish"]
     assert sorted(emulator.launches[:7]) == expected
-    hidden, inner = backbone.hidden_size, backbone.model.config.intermediate_size
+    hidden, inner = backbone.columns["hidden_size"], backbone.model.config.intermediate_size
     assert emulator.traffic == len(layers) * layer_moved(3, 24, hidden, inner, 2)[0]
     monkeypatch.undo()
     theirs = run()

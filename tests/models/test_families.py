@@ -61,7 +61,7 @@ def test_the_map_that_ends_an_mlp_is_known_without_a_pass(family: str) -> None:
     """The one that a pass finds; none where experts are routed."""
     backbone = open_module(tiny_model("causal", family))
     for layer in backbone.layers:
-        tap, found = layer.taps.get("neuron"), find_down_projection(layer.module, backbone.hidden_size)
+        tap, found = layer.taps.get("neuron"), find_down_projection(layer.module, backbone.columns["hidden_size"])
         assert (found and found[1]) is (tap and tap.module), layer.name
 
 

@@ -177,9 +177,10 @@ def test_the_slug_of_a_gguf_file_is_its_stem(tmp_path: Path) -> None:
 @pytest.mark.parametrize("fixture", ["tiny_llama", "tiny_bert"])
 def test_a_decoder_and_an_encoder_load_as_backbones(fixture: str, request: pytest.FixtureRequest) -> None:
     backbone = load(resolve(str(request.getfixturevalue(fixture))), Settings(), CPU)
-    names = type(backbone.module).__name__, backbone.architecture, backbone.family
+    names = type(backbone.module).__name__, backbone.columns["architecture"], backbone.columns["family"]
     assert names == ("LlamaModel", "LlamaForCausalLM", "llama") or names == ("BertModel", "BertModel", "bert")
-    assert (backbone.hidden_size, backbone.dtype, backbone.attention_implementation) == (32, "float32", "sdpa")
+    expected = {"hidden_size": 32, "dtype": "float32", "attention_implementation": "sdpa"}
+    assert backbone.columns == {**backbone.columns, **expected}
     assert len(backbone.layers) == LAYERS
     assert not backbone.module.training
 
@@ -190,7 +191,7 @@ def test_a_checkpoint_for_sequence_classification_loads_as_a_backbone(tmp_path: 
     config = transformers.DistilBertConfig(vocab_size=320, dim=32, n_layers=2, n_heads=2, hidden_dim=48)
     model = transformers.DistilBertForSequenceClassification(config).eval()
     backbone = load(resolve(str(save_checkpoint(model, tmp_path / "classifier"))), Settings(), CPU)
-    assert (type(backbone.module).__name__, backbone.family) == ("DistilBertModel", "distilbert")
+    assert (type(backbone.module).__name__, backbone.columns["family"]) == ("DistilBertModel", "distilbert")
     ids = torch.arange(24).reshape(2, 12)
     with torch.no_grad():
         assert torch.equal(forward_function(backbone.module)(ids, None)[0], model.distilbert(input_ids=ids)[0])
@@ -211,12 +212,14 @@ def test_the_dtype_is_the_checkpoints_unless_asked(
 ) -> None:
     folder = save_checkpoint(llama().to(getattr(torch, stored)), tmp_path / "model")
     backbone = load(resolve(str(folder)), Settings(dtype=asked), CPU)
-    assert backbone.dtype == computed
+    assert backbone.columns["dtype"] == computed
     assert {p.dtype for p in backbone.module.parameters()} == {getattr(torch, computed)}
 
 
 def test_the_attention_implementation_is_the_one_asked_for(tiny_llama: Path) -> None:
-    assert load(resolve(str(tiny_llama)), Settings(attention="eager"), CPU).attention_implementation == "eager"
+    assert (
+        load(resolve(str(tiny_llama)), Settings(attention="eager"), CPU).columns["attention_implementation"] == "eager"
+    )
 
 
 @pytest.mark.parametrize("rows_padded", [False, True])
@@ -233,7 +236,7 @@ def test_a_pass_keeps_no_cache_and_leaves_out_the_head(rows_padded: bool, monkey
 def test_opening_a_module_leaves_no_hook_and_changes_no_weight() -> None:
     model = llama()
     before = {name: value.clone() for name, value in model.state_dict().items()}
-    assert open_module(model).num_parameters == sum(p.numel() for p in model.parameters())
+    assert open_module(model).columns["num_parameters"] == sum(p.numel() for p in model.parameters())
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
     assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
 
@@ -261,7 +264,7 @@ def test_the_sites_of_a_family(family: str, layers: str, points: tuple[str | Non
         taps = {site: tap for site, tap in layer.taps.items() if site not in INPUT_SITES}
         found = {site: f"{names[p.module].removeprefix(layer.name)[1:]}.{p.reads}" for site, p in taps.items()}
         assert found == {site: point for site, point in wanted.items() if point}
-    notes = backbone.notes
+    notes = backbone.columns["notes"]
     assert [note.split("'")[1] for note in notes] == [site for site, point in wanted.items() if not point]
     assert all("is absent" in note for note in notes)
 

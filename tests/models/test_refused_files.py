@@ -250,4 +250,4 @@ def test_mixed_weights_without_a_dtype_compute_alike_in_every_partition(copy: Pa
         replica = open_replica(checkpoint, settings, Placement(partition=partition))
         assert replica.model["dtype"] == "float32", partition
         replica.close()
-    assert load(checkpoint, settings, torch.device("cpu")).dtype == "float32"
+    assert load(checkpoint, settings, torch.device("cpu")).columns["dtype"] == "float32"
