@@ -401,14 +401,12 @@ class LanguageModel:
         with self.applying(first), recording(watched) as inputs:
             results = [self.losses(batch)]
         for intervention in interventions[1:]:
-            with self.applying(intervention):
-                if intervention not in branches:
-                    results.append(self.losses(batch))
-                    continue
-                layer = branches[intervention]
-                behind = begins_behind(intervention, layer)
-                with self.beginning(behind, inputs[layer].clone()):
-                    results.append(self.losses(batch))
+            with ExitStack() as stack:
+                stack.enter_context(self.applying(intervention))
+                if (layer := branches.get(intervention)) is not None:
+                    behind = begins_behind(intervention, layer)
+                    stack.enter_context(self.beginning(behind, inputs[layer].clone()))
+                results.append(self.losses(batch))
         return results
 
     def branches(self, interventions: Sequence[Intervention]) -> dict[Intervention, int]:

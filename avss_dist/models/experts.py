@@ -30,7 +30,7 @@ from avss_dist.core.errors import ModelError
 from avss_dist.core.intervention import Removal, experts_by_layer
 from avss_dist.core.process import bound
 from avss_dist.core.text import count_of
-from avss_dist.models.interventions import around, replace_tensor, replaced_parameters
+from avss_dist.models.interventions import around, replace_tensor, replaced_attributes, replaced_parameters
 from avss_dist.models.layers import Layer, Routing, first_tensor, routing_of, with_replaced
 
 COUNT = "num_experts"
@@ -219,8 +219,9 @@ def require_routed_experts(layer: nn.Module, index: int, removed: Collection[int
     except ModelError as error:
         raise ModelError(f"Layer {index} ({type(layer).__name__}): {error.message}.", error.hint) from error
     if routed is None:
-        name = type(layer).__name__
-        raise ModelError(f"Layer {index} ({name}) has no routed experts.", "Is it a plan for another model?")
+        raise ModelError(
+            f"Layer {index} ({type(layer).__name__}) has no routed experts.", "Is it a plan for another model?"
+        )
     routed.require_remaining(index, removed)
     return routed
 
@@ -257,8 +258,7 @@ def without_experts(layers: Sequence[Layer], removed: Collection[Removal]) -> It
     routers = dict(before)
     choices = {}
     for index, experts in experts_by_layer(removed).items():
-        routed = find_routed_experts(layers[index].module)
-        assert routed is not None
+        routed = require_routed_experts(layers[index].module, index, experts)
         router = layers[index].module.get_submodule(routed.router)
         routers[router] = before.get(router, frozenset()) | {*experts}
         if router not in before:
@@ -268,11 +268,21 @@ def without_experts(layers: Sequence[Layer], removed: Collection[Removal]) -> It
 
 
 def _choose(router: nn.Module, number: int, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-    """Run a router of ``number`` experts, as an action of `around`, so that it chooses among the remaining ones."""
+    """Run a router of ``number`` experts, as an action of `around`, so that it chooses among the remaining ones.
+
+    It holds their rows alone while it runs. Instance attributes hide its tensors.
+    """
     weight: Any = router.weight
     keep = torch.tensor([e for e in range(number) if e not in _REMOVED.get()[router]], device=weight.device)
-    shorten = partial(_shortened_argument, number, keep)
-    with _shortened(router, keep):
+
+    def shorten(value: Any) -> Any:
+        """Return an argument without the removed experts, if it is a vector with an element for each."""
+        is_vector = isinstance(value, torch.Tensor) and value.shape == (number,)
+        return value.index_select(0, keep) if is_vector else value
+
+    tensors = {name: getattr(router, name, None) for name in ROUTER_TENSORS}
+    rows = {name: t.index_select(0, keep) for name, t in tensors.items() if isinstance(t, torch.Tensor)}
+    with replaced_attributes([(router, {**rows, COUNT: len(keep)})]):
         output = forward(*map(shorten, args), **{name: shorten(value) for name, value in kwargs.items()})
     logits = first_tensor(output)
     if logits is None or logits.shape[-1] != len(keep):
@@ -282,27 +292,6 @@ def _choose(router: nn.Module, number: int, forward: Callable[..., Any], *args: 
     if index is None:
         raise ModelError(f"A {type(router).__name__} does not choose experts itself.", _ELSEWHERE)
     return replace_tensor(replace_tensor(output, logits, whole), index, keep[index].to(index.dtype))
-
-
-def _shortened_argument(number: int, keep: torch.Tensor, value: Any) -> Any:
-    """Return an argument of a router without the removed experts, if it is a vector with an element for each."""
-    is_vector = isinstance(value, torch.Tensor) and value.shape == (number,)
-    return value.index_select(0, keep) if is_vector else value
-
-
-@contextmanager
-def _shortened(router: nn.Module, keep: torch.Tensor) -> Iterator[None]:
-    """Have a router hold the rows of some experts alone inside the context. Instance attributes hide its tensors."""
-    tensors = {name: getattr(router, name, None) for name in ROUTER_TENSORS}
-    rows = {name: t.index_select(0, keep) for name, t in tensors.items() if isinstance(t, torch.Tensor)}
-    number = getattr(router, COUNT)
-    vars(router).update({**rows, COUNT: len(keep)})
-    try:
-        yield
-    finally:
-        for name in rows:
-            del vars(router)[name]
-        vars(router)[COUNT] = number
 
 
 @dataclass(frozen=True)

@@ -341,6 +341,19 @@ def replaced_parameters(values: Mapping[nn.Parameter, torch.Tensor]) -> Iterator
             parameter.data = original
 
 
+@contextmanager
+def replaced_attributes(values: Iterable[tuple[object, Mapping[str, Any]]]) -> Iterator[None]:
+    """Have objects hold other instance attributes inside the context. Those that an object lacks are removed again."""
+    with ExitStack() as stack:
+        for holder, new in values:
+            attributes = vars(holder)
+            stack.callback(attributes.update, {name: attributes[name] for name in new if name in attributes})
+            for name in new.keys() - attributes.keys():
+                stack.callback(attributes.pop, name)
+            attributes.update(new)
+        yield
+
+
 def with_parameters(
     values: Callable[[], Mapping[nn.Parameter, torch.Tensor]], forward: Callable[..., Any], *args: Any, **kwargs: Any
 ) -> Any:
@@ -386,8 +399,8 @@ def find_obstacles(layers: Sequence[Layer], run: Callable[[], Any]) -> dict[int,
     with around(skips), captured(modules) as running:
         run()
     removed = sublayers_of(layer.index for layer in candidates)
-    skipped = {layer.module: Skip(layer) for layer in layers if layer not in candidates}
-    with around(skipped), without_sublayers(layers, removed), captured(modules) as without:
+    skipped = around({layer.module: Skip(layer) for layer in layers if layer.index in obstacles})
+    with skipped, without_sublayers(layers, removed), captured(modules) as without:
         run()
     for layer in candidates:
         whole, mlp = without[layer.index, "layer"], without[layer.index, "mlp"]

@@ -190,8 +190,7 @@ def build_model(
     with quiet(), _explain_errors(checkpoint):
         config = with_quantization(checkpoint, config, settings, {})
         if not isinstance(config, type(empty.config)):
-            part, quantization = copy.deepcopy(config.get_text_config()), quantization_settings(config)
-            config = part
+            config, quantization = copy.deepcopy(config.get_text_config()), quantization_settings(config)
             if quantization:
                 config.quantization_config = quantization
         model, report = type(empty).from_pretrained(
@@ -230,10 +229,9 @@ def skeleton(config: Any, settings: Settings, dtype: torch.dtype) -> Any:
     Raises:
         ModelError: transformers cannot build it.
     """
-    options = {**_options(settings), "dtype": dtype}
     with quiet(), torch.device("meta"):
         try:
-            return auto_class(config).from_config(config, **options)
+            return auto_class(config).from_config(config, **{**_options(settings), "dtype": dtype})
         except _REFUSALS as error:
             raise ModelError(f"A {config.model_type} model cannot be built: {_first_line(error)}") from error
 
@@ -325,9 +323,8 @@ def forward_function(backbone: nn.Module) -> Forward:
     options = {"use_cache": False} if anything or "use_cache" in parameters else {}
 
     def run(input_ids: torch.Tensor, attention_mask: torch.Tensor | None) -> Any:
-        if attention_mask is not None:
-            return backbone(input_ids=input_ids, attention_mask=attention_mask, **options)
-        return backbone(input_ids=input_ids, **options)
+        mask = {} if attention_mask is None else {"attention_mask": attention_mask}
+        return backbone(input_ids=input_ids, **mask, **options)
 
     return run
 
@@ -369,8 +366,8 @@ def auto_class(config: Any) -> Any:
         return AutoModelForImageTextToText
     is_causal = any(_CAUSAL.search(name) for name in architectures)
     if not architectures:
-        is_causal = kind in auto_models.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
-        is_causal = is_causal and kind not in auto_models.MODEL_FOR_MASKED_LM_MAPPING_NAMES
+        masked = auto_models.MODEL_FOR_MASKED_LM_MAPPING_NAMES
+        is_causal = kind in auto_models.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES and kind not in masked
     return AutoModelForCausalLM if is_causal else AutoModel
 
 

@@ -10,6 +10,7 @@ from typing import Any
 from torch import nn
 
 from avss_dist.core.errors import ModelError
+from avss_dist.models.interventions import replaced_attributes
 from avss_dist.models.layers import Layer
 
 NUM_LAYERS = "num_hidden_layers"
@@ -45,8 +46,8 @@ def without_modules(model: nn.Module, layers: Sequence[Layer], removed: Collecti
     if modules is None:
         raise ModelError("The layers are not the modules of one list, each used once.")
     keep = [layer.index for layer in layers if layer.index not in removed]
-    changes: list[tuple[dict[str, Any], dict[str, Any]]] = [
-        (vars(module), {name: value + new - old})
+    changes: list[tuple[object, dict[str, Any]]] = [
+        (module, {name: value + new - old})
         for new, old in enumerate(keep)
         for module in layers[old].module.modules()
         for name, value in vars(module).items()
@@ -54,20 +55,10 @@ def without_modules(model: nn.Module, layers: Sequence[Layer], removed: Collecti
     ]
     for config in _configs(model, modules):
         shortened = settings_by_layer(vars(config), len(layers), keep)
-        changes.append((vars(config), {**shortened, _num_layers_key(config): len(keep)}))
-    originals = [(attributes, {name: attributes[name] for name in new}) for attributes, new in changes]
-    children = dict(modules._modules)
-    try:
-        modules._modules.clear()
-        modules._modules.update({str(new): layers[old].module for new, old in enumerate(keep)})
-        for attributes, new_values in changes:
-            attributes.update(new_values)
+        changes.append((config, {**shortened, _num_layers_key(config): len(keep)}))
+    changes.append((modules, {"_modules": {str(new): layers[old].module for new, old in enumerate(keep)}}))
+    with replaced_attributes(changes):
         yield
-    finally:
-        modules._modules.clear()
-        modules._modules.update(children)
-        for attributes, old_values in originals:
-            attributes.update(old_values)
 
 
 def _configs(model: nn.Module, modules: nn.ModuleList) -> list[Any]:

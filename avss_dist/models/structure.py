@@ -12,7 +12,7 @@ from __future__ import annotations
 import re
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -60,12 +60,14 @@ class Call:
     output: torch.Tensor
 
 
-LayerSites = tuple[dict[str, Tap], tuple[Projection, ...], Experts | None]
-"""Sites of a layer, the linear maps whose inputs are sites, and its routed experts."""
+def find_sites(
+    calls: Sequence[Call], layer_class: str
+) -> tuple[dict[str, Tap], tuple[Projection, ...], Experts | None]:
+    """Return the sites of one layer, the linear maps whose inputs are sites, and its routed experts.
 
-
-def find_sites(calls: Sequence[Call], layer_class: str) -> LayerSites:
-    """Return the sites of one layer, from the calls of its modules."""
+    Args:
+        calls: calls of its modules, in order.
+    """
     by_kind: dict[str | None, list[Call]] = defaultdict(list)
     for call in calls:
         by_kind[_kind(call.path, call.module, layer_class)].append(call)
@@ -229,9 +231,6 @@ def find_experts(calls: Sequence[Call]) -> Experts | None:
     return None
 
 
-_LayerCall = tuple[nn.Module, str, LayerSites, type | None]  # layer, axes of its output, its sites, `Layer.form`
-
-
 def find_structure(
     model: nn.Module, forward: Callable[[torch.Tensor], Any], num_layers: int | None, path: str | None = None
 ) -> tuple[tuple[Layer, ...], tuple[str, ...]]:
@@ -251,7 +250,7 @@ def find_structure(
     """
     lists = layer_lists(model, num_layers, path)
     layer_calls = _watch([module for modules in lists.values() for module in modules], forward)
-    calls = Counter(module for module, *_ in layer_calls)
+    calls = Counter(layer.module for layer in layer_calls)
     used = {name: modules for name, modules in lists.items() if any(module in calls for module in modules)}
     if len(used) != 1:
         raise layers_not_found(
@@ -263,12 +262,13 @@ def find_structure(
     names = {module: f"{list_path}.{i}" for i, module in reversed(list(enumerate(modules)))}
     order = list(reversed(names))
     if len(layer_calls) == len(order):  # unless modules are shared, in the order of the list
-        layer_calls = sorted(layer_calls, key=lambda item: order.index(item[0]))
+        layer_calls = sorted(layer_calls, key=lambda layer: order.index(layer.module))
     layers: list[Layer] = []
     uses: Counter[nn.Module] = Counter()
-    for index, (module, axes, sites, form) in enumerate(layer_calls):
+    for index, layer in enumerate(layer_calls):
+        module, form = layer.module, layer.form if calls[layer.module] == 1 else None
         name = f"{names[module]}#{uses[module]}" if uses[module] else names[module]
-        layers.append(Layer(index, name, module, uses[module], axes, *sites, form if calls[module] == 1 else None))
+        layers.append(replace(layer, index=index, name=name, call=uses[module], form=form))
         uses[module] += 1
     notes = [*absent_sites(layers, ("attention", "mlp", "neuron"))]
     if shared := sum(layer.call > 0 for layer in layers):
@@ -278,9 +278,9 @@ def find_structure(
     return tuple(layers), tuple(notes)
 
 
-def _watch(modules: Iterable[nn.Module], forward: Callable[[torch.Tensor], Any]) -> list[_LayerCall]:
-    """Return each call of these modules in one forward pass, in order."""
-    layer_calls: list[_LayerCall] = []
+def _watch(modules: Iterable[nn.Module], forward: Callable[[torch.Tensor], Any]) -> list[Layer]:
+    """Return a layer without a name for each call of these modules in one forward pass, in order."""
+    layer_calls: list[Layer] = []
     calls: list[Call] = []  # of one layer at a time
 
     def enter(_args: Any, _kwargs: Any) -> None:
@@ -296,7 +296,8 @@ def _watch(modules: Iterable[nn.Module], forward: Callable[[torch.Tensor], Any])
             hidden, sites = input_tensor(args, kwargs), find_sites(calls, type(module).__name__)
             is_alone = isinstance(output, torch.Tensor) or (isinstance(output, tuple) and len(output) == 1)
             form = type(output) if is_alone and hidden is not None and hidden.shape == tensor.shape else None
-            layer_calls.append((module, axes_of(tensor.shape, *PROBE_SHAPE), sites, form))
+            axes = axes_of(tensor.shape, *PROBE_SHAPE)
+            layer_calls.append(Layer(len(layer_calls), "", module, 0, axes, *sites, form))
         calls.clear()
 
     layers = dict.fromkeys(modules)
