@@ -326,7 +326,7 @@ def test_each_call_of_a_shared_layer_is_a_layer() -> None:
     assert [layer.name for layer in structure.layers] == [name, f"{name}#1", f"{name}#2"]
     assert [layer.call for layer in structure.layers] == [0, 1, 2]
     assert len({layer.module for layer in structure.layers}) == 1
-    assert structure.notes == ("layers share modules: 3 calls of 1 modules, each call is a layer",)
+    assert structure.columns["notes"] == ["layers share modules: 3 calls of 1 modules, each call is a layer"]
 
 
 def test_a_named_layer_list_is_taken_where_none_is_found() -> None:
