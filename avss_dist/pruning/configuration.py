@@ -71,9 +71,7 @@ def write_config(checkpoint: Checkpoint, plan: Plan, folder: Path, settings: Set
     if missing := {name: value for name, value in expected.items() if derived.get(name) != value}:
         part |= missing
         less = _write_and_read(checkpoint, whole, raw, folder, settings)
-    changed = {*expected, *names, *KEYS, "_name_or_path"}
-    for path, old, new in _differences(_as_json(whole.to_dict()), _as_json(less.to_dict()), changed):
-        raise _changed_model_error(whole, f"its setting `{path}` would be {new!r} for {old!r}")
+    _require_same_settings(whole, less, {*expected, *names, *KEYS})
     _require_same_classes(whole, less, plan, settings)
 
 
@@ -124,6 +122,17 @@ def _write_and_read(
 def _as_json(config: Mapping[str, Any]) -> dict[str, Any]:
     """Return a configuration as its file holds it, with strings as keys."""
     return dict(json.loads(json.dumps(config, default=str)))
+
+
+def _require_same_settings(whole: Any, less: Any, changed: set[str]) -> None:
+    """Require that transformers reads all settings but the per-layer ones as before.
+
+    Raises:
+        PlanError: a setting differs; the message names it and both values.
+    """
+    before, after = _as_json(whole.to_dict()), _as_json(less.to_dict())
+    for path, old, new in _differences(before, after, {*changed, "_name_or_path"}):
+        raise _changed_model_error(whole, f"its setting `{path}` would be {new!r} for {old!r}")
 
 
 def _differences(

@@ -7,6 +7,7 @@ Layers and experts count from 0. A sublayer is written ``attention.7`` or ``mlp.
 
 from __future__ import annotations
 
+import re
 from collections import Counter
 from collections.abc import Mapping
 from contextlib import suppress
@@ -56,6 +57,12 @@ T = TypeVar("T")
 _HINT = "avss plan makes one."
 
 
+def _run_id(text: str) -> str:
+    if not re.fullmatch(r"[A-Za-z0-9._-]+", text):
+        raise PlanError(f"'{text}' is not a run id.", "A run id has letters, digits, dots, hyphens and underscores.")
+    return text
+
+
 def _reason(value: Any) -> Any:
     if not isinstance(value, str | int | float | bool | None):
         raise PlanError("A reason must be a text or a number.")
@@ -93,7 +100,7 @@ class ModelPlan:
     """Layers of the whole model."""
     why: Mapping[str, Reason] = Field(default_factory=dict)
     """Criterion and options by which it was chosen."""
-    run_id: Annotated[str, Field(pattern=r"^[A-Za-z0-9._-]+$")] | None = None
+    run_id: Annotated[str, check(_run_id)] | None = None
     """Run whose measurements were read; none for a plan by hand."""
     findings: Lines = ()
     """Findings that speak against the choice."""
