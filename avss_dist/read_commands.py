@@ -16,6 +16,7 @@ import pyarrow.compute as pc
 
 from avss_dist.analysis.chosen import choose_runs, one_run
 from avss_dist.core.errors import QueryError, WarehouseError
+from avss_dist.core.files import write_output
 from avss_dist.core.names import REPAIR, ROW_START
 from avss_dist.core.registry import READING
 from avss_dist.core.results import Table
@@ -254,10 +255,11 @@ def contrast(opened: Warehouse, request: ContrastRequest) -> Contrast:
 @reading(ReportRequest)
 def report(opened: Warehouse, request: ReportRequest) -> Path:
     """Write the page of a warehouse, and return its path."""
-    from avss_dist.reports.page.page import save_report
+    from avss_dist.reports.page.page import report_page
 
     rows = choose_runs(opened, request.run, failed=True, columns=("run_id",)) if request.run else None
-    save_report(opened, Path(request.output), None if rows is None else {row["run_id"] for row in rows}, request.by)
+    page = report_page(opened, None if rows is None else {row["run_id"] for row in rows}, request.by)
+    write_output(request.output, page)
     return Path(request.output)
 
 

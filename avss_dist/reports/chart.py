@@ -137,8 +137,6 @@ def depth_chart(
 
 def _panel(base: Any, color: Any, rows: Sequence[Mapping[str, Any]], name: str) -> Any:
     """Return the chart of a score, on a log scale unless a layer scores zero or less."""
-    tooltip = [alt.Tooltip("run:N"), alt.Tooltip("layer:Q"), alt.Tooltip("layer_name:N")]
-    tooltip += [alt.Tooltip(f"{name}:Q", format=".4g"), *([alt.Tooltip("rank:Q")] if name == "avss" else [])]
     return depth_chart(
         base,
         name,
@@ -148,7 +146,13 @@ def _panel(base: Any, color: Any, rows: Sequence[Mapping[str, Any]], name: str) 
         lowest=f"lowest_{name}",
         red=not isinstance(color, alt.Color),  # of several runs, points have the color of their run
         ends=("avss_low", "avss_high"),
-        tooltip=tooltip,
+        tooltip=[
+            alt.Tooltip("run:N"),
+            alt.Tooltip("layer:Q"),
+            alt.Tooltip("layer_name:N"),
+            alt.Tooltip(f"{name}:Q", format=".4g"),
+            *([alt.Tooltip("rank:Q")] if name == "avss" else []),
+        ],
     ).properties(title=SCORES[name].title, width=300, height=210)
 
 
@@ -166,12 +170,15 @@ def similarity_chart(comparison: RankingComparison) -> Any:
         for (i, j), value in np.ndenumerate(similarity.rho)
         if np.isfinite(value)
     ]
-    groups = [{"row": label, "group": group} for label, group in zip(labels, similarity.groups, strict=True)]
     few = len(labels) <= MAX_LABELED
     axis = alt.Axis(labels=few, ticks=few, domain=False, labelLimit=260)
     y = alt.Y("row:N", sort=labels, title=None)
     strip = (
-        alt.Chart(alt.InlineData(values=groups))
+        alt.Chart(
+            alt.InlineData(
+                values=[{"row": label, "group": group} for label, group in zip(labels, similarity.groups, strict=True)]
+            )
+        )
         .mark_rect()
         .encode(
             y=y.axis(axis),

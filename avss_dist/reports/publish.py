@@ -10,7 +10,7 @@ import pyarrow.parquet as pq
 from avss_dist.core.errors import WarehouseError, explain_unwritable
 from avss_dist.core.files import staged_folder
 from avss_dist.core.text import describe_count
-from avss_dist.reports.page.page import save_report
+from avss_dist.reports.page.page import report_page
 from avss_dist.warehouse.reader import Warehouse
 from avss_dist.warehouse.schema import DAMAGED, SCHEMAS, TABLES
 
@@ -35,7 +35,7 @@ def publish(warehouse: Warehouse, folder: Path) -> dict[str, int]:
     with explain_unwritable(folder, "Name a new folder.", WarehouseError), staged_folder(folder) as staged:
         (staged / DATA).mkdir()
         rows = _write_tables(warehouse, run_ids, staged / DATA)
-        save_report(warehouse, staged / PAGE)
+        (staged / PAGE).write_text(report_page(warehouse), encoding="utf-8")
         (staged / CARD).write_text(_card(rows), encoding="utf-8")
     return rows
 

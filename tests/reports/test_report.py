@@ -41,7 +41,7 @@ from avss_dist.analysis.verdict import experiment_sections
 from avss_dist.core.text import describe_threshold
 from avss_dist.reports.page.charts import section_chart
 from avss_dist.reports.page.data import page_data, run_agreement
-from avss_dist.reports.page.page import html_table, is_published, report_page
+from avss_dist.reports.page.page import is_published, report_page, templates
 from avss_dist.reports.terminal.scores import summary
 from avss_dist.reports.terminal.tables import FittedTable, rendered
 from avss_dist.warehouse.reader import Warehouse
@@ -372,6 +372,7 @@ def test_the_command_writes_the_runs_that_are_named(store: Warehouse, tmp_path: 
 
 # Sections: one description, of which the terminal and the page show the same texts.
 
+html_table = templates().get_template("table.html").module.html_table  # type: ignore[attr-defined]
 MARKUP = "<img src=x onerror=alert(1)>\x1b[31m"
 
 

@@ -50,8 +50,7 @@ def section_chart(chart: Chart) -> dict[str, Any]:
 
 def _finished(chart: Any) -> dict[str, Any]:
     """Return the specification of a chart as wide as its container, titled by the signal ``choice``, without colors."""
-    chart = chart.add_params(alt.param(name="choice", value=""), alt.param(name="limit", value=600))
-    chart = chart.properties(
+    chart = chart.add_params(alt.param(name="choice", value=""), alt.param(name="limit", value=600)).properties(
         title=alt.TitleParams(text=alt.ExprRef("choice"), limit=alt.ExprRef("limit"), anchor="start", frame="bounds"),
         width="container",
         autosize=alt.AutoSizeParams(type="fit-x", contains="padding"),
@@ -64,19 +63,20 @@ def _finished(chart: Any) -> dict[str, Any]:
 def _by_depth(name: str, axis: str, scale: str) -> Any:
     """Return the chart of a score by depth: a line and an interval for each run, triangles for its lowest 25%."""
     depths = alt.X("depth:Q", title="relative depth").scale(domain=[0, 1])
-    legend = alt.Legend(
-        orient="top",
-        columns=1,
-        title=None,
-        labelLimit=alt.ExprRef("limit"),
-        labelExpr="names[datum.value]",  # of the chosen and the compared run
-        symbolOpacity=1,
-        symbolType="circle",
-        values=alt.ExprRef("which"),
+    color = alt.Color(
+        "which:N",
+        scale=alt.Scale(domain=[0, 1], range="category"),
+        legend=alt.Legend(
+            orient="top",
+            columns=1,
+            title=None,
+            labelLimit=alt.ExprRef("limit"),
+            labelExpr="names[datum.value]",  # of the chosen and the compared run
+            symbolOpacity=1,
+            symbolType="circle",
+            values=alt.ExprRef("which"),
+        ),
     )
-    color = alt.Color("which:N", scale=alt.Scale(domain=[0, 1], range="category"), legend=legend)
-    tooltip = [alt.Tooltip("run:N"), alt.Tooltip("layer:Q"), alt.Tooltip("layer_name:N", title="name")]
-    tooltip += [alt.Tooltip(f"{name}:Q", title=SCORES[name].title, format=".4g"), alt.Tooltip("rank:Q")]
     chart = depth_chart(
         alt.Chart().encode(x=depths if axis == "depth" else layer_axis()),
         name,
@@ -85,24 +85,40 @@ def _by_depth(name: str, axis: str, scale: str) -> Any:
         linear=alt.Scale(zero=False),
         lowest="lowest",
         ends=("low", "high"),
-        tooltip=tooltip,
+        tooltip=[
+            alt.Tooltip("run:N"),
+            alt.Tooltip("layer:Q"),
+            alt.Tooltip("layer_name:N", title="name"),
+            alt.Tooltip(f"{name}:Q", title=SCORES[name].title, format=".4g"),
+            alt.Tooltip("rank:Q"),
+        ],
     )
     return chart.properties(data=ROWS, height=HEIGHTS.get(name, 170)).add_params(*OF_RUNS)
 
 
 def _blocks() -> Any:
     """Return a heat map of blocks of layers by first layer and length. The nearest block of each length is marked."""
-    legend = alt.Legend(title="distance: 0 none, 1 opposite", orient="top", direction="horizontal", titleLimit=240)
     plain: dict[str, Any] = {"ticks": False, "domain": False, "labelSeparation": 4}
     x = alt.X("start:O", title="first layer (from 0)").axis(labelAngle=0, labelOverlap="greedy", **plain)
     y = alt.Y("length:O", title="layers", sort="descending").axis(labelOverlap="greedy", **plain)
-    tooltip = [
-        alt.Tooltip("start:Q", title="first layer"),
-        alt.Tooltip("length:Q", title="layers"),
-        alt.Tooltip("distance:Q", format=".4f"),
-    ]
-    base = alt.Chart().encode(x=x, y=y, tooltip=tooltip)
-    cells = base.mark_rect().encode(color=alt.Color("distance:Q", scale=alt.Scale(scheme="viridis"), legend=legend))
+    base = alt.Chart().encode(
+        x=x,
+        y=y,
+        tooltip=[
+            alt.Tooltip("start:Q", title="first layer"),
+            alt.Tooltip("length:Q", title="layers"),
+            alt.Tooltip("distance:Q", format=".4f"),
+        ],
+    )
+    cells = base.mark_rect().encode(
+        color=alt.Color(
+            "distance:Q",
+            scale=alt.Scale(scheme="viridis"),
+            legend=alt.Legend(
+                title="distance: 0 none, 1 opposite", orient="top", direction="horizontal", titleLimit=240
+            ),
+        )
+    )
     nearest = base.mark_point(filled=True, color=LOWEST_COLOR, stroke="white", size=24, opacity=1).transform_filter(
         "datum.nearest"
     )
@@ -111,13 +127,22 @@ def _blocks() -> Any:
 
 def _best_sets() -> Any:
     """Return a chart of the best set of each size, with a line for each task and repair."""
-    legend = alt.Legend(
-        orient="top", columns=1, title=None, labelLimit=alt.ExprRef("limit"), symbolOpacity=1, symbolType="circle"
-    )
     base = alt.Chart().encode(
         x=alt.X("share:Q", title="share of the layers that is left out").scale(zero=True).axis(format="%", tickCount=6),
         y=alt.Y("kept:Q", title="kept", scale=alt.Scale(zero=True)).axis(format="%"),
-        color=alt.Color("series:N", sort=None, legend=legend, scale=alt.Scale(scheme="tableau10")),
+        color=alt.Color(
+            "series:N",
+            sort=None,
+            legend=alt.Legend(
+                orient="top",
+                columns=1,
+                title=None,
+                labelLimit=alt.ExprRef("limit"),
+                symbolOpacity=1,
+                symbolType="circle",
+            ),
+            scale=alt.Scale(scheme="tableau10"),
+        ),
     )
     points = base.mark_point(filled=True, size=45, opacity=1).encode(
         shape=alt.Shape("series:N", sort=None, legend=None),

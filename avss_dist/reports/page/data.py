@@ -61,8 +61,11 @@ def page_data(
         depth) and a ``summary``; ``without``: by run, see `without_layers`, with the share that each size is.
     """
     positions = {run["run_id"]: i for i, run in enumerate(runs)}
-    names = ["run_id", *CHOICE, "layer_name", "depth", *COLUMNS.values(), *BASELINES]
-    table = warehouse.table("scores", run_ids=list(positions), columns=names)
+    table = warehouse.table(
+        "scores",
+        run_ids=list(positions),
+        columns=["run_id", *CHOICE, "layer_name", "depth", *COLUMNS.values(), *BASELINES],
+    )
     table = table.sort_by([(name, "ascending") for name in ("run_id", *CHOICE, "layer")])
     slices = [(tuple(key.values()), start, end) for key, start, end in slices_by(table, ["run_id", *CHOICE])]
     choices = {choice: i for i, choice in enumerate(sorted({key[1:] for key, _, _ in slices}, key=_order))}

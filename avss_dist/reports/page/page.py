@@ -11,7 +11,6 @@ from datetime import UTC, datetime
 from functools import cache
 from importlib.resources import files
 from operator import itemgetter
-from pathlib import Path
 from typing import Any
 
 import jinja2
@@ -37,7 +36,6 @@ from avss_dist.analysis.verdict import (
     without_layers,
 )
 from avss_dist.core.errors import QueryError
-from avss_dist.core.files import write_output
 from avss_dist.core.registry import FROM_ACTIVATIONS, GROUND_TRUTH, RECIPES, SCORES
 from avss_dist.core.settings import SITES
 from avss_dist.core.text import basename, count_of, printable
@@ -104,18 +102,6 @@ OVERVIEW: Mapping[str, tuple[str, Callable[[Any], str]]] = {
 """Columns of ``runs`` that the overview shows, with their titles and formats."""
 
 
-def save_report(
-    warehouse: Warehouse, path: Path, run_ids: Collection[str] | None = None, own: Sequence[str] = ()
-) -> None:
-    """Write `report_page` to a file.
-
-    Raises:
-        AvssError: the file cannot be written.
-        WarehouseError: as `Store.table`.
-    """
-    write_output(path, report_page(warehouse, run_ids, own))
-
-
 def report_page(warehouse: Warehouse, run_ids: Collection[str] | None = None, own: Sequence[str] = ()) -> str:
     """Return an HTML page of the runs (all of them by default) that contains everything it needs.
 
@@ -165,8 +151,8 @@ def report_page(warehouse: Warehouse, run_ids: Collection[str] | None = None, ow
         ),
     ]
     failed = len(rows) - len(done)
-    return _template("page.html").render(
-        html_table=html_table,
+    page = templates().get_template("page.html")
+    return page.render(
         policy=_policy(style, script, library),
         style=style,
         script=script,
@@ -201,24 +187,16 @@ def _by_model(run: Mapping[str, Any]) -> tuple[Any, ...]:
     return (run["status"] != "done", str(run["family"]), model, *progress, str(run["created_at"]), run["run_id"])
 
 
-def html_table(table: ReportTable, label: str) -> Markup:
-    """Return a table as HTML, with buttons in its head that sort it and a button that saves it.
-
-    Args:
-        label: subject of the table, such as the run, for screen readers.
-    """
-    return Markup(_template("table.html").render(table=table, label=label))
-
-
 @cache
-def _template(name: str) -> jinja2.Template:
-    environment = jinja2.Environment(
+def templates() -> jinja2.Environment:
+    """Return the templates of the page and of its tables. They escape all texts."""
+    return jinja2.Environment(
+        loader=jinja2.FunctionLoader(_part),
         autoescape=True,
         undefined=jinja2.StrictUndefined,
         # No name changes the direction of the text after it.
         finalize=lambda value: printable(value) if isinstance(value, str) and not isinstance(value, Markup) else value,
     )
-    return environment.from_string(_part(name))
 
 
 @cache

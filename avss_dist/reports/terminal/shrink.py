@@ -31,9 +31,12 @@ if TYPE_CHECKING:
 def shrunk_tables(done: Shrunk) -> RenderableType:
     """Return tables of the metrics of the models, of the curve of several plans, and of continuations."""
     plan, tasks = done.best.plan, done.best.tasks
-    rows = ["whole model", f"{count_removed(plan.drop)} dropped"]
-    rows += [f"repaired by {done.record.repair}"] if done.record else []
-    rows += [f"distilled on {done.distillation.after.tokens:,} tokens"] if done.distillation else []
+    rows = [
+        "whole model",
+        f"{count_removed(plan.drop)} dropped",
+        *([f"repaired by {done.record.repair}"] if done.record else []),
+        *([f"distilled on {done.distillation.after.tokens:,} tokens"] if done.distillation else []),
+    ]
     complete = all(kept.has_interval for task in tasks for kept in task.retentions.values())
     table = ReportTable(
         columns=[
