@@ -31,12 +31,11 @@ from avss_dist.core.intervention import EncodedPatch
 from avss_dist.core.settings import Execution, Settings
 from avss_dist.models.checkpoints import Checkpoint
 from avss_dist.partition.replica import Placement
-from avss_dist.runs.ray import queue as queue_module
 from avss_dist.runs.ray.cluster import START_SECONDS, Watch, late
 from avss_dist.runs.ray.executor import RayExecutor, run_together
 from avss_dist.runs.ray.heartbeats import HeartbeatMonitor
 from avss_dist.runs.ray.pool import Pool, Prefetcher
-from avss_dist.runs.ray.queue import ATTEMPTS, BLOCK_SHARDS, LATE_SECONDS, ShardQueue, UnitQueue
+from avss_dist.runs.ray.queue import ATTEMPTS, LATE_SECONDS, ShardQueue, UnitQueue
 from avss_dist.runs.ray.worker import resolve_on_node
 from avss_dist.runs.work import RunShards
 
@@ -476,7 +475,7 @@ def no_object_store(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def assignments(queue: ShardQueue, units: Sequence[int]) -> list[Any]:
     """What the workers of a gang do in a round, one after the other."""
-    return [assignment.resolved(blocks) for some, blocks in queue.parts(units) for assignment in some]
+    return [assignment for part in queue.parts(units) for assignment in part]
 
 
 def patch_of(key: str) -> EncodedPatch:
@@ -554,11 +553,10 @@ def test_what_was_measured_meanwhile_is_not_put_back() -> None:
 
 def test_every_rank_takes_the_cell_with_its_patch() -> None:
     queue, cells = cell_queue(["loss"], partition="tensor_parallel", ranks=2)
-    parts = [assignment for some, _ in queue.parts([0]) for assignment in some]
+    parts = [assignment for part in queue.parts([0]) for assignment in part]
     assert [(one.cell, one.rows) for one in parts] == [(cells[0], SETTINGS.batch_size)] * 2
     queue, cells = cell_queue(["loss", "loss"], patch_of("k"))
-    (((assignment,), blocks),) = queue.parts([1])
-    assert assignment.resolved(blocks) is assignment
+    ((assignment,),) = queue.parts([1])
     assert assignment.cell.part == 1 and assignment.cell.intervention.patch.read() == b"k"
     assert cells[1].intervention.patch == patch_of("k")
 
@@ -636,29 +634,6 @@ def test_short_shards_share_a_round_until_one_of_them_fails() -> None:
     assert source is run and "Shard 4 failed 3 times" in str(error)
 
 
-def test_blocks_of_shards_are_shared_once_and_let_go(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Small shards travel with the call."""
-    stored: list[Any] = []
-    monkeypatch.setattr(ray, "put", lambda block: stored.append(block[0]) or block)
-    queue, run = shard_queue(3 * BLOCK_SHARDS)
-    last = BLOCK_SHARDS - 1
-    for number, small in ((0, 1 << 20), (2, 0)):
-        monkeypatch.setattr(queue_module, "SENT_BYTES", small)
-        for units in ([0], [last, last + 1], [last + 1]):
-            assert [part.shard for part in assignments(queue, units)] == [run.shards[unit] for unit in units]
-        assert len(stored) == number
-    for first in (2 * BLOCK_SHARDS, 0):
-        queue.parts([first])
-    assert stored == [run.shards[i] for i in (0, BLOCK_SHARDS, 2 * BLOCK_SHARDS, 0)]
-
-    def is_full(_: object) -> None:
-        raise ray.exceptions.OutOfDiskError
-
-    monkeypatch.setattr(ray, "put", is_full)
-    ((_, blocks),) = shard_queue(BLOCK_SHARDS)[0].parts([1])
-    assert blocks == [tuple(run.shards[:BLOCK_SHARDS])], "sent with the call"
-
-
 def test_a_patch_is_shared_once_for_all_of_its_cells(monkeypatch: pytest.MonkeyPatch) -> None:
     """However many workers and cells use it; those that are done are let go."""
     stored: list[bytes] = []
@@ -666,7 +641,7 @@ def test_a_patch_is_shared_once_for_all_of_its_cells(monkeypatch: pytest.MonkeyP
     queue, cells = cell_queue(["loss"])
     for key in "aababcddcab":
         queue.units = [replace(cells[0], intervention=replace(cells[0].intervention, patch=patch_of(key)))]
-        ((((assignment,), _)),) = queue.parts([0])
+        ((assignment,),) = queue.parts([0])
         assert assignment.cell.intervention.patch.read() == key.encode()
     assert stored == [b"a", b"b", b"c", b"d", b"a", b"b"]
 

@@ -71,12 +71,7 @@ def undisturbed(tiny_llama: Path, tmp_path_factory: pytest.TempPathFactory) -> P
 
 
 @pytest.mark.usefixtures("shared_ray")
-@pytest.mark.parametrize("sent_bytes", [0, queue.SENT_BYTES])
-def test_any_number_of_workers_gives_the_same_bytes(
-    sent_bytes: int, tiny_llama: Path, undisturbed: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Tokens of large shards come from the object store, those of small ones with the call."""
-    monkeypatch.setattr(queue, "SENT_BYTES", sent_bytes)
+def test_any_number_of_workers_gives_the_same_bytes(tiny_llama: Path, undisturbed: Path, tmp_path: Path) -> None:
     run = score(tiny_llama, tmp_path, executor="ray", replicas=2)
     assert run.status == "done"
     assert_same_tables(tmp_path, undisturbed)

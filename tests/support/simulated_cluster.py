@@ -67,7 +67,7 @@ class Call:
 
 
 def result_of(assignment: Any) -> Any:
-    """Return what stands for the result of a resolved assignment: its shard or cell; None for a rank without one."""
+    """Return what stands for the result of an assignment: its shard or cell; None for a rank without one."""
     return getattr(assignment, "shard", None) or getattr(assignment, "cell", None)
 
 
@@ -120,10 +120,9 @@ class SimulatedGang:
             for rank in range(len(self.names))
         ]
 
-    def measure(self, parts: Sequence[tuple[Sequence[Any], Sequence[Any]]]) -> list[Reference]:
+    def measure(self, parts: Sequence[Sequence[Any]]) -> list[Reference]:
         references = []
-        for rank, (assignments, blocks) in enumerate(parts):
-            work = [assignment.resolved(blocks) for assignment in assignments]
+        for rank, work in enumerate(parts):
             answer = lambda rank=rank, work=work: self._measure_round(rank, work)  # noqa: E731
             references.append(self._call(rank, answer, UNIT_SECONDS * len(work)))
         return references
@@ -234,7 +233,7 @@ class SimulatedCluster:
 
     Attributes:
         on_open: called with a gang, a spec and a rank when a model has been opened; may raise.
-        on_measure: called with a gang, a resolved assignment and a rank; returns the result or raises.
+        on_measure: called with a gang, an assignment and a rank; returns the result or raises.
         on_task: called with a gang, a task and a rank; returns the result or raises.
         on_wait: called whenever the scheduler waits.
         limit: gangs of a placement that may work at once.

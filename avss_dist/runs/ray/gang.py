@@ -100,10 +100,10 @@ class Gang:
         ranks, shared = len(self._workers), ray.put(task)
         return [worker.run.remote(shared, rank, ranks, self.placed) for rank, worker in enumerate(self._workers)]
 
-    def measure(self, parts: Sequence[tuple[Sequence[Assignment], Sequence[Any]]]) -> list[Any]:
-        """Give each rank its assignments in a round and its blocks of shards. Returns a reference for each rank."""
+    def measure(self, parts: Sequence[Sequence[Assignment]]) -> list[Any]:
+        """Give each rank its assignments in a round. Returns a reference for each rank."""
         ranks = zip(self._workers, parts, strict=True)
-        return [worker.measure_round.remote(assignments, *blocks) for worker, (assignments, blocks) in ranks]
+        return [worker.measure_round.remote(assignments) for worker, assignments in ranks]
 
     def stop(self, *, hangs: bool = False) -> None:
         """Stop every worker and release the resources. Workers of a hanging gang are killed by a signal too."""

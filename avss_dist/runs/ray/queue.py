@@ -1,7 +1,8 @@
 """Queues of units of work in a pool: pending units, unfinished units, and counts of failures.
 
-A unit is a shard of a run, or a cell of an evaluation. Each gives one pure result, and the first one counts. Shards and
-patches reach workers by Ray's object store, which copies each once to a node for all of its workers.
+A unit is a shard of a run, or a cell of an evaluation. Each gives one pure result, and the first one counts. Shards
+travel with the calls. Patches reach workers by Ray's object store, which copies each once to a node for all of its
+workers.
 """
 
 from __future__ import annotations
@@ -12,13 +13,11 @@ from abc import ABC, abstractmethod
 from bisect import insort
 from collections import Counter, deque
 from collections.abc import Callable, Sequence
-from contextlib import suppress
 from dataclasses import replace
 from functools import partial
 from typing import Any, Generic, TypeVar
 
 import ray
-from ray.exceptions import RayError
 
 from avss_dist.core.errors import AvssError, RunFailed
 from avss_dist.core.intervention import EncodedPatch
@@ -30,13 +29,12 @@ from avss_dist.runs.ray.worker import Assignment, CellAssignment, ShardAssignmen
 from avss_dist.runs.work import ReplicaSpec, RunShards, Underway
 from avss_dist.tasks.task import Cell
 
-MOST_SHARED = 2  # patches, or blocks of shards, that are held at once: units that need the same one are consecutive
-BLOCK_SHARDS = 16  # consecutive shards, as one object
-SENT_BYTES = 64_000  # of tokens that travel with a call; Ray puts arguments over 100 KB into the object store
+MOST_SHARED = 2  # patches that are held at once: cells that need the same one are consecutive
 ATTEMPTS = 3  # at a unit, and, one after the other, at opening a model, before it has failed
 LATE_FACTOR = 2.0  # times the median of units of its kind, after which an idle gang may measure the same unit
 LATE_SECONDS = 2.0  # and at least this
 ROUND_SECONDS = 1.0  # of work that a round has where units are short: a call takes as long for one as for several
+MOST_IN_ROUND = 16  # short units
 MOST_NAMED = 10  # shards that a line names one by one
 ROUND_FRACTION = 16  # at most this fraction of a gang's part of the pending shards, so that all gangs end together
 
@@ -83,7 +81,6 @@ class UnitQueue(ABC, Generic[Unit]):
         self.unfinished: set[int] = set(self.pending)
         self.rows = spec.settings.batch_size
         self.clock: Callable[[], float] = time.monotonic
-        self._shared: dict[Any, Any] = {}  # references to objects in the object store, by key
         self._seconds: dict[str, list[float]] = {}  # seconds of finished rounds, ascending, by kind of unit
         self._speculated: set[int] = set()
         self._again: set[int] = set()  # units that became pending again: only these can be finished while pending
@@ -106,8 +103,8 @@ class UnitQueue(ABC, Generic[Unit]):
         return ""
 
     @abstractmethod
-    def parts(self, units: Sequence[int]) -> Sequence[tuple[Sequence[Assignment], Sequence[Any]]]:
-        """Return each rank's assignments in a round of these units, and the blocks that hold their shards."""
+    def parts(self, units: Sequence[int]) -> Sequence[Sequence[Assignment]]:
+        """Return each rank's assignments in a round of these units."""
 
     def fail(self, units: Sequence[int], error: AvssError) -> list[tuple[Any, AvssError]]:
         """End the run or the cells of these units with an error, and return it as the outcome of each.
@@ -146,7 +143,7 @@ class UnitQueue(ABC, Generic[Unit]):
         if not (self.is_batched and self.pending):
             return self.units_a_round
         in_time = ROUND_SECONDS / max(self.usual_seconds(self.pending[0]), 1e-9)
-        return max(1, int(min(in_time, len(self.pending) / (ROUND_FRACTION * gangs), BLOCK_SHARDS)))
+        return max(1, int(min(in_time, len(self.pending) / (ROUND_FRACTION * gangs), MOST_IN_ROUND)))
 
     def runs_ahead(self, gangs: int) -> bool:
         """Whether a measuring gang may have its next round in advance, with this number of gangs to keep busy.
@@ -232,14 +229,6 @@ class UnitQueue(ABC, Generic[Unit]):
                 outcomes += self.fail([] if unit is None else [unit], error)
         return outcomes
 
-    def _share(self, key: Any, read: Callable[[], Any]) -> Any:
-        """Return a reference to an object in the object store, which is put there if it is not one of the last."""
-        if key not in self._shared:
-            self._shared[key] = ray.put(read())
-            for old in [*self._shared][:-MOST_SHARED]:
-                del self._shared[old]
-        return self._shared[key]
-
     def _remove(self, units: Sequence[int]) -> None:
         self.unfinished.difference_update(units)
         self.pending = deque(unit for unit in self.pending if unit in self.unfinished)
@@ -276,11 +265,8 @@ class ShardQueue(UnitQueue[Shard]):
         """Add a text to the notes in the run's row."""
         self._run.notes.append(text)
 
-    def parts(self, units: Sequence[int]) -> list[tuple[Sequence[Assignment], Sequence[Any]]]:
-        """Return the shards of each rank in a round, or the same shard for all ranks, and the blocks that hold them.
-
-        Ranks without a shard run along.
-        """
+    def parts(self, units: Sequence[int]) -> list[Sequence[Assignment]]:
+        """Return the shards of each rank in a round, or the same shard for all ranks. Ranks without one run along."""
         forwards = 0  # as many as a shard takes
         if self.spec.placement.ranks > 1:
             forwards = max(-(-self.units[unit].num_sequences // self.rows) for unit in units)
@@ -291,24 +277,7 @@ class ShardQueue(UnitQueue[Shard]):
             run_id=self._run.run_id,
             warehouse=self._run.warehouse,
         )
-        shared = map(self._place, self.by_rank(units))
-        return [([assign(place=place) for place in places or (None,)], blocks) for places, blocks in shared]
-
-    def _place(self, units: Sequence[int]) -> tuple[list[tuple[int, int]], list[Any]]:
-        """Return the place of each shard, as (index of a returned block, index in the block), and the blocks.
-
-        Blocks of consecutive shards are in the object store if it has room. Small shards form a block that travels
-        with the call: a driver that has lost its raylet then does not touch the object store, which would make Ray end
-        it.
-        """
-        shards = tuple(self.units[unit] for unit in units)
-        if sum(shard.input_ids.nbytes for shard in shards) <= SENT_BYTES:
-            return [(0, i) for i in range(len(shards))], [shards]
-        numbers = sorted({unit // BLOCK_SHARDS for unit in units})
-        blocks: list[Any] = [tuple(self.units[n * BLOCK_SHARDS : (n + 1) * BLOCK_SHARDS]) for n in numbers]
-        with suppress(RayError):
-            blocks = [self._share(n, partial(tuple, block)) for n, block in zip(numbers, blocks, strict=True)]
-        return [(numbers.index(unit // BLOCK_SHARDS), unit % BLOCK_SHARDS) for unit in units], blocks
+        return [[assign(shard=self.units[unit]) for unit in part] or [assign()] for part in self.by_rank(units)]
 
 
 class CellQueue(UnitQueue[Cell]):
@@ -317,6 +286,7 @@ class CellQueue(UnitQueue[Cell]):
     def __init__(self, spec: ReplicaSpec, units: Sequence[Cell], underway: Underway | None = None) -> None:
         super().__init__(spec, units, units)
         self._underway = underway
+        self._shared: dict[str, Any] = {}  # references to the last patches in the object store, by key
 
     def describe(self, unit: int) -> str:
         """Return ``Part 3 of TASK``."""
@@ -336,11 +306,15 @@ class CellQueue(UnitQueue[Cell]):
             for unit in units:
                 self._underway(self.units[unit], what, share)
 
-    def parts(self, units: Sequence[int]) -> list[tuple[Sequence[Assignment], Sequence[Any]]]:
+    def parts(self, units: Sequence[int]) -> list[Sequence[Assignment]]:
         """Return the same cell for every rank, with its patch where workers reach it."""
         (unit,) = units
         cell = self.units[unit]
         if patch := cell.intervention.patch:
-            shared = EncodedPatch(patch.key, partial(_read_shared, self._share(patch.key, patch.read)))
+            if patch.key not in self._shared:
+                self._shared[patch.key] = ray.put(patch.read())
+                for old in [*self._shared][:-MOST_SHARED]:
+                    del self._shared[old]
+            shared = EncodedPatch(patch.key, partial(_read_shared, self._shared[patch.key]))
             cell = replace(cell, intervention=replace(cell.intervention, patch=shared))
-        return [([CellAssignment(cell=cell, rows=self.rows)], ())] * self.spec.placement.ranks
+        return [[CellAssignment(cell=cell, rows=self.rows)]] * self.spec.placement.ranks

@@ -38,26 +38,17 @@ class ShardAssignment:
     """A shard to be measured, or the forward passes of a rank that has no shard while others measure one.
 
     Attributes:
-        shard: the shard; None for a rank without one in this round, and until the assignment is `resolved`.
-        place: index of a block, and of the shard in it; None for a rank without a shard.
+        shard: the shard; None for a rank without one in this round.
         rows: rows in a batch.
         forwards: number of forward passes of every rank in this round.
         warehouse: warehouse that the partial is written to, if this worker reaches it.
     """
 
     shard: Shard | None = None
-    place: tuple[int, int] | None = None
     rows: int
     forwards: int
     run_id: str
     warehouse: OpenShared | None = None
-
-    def resolved(self, blocks: Sequence[Sequence[Shard]]) -> ShardAssignment:
-        """Return the assignment with its shard, which is in one of the blocks on this node."""
-        if self.place is None:
-            return self
-        block, index = self.place
-        return replace(self, shard=blocks[block][index])
 
     def run(
         self, spec: ReplicaSpec, model: Replica, heartbeat: Heartbeat, computed: Callable[[], None]
@@ -104,10 +95,6 @@ class CellAssignment:
 
     cell: Cell
     rows: int
-
-    def resolved(self, blocks: Sequence[Sequence[Shard]]) -> CellAssignment:
-        """Return the assignment as it is, since a cell holds its text."""
-        return self
 
     def run(
         self, spec: ReplicaSpec, model: Replica, heartbeat: Heartbeat, computed: Callable[[], None]
@@ -207,19 +194,16 @@ class Worker:
             with suppress(Exception):
                 ray.get(sent)  # the driver has all events once it has the result
 
-    def measure_round(self, assignments: Sequence[Assignment], *blocks: Sequence[Shard]) -> list[UnitResult | None]:
+    def measure_round(self, assignments: Sequence[Assignment]) -> list[UnitResult | None]:
         """Return the results of this rank's assignments in a round, in their order.
 
         Where an assignment fails, the results before it are returned. The next round begins with it and raises its
         error.
-
-        Args:
-            blocks: blocks of shards; see `ShardAssignment.place`.
         """
         results: list[UnitResult | None] = []
         for assignment in assignments:
             try:
-                results.append(self.measure(assignment.resolved(blocks)))
+                results.append(self.measure(assignment))
             except Exception:
                 if not results:
                     raise
