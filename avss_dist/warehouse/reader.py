@@ -32,6 +32,7 @@ from avss_dist.warehouse.compaction import (
     stored_table,
 )
 from avss_dist.warehouse.encoding import (
+    conform,
     decode_shard,
     open_file,
     parse,
@@ -81,7 +82,6 @@ class Warehouse:
         self._snapshot = snapshot
         self._finished: tuple[ds.Dataset, set[str]] | None = None  # of a snapshot
         self._all_runs: pa.Table | None = None  # of a snapshot
-        self._unreadable: set[tuple[str, str]] = set()  # paths and times of change
         self.damaged: dict[str, str] = {}
         self.root = self.storage.root
 
@@ -313,7 +313,7 @@ class Warehouse:
         failures: tuple[type[Exception], ...] = (),
         run_ids: Collection[str] | None = None,
     ) -> T:
-        """Return the result of work on datasets of tables at one moment. If files are damaged, repeat it without them.
+        """Return the result of work on datasets of tables at one moment. If parts are damaged, repeat it without them.
 
         Args:
             failures: exceptions of ``work`` for files that cannot be read, in addition to those of pyarrow.
@@ -329,7 +329,9 @@ class Warehouse:
                 }
                 return work(datasets)
             except (OSError, pa.ArrowException, *failures) as error:
-                if not self._leave_out_unreadable({"runs", *tables}):
+                self._finished = None
+                parts = [self._table_parts(name) for name in self._parts.keys() & {"runs", *tables}]
+                if not sum(part.leave_out_unreadable() for part in parts):
                     if isinstance(error, failures):
                         raise
                     with self.storage.reading(f"{self.root}/{tables[0] if tables else 'runs'}"):
@@ -351,7 +353,7 @@ class Warehouse:
             self._refuse_without_runs()
         rows = runs.to_table(RUN_COLUMNS)
         without_row = {run_id for run_id, _ in files.values()}.difference(rows["run_id"].to_pylist())
-        self.damaged |= dict.fromkeys(without_row, "it has no row; a run has one")
+        self.damaged = dict.fromkeys(without_row, "it has no row; a run has one") | self.damaged
         if damaged := damaged_runs("runs", rows):
             self.damaged |= damaged
             undamaged = ~pc.field("run_id").isin(list(damaged))
@@ -386,18 +388,22 @@ class Warehouse:
             run_ids = run_ids - parts.run_ids
         uncopied = {path: run_id for path, (run_id, _) in files.items() if run_id in run_ids}
         datasets = [ds.dataset(paths, PART_SCHEMAS[name], _VERIFIED_PAGES)] if paths else []
-        if uncopied:
-            datasets.append(self._digested(uncopied.values()) if name == DIGESTS else self._open(name, uncopied))
+        if name == DIGESTS:
+            with ThreadPoolExecutor(self.storage.readers) as pool:
+                datasets += map(ds.dataset, pool.map(self._table_parts(DIGESTS).rows, uncopied.values()))
+        elif readable := self._readable(name, uncopied):
+            hive = ds.partitioning(pa.schema([("run_id", pa.string())]), flavor="hive")
+            datasets.append(ds.dataset(readable, SCHEMAS[name], _VERIFIED_PAGES, self.storage.filesystem, hive))
         return ds.dataset(datasets) if len(datasets) > 1 else next(iter(datasets), None)
 
     def _files(self, name: str, done: Collection[str] | None) -> Files:
-        """Return the readable files of a table. A table of whole runs has files of the runs ``done`` alone."""
+        """Return the files of a table. A table of whole runs has files of the runs ``done`` alone."""
         unfiltered = ("runs", "evaluations", "cells", "precision", "experiments")
         chosen = None if name in unfiltered else done
         return {
             path: (run_id, stamp)
             for path, (run_id, stamp) in self.storage.files(stored_table(name)).items()
-            if (chosen is None or run_id in chosen) and (path, stamp) not in self._unreadable
+            if chosen is None or run_id in chosen
         }
 
     def _table_parts(self, name: str) -> TableParts:
@@ -425,44 +431,36 @@ class Warehouse:
         except (OSError, pa.ArrowException) as error:
             raise pa.ArrowInvalid(self.storage.damage(path, error)) from error
 
-    def _digested(self, run_ids: Iterable[str]) -> ds.Dataset:
-        """Return the digests of runs from their files of ``layer_stats``."""
-        with ThreadPoolExecutor(self.storage.readers) as pool:
-            return ds.dataset(pa.concat_tables(pool.map(self._table_parts(DIGESTS).rows, run_ids)))
+    def _readable(self, name: str, run_ids: Mapping[str, str]) -> list[str]:
+        """Return the paths of readable files of a table, whose content is verified. Note the others in `damaged`.
 
-    def _leave_out_unreadable(self, names: Iterable[str]) -> bool:
-        """Find the files of tables that cannot be read, leave them out from now on, and return whether there are any.
+        Args:
+            run_ids: run of each file, by path.
 
         Raises:
-            WarehouseError: the storage fails.
+            WarehouseError: a newer avss_dist wrote a file, or the storage fails.
         """
-        self._finished = None
-        unreadable = [self._table_parts(name).leave_out_unreadable() for name in self._parts.keys() & set(names)]
-        if any(unreadable):
-            return True
-        copied = {name: parts.run_ids for name, parts in self._parts.items()}
-        files = [
-            (name, path, *file)
-            for name in set(names) - {DIGESTS}
-            for path, file in self._files(name, None).items()
-            if file[0] not in copied.get(name, ())
-        ]
-        with ThreadPoolExecutor() as pool:
-            reasons = list(pool.map(lambda file: self._why_unreadable(*file[:2]), files))
-        for (name, path, run_id, stamp), reason in zip(files, reasons, strict=True):
-            if reason:
-                self._unreadable.add((path, stamp))
-                self.damaged.setdefault(run_id, f"{name}: {reason}")
-        return any(reasons)
+        schema = SCHEMAS[name]
 
-    def _why_unreadable(self, name: str, path: str) -> str | None:
-        try:
-            self._open(name, [path]).to_table()
-        except FileNotFoundError:
-            return "it is gone"
-        except (OSError, pa.ArrowException) as error:
-            return self.storage.damage(path, error)
-        return None
+        def problem(path: str) -> str:
+            try:
+                with self.storage.filesystem.open_input_file(path) as stored:
+                    file = open_file(stored.read_buffer())
+                types = {field.name: field.type for field in file.schema_arrow}
+                if any(types.get(field.name, field.type) != field.type for field in schema):
+                    conform(file.read(), schema)
+            except FileNotFoundError:
+                return "it is gone"
+            except (OSError, pa.ArrowException) as error:
+                return self.storage.damage(path, error)
+            return ""
+
+        with ThreadPoolExecutor(self.storage.readers) as pool:
+            problems = dict(zip(run_ids, pool.map(problem, run_ids), strict=True))
+        for path, reason in problems.items():
+            if reason:
+                self.damaged.setdefault(run_ids[path], f"{name}: {reason}")
+        return sorted(path for path, reason in problems.items() if not reason)
 
     def _whole(self, name: str, table: pa.Table) -> pa.Table:
         """Return a table without the rows of damaged runs."""
@@ -470,22 +468,6 @@ class Warehouse:
         for run_id, reason in damaged.items():
             self.damaged.setdefault(run_id, f"{name}: {reason}")
         return table.filter(~pc.field("run_id").isin(list(damaged))) if damaged else table
-
-    def _open(self, name: str, paths: Collection[str]) -> ds.Dataset:
-        """Return the rows of some files of a table, whose content is verified now, and whose pages when they are read.
-
-        Raises: as `encoding.open_file`.
-        """
-        hive = ds.partitioning(pa.schema([("run_id", pa.string())]), flavor="hive")
-        filesystem = self.storage.filesystem
-
-        def check(path: str) -> None:
-            with filesystem.open_input_file(path) as file:
-                open_file(file.read_buffer())
-
-        with ThreadPoolExecutor(self.storage.readers) as pool:
-            list(pool.map(check, paths))
-        return ds.dataset(sorted(paths), SCHEMAS[name], _VERIFIED_PAGES, filesystem, hive)
 
     def _shard_path(self, run_id: str, shard_id: int, table: str = "shard_stats") -> str:
         return self.storage.path(table, run_id, f"shard-{shard_id:05d}")

@@ -171,7 +171,7 @@ def test_storage_that_fails_is_no_damage(root: Path, monkeypatch: pytest.MonkeyP
     def refused(self: Any, *_: Any, **__: Any) -> Any:
         raise PermissionError(13, "Permission denied")
 
-    monkeypatch.setattr("avss_dist.warehouse.reader.Warehouse._open", refused)
+    monkeypatch.setattr("avss_dist.warehouse.reader.Warehouse._readable", refused)
     with pytest.raises(WarehouseError, match="Permission denied") as caught:
         Warehouse(root).runs()
     assert caught.value.hint == "Check the address, and who may read there."
