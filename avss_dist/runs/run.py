@@ -133,17 +133,15 @@ class ShardSummary:
         self.seconds += other.seconds
 
 
-MergedBlock = tuple[Mapping[StratumKey, LayerStats], ShardSummary]
-
-
 def merge_partials(
-    store: Store, shared: OpenShared | None, run_id: str, expected: Expected, apply: Apply | None
+    store: Store, run_id: str, expected: Expected, shared: OpenShared, apply: Apply
 ) -> tuple[Merged, ShardSummary]:
     """Merge the partials of a run, and summarize its shards.
 
     Args:
         expected: content hash of every shard, from shard 0.
-        apply: merges blocks on workers; None merges all in this process.
+        shared: opens the warehouse in workers.
+        apply: merges blocks on workers, if there are more than `MERGED_HERE` shards.
 
     Returns:
         Statistics of the run and of its blocks, and the summary.
@@ -151,29 +149,24 @@ def merge_partials(
     Raises:
         RunFailed: a partial is missing or damaged.
     """
-    read_here = partial(_read_block, store, run_id)
     blocks = [{i: expected[i] for i in ids} for ids in split_into_blocks(len(expected), BOOTSTRAP_BLOCKS)]
     summary = ShardSummary()
 
     def each() -> Iterator[Mapping[StratumKey, LayerStats]]:
-        results: Iterable[MergedBlock | None] = map(read_here, blocks)
-        if apply and shared and len(expected) > MERGED_HERE:
-            results = apply(partial(_read_shared_block, shared, run_id), blocks)
+        elsewhere = len(expected) > MERGED_HERE
+        results = apply(partial(_read_block, shared, run_id), blocks) if elsewhere else [None] * len(blocks)
         for block, result in zip(blocks, results, strict=True):
-            merged, summary_of_block = result or read_here(block)
+            merged, summary_of_block = result or _read_block(lambda: store, run_id, block)
             summary.add(summary_of_block)
             yield merged
 
     return combine_blocks(each()), summary
 
 
-def _read_shared_block(shared: OpenShared, run_id: str, expected: Expected) -> MergedBlock | None:
-    """Read and merge a block in any process. Returns None if the process does not reach the warehouse."""
-    store = shared()
-    return _read_block(store, run_id, expected) if store else None
-
-
-def _read_block(store: Store, run_id: str, expected: Expected) -> MergedBlock:
+def _read_block(shared: OpenShared, run_id: str, expected: Expected) -> Any:
+    """Return the merged statistics of a block and its `ShardSummary`, or None if this process sees no warehouse."""
+    if (store := shared()) is None:
+        return None
     summary = ShardSummary()
 
     def each() -> Iterator[Mapping[StratumKey, LayerStats]]:
@@ -199,19 +192,16 @@ class RunInProgress:
         missing: ids of the shards without a result.
     """
 
-    def __init__(self, planned: PlannedRun, store: Store, *, fresh: bool, shared: OpenShared | None = None) -> None:
-        self._planned, self._store, self._shared = planned, store, shared
+    def __init__(self, planned: PlannedRun, store: Store, *, fresh: bool) -> None:
+        self._planned, self._store = planned, store
         self._start = time.perf_counter()
         self._begun: float | None = None
         expected = planned.expected
         stored = set() if fresh else {shard.shard_id for shard in store.each_shard(planned.run.run_id, expected)}
         missing = [shard for shard in planned.corpus.shards if shard.shard_id not in stored]
-        self.shards = RunShards(
-            run_id=planned.run.run_id, replica_spec=planned.replica_spec, shards=missing, warehouse=shared
-        )
         self.run = replace(planned.run, resumed_shards=len(stored))
         self.missing = {shard.shard_id for shard in missing}
-        store.write_plan(
+        self._shared = store.write_plan(
             planned.run.run_id,
             model=planned.replica_spec.checkpoint.name,
             corpus=planned.corpus.source,
@@ -219,6 +209,9 @@ class RunInProgress:
             num_tokens=planned.run.num_tokens,
             num_shards=planned.run.num_shards,
             started_at=datetime.now(UTC).isoformat(timespec="seconds"),
+        )
+        self.shards = RunShards(
+            run_id=self.run.run_id, replica_spec=planned.replica_spec, shards=missing, warehouse=self._shared
         )
 
     @property
@@ -243,7 +236,7 @@ class RunInProgress:
         self.missing.discard(result.shard_id)
         return True
 
-    def finish(self, apply: Apply | None = None) -> Run:
+    def finish(self, apply: Apply) -> Run:
         """Merge, score and commit the run, after every shard was written.
 
         Args:
@@ -251,7 +244,7 @@ class RunInProgress:
         """
         expected, corpus = self._planned.expected, self._planned.corpus
         measured = time.perf_counter()
-        merged, shards = merge_partials(self._store, self._shared, self.run.run_id, expected, apply)
+        merged, shards = merge_partials(self._store, self.run.run_id, expected, self._shared, apply)
         layers = shards.layers
         identity = self._identity(shards.model["family"])
         self._store.write_layer_stats(identity, layers, merged.stats, merged.strata)

@@ -34,7 +34,7 @@ from avss_dist.runs.local import Executor, open_executor
 from avss_dist.runs.planner import Planner
 from avss_dist.runs.run import Run, RunInProgress
 from avss_dist.runs.work import RunShards
-from avss_dist.warehouse.store import OpenShared, Store, shared
+from avss_dist.warehouse.store import Store
 
 __all__ = ["Run", "run_job", "score", "score_all"]
 
@@ -140,7 +140,6 @@ class Driver:
         self._ended: deque[tuple[RunSpec, Run | AvssError]] = deque()
         self._full = False
         self._done = 0
-        self._shared: OpenShared | None = None
         self._room = threading.BoundedSemaphore(UNCOMMITTED)
 
     def run(self, specs: Sequence[RunSpec]) -> Iterator[tuple[RunSpec, Run | AvssError]]:
@@ -150,7 +149,7 @@ class Driver:
             AvssError: the executor itself failed.
         """
         try:
-            with shared(self._store) as self._shared, ThreadPoolExecutor(1, "commit") as self._committer:
+            with ThreadPoolExecutor(1, "commit") as self._committer:
                 try:
                     with closing(self._executor.run(self._plan_runs(specs))) as outcomes:
                         for shards, outcome in outcomes:
@@ -198,7 +197,7 @@ class Driver:
                     full.run_id = run.run_id
                     raise full
                 self._run_ids[run.run_id] = spec.name
-                running = RunInProgress(planned, self._store, fresh=self._fresh, shared=self._shared)
+                running = RunInProgress(planned, self._store, fresh=self._fresh)
             except Exception as error:
                 self._ended.append((spec, as_failure(error)))
                 continue

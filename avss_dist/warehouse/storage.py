@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import re
 import secrets
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path, PurePosixPath
@@ -24,7 +23,6 @@ _ADDRESS_HINT = "Check the address, and who may {} there."
 PLAN = ".plan-"  # before the id of an unfinished run: the name of a file
 COMPACTED = "compacted"  # folder of copies of many files, beside the tables: see `compaction`
 PATCHES = "patches"  # folder of the weights that repair models
-MARK_SECONDS = 7 * 86_400.0  # that a driver may run at most, for its workers to find its mark
 LOCAL_READERS, REMOTE_READERS = 2, 16
 _ONE_FILE = r"[0-9a-f]{20}"  # a part of the fingerprint of a cell, an experiment and so on
 FILE_NAMES = {
@@ -85,19 +83,11 @@ class Storage:
 
     def create(self) -> None:
         """Create the warehouse, and check with a small file that it can be written."""
-        self.delete(self.write_mark())
-        with suppress(WarehouseError):  # marks of drivers that were killed
-            for info in self._list("runs", recursive=False):
-                if info.base_name.startswith(".mark-") and time.time() - info.mtime_ns / 1e9 > MARK_SECONDS:
-                    self.delete(info.path)
+        path = f"{self.base}/runs/.trial-{secrets.token_hex(8)}"
+        self.write(path, b"avss")
+        self.delete(path)
         if self.is_local:
             remove_leftovers(Path(self.base))
-
-    def write_mark(self) -> str:
-        """Write a small file under a unique name, and return its path."""
-        mark = f"{self.base}/runs/.mark-{secrets.token_hex(8)}"
-        self.write(mark, b"avss")
-        return mark
 
     def path(self, table: str, run_id: str, name: str) -> str:
         """Return the path of a file.

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Set
+import secrets
+from collections.abc import Callable, Iterable, Mapping, Sequence, Set
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from functools import lru_cache, partial
 from pathlib import Path
@@ -54,13 +55,18 @@ class Store(Warehouse):
         for table, data in files.items():
             self.storage.write(self._shard_path(run_id, shard_id, table), data)
 
-    def write_plan(self, run_id: str, **plan: Any) -> None:
+    def write_plan(self, run_id: str, **plan: Any) -> OpenShared:
         """Write a description of an unfinished run for `unfinished`. `finish_plan` deletes it.
 
         Args:
             plan: the columns of `schema.UNFINISHED_RUNS`; ``run_id`` and ``kept_shards`` are added when it is read.
+
+        Returns:
+            Opens the warehouse in workers that see this very description.
         """
-        self.storage.write(self.storage.plan_path(run_id), json.dumps(plan).encode())
+        path, data = self.storage.plan_path(run_id), json.dumps({**plan, "driver": secrets.token_hex(8)}).encode()
+        self.storage.write(path, data)
+        return partial(_open_shared, RedactedURI(self.storage.base) if self.storage.is_local else self.root, path, data)
 
     def finish_plan(self, run_id: str) -> None:
         """Delete the file of `write_plan`, once the run has its row."""
@@ -193,28 +199,13 @@ OpenShared = Callable[[], Store | None]
 
 
 @lru_cache(maxsize=8)
-def store_with_mark(root: RedactedURI, mark: str) -> Store | None:
+def _open_shared(root: RedactedURI, path: str, data: bytes) -> Store | None:
     """Open a warehouse, or return None if this process does not find the file in it that the driver has written."""
     try:
         store = Store(root)
-        return None if store.storage.read(mark) is None else store
+        return store if store.storage.read(path) == data else None
     except AvssError:
         return None
-
-
-@contextmanager
-def shared(store: Store) -> Iterator[OpenShared | None]:
-    """Let workers write the warehouse inside the block. Yield None if no mark can be written, as on a full disk."""
-    try:
-        mark = store.storage.write_mark()
-    except AvssError:
-        yield None
-        return
-    try:
-        root = RedactedURI(store.storage.base) if store.storage.is_local else store.root
-        yield partial(store_with_mark, root, mark)
-    finally:
-        store.storage.delete(mark)
 
 
 @dataclass(frozen=True, kw_only=True)

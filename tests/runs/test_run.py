@@ -11,7 +11,6 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import closing
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -41,7 +40,7 @@ from avss_dist.runs.work import Outcome, RunShards
 from avss_dist.stats.layer_stats import Merged, ShardResult, merge_blocks
 from avss_dist.warehouse.reader import Warehouse
 from avss_dist.warehouse.schema import RunIdentity
-from avss_dist.warehouse.store import Store, shared, store_with_mark
+from avss_dist.warehouse.store import Store
 
 SMALL: dict[str, Any] = {
     "corpus": "builtin:pydoc",
@@ -468,7 +467,7 @@ class Elsewhere:
 
 
 def test_partials_are_merged_in_blocks(store: Store) -> None:
-    assert_whole(*merge_partials(store, None, "r", HASHES, None))
+    assert_whole(*merge_partials(store, "r", HASHES, store.write_plan("r"), map))
     first = ShardSummary()
     first.add(shard(1))
     assert (first.seconds, first.peak_memory_bytes) == (1.5, 50)
@@ -479,35 +478,29 @@ def test_who_merges_changes_nothing(store: Store, monkeypatch: pytest.MonkeyPatc
     """Where a worker does not find the warehouse, its block is merged here."""
     monkeypatch.setattr(partials, "MERGED_HERE", NUMBER - 1)
     apply = Elsewhere(blind)
-    with shared(store) as warehouse:
-        assert_whole(*merge_partials(store, warehouse, "r", HASHES, apply))
+    assert_whole(*merge_partials(store, "r", HASHES, store.write_plan("r"), apply))
     assert apply.items == 3 and apply.merged == 3 - len(blind)
 
 
 def test_blocks_are_merged_here_where_workers_see_no_warehouse_or_shards_are_few(
     store: Store, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Nor are workers asked for a warehouse that cannot be shared."""
-    with shared(store) as warehouse:
-        assert warehouse is not None
-        for place, few, number in (
-            (partial(store_with_mark, store.root, "another"), 0, 3),
-            (warehouse, NUMBER, 0),
-            (None, 0, 0),
-        ):
-            monkeypatch.setattr(partials, "MERGED_HERE", few)
-            apply = Elsewhere()
-            assert_whole(*merge_partials(store, place, "r", HASHES, apply))
-            assert (apply.items, apply.merged) == (number, 0)
-        assert_whole(*merge_partials(store, warehouse, "r", HASHES, None))
+    """Workers may see another file, or none, where the driver has written the plan of the run."""
+    other, gone, seen = (store.write_plan(run_id) for run_id in ("r", "x", "r"))
+    store.finish_plan("x")
+    for place, few, number in ((other, 0, 3), (gone, 0, 3), (seen, NUMBER, 0)):
+        monkeypatch.setattr(partials, "MERGED_HERE", few)
+        apply = Elsewhere()
+        assert_whole(*merge_partials(store, "r", HASHES, place, apply))
+        assert (apply.items, apply.merged) == (number, 0)
 
 
 @pytest.mark.parametrize("gone", range(NUMBER))
 def test_a_partial_that_is_gone_or_of_other_text_is_named(store: Store, tmp_path: Path, gone: int) -> None:
     message = f"The partial of shard {gone} is damaged or missing"
     with pytest.raises(RunFailed, match=message):
-        merge_partials(store, None, "r", {**HASHES, gone: "of other text"}, None)
+        merge_partials(store, "r", {**HASHES, gone: "of other text"}, store.write_plan("r"), map)
     (file,) = (tmp_path / "w").rglob(f"shard-0000{gone}.parquet")
     file.unlink()
     with pytest.raises(RunFailed, match=message):
-        merge_partials(store, None, "r", HASHES, None)
+        merge_partials(store, "r", HASHES, store.write_plan("r"), map)

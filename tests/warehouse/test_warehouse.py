@@ -439,15 +439,14 @@ def test_opening_touches_nothing_and_an_unwritable_place_is_refused_before_work(
             Store(place).storage.create()
 
 
-def test_what_drivers_left_long_ago_is_deleted_and_marks_of_others_stay(tmp_path: Path) -> None:
-    storage = Storage(tmp_path)
-    old, new = storage.write_mark(), storage.write_mark()
+def test_what_drivers_left_long_ago_is_deleted_and_plans_of_others_stay(tmp_path: Path) -> None:
+    store = Store(tmp_path)
+    store.write_plan("r")
     leftover = tmp_path / ".compacted.avss-89abcdef-4711-12-0123abcd.tmp"
     leftover.write_bytes(b"half")
-    for file in (old, leftover):
-        os.utime(file, (0, 0))
-    storage.create()
-    assert (storage.read(old), storage.read(new) is None, leftover.exists()) == (None, False, False)
+    os.utime(leftover, (0, 0))
+    store.storage.create()
+    assert not leftover.exists() and [file.name for file in (tmp_path / "runs").iterdir()] == [".plan-r"]
 
 
 @pytest.mark.parametrize("name", ["plain", "with space", "percent%20", "é"])
