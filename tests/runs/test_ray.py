@@ -25,7 +25,6 @@ from typing import Any
 import pytest
 import ray
 from ray.util import placement_group_table
-from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from support.causal_lm import SMALL, random_shard
 from support.commands import Command
 from support.noting import noting
@@ -46,15 +45,14 @@ from avss_dist.runs import run as partials
 from avss_dist.runs.events import RunEvent, ShardMeasured
 from avss_dist.runs.local import Executor, LocalExecutor, open_executor
 from avss_dist.runs.planner import Planner
-from avss_dist.runs.ray import cluster, gang, queue
+from avss_dist.runs.ray import cluster, gang
 from avss_dist.runs.ray.executor import RayExecutor
-from avss_dist.runs.ray.heartbeats import HeartbeatMonitor
 from avss_dist.runs.ray.worker import ShardAssignment, Worker
 from avss_dist.runs.run import RunInProgress
 from avss_dist.tasks.task import Cell, Row
 from avss_dist.tasks.text_loss import TextLoss
 from avss_dist.warehouse.reader import Warehouse
-from avss_dist.warehouse.store import Receipt, Store, shared
+from avss_dist.warehouse.store import Receipt, Store
 
 ARGUMENTS = ["--max-sequences", "160", "--sequence-length", "64", "--batch-size", "2", "--sequences-per-shard", "8"]
 
@@ -154,9 +152,8 @@ def test_workers_write_and_say_little(tiny_llama: Path, undisturbed: Path, tmp_p
         store = Store(tmp_path)
         store.storage.create()
         planned = Planner(executor, store).prepare(spec)
-        with shared(store) as warehouse:
-            running = RunInProgress(planned, store, fresh=False, shared=warehouse)
-            outcomes = [outcome for _, outcome in executor.run(iter([running.shards]))]
+        running = RunInProgress(planned, store, fresh=False)
+        outcomes = [outcome for _, outcome in executor.run(iter([running.shards]))]
     assert sorted(outcome.shard_id for outcome in outcomes if isinstance(outcome, Receipt)) == list(range(20))
     assert max(len(pickle.dumps(outcome)) for outcome in outcomes) < 2000
     assert not any(outcome.files for outcome in outcomes if isinstance(outcome, Receipt))
@@ -335,39 +332,10 @@ def three_nodes(ray_cluster: Cluster) -> Cluster:
 
 
 @pytest.fixture
-def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """For notes; no worker is helped because it is late."""
-    monkeypatch.setattr(queue, "LATE_SECONDS", 3600.0)
+def folder(tmp_path: Path) -> Path:
+    """For notes."""
     (tmp_path / "notes").mkdir()
     return tmp_path / "notes"
-
-
-def monitor_on(node: Any) -> Any:
-    """A raylet that has not heard of the node yet would start it elsewhere."""
-    there = NodeAffinitySchedulingStrategy(node.node_id, soft=True)
-    options = {"num_cpus": 0, "max_restarts": -1, "scheduling_strategy": there}
-    actor: Any = ray.remote(HeartbeatMonitor)
-    while True:
-        monitor = actor.options(**options).remote()
-        ray.get(monitor.signs.remote())
-        if ray._private.state.actors(monitor._actor_id.hex())["Address"]["NodeID"] == node.node_id:
-            return monitor
-        ray.kill(monitor)
-
-
-@pytest.mark.nightly
-def test_the_monitor_leaves_a_node_that_drains(three_nodes: Cluster) -> None:
-    ray.init(address=three_nodes.address, log_to_driver=False)
-    try:
-        leaving = three_nodes.nodes[1]
-        connection = cluster.RayCluster(monitor_on(leaving))
-        three_nodes.drain(leaving)
-        assert three_nodes.draining() == {leaving.node_id}
-        connection.leave(three_nodes.draining())
-        wait_until(lambda: not any(node["Alive"] for node in ray.nodes() if node["NodeID"] == leaving.node_id))
-        wait_until(lambda: connection.signs() is not None)
-    finally:
-        ray.shutdown()
 
 
 @pytest.mark.nightly

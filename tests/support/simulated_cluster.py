@@ -256,7 +256,6 @@ class SimulatedCluster:
         self.told: dict[str, list[Any]] = {}
         self.lost: Exception | None = None
         self.has_monitor = True
-        self.left: list[Set[str]] = []  # calls of `leave`
         self._events: list[tuple[float, Callable[[], Any]]] = []
         self._spins = 0
         self._names = iter(range(1_000_000))
@@ -357,9 +356,6 @@ class SimulatedCluster:
 
     def events(self, worker: str) -> list[Any]:
         return self.told.pop(worker, [])
-
-    def leave(self, draining: Set[str]) -> None:
-        self.left.append(draining)
 
 
 @dataclass(eq=False)

@@ -159,12 +159,6 @@ class RayCluster:
             return []
         return events
 
-    def leave(self, draining: Set[str]) -> None:
-        """Move the monitor off a draining node, which cannot end while it has an actor."""
-        actor = ray._private.state.actors(self._monitor._actor_id.hex())
-        if actor.get("Address", {}).get("NodeID") in draining:
-            ray.kill(self._monitor, no_restart=False)
-
 
 START_SECONDS = 60.0  # at least, for a process to report for the first time
 

@@ -193,19 +193,11 @@ class Pool:
         return bool(self._queues)
 
     def _assign(self) -> None:
-        """Give idle gangs units, or the slowest ones that others measure: first results count."""
-        now = self._cluster.now()
+        """Give idle gangs units."""
         for gang in self._idle:
             queue = next((q for q in self._queues if q.shape == gang.shape and self._has_work(q, gang)), None)
-            if queue is None:
-                alike = [r for r in self._rounds if r.queue.shape == gang.shape]
-                late = [r for r in alike if r.queue.is_late(r.units, now - r.begun)]
-                if not late:
-                    continue
-                slowest = min(late, key=lambda r: r.begun)
-                queue = slowest.queue
-                queue.speculate(slowest.units)
-            self._dispatch(gang, queue)
+            if queue is not None:
+                self._dispatch(gang, queue)
 
     def _has_work(self, queue: UnitQueue[Any], gang: Gang) -> bool:
         """Whether a gang can take a unit, or open the model first: that need not wait until enough gangs are placed."""
@@ -381,7 +373,6 @@ class Pool:
         """Stop gangs on draining nodes: at once if they measure nothing, otherwise when they are done."""
         if not (draining := self._cluster.draining()):
             return
-        self._cluster.leave(draining)
         for gang, rounds in list(self._gangs.items()):
             gang.leaves = gang.leaves or bool(gang.nodes & draining)
             if gang.leaves and not any(round_.units for round_ in rounds):
