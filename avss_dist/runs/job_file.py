@@ -131,8 +131,12 @@ DISTINGUISHING = tuple(name for name, cls in OVERRIDES.items() if cls is Setting
 """Fields that tell two runs of one model apart."""
 
 
-_HINT = f"The keys are explained in {docs_page('reference/commands')}."
-_KIND = YamlKind(noun="job file", hint=_HINT, error=ConfigError, typed=False)
+_KIND = YamlKind(
+    noun="job file",
+    hint=f"The keys are explained in {docs_page('reference/commands')}.",
+    error=ConfigError,
+    typed=False,
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -224,14 +228,12 @@ class _Reader:
         lines: dict[Any, int] = {}
         for spec in specs:
             ranks = (spec.execution.partition, spec.execution.ranks) if spec.execution.ranks else None
-            first = lines.setdefault((spec.model, spec.corpus, spec.settings, ranks), spec.line)
-            if first != spec.line:
-                what = f"'{spec.model}' is named twice with the same settings, first in line {first}"
-                document.problems.add((spec.line, what))
-        templates = {spec.settings.chat_template for spec in specs}
-        for number, error in corpus_problems([*corpora], templates) if self.expand else ():
-            at: Location = ("corpora",) if number is None else ("corpora", [*corpora.values()][number])
-            document.report(at, str(error))
+            if (first := lines.setdefault((spec.model, spec.corpus, spec.settings, ranks), spec.line)) != spec.line:
+                repeated = f"'{spec.model}' is named twice with the same settings, first in line {first}"
+                document.problems.add((spec.line, repeated))
+        problems = corpus_problems([*corpora], {spec.settings.chat_template for spec in specs}) if self.expand else ()
+        for number, error in problems:
+            document.report(("corpora",) if number is None else ("corpora", [*corpora.values()][number]), str(error))
         job = document.require_valid(job)
         models: dict[str, int] = {}
         for index, entry in enumerate(job.models):
@@ -305,8 +307,7 @@ class _Reader:
         name = entry.model
         if entry.revisions:
             if Path(name).expanduser().exists() or glob.has_magic(name):
-                problem = f"'{name}' is a folder or a file; only a hub id has revisions"
-                self.document.report((*at, "revisions"), problem)
+                self.document.report((*at, "revisions"), f"'{name}' is a folder or a file; only a hub id has revisions")
             revisions: list[str] = []
             for index, revision in enumerate(entry.revisions):
                 if isinstance(revision, RevisionRange):

@@ -8,7 +8,7 @@ from collections.abc import Callable, Generator, Iterator, Sequence
 from concurrent.futures import CancelledError, Future, ThreadPoolExecutor, wait
 from contextlib import ExitStack, closing, nullcontext
 from functools import partial
-from itertools import groupby, islice
+from itertools import chain, groupby, islice
 from operator import itemgetter
 from threading import Event, Semaphore
 from typing import TYPE_CHECKING, TypeAlias, TypeVar
@@ -114,8 +114,7 @@ class LocalExecutor:
         Args:
             underway: called now and then in the middle of a cell that takes long.
         """
-        models = (group for cells in rounds for group in by_model(cells))
-        for spec, same in groupby(models, key=itemgetter(0)):
+        for spec, same in groupby(chain.from_iterable(map(by_model, rounds)), key=itemgetter(0)):
             cells = (cell for _, group in same for cell in group)
             with computing_threads(spec.settings.threads):
                 try:
@@ -166,8 +165,7 @@ def shards_at_once(replica: Replica, spec: ReplicaSpec, strata: int = 1) -> int:
     activations = batch_bytes(size, settings)
     if "cpu" in spec.placement.max_memory:  # limit of weights and of the activations of one batch
         available = min(available, spec.placement.max_memory["cpu"] - size.weight_bytes + activations)
-    shard = activations + counter_bytes(size, settings, strata)
-    return max(1, min(cores, available // shard))
+    return max(1, min(cores, available // (activations + counter_bytes(size, settings, strata))))
 
 
 def _measure(

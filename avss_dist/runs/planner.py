@@ -62,19 +62,18 @@ class Planner:
             rows = rows_per_shard(size, settings, corpus.num_sequences)
             corpus, settings = corpus.recut(rows), replace(settings, sequences_per_shard=rows)
         print_ = run_fingerprint(checkpoint, corpus, settings, placement)
-        run = Run(
-            run_id=f"{checkpoint.slug}-{print_[:10]}",
-            model=spec.model,
-            warehouse=self.store.root,
-            status="skipped",
-            num_shards=len(corpus.shards),
-            num_tokens=corpus.num_tokens,
-        )
         return PlannedRun(
             replica_spec=ReplicaSpec(checkpoint=checkpoint, settings=settings, placement=placement),
             corpus=corpus,
             fingerprint=print_,
-            run=run,
+            run=Run(
+                run_id=f"{checkpoint.slug}-{print_[:10]}",
+                model=spec.model,
+                warehouse=self.store.root,
+                status="skipped",
+                num_shards=len(corpus.shards),
+                num_tokens=corpus.num_tokens,
+            ),
             replicas=self.executor.replicas(placement),
         )
 
@@ -99,7 +98,10 @@ class Planner:
     def _plan(self, spec: RunSpec, checkpoint: Checkpoint, config: Any, settings: Settings) -> CorpusPlan:
         """Return the corpus in the checkpoint's tokens. Raises ModelError for tokens that the model lacks."""
         how = self._tokens_key(checkpoint, config, settings)
-        key = (self._same_text(spec.corpus, how) or spec.corpus, *how)
+        key = (spec.corpus, *how)
+        planned_alike = {plan.corpus_fingerprint: key for key, (plan, _) in self._plans.items() if key[1:] == how}
+        if planned_alike and key not in self._plans:  # the same text may have another name
+            key = planned_alike.get(open_source(spec.corpus).fingerprint(), key)
         if key not in self._plans:
             tokenizer = load_tokenizer(checkpoint)
             planned = tokenize_corpus(spec.corpus, tokenizer, settings)
@@ -117,14 +119,6 @@ class Planner:
                 "Put the tokenizer that the model was trained with into its folder.",
             )
         return corpus
-
-    def _same_text(self, corpus: str, how: tuple[Any, ...]) -> str | None:
-        """Return the name of a corpus with the same content that is planned already, or None if there is none."""
-        planned = {key[0]: plan.corpus_fingerprint for key, (plan, _) in self._plans.items() if key[1:] == how}
-        if not planned or corpus in planned:
-            return None
-        content = open_source(corpus).fingerprint()
-        return next((name for name, print_ in planned.items() if print_ == content), None)
 
     @staticmethod
     def _tokens_key(checkpoint: Checkpoint, config: Any, settings: Settings) -> tuple[Any, ...]:
@@ -145,13 +139,11 @@ def run_fingerprint(checkpoint: Checkpoint, corpus: CorpusPlan, settings: Settin
     The tokenizer and the packing count through their tokens. Among partitions only tensor parallelism counts, as it
     alone sums in another order.
     """
-    numbers = settings.numbers(statistics=True)
-    tokens = corpus.tokens_fingerprint
     return fingerprint(
         schema=SCHEMA_VERSION,
         checkpoint=checkpoint.revision,
-        tokens=tokens,
-        settings=numbers,
+        tokens=corpus.tokens_fingerprint,
+        settings=settings.numbers(statistics=True),
         **fingerprint_part(placement),
     )
 

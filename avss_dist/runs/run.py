@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from functools import partial
+from itertools import zip_longest
 from typing import Any
 
 import pyarrow as pa
@@ -170,9 +171,7 @@ def _read_block(shared: OpenShared, run_id: str, expected: Expected) -> Any:
     summary = ShardSummary()
 
     def each() -> Iterator[Mapping[StratumKey, LayerStats]]:
-        shards = store.each_shard(run_id, expected)
-        for shard_id in expected:
-            shard = next(shards, None)
+        for shard_id, shard in zip_longest(expected, store.each_shard(run_id, expected)):
             if shard is None or shard.shard_id != shard_id:
                 raise RunFailed(
                     f"The partial of shard {shard_id} is damaged or missing.",

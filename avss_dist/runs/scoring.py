@@ -110,19 +110,16 @@ def _run_all(
         alone: raise the error of the one run instead of recording it.
     """
     store.storage.create()
-    endings: dict[int, Run | AvssError] = {}
+    runs: dict[int, Run] = {}
     with closing(executor_for(specs, settings, execution)) as executor:
         for spec, ending in Driver(store, executor, on_event, fresh=execution.fresh).run(specs):
-            if isinstance(ending, AvssError) and not alone:
+            if isinstance(ending, AvssError):
+                if alone:
+                    raise ending
                 ending = record_failure(store, spec, ending)
                 on_event(RunEnded(spec.name, ending))
-            endings[id(spec)] = ending
-    runs: list[Run] = []
-    for spec in specs:
-        if isinstance(ending := endings[id(spec)], AvssError):
-            raise ending
-        runs.append(ending)
-    return runs
+            runs[id(spec)] = ending
+    return [runs[id(spec)] for spec in specs]
 
 
 class Driver:
@@ -192,8 +189,10 @@ class Driver:
                     self._end(spec, run, repeats)
                     continue
                 if self._full:
-                    hint = "Free some space and run the same command again."
-                    full = StorageFull(f"Not begun: no space left on {self._store.root}.", hint)
+                    full = StorageFull(
+                        f"Not begun: no space left on {self._store.root}.",
+                        "Free some space and run the same command again.",
+                    )
                     full.run_id = run.run_id
                     raise full
                 self._run_ids[run.run_id] = spec.name
@@ -201,8 +200,7 @@ class Driver:
             except Exception as error:
                 self._ended.append((spec, as_failure(error)))
                 continue
-            placement = planned.replica_spec.placement
-            self._on_event(RunStarted(spec.name, run.num_tokens, running.done_tokens, placement))
+            self._on_event(RunStarted(spec.name, run.num_tokens, running.done_tokens, planned.replica_spec.placement))
             self._in_progress[running.shards] = spec, running
             if running.missing:
                 yield running.shards
@@ -253,16 +251,17 @@ def record_failure(store: Store, spec: RunSpec, error: AvssError) -> Run:
     print_ = fingerprint(model=spec.model, corpus=spec.corpus, settings=settings)
     run_id = error.run_id or f"{slug(Path(spec.model).name)}-{print_[:10]}"
     if not error.run_id:
-        row = {
-            "run_id": run_id,
-            "fingerprint": print_,
-            "status": "failed",
-            "error": str(error),
-            "created_at": datetime.now(UTC),
-            "model": spec.model,
-            "corpus": spec.corpus,
-            "settings": json.dumps(settings),
-        }
         with suppress(StorageFull):  # the error is reported all the same
-            store.write_run(row)
+            store.write_run(
+                {
+                    "run_id": run_id,
+                    "fingerprint": print_,
+                    "status": "failed",
+                    "error": str(error),
+                    "created_at": datetime.now(UTC),
+                    "model": spec.model,
+                    "corpus": spec.corpus,
+                    "settings": json.dumps(settings),
+                }
+            )
     return Run(run_id=run_id, model=spec.model, warehouse=store.root, status="failed", error=str(error))

@@ -32,7 +32,9 @@ STATE_SECONDS = 1.0  # between two requests for a state or a log
 STOP_SECONDS = 60.0  # for a job to end after it was stopped: Ray kills it after a few
 MOST_BYTES = 50_000_000  # of local files that travel with a job
 SEND_ALL = ["!*"]  # Ray leaves out folders named venv, .git and the like; these are only the files that a job names
-_NOT_FOUND = 127  # exit code of a shell that has no such command
+NO_COMMAND = (
+    "The cluster's image has no avss_dist: install it on every node, from a clone or a wheel of the repository."
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -233,9 +235,6 @@ def _submitted(details: Any) -> Submitted:
     failed = code if code in (1, 2) else 1
     log = details.message or ""  # its first line that tells of an error or of a failed run, or else its first line
     match = re.search(r"^Error: (.*)$", log, re.MULTILINE) or re.search(r"^(\S+: failed\. .*)$", log, re.MULTILINE)
-    no_command = (
-        "The cluster's image has no avss_dist: install it on every node, from a clone or a wheel of the repository."
-    )
     return Submitted(
         job_id=details.submission_id or details.job_id,
         status=str(details.status.value),
@@ -244,7 +243,7 @@ def _submitted(details: Any) -> Submitted:
         entrypoint=details.entrypoint,
         message=(match[1] if match else log.strip().partition("\n")[0]).strip(),
         exit_code=None if not ended else 0 if details.status.value == "SUCCEEDED" else failed,
-        hint=no_command if code == _NOT_FOUND else "",
+        hint=NO_COMMAND if code == 127 else "",  # of a shell
     )
 
 
@@ -322,6 +321,5 @@ def _pack(job: JobFile, folder: Path) -> tuple[str, str]:
 
 def _entrypoint(directory: str, name: str, options: Sequence[str]) -> str:
     """Return the shell command that runs a packed job."""
-    path = f"./{name}" if name.startswith("-") else name
-    command = shlex.join(["avss", "run", path, *options])
+    command = shlex.join(["avss", "run", f"./{name}" if name.startswith("-") else name, *options])
     return command if directory == "." else f"cd {shlex.quote(directory)} && exec {command}"

@@ -70,7 +70,7 @@ class TableParts:
         self._cached = folder / name
         self._shared = Path(storage.base) / COMPACTED / name if storage.is_local else folder / COMPACTED / name
         self._schema = SOURCE if name == DIGESTS else encoded_schema(name)
-        self._used: Parts = {}
+        self._used: dict[Path, Stamps] = {}
         self._stamps: dict[Path, Stamps] = {}  # of all parts that were read
         self._unreadable: set[Path] = set()
 
@@ -169,13 +169,12 @@ class TableParts:
     def _select(self, stamps: Stamps, *, shared_alone: bool = False) -> Parts:
         """Use the parts whose files have not changed, and no run twice, the largest first. Return the others."""
         folders = [self._shared] if shared_alone else [self._shared, self._cached]
-        used: dict[Path, Stamps] = {}
+        self._used = {}
         spare: dict[Path, Stamps] = {}
-        self._used = used
         listed = chain.from_iterable(map(self._listed, folders))
         for path, copied in sorted(listed, key=lambda part: (-len(part[1]), part[0].name)):
             is_current = copied.items() <= stamps.items() and self.run_ids.isdisjoint(copied)
-            (used if is_current else spare)[path] = copied
+            (self._used if is_current else spare)[path] = copied
         return spare
 
     def _listed(self, folder: Path) -> Iterator[tuple[Path, Stamps]]:

@@ -109,8 +109,10 @@ def _require_version(version: bytes | None) -> None:
     except ValueError:
         raise pa.ArrowInvalid(f"its schema version is {version!r}, not a number") from None
     if number > SCHEMA_VERSION:
-        message = f"Written by a newer avss_dist: schema {number}, this one reads up to {SCHEMA_VERSION}."
-        raise WarehouseError(message, "Update avss_dist where you installed it: git pull, pip install .")
+        raise WarehouseError(
+            f"Written by a newer avss_dist: schema {number}, this one reads up to {SCHEMA_VERSION}.",
+            "Update avss_dist where you installed it: git pull, pip install .",
+        )
     if number < _OLDEST:
         raise pa.ArrowInvalid(f"it has schema {number}, this avss_dist reads from {_OLDEST} on: measure it again")
 
@@ -126,8 +128,7 @@ def parse(data: pa.Buffer, schema: pa.Schema | None = None) -> pa.Table:
     file = open_file(data)
     if schema is None:
         return file.read(use_threads=False)
-    stored = {*file.schema_arrow.names} - {"run_id"}
-    names = [name for name in schema.names if name in stored]
+    names = [name for name in schema.names if name in file.schema_arrow.names and name != "run_id"]
     if texts := [name for name in names if pa.types.is_dictionary(schema.field(name).type)]:
         file = pq.ParquetFile(pa.BufferReader(data), metadata=file.metadata, read_dictionary=texts)
     return file.read(names, use_threads=False).replace_schema_metadata(None)
@@ -205,8 +206,9 @@ def encode_shard(run: RunIdentity, result: ShardResult) -> dict[str, pa.Buffer]:
         }
         files["row_stats"] = encode("row_stats", every_row, columns)
     if result.experts is not None:
-        columns = expert_columns(result.layers, result.experts)
-        files["shard_expert_stats"] = encode("shard_expert_stats", every_row, columns)
+        files["shard_expert_stats"] = encode(
+            "shard_expert_stats", every_row, expert_columns(result.layers, result.experts)
+        )
     header = {name: getattr(result, name) for name in _HEADER_FIELDS}
     files["shard_stats"] = encode("shard_stats", every_row, to_columns(result.layers, result.strata), header)
     return files

@@ -7,7 +7,6 @@ import warnings
 from collections.abc import Callable, Collection, Mapping
 from functools import cache, partial
 from importlib.resources import files
-from typing import Any
 
 import duckdb
 import pyarrow as pa
@@ -49,7 +48,7 @@ FUNCTIONS = {
 """Functions of SQL in addition to DuckDB's own, with their results."""
 
 
-def run_query(query: str, read: Callable[..., Any]) -> pa.Table:
+def run_query(query: str, read: Callable[..., pa.Table]) -> pa.Table:
     """Return the result of one query. See `reader.Warehouse.sql`.
 
     Args:
@@ -61,9 +60,7 @@ def run_query(query: str, read: Callable[..., Any]) -> pa.Table:
     try:
         with duckdb.connect(":memory:", config=_SEALED) as connection:
             _require_reading(connection, query)
-        answer = partial(_answer, query)
-        result: pa.Table = read(_readable_tables(query), answer, failures=(duckdb.InvalidInputException,))
-        return result
+        return read(_readable_tables(query), partial(_answer, query), failures=(duckdb.InvalidInputException,))
     except duckdb.Error as error:
         hint = f"Views: {', '.join(VIEWS)}. Tables: {', '.join(TABLES)}. 'DESCRIBE scores' lists the columns of one."
         raise QueryError(str(error).strip(), hint) from None
@@ -72,10 +69,8 @@ def run_query(query: str, read: Callable[..., Any]) -> pa.Table:
 @cache
 def ready_queries() -> dict[str, str]:
     """Return the queries in ``sql/queries`` by name. Each begins with a comment that states the question it answers."""
-    sql_files = [
-        file for file in (files("avss_dist.warehouse") / "sql" / "queries").iterdir() if file.name.endswith(".sql")
-    ]
-    return {file.name.removesuffix(".sql"): file.read_text(encoding="utf-8") for file in sorted(sql_files, key=str)}
+    stored = sorted((files("avss_dist.warehouse") / "sql" / "queries").iterdir(), key=str)
+    return {file.name.removesuffix(".sql"): file.read_text("utf-8") for file in stored if file.name.endswith(".sql")}
 
 
 def _readable_tables(query: str) -> Collection[str]:

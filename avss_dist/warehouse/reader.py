@@ -209,8 +209,8 @@ class Warehouse:
     def _models(self, names: list[Any]) -> list[Any]:
         """Return the full names of models that are named by the end of their path."""
         models = pc.unique(self.table("runs", columns=["model"])["model"]).to_pylist()
-        ends = {name: [model for model in models if model and basename(model) == name] for name in names}
-        return [model for name in names for model in ([name] if name in models else ends[name] or [name])]
+        ends = grouped((model for model in models if model), basename)
+        return [model for name in names for model in ([name] if name in models else ends.get(name, [name]))]
 
     def read_layer_stats(self, run_id: str) -> dict[LayerKey, LayerStats]:
         """Read the merged statistics of a run by (layer, site).
@@ -346,11 +346,10 @@ class Warehouse:
         if self._finished is not None:
             return self._finished
         files = self._files("runs", None)
-        runs = self._dataset("runs", files)
-        if runs is None and _ids(self.storage.names("cells"), RUN_FOLDER):  # of models that were not scored
-            return ds.dataset(SCHEMAS["runs"].empty_table()), set()
-        if runs is None:
-            self._refuse_without_runs()
+        if (runs := self._dataset("runs", files)) is None:
+            if not _ids(self.storage.names("cells"), RUN_FOLDER):
+                self._refuse_without_runs()
+            return ds.dataset(SCHEMAS["runs"].empty_table()), set()  # evaluations of models that were not scored
         rows = runs.to_table(RUN_COLUMNS)
         without_row = {run_id for run_id, _ in files.values()}.difference(rows["run_id"].to_pylist())
         self.damaged = dict.fromkeys(without_row, "it has no row; a run has one") | self.damaged
@@ -361,20 +360,20 @@ class Warehouse:
         if not rows:
             self._refuse_without_runs()
         finished = runs, set(rows["run_id"].filter(pc.equal(rows["status"], "done")).to_pylist())
-        if self._snapshot:
-            self._finished = finished
+        self._finished = finished if self._snapshot else None
         return finished
 
     def _refuse_without_runs(self) -> NoReturn:
         for run_id, reason in self.damaged.items():
             raise WarehouseError(f"Cannot read run {run_id} of {self.root}: {reason}.", DAMAGED)
+        if unfinished := self.unfinished().num_rows:
+            raise WarehouseError(
+                f"{self.root} has no finished run yet.",
+                f"{count_of(unfinished, 'run')} {'has' if unfinished == 1 else 'have'} begun: avss ls.",
+            )
         folder = self.storage.filesystem.get_file_info(f"{self.storage.base}/runs")
         problem = "has no runs yet" if folder.type else "is not a warehouse: it has no runs folder"
-        hint = "avss score makes one; a run counts once it has finished."
-        if unfinished := self.unfinished().num_rows:
-            problem = "has no finished run yet"
-            hint = f"{count_of(unfinished, 'run')} {'has' if unfinished == 1 else 'have'} begun: avss ls."
-        raise WarehouseError(f"{self.root} {problem}.", hint)
+        raise WarehouseError(f"{self.root} {problem}.", "avss score makes one; a run counts once it has finished.")
 
     def _dataset(self, name: str, files: Files, requested: Collection[str] | None = None) -> ds.Dataset | None:
         """Return rows of files of a table: parts of it, and the files of requested runs that are in no part."""

@@ -52,6 +52,8 @@ class Storage:
 
     Attributes:
         root: its name, without the keys of a URI.
+        is_local: whether the files are on this machine's disks.
+        readers: number of files that are read at once. Those on a disk come faster than one thread decodes them.
 
     Raises:
         WarehouseError: there is no such kind of storage.
@@ -70,16 +72,8 @@ class Storage:
             hint = _ADDRESS_HINT.format("read") if isinstance(error, OSError) else hint
             raise WarehouseError(f"Cannot open {self.root}: {_reason(error)}.", hint) from None
         self.base = path.rstrip("/")
-
-    @property
-    def is_local(self) -> bool:
-        """Whether the files are on this machine's disks."""
-        return bool(self.filesystem.type_name == "local")
-
-    @property
-    def readers(self) -> int:
-        """Number of files that are read at once. Those on a disk come faster than one thread decodes them."""
-        return LOCAL_READERS if self.is_local else REMOTE_READERS
+        self.is_local = self.filesystem.type_name == "local"
+        self.readers = LOCAL_READERS if self.is_local else REMOTE_READERS
 
     def create(self) -> None:
         """Create the warehouse, and check with a small file that it can be written."""
@@ -121,9 +115,10 @@ class Storage:
         """Return the files and folders below a folder of the warehouse, or an empty list if it does not exist."""
         listings = {} if self._listings is None else self._listings
         if (folder, recursive) not in listings:
-            selector = pafs.FileSelector(f"{self.base}/{folder}", recursive=recursive, allow_not_found=True)
             with self.reading(f"{self.root}/{folder}"):
-                listings[folder, recursive] = self.filesystem.get_file_info(selector)
+                listings[folder, recursive] = self.filesystem.get_file_info(
+                    pafs.FileSelector(f"{self.base}/{folder}", recursive=recursive, allow_not_found=True)
+                )
         return listings[folder, recursive]
 
     def compacted_path(self, table: str, stem: str) -> str:
@@ -167,12 +162,14 @@ class Storage:
         except OSError as error:
             if is_full(error):
                 stored = sum(f"/shard_stats/{path.split('/')[-2]}/" in file for file in self.files("shard_stats"))
-                partials = f"{stored} shard{'s are' if stored != 1 else ' is'} kept."
                 raise StorageFull(
-                    f"No space left on {self.root}.", f"Free some and run the same command again: {partials}"
+                    f"No space left on {self.root}.",
+                    "Free some and run the same command again: "
+                    f"{stored} shard{'s are' if stored != 1 else ' is'} kept.",
                 ) from error
-            message = f"Cannot write {self.root}: {_reason(error)}."
-            raise WarehouseError(message, _ADDRESS_HINT.format("write")) from error
+            raise WarehouseError(
+                f"Cannot write {self.root}: {_reason(error)}.", _ADDRESS_HINT.format("write")
+            ) from error
 
     def write_patch(self, data: bytes) -> str:
         """Write weights that repair a model, in safetensors, and return their key: their SHA-256, in hex."""
@@ -210,8 +207,7 @@ class Storage:
         """
         unknown = type(error) is pa.ArrowException  # to pyarrow: of the library by which it asks an object store
         if unknown or (isinstance(error, OSError) and (error.errno is not None or not self.is_local)):
-            message = f"Cannot read {path}: {_reason(error)}"
-            raise WarehouseError(message, _ADDRESS_HINT.format("read")) from error
+            raise WarehouseError(f"Cannot read {path}: {_reason(error)}", _ADDRESS_HINT.format("read")) from error
         return _reason(error)
 
     @contextmanager

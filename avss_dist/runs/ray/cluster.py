@@ -78,10 +78,9 @@ def require_head() -> None:
     deadline = time.monotonic() + HEAD_SECONDS
     while not has_head():
         if time.monotonic() > deadline:
-            where = ray.get_runtime_context().gcs_address
+            head = f"its head (the GCS at {ray.get_runtime_context().gcs_address})"
             raise RunFailed(
-                f"The Ray cluster is lost: its head (the GCS at {where}) has crashed or was killed.",
-                f"Start it again. {RUN_AGAIN}",
+                f"The Ray cluster is lost: {head} has crashed or was killed.", f"Start it again. {RUN_AGAIN}"
             )
         time.sleep(RETRY_SECONDS)
 

@@ -103,7 +103,7 @@ class RayExecutor:
         self, rounds: Iterator[Sequence[Cell]], underway: Underway | None = None
     ) -> Generator[CellOutcome, None, None]:
         """Yield the result of every cell, or an AvssError in its place. See `runs.local.LocalExecutor`."""
-        models = (group for cells in rounds for group in by_model(cells))
+        models = chain.from_iterable(map(by_model, rounds))
         return self._measure(CellQueue(spec, cells, underway) for spec, cells in models)
 
     def _measure(self, queues: Iterator[UnitQueue[Any]]) -> Generator[tuple[Any, Any], None, None]:
@@ -324,7 +324,6 @@ def _shortage(placement: Placement, cpus: int, labels: Mapping[str, str]) -> str
     need = {"CPU": cpus, "GPU": placement.gpus // placement.ranks}
     need = {name: number for name, number in need.items() if number}
     who = f"A replica needs {placement.ranks} workers of" if placement.ranks > 1 else "A worker needs"
-    needs = f"{who} {_numbers(need)}"
     nodes = _nodes(labels)
     resources = [{name: node["Resources"].get(name, 0.0) for name in need} for node in nodes]
     by_node = ray._private.state.available_resources_per_node()
@@ -332,7 +331,7 @@ def _shortage(placement: Placement, cpus: int, labels: Mapping[str, str]) -> str
     has = ", ".join(f"{_total(free, name):g} of {_total(resources, name):g} {name}s" for name in need)
     where = f"on nodes with {_in_words(labels)}" if labels else "in the cluster"
     largest = {name: max((node[name] for node in resources), default=0) for name in need}
-    return f"{needs}; {has} are free {where}. The largest node has {_numbers(largest)}."
+    return f"{who} {_numbers(need)}; {has} are free {where}. The largest node has {_numbers(largest)}."
 
 
 def _total(nodes: Iterable[Mapping[str, float]], name: str) -> float:
@@ -385,8 +384,12 @@ def _devices_of_cluster(device: str, labels: Mapping[str, str]) -> Devices:
 
 def _devices_of_node(kind: str, labels: Mapping[str, str], *, gpus: int) -> Devices:
     """Return the devices of a node with these labels that has the given number of free GPUs."""
-    options = {"num_cpus": 0, "num_gpus": gpus, "max_retries": 0}  # Ray prints its retries
-    probe: Any = ray.remote(devices_here).options(**options, label_selector=dict(labels))
+    probe: Any = ray.remote(devices_here).options(
+        num_cpus=0,
+        num_gpus=gpus,
+        max_retries=0,  # Ray prints them
+        label_selector=dict(labels),
+    )
     for attempt in count(1):
         try:
             devices: Devices = ray.get(probe.remote(kind))

@@ -57,9 +57,11 @@ class Gang:
             options["label_selector"] = dict(labels)
         else:
             bundle = {"CPU": threads, **({"GPU": resources["num_gpus"]} if placement.gpus else {})}
-            bundles, selectors = [bundle] * placement.ranks, [dict(labels)] * placement.ranks
-            strategy = "STRICT_PACK" if one_node else "PACK"
-            self._group = placement_group(bundles, strategy=strategy, bundle_label_selector=selectors)
+            self._group = placement_group(
+                [bundle] * placement.ranks,
+                strategy="STRICT_PACK" if one_node else "PACK",
+                bundle_label_selector=[dict(labels)] * placement.ranks,
+            )
             options["scheduling_strategy"] = PlacementGroupSchedulingStrategy(self._group)
         actor: Any = ray.remote(Worker)
         actor = actor.options(max_restarts=0, **resources, **options)

@@ -29,8 +29,10 @@ class HeartbeatMonitor:
     def signs(self) -> dict[str, Sign]:
         """Return the latest known state of each worker."""
         now = time.monotonic()
-        reports = self._reports.items()
-        return {worker: (now - since, now - reported, doing) for worker, (_, since, reported, doing) in reports}
+        return {
+            worker: (now - since, now - reported, doing)
+            for worker, (_, since, reported, doing) in self._reports.items()
+        }
 
     def tell(self, worker: str, event: Any) -> None:
         """Keep an event of a worker until it is taken."""

@@ -42,8 +42,7 @@ class Prefetcher(Generic[T]):
         self._prepare()
 
     def _prepare(self) -> None:
-        coming: Future[T | None] = Future()
-        self._coming = coming
+        self._coming = coming = Future[T | None]()
 
         def prepare() -> None:
             try:
@@ -261,8 +260,7 @@ class Pool:
     def _begin(
         self, gang: Gang, queue: UnitQueue[Any], units: Sequence[int], awaited: dict[Any, Sequence[int]]
     ) -> None:
-        begun = self._cluster.now()
-        round_ = Round(gang=gang, queue=queue, units=units, awaited=awaited, rows=queue.rows, begun=begun)
+        round_ = Round(gang=gang, queue=queue, units=units, awaited=awaited, rows=queue.rows, begun=self._cluster.now())
         self._gangs.setdefault(gang, []).append(round_)
 
     def _wait(self) -> None:
