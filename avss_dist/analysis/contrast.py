@@ -148,8 +148,12 @@ def contrast(
         "truthful": labels[1],
         "pairs": pairs,
     }
-    sentences = (*_about_layers(layers.to_pylist()), *_about_prediction(predictions.to_pylist()))
-    return Contrast(reading=reading, layers=layers, predictions=predictions, findings=sentences)
+    return Contrast(
+        reading=reading,
+        layers=layers,
+        predictions=predictions,
+        findings=(*_about_layers(layers.to_pylist()), *_about_prediction(predictions.to_pylist())),
+    )
 
 
 def answer_rows(warehouse: Warehouse, run: Mapping[str, Any], site: str) -> pa.Table:
@@ -268,8 +272,9 @@ def _table(
         by_prompt = np.where(deviation > 0, low > 0, high < 0)
     arrays = {name: pa.array(values, from_pandas=True) for name, values in ({"layer": layers} | columns).items()}
     arrays["stands"] = pa.array(by_label & by_length & by_prompt, mask=np.isnan(matched["length_matched_pairs"]))
-    depth = depth_correlation(columns["eavss_contrast"].tolist())
-    arrays["depth_correlation"] = pa.array(np.full(len(layers), depth), from_pandas=True)
+    arrays["depth_correlation"] = pa.array(
+        np.full(len(layers), depth_correlation(columns["eavss_contrast"].tolist())), from_pandas=True
+    )
     return pa.table(arrays)
 
 
@@ -287,12 +292,12 @@ def _evaluated(
     layer = rows.filter(pc.equal(rows["layer"], rows["layer"][0]))
     tokens, strata = (layer[name].to_pylist() for name in ("answer_tokens", "stratum"))
     counts = np.isin(strata, labels)
-    baselines = {}
-    for of_run in grouped(cells, itemgetter("run_id")).values():
-        for result in combine(of_run, len({cell["part"] for cell in of_run})):
-            if result.metric in PREDICTED_BASELINES and result.weights.tolist() == tokens:
-                baselines[PREDICTED_BASELINES[result.metric]] = (result.samples / result.weights)[counts]
-    return baselines
+    return {
+        PREDICTED_BASELINES[result.metric]: (result.samples / result.weights)[counts]
+        for of_run in grouped(cells, itemgetter("run_id")).values()
+        for result in combine(of_run, len({cell["part"] for cell in of_run}))
+        if result.metric in PREDICTED_BASELINES and result.weights.tolist() == tokens
+    }
 
 
 def _predictions(
@@ -510,9 +515,6 @@ def stratum_table(strata: Strata, recipe: str, threshold: Threshold) -> pa.Table
     rng = np.random.default_rng(BOOTSTRAP_SEED)
     own_prompt = partial(strata.both_sides, recipe, threshold)
     exchanged = rng.integers(0, 2, (contrast_stats.num_permutations(layers), n)).astype(np.float64)
-    p = contrast_stats.p_values(
-        contrast_stats.deviation(*own_prompt()).ravel(), contrast_stats.deviation(*own_prompt(exchanged=exchanged))
-    )
     halves = rng.permuted(np.tile(np.arange(n) < n // 2, (contrast_stats.PERMUTATIONS, 1)), axis=1).astype(np.float64)
     noise = contrast_stats.deviation(*_both(strata.blocks[strata.labels[1]], recipe, threshold, halves, 1 - halves))
     return _table(
@@ -520,7 +522,9 @@ def stratum_table(strata: Strata, recipe: str, threshold: Threshold) -> pa.Table
         own_prompt,
         partial(own_prompt, after=AFTER_ANOTHER),
         n,
-        p,
+        contrast_stats.p_values(
+            contrast_stats.deviation(*own_prompt()).ravel(), contrast_stats.deviation(*own_prompt(exchanged=exchanged))
+        ),
         contrast_stats.floor_of(noise),
         dict.fromkeys(_MATCHED, np.full(layers, np.nan)),
     )
@@ -568,20 +572,21 @@ def contrast_section(label: str, result: Contrast) -> Section:
         for source, title in SERIES.items()
         if row[source] is not None
     ]
-    chart = Chart(
-        name=name,
-        title="Deviation from the median layer",
-        meaning="How far each layer's contrast is from that of the median layer, beside the controls.",
-        rows=drawn,
-        draw=_drawing,
-    )
     predictions = [_predictions_table(name, result.predictions.to_pylist())] if len(result.predictions) else []
     return Section(
         label=label,
         about=f"{reading['hallucinated']} against {reading['truthful']} answers{pairs}; {reading['site']}, "
         f"{reading['recipe']}, below {reading['threshold']}.",
         sentences=result.findings,
-        charts=[chart],
+        charts=[
+            Chart(
+                name=name,
+                title="Deviation from the median layer",
+                meaning="How far each layer's contrast is from that of the median layer, beside the controls.",
+                rows=drawn,
+                draw=_drawing,
+            )
+        ],
         tables=[_layers_table(name, rows, reading), *predictions],
     )
 
@@ -594,15 +599,14 @@ def _layers_table(name: str, rows: Sequence[Row], reading: Mapping[str, Any]) ->
         (row["p_holm"] or 1) < LEVEL and size > (row["noise_floor"] or 0.0)
         for row, size in zip(rows, sizes, strict=True)
     ]
-    pairs, truthful = reading["pairs"], reading["truthful"]
-    matched = f", the {rows[0]['length_matched_pairs']} pairs of about equal length" if pairs else ""
+    units, truthful = "pairs" if reading["pairs"] else "shards", reading["truthful"]
+    matched = f", the {rows[0]['length_matched_pairs']} pairs of about equal length" if reading["pairs"] else ""
     caption = (
         f"Contrast: log(AVSS on {reading['hallucinated']} / on {truthful} answers). The tests are of its deviation "
-        f"from the median layer: p by exchange of labels inside {'pairs' if pairs else 'shards'} (Holm), noise "
+        f"from the median layer: p by exchange of labels inside {units} (Holm), noise "
         f"between random halves of {truthful} answers{matched}, and the same answers after another prompt."
     )
     if rows[0]["eavss_contrast_low"] is None:
-        units = "pairs" if pairs else "shards"
         caption += f" No interval: fewer than {MINIMUM_UNITS} {units}, or a contrast that is not defined."
     return ReportTable(
         name=name,

@@ -108,8 +108,7 @@ class Curve:
         """
         if len(self.runs) < MIN_TREND:
             return np.full(len(self.depth), np.nan)
-        order = np.arange(len(self.runs), dtype=np.float64)
-        return spearman_rows(self.ranks.T, np.broadcast_to(order, self.ranks.T.shape))
+        return spearman_rows(self.ranks.T, np.broadcast_to(np.arange(float(len(self.runs))), self.ranks.T.shape))
 
     def rows(self) -> Iterator[dict[str, Any]]:
         """Yield a row of `SCHEMA` for each point and layer."""
@@ -190,9 +189,11 @@ def ranking_curves(
     if not curves:
         why = "; ".join(dict.fromkeys(left_out.values())) or "there are no runs"
         mismatch = "" if allow_mismatch else ", or set `allow_mismatch` if it is their text or settings that differ"
-        same = " and ".join(SAME[along])
-        advice = f"Score runs of the same {same} that differ in {along}{mismatch}. Axes: {', '.join(AXES)}."
-        raise QueryError(f"No two runs are along {along}: {why}.", advice)
+        raise QueryError(
+            f"No two runs are along {along}: {why}.",
+            f"Score runs of the same {' and '.join(SAME[along])} that differ in {along}{mismatch}. "
+            f"Axes: {', '.join(AXES)}.",
+        )
     return RankingCurves(curves=curves, left_out=left_out)
 
 
@@ -272,17 +273,18 @@ def curve_section(curve: Curve, name: str) -> Section:
         for label, run, of_point in zip(distinct, curve.runs, ranks, strict=True)
         for layer, rank in zip(curve.layers, of_point, strict=True)
     ]
-    chart = Chart(
-        name=name,
-        title=f"Ranks along {axis}",
-        meaning="A column for each point, a cell for each layer; dark layers are the least important.",
-        rows=cells,
-        draw=partial(_drawing, curve.along, number),
-    )
     return Section(
         label=f"{curve.name} along {axis}",
         sentences=[f"The lowest 25% are those of the last point from {points[settled]} on."],
-        charts=[chart],
+        charts=[
+            Chart(
+                name=name,
+                title=f"Ranks along {axis}",
+                meaning="A column for each point, a cell for each layer; dark layers are the least important.",
+                rows=cells,
+                draw=partial(_drawing, curve.along, number),
+            )
+        ],
         tables=[
             ReportTable(name=f"{name}-points", title="Points", columns=of_points),
             ReportTable(

@@ -118,8 +118,9 @@ def findings(
     rows: list[Row] = []
     for start in range(0, len(names), RUNS_AT_ONCE):
         group = names[start : start + RUNS_AT_ONCE]
-        scores = warehouse.table("scores", run_ids=group, columns=(*PLACE, *_SCORED), where=where)
-        scores = scores.sort_by([(name, "ascending") for name in (*PLACE, "layer")])
+        scores = warehouse.table("scores", run_ids=group, columns=(*PLACE, *_SCORED), where=where).sort_by(
+            [(name, "ascending") for name in (*PLACE, "layer")]
+        )
         columns = {name: scores[name].to_numpy() for name in _SCORED}
         readings = {
             (key["run_id"], key["site"], key["recipe"]): {name: cells[begin:end] for name, cells in columns.items()}
@@ -271,12 +272,11 @@ def _row_starts(warehouse: Warehouse, runs: Sequence[Row]) -> Iterator[Row]:
     rows started with special tokens get a finding, too.
     """
     where = pc.starts_with(pc.field("task"), ROW_START) & (pc.list_value_length(pc.field("drop")) == 0)
-    losses: dict[tuple[str, str], dict[str, dict[str, float]]] = {}
-    for row in warehouse.table(
-        "evaluations", columns=("revision", "task", "metric", "value", "settings"), where=where
-    ).to_pylist():
-        key = row["revision"], settings_of(row).get("row_start", "none")
-        losses.setdefault(key, {}).setdefault(row["task"], {})[row["metric"]] = row["value"]
+    columns = ("revision", "task", "metric", "value", "settings")
+    losses = grouped(
+        warehouse.table("evaluations", columns=columns, where=where).to_pylist(),
+        lambda row: (row["revision"], settings_of(row).get("row_start", "none")),
+    )
     for run in runs:
         settings = settings_of(run)
         start = settings.get("row_start")
@@ -289,15 +289,19 @@ def _row_starts(warehouse: Warehouse, runs: Sequence[Row]) -> Iterator[Row]:
                 "tokenizer adds any (BOS, CLS), score the model again; else nothing has changed.",
                 run_id=run["run_id"],
             )
-        for task, by_metric in losses.get((run["revision"], start or ""), {}).items():
+        for task, rows in grouped(losses.get((run["revision"], start or ""), ()), itemgetter("task")).items():
+            by_metric = {row["metric"]: row["value"] for row in rows}
             if warning := row_start_warning(by_metric, run["model"], task.removeprefix(ROW_START)):
                 yield finding("row_start", "warning", *warning, run_id=run["run_id"])
 
 
 def _numbers(table: pa.Table) -> dict[str, NDArray[Any]]:
     """Return the columns of numbers of a table."""
-    numbers = [f.name for f in table.schema if pa.types.is_integer(f.type) or pa.types.is_floating(f.type)]
-    return {name: table[name].to_numpy() for name in numbers}
+    return {
+        field.name: table[field.name].to_numpy()
+        for field in table.schema
+        if pa.types.is_integer(field.type) or pa.types.is_floating(field.type)
+    }
 
 
 def finding(kind: str, severity: str, value: float, message: str, **place: Any) -> Row:
@@ -332,8 +336,7 @@ def of_digests(digests: pa.Table, threshold: Threshold, site: str | None = None)
         zeros, near_zero = (int(np.nansum(columns[name][start:stop])) for name in ("zero_count", "near_zero"))
         yield from (key | row for row in _exact_zeros(key["site"], zeros, near_zero, threshold))
     for key, layers in _with_any(groups, notable, columns):
-        checks = _nonfinite(layers), _dominant_units(layers), _first_token(layers)
-        yield from (key | row for row in chain.from_iterable(checks))
+        yield from (key | row for row in chain(_nonfinite(layers), _dominant_units(layers), _first_token(layers)))
     for key, layers in _with_any(slices_by(table, ["run_id"]), columns["is_still"], columns):
         yield key | _identity_layers(layers)
 
@@ -399,8 +402,8 @@ def _dominant_units(layers: Columns) -> Iterator[Row]:
         dominated = np.flatnonzero(shares > DOMINANT)
         if not dominated.size:
             continue
-        columns = (shares, layers[name], layers["layer"])
-        share, unit, layer = max(zip(*(values[dominated].tolist() for values in columns), strict=True))
+        places = (values[dominated].tolist() for values in (shares, layers[name], layers["layer"]))
+        share, unit, layer = max(zip(*places, strict=True))
         units = sorted({int(number) for number in layers[name][dominated]})
         defined = int(np.isfinite(shares).sum())
         first_units = f"; units {', '.join(map(str, units[:5]))}{', ...' if len(units) > 5 else ''}"

@@ -69,8 +69,7 @@ def plan_layers(
         rows = [row for row in rows if reading_of(row) == reading]
         if not rows:
             raise QueryError(f"No scores of {_describe(reading)}.", f"There are: {'; '.join(scored) or 'none'}.")
-    measured = choice.by in (*MEASURED, BLOCK_DISTANCE)
-    truth = layer_truth(warehouse, run, choice.by) if measured else None
+    truth = layer_truth(warehouse, run, choice.by) if choice.by in (*MEASURED, BLOCK_DISTANCE) else None
     truth = truth if choice.by in SCORES else own_score(choice.by, warehouse, run)
     plan, against = make_plan(rows, run, choice, truth), []
     if choice.by != BLOCK_DISTANCE:
@@ -181,10 +180,14 @@ def default_score(warehouse: Warehouse, run: Mapping[str, Any]) -> str:
             return name
     meanings = {name: f"  {name}: {info.meaning}" for name, info in SCORES.items()}
     if not has_head(run):
-        available = [meanings[name] for name in (*FROM_ACTIVATIONS, LAST, RANDOM)]
         raise QueryError(
             f"No score was named. {describe_headless(run)}",
-            "\n".join(["Name the score to choose by with `by`:", *available]),
+            "\n".join(
+                [
+                    "Name the score to choose by with `by`:",
+                    *(meanings[name] for name in (*FROM_ACTIVATIONS, LAST, RANDOM)),
+                ]
+            ),
         )
     raise QueryError(
         f"No score was named, and neither the damage of the layers of {run['model']} nor the loss without each is "
@@ -256,8 +259,10 @@ def measured_maps(warehouse: Warehouse, run: Mapping[str, Any]) -> dict[MapPlan,
                 f"No input of a linear map of {run['model']} can be seen: its maps are fused.",
                 "No sparsity can be planned for it.",
             )
-        command = repeated_command("score", warehouse, run, "--sites inputs")
-        raise QueryError(f"Run {run['run_id']} did not measure what linear maps read.", f"Do: {command}")
+        raise QueryError(
+            f"Run {run['run_id']} did not measure what linear maps read.",
+            f"Do: {repeated_command('score', warehouse, run, '--sites inputs')}",
+        )
     dense: dict[str, Any] = {"sparsity": 0.0, "by": THRESHOLD, "value": 0.0}
     return {
         MapPlan(layer=layer, map=path, site=site, outputs=outputs, inputs=inputs, **dense): stats[layer, site]

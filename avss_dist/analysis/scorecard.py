@@ -159,8 +159,9 @@ def _rounding_cards(
     """
     for name, truth in sorted(rounded.items()):
         measured, ceiling = truth.by_layer(run["num_layers"]), reliability(increases(store, truth))
-        other_formats = {f"{MEASURED_ROUNDED}{other}": values for other, values in rounded.items() if other != name}
-        beside = rounding_estimates(store, run, truth) | other_formats
+        beside = rounding_estimates(store, run, truth) | {
+            f"{MEASURED_ROUNDED}{other}": values for other, values in rounded.items() if other != name
+        }
         for card, values in scores:
             removes = SCORES[card["score"]].task in (SCORES[LOSS].task, DAMAGE_TASK)
             score = f"{LEFT_OUT if removes else ''}{card['score']}"
@@ -364,14 +365,20 @@ def page_section(label: str, cards: Sequence[Row], layers: int, readings: int) -
         }
         for row in compared
     ]
-    chart = Chart(
-        name=name,
-        title=f"Correlation with {TRUTHS[truth]}",
-        meaning="The correlation of each score with what leaving layers out does, and its 95% interval.",
-        rows=drawn,
-        draw=partial(_drawing, min(0.0, *(row["correlation"] for row in drawn)), len(drawn)),
+    return Section(
+        label=label,
+        sentences=[" ".join(sentences)],
+        charts=[
+            Chart(
+                name=name,
+                title=f"Correlation with {TRUTHS[truth]}",
+                meaning="The correlation of each score with what leaving layers out does, and its 95% interval.",
+                rows=drawn,
+                draw=partial(_drawing, min(0.0, *(row["correlation"] for row in drawn)), len(drawn)),
+            )
+        ],
+        tables=[_table(name, cards)],
     )
-    return Section(label=label, sentences=[" ".join(sentences)], charts=[chart], tables=[_table(name, cards)])
 
 
 def _table(name: str, rows: Sequence[Row]) -> ReportTable:

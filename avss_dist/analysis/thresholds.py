@@ -122,8 +122,9 @@ def layer_scores(
         "near_zero_low": counts,
         "near_zero_high": counts,
     }
-    scores = pa.concat_tables([pa.table(columns).cast(SCORES), computed.filter(pc.field("recipe") == recipe)])
-    return scores.sort_by([("run_id", "ascending"), ("layer", "ascending")])
+    return pa.concat_tables([pa.table(columns).cast(SCORES), computed.filter(pc.field("recipe") == recipe)]).sort_by(
+        [("run_id", "ascending"), ("layer", "ascending")]
+    )
 
 
 def quantiles(

@@ -46,9 +46,11 @@ class Answers:
 
     def where(self, rows: Bools) -> Answers:
         """Return the answers that a mask, bool[rows], selects."""
-        stats = {name: values[rows] for name, values in self.stats.items()}
         return Answers(
-            pair=self.pair[rows], hallucinated=self.hallucinated[rows], tokens=self.tokens[rows], stats=stats
+            pair=self.pair[rows],
+            hallucinated=self.hallucinated[rows],
+            tokens=self.tokens[rows],
+            stats={name: values[rows] for name, values in self.stats.items()},
         )
 
     def of_pairs(self, pairs: Int64) -> Answers:
@@ -213,8 +215,9 @@ def contrast_columns(
         "prone_probability": prone_probability(contrast(*resampled)) if enough else np.full(len(hss), np.nan),
     }
     for name, values in left_out_scores.items():
-        scale = "log" if name == "eavss_ratio" else "linear"
-        columns[f"{name}_low"], columns[f"{name}_high"] = jackknife_interval(scores[name], values, scale=scale)
+        columns[f"{name}_low"], columns[f"{name}_high"] = jackknife_interval(
+            scores[name], values, scale="log" if name == "eavss_ratio" else "linear"
+        )
     return columns
 
 

@@ -243,14 +243,13 @@ def annotations_of(cls: type) -> dict[str, tuple[type, tuple[str, ...], Callable
 
     The operation takes the values of both operands. Fields with the same operation are merged together.
     """
-    hints = get_type_hints(cls, include_extras=True)
     return {
         name: (
             hint.__origin__,
             tuple(text for text in hint.__metadata__ if isinstance(text, str)),
             next((operation for operation in hint.__metadata__ if callable(operation)), None),
         )
-        for name, hint in hints.items()
+        for name, hint in get_type_hints(cls, include_extras=True).items()
     }
 
 

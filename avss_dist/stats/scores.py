@@ -279,8 +279,7 @@ class SiteTable:
         count = self.weighted(lambda _, s: s.count)
         first = self.weighted(lambda i, s: s.count * (s.mean - center[i]))
         second = self.weighted(lambda i, s: s.m2 + s.count * (s.mean - center[i]) ** 2)
-        merged = _ratio(self.column("m2"), self.column("count"))
-        return merged, _ratio(second, count) - _ratio(first, count) ** 2
+        return _ratio(self.column("m2"), self.column("count")), _ratio(second, count) - _ratio(first, count) ** 2
 
 
 def _ratio(numerator: Float64, denominator: Float64) -> Float64:
