@@ -151,7 +151,7 @@ class LanguageModel:
                 with recording(self.layers) as inputs:
                     self.hidden_states(batch)
                 for layer in representatives(self.layers):
-                    with self.beginning(layer.index, inputs.pop(layer.index)):
+                    with resuming(self.layers, layer.index, inputs.pop(layer.index)):
                         resumed = self.hidden_states(batch)
                     with self.without((layer.index,)):
                         if not torch.equal(resumed, self.hidden_states(batch)):
@@ -163,8 +163,6 @@ class LanguageModel:
     @contextmanager
     def applying(self, intervention: Intervention) -> Iterator[SparsityCounts | None]:
         """Have the model compute with an intervention inside the context. Interventions of different kinds may nest.
-
-        Partitions override its steps: `patched`, `rounded`, `sparsified`, `without`.
 
         Yields:
             Counts of activations that became zero, or None if the intervention has no sparsity.
@@ -248,10 +246,6 @@ class LanguageModel:
         """Have the model compute with rounded weights inside the context, as `linear_maps.rounded`."""
         self.require_roundable((), ())
         return rounded(self.layers, rounding, when_called=not self.weights_stay)
-
-    def beginning(self, layer: int, hidden: torch.Tensor) -> AbstractContextManager[None]:
-        """Have passes start with the output of a layer inside the context, which is allowed if `resumes`."""
-        return resuming(self.layers, layer, hidden)
 
     def value(self, layer: int, path: str) -> torch.Tensor:
         """Return a parameter of a layer."""
@@ -405,7 +399,7 @@ class LanguageModel:
                 stack.enter_context(self.applying(intervention))
                 if (layer := branches.get(intervention)) is not None:
                     behind = begins_behind(intervention, layer)
-                    stack.enter_context(self.beginning(behind, inputs[layer].clone()))
+                    stack.enter_context(resuming(self.layers, behind, inputs[layer].clone()))
                 results.append(self.losses(batch))
         return results
 

@@ -42,6 +42,33 @@ _REFUSALS: tuple[type[Exception], ...] = (  # what libraries raise over a bad ch
 _CAUSAL = re.compile(r"(ForCausalLM|LMHeadModel|DoubleHeadsModel)$")
 
 
+@contextmanager
+def quiet(*silenced: str) -> Iterator[None]:
+    """Silence progress bars and warnings of transformers and Accelerate inside the context.
+
+    Errors are reported by this package. Accelerate's warnings are about offloaded weights, which are intended.
+
+    Args:
+        silenced: names of loggers that say nothing at all.
+    """
+    if not torch.cuda.is_available():
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")  # or DeepSpeed, which transformers imports, warns on stdout
+    from transformers.utils import logging as messages
+
+    levels = {"accelerate": logging.ERROR, **dict.fromkeys(silenced, logging.CRITICAL + 1)}
+    with ExitStack() as stack:
+        for logger, level in ((logging.getLogger(name), level) for name, level in levels.items()):
+            stack.callback(logger.setLevel, logger.level)
+            logger.setLevel(level)
+        stack.callback(messages.set_verbosity, messages.get_verbosity())
+        if messages.is_progress_bar_enabled():
+            stack.callback(messages.enable_progress_bar)
+        messages.set_verbosity_error()
+        messages.disable_progress_bar()
+        yield
+
+
+@quiet()
 def load_tokenizer(checkpoint: Checkpoint) -> Any:
     """Load the checkpoint's tokenizer.
 
@@ -52,16 +79,15 @@ def load_tokenizer(checkpoint: Checkpoint) -> Any:
 
     cause: Exception | None = None
     why = ": its vocabulary is empty."
-    with quiet():
-        try:
-            tokenizer = AutoTokenizer.from_pretrained(
-                checkpoint.folder, trust_remote_code=checkpoint.trust_remote_code, **checkpoint.gguf
-            )
-            if len(tokenizer):
-                return tokenizer
-        except _REFUSALS as error:
-            there = checkpoint.gguf or any(any(checkpoint.folder.glob(pattern)) for pattern in _TOKENIZERS)
-            cause, why = error, f" that can be opened: {_first_line(error)}" if there else "."
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(
+            checkpoint.folder, trust_remote_code=checkpoint.trust_remote_code, **checkpoint.gguf
+        )
+        if len(tokenizer):
+            return tokenizer
+    except _REFUSALS as error:
+        there = checkpoint.gguf or any(any(checkpoint.folder.glob(pattern)) for pattern in _TOKENIZERS)
+        cause, why = error, f" that can be opened: {_first_line(error)}" if there else "."
     raise ModelError(
         f"'{checkpoint.name}' has no tokenizer{why}",
         "Copy tokenizer.json and tokenizer_config.json of its base model into the folder.",
@@ -78,6 +104,7 @@ def _first_line(error: BaseException) -> str:
     return first_line(error)
 
 
+@quiet()
 def text_config(checkpoint: Checkpoint, folder: Path | None = None) -> Any:
     """Load the checkpoint's configuration.
 
@@ -90,20 +117,19 @@ def text_config(checkpoint: Checkpoint, folder: Path | None = None) -> Any:
     from transformers import AutoConfig, PreTrainedConfig
 
     folder = folder or checkpoint.folder
-    with quiet():
-        try:
-            if checkpoint.gguf:
-                values, _ = PreTrainedConfig.get_config_dict(folder, **checkpoint.gguf)
-                require_layers(checkpoint, values)
-                return AutoConfig.for_model(**values)
-            require_layers(checkpoint, read_config(folder, checkpoint.name))
-            return AutoConfig.from_pretrained(folder, trust_remote_code=checkpoint.trust_remote_code)
-        except _REFUSALS as error:
-            raise ModelError(
-                f"The configuration of '{checkpoint.name}' cannot be read: {_first_line(error)}",
-                "Is the download complete? A newer model needs a newer transformers (pip install -U transformers); one "
-                "with Python code of its own needs `trust_remote_code`, once you have read that code.",
-            ) from error
+    try:
+        if checkpoint.gguf:
+            values, _ = PreTrainedConfig.get_config_dict(folder, **checkpoint.gguf)
+            require_layers(checkpoint, values)
+            return AutoConfig.for_model(**values)
+        require_layers(checkpoint, read_config(folder, checkpoint.name))
+        return AutoConfig.from_pretrained(folder, trust_remote_code=checkpoint.trust_remote_code)
+    except _REFUSALS as error:
+        raise ModelError(
+            f"The configuration of '{checkpoint.name}' cannot be read: {_first_line(error)}",
+            "Is the download complete? A newer model needs a newer transformers (pip install -U transformers); one "
+            "with Python code of its own needs `trust_remote_code`, once you have read that code.",
+        ) from error
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -140,9 +166,7 @@ def load(
     """
     if device.type == "cuda" and not placing:
         placing = {"device_map": {"": device}}
-    model = load_model(checkpoint, settings, head=head, **placing)
-    with quiet():
-        return open_module(model, layers=settings.layers, device=device)
+    return open_module(load_model(checkpoint, settings, head=head, **placing), layers=settings.layers, device=device)
 
 
 def load_model(checkpoint: Checkpoint, settings: Settings, *, head: bool = False, **placing: Any) -> Any:
@@ -245,6 +269,7 @@ def skeleton_by(auto: Any, config: Any, settings: Settings) -> Any | None:
             return None
 
 
+@quiet()
 def open_module(model: Any, *, layers: str | None = None, device: torch.device | None = None) -> Backbone:
     """Return a loaded transformers model as a `Backbone`, without its head, with its layers found.
 
@@ -327,32 +352,6 @@ def forward_function(backbone: nn.Module) -> Forward:
         return backbone(input_ids=input_ids, **mask, **options)
 
     return run
-
-
-@contextmanager
-def quiet(*silenced: str) -> Iterator[None]:
-    """Silence progress bars and warnings of transformers and Accelerate inside the context.
-
-    Errors are reported by this package. Accelerate's warnings are about offloaded weights, which are intended.
-
-    Args:
-        silenced: names of loggers that say nothing at all.
-    """
-    if not torch.cuda.is_available():
-        os.environ.setdefault("DS_ACCELERATOR", "cpu")  # or DeepSpeed, which transformers imports, warns on stdout
-    from transformers.utils import logging as messages
-
-    levels = {"accelerate": logging.ERROR, **dict.fromkeys(silenced, logging.CRITICAL + 1)}
-    with ExitStack() as stack:
-        for logger, level in ((logging.getLogger(name), level) for name, level in levels.items()):
-            stack.callback(logger.setLevel, logger.level)
-            logger.setLevel(level)
-        stack.callback(messages.set_verbosity, messages.get_verbosity())
-        if messages.is_progress_bar_enabled():
-            stack.callback(messages.enable_progress_bar)
-        messages.set_verbosity_error()
-        messages.disable_progress_bar()
-        yield
 
 
 def auto_class(config: Any) -> Any:

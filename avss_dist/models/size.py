@@ -94,18 +94,19 @@ class Footprint:
         """Return the bytes of the hidden states between two layers."""
         return rows * tokens * self.hidden_size * self.element_bytes
 
-    def logit_bytes(self, rows: int, tokens: int) -> int:
-        """Return the bytes of the logits of one batch that exist at once."""
-        return min(rows * tokens * self.vocabulary * 4, LOGIT_BYTES)
+    def activation_bytes(self, rows: int, tokens: int, *, head: bool = False) -> int:
+        """Return the peak bytes of activations in a forward pass over one batch, including observed tensors.
 
-    def activation_bytes(self, rows: int, tokens: int) -> int:
-        """Return the peak bytes of activations in a forward pass over one batch, including observed tensors."""
+        Args:
+            head: include the logits that exist at once.
+        """
+        logits = min(rows * tokens * self.vocabulary * 4, LOGIT_BYTES) if head else 0
         width = 4 * self.hidden_size  # the layer's input, its normed copy, the sublayer's output, the update
         scores = 0
         if self.attention == "eager":  # two copies exist at once, beside one in float32; with others there is none
             scores = rows * self.num_heads * tokens * tokens * (2 * self.element_bytes + 4)
         attention = rows * tokens * (width + 6 * self.attention_width) * self.element_bytes + scores
-        return max(attention, rows * tokens * (width + self.mlp_width) * self.element_bytes)
+        return logits + max(attention, rows * tokens * (width + self.mlp_width) * self.element_bytes)
 
     def forward_flops(self, rows: int, tokens: int) -> int:
         """Return the floating-point operations of the layers in a forward pass, two for each multiply-add."""

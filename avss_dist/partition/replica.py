@@ -84,8 +84,7 @@ def with_copies(placement: Placement, copies: int) -> Placement:
 
 def batch_bytes(size: Footprint, settings: Settings, *, head: bool = False) -> int:
     """Return the bytes of the activations of one batch."""
-    shape = settings.batch_size, settings.sequence_length
-    return size.activation_bytes(*shape) + (size.logit_bytes(*shape) if head else 0)
+    return size.activation_bytes(settings.batch_size, settings.sequence_length, head=head)
 
 
 def bytes_beside_weights(size: Footprint | None, settings: Settings, kind: str, *, head: bool = False) -> int:

@@ -14,7 +14,7 @@ import torch
 from avss_dist.core.intervention import NO_INTERVENTION, Intervention
 from avss_dist.corpus.shards import Batch, Shard
 from avss_dist.models.causal_lm import LanguageModel, predicted
-from avss_dist.models.interventions import recording
+from avss_dist.models.interventions import recording, resuming
 from avss_dist.stats.layer_stats import Float64
 from avss_dist.tasks.task import Measure, Row
 
@@ -128,7 +128,7 @@ class _Text:
 
     def _resumed(self, inputs: Mapping[int, dict[int, torch.Tensor]], layer: int, batch: Batch) -> Float64:
         layers, states = self._model.layers, inputs[id(batch)]
-        with self._model.beginning(layer, states.pop(layer).clone()), recording(layers[layer + 1 :]) as later:
+        with resuming(layers, layer, states.pop(layer).clone()), recording(layers[layer + 1 :]) as later:
             losses = self._model.losses(batch)
         states.update(later)
         return losses

@@ -25,7 +25,7 @@ from avss_dist.core.text import describe_bytes
 from avss_dist.corpus.shards import Batch
 from avss_dist.models.causal_lm import LanguageModel, Watcher, begins_behind
 from avss_dist.models.checkpoints import Checkpoint
-from avss_dist.models.interventions import skip_of
+from avss_dist.models.interventions import resuming, skip_of
 from avss_dist.models.layers import Layer
 from avss_dist.models.loading import Backbone, open_module, without_head
 from avss_dist.models.size import Footprint, footprint
@@ -233,7 +233,7 @@ class StreamingLanguageModel(LanguageModel):
         def ask(intervention: Intervention, i: int, hidden: torch.Tensor | None = None) -> None:
             behind: AbstractContextManager[None] = nullcontext()
             if hidden is not None:
-                behind = self.beginning(begins_behind(intervention, branches[intervention]), hidden)
+                behind = resuming(self.layers, begins_behind(intervention, branches[intervention]), hidden)
             with self.applying(intervention), behind:
                 losses[intervention, i] = self.losses(batches[i])
 

@@ -14,7 +14,7 @@ from avss_dist.core.devices import available_memory, to_device
 from avss_dist.core.intervention import Removal, experts_by_layer, layer_of
 from avss_dist.corpus.shards import Batch
 from avss_dist.models.causal_lm import LanguageModel
-from avss_dist.models.interventions import CapturedCall, Parameter, captured, recording
+from avss_dist.models.interventions import CapturedCall, Parameter, captured, recording, resuming
 from avss_dist.models.layers import Layer, as_rows, probe_tokens
 from avss_dist.models.loading import forward_function
 from avss_dist.pruning.repair.projection import OutputProjection, find_output_projection
@@ -157,7 +157,7 @@ class HiddenStateSource:
             self._forward(to_device(batch.input_ids, self._device, torch.int64), mask)
 
     def _resuming(self, start: tuple[int, torch.Tensor] | None) -> AbstractContextManager[None]:
-        return self._model.beginning(start[0], start[1].to(self._device, copy=True)) if start else nullcontext()
+        return resuming(self._layers, start[0], start[1].to(self._device, copy=True)) if start else nullcontext()
 
     def _probe(self) -> Any:
         return self._together([partial(self._forward, probe_tokens(self._device), None)])[0]
