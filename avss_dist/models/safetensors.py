@@ -160,25 +160,13 @@ def read_tensor(stored: StoredTensor) -> torch.Tensor:
     return torch.frombuffer(data, dtype=DTYPES[stored.dtype]).reshape(stored.shape)
 
 
-def overwrite_tensor(stored: StoredTensor, tensor: torch.Tensor) -> None:
-    """Overwrite the values of a tensor in its file.
-
-    Args:
-        tensor: new values, of the stored dtype and shape, on the CPU.
-
-    Raises:
-        OSError: the file cannot be written.
-    """
-    data = tensor.detach().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
-    assert len(data) == stored.size and tensor.dtype == DTYPES[stored.dtype]
-    with stored.file.open("rb+") as file:
-        file.seek(stored.start)
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
-
-
-def copy_tensors(source: Path, target: Path, names: Mapping[str, str], rows: Mapping[str, Sequence[int]] = {}) -> int:
+def copy_tensors(
+    source: Path,
+    target: Path,
+    names: Mapping[str, str],
+    rows: Mapping[str, Sequence[int]],
+    values: Mapping[str, torch.Tensor],
+) -> int:
     """Copy some tensors of a safetensors file to a new one under new names, and return their number of bytes.
 
     The operating system moves the bytes, without going through the memory of this process.
@@ -186,6 +174,7 @@ def copy_tensors(source: Path, target: Path, names: Mapping[str, str], rows: Map
     Args:
         names: new names by old ones.
         rows: ascending indices of the rows to copy, by old name; all rows by default.
+        values: values to write instead, by new name, of the stored dtype and the copied shape, on the CPU.
 
     Raises:
         ModelError: the source ends before its header says.
@@ -194,7 +183,7 @@ def copy_tensors(source: Path, target: Path, names: Mapping[str, str], rows: Map
     tensors = sorted((tensor for tensor in tensors_of(source) if tensor.name in names), key=lambda tensor: tensor.start)
     header: dict[str, object] = {"__metadata__": {"format": "pt"}}
     end = 0
-    ranges: list[tuple[int, int]] = []
+    written: list[tuple[int, int] | torch.Tensor] = []
     for tensor in tensors:
         shape, pieces = tensor.shape, [(tensor.start, tensor.start + tensor.size)]
         if (copied_rows := rows.get(tensor.name)) is not None:
@@ -203,17 +192,25 @@ def copy_tensors(source: Path, target: Path, names: Mapping[str, str], rows: Map
             pieces = [(tensor.start + row * width, tensor.start + (row + 1) * width) for row in copied_rows]
         size = sum(last - first for first, last in pieces)
         header[names[tensor.name]] = {"dtype": tensor.dtype, "shape": shape, "data_offsets": [end, end + size]}
-        ranges += pieces
+        value = values.get(names[tensor.name])
+        assert value is None or (value.nbytes, value.dtype) == (size, DTYPES[tensor.dtype])
+        written += pieces if value is None else [value]
         end += size
     text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
     text += b" " * (-len(text) % _ALIGNMENT)
-    with source.open("rb", buffering=0) as file, target.open("xb", buffering=0) as out:
+    with source.open("rb", buffering=0) as file, target.open("xb") as out:
         out.write(struct.pack("<Q", len(text)) + text)
-        for first, last in ranges:
+        for piece in written:
+            if isinstance(piece, torch.Tensor):
+                out.write(piece.detach().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+                continue
+            out.flush()
+            first, last = piece
             while first < last:
                 size = os.sendfile(out.fileno(), file.fileno(), first, min(COPIED_AT_ONCE, last - first))
                 if not size:
                     raise ModelError(f"{source} ends before its tensors do.", "Copy it again.")
                 first += size
+        out.flush()
         os.fsync(out.fileno())
     return end

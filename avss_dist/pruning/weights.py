@@ -25,7 +25,6 @@ from avss_dist.models.loading import renaming, skeleton, text_config, without_he
 from avss_dist.models.safetensors import (
     StoredTensor,
     copy_tensors,
-    overwrite_tensor,
     read_tensor,
     tensors_of,
     weight_files,
@@ -269,11 +268,8 @@ def copy_weights(checkpoint: Checkpoint, weights: StoredWeights, replaced: Patch
         if names := {name: new for name, new in new_names if new is not None}:
             place = file.relative_to(checkpoint.folder)
             (folder / place).parent.mkdir(parents=True, exist_ok=True)
-            size += copy_tensors(file, folder / place, names, weights.rows)
+            size += copy_tensors(file, folder / place, names, weights.rows, values)
             places |= dict.fromkeys(names.values(), place.as_posix())
-            for tensor in tensors_of(folder / place):
-                if tensor.name in values:
-                    overwrite_tensor(tensor, values[tensor.name])
     if {*places.values()} != {"model.safetensors"}:
         index = {"metadata": {"total_size": size}, "weight_map": dict(sorted(places.items()))}
         (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
