@@ -295,8 +295,9 @@ def preview_job(job: JobFile, on_event: OnRunEvent | None = None, **options: Any
                 done = (store.run(planned.run.run_id) or {}).get("status") == "done"
                 num_kept = 0 if done else sum(1 for _ in store.each_shard(planned.run.run_id, planned.expected))
             except Exception as error:
-                refused = as_failure(error).message
-                previews.append(Preview(model=spec.title, corpus=spec.corpus, status="refused", error=refused))
+                previews.append(
+                    Preview(model=spec.title, corpus=spec.corpus, status="refused", error=as_failure(error).message)
+                )
                 continue
             first = names.get(planned.run.run_id)
             names.setdefault(planned.run.run_id, spec.name)

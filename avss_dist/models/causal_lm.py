@@ -118,8 +118,9 @@ class LanguageModel:
             with quiet(), torch.no_grad():
                 self.head = Head(self.module, self.layers, device)
         except (TypeError, ValueError, AttributeError) as error:  # of the model's own code
-            name = type(self.module).__name__
-            raise ModelError(f"{name} cannot predict from token ids alone: {first_line(error)}") from error
+            raise ModelError(
+                f"{type(self.module).__name__} cannot predict from token ids alone: {first_line(error)}"
+            ) from error
 
     @property
     def token_bytes(self) -> int:
@@ -131,8 +132,9 @@ class LanguageModel:
         """Reasons, by layer, why its sublayers cannot be left out alone, from `interventions.find_obstacles`."""
         try:
             with torch.no_grad():
-                run = partial(self.module, input_ids=probe_tokens(self.device), use_cache=False)
-                return find_obstacles(self.layers, run)
+                return find_obstacles(
+                    self.layers, partial(self.module, input_ids=probe_tokens(self.device), use_cache=False)
+                )
         except Exception:  # as below
             return dict.fromkeys(range(len(self.layers)), "what layers give on is not hidden states alone")
 
@@ -391,15 +393,15 @@ class LanguageModel:
 
     def _losses_under(self, interventions: Sequence[Intervention], batch: Batch) -> list[Float64]:
         first, branches = interventions[0], self.branches(interventions)
-        watched = [self.layers[layer] for layer in set(branches.values())]
-        with self.applying(first), recording(watched) as inputs:
+        with self.applying(first), recording([self.layers[layer] for layer in set(branches.values())]) as inputs:
             results = [self.losses(batch)]
         for intervention in interventions[1:]:
             with ExitStack() as stack:
                 stack.enter_context(self.applying(intervention))
                 if (layer := branches.get(intervention)) is not None:
-                    behind = begins_behind(intervention, layer)
-                    stack.enter_context(resuming(self.layers, behind, inputs[layer].clone()))
+                    stack.enter_context(
+                        resuming(self.layers, begins_behind(intervention, layer), inputs[layer].clone())
+                    )
                 results.append(self.losses(batch))
         return results
 

@@ -64,8 +64,7 @@ class Checkpoint:
     @property
     def slug(self) -> str:
         """Readable name for run ids: letters, digits, dots, underscores and hyphens."""
-        name = self.name if self.source == "hub" else Path(self.path).resolve().name.removesuffix(".gguf")
-        return slug(name)
+        return slug(self.name if self.source == "hub" else Path(self.path).resolve().name.removesuffix(".gguf"))
 
     @property
     def folder(self) -> Path:
@@ -186,8 +185,10 @@ def convert_pickles(spec: str) -> None:
     place = _place(folder, files)
     if place.is_dir():
         return
-    hint = "Free some space, or name another cache with XDG_CACHE_HOME."
-    with explain_unwritable(place, hint), staged_folder(place) as staged:
+    with (
+        explain_unwritable(place, "Free some space, or name another cache with XDG_CACHE_HOME."),
+        staged_folder(place) as staged,
+    ):
         for file in files:
             _convert_file(file, staged / _renamed(file.name))
         for file in folder.iterdir():
@@ -224,8 +225,11 @@ def fetch_files(spec: str, patterns: list[str], *, trust_remote_code: bool = Fal
 
     name, _, revision = spec.partition("@")
     with explain_hub_errors(spec):
-        allowed = [*patterns, *(["*.py"] if trust_remote_code else [])]
-        folder = snapshot_download(name, revision=revision or None, allow_patterns=allowed)
+        folder = snapshot_download(
+            name,
+            revision=revision or None,
+            allow_patterns=[*patterns, *(["*.py"] if trust_remote_code else [])],
+        )
     return Checkpoint(
         name=name,
         source="hub",
@@ -298,8 +302,10 @@ def stored_tensors(checkpoint: Checkpoint) -> Sequence[TensorInfo]:
         ModelError: a file has no valid header, or the hub cannot be reached.
     """
     if checkpoint.gguf:
-        tensors = read_gguf(checkpoint).tensors
-        return [TensorInfo(tensor.name, tensor.tensor_type.name, int(tensor.n_bytes)) for tensor in tensors]
+        return [
+            TensorInfo(tensor.name, tensor.tensor_type.name, int(tensor.n_bytes))
+            for tensor in read_gguf(checkpoint).tensors
+        ]
     files = weight_files(checkpoint.folder)
     if checkpoint.source == "hub" and not (files and all(file.is_file() for file in files)):
         return _hub_tensors(checkpoint)
@@ -437,8 +443,10 @@ def matching_revisions(name: str, pattern: str) -> list[str]:
     revisions = [ref.name for ref in (*refs.branches, *refs.tags)]
     matches = [revision for revision in dict.fromkeys(revisions) if fnmatchcase(revision, pattern)]
     if not matches:
-        names = first_names(sorted(revisions, key=natural_key), 5)
-        raise ModelError(f"No revision of '{name}' matches '{pattern}'.", f"There are: {names}.")
+        raise ModelError(
+            f"No revision of '{name}' matches '{pattern}'.",
+            f"There are: {first_names(sorted(revisions, key=natural_key), 5)}.",
+        )
     return sorted(matches, key=natural_key)
 
 

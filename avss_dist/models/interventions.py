@@ -399,8 +399,11 @@ def find_obstacles(layers: Sequence[Layer], run: Callable[[], Any]) -> dict[int,
     with around(skips), captured(modules) as running:
         run()
     removed = sublayers_of(layer.index for layer in candidates)
-    skipped = around({layer.module: Skip(layer) for layer in layers if layer.index in obstacles})
-    with skipped, without_sublayers(layers, removed), captured(modules) as without:
+    with (
+        around({layer.module: Skip(layer) for layer in layers if layer.index in obstacles}),
+        without_sublayers(layers, removed),
+        captured(modules) as without,
+    ):
         run()
     for layer in candidates:
         whole, mlp = without[layer.index, "layer"], without[layer.index, "mlp"]

@@ -246,8 +246,10 @@ def with_replaced(
     args: Sequence[Any], kwargs: Mapping[str, Any], instead: Mapping[int, Any]
 ) -> tuple[tuple[Any, ...], dict[str, Any]]:
     """Return the arguments of a call with others in the place of some, by their id."""
-    positional = tuple(instead.get(id(value), value) for value in args)
-    return positional, {name: instead.get(id(value), value) for name, value in kwargs.items()}
+    return (
+        tuple(instead.get(id(value), value) for value in args),
+        {name: instead.get(id(value), value) for name, value in kwargs.items()},
+    )
 
 
 @dataclass(frozen=True)

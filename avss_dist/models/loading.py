@@ -184,8 +184,7 @@ def load_model(checkpoint: Checkpoint, settings: Settings, *, head: bool = False
     options = _options(settings)
     with quiet(), _explain_errors(checkpoint):
         if not checkpoint.gguf:
-            quantized = with_quantization(checkpoint, config, settings, placing)
-            options |= {"use_safetensors": True, "config": quantized}
+            options |= {"use_safetensors": True, "config": with_quantization(checkpoint, config, settings, placing)}
         else:
             unpack = getattr(transformers, "GgufConfig", None)  # without it, a .gguf file is always unpacked
             options |= {"quantization_config": unpack and unpack(dequantize=True)}
@@ -326,8 +325,7 @@ def candidate_layers(model: Any, path: str | None) -> dict[str, nn.ModuleList]:
         model: the model, which may be a skeleton.
         path: module path of the layers, if a user names it.
     """
-    count = getattr(model.config.get_text_config(), "num_hidden_layers", None)
-    return layer_lists(without_head(model), count, path)
+    return layer_lists(without_head(model), getattr(model.config.get_text_config(), "num_hidden_layers", None), path)
 
 
 def without_head(model: Any) -> nn.Module:
@@ -435,8 +433,7 @@ def pin(settings: Settings, checkpoint: Checkpoint, config: Any, device: str) ->
     Raises:
         ModelError: ``sequence_length`` exceeds the model's maximum, or the weight files have no header.
     """
-    text = config.get_text_config()
-    longest = getattr(text, "max_position_embeddings", None)
+    longest = getattr(config.get_text_config(), "max_position_embeddings", None)
     if isinstance(longest, int) and 0 < longest < settings.sequence_length:
         raise ModelError(
             f"'{checkpoint.name}' reads at most {longest} tokens, not the {settings.sequence_length} of "

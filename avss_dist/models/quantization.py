@@ -88,8 +88,7 @@ def describe_computing(model: Any) -> str | None:
     with suppress(ImportError, AttributeError):  # another version
         from transformers.integrations import hub_kernels
 
-        loaded = hub_kernels._KERNEL_MODULE_MAPPING
-        kernels = sorted(name for name, module in loaded.items() if module is not None)
+        kernels = sorted(name for name, module in hub_kernels._KERNEL_MODULE_MAPPING.items() if module is not None)
     return ", ".join(parts) + (f"; kernels: {', '.join(kernels)}" if kernels else "")
 
 
@@ -281,8 +280,7 @@ def packed(checkpoint: Checkpoint, config: Any, model: Any) -> Any | None:
                     block = scale_block(config) or (rows, columns)
                     scales = math.ceil(rows / block[0]) * math.ceil(columns / block[1])
                     size = rows * columns + 4 * (rows if method == "fbgemm_fp8" else scales)
-                shape = (len(parameter), size) if stack else (size,)
-                data = torch.empty(shape, dtype=torch.uint8, device=parameter.device)
+                data = parameter.new_empty((len(parameter), size) if stack else (size,), dtype=torch.uint8)
                 module._parameters[leaf] = torch.nn.Parameter(data, requires_grad=False)
     return model
 

@@ -101,8 +101,7 @@ def find_sites(
     for site, call in readers:
         taps.setdefault(site, _tap(call, "input"))
         outputs, shape = call.output.shape[-1], call.inputs[0].shape
-        axes = axes_of(shape, *PROBE_SHAPE)
-        projections.append(Projection(call.path, call.module, site, outputs, shape[-1], axes))
+        projections.append(Projection(call.path, call.module, site, outputs, shape[-1], axes_of(shape, *PROBE_SHAPE)))
     by_site = {site: tap for site in EVERY_SITE if (tap := taps.get(site))}
     return by_site, tuple(projections), find_experts(calls)
 
@@ -296,8 +295,7 @@ def _watch(modules: Iterable[nn.Module], forward: Callable[[torch.Tensor], Any])
             hidden, sites = input_tensor(args, kwargs), find_sites(calls, type(module).__name__)
             is_alone = isinstance(output, torch.Tensor) or (isinstance(output, tuple) and len(output) == 1)
             form = type(output) if is_alone and hidden is not None and hidden.shape == tensor.shape else None
-            axes = axes_of(tensor.shape, *PROBE_SHAPE)
-            layer_calls.append(Layer(len(layer_calls), "", module, 0, axes, *sites, form))
+            layer_calls.append(Layer(0, "", module, 0, axes_of(tensor.shape, *PROBE_SHAPE), *sites, form))
         calls.clear()
 
     layers = dict.fromkeys(modules)
@@ -307,8 +305,10 @@ def _watch(modules: Iterable[nn.Module], forward: Callable[[torch.Tensor], Any])
         for path, child in layer.named_modules()
         if child is not layer
     ]
-    ends = [(layer, partial(leave, layer)) for layer in layers]
-    with hooked(before=[(layer, enter) for layer in layers], after=[*inside, *ends]):
+    with hooked(
+        before=[(layer, enter) for layer in layers],
+        after=[*inside, *((layer, partial(leave, layer)) for layer in layers)],
+    ):
         forward(probe_tokens())
     return layer_calls
 
