@@ -193,8 +193,7 @@ def _output_tap(sublayer: Call, inside: Sequence[Call]) -> Tap | None:
     last = linears[-1] if linears else None
     norms = [i for i, c in enumerate(inside) if "norm" in type(c.module).__name__.lower()]
     ends_in_norm = bool(norms) and norms[-1] > (inside.index(last) if last else -1)
-    ends_in_norm = ends_in_norm and inside[norms[-1]].output.shape == sublayer.output.shape
-    if ends_in_norm and torch.equal(inside[norms[-1]].output, sublayer.output):
+    if ends_in_norm and torch.equal(inside[norms[-1]].output, sublayer.output):  # also of one shape
         return _tap(last, "output") if last else None
     if last and last.output.numel() == sublayer.output.numel():
         added = sublayer.output - last.output.reshape(sublayer.output.shape)
