@@ -152,14 +152,19 @@ def ranks_per_node(request: DistillRequest, devices: Devices) -> int:
 def require_room(request: DistillRequest, devices: Devices, memory: Memory, models: ModelPair) -> None:
     """Raise ConfigError if the ranks have too few devices, too little memory, or unsuitable devices."""
     on_gpu, ranks = devices.kind == "cuda", request.ranks
-    if not on_gpu and models.bfloat16 and SHARDINGS[request.sharding].is_fsdp:
-        raise ConfigError(
+    places, what = (devices.count, "GPUs") if on_gpu else (devices.cpus, "CPUs")
+    ConfigError.refuse(
+        (
+            not on_gpu and models.bfloat16 and SHARDINGS[request.sharding].is_fsdp,
             f"`sharding` {request.sharding} computes in float32 on CPUs: transformers wants a GPU for bfloat16 with "
             "FSDP.",
             "Set `dtype` float32, or `sharding` zero3.",
-        )
-    places, what = (devices.count, "GPUs") if on_gpu else (devices.cpus, "CPUs")
-    if places < ranks and not request.execution.address:
-        raise ConfigError(f"`ranks` {ranks} need {ranks} {what}; there are {places}.", "Lower `ranks`.")
+        ),
+        (
+            places < ranks and not request.execution.address,
+            f"`ranks` {ranks} need {ranks} {what}; there are {places}.",
+            "Lower `ranks`.",
+        ),
+    )
     free = devices.device_bytes if on_gpu else devices.host_bytes // ranks_per_node(request, devices)
     require_memory(memory, devices.kind, request.train, free=free)

@@ -102,20 +102,16 @@ class DistillRecord:
             if text.trained_rows
         )
         stopped = " and stopped early, as held-out loss no longer fell" if self.ended == NO_IMPROVEMENT else ""
-        lines = [
+        return [
             f"Distilled from {self.teacher}: {self.after.tokens:,} tokens{stopped}, weights trained: {self.train}, "
             f"on {trained}; do not evaluate on that text.",
-        ]
-        for text in self.texts:
-            before, after = (point.kept[text.label] for point in (self.before, self.after))
-            rows = f"{text.held_out_rows} rows, not trained on" + (
-                "" if text.trained_rows else ", nor any of this text"
-            )
-            lines.append(
+            *(
                 f"Perplexity kept of the teacher's {text.teacher_perplexity:.4g} on {text.corpus} "
-                f"({rows}): {before:.1%} before, {after:.1%} after."
-            )
-        return lines
+                f"({text.held_out_rows} rows, not trained on{'' if text.trained_rows else ', nor any of this text'}): "
+                f"{self.before.kept[text.label]:.1%} before, {self.after.kept[text.label]:.1%} after."
+                for text in self.texts
+            ),
+        ]
 
 
 _REMOVED = ("others", "missed", "teacher_top", "text_loss", "hidden_loss")  # fields of version 0.2

@@ -99,12 +99,15 @@ def prune(
 
 def require_free(output: Path) -> None:
     """Raise PlanError if a folder is not empty, or is the current directory."""
-    if output.exists() and (not output.is_dir() or any(output.iterdir())):
-        raise PlanError(f"{output} exists already, and is not empty.", "Name another folder with `output`.")
-    if output.resolve() == Path.cwd():
-        raise PlanError(
-            f"{output} is the folder that you are in; it would be replaced.", "Name a new one with `output`."
-        )
+    is_filled = output.exists() and (not output.is_dir() or any(output.iterdir()))
+    PlanError.refuse(
+        (is_filled, f"{output} exists already, and is not empty.", "Name another folder with `output`."),
+        (
+            not is_filled and output.resolve() == Path.cwd(),
+            f"{output} is the folder that you are in; it would be replaced.",
+            "Name a new one with `output`.",
+        ),
+    )
 
 
 def _require_planned(checkpoint: Checkpoint, plan: Plan) -> None:

@@ -114,15 +114,15 @@ def control_name(choice: Choice) -> str | None:
 def describe_method(choice: Choice) -> str:
     """Return the name of the method of a choice for people."""
     name = "leave one out" if choice.by == LEAVE_ONE_OUT else choice.by.replace("_", " ")
-    if choice.reading not in (None, PUBLISHED):
-        site, recipe, threshold, kind = choice.reading
-        name += f" ({site}, {recipe}, {describe_threshold(threshold, kind)})"
-    if choice.by == RANDOM:
-        name += f" {choice.seed}"
-    if choice.by == GREEDY:
-        name += " search"
+    site, recipe, threshold, kind = reading = choice.reading or PUBLISHED
     control = control_name(choice)
-    return f"{name}, {control}" if control else name
+    endings = {
+        f" ({site}, {recipe}, {describe_threshold(threshold, kind)})": reading != PUBLISHED,
+        f" {choice.seed}": choice.by == RANDOM,
+        " search": choice.by == GREEDY,
+        f", {control}": control,
+    }
+    return name + "".join(ending for ending, applies in endings.items() if applies)
 
 
 def parse_score(text: str) -> tuple[str, Reading | None]:
@@ -153,10 +153,8 @@ def choices(experiment: Experiment, rows: Sequence[Mapping[str, Any]]) -> list[C
     """
     scored = dict.fromkeys(reading_of(row) for row in rows)
     names: dict[tuple[str, Reading | None], None] = {}
-    for text in experiment.scores:
+    for text in (*experiment.scores, *([LEAVE_ONE_OUT] if experiment.leave_one_out else [])):
         names |= dict.fromkeys([("avss", r) for r in scored] if text == EVERY_READING else [parse_score(text)])
-    if experiment.leave_one_out:
-        names[LEAVE_ONE_OUT, None] = None
     methods: list[dict[str, Any]] = []
     plain: list[dict[str, Any]] = [{}]
     ends = [{"first": experiment.keep_ends, "last": experiment.keep_ends}] if experiment.keep_ends else []
@@ -165,8 +163,8 @@ def choices(experiment: Experiment, rows: Sequence[Mapping[str, Any]]) -> list[C
             highest = [{"highest": True}] if experiment.reversed and score != GREEDY else []
             controls = [*plain, *highest, *ends] if reading in (None, PUBLISHED) else plain
             methods += [{"by": score, "reading": reading, **control} for control in controls]
-    methods += [{"by": LAST}] if experiment.last else []
     methods += [
-        {"by": RANDOM, "seed": seed, **control} for seed in range(experiment.random) for control in [*plain, *ends]
+        *([{"by": LAST}] if experiment.last else []),
+        *({"by": RANDOM, "seed": seed, **control} for seed in range(experiment.random) for control in [*plain, *ends]),
     ]
     return [Choice(**method, share=share) for method, share in product(methods, experiment.shares)]

@@ -147,22 +147,23 @@ class Plan(ModelPlan, TabularResult):
 
     def __post_init__(self) -> None:
         number, removed = self.num_layers, joined(self.drop)
-        problems = []
-        if repeated := [removal for removal, times in Counter(self.drop).items() if times > 1]:
-            problems.append(PlanError(f"`drop` has {repeated[0]} twice.", "Keep one of them."))
-        layers = {*whole_layers(self.drop)}
-        if contained := [entry for entry in self.drop if not isinstance(entry, int) and entry.layer in layers]:
-            part = min(contained)
-            problems.append(PlanError(f"`drop` has {part} and the whole layer {part.layer}.", f"Leave out {part}."))
-        highest = max(map(layer_of, removed), default=0)
-        if not removed:
-            problems.append(PlanError("The plan drops no layer.", "List at least one in `drop`."))
-        elif highest >= number:
-            problems.append(PlanError(f"There is no layer {highest}: the model has {number}, from 0."))
-        elif len(whole_layers(removed)) == number:
-            problems.append(PlanError(f"The plan drops all {number} layers.", "Leave at least one."))
-        if problems:
-            raise ConfigError.combine(problems)
+        repeated = [removal for removal, times in Counter(self.drop).items() if times > 1]
+        layers, highest = {*whole_layers(self.drop)}, max(map(layer_of, removed), default=0)
+        contained = sorted(entry for entry in self.drop if not isinstance(entry, int) and entry.layer in layers)
+        PlanError.refuse(
+            *((True, f"`drop` has {removal} twice.", "Keep one of them.") for removal in repeated[:1]),
+            *(
+                (True, f"`drop` has {part} and the whole layer {part.layer}.", f"Leave out {part}.")
+                for part in contained[:1]
+            ),
+            (not removed, "The plan drops no layer.", "List at least one in `drop`."),
+            (highest >= number, f"There is no layer {highest}: the model has {number}, from 0.", None),
+            (
+                highest < number == len(whole_layers(removed)),
+                f"The plan drops all {number} layers.",
+                "Leave at least one.",
+            ),
+        )
         object.__setattr__(self, "drop", removed)
 
     def table(self) -> pa.Table:
@@ -323,14 +324,12 @@ def reasons(choice: Choice) -> dict[str, Any]:
     """Return the reason of a plan for a choice."""
     values = asdict(choice)
     reading, seed = values.pop("reading"), values.pop("seed")
-    why = {name: value for name, value in values.items() if value not in (None, False, 0)}
-    if choice.by == RANDOM:
-        why["seed"] = seed
-    if not {"share", "count"} & set(why):
-        why["share"] = LOWEST_SHARE
-    if choice.by == "avss" and reading is not None:
-        why |= dict(zip(READING, reading, strict=True))
-    return why
+    return {
+        **{name: value for name, value in values.items() if value not in (None, False, 0)},
+        **({"seed": seed} if choice.by == RANDOM else {}),
+        **({} if choice.share or choice.count else {"share": LOWEST_SHARE}),
+        **(dict(zip(READING, reading, strict=True)) if choice.by == "avss" and reading is not None else {}),
+    }
 
 
 def read_plan(path: str | Path) -> Plan:

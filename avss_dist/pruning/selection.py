@@ -61,10 +61,12 @@ class Choice:
     """Seed of a random choice."""
 
     def __post_init__(self) -> None:
-        if self.share is not None and self.count is not None:
-            raise ConfigError("`share` and `count` are mutually exclusive.", "Keep one of them.")
-        if self.highest and self.by in (BLOCK_DISTANCE, GREEDY):
-            raise ConfigError(f"`by` {self.by} chooses among sets of layers.", "Leave out `highest`.")
+        both = self.share is not None and self.count is not None
+        among_sets = self.highest and self.by in (BLOCK_DISTANCE, GREEDY)
+        ConfigError.refuse(
+            (both, "`share` and `count` are mutually exclusive.", "Keep one of them."),
+            (among_sets, f"`by` {self.by} chooses among sets of layers.", "Leave out `highest`."),
+        )
 
     def scores(self, rows: Rows, truth: Mapping[str, Float64]) -> Float64:
         """Return the score of every layer, float64[layers], NaN for layers without one.
@@ -136,13 +138,15 @@ class Choice:
             PlanError: no layer would remain, or too many are protected.
         """
         number = self.count or count_lowest(layers, LOWEST_SHARE if self.share is None else self.share)
-        if number >= layers:
-            raise PlanError(f"{number} of {layers} layers would be dropped.", "Keep at least one.")
-        if number > (free := len(self.unprotected(layers))):
-            raise PlanError(
+        free = len(self.unprotected(layers))
+        PlanError.refuse(
+            (number >= layers, f"{number} of {layers} layers would be dropped.", "Keep at least one."),
+            (
+                free < number < layers,
                 f"{number} layers would be dropped, but only {free} of {layers} are not protected.",
                 "Protect fewer, or drop fewer.",
-            )
+            ),
+        )
         return number
 
 
@@ -171,18 +175,21 @@ def choose_experts(
     (number,) = numbers
     size = number // groups
     lost = count_lowest(size, share)
-    if (remaining := number - lost * groups) < top_k:
-        raise PlanError(
+    remaining = number - lost * groups
+    PlanError.refuse(
+        (
+            remaining < top_k,
             f"`experts` {share:g} would leave {remaining} of {number} experts in each layer, and each token "
             f"is sent to {top_k}.",
             f"Set at most {(number - top_k) / number:.3g}.",
-        )
-    if groups > 1 and size - lost < 2:
-        raise PlanError(
+        ),
+        (
+            groups > 1 and size - lost < 2,
             f"{size - lost} of {size} experts would remain in each of the {groups} groups that a router compares "
             "by their two best.",
             "Set a smaller share in `experts`.",
-        )
+        ),
+    )
     rng = np.random.default_rng(seed)
     chosen = []
     for layer, values in sorted(scores.items()):

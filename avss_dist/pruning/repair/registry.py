@@ -184,12 +184,12 @@ class RepairedCut:
     def _place(self) -> str:
         if self.maps:
             return f"in {self.after}"
-        without = f"without {describe_layers(self.removed)}, " if self.removed else ""
-        layers = f"{without}after {self.after}"
-        experts = f"without experts {describe_layers(self.experts)} of layer {self.after}"
-        if not self.experts:
-            return layers
-        return f"{experts}, and {layers}" if self.removed else experts
+        places = {
+            f"without experts {describe_layers(self.experts)} of layer {self.after}": self.experts,
+            f"without {describe_layers(self.removed)}, after {self.after}": self.removed,
+            f"after {self.after}": not (self.experts or self.removed),
+        }
+        return ", and ".join(place for place, applies in places.items() if applies)
 
 
 @checked

@@ -459,11 +459,9 @@ def fit_repair(
         **settings.text_options(),
         dtype=settings.dtype,
     )
-    notes = []
-    if 0 in plan.dropped_layers and not every_layer:
-        first = describe_layers([layer for layer in plan.dropped_layers if layer < plan.keep[0]])
-        notes.append(f"Nothing stands before layers {first}: what they did is not given back.")
-    return Repaired(source.changed, record, notes)
+    first = [] if every_layer else [layer for layer in plan.dropped_layers if layer < plan.keep[0]]
+    lost = f"Nothing stands before layers {describe_layers(first)}: what they did is not given back."
+    return Repaired(source.changed, record, [lost] if first else [])
 
 
 def tokens_needed(checkpoint: Checkpoint, repair: str, settings: Settings) -> int:
