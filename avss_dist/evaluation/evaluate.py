@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
-from functools import lru_cache
 from itertools import chain, product, zip_longest
 from operator import itemgetter
 from pathlib import Path
@@ -340,7 +339,10 @@ def _require_same_layers(
     Raises:
         PlanError: the layers differ, or a linear map. The message has the values of the plan and of the model.
     """
-    lists = _layer_lists(checkpoint, settings)
+    lists: dict[str, nn.ModuleList] = {}
+    with suppress(ModelError):
+        model, _ = load_skeleton(checkpoint, settings)
+        lists = candidate_layers(model, settings.layers)
     if not lists:
         return
     if isinstance(plan, Plan):
@@ -370,15 +372,6 @@ def _require_same_layers(
             inputs, outputs = linear_sizes(module)
             if problem := entry.contradiction(checkpoint.name, outputs, inputs):
                 raise PlanError(f"{where} {problem}.", _ANOTHER_MODEL)
-
-
-@lru_cache(maxsize=16)
-def _layer_lists(checkpoint: Checkpoint, settings: Settings) -> dict[str, nn.ModuleList]:
-    """Return the module lists that may be a checkpoint's layers, without weights, by path, if it is built."""
-    with suppress(ModelError):
-        model, _ = load_skeleton(checkpoint, settings)
-        return candidate_layers(model, settings.layers)
-    return {}
 
 
 def _with_bases(subjects: Sequence[Subject], base: str | Path | None) -> tuple[list[Subject], list[str]]:
