@@ -18,14 +18,14 @@ import numpy as np
 from avss_dist.analysis.contrast import Strata
 from avss_dist.analysis.verdict import WHOLE
 from avss_dist.core.errors import ConfigError
-from avss_dist.core.intervention import NO_INTERVENTION, EncodedPatch, Intervention, Removals
+from avss_dist.core.intervention import NO_INTERVENTION, Intervention
 from avss_dist.core.names import CHANCE, CONTRAST, LOSS
 from avss_dist.core.registry import GREEDY, MEASURED, READING, RECIPES, SCORES
 from avss_dist.core.settings import fingerprint
 from avss_dist.core.text import RedactedURI
 from avss_dist.corpus.shards import CorpusPlan
 from avss_dist.distillation.curve import ignore
-from avss_dist.evaluation.repairs import fit_of, fit_repairs, plan_fits, require_changeable
+from avss_dist.evaluation.repairs import Patches, fit_of, fit_repairs, plan_fits, require_changeable
 from avss_dist.evaluation.search import Layers, greedy_search, searching
 from avss_dist.evaluation.session import (
     EvaluationSession,
@@ -205,13 +205,12 @@ class Trial:
             truth = {by: values for (by, reading), values in self.truth.items() if reading == choice.reading}
             self.choices.append((choice, searched.get(choice) or choice.drop(choice.scores(self.rows, truth))))
 
-    def candidates(self, patches: Mapping[tuple[str, Removals], EncodedPatch]) -> Iterator[Candidate]:
+    def candidates(self, patches: Patches) -> Iterator[Candidate]:
         """Yield the whole model, and the model without each choice of layers, by repair."""
         yield None, NO_INTERVENTION, None
         for (choice, drop), repair in product(self.choices, self.experiment.repairs):
-            fit = self.fits.get(repair)
-            patch = patches.get((fit.run_id(), drop)) if fit else None
-            yield choice, Intervention(removed=drop, patch=patch), None if repair == NO_REPAIR else repair
+            intervention = Intervention(removed=drop, patch=patches.get((self.fits.get(repair), drop)))
+            yield choice, intervention, None if repair == NO_REPAIR else repair
 
 
 def run_experiment(job: JobFile, request: RunJobRequest) -> tuple[list[Run], list[dict[str, Any]]]:

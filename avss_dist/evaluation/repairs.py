@@ -6,7 +6,7 @@ A fit is a task like others. Its cell returns the remaining error and a patch, w
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import nullcontext, suppress
 from dataclasses import asdict, dataclass, field, replace
 from functools import lru_cache, partial
@@ -167,9 +167,11 @@ def fit_of(planned: PlannedTask) -> FitRepair:
     return cast(FitRepair, planned.task.parts[0])
 
 
-def fit_repairs(
-    session: EvaluationSession, requested: Sequence[tuple[PlannedTask, Iterable[Removals]]]
-) -> dict[tuple[str, Removals], EncodedPatch]:
+Patches = Mapping[tuple[PlannedTask | None, Removals], EncodedPatch]
+"""Patches by the task of their fit and the removals that they are fitted for. Without a task there is none."""
+
+
+def fit_repairs(session: EvaluationSession, requested: Sequence[tuple[PlannedTask, Iterable[Removals]]]) -> Patches:
     """Fit each repair to the model without each of its sets of layers and experts.
 
     A patch that is in the warehouse is not fitted again. Repairs with the most unknowns, which need the most text, are
@@ -180,7 +182,7 @@ def fit_repairs(
         requested: fits, each with sets of layers and experts.
 
     Returns:
-        Patches by the id of the evaluation and the removals that they are fitted for, earlier fits included.
+        The patches, earlier fits included.
 
     Raises:
         AvssError: a mistake, or a fit that failed. Other patches remain in the warehouse.
@@ -194,22 +196,20 @@ def fit_repairs(
             for drop in drops
             if drop and (every_layer or drop != tuple(range(len(drop))))
             for cell in fit.cells([Intervention(removed=drop)])
-            if not (session.is_known(cell) if session.fresh else (cell.run_id, drop) in fitted)
+            if not (session.is_known(cell) if session.fresh else (fit, drop) in fitted)
         ]
     session.run(missing, dict.fromkeys(fits, (NO_INTERVENTION,)), fits=True)
     return _stored_patches(session, fits)
 
 
-def _stored_patches(
-    session: EvaluationSession, fits: Iterable[PlannedTask]
-) -> dict[tuple[str, Removals], EncodedPatch]:
+def _stored_patches(session: EvaluationSession, fits: Iterable[PlannedTask]) -> Patches:
     """Return the stored patches that cells of these tasks have fitted."""
     storage = session.store.storage
     stored = storage.patch_keys()
     return {
-        (run_id, decode_removals(row["drop"])): EncodedPatch(row["patch"], partial(_read_patch, storage, row["patch"]))
-        for run_id in (dict.fromkeys(planned.run_id() for planned in fits) if stored else ())
-        for row in session.store.cells(run_id).to_pylist()
+        (fit, decode_removals(row["drop"])): EncodedPatch(row["patch"], partial(_read_patch, storage, row["patch"]))
+        for fit in (fits if stored else ())
+        for row in session.store.cells(fit.run_id()).to_pylist()
         if row["patch"] in stored
     }
 
@@ -249,4 +249,4 @@ def fit_plan(request: PruneRequest, plan: Plan, repair: Repair) -> Repaired:
         if copies > 1 and not session.is_known(cell):
             fit = planned(copies)[repair.by]
         patches = fit_repairs(session, [(fit, [plan.intervention.removed])])
-        return read_repaired(patches[fit.run_id(), plan.intervention.removed])
+        return read_repaired(patches[fit, plan.intervention.removed])

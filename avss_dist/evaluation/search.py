@@ -218,9 +218,7 @@ def repaired_search(
     def losses(base: Layers, layers: Layers) -> dict[Layers, Result]:
         drops = _expand(base, layers)
         patches = fit_repairs(session, [(fit, drops)]) if fit else {}
-        repaired = {
-            drop: Intervention(removed=drop, patch=patches.get((fit.run_id(), drop)) if fit else None) for drop in drops
-        }
+        repaired = {drop: Intervention(removed=drop, patch=patches.get((fit, drop))) for drop in drops}
         measured = session.measure({text: repaired.values()})[text]
         results = {result.intervention: result for result in measured if result.metric == LOSS}
         return {drop: results[intervention.key] for drop, intervention in repaired.items()}

@@ -216,11 +216,10 @@ class EvaluationSession:
             intervention: intervention of the results, which applies the plan.
         """
         rounding, run_id = intervention.key.rounding, planned.run_id(intervention)
+        common = {"rounding": rounding, "method": plan.why.get("by"), "created_at": datetime.now(UTC)}
         rows = [
             {
-                "rounding": rounding,
-                "method": plan.why.get("by"),
-                "created_at": datetime.now(UTC),
+                **common,
                 "layer": entry.layer,
                 "map": entry.map,
                 "format": entry.format,

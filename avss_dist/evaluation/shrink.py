@@ -387,8 +387,7 @@ def _evaluate(
     Raises:
         AvssError: a mistake, or a fit or an evaluation that failed. Measured cells remain in the warehouse.
     """
-    patches = fit_repairs(session, [(fit, [plan.dropped_layers])]) if fit else {}
-    patch = patches.get((fit.run_id(), plan.dropped_layers)) if fit else None
+    patch = fit_repairs(session, [(fit, [plan.dropped_layers])]).get((fit, plan.dropped_layers)) if fit else None
     variants = {"whole": NO_INTERVENTION, "pruned": plan.intervention}
     if patch:
         variants["repaired"] = replace(plan.intervention, patch=patch)

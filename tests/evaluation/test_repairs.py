@@ -117,7 +117,7 @@ def test_a_patch_in_place_is_the_repaired_checkpoint(
         placed = PlacedModel(checkpoint=checkpoint, settings=settings, placement=placement)
         (fit,) = plan_fits(placed, layers, ["map"], (TEXT,)).values()
         found = fit_repairs(EvaluationSession(Store(tmp_path / "w"), executor), [(fit, [(1,)])])
-        patch = found[fit.run_id(), (1,)]
+        patch = found[fit, (1,)]
         without = NO_INTERVENTION.without(1)
         repaired = replace(without, patch=patch)
         losses = total_losses(executor, task.cells([without, repaired, NO_INTERVENTION]))
@@ -174,7 +174,7 @@ def test_copies_share_the_text_of_a_fit(deep: Path, tmp_path: Path) -> None:
     with closing(RayExecutor(Execution(executor="ray", replicas=2), fits[0].settings)) as executor:
         session = EvaluationSession(Store(tmp_path / "w"), executor)
         found = fit_repairs(session, [(fit, [drop]) for fit in fits])
-    alone, together = (read_repaired(found[fit.run_id(), drop]) for fit in fits)
+    alone, together = (read_repaired(found[fit, drop]) for fit in fits)
     assert alone.tensors.keys() == together.tensors.keys() and len(alone.record.cuts) >= 2
     for ours, theirs in zip(together.record.cuts, alone.record.cuts, strict=True):
         assert ours.ridges == theirs.ridges
