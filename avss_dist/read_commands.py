@@ -159,9 +159,10 @@ def _not_scored(table: pa.Table, request: ShowRequest) -> QueryError:
             f"No scores of site '{request.site}' with recipe '{request.recipe}'.", f"Scored: {', '.join(scored)}."
         )
     thresholds = sorted({(row["threshold_kind"], row["threshold"]) for row in here})
-    names = ", ".join(f"{value:g}{'rms' if kind == 'rms' else ''}" for kind, value in thresholds)
+    names = (f"{value:g}{'rms' if kind == 'rms' else ''}" for kind, value in thresholds)
     return QueryError(
-        f"No scores at threshold {request.threshold}, and no statistics to compute them.", f"Scored: {names}."
+        f"No scores at threshold {request.threshold}, and no statistics to compute them.",
+        f"Scored: {', '.join(names)}.",
     )
 
 

@@ -115,9 +115,12 @@ def _parameter(request: Any, name: str, hint: Any, annotation: Any, option: Opti
     if option.argument:
         parameter = typer.Argument(**about | {"rich_help_panel": TITLES[0]})
     else:
-        spelling = option_name(name, is_on=request.__dataclass_fields__[name].default is True)
         parameter = typer.Option(
-            spelling, *filter(None, [option.short]), envvar=option.environment or None, show_envvar=False, **about
+            option_name(name, is_on=request.__dataclass_fields__[name].default is True),
+            *filter(None, [option.short]),
+            envvar=option.environment or None,
+            show_envvar=False,
+            **about,
         )
     return _keyword(name, Annotated[kind | None, parameter], None)
 

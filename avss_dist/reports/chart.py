@@ -66,7 +66,7 @@ def layers_chart(runs: Sequence[Mapping[str, Any]], scores: Sequence[Mapping[str
     x = alt.X("depth:Q", title="relative depth") if several else layer_axis()
     base = alt.Chart(alt.InlineData(values=rows)).encode(x=x)
     color = alt.Color("run:N", title=None, scale=COLORS, legend=alt.Legend(orient="bottom", columns=2))
-    panels = [_panel(base, color if several else alt.value("#1f77b4"), rows, name) for name in FROM_ACTIVATIONS]
+    panels = (_panel(base, color if several else alt.value("#1f77b4"), rows, name) for name in FROM_ACTIVATIONS)
     band = why_no_interval(max(run["num_shards"] or 0 for run in runs)) or "Band: 95% interval over shards."
     ordered = [s["avss_smoothed"] for s in sorted(scores, key=lambda s: s["layer"])]
     warning = None if several else describe_depth("Smoothed AVSS", depth_correlation(ordered), len(ordered))
@@ -128,11 +128,9 @@ def depth_chart(
         size=marked.then(alt.value(80)).otherwise(alt.value(32)),
         tooltip=list(tooltip),
     )
-    layers = [base.mark_line(strokeWidth=1.5).encode(y=alt.Y(f"{name}:Q", **axis), color=color), points]
-    if name == "avss":
-        band = base.mark_area(opacity=0.2).encode(y=alt.Y(f"{ends[0]}:Q", **axis), y2=f"{ends[1]}:Q", color=color)
-        layers.insert(0, band)
-    return alt.layer(*layers)
+    line = base.mark_line(strokeWidth=1.5).encode(y=alt.Y(f"{name}:Q", **axis), color=color)
+    band = base.mark_area(opacity=0.2).encode(y=alt.Y(f"{ends[0]}:Q", **axis), y2=f"{ends[1]}:Q", color=color)
+    return alt.layer(*([band] if name == "avss" else []), line, points)
 
 
 def _panel(base: Any, color: Any, rows: Sequence[Mapping[str, Any]], name: str) -> Any:
@@ -240,7 +238,6 @@ def save_chart(chart: Any, path: Path) -> None:
         data = vl_convert.vegalite_to_svg(spec).encode()
     else:
         text = json.dumps(spec).replace("<", "\\u003c")  # no name in the data can end its script
-        text = text.replace("\u2028", "\\u2028").replace("\u2029", "\\u2029")
         data = f"""<!doctype html>
 <html lang="en"><head><meta charset="utf-8"><title>Layer scores</title>
 <meta name="viewport" content="width=device-width, initial-scale=1"></head>

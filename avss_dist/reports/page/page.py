@@ -130,7 +130,9 @@ def report_page(warehouse: Warehouse, run_ids: Collection[str] | None = None, ow
     pictures = {
         chart.name: {
             "spec": section_chart(chart),
-            "rows": map_leaves(list(chart.rows), _finite),
+            "rows": map_leaves(
+                list(chart.rows), lambda leaf: printable(leaf) if isinstance(leaf, str) else as_json(leaf)
+            ),
             "label": section.label,
             "meaning": chart.meaning,
         }
@@ -174,11 +176,6 @@ def report_page(warehouse: Warehouse, run_ids: Collection[str] | None = None, ow
         not_drawn=len(done) - len(drawn),
         differing=differing([with_conditions(run) for run in drawn]),
     )
-
-
-def _finite(value: Any) -> Any:
-    """Return a value for JSON: printable text, and None for NaN and infinity."""
-    return printable(value) if isinstance(value, str) else as_json(value)
 
 
 def _by_model(run: Mapping[str, Any]) -> tuple[Any, ...]:

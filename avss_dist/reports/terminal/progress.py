@@ -7,7 +7,7 @@ from collections import deque
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from datetime import UTC, datetime, timedelta
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from rich import progress as rich_progress
 from rich.text import Text
@@ -142,8 +142,7 @@ class StepProgress(_Bars):
                 self._advance(num_tokens, self._step)
             case CellUnderway(_, step, share):
                 what = f"{step[0].lower()}{step[1:]}, {share:.0%}"
-                self.update(self._bar, description=what)
-                self._log(f"{what}{self._pace.describe()}")
+                self._show(f"{what}{self._pace.describe()}", description=what)
             case CellDone(cell, notes):
                 self._print_notes(notes)
                 self._advance(1, _describe_step(cell))
@@ -153,12 +152,16 @@ class StepProgress(_Bars):
                 self.update(self._bar, total=1.0, completed=share)
                 self._pace.reach(share)
                 if share:
-                    self._log(f"{step}, {share:.0%}{self._pace.describe()}")
+                    self._show(f"{step}, {share:.0%}{self._pace.describe()}")
             case TrainingAdvanced(tokens=tokens, total=total, loss=loss):
                 pace = self._training = self._training or Pace(total, tokens, "tokens")
                 pace.reach(tokens)
-                self.update(self._bar, description=f"training, loss {loss:.3f}", total=total, completed=tokens)
-                self._log(f"{tokens:,} of {total:,} tokens: training, loss {loss:.3f}{pace.describe()}")
+                self._show(
+                    f"{tokens:,} of {total:,} tokens: training, loss {loss:.3f}{pace.describe()}",
+                    description=f"training, loss {loss:.3f}",
+                    total=total,
+                    completed=tokens,
+                )
             case CurvePoint(tokens=tokens, kept=kept):
                 line = f"{tokens:,} tokens: kept {', '.join(f'{text} {share:.1%}' for text, share in kept.items())}"
                 if self.disable:
@@ -175,15 +178,19 @@ class StepProgress(_Bars):
 
     def _advance(self, amount: int, what: str) -> None:
         """Count finished units of a step."""
-        self.update(self._bar, advance=amount, description=what)
         self._pace.reach(self._pace.done + amount)
-        self._log(f"{self._step}: {self._pace.done / (self._pace.total or 1):.0%}{self._pace.describe()}")
+        self._show(
+            f"{self._step}: {self._pace.done / (self._pace.total or 1):.0%}{self._pace.describe()}",
+            advance=amount,
+            description=what,
+        )
 
-    def _log(self, what: str) -> None:
-        """Log a line where no bar is shown, one every `LOG_SECONDS` at most."""
+    def _show(self, line: str, **changes: Any) -> None:
+        """Change the bar, or log a line where no bar is shown, one every `LOG_SECONDS` at most."""
+        self.update(self._bar, **changes)
         if self.disable and time.monotonic() - self._logged_at > LOG_SECONDS:
             self._logged_at = time.monotonic()
-            log(what)
+            log(line)
 
     def _print_notes(self, notes: Sequence[str]) -> None:
         """Print each note on how cells were measured once."""
@@ -207,18 +214,23 @@ class CellProgress(StepProgress):
                 self._begin("evaluating", len(cells), done, "evaluations", said=False)
             case CellUnderway(cell, step, share):
                 name, what = _short(cell.checkpoint.name), f"{step}, {share:.0%}"
-                self.update(self._bar, description=f"{name}{describe_without(cell)}: {what}")
                 if step != self._step:
                     self._step, self._part = step, Pace(done=share)
                 self._part.reach(share)
                 pace = self._pace.describe() or self._part.describe()
-                self._log(f"{name}: {what}; {self._pace.done} of {self._pace.total} evaluated{pace}")
+                self._show(
+                    f"{name}: {what}; {self._pace.done} of {self._pace.total} evaluated{pace}",
+                    description=f"{name}{describe_without(cell)}: {what}",
+                )
             case CellDone(cell, notes):
                 self._print_notes(notes)
                 name, self._step = _short(cell.checkpoint.name), ""
-                self.update(self._bar, advance=1, description=f"{name}{describe_without(cell)}")
                 self._pace.reach(self._pace.done + 1)
-                self._log(f"{name}: {self._pace.done} of {self._pace.total} evaluated{self._pace.describe()}")
+                self._show(
+                    f"{name}: {self._pace.done} of {self._pace.total} evaluated{self._pace.describe()}",
+                    advance=1,
+                    description=f"{name}{describe_without(cell)}",
+                )
             case SearchStep(best=best, sets=sets) if self.console.is_terminal:
                 loss = f"loss {best.value:.4f} without {describe_removed(best.removed)}"
                 self.print(f"{sets} sets: {loss}", markup=False, highlight=False)
@@ -230,8 +242,7 @@ def _describe_step(cell: Cell) -> str:
 
 def describe_without(cell: Cell) -> str:
     """Return `` without 3 layers`` for a cell that removes layers, and an empty text for others."""
-    removed = cell.intervention.removed
-    return f" without {count_removed(removed)}" if removed else ""
+    return f" without {count_removed(cell.intervention.removed)}" if cell.intervention.removed else ""
 
 
 def _short(name: str) -> str:
