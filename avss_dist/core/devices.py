@@ -91,8 +91,10 @@ def to_host(groups: Sequence[Mapping[str, torch.Tensor]]) -> Callable[[], list[d
         A function that waits for the copies and returns the groups in order. Devices can do other work meanwhile.
     """
     tensors = [tensor for group in groups for tensor in group.values()]
-    devices = dict.fromkeys(tensor.device for tensor in tensors)
-    coming = {device: _block_to_host([t for t in tensors if t.device == device]) for device in devices}
+    coming = {
+        device: _block_to_host([tensor for tensor in tensors if tensor.device == device])
+        for device in dict.fromkeys(tensor.device for tensor in tensors)
+    }
     order = [{name: tensor.device for name, tensor in group.items()} for group in groups]
 
     def wait() -> list[dict[str, np.ndarray]]:
@@ -188,5 +190,4 @@ def free_cores() -> int:
         quota, period = (_CGROUP / "cpu.max").read_text(encoding="ascii").split()
         usable = min(usable, int(quota) // int(period))
     total = psutil.cpu_count() or usable
-    busy = total * psutil.cpu_percent(interval=SAMPLE_SECONDS) / 100
-    return max(1, min(usable, round(total - busy)))
+    return max(1, min(usable, round(total - total * psutil.cpu_percent(interval=SAMPLE_SECONDS) / 100)))

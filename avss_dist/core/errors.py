@@ -165,8 +165,7 @@ def as_failure(error: Exception) -> AvssError:
     """
     if isinstance(error, AvssError):
         return error
-    transient = isinstance(error, (ConnectionError, TimeoutError, MemoryError))
-    hint = "Run the same command again." if transient else None
+    hint = "Run the same command again." if isinstance(error, (ConnectionError, TimeoutError, MemoryError)) else None
     if isinstance(error, OSError) and is_full(error):
         hint = "Free some space and run the same command again."
     failure = RunFailed(f"{type(error).__name__}: {error}", hint)

@@ -133,15 +133,17 @@ def _is_left(name: re.Match[str], seconds: float, *paths: Path) -> bool:
 
 
 def _fresh(name: str) -> str:
-    owner = f"{_machine()}-{os.getpid()}-{_start(os.getpid()) or 0}"
-    return f".{name[:40]}.avss-{owner}-{secrets.token_hex(4)}.tmp"
+    return f".{name[:40]}.avss-{_machine()}-{os.getpid()}-{_start(os.getpid()) or 0}-{secrets.token_hex(4)}.tmp"
 
 
 def _machine() -> str:
     """Return eight hexadecimal digits for this boot of this machine, and for the container that processes count in."""
     try:
-        boot = Path("/proc/sys/kernel/random/boot_id").read_text()
-        identity = [boot, os.readlink("/proc/self/ns/pid"), socket.gethostname()]
+        identity = [
+            Path("/proc/sys/kernel/random/boot_id").read_text(),
+            os.readlink("/proc/self/ns/pid"),
+            socket.gethostname(),
+        ]
     except OSError:
         return _UNKNOWN
     return hashlib.sha256("\n".join(identity).encode()).hexdigest()[:8]

@@ -177,18 +177,22 @@ def can_be_added(removal: Removal, removals: Collection[Removal]) -> bool:
 def describe_removed(removals: Collection[Removal]) -> str:
     """Return removals as text: ``0-3, 7, attention.5, mlp.8, mlp.9``, or ``64 experts of layers 1-16``."""
     layers = whole_layers(removals)
-    sublayers = [str(removal) for removal in removals if isinstance(removal, Sublayer)]
     experts = [str(removal) for removal in removals if isinstance(removal, Expert)]
     if len(experts) > _NAMED_EXPERTS:
         places = tuple(experts_by_layer(removals))
         experts = [f"{len(experts)} experts of layer{'s' * (len(places) > 1)} {describe_layers(places)}"]
-    return ", ".join([*([describe_layers(layers)] if layers else []), *sublayers, *experts])
+    return ", ".join(
+        [
+            *([describe_layers(layers)] if layers else []),
+            *(str(removal) for removal in removals if isinstance(removal, Sublayer)),
+            *experts,
+        ]
+    )
 
 
 def size_removed(removals: Collection[Removal]) -> float:
     """Return the number of removed layers, where a sublayer counts as a half and an expert as nothing."""
-    halves = sum(not isinstance(removal, Expert) for removal in removals)
-    return (halves + len(whole_layers(removals))) / 2
+    return (sum(not isinstance(removal, Expert) for removal in removals) + len(whole_layers(removals))) / 2
 
 
 def count_removed(removals: Collection[Removal]) -> str:

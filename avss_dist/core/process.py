@@ -57,8 +57,8 @@ def preserve_sigterm_handler() -> Iterator[None]:
     try:
         yield
     finally:
-        is_main = threading.current_thread() is threading.main_thread()  # no other thread sets or restores handlers
-        if is_main and handler not in (None, signal.SIG_DFL):
+        # No other thread can set a handler.
+        if handler not in (None, signal.SIG_DFL) and threading.current_thread() is threading.main_thread():
             signal.signal(signal.SIGTERM, handler)
 
 
@@ -103,5 +103,4 @@ def installed_version(package: str) -> str | None:
 
 def package_versions() -> dict[str, str]:
     """Return the versions of Python and of the installed packages that can change a number or a file."""
-    versions = {name: installed_version(name) for name in PACKAGES}
-    return {"python": python_version()} | {name: number for name, number in versions.items() if number}
+    return {"python": python_version()} | {name: number for name in PACKAGES if (number := installed_version(name))}

@@ -149,8 +149,9 @@ class Document:
                 raise self._error(key, f"a key must be a text, not a {_name(key.tag)}.")
             name = self._scalar(key) if self.kind.typed else str(key.value)
             if name in values:
-                what = f"the key '{key.value}' is repeated; the first is in line {lines[(*location, name)]}."
-                self.problems.add((_line(key), what))
+                self.problems.add(
+                    (_line(key), f"the key '{key.value}' is repeated; the first is in line {lines[(*location, name)]}.")
+                )
                 continue
             lines[(*location, name)] = _line(key)
             values[name] = self.read(value, (*location, name))

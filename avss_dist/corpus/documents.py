@@ -44,8 +44,7 @@ def labelled_answers(records: Records, prompt: str, answer: str, label: str) -> 
         CorpusError: a field is missing or not text, or an answer is empty. The message names file and line.
     """
     for record, where in records:
-        before, text, kind = (field_text(record, name, where) for name in (prompt, answer, label))
-        yield _answer(before, text, kind, where)
+        yield _answer(*(field_text(record, name, where) for name in (prompt, answer, label)), where)
 
 
 def truthfulqa_answers(records: Records, seed: int) -> Iterator[Answer]:

@@ -47,8 +47,7 @@ def shared_text(reference: Iterable[Shard], read: Iterable[Shard], tokenizer: An
     Returns:
         None if one of the two has no passage to compare: no document or row of `SHORTEST` characters.
     """
-    prints = [*_fingerprints(read, tokenizer)]
-    passages, counts = np.unique(np.concatenate(prints or [_NONE]), return_counts=True)
+    passages, counts = np.unique(np.concatenate([_NONE, *_fingerprints(read, tokenizer)]), return_counts=True)
     in_reference, comparable = np.zeros(len(passages), np.int64), False
     for hashes in _fingerprints(reference, tokenizer) if len(passages) else ():
         comparable = True

@@ -116,8 +116,10 @@ def group_by_prompt(answers: Iterable[Answer], source: str) -> list[list[Answer]
         raise CorpusError(f"{source} holds no text (documents read: 0).", "Name one that holds some.")
     labels = sorted({answer.label for pair in pairs.values() for answer in pair})
     if len(labels) == 1:
-        message = f"Every answer of {source} is labelled '{labels[0]}'."
-        raise CorpusError(message, "A contrast takes two labels: give both kinds of answers, or name another field.")
+        raise CorpusError(
+            f"Every answer of {source} is labelled '{labels[0]}'.",
+            "A contrast takes two labels: give both kinds of answers, or name another field.",
+        )
     for pair in pairs.values():
         if len({answer.label for answer in pair}) == 1:
             raise CorpusError(

@@ -137,8 +137,10 @@ def tokenize_corpus(
         paired, pairing = paired_rows(opened.answers(), source, tokenizer, settings)
         ids, lengths = _padded(paired, length, tokenizer)
         if min(lengths) <= skip:
-            message = f"{source}: `skip_first_tokens` {skip} leaves nothing of an answer."
-            raise CorpusError(message, f"Make it smaller than {min(lengths)}.")
+            raise CorpusError(
+                f"{source}: `skip_first_tokens` {skip} leaves nothing of an answer.",
+                f"Make it smaller than {min(lengths)}.",
+            )
     else:
         around = special_tokens_of_rows(tokenizer, settings)
         rows = rows_of(opened.documents(), tokenizer, settings, counts, around)

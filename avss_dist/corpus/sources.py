@@ -345,8 +345,7 @@ def _read_jsonl(file: Any, path: str, field: str) -> Iterator[tuple[Mapping[str,
 def _read_csv(file: Any, path: str, _column: str) -> Iterator[tuple[Mapping[str, Any], str]]:
     """Yield the rows after the first, which names the columns, with file and line of each."""
     csv.field_size_limit(MAX_LINE_BYTES)
-    text = io.TextIOWrapper(io.BufferedReader(file, _READ_BYTES), "utf-8-sig", newline="")
-    rows = csv.DictReader(text)
+    rows = csv.DictReader(io.TextIOWrapper(io.BufferedReader(file, _READ_BYTES), "utf-8-sig", newline=""))
     try:
         for row in rows:
             yield row, f"{path}, line {rows.line_num}"
@@ -407,8 +406,9 @@ def _decode(data: bytes, where: str, offset: int = 0) -> str:
     try:
         return data.decode().removeprefix("\ufeff")
     except UnicodeDecodeError as error:
-        message = f"{where}: byte {offset + error.start} is not UTF-8."
-        raise CorpusError(message, "Convert the file to UTF-8.") from error
+        raise CorpusError(
+            f"{where}: byte {offset + error.start} is not UTF-8.", "Convert the file to UTF-8."
+        ) from error
 
 
 @contextmanager
