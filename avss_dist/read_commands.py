@@ -17,8 +17,7 @@ import pyarrow.compute as pc
 from avss_dist.analysis.chosen import choose_runs, one_run
 from avss_dist.core.errors import QueryError, WarehouseError
 from avss_dist.core.files import write_output
-from avss_dist.core.names import REPAIR, ROW_START
-from avss_dist.core.registry import READING
+from avss_dist.core.registry import READING, REPAIR, ROW_START
 from avss_dist.core.results import Table
 from avss_dist.core.text import parse_threshold
 from avss_dist.core.validation import keywords

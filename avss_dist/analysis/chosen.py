@@ -15,8 +15,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from avss_dist.core.errors import QueryError, nearest, require_known
-from avss_dist.core.names import ROUNDING_TASK
-from avss_dist.core.registry import MEASURED_ONLY, SCORES
+from avss_dist.core.registry import MEASURED_ONLY, ROUNDING_TASK, SCORES
 from avss_dist.core.text import basename, printable
 from avss_dist.warehouse.checks import settings_of
 from avss_dist.warehouse.reader import Warehouse

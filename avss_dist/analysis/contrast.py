@@ -34,8 +34,7 @@ from avss_dist.analysis.section import (
     yes,
 )
 from avss_dist.core.errors import DamagedFile, QueryError, require_known
-from avss_dist.core.names import AFTER_ANOTHER, ENTROPY, INCORRECT, LOSS, PERPLEXITY, TRUTHFUL
-from avss_dist.core.registry import RECIPES
+from avss_dist.core.registry import AFTER_ANOTHER, ENTROPY, INCORRECT, LOSS, PERPLEXITY, RECIPES, TRUTHFUL
 from avss_dist.core.results import TabularResult
 from avss_dist.core.settings import PUBLISHED_THRESHOLD, SITES
 from avss_dist.core.text import describe_threshold

@@ -14,8 +14,7 @@ from numpy.typing import NDArray
 
 from avss_dist.analysis.experts import experts_by_layer
 from avss_dist.analysis.thresholds import at_reading
-from avss_dist.core.names import ROW_START
-from avss_dist.core.registry import RECIPES
+from avss_dist.core.registry import RECIPES, ROW_START
 from avss_dist.core.settings import EVERY_SITE, PUBLISHED_THRESHOLD, SITES
 from avss_dist.core.text import describe_layers, describe_threshold
 from avss_dist.stats.intervals import why_no_interval

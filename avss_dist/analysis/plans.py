@@ -20,8 +20,7 @@ from avss_dist.analysis.thresholds import quantiles_of
 from avss_dist.analysis.verdict import describe_metric, primary_metric, shown_value, verdicts
 from avss_dist.core.errors import ModelError, QueryError
 from avss_dist.core.intervention import SPARSITY_RULES, THRESHOLD, TOP_K, Removals, decode_removals
-from avss_dist.core.names import LOSS, SEARCH
-from avss_dist.core.registry import BLOCK_DISTANCE, FROM_ACTIVATIONS, MEASURED, MEASURED_ONLY, SCORES
+from avss_dist.core.registry import BLOCK_DISTANCE, FROM_ACTIVATIONS, LOSS, MEASURED, MEASURED_ONLY, SCORES, SEARCH
 from avss_dist.core.settings import Settings
 from avss_dist.core.text import describe_threshold
 from avss_dist.pruning.ground_truth import (

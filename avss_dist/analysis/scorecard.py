@@ -37,11 +37,11 @@ from avss_dist.analysis.section import (
 )
 from avss_dist.core.errors import QueryError, require_known
 from avss_dist.core.intervention import InterventionKey
-from avss_dist.core.names import LOSS
 from avss_dist.core.registry import (
     BASELINES,
     DAMAGE_TASK,
     GROUND_TRUTH,
+    LOSS,
     MEASURED,
     OWN_VALUES,
     READING,

@@ -29,8 +29,19 @@ from avss_dist.analysis.section import (
     page_number,
 )
 from avss_dist.core.intervention import count_removed, decode_removals, describe_removed, size_removed
-from avss_dist.core.names import CHANCE, LOSS, PERPLEXITY, REPAIR, ROW_START, SEARCH, SUBLAYER_LOSS
-from avss_dist.core.registry import BLOCK_DISTANCE, MEASURED, READING, SCORES
+from avss_dist.core.registry import (
+    BLOCK_DISTANCE,
+    CHANCE,
+    LOSS,
+    MEASURED,
+    PERPLEXITY,
+    READING,
+    REPAIR,
+    ROW_START,
+    SCORES,
+    SEARCH,
+    SUBLAYER_LOSS,
+)
 from avss_dist.core.text import basename
 from avss_dist.pruning.methods import ENDS_KEPT, LEAVE_ONE_OUT, REVERSED
 from avss_dist.pruning.selection import LAST, PUBLISHED, RANDOM

@@ -11,7 +11,7 @@ from datetime import datetime
 from typing import Any
 
 from avss_dist.core.errors import CorpusError, first_line, nearest
-from avss_dist.core.names import AFTER_ANOTHER, BEST, INCORRECT, TRUTHFUL
+from avss_dist.core.registry import AFTER_ANOTHER, BEST, INCORRECT, TRUTHFUL
 from avss_dist.core.text import describe_bytes
 
 MAX_LINE_BYTES = 16 << 20  # maximum of a line; a text may have as many characters
@@ -44,7 +44,8 @@ def labelled_answers(records: Records, prompt: str, answer: str, label: str) -> 
         CorpusError: a field is missing or not text, or an answer is empty. The message names file and line.
     """
     for record, where in records:
-        yield _answer(*(field_text(record, name, where) for name in (prompt, answer, label)), where)
+        before, text, kind = (field_text(record, name, where) for name in (prompt, answer, label))
+        yield _answer(before, text, kind, where)
 
 
 def truthfulqa_answers(records: Records, seed: int) -> Iterator[Answer]:

@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from avss_dist.core.errors import CorpusError
-from avss_dist.core.names import AFTER_ANOTHER
+from avss_dist.core.registry import AFTER_ANOTHER
 from avss_dist.core.settings import TextOptions
 from avss_dist.corpus.documents import Answer, Tokenizer
 from avss_dist.corpus.tokens import Ids, encode

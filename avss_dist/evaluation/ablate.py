@@ -19,8 +19,18 @@ from avss_dist.core.intervention import (
     layer_of,
     parse_rounded,
 )
-from avss_dist.core.names import BITS_PER_WEIGHT, LOSS, NUM_WEIGHTS, ROUNDED_LOSS, ROUNDING_TASK, SUBLAYER_LOSS
-from avss_dist.core.registry import DAMAGE_TASK, ROUNDING_ESTIMATES, SCORES, metrics_of
+from avss_dist.core.registry import (
+    BITS_PER_WEIGHT,
+    DAMAGE_TASK,
+    LOSS,
+    NUM_WEIGHTS,
+    ROUNDED_LOSS,
+    ROUNDING_ESTIMATES,
+    ROUNDING_TASK,
+    SCORES,
+    SUBLAYER_LOSS,
+    metrics_of,
+)
 from avss_dist.core.results import TabularResult
 from avss_dist.core.settings import fingerprint
 from avss_dist.core.text import RedactedURI

@@ -7,8 +7,7 @@ from itertools import islice, zip_longest
 
 from avss_dist.core.errors import ModelError
 from avss_dist.core.intervention import Intervention, InterventionKey
-from avss_dist.core.names import CONTINUATION
-from avss_dist.core.registry import PARTITIONS
+from avss_dist.core.registry import CONTINUATION, PARTITIONS
 from avss_dist.evaluation.session import EvaluationSession, PlacedModel
 from avss_dist.evaluation.tasks import plan_text
 from avss_dist.models.loading import load_tokenizer

@@ -16,7 +16,7 @@ from torch import nn
 from avss_dist.analysis.verdict import kept_by_guess, primary_metric
 from avss_dist.core.errors import AvssError, ConfigError, ModelError
 from avss_dist.core.intervention import NO_INTERVENTION, Intervention
-from avss_dist.core.names import PERPLEXITY, REALIZED, ROW_START, SEARCH
+from avss_dist.core.registry import PERPLEXITY, REALIZED, ROW_START, SEARCH
 from avss_dist.core.results import TabularResult
 from avss_dist.core.settings import Settings
 from avss_dist.core.text import RedactedURI

@@ -19,8 +19,7 @@ from avss_dist.analysis.contrast import Strata
 from avss_dist.analysis.verdict import WHOLE
 from avss_dist.core.errors import ConfigError
 from avss_dist.core.intervention import NO_INTERVENTION, Intervention
-from avss_dist.core.names import CHANCE, CONTRAST, LOSS
-from avss_dist.core.registry import GREEDY, MEASURED, READING, RECIPES, SCORES
+from avss_dist.core.registry import CHANCE, CONTRAST, GREEDY, LOSS, MEASURED, READING, RECIPES, SCORES
 from avss_dist.core.settings import fingerprint
 from avss_dist.core.text import RedactedURI
 from avss_dist.corpus.shards import CorpusPlan

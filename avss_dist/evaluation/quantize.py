@@ -11,8 +11,7 @@ import numpy as np
 from avss_dist.core.errors import ConfigError, QueryError
 from avss_dist.core.files import write_output
 from avss_dist.core.intervention import RoundedPlace
-from avss_dist.core.names import BITS_PER_WEIGHT, NUM_WEIGHTS
-from avss_dist.core.registry import MEASURED_ONLY, PRECISION_ESTIMATES, SECOND_ORDER
+from avss_dist.core.registry import BITS_PER_WEIGHT, MEASURED_ONLY, NUM_WEIGHTS, PRECISION_ESTIMATES, SECOND_ORDER
 from avss_dist.core.settings import Settings
 from avss_dist.core.text import describe_bytes
 from avss_dist.models.checkpoints import resolve

@@ -18,7 +18,7 @@ import numpy as np
 
 from avss_dist.core.errors import ModelError
 from avss_dist.core.intervention import NO_INTERVENTION, EncodedPatch, Intervention, Removals, decode_removals
-from avss_dist.core.names import REPAIR
+from avss_dist.core.registry import REPAIR
 from avss_dist.core.settings import Settings
 from avss_dist.core.text import RedactedURI
 from avss_dist.corpus.shards import CorpusPlan

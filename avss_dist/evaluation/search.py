@@ -15,8 +15,7 @@ from typing import Any
 
 from avss_dist.analysis.plans import evaluated_lines
 from avss_dist.core.intervention import Intervention, Removals
-from avss_dist.core.names import LOSS, SEARCH
-from avss_dist.core.registry import GREEDY
+from avss_dist.core.registry import GREEDY, LOSS, SEARCH
 from avss_dist.core.text import RedactedURI, describe_layers
 from avss_dist.distillation.curve import ignore
 from avss_dist.evaluation.events import SearchStep

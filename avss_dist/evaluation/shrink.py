@@ -20,8 +20,7 @@ from avss_dist.analysis.plans import plan_layers
 from avss_dist.analysis.verdict import WHOLE, primary_metric
 from avss_dist.core.errors import CorpusError
 from avss_dist.core.intervention import NO_INTERVENTION, EncodedPatch, Intervention, count_removed
-from avss_dist.core.names import PERPLEXITY
-from avss_dist.core.registry import GREEDY, LOWEST_SHARE, SCORES
+from avss_dist.core.registry import GREEDY, LOWEST_SHARE, PERPLEXITY, SCORES
 from avss_dist.core.results import TabularResult
 from avss_dist.core.settings import Settings
 from avss_dist.core.text import RedactedURI

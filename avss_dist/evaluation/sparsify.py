@@ -13,7 +13,7 @@ import numpy as np
 from avss_dist.analysis.plans import map_sizes, measured_maps, plan_sparsity
 from avss_dist.analysis.thresholds import quantiles_of
 from avss_dist.core.intervention import THRESHOLD, TOP_K
-from avss_dist.core.names import SPARSITY_TASK
+from avss_dist.core.registry import SPARSITY_TASK
 from avss_dist.core.text import RedactedURI
 from avss_dist.corpus.shards import CorpusPlan
 from avss_dist.evaluation.session import EvaluationSession, checkpoint_of_run, require_partition

@@ -9,7 +9,7 @@ from itertools import chain, product
 from typing import Any
 
 from avss_dist.core.errors import AvssError, ConfigError, CorpusError
-from avss_dist.core.names import PERPLEXITY, ROW_START, TRUTHFULQA
+from avss_dist.core.registry import PERPLEXITY, ROW_START, TRUTHFULQA
 from avss_dist.core.settings import Settings
 from avss_dist.core.text import RedactedURI
 from avss_dist.corpus.documents import chat_template

@@ -14,16 +14,14 @@ import pyarrow.compute as pc
 
 from avss_dist.core.errors import QueryError
 from avss_dist.core.intervention import InterventionKey, RoundedPlace, parse_rounded, round_place
-from avss_dist.core.names import (
+from avss_dist.core.registry import (
     BITS_PER_WEIGHT,
+    BLOCK_DISTANCE,
     LOSS,
     NUM_WEIGHTS,
     ROUNDED_LOSS,
-    ROUNDING_TASK,
-)
-from avss_dist.core.registry import (
-    BLOCK_DISTANCE,
     ROUNDING_ESTIMATES,
+    ROUNDING_TASK,
     SCORES,
     metrics_of,
 )

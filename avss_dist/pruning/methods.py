@@ -9,8 +9,7 @@ from typing import Annotated, Any
 from pydantic import Field
 
 from avss_dist.core.errors import ConfigError, require_known
-from avss_dist.core.names import CONTRAST
-from avss_dist.core.registry import FROM_ACTIVATIONS, GREEDY, MEASURED, RECIPES
+from avss_dist.core.registry import CONTRAST, FROM_ACTIVATIONS, GREEDY, MEASURED, RECIPES
 from avss_dist.core.settings import EVERY_SITE
 from avss_dist.core.text import describe_threshold, parse_threshold
 from avss_dist.core.validation import Count, Positive, Share, check, checked

@@ -9,9 +9,9 @@ import numpy as np
 
 from avss_dist.core.errors import ConfigError
 from avss_dist.core.intervention import Expert
-from avss_dist.core.names import CONTRAST
 from avss_dist.core.registry import (
     BLOCK_DISTANCE,
+    CONTRAST,
     GREEDY,
     LAST,
     LOWEST_SHARE,

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 
 import numpy as np
 
-from avss_dist.core.names import LOSS
+from avss_dist.core.registry import LOSS
 from avss_dist.stats.intervals import MINIMUM_UNITS
 from avss_dist.stats.layer_stats import Float64
 

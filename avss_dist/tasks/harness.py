@@ -29,7 +29,7 @@ from avss_dist.core.errors import AvssError, TaskError, first_line
 from avss_dist.core.extras import require_package
 from avss_dist.core.intervention import NO_INTERVENTION, Intervention
 from avss_dist.core.memory import is_out_of_memory
-from avss_dist.core.names import CHANCE
+from avss_dist.core.registry import CHANCE
 from avss_dist.core.settings import fingerprint
 from avss_dist.corpus.documents import without_today
 from avss_dist.corpus.shards import Batch

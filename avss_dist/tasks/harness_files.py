@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from avss_dist.core.errors import TaskError
-from avss_dist.core.names import PERPLEXITY, TRUTHFULQA
+from avss_dist.core.registry import PERPLEXITY, TRUTHFULQA
 from avss_dist.core.yaml_files import YamlKind, read_yaml
 from avss_dist.corpus.sources import local_files
 

@@ -15,8 +15,7 @@ from torch import nn
 
 from avss_dist.core.errors import ModelError
 from avss_dist.core.intervention import NO_INTERVENTION, Intervention, round_place
-from avss_dist.core.names import BITS_PER_WEIGHT, NUM_WEIGHTS, PREDICTED_RISE
-from avss_dist.core.registry import DRAWS
+from avss_dist.core.registry import BITS_PER_WEIGHT, DRAWS, NUM_WEIGHTS, PREDICTED_RISE
 from avss_dist.corpus.shards import Batch, Shard
 from avss_dist.models.causal_lm import LanguageModel
 from avss_dist.models.interventions import hooked

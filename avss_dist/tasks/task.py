@@ -26,7 +26,7 @@ from avss_dist.core.intervention import (
     encode_removals,
 )
 from avss_dist.core.memory import halve_until_it_fits
-from avss_dist.core.names import LOSS, REALIZED, SPARSITY
+from avss_dist.core.registry import LOSS, REALIZED, SPARSITY
 from avss_dist.core.settings import Settings, fingerprint
 from avss_dist.corpus.shards import Shard
 from avss_dist.models.causal_lm import LanguageModel, predicted

@@ -22,7 +22,7 @@ from avss_dist.core.intervention import (
     sublayers_of,
 )
 from avss_dist.core.memory import is_out_of_memory
-from avss_dist.core.names import BEST, CHANCE, ENTROPY, INCORRECT, LOSS
+from avss_dist.core.registry import BEST, CHANCE, ENTROPY, INCORRECT, LOSS
 from avss_dist.corpus.shards import Shard
 from avss_dist.models.causal_lm import LanguageModel
 from avss_dist.models.loading import quiet

@@ -24,7 +24,7 @@ from support.warehouses import run_row
 import avss_dist
 from avss_dist.analysis.contrast import Strata, answer_rows, contrast, contrast_section, layer_table, read_answers
 from avss_dist.core.errors import QueryError
-from avss_dist.core.names import AFTER_ANOTHER
+from avss_dist.core.registry import AFTER_ANOTHER
 from avss_dist.reports.page.page import report_page
 from avss_dist.stats import contrast as contrast_stats
 from avss_dist.stats.layer_stats import ShardResult

@@ -24,7 +24,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenize
 from avss_dist import ablate, evaluate, score
 from avss_dist.analysis.findings import findings
 from avss_dist.core.errors import AvssError, ConfigError, CorpusError
-from avss_dist.core.names import ROW_START
+from avss_dist.core.registry import ROW_START
 from avss_dist.core.settings import Settings
 from avss_dist.evaluation.session import PlacedModel
 from avss_dist.evaluation.tasks import plan_task, refuse_overlap, texts_of_run

@@ -16,7 +16,7 @@ from support.causal_lm import SMALL
 from avss_dist.analysis.verdict import judgement, lacks_interval
 from avss_dist.core.errors import AvssError, BatchTooLarge, as_failure
 from avss_dist.core.intervention import NO_INTERVENTION, InterventionKey
-from avss_dist.core.names import LOSS
+from avss_dist.core.registry import LOSS
 from avss_dist.core.settings import Execution, Settings
 from avss_dist.evaluation.events import CellDone, CellsStarted, Event
 from avss_dist.evaluation.session import EvaluationSession, PlannedTask, Retention, failure, results_under

@@ -23,7 +23,7 @@ from support.families import tiny_model
 from support.oracle import FLOAT_FIELDS
 
 from avss_dist.core.errors import BatchTooLarge, ModelError
-from avss_dist.core.names import AFTER_ANOTHER
+from avss_dist.core.registry import AFTER_ANOTHER
 from avss_dist.core.settings import SITES, THRESHOLDS, Settings
 from avss_dist.corpus.pairs import Pairing
 from avss_dist.corpus.shards import Batch, Shard, tokenize_corpus

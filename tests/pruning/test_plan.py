@@ -24,8 +24,7 @@ from support.warehouses import run_row, write_scores
 from avss_dist.analysis.plans import plan_layers
 from avss_dist.core.errors import ConfigError, QueryError
 from avss_dist.core.intervention import Expert, sublayers_of
-from avss_dist.core.names import CONTRAST
-from avss_dist.core.registry import BLOCK_DISTANCE, GREEDY, SCORES
+from avss_dist.core.registry import BLOCK_DISTANCE, CONTRAST, GREEDY, SCORES
 from avss_dist.core.settings import Settings
 from avss_dist.core.text import describe_bytes
 from avss_dist.models.checkpoints import resolve

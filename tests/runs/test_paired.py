@@ -16,7 +16,7 @@ from support.pairs import write_pairs
 from support.tables import assert_same_tables
 
 import avss_dist
-from avss_dist.core.names import AFTER_ANOTHER
+from avss_dist.core.registry import AFTER_ANOTHER
 from avss_dist.core.settings import Settings
 from avss_dist.corpus.shards import Shard, tokenize_corpus
 from avss_dist.measure.rows import CountedTokens, by_matrices, row_tensors

@@ -14,7 +14,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from support.oracle import By, Float64, assert_close, oracle_bins, oracle_cuts, oracle_stats
 
-from avss_dist.core.names import AFTER_ANOTHER
+from avss_dist.core.registry import AFTER_ANOTHER
 from avss_dist.core.settings import THRESHOLDS
 from avss_dist.stats import layer_stats
 from avss_dist.stats.layer_stats import (

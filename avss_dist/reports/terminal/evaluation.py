@@ -17,8 +17,7 @@ from avss_dist.analysis.section import (
 )
 from avss_dist.analysis.verdict import metric_format, readable_value
 from avss_dist.core.intervention import PARTS, count_removed, describe_removed
-from avss_dist.core.names import LOSS
-from avss_dist.core.registry import metrics_of
+from avss_dist.core.registry import LOSS, metrics_of
 from avss_dist.core.text import count_of, describe_bytes, describe_count, describe_seconds, printable
 from avss_dist.pruning.map_plans import SparsityPlan
 from avss_dist.reports.terminal.tables import FittedTable

@@ -13,8 +13,7 @@ from rich import progress as rich_progress
 from rich.text import Text
 
 from avss_dist.core.intervention import count_removed, describe_removed
-from avss_dist.core.names import REPAIR
-from avss_dist.core.registry import WHOLE
+from avss_dist.core.registry import REPAIR, WHOLE
 from avss_dist.core.streams import console, say
 from avss_dist.core.text import basename
 from avss_dist.distillation.curve import CurvePoint, Preparing, TrainingAdvanced
