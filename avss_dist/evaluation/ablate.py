@@ -187,8 +187,7 @@ def ablate(request: AblateRequest) -> Ablation:
 
 def _require_intended(request: AblateRequest, model: PlacedModel, text: CorpusPlan) -> None:
     """Refuse more than `MOST_PASSES` forward passes unless ``allow_many`` is set."""
-    config = text_config(model.checkpoint).get_text_config()
-    layers = getattr(config, "num_hidden_layers", None) or 1
+    layers = getattr(text_config(model.checkpoint).get_text_config(), "num_hidden_layers", None) or 1
     batches = text.num_batches(model.settings.batch_size)
     rounded = len(request.formats) * request.rounded_layers
     removals = request.leave_one_out + len(PARTS) * request.sublayers + request.shapley + rounded

@@ -302,15 +302,14 @@ def _read_subject(name: str, settings: Settings) -> Subject:
     Raises:
         AvssError: there is no such model or file, or the plan does not fit the current state of its model.
     """
-    code = settings.trust_remote_code
     if not name.endswith((".yaml", ".yml")):
-        return Subject(checkpoint=resolve(name, trust_remote_code=code), label=name)
+        return Subject(checkpoint=resolve(name, trust_remote_code=settings.trust_remote_code), label=name)
     keys = read_plan_file(name).value
     kinds: tuple[type[SparsityPlan | PrecisionPlan], ...] = (SparsityPlan, PrecisionPlan)
     kind = next((kind for kind in kinds if kind.key in keys), None)
     plan: Plan | SparsityPlan | PrecisionPlan = read_checked_plan(kind, name) if kind else read_plan(name)
     try:
-        checkpoint = resolve(plan.model, trust_remote_code=code)
+        checkpoint = resolve(plan.model, trust_remote_code=settings.trust_remote_code)
     except ModelError as error:
         raise ModelError(f"{name}: the key 'model' names no checkpoint: {error.message}", error.hint) from error
     if plan.revision is not None and plan.revision != checkpoint.revision:

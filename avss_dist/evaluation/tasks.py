@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from functools import cache, partial
+from functools import cache, lru_cache, partial
 from itertools import chain, product
 from typing import Any
 
@@ -25,6 +25,7 @@ from avss_dist.tasks.text_loss import RowStartLoss, TextLoss, TruthfulChoices
 from avss_dist.warehouse.checks import settings_of
 from avss_dist.warehouse.reader import Warehouse
 
+_tokenizer = lru_cache(maxsize=2)(load_tokenizer)  # of the texts that tasks are compared with
 COMPARED_ROWS = 4  # rows of a text that are read with both starts
 
 
@@ -47,9 +48,8 @@ def plan_task(
     if name.startswith(TRUTHFULQA):
         questions = slice(skip_questions, None if limit is None else skip_questions + limit)
         path = RedactedURI(name).full.removeprefix(TRUTHFULQA)
-        tokenizer = load_tokenizer(model.checkpoint)
-        choices = tuple(map(TruthfulChoices, tokenize_choices(path, tokenizer, settings, questions)))
-        return model.plan(Task(name=f"{TRUTHFULQA}{RedactedURI(path)}", parts=choices))
+        choices = tokenize_choices(path, load_tokenizer(model.checkpoint), settings, questions)
+        return model.plan(Task(name=f"{TRUTHFULQA}{RedactedURI(path)}", parts=tuple(map(TruthfulChoices, choices))))
     from avss_dist.tasks.harness import harness_task
 
     return model.plan(
@@ -95,9 +95,10 @@ def plan_text_task(
 
 def row_start_task(planned: PlannedTask) -> PlannedTask | None:
     """Return the task of comparing two starts of the first rows of a text, or None if rows have only one."""
-    tokenizer = load_tokenizer(planned.checkpoint)
-    first = _shards(planned.task, TextLoss)[0]
-    if (shards := with_other_start(first, tokenizer, planned.settings, COMPARED_ROWS)) is None:
+    shards = with_other_start(
+        _shards(planned.task, TextLoss)[0], load_tokenizer(planned.checkpoint), planned.settings, COMPARED_ROWS
+    )
+    if shards is None:
         return None
     name = f"{ROW_START}{planned.task.name.removeprefix(PERPLEXITY)}"
     return planned.plan(Task(name=name, parts=(RowStartLoss(shards),)))
@@ -111,7 +112,7 @@ class SeenText:
         use: end of a sentence that begins with the text: ``the scores of RUN were measured on (NAME)``.
         rows: index after its last row, the value of ``skip_option`` that skips all of its rows.
         read: returns its rows, read again if necessary, and raises ConfigError if that is not possible.
-        load_tokenizer: loads the tokenizer of its rows.
+        checkpoint: checkpoint whose tokenizer made its rows.
         skip_option: field of the evaluation that skips rows of a text.
         questions_hint: hint for shared questions, with ``{}`` for the number of prompts; "" does not compare questions.
     """
@@ -119,7 +120,7 @@ class SeenText:
     use: str
     rows: int
     read: Callable[[], Sequence[Shard]]
-    load_tokenizer: Callable[[], Any]
+    checkpoint: Checkpoint
     skip_option: str = "skip_sequences"
     questions_hint: str = "Use other text there, or other questions."
 
@@ -134,7 +135,9 @@ def refuse_overlap(tasks: Iterable[Task], texts: Iterable[SeenText]) -> None:
     comparable = [task for task in tasks if _shards(task, TruthfulChoices) or _shards(task, TextLoss)]
     for task, earlier in product(comparable, texts if comparable else ()):
         if (asked := _shards(task, TruthfulChoices)) and earlier.questions_hint:
-            prompts, questions = (_prompts(shards, earlier.load_tokenizer()) for shards in (earlier.read(), asked))
+            prompts, questions = (
+                _prompts(shards, _tokenizer(earlier.checkpoint)) for shards in (earlier.read(), asked)
+            )
             if shared := len(prompts & questions):
                 raise ConfigError(
                     f"{shared} of the {len(questions)} questions of {task.name} are prompts that {earlier.use}.",
@@ -142,7 +145,7 @@ def refuse_overlap(tasks: Iterable[Task], texts: Iterable[SeenText]) -> None:
                 )
         if not (text := _shards(task, TextLoss)):
             continue
-        share = shared_text(earlier.read(), text, earlier.load_tokenizer())
+        share = shared_text(earlier.read(), text, _tokenizer(earlier.checkpoint))
         if share is None:
             raise ConfigError(
                 f"{task.name} cannot be compared with the text that {earlier.use}: one of them has no {SHORTEST} "
@@ -263,13 +266,12 @@ def refuse_overlaps(
     Raises:
         ConfigError: see `refuse_overlap`.
     """
-    load = cache(partial(load_tokenizer, model.checkpoint))
     fitted = [
         SeenText(
             use=f"{use} ({text.source})",
             rows=skipped + text.num_sequences,
             read=partial(tuple, text.shards),
-            load_tokenizer=load,
+            checkpoint=model.checkpoint,
         )
         for text in texts
     ]
@@ -299,19 +301,18 @@ def _stored_text(
         fingerprints: earlier fingerprints of its content or its tokens. A text with none of them has changed.
         about: fields of `SeenText`.
     """
-    load = cache(partial(load_tokenizer, checkpoint))
 
     def read() -> Sequence[Shard]:
         hint = f"Put it back, or set `allow_overlap` and know that {risk} this very text."
         try:
-            text = tokenize_corpus(corpus, load(), settings)
+            text = tokenize_corpus(corpus, _tokenizer(checkpoint), settings)
         except AvssError as error:
             raise ConfigError(f"The text of {reader} cannot be read again: {error.message}", hint) from error
         if fingerprints and not {text.corpus_fingerprint, text.tokens_fingerprint} & {*fingerprints}:
             raise ConfigError(f"The text of {reader} has changed since it was read: {text.source}.", hint)
         return text.shards
 
-    return SeenText(read=cache(read), load_tokenizer=load, **about)
+    return SeenText(read=cache(read), checkpoint=checkpoint, **about)
 
 
 def _prompts(shards: Iterable[Shard], tokenizer: Any) -> set[str]:

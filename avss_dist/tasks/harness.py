@@ -126,8 +126,9 @@ def harness_task(
             config = read_task_file(Path(name))
             code, path = code_entries(config), Path(name).absolute()
             if code and not trust_remote_code:
-                hint = "Read that code, then set `trust_remote_code` to run it."
-                raise TaskError(f"{name} runs code: {', '.join(code)}.", hint)
+                raise TaskError(
+                    f"{name} runs code: {', '.join(code)}.", "Read that code, then set `trust_remote_code` to run it."
+                )
             # With functions, the harness reads the file itself, and finds data where the process is.
             config = resolve_data_files(config, Path.cwd(), *([] if code else [path.parent]))
             part = replace(
