@@ -216,15 +216,14 @@ def _row(
         usage, obstacle = replica.usage(query), replica.obstacle(query)
         if usage.device_bytes <= devices.device_bytes or obstacle:
             break
-    needs = [(usage.host_bytes, devices.host_bytes, "host memory")]
-    if query.on_gpu:
-        needs.append((usage.device_bytes, devices.device_bytes, "GPU memory"))
-    lacks = [f"lacks {describe_bytes(need - free)} of {name}" for need, free, name in needs if need > free]
-    if obstacle:
-        lacks.append(obstacle)
-    if usage.gpus > devices.count:
-        lacks.append(f"{usage.gpus} GPUs are needed, {devices.count} are here")
-    return replace(usage, fits=not lacks, why="; ".join([*lacks, usage.why]))
+    missing = [("host memory", usage.host_bytes - devices.host_bytes)]
+    missing += [("GPU memory", usage.device_bytes - devices.device_bytes)] if query.on_gpu else []
+    reasons = [
+        *(f"lacks {describe_bytes(excess)} of {name}" for name, excess in missing if excess > 0),
+        *([obstacle] if obstacle else []),
+        *([f"{usage.gpus} GPUs are needed, {devices.count} are here"] if usage.gpus > devices.count else []),
+    ]
+    return replace(usage, fits=not reasons, why="; ".join([*reasons, usage.why]))
 
 
 _SHAPE = ("num_layers", "hidden_size", "num_parameters", "dtype")
@@ -342,8 +341,8 @@ def _with_time(
     needed = size.weight_bytes + batch_bytes(size, settings)
     if needed <= devices.device_bytes or not PARTITIONS[preview.partition].whole:
         return preview
-    warning = (
-        f"it may not fit here: {describe_bytes(needed)} of weights and activations, and "
-        f"{describe_bytes(devices.device_bytes)} of memory"
+    return replace(
+        preview,
+        warning=f"it may not fit here: {describe_bytes(needed)} of weights and activations, and "
+        f"{describe_bytes(devices.device_bytes)} of memory",
     )
-    return replace(preview, warning=warning)

@@ -21,7 +21,7 @@ from avss_dist.core.settings import TRAINED, Settings
 from avss_dist.core.text import count_of
 from avss_dist.distillation.loss import Predict
 from avss_dist.distillation.record import DistillRecord, write_card, write_record
-from avss_dist.models.checkpoints import Checkpoint, locate, resolve, stored_tensors
+from avss_dist.models.checkpoints import Checkpoint, find_checkpoint, resolve, stored_tensors
 from avss_dist.models.loading import load_model, load_tokenizer, pin, require_head, text_config
 from avss_dist.models.quantization import quantization_method
 from avss_dist.models.safetensors import DTYPES, floating_dtype, read_tensor, tensors_of, weight_files
@@ -169,9 +169,8 @@ def load_trained(models: ModelPair, folder: Path, train: str) -> Any:
         return PeftModel.from_pretrained(
             load_model(models.student, models.settings, head=True), folder
         ).merge_and_unload()
-    checkpoint = locate(str(folder))
-    assert checkpoint is not None
-    return load_model(checkpoint, models.settings, head=True)
+    student = find_checkpoint(str(folder), trust_remote_code=models.student.trust_remote_code)
+    return load_model(student, models.settings, head=True)
 
 
 def round_to_stored_dtype(model: Any, student: Checkpoint) -> torch.dtype:
