@@ -227,11 +227,16 @@ def findings(opened: Warehouse, request: FindingsRequest) -> Table:
     if request.truth:
         cards = score_cards(opened, choose_runs(opened, request.run, every=True), request.by)
         return Table(cards if request.every else best_readings(cards))
-    site, recipe = (None, None) if request.every else (request.site, request.recipe)
     run_ids = chosen_ids(opened, request.run)
-    threshold = Threshold(*parse_threshold(request.threshold))
-    names = run_ids if request.run else None  # all, with those that cannot be read
-    return Table(find(opened, names, threshold=threshold, site=site, recipe=recipe))
+    return Table(
+        find(
+            opened,
+            run_ids if request.run else None,  # all, with those that cannot be read
+            threshold=Threshold(*parse_threshold(request.threshold)),
+            site=None if request.every else request.site,
+            recipe=None if request.every else request.recipe,
+        )
+    )
 
 
 @reading(ContrastRequest)

@@ -284,8 +284,9 @@ class PlanRequest(PlaceRequest, RunRequest, EvaluationOptions):
             raise ConfigError("`by` greedy needs text to measure losses on.", "Name it with `corpus`.")
         if self.experts is None:
             if self.by in EXPERT_SCORES.keys() - SCORES.keys():
-                message = f"`by` {self.by} is a score of routed experts."
-                raise ConfigError(message, "Set `experts` to the share to drop.")
+                raise ConfigError(
+                    f"`by` {self.by} is a score of routed experts.", "Set `experts` to the share to drop."
+                )
             return
         if self.by is None:
             choices = "\n".join(f"  {name}: {meaning}" for name, meaning in EXPERT_SCORES.items())

@@ -112,7 +112,9 @@ def distill(request: DistillRequest, format: str) -> None:
     """Train a smaller model on the predictions of the whole one."""
     with StepProgress() as progress:
         done = train(replace(request, on_event=progress))
-    size = f"{done.folder}: {describe_bytes(done.bytes)} of weights."
-    shown = [FittedTable(distilled_table(done)), size, *done.record.describe(), *done.notes]
-    values = {"output": done.folder, "bytes": done.bytes, "notes": [*done.notes], **asdict(done.record)}
-    print_result(format, shown, lambda: [values])
+    lines = [f"{done.folder}: {describe_bytes(done.bytes)} of weights.", *done.record.describe(), *done.notes]
+    print_result(
+        format,
+        [FittedTable(distilled_table(done)), *lines],
+        lambda: [{"output": done.folder, "bytes": done.bytes, "notes": [*done.notes], **asdict(done.record)}],
+    )

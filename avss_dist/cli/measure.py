@@ -124,8 +124,7 @@ def run(request: RunCommandRequest, format: str) -> int:
 
 def _preview(job: JobFile, format: str, options: dict[str, Any]) -> int:
     previews = preview_job(job, lambda event: say(f"Planning {event.name} ..."), **options)
-    size = [f"{describe_size(job)}."] if job.experiment else []
-    shown = [plan_table(previews, job.warehouse), *size]
+    shown = [plan_table(previews, job.warehouse), *([f"{describe_size(job)}."] if job.experiment else [])]
     print_result(format, shown, lambda: pa.Table.from_pylist([asdict(preview) for preview in previews]))
     return 1 if any(preview.status == "refused" for preview in previews) else 0
 

@@ -163,9 +163,14 @@ def load_command(name: str) -> Any:
     options = parameters(request, listed.formats)
     run.__signature__ = inspect.Signature(options)  # type: ignore[attr-defined]
     run.__annotations__ = {option.name: option.annotation for option in options}
-    help = "\n\n".join(filter(None, (listed.summary, listed.more)))
     single = typer.Typer(add_completion=False, rich_markup_mode=None)
-    single.command(name, cls=CommandWithSections, help=help, epilog=epilog(name), context_settings=HELP)(run)
+    single.command(
+        name,
+        cls=CommandWithSections,
+        help="\n\n".join(filter(None, (listed.summary, listed.more))),
+        epilog=epilog(name),
+        context_settings=HELP,
+    )(run)
     return typer.main.get_command(single)
 
 

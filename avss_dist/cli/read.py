@@ -78,8 +78,7 @@ def ls(request: ListRequest, format: str) -> None:
     """List runs (with stored shards of unfinished ones), evaluated sets of layers, or evaluations, newest first."""
     from avss_dist.reports.output import write_table
 
-    opened = open_for(request)
-    table = unwrap(read_commands.ls)(opened, request).table()
+    table = unwrap(read_commands.ls)(open_for(request), request).table()
     if request.what == "runs" and format == "table":
         table = _narrowed(_with_kept_shards(table), console().width)
     write_table(table, format, console(), newest_first=True)
@@ -204,8 +203,10 @@ def compare(request: CompareRequest, format: str) -> None:
     opened = open_for(request)
     result = unwrap(read_commands.compare)(opened, request, max_listed=MAX_PAIRS if format != "table" else MAX_TABLED)
     if isinstance(result, RankingComparison) and result.conditions:
-        same = ", ".join(result.conditions)
-        say(f"Only runs with the same {same} are compared with each other; --allow-mismatch compares all.")
+        say(
+            f"Only runs with the same {', '.join(result.conditions)} are compared with each other; "
+            "--allow-mismatch compares all."
+        )
     for reason, run_ids in grouped(result.left_out, result.left_out.__getitem__).items():
         say(f"Left out: {first_names(run_ids, MOST_NAMED)}: {reason}.")
     if request.output is not None:

@@ -63,8 +63,9 @@ def layers_chart(runs: Sequence[Mapping[str, Any]], scores: Sequence[Mapping[str
     first, corpora = scores[0], dict.fromkeys(basename(run["corpus"] or "?") for run in runs)
     threshold = describe_threshold(first["threshold"], first["threshold_kind"])
     several = len(runs) > 1
-    x = alt.X("depth:Q", title="relative depth") if several else layer_axis()
-    base = alt.Chart(alt.InlineData(values=rows)).encode(x=x)
+    base = alt.Chart(alt.InlineData(values=rows)).encode(
+        x=alt.X("depth:Q", title="relative depth") if several else layer_axis()
+    )
     color = alt.Color("run:N", title=None, scale=COLORS, legend=alt.Legend(orient="bottom", columns=2))
     panels = (_panel(base, color if several else alt.value("#1f77b4"), rows, name) for name in FROM_ACTIVATIONS)
     band = why_no_interval(max(run["num_shards"] or 0 for run in runs)) or "Band: 95% interval over shards."

@@ -129,8 +129,10 @@ def _write_lines(table: pa.Table) -> None:
     numbers = [pa.types.is_integer(kind) or pa.types.is_floating(kind) for kind in table.schema.types]
     widths: list[int] = []
     for batch in table.combine_chunks().to_batches(ROWS_AT_ONCE):
-        rows = _rows(pa.Table.from_batches([batch]))
-        lines = [[describe_value(value).replace("\n", " ") for value in row.values()] for row in rows]
+        lines = [
+            [describe_value(value).replace("\n", " ") for value in row.values()]
+            for row in _rows(pa.Table.from_batches([batch]))
+        ]
         if not widths:
             widths = [max(map(len, texts)) for texts in zip(table.column_names, *lines, strict=True)]
             lines = [table.column_names, ["-" * width for width in widths], *lines]

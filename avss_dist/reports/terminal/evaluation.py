@@ -219,8 +219,9 @@ def _rounded_maps(rows: Sequence[Mapping[str, Any]], paths: Sequence[str], forma
         for column in ("increase", "predicted"):
             by_path = [[row[column] for row in rows if row["map"] == path and row["format"] == name] for path in paths]
             if all(value is not None for values in by_path for value in values):
-                sums = [sum(values) for values in by_path]
-                columns.append(ReportColumn(f"{name}: {column}", sums, "{:z.4f}".format, priority=priority))
+                columns.append(
+                    ReportColumn(f"{name}: {column}", [*map(sum, by_path)], "{:z.4f}".format, priority=priority)
+                )
     return ReportTable(
         columns=columns,
         title="By linear map",

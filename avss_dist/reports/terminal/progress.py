@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import time
-from collections import deque
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from datetime import UTC, datetime, timedelta
@@ -86,7 +85,6 @@ class Progress(_Bars):
     def __init__(self) -> None:
         super().__init__(rich_progress.TaskProgressColumn(), _Speed())
         self._runs: dict[str, rich_progress.TaskID] = {}
-        self._ended: deque[rich_progress.TaskID] = deque()
 
     def __call__(self, event: object) -> None:
         """Show an event. How a replica is spread is printed on a terminal, or if it is not a single whole model."""
@@ -106,9 +104,8 @@ class Progress(_Bars):
                 if (ended := self._runs.pop(name, None)) is not None:
                     self.update(ended, description=f"{_short(name)}: {run.status}")
                     self.stop_task(ended)
-                    self._ended.append(ended)
-                if len(self._ended) > SHOWN_ENDED:
-                    self.update(self._ended.popleft(), visible=False)
+                for task in [task for task in self.tasks if task.stop_time is not None][:-SHOWN_ENDED]:
+                    self.update(task.id, visible=False)
 
 
 def run_progress(num_runs: int, *, ends: bool = True) -> AbstractContextManager[Progress | LogRuns]:

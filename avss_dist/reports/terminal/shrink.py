@@ -30,24 +30,25 @@ if TYPE_CHECKING:
 
 def shrunk_tables(done: Shrunk) -> RenderableType:
     """Return tables of the metrics of the models, of the curve of several plans, and of continuations."""
-    plan, tasks = done.best.plan, done.best.tasks
+    plan = done.best.plan
     rows = [
         "whole model",
         f"{count_removed(plan.drop)} dropped",
         *([f"repaired by {done.record.repair}"] if done.record else []),
         *([f"distilled on {done.distillation.after.tokens:,} tokens"] if done.distillation else []),
     ]
-    complete = all(kept.has_interval for task in tasks for kept in task.retentions.values())
-    table = ReportTable(
-        columns=[
-            ReportColumn("", rows, number=False),
-            *(column for task in tasks for column in _task_columns(task)),
-        ],
-        title=f"{basename(plan.model)} without {len(plan.drop)} of its {plan.num_layers} layers",
-        caption="Kept: of the whole model's metric (of a perplexity: whole over this), and its 95% interval."
-        + ("" if complete else f" {NO_INTERVAL}"),
-    )
-    tables = [table]
+    complete = all(kept.has_interval for task in done.best.tasks for kept in task.retentions.values())
+    tables = [
+        ReportTable(
+            columns=[
+                ReportColumn("", rows, number=False),
+                *(column for task in done.best.tasks for column in _task_columns(task)),
+            ],
+            title=f"{basename(plan.model)} without {len(plan.drop)} of its {plan.num_layers} layers",
+            caption="Kept: of the whole model's metric (of a perplexity: whole over this), and its 95% interval."
+            + ("" if complete else f" {NO_INTERVAL}"),
+        )
+    ]
     if len(done.curve) > 1:
         dropped, retentions = [len(point.plan.drop) for point in done.curve], [point.kept for point in done.curve]
         when = " before distillation" if done.distillation else ""
@@ -81,8 +82,11 @@ def continuation_tables(continuations: Sequence[Continuation]) -> Iterator[Repor
 def _task_columns(task: TaskRetention) -> Iterator[ReportColumn]:
     kept = [None, *task.retentions.values()]
     metrics = [result.metrics()[-1] for result in task.results.values()]
-    group = basename(task.task.removeprefix(PERPLEXITY))
-    yield ReportColumn(metrics[0][0], [f"{value:z,.4g}" for _, value, _ in metrics], group=group)
+    yield ReportColumn(
+        metrics[0][0],
+        [f"{value:z,.4g}" for _, value, _ in metrics],
+        group=basename(task.task.removeprefix(PERPLEXITY)),
+    )
     yield ReportColumn("kept", [retention and retention.value for retention in kept], "{:z.1%}".format, missing="")
     intervals = [retention and known_interval(retention.low, retention.high) for retention in kept]
     yield ReportColumn("95% interval", intervals, interval("{:z.1%}".format), priority=1)
@@ -128,11 +132,15 @@ def distilled_table(done: Distilled) -> ReportTable:
     ]
     for text in record.texts:
         group = text.label if text.trained_rows else f"{text.label}, watched"
-        kept = [point.kept[text.label] for point in record.curve]
-        perplexity = [point.perplexity[text.label] for point in record.curve]
         columns += [
-            ReportColumn("kept", kept, "{:z.1%}".format, group=group),
-            ReportColumn("perplexity", perplexity, "{:z.4g}".format, group=group, priority=1),
+            ReportColumn("kept", [p.kept[text.label] for p in record.curve], "{:z.1%}".format, group=group),
+            ReportColumn(
+                "perplexity",
+                [p.perplexity[text.label] for p in record.curve],
+                "{:z.4g}".format,
+                group=group,
+                priority=1,
+            ),
         ]
     return ReportTable(
         columns=columns,
