@@ -134,13 +134,12 @@ def require_memory(memory: Memory, device: str, train: str, hint: str = "", free
     needed = memory.total + (LIBRARIES if device == "cpu" else 0)
     if free is None:
         free = available_memory() if device == "cpu" else devices_here(device).device_bytes
-    if needed <= free:
-        return
-    raise ConfigError(
-        f"Distillation with `train` {train} needs about {describe_bytes(needed)} of memory: {memory.describe()}. There "
-        f"are {describe_bytes(free)}.",
-        hint or f"Lower `batch_size` or `sequence_length`{'' if train == LORA else ', or set `train` lora'}.",
-    )
+    if needed > free:
+        raise ConfigError(
+            f"Distillation with `train` {train} needs about {describe_bytes(needed)} of memory: {memory.describe()}. "
+            f"There are {describe_bytes(free)}.",
+            hint or f"Lower `batch_size` or `sequence_length`{'' if train == LORA else ', or set `train` lora'}.",
+        )
 
 
 def ranks_per_node(request: DistillRequest, devices: Devices) -> int:

@@ -79,17 +79,22 @@ def resolve_pair(request: DistillRequest, kind: str | None = None) -> ModelPair:
         require_package("peft", "`train` lora")
     sizes = [config.get_text_config().vocab_size for config in configs]
     words = [load_tokenizer(checkpoint).get_vocab() for checkpoint in (student, teacher)]
-    if words[0] != words[1] or sizes[0] != sizes[1]:  # a token has not the same meaning or place among the logits
-        differing = len(set(words[0].items()) ^ set(words[1].items()))
-        raise ConfigError(
+    differing = len(set(words[0].items()) ^ set(words[1].items()))
+    ConfigError.refuse(
+        (
+            differing or sizes[0] != sizes[1],  # a token has not the same meaning or place among the logits
             f"'{student.name}' and '{teacher.name}' have different vocabularies: {sizes[0]:,} and {sizes[1]:,} logits, "
             f"{count_of(differing, 'token')} in one alone. The student learns the teacher's probability of every "
             "token.",
             "Name the model that the student was made of, or another one with its tokenizer, with `teacher`.",
-        )
+        ),
+        (
+            request.settings.dtype == "float16",
+            "`dtype` float16 cannot be trained in.",
+            "Set `dtype` bfloat16 or float32.",
+        ),
+    )
     device = torch.device(kind) if kind else pick_device(request.settings.device)
-    if request.settings.dtype == "float16":
-        raise ConfigError("`dtype` float16 cannot be trained in.", "Set `dtype` bfloat16 or float32.")
     bfloat16 = computes_in_bfloat16(request.settings, device.type)
     settings = replace(request.settings, batch_size=request.rows, dtype="float32")
     teacher_settings = replace(settings, dtype="bfloat16" if bfloat16 else "float32", layers=None)

@@ -69,15 +69,20 @@ def read_trained(
         CorpusError: the text cannot be read or has no row to train on.
         ConfigError: it is paired text.
     """
-    if open_source(corpus).answers:
-        raise ConfigError(f"{name} is paired text, which distillation cannot train on.", "Name it with `watch`.")
-    measured = tokenize_corpus(corpus, tokenizer, replace(settings, max_sequences=held_out))
     maximum = None if settings.max_sequences is None else settings.max_sequences - held_out
-    if maximum is not None and maximum < 1:
-        raise ConfigError(
+    ConfigError.refuse(
+        (
+            open_source(corpus).answers,
+            f"{name} is paired text, which distillation cannot train on.",
+            "Name it with `watch`.",
+        ),
+        (
+            maximum is not None and maximum < 1,
             f"`max_sequences` {settings.max_sequences} leaves no row to train on beside {held_out} held-out ones.",
             "Raise `max_sequences`, or lower `held_out`.",
-        )
+        ),
+    )
+    measured = tokenize_corpus(corpus, tokenizer, replace(settings, max_sequences=held_out))
     skipped = settings.skip_sequences + measured.num_sequences
     try:
         rows = tokenize_corpus(corpus, tokenizer, replace(settings, max_sequences=maximum, skip_sequences=skipped))

@@ -42,14 +42,21 @@ def write_config(checkpoint: Checkpoint, plan: Plan, folder: Path, settings: Set
     whole = text_config(checkpoint)
     text = whole.get_text_config()
     number = getattr(text, NUM_LAYERS, None)
-    if number != plan.num_layers:
-        raise PlanError(f"The plan is for {plan.num_layers} layers; the model has {number}.", "Make a plan of its own.")
-    for name, why in (
-        ("num_kv_shared_layers", "its last layers use the keys and values of earlier ones"),
-        ("scale_attn_by_inverse_layer_idx", "a layer's attention is scaled by its place"),
-    ):
-        if getattr(text, name, None):
-            raise PlanError(f"A {text.model_type} with {name} cannot be pruned: {why}.")
+    obstacles = {
+        "num_kv_shared_layers": "its last layers use the keys and values of earlier ones",
+        "scale_attn_by_inverse_layer_idx": "a layer's attention is scaled by its place",
+    }
+    PlanError.refuse(
+        (
+            number != plan.num_layers,
+            f"The plan is for {plan.num_layers} layers; the model has {number}.",
+            "Make a plan of its own.",
+        ),
+        *(
+            (getattr(text, name, None), f"A {text.model_type} with {name} cannot be pruned: {why}.", None)
+            for name, why in obstacles.items()
+        ),
+    )
     raw = json.loads((checkpoint.folder / "config.json").read_text(encoding="utf-8"))
     part = next((raw[n] for n in ("text_config", "llm_config", "decoder") if text is not whole and n in raw), raw)
     expected = settings_by_layer(text.to_dict(), plan.num_layers, plan.keep)

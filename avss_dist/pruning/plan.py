@@ -174,10 +174,16 @@ class Plan(ModelPlan, TabularResult):
         parts = {
             layer_of(entry): getattr(entry, "part", "layer") for entry in self.drop if not isinstance(entry, Expert)
         }
-        rows: list[dict[str, Any]] = [{"layer": i, "left_out": parts.get(i)} for i in range(self.num_layers)]
-        if experts := self.experts:
-            rows = [row | {"experts": list(experts.get(row["layer"], ()))} for row in rows]
-        return pa.Table.from_pylist(rows)
+        return pa.Table.from_pylist(
+            [
+                {
+                    "layer": layer,
+                    "left_out": parts.get(layer),
+                    **({"experts": list(self.experts.get(layer, ()))} if self.experts else {}),
+                }
+                for layer in range(self.num_layers)
+            ]
+        )
 
     __repr__ = TabularResult.__repr__
 
