@@ -182,9 +182,8 @@ def ending(history: History, steps: int) -> str | None:
         steps: number of steps of the whole training.
     """
     points = evaluations(history)
-    if any(not math.isfinite(entry["loss"]) for entry in history if "loss" in entry):
-        return DIVERGED
-    if points and not points[-1].loss <= DIVERGENCE_FACTOR * points[0].loss:  # NaN is not
+    is_finite = all(math.isfinite(entry["loss"]) for entry in history if "loss" in entry)
+    if not is_finite or (points and not points[-1].loss <= DIVERGENCE_FACTOR * points[0].loss):  # NaN is not
         return DIVERGED
     lowest = best(points)
     if lowest and sum(point.step > lowest.step for point in points) >= PATIENCE:

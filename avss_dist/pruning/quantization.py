@@ -113,6 +113,7 @@ def _unmatched_tensors(checkpoint: Checkpoint, settings: Settings) -> Tensors:
         model = quantize_skeleton(checkpoint, config, skeleton(copy.deepcopy(config), settings, torch.bfloat16))
         rename, *_ = renaming(model)
     held = {name: tuple(value.shape) for name, value in model.state_dict().items()}
-    stored = [tensor for file in weight_files(checkpoint.folder) for tensor in tensors_of(file)]
-    renamed = ((new if (new := rename(tensor.name)) in held else tensor.name, tensor.shape) for tensor in stored)
-    return frozenset(held.items()) ^ frozenset(renamed)
+    stored = (tensor for file in weight_files(checkpoint.folder) for tensor in tensors_of(file))
+    return frozenset(held.items()) ^ {
+        (new if (new := rename(tensor.name)) in held else tensor.name, tensor.shape) for tensor in stored
+    }

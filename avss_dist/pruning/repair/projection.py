@@ -60,10 +60,12 @@ class OutputProjection:
     @property
     def paths(self) -> dict[str, str]:
         """Paths of the parameters below the layer: ``linear``, ``bias`` if the layer has it, and ``gain`` of a norm."""
-        names = (DownProjections.WEIGHT, DownProjections.BIAS) if self.down else ("weight", "bias")
-        paths = {"linear": f"{self.linear}.{names[0]}", "bias": f"{self.linear}.{names[1]}"}
-        if self.norm is not None:
-            paths["gain"] = f"{self.norm}.weight"
+        weight, bias = (DownProjections.WEIGHT, DownProjections.BIAS) if self.down else ("weight", "bias")
+        paths = {
+            "linear": f"{self.linear}.{weight}",
+            "bias": f"{self.linear}.{bias}",
+            **({} if self.norm is None else {"gain": f"{self.norm}.weight"}),
+        }
         parameters = {name for name, _ in self.layer.module.named_parameters()}
         return {field: path for field, path in paths.items() if field != "bias" or path in parameters}
 
@@ -224,9 +226,13 @@ def _norms_after(
         run()
     output = calls[linear].output
     for norm, path in norms.items():
-        if norm not in calls or getattr(norm, "weight", None) is None or getattr(norm, "bias", None) is not None:
-            continue
-        if calls[norm].input.shape != output.shape or not torch.equal(calls[norm].input, output):
+        if (
+            norm not in calls
+            or getattr(norm, "weight", None) is None
+            or getattr(norm, "bias", None) is not None
+            or calls[norm].input.shape != output.shape
+            or not torch.equal(calls[norm].input, output)
+        ):
             continue
         eps = float(getattr(norm, "eps", None) or getattr(norm, "variance_epsilon", None) or 0.0)
         weight = value(f"{path}.weight").to(output.device)
