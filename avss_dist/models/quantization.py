@@ -29,21 +29,16 @@ _PACKED = {torch.int8, torch.uint8, torch.int32, torch.float8_e4m3fn, torch.floa
 _ELSEWHERE = "Use a machine that has what it needs"
 
 
-def quantization_settings(config: Any) -> Any:
-    """Return the quantization settings of a configuration or of its text part, or None for an unquantized model."""
+def quantization_settings(config: Any) -> dict[str, Any]:
+    """Return the quantization settings of a configuration or of its text part by name, empty if it has none."""
     whole = getattr(config, "quantization_config", None)
-    return whole or getattr(config.get_text_config(), "quantization_config", None)
+    settings = whole or getattr(config.get_text_config(), "quantization_config", None) or {}
+    return settings if isinstance(settings, dict) else settings.to_dict()
 
 
 def quantization_method(config: Any) -> str | None:
     """Return the ``quant_method`` of a configuration, such as fp8, or None if it is not quantized."""
-    return _method(settings) if (settings := _quantization_values(config)) else None
-
-
-def _quantization_values(config: Any) -> Mapping[str, Any]:
-    """Return the quantization settings by name, empty if the model is not quantized."""
-    settings = quantization_settings(config) or {}
-    return settings if isinstance(settings, Mapping) else settings.to_dict()
+    return _method(settings) if (settings := quantization_settings(config)) else None
 
 
 def _method(settings: Mapping[str, Any]) -> str:
@@ -133,7 +128,7 @@ def with_quantization(checkpoint: Checkpoint, config: Any, settings: Settings, p
     if not settings.dequantize:
         return config
     config = copy.deepcopy(config)
-    config.quantization_config = dict(quantization_settings(config)) | {"dequantize": True}
+    config.quantization_config = quantization_settings(config) | {"dequantize": True}
     return config
 
 
@@ -263,7 +258,7 @@ def packed(checkpoint: Checkpoint, config: Any, model: Any) -> Any | None:
     """
     from transformers.quantizers.quantizers_utils import should_convert_module
 
-    method, values = quantization_method(config) or "", _quantization_values(config)
+    method, values = quantization_method(config) or "", quantization_settings(config)
     if method not in ("fp8", "fbgemm_fp8", "mxfp4"):
         return None
     skipped = _quantizer(checkpoint, config).get_modules_to_not_convert(
@@ -287,7 +282,7 @@ def packed(checkpoint: Checkpoint, config: Any, model: Any) -> Any | None:
 
 def scale_block(config: Any) -> tuple[int, int] | None:
     """Return the rows and columns of a weight that share a scale in block FP8, or None for other weights."""
-    block = _quantization_values(config).get("weight_block_size")
+    block = quantization_settings(config).get("weight_block_size")
     return (block[0], block[1]) if block else None
 
 
