@@ -300,13 +300,13 @@ class EvaluationSession:
 
     def _write(self, cell: Cell, measured: CellResult) -> None:
         """Write the rows of a measured cell, and the patches that it has fitted."""
-        key, written = cell.intervention.key, self.store.storage.write_patch
+        key = cell.intervention.key
         rows = [
             {
                 **key._replace(
                     removed=key.removed if row.removed is None else row.removed,
                     rounding=row.rounding or key.rounding,
-                    patch=key.patch if row.patch is None else written(row.patch),
+                    patch=key.patch if row.patch is None else self.store.storage.write_patch(row.patch),
                 ).row(),
                 "task": cell.task,
                 "metric": row.metric,

@@ -212,9 +212,9 @@ class LayerGradients(BackwardPass):
         hidden = LayerCall(args, kwargs).hidden
         if (FROBENIUS, uses[0].index, None, None) not in self.sums:  # streamed weights are gone when the layer has run
             weights = matrices(uses[0].module)
-            nothing = torch.zeros(1, dtype=torch.float64, device=hidden.device)
-            size = sum((whole_norm(weight, 2) for weight in weights), nothing)
-            for use, (metric, norm) in product(uses, ((FROBENIUS, size), (L1, nothing), (L2, nothing))):
+            zero = torch.zeros(1, dtype=torch.float64, device=hidden.device)
+            size = sum((whole_norm(weight, 2) for weight in weights), zero)
+            for use, (metric, norm) in product(uses, ((FROBENIUS, size), (L1, zero), (L2, zero))):
                 self.add((metric, use.index, None, None), norm)
             for weight in weights:
                 self._hooks.callback(weight.register_post_accumulate_grad_hook(partial(self.accumulate, uses)).remove)
