@@ -39,6 +39,7 @@ from avss_dist.runs.local import Executor, open_executor
 from avss_dist.stats.intervals import MINIMUM_UNITS, jackknife_interval
 from avss_dist.stats.metrics import retention_of
 from avss_dist.tasks.task import Cell, CellOutcome, CellResult, Measure, Result, Task, combine
+from avss_dist.warehouse.reader import grouped
 from avss_dist.warehouse.schema import SCHEMA_VERSION, RunIdentity
 from avss_dist.warehouse.store import Store
 
@@ -182,9 +183,8 @@ class EvaluationSession:
             rows = self.store.cells(run_id).to_pylist()
             if not (combined := combine(rows, len(planned.task.parts))):
                 continue
-            seconds: defaultdict[tuple[InterventionKey, int | None], float] = defaultdict(float)
-            for row in rows:
-                seconds[InterventionKey.of_row(row), row["layer"]] += row["seconds"] or 0.0
+            by_place = grouped(rows, lambda row: (InterventionKey.of_row(row), row["layer"]))
+            seconds = {place: sum(row["seconds"] or 0.0 for row in same) for place, same in by_place.items()}
             common = {
                 "task": planned.task.name,
                 "settings": json.dumps({**planned.settings.as_dict(), **planned.task.options}),
@@ -259,8 +259,7 @@ class EvaluationSession:
         missing = [cell for cell in requested.values() if fits or not self.is_known(cell)]
         self.on_event(CellsStarted(list(requested.values()), len(requested) - len(missing)))
         failed = []
-        reused = None if fits else self._workers
-        with nullcontext(reused) if reused else self._open_workers() as run_round:
+        with nullcontext(self._workers) if self._workers and not fits else self._open_workers() as run_round:
             for cell, outcome in run_round(missing):
                 if isinstance(outcome, AvssError):
                     failed.append((cell, outcome))

@@ -201,20 +201,21 @@ def shrink(request: ShrinkRequest) -> Shrunk:
     """
     on_event = request.on_event or ignore
     settings, output = request.settings, Path(request.output)
+    distills = request.distill_tokens is not None
     require_free(output)
     if request.repair != NO_REPAIR:
         require_changeable(request.execution.partition)
     checkpoint = resolve(str(request.model), trust_remote_code=settings.trust_remote_code)
     require_head(checkpoint.name, text_config(checkpoint))
     require_copyable(checkpoint)
-    if request.distill_tokens is not None:
+    if distills:
         require_distillable(request, checkpoint)
     request = replace(
         request,
         repair_corpora=with_own_text(request.repair_corpora, checkpoint, settings, on_event),
         warehouse=request.warehouse or f"{request.output}-warehouse",
     )
-    split = split_rows(checkpoint, request.texts, settings, distilled=request.distill_tokens is not None)
+    split = split_rows(checkpoint, request.texts, settings, distilled=distills)
     if request.repair != NO_REPAIR:
         _require_tokens(checkpoint, request, split)
     with EvaluationSession.open(str(request.warehouse), request.settings, request.execution, on_event) as session:
@@ -242,12 +243,12 @@ def shrink(request: ShrinkRequest) -> Shrunk:
     plan = replace(best.plan, evaluated=tuple(task.describe() for task in best.tasks))
     on_event(Preparing("writing"))
     student = output.with_name(f"{output.name}.part") / "student"  # stays after an error, to resume from
-    if request.distill_tokens is not None:
+    if distills:
         shutil.rmtree(student, ignore_errors=True)  # of an earlier attempt, and perhaps of another plan
     written = prune(
         str(request.model),
         plan,
-        output if request.distill_tokens is None else student,
+        student if distills else output,
         repair=read_repaired(best.patch) if best.patch else None,
         trust_remote_code=settings.trust_remote_code,
     )
@@ -261,9 +262,7 @@ def shrink(request: ShrinkRequest) -> Shrunk:
         notes=[*written["notes"], *unread],
         continuations=continuations,
     )
-    if request.distill_tokens is None:
-        return done
-    return _distill(request, split, student, done, prompts if continuations else [], on_event)
+    return _distill(request, split, student, done, prompts if continuations else [], on_event) if distills else done
 
 
 def _distill(
