@@ -33,6 +33,7 @@ from avss_dist.stats.layer_stats import (
     split_into_blocks,
 )
 from avss_dist.stats.scores import score_run
+from avss_dist.warehouse.encoding import encode_shard
 from avss_dist.warehouse.reader import Warehouse
 from avss_dist.warehouse.schema import RunIdentity
 from avss_dist.warehouse.store import OpenShared, Receipt, Store
@@ -228,10 +229,12 @@ class RunInProgress:
             return False
         if self._begun is None:
             self._begun = arrived - result.seconds
-        if isinstance(result, Receipt):
-            self._store.write_shard_files(self.run.run_id, result.shard_id, result.files)
-        else:
-            self._store.write_shard(self._identity(result.model["family"]), result)
+        files = (
+            result.files
+            if isinstance(result, Receipt)
+            else encode_shard(self._identity(result.model["family"]), result)
+        )
+        self._store.write_shard_files(self.run.run_id, result.shard_id, files)
         self.missing.discard(result.shard_id)
         return True
 

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Collection, Iterator, Mapping, Set
+from collections.abc import Collection, Iterator, Mapping, Set
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from itertools import chain, pairwise
@@ -28,9 +28,9 @@ from numpy.typing import NDArray
 from avss_dist.core.files import cache_folder, remove_leftovers, write_file
 from avss_dist.core.streams import tracked
 from avss_dist.warehouse.checks import damaged_runs
-from avss_dist.warehouse.encoding import UNSIGNED_METADATA, conform, signed, verify_footer
+from avss_dist.warehouse.encoding import UNSIGNED_METADATA, conform, parse, signed, verify_footer
 from avss_dist.warehouse.schema import SCHEMA_VERSION, SCHEMAS
-from avss_dist.warehouse.storage import COMPACTED, Storage
+from avss_dist.warehouse.storage import COMPACTED, FILE_NAMES, Storage
 
 DIGESTS = "digests"
 """Name of the table of `digest`, which exists in parts alone."""
@@ -58,13 +58,11 @@ class TableParts:
     Args:
         storage: storage of the warehouse.
         name: name of the table, a key of `SORTED_BY`.
-        read: reads the rows of a run from its file; for digests, the rows that they are made of. It raises ArrowInvalid
-            for a file that cannot be read.
         damaged: gets the reasons, by run id, for copying no rows of a run.
     """
 
-    def __init__(self, storage: Storage, name: str, read: Callable[[str], pa.Table], damaged: dict[str, str]) -> None:
-        self._storage, self._name, self._read, self._damaged = storage, name, read, damaged
+    def __init__(self, storage: Storage, name: str, damaged: dict[str, str]) -> None:
+        self._storage, self._name, self._damaged = storage, name, damaged
         place = f"{storage.filesystem.type_name}:{storage.base}"
         folder = cache_folder("tables", hashlib.sha256(place.encode()).hexdigest()[:32])
         self._cached = folder / name
@@ -229,13 +227,25 @@ class TableParts:
                 yield copied, rows
 
     def rows(self, run_id: str) -> pa.Table:
-        """Return the rows of a run from its file, or their digests. A file that cannot be read is left out."""
+        """Return the rows of a run from its file, or their digests. A file that cannot be read is left out.
+
+        Raises:
+            WarehouseError: a newer avss_dist wrote it, or the storage fails.
+        """
+        table = stored_table(self._name)
+        path = self._storage.path(table, run_id, FILE_NAMES[table])
         try:
-            rows = conform(self._read(run_id), self._schema)
+            with self._storage.filesystem.open_input_file(path) as file:
+                rows = parse(file.read_buffer(), self._schema)
+            run_ids = pa.repeat(run_id, len(rows)).cast(self._schema.field("run_id").type)
+            rows = conform(rows.append_column("run_id", run_ids), self._schema)
             return digest(rows) if self._name == DIGESTS else rows
-        except pa.ArrowException as error:
-            self._damaged.setdefault(run_id, f"{stored_table(self._name)}: {error}")
-            return encoded_schema(self._name).empty_table()
+        except FileNotFoundError:
+            reason = "it is gone"
+        except (OSError, pa.ArrowException) as error:
+            reason = self._storage.damage(path, error)
+        self._damaged.setdefault(run_id, f"{table}: {reason}")
+        return encoded_schema(self._name).empty_table()
 
 
 def stored_table(name: str) -> str:

@@ -7,7 +7,6 @@ import re
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
-from functools import partial
 from pathlib import Path
 from typing import Any, NoReturn, TypeVar
 
@@ -26,9 +25,7 @@ from avss_dist.warehouse.compaction import (
     MIN_RUNS,
     PART_SCHEMAS,
     SORTED_BY,
-    SOURCE,
     TableParts,
-    encoded_schema,
     stored_table,
 )
 from avss_dist.warehouse.encoding import (
@@ -39,7 +36,7 @@ from avss_dist.warehouse.encoding import (
     to_strata,
 )
 from avss_dist.warehouse.schema import DAMAGED, SCHEMAS, TABLES, UNFINISHED_RUNS
-from avss_dist.warehouse.storage import FILE_NAMES, PLAN, Storage
+from avss_dist.warehouse.storage import PLAN, Storage
 
 K = TypeVar("K")
 T = TypeVar("T")
@@ -262,8 +259,11 @@ class Warehouse:
         """Return the number of stored shards of a run, by the names of their files."""
         return len(self.storage.files("shard_stats", run_id))
 
-    def read_shards(self, run_id: str, expected: Mapping[int, str | None]) -> list[ShardResult]:
-        """Read the undamaged partials of a run, in the order of ``expected``: content hash or None by shard id."""
+    def each_shard(self, run_id: str, expected: Mapping[int, str | None]) -> Iterator[ShardResult]:
+        """Yield the undamaged partials of a run, in the order of ``expected``: content hash or None by shard id.
+
+        A few are in memory at a time.
+        """
 
         def read(shard_id: int) -> ShardResult | None:
             data = self.storage.read(self._shard_path(run_id, shard_id))
@@ -272,13 +272,8 @@ class Warehouse:
             return shard if fits else None
 
         with ThreadPoolExecutor() as pool:
-            return [shard for shard in pool.map(read, expected) if shard]
-
-    def each_shard(self, run_id: str, expected: Mapping[int, str]) -> Iterator[ShardResult]:
-        """Yield the partials of `read_shards` in the order of their ids, with a few in memory at a time."""
-        ids = sorted(expected)
-        for i in range(0, len(ids), PARTIALS_AT_ONCE):
-            yield from self.read_shards(run_id, {k: expected[k] for k in ids[i : i + PARTIALS_AT_ONCE]})
+            for start in range(0, len(expected), PARTIALS_AT_ONCE):
+                yield from filter(None, pool.map(read, [*expected][start : start + PARTIALS_AT_ONCE]))
 
     def read_partials(self, run: Mapping[str, Any]) -> list[ShardResult]:
         """Read all partials of a row of ``runs``, in order. Empty if one is missing or damaged.
@@ -286,7 +281,7 @@ class Warehouse:
         A damaged one is noted in `damaged`.
         """
         run_id, number = run["run_id"], run["num_shards"] or 0
-        shards = self.read_shards(run_id, dict.fromkeys(range(number)))
+        shards = [*self.each_shard(run_id, dict.fromkeys(range(number)))]
         if len(shards) < number <= self.num_partials(run_id):
             self.damaged.setdefault(run_id, "shard_stats: a partial is damaged")
         return shards if len(shards) == number else []
@@ -407,28 +402,8 @@ class Warehouse:
 
     def _table_parts(self, name: str) -> TableParts:
         if name not in self._parts:
-            self._parts[name] = TableParts(self.storage, name, partial(self._read_file, name), self.damaged)
+            self._parts[name] = TableParts(self.storage, name, self.damaged)
         return self._parts[name]
-
-    def _read_file(self, name: str, run_id: str) -> pa.Table:
-        """Return the rows of a run's file of a table.
-
-        Rows for digests have only the columns that digests are made of.
-
-        Raises:
-            pa.ArrowInvalid: the file is damaged or gone.
-            WarehouseError: a newer avss_dist wrote it, or the storage fails.
-        """
-        stored = stored_table(name)
-        path = self.storage.path(stored, run_id, FILE_NAMES[stored])
-        try:
-            with self.storage.filesystem.open_input_file(path) as file:
-                rows = parse(file.read_buffer(), schema := SOURCE if name == DIGESTS else encoded_schema(name))
-            return rows.append_column("run_id", pa.repeat(run_id, len(rows)).cast(schema.field("run_id").type))
-        except FileNotFoundError:
-            raise pa.ArrowInvalid("it is gone") from None
-        except (OSError, pa.ArrowException) as error:
-            raise pa.ArrowInvalid(self.storage.damage(path, error)) from error
 
     def _readable(self, name: str, run_ids: Mapping[str, str]) -> list[str]:
         """Return the paths of readable files of a table, whose content is verified. Note the others in `damaged`.

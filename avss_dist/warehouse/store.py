@@ -16,11 +16,10 @@ import pyarrow as pa
 
 from avss_dist.core.errors import AvssError, DamagedFile, RunFailed, WarehouseError, require_known, without_secrets
 from avss_dist.core.text import RedactedURI, escape_markdown
-from avss_dist.stats.layer_stats import ExpertStats, LayerKey, LayerStats, ShardResult, StratumKey, merge_stats
+from avss_dist.stats.layer_stats import ExpertStats, LayerKey, LayerStats, StratumKey, merge_stats
 from avss_dist.warehouse.checks import checked_rows
 from avss_dist.warehouse.encoding import (
     encode,
-    encode_shard,
     expert_columns,
     parse,
     to_columns,
@@ -46,12 +45,8 @@ class Store(Warehouse):
         self._listed: set[str] = set()
         """Evaluations whose folder was listed."""
 
-    def write_shard(self, run: RunIdentity, result: ShardResult) -> None:
-        """Write a shard's result, to resume from."""
-        self.write_shard_files(run.run_id, result.shard_id, encode_shard(run, result))
-
     def write_shard_files(self, run_id: str, shard_id: int, files: Mapping[str, pa.Buffer]) -> None:
-        """Write the result of `encode_shard`."""
+        """Write a shard's result, to resume from, as `encode_shard` returns it."""
         for table, data in files.items():
             self.storage.write(self._shard_path(run_id, shard_id, table), data)
 

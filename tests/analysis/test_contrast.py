@@ -19,7 +19,7 @@ import pytest
 import torch
 from support.checkpoints import llama, one_thread
 from support.command_line import avss
-from support.warehouses import run_row
+from support.warehouses import run_row, write_shard
 
 import avss_dist
 from avss_dist.analysis.contrast import Strata, answer_rows, contrast, contrast_section, layer_table, read_answers
@@ -76,7 +76,7 @@ def write(root: Path, *, planted: float, elsewhere: float = 1.0, longer: int = 0
     row = run_row("paired", num_layers=LAYERS, num_sequences=n, num_shards=1, thresholds=THRESHOLDS, sites=["block"])
     identity = RunIdentity(**{name: row[name] for name in ("run_id", "model", "revision", "family")})
     store = Store(root)
-    store.write_shard(identity, ShardResult(shard_id=0, content_hash="", layers=("a",) * LAYERS, strata={}, rows=rows))
+    write_shard(store, identity, ShardResult(shard_id=0, content_hash="", layers=("a",) * LAYERS, strata={}, rows=rows))
     store.write_run(row)
     return row
 

@@ -14,6 +14,7 @@ import torch
 from support.oracle import EXACT_FIELDS, assert_close, oracle_stats
 from support.pairs import write_pairs
 from support.tables import assert_same_tables
+from support.warehouses import write_shard
 
 import avss_dist
 from avss_dist.core.registry import AFTER_ANOTHER
@@ -146,12 +147,12 @@ def test_strata_add_up_to_the_whole_to_the_bit(
 def test_a_result_that_is_sent_is_written_as_by_its_worker(measured: tuple[ShardResult, Raw], tmp_path: Path) -> None:
     run = RunIdentity(run_id="tiny-0123456789", model="tiny", revision=None, family="llama")
     plain, _ = measured
-    Store(tmp_path / "here").write_shard(run, plain)
+    write_shard(Store(tmp_path / "here"), run, plain)
     Store(tmp_path / "there").write_shard_files(run.run_id, 0, pickle.loads(pickle.dumps(encode_shard(run, plain))))
     for table in ("shard_stats", "row_stats"):
         file = f"{table}/run_id={run.run_id}/shard-00000.parquet"
         assert (tmp_path / "here" / file).read_bytes() == (tmp_path / "there" / file).read_bytes()
-    (back,) = Store(tmp_path / "here").read_shards(run.run_id, {0: plain.content_hash})
+    (back,) = Store(tmp_path / "here").each_shard(run.run_id, {0: plain.content_hash})
     assert all(stats.equals(plain.strata[key]) for key, stats in back.strata.items())
     assert all(stats.equals(plain.stats[key]) for key, stats in back.stats.items())
 

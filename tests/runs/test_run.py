@@ -20,7 +20,7 @@ import pytest
 from support.checkpoints import llama
 from support.planning import llama_like, plan, run_spec
 from support.tables import assert_same_tables, measured_files
-from support.warehouses import SCALES, activations, stats_of
+from support.warehouses import SCALES, activations, stats_of, write_shard
 
 import avss_dist
 from avss_dist.analysis.chosen import choose_runs
@@ -432,7 +432,7 @@ def store(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Store:
     monkeypatch.setattr(partials, "BOOTSTRAP_BLOCKS", 3)
     found = Store(tmp_path / "w")
     for i in range(NUMBER):
-        found.write_shard(RUN, shard(i))
+        write_shard(found, RUN, shard(i))
     return found
 
 

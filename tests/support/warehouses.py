@@ -17,7 +17,7 @@ from avss_dist.core.settings import PUBLISHED_THRESHOLD
 from avss_dist.stats.layer_stats import LayerKey, LayerStats, ShardResult, merge_stats
 from avss_dist.stats.rankings import rank_lowest
 from avss_dist.stats.scores import Threshold, score_run
-from avss_dist.warehouse.encoding import to_file
+from avss_dist.warehouse.encoding import encode_shard, to_file
 from avss_dist.warehouse.schema import SCHEMA_VERSION, RunIdentity
 from avss_dist.warehouse.store import Store
 from support.oracle import By, Float64, oracle_stats
@@ -37,6 +37,11 @@ def rewrite_file(path: Path, table: pa.Table, version: int | str = SCHEMA_VERSIO
     """Replace a file by a table, with a valid checksum and a schema version."""
     metadata = {**(table.schema.metadata or {}), b"avss_schema_version": str(version).encode()}
     path.write_bytes(to_file(table.replace_schema_metadata(metadata)))
+
+
+def write_shard(store: Store, run: RunIdentity, result: ShardResult) -> None:
+    """Write a shard's result as a driver does."""
+    store.write_shard_files(run.run_id, result.shard_id, encode_shard(run, result))
 
 
 class Terminal(io.StringIO):
@@ -108,7 +113,7 @@ def write_measured(root: Path, run_id: str, shards: Sequence[Stats], layers: int
     store, identity, merged = Store(root), identity_of(row), merge_stats(shards)
     for i, shard in enumerate(shards):
         strata = {(*key, ""): stats for key, stats in shard.items()}
-        store.write_shard(identity, ShardResult(shard_id=i, content_hash=f"hash{i}", layers=names, strata=strata))
+        write_shard(store, identity, ShardResult(shard_id=i, content_hash=f"hash{i}", layers=names, strata=strata))
     store.write_layer_stats(identity, names, merged)
     store.write_rows("scores", identity, score_run(merged, names, shards))
     store.write_run(row)

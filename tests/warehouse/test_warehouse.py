@@ -21,7 +21,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from support import warehouses
-from support.warehouses import rewrite_file
+from support.warehouses import rewrite_file, write_shard
 
 from avss_dist.core.errors import WarehouseError
 from avss_dist.core.settings import SITES
@@ -94,7 +94,7 @@ def whole_run(store: Store, run_id: str = RUN.run_id, **more: Any) -> None:
     run = replace(RUN, run_id=run_id)
     shard = make_shard(0)
     store.storage.create()
-    store.write_shard(run, shard)
+    write_shard(store, run, shard)
     store.write_layer_stats(run, LAYERS, shard.stats)
     store.write_rows("scores", run, score_rows())
     store.write_run(run_row(run_id=run_id, **more))
@@ -162,9 +162,9 @@ def test_round_trip_is_lossless_and_merges_again(
     result = ShardResult(shard_id=0, content_hash="h", layers=LAYERS, strata=strata, num_tokens=tokens, seconds=seconds)
     shards = [result, replace(result, shard_id=1)]
     for shard in shards:
-        store.write_shard(RUN, shard)
+        write_shard(store, RUN, shard)
     store.write_layer_stats(RUN, LAYERS, stats)
-    back = store.read_shards(RUN.run_id, {0: "h", 1: "h"})
+    back = [*store.each_shard(RUN.run_id, {0: "h", 1: "h"})]
     for shard, read in zip(shards, back, strict=True):
         assert_same(shard, read)
         assert_same(shard, pickle.loads(pickle.dumps(read)))
@@ -182,10 +182,10 @@ def test_files_that_were_encoded_by_a_worker_are_kept_as_the_same_bytes(tmp_path
     assert len(sent) < 1000 and len(buffers) == 1
 
     here, there = (Store(tmp_path / name) for name in ("here", "there"))
-    here.write_shard(RUN, plain)
+    write_shard(here, RUN, plain)
     there.write_shard_files(RUN.run_id, 3, files)
     assert shard_path(tmp_path / "here", 3).read_bytes() == shard_path(tmp_path / "there", 3).read_bytes()
-    (back,) = there.read_shards(RUN.run_id, {3: plain.content_hash})
+    (back,) = there.each_shard(RUN.run_id, {3: plain.content_hash})
     assert_same(back, plain)
 
 
@@ -274,20 +274,20 @@ def damage_swap(path: Path) -> None:
 def test_a_damaged_partial_is_left_out(tmp_path: Path, damage: Any) -> None:
     store = Store(tmp_path)
     for i in range(3):
-        store.write_shard(RUN, make_shard(i))
+        write_shard(store, RUN, make_shard(i))
     damage(shard_path(tmp_path, 1))
-    back = store.read_shards(RUN.run_id, {i: f"hash{i}" for i in range(3)})
+    back = [*store.each_shard(RUN.run_id, {i: f"hash{i}" for i in range(3)})]
     assert [shard.shard_id for shard in back] == [0, 2]
     assert_same(back[1], make_shard(2))
-    assert store.read_shards(RUN.run_id, {0: "of another plan"}) == []
+    assert [*store.each_shard(RUN.run_id, {0: "of another plan"})] == []
     shutil.copytree(shard_path(tmp_path, 0).parent, tmp_path / "shard_stats/run_id=another")
-    assert store.read_shards("another", {0: "hash0"}) == []
+    assert [*store.each_shard("another", {0: "hash0"})] == []
 
 
 def test_any_flipped_bit_of_a_partial_is_seen(tmp_path: Path) -> None:
     """In the footer too: without a checksum of the whole file, a column that is lost there takes its default."""
     store = Store(tmp_path)
-    store.write_shard(RUN, make_shard(0))
+    write_shard(store, RUN, make_shard(0))
     path = shard_path(tmp_path, 0)
     data = path.read_bytes()
     footer = int.from_bytes(data[-8:-4], "little") + 8
@@ -296,9 +296,9 @@ def test_any_flipped_bit_of_a_partial_is_seen(tmp_path: Path) -> None:
         flipped = bytearray(data)
         flipped[byte] ^= 1 << rng.integers(8)
         path.write_bytes(flipped)
-        assert store.read_shards(RUN.run_id, {0: "hash0"}) == [], byte
+        assert [*store.each_shard(RUN.run_id, {0: "hash0"})] == [], byte
     path.write_bytes(data)
-    assert_same(store.read_shards(RUN.run_id, {0: "hash0"})[0], make_shard(0))
+    assert_same(next(store.each_shard(RUN.run_id, {0: "hash0"})), make_shard(0))
 
 
 def without_checksum(table: pa.Table, path: Path) -> None:
@@ -354,7 +354,7 @@ def test_only_whole_runs_are_seen(tmp_path: Path) -> None:
     whole_run(store, "0456")  # which stays a string
     for run_id in ("no-row", "failed"):
         run = replace(RUN, run_id=run_id)
-        store.write_shard(run, make_shard(0))
+        write_shard(store, run, make_shard(0))
         store.write_layer_stats(run, LAYERS, make_shard(0).stats)
         store.write_rows("scores", run, score_rows())
     store.write_run(run_row("failed", "failed", error="out of memory"))
@@ -378,7 +378,7 @@ def test_a_newer_schema_is_refused(tmp_path: Path) -> None:
     for name in TABLES:
         with pytest.raises(WarehouseError, match=text):
             store.table(name)
-    for read in (store.run, store.read_layer_stats, lambda run_id: store.read_shards(run_id, {0: "hash0"})):
+    for read in (store.run, store.read_layer_stats, lambda run_id: [*store.each_shard(run_id, {0: "hash0"})]):
         with pytest.raises(WarehouseError, match=text):
             read(RUN.run_id)
 
@@ -394,7 +394,7 @@ def test_runs_of_unreleased_schemas_are_left_out_and_named(version: int, tmp_pat
     assert set(warehouse.scores()["run_id"].to_pylist()) == {"new"}
     (reason,) = warehouse.damaged.values()
     assert f"it has schema {version}, this avss_dist reads from 3 on: measure it again" in reason
-    assert store.read_shards("old", {0: "hash0"}) == []
+    assert [*store.each_shard("old", {0: "hash0"})] == []
     with pytest.raises(WarehouseError, match=f"it has schema {version}"):
         store.run("old")
 
@@ -472,7 +472,7 @@ def test_two_drivers_write_the_same_run(tmp_path: Path) -> None:
                 assert store.table("scores").num_rows == 3
         assert [driver.result() for driver in drivers] == [None, None]
     assert temporaries(tmp_path) == []
-    assert_same(store.read_shards(RUN.run_id, {0: "hash0"})[0], make_shard(0))
+    assert_same(next(store.each_shard(RUN.run_id, {0: "hash0"})), make_shard(0))
 
 
 def test_other_readers_open_the_files(tmp_path: Path) -> None:

@@ -18,6 +18,7 @@ from avss_dist.runs.ray.gang import Gang
 from avss_dist.runs.ray.heartbeats import Doing, Sign
 
 CONNECT_SECONDS = 10.0  # for the head of a cluster to accept a connection
+LOOPBACK = ("127.0.0.1", "localhost")
 
 
 HEAD_SECONDS = float(os.environ.get("RAY_gcs_rpc_server_reconnect_timeout_s", 60)) / 2  # noqa: SIM112
@@ -49,15 +50,14 @@ def _connect(address: str) -> str:
     host = host.strip("[]")  # of IPv6
     if not host or not port.isdecimal() or "/" in host:
         return ""
-    hosts = [host, ray.util.get_node_ip_address()] if host in ("127.0.0.1", "localhost") else [host]
-    for i, name in enumerate(hosts):  # Ray takes the loopback address for the one that others see
-        try:
-            socket.create_connection((name, int(port)), timeout=CONNECT_SECONDS).close()
-            return f"[{name}]:{port}" if ":" in name else f"{name}:{port}"
-        except OSError:
-            if i == len(hosts) - 1:
-                raise
-    return ""
+    try:
+        socket.create_connection((host, int(port)), timeout=CONNECT_SECONDS).close()
+    except OSError:
+        here = ray.util.get_node_ip_address()  # for which Ray takes the loopback address
+        if host not in LOOPBACK or here in LOOPBACK:
+            raise
+        return _connect(f"{here}:{port}")
+    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
 
 
 def has_head() -> bool:
@@ -153,10 +153,9 @@ class RayCluster:
     def events(self, worker: str) -> list[Any]:
         """Return the events of a worker since the last call, or an empty list if the monitor was lost."""
         try:
-            events: list[Any] = self.get(self._monitor.take_events.remote(worker))
+            return [*self.get(self._monitor.take_events.remote(worker))]
         except RayError:
             return []
-        return events
 
 
 START_SECONDS = 60.0  # at least, for a process to report for the first time
