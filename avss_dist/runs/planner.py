@@ -103,8 +103,7 @@ class Planner:
         if planned_alike and key not in self._plans:  # the same text may have another name
             key = planned_alike.get(open_source(spec.corpus).fingerprint(), key)
         if key not in self._plans:
-            tokenizer = load_tokenizer(checkpoint)
-            planned = tokenize_corpus(spec.corpus, tokenizer, settings)
+            planned = tokenize_corpus(spec.corpus, load_tokenizer(checkpoint), settings)
             rows = (batch.input_ids for shard in planned.shards for batch in shard.batches(settings.batch_size))
             self._plans[key] = planned, max(int(np.max(ids)) for ids in rows)
             while len(self._plans) > KEPT_PLANS:

@@ -261,11 +261,9 @@ def _columns(name: str) -> bytes:
 
 def encoded_schema(name: str) -> pa.Schema:
     """Return the schema in which rows of a table are sorted. Then columns of text, of few values, are dictionaries."""
-    schema = PART_SCHEMAS[name]
-    if not SORTED_BY[name]:
-        return schema
-    encoded = pa.dictionary(pa.int32(), pa.string())
-    return pa.schema([(field.name, encoded if pa.types.is_string(field.type) else field.type) for field in schema])
+    encoded = pa.dictionary(pa.int32(), pa.string()) if SORTED_BY[name] else pa.string()
+    types = {field.name: encoded if pa.types.is_string(field.type) else field.type for field in PART_SCHEMAS[name]}
+    return pa.schema(types)
 
 
 def _to_part(name: str, rows: pa.Table, stamps: Stamps, compression: str) -> pa.Buffer:

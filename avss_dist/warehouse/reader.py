@@ -340,7 +340,7 @@ class Warehouse:
         """
         if self._finished is not None:
             return self._finished
-        files = self._files("runs", None)
+        files = self._files("runs", ())
         if (runs := self._dataset("runs", files)) is None:
             if not _ids(self.storage.names("cells"), RUN_FOLDER):
                 self._refuse_without_runs()
@@ -390,14 +390,13 @@ class Warehouse:
             datasets.append(ds.dataset(readable, SCHEMAS[name], _VERIFIED_PAGES, self.storage.filesystem, hive))
         return ds.dataset(datasets) if len(datasets) > 1 else next(iter(datasets), None)
 
-    def _files(self, name: str, done: Collection[str] | None) -> Files:
+    def _files(self, name: str, done: Collection[str]) -> Files:
         """Return the files of a table. A table of whole runs has files of the runs ``done`` alone."""
-        unfiltered = ("runs", "evaluations", "cells", "precision", "experiments")
-        chosen = None if name in unfiltered else done
+        every = name in ("runs", "evaluations", "cells", "precision", "experiments")
         return {
             path: (run_id, stamp)
             for path, (run_id, stamp) in self.storage.files(stored_table(name)).items()
-            if chosen is None or run_id in chosen
+            if every or run_id in done
         }
 
     def _table_parts(self, name: str) -> TableParts:

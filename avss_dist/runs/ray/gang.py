@@ -104,16 +104,15 @@ class Gang:
 
     def measure(self, parts: Sequence[Sequence[Assignment]]) -> list[Any]:
         """Give each rank its assignments in a round. Returns a reference for each rank."""
-        ranks = zip(self._workers, parts, strict=True)
-        return [worker.measure_round.remote(assignments) for worker, assignments in ranks]
+        return [worker.measure_round.remote(part) for worker, part in zip(self._workers, parts, strict=True)]
 
     def stop(self, *, hangs: bool = False) -> None:
         """Stop every worker and release the resources. Workers of a hanging gang are killed by a signal too."""
         for worker in self._workers:
             ray.kill(worker)
         for node, process in self._processes.values() if hangs else ():
-            strategy = NodeAffinitySchedulingStrategy(node, soft=False)
-            ray.remote(_kill).options(num_cpus=0, scheduling_strategy=strategy).remote(process)
+            there = NodeAffinitySchedulingStrategy(node, soft=False)
+            ray.remote(_kill).options(num_cpus=0, scheduling_strategy=there).remote(process)
         if self._group is not None:
             remove_placement_group(self._group)
 

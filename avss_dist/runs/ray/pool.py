@@ -352,9 +352,11 @@ class Pool:
             return
         queue = self._queues[0]
         who = f"Only {placed} of {needed} replicas were" if placed else "No worker was"
-        why = f"{who} placed in {self._placement_seconds:.0f} seconds. {self._shortage(queue.spec.placement)}"
-        hint = "Free some of it, lower `replicas`, `ranks` or `gpus_per_replica`, or use another cluster."
-        self._outcomes += queue.fail([], RunFailed(why, hint))
+        error = RunFailed(
+            f"{who} placed in {self._placement_seconds:.0f} seconds. {self._shortage(queue.spec.placement)}",
+            "Free some of it, lower `replicas`, `ranks` or `gpus_per_replica`, or use another cluster.",
+        )
+        self._outcomes += queue.fail([], error)
         for gang in {r.gang for r in self._rounds if r.queue is queue}:
             self._stop(gang)
         self._moved = self._cluster.now()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import socket
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -78,14 +78,12 @@ class ShardAssignment:
             return None
         checkpoint, family = spec.checkpoint, result.model["family"]
         run = RunIdentity(run_id=self.run_id, model=checkpoint.name, revision=checkpoint.revision, family=family)
-        store = self.warehouse and self.warehouse()
-        if self.warehouse and not store:
+        files: Mapping[str, Any] = {}
+        if store := self.warehouse and self.warehouse():
+            store.write_shard_files(run.run_id, result.shard_id, encode_shard(run, result))
+        else:
             notes = [*result.model["notes"], "some workers do not reach the warehouse: the driver wrote for them"]
-            result = replace(result, model={**result.model, "notes": notes})
-        files = encode_shard(run, result)
-        if store:
-            store.write_shard_files(run.run_id, result.shard_id, files)
-            files = {}
+            files = encode_shard(run, replace(result, model={**result.model, "notes": notes}))
         return Receipt(shard_id=result.shard_id, num_tokens=result.num_tokens, seconds=result.seconds, files=files)
 
 
