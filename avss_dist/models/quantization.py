@@ -275,8 +275,10 @@ def packed(checkpoint: Checkpoint, config: Any, model: Any) -> Any | None:
                     block = scale_block(config) or (rows, columns)
                     scales = math.ceil(rows / block[0]) * math.ceil(columns / block[1])
                     size = rows * columns + 4 * (rows if method == "fbgemm_fp8" else scales)
-                data = parameter.new_empty((len(parameter), size) if stack else (size,), dtype=torch.uint8)
-                module._parameters[leaf] = torch.nn.Parameter(data, requires_grad=False)
+                module._parameters[leaf] = torch.nn.Parameter(
+                    parameter.new_empty((len(parameter), size) if stack else (size,), dtype=torch.uint8),
+                    requires_grad=False,
+                )
     return model
 
 

@@ -54,8 +54,9 @@ def without_modules(model: nn.Module, layers: Sequence[Layer], removed: Collecti
         if is_own_index(name, value, old)
     ]
     for config in _configs(model, modules):
-        shortened = settings_by_layer(vars(config), len(layers), keep)
-        changes.append((config, {**shortened, _num_layers_key(config): len(keep)}))
+        changes.append(
+            (config, {**settings_by_layer(vars(config), len(layers), keep), _num_layers_key(config): len(keep)})
+        )
     changes.append((modules, {"_modules": {str(new): layers[old].module for new, old in enumerate(keep)}}))
     with replaced_attributes(changes):
         yield

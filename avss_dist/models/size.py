@@ -253,8 +253,10 @@ def stored_skeleton(checkpoint: Checkpoint, model: Any, settings: Settings) -> A
     """
     if not _stays_quantized(checkpoint, model, settings):
         return model
-    key = "packed", checkpoint, settings
-    return _shared(key, lambda: packed(checkpoint, model.config, copy.deepcopy(model))) or model
+    return (
+        _shared(("packed", checkpoint, settings), lambda: packed(checkpoint, model.config, copy.deepcopy(model)))
+        or model
+    )
 
 
 def find_layers(model: Any, settings: Settings) -> nn.ModuleList:

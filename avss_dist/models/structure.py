@@ -102,8 +102,11 @@ def find_sites(
         taps.setdefault(site, _tap(call, "input"))
         outputs, shape = call.output.shape[-1], call.inputs[0].shape
         projections.append(Projection(call.path, call.module, site, outputs, shape[-1], axes_of(shape, *PROBE_SHAPE)))
-    by_site = {site: tap for site in EVERY_SITE if (tap := taps.get(site))}
-    return by_site, tuple(projections), find_experts(calls)
+    return (
+        {site: tap for site in EVERY_SITE if (tap := taps.get(site))},
+        tuple(projections),
+        find_experts(calls),
+    )
 
 
 def find_down_projection(layer: nn.Module, width: int) -> tuple[str, nn.Module] | None:
