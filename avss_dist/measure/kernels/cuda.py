@@ -51,7 +51,6 @@ class CudaKernels(Kernels):
         self._launcher, self._chunk = launcher, chunk
         self._memory: dict[int, list[torch.Tensor]] = {}
         self._pending: list[tuple[Accumulator, torch.dtype, int, bytes]] = []
-        self._torch = Kernels()
         self._without: set[torch.dtype] = set()
 
     def add(self, into: Accumulator, x: torch.Tensor, mask: torch.Tensor, before: torch.Tensor | None = None) -> None:
@@ -59,7 +58,7 @@ class CudaKernels(Kernels):
         if self._can(x, before):
             self._add(into, x, mask, before, "count_squared" if "unit_sums" in into.tensors else "count")
         else:
-            self._torch.add(into, x, mask, before)
+            super().add(into, x, mask, before)
 
     def add_update(self, into: Accumulator, after: torch.Tensor, before: torch.Tensor, mask: torch.Tensor) -> None:
         """Add the statistics of ``after - before``, as `kernels.reference.Kernels.add_update`.
@@ -69,7 +68,7 @@ class CudaKernels(Kernels):
         if self._can(after, before):
             self._add(into, after, mask, before, "count_update")
         else:
-            self._torch.add_update(into, after, before, mask)
+            super().add(into, after - before, mask)
 
     def finish(self) -> None:
         """Complete pending additions, after which accumulators are up to date."""

@@ -148,7 +148,8 @@ def to_stats(tensors: Mapping[str, np.ndarray], dtype: torch.dtype, thresholds: 
     if "first" in tensors:
         fields["first_count"] = int(fields["first_count"])
     if "patterns" in tensors:
-        fields |= stats_from_pattern_counts(tensors["patterns"], _pattern_values(dtype), thresholds)
+        patterns = torch.arange(PATTERNS, dtype=torch.int32).to(torch.uint16).view(dtype)
+        fields |= stats_from_pattern_counts(tensors["patterns"], patterns.double().numpy(), thresholds)
     else:
         abs_value, abs_value_count = values_of_cuts(tensors["cuts"])
         fields |= {
@@ -162,20 +163,11 @@ def to_stats(tensors: Mapping[str, np.ndarray], dtype: torch.dtype, thresholds: 
     return LayerStats(thresholds=thresholds, **fields)
 
 
-@lru_cache(maxsize=2)
-def _pattern_values(dtype: torch.dtype) -> Float64:
-    """Return the float64 value of each of the 65,536 patterns of a 16-bit float."""
-    patterns = torch.arange(PATTERNS, dtype=torch.int32).to(torch.uint16)
-    return patterns.view(dtype).double().numpy()
-
-
 class Kernels:
     """Backend of torch operations, deterministic and without host transfers. Faster backends override it.
 
     Temporaries have up to `CHUNK` elements. Each observer has its own backend, which may keep memory between calls.
     """
-
-    _buffer: torch.Tensor | None = None
 
     def add(self, into: Accumulator, x: torch.Tensor, mask: torch.Tensor, before: torch.Tensor | None = None) -> None:
         """Add the elementwise statistics and pooled variances of a batch, and its sums by unit if ``into`` keeps them.
@@ -203,14 +195,7 @@ class Kernels:
 
     def add_update(self, into: Accumulator, after: torch.Tensor, before: torch.Tensor, mask: torch.Tensor) -> None:
         """Add ``after - before``, rounded to the wider of their dtypes, as in `add`."""
-        update = self._buffer
-        if after.dtype != before.dtype:
-            update = after - before
-        elif update is None or update.shape != after.shape or update.dtype != after.dtype:
-            update = self._buffer = after - before
-        else:  # fresh pages are expensive
-            torch.sub(after, before, out=update)
-        self.add(into, update, mask)
+        self.add(into, after - before, mask)
 
     def finish(self) -> None:
         """Complete pending additions. Accumulators are up to date only after this call, which ends every layer."""
