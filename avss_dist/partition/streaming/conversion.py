@@ -1,4 +1,4 @@
-"""Conversion, by transformers, of several stored tensors to weights of a model, some of them at a time.
+"""Conversion, by transformers, of several stored tensors to weights of a model, one weight at a time.
 
 transformers has two readers of .gguf files. Some architectures go through its conversions, as quantized safetensors do.
 All others are unpacked by the gguf package, and rearranged by a class of their architecture.
@@ -6,7 +6,7 @@ All others are unpacked by the gguf package, and rearranged by a class of their 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -22,11 +22,10 @@ from avss_dist.models.safetensors import DTYPES, StoredTensor
 ELSEWHERE = (
     "Use `partition` device_map, which has transformers load the whole model."  # hint where streaming is impossible
 )
-GROUP_BYTES = 64 << 20  # of tensors that are converted together, unless those of a single weight are larger
 
 Unpack = Callable[[Mapping[str, torch.Tensor]], dict[str, torch.Tensor]]
 Group = tuple[StoredTensor, ...]
-"""Stored tensors that are converted together: all that make some weights."""
+"""Stored tensors that are converted together: all that make a weight, or several."""
 
 
 class Conversion:
@@ -57,7 +56,7 @@ class Conversion:
         self._mapping: list[Any] = []
 
     def groups(self, keys: set[int]) -> tuple[Group, ...]:
-        """Return the stored tensors from which weights, by id, are converted.
+        """Return the stored tensors from which weights, by id, are converted, grouped by weight.
 
         Raises:
             ModelError: no stored tensor belongs to these weights.
@@ -80,7 +79,7 @@ class Conversion:
                 f"{self._subject} cannot be read layer by layer: its files have other tensors than its layers.",
                 ELSEWHERE,
             )
-        return tuple(_grouped(by_target.values()))
+        return tuple(map(tuple, by_target.values()))
 
     def convert(self, tensors: Mapping[str, torch.Tensor], device: torch.device) -> None:
         """Convert the tensors of a group, by name, and set the weights in the model.
@@ -125,17 +124,6 @@ def refusing(subject: str) -> Iterator[None]:
             f"({first_line(error)}).",
             ELSEWHERE,
         ) from error
-
-
-def _grouped(sources: Iterable[list[StoredTensor]]) -> Iterator[Group]:
-    """Join the tensors of consecutive weights to groups of at most `GROUP_BYTES`."""
-    group: list[StoredTensor] = []
-    for tensors in sources:
-        if group and sum(stored.size for stored in (*group, *tensors)) > GROUP_BYTES:
-            yield tuple(group)
-            group = []
-        group += tensors
-    yield tuple(group)
 
 
 class GgufTensors:
