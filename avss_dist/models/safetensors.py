@@ -135,10 +135,10 @@ def floating_dtype(tensors: Iterable[TensorInfo]) -> torch.dtype:
 
 @contextmanager
 def explaining_reads(stored: StoredTensor) -> Iterator[None]:
-    """Raise ModelError for an OSError or an EOFError in reading a tensor inside the context."""
+    """Raise ModelError for an error in reading or mapping a tensor inside the context."""
     try:
         yield
-    except EOFError as error:
+    except (EOFError, ValueError) as error:  # mapping a file that is too short is a ValueError
         raise ModelError(f"{stored.file} ends before its tensor '{stored.name}' does.", "Copy it again.") from error
     except OSError as error:
         raise ModelError(f"{stored.file} cannot be read: {error.strerror}.", "Does it still exist?") from error

@@ -2,13 +2,12 @@
 
 transformers builds the model from tensors that have a name, a shape and a dtype, but no data, which shows where each
 stored tensor goes. Renamed tensors are read straight into place. Rearranged ones, such as fused experts, and quantized
-ones go through transformers' own conversion, a few weights at a time. Stored tensors are copied into memory, or mapped
+ones go through transformers' own conversion, one weight at a time. Stored tensors are copied into memory, or mapped
 from the page cache.
 """
 
 from __future__ import annotations
 
-import mmap
 import os
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -18,6 +17,7 @@ from dataclasses import dataclass
 from itertools import chain, starmap
 from typing import Any
 
+import numpy as np
 import torch
 from torch import nn
 
@@ -71,7 +71,7 @@ def copied_into(buffer: torch.Tensor, stored: Sequence[StoredTensor]) -> Iterato
         parts.append(buffer[begin:used])
     with ThreadPoolExecutor(_READERS, thread_name_prefix="avss-readers") as threads:
         reads = [
-            [threads.submit(_fill, source, part.numpy().data, start) for start in range(0, source.size, _PIECE)]
+            [threads.submit(_fill, source, piece, i * _PIECE) for i, piece in enumerate(part.split(_PIECE))]
             for source, part in zip(stored, parts, strict=True)
         ]
         for source, part, pieces in zip(stored, parts, reads, strict=True):
@@ -81,15 +81,12 @@ def copied_into(buffer: torch.Tensor, stored: Sequence[StoredTensor]) -> Iterato
             yield part.view(DTYPES[source.dtype]).view(source.shape)
 
 
-def _fill(stored: StoredTensor, whole: memoryview, at: int) -> None:
-    """Read a piece of a tensor, from offset ``at``, into the same place of its memory."""
-    unread = whole[at : at + _PIECE]
-    with stored.file.open("rb", buffering=0) as file:
-        while unread:
-            count = os.preadv(file.fileno(), [unread], stored.start + at)
-            if not count:
-                raise EOFError
-            unread, at = unread[count:], at + count
+def _fill(stored: StoredTensor, piece: torch.Tensor, at: int) -> None:
+    """Read a piece of a tensor, from offset ``at`` in it, into memory, uint8[size]."""
+    with stored.file.open("rb") as file:
+        file.seek(stored.start + at)
+        if file.readinto(piece.numpy().data) < len(piece):
+            raise EOFError
 
 
 def copied(stored: Iterable[StoredTensor]) -> Iterator[torch.Tensor]:
@@ -108,22 +105,11 @@ def mapped(stored: Iterable[StoredTensor]) -> Iterator[torch.Tensor]:
     """
     for source in stored:
         with explaining_reads(source):
-            tensor = _map(source)
+            # Copy on write. A shorter file is a ValueError.
+            tensor = torch.from_numpy(np.memmap(str(source.file), np.uint8, "c", source.start, (source.size,)))
             populate(tensor.data_ptr(), source.size)
         aligned = tensor.clone() if source.start % DTYPES[source.dtype].itemsize else tensor
         yield aligned.view(DTYPES[source.dtype]).view(source.shape)
-
-
-def _map(stored: StoredTensor) -> torch.Tensor:
-    """Return a private mapping of a stored tensor, uint8[size]."""
-    before = stored.start % mmap.ALLOCATIONGRANULARITY
-    with stored.file.open("rb", buffering=0) as file:
-        if os.fstat(file.fileno()).st_size < stored.start + stored.size:
-            raise EOFError
-        if not stored.size:
-            return torch.empty(0, dtype=torch.uint8)
-        memory = mmap.mmap(file.fileno(), before + stored.size, access=mmap.ACCESS_COPY, offset=stored.start - before)
-    return torch.frombuffer(memory, dtype=torch.uint8, count=stored.size, offset=before)
 
 
 @dataclass(frozen=True, eq=False)
@@ -214,14 +200,12 @@ class StreamedWeights:
                 "Set `dequantize`.",
             )
         quantizer = ready_quantizer(checkpoint, config, settings) if method else None
-        unread: dict[str, _Placeholder] = {}
-        for tensor in (tensor for file in weight_files(checkpoint.folder) for tensor in tensors_of(file)):
-            if tensor.dtype not in DTYPES:
-                raise ModelError(
-                    f"{tensor.file} holds '{tensor.name}' as {tensor.dtype}, which cannot be read layer by layer.",
-                    ELSEWHERE,
-                )
-            unread[tensor.name] = _Placeholder(tensor.shape, tensor)
+        tensors = [tensor for file in weight_files(checkpoint.folder) for tensor in tensors_of(file)]
+        if wrong := next((tensor for tensor in tensors if tensor.dtype not in DTYPES), None):
+            raise ModelError(
+                f"{wrong.file} holds '{wrong.name}' as {wrong.dtype}, which cannot be read layer by layer.", ELSEWHERE
+            )
+        unread = {tensor.name: _Placeholder(tensor.shape, tensor) for tensor in tensors}
         self.model = build_model(checkpoint, settings, lambda _: unread, head=head)
         self.unpacks = quantizer is not None
         self._weights = _weights(self.model, unread)
@@ -327,10 +311,12 @@ class StreamedWeights:
     def fill_random(self, parts: Sequence[Part], device: torch.device) -> Iterator[None]:
         """Fill parts with small random numbers inside the context, as views of shared memory, without reading files."""
         weights = [weight for part in parts for weight in part.weights]
-        sizes: dict[torch.dtype, int] = {}
-        for meta in (weight.meta for weight in weights):
-            sizes[meta.dtype] = max(sizes.get(meta.dtype, 0), meta.numel())
-        numbers = {dtype: _random(size + _RANDOM_OFFSETS, dtype).to(device) for dtype, size in sizes.items()}
+        largest = {meta.dtype: meta for meta in sorted((weight.meta for weight in weights), key=torch.Tensor.numel)}
+        block = torch.randn(_RANDOM_BLOCK, generator=torch.Generator().manual_seed(0)) * RANDOM_SCALE
+        numbers = {
+            dtype: block.to(dtype).repeat(1 + (meta.numel() + _RANDOM_OFFSETS) // _RANDOM_BLOCK).to(device)
+            for dtype, meta in largest.items()
+        }
         try:
             for i, weight in enumerate(weights):
                 start = i * _RANDOM_STEP % _RANDOM_OFFSETS  # equal weights would make queries equal to keys
@@ -368,23 +354,14 @@ class _Placeholder:
 def _weights(model: nn.Module, unread: Mapping[str, _Placeholder]) -> dict[int, Weight]:
     """Return the weights of a model that are on the meta device, by id of the tensor."""
     placed = {e.placed.untyped_storage()._cdata: (e.placed, e.stored) for e in unread.values() if e.placed is not None}
-    places: dict[int, list[tuple[nn.Module, str]]] = {}
-    tensors: dict[int, torch.Tensor] = {}
+    places: dict[torch.Tensor, list[tuple[nn.Module, str]]] = {}
     for module in model.modules():
         for name, tensor in (*module._parameters.items(), *module._buffers.items()):
             if tensor is not None and tensor.is_meta:
-                places.setdefault(id(tensor), []).append((module, name))
-                tensors[id(tensor)] = tensor
+                places.setdefault(tensor, []).append((module, name))
     weights = {}
-    for key, tensor in tensors.items():
+    for tensor, where in places.items():
         whole, stored = placed.get(tensor.untyped_storage()._cdata, (tensor, None))
         is_whole = (tensor.shape, tensor.stride()) == (whole.shape, whole.stride())  # not a view of a part
-        weights[key] = Weight(tensor, tuple(places[key]), stored if is_whole else None)
+        weights[id(tensor)] = Weight(tensor, tuple(where), stored if is_whole else None)
     return weights
-
-
-def _random(size: int, dtype: torch.dtype) -> torch.Tensor:
-    if not dtype.is_floating_point:
-        return torch.zeros(size, dtype=dtype)
-    block = torch.randn(min(size, _RANDOM_BLOCK), generator=torch.Generator().manual_seed(0)) * RANDOM_SCALE
-    return block.to(dtype).repeat(-(-size // max(1, len(block))))[:size]
