@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import math
 import os
-from collections import Counter
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing, contextmanager, suppress
@@ -37,8 +36,8 @@ LARGE_BYTES = 64_000_000  # of a layer: beside its arithmetic, taking fresh page
 T = TypeVar("T")
 Fork = Callable[[torch.Tensor], object]
 """Function that runs another pass from given hidden states."""
-_Offloaded = tuple[torch.UntypedStorage, int, torch.UntypedStorage | Path]
-"""Emptied storage, its size, and its bytes in host memory or the file that has them."""
+_Offloaded = tuple[torch.UntypedStorage, int, str, torch.UntypedStorage | Path | None]
+"""Storage, its size, the room that it takes, and its bytes or their file if the storage was emptied."""
 
 
 class HiddenStateOffloader:
@@ -55,9 +54,8 @@ class HiddenStateOffloader:
 
     def __init__(self, device: torch.device, device_bytes: int, host_bytes: int | None) -> None:
         self._device = device
-        self._room = {"device": float(device_bytes), "host": math.inf if host_bytes is None else float(host_bytes)}
-        self._held: dict[str, Counter[Hashable]] = {place: Counter() for place in self._room}
-        self._idle = device.type == "cpu" and host_bytes is None
+        host_room = math.inf if host_bytes is None else host_bytes
+        self._room: dict[str, float] = {"device": device_bytes, "host": host_room, "files": math.inf}
         self._folder: TemporaryDirectory[str] | None = None
         self._numbers = count()
         self._offloaded: dict[Hashable, list[_Offloaded]] = {}
@@ -73,45 +71,38 @@ class HiddenStateOffloader:
         Raises:
             RunFailed: the bytes do not fit in memory, and cannot be written to a file.
         """
-        if self._idle:
-            return
         activations = [(x.untyped_storage(), x.nbytes) for x in tensors if not isinstance(x, torch.nn.Parameter)]
         storages = {s._cdata: s for s, size in activations if s.nbytes() == size > 0}  # that a tensor covers
-        moved = (self._offload_storage(batch, storage) for storage in storages.values())
-        self._offloaded[batch] = [offloaded for offloaded in moved if offloaded]
+        self._offloaded[batch] = [self._offload_storage(storage) for storage in storages.values()]
 
     def restore(self, batch: Hashable) -> None:
         """Move the hidden states of a batch back into the storages of its tensors."""
-        for storage, size, place in self._offloaded.pop(batch, []):
+        for storage, size, room, place in self._offloaded.pop(batch, []):
+            self._room[room] += size
+            if place is None:
+                continue
             storage.resize_(size)
             if isinstance(place, Path):
                 storage.copy_(torch.UntypedStorage.from_file(str(place), shared=False, nbytes=size))
                 place.unlink()
             else:
                 storage.copy_(place, non_blocking=True)
-        for held in self._held.values():
-            held.pop(batch, None)
 
-    def _take(self, place: str, batch: Hashable, size: int) -> bool:
-        """Reserve bytes for a batch, and return whether the room suffices."""
-        fits = self._held[place].total() + size <= self._room[place]
-        self._held[place][batch] += size * fits
-        return fits
-
-    def _offload_storage(self, batch: Hashable, storage: torch.UntypedStorage) -> _Offloaded | None:
-        """Move the bytes of a storage out and return where they are, or return None if it stays as it is."""
+    def _offload_storage(self, storage: torch.UntypedStorage) -> _Offloaded:
+        """Move the bytes of a storage out, unless there is room for them where they are."""
         size = storage.nbytes()
-        if self._take("device", batch, size):
-            return None
-        fits = self._take("host", batch, size)
-        if fits and self._device.type == "cpu":
-            return None
-        if fits:
-            host = torch.empty(size, dtype=torch.uint8, pin_memory=True).untyped_storage()
-            host.copy_(storage, non_blocking=True)
-        place = host if fits else self._write(storage)
+        room = next(name for name, free in self._room.items() if size <= free)
+        self._room[room] -= size
+        if room == "device" or (room == "host" and self._device.type == "cpu"):
+            return storage, size, room, None
+        place: torch.UntypedStorage | Path
+        if room == "host":
+            place = torch.empty(size, dtype=torch.uint8, pin_memory=True).untyped_storage()
+            place.copy_(storage, non_blocking=True)
+        else:
+            place = self._write(storage)
         storage.resize_(0)
-        return storage, size, place
+        return storage, size, room, place
 
     def _write(self, storage: torch.UntypedStorage) -> Path:
         self._folder = self._folder or offload_folder(storage.nbytes())
@@ -305,29 +296,26 @@ class Passes:
         The pass that is furthest behind runs next, with all passes at the same layer. If one raises, the others are
         unwound.
         """
-        results: dict[int, T] = {}
+        passes = [_Pass(function) for function in functions]
+        results: dict[_Pass, T] = {}
         waiting: list[_Pass] = []
-
-        def keep(i: int) -> None:
-            results[i] = functions[i]()
 
         def resume(current: _Pass) -> None:
             """Run a pass until its next layer, or to its end, and then those that start there."""
-            current.switch()
+            result = current.switch()
             if current.dead:
+                results[current] = result
                 return
             waiting.append(current)
             offloader.offload(current, list(current.hidden))
             while current.forks:
                 resume(_Pass(current.forks.pop(0)))
 
-        if not functions:
-            return []
         offloader = HiddenStateOffloader(self._device, self._device_bytes, self.host_bytes)
         with self.window() as window, closing(offloader):
             try:
-                for i in range(len(functions)):
-                    resume(_Pass(partial(keep, i)))
+                for current in passes:
+                    resume(current)
                 while waiting:
                     index = min(waiting, key=lambda current: current.calls).layer
                     window.load(index)
@@ -338,7 +326,7 @@ class Passes:
             finally:
                 for current in waiting:
                     current.throw()
-        return [results[i] for i in range(len(functions))]
+        return [results[current] for current in passes]
 
     @contextmanager
     def window(self, *, backwards: bool = False) -> Iterator[Window]:
