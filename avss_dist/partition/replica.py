@@ -197,7 +197,6 @@ class Replica:
         model: columns of the run's row that describe the opened model, JSON-ready.
         device: device of this rank's token ids; the first one of several.
         split: rows of a batch that this rank counts.
-        reports_stats: whether this rank returns the statistics, which the other ranks send to it.
         language_model: model with its head; None unless the replica was opened with the head.
         language_model_type: class of ``language_model``.
         no_gradients: see `causal_lm.LanguageModel`.
@@ -208,7 +207,6 @@ class Replica:
     """
 
     split = RowSplit()
-    reports_stats = True
     language_model_type: type[LanguageModel] = LanguageModel
     no_gradients: tuple[str, str] | None = None
 
@@ -218,12 +216,17 @@ class Replica:
         self.device = pick_device(settings.device)
         keep_freed_memory()
         self.language_model: LanguageModel | None = None
+        info, ranks = PARTITIONS[placement.partition], placement.ranks
         with quiet(), reraise_lost_ranks(), sharing_skeletons():
+            if info.gang or (head and placement.copies > 1):
+                group = require_group(placement.partition, ranks)
+                self.split = group if info.splits_matrices else self.split
+            self.require_ranks(placement.partition, checkpoint, settings, ranks)
             self._backbone = self._open(checkpoint, settings, placement, head=head)
             if head:
                 self.language_model = self.language_model_type(checkpoint, settings, self._backbone, self.device)
                 self.language_model.no_gradients = self.no_gradients
-                self.language_model.whole_weights = not PARTITIONS[placement.partition].splits_matrices
+                self.language_model.whole_weights = not info.splits_matrices
         self._run = forward_function(self._backbone.module)
         self.layers: tuple[Layer, ...] = self._backbone.layers
         self.model: Mapping[str, Any] = {
@@ -232,6 +235,11 @@ class Replica:
             "partition": placement.partition,
             "threads": torch.get_num_threads(),
         }
+
+    @property
+    def reports_stats(self) -> bool:
+        """Whether this rank returns the statistics, which the other ranks send to it."""
+        return self.split.rank == 0
 
     @staticmethod
     def minimum_host_weights(size: Footprint, kind: str, *, head: bool) -> int:
@@ -269,7 +277,6 @@ class Replica:
     def _open(self, checkpoint: Checkpoint, settings: Settings, placement: Placement, *, head: bool) -> Backbone:
         """Open the model, or this rank's part of it."""
         if head and placement.copies > 1:
-            require_group(placement.partition, placement.ranks)
             self.language_model_type = RankedLanguageModel
         return load(checkpoint, settings, self.device, head=head)
 

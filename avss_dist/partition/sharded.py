@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import copy
 import os
-from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
@@ -38,7 +37,7 @@ from avss_dist.models.loading import (
 from avss_dist.models.quantization import quantization_method
 from avss_dist.models.size import Footprint, load_skeleton
 from avss_dist.partition.device_map import unstored
-from avss_dist.partition.group import RankedLanguageModel, all_gather, quiet_deepspeed, require_group, share
+from avss_dist.partition.group import RankedLanguageModel, all_gather, quiet_deepspeed, share
 from avss_dist.partition.replica import MemoryQuery, PartitionEstimate, Placement, Replica, dummy_batch
 from avss_dist.partition.splitting import generic_name, layer_modules, require_version, scale_obstacle
 
@@ -100,7 +99,7 @@ class ShardedLanguageModel(RankedLanguageModel):
             return parameter.detach().clone()
 
 
-class ShardedReplica(Replica, ABC):
+class ShardedReplica(Replica):
     """One rank of a model of which each rank holds a part of every parameter. All open it in a group (`group.join`).
 
     Attributes:
@@ -154,15 +153,6 @@ class ShardedReplica(Replica, ABC):
         why = "every rank holds a part and gathers one layer at a time"
         return query.usage(weights, why, host_weights=host_weights)
 
-    def _open(self, checkpoint: Checkpoint, settings: Settings, placement: Placement, *, head: bool) -> Backbone:
-        self.require_ranks(placement.partition, checkpoint, settings, placement.ranks)
-        require_group(placement.partition, placement.ranks)
-        return self._open_part(checkpoint, settings, placement.ranks, head=head)
-
-    @abstractmethod
-    def _open_part(self, checkpoint: Checkpoint, settings: Settings, ranks: int, *, head: bool) -> Backbone:
-        """Open this rank's part of the model."""
-
 
 class FsdpReplica(ShardedReplica):
     """One rank of an FSDP2 model, which reads its part of every tensor from the files."""
@@ -192,12 +182,12 @@ class FsdpReplica(ShardedReplica):
                 "Set `ranks` to a smaller number, leave out `dequantize`, or use `partition` streaming.",
             )
 
-    def _open_part(self, checkpoint: Checkpoint, settings: Settings, ranks: int, *, head: bool) -> Backbone:
+    def _open(self, checkpoint: Checkpoint, settings: Settings, placement: Placement, *, head: bool) -> Backbone:
         from torch.distributed.fsdp import FSDPModule
         from transformers.distributed import DistributedConfig
 
         plan = gathering_plan(load_skeleton(checkpoint, settings)[0], settings.layers)
-        parts = DistributedConfig(fsdp_size=ranks, fsdp_plan=plan)
+        parts = DistributedConfig(fsdp_size=placement.ranks, fsdp_plan=plan)
         model = load_model(checkpoint, settings, head=head, distributed_config=parts)
         for module in model.modules():
             if isinstance(module, FSDPModule):  # of which the model itself and tied embeddings would keep weights
@@ -234,7 +224,7 @@ class Zero3Replica(ShardedReplica):
 
     loads_quantized_whole = True
 
-    def _open_part(self, checkpoint: Checkpoint, settings: Settings, ranks: int, *, head: bool) -> Backbone:
+    def _open(self, checkpoint: Checkpoint, settings: Settings, placement: Placement, *, head: bool) -> Backbone:
         text = text_config(checkpoint)
         config = deepspeed_config(compute_dtype(checkpoint, text, settings), self.device)
         with quiet_deepspeed():

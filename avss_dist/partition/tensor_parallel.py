@@ -20,7 +20,7 @@ from avss_dist.models.loading import Backbone
 from avss_dist.models.quantization import quantization_method
 from avss_dist.models.size import load_skeleton
 from avss_dist.partition.autotp import open_by_autotp, require_autotp
-from avss_dist.partition.group import RankedLanguageModel, require_group
+from avss_dist.partition.group import RankedLanguageModel
 from avss_dist.partition.replica import MemoryQuery, PartitionEstimate, Placement, Replica
 from avss_dist.partition.splitting import (
     attention_plan,
@@ -78,14 +78,8 @@ class TensorParallelReplica(Replica):
         return query.usage(part, "every rank loads and keeps a part of each matrix")
 
     def _open(self, checkpoint: Checkpoint, settings: Settings, placement: Placement, *, head: bool) -> Backbone:
-        self.split = require_group(placement.partition, placement.ranks)
-        self.reports_stats = self.split.rank == 0
-        self.require_ranks(placement.partition, checkpoint, settings, placement.ranks)
-        return self._open_part(checkpoint, settings, placement.ranks, head=head)
-
-    def _open_part(self, checkpoint: Checkpoint, settings: Settings, ranks: int, *, head: bool) -> Backbone:
         """Return this rank's part of the model, whose taps exchange the units of the ranks."""
-        if tensor_plan_obstacle(checkpoint, settings, ranks):
+        if tensor_plan_obstacle(checkpoint, settings, placement.ranks):
             backbone = open_by_autotp(checkpoint, settings, self.device, self.split, head=head)
             self.no_gradients = (
                 f"`partition` tensor_parallel has no gradients of a {backbone.columns['family']} model: "
@@ -94,7 +88,7 @@ class TensorParallelReplica(Replica):
                 "Use `partition` fsdp, zero3, single or streaming.",
             )
             return backbone
-        return open_by_plan(checkpoint, settings, self.device, head=head, tp_size=ranks)
+        return open_by_plan(checkpoint, settings, self.device, head=head, tp_size=placement.ranks)
 
     def collect(self, counted: T) -> list[T]:
         """Return the counts of all ranks, in order, on the rank that reports."""
@@ -133,12 +127,12 @@ class ExpertParallelReplica(TensorParallelReplica):
         part = part_bytes(query.checkpoint, query.settings, options)
         return query.usage(part, "every rank loads and keeps some of the experts of each layer")
 
-    def _open_part(self, checkpoint: Checkpoint, settings: Settings, ranks: int, *, head: bool) -> Backbone:
+    def _open(self, checkpoint: Checkpoint, settings: Settings, placement: Placement, *, head: bool) -> Backbone:
         """Return this rank's part of the model, which has some of the experts of each layer.
 
         transformers exchanges tokens in passes with gradients, and sums in others.
         """
-        options = expert_options(checkpoint, settings, ranks)
+        options = expert_options(checkpoint, settings, placement.ranks)
         return open_by_plan(checkpoint, settings, self.device, head=head, **options)
 
 

@@ -42,7 +42,7 @@ from avss_dist.models.interventions import Patch, decode_patch
 from avss_dist.models.loading import load_tokenizer
 from avss_dist.partition.autotp import difference, inference_config, require_autotp
 from avss_dist.partition.group import join, leave
-from avss_dist.partition.replica import Placement, open_replica
+from avss_dist.partition.replica import Placement, open_replica, replica_class
 from avss_dist.partition.sharded import Zero3Replica, deepspeed_config
 from avss_dist.pruning.repair.repair import Repair
 from avss_dist.stats.layer_stats import LayerKey, LayerStats, ShardResult, merge_values
@@ -654,7 +654,7 @@ def test_ranks_that_split_matrices_refuse_questions(
 def test_a_gguf_file_is_not_opened_in_parts(partition: str) -> None:
     checkpoint = Checkpoint(name="tiny.gguf", source="gguf", path="/tiny.gguf", revision="0")
     with pytest.raises(ConfigError, match=rf"'tiny.gguf' is a .gguf file.*every process, so that {partition} would"):
-        open_replica(checkpoint, SETTINGS, Placement(partition=partition, ranks=2))
+        replica_class(partition).require_ranks(partition, checkpoint, SETTINGS, 2)
 
 
 def test_one_rank_is_refused(tiny_llama: Path) -> None:
