@@ -231,8 +231,8 @@ class Observer:
         self._num_observed: Counter[int] = Counter()
         self._row_batches: defaultdict[LayerKey, list[tuple[np.ndarray, Tensors]]] = defaultdict(list)
         self._kernels: dict[torch.device, Kernels] = {}
-        inputs = set(INPUT_SITES) & set(hooks.sites)  # of linear maps, whose every unit is summed
-        self._unit_sites = (*UNIT_SITES, "neuron") if inputs else UNIT_SITES
+        # Sums by unit of the inputs of linear maps include those of neurons.
+        self._unit_sites = (*UNIT_SITES, "neuron") if set(INPUT_SITES) & set(hooks.sites) else UNIT_SITES
 
     @contextmanager
     def batch(self, observed: np.ndarray, pairing: Pairing | None = None) -> Iterator[None]:

@@ -19,6 +19,7 @@ import re
 import struct
 import sys
 import warnings
+from contextlib import suppress
 from functools import lru_cache
 from importlib.resources import files
 from itertools import pairwise
@@ -302,12 +303,10 @@ def library(major: int) -> Any:
     homes = [Path(path) / "nvidia" for path in sys.path if path]
     for folder in [home / part / "lib" for home in homes for part in (f"cu{major}", "cuda_nvrtc")]:
         if (folder / name).is_file():
-            try:
+            with suppress(OSError):
                 for builtins in folder.glob("libnvrtc-builtins.so*"):
                     ctypes.CDLL(str(builtins))  # which it opens by name alone
                 return ctypes.CDLL(str(folder / name))
-            except OSError:
-                continue
     try:
         return ctypes.CDLL(name)
     except OSError as error:

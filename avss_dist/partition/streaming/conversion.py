@@ -23,7 +23,6 @@ ELSEWHERE = (
     "Use `partition` device_map, which has transformers load the whole model."  # hint where streaming is impossible
 )
 
-Unpack = Callable[[Mapping[str, torch.Tensor]], dict[str, torch.Tensor]]
 Group = tuple[StoredTensor, ...]
 """Stored tensors that are converted together: all that make a weight, or several."""
 
@@ -47,7 +46,7 @@ class Conversion:
         stored: Sequence[StoredTensor],
         quantizer: Any = None,
         names: Mapping[str, str] | None = None,
-        unpack: Unpack | None = None,
+        unpack: Callable[[Mapping[str, torch.Tensor]], dict[str, torch.Tensor]] | None = None,
     ) -> None:
         self._model, self._stored, self._quantizer = model, stored, quantizer
         self._names, self.unpack = names or {}, unpack
