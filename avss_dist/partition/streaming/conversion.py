@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
@@ -51,7 +52,7 @@ class Conversion:
         self._model, self._stored, self._quantizer = model, stored, quantizer
         self._names, self.unpack = names or {}, unpack
         self._subject = f"The weights of {type(model).__name__}"
-        self._targets: dict[str, int] | None = None  # id of the first weight that is made of a tensor, by its name
+        self._groups: dict[int, list[StoredTensor]] | None = None  # by the id of the first weight that is made of them
         self._mapping: list[Any] = []
 
     def groups(self, keys: set[int]) -> tuple[Group, ...]:
@@ -60,25 +61,22 @@ class Conversion:
         Raises:
             ModelError: no stored tensor belongs to these weights.
         """
-        if self._targets is None:
+        if self._groups is None:
             with refusing(self._subject):
                 rename, self._mapping, state = renaming(self._model, self._quantizer)
-                self._targets = {}
-                for name in sorted(stored.name for stored in self._stored):
-                    read = self._names.get(name, name)
+                self._groups = {}
+                for stored in sorted(self._stored, key=attrgetter("name")):
+                    read = self._names.get(stored.name, stored.name)
                     weight = state.get(rename(read), state.get(read))
                     if weight is not None:
-                        self._targets[name] = id(weight)
-        by_target: dict[int, list[StoredTensor]] = {}
-        for stored in self._stored:
-            if (target := self._targets.get(stored.name)) in keys:
-                by_target.setdefault(target, []).append(stored)
-        if not by_target:
+                        self._groups.setdefault(id(weight), []).append(stored)
+        groups = tuple(tuple(stored) for weight, stored in self._groups.items() if weight in keys)
+        if not groups:
             raise ModelError(
                 f"{self._subject} cannot be read layer by layer: its files have other tensors than its layers.",
                 ELSEWHERE,
             )
-        return tuple(map(tuple, by_target.values()))
+        return groups
 
     def convert(self, tensors: Mapping[str, torch.Tensor], device: torch.device) -> None:
         """Convert the tensors of a group, by name, and set the weights in the model.
@@ -191,10 +189,11 @@ class GgufTensors:
         config = load_gguf_checkpoint(str(self._file))["config"]
         self._processor = TENSOR_PROCESSORS.get(self._architecture, TensorProcessor)(config=config)
         self._weights = get_gguf_hf_weights_map(model, self._processor)
-        for name in (stored.name for stored in self.stored):
-            target = self._weights.get(name) or self._weights.get(name.removesuffix(".weight"))  # fused experts
-            if target:
-                self.names[name] = target
+        targets = {
+            name: self._weights.get(name) or self._weights.get(name.removesuffix(".weight"))  # fused experts
+            for name in self._types
+        }
+        self.names = {name: target for name, target in targets.items() if target}
 
     def unpack(self, raw: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         """Return tensors as transformers' older reader has them, float32 by their names in the model.
