@@ -22,7 +22,7 @@ import warnings
 from contextlib import suppress
 from functools import lru_cache
 from importlib.resources import files
-from itertools import pairwise
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
@@ -102,15 +102,12 @@ class CudaKernels(Kernels):
         compared = before is not None and kernel != "count_update"
         mask, before = mask.contiguous(), None if before is None else before.contiguous()
         values = {"rows": rows, "tokens": tokens, "units": units, "chunk": chunk}
-        values |= {"x": x.data_ptr(), "mask": mask.data_ptr()}
-        if before is not None:
-            values["before"] = before.data_ptr()
+        values |= {"x": x.data_ptr(), "mask": mask.data_ptr(), "before": 0 if before is None else before.data_ptr()}
         limits = len(into.thresholds) if x.dtype == torch.float32 else 0
         if limits:
             values |= {"num_limits": limits, "limits": limits_on(into.thresholds.tobytes(), x.device).data_ptr()}
         values |= self._room((rows, tokens, units), chunk, x, kernel != "count", compared)
-        for name, tensor in into.tensors.items():
-            values[f"all_{name}"] = tensor.data_ptr()
+        values |= {f"all_{name}": tensor.data_ptr() for name, tensor in into.tensors.items()}
         values["wide"] = "patterns" in into.tensors and into.tensors["patterns"].dtype == torch.int64
         arguments = struct.pack(f"{len(fields())}q", *(values.get(name, 0) for name in fields()))
         shared = shared_bytes(x.dtype, self._launcher.span(x.dtype), limits)
@@ -285,11 +282,9 @@ def layout(
         "row_seen": 16 * rows,
     }
     sizes = {name: size for name, size in (zeros | scratch).items() if size}
-    ends = [0]
-    for size in sizes.values():
-        ends.append(ends[-1] + -(-size // ALIGNMENT) * ALIGNMENT)
-    offsets = dict(zip(sizes, (start for start, _ in pairwise(ends)), strict=True))
-    return offsets, offsets["sums"], ends[-1]
+    *starts, end = accumulate((-(-size // ALIGNMENT) * ALIGNMENT for size in sizes.values()), initial=0)
+    offsets = dict(zip(sizes, starts, strict=True))
+    return offsets, offsets["sums"], end
 
 
 @lru_cache(maxsize=2)
