@@ -130,15 +130,9 @@ def _pattern(element: Any) -> Callable[[Any], Any]:
 @_exact
 def merge_patterns(counts: Any, total: Any) -> None:
     """Add uint32 ``counts`` to int32 or int64 ``total``, which may be shorter, and reset the added counts to zero."""
-    for first in range(0, total.shape[0], 64):
-        here, all_here = counts[first : first + 64], total[first : first + 64]
-        seen = np.uint32(0)
-        for i in range(64):
-            seen |= here[i]
-        if seen:
-            for i in range(64):
-                all_here[i] += here[i]
-            here[:] = 0
+    for i in range(total.shape[0]):
+        total[i] += counts[i]
+        counts[i] = 0
 
 
 @_exact
