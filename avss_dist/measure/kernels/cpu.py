@@ -166,11 +166,10 @@ def measure_patterns(
         by_sequence, compared: tensors of the accumulator, added to. See `_sum_sequence` and `_compare_sequence`.
     """
     for b in range(raw.shape[0]):
-        nonfinite = _count_nonfinite(counts, values)
         for t in range(raw.shape[1]):
             if mask[b, t]:
                 _count_row(raw[b, t], counts)
-        _sum_sequence(values[b], mask[b], _count_nonfinite(counts, values) == nonfinite, by_sequence)
+        _sum_sequence(values[b], mask[b], by_sequence)
         if before.shape[0]:
             _compare_sequence(before[b], values[b], mask[b], compared)
 
@@ -190,8 +189,8 @@ def measure_float32(
         before, by_sequence, compared: as in `measure_patterns`.
     """
     for b in range(x.shape[0]):
-        all_finite = _count_float32(x[b], mask[b], limits, counts, elements)
-        _sum_sequence(x[b], mask[b], all_finite, by_sequence)
+        _count_float32(x[b], mask[b], limits, counts, elements)
+        _sum_sequence(x[b], mask[b], by_sequence)
         if before.shape[0]:
             _compare_sequence(before[b], x[b], mask[b], compared)
 
@@ -203,18 +202,8 @@ def _count_row(row: Any, counts: Any) -> None:
 
 
 @_compiled
-def _count_nonfinite(counts: Any, values: Any) -> int:
-    """Return the number of NaN and infinite patterns, of bfloat16 if ``values`` are patterns, else of float16."""
-    first = 0x7F80 if values.itemsize == 2 else 0x7C00
-    total = 0
-    for i in range(first, 0x8000):
-        total += counts[i] + counts[i + 0x8000]
-    return total
-
-
-@_compiled
-def _count_float32(x: Any, mask: Any, limits: Any, counts: Any, totals: Any) -> bool:
-    """Count and sum the elements of one sequence, float32[tokens, units]. Return whether all of them are finite.
+def _count_float32(x: Any, mask: Any, limits: Any, counts: Any, totals: Any) -> None:
+    """Count and sum the elements of one sequence, float32[tokens, units].
 
     Added to: counts uint32[65536] and ``totals``: near_zero int64[k]; elements int64[3] (count, zeros, nonfinite);
     moments float64[2] (mean, m2), merged token by token (Chan); extremes float64[2].
@@ -264,7 +253,6 @@ def _count_float32(x: Any, mask: Any, limits: Any, counts: Any, totals: Any) -> 
     elements[1] += zeros
     elements[2] += nonfinite
     extremes[0], extremes[1] = min(extremes[0], low), max(extremes[1], high)
-    return nonfinite == 0
 
 
 @_compiled
@@ -276,35 +264,31 @@ def _is_finite(row: Any) -> Any:
 
 
 @_compiled
-def _sum_sequence(x: Any, mask: Any, all_finite: bool, totals: Any) -> None:
-    """Sum one sequence, [tokens, units], over the tokens that are finite throughout (all of them if ``all_finite``).
+def _sum_sequence(x: Any, mask: Any, totals: Any) -> None:
+    """Sum one sequence, [tokens, units], over the tokens that are finite throughout.
 
     Added to: pooled float64[1], the unbiased variance over units of the mean over tokens, with sequences int64[1], if
     all tokens are finite; unit_count int64[1], finite tokens; unit_sums float64[2, units], skipped if it has no units.
     """
     sequences, pooled, unit_count, unit_sums = totals
-    sums, squares = np.zeros(x.shape[1]), np.zeros(unit_sums.shape[1])
+    sums, squares = np.zeros(x.shape[1]), np.zeros(x.shape[1])
     finite = seen = 0
     for t in range(x.shape[0]):
         if not mask[t]:
             continue
         seen += 1
         row = x[t]
-        if not (all_finite or _is_finite(row)):
+        if not _is_finite(row):
             continue
         finite += 1
-        if squares.shape[0]:
-            for j in range(row.shape[0]):
-                x_j = value(row[j])
-                sums[j] += x_j
-                squares[j] += x_j * x_j
-        else:
-            for j in range(row.shape[0]):
-                sums[j] += value(row[j])
+        for j in range(row.shape[0]):
+            x_j = value(row[j])
+            sums[j] += x_j
+            squares[j] += x_j * x_j
     if finite and finite == seen:
         sequences[0] += 1
         _add_to(pooled, (_variance(sums, finite),))
-    if squares.shape[0]:
+    if unit_sums.shape[1]:
         unit_count[0] += finite
         _add_to(unit_sums[0], sums)
         _add_to(unit_sums[1], squares)
