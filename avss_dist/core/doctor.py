@@ -147,7 +147,7 @@ def _deepspeed() -> str:
 
 def _kernels() -> str:
     total = np.zeros(65536, np.int64)
-    import_module("avss_dist.measure.kernels.cpu").merge_patterns(np.full(65536, 7, np.uint32), total)
+    import_module("avss_dist.measure.kernels.cpu").merge_patterns(np.full(65536, 7, np.int64), total)
     if not (total == 7).all():
         raise ArithmeticError("a count is wrong")
     return "yes"

@@ -19,8 +19,6 @@ from numba.extending import overload
 from avss_dist.measure.kernels.reference import PATTERNS, Accumulator, Kernels, limits_on
 from avss_dist.stats.layer_stats import CUT_SHIFT
 
-MAX_ELEMENTS = 1 << 32  # that are counted in 32 bits before the counts are flushed
-
 
 def compiled(**options: Any) -> Callable[[Any], Any]:
     """Return a decorator that compiles a function with numba, without Python's lock.
@@ -50,22 +48,16 @@ class CpuKernels(Kernels):
     """CPU backend, see `kernels.reference.Kernels`. It reuses memory between calls and is not thread-safe."""
 
     def __init__(self) -> None:
-        self._counts = np.zeros(PATTERNS, np.uint32)
+        self._counts = np.zeros(PATTERNS, np.int64)
 
     def add(self, into: Accumulator, x: torch.Tensor, mask: torch.Tensor, before: torch.Tensor | None = None) -> None:
         """Add the statistics of a batch to an accumulator, as `kernels.reference.Kernels.add`."""
-        rows = max(1, (MAX_ELEMENTS - 1) // max(1, x.shape[1] * x.shape[2]))
-        for start in range(0, len(x), rows):
-            here = slice(start, start + rows)
-            self._add(into, x[here], mask[here], x[:0] if before is None else before[here])
-
-    def _add(self, into: Accumulator, x: torch.Tensor, mask: torch.Tensor, before: torch.Tensor) -> None:
         into.reserve(x.numel())
         totals = _ABSENT | {name: tensor.numpy() for name, tensor in into.tensors.items()}
         elements, by_sequence, compared = (
             tuple(totals.get(name) for name in names) for names in (_ELEMENTS, _BY_SEQUENCE, _COMPARED)
         )
-        rest = _as_loops_read(before), self._counts, by_sequence, compared
+        rest = _as_loops_read(x[:0] if before is None else before), self._counts, by_sequence, compared
         values, masked = _as_loops_read(x), mask.contiguous().numpy()
         if x.dtype == torch.float32:
             measure_float32(
@@ -129,7 +121,7 @@ def _pattern(element: Any) -> Callable[[Any], Any]:
 
 @_exact
 def merge_patterns(counts: Any, total: Any) -> None:
-    """Add uint32 ``counts`` to int32 or int64 ``total``, which may be shorter, and reset the added counts to zero."""
+    """Add int64 ``counts`` to int32 or int64 ``total``, which may be shorter, and reset the added counts to zero."""
     for i in range(total.shape[0]):
         total[i] += counts[i]
         counts[i] = 0
@@ -162,7 +154,7 @@ def measure_patterns(
         values: the values to sum: ``raw`` for bfloat16, float32 for float16.
         mask: bool[sequences, tokens], true for tokens that count.
         before: the input in the form of ``values``, or no sequences.
-        counts: uint32[65536], added to.
+        counts: int64[65536], added to.
         by_sequence, compared: tensors of the accumulator, added to. See `_sum_sequence` and `_compare_sequence`.
     """
     for b in range(raw.shape[0]):
@@ -185,7 +177,7 @@ def measure_float32(
         mask: bool[sequences, tokens], true for tokens that count.
         limits: uint32[k], the pattern of the smallest float32 that is not below each threshold.
         elements: tensors of the accumulator, added to. See `_count_float32`.
-        counts: uint32[65536], added to, by the upper half of the pattern of abs(x).
+        counts: int64[65536], added to, by the upper half of the pattern of abs(x).
         before, by_sequence, compared: as in `measure_patterns`.
     """
     for b in range(x.shape[0]):
@@ -205,7 +197,7 @@ def _count_row(row: Any, counts: Any) -> None:
 def _count_float32(x: Any, mask: Any, limits: Any, counts: Any, totals: Any) -> None:
     """Count and sum the elements of one sequence, float32[tokens, units].
 
-    Added to: counts uint32[65536] and ``totals``: near_zero int64[k]; elements int64[3] (count, zeros, nonfinite);
+    Added to: counts int64[65536] and ``totals``: near_zero int64[k]; elements int64[3] (count, zeros, nonfinite);
     moments float64[2] (mean, m2), merged token by token (Chan); extremes float64[2].
     """
     near_zero, elements, moments, extremes = totals
