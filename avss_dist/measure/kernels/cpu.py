@@ -160,7 +160,8 @@ def measure_patterns(
     for b in range(raw.shape[0]):
         for t in range(raw.shape[1]):
             if mask[b, t]:
-                _count_row(raw[b, t], counts)
+                for j in range(raw.shape[2]):
+                    counts[raw[b, t, j]] += 1
         _sum_sequence(values[b], mask[b], by_sequence)
         if before.shape[0]:
             _compare_sequence(before[b], values[b], mask[b], compared)
@@ -185,12 +186,6 @@ def measure_float32(
         _sum_sequence(x[b], mask[b], by_sequence)
         if before.shape[0]:
             _compare_sequence(before[b], x[b], mask[b], compared)
-
-
-@_compiled
-def _count_row(row: Any, counts: Any) -> None:
-    for j in range(row.shape[0]):
-        counts[row[j]] += 1
 
 
 @_compiled
