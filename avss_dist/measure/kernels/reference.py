@@ -148,8 +148,8 @@ def to_stats(tensors: Mapping[str, np.ndarray], dtype: torch.dtype, thresholds: 
     if "first" in tensors:
         fields["first_count"] = int(fields["first_count"])
     if "patterns" in tensors:
-        patterns = torch.arange(PATTERNS, dtype=torch.int32).to(torch.uint16).view(dtype)
-        fields |= stats_from_pattern_counts(tensors["patterns"], patterns.double().numpy(), thresholds)
+        every_value = torch.from_numpy(np.arange(PATTERNS, dtype=np.uint16)).view(dtype).double().numpy()
+        fields |= stats_from_pattern_counts(tensors["patterns"], every_value, thresholds)
     else:
         abs_value, abs_value_count = values_of_cuts(tensors["cuts"])
         fields |= {
