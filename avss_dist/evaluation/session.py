@@ -8,6 +8,7 @@ from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, S
 from contextlib import closing, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
+from functools import cached_property
 from itertools import islice
 from math import isfinite, nan
 from pathlib import Path
@@ -69,20 +70,28 @@ class PlannedTask(PlacedModel):
 
     task: Task
 
+    @cached_property
+    def _run_ids(self) -> dict[str | None, str]:
+        """Ids of evaluations by sparsity, each hashed once."""
+        return {}
+
     def run_id(self, intervention: Intervention = NO_INTERVENTION) -> str:
         """Return the id of the evaluation that results under an intervention belong to.
 
         Sparsity makes another evaluation. Removals, a patch and a rounding make other cells of the same one.
         """
-        digest = fingerprint(
-            schema=SCHEMA_VERSION,
-            checkpoint=self.checkpoint.revision,
-            task=self.task.key,
-            settings=self.settings.numbers(statistics=False),
-            **fingerprint_part(self.placement),
-            **({"sparsity": intervention.sparsity.key} if intervention.sparsity else {}),
-        )
-        return f"{self.checkpoint.slug}-{digest[:10]}"
+        sparsity = intervention.key.sparsity
+        if sparsity not in self._run_ids:
+            digest = fingerprint(
+                schema=SCHEMA_VERSION,
+                checkpoint=self.checkpoint.revision,
+                task=self.task.key,
+                settings=self.settings.numbers(statistics=False),
+                **fingerprint_part(self.placement),
+                **({"sparsity": sparsity} if sparsity else {}),
+            )
+            self._run_ids[sparsity] = f"{self.checkpoint.slug}-{digest[:10]}"
+        return self._run_ids[sparsity]
 
     def cells(self, interventions: Iterable[Intervention] = (NO_INTERVENTION,)) -> list[Cell]:
         """Return a cell for each part of the task under each distinct intervention."""
