@@ -414,17 +414,22 @@ def count_for_memory(size: Footprint, memory: float) -> int:
         PlanError: the whole model has no more, or no number of layers is enough.
     """
     excess = size.weight_bytes - memory
-    if excess <= 0:
-        held = f"{describe_count(size.num_parameters)} parameters in {describe_bytes(size.weight_bytes)}"
-        raise PlanError(f"The model has {held} as it is, which meets `memory` already.", "Lower it.")
     removed = list(accumulate(sorted(size.layer_bytes)))[:-1]
-    if not removed or removed[-1] < excess:
-        minimum = size.weight_bytes - (removed[-1] if removed else 0)
-        raise PlanError(
-            f"`memory` cannot be met: with one layer left, {describe_bytes(minimum)} of "
-            f"{describe_bytes(size.weight_bytes)} stay.",
+    most, weights = max(removed, default=0), describe_bytes(size.weight_bytes)
+    PlanError.refuse(
+        (
+            excess <= 0,
+            f"The model has {describe_count(size.num_parameters)} parameters in {weights} as it is, which meets "
+            "`memory` already.",
+            "Lower it.",
+        ),
+        (
+            0 < excess > most,
+            f"`memory` cannot be met: with one layer left, {describe_bytes(size.weight_bytes - most)} of {weights} "
+            "stay.",
             "Quantize the remaining layers instead.",
-        )
+        ),
+    )
     return 1 + sum(bytes_ < excess for bytes_ in removed)
 
 

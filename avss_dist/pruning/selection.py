@@ -83,10 +83,9 @@ class Choice:
             return np.array([*range(count, 1, -1), count + 1], np.float64)
         if self.by in MEASURED or self.by not in SCORES:
             return truth[self.by]
-        column = SCORES[self.by].column
         reading = self.reading or reading_of(rows[0])
         values = {
-            row["layer"]: None if self.by == "avss" and row["rank"] is None else row[column]
+            row["layer"]: None if self.by == "avss" and row["rank"] is None else row[SCORES[self.by].column]
             for row in rows
             if reading_of(row) == reading
         }

@@ -154,8 +154,7 @@ class FitSplit:
 
     def uncounted(self) -> FitSplit:
         """Return the same batch with no token that counts, for a rank whose partners have more batches."""
-        none = np.zeros_like(self.fitted)
-        return replace(self, fitted=none, held_back=none)
+        return replace(self, fitted=np.zeros_like(self.fitted), held_back=np.zeros_like(self.fitted))
 
     def sink_scale(self, hidden: torch.Tensor) -> torch.Tensor:
         """Return factors, [rows, width, 1], that give sink tokens the mean length of the other tokens of their rows.
