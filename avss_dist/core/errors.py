@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 import errno
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 
 _USERINFO = re.compile(  # a bucket has no port, so that digits before a slash are a secret
@@ -195,7 +195,7 @@ def nearest(name: str, valid: Iterable[str]) -> str:
     return f"Did you mean '{match[0]}'? {valid_names}" if match else valid_names
 
 
-def require_known(kind: str, name: str, valid: Iterable[str], error: type[AvssError] = ConfigError) -> str:
+def require_known(kind: str, name: str, valid: Collection[str], error: type[AvssError] = ConfigError) -> str:
     """Return ``name`` if it is valid.
 
     Args:
@@ -204,7 +204,6 @@ def require_known(kind: str, name: str, valid: Iterable[str], error: type[AvssEr
     Raises:
         AvssError: the name is not valid. The type is ``error``, and the hint names the nearest valid name.
     """
-    names = list(valid)
-    if name not in names:
-        raise error(f"Unknown {kind} '{name}'.", nearest(name, names))
+    if name not in valid:
+        raise error(f"Unknown {kind} '{name}'.", nearest(name, valid))
     return name

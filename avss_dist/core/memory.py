@@ -88,13 +88,10 @@ def memory_left(root: Path = _ROOT, membership: Path = _MEMBERSHIP) -> int | Non
     """
     sizes = []
     for group, (limit, usage, cache) in product(_groups(root, membership), _FILES):
-        try:
-            maximum, used = ((group / name).read_text(encoding="ascii").strip() for name in (limit, usage))
+        with suppress(OSError, ValueError):  # a ValueError means no limit: "max"
+            maximum, used = (int((group / name).read_text(encoding="ascii")) for name in (limit, usage))
             fields = dict(line.split() for line in (group / "memory.stat").read_text(encoding="ascii").splitlines())
-        except OSError:
-            continue
-        if maximum != "max":
-            sizes.append(max(0, int(maximum) - int(used) + int(fields.get(cache, 0))))
+            sizes.append(max(0, maximum - used + int(fields.get(cache, 0))))
     return min(sizes, default=None)
 
 
