@@ -35,7 +35,7 @@ from avss_dist.runs.ray.cluster import START_SECONDS, Watch, late
 from avss_dist.runs.ray.executor import RayExecutor, run_together
 from avss_dist.runs.ray.heartbeats import HeartbeatMonitor
 from avss_dist.runs.ray.pool import Pool, Prefetcher
-from avss_dist.runs.ray.queue import ATTEMPTS, ShardQueue, UnitQueue
+from avss_dist.runs.ray.queue import ATTEMPTS, LATE_SECONDS, ShardQueue, UnitQueue
 from avss_dist.runs.ray.worker import resolve_on_node
 from avss_dist.runs.work import RunShards
 
@@ -338,6 +338,14 @@ def test_a_draining_node_with_nothing_to_finish_is_left_at_once(state: str) -> N
     assert left[0] < (6 if state == "opening" else 16)
 
 
+def test_an_idle_gang_repeats_late_shards_and_the_first_result_counts() -> None:
+    cluster = SimulatedCluster(limit=2)
+    queue, _ = shard_queue(12)
+    received = outcomes(pool_of(cluster, queue), {6: lambda: cluster.gangs[0].slow_down(1000)})
+    assert shard_ids(received) == [*range(12)]
+    assert cluster.clock < 100, "nobody waits for the slow one"
+
+
 def test_a_run_begins_when_as_many_gangs_are_placed_as_it_waits_for() -> None:
     """Models are opened meanwhile."""
     cluster = SimulatedCluster(1, limit=5)
@@ -477,7 +485,11 @@ def patch_of(key: str) -> EncodedPatch:
 def test_a_result_counts_once() -> None:
     queue, run = shard_queue(2)
     (first,) = queue.next_units()
+    queue.note_duration([1], 1.0)
+    assert queue.repeat_late([first], 3.0)
+    assert list(queue.pending) == [0, 1]
     assert queue.finish(first, "a result") == [(run, "a result")]
+    assert list(queue.pending) == [1], "who is late need not begin any more"
     assert queue.finish(first, "the same result") == []
     assert queue.unfinished == {1}
 
@@ -556,6 +568,17 @@ def test_gangs_of_ranks_that_share_shards_take_one_after_the_other() -> None:
     assert queue.next_units() == [1]
     assert [part.forwards for part in assignments(queue, [4])] == [2, 2]  # 5 rows, 4 in a batch
     assert [part.forwards for part in assignments(shard_queue()[0], [4])] == [0], "it waits for nobody"
+
+
+def test_only_units_of_one_kind_say_what_is_late() -> None:
+    queue, _ = cell_queue(["loss", "loss", "shapley"])
+    assert not queue.repeat_late([1], 1e9), "nothing to compare it with"
+    queue.note_duration([0], 1.0)
+    assert not queue.repeat_late([1], LATE_SECONDS)
+    assert not queue.repeat_late([2], 1e9), "of another task"
+    assert not queue.repeat_late([], 1e9), "a model that is being opened"
+    assert queue.repeat_late([1], 3.0)
+    assert not queue.repeat_late([1], 1e9), "no third time"
 
 
 def test_ranks_share_a_shard_or_take_one_each() -> None:

@@ -192,9 +192,13 @@ class Pool:
         return bool(self._queues)
 
     def _assign(self) -> None:
-        """Give idle gangs units."""
+        """Give idle gangs units, or the slowest ones that others measure: first results count."""
+        now = self._cluster.now()
         for gang in self._idle:
             queue = next((q for q in self._queues if q.shape == gang.shape and self._has_work(q, gang)), None)
+            if queue is None:
+                alike = sorted((r for r in self._rounds if r.queue.shape == gang.shape), key=lambda r: r.begun)
+                queue = next((r.queue for r in alike if r.queue.repeat_late(r.units, now - r.begun)), None)
             if queue is not None:
                 self._dispatch(gang, queue)
 

@@ -11,7 +11,7 @@ import math
 import time
 from abc import ABC, abstractmethod
 from bisect import insort
-from collections import Counter, deque
+from collections import Counter, defaultdict, deque
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
@@ -31,6 +31,8 @@ from avss_dist.tasks.task import Cell
 
 MOST_SHARED = 2  # patches that are held at once: cells that need the same one are consecutive
 ATTEMPTS = 3  # at a unit, and, one after the other, at opening a model, before it has failed
+LATE_FACTOR = 2.0  # times the median of units of its kind, after which an idle gang may measure the same unit
+LATE_SECONDS = 2.0  # and at least this
 ROUND_SECONDS = 1.0  # of work that a round has where units are short: a call takes as long for one as for several
 MOST_IN_ROUND = 16  # short units
 MOST_NAMED = 10  # shards that a line names one by one
@@ -79,8 +81,9 @@ class UnitQueue(ABC, Generic[Unit]):
         self.unfinished: set[int] = set(self.pending)
         self.rows = spec.settings.batch_size
         self.clock: Callable[[], float] = time.monotonic
-        self._seconds: list[float] = []  # mean seconds of a unit in the finished rounds, ascending
-        self._again: set[int] = set()  # units that became pending again
+        self._seconds: defaultdict[str, list[float]] = defaultdict(list)  # of a unit in finished rounds, by kind
+        self._again: set[int] = set()  # units that became pending again: only these can be finished while pending
+        self._repeated: set[int] = set()  # of these, the ones that were late
         self._failures: Counter[int | None] = Counter()
         self._failed_to_open = -math.inf  # monotonic time of the last failure to open the model
 
@@ -94,6 +97,10 @@ class UnitQueue(ABC, Generic[Unit]):
 
     def note(self, text: str) -> None:
         """Note something that readers of the results should know."""
+
+    def kind(self, unit: int) -> str:
+        """Return the kind of a unit. Units of one kind take about the same time."""
+        return ""
 
     @abstractmethod
     def parts(self, units: Sequence[int]) -> Sequence[Sequence[Assignment]]:
@@ -126,8 +133,8 @@ class UnitQueue(ABC, Generic[Unit]):
             gangs: number of gangs that share the pending units.
         """
         limit = self.units_a_round
-        if self.is_batched and self._seconds and self.pending and self.pending[0] not in self._again:
-            in_time = ROUND_SECONDS / max(self._seconds[len(self._seconds) // 2], 1e-9)
+        if self.is_batched and self.pending and self.pending[0] not in self._again:
+            in_time = ROUND_SECONDS / max(self.usual_seconds(self.pending[0]), 1e-9)
             limit = max(1, int(min(in_time, len(self.pending) / (ROUND_FRACTION * gangs), MOST_IN_ROUND)))
         return [self.pending.popleft() for _ in range(min(limit, len(self.pending)))]
 
@@ -149,6 +156,8 @@ class UnitQueue(ABC, Generic[Unit]):
         """Return the outcome of a unit's first result. Later results, and None, give an empty list."""
         if result is None or unit not in self.unfinished:
             return []
+        if unit in self._again:
+            self._remove([unit])
         self.unfinished.discard(unit)
         return [(self._owners[unit], result)]
 
@@ -158,10 +167,33 @@ class UnitQueue(ABC, Generic[Unit]):
 
     def note_duration(self, units: Sequence[int], seconds: float) -> None:
         """Remember how long a round of these units took."""
-        insort(self._seconds, seconds / len(units))
+        insort(self._seconds[self.kind(units[0])], seconds / len(units))
 
     def note_progress(self, units: Sequence[int], what: str, share: float) -> None:
         """Receive the current activity in a round of these units, and the share of it that is done."""
+
+    def usual_seconds(self, unit: int) -> float:
+        """Return the median seconds of units of this kind, or infinity if none is done."""
+        seconds = self._seconds[self.kind(unit)] or [math.inf]
+        return seconds[len(seconds) // 2]
+
+    def repeat_late(self, units: Sequence[int], seconds: float) -> bool:
+        """Let an idle gang measure the units of a round that takes much longer than others, too, but only once.
+
+        Args:
+            seconds: since the round was begun.
+
+        Returns:
+            Whether they are pending again.
+        """
+        if self.units_a_round > 1 or not units or units[0] in self._repeated or units[0] not in self.unfinished:
+            return False
+        if seconds <= max(LATE_SECONDS, LATE_FACTOR * len(units) * self.usual_seconds(units[0])):
+            return False
+        self._repeated.update(units)
+        self._again.update(units)
+        self.pending.extendleft(reversed(units))
+        return True
 
     def put_back(self, units: Sequence[int], why: str | None, begun: float = math.inf) -> list[tuple[Any, AvssError]]:
         """Make the units that a gang did not finish pending again. Without units, the gang did not open the model.
@@ -259,6 +291,10 @@ class CellQueue(UnitQueue[Cell]):
     def describe_repeated(self, units: Sequence[int]) -> str:
         """Return a clause that says how many evaluations are measured again."""
         return _repeated(count_of(len(units), "evaluation"), len(units))
+
+    def kind(self, unit: int) -> str:
+        """Return the name of a cell's task, whose parts are of one size, but for the last."""
+        return self.units[unit].task
 
     def note_progress(self, units: Sequence[int], what: str, share: float) -> None:
         """Report the current activity in these cells, and the share of it that is done."""
