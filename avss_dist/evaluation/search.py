@@ -195,12 +195,12 @@ def repaired_search(
         CorpusError: a text cannot be read, or has too few rows.
     """
     model = model.reading(max_sequences=rows)
-    checkpoint, repair = model.checkpoint, searched_repair(request.repair)
+    repair = searched_repair(request.repair)
     text = plan_text_task(model, request.corpus, prefix=SEARCH)
     if fit is not None:
         final, enough = fit_of(fit), rows
         if REPAIRS[repair].form == "full":  # rows of each text that suffice for a residual stream of this width
-            width = text_config(checkpoint).get_text_config().hidden_size
+            width = text_config(model.checkpoint).get_text_config().hidden_size
             tokens, sequences = (sum(getattr(x, n) for x in final.texts) for n in ("num_tokens", "num_sequences"))
             unknowns = REPAIRS[repair].tokens_needed(width, width) / max(1.0, tokens / sequences - SINK_TOKENS)
             fitted = unknowns / len(final.texts) * HELD_BACK / (HELD_BACK - 1)
