@@ -104,7 +104,7 @@ class Progress(_Bars):
                 if (ended := self._runs.pop(name, None)) is not None:
                     self.update(ended, description=f"{_short(name)}: {run.status}")
                     self.stop_task(ended)
-                for task in [task for task in self.tasks if task.stop_time is not None][:-SHOWN_ENDED]:
+                for task in [task for task in self.tasks if task.visible and task.stop_time is not None][:-SHOWN_ENDED]:
                     self.update(task.id, visible=False)
 
 
