@@ -14,7 +14,7 @@ from support.pages import write_failed, write_removals, write_run
 from support.warehouses import unpack_released
 
 from avss_dist.core.text import describe_threshold
-from avss_dist.reports.page.page import save_report
+from avss_dist.reports.page.page import report_page
 from avss_dist.stats.rankings import depth_correlation
 from avss_dist.warehouse.reader import Warehouse
 
@@ -56,7 +56,7 @@ def store(tmp_path_factory: pytest.TempPathFactory) -> Warehouse:
 @pytest.fixture(scope="module")
 def file(store: Warehouse, tmp_path_factory: pytest.TempPathFactory) -> Path:
     file = tmp_path_factory.mktemp("page") / "report.html"
-    save_report(store, file)
+    file.write_text(report_page(store), encoding="utf-8")
     return file
 
 
@@ -64,7 +64,7 @@ def file(store: Warehouse, tmp_path_factory: pytest.TempPathFactory) -> Path:
 def experiments(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A page with the tables and charts of experiments."""
     file = tmp_path_factory.mktemp("page") / "experiments.html"
-    save_report(Warehouse(unpack_released(tmp_path_factory.mktemp("released"))), file)
+    file.write_text(report_page(Warehouse(unpack_released(tmp_path_factory.mktemp("released")))), encoding="utf-8")
     return file
 
 
@@ -400,7 +400,7 @@ def test_a_hostile_name_does_nothing(visit: Callable[..., Any], tmp_path: Path) 
     write_run(store, "hostile", layers=4, **names)
     write_run(store, "other", layers=4, seed=1, model="=SUM(1, 2)")
     write_failed(store, "failed", HOSTILE)
-    save_report(store, tmp_path / "report.html")
+    (tmp_path / "report.html").write_text(report_page(store), encoding="utf-8")
     page = visit(tmp_path / "report.html")
     assert page.evaluate("window.hacked") is None
     page.select_option("#other", index=2)
@@ -426,7 +426,7 @@ def test_odd_runs_are_drawn_as_far_as_they_go(visit: Callable[..., Any], tmp_pat
     for step in (1, 2, 3):
         of = {"model": "org/e", "series": "org/e@step*", "training_step": step, "revision": f"r{step}"}
         write_run(store, f"e-{step}", layers=4, seed=step, sites=("block",), **of)
-    save_report(store, tmp_path / "report.html")
+    (tmp_path / "report.html").write_text(report_page(store), encoding="utf-8")
     page = visit(tmp_path / "report.html", 360)
     assert page.evaluate("document.documentElement.scrollWidth") == 360
     ranks = drawn(page, "curve-1")
@@ -456,7 +456,7 @@ def test_odd_runs_are_drawn_as_far_as_they_go(visit: Callable[..., Any], tmp_pat
 
 def test_one_run_has_nothing_to_correlate_with(visit: Callable[..., Any], tmp_path: Path) -> None:
     write_run(store := Warehouse(tmp_path / "warehouse"), "alone", layers=4)
-    save_report(store, tmp_path / "report.html")
+    (tmp_path / "report.html").write_text(report_page(store), encoding="utf-8")
     page = visit(tmp_path / "report.html")
     assert "It takes two runs" in page.locator("[data-chart=correlation] .said").inner_text()
     assert len(drawn(page, "heat")) == 4
@@ -480,7 +480,7 @@ def many(tmp_path_factory: pytest.TempPathFactory) -> Path:
     names = dict.fromkeys(("model", "family", "corpus"), HOSTILE)
     write_run(store, "hostile", layers=4, shards=1, sites=("block",), **names)
     file = tmp_path_factory.mktemp("page") / "report.html"
-    save_report(store, file)
+    file.write_text(report_page(store), encoding="utf-8")
     return file
 
 
