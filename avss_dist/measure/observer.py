@@ -41,7 +41,6 @@ from avss_dist.stats.layer_stats import ROW_FIELDS, ExpertStats, LayerKey, Layer
 
 ALL_ROWS = RowSplit()
 UNIT_SITES = ("block", "update", *INPUT_SITES)
-COUNTED_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 @dataclass
@@ -97,8 +96,7 @@ class ExpertCounter:
             chosen = (index[:, None] == torch.arange(experts.number, device=index.device)).double()
             columns = torch.stack([torch.ones_like(gates), gates], dim=1)
             routed += chosen.T @ columns
-            elements = torch.full_like(gates, x.shape[1])
-            columns = torch.stack([gates * squares.sqrt(), elements, total, squares], dim=1)
+            columns = torch.stack([gates * squares.sqrt(), torch.full_like(gates, x.shape[1]), total, squares], dim=1)
             sums += chosen.T @ torch.where(finite[:, None], columns, 0)
 
     def add_entropy(self, layer: int, experts: Experts, logits: torch.Tensor) -> None:
@@ -393,7 +391,7 @@ class Observer:
 
     def _rows(self, now: Pass, layer: Layer, axes: str, tensor: torch.Tensor) -> torch.Tensor:
         x = as_rows(tensor.detach(), axes, *now.mask.shape, place=layer)
-        if x.dtype not in COUNTED_DTYPES:
+        if x.dtype not in (torch.float32, torch.bfloat16, torch.float16):
             raise ModelError(f"{layer} computes in {x.dtype}.", "Use `dtype` float32.")
         return x
 

@@ -82,8 +82,7 @@ class CountedTokens:
     @cached_property
     def membership(self) -> torch.Tensor:
         """Membership of tokens in rows, float64[rows, tokens], 1 or 0."""
-        every = torch.arange(len(self.numbers), device=self.rows.device)
-        return (every[:, None] == self.rows).double()
+        return (torch.arange(len(self.numbers), device=self.rows.device)[:, None] == self.rows).double()
 
 
 def masks_by_stratum(mask: torch.Tensor, pairing: Pairing | None) -> dict[str, torch.Tensor]:

@@ -146,9 +146,8 @@ def without_output_embeddings(model: Any, *, keep: bool) -> Iterator[None]:
 
 def _logits(model: Any, device: torch.device) -> torch.Tensor:
     """Return the logits of ``PROBE_SHAPE`` tokens, [rows, tokens, vocabulary], on the CPU."""
-    ids = probe_tokens(device)
     with torch.no_grad():
-        logits: torch.Tensor = model(input_ids=ids, use_cache=False).logits
+        logits: torch.Tensor = model(input_ids=probe_tokens(device), use_cache=False).logits
     return logits.cpu()
 
 

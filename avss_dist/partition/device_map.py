@@ -114,7 +114,6 @@ class DeviceMapReplica(Replica):
         for handle in self._handles:
             handle.remove()
         remove_hook_from_module(self._backbone.model, recurse=True)
-        del self._handles
         super().close()
         self._folder.cleanup()
 

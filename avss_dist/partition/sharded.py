@@ -149,8 +149,9 @@ class ShardedReplica(Replica):
         if query.on_gpu and cls.loads_quantized_whole:
             model, _ = load_skeleton(query.checkpoint, query.settings)
             host_weights = size.weight_bytes if quantization_method(model.config) else 0
-        why = "every rank holds a part and gathers one layer at a time"
-        return query.usage(weights, why, host_weights=host_weights)
+        return query.usage(
+            weights, "every rank holds a part and gathers one layer at a time", host_weights=host_weights
+        )
 
 
 class FsdpReplica(ShardedReplica):

@@ -231,16 +231,15 @@ def open_by_plan(
     model = load_model(checkpoint, settings, head=head, distributed_config=DistributedConfig(**options))
     with quiet():
         backbone = open_module(model, layers=settings.layers, device=device)
-        layers = backbone.layers
-        tensors = probe(forward_function(backbone.module), layers, device)
-    whole = [
+        tensors = probe(forward_function(backbone.module), backbone.layers, device)
+    whole = (
         replace(
             layer,
             taps={site: _exchanging(tap, tensors[layer.index, site]) for site, tap in layer.taps.items()},
             projections=tuple(_whole_map(projection) for projection in layer.projections),
         )
-        for layer in layers
-    ]
+        for layer in backbone.layers
+    )
     return replace(backbone, layers=tuple(whole))
 
 

@@ -41,7 +41,6 @@ _exact, _compiled = compiled(fastmath=False), compiled(fastmath={"reassoc", "con
 
 _ABS32 = np.uint32(0x7FFFFFFF)
 _INF32 = np.uint32(0x7F800000)
-_SHIFT = np.uint32(CUT_SHIFT)
 
 
 class CpuKernels(Kernels):
@@ -211,7 +210,7 @@ def _count_float32(x: Any, mask: Any, limits: Any, counts: Any, totals: Any) -> 
             if size < _INF32:
                 finite += 1
                 total += value(row[j])
-                counts[size >> _SHIFT] += 1
+                counts[size >> np.uint32(CUT_SHIFT)] += 1
                 if size == 0:
                     zeros += 1
         nonfinite += units - finite

@@ -54,8 +54,11 @@ class HiddenStateOffloader:
 
     def __init__(self, device: torch.device, device_bytes: int, host_bytes: int | None) -> None:
         self._device = device
-        host_room = math.inf if host_bytes is None else host_bytes
-        self._room: dict[str, float] = {"device": device_bytes, "host": host_room, "files": math.inf}
+        self._room: dict[str, float] = {
+            "device": device_bytes,
+            "host": math.inf if host_bytes is None else host_bytes,
+            "files": math.inf,
+        }
         self._folder: TemporaryDirectory[str] | None = None
         self._numbers = count()
         self._offloaded: dict[Hashable, list[_Offloaded]] = {}

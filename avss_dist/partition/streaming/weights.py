@@ -35,7 +35,6 @@ Read = Callable[[Sequence[StoredTensor]], Iterator[torch.Tensor]]
 _TENSOR_ALIGNMENT = 64  # bytes, of torch's allocations
 _READERS = 4  # threads: one alone does not saturate the memory bandwidth
 _PIECE = 8 << 20  # bytes that a thread reads at a time
-RANDOM_SCALE = 0.02
 _RANDOM_BLOCK, _RANDOM_OFFSETS, _RANDOM_STEP = 1 << 20, 1 << 16, 997
 
 
@@ -312,7 +311,7 @@ class StreamedWeights:
         """Fill parts with small random numbers inside the context, as views of shared memory, without reading files."""
         weights = [weight for part in parts for weight in part.weights]
         largest = {meta.dtype: meta for meta in sorted((weight.meta for weight in weights), key=torch.Tensor.numel)}
-        block = torch.randn(_RANDOM_BLOCK, generator=torch.Generator().manual_seed(0)) * RANDOM_SCALE
+        block = torch.randn(_RANDOM_BLOCK, generator=torch.Generator().manual_seed(0)) * 0.02
         numbers = {
             dtype: block.to(dtype).repeat(1 + (meta.numel() + _RANDOM_OFFSETS) // _RANDOM_BLOCK).to(device)
             for dtype, meta in largest.items()
