@@ -56,6 +56,7 @@ class ShardedLanguageModel(RankedLanguageModel):
     def __init__(self, *args: Any) -> None:
         super().__init__(*args)
         self.lockstep = self._split.ranks
+        self._dummy = dummy_batch()  # the same in all passes: functions may look up what they recorded of a batch
 
     def pieces(self, number: int) -> list[slice]:
         """Return slices of ``number`` tokens, equally many on all ranks, because each gathers the head.
@@ -67,12 +68,12 @@ class ShardedLanguageModel(RankedLanguageModel):
 
     def each(self, function: Callable[[Batch], T], batches: Sequence[Batch]) -> list[T]:
         """Return the result of a function for every batch, each computed by one rank."""
-        return share(function, batches, lambda: function(dummy_batch()))
+        return share(function, batches, lambda: function(self._dummy))
 
     def together(self, functions: Sequence[Callable[[], T]]) -> list[T]:
         """Return the results of functions that run the model, each computed by one rank."""
         with torch.no_grad():
-            return share(lambda function: function(), functions, lambda: self.losses(dummy_batch()))
+            return share(lambda function: function(), functions, lambda: self.losses(self._dummy))
 
     def backpropagate(
         self, batches: Sequence[Batch], watchers: Sequence[Watcher], *, draws: int = 0, seed: int = 0
