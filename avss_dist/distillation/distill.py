@@ -260,10 +260,13 @@ class DistillTask:
                 "Name an `output` on a disk that all nodes mount under the same path.",
             )
         on_event = ignore if rank_and_size()[0] else on_event
-        with quiet(), warnings.catch_warnings():
+        with (
+            quiet(),
+            warnings.catch_warnings(),
+            explain_unwritable(self.output, "Free some space, and run the same command again."),
+        ):
             warnings.simplefilter("ignore", FutureWarning)
-            with explain_unwritable(self.output, "Free some space, and run the same command again."):
-                replace(self, models=models).train_and_write(on_event, heartbeat)
+            replace(self, models=models).train_and_write(on_event, heartbeat)
 
     def train_and_write(self, on_event: OnEvent, heartbeat: Callable[[], None] | None = None) -> None:
         """Train the student, and write it on the first rank."""

@@ -140,8 +140,11 @@ def sample(
                 stopping_criteria=[reporting],
                 **_AS_PREDICTED,
             )
-        texts = tokenizer.batch_decode(generated[:, len(start) :], skip_special_tokens=True)
-        yield [text for text in texts if text.strip()]
+        yield [
+            text
+            for text in tokenizer.batch_decode(generated[:, len(start) :], skip_special_tokens=True)
+            if text.strip()
+        ]
 
 
 def _report(

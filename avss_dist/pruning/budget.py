@@ -33,8 +33,7 @@ def knapsack(damage: Float64, levels: Float64, sizes: Float64, target: float) ->
     """
     steps = []
     for number, row in enumerate(damage):
-        corners = lower_hull(np.append(0.0, levels), np.append(0.0, row))
-        for (s0, d0), (s1, d1) in pairwise(corners):
+        for (s0, d0), (s1, d1) in pairwise(lower_hull(np.append(0.0, levels), np.append(0.0, row))):
             steps.append(((d1 - d0) / ((s1 - s0) * sizes[number]), s0, number, s1))
     sparsities, remaining = np.zeros(len(sizes)), target * sizes.sum()
     for _, s0, number, s1 in sorted(steps):

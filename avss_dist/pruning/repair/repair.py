@@ -489,8 +489,9 @@ def tokens_needed(checkpoint: Checkpoint, repair: str, settings: Settings) -> in
             "experts: what is missing after it cannot be given back.",
             "Set `repair` to none.",
         )
-    plan = Plan(model=checkpoint.name, num_layers=len(layers), layers=path, drop=(0,))
-    weights = StoredWeights.of_checkpoint(checkpoint, plan, settings)
+    weights = StoredWeights.of_checkpoint(
+        checkpoint, Plan(model=checkpoint.name, num_layers=len(layers), layers=path, drop=(0,)), settings
+    )
     names = [weights.names((layer, path))[0] for layer, (path, _) in changed.items()]
     stored = {name: weights.tensors[name].dtype for name in names if name in weights.tensors}
     dtypes = [DTYPES[dtype] for dtype in stored.values() if dtype in DTYPES]
