@@ -56,27 +56,25 @@ class CpuKernels(Kernels):
         elements, by_sequence, compared = (
             tuple(totals.get(name) for name in names) for names in (_ELEMENTS, _BY_SEQUENCE, _COMPARED)
         )
-        rest = _as_loops_read(x[:0] if before is None else before), self._counts, by_sequence, compared
-        values, masked = _as_loops_read(x), mask.contiguous().numpy()
-        if x.dtype == torch.float32:
-            measure_float32(
-                values, masked, limits_on(into.thresholds.tobytes(), x.device).numpy().view(np.uint32), elements, *rest
-            )
-        else:
-            measure_patterns(_patterns(x), values, masked, *rest)
+        limits = limits_on(into.thresholds.tobytes(), x.device).numpy().view(np.uint32)
+        for sequence, counted, inputs in zip(
+            x, mask.contiguous().numpy(), x if before is None else before, strict=True
+        ):
+            values = _as_loops_read(sequence)
+            if x.dtype == torch.float32:
+                count_float32(values, counted, limits, self._counts, elements)
+            else:
+                count_patterns(_patterns(sequence), counted, self._counts)
+            sum_sequence(values, counted, by_sequence)
+            if before is not None:
+                compare_sequence(_as_loops_read(inputs), values, counted, compared)
         merge_patterns(self._counts, totals["cuts" if x.dtype == torch.float32 else "patterns"])
 
 
 _ELEMENTS = ("near_zero", "elements", "moments", "extremes")
 _BY_SEQUENCE = ("sequences", "pooled", "unit_count", "unit_sums")
 _COMPARED = ("tokens", "geometry", "input_moments")
-_ABSENT = {
-    "unit_count": np.zeros(1, np.int64),
-    "unit_sums": np.zeros((2, 0)),
-    "tokens": np.zeros(2, np.int64),
-    "geometry": np.zeros(3),
-    "input_moments": np.zeros(2),
-}
+_ABSENT = {"unit_count": np.zeros(1, np.int64), "unit_sums": np.zeros((2, 0))}
 
 
 def _patterns(x: torch.Tensor) -> np.ndarray:
@@ -143,56 +141,27 @@ def _merge_moments(total: Any, seen: int, count: int, mean: float, m2: float) ->
 
 
 @_compiled
-def measure_patterns(
-    raw: Any, values: Any, mask: Any, before: Any, counts: Any, by_sequence: Any, compared: Any
-) -> None:
-    """Measure the sequences of a 16-bit tensor. Compare them with a block's input.
+def count_patterns(raw: Any, mask: Any, counts: Any) -> None:
+    """Count the patterns of one sequence, uint16[tokens, units], where ``mask`` is true.
 
-    Args:
-        raw: uint16[sequences, tokens, units], the bit patterns.
-        values: the values to sum: ``raw`` for bfloat16, float32 for float16.
-        mask: bool[sequences, tokens], true for tokens that count.
-        before: the input in the form of ``values``, or no sequences.
-        counts: int64[65536], added to.
-        by_sequence, compared: tensors of the accumulator, added to. See `_sum_sequence` and `_compare_sequence`.
+    Added to: counts int64[65536].
     """
-    for b in range(raw.shape[0]):
-        for t in range(raw.shape[1]):
-            if mask[b, t]:
-                for j in range(raw.shape[2]):
-                    counts[raw[b, t, j]] += 1
-        _sum_sequence(values[b], mask[b], by_sequence)
-        if before.shape[0]:
-            _compare_sequence(before[b], values[b], mask[b], compared)
+    for t in range(raw.shape[0]):
+        if mask[t]:
+            for j in range(raw.shape[1]):
+                counts[raw[t, j]] += 1
 
 
 @_compiled
-def measure_float32(
-    x: Any, mask: Any, limits: Any, elements: Any, before: Any, counts: Any, by_sequence: Any, compared: Any
-) -> None:
-    """Measure the sequences of a float32 tensor. Compare them with a block's input.
-
-    Args:
-        x: float32[sequences, tokens, units].
-        mask: bool[sequences, tokens], true for tokens that count.
-        limits: uint32[k], the pattern of the smallest float32 that is not below each threshold.
-        elements: tensors of the accumulator, added to. See `_count_float32`.
-        counts: int64[65536], added to, by the upper half of the pattern of abs(x).
-        before, by_sequence, compared: as in `measure_patterns`.
-    """
-    for b in range(x.shape[0]):
-        _count_float32(x[b], mask[b], limits, counts, elements)
-        _sum_sequence(x[b], mask[b], by_sequence)
-        if before.shape[0]:
-            _compare_sequence(before[b], x[b], mask[b], compared)
-
-
-@_compiled
-def _count_float32(x: Any, mask: Any, limits: Any, counts: Any, totals: Any) -> None:
+def count_float32(x: Any, mask: Any, limits: Any, counts: Any, totals: Any) -> None:
     """Count and sum the elements of one sequence, float32[tokens, units].
 
-    Added to: counts int64[65536] and ``totals``: near_zero int64[k]; elements int64[3] (count, zeros, nonfinite);
-    moments float64[2] (mean, m2), merged token by token (Chan); extremes float64[2].
+    Args:
+        limits: uint32[k], the pattern of the smallest float32 that is not below each threshold.
+
+    Added to: counts int64[65536], by the upper half of the pattern of abs(x), and ``totals``: near_zero int64[k];
+    elements int64[3] (count, zeros, nonfinite); moments float64[2] (mean, m2), merged token by token (Chan); extremes
+    float64[2].
     """
     near_zero, elements, moments, extremes = totals
     count = zeros = nonfinite = 0
@@ -250,7 +219,7 @@ def _is_finite(row: Any) -> Any:
 
 
 @_compiled
-def _sum_sequence(x: Any, mask: Any, totals: Any) -> None:
+def sum_sequence(x: Any, mask: Any, totals: Any) -> None:
     """Sum one sequence, [tokens, units], over the tokens that are finite throughout.
 
     Added to: pooled float64[1], the unbiased variance over units of the mean over tokens, with sequences int64[1], if
@@ -297,7 +266,7 @@ def _variance(sums: Any, tokens: int) -> float:
 
 
 @_compiled
-def _compare_sequence(before: Any, after: Any, mask: Any, totals: Any) -> None:
+def compare_sequence(before: Any, after: Any, mask: Any, totals: Any) -> None:
     """Compare one sequence of a block's input with its output, [tokens, units], token by token.
 
     Added to: tokens int64[2], the tokens that are finite and nonzero in input and output, and the input elements of
