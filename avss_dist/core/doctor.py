@@ -90,9 +90,8 @@ def _kill(pid: int) -> None:
 
 def _silence() -> None:
     """Discard what libraries print."""
-    nowhere = os.open(os.devnull, os.O_WRONLY)
     for stream in (1, 2):
-        os.dup2(nowhere, stream)
+        os.dup2(os.open(os.devnull, os.O_WRONLY), stream)
 
 
 def _try(what: str, check: Check) -> CheckResult:
@@ -129,8 +128,10 @@ def _bfloat16() -> str:
 
 def _cuda_devices() -> str:
     cuda = import_module("torch").cuda
-    devices = [cuda.get_device_properties(i) for i in range(cuda.device_count())]
-    names = [f"{device.name}, {device.total_memory / 2**30:.0f} GiB" for device in devices]
+    names = [
+        f"{device.name}, {device.total_memory / 2**30:.0f} GiB"
+        for device in map(cuda.get_device_properties, range(cuda.device_count()))
+    ]
     return "; ".join(names) or "none: models run on the CPU"
 
 

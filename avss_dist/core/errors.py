@@ -180,8 +180,7 @@ def first_line(error: BaseException) -> str:
 
 def first_names(names: Sequence[str], maximum: int = 3, separator: str = ", ") -> str:
     """Return the first names of a list and the number of all others, for a message: ``a, b, c and 4 more``."""
-    more = f" and {len(names) - maximum:,} more" if len(names) > maximum else ""
-    return separator.join(names[:maximum]) + more
+    return separator.join(names[:maximum]) + (f" and {len(names) - maximum:,} more" if len(names) > maximum else "")
 
 
 MAX_SUGGESTED, SHORTEN_ABOVE = 10, 40  # of more names than 40, an error lists 10

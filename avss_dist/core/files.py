@@ -189,14 +189,13 @@ class Spool:
         return np.concatenate([self._written, *self._waiting]) if self._waiting else self._written
 
     def _write(self) -> None:
-        rows = len(self._written) + sum(map(len, self._waiting))
         try:
             if not len(self._written):
                 self._file = tempfile.TemporaryFile()  # noqa: SIM115  (it lives as long as the array)
             self._file.seek(self._written.nbytes)
             self._file.writelines(waiting.tobytes() for waiting in self._waiting)
             self._file.flush()
-            self._written = np.asarray(np.memmap(self._file, np.int32, "r", shape=(rows, self._written.shape[1])))
+            self._written = np.asarray(np.memmap(self._file, np.int32, "r")).reshape(-1, self._written.shape[1])
             self._waiting.clear()
         except OSError:
             self._max_waiting_bytes = math.inf

@@ -222,8 +222,9 @@ def keywords(cls: Callable[P, R]) -> Callable[[Callable[[R], T]], Callable[P, T]
         ]
         run.__signature__ = inspect.Signature(parameters, return_annotation=annotation)  # type: ignore[attr-defined]
         lines = [f"    {name}: {' '.join(text.split())}" for name, text in descriptions(cls).items()]
-        explained = ["Args:", *lines, "", "Raises:", "    AvssError: a mistake, or work that failed."]
-        run.__doc__ = "\n".join([f"{function.__doc__}\n", *explained])
+        run.__doc__ = "\n".join(
+            [f"{function.__doc__}\n", "Args:", *lines, "", "Raises:", "    AvssError: a mistake, or work that failed."]
+        )
         return run
 
     return decorate

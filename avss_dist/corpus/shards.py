@@ -105,8 +105,9 @@ class CorpusPlan:
             spool.add(shard.input_ids)
         ids, lengths = spool.array(), np.concatenate([shard.lengths for shard in self.shards])
         pairings = [shard.pairing for shard in self.shards if shard.pairing]
-        pairing = join(pairings) if pairings else None
-        shards = _make_shards(ids, lengths, self.shards[0].skip_first_tokens, pairing, rows)
+        shards = _make_shards(
+            ids, lengths, self.shards[0].skip_first_tokens, join(pairings) if pairings else None, rows
+        )
         return replace(self, shards=shards, tokens_fingerprint=_fingerprint(shards, ids.shape[1]))
 
     def num_batches(self, batch_size: int) -> int:

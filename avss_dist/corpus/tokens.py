@@ -188,16 +188,17 @@ def _tokenize(texts: Iterator[str], tokenizer: Tokenizer, counts: ReadCounts, *,
 
 def encode(texts: list[str], tokenizer: Tokenizer, *, special: bool) -> list[list[int]]:
     """Return the tokens of texts, with or without the special tokens that the tokenizer puts around them."""
-    encoded = tokenizer(
-        texts,
-        add_special_tokens=special,
-        truncation=False,
-        padding=False,
-        verbose=False,
-        return_attention_mask=False,
-        return_token_type_ids=False,
+    return list(
+        tokenizer(
+            texts,
+            add_special_tokens=special,
+            truncation=False,
+            padding=False,
+            verbose=False,
+            return_attention_mask=False,
+            return_token_type_ids=False,
+        )["input_ids"]
     )
-    return list(encoded["input_ids"])
 
 
 def _encode_long(text: str, tokenizer: Tokenizer, *, special: bool) -> Ids:
