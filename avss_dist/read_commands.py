@@ -128,8 +128,7 @@ def show(opened: Warehouse, request: ShowRequest) -> Table:
         opened, runs, Threshold(*parse_threshold(request.threshold)), site=request.site, recipe=request.recipe
     )
     if not scores.num_rows:
-        stored = opened.table("scores", run_ids=[row["run_id"] for row in runs], columns=READING)
-        raise _not_scored(stored, request)
+        raise _not_scored(opened.table("scores", run_ids=[row["run_id"] for row in runs], columns=READING), request)
     for name in request.by:
         values = {row["run_id"]: own_score(name, opened, row).values for row in runs}
         places = zip(scores["run_id"].to_pylist(), scores["layer"].to_pylist(), strict=True)

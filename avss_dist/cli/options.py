@@ -127,8 +127,7 @@ def _parameter(request: Any, name: str, hint: Any, annotation: Any, option: Opti
 
 def section_of(cls: Any, name: str) -> str:
     """Return the section of a help to which a field belongs, by the class that declares it."""
-    owner = next(base for base in cls.__mro__ if name in vars(base).get("__annotations__", {}))
-    return SECTIONS.get(owner, OWN)
+    return SECTIONS.get(next(base for base in cls.__mro__ if name in vars(base).get("__annotations__", {})), OWN)
 
 
 def spelled_option(parameter: Any) -> str:

@@ -115,8 +115,7 @@ def sample(
         ModelError: the model cannot be loaded or predicts no next token, or the tokenizer has no start token.
     """
     device = pick_device(settings.device)
-    config = text_config(checkpoint)
-    settings = pin(settings, checkpoint, config, device.type)
+    settings = pin(settings, checkpoint, text_config(checkpoint), device.type)
     tokenizer = load_tokenizer(checkpoint)
     candidates = (tokenizer.bos_token_id, tokenizer.eos_token_id)  # EOS stands between texts of models without BOS
     start = special_tokens_around(tokenizer).prefix.tolist() or [i for i in candidates if i is not None][:1]

@@ -190,8 +190,7 @@ def _require_same_tokens(
 ) -> None:
     """Refuse a base model that reads a task in other tokens, because its samples cannot be paired."""
     for subject, name in product(subjects, tasks):
-        keys = {planned[model.revision, name].task.key for model in (subject.checkpoint, subject.whole)}
-        if len(keys) > 1:
+        if len({planned[model.revision, name].task.key for model in (subject.checkpoint, subject.whole)}) > 1:
             raise ConfigError(
                 f"{subject.whole.name} and {subject.label} read {RedactedURI(name)} in different tokens.",
                 "Name the model that it was made of with `base`.",

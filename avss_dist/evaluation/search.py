@@ -114,8 +114,7 @@ def greedy_search(
     chosen: Layers = ()
     steps: list[SearchStep] = []
     while len(chosen) < count:
-        free = tuple(layer for layer in candidates if layer not in chosen)
-        results = losses(chosen, free)
+        results = losses(chosen, tuple(layer for layer in candidates if layer not in chosen))
         values = {removed: inf if isnan(result.value) else result.value for removed, result in results.items()}
         chosen = min(values, key=lambda removed: (values[removed], removed))
         earlier = steps[-1].sets if steps else 0

@@ -392,8 +392,7 @@ def content_hash(folder: Path, files: Iterable[Path]) -> str:
 def _file_hash(file: Path) -> str:
     stat = file.stat()
     state = stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns, stat.st_ino  # ctime: who writes cannot set it back
-    key = hashlib.sha256(f"{file}|{state}".encode()).hexdigest()
-    cache = cache_folder("sha256", key)
+    cache = cache_folder("sha256", hashlib.sha256(f"{file}|{state}".encode()).hexdigest())
     if stat.st_size > 1 << 20 and cache.is_file():
         return cache.read_text(encoding="ascii")
     with file.open("rb") as stream:

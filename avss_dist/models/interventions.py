@@ -284,8 +284,7 @@ def replace_tensor(output: Any, old: torch.Tensor, new: torch.Tensor) -> Any:
 
 def encode_patch(patch: Patch, about: str) -> bytes:
     """Return a patch as the bytes of a safetensors file, equal for equal patches, with ``about`` in its header."""
-    tensors = {f"{layer}.{path}": tensor.contiguous() for (layer, path), tensor in patch.items()}
-    return save(tensors, {_ABOUT: about})
+    return save({f"{layer}.{path}": tensor.contiguous() for (layer, path), tensor in patch.items()}, {_ABOUT: about})
 
 
 def decode_patch(data: bytes) -> tuple[dict[Parameter, torch.Tensor], str]:

@@ -85,8 +85,7 @@ class NumberFormat:
             from gguf.quants import dequantize, quantize
 
             kind = GGMLQuantizationType[self.type]
-            stored = quantize(weight.cpu().numpy(), kind)
-            return torch.from_numpy(dequantize(stored, kind)).to(weight.device)
+            return torch.from_numpy(dequantize(quantize(weight.cpu().numpy(), kind), kind)).to(weight.device)
         from compressed_tensors.quantization import QuantizationArgs
         from compressed_tensors.quantization.lifecycle.forward import fake_quantize
         from compressed_tensors.quantization.utils import calculate_qparams, generate_gparam

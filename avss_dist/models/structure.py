@@ -186,8 +186,7 @@ def _inside(calls: Sequence[Call], sublayer: Call | None) -> list[Call]:
 def _last_linear(calls: Sequence[Call], width: int) -> Call | None:
     """Return the last linear map with ``width`` output units, preferably one that changes the width (down)."""
     linears = [c for c in calls if is_linear(c.module) and c.output.shape[-1] == width and c.inputs]
-    down = [c for c in linears if c.inputs[0].shape[-1] != width]
-    return next(reversed(down or linears), None)
+    return next(reversed([c for c in linears if c.inputs[0].shape[-1] != width] or linears), None)
 
 
 def _output_tap(sublayer: Call, inside: Sequence[Call]) -> Tap | None:

@@ -226,8 +226,7 @@ class Zero3Replica(ShardedReplica):
     loads_quantized_whole = True
 
     def _open(self, checkpoint: Checkpoint, settings: Settings, placement: Placement, *, head: bool) -> Backbone:
-        text = text_config(checkpoint)
-        config = deepspeed_config(compute_dtype(checkpoint, text, settings), self.device)
+        config = deepspeed_config(compute_dtype(checkpoint, text_config(checkpoint), settings), self.device)
         with quiet_deepspeed():
             self._module = _load_in_parts(checkpoint, settings, config, head=head)
             self._engine = _partition(self._module, settings, config, head=head)

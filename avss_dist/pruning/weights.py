@@ -132,8 +132,7 @@ class StoredWeights:
             ModelError: a file cannot be read.
         """
         stored = {tensor.name: tensor for file in weight_files(checkpoint.folder) for tensor in tensors_of(file)}
-        config = text_config(checkpoint)
-        model = skeleton(config, settings, torch.float32)
+        model = skeleton(text_config(checkpoint), settings, torch.float32)
         prefix = _stored_prefix(checkpoint, plan, stored, model)
         layers = LayerNames.of_model(model, plan, prefix)
         rows, experts = _find_experts(checkpoint, layers, stored, model)

@@ -204,8 +204,9 @@ class Kernels:
         sizes = x.view(torch.int32) & 0x7FFFFFFF
         finite = (sizes < 0x7F800000) & mask[:, None]
         _count_into(into["cuts"], (sizes >> CUT_SHIFT).to(torch.int64), finite)
-        limits = limits_on(thresholds.tobytes(), x.device)
-        into["near_zero"] += torch.stack([((sizes < limit) & finite).sum() for limit in limits])
+        into["near_zero"] += torch.stack(
+            [((sizes < limit) & finite).sum() for limit in limits_on(thresholds.tobytes(), x.device)]
+        )
         count = finite.sum()
         values = torch.where(finite, x, 0).double()
         mean = values.sum() / count.clamp(min=1)
