@@ -47,8 +47,7 @@ class _Loss(torch.autograd.Function):
 
 
 def _pieces(logits: torch.Tensor) -> list[slice]:
-    maximum = WIDENED_BYTES if logits.device.type == "cpu" else LOGIT_BYTES
-    return pieces(len(logits), logits.shape[1], maximum)
+    return pieces(len(logits), logits.shape[1], WIDENED_BYTES if logits.device.type == "cpu" else LOGIT_BYTES)
 
 
 def _log_probabilities(logits: torch.Tensor) -> torch.Tensor:

@@ -153,8 +153,7 @@ def same_format(bits: Float64, budget: float) -> Choice:
     """Return the largest format that all maps can have within a budget."""
     totals = bits.sum(axis=0)
     fitting = np.flatnonzero(totals <= budget * (1 + ROUNDING_ERROR))
-    best = int(fitting[np.argmax(totals[fitting])])
-    return np.full(len(bits), best, np.int64)
+    return np.full(len(bits), int(fitting[np.argmax(totals[fitting])]), np.int64)
 
 
 def smallest(damage: Float64, bits: Float64) -> Choice:

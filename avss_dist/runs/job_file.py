@@ -50,8 +50,7 @@ class RevisionRange(_Section):
 
 
 def _short(revisions: RevisionRange) -> RevisionRange:
-    number = (revisions.last - revisions.first) // revisions.step + 1
-    if not 0 < number <= MAX_REVISIONS:
+    if not 0 < (revisions.last - revisions.first) // revisions.step + 1 <= MAX_REVISIONS:
         raise ConfigError(f"invalid range: expected 'from' up to 'to' in at most {MAX_REVISIONS:,} steps.")
     return revisions
 

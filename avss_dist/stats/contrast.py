@@ -240,8 +240,7 @@ def out_of_fold(a: Answers, values: Float64) -> Float64:
 
     The output is the standardized value, with the sign that makes it larger for hallucinated answers in those folds.
     """
-    rng = np.random.default_rng(BOOTSTRAP_SEED)
-    fold = rng.permutation(len(a.pairs))[np.searchsorted(a.pairs, a.pair)] % FOLDS
+    fold = np.random.default_rng(BOOTSTRAP_SEED).permutation(len(a.pairs))[np.searchsorted(a.pairs, a.pair)] % FOLDS
     scores = np.zeros(len(values))
     for k in range(FOLDS):
         train = fold != k

@@ -227,8 +227,7 @@ class Kernels:
         whole = (tokens > 0) & (tokens == mask.sum(dim=1))
         into["sequences"] += whole.sum()
         if x.shape[2] > 1:
-            variances = (sums / tokens.clamp(min=1)[:, None]).var(dim=1)
-            into["pooled"] += torch.where(whole, variances, 0).sum()
+            into["pooled"] += torch.where(whole, (sums / tokens.clamp(min=1)[:, None]).var(dim=1), 0).sum()
         if "unit_sums" in into:
             into["unit_count"] += tokens.sum()
             into["unit_sums"] += torch.stack([sums.sum(dim=0), values.square_().sum(dim=(0, 1))])

@@ -100,10 +100,9 @@ def _blocks() -> Any:
     """Return a heat map of blocks of layers by first layer and length. The nearest block of each length is marked."""
     plain: dict[str, Any] = {"ticks": False, "domain": False, "labelSeparation": 4}
     x = alt.X("start:O", title="first layer (from 0)").axis(labelAngle=0, labelOverlap="greedy", **plain)
-    y = alt.Y("length:O", title="layers", sort="descending").axis(labelOverlap="greedy", **plain)
     base = alt.Chart().encode(
         x=x,
-        y=y,
+        y=alt.Y("length:O", title="layers", sort="descending").axis(labelOverlap="greedy", **plain),
         tooltip=[
             alt.Tooltip("start:Q", title="first layer"),
             alt.Tooltip("length:Q", title="layers"),

@@ -54,8 +54,7 @@ class TimeColumn(rich_progress.ProgressColumn):
             pace = self._paces[task.id] = Pace(total, task.completed, now=now)
         pace.reach(task.completed, now)
         remaining = None if task.finished or not total else pace.seconds_left(now)
-        passed = task.finished_time if task.finished else task.elapsed
-        text = str(timedelta(seconds=int(passed or 0)))
+        text = str(timedelta(seconds=int((task.finished_time if task.finished else task.elapsed) or 0)))
         return Text(text if remaining is None else f"{text}, {timedelta(seconds=int(remaining))} left", style="cyan")
 
 
