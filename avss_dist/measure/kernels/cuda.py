@@ -32,6 +32,7 @@ from avss_dist.measure.kernels.reference import Accumulator, Kernels, limits_on
 
 UNITS_A_WARP, STRIP, RUN = 128, 32, 8  # as in kernels.cu
 MAX_CALLS = 8
+ENOUGH_ITEMS = 4096  # for every warp of a large card
 MIN_CHUNK = 16  # tokens; chunks are multiples of it
 ALIGNMENT = 256
 
@@ -257,7 +258,7 @@ def chunk_of(rows: int, tokens: int, units: int) -> int:
 
     The order of float sums depends on it, so it is a function of shapes only.
     """
-    chunks = -(-4096 // (rows * -(-units // UNITS_A_WARP)))  # 4,096 items are enough
+    chunks = -(-ENOUGH_ITEMS // (rows * -(-units // UNITS_A_WARP)))
     return -(-tokens // (chunks * MIN_CHUNK)) * MIN_CHUNK
 
 
