@@ -41,9 +41,13 @@ kill_members() { # [NODE]
 
 free_ports() { # COUNT
     "$bin/python3" - "$1" <<'PYTHON'
-import socket, sys
-sockets = [socket.create_server(("127.0.0.1", 0)) for _ in range(int(sys.argv[1]))]
-print(*(s.getsockname()[1] for s in sockets))
+import contextlib, random, socket, sys
+free = []  # between the ports of Ray's workers and those of outgoing connections, which may take one at any time
+for port in random.sample(range(20_000, 32_768), 1_000):
+    with contextlib.suppress(OSError):
+        socket.create_server(("", port)).close()
+        free.append(port)
+print(*free[: int(sys.argv[1])])
 PYTHON
 }
 
