@@ -1,4 +1,4 @@
-"""Python functions of the commands that measure or change something: their fields are keywords."""
+"""Python functions of the commands that measure or change something, or run a job file: their fields are keywords."""
 
 from __future__ import annotations
 

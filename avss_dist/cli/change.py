@@ -91,7 +91,7 @@ def prune(request: PruneRequest, format: str) -> None:
     plan = read_plan(request.plan)
     if format == "text":
         emit("\n  ".join([f"{request.plan}:", *plan.describe()]))
-    with CellProgress() if request.warehouse else nullcontext() as progress:
+    with CellProgress() if request.fitted else nullcontext() as progress:
         done = unwrap(write_pruned)(replace(request, plan=plan, on_event=progress))
     print_result(format, _pruned_lines(done), done.table().to_pylist)
 

@@ -65,7 +65,7 @@ def teacher_text(
             write_file(unfinished, json.dumps(batches))
     lines = [json.dumps({"text": text}, ensure_ascii=False) + "\n" for text in chain.from_iterable(batches)]
     if not lines:
-        raise ConfigError(f"'{teacher.name}' wrote no text.", "Set `self_texts` 0, and name text with `corpus`.")
+        raise ConfigError(f"'{teacher.name}' wrote no text.", "Name other text, and leave out `self` or `self_texts`.")
     file.parent.mkdir(parents=True, exist_ok=True)
     write_file(file, "".join(lines))
     unfinished.unlink(missing_ok=True)

@@ -218,7 +218,7 @@ _read_patch = lru_cache(maxsize=1)(Storage.read_patch)  # of several cells in a 
 
 
 def fit_plan(request: PruneRequest, plan: Plan, repair: Repair) -> Repaired:
-    """Return the repair of a plan, fitted on workers or, after a fit by one worker, read from the warehouse.
+    """Return the repair of a plan, fitted on workers, or read from the warehouse after an earlier fit.
 
     Without a warehouse, the fit is not kept.
 
