@@ -96,8 +96,8 @@ def _listed_runs(opened: Warehouse) -> pa.Table:
         if not unfinished:
             raise
         return begun.select(RUNS)
-    kept = pc.if_else(pc.equal(ended["status"], "done"), ended["num_shards"], None)
-    ended = ended.append_column("kept_shards", kept).select(RUNS).sort_by([("created_at", "descending")])
+    stored_shards = pc.if_else(pc.equal(ended["status"], "done"), ended["num_shards"], None)
+    ended = ended.append_column("kept_shards", stored_shards).select(RUNS).sort_by([("created_at", "descending")])
     return pa.concat_tables([begun.select(RUNS).cast(ended.schema), ended])
 
 

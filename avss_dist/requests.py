@@ -158,8 +158,8 @@ class AblateRequest(ModelRequest, CorpusRequest, WarehouseRequest, EvaluationOpt
             number_format(name).require_package()
         measures = ("leave_one_out", "sublayers", "shapley", "gradients", "damage", "quantize")
         if not any(getattr(self, name) for name in measures):
-            named = ", ".join(f"`{name}`" for name in measures[:-1])
-            raise ConfigError("Nothing would be measured.", f"Choose {named} or `{measures[-1]}`.")
+            first = ", ".join(f"`{name}`" for name in measures[:-1])
+            raise ConfigError("Nothing would be measured.", f"Choose {first} or `{measures[-1]}`.")
 
     @property
     def formats(self) -> tuple[str, ...]:

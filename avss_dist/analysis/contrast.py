@@ -476,9 +476,15 @@ class Strata:
             after: `AFTER_ANOTHER` for answers after another prompt, or empty for answers after their own.
         """
         swapped = np.zeros((1, len(self.blocks[self.labels[0]]))) if exchanged is None else exchanged
-        ours, theirs = ((1 if weights is None else weights) * part for part in (1 - swapped, swapped))
+        own, exchanged_weights = ((1 if weights is None else weights) * part for part in (1 - swapped, swapped))
         first, second = (self.blocks[label + after] for label in self.labels)
-        return _both([*first, *second], recipe, threshold, np.hstack([ours, theirs]), np.hstack([theirs, ours]))
+        return _both(
+            [*first, *second],
+            recipe,
+            threshold,
+            np.hstack([own, exchanged_weights]),
+            np.hstack([exchanged_weights, own]),
+        )
 
 
 def _both(

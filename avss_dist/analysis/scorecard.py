@@ -275,7 +275,7 @@ def increases(store: Warehouse, truth: LayerTruth) -> Float64:
     parts = grouped(store.table("cells", where=where).sort_by("part").to_pylist(), InterventionKey.of_row)
     samples = {key: np.concatenate([row["samples"] for row in rows]) for key, rows in parts.items()}
     layers, whole = sorted(truth.values), InterventionKey()
-    if samples.keys() != {whole, *map(truth.key, layers)} or len({len(one) for one in samples.values()}) > 1:
+    if samples.keys() != {whole, *map(truth.key, layers)} or len({len(values) for values in samples.values()}) > 1:
         return np.zeros((0, len(layers)))
     return np.stack([samples[truth.key(layer)] - samples[whole] for layer in layers], axis=1)
 

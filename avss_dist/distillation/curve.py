@@ -148,7 +148,7 @@ def is_better(point: CurvePoint, before: CurvePoint) -> bool:
 
 def _keeps_less(point: CurvePoint, before: CurvePoint) -> bool:
     """Whether less of every text is kept. A perplexity below the teacher's counts as the teacher's."""
-    return all(min(point.kept[label], 1.0) < min(kept, 1.0) for label, kept in before.kept.items())
+    return all(min(point.kept[label], 1.0) < min(share, 1.0) for label, share in before.kept.items())
 
 
 def require_distance(point: CurvePoint, work: Path) -> None:

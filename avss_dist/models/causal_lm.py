@@ -400,7 +400,7 @@ class LanguageModel:
                 stack.enter_context(self.applying(intervention))
                 if (layer := branches.get(intervention)) is not None:
                     stack.enter_context(
-                        resuming(self.layers, begins_behind(intervention, layer), inputs[layer].clone())
+                        resuming(self.layers, last_layer_not_run(intervention, layer), inputs[layer].clone())
                     )
                 results.append(self.losses(batch))
         return results
@@ -417,7 +417,7 @@ class LanguageModel:
         return {
             intervention: layer
             for intervention, layer in differ.items()
-            if layer not in first and begins_behind(intervention, layer) >= 0
+            if layer not in first and last_layer_not_run(intervention, layer) >= 0
         }
 
     def backpropagate(
@@ -469,7 +469,7 @@ class LanguageModel:
         return result
 
 
-def begins_behind(intervention: Intervention, layer: int) -> int:
+def last_layer_not_run(intervention: Intervention, layer: int) -> int:
     """Return the last layer that is not run in a pass resumed at the input of ``layer``.
 
     It is the layer itself if the intervention removes it, else the one before.

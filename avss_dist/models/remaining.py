@@ -20,7 +20,7 @@ _BY_LAYER = re.compile(r"layer|block_types|block_configs|full_attn_idxs|indexer_
 _SIZES_BY_LAYER = re.compile(
     r"(num_)?(query|kv|attention|key_value)_heads|num_(query|kv)_heads|intermediate_size|ffn_multipliers"
 )
-_OF_OTHER_MODULES = re.compile(r"^(mtp|vision|audio|image|encoder|conv)_")
+_OTHER_MODULES = re.compile(r"^(mtp|vision|audio|image|encoder|conv)_")
 _INDICES = re.compile(r"layer|idx|indices|index")
 _OWN_INDEX = re.compile(r"^(layer|block)?_?(idx|index|id|number)$")
 
@@ -92,7 +92,7 @@ def settings_by_layer(config: Mapping[str, Any], num_layers: int, keep: Sequence
         if name in COUNTS:
             if type(value) is int and value < num_layers:
                 shortened[name] = sum(layer < value for layer in keep)
-        elif _OF_OTHER_MODULES.search(name):
+        elif _OTHER_MODULES.search(name):
             continue
         elif isinstance(value, list) and (_BY_LAYER.search(name) or _SIZES_BY_LAYER.fullmatch(name)):
             indices = all(type(layer) is int and 0 <= layer < num_layers for layer in value)

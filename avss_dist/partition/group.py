@@ -193,12 +193,12 @@ def share(function: Callable[[S], T], items: Iterable[S], idle: Callable[[], obj
     return [parts[i % size][i // size] for i in range(len(every))]
 
 
-def all_gather(mine: T) -> list[T]:
+def all_gather(value: T) -> list[T]:
     """Return the objects of all ranks, in rank order. All ranks call this. Outside of a group there is one."""
     if not distributed.is_initialized():
-        return [mine]
+        return [value]
     every: list[Any] = [None] * distributed.get_world_size()
-    distributed.all_gather_object(every, mine)
+    distributed.all_gather_object(every, value)
     return every
 
 

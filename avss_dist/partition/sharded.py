@@ -63,8 +63,8 @@ class ShardedLanguageModel(RankedLanguageModel):
 
         Some are empty.
         """
-        mine = super().pieces(number)
-        return mine + [slice(number, number)] * (max(all_gather(len(mine))) - len(mine))
+        own = super().pieces(number)
+        return own + [slice(number, number)] * (max(all_gather(len(own))) - len(own))
 
     def each(self, function: Callable[[Batch], T], batches: Sequence[Batch]) -> list[T]:
         """Return the result of a function for every batch, each computed by one rank."""

@@ -274,9 +274,9 @@ class PrecisionPlan(LinearMapPlan):
             for number, entry in enumerate(self.rounded, start=1)
             if (problem := entry.wrong_bits((1, entry.weights), (entry.weights, 1)))  # extremes of all shapes
         ]
-        others = f", and {count_of(len(wrong) - 1, 'other map')} alike" if len(wrong) > 1 else ""
+        alike = f", and {count_of(len(wrong) - 1, 'other map')} alike" if len(wrong) > 1 else ""
         if wrong:
-            raise PlanError(f"{wrong[0]}{others}.", "Write the bits of the formats, or use avss quantize.")
+            raise PlanError(f"{wrong[0]}{alike}.", "Write the bits of the formats, or use avss quantize.")
 
     @property
     def intervention(self) -> Intervention:

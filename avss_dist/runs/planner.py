@@ -33,7 +33,7 @@ FLOPS_OF_A_GPU = {2: 200e12, 4: 20e12}
 
 KEPT_PLANS = 4  # tokenized corpora that are remembered
 _TOKENIZER_FILES = (".json", ".model", ".txt", ".jinja")
-_NO_TOKENIZER_FILES = ("config.json", "generation_config.json", "trainer_state.json", "model.safetensors.index.json")
+_OTHER_FILES = ("config.json", "generation_config.json", "trainer_state.json", "model.safetensors.index.json")
 
 
 @dataclass
@@ -126,7 +126,7 @@ class Planner:
             tokenizer = checkpoint.revision
         else:
             files = sorted(f for f in checkpoint.folder.iterdir() if f.suffix in _TOKENIZER_FILES)
-            tokenizer = content_hash(checkpoint.folder, [f for f in files if f.name not in _NO_TOKENIZER_FILES])
+            tokenizer = content_hash(checkpoint.folder, [f for f in files if f.name not in _OTHER_FILES])
         family = config.model_type, getattr(config, "tokenizer_class", None)
         cut = settings.sequences_per_shard, settings.skip_first_tokens
         return tokenizer, family, cut, *settings.text_options().values()

@@ -132,12 +132,12 @@ def _add_to(total: Any, added: Any) -> None:
 
 
 @_exact
-def _merge_moments(total: Any, seen: int, count: int, mean: float, m2: float) -> None:
-    """Update ``total`` [mean, m2] of ``seen`` elements by ``count`` more (Chan)."""
+def _merge_moments(total: Any, earlier: int, count: int, mean: float, m2: float) -> None:
+    """Update ``total`` [mean, m2] of ``earlier`` elements by ``count`` more (Chan)."""
     if count:
         delta = mean - total[0]
-        total[0] += delta * (count / (seen + count))
-        total[1] += m2 + delta * delta * (seen * (count / (seen + count)))
+        total[0] += delta * (count / (earlier + count))
+        total[1] += m2 + delta * delta * (earlier * (count / (earlier + count)))
 
 
 @_compiled
@@ -227,11 +227,11 @@ def sum_sequence(x: Any, mask: Any, totals: Any) -> None:
     """
     sequences, pooled, unit_count, unit_sums = totals
     sums, squares = np.zeros(x.shape[1]), np.zeros(x.shape[1])
-    finite = seen = 0
+    finite = tokens = 0
     for t in range(x.shape[0]):
         if not mask[t]:
             continue
-        seen += 1
+        tokens += 1
         row = x[t]
         if not _is_finite(row):
             continue
@@ -240,7 +240,7 @@ def sum_sequence(x: Any, mask: Any, totals: Any) -> None:
             x_j = value(row[j])
             sums[j] += x_j
             squares[j] += x_j * x_j
-    if finite and finite == seen:
+    if finite and finite == tokens:
         sequences[0] += 1
         _add_to(pooled, (_variance(sums, finite),))
     if unit_sums.shape[1]:

@@ -253,9 +253,9 @@ def _count_into(counts: torch.Tensor, bins: torch.Tensor, mask: torch.Tensor) ->
     counts.scatter_add_(0, bins.reshape(-1), weight.reshape(-1))
 
 
-def _merge_moments(seen: torch.Tensor, moments: torch.Tensor, count: torch.Tensor, mean: Any, m2: Any) -> None:
-    """Update ``moments`` [mean, m2] of ``seen`` elements by ``count`` more (Chan), without a host transfer."""
-    total = (seen + count).clamp(min=1).double()
+def _merge_moments(earlier: torch.Tensor, moments: torch.Tensor, count: torch.Tensor, mean: Any, m2: Any) -> None:
+    """Update ``moments`` [mean, m2] of ``earlier`` elements by ``count`` more (Chan), without a host transfer."""
+    total = (earlier + count).clamp(min=1).double()
     delta = mean - moments[0]
-    change = torch.stack([delta * (count / total), m2 + delta * delta * (seen * (count / total))])
+    change = torch.stack([delta * (count / total), m2 + delta * delta * (earlier * (count / total))])
     moments += torch.where(count > 0, change, 0)

@@ -23,7 +23,7 @@ from avss_dist.core.process import bound
 from avss_dist.core.settings import Settings
 from avss_dist.core.text import describe_bytes
 from avss_dist.corpus.shards import Batch
-from avss_dist.models.causal_lm import LanguageModel, Watcher, begins_behind
+from avss_dist.models.causal_lm import LanguageModel, Watcher, last_layer_not_run
 from avss_dist.models.checkpoints import Checkpoint
 from avss_dist.models.interventions import resuming, skip_of
 from avss_dist.models.layers import Layer
@@ -233,7 +233,7 @@ class StreamingLanguageModel(LanguageModel):
         def ask(intervention: Intervention, i: int, hidden: torch.Tensor | None = None) -> None:
             behind: AbstractContextManager[None] = nullcontext()
             if hidden is not None:
-                behind = resuming(self.layers, begins_behind(intervention, branches[intervention]), hidden)
+                behind = resuming(self.layers, last_layer_not_run(intervention, branches[intervention]), hidden)
             with self.applying(intervention), behind:
                 losses[intervention, i] = self.losses(batches[i])
 

@@ -34,7 +34,7 @@ if TYPE_CHECKING:
 
 STATUS_STYLES = {"done": "green", "partial": "yellow", "missing": "", "repeated": "dim", "refused": "bold red"}
 (PROPAGATED,), (PREDICTED,) = metrics_of("propagated"), metrics_of("predicted")
-_OF_LAYERS: Sequence[tuple[str, str, int, Callable[[dict[str, Any]], str]]] = (
+_ABLATION_COLUMNS: Sequence[tuple[str, str, int, Callable[[dict[str, Any]], str]]] = (
     ("loss without", "loss", 4, lambda row: f"{row['loss']:z.4f}"),
     ("increase", "increase", 0, lambda row: _with_error(row["increase"], row["increase_stderr"])),
     ("attention alone", "attention", 1, lambda row: _with_error(row["attention"], row["attention_stderr"])),
@@ -139,7 +139,7 @@ def ablation_table(ablation: Ablation) -> FittedTable:
                 BarColumn(values=[row[first] for row in rows], marked=marked),
                 *(
                     ReportColumn(heading, rows, format_, priority=0 if name == first else priority)
-                    for heading, name, priority, format_ in _OF_LAYERS
+                    for heading, name, priority, format_ in _ABLATION_COLUMNS
                     if rows[0][name] is not None
                 ),
             ],

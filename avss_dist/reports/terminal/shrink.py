@@ -37,7 +37,7 @@ def shrunk_tables(done: Shrunk) -> RenderableType:
         *([f"repaired by {done.record.repair}"] if done.record else []),
         *([f"distilled on {done.distillation.after.tokens:,} tokens"] if done.distillation else []),
     ]
-    complete = all(kept.has_interval for task in done.best.tasks for kept in task.retentions.values())
+    complete = all(retention.has_interval for task in done.best.tasks for retention in task.retentions.values())
     tables = [
         ReportTable(
             columns=[
@@ -80,15 +80,17 @@ def continuation_tables(continuations: Sequence[Continuation]) -> Iterator[Repor
 
 
 def _task_columns(task: TaskRetention) -> Iterator[ReportColumn]:
-    kept = [None, *task.retentions.values()]
+    retentions = [None, *task.retentions.values()]
     metrics = [result.metrics()[-1] for result in task.results.values()]
     yield ReportColumn(
         metrics[0][0],
         [f"{value:z,.4g}" for _, value, _ in metrics],
         group=basename(task.task.removeprefix(PERPLEXITY)),
     )
-    yield ReportColumn("kept", [retention and retention.value for retention in kept], "{:z.1%}".format, missing="")
-    intervals = [retention and known_interval(retention.low, retention.high) for retention in kept]
+    yield ReportColumn(
+        "kept", [retention and retention.value for retention in retentions], "{:z.1%}".format, missing=""
+    )
+    intervals = [retention and known_interval(retention.low, retention.high) for retention in retentions]
     yield ReportColumn("95% interval", intervals, interval("{:z.1%}".format), priority=1)
 
 
