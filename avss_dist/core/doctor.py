@@ -90,8 +90,9 @@ def _kill(pid: int) -> None:
 
 def _silence() -> None:
     """Discard what libraries print."""
+    nowhere = os.open(os.devnull, os.O_WRONLY)
     for stream in (1, 2):
-        os.dup2(os.open(os.devnull, os.O_WRONLY), stream)
+        os.dup2(nowhere, stream)
 
 
 def _try(what: str, check: Check) -> CheckResult:

@@ -562,6 +562,13 @@ def test_every_rank_takes_the_cell_with_its_patch() -> None:
     assert cells[1].intervention.patch == patch_of("k")
 
 
+def test_ranks_that_take_different_shards_are_never_late() -> None:
+    """Nobody measures their shards beside them."""
+    queue, _ = shard_queue(9, partition="zero3", ranks=2)
+    queue.note_duration(queue.next_units(), 3.0)
+    assert not queue.repeat_late(queue.next_units(), 1e9)
+
+
 def test_gangs_of_ranks_that_share_shards_take_one_after_the_other() -> None:
     queue, _ = shard_queue(100, partition="tensor_parallel", ranks=2)
     queue.note_duration(queue.next_units(), 0.01)
@@ -579,6 +586,12 @@ def test_only_units_of_one_kind_say_what_is_late() -> None:
     assert not queue.repeat_late([], 1e9), "a model that is being opened"
     assert queue.repeat_late([1], 3.0)
     assert not queue.repeat_late([1], 1e9), "no third time"
+
+
+def test_a_round_is_late_after_twice_the_time_of_its_units() -> None:
+    queue, _ = shard_queue(9)
+    queue.note_duration([0, 1, 2], 1.5)
+    assert not queue.repeat_late([4, 5, 6], 2.9) and queue.repeat_late([4, 5, 6], 3.1)
 
 
 def test_ranks_share_a_shard_or_take_one_each() -> None:
@@ -616,7 +629,9 @@ def test_short_shards_share_a_round_until_one_of_them_fails() -> None:
     assert queue.next_units(2) == [1, 2, 3]
     assert [part.shard for part in assignments(queue, [15, 16, 17])] == [*run.shards[15:18]]
     queue.note_duration([1, 2, 3], 1.5)
-    assert queue.next_units(2) == [4, 5], "half a second each"
+    assert queue.usual_seconds(0) == 0.5
+    assert queue.next_units(2) == [4, 5]
+    assert not queue.repeat_late([4, 5, 6], 2.9), "at most twice as long as three take"
     for _ in range(ATTEMPTS):
         assert queue.put_back([4, 5], "it died") == [], "of neither alone"
     assert [queue.next_units(2), queue.next_units(2), queue.next_units(2)] == [[4], [5], [6, 7]]

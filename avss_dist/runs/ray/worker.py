@@ -82,8 +82,9 @@ class ShardAssignment:
         if store := self.warehouse and self.warehouse():
             store.write_shard_files(run.run_id, result.shard_id, encode_shard(run, result))
         else:
-            notes = [*result.model["notes"], "some workers do not reach the warehouse: the driver wrote for them"]
-            files = encode_shard(run, replace(result, model={**result.model, "notes": notes}))
+            missed = ["some workers do not reach the warehouse: the driver wrote for them"] if self.warehouse else []
+            described = {**result.model, "notes": [*result.model["notes"], *missed]}
+            files = encode_shard(run, replace(result, model=described))
         return Receipt(shard_id=result.shard_id, num_tokens=result.num_tokens, seconds=result.seconds, files=files)
 
 
