@@ -6,6 +6,7 @@ from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from functools import cached_property, partial
 from itertools import product
+from traceback import walk_tb
 from typing import Any, TypeVar
 
 import numpy as np
@@ -60,6 +61,7 @@ from avss_dist.models.remaining import without_modules
 from avss_dist.stats.layer_stats import Float64
 
 PROBE_TOKENS = 16
+_PACKAGE = f"{__name__.partition('.')[0]}."
 CHECKED_TOKENS = 3  # tokens that are generated to check the key-value cache
 
 T = TypeVar("T")
@@ -221,7 +223,7 @@ class LanguageModel:
 
         Raises:
             ModelError: one of them cannot be removed, or the model's own code fails without them, for example because a
-                later layer reads keys and values of a removed one.
+                later layer reads keys and values of a removed one. Errors of other code pass unchanged.
         """
         self.require_layers(removed)
         try:
@@ -232,7 +234,7 @@ class LanguageModel:
             ):
                 yield
         except (AttributeError, IndexError, KeyError, TypeError) as error:
-            if not removed:
+            if not removed or not _is_raised_by(error, self.module):
                 raise
             raise ModelError(
                 f"'{self.checkpoint.name}' does not run with these layers left out: {describe_removed(removed)}. "
@@ -467,6 +469,18 @@ class LanguageModel:
         result = hidden.new_zeros((1 + draws, *hidden.shape))
         result.flatten(1, 2).index_copy_(1, positions, gradients)
         return result
+
+
+def _is_raised_by(error: Exception, model: torch.nn.Module) -> bool:
+    """Whether an error comes out of the code of a model, not out of its callers or of actions and hooks in it."""
+    modules = set(model.modules())
+    innermost = False
+    for frame, _ in walk_tb(error.__traceback__):
+        if frame.f_globals.get("__name__", "").startswith(_PACKAGE):
+            innermost = False
+        elif isinstance(caller := frame.f_locals.get("self"), torch.nn.Module) and caller in modules:
+            innermost = True
+    return innermost
 
 
 def last_layer_not_run(intervention: Intervention, layer: int) -> int:

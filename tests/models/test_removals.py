@@ -25,6 +25,7 @@ from avss_dist.core.intervention import (
     sublayers_of,
 )
 from avss_dist.models.causal_lm import LanguageModel
+from avss_dist.models.interventions import around
 from avss_dist.models.layers import first_tensor
 from avss_dist.models.remaining import settings_by_layer, without_modules
 from avss_dist.tasks.text_loss import LeaveOneOut, TextLoss
@@ -166,6 +167,30 @@ def test_everything_is_restored_after_an_exception(model_of: ModelOf) -> None:
         raise KeyboardInterrupt
     assert described(model) == before
     assert torch.equal(generate(model), whole)
+
+
+def test_what_the_model_does_not_compute_without_a_layer_is_named(model_of: ModelOf) -> None:
+    model = model_of("gemma3n_text")
+    with pytest.raises(ModelError, match=r"left out: 1\. KeyError: 'sliding_attention'"):
+        TextLoss(random_shard())(model, NO_INTERVENTION.without(1))
+
+
+def test_an_error_of_the_caller_stays_as_it_is(model_of: ModelOf) -> None:
+    model = model_of("llama")
+    with pytest.raises(KeyError, match="mine"), model.without((1,)):
+        model.losses(next(random_shard().batches(2)))
+        raise KeyError("mine")
+
+
+def test_an_error_of_an_action_in_a_pass_stays_as_it_is(model_of: ModelOf) -> None:
+    """It runs inside of the model's forward, and is not the model's."""
+
+    def fail(*_args: Any, **_kwargs: Any) -> None:
+        raise KeyError("mine")
+
+    model = model_of("llama")
+    with pytest.raises(KeyError, match="mine"), model.without((1,)), around({model.layers[2].module: fail}):
+        model.losses(next(random_shard().batches(2)))
 
 
 def test_layers_that_share_a_module_are_refused(model_of: ModelOf) -> None:
