@@ -16,6 +16,8 @@ A comparison covers the cases that were made this time.
 from __future__ import annotations
 
 import argparse
+import base64
+import gzip
 import hashlib
 import json
 import logging
@@ -28,6 +30,7 @@ import time
 import traceback
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from html.parser import HTMLParser
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -48,6 +51,8 @@ from transformers.utils.logging import disable_progress_bar, set_verbosity_error
 
 import avss_dist
 from avss_dist import Warehouse
+from avss_dist.core.intervention import decode_removals, removal_names
+from avss_dist.reports.page.page import report_page
 
 REPOSITORY = Path(__file__).parents[2]
 TEXT = "builtin:pydoc"
@@ -94,6 +99,9 @@ CLASSES: dict[str, Mapping[str, str]] = {
 }
 """Columns of a table that have a line together. Every other column has a line of its own, so that one that the package
 no longer writes changes no other line."""
+PASSING = re.compile(r"\d{4}-\d\d-\d\d \d\d:\d\d|tokens/s|^[\d,.]+$")
+"""Texts of a page that hold times or speeds, and numbers alone: those of tables, which have lines elsewhere."""
+LINE = re.compile(r"(?P<name>\S+) +(?P<number>\d+) (?P<digest>[0-9a-f]{16})")
 RUN_ID = re.compile(r"-[0-9a-f]{10}\b")
 
 
@@ -148,12 +156,36 @@ class Goldens:
         """
         values = defaultdict[str, list[Any]](list)
         for row in rows:
-            about = [row.get(name) for name in ("drop", "layer", "factor", "rounding", "sparsity_plan")]
+            about = [removed_parts(row), *(row.get(name) for name in ("layer", "factor", "rounding", "sparsity_plan"))]
             task, metric = row["task"].partition(":")[0], row["metric"].partition(":")[0]
             value = [row["metric"], about, row["value"], row["stderr"], row["num_samples"]]
             values[f"{task}.{metric}"].append(value)
         for name, metric_values in values.items():
             self.add(f"{model}.{name}", sorted(metric_values, key=json.dumps))
+
+    def add_experiments(self, warehouse: Path) -> None:
+        """Add a line for the rows of each task and metric of an experiment, by method, share and repair."""
+        values = defaultdict[str, list[Any]](list)
+        for row in Warehouse(warehouse).table("experiments").to_pylist():
+            task = row["task"].partition(":")[0]
+            about = [row.get(name) for name in ("method", "share", "control", "seed", "repair")]
+            value = [row[name] for name in ("value", "stderr", "retention", "retention_low", "retention_high")]
+            values[f"experiments.{task}.{row['metric']}"].append([about, removed_parts(row), value])
+        for name, metric_values in values.items():
+            self.add(name, sorted(metric_values, key=json.dumps))
+
+    def add_page(self, warehouse: Path) -> None:
+        """Add lines for the texts of the report page of a warehouse, and for the data that its charts draw.
+
+        Texts in which times, folders and versions stand are left out.
+        """
+        page = report_page(Warehouse(warehouse))
+        reader = PageReader()
+        reader.feed(page)
+        self.add("page.texts", [text for text in reader.texts if not PASSING.search(text)])
+        data = json.loads(gzip.decompress(base64.b64decode(reader.data)))
+        for name, values in data.items():
+            self.add(f"page.data.{name}", [values])
 
     def add_checkpoint(self, name: str, folder: Path) -> None:
         """Add a line for the weights of a checkpoint, as numbers of 8 bits."""
@@ -170,6 +202,42 @@ class Goldens:
             model.save_pretrained(folder)
             save_tokenizer(folder)
         return str(folder)
+
+
+class PageReader(HTMLParser):
+    """Reader of a report page.
+
+    Attributes:
+        texts: the visible texts, in order.
+        data: the packed data of the charts.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.texts = list[str]()
+        self.data = ""
+        self._inside = "", ""
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        """Note which element, of which id, the next text is in."""
+        self._inside = tag, dict(attrs).get("id") or ""
+
+    def handle_endtag(self, tag: str) -> None:
+        """Note that the next text is in no script or style."""
+        self._inside = "", ""
+
+    def handle_data(self, data: str) -> None:
+        """Take a text, unless it is a program or a style."""
+        tag, name = self._inside
+        if name == "data":
+            self.data = data
+        elif tag not in ("script", "style") and (text := " ".join(data.split())):
+            self.texts.append(text)
+
+
+def removed_parts(row: Mapping[str, Any]) -> list[int | str]:
+    """Return the layers, sublayers and experts that a row is without, as plans name them."""
+    return removal_names(decode_removals(row.get("drop") or ()))
 
 
 def with_values(table: pa.Table) -> list[str]:
@@ -347,6 +415,71 @@ def experts(goldens: Goldens, folder: Path) -> None:
         goldens.add_checkpoint(f"weights.{score}", Path(done.folder))
 
 
+def sixteen_bits(goldens: Goldens, folder: Path) -> None:
+    """Measure models in bfloat16 and float16, whose activations are counted by their bit patterns."""
+    for dtype in ("bfloat16", "float16"):
+        warehouse = folder / dtype
+        names = [goldens.model(name) for name in ("llama", "mixture")]
+        options = {**SHARDS, "dtype": dtype, "experts": True}
+        for run in avss_dist.score_all(names, corpus=TEXT, warehouse=warehouse, **options, **LOCAL):
+            assert run.status == "done", run.error
+        avss_dist.ablate(names[0], corpus=TEXT, warehouse=warehouse, damage=True, **{**FEW, "dtype": dtype}, **LOCAL)
+        part = Goldens(folder, f"sixteen_bits.{dtype}")
+        part.add_warehouse(warehouse)
+        goldens.lines |= part.lines
+
+
+def experiment(goldens: Goldens, folder: Path) -> None:
+    """Run a job with an experiment: every kind of method, control and repair; then write the page of its warehouse."""
+    job, warehouse = folder / "job.yaml", folder / "w"
+    scored = {"max_sequences": 16, "sequence_length": 32, "batch_size": 2, "sequences_per_shard": 2, **CPU}
+    asked = {
+        "tasks": [f"perplexity:{TEXT}"],
+        "scores": ["avss", "avss:update:unit:0.1rms", "block_influence", "greedy"],
+        "shares": [0.25, 0.5],
+        "random": 2,
+        "repairs": ["none", "refit"],
+        "repair_corpora": [TEXT],
+        "repair_skip_sequences": 40,
+        "repair_max_sequences": 40,
+        "search_max_sequences": 4,
+        "skip_sequences": 20,
+        "max_sequences": 8,
+    }
+    models = [goldens.model("llama-wide"), goldens.model("llama")]
+    text = {"warehouse": str(warehouse), "models": models, "corpora": [TEXT], "settings": scored, "experiment": asked}
+    job.write_text(json.dumps(text), encoding="utf-8")
+    avss_dist.run(str(job), executor="local")
+    goldens.add_experiments(warehouse)
+    goldens.add_warehouse(warehouse)
+    goldens.add_page(warehouse)
+
+
+def shrink(goldens: Goldens, folder: Path) -> None:
+    """Write smaller models: by damage with a repair, by greedy search without one, and as small as a quality allows."""
+    model = goldens.model("llama-wide")
+    rows = {**ROWS, "max_sequences": 96}
+    choices: dict[str, dict[str, Any]] = {
+        "damage": {"share": 0.25},
+        "greedy": {"share": 0.5, "by": "greedy", "repair": "none"},
+        "quality": {"keep": 0.5, "repair": "map"},
+    }
+    for name, choice in choices.items():
+        warehouse, output = folder / name / "w", folder / name / "smaller"
+        done = avss_dist.shrink(model, corpus=TEXT, output=str(output), warehouse=warehouse, **choice, **rows, **LOCAL)
+        goldens.add_checkpoint(f"{name}.weights", output)
+        goldens.add(f"{name}.drop", removal_names(done.best.plan.drop))
+        goldens.add(f"{name}.plans", [[removal_names(result.plan.drop), result.kept] for result in done.curve])
+        goldens.add(f"{name}.tasks", [describe_results(task) for task in done.best.tasks])
+
+
+def describe_results(task: Any) -> list[Any]:
+    """Return the metrics of a task of a shrunk model, and what is kept of them, with intervals."""
+    metrics = {name: result.metrics() for name, result in task.results.items()}
+    kept = {name: [retention.value, retention.low, retention.high] for name, retention in task.retentions.items()}
+    return [metrics, kept]
+
+
 def compare(goldens: Goldens, folder: Path) -> None:
     """Compare the rankings of several models, and list the findings against them."""
     names = [goldens.model(name) for name in ("deep", "deep-other", "gpt2", "bert")]
@@ -392,8 +525,8 @@ ON_RAY = {
     "expert_parallel": on_ray(["mixture"], partition="expert_parallel", ranks=2),
 }
 IN_PROCESS = (
-    *(smollm2, local, streaming, contrast, ablation, sparsity),
-    *(repair, distillation, precision, experts, compare),
+    *(smollm2, local, streaming, sixteen_bits, contrast, ablation, sparsity),
+    *(repair, distillation, precision, experts, experiment, shrink, compare),
 )
 CASES: dict[str, Case] = {case.__name__: case for case in IN_PROCESS} | ON_RAY
 SLOW = {"smollm2", *ON_RAY}
@@ -433,9 +566,12 @@ def differences(before: Mapping[str, str], now: Mapping[str, str]) -> list[str]:
 
 
 def read_lines(file: Path) -> dict[str, str]:
-    """Read the lines of an earlier run by name."""
-    lines = [line.split() for line in file.read_text(encoding="utf-8").splitlines() if not line.startswith("#")]
-    return {name: f"{number} {digest}" for name, number, digest in lines}
+    """Read the lines of an earlier run by name. Comments, and what libraries print, are left out."""
+    lines = dict[str, str]()
+    for line in file.read_text(encoding="utf-8").splitlines():
+        if match := LINE.fullmatch(line):
+            lines[match["name"]] = f"{match['number']} {match['digest']}"
+    return lines
 
 
 def main() -> int:
