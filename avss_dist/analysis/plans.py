@@ -32,7 +32,17 @@ from avss_dist.pruning.ground_truth import (
 )
 from avss_dist.pruning.map_plans import MapPlan, SparsityPlan
 from avss_dist.pruning.plan import Plan, make_plan, plan_of
-from avss_dist.pruning.selection import LAST, PUBLISHED, RANDOM, Choice, Reading, Rows, choose_experts, reading_of
+from avss_dist.pruning.selection import (
+    LAST,
+    PUBLISHED,
+    RANDOM,
+    Choice,
+    Reading,
+    Rows,
+    choose_experts,
+    count_layers,
+    reading_of,
+)
 from avss_dist.stats.layer_stats import Float64, LayerStats
 from avss_dist.stats.rankings import depth_correlation
 from avss_dist.stats.scores import Threshold
@@ -69,7 +79,8 @@ def plan_layers(
         if not rows:
             raise QueryError(f"No scores of {_describe(reading)}.", f"There are: {'; '.join(scored) or 'none'}.")
     truth = layer_truth(warehouse, run, choice.by) if choice.by in (*MEASURED, BLOCK_DISTANCE) else None
-    truth = truth if choice.by in SCORES else own_score(choice.by, warehouse, run)
+    if choice.by not in SCORES:
+        truth = own_score(choice.by, warehouse, {**run, "num_layers": count_layers(rows)})
     plan, against = make_plan(rows, run, choice, truth), []
     if choice.by != BLOCK_DISTANCE:
         values = choice.scores(rows, {choice.by: truth.by_layer(plan.num_layers)} if truth else {})

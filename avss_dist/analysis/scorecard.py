@@ -49,7 +49,7 @@ from avss_dist.core.registry import (
     SCORES,
     score_functions,
 )
-from avss_dist.core.text import describe_threshold
+from avss_dist.core.text import count_of, describe_threshold
 from avss_dist.pruning.ground_truth import (
     LayerTruth,
     find_layer_truth,
@@ -189,8 +189,9 @@ def describe_agreement(
     stability = float(np.mean(np.array([row["lowest_set_probability"] for row in lowest] or [None], np.float64)))
     stable = f"; resampling the shards keeps {stability:.0%} of its lowest layers" if np.isfinite(stability) else ""
     for column in ("avss_smoothed", *own):
-        score = _truth({row["layer"]: np.nan if row[column] is None else row[column] for row in scores})
-        rho = spearman(score.by_layer(number), truth.by_layer(number))
+        by_layer = {row["layer"]: np.nan if row[column] is None else row[column] for row in scores}
+        values = np.array([by_layer.get(layer, np.nan) for layer in range(number)], np.float64)
+        rho = spearman(values, truth.by_layer(number))
         low, high = spearman_interval(rho, number)
         if np.isfinite(low):
             text = f"Spearman {rho:z.2f} with the loss without each layer (95% interval {low:z.2f} to {high:z.2f})"
@@ -236,14 +237,35 @@ def own_score(name: str, warehouse: Warehouse, run: Mapping[str, Any]) -> LayerT
             run or model count where it has a column ``run_id`` or ``model``; or the name of an entry point of the group
             `registry.SCORE_GROUP`: a function of the run's statistics, ``dict[LayerKey, LayerStats]``, that returns a
             mapping from layer to value.
+        run: a row of ``runs``. Without its ``num_layers``, any number of layers may have a value.
+
+    Returns:
+        The values. A function may leave out layers. A table whose rows are all of other runs or models has none.
 
     Raises:
-        QueryError: the file or the column does not exist, or a layer has more than one value.
+        QueryError: the file or the column does not exist, a layer has more than one value, or the layers are not those
+            of the run.
     """
     if name.startswith(OWN_VALUES):
-        return _truth(json.loads(name.removeprefix(OWN_VALUES)))
+        values = _by_index(json.loads(name.removeprefix(OWN_VALUES)))
+        _require_layers_of(run, values, "The mapping of `by`")
+        return LayerTruth(values=values, run_id="", task="")
     if name in (functions := score_functions()):
-        return _truth(functions[name].load()(warehouse.read_layer_stats(run["run_id"])))
+        values = _by_index(functions[name].load()(warehouse.read_layer_stats(run["run_id"])))
+        _require_layers_of(run, dict.fromkeys(range(run["num_layers"] or 0)) | values, f"The score '{name}'")
+        return LayerTruth(values=values, run_id="", task="")
+    values, is_of_several = _table_scores(name, run)
+    if values or not is_of_several:
+        _require_layers_of(run, values, name)
+    return LayerTruth(values=values, run_id="", task="")
+
+
+def _table_scores(name: str, run: Mapping[str, Any]) -> tuple[dict[int, float], bool]:
+    """Return the values of a column by layer, and whether the table names the runs or models of its rows.
+
+    Args:
+        name: file and column, ``FILE.csv:COLUMN``.
+    """
     file, _, column = name.rpartition(":")
     try:
         table = pq.read_table(file) if Path(file).suffix != ".csv" else csv.read_csv(file)
@@ -253,17 +275,57 @@ def own_score(name: str, warehouse: Warehouse, run: Mapping[str, Any]) -> LayerT
         ) from error
     for required in ("layer", column):
         require_known(f"column of {file}", required, table.column_names, QueryError)
-    for key in ("run_id", "model"):
-        if key in table.column_names:
-            table = table.filter(pc.equal(table[key], run[key]))
-    layers = table["layer"].to_pylist()
+    keys = [key for key in ("run_id", "model") if key in table.column_names]
+    for key in keys:
+        table = table.filter(pc.equal(table[key], run[key]))
+    layers = _numbers(table, "layer", pa.int64(), file).to_pylist()
+    if None in layers:
+        raise QueryError(f"{file} has a row without a layer.", "Write the index of its layer, from 0.")
     if len(set(layers)) < len(layers):
         raise QueryError(f"{file} has more than one row for a layer.", "Keep one, or name each row's run_id or model.")
-    return _truth(dict(zip(layers, table[column].cast(pa.float64()).to_numpy(), strict=True)))
+    values = _numbers(table, column, pa.float64(), file).to_numpy()
+    return _by_index(dict(zip(layers, values, strict=True))), bool(keys)
 
 
-def _truth(values: Mapping[Any, float]) -> LayerTruth:
-    return LayerTruth(values={int(layer): float(value) for layer, value in values.items()}, run_id="", task="")
+def _numbers(table: pa.Table, column: str, kind: pa.DataType, file: str) -> pa.ChunkedArray:
+    """Return a column as numbers of a type.
+
+    Raises:
+        QueryError: a value is no such number.
+    """
+    try:
+        return table[column].cast(kind)
+    except pa.ArrowException as error:
+        expected = "indices of layers, from 0" if column == "layer" else "numbers"
+        raise QueryError(f"The column '{column}' of {file} has other values than {expected}: {error}") from error
+
+
+def _by_index(values: Mapping[Any, float]) -> dict[int, float]:
+    return {int(layer): float(value) for layer, value in values.items()}
+
+
+def _require_layers_of(run: Mapping[str, Any], values: Mapping[int, object], what: str) -> None:
+    """Refuse values of other layers than those of a run.
+
+    Args:
+        what: noun for the score, for the message.
+
+    Raises:
+        QueryError: the layers differ.
+    """
+    number = run["num_layers"]
+    if number is None or sorted(values) == [*range(number)]:
+        return
+    place = f"{number} of {run['model']} (run {run['run_id']})"
+    if len(values) != number:
+        raise QueryError(
+            f"{what} has values of {count_of(len(values), 'layer')}, not of the {place}.",
+            "Is it a score of another model? Name each row's run_id or model in a table of several, and leave a value "
+            "empty that is not known.",
+        )
+    raise QueryError(
+        f"{what} has values of the layers {min(values)} to {max(values)}, not of the {place}.", "Layers count from 0."
+    )
 
 
 def increases(store: Warehouse, truth: LayerTruth) -> Float64:

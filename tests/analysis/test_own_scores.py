@@ -8,6 +8,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from datetime import UTC, datetime, timedelta
+from importlib.metadata import EntryPoint
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from support.pages import write_removals, write_run
 from support.warehouses import activations, stats_of, write_measured
 
 import avss_dist
+from avss_dist.analysis import scorecard
 from avss_dist.core.errors import QueryError
 from avss_dist.models.checkpoints import resolve
 from avss_dist.models.number_formats import FORMATS
@@ -75,15 +77,58 @@ def test_the_command_writes_whose_score_it_is(root: Path) -> None:
         ("absent.csv:mine", "absent.csv cannot be read"),
         ("scores.csv:mien", "Unknown column of scores.csv 'mien'.*Did you mean 'mine'"),
         ("twice.csv:mine", "twice.csv has more than one row for a layer"),
-        ("few.csv:mine", "Layers 1, 2, 3 have no score 'few.csv:mine'"),
+        ("gaps.csv:mine", "Layers 1, 2 have no score 'gaps.csv:mine'"),
+        ("few.csv:mine", r"few.csv:mine has values of 1 layer, not of the 4 of .* \(run a-1\)"),
+        ("many.csv:mine", "many.csv:mine has values of 30 layers, not of the 4"),
+        ("shifted.csv:mine", "shifted.csv:mine has values of the layers 1 to 4, not of the 4.*count from 0"),
+        (dict.fromkeys(range(50), 1.0), "The mapping of `by` has values of 50 layers, not of the 4"),
+        ("nameless.csv:mine", "nameless.csv has a row without a layer"),
+        ("letters.csv:mine", "The column 'mine' of letters.csv has other values than numbers"),
+        ("words.csv:mine", "The column 'layer' of words.csv has other values than indices of layers"),
         ("avs", "Unknown `by` 'avs'.*Did you mean 'avss'"),
     ],
 )
-def test_a_score_that_cannot_be_used_is_named(root: Path, by: str, says: str) -> None:
-    Path("twice.csv").write_text("layer,mine\n0,1\n0,2\n")
-    Path("few.csv").write_text("layer,mine\n0,1\n")
+def test_a_score_that_cannot_be_used_is_named(root: Path, by: object, says: str) -> None:
+    files = {
+        "twice": "layer,mine\n0,1\n0,2\n",
+        "few": "layer,mine\n0,1\n",
+        "gaps": "layer,mine\n0,1\n1,\n2,\n3,4\n",
+        "many": "layer,mine\n" + "".join(f"{layer},{layer}\n" for layer in range(30)),
+        "shifted": "layer,mine\n1,1\n2,2\n3,3\n4,4\n",
+        "nameless": "layer,mine\n0,1\n,2\n2,2\n3,3\n",
+        "letters": "layer,mine\n0,a\n1,b\n2,c\n3,d\n",
+        "words": "layer,mine\nh.0,1\nh.1,2\n",
+    }
+    for name, text in files.items():
+        Path(f"{name}.csv").write_text(text)
     with pytest.raises((QueryError, avss_dist.ConfigError), match=f"(?s){says}"):
         avss_dist.plan(warehouse=root, by=by, count=1)
+
+
+@pytest.mark.parametrize("command", ["show", "findings", "report"])
+def test_a_score_of_another_model_is_refused_wherever_scores_are_read(tmp_path: Path, command: str) -> None:
+    run_id = write_run(Warehouse(tmp_path), "alpha", 6, revision="main")
+    write_removals(Warehouse(tmp_path), run_id, "main", 6)
+    (tmp_path / "other.csv").write_text("layer,mine\n" + "".join(f"{layer},1\n" for layer in range(8)))
+    options = {"findings": {"truth": True}, "report": {"output": tmp_path / "page.html"}}
+    with pytest.raises(QueryError, match=r"other.csv:mine has values of 8 layers, not of the 6 of"):
+        getattr(avss_dist, command)(warehouse=tmp_path, by=[f"{tmp_path}/other.csv:mine"], **options.get(command, {}))
+
+
+def test_a_table_of_another_model_alone_says_nothing_about_a_run(root: Path) -> None:
+    """It may be one of several models that are shown or reported together."""
+    Path("other.csv").write_text("layer,mine,model\n" + "".join(f"{layer},1,other\n" for layer in range(8)))
+    assert avss_dist.show(warehouse=root, by=["other.csv:mine"]).table()["other.csv:mine"].null_count == 4
+
+
+def first(_stats: object) -> dict[int, float]:
+    return {0: 1.0}
+
+
+def test_a_function_may_leave_out_layers(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The statistics that it is given are those of the run, of which a kind of layer may lack a site."""
+    monkeypatch.setattr(scorecard, "score_functions", lambda: {"first": EntryPoint("first", f"{__name__}:first", "")})
+    assert scorecard.own_score("first", Warehouse(root), Warehouse(root).run("a-1") or {}).values == {0: 1.0}
 
 
 def test_showing_and_reporting_say_how_well_scores_find_the_measured_loss(tmp_path: Path) -> None:
