@@ -34,7 +34,7 @@ from avss_dist.stats.scores import Threshold
 from avss_dist.warehouse.checks import settings_of
 from avss_dist.warehouse.reader import Warehouse, grouped, slices_by
 
-CONDITIONS = ("corpus", "dtype", "sequence_length", "layout", "row_start", "skip_first_tokens", "schema_version")
+CONDITIONS = ("corpus", "dtype", "sequence_length", "layout", "row_start", "skip_first_tokens", "numbers_version")
 """Properties besides the model that two runs must share for their scores to be comparable."""
 BETWEEN = ("run", "family", "size", "revision", "corpus", "dtype")
 ACROSS_MODELS = ("run", "family", "size", "revision")
@@ -339,7 +339,8 @@ def with_conditions(run: Mapping[str, Any]) -> dict[str, Any]:
     """Return a row of ``runs`` with a column for each of `CONDITIONS`, some of which are read from its settings."""
     settings = settings_of(run)
     usual = {"skip_first_tokens": 0, "layout": "packed", "row_start": "auto"}
-    return {**run, **{name: settings.get(name, value) for name, value in usual.items()}}
+    version = run["numbers_version"] or run["schema_version"]
+    return {**run, **{name: settings.get(name, value) for name, value in usual.items()}, "numbers_version": version}
 
 
 def condition(run: Mapping[str, Any], name: str) -> Any:

@@ -369,6 +369,13 @@ def refuse_unused(values: Mapping[str, Any], reason: str, hint: str) -> None:
             raise ConfigError(f"`{name}` has no effect {reason}.", hint)
 
 
+NUMBERS_VERSION = 3
+"""Version of the numbers, hashed into the ids of runs, evaluations and experiments.
+
+A change after which the same request gives other numbers raises it. A new column of a table does not.
+"""
+
+
 def fingerprint(**parts: Any) -> str:
     """Return the SHA-256, in hex, of the canonical JSON of ``parts``."""
     return hashlib.sha256(json.dumps(parts, sort_keys=True, separators=(",", ":")).encode()).hexdigest()

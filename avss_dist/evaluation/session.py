@@ -27,7 +27,7 @@ from avss_dist.core.intervention import (
 )
 from avss_dist.core.process import package_versions
 from avss_dist.core.registry import PARTITIONS, PartitionInfo
-from avss_dist.core.settings import Execution, Settings, fingerprint
+from avss_dist.core.settings import NUMBERS_VERSION, Execution, Settings, fingerprint
 from avss_dist.distillation.curve import ignore
 from avss_dist.evaluation.events import CellDone, CellsStarted, CellUnderway, OnEvent
 from avss_dist.models.checkpoints import Checkpoint, resolve
@@ -41,7 +41,7 @@ from avss_dist.stats.intervals import MINIMUM_UNITS, jackknife_interval
 from avss_dist.stats.metrics import retention_of
 from avss_dist.tasks.task import Cell, CellOutcome, CellResult, Measure, Result, Task, combine
 from avss_dist.warehouse.reader import grouped
-from avss_dist.warehouse.schema import SCHEMA_VERSION, RunIdentity
+from avss_dist.warehouse.schema import RunIdentity
 from avss_dist.warehouse.store import Store
 
 MOST_LISTED = 1_000_000  # evaluations, or permutations: all are listed before the first is measured
@@ -83,7 +83,7 @@ class PlannedTask(PlacedModel):
         sparsity = intervention.key.sparsity
         if sparsity not in self._run_ids:
             digest = fingerprint(
-                schema=SCHEMA_VERSION,
+                schema=NUMBERS_VERSION,
                 checkpoint=self.checkpoint.revision,
                 task=self.task.key,
                 settings=self.settings.numbers(statistics=False),

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from avss_dist.core.errors import ModelError, without_secrets
-from avss_dist.core.settings import Settings, fingerprint
+from avss_dist.core.settings import NUMBERS_VERSION, Settings, fingerprint
 from avss_dist.corpus.shards import USUAL_ROWS, CorpusPlan, tokenize_corpus
 from avss_dist.corpus.sources import open_source
 from avss_dist.models.checkpoints import Checkpoint, content_hash, convert_pickles, resolve
@@ -21,7 +21,6 @@ from avss_dist.runs.job_file import RunSpec
 from avss_dist.runs.local import Executor
 from avss_dist.runs.run import PlannedRun, Run
 from avss_dist.runs.work import ReplicaSpec
-from avss_dist.warehouse.schema import SCHEMA_VERSION
 from avss_dist.warehouse.store import Store
 
 # Changing one of these changes the shards, and so the id, of every run without an explicit size.
@@ -133,13 +132,13 @@ class Planner:
 
 
 def run_fingerprint(checkpoint: Checkpoint, corpus: CorpusPlan, settings: Settings, placement: Placement) -> str:
-    """Return the SHA-256 of all inputs that can change a number: weights, tokens, settings, kind of device, schema.
+    """Return the SHA-256 of all inputs that can change a number: weights, tokens, settings, kind of device, version.
 
     The tokenizer and the packing count through their tokens. Among partitions only tensor parallelism counts, as it
     alone sums in another order.
     """
     return fingerprint(
-        schema=SCHEMA_VERSION,
+        schema=NUMBERS_VERSION,
         checkpoint=checkpoint.revision,
         tokens=corpus.tokens_fingerprint,
         settings=settings.numbers(statistics=True),

@@ -26,6 +26,10 @@ from avss_dist.stats.layer_stats import (
 )
 
 SCHEMA_VERSION = 3
+"""Version of the files. Earlier versions of this package refuse files of a later one.
+
+A change that makes them misread new files raises it. A new column does not: they ignore it. In old files it is null.
+"""
 
 STRING, BOOL = pa.string(), pa.bool_()
 INT32, INT64, FLOAT32, FLOAT64 = pa.int32(), pa.int64(), pa.float32(), pa.float64()
@@ -255,6 +259,11 @@ TABLES: dict[str, TableInfo] = {
             Column("notes", STRING_LIST, "remarks for readers: sites that are absent, batches that were halved, ..."),
             _VERSIONS,
             Column("schema_version", INT32, "version of these tables"),
+            Column(
+                "numbers_version",
+                INT32,
+                "version of the numbers: with another one, the same request may give others; null is schema_version",
+            ),
         ),
         _names("status model"),
     ),

@@ -15,6 +15,7 @@ from typing import Any
 import pyarrow as pa
 
 from avss_dist.core.errors import AvssError, DamagedFile, RunFailed, WarehouseError, require_known, without_secrets
+from avss_dist.core.settings import NUMBERS_VERSION
 from avss_dist.core.text import RedactedURI, escape_markdown
 from avss_dist.stats.layer_stats import ExpertStats, LayerKey, LayerStats, StratumKey, merge_stats
 from avss_dist.warehouse.checks import checked_rows
@@ -109,7 +110,8 @@ class Store(Warehouse):
         if row["status"] == "failed" and (self.run(row["run_id"]) or {}).get("status") == "done":
             return
         clean = {name: without_secrets(value) if isinstance(value, str) else value for name, value in row.items()}
-        self._write_rows("runs", {"run_id": row["run_id"]}, [{**clean, "schema_version": SCHEMA_VERSION}], "run")
+        versions = {"schema_version": SCHEMA_VERSION, "numbers_version": NUMBERS_VERSION}
+        self._write_rows("runs", {"run_id": row["run_id"]}, [clean | versions], "run")
 
     def write_cell(self, run: RunIdentity, cell_id: str, rows: Sequence[Mapping[str, Any]]) -> None:
         """Write the measurements of one cell of an evaluation. Rows lack the columns of RunIdentity."""

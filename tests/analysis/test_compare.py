@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from rich.console import Console
 from scipy import stats
@@ -21,6 +22,7 @@ from support.warehouses import (
     PUBLISHED,
     Terminal,
     activations,
+    rewrite_file,
     run_row,
     stats_of,
     write_measured,
@@ -195,6 +197,30 @@ def test_texts_are_known_by_their_content(tmp_path: Path) -> None:
     write_scores(tmp_path, "d", UP, corpus="copy of text.txt", corpus_fingerprint="2")
     (pair,) = pairs(tmp_path, "c", "d")
     assert pair["spearman"] == pytest.approx(1)
+
+
+def write_versions(root: Path, run_id: str, **versions: int) -> None:
+    """A run whose row has these versions, as another version of this package wrote it."""
+    write_scores(root, run_id, UP)
+    (file,) = (root / "runs" / f"run_id={run_id}").glob("*.parquet")
+    table = pq.ParquetFile(file).read()
+    for name in ("schema_version", "numbers_version"):
+        place = table.column_names.index(name)
+        table = table.set_column(place, name, pa.array([versions.get(name)], pa.int32()))
+    rewrite_file(file, table)
+
+
+def test_runs_with_other_columns_are_compared(tmp_path: Path) -> None:
+    write_versions(tmp_path, "a", schema_version=3)
+    write_versions(tmp_path, "b", schema_version=4, numbers_version=3)
+    assert len(pairs(tmp_path)) == 1
+
+
+def test_runs_whose_numbers_have_another_version_are_not_compared(tmp_path: Path) -> None:
+    write_versions(tmp_path, "a", schema_version=3)
+    write_versions(tmp_path, "b", schema_version=3, numbers_version=4)
+    with pytest.raises(QueryError, match="numbers_version"):
+        pairs(tmp_path)
 
 
 def test_corpora_and_dtypes_are_compared_for_the_same_model(root: Path) -> None:

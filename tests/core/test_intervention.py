@@ -33,12 +33,11 @@ from avss_dist.core.intervention import (
     size_removed,
     sublayers_of,
 )
-from avss_dist.core.settings import Settings, fingerprint
+from avss_dist.core.settings import NUMBERS_VERSION, Settings, fingerprint
 from avss_dist.evaluation.session import PlannedTask
 from avss_dist.models.checkpoints import Checkpoint, resolve
 from avss_dist.partition.replica import Placement
 from avss_dist.tasks.task import Task
-from avss_dist.warehouse.schema import SCHEMA_VERSION
 
 SPARSITY = Sparsity(
     maps=(MapSparsity(layer=0, path="mlp.up_proj", outputs=4, inputs=2, by="threshold", value=0.5),), rule="all"
@@ -144,7 +143,7 @@ def test_evaluations_and_cells_have_the_ids_that_warehouses_know(checkpoint: Che
     """Sparsity makes another evaluation, removals and a patch another cell; by these very values."""
     settings, task = Settings(), Task(name="t", parts=(Measure(),))
     planned = PlannedTask(checkpoint=checkpoint, settings=settings, task=task, placement=Placement())
-    whole = {"schema": SCHEMA_VERSION, "checkpoint": checkpoint.revision, "task": task.key}
+    whole = {"schema": NUMBERS_VERSION, "checkpoint": checkpoint.revision, "task": task.key}
     whole["settings"] = settings.numbers(statistics=False)
     cuts = [{"layer": 0, "path": "mlp.up_proj", "outputs": 4, "inputs": 2, "by": "threshold", "value": 0.5}]
     cuts[0] |= {"center": 0.0, "weighted": False, "kept": 0, "group": 0}

@@ -25,10 +25,14 @@ from support.warehouses import SCALES, activations, stats_of, write_shard
 import avss_dist
 from avss_dist.analysis.chosen import choose_runs
 from avss_dist.core.errors import AvssError, ConfigError, RunFailed, StorageFull
+from avss_dist.core.intervention import NO_INTERVENTION, Intervention
 from avss_dist.core.settings import Settings
+from avss_dist.corpus.shards import CorpusPlan
 from avss_dist.distillation.curve import ignore
-from avss_dist.models.checkpoints import resolve
+from avss_dist.evaluation.session import PlannedTask
+from avss_dist.models.checkpoints import Checkpoint, resolve
 from avss_dist.models.size import footprint
+from avss_dist.partition.replica import Placement
 from avss_dist.runs import events, planner, work
 from avss_dist.runs import run as partials
 from avss_dist.runs.events import OnRunEvent, RunEvent, ShardMeasured
@@ -38,6 +42,7 @@ from avss_dist.runs.run import Run, ShardSummary, merge_partials
 from avss_dist.runs.scoring import Driver
 from avss_dist.runs.work import Outcome, RunShards
 from avss_dist.stats.layer_stats import Merged, ShardResult, merge_blocks
+from avss_dist.tasks.task import Measure, Task
 from avss_dist.warehouse.reader import Warehouse
 from avss_dist.warehouse.schema import RunIdentity
 from avss_dist.warehouse.store import Store
@@ -50,6 +55,18 @@ SMALL: dict[str, Any] = {
     "sequences_per_shard": 4,
     "executor": "local",
 }
+
+
+CHECKPOINT = Checkpoint(name="org/tiny", source="hub", path="/tiny", revision="0" * 40)
+PINNED = Settings(dtype="float32", device="cpu", attention="sdpa", sequences_per_shard=4, max_sequences=12)
+
+
+class KeyedMeasure(Measure):
+    def identity(self) -> dict[str, Any]:
+        return {"measure": "measure"}
+
+    def __call__(self, model: Any, intervention: Intervention = NO_INTERVENTION) -> list[Any]:
+        return []
 
 
 def score(model: Path, out: Path, **changes: Any) -> avss_dist.Run:
@@ -204,6 +221,31 @@ def test_what_cannot_change_a_number_is_the_same_run(
         file.write_text("In the beginning was the word. " * 200)
     same = {plan(tiny_llama, tmp_path, **{**SMALL, "corpus": str(file)}).run.run_id for file in files}
     assert len(same) == 1 and usual not in same
+
+
+@pytest.mark.parametrize(
+    ("placement", "expected"),
+    [
+        (Placement(), "46c166172082926a7381409fde6766fe9832e677dfaf843a7559c9e7d80c0537"),
+        (
+            Placement(partition="tensor_parallel", ranks=2),
+            "bb4c7c1faa89180cea00570fa6aa729c3f85896fb79a84c2ebd88932510dc6fc",
+        ),
+    ],
+)
+def test_a_run_has_the_fingerprint_that_warehouses_know(placement: Placement, expected: str) -> None:
+    """A value that changes renames every run: all of them would be measured again."""
+    corpus = CorpusPlan(
+        source="t", corpus_fingerprint="c", tokens_fingerprint="t" * 64, shards=(), num_sequences=12, num_tokens=96
+    )
+    assert planner.run_fingerprint(CHECKPOINT, corpus, PINNED, placement) == expected
+
+
+def test_an_evaluation_has_the_id_that_warehouses_know() -> None:
+    """A value that changes renames every evaluation: all of them would be measured again."""
+    task = Task(name="t", parts=(KeyedMeasure(),))
+    planned = PlannedTask(checkpoint=CHECKPOINT, settings=PINNED, task=task, placement=Placement())
+    assert planned.run_id() == "org-tiny-6c4a4b1dbf"
 
 
 def test_shards_are_merged_in_blocks_when_there_are_many(
