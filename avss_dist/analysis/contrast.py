@@ -116,6 +116,7 @@ def contrast(
 
     Raises:
         QueryError: if the run's text is not paired, or the run lacks a label, the site or the threshold.
+        DamagedFile: if statistics of answers are missing.
     """
     require_known("recipe", recipe, RECIPES, QueryError)
     require_known("site", site, run["sites"] or SITES, QueryError)
@@ -162,11 +163,12 @@ def answer_rows(warehouse: Warehouse, run: Mapping[str, Any], site: str) -> pa.T
         QueryError: if the run's text is not paired.
         DamagedFile: if rows are missing.
     """
-    rows = warehouse.table("row_stats", run_ids=[run["run_id"]], where=pc.field("site") == site)
-    if not rows:
+    chosen: dict[str, Any] = {"run_ids": [run["run_id"]], "where": pc.field("site") == site}
+    rows = warehouse.table("row_stats", **chosen)
+    if not rows and not warehouse.table("stratum_stats", columns=["site"], **chosen):
         raise not_paired(run["run_id"])
     rows = rows.sort_by([("row", "ascending"), ("layer", "ascending")])
-    if rows.num_rows != run["num_sequences"] * len(pc.unique(rows["layer"])):
+    if not rows or rows.num_rows != run["num_sequences"] * len(pc.unique(rows["layer"])):
         raise DamagedFile(f"Statistics of rows of run '{run['run_id']}' are missing.", DAMAGED)
     return rows
 

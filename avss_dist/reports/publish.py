@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
+import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from avss_dist.core.errors import WarehouseError, explain_unwritable
@@ -12,7 +14,7 @@ from avss_dist.core.files import staged_folder
 from avss_dist.core.text import describe_count
 from avss_dist.reports.page.page import report_page
 from avss_dist.warehouse.reader import Warehouse
-from avss_dist.warehouse.schema import DAMAGED, SCHEMAS, TABLES
+from avss_dist.warehouse.schema import DAMAGED, EVALUATION_TABLES, SCHEMAS, TABLES
 
 NOT_PUBLISHED = ("shard_stats", "cells", "row_stats", "shard_expert_stats")  # what others were made of
 PAGE, CARD, DATA = "index.html", "README.md", "data"
@@ -21,7 +23,7 @@ PAGE, CARD, DATA = "index.html", "README.md", "data"
 def publish(warehouse: Warehouse, folder: Path) -> dict[str, int]:
     """Write the tables of the finished runs of a warehouse, the page of all runs, and a dataset card to a new folder.
 
-    Runs that are damaged in any table are left out, and noted in `Warehouse.damaged`.
+    Runs and evaluations that are damaged in any table are left out, and noted in `Warehouse.damaged`.
 
     Returns:
         The number of rows by table, for tables that have any.
@@ -41,14 +43,18 @@ def publish(warehouse: Warehouse, folder: Path) -> dict[str, int]:
 
 
 def _write_tables(warehouse: Warehouse, run_ids: Sequence[str], folder: Path) -> dict[str, int]:
-    """Write the tables of runs, again without those that turn out to be damaged, and return the number of rows."""
-    while run_ids:
-        rows = {name: _write_table(warehouse, name, run_ids, folder) for name in TABLES if name not in NOT_PUBLISHED}
-        readable = [run_id for run_id in run_ids if run_id not in warehouse.damaged]
-        if len(readable) == len(run_ids):
+    """Write the tables of runs and evaluations, and return the number of rows.
+
+    They are written again, without those that turned out to be damaged, until no other one does.
+    """
+    while True:
+        damaged = set(warehouse.damaged)
+        readable = [run_id for run_id in run_ids if run_id not in damaged]
+        if not readable:
+            raise WarehouseError(f"{warehouse.root} has no finished run that can be read.", DAMAGED)
+        rows = {name: _write_table(warehouse, name, readable, folder) for name in TABLES if name not in NOT_PUBLISHED}
+        if damaged == warehouse.damaged.keys():
             return {name: number for name, number in rows.items() if number}
-        run_ids = readable
-    raise WarehouseError(f"{warehouse.root} has no finished run that can be read.", DAMAGED)
 
 
 def _write_table(warehouse: Warehouse, name: str, run_ids: Sequence[str], folder: Path) -> int:
@@ -57,15 +63,25 @@ def _write_table(warehouse: Warehouse, name: str, run_ids: Sequence[str], folder
     Evaluations, which have run ids of their own, are one group.
     """
     file, rows = folder / f"{name}.parquet", 0
-    groups = [None] if name == "evaluations" else [[run_id] for run_id in run_ids]
     with pq.ParquetWriter(file, SCHEMAS[name], compression="zstd") as writer:
-        for group in groups:
-            if table := warehouse.table(name, run_ids=group):
+        for table in _groups(warehouse, name, run_ids):
+            if len(table):
                 writer.write_table(table.cast(SCHEMAS[name]))
                 rows += len(table)
     if not rows:
         file.unlink()
     return rows
+
+
+def _groups(warehouse: Warehouse, name: str, run_ids: Sequence[str]) -> Iterator[pa.Table]:
+    """Yield the rows of a table: those of each run, or those of all undamaged evaluations."""
+    if name in EVALUATION_TABLES:
+        rows = warehouse.table(name)
+        damaged = pa.array(warehouse.damaged, pa.string())
+        yield rows.filter(~pc.field("run_id").isin(damaged))
+        return
+    for run_id in run_ids:
+        yield warehouse.table(name, run_ids=[run_id])
 
 
 def _card(rows: Mapping[str, int]) -> str:

@@ -35,7 +35,7 @@ from avss_dist.warehouse.encoding import (
     parse,
     to_strata,
 )
-from avss_dist.warehouse.schema import DAMAGED, SCHEMAS, TABLES, UNFINISHED_RUNS
+from avss_dist.warehouse.schema import DAMAGED, EVALUATION_TABLES, SCHEMAS, TABLES, UNFINISHED_RUNS
 from avss_dist.warehouse.storage import PLAN, Storage
 
 K = TypeVar("K")
@@ -392,7 +392,7 @@ class Warehouse:
 
     def _files(self, name: str, done: Collection[str]) -> Files:
         """Return the files of a table. A table of whole runs has files of the runs ``done`` alone."""
-        every = name in ("runs", "evaluations", "cells", "precision", "experiments")
+        every = name in ("runs", "experiments", *EVALUATION_TABLES)
         return {
             path: (run_id, stamp)
             for path, (run_id, stamp) in self.storage.files(stored_table(name)).items()

@@ -472,6 +472,8 @@ SCHEMAS: dict[str, pa.Schema] = {
     name: pa.schema([(column.name, column.type) for column in table.columns]) for name, table in TABLES.items()
 }
 """Schemas of the rows of tables. For a file, ``run_id`` is in the path alone."""
+EVALUATION_TABLES = tuple(name for name, table in TABLES.items() if table.columns[0] is _EVALUATION_ID)
+"""Tables whose run ids are those of evaluations, which are not in ``runs``."""
 
 
 def columns_of(rows: Sequence[Mapping[str, Any]], schema: pa.Schema) -> dict[str, pa.Array]:

@@ -14,11 +14,12 @@ import pyarrow.parquet as pq
 import pytest
 import yaml
 from support.command_line import avss
-from support.warehouses import activations, run_row, stats_of, write_measured, write_scores
+from support.warehouses import activations, run_row, stats_of, write_every_table, write_measured, write_scores
 
 from avss_dist.core.errors import WarehouseError
-from avss_dist.reports.publish import publish
+from avss_dist.reports.publish import NOT_PUBLISHED, publish
 from avss_dist.warehouse.reader import Warehouse
+from avss_dist.warehouse.schema import TABLES
 from avss_dist.warehouse.store import Store
 
 HOSTILE = r"org/a_b&c%$#{}~^\ <b>|`x`*"
@@ -132,6 +133,26 @@ def test_what_is_published_is_what_the_warehouse_says(tmp_path: Path) -> None:
     card = yaml.safe_load((folder / "README.md").read_text().split("---\n")[1])
     assert [config["data_files"] for config in card["configs"]] == [f"data/{name}.parquet" for name in rows]
     assert (folder / "index.html").read_text().startswith("<!doctype html>")
+
+
+def test_every_table_is_published_whole(tmp_path: Path) -> None:
+    """Tables of runs and of evaluations, whose ids are not those of runs. What others were made of stays."""
+    write_every_table(tmp_path / "w")
+    warehouse = Warehouse(tmp_path / "w")
+    expected = {name: warehouse.table(name).num_rows for name in TABLES if name not in NOT_PUBLISHED}
+    assert publish(warehouse, tmp_path / "published") == expected
+    files = (tmp_path / "published" / "data").glob("*.parquet")
+    assert {file.stem: pq.read_metadata(file).num_rows for file in files} == expected
+
+
+def test_an_evaluation_that_is_damaged_in_one_table_is_published_in_none(tmp_path: Path) -> None:
+    write_every_table(tmp_path / "w")
+    (file,) = (tmp_path / "w" / "precision" / "run_id=e").iterdir()
+    file.write_bytes(b"")
+    publish(Warehouse(tmp_path / "w"), tmp_path / "published")
+    for name in ("evaluations", "precision"):
+        rows = pq.read_table(tmp_path / "published" / "data" / f"{name}.parquet")
+        assert set(rows["run_id"].to_pylist()) == {"f"}, name
 
 
 @pytest.mark.nightly

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import re
 import shutil
 from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime, timedelta
@@ -18,7 +19,8 @@ from avss_dist.stats.layer_stats import LayerKey, LayerStats, ShardResult, merge
 from avss_dist.stats.rankings import rank_lowest
 from avss_dist.stats.scores import Threshold, score_run
 from avss_dist.warehouse.encoding import encode_shard, to_file
-from avss_dist.warehouse.schema import SCHEMA_VERSION, RunIdentity
+from avss_dist.warehouse.schema import EVALUATION_TABLES, SCHEMA_VERSION, TABLES, Column, RunIdentity
+from avss_dist.warehouse.storage import FILE_NAMES
 from avss_dist.warehouse.store import Store
 from support.oracle import By, Float64, oracle_stats
 
@@ -104,6 +106,44 @@ def write_profiles(
     store = Store(root)
     store.write_rows("scores", identity_of(row), rows)
     store.write_run({"num_layers": len(scores), **row})
+
+
+def write_every_table(root: Path, runs: Sequence[str] = ("a", "b"), evaluations: Sequence[str] = ("e", "f")) -> None:
+    """Write two equal rows of every table for each run, or for each evaluation. A run has one row of ``runs``."""
+    store = Store(root)
+    for name, table in TABLES.items():
+        if name == "runs":
+            continue
+        row = {column.name: _allowed_value(column) for column in table.columns if column.name != "run_id"}
+        for run_id in evaluations if name in EVALUATION_TABLES else runs:
+            store.write_rows(name, identity_of(run_row(run_id)), [row, row], file_name(name))
+    for run_id in runs:
+        store.write_run(run_row(run_id, num_layers=1, num_shards=1, num_sequences=2, thresholds=[PUBLISHED_THRESHOLD]))
+
+
+def file_name(table: str) -> str:
+    """Return a valid name of a file of a table."""
+    for name in (table, "run", "shard-00000", "0" * 20):
+        if re.fullmatch(FILE_NAMES[table], name):
+            return name
+    raise AssertionError(f"no file of {table} has a name that is known here")
+
+
+def _allowed_value(column: Column) -> Any:
+    """Return a value that a column may hold. Lists have one element."""
+    if column.choices:
+        return column.choices[0]
+    if column.name == "settings":
+        return "{}"
+    is_list = pa.types.is_list(column.type)
+    kind = column.type.value_type if is_list else column.type
+    if pa.types.is_map(kind):
+        value: Any = {"package": "1.0"}
+    elif pa.types.is_timestamp(kind):
+        value = datetime(2026, 1, 1, tzinfo=UTC)
+    else:
+        value = pa.scalar(1).cast(kind).as_py()
+    return [value] if is_list else value
 
 
 def write_measured(root: Path, run_id: str, shards: Sequence[Stats], layers: int, **columns: Any) -> None:

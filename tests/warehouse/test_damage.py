@@ -14,7 +14,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from support.command_line import avss
-from support.warehouses import activations, rewrite_file, stats_of, write_measured
+from support.warehouses import activations, rewrite_file, stats_of, write_every_table, write_measured
 
 from avss_dist.analysis.findings import findings
 from avss_dist.core.errors import WarehouseError
@@ -149,6 +149,15 @@ def test_a_file_that_is_mended_is_read_again(root: Path) -> None:
     assert warehouse.runs().num_rows == 2
     file.write_bytes(whole)
     assert warehouse.runs().num_rows == 3
+
+
+def test_a_page_is_made_where_answers_of_paired_text_are_gone(tmp_path: Path) -> None:
+    write_every_table(tmp_path)
+    shutil.rmtree(tmp_path / "row_stats" / "run_id=a")
+    (tmp_path / "row_stats" / "run_id=b" / "shard-00000.parquet").write_bytes(b"")
+    page = report_page(Warehouse(tmp_path))
+    for run in "ab":
+        assert f"Statistics of rows of run &#39;{run}&#39; are missing." in page
 
 
 def test_without_a_run_that_can_be_read_it_is_an_error(root: Path) -> None:

@@ -35,7 +35,7 @@ from avss_dist.analysis.verdict import (
     experiment_sections,
     without_layers,
 )
-from avss_dist.core.errors import QueryError
+from avss_dist.core.errors import DamagedFile, QueryError
 from avss_dist.core.registry import FROM_ACTIVATIONS, GROUND_TRUTH, RECIPES, SCORES
 from avss_dist.core.settings import SITES
 from avss_dist.core.text import basename, count_of, printable
@@ -311,7 +311,7 @@ def _contrasts(warehouse: Warehouse, runs: Sequence[Row], labels: Mapping[str, s
         label = labels[run["run_id"]]
         try:
             result = contrast(warehouse, run, site=(run["sites"] or ["block"])[0])
-        except QueryError as error:
+        except (QueryError, DamagedFile) as error:
             yield Section(label=label, sentences=[f"{error.message} {error.hint or ''}"])
         else:
             yield contrast_section(label, result)
