@@ -128,7 +128,7 @@ class TableParts:
             if len(copied) < MAX_RUNS // 2 and self._is_shared(path) <= shared
         }
         replaced = {**spare, **(small if (shared and missing) or len(small) > MAX_SMALL else {})}
-        number = 0
+        number, written = 0, set[str]()
         for copied, rows in self._merged(stamps, missing, replaced, minimum):
             data = _to_part(self._name, rows, copied, "zstd" if shared else "lz4")
             stem = hashlib.sha256(_columns(self._name) + json.dumps(copied, sort_keys=True).encode()).hexdigest()[:32]
@@ -136,8 +136,12 @@ class TableParts:
                 self._storage.write(self._storage.compacted_path(self._name, stem), data)
             else:
                 write_file(self._cached / f"{stem}.parquet", data)
+            written.add(stem)
             number += len(copied.keys() & missing)
         for path in replaced:
+            # Beside a run that cannot be read, the new part copies the same files as the one it replaces.
+            if path.stem in written:
+                continue
             if shared:
                 self._storage.delete(self._storage.compacted_path(self._name, path.stem))
             elif not self._is_shared(path):

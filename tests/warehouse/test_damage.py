@@ -265,6 +265,26 @@ def test_compaction_copies_no_damaged_run_and_names_it(table: str, copied: Path)
         shutil.rmtree(copied / "compacted")
 
 
+def test_compaction_beside_a_damaged_run_keeps_its_part_however_often(copied: Path) -> None:
+    truncate(file_of(copied, "scores"))
+    Warehouse(copied).compact()
+    parts = {file.name: file.read_bytes() for file in (copied / "compacted" / "scores").iterdir()}
+    assert parts
+    for _ in range(3):
+        Warehouse(copied).compact()
+        assert {file.name: file.read_bytes() for file in (copied / "compacted" / "scores").iterdir()} == parts
+
+
+def test_copies_in_the_cache_beside_a_damaged_run_stay_however_often(
+    copied: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(compaction, "MAX_SMALL", 0)
+    truncate(file_of(copied, "scores"))
+    for _ in range(4):
+        assert Warehouse(copied).table("scores")
+        assert len([*tmp_path.glob("cache/**/scores/*.parquet")]) == 1
+
+
 @pytest.mark.parametrize("table", DAMAGED_TABLES)
 def test_a_damaged_run_is_not_published(table: str, root: Path, tmp_path: Path) -> None:
     next(flips(file_of(root, table), 2))
