@@ -14,7 +14,7 @@ import pyarrow.fs as pafs
 
 from avss_dist.core.errors import DamagedFile, StorageFull, WarehouseError, is_full
 from avss_dist.core.files import remove_leftovers, write_file
-from avss_dist.core.text import RedactedURI
+from avss_dist.core.text import RedactedURI, count_of
 from avss_dist.warehouse.schema import DAMAGED
 
 SCHEMES = ("file", "s3", "gs", "gcs", "hdfs", "viewfs", "abfs", "abfss")
@@ -161,15 +161,20 @@ class Storage:
                 stream.write(data)
         except OSError as error:
             if is_full(error):
-                stored = sum(f"/shard_stats/{path.split('/')[-2]}/" in file for file in self.files("shard_stats"))
-                raise StorageFull(
-                    f"No space left on {self.root}.",
-                    "Free some and run the same command again: "
-                    f"{stored} shard{'s are' if stored != 1 else ' is'} kept.",
-                ) from error
+                hint = f"Free some and run the same command again: {self._describe_kept(path)} kept."
+                raise StorageFull(f"No space left on {self.root}.", hint) from error
             raise WarehouseError(
                 f"Cannot write {self.root}: {_reason(error)}.", _ADDRESS_HINT.format("write")
             ) from error
+
+    def _describe_kept(self, path: str) -> str:
+        """Describe what is stored of the run that a file belongs to: its shards, if it has any, with the verb."""
+        folder, name = path.split("/")[-2:]
+        run_id = name.removeprefix(PLAN) if name.startswith(PLAN) else folder.removeprefix("run_id=")
+        stored = len(self.files("shard_stats", run_id))
+        if not stored:
+            return "what was measured is"
+        return f"{count_of(stored, 'shard')} {'is' if stored == 1 else 'are'}"
 
     def write_patch(self, data: bytes) -> str:
         """Write weights that repair a model, in safetensors, and return their key: their SHA-256, in hex."""

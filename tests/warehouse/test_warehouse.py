@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import pickle
 import shutil
@@ -23,7 +24,7 @@ from hypothesis import strategies as st
 from support import warehouses
 from support.warehouses import rewrite_file, write_shard
 
-from avss_dist.core.errors import WarehouseError
+from avss_dist.core.errors import StorageFull, WarehouseError
 from avss_dist.core.settings import SITES
 from avss_dist.stats.layer_stats import HISTOGRAM_BINS, LayerKey, LayerStats, ShardResult, merge_stats
 from avss_dist.warehouse.encoding import encode_shard
@@ -437,6 +438,42 @@ def test_opening_touches_nothing_and_an_unwritable_place_is_refused_before_work(
     for place in (tmp_path / "file", tmp_path / "file/below", Path("/proc/avss")):
         with pytest.raises(WarehouseError, match="Cannot write"):
             Store(place).storage.create()
+
+
+@pytest.fixture
+def full_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Store:
+    """A warehouse with a whole run of one shard and another shard of run `begun`, on a disk that is now full."""
+    store = Store(tmp_path)
+    whole_run(store)
+    write_shard(store, replace(RUN, run_id="begun"), make_shard(0))
+    write_shard(store, replace(RUN, run_id="begun"), make_shard(1))
+
+    def refuse(*_: Any, **__: Any) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr("avss_dist.warehouse.storage.write_file", refuse)
+    return store
+
+
+AGAIN = "Free some and run the same command again: "
+
+
+def test_a_full_disk_tells_the_shards_of_the_run_that_is_written(full_disk: Store) -> None:
+    with pytest.raises(StorageFull) as caught:
+        write_shard(full_disk, replace(RUN, run_id="begun"), make_shard(2))
+    assert caught.value.hint == f"{AGAIN}2 shards are kept."
+
+
+def test_a_full_disk_tells_the_shards_of_a_run_that_is_begun_again(full_disk: Store) -> None:
+    with pytest.raises(StorageFull) as caught:
+        full_disk.write_plan(RUN.run_id)
+    assert caught.value.hint == f"{AGAIN}1 shard is kept."
+
+
+def test_a_full_disk_before_any_work_counts_no_shards(full_disk: Store) -> None:
+    with pytest.raises(StorageFull) as caught:
+        full_disk.storage.create()
+    assert caught.value.hint == f"{AGAIN}what was measured is kept."
 
 
 def test_what_drivers_left_long_ago_is_deleted_and_plans_of_others_stay(tmp_path: Path) -> None:
