@@ -9,7 +9,8 @@ from typing import Any
 import pyarrow as pa
 
 from avss_dist import estimation
-from avss_dist.analysis.plans import evaluated_lines, plan_experts, plan_layers, plannable_run
+from avss_dist.analysis.chosen import ChosenRun
+from avss_dist.analysis.plans import evaluated_lines, plan_experts, plan_layers, plannable_run, sparsifiable_run
 from avss_dist.core.errors import ConfigError
 from avss_dist.core.intervention import count_removed, removal_names
 from avss_dist.core.registry import GREEDY
@@ -25,7 +26,7 @@ from avss_dist.evaluation import shrink as shrinking
 from avss_dist.evaluation import sparsify as sparsifying
 from avss_dist.evaluation.events import SearchStep
 from avss_dist.evaluation.experiment import run_experiment
-from avss_dist.evaluation.quantize import plan_precision
+from avss_dist.evaluation.quantize import plan_precision, predicted_run
 from avss_dist.evaluation.repairs import fit_plan
 from avss_dist.evaluation.search import search
 from avss_dist.models.checkpoints import resolve
@@ -34,7 +35,6 @@ from avss_dist.pruning.map_plans import PrecisionPlan, SparsityPlan
 from avss_dist.pruning.plan import Plan, count_for_memory, read_plan, run_size
 from avss_dist.pruning.repair.repair import Repair
 from avss_dist.pruning.selection import Choice
-from avss_dist.read_commands import named_run
 from avss_dist.requests import (
     AblateRequest,
     DistillRequest,
@@ -95,14 +95,12 @@ def plan(request: PlanRequest) -> Plan:
     be planned for.
     """
     opened = Warehouse(request.warehouse)
-    return choose_layers(opened, planned_run(opened, request)[0], request)[0]
+    return choose_layers(opened, planned_run(opened, request).row, request)[0]
 
 
-def planned_run(opened: Warehouse, request: PlanRequest) -> tuple[dict[str, Any], list[str]]:
-    """Return the run that a plan is for, and a line for each newer run for which no plan can be made."""
-    if request.run is not None or request.by == GREEDY:
-        return named_run(opened, request.run, measured=request.by != GREEDY), []
-    return plannable_run(opened, request.by, experts=request.experts is not None)
+def planned_run(opened: Warehouse, request: PlanRequest) -> ChosenRun:
+    """Return the newest run of the request's name for which a plan can be made."""
+    return plannable_run(opened, request.run, request.by, experts=request.experts is not None)
 
 
 def choose_layers(opened: Warehouse, run: Mapping[str, Any], request: PlanRequest) -> tuple[Plan, list[SearchStep]]:
@@ -135,7 +133,7 @@ def sparsify(request: SparsifyRequest) -> SparsityPlan:
 
     The run must have measured the sites of these inputs; see `evaluation.sparsify.sparsify`.
     """
-    return sparsifying.sparsify(request, named_run(Warehouse(request.warehouse), request.run))
+    return sparsifying.sparsify(request, sparsifiable_run(Warehouse(request.warehouse), request.run).row)
 
 
 @keywords(PrecisionRequest)
@@ -145,7 +143,7 @@ def quantize(request: PrecisionRequest) -> PrecisionPlan:
     ``ablate(..., quantize=[...])`` must have predicted the losses; see `evaluation.quantize.plan_precision`.
     """
     store = Warehouse(request.warehouse)
-    return plan_precision(request, store, named_run(store, request.run, measured=True))
+    return plan_precision(request, store, predicted_run(request, store).row)
 
 
 class Pruned(TabularResult):

@@ -14,11 +14,12 @@ from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from avss_dist.analysis.chosen import choose_runs, one_run
+from avss_dist.analysis.chosen import choose_runs
 from avss_dist.core.errors import QueryError, WarehouseError
 from avss_dist.core.files import write_output
 from avss_dist.core.registry import READING, REPAIR, ROW_START
 from avss_dist.core.results import Table
+from avss_dist.core.suggestions import command_line
 from avss_dist.core.text import parse_threshold
 from avss_dist.core.validation import keywords
 from avss_dist.read_requests import (
@@ -121,7 +122,8 @@ def show(opened: Warehouse, request: ShowRequest) -> Table:
         table = quantiles(opened, runs, request.shares, [request.site])
         if not table.num_rows:
             raise QueryError(
-                f"No statistics of site '{request.site}'.", "List sites: avss query 'SELECT run_id, sites FROM runs'"
+                f"No statistics of site '{request.site}'.",
+                f"List sites: {command_line('query', 'SELECT run_id, sites FROM runs', '-w', opened.root)}",
             )
         return Table(table)
     scores = layer_scores(
@@ -242,11 +244,12 @@ def findings(opened: Warehouse, request: FindingsRequest) -> Table:
 def contrast(opened: Warehouse, request: ContrastRequest) -> Contrast:
     """Contrast hallucinated with truthful answers, layer by layer, with controls; for a run on paired text."""
     from avss_dist.analysis.contrast import contrast as contrast_run
+    from avss_dist.analysis.contrast import paired_run
 
     value, kind = parse_threshold(request.threshold)
     return contrast_run(
         opened,
-        named_run(opened, request.run),
+        paired_run(opened, request.run).row,
         site=request.site,
         recipe=request.recipe,
         threshold=value,
@@ -295,12 +298,3 @@ def doctor() -> Table:
 def chosen_ids(opened: Warehouse, names: Sequence[str]) -> list[str]:
     """Return the ids of the runs with these names, or of all finished ones without names."""
     return [row["run_id"] for row in choose_runs(opened, names, every=True, columns=("run_id",))]
-
-
-def named_run(opened: Warehouse, name: str | None, *, measured: bool = False) -> dict[str, Any]:
-    """Return the row of the one run with this name, or of the newest run without a name.
-
-    Args:
-        measured: include checkpoints without a run, as `chosen.choose_runs`.
-    """
-    return one_run(choose_runs(opened, [] if name is None else [name], measured=measured), str(name))

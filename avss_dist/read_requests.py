@@ -76,7 +76,7 @@ class RunRequest(WarehouseRequest):
     """A command about one run of a warehouse."""
 
     run: RunName = None
-    """A run: its id, a unique part of it, its model, or a glob such as 'smollm2-*'; the newest by default."""
+    """A run: id, part of it, model or glob; of several, the newest that will do."""
 
 
 @checked

@@ -63,7 +63,6 @@ from avss_dist.read_requests import (
     OptionalOutput,
     Output,
     PlaceRequest,
-    RunName,
     RunRequest,
     WarehouseRequest,
 )
@@ -255,8 +254,6 @@ class PlanRequest(PlaceRequest, RunRequest, EvaluationOptions):
 
     output: OptionalOutput = None
     """The plan to write, PLAN.yaml."""
-    run: RunName = None
-    """A run: id, part of it, model or glob; by default the newest that will do."""
     by: Annotated[
         Annotated[str, OneOf(tuple(SCORES | EXPERT_SCORES), accepts=is_own)] | None, check(name_values, before=True)
     ] = None

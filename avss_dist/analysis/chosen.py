@@ -5,7 +5,8 @@ from __future__ import annotations
 import json
 import re
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from functools import reduce
 from operator import or_
@@ -21,6 +22,7 @@ from avss_dist.warehouse.checks import settings_of
 from avss_dist.warehouse.reader import Warehouse
 
 ABLATION_TASKS = sorted({info.task for info in SCORES.values() if info.task} | {ROUNDING_TASK})
+MAX_TRIED = 20  # runs, the newest first
 _TELLING = ("dtype", "corpus", "revision")  # what tells runs of one model apart, before settings
 
 
@@ -94,16 +96,62 @@ def measured_checkpoints(warehouse: Warehouse, runs: pa.Table) -> pa.Table:
     )
 
 
-def one_run(rows: Sequence[dict[str, Any]], name: str) -> dict[str, Any]:
-    """Return the only run that a name matches.
+@dataclass(frozen=True, kw_only=True)
+class ChosenRun:
+    """The run that a command is about.
+
+    Attributes:
+        row: row of ``runs``.
+        number: number of runs that it was chosen from.
+        passed_over: a sentence for each newer run that lacks what the command needs.
+    """
+
+    row: dict[str, Any]
+    number: int
+    passed_over: tuple[str, ...] = ()
+
+    def describe(self) -> list[str]:
+        """Return sentences that say which of several runs was chosen, and why no newer one. Empty for a single run."""
+        if self.passed_over:
+            first = f"Of {self.number} runs, this is the newest that has what the command needs; `run` names another."
+            return [first, *self.passed_over]
+        return [f"This is the newest of {self.number} runs; `run` names another."] if self.number > 1 else []
+
+
+def newest_run(
+    warehouse: Warehouse,
+    name: str | None,
+    require: Callable[[Mapping[str, Any]], object],
+    *,
+    measured: bool = False,
+) -> ChosenRun:
+    """Return the newest run that has what a command needs.
+
+    Args:
+        name: a name as for `choose_runs`, which may match several runs of one model. None selects from all runs.
+        require: function of a row of ``runs`` that raises QueryError if the run lacks something.
+        measured: include the rows of `measured_checkpoints`.
 
     Raises:
-        QueryError: if the name matches several runs.
+        QueryError: if the name matches no run, or runs of several models. If none of the `MAX_TRIED` newest runs has
+            what is needed, the error is that of the newest.
     """
-    if len(rows) > 1:
+    rows = choose_runs(warehouse, [] if name is None else [name], every=True, measured=measured)
+    if name is not None and len({row["model"] for row in rows}) > 1:
         names = [row["run_id"] for row in rows]
-        raise QueryError(f"'{name}' matches {len(rows)} runs.", f"Name one. {nearest(name, names)}")
-    return rows[0]
+        raise QueryError(f"'{name}' matches {len(rows)} runs of several models.", f"Name one. {nearest(name, names)}")
+    rows.sort(key=lambda row: str(row["created_at"]), reverse=True)
+    errors: list[QueryError] = []
+    passed_over: list[str] = []
+    for row in rows[:MAX_TRIED]:
+        try:
+            require(row)
+        except QueryError as error:
+            errors.append(error)
+            passed_over.append(f"Run {row['run_id']} is newer and was passed over: {error.message}")
+        else:
+            return ChosenRun(row=row, number=len(rows), passed_over=tuple(passed_over))
+    raise errors[0]
 
 
 def _matching(name: str, runs: Mapping[str, Mapping[str, Any]]) -> list[str]:

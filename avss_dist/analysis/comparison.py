@@ -261,7 +261,7 @@ def _no_pair(selected: Sequence[Profile], by: str, allow_mismatch: bool) -> Quer
             f"These runs are not comparable: they differ in {'; '.join(texts)}.",
             "Choose alike ones, name what they differ in (`by` corpus, `by` dtype), or pass `allow_mismatch`.",
         )
-    hint = "There are no scores of that site, recipe and threshold: avss query -w WAREHOUSE 'SUMMARIZE scores'."
+    hint = "There are no scores of that site, recipe and threshold: avss query 'SUMMARIZE scores' lists them."
     if labels := sorted({profile.label(by) for profile in selected}):
         hint = f"There is: {', '.join(labels[:10])}{', ...' if len(labels) > 10 else ''}."
     return QueryError(f"No two profiles differ in {by} alone.", hint)

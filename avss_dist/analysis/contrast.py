@@ -16,6 +16,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from avss_dist.analysis.chosen import ChosenRun, newest_run
 from avss_dist.analysis.section import (
     AMBER,
     BLUE,
@@ -154,6 +155,23 @@ def contrast(
         predictions=predictions,
         findings=(*_about_layers(layers.to_pylist()), *_about_prediction(predictions.to_pylist())),
     )
+
+
+def paired_run(warehouse: Warehouse, name: str | None) -> ChosenRun:
+    """Return the newest run on paired text.
+
+    Args:
+        name: name of the run, as for `newest_run`.
+    """
+
+    def require(run: Mapping[str, Any]) -> None:
+        run_id = run["run_id"]
+        for name in ("row_stats", "stratum_stats"):
+            if warehouse.table(name, run_ids=[run_id], columns=["run_id"]).num_rows:
+                return
+        raise not_paired(run_id)
+
+    return newest_run(warehouse, name, require)
 
 
 def answer_rows(warehouse: Warehouse, run: Mapping[str, Any], site: str) -> pa.Table:

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import pyarrow.compute as pc
 
-from avss_dist.analysis.chosen import choose_runs
+from avss_dist.analysis.chosen import ChosenRun, newest_run
 from avss_dist.analysis.experts import require_experts
 from avss_dist.analysis.findings import describe_depth, expert_findings, findings
 from avss_dist.analysis.scorecard import own_score
@@ -20,7 +20,16 @@ from avss_dist.analysis.thresholds import quantiles_of
 from avss_dist.analysis.verdict import describe_metric, primary_metric, shown_value, verdicts
 from avss_dist.core.errors import ModelError, QueryError
 from avss_dist.core.intervention import SPARSITY_RULES, THRESHOLD, TOP_K, Removals, decode_removals
-from avss_dist.core.registry import BLOCK_DISTANCE, FROM_ACTIVATIONS, LOSS, MEASURED, MEASURED_ONLY, SCORES, SEARCH
+from avss_dist.core.registry import (
+    BLOCK_DISTANCE,
+    FROM_ACTIVATIONS,
+    GREEDY,
+    LOSS,
+    MEASURED,
+    MEASURED_ONLY,
+    SCORES,
+    SEARCH,
+)
 from avss_dist.core.settings import Settings
 from avss_dist.core.text import describe_threshold
 from avss_dist.pruning.ground_truth import (
@@ -49,8 +58,6 @@ from avss_dist.stats.scores import Threshold
 from avss_dist.warehouse.checks import has_head, settings_of
 from avss_dist.warehouse.reader import Warehouse, grouped
 
-MAX_TRIED = 20  # runs, the newest first
-
 
 def plan_layers(
     warehouse: Warehouse, run: Mapping[str, Any], *, by: str | None = None, reading: Reading = PUBLISHED, **options: Any
@@ -70,9 +77,11 @@ def plan_layers(
         PlanError: if no plan satisfies the choice. See `Choice.drop` and `make_plan`.
     """
     choice = Choice(by=by or default_score(warehouse, run), reading=reading if by == "avss" else None, **options)
+    if choice.by in FROM_ACTIVATIONS:
+        _require_scored(warehouse, run, choice.by)
     rows = warehouse.table("scores", run_ids=[run["run_id"]]).to_pylist()
     if run.get("status") == MEASURED_ONLY:
-        rows = _unscored_layers(run, choice.by)
+        rows = _unscored_layers(warehouse, run)
     if choice.by == "avss":
         scored = sorted({_describe(reading_of(row)) for row in rows})
         rows = [row for row in rows if reading_of(row) == reading]
@@ -88,23 +97,33 @@ def plan_layers(
     return replace(plan, findings=tuple(against), evaluated=evaluated_lines(warehouse, run, plan.drop))
 
 
-def _unscored_layers(run: Mapping[str, Any], by: str) -> Rows:
+def _require_scored(warehouse: Warehouse, run: Mapping[str, Any], by: str) -> None:
+    """Raise QueryError if a checkpoint was not scored, and lacks a score of activations."""
+    if run.get("status") == MEASURED_ONLY:
+        raise QueryError(
+            f"{run['model']} was not scored, and `by` {by} is a score.",
+            f"Do: {repeated_command('score', warehouse, run)}",
+        )
+
+
+def _unscored_layers(warehouse: Warehouse, run: Mapping[str, Any]) -> Rows:
     """Return the indices and names of the layers of a checkpoint that was not scored, by its configuration.
 
     Raises:
-        QueryError: the layers are chosen by a score of activations, or are not known without scores.
+        QueryError: the layers are not known without scores.
     """
     from avss_dist.models.checkpoints import find_checkpoint
     from avss_dist.models.loading import candidate_layers
     from avss_dist.models.size import load_skeleton
 
-    if by in FROM_ACTIVATIONS:
-        raise QueryError(f"{run['model']} was not scored, and `by` {by} is a score.", "Do: avss score.")
     settings = Settings(layers=settings_of(run).get("layers"))
     model, _ = load_skeleton(find_checkpoint(run["model"]), settings)
     lists = candidate_layers(model, settings.layers)
     if len(lists) != 1:
-        raise QueryError(f"{run['model']} was not scored, and its layers are not known without it.", "Do: avss score.")
+        raise QueryError(
+            f"{run['model']} was not scored, and its layers are not known without it.",
+            f"Do: {repeated_command('score', warehouse, run)}",
+        )
     ((path, modules),) = lists.items()
     return [{"layer": index, "layer_name": f"{path}.{index}"} for index in range(len(modules))]
 
@@ -146,35 +165,29 @@ def _routing_groups(run: Mapping[str, Any]) -> int:
     return next((part["n_group"] for part in parts if type(part.get("n_group")) is int), 1)
 
 
-def plannable_run(warehouse: Warehouse, by: str | None, *, experts: bool = False) -> tuple[dict[str, Any], list[str]]:
-    """Return the newest run whose layers have the score, and a line for each newer run that lacks it.
-
-    If none of the `MAX_TRIED` newest runs has the score, return the newest run.
+def plannable_run(warehouse: Warehouse, name: str | None, by: str | None, *, experts: bool = False) -> ChosenRun:
+    """Return the newest run whose layers have the score.
 
     Args:
+        name: name of the run, as for `newest_run`.
         by: a name of ``registry.SCORES``. None selects `default_score`.
         experts: require statistics of routed experts instead.
 
     Raises:
-        QueryError: if there is no finished run.
+        QueryError: if there is no such run.
     """
-    runs = sorted(
-        choose_runs(warehouse, (), every=True, measured=True), key=lambda run: str(run["created_at"]), reverse=True
-    )
-    passed: list[str] = []
-    for run in runs[:MAX_TRIED]:
-        try:
-            if experts:
-                require_experts(warehouse, run["run_id"])
-            elif by is None:
-                default_score(warehouse, run)
-            elif by in (*MEASURED, BLOCK_DISTANCE):
-                layer_truth(warehouse, run, by)
-        except QueryError as error:
-            passed.append(f"Run {run['run_id']} is newer and was passed over: {error.message}")
-        else:
-            return run, passed
-    return runs[0], []
+
+    def require(run: Mapping[str, Any]) -> None:
+        if experts:
+            require_experts(warehouse, run["run_id"])
+        elif by is None:
+            default_score(warehouse, run)
+        elif by in (*MEASURED, BLOCK_DISTANCE):
+            layer_truth(warehouse, run, by)
+        elif by in FROM_ACTIVATIONS:
+            _require_scored(warehouse, run, by)
+
+    return newest_run(warehouse, name, require, measured=by != GREEDY)
 
 
 def default_score(warehouse: Warehouse, run: Mapping[str, Any]) -> str:
@@ -252,6 +265,15 @@ def evaluated_lines(warehouse: Warehouse, run: Mapping[str, Any], removed: Remov
     return tuple(dict.fromkeys(lines))
 
 
+def sparsifiable_run(warehouse: Warehouse, name: str | None) -> ChosenRun:
+    """Return the newest run that measured the inputs of its linear maps.
+
+    Args:
+        name: name of the run, as for `newest_run`.
+    """
+    return newest_run(warehouse, name, lambda run: measured_maps(warehouse, run))
+
+
 def measured_maps(warehouse: Warehouse, run: Mapping[str, Any]) -> dict[MapPlan, LayerStats]:
     """Return the linear maps of a run whose inputs were measured, as dense ones, with the statistics of their inputs.
 
@@ -271,7 +293,7 @@ def measured_maps(warehouse: Warehouse, run: Mapping[str, Any]) -> dict[MapPlan,
             )
         raise QueryError(
             f"Run {run['run_id']} did not measure what linear maps read.",
-            f"Do: {repeated_command('score', warehouse, run, '--sites inputs')}",
+            f"Do: {repeated_command('score', warehouse, run, {'sites': 'inputs'})}",
         )
     dense: dict[str, Any] = {"sparsity": 0.0, "by": THRESHOLD, "value": 0.0}
     return {

@@ -9,18 +9,21 @@ from inspect import unwrap
 from pathlib import Path
 from typing import Any
 
-from avss_dist.cli.read import newest_of, open_for
+from avss_dist.analysis.chosen import ChosenRun
+from avss_dist.analysis.plans import sparsifiable_run
+from avss_dist.cli.program import spelled
+from avss_dist.cli.read import open_for
 from avss_dist.commands import Pruned, choose_layers, describe_remaining, planned_run
 from avss_dist.commands import prune as write_pruned
 from avss_dist.core.registry import GREEDY
 from avss_dist.core.streams import console, emit, say
+from avss_dist.core.suggestions import command_line, option_words
 from avss_dist.core.text import describe_bytes
 from avss_dist.distillation.distill import distill as train
-from avss_dist.evaluation.quantize import EXPORTS, plan_precision
+from avss_dist.evaluation.quantize import EXPORTS, plan_precision, predicted_run
 from avss_dist.evaluation.sparsify import sparsify as choose_thresholds
 from avss_dist.pruning.ground_truth import describe_headless, repeated_options
 from avss_dist.pruning.plan import describe_savings, local_run_size, read_plan
-from avss_dist.read_commands import named_run
 from avss_dist.reports.output import print_result
 from avss_dist.reports.terminal.evaluation import search_table, thresholds_table
 from avss_dist.reports.terminal.progress import CellProgress, StepProgress
@@ -34,56 +37,59 @@ from avss_dist.warehouse.reader import Warehouse
 def plan(request: PlanRequest) -> None:
     """Choose the layers or experts to drop, and write the plan."""
     opened = open_for(request, measured=request.by != GREEDY)
-    row, passed = planned_run(opened, request)
-    hints = newest_of(opened, request.run)
-    if passed:
-        newest = f"This is the newest of {opened.runs().num_rows} runs that can be planned for; --run names another."
-        hints = [newest, *passed]
+    run = planned_run(opened, request)
     with CellProgress() as progress:
-        chosen, steps = choose_layers(opened, row, replace(request, on_event=progress))
+        chosen, steps = choose_layers(opened, run.row, replace(request, on_event=progress))
     if steps:
         console().print(search_table(chosen, steps))
-    size = local_run_size(row) if chosen.dropped_layers else None
-    hints = [*([describe_savings(chosen, size)] if size else []), *hints]
+    size = local_run_size(run.row) if chosen.dropped_layers else None
+    hints = [*([describe_savings(chosen, size)] if size else []), *describe_run(run)]
     if request.by is None:
         hints.append(f"No --by was given: {chosen.why['by']} is measured in {opened.root}.")
     _emit_plan(request.output, [*chosen.describe(), *hints])
     if not chosen.evaluated:
-        _hint_evaluation(opened, row, request.output)
+        _hint_evaluation(opened, run.row, request)
 
 
 def sparsify(request: SparsifyRequest) -> None:
     """Choose the activations that become zero, and write the plan."""
     opened = open_for(request)
-    row = named_run(opened, request.run)
+    run = sparsifiable_run(opened, request.run)
     with CellProgress() as progress:
-        chosen = choose_thresholds(replace(request, on_event=progress), row)
+        chosen = choose_thresholds(replace(request, on_event=progress), run.row)
     console().print(FittedTable(thresholds_table(chosen)))
-    _emit_plan(request.output, [*chosen.describe(), *newest_of(opened, request.run)])
-    _hint_evaluation(opened, row, request.output)
+    _emit_plan(request.output, [*chosen.describe(), *describe_run(run)])
+    _hint_evaluation(opened, run.row, request)
 
 
 def quantize(request: PrecisionRequest) -> None:
     """Choose the number format of each linear map, and write the plan, or the file of another program."""
     opened = open_for(request, measured=True)
-    row = named_run(opened, request.run, measured=True)
-    chosen = plan_precision(request, opened, row)
-    _emit_plan(request.output, [*chosen.describe(), *newest_of(opened, request.run)])
+    run = predicted_run(request, opened)
+    chosen = plan_precision(request, opened, run.row)
+    _emit_plan(request.output, [*chosen.describe(), *describe_run(run)])
     if request.format not in EXPORTS:
-        _hint_evaluation(opened, row, request.output)
+        _hint_evaluation(opened, run.row, request)
+
+
+def describe_run(run: ChosenRun) -> list[str]:
+    """Return lines that say which of several runs a plan is for."""
+    return [spelled(line) for line in run.describe()]
 
 
 def _emit_plan(output: str | Path | None, lines: list[str]) -> None:
     emit("\n  ".join([f"{'Not written, as no --output was given' if output is None else output}:", *lines]))
 
 
-def _hint_evaluation(opened: Warehouse, row: Mapping[str, Any], output: str | Path | None) -> None:
-    """Print the command that evaluates a plan for a run, or why there is none."""
+def _hint_evaluation(
+    opened: Warehouse, row: Mapping[str, Any], request: PlanRequest | SparsifyRequest | PrecisionRequest
+) -> None:
+    """Print the command that evaluates the plan that a request wrote for a run, or why there is none."""
     if not has_head(row):
         say(f"  {describe_headless(row)}")
-    elif output is not None:
-        words = ["avss", "evaluate", str(output), "--tasks", "perplexity:CORPUS", "-w", opened.root]
-        say(f"  Evaluate it: {' '.join([*words, *repeated_options(row)])}")
+    elif request.output is not None:
+        options = {"tasks": "perplexity:CORPUS", "warehouse": opened.root, **repeated_options(row, request)}
+        say(f"  Evaluate it: {command_line('evaluate', request.output, *option_words(options))}")
 
 
 def prune(request: PruneRequest, format: str) -> None:

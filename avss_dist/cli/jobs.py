@@ -9,6 +9,7 @@ from avss_dist.core.errors import RunFailed
 from avss_dist.core.process import exit_code
 from avss_dist.core.settings import Request
 from avss_dist.core.streams import console, emit, emit_json, say
+from avss_dist.core.suggestions import command_line, option_words
 from avss_dist.requests import ClusterRequest, JobIdRequest, ListJobsRequest, LogsRequest, SubmitRequest
 
 if TYPE_CHECKING:
@@ -37,12 +38,11 @@ def jobs_submit(request: SubmitRequest, format: str) -> int:
 
     job_file = read_job(request.job, expand=False)
     replace(job_file.execution, **request.replaced)  # raises here the errors that the cluster would
-    arguments = [f"--{name}" if value is True else f"--{name}={value}" for name, value in request.replaced.items()]
     cluster = _cluster(request)
-    job_id = cluster.submit(job_file, arguments)
+    job_id = cluster.submit(job_file, option_words(request.replaced))
     if not request.follow:
         print_result(format, [job_id], lambda: [{"job": job_id, "address": request.address}])
-        say(f"Follow it: avss jobs logs {job_id} --address {request.address} --follow")
+        say(f"Follow it: {_job_command('logs', job_id, request.address)} --follow")
         return 0
     say(f"Submitted {job_id}.")
     return _follow(cluster, job_id)
@@ -95,6 +95,11 @@ def _cluster(request: ClusterRequest) -> Cluster:
     return Cluster(request.address)
 
 
+def _job_command(verb: str, job_id: str, address: str) -> str:
+    """Return a command of `avss jobs` about a job."""
+    return command_line("jobs", verb, job_id, "--address", address)
+
+
 def _follow(cluster: Cluster, job_id: str) -> int:
     """Print the log until the job ends, and return its exit code."""
     try:
@@ -102,12 +107,12 @@ def _follow(cluster: Cluster, job_id: str) -> int:
             emit(text, end="", flush=True)
         job = cluster.job(job_id)
     except KeyboardInterrupt:
-        say(f"The job continues. Stop it: avss jobs stop {job_id} --address {cluster.address}")
+        say(f"The job continues. Stop it: {_job_command('stop', job_id, cluster.address)}")
         return exit_code()
     except RunFailed as error:
         raise RunFailed(
             error.message,
-            f"If the server is slow, the job continues: avss jobs logs {job_id} --address {cluster.address} --follow\n"
+            f"If the server is slow, the job continues: {_job_command('logs', job_id, cluster.address)} --follow\n"
             "If the cluster is lost, so is the job, not what it has stored: submit it again to resume.",
         ) from error
     say(f"{job_id}: {job.status.lower()}." + (f" {job.hint}" if job.hint else ""))

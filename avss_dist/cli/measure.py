@@ -15,6 +15,7 @@ from avss_dist.commands import Runs
 from avss_dist.commands import run as run_job
 from avss_dist.core.settings import SITES
 from avss_dist.core.streams import complain, console, emit_json, say
+from avss_dist.core.suggestions import command_line, option_words
 from avss_dist.core.text import count_of
 from avss_dist.estimation import estimate as estimate_memory
 from avss_dist.estimation import preview_job
@@ -53,10 +54,12 @@ def score(request: ScoreAllRequest, format: str) -> int:
     print_result(format, map(_outcome, runs), lambda: map(asdict, runs))
     done = [run for run in runs if run.status != "failed"]
     if done and format != "json":
-        site = "" if SITES[0] in request.sites else f" --site {request.sites[0]}"
-        say(f"Look at it: avss show -w {done[-1].warehouse} --run {done[-1].run_id}{site}")
+        site = {} if SITES[0] in request.sites else {"site": request.sites[0]}
+        newest = done[-1]
+        options = option_words({"run": newest.run_id, **site})
+        say(f"Look at it: {command_line('show', '-w', newest.warehouse, *options)}")
         if len(done) > 1:
-            say(f"Compare them: avss compare -w {done[-1].warehouse}{site}")
+            say(f"Compare them: {command_line('compare', '-w', newest.warehouse, *option_words(site))}")
     return 0 if len(done) == len(runs) else 1
 
 
@@ -132,4 +135,4 @@ def _preview(job: JobFile, format: str, options: dict[str, Any]) -> int:
 def _summary(runs: Runs) -> str:
     count = {status: sum(run.status == status for run in runs) for status in ("done", "skipped", "failed")}
     counts = ", ".join(f"{number} {status}" for status, number in count.items() if number)
-    return f"{count_of(len(runs), 'run')}: {counts}. Look at the results: avss ls -w {runs[0].warehouse}"
+    return f"{count_of(len(runs), 'run')}: {counts}. Look at the results: {command_line('ls', '-w', runs[0].warehouse)}"

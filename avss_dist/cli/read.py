@@ -15,6 +15,7 @@ from avss_dist import read_commands
 from avss_dist.cli.program import at_end, interruptible
 from avss_dist.core.errors import QueryError, first_names
 from avss_dist.core.streams import console, emit, say
+from avss_dist.core.suggestions import command_line
 from avss_dist.core.text import basename, count_of, describe_count, describe_threshold, parse_threshold
 from avss_dist.read_requests import (
     CompareRequest,
@@ -66,12 +67,6 @@ def open_for(request: WarehouseRequest, **options: Any) -> Warehouse:
         if not more and names[0] not in (first["run_id"], first["model"], basename(first["model"])):
             say(f"Run {first['run_id']} is the one with '{names[0]}' in its id.")
     return opened
-
-
-def newest_of(warehouse: Warehouse, name: str | None) -> list[str]:
-    """Return a line that says that the newest run was chosen, if there are several and none was named."""
-    number = warehouse.runs().num_rows
-    return [f"This is the newest of {number} runs; --run names another."] if number > 1 and not name else []
 
 
 def ls(request: ListRequest, format: str) -> None:
@@ -128,7 +123,7 @@ def show(request: ShowRequest, format: str) -> None:
             print_result(format, _describe_runs(opened, request, table), lambda: table)
     more = opened.runs().num_rows - 1
     if more and not request.run and format == "table":
-        emit(f"{more} more in {opened.root}: avss ls -w {opened.root}")
+        emit(f"{more} more in {opened.root}: {command_line('ls', '-w', opened.root)}")
 
 
 def _describe_runs(opened: Warehouse, request: ShowRequest, table: pa.Table) -> Iterator[Any]:
@@ -244,7 +239,8 @@ def _describe_pairs(opened: Warehouse, comparison: RankingComparison, request: C
         rankings_alone=True,
     )
     yield findings_list(of_rankings(bearing, request.score if by != "score" else "avss"))
-    say(f"avss findings -w {opened.root} lists what else speaks against each of these runs.")
+    findings_command = command_line("findings", "-w", opened.root)
+    say(f"{findings_command} lists what else speaks against each of these runs.")
 
 
 def findings(request: FindingsRequest, format: str) -> None:

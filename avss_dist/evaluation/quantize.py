@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from avss_dist.analysis.chosen import ChosenRun, newest_run
 from avss_dist.core.errors import ConfigError, QueryError
 from avss_dist.core.files import write_output
 from avss_dist.core.intervention import RoundedPlace
@@ -39,7 +40,7 @@ def plan_precision(request: PrecisionRequest, store: Warehouse, run: Mapping[str
         QueryError: the effect of a format was not predicted. The hint is the command that does.
         PlanError: the budget is below the smallest formats.
     """
-    by = request.by if request.by in PRECISION_ESTIMATES else SECOND_ORDER
+    by = _estimate(request)
     evaluation, values, available = _measured(store, run, request.formats, by)
     formats = [name for name in available if name in (request.formats or available)]
     maps = sorted({(place.layer, place.path or "") for place in values[by]})
@@ -86,6 +87,18 @@ def plan_precision(request: PrecisionRequest, store: Warehouse, run: Mapping[str
     return plan
 
 
+def predicted_run(request: PrecisionRequest, store: Warehouse) -> ChosenRun:
+    """Return the newest run for whose model the damage of the formats of a request was predicted."""
+    return newest_run(
+        store, request.run, lambda run: _measured(store, run, request.formats, _estimate(request)), measured=True
+    )
+
+
+def _estimate(request: PrecisionRequest) -> str:
+    """Return the estimate of the damage that a request reads. Controls read the second order for its formats."""
+    return request.by if request.by in PRECISION_ESTIMATES else SECOND_ORDER
+
+
 def _findings(by: str, damage: Float64, chosen: Choice, formats: Sequence[str]) -> Iterator[str]:
     """Yield a sentence on each format of a plan that costs so much that its prediction means little, and on falls."""
     for index in sorted(set(chosen.tolist())) if by != "output_error" else ():
@@ -116,10 +129,10 @@ def _measured(
             return run_id, values, sorted(sizes, key=lambda name: sizes[name])
     names = formats or ("int4-g64", "int8")
     what = f"one prediction of {', '.join(names)}" if predictions else "a prediction of rounded weights"
-    options = ["--no-leave-one-out", "--no-rounded-layers", *(f"--quantize {name}" for name in names)]
+    measures = {"leave_one_out": False, "rounded_layers": False, "quantize": names}
     raise QueryError(
         f"{store.root} lacks {what} for the linear maps of {run['model']}.",
-        f"Do: {repeated_command('ablate', store, run, *options)}",
+        f"Do: {repeated_command('ablate', store, run, measures)}",
     )
 
 

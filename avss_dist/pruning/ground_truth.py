@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shlex
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from operator import itemgetter
@@ -26,12 +25,15 @@ from avss_dist.core.registry import (
     metrics_of,
 )
 from avss_dist.core.settings import TEXT_OPTIONS, Settings
+from avss_dist.core.suggestions import command_line, option_words
 from avss_dist.stats.layer_stats import Float64
 from avss_dist.stats.rankings import average_ranks
 from avss_dist.warehouse.checks import has_head, settings_of
 from avss_dist.warehouse.reader import Warehouse, grouped
 
-_REPEATED = (*TEXT_OPTIONS, "batch_size", "dtype")
+_OF_MODEL = ("dtype", "layers", "attention", "device", "trust_remote_code", "dequantize")
+_REPEATED = (*TEXT_OPTIONS, "batch_size", *_OF_MODEL)
+_OF_STATISTICS = ("skip_first_tokens", "allow_pickle")  # of avss score alone
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -215,29 +217,50 @@ def mean_ranks(score: str, measured: Collection[tuple[str, int, float]]) -> dict
 
 def ablate_command(store: Warehouse, run: Mapping[str, Any], by: str = "loss") -> str:
     """Return the command that measures a score alone for a run's checkpoint, on the run's text."""
-    options = []
-    for name, value in SCORES[by].ablate.items():
-        option = name.replace("_", "-")
-        options.append(f"--{'' if value else 'no-'}{option}" if isinstance(value, bool) else f"--{option} {value}")
-    return repeated_command("ablate", store, run, *options)
+    return repeated_command("ablate", store, run, SCORES[by].ablate)
 
 
-def repeated_command(verb: str, store: Warehouse, run: Mapping[str, Any], *options: str) -> str:
-    """Return the `avss` command of a verb that measures more of a run's checkpoint, on the run's rows and in its dtype.
+def repeated_command(
+    verb: str, store: Warehouse, run: Mapping[str, Any], measures: Mapping[str, Any] | None = None
+) -> str:
+    """Return the `avss` command of a verb that measures more of a run's checkpoint, opened and on rows as in the run.
 
     Args:
-        options: what to measure, as words of the command line.
+        measures: what to measure, as values of options by field.
     """
     model = f"{run['model']}@{run['revision']}" if len(run["revision"] or "") == 40 else run["model"]  # a hub commit
-    words = [model, "--corpus", run["corpus"], "--warehouse", store.root]
-    return " ".join(["avss", verb, *map(shlex.quote, words), *repeated_options(run), *options])
+    repeated = repeated_options(run)
+    if verb == "score":
+        repeated |= _set_options(run, _OF_STATISTICS)
+    options = option_words(repeated | dict(measures or {}))
+    return command_line(verb, model, "--corpus", run["corpus"], "--warehouse", store.root, *options)
 
 
-def repeated_options(run: Mapping[str, Any]) -> list[str]:
-    """Return the options of the command line that read rows as a run did, without those at their defaults."""
-    settings, defaults = settings_of(run), vars(Settings())
-    return [
-        f"--{name.replace('_', '-')}{'' if settings[name] is True else f' {settings[name]}'}"
-        for name in _REPEATED
-        if settings.get(name) not in (None, defaults[name])
-    ]
+def repeated_options(run: Mapping[str, Any], request: object = None) -> dict[str, Any]:
+    """Return the options by field that read rows and open the model as a run did, without those at their defaults.
+
+    Args:
+        request: a request, whose own options for opening the model replace those of the run.
+    """
+    options = _set_options(run, _REPEATED)
+    defaults = vars(Settings())
+    for name in _OF_MODEL:
+        value = getattr(request, name, None)
+        if value not in (None, defaults[name]):
+            options[name] = value
+    return options
+
+
+def _set_options(run: Mapping[str, Any], names: Sequence[str]) -> dict[str, Any]:
+    """Return those settings of a run that differ from their defaults, by name.
+
+    A run always stores the device that it used. It is repeated if it was a CPU, which all machines have.
+    """
+    settings = settings_of(run)
+    defaults = vars(Settings())
+    options = {}
+    for name in names:
+        value = settings.get(name)
+        if value not in (None, defaults[name]) and (name, value) != ("device", "cuda"):
+            options[name] = value
+    return options

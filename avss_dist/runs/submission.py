@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from avss_dist.core.errors import AvssError, ConfigError, RunFailed, without_secrets
+from avss_dist.core.suggestions import command_line
 from avss_dist.corpus.sources import local_files
 from avss_dist.pruning.repair.registry import split_weight
 from avss_dist.runs.job_file import JobFile
@@ -121,8 +122,7 @@ class Cluster:
             except RunFailed as error:  # the server may have the request, and its answer was lost
                 raise RunFailed(
                     error.message,
-                    f"The job may have started as {job_id}. Before you submit it again: avss jobs list --address "
-                    f"{self.address}",
+                    f"The job may have started as {job_id}. Before you submit it again: {self._list_command()}",
                 ) from error
 
     def job(self, job_id: str) -> Submitted:
@@ -162,6 +162,9 @@ class Cluster:
                 return f"{job.status.lower()}." if job.exit_code is not None else "it was signalled, and has not ended."
             return f"it has ended already ({self.job(job_id).status.lower()})."
 
+    def _list_command(self) -> str:
+        return command_line("jobs", "list", "--address", self.address)
+
     @contextmanager
     def _explained(self, job_id: str = "") -> Iterator[None]:
         """Convert Ray's exceptions in the block to an AvssError with a hint."""
@@ -191,7 +194,7 @@ class Cluster:
             if job_id and ("404" in text or "does not exist" in str(error)):
                 raise ConfigError(
                     f"{self.address} has no job '{job_id}'.",
-                    f"avss jobs list --address {self.address} lists its jobs.",
+                    f"{self._list_command()} lists its jobs.",
                 ) from error
             raise RunFailed(
                 f"The job server at {self.address} failed: {text}",

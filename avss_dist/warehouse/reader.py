@@ -16,6 +16,7 @@ import pyarrow.compute as pc
 import pyarrow.dataset as ds
 
 from avss_dist.core.errors import DamagedFile, QueryError, WarehouseError, nearest, require_known
+from avss_dist.core.suggestions import command_line
 from avss_dist.core.text import basename, count_of
 from avss_dist.stats.layer_stats import LayerKey, LayerStats, ShardResult, StratumKey, merge_strata
 from avss_dist.warehouse.checks import RUN_COLUMNS, checked_rows, damaged_runs
@@ -362,10 +363,9 @@ class Warehouse:
         for run_id, reason in self.damaged.items():
             raise WarehouseError(f"Cannot read run {run_id} of {self.root}: {reason}.", DAMAGED)
         if unfinished := self.unfinished().num_rows:
-            raise WarehouseError(
-                f"{self.root} has no finished run yet.",
-                f"{count_of(unfinished, 'run')} {'has' if unfinished == 1 else 'have'} begun: avss ls.",
-            )
+            begun = f"{count_of(unfinished, 'run')} {'has' if unfinished == 1 else 'have'} begun"
+            listing = command_line("ls", "-w", self.root)
+            raise WarehouseError(f"{self.root} has no finished run yet.", f"{begun}: {listing}")
         folder = self.storage.filesystem.get_file_info(f"{self.storage.base}/runs")
         problem = "has no runs yet" if folder.type else "is not a warehouse: it has no runs folder"
         raise WarehouseError(f"{self.root} {problem}.", "avss score makes one; a run counts once it has finished.")

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import replace
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -19,10 +20,18 @@ import pytest
 import torch
 from support.checkpoints import llama, one_thread
 from support.command_line import avss
-from support.warehouses import run_row, write_shard
+from support.warehouses import run_row, write_scores, write_shard
 
 import avss_dist
-from avss_dist.analysis.contrast import Strata, answer_rows, contrast, contrast_section, layer_table, read_answers
+from avss_dist.analysis.contrast import (
+    Strata,
+    answer_rows,
+    contrast,
+    contrast_section,
+    layer_table,
+    paired_run,
+    read_answers,
+)
 from avss_dist.core.errors import QueryError
 from avss_dist.core.registry import AFTER_ANOTHER
 from avss_dist.reports.page.page import report_page
@@ -139,6 +148,12 @@ def test_the_command_shows_layers_predictions_and_findings(tmp_path: Path) -> No
     assert "Left after every control: 2." in shown.stdout and "AUROC" in shown.stdout
     lines = avss("contrast", "-w", tmp_path, "--threshold", "1e-2", "--format", "json").stdout.splitlines()
     assert [json.loads(line)["stands"] for line in lines] == [layer == PLANTED for layer in range(LAYERS)]
+
+
+def test_a_newer_run_without_answers_is_passed_over(tmp_path: Path) -> None:
+    paired = write(tmp_path, planted=1.5)
+    write_scores(tmp_path, "newer", [1.0, 2.0], created_at=datetime.max.replace(tzinfo=UTC))
+    assert paired_run(Warehouse(tmp_path), None).row["run_id"] == paired["run_id"]
 
 
 ASKED, SAID, COPIED, CONSTANT = range(4)

@@ -188,7 +188,7 @@ def test_a_removed_command_or_option_says_what_to_type(name: str) -> None:
 def test_a_run_is_named_by_a_part_that_only_it_has(scored: Path) -> None:
     run_id = run_ids(scored)["llama"]
     result = avss("plan", "-w", scored, "--run", "*", "--by", "last", "-o", scored.parent / "plan.yaml")
-    assert result.exit_code == 2 and "'*' matches 2 runs." in result.stderr
+    assert result.exit_code == 2 and "'*' matches 2 runs of several models." in result.stderr
     for name in ("llama", run_id[-10:], "*LLAMA*", run_id):
         result = avss("show", "-w", scored, "--run", name)
         assert result.exit_code == 0 and run_id in result.stdout

@@ -9,17 +9,22 @@ from __future__ import annotations
 import json
 import re
 import shlex
+from collections.abc import Callable, Mapping
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 import pytest
 from support.checkpoints import llama, save_tokenizer
-from support.command_line import avss
-from support.warehouses import write_scores
+from support.command_line import avss, succeed
+from support.warehouses import run_row, write_scores
 
-from avss_dist import ablate, plan, score
+from avss_dist import ablate, plan, score, sparsify
+from avss_dist.analysis.chosen import newest_run
 from avss_dist.core.errors import QueryError
+from avss_dist.pruning.ground_truth import ablate_command, repeated_command, repeated_options
+from avss_dist.requests import SparsifyRequest
+from avss_dist.warehouse.reader import Warehouse
 from avss_dist.warehouse.schema import RunIdentity
 from avss_dist.warehouse.store import Store
 
@@ -93,6 +98,44 @@ def test_from_a_choice_that_lacks_its_measurement(desk: Path, choice: list[Any],
     assert "Retention" in follow(suggested(*choice, "-o", "plan.yaml"), "evaluate")
 
 
+def test_a_command_that_measures_more_opens_the_model_as_the_run_did(tmp_path: Path) -> None:
+    given = {"layers": "model.my layers", "dequantize": True, "trust_remote_code": True, "device": "cpu"}
+    row = run_row("run", model="my model", settings=json.dumps(given), architecture="LlamaForCausalLM")
+    words = shlex.split(ablate_command(Warehouse(tmp_path / "my warehouse"), row, "damage"))
+    assert words == [
+        *("avss", "ablate", "my model", "--corpus", "text.txt", "--warehouse", str(tmp_path / "my warehouse")),
+        *("--layers", "model.my layers", "--device", "cpu", "--trust-remote-code", "--dequantize"),
+        *("--no-leave-one-out", "--damage"),
+    ]
+
+
+def test_a_command_that_scores_again_measures_the_same_tokens_from_the_same_files(tmp_path: Path) -> None:
+    row = run_row("run", settings=json.dumps({"skip_first_tokens": 4, "allow_pickle": True}))
+    words = shlex.split(repeated_command("score", Warehouse(tmp_path), row, {"sites": "inputs"}))
+    assert words[-5:] == ["--skip-first-tokens", "4", "--allow-pickle", "--sites", "inputs"]
+
+
+def test_options_of_the_request_replace_those_of_the_run() -> None:
+    row = run_row("run", settings=json.dumps({"device": "cpu", "layers": "model.layers"}))
+    assert repeated_options(row, SparsifyRequest(0.5, device="cuda", dequantize=True)) == {
+        "layers": "model.layers",
+        "device": "cuda",
+        "dequantize": True,
+    }
+
+
+def test_a_gpu_is_not_asked_for() -> None:
+    """A run on a GPU may be planned for elsewhere; auto chooses a GPU where there is one."""
+    assert repeated_options(run_row("run", settings=json.dumps({"device": "cuda"}))) == {}
+
+
+def test_paths_with_spaces_are_quoted(desk: Path) -> None:
+    (command,) = suggested("score", "model", "--corpus", "text.txt", *ROWS, "-w", "my warehouse")
+    (evaluation,) = suggested("plan", "--by", "avss", "-w", "my warehouse", "-o", "my plan.yaml")
+    assert {"my warehouse"} <= {*command}
+    assert {"my warehouse", "my plan.yaml"} <= {*evaluation}
+
+
 def test_where_a_text_is_missing(desk: Path) -> None:
     result = avss("evaluate", "model", "--tasks", "perplexity", *ROWS)
     assert result.exit_code == 2
@@ -115,13 +158,71 @@ def test_the_newest_run_that_can_be_planned_for_is_taken(tiny_llama: Path, tiny_
     done = avss("plan", "-w", warehouse, "-o", tmp_path / "plan.yaml")
     assert done.exit_code == 0, done.stderr
     told = " ".join(done.stdout.split())
-    assert "This is the newest of 2 runs that can be planned for; --run names another." in told
+    assert "Of 2 runs, this is the newest that has what the command needs; --run names another." in told
     assert f"Run {newer} is newer and was passed over: No score was named" in told
     assert plan(warehouse=warehouse, by="block_influence").run_id == newer
     with pytest.raises(QueryError, match="No score was named"):
         plan(warehouse=warehouse, run=newer)
     with pytest.raises(QueryError, match=r"no measurement 'taylor' of the layers of .*tiny-bert"):
         plan(warehouse=warehouse, by="taylor")
+
+
+def test_sparsity_is_planned_for_the_newest_run_of_a_model_that_measured_the_inputs(
+    tiny_llama: Path, tmp_path: Path
+) -> None:
+    warehouse = tmp_path / "w"
+    common: dict[str, Any] = {"corpus": "builtin:pydoc", "warehouse": warehouse, "sequence_length": 32}
+    common |= {"max_sequences": 2, "device": "cpu", "executor": "local"}
+    score(str(tiny_llama), sites=("inputs",), skip_sequences=2, **common)
+    measured = score(str(tiny_llama), sites=("inputs",), **common).run_id
+    newest = score(str(tiny_llama), sites=("block",), **common).run_id
+    assert sparsify(0.5, run=tiny_llama.name, warehouse=warehouse).run_id == measured
+    printed = " ".join(succeed("sparsify", 0.5, "-w", warehouse).stdout.split())
+    assert f"Run {newest} is newer and was passed over: Run {newest} did not measure what linear maps read." in printed
+
+
+class TestNewestRun:
+    """Of runs a-1 and a-2 of a model, and the newest, b-1, of another."""
+
+    @pytest.fixture
+    def store(self, tmp_path: Path) -> Warehouse:
+        for hour, run_id in enumerate(("a-1", "a-2", "b-1")):
+            created = datetime(2026, 1, 1, hour, tzinfo=UTC)
+            write_scores(tmp_path, run_id, [1.0, 2.0], model=f"org/{run_id[0]}", created_at=created)
+        return Warehouse(tmp_path)
+
+    @staticmethod
+    def lacks(*run_ids: str) -> Callable[[Mapping[str, Any]], None]:
+        def require(run: Mapping[str, Any]) -> None:
+            if run["run_id"] in run_ids:
+                raise QueryError(f"{run['run_id']} lacks it.")
+
+        return require
+
+    def test_all_runs_are_candidates_without_a_name(self, store: Warehouse) -> None:
+        assert newest_run(store, None, self.lacks()).describe() == [
+            "This is the newest of 3 runs; `run` names another."
+        ]
+
+    def test_runs_that_lack_what_is_needed_are_passed_over(self, store: Warehouse) -> None:
+        assert newest_run(store, None, self.lacks("b-1")).describe() == [
+            "Of 3 runs, this is the newest that has what the command needs; `run` names another.",
+            "Run b-1 is newer and was passed over: b-1 lacks it.",
+        ]
+
+    def test_a_name_may_match_several_runs_of_a_model(self, store: Warehouse) -> None:
+        assert newest_run(store, "org/a", self.lacks("a-2")).row["run_id"] == "a-1"
+
+    def test_a_single_match_needs_no_words(self, store: Warehouse) -> None:
+        assert newest_run(store, "org/b", self.lacks()).describe() == []
+
+    def test_several_models_are_refused(self, store: Warehouse) -> None:
+        with pytest.raises(QueryError, match="matches 3 runs of several models"):
+            newest_run(store, "*", self.lacks())
+
+    def test_without_such_a_run_the_error_is_that_of_the_newest(self, store: Warehouse) -> None:
+        with pytest.raises(QueryError, match="a-2 lacks it"):
+            newest_run(store, "a", self.lacks("a-1", "a-2"))
 
 
 def test_results_by_layer_are_a_row_for_each_metric_and_internal_tasks_are_none(tmp_path: Path) -> None:

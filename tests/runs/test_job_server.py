@@ -81,7 +81,7 @@ def test_what_is_sent_is_a_command_without_a_key(server: JobServer) -> None:
     done = avss("jobs", "submit", job, "--replicas", 2, "--address", server.address)
     assert (done.exit_code, done.stdout) == (0, "avss-a\n"), done.stderr
     sent = json.loads(server.received[JOBS])
-    assert sent["entrypoint"] == "avss run job.yaml --replicas=2"
+    assert sent["entrypoint"] == "avss run job.yaml --replicas 2"
     assert sent["metadata"]["avss_warehouse"] == "s3://bucket/w" and sent["metadata"]["avss_runs"] == "1"
     assert "SOMESECRET" not in json.dumps(sent)
     (package,) = (body for path, body in server.received.items() if path.startswith("/api/packages"))

@@ -156,4 +156,4 @@ def test_a_terminated_command_says_what_is_kept_and_the_run_is_listed(tiny_llama
     assert (row["status"], row["kept_shards"], row["num_shards"]) == ("unfinished", kept, 200)
     assert (row["model"], row["corpus"]) == (str(tiny_llama), "builtin:pydoc")
     shown = avss("show", "-w", tmp_path)
-    assert shown.exit_code == 2 and "has no finished run yet.\n1 run has begun: avss ls." in shown.stderr
+    assert shown.exit_code == 2 and f"has no finished run yet.\n1 run has begun: avss ls -w {tmp_path}" in shown.stderr
