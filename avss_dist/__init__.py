@@ -129,11 +129,15 @@ def __getattr__(name: str) -> Any:
 
     for home, names in _HOMES.items():
         if name in names:
-            if home in ("commands", "runs.scoring"):
-                from avss_dist.core.extras import require_package
+            try:
+                module = import_module(f"avss_dist.{home}")
+            except ModuleNotFoundError as error:
+                from avss_dist.core.extras import not_installed
 
-                require_package("torch", f"avss_dist.{name}")
-            value = globals()[name] = getattr(import_module(f"avss_dist.{home}"), name)
+                if missing := not_installed(error, f"avss_dist.{name}"):
+                    raise missing from error
+                raise
+            value = globals()[name] = getattr(module, name)
             return value
     raise AttributeError(f"module 'avss_dist' has no attribute {name!r}")
 

@@ -22,8 +22,8 @@ from typer.core import TyperCommand, TyperGroup
 
 from avss_dist import __version__
 from avss_dist.cli.commands import COMMANDS, ELSEWHERE, JOBS, READ, REMOVED, epilog
-from avss_dist.core.errors import AvssError, ConfigError, is_full, nearest, require_known, spell_fields, unwritable
-from avss_dist.core.extras import EXTRAS, install_hint
+from avss_dist.core.errors import AvssError, is_full, nearest, require_known, spell_fields, unwritable
+from avss_dist.core.extras import not_installed
 from avss_dist.core.process import arm, exit_code, stop_signal
 from avss_dist.core.streams import USUAL, VERBOSE, complain, complete_output, emit, prepare, say, set_verbosity
 from avss_dist.core.text import printable
@@ -85,9 +85,7 @@ class Commands(Group):
         except (AvssError, ModuleNotFoundError, OSError) as error:
             mistake: Exception = error
             if isinstance(error, ModuleNotFoundError):
-                module = (error.name or "").partition(".")[0]
-                if any(module in modules for modules in EXTRAS.values()):
-                    mistake = ConfigError(f"The command needs {module}, which is not installed.", install_hint(module))
+                mistake = not_installed(error, "The command") or error
             elif isinstance(error, OSError) and is_full(error):
                 mistake = unwritable(error.filename or "A file", error, "Free some space.")
             if not isinstance(mistake, AvssError):

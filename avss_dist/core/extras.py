@@ -33,4 +33,20 @@ def require_package(module: str, what: str) -> None:
         what: what needs it, as the subject of a sentence: "`train` lora".
     """
     if find_spec(module) is None:
-        raise ConfigError(f"{what} needs {module}, which is not installed.", install_hint(module))
+        raise _needs(what, module)
+
+
+def not_installed(error: ModuleNotFoundError, what: str) -> ConfigError | None:
+    """Return the error to show if an import failed because an extra is not installed, or None for any other module.
+
+    Args:
+        what: see `require_package`.
+    """
+    module = (error.name or "").partition(".")[0]
+    if any(module in modules for modules in EXTRAS.values()):
+        return _needs(what, module)
+    return None
+
+
+def _needs(what: str, module: str) -> ConfigError:
+    return ConfigError(f"{what} needs {module}, which is not installed.", install_hint(module))

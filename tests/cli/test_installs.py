@@ -35,10 +35,13 @@ for line in json.loads(sys.argv[1]):
     print(json.dumps([done.exit_code, done.stderr or repr(done.exception)]))
 import avss_dist
 print(json.dumps(avss_dist.Warehouse("w").sql("FROM scores").num_rows))
-try:
-    avss_dist.score
-except avss_dist.ConfigError as error:
-    print(json.dumps(str(error)))
+missing = {}
+for name in avss_dist.__all__:
+    try:
+        getattr(avss_dist, name)
+    except avss_dist.ConfigError as error:
+        missing[name] = str(error)
+print(json.dumps(missing))
 """
 READING = ["ls", "show", "compare", "query FROM~runs", "report -o page.html", "compact", "findings"]
 MEASURING = ["score org/name --corpus text.txt", "ablate org/name --corpus text.txt", "evaluate org/name --tasks t"]
@@ -55,12 +58,17 @@ def test_reading_needs_none_of_the_packages_that_measure(tmp_path: Path) -> None
     words = [sys.executable, "-c", WITHOUT_EXTRAS, json.dumps(lines)]
     done = subprocess.run(words, cwd=tmp_path, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
-    *answers, rows, error = map(json.loads, done.stdout.splitlines())
+    *answers, rows, missing = map(json.loads, done.stdout.splitlines())
     can = len(reading) + len(helps)
     assert [code for code, _ in answers[:can]] == [0] * can, answers
     for code, message in answers[can:]:
         assert code == 2 and message.endswith("which is not installed.\npip install 'avss_dist[run]'\n"), message
-    assert rows and error.endswith("avss_dist.score needs torch, which is not installed.\npip install 'avss_dist[run]'")
+    assert rows
+    for name, message in missing.items():
+        assert message.startswith(f"avss_dist.{name} needs ")
+        assert message.endswith(", which is not installed.\npip install 'avss_dist[run]'")
+    assert {"Estimate", "Run", "score"} <= missing.keys()
+    assert missing.keys().isdisjoint({"Plan", "Settings", "Warehouse", "ls", "publish", "report"})
     assert (tmp_path / "page.html").stat().st_size > 10_000
 
 
