@@ -13,6 +13,7 @@ import numpy as np
 import pyarrow.compute as pc
 
 from avss_dist.analysis.chosen import ChosenRun, newest_run
+from avss_dist.analysis.experiments import newest_experiments
 from avss_dist.analysis.experts import require_experts
 from avss_dist.analysis.findings import describe_depth, expert_findings, findings
 from avss_dist.analysis.scorecard import own_score
@@ -245,7 +246,9 @@ def _findings(warehouse: Warehouse, run: Mapping[str, Any], choice: Choice, valu
         if row["kind"] != "tracks_depth" and (row["site"], row["recipe"]) in places:
             yield row["message"]
     if choice.by == "avss":
-        yield from verdicts(warehouse.table("experiments", run_ids=[run["run_id"]]).to_pylist())
+        rows = warehouse.table("experiments", run_ids=[run["run_id"]]).to_pylist()
+        for experiment in newest_experiments(rows).values():
+            yield from (f"{verdict} {experiment.describe()}" for verdict in verdicts(experiment.rows))
 
 
 def evaluated_lines(warehouse: Warehouse, run: Mapping[str, Any], removed: Removals) -> tuple[str, ...]:

@@ -16,6 +16,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from avss_dist.analysis.experiments import NewestExperiment, newest_experiments
 from avss_dist.analysis.section import (
     BLUE,
     GRAY,
@@ -66,12 +67,12 @@ def primary_metric(rows: Sequence[Row]) -> str:
 
 
 def verdicts(rows: Sequence[Row]) -> list[str]:
-    """Return a paragraph for each task and repair of one run on which the claim was tested."""
+    """Return a paragraph for each task and repair of one experiment with a run on which the claim was tested."""
     return [f"{task}: {' '.join(_sentences(claim, same, guess))}" for task, claim, same, guess in _claims(rows)]
 
 
 def claim_in_short(rows: Sequence[Row]) -> list[str]:
-    """Return a line for each task: the retention without the layers of lowest AVSS, and the verdict on the claim."""
+    """Return a line for each task of one experiment: the retention without the lowest AVSS, and the verdict."""
     return [
         f"{task}: {_percent(claim['retention'])} by the lowest AVSS: {judgement(claim, guess)}."
         for task, claim, _, guess in _claims(rows)
@@ -289,27 +290,23 @@ def _best_sets(rows: Sequence[Row]) -> Iterator[dict[str, Any]]:
 
 
 def experiment_sections(rows: Sequence[Row], labels: Mapping[str, str] | None = None) -> list[Section]:
-    """Return the results on dropped layers of each run that dropped any.
+    """Return the results of the newest experiment with each run.
 
     Args:
-        rows: rows of the table ``experiments``, the newest last. The last of repeated evaluations counts.
+        rows: rows of the table ``experiments``.
         labels: labels of runs by id, in their order; by default the model and the id.
     """
-    by_run, sections = grouped(rows, itemgetter("run_id")), []
-    for run_id in labels or by_run:
-        newest = {
-            (shown_method(row), row["share"], row["task"], row["metric"]): row
-            for row in by_run.get(run_id, ())
-            if row["score"] is None or (row["share"] and not row.get("factor"))  # not sparsities, of version 0.2
-        }
-        if any(row["share"] for row in newest.values()):
-            label = labels[run_id] if labels else f"{by_run[run_id][0]['model']}  ({run_id})"
-            sections.append(_section(label, list(newest.values())))
+    newest, sections = newest_experiments(rows), []
+    for run_id in labels or newest:
+        if experiment := newest.get(run_id):
+            label = labels[run_id] if labels else f"{experiment.rows[0]['model']}  ({run_id})"
+            sections.append(_section(label, experiment))
     return sections
 
 
-def _section(label: str, rows: Sequence[Row]) -> Section:
-    """Return the section on the results of one run, each of which is there once."""
+def _section(label: str, experiment: NewestExperiment) -> Section:
+    """Return the section on the results of one experiment with a run."""
+    rows = experiment.rows
     by_task = grouped(rows, itemgetter("task"))
     metrics = {task: primary_metric(of_task) for task, of_task in by_task.items()}
     primary = sorted(
@@ -370,6 +367,7 @@ def _section(label: str, rows: Sequence[Row]) -> Section:
     caption = "Kept: the metric over that of the whole model (of a perplexity: under it), and its 95% interval."
     return Section(
         label=label,
+        about=experiment.describe(),
         sentences=verdicts([{**row, "task": describe_task(row["task"])} for row in rows])
         or ["No share of 25% by AVSS was tried."],
         charts=charts,

@@ -56,6 +56,8 @@ from avss_dist.tasks.text_loss import LeaveOneOut
 from avss_dist.warehouse.reader import Warehouse
 from avss_dist.warehouse.store import Store
 
+NOT_HASHED = ("tasks", "repair_corpora", "allow_many")
+"""Options of an experiment that are not in its id. The ids of evaluations hash what tasks and texts hold."""
 MOST_EVALUATIONS = 10_000  # evaluations of a model on a task that an experiment makes without `allow_many`
 
 Candidate = tuple[Choice | None, Intervention, str | None]
@@ -112,6 +114,7 @@ class Trial:
             contrast on paired text.
         planned: tasks by name.
         choices: choices of layers, each with the layers that it drops.
+        measured_by: ids of the evaluations that measured the scores of ``avss ablate``, by score.
         fits: task of fitting each repair except `pruning.repair.registry.NO_REPAIR`.
     """
 
@@ -123,6 +126,7 @@ class Trial:
     truth: dict[tuple[str, Reading | None], Float64] = field(default_factory=dict)
     planned: dict[str, PlannedTask] = field(default_factory=dict)
     choices: list[tuple[Choice, Layers]] = field(default_factory=list)
+    measured_by: dict[str, str] = field(default_factory=dict)
     fits: dict[str, PlannedTask] = field(default_factory=dict)
 
     @classmethod
@@ -147,13 +151,32 @@ class Trial:
                 (values[[*strata.layers]],) = contrast(*strata.both_sides(recipe, Threshold(value=value, kind=kind)))
                 trial.truth[by, reading] = -values  # the highest are dropped
             elif by in MEASURED and not (by == LEAVE_ONE_OUT and experiment.leave_one_out):
-                trial.truth[by, reading] = layer_truth(warehouse, stored, by).by_layer(trial.num_layers)
+                measured = layer_truth(warehouse, stored, by)
+                trial.truth[by, reading] = measured.by_layer(trial.num_layers)
+                trial.measured_by[by] = measured.run_id
         return trial
 
     @property
     def num_layers(self) -> int:
         """Number of layers of the model."""
         return count_layers(self.rows)
+
+    @property
+    def experiment_id(self) -> str:
+        """Hash of all that can change a number: the run, methods and shares, tasks, rows, repairs, settings, seeds.
+
+        Texts and the model's settings count through the ids of the run and of the evaluations.
+        """
+        options = asdict(self.experiment)
+        for name in NOT_HASHED:
+            del options[name]
+        return fingerprint(
+            run=self.run.run_id,
+            options=options,
+            tasks=sorted(planned.run_id() for planned in self.planned.values()),
+            fits=sorted(fit.run_id() for fit in self.fits.values()),
+            measured_by=self.measured_by,
+        )[:20]
 
     def plan(self, tasks: Sequence[str], warehouse: Warehouse, *, allow_overlap: bool) -> None:
         """Plan evaluations and fits. Texts of both and of the scores that overlap are refused."""
@@ -262,18 +285,19 @@ def run_experiment(job: JobFile, request: RunJobRequest) -> tuple[list[Run], lis
                 for planned in trial.planned.values()
             }
         )
-    numbers = {key: value for key, value in asdict(experiment).items() if key != "allow_many"}
-    name, written = fingerprint(**numbers | {"tasks": tasks})[:20], []
+    written = []
     for trial, evaluated in zip(trials, candidates, strict=True):
         run_id, checkpoint = trial.run.run_id, trial.model.checkpoint
         config = text_config(checkpoint).get_text_config()
         guess = float(np.log(config.vocab_size)) if getattr(config, "vocab_size", None) else None
+        experiment_id = trial.experiment_id
+        written_at = datetime.now(UTC)
         rows = [
-            {"task": task, "created_at": datetime.now(UTC), **row}
+            {"experiment_id": experiment_id, "task": task, "created_at": written_at, **row}
             for (task, planned), candidate in product(trial.planned.items(), evaluated)
             for row in candidate_rows(candidate, measured[planned], guess)
         ]
-        store.write_rows("experiments", identity(checkpoint, run_id, trial.rows[0]["family"]), rows, name)
+        store.write_rows("experiments", identity(checkpoint, run_id, trial.rows[0]["family"]), rows, experiment_id)
         written += [{**row, "run_id": run_id, "model": checkpoint.name} for row in rows]
     return runs, written
 

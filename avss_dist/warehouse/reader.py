@@ -387,7 +387,8 @@ class Warehouse:
                 datasets += map(ds.dataset, pool.map(self._table_parts(DIGESTS).rows, uncopied.values()))
         elif readable := self._readable(name, uncopied):
             hive = ds.partitioning(pa.schema([("run_id", pa.string())]), flavor="hive")
-            datasets.append(ds.dataset(readable, SCHEMAS[name], _VERIFIED_PAGES, self.storage.filesystem, hive))
+            stored = ds.dataset(readable, SCHEMAS[name], _VERIFIED_PAGES, self.storage.filesystem, hive)
+            datasets.append(with_experiment_ids(stored) if name == "experiments" else stored)
         return ds.dataset(datasets) if len(datasets) > 1 else next(iter(datasets), None)
 
     def _files(self, name: str, done: Collection[str]) -> Files:
@@ -444,6 +445,20 @@ class Warehouse:
 
     def _shard_path(self, run_id: str, shard_id: int, table: str = "shard_stats") -> str:
         return self.storage.path(table, run_id, f"shard-{shard_id:05d}")
+
+
+def with_experiment_ids(stored: ds.Dataset) -> ds.Dataset:
+    """Return the rows of ``experiments`` with an id each. Rows of earlier versions have that in the name of their file.
+
+    An earlier version wrote the rows of each experiment with a run into a file of its own.
+    """
+    if not stored.count_rows(filter=pc.field("experiment_id").is_null()):
+        return stored
+    table = stored.to_table([*SCHEMAS["experiments"].names, "__filename"])
+    names = pc.replace_substring_regex(table["__filename"], r"^.*/|\.parquet$", "")
+    place = table.column_names.index("experiment_id")
+    table = table.set_column(place, "experiment_id", pc.coalesce(table["experiment_id"], names))
+    return ds.dataset(table.drop_columns(["__filename"]))
 
 
 def _ids(names: Iterable[str], prefix: str) -> set[str]:

@@ -361,6 +361,11 @@ TABLES: dict[str, TableInfo] = {
         (
             Column("run_id", STRING, "the run whose scores chose the layers"),
             *_MODEL,
+            Column(
+                "experiment_id",
+                STRING,
+                "20 digits of the hash of all that can change a number of the experiment; in old files, their name",
+            ),
             Column("method", STRING, "how the layers were chosen, for people: avss, random 3, whole model, ..."),
             Column(
                 "score", STRING, "the score that chose the layers; last; random; contrast; null for the whole model"

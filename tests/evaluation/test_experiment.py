@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Callable
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,12 +20,19 @@ from avss_dist.analysis.contrast import contrast
 from avss_dist.analysis.scorecard import best_readings, score_cards
 from avss_dist.core.errors import ConfigError
 from avss_dist.core.intervention import encode_removals
+from avss_dist.core.settings import Settings
+from avss_dist.evaluation.experiment import NOT_HASHED, Trial
 from avss_dist.evaluation.search import search
+from avss_dist.evaluation.session import PlannedTask
+from avss_dist.models.checkpoints import Checkpoint
+from avss_dist.partition.replica import Placement
 from avss_dist.pruning.methods import Experiment, choices, describe_method, parse_score
 from avss_dist.pruning.plan import Plan
 from avss_dist.pruning.selection import Choice
 from avss_dist.requests import PlanRequest
 from avss_dist.runs.job_file import read_job
+from avss_dist.runs.run import Run
+from avss_dist.tasks.task import Measure, Task
 from avss_dist.warehouse.reader import Warehouse
 from avss_dist.warehouse.schema import RunIdentity
 from avss_dist.warehouse.store import Store
@@ -339,3 +347,78 @@ def test_a_reading_of_a_contrast_is_refused() -> None:
     with pytest.raises(ConfigError, match="not a reading of AVSS") as caught:
         parse_score("contrast:block")
     assert "contrast:SITE:RECIPE:THRESHOLD" in str(caught.value.hint)
+
+
+# Ids of experiments
+
+OPTIONS: dict[str, Any] = {
+    "scores": ("avss",),
+    "shares": (0.25, 0.5),
+    "random": 3,
+    "reversed": False,
+    "keep_ends": 2,
+    "last": False,
+    "leave_one_out": False,
+    "search_max_sequences": 8,
+    "repairs": ("map",),
+    "repair_max_sequences": 8,
+    "repair_skip_sequences": 8,
+    "max_sequences": 8,
+    "skip_sequences": 8,
+    "skip_questions": 8,
+    "limit": 8,
+    "num_fewshot": 8,
+}
+"""Another value of each option of an experiment that can change a number."""
+
+
+class Part(Measure):
+    def __init__(self, text: str) -> None:
+        self.text = text
+
+    def identity(self) -> dict[str, Any]:
+        return {"text": self.text}
+
+
+def trial(*, run_id: str = "a-1", text: str = "text", dtype: str = "float32", **options: Any) -> Trial:
+    """A trial of a model that is nowhere."""
+    checkpoint = Checkpoint(name="org/a", source="hub", path="/a", revision="0" * 40)
+    settings, placement = Settings(dtype=dtype, device="cpu"), Placement()
+    task = Task(name="t", parts=(Part(text),))
+    planned = PlannedTask(checkpoint=checkpoint, settings=settings, task=task, placement=placement)
+    experiment = Experiment(tasks=("t",), repair_corpora=("other.txt",), **options)
+    run = Run(run_id=run_id, model="org/a", warehouse="w", status="done")
+    return Trial(experiment=experiment, run=run, model=planned, rows=[], corpus="", planned={"t": planned})
+
+
+def test_an_experiment_has_the_id_that_warehouses_know() -> None:
+    assert trial().experiment_id == "9e743f95c850cebff278"
+
+
+@pytest.mark.parametrize("option", OPTIONS)
+def test_an_option_of_an_experiment_changes_its_id(option: str) -> None:
+    assert trial(**{option: OPTIONS[option]}).experiment_id != trial().experiment_id
+
+
+def test_every_option_of_an_experiment_that_can_change_a_number_is_tried() -> None:
+    assert OPTIONS.keys() == {f.name for f in fields(Experiment)} - {*NOT_HASHED}
+
+
+@pytest.mark.parametrize("change", [{"run_id": "a-2"}, {"text": "other"}, {"dtype": "bfloat16"}])
+def test_what_an_experiment_is_made_with_changes_its_id(change: dict[str, Any]) -> None:
+    assert trial(**change).experiment_id != trial().experiment_id
+
+
+def test_another_measurement_of_a_score_changes_the_id_of_an_experiment() -> None:
+    measured = replace(trial(), measured_by={"damage": "a-damage"})
+    assert measured.experiment_id != trial().experiment_id
+
+
+def test_a_permission_does_not_change_the_id_of_an_experiment() -> None:
+    assert trial(allow_many=True).experiment_id == trial().experiment_id
+
+
+def test_an_experiment_is_one_file_with_one_id(done: Done) -> None:
+    job, rows = done
+    (file,) = Path(read_job(job).warehouse, "experiments").rglob("*.parquet")
+    assert {row["experiment_id"] for row in rows} == {file.stem}

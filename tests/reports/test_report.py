@@ -379,7 +379,8 @@ MARKUP = "<img src=x onerror=alert(1)>\x1b[31m"
 def row(method: str, share: float | None, value: float, **other: Any) -> dict[str, Any]:
     """A row of ``experiments`` on the loss of a text; the whole model's loss is 3."""
     columns = dict.fromkeys(("control", "repair", "patch", "factor", "site", "recipe", "threshold"))
-    about = {"run_id": "a-1", "model": "org/a", "task": "perplexity:x/text.txt", "metric": "loss", "drop": []}
+    identity = {"run_id": "a-1", "model": "org/a", "experiment_id": "0" * 20, "created_at": None}
+    about = {**identity, "task": "perplexity:x/text.txt", "metric": "loss", "drop": []}
     retention = float(np.exp(3 - value))
     ends = {"retention_low": retention - 0.01, "retention_high": retention + 0.01}
     score = {"score": None if method == "whole model" else "avss", "method": method, "share": share, "value": value}

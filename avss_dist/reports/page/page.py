@@ -23,6 +23,7 @@ from avss_dist.analysis.chosen import run_labels
 from avss_dist.analysis.comparison import differing, profiles, with_conditions
 from avss_dist.analysis.contrast import contrast, contrast_section
 from avss_dist.analysis.curves import AXES, Curve, curve_section, curves_of
+from avss_dist.analysis.experiments import NewestExperiment, newest_experiments
 from avss_dist.analysis.findings import findings
 from avss_dist.analysis.scorecard import best_readings, describe_agreement, page_section, score_cards
 from avss_dist.analysis.section import ReportColumn, ReportTable, Row, Section, page_number
@@ -119,8 +120,7 @@ def report_page(warehouse: Warehouse, run_ids: Collection[str] | None = None, ow
     of_run = {row["run_id"]: label for row, label in zip(drawn, labels, strict=True)}
     # This and what follows complete `damaged`.
     rows_of_findings = findings(warehouse, run_ids=list(of_run)).to_pylist()
-    experiments = warehouse.table("experiments", run_ids=list(of_run)).sort_by("created_at").to_pylist()
-    newest_first = [{**row, "task": describe_task(row["task"])} for row in reversed(experiments)]
+    experiments = warehouse.table("experiments", run_ids=list(of_run)).to_pylist()
     chapters = {
         "curves": [curve_section(c, f"curve-{number}") for number, c in enumerate(_curves(warehouse, drawn), start=1)],
         "experiments": experiment_sections(experiments, of_run),
@@ -168,7 +168,7 @@ def report_page(warehouse: Warehouse, run_ids: Collection[str] | None = None, ow
         warehouse=warehouse.root,
         created=datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
         summary=count_of(len(done), "run") + (f" and {failed} that failed" if failed else ""),
-        short=in_short(warehouse, drawn, of_run, rows_of_findings, without, newest_first),
+        short=in_short(warehouse, drawn, of_run, rows_of_findings, without, newest_experiments(experiments)),
         findings=_findings(rows_of_findings, of_run),
         chapters=[(name, *CHAPTERS[name], sections) for name, sections in chapters.items() if sections],
         overview=_overview(overview, of_run),
@@ -323,7 +323,7 @@ def in_short(
     labels: Mapping[str, str],
     findings: Sequence[Row],
     without: Sequence[Row],
-    experiments: Sequence[Row],
+    experiments: Mapping[str, NewestExperiment],
 ) -> list[dict[str, Any]]:
     """Return answers to the questions about a few runs, for the template. Runs with evaluated removals come first.
 
@@ -332,11 +332,10 @@ def in_short(
         labels: labels by run id.
         findings: rows of `findings`.
         without: by run, see `without_layers`.
-        experiments: rows of ``experiments``, the newest first.
+        experiments: newest experiments by run id.
     """
-    in_experiments = {row["run_id"] for row in experiments}
     with_sets = [(run, measured["sets"]) for run, measured in zip(runs, without, strict=True)]
-    evaluated = [pair for pair in with_sets if pair[1] or pair[0]["run_id"] in in_experiments]
+    evaluated = [pair for pair in with_sets if pair[1] or pair[0]["run_id"] in experiments]
     untried = [pair for pair in with_sets if pair not in evaluated]
     summaries = []
     for run, sets in [*evaluated, *untried[:MAX_UNTRIED]][:MAX_LISTED]:
@@ -355,7 +354,8 @@ def in_short(
                 )
             for removed in (removed for removed in of_task if removed["size"] == size):
                 of_claim.append(f"{task}: {removed['kept']:z.0%} at best, without {removed['dropped']}.")
-        of_claim += claim_in_short([row for row in experiments if row["run_id"] == run["run_id"]])
+        if experiment := experiments.get(run["run_id"]):
+            of_claim += claim_in_short([{**row, "task": describe_task(row["task"])} for row in experiment.rows])
         scored = warehouse.table("scores", run_ids=[run["run_id"]], where=at_reading(*PUBLISHED)).to_pylist()
         answers = {
             "Can AVSS be believed?": [

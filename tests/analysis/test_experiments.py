@@ -1,0 +1,144 @@
+"""Experiments of one run in a warehouse: the newest is read alone, older ones are counted, and each has its id."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from datetime import UTC, datetime, timedelta
+from math import log
+from pathlib import Path
+from typing import Any
+
+import pytest
+from support.warehouses import identity_of, run_row, write_scores
+
+from avss_dist.analysis.experiments import newest_experiments
+from avss_dist.analysis.plans import plan_layers
+from avss_dist.analysis.verdict import experiment_sections
+from avss_dist.reports.page.page import report_page
+from avss_dist.warehouse.reader import Warehouse
+from avss_dist.warehouse.store import Store
+
+OLD, NEW = "1" * 20, "2" * 20
+TIME = datetime(2026, 1, 2, 3, 4, tzinfo=UTC)
+Rows = list[dict[str, Any]]
+
+
+def row(score: str | None, loss: float, **more: Any) -> dict[str, Any]:
+    """A row of ``experiments`` on the loss of a text, without its experiment."""
+    columns = dict.fromkeys(("control", "repair", "patch", "factor", "site", "recipe", "threshold", "threshold_kind"))
+    about = {"task": "perplexity:text.txt", "metric": "loss", "method": score or "whole model", "score": score}
+    place = {"share": 0.25 if score else 0.0, "drop": [0, 1] if score else [], "created_at": TIME}
+    kept = {"retention": 0.5, "retention_low": 0.4, "retention_high": 0.6} if score else {"retention": 1.0}
+    return {**columns, **about, **place, "value": loss, **kept, **more}
+
+
+def experiment(whole: float, pruned: float, randoms: int, **more: Any) -> Rows:
+    """The whole model, the lowest AVSS, and random choices. The losses are logarithms of these perplexities."""
+    rows = [row(None, log(whole), **more), row("avss", log(pruned), **more)]
+    rows += [row("random", log(pruned), method=f"random {seed}", **more) for seed in range(randoms)]
+    return rows
+
+
+def older_and_newer(run_id: str = "a") -> Rows:
+    """Two experiments with a run, of which the older one also dropped another share."""
+    older = [*experiment(20, 40, 2), row("avss", log(80), share=0.5)]
+    newer = experiment(30, 50, 3, created_at=TIME + timedelta(days=1))
+    rows = [row | {"experiment_id": OLD} for row in older] + [row | {"experiment_id": NEW} for row in newer]
+    return [row | {"run_id": run_id, "model": "org/a"} for row in rows]
+
+
+@pytest.fixture
+def root(tmp_path: Path) -> Path:
+    """A warehouse with a run and two experiments, written by a version that stored no ids of experiments."""
+    write_scores(tmp_path, "a", [1.0, 2.0, 3.0, 4.0, 5.0, 6.0, 7.0, 8.0])
+    by_id: dict[str, Rows] = {}
+    for stored in older_and_newer():
+        columns = {name: value for name, value in stored.items() if name not in ("run_id", "model", "experiment_id")}
+        by_id.setdefault(stored["experiment_id"], []).append(columns)
+    for experiment_id, rows in by_id.items():
+        Store(tmp_path).write_rows("experiments", identity_of(run_row("a")), rows, experiment_id)
+    return tmp_path
+
+
+def test_the_newest_experiment_is_read_alone() -> None:
+    newest = newest_experiments(older_and_newer())["a"]
+    assert {row["experiment_id"] for row in newest.rows} == {NEW}
+
+
+def test_the_order_of_rows_does_not_decide_which_experiment_is_newest() -> None:
+    newest = newest_experiments(older_and_newer()[::-1])["a"]
+    assert {row["experiment_id"] for row in newest.rows} == {NEW}
+
+
+def test_every_run_has_its_own_newest_experiment() -> None:
+    of_b = [row | {"run_id": "b"} for row in older_and_newer() if row["experiment_id"] == OLD]
+    newest = newest_experiments([*older_and_newer(), *of_b])
+    assert {run_id: found.older for run_id, found in newest.items()} == {"a": 1, "b": 0}
+
+
+def test_an_experiment_that_dropped_no_layer_is_left_out() -> None:
+    """Versions before 0.3 also wrote experiments on residual scales and sparsities."""
+    later = [row("avss", 2.0, factor=0.5), row("avss", 2.0, share=0.0)]
+    identity = {"run_id": "a", "experiment_id": "3" * 20, "created_at": TIME + timedelta(days=9)}
+    newest = newest_experiments([*older_and_newer(), *(row | identity for row in later)])["a"]
+    assert {row["experiment_id"] for row in newest.rows} == {NEW}
+
+
+def test_an_experiment_is_named_with_its_time_and_the_number_of_all() -> None:
+    newest = newest_experiments(older_and_newer())["a"]
+    assert newest.describe() == f"Experiment {NEW} of 2026-01-03 03:04 UTC, the newest of 2 with this run."
+
+
+def test_an_experiment_without_others_is_named_alone() -> None:
+    newest = newest_experiments(older_and_newer())["a"]
+    assert replace(newest, older=0).describe() == f"Experiment {NEW} of 2026-01-03 03:04 UTC."
+
+
+def test_a_section_compares_within_the_newest_experiment() -> None:
+    (section,) = experiment_sections(older_and_newer())
+    (text,) = section.sentences
+    assert "(perplexity 30, then 50)" in text
+
+
+def test_a_section_counts_the_random_choices_of_the_newest_experiment() -> None:
+    (section,) = experiment_sections(older_and_newer())
+    assert "Of 3 random choices" in section.sentences[0]
+
+
+def test_a_section_has_the_shares_of_the_newest_experiment() -> None:
+    (section,) = experiment_sections(older_and_newer())
+    (table,) = section.tables
+    assert set(table.values[1].values) == {0.0, 0.25}
+
+
+def test_rows_of_earlier_versions_are_told_apart_by_their_files(root: Path) -> None:
+    rows = Warehouse(root).table("experiments").to_pylist()
+    assert {(row["experiment_id"], row["created_at"].day) for row in rows} == {(OLD, 2), (NEW, 3)}
+
+
+def test_a_query_has_the_same_ids_of_experiments(root: Path) -> None:
+    ids = Warehouse(root).sql("SELECT DISTINCT experiment_id FROM experiments ORDER BY 1")
+    assert ids["experiment_id"].to_pylist() == [OLD, NEW]
+
+
+def test_a_stored_id_of_an_experiment_is_kept(root: Path) -> None:
+    rows = [row | {"experiment_id": "4" * 20} for row in experiment(1, 2, 0)]
+    Store(root).write_rows("experiments", identity_of(run_row("a")), rows, "5" * 20)
+    ids = Warehouse(root).table("experiments")["experiment_id"].to_pylist()
+    assert set(ids) == {OLD, NEW, "4" * 20}
+
+
+def test_the_page_says_which_experiment_it_shows(root: Path) -> None:
+    assert f"Experiment {NEW} of 2026-01-03 03:04 UTC, the newest of 2 with this run." in report_page(Warehouse(root))
+
+
+def test_the_page_compares_within_the_newest_experiment(root: Path) -> None:
+    assert "(perplexity 30, then 50)" in report_page(Warehouse(root))
+
+
+def test_a_plan_has_the_verdict_of_the_newest_experiment_alone(root: Path) -> None:
+    warehouse = Warehouse(root)
+    (run,) = warehouse.runs().to_pylist()
+    (verdict,) = [line for line in plan_layers(warehouse, run, by="avss").findings if line.startswith("perplexity:")]
+    assert "(perplexity 30, then 50)" in verdict
+    assert verdict.endswith(f"Experiment {NEW} of 2026-01-03 03:04 UTC, the newest of 2 with this run.")
