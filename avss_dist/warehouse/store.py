@@ -192,12 +192,26 @@ class Store(Warehouse):
 
 
 OpenShared = Callable[[], Store | None]
-"""Opens a driver's warehouse in one of its workers. Returns None if the worker does not reach it. It is pickled."""
+"""Opens a driver's warehouse in one of its workers. Returns None if the worker does not reach it, or once the run has
+ended. It is pickled."""
+
+
+def _open_shared(root: RedactedURI, path: str, data: bytes) -> Store | None:
+    """Open a warehouse, or return None if this process does not find the file in it that the driver has written.
+
+    It is looked for at each call: a late worker must not write the shard of a run that has ended. What the file says is
+    compared once, since another driver of the same run replaces it by its own.
+    """
+    store = _opened(root, path, data)
+    try:
+        return store if store and store.storage.read(path) is not None else None
+    except AvssError:
+        return None
 
 
 @lru_cache(maxsize=8)
-def _open_shared(root: RedactedURI, path: str, data: bytes) -> Store | None:
-    """Open a warehouse, or return None if this process does not find the file in it that the driver has written."""
+def _opened(root: RedactedURI, path: str, data: bytes) -> Store | None:
+    """Open a warehouse, or return None if this process does not find a file with this content in it."""
     try:
         store = Store(root)
         return store if store.storage.read(path) == data else None
@@ -211,7 +225,8 @@ class Receipt:
 
     Attributes:
         shard_id, num_tokens, seconds: see `ShardResult`.
-        files: result of `encode_shard`, if the worker does not reach the warehouse. Else it has written them.
+        files: result of `encode_shard`, if the worker does not reach the warehouse, or the run has ended. Else it has
+            written them.
     """
 
     shard_id: int

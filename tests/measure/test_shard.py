@@ -6,6 +6,7 @@ Single rows are those of numpy. On SmolLM2-135M, the published formula holds, an
 from __future__ import annotations
 
 import os
+import shutil
 import threading
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -41,7 +42,7 @@ from avss_dist.runs.work import ReplicaSpec
 from avss_dist.stats.layer_stats import ROW_FIELDS
 from avss_dist.stats.scores import score_run
 from avss_dist.warehouse.encoding import decode_shard
-from avss_dist.warehouse.store import Receipt
+from avss_dist.warehouse.store import Receipt, Store
 
 SETTINGS = Settings(batch_size=2, device="cpu")
 
@@ -206,6 +207,29 @@ def test_a_shard_is_concluded_while_the_next_one_is_computed(
     stored = decode_shard(result.files["shard_stats"], "run")
     assert stored is not None and len(stored.stats) == len(expected.stats)
     assert all(stored.stats[key].equals(stats) for key, stats in expected.stats.items())
+
+
+def test_a_late_worker_writes_no_shard_of_a_run_that_has_ended(
+    replica: SmallDevice, shard: Shard, tiny_llama: Path, tmp_path: Path
+) -> None:
+    """It gives the shard to the driver, which needs it no more."""
+    store = Store(tmp_path)
+    shared = store.write_plan("run")
+    spec = ReplicaSpec(checkpoint=resolve(str(tiny_llama)), settings=BATCHES_OF_8, placement=Placement())
+    rows = BATCHES_OF_8.batch_size
+    assignment = ShardAssignment(shard=shard, rows=rows, forwards=0, run_id="run", warehouse=shared)
+
+    def measure() -> Receipt | None:
+        return assignment.run(spec, replica, lambda: None, lambda: None)
+
+    in_time = measure()
+    assert in_time is not None and not in_time.files
+    assert store.num_partials("run") == 1
+    shutil.rmtree(tmp_path / "shard_stats")
+    store.finish_plan("run")
+    late = measure()
+    assert late is not None and late.files
+    assert not (tmp_path / "shard_stats").exists()
 
 
 def test_fillers_count_for_nothing(replica: SmallDevice, shard: Shard) -> None:

@@ -78,13 +78,15 @@ class ShardAssignment:
             return None
         checkpoint, family = spec.checkpoint, result.model["family"]
         run = RunIdentity(run_id=self.run_id, model=checkpoint.name, revision=checkpoint.revision, family=family)
-        files: Mapping[str, Any] = {}
-        if store := self.warehouse and self.warehouse():
-            store.write_shard_files(run.run_id, result.shard_id, encode_shard(run, result))
-        else:
-            missed = ["some workers do not reach the warehouse: the driver wrote for them"] if self.warehouse else []
-            described = {**result.model, "notes": [*result.model["notes"], *missed]}
-            files = encode_shard(run, replace(result, model=described))
+        files: Mapping[str, Any] = encode_shard(run, result)
+        # Asked last: the run may have ended while this worker measured a shard that another one had finished.
+        store = self.warehouse() if self.warehouse else None
+        if store:
+            store.write_shard_files(run.run_id, result.shard_id, files)
+            files = {}
+        elif self.warehouse:
+            notes = [*result.model["notes"], "some workers do not reach the warehouse: the driver wrote for them"]
+            files = encode_shard(run, replace(result, model={**result.model, "notes": notes}))
         return Receipt(shard_id=result.shard_id, num_tokens=result.num_tokens, seconds=result.seconds, files=files)
 
 
