@@ -125,7 +125,7 @@ case "${1:-}" in
         [[ "$1" =~ ^[0-9]+$ && "$1" -le 200 ]] || fail "the number of nodes is 1 to 200, not $1"
         cpus=1
         [[ $# -eq 1 ]] || { [[ $# -eq 3 && "$2" == --cpus && "$3" =~ ^[0-9]+$ ]] && cpus="$3"; } || fail "$(usage)"
-        [[ -x "$bin/ray" ]] || fail "there is no ray: run pip install -e '.[run]' in a clone of the repository"
+        [[ -x "$bin/ray" ]] || fail "there is no ray: run pip install -e '${here%/*}[run]'"
         start "$1" "$cpus"
         ;;
     -h | --help) usage ;;

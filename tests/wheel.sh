@@ -43,6 +43,7 @@ avss read show -w warehouse -o layers.png
 avss read report -w warehouse -o report.html
 avss read query -w warehouse "FROM runs SELECT run_id, num_layers, num_tokens"
 "$work/read/bin/python" -c 'import avss_dist; print(avss_dist.Warehouse("warehouse").sql("FROM scores").num_rows, avss_dist.__file__)'
-if avss read score "$model" --corpus builtin:pydoc; then exit 1; fi
+if avss read score "$model" --corpus builtin:pydoc 2>"$work/hint"; then exit 1; fi
+grep -F "pip install '$wheel[run]'" "$work/hint" >&2
 say "Reading works without torch"
 du -ah --max-depth=1 . >&2

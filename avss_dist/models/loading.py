@@ -20,6 +20,7 @@ from safetensors import SafetensorError
 from torch import nn
 
 from avss_dist.core.errors import ModelError, first_line
+from avss_dist.core.extras import pip_command
 from avss_dist.core.settings import DTYPES, Settings
 from avss_dist.models.checkpoints import Checkpoint, read_config, stored_tensors
 from avss_dist.models.complete import require_complete, require_layers
@@ -127,8 +128,8 @@ def text_config(checkpoint: Checkpoint, folder: Path | None = None) -> Any:
     except _REFUSALS as error:
         raise ModelError(
             f"The configuration of '{checkpoint.name}' cannot be read: {_first_line(error)}",
-            "Is the download complete? A newer model needs a newer transformers (pip install -U transformers); one "
-            "with Python code of its own needs `trust_remote_code`, once you have read that code.",
+            f"Is the download complete? A newer model needs a newer transformers ({pip_command()} install -U "
+            "transformers); one with Python code of its own needs `trust_remote_code`, once you have read that code.",
         ) from error
 
 

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 
 from avss_dist.core.errors import ModelError, first_line
+from avss_dist.core.extras import pip_command
 from avss_dist.core.settings import Settings
 from avss_dist.models.checkpoints import Checkpoint, read_config, stored_tensors
 from avss_dist.models.complete import require_scales
@@ -300,7 +301,8 @@ def require_known_method(checkpoint: Checkpoint, method: str) -> None:
         raise ModelError(
             f"'{checkpoint.name}' is quantized by '{method}', which transformers does not know and "
             "would load as unquantized weights.",
-            "Is the config.json right? A newer method needs a newer transformers: pip install -U transformers.",
+            "Is the config.json right? A newer method needs a newer transformers: "
+            f"{pip_command()} install -U transformers.",
         )
 
 

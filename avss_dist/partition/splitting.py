@@ -15,6 +15,7 @@ from typing import Any
 import torch
 
 from avss_dist.core.errors import ConfigError
+from avss_dist.core.extras import pip_command
 from avss_dist.core.settings import Settings
 from avss_dist.models.checkpoints import Checkpoint
 from avss_dist.models.interventions import captured
@@ -99,7 +100,7 @@ def require_version() -> None:
         ConfigError: the installed transformers is too old.
     """
     if obstacle := version_obstacle():
-        raise ConfigError(f"{obstacle}.", "Run pip install -U transformers, or use `partition` zero3.")
+        raise ConfigError(f"{obstacle}.", f"Run {pip_command()} install -U transformers, or use `partition` zero3.")
 
 
 def generic_name(path: str) -> str:

@@ -16,6 +16,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from avss_dist.core.errors import WarehouseError
+from avss_dist.core.extras import package_hint
 from avss_dist.stats.layer_stats import (
     EXPERT_FIELDS,
     HISTOGRAM_BINS,
@@ -111,7 +112,7 @@ def _require_version(version: bytes | None) -> None:
     if number > SCHEMA_VERSION:
         raise WarehouseError(
             f"Written by a newer avss_dist: schema {number}, this one reads up to {SCHEMA_VERSION}.",
-            "Update avss_dist where you installed it: git pull, pip install .",
+            f"Get a newer avss_dist (git pull in its clone, or a newer wheel), and install it: {package_hint()}",
         )
     if number < _OLDEST:
         raise pa.ArrowInvalid(f"it has schema {number}, this avss_dist reads from {_OLDEST} on: measure it again")

@@ -191,7 +191,7 @@ def test_nothing_is_written_beside_a_newer_schema(tiny_llama: Path, warehouse: P
     table = pq.read_table(file, partitioning=None)
     metadata = {b"avss_schema_version": str(SCHEMA_VERSION + 1).encode()}
     pq.write_table(table.replace_schema_metadata(metadata), file)
-    says = [f"Written by a newer avss_dist: schema {SCHEMA_VERSION + 1}", "Update avss_dist where you installed it"]
+    says = [f"Written by a newer avss_dist: schema {SCHEMA_VERSION + 1}", "Get a newer avss_dist"]
     refused(warehouse, "score", tiny_llama, *SCORE, "-w", warehouse, says=says)
 
 

