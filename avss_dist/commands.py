@@ -192,7 +192,9 @@ def prune(request: PruneRequest) -> Pruned:
     With a warehouse, a repair is stored there, or read if it is stored already.
     """
     model, warehouse = str(request.model), request.warehouse
-    plan = request.plan if isinstance(request.plan, Plan) else read_plan(request.plan)
+    plan = read_plan(request.plan) if isinstance(request.plan, str) else request.plan
+    if not isinstance(plan, Plan):
+        raise ConfigError("`plan` drops neither layers nor experts: no checkpoint is written for it.", "Evaluate it.")
     checkpoint = resolve(model, trust_remote_code=request.trust_remote_code)
     fitted = None
     if request.fitted:

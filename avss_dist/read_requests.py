@@ -38,14 +38,40 @@ def _require_threshold(value: Any) -> Any:
     return value
 
 
-def _run_name(run: Any) -> Any:
+def _run_name(run: Any) -> str | None:
     """Return the id of a `runs.run.Run`, or the name as it is."""
-    return getattr(run, "run_id", run)
+    name = getattr(run, "run_id", run)
+    if name is not None and not isinstance(name, str):
+        raise ConfigError(f"expected the name of a run, or a run, not {run!r}.", "avss ls lists the runs.")
+    return name
 
 
-def _run_names(runs: Any) -> Any:
-    names = [runs] if isinstance(runs, str) or hasattr(runs, "run_id") else runs or ()
-    return tuple(str(_run_name(run)) for run in names)
+def _run_names(runs: Any) -> tuple[str, ...]:
+    return tuple(str(_run_name(run)) for run in _listed(runs))
+
+
+def _listed(runs: Any) -> list[Any]:
+    """Return runs or their names as a list, which may be given as one."""
+    if runs is None:
+        return []
+    return [*runs] if isinstance(runs, list | tuple | set) else [runs]
+
+
+def _with_warehouse_of_runs(values: dict[str, Any]) -> dict[str, Any]:
+    """Return keywords with the warehouse of the `runs.run.Run` of ``run``, unless they name a warehouse.
+
+    Raises:
+        ConfigError: the runs are in several warehouses.
+    """
+    warehouses = {run.warehouse for run in _listed(values.get("run")) if hasattr(run, "warehouse")}
+    if "warehouse" in values or not warehouses:
+        return values
+    if len(warehouses) > 1:
+        raise ConfigError(
+            f"The runs of `run` are in several warehouses: {', '.join(sorted(warehouses))}.",
+            "Name runs of one warehouse, or the `warehouse` that has all of them.",
+        )
+    return values | {"warehouse": warehouses.pop()}
 
 
 WAREHOUSE = Option(short="-w", environment="AVSS_WAREHOUSE")
@@ -69,6 +95,8 @@ class WarehouseRequest(Request):
 
     warehouse: Annotated[PathOrText, check(require_warehouse), WAREHOUSE] = "warehouse"
     """Folder of results, or s3://, gs://, hdfs:// URI."""
+
+    complete = staticmethod(_with_warehouse_of_runs)
 
 
 @checked

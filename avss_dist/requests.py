@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections import Counter
 from dataclasses import field
+from pathlib import Path
+from textwrap import shorten
 from typing import Annotated, Any, ClassVar
 
 from pydantic import Field
@@ -39,6 +41,7 @@ from avss_dist.core.settings import (
 )
 from avss_dist.core.text import RedactedURI
 from avss_dist.core.validation import (
+    MAX_SHOWN,
     RARE,
     Count,
     OneOf,
@@ -48,6 +51,7 @@ from avss_dist.core.validation import (
     Share,
     Text,
     Texts,
+    as_text,
     check,
     checked,
 )
@@ -74,6 +78,30 @@ Follow = Annotated[bool, Option(short="-f")]
 Model = Annotated[PathOrText, Option(argument=True, metavar="MODEL")]
 JobId = Annotated[str, Option(argument=True, metavar="JOB_ID")]
 Tokens = Annotated[float, Field(ge=1, allow_inf_nan=False)]
+
+
+def _path_or(value: Any, attribute: str, expected: str) -> Any:
+    """Return a path as text, and an object that has an attribute as it is.
+
+    Classes of plans and jobs are not imported here, so that wrong values of other options are refused sooner.
+    """
+    if hasattr(value, attribute):
+        return value
+    if not isinstance(value, str | Path):
+        raise ConfigError(f"expected {expected}, not {shorten(repr(value), MAX_SHOWN)}.")
+    return as_text(value)
+
+
+def _model_or_plan(value: Any) -> Any:
+    return _path_or(value, "intervention", "a model, a plan, or the file of a plan")
+
+
+def _plan(value: Any) -> Any:
+    return _path_or(value, "intervention", "a plan, or its file")
+
+
+def _job(value: Any) -> Any:
+    return _path_or(value, "specs", "a job file")
 
 
 @checked
@@ -170,7 +198,11 @@ class AblateRequest(ModelRequest, CorpusRequest, WarehouseRequest, EvaluationOpt
 class EvaluateRequest(WarehouseRequest, EvaluationOptions):
     """Evaluate models and plans on tasks."""
 
-    subjects: Annotated[Texts, Option(argument=True, metavar="SUBJECT")] = field(kw_only=False)
+    subjects: Annotated[
+        tuple[Annotated[Any, check(_model_or_plan, before=True)], ...],
+        Field(strict=False),
+        Option(argument=True, metavar="SUBJECT"),
+    ] = field(kw_only=False)
     """Models, or plans (PLAN.yaml)."""
     tasks: Texts
     """perplexity:CORPUS, or a task of lm-evaluation-harness by name or YAML file."""
@@ -180,7 +212,7 @@ class EvaluateRequest(WarehouseRequest, EvaluationOptions):
     """Maximum number of questions per task."""
     num_fewshot: Count | None = None
     """Examples before each question of a harness task."""
-    sparse: PathOrText | None = None
+    sparse: Annotated[Annotated[Any, check(_plan, before=True)] | None, Option(metavar="SPARSE.yaml")] = None
     """A sparsity plan, SPARSE.yaml, to evaluate every subject with as well."""
     base: Annotated[PathOrText | None, Option(metavar="MODEL", rare=True)] = None
     """The model that a pruned checkpoint was made of, to compare with; by default that of its model card."""
@@ -344,7 +376,7 @@ class PrecisionRequest(RunRequest):
 class PruneRequest(ModelRequest, EvaluationOptions):
     """Write a checkpoint without the layers or routed experts of a plan."""
 
-    plan: Annotated[Any, Option(argument=True, metavar="PLAN.yaml")] = field(kw_only=False)
+    plan: Annotated[Any, check(_plan, before=True), Option(argument=True, metavar="PLAN.yaml")] = field(kw_only=False)
     """A plan, written by avss plan or by hand."""
     output: Output = field(kw_only=False)
     """Folder of the new checkpoint; it must not exist, or be empty."""
@@ -438,7 +470,7 @@ class DistillRequest(ModelOptions, TextOptions, ClusterOptions, Request):
 class JobFileRequest(Request):
     """A command about a job file."""
 
-    job: Annotated[Any, Option(argument=True, metavar="JOB.yaml")] = field(kw_only=False)
+    job: Annotated[Any, check(_job, before=True), Option(argument=True, metavar="JOB.yaml")] = field(kw_only=False)
     """A job file; avss run --schema lists its keys."""
     replicas: ReplicaRange | None = None
     """Model copies in parallel, 8 or 4..64, instead of the file's."""
@@ -471,7 +503,9 @@ class RunJobRequest(JobFileRequest):
 class RunCommandRequest(RunJobRequest):
     """Run a job file, or show what that would do."""
 
-    job: Annotated[Any, Option(argument=True, metavar="JOB.yaml")] = field(default=None, kw_only=False)
+    job: Annotated[Any, check(_job, before=True), Option(argument=True, metavar="JOB.yaml")] = field(
+        default=None, kw_only=False
+    )
     """A job file."""
     schema: bool = False
     """Print the JSON Schema of job files, for editors."""

@@ -97,7 +97,7 @@ class Option:
 RARE, NO_OPTION = Option(rare=True), Option(exists=False)
 
 
-def _as_text(value: Any) -> str:
+def as_text(value: Any) -> str:
     """Return a text that may be a path. It keeps its class, such as `RedactedURI`."""
     if isinstance(value, Path):
         return str(value)
@@ -106,9 +106,9 @@ def _as_text(value: Any) -> str:
     return value
 
 
-Text = Annotated[str, PlainValidator(_as_text)]
+Text = Annotated[str, PlainValidator(as_text)]
 Texts = Annotated[tuple[Text, ...], Range(strict=False)]
-PathOrText = Annotated[str | Path, PlainValidator(_as_text)]
+PathOrText = Annotated[str | Path, PlainValidator(as_text)]
 
 
 @dataclass_transform(frozen_default=True, kw_only_default=True, field_specifiers=(field,))
@@ -118,6 +118,7 @@ def checked(cls: type[T]) -> type[T]:
     It is checked by pydantic: ``Annotated`` types have ranges, `OneOf` and `check`. The docstring below a field is its
     description in front ends. An invalid value, an unknown or a missing field is a `ConfigError` that lists every
     problem, each with its field in backticks. As a field of another class, an instance may be given as a mapping.
+    A classmethod ``complete`` may return the keywords of a new instance with more of them.
     The checks are prepared when the first instance is made, which takes milliseconds for many fields.
     """
     checks: Any = cls
@@ -131,7 +132,8 @@ def checked(cls: type[T]) -> type[T]:
 
     @wraps(checks.__init__)
     def initialize(self: Any, *positional: Any, **values: Any) -> None:
-        _validate(type(self), ArgsKwargs(positional, values), self_instance=self)
+        complete = getattr(type(self), "complete", dict)
+        _validate(type(self), ArgsKwargs(positional, complete(values)), self_instance=self)
 
     checks.__init__, checks.__doc__ = initialize, _Documentation(cls.__doc__ or "")
     return cls
@@ -311,7 +313,7 @@ def located_problems(
 
 def _problem(cls: Any, error: Any, noun: str) -> ConfigError:
     kind, value, context = error["type"], error["input"], error.get("ctx") or {}
-    name, inner = _field_at(cls, error["loc"])
+    name, inner = _field_at(cls, _named(cls, error["loc"]))
     if kind in ("unexpected_keyword_argument", "extra_forbidden", "invalid_key"):
         return ConfigError(
             f"Unknown {noun} '{error['loc'][-1]}'.", nearest(str(error["loc"][-1]), sorted(_fields(inner)))
@@ -324,6 +326,14 @@ def _problem(cls: Any, error: Any, noun: str) -> ConfigError:
     if kind == "problem":
         return ConfigError(f"`{name}`: {context['message']}", context["hint"])
     return ConfigError(f"`{name}`{_complaint(kind, value, context) or ': ' + error['msg']}.")
+
+
+def _named(cls: Any, path: Location) -> Location:
+    """Return a path whose first part is the name of a field, where it was the index of a positional argument."""
+    if not path or not isinstance(path[0], int):
+        return path
+    positional = [field.name for field in ordered(cls) if not field.kw_only]
+    return (positional[path[0]], *path[1:]) if path[0] < len(positional) else path
 
 
 def _field_at(cls: Any, path: Location) -> tuple[str, Any]:

@@ -19,7 +19,7 @@ from avss_dist.core.intervention import NO_INTERVENTION, Intervention
 from avss_dist.core.registry import PERPLEXITY, REALIZED, ROW_START, SEARCH
 from avss_dist.core.results import TabularResult
 from avss_dist.core.settings import Settings
-from avss_dist.core.text import RedactedURI
+from avss_dist.core.text import RedactedURI, basename
 from avss_dist.evaluation.session import EvaluationSession, PlannedTask, Retention, results_under
 from avss_dist.evaluation.tasks import (
     plan_task,
@@ -35,7 +35,7 @@ from avss_dist.models.loading import candidate_layers
 from avss_dist.models.size import load_skeleton
 from avss_dist.pruning.checkpoint import pruned_from
 from avss_dist.pruning.map_plans import PrecisionPlan, SparsityPlan
-from avss_dist.pruning.plan import Plan, read_checked_plan, read_plan, read_plan_file
+from avss_dist.pruning.plan import ModelPlan, Plan, read_checked_plan, read_plan, read_plan_file
 from avss_dist.pruning.selection import PlanError
 from avss_dist.requests import EvaluateRequest
 from avss_dist.stats.metrics import row_start_warning
@@ -112,7 +112,7 @@ class Evaluations(list[Evaluation], TabularResult):
     """Evaluations of several subjects, in their order and that of the tasks.
 
     Attributes:
-        findings: sentences for people, on missing base models, realized sparsities, guesses and starts of rows.
+        findings: sentences for people, on realized sparsities, guesses and starts of rows.
     """
 
     _bars = ("retention",)
@@ -130,8 +130,8 @@ class Evaluations(list[Evaluation], TabularResult):
 def evaluate(request: EvaluateRequest) -> Evaluations:
     """Evaluate models and plans on tasks. Cells that the warehouse has are not measured again.
 
-    A plan is a file that ends in ``.yaml`` or ``.yml``. Its whole model is evaluated, too, and so is the base model of
-    a pruned checkpoint.
+    A plan is a plan object, or a file that ends in ``.yaml`` or ``.yml``. Its whole model is evaluated, too, and so is
+    the base model of a pruned checkpoint.
 
     Raises:
         AvssError: a mistake, or a cell that failed (`RunFailed`). Measured cells remain in the warehouse.
@@ -139,7 +139,7 @@ def evaluate(request: EvaluateRequest) -> Evaluations:
     settings = request.settings
     tasks = [RedactedURI(task) for task in request.tasks]
     subjects = _read_subjects(request.subjects, request.sparse, settings)
-    subjects, missing_bases = _with_bases(subjects, request.base)
+    subjects = _with_bases(subjects, request.base)
     checkpoints = {c.revision: c for subject in subjects for c in (subject.checkpoint, subject.base) if c}
     with EvaluationSession.open(request.warehouse, settings, request.execution, request.on_event) as session:
         models = [session.place(checkpoint, settings) for checkpoint in checkpoints.values()]
@@ -176,7 +176,6 @@ def evaluate(request: EvaluateRequest) -> Evaluations:
     return Evaluations(
         evaluations,
         findings=[
-            *missing_bases,
             *_sparsity_findings(subjects, tasks, results),
             *(f"{subject.label}: {plan.describe()[0]}" for subject in subjects if (plan := subject.precision_plan)),
             *_guess_findings(evaluations),
@@ -259,31 +258,35 @@ def _row_start_findings(planned: PlannedTask, results: Sequence[Result]) -> list
     return [warning[1]] if warning else []
 
 
-def _read_subjects(names: Sequence[str], sparse: str | Path | None, settings: Settings) -> list[Subject]:
-    """Return the subjects with these names. Each is followed by a copy with a sparsity plan, if one is given.
+AnyPlan = Plan | SparsityPlan | PrecisionPlan
+
+
+def _read_subjects(named: Sequence[str | AnyPlan], sparse: str | AnyPlan | None, settings: Settings) -> list[Subject]:
+    """Return the subjects that are named. Each is followed by a copy with a sparsity plan, if one is given.
 
     Args:
-        sparse: file of the sparsity plan.
+        named: models, plans, and files of plans.
+        sparse: the sparsity plan, or its file.
 
     Raises:
         AvssError: a model or plan cannot be read, or ``sparse`` is not a sparsity plan for the same model.
     """
-    subjects = [_read_subject(name, settings) for name in names]
+    subjects = [_read_subject(name, settings) for name in named]
     if sparse is None:
         return subjects
-    added = _read_subject(str(sparse), settings)
+    added = _read_subject(sparse, settings)
     if added.sparsity_plan is None:
-        raise PlanError(f"{sparse} is not a sparsity plan.", "avss sparsify makes one.")
+        raise PlanError(f"{added.label} is not a sparsity plan.", "avss sparsify makes one.")
     for subject in subjects:
         if subject.checkpoint.revision != added.checkpoint.revision:
             raise PlanError(
-                f"{sparse} is for {added.checkpoint.name}, and {subject.label} is another model.",
+                f"{added.label} is for {added.checkpoint.name}, and {subject.label} is another model.",
                 "Make a plan for each model.",
             )
     copies = [
         replace(
             subject,
-            label=f"{subject.label} + {sparse}",
+            label=f"{subject.label} + {added.label}",
             intervention=replace(subject.intervention, sparsity=added.intervention.sparsity),
             sparsity_plan=added.sparsity_plan,
         )
@@ -292,21 +295,22 @@ def _read_subjects(names: Sequence[str], sparse: str | Path | None, settings: Se
     return [*chain.from_iterable(zip(subjects, copies, strict=True))]
 
 
-def _read_subject(name: str, settings: Settings) -> Subject:
-    """Return a model, or the plan in a file with the checkpoint that it is for.
+def _read_subject(named: str | AnyPlan, settings: Settings) -> Subject:
+    """Return a model, or a plan with the checkpoint that it is for.
 
     Args:
+        named: a model, a plan, or the file of a plan.
         settings: whether code of a checkpoint is trusted, and the path of its layer list.
 
     Raises:
         AvssError: there is no such model or file, or the plan does not fit the current state of its model.
     """
-    if not name.endswith((".yaml", ".yml")):
-        return Subject(checkpoint=resolve(name, trust_remote_code=settings.trust_remote_code), label=name)
-    keys = read_plan_file(name).value
-    kinds: tuple[type[SparsityPlan | PrecisionPlan], ...] = (SparsityPlan, PrecisionPlan)
-    kind = next((kind for kind in kinds if kind.key in keys), None)
-    plan: Plan | SparsityPlan | PrecisionPlan = read_checked_plan(kind, name) if kind else read_plan(name)
+    if isinstance(named, ModelPlan):
+        plan, name = named, named.label
+    elif named.endswith((".yaml", ".yml")):
+        plan, name = _read_any_plan(named), named
+    else:
+        return Subject(checkpoint=resolve(named, trust_remote_code=settings.trust_remote_code), label=named)
     try:
         checkpoint = resolve(plan.model, trust_remote_code=settings.trust_remote_code)
     except ModelError as error:
@@ -326,10 +330,18 @@ def _read_subject(name: str, settings: Settings) -> Subject:
     return replace(subject, run_id=plan.run_id, search=str(plan.why.get("evaluation", "")) if searched else None)
 
 
-def _require_same_layers(
-    checkpoint: Checkpoint, file: str, plan: Plan | SparsityPlan | PrecisionPlan, settings: Settings
-) -> None:
-    """Refuse the plan of a file whose layers or linear maps are not those of its model.
+def _read_any_plan(file: str) -> AnyPlan:
+    """Return the plan in a file, of the kind that its keys tell."""
+    keys = read_plan_file(file).value
+    if SparsityPlan.key in keys:
+        return read_checked_plan(SparsityPlan, file)
+    if PrecisionPlan.key in keys:
+        return read_checked_plan(PrecisionPlan, file)
+    return read_plan(file)
+
+
+def _require_same_layers(checkpoint: Checkpoint, file: str, plan: AnyPlan, settings: Settings) -> None:
+    """Refuse a plan whose layers or linear maps are not those of its model.
 
     A model that cannot be built without its weights is not checked here. It refuses what it does not have. The linear
     maps of a model with several module lists that may be its layers are not checked, either.
@@ -372,47 +384,53 @@ def _require_same_layers(
                 raise PlanError(f"{where} {problem}.", _ANOTHER_MODEL)
 
 
-def _with_bases(subjects: Sequence[Subject], base: str | Path | None) -> tuple[list[Subject], list[str]]:
-    """Return subjects with the base models of those that are checkpoints, and findings on missing base models.
+def _with_bases(subjects: Sequence[Subject], base: str | Path | None) -> list[Subject]:
+    """Return subjects with the base models of those that are checkpoints.
 
     Args:
         base: the base model; by default the model that the card of each pruned checkpoint names.
 
     Raises:
-        ConfigError: a base model is given, and all subjects are plans.
+        ConfigError: a base model is given, and all subjects are plans; or one that a card names is not found.
         AvssError: the given base model cannot be opened.
     """
     if base is not None and all(subject.intervention for subject in subjects):
         raise ConfigError("`base` has no effect on plans, which name their own models.", "Leave it out.")
     common = None if base is None else resolve(str(base), trust_remote_code=subjects[0].checkpoint.trust_remote_code)
-    bases = {subject: common or _base_of(subject) for subject in subjects if not subject.intervention}
-    different = {
-        subject: model
-        for subject, model in bases.items()
-        if isinstance(model, Checkpoint) and model.revision != subject.checkpoint.revision
-    }
-    findings = [finding for finding in bases.values() if isinstance(finding, str)]
-    return [replace(subject, base=different.get(subject)) for subject in subjects], findings
+    with_bases = []
+    for subject in subjects:
+        model = None if subject.intervention else common or _base_of(subject)
+        if model is not None and model.revision == subject.checkpoint.revision:
+            model = None
+        with_bases.append(replace(subject, base=model))
+    return with_bases
 
 
-def _base_of(subject: Subject) -> Checkpoint | str | None:
-    """Return the base model that a pruned checkpoint's card names, or a finding if it is missing.
+def _base_of(subject: Subject) -> Checkpoint | None:
+    """Return the base model that a pruned checkpoint's card names, beside the checkpoint or where the card says.
 
     Returns:
         None for a model that `pruning.checkpoint.prune` has not written.
+
+    Raises:
+        ConfigError: it is not there, or has changed. This is known before anything is measured.
     """
     folder = subject.checkpoint.folder
     if not folder.is_dir() or (card := pruned_from(folder)) is None:
         return None
     name, revision = card
-    sibling = folder.parent / name
-    hint = f"name it with `base` to see what {subject.label} keeps."
-    try:
-        base = resolve(
-            str(sibling) if sibling.is_dir() else name, trust_remote_code=subject.checkpoint.trust_remote_code
-        )
-    except AvssError:
-        return f"{name}, the base model of {subject.label}, is not found: {hint}"
-    if base.revision != revision:
-        return f"{name} is at {base.revision[:12]}, and {subject.label} was made of it at {revision[:12]}: {hint}"
-    return base
+    places = [str(folder.parent / basename(name)), name]
+    if Path(name).is_absolute():
+        places.reverse()
+    hint = f"Name it with `base` to see what {subject.label} keeps; `base` {subject.label} evaluates it alone."
+    base = None
+    for place in places:
+        with suppress(AvssError):
+            base = resolve(place, trust_remote_code=subject.checkpoint.trust_remote_code)
+            if base.revision == revision:
+                return base
+    if base is None:
+        raise ConfigError(f"{name}, the base model of {subject.label}, is not found.", hint)
+    raise ConfigError(
+        f"{name} is at {base.revision[:12]}, and {subject.label} was made of it at {revision[:12]}.", hint
+    )

@@ -274,9 +274,12 @@ def model_card(
     checkpoint: Checkpoint, plan: Plan, notes: list[str] | None = None, repair: RepairRecord | None = None
 ) -> str:
     """Return a model card with the removed layers and experts and the reason, the repair, and the license."""
-    name = checkpoint.name if checkpoint.source == "hub" else Path(checkpoint.path).name
+    name, base = checkpoint.name, checkpoint.name
+    if checkpoint.source != "hub":
+        path = Path(checkpoint.path).absolute()  # from other folders, too
+        name, base = path.name, str(path)
     fields = {
-        "base_model": name,
+        "base_model": base,
         "base_model_relation": "finetune",  # the nearest of the relations that the hub knows
         **source_license(checkpoint.folder),
         "library_name": "transformers",

@@ -148,6 +148,11 @@ class LinearMapPlan(ModelPlan):
         return tuple(getattr(self, self.key))
 
     @property
+    def label(self) -> str:
+        """Name for people of the model with the plan's mean: ``model, sparsity 0.5 by uniform``."""
+        return f"{super().label}, {self.budget} {getattr(self, self.budget):.4g} by {self.why.get('by', 'hand')}"
+
+    @property
     def weights(self) -> int:
         """Number of weights of the linear maps."""
         return sum(entry.weights for entry in self.maps)

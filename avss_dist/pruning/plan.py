@@ -42,7 +42,7 @@ from avss_dist.core.intervention import (
 from avss_dist.core.registry import BLOCK_DISTANCE, EXPERT_SCORES, LOWEST_SHARE, MEASURED_ONLY, READING, SCORES
 from avss_dist.core.results import TabularResult
 from avss_dist.core.settings import Settings
-from avss_dist.core.text import describe_bytes, describe_count, printable
+from avss_dist.core.text import basename, describe_bytes, describe_count, printable
 from avss_dist.core.validation import check, checked
 from avss_dist.core.yaml_files import Document, YamlKind, read_yaml
 from avss_dist.pruning.ground_truth import LayerTruth
@@ -109,6 +109,11 @@ class ModelPlan:
         """Return the fields as plain values, as files and JSON have them."""
         plain = {field.name: getattr(self, field.name) for field in fields(self)} | {"why": dict(self.why)}
         return {name: plain[name] for name in sorted(plain, key=lambda name: _AT_THE_END.get(name, 0))}
+
+    @property
+    def label(self) -> str:
+        """Name for people of the model with the change, where the plan has no file."""
+        return basename(self.model)
 
     def _describe(self, first: str, *lines: str, meanings: Mapping[str, str] = MEANINGS) -> list[str]:
         """Return lines for people: a headline, the origin and the reason of the plan, other lines, and findings.
@@ -211,6 +216,11 @@ class Plan(ModelPlan, TabularResult):
     def experts(self) -> dict[int, tuple[int, ...]]:
         """Indices of the routed experts that are dropped from each layer that loses some."""
         return experts_by_layer(self.drop)
+
+    @property
+    def label(self) -> str:
+        """Name for people of the model without what is dropped."""
+        return f"{super().label} without {describe_removed(self.drop)}"
 
     def require_no_sublayers(self, why: str) -> None:
         """Raise PlanError if the plan drops sublayers.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import json
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,10 @@ from avss_dist.core.errors import ConfigError, QueryError
 from avss_dist.core.results import Table
 from avss_dist.core.settings import Execution, Settings
 from avss_dist.core.text import RedactedURI
-from avss_dist.requests import ScoreRequest
+from avss_dist.models.number_formats import FORMATS
+from avss_dist.pruning.map_plans import MapPrecision, PrecisionPlan
+from avss_dist.read_requests import CompareRequest, ShowRequest
+from avss_dist.requests import PlanRequest, ScoreRequest
 from avss_dist.runs.run import Run
 from avss_dist.warehouse.reader import Warehouse
 
@@ -66,6 +70,51 @@ def test_mistakes_of_a_request_and_of_its_settings_are_reported_together() -> No
         avss.ablate("m", "text.txt")  # type: ignore[call-arg, misc]
     with pytest.raises(ConfigError, match="`model` is missing"):
         avss.ablate(corpus="text.txt")  # type: ignore[call-arg]
+
+
+@pytest.mark.parametrize(
+    ("call", "name"),
+    [
+        (lambda: avss.ls("warehouse"), "what"),
+        (lambda: avss.score(3, corpus="text.txt"), "model"),
+        (lambda: avss.evaluate([3], tasks=["perplexity:text.txt"]), "subjects"),
+        (lambda: avss.prune("model", 3, output="less"), "plan"),
+        (lambda: avss.plan(run=3), "run"),
+        (lambda: avss.compare(run=3), "run"),
+        (lambda: avss.run(3), "job"),
+    ],
+)
+def test_an_error_names_the_argument_that_is_wrong(call: Callable[[], object], name: str) -> None:
+    with pytest.raises(ConfigError, match=f"`{name}`"):
+        call()
+
+
+def run_in(warehouse: str, run_id: str = "run-1") -> Run:
+    return Run(run_id=run_id, model="org/model", warehouse=warehouse, status="done")
+
+
+def test_a_run_brings_its_warehouse() -> None:
+    assert PlanRequest(run=run_in("elsewhere")).warehouse == "elsewhere"
+
+
+def test_several_runs_bring_their_warehouse() -> None:
+    assert CompareRequest(run=[run_in("elsewhere"), run_in("elsewhere", "run-2")]).warehouse == "elsewhere"
+
+
+def test_a_named_warehouse_is_read_in_place_of_that_of_a_run() -> None:
+    assert ShowRequest(run=run_in("elsewhere"), warehouse="copy").warehouse == "copy"
+
+
+def test_runs_of_several_warehouses_are_refused() -> None:
+    with pytest.raises(ConfigError, match="several warehouses: a, b"):
+        CompareRequest(run=[run_in("a"), run_in("b")])
+
+
+def test_a_plan_without_layers_to_drop_makes_no_checkpoint(tmp_path: Path) -> None:
+    entry = MapPrecision(layer=0, map="mlp.up_proj", format="int8", weights=64, bits=FORMATS["int8"].bits(8, 8))
+    plan = PrecisionPlan(model="model", num_layers=1, bits=entry.bits, rounded=(entry,))
+    with pytest.raises(ConfigError, match="`plan` drops neither layers nor experts"):
+        avss.prune("model", plan, output=tmp_path / "less")
 
 
 def test_a_request_keeps_texts_with_secrets_and_takes_paths() -> None:
@@ -138,7 +187,7 @@ def test_files_are_written_by_functions(root: str, tmp_path: Path) -> None:
     assert (tmp_path / "published" / "data" / "runs.parquet").is_file()
     assert {row["runs"] for row in avss.compact(warehouse=root).table().to_pylist()} == {0, 2}
     own = tmp_path / "own.csv"
-    own.write_text("layer,mine\n0,3.5\n1,1.5\n")
+    own.write_text("layer,mine\n" + "".join(f"{layer},{3.5 - 2 * layer}\n" for layer in range(8)))
     shown = avss.show(run="alpha", warehouse=root, by=[f"{own}:mine"], output=tmp_path / "layers.svg").table()
     assert shown[f"{own}:mine"].to_pylist()[:2] == [3.5, 1.5] and (tmp_path / "layers.svg").is_file()
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -31,7 +30,7 @@ from avss_dist.evaluation.tasks import plan_task, refuse_overlap, texts_of_run
 from avss_dist.models.checkpoints import resolve
 from avss_dist.partition.replica import Placement
 from avss_dist.pruning.checkpoint import prune, pruned_from
-from avss_dist.pruning.plan import Plan
+from avss_dist.pruning.plan import Plan, read_plan
 from avss_dist.tasks.task import Task
 from avss_dist.warehouse.reader import Warehouse
 
@@ -175,21 +174,52 @@ def test_the_base_model_of_the_card_is_evaluated_too(pruned: Path, tmp_path: Pat
     assert Warehouse(warehouse).table("cells").num_rows == cells
 
 
-def test_a_card_whose_model_is_not_there_is_told(
-    pruned: Path, tiny_llama: Path, tmp_path: Path, save_checkpoint: Save
-) -> None:
-    alone = tmp_path / "smaller"
-    shutil.copytree(pruned / "smaller", alone)
-    found = evaluate([str(alone)], tasks=[TASK], warehouse=tmp_path / "w", **SIZES)
-    assert found[0].retained is None
-    assert any(
-        re.search(r"whole, the base model of .*smaller, is not found: name it with `base`", f) for f in found.findings
+@pytest.fixture
+def moved(pruned: Path, tmp_path: Path) -> Path:
+    """A copy of the pruned checkpoint whose card names a model that is not there."""
+    folder = tmp_path / "smaller"
+    shutil.copytree(pruned / "smaller", folder)
+    card = folder / "README.md"
+    card.write_text(card.read_text().replace(str(pruned / "whole"), str(tmp_path / "gone" / "whole")))
+    return folder
+
+
+def test_a_base_model_that_is_not_found_is_refused_before_work(moved: Path, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"whole, the base model of .*smaller, is not found"):
+        evaluate([str(moved)], tasks=[TASK], warehouse=tmp_path / "w", **SIZES)
+    assert not (tmp_path / "w").exists()
+
+
+def test_a_base_model_that_has_changed_is_refused_before_work(moved: Path, save_checkpoint: Save) -> None:
+    save_checkpoint(llama(seed=9), moved.parent / "whole")
+    with pytest.raises(ConfigError, match="was made of it at"):
+        evaluate([str(moved)], tasks=[TASK], warehouse=moved.parent / "w", **SIZES)
+
+
+def test_a_base_model_beside_the_checkpoint_is_found(moved: Path, pruned: Path) -> None:
+    shutil.copytree(pruned / "whole", moved.parent / "whole")
+    (evaluation,) = evaluate([str(moved)], tasks=[TASK], warehouse=moved.parent / "w", **SIZES)
+    assert evaluation.retained is not None
+
+
+def test_a_base_model_can_be_named(moved: Path, pruned: Path) -> None:
+    (evaluation,) = evaluate(
+        [str(moved)], tasks=[TASK], base=str(pruned / "whole"), warehouse=moved.parent / "w", **SIZES
     )
-    (named,) = evaluate([str(alone)], tasks=[TASK], base=str(pruned / "whole"), warehouse=tmp_path / "w", **SIZES)
-    assert named.retained is not None
-    save_checkpoint(llama(seed=9), tmp_path / "whole")
-    changed = evaluate([str(alone)], tasks=[TASK], warehouse=tmp_path / "w", **SIZES)
-    assert changed[0].retained is None and any("was made of it at" in finding for finding in changed.findings)
+    assert evaluation.retained is not None
+
+
+def test_a_pruned_checkpoint_that_is_its_own_base_is_evaluated_alone(moved: Path) -> None:
+    (evaluation,) = evaluate([str(moved)], tasks=[TASK], base=str(moved), warehouse=moved.parent / "w", **SIZES)
+    assert evaluation.retained is None
+
+
+def test_a_plan_is_evaluated_as_its_file_is(pruned: Path, tmp_path: Path) -> None:
+    plan = read_plan(pruned / "plan.yaml")
+    subjects = [plan, str(pruned / "plan.yaml")]
+    planned, from_file = evaluate(subjects, tasks=[TASK], warehouse=tmp_path / "w", **SIZES)
+    assert planned.subject.label == "whole without 1"
+    assert planned.retained == from_file.retained
 
 
 def test_models_that_were_not_pruned_have_no_base(pruned: Path, tmp_path: Path) -> None:

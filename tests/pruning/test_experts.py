@@ -290,7 +290,7 @@ def test_useless_experts_are_found_and_taken_out(planted: Planted, tmp_path: Pat
     text = (tmp_path / "less" / "README.md").read_text()
     assert "without 2 experts" in text and "layer 1: 5; layer 2: 5." in text and "expert-pruning" in text
     assert "layer-pruning" not in text and "Evaluated: perplexity:builtin:pydoc: perplexity" in text
-    assert pruned_from(tmp_path / "less") == (folder.name, plans["reap"].revision)
+    assert pruned_from(tmp_path / "less") == (str(folder), plans["reap"].revision)
     again = succeed("evaluate", tmp_path / "less", "--base", folder, *task, "--format", "json", *SMALL)
     (row,) = (row for row in map(json.loads, again.stdout.splitlines()) if row["metric"] == "perplexity")
     assert row["value"] == pytest.approx(rows[str(files[0])]["value"], rel=1e-6)

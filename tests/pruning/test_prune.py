@@ -212,7 +212,17 @@ def test_the_model_card_says_what_and_why(tiny_llama: Path) -> None:
     card = model_card(resolve(str(tiny_llama)), plan)
     assert "without 1 of its 3 layers" in card and "counted from 0: 1." in card and "llama-1" in card
     assert "<script>" not in card.split("---")[2]
-    assert yaml.safe_load(card.split("---")[1])["base_model"] == tiny_llama.name
+    assert yaml.safe_load(card.split("---")[1])["base_model"] == str(tiny_llama)
+    assert f"# {tiny_llama.name} without 1 of its 3 layers" in card.replace("\\", "")
+
+
+def test_the_base_model_of_a_card_is_found_from_other_folders(
+    tiny_llama: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tiny_llama.parent)
+    plan = Plan(model="m", num_layers=3, layers="layers", drop=(1,))
+    card = model_card(resolve(tiny_llama.name), plan)
+    assert yaml.safe_load(card.split("---")[1])["base_model"] == str(tiny_llama)
 
 
 def test_folders_that_hold_something_are_left_alone(
