@@ -6,7 +6,6 @@ import json
 import re
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
 from pathlib import Path
 from typing import Any, NoReturn, TypeVar
 
@@ -16,6 +15,7 @@ import pyarrow.compute as pc
 import pyarrow.dataset as ds
 
 from avss_dist.core.errors import DamagedFile, QueryError, WarehouseError, nearest, require_known
+from avss_dist.core.settings import fingerprint
 from avss_dist.core.suggestions import command_line
 from avss_dist.core.text import basename, count_of
 from avss_dist.stats.layer_stats import LayerKey, LayerStats, ShardResult, StratumKey, merge_strata
@@ -36,7 +36,7 @@ from avss_dist.warehouse.encoding import (
     parse,
     to_strata,
 )
-from avss_dist.warehouse.schema import DAMAGED, EVALUATION_TABLES, SCHEMAS, TABLES, UNFINISHED_RUNS
+from avss_dist.warehouse.schema import DAMAGED, EVALUATION_TABLES, SCHEMAS, TABLES, TIME, UNFINISHED_RUNS
 from avss_dist.warehouse.storage import PLAN, Storage
 
 K = TypeVar("K")
@@ -44,6 +44,7 @@ T = TypeVar("T")
 Files = Mapping[str, tuple[str, str]]
 """Run id and stamp (size and time of change) of files, by path."""
 
+PLAN_CHECKSUM = "checksum"  # of the other keys of the file that describes an unfinished run
 RUN_FOLDER = "run_id="  # before a run's id: the name of its folder in a table
 PARTIALS_AT_ONCE = 8  # partials that are read together
 _VERIFIED_PAGES = ds.ParquetFileFormat(
@@ -160,17 +161,16 @@ class Warehouse:
         The same command continues them. This lists two folders, and one more for each such run.
 
         Returns:
-            The columns of `schema.UNFINISHED_RUNS`, null if an earlier version has not stored them; newest run first.
+            The columns of `schema.UNFINISHED_RUNS`, newest run first. They are null if an earlier version has not
+            stored them, or if the description of the run is damaged.
         """
         names = self.storage.names("runs")
         ended, planned = _ids(names, RUN_FOLDER), _ids(names, PLAN)
         begun = _ids(self.storage.names("shard_stats"), RUN_FOLDER)
         rows = []
         for run_id in sorted((begun | planned) - ended):
-            plan: dict[str, Any] = {}
             data = self.storage.read(self.storage.plan_path(run_id)) if run_id in planned else None
-            with suppress(ValueError):  # a file that was not written whole tells nothing
-                plan = json.loads(data.to_pybytes()) if data else {}
+            plan = _read_plan(data.to_pybytes()) if data else {}
             rows.append({**plan, "run_id": run_id, "kept_shards": self.num_partials(run_id)})
         rows.sort(key=lambda row: row.get("started_at") or "", reverse=True)
         return pa.Table.from_pylist(rows, UNFINISHED_RUNS)
@@ -459,6 +459,19 @@ def with_experiment_ids(stored: ds.Dataset) -> ds.Dataset:
     place = table.column_names.index("experiment_id")
     table = table.set_column(place, "experiment_id", pc.coalesce(table["experiment_id"], names))
     return ds.dataset(table.drop_columns(["__filename"]))
+
+
+def _read_plan(data: bytes) -> dict[str, Any]:
+    """Return what `Store.write_plan` has written of an unfinished run. Empty if it is damaged."""
+    try:
+        plan = dict(json.loads(data))
+        checksum = plan.pop(PLAN_CHECKSUM, None)  # earlier versions wrote none
+        if checksum not in (None, fingerprint(**plan)):
+            return {}
+        pa.Table.from_pylist([plan], UNFINISHED_RUNS)["started_at"].cast(TIME)
+    except (ValueError, TypeError, pa.ArrowException):
+        return {}
+    return plan
 
 
 def _ids(names: Iterable[str], prefix: str) -> set[str]:

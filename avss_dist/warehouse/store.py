@@ -15,7 +15,7 @@ from typing import Any
 import pyarrow as pa
 
 from avss_dist.core.errors import AvssError, DamagedFile, RunFailed, WarehouseError, require_known, without_secrets
-from avss_dist.core.settings import NUMBERS_VERSION
+from avss_dist.core.settings import NUMBERS_VERSION, fingerprint
 from avss_dist.core.text import RedactedURI, escape_markdown
 from avss_dist.stats.layer_stats import ExpertStats, LayerKey, LayerStats, StratumKey, merge_stats
 from avss_dist.warehouse.checks import checked_rows
@@ -26,7 +26,7 @@ from avss_dist.warehouse.encoding import (
     to_columns,
     to_experts,
 )
-from avss_dist.warehouse.reader import Warehouse
+from avss_dist.warehouse.reader import PLAN_CHECKSUM, Warehouse
 from avss_dist.warehouse.schema import SCHEMA_VERSION, SCHEMAS, TABLES, RunIdentity, columns_of
 
 
@@ -60,7 +60,8 @@ class Store(Warehouse):
         Returns:
             Opens the warehouse in workers that see this very description.
         """
-        path, data = self.storage.plan_path(run_id), json.dumps({**plan, "driver": secrets.token_hex(8)}).encode()
+        plan |= {"driver": secrets.token_hex(8)}
+        path, data = self.storage.plan_path(run_id), json.dumps({**plan, PLAN_CHECKSUM: fingerprint(**plan)}).encode()
         self.storage.write(path, data)
         return partial(_open_shared, RedactedURI(self.storage.base) if self.storage.is_local else self.root, path, data)
 

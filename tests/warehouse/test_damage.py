@@ -19,12 +19,14 @@ from support.warehouses import activations, rewrite_file, stats_of, write_every_
 from avss_dist.analysis.findings import findings
 from avss_dist.core.errors import WarehouseError
 from avss_dist.core.intervention import MAX_STORED
+from avss_dist.read_commands import ls
 from avss_dist.reports.page.page import report_page
 from avss_dist.reports.publish import publish
 from avss_dist.warehouse import compaction, reader
 from avss_dist.warehouse.checks import checked_rows, damaged_runs, settings_of
 from avss_dist.warehouse.reader import Warehouse
 from avss_dist.warehouse.schema import MAX_INDEX, SCHEMAS, TABLES
+from avss_dist.warehouse.store import Store
 
 NAMES = ("alpha-1", "beta-2", "gamma-3")
 DAMAGED_TABLES = ("runs", "scores", "layer_stats")
@@ -238,6 +240,25 @@ def test_a_flipped_byte_leaves_its_run_out(table: str, root: Path) -> None:
         assert warehouse.table(table).equals(rows), offset
         assert number % 4 or Warehouse(root).sql(query).equals(expected), offset
         assert list(warehouse.damaged) == ["beta-2"], offset
+
+
+def test_a_flipped_byte_of_an_unfinished_run_tells_nothing_wrong(tmp_path: Path) -> None:
+    """It is listed all the same. Where a name is damaged, its value is missing."""
+    store = Store(tmp_path)
+    store.write_plan("r", model="org/m", num_tokens=1285, num_shards=87, started_at="2026-01-01T00:00:08+00:00")
+    (whole,) = store.unfinished().to_pylist()
+    for offset in flips(tmp_path / "runs" / ".plan-r", 400):
+        (row,) = Warehouse(tmp_path).unfinished().to_pylist()
+        assert all(value in (None, whole[name]) for name, value in row.items()), offset
+
+
+@pytest.mark.parametrize("text", ["", "[1]", "5", '{"started_at": 5}', '{"started_at": "2026-01-01"}', '{"model": 1}'])
+def test_a_description_of_an_unfinished_run_that_is_none_tells_nothing(text: str, tmp_path: Path) -> None:
+    (tmp_path / "runs").mkdir()
+    (tmp_path / "runs" / ".plan-r").write_text(text)
+    assert ls(warehouse=tmp_path).table().to_pylist()[0]["status"] == "unfinished"
+    (row,) = Warehouse(tmp_path).unfinished().to_pylist()
+    assert row == dict.fromkeys(row) | {"run_id": "r", "kept_shards": 0}
 
 
 @pytest.mark.parametrize("compact", [True, False])
