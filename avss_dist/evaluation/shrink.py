@@ -25,6 +25,7 @@ from avss_dist.core.results import TabularResult
 from avss_dist.core.settings import Settings
 from avss_dist.core.text import RedactedURI
 from avss_dist.corpus.shards import CorpusPlan
+from avss_dist.corpus.sources import open_source
 from avss_dist.distillation.curve import Preparing, ignore
 from avss_dist.distillation.record import DistillRecord
 from avss_dist.distillation.teacher_text import with_own_text
@@ -286,7 +287,7 @@ def _distill(
     checkpoint = resolve(str(folder), trust_remote_code=request.settings.trust_remote_code)
     with EvaluationSession.open(str(request.warehouse), request.settings, request.execution, on_event) as session:
         model = session.place(replace(checkpoint, name=str(output)), request.settings)
-        planned = _plan_tasks(model, request, split).values()
+        planned = held_out_tasks(model, request, split).values()
         results = session.measure(dict.fromkeys(planned, (NO_INTERVENTION,)))
         label = f"{count_removed(best.plan.drop)} dropped, distilled on {record.after.tokens:,} tokens"
         continuations, unread = continue_prompts(session, model, prompts, {label: NO_INTERVENTION})
@@ -408,20 +409,31 @@ def _primary(results: Sequence[Result], variants: Mapping[str, Intervention]) ->
     }
 
 
-def _plan_tasks(model: PlacedModel, request: ShrinkRequest, split: TextSplit) -> dict[str, PlannedTask]:
-    """Return the tasks by name, each once: by default, the perplexity on every text."""
-    names = request.tasks or [f"{PERPLEXITY}{text.full}" for text in request.texts]
-    evaluated = model.reading(max_sequences=split.evaluated, skip_sequences=split.scored)
-    return {
-        str(name): plan_task(evaluated, name, limit=request.limit) for name in dict.fromkeys(map(RedactedURI, names))
-    }
+def held_out_tasks(model: PlacedModel, request: ShrinkRequest, split: TextSplit) -> dict[str, PlannedTask]:
+    """Return the tasks by name, each once: by default, the perplexity on every text.
+
+    A task on one of the texts that are divided, under whatever name, skips the rows of the scores. No row of another
+    text is skipped.
+    """
+    names = list(
+        dict.fromkeys(map(RedactedURI, request.tasks or [f"{PERPLEXITY}{text.full}" for text in request.texts]))
+    )
+    divided = {open_source(text).fingerprint() for text in request.texts}
+    tasks = {}
+    for name in names:
+        skipped = 0
+        if name.startswith(PERPLEXITY) and open_source(name.full.removeprefix(PERPLEXITY)).fingerprint() in divided:
+            skipped = split.scored
+        evaluated = model.reading(max_sequences=split.evaluated, skip_sequences=skipped)
+        tasks[str(name)] = plan_task(evaluated, name, limit=request.limit)
+    return tasks
 
 
 def _plan_candidates(
     session: EvaluationSession, model: PlacedModel, request: ShrinkRequest, split: TextSplit, example: Plan
 ) -> tuple[dict[str, PlannedTask], PlannedTask | None]:
     """Return the tasks by name and the fit of a repair, for plans like the example. Overlapping texts are refused."""
-    tasks = _plan_tasks(model, request, split)
+    tasks = held_out_tasks(model, request, split)
     skipped, use, fit = split.held_out, "the repair is fitted on", None
     texts: Sequence[CorpusPlan] = ()
     if request.repair != NO_REPAIR:

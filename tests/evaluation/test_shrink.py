@@ -14,6 +14,7 @@ from io import StringIO
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import ray
 from rich.console import Console
@@ -21,6 +22,7 @@ from support.command_line import as_words, avss, mistake, succeed
 from support.experiments import cell_times
 from support.families import tiny_model
 from support.quantized import block_fp8
+from support.texts import sentences
 from support.tiers import nightly
 from tasks.test_truthfulqa import QUESTIONS
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -32,23 +34,27 @@ from avss_dist.core.errors import ConfigError, CorpusError, ModelError, RunFaile
 from avss_dist.core.registry import BLOCK_DISTANCE, GREEDY, SCORES
 from avss_dist.core.settings import Execution, Settings
 from avss_dist.core.text import RedactedURI
+from avss_dist.corpus.shards import tokenize_corpus
 from avss_dist.distillation import memory
 from avss_dist.distillation.curve import CurvePoint, TrainingAdvanced
 from avss_dist.distillation.record import read_record
 from avss_dist.evaluation import continuations
 from avss_dist.evaluation.repairs import copies_of
-from avss_dist.evaluation.shrink import SCORED, CandidateResult, Shrunk, TextSplit, split_rows
+from avss_dist.evaluation.session import PlacedModel
+from avss_dist.evaluation.shrink import SCORED, CandidateResult, Shrunk, TextSplit, held_out_tasks, split_rows
 from avss_dist.evaluation.tasks import plan_text
 from avss_dist.models.causal_lm import LanguageModel
 from avss_dist.models.checkpoints import resolve
+from avss_dist.models.loading import load_tokenizer
 from avss_dist.partition.replica import Placement
 from avss_dist.pruning.repair.registry import read_repairs
 from avss_dist.pruning.selection import PlanError
 from avss_dist.reports.terminal.shrink import continuation_tables
 from avss_dist.reports.terminal.tables import FittedTable
-from avss_dist.requests import RANKED_BY
+from avss_dist.requests import RANKED_BY, ShrinkRequest
 from avss_dist.runs.local import LocalExecutor
 from avss_dist.runs.ray.executor import RayExecutor
+from avss_dist.tasks.text_loss import TextLoss
 from avss_dist.warehouse.reader import Warehouse
 
 Observed = tuple[Shrunk, list[Any]]
@@ -169,6 +175,33 @@ def test_the_parts_of_the_text_are_apart(done: Shrunk, deep: Path) -> None:
     read = Settings(max_sequences=160, sequence_length=32)
     split = split_rows(resolve(str(deep)), [RedactedURI(TEXT)], read)
     assert split == TextSplit(scored=SCORED, evaluated=20, rows=160)
+
+
+def rows_of(model: Path, task: str, split: TextSplit, **options: Any) -> np.ndarray:
+    """Return the rows of a task of a model that is shrunk on `TEXT`."""
+    request = ShrinkRequest(model, output="out", corpus=TEXT, tasks=[task], **READ, **options)
+    placed = PlacedModel(checkpoint=resolve(str(model)), settings=request.settings, placement=Placement())
+    (planned,) = held_out_tasks(placed, request, split).values()
+    return np.concatenate([part.shard.input_ids for part in planned.task.parts if isinstance(part, TextLoss)])
+
+
+def test_rows_of_an_independent_text_are_not_skipped(tiny_llama: Path, tmp_path: Path) -> None:
+    """One of as few rows as are scored on can be evaluated on, and is from its first row on."""
+    (other := tmp_path / "other.txt").write_text("\n".join(sentences(12, seed=7)))
+    rows = rows_of(tiny_llama, f"perplexity:{other}", TextSplit(scored=16, evaluated=8, rows=256))
+    first = tokenize_corpus(str(other), load_tokenizer(resolve(str(tiny_llama))), Settings(**ROWS))
+    assert np.array_equal(rows, np.concatenate([shard.input_ids for shard in first.shards])[:8])
+
+
+def test_rows_of_the_scored_text_are_skipped_under_another_name(tiny_llama: Path, tmp_path: Path) -> None:
+    (text := tmp_path / "text.txt").write_text("\n".join(sentences(60, seed=8)))
+    shutil.copy(text, tmp_path / "copy.txt")
+    split = TextSplit(scored=4, evaluated=8, rows=60)
+    plain = rows_of(tiny_llama, f"perplexity:{text}", split, repair_corpora=[str(text)])
+    assert np.array_equal(
+        rows_of(tiny_llama, f"perplexity:{tmp_path}/copy.txt", split, repair_corpora=[str(text)]), plain
+    )
+    assert not np.array_equal(rows_of(tiny_llama, f"perplexity:{text}", split), plain)
 
 
 @pytest.mark.nightly
