@@ -10,7 +10,7 @@ from pydantic import Field
 from avss_dist.core.errors import ConfigError
 from avss_dist.core.registry import FROM_ACTIVATIONS, LOWEST_SHARE, RECIPES, is_own
 from avss_dist.core.settings import EVERY_SITE, PUBLISHED_THRESHOLD, SITES, Request
-from avss_dist.core.text import parse_threshold
+from avss_dist.core.text import RedactedURI, parse_threshold
 from avss_dist.core.validation import OneOf, Option, PathOrText, check, checked
 
 LISTINGS = ("runs", "plans", "evaluations")
@@ -82,7 +82,9 @@ Output = Annotated[PathOrText, OUTPUT]
 OptionalOutput = Annotated[PathOrText | None, OUTPUT]
 Shares = Annotated[tuple[Annotated[float, Field(strict=False, ge=0, le=1)], ...], Field(strict=False)]
 OwnScores = Annotated[
-    tuple[Annotated[str, OneOf((), accepts=is_own)], ...], Field(strict=False), Option(metavar="FILE:COLUMN")
+    tuple[Annotated[str, OneOf((), accepts=is_own), check(RedactedURI)], ...],
+    Field(strict=False),
+    Option(metavar="FILE:COLUMN"),
 ]
 Threshold = Annotated[str | float, check(_require_threshold)]
 Site = Annotated[str, OneOf(EVERY_SITE)]

@@ -287,7 +287,8 @@ class PlanRequest(PlaceRequest, RunRequest, EvaluationOptions):
     output: OptionalOutput = None
     """The plan to write, PLAN.yaml."""
     by: Annotated[
-        Annotated[str, OneOf(tuple(SCORES | EXPERT_SCORES), accepts=is_own)] | None, check(name_values, before=True)
+        Annotated[str, OneOf(tuple(SCORES | EXPERT_SCORES), accepts=is_own), check(RedactedURI)] | None,
+        check(name_values, before=True),
     ] = None
     """Score that chooses the layers, greedy (the loss on `corpus`), or FILE.csv:COLUMN; loss or damage by default.
     Of `experts`: reap, tokens, gate or random."""

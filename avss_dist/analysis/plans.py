@@ -89,8 +89,8 @@ def plan_layers(
         if not rows:
             raise QueryError(f"No scores of {_describe(reading)}.", f"There are: {'; '.join(scored) or 'none'}.")
     truth = layer_truth(warehouse, run, choice.by) if choice.by in (*MEASURED, BLOCK_DISTANCE) else None
-    if choice.by not in SCORES:
-        truth = own_score(choice.by, warehouse, {**run, "num_layers": count_layers(rows)})
+    if by is not None and choice.by not in SCORES:
+        truth = own_score(by, warehouse, {**run, "num_layers": count_layers(rows)})
     plan, against = make_plan(rows, run, choice, truth), []
     if choice.by != BLOCK_DISTANCE:
         values = choice.scores(rows, {choice.by: truth.by_layer(plan.num_layers)} if truth else {})

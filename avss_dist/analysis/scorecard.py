@@ -49,7 +49,7 @@ from avss_dist.core.registry import (
     SCORES,
     score_functions,
 )
-from avss_dist.core.text import count_of, describe_threshold
+from avss_dist.core.text import RedactedURI, count_of, describe_threshold
 from avss_dist.pruning.ground_truth import (
     LayerTruth,
     find_layer_truth,
@@ -254,7 +254,7 @@ def own_score(name: str, warehouse: Warehouse, run: Mapping[str, Any]) -> LayerT
         values = _by_index(functions[name].load()(warehouse.read_layer_stats(run["run_id"])))
         _require_layers_of(run, dict.fromkeys(range(run["num_layers"] or 0)) | values, f"The score '{name}'")
         return LayerTruth(values=values, run_id="", task="")
-    values, is_of_several = _table_scores(name, run)
+    values, is_of_several = _table_scores(RedactedURI(name).full, run)
     if values or not is_of_several:
         _require_layers_of(run, values, name)
     return LayerTruth(values=values, run_id="", task="")

@@ -17,7 +17,7 @@ from pydantic import AfterValidator, BeforeValidator, ConfigDict, PlainValidator
 from pydantic import Field as Range
 from pydantic_core import ArgsKwargs, PydanticCustomError, PydanticKnownError, core_schema
 
-from avss_dist.core.errors import AvssError, ConfigError, nearest
+from avss_dist.core.errors import AvssError, ConfigError, nearest, without_secrets
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -106,9 +106,15 @@ def as_text(value: Any) -> str:
     return value
 
 
+def _redacted(text: str) -> str:
+    return str(without_secrets(text))  # not of a class that knows the secrets
+
+
 Text = Annotated[str, PlainValidator(as_text)]
 Texts = Annotated[tuple[Text, ...], Range(strict=False)]
 PathOrText = Annotated[str | Path, PlainValidator(as_text)]
+RedactedText = Annotated[str, check(_redacted)]
+"""A text that is kept without the secrets of its URIs."""
 
 
 @dataclass_transform(frozen_default=True, kw_only_default=True, field_specifiers=(field,))

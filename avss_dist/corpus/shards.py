@@ -90,13 +90,16 @@ class Shard:
 class CorpusPlan:
     """A tokenized corpus, cut into shards with ``shards[i].shard_id == i``."""
 
-    source: str  # as the user named it
+    source: str  # as the user named it, without keys
     corpus_fingerprint: str
     tokens_fingerprint: str  # SHA-256 in hex of the shards' content hashes and the sequence length
     shards: tuple[Shard, ...]
     num_sequences: int
     num_tokens: int
     chat_template: str | None = None  # SHA-256 in hex of the template that conversations were put in, if there were any
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "source", str(without_secrets(self.source)))
 
     def recut(self, rows: int) -> CorpusPlan:
         """Return the same rows in shards of ``rows`` rows. Pairs stay whole."""
@@ -161,7 +164,7 @@ def tokenize_corpus(
     if pairing is None:
         _require_enough(source, len(lengths), num_tokens, counts, settings, length - len(around))
     return CorpusPlan(
-        source=without_secrets(source),
+        source=source,
         corpus_fingerprint=opened.fingerprint(),
         tokens_fingerprint=_fingerprint(shards, length),
         shards=shards,

@@ -13,7 +13,7 @@ from pydantic import Field
 from avss_dist.core.errors import ConfigError, ModelError
 from avss_dist.core.settings import Settings
 from avss_dist.core.text import escape_markdown
-from avss_dist.core.validation import Count, Positive, checked
+from avss_dist.core.validation import Count, Positive, RedactedText, checked
 from avss_dist.distillation.curve import NO_IMPROVEMENT, CurvePoint, Number
 
 FILE = "avss_distill.json"
@@ -27,7 +27,7 @@ class RecordedText:
     """A text of a distillation.
 
     Attributes:
-        corpus: the corpus, as the user named it, or self for text that the teacher wrote.
+        corpus: the corpus, as the user named it, without keys; or self for text that the teacher wrote.
         label: name of the text in the curve.
         fingerprint: fingerprint of its content.
         weight: weight in the mix; 0 for a text that was only measured.
@@ -36,8 +36,8 @@ class RecordedText:
         teacher_perplexity: perplexity of the teacher on the held-out rows.
     """
 
-    corpus: str
-    label: str
+    corpus: RedactedText
+    label: RedactedText
     fingerprint: str
     weight: Number
     trained_rows: Count

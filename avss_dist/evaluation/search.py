@@ -235,7 +235,7 @@ def repaired_search(
                 "repair": repair,
                 "sets": steps[-1].sets,
                 "loss": round(steps[-1].best.value, 6),
-                "text": request.corpus,
+                "text": str(RedactedURI(request.corpus)),
                 "sequences": text.settings.max_sequences,
                 "evaluation": text.run_id(),
                 "task": text.task.name,

@@ -21,7 +21,7 @@ import pyarrow as pa
 import yaml
 from pydantic import Field, WithJsonSchema
 
-from avss_dist.core.errors import AvssError, ConfigError
+from avss_dist.core.errors import AvssError, ConfigError, without_secrets
 from avss_dist.core.files import write_output
 from avss_dist.core.intervention import (
     MAX_LAYERS,
@@ -43,7 +43,7 @@ from avss_dist.core.registry import BLOCK_DISTANCE, EXPERT_SCORES, LOWEST_SHARE,
 from avss_dist.core.results import TabularResult
 from avss_dist.core.settings import Settings
 from avss_dist.core.text import basename, describe_bytes, describe_count, printable
-from avss_dist.core.validation import check, checked
+from avss_dist.core.validation import RedactedText, check, checked
 from avss_dist.core.yaml_files import Document, YamlKind, read_yaml
 from avss_dist.pruning.ground_truth import LayerTruth
 from avss_dist.pruning.selection import RANDOM, Choice, PlanError, Rows
@@ -66,7 +66,7 @@ def _run_id(text: str) -> str:
 def _reason(value: Any) -> Any:
     if not isinstance(value, str | int | float | bool | None):
         raise PlanError("A reason must be a text or a number.")
-    return value
+    return str(without_secrets(value)) if isinstance(value, str) else value
 
 
 _REMOVAL_SCHEMA = {
@@ -76,7 +76,7 @@ _REMOVAL_SCHEMA = {
     ]
 }
 FileRemoval = Annotated[Removal, check(parse_removal, before=True), WithJsonSchema(_REMOVAL_SCHEMA)]
-Lines = Annotated[tuple[str, ...], Field(strict=False)]
+Lines = Annotated[tuple[RedactedText, ...], Field(strict=False)]
 Name = Annotated[str, Field(min_length=1)]
 Reason = Annotated[Any, check(_reason)]
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from avss_dist.core.errors import ModelError, without_secrets
+from avss_dist.core.errors import ModelError
 from avss_dist.core.settings import NUMBERS_VERSION, Settings, fingerprint
 from avss_dist.corpus.shards import USUAL_ROWS, CorpusPlan, tokenize_corpus
 from avss_dist.corpus.sources import open_source
@@ -109,7 +109,7 @@ class Planner:
                 self._plans.popitem(last=False)
         self._plans.move_to_end(key)
         corpus, highest = self._plans[key]
-        corpus = replace(corpus, source=without_secrets(spec.corpus))
+        corpus = replace(corpus, source=spec.corpus)
         size = getattr(config.get_text_config(), "vocab_size", None)
         if isinstance(size, int) and 0 < size <= highest:
             raise ModelError(

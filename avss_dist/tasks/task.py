@@ -16,7 +16,7 @@ from typing import Any, ClassVar
 import numpy as np
 import torch
 
-from avss_dist.core.errors import AvssError, BatchTooLarge
+from avss_dist.core.errors import AvssError, BatchTooLarge, without_secrets
 from avss_dist.core.intervention import (
     NO_INTERVENTION,
     Intervention,
@@ -96,11 +96,14 @@ def _identity(value: Any) -> Any:
 
 @dataclass(frozen=True, kw_only=True)
 class Task:
-    """A task: its name, its parts in order, and its options, which are stored with its results."""
+    """A task: its name without keys, its parts in order, and its options, which are stored with its results."""
 
     name: str
     parts: tuple[Measure, ...]
     options: Mapping[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "name", str(without_secrets(self.name)))
 
     @cached_property
     def key(self) -> str:

@@ -187,9 +187,9 @@ def test_files_are_written_by_functions(root: str, tmp_path: Path) -> None:
     assert (tmp_path / "published" / "data" / "runs.parquet").is_file()
     assert {row["runs"] for row in avss.compact(warehouse=root).table().to_pylist()} == {0, 2}
     own = tmp_path / "own.csv"
-    own.write_text("layer,mine\n" + "".join(f"{layer},{3.5 - 2 * layer}\n" for layer in range(8)))
+    own.write_text("layer,mine\n" + "".join(f"{layer},{layer + 1.5}\n" for layer in range(8)))
     shown = avss.show(run="alpha", warehouse=root, by=[f"{own}:mine"], output=tmp_path / "layers.svg").table()
-    assert shown[f"{own}:mine"].to_pylist()[:2] == [3.5, 1.5] and (tmp_path / "layers.svg").is_file()
+    assert shown[f"{own}:mine"].to_pylist()[:2] == [1.5, 2.5] and (tmp_path / "layers.svg").is_file()
 
 
 def test_a_result_is_a_table_a_line_and_a_page() -> None:

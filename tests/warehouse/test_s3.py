@@ -4,15 +4,21 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
-from support.command_line import avss
+from support.checkpoints import llama
+from support.command_line import as_words, avss, succeed
+from support.distilling import SMALL
+from support.families import lively
 from support.s3_server import Server
 from support.tables import measured_files
+from support.texts import sentences
 
 import avss_dist
 from avss_dist.core.errors import WarehouseError
@@ -173,3 +179,77 @@ def test_keys_of_a_corpus_reach_no_table_and_no_screen(
         assert not any(secret in one.stdout + one.stderr for one in done)
         assert not any(secret.encode() in data for data in written)
         assert not any(secret in str(Warehouse(out).table(name).to_pylist()) for name in TABLES)
+
+
+def test_keys_of_texts_reach_nothing_that_commands_write_which_change_a_model(
+    server: Server,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    save_checkpoint: Callable[[Any, Path], Path],
+) -> None:
+    """No plan, record, card, page or table. Each text of every command is at a URI with keys.
+
+    The same keys are in the environment, with which commands read again what earlier ones have read.
+    """
+    monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://127.0.0.1:{server.port}")
+    monkeypatch.setenv("AWS_REGION", "us-east-1")
+    model = save_checkpoint(lively(llama(num_hidden_layers=8)), tmp_path / "models" / "deep")
+    user = f"{server.key}:{quote(server.secret, safe='')}@"
+    text = {}
+    for seed, name in enumerate(("scored", "searched", "repaired", "trained", "watched", "heldout")):
+        body = "\n".join(sentences(300, seed=seed)).encode()
+        server.client.put_object(Bucket="lab", Key=f"{name}.txt", Body=body)
+        text[name] = f"s3://{user}lab/{name}.txt"
+    values = pa.BufferOutputStream()
+    pq.write_table(pa.table({"layer": [*range(8)], "mine": [*range(8)]}), values)
+    server.client.put_object(Bucket="lab", Key="own.parquet", Body=values.getvalue().to_pybytes())
+    own = f"s3://{user}lab/own.parquet:mine"
+    few = as_words({"max_sequences": 8, "sequence_length": 32, "batch_size": 4, "dtype": "float32", "device": "cpu"})
+    rows = [*few, "--max-sequences", "80"]
+    w, out = tmp_path / "w", tmp_path / "out"
+    settings = {"max_sequences": 8, "sequence_length": 32, "dtype": "float32"}
+    experiment = {
+        "tasks": [f"perplexity:{text['heldout']}"],
+        "scores": ["loss"],
+        "random": 1,
+        "repairs": ["channel"],
+        "repair_corpora": [text["repaired"]],
+        "max_sequences": 8,
+    }
+    job = {"warehouse": str(w), "models": [str(model)], "corpora": [text["scored"]], "settings": settings}
+    (job_file := tmp_path / "job.yaml").write_text(json.dumps({**job, "experiment": experiment}))
+    held_out = ("--tasks", f"perplexity:{text['heldout']}", "-w", w, *few)
+    greedy = ("--by", "greedy", "--count", "1", "--corpus", text["searched"])
+    repair = ("--repair", "channel", "--repair-corpora", f"{text['repaired']}=2")
+    training = as_words(SMALL | {"learning_rate": 5e-4})
+    distilling = ("--teacher", model, "--corpora", text["trained"], "--watch", text["watched"], *training)
+    commands: list[list[object]] = [
+        ["score", model, "--corpus", text["scored"], "--sites", "block", "--sites", "inputs", "-w", w, *few],
+        ["ablate", model, "--corpus", text["searched"], "--damage", "--quantize", "int8", "-w", w, *few],
+        ["plan", "--by", "loss", "-o", out / "loss.yaml", "-w", w],
+        ["plan", *greedy, "-o", out / "greedy.yaml", "-w", w, *few],
+        ["plan", "--by", own, "-o", out / "own.yaml", "-w", w],
+        ["show", "--by", own, "-w", w, "--format", "csv", "-o", out / "own.csv"],
+        ["show", "--by", own, "-w", w],
+        ["findings", "--truth", "--by", own, "-w", w],
+        ["sparsify", "0.5", "--method", "loss", "--corpus", text["searched"], "-o", out / "sparse.yaml", "-w", w, *few],
+        ["quantize", "--bits", "9", "-o", out / "bits.yaml", "-w", w],
+        ["evaluate", out / "loss.yaml", out / "bits.yaml", *held_out],
+        ["evaluate", out / "greedy.yaml", "--sparse", out / "sparse.yaml", *held_out],
+        ["prune", model, out / "greedy.yaml", "-o", out / "pruned", "-w", w, *repair, *rows],
+        ["distill", out / "pruned", *distilling, "-o", out / "distilled"],
+        ["shrink", model, "--by", "greedy", "--corpus", text["scored"], *repair, "-o", out / "shrunk", *rows],
+        ["shrink", model, "--corpus", text["scored"], "--distill-tokens", "1536", "-o", out / "taught", *rows],
+        ["run", job_file],
+        ["report", "-w", w, "--by", own, "-o", out / "report.html"],
+        ["publish", out / "published", "-w", w],
+    ]
+    out.mkdir()
+    with server.asking_for_keys():
+        done = [succeed(*command) for command in commands]
+    written = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file() and path != job_file}
+    for secret in (server.secret, quote(server.secret, safe=""), server.key):
+        assert not [path for path, data in written.items() if secret.encode() in data]
+        assert not [one.stdout + one.stderr for one in done if secret in one.stdout + one.stderr]
+        for warehouse in (w, f"{out}/shrunk-warehouse", f"{out}/taught-warehouse"):
+            assert not [name for name in TABLES if secret in str(Warehouse(warehouse).table(name).to_pylist())]

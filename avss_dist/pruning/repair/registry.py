@@ -22,7 +22,7 @@ from pydantic import Field
 from avss_dist.core.errors import ConfigError, ModelError
 from avss_dist.core.settings import DTYPES, ROW_STARTS, Settings, TextOptions
 from avss_dist.core.text import RedactedURI, describe_layers
-from avss_dist.core.validation import Count, OneOf, checked
+from avss_dist.core.validation import Count, OneOf, RedactedText, checked
 
 NO_REPAIR = "none"
 DEFAULT_REPAIR = "refit"  # recovers the most, on text of other domains too, and needs the most text
@@ -125,8 +125,8 @@ def split_weight(corpus: str) -> tuple[RedactedURI, float]:
 class RepairText:
     """A text that a repair was fitted on."""
 
-    corpus: str
-    """The corpus, as the user named it."""
+    corpus: RedactedText
+    """The corpus, as the user named it, without keys."""
     fingerprint: str
     """Fingerprint of its content."""
     rows: Count
