@@ -15,7 +15,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from avss_dist.core.errors import QueryError, nearest, require_known
+from avss_dist.core.errors import AvssError, QueryError, WarehouseError, nearest, require_known
 from avss_dist.core.registry import MEASURED_ONLY, ROUNDING_TASK, SCORES
 from avss_dist.core.text import basename, printable
 from avss_dist.warehouse.checks import settings_of
@@ -129,7 +129,8 @@ def newest_run(
 
     Args:
         name: a name as for `choose_runs`, which may match several runs of one model. None selects from all runs.
-        require: function of a row of ``runs`` that raises QueryError if the run lacks something.
+        require: function of a row of ``runs`` that raises QueryError if the run lacks something, or WarehouseError if
+            that cannot be read.
         measured: include the rows of `measured_checkpoints`.
 
     Raises:
@@ -141,12 +142,12 @@ def newest_run(
         names = [row["run_id"] for row in rows]
         raise QueryError(f"'{name}' matches {len(rows)} runs of several models.", f"Name one. {nearest(name, names)}")
     rows.sort(key=lambda row: str(row["created_at"]), reverse=True)
-    errors: list[QueryError] = []
+    errors: list[AvssError] = []
     passed_over: list[str] = []
     for row in rows[:MAX_TRIED]:
         try:
             require(row)
-        except QueryError as error:
+        except (QueryError, WarehouseError) as error:
             errors.append(error)
             passed_over.append(f"Run {row['run_id']} is newer and was passed over: {error.message}")
         else:

@@ -74,15 +74,18 @@ def plan_layers(
 
     Raises:
         QueryError: if no score was named and there is no default, or the warehouse lacks the named score.
+        WarehouseError: if the scores of the run are damaged.
         ConfigError: if a value is out of range.
         PlanError: if no plan satisfies the choice. See `Choice.drop` and `make_plan`.
     """
     choice = Choice(by=by or default_score(warehouse, run), reading=reading if by == "avss" else None, **options)
     if choice.by in FROM_ACTIVATIONS:
         _require_scored(warehouse, run, choice.by)
-    rows = warehouse.table("scores", run_ids=[run["run_id"]]).to_pylist()
+    rows: Rows
     if run.get("status") == MEASURED_ONLY:
         rows = _unscored_layers(warehouse, run)
+    else:
+        rows = warehouse.read_scores(run["run_id"])
     if choice.by == "avss":
         scored = sorted({_describe(reading_of(row)) for row in rows})
         rows = [row for row in rows if reading_of(row) == reading]
@@ -140,6 +143,7 @@ def plan_experts(warehouse: Warehouse, run: Mapping[str, Any], by: str, share: f
 
     Raises:
         QueryError: if no experts were measured.
+        WarehouseError: if the scores of the run are damaged.
         PlanError: if no plan satisfies the choice. See `choose_experts`.
     """
     layers = require_experts(warehouse, run["run_id"])
@@ -149,7 +153,7 @@ def plan_experts(warehouse: Warehouse, run: Mapping[str, Any], by: str, share: f
     drop = choose_experts(scores, share, max(experts.top_k for experts in layers), groups, **random)
     why = {"by": by, "experts": share, **random, **({"groups": groups} if groups > 1 else {})}
     against = [row["message"] for row in expert_findings(warehouse, [run["run_id"]]) if by != RANDOM]
-    plan = plan_of(warehouse.table("scores", run_ids=[run["run_id"]]).to_pylist(), run, drop, why)
+    plan = plan_of(warehouse.read_scores(run["run_id"]), run, drop, why)
     return replace(plan, findings=tuple(against), evaluated=evaluated_lines(warehouse, run, plan.drop))
 
 
@@ -167,7 +171,7 @@ def _routing_groups(run: Mapping[str, Any]) -> int:
 
 
 def plannable_run(warehouse: Warehouse, name: str | None, by: str | None, *, experts: bool = False) -> ChosenRun:
-    """Return the newest run whose layers have the score.
+    """Return the newest run whose layers have the score, and whose scores can be read.
 
     Args:
         name: name of the run, as for `newest_run`.
@@ -179,6 +183,8 @@ def plannable_run(warehouse: Warehouse, name: str | None, by: str | None, *, exp
     """
 
     def require(run: Mapping[str, Any]) -> None:
+        if run["status"] != MEASURED_ONLY:
+            warehouse.read_scores(run["run_id"])
         if experts:
             require_experts(warehouse, run["run_id"])
         elif by is None:

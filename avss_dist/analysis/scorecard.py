@@ -135,11 +135,12 @@ def _scores(
     """Yield every reading of AVSS, other scores, measurements and a control: columns of a card, and float64[layers].
 
     Args:
-        scored: rows of ``scores`` of a run.
+        scored: rows of ``scores`` of a run; none if they are damaged. Then its measurements remain.
         truth: measurements of its layers, by name.
     """
     of_avss = [(Choice(by="avss", reading=reading), rows) for reading, rows in grouped(scored, reading_of).items()]
-    of_layers = [(Choice(by=name), scored) for name in (*BASELINES, *truth, LAST)]
+    names = (*BASELINES, *truth, LAST) if scored else tuple(truth)
+    of_layers = [(Choice(by=name), scored) for name in names]
     for choice, rows in (*of_avss, *of_layers):
         place = dict(zip(READING, choice.reading, strict=True)) if choice.reading else {}
         yield {"score": choice.by, **place}, choice.scores(rows, truth)

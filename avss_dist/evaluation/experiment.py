@@ -141,7 +141,7 @@ class Trial:
             experiment=experiment,
             run=run,
             model=session.place(checkpoint, spec.settings, spec.execution),
-            rows=warehouse.table("scores", run_ids=[run.run_id]).to_pylist(),
+            rows=warehouse.read_scores(run.run_id),
             corpus=spec.corpus,
         )
         for by, reading in dict.fromkeys((choice.by, choice.reading) for choice in choices(experiment, trial.rows)):

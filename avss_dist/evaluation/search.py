@@ -59,7 +59,7 @@ def search(
     """
     assert request.corpus is not None  # which the request checks
     settings, corpus = request.settings, RedactedURI(request.corpus)
-    scores = Warehouse(request.warehouse).table("scores", run_ids=[run["run_id"]]).to_pylist()
+    scores = Warehouse(request.warehouse).read_scores(run["run_id"])
     layers = layer_list(scores, str(run["model"]))[1]
     count = choice.number(layers)
     checkpoint = checkpoint_of_run(run, trust_remote_code=settings.trust_remote_code)

@@ -210,6 +210,18 @@ class Warehouse:
         ends = grouped((model for model in models if model), basename)
         return [model for name in names for model in ([name] if name in models else ends.get(name, [name]))]
 
+    def read_scores(self, run_id: str) -> list[dict[str, Any]]:
+        """Read the rows of ``scores`` of one run.
+
+        Raises:
+            WarehouseError: it has none, or they are damaged.
+        """
+        if (scores := self._decoded("scores", run_id, "scores")) is None or not len(scores):
+            raise WarehouseError(
+                f"{self.root} has no scores of run '{run_id}'.", "avss score --fresh measures it again."
+            )
+        return list(scores.to_pylist())
+
     def read_layer_stats(self, run_id: str) -> dict[LayerKey, LayerStats]:
         """Read the merged statistics of a run by (layer, site).
 

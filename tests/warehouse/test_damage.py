@@ -13,19 +13,21 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from support.command_line import avss
+from support.command_line import avss, mistake, succeed
 from support.warehouses import activations, rewrite_file, stats_of, write_every_table, write_measured
 
 from avss_dist.analysis.findings import findings
+from avss_dist.analysis.scorecard import score_cards
 from avss_dist.core.errors import WarehouseError
 from avss_dist.core.intervention import MAX_STORED
+from avss_dist.pruning.plan import read_plan
 from avss_dist.read_commands import ls
 from avss_dist.reports.page.page import report_page
 from avss_dist.reports.publish import publish
 from avss_dist.warehouse import compaction, reader
 from avss_dist.warehouse.checks import checked_rows, damaged_runs, settings_of
 from avss_dist.warehouse.reader import Warehouse
-from avss_dist.warehouse.schema import MAX_INDEX, SCHEMAS, TABLES
+from avss_dist.warehouse.schema import MAX_INDEX, SCHEMAS, TABLES, RunIdentity
 from avss_dist.warehouse.store import Store
 
 NAMES = ("alpha-1", "beta-2", "gamma-3")
@@ -141,6 +143,44 @@ def test_statistics_that_are_damaged_leave_the_others_to_be_scored(root: Path) -
         done = avss(*command, "--run", "*", "--format", "csv")
         assert done.exit_code == 0 and "1 run cannot be read: beta-2 (" in done.stderr
         assert "alpha-1," in done.stdout and "gamma-3," in done.stdout and "beta-2," not in done.stdout
+
+
+@pytest.fixture
+def ablated(root: Path) -> Path:
+    """A copy whose damaged run has the loss without each layer, of which the scores are damaged."""
+    whole = {"task": "ablation:text.txt", "metric": "loss", "drop": [], "value": 2.0, "settings": "{}"}
+    rows = [whole, *({**whole, "drop": [layer], "value": 2.0 + (3 * layer % 8) / 8} for layer in range(8))]
+    created = [row | {"created_at": datetime(2026, 1, 1, tzinfo=UTC)} for row in rows]
+    run = {"run_id": "beta-2-loss", "model": "org/beta-2", "revision": "main", "family": "llama"}
+    Store(root).write_rows("evaluations", RunIdentity(**run), created)
+    truncate(file_of(root, "scores"))
+    return root
+
+
+@pytest.mark.parametrize("command", [["findings", "--truth", "--run", "*"], ["report"], ["publish"]])
+def test_damaged_scores_of_an_ablated_run_are_named(command: list[str], ablated: Path, tmp_path: Path) -> None:
+    output = {"report": ["-o", tmp_path / "x.html"], "publish": [tmp_path / "site"]}
+    done = succeed(*command, *output.get(command[0], []), "-w", ablated)
+    assert "1 run cannot be read: beta-2 (scores: " in done.stderr
+
+
+def test_what_was_measured_of_a_run_with_damaged_scores_is_on_its_score_card(ablated: Path) -> None:
+    warehouse = Warehouse(ablated)
+    runs = [run for run in warehouse.runs().to_pylist() if run["run_id"] == "beta-2"]
+    assert score_cards(warehouse, runs)["score"].to_pylist() == ["loss"]
+
+
+@pytest.mark.parametrize("by", ["loss", "avss", "last", "random"])
+def test_a_plan_for_a_run_with_damaged_scores_names_their_file(by: str, ablated: Path, tmp_path: Path) -> None:
+    said = mistake("plan", "-w", ablated, "--run", "beta-2", "--by", by, "-o", tmp_path / "plan.yaml")
+    assert f"Cannot read {file_of(ablated, 'scores')}" in said
+
+
+def test_a_plan_passes_over_a_newer_run_with_damaged_scores(root: Path, tmp_path: Path) -> None:
+    times = Warehouse(root).runs().sort_by([("created_at", "descending")])["run_id"].to_pylist()
+    truncate(root / "scores" / f"run_id={times[0]}" / "scores.parquet")
+    succeed("plan", "-w", root, "--by", "avss", "-o", tmp_path / "plan.yaml")
+    assert read_plan(tmp_path / "plan.yaml").run_id == times[1]
 
 
 def test_a_file_that_is_mended_is_read_again(root: Path) -> None:
