@@ -319,7 +319,7 @@ class Observer:
         tensor = first_tensor((*args, *kwargs_or_output.values()) if reads == "input" else kwargs_or_output)
         if tap is None or tap.module is not module or tensor is None:
             return
-        x = self._rows(now, layer, tap.axes, tensor)
+        x = self._rows(now, layer, tap.axes, tap.scaled(tensor.detach()))
         self._add(now, layer, site, tap.exchange(x) if tap.exchange else x[now.local_rows])
 
     def read_experts(self, now: Pass, module: nn.Module, args: Any, kwargs: Any, *, experts: Experts) -> None:

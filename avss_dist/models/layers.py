@@ -20,19 +20,39 @@ def probe_tokens(device: torch.device | None = None) -> torch.Tensor:
 
 
 @dataclass(frozen=True)
+class Scale:
+    """A number by which a layer multiplies or divides the output of a sublayer."""
+
+    number: float
+    divides: bool = False
+
+    def apply(self, x: torch.Tensor) -> torch.Tensor:
+        """Return the product or the quotient, rounded as the layer rounds it."""
+        return x / self.number if self.divides else x * self.number
+
+
+@dataclass(frozen=True)
 class Tap:
-    """A tensor to read: the input or the output of ``module``.
+    """A tensor to read: the input or the output of ``module``, scaled.
 
     Attributes:
         reads: ``input`` or ``output``.
         axes: order of the tensor's axes; see `axes_of`.
+        scales: what the layer does to the output before it adds it to the residual stream, in order.
     """
 
     module: nn.Module
     reads: str
     axes: str
+    scales: tuple[Scale, ...] = ()
     exchange: Callable[[torch.Tensor], torch.Tensor] | None = None
     """Collective from this rank's units of all rows, [rows, tokens, part], to its rows of all units; or None."""
+
+    def scaled(self, x: torch.Tensor) -> torch.Tensor:
+        """Return the input or output ``x`` of the module as it is added to the residual stream."""
+        for scale in self.scales:
+            x = scale.apply(x)
+        return x
 
 
 @dataclass(frozen=True)

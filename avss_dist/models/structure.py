@@ -4,7 +4,7 @@ Names differ between families, structure does not: the layers are the shallowest
 says, and their order is the order of calls. The pass shows which modules run, how often, in which order and with which
 axes.
 
-A sublayer's addition to the residual stream is the output of its last linear map.
+A sublayer's addition to the residual stream is its output, or that of its last linear map or of the norm after it.
 """
 
 from __future__ import annotations
@@ -20,7 +20,8 @@ import torch
 from torch import nn
 
 from avss_dist.core.settings import EVERY_SITE, INPUT_SITES
-from avss_dist.models.interventions import hooked
+from avss_dist.models.additions import Trace, tap_addition
+from avss_dist.models.interventions import Hook, hooked
 from avss_dist.models.layers import (
     PROBE_SHAPE,
     Experts,
@@ -61,12 +62,13 @@ class Call:
 
 
 def find_sites(
-    calls: Sequence[Call], layer_class: str
+    calls: Sequence[Call], layer_class: str, trace: Trace
 ) -> tuple[dict[str, Tap], tuple[Projection, ...], Experts | None]:
     """Return the sites of one layer, the linear maps whose inputs are sites, and its routed experts.
 
     Args:
         calls: calls of its modules, in order.
+        trace: what became of their outputs.
     """
     by_kind: dict[str | None, list[Call]] = defaultdict(list)
     for call in calls:
@@ -97,6 +99,9 @@ def find_sites(
     if neuron := taps.get("neuron"):
         last = [call for call in _linears(in_mlp) if call.module is neuron.module]
         readers += _readers(in_mlp, last, "up_input", "neuron")
+    for site in ("attention", "mlp"):
+        if (tap := taps.get(site)) is not None:
+            taps[site] = tap_addition(trace, tap)
     projections = []
     for site, call in readers:
         taps.setdefault(site, _tap(call, "input"))
@@ -282,34 +287,41 @@ def _watch(modules: Iterable[nn.Module], forward: Callable[[torch.Tensor], Any])
     """Return a layer without a name for each call of these modules in one forward pass, in order."""
     layer_calls: list[Layer] = []
     calls: list[Call] = []  # of one layer at a time
+    trace = Trace()
 
-    def enter(_args: Any, _kwargs: Any) -> None:
+    def enter(args: Any, kwargs: Any) -> None:
         calls.clear()
+        trace.begin(input_tensor(args, kwargs))
+
+    def begin(module: nn.Module, args: Any, kwargs: Any) -> None:
+        trace.enter(module, [*args, *kwargs.values()])
 
     def record(path: str, module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
+        trace.leave(module, first_tensor(output))
         if (tensor := first_tensor(output)) is not None:
             inputs = [t for t in (*args, *kwargs.values()) if isinstance(t, torch.Tensor)]
             calls.append(Call(path, module, inputs, tensor.clone()))
 
     def leave(module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
         if (tensor := first_tensor(output)) is not None:
-            hidden, sites = input_tensor(args, kwargs), find_sites(calls, type(module).__name__)
+            trace.end(tensor)
+            hidden, sites = input_tensor(args, kwargs), find_sites(calls, type(module).__name__, trace)
             is_alone = isinstance(output, torch.Tensor) or (isinstance(output, tuple) and len(output) == 1)
             form = type(output) if is_alone and hidden is not None and hidden.shape == tensor.shape else None
             layer_calls.append(Layer(0, "", module, 0, axes_of(tensor.shape, *PROBE_SHAPE), *sites, form))
         calls.clear()
+        trace.begin(None)
 
     layers = dict.fromkeys(modules)
-    inside = [
-        (child, partial(record, path, child))
-        for layer in layers
-        for path, child in layer.named_modules()
-        if child is not layer
-    ]
-    with hooked(
-        before=[(layer, enter) for layer in layers],
-        after=[*inside, *((layer, partial(leave, layer)) for layer in layers)],
-    ):
+    before: list[Hook] = [(layer, enter) for layer in layers]
+    after: list[Hook] = []
+    for layer in layers:
+        for path, child in layer.named_modules():
+            if child is not layer:
+                before.append((child, partial(begin, child)))
+                after.append((child, partial(record, path, child)))
+    after.extend((layer, partial(leave, layer)) for layer in layers)
+    with trace, hooked(before=before, after=after):
         forward(probe_tokens())
     return layer_calls
 

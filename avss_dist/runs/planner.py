@@ -12,6 +12,7 @@ from avss_dist.core.errors import ModelError
 from avss_dist.core.settings import NUMBERS_VERSION, Settings, fingerprint
 from avss_dist.corpus.shards import USUAL_ROWS, CorpusPlan, tokenize_corpus
 from avss_dist.corpus.sources import open_source
+from avss_dist.models.additions import transforms_outputs
 from avss_dist.models.checkpoints import Checkpoint, content_hash, convert_pickles, resolve
 from avss_dist.models.loading import load_tokenizer, pin, text_config
 from avss_dist.models.size import Footprint, sharing_skeletons
@@ -60,7 +61,7 @@ class Planner:
         if settings.sequences_per_shard is None:
             rows = rows_per_shard(size, settings, corpus.num_sequences)
             corpus, settings = corpus.recut(rows), replace(settings, sequences_per_shard=rows)
-        print_ = run_fingerprint(checkpoint, corpus, settings, placement)
+        print_ = run_fingerprint(checkpoint, config, corpus, settings, placement)
         return PlannedRun(
             replica_spec=ReplicaSpec(checkpoint=checkpoint, settings=settings, placement=placement),
             corpus=corpus,
@@ -131,7 +132,9 @@ class Planner:
         return tokenizer, family, cut, *settings.text_options().values()
 
 
-def run_fingerprint(checkpoint: Checkpoint, corpus: CorpusPlan, settings: Settings, placement: Placement) -> str:
+def run_fingerprint(
+    checkpoint: Checkpoint, config: Any, corpus: CorpusPlan, settings: Settings, placement: Placement
+) -> str:
     """Return the SHA-256 of all inputs that can change a number: weights, tokens, settings, kind of device, version.
 
     The tokenizer and the packing count through their tokens. Among partitions only tensor parallelism counts, as it
@@ -143,7 +146,17 @@ def run_fingerprint(checkpoint: Checkpoint, corpus: CorpusPlan, settings: Settin
         tokens=corpus.tokens_fingerprint,
         settings=settings.numbers(statistics=True),
         **fingerprint_part(placement),
+        **_measured_place(config, settings),
     )
+
+
+def _measured_place(config: Any, settings: Settings) -> dict[str, str]:
+    """Return the part of a fingerprint that tells where sublayers are measured, where that once was elsewhere.
+
+    Earlier versions measured them before the norm or the multiplication that follows them in some families.
+    """
+    measures_sublayers = not {"attention", "mlp"}.isdisjoint(settings.sites)
+    return {"sublayers": "as added"} if measures_sublayers and transforms_outputs(config) else {}
 
 
 def rows_per_shard(size: Footprint | None, settings: Settings, num_sequences: int) -> int:

@@ -132,7 +132,12 @@ class LayerStats:
     """
 
     thresholds: Annotated[Float64, "absolute near-zero thresholds, ascending"]
-    near_zero: Annotated[Int64, "elements with abs(x) < threshold, for each threshold, exact", SUM]
+    near_zero: Annotated[
+        Int64,
+        "elements with abs(x) < threshold, for each threshold, exact (site update: of differences as the dtype rounds "
+        "them)",
+        SUM,
+    ]
     count: Annotated[int, "finite elements (tokens x units), padding excluded", MOMENTS] = 0
     mean: Annotated[float, "mean over elements", MOMENTS] = 0.0
     m2: Annotated[float, "sum over elements of (x - mean)^2; m2 / count is the variance", MOMENTS] = 0.0
@@ -328,7 +333,8 @@ The sums of ``count`` and ``near_zero`` over the rows of a stratum equal those o
 
 ROW_FIELDS = {
     "count": "finite elements of the answer (tokens x units)",
-    "near_zero": "elements with abs(x) < threshold, for each threshold of the run, exact",
+    "near_zero": "elements with abs(x) < threshold, for each threshold of the run, exact (site update: of differences "
+    "as the dtype rounds them)",
     "mean": "mean over elements",
     "m2": "sum over elements of (x - mean)^2; m2 / count is the variance",
     "pooled_variance": "unbiased variance, over units, of the mean over tokens",

@@ -34,6 +34,7 @@ FAMILIES = {
     "bert": ("encoder.layer", "attention.output.dense", "output.dense", "output.dense"),
     "bloom": ("h", "self_attention.dense", "mlp.dense_4h_to_h", "mlp.dense_4h_to_h"),  # sublayers add the residual
     "opt": ("decoder.layers", "self_attn", "fc2", "fc2"),  # two linear maps of the layer, on flattened tokens
+    "gemma2": ("layers", "post_attention_layernorm", "post_feedforward_layernorm", "mlp.down_proj"),
 }
 
 
@@ -110,6 +111,17 @@ def test_every_field_of_every_site_equals_numpy(family: str, dtype: torch.dtype)
         activations |= {"units": units, "by": counted_by(dtype), "first_tokens": site == "block"}
         expected = oracle_stats(mask=FULL.numpy(), thresholds=GRID, **activations)
         assert_close(stats[layer, site], expected, rtol=1e-9, angle_atol=1e-7)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_an_output_is_counted_as_it_is_multiplied_and_added(dtype: torch.dtype) -> None:
+    multiplier = 0.22
+    backbone = opened(tiny_model("causal", "granite", residual_multiplier=multiplier), dtype)
+    mlp = observed(backbone, [(token_ids(), FULL)], ["mlp"])[1, "mlp"]
+    output = captured(backbone, token_ids(), FULL, "layers", "self_attn", "mlp", "mlp.down_proj")[1, "mlp"]["x"]
+    added = (torch.from_numpy(output).to(dtype) * multiplier).double().numpy()
+    expected = oracle_stats(added, mask=FULL.numpy(), thresholds=GRID, by=counted_by(dtype))
+    assert_close(mlp, expected, rtol=1e-9, angle_atol=1e-7)
 
 
 def test_first_tokens_are_the_first_that_count_in_each_row_of_each_batch() -> None:

@@ -167,9 +167,14 @@ def tiny_config(model_type: str, *, overrides: bool = True) -> PretrainedConfig:
     return _build(CONFIG_MAPPING[model_type], extra)
 
 
-def tiny_model(kind: str, model_type: str, *, overrides: bool = True) -> PreTrainedModel:
-    """A seeded float32 model in evaluation mode; raises what the library raises, and MemoryError for a giant."""
+def tiny_model(kind: str, model_type: str, *, overrides: bool = True, **changes: Any) -> PreTrainedModel:
+    """A seeded float32 model in evaluation mode; raises what the library raises, and MemoryError for a giant.
+
+    ``changes`` are other values of the text configuration.
+    """
     config = tiny_config(model_type, overrides=overrides)
+    for name, value in changes.items():
+        setattr(config.get_text_config(), name, value)
     if kind == "causal" and hasattr(config, "is_decoder"):
         config.is_decoder = True
     auto = _CLASSES[kind]
