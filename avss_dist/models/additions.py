@@ -236,7 +236,7 @@ class _Search:
                 self.taps[address] = _scaled(tap, Scale(numbers[0]))
             elif step.name in _DIVISIONS and len(numbers) == 1 and step.operands[0] is not numbers[0]:
                 self.taps[address] = _scaled(tap, Scale(numbers[0], divides=True))
-            elif step.name in _COPIES or step.name in _ADDITIONS and len(inputs) == 2:
+            elif step.name in _COPIES or (step.name in _ADDITIONS and len(inputs) == 2):
                 self.taps[address] = tap
         if inputs <= self.contributions:
             self._label(address, self.contributions)

@@ -21,6 +21,7 @@ from support.checkpoints import llama
 from support.planning import llama_like, plan, run_spec
 from support.tables import assert_same_tables, measured_files
 from support.warehouses import SCALES, activations, stats_of, write_shard
+from transformers import Gemma2Config, LlamaConfig
 
 import avss_dist
 from avss_dist.analysis.chosen import choose_runs
@@ -59,6 +60,9 @@ SMALL: dict[str, Any] = {
 
 CHECKPOINT = Checkpoint(name="org/tiny", source="hub", path="/tiny", revision="0" * 40)
 PINNED = Settings(dtype="float32", device="cpu", attention="sdpa", sequences_per_shard=4, max_sequences=12)
+CORPUS = CorpusPlan(
+    source="t", corpus_fingerprint="c", tokens_fingerprint="t" * 64, shards=(), num_sequences=12, num_tokens=96
+)
 
 
 class KeyedMeasure(Measure):
@@ -235,10 +239,25 @@ def test_what_cannot_change_a_number_is_the_same_run(
 )
 def test_a_run_has_the_fingerprint_that_warehouses_know(placement: Placement, expected: str) -> None:
     """A value that changes renames every run: all of them would be measured again."""
-    corpus = CorpusPlan(
-        source="t", corpus_fingerprint="c", tokens_fingerprint="t" * 64, shards=(), num_sequences=12, num_tokens=96
-    )
-    assert planner.run_fingerprint(CHECKPOINT, corpus, PINNED, placement) == expected
+    assert planner.run_fingerprint(CHECKPOINT, LlamaConfig(), CORPUS, PINNED, placement) == expected
+
+
+def test_runs_whose_sublayers_were_measured_elsewhere_have_another_fingerprint() -> None:
+    """Before a norm, by earlier versions."""
+    prints = {
+        planner.run_fingerprint(CHECKPOINT, config, CORPUS, PINNED, Placement())
+        for config in (LlamaConfig(), Gemma2Config())
+    }
+    assert len(prints) == 2
+
+
+def test_runs_without_sublayers_keep_their_fingerprint() -> None:
+    settings = replace(PINNED, sites=("block", "update"))
+    prints = {
+        planner.run_fingerprint(CHECKPOINT, config, CORPUS, settings, Placement())
+        for config in (LlamaConfig(), Gemma2Config())
+    }
+    assert len(prints) == 1
 
 
 def test_an_evaluation_has_the_id_that_warehouses_know() -> None:
