@@ -65,20 +65,32 @@ def parts(a: Answers, weights: Float64, recipe: str) -> Parts:
         weights: float64[..., rows], the weight of each answer.
         recipe: ``pooled`` or ``element``.
     """
-    pooled, near_zero, counts, means, m2 = (
-        a.stats[name] for name in ("pooled_variance", "near_zero", "count", "mean", "m2")
-    )
-    count = weights @ counts
+    variance = _pooled_variance(a, weights) if recipe == "pooled" else _element_variance(a, weights)
+    return Parts(variance=variance, near_zero=weights @ a.stats["near_zero"], count=weights @ a.stats["count"])
+
+
+def _pooled_variance(a: Answers, weights: Float64) -> Float64:
+    """Return the weighted mean of the answers' pooled variances, float64[..., layers]."""
+    pooled = a.stats["pooled_variance"]
+    finite = np.isfinite(pooled)
     with np.errstate(divide="ignore", invalid="ignore"):
-        if recipe == "pooled":
-            finite = np.isfinite(pooled)
-            variance = (weights @ np.where(finite, pooled, 0)) / (weights @ finite.astype(np.float64))
-        else:
-            mean = np.where(counts > 0, means, 0)
-            shifted = mean - (counts * mean).sum(axis=0) / counts.sum(axis=0)  # so that nothing cancels
-            first = (weights @ (counts * shifted)) / count
-            variance = (weights @ (m2 + counts * shifted**2)) / count - first**2
-    return variance, weights @ near_zero, count
+        return (weights @ np.where(finite, pooled, 0)) / (weights @ finite.astype(np.float64))
+
+
+def _element_variance(a: Answers, weights: Float64) -> Float64:
+    """Return the weighted variance over elements, float64[..., layers].
+
+    Moments are taken about the mean of all answers, which avoids cancellation.
+    """
+    counts = a.stats["count"]
+    with np.errstate(divide="ignore", invalid="ignore"):
+        mean = np.where(counts > 0, a.stats["mean"], 0)
+        shifted = mean - (counts * mean).sum(axis=0) / counts.sum(axis=0)
+        count = weights @ counts
+        first = (weights @ (counts * shifted)) / count
+        second = (weights @ (a.stats["m2"] + counts * shifted**2)) / count
+        variance: Float64 = second - first**2
+    return variance
 
 
 def both_sides(a: Answers, weights: Float64, hallucinated: Float64, recipe: str) -> tuple[Parts, Parts]:
@@ -93,9 +105,10 @@ def both_sides(a: Answers, weights: Float64, hallucinated: Float64, recipe: str)
 
 def contrast(hallucinated: Parts, truthful: Parts) -> Float64:
     """Return log(AVSS on hallucinated / AVSS on truthful answers), float64[..., layers]. Undefined values are NaN."""
-    scores = [avss(*side, smoothed=True) for side in (hallucinated, truthful)]
+    hallucinated_scores = avss(*hallucinated, smoothed=True)
+    truthful_scores = avss(*truthful, smoothed=True)
     with np.errstate(divide="ignore", invalid="ignore"):
-        contrasts = np.log(scores[0] / scores[1])
+        contrasts = np.log(hallucinated_scores / truthful_scores)
     return np.where(np.isfinite(contrasts), contrasts, np.nan)
 
 
@@ -116,7 +129,8 @@ def deviation(hallucinated: Parts, truthful: Parts) -> Float64:
 
 def observed(a: Answers, recipe: str) -> Float64:
     """Return the `deviation` of the unweighted answers with their own labels, float64[layers]."""
-    return deviation(*both_sides(a, np.ones(len(a.pair)), a.hallucinated.astype(np.float64), recipe))
+    labels = a.hallucinated.astype(np.float64)
+    return deviation(*both_sides(a, np.ones(len(a.pair)), labels, recipe))
 
 
 def permuted_labels(a: Answers, times: int, seed: int = BOOTSTRAP_SEED) -> Float64:
@@ -136,7 +150,8 @@ def permutation_p(a: Answers, recipe: str, seed: int = BOOTSTRAP_SEED) -> Float6
     """
     deviations = observed(a, recipe)
     labels = permuted_labels(a, num_permutations(len(deviations)), seed)
-    return p_values(deviations, deviation(*both_sides(a, np.ones(len(a.pair)), labels, recipe)))
+    permuted_sides = both_sides(a, np.ones(len(a.pair)), labels, recipe)
+    return p_values(deviations, deviation(*permuted_sides))
 
 
 def num_permutations(layers: int) -> int:
@@ -181,7 +196,11 @@ def floor_of(deviations: Float64) -> Float64:
 
 def length_matched(a: Answers, slack: float) -> Answers:
     """Return the answers of pairs whose longest answer has at most ``1 + slack`` times the tokens of the shortest."""
-    matched = [p for p in a.pairs if np.ptp(tokens := a.tokens[a.pair == p]) <= slack * tokens.min()]
+    matched = []
+    for pair in a.pairs:
+        tokens = a.tokens[a.pair == pair]
+        if np.ptp(tokens) <= slack * tokens.min():
+            matched.append(pair)
     return a.of_pairs(np.array(matched, np.int64))
 
 
@@ -200,24 +219,29 @@ def contrast_columns(
         resampled: parts over resampled pairs or blocks, float64[resamples, layers] each.
         left_out: parts without each pair or block, float64[groups, layers] each.
     """
-    scores, left_out_scores = (_contrasted(*both) for both in (sides, left_out))
-    hsav, *counts = sides[0]
-    enough = len(left_out[0][0]) >= MINIMUM_UNITS
-    hss = _smoothed(*counts)
+    scores = _contrasted(*sides)
+    left_out_scores = _contrasted(*left_out)
+    hallucinated, _ = sides
+    left_out_hallucinated, _ = left_out
+    hss = _smoothed_sparsity(hallucinated)
+    prone = np.full(len(hss), np.nan)
+    if len(left_out_hallucinated.variance) >= MINIMUM_UNITS:
+        prone = prone_probability(contrast(*resampled))
     columns = {
         **scores,
-        "hsav": hsav,
+        "hsav": hallucinated.variance,
         "hss": hss,
-        "hsav_share": share(hsav),
+        "hsav_share": share(hallucinated.variance),
         "hss_share": share(hss),
         "deviation": from_median(scores["eavss_contrast"]),
         "rank": rank_lowest(-scores["eavss_contrast"]),
-        "prone_probability": prone_probability(contrast(*resampled)) if enough else np.full(len(hss), np.nan),
+        "prone_probability": prone,
     }
     for name, values in left_out_scores.items():
-        columns[f"{name}_low"], columns[f"{name}_high"] = jackknife_interval(
-            scores[name], values, scale="log" if name == "eavss_ratio" else "linear"
-        )
+        scale = "log" if name == "eavss_ratio" else "linear"
+        low, high = jackknife_interval(scores[name], values, scale=scale)
+        columns[f"{name}_low"] = low
+        columns[f"{name}_high"] = high
     return columns
 
 
@@ -226,13 +250,13 @@ def _contrasted(hallucinated: Parts, truthful: Parts) -> dict[str, Float64]:
     return {
         "eavss_contrast": contrast(hallucinated, truthful),
         "eavss_ratio": avss(*hallucinated, smoothed=True),
-        "hsav_difference": hallucinated[0] - truthful[0],
-        "hss_difference": _smoothed(*hallucinated[1:]) - _smoothed(*truthful[1:]),
+        "hsav_difference": hallucinated.variance - truthful.variance,
+        "hss_difference": _smoothed_sparsity(hallucinated) - _smoothed_sparsity(truthful),
     }
 
 
-def _smoothed(near_zero: Float64, count: Float64) -> Float64:
-    return (near_zero + 0.5) / (count + 1)
+def _smoothed_sparsity(side: Parts) -> Float64:
+    return (side.near_zero + 0.5) / (side.count + 1)
 
 
 def out_of_fold(a: Answers, values: Float64) -> Float64:
@@ -240,13 +264,17 @@ def out_of_fold(a: Answers, values: Float64) -> Float64:
 
     The output is the standardized value, with the sign that makes it larger for hallucinated answers in those folds.
     """
-    fold = np.random.default_rng(BOOTSTRAP_SEED).permutation(len(a.pairs))[np.searchsorted(a.pairs, a.pair)] % FOLDS
+    # Answers of a pair are in the same fold.
+    order_of_pairs = np.random.default_rng(BOOTSTRAP_SEED).permutation(len(a.pairs))
+    fold = order_of_pairs[np.searchsorted(a.pairs, a.pair)] % FOLDS
     scores = np.zeros(len(values))
     for k in range(FOLDS):
         train = fold != k
-        if not 0 < a.hallucinated[train].sum() < train.sum():
+        labels = a.hallucinated[train]
+        if labels.all() or not labels.any():
             continue
-        side = np.sign(auroc(values[train], a.hallucinated[train], np.ones((1, train.sum())))[0] - 0.5)
+        area = auroc(values[train], labels, np.ones((1, len(labels))))[0]
+        side = np.sign(area - 0.5)
         spread = values[train].std() or 1.0
         scores[~train] = side * (values[~train] - values[train].mean()) / spread
     return scores
@@ -262,7 +290,8 @@ def auroc(scores: Float64, positive: Bools, weights: Float64) -> Float64:
     """
     order = np.argsort(scores, kind="stable")
     _, starts = np.unique(scores[order], return_index=True)
-    up, down = (np.add.reduceat((weights * side)[:, order], starts, axis=1) for side in (positive, ~positive))
+    up = np.add.reduceat((weights * positive)[:, order], starts, axis=1)
+    down = np.add.reduceat((weights * ~positive)[:, order], starts, axis=1)
     below = np.cumsum(down, axis=1) - down / 2
     with np.errstate(divide="ignore", invalid="ignore"):
         area: Float64 = (up * below).sum(axis=1) / (up.sum(axis=1) * down.sum(axis=1))

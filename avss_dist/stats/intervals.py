@@ -55,8 +55,10 @@ def left_out_weights(number: int) -> Float64:
 
     Up to `BOOTSTRAP_BLOCKS` units, each is a group of its own. More units form that many groups of consecutive units.
     """
-    group = np.arange(number) * min(number, BOOTSTRAP_BLOCKS) // max(number, 1)
-    return (group != np.arange(min(number, BOOTSTRAP_BLOCKS))[:, None]).astype(np.float64)
+    groups = min(number, BOOTSTRAP_BLOCKS)
+    group_of_unit = np.arange(number) * groups // max(number, 1)
+    stays = group_of_unit != np.arange(groups)[:, None]
+    return stays.astype(np.float64)
 
 
 def jackknife_interval(
@@ -86,13 +88,16 @@ def jackknife_interval(
         return np.full((2, *np.shape(value)), nan)
     transform, invert = SCALES[scale]
     with np.errstate(divide="ignore", invalid="ignore", over="ignore"):
-        center, replicates = transform(np.asarray(value, np.float64)), transform(left_out)
+        center = transform(np.asarray(value, np.float64))
+        replicates = transform(left_out)
         pseudo = (number - 1) * (replicates.mean(axis=0) - replicates)
         variance = np.square(pseudo).mean(axis=0)
         skewness = np.where(variance > 0, (pseudo**3).mean(axis=0) / variance**1.5, 0.0)
-        quantile = stdtrit((number - 1) / (1 + SKEWNESS_COST * np.abs(skewness)), (1 + confidence) / 2)
+        degrees_of_freedom = (number - 1) / (1 + SKEWNESS_COST * np.abs(skewness))
+        quantile = stdtrit(degrees_of_freedom, (1 + confidence) / 2)
         unbiased = skewness * sqrt(number * (number - 1)) / max(number - 2, 1)
-        upper, lower = (_without_skewness(sign * quantile, unbiased, number) for sign in (1, -1))
+        upper = _without_skewness(quantile, unbiased, number)
+        lower = _without_skewness(-quantile, unbiased, number)
         error = np.sqrt(variance / (number - 1))
         ends = invert(np.stack([center - error * upper, center - error * lower]))
     return np.where(np.isfinite(center) & np.isfinite(error), ends, nan)

@@ -9,12 +9,13 @@ tokens with a non-finite element, per-sequence fields leave out sequences with o
 
 from __future__ import annotations
 
+import math
 import operator
 import tempfile
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from functools import cache, partial
-from typing import Annotated, Any, TypeVar, get_type_hints
+from typing import Annotated, Any, NamedTuple, TypeVar, get_type_hints
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -85,38 +86,60 @@ def next_cut(values: NDArray[np.float32]) -> NDArray[np.float64]:
 
 def merge_values(a: Values, b: Values) -> Values:
     """Return the counts by value over both samples."""
-    if not a[0].size or not b[0].size:
-        return a if a[0].size else b
-    values, counts = np.concatenate([a[0], b[0]]), np.concatenate([a[1], b[1]])
-    order = np.argsort(values, kind="stable")  # which merges two runs
-    values, counts = values[order], counts[order]
-    first = np.flatnonzero(np.append(True, values[1:] != values[:-1]))
+    a_values, a_counts = a
+    b_values, b_counts = b
+    if not b_values.size:
+        return a
+    if not a_values.size:
+        return b
+    values = np.concatenate([a_values, b_values])
+    counts = np.concatenate([a_counts, b_counts])
+    # A stable sort of two ascending runs merges them, in linear time.
+    order = np.argsort(values, kind="stable")
+    values = values[order]
+    counts = counts[order]
+    is_new = np.append(True, values[1:] != values[:-1])
+    first = np.flatnonzero(is_new)
     return values[first], np.add.reduceat(counts, first)
 
 
 def merge_moments(a: tuple[int, float, float], b: tuple[int, float, float]) -> tuple[int, float, float]:
     """Merge two (count, mean, m2) triples by Chan's pairwise update. An empty triple is the identity."""
-    (count_a, mean_a, m2_a), (count_b, mean_b, m2_b) = a, b
-    if count_a == 0 or count_b == 0:
-        return b if count_a == 0 else a
+    count_a, mean_a, m2_a = a
+    count_b, mean_b, m2_b = b
+    if count_a == 0:
+        return b
+    if count_b == 0:
+        return a
     count = count_a + count_b
+    weight_b = count_b / count
     delta = mean_b - mean_a
-    mean = mean_a + delta * (count_b / count)
-    return count, mean, m2_a + m2_b + delta * delta * (count_a * (count_b / count))
+    mean = mean_a + delta * weight_b
+    m2 = m2_a + m2_b + delta * delta * (count_a * weight_b)
+    return count, mean, m2
 
 
 def _add_units(a: Float64, b: Float64) -> Float64:
-    if a.size == 0 or b.size == 0:
-        return a if b.size == 0 else b
+    if b.size == 0:
+        return a
+    if a.size == 0:
+        return b
     if a.shape != b.shape:
         raise ValueError(f"unit counts differ: {a.size} and {b.size}")
     return a + b
 
 
-SUM, MINIMUM, MAXIMUM, ANY, UNITS = (
-    partial(map, operation) for operation in (operator.add, min, max, operator.or_, _add_units)
-)
-MOMENTS, INPUT_MOMENTS, FIRST_MOMENTS = (partial(merge_moments) for _ in range(3))
+# Operations that merge one field at a time: they take the values of all of their fields in both operands.
+SUM = partial(map, operator.add)
+MINIMUM = partial(map, min)
+MAXIMUM = partial(map, max)
+ANY = partial(map, operator.or_)
+UNITS = partial(map, _add_units)
+# Operations that merge a count, a mean and an m2 together. Each sample has an operation of its own, as fields with the
+# same operation are merged together.
+MOMENTS = partial(merge_moments)
+INPUT_MOMENTS = partial(merge_moments)
+FIRST_MOMENTS = partial(merge_moments)
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -196,18 +219,27 @@ class LayerStats:
             raise ValueError(f"thresholds differ: {self.thresholds.tolist()} and {other.thresholds.tolist()}")
         merged: dict[str, Any] = {"thresholds": self.thresholds}
         for operation, names in MERGED_FIELDS.items():
-            merged |= zip(names, operation(*([getattr(x, name) for name in names] for x in (self, other))), strict=True)
+            own_values = [getattr(self, name) for name in names]
+            other_values = [getattr(other, name) for name in names]
+            values = operation(own_values, other_values)
+            merged.update(zip(names, values, strict=True))
         return LayerStats(**merged)
 
     def equals(self, other: LayerStats) -> bool:
         """Whether every field is identical to the last bit."""
-        return all(np.array_equal(getattr(self, f.name), getattr(other, f.name), equal_nan=True) for f in fields(self))
+        for f in fields(self):
+            if not np.array_equal(getattr(self, f.name), getattr(other, f.name), equal_nan=True):
+                return False
+        return True
 
     @property
     def bins(self) -> tuple[Float64, Float64, Int64]:
         """Lower bounds, upper bounds and counts of the counted values of abs(x), ascending."""
-        values = self.abs_value.astype(np.float64)
-        return values, next_cut(self.abs_value) if self.abs_value_cut else values, self.abs_value_count
+        lows = self.abs_value.astype(np.float64)
+        highs = lows
+        if self.abs_value_cut:
+            highs = next_cut(self.abs_value)
+        return lows, highs, self.abs_value_count
 
     def below(self, threshold: float) -> tuple[float, float, float]:
         """Return the number of elements with abs(x) < ``threshold``, 0 if it is NaN, and the bounds of this number.
@@ -217,19 +249,31 @@ class LayerStats:
         """
         counted = np.flatnonzero(self.thresholds == threshold)
         if counted.size:
-            return (float(self.near_zero[counted[0]]),) * 3
+            exact = float(self.near_zero[counted[0]])
+            return exact, exact, exact
+        if not threshold > 0:
+            return 0.0, 0.0, 0.0
         lows, highs, counts = self.bins
-        begun = np.searchsorted(lows, threshold) if threshold > 0 else 0
-        high = float(counts[:begun].sum())
-        if not begun or highs[begun - 1] <= threshold:
-            return high, high, high
-        low, edge = float(counts[: begun - 1].sum()), lows[begun - 1]
-        return low + float((threshold - edge) / (highs[begun - 1] - edge)) * (high - low), low, high
+        # Number of bins that begin below the threshold. It may lie inside the last one of them.
+        started = np.searchsorted(lows, threshold)
+        at_most = float(counts[:started].sum())
+        if not started or highs[started - 1] <= threshold:
+            return at_most, at_most, at_most
+        at_least = float(counts[: started - 1].sum())
+        low_edge = lows[started - 1]
+        high_edge = highs[started - 1]
+        share = float((threshold - low_edge) / (high_edge - low_edge))
+        return at_least + share * (at_most - at_least), at_least, at_most
 
     def share_below(self, threshold: float) -> float:
         """Return the share below a threshold of the elements in its histogram bin, or 0 if the bin is empty."""
-        bins = [float(histogram_below(self.histogram, edge)) for edge in bin_edges(threshold)]
-        return (self.below(threshold)[0] - bins[0]) / (bins[1] - bins[0]) if bins[1] > bins[0] else 0.0
+        low_edge, high_edge = bin_edges(threshold)
+        below_bin = float(histogram_below(self.histogram, low_edge))
+        below_next_bin = float(histogram_below(self.histogram, high_edge))
+        if not below_next_bin > below_bin:
+            return 0.0
+        below, _, _ = self.below(threshold)
+        return (below - below_bin) / (below_next_bin - below_bin)
 
     @property
     def variance(self) -> float:
@@ -242,27 +286,41 @@ class LayerStats:
         return float(np.sqrt(self.variance + self.mean**2))
 
 
-@cache
-def annotations_of(cls: type) -> dict[str, tuple[type, tuple[str, ...], Callable[..., Iterable[Any]] | None]]:
-    """Return the type, the texts (meaning, unit) and the merging operation of each annotated field of a class.
+class FieldAnnotation(NamedTuple):
+    """Annotation of a field of statistics.
 
-    The operation takes the values of both operands. Fields with the same operation are merged together.
+    Attributes:
+        type: type of the values.
+        texts: meaning, and unit if it has one.
+        operation: operation that merges the field; None if it is not merged. It takes the values of both operands.
     """
-    return {
-        name: (
-            hint.__origin__,
-            tuple(text for text in hint.__metadata__ if isinstance(text, str)),
-            next((operation for operation in hint.__metadata__ if callable(operation)), None),
-        )
-        for name, hint in get_type_hints(cls, include_extras=True).items()
-    }
+
+    type: type
+    texts: tuple[str, ...]
+    operation: Callable[..., Iterable[Any]] | None
 
 
-_OPERATIONS = {name: operation for name, (_, _, operation) in annotations_of(LayerStats).items() if operation}
-MERGED_FIELDS = {
-    operation: [name for name, merging in _OPERATIONS.items() if merging is operation]
-    for operation in _OPERATIONS.values()
-}
+@cache
+def annotations_of(cls: type) -> dict[str, FieldAnnotation]:
+    """Return the annotation of each annotated field of a class. Fields with the same operation are merged together."""
+    annotations = {}
+    for name, hint in get_type_hints(cls, include_extras=True).items():
+        texts = tuple(part for part in hint.__metadata__ if isinstance(part, str))
+        operations = [part for part in hint.__metadata__ if callable(part)]
+        operation = operations[0] if operations else None
+        annotations[name] = FieldAnnotation(hint.__origin__, texts, operation)
+    return annotations
+
+
+def _fields_by_operation() -> dict[Callable[..., Iterable[Any]], list[str]]:
+    by_operation: dict[Callable[..., Iterable[Any]], list[str]] = {}
+    for name, annotation in annotations_of(LayerStats).items():
+        if annotation.operation:
+            by_operation.setdefault(annotation.operation, []).append(name)
+    return by_operation
+
+
+MERGED_FIELDS = _fields_by_operation()
 """Fields of LayerStats by the operation that merges them."""
 
 
@@ -273,9 +331,8 @@ def share_of_m2(part: tuple[ArrayLike, ArrayLike, ArrayLike], mean: ArrayLike, m
         part: count, mean and m2 of the part. Arrays are of several samples.
         mean, m2: mean and m2 of the whole sample.
     """
-    count, part_mean, part_m2, whole_mean, whole_m2 = np.broadcast_arrays(
-        *(np.asarray(values, np.float64) for values in (*part, mean, m2))
-    )
+    arrays = [np.asarray(values, np.float64) for values in (*part, mean, m2)]
+    count, part_mean, part_m2, whole_mean, whole_m2 = np.broadcast_arrays(*arrays)
     contributed = part_m2 + count * (part_mean - whole_mean) ** 2
     defined = (count > 0) & (whole_m2 > 0)
     return np.divide(contributed, whole_m2, out=np.full(contributed.shape, np.nan), where=defined)
@@ -292,16 +349,20 @@ def stats_from_pattern_counts(counts: NDArray[np.integer], values: Float64, thre
             the others are their negatives.
         thresholds: float64[k], the absolute near-zero thresholds.
     """
-    present = np.flatnonzero(counts != 0)  # of a bool array: much faster
+    # numpy finds the positions in an array of booleans much faster than in one of numbers.
+    present = np.flatnonzero(counts != 0)
     negative = present >= len(counts) // 2
-    numbers, values = counts[present].astype(np.int64), values[present]
+    numbers = counts[present].astype(np.int64)
+    values = values[present]
     finite = np.isfinite(values)
     nonfinite_count = int(numbers[~finite].sum())
-    numbers, values, negative = numbers[finite], values[finite], negative[finite]
+    numbers = numbers[finite]
+    values = values[finite]
+    negative = negative[finite]
     sizes = np.abs(values).astype(np.float32)
-    abs_value, abs_value_count = merge_values(
-        (sizes[~negative], numbers[~negative]), (sizes[negative], numbers[negative])
-    )
+    of_positive = sizes[~negative], numbers[~negative]
+    of_negative = sizes[negative], numbers[negative]
+    abs_value, abs_value_count = merge_values(of_positive, of_negative)
     below = np.append(0, np.cumsum(abs_value_count))
     count = int(below[-1])
     result: dict[str, object] = {
@@ -365,7 +426,10 @@ class ExpertStats:
 
     def merge(self, other: ExpertStats) -> ExpertStats:
         """Return the statistics over the tokens of both operands."""
-        return ExpertStats(**{name: getattr(self, name) + getattr(other, name) for name in EXPERT_FIELDS})
+        sums = {}
+        for name in EXPERT_FIELDS:
+            sums[name] = getattr(self, name) + getattr(other, name)
+        return ExpertStats(**sums)
 
 
 EXPERT_FIELDS = tuple(f.name for f in fields(ExpertStats))
@@ -422,17 +486,20 @@ def merge_stats(parts: Iterable[Mapping[Key, Stats]]) -> dict[Key, Stats]:
     merged: dict[Key, Stats] = {}
     for part in parts:
         for key, stats in part.items():
-            merged[key] = merged[key].merge(stats) if key in merged else stats
+            if key in merged:
+                merged[key] = merged[key].merge(stats)
+            else:
+                merged[key] = stats
     return {key: merged[key] for key in sorted(merged)}
 
 
 def merge_strata(strata: Mapping[StratumKey, LayerStats]) -> dict[LayerKey, LayerStats]:
     """Merge the strata of all labels into statistics by (layer, site). Answers after another prompt are left out."""
-    labels = dict.fromkeys(label for _, _, label in sorted(strata) if not label.endswith(AFTER_ANOTHER))
-    return merge_stats(
-        {(layer, site): stats for (layer, site, stratum), stats in strata.items() if stratum == label}
-        for label in labels
-    )
+    by_label: dict[str, dict[LayerKey, LayerStats]] = {}
+    for layer, site, label in sorted(strata):
+        if not label.endswith(AFTER_ANOTHER):
+            by_label.setdefault(label, {})[layer, site] = strata[layer, site, label]
+    return merge_stats(by_label.values())
 
 
 @dataclass(frozen=True)
@@ -455,8 +522,8 @@ def split_into_blocks(num_shards: int, maximum: int) -> list[range]:
 
     The limit bounds memory, whatever the size of the corpus.
     """
-    size = -(-num_shards // maximum)
-    return [range(start, min(start + size, num_shards)) for start in range(0, num_shards, size or 1)]
+    size = max(1, math.ceil(num_shards / maximum))
+    return [range(start, min(start + size, num_shards)) for start in range(0, num_shards, size)]
 
 
 def combine_blocks(blocks: Iterable[Mapping[StratumKey, LayerStats]]) -> Merged:
@@ -469,10 +536,21 @@ def combine_blocks(blocks: Iterable[Mapping[StratumKey, LayerStats]]) -> Merged:
     room = BLOCK_BYTES
     for block in blocks:
         stats = merge_strata({key: without_values(layer_stats) for key, layer_stats in block.items()})
-        room -= sum(array.nbytes for s in stats.values() for array in (s.histogram, s.unit_sum, s.unit_sum_sq))
-        block_stats.append(stats if room >= 0 else _mapped(stats))
+        room -= sum(array.nbytes for array in _large_arrays(stats))
+        if room < 0:
+            stats = _mapped(stats)
+        block_stats.append(stats)
         strata = merge_stats((strata, block))
-    return Merged(merge_strata(strata), block_stats, strata if any(label for *_, label in strata) else {})
+    is_paired = any(label for _, _, label in strata)
+    return Merged(stats=merge_strata(strata), blocks=block_stats, strata=strata if is_paired else {})
+
+
+def _large_arrays(stats: Mapping[LayerKey, LayerStats]) -> list[NDArray[Any]]:
+    """Return three arrays for each layer and site, in order: the histogram, and the sums by unit."""
+    arrays: list[NDArray[Any]] = []
+    for layer_stats in stats.values():
+        arrays += [layer_stats.histogram, layer_stats.unit_sum, layer_stats.unit_sum_sq]
+    return arrays
 
 
 def _mapped(stats: dict[LayerKey, LayerStats]) -> dict[LayerKey, LayerStats]:
@@ -480,7 +558,7 @@ def _mapped(stats: dict[LayerKey, LayerStats]) -> dict[LayerKey, LayerStats]:
 
     If the file cannot be written, they stay in memory.
     """
-    arrays = [array for s in stats.values() for array in (s.histogram, s.unit_sum, s.unit_sum_sq)]
+    arrays = _large_arrays(stats)
     try:
         with tempfile.TemporaryFile() as file:
             file.writelines(array.tobytes() for array in arrays)
@@ -488,16 +566,25 @@ def _mapped(stats: dict[LayerKey, LayerStats]) -> dict[LayerKey, LayerStats]:
             whole = np.asarray(np.memmap(file, np.int64, "r"))
     except (OSError, ValueError):  # numpy raises ValueError for an empty file
         return stats
-    mapped = np.split(whole, np.cumsum([array.size for array in arrays])[:-1])
-    return {
-        key: replace(s, histogram=histogram, unit_sum=sums.view(np.float64), unit_sum_sq=squares.view(np.float64))
-        for (key, s), histogram, sums, squares in zip(
-            stats.items(), mapped[::3], mapped[1::3], mapped[2::3], strict=True
+    ends = np.cumsum([array.size for array in arrays])
+    pieces = iter(np.split(whole, ends[:-1]))
+    mapped = {}
+    for key, layer_stats in stats.items():
+        mapped[key] = replace(
+            layer_stats,
+            histogram=next(pieces),
+            unit_sum=next(pieces).view(np.float64),
+            unit_sum_sq=next(pieces).view(np.float64),
         )
-    }
+    return mapped
 
 
 def merge_blocks(shards: Sequence[ShardResult], maximum: int) -> Merged:
     """Merge shards in at most ``maximum`` blocks, given in the order of their ids."""
-    blocks = (shards[ids.start : ids.stop] for ids in split_into_blocks(len(shards), maximum))
-    return combine_blocks(merge_stats(shard.strata for shard in block) for block in blocks)
+    return combine_blocks(_each_block(shards, maximum))
+
+
+def _each_block(shards: Sequence[ShardResult], maximum: int) -> Iterator[dict[StratumKey, LayerStats]]:
+    for ids in split_into_blocks(len(shards), maximum):
+        block = shards[ids.start : ids.stop]
+        yield merge_stats(shard.strata for shard in block)

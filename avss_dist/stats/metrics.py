@@ -24,8 +24,11 @@ def retention_of(metric: str, before: Float64, after: Float64) -> Float64:
     with np.errstate(divide="ignore", invalid="ignore", over="ignore"):
         if metric == LOSS:
             return np.exp(before - after)
-        is_lower_better = metric.rpartition("/")[2].partition(",")[0] in LOWER_IS_BETTER  # SUBTASK/METRIC,FILTER
-        return before / after if is_lower_better else after / before
+        _, _, without_subtask = metric.rpartition("/")  # of SUBTASK/METRIC,FILTER
+        name, _, _ = without_subtask.partition(",")
+        if name in LOWER_IS_BETTER:
+            return before / after
+        return after / before
 
 
 def row_start_warning(losses: Mapping[str, float], model: str, corpus: str) -> tuple[float, str] | None:

@@ -14,6 +14,7 @@ from avss_dist.core.registry import LOWEST_SHARE
 from avss_dist.stats.layer_stats import Float64
 
 MIN_VALUES = 3  # values that a correlation needs
+MIN_FOR_INTERVAL = 4  # values that the interval of a correlation needs: its variance has number - 3 below
 ALL_DEPTH = 1e-9  # share of the variance of ranks, beside depth, that is rounding alone
 TWO_SIDED_95 = 1.959964  # the quantile 0.975 of the normal distribution
 
@@ -36,12 +37,16 @@ def average_ranks(values: Float64) -> Float64:
         values: float64[..., n].
     """
     order = np.argsort(values, axis=-1, kind="stable")
-    ordered, place = np.take_along_axis(values, order, -1), np.arange(values.shape[-1])
+    ordered = np.take_along_axis(values, order, -1)
+    place = np.arange(values.shape[-1])
     differs = np.diff(ordered, axis=-1) != 0
-    ends = np.ones((*values.shape[:-1], 1), bool)
-    first = np.maximum.accumulate(np.where(np.concatenate([ends, differs], -1), place, 0), -1)
-    last = np.where(np.concatenate([differs, ends], -1), place, values.shape[-1])
-    last = np.minimum.accumulate(last[..., ::-1], -1)[..., ::-1]
+    edge = np.ones((*values.shape[:-1], 1), bool)
+    begins_tie = np.concatenate([edge, differs], -1)
+    ends_tie = np.concatenate([differs, edge], -1)
+    # First and last place of the tied values that each value is among.
+    first = np.maximum.accumulate(np.where(begins_tie, place, 0), -1)
+    from_the_end = np.where(ends_tie, place, values.shape[-1])[..., ::-1]
+    last = np.minimum.accumulate(from_the_end, -1)[..., ::-1]
     ranks = np.empty(values.shape)
     np.put_along_axis(ranks, order, (first + last) / 2 + 1, -1)
     return ranks
@@ -72,7 +77,8 @@ def _correlate_ranks(a: Float64, b: Float64) -> Float64:
     number = a.shape[-1]
     if number < MIN_VALUES:
         return np.full(a.shape[:-1], np.nan)
-    x, y = (2 * average_ranks(values) - (number + 1) for values in (a, b))
+    x = 2 * average_ranks(a) - (number + 1)
+    y = 2 * average_ranks(b) - (number + 1)
     with np.errstate(invalid="ignore", divide="ignore"):
         rho: Float64 = (x * y).sum(axis=-1) / np.sqrt((x**2).sum(axis=-1) * (y**2).sum(axis=-1))
     return rho
@@ -84,10 +90,11 @@ def spearman_interval(rho: float, number: int) -> tuple[float, float]:
     The ends are ``tanh(atanh(rho) -+ 1.96 sqrt((1 + rho^2 / 2) / (number - 3)))`` (Psychometrika 65, 2000). They are
     NaN for fewer than four values.
     """
-    if number < 4:
+    if number < MIN_FOR_INTERVAL:
         return np.nan, np.nan
     with np.errstate(divide="ignore"):
-        z, width = np.arctanh(rho), TWO_SIDED_95 * np.sqrt((1 + rho**2 / 2) / (number - 3))
+        z = np.arctanh(rho)
+        width = TWO_SIDED_95 * np.sqrt((1 + rho**2 / 2) / (number - 3))
     return float(np.tanh(z - width)), float(np.tanh(z + width))
 
 
@@ -118,7 +125,8 @@ def align(a: tuple[Float64, Float64], b: tuple[Float64, Float64]) -> tuple[Float
     Returns:
         The values of both, and whether one was interpolated linearly in depth.
     """
-    (depth_a, x), (depth_b, y) = a, b
+    depth_a, x = a
+    depth_b, y = b
     if np.array_equal(depth_a, depth_b):
         return x, y, False
     if len(x) <= len(y):

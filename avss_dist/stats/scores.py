@@ -17,7 +17,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -37,8 +37,32 @@ RELATIVE_THRESHOLDS = (0.01, 0.1)  # multiples of the RMS of the layer and site;
 NOISY_BELOW = 100
 MINIMUM_NEAR_ZERO = 5
 """Minimum number of near-zero elements for an interval of AVSS. With fewer, most shards have none."""
-Parts = tuple[Float64, Float64, Float64]
-"""Parts of AVSS, float64[..., layers] each: variance, near-zero elements, elements."""
+
+
+class Parts(NamedTuple):
+    """Parts of AVSS of one site, float64[..., layers] each.
+
+    Attributes:
+        variance: variance by the recipe.
+        near_zero: number of elements (or units) near zero.
+        count: number of elements (or units).
+    """
+
+    variance: Float64
+    near_zero: Float64
+    count: Float64
+
+
+class WeightedParts(NamedTuple):
+    """Parts of AVSS of the merged statistics, and of each weighted statistic.
+
+    Attributes:
+        merged: float64[layers] each.
+        weighted: float64[weights, layers] each.
+    """
+
+    merged: Parts
+    weighted: Parts
 
 
 @dataclass(frozen=True)
@@ -50,7 +74,9 @@ class Threshold:
 
     def at(self, stats: LayerStats) -> float:
         """Return the absolute value of the threshold for the layer and site of ``stats``."""
-        return self.value * stats.rms if self.kind == "rms" else self.value
+        if self.kind == "rms":
+            return self.value * stats.rms
+        return self.value
 
 
 def avss(variance: Float64, near_zero: Float64, count: Float64, *, smoothed: bool) -> Float64:
@@ -61,7 +87,10 @@ def avss(variance: Float64, near_zero: Float64, count: Float64, *, smoothed: boo
         smoothed: compute the sparsity as (near_zero + 0.5) / (count + 1), which is never zero.
     """
     with np.errstate(divide="ignore", invalid="ignore"):
-        sparsity = (near_zero + 0.5) / (count + 1) if smoothed else near_zero / count
+        if smoothed:
+            sparsity = (near_zero + 0.5) / (count + 1)
+        else:
+            sparsity = near_zero / count
         score = share(variance) / share(np.where(count > 0, sparsity, np.nan))
     return np.where(np.isfinite(score), score, np.nan)
 
@@ -90,19 +119,18 @@ def score_run(
     Returns:
         Rows with the columns of the ``scores`` table except those that name the run.
     """
-    baselines = {layer: layer_baselines(stats, layer) for layer in range(len(layers))}
+    baselines = [layer_baselines(stats, layer) for layer in range(len(layers))]
     rows: list[dict[str, Any]] = []
-    for site in dict.fromkeys(site for _, site in stats if sites is None or site in sites):
-        present = [layer for layer, s in stats if s == site]
-        merged = [stats[layer, site] for layer in present]
-        zero = LayerStats.zero(merged[0].thresholds)
-        by_shard = [[shard.get((layer, site), zero) for layer in present] for shard in shards]
-        table = SiteTable(merged, by_shard, thresholds)
+    for site in dict.fromkeys(site for _, site in stats):
+        if sites is not None and site not in sites:
+            continue
+        layers_of_site = [layer for layer, other_site in stats if other_site == site]
+        table = _site_table(stats, site, layers_of_site, shards, thresholds)
         for recipe in table.recipes():
             for threshold in table.thresholds:
                 columns = table.score(recipe, threshold)
-                rows += [
-                    {
+                for position, layer in enumerate(layers_of_site):
+                    row = {
                         "layer": layer,
                         "layer_name": layers[layer],
                         "depth": (layer + 0.5) / len(layers),
@@ -110,12 +138,27 @@ def score_run(
                         "recipe": recipe,
                         "threshold": threshold.value,
                         "threshold_kind": threshold.kind,
-                        **{name: column[position] for name, column in columns.items()},
-                        **baselines[layer],
                     }
-                    for position, layer in enumerate(present)
-                ]
+                    for name, column in columns.items():
+                        row[name] = column[position]
+                    rows.append(row | baselines[layer])
     return rows
+
+
+def _site_table(
+    stats: Mapping[LayerKey, LayerStats],
+    site: str,
+    layers: Sequence[int],
+    shards: Sequence[Mapping[LayerKey, LayerStats]],
+    thresholds: Sequence[Threshold] | None,
+) -> SiteTable:
+    """Return the table of a site. A shard that lacks a layer has the statistics of an empty sample there."""
+    merged = [stats[layer, site] for layer in layers]
+    empty = LayerStats.zero(merged[0].thresholds)
+    by_shard = []
+    for shard in shards:
+        by_shard.append([shard.get((layer, site), empty) for layer in layers])
+    return SiteTable(merged, by_shard, thresholds)
 
 
 def layer_baselines(stats: Mapping[LayerKey, LayerStats], layer: int) -> dict[str, float]:
@@ -123,19 +166,40 @@ def layer_baselines(stats: Mapping[LayerKey, LayerStats], layer: int) -> dict[st
 
     block_influence: ShortGPT, arXiv 2403.03853, eq. 1. angular_distance: Gromov et al., arXiv 2403.17887, section 3.2.
     """
-    block, update = stats.get((layer, "block")), stats.get((layer, "update"))
-    tokens = block.token_count if block else 0
-    mean = {
-        name: getattr(block, f"{name}_sum") / tokens if tokens else np.nan
-        for name in ("cosine", "angular", "relative_magnitude")
+    block = stats.get((layer, "block"))
+    update = stats.get((layer, "update"))
+    baselines = {
+        "block_influence": np.nan,
+        "angular_distance": np.nan,
+        "relative_magnitude": np.nan,
+        "update_variance_ratio": np.nan,
     }
-    input_variance = block.input_m2 / block.input_count if block and block.input_count else np.nan
-    return {
-        "block_influence": 1 - mean["cosine"],
-        "angular_distance": mean["angular"],
-        "relative_magnitude": mean["relative_magnitude"],
-        "update_variance_ratio": update.variance / input_variance if update and input_variance > 0 else np.nan,
-    }
+    if block and block.token_count:
+        baselines["block_influence"] = 1 - block.cosine_sum / block.token_count
+        baselines["angular_distance"] = block.angular_sum / block.token_count
+        baselines["relative_magnitude"] = block.relative_magnitude_sum / block.token_count
+    if block and update and block.input_count:
+        input_variance = block.input_m2 / block.input_count
+        if input_variance > 0:
+            baselines["update_variance_ratio"] = update.variance / input_variance
+    return baselines
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class UnitReductions:
+    """Reductions of the unit means of one layer over its units.
+
+    Each array is float64[1 + weights]: of the merged statistics, then of each weighted statistic.
+
+    Attributes:
+        variance: population variance of the means.
+        finite: number of finite means.
+        near_zero: number of means below each threshold in size.
+    """
+
+    variance: Float64
+    finite: Float64
+    near_zero: Mapping[Threshold, Float64]
 
 
 class SiteTable:
@@ -157,10 +221,7 @@ class SiteTable:
         weights: Float64 | None = None,
     ) -> None:
         self.merged = merged
-        self.thresholds = thresholds or (
-            *(Threshold(value=float(t), kind="absolute") for t in merged[0].thresholds),
-            *(Threshold(value=t, kind="rms") for t in RELATIVE_THRESHOLDS),
-        )
+        self.thresholds = thresholds or default_thresholds(merged[0])
         self.shards = shards
         if weights is None and len(shards) >= MINIMUM_UNITS:
             weights = np.vstack([bootstrap_weights(len(shards)), left_out_weights(len(shards))])
@@ -168,24 +229,35 @@ class SiteTable:
 
     def recipes(self) -> tuple[str, ...]:
         """Return the recipes that the site has statistics for. Recipe ``unit`` needs sums by unit."""
-        return tuple(r for r in RECIPES if r != "unit" or all(s.unit_sum.size for s in self.merged))
+        if all(stats.unit_sum.size for stats in self.merged):
+            return tuple(RECIPES)
+        return tuple(recipe for recipe in RECIPES if recipe != "unit")
 
     def score(self, recipe: str, threshold: Threshold) -> dict[str, list[Any]]:
         """Return columns of the ``scores`` table as lists over layers. A layer with NaN or infinities has no rank."""
-        (variance, near_zero, count), weighted_parts = self.parts(recipe, threshold)
+        merged_parts, weighted_parts = self.parts(recipe, threshold)
+        variance, near_zero, count = merged_parts
         literal = np.where(near_zero > 0, avss(variance, near_zero, count, smoothed=False), np.nan)
         score = avss(variance, near_zero, count, smoothed=True)
-        finite = self.column("nonfinite_count") == 0  # the finite rest does not measure a layer that overflows
-        low = high = lowest = np.full(len(score), np.nan)
+        # A layer with NaN or infinities has no rank: what is finite of it does not measure a layer that overflows.
+        finite = self.column("nonfinite_count") == 0
+        low = np.full(len(score), np.nan)
+        high = np.full(len(score), np.nan)
+        lowest = np.full(len(score), np.nan)
         if len(self.weights):
-            resampled, left_out = np.split(avss(*weighted_parts, smoothed=True), [BOOTSTRAP_RESAMPLES])
+            weighted_scores = avss(*weighted_parts, smoothed=True)
+            resampled, left_out = np.split(weighted_scores, [BOOTSTRAP_RESAMPLES])
             low, high = jackknife_interval(score, left_out, scale="log")
-            enough = (near_zero >= MINIMUM_NEAR_ZERO) | (recipe == "unit")  # which counts units, of all shards together
-            low, high = (np.where(enough, ends, np.nan) for ends in (low, high))
-            lowest = (rank_lowest(np.where(finite, resampled, np.nan)) <= count_lowest(len(score))).mean(axis=0)
+            if recipe != "unit":  # a count of units is of all shards together
+                enough = near_zero >= MINIMUM_NEAR_ZERO
+                low = np.where(enough, low, np.nan)
+                high = np.where(enough, high, np.nan)
+            ranks = rank_lowest(np.where(finite, resampled, np.nan))
+            lowest = (ranks <= count_lowest(len(score))).mean(axis=0)
         sparsity = _ratio(near_zero, count)
         # A layer without data takes no part in the sum; one with data but nothing near zero leaves no sum.
         normalized = literal / literal[~np.isnan(score)].sum()
+        cumulative = np.where(np.isnan(normalized), np.nan, np.nancumsum(normalized))
         columns = {
             "variance": variance,
             "sparsity": sparsity,
@@ -194,43 +266,63 @@ class SiteTable:
             "avss": literal,
             "avss_smoothed": score,
             "avss_normalized": normalized,
-            "avss_cumulative": np.where(np.isnan(normalized), np.nan, np.nancumsum(normalized)),
+            "avss_cumulative": cumulative,
             "avss_low": low,
             "avss_high": high,
             "lowest_set_probability": lowest,
         }
-        return {
-            "count": [int(c) for c in count],
+        ranks_of_run = rank_lowest(np.where(finite, score, np.nan))
+        table: dict[str, list[Any]] = {
+            "count": [int(number) for number in count],
             "near_zero_count": near_zero.tolist(),
-            "rank": [None if np.isnan(r) else int(r) for r in rank_lowest(np.where(finite, score, np.nan))],
-            "quality": np.select(
-                [near_zero == 0, near_zero < NOISY_BELOW], ["zero_sparsity", "noisy_sparsity"], "ok"
-            ).tolist(),
-            **{name: column.tolist() for name, column in columns.items()},
+            "rank": [_as_rank(rank) for rank in ranks_of_run],
+            "quality": [_quality(number) for number in near_zero],
         }
+        for name, column in columns.items():
+            table[name] = column.tolist()
+        return table
 
-    def parts(self, recipe: str, threshold: Threshold) -> tuple[Parts, Parts]:
+    def parts(self, recipe: str, threshold: Threshold) -> WeightedParts:
         """Return the parts of AVSS of the merged statistics, and for each row of ``weights``.
 
         A relative threshold is fixed at the RMS of the whole run. Shards without an exact count at the threshold take
         the whole run's share of the elements below it in its histogram bin.
         """
         if recipe == "unit":
-            by_layer = [(variance, near_zero[threshold], finite) for variance, finite, near_zero in self.units]
-            variance, near_zero, finite = (np.stack(part, axis=1) for part in zip(*by_layer, strict=True))
-            return (variance[0], near_zero[0], finite[0]), (variance[1:], near_zero[1:], finite[1:])
-        at = [threshold.at(s) for s in self.merged]
-        shares = [s.share_below(t) for s, t in zip(self.merged, at, strict=True)]
+            return self._unit_parts(threshold)
+        values = [threshold.at(stats) for stats in self.merged]
+        bin_shares = []
+        near_zero = []
+        for stats, value in zip(self.merged, values, strict=True):
+            bin_shares.append(stats.share_below(value))
+            below, _, _ = stats.below(value)
+            near_zero.append(below)
 
         def count_below(layer: int, stats: LayerStats) -> float:
-            if (counted := np.flatnonzero(stats.thresholds == at[layer])).size:
+            counted = np.flatnonzero(stats.thresholds == values[layer])
+            if counted.size:
                 return float(stats.near_zero[counted[0]])
-            return float(histogram_below(stats.histogram, at[layer], shares[layer]))
+            return float(histogram_below(stats.histogram, values[layer], bin_shares[layer]))
 
-        merged, weighted = self.pooled_variance if recipe == "pooled" else self.element_variance
-        near_zero = np.array([s.below(t)[0] for s, t in zip(self.merged, at, strict=True)])
-        counts = self.weighted(lambda _, s: s.count)
-        return (merged, near_zero, self.column("count")), (weighted, self.weighted(count_below), counts)
+        if recipe == "pooled":
+            variance, weighted_variance = self.pooled_variance
+        else:
+            variance, weighted_variance = self.element_variance
+        weighted_count = self.weighted(lambda _, stats: stats.count)
+        return WeightedParts(
+            merged=Parts(variance, np.array(near_zero), self.column("count")),
+            weighted=Parts(weighted_variance, self.weighted(count_below), weighted_count),
+        )
+
+    def _unit_parts(self, threshold: Threshold) -> WeightedParts:
+        """Return the parts of recipe ``unit``, whose elements are the finite means of units."""
+        variance = np.stack([units.variance for units in self.units], axis=1)
+        near_zero = np.stack([units.near_zero[threshold] for units in self.units], axis=1)
+        finite = np.stack([units.finite for units in self.units], axis=1)
+        return WeightedParts(
+            merged=Parts(variance[0], near_zero[0], finite[0]),
+            weighted=Parts(variance[1:], near_zero[1:], finite[1:]),
+        )
 
     def column(self, name: str) -> Float64:
         """Return a field of the merged statistics, float64[layers]."""
@@ -238,36 +330,50 @@ class SiteTable:
 
     def weighted(self, values: Callable[[int, LayerStats], float]) -> Float64:
         """Return weighted sums of ``values(layer position, partial)`` over shards, float64[weights, layers]."""
-        by_shard = np.array([[values(i, s) for i, s in enumerate(shard)] for shard in self.shards], float)
-        return self.weights @ by_shard.reshape(len(self.shards), len(self.merged))
+        by_shard = np.zeros((len(self.shards), len(self.merged)))
+        for row, shard in enumerate(self.shards):
+            for layer, stats in enumerate(shard):
+                by_shard[row, layer] = values(layer, stats)
+        return self.weights @ by_shard
 
     @cached_property
-    def units(self) -> list[tuple[Float64, Float64, dict[Threshold, Float64]]]:
-        """Reductions of unit means over units by layer: variance, finite means, and means near zero by threshold.
+    def units(self) -> list[UnitReductions]:
+        """Reductions of unit means by layer. Layers are reduced one at a time to bound memory."""
+        return [self._reduce_units(layer) for layer in range(len(self.merged))]
 
-        Each is float64[1 + weights]: of the merged statistics and, with weights, of each weighted statistic. Layers
-        are reduced one at a time to bound memory. Means are NaN if no token is finite throughout, so that an overflow
-        is not taken for a mean of zero.
+    def _reduce_units(self, layer: int) -> UnitReductions:
+        """Return the reductions of a layer.
+
+        Means are NaN if no token is finite throughout, so that an overflow is not taken for a mean of zero.
         """
-        reduced = []
-        for layer, merged in enumerate(self.merged):
-            means = merged.unit_sum[None] / (merged.unit_count or np.nan)
-            if len(self.weights):
-                partials = [shard[layer] for shard in self.shards]
-                sums = np.stack([p.unit_sum if p.unit_sum.size else np.zeros_like(means[0]) for p in partials])
-                tokens = self.weights @ np.array([p.unit_count for p in partials], float)
-                means = np.vstack([means, _ratio(self.weights @ sums, tokens[:, None])])
-            sizes = np.abs(means)
-            near_zero = {t: (sizes < t.at(merged)).sum(axis=-1).astype(float) for t in self.thresholds}
-            reduced.append((means.var(axis=-1), np.isfinite(means).sum(axis=-1).astype(float), near_zero))
-        return reduced
+        merged = self.merged[layer]
+        means = merged.unit_sum[None] / (merged.unit_count or np.nan)
+        if len(self.weights):
+            sums = np.zeros((len(self.shards), merged.unit_sum.size))
+            tokens = np.zeros(len(self.shards))
+            for row, shard in enumerate(self.shards):
+                if shard[layer].unit_sum.size:
+                    sums[row] = shard[layer].unit_sum
+                tokens[row] = shard[layer].unit_count
+            weighted_tokens = self.weights @ tokens
+            means = np.vstack([means, _ratio(self.weights @ sums, weighted_tokens[:, None])])
+        sizes = np.abs(means)
+        near_zero = {}
+        for threshold in self.thresholds:
+            near_zero[threshold] = (sizes < threshold.at(merged)).sum(axis=-1).astype(float)
+        return UnitReductions(
+            variance=means.var(axis=-1),
+            finite=np.isfinite(means).sum(axis=-1).astype(float),
+            near_zero=near_zero,
+        )
 
     @cached_property
     def pooled_variance(self) -> tuple[Float64, Float64]:
         """Mean variance over sequences, merged and weighted."""
         variance = _ratio(self.column("pooled_variance_sum"), self.column("sequence_count"))
-        sums = self.weighted(lambda _, s: s.pooled_variance_sum)
-        return variance, _ratio(sums, self.weighted(lambda _, s: s.sequence_count))
+        sums = self.weighted(lambda _, stats: stats.pooled_variance_sum)
+        sequences = self.weighted(lambda _, stats: stats.sequence_count)
+        return variance, _ratio(sums, sequences)
 
     @cached_property
     def element_variance(self) -> tuple[Float64, Float64]:
@@ -276,10 +382,31 @@ class SiteTable:
         Weighted moments are taken about the merged mean, which avoids cancellation.
         """
         center = self.column("mean")
-        count = self.weighted(lambda _, s: s.count)
-        first = self.weighted(lambda i, s: s.count * (s.mean - center[i]))
-        second = self.weighted(lambda i, s: s.m2 + s.count * (s.mean - center[i]) ** 2)
-        return _ratio(self.column("m2"), self.column("count")), _ratio(second, count) - _ratio(first, count) ** 2
+        count = self.weighted(lambda _, stats: stats.count)
+        first = self.weighted(lambda layer, stats: stats.count * (stats.mean - center[layer]))
+        second = self.weighted(lambda layer, stats: stats.m2 + stats.count * (stats.mean - center[layer]) ** 2)
+        merged = _ratio(self.column("m2"), self.column("count"))
+        return merged, _ratio(second, count) - _ratio(first, count) ** 2
+
+
+def default_thresholds(stats: LayerStats) -> list[Threshold]:
+    """Return the counted thresholds of statistics, then the relative ones."""
+    counted = [Threshold(value=float(value), kind="absolute") for value in stats.thresholds]
+    relative = [Threshold(value=value, kind="rms") for value in RELATIVE_THRESHOLDS]
+    return counted + relative
+
+
+def _as_rank(rank: float) -> int | None:
+    return None if np.isnan(rank) else int(rank)
+
+
+def _quality(near_zero: float) -> str:
+    """Return how well a number of near-zero elements determines a sparsity."""
+    if near_zero == 0:
+        return "zero_sparsity"
+    if near_zero < NOISY_BELOW:
+        return "noisy_sparsity"
+    return "ok"
 
 
 def _ratio(numerator: Float64, denominator: Float64) -> Float64:
