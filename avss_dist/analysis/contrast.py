@@ -267,9 +267,10 @@ def _table(
         matched: the columns `_MATCHED`, float64[layers] each.
     """
     left_out = left_out_weights(units)
-    observed = [(variance.ravel(), near_zero.ravel(), count.ravel()) for variance, near_zero, count in own_prompt()]
+    hallucinated, truthful = own_prompt()
+    observed = _flat(hallucinated), _flat(truthful)
     without = own_prompt(left_out)
-    columns = contrast_stats.contrast_columns((observed[0], observed[1]), own_prompt(bootstrap_weights(units)), without)
+    columns = contrast_stats.contrast_columns(observed, own_prompt(bootstrap_weights(units)), without)
     deviation, after_another = columns["deviation"], contrast_stats.deviation(*other_prompt()).ravel()
     change = deviation - after_another
     low, high = jackknife_interval(
@@ -520,8 +521,12 @@ def _both(
     if recipe not in table.recipes():
         raise QueryError(f"The site has no statistics for the recipe '{recipe}'.", "Use block or update.")
     _, parts = table.parts(recipe, threshold)
-    (a, x), (b, y), (c, z) = (np.split(part, [len(first)]) for part in parts)
-    return (a, b, c), (x, y, z)
+    rows = len(first)
+    return Parts(*(part[:rows] for part in parts)), Parts(*(part[rows:] for part in parts))
+
+
+def _flat(parts: Parts) -> Parts:
+    return Parts(*(part.ravel() for part in parts))
 
 
 def stratum_table(strata: Strata, recipe: str, threshold: Threshold) -> pa.Table:
