@@ -66,7 +66,7 @@ def parts(a: Answers, weights: Float64, recipe: str) -> Parts:
         recipe: ``pooled`` or ``element``.
     """
     variance = _pooled_variance(a, weights) if recipe == "pooled" else _element_variance(a, weights)
-    return Parts(variance=variance, near_zero=weights @ a.stats["near_zero"], count=weights @ a.stats["count"])
+    return Parts(variance=variance, near_zero=weights @ a.stats["near_zero"], total=weights @ a.stats["count"])
 
 
 def _pooled_variance(a: Answers, weights: Float64) -> Float64:
@@ -256,7 +256,7 @@ def _contrasted(hallucinated: Parts, truthful: Parts) -> dict[str, Float64]:
 
 
 def _smoothed_sparsity(side: Parts) -> Float64:
-    return (side.near_zero + 0.5) / (side.count + 1)
+    return (side.near_zero + 0.5) / (side.total + 1)
 
 
 def out_of_fold(a: Answers, values: Float64) -> Float64:

@@ -45,12 +45,12 @@ class Parts(NamedTuple):
     Attributes:
         variance: variance by the recipe.
         near_zero: number of elements (or units) near zero.
-        count: number of elements (or units).
+        total: number of elements (or units).
     """
 
     variance: Float64
     near_zero: Float64
-    count: Float64
+    total: Float64
 
 
 class WeightedParts(NamedTuple):
