@@ -187,8 +187,13 @@ MAX_SUGGESTED, SHORTEN_ABOVE = 10, 40  # of more names than 40, an error lists 1
 
 
 def nearest(name: str, valid: Iterable[str]) -> str:
-    """Return a hint with the valid names and the most similar one: ``Did you mean 'block'? Valid: block, mlp.``"""
+    """Return a hint with the valid names and the most similar one: ``Did you mean 'block'? Valid: block, mlp.``
+
+    It is empty without valid names.
+    """
     names = [str(v) for v in valid]
+    if not names:
+        return ""
     match = difflib.get_close_matches(str(name).lower(), names, n=1, cutoff=0.5)
     valid_names = f"Valid: {first_names(names, MAX_SUGGESTED if len(names) > SHORTEN_ABOVE else len(names))}."
     return f"Did you mean '{match[0]}'? {valid_names}" if match else valid_names

@@ -162,7 +162,7 @@ def tokenize_corpus(
     shards = _make_shards(ids, lengths, skip, pairing, per_shard)
     num_tokens = sum(shard.num_tokens for shard in shards)
     if pairing is None:
-        _require_enough(source, len(lengths), num_tokens, counts, settings, length - len(around))
+        _require_enough(source, len(lengths), num_tokens, counts, settings)
     return CorpusPlan(
         source=source,
         corpus_fingerprint=opened.fingerprint(),
@@ -248,36 +248,26 @@ def _fingerprint(shards: Sequence[Shard], sequence_length: int) -> str:
     return fingerprint(shards=[shard.content_hash for shard in shards], sequence_length=sequence_length)
 
 
-def _require_enough(
-    source: str, num_sequences: int, num_tokens: int, counts: ReadCounts, settings: Settings, length: int
-) -> None:
-    """Raise NoRows unless there is a row with a token that counts.
-
-    Args:
-        length: tokens of text in a full row.
-    """
-    for applies, message, hint in (
-        (
-            not counts.has_text,
-            f"{source} holds no text (documents read: {counts.documents}).",
-            "Name one that holds some.",
-        ),
-        (
-            not num_sequences and counts.tokens >= length,
-            f"{source} has no sequence left after those that are skipped.",
+def _require_enough(source: str, num_sequences: int, num_tokens: int, counts: ReadCounts, settings: Settings) -> None:
+    """Raise NoRows unless there is a row with a token that counts."""
+    if not counts.has_text:
+        raise NoRows(f"{source} holds no text (documents read: {counts.documents}).", "Name one that holds some.")
+    if not num_sequences and counts.rows:
+        raise NoRows(
+            f"{source} has no sequence left: it has {counts.rows:,}, and `skip_sequences` leaves out "
+            f"{settings.skip_sequences:,}.",
             "Lower `skip_sequences`, or name a longer text.",
-        ),
-        (
-            not num_sequences and settings.layout == "packed",
+        )
+    if not num_sequences and settings.layout == "packed":
+        raise NoRows(
             f"{source} is {counts.tokens} tokens long, too short for one sequence of {settings.sequence_length}.",
             "Choose a smaller `sequence_length`, or `layout` padded.",
-        ),
-        (
-            not num_tokens,
-            f"No document of {source} is longer than `skip_first_tokens`, {settings.skip_first_tokens} (tokens in all: "
-            f"{counts.tokens}).",
+        )
+    if not num_sequences:
+        raise NoRows(f"The tokenizer makes no tokens of {source}.", "Name another text.")
+    if not num_tokens:
+        raise NoRows(
+            f"`skip_first_tokens` {settings.skip_first_tokens} leaves no token of {source}: no sequence that was read "
+            f"is longer (sequences: {num_sequences:,}).",
             "Lower `skip_first_tokens`, or choose `layout` packed.",
-        ),
-    ):
-        if applies:
-            raise NoRows(message, hint)
+        )

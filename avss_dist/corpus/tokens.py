@@ -30,6 +30,7 @@ class ReadCounts:
     """Counts of the text that was read so far."""
 
     documents: int = 0
+    rows: int = 0
     conversations: bool = False
     tokens: int = 0
     has_text: bool = False
@@ -128,9 +129,14 @@ def rows_of(
         CorpusError: a document cannot be read, or is a conversation where `TextOptions.chat_template` is not set.
     """
     ids = _document_tokens(documents, tokenizer, settings, around, counts)
-    if settings.layout != "packed":
-        return (row[: settings.sequence_length].copy() for row in ids if len(row))
-    return map(around.enclose, _pack(ids, settings.sequence_length - len(around)))
+    rows: Iterable[Ids]
+    if settings.layout == "packed":
+        rows = map(around.enclose, _pack(ids, settings.sequence_length - len(around)))
+    else:
+        rows = (row[: settings.sequence_length].copy() for row in ids if len(row))
+    for row in rows:
+        counts.rows += 1
+        yield row
 
 
 def shuffled(rows: Iterable[Ids], seed: int, maximum: int | None) -> Iterator[Ids]:

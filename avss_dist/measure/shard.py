@@ -42,6 +42,8 @@ def analyze_shard(
 ) -> ShardResult:
     """Measure a shard. Calls are independent, and the model is left unchanged.
 
+    A shard without a token that counts has no statistics.
+
     If a batch does not fit in memory, the shard is measured again with half as many rows per batch. Rows are
     independent, so that only the last digits of the moments can change. The result's notes mention it.
 
@@ -80,7 +82,7 @@ def analyze_shard(
         computed()
     parts = replica.collect((observer.strata(), rows_of_answers()))
     strata = merge_stats(counted for counted, _ in parts)
-    if not strata and replica.reports_stats:
+    if not strata and shard.num_tokens and replica.reports_stats:
         raise ModelError(
             f"The model has none of the sites {', '.join(settings.sites)}.", "; ".join(replica.model["notes"]) or None
         )

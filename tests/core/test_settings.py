@@ -8,7 +8,7 @@ from typing import Annotated, Any
 import pytest
 from pydantic import Field
 
-from avss_dist.core.errors import ConfigError, spell_fields
+from avss_dist.core.errors import ConfigError, nearest, spell_fields
 from avss_dist.core.settings import Execution, Replicas, Settings, fingerprint
 from avss_dist.core.text import parse_bytes
 from avss_dist.core.validation import OneOf, check, checked, descriptions, from_texts
@@ -77,6 +77,10 @@ def test_one_problem_is_itself_and_several_are_lines() -> None:
     with pytest.raises(ConfigError) as two:
         Example(name="blok", count=0)
     assert two.value.message.splitlines()[:2] == ["2 problems:", "`count` must be at least 1, not 0."]
+
+
+def test_nothing_is_suggested_where_there_is_no_valid_name() -> None:
+    assert nearest("block", []) == ""
 
 
 def test_front_ends_spell_fields() -> None:

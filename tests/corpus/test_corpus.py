@@ -657,8 +657,11 @@ def test_a_file_that_cannot_be_read(jsonl: str) -> None:
         (
             ["w0 w1", "w2"],
             {"layout": "padded", "skip_first_tokens": 2},
-            ["c.jsonl is longer than `skip_first_tokens`, 2"],
+            ["`skip_first_tokens` 2 leaves no token of ", "no sequence that was read is longer (sequences: 2)."],
         ),
+        (["w0 w1", "w2"], {"layout": "padded", "skip_sequences": 2}, ["it has 2, and `skip_sequences` leaves out 2."]),
+        (["w0 w1", "w2"], {"layout": "padded", "skip_sequences": 9, "shuffle_seed": 0}, ["it has 2, and"]),
+        (["w0 w1 w2 w3 w4 w5"], {"skip_sequences": 3}, ["it has 1, and `skip_sequences` leaves out 3."]),
         ([], {}, ["c.jsonl holds no text (documents read: 0)."]),
         (["", " \n"], {}, ["c.jsonl holds no text (documents read: 2)."]),
         (["", " \n"], {"layout": "padded"}, ["c.jsonl holds no text (documents read: 2)."]),

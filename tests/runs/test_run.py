@@ -5,6 +5,7 @@ And its parts: the default size of shards, what stops and logs tell of several r
 
 from __future__ import annotations
 
+import json
 import pickle
 import shutil
 import time
@@ -109,6 +110,20 @@ def test_a_model_with_a_long_name_is_scored_and_found(tiny_llama: Path, tmp_path
     missing = tmp_path / ("gone-" + "n" * 245)
     (failed,) = avss_dist.score_all([str(missing)], warehouse=tmp_path / "w", **SMALL)
     assert failed.status == "failed" and len(failed.run_id) == 80 + 17 + 11
+
+
+def test_documents_without_a_token_that_counts_are_shards_without_statistics(tiny_llama: Path, tmp_path: Path) -> None:
+    options = {"layout": "padded", "skip_first_tokens": 3, "sequences_per_shard": 1, "max_sequences": None}
+    documents = ["In the beginning was the word.", "a", "And the word was with a cat."]
+    runs = []
+    for name, texts in (("all", documents), ("long", [documents[0], documents[2]])):
+        file = tmp_path / f"{name}.jsonl"
+        file.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+        runs.append(score(tiny_llama, tmp_path / name, corpus=str(file), **options))
+    everything, long = (Warehouse(run.warehouse).read_layer_stats(run.run_id) for run in runs)
+    assert [run.num_shards for run in runs] == [3, 2]
+    assert everything.keys() == long.keys()
+    assert all(everything[key].equals(long[key]) for key in long)
 
 
 class Interfering(LocalExecutor):
