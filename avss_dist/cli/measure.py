@@ -108,7 +108,7 @@ def run(request: RunCommandRequest, format: str) -> int:
     if request.schema:
         emit_json(job_schema(), indent=2)
         return 0
-    job = read_job(request.job)
+    job = request.job if isinstance(request.job, JobFile) else read_job(request.job)
     if request.dry_run:
         return _preview(job, format, request.replaced)
     with run_progress(len(job.specs)) as progress:

@@ -21,7 +21,7 @@ import typer
 from typer.core import TyperCommand, TyperGroup
 
 from avss_dist import __version__
-from avss_dist.cli.commands import COMMANDS, ELSEWHERE, JOBS, READ, REMOVED, epilog
+from avss_dist.cli.commands import CHANGE, COMMANDS, ELSEWHERE, JOBS, MEASURE, READ, REMOVED, epilog
 from avss_dist.core.errors import AvssError, is_full, nearest, require_known, spell_fields, unwritable
 from avss_dist.core.extras import not_installed
 from avss_dist.core.process import arm, exit_code, stop_signal
@@ -156,6 +156,10 @@ def load_command(name: str) -> Any:
         format = [require_known("`format`", values.pop("format"), listed.formats)] if listed.formats else []
         typed = {field: value for field, value in values.items() if value not in (None, []) and field[0] != "_"}
         instance = from_texts(request, typed)
+        if listed.panel in (MEASURE, CHANGE):
+            from avss_dist.cli.inputs import require_inputs
+
+            instance = require_inputs(instance)
         return getattr(import_module(f"avss_dist.cli.{listed.module}"), name.replace(" ", "_"))(instance, *format)
 
     options = parameters(request, listed.formats)

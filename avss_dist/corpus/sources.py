@@ -161,11 +161,27 @@ def local_files(source: str) -> list[str]:
     path = open_source(source).path
     if not path or "://" in path or os.path.isabs(os.path.expanduser(path)):
         return []
+    return sorted(os.path.relpath(file) for file in _files_at(path))
+
+
+def require_files(source: str) -> None:
+    """Refuse a source of an unknown kind, or whose files are not on this machine. They are not opened.
+
+    Nothing on the hub or at a URI is looked for.
+
+    Raises:
+        CorpusError: the kind of source is unknown, or a file does not exist.
+    """
+    path = open_source(source).path
+    if path and "://" not in path:
+        _files_at(path)
+
+
+def _files_at(path: str) -> list[str]:
+    """Return the files of a path on this machine: those of a glob, or all in a folder."""
     if os.path.isdir(path):
-        files = [os.path.join(folder, name) for folder, _, names in os.walk(path) for name in names]
-    else:
-        files = _find(path)[1]
-    return sorted(os.path.relpath(file) for file in files)
+        return [os.path.join(folder, name) for folder, _, names in os.walk(path) for name in names]
+    return _find(path)[1]
 
 
 def corpus_problems(corpora: Sequence[str], chat_templates: set[bool]) -> Iterator[tuple[int | None, AvssError]]:

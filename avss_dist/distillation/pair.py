@@ -24,8 +24,9 @@ from avss_dist.distillation.record import DistillRecord, write_card, write_recor
 from avss_dist.models.checkpoints import Checkpoint, find_checkpoint, resolve, stored_tensors
 from avss_dist.models.loading import load_model, load_tokenizer, pin, require_head, text_config
 from avss_dist.models.quantization import quantization_method
-from avss_dist.models.safetensors import DTYPES, floating_dtype, read_tensor, tensors_of, weight_files
+from avss_dist.models.safetensors import DTYPES, floating_dtype, read_tensor, tensors_of
 from avss_dist.models.size import token_embeddings
+from avss_dist.models.weight_files import weight_files
 from avss_dist.pruning.checkpoint import pruned_from
 
 if TYPE_CHECKING:

@@ -45,7 +45,7 @@ from avss_dist.evaluation.session import (
 from avss_dist.evaluation.tasks import plan_task, plan_text, refuse_overlaps, texts_of_run
 from avss_dist.models.checkpoints import Checkpoint, resolve
 from avss_dist.models.loading import require_head, text_config
-from avss_dist.models.safetensors import weight_files
+from avss_dist.models.weight_files import weight_files
 from avss_dist.pruning.checkpoint import prune, require_copyable, require_free, require_prunable
 from avss_dist.pruning.plan import Plan
 from avss_dist.pruning.repair.registry import NO_REPAIR, RepairRecord

@@ -20,6 +20,7 @@ from avss_dist.evaluation.session import PlacedModel, PlannedTask
 from avss_dist.models.checkpoints import Checkpoint
 from avss_dist.models.loading import load_tokenizer
 from avss_dist.pruning.repair.registry import read_repairs
+from avss_dist.tasks.harness_files import require_task
 from avss_dist.tasks.task import Measure, Task
 from avss_dist.tasks.text_loss import RowStartLoss, TextLoss, TruthfulChoices
 from avss_dist.warehouse.checks import settings_of
@@ -50,6 +51,7 @@ def plan_task(
         path = RedactedURI(name).full.removeprefix(TRUTHFULQA)
         choices = tokenize_choices(path, load_tokenizer(model.checkpoint), settings, questions)
         return model.plan(Task(name=f"{TRUTHFULQA}{RedactedURI(path)}", parts=tuple(map(TruthfulChoices, choices))))
+    require_task(name)
     from avss_dist.tasks.harness import harness_task
 
     return model.plan(

@@ -1,4 +1,7 @@
-"""Checkpoints by hub id, folder or ``.gguf`` file, pinned by their content, without loading weights."""
+"""Checkpoints by hub id, folder or ``.gguf`` file, pinned by their content, without loading weights.
+
+Commands check the paths of their models with this module before torch is imported, which takes seconds.
+"""
 
 from __future__ import annotations
 
@@ -13,14 +16,16 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 from pathlib import Path
-from typing import Any
-
-import torch
+from typing import TYPE_CHECKING, Any
 
 from avss_dist.core.errors import ModelError, explain_unwritable, first_line, first_names, is_full, unwritable
 from avss_dist.core.extras import require_package
 from avss_dist.core.files import cache_folder, staged_folder, write_file
-from avss_dist.models.safetensors import INDEX, WEIGHTS, TensorInfo, tensors_of, weight_files
+from avss_dist.core.streams import say
+from avss_dist.models.weight_files import INDEX, WEIGHTS, weight_files
+
+if TYPE_CHECKING:
+    from avss_dist.models.safetensors import TensorInfo
 
 _FETCHED = ("*.json", "*.model", "*.txt", "*.jinja")  # of a hub checkpoint, beside its weights
 _READ = {".json", ".safetensors", ".model", ".txt"}  # suffixes of the files that can change a number
@@ -131,6 +136,29 @@ def find_checkpoint(spec: str, *, trust_remote_code: bool = False, weights: bool
     )
 
 
+def require_checkpoint(spec: str, *, weights: bool = True) -> None:
+    """Refuse a checkpoint that is neither on this machine nor on the hub.
+
+    Of one that has never been fetched, the configuration is fetched.
+
+    Args:
+        weights: see `locate`.
+
+    Raises:
+        ModelError: the checkpoint does not exist or cannot be opened.
+    """
+    if locate(spec, weights=weights) is not None:
+        return
+    from huggingface_hub import try_to_load_from_cache
+
+    name, _, revision = spec.partition("@")
+    with explain_hub_errors(spec):
+        cached = try_to_load_from_cache(name, "config.json", revision=revision or None)
+    if not isinstance(cached, str):
+        say(f"There is no folder '{spec}' here: looking for it on the hub.")
+        fetch_files(spec, ["config.json"])
+
+
 def locate(spec: str, *, trust_remote_code: bool = False, weights: bool = True) -> Checkpoint | None:
     """Return a checkpoint on this machine with an empty revision, or None if ``spec`` is a hub id.
 
@@ -202,6 +230,7 @@ def convert_pickles(spec: str) -> None:
 
 
 def _convert_file(file: Path, target: Path) -> None:
+    import torch
     from safetensors.torch import save_file
 
     try:
@@ -301,6 +330,8 @@ def stored_tensors(checkpoint: Checkpoint) -> Sequence[TensorInfo]:
     Raises:
         ModelError: a file has no valid header, or the hub cannot be reached.
     """
+    from avss_dist.models.safetensors import TensorInfo, tensors_of
+
     if checkpoint.gguf:
         return [
             TensorInfo(tensor.name, tensor.tensor_type.name, int(tensor.n_bytes))
@@ -319,6 +350,8 @@ def _hub_tensors(checkpoint: Checkpoint) -> Sequence[TensorInfo]:
         ModelError: the checkpoint has no weights with a header, or the hub cannot be reached.
     """
     from huggingface_hub import errors, get_safetensors_metadata
+
+    from avss_dist.models.safetensors import TensorInfo
 
     spec = "@".join(filter(None, (checkpoint.name, checkpoint.revision_name)))
     with explain_hub_errors(spec):

@@ -10,15 +10,13 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import Any
 
 import torch
 
 from avss_dist.core.errors import ModelError
 
-WEIGHTS = "*.safetensors"
-INDEX = "model.safetensors.index.json"
 DTYPES = {
     "F64": torch.float64,
     "F32": torch.float32,
@@ -59,31 +57,6 @@ class StoredTensor(TensorInfo):
     shape: tuple[int, ...]
     file: Path
     start: int
-
-
-def weight_files(folder: Path) -> list[Path]:
-    """Return the weight files that transformers loads: the single file, or those of the index.
-
-    Raises:
-        ModelError: the index cannot be read, or names a file outside of the folder.
-    """
-    single, index = folder / "model.safetensors", folder / INDEX
-    if single.is_file():
-        return [single]
-    if not index.is_file():
-        return sorted(folder.glob(WEIGHTS))
-    try:
-        names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
-        paths = [PurePosixPath(name) for name in names]
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        reason = f"no {error}" if isinstance(error, KeyError) else error
-        raise ModelError(f"{index} cannot be read: {reason}.", "Download or copy it again.") from error
-    if outside := [name for name, path in zip(names, paths, strict=True) if path.is_absolute() or ".." in path.parts]:
-        raise ModelError(
-            f"{index} names the file '{outside[0]}', which is outside of its folder.",
-            "Put all weights into the folder, and name them by their paths in it.",
-        )
-    return [folder / name for name in names]
 
 
 def tensors_of(file: Path) -> list[StoredTensor]:

@@ -33,8 +33,8 @@ from avss_dist.models.interventions import Patch, patched, skipping, without_sub
 from avss_dist.models.layers import first_tensor
 from avss_dist.models.loading import forward_function, has_head, load_model, open_module, quiet, text_config
 from avss_dist.models.quantization import can_unpack, quantization_method, ready_quantizer
-from avss_dist.models.safetensors import WEIGHTS, weight_files
 from avss_dist.models.size import footprint
+from avss_dist.models.weight_files import WEIGHTS, weight_files
 from avss_dist.partition.choose import place
 from avss_dist.partition.replica import open_replica
 from avss_dist.pruning.configuration import write_config

@@ -20,7 +20,8 @@ from avss_dist.core.settings import Settings
 from avss_dist.models.checkpoints import Checkpoint
 from avss_dist.models.loading import quiet, renaming, skeleton, text_config
 from avss_dist.models.quantization import describe_quantization, quantize_skeleton
-from avss_dist.models.safetensors import tensors_of, weight_files
+from avss_dist.models.safetensors import tensors_of
+from avss_dist.models.weight_files import weight_files
 from avss_dist.pruning.selection import PlanError
 from avss_dist.pruning.weights import LayerNames
 

@@ -27,8 +27,8 @@ from avss_dist.models.safetensors import (
     copy_tensors,
     read_tensor,
     tensors_of,
-    weight_files,
 )
+from avss_dist.models.weight_files import weight_files
 from avss_dist.pruning.plan import Plan
 from avss_dist.pruning.selection import PlanError
 from avss_dist.warehouse.reader import grouped

@@ -11,14 +11,16 @@ from typing import Annotated, Any, TypeVar
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Discriminator, Field, Tag, create_model
 
-from avss_dist.core.errors import ConfigError, ModelError
+from avss_dist.core.errors import AvssError, ConfigError, ModelError
 from avss_dist.core.settings import Execution, Settings
 from avss_dist.core.text import RedactedURI, docs_page
 from avss_dist.core.validation import Location, check
 from avss_dist.core.yaml_files import Document, YamlKind, read_yaml
-from avss_dist.corpus.sources import corpus_problems
+from avss_dist.corpus.sources import corpus_problems, require_files
 from avss_dist.models.checkpoints import matching_revisions
 from avss_dist.pruning.methods import Experiment
+from avss_dist.pruning.repair.registry import split_weight
+from avss_dist.tasks.harness_files import require_task
 
 MAX_REVISIONS = 10_000
 OVERRIDES: dict[str, type] = {
@@ -233,6 +235,8 @@ class _Reader:
         problems = corpus_problems([*corpora], {spec.settings.chat_template for spec in specs}) if self.expand else ()
         for number, error in problems:
             document.report(("corpora",) if number is None else ("corpora", [*corpora.values()][number]), str(error))
+        if job and job.experiment and self.expand:
+            self.check_experiment(job.experiment)
         job = document.require_valid(job)
         models: dict[str, int] = {}
         for index, entry in enumerate(job.models):
@@ -247,6 +251,19 @@ class _Reader:
             specs=tuple(specs),
             experiment=job.experiment,
         )
+
+    def check_experiment(self, experiment: Experiment) -> None:
+        """Report tasks and texts of an experiment that do not exist."""
+        for index, task in enumerate(experiment.tasks):
+            try:
+                require_task(task)
+            except AvssError as error:
+                self.document.report(("experiment", "tasks", index), str(error))
+        for index, corpus in enumerate(experiment.repair_corpora):
+            try:
+                require_files(split_weight(corpus)[0].full)
+            except AvssError as error:
+                self.document.report(("experiment", "repair_corpora", index), str(error))
 
     def unchecked(self, key: str, kind: type[T]) -> T:
         """Return a mapping or a list of the file, unchecked, or an empty one for another kind of value."""

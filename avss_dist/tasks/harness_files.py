@@ -8,12 +8,16 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from avss_dist.core.errors import TaskError
+from avss_dist.core.errors import TaskError, nearest
 from avss_dist.core.registry import PERPLEXITY, TRUTHFULQA
 from avss_dist.core.yaml_files import YamlKind, read_yaml
-from avss_dist.corpus.sources import local_files
+from avss_dist.corpus.sources import local_files, require_files
 
 BUILDERS = ("json", "csv", "parquet", "text", "arrow")  # builders of `datasets` that read local files
+
+KINDS = (PERPLEXITY.removesuffix(":"), TRUTHFULQA.removesuffix(":"))
+TEXTS = (".txt", ".jsonl", ".csv", ".parquet")  # ends of paths that no name of a task has
+FORMS = f"Tasks are {PERPLEXITY}CORPUS, {TRUTHFULQA}FILE.jsonl, FILE.yaml, and the names of lm-evaluation-harness."
 
 
 class Function(str):
@@ -66,6 +70,27 @@ def _read(path: Path, including: tuple[Path, ...] = ()) -> Iterator[tuple[Path, 
             raise TaskError(f"{included} includes itself.", f"Take it out of the key 'include' of {path}.")
         yield from _read(included, (*including, path.resolve()))
     yield path, values
+
+
+def require_task(name: str) -> None:
+    """Refuse a task of an unknown kind, or whose text or file is not on this machine.
+
+    The names of tasks that lm-evaluation-harness has are not compared.
+
+    Raises:
+        AvssError: there is no such task.
+    """
+    kind, colon, path = name.partition(":")
+    if name.startswith(PERPLEXITY):
+        require_files(path)
+    elif name.startswith(TRUTHFULQA):
+        require_files(name)
+    elif is_task_file(name):
+        read_task_file(Path(name))
+    elif colon:
+        raise TaskError(f"There is no task '{name}'.", f"{nearest(kind, KINDS)} {FORMS}")
+    elif "/" in name or name.endswith(TEXTS):
+        raise TaskError(f"There is no task '{name}'.", f"Did you mean '{PERPLEXITY}{name}'? {FORMS}")
 
 
 def task_files(name: str) -> list[str]:

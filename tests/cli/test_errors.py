@@ -204,12 +204,12 @@ def test_nothing_is_written_beside_a_newer_schema(tiny_llama: Path, warehouse: P
     ],
 )
 def test_an_unwritable_output_is_told_before_any_work(
-    out: str, says: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    out: str, says: list[str], tiny_llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("avss_dist.runs.planner.resolve", lambda *_, **__: pytest.fail("the model was opened"))
     file = tmp_path / "file"
     file.write_text("kept")
-    args = ["score", "any", *SCORE, "-w", out.format(file=file)]
+    args = ["score", tiny_llama, *SCORE, "-w", out.format(file=file)]
     refused(tmp_path, *args, says=[part.format(file=file) for part in says])
 
 

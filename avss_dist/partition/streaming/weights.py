@@ -27,7 +27,8 @@ from avss_dist.core.settings import Settings
 from avss_dist.models.checkpoints import Checkpoint
 from avss_dist.models.loading import build_model, text_config
 from avss_dist.models.quantization import quantization_method, ready_quantizer, unpacking_bytes
-from avss_dist.models.safetensors import DTYPES, StoredTensor, explaining_reads, tensors_of, weight_files
+from avss_dist.models.safetensors import DTYPES, StoredTensor, explaining_reads, tensors_of
+from avss_dist.models.weight_files import weight_files
 from avss_dist.partition.streaming.conversion import ELSEWHERE, Conversion, GgufTensors, Group, refusing
 
 Read = Callable[[Sequence[StoredTensor]], Iterator[torch.Tensor]]

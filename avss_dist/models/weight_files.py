@@ -1,0 +1,36 @@
+"""Weight files of a checkpoint's folder, found without torch."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path, PurePosixPath
+
+from avss_dist.core.errors import ModelError
+
+WEIGHTS = "*.safetensors"
+INDEX = "model.safetensors.index.json"
+
+
+def weight_files(folder: Path) -> list[Path]:
+    """Return the weight files that transformers loads: the single file, or those of the index.
+
+    Raises:
+        ModelError: the index cannot be read, or names a file outside of the folder.
+    """
+    single, index = folder / "model.safetensors", folder / INDEX
+    if single.is_file():
+        return [single]
+    if not index.is_file():
+        return sorted(folder.glob(WEIGHTS))
+    try:
+        names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+        paths = [PurePosixPath(name) for name in names]
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        reason = f"no {error}" if isinstance(error, KeyError) else error
+        raise ModelError(f"{index} cannot be read: {reason}.", "Download or copy it again.") from error
+    if outside := [name for name, path in zip(names, paths, strict=True) if path.is_absolute() or ".." in path.parts]:
+        raise ModelError(
+            f"{index} names the file '{outside[0]}', which is outside of its folder.",
+            "Put all weights into the folder, and name them by their paths in it.",
+        )
+    return [folder / name for name in names]
