@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import difflib
 import errno
 import re
@@ -58,15 +59,16 @@ class AvssError(Exception):
 
 
 class ConfigError(AvssError):
-    """A setting has an invalid value.
-
-    Attributes:
-        problems: the combined errors, or the error itself.
-    """
+    """A setting has an invalid value."""
 
     def __init__(self, message: str, hint: str | None = None) -> None:
         super().__init__(message, hint)
-        self.problems: tuple[ConfigError, ...] = (self,)
+        self._combined: tuple[ConfigError, ...] = ()
+
+    @property
+    def problems(self) -> tuple[ConfigError, ...]:
+        """The combined errors, or the error itself."""
+        return self._combined or (self,)
 
     @classmethod
     def combine(cls, problems: Sequence[ConfigError]) -> ConfigError:
@@ -75,7 +77,7 @@ class ConfigError(AvssError):
             return problems[0]
         lines = [" ".join(filter(None, (p.message, p.hint))) for p in problems]
         combined = cls("\n".join([f"{len(lines)} problems:", *lines]))
-        combined.problems = tuple(problems)
+        combined._combined = tuple(problems)
         return combined
 
     @classmethod
@@ -171,6 +173,16 @@ def as_failure(error: Exception) -> AvssError:
     failure = RunFailed(f"{type(error).__name__}: {error}", hint)
     failure.__cause__ = error
     return failure
+
+
+def own_copy(error: AvssError) -> AvssError:
+    """Return a copy of an error that ends several runs, for one of them: its notes and attributes are its own."""
+    copied = copy.copy(error).with_traceback(error.__traceback__)
+    copied.__cause__, copied.__context__ = error.__cause__, error.__context__
+    copied.__suppress_context__ = error.__suppress_context__
+    if notes := getattr(error, "__notes__", None):
+        copied.__notes__ = [*notes]
+    return copied
 
 
 def first_line(error: BaseException) -> str:

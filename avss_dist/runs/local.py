@@ -23,7 +23,7 @@ from avss_dist.core.devices import (
     free_cores,
     pick_device,
 )
-from avss_dist.core.errors import AvssError, ConfigError, as_failure
+from avss_dist.core.errors import AvssError, ConfigError, as_failure, own_copy
 from avss_dist.core.registry import GANGS, PARTITIONS
 from avss_dist.core.settings import Execution, Settings
 from avss_dist.core.streams import progress_to
@@ -92,7 +92,8 @@ class LocalExecutor:
                 try:
                     replica = spec.open()
                 except Exception as error:
-                    yield from ((run, as_failure(error)) for run in same)
+                    failure = as_failure(error)
+                    yield from ((run, own_copy(failure)) for run in same)
                     continue
                 sites, experts = spec.settings.sites, spec.settings.experts
                 with closing(replica), attached(replica.layers, sites, experts=experts) as hooks:
@@ -120,7 +121,8 @@ class LocalExecutor:
                 try:
                     replica = spec.open()
                 except Exception as error:
-                    yield from ((cell, as_failure(error)) for cell in cells)
+                    failure = as_failure(error)
+                    yield from ((cell, own_copy(failure)) for cell in cells)
                     continue
                 with closing(replica):
                     assert replica.language_model is not None

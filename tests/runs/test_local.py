@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -309,15 +310,36 @@ def test_a_cell_that_does_not_fit_is_measured_with_half_the_rows(tiny_llama: Pat
 
 def test_an_error_is_of_its_cell_or_of_its_model(tiny_llama: Path, tmp_path: Path) -> None:
     (bad,) = cells(tiny_llama, losses(1), drop=(99,))
-    absent = Checkpoint(name="gone", source="folder", path=str(tmp_path / "gone"), revision="0")
     gone = [
-        Cell(run_id="e", checkpoint=absent, settings=SETTINGS, task="loss", part=i, measure=bad.measure) for i in (1, 2)
+        Cell(run_id="e", checkpoint=absent(tmp_path), settings=SETTINGS, task="loss", part=i, measure=bad.measure)
+        for i in (1, 2)
     ]
     (good,) = (cell for cell in cells(tiny_llama, losses(4)) if cell.part == 3)
     found = outcomes(LocalExecutor(SETTINGS), [bad, *gone, good])
     assert isinstance(found[0], ModelError) and "There is no layer 99" in str(found[0])
     assert all(isinstance(found[part], ModelError) and "gone" in str(found[part]) for part in (1, 2))
     assert isinstance(found[3], bytes)
+
+
+def absent(tmp_path: Path) -> Checkpoint:
+    return Checkpoint(name="gone", source="folder", path=str(tmp_path / "gone"), revision="0")
+
+
+def test_every_run_of_a_model_that_cannot_be_opened_has_an_error_of_its_own(tmp_path: Path) -> None:
+    spec = ReplicaSpec(checkpoint=absent(tmp_path), settings=SETTINGS, placement=Placement())
+    runs = [RunShards(run_id=name, replica_spec=spec, shards=[random_shard()]) for name in "ab"]
+    with closing(LocalExecutor(SETTINGS)) as executor:
+        (_, first), (_, second) = executor.run(iter(runs))
+    first.add_note("a note")
+    assert str(first) == str(second)
+    assert not hasattr(second, "__notes__")
+
+
+def test_every_cell_of_a_model_that_cannot_be_opened_has_an_error_of_its_own(tiny_llama: Path, tmp_path: Path) -> None:
+    asked = [replace(cell, checkpoint=absent(tmp_path)) for cell in cells(tiny_llama, losses(2))]
+    first, second = outcomes(LocalExecutor(SETTINGS), asked).values()
+    first.add_note("a note")
+    assert not hasattr(second, "__notes__")
 
 
 def test_a_cell_beats_whenever_a_layer_begins_and_leaves_no_trace(tiny_llama: Path) -> None:

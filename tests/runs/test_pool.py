@@ -68,6 +68,11 @@ def outcomes(pool: Pool, after: dict[int, Callable[[], Any]] | None = None) -> l
     return received
 
 
+def with_messages(received: list[tuple[Any, Any]]) -> list[tuple[Any, Any]]:
+    """Return outcomes with the messages of errors in their place: each outcome has an error of its own."""
+    return [(source, getattr(outcome, "message", outcome)) for source, outcome in received]
+
+
 def shard_ids(received: list[tuple[Any, Any]], run: RunShards | None = None) -> list[int]:
     """Return the ids of the shards whose results came, ascending."""
     assert not [result for _, result in received if isinstance(result, AvssError)]
@@ -224,11 +229,11 @@ def test_an_error_of_a_unit_ends_what_it_belongs_to(partition: str, ranks: int) 
     cluster.on_measure = failing(1, error)
     runs, run = shard_queue(6, partition=partition, ranks=ranks)
     queue, cells = cell_queue(["loss"] * 3, partition=partition, ranks=ranks)
-    assert (run, error) in outcomes(pool_of(cluster, runs))
+    assert (run, error.message) in with_messages(outcomes(pool_of(cluster, runs)))
     assert all(gang.stopped for gang in cluster.gangs) == (ranks > 1)
     cluster.gangs.clear()
-    received = dict(outcomes(pool_of(cluster, queue)))
-    assert received == {cells[0]: cells[0], cells[1]: error, cells[2]: cells[2]}
+    received = dict(with_messages(outcomes(pool_of(cluster, queue))))
+    assert received == {cells[0]: cells[0], cells[1]: error.message, cells[2]: cells[2]}
     assert len(cluster.gangs) == ranks
     assert cluster.gangs[0].opened == [queue.spec]
 
@@ -249,7 +254,8 @@ def test_batches_are_halved_until_they_fit() -> None:
     queue, run = shard_queue(6)
     error = BatchTooLarge("not even one row fits")
     cluster.on_measure = failing(0, error)
-    assert (run, error) in outcomes(pool_of(cluster, queue)) and queue.rows == 1
+    assert (run, error.message) in with_messages(outcomes(pool_of(cluster, queue)))
+    assert queue.rows == 1
 
 
 def test_a_model_that_cannot_be_opened_fails_its_runs_and_the_gang_opens_the_next() -> None:
@@ -258,7 +264,7 @@ def test_a_model_that_cannot_be_opened_fails_its_runs_and_the_gang_opens_the_nex
     error = ModelError("no such model")
     cluster.on_open = failing_to_open(error, lambda gang, spec: spec == bad.spec)
     received = outcomes(pool_of(cluster, bad, good))
-    assert received[0] == (bad_run, error)
+    assert with_messages(received)[0] == (bad_run, error.message)
     assert shard_ids(received[1:], good_run) == [*range(3)]
     (gang,) = cluster.gangs
     assert gang.opened == [bad.spec, good.spec]
@@ -502,10 +508,19 @@ def test_a_result_costs_the_same_however_many_units_are_pending() -> None:
     assert list(pending) == [1, 2]
 
 
+def test_every_cell_of_a_model_that_fails_has_an_error_of_its_own() -> None:
+    queue, _ = cell_queue(["loss"] * 2)
+    (_, first), (_, second) = queue.fail([], ModelError("no such model"))
+    first.add_note("a note")
+    assert not hasattr(second, "__notes__")
+
+
 def test_a_cell_fails_alone_and_a_model_with_all_of_its_cells() -> None:
     queue, cells = cell_queue(["loss"] * 4)
     error = ModelError("no such layer")
-    assert queue.fail(queue.next_units(), error) == [(cells[0], error)]
+    ((cell, failure),) = queue.fail(queue.next_units(), error)
+    assert cell == cells[0]
+    assert failure.message == "no such layer"
     queue.finish(2, "a result")
     for _ in range(ATTEMPTS - 1):
         assert queue.put_back([], "out of reach") == []

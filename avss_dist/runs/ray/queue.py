@@ -19,7 +19,7 @@ from typing import Any, Generic, TypeVar
 
 import ray
 
-from avss_dist.core.errors import AvssError, RunFailed
+from avss_dist.core.errors import AvssError, RunFailed, own_copy
 from avss_dist.core.intervention import EncodedPatch
 from avss_dist.core.registry import PARTITIONS
 from avss_dist.core.text import count_of
@@ -114,7 +114,7 @@ class UnitQueue(ABC, Generic[Unit]):
         failed = self.unfinished.intersection(units or self.unfinished)
         owners = dict.fromkeys(self._owners[unit] for unit in sorted(failed))
         self._remove([unit for unit in self.unfinished if self._owners[unit] in owners])
-        return [(owner, error) for owner in owners]
+        return [(owner, own_copy(error)) for owner in owners]
 
     @property
     def is_active(self) -> bool:
