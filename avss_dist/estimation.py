@@ -291,7 +291,7 @@ def preview_job(job: JobFile, on_event: OnRunEvent | None = None, **options: Any
             try:
                 planned = planner.prepare(spec)
                 size = size_of(planned.replica_spec.checkpoint, planned.replica_spec.settings)
-                done = (store.run(planned.run.run_id) or {}).get("status") == "done"
+                done = (store.readable_run(planned.run.run_id) or {}).get("status") == "done"
                 num_kept = 0 if done else sum(1 for _ in store.each_shard(planned.run.run_id, planned.expected))
             except Exception as error:
                 previews.append(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, replace
 from inspect import unwrap
 from itertools import chain
@@ -42,7 +43,7 @@ from avss_dist.requests import (
     ScoreAllRequest,
     ShrinkRequest,
 )
-from avss_dist.runs.events import both
+from avss_dist.runs.events import both, describe_repeated
 from avss_dist.runs.job_file import JobFile, job_schema, read_job
 from avss_dist.runs.scoring import Run, score_models
 
@@ -51,7 +52,7 @@ def score(request: ScoreAllRequest, format: str) -> int:
     """Score models, and print a line for each. A single model that fails ends the command with its error."""
     with run_progress(len(request.models), ends=False) as progress:
         runs = score_models(replace(request, on_event=progress), request.models, alone=len(request.models) == 1)
-    print_result(format, map(_outcome, runs), lambda: map(asdict, runs))
+    print_result(format, _outcomes(runs), lambda: map(asdict, runs))
     done = [run for run in runs if run.status != "failed"]
     if done and format != "json":
         site = {} if SITES[0] in request.sites else {"site": request.sites[0]}
@@ -61,6 +62,17 @@ def score(request: ScoreAllRequest, format: str) -> int:
         if len(done) > 1:
             say(f"Compare them: {command_line('compare', '-w', newest.warehouse, *option_words(site))}")
     return 0 if len(done) == len(runs) else 1
+
+
+def _outcomes(runs: Sequence[Run]) -> Iterator[str]:
+    """Yield a line for each run. One that repeats a run that was measured by this very command is told so."""
+    first_runs: dict[str, Run] = {}
+    for run in runs:
+        first = first_runs.setdefault(run.run_id, run)
+        if run.status == "skipped" and first.status == "done":
+            yield f"{run.run_id}: {describe_repeated(first.model)}"
+        else:
+            yield _outcome(run)
 
 
 def _outcome(run: Run) -> str:

@@ -14,7 +14,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from avss_dist.core.errors import AvssError, StorageFull, as_failure
+from avss_dist.core.errors import AvssError, StorageFull, as_failure, own_copy
 from avss_dist.core.registry import GANGS
 from avss_dist.core.settings import Execution, Settings, fingerprint
 from avss_dist.core.validation import keywords
@@ -133,7 +133,9 @@ class Driver:
         self._store, self._executor, self._on_event, self._fresh = store, executor, on_event, fresh
         self._planner = Planner(executor, store)
         self._in_progress: dict[RunShards, tuple[RunSpec, RunInProgress]] = {}
-        self._run_ids: dict[str, str] = {}  # names of the first specs, by run id
+        self._first_names: dict[str, str] = {}  # of the first specs, by run id
+        self._endings: dict[str, Run | AvssError] = {}  # of the first specs, by run id
+        self._repeats: list[tuple[RunSpec, Run]] = []  # later specs of the same runs, which end as the first ones do
         self._ended: deque[tuple[RunSpec, Run | AvssError]] = deque()
         self._full = False
         self._done = 0
@@ -154,14 +156,25 @@ class Driver:
                             while self._ended:
                                 yield self._ended.popleft()
                 except Exception as error:  # of the executor itself: every run in progress has failed
+                    failure = as_failure(error)
                     for shards in list(self._in_progress):
-                        self._commit(shards, as_failure(error))
-                    raise as_failure(error) from error
+                        self._commit(shards, own_copy(failure))
+                    raise failure from error
         except KeyboardInterrupt as stop:
             self._add_note(stop, len(specs))
             raise
+        self._end_repeats()
         while self._ended:
             yield self._ended.popleft()
+
+    def _end_repeats(self) -> None:
+        """End each spec that asks for the run of an earlier one: as failed with it, or as skipped after it."""
+        for spec, run in self._repeats:
+            first = self._endings[run.run_id]
+            if isinstance(first, AvssError):
+                self._ended.append((spec, own_copy(first)))
+            else:
+                self._end(spec, run, self._first_names[run.run_id])
 
     def _add_note(self, stop: KeyboardInterrupt, specs: int) -> None:
         """Add a note to an interrupt: how many of several runs are done, and how many shards of others are stored."""
@@ -178,15 +191,18 @@ class Driver:
     def _plan_runs(self, specs: Sequence[RunSpec]) -> Iterator[RunShards]:
         """Yield the shards to measure, run by run. Once storage is full, no further run begins."""
         for spec in specs:
+            run_id = ""
             try:
                 self._on_event(RunReading(spec.name))
                 planned = self._planner.prepare(spec)
                 run = planned.run
-                repeats = self._run_ids.get(run.run_id, "")
-                stored = {} if self._fresh else self._store.run(run.run_id) or {}
-                if repeats or stored.get("status") == "done":
-                    self._run_ids.setdefault(run.run_id, spec.name)
-                    self._end(spec, run, repeats)
+                if run.run_id in self._first_names:
+                    self._repeats.append((spec, run))
+                    continue
+                stored = {} if self._fresh else self._store.readable_run(run.run_id) or {}
+                if stored.get("status") == "done":
+                    self._first_names[run.run_id] = spec.name
+                    self._end(spec, run)
                     continue
                 if self._full:
                     full = StorageFull(
@@ -195,10 +211,11 @@ class Driver:
                     )
                     full.run_id = run.run_id
                     raise full
-                self._run_ids[run.run_id] = spec.name
+                run_id = run.run_id
+                self._first_names[run_id] = spec.name
                 running = RunInProgress(planned, self._store, fresh=self._fresh)
             except Exception as error:
-                self._ended.append((spec, as_failure(error)))
+                self._fail(spec, run_id, as_failure(error))
                 continue
             self._on_event(RunStarted(spec.name, run.num_tokens, running.done_tokens, planned.replica_spec.placement))
             self._in_progress[running.shards] = spec, running
@@ -232,15 +249,21 @@ class Driver:
             self._full |= isinstance(error, StorageFull)
             with suppress(AvssError):  # storage that fails; the first error says why
                 running.fail(error)
-            self._ended.append((spec, error))
+            self._fail(spec, shards.run_id, error)
 
     def _finish(self, spec: RunSpec, running: RunInProgress) -> None:
         run = running.finish(self._executor.apply)
         del self._in_progress[running.shards]
         self._end(spec, run)
 
+    def _fail(self, spec: RunSpec, run_id: str, error: AvssError) -> None:
+        """End a run with an error. Its id is empty if it is unknown."""
+        self._endings[run_id] = error
+        self._ended.append((spec, error))
+
     def _end(self, spec: RunSpec, run: Run, repeats: str = "") -> None:
         self._done += 1
+        self._endings[run.run_id] = run
         self._on_event(RunEnded(spec.name, run, repeats))
         self._ended.append((spec, run))
 

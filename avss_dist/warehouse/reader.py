@@ -133,6 +133,14 @@ class Warehouse:
             return None
         return dict(rows.to_pylist(maps_as_pydicts="lossy")[0])
 
+    def readable_run(self, run_id: str) -> dict[str, Any] | None:
+        """Read the ``runs`` row of a run as `run` does. None if it is damaged, too, which `damaged` notes."""
+        try:
+            return self.run(run_id)
+        except DamagedFile as error:
+            self.damaged.setdefault(run_id, error.message)
+            return None
+
     def _decoded(
         self, table: str, run_id: str, name: str, decode: Callable[[pa.Table], Any] = lambda rows: rows
     ) -> Any:

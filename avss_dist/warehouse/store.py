@@ -105,11 +105,16 @@ class Store(Warehouse):
         return dict(experts)
 
     def write_run(self, row: Mapping[str, Any]) -> None:
-        """Write the row that makes a run exist, after all its other files. A failed run never replaces a done one."""
+        """Write the row that makes a run exist, after all its other files.
+
+        A failed run never replaces a done one. A damaged row is replaced.
+        """
         if row["status"] not in ("done", "failed"):
             raise ValueError(f"status must be done or failed, not {row['status']!r}")
-        if row["status"] == "failed" and (self.run(row["run_id"]) or {}).get("status") == "done":
-            return
+        if row["status"] == "failed":
+            stored = self.readable_run(row["run_id"])
+            if stored and stored["status"] == "done":
+                return
         clean = {name: without_secrets(value) if isinstance(value, str) else value for name, value in row.items()}
         versions = {"schema_version": SCHEMA_VERSION, "numbers_version": NUMBERS_VERSION}
         self._write_rows("runs", {"run_id": row["run_id"]}, [clean | versions], "run")

@@ -348,6 +348,13 @@ def test_one_missing_model_does_not_stop_the_others(warehouse: Path, tiny_llama:
     assert rows(warehouse, "FROM runs WHERE family = 'llama'")[0]["created_at"] > before["created_at"]
 
 
+def test_a_copy_of_a_model_is_told_to_be_measured_once(tiny_llama: Path, tmp_path: Path) -> None:
+    copy = shutil.copytree(tiny_llama, tmp_path / "copy" / tiny_llama.name)
+    result = avss("score", tiny_llama, copy, *SCORE, "-w", tmp_path / "w")
+    assert f": the same model, text and settings as {tiny_llama}; measured once.\n" in result.stdout
+    assert "done before" not in result.stdout
+
+
 def test_any_exception_of_a_models_code_is_a_failed_run(
     tiny_llama: Path, tiny_bert: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -155,6 +155,90 @@ class Interfering(LocalExecutor):
                 yield from results
 
 
+class Failing(LocalExecutor):
+    """An executor that fails to measure any run."""
+
+    def run(self, runs: Iterator[RunShards]) -> Iterator[Outcome]:  # type: ignore[override]
+        for run in runs:
+            yield run, RunFailed("No memory.", "Close other programs.")
+
+
+@pytest.fixture
+def failing(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("avss_dist.runs.scoring.open_executor", lambda *_: Failing(Settings()))
+
+
+def score_twice(model: Path, out: Path, **changes: Any) -> list[avss_dist.Run]:
+    """Score a model and a copy of it, which is the same run."""
+    copy = shutil.copytree(model, out / "copy" / model.name)
+    return avss_dist.score_all([str(model), str(copy)], warehouse=out / "w", **{**SMALL, **changes})
+
+
+@pytest.mark.usefixtures("failing")
+def test_a_repeat_of_a_run_that_fails_fails_with_the_same_error(tiny_llama: Path, tmp_path: Path) -> None:
+    runs = score_twice(tiny_llama, tmp_path)
+    assert [(run.status, run.error) for run in runs] == [("failed", "No memory.\nClose other programs.")] * 2
+
+
+@pytest.mark.usefixtures("failing")
+def test_a_repeat_of_a_run_that_fails_adds_no_row(tiny_llama: Path, tmp_path: Path) -> None:
+    first, second = score_twice(tiny_llama, tmp_path)
+    assert first.run_id == second.run_id
+    assert Warehouse(tmp_path / "w").runs()["run_id"].to_pylist() == [first.run_id]
+
+
+def test_a_repeat_of_a_run_that_fails_has_an_error_of_its_own(tiny_llama: Path, tmp_path: Path) -> None:
+    specs = [run_spec(tiny_llama, **SMALL) for _ in range(2)]
+    with closing(Failing(Settings())) as executor:
+        (_, first), (_, second) = Driver(Store(tmp_path), executor, ignore).run(specs)
+    assert isinstance(first, AvssError)
+    first.add_note("a note")
+    assert not hasattr(second, "__notes__")
+
+
+def test_a_repeat_of_a_run_that_is_done_is_skipped(tiny_llama: Path, tmp_path: Path) -> None:
+    assert [run.status for run in score_twice(tiny_llama, tmp_path, max_sequences=4)] == ["done", "skipped"]
+
+
+# Rows of old failures that are damaged
+
+
+def damage_row(out: Path, run_id: str) -> None:
+    (file,) = (out / "runs" / f"run_id={run_id}").glob("*.parquet")
+    file.write_bytes(file.read_bytes()[:100])
+
+
+@pytest.mark.parametrize("fresh", [False, True])
+def test_a_damaged_row_of_a_failure_is_replaced_by_that_of_the_next_attempt(
+    fresh: bool, tiny_llama: Path, tmp_path: Path
+) -> None:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("avss_dist.runs.scoring.open_executor", lambda *_: Failing(Settings()))
+        (failed, _) = score_twice(tiny_llama, tmp_path)
+    damage_row(tmp_path / "w", failed.run_id)
+    run = score(tiny_llama, tmp_path / "w", fresh=fresh)
+    assert (run.run_id, run.status) == (failed.run_id, "done")
+    assert Warehouse(tmp_path / "w").runs()["status"].to_pylist() == ["done"]
+
+
+@pytest.mark.parametrize("fresh", [False, True])
+def test_a_damaged_row_of_a_failure_stops_no_other_run(fresh: bool, tiny_llama: Path, tmp_path: Path) -> None:
+    models, out = [str(tmp_path / "gone"), str(tiny_llama)], tmp_path / "w"
+    sizes = {**SMALL, "max_sequences": 4}
+    failed, _ = avss_dist.score_all(models, warehouse=out, **sizes)
+    damage_row(out, failed.run_id)
+    runs = avss_dist.score_all(models, warehouse=out, **sizes, fresh=fresh)
+    assert [run.status for run in runs] == ["failed", "done" if fresh else "skipped"]
+    assert sorted(Warehouse(out).runs()["status"].to_pylist()) == ["done", "failed"]
+
+
+def test_a_damaged_row_of_a_done_run_is_made_again_from_its_shards(tiny_llama: Path, tmp_path: Path) -> None:
+    done = score(tiny_llama, tmp_path)
+    damage_row(tmp_path, done.run_id)
+    again = score(tiny_llama, tmp_path)
+    assert (again.status, again.resumed_shards) == ("done", done.num_shards)
+
+
 @pytest.mark.parametrize("how", ["backwards", "twice"])
 def test_order_and_duplicates_do_not_matter(how: str, tiny_llama: Path, undisturbed: Path, tmp_path: Path) -> None:
     events: list[RunEvent] = []
@@ -432,7 +516,7 @@ def test_a_stop_counts_all_runs(specs: int, note: str) -> None:
     executor: Any = SimpleNamespace()
     driver = Driver(store, executor, lambda _: None)
     for _ in range(3 if specs > 1 else 0):
-        driver._end(*[SimpleNamespace(name="org/a")] * 2)  # type: ignore[arg-type]
+        driver._end(*[SimpleNamespace(name="org/a", run_id="a")] * 2)  # type: ignore[arg-type]
     driver._in_progress["shards"] = (None, SimpleNamespace(run=SimpleNamespace(run_id="a", num_shards=48)))  # type: ignore
     stop = KeyboardInterrupt()
     driver._add_note(stop, specs)
@@ -440,7 +524,7 @@ def test_a_stop_counts_all_runs(specs: int, note: str) -> None:
 
 
 def test_no_run_begins_where_storage_is_full_and_what_comes_late_of_a_failed_run_is_left() -> None:
-    store: Any = SimpleNamespace(root="w", run=lambda _: None)
+    store: Any = SimpleNamespace(root="w", readable_run=lambda _: None)
     nothing: Any = SimpleNamespace()
     driver, failure = Driver(store, nothing, lambda _: None), StorageFull("No space left on w.")
     shards = RunShards(run_id="a", replica_spec=nothing, shards=[])
