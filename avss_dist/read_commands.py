@@ -47,7 +47,8 @@ T = TypeVar("T")
 
 LISTED = {
     "plans": """SELECT model, removals(drop) AS drop, count(DISTINCT task) AS tasks, max(created_at) AS evaluated_at
-        FROM evaluations WHERE len(drop) > 0 AND layer IS NULL GROUP BY ALL ORDER BY evaluated_at DESC""",
+        FROM evaluations WHERE len(drop) > 0 AND layer IS NULL GROUP BY ALL
+        ORDER BY evaluated_at DESC, model, drop""",
     "evaluations": f"""WITH results AS (FROM evaluations WHERE NOT starts_with(task, '{ROW_START}')
             AND NOT starts_with(task, '{REPAIR}'))
         SELECT model, removals(drop) AS drop, rounding, task, metric, NULL AS layers, value, stderr, created_at
@@ -56,9 +57,9 @@ LISTED = {
         SELECT model, [], split_part(rounding, '@', 1), task, regexp_replace(metric, '(:.*|_[0-9]+)$', ''),
             count(DISTINCT layer), NULL, NULL, max(created_at)
         FROM results WHERE layer IS NOT NULL GROUP BY run_id, 1, 2, 3, 4, 5
-        ORDER BY created_at DESC, task, metric, drop, rounding""",
+        ORDER BY created_at DESC, task, metric, drop, rounding, model, layers, value, stderr""",
 }
-"""SQL query of the lists other than that of runs, newest first.
+"""SQL query of the lists other than that of runs, newest first. Rows are in one order, whatever DuckDB's threads do.
 
 Measurements of single layers are a row for each task and metric. The machine's own tasks are left out.
 """
@@ -98,7 +99,8 @@ def _listed_runs(opened: Warehouse) -> pa.Table:
             raise
         return begun.select(RUNS)
     stored_shards = pc.if_else(pc.equal(ended["status"], "done"), ended["num_shards"], None)
-    ended = ended.append_column("kept_shards", stored_shards).select(RUNS).sort_by([("created_at", "descending")])
+    ended = ended.append_column("kept_shards", stored_shards).select(RUNS)
+    ended = ended.sort_by([("created_at", "descending"), ("run_id", "ascending")])
     return pa.concat_tables([begun.select(RUNS).cast(ended.schema), ended])
 
 

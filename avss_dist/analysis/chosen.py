@@ -80,7 +80,8 @@ def measured_checkpoints(warehouse: Warehouse, runs: pa.Table) -> pa.Table:
     columns = ["run_id", "model", "revision", "family", "task", "settings", "created_at"]
     scored = {*runs.filter(pc.equal(runs["status"], "done"))["revision"].to_pylist()}
     rows = warehouse.table("evaluations", where=where, columns=columns).group_by(columns).aggregate([]).to_pylist()
-    newest = {row["revision"]: row for row in sorted(rows, key=lambda row: str(row["created_at"]))}
+    rows.sort(key=lambda row: (str(row["created_at"]), row["run_id"], row["task"], str(row["settings"])))
+    newest = {row["revision"]: row for row in rows}
     return pa.Table.from_pylist(
         [
             {

@@ -18,10 +18,11 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from support.command_line import avss
-from support.warehouses import activations, stats_of, write_measured, write_profiles
+from support.warehouses import activations, identity_of, run_row, stats_of, write_measured, write_profiles
 
 import avss_dist
 from avss_dist.core.errors import QueryError
+from avss_dist.read_commands import ls
 from avss_dist.reports.terminal.schema import schema_markdown
 from avss_dist.warehouse.query import FUNCTIONS, VIEWS, ready_queries
 from avss_dist.warehouse.reader import Warehouse
@@ -365,3 +366,22 @@ def test_a_sum_is_a_number_in_json(root: Path) -> None:
 def test_rows_are_written_whatever_their_number(root: Path) -> None:
     lines = avss("query", "-w", root, "FROM range(25000)", "--format", "csv").stdout.split()
     assert lines[1:] == [str(number) for number in range(25_000)]
+
+
+def test_lists_of_evaluations_have_one_order_whatever_was_written_at_one_moment(tmp_path: Path) -> None:
+    """DuckDB groups in several threads, which end in any order."""
+    rows = [
+        {
+            "task": "perplexity:t",
+            "metric": "loss",
+            "drop": [layer],
+            "value": 1.0,
+            "created_at": datetime(2026, 1, 1, tzinfo=UTC),
+        }
+        for layer in range(60)
+    ]
+    store = Store(tmp_path)
+    store.write_run(run_row("r"))
+    store.write_rows("evaluations", identity_of(run_row("e")), rows)
+    listed = ls("plans", warehouse=tmp_path).table()["drop"].to_pylist()
+    assert listed == sorted([str(layer)] for layer in range(60))
