@@ -1,50 +1,12 @@
 """Distributed analysis of the layers of language models.
 
-Measure once, on many GPUs, and compare with a query. ``docs/architecture.md`` explains the packages.
+Measure once, on many GPUs, and compare with a query. ``docs/architecture.md`` explains the packages. Type checkers read
+the stub file beside this one.
 """
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
-
-if TYPE_CHECKING:
-    from avss_dist.commands import (
-        Pruned,
-        Runs,
-        ablate,
-        distill,
-        estimate,
-        evaluate,
-        plan,
-        prune,
-        quantize,
-        run,
-        shrink,
-        sparsify,
-    )
-    from avss_dist.core.errors import (
-        AvssError,
-        ConfigError,
-        CorpusError,
-        ModelError,
-        QueryError,
-        RunFailed,
-        TaskError,
-        WarehouseError,
-    )
-    from avss_dist.core.results import Table
-    from avss_dist.core.settings import Execution, Settings
-    from avss_dist.distillation.distill import Distilled
-    from avss_dist.estimation import Estimate
-    from avss_dist.evaluation.ablate import Ablation
-    from avss_dist.evaluation.evaluate import Evaluations
-    from avss_dist.evaluation.shrink import Shrunk
-    from avss_dist.pruning.plan import Plan
-    from avss_dist.read_commands import compact, compare, contrast, doctor, findings, ls, publish, query, report, show
-    from avss_dist.reports.terminal.progress import Progress
-    from avss_dist.runs.run import Run
-    from avss_dist.runs.scoring import score, score_all
-    from avss_dist.warehouse.reader import Warehouse
+from typing import Any
 
 __version__ = "0.3.0"
 __all__ = [

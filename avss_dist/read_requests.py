@@ -11,7 +11,7 @@ from avss_dist.core.errors import ConfigError
 from avss_dist.core.registry import FROM_ACTIVATIONS, LOWEST_SHARE, RECIPES, is_own
 from avss_dist.core.settings import EVERY_SITE, PUBLISHED_THRESHOLD, SITES, Request
 from avss_dist.core.text import RedactedURI, parse_threshold
-from avss_dist.core.validation import OneOf, Option, PathOrText, check, checked
+from avss_dist.core.validation import Accepts, OneOf, Option, PathOrText, check, checked
 
 LISTINGS = ("runs", "plans", "evaluations")
 ALONG = ("step", "tokens", "size", "sequence_length")
@@ -76,8 +76,8 @@ def _with_warehouse_of_runs(values: dict[str, Any]) -> dict[str, Any]:
 
 WAREHOUSE = Option(short="-w", environment="AVSS_WAREHOUSE")
 OUTPUT = Option(short="-o")
-RunName = Annotated[Any, check(_run_name, before=True)]
-RunNames = Annotated[tuple[str, ...], check(_run_names, before=True)]
+RunName = Annotated[Any, check(_run_name, before=True), Accepts("str | Run | None")]
+RunNames = Annotated[tuple[str, ...], check(_run_names, before=True), Accepts("str | Run | Sequence[str | Run] | None")]
 Output = Annotated[PathOrText, OUTPUT]
 OptionalOutput = Annotated[PathOrText | None, OUTPUT]
 Shares = Annotated[tuple[Annotated[float, Field(strict=False, ge=0, le=1)], ...], Field(strict=False)]

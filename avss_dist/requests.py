@@ -43,6 +43,7 @@ from avss_dist.core.text import RedactedURI
 from avss_dist.core.validation import (
     MAX_SHOWN,
     RARE,
+    Accepts,
     Count,
     OneOf,
     Option,
@@ -74,6 +75,7 @@ from avss_dist.read_requests import (
 RANKED_BY = tuple(name for name, score in SCORES.items() if not score.of_sets)
 """Scores of single layers, by which shrinking can rank them."""
 
+PLANS = "Plan | SparsityPlan | PrecisionPlan"
 Follow = Annotated[bool, Option(short="-f")]
 Model = Annotated[PathOrText, Option(argument=True, metavar="MODEL")]
 JobId = Annotated[str, Option(argument=True, metavar="JOB_ID")]
@@ -199,7 +201,7 @@ class EvaluateRequest(WarehouseRequest, EvaluationOptions):
     """Evaluate models and plans on tasks."""
 
     subjects: Annotated[
-        tuple[Annotated[Any, check(_model_or_plan, before=True)], ...],
+        tuple[Annotated[Any, check(_model_or_plan, before=True), Accepts(f"str | Path | {PLANS}")], ...],
         Field(strict=False),
         Option(argument=True, metavar="SUBJECT"),
     ] = field(kw_only=False)
@@ -212,7 +214,10 @@ class EvaluateRequest(WarehouseRequest, EvaluationOptions):
     """Maximum number of questions per task."""
     num_fewshot: Count | None = None
     """Examples before each question of a harness task."""
-    sparse: Annotated[Annotated[Any, check(_plan, before=True)] | None, Option(metavar="SPARSE.yaml")] = None
+    sparse: Annotated[
+        Annotated[Any, check(_plan, before=True), Accepts("str | Path | SparsityPlan")] | None,
+        Option(metavar="SPARSE.yaml"),
+    ] = None
     """A sparsity plan, SPARSE.yaml, to evaluate every subject with as well."""
     base: Annotated[PathOrText | None, Option(metavar="MODEL", rare=True)] = None
     """The model that a pruned checkpoint was made of, to compare with; by default that of its model card."""
@@ -289,6 +294,7 @@ class PlanRequest(PlaceRequest, RunRequest, EvaluationOptions):
     by: Annotated[
         Annotated[str, OneOf(tuple(SCORES | EXPERT_SCORES), accepts=is_own), check(RedactedURI)] | None,
         check(name_values, before=True),
+        Accepts("str | Mapping[int, float] | None"),
     ] = None
     """Score that chooses the layers, greedy (the loss on `corpus`), or FILE.csv:COLUMN; loss or damage by default.
     Of `experts`: reap, tokens, gate or random."""
@@ -377,7 +383,9 @@ class PrecisionRequest(RunRequest):
 class PruneRequest(ModelRequest, EvaluationOptions):
     """Write a checkpoint without the layers or routed experts of a plan."""
 
-    plan: Annotated[Any, check(_plan, before=True), Option(argument=True, metavar="PLAN.yaml")] = field(kw_only=False)
+    plan: Annotated[
+        Any, check(_plan, before=True), Accepts("str | Path | Plan"), Option(argument=True, metavar="PLAN.yaml")
+    ] = field(kw_only=False)
     """A plan, written by avss plan or by hand."""
     output: Output = field(kw_only=False)
     """Folder of the new checkpoint; it must not exist, or be empty."""
@@ -471,7 +479,9 @@ class DistillRequest(ModelOptions, TextOptions, ClusterOptions, Request):
 class JobFileRequest(Request):
     """A command about a job file."""
 
-    job: Annotated[Any, check(_job, before=True), Option(argument=True, metavar="JOB.yaml")] = field(kw_only=False)
+    job: Annotated[
+        Any, check(_job, before=True), Accepts("str | Path | JobFile"), Option(argument=True, metavar="JOB.yaml")
+    ] = field(kw_only=False)
     """A job file; avss run --schema lists its keys."""
     replicas: ReplicaRange | None = None
     """Model copies in parallel, 8 or 4..64, instead of the file's."""

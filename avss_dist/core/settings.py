@@ -15,7 +15,7 @@ from pydantic_core import PydanticKnownError
 from avss_dist.core.errors import ConfigError
 from avss_dist.core.registry import GANGS, PARTITIONS
 from avss_dist.core.text import parse_bytes, parse_threshold
-from avss_dist.core.validation import NO_OPTION, RARE, Count, OneOf, Positive, check, checked
+from avss_dist.core.validation import NO_OPTION, RARE, Accepts, Count, OneOf, Positive, check, checked
 
 SITES = ("block", "update", "attention", "mlp", "neuron")  # measured by default
 INPUT_SITES = ("query_input", "output_input", "up_input")  # what q, k and v read; what o reads; what gate and up read
@@ -131,13 +131,14 @@ Sites = Annotated[
     Field(strict=False, min_length=1),
     check(_in_order),
 ]
-Threshold = Annotated[float, check(_absolute, before=True), Field(gt=0, allow_inf_nan=False)]
+Threshold = Annotated[float, check(_absolute, before=True), Field(gt=0, allow_inf_nan=False), Accepts("float | str")]
 Thresholds = Annotated[tuple[Threshold, ...], Field(strict=False), check(_with_published)]
 Bytes = Annotated[
     int,
     check(lambda size: parse_bytes(size) if isinstance(size, str) else size, before=True),
     Field(ge=1),
     WithJsonSchema({"type": ["string", "integer"], "examples": ["20GB"]}),
+    Accepts("int | str"),
 ]
 ReplicaRange = Annotated[
     Replicas,
@@ -145,6 +146,7 @@ ReplicaRange = Annotated[
     WithJsonSchema(
         {"type": ["integer", "string"], "minimum": 1, "pattern": r"^([1-9]\d*\.\.)?[1-9]\d*$", "examples": [8, "4..64"]}
     ),
+    Accepts("int | str"),
 ]
 Sizes = Annotated[Mapping[Annotated[str, check(_device_name)], Bytes], check(_by_device, before=True)]
 Seconds = Annotated[float, Field(gt=0, allow_inf_nan=False)]
@@ -327,7 +329,9 @@ class Execution(ClusterOptions):
 class Request:
     """Values of a command. It inherits groups of options: of a text, a model, batches, statistics, a cluster."""
 
-    on_event: Annotated[Any, NO_OPTION] = field(default=None, compare=False, repr=False)
+    on_event: Annotated[Any, NO_OPTION, Accepts("Callable[[Any], object] | None")] = field(
+        default=None, compare=False, repr=False
+    )
     """Function that receives the events of the work."""
 
     @property

@@ -11,7 +11,18 @@ from functools import cache, wraps
 from itertools import pairwise
 from pathlib import Path
 from textwrap import shorten
-from typing import Annotated, Any, ParamSpec, TypeVar, dataclass_transform, get_args, get_type_hints
+from types import NoneType, UnionType
+from typing import (
+    Annotated,
+    Any,
+    ParamSpec,
+    TypeVar,
+    Union,
+    dataclass_transform,
+    get_args,
+    get_origin,
+    get_type_hints,
+)
 
 from pydantic import AfterValidator, BeforeValidator, ConfigDict, PlainValidator, TypeAdapter, ValidationError
 from pydantic import Field as Range
@@ -73,6 +84,39 @@ class OneOf:
         return {**handler(schema), **({} if self.accepts else {"enum": list(self.names)})}
 
 
+@dataclass(frozen=True)
+class Accepts:
+    """Metadata of a field: the type of values that callers may pass, where its checks return values of another type.
+
+    Args:
+        type: the type as text, for signatures: ``int | str``.
+    """
+
+    type: str
+
+
+def accepted_type(annotation: Any) -> str:
+    """Return the type of the values that a checked field accepts, as text for signatures.
+
+    Names are a ``Literal``, and a list or tuple of any length is a ``Sequence``.
+    """
+    origin, arguments = get_origin(annotation), get_args(annotation)
+    if origin is Annotated:
+        for meta in annotation.__metadata__:
+            if isinstance(meta, Accepts):
+                return meta.type
+            if isinstance(meta, OneOf) and not meta.accepts:
+                return f"Literal[{', '.join(map(repr, meta.names))}]"
+        return accepted_type(arguments[0])
+    if origin in (Union, UnionType):
+        return " | ".join(dict.fromkeys(map(accepted_type, arguments)))
+    if origin is tuple:
+        return f"Sequence[{accepted_type(arguments[0])}]"
+    if origin is Mapping:
+        return f"Mapping[{', '.join(map(accepted_type, arguments))}]"
+    return "None" if annotation is NoneType else str(annotation.__name__)
+
+
 @dataclass(frozen=True, kw_only=True)
 class Option:
     """Metadata of a field that says how the command line shows it. The option has the name of the field.
@@ -110,7 +154,7 @@ def _redacted(text: str) -> str:
     return str(without_secrets(text))  # not of a class that knows the secrets
 
 
-Text = Annotated[str, PlainValidator(as_text)]
+Text = Annotated[str, PlainValidator(as_text), Accepts("str | Path")]
 Texts = Annotated[tuple[Text, ...], Range(strict=False)]
 PathOrText = Annotated[str | Path, PlainValidator(as_text)]
 RedactedText = Annotated[str, check(_redacted)]
@@ -215,7 +259,8 @@ _KEYWORD, _ANY = inspect.Parameter.KEYWORD_ONLY, inspect.Parameter.POSITIONAL_OR
 def keywords(cls: Callable[P, R]) -> Callable[[Callable[[R], T]], Callable[P, T]]:
     """Decorate a function of a request to take the request's fields as keywords, with signature and docstring.
 
-    `inspect.unwrap` returns the function of the request.
+    Type checkers read the same signatures in ``avss_dist/__init__.pyi``, which is made of them. `inspect.unwrap`
+    returns the function of the request.
     """
 
     def decorate(function: Callable[[R], T]) -> Callable[P, T]:
@@ -223,11 +268,13 @@ def keywords(cls: Callable[P, R]) -> Callable[[Callable[[R], T]], Callable[P, T]
         def run(*positional: P.args, **values: P.kwargs) -> T:
             return function(cls(*positional, **values))
 
-        annotation, hints = inspect.signature(function).return_annotation, get_type_hints(cls)
-        parameters = [
-            inspect.Parameter(f.name, _KEYWORD if f.kw_only else _ANY, default=default_of(f), annotation=hints[f.name])
-            for f in ordered(cls)
-        ]
+        annotation = inspect.signature(function).return_annotation
+        hints = get_type_hints(cls, include_extras=True)
+        parameters = []
+        for f in ordered(cls):
+            kind = _KEYWORD if f.kw_only else _ANY
+            accepted = accepted_type(hints[f.name])
+            parameters.append(inspect.Parameter(f.name, kind, default=default_of(f), annotation=accepted))
         run.__signature__ = inspect.Signature(parameters, return_annotation=annotation)  # type: ignore[attr-defined]
         lines = [f"    {name}: {' '.join(text.split())}" for name, text in descriptions(cls).items()]
         run.__doc__ = "\n".join(

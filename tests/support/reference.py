@@ -1,6 +1,6 @@
 """Tables of options for the documentation: of groups of options, of each command, and the names of everything.
 
-To write them into the page: ``PYTHONPATH=tests python tests/support/reference.py``
+To write them into the page, and the stub file of the package: ``PYTHONPATH=tests python tests/support/reference.py``
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from avss_dist.runs.job_file import OPTIONS_ONLY
 from avss_dist.warehouse.schema import SCHEMAS
 from support.command_line import commands
 from support.documentation import DOCS, read
+from support.stubs import STUB, stub
 
 _SECTIONS: tuple[tuple[Any, str], ...] = ((Settings, "settings"), (Execution, "execution"), (Experiment, "experiment"))
 JOB_KEYS = (
@@ -87,4 +88,5 @@ def _row(*cells: str) -> str:
 if __name__ == "__main__":
     page = DOCS / "reference" / "commands.md"
     head, mark, rest = read(page).partition("<!-- generated from the commands -->\n\n")
+    STUB.write_text(stub())
     page.write_text(f"{head}{mark}{reference_markdown()}\n\n<!-- end -->{rest.partition('<!-- end -->')[2]}")
