@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections import Counter, defaultdict
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, replace
 from functools import partial
-from itertools import count, product
+from itertools import count
 from typing import Any, ClassVar
 
 import numpy as np
@@ -17,7 +17,7 @@ from torch import nn
 
 from avss_dist.core.devices import to_device
 from avss_dist.core.errors import ModelError
-from avss_dist.core.intervention import NO_INTERVENTION, Intervention
+from avss_dist.core.intervention import NO_INTERVENTION, Intervention, Removals
 from avss_dist.core.process import bound
 from avss_dist.corpus.shards import Batch, Shard
 from avss_dist.models.causal_lm import LanguageModel, predicted
@@ -25,9 +25,12 @@ from avss_dist.models.interventions import around
 from avss_dist.models.layers import Layer, LayerCall, as_rows, output_tensor
 from avss_dist.stats.layer_stats import Float64
 from avss_dist.tasks.task import Measure, Row, predicted_tokens
+from avss_dist.warehouse.reader import grouped
 
 TAYLOR = "taylor"  # nats per predicted token; low is unimportant
-L1, L2, FROBENIUS = "gradient_l1", "gradient_l2", "weight_frobenius"
+L1 = "gradient_l1"
+L2 = "gradient_l2"
+FROBENIUS = "weight_frobenius"
 CHUNK = 2048  # tokens whose updates exist at once
 
 CURRENT: ContextVar[Any] = ContextVar("pass", default=None)
@@ -49,8 +52,10 @@ class BackwardPass:
     keeps = 2
 
     def __init__(self, measure: Any, batch: Batch, layers: Sequence[Layer], device: torch.device) -> None:
-        self.measure, self.order = measure, [layer.index for layer in layers]
-        self.observed, self.real = (to_device(mask, device) for mask in (batch.observed, batch.attention_mask))
+        self.measure = measure
+        self.order = [layer.index for layer in layers]
+        self.observed = to_device(batch.observed, device)
+        self.real = to_device(batch.attention_mask, device)
         self.sums: dict[Any, torch.Tensor] = {}
         self._calls: Counter[int] = Counter()  # of modules, by the first layer that each is
 
@@ -62,8 +67,9 @@ class BackwardPass:
 
     def count_call(self, uses: Sequence[Layer]) -> tuple[int, Layer]:
         """Count a call of the module that layers are, and return its number and its layer."""
-        number = self._calls[uses[0].index]
-        self._calls[uses[0].index] += 1
+        first = uses[0].index
+        number = self._calls[first]
+        self._calls[first] += 1
         return number, uses[number % len(uses)]
 
     def listen(self, out: torch.Tensor, receive: Callable[[int, torch.Tensor], None]) -> None:
@@ -78,8 +84,11 @@ class BackwardPass:
 
     def add(self, key: Any, values: torch.Tensor) -> None:
         """Add values to a sum."""
-        before = self.sums.get(key)
-        self.sums[key] = values.clone() if before is None else before + values.to(before.device)
+        if key in self.sums:
+            before = self.sums[key]
+            self.sums[key] = before + values.to(before.device)
+        else:
+            self.sums[key] = values.clone()
 
     def change_of_loss(self, number: int, products: torch.Tensor, dim: int) -> torch.Tensor:
         """Return the first-order change of the loss from the products <g, d> of gradients and changes of activations.
@@ -122,11 +131,8 @@ class BackwardMeasure(Measure):
         layers = self.layers(model, intervention)
         batches = list(self.shard.batches(model.settings.batch_size))
         passes = [self.new_pass(self, batch, layers, model.device) for batch in batches]
-        with (
-            model.applying(intervention),
-            trainable(model.module, layers if self.trains else ()),
-            self.hooked(layers),
-        ):
+        trained = layers if self.trains else ()
+        with model.applying(intervention), trainable(model.module, trained), self.hooked(layers):
             passes = model.backpropagate(batches, passes, draws=self.draws, seed=self.seed)
         return list(self.rows(layers, passes, predicted_tokens(self.shard, model)))
 
@@ -144,17 +150,25 @@ class BackwardMeasure(Measure):
         Args:
             weights: predicted tokens of each sequence.
         """
-        observed = np.concatenate([batch.observed.sum(dim=1).cpu().numpy() for batch in passes]).astype(np.float64)
-        for key in sorted(passes[0].sums, key=lambda key: (key[1], key[2] or (), key[3] or "", key[0])):
+        observed = torch.cat([batch.observed.sum(dim=1).cpu() for batch in passes])
+        counted_tokens = observed.numpy().astype(np.float64)
+        for key in sorted(passes[0].sums, key=_order_of_row):
             metric, layer, removed, rounding = key
+            samples = torch.cat([batch.sums[key].cpu() for batch in passes])
             yield Row(
                 metric=metric,
-                samples=torch.cat([batch.sums[key].cpu() for batch in passes]).numpy(),
-                weights=observed if metric.startswith(self.by_token) else weights,
+                samples=samples.numpy(),
+                weights=counted_tokens if metric.startswith(self.by_token) else weights,
                 layer=layer,
                 removed=removed,
                 rounding=rounding,
             )
+
+
+def _order_of_row(key: tuple[str, int, Removals | None, str | None]) -> tuple[Any, ...]:
+    """Return the sort key of a row: layer, removed layers, rounding, metric."""
+    metric, layer, removed, rounding = key
+    return layer, removed or (), rounding or "", metric
 
 
 @contextmanager
@@ -166,11 +180,11 @@ def through_passes(layers: Sequence[Layer]) -> Iterator[None]:
 
     def call(uses: Sequence[Layer], forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         current = CURRENT.get()
-        return forward(*args, **kwargs) if current is None else current.call(uses, forward, args, kwargs)
+        if current is None:
+            return forward(*args, **kwargs)
+        return current.call(uses, forward, args, kwargs)
 
-    uses_by_module: defaultdict[nn.Module, list[Layer]] = defaultdict(list)
-    for layer in layers:
-        uses_by_module[layer.module].append(layer)
+    uses_by_module = grouped(layers, lambda layer: layer.module)
     with around({module: partial(call, uses) for module, uses in uses_by_module.items()}):
         yield
 
@@ -180,13 +194,14 @@ def matrices(module: nn.Module) -> list[nn.Parameter]:
 
     Of a parameter of DeepSpeed ZeRO-3, this process may have only a part.
     """
-    by_id = {
-        id(parameter): parameter
-        for child in module.modules()
-        if not isinstance(child, nn.Conv1d)
-        for parameter in child.parameters(recurse=False)
-        if len(getattr(parameter, "ds_shape", parameter.shape)) in (2, 3) and parameter.is_floating_point()
-    }
+    by_id: dict[int, nn.Parameter] = {}
+    for child in module.modules():
+        if isinstance(child, nn.Conv1d):
+            continue
+        for parameter in child.parameters(recurse=False):
+            shape = getattr(parameter, "ds_shape", parameter.shape)
+            if len(shape) in (2, 3) and parameter.is_floating_point():
+                by_id[id(parameter)] = parameter
     return list(by_id.values())
 
 
@@ -210,20 +225,31 @@ class LayerGradients(BackwardPass):
         if not torch.is_grad_enabled():
             return forward(*args, **kwargs)
         hidden = LayerCall(args, kwargs).hidden
-        if (FROBENIUS, uses[0].index, None, None) not in self.sums:  # streamed weights are gone when the layer has run
-            weights = matrices(uses[0].module)
-            zero = torch.zeros(1, dtype=torch.float64, device=hidden.device)
-            size = sum((whole_norm(weight, 2) for weight in weights), zero)
-            for use, (metric, norm) in product(uses, ((FROBENIUS, size), (L1, zero), (L2, zero))):
-                self.add((metric, use.index, None, None), norm)
-            for weight in weights:
-                self._hooks.callback(weight.register_post_accumulate_grad_hook(partial(self.accumulate, uses)).remove)
+        is_first_call = (FROBENIUS, uses[0].index, None, None) not in self.sums
+        if is_first_call:
+            # Before the layer runs: afterwards its streamed weights are gone.
+            self._listen_to_weights(uses, hidden.device)
         version = hidden._version
         output = forward(*args, **kwargs)
         _, layer = self.count_call(uses)
         out = output_tensor(layer, output, hidden)
-        out.register_hook(partial(self._remove, layer, (hidden.detach(), out.detach()), (version, out._version)))
+        states = hidden.detach(), out.detach()
+        versions = version, out._version
+        out.register_hook(partial(self._remove, layer, states, versions))
         return output
+
+    def _listen_to_weights(self, uses: Sequence[Layer], device: torch.device) -> None:
+        """Add the norms of a layer's weights, and listen to their gradients, whose norms begin at zero."""
+        weights = matrices(uses[0].module)
+        zero = torch.zeros(1, dtype=torch.float64, device=device)
+        size = sum((whole_norm(weight, 2) for weight in weights), zero)
+        for use in uses:
+            self.add((FROBENIUS, use.index, None, None), size)
+            self.add((L1, use.index, None, None), zero)
+            self.add((L2, use.index, None, None), zero)
+        for weight in weights:
+            hook = weight.register_post_accumulate_grad_hook(partial(self.accumulate, uses))
+            self._hooks.callback(hook.remove)
 
     def _remove(
         self,
@@ -236,13 +262,22 @@ class LayerGradients(BackwardPass):
 
         The backward pass saves both anyway, so that they take no further memory.
         """
-        if tuple(tensor._version for tensor in states) != versions:
+        before, after = states
+        if (before._version, after._version) != versions:
             raise ModelError(f"{layer}, or one behind it, changes its input in place.")
-        tensors = gradient, *reversed(states)
-        chunks = (self.by_row(layer, x).flatten(0, 1).split(CHUNK) for x in tensors)
-        products = [(g.double() * (y.float() - x.float())).sum(dim=1) for g, y, x in zip(*chunks, strict=True)]
+        chunks = zip(
+            self._chunks(layer, gradient), self._chunks(layer, before), self._chunks(layer, after), strict=True
+        )
+        products = []
+        for gradients, inputs, outputs in chunks:
+            updates = outputs.float() - inputs.float()
+            products.append((gradients.double() * updates).sum(dim=1))
         changes = torch.cat(products).abs().view(self.real.shape)
         self.sums[TAYLOR, layer.index, None, None] = changes.where(self.real.to(gradient.device), 0).sum(dim=1)
+
+    def _chunks(self, layer: Layer, tensor: torch.Tensor) -> Sequence[torch.Tensor]:
+        """Return a tensor of a layer in chunks of `CHUNK` tokens: [tokens, units] each."""
+        return self.by_row(layer, tensor).flatten(0, 1).split(CHUNK)
 
     def accumulate(self, uses: Sequence[Layer], weight: torch.Tensor) -> None:
         """Add the norms of a weight's gradient, and free the gradient."""
@@ -273,15 +308,21 @@ class Gradients(BackwardMeasure):
     def rows(self, layers: Sequence[Layer], passes: Sequence[LayerGradients], weights: Float64) -> Iterator[Row]:
         """Yield the rows of all passes. Norms have a sample for each batch, and that of weights one sample."""
         for row in super().rows(layers, passes, weights):
-            samples = row.samples[:1] if row.metric == FROBENIUS else row.samples
-            yield row if row.metric == TAYLOR else replace(row, samples=samples, weights=np.ones(len(samples)))
+            if row.metric == TAYLOR:
+                yield row
+            elif row.metric == FROBENIUS:
+                yield replace(row, samples=row.samples[:1], weights=np.ones(1))
+            else:
+                yield replace(row, weights=np.ones(len(row.samples)))
 
 
 @contextmanager
 def trainable(model: nn.Module, layers: Sequence[Layer]) -> Iterator[None]:
     """Require gradients of the layers' matrices alone inside the context."""
     before = {parameter: parameter.requires_grad for parameter in model.parameters()}
-    chosen = {id(weight) for layer in layers for weight in matrices(layer.module)}
+    chosen: set[int] = set()
+    for layer in layers:
+        chosen.update(id(weight) for weight in matrices(layer.module))
     try:
         for parameter in before:
             parameter.requires_grad_(id(parameter) in chosen)
@@ -298,4 +339,6 @@ def whole_norm(matrix: torch.Tensor, order: int) -> torch.Tensor:
     Ranks may have parts of it (a DTensor). Then all of them call this.
     """
     norms: Any = torch.linalg.vector_norm(matrix.detach(), order, dim=(-2, -1), dtype=torch.float64)
-    return (norms.full_tensor() if hasattr(norms, "full_tensor") else norms).sum()
+    if hasattr(norms, "full_tensor"):
+        norms = norms.full_tensor()
+    return norms.sum()

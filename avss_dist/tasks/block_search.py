@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from avss_dist.core.intervention import NO_INTERVENTION, Intervention
 from avss_dist.corpus.shards import Batch, Shard
@@ -20,7 +21,8 @@ from avss_dist.models.linear_maps import weight_of
 from avss_dist.stats.layer_stats import Float64
 from avss_dist.tasks.task import Measure, Row
 
-GREEDY, GREEDY_ERROR = "greedy:", "greedy_error"
+GREEDY = "greedy:"  # before the path of a map: its sparsity after each round
+GREEDY_ERROR = "greedy_error"
 HILL = "hill:"  # before the path of a map: the exponent of its spectrum
 JUDGED = 4  # the error is measured on the last 1 / 4 of a row's tokens, as in TEAL
 ENOUGH = 0.9  # sparsity of the block at which it ends: TEAL's
@@ -61,53 +63,95 @@ class GreedyBlock(Measure):
     def __call__(self, model: LanguageModel, intervention: Intervention = NO_INTERVENTION) -> list[Row]:
         """Return the sparsity of each map of the block after each round, and the error after each round, as rows."""
         layer = model.layers[self.layer]
-        batches = [batch for shard in self.shards for batch in shard.batches(model.settings.batch_size)]
+        batches: list[Batch] = []
+        for shard in self.shards:
+            batches += shard.batches(model.settings.batch_size)
         calls = dense_calls(model, layer, batches)
         with model.running(layer) as run, torch.no_grad():
 
-            def judged(call: LayerCall, batch: Batch) -> torch.Tensor:
-                """Return the block's output at the last quarter of each row's tokens."""
-                copied, real = call.with_hidden(call.hidden.clone()), batch.attention_mask  # a layer may change it
-                out = output_tensor(layer, run(*copied.args, **copied.kwargs), call.hidden)
-                rows = as_rows(out, layer.axes, *real.shape, place=layer)
-                place, length = real.cumsum(axis=1), real.sum(axis=1, keepdims=True)
-                last = torch.from_numpy(real & (place > length - np.maximum(1, length // JUDGED)))
-                return rows[last.to(rows.device)].float()
+            def judged_outputs() -> Iterator[torch.Tensor]:
+                """Yield the block's output at the last quarter of each row's tokens, batch by batch."""
+                for call, batch in zip(calls, batches, strict=True):
+                    copied = call.with_hidden(call.hidden.clone())  # a layer may change its input
+                    output = output_tensor(layer, run(*copied.args, **copied.kwargs), call.hidden)
+                    rows = as_rows(output, layer.axes, *batch.attention_mask.shape, place=layer)
+                    judged = torch.from_numpy(_last_tokens(batch.attention_mask))
+                    yield rows[judged.to(rows.device)].float()
 
-            dense = list(map(judged, calls, batches))
+            dense = list(judged_outputs())
 
             def error(cuts: Mapping[str, float]) -> float:
                 """Return the L2 norm of the change of the judged output, with zeroed inputs of maps."""
+                squares = 0.0
                 with _zeroing_inputs(layer, cuts):
-                    changed = zip(map(judged, calls, batches), dense, strict=True)
-                    return float(np.sqrt(sum(float((out - whole).double().square().sum()) for out, whole in changed)))
+                    for output, whole in zip(judged_outputs(), dense, strict=True):
+                        squares += float((output - whole).double().square().sum())
+                return float(np.sqrt(squares))
 
-            path, errors = self._search(error)
-        ones = np.ones(len(errors))
-        rows = [
-            Row(metric=f"{GREEDY}{name}", samples=np.array([at[name] for at in path]), weights=ones, layer=self.layer)
-            for name in self.steps
-        ]
-        return [*rows, Row(metric=GREEDY_ERROR, samples=np.array(errors), weights=ones, layer=self.layer)]
+            path = self._search(error)
+        errors = np.array([step.error for step in path])
+        ones = np.ones(len(path))
+        rows = []
+        for name in self.steps:
+            sparsities = np.array([step.sparsity[name] for step in path])
+            rows.append(Row(metric=f"{GREEDY}{name}", samples=sparsities, weights=ones, layer=self.layer))
+        rows.append(Row(metric=GREEDY_ERROR, samples=errors, weights=ones, layer=self.layer))
+        return rows
 
-    def _search(self, error: Callable[[Mapping[str, float]], float]) -> tuple[list[dict[str, float]], list[float]]:
-        """Return the sparsity of each map and the error after each round.
+    def _search(self, error: Callable[[Mapping[str, float]], float]) -> list[GreedyStep]:
+        """Return the state at the start and after each round.
 
         Args:
             error: returns the error with a threshold for some of the maps, by path.
         """
-        taken, path, errors = dict.fromkeys(self.steps, 0), list[dict[str, float]](), [0.0]
-        while True:
-            path.append({name: steps * self.steps[name] for name, steps in taken.items()})
-            zeroed = sum(path[-1][name] * size for name, size in self.sizes.items()) / sum(self.sizes.values())
-            candidates = [name for name, steps in taken.items() if steps < len(self.thresholds[name])]
-            if zeroed >= ENOUGH or not candidates:
-                return path, errors
+        taken = dict.fromkeys(self.steps, 0)  # steps of each map
+        path = [self._step(taken, 0.0)]
+        while self._zeroed_share(path[-1]) < ENOUGH:
             cuts = {name: self.thresholds[name][steps - 1] for name, steps in taken.items() if steps}
-            error_by_map = {name: error({**cuts, name: self.thresholds[name][taken[name]]}) for name in candidates}
-            best = min(candidates, key=error_by_map.__getitem__)
+            error_by_map = {}
+            for name, steps in taken.items():
+                if steps < len(self.thresholds[name]):
+                    error_by_map[name] = error({**cuts, name: self.thresholds[name][steps]})
+            if not error_by_map:
+                break
+            best = min(error_by_map, key=error_by_map.__getitem__)
             taken[best] += 1
-            errors.append(error_by_map[best])
+            path.append(self._step(taken, error_by_map[best]))
+        return path
+
+    def _step(self, taken: Mapping[str, int], error: float) -> GreedyStep:
+        sparsity = {name: steps * self.steps[name] for name, steps in taken.items()}
+        return GreedyStep(sparsity=sparsity, error=error)
+
+    def _zeroed_share(self, step: GreedyStep) -> float:
+        """Return the share of the block's weights whose inputs are zero."""
+        zeroed = sum(step.sparsity[name] * size for name, size in self.sizes.items())
+        return zeroed / sum(self.sizes.values())
+
+
+@dataclass(frozen=True, kw_only=True)
+class GreedyStep:
+    """State of a greedy search after a round.
+
+    Attributes:
+        sparsity: sparsity of each map, by path.
+        error: L2 norm of the change of the block's judged output.
+    """
+
+    sparsity: Mapping[str, float]
+    error: float
+
+
+def _last_tokens(real: NDArray[np.bool_]) -> NDArray[np.bool_]:
+    """Return a mask of the last quarter of each row's tokens, at least one, bool[rows, tokens].
+
+    Args:
+        real: bool[rows, tokens], true for tokens that are no padding.
+    """
+    place = real.cumsum(axis=1)
+    length = real.sum(axis=1, keepdims=True)
+    judged = np.maximum(1, length // JUDGED)
+    return real & (place > length - judged)
 
 
 def dense_calls(model: LanguageModel, layer: Layer, batches: Sequence[Batch]) -> list[LayerCall]:
@@ -134,8 +178,11 @@ def _zeroing_inputs(layer: Layer, cuts: Mapping[str, float]) -> Iterator[None]:
     def cut(threshold: float, args: Any, kwargs: Any) -> Any:
         return (args[0].masked_fill(args[0].abs() <= threshold, 0), *args[1:]), kwargs
 
-    maps = [projection for projection in layer.projections if projection.path in cuts]
-    with hooked(before=[(projection.module, partial(cut, cuts[projection.path])) for projection in maps]):
+    hooks = []
+    for projection in layer.projections:
+        if projection.path in cuts:
+            hooks.append((projection.module, partial(cut, cuts[projection.path])))
+    with hooked(before=hooks):
         yield
 
 
@@ -148,14 +195,16 @@ class Spectra(Measure):
 
     def __call__(self, model: LanguageModel, intervention: Intervention = NO_INTERVENTION) -> list[Row]:
         """Return a row with the exponent of each linear map of the layer."""
-        layer, rows = model.layers[self.layer], []
+        layer = model.layers[self.layer]
+        rows = []
         with model.running(layer):
             for projection in layer.projections:
-                eigenvalues = torch.linalg.svdvals(weight_of(projection.module).double()).square().cpu().numpy()
+                singular_values = torch.linalg.svdvals(weight_of(projection.module).double())
+                exponent = hill_exponent(singular_values.square().cpu().numpy())
                 rows.append(
                     Row(
                         metric=f"{HILL}{projection.path}",
-                        samples=np.array([hill_exponent(eigenvalues)]),
+                        samples=np.array([exponent]),
                         weights=np.ones(1),
                         layer=self.layer,
                     )
@@ -172,4 +221,6 @@ def hill_exponent(eigenvalues: Sequence[float] | Float64) -> float:
     values = values[values > 0]
     chosen = values[-max(2, len(values) // 2) :]
     total = float(np.log(chosen / chosen[0]).sum())
-    return 1 + len(chosen) / total if total > 0 else np.inf
+    if not total > 0:
+        return np.inf
+    return 1 + len(chosen) / total

@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import product
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -20,12 +20,26 @@ from avss_dist.models.layers import Layer, LayerCall, output_tensor
 from avss_dist.tasks.backward import TAYLOR, BackwardMeasure, BackwardPass
 
 LOOKAHEAD = max(info.lookahead for info in SCORES.values() if info.lookahead is not None)  # layers
-PROPAGATED, PROPAGATED_COSINE = "propagated", "propagated_cosine"
-SIGNED, FISHER, PREDICTED = "taylor_signed", "fisher", "predicted"
+PROPAGATED = "propagated"
+PROPAGATED_COSINE = "propagated_cosine"
+SIGNED = "taylor_signed"
+FISHER = "fisher"
+PREDICTED = "predicted"
 BLOCK_COSINE = "block_cosine"
 
-Displacement = tuple[int, Sequence[int], torch.Tensor]
-"""A removed layer, values of ``m`` of `Damage`, and the difference of the hidden states, [rows, tokens, units]."""
+
+class Displacement(NamedTuple):
+    """Difference that the removal of a layer makes to the hidden states after a later layer.
+
+    Attributes:
+        removed: index of the removed layer.
+        distances: values of ``m`` of `Damage` that the later layer stands for.
+        difference: hidden states without the layer, less those of the whole model: [rows, tokens, units].
+    """
+
+    removed: int
+    distances: Sequence[int]
+    difference: torch.Tensor
 
 
 class _DamagePass(BackwardPass):
@@ -44,22 +58,28 @@ class _DamagePass(BackwardPass):
         When a layer runs again for its gradients, it runs on the whole model's hidden states alone.
         """
         number, layer = self.count_call(uses)
-        if number < len(uses):
-            with torch.no_grad():
-                call = LayerCall(args, kwargs)
-                layer_input = call.hidden.detach().clone()  # which a layer may change
-                models = {}
-                for removed, hidden in self._changed.items():
-                    moved = call.with_hidden(hidden.to(call.hidden.device))
-                    models[removed] = output_tensor(layer, forward(*moved.args, **moved.kwargs), hidden)
-                models[layer.index] = layer_input
+        call = LayerCall(args, kwargs)
+        is_again = number >= len(uses)
+        if is_again:
+            output = forward(*args, **kwargs)
+        else:
+            layer_input = call.hidden.detach().clone()  # which a layer may change
+            models = self._run_changed(layer, forward, call)
+            models[layer.index] = layer_input
             output = forward(*args, **kwargs)
             self._compare(layer, models, layer_input, output_tensor(layer, output, layer_input))
-        else:
-            output = forward(*args, **kwargs)
         if torch.is_grad_enabled():
-            self.listen(output_tensor(layer, output, LayerCall(args, kwargs).hidden), partial(self._project, layer))
+            self.listen(output_tensor(layer, output, call.hidden), partial(self._project, layer))
         return output
+
+    @torch.no_grad()
+    def _run_changed(self, layer: Layer, forward: Callable[..., Any], call: LayerCall) -> dict[int, torch.Tensor]:
+        """Return the output of a layer on the hidden states without each earlier layer, by that layer."""
+        outputs = {}
+        for removed, hidden in self._changed.items():
+            moved = call.with_hidden(hidden.to(call.hidden.device))
+            outputs[removed] = output_tensor(layer, forward(*moved.args, **moved.kwargs), hidden)
+        return outputs
 
     @torch.no_grad()
     def _compare(
@@ -67,34 +87,40 @@ class _DamagePass(BackwardPass):
     ) -> None:
         """Compare the models without a layer with the whole model after a layer, run on ``layer_input``."""
         whole = self.by_row(layer, out)
-        self._streams += [] if self._streams else [self.by_row(layer, layer_input)]
+        if not self._streams:
+            self._streams.append(self.by_row(layer, layer_input))
         self._streams.append(whole.clone())  # which the next layer may change
-        position, last = self.order.index(layer.index), layer.index == self.order[-1]
+        reference = whole.float()
+        size = torch.linalg.vector_norm(reference, dim=-1).clamp_min_(torch.finfo(torch.float32).tiny)
+        position = self.order.index(layer.index)
+        is_last = layer.index == self.order[-1]
+        displaced = self._displaced.setdefault(layer.index, [])
         self._changed = {}
         for removed, hidden in models.items():
             distance = position - self.order.index(removed)
-            distances = range(distance, self.measure.lookahead + 1) if last else (distance,)
-            changed, reference = self.by_row(layer, hidden.to(out.device)).float(), whole.float()
-            size = torch.linalg.vector_norm(reference, dim=-1).clamp_min_(torch.finfo(torch.float32).tiny)
-            relative = self._sum(torch.linalg.vector_norm(changed - reference, dim=-1) / size)
+            # Nothing comes after the last layer, so that it stands for every larger distance, too.
+            distances = range(distance, self.measure.lookahead + 1) if is_last else (distance,)
+            changed = self.by_row(layer, hidden.to(out.device)).float()
+            difference = changed - reference
+            relative = self._sum(torch.linalg.vector_norm(difference, dim=-1) / size)
             cosine = self._sum(1 - torch.cosine_similarity(changed, reference, dim=-1))
             for m in distances:
                 self.sums[f"{PROPAGATED}_{m}", removed, None, None] = relative
                 self.sums[f"{PROPAGATED_COSINE}_{m}", removed, None, None] = cosine
-            self._displaced.setdefault(layer.index, []).append(
-                (removed, distances, (changed - reference).to(whole.dtype))
-            )
-            if distance < self.measure.lookahead:
+            displaced.append(Displacement(removed, distances, difference.to(whole.dtype)))
+            if distance < self.measure.lookahead and not is_last:
                 self._changed[removed] = hidden
-        if last:
-            self._changed = {}
+        if is_last:
             self._measure_blocks()
 
     def _measure_blocks(self) -> None:
+        """Add the distances between the input and the output of every block of layers."""
         device = self._streams[-1].device
-        units = [torch.nn.functional.normalize(x.float().to(device), dim=-1) for x in self._streams]
+        directions = []
+        for stream in self._streams:
+            directions.append(torch.nn.functional.normalize(stream.float().to(device), dim=-1))
         self._streams = []
-        by_token = torch.stack(units, dim=2)  # [rows, tokens, streams, units]
+        by_token = torch.stack(directions, dim=2)  # [rows, tokens, streams, units]
         cosines = torch.stack([(row @ row.transpose(1, 2)).clamp_(-1, 1) for row in by_token])
         distances = torch.arccos(cosines) / torch.pi
         for start, layer in enumerate(self.order):
@@ -105,16 +131,19 @@ class _DamagePass(BackwardPass):
 
     def _project(self, layer: Layer, number: int, gradient: torch.Tensor) -> None:
         """Add the products of the gradient at the output of a layer with what it is without an earlier layer."""
-        g = self.by_row(layer, gradient).float()
+        gradient = self.by_row(layer, gradient).float()
         displacements = self._displaced.get(layer.index, [])
-        if number == self.measure.draws:
+        is_last_pass = number == self.measure.draws
+        if is_last_pass:
             self._displaced.pop(layer.index, None)
+        real = self.real.to(gradient.device)
         for removed, distances, difference in displacements:
-            products = (g * difference.float()).sum(dim=-1).double().where(self.real.to(g.device), 0)
+            products = (gradient * difference.float()).sum(dim=-1).double().where(real, 0)
             change = self.change_of_loss(number, products, dim=1)
-            sums = {FISHER if number else SIGNED: change, PREDICTED: change}
             if number == 0:
-                sums[TAYLOR] = products.abs().sum(dim=1)
+                sums = {SIGNED: change, PREDICTED: change, TAYLOR: products.abs().sum(dim=1)}
+            else:
+                sums = {FISHER: change, PREDICTED: change}
             for metric, m in product(sums, distances):
                 self.add((f"{metric}_{m}", removed, None, None), sums[metric])
 

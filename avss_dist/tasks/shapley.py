@@ -48,7 +48,10 @@ class Shapley(Measure):
 
     def identity(self) -> dict[str, Any]:
         """Return the values that the key is made of: earlier versions gave the rest to no layer."""
-        return super().identity() | ({"rest": "shared"} if self.truncation else {})
+        identity = super().identity()
+        if self.truncation:
+            identity["rest"] = "shared"
+        return identity
 
     def __call__(self, model: LanguageModel, intervention: Intervention = NO_INTERVENTION) -> list[Row]:
         """Return the Shapley values of the layers, a sample for each permutation.
@@ -57,28 +60,46 @@ class Shapley(Measure):
         """
         players = [layer.index for layer in model.layers if layer.index not in intervention.removed]
         text = _Text(model, self.shards, intervention, players)
-        values, shared = np.zeros((2, len(self.seeds), len(model.layers)))
-        for contributions, unmeasured, seed in zip(values, shared, self.seeds, strict=True):
+        contributions = np.zeros((len(self.seeds), len(model.layers)))
+        shared = np.zeros((len(self.seeds), len(model.layers)))
+        guess = math.log(model.module.config.get_text_config().vocab_size)
+        for number, seed in enumerate(self.seeds):
             order = np.random.default_rng(seed).permutation(players).tolist()
-            losses = text.losses(order)
-            before = next(losses)
-            guess = math.log(model.module.config.get_text_config().vocab_size)
-            bound = guess if self.truncation and before < guess else math.inf
-            for place, layer in enumerate(order):
-                if before >= bound:
-                    remaining = order[place:]
-                    contributions[remaining] = (text.empty - before) / len(remaining)
-                    unmeasured[remaining] = len(remaining) > 1
-                    break
-                after = next(losses)
-                contributions[layer], before = after - before, after
-        metrics = {SHAPLEY: values, **({SHARED: shared} if self.truncation else {})}
+            self._remove_in_order(text, order, guess, contributions[number], shared[number])
+        metrics = {SHAPLEY: contributions}
+        if self.truncation:
+            metrics[SHARED] = shared
         ones = np.ones(len(self.seeds))
-        return [
-            Row(metric=metric, samples=samples[:, layer], weights=ones, layer=layer)
-            for metric, samples in metrics.items()
-            for layer in players
-        ]
+        rows = []
+        for metric, samples in metrics.items():
+            for layer in players:
+                rows.append(Row(metric=metric, samples=samples[:, layer], weights=ones, layer=layer))
+        return rows
+
+    def _remove_in_order(
+        self, text: _Text, order: Sequence[int], guess: float, contributions: Float64, shared: Float64
+    ) -> None:
+        """Remove layers one by one, and note what each contributes.
+
+        Args:
+            guess: loss of a uniform guess, in nats per token.
+            contributions: float64[layers], to be filled.
+            shared: float64[layers], in which layers whose contributions are not told apart become 1.
+        """
+        losses = text.losses(order)
+        before = next(losses)
+        bound = math.inf
+        if self.truncation and before < guess:
+            bound = guess
+        for place, layer in enumerate(order):
+            if before >= bound:
+                remaining = order[place:]
+                contributions[remaining] = (text.empty - before) / len(remaining)
+                shared[remaining] = len(remaining) > 1
+                return
+            after = next(losses)
+            contributions[layer] = after - before
+            before = after
 
 
 class _Text:
@@ -91,16 +112,24 @@ class _Text:
     def __init__(
         self, model: LanguageModel, shards: Sequence[Shard], intervention: Intervention, players: Sequence[int]
     ) -> None:
-        self._model, self._intervention, self._players = model, intervention, players
-        self._batches = [batch for shard in shards for batch in shard.batches(model.settings.batch_size)]
+        self._model = model
+        self._intervention = intervention
+        self._players = players
+        self._batches: list[Batch] = []
+        for shard in shards:
+            self._batches += shard.batches(model.settings.batch_size)
         self._tokens = float(sum(predicted(batch).sum() for batch in self._batches))
-        size = sum(batch.input_ids.size for batch in self._batches) * model.token_bytes * len(model.layers)
-        self._keeps = model.keeps_hidden_states and 2 * size <= MAX_RECORDED_BYTES and model.resumes
+        positions = sum(batch.input_ids.size for batch in self._batches)
+        recorded_bytes = positions * model.token_bytes * len(model.layers)
+        fits = 2 * recorded_bytes <= MAX_RECORDED_BYTES
+        self._keeps = model.keeps_hidden_states and fits and model.resumes
         self._inputs: dict[int, dict[int, torch.Tensor]] = {}  # of layers of the whole model, by the batch's id
 
     @cached_property
     def _whole(self) -> float:
-        return self._loss((), self._record if self._keeps else self._model.losses)
+        if self._keeps:
+            return self._loss((), self._record)
+        return self._loss((), self._model.losses)
 
     @cached_property
     def empty(self) -> float:
@@ -120,15 +149,18 @@ class _Text:
     def _loss(self, removed: Sequence[int], measure: Callable[[Batch], Float64]) -> float:
         """Return the nats per token without some layers, from the losses of a batch's rows."""
         with self._model.applying(self._intervention.without(*removed)):
-            return float(np.concatenate(self._model.each(measure, self._batches)).sum() / self._tokens)
+            by_batch = self._model.each(measure, self._batches)
+        return float(np.concatenate(by_batch).sum() / self._tokens)
 
     def _record(self, batch: Batch) -> Float64:
         with recording(self._model.layers) as self._inputs[id(batch)]:
             return self._model.losses(batch)
 
     def _resumed(self, inputs: Mapping[int, dict[int, torch.Tensor]], layer: int, batch: Batch) -> Float64:
-        layers, states = self._model.layers, inputs[id(batch)]
-        with resuming(layers, layer, states.pop(layer).clone()), recording(layers[layer + 1 :]) as later:
+        layers = self._model.layers
+        states = inputs[id(batch)]
+        first_input = states.pop(layer).clone()
+        with resuming(layers, layer, first_input), recording(layers[layer + 1 :]) as later:
             losses = self._model.losses(batch)
         states.update(later)
         return losses

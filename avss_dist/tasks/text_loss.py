@@ -5,6 +5,7 @@ Losses are those of all predicted tokens, without layers, and of answers.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -16,6 +17,7 @@ from avss_dist.core.errors import ModelError, first_line
 from avss_dist.core.intervention import (
     NO_INTERVENTION,
     Intervention,
+    Removal,
     Removals,
     can_be_added,
     encode_removals,
@@ -49,10 +51,15 @@ class TextLoss(Measure):
         """Return the losses of the rows of the shard, and for paired text their entropies."""
         if not self.shard.pairing:
             return losses_under(model, self.shard, [intervention])
-        batches, weights = list(self.shard.batches(model.settings.batch_size)), predicted_tokens(self.shard, model)
+        batches = list(self.shard.batches(model.settings.batch_size))
         with model.applying(intervention):
-            sums = np.concatenate(model.each(partial(model.sums, entropies=True), batches), axis=1)
-        return [Row(metric=name, samples=x, weights=weights) for name, x in zip((LOSS, ENTROPY), sums, strict=True)]
+            by_batch = model.each(partial(model.sums, entropies=True), batches)
+        losses, entropies = np.concatenate(by_batch, axis=1)
+        weights = predicted_tokens(self.shard, model)
+        return [
+            Row(metric=LOSS, samples=losses, weights=weights),
+            Row(metric=ENTROPY, samples=entropies, weights=weights),
+        ]
 
 
 @dataclass(frozen=True, eq=False)
@@ -67,8 +74,11 @@ class RowStartLoss(Measure):
 
     def __call__(self, model: LanguageModel, intervention: Intervention = NO_INTERVENTION) -> list[Row]:
         """Return the losses of the rows as they were read, and of the same text with other start tokens."""
-        pairs = zip((AS_READ, OTHER_START), self.shards, strict=True)
-        return [row for metric, shard in pairs for row in losses_under(model, shard, [intervention], metric)]
+        as_read, other_start = self.shards
+        return [
+            *losses_under(model, as_read, [intervention], AS_READ),
+            *losses_under(model, other_start, [intervention], OTHER_START),
+        ]
 
 
 @dataclass(frozen=True, eq=False)
@@ -89,24 +99,31 @@ class LeaveOneOut(Measure):
 
     def identity(self) -> dict[str, Any]:
         """Return the values that the key is made of, without those at their defaults."""
-        return {
-            "measure": "leave one out",
-            "shard": self.shard.content_hash,
-            **({} if self.layers is None else {"layers": encode_removals(self.layers)}),
-            **({"sublayers": True} if self.sublayers else {}),
-        }
+        identity: dict[str, Any] = {"measure": "leave one out", "shard": self.shard.content_hash}
+        if self.layers is not None:
+            identity["layers"] = encode_removals(self.layers)
+        if self.sublayers:
+            identity["sublayers"] = True
+        return identity
 
     def __call__(self, model: LanguageModel, intervention: Intervention = NO_INTERVENTION) -> list[Row]:
         """Return the losses of rows under the intervention, and without each layer in addition.
 
         Layers of the intervention are absent from every pass.
         """
-        layers = range(len(model.layers))
-        removals = (sublayers_of(layers) if self.sublayers else layers) if self.layers is None else self.layers
-        interventions = [
-            intervention.without(removal) for removal in removals if can_be_added(removal, intervention.removed)
-        ]
-        return losses_under(model, self.shard, [intervention, *interventions])
+        interventions = [intervention]
+        for removal in self._removals(model):
+            if can_be_added(removal, intervention.removed):
+                interventions.append(intervention.without(removal))
+        return losses_under(model, self.shard, interventions)
+
+    def _removals(self, model: LanguageModel) -> Iterable[Removal]:
+        every_layer = range(len(model.layers))
+        if self.layers is not None:
+            return self.layers
+        if self.sublayers:
+            return sublayers_of(every_layer)
+        return every_layer
 
 
 @dataclass(frozen=True, eq=False)
@@ -126,16 +143,20 @@ class TruthfulChoices(Measure):
         assert pairing is not None
         (losses,) = model.losses_under(list(self.shard.batches(model.settings.batch_size)), [intervention])
         labels = np.array(pairing.strata)
-        questions = []
+        samples: dict[str, list[float]] = {"mc1": [], "mc2": [], CHANCE: []}
         for question in np.unique(pairing.pairs):
             answers = pairing.pairs == question
-            likely, label = -losses[answers], labels[answers]
-            wrong = label == INCORRECT
-            is_best = likely[label == BEST].max() > likely[wrong].max()
-            shares = np.exp(likely - likely.max())
-            questions.append((is_best, shares[~wrong].sum() / shares.sum(), (~wrong).mean()))
-        metrics = zip(("mc1", "mc2", CHANCE), np.array(questions, np.float64).T.copy(), strict=True)
-        return [Row(metric=name, samples=x, weights=np.ones(len(x))) for name, x in metrics]
+            likelihoods = -losses[answers]
+            is_wrong = labels[answers] == INCORRECT
+            is_best = labels[answers] == BEST
+            probabilities = np.exp(likelihoods - likelihoods.max())
+            samples["mc1"].append(likelihoods[is_best].max() > likelihoods[is_wrong].max())
+            samples["mc2"].append(probabilities[~is_wrong].sum() / probabilities.sum())
+            samples[CHANCE].append((~is_wrong).mean())
+        rows = []
+        for metric, values in samples.items():
+            rows.append(Row(metric=metric, samples=np.array(values, np.float64), weights=np.ones(len(values))))
+        return rows
 
 
 @dataclass(frozen=True)
