@@ -58,7 +58,8 @@ def open_by_autotp(
     model = load_model(checkpoint, settings, head=head)
     with quiet(), quiet_deepspeed():
         whole = open_module(model, layers=settings.layers)
-        run, cpu = forward_function(whole.module), torch.device("cpu")
+        run = forward_function(whole.module)
+        cpu = torch.device("cpu")
         expected_logits = _logits(predictor(model), cpu) if head else None
         expected = probe(run, whole.layers, cpu)
         names = {module: name for name, module in model.named_modules()}
@@ -93,11 +94,16 @@ def require_autotp(config: Any, world: int) -> None:
     """
     if config.model_type in UNSUPPORTED:
         raise ConfigError(f"Neither transformers nor DeepSpeed can split a {config.model_type} model.", _WITHOUT_SPLIT)
-    name, heads = head_count(config) or ("", world)
+    counted = head_count(config)
+    if not counted:
+        return
+    name, heads = counted
     if world > heads:
+        hint = _WITHOUT_SPLIT
+        if heads > 1:
+            hint = f"Set `ranks` to {heads} at most. {hint}"
         raise ConfigError(
-            f"{world} ranks cannot share {heads} heads ({name} of the {config.model_type} configuration).",
-            f"Set `ranks` to {heads} at most. {_WITHOUT_SPLIT}" if heads > 1 else _WITHOUT_SPLIT,
+            f"{world} ranks cannot share {heads} heads ({name} of the {config.model_type} configuration).", hint
         )
 
 
@@ -112,29 +118,27 @@ def apply_autotp(model: Any, world: int, device: torch.device) -> None:
     import deepspeed
 
     dtype = next(p.dtype for p in model.parameters() if p.is_floating_point())
-    converted = [
-        (tensors, name, tensor.data)
-        for module in model.modules()
-        for tensors in (module._buffers, module._parameters)
-        for name, tensor in tensors.items()
-        if tensor is not None and tensor.is_floating_point() and tensor.dtype != dtype
-    ]
+    of_other_dtypes = []
+    for module in model.modules():
+        for tensors in (module._buffers, module._parameters):
+            for name, tensor in tensors.items():
+                if tensor is not None and tensor.is_floating_point() and tensor.dtype != dtype:
+                    of_other_dtypes.append((tensors, name, tensor.data))
     try:
         deepspeed.init_inference(model, config=inference_config(dtype, world))
     except _REFUSALS as error:
         raise _cannot_split(model, str(error)) from error
-    for tensors, name, value in converted:
+    for tensors, name, value in of_other_dtypes:
         tensors[name].data = value.to(device)
 
 
 @contextmanager
 def without_output_embeddings(model: Any, *, keep: bool) -> Iterator[None]:
     """Remove the head of a model inside the context, so that AutoTP does not split it. Put it back if ``keep``."""
-    heads = {
-        name: child
-        for name, child in model.named_children()
-        if child is model.get_output_embeddings() and child is not without_head(model)
-    }
+    heads = {}
+    for name, child in model.named_children():
+        if child is model.get_output_embeddings() and child is not without_head(model):
+            heads[name] = child
     for name in heads:
         setattr(model, name, nn.Identity())
     yield
@@ -159,26 +163,26 @@ def difference(expected: torch.Tensor, actual: torch.Tensor) -> float:
     """
     if expected.shape != actual.shape:
         return float("inf")
-    expected, actual = (x.double().reshape(-1, x.shape[-1]) for x in (expected, actual))
+    expected = expected.double().reshape(-1, expected.shape[-1])
+    actual = actual.double().reshape(-1, actual.shape[-1])
     sizes = expected.norm(dim=-1)
     ratios = (actual - expected).norm(dim=-1) / sizes.clamp_min(torch.finfo(torch.float64).tiny)
     ratios = ratios[sizes.isfinite()].nan_to_num(torch.inf)
-    return float(ratios.median()) if len(ratios) else 0.0
+    if not len(ratios):
+        return 0.0
+    return float(ratios.median())
 
 
 def _find_again(layers: Sequence[Layer], names: Mapping[nn.Module, str], model: nn.Module) -> list[Layer]:
     """Return the same layers and taps in the model, after its modules were replaced."""
-
     modules = dict(model.named_modules())
-    return [
-        replace(
-            layer,
-            module=modules[names[layer.module]],
-            taps={site: replace(tap, module=modules[names[tap.module]]) for site, tap in layer.taps.items()},
-            projections=tuple(replace(p, module=modules[names[p.module]]) for p in layer.projections),
-        )
-        for layer in layers
-    ]
+    layers_again = []
+    for layer in layers:
+        taps = {site: replace(tap, module=modules[names[tap.module]]) for site, tap in layer.taps.items()}
+        projections = tuple(replace(p, module=modules[names[p.module]]) for p in layer.projections)
+        module = modules[names[layer.module]]
+        layers_again.append(replace(layer, module=module, taps=taps, projections=projections))
+    return layers_again
 
 
 def _check(model: Any, layers: Sequence[Layer], expected: Probe, actual: Probe, split: RowSplit) -> tuple[Layer, ...]:
@@ -192,11 +196,13 @@ def _check(model: Any, layers: Sequence[Layer], expected: Probe, actual: Probe, 
     for layer in layers:
         taps = taps_and_block(layer)
         for site, tap in taps.items():
-            reference, part = (as_rows(x[layer.index, site], tap.axes, *PROBE_SHAPE) for x in (expected, actual))
-            taps[site] = tap = replace(tap, exchange=exchange_for(part, reference.shape[-1]))
+            reference = as_rows(expected[layer.index, site], tap.axes, *PROBE_SHAPE)
+            part = as_rows(actual[layer.index, site], tap.axes, *PROBE_SHAPE)
+            exchange = exchange_for(part, reference.shape[-1])
+            taps[site] = replace(tap, exchange=exchange)
             rows = split.rows(len(part))
-            received = tap.exchange(part) if tap.exchange else part[rows]
-            if site == "block" and tap.exchange:
+            received = exchange(part) if exchange else part[rows]
+            if site == "block" and exchange:
                 raise _cannot_split(model, f"each rank has a part of the output of layer {layer.index}")
             _require_equal(model, f"site '{site}' of layer {layer.index}", reference[rows], received.cpu(), tolerance)
         checked.append(replace(layer, taps={site: taps[site] for site in layer.taps}))

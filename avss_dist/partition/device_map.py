@@ -13,7 +13,7 @@ from torch import nn
 from avss_dist.core.devices import SPARE_SHARE, available_memory
 from avss_dist.core.errors import ConfigError, nearest
 from avss_dist.core.settings import Settings
-from avss_dist.core.text import describe_bytes
+from avss_dist.core.text import count_of, describe_bytes
 from avss_dist.models.checkpoints import Checkpoint
 from avss_dist.models.loading import Backbone, load, quiet
 from avss_dist.models.size import (
@@ -52,41 +52,55 @@ class DeviceMapReplica(Replica):
     @classmethod
     def usage(cls, query: MemoryQuery) -> PartitionEstimate:
         """Return the memory of a replica, whose layers may be on several devices and on disk."""
-        size, devices, batch = query.size, query.devices, batch_bytes(query.size, query.settings)
-        gpus = range(devices.count_of_largest_node if query.on_gpu else 0)
-        free: dict[Device, int] = {**dict.fromkeys(gpus, devices.device_bytes), "cpu": devices.host_bytes}
-        limits = {name: max(0, int(room * SPARE_SHARE) - batch) for name, room in free.items()}
-        beside = {"cpu": bytes_beside_weights(size, query.settings, devices.kind)}
-        limits |= {
-            name if name == "cpu" else int(name): max(0, limit - beside.get(name, batch))
-            for name, limit in query.max_memory.items()
-        }
-        held, on_disk = spread(query.checkpoint, query.settings, limits)
-        on_host, layer = held.get("cpu", 0), max(size.layer_bytes)
-        why = f"{on_disk} of {size.num_layers} layers on disk, read for every batch" if on_disk else "all in memory"
+        size = query.size
+        held, on_disk = spread(query.checkpoint, query.settings, cls._weight_limits(query))
+        on_host = held.get("cpu", 0)
+        layer = max(size.layer_bytes)
+        why = "all in memory"
+        if on_disk:
+            why = f"{on_disk} of {size.num_layers} layers on disk, read for every batch"
         if not query.on_gpu:
-            return query.usage(on_host + (layer if on_disk else 0), why)
+            layer_from_disk = layer if on_disk else 0
+            return query.usage(on_host + layer_from_disk, why)
         on_gpus = {gpu: weights for gpu, weights in held.items() if isinstance(gpu, int)}
         number = len(on_gpus)
         if on_host or on_disk:  # layers come to the first GPU, one at a time
             on_gpus[0] = on_gpus.get(0, 0) + layer
         if on_host:
-            why = f"{describe_bytes(on_host)} in host memory, copied for every batch" + (f"; {why}" if on_disk else "")
+            copied = f"{describe_bytes(on_host)} in host memory, copied for every batch"
+            why = f"{copied}; {why}" if on_disk else copied
         return query.usage(max(on_gpus.values()), why, host_weights=on_host, gpus=max(1, number))
+
+    @staticmethod
+    def _weight_limits(query: MemoryQuery) -> dict[Device, int]:
+        """Return the bytes that weights may take, by device, in the order in which devices are filled."""
+        devices = query.devices
+        batch = batch_bytes(query.size, query.settings)
+        free: dict[Device, int] = {}
+        if query.on_gpu:
+            free = dict.fromkeys(range(devices.count_of_largest_node), devices.device_bytes)
+        free["cpu"] = devices.host_bytes
+        limits = {device: max(0, int(room * SPARE_SHARE) - batch) for device, room in free.items()}
+        for name, limit in query.max_memory.items():
+            if name == "cpu":
+                limits["cpu"] = max(0, limit - bytes_beside_weights(query.size, query.settings, devices.kind))
+            else:
+                limits[int(name)] = max(0, limit - batch)
+        return limits
 
     def _open(self, checkpoint: Checkpoint, settings: Settings, placement: Placement, *, head: bool) -> Backbone:
         model, tensors = load_skeleton(checkpoint, settings)
         stored = [tensor.name for tensor in tensors]
         limits = memory_limits(self.device, checkpoint, settings, placement)
         self.device_map = plan_map(stored_skeleton(checkpoint, model, settings), stored, limits, settings)
-        on_disk = [p for name, p in model.named_parameters() if _place(name, self.device_map)[1] == "disk"]
+        on_disk = [p for name, p in model.named_parameters() if _device_of(name, self.device_map) == "disk"]
         if checkpoint.gguf and on_disk:  # transformers unpacks the file into memory
             raise ConfigError(
                 f"{describe_bytes(parameter_bytes(on_disk))} of weights have no place: those of a .gguf file cannot be "
                 "on disk.",
                 "Allow more `max_memory`, or convert it to safetensors.",
             )
-        rewritten = [p for name, p in unstored(model, stored).items() if _place(name, self.device_map)[1] == "disk"]
+        rewritten = [p for name, p in unstored(model, stored).items() if _device_of(name, self.device_map) == "disk"]
         self._folder = offload_folder(parameter_bytes(rewritten))
         try:
             placing = {"device_map": self.device_map, "offload_folder": self._folder.name}
@@ -94,10 +108,13 @@ class DeviceMapReplica(Replica):
         except BaseException:
             self._folder.cleanup()
             raise
-        places = set(self.device_map.values())
-        several = len(places - {"cpu", "disk"}) > 1
-        self._handles = [_move_inputs(layer.module) for layer in backbone.layers] if several else []
-        if {"cpu", "disk"} & places - {self.device.type}:
+        devices = set(self.device_map.values())
+        num_gpus = len(devices - {"cpu", "disk"})
+        self._handles = []
+        if num_gpus > 1:
+            self._handles = [_move_inputs(layer.module) for layer in backbone.layers]
+        offloaded_to = devices & {"cpu", "disk"}
+        if offloaded_to - {self.device.type}:
             self.no_gradients = (
                 "`partition` device_map keeps some of the weights off the devices that compute, and has no gradients "
                 "then.",
@@ -128,21 +145,28 @@ def memory_limits(
     Raises:
         ConfigError: a limit names a device that this replica does not have.
     """
-    count = torch.cuda.device_count() if device.type == "cuda" else 0
+    count = 0
+    if device.type == "cuda":
+        count = torch.cuda.device_count()
     gpus = range(min(count, placement.gpus or count))
     available = [*map(str, gpus), "cpu"]
     for name in placement.max_memory:
         if name not in available:
             wrong = f"'{name}', which is no device"
             if name.isdecimal():
-                wrong = f"GPU {name}; this replica has {len(gpus) or 'no'} GPU{'s' * (len(gpus) != 1)}"
+                gpus_here = count_of(len(gpus), "GPU") if gpus else "no GPUs"
+                wrong = f"GPU {name}; this replica has {gpus_here}"
             raise ConfigError(f"`max_memory` names {wrong}.", nearest(name, available))
     batch = batch_bytes(footprint(checkpoint, settings), settings)
-    free = {str(gpu): int(torch.cuda.mem_get_info(gpu)[0] * SPARE_SHARE) - batch for gpu in gpus}
-    free["cpu"] = int(available_memory() * SPARE_SHARE) - (0 if free else batch)
-    return {
-        name if name == "cpu" else int(name): placement.max_memory.get(name, max(0, free[name])) for name in available
-    }
+    limits: dict[Device, int] = {}
+    for gpu in gpus:
+        free, _ = torch.cuda.mem_get_info(gpu)
+        limits[gpu] = placement.max_memory.get(str(gpu), max(0, int(free * SPARE_SHARE) - batch))
+    free_on_host = int(available_memory() * SPARE_SHARE)
+    if not gpus:
+        free_on_host -= batch
+    limits["cpu"] = placement.max_memory.get("cpu", max(0, free_on_host))
+    return limits
 
 
 def plan_map(model: Any, stored: Iterable[str], limits: Mapping[Device, int], settings: Settings) -> dict[str, Device]:
@@ -166,8 +190,8 @@ def plan_map(model: Any, stored: Iterable[str], limits: Mapping[Device, int], se
         device_map = infer_auto_device_map(model, dict(limits), no_split_module_classes=whole, clean_result=False)
     in_layers = {id(p) for p in layers.parameters()}
     for name, parameter in unstored(model, stored).items():
-        module, device = _place(name, device_map)
-        if device == "disk" and id(parameter) not in in_layers:
+        module = _entry_of(name, device_map)
+        if device_map.get(module) == "disk" and id(parameter) not in in_layers:
             device_map[module] = first
     require_complete(model, device_map)
     return dict(device_map)
@@ -185,12 +209,15 @@ def spread(
     skeleton, tensors = load_skeleton(checkpoint, settings)
     model = stored_skeleton(checkpoint, skeleton, settings)
     device_map = plan_map(model, [tensor.name for tensor in tensors], limits, settings)
-    places: dict[nn.Parameter, Any] = {p: _place(name, device_map)[1] for name, p in model.named_parameters()}
+    device_of: dict[nn.Parameter, Any] = {p: _device_of(name, device_map) for name, p in model.named_parameters()}
     held: Counter[Device] = Counter()
-    for parameter, place in places.items():
-        held[place] += parameter_bytes([parameter])
-    on_disk = sum(any(places[p] == "disk" for p in layer.parameters()) for layer in find_layers(model, settings))
-    return held, on_disk
+    for parameter, device in device_of.items():
+        held[device] += parameter_bytes([parameter])
+    layers_on_disk = 0
+    for layer in find_layers(model, settings):
+        if any(device_of[parameter] == "disk" for parameter in layer.parameters()):
+            layers_on_disk += 1
+    return held, layers_on_disk
 
 
 def require_complete(model: nn.Module, device_map: Mapping[str, Device]) -> None:
@@ -199,7 +226,7 @@ def require_complete(model: nn.Module, device_map: Mapping[str, Device]) -> None
     Raises:
         ConfigError: a parameter has no device; the message has the first one and the number of bytes.
     """
-    placeless = {name: p for name, p in model.named_parameters() if _place(name, device_map)[1] is None}
+    placeless = {name: p for name, p in model.named_parameters() if _device_of(name, device_map) is None}
     if placeless:
         raise ConfigError(
             f"The device map has no place for {describe_bytes(parameter_bytes(placeless.values()))} of weights, "
@@ -208,11 +235,16 @@ def require_complete(model: nn.Module, device_map: Mapping[str, Device]) -> None
         )
 
 
-def _place(name: str, device_map: Mapping[str, Device]) -> tuple[str, Device | None]:
-    """Return (name, device) of the device map's entry for a parameter or for the nearest module around it."""
+def _entry_of(name: str, device_map: Mapping[str, Device]) -> str:
+    """Return the name of the device map's entry for a parameter or for the nearest module around it."""
     while name and name not in device_map:
-        name = name.rpartition(".")[0]
-    return name, device_map.get(name)
+        name, _, _ = name.rpartition(".")
+    return name
+
+
+def _device_of(name: str, device_map: Mapping[str, Device]) -> Device | None:
+    """Return the device of a parameter, or None if the device map has no place for it."""
+    return device_map.get(_entry_of(name, device_map))
 
 
 def unstored(model: nn.Module, stored: Iterable[str]) -> dict[str, nn.Parameter]:
@@ -220,12 +252,20 @@ def unstored(model: nn.Module, stored: Iterable[str]) -> dict[str, nn.Parameter]
 
     Names in the files may have a backbone's prefix that the model's names lack, and vice versa.
     """
-    names = {part for name in stored for part in (name, name.partition(".")[2])}
-    return {
-        name: parameter
-        for name, parameter in model.named_parameters()
-        if name not in names and name.partition(".")[2] not in names
-    }
+    names: set[str] = set()
+    for name in stored:
+        names |= {name, _without_prefix(name)}
+    absent = {}
+    for name, parameter in model.named_parameters():
+        if name not in names and _without_prefix(name) not in names:
+            absent[name] = parameter
+    return absent
+
+
+def _without_prefix(name: str) -> str:
+    """Return a name of a tensor without its first part, or an empty string if it has only one."""
+    _, _, remainder = name.partition(".")
+    return remainder
 
 
 def _move_inputs(layer: nn.Module) -> Any:

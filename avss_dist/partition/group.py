@@ -11,7 +11,6 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, redirect_stdout
 from dataclasses import dataclass
 from datetime import timedelta
-from functools import partial
 from typing import Any, TypeVar
 
 import torch
@@ -57,7 +56,8 @@ def join(
         "MASTER_PORT": str(port),
         "DS_ACCELERATOR": device.type,
     }
-    warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed")  # DeepSpeed calls old names
+    # DeepSpeed calls functions by their old names.
+    warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed")
     with quiet_deepspeed():
         import deepspeed
         from deepspeed import ops
@@ -70,8 +70,9 @@ def join(
             ops.__compatible_ops__ = {**ops.__compatible_ops__, ShareMemCommBuilder.NAME: False}
         else:
             torch.cuda.set_device(local_rank)
-        on_gpus = "cpu:gloo,cuda:nccl" if host_tensors else "nccl"
-        backend = on_gpus if device.type == "cuda" else "gloo"
+        backend = "gloo"
+        if device.type == "cuda":
+            backend = "cpu:gloo,cuda:nccl" if host_tensors else "nccl"
         deepspeed.init_distributed(backend, timeout=timedelta(seconds=timeout_seconds), verbose=False)
         InferenceEngine.inference_mp_group = distributed.group.WORLD  # or it makes one with a timeout of its own
 
@@ -95,7 +96,9 @@ class RowSplit:
 
     def rows(self, number: int) -> slice:
         """Return the slice of this rank's rows of ``number`` rows."""
-        return slice(number * self.rank // self.ranks, number * (self.rank + 1) // self.ranks)
+        start = number * self.rank // self.ranks
+        end = number * (self.rank + 1) // self.ranks
+        return slice(start, end)
 
 
 def require_group(partition: str, ranks: int) -> RowSplit:
@@ -106,13 +109,13 @@ def require_group(partition: str, ranks: int) -> RowSplit:
     """
     if ranks < 2:
         raise ConfigError(f"`partition` {partition} with one rank spreads nothing.", "Use single, or set `ranks` to 2.")
-    rank, here = rank_and_size()
-    if here != ranks:
+    rank, size = rank_and_size()
+    if size != ranks:
         raise ConfigError(
-            f"`partition` {partition} needs a group of {ranks} processes; this is one of {here}.",
+            f"`partition` {partition} needs a group of {ranks} processes; this is one of {size}.",
             "Set `executor` to ray; in Python, call avss_dist.partition.group.join in every process first.",
         )
-    return RowSplit(rank, here)
+    return RowSplit(rank, size)
 
 
 def exchange_units_for_rows(part: torch.Tensor, widths: Sequence[int]) -> torch.Tensor:
@@ -126,20 +129,27 @@ def exchange_units_for_rows(part: torch.Tensor, widths: Sequence[int]) -> torch.
         widths: units of each rank.
     """
     number, tokens, _ = part.shape
-    splits = [RowSplit(rank, len(widths)).rows(number) for rank in range(len(widths))]
+    rows_of_rank = []
+    for rank in range(len(widths)):
+        split = RowSplit(rank, len(widths)).rows(number)
+        rows_of_rank.append(split.stop - split.start)
+    rows = rows_of_rank[distributed.get_rank()]
     sent = part.contiguous().flatten().view(torch.uint8)
-    rows = len(range(number)[splits[distributed.get_rank()]])
-    sizes = [rows * tokens * width * part.element_size() for width in widths]
-    received = sent.new_empty(sum(sizes))
-    sends = [len(range(number)[split]) * part[0].nbytes for split in splits]
-    distributed.all_to_all_single(received, sent, sizes, sends)
-    parts = zip(received.split(sizes), widths, strict=True)
-    return torch.cat([piece.view(part.dtype).view(rows, tokens, width) for piece, width in parts], dim=-1)
+    sent_bytes = [number_of_rows * part[0].nbytes for number_of_rows in rows_of_rank]
+    received_bytes = [rows * tokens * width * part.element_size() for width in widths]
+    received = sent.new_empty(sum(received_bytes))
+    distributed.all_to_all_single(received, sent, received_bytes, sent_bytes)
+    pieces = []
+    for piece, width in zip(received.split(received_bytes), widths, strict=True):
+        pieces.append(piece.view(part.dtype).view(rows, tokens, width))
+    return torch.cat(pieces, dim=-1)
 
 
 def rank_and_size() -> tuple[int, int]:
     """Return this process's rank and the number of ranks, or (0, 1) outside of a group."""
-    return (distributed.get_rank(), distributed.get_world_size()) if distributed.is_initialized() else (0, 1)
+    if not distributed.is_initialized():
+        return 0, 1
+    return distributed.get_rank(), distributed.get_world_size()
 
 
 class RankedLanguageModel(LanguageModel):
@@ -158,18 +168,25 @@ class RankedLanguageModel(LanguageModel):
 
         What every rank counts, such as the whole maps of a split model, keeps its share.
         """
-        return [[sum(numbers) for numbers in zip(*rows, strict=True)] for rows in zip(*all_gather(counts), strict=True)]
+        totals = []
+        for rows_of_ranks in zip(*all_gather(counts), strict=True):
+            totals.append([sum(numbers) for numbers in zip(*rows_of_ranks, strict=True)])
+        return totals
 
     def local_indices(self, count: int) -> range:
         """Return the indices of the work items, out of ``count``, that this rank takes.
 
         Of ranks with different batches they are contiguous, and equally many if ``count`` is a multiple of ranks.
         """
-        return range(count)[self._split.rows(count)] if self.whole_weights else range(count)
+        if not self.whole_weights:
+            return range(count)
+        return range(count)[self._split.rows(count)]
 
     def all_reduce(self, tensors: Sequence[torch.Tensor]) -> None:
         """Sum tensors over the ranks with different batches, in place."""
-        for tensor in tensors if self.whole_weights else ():
+        if not self.whole_weights:
+            return
+        for tensor in tensors:
             distributed.all_reduce(tensor)
 
 
@@ -186,9 +203,12 @@ def share(function: Callable[[S], T], items: Iterable[S], idle: Callable[[], obj
     for start in range(0, len(every), size):
         if start + rank < len(every):
             results.append(function(every[start + rank]))
-        else:
-            with dense():
-                (idle or partial(function, every[0]))()
+            continue
+        with dense():
+            if idle:
+                idle()
+            else:
+                function(every[0])
     parts = all_gather(results)
     return [parts[i % size][i // size] for i in range(len(every))]
 
@@ -205,8 +225,9 @@ def all_gather(value: T) -> list[T]:
 def lost_rank(error: BaseException | None) -> BaseException | None:
     """Return the exception, among an error and its causes, that tells the loss or the timeout of a rank, or None."""
     while error is not None:
-        is_lost = isinstance(error, RuntimeError) and any(words in str(error) for words in _LOSSES)
-        if is_lost or isinstance(error, distributed.DistError):
+        if isinstance(error, distributed.DistError):
+            return error
+        if isinstance(error, RuntimeError) and any(words in str(error) for words in _LOSSES):
             return error
         error = error.__cause__
     return None

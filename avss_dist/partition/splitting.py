@@ -5,6 +5,7 @@ A family has plans, which say how each module is split. Every rank reads its par
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
@@ -63,8 +64,12 @@ def taps_and_block(layer: Layer) -> dict[str, Tap]:
 
 def probe(run: Forward, layers: Sequence[Layer], device: torch.device) -> Probe:
     """Return the tensor of each site in a pass over ``PROBE_SHAPE`` tokens. The last call of a shared module."""
-    taps = {(layer.index, site): tap for layer in layers for site, tap in taps_and_block(layer).items()}
-    with torch.no_grad(), captured({place: tap.module for place, tap in taps.items()}) as calls:
+    taps: dict[tuple[int, str], Tap] = {}
+    for layer in layers:
+        for site, tap in taps_and_block(layer).items():
+            taps[layer.index, site] = tap
+    modules = {place: tap.module for place, tap in taps.items()}
+    with torch.no_grad(), captured(modules) as calls:
         run(probe_tokens(device), None)
     return {place: getattr(calls[place], tap.reads) for place, tap in taps.items() if place in calls}
 
@@ -115,7 +120,10 @@ def layer_modules(model: Any, layers: str | None) -> list[torch.nn.Module]:
         model: the model with its head.
         layers: module path of the layer list in the backbone; None finds it.
     """
-    return [layer for modules in candidate_layers(model, layers).values() for layer in modules]
+    every: list[torch.nn.Module] = []
+    for modules in candidate_layers(model, layers).values():
+        every += modules
+    return every
 
 
 def tensor_plan_obstacle(checkpoint: Checkpoint, settings: Settings, ranks: int) -> str | None:
@@ -128,9 +136,11 @@ def tensor_plan_obstacle(checkpoint: Checkpoint, settings: Settings, ranks: int)
     plan = layer_plan(model, model.tp_plan, settings.layers)
     if not plan:
         return f"transformers has no plan for the layers of {type(model).__name__}"
-    name, heads = head_count(model.config.get_text_config()) or ("", ranks)
-    if heads % ranks and "colwise" in attention_plan(plan).values():
-        return f"{ranks} ranks do not divide {heads} heads ({name} of the {model.config.model_type} configuration)"
+    counted = head_count(model.config.get_text_config())
+    if counted and "colwise" in attention_plan(plan).values():
+        name, heads = counted
+        if heads % ranks:
+            return f"{ranks} ranks do not divide {heads} heads ({name} of the {model.config.model_type} configuration)"
     return None
 
 
@@ -141,9 +151,9 @@ def attention_plan(plan: dict[str, str]) -> dict[str, str]:
 
 def layer_plan(model: Any, plan: dict[str, str], layers: str | None) -> dict[str, str]:
     """Return the rules of a plan for modules inside of the layers."""
-    units = set(layer_modules(model, layers))
-    prefixes = tuple({f"{generic_name(path)}." for path, module in model.named_modules() if module in units})
-    return {name: style for name, style in plan.items() if name.startswith(prefixes)}
+    modules_of_layers = set(layer_modules(model, layers))
+    prefixes = {f"{generic_name(path)}." for path, module in model.named_modules() if module in modules_of_layers}
+    return {name: style for name, style in plan.items() if name.startswith(tuple(prefixes))}
 
 
 def part_bytes(checkpoint: Checkpoint, settings: Settings, options: Mapping[str, Any]) -> int:
@@ -157,12 +167,18 @@ def part_bytes(checkpoint: Checkpoint, settings: Settings, options: Mapping[str,
     """
     settings = replace(settings, attention=None)
     model, _ = load_skeleton(checkpoint, settings)
-    plan, ranks = applied_plan(model, options), options["tp_size"]
+    plan = applied_plan(model, options)
+    ranks = options["tp_size"]
     part = 0
     for name, parameter in stored_skeleton(checkpoint, model, settings).named_parameters():
-        size, style = parameter.numel() * parameter.element_size(), _style(name, plan)
-        is_whole = style.startswith("rowwise") and name.endswith("bias")  # of a product whose inputs are divided
-        part += -(-size // ranks) if _DIVIDED.match(style) and not is_whole else size
+        size = parameter.numel() * parameter.element_size()
+        style = _style(name, plan)
+        # The inputs of a product are divided here, so that its bias is added once, by a rank that has all of it.
+        is_whole_bias = style.startswith("rowwise") and name.endswith("bias")
+        if _DIVIDED.match(style) and not is_whole_bias:
+            part += math.ceil(size / ranks)
+        else:
+            part += size
     return part
 
 
@@ -194,21 +210,34 @@ def scale_obstacle(checkpoint: Checkpoint, settings: Settings, options: Mapping[
     settings = replace(settings, attention=None)
     model, _ = load_skeleton(checkpoint, settings)
     block = scale_block(model.config)
-    if block is None or (fully_sharded := "fsdp_size" in options) > settings.dequantize:
+    if block is None:
+        return None
+    is_fully_sharded = "fsdp_size" in options
+    if is_fully_sharded and not settings.dequantize:
         return None  # stored parts are gathered with their scales before they are used
-    ranks = options["fsdp_size"] if fully_sharded else options["tp_size"]
-    plan = {} if fully_sharded else applied_plan(model, options)
+    if is_fully_sharded:
+        ranks = options["fsdp_size"]
+        plan = {}
+    else:
+        ranks = options["tp_size"]
+        plan = applied_plan(model, options)
     stored = dict(stored_skeleton(checkpoint, model, replace(settings, dequantize=False)).named_parameters())
     for name, parameter in model.named_parameters():
-        style = "colwise" if fully_sharded and parameter.dim() == 2 else _style(name, plan)
-        if stored[name].dtype != torch.uint8 or style == "grouped_gemm" or not _DIVIDED.match(style):
+        style = _style(name, plan)
+        if is_fully_sharded and parameter.dim() == 2:
+            style = "colwise"
+        is_divided = _DIVIDED.match(style) and style != "grouped_gemm"
+        if stored[name].dtype != torch.uint8 or not is_divided:
             continue
-        dimension = int("rowwise" in style)
-        size = parameter.shape[-2:][dimension] // (2 if style.startswith("packed") else 1)
+        dimension = 1 if "rowwise" in style else 0
+        size = parameter.shape[-2:][dimension]
+        if style.startswith("packed"):
+            size //= 2
         if size % (ranks * block[dimension]):
+            lines = ("rows", "columns")[dimension]
             return (
-                f"{ranks} ranks do not divide the {size} {('rows', 'columns')[dimension]} of {generic_name(name)} into "
-                f"whole blocks of {block[dimension]} that share a scale"
+                f"{ranks} ranks do not divide the {size} {lines} of {generic_name(name)} into whole blocks of "
+                f"{block[dimension]} that share a scale"
             )
     return None
 
@@ -233,15 +262,12 @@ def open_by_plan(
     with quiet():
         backbone = open_module(model, layers=settings.layers, device=device)
         tensors = probe(forward_function(backbone.module), backbone.layers, device)
-    whole = (
-        replace(
-            layer,
-            taps={site: _exchanging(tap, tensors[layer.index, site]) for site, tap in layer.taps.items()},
-            projections=tuple(_whole_map(projection) for projection in layer.projections),
-        )
-        for layer in backbone.layers
-    )
-    return replace(backbone, layers=tuple(whole))
+    layers = []
+    for layer in backbone.layers:
+        taps = {site: _exchanging(tap, tensors[layer.index, site]) for site, tap in layer.taps.items()}
+        projections = tuple(_whole_map(projection) for projection in layer.projections)
+        layers.append(replace(layer, taps=taps, projections=projections))
+    return replace(backbone, layers=tuple(layers))
 
 
 def _exchanging(tap: Tap, tensor: torch.Tensor) -> Tap:
