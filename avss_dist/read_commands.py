@@ -112,7 +112,7 @@ def show(opened: Warehouse, request: ShowRequest) -> Table:
     the scores is saved to ``output``.
     """
     from avss_dist.analysis.experts import require_experts
-    from avss_dist.analysis.scorecard import own_score
+    from avss_dist.analysis.own_scores import own_labels, own_score
     from avss_dist.analysis.thresholds import layer_scores, quantiles
 
     runs = choose_runs(opened, request.run)
@@ -133,16 +133,17 @@ def show(opened: Warehouse, request: ShowRequest) -> Table:
     )
     if not scores.num_rows:
         raise _not_scored(opened.table("scores", run_ids=[row["run_id"] for row in runs], columns=READING), request)
-    for name in request.by:
+    labels = own_labels(request.by)
+    for name, label in labels.items():
         values = {row["run_id"]: own_score(name, opened, row).values for row in runs}
         places = zip(scores["run_id"].to_pylist(), scores["layer"].to_pylist(), strict=True)
         scores = scores.append_column(
-            name, pa.array([values[run_id].get(layer) for run_id, layer in places], pa.float64())
+            label, pa.array([values[run_id].get(layer) for run_id, layer in places], pa.float64())
         )
     if request.output is not None:
         from avss_dist.reports.chart import layers_chart, save_chart  # altair takes a second to import
 
-        save_chart(layers_chart(runs, score_rows(scores)), Path(request.output))
+        save_chart(layers_chart(runs, score_rows(scores), [*labels.values()]), Path(request.output))
     return Table(scores)
 
 

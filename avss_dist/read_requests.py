@@ -7,15 +7,16 @@ from typing import Annotated, Any
 
 from pydantic import Field
 
-from avss_dist.core.errors import ConfigError
-from avss_dist.core.registry import FROM_ACTIVATIONS, LOWEST_SHARE, RECIPES, is_own
+from avss_dist.core.errors import ConfigError, first_names
+from avss_dist.core.registry import FROM_ACTIVATIONS, LOWEST_SHARE, RECIPES, is_own, name_values, score_functions
 from avss_dist.core.settings import EVERY_SITE, PUBLISHED_THRESHOLD, SITES, Request
 from avss_dist.core.text import RedactedURI, parse_threshold
 from avss_dist.core.validation import Accepts, OneOf, Option, PathOrText, check, checked
 
 LISTINGS = ("runs", "plans", "evaluations")
 ALONG = ("step", "tokens", "size", "sequence_length")
-COMPARED = ("run", "family", "size", "revision", "corpus", "dtype", "recipe", "threshold", "site", "score")
+READINGS = ("recipe", "threshold", "site")
+COMPARED = ("run", "family", "size", "revision", "corpus", "dtype", *READINGS, "score")
 
 
 def require_warehouse(name: Any) -> Any:
@@ -31,6 +32,17 @@ def require_warehouse(name: Any) -> Any:
     except UnicodeEncodeError:
         raise ConfigError("the name is not UTF-8 text.", "Rename the folder.") from None
     return name
+
+
+def _own_score(name: str) -> RedactedURI:
+    """Return the name of a score that people bring."""
+    if not is_own(name):
+        installed = first_names([*score_functions()]) or "none"
+        raise ConfigError(
+            f"'{name}' is not a score of your own.",
+            f"Write FILE.csv:COLUMN or FILE.parquet:COLUMN, or the name of an installed score: {installed}.",
+        )
+    return RedactedURI(name)
 
 
 def _require_threshold(value: Any) -> Any:
@@ -81,11 +93,8 @@ RunNames = Annotated[tuple[str, ...], check(_run_names, before=True), Accepts("s
 Output = Annotated[PathOrText, OUTPUT]
 OptionalOutput = Annotated[PathOrText | None, OUTPUT]
 Shares = Annotated[tuple[Annotated[float, Field(strict=False, ge=0, le=1)], ...], Field(strict=False)]
-OwnScores = Annotated[
-    tuple[Annotated[str, OneOf((), accepts=is_own), check(RedactedURI)], ...],
-    Field(strict=False),
-    Option(metavar="FILE:COLUMN"),
-]
+OwnScore = Annotated[str, check(_own_score), check(name_values, before=True), Accepts("str | Mapping[int, float]")]
+OwnScores = Annotated[tuple[OwnScore, ...], Field(strict=False), Option(metavar="FILE:COLUMN")]
 Threshold = Annotated[str | float, check(_require_threshold)]
 Site = Annotated[str, OneOf(EVERY_SITE)]
 Recipe = Annotated[str, OneOf(RECIPES)]
@@ -137,8 +146,12 @@ class CompareRequest(PlaceRequest, RunsRequest):
     """Property in which the two runs or readings of each pair differ."""
     along: Annotated[str, OneOf(ALONG)] | None = None
     """Follow each layer's rank along this property instead, and find where the ranking changes."""
-    score: Annotated[str, OneOf(FROM_ACTIVATIONS)] = "avss"
-    """Score that ranks the layers."""
+    score: Annotated[
+        Annotated[str, OneOf(FROM_ACTIVATIONS, accepts=is_own), check(RedactedURI)],
+        check(name_values, before=True),
+        Accepts("str | Mapping[int, float]"),
+    ] = "avss"
+    """Score that ranks the layers; FILE.csv:COLUMN is one of your own."""
     share: Annotated[float, Field(ge=0, le=1)] = LOWEST_SHARE
     """Number of lowest layers to compare, as a share of the layers."""
     allow_mismatch: bool = False
@@ -149,6 +162,19 @@ class CompareRequest(PlaceRequest, RunsRequest):
     def __post_init__(self) -> None:
         if self.along and self.by != "run":
             raise ConfigError("`along` and `by` exclude each other.", "Give one of them.")
+        if self.score not in FROM_ACTIVATIONS and self.by != "score":
+            self._refuse_readings()
+
+    def _refuse_readings(self) -> None:
+        """Raise ConfigError if a reading of AVSS is chosen, of which a score of people's own has none."""
+        if self.by in READINGS:
+            raise ConfigError(f"`by` {self.by} compares readings of AVSS, and {self.score} has one value for a layer.")
+        if parse_threshold(self.threshold) != (PUBLISHED_THRESHOLD, "absolute"):
+            raise ConfigError(f"`threshold` has no effect on {self.score}.", "Leave it out.")
+        if self.site != SITES[0]:
+            raise ConfigError(f"`site` has no effect on {self.score}.", "Leave it out.")
+        if self.recipe != RECIPES[0]:
+            raise ConfigError(f"`recipe` has no effect on {self.score}.", "Leave it out.")
 
 
 @checked

@@ -24,9 +24,10 @@ from avss_dist.analysis.agreement import (
     survey_pairs,
 )
 from avss_dist.analysis.chosen import run_labels
+from avss_dist.analysis.own_scores import own_labels, own_score
 from avss_dist.analysis.thresholds import at_reading, scores_at
 from avss_dist.core.errors import QueryError, require_known
-from avss_dist.core.registry import BASELINES, FROM_ACTIVATIONS, LOWEST_SHARE, READING, SCORES
+from avss_dist.core.registry import BASELINES, FROM_ACTIVATIONS, LOWEST_SHARE, READING, SCORES, is_own
 from avss_dist.core.results import TabularResult
 from avss_dist.core.text import basename, count_of, describe_threshold
 from avss_dist.stats.layer_stats import Float64
@@ -153,7 +154,8 @@ def compare(
         by: the property in which a pair differs. ``run``, ``family``, ``size`` and ``revision`` compare runs under the
             same conditions. ``corpus`` and ``dtype`` compare runs of the same model. ``recipe``, ``threshold`` and
             ``site`` compare readings of one run, and ``score`` compares AVSS with each baseline score.
-        site, recipe, threshold, score: selection of profiles. The one that ``by`` names is ignored.
+        site, recipe, threshold, score: selection of profiles. The one that ``by`` names is ignored, but for a score of
+            people's own: `own_scores.own_score`. Its profiles have no site, recipe and threshold.
         share: number of lowest layers to compare, as a share of the layers.
         allow_mismatch: also compare runs under different conditions.
         max_listed: number of pairs up to which all are listed. Of more, the `EXTREMES` are.
@@ -164,12 +166,20 @@ def compare(
             profiles differ in ``by``.
     """
     require_known("`by`", by, BY, QueryError)
-    require_known("score", score, FROM_ACTIVATIONS, QueryError)
+    if not is_own(score):
+        require_known("score", score, FROM_ACTIVATIONS, QueryError)
     if mapped and by not in BETWEEN:
         raise QueryError(f"A map shows runs, and `by` {by} compares readings of one run.", "Compare by run or family.")
     runs = runs_with_conditions(warehouse, run_ids)
     fixed: dict[str, Any] = {"site": site, "recipe": recipe, "threshold": threshold, "score": score}
-    selected = profiles(warehouse, runs, **{name: None if name == by else value for name, value in fixed.items()})
+    if not is_own(score) or by == "score":
+        selected = profiles(warehouse, runs, **{name: None if name == by else value for name, value in fixed.items()})
+    else:
+        selected = []
+    unscored = "no scores at this site, recipe and threshold"
+    if is_own(score):
+        selected += own_profiles(warehouse, runs, score)
+        unscored = "no such scores"
     scores = [(profile.depth, profile.values) for profile in selected]
     survey: dict[str, Any] = {}
     if by in BETWEEN:
@@ -207,7 +217,7 @@ def compare(
         pairs=pairs,
         **{"number": len(pairs), **survey},
         conditions=() if allow_mismatch or by not in ACROSS_MODELS else tuple(differing(scored)),
-        left_out=_left_out(runs, {run["run_id"] for run in scored}, compared, by),
+        left_out=_left_out(runs, {run["run_id"] for run in scored}, compared, by, unscored),
         similarity=_map(selected, by, allow_mismatch) if mapped else None,
         odd=find_odd(pairs, scored) if by in BETWEEN and all_listed else "",
     )
@@ -323,6 +333,36 @@ def profiles(
     ]
 
 
+def own_profiles(warehouse: Warehouse, runs: Sequence[Mapping[str, Any]], score: str) -> list[Profile]:
+    """Return the profiles of a score of people's own, in the order of the runs. Runs without values are left out.
+
+    Args:
+        score: see `own_scores.own_score`.
+
+    Raises:
+        QueryError: no run has values, or values cannot be read.
+    """
+    (label,) = own_labels([score]).values()
+    own = []
+    for run in runs:
+        values = own_score(score, warehouse, run).values
+        layers = np.array(sorted(layer for layer, value in values.items() if np.isfinite(value)), np.int64)
+        if not layers.size:
+            continue
+        number = run["num_layers"] or int(layers[-1]) + 1
+        own.append(
+            Profile(
+                run=run,
+                reading={"score": label},
+                depth=(layers + 0.5) / number,
+                values=np.array([values[layer] for layer in layers.tolist()], np.float64),
+            )
+        )
+    if not own:
+        raise QueryError(f"{label} has values of none of these runs.", "avss ls lists the runs and their models.")
+    return own
+
+
 def runs_with_conditions(warehouse: Warehouse, run_ids: Sequence[str]) -> list[dict[str, Any]]:
     """Return rows of ``runs``, extended by `with_conditions`.
 
@@ -390,11 +430,14 @@ def differing(runs: Sequence[Mapping[str, Any]], names: Sequence[str] = CONDITIO
     return [name for name in names if len({repr(condition(run, name)) for run in runs}) > 1]
 
 
-def _left_out(runs: Sequence[Mapping[str, Any]], scored: Set[str], compared: Set[str], by: str) -> dict[str, str]:
+def _left_out(
+    runs: Sequence[Mapping[str, Any]], scored: Set[str], compared: Set[str], by: str, unscored: str
+) -> dict[str, str]:
     """Return the reason why a run is in no pair, by run id: its differences from the most similar run that is in one.
 
     Args:
         scored, compared: ids of the runs that have scores, and that are in a pair.
+        unscored: the reason of a run without scores.
     """
     conditions = () if by in WITHIN else [name for name in CONDITIONS if name != by]
     partners = [run for run in runs if run["run_id"] in compared]
@@ -413,5 +456,5 @@ def _left_out(runs: Sequence[Mapping[str, Any]], scored: Set[str], compared: Set
             for name in names
         ]
         reason = "; ".join(texts) or f"nothing comparable that differs in {by} alone"
-        reasons[run["run_id"]] = reason if run["run_id"] in scored else "no scores at this site, recipe and threshold"
+        reasons[run["run_id"]] = reason if run["run_id"] in scored else unscored
     return reasons

@@ -10,10 +10,18 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from avss_dist.analysis.comparison import CONDITIONS, Profile, condition, differing, profiles, runs_with_conditions
+from avss_dist.analysis.comparison import (
+    CONDITIONS,
+    Profile,
+    condition,
+    differing,
+    own_profiles,
+    profiles,
+    runs_with_conditions,
+)
 from avss_dist.analysis.section import Chart, ReportColumn, ReportTable, Section
 from avss_dist.core.errors import QueryError, require_known
-from avss_dist.core.registry import FROM_ACTIVATIONS
+from avss_dist.core.registry import FROM_ACTIVATIONS, is_own
 from avss_dist.core.results import TabularResult
 from avss_dist.core.text import basename, count_of, describe_count, printable
 from avss_dist.stats.layer_stats import Float64
@@ -169,16 +177,20 @@ def ranking_curves(
         warehouse: warehouse of the runs.
         run_ids: ids of finished runs.
         along: the axis, of `AXES`.
-        site, recipe, threshold, score: the score that ranks the layers.
+        site, recipe, threshold, score: the score that ranks the layers. One of people's own (`own_scores.own_score`)
+            has no site, recipe and threshold.
         allow_mismatch: also follow runs under conditions that differ in more than the axis.
 
     Raises:
         QueryError: an unknown axis, or no two runs are on one curve.
     """
     require_known("`along`", along, AXES, QueryError)
-    require_known("score", score, FROM_ACTIVATIONS, QueryError)
     runs = runs_with_conditions(warehouse, run_ids)
-    scored = profiles(warehouse, runs, site=site, recipe=recipe, threshold=threshold, score=score)
+    if is_own(score):
+        scored = own_profiles(warehouse, runs, score)
+    else:
+        require_known("score", score, FROM_ACTIVATIONS, QueryError)
+        scored = profiles(warehouse, runs, site=site, recipe=recipe, threshold=threshold, score=score)
     curves = curves_of(scored, along, allow_mismatch=allow_mismatch)
     followed = {run["run_id"] for curve in curves for run in curve.runs}
     with_scores = {profile.run["run_id"] for profile in scored}

@@ -16,7 +16,7 @@ from avss_dist.analysis.chosen import ChosenRun, newest_run
 from avss_dist.analysis.experiments import newest_experiments
 from avss_dist.analysis.experts import require_experts
 from avss_dist.analysis.findings import describe_depth, expert_findings, findings
-from avss_dist.analysis.scorecard import own_score
+from avss_dist.analysis.own_scores import own_score
 from avss_dist.analysis.thresholds import quantiles_of
 from avss_dist.analysis.verdict import describe_metric, primary_metric, shown_value, verdicts
 from avss_dist.core.errors import ModelError, QueryError

@@ -11,19 +11,16 @@ estimates of `tasks.map_damage.RoundingDamage` are correlated with the loss with
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from operator import itemgetter
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
-import pyarrow.csv as csv
-import pyarrow.parquet as pq
 
+from avss_dist.analysis.own_scores import own_labels, own_score
 from avss_dist.analysis.section import (
     AMBER,
     BLUE,
@@ -35,7 +32,6 @@ from avss_dist.analysis.section import (
     Section,
     page_number,
 )
-from avss_dist.core.errors import QueryError, require_known
 from avss_dist.core.intervention import InterventionKey
 from avss_dist.core.registry import (
     BASELINES,
@@ -43,13 +39,11 @@ from avss_dist.core.registry import (
     GROUND_TRUTH,
     LOSS,
     MEASURED,
-    OWN_VALUES,
     READING,
     ROUNDING_ESTIMATES,
     SCORES,
-    score_functions,
 )
-from avss_dist.core.text import RedactedURI, count_of, describe_threshold
+from avss_dist.core.text import describe_threshold
 from avss_dist.pruning.ground_truth import (
     LayerTruth,
     find_layer_truth,
@@ -106,7 +100,8 @@ def score_cards(store: Warehouse, runs: Sequence[Mapping[str, Any]], own: Sequen
         values = {name: truth.by_layer(run["num_layers"]) for name, truth in truths.items()}
         left_out = [*_scores(scored, values)] if rounded else []
         if truths.keys() & GROUND_TRUTH:
-            values |= {name: own_score(name, store, run).by_layer(run["num_layers"]) for name in own}
+            for name, label in own_labels(own).items():
+                values[label] = own_score(name, store, run).by_layer(run["num_layers"])
             ceiling = reliability(increases(store, truths[LOSS])) if LOSS in truths else np.nan
             for card, score in _scores(scored, values):
                 agreement = _agreement(score, values[LOSS], ceiling) if LOSS in values and card["score"] != LOSS else {}
@@ -228,105 +223,6 @@ def best_readings(cards: pa.Table) -> pa.Table:
     best = {max(places, key=lambda i: float(rows[i][order])) for places in readings}
     keep = [i for i, row in enumerate(rows) if row["score"] != "avss" or i in best or is_published(row)]
     return cards.take(pa.array(keep, pa.int64()))
-
-
-def own_score(name: str, warehouse: Warehouse, run: Mapping[str, Any]) -> LayerTruth:
-    """Return the values of a user's own score for the layers of a run, low for unimportant layers.
-
-    Args:
-        name: ``FILE.csv:COLUMN`` or ``FILE.parquet:COLUMN``, a table with a column ``layer``, of which the rows of this
-            run or model count where it has a column ``run_id`` or ``model``; or the name of an entry point of the group
-            `registry.SCORE_GROUP`: a function of the run's statistics, ``dict[LayerKey, LayerStats]``, that returns a
-            mapping from layer to value.
-        run: a row of ``runs``. Without its ``num_layers``, any number of layers may have a value.
-
-    Returns:
-        The values. A function may leave out layers. A table whose rows are all of other runs or models has none.
-
-    Raises:
-        QueryError: the file or the column does not exist, a layer has more than one value, or the layers are not those
-            of the run.
-    """
-    if name.startswith(OWN_VALUES):
-        values = _by_index(json.loads(name.removeprefix(OWN_VALUES)))
-        _require_layers_of(run, values, "The mapping of `by`")
-        return LayerTruth(values=values, run_id="", task="")
-    if name in (functions := score_functions()):
-        values = _by_index(functions[name].load()(warehouse.read_layer_stats(run["run_id"])))
-        _require_layers_of(run, dict.fromkeys(range(run["num_layers"] or 0)) | values, f"The score '{name}'")
-        return LayerTruth(values=values, run_id="", task="")
-    values, is_of_several = _table_scores(RedactedURI(name).full, run)
-    if values or not is_of_several:
-        _require_layers_of(run, values, name)
-    return LayerTruth(values=values, run_id="", task="")
-
-
-def _table_scores(name: str, run: Mapping[str, Any]) -> tuple[dict[int, float], bool]:
-    """Return the values of a column by layer, and whether the table names the runs or models of its rows.
-
-    Args:
-        name: file and column, ``FILE.csv:COLUMN``.
-    """
-    file, _, column = name.rpartition(":")
-    try:
-        table = pq.read_table(file) if Path(file).suffix != ".csv" else csv.read_csv(file)
-    except (OSError, pa.ArrowException) as error:
-        raise QueryError(
-            f"{file} cannot be read: {error}", "Expected FILE.csv:COLUMN or FILE.parquet:COLUMN."
-        ) from error
-    for required in ("layer", column):
-        require_known(f"column of {file}", required, table.column_names, QueryError)
-    keys = [key for key in ("run_id", "model") if key in table.column_names]
-    for key in keys:
-        table = table.filter(pc.equal(table[key], run[key]))
-    layers = _numbers(table, "layer", pa.int64(), file).to_pylist()
-    if None in layers:
-        raise QueryError(f"{file} has a row without a layer.", "Write the index of its layer, from 0.")
-    if len(set(layers)) < len(layers):
-        raise QueryError(f"{file} has more than one row for a layer.", "Keep one, or name each row's run_id or model.")
-    values = _numbers(table, column, pa.float64(), file).to_numpy()
-    return _by_index(dict(zip(layers, values, strict=True))), bool(keys)
-
-
-def _numbers(table: pa.Table, column: str, kind: pa.DataType, file: str) -> pa.ChunkedArray:
-    """Return a column as numbers of a type.
-
-    Raises:
-        QueryError: a value is no such number.
-    """
-    try:
-        return table[column].cast(kind)
-    except pa.ArrowException as error:
-        expected = "indices of layers, from 0" if column == "layer" else "numbers"
-        raise QueryError(f"The column '{column}' of {file} has other values than {expected}: {error}") from error
-
-
-def _by_index(values: Mapping[Any, float]) -> dict[int, float]:
-    return {int(layer): float(value) for layer, value in values.items()}
-
-
-def _require_layers_of(run: Mapping[str, Any], values: Mapping[int, object], what: str) -> None:
-    """Refuse values of other layers than those of a run.
-
-    Args:
-        what: noun for the score, for the message.
-
-    Raises:
-        QueryError: the layers differ.
-    """
-    number = run["num_layers"]
-    if number is None or sorted(values) == [*range(number)]:
-        return
-    place = f"{number} of {run['model']} (run {run['run_id']})"
-    if len(values) != number:
-        raise QueryError(
-            f"{what} has values of {count_of(len(values), 'layer')}, not of the {place}.",
-            "Is it a score of another model? Name each row's run_id or model in a table of several, and leave a value "
-            "empty that is not known.",
-        )
-    raise QueryError(
-        f"{what} has values of the layers {min(values)} to {max(values)}, not of the {place}.", "Layers count from 0."
-    )
 
 
 def increases(store: Warehouse, truth: LayerTruth) -> Float64:

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 from avss_dist import read_commands
 from avss_dist.cli.program import at_end, interruptible
 from avss_dist.core.errors import QueryError, first_names
+from avss_dist.core.registry import is_own
 from avss_dist.core.streams import console, emit, say
 from avss_dist.core.suggestions import command_line
 from avss_dist.core.text import basename, count_of, describe_count, describe_threshold, parse_threshold
@@ -33,6 +34,7 @@ if TYPE_CHECKING:
     import pyarrow as pa
 
     from avss_dist.analysis.comparison import RankingComparison
+    from avss_dist.stats.scores import Threshold
     from avss_dist.warehouse.reader import Warehouse
 
 
@@ -132,6 +134,7 @@ def _describe_runs(opened: Warehouse, request: ShowRequest, table: pa.Table) -> 
 
     from avss_dist.analysis.chosen import choose_runs
     from avss_dist.analysis.experts import experts_by_layer, experts_section
+    from avss_dist.analysis.own_scores import own_labels
     from avss_dist.analysis.scorecard import describe_agreement
     from avss_dist.reports.terminal.scores import describe_exactness, layer_table, quantiles_table
     from avss_dist.reports.terminal.tables import rendered
@@ -146,8 +149,9 @@ def _describe_runs(opened: Warehouse, request: ShowRequest, table: pa.Table) -> 
             yield quantiles_table(rows.to_pylist())
         else:
             layers = read_commands.score_rows(rows)
-            yield layer_table(run, layers, request.by)
-            yield from describe_agreement(opened, run, layers, request.by)
+            own = [*own_labels(request.by).values()]
+            yield layer_table(run, layers, own)
+            yield from describe_agreement(opened, run, layers, own)
             yield from describe_exactness(layers)
 
 
@@ -222,14 +226,7 @@ def _describe_pairs(opened: Warehouse, comparison: RankingComparison, request: C
     from avss_dist.stats.scores import Threshold
 
     by, at = request.by, Threshold(*parse_threshold(request.threshold))
-    fixed = {
-        "score": request.score,
-        "site": request.site,
-        "recipe": request.recipe,
-        "threshold": f"|x| < {describe_threshold(at.value, at.kind)}",
-    }
-    reading = " / ".join(text for name, text in fixed.items() if name != by)
-    yield comparison_tables(comparison, f"by {by}  {reading}")
+    yield comparison_tables(comparison, f"by {by}  {_describe_ranking(request, at)}")
     bearing = find_all(
         opened,
         sorted({*read_commands.chosen_ids(opened, request.run)} - {*comparison.left_out}),
@@ -241,6 +238,21 @@ def _describe_pairs(opened: Warehouse, comparison: RankingComparison, request: C
     yield findings_list(of_rankings(bearing, request.score if by != "score" else "avss"))
     findings_command = command_line("findings", "-w", opened.root)
     say(f"{findings_command} lists what else speaks against each of these runs.")
+
+
+def _describe_ranking(request: CompareRequest, at: Threshold) -> str:
+    """Return the score that ranks layers, and its site, recipe and threshold, without what is compared."""
+    from avss_dist.analysis.own_scores import own_labels
+
+    if is_own(request.score) and request.by != "score":
+        return own_labels([request.score])[request.score]
+    fixed = {
+        "score": request.score,
+        "site": request.site,
+        "recipe": request.recipe,
+        "threshold": f"|x| < {describe_threshold(at.value, at.kind)}",
+    }
+    return " / ".join(text for name, text in fixed.items() if name != request.by)
 
 
 def findings(request: FindingsRequest, format: str) -> None:

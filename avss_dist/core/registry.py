@@ -370,6 +370,8 @@ def metrics_of(score: str) -> tuple[str, ...]:
 SCORE_GROUP = "avss_dist.scores"
 """Group of entry points of functions that score the layers of a run. See `analysis.scorecard.own_score`."""
 OWN_VALUES = "values:"
+OWN_FILES = (".csv", ".parquet")
+"""Endings of the files that have scores of people's own."""
 
 
 def score_functions() -> dict[str, EntryPoint]:
@@ -380,8 +382,11 @@ def score_functions() -> dict[str, EntryPoint]:
 
 
 def is_own(name: str) -> bool:
-    """Whether a name is that of a score that people bring: ``FILE:COLUMN``, or an entry point."""
-    return ":" in name or name in score_functions()
+    """Whether a name is that of a score that people bring: ``FILE:COLUMN``, or an entry point.
+
+    A file without a column counts. Where it is read, the error has its columns.
+    """
+    return ":" in name or name.endswith(OWN_FILES) or name in score_functions()
 
 
 def name_values(value: Any) -> Any:

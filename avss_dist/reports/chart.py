@@ -18,7 +18,7 @@ from avss_dist.analysis.comparison import RankingComparison
 from avss_dist.analysis.findings import describe_depth
 from avss_dist.core.errors import AvssError, QueryError, nearest
 from avss_dist.core.files import cache_folder, write_file, write_output
-from avss_dist.core.registry import BASELINES, FROM_ACTIVATIONS, SCORES
+from avss_dist.core.registry import FROM_ACTIVATIONS, SCORES
 from avss_dist.core.text import basename, count_of, describe_count, describe_threshold, printable
 from avss_dist.reports.output import PICTURES, map_leaves
 from avss_dist.stats.intervals import why_no_interval
@@ -32,14 +32,17 @@ LOWEST_COLOR = "#d62728"
 ROWS = alt.NamedData(name="rows")  # the data of the charts of a page
 
 
-def layers_chart(runs: Sequence[Mapping[str, Any]], scores: Sequence[Mapping[str, Any]]) -> Any:
-    """Return a chart of smoothed AVSS with its interval, and of each baseline, by layer (by depth for several runs).
+def layers_chart(
+    runs: Sequence[Mapping[str, Any]], scores: Sequence[Mapping[str, Any]], own: Sequence[str] = ()
+) -> Any:
+    """Return a chart of smoothed AVSS with its interval, and of each other score, by layer (by depth for several runs).
 
     Triangles mark the lowest 25% of the layers by each score.
 
     Args:
         runs: rows of ``runs``.
         scores: rows of ``scores`` of these runs, of one site, recipe and threshold.
+        own: columns of these rows that have scores of people's own.
 
     Raises:
         QueryError: there are too many runs for one chart.
@@ -49,17 +52,21 @@ def layers_chart(runs: Sequence[Mapping[str, Any]], scores: Sequence[Mapping[str
             f"{len(runs):,} runs are too many for one chart: the maximum is {MAX_RUNS}.",
             "Name fewer with `run`; avss report draws the runs of a whole warehouse.",
         )
+    # In names of fields, dots and brackets have a meaning. Names of files have both.
+    fields = {f"own_{number}": column for number, column in enumerate(own)}
+    columns = {name: SCORES[name].column for name in FROM_ACTIVATIONS} | fields
+    titles = {name: SCORES[name].title for name in FROM_ACTIVATIONS}
+    titles |= {name: basename(column) for name, column in fields.items()}
     labels = {r["run_id"]: f"{basename(r['model'])} ({r['run_id'][-10:]})" for r in runs}
     rows = []
     for run_id, label in labels.items():
         of_run = [s for s in scores if s["run_id"] == run_id]
-        ranks = {
-            name: rank_lowest(np.array([s[SCORES[name].column] for s in of_run], float)) for name in FROM_ACTIVATIONS
-        }
+        ranks = {name: rank_lowest(np.array([s[column] for s in of_run], float)) for name, column in columns.items()}
         for position, s in enumerate(of_run):
-            shown = {k: s[k] for k in ("layer", "layer_name", "depth", "rank", "avss_low", "avss_high", *BASELINES)}
+            shown = {k: s[k] for k in ("layer", "layer_name", "depth", "rank", "avss_low", "avss_high")}
+            values = {name: s[column] for name, column in columns.items()}
             lowest = {f"lowest_{k}": bool(r[position] <= count_lowest(len(of_run))) for k, r in ranks.items()}
-            rows.append({**shown, "avss": s["avss_smoothed"], "run": label, **lowest})
+            rows.append({**shown, **values, "run": label, **lowest})
     first, corpora = scores[0], dict.fromkeys(basename(run["corpus"] or "?") for run in runs)
     threshold = describe_threshold(first["threshold"], first["threshold_kind"])
     several = len(runs) > 1
@@ -67,7 +74,8 @@ def layers_chart(runs: Sequence[Mapping[str, Any]], scores: Sequence[Mapping[str
         x=alt.X("depth:Q", title="relative depth") if several else layer_axis()
     )
     color = alt.Color("run:N", title=None, scale=COLORS, legend=alt.Legend(orient="bottom", columns=2))
-    panels = (_panel(base, color if several else alt.value("#1f77b4"), rows, name) for name in FROM_ACTIVATIONS)
+    panel_color = color if several else alt.value("#1f77b4")
+    panels = [_panel(base, panel_color, rows, name, title) for name, title in titles.items()]
     band = why_no_interval(max(run["num_shards"] or 0 for run in runs)) or "Band: 95% interval over shards."
     ordered = [s["avss_smoothed"] for s in sorted(scores, key=lambda s: s["layer"])]
     warning = None if several else describe_depth("Smoothed AVSS", depth_correlation(ordered), len(ordered))
@@ -98,6 +106,7 @@ def layer_axis() -> alt.X:
 def depth_chart(
     base: Any,
     name: str,
+    title: str,
     color: Any,
     *,
     log: bool,
@@ -114,13 +123,14 @@ def depth_chart(
     Args:
         base: chart that encodes the position of a layer.
         name: the score, and the column that has it.
+        title: title of the score.
         color: color of lines, bands and points.
         log: whether the score is on a log scale, and else on ``linear``.
         lowest: column that is true for the lowest layers.
         red: whether the points of the lowest layers are red.
         ends: columns of the interval of AVSS.
     """
-    title, marked = SCORES[name].title, alt.when(f"datum.{lowest}")
+    marked = alt.when(f"datum.{lowest}")
     axis: Any = {"title": f"{title} (log)" if log else title, "scale": alt.Scale(type="log") if log else linear}
     points = base.mark_point(filled=True, opacity=1).encode(
         y=alt.Y(f"{name}:Q", **axis),
@@ -134,11 +144,12 @@ def depth_chart(
     return alt.layer(*([band] if name == "avss" else []), line, points)
 
 
-def _panel(base: Any, color: Any, rows: Sequence[Mapping[str, Any]], name: str) -> Any:
+def _panel(base: Any, color: Any, rows: Sequence[Mapping[str, Any]], name: str, title: str) -> Any:
     """Return the chart of a score, on a log scale unless a layer scores zero or less."""
     return depth_chart(
         base,
         name,
+        title,
         color,
         log=name == "avss" or all(row[name] is None or row[name] > 0 for row in rows),
         linear=alt.Scale(type="linear"),
@@ -149,10 +160,10 @@ def _panel(base: Any, color: Any, rows: Sequence[Mapping[str, Any]], name: str) 
             alt.Tooltip("run:N"),
             alt.Tooltip("layer:Q"),
             alt.Tooltip("layer_name:N"),
-            alt.Tooltip(f"{name}:Q", format=".4g"),
+            alt.Tooltip(f"{name}:Q", title=name if name in SCORES else title, format=".4g"),
             *([alt.Tooltip("rank:Q")] if name == "avss" else []),
         ],
-    ).properties(title=SCORES[name].title, width=300, height=210)
+    ).properties(title=title, width=300, height=210)
 
 
 def similarity_chart(comparison: RankingComparison) -> Any:

@@ -16,15 +16,17 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from support.checkpoints import llama
-from support.command_line import avss
+from support.command_line import avss, succeed
 from support.pages import write_removals, write_run
-from support.warehouses import activations, stats_of, write_measured
+from support.warehouses import activations, stats_of, write_measured, write_scores
 
 import avss_dist
-from avss_dist.analysis import scorecard
+from avss_dist.analysis import own_scores
 from avss_dist.core.errors import QueryError
+from avss_dist.core.registry import FROM_ACTIVATIONS, SCORES
 from avss_dist.models.checkpoints import resolve
 from avss_dist.models.number_formats import FORMATS
+from avss_dist.reports.chart import layers_chart
 from avss_dist.warehouse.reader import Warehouse
 from avss_dist.warehouse.schema import RunIdentity
 from avss_dist.warehouse.store import Store
@@ -127,8 +129,8 @@ def first(_stats: object) -> dict[int, float]:
 
 def test_a_function_may_leave_out_layers(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The statistics that it is given are those of the run, of which a kind of layer may lack a site."""
-    monkeypatch.setattr(scorecard, "score_functions", lambda: {"first": EntryPoint("first", f"{__name__}:first", "")})
-    assert scorecard.own_score("first", Warehouse(root), Warehouse(root).run("a-1") or {}).values == {0: 1.0}
+    monkeypatch.setattr(own_scores, "score_functions", lambda: {"first": EntryPoint("first", f"{__name__}:first", "")})
+    assert own_scores.own_score("first", Warehouse(root), Warehouse(root).run("a-1") or {}).values == {0: 1.0}
 
 
 def test_showing_and_reporting_say_how_well_scores_find_the_measured_loss(tmp_path: Path) -> None:
@@ -144,6 +146,105 @@ def test_showing_and_reporting_say_how_well_scores_find_the_measured_loss(tmp_pa
     assert avss("report", "-w", tmp_path, "--by", f"{file}:mine", "-o", tmp_path / "page.html").exit_code == 0
     page = (tmp_path / "page.html").read_text()
     assert page.count("with the loss without each layer (95% interval") == 1 and f"{file}:mine" in page
+
+
+@pytest.fixture
+def several(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A warehouse of three runs of one training, and a table of scores of two of them, one the reverse of the other."""
+    for step in range(3):
+        write_scores(
+            tmp_path / "w",
+            f"a-{step}",
+            [1.0, 2.0, 3.0, 4.0],
+            model="org/a",
+            series="org/a@step*",
+            training_step=step,
+            revision=f"r{step}",
+        )
+    rows = [f"{layer},{layer if step else -layer},a-{step}" for step in range(2) for layer in range(4)]
+    (tmp_path / "mine.csv").write_text("\n".join(["layer,mine,run_id", *rows]))
+    monkeypatch.chdir(tmp_path)
+    return tmp_path / "w"
+
+
+def test_runs_are_compared_by_a_score_of_your_own(several: Path) -> None:
+    compared = avss_dist.compare(warehouse=several, score="mine.csv:mine")
+    assert compared.table()["spearman"].to_pylist() == [-1.0]
+    assert compared.left_out == {"a-2": "no such scores"}
+
+
+def test_a_mapping_ranks_the_layers_of_each_run(several: Path) -> None:
+    compared = avss_dist.compare(warehouse=several, score={0: 3.0, 1: 1.0, 2: 2.0, 3: 0.0})
+    assert compared.table()["spearman"].to_pylist() == [1.0, 1.0, 1.0]
+
+
+def test_avss_is_compared_with_a_score_of_your_own(several: Path) -> None:
+    table = avss_dist.compare(warehouse=several, run="a-0", by="score", score="mine.csv:mine").table()
+    assert {"a": "avss", "b": "mine.csv:mine", "spearman": -1.0}.items() <= table.to_pylist()[-1].items()
+
+
+def test_the_command_names_the_score_alone_that_ranks_the_layers(several: Path) -> None:
+    printed = succeed("compare", "-w", several, "--score", "mine.csv:mine").stdout
+    assert "by run mine.csv:mine " in " ".join(printed.split())
+    assert "pooled" not in printed
+
+
+def test_the_ranks_of_a_score_of_your_own_are_followed(several: Path) -> None:
+    followed = avss_dist.compare(warehouse=several, along="step", score="mine.csv:mine").table()
+    ranks = [row["rank"] for row in followed.to_pylist() if row["layer"] == 0]
+    assert ranks == [4.0, 1.0]
+
+
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        ({"by": "recipe"}, "`by` recipe compares readings of AVSS"),
+        ({"site": "mlp"}, "`site` has no effect"),
+        ({"recipe": "unit"}, "`recipe` has no effect"),
+        ({"threshold": "0.1rms"}, "`threshold` has no effect"),
+        ({"run": "a-2"}, "mine.csv:mine has values of none of these runs"),
+    ],
+)
+def test_a_score_of_your_own_has_no_readings(several: Path, options: dict[str, str], says: str) -> None:
+    with pytest.raises(avss_dist.AvssError, match=says):
+        avss_dist.compare(warehouse=several, score="mine.csv:mine", **options)
+
+
+@pytest.mark.parametrize("options", [{}, {"along": "step"}], ids=["pairs", "curves"])
+def test_a_map_of_a_score_of_your_own_is_drawn(several: Path, tmp_path: Path, options: dict[str, str]) -> None:
+    picture = tmp_path / "map.svg"
+    avss_dist.compare(warehouse=several, score="mine.csv:mine", output=picture, **options)
+    assert picture.read_text().startswith("<svg")
+
+
+def test_a_score_of_your_own_is_drawn_beside_the_others(several: Path) -> None:
+    """Names of files have characters that mean something in the names of fields of a chart."""
+    row = {"layer_name": "h", "rank": 1, "avss_low": None, "avss_high": None, "threshold": 1e-5}
+    row |= {"threshold_kind": "absolute", "site": "block", "recipe": "pooled", "run_id": "a-0"}
+    row |= {SCORES[name].column: 1.0 for name in FROM_ACTIVATIONS}
+    rows = [row | {"layer": layer, "depth": layer / 4, "a[0].csv:b.c": -layer} for layer in range(4)]
+    chart = layers_chart([Warehouse(several).run("a-0") or {}], rows, ["a[0].csv:b.c"]).to_dict()
+    (drawn,) = (panel for panel in chart["concat"] if panel["title"] == "a[0].csv:b.c")
+    field = drawn["layer"][0]["encoding"]["y"]["field"]
+    (values,) = chart["datasets"].values()
+    assert [row[field] for row in values] == [0, -1, -2, -3]
+
+
+def test_mappings_have_a_column_each(several: Path) -> None:
+    by = [dict.fromkeys(range(4), 1.0), dict.fromkeys(range(4), 2.0)]
+    shown = avss_dist.show(run="a-0", warehouse=several, by=by).table()
+    assert [shown["values 1"][0].as_py(), shown["values 2"][0].as_py()] == [1.0, 2.0]
+
+
+def test_a_file_without_a_column_is_answered_with_its_columns(several: Path) -> None:
+    Path("two.csv").write_text("layer,first,second\n0,1,2\n")
+    with pytest.raises(QueryError, match=r"two.csv names no column.\nName one: two.csv:first, two.csv:second\."):
+        avss_dist.show(run="a-0", warehouse=several, by=["two.csv"])
+
+
+def test_a_name_that_is_no_score_of_your_own_is_answered_with_what_is(several: Path) -> None:
+    with pytest.raises(avss_dist.ConfigError, match=r"'mine' is not a score of your own.\nWrite FILE.csv:COLUMN"):
+        avss_dist.show(run="a-0", warehouse=several, by=["mine"])
 
 
 @pytest.mark.nightly

@@ -80,6 +80,7 @@ def _by_depth(name: str, axis: str, scale: str) -> Any:
     chart = depth_chart(
         alt.Chart().encode(x=depths if axis == "depth" else layer_axis()),
         name,
+        SCORES[name].title,
         color,
         log=scale == "log",
         linear=alt.Scale(zero=False),
