@@ -8,7 +8,6 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
-from datetime import UTC, datetime
 from functools import partial
 from math import ceil, inf, isnan
 from typing import Any
@@ -136,15 +135,10 @@ def searching(session: EvaluationSession, model: PlacedModel, corpus: str) -> It
         CorpusError: the corpus cannot be read, or is too short.
     """
     planned = plan_text_task(model, corpus, partial(LeaveOneOut, layers=()), SEARCH)
-    started = datetime.now(UTC)  # earlier rows do not count in a fresh session
 
     def measured() -> dict[Removals, Result]:
-        rows = [
-            row
-            for row in session.store.cells(planned.run_id()).to_pylist()
-            if not session.fresh or row["created_at"] >= started
-        ]
-        return {result.removed: result for result in combine(rows, len(planned.task.parts))}
+        combined = combine(session.known_rows(planned.run_id()), len(planned.task.parts))
+        return {result.removed: result for result in combined}
 
     results = measured()
 

@@ -335,6 +335,11 @@ class EvaluationSession:
         """Whether the warehouse has a cell. A fresh session counts only its own cells."""
         return cell.cell_id in (self._measured[cell.run_id] if self.fresh else self.store.cell_ids(cell.run_id))
 
+    def known_rows(self, run_id: str) -> list[dict[str, Any]]:
+        """Return the rows of the known cells of an evaluation. See `is_known`."""
+        rows = self.store.cells(run_id, self._measured[run_id] if self.fresh else None)
+        return list(rows.to_pylist())
+
 
 def failure(failed: Sequence[tuple[Cell, AvssError]]) -> AvssError:
     """Return one error for all cells that failed: the first mistake, or else the first failure."""

@@ -136,14 +136,19 @@ class Store(Warehouse):
         """
         return (self._cells[run_id] if run_id in self._listed else self._list_cells(run_id)).keys()
 
-    def cells(self, run_id: str) -> pa.Table:
-        """Read the rows of all measured cells of an evaluation, in the order of cell ids.
+    def cells(self, run_id: str, cell_ids: Set[str] | None = None) -> pa.Table:
+        """Read the rows of measured cells of an evaluation, in the order of cell ids.
 
         The folder of the evaluation is listed again, so that the cells of other processes are read too. Files that this
         store has written or read before are not opened. A cell whose file is damaged is left out and is noted in
         `damaged`.
+
+        Args:
+            cell_ids: ids of the cells to read; None reads all.
         """
         cells = self._list_cells(run_id)
+        if cell_ids is not None:
+            cells = {cell_id: rows for cell_id, rows in cells.items() if cell_id in cell_ids}
         unread = [cell_id for cell_id, rows in cells.items() if rows is None]
         with ThreadPoolExecutor() as pool:
             cells |= zip(unread, pool.map(partial(self._read_cell, run_id), unread), strict=True)

@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Callable, Mapping
+from datetime import datetime, timedelta
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +25,8 @@ from avss_dist.core.intervention import (
     sublayers_of,
 )
 from avss_dist.core.settings import Settings
+from avss_dist.evaluation import search as search_module
+from avss_dist.evaluation import session
 from avss_dist.evaluation.events import SearchStep
 from avss_dist.evaluation.search import search
 from avss_dist.evaluation.tasks import plan_text
@@ -107,6 +111,26 @@ def test_a_search_measures_what_it_does_not_know(scored: Scored) -> None:
     assert cell_times(scored[0]) == before
     assert found_in(scored, fresh=True)[0].drop == plan.drop
     assert not cell_times(scored[0]).items() >= before.items()
+
+
+@pytest.mark.parametrize("year", [2020, 2050])
+def test_a_fresh_search_goes_by_its_own_measurements_whatever_the_clock_says(
+    year: int, scored: Scored, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The clock was set before or after all other measurements, and each cell is written earlier than the last one."""
+    times = count(start=0, step=-60)
+
+    class SetBack(datetime):
+        @classmethod
+        def now(cls, tz: Any = None) -> datetime:
+            return datetime(year, 1, 1, tzinfo=tz) + timedelta(seconds=next(times))
+
+    plan, _ = found_in(scored)
+    before = cell_times(scored[0])
+    for module in (session, search_module):
+        monkeypatch.setattr(module, "datetime", SetBack, raising=False)
+    assert found_in(scored, fresh=True)[0].drop == plan.drop
+    assert not cell_times(scored[0]).items() & before.items()
 
 
 def test_the_text_of_a_search_is_no_text_to_evaluate_on(scored: Scored, tmp_path: Path) -> None:
