@@ -242,7 +242,7 @@ def _submitted(details: Any) -> Submitted:
         job_id=details.submission_id or details.job_id,
         status=str(details.status.value),
         started=datetime.fromtimestamp(start, UTC) if start else None,
-        seconds=(end or time.time()) - start if start else 0.0,
+        seconds=max(0.0, (end or time.time()) - start) if start else 0.0,  # the cluster's clock may be ahead
         entrypoint=details.entrypoint,
         message=(match[1] if match else log.strip().partition("\n")[0]).strip(),
         exit_code=None if not ended else 0 if details.status.value == "SUCCEEDED" else failed,

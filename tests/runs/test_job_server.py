@@ -8,6 +8,7 @@ from __future__ import annotations
 import gzip
 import json
 import os
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -204,6 +205,13 @@ def test_a_failed_job_is_listed_with_the_first_error_of_its_message(
     done = avss("jobs", "list", "--address", server.address, "--format", "json")
     listed = json.loads(done.stdout)
     assert (listed["message"], listed["seconds"]) == (shown, 42)
+
+
+def test_a_job_of_a_cluster_whose_clock_is_ahead_has_run_for_no_time(server: JobServer) -> None:
+    later = int((time.time() + 3600) * 1000)
+    server.answers[JOBS] = json.dumps([{**JOB, "status": "RUNNING", "start_time": later}]).encode()
+    done = avss("jobs", "list", "--address", server.address, "--format", "json")
+    assert json.loads(done.stdout)["seconds"] == 0
 
 
 def test_a_job_that_does_not_stop_is_reported(server: JobServer, monkeypatch: pytest.MonkeyPatch) -> None:
