@@ -49,6 +49,7 @@ __all__ = [
     "quantize",
     "query",
     "report",
+    "rm",
     "run",
     "score",
     "score_all",
@@ -63,7 +64,7 @@ _HOMES = {
         *("run", "shrink", "sparsify"),
     ),
     "read_commands": (
-        *("compact", "compare", "contrast", "doctor", "findings", "ls", "publish", "query", "report", "show"),
+        *("compact", "compare", "contrast", "doctor", "findings", "ls", "publish", "query", "report", "rm", "show"),
     ),
     "core.errors": (
         *("AvssError", "ConfigError", "CorpusError", "ModelError", "QueryError", "RunFailed", "TaskError"),

@@ -379,6 +379,17 @@ def report(
 ) -> Path:
     """Write the page of a warehouse, and return its path."""
 
+def rm(
+    run: str | Run | Sequence[str | Run] | None = ...,
+    *,
+    unused: bool = False,
+    keep_evaluations: bool = False,
+    dry_run: bool = False,
+    warehouse: str | Path = 'warehouse',
+    on_event: Callable[[Any], object] | None = None,
+) -> Table:
+    """Remove runs and the evaluations that go with them, and return the number of files, rows and bytes of each table."""
+
 def run(
     job: str | Path | JobFile,
     *,

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from avss_dist.analysis.chosen import choose_runs
+from avss_dist.analysis.chosen import choose_runs, choose_stored
 from avss_dist.core.errors import QueryError, WarehouseError
 from avss_dist.core.files import write_output
 from avss_dist.core.registry import READING, REPAIR, ROW_START
@@ -29,17 +29,20 @@ from avss_dist.read_requests import (
     ListRequest,
     PublishRequest,
     QueryRequest,
+    RemoveRequest,
     ReportRequest,
     ShowRequest,
     WarehouseRequest,
 )
 from avss_dist.stats.scores import Threshold
 from avss_dist.warehouse.reader import Warehouse
+from avss_dist.warehouse.schema import UNFINISHED
 
 if TYPE_CHECKING:
     from avss_dist.analysis.comparison import RankingComparison
     from avss_dist.analysis.contrast import Contrast
     from avss_dist.analysis.curves import RankingCurves
+    from avss_dist.warehouse.removal import Removal
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -65,7 +68,6 @@ Measurements of single layers are a row for each task and metric. The machine's 
 """
 RUNS = ("run_id", "model", "status", "corpus", "num_tokens", "dtype", "created_at", "kept_shards", "num_shards")
 """Columns of the list of runs."""
-UNFINISHED = "unfinished"  # the status of a run that has begun and has no row
 
 
 def reading(cls: Callable[P, R]) -> Callable[[Callable[[Warehouse, R], T]], Callable[P, T]]:
@@ -285,6 +287,36 @@ def publish(opened: Warehouse, request: PublishRequest) -> Table:
 def compact(opened: Warehouse, request: WarehouseRequest) -> Table:
     """Copy many finished runs into few large files, and return the number of runs copied of each table."""
     return _counts("runs", opened.compact())
+
+
+@reading(RemoveRequest)
+def rm(opened: Warehouse, request: RemoveRequest) -> Table:
+    """Remove runs and the evaluations that go with them, and return the number of files, rows and bytes of each table.
+
+    An evaluation is of a checkpoint: it goes with the last finished run of it.
+    """
+    removal = plan_removal(opened, request)
+    removed = removal.table()
+    if not request.dry_run:
+        removal.apply()
+    return Table(removed)
+
+
+def plan_removal(opened: Warehouse, request: RemoveRequest) -> Removal:
+    """Return what a request removes.
+
+    Raises:
+        NoRuns: the warehouse is empty.
+        QueryError: no run has a name, or a part of an id is not unique.
+        ConfigError: a run is being measured.
+    """
+    from avss_dist.warehouse.removal import Catalog, Removal
+
+    catalog = Catalog(opened)
+    if catalog.is_empty:
+        opened.runs()  # says why there are none
+    run_ids = choose_stored(request.run, catalog)
+    return Removal.plan(catalog, run_ids, unused=request.unused, keep_evaluations=request.keep_evaluations)
 
 
 def _counts(heading: str, numbers: Mapping[str, int]) -> Table:

@@ -145,7 +145,7 @@ class CompareRequest(PlaceRequest, RunsRequest):
     by: Annotated[str, OneOf(COMPARED)] = "run"
     """Property in which the two runs or readings of each pair differ."""
     along: Annotated[str, OneOf(ALONG)] | None = None
-    """Follow each layer's rank along this property instead, and find where the ranking changes."""
+    """Follow each layer's rank along this property instead."""
     score: Annotated[
         Annotated[str, OneOf(FROM_ACTIVATIONS, accepts=is_own), check(RedactedURI)],
         check(name_values, before=True),
@@ -264,6 +264,34 @@ class PublishRequest(WarehouseRequest):
     def __post_init__(self) -> None:
         if "://" in str(self.folder):
             raise ConfigError("`folder` is a URI: expected a folder of this machine.", "Write one, and upload that.")
+
+
+@checked
+class RemoveRequest(WarehouseRequest):
+    """Remove runs from a warehouse."""
+
+    run: Annotated[RunNames, Option(argument=True, metavar="RUN")] = field(default=(), kw_only=False)
+    """A run to remove: its id, a unique part of it, its model, or a glob such as 'smollm2-*'."""
+    unused: bool = False
+    """Remove what nobody reads, too: cells that no evaluation is made of, repairs that no cell names, leftovers."""
+    keep_evaluations: bool = False
+    """Keep evaluations, ablations included, which otherwise go with the last run of their checkpoint."""
+    dry_run: bool = False
+    """Show what would be removed, and remove nothing."""
+
+    def __post_init__(self) -> None:
+        if "" in self.run:
+            raise ConfigError("`run` is empty.", "Name a run: avss ls lists them.")
+        if not self.run and not self.unused:
+            raise ConfigError("no `run` is named.", "Name one: avss ls lists them. Or add `unused`.")
+
+
+@checked
+class RemoveCommandRequest(RemoveRequest):
+    """Remove runs from a warehouse, after a question."""
+
+    yes: Annotated[bool, Option(short="-y")] = False
+    """Do not ask before anything is removed."""
 
 
 @checked

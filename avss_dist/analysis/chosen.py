@@ -20,6 +20,7 @@ from avss_dist.core.registry import MEASURED_ONLY, ROUNDING_TASK, SCORES
 from avss_dist.core.text import basename, printable
 from avss_dist.warehouse.checks import settings_of
 from avss_dist.warehouse.reader import Warehouse
+from avss_dist.warehouse.removal import Catalog
 
 ABLATION_TASKS = sorted({info.task for info in SCORES.values() if info.task} | {ROUNDING_TASK})
 MAX_TRIED = 20  # runs, the newest first
@@ -57,6 +58,7 @@ def choose_runs(
     index = {row["run_id"]: number for number, row in enumerate(rows)}
     rows.sort(key=lambda row: str(row["run_id"]))
     valid = {row["run_id"]: row for row in rows if failed or row["status"] in ("done", MEASURED_ONLY)}
+    models = {run_id: str(row["model"]) for run_id, row in valid.items()}
     errors = {row["run_id"]: row["error"] for row in rows if row["run_id"] not in valid}
     if not valid and not errors.keys() & set(names):
         without_run = ", and avss ablate measures layers without one" if measured else ""
@@ -66,7 +68,7 @@ def choose_runs(
     for name in names:
         if name in errors:
             raise QueryError(f"Run '{name}' failed: {errors[name]}", "Fix that, then run avss score again.")
-        chosen |= dict.fromkeys(_matching(name, valid))
+        chosen |= dict.fromkeys(_matching(name, models))
     selected = table.take([index[run_id] for run_id in chosen]).select(list(columns or table.column_names))
     return list(selected.to_pylist(maps_as_pydicts="lossy"))
 
@@ -156,30 +158,64 @@ def newest_run(
     raise errors[0]
 
 
-def _matching(name: str, runs: Mapping[str, Mapping[str, Any]]) -> list[str]:
+def choose_stored(names: Sequence[str], catalog: Catalog) -> list[str]:
+    """Return the ids of runs, by the names that `choose_runs` takes. Where no run has a name, evaluations may have it.
+
+    Raises:
+        QueryError: if a name matches nothing, or a part of an id matches several.
+    """
+    runs = {run_id: run.model for run_id, run in catalog.runs.items()}
+    evaluations = {run_id: evaluation.model for run_id, evaluation in catalog.evaluations.items()}
+    leftovers = dict.fromkeys(catalog.leftovers, "")
+    chosen: dict[str, None] = {}
+    for name in names:
+        matched = (models for models in (runs, evaluations, leftovers) if _named(name, models) or _parts(name, models))
+        chosen |= dict.fromkeys(_matching(name, next(matched, runs | evaluations | leftovers)))
+    return list(chosen)
+
+
+def _matching(name: str, models: Mapping[str, str]) -> list[str]:
     """Return the ids of the runs that a name matches: as an id, a model, a glob, or the begin of a word of one id.
+
+    Args:
+        models: models by run id.
 
     Raises:
         QueryError: if no run matches, or words of several ids do.
     """
-    if name in runs:
-        return [name]
-    models = {run_id: (str(run["model"]), basename(run["model"])) for run_id, run in runs.items()}
-    if of_model := [run_id for run_id, names in models.items() if name in names]:
-        return of_model
-    if set(name) & set("*?["):
-        if matches := [
-            i for i, names in models.items() if any(fnmatchcase(text.lower(), name.lower()) for text in (i, *names))
-        ]:
-            return matches
-        raise QueryError(f"No run matches '{name}'.", nearest(name, runs))
-    begins_a_word = re.compile(rf"(?<![A-Za-z0-9]){re.escape(name)}", re.IGNORECASE)
-    parts = [run_id for run_id in runs if name and begins_a_word.search(run_id)]
+    if named := _named(name, models):
+        return named
+    if _is_glob(name):
+        raise QueryError(f"No run matches '{name}'.", nearest(name, models))
+    parts = _parts(name, models)
     if len(parts) > 1:
         raise QueryError(f"'{name}' is part of {len(parts)} runs.", f"{nearest(name, parts)} For all: '*{name}*'.")
     if not parts:
-        require_known("run", name, runs, QueryError)
+        require_known("run", name, models, QueryError)
     return parts
+
+
+def _is_glob(name: str) -> bool:
+    return not set(name).isdisjoint("*?[")
+
+
+def _named(name: str, models: Mapping[str, str]) -> list[str]:
+    """Return the ids of the runs with a name, of a model with it, or else those that a glob matches."""
+    if name in models:
+        return [name]
+    names = {run_id: (run_id, model, basename(model)) for run_id, model in models.items()}
+    of_model = [run_id for run_id, own in names.items() if name in own]
+    if of_model or not _is_glob(name):
+        return of_model
+    return [run_id for run_id, own in names.items() if any(fnmatchcase(text.lower(), name.lower()) for text in own)]
+
+
+def _parts(name: str, models: Mapping[str, str]) -> list[str]:
+    """Return the run ids with a word that begins with a name."""
+    if not name or _is_glob(name):
+        return []
+    begins_a_word = re.compile(rf"(?<![A-Za-z0-9]){re.escape(name)}", re.IGNORECASE)
+    return [run_id for run_id in models if begins_a_word.search(run_id)]
 
 
 def run_labels(runs: Sequence[Mapping[str, Any]]) -> list[str]:

@@ -398,7 +398,7 @@ def _about_layers(rows: list[dict[str, Any]]) -> list[str]:
         ),
         (
             number is not None,
-            f"Left after every control: {_listed([row['layer'] for row in rows if row['stands']])}.",
+            f"Stand after every control: {_listed([row['layer'] for row in rows if row['stands']])}.",
         ),
         (
             abs(rho) > FOLLOWS_DEPTH,
@@ -654,7 +654,7 @@ def _layers_table(name: str, rows: Sequence[Row], reading: Mapping[str, Any]) ->
             column("length-matched", "length_matched", number, 1),
             column("its p", "length_matched_p", p_value, 1),
             column("other prompt", "after_another", number, 1),
-            ReportColumn("left", [bool(row["stands"]) for row in rows], yes),
+            ReportColumn("stands", [bool(row["stands"]) for row in rows], yes, meaning="passes every control"),
         ],
         caption=caption,
     )

@@ -429,7 +429,7 @@ def _first_token(layers: Columns) -> Iterator[Row]:
             shares[largest],
             f"The first token that counts in each row carries more than half of the variance in {len(dominated)} of "
             f"{defined} layers ({shares[largest]:.1%} in layer {layers['layer'][largest]}): it is an "
-            "attention sink. To see the other tokens, leave it out with `skip_first_tokens`.",
+            "attention sink. To see the other tokens, leave it out: --skip-first-tokens 1.",
             recipe="element",
         )
 

@@ -114,7 +114,7 @@ COMMANDS = {
         READ,
         "read",
         "read_requests:CompareRequest",
-        "Compare layer rankings between runs: how far they agree, or how they move along training, size or text.",
+        "Compare layer rankings between runs: how far they agree, or how they move along training, size or row length.",
         TABLES,
         examples=("avss compare --by family", "avss compare --along step -o ranks.png"),
     ),
@@ -157,6 +157,14 @@ COMMANDS = {
         "Copy many finished runs into few large files, so that every reader opens them in a moment.",
         (),
         examples=("avss compact -w s3://bucket/warehouse",),
+    ),
+    "rm": Command(
+        READ,
+        "read",
+        "read_requests:RemoveCommandRequest",
+        "Remove runs, and evaluations of checkpoints that have no other run; it shows what goes, and asks.",
+        TABLES,
+        examples=("avss rm smollm2-1f1353f006 --dry-run", "avss rm --unused -w s3://bucket/warehouse"),
     ),
     "query": Command(
         READ,

@@ -98,7 +98,7 @@ class Commands(Group):
                 signal.signal(number, signal.SIG_IGN)  # the remaining work is short, and would end in a traceback
             code, notes = exit_code(), " ".join(getattr(stop, "__notes__", []))  # about the stored results
             ended = f"Stopped, {notes}" if notes else "Stopped. Everything measured so far is kept"
-            resumes = "fresh" in (_spelling.get() or {})
+            resumes = bool(notes) or "fresh" in (_spelling.get() or {})
             complain(f"{ended}; run the same command again to finish." if resumes else "Stopped.")
         raise typer.Exit(code or 0)
 

@@ -13,9 +13,9 @@ from typing import TYPE_CHECKING, Any
 
 from avss_dist import read_commands
 from avss_dist.cli.program import at_end, interruptible
-from avss_dist.core.errors import QueryError, first_names
+from avss_dist.core.errors import ConfigError, QueryError, first_names
 from avss_dist.core.registry import is_own
-from avss_dist.core.streams import console, emit, say
+from avss_dist.core.streams import ask, can_ask, console, emit, say
 from avss_dist.core.suggestions import command_line
 from avss_dist.core.text import basename, count_of, describe_count, describe_threshold, parse_threshold
 from avss_dist.read_requests import (
@@ -25,6 +25,7 @@ from avss_dist.read_requests import (
     ListRequest,
     PublishRequest,
     QueryCommandRequest,
+    RemoveCommandRequest,
     ReportRequest,
     ShowRequest,
     WarehouseRequest,
@@ -36,6 +37,7 @@ if TYPE_CHECKING:
     from avss_dist.analysis.comparison import RankingComparison
     from avss_dist.stats.scores import Threshold
     from avss_dist.warehouse.reader import Warehouse
+    from avss_dist.warehouse.removal import Removal
 
 
 MOST_NAMED = 5  # runs that a message names
@@ -77,36 +79,12 @@ def ls(request: ListRequest, format: str) -> None:
 
     table = unwrap(read_commands.ls)(open_for(request), request).table()
     if request.what == "runs" and format == "table":
-        table = _narrowed(_with_kept_shards(table), console().width)
+        from avss_dist.reports.terminal.runs import runs_list
+
+        table, left_out = runs_list(table, console().width)
+        if left_out:
+            say(f"Not shown, as lines would be too long: {', '.join(left_out)}. All columns: --format csv.")
     write_table(table, format, console(), newest_first=True)
-
-
-def _with_kept_shards(table: pa.Table) -> pa.Table:
-    """Return a table of runs, with the number of stored shards in the status of unfinished runs."""
-    import pyarrow as pa
-
-    rows = table.to_pylist()
-    for row in rows:
-        if row["status"] == read_commands.UNFINISHED:
-            total = f" of {row['num_shards']}" if row["num_shards"] else ""
-            row["status"] += f", {row['kept_shards']}{total} shards"
-    return pa.Table.from_pylist(rows, table.schema).drop_columns(["kept_shards", "num_shards"])
-
-
-def _narrowed(table: pa.Table, width: int) -> pa.Table:
-    """Return a table of runs without the columns that say least, so that a row fits into a line of ``width`` cells."""
-    from avss_dist.reports.terminal.tables import describe_value
-
-    columns = {name: [name, *map(describe_value, table[name].to_pylist())] for name in table.column_names}
-    widths = {name: max(map(len, texts)) for name, texts in columns.items()}
-    for name in ("model", "status", "dtype", "created_at"):  # a run's id begins with its model
-        if sum(widths.values()) + 3 * len(widths) + 1 > width and (
-            name != "status" or {*columns[name][1:]} == {"done"}
-        ):
-            del widths[name]
-    if left_out := [name for name in columns if name not in widths]:
-        say(f"Not shown, as lines would be too long: {', '.join(left_out)}. All columns: --format csv.")
-    return table.select(list(widths))
 
 
 def show(request: ShowRequest, format: str) -> None:
@@ -192,7 +170,7 @@ MAX_TABLED = 20_000  # pairs of which all are compared in full for a table on a 
 
 
 def compare(request: CompareRequest, format: str) -> None:
-    """Compare layer rankings between runs: how far they agree, or how they move along training, size or text."""
+    """Compare layer rankings between runs: how far they agree, or how they move along training, size or row length."""
     from avss_dist.analysis.comparison import MAX_PAIRS, RankingComparison
     from avss_dist.analysis.curves import curve_section
     from avss_dist.reports.output import print_result
@@ -220,13 +198,17 @@ def compare(request: CompareRequest, format: str) -> None:
 
 def _describe_pairs(opened: Warehouse, comparison: RankingComparison, request: CompareRequest) -> Iterator[Any]:
     """Yield the agreement of pairs of runs, and the findings that speak against it."""
+    from avss_dist.analysis.chosen import choose_runs, run_labels
     from avss_dist.analysis.findings import findings as find_all
     from avss_dist.analysis.findings import of_rankings
-    from avss_dist.reports.terminal.scores import comparison_tables, findings_list
+    from avss_dist.reports.terminal.scores import comparison_tables, findings_list, shown_pairs
     from avss_dist.stats.scores import Threshold
 
     by, at = request.by, Threshold(*parse_threshold(request.threshold))
-    yield comparison_tables(comparison, f"by {by}  {_describe_ranking(request, at)}")
+    shown = shown_pairs(comparison)
+    run_ids = sorted({*shown["a_run_id"].to_pylist(), *shown["b_run_id"].to_pylist()})
+    labels = dict(zip(run_ids, run_labels(choose_runs(opened, run_ids)), strict=True))
+    yield comparison_tables(comparison, f"by {by}  {_describe_ranking(request, at)}", labels, console().width)
     bearing = find_all(
         opened,
         sorted({*read_commands.chosen_ids(opened, request.run)} - {*comparison.left_out}),
@@ -304,3 +286,52 @@ def compact(request: WarehouseRequest) -> None:
     tables = ", ".join(f"{row['table']} of {count_of(row['runs'], 'run')}" for row in rows if row["runs"])
     every = "every finished run that can be read" if opened.damaged else "every finished run"
     emit(f"{opened.root}: {f'copied {tables}' if tables else f'{every} was compacted before'}.")
+
+
+def rm(request: RemoveCommandRequest, format: str) -> None:
+    """Remove runs and the evaluations that go with them, after a question."""
+    from avss_dist.reports.output import print_result
+    from avss_dist.reports.terminal.removal import removal_table
+    from avss_dist.warehouse.reader import Warehouse
+
+    if not (request.yes or request.dry_run or can_ask()):
+        message = "Nobody can be asked: standard input is no terminal."
+        raise ConfigError(message, "Look with `dry_run`; `yes` removes without a question.")
+    opened = Warehouse(str(request.warehouse))
+    removal = read_commands.plan_removal(opened, request)
+    if removal.is_empty:
+        emit(f"{opened.root}: nothing is unused.")
+    else:
+        print_result(format, [removal_table(removal)], removal.table)
+    for line in _about_evaluations(removal):
+        say(line)
+    if request.dry_run:
+        say(f"Nothing is removed in a dry run. Without it: {removal.summary()}.")
+    elif removal.is_empty or request.yes or ask(f"Remove {removal.summary()} from {opened.root}?"):
+        _apply(removal)
+    else:
+        say("Nothing was removed.")
+
+
+def _about_evaluations(removal: Removal) -> Iterator[str]:
+    """Yield the rules by which evaluations go with runs or stay, where there are any."""
+    from avss_dist.warehouse.removal import EVALUATION, RUN
+
+    kinds = set(removal.kinds.values())
+    if {RUN, EVALUATION} <= kinds:
+        yield "Evaluations go with the last finished run of their checkpoint; --keep-evaluations keeps them."
+    if removal.shared:
+        several = len(removal.shared) > 1
+        number = count_of(len(removal.shared), "evaluation")
+        yield f"{number} {'stay' if several else 'stays'}, as other runs share {'them' if several else 'it'}."
+
+
+def _apply(removal: Removal) -> None:
+    """Remove, and say so."""
+    try:
+        removal.apply()
+    except KeyboardInterrupt as stop:
+        stop.add_note("a part is removed")
+        raise
+    if not removal.is_empty:
+        say(f"Removed {removal.summary()}.")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import signal
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
@@ -15,7 +16,6 @@ from multiprocessing import get_context
 from platform import platform, python_version
 
 import numpy as np
-import psutil
 
 from avss_dist.core.extras import install_hint
 from avss_dist.core.files import cache_folder
@@ -51,7 +51,7 @@ def check_machine() -> Iterator[CheckResult]:
     yield CheckResult("Python", True, f"{python_version()} on {platform()}, {len(os.sched_getaffinity(0))} CPUs")
     for name in NEEDED:
         version = installed_version(name)
-        yield CheckResult(name, version is not None, version or "not installed")
+        yield CheckResult(name, version is not None, version or f"not installed: {install_hint(name)}")
     for name, module in OPTIONAL.items():
         yield CheckResult(name, True, installed_version(name) or f"not installed: {install_hint(module)}")
     yield _try("cache folder", _cache_folder)
@@ -80,7 +80,12 @@ def run_checks(checks: Mapping[str, Check], timeout_seconds: float = CHECK_TIMEO
 
 
 def _kill(pid: int) -> None:
-    """Kill a process and its descendants."""
+    """Kill a process, and its descendants if psutil is installed, as it is wherever Ray can start any."""
+    try:
+        import psutil
+    except ModuleNotFoundError:
+        os.kill(pid, signal.SIGKILL)
+        return
     with suppress(psutil.NoSuchProcess):
         worker = psutil.Process(pid)
         for process in (*worker.children(recursive=True), worker):
@@ -98,6 +103,9 @@ def _silence() -> None:
 def _try(what: str, check: Check) -> CheckResult:
     try:
         return CheckResult(what, True, check())
+    except ModuleNotFoundError as error:
+        module = (error.name or "").partition(".")[0]
+        return CheckResult(what, False, f"needs {module}: {install_hint(module)}")
     except (Exception, SystemExit) as error:
         return CheckResult(what, False, f"{type(error).__name__}: {str(error).strip()}".splitlines()[0])
 

@@ -107,6 +107,10 @@ class WarehouseError(AvssError):
     """The Parquet warehouse cannot be read or written."""
 
 
+class NoRuns(WarehouseError):
+    """The warehouse has no run that can be read."""
+
+
 class DamagedFile(WarehouseError):
     """A file of the warehouse is damaged."""
 

@@ -23,7 +23,8 @@ from avss_dist.core.errors import AvssError, explain_unwritable
 
 LEFTOVER_SECONDS = 3600.0  # nobody writes one file for so long
 LEFTOVER_FOLDER_SECONDS = 7 * 24 * 3600.0  # nor a checkpoint, with nothing new in its folder
-_STAGED = re.compile(r"\..+\.avss-(?P<machine>[0-9a-f]{8})-(?P<pid>\d+)-(?P<start>\d+)-[0-9a-f]{8}\.tmp")
+_PROCESS = r"(?P<machine>[0-9a-f]{8})-(?P<pid>\d+)-(?P<start>\d+)"  # see `process_mark`
+_STAGED = re.compile(rf"\..+\.avss-{_PROCESS}-[0-9a-f]{{8}}\.tmp")
 _UNKNOWN = "00000000"  # a machine whose processes cannot be told apart
 
 
@@ -120,20 +121,38 @@ def remove_leftovers(folder: Path) -> None:
 
 def _is_left(name: re.Match[str], seconds: float, *paths: Path) -> bool:
     """Whether the writer of these paths has ended, or has not changed them for so long that it must have."""
-    pid = int(name["pid"])
-    if name["machine"] == _machine() != _UNKNOWN:
-        with suppress(PermissionError):  # the process of another user
-            try:
-                os.kill(pid, 0)
-            except ProcessLookupError:
-                return True
-        if start := _start(pid):
-            return start != int(name["start"])
+    running = _is_running(name)
+    if running is not None:
+        return not running
     return time.time() - max(path.lstat().st_mtime for path in paths) > seconds
 
 
 def _fresh(name: str) -> str:
-    return f".{name[:40]}.avss-{_machine()}-{os.getpid()}-{_start(os.getpid()) or 0}-{secrets.token_hex(4)}.tmp"
+    return f".{name[:40]}.avss-{process_mark()}-{secrets.token_hex(4)}.tmp"
+
+
+def process_mark() -> str:
+    """Return a text that tells this process from all others: its machine, its number, and when it started."""
+    return f"{_machine()}-{os.getpid()}-{_start(os.getpid()) or 0}"
+
+
+def is_running(mark: str) -> bool | None:
+    """Whether the process with a `process_mark` runs. None if that cannot be known, as it is of another machine."""
+    process = re.fullmatch(_PROCESS, mark)
+    return _is_running(process) if process else None
+
+
+def _is_running(process: re.Match[str]) -> bool | None:
+    if process["machine"] != _machine() or process["machine"] == _UNKNOWN:
+        return None
+    pid = int(process["pid"])
+    with suppress(PermissionError):  # the process of another user
+        try:
+            os.kill(pid, 0)
+        except ProcessLookupError:
+            return False
+    start = _start(pid)
+    return None if start is None else start == int(process["start"])
 
 
 def _machine() -> str:

@@ -255,7 +255,7 @@ SCORES = {
     ),
     "damage": ScoreInfo(
         title="damage",
-        meaning="mean rank by predicted and propagated",
+        meaning="a layer's mean rank by predicted and by propagated",
         task=DAMAGE_TASK,
         mean_rank_of=("propagated", "predicted"),
         ablate=_DAMAGE,

@@ -127,6 +127,17 @@ def complain(message: str, file: TextIO | None = None) -> None:
         print(printable(message), file=file or sys.stderr, flush=True)
 
 
+def can_ask() -> bool:
+    """Whether somebody can answer a question: standard input is a terminal."""
+    return sys.stdin.isatty()
+
+
+def ask(question: str) -> bool:
+    """Ask a question on standard error, and return whether the answer is yes. No answer is a no."""
+    print(printable(f"{question} [y/N] "), end="", file=sys.stderr, flush=True)
+    return sys.stdin.readline().strip().lower() in ("y", "yes")
+
+
 def console(*, stderr: bool = False) -> Console:
     """Return a console for tables and bars on standard output or standard error."""
     from rich.console import Console

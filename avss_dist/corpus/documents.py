@@ -12,7 +12,7 @@ from typing import Any
 
 from avss_dist.core.errors import CorpusError, first_line, nearest
 from avss_dist.core.registry import AFTER_ANOTHER, BEST, INCORRECT, TRUTHFUL
-from avss_dist.core.text import describe_bytes
+from avss_dist.core.text import describe_bytes, docs_page
 
 MAX_LINE_BYTES = 16 << 20  # maximum of a line; a text may have as many characters
 _HALF_CHARACTER = re.compile("[\ud800-\udfff]")
@@ -123,6 +123,9 @@ def field_texts(record: Mapping[str, Any], field: str, where: str) -> list[str]:
 
 
 def _text(value: Any, field: str, where: str) -> str:
+    if isinstance(value, list) and value and all(isinstance(token, int) for token in value):
+        hint = f"Decode token ids into text first: {docs_page('reference/inputs')} has the lines."
+        raise CorpusError(f"{where}: '{field}' has numbers, and a corpus is text.", hint)
     if not isinstance(value, str) or _HALF_CHARACTER.search(value):
         raise CorpusError(f"{where}: '{field}' is not text but {value!r:.60}.", "Fix the line, or name another field.")
     if len(value) > MAX_LINE_BYTES:

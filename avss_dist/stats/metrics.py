@@ -44,5 +44,5 @@ def row_start_warning(losses: Mapping[str, float], model: str, corpus: str) -> t
     return ratio, (
         f"{model} has a perplexity of {np.exp(losses[AS_READ]):,.1f} on the first rows of {corpus}, and of "
         f"{np.exp(losses[OTHER_START]):,.1f} on the same text with another start of each row, which it seems to "
-        "expect. Set `row_start` to auto if it is none; else see whether its tokenizer lacks `add_bos_token`."
+        "expect. Write --row-start auto if it is none; else see whether its tokenizer lacks add_bos_token."
     )

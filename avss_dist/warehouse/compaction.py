@@ -115,6 +115,29 @@ class TableParts:
         spare = self._select(stamps, shared_alone=True)
         return self._copy(stamps, stamps.keys() - self.run_ids, spare, 1, shared=True)
 
+    def drop_stale(self, stamps: Stamps) -> None:
+        """Delete the parts that copy a file which has changed or is gone, and write those of the warehouse anew.
+
+        Parts of the warehouse that cannot be read, or are of another version, are deleted, too: nothing tells which
+        files they copy. The others are valid at each moment, as in `compact`.
+
+        Args:
+            stamps: stamps of all files of the table.
+
+        Raises:
+            StorageFull, WarehouseError: a part cannot be written, or the warehouse cannot be read.
+        """
+        self._fetch_shared()
+        stored = set(self._shared.glob("*.parquet"))
+        for path in stored.difference(path for path, _ in self._listed(self._shared)):
+            self._storage.delete(self._storage.compacted_path(self._name, path.stem))
+        if spare := self._select(stamps, shared_alone=True):
+            self._copy(stamps, frozenset(), spare, 1, shared=True)
+        for path in self._select(stamps):
+            if not self._is_shared(path):
+                path.unlink(missing_ok=True)
+        self._fetch_shared()
+
     def _copy(self, stamps: Stamps, missing: Set[str], spare: Parts, minimum: int, *, shared: bool) -> int:
         """Write new parts in place of the spare and of many small ones, and return the number of missing runs in them.
 

@@ -73,6 +73,13 @@ def ready_queries() -> dict[str, str]:
     return {file.name.removesuffix(".sql"): file.read_text("utf-8") for file in stored if file.name.endswith(".sql")}
 
 
+def question_of(query: str) -> str:
+    """Return the question that a ready-made query answers, which its comment begins with."""
+    comment = " ".join(line.removeprefix("-- ") for line in query.splitlines() if line.startswith("--"))
+    question, mark, _ = comment.partition("?")
+    return question + mark
+
+
 def _readable_tables(query: str) -> Collection[str]:
     """Return the tables that a query may read: tables whose name is in it, or all if it may build a name.
 

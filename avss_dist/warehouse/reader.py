@@ -14,7 +14,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.dataset as ds
 
-from avss_dist.core.errors import DamagedFile, QueryError, WarehouseError, nearest, require_known
+from avss_dist.core.errors import DamagedFile, NoRuns, QueryError, WarehouseError, nearest, require_known
 from avss_dist.core.settings import fingerprint
 from avss_dist.core.suggestions import command_line
 from avss_dist.core.text import basename, count_of
@@ -95,7 +95,7 @@ class Warehouse:
         columns: Sequence[str] | None = None,
         where: pc.Expression | None = None,
     ) -> pa.Table:
-        """Read rows of a table: those of whole runs, or all of ``runs``, evaluations, cells, precision, experiments.
+        """Read rows of a table: those of whole runs, or all of ``runs``, ``evaluations``, ``cells``, ``precision``.
 
         Args:
             name: one of ``TABLES``.
@@ -166,22 +166,26 @@ class Warehouse:
     def unfinished(self) -> pa.Table:
         """Return the runs that have begun and have no row: interrupted ones, and those that are measured now.
 
-        The same command continues them. This lists two folders, and one more for each such run.
+        The same command continues them. This lists three folders, and one more for each such run.
 
         Returns:
             The columns of `schema.UNFINISHED_RUNS`, newest run first. They are null if an earlier version has not
             stored them, or if the description of the run is damaged.
         """
-        names = self.storage.names("runs")
-        ended, planned = _ids(names, RUN_FOLDER), _ids(names, PLAN)
+        ended = {run_id for run_id, _ in self.storage.files("runs").values()}
+        planned = _ids(self.storage.names("runs"), PLAN)
         begun = _ids(self.storage.names("shard_stats"), RUN_FOLDER)
         rows = []
         for run_id in sorted((begun | planned) - ended):
-            data = self.storage.read(self.storage.plan_path(run_id)) if run_id in planned else None
-            plan = _read_plan(data.to_pybytes()) if data else {}
+            plan = self.plan(run_id) if run_id in planned else {}
             rows.append({**plan, "run_id": run_id, "kept_shards": self.num_partials(run_id)})
         rows.sort(key=lambda row: row.get("started_at") or "", reverse=True)
         return pa.Table.from_pylist(rows, UNFINISHED_RUNS)
+
+    def plan(self, run_id: str) -> dict[str, Any]:
+        """Return the description of an unfinished run, as `Store.write_plan` wrote it. Empty without one."""
+        data = self.storage.read(self.storage.plan_path(run_id))
+        return _read_plan(data.to_pybytes()) if data else {}
 
     def scores(self, **equals: Any) -> pa.Table:
         """Read scores of whole runs whose columns equal the given values: ``scores(site="block", layer=[0, 1])``.
@@ -276,6 +280,16 @@ class Warehouse:
         stamps = {name: dict(self._files(name, done).values()) for name in SORTED_BY}
         return {name: self._table_parts(name).compact(stamps[name]) if stamps[name] else 0 for name in SORTED_BY}
 
+    def drop_stale_parts(self) -> None:
+        """Rewrite or delete the parts that copy a file which has changed or is gone. See `compaction`.
+
+        Raises:
+            StorageFull, WarehouseError: a part cannot be written, or the warehouse cannot be read.
+        """
+        for name in SORTED_BY:
+            stamps = dict(self.storage.files(stored_table(name)).values())
+            self._table_parts(name).drop_stale(stamps)
+
     def num_partials(self, run_id: str) -> int:
         """Return the number of stored shards of a run, by the names of their files."""
         return len(self.storage.files("shard_stats", run_id))
@@ -357,7 +371,8 @@ class Warehouse:
         """Return the dataset of ``runs``, and the ids of finished runs.
 
         Raises:
-            WarehouseError: there is no run, or a newer avss_dist wrote one.
+            NoRuns: there is no run that can be read.
+            WarehouseError: a newer avss_dist wrote one.
         """
         if self._finished is not None:
             return self._finished
@@ -381,14 +396,14 @@ class Warehouse:
 
     def _refuse_without_runs(self) -> NoReturn:
         for run_id, reason in self.damaged.items():
-            raise WarehouseError(f"Cannot read run {run_id} of {self.root}: {reason}.", DAMAGED)
+            raise NoRuns(f"Cannot read run {run_id} of {self.root}: {reason}.", DAMAGED)
         if unfinished := self.unfinished().num_rows:
             begun = f"{count_of(unfinished, 'run')} {'has' if unfinished == 1 else 'have'} begun"
             listing = command_line("ls", "-w", self.root)
-            raise WarehouseError(f"{self.root} has no finished run yet.", f"{begun}: {listing}")
+            raise NoRuns(f"{self.root} has no finished run yet.", f"{begun}: {listing}")
         folder = self.storage.filesystem.get_file_info(f"{self.storage.base}/runs")
         problem = "has no runs yet" if folder.type else "is not a warehouse: it has no runs folder"
-        raise WarehouseError(f"{self.root} {problem}.", "avss score makes one; a run counts once it has finished.")
+        raise NoRuns(f"{self.root} {problem}.", "avss score makes one; a run counts once it has finished.")
 
     def _dataset(self, name: str, files: Files, requested: Collection[str] | None = None) -> ds.Dataset | None:
         """Return rows of files of a table: parts of it, and the files of requested runs that are in no part."""
@@ -413,7 +428,7 @@ class Warehouse:
 
     def _files(self, name: str, done: Collection[str]) -> Files:
         """Return the files of a table. A table of whole runs has files of the runs ``done`` alone."""
-        every = name in ("runs", "experiments", *EVALUATION_TABLES)
+        every = name in ("runs", *EVALUATION_TABLES)
         return {
             path: (run_id, stamp)
             for path, (run_id, stamp) in self.storage.files(stored_table(name)).items()

@@ -85,7 +85,7 @@ class TableInfo:
     required: frozenset[str]
 
 
-DAMAGED = "avss score --fresh replaces a damaged file."
+DAMAGED = "avss score --fresh replaces a damaged file; avss rm removes its run."
 _ARROW = {
     int: INT64,
     float: FLOAT64,
@@ -486,6 +486,7 @@ def columns_of(rows: Sequence[Mapping[str, Any]], schema: pa.Schema) -> dict[str
     return {f.name: pa.array([row.get(f.name) for row in rows], f.type, from_pandas=True) for f in schema}
 
 
+UNFINISHED = "unfinished"  # in lists, the status of a run that has begun and has no row
 UNFINISHED_RUNS = pa.schema(
     {
         "run_id": pa.string(),

@@ -107,6 +107,23 @@ class Storage:
         matches = ((info, name.fullmatch(info.path, len(folder))) for info in infos)
         return {info.path: (match[1], f"{info.size} {info.mtime_ns}") for info, match in matches if match}
 
+    def folders(self, table: str) -> dict[str, list[pafs.FileInfo]]:
+        """Return all files in the folder of each run of a table, also those that `files` ignores, by run id."""
+        folder = re.compile(r"/run_id=([\w.-]+)(/.*)?")
+        contents: dict[str, list[pafs.FileInfo]] = {}
+        for info in self._list(table, recursive=True):
+            if match := folder.fullmatch(info.path, len(f"{self.base}/{table}")):
+                files = contents.setdefault(match[1], [])
+                if info.is_file:
+                    files.append(info)
+        return contents
+
+    def patches(self) -> dict[str, pafs.FileInfo]:
+        """Return the files of all patches, by key."""
+        files = {info.base_name: info for info in self._list(PATCHES, recursive=False)}
+        matches = ((re.fullmatch(r"([0-9a-f]{64})\.safetensors", name), info) for name, info in files.items())
+        return {match[1]: info for match, info in matches if match}
+
     def names(self, folder: str) -> set[str]:
         """Return the names of the files and folders right below a folder, such as that of a table."""
         return {info.base_name for info in self._list(folder, recursive=False)}
@@ -138,6 +155,36 @@ class Storage:
         """Delete a file. Errors are ignored."""
         with suppress(OSError, pa.ArrowException):
             self.filesystem.delete_file(path)
+
+    def remove_folder(self, table: str, run_id: str) -> None:
+        """Delete the folder of a run in a table with all that is in it, if it exists.
+
+        Raises:
+            WarehouseError: it cannot be deleted.
+        """
+        path = f"{self.base}/{table}/run_id={run_id}"
+        with self._removing(path):
+            self.filesystem.delete_dir(path)
+
+    def remove_patch(self, key: str) -> None:
+        """Delete a patch, if it exists.
+
+        Raises:
+            WarehouseError: it cannot be deleted.
+        """
+        with self._removing(path := self._patch_path(key)):
+            self.filesystem.delete_file(path)
+
+    @contextmanager
+    def _removing(self, path: str) -> Iterator[None]:
+        """Raise errors of deleting a file or folder inside the block as a WarehouseError. It may be gone already."""
+        try:
+            yield
+        except FileNotFoundError:
+            return
+        except (OSError, pa.ArrowException) as error:
+            hint = "Check who may delete there, and run the same command again: it removes what remains."
+            raise WarehouseError(f"Cannot delete {path}: {_reason(error)}.", hint) from error
 
     def read(self, path: str) -> pa.Buffer | None:
         """Read a whole file, or return None if it does not exist."""
@@ -184,8 +231,7 @@ class Storage:
 
     def patch_keys(self) -> set[str]:
         """Return the keys of all patches."""
-        matches = (re.fullmatch(r"([0-9a-f]{64})\.safetensors", name) for name in self.names(PATCHES))
-        return {match[1] for match in matches if match}
+        return {*self.patches()}
 
     def read_patch(self, key: str) -> bytes:
         """Read a patch.

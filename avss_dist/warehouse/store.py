@@ -15,6 +15,7 @@ from typing import Any
 import pyarrow as pa
 
 from avss_dist.core.errors import AvssError, DamagedFile, RunFailed, WarehouseError, require_known, without_secrets
+from avss_dist.core.files import process_mark
 from avss_dist.core.settings import NUMBERS_VERSION, fingerprint
 from avss_dist.core.text import RedactedURI, escape_markdown
 from avss_dist.stats.layer_stats import ExpertStats, LayerKey, LayerStats, StratumKey, merge_stats
@@ -60,7 +61,7 @@ class Store(Warehouse):
         Returns:
             Opens the warehouse in workers that see this very description.
         """
-        plan |= {"driver": secrets.token_hex(8)}
+        plan |= {"driver": secrets.token_hex(8), "process": process_mark()}
         path, data = self.storage.plan_path(run_id), json.dumps({**plan, PLAN_CHECKSUM: fingerprint(**plan)}).encode()
         self.storage.write(path, data)
         return partial(_open_shared, RedactedURI(self.storage.base) if self.storage.is_local else self.root, path, data)

@@ -105,7 +105,7 @@ def test_a_planted_layer_is_named(tmp_path: Path) -> None:
     assert planted["eavss_contrast_low"] < planted["eavss_contrast"] < planted["eavss_contrast_high"]
     assert planted["deviation"] == pytest.approx(np.log(1.5), abs=0.1)
     assert found.reading["hallucinated"] == "incorrect"
-    assert f"Left after every control: {PLANTED}." in found.findings
+    assert f"Stand after every control: {PLANTED}." in found.findings
     best = max(found.predictions.to_pylist(), key=lambda one: one["auroc"])
     assert best["layer"] == PLANTED and best["beats_baselines"] and best["auroc"] > 0.8 > 0.6 > best["after_another"]
     assert left(tmp_path, row, hallucinated="truthful", truthful="incorrect") == [PLANTED]
@@ -126,7 +126,7 @@ def test_controls_take_away_what_they_should(changes: dict[str, Any], words: str
     row = write(tmp_path, **changes)
     found = contrast(Warehouse(tmp_path), row, threshold=1e-2)
     assert words in found.findings
-    assert "Left after every control: none." in found.findings
+    assert "Stand after every control: none." in found.findings
 
 
 def test_mistakes(tmp_path: Path) -> None:
@@ -145,7 +145,7 @@ def test_the_command_shows_layers_predictions_and_findings(tmp_path: Path) -> No
     write(tmp_path, planted=1.5)
     shown = avss("contrast", "-w", tmp_path, "--threshold", "1e-2")
     assert shown.exit_code == 0
-    assert "Left after every control: 2." in shown.stdout and "AUROC" in shown.stdout
+    assert "Stand after every control: 2." in shown.stdout and "AUROC" in shown.stdout
     lines = avss("contrast", "-w", tmp_path, "--threshold", "1e-2", "--format", "json").stdout.splitlines()
     assert [json.loads(line)["stands"] for line in lines] == [layer == PLANTED for layer in range(LAYERS)]
 
@@ -241,7 +241,7 @@ def test_the_page_shows_it_and_escapes_labels(scored: Warehouse) -> None:
     page = report_page(scored)
     assert "<b>right" not in page
     assert f"incorrect against &lt;b&gt;right&lt;/b&gt; answers, {PAIRS} pairs" in page
-    assert "Left after every control: none." in page
+    assert "Stand after every control: none." in page
     (run,) = scored.runs().to_pylist()
     (chart,) = contrast_section("1. model", contrast(scored, run)).charts
     assert f'data-chart="{chart.name}"' in page

@@ -29,7 +29,11 @@ from avss_dist.warehouse.reader import Warehouse
 
 FUNCTIONS = {"score": "score_all"}  # a command scores one model or several
 PRINTED = {"format", "schema", "dry_run"}  # of what is printed
-PRINTED_BY = {"contrast": {"predictions"}, "query": {"output"}}  # attributes of the result
+PRINTED_BY = {  # attributes of the result, and what is asked
+    "contrast": {"predictions"},
+    "query": {"output"},
+    "rm": {"yes"},
+}
 NAMES = [name for name in COMMANDS if " " not in name]
 
 

@@ -480,7 +480,7 @@ def test_a_list_of_runs_fits_into_the_width(tmp_path: Path, monkeypatch: pytest.
         headings[width] = re.findall(r"\w+", done.stdout.splitlines()[1])
         assert ("Not shown" in done.stderr) is (width < 200)
         assert max(map(len, done.stdout.splitlines())) <= width
-    assert headings[200] == ["run_id", "model", "status", "corpus", "num_tokens", "dtype", "created_at"]
-    assert headings[70] == ["run_id", "corpus", "num_tokens"]
+    assert headings[200] == ["model", "corpus", "run", "status", "tokens", "dtype", "created"]
+    assert headings[70] == ["model", "corpus", "run"]
     assert set(headings[70]) < set(headings[90]) < set(headings[200])
     assert len(avss("ls", "-w", tmp_path, "--format", "csv").stdout.splitlines()[0].split(",")) == 9

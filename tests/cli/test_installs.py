@@ -45,7 +45,16 @@ for name in avss_dist.__all__:
         missing[name] = str(error)
 print(json.dumps(missing))
 """
-READING = ["ls", "show", "compare", "query FROM~runs", "report -o page.html", "compact", "findings"]
+READING = [
+    "ls",
+    "show",
+    "compare",
+    "query FROM~runs",
+    "report -o page.html",
+    "compact",
+    "findings",
+    "rm --unused --yes",
+]
 MEASURING = ["score org/name --corpus text.txt", "ablate org/name --corpus text.txt", "evaluate org/name --tasks t"]
 
 

@@ -133,6 +133,12 @@ READS = {
     "ls": [[*W], ["plans", *W], ["evaluations", *W, "--format", "csv"]],
     "publish": [["O/x", *W], [f"O/{EVIL}", *W], [f"hf://{EVIL}", *W]],
     "compact": [[*W]],
+    "rm": [
+        *([*W, "--dry-run", "--format", kind, "*"] for kind in ("table", "csv", "json")),
+        [*W, EVIL],
+        [*W, "--dry-run", EVIL],
+        [*W, "--dry-run", "--unused"],
+    ],
     "report": [[*W, "-o", "O/x.html"]],
     "plan": [[*W, "-o", "O/x.yaml", "--by", "avss"], [*W, "-o", f"O/{EVIL}.yaml", "--by", "avss"]],
     "sparsify": [["0.5", *W, "-o", "O/x.yaml"], ["0.5", *W, "--run", EVIL, "-o", f"O/{EVIL}.yaml"]],

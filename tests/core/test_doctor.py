@@ -155,3 +155,26 @@ def test_available_memory_is_the_smaller_of_both(monkeypatch: pytest.MonkeyPatch
     assert available_memory() == 7
     monkeypatch.setattr(devices, "memory_left", lambda: 1 << 60)
     assert 10**7 < available_memory() <= psutil.virtual_memory().total
+
+
+def lacks_a_package() -> str:
+    raise ModuleNotFoundError("No module named 'torch.nn'", name="torch.nn")
+
+
+def test_a_check_that_lacks_a_package_says_what_installs_it() -> None:
+    (result,) = run_checks({"torch": lacks_a_package})
+    assert result == CheckResult("torch", False, "needs torch: pip install 'avss_dist[run]'")
+
+
+def test_the_checks_need_no_package_that_measures() -> None:
+    """An installation that reads warehouses has neither torch nor psutil."""
+    code = """
+import sys
+
+sys.modules |= dict.fromkeys(("torch", "psutil"))
+from avss_dist.core.doctor import _cache_folder, run_checks
+
+print(run_checks({"cache folder": _cache_folder})[0].works)
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.stdout == "True\n", done.stderr

@@ -575,6 +575,7 @@ def test_memory_stays_bounded(tmp_path: Path) -> None:
         (b'{"txt": "x", "id": 1}', ": no field 'text'.\nDid you mean 'txt'? Valid: txt, id."),
         (b'{"text": 5}', ": 'text' is not text but 5."),
         (b'{"text": null}', ": 'text' is not text but None."),
+        (b'{"text": [1, 2]}', ": 'text' has numbers, and a corpus is text.\nDecode token ids into text first: "),
         (b'{"text": "\\ud800"}', ": 'text' is not text but '\\ud800'."),
         (b'{"text": "\xff"}', ": byte 10 is not UTF-8."),
     ],

@@ -34,7 +34,7 @@ ONLY_PARSED = {
 HELP = "avss --help"
 NOT_RUN = ("--help", "--version", "--install-completion")
 PLACES = {"s3://bucket/warehouse": "warehouse", "RUN_ID": "name", "OTHER_RUN_ID": "model-a"}
-PLACES |= {"HuggingFaceTB/SmolLM2-135M-Instruct": "org/name"}
+PLACES |= {"HuggingFaceTB/SmolLM2-135M-Instruct": "org/name", "SmolLM2-135M-Instruct": "org/name"}
 PLACES |= {"12GB": "180kB", "smollm2": "name", "smollm2-*": "*", "MODEL": "org/name"}
 PLACES |= {"int2-g64": "int4-g32", "int3-g64": "q4_0", "int4-g64": "nvfp4"}
 SMALL = {"--max-sequences": "16", "--sequence-length": "32", "--batch-size": "8", "--executor": "local"}
@@ -95,7 +95,7 @@ def place(
     texts = [topics[name] for name in sorted(topics)]
     (folder / "your.txt").write_text("\n".join(texts[:6]))
     (folder / "heldout.txt").write_text("\n".join(texts[6:9]))
-    for name in ("your.jsonl", "code.jsonl", "own.jsonl"):
+    for name in ("your.jsonl", "code.jsonl", "own.jsonl", "rows.jsonl"):
         (folder / name).write_text("".join(json.dumps({"text": text[:2000]}) + "\n" for text in texts[9:12]))
     prompts = [f"It {i}" for i in range(6)]
     answers = {"best_answer": "It is.", "correct_answers": ["It is."], "incorrect_answers": ["No."]}

@@ -378,7 +378,7 @@ def test_a_model_that_expects_another_start_is_found_out(text: Path, tmp_path: P
     (sentence,), wrong_losses = found.findings, found[0].result.samples / found[0].result.weights
     assert f"model has a perplexity of {np.exp(wrong_losses[:4].mean()):,.1f} on the first rows of {text}" in sentence
     assert sentence.endswith(
-        "Set `row_start` to auto if it is none; else see whether its tokenizer lacks `add_bos_token`."
+        "Write --row-start auto if it is none; else see whether its tokenizer lacks add_bos_token."
     )
     (row,) = [row for row in findings(Warehouse(warehouse)).to_pylist() if row["kind"] == "row_start"]
     assert row["severity"] == "warning" and "model has a perplexity of" in row["message"] and row["value"] > 1000

@@ -343,6 +343,16 @@ def test_runs_that_all_failed_are_still_a_page(tmp_path: Path) -> None:
     assert not [a for tag, a in page.elements if tag == "figure"]
 
 
+def test_names_of_fields_are_in_no_backticks(tmp_path: Path) -> None:
+    """They are in errors, which the command line spells as options."""
+    store = Warehouse(tmp_path)
+    write_failed(store, "gone", "Lower `batch_size`, or leave `x` out.")
+    page = Page(report_page(store))
+    shown = [*page.words, *(value or "" for _, attributes in page.elements for value in attributes.values())]
+    assert any("Lower batch_size, or leave x out." in text for text in shown)
+    assert not any("`" in text for text in shown)
+
+
 @pytest.mark.parametrize(
     ("changes", "labels"),
     [

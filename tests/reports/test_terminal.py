@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import re
 from collections.abc import Callable
+from datetime import UTC, datetime
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -28,6 +29,7 @@ from avss_dist.partition.replica import Placement
 from avss_dist.reports.output import write_table
 from avss_dist.reports.terminal import progress as progress_module
 from avss_dist.reports.terminal.progress import CellProgress, StepProgress, TimeColumn
+from avss_dist.reports.terminal.runs import runs_list
 from avss_dist.reports.terminal.scores import comparison_tables, layer_table
 from avss_dist.reports.terminal.tables import plain_table
 from avss_dist.runs.events import Pace, RunStarted, ShardMeasured
@@ -83,7 +85,7 @@ def test_what_computed_with_quantized_weights_is_told(warehouse: Warehouse) -> N
 @pytest.mark.parametrize("width", [60, 80, 132])
 def test_pairs_show_whole_ids_at_any_width(warehouse: Warehouse, width: int) -> None:
     comparison = compare(warehouse, RUNS, threshold=PUBLISHED)
-    lines = drawn(comparison_tables(comparison, "by run"), width)
+    lines = drawn(comparison_tables(comparison, "by run", width=width), width)
     assert all(any(f" {run} " in line for line in lines) for run in RUNS)
     assert any(f" {comparison.pairs['spearman'][0].as_py():.3f} " in line for line in lines)
 
@@ -291,3 +293,68 @@ def test_each_note_is_printed_once(kind: type[StepProgress], capsys: pytest.Capt
         for _ in range(2):
             progress(CellDone(CELL, ["[bold]a[/bold] is slow."]))
     assert capsys.readouterr().err.count("Note: [bold]a[/bold] is slow.") == 1
+
+
+def run_rows(**columns: Any) -> pa.Table:
+    """Two runs of one name on two texts, as `avss ls` has them."""
+    texts = ("/data/texts/your.txt", "/data/texts/heldout.txt")
+    rows = [
+        {
+            "run_id": f"SmolLM2-135M-Instruct-{number}1f1353f00",
+            "model": "HuggingFaceTB/SmolLM2-135M-Instruct",
+            "status": "done",
+            "corpus": corpus,
+            "num_tokens": 16384,
+            "dtype": "float32",
+            "created_at": datetime(2026, 12, 1, 13, 40, tzinfo=UTC),
+            "kept_shards": 16,
+            "num_shards": 16,
+            **columns,
+        }
+        for number, corpus in enumerate(texts)
+    ]
+    return pa.Table.from_pylist(rows)
+
+
+@pytest.mark.parametrize("width", range(80, 131, 10))
+def test_a_list_of_runs_tells_model_text_and_run_first(width: int) -> None:
+    table, _ = runs_list(run_rows(), width)
+    assert table.column_names[:4] == ["model", "corpus", "run", "status"]
+    assert table["model"].to_pylist() == ["SmolLM2-135M-Instruct"] * 2
+    assert table["corpus"].to_pylist() == ["your.txt", "heldout.txt"]
+    lines = drawn(plain_table(table.column_names, [tuple(row.values()) for row in table.to_pylist()]), width)
+    assert len(lines) == 6 and max(map(len, lines)) <= width
+
+
+def test_a_narrow_list_of_runs_has_dates_and_the_ends_of_ids() -> None:
+    table, left_out = runs_list(run_rows(), 84)
+    assert table["run"].to_pylist() == ["01f1353f00", "11f1353f00"]
+    assert table["created"].to_pylist() == ["2026-12-01"] * 2
+    assert left_out == ["dtype"]
+
+
+def test_names_that_would_be_the_same_are_not_shortened() -> None:
+    rows = run_rows().to_pylist()
+    rows[1]["model"] = "other/SmolLM2-135M-Instruct"
+    table, _ = runs_list(pa.Table.from_pylist(rows), 130)
+    assert table["model"].to_pylist() == [row["model"] for row in rows]
+
+
+def test_an_unfinished_run_has_its_stored_shards() -> None:
+    table, _ = runs_list(run_rows(status="unfinished", kept_shards=3), 130)
+    assert table["status"][0].as_py() == "unfinished, 3 of 16 shards"
+
+
+@pytest.mark.parametrize("by", ["run", "recipe"])
+def test_a_pair_is_one_line(warehouse: Warehouse, by: str) -> None:
+    comparison = compare(warehouse, RUNS, by=by, threshold=PUBLISHED)
+    labels = {run_id: f"model-{number}" for number, run_id in enumerate(RUNS)}
+    lines = drawn(comparison_tables(comparison, "", labels, 110), 110)
+    rows = [line for line in lines if line.startswith("│") and "model-" in line]
+    assert len(rows) == len(comparison.pairs)
+
+
+def test_the_columns_of_a_pair_are_explained(warehouse: Warehouse) -> None:
+    text = " ".join(drawn(comparison_tables(compare(warehouse, RUNS, threshold=PUBLISHED), ""), 132))
+    for name in ("shared lowest", "Jaccard", "by chance", "p"):
+        assert f" {name}: " in f" {text}"

@@ -100,6 +100,20 @@ def test_a_file_of_a_bucket_is_read_once_and_a_part_in_place_of_many(
     assert [read("two"), read("two")] == [2, 0], "a part of runs, and a part of scores"
 
 
+def test_a_run_is_removed_from_a_bucket_and_from_its_parts(
+    bucket: Bucket, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    for run_id in ("run-1", "run-2"):
+        write_scores(URI, run_id, [1.0, 2.0, 3.0, 4.0])  # type: ignore[arg-type]
+    Warehouse(URI).compact()
+    avss_dist.rm("run-1", warehouse=URI)
+    stored = [path for path in (tmp_path / "bucket").rglob("*") if path.is_file()]
+    assert [path for path in stored if path.match("compacted/*/*")], "the part of the other run"
+    assert not [path for path in stored if "run-1" in str(path) or b"run-1" in path.read_bytes()]
+    assert Warehouse(URI).table("scores")["run_id"].to_pylist() == ["run-2"] * 4
+
+
 @pytest.mark.parametrize("uri", ["foo://x/y", "s3:/bucket/x", "hf://datasets/org/name", "mock://x", "https://x/y"])
 def test_a_bad_uri_is_refused(uri: str) -> None:
     with pytest.raises(WarehouseError, match=rf"Cannot open {uri[:5]}.*\nGive a folder, or an s3://"):
@@ -129,7 +143,10 @@ def test_keys_belong_to_a_warehouse_not_to_its_name() -> None:
 def test_only_a_damaged_file_is_to_be_measured_again(address: str, error: Exception, damaged: bool) -> None:
     with pytest.raises(WarehouseError) as caught, Storage(address).reading("w/runs"):
         raise error
-    hints = ("Check the address, and who may read there.", "avss score --fresh replaces a damaged file.")
+    hints = (
+        "Check the address, and who may read there.",
+        "avss score --fresh replaces a damaged file; avss rm removes its run.",
+    )
     assert caught.value.hint == hints[damaged]
 
 

@@ -24,7 +24,7 @@ import avss_dist
 from avss_dist.core.errors import QueryError
 from avss_dist.read_commands import ls
 from avss_dist.reports.terminal.schema import schema_markdown
-from avss_dist.warehouse.query import FUNCTIONS, VIEWS, ready_queries
+from avss_dist.warehouse.query import FUNCTIONS, VIEWS, question_of, ready_queries
 from avss_dist.warehouse.reader import Warehouse
 from avss_dist.warehouse.schema import SCHEMAS, TABLES
 from avss_dist.warehouse.storage import Storage
@@ -197,6 +197,15 @@ def test_the_schema_needs_no_warehouse() -> None:
 
 
 # Ready queries.
+
+
+@pytest.mark.parametrize("name", ready_queries())
+def test_a_ready_query_is_described_by_its_question(name: str) -> None:
+    """A whole one, which ends where a sentence ends."""
+    question = question_of(ready_queries()[name])
+    assert question.endswith("?") and question in " ".join(
+        line.removeprefix("-- ") for line in ready_queries()[name].splitlines()
+    )
 
 
 @pytest.fixture(scope="module")

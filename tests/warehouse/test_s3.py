@@ -86,6 +86,25 @@ def test_scores_in_a_bucket_are_the_same_bytes_and_every_command_reads_them(
     assert drawn.exit_code == 0 and (tmp_path / "layers.svg").read_text().startswith("<svg"), drawn.stderr
 
 
+def test_a_run_is_removed_from_a_bucket(server: Server, tiny_llama: Path) -> None:
+    """No object of it remains, nor an empty folder that a reader takes for a run; the other run is as it was."""
+    uri = server.uri("removal")
+    gone, stays = score(tiny_llama, uri), score(tiny_llama, uri, max_sequences=32)
+    Warehouse(uri).compact()
+    before = server.objects("removal")
+    done = avss("rm", gone.run_id, "-w", uri, "--yes")
+    assert done.exit_code == 0 and "Removed 1 run" in done.stderr, done.stderr
+    after = server.objects("removal")
+    of_other_run = {path: data for path, data in before.items() if stays.run_id in path}
+    assert of_other_run and {path: data for path, data in after.items() if stays.run_id in path} == of_other_run
+    assert not [path for path, data in after.items() if gone.run_id in path or gone.run_id.encode() in data]
+    listed = server.client.list_objects_v2(Bucket="lab", Prefix="removal/")["Contents"]
+    assert not [item["Key"] for item in listed if gone.run_id in item["Key"]]
+    assert Warehouse(uri).runs()["run_id"].to_pylist() == [stays.run_id]
+    assert Warehouse(uri).unfinished().num_rows == 0
+    assert score(tiny_llama, uri).status == "done", "it can be measured again"
+
+
 @pytest.mark.parametrize(
     ("changes", "says"),
     [

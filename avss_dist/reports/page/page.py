@@ -36,7 +36,7 @@ from avss_dist.analysis.verdict import (
     experiment_sections,
     without_layers,
 )
-from avss_dist.core.errors import DamagedFile, QueryError
+from avss_dist.core.errors import DamagedFile, QueryError, named_fields, spell_fields
 from avss_dist.core.registry import FROM_ACTIVATIONS, GROUND_TRUTH, RECIPES, SCORES
 from avss_dist.core.settings import SITES
 from avss_dist.core.text import basename, count_of, printable
@@ -191,9 +191,16 @@ def templates() -> jinja2.Environment:
         loader=jinja2.FunctionLoader(_part),
         autoescape=True,
         undefined=jinja2.StrictUndefined,
-        # No name changes the direction of the text after it.
-        finalize=lambda value: printable(value) if isinstance(value, str) and not isinstance(value, Markup) else value,
+        finalize=_plain,
     )
+
+
+def _plain(value: Any) -> Any:
+    """Return a text as it is shown: no name changes the direction of the text after it, or is in backticks."""
+    if not isinstance(value, str) or isinstance(value, Markup):
+        return value
+    text = printable(value)
+    return spell_fields(text, {field: field for field in named_fields(text)})
 
 
 @cache

@@ -109,7 +109,7 @@ def ablation_table(ablation: Ablation) -> FittedTable:
     if any(rows[0][part] is not None for part in PARTS):
         text += " Alone: the increase without that sublayer of the layer."
     if rows[0]["damage"] is not None:
-        text += " Damage is the mean of the ranks by predicted and propagated."
+        text += " Damage is a layer's mean rank by predicted and by propagated."
     truncated, permutations = ablation.permutations
     if truncated:
         text += (

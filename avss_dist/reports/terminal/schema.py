@@ -12,7 +12,7 @@ from rich.table import Table
 from rich.text import Text
 
 from avss_dist.core.text import escape_markdown
-from avss_dist.warehouse.query import FUNCTIONS, VIEWS, ready_queries
+from avss_dist.warehouse.query import FUNCTIONS, VIEWS, question_of, ready_queries
 from avss_dist.warehouse.schema import SCHEMAS, TABLES
 
 
@@ -32,7 +32,7 @@ def schema_table() -> pa.Table:
 
 def schema_page() -> RenderableType:
     """Return the descriptions of columns, functions and ready queries for the terminal."""
-    answers = ((f"@{name}", query.splitlines()[0].removeprefix("-- ")) for name, query in ready_queries().items())
+    answers = ((f"@{name}", question_of(query)) for name, query in ready_queries().items())
     chapters: list[tuple[str, str, Iterable[tuple[str, ...]]]] = [
         *((name, TABLES[name].meaning, rows) for name, rows in _by_table().items()),
         ("views", "what most questions are about", VIEWS.items()),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from math import isnan
 from operator import itemgetter
@@ -10,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import pyarrow as pa
 import pyarrow.compute as pc
+from rich.cells import cell_len
 from rich.console import Group, RenderableType
 from rich.padding import Padding
 from rich.text import Text
@@ -23,7 +25,9 @@ from avss_dist.analysis.section import (
     known_interval,
 )
 from avss_dist.analysis.thresholds import INTERPOLATED
+from avss_dist.core.errors import first_names
 from avss_dist.core.registry import LOWEST_SHARE, SCORES
+from avss_dist.core.streams import WIDTH
 from avss_dist.core.text import basename, describe_count, describe_layers, describe_threshold
 from avss_dist.reports.terminal.tables import FittedTable
 from avss_dist.stats.intervals import why_no_interval
@@ -36,7 +40,7 @@ if TYPE_CHECKING:
     from avss_dist.analysis.comparison import RankingComparison
 
 SHOWN_PAIRS = 40  # shown on a terminal
-WIDEST_LABELS = 36  # beside each other; longer ones are one below the other
+NUMBERS_WIDTH = 44  # of the columns that are always shown of a pair, their borders, and some of the others
 FEW = 3  # runs that a finding names, and messages of one kind, before they are only counted
 NEARLY_SAME, ALIKE, RELATED = 0.9, 0.7, 0.3  # correlations above which rankings are called so
 DUE_TO_DEPTH = 0.2  # difference to the correlation given depth, above which depth is named as a reason
@@ -150,41 +154,59 @@ def quantiles_table(rows: Sequence[Mapping[str, Any]]) -> RenderableType:
     )
 
 
-def comparison_tables(comparison: RankingComparison, title: str) -> RenderableType:
+def shown_pairs(comparison: RankingComparison) -> pa.Table:
+    """Return the pairs of a comparison that a terminal shows: of many, the most and the least alike."""
+    pairs = comparison.pairs
+    if len(pairs) <= SHOWN_PAIRS:
+        return pairs
+    half = SHOWN_PAIRS // 2
+    return pa.concat_tables([pairs[:half], pairs[-half:]])
+
+
+def comparison_tables(
+    comparison: RankingComparison, title: str, labels: Mapping[str, str] | None = None, width: int = WIDTH
+) -> RenderableType:
     """Return the tables of the pairs and of the groups of a comparison, with a summary.
 
-    Of many pairs, the most and the least alike are shown.
+    Args:
+        labels: names of runs by id; by default their ids.
+        width: cells of a line. Names of a pair that leave no room for its numbers are one below the other.
     """
     from avss_dist.analysis.comparison import MAX_PAIRS
 
-    pairs, half = comparison.pairs, SHOWN_PAIRS // 2
-    ends = pairs if len(pairs) <= SHOWN_PAIRS else pa.concat_tables([pairs[:half], pairs[-half:]])
+    ends = shown_pairs(comparison)
     rows, groups = ends.to_pylist(), comparison.groups.to_pylist()
-
     column = partial(column_of, rows)
-    names, labels = ["a", "b"], [[row["a"], row["b"]] for row in rows]
-    if all(row["a_run_id"] == row["b_run_id"] for row in rows):
-        names, labels = ["run", "a", "b"], [[row["a_run_id"], row["a"], row["b"]] for row in rows]
-    elif rows[0]["by"] != "run":
-        labels = [[f"{short_name(row[side])}\n{row[f'{side}_run_id']}" for side in "ab"] for row in rows]
-    if max((sum(map(len, label)) for label in labels), default=0) > WIDEST_LABELS:  # lines of one column
-        names, labels = [", ".join(names)], [["\n".join(label)] for label in labels]
+    sides = [_sides(row, labels or {}) for row in rows]
+    names = ["run", "a", "b"] if all(len(side) == 3 for side in sides) else ["a", "b"]
+    if max((sum(map(cell_len, side)) for side in sides), default=0) > width - NUMBERS_WIDTH:
+        names, sides = [", ".join(names)], [("\n".join(side),) for side in sides]
     layers = [f"{'~' if row['interpolated'] else ''}{row['layers']}" for row in rows]
     columns = [
-        *(ReportColumn(name, [label[i] for label in labels], number=False) for i, name in enumerate(names)),
+        *(ReportColumn(name, [side[i] for side in sides], number=False) for i, name in enumerate(names)),
         ReportColumn("layers", layers, priority=5),
         column("Spearman", "spearman", "{:z.3f}".format),
         column("given depth", "given_depth", "{:z.3f}".format, 1),
-        ReportColumn("shared lowest", [f"{row['shared']} of {row['k']}" for row in rows], priority=1),
-        column("Jaccard", "jaccard", "{:z.2f}".format, 3),
-        column("by chance", "jaccard_by_chance", "{:z.2f}".format, 7),
-        column("p", "p_by_chance", "{:z.2g}".format, 2),
+        ReportColumn(
+            "shared lowest",
+            [f"{row['shared']} of {row['k']}" for row in rows],
+            meaning="layers that are among the lowest of both",
+            priority=1,
+        ),
+        replace(
+            column("Jaccard", "jaccard", "{:z.2f}".format, 3),
+            meaning="the shared lowest layers over those that are lowest in one or in both",
+        ),
+        replace(column("by chance", "jaccard_by_chance", "{:z.2f}".format, 7), meaning="the Jaccard of random sets"),
+        replace(
+            column("p", "p_by_chance", "{:z.2g}".format, 2), meaning="the probability that random sets share as many"
+        ),
     ]
     parts: list[RenderableType] = [FittedTable(ReportTable(columns=columns, title=title)), Text(summary(comparison))]
     if hidden := comparison.number - len(ends):
         listed = ": --format csv" if comparison.number <= MAX_PAIRS else ""
         parts.append(Text(f"{hidden:,} pairs between the most and the least alike are not shown{listed}."))
-    if pc.any(pairs["interpolated"]).as_py():
+    if pc.any(comparison.pairs["interpolated"]).as_py():
         parts.append(Text("~ models of different depth, compared at the relative depths of the one with fewer layers."))
     if comparison.odd:
         parts.append(Text(comparison.odd))
@@ -199,6 +221,21 @@ def comparison_tables(comparison: RankingComparison, title: str) -> RenderableTy
         ]
         parts.append(FittedTable(ReportTable(columns=columns, title=f"Mean correlation of models by {by}")))
     return Group(*parts)
+
+
+def _sides(row: Mapping[str, Any], labels: Mapping[str, str]) -> tuple[str, ...]:
+    """Return the names of a pair: the run and its two readings, or its two runs with the values that differ."""
+    run, other = (labels.get(row[name], row[name]) for name in ("a_run_id", "b_run_id"))
+    if row["a_run_id"] == row["b_run_id"]:
+        return run, row["a"], row["b"]
+    if row["by"] == "run":
+        return run, other
+    return _with_value(run, short_name(row["a"])), _with_value(other, short_name(row["b"]))
+
+
+def _with_value(label: str, value: str) -> str:
+    """Return the name of a run with a value of it, unless the name has it."""
+    return label if value in label else f"{label} ({value})"
 
 
 def short_name(text: str) -> str:
@@ -262,13 +299,13 @@ def findings_list(findings: pa.Table) -> RenderableType:
     lines: list[RenderableType] = []
     for (severity, kind, site, of_recipes), messages in places.items():
         where = " / ".join(part for part in (site, of_recipes) if part)
-        heading = Text.assemble((f"{severity}: {kind.replace('_', ' ')}", COLOR[severity]), f"  {where}")
+        lines.append(Text.assemble((f"{severity}: {kind.replace('_', ' ')}", COLOR[severity]), f"  {where}"))
         if len(messages) > FEW:
             alike = list(dict.fromkeys(run for runs in messages.values() for run in runs))
-            messages = {f"{alike[0]}: {next(iter(messages))}": alike}
+            messages = {f"of {alike[0]}: {next(iter(messages))}": alike}
         for message, runs in messages.items():
-            more = [f"and {len(runs) - FEW} more"] if len(runs) > FEW else []
-            lines += [heading, Padding(Text("\n".join([*runs[:FEW], *more, message])), (0, 0, 0, 2), expand=False)]
+            named = f"{first_names(runs, FEW)}: {message}" if runs else message
+            lines.append(Padding(Text(named), (0, 0, 0, 2), expand=False))
     if any(len(messages) > FEW for messages in places.values()):
         lines.append(Text("Of many, the first stands for all: avss findings --format csv has each."))
     return Group(*lines) if lines else Text("Nothing to warn of.")
