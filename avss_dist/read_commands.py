@@ -156,7 +156,7 @@ def score_rows(scores: pa.Table) -> list[dict[str, Any]]:
 
 def _not_scored(table: pa.Table, request: ShowRequest) -> QueryError:
     """Return the error for missing scores of a reading. It lists the readings of a table."""
-    rows = table.group_by(table.column_names).aggregate([]).to_pylist()
+    rows = table.group_by(table.column_names, use_threads=False).aggregate([]).to_pylist()
     here = [row for row in rows if (row["site"], row["recipe"]) == (request.site, request.recipe)]
     if not here:
         scored = sorted({f"{row['site']} {row['recipe']}" for row in rows})

@@ -81,7 +81,8 @@ def measured_checkpoints(warehouse: Warehouse, runs: pa.Table) -> pa.Table:
     where = reduce(or_, (pc.starts_with(pc.field("task"), task) for task in ABLATION_TASKS))
     columns = ["run_id", "model", "revision", "family", "task", "settings", "created_at"]
     scored = {*runs.filter(pc.equal(runs["status"], "done"))["revision"].to_pylist()}
-    rows = warehouse.table("evaluations", where=where, columns=columns).group_by(columns).aggregate([]).to_pylist()
+    evaluations = warehouse.table("evaluations", where=where, columns=columns)
+    rows = evaluations.group_by(columns, use_threads=False).aggregate([]).to_pylist()
     rows.sort(key=lambda row: (str(row["created_at"]), row["run_id"], row["task"], str(row["settings"])))
     newest = {row["revision"]: row for row in rows}
     return pa.Table.from_pylist(

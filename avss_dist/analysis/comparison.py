@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 
 from avss_dist.analysis.agreement import (
     GROUPS,
@@ -308,11 +309,12 @@ def profiles(
     """
     columns = ["run_id", *READING, "depth", "avss_smoothed", *BASELINES]
     at = at_reading() if threshold is None else at_reading(threshold=threshold.value, kind=threshold.kind)
-    where = at_reading(site, recipe)
     of_runs = {"run_ids": [run["run_id"] for run in runs]}
-    table = warehouse.table("scores", **of_runs, columns=columns, where=where & at)
+    table = warehouse.table("scores", **of_runs, columns=columns, where=at_reading(site, recipe) & at)
     if threshold is not None and not (table or warehouse.table("scores", **of_runs, columns=["layer"], where=at)):
-        table = scores_at(warehouse, runs, threshold, sites=site and [site]).select(columns).filter(where)
+        table = scores_at(warehouse, runs, threshold, sites=site and [site]).select(columns)
+        if recipe is not None:
+            table = table.filter(pc.equal(table["recipe"], recipe))
     table = table.sort_by([(name, "ascending") for name in ("run_id", *READING, "depth")])
     slices = grouped(slices_by(table, ["run_id", *READING]), lambda entry: entry[0]["run_id"])
     names = FROM_ACTIVATIONS if score is None else (score,)

@@ -106,10 +106,11 @@ def findings(
         A table of `SCHEMA`: warnings before notes, the default site and recipe before others, then ordered by `KINDS`.
     """
     threshold = threshold or Threshold(value=PUBLISHED_THRESHOLD, kind="absolute")
-    done = pc.field("status") == "done"
+    table = warehouse.runs()
+    table = table.filter(pc.equal(table["status"], "done"))
     if run_ids is not None:
-        done &= pc.field("run_id").isin(pa.array(run_ids, pa.string()))
-    runs = warehouse.runs().filter(done).select(["run_id", "model", "revision", "num_shards", "settings"]).to_pylist()
+        table = table.filter(pc.is_in(table["run_id"], pa.array(run_ids, pa.string())))
+    runs = table.select(["run_id", "model", "revision", "num_shards", "settings"]).to_pylist()
     names = [run["run_id"] for run in runs]
     # All other findings compare recipes.
     where = at_reading(site, recipe if rankings_alone else None, threshold.value, threshold.kind)
@@ -153,7 +154,7 @@ def findings(
 def of_rankings(table: pa.Table, score: str) -> pa.Table:
     """Return the findings that bear on a comparison of rankings by a score. See `OF_RANKINGS`."""
     kinds = [kind for kind, of_avss in OF_RANKINGS.items() if score == "avss" or not of_avss]
-    return table.filter(pc.field("kind").isin(kinds))
+    return table.filter(pc.is_in(table["kind"], pa.array(kinds, pa.string())))
 
 
 def _urgency(row: Row) -> tuple[bool, bool, int, int, int]:
@@ -355,7 +356,7 @@ def nonfinite_layers(digests: pa.Table) -> Iterator[Row]:
     Args:
         digests: run, site, layer and the two counts of elements of `compaction.DIGEST`.
     """
-    table = digests.filter(pc.field("nonfinite_count") > 0).sort_by(_BY_LAYER)
+    table = digests.filter(pc.greater(digests["nonfinite_count"], 0)).sort_by(_BY_LAYER)
     columns = _numbers(table)
     for key, start, stop in slices_by(table, ["run_id", "site"]):
         yield from (key | row for row in _nonfinite({name: cells[start:stop] for name, cells in columns.items()}))
@@ -461,7 +462,7 @@ def expert_findings(warehouse: Warehouse, run_ids: Sequence[str]) -> Iterator[Ro
     """Yield the findings of the runs whose experts were measured: on idle experts, and on dominant ones."""
     rows = warehouse.table("expert_stats", run_ids=run_ids)
     for run_id in dict.fromkeys(rows["run_id"].to_pylist()):
-        layers = experts_by_layer(rows.filter(pc.field("run_id") == run_id))
+        layers = experts_by_layer(rows.filter(pc.equal(rows["run_id"], run_id)))
         if affected := [layer for layer in layers if layer.idle]:
             idle, number = sum(len(layer.idle) for layer in layers), sum(len(layer.load) for layer in layers)
             lists = "; ".join(

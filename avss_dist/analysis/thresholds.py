@@ -122,9 +122,9 @@ def layer_scores(
         "near_zero_low": counts,
         "near_zero_high": counts,
     }
-    return pa.concat_tables([pa.table(columns).cast(SCORES), computed.filter(pc.field("recipe") == recipe)]).sort_by(
-        [("run_id", "ascending"), ("layer", "ascending")]
-    )
+    of_recipe = computed.filter(pc.equal(computed["recipe"], recipe))
+    scores = pa.concat_tables([pa.table(columns).cast(SCORES), of_recipe])
+    return scores.sort_by([("run_id", "ascending"), ("layer", "ascending")])
 
 
 def quantiles(

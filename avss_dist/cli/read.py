@@ -118,7 +118,7 @@ def _describe_runs(opened: Warehouse, request: ShowRequest, table: pa.Table) -> 
     from avss_dist.reports.terminal.tables import rendered
 
     for run in choose_runs(opened, request.run):
-        rows = table.filter(pc.field("run_id") == run["run_id"])
+        rows = table.filter(pc.equal(table["run_id"], run["run_id"]))
         if not rows:
             continue
         if request.experts:

@@ -6,14 +6,13 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 import pyarrow as pa
-import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from avss_dist.core.errors import WarehouseError, explain_unwritable
 from avss_dist.core.files import staged_folder
 from avss_dist.core.text import describe_count
 from avss_dist.reports.page.page import report_page
-from avss_dist.warehouse.reader import Warehouse
+from avss_dist.warehouse.reader import Warehouse, without_runs
 from avss_dist.warehouse.schema import DAMAGED, EVALUATION_TABLES, SCHEMAS, TABLES
 
 NOT_PUBLISHED = ("shard_stats", "cells", "row_stats", "shard_expert_stats")  # what others were made of
@@ -76,9 +75,8 @@ def _write_table(warehouse: Warehouse, name: str, run_ids: Sequence[str], folder
 def _groups(warehouse: Warehouse, name: str, run_ids: Sequence[str]) -> Iterator[pa.Table]:
     """Yield the rows of a table: those of each run, or those of all undamaged evaluations."""
     if name in EVALUATION_TABLES:
-        rows = warehouse.table(name)
-        damaged = pa.array(warehouse.damaged, pa.string())
-        yield rows.filter(~pc.field("run_id").isin(damaged))
+        rows = warehouse.table(name)  # which may note damage
+        yield without_runs(rows, warehouse.damaged)
         return
     for run_id in run_ids:
         yield warehouse.table(name, run_ids=[run_id])

@@ -79,7 +79,7 @@ class Warehouse:
         self.storage = Storage(root, snapshot=snapshot)
         self._parts: dict[str, TableParts] = {}
         self._snapshot = snapshot
-        self._finished: tuple[ds.Dataset, set[str]] | None = None  # of a snapshot
+        self._finished: tuple[ds.Dataset | None, set[str]] | None = None  # of a snapshot
         self._all_runs: pa.Table | None = None  # of a snapshot
         self.damaged: dict[str, str] = {}
         self.root = self.storage.root
@@ -262,7 +262,20 @@ class Warehouse:
 
         Runs whose statistics cannot be read are left out, and noted in `damaged`.
         """
-        return self._rows(DIGESTS, DIGEST, columns, run_ids)
+        names = list(dict.fromkeys(columns))
+        chosen = pc.field("run_id").isin(pa.array(run_ids, pa.string()))
+
+        def rows(_: ds.Dataset | None, done: set[str]) -> pa.Table:
+            paths, uncopied = self._places(DIGESTS, self._files(DIGESTS, done), run_ids)
+            tables = [DIGEST.empty_table().select(names)]
+            if paths:
+                tables.append(ds.dataset(paths, DIGEST, _VERIFIED_PAGES).to_table(names, filter=chosen))
+            with ThreadPoolExecutor(self.storage.readers) as pool:
+                computed = pool.map(self._table_parts(DIGESTS).rows, uncopied.values())
+                tables.extend(table.select(names) for table in computed)
+            return pa.concat_tables(tables)
+
+        return self._with_runs([DIGESTS], rows)
 
     def compact(self) -> dict[str, int]:
         """Copy the rows of finished runs into few large files, which readers use in place of the small ones.
@@ -276,7 +289,7 @@ class Warehouse:
         Raises:
             StorageFull, WarehouseError: a file cannot be written, or the warehouse cannot be read.
         """
-        _, done = self._read([], lambda _: self._runs())
+        _, done = self._with_runs([], lambda *opened: opened)
         stamps = {name: dict(self._files(name, done).values()) for name in SORTED_BY}
         return {name: self._table_parts(name).compact(stamps[name]) if stamps[name] else 0 for name in SORTED_BY}
 
@@ -343,21 +356,36 @@ class Warehouse:
         failures: tuple[type[Exception], ...] = (),
         run_ids: Collection[str] | None = None,
     ) -> T:
-        """Return the result of work on datasets of tables at one moment. If parts are damaged, repeat it without them.
+        """Return the result of work on datasets of tables at one moment, as `_with_runs`.
 
         Args:
-            failures: exceptions of ``work`` for files that cannot be read, in addition to those of pyarrow.
             run_ids: ids of the runs that the work is about; None for all. Datasets may have others too.
         """
-        tables = [require_known("table", name, [*TABLES, DIGESTS], WarehouseError) for name in names]
+        tables = [require_known("table", name, TABLES, WarehouseError) for name in names]
+
+        def on_datasets(runs: ds.Dataset | None, done: set[str]) -> T:
+            datasets = {}
+            for name in tables:
+                datasets[name] = runs if name == "runs" else self._dataset(name, self._files(name, done), run_ids)
+            return work(datasets)
+
+        return self._with_runs(tables, on_datasets, failures)
+
+    def _with_runs(
+        self,
+        tables: Sequence[str],
+        work: Callable[[ds.Dataset | None, set[str]], T],
+        failures: tuple[type[Exception], ...] = (),
+    ) -> T:
+        """Return the result of work at one moment. If parts of its tables are damaged, repeat it without them.
+
+        Args:
+            work: takes the dataset of ``runs`` and the ids of finished runs.
+            failures: exceptions of ``work`` for files that cannot be read, in addition to those of pyarrow.
+        """
         while True:
             try:
-                runs, done = self._runs()
-                datasets = {
-                    name: runs if name == "runs" else self._dataset(name, self._files(name, done), run_ids)
-                    for name in tables
-                }
-                return work(datasets)
+                return work(*self._runs())
             except (OSError, pa.ArrowException, *failures) as error:
                 self._finished = None
                 parts = [self._table_parts(name) for name in self._parts.keys() & {"runs", *tables}]
@@ -367,8 +395,8 @@ class Warehouse:
                     with self.storage.reading(f"{self.root}/{tables[0] if tables else 'runs'}"):
                         raise
 
-    def _runs(self) -> tuple[ds.Dataset, set[str]]:
-        """Return the dataset of ``runs``, and the ids of finished runs.
+    def _runs(self) -> tuple[ds.Dataset | None, set[str]]:
+        """Return the dataset of ``runs``, None without any run, and the ids of finished runs.
 
         Raises:
             NoRuns: there is no run that can be read.
@@ -379,22 +407,22 @@ class Warehouse:
         files = self._files("runs", ())
         if (runs := self._dataset("runs", files)) is None:
             if not _ids(self.storage.names("cells"), RUN_FOLDER):
-                self._refuse_without_runs()
-            return ds.dataset(SCHEMAS["runs"].empty_table()), set()  # evaluations of models that were not scored
+                self._refusewithout_runs()
+            return None, set()  # evaluations of models that were not scored
         rows = runs.to_table(RUN_COLUMNS)
         without_row = {run_id for run_id, _ in files.values()}.difference(rows["run_id"].to_pylist())
-        self.damaged = dict.fromkeys(without_row, "it has no row; a run has one") | self.damaged
+        self._note_damaged(dict.fromkeys(sorted(without_row), "it has no row; a run has one"))
         if damaged := damaged_runs("runs", rows):
-            self.damaged |= damaged
-            undamaged = ~pc.field("run_id").isin(list(damaged))
-            runs, rows = runs.filter(undamaged), rows.filter(undamaged)
+            self._note_damaged(damaged)
+            runs = runs.filter(~pc.field("run_id").isin(list(damaged)))
+            rows = without_runs(rows, damaged)
         if not rows:
-            self._refuse_without_runs()
+            self._refusewithout_runs()
         finished = runs, set(rows["run_id"].filter(pc.equal(rows["status"], "done")).to_pylist())
         self._finished = finished if self._snapshot else None
         return finished
 
-    def _refuse_without_runs(self) -> NoReturn:
+    def _refusewithout_runs(self) -> NoReturn:
         for run_id, reason in self.damaged.items():
             raise NoRuns(f"Cannot read run {run_id} of {self.root}: {reason}.", DAMAGED)
         if unfinished := self.unfinished().num_rows:
@@ -407,6 +435,25 @@ class Warehouse:
 
     def _dataset(self, name: str, files: Files, requested: Collection[str] | None = None) -> ds.Dataset | None:
         """Return rows of files of a table: parts of it, and the files of requested runs that are in no part."""
+        paths, uncopied = self._places(name, files, requested)
+        datasets = []
+        if paths:
+            datasets.append(ds.dataset(paths, PART_SCHEMAS[name], _VERIFIED_PAGES))
+        if readable := self._readable(name, uncopied):
+            hive = ds.partitioning(pa.schema([("run_id", pa.string())]), flavor="hive")
+            stored = ds.dataset(readable, SCHEMAS[name], _VERIFIED_PAGES, self.storage.filesystem, hive)
+            datasets.append(with_experiment_ids(stored) if name == "experiments" else stored)
+        if len(datasets) > 1:
+            return ds.UnionDataset(datasets[0].schema, datasets)
+        return next(iter(datasets), None)
+
+    def _places(self, name: str, files: Files, requested: Collection[str] | None) -> tuple[list[str], dict[str, str]]:
+        """Return the parts of a table to read, and the run of each file of requested runs that is in no part, by path.
+
+        Args:
+            files: files of the table.
+            requested: ids of the runs that are to be read; None for all.
+        """
         stamps = dict(files.values())
         run_ids = stamps.keys() if requested is None else stamps.keys() & set(requested)
         few = requested is not None and len(run_ids) < MIN_RUNS and self.storage.is_local  # a large file is slower
@@ -415,16 +462,7 @@ class Warehouse:
             parts = self._table_parts(name)
             paths = [*map(str, parts.covering(stamps, run_ids))]
             run_ids = run_ids - parts.run_ids
-        uncopied = {path: run_id for path, (run_id, _) in files.items() if run_id in run_ids}
-        datasets = [ds.dataset(paths, PART_SCHEMAS[name], _VERIFIED_PAGES)] if paths else []
-        if name == DIGESTS:
-            with ThreadPoolExecutor(self.storage.readers) as pool:
-                datasets += map(ds.dataset, pool.map(self._table_parts(DIGESTS).rows, uncopied.values()))
-        elif readable := self._readable(name, uncopied):
-            hive = ds.partitioning(pa.schema([("run_id", pa.string())]), flavor="hive")
-            stored = ds.dataset(readable, SCHEMAS[name], _VERIFIED_PAGES, self.storage.filesystem, hive)
-            datasets.append(with_experiment_ids(stored) if name == "experiments" else stored)
-        return ds.dataset(datasets) if len(datasets) > 1 else next(iter(datasets), None)
+        return paths, {path: run_id for path, (run_id, _) in files.items() if run_id in run_ids}
 
     def _files(self, name: str, done: Collection[str]) -> Files:
         """Return the files of a table. A table of whole runs has files of the runs ``done`` alone."""
@@ -474,9 +512,13 @@ class Warehouse:
     def _whole(self, name: str, table: pa.Table) -> pa.Table:
         """Return a table without the rows of damaged runs."""
         damaged = damaged_runs(name, table)
-        for run_id, reason in damaged.items():
-            self.damaged.setdefault(run_id, f"{name}: {reason}")
-        return table.filter(~pc.field("run_id").isin(list(damaged))) if damaged else table
+        self._note_damaged({run_id: f"{name}: {reason}" for run_id, reason in damaged.items()})
+        return without_runs(table, damaged) if damaged else table
+
+    def _note_damaged(self, reasons: Mapping[str, str]) -> None:
+        """Note reasons, by run id, in `damaged`, which `TableParts` hold too. Earlier reasons stay."""
+        for run_id, reason in reasons.items():
+            self.damaged.setdefault(run_id, reason)
 
     def _shard_path(self, run_id: str, shard_id: int, table: str = "shard_stats") -> str:
         return self.storage.path(table, run_id, f"shard-{shard_id:05d}")
@@ -512,6 +554,11 @@ def _read_plan(data: bytes) -> dict[str, Any]:
 def _ids(names: Iterable[str], prefix: str) -> set[str]:
     """Return the run ids in the names of files or folders that begin with a prefix."""
     return {match[1] for name in names if (match := re.fullmatch(rf"{re.escape(prefix)}([\w.-]+)", name))}
+
+
+def without_runs(table: pa.Table, run_ids: Collection[str]) -> pa.Table:
+    """Return a table without the rows of some runs."""
+    return table.filter(pc.invert(pc.is_in(table["run_id"], pa.array(list(run_ids), pa.string()))))
 
 
 def grouped(items: Iterable[T], key: Callable[[T], K]) -> dict[K, list[T]]:

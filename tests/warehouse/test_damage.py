@@ -202,6 +202,14 @@ def test_a_page_is_made_where_answers_of_paired_text_are_gone(tmp_path: Path) ->
         assert f"Statistics of rows of run &#39;{run}&#39; are missing." in page
 
 
+def test_damage_that_comes_between_two_calls_is_noted(root: Path) -> None:
+    warehouse = Warehouse(root)
+    warehouse.digests(NAMES)
+    truncate(file_of(root, "layer_stats"))
+    warehouse.digests(NAMES)
+    assert list(warehouse.damaged) == ["beta-2"]
+
+
 def test_without_a_run_that_can_be_read_it_is_an_error(root: Path) -> None:
     for file in (root / "runs").rglob("*.parquet"):
         truncate(file)

@@ -300,12 +300,13 @@ def _scorecards(
     rows = warehouse.table("evaluations", where=pc.field("revision").isin(revisions), columns=["revision", "task"])
     evaluated = {row["revision"] for row in rows.to_pylist() if row["task"].startswith(tasks)}
     measured = [run for run in runs if run["revision"] in evaluated][:MAX_SCORECARDS]
-    cards = score_cards(warehouse, measured, own).filter(pc.field("format").is_null())
+    cards = score_cards(warehouse, measured, own)
+    cards = cards.filter(cards["format"].is_null())
     best = best_readings(cards)
     for run in measured:
-        of_run = pc.field("run_id") == run["run_id"]
-        readings = cards.filter(of_run & (pc.field("score") == "avss")).num_rows
-        rows = best.filter(of_run).to_pylist()
+        of_run = cards.filter(pc.equal(cards["run_id"], run["run_id"]))
+        readings = of_run.filter(pc.equal(of_run["score"], "avss")).num_rows
+        rows = best.filter(pc.equal(best["run_id"], run["run_id"])).to_pylist()
         if section := page_section(labels[run["run_id"]], rows, run["num_layers"], readings):
             yield section
 
