@@ -27,7 +27,7 @@ from avss_dist.reports.publish import publish
 from avss_dist.warehouse import compaction, reader
 from avss_dist.warehouse.checks import checked_rows, damaged_runs, settings_of
 from avss_dist.warehouse.reader import Warehouse
-from avss_dist.warehouse.schema import MAX_INDEX, SCHEMAS, TABLES, RunIdentity
+from avss_dist.warehouse.schema import EVALUATION_TABLES, MAX_INDEX, SCHEMAS, TABLES, RunIdentity
 from avss_dist.warehouse.store import Store
 
 NAMES = ("alpha-1", "beta-2", "gamma-3")
@@ -288,6 +288,18 @@ def test_a_flipped_byte_leaves_its_run_out(table: str, root: Path) -> None:
         assert warehouse.table(table).equals(rows), offset
         assert number % 4 or Warehouse(root).sql(query).equals(expected), offset
         assert list(warehouse.damaged) == ["beta-2"], offset
+
+
+@pytest.mark.parametrize("table", sorted(TABLES.keys() - {*DAMAGED_TABLES}))
+def test_a_flipped_byte_of_any_table_leaves_its_run_or_evaluation_out(table: str, tmp_path: Path) -> None:
+    write_every_table(tmp_path)
+    damaged_id, other = ("e", "f") if table in EVALUATION_TABLES else ("a", "b")
+    rows = Warehouse(tmp_path).table(table, run_ids=[other])
+    (file,) = (tmp_path / table / f"run_id={damaged_id}").iterdir()
+    for offset in flips(file, 5):
+        warehouse = Warehouse(tmp_path)
+        assert warehouse.table(table).equals(rows), offset
+        assert list(warehouse.damaged) == [damaged_id], offset
 
 
 def test_a_flipped_byte_of_an_unfinished_run_tells_nothing_wrong(tmp_path: Path) -> None:
