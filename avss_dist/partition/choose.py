@@ -189,7 +189,7 @@ def _require_host_limit(
         f"`max_memory` allows {describe_bytes(limit)} of host memory; with `partition` {partition} a replica "
         f"needs {describe_bytes(needed)}: {', '.join(parts)}, and {held} for the weights that are held at "
         "once.",
-        f"Allow cpu={ceil_div(needed, 10**6)}MB or more.",
+        f"Allow cpu={math.ceil(needed / 10**6)}MB or more.",
     )
 
 
@@ -307,7 +307,7 @@ def _fitting_gpus(
     room -= 2 * max(*size.layer_bytes, size.embedding_bytes)  # one module is gathered while another one runs
     minimum = math.inf
     if room > 0:
-        minimum = max(2, ceil_div(size.weight_bytes, room))
+        minimum = max(2, math.ceil(size.weight_bytes / room))
     # With a head, weights may have to be changed, which ranks with parts of them cannot do.
     may_be_in_parts = not (requested or head or execution.executor == "local")
     if may_be_in_parts and 1 < available < minimum <= devices.count:
@@ -348,8 +348,3 @@ def gpus_filled(size: Footprint, room: int) -> float:
             used = 0
         used += module
     return max(2, gpus)
-
-
-def ceil_div(number: int, divisor: int) -> int:
-    """Return a quotient rounded up."""
-    return -(-number // divisor)

@@ -8,17 +8,17 @@ train so, too.
 from __future__ import annotations
 
 import copy
+import math
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from functools import partial
 from typing import Any, TypeVar
 
 import torch
 from torch.distributed.tensor import DTensor
 
 from avss_dist.core.errors import ConfigError, ModelError
-from avss_dist.core.registry import SHARDINGS
+from avss_dist.core.registry import SHARDINGS, ShardingInfo
 from avss_dist.core.settings import Settings
 from avss_dist.corpus.shards import Batch
 from avss_dist.models.causal_lm import Watcher
@@ -63,8 +63,11 @@ class ShardedLanguageModel(RankedLanguageModel):
 
         Some are empty.
         """
-        own = super().pieces(number)
-        return own + [slice(number, number)] * (max(all_gather(len(own))) - len(own))
+        pieces = super().pieces(number)
+        most = max(all_gather(len(pieces)))
+        while len(pieces) < most:
+            pieces.append(slice(number, number))
+        return pieces
 
     def each(self, function: Callable[[Batch], T], batches: Sequence[Batch]) -> list[T]:
         """Return the result of a function for every batch, each computed by one rank."""
@@ -82,10 +85,15 @@ class ShardedLanguageModel(RankedLanguageModel):
 
         See `causal_lm.LanguageModel.backpropagate`.
         """
+        backpropagate = super().backpropagate
+
+        def run(batch: Batch, watcher: Watcher) -> Watcher:
+            (watched,) = backpropagate([batch], [watcher], draws=draws, seed=seed)
+            return watched
+
         spare = copy.deepcopy(watchers[0])  # observes dummy passes, and is discarded
-        run = partial(super().backpropagate, draws=draws, seed=seed)
         pairs = list(zip(batches, watchers, strict=True))
-        return share(lambda pair: run([pair[0]], [pair[1]])[0], pairs, lambda: run([batches[0]], [spare]))
+        return share(lambda pair: run(*pair), pairs, lambda: run(batches[0], spare))
 
     def value(self, layer: int, path: str) -> torch.Tensor:
         """Return a whole parameter of a layer, gathered from the ranks, which must all call this."""
@@ -116,7 +124,8 @@ class ShardedReplica(Replica):
 
         A gathered module is there twice: as it comes, and put together.
         """
-        return -(-size.weight_bytes // ranks) + 2 * max(*size.layer_bytes, size.embedding_bytes)
+        part = math.ceil(size.weight_bytes / ranks)
+        return part + 2 * max(*size.layer_bytes, size.embedding_bytes)
 
     @staticmethod
     def require_ranks(partition: str, checkpoint: Checkpoint, settings: Settings, ranks: int) -> None:
@@ -143,13 +152,15 @@ class ShardedReplica(Replica):
     @classmethod
     def usage(cls, query: MemoryQuery) -> PartitionEstimate:
         """Return the memory of a replica, with the weights that each rank holds and gathers."""
-        size, host_weights = query.size, 0
+        size = query.size
         weights = cls.minimum_rank_weights(size, query.ranks)
         if query.on_gpu:
             weights += min(PREFETCHED * size.element_bytes, sum(size.layer_bytes) + size.other_bytes)
+        host_weights = 0
         if query.on_gpu and cls.loads_quantized_whole:
             model, _ = load_skeleton(query.checkpoint, query.settings)
-            host_weights = size.weight_bytes if quantization_method(model.config) else 0
+            if quantization_method(model.config):
+                host_weights = size.weight_bytes
         return query.usage(
             weights, "every rank holds a part and gathers one layer at a time", host_weights=host_weights
         )
@@ -170,8 +181,11 @@ class FsdpReplica(ShardedReplica):
         require_version()
         model, tensors = load_skeleton(checkpoint, settings)
         for stack in unstored(model, [tensor.name for tensor in tensors]).values():
+            if stack.dim() != 3:
+                continue
             experts = len(stack)
-            if stack.dim() == 3 and -(-experts // ranks) * (ranks - 1) >= experts:
+            first_of_last_rank = math.ceil(experts / ranks) * (ranks - 1)
+            if first_of_last_rank >= experts:
                 raise ConfigError(
                     f"`partition` fsdp would leave one of {ranks} ranks without any of the {experts} experts of a "
                     "layer, which transformers cannot load where files have them one by one.",
@@ -187,11 +201,13 @@ class FsdpReplica(ShardedReplica):
         from torch.distributed.fsdp import FSDPModule
         from transformers.distributed import DistributedConfig
 
-        plan = gathering_plan(load_skeleton(checkpoint, settings)[0], settings.layers)
+        skeleton, _ = load_skeleton(checkpoint, settings)
+        plan = gathering_plan(skeleton, settings.layers)
         parts = DistributedConfig(fsdp_size=placement.ranks, fsdp_plan=plan)
         model = load_model(checkpoint, settings, head=head, distributed_config=parts)
         for module in model.modules():
-            if isinstance(module, FSDPModule):  # of which the model itself and tied embeddings would keep weights
+            # The model itself and tied embeddings would keep their weights after they ran.
+            if isinstance(module, FSDPModule):
                 module.set_reshard_after_forward(True, recurse=False)
                 type(module).__name__ = type(module).__name__.removeprefix("FSDP")
         if head:  # FSDP2 refuses a module that first runs after those inside it
@@ -210,14 +226,19 @@ def gathering_plan(model: Any, layers: str | None) -> dict[str, str]:
         model: the model with its head, on any device.
         layers: module path of the layer list in the backbone; None finds it.
     """
-    units = {*layer_modules(model, layers), without_head(model)}
-    inside = {module for unit in layer_modules(model, layers) for module in unit.modules() if module is not unit}
-    tied = model.get_input_embeddings() if model.all_tied_weights_keys else None
-    return {
-        generic_name(path): "free_full_weight"  # gathered while they run
-        for path, module in model.named_modules()
-        if path and module not in inside | {tied} and (module in units or list(module.parameters(recurse=False)))
-    }
+    gathered = {*layer_modules(model, layers), without_head(model)}
+    elsewhere: set[Any] = set()  # modules whose weights are gathered with those of another module
+    for layer in layer_modules(model, layers):
+        elsewhere.update(module for module in layer.modules() if module is not layer)
+    if model.all_tied_weights_keys:
+        elsewhere.add(model.get_input_embeddings())
+    plan = {}
+    for path, module in model.named_modules():
+        if not path or module in elsewhere:
+            continue
+        if module in gathered or list(module.parameters(recurse=False)):
+            plan[generic_name(path)] = "free_full_weight"  # gathered while it runs
+    return plan
 
 
 class Zero3Replica(ShardedReplica):
@@ -226,7 +247,8 @@ class Zero3Replica(ShardedReplica):
     loads_quantized_whole = True
 
     def _open(self, checkpoint: Checkpoint, settings: Settings, placement: Placement, *, head: bool) -> Backbone:
-        config = deepspeed_config(compute_dtype(checkpoint, text_config(checkpoint), settings), self.device)
+        dtype = compute_dtype(checkpoint, text_config(checkpoint), settings)
+        config = deepspeed_config(dtype, self.device)
         with quiet_deepspeed():
             self._module = _load_in_parts(checkpoint, settings, config, head=head)
             self._engine = _partition(self._module, settings, config, head=head)
@@ -268,7 +290,8 @@ def _load_in_parts(checkpoint: Checkpoint, settings: Settings, config: dict[str,
     """Load a model such that a process never holds more than its part and one module. Rank 0 maps the files."""
     from transformers.integrations.deepspeed import HfDeepSpeedConfig, unset_hf_deepspeed_config
 
-    reference = HfDeepSpeedConfig(config)  # transformers refers to it weakly; while it lives, models are built in parts
+    # While this object lives, models are built in parts. transformers refers to it weakly.
+    reference = HfDeepSpeedConfig(config)
     try:
         return load_model(checkpoint, settings, head=head)
     except ModelError as error:
@@ -288,12 +311,13 @@ def _partition(model: Any, settings: Settings, config: dict[str, Any], *, head: 
     from deepspeed.utils import set_z3_leaf_modules_by_name
 
     backbone = without_head(model)
-    lists = candidate_layers(model, settings.layers)
-    set_z3_leaf_modules_by_name(
-        backbone, [f"{path}.{i}" for path, modules in lists.items() for i in range(len(modules))]
-    )
+    layer_names: list[str] = []
+    for path, modules in candidate_layers(model, settings.layers).items():
+        layer_names += [f"{path}.{index}" for index in range(len(modules))]
+    set_z3_leaf_modules_by_name(backbone, layer_names)
     try:
-        return deepspeed.initialize(model=model if head else backbone, config=config)[0]
+        engine, *_ = deepspeed.initialize(model=model if head else backbone, config=config)
+        return engine
     except (RuntimeError, ValueError, AssertionError, NotImplementedError) as error:
         raise ConfigError(
             f"DeepSpeed cannot partition {type(model).__name__}: {error}", "Use another `partition`."
@@ -325,24 +349,11 @@ def trainer_options(
     info = SHARDINGS[sharding]
     options: dict[str, Any] = {"per_device_train_batch_size": rows}
     if info.zero_stage:
-        zero: dict[str, Any] = {"stage": info.zero_stage, "reduce_bucket_size": BUCKET, "allgather_bucket_size": BUCKET}
-        if info.weights:
-            zero |= {
-                "stage3_gather_16bit_weights_on_model_save": True,  # in the dtype that they have
-                "stage3_prefetch_bucket_size": BUCKET,
-                "stage3_param_persistence_threshold": 0,
-                "stage3_max_live_parameters": 4 * BUCKET,
-            }
-        config = {
-            "train_micro_batch_size_per_gpu": rows,
-            "gradient_accumulation_steps": 1,
-            "gradient_clipping": "auto",
-            "zero_optimization": zero,
-            "torch_autocast": {"enabled": bfloat16, "dtype": "bfloat16"},
-        }
-        options |= {"deepspeed": config, "bf16": False}  # weights stay in float32, and autocast is PyTorch's
+        options["deepspeed"] = _zero_config(info, rows=rows, bfloat16=bfloat16)
+        options["bf16"] = False  # weights stay in float32, and autocast is PyTorch's
     elif info.is_fsdp:
-        options |= {"fsdp": True, "fsdp_config": {"transformer_layer_cls_to_wrap": sorted(layers)}}
+        options["fsdp"] = True
+        options["fsdp_config"] = {"transformer_layer_cls_to_wrap": sorted(layers)}
     try:
         if kind == "cpu" and (info.zero_stage or info.is_fsdp):
             AcceleratorState._reset_state(reset_partial_state=True)
@@ -350,10 +361,34 @@ def trainer_options(
             state = PartialState(backend="gloo")
             if info.is_fsdp:
                 state.distributed_type = DistributedType.MULTI_GPU
-            options |= {"use_cpu": False, "accelerator_config": {"use_configured_state": True}}
+            options["use_cpu"] = False
+            options["accelerator_config"] = {"use_configured_state": True}
         with quiet_deepspeed():
             yield options
     finally:
         os.environ.pop("ACCELERATE_USE_DEEPSPEED", None)
         unset_hf_deepspeed_config()  # or models that are opened later would be partitioned
         AcceleratorState._reset_state(reset_partial_state=True)
+
+
+def _zero_config(info: ShardingInfo, *, rows: int, bfloat16: bool) -> dict[str, Any]:
+    """Return the DeepSpeed configuration of the Trainer for a stage of ZeRO."""
+    zero: dict[str, Any] = {
+        "stage": info.zero_stage,
+        "reduce_bucket_size": BUCKET,
+        "allgather_bucket_size": BUCKET,
+    }
+    if info.weights:
+        zero |= {
+            "stage3_gather_16bit_weights_on_model_save": True,  # in the dtype that they have
+            "stage3_prefetch_bucket_size": BUCKET,
+            "stage3_param_persistence_threshold": 0,
+            "stage3_max_live_parameters": 4 * BUCKET,
+        }
+    return {
+        "train_micro_batch_size_per_gpu": rows,
+        "gradient_accumulation_steps": 1,
+        "gradient_clipping": "auto",
+        "zero_optimization": zero,
+        "torch_autocast": {"enabled": bfloat16, "dtype": "bfloat16"},
+    }

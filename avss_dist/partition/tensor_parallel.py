@@ -92,9 +92,12 @@ class TensorParallelReplica(Replica):
 
     def collect(self, counted: T) -> list[T]:
         """Return the counts of all ranks, in order, on the rank that reports."""
-        every: list[Any] | None = [None] * self.split.ranks if self.reports_stats else None
+        if not self.reports_stats:
+            distributed.gather_object(counted, None)
+            return []
+        every: list[Any] = [None] * self.split.ranks
         distributed.gather_object(counted, every)
-        return every or []
+        return every
 
 
 _WITHOUT_EXPERT_PLAN = "Use `partition` fsdp, zero3, device_map or streaming."
@@ -149,11 +152,12 @@ def expert_options(checkpoint: Checkpoint, settings: Settings, ranks: int) -> di
             f"transformers has no plan that spreads experts of {type(model).__name__} over ranks.", _WITHOUT_EXPERT_PLAN
         )
     numbers = {len(stack) for path, stack in model.named_parameters() if generic_name(path) in rules}
-    if wrong := sorted(number for number in numbers if number % ranks):
-        raise ConfigError(
-            f"{ranks} ranks do not divide the {wrong[0]} experts of a layer of {type(model).__name__}.",
-            f"Set `ranks` to a divisor of {wrong[0]}. {_WITHOUT_EXPERT_PLAN}",
-        )
+    for number in sorted(numbers):
+        if number % ranks:
+            raise ConfigError(
+                f"{ranks} ranks do not divide the {number} experts of a layer of {type(model).__name__}.",
+                f"Set `ranks` to a divisor of {number}. {_WITHOUT_EXPERT_PLAN}",
+            )
     options: dict[str, Any] = {"tp_size": ranks, "ep_size": ranks}
     if tensor_plan_obstacle(checkpoint, settings, ranks):
         attention = attention_plan(layer_plan(model, model.tp_plan, settings.layers))

@@ -49,8 +49,11 @@ class Conversion:
         names: Mapping[str, str] | None = None,
         unpack: Callable[[Mapping[str, torch.Tensor]], dict[str, torch.Tensor]] | None = None,
     ) -> None:
-        self._model, self._stored, self._quantizer = model, stored, quantizer
-        self._names, self.unpack = names or {}, unpack
+        self._model = model
+        self._stored = stored
+        self._quantizer = quantizer
+        self._names = names or {}
+        self.unpack = unpack
         self._subject = f"The weights of {type(model).__name__}"
         self._groups: dict[int, list[StoredTensor]] | None = None  # by the id of the first weight that is made of them
         self._mapping: list[Any] = []
@@ -102,7 +105,8 @@ class Conversion:
             elif self._quantizer:
                 tensors = {name: tensor.to(device, non_blocking=True) for name, tensor in tensors.items()}
             info, _ = convert_and_load_state_dict_in_model(self._model, dict(tensors), options)
-        wrong = [*info.conversion_errors, *(name for name, *_ in info.mismatched_keys)]
+        mismatched = [name for name, *_ in info.mismatched_keys]
+        wrong = [*info.conversion_errors, *mismatched]
         if wrong:
             raise ModelError(
                 f"{self._subject} cannot be read layer by layer: '{wrong[0]}' cannot be made of one layer's tensors.",
@@ -137,7 +141,8 @@ class GgufTensors:
     """
 
     def __init__(self, checkpoint: Checkpoint) -> None:
-        self._file, reader = Path(checkpoint.path), read_gguf(checkpoint)
+        self._file = Path(checkpoint.path)
+        reader = read_gguf(checkpoint)
         self._types = {tensor.name: tensor.tensor_type for tensor in reader.tensors}
         self.stored = [self._stored(tensor) for tensor in reader.tensors]
         self._architecture = str(reader.fields["general.architecture"].contents())
@@ -146,9 +151,12 @@ class GgufTensors:
         self._weights: dict[str, str] = {}
 
     def _stored(self, tensor: Any) -> StoredTensor:
-        kind = tensor.tensor_type.name
-        shape = tuple(int(size) for size in reversed(tensor.shape)) if kind in DTYPES else tensor.data.shape
-        dtype = kind if kind in DTYPES else "U8"
+        dtype = tensor.tensor_type.name
+        if dtype in DTYPES:
+            shape = tuple(int(size) for size in reversed(tensor.shape))
+        else:  # blocks of quantized numbers
+            dtype = "U8"
+            shape = tensor.data.shape
         return StoredTensor(tensor.name, dtype, int(tensor.n_bytes), shape, self._file, int(tensor.data_offset))
 
     def quantizer(self, model: Any) -> Any:
@@ -176,8 +184,10 @@ class GgufTensors:
         """Find the name of each tensor in a model, which may be on the meta device."""
         if quantizer := self.quantizer(model):
             rename, _, state = renaming(model, quantizer)
-            renamed = {stored.name: rename(stored.name) for stored in self.stored}
-            self.names = {name: target for name, target in renamed.items() if target in state}
+            for stored in self.stored:
+                target = rename(stored.name)
+                if target in state:
+                    self.names[stored.name] = target
             return
         from transformers.modeling_gguf_pytorch_utils import (
             TENSOR_PROCESSORS,
@@ -189,11 +199,11 @@ class GgufTensors:
         config = load_gguf_checkpoint(str(self._file))["config"]
         self._processor = TENSOR_PROCESSORS.get(self._architecture, TensorProcessor)(config=config)
         self._weights = get_gguf_hf_weights_map(model, self._processor)
-        targets = {
-            name: self._weights.get(name) or self._weights.get(name.removesuffix(".weight"))  # fused experts
-            for name in self._types
-        }
-        self.names = {name: target for name, target in targets.items() if target}
+        for name in self._types:
+            name_of_experts = name.removesuffix(".weight")
+            target = self._weights.get(name) or self._weights.get(name_of_experts)
+            if target:
+                self.names[name] = target
 
     def unpack(self, raw: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         """Return tensors as transformers' older reader has them, float32 by their names in the model.

@@ -9,7 +9,6 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import replace
 from functools import partial
-from itertools import groupby
 from typing import Any, TypeVar
 
 import numpy as np
@@ -54,9 +53,13 @@ class StreamingReplica(Replica):
     @staticmethod
     def minimum_host_weights(size: Footprint, kind: str, *, head: bool) -> int:
         """Return the bytes of weights that must be in host memory at once, on a device of this kind."""
-        outside = size.weight_bytes - sum(size.layer_bytes) if head else size.other_bytes
         largest = max(size.layer_bytes, default=0)
-        return largest + size.unpacking_bytes + outside if kind == "cpu" else int(largest * size.stored_share)
+        if kind != "cpu":
+            return int(largest * size.stored_share)
+        outside = size.other_bytes
+        if head:
+            outside = size.weight_bytes - sum(size.layer_bytes)
+        return largest + size.unpacking_bytes + outside
 
     @classmethod
     def obstacle(cls, query: MemoryQuery) -> str | None:
@@ -73,28 +76,38 @@ class StreamingReplica(Replica):
 
         Under a limit, the next layer and hidden states take what it leaves.
         """
-        why, unpacked = "layers are read for each shard", ""
-        if query.size.quantized:
-            unpacked = f"; weights are unpacked to {query.size.dtype}"
+        dtype = query.size.dtype
+        is_quantized = query.size.quantized
+        if is_quantized:
             settings = replace(query.settings, dequantize=True)
             query = replace(query, settings=settings, size=footprint(query.checkpoint, settings))
-        size, layers = query.size, sum(sorted(query.size.layer_bytes)[-2:])
+        size = query.size
+        two_layers = sum(sorted(size.layer_bytes)[-2:])
         host = cls.minimum_host_weights(size, query.devices.kind, head=False)
+        why = "layers are read for each shard"
         if size.unpacking_bytes:
             why += f", and unpacked in {describe_bytes(size.unpacking_bytes)}"
         if "cpu" not in query.max_memory:
             rows = query.settings.sequences_per_shard or query.settings.batch_size
             waiting = size.hidden_bytes(rows, query.settings.sequence_length)
-            host += waiting + int((layers - max(size.layer_bytes)) * size.stored_share)
+            next_layer = two_layers - max(size.layer_bytes)
+            host += waiting + int(next_layer * size.stored_share)
             why += f"; {describe_bytes(waiting)} of hidden states wait"
+        if is_quantized:
+            why += f"; weights are unpacked to {dtype}"
         if not query.on_gpu:
-            return query.usage(host, why + unpacked)
-        return query.usage(size.other_bytes + layers + size.unpacking_bytes, why + unpacked, host_weights=host)
+            return query.usage(host, why)
+        return query.usage(size.other_bytes + two_layers + size.unpacking_bytes, why, host_weights=host)
 
     def __init__(self, checkpoint: Checkpoint, settings: Settings, placement: Placement, *, head: bool = False) -> None:
-        with ExitStack() as self._filled:  # with random numbers, until the model was tried
+        # Layers are filled with random numbers until the model was tried.
+        with ExitStack() as self._filled:
             super().__init__(checkpoint, settings, placement, head=head)
-        order = [index for index, _ in groupby(self._modules.index(layer.module) for layer in self.layers)]
+        order = []  # of modules; several layers in a row may be one of them
+        for layer in self.layers:
+            index = self._modules.index(layer.module)
+            if not order or index != order[-1]:
+                order.append(index)
         host_bytes = self._host_bytes_for_hidden_states(placement.max_memory.get("cpu"))
         device_bytes = self._device_bytes_for_hidden_states(checkpoint, settings, placement.max_memory.get("0"))
         self._passes = Passes(self._modules, self._weights, self._parts, order, self.device, device_bytes, host_bytes)
@@ -128,15 +141,19 @@ class StreamingReplica(Replica):
         if maximum is None:
             return None
         on_cpu = self.device.type == "cpu"
-        unpacking = self._weights.unpacking_bytes(self._parts) if on_cpu or self._weights.unpacks_on_cpu else 0
-        if unpacking and on_cpu:  # of the next layer, nothing is in the memory of this process
-            layer, beside = max(part.loaded_bytes for part in self._parts), unpacking
+        unpacking = 0
+        if on_cpu or self._weights.unpacks_on_cpu:
+            unpacking = self._weights.unpacking_bytes(self._parts)
+        if unpacking and on_cpu:  # nothing of the next layer is in the memory of this process
+            layer = max(part.loaded_bytes for part in self._parts)
+            beside = unpacking
         else:
             layer = max(buffer_bytes(part.stored) for part in self._parts)
             beside = layer + unpacking
         tensors = (*self._weights.model.parameters(), *self._weights.model.buffers())
-        outside = sum(t.nbytes for t in tensors if t.device.type == "cpu")
-        if maximum < (needed := layer + unpacking + outside):
+        outside = sum(tensor.nbytes for tensor in tensors if tensor.device.type == "cpu")
+        needed = layer + unpacking + outside
+        if maximum < needed:
             raise ConfigError(
                 f"`max_memory` leaves {describe_bytes(maximum)} of host memory for weights; streaming needs "
                 f"{describe_bytes(needed)} for one layer and the weights outside of layers.",
@@ -150,13 +167,18 @@ class StreamingReplica(Replica):
             return 0
         try:
             size = footprint(checkpoint, settings)
-        except ModelError:  # what cannot be sized is measured with care
+        except ModelError:  # without a known size, nothing waits on the GPU
             return 0
-        free = int(torch.cuda.mem_get_info(self.device)[0] * SPARE_SHARE)
+        free, _ = torch.cuda.mem_get_info(self.device)
+        room = int(free * SPARE_SHARE)
+        if maximum:
+            room = min(room, maximum)
         layer = max(max(part.loaded_bytes, buffer_bytes(part.stored)) for part in self._parts)
-        unpacking = 0 if self._weights.unpacks_on_cpu else self._weights.unpacking_bytes(self._parts)
+        unpacking = 0
+        if not self._weights.unpacks_on_cpu:
+            unpacking = self._weights.unpacking_bytes(self._parts)
         batch = batch_bytes(size, settings, head=True)
-        return max(0, min(free, maximum or free) - 2 * layer - unpacking - 2 * batch)
+        return max(0, room - 2 * layer - unpacking - 2 * batch)
 
     def close(self) -> None:
         """Drop the weights."""
@@ -177,14 +199,16 @@ class StreamingLanguageModel(LanguageModel):
 
     def __init__(self, *args: Any) -> None:
         super().__init__(*args)
-        self.resumes, self.obstacles  # noqa: B018  (while the layers have numbers)
+        # These are found by running the model, while its layers have numbers.
+        self.resumes, self.obstacles  # noqa: B018
 
     def _groups(self, batches: Sequence[Batch], passes: int) -> Iterator[range]:
         """Return groups of batch indices whose hidden states fit in memory, ``passes`` times each."""
         room = MAX_WAITING_BYTES if self.passes.host_bytes is None else self.passes.host_bytes
         largest = max((batch.input_ids.size for batch in batches), default=1) * self.token_bytes
         step = max(1, room // (passes * largest))
-        return (range(start, min(start + step, len(batches))) for start in range(0, len(batches), step))
+        for start in range(0, len(batches), step):
+            yield range(start, min(start + step, len(batches)))
 
     @contextmanager
     def running(self, layer: Layer) -> Iterator[Callable[..., Any]]:
@@ -238,22 +262,22 @@ class StreamingLanguageModel(LanguageModel):
                 losses[intervention, i] = self.losses(batches[i])
 
         def ask_first(i: int) -> None:
-            forks: dict[nn.Module, Sequence[Fork]] = {
-                self.layers[layer].module: [partial(ask, branch, i) for branch, at in branches.items() if at == layer]
-                for layer in set(branches.values())
-            }
+            forks: dict[nn.Module, list[Fork]] = {}
+            for branch, layer in branches.items():
+                forks.setdefault(self.layers[layer].module, []).append(partial(ask, branch, i))
             with bound(FORKS, forks):
                 ask(first, i)
 
         separate = [other for other in dict.fromkeys(interventions[1:]) if other not in branches and other != first]
         for group in self._groups(batches, 2 * len(interventions)):
-            self.passes.run(
-                [
-                    *(partial(ask_first, i) for i in group),
-                    *(partial(ask, other, i) for other in separate for i in group),
-                ]
-            )
-        return [np.concatenate([losses[key, i] for i in range(len(batches))]) for key in interventions]
+            passes = [partial(ask_first, i) for i in group]
+            for other in separate:
+                passes += [partial(ask, other, i) for i in group]
+            self.passes.run(passes)
+        by_intervention = []
+        for intervention in interventions:
+            by_intervention.append(np.concatenate([losses[intervention, i] for i in range(len(batches))]))
+        return by_intervention
 
     def backpropagate(
         self, batches: Sequence[Batch], watchers: Sequence[Watcher], *, draws: int = 0, seed: int = 0
@@ -307,6 +331,7 @@ class StreamingLanguageModel(LanguageModel):
 
 def _take_gradient(leaf: torch.Tensor) -> torch.Tensor:
     """Return the gradient of a leaf, and remove it there."""
-    gradient, leaf.grad = leaf.grad, None
+    gradient = leaf.grad
     assert gradient is not None
+    leaf.grad = None
     return gradient

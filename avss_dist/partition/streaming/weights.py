@@ -10,11 +10,10 @@ from __future__ import annotations
 
 import os
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Set
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
-from itertools import chain, starmap
 from typing import Any
 
 import numpy as np
@@ -36,7 +35,9 @@ Read = Callable[[Sequence[StoredTensor]], Iterator[torch.Tensor]]
 _TENSOR_ALIGNMENT = 64  # bytes, of torch's allocations
 _READERS = 4  # threads: one alone does not saturate the memory bandwidth
 _PIECE = 8 << 20  # bytes that a thread reads at a time
-_RANDOM_BLOCK, _RANDOM_OFFSETS, _RANDOM_STEP = 1 << 20, 1 << 16, 997
+_RANDOM_BLOCK = 1 << 20  # random numbers that are repeated
+_RANDOM_OFFSETS = 1 << 16  # positions at which weights begin in them
+_RANDOM_STEP = 997  # positions between the beginnings of two weights; a prime number
 
 
 def buffer_bytes(stored: Iterable[StoredTensor]) -> int:
@@ -63,22 +64,37 @@ def copied_into(buffer: torch.Tensor, stored: Sequence[StoredTensor]) -> Iterato
     Raises:
         ModelError: a file is gone, or ends before its tensor does.
     """
-    parts, used = [], 0
-    for source in stored:
-        residue = source.start % _TENSOR_ALIGNMENT if source.start % DTYPES[source.dtype].itemsize == 0 else 0
-        begin = used + (residue - buffer.data_ptr() - used) % _TENSOR_ALIGNMENT
-        used = begin + source.size
-        parts.append(buffer[begin:used])
+    parts = _aligned_parts(buffer, stored)
     with ThreadPoolExecutor(_READERS, thread_name_prefix="avss-readers") as threads:
-        reads = [
-            [threads.submit(_fill, source, piece, i * _PIECE) for i, piece in enumerate(part.split(_PIECE))]
-            for source, part in zip(stored, parts, strict=True)
-        ]
-        for source, part, pieces in zip(stored, parts, reads, strict=True):
+        reads_by_tensor = []
+        for source, part in zip(stored, parts, strict=True):
+            reads = []
+            for number, piece in enumerate(part.split(_PIECE)):
+                reads.append(threads.submit(_fill, source, piece, number * _PIECE))
+            reads_by_tensor.append(reads)
+        for source, part, reads in zip(stored, parts, reads_by_tensor, strict=True):
             with explaining_reads(source):
-                for piece in pieces:
-                    piece.result()
+                for read in reads:
+                    read.result()
             yield part.view(DTYPES[source.dtype]).view(source.shape)
+
+
+def _aligned_parts(buffer: torch.Tensor, stored: Sequence[StoredTensor]) -> list[torch.Tensor]:
+    """Return the part of a buffer for each stored tensor, uint8[size], in the alignment of its file.
+
+    A tensor that its file does not align to its elements begins at a multiple of `_TENSOR_ALIGNMENT`.
+    """
+    parts = []
+    used = 0
+    for source in stored:
+        residue = 0
+        if source.start % DTYPES[source.dtype].itemsize == 0:
+            residue = source.start % _TENSOR_ALIGNMENT
+        padding = (residue - buffer.data_ptr() - used) % _TENSOR_ALIGNMENT
+        start = used + padding
+        used = start + source.size
+        parts.append(buffer[start:used])
+    return parts
 
 
 def _fill(stored: StoredTensor, piece: torch.Tensor, at: int) -> None:
@@ -91,8 +107,9 @@ def _fill(stored: StoredTensor, piece: torch.Tensor, at: int) -> None:
 
 def copied(stored: Iterable[StoredTensor]) -> Iterator[torch.Tensor]:
     """Copy stored tensors into memory of their own, one after the other. See `copied_into`."""
-    buffers = ((torch.empty(buffer_bytes([tensor]), dtype=torch.uint8), [tensor]) for tensor in stored)
-    return chain.from_iterable(starmap(copied_into, buffers))
+    for tensor in stored:
+        buffer = torch.empty(buffer_bytes([tensor]), dtype=torch.uint8)
+        yield from copied_into(buffer, [tensor])
 
 
 def mapped(stored: Iterable[StoredTensor]) -> Iterator[torch.Tensor]:
@@ -106,10 +123,13 @@ def mapped(stored: Iterable[StoredTensor]) -> Iterator[torch.Tensor]:
     for source in stored:
         with explaining_reads(source):
             # Copy on write. A shorter file is a ValueError.
-            tensor = torch.from_numpy(np.memmap(str(source.file), np.uint8, "c", source.start, (source.size,)))
+            pages = np.memmap(str(source.file), np.uint8, "c", source.start, (source.size,))
+            tensor = torch.from_numpy(pages)
             populate(tensor.data_ptr(), source.size)
-        aligned = tensor.clone() if source.start % DTYPES[source.dtype].itemsize else tensor
-        yield aligned.view(DTYPES[source.dtype]).view(source.shape)
+        dtype = DTYPES[source.dtype]
+        if source.start % dtype.itemsize:
+            tensor = tensor.clone()  # torch views only aligned bytes as larger elements
+        yield tensor.view(dtype).view(source.shape)
 
 
 @dataclass(frozen=True, eq=False)
@@ -128,19 +148,39 @@ class Weight:
 
     def assign(self, tensor: torch.Tensor) -> None:
         """Set a tensor in every place."""
-        # As `single` has it: by weights that want no gradient, torch multiplies in another way.
-        wants = self.meta.requires_grad if isinstance(self.meta, nn.Parameter) else tensor.is_floating_point()
-        parameter = tensor if isinstance(tensor, nn.Parameter) else nn.Parameter(tensor, requires_grad=wants)
         for module, name in self.places:
             if name in module._buffers:
                 module._buffers[name] = tensor
             else:
-                module._parameters[name] = parameter
+                module._parameters[name] = self._as_parameter(tensor)
+
+    def _as_parameter(self, tensor: torch.Tensor) -> nn.Parameter:
+        """Return a tensor as a parameter that wants a gradient if that of partition `single` does.
+
+        By weights that want no gradient, torch multiplies in another way.
+        """
+        if isinstance(tensor, nn.Parameter):
+            return tensor
+        wants_gradient = tensor.is_floating_point()
+        if isinstance(self.meta, nn.Parameter):
+            wants_gradient = self.meta.requires_grad
+        return nn.Parameter(tensor, requires_grad=wants_gradient)
+
+    def is_inside(self, modules: Set[nn.Module]) -> bool:
+        """Whether every place that holds it is one of these modules."""
+        return all(module in modules for module, _ in self.places)
+
+    def is_used_by(self, modules: Set[nn.Module]) -> bool:
+        """Whether one of these modules holds it."""
+        return any(module in modules for module, _ in self.places)
 
     def current(self) -> torch.Tensor:
         """Return the tensor in its places: the loaded one if there is one, else the meta tensor."""
-        tensors = [module._buffers.get(name, module._parameters.get(name)) for module, name in self.places]
-        return next((tensor for tensor in tensors if tensor is not None and not tensor.is_meta), self.meta)
+        for module, name in self.places:
+            tensor = module._buffers.get(name, module._parameters.get(name))
+            if tensor is not None and not tensor.is_meta:
+                return tensor
+        return self.meta
 
 
 @dataclass(frozen=True)
@@ -158,7 +198,10 @@ class Part:
     @property
     def stored(self) -> tuple[StoredTensor, ...]:
         """All stored tensors that are read for this part."""
-        return (*self.unchanged, *chain.from_iterable(self.groups))
+        stored = list(self.unchanged)
+        for group in self.groups:
+            stored += group
+        return tuple(stored)
 
     @property
     def loaded_bytes(self) -> int:
@@ -200,11 +243,15 @@ class StreamedWeights:
                 "Set `dequantize`.",
             )
         quantizer = ready_quantizer(checkpoint, config, settings) if method else None
-        tensors = [tensor for file in weight_files(checkpoint.folder) for tensor in tensors_of(file)]
-        if wrong := next((tensor for tensor in tensors if tensor.dtype not in DTYPES), None):
-            raise ModelError(
-                f"{wrong.file} holds '{wrong.name}' as {wrong.dtype}, which cannot be read layer by layer.", ELSEWHERE
-            )
+        tensors: list[StoredTensor] = []
+        for file in weight_files(checkpoint.folder):
+            tensors += tensors_of(file)
+        for tensor in tensors:
+            if tensor.dtype not in DTYPES:
+                raise ModelError(
+                    f"{tensor.file} holds '{tensor.name}' as {tensor.dtype}, which cannot be read layer by layer.",
+                    ELSEWHERE,
+                )
         unread = {tensor.name: _Placeholder(tensor.shape, tensor) for tensor in tensors}
         self.model = build_model(checkpoint, settings, lambda _: unread, head=head)
         self.unpacks = quantizer is not None
@@ -227,8 +274,10 @@ class StreamedWeights:
         self._weights = _weights(self.model, {})
         with refusing(f"The weights of '{checkpoint.name}'"):
             quantizer = file.quantizer(self.model)
-        older: dict[str, Any] = {} if quantizer else {"names": file.names, "unpack": file.unpack}
-        self._conversion = Conversion(self.model, file.stored, quantizer, **older)
+        if quantizer:
+            self._conversion = Conversion(self.model, file.stored, quantizer)
+        else:
+            self._conversion = Conversion(self.model, file.stored, names=file.names, unpack=file.unpack)
 
     @property
     def unpacks_on_cpu(self) -> bool:
@@ -237,8 +286,14 @@ class StreamedWeights:
 
     def unpacking_bytes(self, parts: Sequence[Part]) -> int:
         """Return the most bytes of memory that unpacking a weight of these parts takes beside their weights."""
-        weights = (weight for part in parts for weight in part.weights if not weight.stored)
-        return max((unpacking_bytes(weight.meta) for weight in weights), default=0) if self.unpacks else 0
+        if not self.unpacks:
+            return 0
+        most = 0
+        for part in parts:
+            for weight in part.weights:
+                if not weight.stored:
+                    most = max(most, unpacking_bytes(weight.meta))
+        return most
 
     def split(self, layers: Sequence[nn.Module], backbone: nn.Module) -> tuple[list[Part], Part]:
         """Return a part for each layer, and one for the other weights of the backbone and those that layers share.
@@ -246,25 +301,24 @@ class StreamedWeights:
         Raises:
             ModelError: the stored tensors of a converted weight are unknown.
         """
-        inside = [set(layer.modules()) for layer in layers]
-        uses = Counter(module for modules in inside for module in modules)
-        parts = [
-            {
-                key
-                for key, weight in self._weights.items()
-                if all(module in modules and uses[module] == 1 for module, _ in weight.places)
-            }
-            for modules in inside
-        ]
-        below = set(backbone.modules())
-        needed = {key for key, w in self._weights.items() if any(module in below for module, _ in w.places)}
-        remaining = (needed | self._unclear_ties()).difference(*parts)
-        return [self._part(keys) for keys in parts], self._part(remaining)
+        uses = Counter[nn.Module]()
+        for layer in layers:
+            uses.update(set(layer.modules()))
+        keys_by_layer = []
+        for layer in layers:
+            own_modules = {module for module in layer.modules() if uses[module] == 1}
+            keys_by_layer.append({key for key, weight in self._weights.items() if weight.is_inside(own_modules)})
+        modules_of_backbone = set(backbone.modules())
+        needed = {key for key, weight in self._weights.items() if weight.is_used_by(modules_of_backbone)}
+        remaining = (needed | self._unclear_ties()).difference(*keys_by_layer)
+        return [self._part(keys) for keys in keys_by_layer], self._part(remaining)
 
     def _part(self, keys: set[int]) -> Part:
         weights = tuple(weight for key, weight in self._weights.items() if key in keys)
-        is_converted = any(weight.stored is None for weight in weights)
-        return Part(weights, self._conversion.groups(keys) if is_converted else ())
+        groups: tuple[Group, ...] = ()
+        if any(weight.stored is None for weight in weights):
+            groups = self._conversion.groups(keys)
+        return Part(weights, groups)
 
     def load(self, part: Part, device: torch.device, read: Read = copied) -> None:
         """Read a part's weights and set them in the model, on a device.
@@ -274,11 +328,15 @@ class StreamedWeights:
         """
         self.bytes_read += sum(tensor.size for tensor in part.stored)
         tensors = read(part.stored)
-        for weight in [weight for weight in part.weights if weight.stored]:
-            weight.assign(next(tensors).to(device, non_blocking=True).to(weight.meta.dtype))  # converted there
+        for weight in part.weights:
+            if weight.stored:
+                on_device = next(tensors).to(device, non_blocking=True)
+                weight.assign(on_device.to(weight.meta.dtype))
         for group in part.groups:
             self._conversion.convert({stored.name: next(tensors) for stored in group}, device)
-        for weight in [weight for weight in part.weights if not weight.stored]:
+        for weight in part.weights:
+            if weight.stored:
+                continue
             tensor = weight.current()
             if tensor.is_meta:
                 module, name = weight.places[0]
@@ -303,25 +361,40 @@ class StreamedWeights:
     def _unclear_ties(self) -> set[int]:
         """Return the ids of weights that the configuration ties although the files store them separately."""
         paths = {module: path for path, module in self.model.named_modules()}
-        keys = {f"{paths[m]}.{name}": key for key, weight in self._weights.items() for m, name in weight.places}
-        pairs = [(keys.get(a), keys.get(b)) for a, b in (self.model.all_tied_weights_keys or {}).items()]
-        return {key for a, b in pairs if a is not None and b is not None and a != b for key in (a, b)}
+        key_of_name = {}
+        for key, weight in self._weights.items():
+            for module, name in weight.places:
+                key_of_name[f"{paths[module]}.{name}"] = key
+        unclear = set()
+        for name, tied_name in (self.model.all_tied_weights_keys or {}).items():
+            key = key_of_name.get(name)
+            tied_key = key_of_name.get(tied_name)
+            if key is not None and tied_key is not None and key != tied_key:
+                unclear |= {key, tied_key}
+        return unclear
 
     @contextmanager
     def fill_random(self, parts: Sequence[Part], device: torch.device) -> Iterator[None]:
         """Fill parts with small random numbers inside the context, as views of shared memory, without reading files."""
-        weights = [weight for part in parts for weight in part.weights]
-        largest = {meta.dtype: meta for meta in sorted((weight.meta for weight in weights), key=torch.Tensor.numel)}
+        weights: list[Weight] = []
+        for part in parts:
+            weights += part.weights
+        largest: dict[torch.dtype, int] = {}
+        for weight in weights:
+            dtype = weight.meta.dtype
+            largest[dtype] = max(largest.get(dtype, 0), weight.meta.numel())
         block = torch.randn(_RANDOM_BLOCK, generator=torch.Generator().manual_seed(0)) * 0.02
-        numbers = {
-            dtype: block.to(dtype).repeat(1 + (meta.numel() + _RANDOM_OFFSETS) // _RANDOM_BLOCK).to(device)
-            for dtype, meta in largest.items()
-        }
+        numbers_by_dtype = {}
+        for dtype, size in largest.items():
+            repeats = 1 + (size + _RANDOM_OFFSETS) // _RANDOM_BLOCK
+            numbers_by_dtype[dtype] = block.to(dtype).repeat(repeats).to(device)
         try:
-            for i, weight in enumerate(weights):
-                start = i * _RANDOM_STEP % _RANDOM_OFFSETS  # equal weights would make queries equal to keys
-                part = numbers[weight.meta.dtype][start : start + weight.meta.numel()]
-                weight.assign(part.view(weight.meta.shape))
+            for number, weight in enumerate(weights):
+                # Equal weights would make queries equal to keys.
+                start = number * _RANDOM_STEP % _RANDOM_OFFSETS
+                numbers = numbers_by_dtype[weight.meta.dtype]
+                values = numbers[start : start + weight.meta.numel()]
+                weight.assign(values.view(weight.meta.shape))
             yield
         finally:
             for weight in weights:
@@ -336,7 +409,8 @@ class _Placeholder:
     """
 
     def __init__(self, shape: Sequence[int], stored: StoredTensor | None = None) -> None:
-        self.shape, self.stored = torch.Size(shape), stored
+        self.shape = torch.Size(shape)
+        self.stored = stored
         self.dtype = DTYPES[stored.dtype] if stored else torch.float32
         self.placed: torch.Tensor | None = None
 
@@ -350,18 +424,29 @@ class _Placeholder:
         self.placed = torch.empty(self.shape, dtype=dtype or self.dtype, device="meta")
         return self.placed
 
+    def is_placed_as(self, tensor: torch.Tensor) -> bool:
+        """Whether it was placed as this tensor, and not as a tensor of which that is a view of a part."""
+        if self.placed is None:
+            return False
+        return (tensor.shape, tensor.stride()) == (self.placed.shape, self.placed.stride())
+
 
 def _weights(model: nn.Module, unread: Mapping[str, _Placeholder]) -> dict[int, Weight]:
     """Return the weights of a model that are on the meta device, by id of the tensor."""
-    placed = {e.placed.untyped_storage()._cdata: (e.placed, e.stored) for e in unread.values() if e.placed is not None}
+    by_storage: dict[int, _Placeholder] = {}
+    for placeholder in unread.values():
+        if placeholder.placed is not None:
+            by_storage[placeholder.placed.untyped_storage()._cdata] = placeholder
     places: dict[torch.Tensor, list[tuple[nn.Module, str]]] = {}
     for module in model.modules():
         for name, tensor in (*module._parameters.items(), *module._buffers.items()):
             if tensor is not None and tensor.is_meta:
                 places.setdefault(tensor, []).append((module, name))
     weights = {}
-    for tensor, where in places.items():
-        whole, stored = placed.get(tensor.untyped_storage()._cdata, (tensor, None))
-        is_whole = (tensor.shape, tensor.stride()) == (whole.shape, whole.stride())  # not a view of a part
-        weights[id(tensor)] = Weight(tensor, tuple(where), stored if is_whole else None)
+    for tensor, places_of_tensor in places.items():
+        stored = None
+        placeholder = by_storage.get(tensor.untyped_storage()._cdata)
+        if placeholder and placeholder.is_placed_as(tensor):
+            stored = placeholder.stored
+        weights[id(tensor)] = Weight(tensor, tuple(places_of_tensor), stored)
     return weights
