@@ -13,14 +13,19 @@ from pydantic import Field
 from avss_dist.core.errors import ConfigError, ModelError
 from avss_dist.core.validation import Count, checked
 
-COMPLETE, NO_IMPROVEMENT, DIVERGED = "complete", "no improvement", "diverged"
-"""Reasons why a training ended."""
+# Reasons why a training ended.
+COMPLETE = "complete"
+NO_IMPROVEMENT = "no improvement"
+DIVERGED = "diverged"
 SAME_PREDICTIONS = 1e-6  # nats per token: a smaller divergence is rounding
 DIVERGENCE_FACTOR = 2.0  # of the held-out loss before training: beyond it, training has diverged
 PATIENCE = 3  # evaluations in a row without a lower held-out loss, which end a training
 
-LOSS, KEPT, PERPLEXITY, DIVERGENCE = "eval_loss", "eval_kept/", "eval_perplexity/", "eval_divergence/"
-"""Names of metrics in a trainer's history; all but the first are followed by the label of a text."""
+# Names of metrics in a trainer's history. All but the first are followed by the label of a text.
+LOSS = "eval_loss"
+KEPT = "eval_kept/"
+PERPLEXITY = "eval_perplexity/"
+DIVERGENCE = "eval_divergence/"
 
 MOST_LOGGED = 2000  # losses of a training that are logged
 
@@ -113,23 +118,25 @@ def evaluations(history: History, step_tokens: int = 0) -> list[CurvePoint]:
         if "loss" in entry:
             losses.append(float(entry["loss"]))
         if LOSS in entry:
-            by_text = {
-                prefix: {name.removeprefix(prefix): entry[name] for name in sorted(entry) if name.startswith(prefix)}
-                for prefix in (DIVERGENCE, PERPLEXITY, KEPT)
-            }
+            step = int(entry["step"])
             result.append(
                 CurvePoint(
-                    step=int(entry["step"]),
-                    tokens=int(entry["step"]) * step_tokens,
+                    step=step,
+                    tokens=step * step_tokens,
                     train_loss=sum(losses) / len(losses) if losses else None,
                     loss=entry[LOSS],
-                    divergence=by_text[DIVERGENCE],
-                    perplexity=by_text[PERPLEXITY],
-                    kept=by_text[KEPT],
+                    divergence=_by_text(entry, DIVERGENCE),
+                    perplexity=_by_text(entry, PERPLEXITY),
+                    kept=_by_text(entry, KEPT),
                 )
             )
             losses = []
     return result
+
+
+def _by_text(entry: Mapping[str, Any], prefix: str) -> dict[str, float]:
+    """Return the metrics of an entry whose names have a prefix, by the label of their text."""
+    return {name.removeprefix(prefix): entry[name] for name in sorted(entry) if name.startswith(prefix)}
 
 
 def best(points: Sequence[CurvePoint]) -> CurvePoint | None:
@@ -148,7 +155,10 @@ def is_better(point: CurvePoint, before: CurvePoint) -> bool:
 
 def _keeps_less(point: CurvePoint, before: CurvePoint) -> bool:
     """Whether less of every text is kept. A perplexity below the teacher's counts as the teacher's."""
-    return all(min(point.kept[label], 1.0) < min(share, 1.0) for label, share in before.kept.items())
+    for label, share_before in before.kept.items():
+        if min(point.kept[label], 1.0) >= min(share_before, 1.0):
+            return False
+    return True
 
 
 def require_distance(point: CurvePoint, work: Path) -> None:
@@ -182,10 +192,15 @@ def ending(history: History, steps: int) -> str | None:
         steps: number of steps of the whole training.
     """
     points = evaluations(history)
-    is_finite = all(math.isfinite(entry["loss"]) for entry in history if "loss" in entry)
-    if not is_finite or (points and not points[-1].loss <= DIVERGENCE_FACTOR * points[0].loss):  # NaN is not
+    if not all(math.isfinite(entry["loss"]) for entry in history if "loss" in entry):
         return DIVERGED
-    lowest = best(points)
-    if lowest and sum(point.step > lowest.step for point in points) >= PATIENCE:
-        return NO_IMPROVEMENT
-    return COMPLETE if points and points[-1].step >= steps else None
+    if not points:
+        return None
+    has_stayed_close = points[-1].loss <= DIVERGENCE_FACTOR * points[0].loss  # which NaN has not
+    if not has_stayed_close:
+        return DIVERGED
+    if lowest := best(points):
+        later = [point for point in points if point.step > lowest.step]
+        if len(later) >= PATIENCE:
+            return NO_IMPROVEMENT
+    return COMPLETE if points[-1].step >= steps else None

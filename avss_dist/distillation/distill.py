@@ -25,6 +25,7 @@ from avss_dist.core.settings import refuse_unused
 from avss_dist.distillation.curve import (
     DIVERGED,
     CurvePoint,
+    History,
     OnEvent,
     Preparing,
     Schedule,
@@ -34,7 +35,7 @@ from avss_dist.distillation.curve import (
     ignore,
     is_better,
 )
-from avss_dist.distillation.loss import logits_of
+from avss_dist.distillation.loss import LossSums, logits_of
 from avss_dist.distillation.memory import Memory, estimate_memory, ranks_per_node, require_memory, require_room
 from avss_dist.distillation.pair import (
     LORA,
@@ -65,6 +66,11 @@ if TYPE_CHECKING:
     from avss_dist.runs.ray.executor import RayExecutor
 
 
+OPTIONS_OF_RESULT = (
+    *("tokens", "train", "lora_rank", "learning_rate", "warmup", "held_out"),
+    *("self_texts", "evaluations", "seed"),
+)
+"""Options of a request that change its result, apart from the models, the texts and the ranks."""
 _REQUEST = "request.json"
 UNWRITTEN = ("File too large", "iostream error", "failed writing", "I/O error")  # of torch and safetensors
 LEAST_FREE_BYTES = 64 << 20  # with less free space, a failed write is taken to be for lack of it
@@ -87,21 +93,21 @@ class Distilled(TabularResult):
 
     def table(self) -> pa.Table:
         """Return a table with a row for each evaluation and text."""
-        return pa.Table.from_pylist(
-            [
-                {
-                    "tokens": point.tokens,
-                    "text": text.corpus,
-                    "trained_rows": text.trained_rows,
-                    "held_out_rows": text.held_out_rows,
-                    "perplexity": point.perplexity[text.label],
-                    "kept": point.kept[text.label],
-                    "divergence": point.divergence.get(text.label),
-                }
-                for point in self.record.curve
-                for text in self.record.texts
-            ]
-        )
+        rows = []
+        for point in self.record.curve:
+            for text in self.record.texts:
+                rows.append(
+                    {
+                        "tokens": point.tokens,
+                        "text": text.corpus,
+                        "trained_rows": text.trained_rows,
+                        "held_out_rows": text.held_out_rows,
+                        "perplexity": point.perplexity[text.label],
+                        "kept": point.kept[text.label],
+                        "divergence": point.divergence.get(text.label),
+                    }
+                )
+        return pa.Table.from_pylist(rows)
 
     def summary(self) -> str:
         """Return the folder and the number of tokens, in a line."""
@@ -202,18 +208,23 @@ def _distill(request: DistillRequest, executor: RayExecutor | None, output: Path
 
 def _identity(request: DistillRequest, models: ModelPair) -> dict[str, Any]:
     """Return all that determines the result, to tell whether work in a folder can be resumed."""
-    names = ["tokens", "train", "lora_rank", "learning_rate", "warmup", "held_out", "self_texts", "evaluations", "seed"]
-    names += ["ranks", "sharding"] if request.ranks > 1 else []
-    return {
+    corpora = [split_weight(corpus) for corpus in request.corpora]
+    watched = [split_weight(corpus) for corpus in request.watch]
+    identity: dict[str, Any] = {
         "student": models.student.revision,
         "teacher": models.teacher.revision,
-        "corpora": [str(split_weight(corpus)[0]) for corpus in request.corpora],
-        "watch": [str(split_weight(corpus)[0]) for corpus in request.watch],
-        "weights": [split_weight(corpus)[1] for corpus in request.corpora],
-        **{name: getattr(request, name) for name in names},
-        "settings": models.settings.as_dict(),
-        "bfloat16": models.bfloat16,
+        "corpora": [str(name) for name, _ in corpora],
+        "watch": [str(name) for name, _ in watched],
+        "weights": [weight for _, weight in corpora],
     }
+    names = [*OPTIONS_OF_RESULT]
+    if request.ranks > 1:
+        names += ["ranks", "sharding"]
+    for name in names:
+        identity[name] = getattr(request, name)
+    identity["settings"] = models.settings.as_dict()
+    identity["bfloat16"] = models.bfloat16
+    return identity
 
 
 def _differing(file: Path, values: Mapping[str, Any]) -> list[str]:
@@ -222,8 +233,9 @@ def _differing(file: Path, values: Mapping[str, Any]) -> list[str]:
     if not file.is_file():
         write_file(file, text)
         return []
-    before, now = json.loads(file.read_text(encoding="utf-8")), json.loads(text)
-    return sorted(name for name in {**before, **now} if before.get(name) != now.get(name))
+    stored = json.loads(file.read_text(encoding="utf-8"))
+    given = json.loads(text)
+    return sorted(name for name in {**stored, **given} if stored.get(name) != given.get(name))
 
 
 @dataclass(frozen=True)
@@ -252,14 +264,17 @@ class DistillTask:
         """Do the part of this process's rank."""
         from avss_dist.runs.ray.worker import resolve_on_node
 
-        student, teacher = map(resolve_on_node, (self.models.student, self.models.teacher))
+        student = resolve_on_node(self.models.student)
+        teacher = resolve_on_node(self.models.teacher)
         models = replace(self.models, student=student, teacher=teacher)
         if not (self.work / _REQUEST).is_file():
             raise ConfigError(
                 f"{self.work} does not exist on the worker node {socket.gethostname()}.",
                 "Name an `output` on a disk that all nodes mount under the same path.",
             )
-        on_event = ignore if rank_and_size()[0] else on_event
+        rank, _ = rank_and_size()
+        if rank:
+            on_event = ignore
         with (
             quiet(),
             warnings.catch_warnings(),
@@ -271,7 +286,8 @@ class DistillTask:
     def train_and_write(self, on_event: OnEvent, heartbeat: Callable[[], None] | None = None) -> None:
         """Train the student, and write it on the first rank."""
         record, model = _trained(self, on_event, heartbeat)
-        if rank_and_size()[0] == 0:
+        rank, _ = rank_and_size()
+        if rank == 0:
             with _explained(self.work):
                 write_distilled(self.models.student, model, self.output, record)
 
@@ -288,36 +304,43 @@ def _trained(task: DistillTask, on_event: OnEvent, heartbeat: Callable[[], None]
 
     from avss_dist.distillation import trainer
 
-    request, models, texts = task.request, task.models, task.texts
+    request = task.request
+    models = task.models
+    texts = task.texts
+    step_tokens = request.batch_size * models.settings.sequence_length
     schedule = Schedule(
-        steps=max(1, math.ceil(request.tokens / (request.batch_size * models.settings.sequence_length))),
-        step_tokens=request.batch_size * models.settings.sequence_length,
+        steps=max(1, math.ceil(request.tokens / step_tokens)),
+        step_tokens=step_tokens,
         evaluations=request.evaluations,
         learning_rate=request.learning_rate or default_learning_rate(models.student, request.train),
     )
     teacher_model = load_model(models.teacher, models.teacher_settings, head=True).to(models.device)
     trainer.call_at_layers(teacher_model, models.teacher_settings, heartbeat)
     teacher = logits_of(teacher_model)
-    expected = []
+    teacher_losses = []
     for number, text in enumerate(texts):
         on_event(Preparing("measuring the teacher", number / len(texts)))
-        expected.append(trainer.measure(teacher, None, text, models.settings.batch_size, models.device))
-        if not math.isfinite(expected[-1].surprise):
+        loss = trainer.measure(teacher, None, text, models.settings.batch_size, models.device)
+        if not math.isfinite(loss.surprise):
             raise ModelError(
                 f"'{models.teacher.name}', the teacher, predicts NaN or infinities on {text.name}.",
                 f"Check its weights, or name another `teacher`; first delete {task.work}.",
             )
+        teacher_losses.append(loss)
     folder = task.work / "checkpoints"
     folder.mkdir(exist_ok=True)
     share(trainer.delete_incomplete, [folder], idle=lambda: None)
-    last = trainer.last_checkpoint(folder)
-    history = TrainerState.load_from_json(str(last / TRAINER_STATE_NAME)).log_history if last else []
+    history: History = []
+    if last := trainer.last_checkpoint(folder):
+        history = TrainerState.load_from_json(str(last / TRAINER_STATE_NAME)).log_history
     if ending(history, schedule.steps) is None:
         if request.report_to:
             require_package(request.report_to, "`report_to`")
         on_event(Preparing(f"training, at a learning rate of {schedule.learning_rate:g}"))
         with _explained(folder):
-            history = trainer.train(request, models, teacher, texts, expected, schedule, folder, on_event, heartbeat)
+            history = trainer.train(
+                request, models, teacher, texts, teacher_losses, schedule, folder, on_event, heartbeat
+            )
         free_cached_memory()
     ended = ending(history, schedule.steps)
     assert ended is not None
@@ -332,17 +355,36 @@ def _trained(task: DistillTask, on_event: OnEvent, heartbeat: Callable[[], None]
         autocast(logits_of(model.to(models.device)), models),
         teacher,
         texts,
-        expected,
+        teacher_losses,
         request.rows,
         models.device,
     )
-    curve = [
-        *(point for point in points if point.step <= lowest.step),
-        *evaluations([{"step": lowest.step, **written}], schedule.step_tokens),
-    ]
+    curve = [point for point in points if point.step <= lowest.step]
+    curve += evaluations([{"step": lowest.step, **written}], schedule.step_tokens)
     if not is_better(curve[-1], points[0]):
         raise _no_better([points[0], curve[-1]], ended, schedule.learning_rate, task.work)
-    record = DistillRecord(
+    record = _record(task, schedule, teacher_losses, curve, lowest.step, ended)
+    return record, model.to(dtype)
+
+
+def _record(
+    task: DistillTask,
+    schedule: Schedule,
+    teacher_losses: Sequence[LossSums],
+    curve: Sequence[CurvePoint],
+    steps: int,
+    ended: str,
+) -> DistillRecord:
+    """Return the record of a training.
+
+    Args:
+        steps: number of steps after which the student was at its best.
+        ended: reason why the training ended.
+    """
+    request = task.request
+    models = task.models
+    texts = [_recorded(text, loss) for text, loss in zip(task.texts, teacher_losses, strict=True)]
+    return DistillRecord(
         student=models.student.name,
         student_revision=models.student.revision,
         teacher=models.teacher.name,
@@ -353,27 +395,29 @@ def _trained(task: DistillTask, on_event: OnEvent, heartbeat: Callable[[], None]
         warmup=request.warmup,
         batch_size=request.batch_size,
         tokens=request.tokens,
-        steps=lowest.step,
+        steps=steps,
         ended=ended,
         seed=request.seed,
         reading={**models.settings.text_options(), "dtype": models.settings.dtype},
         held_out=request.held_out,
         computed="bfloat16" if models.bfloat16 else "float32",
-        texts=tuple(
-            RecordedText(
-                corpus=text.name,
-                label=text.label,
-                fingerprint=(text.trained or text.held_out).corpus_fingerprint,
-                weight=text.weight,
-                trained_rows=text.trained.num_sequences if text.trained else 0,
-                held_out_rows=text.held_out.num_sequences,
-                teacher_perplexity=math.exp(loss.surprise / loss.tokens),
-            )
-            for text, loss in zip(texts, expected, strict=True)
-        ),
+        texts=tuple(texts),
         curve=tuple(curve),
     )
-    return record, model.to(dtype)
+
+
+def _recorded(text: DistillText, teacher_loss: LossSums) -> RecordedText:
+    """Return what the record says about a text."""
+    read = text.trained or text.held_out
+    return RecordedText(
+        corpus=text.name,
+        label=text.label,
+        fingerprint=read.corpus_fingerprint,
+        weight=text.weight,
+        trained_rows=text.trained.num_sequences if text.trained else 0,
+        held_out_rows=text.held_out.num_sequences,
+        teacher_perplexity=math.exp(teacher_loss.surprise / teacher_loss.tokens),
+    )
 
 
 @contextmanager
@@ -387,8 +431,9 @@ def _explained(folder: Path) -> Iterator[None]:
     try:
         yield
     except (OSError, RuntimeError, SafetensorError) as error:
-        texts = " ".join(map(str, (error, error.__context__)))
-        if "No space left" in texts or shutil.disk_usage(folder).free < LEAST_FREE_BYTES:
+        texts = f"{error} {error.__context__}"
+        is_full = shutil.disk_usage(folder).free < LEAST_FREE_BYTES
+        if "No space left" in texts or is_full:
             raise StorageFull(
                 f"There is no space left for checkpoints in {folder}: {first_line(error)}",
                 "Free some space and run the same command again; it goes on from the last complete checkpoint.",
@@ -405,14 +450,15 @@ def _explained(folder: Path) -> Iterator[None]:
 def _no_better(points: Sequence[CurvePoint], ended: str, rate: float, work: Path) -> RunFailed:
     """Return the error of a training after which the student is no better than before."""
     measured = ", ".join(f"{point.loss:.4g} after {point.step} steps" for point in points)
-    what = "Training diverged" if ended == DIVERGED else "Training made the student no better"
+    outcome = "Training diverged" if ended == DIVERGED else "Training made the student no better"
     if after := best(points):
-        shares = ", ".join(
-            f"{share:.2%} and {after.kept[label]:.2%} of {label}" for label, share in points[0].kept.items()
+        before = points[0]
+        shares = [f"{share:.2%} and {after.kept[label]:.2%} of {label}" for label, share in before.kept.items()]
+        measured += (
+            f". Kept of the teacher's perplexity before training and after {after.step} steps: {', '.join(shares)}"
         )
-        measured += f". Kept of the teacher's perplexity before training and after {after.step} steps: {shares}"
     return RunFailed(
-        f"{what}: the divergence from the teacher on held-out text is {measured}. Nothing was written.",
+        f"{outcome}: the divergence from the teacher on held-out text is {measured}. Nothing was written.",
         f"Lower `learning_rate`, which was {rate:g}, or name more text; first delete {work}, which holds the trained "
         "checkpoints.",
     )

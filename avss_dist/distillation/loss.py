@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -31,7 +31,8 @@ class _Loss(torch.autograd.Function):
         gradient = teacher if teacher.dtype == student.dtype else torch.empty_like(student)
         total = torch.zeros((), dtype=torch.float64, device=student.device)
         for piece in _pieces(student):
-            actual, counted = _log_probabilities(student[piece]), labels[piece] != NOT_COUNTED
+            actual = _log_probabilities(student[piece])
+            counted = labels[piece] != NOT_COUNTED
             expected = _log_probabilities(teacher[piece])
             probabilities = expected.exp()
             divergences = (expected.sub_(actual)).mul_(probabilities).sum(dim=-1)
@@ -47,7 +48,8 @@ class _Loss(torch.autograd.Function):
 
 
 def _pieces(logits: torch.Tensor) -> list[slice]:
-    return pieces(len(logits), logits.shape[1], WIDENED_BYTES if logits.device.type == "cpu" else LOGIT_BYTES)
+    maximum = WIDENED_BYTES if logits.device.type == "cpu" else LOGIT_BYTES
+    return pieces(len(logits), logits.shape[1], maximum)
 
 
 def _log_probabilities(logits: torch.Tensor) -> torch.Tensor:
@@ -73,7 +75,9 @@ def predictions(predict: Predict, ids: torch.Tensor, mask: torch.Tensor) -> torc
     Args:
         mask: [rows, tokens], nonzero where a token is real. The model gets none if all are.
     """
-    return predict(ids, None if bool(mask.all()) else mask).flatten(0, 1)
+    is_full = bool(mask.all())
+    logits = predict(ids, None if is_full else mask)
+    return logits.flatten(0, 1)
 
 
 def next_labels(labels: torch.Tensor) -> torch.Tensor:
@@ -107,7 +111,11 @@ class LossSums:
 
     def __add__(self, other: LossSums) -> LossSums:
         """Return the sums over the tokens of both operands."""
-        return LossSums(*(getattr(self, f.name) + getattr(other, f.name) for f in fields(self)))
+        return LossSums(
+            surprise=self.surprise + other.surprise,
+            divergence=self.divergence + other.divergence,
+            tokens=self.tokens + other.tokens,
+        )
 
 
 def text_loss(student: Predict, teacher: Predict | None, batch: dict[str, torch.Tensor]) -> LossSums:
@@ -117,13 +125,16 @@ def text_loss(student: Predict, teacher: Predict | None, batch: dict[str, torch.
         teacher: predictions of the teacher; None measures no divergence.
     """
     with torch.no_grad():
-        ids, mask, labels = batch["input_ids"], batch["attention_mask"], next_labels(batch["labels"])
+        ids = batch["input_ids"]
+        mask = batch["attention_mask"]
+        labels = next_labels(batch["labels"])
         logits = predictions(student, ids, mask)
-        losses = (
-            cross_entropy(logits[piece].float(), labels[piece], ignore_index=NOT_COUNTED, reduction="sum")
-            for piece in _pieces(logits)
-        )
-        surprise, diverged = sum(loss.item() for loss in losses), 0.0
+        surprise = 0.0
+        for piece in _pieces(logits):
+            loss = cross_entropy(logits[piece].float(), labels[piece], ignore_index=NOT_COUNTED, reduction="sum")
+            surprise += loss.item()
+        divergence = 0.0
         if teacher is not None:
-            diverged = distillation_loss(logits, predictions(teacher, ids, mask), labels).item()
-    return LossSums(surprise, diverged, int((labels != NOT_COUNTED).sum()))
+            divergence = distillation_loss(logits, predictions(teacher, ids, mask), labels).item()
+    tokens = int((labels != NOT_COUNTED).sum())
+    return LossSums(surprise, divergence, tokens)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from copy import deepcopy
 from dataclasses import dataclass
@@ -9,7 +10,7 @@ from typing import TYPE_CHECKING
 
 from avss_dist.core.devices import Devices, available_memory, devices_here
 from avss_dist.core.errors import ConfigError
-from avss_dist.core.registry import SHARDINGS
+from avss_dist.core.registry import SHARDINGS, ShardingInfo
 from avss_dist.core.settings import Settings
 from avss_dist.core.text import describe_bytes
 from avss_dist.distillation.pair import LORA, ModelPair, choose_trained
@@ -79,32 +80,52 @@ def estimate_memory(
     model = choose_trained(deepcopy(skeleton), train, rank)  # it may be shared, and an adapter changes it
     parameters = list(model.parameters())
     trained = sum(p.numel() for p in parameters if p.requires_grad)
-    size, info = footprint(student, settings), SHARDINGS[sharding]
+    size = footprint(student, settings)
+    info = SHARDINGS[sharding]
     whole = FLOAT32 * sum(p.numel() for p in parameters)
-    copy = FLOAT32 * trained if info.zero_stage else 0  # DeepSpeed's own, which the optimizer changes
-
-    exchange, gradients = 0, FLOAT32 * trained
-    if ranks > 1:  # DDP copies gradients, DeepSpeed has buckets; of divided weights, two layers are whole at a time
-        gathered = 3 * max(*size.layer_bytes, size.other_bytes) if info.weights else 0
-        buckets = 3 * FLOAT32 * min(BUCKET, trained)
-        exchange = buckets + gathered if info.zero_stage else gathered or gradients
+    gradients = FLOAT32 * trained
+    copy = 0
+    if info.zero_stage:
+        copy = FLOAT32 * trained  # DeepSpeed's own, which the optimizer changes
+    exchange = 0
+    if ranks > 1:
+        exchange = _exchanged_bytes(size, info, trained)
     # Of a layer: 6 tensors as wide as the residual stream (its input, norms, sums), 5 as the attention (queries, keys,
     # values, output), and half as many again as the outputs of all linear maps of the MLP.
     width = 6 * size.hidden_size + 5 * size.attention_width + int(1.5 * size.mlp_width)
+    tokens = settings.batch_size * settings.sequence_length
 
-    def part(size: int, divided: bool) -> int:
-        return -(-size // ranks) if divided else size
+    def part(size: int, is_divided: bool) -> int:
+        return math.ceil(size / ranks) if is_divided else size
 
     parts = {
         "student": part(whole, info.weights) + part(copy, True),
         "gradients": part(gradients, info.gradients),
         "optimizer": part(2 * gradients, info.moments),
-        **({"exchange": exchange} if exchange else {}),
-        "teacher": footprint(teacher, teacher_settings).weight_bytes,
-        "activations": FLOAT32 * settings.batch_size * settings.sequence_length * width * size.num_layers,
-        "logits": 2 * FLOAT32 * settings.batch_size * settings.sequence_length * size.vocabulary,
     }
+    if exchange:
+        parts["exchange"] = exchange
+    parts["teacher"] = footprint(teacher, teacher_settings).weight_bytes
+    parts["activations"] = FLOAT32 * tokens * width * size.num_layers
+    parts["logits"] = 2 * FLOAT32 * tokens * size.vocabulary
     return Memory(parts=parts, written=whole, trained=trained)
+
+
+def _exchanged_bytes(size: Footprint, info: ShardingInfo, trained: int) -> int:
+    """Return the bytes of the exchange between ranks.
+
+    DDP copies gradients, and DeepSpeed has buckets. Of divided weights, two layers are whole at a time.
+
+    Args:
+        trained: number of trained parameters.
+    """
+    gathered = 0
+    if info.weights:
+        gathered = 3 * max(*size.layer_bytes, size.other_bytes)
+    if info.zero_stage:
+        buckets = 3 * FLOAT32 * min(BUCKET, trained)
+        return buckets + gathered
+    return gathered or FLOAT32 * trained
 
 
 def without_layers(memory: Memory, size: Footprint, count: int) -> Memory:
@@ -114,13 +135,13 @@ def without_layers(memory: Memory, size: Footprint, count: int) -> Memory:
         memory: estimate for a student with all layers.
         size: size of the student with all layers, in float32.
     """
-    dropped = sum(sorted(size.layer_bytes)[size.num_layers - count :])
-    parts = {
-        **memory.parts,
-        **{name: memory.parts[name] - dropped for name in ("student", "gradients")},
-        "optimizer": memory.parts["optimizer"] - 2 * dropped,
-        "activations": memory.parts["activations"] * (size.num_layers - count) // size.num_layers,
-    }
+    remaining = size.num_layers - count
+    dropped = sum(sorted(size.layer_bytes)[remaining:])
+    parts = dict(memory.parts)
+    parts["student"] -= dropped
+    parts["gradients"] -= dropped
+    parts["optimizer"] -= 2 * dropped
+    parts["activations"] = parts["activations"] * remaining // size.num_layers
     return Memory(parts=parts, written=memory.written - dropped, trained=memory.trained - dropped // FLOAT32)
 
 
@@ -131,39 +152,56 @@ def require_memory(memory: Memory, device: str, train: str, hint: str = "", free
         hint: replaces the hint that names options of `DistillRequest`.
         free: bytes that the process may take; by default all of this machine's, or of its smallest GPU.
     """
-    needed = memory.total + (LIBRARIES if device == "cpu" else 0)
+    needed = memory.total
+    if device == "cpu":
+        needed += LIBRARIES
     if free is None:
         free = available_memory() if device == "cpu" else devices_here(device).device_bytes
-    if needed > free:
-        raise ConfigError(
-            f"Distillation with `train` {train} needs about {describe_bytes(needed)} of memory: {memory.describe()}. "
-            f"There are {describe_bytes(free)}.",
-            hint or f"Lower `batch_size` or `sequence_length`{'' if train == LORA else ', or set `train` lora'}.",
-        )
+    if needed <= free:
+        return
+    if not hint:
+        hint = "Lower `batch_size` or `sequence_length`."
+        if train != LORA:
+            hint = "Lower `batch_size` or `sequence_length`, or set `train` lora."
+    raise ConfigError(
+        f"Distillation with `train` {train} needs about {describe_bytes(needed)} of memory: {memory.describe()}. "
+        f"There are {describe_bytes(free)}.",
+        hint,
+    )
 
 
 def ranks_per_node(request: DistillRequest, devices: Devices) -> int:
     """Return the maximum number of ranks on one node."""
-    places = devices.count_of_largest_node if devices.kind == "cuda" else devices.cpus_of_largest_node
+    if devices.kind == "cuda":
+        places = devices.count_of_largest_node
+    else:
+        places = devices.cpus_of_largest_node
     return max(1, min(request.ranks, places))
 
 
 def require_room(request: DistillRequest, devices: Devices, memory: Memory, models: ModelPair) -> None:
     """Raise ConfigError if the ranks have too few devices, too little memory, or unsuitable devices."""
-    on_gpu, ranks = devices.kind == "cuda", request.ranks
-    places, what = (devices.count, "GPUs") if on_gpu else (devices.cpus, "CPUs")
-    ConfigError.refuse(
-        (
-            not on_gpu and models.bfloat16 and SHARDINGS[request.sharding].is_fsdp,
-            f"`sharding` {request.sharding} computes in float32 on CPUs: transformers wants a GPU for bfloat16 with "
-            "FSDP.",
-            "Set `dtype` float32, or `sharding` zero3.",
-        ),
-        (
-            places < ranks and not request.execution.address,
-            f"`ranks` {ranks} need {ranks} {what}; there are {places}.",
-            "Lower `ranks`.",
-        ),
-    )
-    free = devices.device_bytes if on_gpu else devices.host_bytes // ranks_per_node(request, devices)
+    ranks = request.ranks
+    if devices.kind == "cuda":
+        places = devices.count
+        kind_of_place = "GPUs"
+        free = devices.device_bytes
+    else:
+        places = devices.cpus
+        kind_of_place = "CPUs"
+        free = devices.host_bytes // ranks_per_node(request, devices)
+    problems = []
+    if devices.kind != "cuda" and models.bfloat16 and SHARDINGS[request.sharding].is_fsdp:
+        problems.append(
+            ConfigError(
+                f"`sharding` {request.sharding} computes in float32 on CPUs: transformers wants a GPU for bfloat16 "
+                "with FSDP.",
+                "Set `dtype` float32, or `sharding` zero3.",
+            )
+        )
+    if places < ranks and not request.execution.address:
+        message = f"`ranks` {ranks} need {ranks} {kind_of_place}; there are {places}."
+        problems.append(ConfigError(message, "Lower `ranks`."))
+    if problems:
+        raise ConfigError.combine(problems)
     require_memory(memory, devices.kind, request.train, free=free)

@@ -64,6 +64,28 @@ class _Arguments(TrainingArguments):
         return min(1, int(super().n_gpu))
 
 
+OPTIMIZER: Mapping[str, Any] = {
+    "optim": "adamw_torch",
+    "adam_beta1": 0.9,
+    "adam_beta2": 0.98,
+    "weight_decay": 0.0,
+    "max_grad_norm": 1.0,
+    "lr_scheduler_type": "cosine_with_min_lr",
+    "lr_scheduler_kwargs": {"min_lr_rate": 0.1},
+}
+"""Arguments of the Trainer that are the same for every distillation: those of the optimizer and its schedule."""
+UNATTENDED: Mapping[str, Any] = {
+    "train_sampling_strategy": "sequential",
+    "remove_unused_columns": False,
+    "logging_nan_inf_filter": False,
+    "eval_strategy": "no",
+    "save_strategy": "no",
+    "disable_tqdm": True,
+    "log_level": "error",
+}
+"""Arguments that leave the order of rows, evaluation, saving and progress to this module."""
+
+
 def arguments(
     request: DistillRequest, models: ModelPair, schedule: Schedule, folder: Path, more: Mapping[str, Any]
 ) -> TrainingArguments:
@@ -72,35 +94,25 @@ def arguments(
     Args:
         more: further arguments, such as those of ranks.
     """
-    options: dict[str, Any] = {
-        "output_dir": str(folder),
+    optimization: dict[str, Any] = {
+        "learning_rate": schedule.learning_rate,
+        "warmup_steps": min(request.warmup, schedule.steps - 1),
         "max_steps": schedule.steps,
         "per_device_train_batch_size": request.batch_size,
-        "learning_rate": schedule.learning_rate,
-        "adam_beta1": 0.9,
-        "adam_beta2": 0.98,
-        "weight_decay": 0.0,
-        "max_grad_norm": 1.0,
-        "lr_scheduler_type": "cosine_with_min_lr",
-        "lr_scheduler_kwargs": {"min_lr_rate": 0.1},
-        "warmup_steps": min(request.warmup, schedule.steps - 1),
-        "optim": "adamw_torch",
-        "bf16": models.bfloat16,
-        "use_cpu": models.device.type == "cpu",
         "seed": request.seed,
-        "train_sampling_strategy": "sequential",
+        "bf16": models.bfloat16,
+    }
+    place: dict[str, Any] = {
+        "output_dir": str(folder),
+        "use_cpu": models.device.type == "cpu",
         "dataloader_pin_memory": models.device.type == "cuda",
-        "remove_unused_columns": False,
+    }
+    reports: dict[str, Any] = {
         "logging_steps": math.ceil(schedule.steps / MOST_LOGGED),
-        "logging_nan_inf_filter": False,
-        "eval_strategy": "no",
-        "save_strategy": "no",
-        "disable_tqdm": True,
-        "log_level": "error",
         "report_to": request.report_to or "none",
         "run_name": Path(request.output).name,
-        **more,
     }
+    options: dict[str, Any] = {**OPTIMIZER, **UNATTENDED, **optimization, **place, **reports, **more}
     return _Arguments(**options)
 
 
@@ -123,7 +135,9 @@ class DistillationTrainer(Trainer):
         **options: Any,
     ) -> None:
         super().__init__(**options)
-        self._teacher, self._texts, self._teacher_losses = teacher, texts, teacher_losses
+        self._teacher = teacher
+        self._texts = texts
+        self._teacher_losses = teacher_losses
         self.model_accepts_loss_kwargs = True  # has it count the labels of all ranks and accumulated batches
         self.remove_callback(PrinterCallback)
 
@@ -131,7 +145,9 @@ class DistillationTrainer(Trainer):
         self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> torch.Tensor:
         """Return the mean divergence over the counted tokens of a batch."""
-        ids, mask, labels = inputs["input_ids"], inputs["attention_mask"], next_labels(inputs["labels"])
+        ids = inputs["input_ids"]
+        mask = inputs["attention_mask"]
+        labels = next_labels(inputs["labels"])
         with torch.no_grad():
             expected = predictions(self._teacher, ids, mask)
         total = distillation_loss(predictions(logits_of(model), ids, mask), expected, labels)
@@ -162,15 +178,18 @@ def held_out_metrics(
     device: torch.device,
 ) -> dict[str, float]:
     """Return the metrics of the held-out rows of all texts, by the names of `curve`."""
-    metrics, weighted = {LOSS: 0.0}, sum(text.weight for text in texts)
-    for text, expected in zip(texts, teacher_losses, strict=True):
-        measured = measure(student, None if text.trained is None else teacher, text, batch_size, device)
-        surprise, diverged = measured.surprise / measured.tokens, measured.divergence / measured.tokens
+    metrics = {LOSS: 0.0}
+    sum_of_weights = sum(text.weight for text in texts)
+    for text, teacher_loss in zip(texts, teacher_losses, strict=True):
+        teacher_of_text = None if text.trained is None else teacher
+        measured = measure(student, teacher_of_text, text, batch_size, device)
+        surprise = measured.surprise / measured.tokens
         metrics[f"{PERPLEXITY}{text.label}"] = _exp(surprise)
-        metrics[f"{KEPT}{text.label}"] = _exp(expected.surprise / expected.tokens - surprise)
+        metrics[f"{KEPT}{text.label}"] = _exp(teacher_loss.surprise / teacher_loss.tokens - surprise)
         if text.trained:
-            metrics[f"{DIVERGENCE}{text.label}"] = diverged
-            metrics[LOSS] += diverged * text.weight / weighted
+            divergence = measured.divergence / measured.tokens
+            metrics[f"{DIVERGENCE}{text.label}"] = divergence
+            metrics[LOSS] += divergence * text.weight / sum_of_weights
     return metrics
 
 
@@ -187,10 +206,13 @@ def measure(
     """
 
     def loss(batch: Example) -> LossSums:
-        return text_loss(student, teacher, {name: values.to(device) for name, values in batch.items()})
+        on_device = {name: values.to(device) for name, values in batch.items()}
+        return text_loss(student, teacher, on_device)
 
-    batches = (as_examples(batch) for shard in text.held_out.shards for batch in shard.batches(batch_size))
-    return sum(share(loss, batches), LossSums())
+    examples = []
+    for shard in text.held_out.shards:
+        examples += [as_examples(batch) for batch in shard.batches(batch_size)]
+    return sum(share(loss, examples), LossSums())
 
 
 class ScheduleCallback(TrainerCallback):
@@ -206,17 +228,21 @@ class ScheduleCallback(TrainerCallback):
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         """Evaluate and save at regular intervals and at the end. Save also at times."""
-        step, schedule = state.global_step, self._schedule
-        if step % math.ceil(schedule.steps / schedule.evaluations) == 0 or step >= schedule.steps:
-            control.should_log = control.should_evaluate = control.should_save = True
+        step = state.global_step
+        steps_between = math.ceil(self._schedule.steps / self._schedule.evaluations)
+        if step % steps_between == 0 or step >= self._schedule.steps:
+            control.should_log = True
+            control.should_evaluate = True
+            control.should_save = True
         elif control.should_log:
-            age = all_gather(time.monotonic() - self._saved)[0]  # by the clock of rank 0
+            age, *_ = all_gather(time.monotonic() - self._saved)  # by the clock of rank 0
             control.should_save = age > SAVE_SECONDS
 
     def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **_: Any) -> None:
         """Report a step, and end the training if its loss is not finite."""
         if logs and "loss" in logs:
-            tokens, loss = state.global_step * self._schedule.step_tokens, float(logs["loss"])
+            loss = float(logs["loss"])
+            tokens = state.global_step * self._schedule.step_tokens
             total = self._schedule.steps * self._schedule.step_tokens
             self._on_event(TrainingAdvanced(tokens=tokens, total=total, loss=loss))
             if not math.isfinite(loss):
@@ -239,11 +265,13 @@ class ScheduleCallback(TrainerCallback):
             return
         last = checkpoint_folder(self._folder, state.global_step)
         (last / _COMPLETE).touch()
-        lowest = best(evaluations(state.log_history))
-        keep = {last, checkpoint_folder(self._folder, lowest.step) if lowest else last}
+        keep = {last}
+        if lowest := best(evaluations(state.log_history)):
+            keep.add(checkpoint_folder(self._folder, lowest.step))
         for folder in self._folder.glob("checkpoint-*"):
             if folder not in keep:
-                (folder / _COMPLETE).unlink(missing_ok=True)  # first: what is left of it after a kill is not resumed
+                # First, so that the remains of a folder after a kill are not resumed.
+                (folder / _COMPLETE).unlink(missing_ok=True)
                 shutil.rmtree(folder)
 
 
@@ -287,7 +315,13 @@ def delete_incomplete(folder: Path) -> None:
 def last_checkpoint(folder: Path) -> Path | None:
     """Return the last complete checkpoint, or None."""
     complete = [path for path in folder.glob("checkpoint-*") if (path / _COMPLETE).is_file()]
-    return max(complete, key=lambda path: int(path.name.rpartition("-")[2]), default=None)
+    return max(complete, key=_step_of_checkpoint, default=None)
+
+
+def _step_of_checkpoint(folder: Path) -> int:
+    """Return the step after which a checkpoint was written: the number in the name of its folder."""
+    _, _, step = folder.name.rpartition("-")
+    return int(step)
 
 
 def _sharding_options(request: DistillRequest, models: ModelPair) -> AbstractContextManager[dict[str, Any]]:
@@ -347,11 +381,20 @@ def train(
             train_dataset=Mix(texts, schedule.steps * request.batch_size, request.seed),
             callbacks=[ScheduleCallback(schedule, folder, on_event)],
         )
-        of_trackers = tuple(get_reporting_integration_callbacks(args.report_to))
-        handler = trainer.callback_handler
-        handler.callbacks = [TrackerCallback(c) if isinstance(c, of_trackers) else c for c in handler.callbacks]
+        _guard_trackers(trainer)
         trainer.train(resume_from_checkpoint=str(last) if last else None)
         if trainer.is_deepspeed_enabled:
             engine: Any = trainer.model_wrapped
             engine.destroy()  # it refers to itself
         return list(trainer.state.log_history)
+
+
+def _guard_trackers(trainer: DistillationTrainer) -> None:
+    """Put a `TrackerCallback` around each callback of a tracker, so that none ends the training."""
+    of_trackers = tuple(get_reporting_integration_callbacks(trainer.args.report_to))
+    callbacks = []
+    for callback in trainer.callback_handler.callbacks:
+        if isinstance(callback, of_trackers):
+            callback = TrackerCallback(callback)
+        callbacks.append(callback)
+    trainer.callback_handler.callbacks = callbacks

@@ -148,11 +148,12 @@ class Weight:
 
     def assign(self, tensor: torch.Tensor) -> None:
         """Set a tensor in every place."""
+        parameter = self._as_parameter(tensor)  # one for all places, so that they stay tied
         for module, name in self.places:
             if name in module._buffers:
                 module._buffers[name] = tensor
             else:
-                module._parameters[name] = self._as_parameter(tensor)
+                module._parameters[name] = parameter
 
     def _as_parameter(self, tensor: torch.Tensor) -> nn.Parameter:
         """Return a tensor as a parameter that wants a gradient if that of partition `single` does.
