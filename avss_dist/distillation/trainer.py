@@ -235,8 +235,8 @@ class ScheduleCallback(TrainerCallback):
             control.should_evaluate = True
             control.should_save = True
         elif control.should_log:
-            age, *_ = all_gather(time.monotonic() - self._saved)  # by the clock of rank 0
-            control.should_save = age > SAVE_SECONDS
+            ages = all_gather(time.monotonic() - self._saved)
+            control.should_save = ages[0] > SAVE_SECONDS  # by the clock of rank 0
 
     def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **_: Any) -> None:
         """Report a step, and end the training if its loss is not finite."""

@@ -201,9 +201,9 @@ class GgufTensors:
         self._weights = get_gguf_hf_weights_map(model, self._processor)
         for name in self._types:
             name_of_experts = name.removesuffix(".weight")
-            target = self._weights.get(name) or self._weights.get(name_of_experts)
-            if target:
-                self.names[name] = target
+            weight = self._weights.get(name) or self._weights.get(name_of_experts)
+            if weight:
+                self.names[name] = weight
 
     def unpack(self, raw: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         """Return tensors as transformers' older reader has them, float32 by their names in the model.

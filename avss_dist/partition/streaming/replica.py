@@ -103,7 +103,7 @@ class StreamingReplica(Replica):
         # Layers are filled with random numbers until the model was tried.
         with ExitStack() as self._filled:
             super().__init__(checkpoint, settings, placement, head=head)
-        order = []  # of modules; several layers in a row may be one of them
+        order: list[int] = []  # of modules; several layers in a row may be one of them
         for layer in self.layers:
             index = self._modules.index(layer.module)
             if not order or index != order[-1]:

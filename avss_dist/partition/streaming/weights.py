@@ -368,10 +368,10 @@ class StreamedWeights:
                 key_of_name[f"{paths[module]}.{name}"] = key
         unclear = set()
         for name, tied_name in (self.model.all_tied_weights_keys or {}).items():
-            key = key_of_name.get(name)
-            tied_key = key_of_name.get(tied_name)
-            if key is not None and tied_key is not None and key != tied_key:
-                unclear |= {key, tied_key}
+            if name in key_of_name and tied_name in key_of_name:
+                keys = {key_of_name[name], key_of_name[tied_name]}
+                if len(keys) > 1:
+                    unclear |= keys
         return unclear
 
     @contextmanager
@@ -446,8 +446,8 @@ def _weights(model: nn.Module, unread: Mapping[str, _Placeholder]) -> dict[int, 
     weights = {}
     for tensor, places_of_tensor in places.items():
         stored = None
-        placeholder = by_storage.get(tensor.untyped_storage()._cdata)
-        if placeholder and placeholder.is_placed_as(tensor):
-            stored = placeholder.stored
+        origin = by_storage.get(tensor.untyped_storage()._cdata)
+        if origin and origin.is_placed_as(tensor):
+            stored = origin.stored
         weights[id(tensor)] = Weight(tensor, tuple(places_of_tensor), stored)
     return weights
