@@ -76,13 +76,17 @@ start() { # COUNT CPUS
         return
     fi
     stop
-    umask 077
     mkdir -p "$state"
+    chmod 700 "$state" # the token is in it
     echo "$nodes $cpus" >"$state/shape"
     mktemp -d /tmp/avss-XXXXXX >"$state/temp" # short: Ray puts sockets there
     export RAY_AUTH_MODE=token RAY_AUTH_TOKEN_PATH="${RAY_AUTH_TOKEN_PATH:-$state/token}"
     if [[ ! -s "$RAY_AUTH_TOKEN_PATH" ]]; then
-        "$bin/python3" -c 'import secrets; print(secrets.token_hex(32), end="")' >"$RAY_AUTH_TOKEN_PATH"
+        # In a shell of its own: what jobs write has the rights that the caller's umask leaves.
+        (
+            umask 077
+            "$bin/python3" -c 'import secrets; print(secrets.token_hex(32), end="")' >"$RAY_AUTH_TOKEN_PATH"
+        )
     fi
     unset RAY_ADDRESS RAY_AUTH_TOKEN
     export PATH="$bin:$PATH" # a submitted job finds avss there

@@ -24,7 +24,7 @@ from avss_dist import __version__
 from avss_dist.cli.commands import CHANGE, COMMANDS, ELSEWHERE, JOBS, MEASURE, READ, REMOVED, epilog
 from avss_dist.core.errors import AvssError, is_full, nearest, require_known, spell_fields, unwritable
 from avss_dist.core.extras import not_installed
-from avss_dist.core.process import arm, exit_code, stop_signal
+from avss_dist.core.process import UMASK, arm, exit_code, stop_signal
 from avss_dist.core.streams import USUAL, VERBOSE, complain, complete_output, emit, prepare, say, set_verbosity
 from avss_dist.core.text import printable
 
@@ -192,6 +192,8 @@ def main() -> None:
     """Run the console script ``avss``."""
     sys.unraisablehook = interrupt_again
     prepare()
+    if umask := os.environ.get(UMASK):
+        os.umask(int(umask, 8))
     if not sys.stderr.isatty():
         os.environ.setdefault("TQDM_DISABLE", "1")
     if (command := COMMANDS.get(next(iter(sys.argv[1:]), ""))) and command.panel == READ:

@@ -33,6 +33,7 @@ class Devices:
         device_bytes: memory of the smallest GPU, without a CUDA context; on a CPU, the memory that a process may take.
         host_bytes: available memory of a host.
         cpus, cpus_of_largest_node: number of CPUs in total, and of those that one process can use.
+        cpus_of_nodes: number of CPUs of each node of a cluster; empty without one.
     """
 
     kind: str
@@ -42,6 +43,11 @@ class Devices:
     host_bytes: int
     cpus: int
     cpus_of_largest_node: int
+    cpus_of_nodes: tuple[int, ...] = ()
+
+    def nodes_with(self, cpus: int) -> int:
+        """Return the number of nodes of a cluster that have so many CPUs."""
+        return sum(number >= cpus for number in self.cpus_of_nodes)
 
 
 def devices_here(kind: str) -> Devices:

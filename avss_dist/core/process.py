@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import os
+import re
 import signal
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
+from pathlib import Path
 from platform import python_version
 from typing import Any, TypeVar
 
@@ -89,6 +91,17 @@ PACKAGES = (
     "compressed-tensors",
     "lm_eval",
 )
+
+
+UMASK = "AVSS_UMASK"
+"""Environment variable of a submitted job with the umask of the process that submitted it, in octal digits."""
+
+
+def current_umask() -> int:
+    """Return the umask of this process: which rights new files do not have."""
+    status = Path("/proc/self/status").read_text(encoding="ascii", errors="replace")  # `os.umask` would change it
+    match = re.search(r"^Umask:\s*([0-7]+)$", status, re.MULTILINE)
+    return int(match[1], 8) if match else 0o022
 
 
 def installed_version(package: str) -> str | None:

@@ -286,7 +286,7 @@ class Execution(ClusterOptions):
     executor: Annotated[str, OneOf(EXECUTORS)] = "auto"
     """This process (local) or Ray workers; auto decides."""
     replicas: ReplicaRange | None = None
-    """Model copies in parallel: 8, or 4..64; by default one per GPU."""
+    """Model copies in parallel: 8, or 4..64; by default one per GPU, or one per node of a cluster without GPUs."""
     fresh: bool = False
     """Measure again what has already been measured."""
     partition: Annotated[str, OneOf(("auto", *PARTITIONS))] = "auto"

@@ -43,7 +43,6 @@ from avss_dist.pruning.repair.repair import Repair, Repaired, find_cuts, fit_rep
 from avss_dist.pruning.selection import PlanError
 from avss_dist.pruning.weights import StoredWeights
 from avss_dist.requests import PruneRequest
-from avss_dist.runs.local import Executor
 from avss_dist.tasks.task import Measure, Row, Task
 from avss_dist.warehouse.storage import Storage
 
@@ -124,11 +123,16 @@ def require_changeable(partition: str) -> None:
     )
 
 
-def copies_of(placement: Placement, settings: Settings, executor: Executor) -> int:
-    """Return the number of model copies that can share a fit: one for each worker that has room beside the others."""
-    devices = executor.devices
+def copies_of(placement: Placement, settings: Settings, session: EvaluationSession) -> int:
+    """Return the number of model copies that can share a fit: one for each worker that has room beside the others.
+
+    Their number changes the last digits of the fit. On CPUs it is 1 unless replicas were requested.
+    """
+    if not placement.gpus and session.execution.replicas is None:
+        return 1
+    devices = session.executor.devices
     room = devices.count // placement.gpus if placement.gpus else devices.cpus // settings.threads
-    return max(1, min(executor.replicas(placement), room))
+    return max(1, min(session.executor.replicas(placement), room))
 
 
 def plan_fits(
@@ -244,7 +248,7 @@ def fit_plan(request: PruneRequest, plan: Plan, repair: Repair) -> Repaired:
     ):
         model = session.place(checkpoint, settings)
         planned = partial(plan_fits, model, plan.layers, [repair.by], repair.corpora)
-        fit, copies = planned()[repair.by], copies_of(model.placement, model.settings, session.executor)
+        fit, copies = planned()[repair.by], copies_of(model.placement, model.settings, session)
         (cell,) = fit.cells([plan.intervention])
         if copies > 1 and not session.is_known(cell):
             fit = planned(copies)[repair.by]

@@ -442,7 +442,7 @@ def _plan_candidates(
             example.layers,
             [request.repair],
             request.weighted_repair_texts,
-            copies_of(model.placement, model.settings, session.executor),
+            copies_of(model.placement, model.settings, session),
             max_sequences=split.rows - skipped,
             skip_sequences=skipped,
         ).values()

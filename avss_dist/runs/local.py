@@ -7,6 +7,7 @@ from collections import deque
 from collections.abc import Callable, Generator, Iterator, Sequence
 from concurrent.futures import CancelledError, Future, ThreadPoolExecutor, wait
 from contextlib import ExitStack, closing, nullcontext
+from datetime import UTC, datetime
 from functools import partial
 from itertools import chain, groupby, islice
 from operator import itemgetter
@@ -26,7 +27,7 @@ from avss_dist.core.devices import (
 from avss_dist.core.errors import AvssError, ConfigError, as_failure, own_copy
 from avss_dist.core.registry import GANGS, PARTITIONS
 from avss_dist.core.settings import Execution, Settings
-from avss_dist.core.streams import progress_to
+from avss_dist.core.streams import progress_to, say
 from avss_dist.corpus.shards import Shard
 from avss_dist.measure.observer import Hooks, attached
 from avss_dist.measure.shard import analyze_shard, counter_bytes
@@ -220,8 +221,10 @@ def open_executor(execution: Execution, settings: Settings) -> Executor:
 
     executor = RayExecutor(execution, settings)
     try:
-        _ = executor.devices  # so that errors of a cluster come before any run
+        line = executor.describe_default()  # errors of a cluster come before any run
     except BaseException:
         executor.close()
         raise
+    if line:
+        say(f"{datetime.now(UTC):%H:%M:%S} {line}")
     return executor

@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from avss_dist.core.errors import AvssError, ConfigError, RunFailed, without_secrets
+from avss_dist.core.process import UMASK, current_umask
 from avss_dist.core.suggestions import command_line
 from avss_dist.corpus.sources import local_files
 from avss_dist.pruning.repair.registry import split_weight
@@ -96,7 +97,8 @@ class Cluster:
     def submit(self, job: JobFile, options: Sequence[str] = ()) -> str:
         """Start ``avss run`` on the cluster with a copy of the job file, and return the job id.
 
-        Local files that the job names by relative paths are sent along: texts, task files and their data.
+        Local files that the job names by relative paths are sent along: texts, task files and their data. The job
+        writes files with the rights that the umask of this process leaves them.
 
         Raises:
             ConfigError: the job names a path that will not exist on the cluster.
@@ -112,7 +114,11 @@ class Cluster:
                         self._client.submit_job(
                             entrypoint=_entrypoint(directory, name, options),
                             submission_id=job_id,
-                            runtime_env={"working_dir": folder, "excludes": SEND_ALL},
+                            runtime_env={
+                                "working_dir": folder,
+                                "excludes": SEND_ALL,
+                                "env_vars": {UMASK: f"{current_umask():03o}"},
+                            },
                             metadata={
                                 "avss_warehouse": without_secrets(job.warehouse),
                                 "avss_runs": str(len(job.specs)),

@@ -24,6 +24,8 @@ import yaml
 from support.processes import wait_until
 from support.warm_workers import ray_start_environment
 
+from avss_dist.core.process import current_umask
+
 CLUSTER = Path(__file__).parents[2] / "cluster"
 SCRIPTS = sorted([*CLUSTER.rglob("*.sh"), *CLUSTER.rglob("*.sbatch")])
 MANIFESTS = sorted((CLUSTER / "kuberay").glob("*.yaml"))
@@ -350,6 +352,14 @@ def test_who_has_no_token_or_a_wrong_one_is_refused(
         done = run_avss("score", tiny_llama, "--corpus", "builtin:pydoc", "-w", tmp_path / "w", env=env)
         assert done.returncode == 2 and "cannot be reached" in done.stderr and "token" in done.stderr, done.stderr
         assert "Traceback" not in done.stderr and token.read_text() not in done.stdout + done.stderr
+
+
+@pytest.mark.nightly
+def test_its_processes_have_the_umask_of_who_started_it(cluster: tuple[Cluster, dict[str, str]]) -> None:
+    local, _ = cluster
+    tables = [Path(f"/proc/{process.pid}/status").read_text() for process in local.processes()]
+    masks = {line.split()[1] for table in tables for line in table.splitlines() if line.startswith("Umask:")}
+    assert masks == {f"{current_umask():04o}"}
 
 
 @pytest.mark.nightly

@@ -40,7 +40,7 @@ from avss_dist.distillation.curve import CurvePoint, TrainingAdvanced
 from avss_dist.distillation.record import read_record
 from avss_dist.evaluation import continuations
 from avss_dist.evaluation.repairs import copies_of
-from avss_dist.evaluation.session import PlacedModel
+from avss_dist.evaluation.session import EvaluationSession, PlacedModel
 from avss_dist.evaluation.shrink import SCORED, CandidateResult, Shrunk, TextSplit, held_out_tasks, split_rows
 from avss_dist.evaluation.tasks import plan_text
 from avss_dist.models.causal_lm import LanguageModel
@@ -56,6 +56,7 @@ from avss_dist.runs.local import LocalExecutor
 from avss_dist.runs.ray.executor import RayExecutor
 from avss_dist.tasks.text_loss import TextLoss
 from avss_dist.warehouse.reader import Warehouse
+from avss_dist.warehouse.store import Store
 
 Observed = tuple[Shrunk, list[Any]]
 Save = Callable[[Any, Path], Path]
@@ -219,10 +220,11 @@ def test_two_workers_do_what_one_process_does(
     assert made.best.kept == pytest.approx(done.best.kept, rel=1e-4)
 
 
-def test_all_workers_that_there_is_room_for_share_the_fit() -> None:
+def test_all_workers_that_there_is_room_for_share_the_fit(tmp_path: Path) -> None:
     def at_once(placement: Placement, *, cpus: int, gpus: int, replicas: int | str | None) -> int:
         kind, count = ("cuda", gpus) if gpus else ("cpu", 1)
-        executor = RayExecutor(Execution(executor="ray", replicas=replicas, address="ray://head"), Settings(threads=2))
+        execution = Execution(executor="ray", replicas=replicas, address="ray://head")
+        executor = RayExecutor(execution, Settings(threads=2))
         executor.devices = Devices(
             kind=kind,
             count=count,
@@ -231,8 +233,9 @@ def test_all_workers_that_there_is_room_for_share_the_fit() -> None:
             host_bytes=1,
             cpus=cpus,
             cpus_of_largest_node=cpus,
+            cpus_of_nodes=(cpus, cpus),
         )
-        return copies_of(placement, Settings(threads=2), executor)
+        return copies_of(placement, Settings(threads=2), EvaluationSession(Store(tmp_path), executor, execution))
 
     one, on_gpu = Placement(), Placement(gpus=1)
     assert at_once(one, cpus=16, gpus=0, replicas=None) == 1
@@ -241,7 +244,8 @@ def test_all_workers_that_there_is_room_for_share_the_fit() -> None:
     assert at_once(on_gpu, cpus=64, gpus=8, replicas=None) == 8
     assert at_once(replace(on_gpu, gpus=2), cpus=64, gpus=8, replicas=16) == 4
     assert at_once(one, cpus=1, gpus=0, replicas=2) == 1
-    assert copies_of(one, Settings(), LocalExecutor(Settings(device="cpu"))) == 1
+    here = EvaluationSession(Store(tmp_path), LocalExecutor(Settings(device="cpu")))
+    assert copies_of(one, Settings(), here) == 1
 
 
 @pytest.mark.parametrize("repair", ["none", *nightly("map")])

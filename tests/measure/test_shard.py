@@ -24,6 +24,7 @@ from support.families import tiny_model
 from support.oracle import FLOAT_FIELDS
 
 from avss_dist.core.errors import BatchTooLarge, ModelError
+from avss_dist.core.process import current_umask
 from avss_dist.core.registry import AFTER_ANOTHER
 from avss_dist.core.settings import SITES, THRESHOLDS, Settings
 from avss_dist.corpus.pairs import Pairing
@@ -176,7 +177,7 @@ def test_a_shard_is_concluded_while_the_next_one_is_computed(
     """As a worker with a GPU does it, in two threads: an error of the first one is its own, and the other's comes."""
     expected = analyze_shard(replica, shard, BATCHES_OF_8)
     spec = ReplicaSpec(checkpoint=resolve(str(tiny_llama)), settings=BATCHES_OF_8, placement=Placement())
-    worker = Worker("rank 0", BATCHES_OF_8.threads, None)
+    worker = Worker("rank 0", BATCHES_OF_8.threads, None, current_umask())
     monkeypatch.setattr(worker, "_spec", spec)
     monkeypatch.setattr(worker, "_model", replica)
     outside = SimpleNamespace(is_canceled=lambda: False)

@@ -19,6 +19,7 @@ from support.command_line import avss
 from support.job_server import JOB, SILENCE, VERSION_ANSWER, Answer, JobServer, job_server
 
 from avss_dist.core.errors import ConfigError, CorpusError, RunFailed
+from avss_dist.core.process import UMASK
 from avss_dist.corpus.sources import documents, local_files
 from avss_dist.runs import submission
 from avss_dist.runs.job_file import JobFile, read_job
@@ -87,6 +88,16 @@ def test_what_is_sent_is_a_command_without_a_key(server: JobServer) -> None:
     assert "SOMESECRET" not in json.dumps(sent)
     (package,) = (body for path, body in server.received.items() if path.startswith("/api/packages"))
     assert b"a.txt" in package and b"job.yaml" in package
+
+
+def test_the_umask_of_who_submits_a_job_is_sent(server: JobServer) -> None:
+    server.answers |= {"*": [Answer(status=404), b"{}"], JOBS: b'{"job_id": "avss-a", "submission_id": "avss-a"}'}
+    before = os.umask(0o027)
+    try:
+        avss("jobs", "submit", write_job(warehouse="s3://bucket/w"), "--address", server.address)
+    finally:
+        os.umask(before)
+    assert json.loads(server.received[JOBS])["runtime_env"]["env_vars"] == {UMASK: "027"}
 
 
 @pytest.mark.parametrize(

@@ -760,6 +760,44 @@ def test_a_cluster_may_get_more_gpus_and_a_machine_does_not() -> None:
         executor.replicas(Placement(partition="zero3", ranks=16))
 
 
+def on_cpus(*nodes: int, replicas: int | str | None = None, threads: int = 1) -> RayExecutor:
+    """Return an executor on a cluster whose nodes have these numbers of CPUs."""
+    execution = Execution(executor="ray", replicas=replicas, address="auto")
+    executor = RayExecutor(execution, Settings(threads=threads))
+    largest = max(nodes)
+    executor.devices = replace(
+        devices_of("cpu", 8 << 30), cpus=sum(nodes), cpus_of_largest_node=largest, cpus_of_nodes=nodes
+    )
+    return executor
+
+
+@pytest.mark.parametrize(
+    ("nodes", "options", "placement", "number"),
+    [
+        ((1, 1, 1), {}, Placement(), 3),
+        ((8,), {}, Placement(), 1),
+        ((0, 8, 8), {}, Placement(), 2),  # the head takes no work
+        ((1, 4, 4), {"threads": 2}, Placement(), 2),
+        ((1, 1, 1), {"threads": 2}, Placement(), 1),  # it waits for a node that is large enough
+        ((8, 4, 2), {}, Placement(partition="tensor_parallel", ranks=4), 2),
+        ((1, 1, 1), {"replicas": 1}, Placement(), 1),
+        ((1, 1, 1), {"replicas": 8}, Placement(), 8),
+    ],
+)
+def test_each_node_that_has_the_cpus_holds_a_replica_by_default(
+    nodes: tuple[int, ...], options: dict[str, Any], placement: Placement, number: int
+) -> None:
+    assert on_cpus(*nodes, **options).replicas(placement) == number
+
+
+def test_the_default_of_replicas_is_said_where_there_are_several_nodes() -> None:
+    assert on_cpus(0, 1, 4, 4, threads=2).describe_default() == (
+        "2 replicas will work, one on each node with 2 CPUs; the cluster has 3 nodes. Set replicas for another number."
+    )
+    assert on_cpus(8).describe_default() == ""
+    assert on_cpus(8, 8, replicas=2).describe_default() == ""
+
+
 @pytest.mark.parametrize(
     ("silence", "heard", "elapsed", "names"),
     [

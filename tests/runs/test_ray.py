@@ -385,6 +385,26 @@ def test_three_nodes_grow_to_five_and_lose_two_in_one_run(
 
 
 @pytest.mark.nightly
+def test_by_default_each_node_holds_a_replica(
+    three_nodes: Cluster,
+    folder: Path,
+    tiny_llama: Path,
+    undisturbed: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """That is said before anything else."""
+    with noting(folder, {}) as notes:
+        run = score(tiny_llama, tmp_path / "w", executor="ray", address=three_nodes.address)
+    assert {note.node for note in notes.opens} == {node.node_id for node in three_nodes.nodes}
+    row = Warehouse(tmp_path / "w").run(run.run_id)
+    assert row is not None
+    assert row["replicas"] == NODES
+    assert " 3 replicas will work, one on each node with 1 CPU;" in capsys.readouterr().err.splitlines()[0]
+    assert_same_tables(tmp_path / "w", undisturbed)
+
+
+@pytest.mark.nightly
 def test_work_goes_to_nodes_with_the_labels(
     three_nodes: Cluster, folder: Path, tiny_llama: Path, undisturbed: Path, tmp_path: Path
 ) -> None:

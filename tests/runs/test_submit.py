@@ -7,6 +7,7 @@ import os
 import re
 import shutil
 import signal
+import stat
 import subprocess
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -25,6 +26,7 @@ from support.warm_workers import own_workers, ray_start_environment
 
 import avss_dist
 from avss_dist.core.devices import devices_here
+from avss_dist.core.process import UMASK
 from avss_dist.runs.events import RunEnded, RunEvent, RunReading
 from avss_dist.runs.job_file import read_job
 from avss_dist.runs.ray.executor import RayExecutor
@@ -142,6 +144,19 @@ def test_a_submitted_job_gives_the_tables_of_one_by_one(
     stopped = run_avss("jobs", "stop", job_id, env=cluster)
     assert (stopped.returncode, stopped.stdout) == (0, f"{job_id}: it has ended already (succeeded).\n")
     refused(run_avss("jobs", "stop", "avss-expired-000000", env=cluster), "has no job 'avss-expired-000000'")
+
+
+@pytest.mark.nightly
+def test_the_files_of_a_job_have_the_rights_that_its_user_gives(
+    cluster: dict[str, str], models: list[Path], run_avss: Avss, tmp_path: Path
+) -> None:
+    """Also those that workers write, whatever umask the cluster was started with."""
+    env = {**cluster, UMASK: "027"}  # `run_avss` forks the command from a process with another umask
+    done = run_avss("jobs", "submit", job_file(tmp_path, models[:1]), "--follow", env=env)
+    assert done.returncode == 0, done.stderr
+    paths = [tmp_path / "w", *(tmp_path / "w").rglob("*")]
+    assert {stat.S_IMODE(path.stat().st_mode) for path in paths if path.is_dir()} == {0o750}
+    assert {stat.S_IMODE(path.stat().st_mode) for path in paths if path.is_file()} == {0o640}
 
 
 @pytest.mark.nightly

@@ -18,8 +18,9 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from avss_dist.core.devices import Devices, devices_here, pick_device
 from avss_dist.core.errors import AvssError, ConfigError, RunFailed
 from avss_dist.core.process import preserve_sigterm_handler
-from avss_dist.core.registry import PARTITIONS
+from avss_dist.core.registry import GANGS, PARTITIONS
 from avss_dist.core.settings import Execution, Settings
+from avss_dist.core.text import count_of
 from avss_dist.partition.group import lost_rank
 from avss_dist.partition.replica import Placement
 from avss_dist.runs.ray.cluster import (
@@ -77,13 +78,18 @@ class RayExecutor:
     def replicas(self, placement: Placement) -> int:
         """Return the number of model copies of a placement that run in parallel.
 
-        A cluster may have room for fewer now, and for more when nodes come.
+        By default, it is the number of GPUs that replicas have room on or, without GPUs, the number of nodes of the
+        cluster. A cluster may have room for fewer now, and for more when nodes come.
         """
         devices = self.devices
-        default = max(1, devices.count // max(1, placement.gpus)) if devices.kind == "cuda" else 1
-        workers = self._execution.replicas.maximum if self._execution.replicas else default
-        replicas = max(1, workers // placement.copies)
         number, room, unit = placement.ranks * self._settings.threads, devices.cpus, "CPUs"
+        if self._execution.replicas:
+            workers = self._execution.replicas.maximum
+        elif devices.kind == "cuda":
+            workers = devices.count // max(1, placement.gpus)
+        else:
+            workers = devices.nodes_with(number)
+        replicas = max(1, workers // placement.copies)
         what, options = (f" of {placement.ranks} ranks", " or `ranks`") if placement.ranks > 1 else ("", "")
         if devices.kind == "cuda":
             number, room, unit = placement.gpus, devices.count, "GPUs"
@@ -94,6 +100,20 @@ class RayExecutor:
                 f"Lower `replicas`{options}.",
             )
         return replicas
+
+    def describe_default(self) -> str:
+        """Return a sentence on the replicas that work by default, if they work on the CPUs of several nodes."""
+        devices = self.devices
+        nodes = devices.nodes_with(1)
+        if self._execution.replicas or devices.kind != "cpu" or nodes < 2:
+            return ""
+        ranks = (self._execution.ranks or 2) if self._execution.partition in GANGS else 1
+        cpus = ranks * self._settings.threads
+        replicas = max(1, devices.nodes_with(cpus))
+        return (
+            f"{count_of(replicas, 'replica')} will work, one on each node with {count_of(cpus, 'CPU')}; the cluster "
+            f"has {nodes} nodes. Set replicas for another number."
+        )
 
     def run(self, runs: Iterator[RunShards]) -> Generator[Outcome, None, None]:
         """Yield results as workers finish them. The next run is planned meanwhile. Runs share the workers."""
@@ -230,6 +250,7 @@ class RayExecutor:
             labels=self._labels,
             # Ranks that divide the work of each shard exchange parts in every layer.
             one_node=info.gang and not info.splits_data and needed <= room,
+            spread=self._execution.replicas is None and not placement.gpus,
         )
 
 
@@ -379,6 +400,7 @@ def _devices_of_cluster(device: str, labels: Mapping[str, str]) -> Devices:
         host_bytes=probed.host_bytes,
         cpus=int(_total(nodes, "CPU")) or 1,
         cpus_of_largest_node=largest["CPU"] or 1,
+        cpus_of_nodes=tuple(int(node.get("CPU", 0)) for node in nodes),
     )
 
 

@@ -17,6 +17,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy, Place
 
 from avss_dist.core.errors import ConfigError
 from avss_dist.core.extras import PATH_MEANING
+from avss_dist.core.process import current_umask
 from avss_dist.partition.replica import Placement
 from avss_dist.runs.ray.queue import shape
 from avss_dist.runs.ray.worker import Assignment, Worker
@@ -29,6 +30,7 @@ class Gang:
     Args:
         labels: labels that the nodes of its workers must have.
         one_node: all its workers must be on the same node; otherwise on as few as there is room on.
+        spread: put its worker, if it has only one, on another node than those of other gangs, if there is room.
 
     Attributes:
         placed: a reference that is ready when its first rank has a process that answers.
@@ -45,6 +47,7 @@ class Gang:
         monitor: Any,
         labels: Mapping[str, str],
         one_node: bool = False,
+        spread: bool = False,
     ) -> None:
         self.shape = shape(placement)
         self.spec: ReplicaSpec | None = None
@@ -56,6 +59,8 @@ class Gang:
         if placement.ranks == 1:
             options["max_concurrency"] = 2 if placement.gpus else 1
             options["label_selector"] = dict(labels)
+            if spread:
+                options["scheduling_strategy"] = "SPREAD"
         else:
             bundle = {"CPU": threads, **({"GPU": resources["num_gpus"]} if placement.gpus else {})}
             self._group = placement_group(
@@ -66,7 +71,7 @@ class Gang:
             options["scheduling_strategy"] = PlacementGroupSchedulingStrategy(self._group)
         actor: Any = ray.remote(Worker)
         actor = actor.options(max_restarts=0, **resources, **options)
-        self._workers: list[Any] = [actor.remote(worker, threads, monitor) for worker in self.names]
+        self._workers: list[Any] = [actor.remote(worker, threads, monitor, current_umask()) for worker in self.names]
         self.placed: Any = self._workers[0].address.remote()
         self._processes: dict[str, tuple[str, int]] = {}  # the node's and the process's id, by rank
 

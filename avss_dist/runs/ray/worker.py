@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import socket
 import threading
 import time
@@ -121,10 +122,14 @@ class Worker:
 
     A background thread reports progress to `HeartbeatMonitor`: layers begun while measuring, seconds while opening, and
     the current activity if it takes long.
+
+    Args:
+        umask: that of the driver, as shards are files of whoever runs it. Ray's processes may have another.
     """
 
-    def __init__(self, name: str, threads: int, monitor: Any) -> None:
+    def __init__(self, name: str, threads: int, monitor: Any, umask: int) -> None:
         torch.set_num_threads(threads)
+        os.umask(umask)
         self._name, self._monitor = name, monitor
         self._count, self._opening = 0, True
         self._doing: Doing | None = None
