@@ -29,6 +29,7 @@ from avss_dist.evaluation.experiment import run_experiment
 from avss_dist.evaluation.quantize import plan_precision, predicted_run
 from avss_dist.evaluation.repairs import fit_plan
 from avss_dist.evaluation.search import search
+from avss_dist.evaluation.tasks import seen_by_plan
 from avss_dist.models.checkpoints import resolve
 from avss_dist.pruning.checkpoint import prune as write_checkpoint
 from avss_dist.pruning.map_plans import PrecisionPlan, SparsityPlan
@@ -202,7 +203,8 @@ def prune(request: PruneRequest) -> Pruned:
         fitted = fit_plan(request, plan, Repair(by=request.fitted, corpora=corpora, settings=request.settings))
     if warehouse is not None:
         lines = evaluated_lines(Warehouse(warehouse), {"revision": checkpoint.revision}, plan.drop)
-        plan = replace(plan, evaluated=tuple(dict.fromkeys([*plan.evaluated, *lines])))
+        seen = seen_by_plan(plan, Warehouse(warehouse))
+        plan = replace(plan, evaluated=tuple(dict.fromkeys([*plan.evaluated, *lines])), seen=seen)
     done = write_checkpoint(
         model,
         plan,

@@ -33,6 +33,7 @@ from avss_dist.core.registry import (
 )
 from avss_dist.core.settings import Settings
 from avss_dist.core.text import describe_threshold
+from avss_dist.corpus.seen import SeenText, distinct
 from avss_dist.pruning.ground_truth import (
     ablate_command,
     describe_headless,
@@ -322,6 +323,7 @@ def plan_sparsity(
     sparsities: Float64,
     by: str,
     why: Mapping[str, Any],
+    seen: Iterable[SeenText] = (),
     *,
     rule: str = SPARSITY_RULES[0],
     weighted: bool = False,
@@ -334,6 +336,7 @@ def plan_sparsity(
         sparsities: float64[maps].
         by: `THRESHOLD` or `TOP_K`.
         why: record of the method and its target, stored in the plan.
+        seen: texts that were read.
 
     Raises:
         PlanError: if a top-k keeps no unit.
@@ -366,5 +369,6 @@ def plan_sparsity(
         why=why,
         run_id=run["run_id"],
         findings=tuple(findings),
+        seen=distinct(seen),
         projections=tuple(maps),
     )

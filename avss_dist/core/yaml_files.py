@@ -1,4 +1,4 @@
-"""Reader of users' YAML files: plain values, the line of each, and every problem in one message."""
+"""Reader of users' YAML files: plain values, the line of each, and every problem in one message; and their writer."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from difflib import get_close_matches
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -13,6 +14,7 @@ import yaml
 from pydantic import ValidationError
 
 from avss_dist.core.errors import AvssError, ConfigError, named_fields, spell_fields
+from avss_dist.core.text import printable
 from avss_dist.core.validation import Location, adapter, located_problems
 
 MAX_BYTES = 1_000_000
@@ -203,6 +205,13 @@ def read_yaml(path: Path, kind: YamlKind) -> Document:
     document = Document(path, kind)
     document.value = document.read(root, ())
     return document
+
+
+def to_yaml(values: Mapping[str, Any], *, flow: bool = False) -> str:
+    """Return values as YAML that any terminal can show."""
+    dump = partial(yaml.safe_dump, values, sort_keys=False, default_flow_style=None if flow else False, width=120)
+    text = str(dump(allow_unicode=True))
+    return text if printable(text) == text else str(dump())  # escaped: it has control characters
 
 
 def _name(tag: str) -> str:

@@ -15,7 +15,9 @@ import numpy as np
 from numpy.lib.stride_tricks import sliding_window_view
 from numpy.typing import NDArray
 
-from avss_dist.corpus.shards import Shard
+from avss_dist.core.errors import AvssError, ConfigError
+from avss_dist.corpus.seen import SeenText
+from avss_dist.corpus.shards import CorpusPlan, Shard, tokenize_corpus
 from avss_dist.corpus.tokens import Ids
 
 Hashes = NDArray[np.uint64]
@@ -60,6 +62,26 @@ def shared_text(reference: Iterable[Shard], read: Iterable[Shard], tokenizer: An
         distinctive[:] = True
     shared = in_reference[distinctive] > 0
     return 0.0 if shared.sum() <= min(FEW, len(shared) // 2) else float(shared.mean())
+
+
+def read_again(seen: SeenText, tokenizer: Any, corpus: str) -> CorpusPlan:
+    """Return the rows of a text that was read before.
+
+    Args:
+        tokenizer: a transformers tokenizer, that of the earlier reading.
+        corpus: name of the text, with the keys of its URI.
+
+    Raises:
+        ConfigError: it cannot be read, or has changed.
+    """
+    hint = "Put it back, or set `allow_overlap` and know that nothing may be held out from it."
+    try:
+        text = tokenize_corpus(corpus, tokenizer, seen.settings)
+    except AvssError as error:
+        raise ConfigError(f"The text of {seen.reader} cannot be read again: {error.message}", hint) from error
+    if not seen.is_of(text):
+        raise ConfigError(f"The text of {seen.reader} has changed since it was read: {text.source}.", hint)
+    return text
 
 
 def plain_text(ids: Iterable[Ids], tokenizer: Any) -> list[str]:

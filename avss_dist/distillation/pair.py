@@ -20,7 +20,7 @@ from avss_dist.core.files import staged_folder
 from avss_dist.core.settings import TRAINED, Settings
 from avss_dist.core.text import count_of
 from avss_dist.distillation.loss import Predict
-from avss_dist.distillation.record import DistillRecord, write_card, write_record
+from avss_dist.distillation.record import DistillRecord, read_record, write_card, write_record
 from avss_dist.models.checkpoints import Checkpoint, find_checkpoint, resolve, stored_tensors
 from avss_dist.models.loading import load_model, load_tokenizer, pin, require_head, text_config
 from avss_dist.models.quantization import quantization_method
@@ -28,6 +28,7 @@ from avss_dist.models.safetensors import DTYPES, floating_dtype, read_tensor, te
 from avss_dist.models.size import token_embeddings
 from avss_dist.models.weight_files import weight_files
 from avss_dist.pruning.checkpoint import pruned_from
+from avss_dist.pruning.seen import read_seen, write_seen
 
 if TYPE_CHECKING:
     from avss_dist.requests import DistillRequest
@@ -218,5 +219,7 @@ def write_distilled(student: Checkpoint, model: Any, output: Path, record: Disti
                 shutil.copyfile(file, staged / file.name)
         for file in weight_files(staged):
             shutil.copymode(staged / "config.json", file)  # safetensors lets nobody else read them
+        earlier = read_record(student.folder)
+        write_seen(staged, [*read_seen(student.folder), *(earlier.seen(student.name) if earlier else ())])
         write_record(staged, record)
         write_card(student.folder, staged, record)

@@ -14,7 +14,11 @@ from avss_dist.core.errors import ConfigError, ModelError
 from avss_dist.core.settings import Settings
 from avss_dist.core.text import escape_markdown
 from avss_dist.core.validation import Count, Positive, RedactedText, checked
+from avss_dist.corpus.seen import DISTILLATION, SeenText
 from avss_dist.distillation.curve import NO_IMPROVEMENT, CurvePoint, Number
+from avss_dist.models.checkpoints import Checkpoint
+from avss_dist.pruning.repair.registry import read_repairs
+from avss_dist.pruning.seen import read_seen
 
 FILE = "avss_distill.json"
 SELF = "self"
@@ -94,6 +98,29 @@ class DistillRecord:
         """The evaluation of the written checkpoint."""
         return self.curve[-1]
 
+    def seen(self, name: str) -> list[SeenText]:
+        """Return the texts that were trained on, without that of the teacher.
+
+        Args:
+            name: name of the distilled checkpoint.
+        """
+        options = self.settings.text_options()
+        return [
+            SeenText(
+                use=DISTILLATION,
+                by=name,
+                corpus=text.corpus,
+                corpus_fingerprint=text.fingerprint,
+                **options
+                | {
+                    "skip_sequences": self.settings.skip_sequences + text.held_out_rows,
+                    "max_sequences": text.trained_rows,
+                },
+            )
+            for text in self.texts
+            if text.trained_rows and text.corpus != SELF
+        ]
+
     def describe(self) -> list[str]:
         """Return lines for people."""
         trained = ", ".join(
@@ -156,3 +183,17 @@ def write_card(student: Path, folder: Path, record: DistillRecord, evaluated: Se
     (folder / "README.md").write_text(
         f"{text.removesuffix(CARD_END)}\n## Distilled\n\n{lines}{CARD_END}", encoding="utf-8"
     )
+
+
+def seen_by_checkpoint(checkpoint: Checkpoint) -> list[SeenText]:
+    """Return the texts that were read on the way to a checkpoint: for its plans, its repairs and its distillation.
+
+    Raises:
+        ModelError: a record is damaged.
+    """
+    seen = [*read_seen(checkpoint.folder)]
+    for repair in read_repairs(checkpoint.folder):
+        seen += repair.seen(checkpoint.name)
+    if record := read_record(checkpoint.folder):
+        seen += record.seen(checkpoint.name)
+    return seen

@@ -13,21 +13,22 @@ import torch
 from torch.utils.data import Dataset
 
 from avss_dist.core.devices import pick_device
-from avss_dist.core.errors import AvssError, ConfigError, NoRows
+from avss_dist.core.errors import ConfigError, NoRows
 from avss_dist.core.settings import Settings
 from avss_dist.core.text import RedactedURI, basename
-from avss_dist.corpus.overlap import MAX_SHARED, shared_text
+from avss_dist.corpus.overlap import MAX_SHARED, read_again, shared_text
+from avss_dist.corpus.seen import TRAINED_ON, distinct
 from avss_dist.corpus.shards import Batch, CorpusPlan, Shard, tokenize_corpus
 from avss_dist.corpus.sources import open_source
 from avss_dist.distillation.curve import OnEvent, Preparing
 from avss_dist.distillation.loss import NOT_COUNTED
 from avss_dist.distillation.pair import ModelPair
-from avss_dist.distillation.record import SELF
+from avss_dist.distillation.record import SELF, seen_by_checkpoint
 from avss_dist.distillation.teacher_text import teacher_text
 from avss_dist.models.causal_lm import predicted
 from avss_dist.models.checkpoints import Checkpoint
 from avss_dist.models.loading import load_tokenizer
-from avss_dist.pruning.repair.registry import read_repairs, split_weight
+from avss_dist.pruning.repair.registry import split_weight
 
 if TYPE_CHECKING:
     from avss_dist.requests import DistillRequest
@@ -210,19 +211,11 @@ def read_texts(request: DistillRequest, models: ModelPair, work: Path, on_event:
             for text in texts
             if text.trained and text.name != SELF
         ]
-        refuse_overlap(texts, [*trained, *_repaired_text(models.student, tokenizer)], tokenizer)
+        refuse_overlap(texts, [*trained, *_earlier_text(models.student, tokenizer)], tokenizer)
     return texts
 
 
-def _repaired_text(student: Checkpoint, tokenizer: Any) -> Iterator[tuple[str, Sequence[Shard]]]:
-    """Yield the rows that repairs of the student were fitted on."""
-    for repair in read_repairs(student.folder):
-        for text in repair.texts:
-            try:
-                rows = tokenize_corpus(text.corpus, tokenizer, repair.reading())
-            except AvssError as error:
-                raise ConfigError(
-                    f"The text that the repair of '{student.name}' was fitted on cannot be read again: {error.message}",
-                    "Put it back, or set `allow_overlap` and know that held-out text may be part of it.",
-                ) from error
-            yield f"the repair of the student was fitted on ({text.corpus})", rows.shards
+def _earlier_text(student: Checkpoint, tokenizer: Any) -> Iterator[tuple[str, Sequence[Shard]]]:
+    """Yield the rows that repairs and an earlier distillation of the student have changed its weights for."""
+    for text in distinct(text for text in seen_by_checkpoint(student) if text.use in TRAINED_ON):
+        yield text.describe(), read_again(text, tokenizer, text.corpus).shards

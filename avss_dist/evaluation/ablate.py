@@ -32,8 +32,9 @@ from avss_dist.core.registry import (
     metrics_of,
 )
 from avss_dist.core.results import TabularResult
-from avss_dist.core.settings import fingerprint
+from avss_dist.core.settings import Settings, fingerprint
 from avss_dist.core.text import RedactedURI
+from avss_dist.corpus.seen import ABLATION, PRECISION, seen_text
 from avss_dist.corpus.shards import CorpusPlan, Shard
 from avss_dist.evaluation.session import (
     EvaluationSession,
@@ -178,7 +179,9 @@ def ablate(request: AblateRequest) -> Ablation:
         model = session.place(checkpoint, request.settings)
         text = plan_text(checkpoint, corpus, model.settings)
         _require_intended(request, model, text)
-        results = session.measure({model.plan(task): [NO_INTERVENTION] for task in _tasks(request, corpus, text)})
+        results = session.measure(
+            {model.plan(task): [NO_INTERVENTION] for task in _tasks(request, corpus, text, model.settings)}
+        )
     removed, rounded = list[Result](), list[Result]()
     for planned, measured in results.items():
         (rounded if planned.task.name.startswith((ROUNDING_TASK, ROUNDED_LOSS)) else removed).extend(measured)
@@ -201,8 +204,9 @@ def _require_intended(request: AblateRequest, model: PlacedModel, text: CorpusPl
     )
 
 
-def _tasks(request: AblateRequest, corpus: RedactedURI, text: CorpusPlan) -> Iterator[Task]:
-    """Yield the task of each requested measurement of a text."""
+def _tasks(request: AblateRequest, corpus: RedactedURI, text: CorpusPlan, settings: Settings) -> Iterator[Task]:
+    """Yield the task of each requested measurement of a text that was read with these settings."""
+    seen = seen_text(text, settings, ABLATION)
     measures: list[tuple[object, str, Callable[[Shard], Measure]]] = [
         (request.gradients, SCORES["taylor"].task, Gradients),
         (request.leave_one_out, SCORES["loss"].task, LeaveOneOut),
@@ -214,13 +218,15 @@ def _tasks(request: AblateRequest, corpus: RedactedURI, text: CorpusPlan) -> Ite
             for name in request.formats
         ),
     ]
-    read = {"text": fingerprint(shards=[shard.content_hash for shard in text.shards])}
+    options = {"text": fingerprint(shards=[shard.content_hash for shard in text.shards])}
     for is_requested, prefix, measure in measures:
         if is_requested:
+            is_rounded = prefix.startswith((ROUNDING_TASK, ROUNDED_LOSS))
             yield Task(
                 name=f"{prefix}{corpus}",
                 parts=tuple(map(measure, text.shards)),
-                options=read if prefix.startswith((ROUNDING_TASK, ROUNDED_LOSS)) else {},
+                options=options if is_rounded else {},
+                read=(replace(seen, use=PRECISION) if is_rounded else seen,),
             )
     if request.shapley:
         seeds = np.random.SeedSequence(request.seed).generate_state(request.shapley).tolist()
@@ -228,6 +234,7 @@ def _tasks(request: AblateRequest, corpus: RedactedURI, text: CorpusPlan) -> Ite
         yield Task(
             name=f"{SCORES['shapley'].task}{corpus}",
             parts=tuple(Shapley(shards=text.shards, seeds=chunk, truncation=request.truncation) for chunk in chunks),
+            read=(seen,),
         )
 
 

@@ -16,19 +16,12 @@ from torch import nn
 from avss_dist.analysis.verdict import kept_by_guess, primary_metric
 from avss_dist.core.errors import AvssError, ConfigError, ModelError
 from avss_dist.core.intervention import NO_INTERVENTION, Intervention
-from avss_dist.core.registry import PERPLEXITY, REALIZED, ROW_START, SEARCH
+from avss_dist.core.registry import PERPLEXITY, REALIZED, ROW_START
 from avss_dist.core.results import TabularResult
 from avss_dist.core.settings import Settings
 from avss_dist.core.text import RedactedURI, basename
 from avss_dist.evaluation.session import EvaluationSession, PlannedTask, Retention, results_under
-from avss_dist.evaluation.tasks import (
-    plan_task,
-    refuse_overlap,
-    row_start_task,
-    texts_of_repair,
-    texts_of_run,
-    texts_of_search,
-)
+from avss_dist.evaluation.tasks import plan_task, refuse_seen, row_start_task
 from avss_dist.models.checkpoints import Checkpoint, resolve
 from avss_dist.models.layers import is_linear, linear_sizes
 from avss_dist.models.loading import candidate_layers
@@ -53,8 +46,7 @@ class Subject:
     Attributes:
         label: name for people.
         intervention: changes of the plans that the subject was read from.
-        run_id: run whose scores a plan was made from. Its text is not held out.
-        search: evaluation that searched the layers of a plan. Its text is not held out, either.
+        plans: its plans. The texts that they were made from are not held out.
         base: model that a pruned checkpoint was made from, with which it is compared.
         sparsity_plan: plan of its sparsity.
         precision_plan: plan of the number formats of its weights.
@@ -63,8 +55,7 @@ class Subject:
     checkpoint: Checkpoint
     label: str
     intervention: Intervention = NO_INTERVENTION
-    run_id: str | None = None
-    search: str | None = None
+    plans: tuple[AnyPlan, ...] = field(default=(), compare=False, repr=False)
     base: Checkpoint | None = None
     sparsity_plan: SparsityPlan | None = field(default=None, compare=False, repr=False)
     precision_plan: PrecisionPlan | None = field(default=None, compare=False, repr=False)
@@ -155,7 +146,7 @@ def evaluate(request: EvaluateRequest) -> Evaluations:
         }
         _require_same_tokens(subjects, tasks, planned)
         if not request.allow_overlap:
-            _refuse_overlaps(subjects, planned, Warehouse(request.warehouse))
+            _refuse_overlaps(subjects, planned, tasks, Warehouse(request.warehouse))
         row_starts = [
             *filter(None, (row_start_task(t) for (_, name), t in planned.items() if name.startswith(PERPLEXITY)))
         ]
@@ -196,17 +187,17 @@ def _require_same_tokens(
             )
 
 
-def _refuse_overlaps(subjects: Sequence[Subject], planned: Mapping[_Key, PlannedTask], warehouse: Warehouse) -> None:
-    """Refuse text that layers were scored or searched on, or that a repaired checkpoint was fitted on."""
+def _refuse_overlaps(
+    subjects: Sequence[Subject], planned: Mapping[_Key, PlannedTask], names: Sequence[RedactedURI], warehouse: Warehouse
+) -> None:
+    """Refuse text that was read on the way to a checkpoint or to the plans of its subjects."""
+    corpora = [name.full.removeprefix(PERPLEXITY) for name in names if name.startswith(PERPLEXITY)]
     for checkpoint in {task.checkpoint.revision: task.checkpoint for task in planned.values()}.values():
         tasks = [task.task for (revision, _), task in planned.items() if revision == checkpoint.revision]
-        same = [subject for subject in subjects if subject.checkpoint.revision == checkpoint.revision]
-        texts = chain(
-            [texts_of_repair(checkpoint)],
-            (texts_of_run(warehouse, run, checkpoint) for run in dict.fromkeys(s.run_id for s in same)),
-            (texts_of_search(warehouse, search, checkpoint) for search in dict.fromkeys(s.search for s in same)),
-        )
-        refuse_overlap(tasks, chain.from_iterable(texts))
+        plans = [
+            plan for subject in subjects if subject.checkpoint.revision == checkpoint.revision for plan in subject.plans
+        ]
+        refuse_seen(tasks, checkpoint, plans, warehouse, corpora)
 
 
 def _compare(subject: Subject, task: str, results: Mapping[_Key, Sequence[Result]]) -> Iterator[Evaluation]:
@@ -288,6 +279,7 @@ def _read_subjects(named: Sequence[str | AnyPlan], sparse: str | AnyPlan | None,
             subject,
             label=f"{subject.label} + {added.label}",
             intervention=replace(subject.intervention, sparsity=added.intervention.sparsity),
+            plans=(*subject.plans, *added.plans),
             sparsity_plan=added.sparsity_plan,
         )
         for subject in subjects
@@ -321,13 +313,14 @@ def _read_subject(named: str | AnyPlan, settings: Settings) -> Subject:
             "Score it again, and make a plan of its own.",
         )
     _require_same_layers(checkpoint, name, plan, settings)
-    subject = Subject(checkpoint=checkpoint, label=name, intervention=plan.intervention)
-    if isinstance(plan, SparsityPlan):
-        return replace(subject, run_id=plan.run_id, sparsity_plan=plan)
-    if isinstance(plan, PrecisionPlan):
-        return replace(subject, search=plan.evaluation, precision_plan=plan)
-    searched = str(plan.why.get("task")).startswith(SEARCH) or plan.run_id is None
-    return replace(subject, run_id=plan.run_id, search=str(plan.why.get("evaluation", "")) if searched else None)
+    return Subject(
+        checkpoint=checkpoint,
+        label=name,
+        intervention=plan.intervention,
+        plans=(plan,),
+        sparsity_plan=plan if isinstance(plan, SparsityPlan) else None,
+        precision_plan=plan if isinstance(plan, PrecisionPlan) else None,
+    )
 
 
 def _read_any_plan(file: str) -> AnyPlan:

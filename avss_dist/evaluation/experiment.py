@@ -22,6 +22,7 @@ from avss_dist.core.intervention import NO_INTERVENTION, Intervention
 from avss_dist.core.registry import CHANCE, CONTRAST, GREEDY, LOSS, MEASURED, READING, RECIPES, SCORES
 from avss_dist.core.settings import fingerprint
 from avss_dist.core.text import RedactedURI
+from avss_dist.corpus.seen import ABLATION, SeenText
 from avss_dist.corpus.shards import CorpusPlan
 from avss_dist.distillation.curve import ignore
 from avss_dist.evaluation.repairs import Patches, fit_of, fit_repairs, plan_fits, require_changeable
@@ -36,13 +37,14 @@ from avss_dist.evaluation.session import (
     require_listable,
     results_under,
 )
-from avss_dist.evaluation.tasks import plan_task, plan_text_task, refuse_overlaps, texts_of_run
+from avss_dist.evaluation.tasks import earlier_texts, plan_task, plan_text_task, refuse_overlaps
 from avss_dist.models.checkpoints import resolve
 from avss_dist.models.loading import text_config
 from avss_dist.pruning.ground_truth import layer_truth
 from avss_dist.pruning.methods import LEAVE_ONE_OUT, Experiment, choices, control_name, describe_method
 from avss_dist.pruning.plan import layer_list
 from avss_dist.pruning.repair.registry import NO_REPAIR
+from avss_dist.pruning.seen import seen_by_run
 from avss_dist.pruning.selection import RANDOM, Choice, Reading, count_layers
 from avss_dist.requests import RunJobRequest
 from avss_dist.runs.job_file import JobFile, RunSpec
@@ -112,6 +114,7 @@ class Trial:
         rows: rows of the table ``scores``.
         truth: values by which layers are chosen, float64[layers], by method and reading: a measurement, or the negative
             contrast on paired text.
+        seen: texts that the scores and measurements were made on.
         planned: tasks by name.
         choices: choices of layers, each with the layers that it drops.
         measured_by: ids of the evaluations that measured the scores of ``avss ablate``, by score.
@@ -124,6 +127,7 @@ class Trial:
     rows: Sequence[Mapping[str, Any]]
     corpus: str
     truth: dict[tuple[str, Reading | None], Float64] = field(default_factory=dict)
+    seen: list[SeenText] = field(default_factory=list)
     planned: dict[str, PlannedTask] = field(default_factory=dict)
     choices: list[tuple[Choice, Layers]] = field(default_factory=list)
     measured_by: dict[str, str] = field(default_factory=dict)
@@ -143,6 +147,7 @@ class Trial:
             model=session.place(checkpoint, spec.settings, spec.execution),
             rows=warehouse.read_scores(run.run_id),
             corpus=spec.corpus,
+            seen=[*seen_by_run(stored)],
         )
         for by, reading in dict.fromkeys((choice.by, choice.reading) for choice in choices(experiment, trial.rows)):
             if by == CONTRAST and reading is not None:
@@ -153,6 +158,7 @@ class Trial:
             elif by in MEASURED and not (by == LEAVE_ONE_OUT and experiment.leave_one_out):
                 measured = layer_truth(warehouse, stored, by)
                 trial.truth[by, reading] = measured.by_layer(trial.num_layers)
+                trial.seen += measured.seen
                 trial.measured_by[by] = measured.run_id
         return trial
 
@@ -178,7 +184,7 @@ class Trial:
             measured_by=self.measured_by,
         )[:20]
 
-    def plan(self, tasks: Sequence[str], warehouse: Warehouse, *, allow_overlap: bool) -> None:
+    def plan(self, tasks: Sequence[str], *, allow_overlap: bool) -> None:
         """Plan evaluations and fits. Texts of both and of the scores that overlap are refused."""
         experiment, model = self.experiment, self.model
         skipped = experiment.repair_skip_sequences
@@ -209,7 +215,7 @@ class Trial:
                 [planned.task for planned in self.planned.values()],
                 texts,
                 model,
-                texts_of_run(warehouse, self.run.run_id, model.checkpoint, corpus=self.corpus),
+                earlier_texts(self.seen, model.checkpoint, [self.corpus]),
                 skipped=skipped,
                 skip_option="repair_skip_sequences",
             )
@@ -268,7 +274,7 @@ def run_experiment(job: JobFile, request: RunJobRequest) -> tuple[list[Run], lis
             if run.status != "failed"
         ]
         for trial in trials:
-            trial.plan(tasks, warehouse, allow_overlap=request.allow_overlap)
+            trial.plan(tasks, allow_overlap=request.allow_overlap)
         if experiment.leave_one_out:
             _leave_one_out(trials, session)
         for trial in trials:
@@ -322,7 +328,8 @@ def _size(specs: Sequence[RunSpec], experiment: Experiment) -> tuple[int, str]:
 
 def _leave_one_out(trials: Sequence[Trial], session: EvaluationSession) -> None:
     """Measure the loss of every trial without each of its layers, on the text that its scores were measured on."""
-    planned = [plan_text_task(trial.model, trial.corpus, LeaveOneOut, SCORES[LEAVE_ONE_OUT].task) for trial in trials]
+    prefix = SCORES[LEAVE_ONE_OUT].task
+    planned = [plan_text_task(trial.model, trial.corpus, LeaveOneOut, prefix, use=ABLATION) for trial in trials]
     results = session.measure(dict.fromkeys(planned, (NO_INTERVENTION,)))
     for trial, task in zip(trials, planned, strict=True):
         values = {result.removed: result.value for result in results[task] if result.metric == LOSS}

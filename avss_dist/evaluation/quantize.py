@@ -15,12 +15,15 @@ from avss_dist.core.intervention import RoundedPlace
 from avss_dist.core.registry import BITS_PER_WEIGHT, MEASURED_ONLY, NUM_WEIGHTS, PRECISION_ESTIMATES, SECOND_ORDER
 from avss_dist.core.settings import Settings
 from avss_dist.core.text import describe_bytes
+from avss_dist.core.yaml_files import to_yaml
+from avss_dist.corpus.seen import SeenText
 from avss_dist.models.checkpoints import resolve
 from avss_dist.models.number_formats import FORMATS
 from avss_dist.pruning.budget import ROUNDING_ERROR, Choice, in_order, least_damage, same_format, total
 from avss_dist.pruning.ground_truth import map_roundings, repeated_command
 from avss_dist.pruning.map_plans import MapPrecision, PrecisionPlan
-from avss_dist.pruning.plan import run_size, to_yaml
+from avss_dist.pruning.plan import run_size
+from avss_dist.pruning.seen import seen_by_evaluation
 from avss_dist.pruning.selection import PlanError
 from avss_dist.requests import PrecisionRequest
 from avss_dist.stats.layer_stats import Float64
@@ -76,6 +79,7 @@ def plan_precision(request: PrecisionRequest, store: Warehouse, run: Mapping[str
         },
         run_id=None if run.get("status") == MEASURED_ONLY else run["run_id"],
         evaluation=evaluation,
+        seen=_seen(store, evaluation),
         findings=tuple(_findings(by, damage, chosen, formats)),
         rounded=tuple(rounded),
     )
@@ -97,6 +101,11 @@ def predicted_run(request: PrecisionRequest, store: Warehouse) -> ChosenRun:
 def _estimate(request: PrecisionRequest) -> str:
     """Return the estimate of the damage that a request reads. Controls read the second order for its formats."""
     return request.by if request.by in PRECISION_ESTIMATES else SECOND_ORDER
+
+
+def _seen(store: Warehouse, evaluation: str) -> tuple[SeenText, ...]:
+    """Return the text of a prediction."""
+    return seen_by_evaluation(store.table("evaluations", run_ids=[evaluation]).to_pylist()[0])
 
 
 def _findings(by: str, damage: Float64, chosen: Choice, formats: Sequence[str]) -> Iterator[str]:

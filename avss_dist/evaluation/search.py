@@ -16,6 +16,7 @@ from avss_dist.analysis.plans import evaluated_lines
 from avss_dist.core.intervention import Intervention, Removals
 from avss_dist.core.registry import GREEDY, LOSS, SEARCH
 from avss_dist.core.text import RedactedURI, describe_layers
+from avss_dist.corpus import seen
 from avss_dist.distillation.curve import ignore
 from avss_dist.evaluation.events import SearchStep
 from avss_dist.evaluation.repairs import fit_of, fit_repairs, plan_fits
@@ -79,7 +80,7 @@ def search(
         "task": planned.task.name,
     }
     plan = replace(
-        plan_of(scores, run, removed, why),
+        plan_of(scores, run, removed, why, planned.seen),
         findings=(CHOSEN_HERE,),
         evaluated=evaluated_lines(Warehouse(request.warehouse), run, removed),
     )
@@ -134,7 +135,7 @@ def searching(session: EvaluationSession, model: PlacedModel, corpus: str) -> It
     Raises:
         CorpusError: the corpus cannot be read, or is too short.
     """
-    planned = plan_text_task(model, corpus, partial(LeaveOneOut, layers=()), SEARCH)
+    planned = plan_text_task(model, corpus, partial(LeaveOneOut, layers=()), SEARCH, use=seen.SEARCH)
 
     def measured() -> dict[Removals, Result]:
         combined = combine(session.known_rows(planned.run_id()), len(planned.task.parts))
@@ -189,7 +190,8 @@ def repaired_search(
     """
     model = model.reading(max_sequences=rows)
     repair = searched_repair(request.repair)
-    text = plan_text_task(model, request.corpus, prefix=SEARCH)
+    text = plan_text_task(model, request.corpus, prefix=SEARCH, use=seen.SEARCH)
+    read = [*text.seen]
     if fit is not None:
         final, enough = fit_of(fit), rows
         if REPAIRS[repair].form == "full":  # rows of each text that suffice for a residual stream of this width
@@ -206,6 +208,7 @@ def repaired_search(
             max_sequences=enough,
             skip_sequences=final.repair.settings.skip_sequences,
         )[repair]
+        read += [seen.seen_text(fitted, fit.settings, seen.SEARCH) for fitted in fit_of(fit).texts]
 
     def losses(base: Layers, layers: Layers) -> dict[Layers, Result]:
         drops = _expand(base, layers)
@@ -236,6 +239,7 @@ def repaired_search(
             },
             findings=(CHOSEN_HERE,),
             evaluated=(),
+            seen=seen.distinct([*pool.seen, *read]),
         )
 
     return searched_plan

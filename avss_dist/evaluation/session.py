@@ -28,6 +28,7 @@ from avss_dist.core.intervention import (
 from avss_dist.core.process import package_versions
 from avss_dist.core.registry import PARTITIONS, PartitionInfo
 from avss_dist.core.settings import NUMBERS_VERSION, Execution, Settings, fingerprint
+from avss_dist.corpus.seen import SeenText
 from avss_dist.distillation.curve import ignore
 from avss_dist.evaluation.events import CellDone, CellsStarted, CellUnderway, OnEvent
 from avss_dist.models.checkpoints import Checkpoint, resolve
@@ -35,6 +36,7 @@ from avss_dist.models.loading import pin, require_head, text_config
 from avss_dist.partition.choose import place
 from avss_dist.partition.replica import Placement, fingerprint_part
 from avss_dist.pruning.map_plans import PrecisionPlan
+from avss_dist.pruning.seen import READ
 from avss_dist.pruning.selection import PlanError
 from avss_dist.runs.local import Executor, open_executor
 from avss_dist.stats.intervals import MINIMUM_UNITS, jackknife_interval
@@ -92,6 +94,11 @@ class PlannedTask(PlacedModel):
             )
             self._run_ids[sparsity] = f"{self.checkpoint.slug}-{digest[:10]}"
         return self._run_ids[sparsity]
+
+    @property
+    def seen(self) -> tuple[SeenText, ...]:
+        """Texts that it reads to measure something by which models are changed."""
+        return tuple(replace(text, by=self.run_id()) for text in self.task.read)
 
     def cells(self, interventions: Iterable[Intervention] = (NO_INTERVENTION,)) -> list[Cell]:
         """Return a cell for each part of the task under each distinct intervention."""
@@ -194,9 +201,12 @@ class EvaluationSession:
                 continue
             by_place = grouped(rows, lambda row: (InterventionKey.of_row(row), row["layer"]))
             seconds = {place: sum(row["seconds"] or 0.0 for row in same) for place, same in by_place.items()}
+            settings = {**planned.settings.as_dict(), **planned.task.options}
+            if planned.task.read:
+                settings[READ] = [text.values() for text in planned.task.read]
             common = {
                 "task": planned.task.name,
-                "settings": json.dumps({**planned.settings.as_dict(), **planned.task.options}),
+                "settings": json.dumps(settings),
                 "versions": package_versions(),
                 "created_at": datetime.now(UTC),
             }

@@ -42,7 +42,7 @@ from avss_dist.evaluation.session import (
     Retention,
     results_under,
 )
-from avss_dist.evaluation.tasks import plan_task, plan_text, refuse_overlaps, texts_of_run
+from avss_dist.evaluation.tasks import earlier_texts, plan_task, plan_text, refuse_overlaps
 from avss_dist.models.checkpoints import Checkpoint, resolve
 from avss_dist.models.loading import require_head, text_config
 from avss_dist.models.weight_files import weight_files
@@ -452,10 +452,16 @@ def _plan_candidates(
             skipped, use = split.measured, "the smaller model is distilled on"
             read = model.reading(max_sequences=split.rows - skipped, skip_sequences=skipped).settings
             texts = [plan_text(model.checkpoint, text, read) for text in request.repair_texts]
-        scored = texts_of_run(
-            Warehouse(session.store.root.full), example.run_id, model.checkpoint, corpus=request.corpus
+        chosen_on = earlier_texts(example.seen, model.checkpoint, [request.corpus], skip_option=None)
+        refuse_overlaps(
+            [planned.task for planned in tasks.values()],
+            texts,
+            model,
+            chosen_on,
+            skipped=skipped,
+            use=use,
+            skip_option=None,
         )
-        refuse_overlaps([planned.task for planned in tasks.values()], texts, model, scored, skipped=skipped, use=use)
     return tasks, fit
 
 

@@ -15,11 +15,13 @@ from avss_dist.analysis.thresholds import quantiles_of
 from avss_dist.core.intervention import THRESHOLD, TOP_K
 from avss_dist.core.registry import SPARSITY_TASK
 from avss_dist.core.text import RedactedURI
+from avss_dist.corpus.seen import SPARSITY, seen_text
 from avss_dist.corpus.shards import CorpusPlan
 from avss_dist.evaluation.session import EvaluationSession, checkpoint_of_run, require_partition
 from avss_dist.evaluation.tasks import plan_text
 from avss_dist.pruning.budget import MAX_SPARSITY, heavy_tail_ratios, interpolate_path, knapsack, proportional
 from avss_dist.pruning.map_plans import MapPlan, SparsityPlan
+from avss_dist.pruning.seen import seen_by_run
 from avss_dist.requests import SparsifyRequest
 from avss_dist.stats.layer_stats import Float64, LayerStats
 from avss_dist.tasks.block_search import GREEDY, HILL, GreedyBlock, Spectra
@@ -50,6 +52,7 @@ def sparsify(request: SparsifyRequest, run: Mapping[str, Any]) -> SparsityPlan:
     """
     target, method, rule = request.target, request.method, request.rule
     maps = measured_maps(Warehouse(request.warehouse), run)
+    seen = [*seen_by_run(run)]
     why: dict[str, Any] = {"by": method, "target": target}
     if method not in _ALLOCATIONS:  # the counts of the run are enough
         sparsities = np.full(len(maps), target)
@@ -68,6 +71,7 @@ def sparsify(request: SparsifyRequest, run: Mapping[str, Any]) -> SparsityPlan:
             if method in READ_TEXT:
                 text = plan_text(checkpoint, corpus.full, model.settings)
                 name += f":{corpus}"
+                seen.append(seen_text(text, model.settings, SPARSITY))
 
             def measure(parts: tuple[Measure, ...]) -> Rows:
                 """Return the samples of each layer and metric, summed over the parts in their order."""
@@ -81,7 +85,7 @@ def sparsify(request: SparsifyRequest, run: Mapping[str, Any]) -> SparsityPlan:
             sparsities, reasons = _ALLOCATIONS[method](maps, target, text, measure)
         why |= reasons
     by = TOP_K if method in ("acttail", "wina") else THRESHOLD  # the largest inputs of each token, or of all
-    plan = plan_sparsity(run, maps, sparsities, by, why, rule=rule, weighted=method == "wina")
+    plan = plan_sparsity(run, maps, sparsities, by, why, seen, rule=rule, weighted=method == "wina")
     identity = RunIdentity(run_id=run["run_id"], model=run["model"], revision=run["revision"], family=run["family"])
     key = str(plan.intervention.key.sparsity)
     common = {

@@ -2,28 +2,30 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from functools import cache, lru_cache, partial
-from itertools import chain, product
+from itertools import product
 from typing import Any
 
-from avss_dist.core.errors import AvssError, ConfigError, CorpusError
+from avss_dist.core.errors import ConfigError, CorpusError
 from avss_dist.core.registry import PERPLEXITY, ROW_START, TRUTHFULQA
 from avss_dist.core.settings import Settings
 from avss_dist.core.text import RedactedURI
 from avss_dist.corpus.documents import chat_template
-from avss_dist.corpus.overlap import MAX_SHARED, SHORTEST, plain_text, shared_text
+from avss_dist.corpus.overlap import MAX_SHARED, SHORTEST, plain_text, read_again, shared_text
+from avss_dist.corpus.seen import SeenText, distinct, seen_text
 from avss_dist.corpus.shards import CorpusPlan, Shard, tokenize_choices, tokenize_corpus, with_other_start
-from avss_dist.distillation.record import SELF, read_record
+from avss_dist.distillation.record import seen_by_checkpoint
 from avss_dist.evaluation.session import PlacedModel, PlannedTask
 from avss_dist.models.checkpoints import Checkpoint
 from avss_dist.models.loading import load_tokenizer
-from avss_dist.pruning.repair.registry import read_repairs
+from avss_dist.pruning.map_plans import PrecisionPlan
+from avss_dist.pruning.plan import ModelPlan
+from avss_dist.pruning.seen import seen_by_evaluation, seen_by_run
 from avss_dist.tasks.harness_files import require_task
 from avss_dist.tasks.task import Measure, Task
 from avss_dist.tasks.text_loss import RowStartLoss, TextLoss, TruthfulChoices
-from avss_dist.warehouse.checks import settings_of
 from avss_dist.warehouse.reader import Warehouse
 
 _tokenizer = lru_cache(maxsize=2)(load_tokenizer)  # of the texts that tasks are compared with
@@ -81,18 +83,24 @@ def plan_text(checkpoint: Checkpoint, corpus: str, settings: Settings) -> Corpus
 
 
 def plan_text_task(
-    model: PlacedModel, corpus: str, measure: Callable[[Shard], Measure] = TextLoss, prefix: str = PERPLEXITY
+    model: PlacedModel,
+    corpus: str,
+    measure: Callable[[Shard], Measure] = TextLoss,
+    prefix: str = PERPLEXITY,
+    use: str | None = None,
 ) -> PlannedTask:
     """Return the task of a measure of a corpus in a model's tokens, by default of the loss.
 
     Args:
         prefix: start of the name of the task, before that of the corpus.
+        use: use of the text if layers are chosen by the measure, see `SeenText`.
 
     Raises:
         CorpusError: the corpus cannot be read, or is too short.
     """
     text = plan_text(model.checkpoint, corpus, model.settings)
-    return model.plan(Task(name=f"{prefix}{RedactedURI(corpus)}", parts=tuple(map(measure, text.shards))))
+    read = (seen_text(text, model.settings, use),) if use else ()
+    return model.plan(Task(name=f"{prefix}{RedactedURI(corpus)}", parts=tuple(map(measure, text.shards)), read=read))
 
 
 def row_start_task(planned: PlannedTask) -> PlannedTask | None:
@@ -107,27 +115,56 @@ def row_start_task(planned: PlannedTask) -> PlannedTask | None:
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
-class SeenText:
-    """A text that scores, a search or a repair have read, so that it is not held out.
+class EarlierText:
+    """A text that was read or will be, so that it is not held out.
 
     Attributes:
         use: end of a sentence that begins with the text: ``the scores of RUN were measured on (NAME)``.
-        rows: index after its last row, the value of ``skip_option`` that skips all of its rows.
+        rows_end: index after its last row, the value of ``skip_option`` that skips all of its rows; None if it is not
+            known.
         read: returns its rows, read again if necessary, and raises ConfigError if that is not possible.
         checkpoint: checkpoint whose tokenizer made its rows.
-        skip_option: field of the evaluation that skips rows of a text.
-        questions_hint: hint for shared questions, with ``{}`` for the number of prompts; "" does not compare questions.
+        skip_option: field that skips rows of the text; None if there is no such option.
     """
 
     use: str
-    rows: int
+    rows_end: int | None
     read: Callable[[], Sequence[Shard]]
     checkpoint: Checkpoint
-    skip_option: str = "skip_sequences"
-    questions_hint: str = "Use other text there, or other questions."
+    skip_option: str | None = "skip_sequences"
 
 
-def refuse_overlap(tasks: Iterable[Task], texts: Iterable[SeenText]) -> None:
+def earlier_texts(
+    seen: Iterable[SeenText],
+    checkpoint: Checkpoint,
+    names: Iterable[str] = (),
+    *,
+    skip_option: str | None = "skip_sequences",
+) -> list[EarlierText]:
+    """Return texts that were read before, whose rows are read again when they are compared. Equal rows count once.
+
+    Args:
+        names: corpora that may be among them, with the keys of their URIs, which records do not have.
+    """
+    full = {str(uri): uri.full for uri in map(RedactedURI, names)}
+    tokenizer = partial(_tokenizer, checkpoint)
+    return [
+        EarlierText(
+            use=text.describe(),
+            rows_end=text.rows_end,
+            read=cache(partial(_read_again, text, full.get(text.corpus, text.corpus), tokenizer)),
+            checkpoint=checkpoint,
+            skip_option=skip_option,
+        )
+        for text in distinct(seen)
+    ]
+
+
+def _read_again(text: SeenText, corpus: str, tokenizer: Callable[[], Any]) -> Sequence[Shard]:
+    return read_again(text, tokenizer(), corpus).shards
+
+
+def refuse_overlap(tasks: Iterable[Task], texts: Iterable[EarlierText]) -> None:
     """Refuse tasks on text or questions that have been seen. Tasks of lm-evaluation-harness are not compared.
 
     Raises:
@@ -136,185 +173,117 @@ def refuse_overlap(tasks: Iterable[Task], texts: Iterable[SeenText]) -> None:
     """
     comparable = [task for task in tasks if _shards(task, TruthfulChoices) or _shards(task, TextLoss)]
     for task, earlier in product(comparable, texts if comparable else ()):
-        if (asked := _shards(task, TruthfulChoices)) and earlier.questions_hint:
-            prompts, questions = (
-                _prompts(shards, _tokenizer(earlier.checkpoint)) for shards in (earlier.read(), asked)
-            )
-            if shared := len(prompts & questions):
-                raise ConfigError(
-                    f"{shared} of the {len(questions)} questions of {task.name} are prompts that {earlier.use}.",
-                    earlier.questions_hint.format(len(prompts)),
-                )
-        if not (text := _shards(task, TextLoss)):
-            continue
-        share = shared_text(earlier.read(), text, _tokenizer(earlier.checkpoint))
-        if share is None:
-            raise ConfigError(
-                f"{task.name} cannot be compared with the text that {earlier.use}: one of them has no {SHORTEST} "
-                "characters in a row, without whitespace.",
-                "Read more text, or longer rows (`sequence_length`); or set `allow_overlap` and know that they may be "
-                "one.",
-            )
-        if share > MAX_SHARED:
-            raise ConfigError(
-                f"{share:.0%} of {task.name} is text that {earlier.use}.",
-                f"Use other text: another corpus, or `{earlier.skip_option}` {earlier.rows}.",
-            )
+        if asked := _shards(task, TruthfulChoices):
+            _refuse_questions(task.name, asked, earlier)
+        if text := _shards(task, TextLoss):
+            _refuse_passages(task.name, text, earlier)
+
+
+def _refuse_questions(name: str, asked: Sequence[Shard], earlier: EarlierText) -> None:
+    """Raise ConfigError if questions are prompts of an earlier text."""
+    prompts = _prompts(earlier.read(), _tokenizer(earlier.checkpoint))
+    questions = _prompts(asked, _tokenizer(earlier.checkpoint))
+    if shared := len(prompts & questions):
+        raise ConfigError(
+            f"{shared} of the {len(questions)} questions of {name} are prompts that {earlier.use}.",
+            f"Ask others: with `skip_questions` {len(prompts)}, where that text is of the first questions of the file.",
+        )
+
+
+def _refuse_passages(name: str, text: Sequence[Shard], earlier: EarlierText) -> None:
+    """Raise ConfigError if a text shares more passages with an earlier one than chance, or cannot be compared."""
+    share = shared_text(earlier.read(), text, _tokenizer(earlier.checkpoint))
+    if share is None:
+        raise ConfigError(
+            f"{name} cannot be compared with the text that {earlier.use}: one of them has no {SHORTEST} "
+            "characters in a row, without whitespace.",
+            "Read more text, or longer rows (`sequence_length`); or set `allow_overlap` and know that they may be one.",
+        )
+    if share > MAX_SHARED:
+        hint = "Use other text."
+        if earlier.skip_option is not None and earlier.rows_end is not None:
+            hint = f"Use other text: another corpus, or `{earlier.skip_option}` {earlier.rows_end}."
+        raise ConfigError(f"{share:.0%} of {name} is text that {earlier.use}.", hint)
 
 
 def _shards(task: Task, kind: type[TextLoss | TruthfulChoices]) -> list[Shard]:
     return [part.shard for part in task.parts if isinstance(part, kind)]
 
 
-def texts_of_run(
-    store: Warehouse,
-    run_id: str | None,
-    checkpoint: Checkpoint,
-    *,
-    corpus: str = "",
-) -> Iterator[SeenText]:
-    """Yield the text that the scores of a run were measured on, or nothing if the warehouse does not have the run.
+def seen_by_plan(plan: ModelPlan, store: Warehouse) -> tuple[SeenText, ...]:
+    """Return the texts that were read on the way to a plan.
+
+    The file of an earlier version names a run and an evaluation, whose texts are returned if the warehouse has them.
+    """
+    if plan.seen:
+        return plan.seen
+    seen: list[SeenText] = []
+    run = store.run(plan.run_id) if plan.run_id and not isinstance(plan, PrecisionPlan) else None
+    if run is not None:
+        seen += seen_by_run(run)
+    evaluation = getattr(plan, "evaluation", None) or plan.why.get("evaluation")
+    if evaluation:
+        rows = store.table("evaluations", run_ids=[str(evaluation)]).to_pylist()
+        seen += seen_by_evaluation(rows[0]) if rows else ()
+    return tuple(seen)
+
+
+def refuse_seen(
+    tasks: Sequence[Task], checkpoint: Checkpoint, plans: Iterable[ModelPlan], store: Warehouse, names: Iterable[str]
+) -> None:
+    """Refuse tasks on text that was read on the way to a checkpoint, or to plans for it.
 
     Args:
-        corpus: name of the text with the keys of its URI; by default the name in the run's row, which has no keys.
-    """
-    run = store.run(run_id) if run_id else None
-    if run is None:
-        return
-    settings = Settings.from_stored(settings_of(run))
-    yield _stored_text(
-        checkpoint,
-        corpus or run["corpus"],
-        settings,
-        reader=f"run {run_id}",
-        risk="layers may be chosen on",
-        fingerprints=tuple(filter(None, (run["corpus_fingerprint"], run["tokens_fingerprint"]))),
-        use=f"the scores of {run_id} were measured on ({run['corpus']})",
-        rows=settings.skip_sequences + run["num_sequences"],
-        questions_hint="Ask others: with `skip_questions` {}, where the run is of the first questions of the file.",
-    )
-
-
-def texts_of_search(store: Warehouse, evaluation: str | None, checkpoint: Checkpoint) -> Iterator[SeenText]:
-    """Yield the text that a plan was searched, predicted or measured on, or nothing without the evaluation."""
-    rows = store.table("evaluations", run_ids=[evaluation]).to_pylist() if evaluation else []
-    if not rows:
-        return
-    settings, corpus = Settings.from_stored(settings_of(rows[0])), rows[0]["task"].partition(":")[2]
-    yield _stored_text(
-        checkpoint,
-        corpus,
-        settings,
-        reader="the search of a plan",
-        risk="layers may be chosen for",
-        use="a plan was searched or predicted on",
-        rows=settings.skip_sequences + max(row["num_samples"] for row in rows),
-        questions_hint="",
-    )
-
-
-def texts_of_repair(checkpoint: Checkpoint) -> Iterator[SeenText]:
-    """Yield the texts that a checkpoint was repaired or distilled on, or nothing for one without such records.
+        names: see `earlier_texts`.
 
     Raises:
-        ModelError: a record is damaged.
+        ConfigError: see `refuse_overlap`.
+        ModelError: a record of the checkpoint is damaged.
     """
-    if record := read_record(checkpoint.folder):
-        for distilled in (text for text in record.texts if text.trained_rows and text.corpus != SELF):
-            skipped = record.settings.skip_sequences + distilled.held_out_rows
-            yield _stored_text(
-                checkpoint,
-                distilled.corpus,
-                replace(record.settings, max_sequences=distilled.trained_rows, skip_sequences=skipped),
-                reader=f"the distillation of '{checkpoint.name}'",
-                risk="it is trained on",
-                fingerprints=(distilled.fingerprint,),
-                use=f"'{checkpoint.name}' was distilled on ({distilled.corpus})",
-                rows=skipped + distilled.trained_rows,
-            )
-    fit = f"the repair of '{checkpoint.name}'"
-    for repair in read_repairs(checkpoint.folder):
-        for text in repair.texts:
-            yield _stored_text(
-                checkpoint,
-                text.corpus,
-                repair.reading(),
-                reader=fit,
-                risk="it may be fitted to",
-                fingerprints=(text.fingerprint,),
-                use=f"{fit} was fitted on ({text.corpus})",
-                rows=repair.skip_sequences + text.rows,
-            )
+    seen = [*seen_by_checkpoint(checkpoint)]
+    for plan in plans:
+        seen += seen_by_plan(plan, store)
+    refuse_overlap(tasks, earlier_texts(seen, checkpoint, names))
 
 
 def refuse_overlaps(
     tasks: Sequence[Task],
     texts: Iterable[CorpusPlan],
     model: PlacedModel,
-    scored: Iterable[SeenText],
+    chosen_on: Sequence[EarlierText],
     *,
     skipped: int,
     use: str = "the repair is fitted on",
-    skip_option: str = "skip_sequences",
+    skip_option: str | None = "skip_sequences",
 ) -> None:
-    """Refuse tasks on text that a model was scored, repaired or will be fitted on, and fits on text of its scores.
+    """Refuse tasks on text that a model was chosen, repaired or will be fitted on, and fits on text it is chosen on.
 
     Args:
         texts: texts that the model will be fitted on, without their first ``skipped`` rows.
-        scored: the text of the scores; see `texts_of_run`.
-        use: see `SeenText`.
-        skip_option: field that skips rows of the texts.
+        chosen_on: texts that layers are chosen on.
+        use: see `EarlierText`.
+        skip_option: field that skips rows of the texts to fit on; None if neither they nor tasks have such an option.
 
     Raises:
         ConfigError: see `refuse_overlap`.
     """
+    task_option = "skip_sequences" if skip_option else None
     fitted = [
-        SeenText(
+        EarlierText(
             use=f"{use} ({text.source})",
-            rows=skipped + text.num_sequences,
+            rows_end=skipped + text.num_sequences,
             read=partial(tuple, text.shards),
             checkpoint=model.checkpoint,
+            skip_option=task_option,
         )
         for text in texts
     ]
-    scored_texts = list(scored)
-    refuse_overlap(tasks, chain(texts_of_repair(model.checkpoint), scored_texts, fitted))
+    before = earlier_texts(seen_by_checkpoint(model.checkpoint), model.checkpoint, skip_option=task_option)
+    refuse_overlap(tasks, [*before, *chosen_on, *fitted])
     refuse_overlap(
         [Task(name=text.source, parts=tuple(map(TextLoss, text.shards))) for text in texts],
-        [replace(text, skip_option=skip_option) for text in scored_texts],
+        [replace(text, skip_option=skip_option) for text in chosen_on],
     )
-
-
-def _stored_text(
-    checkpoint: Checkpoint,
-    corpus: str,
-    settings: Settings,
-    *,
-    reader: str,
-    risk: str,
-    fingerprints: Collection[str] = (),
-    **about: Any,
-) -> SeenText:
-    """Return a text that was read before, whose rows are read again when they are compared.
-
-    Args:
-        reader: noun for what has read it.
-        risk: clause of the hint that names the risk of no comparison, such as ``it may be fitted to``.
-        fingerprints: earlier fingerprints of its content or its tokens. A text with none of them has changed.
-        about: fields of `SeenText`.
-    """
-
-    def read() -> Sequence[Shard]:
-        hint = f"Put it back, or set `allow_overlap` and know that {risk} this very text."
-        try:
-            text = tokenize_corpus(corpus, _tokenizer(checkpoint), settings)
-        except AvssError as error:
-            raise ConfigError(f"The text of {reader} cannot be read again: {error.message}", hint) from error
-        if fingerprints and not {text.corpus_fingerprint, text.tokens_fingerprint} & {*fingerprints}:
-            raise ConfigError(f"The text of {reader} has changed since it was read: {text.source}.", hint)
-        return text.shards
-
-    return SeenText(read=cache(read), checkpoint=checkpoint, **about)
 
 
 def _prompts(shards: Iterable[Shard], tokenizer: Any) -> set[str]:

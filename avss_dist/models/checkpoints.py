@@ -27,7 +27,7 @@ from avss_dist.models.weight_files import INDEX, WEIGHTS, weight_files
 if TYPE_CHECKING:
     from avss_dist.models.safetensors import TensorInfo
 
-_FETCHED = ("*.json", "*.model", "*.txt", "*.jinja")  # of a hub checkpoint, beside its weights
+_FETCHED = ("*.json", "*.model", "*.txt", "*.jinja", "avss_*.yaml")  # of a hub checkpoint, beside its weights
 _READ = {".json", ".safetensors", ".model", ".txt"}  # suffixes of the files that can change a number
 
 SLUG_LENGTH = 237  # characters of the longest name that has room in a folder's: run_id=NAME-0123456789, 255 bytes

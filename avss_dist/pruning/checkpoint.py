@@ -42,6 +42,7 @@ from avss_dist.pruning.plan import Plan, describe_reason
 from avss_dist.pruning.quantization import FILES, renumber_quantization, require_same_modules
 from avss_dist.pruning.repair.registry import RepairRecord, read_repairs, write_repairs
 from avss_dist.pruning.repair.repair import Repaired
+from avss_dist.pruning.seen import read_seen, write_seen
 from avss_dist.pruning.selection import PlanError
 from avss_dist.pruning.weights import LayerNames, StoredWeights, copy_weights
 
@@ -92,6 +93,7 @@ def prune(
         notes = [*(repair.notes if repair else ()), *remarks]
         record = repair.record if repair else None
         (staged / "README.md").write_text(model_card(checkpoint, plan, notes, record), encoding="utf-8")
+        write_seen(staged, [*read_seen(checkpoint.folder), *plan.seen])
         if record:
             write_repairs(staged, [*read_repairs(checkpoint.folder), record])
     return {"folder": str(output), "bytes": size, "difference": difference, "notes": notes, "repair": record}

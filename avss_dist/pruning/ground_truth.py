@@ -26,6 +26,8 @@ from avss_dist.core.registry import (
 )
 from avss_dist.core.settings import TEXT_OPTIONS, Settings
 from avss_dist.core.suggestions import command_line, option_words
+from avss_dist.corpus.seen import SeenText
+from avss_dist.pruning.seen import seen_by_evaluation
 from avss_dist.stats.layer_stats import Float64
 from avss_dist.stats.rankings import average_ranks
 from avss_dist.warehouse.checks import has_head, settings_of
@@ -45,6 +47,7 @@ class LayerTruth:
         run_id, task: the evaluation; empty for a score that people bring.
         format: number format that the weights of each layer are rounded to; None if layers are left out.
         text: hash of the text; None if the evaluation has none.
+        seen: texts that the evaluation has read.
     """
 
     values: Mapping[Any, float]
@@ -52,6 +55,7 @@ class LayerTruth:
     task: str
     format: str | None = None
     text: str | None = None
+    seen: tuple[SeenText, ...] = ()
 
     def key(self, layer: int) -> InterventionKey:
         """Return the key of the intervention on a layer."""
@@ -98,7 +102,8 @@ def find_layer_truth(store: Warehouse, run: Mapping[str, Any], by: str) -> Layer
     """Return the result of `layer_truth`, or None if there is no such evaluation."""
     for evaluation in _newest_first(store, run, SCORES[by].task, metrics_of(by)):
         if values := _by_layer(evaluation, by):
-            return LayerTruth(values=values, run_id=evaluation[0]["run_id"], task=evaluation[0]["task"])
+            row = evaluation[0]
+            return LayerTruth(values=values, run_id=row["run_id"], task=row["task"], seen=seen_by_evaluation(row))
     return None
 
 

@@ -27,8 +27,9 @@ from avss_dist.core.intervention import (
 from avss_dist.core.registry import PRECISION_METHODS, SPARSITY_METHODS
 from avss_dist.core.text import count_of, describe_bytes
 from avss_dist.core.validation import OneOf, checked
+from avss_dist.core.yaml_files import to_yaml
 from avss_dist.models.number_formats import FORMATS
-from avss_dist.pruning.plan import ModelPlan, Name, to_yaml
+from avss_dist.pruning.plan import ModelPlan, Name, seen_lines
 from avss_dist.pruning.selection import PlanError
 
 MAX_UNITS = 10**9
@@ -171,9 +172,10 @@ class LinearMapPlan(ModelPlan):
         """
         budget, mean = self.budget, round(getattr(self, self.budget), 6)
         values = {**self.values(), "findings": list(self.findings), budget: mean}
+        seen = values.pop("seen")
         maps = [asdict(entry) | {budget: round(getattr(entry, budget), 6)} for entry in values.pop(self.key)]
         written = {name: value for name, value in values.items() if value is not None and value is not False}
-        lines = to_yaml({self.key: maps}, flow=True)
+        lines = seen_lines(seen) + to_yaml({self.key: maps}, flow=True)
         write_output(path, f"# {self.comment} Layers count from 0.\n{to_yaml(written)}{lines}", PlanError)
 
 

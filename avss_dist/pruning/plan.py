@@ -9,16 +9,15 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from contextlib import suppress
 from dataclasses import asdict, fields
-from functools import cached_property, partial
+from functools import cached_property
 from itertools import accumulate
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 
 import pyarrow as pa
-import yaml
 from pydantic import Field, WithJsonSchema
 
 from avss_dist.core.errors import AvssError, ConfigError, without_secrets
@@ -42,10 +41,12 @@ from avss_dist.core.intervention import (
 from avss_dist.core.registry import BLOCK_DISTANCE, EXPERT_SCORES, LOWEST_SHARE, MEASURED_ONLY, READING, SCORES
 from avss_dist.core.results import TabularResult
 from avss_dist.core.settings import Settings
-from avss_dist.core.text import basename, describe_bytes, describe_count, printable
+from avss_dist.core.text import basename, describe_bytes, describe_count
 from avss_dist.core.validation import RedactedText, check, checked
-from avss_dist.core.yaml_files import Document, YamlKind, read_yaml
+from avss_dist.core.yaml_files import Document, YamlKind, read_yaml, to_yaml
+from avss_dist.corpus.seen import SeenText, SeenTexts, distinct
 from avss_dist.pruning.ground_truth import LayerTruth
+from avss_dist.pruning.seen import seen_by_run
 from avss_dist.pruning.selection import RANDOM, Choice, PlanError, Rows
 from avss_dist.warehouse.checks import settings_of
 
@@ -104,10 +105,13 @@ class ModelPlan:
     """Run whose measurements were read; none for a plan by hand."""
     findings: Lines = ()
     """Findings that speak against the choice."""
+    seen: SeenTexts = ()
+    """Texts that were read on the way to it, on which it is not evaluated."""
 
     def values(self) -> dict[str, Any]:
         """Return the fields as plain values, as files and JSON have them."""
         plain = {field.name: getattr(self, field.name) for field in fields(self)} | {"why": dict(self.why)}
+        plain["seen"] = [text.values() for text in self.seen]
         return {name: plain[name] for name in sorted(plain, key=lambda name: _AT_THE_END.get(name, 0))}
 
     @property
@@ -131,7 +135,8 @@ class ModelPlan:
         ]
 
 
-_AT_THE_END = {name: place for place, name in enumerate(("why", "run_id", "evaluation", "findings", "evaluated"), 1)}
+_LAST = ("why", "run_id", "evaluation", "findings", "evaluated", "seen")
+_AT_THE_END = {name: place for place, name in enumerate(_LAST, 1)}
 """Fields that are the last ones of a plan's file, in their order."""
 
 
@@ -248,9 +253,9 @@ class Plan(ModelPlan, TabularResult):
         values = self.values()
         lists = {"drop": values.pop("drop"), "keep": list(self.keep)}
         lines = {name: list(values.pop(name)) for name in ("findings", "evaluated")}
-        write_output(
-            path, f"# Layers count from 0.\n{to_yaml(values)}{to_yaml(lists, flow=True)}{to_yaml(lines)}", PlanError
-        )
+        seen = seen_lines(values.pop("seen"))
+        text = f"# Layers count from 0.\n{to_yaml(values)}{to_yaml(lists, flow=True)}{to_yaml(lines)}{seen}"
+        write_output(path, text, PlanError)
 
     def describe(self) -> list[str]:
         """Return lines for people: the removed layers, the origin, the reason, findings and evaluations."""
@@ -263,6 +268,11 @@ class Plan(ModelPlan, TabularResult):
             *self._describe(f"Drops {of_layers}: {describe_removed(self.drop)}."),
             *([f"Evaluated: {line}" for line in self.evaluated] or ["Not evaluated yet when the plan was made."]),
         ]
+
+
+def seen_lines(seen: list[dict[str, Any]]) -> str:
+    """Return the lines of a plan's file for the texts that were read, none without any."""
+    return to_yaml({"seen": seen}, flow=True) if seen else ""
 
 
 def describe_reason(why: Mapping[str, Any], meanings: Mapping[str, str] = MEANINGS) -> str:
@@ -299,11 +309,16 @@ def make_plan(
     else:
         drop = choice.drop(choice.scores(rows, {choice.by: truth.by_layer(number)} if truth else {}))
     measured = {"evaluation": truth.run_id, "task": truth.task} if truth and truth.run_id else {}
-    return plan_of(rows, run, drop, reasons(choice) | measured)
+    return plan_of(rows, run, drop, reasons(choice) | measured, truth.seen if truth else ())
 
 
-def plan_of(rows: Rows, run: Mapping[str, Any], removed: Removals, why: Mapping[str, Any]) -> Plan:
+def plan_of(
+    rows: Rows, run: Mapping[str, Any], removed: Removals, why: Mapping[str, Any], seen: Iterable[SeenText] = ()
+) -> Plan:
     """Return a plan that removes these layers and sublayers from the checkpoint of a run.
+
+    Args:
+        seen: texts that were read for the choice, beside that of the run.
 
     Raises:
         PlanError: the run's layers are not one list of the model.
@@ -317,6 +332,7 @@ def plan_of(rows: Rows, run: Mapping[str, Any], removed: Removals, why: Mapping[
         drop=removed,
         why=why,
         run_id=None if run.get("status") == MEASURED_ONLY else run["run_id"],
+        seen=distinct([*seen_by_run(run), *seen]),
     )
 
 
@@ -384,13 +400,6 @@ def read_plan_file(path: str | Path) -> Document:
         PlanError: the file cannot be read, or is not a mapping.
     """
     return read_yaml(Path(path), YamlKind(noun="plan", hint=_HINT, error=PlanError))
-
-
-def to_yaml(values: Mapping[str, Any], *, flow: bool = False) -> str:
-    """Return values as YAML that any terminal can show."""
-    dump = partial(yaml.safe_dump, values, sort_keys=False, default_flow_style=None if flow else False, width=120)
-    text = str(dump(allow_unicode=True))
-    return text if printable(text) == text else str(dump())  # escaped: it has control characters
 
 
 def run_size(run: Mapping[str, Any]) -> Footprint:

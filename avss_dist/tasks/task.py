@@ -28,6 +28,7 @@ from avss_dist.core.intervention import (
 from avss_dist.core.memory import halve_until_it_fits
 from avss_dist.core.registry import LOSS, REALIZED, SPARSITY
 from avss_dist.core.settings import Settings, fingerprint
+from avss_dist.corpus.seen import SeenText
 from avss_dist.corpus.shards import Shard
 from avss_dist.models.causal_lm import LanguageModel, predicted
 from avss_dist.models.checkpoints import Checkpoint
@@ -96,11 +97,16 @@ def _identity(value: Any) -> Any:
 
 @dataclass(frozen=True, kw_only=True)
 class Task:
-    """A task: its name without keys, its parts in order, and its options, which are stored with its results."""
+    """A task: its name without keys, its parts in order, and its options, which are stored with its results.
+
+    Attributes:
+        read: texts that it reads to measure something by which models are changed.
+    """
 
     name: str
     parts: tuple[Measure, ...]
     options: Mapping[str, Any] = field(default_factory=dict)
+    read: tuple[SeenText, ...] = ()
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "name", str(without_secrets(self.name)))

@@ -22,13 +22,15 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 import avss_dist
 from avss_dist.core import devices
 from avss_dist.core.errors import AvssError, ConfigError, ModelError, RunFailed
+from avss_dist.corpus.seen import SeenText
 from avss_dist.distillation import memory, trainer
 from avss_dist.distillation.curve import KEPT, CurvePoint, TrainingAdvanced
 from avss_dist.distillation.distill import Distilled
 from avss_dist.distillation.loss import distillation_loss
-from avss_dist.distillation.pair import default_learning_rate
+from avss_dist.distillation.pair import default_learning_rate, write_distilled
 from avss_dist.distillation.record import read_record
 from avss_dist.models.checkpoints import resolve
+from avss_dist.pruning.seen import read_seen, write_seen
 
 Distill = Callable[..., Distilled]
 Observed = tuple[Distilled, list[Any]]
@@ -319,6 +321,22 @@ def test_trained_text_is_not_held_out_from_an_evaluation(
     evaluate = ["evaluate", folder, "-w", tmp_path / "warehouse", "--sequence-length", 32, "--device", "cpu"]
     assert "was distilled on" in mistake(*evaluate, "--tasks", f"perplexity:{corpus}", "--skip-sequences", 8)
     assert avss(*evaluate, "--tasks", f"perplexity:{other_corpus}").exit_code == 0
+
+
+def test_text_of_an_earlier_distillation_is_not_held_out(
+    distill: Distill, distilled: Observed, corpus: Path, other_corpus: Path
+) -> None:
+    told = rf"of the held-out rows of .*{corpus.name} is text that .* was distilled on"
+    refused(distill, told, student=distilled[0].folder, corpora=[other_corpus], watch=[corpus], held_out=16)
+
+
+def test_a_student_keeps_what_was_read_for_it(distilled: Observed, tmp_path: Path) -> None:
+    """The texts of its plan, and those of an earlier distillation, whose record is replaced."""
+    folder = Path(shutil.copytree(distilled[0].folder, tmp_path / "student"))
+    write_seen(folder, [SeenText(use="scores", by="a-1", corpus="scored.txt")])
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    write_distilled(resolve(str(folder)), model, tmp_path / "out", distilled[0].record)
+    assert [text.use for text in read_seen(tmp_path / "out")] == ["scores", "distillation"]
 
 
 def test_the_command_prints_a_table_or_json(

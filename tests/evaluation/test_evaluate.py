@@ -26,11 +26,12 @@ from avss_dist.core.errors import AvssError, ConfigError, CorpusError
 from avss_dist.core.registry import ROW_START
 from avss_dist.core.settings import Settings
 from avss_dist.evaluation.session import PlacedModel
-from avss_dist.evaluation.tasks import plan_task, refuse_overlap, texts_of_run
+from avss_dist.evaluation.tasks import earlier_texts, plan_task, refuse_overlap
 from avss_dist.models.checkpoints import resolve
 from avss_dist.partition.replica import Placement
 from avss_dist.pruning.checkpoint import prune, pruned_from
 from avss_dist.pruning.plan import Plan, read_plan
+from avss_dist.pruning.seen import seen_by_run
 from avss_dist.tasks.task import Task
 from avss_dist.warehouse.reader import Warehouse
 
@@ -263,7 +264,9 @@ def seen(tiny_llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Seen:
 
 
 def refuse(seen: Seen, model: Path, task: Task) -> None:
-    refuse_overlap([task], texts_of_run(Warehouse(seen[0]), seen[1], resolve(str(model))))
+    run = Warehouse(seen[0]).run(seen[1])
+    assert run is not None
+    refuse_overlap([task], earlier_texts(seen_by_run(run), resolve(str(model))))
 
 
 def task_on(text: str, model: Path, folder: Path, name: str = "read.txt", **changes: Any) -> Task:

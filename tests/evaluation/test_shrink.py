@@ -48,6 +48,7 @@ from avss_dist.models.checkpoints import resolve
 from avss_dist.models.loading import load_tokenizer
 from avss_dist.partition.replica import Placement
 from avss_dist.pruning.repair.registry import read_repairs
+from avss_dist.pruning.seen import read_seen
 from avss_dist.pruning.selection import PlanError
 from avss_dist.reports.terminal.shrink import continuation_tables
 from avss_dist.reports.terminal.tables import FittedTable
@@ -176,6 +177,17 @@ def test_the_parts_of_the_text_are_apart(done: Shrunk, deep: Path) -> None:
     read = Settings(max_sequences=160, sequence_length=32)
     split = split_rows(resolve(str(deep)), [RedactedURI(TEXT)], read)
     assert split == TextSplit(scored=SCORED, evaluated=20, rows=160)
+
+
+def test_the_checkpoint_keeps_the_texts_that_its_layers_were_chosen_on(done: Shrunk) -> None:
+    (text,) = read_seen(Path(done.folder))
+    assert (text.use, text.corpus, text.skip_sequences, text.max_sequences) == ("scores", TEXT, 0, 10)
+
+
+def test_the_checkpoint_is_not_evaluated_on_the_rows_of_its_scores(done: Shrunk, tmp_path: Path) -> None:
+    rows = {**READ, "max_sequences": 10}
+    with pytest.raises(ConfigError, match="is text that the scores of"):
+        evaluate([done.folder], tasks=[TASK], warehouse=tmp_path, **rows)
 
 
 def rows_of(model: Path, task: str, split: TextSplit, **options: Any) -> np.ndarray:

@@ -64,7 +64,8 @@ def test_the_lowest_that_are_not_protected(scores: list[float], share: float, fi
 
 
 PLACE = ("site", "recipe", "threshold", "threshold_kind")
-RUN = {"model": "m", "revision": "r", "run_id": "m-1"}
+READ = {"corpus": "t.txt", "corpus_fingerprint": "c", "tokens_fingerprint": "t", "num_sequences": 8, "settings": "{}"}
+RUN = {"model": "m", "revision": "r", "run_id": "m-1", **READ}
 
 
 def rows_of(reading: tuple[Any, ...], values: list[float | None], **more: Any) -> list[dict[str, Any]]:

@@ -129,7 +129,7 @@ def test_a_plan_is_evaluated_as_the_rounded_model(predicted: Path, wide: Path, t
 
 def test_the_text_of_the_prediction_is_not_held_out(predicted: Path, tmp_path: Path) -> None:
     chosen(predicted).write(tmp_path / "bits.yaml")
-    with pytest.raises(AvssError, match="is text that a plan was searched or predicted on"):
+    with pytest.raises(AvssError, match="is text that number formats of a plan were predicted on"):
         avss_dist.evaluate([tmp_path / "bits.yaml"], tasks=[TASK], warehouse=predicted, **READ)
 
 

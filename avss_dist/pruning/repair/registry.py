@@ -20,9 +20,10 @@ from typing import Annotated, Literal
 from pydantic import Field
 
 from avss_dist.core.errors import ConfigError, ModelError
-from avss_dist.core.settings import DTYPES, ROW_STARTS, Settings, TextOptions
+from avss_dist.core.settings import DTYPES, ROW_STARTS, TextOptions
 from avss_dist.core.text import RedactedURI, describe_layers
 from avss_dist.core.validation import Count, OneOf, RedactedText, checked
+from avss_dist.corpus.seen import REPAIR, SeenText
 
 NO_REPAIR = "none"
 DEFAULT_REPAIR = "refit"  # recovers the most, on text of other domains too, and needs the most text
@@ -211,9 +212,23 @@ class RepairRecord(TextOptions):
     row_start: Annotated[str, OneOf(ROW_STARTS)] = "none"  # records of earlier versions have no such key
     dtype: Annotated[str, OneOf(DTYPES)]
 
-    def reading(self) -> Settings:
-        """Return the settings that read the same texts again."""
-        return Settings.from_stored(vars(self))
+    def seen(self, name: str) -> list[SeenText]:
+        """Return the texts that it was fitted on.
+
+        Args:
+            name: name of the repaired checkpoint.
+        """
+        options = self.text_options()
+        return [
+            SeenText(
+                use=REPAIR,
+                by=name,
+                corpus=text.corpus,
+                corpus_fingerprint=text.fingerprint,
+                **options | {"max_sequences": text.rows or None},
+            )
+            for text in self.texts
+        ]
 
     def describe(self) -> list[str]:
         """Return lines for people."""
