@@ -17,6 +17,7 @@ import pyarrow.compute as pc
 
 from avss_dist.core.errors import AvssError, QueryError, WarehouseError, nearest, require_known
 from avss_dist.core.registry import MEASURED_ONLY, ROUNDING_TASK, SCORES
+from avss_dist.core.suggestions import command_line
 from avss_dist.core.text import basename, printable
 from avss_dist.warehouse.checks import settings_of
 from avss_dist.warehouse.reader import Warehouse
@@ -61,8 +62,7 @@ def choose_runs(
     models = {run_id: str(row["model"]) for run_id, row in valid.items()}
     errors = {row["run_id"]: row["error"] for row in rows if row["run_id"] not in valid}
     if not valid and not errors.keys() & set(names):
-        without_run = ", and avss ablate measures layers without one" if measured else ""
-        raise QueryError(f"{warehouse.root} has no finished run.", f"avss score makes one{without_run}.")
+        raise no_finished_run(warehouse, measured=measured)
     newest = max(valid, key=lambda run_id: str(valid[run_id]["created_at"]), default="")
     chosen = {} if names else dict.fromkeys(valid if every else [newest])
     for name in names:
@@ -71,6 +71,23 @@ def choose_runs(
         chosen |= dict.fromkeys(_matching(name, models))
     selected = table.take([index[run_id] for run_id in chosen]).select(list(columns or table.column_names))
     return list(selected.to_pylist(maps_as_pydicts="lossy"))
+
+
+def no_finished_run(warehouse: Warehouse, *, measured: bool = False) -> QueryError:
+    """Return the error of a warehouse without a finished run. It says if all of its runs failed.
+
+    Args:
+        measured: the layers of a checkpoint without a run may be measured instead.
+    """
+    if failed := warehouse.runs().num_rows:
+        listing = command_line("ls", "-w", warehouse.root)
+        runs = "its only run" if failed == 1 else f"all of its {failed:,} runs"
+        return QueryError(
+            f"{warehouse.root} has no finished run: {runs} failed.",
+            f"{listing} says why. Mend that, and repeat the command that scored the model.",
+        )
+    instead = ", and avss ablate measures layers without one" if measured else ""
+    return QueryError(f"{warehouse.root} has no finished run.", f"avss score makes one{instead}.")
 
 
 def measured_checkpoints(warehouse: Warehouse, runs: pa.Table) -> pa.Table:

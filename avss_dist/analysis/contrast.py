@@ -53,7 +53,7 @@ from avss_dist.stats.layer_stats import Float64, Int64, LayerStats, merge_stats,
 from avss_dist.stats.rankings import depth_correlation
 from avss_dist.stats.scores import Parts, SiteTable, Threshold
 from avss_dist.warehouse.reader import Warehouse, grouped
-from avss_dist.warehouse.schema import DAMAGED
+from avss_dist.warehouse.schema import TABLES
 
 LEVEL = 0.05
 MATCHED = 0.1  # lengths of the answers of a pair differ by a tenth at most
@@ -187,7 +187,7 @@ def answer_rows(warehouse: Warehouse, run: Mapping[str, Any], site: str) -> pa.T
         raise not_paired(run["run_id"])
     rows = rows.sort_by([("row", "ascending"), ("layer", "ascending")])
     if not rows or rows.num_rows != run["num_sequences"] * len(pc.unique(rows["layer"])):
-        raise DamagedFile(f"Statistics of rows of run '{run['run_id']}' are missing.", DAMAGED)
+        raise DamagedFile(f"Statistics of rows of run '{run['run_id']}' are missing.", TABLES["row_stats"].replaced_by)
     return rows
 
 

@@ -140,8 +140,8 @@ def findings(
         )
         rows += _row_starts(warehouse, runs)
         rows += (
-            finding("unreadable", "warning", np.nan, f"This run cannot be read: {reason}.", run_id=run_id)
-            for run_id, reason in warehouse.damaged.items()
+            finding("unreadable", "warning", np.nan, f"This {damage.subject} cannot be read: {damage}.", run_id=run_id)
+            for run_id, damage in warehouse.damaged.items()
             if run_ids is None or run_id in run_ids
         )
     place = (("site", site), ("recipe", recipe))

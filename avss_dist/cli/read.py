@@ -38,17 +38,19 @@ if TYPE_CHECKING:
     from avss_dist.stats.scores import Threshold
     from avss_dist.warehouse.reader import Warehouse
     from avss_dist.warehouse.removal import Removal
+    from avss_dist.warehouse.schema import Damage
 
 
 MOST_NAMED = 5  # runs that a message names
 
 
-def _say_damaged(runs: Mapping[str, str]) -> None:
-    if runs:
-        from avss_dist.warehouse.schema import DAMAGED
-
-        first = first_names([f"{run_id} ({reason})" for run_id, reason in sorted(runs.items())], MOST_NAMED, "; ")
-        say(f"{len(runs)} run{'s' if len(runs) > 1 else ''} cannot be read: {first}. {DAMAGED}")
+def _say_damaged(damaged: Mapping[str, Damage]) -> None:
+    """Print the runs and evaluations that cannot be read, with a line for each command that replaces their files."""
+    by_command: dict[tuple[str, str], list[str]] = {}
+    for run_id, damage in sorted(damaged.items()):
+        by_command.setdefault((damage.subject, damage.hint), []).append(f"{run_id} ({damage})")
+    for (subject, hint), texts in by_command.items():
+        say(f"{count_of(len(texts), subject)} cannot be read: {first_names(texts, MOST_NAMED, '; ')}. {hint}")
 
 
 def open_for(request: WarehouseRequest, **options: Any) -> Warehouse:

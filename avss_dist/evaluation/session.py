@@ -129,7 +129,8 @@ Work = Mapping[PlannedTask, Collection[Intervention]]
 class EvaluationSession:
     """Measures tasks of checkpoints on an executor, and stores every cell in a warehouse as soon as it is measured.
 
-    A cell is not measured again if the session has measured it, or if the warehouse has it and ``fresh`` is not set.
+    A cell is not measured again if the session has measured it, or if the warehouse has it and ``fresh`` is not set. A
+    cell whose file is damaged is measured again.
 
     Args:
         store: the warehouse.
@@ -342,8 +343,10 @@ class EvaluationSession:
         self._measured[cell.run_id].add(cell.cell_id)
 
     def is_known(self, cell: Cell) -> bool:
-        """Whether the warehouse has a cell. A fresh session counts only its own cells."""
-        return cell.cell_id in (self._measured[cell.run_id] if self.fresh else self.store.cell_ids(cell.run_id))
+        """Whether this session has measured a cell, or the warehouse has it, which does not count if it is fresh."""
+        if cell.cell_id in self._measured[cell.run_id]:
+            return True
+        return not self.fresh and cell.cell_id in self.store.cell_ids(cell.run_id)
 
     def known_rows(self, run_id: str) -> list[dict[str, Any]]:
         """Return the rows of the known cells of an evaluation. See `is_known`."""

@@ -8,12 +8,13 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from avss_dist.analysis.chosen import no_finished_run
 from avss_dist.core.errors import WarehouseError, explain_unwritable
 from avss_dist.core.files import staged_folder
 from avss_dist.core.text import describe_count
 from avss_dist.reports.page.page import report_page
 from avss_dist.warehouse.reader import Warehouse, without_runs
-from avss_dist.warehouse.schema import DAMAGED, EVALUATION_TABLES, SCHEMAS, TABLES
+from avss_dist.warehouse.schema import EVALUATION_TABLES, SCHEMAS, TABLES
 
 NOT_PUBLISHED = ("shard_stats", "cells", "row_stats", "shard_expert_stats")  # what others were made of
 PAGE, CARD, DATA = "index.html", "README.md", "data"
@@ -28,11 +29,14 @@ def publish(warehouse: Warehouse, folder: Path) -> dict[str, int]:
         The number of rows by table, for tables that have any.
 
     Raises:
-        WarehouseError: there is no finished run, or the folder cannot be written or has files.
+        QueryError: there is no finished run.
+        WarehouseError: none can be read, or the folder cannot be written or has files.
         StorageFull: there is no space left.
     """
     runs = warehouse.runs().sort_by([("model", "ascending"), ("run_id", "ascending")]).to_pylist()
     run_ids = [row["run_id"] for row in runs if row["status"] == "done"]
+    if not run_ids:
+        raise no_finished_run(warehouse)
     with explain_unwritable(folder, "Name a new folder.", WarehouseError), staged_folder(folder) as staged:
         (staged / DATA).mkdir()
         rows = _write_tables(warehouse, run_ids, staged / DATA)
@@ -50,7 +54,10 @@ def _write_tables(warehouse: Warehouse, run_ids: Sequence[str], folder: Path) ->
         damaged = set(warehouse.damaged)
         readable = [run_id for run_id in run_ids if run_id not in damaged]
         if not readable:
-            raise WarehouseError(f"{warehouse.root} has no finished run that can be read.", DAMAGED)
+            damage = warehouse.damaged[run_ids[0]]
+            raise WarehouseError(
+                f"{warehouse.root} has no finished run that can be read: {run_ids[0]} ({damage}).", damage.hint
+            )
         rows = {name: _write_table(warehouse, name, readable, folder) for name in TABLES if name not in NOT_PUBLISHED}
         if damaged == warehouse.damaged.keys():
             return {name: number for name, number in rows.items() if number}

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from avss_dist.core.errors import ConfigError, WarehouseError
 from avss_dist.core.settings import Settings
 from avss_dist.warehouse.encoding import conform
-from avss_dist.warehouse.schema import DAMAGED, SCHEMAS, TABLES, Column
+from avss_dist.warehouse.schema import SCHEMAS, SCORE_AGAIN, TABLES, Column
 
 _HEADLESS = re.compile(r"(?<!LMHead)(?<!DoubleHeads)(Model|Encoder)$")
 RUN_COLUMNS = ["run_id", "status", "model", "num_layers", "num_tokens", "created_at", "settings"]
@@ -105,7 +105,7 @@ def settings_of(run: Mapping[str, Any]) -> dict[str, Any]:
         WarehouseError: they are not a JSON object, or have invalid values.
     """
     if (settings := _settings(run["settings"])) is None:
-        raise WarehouseError(f"The settings of run '{run['run_id']}' are damaged.", DAMAGED)
+        raise WarehouseError(f"The settings of run '{run['run_id']}' are damaged.", SCORE_AGAIN)
     return dict(settings)
 
 

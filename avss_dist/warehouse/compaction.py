@@ -29,7 +29,7 @@ from avss_dist.core.files import cache_folder, remove_leftovers, write_file
 from avss_dist.core.streams import tracked
 from avss_dist.warehouse.checks import damaged_runs
 from avss_dist.warehouse.encoding import UNSIGNED_METADATA, conform, parse, signed, verify_footer
-from avss_dist.warehouse.schema import SCHEMA_VERSION, SCHEMAS
+from avss_dist.warehouse.schema import SCHEMA_VERSION, SCHEMAS, Damage
 from avss_dist.warehouse.storage import COMPACTED, FILE_NAMES, Storage
 
 DIGESTS = "digests"
@@ -61,7 +61,7 @@ class TableParts:
         damaged: gets the reasons, by run id, for copying no rows of a run.
     """
 
-    def __init__(self, storage: Storage, name: str, damaged: dict[str, str]) -> None:
+    def __init__(self, storage: Storage, name: str, damaged: dict[str, Damage]) -> None:
         self._storage, self._name, self._damaged = storage, name, damaged
         place = f"{storage.filesystem.type_name}:{storage.base}"
         folder = cache_folder("tables", hashlib.sha256(place.encode()).hexdigest()[:32])
@@ -271,7 +271,7 @@ class TableParts:
             reason = "it is gone"
         except (OSError, pa.ArrowException) as error:
             reason = self._storage.damage(path, error)
-        self._damaged.setdefault(run_id, f"{table}: {reason}")
+        self._damaged.setdefault(run_id, Damage(table, reason))
         return encoded_schema(self._name).empty_table()
 
 

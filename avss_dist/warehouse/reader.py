@@ -36,7 +36,7 @@ from avss_dist.warehouse.encoding import (
     parse,
     to_strata,
 )
-from avss_dist.warehouse.schema import DAMAGED, EVALUATION_TABLES, SCHEMAS, TABLES, TIME, UNFINISHED_RUNS
+from avss_dist.warehouse.schema import EVALUATION_TABLES, SCHEMAS, TABLES, TIME, UNFINISHED_RUNS, Damage
 from avss_dist.warehouse.storage import PLAN, Storage
 
 K = TypeVar("K")
@@ -81,7 +81,7 @@ class Warehouse:
         self._snapshot = snapshot
         self._finished: tuple[ds.Dataset | None, set[str]] | None = None  # of a snapshot
         self._all_runs: pa.Table | None = None  # of a snapshot
-        self.damaged: dict[str, str] = {}
+        self.damaged: dict[str, Damage] = {}
         self.root = self.storage.root
 
     def __repr__(self) -> str:
@@ -138,7 +138,7 @@ class Warehouse:
         try:
             return self.run(run_id)
         except DamagedFile as error:
-            self.damaged.setdefault(run_id, error.message)
+            self.damaged.setdefault(run_id, Damage("runs", error.message))
             return None
 
     def _decoded(
@@ -250,7 +250,7 @@ class Warehouse:
         try:
             return self.read_layer_stats(run_id)
         except DamagedFile as error:
-            self.damaged.setdefault(run_id, error.message)
+            self.damaged.setdefault(run_id, Damage("layer_stats", error.message))
             return {}
 
     def read_stratum_stats(self, run_id: str) -> dict[StratumKey, LayerStats]:
@@ -331,7 +331,7 @@ class Warehouse:
         run_id, number = run["run_id"], run["num_shards"] or 0
         shards = [*self.each_shard(run_id, dict.fromkeys(range(number)))]
         if len(shards) < number <= self.num_partials(run_id):
-            self.damaged.setdefault(run_id, "shard_stats: a partial is damaged")
+            self.damaged.setdefault(run_id, Damage("shard_stats", "a partial is damaged"))
         return shards if len(shards) == number else []
 
     def sql(self, query: str) -> pa.Table:
@@ -407,24 +407,24 @@ class Warehouse:
         files = self._files("runs", ())
         if (runs := self._dataset("runs", files)) is None:
             if not _ids(self.storage.names("cells"), RUN_FOLDER):
-                self._refusewithout_runs()
+                self._refuse_without_runs()
             return None, set()  # evaluations of models that were not scored
         rows = runs.to_table(RUN_COLUMNS)
         without_row = {run_id for run_id, _ in files.values()}.difference(rows["run_id"].to_pylist())
-        self._note_damaged(dict.fromkeys(sorted(without_row), "it has no row; a run has one"))
+        self._note_damaged("runs", dict.fromkeys(sorted(without_row), "it has no row; a run has one"))
         if damaged := damaged_runs("runs", rows):
-            self._note_damaged(damaged)
+            self._note_damaged("runs", damaged)
             runs = runs.filter(~pc.field("run_id").isin(list(damaged)))
             rows = without_runs(rows, damaged)
         if not rows:
-            self._refusewithout_runs()
+            self._refuse_without_runs()
         finished = runs, set(rows["run_id"].filter(pc.equal(rows["status"], "done")).to_pylist())
         self._finished = finished if self._snapshot else None
         return finished
 
-    def _refusewithout_runs(self) -> NoReturn:
-        for run_id, reason in self.damaged.items():
-            raise NoRuns(f"Cannot read run {run_id} of {self.root}: {reason}.", DAMAGED)
+    def _refuse_without_runs(self) -> NoReturn:
+        for run_id, damage in self.damaged.items():
+            raise NoRuns(f"Cannot read {damage.subject} {run_id} of {self.root}: {damage}.", damage.hint)
         if unfinished := self.unfinished().num_rows:
             begun = f"{count_of(unfinished, 'run')} {'has' if unfinished == 1 else 'have'} begun"
             listing = command_line("ls", "-w", self.root)
@@ -506,19 +506,19 @@ class Warehouse:
             problems = dict(zip(run_ids, pool.map(problem, run_ids), strict=True))
         for path, reason in problems.items():
             if reason:
-                self.damaged.setdefault(run_ids[path], f"{name}: {reason}")
+                self.damaged.setdefault(run_ids[path], Damage(name, reason))
         return sorted(path for path, reason in problems.items() if not reason)
 
     def _whole(self, name: str, table: pa.Table) -> pa.Table:
         """Return a table without the rows of damaged runs."""
         damaged = damaged_runs(name, table)
-        self._note_damaged({run_id: f"{name}: {reason}" for run_id, reason in damaged.items()})
+        self._note_damaged(name, damaged)
         return without_runs(table, damaged) if damaged else table
 
-    def _note_damaged(self, reasons: Mapping[str, str]) -> None:
+    def _note_damaged(self, table: str, reasons: Mapping[str, str]) -> None:
         """Note reasons, by run id, in `damaged`, which `TableParts` hold too. Earlier reasons stay."""
         for run_id, reason in reasons.items():
-            self.damaged.setdefault(run_id, reason)
+            self.damaged.setdefault(run_id, Damage(table, reason))
 
     def _shard_path(self, run_id: str, shard_id: int, table: str = "shard_stats") -> str:
         return self.storage.path(table, run_id, f"shard-{shard_id:05d}")

@@ -70,6 +70,9 @@ class Column:
         return f"{self.meaning} [{self.unit}]" if self.unit else self.meaning
 
 
+SCORE_AGAIN = "avss score --fresh replaces a damaged file; avss rm removes its run."
+
+
 @dataclass(frozen=True)
 class TableInfo:
     """A table of the warehouse.
@@ -78,14 +81,15 @@ class TableInfo:
         meaning: meaning of a row, in one line.
         columns: columns, in order.
         required: names of the columns that are never null.
+        replaced_by: sentence with the command that replaces a damaged file of the table.
     """
 
     meaning: str
     columns: tuple[Column, ...]
     required: frozenset[str]
+    replaced_by: str = SCORE_AGAIN
 
 
-DAMAGED = "avss score --fresh replaces a damaged file; avss rm removes its run."
 _ARROW = {
     int: INT64,
     float: FLOAT64,
@@ -342,6 +346,7 @@ TABLES: dict[str, TableInfo] = {
             Column("created_at", TIME, "when it was written", "UTC", bounds=_TIMES),
         ),
         _names("task metric drop"),
+        "The command that measured it, such as avss evaluate or avss ablate, writes it again from its cells.",
     ),
     "cells": TableInfo(
         "what evaluations are combined from: one row for each part of a task",
@@ -355,6 +360,7 @@ TABLES: dict[str, TableInfo] = {
             Column("created_at", TIME, "when it was measured", "UTC", bounds=_TIMES),
         ),
         _names("task metric drop part samples weights"),
+        "The command that measured it, such as avss evaluate or avss ablate, measures it again.",
     ),
     "experiments": TableInfo(
         "one row for each metric of a model without the layers that a method chose",
@@ -402,6 +408,7 @@ TABLES: dict[str, TableInfo] = {
             Column("created_at", TIME, "when it was written", "UTC", bounds=_TIMES),
         ),
         _names("method share task metric drop"),
+        "avss run with the same job file writes the experiment again. A file that remains damaged may be deleted.",
     ),
     "sparsity": TableInfo(
         "one row for each linear map of a sparsity plan: which of its inputs become zero",
@@ -424,6 +431,7 @@ TABLES: dict[str, TableInfo] = {
             Column("created_at", TIME, "when it was made", "UTC", bounds=_TIMES),
         ),
         _names("sparsity_plan method target rule layer map site outputs inputs by value sparsity created_at"),
+        "avss sparsify with the same options writes it again.",
     ),
     "precision": TableInfo(
         "one row for each linear map of a precision plan that was evaluated: the number format of its weights",
@@ -440,6 +448,7 @@ TABLES: dict[str, TableInfo] = {
             Column("created_at", TIME, "when it was written", "UTC", bounds=_TIMES),
         ),
         _names("rounding layer map format num_weights bits_per_weight"),
+        "avss evaluate of the same precision plan writes it again.",
     ),
     "stratum_stats": TableInfo(
         "as layer_stats, for each stratum of paired text",
@@ -479,6 +488,32 @@ SCHEMAS: dict[str, pa.Schema] = {
 """Schemas of the rows of tables. For a file, ``run_id`` is in the path alone."""
 EVALUATION_TABLES = tuple(name for name, table in TABLES.items() if table.columns[0] is _EVALUATION_ID)
 """Tables whose run ids are those of evaluations, which are not in ``runs``."""
+
+
+@dataclass(frozen=True)
+class Damage:
+    """The reason why a run or an evaluation is left out.
+
+    Attributes:
+        table: table of the file or the row that cannot be read.
+        reason: what is wrong with it.
+    """
+
+    table: str
+    reason: str
+
+    def __str__(self) -> str:
+        return f"{self.table}: {self.reason}"
+
+    @property
+    def subject(self) -> str:
+        """Noun for what cannot be read."""
+        return "evaluation" if self.table in EVALUATION_TABLES else "run"
+
+    @property
+    def hint(self) -> str:
+        """Sentence with the command that replaces the file."""
+        return TABLES[self.table].replaced_by
 
 
 def columns_of(rows: Sequence[Mapping[str, Any]], schema: pa.Schema) -> dict[str, pa.Array]:

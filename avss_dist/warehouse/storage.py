@@ -15,7 +15,7 @@ import pyarrow.fs as pafs
 from avss_dist.core.errors import DamagedFile, StorageFull, WarehouseError, is_full
 from avss_dist.core.files import remove_leftovers, write_file
 from avss_dist.core.text import RedactedURI, count_of
-from avss_dist.warehouse.schema import DAMAGED
+from avss_dist.warehouse.schema import SCORE_AGAIN, TABLES
 
 SCHEMES = ("file", "s3", "gs", "gcs", "hdfs", "viewfs", "abfs", "abfss")
 _SCHEME = re.compile(r"([A-Za-z][\w+.-]+):/")
@@ -267,7 +267,13 @@ class Storage:
         try:
             yield
         except (OSError, pa.ArrowException) as error:
-            raise DamagedFile(f"Cannot read {path}: {self.damage(path, error)}", DAMAGED) from error
+            raise DamagedFile(f"Cannot read {path}: {self.damage(path, error)}", _replaced_by(path)) from error
+
+
+def _replaced_by(path: str) -> str:
+    """Return a sentence with the command that replaces a damaged file of a table."""
+    tables = [TABLES[folder] for folder in path.split("/") if folder in TABLES]
+    return tables[-1].replaced_by if tables else SCORE_AGAIN
 
 
 def _uri(root: str) -> str:

@@ -28,7 +28,7 @@ from avss_dist.warehouse.encoding import (
     to_experts,
 )
 from avss_dist.warehouse.reader import PLAN_CHECKSUM, Warehouse
-from avss_dist.warehouse.schema import SCHEMA_VERSION, SCHEMAS, TABLES, RunIdentity, columns_of
+from avss_dist.warehouse.schema import SCHEMA_VERSION, SCHEMAS, TABLES, Damage, RunIdentity, columns_of
 
 
 class Store(Warehouse):
@@ -46,6 +46,8 @@ class Store(Warehouse):
         """Rows of cells by cell id, None until they are read, by evaluation."""
         self._listed: set[str] = set()
         """Evaluations whose folder was listed."""
+        self._unreadable: dict[str, set[str]] = {}
+        """Ids of cells whose file cannot be read, by evaluation."""
 
     def write_shard_files(self, run_id: str, shard_id: int, files: Mapping[str, pa.Buffer]) -> None:
         """Write a shard's result, to resume from, as `encode_shard` returns it."""
@@ -125,17 +127,20 @@ class Store(Warehouse):
         data = self._write_rows("cells", asdict(run), rows, cell_id)
         cells = self._cells.setdefault(run.run_id, {})
         cells[cell_id] = None
+        self._unreadable.get(run.run_id, set()).discard(cell_id)
         with suppress(pa.ArrowInvalid):  # `cells` notes the cell as damaged
             cells[cell_id] = checked_rows("cells", run.run_id, parse(data))
 
     def cell_ids(self, run_id: str) -> Set[str]:
-        """Return the ids of the measured cells of an evaluation.
+        """Return the ids of the measured cells of an evaluation that can be read.
 
-        The folder of the evaluation is listed at the first call. Afterwards this store adds the cells that it writes
-        itself. A cell that another process writes in the meantime is missing here until `cells` is called: it would be
-        measured again, and its file replaced by one with the same values.
+        The folder of the evaluation is listed, and its files are read, at the first call. Afterwards this store adds
+        the cells that it writes itself. A cell that another process writes in the meantime is missing here until
+        `cells` is called: it would be measured again, and its file replaced by one with the same values.
         """
-        return (self._cells[run_id] if run_id in self._listed else self._list_cells(run_id)).keys()
+        if run_id not in self._listed:
+            self.cells(run_id)
+        return self._cells[run_id].keys()
 
     def cells(self, run_id: str, cell_ids: Set[str] | None = None) -> pa.Table:
         """Read the rows of measured cells of an evaluation, in the order of cell ids.
@@ -152,22 +157,31 @@ class Store(Warehouse):
             cells = {cell_id: rows for cell_id, rows in cells.items() if cell_id in cell_ids}
         unread = [cell_id for cell_id, rows in cells.items() if rows is None]
         with ThreadPoolExecutor() as pool:
-            cells |= zip(unread, pool.map(partial(self._read_cell, run_id), unread), strict=True)
+            read = pool.map(partial(self._read_cell, run_id), unread)
+            for cell_id, rows in zip(unread, read, strict=True):
+                if rows is None:
+                    del cells[cell_id]
+                    self._unreadable.setdefault(run_id, set()).add(cell_id)
+                else:
+                    cells[cell_id] = rows
         tables = [rows for _, rows in sorted(cells.items()) if rows is not None]
         return pa.concat_tables([SCHEMAS["cells"].empty_table(), *tables])
 
     def _list_cells(self, run_id: str) -> dict[str, pa.Table | None]:
         self._listed.add(run_id)
         cells = self._cells.setdefault(run_id, {})
+        unreadable = self._unreadable.get(run_id, set())
         for path in self.storage.files("cells", run_id):
-            cells.setdefault(Path(path).stem, None)
+            cell_id = Path(path).stem
+            if cell_id not in unreadable:
+                cells.setdefault(cell_id, None)
         return cells
 
     def _read_cell(self, run_id: str, cell_id: str) -> pa.Table | None:
         try:
             return self._decoded("cells", run_id, cell_id)
         except DamagedFile as error:
-            self.damaged.setdefault(run_id, error.message)
+            self.damaged.setdefault(run_id, Damage("cells", error.message))
             return None
 
     def write_rows(

@@ -383,7 +383,7 @@ def test_a_warehouse_without_finished_runs(tmp_path: Path, command: str) -> None
     Store(tmp_path).write_run({**run_row("broken"), "status": "failed", "error": "no memory"})
     result = avss(command, "-w", tmp_path)
     assert (result.exit_code, result.stdout) == (2, "")
-    assert "has no finished run" in result.stderr
+    assert f"has no finished run: its only run failed.\navss ls -w {tmp_path} says why." in result.stderr
     assert "Run 'broken' failed: no memory" in avss(command, "-w", tmp_path, "--run", "broken").stderr
 
 

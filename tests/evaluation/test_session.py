@@ -113,6 +113,35 @@ def test_a_session_that_was_stopped_goes_on_and_what_is_lost_is_measured_again(
     assert all(found == samples[0] for found in samples)
 
 
+def truncate(file: Path) -> None:
+    file.write_bytes(file.read_bytes()[:100])
+
+
+def test_a_damaged_cell_is_measured_again(tiny_llama: Path, tmp_path: Path) -> None:
+    with closing(LocalExecutor(SETTINGS)) as executor:
+        session, _ = session_of(tmp_path, executor)
+        task = task_of(session, tiny_llama)
+        (before,) = session.measure({task: [NO_INTERVENTION]})[task]
+        truncate(min(tmp_path.rglob("cells/**/*.parquet")))
+        later, events = session_of(tmp_path, executor)
+        task = task_of(later, tiny_llama)
+        (after,) = later.measure({task: [NO_INTERVENTION]})[task]
+    assert events.counts() == [(2, 1, 1)]
+    assert after.samples.tolist() == before.samples.tolist()
+
+
+def test_a_damaged_file_of_evaluations_is_written_again_from_its_cells(tiny_llama: Path, tmp_path: Path) -> None:
+    with closing(LocalExecutor(SETTINGS)) as executor:
+        session, _ = session_of(tmp_path, executor)
+        session.measure({task_of(session, tiny_llama): [NO_INTERVENTION]})
+        rows = Store(tmp_path).table("evaluations", columns=["metric", "value"])
+        truncate(min(tmp_path.rglob("evaluations.parquet")))
+        later, events = session_of(tmp_path, executor)
+        later.measure({task_of(later, tiny_llama): [NO_INTERVENTION]})
+    assert events.counts() == [(2, 2, 0)]
+    assert Store(tmp_path).table("evaluations", columns=["metric", "value"]).equals(rows)
+
+
 def test_a_fresh_session_measures_what_was_there_once(tiny_llama: Path, tmp_path: Path) -> None:
     with closing(LocalExecutor(SETTINGS)) as executor:
         session, _ = session_of(tmp_path, executor)

@@ -16,7 +16,7 @@ import yaml
 from support.command_line import avss
 from support.warehouses import activations, run_row, stats_of, write_every_table, write_measured, write_scores
 
-from avss_dist.core.errors import WarehouseError
+from avss_dist.core.errors import QueryError, WarehouseError
 from avss_dist.reports.publish import NOT_PUBLISHED, publish
 from avss_dist.warehouse.reader import Warehouse
 from avss_dist.warehouse.schema import TABLES
@@ -155,12 +155,16 @@ def test_an_evaluation_that_is_damaged_in_one_table_is_published_in_none(tmp_pat
         assert set(rows["run_id"].to_pylist()) == {"f"}, name
 
 
+def test_a_warehouse_of_failed_runs_is_not_published(tmp_path: Path) -> None:
+    for name in ("broken", "gone"):
+        Store(tmp_path).write_run(run_row(name, status="failed"))
+    with pytest.raises(QueryError, match="has no finished run: all of its 2 runs failed"):
+        publish(Warehouse(tmp_path), tmp_path / "published")
+
+
 @pytest.mark.nightly
 def test_what_cannot_be_published_to(tmp_path: Path) -> None:
     root = tmp_path / "warehouse"
-    Store(root).write_run(run_row("broken", status="failed"))
-    with pytest.raises(WarehouseError, match="has no finished run"):
-        publish(Warehouse(root), tmp_path / "published")
     write_measured(root, "a", stats_of(activations(shards=1, scales=np.array([1.0]))), 1)
     with pytest.raises(WarehouseError, match="cannot be written: Directory not empty"):
         publish(Warehouse(root), tmp_path)

@@ -18,7 +18,7 @@ from support.warehouses import activations, rewrite_file, stats_of, write_every_
 
 from avss_dist.analysis.findings import findings
 from avss_dist.analysis.scorecard import score_cards
-from avss_dist.core.errors import WarehouseError
+from avss_dist.core.errors import DamagedFile, WarehouseError
 from avss_dist.core.intervention import MAX_STORED
 from avss_dist.pruning.plan import read_plan
 from avss_dist.read_commands import ls
@@ -28,6 +28,7 @@ from avss_dist.warehouse import compaction, reader
 from avss_dist.warehouse.checks import checked_rows, damaged_runs, settings_of
 from avss_dist.warehouse.reader import Warehouse
 from avss_dist.warehouse.schema import EVALUATION_TABLES, MAX_INDEX, SCHEMAS, TABLES, RunIdentity
+from avss_dist.warehouse.storage import Storage
 from avss_dist.warehouse.store import Store
 
 NAMES = ("alpha-1", "beta-2", "gamma-3")
@@ -181,6 +182,34 @@ def test_a_plan_passes_over_a_newer_run_with_damaged_scores(root: Path, tmp_path
     truncate(root / "scores" / f"run_id={times[0]}" / "scores.parquet")
     succeed("plan", "-w", root, "--by", "avss", "-o", tmp_path / "plan.yaml")
     assert read_plan(tmp_path / "plan.yaml").run_id == times[1]
+
+
+@pytest.mark.parametrize(
+    ("table", "command"),
+    [
+        ("scores", "avss score --fresh replaces a damaged file; avss rm removes its run."),
+        ("shard_stats", "avss score --fresh replaces a damaged file; avss rm removes its run."),
+        ("evaluations", "such as avss evaluate or avss ablate, writes it again from its cells."),
+        ("cells", "such as avss evaluate or avss ablate, measures it again."),
+        ("experiments", "avss run with the same job file writes the experiment again."),
+        ("sparsity", "avss sparsify with the same options writes it again."),
+        ("precision", "avss evaluate of the same precision plan writes it again."),
+    ],
+)
+def test_the_command_that_replaces_a_damaged_file_is_that_of_its_table(table: str, command: str, root: Path) -> None:
+    with pytest.raises(DamagedFile) as caught, Storage(root).reading(f"{root}/{table}/run_id=a/{table}.parquet"):
+        raise pa.ArrowInvalid("no Parquet")
+    assert command in str(caught.value.hint)
+
+
+def test_damaged_runs_and_evaluations_are_told_with_their_commands(ablated: Path) -> None:
+    truncate(ablated / "evaluations" / "run_id=beta-2-loss" / "evaluations.parquet")
+    said = avss("query", "-w", ablated, "SELECT count(*) FROM scores, evaluations").stderr.splitlines()
+    assert [line.partition(" (")[0] for line in said] == [
+        "1 run cannot be read: beta-2",
+        "1 evaluation cannot be read: beta-2-loss",
+    ]
+    assert said[1].endswith(TABLES["evaluations"].replaced_by)
 
 
 def test_a_file_that_is_mended_is_read_again(root: Path) -> None:

@@ -144,12 +144,16 @@ def report_page(warehouse: Warehouse, run_ids: Collection[str] | None = None, ow
     has_scores, has_charts = bool(data["choices"]), bool(data["choices"] or pictures or matrix)
     style, script = _part("page.css"), _part("matrix.js") + _part("page.js")
     library = Markup(drawing_library() if has_charts else "")
-    damaged = {run_id: why for run_id, why in sorted(warehouse.damaged.items()) if run_ids is None or run_id in run_ids}
+    damaged = {
+        run_id: warehouse.damaged[run_id]
+        for run_id in sorted(warehouse.damaged)
+        if run_ids is None or run_id in run_ids
+    }
     overview = [
         *(row for row in rows if row["run_id"] not in damaged),
         *(
-            {**dict.fromkeys(OVERVIEW), "run_id": run_id, "status": "unreadable", "error": why}
-            for run_id, why in damaged.items()
+            {**dict.fromkeys(OVERVIEW), "run_id": run_id, "status": "unreadable", "error": str(damage)}
+            for run_id, damage in damaged.items()
         ),
     ]
     failed = len(rows) - len(done)
