@@ -307,10 +307,12 @@ class Removal(TabularResult):
         rows: list[dict[str, Any]] = []
         for run_id, kind in self.kinds.items():
             entry = catalog.runs.get(run_id) or catalog.evaluations.get(run_id) or Entry(run_id=run_id)
-            for table, folders in catalog.files.items():
-                if files := folders.get(run_id):
-                    rows.append({**_row(kind, run_id, table, files), "model": entry.model, "about": entry.about})
-                    rows[-1]["rows"] = self._count_rows(files)
+            about = {"model": entry.model, "about": entry.about}
+            stored = {table: folders[run_id] for table, folders in catalog.files.items() if folders.get(run_id)}
+            for table, files in stored.items():
+                rows.append({**_row(kind, run_id, table, files), **about, "rows": self._count_rows(files)})
+            if not stored:  # a run that has begun, and has stored nothing yet
+                rows.append({**_row(kind, run_id, None, []), **about, "rows": 0})
         rows += [_row(PATCH, key, PATCHES, [file]) for key, file in self.patches.items()]
         return pa.Table.from_pylist(rows, REMOVED)
 
@@ -342,7 +344,7 @@ def _entry(row: Mapping[str, Any], about: str) -> Entry:
     return Entry(run_id=row["run_id"], model=row["model"] or "", revision=row["revision"] or "", about=row[about] or "")
 
 
-def _row(kind: str, run_id: str, table: str, files: Sequence[pafs.FileInfo]) -> dict[str, Any]:
+def _row(kind: str, run_id: str, table: str | None, files: Sequence[pafs.FileInfo]) -> dict[str, Any]:
     size = sum(file.size or 0 for file in files)
     return {"kind": kind, "run_id": run_id, "table": table, "files": len(files), "bytes": size}
 

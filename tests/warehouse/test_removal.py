@@ -206,6 +206,15 @@ def test_an_unfinished_run_is_removed_with_its_description(root: Path) -> None:
     assert not list((root / "runs").glob(".plan-*"))
 
 
+def test_a_run_that_has_stored_nothing_yet_is_shown(root: Path) -> None:
+    write_process(root, ended_process(), MOMENT)
+    for table in ("runs", "shard_stats"):
+        shutil.rmtree(root / table / f"run_id={RUN}")
+    for table in ("scores", "layer_stats", "experiments"):
+        shutil.rmtree(root / table / f"run_id={RUN}")
+    assert "│ run, unfinished" in succeed("rm", RUN, "-w", root, "--yes").stdout
+
+
 def ended_process() -> str:
     """Return the mark of a process of this machine that has ended."""
     code = "from avss_dist.core.files import process_mark; print(process_mark())"

@@ -38,5 +38,6 @@ def _what(row: Mapping[str, Any]) -> str:
 
 
 def _contents(rows: Sequence[Mapping[str, Any]]) -> str:
-    """Return the number of rows of each table. Repairs have none."""
-    return ", ".join(f"{row['table']} {describe_count(row['rows'])}" for row in rows if row["kind"] != PATCH) or "-"
+    """Return the number of rows of each table. Repairs have none, nor has a run that has stored nothing yet."""
+    tables = [row for row in rows if row["kind"] != PATCH and row["table"]]
+    return ", ".join(f"{row['table']} {describe_count(row['rows'])}" for row in tables) or "-"
