@@ -23,6 +23,7 @@ from avss_dist.core.doctor import (
     check_machine,
     run_checks,
 )
+from avss_dist.core.extras import install_hint
 from avss_dist.core.memory import memory_left
 
 
@@ -163,7 +164,7 @@ def lacks_a_package() -> str:
 
 def test_a_check_that_lacks_a_package_says_what_installs_it() -> None:
     (result,) = run_checks({"torch": lacks_a_package})
-    assert result == CheckResult("torch", False, "needs torch: pip install 'avss_dist[run]'")
+    assert result == CheckResult("torch", False, f"needs torch: {install_hint('torch')}")
 
 
 def test_the_checks_need_no_package_that_measures() -> None:
