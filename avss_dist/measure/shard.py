@@ -27,6 +27,8 @@ from avss_dist.partition.replica import Replica, dummy_batch, no_observation
 from avss_dist.stats.layer_stats import ROW_FIELDS, LayerKey, ShardResult, merge_stats
 
 Heartbeat = Callable[[], None]
+SEE_PADDING = ("convbert", "fnet", "nystromformer", "paligemma", "yoso")
+"""Families whose code in transformers lets padding change the tokens beside it."""
 
 
 def analyze_shard(
@@ -94,7 +96,7 @@ def analyze_shard(
         num_tokens=shard.num_tokens,
         seconds=time.perf_counter() - start,
         device=torch.cuda.get_device_name(replica.device) if replica.device.type == "cuda" else "cpu",
-        model=_describe(replica, rows, settings),
+        model=_describe(replica, shard, rows, settings),
         peak_memory_bytes=peak,
         rows=_answer_rows(shard, [rows for _, rows in parts]) if shard.pairing else None,
         experts=experts() if settings.experts else None,
@@ -143,9 +145,12 @@ def counter_bytes(size: Footprint, settings: Settings, strata: int = 1) -> int:
     return strata * size.num_layers * (len(settings.sites) * counts + units)
 
 
-def _describe(replica: Replica, rows: int, settings: Settings) -> dict[str, Any]:
+def _describe(replica: Replica, shard: Shard, rows: int, settings: Settings) -> dict[str, Any]:
     """Return the description of the replica's model, with columns and notes that depend on the measurement."""
     model = dict(replica.model)
+    if model["family"] in SEE_PADDING and np.ptp(shard.lengths):
+        note = f"in a {model['family']} model padding changes the tokens of a row; rows of `layout` packed have none"
+        model["notes"] = [*model["notes"], note]
     if inputs := [site for site in INPUT_SITES if site in settings.sites]:
         model["notes"] = [*model["notes"], *absent_sites(replica.layers, inputs)]
         maps = [

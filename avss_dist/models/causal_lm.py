@@ -96,7 +96,7 @@ class LanguageModel:
         lockstep: number of ranks that must run equally many passes, each over its own batches.
 
     Raises:
-        ModelError: the model has no head that predicts the next token.
+        ModelError: the model has no head that predicts the next token, or sees the next token.
     """
 
     reports = True
@@ -123,6 +123,13 @@ class LanguageModel:
             raise ModelError(
                 f"{type(self.module).__name__} cannot predict from token ids alone: {first_line(error)}"
             ) from error
+
+        if self.head.looks_ahead:
+            raise ModelError(
+                f"'{checkpoint.name}' ({type(self.module).__name__}) sees the tokens that it would predict: each token "
+                "attends to later ones.",
+                "Name a causal language model.",
+            )
 
     @property
     def token_bytes(self) -> int:

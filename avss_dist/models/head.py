@@ -35,11 +35,14 @@ class Head:
 
     Attributes:
         vocabulary: number of logits of a token.
+        looks_ahead: whether the logits of every token depend on tokens behind it. A loss would say nothing of them.
         body: the module that runs the layers, whose output is recorded; None if the head is not split.
     """
 
     def __init__(self, module: Any, layers: Sequence[Layer], device: torch.device) -> None:
-        self._module, self._ids, self._linear = module, probe_tokens(device), module.get_output_embeddings()
+        self._module, self._linear = module, module.get_output_embeddings()
+        self._ids = probe_tokens(device)
+        self._ids[1, :-1] = self._ids[0, :-1]  # the rows differ in their last token alone
         self.body: nn.Module | None = None
         outputs: dict[str, Any] = {}  # of the modules around the layers, by path
 
@@ -52,6 +55,7 @@ class Head:
         with torch.no_grad(), hooked(after=hooks), self._reading(runs=True) as inputs:
             logits: torch.Tensor = module(input_ids=self._ids, use_cache=False).logits
         self.vocabulary = logits.shape[-1]
+        self.looks_ahead = _differ(logits[0, :-1], logits[1, :-1])
         if not outputs or len(inputs) != 1 or inputs[0].shape[:-1] != PROBE_SHAPE or inputs[0].dim() != 3:
             return
         body = min(outputs, key=lambda path: path.count("."))
@@ -95,6 +99,16 @@ class Head:
         with around({self.body: lambda *_, **__: self._output, self._linear: replace}):
             logits: torch.Tensor = self._module(input_ids=self._ids, use_cache=False).logits
         return logits.squeeze(0)
+
+
+def _differ(first: torch.Tensor, second: torch.Tensor) -> bool:
+    """Whether the logits of every token, [tokens, vocabulary], differ by more than rounding.
+
+    Rounding can send a token to another expert, which changes that token and later ones, but not every token.
+    """
+    tolerance = TOLERANCES.get(first.dtype, 0.0) * first.abs().max()
+    largest_by_token = (first - second).abs().amax(dim=-1)
+    return bool((largest_by_token > tolerance).all())
 
 
 def pieces(number: int, vocabulary: int, maximum: int) -> list[slice]:

@@ -22,6 +22,7 @@ import torch
 from support.causal_lm import random_shard
 from support.families import tiny_model
 from support.oracle import FLOAT_FIELDS
+from support.tiers import all_of
 
 from avss_dist.core.errors import BatchTooLarge, ModelError
 from avss_dist.core.process import current_umask
@@ -32,7 +33,7 @@ from avss_dist.corpus.shards import Batch, Shard, tokenize_corpus
 from avss_dist.measure.kernels.reference import Accumulator
 from avss_dist.measure.observer import Observer
 from avss_dist.measure.rows import CountedTokens, by_matrices, in_order, masks_by_stratum, row_tensors
-from avss_dist.measure.shard import UNIT_SITES, analyze_shard, counter_bytes, follow
+from avss_dist.measure.shard import SEE_PADDING, UNIT_SITES, analyze_shard, counter_bytes, follow
 from avss_dist.models.checkpoints import resolve
 from avss_dist.models.layers import first_tensor
 from avss_dist.models.loading import load_tokenizer
@@ -65,6 +66,28 @@ def test_layers_without_experts_are_noted(tmp_path: Path) -> None:
     result = analyze_shard(opened("deepseek_v3", tmp_path, settings), random_shard(), settings)
     assert result.experts is not None and list(result.experts) == [1, 2]
     assert "layers 0 have no routed experts" in result.model["notes"]
+
+
+PADDED = [("causal", "llama"), ("masked", "bert"), ("image-text", "paligemma")]
+PADDED += [("masked", family) for family in ("convbert", "fnet", "nystromformer", "yoso")]
+
+
+@pytest.mark.parametrize(("kind", "family"), all_of(PADDED, [PADDED[0], ("masked", "fnet")]))
+def test_padding_changes_the_tokens_of_some_families_alone_and_they_have_a_note(
+    kind: str, family: str, tmp_path: Path
+) -> None:
+    model = tiny_model(kind, family)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.dim() == 2:
+                parameter *= 4  # or layers add next to nothing
+    model.save_pretrained(tmp_path)
+    replica, shard = Replica(resolve(str(tmp_path)), SETTINGS), random_shard()
+    padded, alone = (analyze_shard(replica, shard, SETTINGS, rows=rows) for rows in (5, 1))
+    sums = [result.stats[len(result.layers) - 1, "block"].unit_sum for result in (padded, alone)]
+    ignored = np.allclose(*sums, rtol=0, atol=1e-4 * np.abs(sums[0]).max())
+    noted = any("padding changes the tokens of a row" in note for note in padded.model["notes"])
+    assert (ignored, noted) == (family not in SEE_PADDING, family in SEE_PADDING)
 
 
 def test_every_token_of_padded_rows_counts_once_and_only_what_is_asked_is_told(tiny_llama: Path) -> None:

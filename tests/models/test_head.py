@@ -12,9 +12,10 @@ import torch
 from support.causal_lm import opened, random_shard
 from support.families import tiny_model
 from support.questions import COMPOSED, answers, assert_same, write_questions
-from support.tiers import all_of
+from support.tiers import all_of, nightly
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from avss_dist.core.errors import ModelError
 from avss_dist.models import causal_lm
 from avss_dist.models.causal_lm import LanguageModel, predicted
 from avss_dist.tasks.harness import harness_task
@@ -99,3 +100,12 @@ def test_the_harness_is_asked_in_pieces(save_checkpoint: Save, tmp_path: Path, m
         found = measure(model)
     assert logits.most == 3
     assert_same({"": found}, {"": whole}, rtol=1e-6)
+
+
+@pytest.mark.parametrize(("kind", "family"), [("causal", "xlnet"), *nightly(("image-text", "paligemma"))])
+def test_a_model_that_sees_the_next_token_is_refused(
+    kind: str, family: str, save_checkpoint: Save, tmp_path: Path
+) -> None:
+    folder = save_checkpoint(tiny_model(kind, family), tmp_path / "model")
+    with pytest.raises(ModelError, match=r"sees the tokens that it would predict: each token attends to later ones\."):
+        opened(folder, dtype="float32")
