@@ -26,7 +26,7 @@ from typing import (
 
 from pydantic import AfterValidator, BeforeValidator, ConfigDict, PlainValidator, TypeAdapter, ValidationError
 from pydantic import Field as Range
-from pydantic_core import ArgsKwargs, PydanticCustomError, PydanticKnownError, core_schema
+from pydantic_core import ArgsKwargs, PydanticCustomError, PydanticKnownError, SchemaError, core_schema
 
 from avss_dist.core.errors import AvssError, ConfigError, nearest, without_secrets
 
@@ -218,7 +218,12 @@ def _validate(cls: Any, values: ArgsKwargs, **options: Any) -> Any:
 @cache
 def adapter(cls: Any) -> TypeAdapter[Any]:
     """Return pydantic's checks of a class."""
-    return TypeAdapter(cls)
+    try:
+        return TypeAdapter(cls)
+    except SchemaError as error:  # pydantic makes one of a signal that comes meanwhile
+        if "KeyboardInterrupt" in str(error):
+            raise KeyboardInterrupt from None
+        raise
 
 
 def _check_all_values(self: Any) -> None:

@@ -12,10 +12,11 @@ from types import ModuleType
 from typing import Any
 
 import pytest
+from pydantic_core import SchemaError
 from support.command_line import avss
 
 from avss_dist.__main__ import main
-from avss_dist.core import process
+from avss_dist.core import process, validation
 from avss_dist.core.process import preserve_sigterm_handler, raise_on_sigterm, stop_signal
 from avss_dist.pruning.plan import Plan
 
@@ -78,6 +79,17 @@ def test_a_signal_while_commands_are_imported_is_no_traceback(
     with pytest.raises(SystemExit) as end:
         main()
     assert (end.value.code, capsys.readouterr().err) == (code, "Stopped.\n")
+
+
+def test_a_signal_while_checks_are_prepared_is_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    """pydantic puts it into the text of an error of its own."""
+
+    def interrupted(_: Any) -> None:
+        raise SchemaError('Error building "dataclass-args" validator:\n  KeyboardInterrupt: ')
+
+    monkeypatch.setattr(validation, "TypeAdapter", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        validation.adapter(list[Plan])
 
 
 @pytest.mark.usefixtures("default_sigterm")
