@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import pyarrow as pa
@@ -36,7 +36,6 @@ COLUMNS = {
     "count": "count",
     "quality": "quality",
 }
-_SCORED = {"avss": "avss_smoothed", **{name: name for name in BASELINES}}
 """Columns of ``scores`` by their names on the page. Sparsity is near_zero / count."""
 MIN_RUNS = 8  # of a matrix: of fewer, the charts show each
 UNRANKED = -1  # in a matrix, in place of the rank of a layer without a score
@@ -60,87 +59,150 @@ def page_data(
         ``pairs`` (two runs, Spearman's rho, and the same given depth; a run with itself has its correlation with
         depth) and a ``summary``; ``without``: by run, see `without_layers`, with the share that each size is.
     """
-    positions = {run["run_id"]: i for i, run in enumerate(runs)}
-    table = warehouse.table(
-        "scores",
-        run_ids=list(positions),
-        columns=["run_id", *CHOICE, "layer_name", "depth", *COLUMNS.values(), *BASELINES],
-    )
-    table = table.sort_by([(name, "ascending") for name in ("run_id", *CHOICE, "layer")])
-    slices = [(tuple(key.values()), start, end) for key, start, end in slices_by(table, ["run_id", *CHOICE])]
-    choices = {choice: i for i, choice in enumerate(sorted({key[1:] for key, _, _ in slices}, key=_order))}
-    blocks = [
-        (positions[run_id], choices[tuple(choice)], start, end, count_lowest(end - start))
-        for (run_id, *choice), start, end in slices
-    ]
-    scored = {
-        "depth": table["depth"].to_numpy(),
-        **{name: table[column].to_numpy() for name, column in _SCORED.items()},
-    }
-
-    def profiles(name: str, choice: int | None = None) -> dict[int, Scores]:
-        by_run = {}
-        for run, place, start, end, _ in blocks:
-            if choice in (None, place):
-                at = np.flatnonzero(~np.isnan(scored[name][start:end])) + start
-                if len(at):
-                    by_run[run] = scored["depth"][at], scored[name][at]
-        return by_run
-
+    table = _scores_of_runs(warehouse, runs)
+    blocks = _score_blocks(table, runs)
+    choices = _choices(blocks)
+    number_of_choice = {choice: number for number, choice in enumerate(choices)}
+    published = ScoreChoice(SITES[0], RECIPES[0], "absolute", PUBLISHED_THRESHOLD)
     return {
         "scores": [{"name": name, "title": SCORES[name].title} for name in FROM_ACTIVATIONS],
         "runs": _described(runs, table),
-        "choices": [
-            {"site": site, "recipe": recipe, "threshold": describe_threshold(threshold, kind)}
-            for site, recipe, kind, threshold in choices
-        ],
-        "first": choices.get((SITES[0], RECIPES[0], "absolute", PUBLISHED_THRESHOLD), 0),
-        "columns": {
-            name: rounded(table[column], FEWER if name in ("low", "high") else DIGITS)
-            for name, column in COLUMNS.items()
-        },
-        "blocks": blocks,
-        "correlations": [run_agreement(profiles("avss", choice)) for choice in choices.values()],
-        "rivals": {name: run_agreement(profiles(name)) for name in BASELINES},
-        "without": [
-            {
-                "blocks": [block | {"distance": _round(block["distance"], DIGITS)} for block in measured["blocks"]],
-                "kept": [
-                    {
-                        **entry,
-                        "share": _round(entry["size"] / run["num_layers"], DIGITS),
-                        "kept": _round(entry["kept"], DIGITS),
-                    }
-                    for entry in measured["sets"]
-                ],
-            }
-            for run, measured in zip(runs, without, strict=True)
-        ],
+        "choices": [choice.as_json() for choice in choices],
+        "first": number_of_choice.get(published, 0),
+        "columns": _columns(table),
+        "blocks": [block.as_json(number_of_choice[block.choice]) for block in blocks],
+        "correlations": _correlations(table, blocks, choices),
+        "rivals": _baseline_correlations(table, blocks),
+        "without": [_without(run, measured) for run, measured in zip(runs, without, strict=True)],
     }
 
 
-def _order(choice: tuple[Any, ...]) -> tuple[Any, ...]:
-    """Return the sort key of a choice: site, recipe, absolute before relative thresholds, value of the threshold."""
-    site, recipe, kind, threshold = choice
-    return EVERY_SITE.index(site), RECIPES.index(recipe), kind == "rms", threshold or 0.0
+class ScoreChoice(NamedTuple):
+    """A choice that the page offers: where and how AVSS was read."""
+
+    site: str
+    recipe: str
+    threshold_kind: str
+    threshold: float | None
+
+    def as_json(self) -> dict[str, str]:
+        """Return the texts that the page shows."""
+        threshold = describe_threshold(self.threshold, self.threshold_kind)
+        return {"site": self.site, "recipe": self.recipe, "threshold": threshold}
+
+    def order(self) -> tuple[int, int, bool, float]:
+        """Return the sort key: site, recipe, absolute before relative thresholds, value of the threshold."""
+        is_relative = self.threshold_kind == "rms"
+        return EVERY_SITE.index(self.site), RECIPES.index(self.recipe), is_relative, self.threshold or 0.0
+
+
+class ScoreBlock(NamedTuple):
+    """Consecutive rows of the sorted table of scores: those of a run at a choice.
+
+    Attributes:
+        run: position of the run.
+        start, end: first row, and the row after the last.
+    """
+
+    run: int
+    choice: ScoreChoice
+    start: int
+    end: int
+
+    def as_json(self, choice: int) -> tuple[int, int, int, int, int]:
+        """Return run, choice, first row, end, and how many layers are the lowest 25%."""
+        return self.run, choice, self.start, self.end, count_lowest(self.end - self.start)
+
+
+def _scores_of_runs(warehouse: Warehouse, runs: Sequence[Mapping[str, Any]]) -> pa.Table:
+    """Return the rows of ``scores`` of runs, sorted by run, choice and layer."""
+    table = warehouse.table(
+        "scores",
+        run_ids=[run["run_id"] for run in runs],
+        columns=["run_id", *CHOICE, "layer_name", "depth", *COLUMNS.values(), *BASELINES],
+    )
+    return table.sort_by([(name, "ascending") for name in ("run_id", *CHOICE, "layer")])
+
+
+def _score_blocks(table: pa.Table, runs: Sequence[Mapping[str, Any]]) -> list[ScoreBlock]:
+    """Return the blocks of a sorted table of scores, in order."""
+    positions = {run["run_id"]: position for position, run in enumerate(runs)}
+    blocks = []
+    for key, start, end in slices_by(table, ["run_id", *CHOICE]):
+        choice = ScoreChoice(*(key[name] for name in CHOICE))
+        blocks.append(ScoreBlock(positions[key["run_id"]], choice, start, end))
+    return blocks
+
+
+def _choices(blocks: Sequence[ScoreBlock]) -> list[ScoreChoice]:
+    """Return the choices of blocks, each once, in the order of the page."""
+    return sorted({block.choice for block in blocks}, key=ScoreChoice.order)
+
+
+def _columns(table: pa.Table) -> dict[str, list[Any]]:
+    """Return the columns of scores by their names on the page, rounded."""
+    columns = {}
+    for name, column in COLUMNS.items():
+        digits = FEWER if name in ("low", "high") else DIGITS
+        columns[name] = rounded(table[column], digits)
+    return columns
+
+
+def _correlations(
+    table: pa.Table, blocks: Sequence[ScoreBlock], choices: Sequence[ScoreChoice]
+) -> list[dict[str, Any]]:
+    """Return the agreement of runs by AVSS, for each choice."""
+    correlations = []
+    for choice in choices:
+        of_choice = [block for block in blocks if block.choice == choice]
+        correlations.append(run_agreement(_profiles(table, of_choice, "avss_smoothed")))
+    return correlations
+
+
+def _baseline_correlations(table: pa.Table, blocks: Sequence[ScoreBlock]) -> dict[str, dict[str, Any]]:
+    """Return the agreement of runs by each baseline, which is the same for every choice."""
+    return {name: run_agreement(_profiles(table, blocks, name)) for name in BASELINES}
+
+
+def _profiles(table: pa.Table, blocks: Sequence[ScoreBlock], column: str) -> dict[int, Scores]:
+    """Return the depth and score of the layers of runs that have a score, by the position of the run."""
+    depths = table["depth"].to_numpy()
+    scores = table[column].to_numpy()
+    by_run = {}
+    for block in blocks:
+        has_score = ~np.isnan(scores[block.start : block.end])
+        rows = np.flatnonzero(has_score) + block.start
+        if len(rows):
+            by_run[block.run] = depths[rows], scores[rows]
+    return by_run
+
+
+def _without(run: Mapping[str, Any], measured: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the measurements of a run without layers, rounded, with the share of the layers that each set is."""
+    blocks = [block | {"distance": _round(block["distance"], DIGITS)} for block in measured["blocks"]]
+    sets = []
+    for entry in measured["sets"]:
+        share = _round(entry["size"] / run["num_layers"], DIGITS)
+        sets.append({**entry, "share": share, "kept": _round(entry["kept"], DIGITS)})
+    return {"blocks": blocks, "kept": sets}
 
 
 def _described(runs: Sequence[Mapping[str, Any]], table: pa.Table) -> list[dict[str, Any]]:
     """Return the label of each run, and the names and baselines of its layers, which are the same for every choice."""
+    row_of_layer: dict[str, dict[int, int]] = {run["run_id"]: {} for run in runs}
     places = zip(table["run_id"].to_pylist(), table["layer"].to_pylist(), strict=True)
-    row_of = {place: row for row, place in enumerate(places)}
+    for row, (run_id, layer) in enumerate(places):
+        row_of_layer[run_id][layer] = row
     described = []
-    for i, (run, label) in enumerate(zip(runs, run_labels(runs), strict=True)):
-        scored = [layer for run_id, layer in row_of if run_id == run["run_id"]]
-        size = max([run["num_layers"] or 0, *(layer + 1 for layer in scored)])
-        rows = table.take(pa.array([row_of.get((run["run_id"], layer)) for layer in range(size)], pa.int64()))
-        described.append(
-            {
-                "label": f"{i + 1}. {label}",
-                "has_head": has_head(run),
-                **{name: rounded(rows[name]) for name in ("layer_name", *BASELINES)},
-            }
-        )
+    for number, (run, label) in enumerate(zip(runs, run_labels(runs), strict=True), start=1):
+        scored = row_of_layer[run["run_id"]]
+        num_layers = max(run["num_layers"] or 0, max(scored, default=-1) + 1)
+        row_numbers = pa.array([scored.get(layer) for layer in range(num_layers)], pa.int64())
+        rows = table.take(row_numbers)
+        entry: dict[str, Any] = {"label": f"{number}. {label}", "has_head": has_head(run)}
+        for name in ("layer_name", *BASELINES):
+            entry[name] = rounded(rows[name])
+        described.append(entry)
     return described
 
 
@@ -158,7 +220,8 @@ def _round(value: float, digits: int) -> float | None:
     if not math.isfinite(value):
         return None
     short = float(f"{value:.{digits}g}")
-    return int(short) if short.is_integer() and abs(short) < 2**53 else short
+    is_exact_integer = short.is_integer() and abs(short) < 2**53
+    return int(short) if is_exact_integer else short
 
 
 def run_agreement(profiles: Mapping[int, Scores]) -> dict[str, Any]:
@@ -173,26 +236,50 @@ def run_agreement(profiles: Mapping[int, Scores]) -> dict[str, Any]:
         with depth. ``summary``: a sentence with the median and the least similar pair, empty if none is defined; runs
         are numbered from 1, as in labels.
     """
-    runs = [run for run in sorted(profiles) if len(profiles[run][0]) >= MIN_VALUES]
-    positions, (first, second) = np.arange(len(runs)), np.triu_indices(len(runs), 1)
+    runs = []
+    for run in sorted(profiles):
+        depths, _ = profiles[run]
+        if len(depths) >= MIN_VALUES:
+            runs.append(run)
+    positions = np.arange(len(runs))
     matrices = RankMatrix([profiles[run] for run in runs]).correlations(positions, positions)
+    first, second = np.triu_indices(len(runs), 1)
     rho, partial = (matrix[first, second] for matrix in matrices)
-    pairs = [[run, run, _correlation(depth_correlation(profiles[run][1].tolist())), None] for run in runs]
-    for a, b, *correlations in zip(first, second, rho, partial, strict=True):
-        pairs.append([runs[a], runs[b], *map(_correlation, correlations)])
-    whole, given_depth, text = summarize(rho), summarize(partial), ""
-    if whole.count:
-        least = np.nanargmin(rho)
-        beside_depth = f", and {given_depth.median:z.3f} given depth" if given_depth.count else ""
-        text = (
-            f"The median of {count_of(whole.count, 'pair')} is {whole.median:z.3f}{beside_depth}; least alike are runs "
-            f"{runs[first[least]] + 1} and {runs[second[least]] + 1} ({whole.lowest:z.3f})."
-        )
-    return {"pairs": pairs, "summary": text}
+    pairs: list[list[Any]] = []
+    for run in runs:
+        _, scores = profiles[run]
+        pairs.append([run, run, _correlation(depth_correlation(scores.tolist())), None])
+    for a, b, whole, given_depth in zip(first, second, rho, partial, strict=True):
+        pairs.append([runs[a], runs[b], _correlation(whole), _correlation(given_depth)])
+    return {"pairs": pairs, "summary": _describe_agreement(runs, rho, partial)}
+
+
+def _describe_agreement(runs: Sequence[int], rho: Float64, partial: Float64) -> str:
+    """Return a sentence with the median correlation and the least similar pair. Empty if none is defined.
+
+    Args:
+        runs: positions of the runs.
+        rho, partial: float64[pairs], rank correlations of each two runs, and those given depth.
+    """
+    whole = summarize(rho)
+    if not whole.count:
+        return ""
+    text = f"The median of {count_of(whole.count, 'pair')} is {whole.median:z.3f}"
+    given_depth = summarize(partial)
+    if given_depth.count:
+        text += f", and {given_depth.median:z.3f} given depth"
+    first, second = np.triu_indices(len(runs), 1)
+    least = np.nanargmin(rho)
+    a = runs[first[least]] + 1
+    b = runs[second[least]] + 1
+    return f"{text}; least alike are runs {a} and {b} ({whole.lowest:z.3f})."
 
 
 def _correlation(value: float) -> float | None:
-    return round(float(value), 3) + 0.0 if math.isfinite(value) else None  # + 0.0: no negative zero
+    """Return a correlation with three digits, or None if it is not defined."""
+    if not math.isfinite(value):
+        return None
+    return round(float(value), 3) + 0.0  # which makes a negative zero positive
 
 
 def matrix_data(
@@ -216,15 +303,12 @@ def matrix_data(
     ).sort_by([("run_id", "ascending"), ("layer", "ascending")])
     values = scores["avss_smoothed"].to_numpy()
     places = {key["run_id"]: _places(values[start:stop]) for key, start, stop in slices_by(scores, ["run_id"])}
-    return [
-        {
-            "label": label,
-            "about": printable(f"{run['family']}, {run['dtype']}, {basename(str(run['corpus']))}"),
-            "places": places[run["run_id"]],
-        }
-        for run, label in zip(runs, labels, strict=True)
-        if run["run_id"] in places
-    ] or None
+    matrix = []
+    for run, label in zip(runs, labels, strict=True):
+        if run["run_id"] in places:
+            about = printable(f"{run['family']}, {run['dtype']}, {basename(str(run['corpus']))}")
+            matrix.append({"label": label, "about": about, "places": places[run["run_id"]]})
+    return matrix or None
 
 
 def _places(scores: Float64) -> list[int]:
@@ -232,7 +316,10 @@ def _places(scores: Float64) -> list[int]:
 
     Layers with NaN have none, nor has the only layer with a score.
     """
-    places, scored = np.full(len(scores), UNRANKED), ~np.isnan(scores)
-    if scored.sum() > 1:
-        places[scored] = np.rint((average_ranks(scores[scored]) - 1) / (scored.sum() - 1) * STEPS)
+    places = np.full(len(scores), UNRANKED)
+    has_score = ~np.isnan(scores)
+    number = has_score.sum()
+    if number > 1:
+        shares = (average_ranks(scores[has_score]) - 1) / (number - 1)
+        places[has_score] = np.rint(shares * STEPS)
     return list(places.tolist())

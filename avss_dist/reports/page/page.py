@@ -109,83 +109,133 @@ def report_page(warehouse: Warehouse, run_ids: Collection[str] | None = None, ow
     Names are text to it: the template escapes them, its data is base64 of compressed JSON, its script only sets
     texts. A policy in the page forbids every connection and every script but its own, by their hashes.
     """
-    every = warehouse.runs().to_pylist(maps_as_pydicts="lossy")
-    rows = sorted((row for row in every if run_ids is None or row["run_id"] in run_ids), key=_by_model)
+    rows = []
+    for row in warehouse.runs().to_pylist(maps_as_pydicts="lossy"):
+        if run_ids is None or row["run_id"] in run_ids:
+            rows.append(row)
+    rows.sort(key=_by_model)
     done = [row for row in rows if row["status"] == "done"]
     newest = sorted(done, key=lambda row: (str(row["created_at"]), row["run_id"]))[-MAX_RUNS:]
     drawn = [row for row in done if row in newest]
+
     without = without_layers(warehouse, drawn)
     data = page_data(warehouse, drawn, without)
     labels = [run["label"] for run in data["runs"]]
-    of_run = {row["run_id"]: label for row, label in zip(drawn, labels, strict=True)}
-    # This and what follows complete `damaged`.
-    rows_of_findings = findings(warehouse, run_ids=list(of_run)).to_pylist()
-    experiments = warehouse.table("experiments", run_ids=list(of_run)).to_pylist()
+    label_of_run = {row["run_id"]: label for row, label in zip(drawn, labels, strict=True)}
+    # Each table that is read from here on may add to `warehouse.damaged`.
+    rows_of_findings = findings(warehouse, run_ids=list(label_of_run)).to_pylist()
+    experiments = warehouse.table("experiments", run_ids=list(label_of_run)).to_pylist()
+    curves = _curves(warehouse, drawn)
     chapters = {
-        "curves": [curve_section(c, f"curve-{number}") for number, c in enumerate(_curves(warehouse, drawn), start=1)],
-        "experiments": experiment_sections(experiments, of_run),
-        "scorecard": list(_scorecards(warehouse, drawn, of_run, own)),
-        "contrasts": list(_contrasts(warehouse, drawn, of_run)),
+        "curves": [curve_section(curve, f"curve-{number}") for number, curve in enumerate(curves, start=1)],
+        "experiments": experiment_sections(experiments, label_of_run),
+        "scorecard": list(_scorecards(warehouse, drawn, label_of_run, own)),
+        "contrasts": list(_contrasts(warehouse, drawn, label_of_run)),
     }
-    pictures = {
-        chart.name: {
-            "spec": section_chart(chart),
-            "rows": map_leaves(
-                list(chart.rows), lambda leaf: printable(leaf) if isinstance(leaf, str) else as_json(leaf)
-            ),
-            "label": section.label,
-            "meaning": chart.meaning,
-        }
-        for sections in chapters.values()
-        for section in sections
-        for chart in section.charts
-    }
-    matrix = matrix_data(warehouse, done, run_labels(done)) if len(done) >= MIN_RUNS else None
-    has_scores, has_charts = bool(data["choices"]), bool(data["choices"] or pictures or matrix)
-    style, script = _part("page.css"), _part("matrix.js") + _part("page.js")
-    library = Markup(drawing_library() if has_charts else "")
-    damaged = {
-        run_id: warehouse.damaged[run_id]
-        for run_id in sorted(warehouse.damaged)
-        if run_ids is None or run_id in run_ids
-    }
-    overview = [
-        *(row for row in rows if row["run_id"] not in damaged),
-        *(
-            {**dict.fromkeys(OVERVIEW), "run_id": run_id, "status": "unreadable", "error": str(damage)}
-            for run_id, damage in damaged.items()
-        ),
-    ]
-    failed = len(rows) - len(done)
-    page = templates().get_template("page.html")
-    return page.render(
-        policy=_policy(style, script, library),
-        style=style,
-        script=script,
-        library=library,
-        has_scores=has_scores,
-        data=_packed({**data, "charts": page_charts(), "pictures": pictures, "matrix": matrix}) if has_charts else "",
-        matrix=bool(matrix),
-        has={name: any(run[name] for run in data["without"]) for name in ("blocks", "kept")},
-        scores={name: SCORES[name] for name in FROM_ACTIVATIONS},
-        version=__version__,
-        warehouse=warehouse.root,
-        created=datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
-        summary=count_of(len(done), "run") + (f" and {failed} that failed" if failed else ""),
-        short=in_short(warehouse, drawn, of_run, rows_of_findings, without, newest_experiments(experiments)),
-        findings=_findings(rows_of_findings, of_run),
-        chapters=[(name, *CHAPTERS[name], sections) for name, sections in chapters.items() if sections],
-        overview=_overview(overview, of_run),
-        labels=labels,
-        not_drawn=len(done) - len(drawn),
-        differing=differing([with_conditions(run) for run in drawn]),
+    short = in_short(warehouse, drawn, label_of_run, rows_of_findings, without, newest_experiments(experiments))
+    matrix = None
+    if len(done) >= MIN_RUNS:
+        matrix = matrix_data(warehouse, done, run_labels(done))
+    pictures = _pictures(chapters)
+
+    style = _part("page.css")
+    script = _part("matrix.js") + _part("page.js")
+    library = Markup("")
+    packed = ""
+    if data["choices"] or pictures or matrix:
+        library = Markup(drawing_library())
+        packed = _packed({**data, "charts": page_charts(), "pictures": pictures, "matrix": matrix})
+    without_has_rows = {name: any(run[name] for run in data["without"]) for name in ("blocks", "kept")}
+    return (
+        templates()
+        .get_template("page.html")
+        .render(
+            policy=_policy(style, script, library),
+            style=style,
+            script=script,
+            library=library,
+            has_scores=bool(data["choices"]),
+            data=packed,
+            matrix=bool(matrix),
+            has=without_has_rows,
+            scores={name: SCORES[name] for name in FROM_ACTIVATIONS},
+            version=__version__,
+            warehouse=warehouse.root,
+            created=datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
+            summary=_summary(len(done), len(rows) - len(done)),
+            short=short,
+            findings=_findings(rows_of_findings, label_of_run),
+            chapters=_chapters(chapters),
+            overview=_overview(_with_damaged(rows, warehouse, run_ids), label_of_run),
+            labels=labels,
+            not_drawn=len(done) - len(drawn),
+            differing=differing([with_conditions(run) for run in drawn]),
+        )
     )
+
+
+def _pictures(chapters: Mapping[str, Sequence[Section]]) -> dict[str, Any]:
+    """Return the charts of all sections by name, ready for JSON."""
+    pictures = {}
+    for sections in chapters.values():
+        for section in sections:
+            for chart in section.charts:
+                pictures[chart.name] = {
+                    "spec": section_chart(chart),
+                    "rows": map_leaves(list(chart.rows), _as_json_text),
+                    "label": section.label,
+                    "meaning": chart.meaning,
+                }
+    return pictures
+
+
+def _as_json_text(leaf: Any) -> Any:
+    """Return a value ready for JSON, and a text without characters that change the direction of others."""
+    if isinstance(leaf, str):
+        return printable(leaf)
+    return as_json(leaf)
+
+
+def _chapters(chapters: Mapping[str, Sequence[Section]]) -> list[tuple[Any, ...]]:
+    """Return the chapters that have sections: anchor, titles, lead, sections."""
+    return [(name, *CHAPTERS[name], sections) for name, sections in chapters.items() if sections]
+
+
+def _summary(num_done: int, num_failed: int) -> str:
+    """Return how many runs the page is about."""
+    runs = count_of(num_done, "run")
+    if num_failed:
+        return f"{runs} and {num_failed} that failed"
+    return runs
+
+
+def _with_damaged(rows: Sequence[Row], warehouse: Warehouse, run_ids: Collection[str] | None) -> list[Row]:
+    """Return rows of ``runs``, with a row in place of each run that cannot be read, at the end."""
+    damaged = []
+    for run_id in sorted(warehouse.damaged):
+        if run_ids is None or run_id in run_ids:
+            damaged.append(run_id)
+    overview = [row for row in rows if row["run_id"] not in damaged]
+    for run_id in damaged:
+        unreadable: dict[str, Any] = dict.fromkeys(OVERVIEW)
+        unreadable["run_id"] = run_id
+        unreadable["status"] = "unreadable"
+        unreadable["error"] = str(warehouse.damaged[run_id])
+        overview.append(unreadable)
+    return overview
 
 
 def _by_model(run: Mapping[str, Any]) -> tuple[Any, ...]:
     """Return the sort key of a run: finished before failed, then family, model, and position in its training."""
-    model, progress = str(run["series"] or run["model"]), (run["training_step"] or 0, run["training_tokens"] or 0)
-    return (run["status"] != "done", str(run["family"]), model, *progress, str(run["created_at"]), run["run_id"])
+    return (
+        run["status"] != "done",
+        str(run["family"]),
+        str(run["series"] or run["model"]),
+        run["training_step"] or 0,
+        run["training_tokens"] or 0,
+        str(run["created_at"]),
+        run["run_id"],
+    )
 
 
 @cache
@@ -214,12 +264,17 @@ def _part(name: str) -> Markup:
 
 def _policy(style: str, *scripts: str) -> str:
     """Return a Content-Security-Policy that allows this style and these scripts, and nothing from outside."""
-    hashes = [base64.b64encode(hashlib.sha256(text.encode()).digest()).decode() for text in (style, *scripts) if text]
-    of_style, *of_scripts = (f"'sha256-{digest}'" for digest in hashes)
+    script_hashes = " ".join(_hash_source(script) for script in scripts if script)
     return (
-        f"default-src 'none'; script-src {' '.join(of_scripts)}; style-src {of_style}; img-src data:; "
+        f"default-src 'none'; script-src {script_hashes}; style-src {_hash_source(style)}; img-src data:; "
         "base-uri 'none'; form-action 'none'"
     )
+
+
+def _hash_source(text: str) -> str:
+    """Return the source expression by which a policy allows a style or a script."""
+    digest = hashlib.sha256(text.encode()).digest()
+    return f"'sha256-{base64.b64encode(digest).decode()}'"
 
 
 def _packed(data: Mapping[str, Any]) -> str:
@@ -231,17 +286,16 @@ def _packed(data: Mapping[str, Any]) -> str:
 
 def _overview(rows: Sequence[Row], labels: Mapping[str, str]) -> ReportTable:
     """Return the table of runs, without columns in which no run has a value."""
+    numbers = [page_number(labels.get(row["run_id"], "")) or None for row in rows]
+    columns = [ReportColumn("#", numbers)]
+    for name, (title, format_) in OVERVIEW.items():
+        values = [row[name] for row in rows]
+        if any(value is not None for value in values):
+            columns.append(ReportColumn(title, values, format_, number=format_ is _NUMBER, name=name))
     return ReportTable(
         name="runs",
         title="Each run, failed ones too; its number is its name in the charts",
-        columns=[
-            ReportColumn("#", [page_number(labels.get(row["run_id"], "")) or None for row in rows]),
-            *(
-                ReportColumn(title, [row[name] for row in rows], format_, number=format_ is _NUMBER, name=name)
-                for name, (title, format_) in OVERVIEW.items()
-                if any(row[name] is not None for row in rows)
-            ),
-        ],
+        columns=columns,
         marked=[row["status"] != "done" for row in rows],
         mark="failed",
     )
@@ -255,14 +309,18 @@ def _findings(rows: Sequence[Row], labels: Mapping[str, str]) -> list[dict[str, 
     described = []
     published_first = sorted(rows, key=lambda row: not is_published(row))
     for kind, of_kind in grouped(published_first, itemgetter("kind")).items():
-        first, by_run = of_kind[0], grouped(of_kind, itemgetter("run_id"))
+        first = of_kind[0]
+        by_run = grouped(of_kind, itemgetter("run_id"))
         ordered = sorted(by_run, key=list(labels).index)
+        runs = ""
+        if len(labels) > 1:
+            runs = f"{len(by_run)} of {len(labels)} runs"
         described.append(
             {
                 "title": kind.replace("_", " ").capitalize(),
                 "severity": first["severity"],
                 "example": _line(labels[first["run_id"]], [first]),
-                "runs": f"{len(by_run)} of {len(labels)} runs" if len(labels) > 1 else "",
+                "runs": runs,
                 "lines": [_line(labels[run_id], by_run[run_id]) for run_id in ordered[:LINES]],
                 "more": len(ordered[LINES:]),
             }
@@ -271,13 +329,19 @@ def _findings(rows: Sequence[Row], labels: Mapping[str, str]) -> list[dict[str, 
 
 
 def _line(label: str, rows: Sequence[Row]) -> dict[str, Any]:
-    readings = [" ".join(name for name in (row["site"], row["recipe"]) if name) for row in rows]
+    """Return the first of a run's findings of one kind, with the readings of the others."""
+    first, *others = [_reading(row) for row in rows]
     return {
         "label": label,
-        "reading": readings[0],
+        "reading": first,
         "message": rows[0]["message"],
-        "also": ", ".join(dict.fromkeys(readings[1:])),
+        "also": ", ".join(dict.fromkeys(others)),
     }
+
+
+def _reading(finding: Row) -> str:
+    """Return the site and the recipe of a finding, as far as it has them."""
+    return " ".join(name for name in (finding["site"], finding["recipe"]) if name)
 
 
 def _curves(warehouse: Warehouse, runs: Sequence[Row]) -> list[Curve]:
@@ -285,14 +349,19 @@ def _curves(warehouse: Warehouse, runs: Sequence[Row]) -> list[Curve]:
     site, recipe, value, kind = PUBLISHED
     scored = profiles(
         warehouse,
-        list(map(with_conditions, runs)),
+        [with_conditions(run) for run in runs],
         site=site,
         recipe=recipe,
         threshold=Threshold(value=value, kind=kind),
     )
-    curves = [curve for along in AXES for curve in curves_of(scored, along) if len(curve.runs) >= MIN_CURVE]
-    by_runs = grouped(curves, lambda curve: tuple(run["run_id"] for run in curve.runs))
-    return sorted((first for first, *_ in by_runs.values()), key=lambda curve: -len(curve.runs))[:MAX_CURVES]
+    by_runs: dict[tuple[str, ...], Curve] = {}
+    for along in AXES:
+        for curve in curves_of(scored, along):
+            run_ids = tuple(run["run_id"] for run in curve.runs)
+            if len(run_ids) >= MIN_CURVE:
+                by_runs.setdefault(run_ids, curve)
+    longest_first = sorted(by_runs.values(), key=lambda curve: -len(curve.runs))
+    return longest_first[:MAX_CURVES]
 
 
 def _scorecards(
@@ -319,10 +388,13 @@ def _contrasts(warehouse: Warehouse, runs: Sequence[Row], labels: Mapping[str, s
     """Yield the contrast of each run on paired text, at the published reading."""
     strata = warehouse.table("stratum_stats", run_ids=[run["run_id"] for run in runs], columns=["run_id"])
     paired = {*strata["run_id"].to_pylist()}
-    for run in (run for run in runs if run["run_id"] in paired):
+    for run in runs:
+        if run["run_id"] not in paired:
+            continue
         label = labels[run["run_id"]]
+        first_site = run["sites"][0] if run["sites"] else "block"
         try:
-            result = contrast(warehouse, run, site=(run["sites"] or ["block"])[0])
+            result = contrast(warehouse, run, site=first_site)
         except (QueryError, DamagedFile) as error:
             yield Section(label=label, sentences=[f"{error.message} {error.hint or ''}"])
         else:
@@ -346,41 +418,68 @@ def in_short(
         without: by run, see `without_layers`.
         experiments: newest experiments by run id.
     """
-    with_sets = [(run, measured["sets"]) for run, measured in zip(runs, without, strict=True)]
-    evaluated = [pair for pair in with_sets if pair[1] or pair[0]["run_id"] in experiments]
-    untried = [pair for pair in with_sets if pair not in evaluated]
+    evaluated = []
+    untried = []
+    for run, measured in zip(runs, without, strict=True):
+        if measured["sets"] or run["run_id"] in experiments:
+            evaluated.append((run, measured["sets"]))
+        else:
+            untried.append((run, measured["sets"]))
     summaries = []
     for run, sets in [*evaluated, *untried[:MAX_UNTRIED]][:MAX_LISTED]:
-        kinds = dict.fromkeys(
-            row["kind"].replace("_", " ") for row in findings if row["run_id"] == run["run_id"] and is_published(row)
-        )
-        largest, of_claim, size = [], [], count_lowest(run["num_layers"] or 0)
-        for task, of_task in list(grouped(sets, itemgetter("series")).items())[:MAX_LISTED]:
-            if enough := [removed for removed in of_task if removed["kept"] >= CLAIMED_KEPT]:
-                chosen = max(enough, key=lambda removed: removed["size"])
-                largest.append(f"{task}: {chosen['size']:g} layers ({chosen['dropped']}), {chosen['kept']:z.0%} kept.")
-            else:
-                chosen = max(of_task, key=lambda removed: removed["kept"])
-                largest.append(
-                    f"{task}: no set that was evaluated; without {chosen['dropped']}, {chosen['kept']:z.0%} is kept."
-                )
-            for removed in (removed for removed in of_task if removed["size"] == size):
-                of_claim.append(f"{task}: {removed['kept']:z.0%} at best, without {removed['dropped']}.")
-        if experiment := experiments.get(run["run_id"]):
-            of_claim += claim_in_short([{**row, "task": describe_task(row["task"])} for row in experiment.rows])
-        scored = warehouse.table("scores", run_ids=[run["run_id"]], where=at_reading(*PUBLISHED)).to_pylist()
+        sets_by_task = dict(list(grouped(sets, itemgetter("series")).items())[:MAX_LISTED])
         answers = {
-            "Can AVSS be believed?": [
-                f"{count_of(len(kinds), 'finding')} against it: {', '.join(kinds)}."
-                if kinds
-                else "No finding warns of it.",
-                *describe_agreement(warehouse, run, scored),
-            ],
-            f"How many layers can go at {CLAIMED_KEPT:.0%} kept?": largest or [NOTHING if has_head(run) else HEADLESS],
-            f"What is kept without {CLAIMED_SHARE:.0%} of them?": of_claim or ["No such set was evaluated yet."],
+            "Can AVSS be believed?": _about_belief(warehouse, run, findings),
+            f"How many layers can go at {CLAIMED_KEPT:.0%} kept?": _about_size(run, sets_by_task),
+            f"What is kept without {CLAIMED_SHARE:.0%} of them?": _about_claim(
+                run, sets_by_task, experiments.get(run["run_id"])
+            ),
         }
         summaries.append({"label": labels[run["run_id"]], "answers": answers})
     return summaries
+
+
+def _about_belief(warehouse: Warehouse, run: Row, findings: Sequence[Row]) -> list[str]:
+    """Return sentences on what speaks against AVSS of a run, and on its agreement with the measured loss."""
+    kinds: dict[str, None] = {}
+    for row in findings:
+        if row["run_id"] == run["run_id"] and is_published(row):
+            kinds[row["kind"].replace("_", " ")] = None
+    sentence = "No finding warns of it."
+    if kinds:
+        sentence = f"{count_of(len(kinds), 'finding')} against it: {', '.join(kinds)}."
+    scored = warehouse.table("scores", run_ids=[run["run_id"]], where=at_reading(*PUBLISHED)).to_pylist()
+    return [sentence, *describe_agreement(warehouse, run, scored)]
+
+
+def _about_size(run: Row, sets_by_task: Mapping[str, Sequence[Row]]) -> list[str]:
+    """Return a sentence for each task on the largest set of layers without which enough is kept."""
+    sentences = []
+    for task, sets in sets_by_task.items():
+        if enough := [removed for removed in sets if removed["kept"] >= CLAIMED_KEPT]:
+            largest = max(enough, key=lambda removed: removed["size"])
+            sentences.append(f"{task}: {largest['size']:g} layers ({largest['dropped']}), {largest['kept']:z.0%} kept.")
+        else:
+            best = max(sets, key=lambda removed: removed["kept"])
+            sentences.append(
+                f"{task}: no set that was evaluated; without {best['dropped']}, {best['kept']:z.0%} is kept."
+            )
+    if sentences:
+        return sentences
+    return [NOTHING if has_head(run) else HEADLESS]
+
+
+def _about_claim(run: Row, sets_by_task: Mapping[str, Sequence[Row]], experiment: NewestExperiment | None) -> list[str]:
+    """Return sentences on sets of as many layers as the paper claims can go, and on the newest experiment."""
+    size = count_lowest(run["num_layers"] or 0)
+    sentences = []
+    for task, sets in sets_by_task.items():
+        for removed in sets:
+            if removed["size"] == size:
+                sentences.append(f"{task}: {removed['kept']:z.0%} at best, without {removed['dropped']}.")
+    if experiment:
+        sentences += claim_in_short([{**row, "task": describe_task(row["task"])} for row in experiment.rows])
+    return sentences or ["No such set was evaluated yet."]
 
 
 def is_published(finding: Row) -> bool:
