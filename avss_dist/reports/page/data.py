@@ -83,7 +83,7 @@ class ScoreChoice(NamedTuple):
     site: str
     recipe: str
     threshold_kind: str
-    threshold: float | None
+    threshold: float
 
     def as_json(self) -> dict[str, str]:
         """Return the texts that the page shows."""
@@ -93,7 +93,7 @@ class ScoreChoice(NamedTuple):
     def order(self) -> tuple[int, int, bool, float]:
         """Return the sort key: site, recipe, absolute before relative thresholds, value of the threshold."""
         is_relative = self.threshold_kind == "rms"
-        return EVERY_SITE.index(self.site), RECIPES.index(self.recipe), is_relative, self.threshold or 0.0
+        return EVERY_SITE.index(self.site), RECIPES.index(self.recipe), is_relative, self.threshold
 
 
 class ScoreBlock(NamedTuple):
