@@ -6,8 +6,8 @@ The claim (arXiv 2411.02117, abstract): without the lowest 25% of layers by AVSS
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from functools import partial
-from itertools import product
 from math import exp, isfinite
 from operator import itemgetter
 from typing import Any
@@ -50,99 +50,171 @@ from avss_dist.stats.intervals import MINIMUM_UNITS
 from avss_dist.stats.metrics import NO_INTERVAL, retention_of
 from avss_dist.warehouse.reader import Warehouse, grouped
 
-CLAIMED_SHARE, CLAIMED_KEPT = 0.25, 0.9
-LARGEST_SHOWN = 1.5  # retention that the chart has room for
+CLAIMED_SHARE = 0.25  # of the layers
+CLAIMED_KEPT = 0.9  # retention
+SMALLEST_AXIS = 1.1  # retention that every chart has room for
+LARGEST_SHOWN = 1.5  # retention beyond which a chart cuts off
+LARGEST_EXPONENT = 700  # of e in a float64, which overflows at 710
 MENTIONED = 0.01  # a guess that keeps less is not worth a word
 PRIMARY = (LOSS, "mc2", "acc_norm", "acc", "exact_match", "f1")  # of a task's metrics, the first that it has
 WHOLE = "whole model"
 OF_EVERY_LAYER = tuple({*(SCORES[name].task for name in MEASURED), SUBLAYER_LOSS, SEARCH})
 """Tasks that measure single layers, or candidate sets of a search, rather than a pruned model."""
 
+_Results = Mapping[tuple[float, str], Mapping[str, Row]]
+"""Row of each task, by share of removed layers and name of the method."""
+
 
 def primary_metric(rows: Sequence[Row]) -> str:
     """Return the primary metric of a task: the first of `PRIMARY` that it has, else its first metric."""
-    names = list(dict.fromkeys(row["metric"] for row in rows))
-    last = [name.rpartition("/")[2] for name in names]
-    return next((names[last.index(metric)] for metric in PRIMARY if metric in last), names[0])
+    by_last_part: dict[str, str] = {}
+    for row in rows:
+        last_part = row["metric"].rpartition("/")[2]
+        by_last_part.setdefault(last_part, row["metric"])
+    for metric in PRIMARY:
+        if metric in by_last_part:
+            return by_last_part[metric]
+    return str(rows[0]["metric"])
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Claim:
+    """A test of the published claim on one task, with one repair or without.
+
+    Attributes:
+        task: name of the task.
+        row: result without the layers of the lowest AVSS, at the claimed share.
+        rows: results of every method with the same task, metric, share and repair, and of the whole model.
+        guess: retention of a guess, as returned by `kept_by_guess`.
+    """
+
+    task: str
+    row: Row
+    rows: Sequence[Row]
+    guess: float | None
 
 
 def verdicts(rows: Sequence[Row]) -> list[str]:
     """Return a paragraph for each task and repair of one experiment with a run on which the claim was tested."""
-    return [f"{task}: {' '.join(_sentences(claim, same, guess))}" for task, claim, same, guess in _claims(rows)]
+    paragraphs = []
+    for claim in _claims(rows):
+        sentences = " ".join(_sentences(claim))
+        paragraphs.append(f"{claim.task}: {sentences}")
+    return paragraphs
 
 
 def claim_in_short(rows: Sequence[Row]) -> list[str]:
     """Return a line for each task of one experiment: the retention without the lowest AVSS, and the verdict."""
-    return [
-        f"{task}: {_percent(claim['retention'])} by the lowest AVSS: {judgement(claim, guess)}."
-        for task, claim, _, guess in _claims(rows)
-        if not claim.get("repair")
-    ]
+    lines = []
+    for claim in _claims(rows):
+        if claim.row.get("repair"):
+            continue
+        retention = _percent(claim.row["retention"])
+        verdict = judgement(claim.row, claim.guess)
+        lines.append(f"{claim.task}: {retention} by the lowest AVSS: {verdict}.")
+    return lines
 
 
-def _claims(rows: Sequence[Row]) -> Iterator[tuple[str, Row, Sequence[Row], float | None]]:
-    """Yield task, row of the claim, all rows of its repair, and `kept_by_guess`, for each task and repair."""
+def _claims(rows: Sequence[Row]) -> Iterator[_Claim]:
+    """Yield the test of the claim for each task and repair on which it was tested."""
     for task, of_task in grouped(rows, itemgetter("task")).items():
         metric = primary_metric(of_task)
         guess = kept_by_guess(of_task, metric)
-        of_task = [
-            row
-            for row in of_task
-            if row["metric"] == metric and row["share"] in (0.0, CLAIMED_SHARE) and not row.get("factor")
-        ]
-        for repair in dict.fromkeys(row.get("repair") for row in of_task if not _is_whole(row)):
-            same_repair = [row for row in of_task if _is_whole(row) or row.get("repair") == repair]
-            if claim := _published_row(same_repair, "avss"):
-                yield task, claim, same_repair, guess
+        of_share = [row for row in of_task if row["metric"] == metric and _is_at_claimed_share(row)]
+        repairs = dict.fromkeys(row.get("repair") for row in of_share if not _is_whole(row))
+        for repair in repairs:
+            same_repair = [row for row in of_share if _is_whole(row) or row.get("repair") == repair]
+            published = _published_row(same_repair, "avss")
+            if published is not None:
+                yield _Claim(task=task, row=published, rows=same_repair, guess=guess)
+
+
+def _is_at_claimed_share(row: Row) -> bool:
+    """Whether a row is of the claimed share of removed layers, or of the whole model. Scaled layers are not removed."""
+    return row["share"] in (0.0, CLAIMED_SHARE) and not row.get("factor")
 
 
 def kept_by_guess(rows: Sequence[Row], metric: str) -> float | None:
     """Return the retention of a model that guesses, or None if it is unknown or the metric is no accuracy or loss."""
     prefix, slash, name = metric.rpartition("/")
     of_whole = {row["metric"]: row["value"] for row in rows if _is_whole(row)}
-    chance, whole = of_whole.get(f"{prefix}{slash}{CHANCE}"), of_whole.get(metric)
+    chance = of_whole.get(f"{prefix}{slash}{CHANCE}")
+    whole = of_whole.get(metric)
     if not chance or not whole:
         return None
     if name == LOSS:
-        return exp(min(whole - chance, 700))
-    return chance / whole if name.startswith("acc") or name == "mc2" else None
+        return exp(min(whole - chance, LARGEST_EXPONENT))
+    if name.startswith("acc") or name == "mc2":
+        return float(chance / whole)
+    return None
 
 
-def _sentences(claim: Row, rows: Sequence[Row], guess: float | None) -> list[str]:
-    repaired = f", repaired by {claim['repair']}" if claim.get("repair") else ""
-    of_claim = repaired if not repaired or claim.get("patch") else f"{repaired} (nothing: no layer stands before them)"
-    removed = count_removed(decode_removals(claim["drop"]))
-    ends, whole = retention_interval(claim), next(filter(_is_whole, rows), None)
-    span = f" ({_percent(ends[0])} to {_percent(ends[1])})" if ends else ""
-    change = f" ({describe_metric(claim['metric'])} {shown_value(whole)}, then {shown_value(claim)})" if whole else ""
-    chances = [row["retention"] for row in rows if row["score"] == RANDOM and not row["control"]]
-    better, best = sum(chance >= claim["retention"] for chance in chances), max(chances, default=0.0)
-    sentences = (
-        (
-            True,
-            f"without the {removed} of the lowest AVSS ({CLAIMED_SHARE:.0%}){of_claim}, "
-            f"{_percent(claim['retention'])}{span} is kept{change}: {judgement(claim, guess)}.",
-        ),
-        (MENTIONED <= (guess or 0.0) <= CLAIMED_KEPT, f"A guess keeps {_percent(guess or 0.0)}."),
-        (
-            len(chances) == 1,
-            f"A random choice of as many layers{repaired}{',' * bool(repaired)} keeps {_percent(best)}.",
-        ),
-        (
-            len(chances) > 1,
-            f"Of {len(chances)} random choices of as many layers{repaired}, {better or 'none'} "
-            f"keep{'s' if better == 1 else ''} as much or more (the best {_percent(best)}).",
-        ),
-    )
+def _sentences(claim: _Claim) -> list[str]:
+    """Return the verdict on a claim, then what a guess, random choices and the other criteria keep."""
+    sentences = [_about_claim(claim)]
+    if claim.guess is not None and MENTIONED <= claim.guess <= CLAIMED_KEPT:
+        sentences.append(f"A guess keeps {_percent(claim.guess)}.")
+    chances = [row["retention"] for row in claim.rows if row["score"] == RANDOM and not row["control"]]
+    if chances:
+        sentences.append(_about_chance(chances, claim.row))
     controls = {
-        "The reverse, the highest AVSS,": _published_row(rows, "avss", REVERSED),
-        "AVSS with the ends kept": _published_row(rows, "avss", ENDS_KEPT),
-        "Block influence": _published_row(rows, "block_influence"),
-        "Leaving out by the loss without each layer": _published_row(rows, LEAVE_ONE_OUT),
-        "Leaving out the last before the final one": _published_row(rows, LAST),
+        "The reverse, the highest AVSS,": _published_row(claim.rows, "avss", REVERSED),
+        "AVSS with the ends kept": _published_row(claim.rows, "avss", ENDS_KEPT),
+        "Block influence": _published_row(claim.rows, "block_influence"),
+        "Leaving out by the loss without each layer": _published_row(claim.rows, LEAVE_ONE_OUT),
+        "Leaving out the last before the final one": _published_row(claim.rows, LAST),
     }
-    of_controls = (f"{name} keeps {_percent(row['retention'])}." for name, row in controls.items() if row)
-    return [*(sentence for holds, sentence in sentences if holds), *of_controls]
+    for name, row in controls.items():
+        if row is not None:
+            sentences.append(f"{name} keeps {_percent(row['retention'])}.")
+    return sentences
+
+
+def _about_claim(claim: _Claim) -> str:
+    """Return the sentence on the retention without the lowest AVSS, with the verdict."""
+    row = claim.row
+    removed = count_removed(decode_removals(row["drop"]))
+    repaired = _repair_in_words(row)
+    if repaired and not row.get("patch"):
+        repaired += " (nothing: no layer stands before them)"
+    span = ""
+    ends = retention_interval(row)
+    if ends is not None:
+        low, high = ends
+        span = f" ({_percent(low)} to {_percent(high)})"
+    change = ""
+    whole = next(filter(_is_whole, claim.rows), None)
+    if whole is not None:
+        change = f" ({describe_metric(row['metric'])} {shown_value(whole)}, then {shown_value(row)})"
+    return (
+        f"without the {removed} of the lowest AVSS ({CLAIMED_SHARE:.0%}){repaired}, "
+        f"{_percent(row['retention'])}{span} is kept{change}: {judgement(row, claim.guess)}."
+    )
+
+
+def _about_chance(chances: Sequence[float], row: Row) -> str:
+    """Return the sentence on the retentions of random choices, compared with that of a row."""
+    best = _percent(max(chances))
+    repaired = _repair_in_words(row)
+    if len(chances) == 1:
+        if repaired:
+            repaired += ","
+        return f"A random choice of as many layers{repaired} keeps {best}."
+    better = len([chance for chance in chances if chance >= row["retention"]])
+    if better == 0:
+        keep = "none keep"
+    elif better == 1:
+        keep = "1 keeps"
+    else:
+        keep = f"{better} keep"
+    return f"Of {len(chances)} random choices of as many layers{repaired}, {keep} as much or more (the best {best})."
+
+
+def _repair_in_words(row: Row) -> str:
+    """Return the repair of a row as the middle of a sentence. Empty without repair."""
+    if not row.get("repair"):
+        return ""
+    return f", repaired by {row['repair']}"
 
 
 def judgement(row: Row, guess: float | None = None) -> str:
@@ -153,14 +225,17 @@ def judgement(row: Row, guess: float | None = None) -> str:
     """
     if guess is not None and guess > CLAIMED_KEPT:
         return f"this task cannot tell, for a guess keeps {_percent(guess)}"
-    if (ends := retention_interval(row)) is None:
+    ends = retention_interval(row)
+    if ends is None:
         if row["retention"] == 0:
             return "the claim does not hold, for nothing is kept"
         return f"the claim is undecided, for there is no interval (fewer than {MINIMUM_UNITS} samples differ)"
     low, high = ends
     if low > CLAIMED_KEPT:
         return "the claim holds"
-    return "the claim does not hold" if high < CLAIMED_KEPT else "the claim is undecided, for want of data"
+    if high < CLAIMED_KEPT:
+        return "the claim does not hold"
+    return "the claim is undecided, for want of data"
 
 
 def _published_row(rows: Sequence[Row], score: str, control: str | None = None) -> Row | None:
@@ -168,9 +243,13 @@ def _published_row(rows: Sequence[Row], score: str, control: str | None = None) 
 
     Schema 2 has the reading of AVSS only in the label of the method.
     """
-    for row in (row for row in rows if (row["score"], row["control"]) == (score, control)):
+    for row in rows:
+        if row["score"] != score or row["control"] != control:
+            continue
         reading = tuple(row.get(name) for name in READING)
-        if reading == PUBLISHED or (None in reading and "(" not in row["method"]):
+        if reading == PUBLISHED:
+            return row
+        if None in reading and "(" not in row["method"]:
             return row
     return None
 
@@ -191,7 +270,9 @@ def lacks_interval(rows: Sequence[Row]) -> bool:
 
 def shown_method(row: Row) -> str:
     """Return the display name of a method: its choice of layers, and repair."""
-    return f"{row['method']} + {row['repair']}" if row.get("repair") else str(row["method"])
+    if row.get("repair"):
+        return f"{row['method']} + {row['repair']}"
+    return str(row["method"])
 
 
 def shown_value(row: Row) -> str:
@@ -201,12 +282,16 @@ def shown_value(row: Row) -> str:
 
 def readable_value(metric: str, value: float) -> float:
     """Return a result in its display unit. A loss becomes a perplexity."""
-    return exp(min(value, 700)) if metric == LOSS else value
+    if metric == LOSS:
+        return exp(min(value, LARGEST_EXPONENT))
+    return value
 
 
 def metric_format(metric: str) -> Callable[[float], str]:
     """Return the function that formats the `readable_value` of a metric."""
-    return (lambda value: f"{value:,.4g}") if metric == LOSS else (lambda value: f"{value:z.3f}")
+    if metric == LOSS:
+        return "{:,.4g}".format
+    return "{:z.3f}".format
 
 
 def describe_metric(metric: str) -> str:
@@ -217,11 +302,15 @@ def describe_metric(metric: str) -> str:
 def describe_task(task: str) -> str:
     """Return the display name of a task, without the folders of its text."""
     name, colon, text = task.partition(":")
-    return f"{name}: {basename(text)}" if colon else basename(task)
+    if colon:
+        return f"{name}: {basename(text)}"
+    return basename(task)
 
 
 def _percent(share: float) -> str:
-    return f"{share:.1%}" if share >= 0.001 else "under 0.1%"
+    if share < 0.001:
+        return "under 0.1%"
+    return f"{share:.1%}"
 
 
 def without_layers(warehouse: Warehouse, runs: Sequence[Row]) -> list[dict[str, list[dict[str, Any]]]]:
@@ -236,57 +325,92 @@ def without_layers(warehouse: Warehouse, runs: Sequence[Row]) -> list[dict[str, 
         each size, for every task and repair: ``series`` names both, ``dropped`` is the set in words, ``size`` the
         number of layers, of which a sublayer is a half, and ``kept`` the retention of the task's primary metric.
     """
-    revisions = {run["revision"] for run in runs} - {None}
-    where = pc.field("revision").isin(pa.array(sorted(revisions), pa.string()))
-    rows = warehouse.table("evaluations", where=where).to_pylist() if revisions else []
-    measured = {
-        revision: {"blocks": _blocks(of_revision), "sets": list(_best_sets(of_revision))}
-        for revision, of_revision in grouped(rows, itemgetter("revision")).items()
-    }
-    return [measured.get(run["revision"], {"blocks": [], "sets": []}) for run in runs]
+    revisions = {run["revision"] for run in runs if run["revision"] is not None}
+    rows: list[dict[str, Any]] = []
+    if revisions:
+        where = pc.field("revision").isin(pa.array(sorted(revisions), pa.string()))
+        rows = warehouse.table("evaluations", where=where).to_pylist()
+    by_revision = grouped(rows, itemgetter("revision"))
+    blocks = {revision: _blocks(of_revision) for revision, of_revision in by_revision.items()}
+    sets = {revision: _best_sets(of_revision) for revision, of_revision in by_revision.items()}
+    measured = []
+    for run in runs:
+        revision = run["revision"]
+        measured.append({"blocks": blocks.get(revision, []), "sets": sets.get(revision, [])})
+    return measured
 
 
 def _blocks(rows: Sequence[Row]) -> list[dict[str, Any]]:
     """Return the distances of blocks that the newest run measured, ordered by first layer and length."""
     measured = [row for row in rows if row["metric"] == BLOCK_DISTANCE and isfinite(row["value"])]
-    newest = max(((row["created_at"], row["run_id"]) for row in measured), default=None)
-    by_block = {(row["drop"][0], len(row["drop"])): row for row in measured if newest and row["run_id"] == newest[1]}
+    if not measured:
+        return []
+    newest = max(measured, key=itemgetter("created_at", "run_id"))
+    distances: dict[tuple[int, int], float] = {}
+    for row in measured:
+        if row["run_id"] == newest["run_id"]:
+            distances[row["drop"][0], len(row["drop"])] = row["value"]
     return [
-        {"start": start, "length": length, "distance": row["value"]}
-        for (start, length), row in sorted(by_block.items())
+        {"start": start, "length": length, "distance": distances[start, length]} for start, length in sorted(distances)
     ]
 
 
-def _best_sets(rows: Sequence[Row]) -> Iterator[dict[str, Any]]:
-    """Yield the best removed set of each size, for every task and repair."""
-    repairs = {
-        row["patch"]: row["task"].split(":")[1] for row in rows if row["patch"] and row["task"].startswith(REPAIR)
-    }
-    evaluated = [
-        row
-        for row in rows
-        if not (row["factor"] or any(row[name] is not None for name in ("layer", "sparsity_plan", "rounding")))
-        and not row["task"].startswith((*OF_EVERY_LAYER, REPAIR, ROW_START))
-    ]
-    for task, of_task in grouped(evaluated, itemgetter("task")).items():
-        of_task = max(grouped(of_task, itemgetter("run_id")).values(), key=lambda results: len(results))
-        metric = primary_metric(of_task)
-        sets: list[dict[str, Any]] = []
-        results = [row for row in of_task if row["metric"] == metric]
-        for whole, row in product((r["value"] for r in results if not r["drop"]), (r for r in results if r["drop"])):
-            repair = f", repaired by {repairs.get(row['patch'], 'a patch')}" if row["patch"] else ""
+def _best_sets(rows: Sequence[Row]) -> list[dict[str, Any]]:
+    """Return the best removed set of each size, for every task and repair."""
+    repairs: dict[str, str] = {}
+    for row in rows:
+        if row["patch"] and row["task"].startswith(REPAIR):
+            repairs[row["patch"]] = row["task"].split(":")[1]
+    evaluated = [row for row in rows if _is_evaluation_of_removals(row)]
+    best_sets: list[dict[str, Any]] = []
+    for of_task in grouped(evaluated, itemgetter("task")).values():
+        # The run with the most results tried the most sets.
+        of_run = max(grouped(of_task, itemgetter("run_id")).values(), key=len)
+        best: dict[tuple[str, float], dict[str, Any]] = {}
+        for removed_set in sorted(_removed_sets(of_run, repairs), key=itemgetter("kept")):
+            best[removed_set["series"], removed_set["size"]] = removed_set
+        best_sets += [best[key] for key in sorted(best)]
+    return best_sets
+
+
+def _is_evaluation_of_removals(row: Row) -> bool:
+    """Whether a row evaluates a model from which whole layers or sublayers were removed, or nothing."""
+    if row["factor"]:
+        return False
+    if row["layer"] is not None or row["sparsity_plan"] is not None or row["rounding"] is not None:
+        return False
+    return not row["task"].startswith((*OF_EVERY_LAYER, REPAIR, ROW_START))
+
+
+def _removed_sets(rows: Sequence[Row], repairs: Mapping[str, str]) -> list[dict[str, Any]]:
+    """Return the removed sets of one run and task, as `without_layers` describes them, whose retention is defined.
+
+    Args:
+        repairs: name of the repair of each patch.
+    """
+    metric = primary_metric(rows)
+    of_metric = [row for row in rows if row["metric"] == metric]
+    wholes = [row for row in of_metric if not row["drop"]]
+    pruned = [row for row in of_metric if row["drop"]]
+    sets: list[dict[str, Any]] = []
+    for whole in wholes:
+        for row in pruned:
+            kept = float(retention_of(metric, np.array(whole["value"]), np.array(row["value"])))
+            if not isfinite(kept):
+                continue
+            series = describe_task(row["task"])
+            if row["patch"]:
+                series += f", repaired by {repairs.get(row['patch'], 'a patch')}"
             removed = decode_removals(row["drop"])
             sets.append(
                 {
-                    "series": f"{describe_task(task)}{repair}",
+                    "series": series,
                     "dropped": describe_removed(removed),
                     "size": size_removed(removed),
-                    "kept": float(retention_of(metric, np.array(whole), np.array(row["value"]))),
+                    "kept": kept,
                 }
             )
-        sets = sorted((row for row in sets if isfinite(row["kept"])), key=lambda row: row["kept"])
-        best = {(row["series"], row["size"]): row for row in sets}
-        yield from (best[key] for key in sorted(best))
+    return sets
 
 
 def experiment_sections(rows: Sequence[Row], labels: Mapping[str, str] | None = None) -> list[Section]:
@@ -296,89 +420,116 @@ def experiment_sections(rows: Sequence[Row], labels: Mapping[str, str] | None = 
         rows: rows of the table ``experiments``.
         labels: labels of runs by id, in their order; by default the model and the id.
     """
-    newest, sections = newest_experiments(rows), []
-    for run_id in labels or newest:
-        if experiment := newest.get(run_id):
-            label = labels[run_id] if labels else f"{experiment.rows[0]['model']}  ({run_id})"
-            sections.append(_section(label, experiment))
-    return sections
+    newest = newest_experiments(rows)
+    if not labels:
+        labels = {run_id: f"{experiment.rows[0]['model']}  ({run_id})" for run_id, experiment in newest.items()}
+    return [_section(label, newest[run_id]) for run_id, label in labels.items() if run_id in newest]
 
 
 def _section(label: str, experiment: NewestExperiment) -> Section:
     """Return the section on the results of one experiment with a run."""
-    rows = experiment.rows
-    by_task = grouped(rows, itemgetter("task"))
-    metrics = {task: primary_metric(of_task) for task, of_task in by_task.items()}
-    primary = sorted(
-        (row for row in rows if row["metric"] == metrics[row["task"]]), key=lambda row: float(row["share"])
-    )
-    methods = {
-        method: {row["task"]: row for row in of_method}
-        for method, of_method in grouped(primary, lambda row: (row["share"], shown_method(row))).items()
-    }
-    removed = [decode_removals(next(iter(of_method.values()))["drop"]) for of_method in methods.values()]
-    columns = [
-        ReportColumn("layers chosen by", [method for _, method in methods], number=False),
-        ReportColumn("share", [share for share, _ in methods], "{:z.0%}".format),
-        ReportColumn(
-            "dropped", [describe_removed(layers) or None for layers in removed], number=False, wraps=True, priority=3
-        ),
-    ]
     name = f"experiment-{page_number(label)}"
-    charts: list[Chart] = []
+    by_task = grouped(experiment.rows, itemgetter("task"))
+    metrics = {task: primary_metric(of_task) for task, of_task in by_task.items()}
+    guesses = {task: kept_by_guess(of_task, metrics[task]) for task, of_task in by_task.items()}
+    primary = [row for row in experiment.rows if row["metric"] == metrics[row["task"]]]
+    primary.sort(key=lambda row: float(row["share"]))
+    methods = _results_by_method(primary)
+
+    columns = _method_columns(methods)
     for task, metric in metrics.items():
-        group, results = basename(task.removeprefix(PERPLEXITY)), [results.get(task) for results in methods.values()]
-        compared = [row if row and row["score"] is not None else None for row in results]
-        values, format_ = [row and readable_value(metric, row["value"]) for row in results], metric_format(metric)
-        columns += [
-            ReportColumn(describe_metric(metric), values, format_, group=group, priority=2),
-            ReportColumn("kept", [row and row["retention"] for row in compared], "{:z.1%}".format, group=group),
-            ReportColumn(
-                "95% interval",
-                [row and retention_interval(row) for row in compared],
-                interval("{:z.1%}".format),
-                group=group,
-                priority=1,
-            ),
-        ]
-    for share in dict.fromkeys(share for share, method in methods if method != WHOLE):
-        for task, metric in metrics.items():
-            guess = kept_by_guess(by_task[task], metric)
-            drawn = [
-                {
-                    "method": method,
-                    "kept": min(result["retention"], LARGEST_SHOWN),
-                    "guess": guess,
-                    **dict(zip(("low", "high"), retention_interval(result) or (None, None), strict=True)),
-                }
-                for (at, method), of_method in methods.items()
-                if at == share and method != WHOLE and (result := of_method.get(task))
-            ]
-            if drawn:
-                charts.append(
-                    Chart(
-                        name=f"{name}-{len(charts) + 1}",
-                        title=f"{describe_task(task)}, {share:.0%} dropped",
-                        meaning="What each method keeps, with its 95% interval.",
-                        rows=drawn,
-                        draw=partial(_drawing, max([1.1, *(row["kept"] for row in drawn)]), len(drawn)),
-                    )
-                )
+        columns += _result_columns(task, metric, [results.get(task) for results in methods.values()])
     caption = "Kept: the metric over that of the whole model (of a perplexity: under it), and its 95% interval."
-    return Section(
-        label=label,
-        about=experiment.describe(),
-        sentences=verdicts([{**row, "task": describe_task(row["task"])} for row in rows])
-        or ["No share of 25% by AVSS was tried."],
-        charts=charts,
-        tables=[
-            ReportTable(
-                name=name,
-                title="Each method at each share",
-                columns=columns,
-                caption=f"{caption} {NO_INTERVAL}" if lacks_interval(primary) else caption,
-            )
-        ],
+    if lacks_interval(primary):
+        caption = f"{caption} {NO_INTERVAL}"
+    table = ReportTable(name=name, title="Each method at each share", columns=columns, caption=caption)
+
+    charts: list[Chart] = []
+    for share in dict.fromkeys(share for share, method in methods if method != WHOLE):
+        for task, guess in guesses.items():
+            drawn = _chart_rows(methods, share, task, guess)
+            if drawn:
+                charts.append(_chart(f"{name}-{len(charts) + 1}", task, share, drawn))
+
+    sentences = verdicts([{**row, "task": describe_task(row["task"])} for row in experiment.rows])
+    if not sentences:
+        sentences = ["No share of 25% by AVSS was tried."]
+    return Section(label=label, about=experiment.describe(), sentences=sentences, charts=charts, tables=[table])
+
+
+def _results_by_method(rows: Sequence[Row]) -> _Results:
+    """Return the row of each task by share and method, in the order of the rows."""
+    methods: dict[tuple[float, str], dict[str, Row]] = {}
+    for row in rows:
+        methods.setdefault((row["share"], shown_method(row)), {})[row["task"]] = row
+    return methods
+
+
+def _method_columns(methods: _Results) -> list[ReportColumn]:
+    """Return the columns that tell the methods apart."""
+    names = [method for _, method in methods]
+    shares = [share for share, _ in methods]
+    dropped: list[str | None] = []
+    for results in methods.values():
+        # All tasks are evaluated without the same layers. The whole model has no value.
+        first_result = next(iter(results.values()))
+        dropped.append(describe_removed(decode_removals(first_result["drop"])) or None)
+    return [
+        ReportColumn("layers chosen by", names, number=False),
+        ReportColumn("share", shares, "{:z.0%}".format),
+        ReportColumn("dropped", dropped, number=False, wraps=True, priority=3),
+    ]
+
+
+def _result_columns(task: str, metric: str, results: Sequence[Row | None]) -> list[ReportColumn]:
+    """Return the columns of a task: its metric, and the retention of it with its interval.
+
+    Args:
+        results: row of each method, or None if the task was not evaluated with it.
+    """
+    group = basename(task.removeprefix(PERPLEXITY))
+    values: list[float | None] = []
+    retentions: list[float | None] = []
+    intervals: list[tuple[float, float] | None] = []
+    for row in results:
+        values.append(None if row is None else readable_value(metric, row["value"]))
+        # The whole model is what the others are compared with.
+        if row is None or _is_whole(row):
+            retentions.append(None)
+            intervals.append(None)
+        else:
+            retentions.append(row["retention"])
+            intervals.append(retention_interval(row))
+    percent = "{:z.1%}".format
+    return [
+        ReportColumn(describe_metric(metric), values, metric_format(metric), group=group, priority=2),
+        ReportColumn("kept", retentions, percent, group=group),
+        ReportColumn("95% interval", intervals, interval(percent), group=group, priority=1),
+    ]
+
+
+def _chart_rows(methods: _Results, share: float, task: str, guess: float | None) -> list[dict[str, Any]]:
+    """Return a row for each method at a share of removed layers, for `_drawing`."""
+    drawn = []
+    for (of_share, method), results in methods.items():
+        if of_share != share or method == WHOLE or task not in results:
+            continue
+        row = results[task]
+        low, high = retention_interval(row) or (None, None)
+        kept = min(row["retention"], LARGEST_SHOWN)
+        drawn.append({"method": method, "kept": kept, "guess": guess, "low": low, "high": high})
+    return drawn
+
+
+def _chart(name: str, task: str, share: float, drawn: Sequence[Row]) -> Chart:
+    """Return the chart of the retention of a task by each method at one share."""
+    largest = max([SMALLEST_AXIS, *(row["kept"] for row in drawn)])
+    return Chart(
+        name=name,
+        title=f"{describe_task(task)}, {share:.0%} dropped",
+        meaning="What each method keeps, with its 95% interval.",
+        rows=drawn,
+        draw=partial(_drawing, largest, len(drawn)),
     )
 
 
@@ -386,18 +537,16 @@ def _drawing(largest: float, number: int) -> Any:
     """Return the chart of retention by method, with lines at the claim of the paper (dashed) and a guess (dotted)."""
     import altair as alt
 
-    base = alt.Chart().encode(alt.Y("method:N", sort=None, title=None).axis(labelLimit=alt.ExprRef("room")))
+    claim = alt.Chart().mark_rule(color=GRAY, strokeDash=[4, 3]).encode(x=alt.datum(CLAIMED_KEPT))
+    guess = alt.Chart().mark_rule(color=GRAY, strokeDash=[1, 3]).encode(alt.X("guess:Q", aggregate="max"))
+    methods = alt.Y("method:N", sort=None, title=None).axis(labelLimit=alt.ExprRef("room"))
+    intervals = alt.Chart().encode(methods).mark_rule(color=BLUE, clip=True).encode(alt.X("low:Q"), alt.X2("high:Q"))
     retention = alt.X(
         "kept:Q",
         scale=alt.Scale(domain=[0, largest], clamp=True),
         title="retention",
         axis=alt.Axis(format="%", grid=False, tickCount=5),
     )
-    return alt.layer(
-        alt.Chart().mark_rule(color=GRAY, strokeDash=[4, 3]).encode(x=alt.datum(CLAIMED_KEPT)),
-        alt.Chart().mark_rule(color=GRAY, strokeDash=[1, 3]).encode(alt.X("guess:Q", aggregate="max")),
-        base.mark_rule(color=BLUE, clip=True).encode(alt.X("low:Q"), alt.X2("high:Q")),
-        base.mark_point(filled=True, color=BLUE, size=45, opacity=1).encode(
-            retention, tooltip=["method:N", alt.Tooltip("kept:Q", format=".1%")]
-        ),
-    ).properties(height=17 * number)
+    points = alt.Chart().encode(methods).mark_point(filled=True, color=BLUE, size=45, opacity=1)
+    points = points.encode(retention, tooltip=["method:N", alt.Tooltip("kept:Q", format=".1%")])
+    return alt.layer(claim, guess, intervals, points).properties(height=17 * number)
