@@ -7,7 +7,7 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from operator import itemgetter
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pyarrow.compute as pc
@@ -20,7 +20,14 @@ from avss_dist.analysis.own_scores import own_score
 from avss_dist.analysis.thresholds import quantiles_of
 from avss_dist.analysis.verdict import describe_metric, primary_metric, shown_value, verdicts
 from avss_dist.core.errors import ModelError, QueryError
-from avss_dist.core.intervention import SPARSITY_RULES, THRESHOLD, TOP_K, Removals, decode_removals
+from avss_dist.core.intervention import (
+    SPARSITY_RULES,
+    THRESHOLD,
+    TOP_K,
+    InterventionKey,
+    Removals,
+    decode_removals,
+)
 from avss_dist.core.registry import (
     BLOCK_DISTANCE,
     FROM_ACTIVATIONS,
@@ -32,7 +39,7 @@ from avss_dist.core.registry import (
     SEARCH,
 )
 from avss_dist.core.settings import Settings
-from avss_dist.core.text import describe_threshold
+from avss_dist.core.text import describe_task, describe_threshold
 from avss_dist.corpus.seen import SeenText, distinct
 from avss_dist.pruning.ground_truth import (
     ablate_command,
@@ -59,6 +66,9 @@ from avss_dist.stats.rankings import depth_correlation
 from avss_dist.stats.scores import Threshold
 from avss_dist.warehouse.checks import has_head, settings_of
 from avss_dist.warehouse.reader import Warehouse, grouped
+
+if TYPE_CHECKING:
+    from avss_dist.tasks.task import Retention
 
 
 def plan_layers(
@@ -259,20 +269,41 @@ def _findings(warehouse: Warehouse, run: Mapping[str, Any], choice: Choice, valu
 
 
 def evaluated_lines(warehouse: Warehouse, run: Mapping[str, Any], removed: Removals) -> tuple[str, ...]:
-    """Return a line for each task that the model was evaluated on without these layers, beside the whole model."""
+    """Return a line for each task that the model was evaluated on without these layers, beside the whole model.
+
+    It has the rows that were read of a text, and the retention with its interval, where the cells are stored.
+    """
     rows = warehouse.table("evaluations", where=pc.field("revision") == run["revision"]).to_pylist()
     other_changes = ("layer", "patch", "sparsity_plan", "factor", "rounding")
     unchanged = (
         row for row in rows if not row["task"].startswith(SEARCH) and all(row[name] is None for name in other_changes)
     )
     lines = []
-    for (_, task), group in grouped(unchanged, itemgetter("run_id", "task")).items():
+    for (run_id, task), group in grouped(unchanged, itemgetter("run_id", "task")).items():
         metric = primary_metric(group)
-        values = {decode_removals(row["drop"]): shown_value(row) for row in group if row["metric"] == metric}
-        if removed in values:
-            whole = f", {values[()]} of the whole model" if () in values else ""
-            lines.append(f"{task}: {describe_metric(metric)} {values[removed]}{whole}.")
+        by_removal = {decode_removals(row["drop"]): row for row in group if row["metric"] == metric}
+        if removed not in by_removal:
+            continue
+        row = by_removal[removed]
+        read = describe_task(task, settings_of(row).get("skip_sequences", 0), row["num_samples"])
+        line = f"{read}: {describe_metric(metric)} {shown_value(row)}"
+        if () in by_removal:
+            line += f", {shown_value(by_removal[()])} of the whole model"
+            if (retention := _retention(warehouse, run_id, task, metric, removed)) is not None:
+                line += f": {retention.describe()}"
+        lines.append(f"{line}.")
     return tuple(dict.fromkeys(lines))
+
+
+def _retention(warehouse: Warehouse, run_id: str, task: str, metric: str, removed: Removals) -> Retention | None:
+    """Return what is kept of a metric without these layers, from the cells of an evaluation; None without cells."""
+    from avss_dist.tasks.task import Retention, combine  # torch with it
+
+    where = (pc.field("run_id") == run_id) & (pc.field("task") == task) & (pc.field("metric") == metric)
+    rows = warehouse.table("cells", where=where).to_pylist()
+    results = {result.intervention: result for result in combine(rows, len({row["part"] for row in rows}))}
+    before, after = results.get(InterventionKey()), results.get(InterventionKey(removed=removed))
+    return Retention.of(before, after) if before and after else None
 
 
 def sparsifiable_run(warehouse: Warehouse, name: str | None) -> ChosenRun:

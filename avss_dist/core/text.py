@@ -9,6 +9,7 @@ from itertools import groupby
 from pathlib import Path
 
 from avss_dist.core.errors import ConfigError, without_secrets
+from avss_dist.core.registry import PERPLEXITY
 
 
 class RedactedURI(str):
@@ -85,6 +86,24 @@ def describe_count(number: int | None) -> str:
 def count_of(number: int, noun: str) -> str:
     """Return a number and a noun: ``1 run``, ``1,234 runs``."""
     return f"{number:,} {noun}{'' if number == 1 else 's'}"
+
+
+def describe_rows(skipped: int, number: int) -> str:
+    """Return rows of a text in words: ``the first 8 rows``, or ``8 rows after the first 24``."""
+    return (
+        f"{count_of(number, 'row')} after the first {skipped:,}" if skipped else f"the first {count_of(number, 'row')}"
+    )
+
+
+def describe_task(task: str, skipped: int, samples: int | None) -> str:
+    """Return the name of a task, with the rows that it read of a text whose perplexity it is.
+
+    Args:
+        samples: number of samples; None if it is not known.
+    """
+    if samples is None or not task.startswith(PERPLEXITY):
+        return task
+    return f"{task} ({describe_rows(skipped, samples)})"
 
 
 def parse_threshold(text: str | float) -> tuple[float, str]:

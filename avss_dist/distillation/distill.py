@@ -92,13 +92,14 @@ class Distilled(TabularResult):
         self.bytes = sum(file.stat().st_size for file in weight_files(folder))
 
     def table(self) -> pa.Table:
-        """Return a table with a row for each evaluation and text."""
+        """Return a table with a row for each evaluation and text. Those ``as_written`` are of the written files."""
         rows = []
         for point in self.record.curve:
             for text in self.record.texts:
                 rows.append(
                     {
                         "tokens": point.tokens,
+                        "as_written": point is self.record.after,
                         "text": text.corpus,
                         "trained_rows": text.trained_rows,
                         "held_out_rows": text.held_out_rows,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -12,7 +13,7 @@ from pydantic import Field
 
 from avss_dist.core.errors import ConfigError, ModelError
 from avss_dist.core.settings import Settings
-from avss_dist.core.text import escape_markdown
+from avss_dist.core.text import describe_rows, escape_markdown
 from avss_dist.core.validation import Count, Positive, RedactedText, checked
 from avss_dist.corpus.seen import DISTILLATION, SeenText
 from avss_dist.distillation.curve import NO_IMPROVEMENT, CurvePoint, Number
@@ -23,6 +24,7 @@ from avss_dist.pruning.seen import read_seen
 FILE = "avss_distill.json"
 SELF = "self"
 """Name of the text that the teacher writes."""
+_EVALUATED = re.compile(r"^- Evaluated: (.*)\n", re.MULTILINE)  # of the card of the student
 CARD_END = "\nWritten by avss_dist.\n"
 
 
@@ -47,6 +49,28 @@ class RecordedText:
     trained_rows: Count
     held_out_rows: Count
     teacher_perplexity: Number
+
+    def describe_trained(self, skipped: int) -> str:
+        """Return the text, the rows that were trained on, and the weight in words.
+
+        Args:
+            skipped: number of rows before those that were read.
+        """
+        before = self.held_out_rows + self._skipped(skipped)
+        return f"{self.corpus} ({describe_rows(before, self.trained_rows)}, weight {self.weight:g})"
+
+    def describe_held_out(self, skipped: int) -> str:
+        """Return the text and its held-out rows in words.
+
+        Args:
+            skipped: number of rows before those that were read.
+        """
+        others = "" if self.trained_rows else ", nor any of this text"
+        rows = describe_rows(self._skipped(skipped), self.held_out_rows)
+        return f"{self.corpus} ({rows}, not trained on{others})"
+
+    def _skipped(self, skipped: int) -> int:
+        return 0 if self.corpus == SELF else skipped  # all of the text that the teacher wrote is read
 
 
 @checked
@@ -123,18 +147,14 @@ class DistillRecord:
 
     def describe(self) -> list[str]:
         """Return lines for people."""
-        trained = ", ".join(
-            f"{text.corpus} ({text.trained_rows:,} rows, weight {text.weight:g})"
-            for text in self.texts
-            if text.trained_rows
-        )
+        skipped = self.settings.skip_sequences
+        trained = ", ".join(text.describe_trained(skipped) for text in self.texts if text.trained_rows)
         stopped = " and stopped early, as held-out loss no longer fell" if self.ended == NO_IMPROVEMENT else ""
         return [
             f"Distilled from {self.teacher}: {self.after.tokens:,} tokens{stopped}, weights trained: {self.train}, "
-            f"on {trained}; do not evaluate on that text.",
+            f"on {trained}; evaluate on other rows or text.",
             *(
-                f"Perplexity kept of the teacher's {text.teacher_perplexity:.4g} on {text.corpus} "
-                f"({text.held_out_rows} rows, not trained on{'' if text.trained_rows else ', nor any of this text'}): "
+                f"Perplexity kept of the teacher's {text.teacher_perplexity:.4g} on {text.describe_held_out(skipped)}: "
                 f"{self.before.kept[text.label]:.1%} before, {self.after.kept[text.label]:.1%} after."
                 for text in self.texts
             ),
@@ -175,10 +195,11 @@ def write_card(student: Path, folder: Path, record: DistillRecord, evaluated: Se
     """Write the model card of a distilled checkpoint: that of the student, if it has one, and what was done to it.
 
     Args:
-        evaluated: lines on evaluations of the distilled checkpoint.
+        evaluated: lines on evaluations of the distilled checkpoint, which replace those of the student.
     """
     card = student / "README.md"
     text = card.read_text(encoding="utf-8") if card.is_file() else f"# {escape_markdown(student.name)}\n"
+    text = _EVALUATED.sub("" if evaluated else r"- Evaluated before distillation: \1\n", text)
     lines = "".join(f"- {escape_markdown(line)}\n" for line in (*record.describe(), *evaluated))
     (folder / "README.md").write_text(
         f"{text.removesuffix(CARD_END)}\n## Distilled\n\n{lines}{CARD_END}", encoding="utf-8"

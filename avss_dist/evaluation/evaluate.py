@@ -20,7 +20,7 @@ from avss_dist.core.registry import PERPLEXITY, REALIZED, ROW_START
 from avss_dist.core.results import TabularResult
 from avss_dist.core.settings import Settings
 from avss_dist.core.text import RedactedURI, basename
-from avss_dist.evaluation.session import EvaluationSession, PlannedTask, Retention, results_under
+from avss_dist.evaluation.session import EvaluationSession, PlannedTask, results_under
 from avss_dist.evaluation.tasks import plan_task, refuse_seen, row_start_task
 from avss_dist.models.checkpoints import Checkpoint, resolve
 from avss_dist.models.layers import is_linear, linear_sizes
@@ -32,7 +32,7 @@ from avss_dist.pruning.plan import ModelPlan, Plan, read_checked_plan, read_plan
 from avss_dist.pruning.selection import PlanError
 from avss_dist.requests import EvaluateRequest
 from avss_dist.stats.metrics import row_start_warning
-from avss_dist.tasks.task import Result
+from avss_dist.tasks.task import Result, Retention
 from avss_dist.warehouse.reader import Warehouse, grouped
 
 _ANOTHER_MODEL = "Is it a plan for another model? Score this one, and make a plan of its own."

@@ -31,7 +31,6 @@ from avss_dist.evaluation.session import (
     EvaluationSession,
     PlacedModel,
     PlannedTask,
-    Retention,
     identity,
     require_intended,
     require_listable,
@@ -53,7 +52,7 @@ from avss_dist.runs.scoring import executor_for, overridden, run_job
 from avss_dist.stats.contrast import contrast
 from avss_dist.stats.layer_stats import Float64
 from avss_dist.stats.scores import RELATIVE_THRESHOLDS, Threshold
-from avss_dist.tasks.task import Result
+from avss_dist.tasks.task import Result, Retention
 from avss_dist.tasks.text_loss import LeaveOneOut
 from avss_dist.warehouse.reader import Warehouse
 from avss_dist.warehouse.store import Store

@@ -10,12 +10,9 @@ from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from functools import cached_property
 from itertools import islice
-from math import isfinite, nan
 from pathlib import Path
 from queue import SimpleQueue
 from typing import Any
-
-import numpy as np
 
 from avss_dist.core.errors import AvssError, ConfigError, RunFailed
 from avss_dist.core.intervention import (
@@ -39,8 +36,6 @@ from avss_dist.pruning.map_plans import PrecisionPlan
 from avss_dist.pruning.seen import READ
 from avss_dist.pruning.selection import PlanError
 from avss_dist.runs.local import Executor, open_executor
-from avss_dist.stats.intervals import MINIMUM_UNITS, jackknife_interval
-from avss_dist.stats.metrics import retention_of
 from avss_dist.tasks.task import Cell, CellOutcome, CellResult, Measure, Result, Task, combine
 from avss_dist.warehouse.reader import grouped
 from avss_dist.warehouse.schema import RunIdentity
@@ -437,42 +432,6 @@ def checkpoint_of_run(run: Mapping[str, Any], *, trust_remote_code: bool) -> Che
 def results_under(results: Iterable[Result], key: InterventionKey = NO_INTERVENTION.key) -> list[Result]:
     """Return the results of a model under an intervention, without those of its single layers."""
     return [result for result in results if result.layer is None and result.intervention == key]
-
-
-@dataclass(frozen=True, kw_only=True)
-class Retention:
-    """Retention of a metric: after over before, or before over after if lower is better. 1 means no change.
-
-    The retention of a loss is that of its perplexity.
-
-    Attributes:
-        value: the retention.
-        low, high: ends of the 95% interval over paired samples; NaN where the two have different numbers of samples,
-            where fewer than ``MINIMUM_UNITS`` samples differ, or where the retention is zero or infinite.
-    """
-
-    value: float
-    low: float
-    high: float
-
-    @classmethod
-    def of(cls, before: Result, after: Result) -> Retention:
-        """Return the retention between two results of one metric on the same samples."""
-        value = retention_of(before.metric, *(np.array(result.value) for result in (before, after)))
-        low = high = nan
-        # Most samples of an accuracy may be equal, and equal samples say nothing about its variation.
-        differing = len(before.samples) == len(after.samples) and np.count_nonzero(
-            (before.samples != after.samples) | (before.weights != after.weights)
-        )
-        if differing >= MINIMUM_UNITS:
-            left_out = retention_of(before.metric, before.left_out, after.left_out)
-            low, high = map(float, jackknife_interval(value, left_out, scale="log"))
-        return cls(value=float(value), low=low, high=high)
-
-    @property
-    def has_interval(self) -> bool:
-        """Whether both ends of the interval are known."""
-        return isfinite(self.low) and isfinite(self.high)
 
 
 def identity(checkpoint: Checkpoint, run_id: str, family: str) -> RunIdentity:

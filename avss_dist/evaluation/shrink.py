@@ -23,7 +23,7 @@ from avss_dist.core.intervention import NO_INTERVENTION, EncodedPatch, Intervent
 from avss_dist.core.registry import GREEDY, LOWEST_SHARE, PERPLEXITY, SCORES
 from avss_dist.core.results import TabularResult
 from avss_dist.core.settings import Settings
-from avss_dist.core.text import RedactedURI
+from avss_dist.core.text import RedactedURI, describe_task
 from avss_dist.corpus.shards import CorpusPlan
 from avss_dist.corpus.sources import open_source
 from avss_dist.distillation.curve import Preparing, ignore
@@ -39,7 +39,6 @@ from avss_dist.evaluation.session import (
     EvaluationSession,
     PlacedModel,
     PlannedTask,
-    Retention,
     results_under,
 )
 from avss_dist.evaluation.tasks import earlier_texts, plan_task, plan_text, refuse_overlaps
@@ -53,7 +52,7 @@ from avss_dist.pruning.repair.repair import count_fitted, split_texts, tokens_ne
 from avss_dist.pruning.selection import PlanError
 from avss_dist.requests import AblateRequest, ShrinkRequest
 from avss_dist.runs.scoring import score
-from avss_dist.tasks.task import Result
+from avss_dist.tasks.task import Result, Retention
 from avss_dist.warehouse.reader import Warehouse
 
 ROWS = 256  # rows of each text by default
@@ -70,10 +69,12 @@ class TaskRetention:
     Attributes:
         results: result of the ``whole``, the ``pruned``, the ``repaired`` and the ``distilled`` model, in this order,
             as far as they exist.
+        skipped: number of rows of a text before those that were evaluated.
     """
 
     task: str
     results: Mapping[str, Result]
+    skipped: int = 0
 
     @cached_property
     def retentions(self) -> dict[str, Retention]:
@@ -91,7 +92,8 @@ class TaskRetention:
         names = {"pruned": "without these layers", "whole": "of the whole model"}
         metrics = {name: result.metrics()[-1] for name, result in self.results.items()}
         values = [f"{value:z,.4g} {names.get(name, name)}" for name, (_, value, _) in metrics.items()]
-        return f"{self.task}: {metrics['whole'][0]} {', '.join(reversed(values))}."
+        task = describe_task(self.task, self.skipped, len(self.results["whole"].samples))
+        return f"{task}: {metrics['whole'][0]} {', '.join(reversed(values))}."
 
     def describe_kept(self) -> str:
         """Return one line for people on the retention of the smaller models, with the interval of the last one."""
@@ -99,6 +101,10 @@ class TaskRetention:
         shares = ", ".join(f"{retention.value:z.1%} {name}" for name, retention in self.retentions.items())
         interval = f" (95% interval {final.low:z.1%} to {final.high:z.1%})" if final.has_interval else ""
         return f"Kept of the whole model on {self.task}: {shares}{interval}."
+
+    def describe_all(self) -> str:
+        """Return the lines of `describe` and `describe_kept` as one."""
+        return f"{self.describe()} {self.describe_kept()}"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -241,7 +247,7 @@ def shrink(request: ShrinkRequest) -> Shrunk:
         if best.patch:
             variants[f"{without}, repaired by {request.repair}"] = replace(pruned, patch=best.patch)
         continuations, unread = continue_prompts(session, model, prompts, variants)
-    plan = replace(best.plan, evaluated=tuple(task.describe() for task in best.tasks))
+    plan = replace(best.plan, evaluated=tuple(task.describe_all() for task in best.tasks))
     on_event(Preparing("writing"))
     student = output.with_name(f"{output.name}.part") / "student"  # stays after an error, to resume from
     if distills:
@@ -295,9 +301,7 @@ def _distill(
         replace(before, results={**before.results, **_primary(results[task], {"distilled": NO_INTERVENTION})})
         for before, task in zip(best.tasks, planned, strict=True)
     ]
-    publish_distilled(
-        student, folder, output, record, [f"Evaluated: {task.describe()} {task.describe_kept()}" for task in tasks]
-    )
+    publish_distilled(student, folder, output, record, [f"Evaluated: {task.describe_all()}" for task in tasks])
     return replace(
         pruned,
         folder=str(output),
@@ -394,7 +398,10 @@ def _evaluate(
     return CandidateResult(
         plan=plan,
         patch=patch,
-        tasks=[TaskRetention(task=name, results=_primary(results[task], variants)) for name, task in planned.items()],
+        tasks=[
+            TaskRetention(task=name, results=_primary(results[task], variants), skipped=task.settings.skip_sequences)
+            for name, task in planned.items()
+        ],
     )
 
 

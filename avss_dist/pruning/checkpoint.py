@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import re
 import shutil
+from collections.abc import Iterator
 from contextlib import closing, suppress
 from dataclasses import replace
 from functools import partial
@@ -26,7 +27,7 @@ from avss_dist.core.files import staged_folder
 from avss_dist.core.intervention import Removals, count_removed, whole_layers
 from avss_dist.core.registry import LAYERWISE
 from avss_dist.core.settings import Execution, Settings
-from avss_dist.core.text import describe_layers, escape_markdown, printable
+from avss_dist.core.text import describe_layers, describe_rows, escape_markdown, printable
 from avss_dist.models.checkpoints import PICKLED, Checkpoint, read_config, resolve
 from avss_dist.models.experts import require_experts, without_experts
 from avss_dist.models.interventions import Patch, patched, skipping, without_sublayers
@@ -293,6 +294,7 @@ def model_card(
     head = printable("\n".join(f"{key}: {json.dumps(value, ensure_ascii=False)}" for key, value in fields.items()))
     source = f", of run {plan.run_id}" if plan.run_id else ""
     lines = [
+        *_chosen_on(plan),
         *(f"Finding: {line}" for line in plan.findings),
         *(notes or []),
         *(repair.describe() if repair else []),
@@ -305,6 +307,15 @@ def model_card(
         + "".join(f"- {escape_markdown(line)}\n" for line in lines)
         + "\nWritten by avss_dist.\n"
     )
+
+
+def _chosen_on(plan: Plan) -> Iterator[str]:
+    """Yield a sentence for each text that was read to choose what is removed, with its rows."""
+    for text in plan.seen:
+        rows = "all rows"
+        if text.max_sequences is not None:
+            rows = describe_rows(text.skip_sequences, text.max_sequences)
+        yield f"Chosen on {text.corpus} ({rows})."
 
 
 def _describe_changes(plan: Plan, repair: RepairRecord | None) -> str:

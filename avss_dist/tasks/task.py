@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field, fields, replace
 from functools import cached_property
+from math import isfinite, nan
 from typing import Any, ClassVar
 
 import numpy as np
@@ -33,7 +34,9 @@ from avss_dist.corpus.shards import Shard
 from avss_dist.models.causal_lm import LanguageModel, predicted
 from avss_dist.models.checkpoints import Checkpoint
 from avss_dist.partition.replica import Placement
+from avss_dist.stats.intervals import MINIMUM_UNITS, jackknife_interval
 from avss_dist.stats.layer_stats import Float64
+from avss_dist.stats.metrics import retention_of
 from avss_dist.warehouse.reader import grouped
 
 
@@ -185,6 +188,47 @@ class Result:
         perplexity = float(np.exp(self.value)) if self.metric == LOSS else None
         more = [] if perplexity is None else [("perplexity", perplexity, perplexity * self.stderr)]
         return [(self.metric, self.value, self.stderr), *more]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Retention:
+    """Retention of a metric: after over before, or before over after if lower is better. 1 means no change.
+
+    The retention of a loss is that of its perplexity.
+
+    Attributes:
+        value: the retention.
+        low, high: ends of the 95% interval over paired samples; NaN where the two have different numbers of samples,
+            where fewer than ``MINIMUM_UNITS`` samples differ, or where the retention is zero or infinite.
+    """
+
+    value: float
+    low: float
+    high: float
+
+    @classmethod
+    def of(cls, before: Result, after: Result) -> Retention:
+        """Return the retention between two results of one metric on the same samples."""
+        value = retention_of(before.metric, *(np.array(result.value) for result in (before, after)))
+        low = high = nan
+        # Most samples of an accuracy may be equal, and equal samples say nothing about its variation.
+        differing = len(before.samples) == len(after.samples) and np.count_nonzero(
+            (before.samples != after.samples) | (before.weights != after.weights)
+        )
+        if differing >= MINIMUM_UNITS:
+            left_out = retention_of(before.metric, before.left_out, after.left_out)
+            low, high = map(float, jackknife_interval(value, left_out, scale="log"))
+        return cls(value=float(value), low=low, high=high)
+
+    def describe(self) -> str:
+        """Return the retention as text, with its interval if it is known."""
+        interval = f" (95% interval {self.low:z.1%} to {self.high:z.1%})" if self.has_interval else ""
+        return f"{self.value:z.1%} kept{interval}"
+
+    @property
+    def has_interval(self) -> bool:
+        """Whether both ends of the interval are known."""
+        return isfinite(self.low) and isfinite(self.high)
 
 
 def combine(rows: Iterable[Mapping[str, Any]], num_parts: int) -> list[Result]:

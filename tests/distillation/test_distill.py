@@ -28,9 +28,10 @@ from avss_dist.distillation.curve import KEPT, CurvePoint, TrainingAdvanced
 from avss_dist.distillation.distill import Distilled
 from avss_dist.distillation.loss import distillation_loss
 from avss_dist.distillation.pair import default_learning_rate, write_distilled
-from avss_dist.distillation.record import read_record
+from avss_dist.distillation.record import read_record, write_card
 from avss_dist.models.checkpoints import resolve
 from avss_dist.pruning.seen import read_seen, write_seen
+from avss_dist.reports.terminal.shrink import distilled_table
 
 Distill = Callable[..., Distilled]
 Observed = tuple[Distilled, list[Any]]
@@ -349,6 +350,46 @@ def test_the_command_prints_a_table_or_json(
     assert "tokens: kept" in shown.stderr
     values = json.loads(avss(*arguments, "-o", tmp_path / "json", "--format", "json", "-q").stdout)
     assert values["curve"][0]["tokens"] == 0 and values["output"] == str(tmp_path / "json")
+
+
+def test_the_last_evaluation_is_named_as_that_of_the_written_checkpoint(distilled: Observed) -> None:
+    """It has as many tokens as the best one of the training."""
+    rows = distilled[0].table().to_pylist()
+    last = {row["tokens"] for row in rows if row["as_written"]}
+    assert last == {distilled[0].record.after.tokens}
+    tokens = distilled_table(distilled[0]).columns[0].values
+    assert tokens[-1] == f"{distilled[0].record.after.tokens:,}, as written"
+
+
+def test_lines_on_a_distillation_say_which_rows_were_trained_on_and_held_out(distilled: Observed) -> None:
+    record = distilled[0].record
+    text, own, watched = record.texts
+    first, trained, of_own, of_watched = record.describe()
+    assert f"{text.trained_rows} rows after the first {text.held_out_rows}, weight 3" in first
+    assert f"(the first {text.held_out_rows} rows, not trained on)" in trained
+    assert f"self (the first {own.held_out_rows} rows, not trained on)" in of_own
+    assert f"(the first {watched.held_out_rows} rows, not trained on, nor any of this text)" in of_watched
+
+
+@pytest.mark.parametrize(
+    ("evaluated", "lines"),
+    [
+        ((), ["Evaluated before distillation: t: acc 0.5, 0.6 of the whole model."]),
+        (("Evaluated: t: acc 0.55 distilled.",), ["Evaluated: t: acc 0.55 distilled."]),
+    ],
+    ids=["not evaluated", "evaluated"],
+)
+def test_the_card_of_a_distilled_model_has_no_value_of_the_student_as_its_own(
+    distilled: Observed, tmp_path: Path, evaluated: tuple[str, ...], lines: list[str]
+) -> None:
+    student, folder = tmp_path / "student", tmp_path / "distilled"
+    student.mkdir()
+    folder.mkdir()
+    card = "# m\n\n- Finding: f.\n- Evaluated: t: acc 0.5, 0.6 of the whole model.\n\nWritten by avss_dist.\n"
+    (student / "README.md").write_text(card)
+    write_card(student, folder, distilled[0].record, evaluated)
+    written = (folder / "README.md").read_text()
+    assert [line[2:] for line in written.splitlines() if line.startswith("- Evaluated")] == lines
 
 
 # What training would not help, and what is written

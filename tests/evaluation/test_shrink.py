@@ -512,6 +512,17 @@ def test_the_table_the_card_and_the_texts_are_those_of_the_distilled_model(disti
         assert words in card, words
 
 
+def test_the_card_says_which_rows_were_fitted_and_which_were_evaluated(distilled: Observed) -> None:
+    card = (Path(distilled[0].folder) / "README.md").read_text()
+    for words in ("50 rows after the first 30", "50 rows after the first 30, weight", "10 rows after the first 10"):
+        assert words in card, words
+
+
+def test_the_card_has_the_value_of_the_distilled_model_alone(distilled: Observed) -> None:
+    card = (Path(distilled[0].folder) / "README.md").read_text()
+    assert card.count("Evaluated: ") == len(distilled[0].best.tasks)
+
+
 class Stopped(Exception):
     """A training that is stopped after a step."""
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from dataclasses import replace
 from datetime import UTC, datetime
 from itertools import combinations
@@ -21,7 +22,7 @@ from support.checkpoints import LAYERS as TINY_LAYERS
 from support.command_line import avss, mistake, succeed
 from support.warehouses import run_row, write_scores
 
-from avss_dist.analysis.plans import plan_layers
+from avss_dist.analysis.plans import evaluated_lines, plan_layers
 from avss_dist.core.errors import ConfigError, QueryError
 from avss_dist.core.intervention import Expert, sublayers_of
 from avss_dist.core.registry import BLOCK_DISTANCE, CONTRAST, GREEDY, SCORES
@@ -326,6 +327,29 @@ def test_a_plan_says_what_speaks_against_it(scored: Warehouse, tmp_path: Path) -
     for line in (*made.findings, *made.evaluated):
         assert line in result.stdout
     assert "Not evaluated yet" not in result.stdout
+
+
+def test_a_plan_says_on_which_rows_it_was_evaluated_and_what_is_kept(scored: Warehouse) -> None:
+    """Where the warehouse has the cells, with an interval over the rows."""
+    task, run = "perplexity:x", identity_of("b-1", "-rows")
+    about = {"task": task, "metric": "loss", "created_at": CREATED, "settings": '{"skip_sequences": 24}'}
+    losses = np.linspace(2.0, 3.0, 16)
+    samples = {(): losses, (0, 1): losses + np.linspace(0.1, 0.2, 16)}
+    evaluations = [{**about, "drop": drop, "value": x.mean(), "num_samples": 16} for drop, x in samples.items()]
+    cells = [
+        {"task": task, "metric": "loss", "drop": drop, "part": 0, "samples": x, "weights": np.ones(16)}
+        for drop, x in samples.items()
+    ]
+    store = Store(scored.root)
+    store.write_rows("evaluations", run, evaluations)
+    store.write_rows("cells", run, [{**cell, "created_at": CREATED} for cell in cells], "0" * 20)
+    (row,) = (row for row in scored.runs().to_pylist() if row["run_id"] == "b-1")
+    (line,) = (line for line in evaluated_lines(scored, row, (0, 1)) if line.startswith(f"{task} ("))
+    assert re.fullmatch(
+        r"perplexity:x \(16 rows after the first 24\): perplexity 14\.15, 12\.18 of the whole model: "
+        r"86\.1% kept \(95% interval 8\d\.\d% to 8\d\.\d%\)\.",
+        line,
+    )
 
 
 def test_a_reading_that_was_not_scored_is_refused_with_what_was(scored: Warehouse, tmp_path: Path) -> None:

@@ -24,6 +24,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig
 import avss_dist
 from avss_dist.core.errors import ModelError
 from avss_dist.core.settings import Settings
+from avss_dist.corpus.seen import SCORES, SeenText
 from avss_dist.models.checkpoints import resolve
 from avss_dist.models.interventions import skipping
 from avss_dist.models.layers import first_tensor
@@ -216,6 +217,12 @@ def test_the_model_card_says_what_and_why(tiny_llama: Path) -> None:
     assert f"# {tiny_llama.name} without 1 of its 3 layers" in card.replace("\\", "")
 
 
+def test_the_model_card_says_on_which_rows_the_layers_were_chosen(tiny_llama: Path) -> None:
+    seen = SeenText(use=SCORES, by="llama-1", corpus="text.txt", max_sequences=16, skip_sequences=8)
+    plan = Plan(model="m", num_layers=3, layers="layers", drop=(1,), seen=(seen,))
+    assert "- Chosen on text.txt (16 rows after the first 8).\n" in model_card(resolve(str(tiny_llama)), plan)
+
+
 def test_the_base_model_of_a_card_is_found_from_other_folders(
     tiny_llama: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -300,8 +307,11 @@ def test_from_scores_to_a_checkpoint(tiny_llama: Path, tmp_path: Path) -> None:
     done = succeed("evaluate", plan, "--tasks", "perplexity:builtin:pydoc", "-w", out, *size)
     done = succeed("prune", tiny_llama, plan, "-o", less, "-w", out)
     assert "2 of 3 layers" in done.stdout and "(largest difference 0)" in done.stdout
+    card = (less / "README.md").read_text()
     assert re.search(
-        r"Evaluated: perplexity:builtin:pydoc: perplexity [\d.,]+, .* of the whole", (less / "README.md").read_text()
+        r"Evaluated: perplexity:builtin:pydoc \(the first 2 rows\): perplexity [\d.,]+, .* of the whole model: "
+        r"[\d.]+% kept\.",
+        card,
     )
     again = avss_dist.score(less, corpus="builtin:pydoc", warehouse=out, executor="local", **options)
     assert again.status == "done" and len(again.scores(site="block", recipe="pooled", threshold=1e-5)) == 2

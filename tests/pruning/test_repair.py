@@ -368,7 +368,7 @@ def test_every_text_counts_alike_or_by_its_weight(tiny_llama: Path, tmp_path: Pa
     assert errors["by weight"] != pytest.approx(errors["alike"], rel=1e-4)
     (record,) = read_repairs(tmp_path / "by weight")
     assert [(text.corpus, text.weight) for text in record.texts] == [(TEXT, 2.0), (str(other), 1.0)]
-    assert "builtin:pydoc (2,538 tokens, weight 2)" in record.describe()[0]
+    assert "builtin:pydoc (2,538 tokens of the first 60 rows, weight 2)" in record.describe()[0]
 
 
 def test_a_weight_stands_at_the_end_of_a_text_that_is_no_file(tmp_path: Path) -> None:
@@ -431,7 +431,7 @@ def test_the_command(tiny_llama: Path, tmp_path: Path) -> None:
     Plan(model=str(tiny_llama), num_layers=3, layers="layers", drop=(1,), why={}).write(plan)
     read = ["--max-sequences", 40, "--sequence-length", 48]
     done = succeed("prune", tiny_llama, plan, "-o", less, "--repair-corpora", TEXT, *read)
-    assert "Repaired by refit, fitted on builtin:pydoc (1,692 tokens)" in done.stdout
+    assert "Repaired by refit, fitted on builtin:pydoc (1,692 tokens of the first 40 rows)" in done.stdout
     assert "Repaired without 1, after 0: error" in done.stdout and "and the repaired weights (largest" in done.stdout
     assert json.loads((less / FILE).read_text())["repairs"][0]["repair"] == "refit"
     for arguments, told in (
@@ -529,7 +529,7 @@ def test_a_record_of_a_repair_that_no_longer_exists_is_read(tmp_path: Path) -> N
     (tmp_path / FILE).write_text(json.dumps({"repairs": [record]}))
     (read,) = read_repairs(tmp_path)
     assert read.repair == "refit_around" and read.describe() == [
-        "Repaired by refit_around, fitted on a.txt (99 tokens); do not evaluate on that text.",
+        "Repaired by refit_around, fitted on a.txt (99 tokens of the first 9 rows); evaluate on other rows or text.",
         "Repaired after 2: error 0.5 -> 0.25 on held-back text (ridge 0.01, none helps).",
         "Repaired in 2: error 0.5 -> 0.25 on held-back text (ridge 0.01, none helps).",
     ]

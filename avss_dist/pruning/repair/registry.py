@@ -21,7 +21,7 @@ from pydantic import Field
 
 from avss_dist.core.errors import ConfigError, ModelError
 from avss_dist.core.settings import DTYPES, ROW_STARTS, TextOptions
-from avss_dist.core.text import RedactedURI, describe_layers
+from avss_dist.core.text import RedactedURI, describe_layers, describe_rows
 from avss_dist.core.validation import Count, OneOf, RedactedText, checked
 from avss_dist.corpus.seen import REPAIR, SeenText
 
@@ -137,9 +137,14 @@ class RepairText:
     weight: Annotated[float, Field(gt=0, strict=False)] = 1.0
     """Weight relative to the other texts."""
 
-    def describe(self) -> str:
-        """Return a few words for people."""
-        return f"{self.corpus} ({self.tokens:,} tokens" + (f", weight {self.weight:g})" if self.weight != 1 else ")")
+    def describe(self, skipped: int) -> str:
+        """Return a few words for people.
+
+        Args:
+            skipped: number of rows before those that were read.
+        """
+        weight = f", weight {self.weight:g}" if self.weight != 1 else ""
+        return f"{self.corpus} ({self.tokens:,} tokens of {describe_rows(skipped, self.rows)}{weight})"
 
 
 @checked
@@ -232,9 +237,9 @@ class RepairRecord(TextOptions):
 
     def describe(self) -> list[str]:
         """Return lines for people."""
-        texts = ", ".join(text.describe() for text in self.texts)
+        texts = ", ".join(text.describe(self.skip_sequences) for text in self.texts)
         return [
-            f"Repaired by {self.repair}, fitted on {texts}; do not evaluate on that text.",
+            f"Repaired by {self.repair}, fitted on {texts}; evaluate on other rows or text.",
             *(f"Repaired {cut.describe()}." for cut in self.cuts),
         ]
 

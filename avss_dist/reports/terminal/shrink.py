@@ -128,8 +128,10 @@ def shrunk_lines(done: Shrunk) -> Iterator[str]:
 def distilled_table(done: Distilled) -> ReportTable:
     """Return a table with a row for each evaluation: loss, and what is kept of each text."""
     record = done.record
+    tokens_before = [point.tokens for point in record.curve[:-1]]
+    written = f"{record.after.tokens:,}, as written"
     columns = [
-        ReportColumn("tokens", [f"{point.tokens:,}" for point in record.curve], number=False),
+        ReportColumn("tokens", [f"{tokens:,}" for tokens in tokens_before] + [written], number=False),
         ReportColumn("divergence", [point.loss for point in record.curve], "{:z.3g}".format),
     ]
     for text in record.texts:
@@ -148,5 +150,6 @@ def distilled_table(done: Distilled) -> ReportTable:
         columns=columns,
         title=f"{record.student}, distilled from {record.teacher}",
         caption="On rows that are not trained on; kept: the teacher's perplexity over the student's; divergence: from "
-        "the teacher, in nats per token of trained texts. The last row is the written checkpoint.",
+        "the teacher, in nats per token of trained texts. As written: the checkpoint, whose weights are rounded to the "
+        "dtype of the student's files.",
     )
