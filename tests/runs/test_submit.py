@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import os
 import re
@@ -22,6 +23,7 @@ from support.processes import ray_processes, wait_until
 from support.ray_cluster import Cluster as RayCluster
 from support.s3_server import Server
 from support.tables import assert_same_tables
+from support.texts import sentences
 from support.warm_workers import own_workers, ray_start_environment
 
 import avss_dist
@@ -186,14 +188,26 @@ def test_a_job_is_stopped_and_goes_on_when_it_is_submitted_again(
 def test_a_job_tells_no_key_and_no_token(
     cluster: dict[str, str], server: Server, models: list[Path], run_avss: Avss, tmp_path: Path
 ) -> None:
-    """Neither in its log nor in what the job server remembers, of a job that is done and of one that fails."""
-    text = "It was the best of times, it was the worst of times. " * 200
-    server.client.put_object(Bucket="lab", Key="a.txt", Body=text.encode())
+    """Neither in its log nor in what the job server remembers, of a job that is done and of one that fails.
+
+    Nor in its warehouse, of an experiment whose texts all have keys.
+    """
+    for seed, name in enumerate("abc"):
+        server.client.put_object(Bucket="lab", Key=f"{name}.txt", Body="\n".join(sentences(300, seed=seed)).encode())
     told = []
     with server.asking_for_keys():
         user = f"s3://{server.key}:{quote(server.secret, safe='')}@lab"
-        for name, says in (("a.txt", "1 run: 1 done."), ("absent.txt", "s3://lab/absent.txt: no such file")):
+        experiment = {
+            "tasks": [f"perplexity:{user}/b.txt"],
+            "random": 1,
+            "repairs": ["channel"],
+            "repair_corpora": [f"{user}/c.txt"],
+            "max_sequences": 4,
+        }
+        for name, says in (("a.txt", "Leaving out the last"), ("absent.txt", "s3://lab/absent.txt: no such file")):
             job = job_file(tmp_path, models[:1], corpus=f'"{user}/{name}"')
+            with Path(job).open("a") as file:
+                file.write(f"\nexperiment: {json.dumps(experiment)}\n")
             done = run_avss("jobs", "submit", job, "--follow", env={**cluster, **PLANTED})
             assert says in done.stdout, done.stderr
             (job_id,) = set(re.findall(r"avss-job-[0-9a-f]{6}", done.stderr))
@@ -206,8 +220,11 @@ def test_a_job_tells_no_key_and_no_token(
     with urlopen(Request(url, headers={"Authorization": f"Bearer {token}"})) as response:
         told.append(response.read().decode())
     assert job_id in told[-1]
+    written = {path: path.read_bytes() for path in (tmp_path / "w").rglob("*") if path.is_file()}
+    assert any("experiments" in path.parts for path in written)
     for secret in (server.key, server.secret, quote(server.secret, safe=""), token, *PLANTED.values()):
         assert not any(secret in text for text in told), secret
+        assert not [path for path, data in written.items() if secret.encode() in data]
 
 
 @pytest.mark.nightly
