@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial, reduce
+from functools import reduce
 from operator import itemgetter
 from typing import Any
 
@@ -71,7 +71,17 @@ SERIES = {
     "after_another": "after another prompt",
 }
 """Columns that the chart draws, each with a description of its answers."""
-_MATCHED = tuple(f"{kind}_matched{what}" for kind in ("length", "position") for what in ("", "_p", "_pairs"))
+_MATCHED = (
+    "length_matched",
+    "length_matched_p",
+    "length_matched_pairs",
+    "position_matched",
+    "position_matched_p",
+    "position_matched_pairs",
+)
+
+_Sides = Callable[..., tuple[Parts, Parts]]
+"""Function that returns the parts of AVSS of hallucinated and of truthful answers, under weights of the units."""
 
 
 @dataclass(frozen=True, kw_only=True, repr=False)
@@ -93,6 +103,23 @@ class Contrast(TabularResult):
     def table(self) -> pa.Table:
         """Return the layers."""
         return self.layers
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class _Measured:
+    """Tables of a contrast, before they are described.
+
+    Attributes:
+        labels: labels of the hallucinated and of the truthful answers.
+        layers: table of the layers, as in `Contrast`.
+        predictions: table of the predictions, as in `Contrast`.
+        pairs: number of pairs of answers, or None if blocks of shards were contrasted.
+    """
+
+    labels: tuple[str, str]
+    layers: pa.Table
+    predictions: pa.Table
+    pairs: int | None
 
 
 def contrast(
@@ -123,37 +150,75 @@ def contrast(
     require_known("site", site, run["sites"] or SITES, QueryError)
     if recipe == "unit" or threshold_kind == "rms":
         strata = Strata.of_run(warehouse, run, site, hallucinated, truthful)
-        labels, pairs = strata.labels, None
-        layers = stratum_table(strata, recipe, Threshold(value=threshold, kind=threshold_kind))
-        predictions = pa.table({"layer": pa.nulls(0, pa.int64()), "statistic": pa.nulls(0, pa.string())})
+        measured = _contrast_blocks(strata, recipe, Threshold(value=threshold, kind=threshold_kind))
     else:
-        rows, counted = answer_rows(warehouse, run, site), list(run["thresholds"])
-        if threshold not in counted:
-            raise QueryError(
-                f"The run did not count elements below {threshold:g} row by row.",
-                f"It counted {', '.join(f'{value:g}' for value in counted)}.",
-            )
+        rows = answer_rows(warehouse, run, site)
+        threshold_index = _counted_index(run, threshold)
         labels = which_labels(pc.unique(rows["stratum"]).to_pylist(), hallucinated, truthful)
-        own_prompt, other_prompt = (
-            read_answers(rows, labels, after, counted.index(threshold)) for after in ("", AFTER_ANOTHER)
-        )
-        layers, pairs = layer_table(own_prompt, other_prompt, recipe), len(own_prompt.pairs)
-        predictions = _predictions(own_prompt, other_prompt, _evaluated(warehouse, run, rows, labels))
+        evaluated = _evaluated(warehouse, run, rows, labels)
+        measured = _contrast_answers(rows, labels, threshold_index, recipe, evaluated)
     reading = {
         "run_id": run["run_id"],
         "model": run["model"],
         "site": site,
         "recipe": recipe,
         "threshold": describe_threshold(threshold, threshold_kind),
-        "hallucinated": labels[0],
-        "truthful": labels[1],
-        "pairs": pairs,
+        "hallucinated": measured.labels[0],
+        "truthful": measured.labels[1],
+        "pairs": measured.pairs,
     }
+    about_layers = _about_layers(measured.layers.to_pylist())
+    about_prediction = _about_prediction(measured.predictions.to_pylist())
     return Contrast(
         reading=reading,
-        layers=layers,
-        predictions=predictions,
-        findings=(*_about_layers(layers.to_pylist()), *_about_prediction(predictions.to_pylist())),
+        layers=measured.layers,
+        predictions=measured.predictions,
+        findings=(*about_layers, *about_prediction),
+    )
+
+
+def _counted_index(run: Mapping[str, Any], threshold: float) -> int:
+    """Return the index of a threshold in those that a run counted.
+
+    Raises:
+        QueryError: if the run did not count it.
+    """
+    counted = list(run["thresholds"])
+    if threshold not in counted:
+        raise QueryError(
+            f"The run did not count elements below {threshold:g} row by row.",
+            f"It counted {', '.join(f'{value:g}' for value in counted)}.",
+        )
+    return counted.index(threshold)
+
+
+def _contrast_blocks(strata: Strata, recipe: str, threshold: Threshold) -> _Measured:
+    """Contrast blocks of shards. Single answers are not told apart, so nothing is predicted of them."""
+    return _Measured(
+        labels=strata.labels,
+        layers=stratum_table(strata, recipe, threshold),
+        predictions=pa.table({"layer": pa.nulls(0, pa.int64()), "statistic": pa.nulls(0, pa.string())}),
+        pairs=None,
+    )
+
+
+def _contrast_answers(
+    rows: pa.Table, labels: tuple[str, str], threshold: int, recipe: str, evaluated: Mapping[str, Float64]
+) -> _Measured:
+    """Contrast single answers.
+
+    Args:
+        rows: as returned by `answer_rows`.
+        threshold: index of the threshold in the run's thresholds.
+        evaluated: as returned by `_evaluated`.
+    """
+    own_prompt = read_answers(rows, labels, "", threshold)
+    other_prompt = read_answers(rows, labels, AFTER_ANOTHER, threshold)
+    return _Measured(
+        labels=labels,
+        layers=layer_table(own_prompt, other_prompt, recipe),
+        predictions=_predictions(own_prompt, other_prompt, evaluated),
+        pairs=len(own_prompt.pairs),
     )
 
 
@@ -166,8 +231,8 @@ def paired_run(warehouse: Warehouse, name: str | None) -> ChosenRun:
 
     def require(run: Mapping[str, Any]) -> None:
         run_id = run["run_id"]
-        for name in ("row_stats", "stratum_stats"):
-            if warehouse.table(name, run_ids=[run_id], columns=["run_id"]).num_rows:
+        for table in ("row_stats", "stratum_stats"):
+            if warehouse.table(table, run_ids=[run_id], columns=["run_id"]).num_rows:
                 return
         raise not_paired(run_id)
 
@@ -201,17 +266,25 @@ def read_answers(rows: pa.Table, labels: tuple[str, str], after: str, threshold:
     """
     strata = [label + after for label in labels]
     rows = rows.filter(pc.is_in(rows["stratum"], pa.array(strata)))
-    answer = rows.filter(pc.equal(rows["layer"], rows["layer"][0]))
-    grids = {name: rows[name] for name in ("pooled_variance", "count", "mean", "m2", "norm", "relative_magnitude")}
-    grids["near_zero"] = pc.list_element(rows["near_zero"], threshold)
+    of_first_layer = rows.filter(pc.equal(rows["layer"], rows["layer"][0]))
+    columns = {name: rows[name] for name in ("pooled_variance", "count", "mean", "m2", "norm", "relative_magnitude")}
+    columns["near_zero"] = pc.list_element(rows["near_zero"], threshold)
+    stats = {}
+    for name, values in columns.items():
+        # The rows are ordered by answer, then by layer.
+        stats[name] = np.array(values, np.float64).reshape(len(of_first_layer), -1)
     answers = contrast_stats.Answers(
-        pair=answer["pair"].to_numpy(),
-        hallucinated=pc.equal(answer["stratum"], strata[0]).to_numpy(),
-        tokens=answer["answer_tokens"].to_numpy(),
-        stats={name: np.array(grid, np.float64).reshape(len(answer), -1) for name, grid in grids.items()},
+        pair=of_first_layer["pair"].to_numpy(),
+        hallucinated=pc.equal(of_first_layer["stratum"], strata[0]).to_numpy(),
+        tokens=of_first_layer["answer_tokens"].to_numpy(),
+        stats=stats,
     )
-    both = [p for p in answers.pairs if 0 < answers.hallucinated[answers.pair == p].mean() < 1]
-    return answers.of_pairs(np.array(both, np.int64))
+    pairs_with_both = []
+    for pair in answers.pairs:
+        hallucinated_share = answers.hallucinated[answers.pair == pair].mean()
+        if 0 < hallucinated_share < 1:
+            pairs_with_both.append(pair)
+    return answers.of_pairs(np.array(pairs_with_both, np.int64))
 
 
 def layer_table(own_prompt: contrast_stats.Answers, other_prompt: contrast_stats.Answers, recipe: str) -> pa.Table:
@@ -219,37 +292,65 @@ def layer_table(own_prompt: contrast_stats.Answers, other_prompt: contrast_stats
 
     Pairs of answers are resampled and left out, and their labels are exchanged inside them.
     """
+    pairs = own_prompt.pairs
 
-    def sides(answers: contrast_stats.Answers, weights: Float64 | None = None) -> tuple[Parts, Parts]:
-        place = np.searchsorted(own_prompt.pairs, answers.pair)
-        by_answer = np.ones(len(place)) if weights is None else weights[:, place]
-        return contrast_stats.both_sides(answers, by_answer, answers.hallucinated.astype(np.float64), recipe)
+    def own_sides(weights: Float64 | None = None) -> tuple[Parts, Parts]:
+        return _answer_sides(own_prompt, pairs, weights, recipe)
 
-    layers, matched = np.arange(own_prompt.stats["count"].shape[1]), dict[str, Float64]()
-    nothing = np.full(len(layers), np.nan)
-    for name, slack in (("length_matched", MATCHED), ("position_matched", 0.0)):
-        answers = contrast_stats.length_matched(own_prompt, slack)
-        tested = len(answers.pairs) >= MIN_PAIRS
-        matched |= {
-            name: contrast_stats.observed(answers, recipe) if tested else nothing,
-            f"{name}_p": contrast_stats.holm(contrast_stats.permutation_p(answers, recipe)) if tested else nothing,
-            f"{name}_pairs": np.full(len(layers), len(answers.pairs)),
-        }
+    def other_sides(weights: Float64 | None = None) -> tuple[Parts, Parts]:
+        return _answer_sides(other_prompt, pairs, weights, recipe)
+
+    length_matched = _matched_columns("length_matched", own_prompt, MATCHED, recipe)
+    position_matched = _matched_columns("position_matched", own_prompt, 0.0, recipe)
     return _table(
-        layers,
-        partial(sides, own_prompt),
-        partial(sides, other_prompt),
-        len(own_prompt.pairs),
+        np.arange(own_prompt.stats["count"].shape[1]),
+        own_sides,
+        other_sides,
+        len(pairs),
         contrast_stats.permutation_p(own_prompt, recipe),
         contrast_stats.noise_floor(own_prompt, recipe),
-        matched,
+        length_matched | position_matched,
     )
+
+
+def _answer_sides(
+    answers: contrast_stats.Answers, pairs: Int64, weights: Float64 | None, recipe: str
+) -> tuple[Parts, Parts]:
+    """Return the parts of AVSS of hallucinated and of truthful answers.
+
+    Args:
+        pairs: distinct pairs, ascending.
+        weights: float64[n, pairs], the weight of each pair, 1 by default.
+    """
+    if weights is None:
+        answer_weights = np.ones(len(answers.pair))
+    else:
+        answer_weights = weights[:, np.searchsorted(pairs, answers.pair)]
+    return contrast_stats.both_sides(answers, answer_weights, answers.hallucinated.astype(np.float64), recipe)
+
+
+def _matched_columns(name: str, answers: contrast_stats.Answers, slack: float, recipe: str) -> dict[str, Float64]:
+    """Return the deviation, p-value and number of pairs whose answers have about the same length, float64[layers] each.
+
+    Args:
+        slack: as for `contrast_stats.length_matched`.
+    """
+    layers = answers.stats["count"].shape[1]
+    matched = contrast_stats.length_matched(answers, slack)
+    pairs = len(matched.pairs)
+    if pairs >= MIN_PAIRS:
+        deviation = contrast_stats.observed(matched, recipe)
+        p = contrast_stats.holm(contrast_stats.permutation_p(matched, recipe))
+    else:
+        deviation = np.full(layers, np.nan)
+        p = np.full(layers, np.nan)
+    return {name: deviation, f"{name}_p": p, f"{name}_pairs": np.full(layers, pairs)}
 
 
 def _table(
     layers: Sequence[int] | Int64,
-    own_prompt: Callable[..., tuple[Parts, Parts]],
-    other_prompt: Callable[..., tuple[Parts, Parts]],
+    own_prompt: _Sides,
+    other_prompt: _Sides,
     units: int,
     p: Float64,
     noise_floor: Float64,
@@ -268,14 +369,17 @@ def _table(
     """
     left_out = left_out_weights(units)
     hallucinated, truthful = own_prompt()
-    observed = _flat(hallucinated), _flat(truthful)
-    without = own_prompt(left_out)
-    columns = contrast_stats.contrast_columns(observed, own_prompt(bootstrap_weights(units)), without)
-    deviation, after_another = columns["deviation"], contrast_stats.deviation(*other_prompt()).ravel()
-    change = deviation - after_another
-    low, high = jackknife_interval(
-        change, contrast_stats.deviation(*without) - contrast_stats.deviation(*other_prompt(left_out))
+    own_left_out = own_prompt(left_out)
+    columns = contrast_stats.contrast_columns(
+        (_flat(hallucinated), _flat(truthful)), own_prompt(bootstrap_weights(units)), own_left_out
     )
+
+    deviation = columns["deviation"]
+    after_another = contrast_stats.deviation(*other_prompt()).ravel()
+    change = deviation - after_another
+    own_deviation_left_out = contrast_stats.deviation(*own_left_out)
+    change_left_out = own_deviation_left_out - contrast_stats.deviation(*other_prompt(left_out))
+    low, high = jackknife_interval(change, change_left_out)
     columns |= {
         "p": p,
         "p_holm": contrast_stats.holm(p),
@@ -286,15 +390,21 @@ def _table(
         "own_minus_another_low": low,
         "own_minus_another_high": high,
     }
+
+    # Comparisons with NaN are false: a layer without a control does not stand.
     with np.errstate(invalid="ignore"):
-        by_label = (columns["p_holm"] < LEVEL) & (np.abs(deviation) > noise_floor)
-        by_length = (matched["length_matched_p"] < LEVEL) & (np.sign(deviation) == np.sign(matched["length_matched"]))
+        exceeds_noise = np.abs(deviation) > noise_floor
+        by_label = (columns["p_holm"] < LEVEL) & exceeds_noise
+        same_sign = np.sign(deviation) == np.sign(matched["length_matched"])
+        by_length = (matched["length_matched_p"] < LEVEL) & same_sign
         by_prompt = np.where(deviation > 0, low > 0, high < 0)
-    arrays = {name: pa.array(values, from_pandas=True) for name, values in ({"layer": layers} | columns).items()}
+    rho = depth_correlation(columns["eavss_contrast"].tolist())
+
+    arrays = {"layer": pa.array(layers, from_pandas=True)}
+    for name, values in columns.items():
+        arrays[name] = pa.array(values, from_pandas=True)
     arrays["stands"] = pa.array(by_label & by_length & by_prompt, mask=np.isnan(matched["length_matched_pairs"]))
-    arrays["depth_correlation"] = pa.array(
-        np.full(len(layers), depth_correlation(columns["eavss_contrast"].tolist())), from_pandas=True
-    )
+    arrays["depth_correlation"] = pa.array(np.full(len(layers), rho), from_pandas=True)
     return pa.table(arrays)
 
 
@@ -305,135 +415,210 @@ def _evaluated(
 
     Only evaluations on the same rows count.
     """
-    from avss_dist.tasks.task import combine  # torch with it, which pages of other runs need not wait for
+    # It imports torch, which pages of other runs need not wait for.
+    from avss_dist.tasks.task import combine
 
     where = (pc.field("task") == f"{PERPLEXITY}{run['corpus']}") & (pc.field("revision") == run["revision"])
-    cells = [c for c in warehouse.table("cells", where=where).to_pylist() if not c["drop"] and c["patch"] is None]
-    layer = rows.filter(pc.equal(rows["layer"], rows["layer"][0]))
-    tokens, strata = (layer[name].to_pylist() for name in ("answer_tokens", "stratum"))
-    counts = np.isin(strata, labels)
-    return {
-        PREDICTED_BASELINES[result.metric]: (result.samples / result.weights)[counts]
-        for of_run in grouped(cells, itemgetter("run_id")).values()
-        for result in combine(of_run, len({cell["part"] for cell in of_run}))
-        if result.metric in PREDICTED_BASELINES and result.weights.tolist() == tokens
-    }
+    cells = warehouse.table("cells", where=where).to_pylist()
+    of_whole_model = [cell for cell in cells if not cell["drop"] and cell["patch"] is None]
+    of_first_layer = rows.filter(pc.equal(rows["layer"], rows["layer"][0]))
+    tokens = of_first_layer["answer_tokens"].to_pylist()
+    is_labelled = np.isin(of_first_layer["stratum"].to_pylist(), labels)
+    evaluated: dict[str, Float64] = {}
+    for of_run in grouped(of_whole_model, itemgetter("run_id")).values():
+        num_parts = len({cell["part"] for cell in of_run})
+        for result in combine(of_run, num_parts):
+            if result.metric in PREDICTED_BASELINES and result.weights.tolist() == tokens:
+                per_token = result.samples / result.weights
+                evaluated[PREDICTED_BASELINES[result.metric]] = per_token[is_labelled]
+    return evaluated
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class _Classifier:
+    """A classifier of answers by one value.
+
+    Attributes:
+        layer: layer that the value is a statistic of, or None for a baseline.
+        statistic: name of the statistic or the baseline.
+        auroc: out-of-fold AUROC.
+        left_out: float64[pairs], the AUROC without each pair.
+    """
+
+    layer: int | None
+    statistic: str
+    auroc: float
+    left_out: Float64
 
 
 def _predictions(
-    a: contrast_stats.Answers, other: contrast_stats.Answers, evaluated: Mapping[str, Float64]
+    own_prompt: contrast_stats.Answers, other_prompt: contrast_stats.Answers, evaluated: Mapping[str, Float64]
 ) -> pa.Table:
     """Return the out-of-fold AUROC of one-dimensional classifiers on layers and on baselines. Folds are of pairs."""
-    features, elsewhere = map(_features, (a, other))
-    weights = left_out_weights(len(a.pairs))[:, np.searchsorted(a.pairs, a.pair)]
-    baselines = {"length": a.tokens.astype(np.float64), **evaluated}
-    classifiers: list[tuple[int | None, str, float, Float64]] = [
-        (None, name, *_auroc(a, values, weights)) for name, values in baselines.items() if len(values) == len(a.pair)
-    ]
-    for name, grid in features.items():
-        if np.isfinite(grid).all():
-            classifiers += [(layer, name, *_auroc(a, column, weights)) for layer, column in enumerate(grid.T)]
-    number = sum(layer is not None for layer, *_ in classifiers)
-    best = max(
-        (classifier for classifier in classifiers if classifier[0] is None), key=lambda classifier: classifier[2]
-    )
-    corrected = 1 - (1 - INTERVAL) / max(number, 1)  # Bonferroni, over layers and statistics
+    baselines = _baseline_classifiers(own_prompt, evaluated)
+    of_layers = _layer_classifiers(own_prompt)
+    best_baseline = max(baselines, key=lambda baseline: baseline.auroc)
+    other_features = _features(other_prompt)
+    other_weights = np.ones((1, len(other_prompt.pair)))
+    corrected = 1 - (1 - INTERVAL) / max(len(of_layers), 1)  # Bonferroni, over layers and statistics
     rows = []
-    for layer, name, value, left_out in classifiers:
-        low, high = jackknife_interval(np.array(value), left_out, scale="logit")
-        row = {"layer": layer, "statistic": name, "auroc": value, "auroc_low": low, "auroc_high": high}
+    for baseline in baselines:
+        row = _prediction_row(baseline)
         row |= {"after_another": None, "gain": None, "beats_baselines": False}
-        if layer is not None:
-            gain, once = value - best[2], np.ones((1, len(other.pair)))
-            least_gain, _ = jackknife_interval(np.array(gain), left_out - best[3], confidence=corrected)
-            after_another, _ = _auroc(other, elsewhere[name][:, layer], once)
-            row |= {"after_another": after_another, "gain": gain, "beats_baselines": bool(least_gain > 0)}
+        rows.append(row)
+    for classifier in of_layers:
+        gain = classifier.auroc - best_baseline.auroc
+        gain_left_out = classifier.left_out - best_baseline.left_out
+        least_gain, _ = jackknife_interval(np.array(gain), gain_left_out, confidence=corrected)
+        other_values = other_features[classifier.statistic][:, classifier.layer]
+        after_another, _ = _auroc(other_prompt, other_values, other_weights)
+        row = _prediction_row(classifier)
+        row |= {"after_another": after_another, "gain": gain, "beats_baselines": bool(least_gain > 0)}
         rows.append(row)
     return pa.Table.from_pylist(rows)
 
 
-def _features(a: contrast_stats.Answers) -> dict[str, Float64]:
+def _baseline_classifiers(answers: contrast_stats.Answers, evaluated: Mapping[str, Float64]) -> list[_Classifier]:
+    """Return the classifiers by the length of an answer, and by each evaluation of the same answers."""
+    weights = _left_out_answers(answers)
+    classifiers = []
+    for name, values in {"length": answers.tokens.astype(np.float64), **evaluated}.items():
+        if len(values) == len(answers.pair):
+            auroc, left_out = _auroc(answers, values, weights)
+            classifiers.append(_Classifier(layer=None, statistic=name, auroc=auroc, left_out=left_out))
+    return classifiers
+
+
+def _layer_classifiers(answers: contrast_stats.Answers) -> list[_Classifier]:
+    """Return the classifiers by each statistic that is known of every answer and layer, and by each layer."""
+    weights = _left_out_answers(answers)
+    classifiers = []
+    for name, grid in _features(answers).items():
+        if not np.isfinite(grid).all():
+            continue
+        for layer, values in enumerate(grid.T):
+            auroc, left_out = _auroc(answers, values, weights)
+            classifiers.append(_Classifier(layer=layer, statistic=name, auroc=auroc, left_out=left_out))
+    return classifiers
+
+
+def _left_out_answers(answers: contrast_stats.Answers) -> Float64:
+    """Return weights that leave out the answers of each pair, float64[pairs, answers]."""
+    by_pair = left_out_weights(len(answers.pairs))
+    return by_pair[:, np.searchsorted(answers.pairs, answers.pair)]
+
+
+def _prediction_row(classifier: _Classifier) -> dict[str, Any]:
+    """Return the AUROC of a classifier with its interval, as a row of `Contrast.predictions`."""
+    low, high = jackknife_interval(np.array(classifier.auroc), classifier.left_out, scale="logit")
+    return {
+        "layer": classifier.layer,
+        "statistic": classifier.statistic,
+        "auroc": classifier.auroc,
+        "auroc_low": low,
+        "auroc_high": high,
+    }
+
+
+def _features(answers: contrast_stats.Answers) -> dict[str, Float64]:
     """Return the statistics of answers that classifiers are trained on, float64[rows, layers], by name."""
+    stats = answers.stats
     with np.errstate(invalid="ignore", divide="ignore"):
-        shares = {"variance": a.stats["m2"] / a.stats["count"], "sparsity": a.stats["near_zero"] / a.stats["count"]}
-    return shares | {name: a.stats[name] for name in ("norm", "relative_magnitude")}
+        variance = stats["m2"] / stats["count"]
+        sparsity = stats["near_zero"] / stats["count"]
+    return {
+        "variance": variance,
+        "sparsity": sparsity,
+        "norm": stats["norm"],
+        "relative_magnitude": stats["relative_magnitude"],
+    }
 
 
-def _auroc(a: contrast_stats.Answers, values: Float64, weights: Float64) -> tuple[float, Float64]:
+def _auroc(answers: contrast_stats.Answers, values: Float64, weights: Float64) -> tuple[float, Float64]:
     """Return the out-of-fold AUROC of a classifier of one value, and that under each of several weights."""
-    scores = contrast_stats.out_of_fold(a, values)
-    whole, resampled = (contrast_stats.auroc(scores, a.hallucinated, w) for w in (np.ones((1, len(scores))), weights))
-    return whole.item(), resampled
+    scores = contrast_stats.out_of_fold(answers, values)
+    unweighted = contrast_stats.auroc(scores, answers.hallucinated, np.ones((1, len(scores))))
+    weighted = contrast_stats.auroc(scores, answers.hallucinated, weights)
+    return unweighted.item(), weighted
 
 
 def _about_layers(rows: list[dict[str, Any]]) -> list[str]:
     """Return sentences on the layers that differ by label, and on those that also do by length and by prompt."""
-    differ = [row for row in rows if row["p_holm"] is not None and row["p_holm"] < LEVEL]
-    number, rho = rows[0]["length_matched_pairs"], rows[0]["depth_correlation"] or 0.0
-    where = "inside pairs" if number is not None else "of whole shards"
-    matched = _listed([row["layer"] for row in differ if (row["length_matched_p"] or 1) < LEVEL])
-    sentences = (
-        (
-            not differ,
-            f"No layer differs between hallucinated and truthful answers more than with labels exchanged {where}.",
-        ),
-        (
-            differ,
-            f"Layers that differ more than with labels exchanged {where} (Holm, {LEVEL:.0%}): "
-            f"{_listed([row['layer'] for row in differ])}.",
-        ),
-        (
-            differ and number is not None,
-            f"With lengths matched ({number} pairs): "
-            f"{matched if (number or 0) >= MIN_PAIRS else 'too few pairs to tell'}.",
-        ),
-        (
-            differ,
-            "Otherwise than for the same answers after another prompt: "
-            f"{_listed([row['layer'] for row in differ if _excludes_zero(row)])}.",
-        ),
-        (
-            number is None,
-            "Lengths are not controlled: that takes pooled or element, and a threshold that the run counted.",
-        ),
-        (
-            number is not None,
-            f"Stand after every control: {_listed([row['layer'] for row in rows if row['stands']])}.",
-        ),
-        (
-            abs(rho) > FOLLOWS_DEPTH,
-            f"The contrast follows depth (Spearman {rho:z.2f}), and says little more than a layer's number.",
-        ),
-    )
-    return [sentence for holds, sentence in sentences if holds]
+    pairs = rows[0]["length_matched_pairs"]
+    where = "of whole shards" if pairs is None else "inside pairs"
+    differ = [row for row in rows if _is_significant(row["p_holm"])]
+    sentences = []
+    if not differ:
+        sentences.append(
+            f"No layer differs between hallucinated and truthful answers more than with labels exchanged {where}."
+        )
+    else:
+        sentences.append(
+            f"Layers that differ more than with labels exchanged {where} (Holm, {LEVEL:.0%}): {_listed(differ)}."
+        )
+        if pairs is not None:
+            matched = "too few pairs to tell"
+            if pairs >= MIN_PAIRS:
+                matched = _listed([row for row in differ if _is_significant(row["length_matched_p"])])
+            sentences.append(f"With lengths matched ({pairs} pairs): {matched}.")
+        by_prompt = _listed([row for row in differ if _excludes_zero(row)])
+        sentences.append(f"Otherwise than for the same answers after another prompt: {by_prompt}.")
+    if pairs is None:
+        sentences.append(
+            "Lengths are not controlled: that takes pooled or element, and a threshold that the run counted."
+        )
+    else:
+        stand = _listed([row for row in rows if row["stands"]])
+        sentences.append(f"Stand after every control: {stand}.")
+    rho = rows[0]["depth_correlation"]
+    if rho is not None and abs(rho) > FOLLOWS_DEPTH:
+        sentences.append(
+            f"The contrast follows depth (Spearman {rho:z.2f}), and says little more than a layer's number."
+        )
+    return sentences
 
 
 def _about_prediction(rows: list[dict[str, Any]]) -> list[str]:
     """Return sentences on how well layers and baselines predict labels, none if there are no predictions."""
     if not rows:
         return []
-    best = max((row for row in rows if row["layer"] is None), key=lambda row: row["auroc"])
-    top = max((row for row in rows if row["layer"] is not None), key=lambda row: row["auroc"])
+    best = max((row for row in rows if row["layer"] is None), key=itemgetter("auroc"))
+    top = max((row for row in rows if row["layer"] is not None), key=itemgetter("auroc"))
+    statistic = FEATURES[top["statistic"]]
+    baseline = best["statistic"].replace("_", "-")
     beating = sorted({row["layer"] for row in rows if row["beats_baselines"]})
-    statistic, baseline = FEATURES[top["statistic"]], best["statistic"].replace("_", "-")
-    words = [
+    beating_in_words = ", ".join(map(str, beating)) or "none"
+    sentences = [
         f"Prediction: the best of all layers ({top['layer']}, {statistic}) has AUROC {top['auroc']:.2f}, and "
         f"{top['after_another']:.2f} after another prompt; the best baseline ({baseline}) has {best['auroc']:.2f}.",
-        f"Layers that beat the baselines: {_listed(beating)}.",
+        f"Layers that beat the baselines: {beating_in_words}.",
     ]
     measured = {row["statistic"] for row in rows}
-    if missing := [name.replace("_", "-") for name in PREDICTED_BASELINES.values() if name not in measured]:
-        words.append(f"Baselines are missing ({', '.join(missing)}): evaluate perplexity on the same corpus.")
-    return words
+    missing = [name.replace("_", "-") for name in PREDICTED_BASELINES.values() if name not in measured]
+    if missing:
+        sentences.append(f"Baselines are missing ({', '.join(missing)}): evaluate perplexity on the same corpus.")
+    return sentences
+
+
+def _is_significant(p: float | None) -> bool:
+    """Whether a p-value is known and below the level of the tests."""
+    return p is not None and p < LEVEL
 
 
 def _excludes_zero(row: Mapping[str, Any]) -> bool:
-    low, high = row["own_minus_another_low"], row["own_minus_another_high"]
-    return low is not None and (low > 0 if row["deviation"] > 0 else high < 0)
+    """Whether the interval of the difference from another prompt is on the side of zero that the deviation is on."""
+    low = row["own_minus_another_low"]
+    high = row["own_minus_another_high"]
+    if low is None:
+        return False
+    if row["deviation"] > 0:
+        return bool(low > 0)
+    return bool(high < 0)
 
 
-def _listed(layers: list[int]) -> str:
-    return ", ".join(map(str, layers)) or "none"
+def _listed(rows: Sequence[Mapping[str, Any]]) -> str:
+    """Return the layers of rows in words."""
+    return ", ".join(str(row["layer"]) for row in rows) or "none"
 
 
 @dataclass(frozen=True)
@@ -451,6 +636,11 @@ class Strata:
     layers: tuple[int, ...]
     blocks: Mapping[str, list[list[LayerStats]]]
 
+    @property
+    def num_blocks(self) -> int:
+        """Number of blocks of shards."""
+        return len(self.blocks[self.labels[0]])
+
     @staticmethod
     def of_run(
         warehouse: Warehouse,
@@ -465,20 +655,28 @@ class Strata:
             QueryError: if its text is not paired, or it lacks a label or the site.
         """
         require_known("site", site, run["sites"], QueryError)
-        merged = {key: stats for key, stats in warehouse.read_stratum_stats(run["run_id"]).items() if key[1] == site}
+        stratum_stats = warehouse.read_stratum_stats(run["run_id"])
+        merged = {key: stats for key, stats in stratum_stats.items() if key[1] == site}
         if not merged:
             raise not_paired(run["run_id"])
         labels = which_labels({stratum for _, _, stratum in merged}, hallucinated, truthful)
         layers = tuple(sorted({layer for layer, _, _ in merged}))
         zero = LayerStats.zero(next(iter(merged.values())).thresholds)
-        strata = [label + after for label in labels for after in ("", AFTER_ANOTHER)]
         partials = [shard.strata for shard in warehouse.read_partials(run)]
-        parts = split_into_blocks(len(partials), BOOTSTRAP_BLOCKS)
-        blocks = [merge_stats([partials[i] for i in part]) for part in parts] or [merged]
-        by_layer = {
-            key: [[block.get((layer, site, key), zero) for layer in layers] for block in blocks] for key in strata
-        }
-        return Strata(labels, layers, by_layer)
+        merged_blocks = []
+        for shards in split_into_blocks(len(partials), BOOTSTRAP_BLOCKS):
+            merged_blocks.append(merge_stats([partials[shard] for shard in shards]))
+        if not merged_blocks:
+            # Without the shards' statistics, the whole run is one block.
+            merged_blocks = [merged]
+        by_stratum: dict[str, list[list[LayerStats]]] = {}
+        for label in labels:
+            for stratum in (label, label + AFTER_ANOTHER):
+                by_stratum[stratum] = []
+                for block in merged_blocks:
+                    of_layers = [block.get((layer, site, stratum), zero) for layer in layers]
+                    by_stratum[stratum].append(of_layers)
+        return Strata(labels, layers, by_stratum)
 
     def both_sides(
         self,
@@ -496,15 +694,19 @@ class Strata:
             exchanged: float64[n, blocks], 1 if the labels of a block are exchanged, 0 by default.
             after: `AFTER_ANOTHER` for answers after another prompt, or empty for answers after their own.
         """
-        swapped = np.zeros((1, len(self.blocks[self.labels[0]]))) if exchanged is None else exchanged
-        own, exchanged_weights = ((1 if weights is None else weights) * part for part in (1 - swapped, swapped))
-        first, second = (self.blocks[label + after] for label in self.labels)
+        if weights is None:
+            weights = np.ones((1, self.num_blocks))
+        if exchanged is None:
+            exchanged = np.zeros((1, self.num_blocks))
+        own_label = weights * (1 - exchanged)
+        other_label = weights * exchanged
+        hallucinated, truthful = self.labels
         return _both(
-            [*first, *second],
+            [*self.blocks[hallucinated + after], *self.blocks[truthful + after]],
             recipe,
             threshold,
-            np.hstack([own, exchanged_weights]),
-            np.hstack([exchanged_weights, own]),
+            np.hstack([own_label, other_label]),
+            np.hstack([other_label, own_label]),
         )
 
 
@@ -520,9 +722,10 @@ def _both(
     table = SiteTable(merged, blocks, [threshold], np.vstack([first, second]))
     if recipe not in table.recipes():
         raise QueryError(f"The site has no statistics for the recipe '{recipe}'.", "Use block or update.")
-    _, parts = table.parts(recipe, threshold)
-    rows = len(first)
-    return Parts(*(part[:rows] for part in parts)), Parts(*(part[rows:] for part in parts))
+    weighted = table.parts(recipe, threshold).weighted
+    of_first = Parts(*(part[: len(first)] for part in weighted))
+    of_second = Parts(*(part[len(first) :] for part in weighted))
+    return of_first, of_second
 
 
 def _flat(parts: Parts) -> Parts:
@@ -537,26 +740,37 @@ def stratum_table(strata: Strata, recipe: str, threshold: Threshold) -> pa.Table
     Raises:
         QueryError: if there are fewer than two blocks, or the site has no statistics for the recipe.
     """
-    n, layers = len(strata.blocks[strata.labels[0]]), len(strata.layers)
-    if n < 2:
+    num_blocks = strata.num_blocks
+    num_layers = len(strata.layers)
+    if num_blocks < 2:
         raise QueryError(
             "The run has one shard, and shards exchange their labels.", "Make `sequences_per_shard` smaller."
         )
+
+    def own_sides(weights: Float64 | None = None) -> tuple[Parts, Parts]:
+        return strata.both_sides(recipe, threshold, weights)
+
+    def other_sides(weights: Float64 | None = None) -> tuple[Parts, Parts]:
+        return strata.both_sides(recipe, threshold, weights, after=AFTER_ANOTHER)
+
     rng = np.random.default_rng(BOOTSTRAP_SEED)
-    own_prompt = partial(strata.both_sides, recipe, threshold)
-    exchanged = rng.integers(0, 2, (contrast_stats.num_permutations(layers), n)).astype(np.float64)
-    halves = rng.permuted(np.tile(np.arange(n) < n // 2, (contrast_stats.PERMUTATIONS, 1)), axis=1).astype(np.float64)
-    noise = contrast_stats.deviation(*_both(strata.blocks[strata.labels[1]], recipe, threshold, halves, 1 - halves))
+    permutations = contrast_stats.num_permutations(num_layers)
+    exchanged = rng.integers(0, 2, (permutations, num_blocks)).astype(np.float64)
+    observed = contrast_stats.deviation(*own_sides()).ravel()
+    permuted = contrast_stats.deviation(*strata.both_sides(recipe, threshold, exchanged=exchanged))
+
+    half = np.arange(num_blocks) < num_blocks // 2
+    halves = rng.permuted(np.tile(half, (contrast_stats.PERMUTATIONS, 1)), axis=1).astype(np.float64)
+    truthful_blocks = strata.blocks[strata.labels[1]]
+    between_halves = contrast_stats.deviation(*_both(truthful_blocks, recipe, threshold, halves, 1 - halves))
     return _table(
         strata.layers,
-        own_prompt,
-        partial(own_prompt, after=AFTER_ANOTHER),
-        n,
-        contrast_stats.p_values(
-            contrast_stats.deviation(*own_prompt()).ravel(), contrast_stats.deviation(*own_prompt(exchanged=exchanged))
-        ),
-        contrast_stats.floor_of(noise),
-        dict.fromkeys(_MATCHED, np.full(layers, np.nan)),
+        own_sides,
+        other_sides,
+        num_blocks,
+        contrast_stats.p_values(observed, permuted),
+        contrast_stats.floor_of(between_halves),
+        dict.fromkeys(_MATCHED, np.full(num_layers, np.nan)),
     )
 
 
@@ -567,11 +781,17 @@ def which_labels(strata: Collection[str], hallucinated: str | None, truthful: st
         QueryError: if a given label is unknown, or a missing one is not recognized unambiguously.
     """
     labels = sorted(stratum for stratum in strata if not stratum.endswith(AFTER_ANOTHER))
-    for label in filter(None, (hallucinated, truthful)):
-        require_known("label", label, labels, QueryError)
-    hallucinated = hallucinated or _only([label for label in labels if label.lower() in HALLUCINATED_NAMES])
-    remaining = [label for label in labels if label != hallucinated]
-    truthful = truthful or (TRUTHFUL if TRUTHFUL in remaining else _only(remaining))
+    for label in (hallucinated, truthful):
+        if label:
+            require_known("label", label, labels, QueryError)
+    if not hallucinated:
+        hallucinated = _only([label for label in labels if label.lower() in HALLUCINATED_NAMES])
+    if not truthful:
+        remaining = [label for label in labels if label != hallucinated]
+        if TRUTHFUL in remaining:
+            truthful = TRUTHFUL
+        else:
+            truthful = _only(remaining)
     if not hallucinated or not truthful or hallucinated == truthful:
         raise QueryError(
             f"Which answers are hallucinated, and which truthful? Labels: {', '.join(labels)}.",
@@ -589,95 +809,128 @@ def not_paired(run_id: str) -> QueryError:
 
 
 def _only(labels: list[str]) -> str | None:
-    return labels[0] if len(labels) == 1 else None
+    if len(labels) == 1:
+        return labels[0]
+    return None
 
 
 def contrast_section(label: str, result: Contrast) -> Section:
     """Return the contrast of one run."""
-    name, reading, rows = f"contrast-{page_number(label)}", result.reading, result.layers.to_pylist()
-    pairs = f", {reading['pairs']} pairs" if reading["pairs"] else ""
-    drawn = [
-        {"layer": row["layer"], "answers": title, "deviation": row[source], "noise": row["noise_floor"]}
-        for row in rows
-        for source, title in SERIES.items()
-        if row[source] is not None
-    ]
-    predictions = [_predictions_table(name, result.predictions.to_pylist())] if len(result.predictions) else []
+    name = f"contrast-{page_number(label)}"
+    reading = result.reading
+    rows = result.layers.to_pylist()
+    pairs = ""
+    if reading["pairs"]:
+        pairs = f", {reading['pairs']} pairs"
+    chart = Chart(
+        name=name,
+        title="Deviation from the median layer",
+        meaning="How far each layer's contrast is from that of the median layer, beside the controls.",
+        rows=_chart_rows(rows),
+        draw=_drawing,
+    )
+    tables = [_layers_table(name, rows, reading)]
+    if len(result.predictions):
+        tables.append(_predictions_table(name, result.predictions.to_pylist()))
     return Section(
         label=label,
         about=f"{reading['hallucinated']} against {reading['truthful']} answers{pairs}; {reading['site']}, "
         f"{reading['recipe']}, below {reading['threshold']}.",
         sentences=result.findings,
-        charts=[
-            Chart(
-                name=name,
-                title="Deviation from the median layer",
-                meaning="How far each layer's contrast is from that of the median layer, beside the controls.",
-                rows=drawn,
-                draw=_drawing,
-            )
-        ],
-        tables=[_layers_table(name, rows, reading), *predictions],
+        charts=[chart],
+        tables=tables,
     )
 
 
+def _chart_rows(rows: Sequence[Row]) -> list[dict[str, Any]]:
+    """Return a row for each layer and kind of answers that has a deviation, for `_drawing`."""
+    drawn = []
+    for row in rows:
+        for source, title in SERIES.items():
+            deviation = row[source]
+            if deviation is not None:
+                drawn.append(
+                    {"layer": row["layer"], "answers": title, "deviation": deviation, "noise": row["noise_floor"]}
+                )
+    return drawn
+
+
 def _layers_table(name: str, rows: Sequence[Row], reading: Mapping[str, Any]) -> ReportTable:
-    column, number = partial(column_of, rows), "{:z.3f}".format
+    """Return the table of the layers: the contrast, and the tests of its deviation from the median layer."""
     intervals = [known_interval(row["eavss_contrast_low"], row["eavss_contrast_high"]) for row in rows]
     sizes = [abs(row["deviation"] or 0.0) for row in rows]
-    beyond_noise = [
-        (row["p_holm"] or 1) < LEVEL and size > (row["noise_floor"] or 0.0)
-        for row, size in zip(rows, sizes, strict=True)
+    beyond_noise = [_is_beyond_noise(row) for row in rows]
+    stands = [bool(row["stands"]) for row in rows]
+    number = "{:z.3f}".format
+    columns: list[ReportColumn | BarColumn] = [
+        column_of(rows, "layer", "layer", str),
+        column_of(rows, "contrast", "eavss_contrast", number),
+        ReportColumn("95%", intervals, interval(number), priority=2),
+        column_of(rows, "rank", "rank", "{:z.0f}".format, 3),
+        column_of(rows, "in top 25%", "prone_probability", "{:z.0%}".format, 4),
+        column_of(rows, "deviation", "deviation", number),
+        BarColumn(values=sizes, marked=beyond_noise),
+        column_of(rows, "p", "p_holm", p_value),
+        column_of(rows, "noise", "noise_floor", number, 1),
+        column_of(rows, "length-matched", "length_matched", number, 1),
+        column_of(rows, "its p", "length_matched_p", p_value, 1),
+        column_of(rows, "other prompt", "after_another", number, 1),
+        ReportColumn("stands", stands, yes, meaning="passes every control"),
     ]
-    units, truthful = "pairs" if reading["pairs"] else "shards", reading["truthful"]
-    matched = f", the {rows[0]['length_matched_pairs']} pairs of about equal length" if reading["pairs"] else ""
+    return ReportTable(name=name, title="Each layer", columns=columns, caption=_layers_caption(rows[0], reading))
+
+
+def _is_beyond_noise(row: Row) -> bool:
+    """Whether a layer's deviation is significant, and larger than that between halves of the truthful answers."""
+    if not _is_significant(row["p_holm"]):
+        return False
+    return abs(row["deviation"] or 0.0) > (row["noise_floor"] or 0.0)
+
+
+def _layers_caption(first_row: Row, reading: Mapping[str, Any]) -> str:
+    """Return the explanation of the table of the layers, given its first row."""
+    truthful = reading["truthful"]
+    units = "shards"
+    matched = ""
+    if reading["pairs"]:
+        units = "pairs"
+        matched = f", the {first_row['length_matched_pairs']} pairs of about equal length"
     caption = (
         f"Contrast: log(AVSS on {reading['hallucinated']} / on {truthful} answers). The tests are of its deviation "
         f"from the median layer: p by exchange of labels inside {units} (Holm), noise "
         f"between random halves of {truthful} answers{matched}, and the same answers after another prompt."
     )
-    if rows[0]["eavss_contrast_low"] is None:
+    if first_row["eavss_contrast_low"] is None:
         caption += f" No interval: fewer than {MINIMUM_UNITS} {units}, or a contrast that is not defined."
-    return ReportTable(
-        name=name,
-        title="Each layer",
-        columns=[
-            column("layer", "layer", str),
-            column("contrast", "eavss_contrast", number),
-            ReportColumn("95%", intervals, interval(number), priority=2),
-            column("rank", "rank", "{:z.0f}".format, 3),
-            column("in top 25%", "prone_probability", "{:z.0%}".format, 4),
-            column("deviation", "deviation", number),
-            BarColumn(values=sizes, marked=beyond_noise),
-            column("p", "p_holm", p_value),
-            column("noise", "noise_floor", number, 1),
-            column("length-matched", "length_matched", number, 1),
-            column("its p", "length_matched_p", p_value, 1),
-            column("other prompt", "after_another", number, 1),
-            ReportColumn("stands", [bool(row["stands"]) for row in rows], yes, meaning="passes every control"),
-        ],
-        caption=caption,
-    )
+    return caption
 
 
 def _predictions_table(name: str, rows: Sequence[Row]) -> ReportTable:
     """Return the baselines, and the best layer of each statistic."""
-    best = {str(row["statistic"]).replace("_", "-"): row for row in rows if row["layer"] is None}
+    best: dict[str, Row] = {}
+    for row in rows:
+        if row["layer"] is None:
+            best[str(row["statistic"]).replace("_", "-")] = row
     for statistic, title in FEATURES.items():
         of_layers = [row for row in rows if row["statistic"] == statistic and row["layer"] is not None]
-        if row := max(of_layers, key=lambda row: row["auroc"], default=None):
-            best[f"{title}, layer {row['layer']}"] = row
-    intervals = [known_interval(row["auroc_low"], row["auroc_high"]) for row in best.values()]
+        if of_layers:
+            best_layer = max(of_layers, key=itemgetter("auroc"))
+            best[f"{title}, layer {best_layer['layer']}"] = best_layer
+    shown = list(best.values())
+    intervals = [known_interval(row["auroc_low"], row["auroc_high"]) for row in shown]
+    beats = [bool(row["beats_baselines"]) for row in shown]
+    number = "{:z.3f}".format
+    columns = [
+        ReportColumn("predicts by", list(best), number=False),
+        column_of(shown, "AUROC", "auroc", number),
+        ReportColumn("95%", intervals, interval(number)),
+        column_of(shown, "other prompt", "after_another", number, 1),
+        ReportColumn("beats", beats, yes),
+    ]
     return ReportTable(
         name=f"{name}-predictions",
         title="Does it predict",
-        columns=[
-            ReportColumn("predicts by", list(best), number=False),
-            ReportColumn("AUROC", [row["auroc"] for row in best.values()], "{:z.3f}".format),
-            ReportColumn("95%", intervals, interval("{:z.3f}".format)),
-            ReportColumn("other prompt", [row["after_another"] for row in best.values()], "{:z.3f}".format, priority=1),
-            ReportColumn("beats", [bool(row["beats_baselines"]) for row in best.values()], yes),
-        ],
+        columns=columns,
         caption="Folds over prompts; of each statistic, its best layer.",
     )
 
@@ -687,18 +940,18 @@ def _drawing() -> Any:
     import altair as alt
 
     titles = list(SERIES.values())
-    legend = alt.Legend(title=None, orient="top", columns=1, labelLimit=alt.ExprRef("limit"), symbolOpacity=1)
     title = "deviation from the median layer"
     base = alt.Chart().encode(alt.X("layer:Q", title="layer (from 0)").axis(format="d", tickMinStep=1, grid=False))
-    band = (
-        base.transform_calculate(low="-datum.noise", high="datum.noise")
-        .mark_area(color=GRAY, opacity=0.25, interpolate="step")
-        .encode(alt.Y("low:Q", title=title), alt.Y2("high:Q"))
-        .transform_filter(f"datum.answers == '{titles[0]}'")
-    )
+    # Each kind of answers has the same noise, so that the rows of the first one draw it.
+    band = base.transform_calculate(low="-datum.noise", high="datum.noise")
+    band = band.mark_area(color=GRAY, opacity=0.25, interpolate="step")
+    band = band.encode(alt.Y("low:Q", title=title), alt.Y2("high:Q"))
+    band = band.transform_filter(f"datum.answers == '{titles[0]}'")
+    legend = alt.Legend(title=None, orient="top", columns=1, labelLimit=alt.ExprRef("limit"), symbolOpacity=1)
+    colors = alt.Scale(domain=titles, range=[BLUE, AMBER, GRAY])
     dots = base.mark_point(filled=True, size=40, opacity=1).encode(
         alt.Y("deviation:Q", title=title, axis=alt.Axis(grid=False)),
-        alt.Color("answers:N", scale=alt.Scale(domain=titles, range=[BLUE, AMBER, GRAY]), legend=legend),
+        alt.Color("answers:N", scale=colors, legend=legend),
         alt.Shape("answers:N", scale=alt.Scale(domain=titles), legend=legend),
         tooltip=["layer:Q", "answers:N", alt.Tooltip("deviation:Q", format=".3f")],
     )
