@@ -109,30 +109,42 @@ class Curve:
         return rank_lowest(self.values) <= count_lowest(len(self.depth))
 
     @property
+    def has_trend(self) -> bool:
+        """Whether there are enough points for a `trend`."""
+        return len(self.runs) >= MIN_TREND
+
+    @property
     def trend(self) -> Float64:
         """Spearman's rho of the rank of each layer with the axis, float64[layers].
 
         NaN for fewer than `MIN_TREND` points.
         """
-        if len(self.runs) < MIN_TREND:
+        if not self.has_trend:
             return np.full(len(self.depth), np.nan)
-        return spearman_rows(self.ranks.T, np.broadcast_to(np.arange(float(len(self.runs))), self.ranks.T.shape))
+        ranks_of_layers = self.ranks.T
+        order = np.arange(float(len(self.runs)))
+        return spearman_rows(ranks_of_layers, np.broadcast_to(order, ranks_of_layers.shape))
 
     def rows(self) -> Iterator[dict[str, Any]]:
         """Yield a row of `SCHEMA` for each point and layer."""
-        of_points = self.values.tolist(), self.ranks.tolist(), self.is_lowest.tolist()
-        for run, point, scores, ranks, lowest in zip(self.runs, self.points, *of_points, strict=True):
-            about = {
-                "along": self.along,
-                "curve": self.name,
-                "point": point,
-                "value": float(run[AXES[self.along]]),
-                "run_id": run["run_id"],
-            }
-            for layer, depth, score, rank, is_lowest in zip(
-                self.layers, self.depth.tolist(), scores, ranks, lowest, strict=True
-            ):
-                yield about | {"layer": layer, "depth": depth, "score": score, "rank": rank, "is_lowest": is_lowest}
+        depth = self.depth.tolist()
+        values = self.values.tolist()
+        ranks = self.ranks.tolist()
+        is_lowest = self.is_lowest.tolist()
+        for place, (run, point) in enumerate(zip(self.runs, self.points, strict=True)):
+            for column, layer in enumerate(self.layers):
+                yield {
+                    "along": self.along,
+                    "curve": self.name,
+                    "point": point,
+                    "value": float(run[AXES[self.along]]),
+                    "run_id": run["run_id"],
+                    "layer": layer,
+                    "depth": depth[column],
+                    "score": values[place][column],
+                    "rank": ranks[place][column],
+                    "is_lowest": is_lowest[place][column],
+                }
 
 
 @dataclass(frozen=True, kw_only=True, repr=False)
@@ -149,7 +161,10 @@ class RankingCurves(TabularResult):
 
     def table(self) -> pa.Table:
         """Return a table of `SCHEMA`, with a row for each point and layer of each curve."""
-        return pa.Table.from_pylist([row for curve in self.curves for row in curve.rows()], SCHEMA)
+        rows: list[dict[str, Any]] = []
+        for curve in self.curves:
+            rows += curve.rows()
+        return pa.Table.from_pylist(rows, SCHEMA)
 
     def summary(self) -> str:
         """Return the numbers of curves and of points, in words."""
@@ -192,15 +207,12 @@ def ranking_curves(
         require_known("score", score, FROM_ACTIVATIONS, QueryError)
         scored = profiles(warehouse, runs, site=site, recipe=recipe, threshold=threshold, score=score)
     curves = curves_of(scored, along, allow_mismatch=allow_mismatch)
-    followed = {run["run_id"] for curve in curves for run in curve.runs}
-    with_scores = {profile.run["run_id"] for profile in scored}
-    alone = [run for run in runs if run["run_id"] not in followed]
-    nowhere = f"no other run differs from it in {along} alone, or a newer one is at its place"
-    left_out = {run["run_id"]: nowhere if run["run_id"] in with_scores else "it has no such scores" for run in alone}
-    left_out |= {run["run_id"]: f"its {along} is not known" for run in alone if None in _place(run, along)}
+    left_out = _reasons_left_out(runs, scored, curves, along)
     if not curves:
         why = "; ".join(dict.fromkeys(left_out.values())) or "there are no runs"
-        mismatch = "" if allow_mismatch else ", or set `allow_mismatch` if it is their text or settings that differ"
+        mismatch = ", or set `allow_mismatch` if it is their text or settings that differ"
+        if allow_mismatch:
+            mismatch = ""
         raise QueryError(
             f"No two runs are along {along}: {why}.",
             f"Score runs of the same {' and '.join(SAME[along])} that differ in {along}{mismatch}. "
@@ -209,33 +221,89 @@ def ranking_curves(
     return RankingCurves(curves=curves, left_out=left_out)
 
 
+def _reasons_left_out(
+    runs: Sequence[Mapping[str, Any]], scored: Sequence[Profile], curves: Sequence[Curve], along: str
+) -> dict[str, str]:
+    """Return the reason why a run is on no curve, by run id."""
+    followed: set[str] = set()
+    for curve in curves:
+        followed.update(run["run_id"] for run in curve.runs)
+    with_scores = {profile.run["run_id"] for profile in scored}
+    reasons: dict[str, str] = {}
+    for run in runs:
+        run_id = run["run_id"]
+        if run_id in followed:
+            continue
+        if not _has_place(run, along):
+            reasons[run_id] = f"its {along} is not known"
+        elif run_id not in with_scores:
+            reasons[run_id] = "it has no such scores"
+        else:
+            reasons[run_id] = f"no other run differs from it in {along} alone, or a newer one is at its place"
+    return reasons
+
+
 def curves_of(scored: Sequence[Profile], along: str, *, allow_mismatch: bool = False) -> list[Curve]:
     """Return the curves of profiles along an axis as `ranking_curves` does, those with the most points first."""
-    groups: dict[tuple[Any, ...], dict[Any, Profile]] = {}
     conditions = [name for name in CONDITIONS if name != AXES[along]]
-    equal = () if allow_mismatch else conditions
+    groups: dict[tuple[Any, ...], dict[Any, Profile]] = {}
+    # From the oldest to the newest, so that the newest at a place replaces the others.
     for profile in sorted(scored, key=lambda profile: str(profile.run["created_at"])):
-        place, *same = _place(profile.run, along)
-        if None not in (place, *same) and len(profile.depth) >= MIN_VALUES and np.isfinite(profile.values).all():
-            groups.setdefault((*same, *(condition(profile.run, name) for name in equal)), {})[place] = profile
-    members = [[group[place] for place in sorted(group)] for group in groups.values() if len(group) >= MIN_POINTS]
-    oldest = [next(iter(group.values())).run for group in groups.values() if len(group) >= MIN_POINTS]
-    telling, curves = differing(oldest, (*SAME[along][1:], *conditions)), []
-    for first, group in zip(oldest, members, strict=True):
-        details = [f"{name} {basename(str(first.get(f'{name}_name') or first[name]))}" for name in telling]
-        shallowest = min(group, key=lambda profile: len(profile.depth))
-        depth, number = shallowest.depth, shallowest.run["num_layers"] or len(shallowest.depth)
-        curves.append(
-            Curve(
-                along=along,
-                name=printable(", ".join([str(first[SAME[along][0]]), *details])),
-                runs=[profile.run for profile in group],
-                layers=np.rint(depth * number - 0.5).astype(int).tolist(),
-                depth=depth,
-                values=np.array([np.interp(depth, profile.depth, profile.values) for profile in group]),
-            )
-        )
+        if not _has_place(profile.run, along) or not _is_comparable(profile):
+            continue
+        key = [profile.run[name] for name in SAME[along]]
+        if not allow_mismatch:
+            key += [condition(profile.run, name) for name in conditions]
+        groups.setdefault(tuple(key), {})[profile.run[AXES[along]]] = profile
+    groups_of_curves = [group for group in groups.values() if len(group) >= MIN_POINTS]
+    oldest = [next(iter(group.values())).run for group in groups_of_curves]
+    telling = differing(oldest, (*SAME[along][1:], *conditions))
+    curves = []
+    for run, group in zip(oldest, groups_of_curves, strict=True):
+        members = [group[place] for place in sorted(group)]
+        curves.append(_curve(along, _curve_name(run, along, telling), members))
     return sorted(curves, key=lambda curve: (-len(curve.runs), curve.name))
+
+
+def _is_comparable(profile: Profile) -> bool:
+    """Whether a profile has enough layers to be ranked, all of them with a finite score."""
+    return len(profile.depth) >= MIN_VALUES and bool(np.isfinite(profile.values).all())
+
+
+def _curve_name(run: Mapping[str, Any], along: str, telling: Sequence[str]) -> str:
+    """Return the name of a curve: what its runs have in common.
+
+    Args:
+        run: one of its runs.
+        telling: names of the conditions in which curves differ.
+    """
+    parts = [str(run[SAME[along][0]])]
+    for name in telling:
+        value = run.get(f"{name}_name") or run[name]
+        parts.append(f"{name} {basename(str(value))}")
+    return printable(", ".join(parts))
+
+
+def _curve(along: str, name: str, members: Sequence[Profile]) -> Curve:
+    """Return the curve of profiles, in the order of the axis, at the depths of the one with the fewest layers."""
+    shallowest = min(members, key=lambda profile: len(profile.depth))
+    depth = shallowest.depth
+    num_layers = shallowest.run["num_layers"] or len(depth)
+    return Curve(
+        along=along,
+        name=name,
+        runs=[profile.run for profile in members],
+        layers=np.rint(depth * num_layers - 0.5).astype(int).tolist(),
+        depth=depth,
+        values=np.array([np.interp(depth, profile.depth, profile.values) for profile in members]),
+    )
+
+
+def _has_place(run: Mapping[str, Any], along: str) -> bool:
+    """Whether the place of a run on an axis, and the values that its curve shares, are known."""
+    if run[AXES[along]] is None:
+        return False
+    return all(run[name] is not None for name in SAME[along])
 
 
 def _place(run: Mapping[str, Any], along: str) -> tuple[Any, ...]:
@@ -249,65 +317,99 @@ def curve_section(curve: Curve, name: str) -> Section:
     Args:
         name: base name of its files.
     """
-    axis, points, values, is_lowest = AXIS_TITLES[curve.along], curve.points, curve.values, curve.is_lowest
-    lowest = [", ".join(str(curve.layers[place]) for place in np.flatnonzero(row).tolist()) for row in is_lowest]
-    settled = max((index for index, layers in enumerate(lowest) if layers != lowest[-1]), default=-1) + 1
+    axis = AXIS_TITLES[curve.along]
+    lowest = _lowest_layers(curve)
+    settled = 0
+    for place, layers in enumerate(lowest):
+        if layers != lowest[-1]:
+            settled = place + 1
+    chart = Chart(
+        name=name,
+        title=f"Ranks along {axis}",
+        meaning="A column for each point, a cell for each layer; dark layers are the least important.",
+        rows=_cells(curve),
+        draw=partial(_drawing, curve.along, len(curve.depth)),
+    )
+    points = ReportTable(name=f"{name}-points", title="Points", columns=_point_columns(curve, lowest))
+    layers_table = ReportTable(
+        name=name,
+        title="Layers",
+        columns=_layer_columns(curve),
+        caption="Rank 1 is the lowest score. Trend: Spearman's correlation of the rank with the axis. Among "
+        "the lowest: the share of points at which the layer is in the lowest 25%.",
+    )
+    return Section(
+        label=f"{curve.name} along {axis}",
+        sentences=[f"The lowest 25% are those of the last point from {curve.points[settled]} on."],
+        charts=[chart],
+        tables=[points, layers_table],
+    )
+
+
+def _lowest_layers(curve: Curve) -> list[str]:
+    """Return the lowest 25% of the layers at each point, in words."""
+    lowest = []
+    for is_lowest in curve.is_lowest:
+        places = np.flatnonzero(is_lowest).tolist()
+        lowest.append(", ".join(str(curve.layers[place]) for place in places))
+    return lowest
+
+
+def _point_columns(curve: Curve, lowest: Sequence[str]) -> list[ReportColumn]:
+    """Return the columns of the table of points.
+
+    Args:
+        lowest: as returned by `_lowest_layers`.
+    """
+    values = curve.values
+    run_ids = [run["run_id"] for run in curve.runs]
     with_previous = [np.nan, *spearman_rows(values[1:], values[:-1]).tolist()]
     with_last = spearman_rows(values, np.broadcast_to(values[-1], values.shape)).tolist()
-    of_points = [
-        ReportColumn(axis, points),
-        ReportColumn("run", [run["run_id"] for run in curve.runs], number=False, priority=5),
+    return [
+        ReportColumn(AXIS_TITLES[curve.along], curve.points),
+        ReportColumn("run", run_ids, number=False, priority=5),
         ReportColumn("with the one before", with_previous, "{:z.3f}".format, group="Spearman"),
         ReportColumn("with the last", with_last, "{:z.3f}".format, group="Spearman"),
         ReportColumn("lowest 25%", lowest, number=False, priority=2, wraps=True),
     ]
-    ranks, trend = curve.ranks, curve.trend.tolist()
-    of_layers = [
+
+
+def _layer_columns(curve: Curve) -> list[ReportColumn]:
+    """Return the columns of the table of layers."""
+    depth = curve.depth.tolist()
+    first_ranks = curve.ranks[0].tolist()
+    last_ranks = curve.ranks[-1].tolist()
+    lowest_ranks = curve.ranks.min(axis=0).tolist()
+    highest_ranks = curve.ranks.max(axis=0).tolist()
+    shares_among_lowest = curve.is_lowest.mean(axis=0).tolist()
+    columns = [
         ReportColumn("layer", curve.layers),
-        ReportColumn("depth", curve.depth.tolist(), "{:z.2f}".format, priority=4),
-        ReportColumn("first", ranks[0].tolist(), "{:g}".format, group="rank"),
-        ReportColumn("last", ranks[-1].tolist(), "{:g}".format, group="rank"),
-        ReportColumn("lowest", ranks.min(axis=0).tolist(), "{:g}".format, group="rank", priority=3),
-        ReportColumn("highest", ranks.max(axis=0).tolist(), "{:g}".format, group="rank", priority=3),
-        *([ReportColumn("trend", trend, "{:z.2f}".format, priority=1)] if len(curve.runs) >= MIN_TREND else []),
-        ReportColumn("among the lowest", is_lowest.mean(axis=0).tolist(), "{:z.0%}".format, priority=1),
+        ReportColumn("depth", depth, "{:z.2f}".format, priority=4),
+        ReportColumn("first", first_ranks, "{:g}".format, group="rank"),
+        ReportColumn("last", last_ranks, "{:g}".format, group="rank"),
+        ReportColumn("lowest", lowest_ranks, "{:g}".format, group="rank", priority=3),
+        ReportColumn("highest", highest_ranks, "{:g}".format, group="rank", priority=3),
     ]
-    number = len(curve.depth)
-    distinct = [text if points.count(text) == 1 else f"{text} ({n})" for n, text in enumerate(points, start=1)]
-    cells = [
-        {
-            "point": label,
-            "layer": layer,
-            "run": run["run_id"],
-            "rank": float(rank),
-            "share": round(float((rank - 1) / (number - 1)), 4),
-        }
-        for label, run, of_point in zip(distinct, curve.runs, ranks, strict=True)
-        for layer, rank in zip(curve.layers, of_point, strict=True)
-    ]
-    return Section(
-        label=f"{curve.name} along {axis}",
-        sentences=[f"The lowest 25% are those of the last point from {points[settled]} on."],
-        charts=[
-            Chart(
-                name=name,
-                title=f"Ranks along {axis}",
-                meaning="A column for each point, a cell for each layer; dark layers are the least important.",
-                rows=cells,
-                draw=partial(_drawing, curve.along, number),
-            )
-        ],
-        tables=[
-            ReportTable(name=f"{name}-points", title="Points", columns=of_points),
-            ReportTable(
-                name=name,
-                title="Layers",
-                columns=of_layers,
-                caption="Rank 1 is the lowest score. Trend: Spearman's correlation of the rank with the axis. Among "
-                "the lowest: the share of points at which the layer is in the lowest 25%.",
-            ),
-        ],
-    )
+    if curve.has_trend:
+        columns.append(ReportColumn("trend", curve.trend.tolist(), "{:z.2f}".format, priority=1))
+    columns.append(ReportColumn("among the lowest", shares_among_lowest, "{:z.0%}".format, priority=1))
+    return columns
+
+
+def _cells(curve: Curve) -> list[dict[str, Any]]:
+    """Return a row for each point and layer, for `_drawing`."""
+    points = curve.points
+    highest_rank = len(curve.depth)
+    cells = []
+    for place, (run, point) in enumerate(zip(curve.runs, points, strict=True)):
+        label = point
+        # Points of the same name would share a column.
+        if points.count(point) > 1:
+            label = f"{point} ({place + 1})"
+        for layer, rank in zip(curve.layers, curve.ranks[place].tolist(), strict=True):
+            share = round((rank - 1) / (highest_rank - 1), 4)
+            cells.append({"point": label, "layer": layer, "run": run["run_id"], "rank": rank, "share": share})
+    return cells
 
 
 def curves_chart(curves: Sequence[Curve]) -> Any:
@@ -319,9 +421,8 @@ def curves_chart(curves: Sequence[Curve]) -> Any:
         section = curve_section(curve, f"curve-{number}")
         (chart,) = section.charts
         title = alt.TitleParams(section.label, subtitle=list(section.sentences), anchor="start")
-        charts.append(
-            chart.draw().properties(width=560, title=title).properties(data=alt.InlineData(values=list(chart.rows)))
-        )
+        data = alt.InlineData(values=list(chart.rows))
+        charts.append(chart.draw().properties(width=560, title=title, data=data))
     return alt.vconcat(*charts).properties(padding=12)
 
 
@@ -333,20 +434,11 @@ def _drawing(along: str, number: int) -> Any:
     """
     import altair as alt
 
+    point_axis = alt.Axis(labelAngle=-45, labelOverlap="greedy", labelLimit=120, grid=False)
+    points = alt.X("point:N", sort=None, title=AXIS_TITLES[along], axis=point_axis)
+    layers = alt.Y("layer:O", sort="descending", title="layer").axis(labelOverlap="greedy")
     legend = alt.Legend(title="rank: 0 least, 1 most important", orient="top", direction="horizontal", titleLimit=240)
-    return (
-        alt.Chart()
-        .mark_rect()
-        .properties(height=max(120, 11 * number))
-        .encode(
-            x=alt.X(
-                "point:N",
-                sort=None,
-                title=AXIS_TITLES[along],
-                axis=alt.Axis(labelAngle=-45, labelOverlap="greedy", labelLimit=120, grid=False),
-            ),
-            y=alt.Y("layer:O", sort="descending", title="layer").axis(labelOverlap="greedy"),
-            color=alt.Color("share:Q", scale=alt.Scale(domain=[0, 1], scheme="viridis"), legend=legend),
-            tooltip=["point:N", "run:N", "layer:Q", alt.Tooltip("rank:Q", format=".1f")],
-        )
-    )
+    shares = alt.Color("share:Q", scale=alt.Scale(domain=[0, 1], scheme="viridis"), legend=legend)
+    tooltip = ["point:N", "run:N", "layer:Q", alt.Tooltip("rank:Q", format=".1f")]
+    chart = alt.Chart().mark_rect().properties(height=max(120, 11 * number))
+    return chart.encode(x=points, y=layers, color=shares, tooltip=tooltip)
