@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from functools import reduce
-from operator import and_
 from typing import Any
 
 import numpy as np
@@ -17,12 +15,14 @@ from avss_dist.stats.scores import Threshold, score_run
 from avss_dist.warehouse.reader import Warehouse
 from avss_dist.warehouse.schema import SCHEMAS, columns_of
 
-EXACT, INTERPOLATED = "exact", "interpolated"
+EXACT = "exact"
+INTERPOLATED = "interpolated"
 SCORES = pa.schema(
     [
         *SCHEMAS["scores"],
         ("exactness", pa.string()),
-        *((name, pa.float64()) for name in ("near_zero_low", "near_zero_high")),
+        ("near_zero_low", pa.float64()),
+        ("near_zero_high", pa.float64()),
     ]
 )
 """Columns of ``scores``, with the exactness and the bounds of the near-zero count.
@@ -31,7 +31,16 @@ SCORES = pa.schema(
 """
 
 _PLACE = [SCHEMAS["layer_stats"].field(name) for name in ("run_id", "model", "layer", "layer_name", "depth", "site")]
-QUANTILES = pa.schema([*_PLACE, *((name, pa.float64()) for name in ("share", "value", "rms_multiple", "low", "high"))])
+QUANTILES = pa.schema(
+    [
+        *_PLACE,
+        ("share", pa.float64()),
+        ("value", pa.float64()),
+        ("rms_multiple", pa.float64()),
+        ("low", pa.float64()),
+        ("high", pa.float64()),
+    ]
+)
 """Columns of a quantile: ``share`` of the elements have abs(x) up to ``value``.
 
 ``rms_multiple`` is ``value`` over the RMS of the layer and site. The true quantile is between ``low`` and ``high``,
@@ -60,33 +69,53 @@ def scores_at(
     """
     rows: list[dict[str, Any]] = []
     for run in runs:
-        identity = {name: run[name] for name in ("run_id", "model", "revision", "family")}
-        stats, shards = warehouse.readable_layer_stats(run["run_id"]), warehouse.read_partials(run)
-        blocks = merge_blocks(shards, BOOTSTRAP_BLOCKS).blocks if shards else []  # as when the run was scored
-        for row in score_run(stats, _layer_names(warehouse, run), blocks, [threshold], sites) if stats else ():
-            measured = stats[row["layer"], row["site"]]
-            _, low, high = measured.below(threshold.at(measured))
-            if row["recipe"] == "unit" or low == high:
-                low = high = row["near_zero_count"]
-            rows.append(
-                {
-                    **identity,
-                    **row,
-                    "exactness": INTERPOLATED if low < high else EXACT,
-                    "near_zero_low": low,
-                    "near_zero_high": high,
-                }
-            )
+        rows += _scores_of_run(warehouse, run, threshold, sites)
     return pa.table(columns_of(rows, SCORES), SCORES)
+
+
+def _scores_of_run(
+    warehouse: Warehouse, run: Mapping[str, Any], threshold: Threshold, sites: Sequence[str] | None
+) -> list[dict[str, Any]]:
+    """Return the rows of `scores_at` of one run."""
+    stats = warehouse.readable_layer_stats(run["run_id"])
+    shards = warehouse.read_partials(run)
+    if not stats:
+        return []
+    blocks: Sequence[Mapping[tuple[int, str], LayerStats]] = []
+    if shards:
+        # The same blocks are resampled as when the run was scored.
+        blocks = merge_blocks(shards, BOOTSTRAP_BLOCKS).blocks
+    rows = []
+    for score in score_run(stats, _layer_names(warehouse, run), blocks, [threshold], sites):
+        measured = stats[score["layer"], score["site"]]
+        _, low, high = measured.below(threshold.at(measured))
+        is_exact = score["recipe"] == "unit" or low == high
+        if is_exact:
+            low = score["near_zero_count"]
+            high = score["near_zero_count"]
+        row = {name: run[name] for name in ("run_id", "model", "revision", "family")}
+        row |= score
+        row["exactness"] = INTERPOLATED if low < high else EXACT
+        row["near_zero_low"] = low
+        row["near_zero_high"] = high
+        rows.append(row)
+    return rows
 
 
 def at_reading(
     site: str | None = None, recipe: str | None = None, threshold: float | None = None, kind: str | None = None
 ) -> pc.Expression:
     """Return the condition that a row of ``scores`` is of a reading of AVSS, where None is any."""
-    place = {"site": site, "recipe": recipe, "threshold": threshold, "threshold_kind": kind}
-    conditions = (pc.field(name) == value for name, value in place.items() if value is not None)
-    return reduce(and_, conditions, pc.scalar(True))
+    condition = pc.scalar(True)
+    if site is not None:
+        condition = condition & (pc.field("site") == site)
+    if recipe is not None:
+        condition = condition & (pc.field("recipe") == recipe)
+    if threshold is not None:
+        condition = condition & (pc.field("threshold") == threshold)
+    if kind is not None:
+        condition = condition & (pc.field("threshold_kind") == kind)
+    return condition
 
 
 def layer_scores(
@@ -111,20 +140,27 @@ def layer_scores(
         run_ids=[run["run_id"] for run in runs],
         where=at_reading(site, recipe, threshold.value, threshold.kind),
     )
-    unscored = {run["run_id"]: run for run in runs} | dict.fromkeys(stored["run_id"].to_pylist())
-    missing = [run for run in unscored.values() if run and site in (run["sites"] or [site])]
-    computed = scores_at(warehouse, missing, threshold, sites=[site])
+    with_scores = set(stored["run_id"].to_pylist())
+    unscored: dict[str, Mapping[str, Any]] = {}
+    for run in runs:
+        sites = run["sites"] or [site]
+        if run["run_id"] not in with_scores and site in sites:
+            unscored[run["run_id"]] = run
+    computed = scores_at(warehouse, list(unscored.values()), threshold, sites=[site])
+    computed = computed.filter(pc.equal(computed["recipe"], recipe))
+    scores = pa.concat_tables([_with_exactness(stored), computed])
+    return scores.sort_by([("run_id", "ascending"), ("layer", "ascending")])
+
+
+def _with_exactness(stored: pa.Table) -> pa.Table:
+    """Return rows of ``scores`` as a table of `SCORES`, where the counts at absolute thresholds are exact."""
     is_exact = pc.equal(stored["threshold_kind"], "absolute")
     counts = pc.if_else(is_exact, stored["near_zero_count"].cast(pa.float64()), None)
-    columns = {
-        **{name: stored[name] for name in SCHEMAS["scores"].names},
-        "exactness": pc.if_else(is_exact, EXACT, None),
-        "near_zero_low": counts,
-        "near_zero_high": counts,
-    }
-    of_recipe = computed.filter(pc.equal(computed["recipe"], recipe))
-    scores = pa.concat_tables([pa.table(columns).cast(SCORES), of_recipe])
-    return scores.sort_by([("run_id", "ascending"), ("layer", "ascending")])
+    columns = {name: stored[name] for name in SCHEMAS["scores"].names}
+    columns["exactness"] = pc.if_else(is_exact, EXACT, None)
+    columns["near_zero_low"] = counts
+    columns["near_zero_high"] = counts
+    return pa.table(columns).cast(SCORES)
 
 
 def quantiles(
@@ -144,29 +180,32 @@ def quantiles(
         ValueError: if a share is not between 0 and 1.
         WarehouseError: as `Warehouse.read_layer_stats`.
     """
-    if wrong := [share for share in shares if not 0 <= share <= 1]:
-        raise ValueError(f"a share is between 0 and 1, not {wrong[0]}")
+    for share in shares:
+        if not 0 <= share <= 1:
+            raise ValueError(f"a share is between 0 and 1, not {share}")
     rows: list[dict[str, Any]] = []
     for run in runs:
         names = _layer_names(warehouse, run)
         for (layer, site), stats in warehouse.readable_layer_stats(run["run_id"]).items():
             if sites is not None and site not in sites:
                 continue
-            place = {"site": site, "layer": layer, "layer_name": names[layer], "depth": (layer + 0.5) / len(names)}
-            ends = (part.tolist() for part in quantiles_of(stats, shares))
-            rows += (
-                {
-                    "run_id": run["run_id"],
-                    "model": run["model"],
-                    **place,
-                    "share": share,
-                    "value": value,
-                    "rms_multiple": value / stats.rms if stats.rms > 0 else None,
-                    "low": low,
-                    "high": high,
-                }
-                for share, value, low, high in zip(shares, *ends, strict=True)
-            )
+            values, lows, highs = quantiles_of(stats, shares)
+            for share, value, low, high in zip(shares, values.tolist(), lows.tolist(), highs.tolist(), strict=True):
+                rows.append(
+                    {
+                        "run_id": run["run_id"],
+                        "model": run["model"],
+                        "layer": layer,
+                        "layer_name": names[layer],
+                        "depth": (layer + 0.5) / len(names),
+                        "site": site,
+                        "share": share,
+                        "value": value,
+                        "rms_multiple": value / stats.rms if stats.rms > 0 else None,
+                        "low": low,
+                        "high": high,
+                    }
+                )
     return pa.Table.from_pylist(rows, QUANTILES)
 
 
@@ -179,18 +218,22 @@ def quantiles_of(stats: LayerStats, shares: Sequence[float] | Float64) -> tuple[
     """
     ranks = np.asarray(shares, float) * stats.count
     if not stats.count:
-        return (np.full(len(ranks), np.nan),) * 3
-    lows, highs, counts = stats.bins
+        unknown = np.full(len(ranks), np.nan)
+        return unknown, unknown, unknown
+    bin_lows, bin_highs, counts = stats.bins
     cumulative = np.cumsum(counts)
-    places = np.minimum(np.searchsorted(cumulative, ranks), len(cumulative) - 1)
-    low, high = lows[places], np.minimum(highs[places], stats.max_abs)
-    value = low + (high - low) * np.clip((ranks - cumulative[places]) / counts[places] + 1, 0, 1)
-    nothing = ranks <= stats.zero_count
-    return np.where(nothing, 0.0, value), np.where(nothing, 0.0, low), np.where(nothing, 0.0, high)
+    bins = np.minimum(np.searchsorted(cumulative, ranks), len(cumulative) - 1)
+    low = bin_lows[bins]
+    high = np.minimum(bin_highs[bins], stats.max_abs)
+    share_of_bin = np.clip((ranks - cumulative[bins]) / counts[bins] + 1, 0, 1)
+    value = low + (high - low) * share_of_bin
+    is_zero = ranks <= stats.zero_count
+    return np.where(is_zero, 0.0, value), np.where(is_zero, 0.0, low), np.where(is_zero, 0.0, high)
 
 
 def _layer_names(warehouse: Warehouse, run: Mapping[str, Any]) -> list[str]:
     """Return the module path of every layer of the model. Layers that were not measured have an empty path."""
     rows = warehouse.table("layer_stats", run_ids=[run["run_id"]], columns=["layer", "layer_name"]).to_pylist()
     names = {row["layer"]: row["layer_name"] for row in rows}
-    return [names.get(i, "") for i in range(max([run["num_layers"] or 0, *(i + 1 for i in names)]))]
+    num_layers = max([run["num_layers"] or 0, *(layer + 1 for layer in names)])
+    return [names.get(layer, "") for layer in range(num_layers)]
