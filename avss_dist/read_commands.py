@@ -145,7 +145,8 @@ def show(opened: Warehouse, request: ShowRequest) -> Table:
     if request.output is not None:
         from avss_dist.reports.chart import layers_chart, save_chart  # altair takes a second to import
 
-        save_chart(layers_chart(runs, score_rows(scores), [*labels.values()]), Path(request.output))
+        chart = layers_chart(runs, score_rows(scores), [*labels.values()])
+        save_chart(chart, Path(request.output), "Layer scores by depth")
     return Table(scores)
 
 
@@ -193,7 +194,7 @@ def compare(
     `comparison.MAX_PAIRS`.
     """
     from avss_dist.analysis import comparison as comparing
-    from avss_dist.analysis.curves import RankingCurves, curves_chart, ranking_curves
+    from avss_dist.analysis.curves import AXIS_TITLES, RankingCurves, curves_chart, ranking_curves
 
     run_ids = chosen_ids(opened, request.run)
     place: dict[str, Any] = {
@@ -216,8 +217,9 @@ def compare(
     if request.output is not None:
         from avss_dist.reports.chart import save_chart, similarity_chart  # altair takes a second to import
 
+        title = f"Ranks along {AXIS_TITLES[request.along]}" if request.along else "Agreement of layer rankings"
         chart = curves_chart(result.curves) if isinstance(result, RankingCurves) else similarity_chart(result)
-        save_chart(chart, Path(request.output))
+        save_chart(chart, Path(request.output), title)
     return result
 
 

@@ -157,7 +157,7 @@ class CompareRequest(PlaceRequest, RunsRequest):
     allow_mismatch: bool = False
     """Also compare runs on different corpora, dtypes and so on."""
     output: OptionalOutput = None
-    """Map of all pairs of runs, ordered by similarity, or of ranks along a property: FILE.png, .svg or .html."""
+    """Map of runs, ordered by similarity, or of ranks along a property: FILE.png, .svg or .html."""
 
     def __post_init__(self) -> None:
         if self.along and self.by != "run":

@@ -333,6 +333,7 @@ class SimilarityMap:
         groups: the most frequent group of each cell.
         scores: number of scores that are shown.
         left_out: number of scores that are not shown, because there are too many.
+        mismatched: number of scores that are not shown, because they were measured under other conditions.
     """
 
     rho: Float64
@@ -340,6 +341,7 @@ class SimilarityMap:
     groups: tuple[str, ...]
     scores: int
     left_out: int = 0
+    mismatched: int = 0
 
 
 def similarity_map(matrix: RankMatrix, labels: Sequence[str], groups: Sequence[str]) -> SimilarityMap:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from bisect import bisect_right
 from collections import Counter
 from collections.abc import Hashable, Iterator, Mapping, Sequence, Set
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import combinations
 from operator import itemgetter
 from typing import Any
@@ -214,12 +214,13 @@ def compare(
     if all_listed := survey.get("number", len(pairs)) == len(pairs):
         survey |= {name: summarize(pairs[name].to_numpy()) for name in ("spearman", "given_depth")}
     compared = {selected[index].run["run_id"] for members in _strata(selected, by, allow_mismatch) for index in members}
+    mapped_profiles = [profile for profile in selected if profile.run["run_id"] in compared]
     return RankingComparison(
         pairs=pairs,
         **{"number": len(pairs), **survey},
         conditions=() if allow_mismatch or by not in ACROSS_MODELS else tuple(differing(scored)),
         left_out=_left_out(runs, {run["run_id"] for run in scored}, compared, by, unscored),
-        similarity=_map(selected, by, allow_mismatch) if mapped else None,
+        similarity=_map(mapped_profiles, by, allow_mismatch) if mapped else None,
         odd=find_odd(pairs, scored) if by in BETWEEN and all_listed else "",
     )
 
@@ -279,15 +280,17 @@ def _no_pair(selected: Sequence[Profile], by: str, allow_mismatch: bool) -> Quer
 
 
 def _map(selected: Sequence[Profile], by: str, allow_mismatch: bool) -> SimilarityMap:
-    """Return the similarity map of the profiles under the most frequent conditions."""
-    groups = grouped(selected, lambda profile: _shared(profile, "run", allow_mismatch))
-    most_frequent = max(groups.values(), key=lambda members: len(members))
+    """Return the similarity map of the profiles under the most frequent conditions, which do not include ``by``."""
+    names = () if allow_mismatch else [name for name in CONDITIONS if name != by]
+    groups = grouped(selected, lambda profile: tuple(condition(profile.run, name) for name in names))
+    most_frequent = max(groups.values(), key=len)
     shown = sorted(most_frequent, key=lambda profile: str(profile.run["created_at"]))
-    return similarity_map(
+    similarity = similarity_map(
         RankMatrix([(profile.depth, profile.values) for profile in shown]),
         run_labels([profile.run for profile in shown]),
         [profile.label(by if by != "run" else "family") for profile in shown],
     )
+    return replace(similarity, mismatched=len(selected) - len(shown))
 
 
 def profiles(

@@ -25,6 +25,7 @@ from avss_dist.analysis.section import (
     AMBER,
     BLUE,
     GRAY,
+    VIOLET,
     Chart,
     ReportColumn,
     ReportTable,
@@ -36,6 +37,7 @@ from avss_dist.core.intervention import InterventionKey
 from avss_dist.core.registry import (
     BASELINES,
     DAMAGE_TASK,
+    FROM_ACTIVATIONS,
     GROUND_TRUTH,
     LOSS,
     MEASURED,
@@ -59,7 +61,9 @@ from avss_dist.warehouse.schema import columns_of
 
 SPLITS, SEED = 200, 0  # of sequences into halves
 GOOD = 0.7  # a correlation that stands out
-KINDS = {"from the scoring pass": BLUE, "from passes of avss ablate": AMBER, "a control": GRAY}
+SCORED, ABLATED, OWN, CONTROL = "from the scoring pass", "from passes of avss ablate", "of your own", "a control"
+KINDS = {SCORED: BLUE, ABLATED: AMBER, OWN: VIOLET, CONTROL: GRAY}
+"""Colors of scores in a chart, by where they come from."""
 TRUTHS = {"loss": "the loss without each layer", "shapley": "the Shapley value", "taylor": "the first-order estimate"}
 SPEARMAN = {name: f"spearman_{name}" for name in GROUND_TRUTH}
 MEASURED_ROUNDED = "rounded:"  # before a number format: the score that is the measured effect of another format
@@ -313,11 +317,10 @@ def page_section(label: str, cards: Sequence[Row], layers: int, readings: int) -
         *(f"{_name(row) if is_published(row) else 'The place alone'}: {row[column]:z.2f}." for row in references),
         f"Of {readings} readings of AVSS, the best of each site is shown; on other text, expect less of it.",
     )
-    kinds = list(KINDS)
     drawn = [
         {
             "score": _name(row),
-            "kind": kinds[2 if row["score"] == LAST else 1 if row["score"] in MEASURED else 0],
+            "kind": _kind(row["score"]),
             "correlation": row[column],
             "ceiling": row["ceiling"],
             **dict(zip(("low", "high"), spearman_interval(row[column], layers), strict=True)),
@@ -333,7 +336,7 @@ def page_section(label: str, cards: Sequence[Row], layers: int, readings: int) -
                 title=f"Correlation with {TRUTHS[truth]}",
                 meaning="The correlation of each score with what leaving layers out does, and its 95% interval.",
                 rows=drawn,
-                draw=partial(_drawing, min(0.0, *(row["correlation"] for row in drawn)), len(drawn)),
+                draw=partial(_drawing, drawn),
             )
         ],
         tables=[_table(name, cards)],
@@ -393,15 +396,27 @@ def _name(card: Row) -> str:
     return "AVSS as published" if is_published(card) else describe_score(card).replace("avss  ", "AVSS ")
 
 
-def _drawing(lowest: float, number: int) -> Any:
+def _kind(score: str) -> str:
+    """Return where a score comes from, of `KINDS`."""
+    if score == LAST:
+        return CONTROL
+    if score in MEASURED:
+        return ABLATED
+    return SCORED if score in FROM_ACTIVATIONS else OWN
+
+
+def _drawing(rows: Sequence[Row]) -> Any:
     """Return the chart of the correlation of each score with its interval, and a dashed line at the ceiling."""
     import altair as alt
 
+    present = {row["kind"] for row in rows}
+    kinds = [kind for kind in KINDS if kind in present]
+    lowest = min(0.0, *(row["correlation"] for row in rows))
     base = alt.Chart().encode(
         alt.Y("score:N", sort=None, title=None).axis(labelLimit=alt.ExprRef("room")),
         alt.Color(
             "kind:N",
-            scale=alt.Scale(domain=list(KINDS), range=list(KINDS.values())),
+            scale=alt.Scale(domain=kinds, range=[KINDS[kind] for kind in kinds]),
             legend=alt.Legend(title=None, orient="top", columns=1, symbolType="circle", symbolOpacity=1),
         ),
     )
@@ -414,4 +429,4 @@ def _drawing(lowest: float, number: int) -> Any:
         base.mark_point(filled=True, size=45, opacity=1).encode(
             x, tooltip=["score:N", alt.Tooltip("correlation:Q", format=".2f")]
         ),
-    ).properties(height=18 * number)
+    ).properties(height=18 * len(rows))

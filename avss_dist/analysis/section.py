@@ -9,7 +9,7 @@ from typing import Any
 
 from avss_dist.core.text import printable
 
-GRAY, BLUE, AMBER = "#8b949e", "#4c9be8", "#e0a030"  # seen on light and on dark
+GRAY, BLUE, AMBER, VIOLET = "#8b949e", "#4c9be8", "#e0a030", "#b07cd8"  # seen on light and on dark
 Row = Mapping[str, Any]  # of a table
 Interval = tuple[float, float]
 

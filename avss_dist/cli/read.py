@@ -35,6 +35,7 @@ if TYPE_CHECKING:
     import pyarrow as pa
 
     from avss_dist.analysis.comparison import RankingComparison
+    from avss_dist.analysis.curves import RankingCurves
     from avss_dist.stats.scores import Threshold
     from avss_dist.warehouse.reader import Warehouse
     from avss_dist.warehouse.removal import Removal
@@ -189,13 +190,28 @@ def compare(request: CompareRequest, format: str) -> None:
     for reason, run_ids in grouped(result.left_out, result.left_out.__getitem__).items():
         say(f"Left out: {first_names(run_ids, MOST_NAMED)}: {reason}.")
     if request.output is not None:
-        say(f"{f'Ranks along {request.along}' if request.along else 'Map of all pairs'}: {request.output}")
+        for line in _describe_picture(result, request):
+            say(line)
     if not isinstance(result, RankingComparison):
         print_result(format, (rendered(curve_section(curve, "curve")) for curve in result.curves), result.table)
         return
     if format != "table" and len(result.pairs) < result.number:
         say(f"Of {result.number:,} pairs, the {len(result.pairs):,} most and least alike are listed.")
     print_result(format, _describe_pairs(opened, result, request), result.table)
+
+
+def _describe_picture(result: RankingComparison | RankingCurves, request: CompareRequest) -> Iterator[str]:
+    """Yield what the picture of a comparison shows, and what it does not."""
+    from avss_dist.analysis.comparison import RankingComparison
+    from avss_dist.reports.chart import describe_mismatched
+
+    if not isinstance(result, RankingComparison):
+        yield f"Ranks along {request.along}: {request.output}"
+        return
+    assert result.similarity is not None
+    yield f"Map of {count_of(result.similarity.scores, 'run')}: {request.output}"
+    if result.similarity.mismatched:
+        yield f"{describe_mismatched(result.similarity)} --allow-mismatch draws all."
 
 
 def _describe_pairs(opened: Warehouse, comparison: RankingComparison, request: CompareRequest) -> Iterator[Any]:

@@ -14,6 +14,7 @@ import altair as alt
 import numpy as np
 import vl_convert
 
+from avss_dist.analysis.agreement import SimilarityMap
 from avss_dist.analysis.comparison import RankingComparison
 from avss_dist.analysis.findings import describe_depth
 from avss_dist.core.errors import AvssError, QueryError, nearest
@@ -62,28 +63,35 @@ def layers_chart(
     for run_id, label in labels.items():
         of_run = [s for s in scores if s["run_id"] == run_id]
         ranks = {name: rank_lowest(np.array([s[column] for s in of_run], float)) for name, column in columns.items()}
+        ranks["avss"] = np.array([s["rank"] for s in of_run], float)  # layers with NaN or infinities have none
         for position, s in enumerate(of_run):
             shown = {k: s[k] for k in ("layer", "layer_name", "depth", "rank", "avss_low", "avss_high")}
             values = {name: s[column] for name, column in columns.items()}
             lowest = {f"lowest_{k}": bool(r[position] <= count_lowest(len(of_run))) for k, r in ranks.items()}
             rows.append({**shown, **values, "run": label, **lowest})
     first, corpora = scores[0], dict.fromkeys(basename(run["corpus"] or "?") for run in runs)
+    dtypes = dict.fromkeys(run["dtype"] or "?" for run in runs)
     threshold = describe_threshold(first["threshold"], first["threshold_kind"])
     several = len(runs) > 1
     base = alt.Chart(alt.InlineData(values=rows)).encode(
         x=alt.X("depth:Q", title="relative depth") if several else layer_axis()
     )
-    color = alt.Color("run:N", title=None, scale=COLORS, legend=alt.Legend(orient="bottom", columns=2))
+    legend = alt.Legend(orient="bottom", columns=2, symbolType="circle", symbolOpacity=1)
+    color = alt.Color("run:N", title=None, scale=COLORS, legend=legend)
     panel_color = color if several else alt.value("#1f77b4")
-    panels = [_panel(base, panel_color, rows, name, title) for name, title in titles.items()]
-    band = why_no_interval(max(run["num_shards"] or 0 for run in runs)) or "Band: 95% interval over shards."
+    measured = [name for name in titles if name == "avss" or any(row[name] is not None for row in rows)]
+    panels = [_panel(base, panel_color, rows, name, titles[name]) for name in measured]
+    if any(row["avss_low"] is not None for row in rows):
+        band = "Band: 95% interval over shards."
+    else:
+        band = why_no_interval(max(run["num_shards"] or 0 for run in runs)) or ""
     ordered = [s["avss_smoothed"] for s in sorted(scores, key=lambda s: s["layer"])]
     warning = None if several else describe_depth("Smoothed AVSS", depth_correlation(ordered), len(ordered))
     title = alt.TitleParams(
         f"Layer scores of {labels[runs[0]['run_id']] if not several else f'{len(runs)} runs'}",
         subtitle=[
             f"Smoothed AVSS: {first['site']} site, {first['recipe']} recipe, |x| < {threshold}; "
-            f"{describe_count(runs[0]['num_tokens'])} tokens of {', '.join(corpora)}, {runs[0]['dtype']}. "
+            f"{_describe_tokens(runs)} tokens of {', '.join(corpora)}, {', '.join(dtypes)}. "
             f"Triangles: the 25% of layers that are lowest in each picture. {band}",
             *([warning] if warning else []),
         ],
@@ -96,6 +104,14 @@ def layers_chart(
         .configure_axis(gridOpacity=0.4)
         .resolve_scale(y="independent")
     )
+
+
+def _describe_tokens(runs: Sequence[Mapping[str, Any]]) -> str:
+    """Return the number of tokens of runs, or the smallest and the largest, as text."""
+    numbers = sorted({run["num_tokens"] for run in runs if run["num_tokens"] is not None})
+    if len(numbers) < 2:
+        return describe_count(next(iter(numbers), None))
+    return f"{describe_count(numbers[0])} to {describe_count(numbers[-1])}"
 
 
 def layer_axis() -> alt.X:
@@ -113,12 +129,12 @@ def depth_chart(
     linear: alt.Scale,
     lowest: str,
     red: bool = True,
-    ends: tuple[str, str],
+    ends: tuple[str, str] | None,
     tooltip: Sequence[Any],
 ) -> Any:
     """Return a chart of a score by depth: a line with a point for each layer, and triangles for the lowest layers.
 
-    AVSS has its interval as a band.
+    Intervals are a line at each layer and a band between layers, with a gap at a layer without one.
 
     Args:
         base: chart that encodes the position of a layer.
@@ -128,7 +144,7 @@ def depth_chart(
         log: whether the score is on a log scale, and else on ``linear``.
         lowest: column that is true for the lowest layers.
         red: whether the points of the lowest layers are red.
-        ends: columns of the interval of AVSS.
+        ends: columns of the ends of intervals, of which at least one is known, or None to draw none.
     """
     marked = alt.when(f"datum.{lowest}")
     axis: Any = {"title": f"{title} (log)" if log else title, "scale": alt.Scale(type="log") if log else linear}
@@ -140,22 +156,30 @@ def depth_chart(
         tooltip=list(tooltip),
     )
     line = base.mark_line(strokeWidth=1.5).encode(y=alt.Y(f"{name}:Q", **axis), color=color)
-    band = base.mark_area(opacity=0.2).encode(y=alt.Y(f"{ends[0]}:Q", **axis), y2=f"{ends[1]}:Q", color=color)
-    return alt.layer(*([band] if name == "avss" else []), line, points)
+    if ends is None:
+        return alt.layer(line, points)
+    low, high = ends
+    interval = base.encode(y=alt.Y(f"{low}:Q", **axis), y2=f"{high}:Q", color=color)
+    band = interval.mark_area(opacity=0.2, invalid="break-paths-filter-domains")
+    # The band has no width at a layer whose neighbours have no interval. The line shows it there.
+    return alt.layer(band, interval.mark_rule(opacity=0.4), line, points)
 
 
 def _panel(base: Any, color: Any, rows: Sequence[Mapping[str, Any]], name: str, title: str) -> Any:
     """Return the chart of a score, on a log scale unless a layer scores zero or less."""
+    values = [row[name] for row in rows]
+    lows = [row["avss_low"] for row in rows] if name == "avss" else []
+    has_intervals = any(low is not None for low in lows)
     return depth_chart(
         base,
         name,
         title,
         color,
-        log=name == "avss" or all(row[name] is None or row[name] > 0 for row in rows),
+        log=all(value is None or value > 0 for value in (*values, *lows)),
         linear=alt.Scale(type="linear"),
         lowest=f"lowest_{name}",
         red=not isinstance(color, alt.Color),  # of several runs, points have the color of their run
-        ends=("avss_low", "avss_high"),
+        ends=("avss_low", "avss_high") if has_intervals else None,
         tooltip=[
             alt.Tooltip("run:N"),
             alt.Tooltip("layer:Q"),
@@ -219,6 +243,8 @@ def similarity_chart(comparison: RankingComparison) -> Any:
     shown = f"{count_of(similarity.scores, 'run')}, ordered by average-linkage clustering of 1 - rank correlation."
     shared = " A cell is the mean over the pairs of neighbouring runs." if similarity.scores > len(labels) else ""
     left_out = f" The {similarity.left_out:,} oldest runs are left out." if similarity.left_out else ""
+    if similarity.mismatched:
+        left_out += f" {describe_mismatched(similarity)}"
     return (
         alt.hconcat(strip, heat, spacing=2)
         .resolve_scale(color="independent")
@@ -230,8 +256,17 @@ def similarity_chart(comparison: RankingComparison) -> Any:
     )
 
 
-def save_chart(chart: Any, path: Path) -> None:
+def describe_mismatched(similarity: SimilarityMap) -> str:
+    """Return a sentence on the runs that were measured under other conditions than those on a map."""
+    number = similarity.mismatched
+    return f"{count_of(number, 'run')} under other conditions {'is' if number == 1 else 'are'} not on it."
+
+
+def save_chart(chart: Any, path: Path, title: str) -> None:
     """Write a chart as ``.png`` (twice the screen's resolution), ``.svg``, or ``.html`` that needs no network.
+
+    Args:
+        title: name of the page, for people who do not see it, too.
 
     Raises:
         AvssError: the file has another ending, or cannot be written.
@@ -251,9 +286,9 @@ def save_chart(chart: Any, path: Path) -> None:
     else:
         text = json.dumps(spec).replace("<", "\\u003c")  # no name in the data can end its script
         data = f"""<!doctype html>
-<html lang="en"><head><meta charset="utf-8"><title>Layer scores</title>
+<html lang="en"><head><meta charset="utf-8"><title>{title}</title>
 <meta name="viewport" content="width=device-width, initial-scale=1"></head>
-<body><div id="chart" role="img" aria-label="Layer scores by depth"></div>
+<body><div id="chart" role="img" aria-label="{title}"></div>
 <script type="application/json" id="spec">{text}</script>
 <script>{drawing_library()}</script>
 <script>vegaEmbed("#chart", JSON.parse(document.getElementById("spec").textContent), {{renderer: "svg"}});</script>

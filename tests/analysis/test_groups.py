@@ -16,7 +16,14 @@ from support.warehouses import PUBLISHED, write_profiles, write_scores
 
 import avss_dist
 from avss_dist.analysis import agreement
-from avss_dist.analysis.agreement import RankMatrix, Scores, correlate_pairs, similarity_map, survey_pairs
+from avss_dist.analysis.agreement import (
+    RankMatrix,
+    Scores,
+    SimilarityMap,
+    correlate_pairs,
+    similarity_map,
+    survey_pairs,
+)
 from avss_dist.analysis.comparison import RankingComparison, compare, size_label
 from avss_dist.analysis.curves import AXES, SCHEMA, RankingCurves, curve_section, ranking_curves
 from avss_dist.core.errors import ConfigError, QueryError
@@ -195,11 +202,53 @@ def test_the_command_draws_the_map(tmp_path: Path) -> None:
         write_scores(tmp_path, f"run-{index}", [float(index % 2 * 7 - layer) ** 2 for layer in range(8)])
     picture = tmp_path / "map.svg"
     result = avss("compare", "-w", tmp_path, "-o", picture)
-    assert result.exit_code == 0 and result.stderr.startswith(f"Map of all pairs: {picture}\n")
+    assert result.exit_code == 0 and result.stderr.startswith(f"Map of 4 runs: {picture}\n")
     drawn = picture.read_text()
     assert "Agreement of layer rankings" in drawn and "run-3" in drawn
     refused = avss("compare", "-w", tmp_path, "--by", "score", "-o", picture)
     assert refused.exit_code == 2 and "A map shows runs" in refused.stderr
+
+
+@pytest.fixture
+def two_texts(tmp_path: Path) -> Path:
+    """Two models, each measured on the same two texts."""
+    for model in "ab":
+        for text in ("x.txt", "y.txt"):
+            scores = np.random.default_rng(len(text) + ord(model)).random(8).tolist()
+            write_scores(tmp_path, f"{model}-{text[0]}", scores, model=f"org/{model}", revision=model, corpus=text)
+    return tmp_path
+
+
+def map_of(root: Path, **options: Any) -> SimilarityMap:
+    run_ids = Warehouse(root).runs()["run_id"].to_pylist()
+    similarity = compare(Warehouse(root), run_ids, threshold=PUBLISHED, mapped=True, **options).similarity
+    assert similarity is not None
+    return similarity
+
+
+def test_a_map_by_text_has_the_runs_of_every_text_and_model(two_texts: Path) -> None:
+    similarity = map_of(two_texts, by="corpus")
+    assert (similarity.scores, sorted(similarity.groups)) == (4, ["x.txt", "x.txt", "y.txt", "y.txt"])
+
+
+def test_a_map_by_run_has_the_runs_of_one_text_and_counts_the_others(two_texts: Path) -> None:
+    similarity = map_of(two_texts)
+    assert (similarity.scores, similarity.mismatched) == (2, 2)
+
+
+def test_a_map_of_different_conditions_has_every_run(two_texts: Path) -> None:
+    similarity = map_of(two_texts, allow_mismatch=True)
+    assert (similarity.scores, similarity.mismatched) == (4, 0)
+
+
+def test_a_run_that_is_in_no_pair_is_not_on_a_map(two_texts: Path) -> None:
+    write_scores(two_texts, "c-x", [1.0, 3, 2, 5, 4, 6, 8, 7], model="org/c", revision="c", corpus="x.txt")
+    assert map_of(two_texts, by="corpus").scores == 4
+
+
+def test_the_command_says_which_runs_are_not_on_the_map(two_texts: Path) -> None:
+    result = avss("compare", "-w", two_texts, "-o", two_texts / "map.svg")
+    assert "2 runs under other conditions are not on it. --allow-mismatch draws all." in result.stderr
 
 
 # Along an axis.

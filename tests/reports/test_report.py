@@ -27,7 +27,7 @@ from avss_dist.analysis.chosen import run_labels
 from avss_dist.analysis.comparison import compare
 from avss_dist.analysis.experts import LayerExperts, experts_section
 from avss_dist.analysis.findings import findings
-from avss_dist.analysis.scorecard import score_cards
+from avss_dist.analysis.scorecard import KINDS, score_cards
 from avss_dist.analysis.section import (
     BarColumn,
     ReportColumn,
@@ -277,6 +277,17 @@ def test_it_begins_with_what_can_be_believed_what_can_go_and_what_is_kept(page: 
     ):
         assert line in alpha
     assert first.count("Nothing was left out and evaluated yet") == 2
+
+
+def test_scores_of_people_are_drawn_as_their_own(store: Warehouse, tmp_path: Path) -> None:
+    file = tmp_path / "mine.csv"
+    file.write_text("layer,guess\n" + "".join(f"{layer},{layer % 3}\n" for layer in range(6)))
+    own = f"{file}:guess"
+    picture = Page(report_page(store, own=[own])).data["pictures"]["scorecard-2"]
+    kinds = {row["score"]: row["kind"] for row in picture["rows"]}
+    assert {kinds[own], kinds["block influence"]} == {"of your own", "from the scoring pass"}
+    legend = picture["spec"]["layer"][-1]["encoding"]["color"]["scale"]["domain"]
+    assert legend == [kind for kind in KINDS if kind in kinds.values()]
 
 
 def test_the_score_card_is_a_picture_a_sentence_and_a_table(page: Page, store: Warehouse) -> None:

@@ -9,9 +9,12 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
 import pytest
 from support.pages import write_failed, write_removals, write_run
-from support.warehouses import unpack_released
+from support.warehouses import rewrite_file, unpack_released
 
 from avss_dist.core.text import describe_threshold
 from avss_dist.reports.page.page import report_page
@@ -452,6 +455,25 @@ def test_odd_runs_are_drawn_as_far_as_they_go(visit: Callable[..., Any], tmp_pat
     assert len(drawn(page, "avss")) == 3
     page.select_option("#run", index=3)
     assert len(drawn(page, "avss")) == 1
+
+
+def test_a_layer_without_an_interval_or_a_score_is_a_gap(visit: Callable[..., Any], tmp_path: Path) -> None:
+    root = tmp_path / "warehouse"
+    write_run(Warehouse(root), "a", layers=8)
+    (scores,) = (root / "scores").rglob("*.parquet")
+    rows = pq.read_table(scores)
+    for column, factor, gaps in (("avss_low", 0.8, [2, 5]), ("avss_high", 1.2, [2, 5]), ("avss_smoothed", 1.0, [5])):
+        is_gap = pc.is_in(rows["layer"], pa.array(gaps))
+        cells = pc.if_else(is_gap, None, pc.multiply(rows["avss_smoothed"], factor))
+        rows = rows.set_column(rows.column_names.index(column), column, cells)
+    rewrite_file(scores, rows)
+    (tmp_path / "report.html").write_text(report_page(Warehouse(root)), encoding="utf-8")
+    page = visit(tmp_path / "report.html")
+    paths = page.evaluate(
+        """() => ["area", "line"].map((kind) => document.querySelector(
+            `[data-chart=avss] .mark-${kind} path`).getAttribute("d").match(/M/g).length)"""
+    )
+    assert paths == [3, 2]  # stretches of the band, and of the line
 
 
 def test_one_run_has_nothing_to_correlate_with(visit: Callable[..., Any], tmp_path: Path) -> None:

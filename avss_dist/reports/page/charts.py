@@ -29,11 +29,15 @@ _DEPTHS = alt.X("from:Q", title="relative depth", scale=alt.Scale(domain=[0, 1])
 def page_charts() -> dict[str, dict[str, Any]]:
     """Return the specification of every chart by name. Names of charts by depth include their axes: ``avss:layer:log``.
 
+    Those of AVSS with intervals are ``avss:layer:log:interval`` and so on.
+
     Each draws the data set ``rows``, and writes the signal ``choice`` above it, cut to ``limit`` pixels.
     """
     by_depth = itertools.product(FROM_ACTIVATIONS, ("layer", "depth"), ("log", "linear"))
+    of_avss = itertools.product(("avss",), ("layer", "depth"), ("log", "linear"))
     charts = {
         **{":".join(names): _by_depth(*names) for names in by_depth},
+        **{":".join((*names, "interval")): _by_depth(*names, interval=True) for names in of_avss},
         "heat": _heat(),
         "lowest": _lowest(),
         "correlation": _correlation(),
@@ -60,8 +64,8 @@ def _finished(chart: Any) -> dict[str, Any]:
     return spec
 
 
-def _by_depth(name: str, axis: str, scale: str) -> Any:
-    """Return the chart of a score by depth: a line and an interval for each run, triangles for its lowest 25%."""
+def _by_depth(name: str, axis: str, scale: str, *, interval: bool = False) -> Any:
+    """Return the chart of a score by depth: a line, or also an interval, for each run, triangles for its lowest 25%."""
     depths = alt.X("depth:Q", title="relative depth").scale(domain=[0, 1])
     color = alt.Color(
         "which:N",
@@ -85,7 +89,7 @@ def _by_depth(name: str, axis: str, scale: str) -> Any:
         log=scale == "log",
         linear=alt.Scale(zero=False),
         lowest="lowest",
-        ends=("low", "high"),
+        ends=("low", "high") if interval else None,
         tooltip=[
             alt.Tooltip("run:N"),
             alt.Tooltip("layer:Q"),

@@ -218,7 +218,7 @@ async function draw(name, variant, rows, given, said, nothing = "Nothing to draw
   const lines = new Set(rows.map((row) => row.run)).size;
   const height = figure.dataset.rows === undefined ? undefined : lines * (lines > 20 ? 15 : 22);
   const key = `${variant} ${height} ${root.dataset.theme} ${rows.length > MANY}`;
-  const copies = rows.map((row) => ({ ...row, low: row.low ?? row.avss, high: row.high ?? row.avss }));
+  const copies = rows.map((row) => ({ ...row })); // the library marks what it draws
   if (figure.key !== key) {
     figure.view?.finalize();
     const spec = { ...(data.pictures[variant]?.spec ?? data.charts[variant]), datasets: { rows: copies } };
@@ -248,12 +248,12 @@ function extremes(rows, name) {
   return `Lowest in layer ${low.layer} (${number(low[name])}), highest in layer ${high.layer} (${number(high[name])}).`;
 }
 
-/** Rows of one run with their ranks by another score, as many of them marked as AVSS marks. */
+/** Rows of one run with their ranks by another score (null without it), as many of them marked as AVSS marks. */
 function ownLowest(rows, name) {
   const sorted = rows.filter((row) => row[name] !== null).sort((a, b) => a[name] - b[name]);
   const rank = new Map(sorted.map((row, i) => [row, i + 1]));
   const number = rows.filter((row) => row.lowest).length;
-  return rows.filter((row) => rank.has(row)).map((row) => ({ ...row, rank: rank.get(row), lowest: rank.get(row) <= number }));
+  return rows.map((row) => ({ ...row, rank: rank.get(row) ?? null, lowest: rank.has(row) && rank.get(row) <= number }));
 }
 
 function lowestOf(rows) {
@@ -264,7 +264,8 @@ function lowestOf(rows) {
 function saidOfAvss(rows) {
   const noisy = rows.filter((row) => row.quality !== "ok").length;
   const noise = noisy ? ` ${noisy} of ${rows.length} layers have fewer than 100 near-zero activations: their sparsity is noise.` : "";
-  return `${lowestOf(rows) || "No layer has a score. "}${extremes(rows, "avss")}${noise}`;
+  const ranked = rows.filter((row) => row.rank !== null); // others have NaN or infinite activations
+  return `${lowestOf(rows) || "No layer has a score. "}${extremes(ranked, "avss")}${noise}`;
 }
 
 async function drawByDepth() {
@@ -276,11 +277,14 @@ async function drawByDepth() {
   const signals = { names, which: beside.length ? [0, 1] : [0] };
   for (const name of scoreNames) {
     const mine = name === "avss" ? shown : ownLowest(shown, name);
-    const rows = [...mine, ...(name === "avss" ? beside : ownLowest(beside, name))].filter((row) => row[name] !== null);
+    const theirs = name === "avss" ? beside : ownLowest(beside, name);
+    const scored = [mine, theirs].filter((layers) => layers.some((row) => row[name] !== null));
+    const rows = scored.flat(); // a layer without a score is a gap in its line
     const columns = name === "avss" ? ["avss", "low"] : [name];
     const scale = rows.every((row) => columns.every((c) => row[c] === null || row[c] > 0)) ? "log" : "linear";
     const said = name === "avss" ? saidOfAvss(shown) : `${lowestOf(mine)}${extremes(mine, name)}`;
-    await draw(name, `${name}:${axis}:${scale}`, rows, signals, said);
+    const interval = name === "avss" && rows.some((row) => row.low !== null) ? ":interval" : "";
+    await draw(name, `${name}:${axis}:${scale}${interval}`, rows, signals, said);
   }
 }
 
@@ -298,7 +302,7 @@ function scoredAcross(every) {
   const name = across();
   return every.map((layers, i) => {
     const size = data.runs[i].layer_name.length;
-    const rows = name === "avss" ? layers.filter((row) => row.rank !== null) : ownLowest(layers, name);
+    const rows = (name === "avss" ? layers : ownLowest(layers, name)).filter((row) => row.rank !== null);
     return rows.map((row) => ({
       ...row, score: name, value: row[name], from: row.layer / size, to: (row.layer + 1) / size,
       share: rows.length > 1 ? (row.rank - 1) / (rows.length - 1) : 0.5,
