@@ -12,7 +12,7 @@ import pyarrow as pa
 from avss_dist.analysis.section import BarColumn, ReportColumn, ReportTable, Section
 from avss_dist.core.errors import QueryError
 from avss_dist.core.text import describe_count
-from avss_dist.stats.layer_stats import Float64
+from avss_dist.stats.layer_stats import ExpertStats, Float64, Int64
 from avss_dist.warehouse.encoding import to_experts
 from avss_dist.warehouse.reader import Warehouse
 
@@ -59,7 +59,8 @@ def require_experts(warehouse: Warehouse, run_id: str) -> list[LayerExperts]:
     Raises:
         QueryError: if no experts were measured.
     """
-    if not (layers := experts_by_layer(warehouse.table("expert_stats", run_ids=[run_id]))):
+    layers = experts_by_layer(warehouse.table("expert_stats", run_ids=[run_id]))
+    if not layers:
         raise QueryError(
             f"Run '{run_id}' has no statistics of routed experts.",
             "Score a mixture of experts with avss score --experts.",
@@ -69,34 +70,43 @@ def require_experts(warehouse: Warehouse, run_id: str) -> list[LayerExperts]:
 
 def experts_by_layer(rows: pa.Table) -> list[LayerExperts]:
     """Return the experts of each layer of one run, from its rows of ``expert_stats``."""
-    layers = []
-    for layer, stats in to_experts(rows).items():
-        tokens, even = stats.routed_tokens, np.log(max(len(stats.routed_tokens), 2))
-        load, carried = _shares(tokens.astype(np.float64)), _shares(stats.gated_norm_sum)
-        used = load[load > 0]
-        with np.errstate(divide="ignore", invalid="ignore"):
-            saliency, gate = (
-                np.where(tokens > 0, total / tokens, 0.0) for total in (stats.gated_norm_sum, stats.gate_sum)
-            )
-            entropy = float(stats.router_entropy_sum[0] / stats.token_count[0]) / even
-        layers.append(
-            LayerExperts(
-                layer=layer,
-                load=load,
-                saliency=saliency,
-                gate=gate,
-                carried=carried,
-                balance=float(-(used * np.log(used)).sum() / even),
-                router_entropy=entropy,
-                top_k=round(int(tokens.sum()) / max(1, int(stats.token_count[0]))),
-            )
-        )
-    return layers
+    return [_layer_experts(layer, stats) for layer, stats in to_experts(rows).items()]
+
+
+def _layer_experts(layer: int, stats: ExpertStats) -> LayerExperts:
+    """Return the statistics of the experts of one layer, from sums over its tokens."""
+    routed = stats.routed_tokens
+    tokens = stats.token_count[0]
+    load = _shares(routed.astype(np.float64))
+    used = load[load > 0]
+    # The entropy of equal shares. That of a single expert is 0, by which nothing can be divided.
+    even = np.log(max(len(routed), 2))
+    with np.errstate(divide="ignore", invalid="ignore"):
+        router_entropy = float(stats.router_entropy_sum[0] / tokens) / even
+    return LayerExperts(
+        layer=layer,
+        load=load,
+        saliency=_means(stats.gated_norm_sum, routed),
+        gate=_means(stats.gate_sum, routed),
+        carried=_shares(stats.gated_norm_sum),
+        balance=float(-(used * np.log(used)).sum() / even),
+        router_entropy=router_entropy,
+        top_k=round(int(routed.sum()) / max(1, int(tokens))),
+    )
+
+
+def _means(totals: Float64, tokens: Int64) -> Float64:
+    """Return the mean over the tokens of each expert, 0 for an idle expert."""
+    with np.errstate(divide="ignore", invalid="ignore"):
+        means = totals / tokens
+    return np.where(tokens > 0, means, 0.0)
 
 
 def _shares(values: Float64) -> Float64:
     total = values.sum()
-    return values / total if total > 0 else np.zeros_like(values)
+    if total > 0:
+        return values / total
+    return np.zeros_like(values)
 
 
 def experts_section(label: str, run: Mapping[str, Any], layers: Sequence[LayerExperts]) -> Section:
@@ -105,54 +115,14 @@ def experts_section(label: str, run: Mapping[str, Any], layers: Sequence[LayerEx
     Args:
         run: a row of ``runs``.
     """
-    idle, number = sum(len(layer.idle) for layer in layers), sum(len(layer.load) for layer in layers)
+    idle = sum(len(layer.idle) for layer in layers)
+    number = sum(len(layer.load) for layer in layers)
     uneven = min(layers, key=lambda layer: layer.balance)
     summary = (
         f"{idle} of {number} experts got no token. The spread is least even in layer {uneven.layer}: "
         f"balance {uneven.balance:.3f}, where 1 is even; its busiest expert got {uneven.load.max():.0%} of the tokens."
     )
-    balance = [layer.balance for layer in layers]
-    least_salient = [np.argsort(layer.saliency, kind="stable")[:NUM_NAMED].tolist() for layer in layers]
-    table = ReportTable(
-        name="experts",
-        title="Routed experts by layer",
-        columns=[
-            ReportColumn("layer", [layer.layer for layer in layers]),
-            BarColumn(values=balance),
-            ReportColumn(
-                "balance", balance, "{:z.3f}".format, meaning="entropy of the tokens' spread over experts, 1 is even"
-            ),
-            ReportColumn(
-                "router entropy",
-                [layer.router_entropy for layer in layers],
-                "{:z.3f}".format,
-                meaning="of its probabilities, a mean over tokens",
-                priority=3,
-            ),
-            ReportColumn("experts", [len(layer.load) for layer in layers], priority=4),
-            ReportColumn("idle", [len(layer.idle) for layer in layers]),
-            ReportColumn(
-                "busiest",
-                [_largest(layer.load) for layer in layers],
-                meaning="share of the routed tokens",
-                priority=2,
-                number=False,
-            ),
-            ReportColumn(
-                "carries most",
-                [_largest(layer.carried) for layer in layers],
-                meaning="share of the sum of gate x |output|",
-                priority=2,
-                number=False,
-            ),
-            ReportColumn(
-                "least salient",
-                [", ".join(map(str, experts)) for experts in least_salient],
-                meaning="the lowest means of gate x |output| (REAP), idle experts first",
-                number=False,
-            ),
-        ],
-    )
+    table = ReportTable(name="experts", title="Routed experts by layer", columns=_columns(layers))
     return Section(
         label=label,
         about=f"{describe_count(run['num_tokens'])} tokens of {run['corpus']}.",
@@ -161,5 +131,45 @@ def experts_section(label: str, run: Mapping[str, Any], layers: Sequence[LayerEx
     )
 
 
-def _largest(shares: np.ndarray) -> str:
+def _columns(layers: Sequence[LayerExperts]) -> list[ReportColumn | BarColumn]:
+    """Return the columns of the table of layers."""
+    indices = [layer.layer for layer in layers]
+    balance = [layer.balance for layer in layers]
+    router_entropy = [layer.router_entropy for layer in layers]
+    num_experts = [len(layer.load) for layer in layers]
+    num_idle = [len(layer.idle) for layer in layers]
+    busiest = [_largest(layer.load) for layer in layers]
+    carries_most = [_largest(layer.carried) for layer in layers]
+    least_salient = [_least_salient(layer) for layer in layers]
+    number = "{:z.3f}".format
+    return [
+        ReportColumn("layer", indices),
+        BarColumn(values=balance),
+        ReportColumn("balance", balance, number, meaning="entropy of the tokens' spread over experts, 1 is even"),
+        ReportColumn(
+            "router entropy", router_entropy, number, meaning="of its probabilities, a mean over tokens", priority=3
+        ),
+        ReportColumn("experts", num_experts, priority=4),
+        ReportColumn("idle", num_idle),
+        ReportColumn("busiest", busiest, meaning="share of the routed tokens", priority=2, number=False),
+        ReportColumn(
+            "carries most", carries_most, meaning="share of the sum of gate x |output|", priority=2, number=False
+        ),
+        ReportColumn(
+            "least salient",
+            least_salient,
+            meaning="the lowest means of gate x |output| (REAP), idle experts first",
+            number=False,
+        ),
+    ]
+
+
+def _largest(shares: Float64) -> str:
+    """Return the expert of the largest share in words."""
     return f"{shares.argmax()} ({shares.max():.0%})"
+
+
+def _least_salient(layer: LayerExperts) -> str:
+    """Return the experts of the lowest saliency in words."""
+    experts = np.argsort(layer.saliency, kind="stable")[:NUM_NAMED]
+    return ", ".join(str(expert) for expert in experts.tolist())
