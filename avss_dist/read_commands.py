@@ -15,6 +15,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from avss_dist.analysis.chosen import choose_runs, choose_stored
+from avss_dist.core.endings import require_picture
 from avss_dist.core.errors import QueryError, WarehouseError
 from avss_dist.core.files import write_output
 from avss_dist.core.registry import READING, REPAIR, ROW_START
@@ -117,6 +118,12 @@ def show(opened: Warehouse, request: ShowRequest) -> Table:
     from avss_dist.analysis.own_scores import own_labels, own_score
     from avss_dist.analysis.thresholds import layer_scores, quantiles
 
+    if request.output is not None:
+        require_picture(request.output)
+        if request.experts or request.shares:
+            raise QueryError(
+                "`output` is a picture of scores, not of routed experts or quantiles.", "Leave `output` out."
+            )
     runs = choose_runs(opened, request.run)
     if request.experts:
         for row in runs:
@@ -196,6 +203,8 @@ def compare(
     from avss_dist.analysis import comparison as comparing
     from avss_dist.analysis.curves import AXIS_TITLES, RankingCurves, curves_chart, ranking_curves
 
+    if request.output is not None:
+        require_picture(request.output)
     run_ids = chosen_ids(opened, request.run)
     place: dict[str, Any] = {
         **{name: getattr(request, name) for name in ("score", "site", "recipe", "allow_mismatch")},

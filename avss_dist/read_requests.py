@@ -7,6 +7,7 @@ from typing import Annotated, Any
 
 from pydantic import Field
 
+from avss_dist.core.endings import PAGES, require_ending
 from avss_dist.core.errors import ConfigError, first_names
 from avss_dist.core.registry import FROM_ACTIVATIONS, LOWEST_SHARE, RECIPES, is_own, name_values, score_functions
 from avss_dist.core.settings import EVERY_SITE, PUBLISHED_THRESHOLD, SITES, Request
@@ -248,7 +249,7 @@ class ShowRequest(PlaceRequest, WarehouseRequest):
 class ReportRequest(RunsRequest):
     """Write a web page of a warehouse."""
 
-    output: Output = "report.html"
+    output: Annotated[Output, check(require_ending(PAGES, "a page"))] = "report.html"
     """The page to write."""
     by: OwnScores = ()
     """A score of your own to compare with the measured truth as well, FILE.csv:COLUMN."""

@@ -10,6 +10,7 @@ from typing import Annotated, Any, ClassVar
 
 from pydantic import Field
 
+from avss_dist.core.endings import PLAN_FILES, require_ending
 from avss_dist.core.errors import ConfigError, require_known
 from avss_dist.core.intervention import SPARSITY_RULES
 from avss_dist.core.registry import (
@@ -78,6 +79,7 @@ RANKED_BY = tuple(name for name, score in SCORES.items() if not score.of_sets)
 PLANS = "Plan | SparsityPlan | PrecisionPlan"
 Follow = Annotated[bool, Option(short="-f")]
 Model = Annotated[PathOrText, Option(argument=True, metavar="MODEL")]
+PlanFile = Annotated[OptionalOutput, check(require_ending(PLAN_FILES, "a plan"))]
 JobId = Annotated[str, Option(argument=True, metavar="JOB_ID")]
 Tokens = Annotated[float, Field(ge=1, allow_inf_nan=False)]
 
@@ -289,7 +291,7 @@ class ShrinkRequest(ModelRequest, EvaluationOptions):
 class PlanRequest(PlaceRequest, RunRequest, EvaluationOptions):
     """Choose the layers, or the routed experts, to drop."""
 
-    output: OptionalOutput = None
+    output: PlanFile = None
     """The plan to write, PLAN.yaml."""
     by: Annotated[
         Annotated[str, OneOf(tuple(SCORES | EXPERT_SCORES), accepts=is_own), check(RedactedURI)] | None,
@@ -336,7 +338,7 @@ class PlanRequest(PlaceRequest, RunRequest, EvaluationOptions):
 class SparsifyRequest(RunRequest, EvaluationOptions):
     """Choose the activations that become zero."""
 
-    output: OptionalOutput = None
+    output: PlanFile = None
     """The sparsity plan to write, SPARSE.yaml."""
     target: Annotated[Share, Option(argument=True, metavar="SHARE")] = field(kw_only=False)
     """Share of the weights of all linear maps that meet a zero activation: above 0 and below 1."""
@@ -352,7 +354,7 @@ class SparsifyRequest(RunRequest, EvaluationOptions):
 class PrecisionRequest(RunRequest):
     """Choose the number format of each linear map under a budget of bits."""
 
-    output: OptionalOutput = None
+    output: PlanFile = None
     """The precision plan to write, BITS.yaml, or the file of another program."""
     format: Annotated[str, OneOf(PRECISION_FILES)] = PRECISION_FILES[0]
     """Format of the file."""

@@ -12,7 +12,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from avss_dist import read_commands
+from avss_dist.cli.commands import COMMANDS
 from avss_dist.cli.program import at_end, interruptible
+from avss_dist.core.endings import PICTURES, require_table_file
 from avss_dist.core.errors import ConfigError, QueryError, first_names
 from avss_dist.core.registry import is_own
 from avss_dist.core.streams import ask, can_ask, console, emit, say
@@ -92,12 +94,15 @@ def ls(request: ListRequest, format: str) -> None:
 
 def show(request: ShowRequest, format: str) -> None:
     """Show scores by layer, at any threshold, or draw them; the lowest 25% of layers are marked."""
-    from avss_dist.reports.output import PICTURES, print_result, printed_to
+    from avss_dist.reports.output import print_result, printed_to
 
     output = None if request.output is None else Path(request.output)
+    draws = format == "table" and not (request.experts or request.shares)
+    drawn = output and draws and output.suffix.lower() in PICTURES
+    if output and not drawn:
+        require_table_file(output, format, COMMANDS["show"].formats, draws=draws)
     opened = open_for(request)
-    drawn = output and output.suffix.lower() in PICTURES and format == "table"
-    if drawn and not (request.experts or request.shares):
+    if drawn:
         unwrap(read_commands.show)(opened, request)
         emit(output)
     else:
@@ -142,6 +147,8 @@ def query(request: QueryCommandRequest, format: str) -> None:
 
     if format == "parquet" and request.output is None and sys.stdout.isatty():
         raise QueryError("`format` parquet cannot be printed on a terminal.", "Name a file with `output`.")
+    if request.output is not None:
+        require_table_file(request.output, format, COMMANDS["query"].formats)
     with printed_to(Path(request.output)) if request.output else nullcontext():
         if request.schema and format in ("table", "markdown"):
             from avss_dist.reports.terminal.schema import schema_markdown, schema_page

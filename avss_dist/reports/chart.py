@@ -17,11 +17,12 @@ import vl_convert
 from avss_dist.analysis.agreement import SimilarityMap
 from avss_dist.analysis.comparison import RankingComparison
 from avss_dist.analysis.findings import describe_depth
-from avss_dist.core.errors import AvssError, QueryError, nearest
+from avss_dist.core.endings import require_picture
+from avss_dist.core.errors import QueryError
 from avss_dist.core.files import cache_folder, write_file, write_output
 from avss_dist.core.registry import FROM_ACTIVATIONS, SCORES
 from avss_dist.core.text import basename, count_of, describe_count, describe_threshold, printable
-from avss_dist.reports.output import PICTURES, map_leaves
+from avss_dist.reports.output import map_leaves
 from avss_dist.stats.intervals import why_no_interval
 from avss_dist.stats.rankings import count_lowest, depth_correlation, rank_lowest
 
@@ -269,11 +270,11 @@ def save_chart(chart: Any, path: Path, title: str) -> None:
         title: name of the page, for people who do not see it, too.
 
     Raises:
-        AvssError: the file has another ending, or cannot be written.
+        QueryError: the file has another ending.
+        AvssError: it cannot be written.
     """
+    require_picture(path)
     kind = path.suffix.lower()
-    if kind not in PICTURES:
-        raise AvssError(f"'{path}' does not say what to draw.", nearest(kind, PICTURES))
     # The library that draws aborts the process at texts that are not printable.
     spec = map_leaves(
         chart.to_dict(),

@@ -23,7 +23,6 @@ from avss_dist.core.text import escape_markdown, printable
 if TYPE_CHECKING:
     from rich.console import Console
 
-PICTURES = (".png", ".svg", ".html")  # endings of files that charts are written to
 ROWS_AT_ONCE = 10_000  # of a table, as Python objects
 MAX_ROWS = 40  # of a table on a terminal
 MAX_FITTED = 200  # rows of a table in a pipe that is fitted to the width of a page
