@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import suppress
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from avss_dist.analysis.chosen import ChosenRun, newest_run
-from avss_dist.core.errors import ConfigError, QueryError
+from avss_dist.core.errors import AvssError, ConfigError, QueryError
 from avss_dist.core.files import write_output
 from avss_dist.core.intervention import RoundedPlace
 from avss_dist.core.registry import BITS_PER_WEIGHT, MEASURED_ONLY, NUM_WEIGHTS, PRECISION_ESTIMATES, SECOND_ORDER
@@ -17,8 +19,8 @@ from avss_dist.core.settings import Settings
 from avss_dist.core.text import describe_bytes
 from avss_dist.core.yaml_files import to_yaml
 from avss_dist.corpus.seen import SeenText
-from avss_dist.models.checkpoints import resolve
-from avss_dist.models.number_formats import FORMATS
+from avss_dist.models.checkpoints import find_checkpoint, resolve
+from avss_dist.models.number_formats import FORMATS, fitting
 from avss_dist.pruning.budget import ROUNDING_ERROR, Choice, in_order, least_damage, same_format, total
 from avss_dist.pruning.ground_truth import map_roundings, repeated_command
 from avss_dist.pruning.map_plans import MapPrecision, PrecisionPlan
@@ -27,10 +29,25 @@ from avss_dist.pruning.seen import seen_by_evaluation
 from avss_dist.pruning.selection import PlanError
 from avss_dist.requests import PrecisionRequest
 from avss_dist.stats.layer_stats import Float64
+from avss_dist.warehouse.checks import settings_of
 from avss_dist.warehouse.reader import Warehouse
 
+USUAL_FORMATS = ("int4-g64", "int4-g32", "int4")
+"""Formats to predict beside int8: the first that every linear map can take. The last has no groups of inputs."""
 MAX_FALL = 0.01  # nats per token that maps of a plan may gain together: other text does not have them
 MAX_RISE = 0.5  # nats per token of all maps in one format, above which predictions of it mean little
+
+
+class NotPredicted(QueryError):
+    """The warehouse lacks a prediction of some number formats for the model of a run.
+
+    Attributes:
+        run: the row of ``runs``.
+    """
+
+    def __init__(self, message: str, run: Mapping[str, Any]) -> None:
+        super().__init__(message)
+        self.run = run
 
 
 def plan_precision(request: PrecisionRequest, store: Warehouse, run: Mapping[str, Any]) -> PrecisionPlan:
@@ -40,7 +57,7 @@ def plan_precision(request: PrecisionRequest, store: Warehouse, run: Mapping[str
         run: a row of ``runs``.
 
     Raises:
-        QueryError: the effect of a format was not predicted. The hint is the command that does.
+        NotPredicted: the effect of a format was not predicted.
         PlanError: the budget is below the smallest formats.
     """
     by = _estimate(request)
@@ -92,10 +109,62 @@ def plan_precision(request: PrecisionRequest, store: Warehouse, run: Mapping[str
 
 
 def predicted_run(request: PrecisionRequest, store: Warehouse) -> ChosenRun:
-    """Return the newest run for whose model the damage of the formats of a request was predicted."""
-    return newest_run(
-        store, request.run, lambda run: _measured(store, run, request.formats, _estimate(request)), measured=True
-    )
+    """Return the newest run for whose model the damage of the formats of a request was predicted.
+
+    Raises:
+        QueryError: there is none. The hint is the command that predicts it, or formats that the model can take.
+    """
+
+    def require(run: Mapping[str, Any]) -> None:
+        _measured(store, run, request.formats, _estimate(request))
+
+    try:
+        return newest_run(store, request.run, require, measured=True)
+    except NotPredicted as error:
+        raise QueryError(error.message, _how_to_predict(store, error.run, request.formats)) from None
+
+
+def _how_to_predict(store: Warehouse, run: Mapping[str, Any], requested: Sequence[str]) -> str:
+    """Return the command that predicts the damage of formats, or the formats that can be predicted.
+
+    Args:
+        requested: formats to predict; by default usual ones. The hint names none that a linear map cannot take.
+    """
+    shapes = _map_shapes(run)
+    able = fitting(shapes or [(1, 1)])  # without shapes, only formats whose scales are of any number of inputs
+    unable = [name for name in requested if shapes and name not in able]
+    if unable:
+        every = f"Formats that can take every linear map of {run['model']}: {', '.join(able)}."
+        return f"{', '.join(unable)} cannot. {every}"
+    names = requested or (next(name for name in USUAL_FORMATS if name in able), "int8")
+    measures = {"leave_one_out": False, "rounded_layers": False, "quantize": names}
+    return f"Do: {repeated_command('ablate', store, run, measures)}"
+
+
+def _map_shapes(run: Mapping[str, Any]) -> set[tuple[int, int]]:
+    """Return the shapes (outputs, inputs) of the linear maps of a run's model, or none if the model is not found."""
+    from avss_dist.models.size import find_layers, load_skeleton
+
+    name, settings = run["model"], settings_of(run)
+    if run["revision"] and not Path(name).expanduser().exists():
+        name = f"{name}@{run['revision']}"
+    options = Settings(layers=settings.get("layers"), trust_remote_code=settings.get("trust_remote_code", False))
+    with suppress(AvssError):
+        model, _ = load_skeleton(find_checkpoint(name, trust_remote_code=options.trust_remote_code), options)
+        return _shapes_in(find_layers(model, options))
+    return set()
+
+
+def _shapes_in(layers: Any) -> set[tuple[int, int]]:
+    """Return the shapes (outputs, inputs) of the linear maps in a module."""
+    from avss_dist.models.layers import is_linear, linear_sizes
+
+    shapes = set()
+    for module in layers.modules():
+        if is_linear(module):
+            inputs, outputs = linear_sizes(module)
+            shapes.add((outputs, inputs))
+    return shapes
 
 
 def _estimate(request: PrecisionRequest) -> str:
@@ -129,20 +198,17 @@ def _measured(
     """Return the newest prediction that has all formats, as `map_roundings`, and its formats from the fewest bits on.
 
     Raises:
-        QueryError: there is none.
+        NotPredicted: there is none.
     """
     predictions = [*map_roundings(store, run, by)]
     for run_id, values in predictions:
         sizes = {place.format: bits for place, bits in values[BITS_PER_WEIGHT].items()}
         if set(formats) <= {*sizes}:
             return run_id, values, sorted(sizes, key=lambda name: sizes[name])
-    names = formats or ("int4-g64", "int8")
-    what = f"one prediction of {', '.join(names)}" if predictions else "a prediction of rounded weights"
-    measures = {"leave_one_out": False, "rounded_layers": False, "quantize": names}
-    raise QueryError(
-        f"{store.root} lacks {what} for the linear maps of {run['model']}.",
-        f"Do: {repeated_command('ablate', store, run, measures)}",
-    )
+    what = "a prediction of rounded weights"
+    if predictions and formats:
+        what = f"one prediction of {', '.join(formats)}"
+    raise NotPredicted(f"{store.root} lacks {what} for the linear maps of {run['model']}.", run)
 
 
 def _budget(request: PrecisionRequest, run: Mapping[str, Any], weights: Float64, bits: Float64) -> float:
@@ -188,23 +254,22 @@ def _choose(request: PrecisionRequest, damage: Float64, bits: Float64, budget: f
     return in_order(np.random.default_rng(request.seed).permutation(len(bits)).tolist(), damage, bits, budget)
 
 
-def _named(plan: PrecisionPlan, library: str, program: str, examples: str) -> list[tuple[MapPrecision, str]]:
+def _named(plan: PrecisionPlan, library: str, program: str) -> list[tuple[MapPrecision, str]]:
     """Return the linear maps of a plan with their names in the checkpoint, such as ``model.layers.7.mlp.up_proj``.
 
     Raises:
         ModelError: the model cannot be found or built.
         PlanError: a format is of another library than the program's, or the model lacks a map.
     """
-    from avss_dist.models.checkpoints import find_checkpoint
     from avss_dist.models.size import find_layers, load_skeleton
 
-    if foreign := sorted({e.format for e in plan.rounded if FORMATS[e.format].module != library}):
-        raise PlanError(
-            f"{program} does not have {', '.join(foreign)}.", f"Choose from its own formats, such as {examples}."
-        )
     model, _ = load_skeleton(find_checkpoint(plan.model), Settings())
-    names = {id(module): name for name, module in model.named_modules()}
     layers = find_layers(model, Settings())
+    if foreign := sorted({e.format for e in plan.rounded if FORMATS[e.format].module != library}):
+        own = [name for name in fitting(_shapes_in(layers)) if FORMATS[name].module == library]
+        hint = f"Choose from its formats for this model: {', '.join(own)}."
+        raise PlanError(f"{program} does not have {', '.join(foreign)}.", hint)
+    names = {id(module): name for name, module in model.named_modules()}
     entries = []
     for entry in plan.rounded:
         try:
@@ -224,7 +289,7 @@ def llama_cpp(plan: PrecisionPlan) -> str:
 
     from avss_dist.models.loading import text_config
 
-    entries = _named(plan, "gguf", "llama.cpp", "q4_0 and q8_0")
+    entries = _named(plan, "gguf", "llama.cpp")
     architecture = str(text_config(resolve(plan.model)).get_text_config().model_type)
     architectures = {name.replace("-", ""): key for key, name in MODEL_ARCH_NAMES.items()}
     if (key := architectures.get(re.sub("[^a-z0-9]|text$", "", architecture))) is None:
@@ -245,7 +310,7 @@ def llm_compressor(plan: PrecisionPlan) -> str:
         PlanError: compressed-tensors lacks a format.
     """
     by_format: dict[str, list[str]] = {}
-    for entry, name in _named(plan, "compressed_tensors", "llm-compressor", "int4-g128 and int8"):
+    for entry, name in _named(plan, "compressed_tensors", "llm-compressor"):
         by_format.setdefault(entry.format, []).append(name)
     groups = {}
     for number, (format, names) in enumerate(by_format.items()):

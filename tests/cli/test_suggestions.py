@@ -84,7 +84,7 @@ def test_after_scores_of_two_models(desk: Path) -> None:
     [
         (["plan", "--by", "loss", "--count", 2], "ablate"),
         (["plan", "--by", "damage", "--count", 1], "ablate"),
-        (["quantize", "--bits", 6, "--quantize", "int4", "--quantize", "int8"], "ablate"),
+        (["quantize", "--bits", 6], "ablate"),  # in formats that maps of 48 inputs can take
         (["sparsify", 0.4], "score"),
     ],
     ids=lambda words: words[0] if isinstance(words, list) else "",

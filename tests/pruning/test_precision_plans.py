@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,9 @@ import pyarrow.compute as pc
 import pytest
 import torch
 import yaml
+from support.checkpoints import llama
 from support.command_line import as_words, mistake, succeed
+from support.warehouses import write_scores
 from transformers import AutoModelForCausalLM
 
 import avss_dist
@@ -157,6 +160,48 @@ def test_mistakes(options: dict[str, Any], kind: type[Exception], message: str, 
     assert isinstance(caught.value, AvssError) and caught.value.exit_code == 2
 
 
+@pytest.fixture
+def narrow(tmp_path: Path) -> Callable[..., Path]:
+    """Writes a warehouse with a run, without predictions, of a model with the given sizes."""
+
+    def write(**sizes: int) -> Path:
+        llama(**sizes).save_pretrained(tmp_path / "narrow")
+        write_scores(tmp_path / "w", "a", [1.0, 2.0, 3.0], model=str(tmp_path / "narrow"), revision="x")
+        return tmp_path / "w"
+
+    return write
+
+
+@pytest.mark.parametrize(
+    ("sizes", "format"),
+    [
+        ({"hidden_size": 64, "intermediate_size": 128}, "int4-g64"),
+        ({"hidden_size": 32, "intermediate_size": 96}, "int4-g32"),
+        ({"hidden_size": 32, "intermediate_size": 48}, "int4"),
+    ],
+)
+def test_formats_that_every_map_can_take_are_suggested(
+    sizes: dict[str, int], format: str, narrow: Callable[..., Path]
+) -> None:
+    with pytest.raises(QueryError) as caught:
+        avss_dist.quantize(warehouse=narrow(**sizes), bits=5.0)
+    assert f"--quantize {format} --quantize int8" in str(caught.value)
+
+
+def test_of_a_model_that_is_gone_formats_without_groups_are_suggested(tmp_path: Path) -> None:
+    write_scores(tmp_path / "w", "a", [1.0, 2.0, 3.0], model=str(tmp_path / "gone"), revision="x")
+    with pytest.raises(QueryError) as caught:
+        avss_dist.quantize(warehouse=tmp_path / "w", bits=5.0)
+    assert "--quantize int4 --quantize int8" in str(caught.value)
+
+
+def test_formats_that_a_map_cannot_take_are_refused_before_they_are_suggested(narrow: Callable[..., Path]) -> None:
+    root = narrow(hidden_size=32, intermediate_size=48)
+    with pytest.raises(QueryError) as caught:
+        avss_dist.quantize(warehouse=root, bits=5.0, quantize=("int4-g32", "int8"))
+    assert "int4-g32 cannot. Formats that can take every linear map of" in str(caught.value)
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
@@ -230,7 +275,7 @@ def test_a_recipe_has_a_scheme_for_each_format(predicted: Path, tmp_path: Path) 
     ("name", "formats", "message"),
     [
         ("llama-cpp", PAIR, "llama.cpp does not have int4-g32, int8"),
-        ("llm-compressor", ("q4_0", "bf16"), "llm-compressor does not have"),
+        ("llm-compressor", ("q4_0", "bf16"), "Choose from its formats for this model: int8, int4, int4-g64, int4-g32"),
         ("awq", PAIR, "Did you mean"),
     ],
 )
