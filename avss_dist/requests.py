@@ -298,8 +298,7 @@ class PlanRequest(PlaceRequest, RunRequest, EvaluationOptions):
         check(name_values, before=True),
         Accepts("str | Mapping[int, float] | None"),
     ] = None
-    """Score that chooses the layers, greedy (the loss on `corpus`), or FILE.csv:COLUMN; loss or damage by default.
-    Of `experts`: reap, tokens, gate or random."""
+    """Score, greedy (the loss on `corpus`) or FILE.csv:COLUMN; of `experts`: reap, tokens, gate or random."""
     first: Count = 0
     """Layers at the start that are never dropped."""
     last: Count = 0

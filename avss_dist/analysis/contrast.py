@@ -333,7 +333,7 @@ def _matched_columns(name: str, answers: contrast_stats.Answers, slack: float, r
     """Return the deviation, p-value and number of pairs whose answers have about the same length, float64[layers] each.
 
     Args:
-        slack: as for `contrast_stats.length_matched`.
+        slack: as for `stats.contrast.length_matched`.
     """
     layers = answers.stats["count"].shape[1]
     matched = contrast_stats.length_matched(answers, slack)

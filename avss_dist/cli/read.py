@@ -333,7 +333,7 @@ def rm(request: RemoveCommandRequest, format: str) -> None:
     if request.dry_run:
         say(f"Nothing is removed in a dry run. Without it: {removal.summary()}.")
     elif removal.is_empty or request.yes or ask(f"Remove {removal.summary()} from {opened.root}?"):
-        _apply(removal)
+        _remove_runs(removal)
     else:
         say("Nothing was removed.")
 
@@ -351,7 +351,7 @@ def _about_evaluations(removal: Removal) -> Iterator[str]:
         yield f"{number} {'stay' if several else 'stays'}, as other runs share {'them' if several else 'it'}."
 
 
-def _apply(removal: Removal) -> None:
+def _remove_runs(removal: Removal) -> None:
     """Remove, and say so."""
     try:
         removal.apply()

@@ -23,12 +23,12 @@ _USES = {SEARCH_TASK: SEARCH, ROUNDING_TASK: PRECISION, ROUNDED_LOSS: PRECISION,
 
 
 def seen_by_run(run: Mapping[str, Any]) -> tuple[SeenText, ...]:
-    """Return the text that the scores of a run were measured on, or nothing for a model that was not scored.
+    """Return the text that the scores of a run were measured on, or nothing if there is none or it is not known.
 
     Args:
         run: a row of ``runs``.
     """
-    if run.get("status") == MEASURED_ONLY:
+    if run.get("status") == MEASURED_ONLY or not run.get("corpus"):
         return ()
     settings = settings_of(run)
     options = TextOptions.from_stored(settings).text_options()

@@ -124,7 +124,7 @@ class Catalog:
             rows = self.warehouse.table(table, columns=names, run_ids=run_ids)
         except NoRuns:  # a warehouse whose only run is unfinished or damaged
             return []
-        return list(rows.group_by(names).aggregate([]).to_pylist())
+        return list(rows.group_by(names, use_threads=False).aggregate([]).to_pylist())
 
     @property
     def is_empty(self) -> bool:

@@ -11,8 +11,6 @@ from pathlib import Path
 import pytest
 from support.warehouses import write_scores
 
-from avss_dist.core.extras import package_hint
-
 ROOT = Path(__file__).parents[2]
 WITHOUT_EXTRAS = """
 import json, sys
@@ -73,11 +71,12 @@ def test_reading_needs_none_of_the_packages_that_measure(tmp_path: Path) -> None
     can = len(reading) + len(helps)
     assert [code for code, _ in answers[:can]] == [0] * can, answers
     for code, message in answers[can:]:
-        assert code == 2 and message.endswith(f"which is not installed.\n{package_hint('[run]')}\n"), message
+        assert code == 2 and "which is not installed.\n" in message and "[run]" in message, message
     assert rows
     for name, message in missing.items():
         assert message.startswith(f"avss_dist.{name} needs ")
-        assert message.endswith(f", which is not installed.\n{package_hint('[run]')}")
+        assert ", which is not installed.\n" in message
+        assert "[run]" in message
     assert {"Estimate", "Run", "score"} <= missing.keys()
     assert missing.keys().isdisjoint({"Plan", "Settings", "Warehouse", "ls", "publish", "report"})
     assert (tmp_path / "page.html").stat().st_size > 10_000

@@ -319,7 +319,12 @@ def test_plans_need_the_ablation_and_evaluate_to_its_losses(tiny_llama: Path, tm
         done = succeed("plan", "-w", warehouse, "--run", run.run_id, "--by", by, "--count", 1, "-o", plan)
         assert f"task: {task}:{TEXT}" in plan.read_text(), done.stderr
         (evaluated,) = evaluate(
-            [str(plan)], tasks=[f"perplexity:{TEXT}"], warehouse=warehouse, skip_sequences=6, **SMALL
+            [str(plan)],
+            tasks=[f"perplexity:{TEXT}"],
+            warehouse=warehouse,
+            skip_sequences=6,
+            allow_overlap=True,  # with the text of the ablation, whose losses are those of the evaluation
+            **SMALL,
         )
         (dropped,) = evaluated.subject.intervention.removed
         name = "increase" if by == "loss" else by
