@@ -33,7 +33,6 @@ COMMANDS = (
     "compare --allow-mismatch --threshold 0.5",
     "compare --allow-mismatch -o map.svg",
     "findings --every",
-    "query @layers",
     "report",
     "publish",
     "compact",
