@@ -11,7 +11,6 @@ import secrets
 import shutil
 import socket
 import tempfile
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -106,7 +105,7 @@ def remove_leftovers(folder: Path) -> None:
     """Delete the staged files and folders that writers left in a folder when they were killed.
 
     Whether a writer of this machine has ended is known. One of another machine is taken to have ended after
-    an hour without a change to its file, or a week without a change in its folder.
+    an hour without a change to its file, or a week without a change in its folder, by the clock of the file system.
     """
     for path in folder.glob(".*.tmp"):
         name = _STAGED.fullmatch(path.name)
@@ -124,7 +123,22 @@ def _is_left(name: re.Match[str], seconds: float, *paths: Path) -> bool:
     running = _is_running(name)
     if running is not None:
         return not running
-    return time.time() - max(path.lstat().st_mtime for path in paths) > seconds
+    changed = max(path.lstat().st_mtime for path in paths)
+    return _file_system_time(paths[0].parent) - changed > seconds
+
+
+def _file_system_time(folder: Path) -> float:
+    """Return the time in seconds that a file gets which is written to a folder now.
+
+    A file server has a clock of its own, and the times of files that other machines write are by that clock.
+
+    Raises:
+        OSError: the folder cannot be written.
+    """
+    with tempfile.NamedTemporaryFile(dir=folder, prefix=".avss-time-") as file:
+        file.write(b"x")
+        file.flush()
+        return os.fstat(file.fileno()).st_mtime
 
 
 def _fresh(name: str) -> str:

@@ -130,7 +130,7 @@ class VirtualWorker:
     folder: Path
     by: str
 
-    def __init__(self, name: str, threads: int, monitor: Any) -> None:
+    def __init__(self, name: str, threads: int, monitor: Any, umask: int) -> None:
         self._name, self._monitor = name, monitor
 
     def address(self) -> tuple[str, int, str, int]:

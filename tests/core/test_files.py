@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+import time
 import tempfile
 import threading
 from pathlib import Path
@@ -160,6 +161,19 @@ def test_the_folder_of_a_writer_on_another_machine_is_kept_for_a_week(machine: s
     os.utime(left / "sub" / "weights", (0, 0))
     remove_leftovers(tmp_path)
     assert not left.exists()
+
+
+@pytest.mark.parametrize("seconds", [files.LEFTOVER_SECONDS, files.LEFTOVER_FOLDER_SECONDS])
+def test_a_clock_that_is_ahead_deletes_nothing_that_another_machine_writes(
+    seconds: float, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    end = ".avss-89abcdef-4711-12-0123abcd.tmp"
+    (tmp_path / f".run.parquet{end}").write_text("x")
+    (tmp_path / f".weights{end}").mkdir()
+    ahead = time.time() + 2 * seconds
+    monkeypatch.setattr(time, "time", lambda: ahead)
+    remove_leftovers(tmp_path)
+    assert {path.name for path in tmp_path.iterdir()} == {f".run.parquet{end}", f".weights{end}"}
 
 
 def test_a_link_in_place_of_a_leftover_is_left_alone(tmp_path: Path) -> None:

@@ -13,6 +13,9 @@ import psutil
 from ray._raylet import GcsClient
 from ray.cluster_utils import Cluster as RayCluster
 from ray.core.generated.autoscaler_pb2 import DrainNodeReason
+from ray.core.generated.gcs_pb2 import GcsNodeInfo
+
+from support.processes import wait_until
 
 NODES = 3
 TWENTY_SHARDS: dict[str, Any] = {
@@ -61,6 +64,8 @@ class Cluster:
             self.kill_node(node)
         for _ in range(self._nodes - len(self.nodes)):
             self._ray.add_node(**SIZE)
+        expected = {node.node_id for node in self.nodes}
+        wait_until(lambda: self.alive() == expected)
 
     def grow(self, **labels: str) -> Any:
         """Another node, as an autoscaler or a person brings one."""
@@ -76,6 +81,12 @@ class Cluster:
         """The ids of the nodes that were given notice, and live."""
         gcs: Any = GcsClient(address=self.address)
         return gcs.get_draining_nodes().keys()
+
+    def alive(self) -> Set[str]:
+        """The ids of the nodes that the cluster counts, among them nodes that died a moment ago."""
+        gcs: Any = GcsClient(address=self.address)
+        states = gcs.get_all_node_info(state_filter=GcsNodeInfo.GcsNodeState.Value("ALIVE"))
+        return {node_id.hex() for node_id in states}
 
     @property
     def has_head(self) -> bool:

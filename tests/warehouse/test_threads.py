@@ -14,12 +14,17 @@ import shutil
 import subprocess
 import sys
 import sysconfig
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
+import pyarrow as pa
 import pytest
 from support.warehouses import activations, stats_of, write_measured
+
+from avss_dist.warehouse.reader import Warehouse
 
 ROOT = Path(__file__).parents[2]
 COMPILER = os.environ.get("CC") or shutil.which("gcc") or shutil.which("clang")
@@ -151,21 +156,68 @@ def measured(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return root
 
 
-@pytest.mark.nightly
-@pytest.mark.parametrize("command", COMMANDS)
-def test_no_command_aborts_at_its_end(command: str, late_threads: Path, measured: Path, tmp_path: Path) -> None:
-    environment = {**os.environ, "LD_PRELOAD": str(late_threads), "PYTHONPATH": str(ROOT)}
+@dataclass(frozen=True)
+class Commands:
+    """Runs a command many times, several at once, on one warehouse, with threads that are late.
 
-    def run(number: int) -> tuple[int, bool]:
-        folder = tmp_path / str(number)
+    Attributes:
+        library: of `late_threads`.
+        warehouse: of `measured`.
+        folder: for what the commands write.
+    """
+
+    library: Path
+    warehouse: Path
+    folder: Path
+
+    def ends(self, words: Sequence[str]) -> set[tuple[int, bool]]:
+        """Return the exit codes, each with whether a thread that Python did not start took the GIL."""
+        with ThreadPoolExecutor(4) as pool:  # more than most machines have cores, so that threads wait for one
+            return set(pool.map(partial(self._end, words), range(TIMES)))
+
+    def _end(self, words: Sequence[str], number: int) -> tuple[int, bool]:
+        folder = self.folder / str(number)
         folder.mkdir()
-        words = [sys.executable, "-m", "avss_dist", *command.split(), "-w", str(measured)]
-        if command == "publish":
-            words.append("page")
-        if command in ("report", "plan --by avss"):
-            words += ["-o", "file.html" if command == "report" else "plan.yaml"]
-        done = subprocess.run(words, cwd=folder, env=environment, capture_output=True, text=True, check=False)
+        environment = {**os.environ, "LD_PRELOAD": str(self.library), "PYTHONPATH": str(ROOT)}
+        command = [sys.executable, "-m", "avss_dist", *words, "-w", str(self.warehouse)]
+        done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, check=False)
         return done.returncode, "foreign thread" in done.stderr
 
-    with ThreadPoolExecutor(4) as pool:  # more than most machines have cores, so that threads wait for one
-        assert set(pool.map(run, range(TIMES))) == {(0, False)}
+
+@pytest.fixture
+def commands(late_threads: Path, measured: Path, tmp_path: Path) -> Commands:
+    return Commands(late_threads, measured, tmp_path)
+
+
+@pytest.mark.nightly
+@pytest.mark.parametrize("command", COMMANDS)
+def test_no_command_aborts_at_its_end(command: str, commands: Commands) -> None:
+    words = command.split()
+    match words[0]:
+        case "publish":
+            words.append("page")
+        case "report":
+            words += ["-o", "file.html"]
+        case "plan":
+            words += ["-o", "plan.yaml"]
+    assert commands.ends(words) == {(0, False)}
+
+
+@pytest.mark.nightly
+@pytest.mark.parametrize(
+    ("query", "code"),
+    [("@stability", 0), ("FROM layers", 0), ("SELECT error(model) FROM scores", 2)],
+)
+def test_no_query_aborts_at_its_end(query: str, code: int, commands: Commands) -> None:
+    """DuckDB's threads ask Python for the rows of a table, and have ended before the command writes its result."""
+    assert {ended for ended, _ in commands.ends(["query", query])} == {code}
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="counts threads in /proc")
+def test_a_query_leaves_no_thread_of_its_own(measured: Path) -> None:
+    warehouse = Warehouse(measured)
+    threads_of_arrow = pa.cpu_count() + pa.io_thread_count()  # begin when they are needed, and stay
+    before = len(os.listdir("/proc/self/task"))
+    for _ in range(threads_of_arrow + 1):
+        warehouse.sql("FROM layers")
+    assert len(os.listdir("/proc/self/task")) - before <= threads_of_arrow
