@@ -5,9 +5,9 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
-import time
 import tempfile
 import threading
+import time
 from pathlib import Path
 
 import numpy as np
