@@ -24,10 +24,10 @@ from avss_dist.analysis.section import (
     BarColumn,
     Chart,
     ReportColumn,
+    ReportRow,
     ReportTable,
     Row,
     Section,
-    column_of,
     interval,
     known_interval,
     p_value,
@@ -855,29 +855,51 @@ def _chart_rows(rows: Sequence[Row]) -> list[dict[str, Any]]:
     return drawn
 
 
+_NUMBER = "{:z.3f}".format
+_LAYER_COLUMNS = (
+    ReportColumn("layer", "layer"),
+    ReportColumn("contrast", "eavss_contrast", _NUMBER),
+    ReportColumn("95%", "interval", interval(_NUMBER), priority=2),
+    ReportColumn("rank", "rank", "{:z.0f}".format, priority=3),
+    ReportColumn("in top 25%", "prone_probability", "{:z.0%}".format, priority=4),
+    ReportColumn("deviation", "deviation", _NUMBER),
+    BarColumn(key="size"),
+    ReportColumn("p", "p_holm", p_value),
+    ReportColumn("noise", "noise_floor", _NUMBER, priority=1),
+    ReportColumn("length-matched", "length_matched", _NUMBER, priority=1),
+    ReportColumn("its p", "length_matched_p", p_value, priority=1),
+    ReportColumn("other prompt", "after_another", _NUMBER, priority=1),
+    ReportColumn("stands", "stands", yes, meaning="passes every control"),
+)
+_PREDICTION_COLUMNS = (
+    ReportColumn("predicts by", "name", number=False),
+    ReportColumn("AUROC", "auroc", _NUMBER),
+    ReportColumn("95%", "interval", interval(_NUMBER)),
+    ReportColumn("other prompt", "after_another", _NUMBER, priority=1),
+    ReportColumn("beats", "beats_baselines", yes),
+)
+
+
 def _layers_table(name: str, rows: Sequence[Row], reading: Mapping[str, Any]) -> ReportTable:
     """Return the table of the layers: the contrast, and the tests of its deviation from the median layer."""
-    intervals = [known_interval(row["eavss_contrast_low"], row["eavss_contrast_high"]) for row in rows]
-    sizes = [abs(row["deviation"] or 0.0) for row in rows]
-    beyond_noise = [_is_beyond_noise(row) for row in rows]
-    stands = [bool(row["stands"]) for row in rows]
-    number = "{:z.3f}".format
-    columns: list[ReportColumn | BarColumn] = [
-        column_of(rows, "layer", "layer", str),
-        column_of(rows, "contrast", "eavss_contrast", number),
-        ReportColumn("95%", intervals, interval(number), priority=2),
-        column_of(rows, "rank", "rank", "{:z.0f}".format, 3),
-        column_of(rows, "in top 25%", "prone_probability", "{:z.0%}".format, 4),
-        column_of(rows, "deviation", "deviation", number),
-        BarColumn(values=sizes, marked=beyond_noise),
-        column_of(rows, "p", "p_holm", p_value),
-        column_of(rows, "noise", "noise_floor", number, 1),
-        column_of(rows, "length-matched", "length_matched", number, 1),
-        column_of(rows, "its p", "length_matched_p", p_value, 1),
-        column_of(rows, "other prompt", "after_another", number, 1),
-        ReportColumn("stands", stands, yes, meaning="passes every control"),
-    ]
-    return ReportTable(name=name, title="Each layer", columns=columns, caption=_layers_caption(rows[0], reading))
+    return ReportTable(
+        name=name,
+        title="Each layer",
+        columns=_LAYER_COLUMNS,
+        rows=[_layer_row(row) for row in rows],
+        caption=_layers_caption(rows[0], reading),
+    )
+
+
+def _layer_row(row: Row) -> ReportRow:
+    """Return the row of a layer, whose bar is red if its deviation is beyond the noise."""
+    values = {
+        **row,
+        "interval": known_interval(row["eavss_contrast_low"], row["eavss_contrast_high"]),
+        "size": abs(row["deviation"] or 0.0),
+        "stands": bool(row["stands"]),
+    }
+    return ReportRow(values, is_marked=_is_beyond_noise(row))
 
 
 def _is_beyond_noise(row: Row) -> bool:
@@ -916,23 +938,24 @@ def _predictions_table(name: str, rows: Sequence[Row]) -> ReportTable:
         if of_layers:
             best_layer = max(of_layers, key=itemgetter("auroc"))
             best[f"{title}, layer {best_layer['layer']}"] = best_layer
-    shown = list(best.values())
-    intervals = [known_interval(row["auroc_low"], row["auroc_high"]) for row in shown]
-    beats = [bool(row["beats_baselines"]) for row in shown]
-    number = "{:z.3f}".format
-    columns = [
-        ReportColumn("predicts by", list(best), number=False),
-        column_of(shown, "AUROC", "auroc", number),
-        ReportColumn("95%", intervals, interval(number)),
-        column_of(shown, "other prompt", "after_another", number, 1),
-        ReportColumn("beats", beats, yes),
-    ]
     return ReportTable(
         name=f"{name}-predictions",
         title="Does it predict",
-        columns=columns,
+        columns=_PREDICTION_COLUMNS,
+        rows=[_predictor_row(title, row) for title, row in best.items()],
         caption="Folds over prompts; of each statistic, its best layer.",
     )
+
+
+def _predictor_row(name: str, row: Row) -> ReportRow:
+    """Return the row of a baseline, or of a statistic of one layer."""
+    values = {
+        **row,
+        "name": name,
+        "interval": known_interval(row["auroc_low"], row["auroc_high"]),
+        "beats_baselines": bool(row["beats_baselines"]),
+    }
+    return ReportRow(values)
 
 
 def _drawing() -> Any:

@@ -19,7 +19,7 @@ from avss_dist.analysis.comparison import (
     profiles,
     runs_with_conditions,
 )
-from avss_dist.analysis.section import Chart, ReportColumn, ReportTable, Section
+from avss_dist.analysis.section import Chart, ReportColumn, ReportRow, ReportTable, Section
 from avss_dist.core.errors import QueryError, require_known
 from avss_dist.core.registry import FROM_ACTIVATIONS, is_own
 from avss_dist.core.results import TabularResult
@@ -311,6 +311,26 @@ def _place(run: Mapping[str, Any], along: str) -> tuple[Any, ...]:
     return tuple(run[name] for name in (AXES[along], *SAME[along]))
 
 
+_COEFFICIENT = "{:z.3f}".format
+_RANK = "{:g}".format
+_POINT_COLUMNS = (
+    ReportColumn("run", "run", number=False, priority=5),
+    ReportColumn("with the one before", "with_previous", _COEFFICIENT, group="Spearman"),
+    ReportColumn("with the last", "with_last", _COEFFICIENT, group="Spearman"),
+    ReportColumn("lowest 25%", "lowest", number=False, priority=2, wraps=True),
+)
+_LAYER_COLUMNS = (
+    ReportColumn("layer", "layer"),
+    ReportColumn("depth", "depth", "{:z.2f}".format, priority=4),
+    ReportColumn("first", "first", _RANK, group="rank"),
+    ReportColumn("last", "last", _RANK, group="rank"),
+    ReportColumn("lowest", "lowest", _RANK, group="rank", priority=3),
+    ReportColumn("highest", "highest", _RANK, group="rank", priority=3),
+)
+_TREND_COLUMN = ReportColumn("trend", "trend", "{:z.2f}".format, priority=1)
+_AMONG_LOWEST_COLUMN = ReportColumn("among the lowest", "among_lowest", "{:z.0%}".format, priority=1)
+
+
 def curve_section(curve: Curve, name: str) -> Section:
     """Return the section of a curve: where its lowest layers settle, a heat map, and tables of points and layers.
 
@@ -330,11 +350,21 @@ def curve_section(curve: Curve, name: str) -> Section:
         rows=_cells(curve),
         draw=partial(_drawing, curve.along, len(curve.depth)),
     )
-    points = ReportTable(name=f"{name}-points", title="Points", columns=_point_columns(curve, lowest))
+    layer_columns = list(_LAYER_COLUMNS)
+    if curve.has_trend:
+        layer_columns.append(_TREND_COLUMN)
+    layer_columns.append(_AMONG_LOWEST_COLUMN)
+    points = ReportTable(
+        name=f"{name}-points",
+        title="Points",
+        columns=[ReportColumn(axis, "point"), *_POINT_COLUMNS],
+        rows=_point_rows(curve, lowest),
+    )
     layers_table = ReportTable(
         name=name,
         title="Layers",
-        columns=_layer_columns(curve),
+        columns=layer_columns,
+        rows=_layer_rows(curve),
         caption="Rank 1 is the lowest score. Trend: Spearman's correlation of the rank with the axis. Among "
         "the lowest: the share of points at which the layer is in the lowest 25%.",
     )
@@ -355,45 +385,47 @@ def _lowest_layers(curve: Curve) -> list[str]:
     return lowest
 
 
-def _point_columns(curve: Curve, lowest: Sequence[str]) -> list[ReportColumn]:
-    """Return the columns of the table of points.
+def _point_rows(curve: Curve, lowest: Sequence[str]) -> list[ReportRow]:
+    """Return the rows of the table of points.
 
     Args:
         lowest: as returned by `_lowest_layers`.
     """
     values = curve.values
-    run_ids = [run["run_id"] for run in curve.runs]
     with_previous = [np.nan, *spearman_rows(values[1:], values[:-1]).tolist()]
     with_last = spearman_rows(values, np.broadcast_to(values[-1], values.shape)).tolist()
-    return [
-        ReportColumn(AXIS_TITLES[curve.along], curve.points),
-        ReportColumn("run", run_ids, number=False, priority=5),
-        ReportColumn("with the one before", with_previous, "{:z.3f}".format, group="Spearman"),
-        ReportColumn("with the last", with_last, "{:z.3f}".format, group="Spearman"),
-        ReportColumn("lowest 25%", lowest, number=False, priority=2, wraps=True),
-    ]
+    rows = []
+    for place, (run, point) in enumerate(zip(curve.runs, curve.points, strict=True)):
+        row = {
+            "point": point,
+            "run": run["run_id"],
+            "with_previous": with_previous[place],
+            "with_last": with_last[place],
+            "lowest": lowest[place],
+        }
+        rows.append(ReportRow(row))
+    return rows
 
 
-def _layer_columns(curve: Curve) -> list[ReportColumn]:
-    """Return the columns of the table of layers."""
-    depth = curve.depth.tolist()
-    first_ranks = curve.ranks[0].tolist()
-    last_ranks = curve.ranks[-1].tolist()
-    lowest_ranks = curve.ranks.min(axis=0).tolist()
-    highest_ranks = curve.ranks.max(axis=0).tolist()
+def _layer_rows(curve: Curve) -> list[ReportRow]:
+    """Return the rows of the table of layers."""
     shares_among_lowest = curve.is_lowest.mean(axis=0).tolist()
-    columns = [
-        ReportColumn("layer", curve.layers),
-        ReportColumn("depth", depth, "{:z.2f}".format, priority=4),
-        ReportColumn("first", first_ranks, "{:g}".format, group="rank"),
-        ReportColumn("last", last_ranks, "{:g}".format, group="rank"),
-        ReportColumn("lowest", lowest_ranks, "{:g}".format, group="rank", priority=3),
-        ReportColumn("highest", highest_ranks, "{:g}".format, group="rank", priority=3),
-    ]
-    if curve.has_trend:
-        columns.append(ReportColumn("trend", curve.trend.tolist(), "{:z.2f}".format, priority=1))
-    columns.append(ReportColumn("among the lowest", shares_among_lowest, "{:z.0%}".format, priority=1))
-    return columns
+    rows = []
+    for place, layer in enumerate(curve.layers):
+        ranks = curve.ranks[:, place]
+        row = {
+            "layer": layer,
+            "depth": curve.depth[place].item(),
+            "first": ranks[0].item(),
+            "last": ranks[-1].item(),
+            "lowest": ranks.min().item(),
+            "highest": ranks.max().item(),
+            "among_lowest": shares_among_lowest[place],
+        }
+        if curve.has_trend:
+            row["trend"] = curve.trend[place].item()
+        rows.append(ReportRow(row))
+    return rows
 
 
 def _cells(curve: Curve) -> list[dict[str, Any]]:

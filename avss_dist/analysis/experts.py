@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from avss_dist.analysis.section import BarColumn, ReportColumn, ReportTable, Section
+from avss_dist.analysis.section import BarColumn, ReportColumn, ReportRow, ReportTable, Section
 from avss_dist.core.errors import QueryError
 from avss_dist.core.text import describe_count
 from avss_dist.stats.layer_stats import ExpertStats, Float64, Int64
@@ -17,6 +17,28 @@ from avss_dist.warehouse.encoding import to_experts
 from avss_dist.warehouse.reader import Warehouse
 
 NUM_NAMED = 3  # experts of the lowest saliency that are named
+
+_NUMBER = "{:z.3f}".format
+_COLUMNS = (
+    ReportColumn("layer", "layer"),
+    BarColumn(key="balance"),
+    ReportColumn("balance", "balance", _NUMBER, meaning="entropy of the tokens' spread over experts, 1 is even"),
+    ReportColumn(
+        "router entropy", "router_entropy", _NUMBER, meaning="of its probabilities, a mean over tokens", priority=3
+    ),
+    ReportColumn("experts", "experts", priority=4),
+    ReportColumn("idle", "idle"),
+    ReportColumn("busiest", "busiest", meaning="share of the routed tokens", priority=2, number=False),
+    ReportColumn(
+        "carries most", "carries_most", meaning="share of the sum of gate x |output|", priority=2, number=False
+    ),
+    ReportColumn(
+        "least salient",
+        "least_salient",
+        meaning="the lowest means of gate x |output| (REAP), idle experts first",
+        number=False,
+    ),
+)
 
 
 @dataclass(frozen=True, eq=False)
@@ -122,7 +144,12 @@ def experts_section(label: str, run: Mapping[str, Any], layers: Sequence[LayerEx
         f"{idle} of {number} experts got no token. The spread is least even in layer {uneven.layer}: "
         f"balance {uneven.balance:.3f}, where 1 is even; its busiest expert got {uneven.load.max():.0%} of the tokens."
     )
-    table = ReportTable(name="experts", title="Routed experts by layer", columns=_columns(layers))
+    table = ReportTable(
+        name="experts",
+        title="Routed experts by layer",
+        columns=_COLUMNS,
+        rows=[_layer_row(layer) for layer in layers],
+    )
     return Section(
         label=label,
         about=f"{describe_count(run['num_tokens'])} tokens of {run['corpus']}.",
@@ -131,37 +158,19 @@ def experts_section(label: str, run: Mapping[str, Any], layers: Sequence[LayerEx
     )
 
 
-def _columns(layers: Sequence[LayerExperts]) -> list[ReportColumn | BarColumn]:
-    """Return the columns of the table of layers."""
-    indices = [layer.layer for layer in layers]
-    balance = [layer.balance for layer in layers]
-    router_entropy = [layer.router_entropy for layer in layers]
-    num_experts = [len(layer.load) for layer in layers]
-    num_idle = [len(layer.idle) for layer in layers]
-    busiest = [_largest(layer.load) for layer in layers]
-    carries_most = [_largest(layer.carried) for layer in layers]
-    least_salient = [_least_salient(layer) for layer in layers]
-    number = "{:z.3f}".format
-    return [
-        ReportColumn("layer", indices),
-        BarColumn(values=balance),
-        ReportColumn("balance", balance, number, meaning="entropy of the tokens' spread over experts, 1 is even"),
-        ReportColumn(
-            "router entropy", router_entropy, number, meaning="of its probabilities, a mean over tokens", priority=3
-        ),
-        ReportColumn("experts", num_experts, priority=4),
-        ReportColumn("idle", num_idle),
-        ReportColumn("busiest", busiest, meaning="share of the routed tokens", priority=2, number=False),
-        ReportColumn(
-            "carries most", carries_most, meaning="share of the sum of gate x |output|", priority=2, number=False
-        ),
-        ReportColumn(
-            "least salient",
-            least_salient,
-            meaning="the lowest means of gate x |output| (REAP), idle experts first",
-            number=False,
-        ),
-    ]
+def _layer_row(layer: LayerExperts) -> ReportRow:
+    """Return the row of the experts of one layer."""
+    row = {
+        "layer": layer.layer,
+        "balance": layer.balance,
+        "router_entropy": layer.router_entropy,
+        "experts": len(layer.load),
+        "idle": len(layer.idle),
+        "busiest": _largest(layer.load),
+        "carries_most": _largest(layer.carried),
+        "least_salient": _least_salient(layer),
+    }
+    return ReportRow(row)
 
 
 def _largest(shares: Float64) -> str:

@@ -11,7 +11,7 @@ estimates of `tasks.map_damage.RoundingDamage` are correlated with the loss with
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
 from operator import itemgetter
 from typing import Any
@@ -28,6 +28,7 @@ from avss_dist.analysis.section import (
     VIOLET,
     Chart,
     ReportColumn,
+    ReportRow,
     ReportTable,
     Row,
     Section,
@@ -78,6 +79,22 @@ SCHEMA = pa.schema(
         ("same_text", pa.bool_()),
     ]
 )
+
+
+def _correlation_style(rho: float) -> str:
+    return "bold" if rho > GOOD else ""
+
+
+_CORRELATION = "{:z.2f}".format
+_SHARE = "{:z.1%}".format
+_CARD_COLUMNS = (
+    ReportColumn("with loss", SPEARMAN["loss"], _CORRELATION, style=_correlation_style),
+    ReportColumn("with shapley", SPEARMAN["shapley"], _CORRELATION, style=_correlation_style, priority=1),
+    ReportColumn("with taylor", SPEARMAN["taylor"], _CORRELATION, style=_correlation_style, priority=2),
+    ReportColumn("of the ceiling", "share_of_ceiling", _SHARE, priority=1),
+    ReportColumn("misranked", "misranked", _SHARE, priority=3),
+)
+"""Columns of a score card. A table has those in which a score has a value."""
 
 
 def score_cards(store: Warehouse, runs: Sequence[Mapping[str, Any]], own: Sequence[str] = ()) -> pa.Table:
@@ -343,53 +360,39 @@ def page_section(label: str, cards: Sequence[Row], layers: int, readings: int) -
     )
 
 
-def _table(name: str, rows: Sequence[Row]) -> ReportTable:
-    columns: list[tuple[str, str, Callable[[float], str], int]] = [
-        *((f"with {truth}", column, "{:z.2f}".format, i) for i, (truth, column) in enumerate(SPEARMAN.items())),
-        ("of the ceiling", "share_of_ceiling", "{:z.1%}".format, 1),
-        ("misranked", "misranked", "{:z.1%}".format, 3),
-    ]
-    filled = [column for column in columns if any(row[column[1]] is not None for row in rows)]
-    if filled:
-        first = filled[0][1]
-        rows = sorted(rows, key=lambda row: -2.0 if row[first] is None else row[first], reverse=True)
-    rounded_to = rows[0]["format"]
-    change = f"rounding their weights to {rounded_to}" if rounded_to else "leaving them out"
-    ceiling = next((row["ceiling"] for row in rows if row["ceiling"] is not None), 0.0)
-    estimates = {row["same_text"] for row in rows if row["score"] in ROUNDING_ESTIMATES}
-    notes = (
-        (True, f"Spearman's correlation of each score, over layers, with what {change} does."),
-        (
-            ceiling,
-            f"Its ceiling, which the loss of other text of the same size would reach: {ceiling:z.2f}. "
-            "Misranked: pairs of layers in the wrong order.",
-        ),
-        (
-            True in estimates,
-            "Estimates are of the same text, and share the chance of its selection: expect less of them elsewhere.",
-        ),
-        (estimates and True not in estimates, "Estimates are of other text than that."),
-    )
-    return ReportTable(
-        name=name,
-        title="Each score",
-        columns=[
-            ReportColumn("score", [describe_score(row) for row in rows], number=False),
-            *(
-                ReportColumn(
-                    heading,
-                    [row[column] for row in rows],
-                    format_,
-                    priority=priority,
-                    style=(lambda rho: "bold" if rho is not None and rho > GOOD else "")
-                    if column.startswith("spearman")
-                    else None,
-                )
-                for heading, column, format_, priority in filled
-            ),
-        ],
-        caption=" ".join(note for holds, note in notes if holds),
-    )
+def _table(name: str, cards: Sequence[Row]) -> ReportTable:
+    """Return the table of the scores of one run, the best first, with the columns that have a value."""
+    columns = [ReportColumn("score", "title", number=False)]
+    for column in _CARD_COLUMNS:
+        if any(card[column.key] is not None for card in cards):
+            columns.append(column)
+    if len(columns) > 1:
+        first_key = columns[1].key
+        cards = sorted(cards, key=lambda card: -2.0 if card[first_key] is None else card[first_key], reverse=True)
+    rows = [ReportRow({**card, "title": describe_score(card)}) for card in cards]
+    return ReportTable(name=name, title="Each score", columns=columns, rows=rows, caption=_caption(cards))
+
+
+def _caption(cards: Sequence[Row]) -> str:
+    """Return the explanation of the table of the scores of one run."""
+    change = "leaving them out"
+    if cards[0]["format"]:
+        change = f"rounding their weights to {cards[0]['format']}"
+    caption = f"Spearman's correlation of each score, over layers, with what {change} does."
+    ceiling = next((card["ceiling"] for card in cards if card["ceiling"] is not None), None)
+    if ceiling:
+        caption += (
+            f" Its ceiling, which the loss of other text of the same size would reach: {ceiling:z.2f}. "
+            "Misranked: pairs of layers in the wrong order."
+        )
+    estimates = {card["same_text"] for card in cards if card["score"] in ROUNDING_ESTIMATES}
+    if True in estimates:
+        caption += (
+            " Estimates are of the same text, and share the chance of its selection: expect less of them elsewhere."
+        )
+    elif estimates:
+        caption += " Estimates are of other text than that."
+    return caption
 
 
 def _name(card: Row) -> str:

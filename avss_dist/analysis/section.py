@@ -9,14 +9,25 @@ from typing import Any
 
 from avss_dist.core.text import printable
 
-GRAY, BLUE, AMBER, VIOLET = "#8b949e", "#4c9be8", "#e0a030", "#b07cd8"  # seen on light and on dark
-Row = Mapping[str, Any]  # of a table
+# Colors that are seen on a light page and on a dark one.
+GRAY = "#8b949e"
+BLUE = "#4c9be8"
+AMBER = "#e0a030"
+VIOLET = "#b07cd8"
+
+Row = Mapping[str, Any]
+"""A row of a table of the warehouse."""
 Interval = tuple[float, float]
 
 
-def interval(ends: Callable[[float], str]) -> Callable[[Interval], str]:
+def interval(ends: Callable[[float], str], separator: str = " to ") -> Callable[[Interval], str]:
     """Return a format of intervals, given that of their ends."""
-    return lambda value: f"{ends(value[0])} to {ends(value[1])}"
+
+    def describe(value: Interval) -> str:
+        low, high = value
+        return f"{ends(low)}{separator}{ends(high)}"
+
+    return describe
 
 
 def p_value(value: float) -> str:
@@ -31,18 +42,20 @@ def yes(value: bool) -> str:
 
 def known_interval(low: float | None, high: float | None) -> Interval | None:
     """Return an interval, or None if one of its ends is missing or not finite."""
-    if low is None or high is None or not (math.isfinite(low) and math.isfinite(high)):
+    if low is None or high is None:
         return None
-    return low, high
+    if math.isfinite(low) and math.isfinite(high):
+        return low, high
+    return None
 
 
 @dataclass(frozen=True, eq=False)
 class ReportColumn:
-    """A column of a table.
+    """A column of a table: the heading, and the look of the values that each row has under its key.
 
     Attributes:
         heading: its name.
-        values: a value for each row; None and NaN are missing. A pair of numbers is an interval.
+        key: key of its value in a row. None and NaN are missing. A pair of numbers is an interval.
         format: returns the text of a value that is not missing.
         missing: the text of a missing value in a terminal; a page has its own.
         group: common name of neighbouring columns, such as a task; it precedes the heading.
@@ -55,7 +68,7 @@ class ReportColumn:
     """
 
     heading: str
-    values: Sequence[Any]
+    key: str
     format: Callable[[Any], str] = str
     _: KW_ONLY
     missing: str = "-"
@@ -67,91 +80,99 @@ class ReportColumn:
     style: Callable[[Any], str] | None = None
     name: str = ""
 
-    def is_missing(self, row: int) -> bool:
-        """Whether a row has no value."""
-        value = self.values[row]
+    def is_missing(self, value: Any) -> bool:
+        """Whether a value is missing."""
         return value is None or (isinstance(value, float) and math.isnan(value))
 
-    def text(self, row: int) -> str:
-        """Return the printable text of a row's value. Empty if it is missing."""
-        return "" if self.is_missing(row) else printable(self.format(self.values[row]))
+    def is_interval(self, value: Any) -> bool:
+        """Whether a value is an interval."""
+        return self.number and isinstance(value, tuple)
 
-    def sort_key(self, row: int) -> Any:
-        """Return the sort key of a row: its value, or the lower end of an interval. Empty if it is missing."""
-        value = self.values[row]
-        if self.is_missing(row) or (isinstance(value, tuple) and not self.number):
-            return self.text(row)
+    def text(self, value: Any) -> str:
+        """Return the printable text of a value. Empty if it is missing."""
+        if self.is_missing(value):
+            return ""
+        return printable(self.format(value))
+
+    def full_text(self, value: Any) -> str:
+        """Return a value if it is text, which the format may shorten, and otherwise its formatted text."""
+        if isinstance(value, str):
+            return printable(value)
+        return self.text(value)
+
+    def sort_key(self, value: Any) -> Any:
+        """Return the sort key of a value: itself, or the lower end of an interval. Empty if it is missing."""
+        if self.is_missing(value):
+            return ""
+        if self.is_interval(value):
+            low, _ = value
+            return low
         if isinstance(value, tuple):
-            return value[0]
-        return int(value) if isinstance(value, bool) else value
-
-    def is_interval(self, row: int) -> bool:
-        """Whether a row's value is an interval."""
-        return self.number and isinstance(self.values[row], tuple)
-
-    def whole(self, row: int) -> str:
-        """Return a row's value if it is text, which the format may shorten, and otherwise its formatted text."""
-        value = self.values[row]
-        return printable(value) if isinstance(value, str) else self.text(row)
+            return self.text(value)
+        if isinstance(value, bool):
+            return int(value)
+        return value
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class BarColumn:
-    """A column of bars, which a terminal draws. The page has charts instead.
+    """A column of bars, which a terminal draws, red in marked rows. The page has charts instead.
 
     Attributes:
-        values: a length for each row.
-        largest: the length that fills the column; by default the largest value.
-        marked: true for bars that are red; by default none.
+        key: key of the length in a row. None is no bar.
+        largest: the length that fills the column; by default the largest one of the table.
         width: width of the column, in cells of the terminal.
         priority: as in `ReportColumn`.
     """
 
-    values: Sequence[float | None]
+    key: str
     largest: float | None = None
-    marked: Sequence[bool] = ()
     width: int = 18
     priority: int = 1
 
 
-@dataclass(frozen=True, kw_only=True, eq=False)
-class ReportTable:
-    """A table, of any number of rows.
+@dataclass(frozen=True, eq=False)
+class ReportRow:
+    """A row of a table.
 
     Attributes:
+        values: a value for the key of each column, and perhaps others.
+        is_marked: true for a row that stands out.
+    """
+
+    values: Row
+    is_marked: bool = False
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class ReportTable:
+    """A table, of any number of rows. A terminal and the page, with its CSV, show the same one.
+
+    Attributes:
+        columns: columns, of which the first one names the rows.
+        rows: rows, in order.
         name: base name of its CSV file.
         title: title that says what a row is; may be empty.
-        columns: columns, of which the first one names the rows.
         caption: explanation below the table.
-        marked: true for rows that stand out; by default none.
-        mark: kind of the marked rows: ``lowest`` or ``failed``.
+        mark: kind of the marked rows: ``lowest`` or ``failed``; empty if only their bars show it.
     """
 
     columns: Sequence[ReportColumn | BarColumn]
+    rows: Sequence[ReportRow]
     name: str = ""
     title: str = ""
     caption: str = ""
-    marked: Sequence[bool] = ()
-    mark: str = "lowest"
+    mark: str = ""
 
     @property
-    def values(self) -> list[ReportColumn]:
+    def value_columns(self) -> list[ReportColumn]:
         """Columns except bars."""
         return [column for column in self.columns if isinstance(column, ReportColumn)]
 
     @property
-    def rows(self) -> range:
-        """Positions of the rows."""
-        return range(len(self.columns[0].values))
-
-    @property
     def meanings(self) -> str:
         """Sentences that explain the columns, one for each column with a meaning."""
-        return " ".join(f"{column.heading}: {column.meaning}." for column in self.values if column.meaning)
-
-    def is_marked(self, row: int) -> bool:
-        """Whether a row stands out."""
-        return bool(self.marked) and self.marked[row]
+        return " ".join(f"{column.heading}: {column.meaning}." for column in self.value_columns if column.meaning)
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -191,13 +212,6 @@ class Section:
     sentences: Sequence[str] = ()
     charts: Sequence[Chart] = ()
     tables: Sequence[ReportTable] = ()
-
-
-def column_of(
-    rows: Sequence[Row], heading: str, name: str, format: Callable[[Any], str] = str, priority: int = 0
-) -> ReportColumn:
-    """Return the column of a field of rows, such as those of a table of the warehouse."""
-    return ReportColumn(heading, [row[name] for row in rows], format, priority=priority)
 
 
 def page_number(label: str) -> str:

@@ -22,6 +22,7 @@ from avss_dist.analysis.section import (
     GRAY,
     Chart,
     ReportColumn,
+    ReportRow,
     ReportTable,
     Row,
     Section,
@@ -436,13 +437,14 @@ def _section(label: str, experiment: NewestExperiment) -> Section:
     primary.sort(key=lambda row: float(row["share"]))
     methods = _results_by_method(primary)
 
-    columns = _method_columns(methods)
+    columns = list(_METHOD_COLUMNS)
     for task, metric in metrics.items():
-        columns += _result_columns(task, metric, [results.get(task) for results in methods.values()])
+        columns += _result_columns(task, metric)
+    rows = [_method_row(share, method, results, metrics) for (share, method), results in methods.items()]
     caption = "Kept: the metric over that of the whole model (of a perplexity: under it), and its 95% interval."
     if lacks_interval(primary):
         caption = f"{caption} {NO_INTERVAL}"
-    table = ReportTable(name=name, title="Each method at each share", columns=columns, caption=caption)
+    table = ReportTable(name=name, title="Each method at each share", columns=columns, rows=rows, caption=caption)
 
     charts: list[Chart] = []
     for share in dict.fromkeys(share for share, method in methods if method != WHOLE):
@@ -465,47 +467,49 @@ def _results_by_method(rows: Sequence[Row]) -> _Results:
     return methods
 
 
-def _method_columns(methods: _Results) -> list[ReportColumn]:
-    """Return the columns that tell the methods apart."""
-    names = [method for _, method in methods]
-    shares = [share for share, _ in methods]
-    dropped: list[str | None] = []
-    for results in methods.values():
-        # All tasks are evaluated without the same layers. The whole model has no value.
-        first_result = next(iter(results.values()))
-        dropped.append(describe_removed(decode_removals(first_result["drop"])) or None)
-    return [
-        ReportColumn("layers chosen by", names, number=False),
-        ReportColumn("share", shares, "{:z.0%}".format),
-        ReportColumn("dropped", dropped, number=False, wraps=True, priority=3),
-    ]
+_METHOD_COLUMNS = (
+    ReportColumn("layers chosen by", "method", number=False),
+    ReportColumn("share", "share", "{:z.0%}".format),
+    ReportColumn("dropped", "dropped", number=False, wraps=True, priority=3),
+)
+"""Columns that tell the methods apart."""
 
 
-def _result_columns(task: str, metric: str, results: Sequence[Row | None]) -> list[ReportColumn]:
-    """Return the columns of a task: its metric, and the retention of it with its interval.
-
-    Args:
-        results: row of each method, or None if the task was not evaluated with it.
-    """
+def _result_columns(task: str, metric: str) -> list[ReportColumn]:
+    """Return the columns of a task: its metric, and the retention of it with its interval."""
     group = basename(task.removeprefix(PERPLEXITY))
-    values: list[float | None] = []
-    retentions: list[float | None] = []
-    intervals: list[tuple[float, float] | None] = []
-    for row in results:
-        values.append(None if row is None else readable_value(metric, row["value"]))
-        # The whole model is what the others are compared with.
-        if row is None or _is_whole(row):
-            retentions.append(None)
-            intervals.append(None)
-        else:
-            retentions.append(row["retention"])
-            intervals.append(retention_interval(row))
     percent = "{:z.1%}".format
     return [
-        ReportColumn(describe_metric(metric), values, metric_format(metric), group=group, priority=2),
-        ReportColumn("kept", retentions, percent, group=group),
-        ReportColumn("95% interval", intervals, interval(percent), group=group, priority=1),
+        ReportColumn(describe_metric(metric), f"{task}: value", metric_format(metric), group=group, priority=2),
+        ReportColumn("kept", f"{task}: kept", percent, group=group),
+        ReportColumn("95% interval", f"{task}: interval", interval(percent), group=group, priority=1),
     ]
+
+
+def _method_row(share: float, method: str, results: Mapping[str, Row], metrics: Mapping[str, str]) -> ReportRow:
+    """Return the row of a method at one share.
+
+    Args:
+        results: its rows of ``experiments`` by task. A task may lack one.
+        metrics: primary metric of every task.
+    """
+    # All tasks are evaluated without the same layers. The whole model has no value.
+    first_result = next(iter(results.values()))
+    dropped = describe_removed(decode_removals(first_result["drop"])) or None
+    values: dict[str, Any] = {"method": method, "share": share, "dropped": dropped}
+    for task, metric in metrics.items():
+        values[f"{task}: value"] = None
+        values[f"{task}: kept"] = None
+        values[f"{task}: interval"] = None
+        if task not in results:
+            continue
+        result = results[task]
+        values[f"{task}: value"] = readable_value(metric, result["value"])
+        # The whole model is what the others are compared with.
+        if not _is_whole(result):
+            values[f"{task}: kept"] = result["retention"]
+            values[f"{task}: interval"] = retention_interval(result)
+    return ReportRow(values)
 
 
 def _chart_rows(methods: _Results, share: float, task: str, guess: float | None) -> list[dict[str, Any]]:

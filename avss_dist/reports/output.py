@@ -112,7 +112,7 @@ def _write_fitted(table: pa.Table, console: Console, *, newest_first: bool) -> N
     if hidden > 0:
         last = 0 if newest_first else MAX_ROWS // 2
         table = pa.concat_tables([table.slice(0, MAX_ROWS - last), table.slice(len(table) - last)])
-    console.print(plain_table(table.column_names, [tuple(row.values()) for row in _rows(table)]))
+    console.print(plain_table(table.column_names, list(_rows(table))))
     if hidden > 0:
         where = "older rows" if newest_first else f"rows between the first and the last {MAX_ROWS // 2}"
         emit(f"{hidden:,} {where} are not shown; a file or a pipe gets all: --format csv > FILE.csv.")

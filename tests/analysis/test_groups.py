@@ -285,10 +285,10 @@ def test_a_training_is_followed_in_its_order(training: Path) -> None:
     assert curve.points[3] == "3,000" and curve.name == "org/a@step*"
     assert result.left_out == {"b": "its step is not known"}
     expected = [stats.spearmanr(row, curve.values[-1]).statistic for row in curve.values]
-    points = {column.heading: column.values for column in curve_section(curve, "curve").tables[0].values}
-    assert points["with the last"] == pytest.approx(expected)
+    points = [row.values for row in curve_section(curve, "curve").tables[0].rows]
+    assert [point["with_last"] for point in points] == pytest.approx(expected)
     before = [stats.spearmanr(*curve.values[at - 1 : at + 1]).statistic for at in range(1, 12)]
-    assert points["with the one before"] == pytest.approx([np.nan, *before], nan_ok=True)
+    assert [point["with_previous"] for point in points] == pytest.approx([np.nan, *before], nan_ok=True)
     assert curve.trend == pytest.approx(
         [stats.spearmanr(range(12), ranks).statistic for ranks in curve.ranks.T], nan_ok=True
     )

@@ -442,7 +442,7 @@ def test_a_terminal_and_a_page_show_the_same_texts() -> None:
         bars = [i for i, column in enumerate(table.columns) if isinstance(column, BarColumn)]
         texts = [[text.strip("- ") for i, text in enumerate(line) if i not in bars] for line in lines]
         assert texts == rows
-        assert headings == [f"{c.group}: {c.heading}" if c.group else c.heading for c in table.values]
+        assert headings == [f"{c.group}: {c.heading}" if c.group else c.heading for c in table.value_columns]
 
 
 def test_a_table_of_an_experiment_names_sublayers_and_says_why_an_interval_is_missing() -> None:
@@ -483,19 +483,22 @@ def test_the_page_has_every_chart_and_table_of_its_sections(tmp_path: Path) -> N
     rows = warehouse.table("experiments").sort_by("created_at").to_pylist()
     (section,) = experiment_sections([one for one in rows if one["run_id"] == rows[0]["run_id"]])
     shown = next(table for table in Page(page).tables if table[0][:1] == ["layers chosen by"])
-    assert [line[0] for line in shown[1:]] == section.tables[0].values[0].values
+    assert [line[0] for line in shown[1:]] == [row.values["method"] for row in section.tables[0].rows]
 
 
 def test_columns_format_missing_values_intervals_and_booleans() -> None:
-    ends = ReportColumn("x", [known_interval(0.1, 0.2), known_interval(None, 1)], interval("{:z.0%}".format))
-    assert (ends.text(0), ends.sort_key(0)) == ("10% to 20%", 0.1)
-    assert (ends.text(1), ends.sort_key(1)) == ("", "")
+    ends = ReportColumn("x", "x", interval("{:z.0%}".format))
+    known = known_interval(0.1, 0.2)
+    assert (ends.text(known), ends.sort_key(known)) == ("10% to 20%", 0.1)
+    unknown = known_interval(None, 1)
+    assert (ends.text(unknown), ends.sort_key(unknown)) == ("", "")
     assert known_interval(0.0, float("nan")) is None
-    numbers = ReportColumn("y", [-0.0001, float("nan"), None, True], "{:z.3f}".format)
-    assert [numbers.text(i) for i in range(3)] == ["0.000", "", ""] and numbers.sort_key(3) == 1
+    numbers = ReportColumn("y", "y", "{:z.3f}".format)
+    assert [numbers.text(value) for value in (-0.0001, float("nan"), None)] == ["0.000", "", ""]
+    assert numbers.sort_key(True) == 1
     assert [p_value(p) for p in (0.0123, 0.0001)] == ["0.012", "<0.001"]
-    pair = ReportColumn("z", [(2, 0.5)], lambda value: f"{value[0]} ({value[1]:.0%})", number=False)
-    assert pair.sort_key(0) == "2 (50%)"
+    pair = ReportColumn("z", "z", lambda value: f"{value[0]} ({value[1]:.0%})", number=False)
+    assert pair.sort_key((2, 0.5)) == "2 (50%)"
 
 
 @pytest.mark.parametrize("width", [40, 60, 100])

@@ -92,15 +92,17 @@ def test_pairs_show_whole_ids_at_any_width(warehouse: Warehouse, width: int) -> 
 
 def test_a_wide_query_is_a_block_for_each_record(warehouse: Warehouse) -> None:
     table = warehouse.sql("FROM runs")
-    lines = drawn(plain_table(table.column_names, [tuple(row.values()) for row in table.to_pylist()]), 80)
+    lines = drawn(plain_table(table.column_names, table.to_pylist()), 80)
     for run in RUNS:
         assert f"run_id {run}" in [" ".join(line.split()) for line in lines]
     assert sum(line.startswith("tokens_per_second") for line in lines) == len(RUNS)
 
 
 def test_a_narrow_query_is_a_table_of_rounded_numbers_to_the_right() -> None:
-    rows = [("a", 1 / 3, 2), ("bb", 1234567.0, 10), (None, None, None)]
-    lines = drawn(plain_table(["name", "share", "n"], rows), 80)
+    names = ["name", "share", "n"]
+    values = [("a", 1 / 3, 2), ("bb", 1234567.0, 10), (None, None, None)]
+    rows = [dict(zip(names, row, strict=True)) for row in values]
+    lines = drawn(plain_table(names, rows), 80)
     assert [line[1:-1].split("│") for line in lines[3:6]] == [
         [" a    ", "    0.333333 ", "  2 "],
         [" bb   ", " 1.23457e+06 ", " 10 "],
@@ -110,7 +112,8 @@ def test_a_narrow_query_is_a_table_of_rounded_numbers_to_the_right() -> None:
 
 def test_a_long_error_hides_no_row(warehouse: Warehouse) -> None:
     error = "CUDA out of memory. " * 40
-    lines = drawn(plain_table(["run_id", "status", "error"], [(run, "failed", error) for run in RUNS]), 80)
+    rows = [{"run_id": run, "status": "failed", "error": error} for run in RUNS]
+    lines = drawn(plain_table(["run_id", "status", "error"], rows), 80)
     assert all(any(run in line for line in lines) for run in RUNS)
     assert len(lines) < 80
     done = avss("query", "-w", warehouse.root, "SELECT 'a|b' AS x, 1/3 AS y", "--format", "markdown")
@@ -322,7 +325,7 @@ def test_a_list_of_runs_tells_model_text_and_run_first(width: int) -> None:
     assert table.column_names[:4] == ["model", "corpus", "run", "status"]
     assert table["model"].to_pylist() == ["SmolLM2-135M-Instruct"] * 2
     assert table["corpus"].to_pylist() == ["your.txt", "heldout.txt"]
-    lines = drawn(plain_table(table.column_names, [tuple(row.values()) for row in table.to_pylist()]), width)
+    lines = drawn(plain_table(table.column_names, table.to_pylist()), width)
     assert len(lines) == 6 and max(map(len, lines)) <= width
 
 

@@ -26,7 +26,7 @@ from avss_dist.analysis.curves import AXES, Curve, curve_section, curves_of
 from avss_dist.analysis.experiments import NewestExperiment, newest_experiments
 from avss_dist.analysis.findings import findings
 from avss_dist.analysis.scorecard import best_readings, describe_agreement, page_section, score_cards
-from avss_dist.analysis.section import ReportColumn, ReportTable, Row, Section, page_number
+from avss_dist.analysis.section import ReportColumn, ReportRow, ReportTable, Row, Section, page_number
 from avss_dist.analysis.thresholds import at_reading
 from avss_dist.analysis.verdict import (
     CLAIMED_KEPT,
@@ -286,17 +286,19 @@ def _packed(data: Mapping[str, Any]) -> str:
 
 def _overview(rows: Sequence[Row], labels: Mapping[str, str]) -> ReportTable:
     """Return the table of runs, without columns in which no run has a value."""
-    numbers = [page_number(labels.get(row["run_id"], "")) or None for row in rows]
-    columns = [ReportColumn("#", numbers)]
+    columns = [ReportColumn("#", "number")]
     for name, (title, format_) in OVERVIEW.items():
-        values = [row[name] for row in rows]
-        if any(value is not None for value in values):
-            columns.append(ReportColumn(title, values, format_, number=format_ is _NUMBER, name=name))
+        if any(row[name] is not None for row in rows):
+            columns.append(ReportColumn(title, name, format_, number=format_ is _NUMBER, name=name))
+    overview = []
+    for row in rows:
+        number = page_number(labels.get(row["run_id"], "")) or None
+        overview.append(ReportRow({**row, "number": number}, is_marked=row["status"] != "done"))
     return ReportTable(
         name="runs",
         title="Each run, failed ones too; its number is its name in the charts",
         columns=columns,
-        marked=[row["status"] != "done" for row in rows],
+        rows=overview,
         mark="failed",
     )
 

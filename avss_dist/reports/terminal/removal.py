@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Sequence
+from operator import itemgetter
 
-from avss_dist.analysis.section import ReportColumn, ReportTable
+from avss_dist.analysis.section import ReportColumn, ReportRow, ReportTable, Row
 from avss_dist.core.text import describe_bytes, describe_count
 from avss_dist.reports.terminal.tables import FittedTable
 from avss_dist.warehouse.reader import grouped
@@ -14,30 +14,50 @@ from avss_dist.warehouse.removal import PATCH, Removal
 KEY_LENGTH = 12  # digits of a patch's name that are shown
 
 
+_COLUMNS = (
+    ReportColumn("removed", "name", number=False),
+    ReportColumn("what", "what", number=False, wraps=True),
+    ReportColumn("rows", "contents", number=False, wraps=True),
+    ReportColumn("files", "files", describe_count),
+    ReportColumn("size", "bytes", describe_bytes),
+)
+
+
 def removal_table(removal: Removal) -> FittedTable:
     """Return a table with a row for each run, evaluation and repair that a removal deletes."""
-    by_id = grouped(removal.table().to_pylist(), lambda row: row["run_id"])
-    columns = [
-        ReportColumn("removed", [_name(rows[0]) for rows in by_id.values()], number=False),
-        ReportColumn("what", [_what(rows[0]) for rows in by_id.values()], number=False, wraps=True),
-        ReportColumn("rows", [_contents(rows) for rows in by_id.values()], number=False, wraps=True),
-        ReportColumn("files", [sum(row["files"] for row in rows) for rows in by_id.values()], describe_count),
-        ReportColumn("size", [sum(row["bytes"] for row in rows) for rows in by_id.values()], describe_bytes),
-    ]
-    return FittedTable(ReportTable(columns=columns))
+    by_id = grouped(removal.table().to_pylist(), itemgetter("run_id"))
+    return FittedTable(ReportTable(columns=_COLUMNS, rows=[_removed_row(tables) for tables in by_id.values()]))
 
 
-def _name(row: Mapping[str, Any]) -> str:
-    return str(row["run_id"][:KEY_LENGTH] if row["kind"] == PATCH else row["run_id"])
+def _removed_row(tables: Sequence[Row]) -> ReportRow:
+    """Return the row of a run, an evaluation or a repair.
+
+    Args:
+        tables: its rows of `Removal.table`, one for each table of the warehouse.
+    """
+    first = tables[0]
+    name = first["run_id"]
+    what = first["kind"]
+    if first["kind"] == PATCH:
+        name = name[:KEY_LENGTH]
+        what = "repair"
+    elif first["about"]:
+        what += f", {first['about']}"
+    return ReportRow(
+        {
+            "name": name,
+            "what": what,
+            "contents": _contents(tables),
+            "files": sum(row["files"] for row in tables),
+            "bytes": sum(row["bytes"] for row in tables),
+        }
+    )
 
 
-def _what(row: Mapping[str, Any]) -> str:
-    if row["kind"] == PATCH:
-        return "repair"
-    return f"{row['kind']}, {row['about']}" if row["about"] else str(row["kind"])
-
-
-def _contents(rows: Sequence[Mapping[str, Any]]) -> str:
+def _contents(tables: Sequence[Row]) -> str:
     """Return the number of rows of each table. Repairs have none, nor has a run that has stored nothing yet."""
-    tables = [row for row in rows if row["kind"] != PATCH and row["table"]]
-    return ", ".join(f"{row['table']} {describe_count(row['rows'])}" for row in tables) or "-"
+    contents = []
+    for row in tables:
+        if row["kind"] != PATCH and row["table"]:
+            contents.append(f"{row['table']} {describe_count(row['rows'])}")
+    return ", ".join(contents) or "-"

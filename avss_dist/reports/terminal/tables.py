@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from typing import Any
@@ -13,11 +13,13 @@ from rich.console import Console, ConsoleOptions, Group, RenderableType
 from rich.table import Table as RichTable
 from rich.text import Text
 
-from avss_dist.analysis.section import BarColumn, ReportColumn, ReportTable, Section
+from avss_dist.analysis.section import BarColumn, ReportColumn, ReportRow, ReportTable, Row, Section
 from avss_dist.core.text import printable
 
 WRAPPED = 24  # cells that a column of prose needs at least
-STYLES = {"lowest": "bold red", "failed": "dim"}  # of marked rows
+BORDER = 3  # cells of the line and the two spaces beside each column
+STYLES = {"lowest": "bold red", "failed": "dim", "": ""}
+"""Styles of marked rows, by their kind."""
 _MANY = 8  # entries of a list that are shown
 
 
@@ -25,11 +27,15 @@ def rendered(*sections: Section) -> RenderableType:
     """Return sections as a terminal shows them: tables, then sentences."""
     parts: list[RenderableType] = []
     for section in sections:
+        if parts:
+            parts.append(Text())
         parts.append(Text(printable(section.label), style="bold"))
-        parts += map(FittedTable, section.tables)
-        parts += [Text(printable(line)) for line in (section.about, *section.sentences) if line]
-        parts.append(Text())
-    return Group(*parts[:-1])
+        for table in section.tables:
+            parts.append(FittedTable(table))
+        for line in (section.about, *section.sentences):
+            if line:
+                parts.append(Text(printable(line)))
+    return Group(*parts)
 
 
 @dataclass(frozen=True)
@@ -42,19 +48,40 @@ class FittedTable:
     table: ReportTable
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> Iterator[RenderableType]:
-        columns = self.table.columns
-        visible, needed = list(columns), {column: self._needs(column) + 3 for column in columns}
-        while _width(visible, needed) > options.max_width and any(column.priority for column in visible):
-            visible.remove(max(reversed(visible), key=lambda column: column.priority))
-        if _width(visible, needed) > options.max_width:
-            visible = list(columns)
-            yield from self._blocks()
+        table = self.table
+        columns = self._fitting_columns(options.max_width)
+        left_out = []
+        if columns:
+            yield self._grid(columns)
+            left_out = [_heading_line(column) for column in table.value_columns if column not in columns]
         else:
-            yield self._grid(visible)
-        if lines := [line for line in (self.table.caption, self.table.meanings) if line]:
-            yield Text(printable("\n".join(lines)))
-        if missing := [_heading(c).replace("\n", " ") for c in self.table.values if c not in visible]:
-            yield Text(f"No room for: {', '.join(missing)}. A wider terminal shows them.", style="dim")
+            yield from self._blocks()
+        for explanation in (table.caption, table.meanings):
+            if explanation:
+                yield Text(printable(explanation))
+        if left_out:
+            yield Text(f"No room for: {', '.join(left_out)}. A wider terminal shows them.", style="dim")
+
+    def _fitting_columns(self, max_width: int) -> list[ReportColumn | BarColumn]:
+        """Return the columns that fit into lines of so many cells. Empty if those that are always shown do not."""
+        columns = list(self.table.columns)
+        needed = {column: self._needs(column) + BORDER for column in columns}
+        while sum(needed[column] for column in columns) + 1 > max_width:
+            # Of columns of the same priority, the last goes first.
+            least_important = max(reversed(columns), key=lambda column: column.priority)
+            if least_important.priority == 0:
+                return []
+            columns.remove(least_important)
+        return columns
+
+    def _needs(self, column: ReportColumn | BarColumn) -> int:
+        """Return the number of screen cells that a column needs."""
+        if isinstance(column, BarColumn):
+            return column.width
+        widest = _text_width(_heading(column))
+        for row in self.table.rows:
+            widest = max(widest, _text_width(self._cell(column, row).plain))
+        return min(widest, WRAPPED) if column.wraps else widest
 
     def _grid(self, columns: Sequence[ReportColumn | BarColumn]) -> RichTable:
         table = self.table
@@ -69,81 +96,105 @@ class FittedTable:
                 no_wrap=not column.wraps,
                 overflow="fold",
             )
+        full_lengths = {column: self._full_length(column) for column in columns if isinstance(column, BarColumn)}
         for row in table.rows:
-            cells = [
-                self._bar(column, row) if isinstance(column, BarColumn) else self._cell(column, row)
-                for column in columns
-            ]
-            grid.add_row(*cells, style=STYLES[table.mark] if table.is_marked(row) else "")
+            cells: list[RenderableType] = []
+            for column in columns:
+                if isinstance(column, BarColumn):
+                    cells.append(_bar(column, row, full_lengths[column]))
+                else:
+                    cells.append(self._cell(column, row))
+            grid.add_row(*cells, style=STYLES[table.mark] if row.is_marked else "")
         return grid
 
-    def _bar(self, column: BarColumn, row: int) -> Bar:
-        largest = column.largest or max((value or 0.0 for value in column.values), default=0.0)
-        length = min(max(0.0, column.values[row] or 0.0), largest)
-        return Bar(
-            largest if largest > 0 else 1.0,
-            0,
-            length,
-            width=column.width,
-            color="red" if column.marked and column.marked[row] else "cyan",
-        )
+    def _full_length(self, column: BarColumn) -> float:
+        """Return the length that fills a column of bars."""
+        if column.largest is not None:
+            return column.largest
+        return max((row.values[column.key] or 0.0 for row in self.table.rows), default=0.0)
 
-    def _cell(self, column: ReportColumn, row: int) -> Text:
+    def _cell(self, column: ReportColumn, row: ReportRow) -> Text:
         """Return the text of a cell. The name of a row with the lowest scores has a star behind it."""
-        missing = column.is_missing(row)
-        words = column.missing if missing else column.text(row)
-        if self.table.marked and self.table.mark == "lowest" and column is self.table.columns[0]:
-            words += " *" if self.table.is_marked(row) else "  "
-        return Text(words, style=column.style(column.values[row]) if column.style and not missing else "")
-
-    def _needs(self, column: ReportColumn | BarColumn) -> int:
-        """Return the number of screen cells that a column needs."""
-        if isinstance(column, BarColumn):
-            return column.width
-        texts = (_heading(column), *(self._cell(column, row).plain for row in self.table.rows))
-        widest = max((cell_len(line) for words in texts for line in words.splitlines()), default=0)
-        return min(widest, WRAPPED) if column.wraps else widest
+        value = row.values[column.key]
+        style = ""
+        if column.is_missing(value):
+            words = column.missing
+        else:
+            words = column.text(value)
+            if column.style:
+                style = column.style(value)
+        if self.table.mark == "lowest" and column is self.table.columns[0]:
+            words += " *" if row.is_marked else "  "
+        return Text(words, style=style)
 
     def _blocks(self) -> Iterator[RenderableType]:
         """Yield a line for each column, row after row."""
         if self.table.title:
             yield Text(printable(self.table.title), style="bold")
-        for row in self.table.rows:
-            if row:
+        for number, row in enumerate(self.table.rows):
+            if number:
                 yield Text()
             grid = RichTable.grid(padding=(0, 2))
             grid.add_column(no_wrap=True, style="cyan")
             grid.add_column(overflow="fold")
-            for column in self.table.values:
+            for column in self.table.value_columns:
                 grid.add_row(Text(_heading(column)), self._cell(column, row))
             yield grid
 
 
-def _width(columns: Sequence[ReportColumn | BarColumn], needed: Mapping[ReportColumn | BarColumn, int]) -> int:
-    """Return the number of screen cells that a table of some columns takes."""
-    return sum(needed[column] for column in columns) + 1
+def _bar(column: BarColumn, row: ReportRow, full_length: float) -> Bar:
+    """Return the bar of a row. A negative length has none."""
+    length = row.values[column.key] or 0.0
+    return Bar(
+        full_length if full_length > 0 else 1.0,
+        0,
+        min(max(0.0, length), full_length),
+        width=column.width,
+        color="red" if row.is_marked else "cyan",
+    )
+
+
+def _text_width(text: str) -> int:
+    """Return the number of screen cells that the widest line of a text takes."""
+    return max((cell_len(line) for line in text.splitlines()), default=0)
 
 
 def _heading(column: ReportColumn) -> str:
-    return printable(f"{column.group}\n{column.heading}" if column.group else column.heading)
+    """Return the heading of a column, with the name of its group on a line above."""
+    if column.group:
+        return printable(f"{column.group}\n{column.heading}")
+    return printable(column.heading)
 
 
-def plain_table(names: Sequence[str], rows: Sequence[Sequence[Any]]) -> FittedTable:
-    """Return the result of a query as a table: values are never markup, floats have six digits."""
-    columns = []
-    for i, name in enumerate(names):
-        values = [row[i] for row in rows]
-        present = [value for value in values if value is not None]
-        columns.append(
-            ReportColumn(
-                str(name),
-                [describe_value(value) for value in values],
-                missing="",
-                number=bool(present) and all(isinstance(value, (int, float)) for value in present),
-                wraps=any(isinstance(value, (str, list, dict)) and " " in describe_value(value) for value in present),
-            )
-        )
-    return FittedTable(ReportTable(columns=columns))
+def _heading_line(column: ReportColumn) -> str:
+    return _heading(column).replace("\n", " ")
+
+
+def plain_table(names: Sequence[str], rows: Sequence[Row]) -> FittedTable:
+    """Return the result of a query as a table: values are never markup, floats have six digits.
+
+    Args:
+        names: names of the columns.
+        rows: value of each column by name.
+    """
+    columns = [_plain_column(name, [row[name] for row in rows]) for name in names]
+    texts = [ReportRow({name: describe_value(row[name]) for name in names}) for row in rows]
+    return FittedTable(ReportTable(columns=columns, rows=texts))
+
+
+def _plain_column(name: str, values: Sequence[Any]) -> ReportColumn:
+    """Return the column of a result with some values: numbers are aligned to the right, texts with spaces wrap."""
+    present = [value for value in values if value is not None]
+    return ReportColumn(
+        name,
+        name,
+        number=bool(present) and all(isinstance(value, (int, float)) for value in present),
+        wraps=any(_is_prose(value) for value in present),
+    )
+
+
+def _is_prose(value: Any) -> bool:
+    return isinstance(value, (str, list, dict)) and " " in describe_value(value)
 
 
 def describe_value(value: Any) -> str:
@@ -155,8 +206,11 @@ def describe_value(value: Any) -> str:
     if isinstance(value, datetime):
         return f"{value:%Y-%m-%d %H:%M:%S}"
     if isinstance(value, list):
-        more = [f"... {len(value)} in all"] if len(value) > _MANY else []
-        return "[" + ", ".join([*map(describe_value, value[:_MANY]), *more]) + "]"
+        entries = [describe_value(entry) for entry in value[:_MANY]]
+        if len(value) > _MANY:
+            entries.append(f"... {len(value)} in all")
+        return f"[{', '.join(entries)}]"
     if isinstance(value, dict):
-        return "{" + ", ".join(f"{key}: {describe_value(entry)}" for key, entry in value.items()) + "}"
+        fields = [f"{key}: {describe_value(entry)}" for key, entry in value.items()]
+        return f"{{{', '.join(fields)}}}"
     return str(value)
