@@ -167,6 +167,22 @@ def progress_to(callback: ProgressCallback) -> AbstractContextManager[None]:
     return bound(_CALLBACK, callback)
 
 
+@contextmanager
+def portion(start: float, size: float) -> Iterator[None]:
+    """Count the progress reported inside the block as that of a part of a longer activity.
+
+    Args:
+        start: share of the longer activity that was done before.
+        size: share of it that the part is.
+    """
+    callback = _CALLBACK.get()
+    if callback is None:
+        yield
+        return
+    with progress_to(lambda what, share: callback(what, start + size * share)):
+        yield
+
+
 def tracked(items: Sequence[Item], what: str, *, bar: bool = True) -> Iterable[Item]:
     """Return the items, and show or report the progress through them.
 

@@ -36,9 +36,12 @@ from avss_dist.core.settings import Settings, fingerprint
 from avss_dist.core.text import RedactedURI
 from avss_dist.corpus.seen import ABLATION, PRECISION, seen_text
 from avss_dist.corpus.shards import CorpusPlan, Shard
+from avss_dist.distillation.curve import Preparing, ignore
+from avss_dist.evaluation.memory import estimate_memory
 from avss_dist.evaluation.session import (
     EvaluationSession,
     PlacedModel,
+    PlannedTask,
     require_intended,
     require_listable,
     require_partition,
@@ -172,20 +175,33 @@ def ablate(request: AblateRequest) -> Ablation:
         )
     require_listable(request.shapley, "permutations", "Lower `shapley`.")
     corpus = RedactedURI(request.corpus)
+    on_event = request.on_event or ignore
+    on_event(Preparing("reading the checkpoint"))
     checkpoint = resolve(str(request.model), trust_remote_code=request.settings.trust_remote_code)
     if request.formats:
         require_unquantized(checkpoint)
     with EvaluationSession.open(request.warehouse, request.settings, request.execution, request.on_event) as session:
         model = session.place(checkpoint, request.settings)
+        on_event(Preparing("reading the text"))
         text = plan_text(checkpoint, corpus, model.settings)
         _require_intended(request, model, text)
-        results = session.measure(
-            {model.plan(task): [NO_INTERVENTION] for task in _tasks(request, corpus, text, model.settings)}
-        )
+        planned = [model.plan(task) for task in _tasks(request, corpus, text, model.settings)]
+        missing = _missing(session, planned)
+        if needed := estimate_memory(model, missing, session.executor.devices):
+            on_event(needed)
+        results = session.measure({task: [NO_INTERVENTION] for task in planned})
     removed, rounded = list[Result](), list[Result]()
-    for planned, measured in results.items():
-        (rounded if planned.task.name.startswith((ROUNDING_TASK, ROUNDED_LOSS)) else removed).extend(measured)
+    for task, measured in results.items():
+        (rounded if task.task.name.startswith((ROUNDING_TASK, ROUNDED_LOSS)) else removed).extend(measured)
     return _ablation(str(request.model), corpus, removed, _sensitivity(request.formats, rounded))
+
+
+def _missing(session: EvaluationSession, planned: Iterable[PlannedTask]) -> list[Measure]:
+    """Return the measures of tasks that the warehouse has no results of."""
+    missing = []
+    for task in planned:
+        missing += [cell.measure for cell in task.cells() if not session.is_known(cell)]
+    return missing
 
 
 def _require_intended(request: AblateRequest, model: PlacedModel, text: CorpusPlan) -> None:

@@ -27,7 +27,7 @@ from avss_dist.core.intervention import (
     whole_layers,
 )
 from avss_dist.core.settings import Settings
-from avss_dist.core.streams import tracked
+from avss_dist.core.streams import portion, report
 from avss_dist.corpus.shards import Batch
 from avss_dist.models.checkpoints import Checkpoint
 from avss_dist.models.experts import require_experts, without_experts
@@ -42,6 +42,7 @@ from avss_dist.models.head import (
 )
 from avss_dist.models.interventions import (
     Patch,
+    around,
     decode_patch,
     find_obstacles,
     patched,
@@ -58,6 +59,7 @@ from avss_dist.models.linear_maps import SparsityCounts, dense, require_fit, rou
 from avss_dist.models.loading import Backbone, no_head, predictor, quiet
 from avss_dist.models.number_formats import NumberFormat
 from avss_dist.models.remaining import without_modules
+from avss_dist.models.replay import MapGradients, Record, pass_back
 from avss_dist.stats.layer_stats import Float64
 
 PROBE_TOKENS = 16
@@ -110,6 +112,7 @@ class LanguageModel:
         self.checkpoint, self.settings, self.device = checkpoint, settings, device
         self.notes: dict[str, None] = {}
         self._cache_obstacles: dict[frozenset[int], str | None] = {}
+        self._replays: dict[frozenset[int], bool] = {}  # results of `_can_replay`, by the layers that run
         self.backbone = backbone
         self.module: Any = predictor(backbone.model)
         if self.module.get_output_embeddings() is None:
@@ -155,8 +158,7 @@ class LanguageModel:
         """
         if not all(layer.form for layer in self.layers):
             return False
-        real = np.ones((1, PROBE_TOKENS), np.bool_)
-        batch = Batch(input_ids=np.arange(PROBE_TOKENS, dtype=np.int32)[None], attention_mask=real, observed=real)
+        batch = _probe_batch()
         try:
             with torch.no_grad():
                 with recording(self.layers) as inputs:
@@ -337,9 +339,18 @@ class LanguageModel:
             return "its predictions with the cache differ from those without"
         return None
 
-    def each(self, function: Callable[[Batch], T], batches: Sequence[Batch]) -> list[T]:
-        """Return the result of a function for every batch. Its passes may run on another rank, or interleaved."""
-        return [function(batch) for batch in tracked(batches, "Reading text", bar=False)]
+    def each(self, function: Callable[[Batch], T], batches: Sequence[Batch], activity: str = "Reading text") -> list[T]:
+        """Return the result of a function for every batch. Its passes may run on another rank, or interleaved.
+
+        Args:
+            activity: name of the work in the progress that is reported.
+        """
+        results = []
+        for number, batch in enumerate(batches):
+            report(activity, number / len(batches))
+            with portion(number / len(batches), 1 / len(batches)):
+                results.append(function(batch))
+        return results
 
     def together(self, functions: Sequence[Callable[[], T]]) -> list[T]:
         """Return the results of functions that run the model. Their passes may run on another rank, or interleaved."""
@@ -391,20 +402,26 @@ class LanguageModel:
         positions = rows * batch.input_ids.shape[1] + before
         return to_device(positions, self.device), to_device(labels, self.device, torch.int64)
 
-    def losses_under(self, batches: Sequence[Batch], interventions: Sequence[Intervention]) -> list[Float64]:
+    def losses_under(
+        self, batches: Sequence[Batch], interventions: Sequence[Intervention], activity: str = "Reading text"
+    ) -> list[Float64]:
         """Return the `losses` of all batches, float64[rows], under each intervention.
 
         The interventions differ only in what they remove and round. One that leaves the first layers as the first
         intervention does is cheaper: its passes begin where the two differ.
+
+        Args:
+            activity: name of the work in the progress that is reported.
         """
-        by_batch = self.each(partial(self._losses_under, interventions), batches)
+        by_batch = self.each(partial(self._losses_under, interventions, activity), batches, activity)
         return [np.concatenate(losses) for losses in zip(*by_batch, strict=True)]
 
-    def _losses_under(self, interventions: Sequence[Intervention], batch: Batch) -> list[Float64]:
+    def _losses_under(self, interventions: Sequence[Intervention], activity: str, batch: Batch) -> list[Float64]:
         first, branches = interventions[0], self.branches(interventions)
         with self.applying(first), recording([self.layers[layer] for layer in set(branches.values())]) as inputs:
             results = [self.losses(batch)]
-        for intervention in interventions[1:]:
+        for number, intervention in enumerate(interventions[1:], 1):
+            report(activity, number / len(interventions))
             with ExitStack() as stack:
                 stack.enter_context(self.applying(intervention))
                 if (layer := branches.get(intervention)) is not None:
@@ -438,8 +455,12 @@ class LanguageModel:
 
         Args:
             watchers: observers of hidden states and gradients through hooks, one for each batch. Their ``watch()`` is a
-                context that may be entered several times, and ``keeps`` the maximum number of hidden states of the
-                batch that they keep for each layer.
+                context that may be entered several times, ``keeps`` the maximum number of hidden states of the batch
+                that they keep for each layer, and ``activity`` the name of the work in the progress that is reported.
+                ``runs_by_layer`` lets each layer run again for its backward passes, so that the activations of one
+                layer are in memory. Such watchers see every layer run twice with gradients, and no backward pass
+                through the first run. The gradients are the same. A model of which that is not found on a few tokens
+                keeps the activations of all layers.
             draws: number of further backward passes through the same forward pass, each with labels that are drawn
                 from the model's predictions instead of the text.
             seed: seed of the draws, which depend on a row's tokens and not on its batch.
@@ -449,12 +470,60 @@ class LanguageModel:
         """
         if self.no_gradients:
             raise ModelError(*self.no_gradients)
-        for batch, watcher in tracked([*zip(batches, watchers, strict=True)], "Computing gradients", bar=False):
-            with watcher.watch(), torch.enable_grad():
-                hidden = self.hidden_states(batch)
-                for number, gradient in enumerate(self.loss_gradients(hidden.detach(), batch, draws, seed)):
-                    hidden.backward(gradient, retain_graph=number < draws)
+        for number, (batch, watcher) in enumerate(zip(batches, watchers, strict=True)):
+            report(watcher.activity, number / len(batches))
+            with portion(number / len(batches), 1 / len(batches)):
+                if watcher.runs_by_layer and self._can_replay():
+                    self._backpropagate_by_layer(batch, watcher, draws, seed)
+                else:
+                    self._backpropagate_whole(batch, watcher, draws, seed)
         return list(watchers)
+
+    def _backpropagate_whole(self, batch: Batch, watcher: Any, draws: int, seed: int) -> None:
+        """Run a batch's passes through the whole model."""
+        with watcher.watch(), torch.enable_grad():
+            hidden = self.hidden_states(batch)
+            for number, gradient in enumerate(self.loss_gradients(hidden.detach(), batch, draws, seed)):
+                report(watcher.activity, (1 + number) / (2 + draws))  # the forward pass is the first step
+                hidden.backward(gradient, retain_graph=number < draws)
+
+    def _backpropagate_by_layer(self, batch: Batch, watcher: Any, draws: int, seed: int) -> None:
+        """Run a batch's forward pass, and then each layer again for its backward passes."""
+        layers = [layer for layer in self.layers if not skip_of(layer.module)]
+        record = Record(layers[-1])
+        runs = {layer.module: partial(record.run_with_gradients, layer) for layer in layers}
+        with watcher.watch(), torch.enable_grad(), around(runs):
+            hidden = self.hidden_states(batch)
+        gradients = list(self.loss_gradients(hidden.detach(), batch, draws, seed))
+        pass_back(hidden, record.leaf.pop(), gradients)
+        for number, layer in enumerate(reversed(layers), 1):
+            report(watcher.activity, number / (1 + len(layers)))  # the forward pass is the first step
+            with watcher.watch():
+                record.pass_back(layer.module, layer.module, gradients)
+
+    def _can_replay(self) -> bool:
+        """Whether gradients layer by layer are those of the whole model, bit by bit, without the skipped layers.
+
+        Tried on a few tokens. They differ if more than hidden states goes from layer to layer, if something is computed
+        between two layers, or if a layer changes its input in place.
+        """
+        layers = [layer for layer in self.layers if not skip_of(layer.module)]
+        if not self.weights_stay or not layers or not all(layer.form for layer in layers):
+            return False
+        run = frozenset(layer.index for layer in layers)
+        if run not in self._replays:
+            batch = _probe_batch()
+            whole = MapGradients(layers)
+            by_layer = MapGradients(layers)
+            with dense(), portion(0, 0):
+                self._backpropagate_whole(batch, whole, draws=1, seed=0)
+                try:
+                    self._backpropagate_by_layer(batch, by_layer, draws=1, seed=0)
+                except RuntimeError:  # of autograd, where a graph is cut at the wrong tensors
+                    self._replays[run] = False
+                else:
+                    self._replays[run] = by_layer.equals(whole)
+        return self._replays[run]
 
     def loss_gradients(self, hidden: torch.Tensor, batch: Batch, draws: int = 0, seed: int = 0) -> torch.Tensor:
         """Return gradients of the summed loss at `hidden_states`, [1 + draws, *hidden.shape].
@@ -476,6 +545,12 @@ class LanguageModel:
         result = hidden.new_zeros((1 + draws, *hidden.shape))
         result.flatten(1, 2).index_copy_(1, positions, gradients)
         return result
+
+
+def _probe_batch() -> Batch:
+    """Return a row of a few different tokens, all of which count."""
+    real = np.ones((1, PROBE_TOKENS), np.bool_)
+    return Batch(input_ids=np.arange(PROBE_TOKENS, dtype=np.int32)[None], attention_mask=real, observed=real)
 
 
 def _is_raised_by(error: Exception, model: torch.nn.Module) -> bool:

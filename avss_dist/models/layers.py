@@ -292,8 +292,11 @@ class LayerCall:
         return LayerCall(*with_replaced(self.args, self.kwargs, {id(self.hidden): replacement}))
 
     def rerun(self, layer: Callable[..., Any]) -> tuple[torch.Tensor, torch.Tensor]:
-        """Call a layer again, and return its input as a leaf tensor and its output."""
-        leaf = self.hidden.detach().requires_grad_()
+        """Call a layer again, and return its input as a leaf tensor and its output.
+
+        The leaf requires a gradient if the hidden states of this call do.
+        """
+        leaf = self.hidden.detach().requires_grad_(self.hidden.requires_grad)
         call = self.with_hidden(leaf)
         output = first_tensor(layer(*call.args, **call.kwargs))
         assert output is not None

@@ -69,7 +69,7 @@ class ShardedLanguageModel(RankedLanguageModel):
             pieces.append(slice(number, number))
         return pieces
 
-    def each(self, function: Callable[[Batch], T], batches: Sequence[Batch]) -> list[T]:
+    def each(self, function: Callable[[Batch], T], batches: Sequence[Batch], activity: str = "Reading text") -> list[T]:
         """Return the result of a function for every batch, each computed by one rank."""
         return share(function, batches, lambda: function(self._dummy))
 
@@ -83,7 +83,7 @@ class ShardedLanguageModel(RankedLanguageModel):
     ) -> list[Watcher]:
         """Run a forward and a backward pass of each batch, each on one rank, and return the watchers of all batches.
 
-        See `causal_lm.LanguageModel.backpropagate`.
+        Layers do not run again. See `causal_lm.LanguageModel.backpropagate`.
         """
         backpropagate = super().backpropagate
 

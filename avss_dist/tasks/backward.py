@@ -43,13 +43,14 @@ class BackwardPass:
     Attributes:
         measure: the `BackwardMeasure`.
         order: indices of the layers that run.
-        keeps: maximum number of hidden states of the batch that it keeps for each layer.
+        keeps, runs_by_layer: see `LanguageModel.backpropagate`.
         observed, real: bool[rows, tokens]; tokens that are counted, and tokens without padding.
         sums: float64[any] by the metric, layer, removed layers and rounding of a row, or by the keys of a measure with
             ``rows`` of its own. They are on the devices that computed them, so that nothing waits for a device.
     """
 
     keeps = 2
+    runs_by_layer = False
 
     def __init__(self, measure: Any, batch: Batch, layers: Sequence[Layer], device: torch.device) -> None:
         self.measure = measure
@@ -58,6 +59,12 @@ class BackwardPass:
         self.real = to_device(batch.attention_mask, device)
         self.sums: dict[Any, torch.Tensor] = {}
         self._calls: Counter[int] = Counter()  # of modules, by the first layer that each is
+
+    @property
+    def activity(self) -> str:
+        """Name of the work in the progress that is reported."""
+        activity: str = self.measure.activity
+        return activity
 
     @contextmanager
     def watch(self) -> Iterator[None]:
@@ -114,6 +121,7 @@ class BackwardMeasure(Measure):
         new_pass: class of the passes, a `BackwardPass`.
         by_token: starts of the names of metrics that are means over the counted tokens, and not the predicted ones.
         trains: whether the layers' weights have gradients, too.
+        activity: see `LanguageModel.backpropagate`.
     """
 
     shard: Shard
@@ -122,6 +130,7 @@ class BackwardMeasure(Measure):
     draws = 0
     seed = 0
     trains = False
+    activity: ClassVar[str] = "Computing gradients"
 
     def __call__(self, model: LanguageModel, intervention: Intervention = NO_INTERVENTION) -> list[Row]:
         """Return the rows of the passes of a model under an intervention.

@@ -72,6 +72,7 @@ class MapDamage(BackwardMeasure):
     seed: int = 0
     measure = "map damage"
     new_pass = BackwardPass
+    activity = "Predicting the effect of zeroed inputs"
 
     def identity(self) -> dict[str, Any]:
         """Return the values that the key is made of."""
@@ -129,7 +130,7 @@ class RoundedLosses(Measure):
         """Return the losses of the model under the intervention, and with each remaining layer rounded."""
         layers = _roundable_layers(model, intervention, [self.format])
         roundings = [replace(intervention, rounding=round_place(self.format, layer.index)) for layer in layers]
-        return losses_under(model, self.shard, [intervention, *roundings])
+        return losses_under(model, self.shard, [intervention, *roundings], f"Rounding layers to {self.format}")
 
 
 def _roundable_layers(model: LanguageModel, intervention: Intervention, formats: Sequence[str]) -> list[Layer]:
@@ -149,6 +150,8 @@ def _roundable_layers(model: LanguageModel, intervention: Intervention, formats:
 
 class _RoundingPass(BackwardPass):
     """Sums over one batch: float64[rows], by metric, layer, None, and key of the rounding."""
+
+    runs_by_layer = True
 
     def __init__(self, measure: Any, batch: Batch, layers: Sequence[Layer], device: torch.device) -> None:
         super().__init__(measure, batch, layers, device)
@@ -238,6 +241,7 @@ class RoundingDamage(BackwardMeasure):
     measure = "rounding damage"
     new_pass = _RoundingPass
     by_token = (OUTPUT_ERROR,)
+    activity = "Predicting the effect of rounding"
 
     def layers(self, model: LanguageModel, intervention: Intervention) -> list[Layer]:
         """Return the layers that are measured."""

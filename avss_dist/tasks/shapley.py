@@ -12,6 +12,7 @@ import numpy as np
 import torch
 
 from avss_dist.core.intervention import NO_INTERVENTION, Intervention
+from avss_dist.core.streams import portion
 from avss_dist.corpus.shards import Batch, Shard
 from avss_dist.models.causal_lm import LanguageModel, predicted
 from avss_dist.models.interventions import recording, resuming
@@ -65,7 +66,8 @@ class Shapley(Measure):
         guess = math.log(model.module.config.get_text_config().vocab_size)
         for number, seed in enumerate(self.seeds):
             order = np.random.default_rng(seed).permutation(players).tolist()
-            self._remove_in_order(text, order, guess, contributions[number], shared[number])
+            with portion(number / len(self.seeds), 1 / len(self.seeds)):
+                self._remove_in_order(text, order, guess, contributions[number], shared[number])
         metrics = {SHAPLEY: contributions}
         if self.truncation:
             metrics[SHARED] = shared
@@ -87,7 +89,9 @@ class Shapley(Measure):
             shared: float64[layers], in which layers whose contributions are not told apart become 1.
         """
         losses = text.losses(order)
-        before = next(losses)
+        steps = 1 + len(order)
+        with portion(0, 1 / steps):
+            before = next(losses)
         bound = math.inf
         if self.truncation and before < guess:
             bound = guess
@@ -97,7 +101,8 @@ class Shapley(Measure):
                 contributions[remaining] = (text.empty - before) / len(remaining)
                 shared[remaining] = len(remaining) > 1
                 return
-            after = next(losses)
+            with portion((1 + place) / steps, 1 / steps):
+                after = next(losses)
             contributions[layer] = after - before
             before = after
 
@@ -149,7 +154,7 @@ class _Text:
     def _loss(self, removed: Sequence[int], measure: Callable[[Batch], Float64]) -> float:
         """Return the nats per token without some layers, from the losses of a batch's rows."""
         with self._model.applying(self._intervention.without(*removed)):
-            by_batch = self._model.each(measure, self._batches)
+            by_batch = self._model.each(measure, self._batches, "Removing layers in random orders")
         return float(np.concatenate(by_batch).sum() / self._tokens)
 
     def _record(self, batch: Batch) -> Float64:

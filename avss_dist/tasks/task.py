@@ -127,10 +127,18 @@ def predicted_tokens(shard: Shard, model: LanguageModel) -> Float64:
 
 
 def losses_under(
-    model: LanguageModel, shard: Shard, interventions: Sequence[Intervention], metric: str = LOSS
+    model: LanguageModel,
+    shard: Shard,
+    interventions: Sequence[Intervention],
+    activity: str = "Measuring losses",
+    metric: str = LOSS,
 ) -> list[Row]:
-    """Return the loss on a shard under each intervention: rows with a sample for each sequence."""
-    losses = model.losses_under(list(shard.batches(model.settings.batch_size)), interventions)
+    """Return the loss on a shard under each intervention: rows with a sample for each sequence.
+
+    Args:
+        activity: name of the work in the progress that is reported.
+    """
+    losses = model.losses_under(list(shard.batches(model.settings.batch_size)), interventions, activity)
     weights = predicted_tokens(shard, model)
     return [
         Row(metric=metric, samples=samples, weights=weights, removed=applied.removed, rounding=applied.key.rounding)

@@ -76,8 +76,8 @@ class RowStartLoss(Measure):
         """Return the losses of the rows as they were read, and of the same text with other start tokens."""
         as_read, other_start = self.shards
         return [
-            *losses_under(model, as_read, [intervention], AS_READ),
-            *losses_under(model, other_start, [intervention], OTHER_START),
+            *losses_under(model, as_read, [intervention], metric=AS_READ),
+            *losses_under(model, other_start, [intervention], metric=OTHER_START),
         ]
 
 
@@ -115,7 +115,8 @@ class LeaveOneOut(Measure):
         for removal in self._removals(model):
             if can_be_added(removal, intervention.removed):
                 interventions.append(intervention.without(removal))
-        return losses_under(model, self.shard, interventions)
+        activity = "Leaving out sublayers" if self.sublayers else "Leaving out layers"
+        return losses_under(model, self.shard, interventions, activity)
 
     def _removals(self, model: LanguageModel) -> Iterable[Removal]:
         every_layer = range(len(model.layers))

@@ -24,7 +24,7 @@ from avss_dist.analysis.comparison import compare
 from avss_dist.core.intervention import NO_INTERVENTION
 from avss_dist.core.streams import USUAL, set_verbosity
 from avss_dist.distillation.curve import Preparing
-from avss_dist.evaluation.events import CellDone, CellsStarted, CellUnderway
+from avss_dist.evaluation.events import CellDone, CellsStarted, CellUnderway, MemoryNeeded
 from avss_dist.partition.replica import Placement
 from avss_dist.reports.output import write_table
 from avss_dist.reports.terminal import progress as progress_module
@@ -255,6 +255,38 @@ def test_an_evaluation_tells_how_far_it_is(lines: Lines) -> None:
     said = lines()
     assert said[0] == "a: Reading text, 50%; 0 of 20 evaluated"
     assert re.fullmatch(r"a: 10 of 20 evaluated, [\d.]+ evaluations/min, .* left", said[-1])
+
+
+def test_a_cell_that_takes_longer_than_the_others_has_the_time_of_its_own_step(lines: Lines) -> None:
+    """A look at the clock is a minute: of two cells, the second one has taken many times as long as the first one."""
+    with CellProgress() as progress:
+        progress(CellsStarted([CELL] * 2, 0))
+        progress(CellDone(CELL))
+        for percent in range(1, 20):
+            progress(CellUnderway(CELL, "Rounding layers to int8", percent / 100))
+    assert re.search(r"Rounding layers to int8, 19%; 1 of 2 evaluated, .*\b\d+ h ", lines()[-1])
+
+
+def test_steps_before_the_first_evaluation_have_names(lines: Lines) -> None:
+    with CellProgress() as progress:
+        progress(Preparing("reading the checkpoint"))
+        progress(Preparing("reading the text", 0.5))
+    assert lines() == ["reading the checkpoint", "reading the text, 50%"]
+
+
+@pytest.mark.parametrize(
+    ("total", "free", "said"),
+    [
+        (3 * 10**9, 8 * 10**9, ["Needs about 3 GB of memory (weights 3 GB); 8 GB are free."]),
+        (10**8, 8 * 10**9, []),
+        (10**8, 15 * 10**7, ["Needs about 100 MB of memory (weights 100 MB); 150 MB are free."]),
+    ],
+    ids=["large", "small", "most of what is free"],
+)
+def test_much_memory_is_said_before_it_is_taken(total: int, free: int, said: list[str], lines: Lines) -> None:
+    with CellProgress() as progress:
+        progress(MemoryNeeded(parts={"weights": total}, free=free))
+    assert lines() == said
 
 
 def test_shrinking_tells_how_far_each_step_is(lines: Lines) -> None:

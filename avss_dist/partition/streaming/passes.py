@@ -12,7 +12,6 @@ from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing, contextmanager, suppress
 from contextvars import ContextVar, copy_context
-from dataclasses import dataclass, field
 from functools import partial
 from itertools import count
 from pathlib import Path
@@ -27,8 +26,10 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 from avss_dist.core.errors import RunFailed
 from avss_dist.core.memory import release_freed_memory
-from avss_dist.models.interventions import in_form, skip_of
-from avss_dist.models.layers import Layer, LayerCall, first_tensor, input_tensor
+from avss_dist.core.streams import report
+from avss_dist.models.interventions import skip_of
+from avss_dist.models.layers import input_tensor
+from avss_dist.models.replay import Record
 from avss_dist.partition.replica import offload_folder
 from avss_dist.partition.streaming.weights import Part, StreamedWeights, buffer_bytes, copied_into, mapped, readahead
 
@@ -204,34 +205,6 @@ class Window:
             self._stream.synchronize()
 
 
-@dataclass(frozen=True)
-class Record:
-    """Tensors of a forward pass that its backward pass needs.
-
-    Attributes:
-        last: the last layer that runs. Gradients are enabled after it.
-        calls: arguments of the call of every layer that runs.
-        leaf: the last layer's output, as the only item.
-    """
-
-    last: Layer
-    calls: dict[nn.Module, LayerCall] = field(default_factory=dict)
-    leaf: list[torch.Tensor] = field(default_factory=list)
-
-    def keep(self, layer: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
-        """Record the arguments of a layer's call, with a copy of its hidden states."""
-        call = LayerCall(args, kwargs)
-        self.calls[layer] = call.with_hidden(call.hidden.clone())
-
-    def cut(self, output: Any) -> Any:
-        """Return a leaf tensor in place of the last layer's output, and enable gradients."""
-        hidden = first_tensor(output)
-        assert hidden is not None
-        self.leaf.append(hidden.detach().requires_grad_())
-        torch.set_grad_enabled(True)  # no pass is paused any more until this one has ended
-        return in_form(self.leaf[0], self.last)
-
-
 FORKS: ContextVar[Mapping[nn.Module, Sequence[Fork]]] = ContextVar("forks", default=MappingProxyType({}))
 """Passes that start when one of this context reaches a layer, from a copy of the layer's input."""
 RECORD: ContextVar[Record | None] = ContextVar("record", default=None)
@@ -293,11 +266,14 @@ class Passes:
         """Whether the caller is inside of a pass."""
         return isinstance(getcurrent(), _Pass)
 
-    def run(self, functions: Sequence[Callable[[], T]]) -> list[T]:
+    def run(self, functions: Sequence[Callable[[], T]], activity: str | None = None) -> list[T]:
         """Run functions and their forks, each in a copy of this context, and return the functions' results.
 
         The pass that is furthest behind runs next, with all passes at the same layer. If one raises, the others are
         unwound.
+
+        Args:
+            activity: name of the work in the progress that is reported at each layer; None reports none.
         """
         passes = [_Pass(function) for function in functions]
         results: dict[_Pass, T] = {}
@@ -320,7 +296,10 @@ class Passes:
                 for current in passes:
                     resume(current)
                 while waiting:
-                    index = min(waiting, key=lambda current: current.calls).layer
+                    last = min(waiting, key=lambda current: current.calls)
+                    index = last.layer
+                    if activity:
+                        report(activity, (last.calls - 1) / len(self._order))
                     window.load(index)
                     for current in [current for current in waiting if current.layer == index]:
                         waiting.remove(current)
@@ -379,6 +358,5 @@ def _arrive(layer: nn.Module, index: int, call: Callable[..., Any], *args: Any, 
     current.parent.switch()  # until the layer's weights are loaded
     if skip is not None or record is None:
         return call(*args, **kwargs)
-    record.keep(layer, args, kwargs)
-    output = call(*args, **kwargs)
-    return record.cut(output) if layer is record.last.module else output
+    # After the last layer gradients are enabled: no pass is paused any more until this one has ended.
+    return record.run_without_gradients(layer, call, *args, **kwargs)

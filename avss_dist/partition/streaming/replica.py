@@ -20,6 +20,7 @@ from avss_dist.core.errors import ConfigError, ModelError
 from avss_dist.core.intervention import Intervention
 from avss_dist.core.process import bound
 from avss_dist.core.settings import Settings
+from avss_dist.core.streams import portion, report
 from avss_dist.core.text import describe_bytes
 from avss_dist.corpus.shards import Batch
 from avss_dist.models.causal_lm import LanguageModel, Watcher, last_layer_not_run
@@ -27,10 +28,11 @@ from avss_dist.models.checkpoints import Checkpoint
 from avss_dist.models.interventions import resuming, skip_of
 from avss_dist.models.layers import Layer
 from avss_dist.models.loading import Backbone, open_module, without_head
+from avss_dist.models.replay import Record, pass_back
 from avss_dist.models.size import Footprint, footprint
 from avss_dist.partition.replica import BatchContext, MemoryQuery, PartitionEstimate, Placement, Replica, batch_bytes
 from avss_dist.partition.splitting import layer_modules
-from avss_dist.partition.streaming.passes import FORKS, RECORD, Fork, Passes, Record
+from avss_dist.partition.streaming.passes import FORKS, RECORD, Fork, Passes
 from avss_dist.partition.streaming.weights import StreamedWeights, buffer_bytes
 from avss_dist.stats.layer_stats import Float64
 
@@ -202,13 +204,17 @@ class StreamingLanguageModel(LanguageModel):
         # These are found by running the model, while its layers have numbers.
         self.resumes, self.obstacles  # noqa: B018
 
-    def _groups(self, batches: Sequence[Batch], passes: int) -> Iterator[range]:
-        """Return groups of batch indices whose hidden states fit in memory, ``passes`` times each."""
+    def _groups(self, batches: Sequence[Batch], passes: int) -> Iterator[tuple[range, AbstractContextManager[None]]]:
+        """Yield groups of batch indices whose hidden states fit in memory, ``passes`` times each.
+
+        With each group comes a context for its part of the progress.
+        """
         room = MAX_WAITING_BYTES if self.passes.host_bytes is None else self.passes.host_bytes
         largest = max((batch.input_ids.size for batch in batches), default=1) * self.token_bytes
         step = max(1, room // (passes * largest))
         for start in range(0, len(batches), step):
-            yield range(start, min(start + step, len(batches)))
+            end = min(start + step, len(batches))
+            yield range(start, end), portion(start / len(batches), (end - start) / len(batches))
 
     @contextmanager
     def running(self, layer: Layer) -> Iterator[Callable[..., Any]]:
@@ -238,15 +244,17 @@ class StreamingLanguageModel(LanguageModel):
             return function()
         return self.passes.run([function])[0]
 
-    def each(self, function: Callable[[Batch], T], batches: Sequence[Batch]) -> list[T]:
+    def each(self, function: Callable[[Batch], T], batches: Sequence[Batch], activity: str = "Reading text") -> list[T]:
         """Return the result of a function for every batch, from interleaved passes."""
-        return self.together([partial(function, batch) for batch in batches])
+        return self.passes.run([partial(function, batch) for batch in batches], activity)
 
     def together(self, functions: Sequence[Callable[[], T]]) -> list[T]:
         """Return the results of functions that run the model, from interleaved passes."""
         return self.passes.run(functions)
 
-    def losses_under(self, batches: Sequence[Batch], interventions: Sequence[Intervention]) -> list[Float64]:
+    def losses_under(
+        self, batches: Sequence[Batch], interventions: Sequence[Intervention], activity: str = "Reading text"
+    ) -> list[Float64]:
         """Return the `losses` of all batches, float64[rows], under each intervention.
 
         A pass that removes more layers forks from the first one where they differ.
@@ -269,11 +277,12 @@ class StreamingLanguageModel(LanguageModel):
                 ask(first, i)
 
         separate = [other for other in dict.fromkeys(interventions[1:]) if other not in branches and other != first]
-        for group in self._groups(batches, 2 * len(interventions)):
+        for group, part in self._groups(batches, 2 * len(interventions)):
             passes = [partial(ask_first, i) for i in group]
             for other in separate:
                 passes += [partial(ask, other, i) for i in group]
-            self.passes.run(passes)
+            with part:
+                self.passes.run(passes, activity)
         by_intervention = []
         for intervention in interventions:
             by_intervention.append(np.concatenate([losses[intervention, i] for i in range(len(batches))]))
@@ -294,44 +303,35 @@ class StreamingLanguageModel(LanguageModel):
                 "Use `partition` single.",
             )
         keeps = max((watcher.keeps for watcher in watchers), default=0)
-        for group in self._groups(batches, len(self.layers) * (1 + keeps) + draws):
-            self._backpropagate([batches[i] for i in group], [watchers[i] for i in group], draws, seed)
+        for group, part in self._groups(batches, len(self.layers) * (1 + keeps) + draws):
+            with part:
+                self._backpropagate([batches[i] for i in group], [watchers[i] for i in group], draws, seed)
         return list(watchers)
 
     def _backpropagate(self, batches: Sequence[Batch], watchers: Sequence[Watcher], draws: int, seed: int) -> None:
+        activity = watchers[0].activity
         layers = [layer for layer in self.layers if not skip_of(layer.module)]
         records = [Record(layers[-1]) for _ in batches]
 
         def forward(batch: Batch, record: Record, watcher: Watcher) -> list[torch.Tensor]:
             """Return the gradients of the last layer's output, for the text's labels and for each draw."""
-            leaf_gradients = []
             try:
                 with bound(RECORD, record), watcher.watch():
                     hidden = self.hidden_states(batch)
                 leaf = record.leaf.pop()
-                for number, gradient in enumerate(self.loss_gradients(hidden.detach(), batch, draws, seed)):
-                    hidden.backward(gradient, retain_graph=number < draws)
-                    leaf_gradients.append(_take_gradient(leaf))
+                leaf_gradients = list(self.loss_gradients(hidden.detach(), batch, draws, seed))
+                pass_back(hidden, leaf, leaf_gradients)
             finally:
                 torch.set_grad_enabled(False)
             return leaf_gradients
 
         passes = [partial(forward, *arguments) for arguments in zip(batches, records, watchers, strict=True)]
-        gradients = self.passes.run(passes)
+        with portion(0, 0.5):
+            gradients = self.passes.run(passes, activity)
         with self.passes.window(backwards=True) as window:
-            for module in [layer.module for layer in reversed(layers)]:
+            for number, module in enumerate(layer.module for layer in reversed(layers)):
+                report(activity, 0.5 + 0.5 * number / len(layers))
                 window.load(self.passes.modules.index(module))
                 for i, (record, watcher) in enumerate(zip(records, watchers, strict=True)):
-                    with watcher.watch(), torch.enable_grad():
-                        leaf, output = record.calls.pop(module).rerun(partial(self.passes.call, module))
-                        for number, gradient in enumerate(gradients[i]):
-                            output.backward(gradient, retain_graph=number < draws)
-                            gradients[i][number] = _take_gradient(leaf)
-
-
-def _take_gradient(leaf: torch.Tensor) -> torch.Tensor:
-    """Return the gradient of a leaf, and remove it there."""
-    gradient = leaf.grad
-    assert gradient is not None
-    leaf.grad = None
-    return gradient
+                    with watcher.watch():
+                        record.pass_back(module, partial(self.passes.call, module), gradients[i])

@@ -16,7 +16,7 @@ from avss_dist.core.registry import REPAIR, WHOLE
 from avss_dist.core.streams import console, say
 from avss_dist.core.text import basename
 from avss_dist.distillation.curve import CurvePoint, Preparing, TrainingAdvanced
-from avss_dist.evaluation.events import CellDone, CellsStarted, CellUnderway, Event, SearchStep
+from avss_dist.evaluation.events import CellDone, CellsStarted, CellUnderway, Event, MemoryNeeded, SearchStep
 from avss_dist.runs.events import (
     LOG_SECONDS,
     LogRuns,
@@ -158,11 +158,14 @@ class StepProgress(_Bars):
                     completed=tokens,
                 )
             case CurvePoint(tokens=tokens, kept=kept):
-                line = f"{tokens:,} tokens: kept {', '.join(f'{text} {share:.1%}' for text, share in kept.items())}"
-                if self.disable:
-                    log(line)
-                else:
-                    self.print(line, markup=False, highlight=False)
+                self._say(f"{tokens:,} tokens: kept {', '.join(f'{text} {share:.1%}' for text, share in kept.items())}")
+
+    def _say(self, line: str) -> None:
+        """Print a line above the bar, or in the log."""
+        if self.disable:
+            log(line)
+        else:
+            self.print(line, markup=False, highlight=False)
 
     def _begin(self, what: str, total: float, done: float = 0, unit: str = "", *, said: bool = True) -> None:
         """Begin a step of ``total`` units, of which ``done`` are done."""
@@ -203,8 +206,16 @@ class CellProgress(StepProgress):
         self._part = Pace()
 
     def __call__(self, event: Event) -> None:
-        """Show an event. The time left of a long cell is that of its step, until that of all cells is known."""
+        """Show an event.
+
+        The time left of a long cell is that of its step, until that of all cells is known, and after that has passed.
+        """
         match event:
+            case Preparing(step, share):
+                what = f"{step}, {share:.0%}" if share else step
+                self._show(what, description=what, visible=True)
+            case MemoryNeeded() if event.is_large:
+                self._say(event.describe())
             case CellsStarted(cells, done):
                 self._begin("evaluating", len(cells), done, "evaluations", said=False)
             case CellUnderway(cell, step, share):
@@ -212,9 +223,9 @@ class CellProgress(StepProgress):
                 if step != self._step:
                     self._step, self._part = step, Pace(done=share)
                 self._part.reach(share)
-                pace = self._pace.describe() or self._part.describe()
+                pace = self._pace if self._pace.seconds_left() else self._part
                 self._show(
-                    f"{name}: {what}; {self._pace.done} of {self._pace.total} evaluated{pace}",
+                    f"{name}: {what}; {self._pace.done} of {self._pace.total} evaluated{pace.describe()}",
                     description=f"{name}{describe_without(cell)}: {what}",
                 )
             case CellDone(cell, notes):
