@@ -33,6 +33,7 @@ CASES = [
     if (family, dtype) != ("xlstm", "bfloat16")  # transformers cannot run it
 ]
 COMMON = ["llama", "gemma3_text", "gpt2", "opt", "qwen3_moe", "doge"]
+SHARING = ("zamba", "zamba2")  # two layers have the same weights, so that a rounding of one is that of both
 BY_LAYER = [*COMMON, "bailing_hybrid", "inkling_text", "mamba", "phi3", "mixtral", "gpt_neox", "qwen3_next"]
 SHARD = packed_or_padded(padded=True, tokens=16)
 
@@ -99,7 +100,9 @@ def test_predictions_by_layer_are_those_of_the_whole_model(family: str, dtype: s
     assert samples(damage(by_layer=True)(model)) == samples(damage(by_layer=False)(model))
 
 
-@pytest.mark.parametrize("family", all_of(EVALUATED, ["llama", "doge", "qwen3_moe"]))
+@pytest.mark.parametrize(
+    "family", all_of([name for name in EVALUATED if name not in SHARING], ["llama", "doge", "qwen3_moe"])
+)
 def test_losses_by_layer_are_those_of_passes_through_the_whole_model(family: str, open_family: Any) -> None:
     model = open_family(family)
     batches = list(SHARD.batches(2))
@@ -114,7 +117,7 @@ def test_losses_by_layer_are_those_of_passes_through_the_whole_model(family: str
 
 @pytest.mark.parametrize("family", all_of(BY_LAYER, ["llama", "doge", "qwen3_moe"]))
 def test_layers_of_common_families_run_again(family: str, open_family: Any) -> None:
-    """Without a further pass, only the activations of one layer are in memory."""
+    """Each batch runs a layer twice with gradients, and nothing else does after the first measurement."""
     model = open_family(family)
     damage(by_layer=True)(model)
     runs = count_runs(model)
