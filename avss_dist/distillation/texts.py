@@ -88,9 +88,10 @@ def read_trained(
     try:
         rows = tokenize_corpus(corpus, tokenizer, replace(settings, max_sequences=maximum, skip_sequences=skipped))
     except NoRows as error:
+        longer = "Let the teacher write more with `self_texts`" if name == SELF else "Name a longer text"
         raise NoRows(
             f"{name} has no row to train on after {skipped} skipped and held-out rows: {error.message}",
-            "Name a longer text, or lower `held_out`.",
+            f"{longer}, or lower `held_out`.",
         ) from error
     return DistillText(name=name, label=name, weight=weight, trained=rows, held_out=measured)
 

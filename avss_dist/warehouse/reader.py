@@ -46,6 +46,7 @@ Files = Mapping[str, tuple[str, str]]
 
 PLAN_CHECKSUM = "checksum"  # of the other keys of the file that describes an unfinished run
 RUN_FOLDER = "run_id="  # before a run's id: the name of its folder in a table
+TABLES_OF_EVERY_RUN = ("scores", "layer_stats")
 PARTIALS_AT_ONCE = 8  # partials that are read together
 _VERIFIED_PAGES = ds.ParquetFileFormat(
     default_fragment_scan_options=ds.ParquetFragmentScanOptions(page_checksum_verification=True)
@@ -266,7 +267,9 @@ class Warehouse:
         chosen = pc.field("run_id").isin(pa.array(run_ids, pa.string()))
 
         def rows(_: ds.Dataset | None, done: set[str]) -> pa.Table:
-            paths, uncopied = self._places(DIGESTS, self._files(DIGESTS, done), run_ids)
+            stored = self._files(DIGESTS, done)
+            self._note_missing(stored_table(DIGESTS), stored, done.intersection(run_ids))
+            paths, uncopied = self._places(DIGESTS, stored, run_ids)
             tables = [DIGEST.empty_table().select(names)]
             if paths:
                 tables.append(ds.dataset(paths, DIGEST, _VERIFIED_PAGES).to_table(names, filter=chosen))
@@ -366,7 +369,13 @@ class Warehouse:
         def on_datasets(runs: ds.Dataset | None, done: set[str]) -> T:
             datasets = {}
             for name in tables:
-                datasets[name] = runs if name == "runs" else self._dataset(name, self._files(name, done), run_ids)
+                if name == "runs":
+                    datasets[name] = runs
+                    continue
+                stored = self._files(name, done)
+                if name in TABLES_OF_EVERY_RUN:
+                    self._note_missing(name, stored, done if run_ids is None else done.intersection(run_ids))
+                datasets[name] = self._dataset(name, stored, run_ids)
             return work(datasets)
 
         return self._with_runs(tables, on_datasets, failures)
@@ -519,6 +528,12 @@ class Warehouse:
         """Note reasons, by run id, in `damaged`, which `TableParts` hold too. Earlier reasons stay."""
         for run_id, reason in reasons.items():
             self.damaged.setdefault(run_id, Damage(table, reason))
+
+    def _note_missing(self, table: str, files: Files, run_ids: Collection[str]) -> None:
+        """Note finished runs in `damaged` that have no file of a table that every run has."""
+        measured = {run_id for run_id, _ in files.values()}
+        missing = sorted(set(run_ids) - measured)
+        self._note_damaged(table, dict.fromkeys(missing, "its file is gone"))
 
     def _shard_path(self, run_id: str, shard_id: int, table: str = "shard_stats") -> str:
         return self.storage.path(table, run_id, f"shard-{shard_id:05d}")

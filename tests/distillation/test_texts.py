@@ -141,3 +141,9 @@ def test_too_few_conversations_are_told_as_such(chats: Write, tokenizer: Any) ->
         read_trained(f"{chats(2)}:messages", "chats", 1.0, tokenizer, CHATS, 400)
     with pytest.raises(AvssError, match="is a conversation, and no text"):
         read_trained(f"{chats(2)}:messages", "chats", 1.0, tokenizer, Settings(sequence_length=32), 4)
+
+
+def test_text_of_the_teacher_that_is_too_short_is_to_be_written_longer(chats: Write, tokenizer: Any) -> None:
+    with pytest.raises(NoRows) as error:
+        read_trained(f"{chats(2)}:messages", "self", 1.0, tokenizer, CHATS, 400)
+    assert "`self_texts`" in str(error.value.hint)

@@ -212,6 +212,32 @@ def test_damaged_runs_and_evaluations_are_told_with_their_commands(ablated: Path
     assert said[1].endswith(TABLES["evaluations"].replaced_by)
 
 
+@pytest.mark.parametrize("compacted", [False, True])
+@pytest.mark.parametrize("table", ["scores", "layer_stats"])
+def test_a_finished_run_without_its_file_is_noted(table: str, compacted: bool, copied: Path) -> None:
+    if compacted:
+        Warehouse(copied).compact()
+    file_of(copied, table).unlink()
+    warehouse = Warehouse(copied)
+    rows = warehouse.table(table, columns=["run_id"])
+    assert set(rows["run_id"].to_pylist()) == {"alpha-1", "gamma-3"}
+    assert {name: str(damage) for name, damage in warehouse.damaged.items()} == {"beta-2": f"{table}: its file is gone"}
+
+
+def test_digests_note_a_run_without_its_statistics(root: Path) -> None:
+    file_of(root, "layer_stats").unlink()
+    warehouse = Warehouse(root)
+    warehouse.digests(NAMES)
+    assert str(warehouse.damaged["beta-2"]) == "layer_stats: its file is gone"
+
+
+def test_a_run_that_is_not_read_is_not_noted(root: Path) -> None:
+    file_of(root, "scores").unlink()
+    warehouse = Warehouse(root)
+    warehouse.table("scores", run_ids=["alpha-1"])
+    assert not warehouse.damaged
+
+
 def test_a_file_that_is_mended_is_read_again(root: Path) -> None:
     file = file_of(root, "runs")
     whole = file.read_bytes()
