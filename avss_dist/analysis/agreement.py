@@ -9,7 +9,7 @@ from collections import Counter
 from collections.abc import Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache, cached_property
-from itertools import product
+from itertools import combinations_with_replacement
 from math import comb
 from typing import Any
 
@@ -52,9 +52,12 @@ CELLS = 120  # along an axis of a map
 
 GROUPS = pa.schema(
     [
-        *((name, pa.string()) for name in ("by", "a", "b")),
+        ("by", pa.string()),
+        ("a", pa.string()),
+        ("b", pa.string()),
         ("pairs", pa.int64()),
-        *((name, pa.float64()) for name in ("spearman", "given_depth")),
+        ("spearman", pa.float64()),
+        ("given_depth", pa.float64()),
     ]
 )
 """Columns of a pair of groups: the mean correlation of their pairs.
@@ -81,17 +84,37 @@ def correlate_pairs(
     """
     columns: dict[str, NDArray[Any]] = {name: np.empty(len(a), kind) for name, kind in COLUMNS.items()}
     for chunk in tracked(list(_chunks(scores, a, b)), f"Comparing {len(a):,} pairs"):
-        x, y, columns["interpolated"][chunk] = _aligned(scores, a[chunk], b[chunk])
-        n = x.shape[1]
-        size = min(count_lowest(n, share), n)
-        order_x, order_y = (np.argsort(values, axis=1, kind="stable") for values in (x, y))  # ties: the earlier layer
-        shared = ((np.argsort(order_x) < size) & (np.argsort(order_y) < size)).sum(axis=1)
-        columns["layers"][chunk], columns["k"][chunk], columns["shared"][chunk] = n, size, shared
-        columns["spearman"][chunk], columns["given_depth"][chunk] = _correlations(x, y)
-        columns["jaccard"][chunk] = shared / (2 * size - shared)
-        columns["jaccard_by_chance"][chunk], at_least = _expected_overlap(n, size)
-        columns["p_by_chance"][chunk] = at_least[shared]
+        pairs = _aligned(scores, a[chunk], b[chunk])
+        for name, values in _agreement(pairs, share).items():
+            columns[name][chunk] = values
     return columns
+
+
+def _agreement(pairs: _AlignedPairs, share: float) -> dict[str, Any]:
+    """Return a value or an array [pairs] for each of `COLUMNS`, of pairs with the same number of layers."""
+    num_layers = pairs.first.shape[1]
+    num_lowest = min(count_lowest(num_layers, share), num_layers)
+    shared = (_is_lowest(pairs.first, num_lowest) & _is_lowest(pairs.second, num_lowest)).sum(axis=1)
+    rho, partial = _correlations(pairs)
+    jaccard_by_chance, at_least = _expected_overlap(num_layers, num_lowest)
+    return {
+        "layers": num_layers,
+        "interpolated": pairs.interpolated,
+        "spearman": rho,
+        "given_depth": partial,
+        "k": num_lowest,
+        "shared": shared,
+        "jaccard": shared / (2 * num_lowest - shared),
+        "jaccard_by_chance": jaccard_by_chance,
+        "p_by_chance": at_least[shared],
+    }
+
+
+def _is_lowest(values: Float64, number: int) -> NDArray[np.bool_]:
+    """Return whether a layer is among the lowest of its row, bool[rows, layers]. Of ties, the earlier layer is."""
+    order = np.argsort(values, axis=1, kind="stable")
+    places = np.argsort(order)
+    return places < number
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -113,9 +136,14 @@ class CorrelationSummary:
 def summarize(correlations: Float64) -> CorrelationSummary:
     """Summarize correlations, float64[pairs]. NaN marks an undefined one."""
     defined = correlations[~np.isnan(correlations)]
-    numbers = (np.median(defined), defined.min(), defined.max()) if defined.size else (np.nan,) * 3
-    median, lowest, highest = map(float, numbers)
-    return CorrelationSummary(count=defined.size, median=median, lowest=lowest, highest=highest)
+    if not defined.size:
+        return CorrelationSummary(count=0, median=np.nan, lowest=np.nan, highest=np.nan)
+    return CorrelationSummary(
+        count=defined.size,
+        median=float(np.median(defined)),
+        lowest=float(defined.min()),
+        highest=float(defined.max()),
+    )
 
 
 def _chunks(scores: Sequence[Scores], a: Indices, b: Indices) -> Iterator[Indices]:
@@ -124,18 +152,43 @@ def _chunks(scores: Sequence[Scores], a: Indices, b: Indices) -> Iterator[Indice
     common = np.minimum(sizes[a], sizes[b])
     for size in np.unique(common):
         members = np.flatnonzero(common == size)
-        yield from (members[start : start + AT_ONCE] for start in range(0, len(members), AT_ONCE))
+        for start in range(0, len(members), AT_ONCE):
+            yield members[start : start + AT_ONCE]
 
 
-def _aligned(scores: Sequence[Scores], a: Indices, b: Indices) -> tuple[Float64, Float64, NDArray[np.bool_]]:
-    """Return the values of pairs at common depths, float64[pairs, layers] each, and bool[pairs] of interpolation."""
-    x, y, interpolated = zip(*(align(scores[i], scores[j]) for i, j in zip(a, b, strict=True)), strict=True)
-    return np.array(x), np.array(y), np.array(interpolated)
+@dataclass(frozen=True, eq=False)
+class _AlignedPairs:
+    """Values of pairs of scores at common depths.
+
+    Attributes:
+        first, second: values of both scores of each pair, float64[pairs, layers].
+        interpolated: bool[pairs], whether one of the two was interpolated.
+    """
+
+    first: Float64
+    second: Float64
+    interpolated: NDArray[np.bool_]
 
 
-def _correlations(x: Float64, y: Float64) -> tuple[Float64, Float64]:
-    """Return Spearman's rho of every row of two scores, and its partial correlation given depth."""
-    depth = np.where(np.isfinite(x) & np.isfinite(y), np.arange(x.shape[1], dtype=np.float64), np.nan)
+def _aligned(scores: Sequence[Scores], a: Indices, b: Indices) -> _AlignedPairs:
+    """Return pairs of scores, which all have the same number of common depths."""
+    first = []
+    second = []
+    interpolated = []
+    for i, j in zip(a, b, strict=True):
+        values, other_values, is_interpolated = align(scores[i], scores[j])
+        first.append(values)
+        second.append(other_values)
+        interpolated.append(is_interpolated)
+    return _AlignedPairs(np.array(first), np.array(second), np.array(interpolated))
+
+
+def _correlations(pairs: _AlignedPairs) -> tuple[Float64, Float64]:
+    """Return Spearman's rho of every pair, and its partial correlation given depth."""
+    x = pairs.first
+    y = pairs.second
+    order = np.arange(x.shape[1], dtype=np.float64)
+    depth = np.where(np.isfinite(x) & np.isfinite(y), order, np.nan)
     rho = spearman_rows(x, y)
     return rho, given_depth(rho, spearman_rows(x, depth), spearman_rows(y, depth))
 
@@ -144,9 +197,29 @@ def _correlations(x: Float64, y: Float64) -> tuple[Float64, Float64]:
 def _expected_overlap(layers: int, size: int) -> tuple[float, Float64]:
     """Return the expected Jaccard index of two random sets of ``size`` layers and P(overlap >= n), n = 0...``size``."""
     overlaps = np.arange(size + 1)
-    ways = [comb(size, int(overlap)) * comb(layers - size, size - int(overlap)) for overlap in overlaps]
-    chance = np.array([number / comb(layers, size) for number in ways])
-    return float((chance * overlaps / (2 * size - overlaps)).sum()), chance[::-1].cumsum()[::-1]
+    probabilities = np.empty(size + 1)
+    for overlap in range(size + 1):
+        ways = comb(size, overlap) * comb(layers - size, size - overlap)
+        probabilities[overlap] = ways / comb(layers, size)
+    expected_jaccard = float((probabilities * overlaps / (2 * size - overlaps)).sum())
+    at_least = probabilities[::-1].cumsum()[::-1]
+    return expected_jaccard, at_least
+
+
+@dataclass(frozen=True, eq=False)
+class _RankedScores:
+    """Ranks of scores that can be compared at the same depths.
+
+    Attributes:
+        members: int64[members], ascending indices of the scores.
+        ranks: float64[members, depths], centered and doubled: doubled average ranks are integers, so that every sum
+            over them is exact.
+        with_depth: float64[members], correlation of each score with depth.
+    """
+
+    members: Indices
+    ranks: Float64
+    with_depth: Float64
 
 
 class RankMatrix:
@@ -162,12 +235,14 @@ class RankMatrix:
     def __init__(self, scores: Sequence[Scores]) -> None:
         self._scores = scores
         grids = Counter((len(values), depth.tobytes()) for depth, values in scores)
-        usual = {size: grid for (size, grid), _ in reversed(grids.most_common())}  # the most common is the last
-        sizes = [
-            len(values) if usual[len(values)] == depth.tobytes() and np.isfinite(values).all() else 0
-            for depth, values in scores
-        ]
-        self._sizes = np.array(sizes, np.int64)  # 0 for scores that are compared pair by pair
+        usual_grids: dict[int, bytes] = {}
+        for (size, grid), _ in grids.most_common():
+            usual_grids.setdefault(size, grid)
+        # Number of depths of each score, 0 for those that are compared pair by pair.
+        self._sizes = np.zeros(len(scores), np.int64)
+        for index, (depth, values) in enumerate(scores):
+            if usual_grids[len(values)] == depth.tobytes() and np.isfinite(values).all():
+                self._sizes[index] = len(values)
 
     def correlations(self, rows: Indices, columns: Indices) -> tuple[Float64, Float64]:
         """Return Spearman's rho and its partial correlation given depth, float64[rows, columns] each.
@@ -177,127 +252,284 @@ class RankMatrix:
         Args:
             rows, columns: int64[...], indices of scores.
         """
-        rho, partial = (np.full((len(rows), len(columns)), np.nan) for _ in range(2))
-        for sizes in product(*(np.unique(self._sizes[indices]).tolist() for indices in (rows, columns))):
-            of_rows, of_columns = (
-                np.flatnonzero(self._sizes[indices] == size)
-                for indices, size in zip((rows, columns), sizes, strict=True)
-            )
-            block = np.ix_(of_rows, of_columns)
-            rho[block], partial[block] = self._block(rows[of_rows], columns[of_columns], min(sizes))
+        rho = np.full((len(rows), len(columns)), np.nan)
+        partial = np.full((len(rows), len(columns)), np.nan)
+        sizes_of_rows = self._sizes[rows]
+        sizes_of_columns = self._sizes[columns]
+        for row_size in np.unique(sizes_of_rows).tolist():
+            of_size = np.flatnonzero(sizes_of_rows == row_size)
+            for column_size in np.unique(sizes_of_columns).tolist():
+                of_column_size = np.flatnonzero(sizes_of_columns == column_size)
+                block = np.ix_(of_size, of_column_size)
+                common_size = min(row_size, column_size)
+                if common_size:
+                    result = self._at_common_depths(rows[of_size], columns[of_column_size], common_size)
+                else:
+                    result = self._pair_by_pair(rows[of_size], columns[of_column_size])
+                rho[block], partial[block] = result
         return rho, partial
 
-    def _block(self, rows: Indices, columns: Indices, size: int) -> tuple[Float64, Float64]:
-        """Return the correlations of scores that are all compared at the same ``size`` depths, or pair by pair if 0."""
-        if not size:
-            rho, partial = np.empty((2, len(rows), len(columns)))
-            a, b = (index.ravel() for index in np.meshgrid(rows, columns, indexing="ij"))
-            for chunk in _chunks(self._scores, a, b):
-                x, y, _ = _aligned(self._scores, *np.sort([a[chunk], b[chunk]], axis=0))
-                rho.flat[chunk], partial.flat[chunk] = _correlations(x, y)
-            return rho, partial
-        members, ranks, with_depth = self._ranked[size]
-        a, b = (np.searchsorted(members, indices) for indices in (rows, columns))
-        x, y = ranks[a], ranks[b]
+    def _pair_by_pair(self, rows: Indices, columns: Indices) -> tuple[Float64, Float64]:
+        """Return the correlations of scores of which each pair is aligned on its own."""
+        grid_of_rows, grid_of_columns = np.meshgrid(rows, columns, indexing="ij")
+        a = grid_of_rows.ravel()
+        b = grid_of_columns.ravel()
+        rho = np.empty((len(rows), len(columns)))
+        partial = np.empty((len(rows), len(columns)))
+        for chunk in _chunks(self._scores, a, b):
+            earlier = np.minimum(a[chunk], b[chunk])
+            later = np.maximum(a[chunk], b[chunk])
+            rho.flat[chunk], partial.flat[chunk] = _correlations(_aligned(self._scores, earlier, later))
+        return rho, partial
+
+    def _at_common_depths(self, rows: Indices, columns: Indices, size: int) -> tuple[Float64, Float64]:
+        """Return the correlations of scores that are all compared at the same ``size`` depths."""
+        ranked = self._ranked[size]
+        a = np.searchsorted(ranked.members, rows)
+        b = np.searchsorted(ranked.members, columns)
+        x = ranked.ranks[a]
+        y = ranked.ranks[b]
         with np.errstate(invalid="ignore", divide="ignore"):
             rho = (x @ y.T) / np.sqrt(np.outer((x**2).sum(axis=1), (y**2).sum(axis=1)))
         if size < MIN_VALUES:
             rho[:] = np.nan
-        return rho, given_depth(rho, with_depth[a][:, None], with_depth[b][None, :])
+        return rho, given_depth(rho, ranked.with_depth[a][:, None], ranked.with_depth[b][None, :])
 
     @cached_property
-    def _ranked(self) -> dict[int, tuple[Indices, Float64, Float64]]:
-        """Indices of scores, their ranks, and their correlations with depth, by the number of depths.
+    def _ranked(self) -> dict[int, _RankedScores]:
+        """Ranked scores by the number of depths at which they are compared."""
+        return {size: self._rank(size) for size in np.unique(self._sizes[self._sizes > 0]).tolist()}
 
-        The ranks are centered and doubled: doubled average ranks are integers, so that every sum over them is exact.
-        """
-        ranked = {}
-        for size in np.unique(self._sizes[self._sizes > 0]).tolist():
-            members = np.flatnonzero(self._sizes >= size)
-            depth = self._scores[int(np.flatnonzero(self._sizes == size)[0])][0]
-            scores = (self._scores[index] for index in members.tolist())
-            aligned = [values if len(values) == size else np.interp(depth, at, values) for at, values in scores]
-            ranks = 2 * average_ranks(np.array(aligned)) - (size + 1)
-            ranked[size] = members, ranks, spearman_rows(ranks, np.broadcast_to(np.arange(float(size)), ranks.shape))
-        return ranked
+    def _rank(self, size: int) -> _RankedScores:
+        """Return the scores with at least ``size`` depths, at the depths of those that have as many."""
+        members = np.flatnonzero(self._sizes >= size)
+        first_of_size = int(np.flatnonzero(self._sizes == size)[0])
+        depth, _ = self._scores[first_of_size]
+        aligned = []
+        for index in members.tolist():
+            own_depth, values = self._scores[index]
+            if len(values) != size:
+                values = np.interp(depth, own_depth, values)
+            aligned.append(values)
+        ranks = 2 * average_ranks(np.array(aligned)) - (size + 1)
+        order = np.broadcast_to(np.arange(float(size)), ranks.shape)
+        return _RankedScores(members, ranks, spearman_rows(ranks, order))
+
+
+@dataclass(frozen=True, kw_only=True)
+class ScoreProperties:
+    """Properties of a score by which pairs are chosen.
+
+    Attributes:
+        stratum: equal for both scores of a pair.
+        value: different for both scores of a pair.
+        model: name of the model.
+        group: group of which the mean correlations are known.
+    """
+
+    stratum: Hashable
+    value: Hashable
+    model: str
+    group: str
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class PairSurvey:
+    """Summary of the correlations of many pairs.
+
+    Attributes:
+        number: number of pairs.
+        spearman, given_depth: summaries of their correlations. Medians are rounded to `RESOLUTION`.
+        groups: a table of `GROUPS`, empty without groups.
+        extremes: int64[2, pairs], the pairs that are most and least alike, ascending in each pair.
+    """
+
+    number: int
+    spearman: CorrelationSummary
+    given_depth: CorrelationSummary
+    groups: pa.Table
+    extremes: Indices
 
 
 def survey_pairs(
-    matrix: RankMatrix, members: Mapping[str, Sequence[Hashable]], *, by: str, across_models: bool, most: int
-) -> tuple[dict[str, Any], Indices]:
+    matrix: RankMatrix, members: Sequence[ScoreProperties], *, by: str, across_models: bool, most: int
+) -> PairSurvey:
     """Correlate all pairs of equal strata and different values, and the pairs within and between groups.
 
-    Memory is bounded, so that medians are rounded to `RESOLUTION`.
+    Memory is bounded: no more than a block of all correlations exists at a time.
 
     Args:
         matrix: the scores.
-        members: ``stratum``, ``value``, ``model`` and ``group`` of each score, in the order of ``matrix``.
+        members: properties of each score, in the order of ``matrix``.
         by: name of the groups' property.
         across_models: groups are compared over pairs of different models. Otherwise, over pairs of one model in
             different groups.
         most: number of the most, and of the least, similar pairs to return.
-
-    Returns:
-        The fields ``number``, ``spearman``, ``given_depth`` and ``groups`` of a `comparison.RankingComparison`, and
-        int64[2, ...], the pairs that are most and least alike, ascending in each pair.
     """
-    stratum, value, model, group = (_codes(members[name]) for name in ("stratum", "value", "model", "group"))
-    groups = list(dict.fromkeys(members["group"]))
-    has_groups, membership = 1 < len(groups) <= MAX_GROUPS, np.eye(len(groups))[group]
-    sums, counts = (np.zeros((2, len(groups), len(groups))) for _ in range(2))
-    number, histograms = 0, np.zeros((2, round(2 / RESOLUTION) + 1), np.int64)
-    extremes = {sign: [np.empty((3, 0))] for sign in (1, -1)}  # correlation and both indices of pairs, block by block
+    stratum = _codes([member.stratum for member in members])
+    value = _codes([member.value for member in members])
+    model = _codes([member.model for member in members])
+    groups = list(dict.fromkeys(member.group for member in members))
+    means = None
+    if 1 < len(groups) <= MAX_GROUPS:
+        means = _GroupMeans(groups, _codes([member.group for member in members]))
+    number = 0
+    spearman = _Histogram()
+    given_depth = _Histogram()
+    most_alike = _Extremes(1, most)
+    least_alike = _Extremes(-1, most)
     for rows, columns in tracked(list(_blocks(stratum)), "Comparing runs"):
-        correlations = matrix.correlations(rows, columns)
-        differ = (value[rows][:, None] != value[columns]) & (rows[:, None] < columns)
-        number += int(differ.sum())
-        for histogram, rho in zip(histograms, correlations, strict=True):
-            defined = rho[differ & np.isfinite(rho)]
-            histogram += np.bincount(np.rint((defined + 1) / RESOLUTION).astype(np.int64), minlength=len(histogram))
-        flat, rho = np.flatnonzero(differ & np.isfinite(correlations[0])), correlations[0].ravel()
-        for sign, blocks in extremes.items():
-            chosen = flat[_largest(sign * rho[flat], most)]
-            blocks.append(np.stack([rho[chosen], rows[chosen // len(columns)], columns[chosen % len(columns)]]))
-        if has_groups:  # each pair is met twice, once from each side
-            same_model = model[rows][:, None] == model[columns]
-            chosen = ~same_model if across_models else same_model & (rows[:, None] != columns)
-            for statistic, rho in enumerate(correlations):
-                defined = chosen & np.isfinite(rho)
-                sums[statistic] += membership[rows].T @ np.where(defined, rho, 0.0) @ membership[columns]
-                counts[statistic] += membership[rows].T @ defined @ membership[columns]
-    with np.errstate(invalid="ignore"):
-        means = sums / counts
-    of_groups: list[dict[str, Any]] = [
-        {
-            "by": by,
-            "a": groups[a],
-            "b": groups[b],
-            "pairs": round(counts[0, a, b] / (2 if a == b else 1)),
-            "spearman": means[0, a, b],
-            "given_depth": means[1, a, b] if counts[1, a, b] else None,
-        }
-        for a, b in zip(*np.triu_indices(len(groups)), strict=True)
-        if counts[0, a, b]
-    ]
-    spearman, given_depth = map(_summarize_histogram, histograms)
-    tables = {sign: np.hstack(blocks) for sign, blocks in extremes.items()}
-    ends = [table[1:, _largest(sign * table[0], most)] for sign, table in tables.items()]
-    survey = {
-        "number": number,
-        "spearman": spearman,
-        "given_depth": given_depth,
-        "groups": pa.Table.from_pylist(of_groups, GROUPS),
-    }
-    return survey, np.unique(np.hstack(ends).astype(np.int64), axis=1)
+        rho, partial = matrix.correlations(rows, columns)
+        # Each pair is in two blocks, or twice in one: it counts where its first score is the row.
+        is_pair = (value[rows][:, None] != value[columns]) & (rows[:, None] < columns)
+        number += int(is_pair.sum())
+        spearman.add(rho[is_pair])
+        given_depth.add(partial[is_pair])
+        defined = np.flatnonzero(is_pair & np.isfinite(rho))
+        most_alike.add(rho, defined, rows, columns)
+        least_alike.add(rho, defined, rows, columns)
+        if means:
+            is_counted = model[rows][:, None] != model[columns]
+            if not across_models:
+                is_counted = ~is_counted & (rows[:, None] != columns)
+            means.add(rho, partial, is_counted, rows, columns)
+    extremes = np.hstack([most_alike.pairs(), least_alike.pairs()])
+    return PairSurvey(
+        number=number,
+        spearman=spearman.summarize(),
+        given_depth=given_depth.summarize(),
+        groups=means.table(by) if means else GROUPS.empty_table(),
+        extremes=np.unique(extremes, axis=1),
+    )
 
 
-def _summarize_histogram(counts: Indices) -> CorrelationSummary:
-    """Summarize correlations by their numbers in bins of `RESOLUTION` from -1 on."""
-    count = int(counts.sum())
-    ordered = [1, (count + 1) // 2, count // 2 + 1, count] if count else []
-    places = summarize(np.searchsorted(counts.cumsum(), ordered).astype(np.float64))
-    median, lowest, highest = (bin_ * RESOLUTION - 1 for bin_ in (places.median, places.lowest, places.highest))
-    return CorrelationSummary(count=count, median=median, lowest=lowest, highest=highest)
+class _Histogram:
+    """Numbers of correlations in bins of `RESOLUTION` from -1 on."""
+
+    def __init__(self) -> None:
+        self._counts = np.zeros(round(2 / RESOLUTION) + 1, np.int64)
+
+    def add(self, correlations: Float64) -> None:
+        """Count correlations, float64[pairs]. Those that are not defined are left out."""
+        defined = correlations[np.isfinite(correlations)]
+        bins = np.rint((defined + 1) / RESOLUTION).astype(np.int64)
+        self._counts += np.bincount(bins, minlength=len(self._counts))
+
+    def summarize(self) -> CorrelationSummary:
+        """Summarize the correlations by the bins of the lowest, of those in the middle, and of the highest."""
+        count = int(self._counts.sum())
+        ordered = [1, (count + 1) // 2, count // 2 + 1, count] if count else []
+        bins = summarize(np.searchsorted(self._counts.cumsum(), ordered).astype(np.float64))
+        return CorrelationSummary(
+            count=count,
+            median=bins.median * RESOLUTION - 1,
+            lowest=bins.lowest * RESOLUTION - 1,
+            highest=bins.highest * RESOLUTION - 1,
+        )
+
+
+class _Extremes:
+    """The pairs with the largest correlations, or with the smallest.
+
+    Args:
+        sign: 1 for the largest, -1 for the smallest.
+        most: their number.
+    """
+
+    def __init__(self, sign: int, most: int) -> None:
+        self._sign = sign
+        self._most = most
+        self._blocks = [np.empty((3, 0))]  # correlation and both scores of pairs
+
+    def add(self, rho: Float64, defined: Indices, rows: Indices, columns: Indices) -> None:
+        """Add the pairs of a block.
+
+        Args:
+            rho: float64[rows, columns], correlations.
+            defined: int64[pairs], flat indices in ``rho`` of the pairs that have one.
+            rows, columns: scores of the block.
+        """
+        flat_rho = rho.ravel()
+        chosen = defined[_largest(self._sign * flat_rho[defined], self._most)]
+        first = rows[chosen // len(columns)]
+        second = columns[chosen % len(columns)]
+        self._blocks.append(np.stack([flat_rho[chosen], first, second]))
+
+    def pairs(self) -> Indices:
+        """Return the scores of the most extreme pairs, int64[2, pairs]."""
+        candidates = np.hstack(self._blocks)
+        chosen = _largest(self._sign * candidates[0], self._most)
+        return candidates[1:, chosen].astype(np.int64)
+
+
+class _GroupMeans:
+    """Mean correlations within and between groups.
+
+    Args:
+        groups: names of the groups.
+        group_of_score: int64[scores], index of the group of each score.
+    """
+
+    def __init__(self, groups: Sequence[str], group_of_score: Indices) -> None:
+        self._groups = groups
+        self._membership = np.eye(len(groups))[group_of_score]
+        self._spearman = _BlockMeans(len(groups))
+        self._given_depth = _BlockMeans(len(groups))
+
+    def add(
+        self, rho: Float64, partial: Float64, is_counted: NDArray[np.bool_], rows: Indices, columns: Indices
+    ) -> None:
+        """Add the correlations of a block, float64[rows, columns], where they are counted."""
+        of_rows = self._membership[rows]
+        of_columns = self._membership[columns]
+        self._spearman.add(rho, is_counted, of_rows, of_columns)
+        self._given_depth.add(partial, is_counted, of_rows, of_columns)
+
+    def table(self, by: str) -> pa.Table:
+        """Return a table of `GROUPS` with the pairs of groups that have a correlation.
+
+        Args:
+            by: name of the groups' property.
+        """
+        spearman = self._spearman.means()
+        given_depth = self._given_depth.means()
+        rows = []
+        for a, b in combinations_with_replacement(range(len(self._groups)), 2):
+            # Each pair within a group was added twice, once from each side.
+            pairs = self._spearman.counts[a, b] / (2 if a == b else 1)
+            if pairs:
+                row = {"by": by, "a": self._groups[a], "b": self._groups[b], "pairs": round(pairs)}
+                row["spearman"] = spearman[a, b]
+                row["given_depth"] = given_depth[a, b] if self._given_depth.counts[a, b] else None
+                rows.append(row)
+        return pa.Table.from_pylist(rows, GROUPS)
+
+
+class _BlockMeans:
+    """Mean correlations of the scores of each two groups.
+
+    Attributes:
+        counts: float64[groups, groups], number of the correlations.
+    """
+
+    def __init__(self, number: int) -> None:
+        self._sums = np.zeros((number, number))
+        self.counts = np.zeros((number, number))
+
+    def add(self, rho: Float64, is_counted: NDArray[np.bool_], of_rows: Float64, of_columns: Float64) -> None:
+        """Add defined correlations, float64[rows, columns], where they are counted.
+
+        Args:
+            of_rows, of_columns: 1 in the group of each row and column, else 0, float64[..., groups].
+        """
+        defined = is_counted & np.isfinite(rho)
+        self._sums += of_rows.T @ np.where(defined, rho, 0.0) @ of_columns
+        self.counts += of_rows.T @ defined @ of_columns
+
+    def means(self) -> Float64:
+        """Return the means, float64[groups, groups], NaN without a correlation."""
+        with np.errstate(invalid="ignore"):
+            return self._sums / self.counts
 
 
 def _codes(values: Sequence[Hashable]) -> Indices:
@@ -310,14 +542,19 @@ def _blocks(strata: Indices) -> Iterator[tuple[Indices, Indices]]:
     """Yield rows and columns of scores of one stratum that are compared at once."""
     for stratum in np.unique(strata):
         columns = np.flatnonzero(strata == stratum)
-        for start in range(0, len(columns) if len(columns) > 1 else 0, BLOCK_ROWS):
+        if len(columns) < 2:
+            continue
+        for start in range(0, len(columns), BLOCK_ROWS):
             yield columns[start : start + BLOCK_ROWS], columns
 
 
 def _largest(values: Float64, most: int) -> Indices:
     """Return the indices of the largest values, the earlier of equal ones first."""
-    bound = np.partition(values, len(values) - most)[len(values) - most] if len(values) > most else -np.inf
-    candidates = np.flatnonzero(values >= bound)
+    smallest = -np.inf
+    if len(values) > most:
+        place = len(values) - most
+        smallest = np.partition(values, place)[place]
+    candidates = np.flatnonzero(values >= smallest)
     return candidates[np.argsort(-values[candidates], kind="stable")][:most]
 
 
@@ -352,25 +589,45 @@ def similarity_map(matrix: RankMatrix, labels: Sequence[str], groups: Sequence[s
         labels, groups: name and group of each score, in the order of ``matrix``. The last `MAX_SCORES` are shown.
     """
     shown = np.arange(len(labels))[-MAX_SCORES:]
-    rho = np.concatenate(
-        [matrix.correlations(shown[start : start + BLOCK_ROWS], shown)[0] for start in range(0, len(shown), BLOCK_ROWS)]
-    )
+    blocks = []
+    for start in range(0, len(shown), BLOCK_ROWS):
+        block, _ = matrix.correlations(shown[start : start + BLOCK_ROWS], shown)
+        blocks.append(block)
+    rho = np.concatenate(blocks)
     order = _order(rho)
-    rho, shown = rho[np.ix_(order, order)], shown[order]
+    rho = rho[np.ix_(order, order)]
+    shown = shown[order]
     cell = np.arange(len(shown)) * min(CELLS, len(shown)) // len(shown)
-    members = [shown[cell == index].tolist() for index in range(cell[-1] + 1)]
     starts = np.flatnonzero(np.diff(cell, prepend=-1))
-    total, count = (
-        np.add.reduceat(np.add.reduceat(values, starts, axis=0), starts, axis=1)
-        for values in (np.nan_to_num(rho), np.isfinite(rho).astype(float))
-    )
+    total = _block_sums(np.nan_to_num(rho), starts)
+    count = _block_sums(np.isfinite(rho).astype(float), starts)
+    members = [scores.tolist() for scores in np.split(shown, starts[1:])]
     return SimilarityMap(
         rho=np.divide(total, count, out=np.full(count.shape, np.nan), where=count > 0),
-        labels=tuple(labels[i] + (f" and {len(rest)} more" if rest else "") for i, *rest in members),
-        groups=tuple(Counter(groups[index] for index in indices).most_common(1)[0][0] for indices in members),
+        labels=tuple(_cell_label([labels[score] for score in scores]) for scores in members),
+        groups=tuple(_most_frequent([groups[score] for score in scores]) for scores in members),
         scores=len(shown),
         left_out=len(labels) - len(shown),
     )
+
+
+def _block_sums(values: Float64, starts: Indices) -> Float64:
+    """Return the sums of a matrix over the blocks that begin at some rows, and at the columns of the same numbers."""
+    sums: Float64 = np.add.reduceat(np.add.reduceat(values, starts, axis=0), starts, axis=1)
+    return sums
+
+
+def _cell_label(labels: Sequence[str]) -> str:
+    """Return the label of a cell, given those of its scores."""
+    if len(labels) == 1:
+        return labels[0]
+    return f"{labels[0]} and {len(labels) - 1} more"
+
+
+def _most_frequent(groups: Sequence[str]) -> str:
+    """Return the most frequent of the groups, the first one of several."""
+    ((group, _),) = Counter(groups).most_common(1)
+    return group
 
 
 def _order(rho: Float64) -> NDArray[np.int64]:

@@ -7,7 +7,6 @@ from collections import Counter
 from collections.abc import Hashable, Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass, field, replace
 from itertools import combinations
-from operator import itemgetter
 from typing import Any
 
 import numpy as np
@@ -17,7 +16,11 @@ import pyarrow.compute as pc
 from avss_dist.analysis.agreement import (
     GROUPS,
     CorrelationSummary,
+    Indices,
+    PairSurvey,
     RankMatrix,
+    ScoreProperties,
+    Scores,
     SimilarityMap,
     correlate_pairs,
     similarity_map,
@@ -42,6 +45,8 @@ BETWEEN = ("run", "family", "size", "revision", "corpus", "dtype")
 ACROSS_MODELS = ("run", "family", "size", "revision")
 WITHIN = ("recipe", "threshold", "site", "score")
 BY = (*BETWEEN, *WITHIN)
+MIN_OF_GROUP = 3  # runs of which one can be the odd one
+MAX_LABELS = 10  # that a message names
 MAX_PAIRS = 1_000_000  # that are listed: those of 1,400 runs
 EXTREMES = 500  # pairs most alike, and as many least alike, that are listed of more
 SIZES = (0.5e9, 1.5e9, 4e9, 10e9, 40e9, 150e9)
@@ -49,12 +54,20 @@ SIZES = (0.5e9, 1.5e9, 4e9, 10e9, 40e9, 150e9)
 
 SCHEMA = pa.schema(
     [
-        *((name, pa.string()) for name in ("by", "a", "b", "a_run_id", "b_run_id")),
+        ("by", pa.string()),
+        ("a", pa.string()),
+        ("b", pa.string()),
+        ("a_run_id", pa.string()),
+        ("b_run_id", pa.string()),
         ("layers", pa.int64()),
         ("interpolated", pa.bool_()),
-        *((name, pa.float64()) for name in ("spearman", "given_depth")),
-        *((name, pa.int64()) for name in ("k", "shared")),
-        *((name, pa.float64()) for name in ("jaccard", "jaccard_by_chance", "p_by_chance")),
+        ("spearman", pa.float64()),
+        ("given_depth", pa.float64()),
+        ("k", pa.int64()),
+        ("shared", pa.int64()),
+        ("jaccard", pa.float64()),
+        ("jaccard_by_chance", pa.float64()),
+        ("p_by_chance", pa.float64()),
     ]
 )
 """Columns of a compared pair: its correlations and the overlap of the lowest ``k`` layers.
@@ -79,11 +92,20 @@ class Profile:
     depth: Float64
     values: Float64
 
+    @property
+    def score(self) -> Scores:
+        """Depth and values of the layers."""
+        return self.depth, self.values
+
     def label(self, by: str) -> str:
         """Return the label of this profile in a comparison by ``by``."""
         if by == "size":
             return size_label(self.run["num_parameters"])
-        return str(self.reading[by] if by in WITHIN else self.run["run_id" if by == "run" else by])
+        if by in WITHIN:
+            return str(self.reading[by])
+        if by == "run":
+            return str(self.run["run_id"])
+        return str(self.run[by])
 
 
 def size_label(parameters: int | None) -> str:
@@ -91,8 +113,15 @@ def size_label(parameters: int | None) -> str:
     if parameters is None:
         return "unknown"
     place = bisect_right(SIZES, parameters)
-    low, high = (f"{SIZES[index] / 1e9:g}B" if 0 <= index < len(SIZES) else "" for index in (place - 1, place))
-    return f"{low} to {high}" if low and high else f"under {high}" if high else f"{low} and more"
+    if place == 0:
+        return f"under {_billions(SIZES[0])}"
+    if place == len(SIZES):
+        return f"{_billions(SIZES[-1])} and more"
+    return f"{_billions(SIZES[place - 1])} to {_billions(SIZES[place])}"
+
+
+def _billions(parameters: float) -> str:
+    return f"{parameters / 1e9:g}B"
 
 
 @dataclass(frozen=True, kw_only=True, repr=False)
@@ -172,57 +201,111 @@ def compare(
     if mapped and by not in BETWEEN:
         raise QueryError(f"A map shows runs, and `by` {by} compares readings of one run.", "Compare by run or family.")
     runs = runs_with_conditions(warehouse, run_ids)
-    fixed: dict[str, Any] = {"site": site, "recipe": recipe, "threshold": threshold, "score": score}
-    if not is_own(score) or by == "score":
-        selected = profiles(warehouse, runs, **{name: None if name == by else value for name, value in fixed.items()})
-    else:
-        selected = []
+    selected = []
     unscored = "no scores at this site, recipe and threshold"
+    if not is_own(score) or by == "score":
+        selected += profiles(
+            warehouse,
+            runs,
+            site=None if by == "site" else site,
+            recipe=None if by == "recipe" else recipe,
+            threshold=None if by == "threshold" else threshold,
+            score=None if by == "score" else score,
+        )
     if is_own(score):
         selected += own_profiles(warehouse, runs, score)
         unscored = "no such scores"
-    scores = [(profile.depth, profile.values) for profile in selected]
-    survey: dict[str, Any] = {}
-    if by in BETWEEN:
-        members = {
-            "stratum": [_shared(profile, by, allow_mismatch) for profile in selected],
-            "value": [_value(profile, by) for profile in selected],
-            "model": [str(profile.run["model"]) for profile in selected],
-            "group": ["all runs" if by == "run" else profile.label(by) for profile in selected],
-        }
-        survey, indices = survey_pairs(
-            RankMatrix(scores), members, by=by, across_models=by in ("run", "family", "size"), most=EXTREMES
-        )
-    if by in WITHIN or survey["number"] <= max_listed:
-        indices = np.array(sorted(_pairs(selected, by, allow_mismatch)), np.int64).reshape(-1, 2).T
-    if not indices.size:
+    survey = _survey(selected, by, allow_mismatch) if by in BETWEEN else None
+    if survey and survey.number > max_listed:
+        first, second = survey.extremes
+    else:
+        first, second = _indices_of_pairs(selected, by, allow_mismatch)
+    if not first.size:
         raise _no_pair(selected, by, allow_mismatch)
-    agreement = correlate_pairs(scores, *indices, share=share)
-    names = {"": [profile.label(by) for profile in selected], "_run_id": [p.run["run_id"] for p in selected]}
+    pairs = _pairs_table(selected, first, second, by, share)
+    scored = list({profile.run["run_id"]: profile.run for profile in selected}.values())
+    compared = _run_ids_in_pairs(selected, by, allow_mismatch)
+    conditions: Sequence[str] = ()
+    if by in ACROSS_MODELS and not allow_mismatch:
+        conditions = differing(scored)
+    similarity = None
+    if mapped:
+        in_pairs = [profile for profile in selected if profile.run["run_id"] in compared]
+        similarity = _map(in_pairs, by, allow_mismatch)
+    spearman = summarize(pairs["spearman"].to_numpy())
+    given_depth = summarize(pairs["given_depth"].to_numpy())
+    odd = ""
+    if survey and survey.number > len(pairs):
+        # The listed pairs are the extremes. The survey has seen all.
+        spearman = survey.spearman
+        given_depth = survey.given_depth
+    elif survey:
+        odd = find_odd(pairs, scored)
+    return RankingComparison(
+        number=survey.number if survey else len(pairs),
+        spearman=spearman,
+        given_depth=given_depth,
+        groups=survey.groups if survey else GROUPS.empty_table(),
+        pairs=pairs,
+        conditions=tuple(conditions),
+        left_out=_left_out(runs, {run["run_id"] for run in scored}, compared, by, unscored),
+        similarity=similarity,
+        odd=odd,
+    )
+
+
+def _survey(selected: Sequence[Profile], by: str, allow_mismatch: bool) -> PairSurvey:
+    """Return the summary of all pairs of profiles of different runs."""
+    members = []
+    for profile in selected:
+        properties = ScoreProperties(
+            stratum=_shared(profile, by, allow_mismatch),
+            value=_value(profile, by),
+            model=str(profile.run["model"]),
+            group="all runs" if by == "run" else profile.label(by),
+        )
+        members.append(properties)
+    matrix = RankMatrix([profile.score for profile in selected])
+    return survey_pairs(matrix, members, by=by, across_models=by in ("run", "family", "size"), most=EXTREMES)
+
+
+def _indices_of_pairs(selected: Sequence[Profile], by: str, allow_mismatch: bool) -> Indices:
+    """Return the indices of both profiles of every pair, int64[2, pairs], in ascending order."""
+    pairs = sorted(_pairs(selected, by, allow_mismatch))
+    return np.array(pairs, np.int64).reshape(-1, 2).T
+
+
+def _pairs_table(selected: Sequence[Profile], first: Indices, second: Indices, by: str, share: float) -> pa.Table:
+    """Return a table of `SCHEMA` of pairs of profiles, the most alike first.
+
+    Args:
+        first, second: int64[pairs], indices of the two profiles of each pair.
+        share: number of lowest layers to compare, as a share of the layers.
+    """
+    labels = pa.array([profile.label(by) for profile in selected], pa.string())
+    run_ids = pa.array([profile.run["run_id"] for profile in selected], pa.string())
+    agreement = correlate_pairs([profile.score for profile in selected], first, second, share=share)
     columns = {
-        "by": pa.repeat(by, indices.shape[1]),
-        **{
-            f"{side}{kind}": pa.array(texts, pa.string()).take(pa.array(index))
-            for kind, texts in names.items()
-            for side, index in zip("ab", indices, strict=True)
-        },
+        "by": pa.repeat(by, len(first)),
+        "a": labels.take(pa.array(first)),
+        "b": labels.take(pa.array(second)),
+        "a_run_id": run_ids.take(pa.array(first)),
+        "b_run_id": run_ids.take(pa.array(second)),
         **agreement,
     }
+    table = pa.table({name: columns[name] for name in SCHEMA.names}, SCHEMA)
+    # Pairs without a correlation come last.
     order = np.argsort(-np.nan_to_num(agreement["spearman"], nan=-2.0), kind="stable")
-    pairs = pa.table({name: columns[name] for name in SCHEMA.names}, SCHEMA).take(pa.array(order))
-    scored = list({profile.run["run_id"]: profile.run for profile in selected}.values())
-    if all_listed := survey.get("number", len(pairs)) == len(pairs):
-        survey |= {name: summarize(pairs[name].to_numpy()) for name in ("spearman", "given_depth")}
-    compared = {selected[index].run["run_id"] for members in _strata(selected, by, allow_mismatch) for index in members}
-    mapped_profiles = [profile for profile in selected if profile.run["run_id"] in compared]
-    return RankingComparison(
-        pairs=pairs,
-        **{"number": len(pairs), **survey},
-        conditions=() if allow_mismatch or by not in ACROSS_MODELS else tuple(differing(scored)),
-        left_out=_left_out(runs, {run["run_id"] for run in scored}, compared, by, unscored),
-        similarity=_map(mapped_profiles, by, allow_mismatch) if mapped else None,
-        odd=find_odd(pairs, scored) if by in BETWEEN and all_listed else "",
-    )
+    return table.take(pa.array(order))
+
+
+def _run_ids_in_pairs(selected: Sequence[Profile], by: str, allow_mismatch: bool) -> set[str]:
+    """Return the ids of the runs that are in a pair."""
+    run_ids = set()
+    for members in _strata(selected, by, allow_mismatch):
+        for index in members:
+            run_ids.add(selected[index].run["run_id"])
+    return run_ids
 
 
 def find_odd(pairs: pa.Table, runs: Sequence[Mapping[str, Any]]) -> str:
@@ -235,62 +318,103 @@ def find_odd(pairs: pa.Table, runs: Sequence[Mapping[str, Any]]) -> str:
     Returns:
         The sentence. Empty if no model and no family has three runs that do not all agree alike.
     """
-    by_id, ends = {run["run_id"]: run for run in runs}, ("a_run_id", "b_run_id")
-    rows = pairs.filter(pairs["spearman"].is_valid()).select([*ends, "spearman"]).to_pylist()
+    rows = pairs.filter(pairs["spearman"].is_valid()).select(["a_run_id", "b_run_id", "spearman"]).to_pylist()
+    by_id = {run["run_id"]: run for run in runs}
     for group in ("model", "family"):
-        group_of = {run["run_id"]: run[group] for run in runs}
-        within = [row for row in rows if group_of[row[ends[0]]] == group_of[row[ends[1]]]]
-        by_run = grouped(((row[end], row["spearman"]) for row in within for end in ends), itemgetter(0))
-        mean = {run_id: float(np.mean([rho for _, rho in members])) for run_id, members in by_run.items()}
-        groups = [ids for ids in grouped(mean, group_of.get).values() if len(ids) > 2]
-        if groups := [ids for ids in groups if len({f"{mean[run_id]:z.3f}" for run_id in ids}) > 1]:
-            break
-    else:
-        return ""
-    members = min(groups, key=lambda ids: min(mean[run_id] for run_id in ids))
-    odd = min(members, key=lambda run_id: (mean[run_id], run_id))
-    remaining = [run_id for run_id in members if run_id != odd]
-    label = run_labels([by_id[run_id] for run_id in members])[members.index(odd)]
+        group_of_run = {run_id: run[group] for run_id, run in by_id.items()}
+        mean = _mean_correlations(rows, group_of_run)
+        groups = []
+        for run_ids in grouped(mean, group_of_run.__getitem__).values():
+            differ = len({f"{mean[run_id]:z.3f}" for run_id in run_ids}) > 1
+            if len(run_ids) >= MIN_OF_GROUP and differ:
+                groups.append(run_ids)
+        if groups:
+            members = min(groups, key=lambda run_ids: min(mean[run_id] for run_id in run_ids))
+            return _describe_odd([by_id[run_id] for run_id in members], mean, group)
+    return ""
+
+
+def _mean_correlations(rows: Sequence[Mapping[str, Any]], group_of_run: Mapping[str, str]) -> dict[str, float]:
+    """Return the mean correlation of each run with the others of its group, by run id.
+
+    Args:
+        rows: rows of a table of `SCHEMA`, with a correlation.
+    """
+    correlations: dict[str, list[float]] = {}
+    for row in rows:
+        if group_of_run[row["a_run_id"]] == group_of_run[row["b_run_id"]]:
+            correlations.setdefault(row["a_run_id"], []).append(row["spearman"])
+            correlations.setdefault(row["b_run_id"], []).append(row["spearman"])
+    return {run_id: float(np.mean(values)) for run_id, values in correlations.items()}
+
+
+def _describe_odd(members: Sequence[Mapping[str, Any]], mean: Mapping[str, float], group: str) -> str:
+    """Return a sentence on the run of a group whose mean correlation is lowest, and in what it differs.
+
+    Args:
+        members: runs of the group, extended by `with_conditions`.
+        mean: mean correlation of each run, by run id.
+        group: ``model`` or ``family``.
+    """
+    odd = min(members, key=lambda run: (mean[run["run_id"]], run["run_id"]))
+    others = [run for run in members if run["run_id"] != odd["run_id"]]
+    label = run_labels(members)[members.index(odd)]
     differences = []
     for name in ("model", "revision", *CONDITIONS):
-        (usual, number), *_ = Counter(str(by_id[run_id][name]) for run_id in remaining).most_common(1)
-        if number > len(remaining) / 2 and str(by_id[odd][name]) != usual:
-            differences.append(f"{name} ({basename(by_id[odd][name])}, not {basename(usual)})")
-    reason = f"It differs in {', '.join(differences)}." if differences else "Its settings are those of the others."
+        ((usual, number),) = Counter(str(run[name]) for run in others).most_common(1)
+        if number > len(others) / 2 and str(odd[name]) != usual:
+            differences.append(f"{name} ({basename(odd[name])}, not {basename(usual)})")
+    reason = "Its settings are those of the others."
+    if differences:
+        reason = f"It differs in {', '.join(differences)}."
+    mean_of_others = np.mean([mean[run["run_id"]] for run in others])
     return (
-        f"{label} ({odd}) agrees least with the other runs of its {group}: Spearman {mean[odd]:z.3f} on average, "
-        f"that of the others {np.mean([mean[run_id] for run_id in remaining]):z.3f}. {reason}"
+        f"{label} ({odd['run_id']}) agrees least with the other runs of its {group}: Spearman "
+        f"{mean[odd['run_id']]:z.3f} on average, that of the others {mean_of_others:z.3f}. {reason}"
     )
 
 
 def _no_pair(selected: Sequence[Profile], by: str, allow_mismatch: bool) -> QueryError:
     """Return the error for profiles of which no two are comparable."""
+    runs = [profile.run for profile in selected]
     if by in ACROSS_MODELS and not allow_mismatch and next(_pairs(selected, by, True), None):
-        runs = [profile.run for profile in selected]
-        values = {name: {condition(run, name): str(run[name]) for run in runs} for name in differing(runs)}
-        texts = (f"{name} ({', '.join(sorted(by_condition.values()))})" for name, by_condition in values.items())
+        texts = []
+        for name in differing(runs):
+            # Corpora of the same content may have several names.
+            values = {condition(run, name): str(run[name]) for run in runs}
+            texts.append(f"{name} ({', '.join(sorted(values.values()))})")
         return QueryError(
             f"These runs are not comparable: they differ in {'; '.join(texts)}.",
             "Choose alike ones, name what they differ in (`by` corpus, `by` dtype), or pass `allow_mismatch`.",
         )
-    hint = "There are no scores of that site, recipe and threshold: avss query 'SUMMARIZE scores' lists them."
-    if labels := sorted({profile.label(by) for profile in selected}):
-        hint = f"There is: {', '.join(labels[:10])}{', ...' if len(labels) > 10 else ''}."
+    labels = sorted({profile.label(by) for profile in selected})
+    if not labels:
+        hint = "There are no scores of that site, recipe and threshold: avss query 'SUMMARIZE scores' lists them."
+    elif len(labels) > MAX_LABELS:
+        hint = f"There is: {', '.join(labels[:MAX_LABELS])}, ...."
+    else:
+        hint = f"There is: {', '.join(labels)}."
     return QueryError(f"No two profiles differ in {by} alone.", hint)
 
 
 def _map(selected: Sequence[Profile], by: str, allow_mismatch: bool) -> SimilarityMap:
     """Return the similarity map of the profiles under the most frequent conditions, which do not include ``by``."""
-    names = () if allow_mismatch else [name for name in CONDITIONS if name != by]
+    names = [] if allow_mismatch else _other_conditions(by)
     groups = grouped(selected, lambda profile: tuple(condition(profile.run, name) for name in names))
     most_frequent = max(groups.values(), key=len)
     shown = sorted(most_frequent, key=lambda profile: str(profile.run["created_at"]))
+    group_by = "family" if by == "run" else by
     similarity = similarity_map(
-        RankMatrix([(profile.depth, profile.values) for profile in shown]),
+        RankMatrix([profile.score for profile in shown]),
         run_labels([profile.run for profile in shown]),
-        [profile.label(by if by != "run" else "family") for profile in shown],
+        [profile.label(group_by) for profile in shown],
     )
     return replace(similarity, mismatched=len(selected) - len(shown))
+
+
+def _other_conditions(by: str) -> list[str]:
+    """Return the conditions that are equal in both runs of a pair: those besides the one that is compared."""
+    return [name for name in CONDITIONS if name != by]
 
 
 def profiles(
@@ -310,32 +434,52 @@ def profiles(
         runs: rows of ``runs``.
         site, recipe, threshold, score: selection of profiles. None selects every value.
     """
-    columns = ["run_id", *READING, "depth", "avss_smoothed", *BASELINES]
-    at = at_reading() if threshold is None else at_reading(threshold=threshold.value, kind=threshold.kind)
-    of_runs = {"run_ids": [run["run_id"] for run in runs]}
-    table = warehouse.table("scores", **of_runs, columns=columns, where=at_reading(site, recipe) & at)
-    if threshold is not None and not (table or warehouse.table("scores", **of_runs, columns=["layer"], where=at)):
-        table = scores_at(warehouse, runs, threshold, sites=site and [site]).select(columns)
-        if recipe is not None:
-            table = table.filter(pc.equal(table["recipe"], recipe))
-    table = table.sort_by([(name, "ascending") for name in ("run_id", *READING, "depth")])
-    slices = grouped(slices_by(table, ["run_id", *READING]), lambda entry: entry[0]["run_id"])
+    table = _score_rows(warehouse, runs, site=site, recipe=recipe, threshold=threshold)
     names = FROM_ACTIVATIONS if score is None else (score,)
+    slices = grouped(slices_by(table, ["run_id", *READING]), lambda entry: entry[0]["run_id"])
     depth = table["depth"].to_numpy()
-    cells = {name: table[SCORES[name].column] for name in names}
-    scored = {name: (column.is_valid().to_numpy(), column.to_numpy()) for name, column in cells.items()}
-    return [
-        Profile(
-            run=run,
-            reading={**key, "threshold": describe_threshold(key["threshold"], key["threshold_kind"]), "score": name},
-            depth=depth[start:stop][valid[start:stop]],
-            values=values[start:stop][valid[start:stop]],
-        )
-        for run in runs
-        for key, start, stop in slices.get(run["run_id"], ())
-        for name, (valid, values) in scored.items()
-        if valid[start:stop].any()
-    ]
+    values = {name: table[SCORES[name].column].to_numpy() for name in names}
+    has_value = {name: table[SCORES[name].column].is_valid().to_numpy() for name in names}
+    selected = []
+    for run in runs:
+        for key, start, stop in slices.get(run["run_id"], ()):
+            at = describe_threshold(key["threshold"], key["threshold_kind"])
+            for name in names:
+                valid = has_value[name][start:stop]
+                if not valid.any():
+                    continue
+                profile = Profile(
+                    run=run,
+                    reading={**key, "threshold": at, "score": name},
+                    depth=depth[start:stop][valid],
+                    values=values[name][start:stop][valid],
+                )
+                selected.append(profile)
+    return selected
+
+
+def _score_rows(
+    warehouse: Warehouse,
+    runs: Sequence[Mapping[str, Any]],
+    *,
+    site: str | None,
+    recipe: str | None,
+    threshold: Threshold | None,
+) -> pa.Table:
+    """Return the rows of ``scores`` of runs, ordered by run, reading and depth. None selects every value."""
+    columns = ["run_id", *READING, "depth", "avss_smoothed", *BASELINES]
+    run_ids = [run["run_id"] for run in runs]
+    at_threshold = at_reading()
+    if threshold is not None:
+        at_threshold = at_reading(threshold=threshold.value, kind=threshold.kind)
+    table = warehouse.table("scores", run_ids=run_ids, columns=columns, where=at_reading(site, recipe) & at_threshold)
+    if threshold is not None and not table:
+        at_any_site = warehouse.table("scores", run_ids=run_ids, columns=["layer"], where=at_threshold)
+        if not at_any_site:
+            table = scores_at(warehouse, runs, threshold, sites=site and [site]).select(columns)
+            if recipe is not None:
+                table = table.filter(pc.equal(table["recipe"], recipe))
+    return table.sort_by([(name, "ascending") for name in ("run_id", *READING, "depth")])
 
 
 def own_profiles(warehouse: Warehouse, runs: Sequence[Mapping[str, Any]], score: str) -> list[Profile]:
@@ -375,28 +519,40 @@ def runs_with_conditions(warehouse: Warehouse, run_ids: Sequence[str]) -> list[d
         QueryError: there is no such run.
     """
     rows = {row["run_id"]: row for row in warehouse.runs().to_pylist(maps_as_pydicts="lossy")}
-    if (unknown := next((run_id for run_id in run_ids if run_id not in rows), None)) is not None:
-        require_known("run", unknown, sorted(rows), QueryError)
+    for run_id in run_ids:
+        if run_id not in rows:
+            require_known("run", run_id, sorted(rows), QueryError)
     return [with_conditions(rows[run_id]) for run_id in run_ids]
 
 
 def with_conditions(run: Mapping[str, Any]) -> dict[str, Any]:
     """Return a row of ``runs`` with a column for each of `CONDITIONS`, some of which are read from its settings."""
     settings = settings_of(run)
-    usual = {"skip_first_tokens": 0, "layout": "packed", "row_start": "auto"}
-    version = run["numbers_version"] or run["schema_version"]
-    return {**run, **{name: settings.get(name, value) for name, value in usual.items()}, "numbers_version": version}
+    return {
+        **run,
+        "skip_first_tokens": settings.get("skip_first_tokens", 0),
+        "layout": settings.get("layout", "packed"),
+        "row_start": settings.get("row_start", "auto"),
+        "numbers_version": run["numbers_version"] or run["schema_version"],
+    }
 
 
 def condition(run: Mapping[str, Any], name: str) -> Any:
     """Return the value of a run's condition. A corpus is identified by its content fingerprint, if it has one."""
-    return (run["corpus_fingerprint"] or run["corpus"]) if name == "corpus" else run[name]
+    if name == "corpus":
+        return run["corpus_fingerprint"] or run["corpus"]
+    return run[name]
 
 
 def _strata(selected: Sequence[Profile], by: str, allow_mismatch: bool) -> list[list[int]]:
     """Return the indices of the profiles of each stratum in which ``by`` has several values."""
     strata = grouped(range(len(selected)), lambda index: _shared(selected[index], by, allow_mismatch))
-    return [members for members in strata.values() if len({_value(selected[index], by) for index in members}) > 1]
+    with_several = []
+    for members in strata.values():
+        values = {_value(selected[index], by) for index in members}
+        if len(values) > 1:
+            with_several.append(members)
+    return with_several
 
 
 def _pairs(selected: Sequence[Profile], by: str, allow_mismatch: bool) -> Iterator[tuple[int, int]]:
@@ -404,7 +560,10 @@ def _pairs(selected: Sequence[Profile], by: str, allow_mismatch: bool) -> Iterat
     for members in _strata(selected, by, allow_mismatch):
         values = [_value(selected[index], by) for index in members]
         for (a, first), (b, second) in combinations(zip(members, values, strict=True), 2):
-            if first != second and (by != "score" or FROM_ACTIVATIONS[0] in (first, second)):
+            if first == second:
+                continue
+            # Of several scores, AVSS is compared with each of the others.
+            if by != "score" or FROM_ACTIVATIONS[0] in (first, second):
                 yield a, b
 
 
@@ -413,17 +572,23 @@ def _shared(profile: Profile, by: str, allow_mismatch: bool) -> Hashable:
     run = profile.run
     if by in WITHIN:
         return run["run_id"]
-    conditions = () if allow_mismatch else tuple(condition(run, name) for name in CONDITIONS if name != by)
+    conditions: list[Any] = []
+    if not allow_mismatch:
+        conditions = [condition(run, name) for name in _other_conditions(by)]
     if by in ("corpus", "dtype"):
         return (run["model"], run["revision"], *conditions)
-    return (run["model"] if by == "revision" else None, *conditions)
+    if by == "revision":
+        return (run["model"], *conditions)
+    return tuple(conditions)
 
 
 def _value(profile: Profile, by: str) -> Any:
     """Return the value in which the profiles of a pair differ."""
-    if by in (*WITHIN, "size"):
+    if by == "size" or by in WITHIN:
         return profile.label(by)
-    return profile.run["run_id"] if by == "run" else condition(profile.run, by)
+    if by == "run":
+        return profile.run["run_id"]
+    return condition(profile.run, by)
 
 
 def differing(runs: Sequence[Mapping[str, Any]], names: Sequence[str] = CONDITIONS) -> list[str]:
@@ -444,22 +609,34 @@ def _left_out(
         scored, compared: ids of the runs that have scores, and that are in a pair.
         unscored: the reason of a run without scores.
     """
-    conditions = () if by in WITHIN else [name for name in CONDITIONS if name != by]
     partners = [run for run in runs if run["run_id"] in compared]
     reasons = {}
-    for run in (run for run in runs if run["run_id"] not in compared):
-        differences = (
-            (differing([run, other], conditions), other)
-            for other in partners
-            if by not in ("revision", "corpus", "dtype") or other["model"] == run["model"]
-        )
-        names, nearest = min(differences, key=lambda difference: len(difference[0]), default=([], run))
-        texts = [
-            f"{name} {run[name]} instead of {nearest[name]}"
-            if str(run[name]) != str(nearest[name])
-            else f"{name} {run[name]} of other content"
-            for name in names
-        ]
-        reason = "; ".join(texts) or f"nothing comparable that differs in {by} alone"
-        reasons[run["run_id"]] = reason if run["run_id"] in scored else unscored
+    for run in runs:
+        if run["run_id"] in compared:
+            continue
+        if run["run_id"] in scored:
+            reasons[run["run_id"]] = _difference_from(partners, run, by)
+        else:
+            reasons[run["run_id"]] = unscored
     return reasons
+
+
+def _difference_from(partners: Sequence[Mapping[str, Any]], run: Mapping[str, Any], by: str) -> str:
+    """Return the conditions in which a run differs from the most similar of others, in words."""
+    conditions = [] if by in WITHIN else _other_conditions(by)
+    nearest = run
+    fewest: list[str] | None = None
+    for other in partners:
+        if by in ("revision", "corpus", "dtype") and other["model"] != run["model"]:
+            continue
+        names = differing([run, other], conditions)
+        if fewest is None or len(names) < len(fewest):
+            nearest = other
+            fewest = names
+    texts = []
+    for name in fewest or []:
+        if str(run[name]) == str(nearest[name]):
+            texts.append(f"{name} {run[name]} of other content")
+        else:
+            texts.append(f"{name} {run[name]} instead of {nearest[name]}")
+    return "; ".join(texts) or f"nothing comparable that differs in {by} alone"

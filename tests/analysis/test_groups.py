@@ -18,6 +18,7 @@ import avss_dist
 from avss_dist.analysis import agreement
 from avss_dist.analysis.agreement import (
     RankMatrix,
+    ScoreProperties,
     Scores,
     SimilarityMap,
     correlate_pairs,
@@ -70,9 +71,12 @@ def test_groups_are_what_a_loop_over_pairs_gives(across_models: bool, monkeypatc
     labels = ["xy"[index % 4 // 2] for index in range(60)]
     models = [str(index // 4) for index in range(60)]
     families = ["xy"[index // 4 % 2] for index in range(60)] if across_models else labels
-    members = {"stratum": strata, "value": labels, "model": models, "group": families}
+    members = [
+        ScoreProperties(stratum=stratum, value=value, model=model, group=group)
+        for stratum, value, model, group in zip(strata, labels, models, families, strict=True)
+    ]
     rho, _ = RankMatrix(scores).correlations(np.arange(60), np.arange(60))
-    survey, ends = survey_pairs(RankMatrix(scores), members, by="family", across_models=across_models, most=3)
+    survey = survey_pairs(RankMatrix(scores), members, by="family", across_models=across_models, most=3)
 
     def values(first: str, second: str) -> np.ndarray:
         chosen = [
@@ -84,19 +88,19 @@ def test_groups_are_what_a_loop_over_pairs_gives(across_models: bool, monkeypatc
         ]
         return np.array([value for value in chosen if np.isfinite(value)])
 
-    rows = {(row["a"], row["b"]): row for row in survey["groups"].to_pylist()}
+    rows = {(row["a"], row["b"]): row for row in survey.groups.to_pylist()}
     assert set(rows) == ({("x", "x"), ("x", "y"), ("y", "y")} if across_models else {("x", "y")})
     for (first, second), row in rows.items():
         every = values(first, second)
         assert (row["pairs"], row["spearman"]) == (len(every), pytest.approx(every.mean()))
     wanted = [rho[i, j] for i, j in combinations(range(60), 2) if strata[i] == strata[j] and labels[i] != labels[j]]
     defined = np.sort([value for value in wanted if np.isfinite(value)])
-    assert survey["number"] == len(wanted)
-    summary = survey["spearman"]
+    assert survey.number == len(wanted)
+    summary = survey.spearman
     assert summary.count == len(defined)
     expected = np.median(defined), defined[0], defined[-1]
     assert (summary.median, summary.lowest, summary.highest) == pytest.approx(expected, abs=2e-5)
-    extremes = np.sort([rho[i, j] for i, j in ends.T])
+    extremes = np.sort([rho[i, j] for i, j in survey.extremes.T])
     np.testing.assert_array_equal(extremes, [*defined[:3], *defined[-3:]])
 
 
