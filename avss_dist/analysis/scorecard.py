@@ -60,9 +60,14 @@ from avss_dist.stats.rankings import count_lowest, spearman, spearman_interval, 
 from avss_dist.warehouse.reader import Warehouse, grouped
 from avss_dist.warehouse.schema import columns_of
 
-SPLITS, SEED = 200, 0  # of sequences into halves
+SPLITS = 200  # of sequences into halves
+SEED = 0
+MIN_SEQUENCES = 4  # two for each half
 GOOD = 0.7  # a correlation that stands out
-SCORED, ABLATED, OWN, CONTROL = "from the scoring pass", "from passes of avss ablate", "of your own", "a control"
+SCORED = "from the scoring pass"
+ABLATED = "from passes of avss ablate"
+OWN = "of your own"
+CONTROL = "a control"
 KINDS = {SCORED: BLUE, ABLATED: AMBER, OWN: VIOLET, CONTROL: GRAY}
 """Colors of scores in a chart, by where they come from."""
 TRUTHS = {"loss": "the loss without each layer", "shapley": "the Shapley value", "taylor": "the first-order estimate"}
@@ -71,10 +76,17 @@ MEASURED_ROUNDED = "rounded:"  # before a number format: the score that is the m
 LEFT_OUT = "left_out:"  # before a measurement or estimate of layers that are left out, among those of rounded weights
 SCHEMA = pa.schema(
     [
-        *((name, pa.string()) for name in ("run_id", "model", "score", "site", "recipe")),
+        ("run_id", pa.string()),
+        ("model", pa.string()),
+        ("score", pa.string()),
+        ("site", pa.string()),
+        ("recipe", pa.string()),
         ("threshold", pa.float64()),
         ("threshold_kind", pa.string()),
-        *((name, pa.float64()) for name in (*SPEARMAN.values(), "ceiling", "share_of_ceiling", "misranked")),
+        *[(column, pa.float64()) for column in SPEARMAN.values()],
+        ("ceiling", pa.float64()),
+        ("share_of_ceiling", pa.float64()),
+        ("misranked", pa.float64()),
         ("format", pa.string()),
         ("same_text", pa.bool_()),
     ]
@@ -112,26 +124,57 @@ def score_cards(store: Warehouse, runs: Sequence[Mapping[str, Any]], own: Sequen
     """
     rows: list[dict[str, Any]] = []
     for run in runs:
-        truths = {name: truth for name in MEASURED if (truth := find_layer_truth(store, run, name))}
-        rounded = rounded_truths(store, run)
-        if not truths.keys() & GROUND_TRUTH and not rounded:
-            continue
-        about = {"run_id": run["run_id"], "model": run["model"]}
-        scored = store.table("scores", run_ids=[run["run_id"]]).to_pylist()
-        values = {name: truth.by_layer(run["num_layers"]) for name, truth in truths.items()}
-        left_out = [*_scores(scored, values)] if rounded else []
-        if truths.keys() & GROUND_TRUTH:
-            for name, label in own_labels(own).items():
-                values[label] = own_score(name, store, run).by_layer(run["num_layers"])
-            ceiling = reliability(increases(store, truths[LOSS])) if LOSS in truths else np.nan
-            for card, score in _scores(scored, values):
-                agreement = _agreement(score, values[LOSS], ceiling) if LOSS in values and card["score"] != LOSS else {}
-                correlations = {SPEARMAN[n]: spearman(score, values[n]) for n in SPEARMAN.keys() & values.keys()}
-                rows.append(about | card | agreement | correlations)
-        rows += (about | card for card in _rounding_cards(store, run, left_out, rounded))
+        for card in _cards_of_run(store, run, own):
+            rows.append({"run_id": run["run_id"], "model": run["model"], **card})
     if runs and not rows:
         raise nothing_measured(store, runs[0], LOSS)
     return pa.table(columns_of(rows, SCHEMA), SCHEMA)
+
+
+def _cards_of_run(store: Warehouse, run: Row, own: Sequence[str]) -> Iterator[dict[str, Any]]:
+    """Yield the score cards of a run: first those of layers that are left out, then those of rounded weights.
+
+    Args:
+        own: names of scores that people bring, which are compared with layers that are left out.
+    """
+    num_layers = run["num_layers"]
+    truths: dict[str, LayerTruth] = {}
+    for name in MEASURED:
+        if truth := find_layer_truth(store, run, name):
+            truths[name] = truth
+    rounded = rounded_truths(store, run)
+    has_ground_truth = any(name in truths for name in GROUND_TRUTH)
+    if not has_ground_truth and not rounded:
+        return
+    scored = store.table("scores", run_ids=[run["run_id"]]).to_pylist()
+    measured = {name: truth.by_layer(num_layers) for name, truth in truths.items()}
+    if has_ground_truth:
+        ceiling = np.nan
+        if LOSS in truths:
+            ceiling = reliability(increases(store, truths[LOSS]))
+        own_values = {}
+        for name, label in own_labels(own).items():
+            own_values[label] = own_score(name, store, run).by_layer(num_layers)
+        yield from _removal_cards(scored, {**measured, **own_values}, ceiling)
+    if rounded:
+        yield from _rounding_cards(store, run, list(_scores(scored, measured)), rounded)
+
+
+def _removal_cards(scored: Sequence[Row], measured: Mapping[str, Float64], ceiling: float) -> Iterator[dict[str, Any]]:
+    """Yield the score cards of a run for what leaving layers out does.
+
+    Args:
+        scored: rows of ``scores`` of the run.
+        measured: measurements and scores that people bring, by name: float64[layers].
+        ceiling: `reliability` of the measured loss.
+    """
+    for card, values in _scores(scored, measured):
+        if LOSS in measured and card["score"] != LOSS:
+            card |= _agreement(values, measured[LOSS], ceiling)
+        for name, column in SPEARMAN.items():
+            if name in measured:
+                card[column] = spearman(values, measured[name])
+        yield card
 
 
 def _agreement(values: Float64, measured: Float64, ceiling: float) -> dict[str, Any]:
@@ -145,27 +188,27 @@ def _agreement(values: Float64, measured: Float64, ceiling: float) -> dict[str, 
     }
 
 
-def _scores(
-    scored: Sequence[Mapping[str, Any]], truth: Mapping[str, Float64]
-) -> Iterator[tuple[dict[str, Any], Float64]]:
+def _scores(scored: Sequence[Row], measured: Mapping[str, Float64]) -> Iterator[tuple[dict[str, Any], Float64]]:
     """Yield every reading of AVSS, other scores, measurements and a control: columns of a card, and float64[layers].
 
     Args:
         scored: rows of ``scores`` of a run; none if they are damaged. Then its measurements remain.
-        truth: measurements of its layers, by name.
+        measured: measurements of its layers, by name.
     """
-    of_avss = [(Choice(by="avss", reading=reading), rows) for reading, rows in grouped(scored, reading_of).items()]
-    names = (*BASELINES, *truth, LAST) if scored else tuple(truth)
-    of_layers = [(Choice(by=name), scored) for name in names]
-    for choice, rows in (*of_avss, *of_layers):
-        place = dict(zip(READING, choice.reading, strict=True)) if choice.reading else {}
-        yield {"score": choice.by, **place}, choice.scores(rows, truth)
+    for reading, rows in grouped(scored, reading_of).items():
+        choice = Choice(by="avss", reading=reading)
+        yield {"score": "avss", **dict(zip(READING, reading, strict=True))}, choice.scores(rows, measured)
+    names = list(measured)
+    if scored:
+        names = [*BASELINES, *measured, LAST]
+    for name in names:
+        yield {"score": name}, Choice(by=name).scores(scored, measured)
 
 
 def _rounding_cards(
     store: Warehouse,
     run: Mapping[str, Any],
-    scores: Sequence[tuple[Mapping[str, Any], Float64]],
+    scores: Sequence[tuple[Row, Float64]],
     rounded: Mapping[str, LayerTruth],
 ) -> Iterator[dict[str, Any]]:
     """Yield the score cards of a run for the loss with rounded weights, format by format.
@@ -174,17 +217,21 @@ def _rounding_cards(
         scores: see `_scores`. Measurements of layers that are left out may have the name of an estimate of rounding.
         rounded: measurements of layers that are rounded, by number format.
     """
+    num_layers = run["num_layers"]
     for name, truth in sorted(rounded.items()):
-        measured, ceiling = truth.by_layer(run["num_layers"]), reliability(increases(store, truth))
-        beside = rounding_estimates(store, run, truth) | {
-            f"{MEASURED_ROUNDED}{other}": values for other, values in rounded.items() if other != name
-        }
+        measured = truth.by_layer(num_layers)
+        ceiling = reliability(increases(store, truth))
         for card, values in scores:
-            removes = SCORES[card["score"]].task in (SCORES[LOSS].task, DAMAGE_TASK)
-            score = f"{LEFT_OUT if removes else ''}{card['score']}"
+            score = card["score"]
+            if SCORES[score].task in (SCORES[LOSS].task, DAMAGE_TASK):
+                score = f"{LEFT_OUT}{score}"
             yield {**card, "score": score, "format": name, **_agreement(values, measured, ceiling)}
-        for score, estimate in beside.items():
-            agreement = _agreement(estimate.by_layer(run["num_layers"]), measured, ceiling)
+        estimates = rounding_estimates(store, run, truth)
+        for other, other_truth in rounded.items():
+            if other != name:
+                estimates[f"{MEASURED_ROUNDED}{other}"] = other_truth
+        for score, estimate in estimates.items():
+            agreement = _agreement(estimate.by_layer(num_layers), measured, ceiling)
             yield {"score": score, "format": name, "same_text": estimate.text == truth.text, **agreement}
 
 
@@ -199,20 +246,45 @@ def describe_agreement(
         scores: rows of ``scores`` of the run at one reading of AVSS.
         own: columns of these rows that have scores which people bring.
     """
-    if (truth := find_layer_truth(store, run, LOSS)) is None:
+    truth = find_layer_truth(store, run, LOSS)
+    if truth is None:
         return
-    number = run["num_layers"] or 0
-    lowest = [row for row in scores if (row["rank"] or np.inf) <= count_lowest(len(scores))]
-    stability = float(np.mean(np.array([row["lowest_set_probability"] for row in lowest] or [None], np.float64)))
-    stable = f"; resampling the shards keeps {stability:.0%} of its lowest layers" if np.isfinite(stability) else ""
+    num_layers = run["num_layers"] or 0
+    measured = truth.by_layer(num_layers)
     for column in ("avss_smoothed", *own):
-        by_layer = {row["layer"]: np.nan if row[column] is None else row[column] for row in scores}
-        values = np.array([by_layer.get(layer, np.nan) for layer in range(number)], np.float64)
-        rho = spearman(values, truth.by_layer(number))
-        low, high = spearman_interval(rho, number)
-        if np.isfinite(low):
-            text = f"Spearman {rho:z.2f} with the loss without each layer (95% interval {low:z.2f} to {high:z.2f})"
-            yield f"{column}: {text}." if column in own else f"Smoothed AVSS: {text}{stable}."
+        rho = spearman(_by_layer(scores, column, num_layers), measured)
+        low, high = spearman_interval(rho, num_layers)
+        if not np.isfinite(low):
+            continue
+        text = f"Spearman {rho:z.2f} with the loss without each layer (95% interval {low:z.2f} to {high:z.2f})"
+        if column in own:
+            yield f"{column}: {text}."
+        else:
+            yield f"Smoothed AVSS: {text}{_describe_stability(scores)}."
+
+
+def _by_layer(scores: Sequence[Row], column: str, num_layers: int) -> Float64:
+    """Return a column of scores, float64[layers], with NaN for layers without a value."""
+    values = np.full(num_layers, np.nan)
+    for row in scores:
+        if row["layer"] < num_layers and row[column] is not None:
+            values[row["layer"]] = row[column]
+    return values
+
+
+def _describe_stability(scores: Sequence[Row]) -> str:
+    """Return how stable the lowest layers are over the shards, as the end of a sentence. Empty if it is not known."""
+    num_lowest = count_lowest(len(scores))
+    probabilities = []
+    for row in scores:
+        if row["rank"] is not None and row["rank"] <= num_lowest:
+            probabilities.append(row["lowest_set_probability"])
+    if not probabilities:
+        return ""
+    stability = np.mean(np.array(probabilities, np.float64))
+    if not np.isfinite(stability):
+        return ""
+    return f"; resampling the shards keeps {stability:.0%} of its lowest layers"
 
 
 def describe_score(card: Mapping[str, Any]) -> str:
@@ -224,8 +296,10 @@ def describe_score(card: Mapping[str, Any]) -> str:
         return f"{SCORES[name.removeprefix(LEFT_OUT)].title}, without the layer"
     if card["format"] and name in ROUNDING_ESTIMATES:
         return ROUNDING_ESTIMATES[name].title
+    if name != "avss" and name in SCORES:
+        return SCORES[name].title
     if name != "avss":
-        return SCORES[name].title if name in SCORES else name
+        return name
     threshold = describe_threshold(card["threshold"], card["threshold_kind"])
     return f"avss  {card['site']} / {card['recipe']} / {threshold}"
 
@@ -238,11 +312,21 @@ def is_published(card: Mapping[str, Any]) -> bool:
 def best_readings(cards: pa.Table) -> pa.Table:
     """Return score cards without the readings of AVSS that are neither the published one nor the best of their site."""
     rows = cards.to_pylist()
-    order = SPEARMAN["loss"] if any(row[SPEARMAN["loss"]] is not None for row in rows) else SPEARMAN["shapley"]
-    scored = [i for i, row in enumerate(rows) if row["score"] == "avss" and row[order] is not None]
-    readings = grouped(scored, lambda i: (rows[i]["run_id"], rows[i]["site"], rows[i]["format"])).values()
-    best = {max(places, key=lambda i: float(rows[i][order])) for places in readings}
-    keep = [i for i, row in enumerate(rows) if row["score"] != "avss" or i in best or is_published(row)]
+    column = SPEARMAN["shapley"]
+    if any(row[SPEARMAN["loss"]] is not None for row in rows):
+        column = SPEARMAN["loss"]
+    best: dict[tuple[Any, ...], int] = {}
+    for place, row in enumerate(rows):
+        if row["score"] != "avss" or row[column] is None:
+            continue
+        site = (row["run_id"], row["site"], row["format"])
+        if site not in best or row[column] > rows[best[site]][column]:
+            best[site] = place
+    best_places = set(best.values())
+    keep = []
+    for place, row in enumerate(rows):
+        if row["score"] != "avss" or place in best_places or is_published(row):
+            keep.append(place)
     return cards.take(pa.array(keep, pa.int64()))
 
 
@@ -253,11 +337,15 @@ def increases(store: Warehouse, truth: LayerTruth) -> Float64:
     """
     where = (pc.field("run_id") == truth.run_id) & (pc.field("task") == truth.task) & (pc.field("metric") == LOSS)
     parts = grouped(store.table("cells", where=where).sort_by("part").to_pylist(), InterventionKey.of_row)
-    samples = {key: np.concatenate([row["samples"] for row in rows]) for key, rows in parts.items()}
-    layers, whole = sorted(truth.values), InterventionKey()
-    if samples.keys() != {whole, *map(truth.key, layers)} or len({len(values) for values in samples.values()}) > 1:
-        return np.zeros((0, len(layers)))
-    return np.stack([samples[truth.key(layer)] - samples[whole] for layer in layers], axis=1)
+    samples: dict[InterventionKey, Float64] = {}
+    for key, rows in parts.items():
+        samples[key] = np.concatenate([row["samples"] for row in rows])
+    whole = InterventionKey()
+    keys = [truth.key(layer) for layer in sorted(truth.values)]
+    sizes = {len(values) for values in samples.values()}
+    if samples.keys() != {whole, *keys} or len(sizes) > 1:
+        return np.zeros((0, len(keys)))
+    return np.stack([samples[key] - samples[whole] for key in keys], axis=1)
 
 
 def reliability(samples: Float64) -> float:
@@ -273,12 +361,16 @@ def reliability(samples: Float64) -> float:
         The correlation. NaN for fewer than four sequences, or if the halves do not correlate positively.
     """
     number = len(samples)
-    if number < 4:
+    if number < MIN_SEQUENCES:
         return np.nan
     rng = np.random.default_rng(SEED)
-    halves = (np.split(samples[rng.permutation(number)], [number // 2]) for _ in range(SPLITS))
-    sums = np.array([[half.sum(axis=0) for half in both] for both in halves])
-    r = float(np.mean(spearman_rows(sums[:, 0], sums[:, 1])))
+    first_sums = []
+    second_sums = []
+    for _ in range(SPLITS):
+        first, second = np.split(samples[rng.permutation(number)], [number // 2])
+        first_sums.append(first.sum(axis=0))
+        second_sums.append(second.sum(axis=0))
+    r = float(np.mean(spearman_rows(np.array(first_sums), np.array(second_sums))))
     return 2 * r / (1 + r) if r > 0 else np.nan
 
 
@@ -289,10 +381,14 @@ def misranked(score: Float64, truth: Float64) -> float | None:
         score, truth: float64[layers]. Layers with NaN in either are left out.
     """
     both = np.isfinite(score) & np.isfinite(truth)
-    x, y = score[both], truth[both]
-    product = np.sign(np.subtract.outer(x, x)) * np.sign(np.subtract.outer(y, y))  # every pair twice
-    ordered = int(np.count_nonzero(product))
-    return int(np.count_nonzero(product < 0)) / ordered if ordered else None
+    score = score[both]
+    truth = truth[both]
+    # Every pair is in the product twice, once from each side.
+    product = np.sign(np.subtract.outer(score, score)) * np.sign(np.subtract.outer(truth, truth))
+    untied = int(np.count_nonzero(product))
+    if not untied:
+        return None
+    return int(np.count_nonzero(product < 0)) / untied
 
 
 def scorecard_sections(cards: pa.Table) -> list[Section]:
@@ -301,14 +397,14 @@ def scorecard_sections(cards: pa.Table) -> list[Section]:
     Args:
         cards: as `score_cards` returns them.
     """
+    sections = []
     by_format = grouped(cards.to_pylist(), itemgetter("run_id", "model", "format"))
-    return [
-        Section(
-            label=f"{model}  ({run_id}){f', weights rounded to {name}' if name else ''}",
-            tables=[_table("scorecard", rows)],
-        )
-        for (run_id, model, name), rows in by_format.items()
-    ]
+    for (run_id, model, format_), rows in by_format.items():
+        label = f"{model}  ({run_id})"
+        if format_:
+            label += f", weights rounded to {format_}"
+        sections.append(Section(label=label, tables=[_table("scorecard", rows)]))
+    return sections
 
 
 def page_section(label: str, cards: Sequence[Row], layers: int, readings: int) -> Section | None:
@@ -318,46 +414,72 @@ def page_section(label: str, cards: Sequence[Row], layers: int, readings: int) -
         layers: number of layers.
         readings: number of the readings of AVSS, of which ``cards`` has the best.
     """
-    truth = next((name for name in TRUTHS if any(row[SPEARMAN[name]] is not None for row in cards)), "")
-    column = SPEARMAN.get(truth, "")
-    compared = [row for row in cards if row["score"] != truth and row.get(column) is not None]
+    truth = _first_truth(cards)
+    if truth is None:
+        return None
+    column = SPEARMAN[truth]
+    compared = [card for card in cards if card["score"] != truth and card[column] is not None]
     if not compared:
         return None
-    compared.sort(key=lambda row: -float(row[column]))
-    name, best = f"scorecard-{page_number(label)}", compared[0]
+    compared.sort(key=lambda card: -float(card[column]))
+    name = f"scorecard-{page_number(label)}"
+    drawn = [_drawn(card, column, layers) for card in compared]
+    chart = Chart(
+        name=name,
+        title=f"Correlation with {TRUTHS[truth]}",
+        meaning="The correlation of each score with what leaving layers out does, and its 95% interval.",
+        rows=drawn,
+        draw=partial(_drawing, drawn),
+    )
+    conclusion = " ".join(_sentences(compared, truth, readings))
+    return Section(label=label, sentences=[conclusion], charts=[chart], tables=[_table(name, cards)])
+
+
+def _first_truth(cards: Sequence[Row]) -> str | None:
+    """Return the first of `TRUTHS` with which a score has a correlation. None if there is none."""
+    for name in TRUTHS:
+        if any(card[SPEARMAN[name]] is not None for card in cards):
+            return name
+    return None
+
+
+def _sentences(compared: Sequence[Row], truth: str, readings: int) -> Iterator[str]:
+    """Yield what the correlations with a ground truth say.
+
+    Args:
+        compared: cards of the scores that have one, the highest first.
+        readings: number of the readings of AVSS.
+    """
+    column = SPEARMAN[truth]
+    best = compared[0]
     ceiling = ""
     if best["ceiling"] is not None:
         ceiling = f" of at most {best['ceiling']:z.2f}, which the same measurement on other text would reach"
-    references = [row for row in compared if is_published(row) or row["score"] == LAST]
-    sentences = (
-        f"Closest to {TRUTHS[truth]}: {_name(best)}, {best[column]:z.2f}{ceiling}.",
-        *(f"{_name(row) if is_published(row) else 'The place alone'}: {row[column]:z.2f}." for row in references),
-        f"Of {readings} readings of AVSS, the best of each site is shown; on other text, expect less of it.",
-    )
-    drawn = [
-        {
-            "score": _name(row),
-            "kind": _kind(row["score"]),
-            "correlation": row[column],
-            "ceiling": row["ceiling"],
-            **dict(zip(("low", "high"), spearman_interval(row[column], layers), strict=True)),
-        }
-        for row in compared
-    ]
-    return Section(
-        label=label,
-        sentences=[" ".join(sentences)],
-        charts=[
-            Chart(
-                name=name,
-                title=f"Correlation with {TRUTHS[truth]}",
-                meaning="The correlation of each score with what leaving layers out does, and its 95% interval.",
-                rows=drawn,
-                draw=partial(_drawing, drawn),
-            )
-        ],
-        tables=[_table(name, cards)],
-    )
+    yield f"Closest to {TRUTHS[truth]}: {_name(best)}, {best[column]:z.2f}{ceiling}."
+    for card in compared:
+        if is_published(card):
+            yield f"{_name(card)}: {card[column]:z.2f}."
+        elif card["score"] == LAST:
+            yield f"The place alone: {card[column]:z.2f}."
+    yield f"Of {readings} readings of AVSS, the best of each site is shown; on other text, expect less of it."
+
+
+def _drawn(card: Row, column: str, layers: int) -> dict[str, Any]:
+    """Return the row of a score for `_drawing`.
+
+    Args:
+        column: column of its correlation.
+        layers: number of layers.
+    """
+    low, high = spearman_interval(card[column], layers)
+    return {
+        "score": _name(card),
+        "kind": _kind(card["score"]),
+        "correlation": card[column],
+        "ceiling": card["ceiling"],
+        "low": low,
+        "high": high,
+    }
 
 
 def _table(name: str, cards: Sequence[Row]) -> ReportTable:
@@ -396,7 +518,10 @@ def _caption(cards: Sequence[Row]) -> str:
 
 
 def _name(card: Row) -> str:
-    return "AVSS as published" if is_published(card) else describe_score(card).replace("avss  ", "AVSS ")
+    """Return the name of a row's score on the page."""
+    if is_published(card):
+        return "AVSS as published"
+    return describe_score(card).replace("avss  ", "AVSS ")
 
 
 def _kind(score: str) -> str:
@@ -405,7 +530,9 @@ def _kind(score: str) -> str:
         return CONTROL
     if score in MEASURED:
         return ABLATED
-    return SCORED if score in FROM_ACTIVATIONS else OWN
+    if score in FROM_ACTIVATIONS:
+        return SCORED
+    return OWN
 
 
 def _drawing(rows: Sequence[Row]) -> Any:
@@ -414,16 +541,14 @@ def _drawing(rows: Sequence[Row]) -> Any:
 
     present = {row["kind"] for row in rows}
     kinds = [kind for kind in KINDS if kind in present]
-    lowest = min(0.0, *(row["correlation"] for row in rows))
+    colors = alt.Scale(domain=kinds, range=[KINDS[kind] for kind in kinds])
+    legend = alt.Legend(title=None, orient="top", columns=1, symbolType="circle", symbolOpacity=1)
     base = alt.Chart().encode(
         alt.Y("score:N", sort=None, title=None).axis(labelLimit=alt.ExprRef("room")),
-        alt.Color(
-            "kind:N",
-            scale=alt.Scale(domain=kinds, range=[KINDS[kind] for kind in kinds]),
-            legend=alt.Legend(title=None, orient="top", columns=1, symbolType="circle", symbolOpacity=1),
-        ),
+        alt.Color("kind:N", scale=colors, legend=legend),
     )
-    scale = alt.Scale(domain=[lowest, 1])
+    lowest = min(row["correlation"] for row in rows)
+    scale = alt.Scale(domain=[min(0.0, lowest), 1])
     x = alt.X("correlation:Q", scale=scale, title="rank correlation", axis=alt.Axis(grid=False, tickCount=5))
     return alt.layer(
         alt.Chart().mark_rule(color=GRAY, opacity=0.5).encode(x=alt.datum(0)),
