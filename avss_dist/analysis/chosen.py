@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import re
-from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
@@ -25,6 +24,7 @@ from avss_dist.warehouse.removal import Catalog
 
 ABLATION_TASKS = sorted({info.task for info in SCORES.values() if info.task} | {ROUNDING_TASK})
 MAX_TRIED = 20  # runs, the newest first
+NUMBER_LENGTH = 10  # digits at the end of an id, which differ between runs
 _TELLING = ("dtype", "corpus", "revision")  # what tells runs of one model apart, before settings
 
 
@@ -56,21 +56,44 @@ def choose_runs(
         table = pa.concat_tables([table, measured_checkpoints(warehouse, table)])
     # A row of all columns is 20 times as large.
     rows = table.select(["run_id", "model", "status", "error", "created_at"]).to_pylist()
-    index = {row["run_id"]: number for number, row in enumerate(rows)}
+    places = {row["run_id"]: place for place, row in enumerate(rows)}
     rows.sort(key=lambda row: str(row["run_id"]))
-    valid = {row["run_id"]: row for row in rows if failed or row["status"] in ("done", MEASURED_ONLY)}
-    models = {run_id: str(row["model"]) for run_id, row in valid.items()}
-    errors = {row["run_id"]: row["error"] for row in rows if row["run_id"] not in valid}
-    if not valid and not errors.keys() & set(names):
+    valid: dict[str, Mapping[str, Any]] = {}
+    errors: dict[str, str] = {}
+    for row in rows:
+        if failed or row["status"] in ("done", MEASURED_ONLY):
+            valid[row["run_id"]] = row
+        else:
+            errors[row["run_id"]] = row["error"]
+    if not valid and errors.keys().isdisjoint(names):
         raise no_finished_run(warehouse, measured=measured)
-    newest = max(valid, key=lambda run_id: str(valid[run_id]["created_at"]), default="")
-    chosen = {} if names else dict.fromkeys(valid if every else [newest])
+    if names:
+        chosen = _named_runs(names, valid, errors)
+    elif every:
+        chosen = list(valid)
+    else:
+        chosen = [max(valid, key=lambda run_id: str(valid[run_id]["created_at"]))]
+    selected = table.take([places[run_id] for run_id in chosen]).select(list(columns or table.column_names))
+    return list(selected.to_pylist(maps_as_pydicts="lossy"))
+
+
+def _named_runs(names: Sequence[str], valid: Mapping[str, Mapping[str, Any]], errors: Mapping[str, str]) -> list[str]:
+    """Return the ids of named runs, each once.
+
+    Args:
+        valid: rows of the runs that may be chosen, by id.
+        errors: errors of the others, by id.
+
+    Raises:
+        QueryError: see `choose_runs`.
+    """
+    models = {run_id: str(row["model"]) for run_id, row in valid.items()}
+    chosen: dict[str, None] = {}
     for name in names:
         if name in errors:
             raise QueryError(f"Run '{name}' failed: {errors[name]}", "Fix that, then run avss score again.")
         chosen |= dict.fromkeys(_matching(name, models))
-    selected = table.take([index[run_id] for run_id in chosen]).select(list(columns or table.column_names))
-    return list(selected.to_pylist(maps_as_pydicts="lossy"))
+    return list(chosen)
 
 
 def no_finished_run(warehouse: Warehouse, *, measured: bool = False) -> QueryError:
@@ -86,8 +109,10 @@ def no_finished_run(warehouse: Warehouse, *, measured: bool = False) -> QueryErr
             f"{warehouse.root} has no finished run: {runs} failed.",
             f"{listing} says why. Mend that, and repeat the command that scored the model.",
         )
-    instead = ", and avss ablate measures layers without one" if measured else ""
-    return QueryError(f"{warehouse.root} has no finished run.", f"avss score makes one{instead}.")
+    remedy = "avss score makes one"
+    if measured:
+        remedy += ", and avss ablate measures layers without one"
+    return QueryError(f"{warehouse.root} has no finished run.", f"{remedy}.")
 
 
 def measured_checkpoints(warehouse: Warehouse, runs: pa.Table) -> pa.Table:
@@ -95,26 +120,21 @@ def measured_checkpoints(warehouse: Warehouse, runs: pa.Table) -> pa.Table:
 
     It has the id, time, settings and text of the newest evaluation, and the status `MEASURED_ONLY`.
     """
-    where = reduce(or_, (pc.starts_with(pc.field("task"), task) for task in ABLATION_TASKS))
+    is_ablation = reduce(or_, [pc.starts_with(pc.field("task"), task) for task in ABLATION_TASKS])
     columns = ["run_id", "model", "revision", "family", "task", "settings", "created_at"]
-    scored = {*runs.filter(pc.equal(runs["status"], "done"))["revision"].to_pylist()}
-    evaluations = warehouse.table("evaluations", where=where, columns=columns)
+    evaluations = warehouse.table("evaluations", where=is_ablation, columns=columns)
     rows = evaluations.group_by(columns, use_threads=False).aggregate([]).to_pylist()
     rows.sort(key=lambda row: (str(row["created_at"]), row["run_id"], row["task"], str(row["settings"])))
     newest = {row["revision"]: row for row in rows}
-    return pa.Table.from_pylist(
-        [
-            {
-                **row,
-                "status": MEASURED_ONLY,
-                "corpus": row["task"].partition(":")[2],
-                "dtype": json.loads(row["settings"]).get("dtype"),
-            }
-            for revision, row in newest.items()
-            if revision not in scored
-        ],
-        schema=runs.schema,
-    )
+    scored = set(runs.filter(pc.equal(runs["status"], "done"))["revision"].to_pylist())
+    checkpoints = []
+    for revision, row in newest.items():
+        if revision in scored:
+            continue
+        _, _, corpus = row["task"].partition(":")
+        dtype = json.loads(row["settings"]).get("dtype")
+        checkpoints.append({**row, "status": MEASURED_ONLY, "corpus": corpus, "dtype": dtype})
+    return pa.Table.from_pylist(checkpoints, schema=runs.schema)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -136,7 +156,9 @@ class ChosenRun:
         if self.passed_over:
             first = f"Of {self.number} runs, this is the newest that has what the command needs; `run` names another."
             return [first, *self.passed_over]
-        return [f"This is the newest of {self.number} runs; `run` names another."] if self.number > 1 else []
+        if self.number > 1:
+            return [f"This is the newest of {self.number} runs; `run` names another."]
+        return []
 
 
 def newest_run(
@@ -187,8 +209,13 @@ def choose_stored(names: Sequence[str], catalog: Catalog) -> list[str]:
     leftovers = dict.fromkeys(catalog.leftovers, "")
     chosen: dict[str, None] = {}
     for name in names:
-        matched = (models for models in (runs, evaluations, leftovers) if _named(name, models) or _parts(name, models))
-        chosen |= dict.fromkeys(_matching(name, next(matched, runs | evaluations | leftovers)))
+        # A name that nothing has is suggested the nearest of all.
+        stored = {**runs, **evaluations, **leftovers}
+        for models in (runs, evaluations, leftovers):
+            if _named(name, models) or _parts(name, models):
+                stored = models
+                break
+        chosen |= dict.fromkeys(_matching(name, stored))
     return list(chosen)
 
 
@@ -221,11 +248,14 @@ def _named(name: str, models: Mapping[str, str]) -> list[str]:
     """Return the ids of the runs with a name, of a model with it, or else those that a glob matches."""
     if name in models:
         return [name]
-    names = {run_id: (run_id, model, basename(model)) for run_id, model in models.items()}
-    of_model = [run_id for run_id, own in names.items() if name in own]
+    of_model = [run_id for run_id, model in models.items() if name in (model, basename(model))]
     if of_model or not _is_glob(name):
         return of_model
-    return [run_id for run_id, own in names.items() if any(fnmatchcase(text.lower(), name.lower()) for text in own)]
+    matching = []
+    for run_id, model in models.items():
+        if any(fnmatchcase(text.lower(), name.lower()) for text in (run_id, model, basename(model))):
+            matching.append(run_id)
+    return matching
 
 
 def _parts(name: str, models: Mapping[str, str]) -> list[str]:
@@ -239,20 +269,41 @@ def _parts(name: str, models: Mapping[str, str]) -> list[str]:
 def run_labels(runs: Sequence[Mapping[str, Any]]) -> list[str]:
     """Return short names that differ: the model's, with as few details as tell runs of one model apart."""
     labels = [basename(run["model"] or run["run_id"]) for run in runs]
-    for detail in _details(runs):
-        distinct = Counter(label for label, _ in set(zip(labels, detail, strict=True)))
-        labels = [
-            f"{label} · {value}" if value is not None and distinct[label] > 1 else label
-            for label, value in zip(labels, detail, strict=True)
-        ]
+    for details in _details(runs):
+        labels = _with_details(labels, details)
     return [printable(label) for label in labels]
+
+
+def _with_details(labels: Sequence[str], details: Sequence[str | None]) -> list[str]:
+    """Return labels of runs, with their details where those of runs of the same label differ."""
+    details_of_label: dict[str, set[str | None]] = {}
+    for label, detail in zip(labels, details, strict=True):
+        details_of_label.setdefault(label, set()).add(detail)
+    extended = []
+    for label, detail in zip(labels, details, strict=True):
+        if detail is not None and len(details_of_label[label]) > 1:
+            extended.append(f"{label} · {detail}")
+        else:
+            extended.append(label)
+    return extended
 
 
 def _details(runs: Sequence[Mapping[str, Any]]) -> Iterator[list[str | None]]:
     """Yield one detail after the other, by run: dtype, corpus, revision, each setting, last the run's own number."""
     for name in _TELLING:
-        yield [None if run[name] is None else basename(run.get(f"{name}_name") or run[name]) for run in runs]
+        yield [_property(run, name) for run in runs]
     settings = [settings_of(run) for run in runs]
-    for key in dict.fromkeys(key for setting in settings for key in setting if key not in _TELLING):
-        yield [f"{key}={setting[key]}" if setting.get(key) else None for setting in settings]
-    yield [run["run_id"][-10:] for run in runs]
+    keys: dict[str, None] = {}
+    for setting in settings:
+        keys |= dict.fromkeys(setting)
+    for key in keys:
+        if key not in _TELLING:
+            yield [f"{key}={setting[key]}" if setting.get(key) else None for setting in settings]
+    yield [run["run_id"][-NUMBER_LENGTH:] for run in runs]
+
+
+def _property(run: Mapping[str, Any], name: str) -> str | None:
+    """Return the last part of the name of a run's property. None if it is not known."""
+    if run[name] is None:
+        return None
+    return basename(run.get(f"{name}_name") or run[name])

@@ -54,11 +54,16 @@ def own_score(name: str, warehouse: Warehouse, run: Mapping[str, Any]) -> LayerT
         values = _by_index(json.loads(name.removeprefix(OWN_VALUES)))
         _require_layers_of(run, values, "The mapping of `by`")
         return LayerTruth(values=values, run_id="", task="")
-    if name in (functions := score_functions()):
-        values = _by_index(functions[name].load()(warehouse.read_layer_stats(run["run_id"])))
-        _require_layers_of(run, dict.fromkeys(range(run["num_layers"] or 0)) | values, f"The score '{name}'")
+    functions = score_functions()
+    if name in functions:
+        score = functions[name].load()
+        values = _by_index(score(warehouse.read_layer_stats(run["run_id"])))
+        # A function may leave out layers.
+        every_layer = dict.fromkeys(range(run["num_layers"] or 0))
+        _require_layers_of(run, {**every_layer, **values}, f"The score '{name}'")
         return LayerTruth(values=values, run_id="", task="")
     values, is_of_several = _table_scores(RedactedURI(name).full, run)
+    # A table of several models need not have this one.
     if values or not is_of_several:
         _require_layers_of(run, values, name)
     return LayerTruth(values=values, run_id="", task="")
@@ -71,7 +76,10 @@ def _table_scores(name: str, run: Mapping[str, Any]) -> tuple[dict[int, float], 
         name: file and column, ``FILE.csv:COLUMN``.
     """
     if name.endswith(OWN_FILES):
-        columns = [f"{name}:{column}" for column in _read_table(name).column_names if column not in _PLACE]
+        columns = []
+        for column in _read_table(name).column_names:
+            if column not in _PLACE:
+                columns.append(f"{name}:{column}")
         raise QueryError(
             f"{name} names no column.", f"Name one: {first_names(columns, MAX_SUGGESTED) or 'it has none'}."
         )
@@ -98,7 +106,9 @@ def _read_table(file: str) -> pa.Table:
         QueryError: there is none.
     """
     try:
-        return csv.read_csv(file) if Path(file).suffix == ".csv" else pq.read_table(file)
+        if Path(file).suffix == ".csv":
+            return csv.read_csv(file)
+        return pq.read_table(file)
     except (OSError, pa.ArrowException) as error:
         raise QueryError(
             f"{file} cannot be read: {error}", "Expected FILE.csv:COLUMN or FILE.parquet:COLUMN."
@@ -132,7 +142,7 @@ def _require_layers_of(run: Mapping[str, Any], values: Mapping[int, object], wha
         QueryError: the layers differ.
     """
     number = run["num_layers"]
-    if number is None or sorted(values) == [*range(number)]:
+    if number is None or sorted(values) == list(range(number)):
         return
     place = f"{number} of {run['model']} (run {run['run_id']})"
     if len(values) != number:

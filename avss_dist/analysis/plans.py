@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from operator import itemgetter
@@ -71,6 +70,11 @@ if TYPE_CHECKING:
     from avss_dist.tasks.task import Retention
 
 
+OTHER_CHANGES = ("layer", "patch", "sparsity_plan", "factor", "rounding")
+"""Columns of ``evaluations`` that tell changes of a model besides layers that are left out."""
+LARGEST_SPARSITY = 1 - 1e-9  # A plan has no map with a sparsity of 1.
+
+
 def plan_layers(
     warehouse: Warehouse, run: Mapping[str, Any], *, by: str | None = None, reading: Reading = PUBLISHED, **options: Any
 ) -> Plan:
@@ -89,7 +93,8 @@ def plan_layers(
         ConfigError: if a value is out of range.
         PlanError: if no plan satisfies the choice. See `Choice.drop` and `make_plan`.
     """
-    choice = Choice(by=by or default_score(warehouse, run), reading=reading if by == "avss" else None, **options)
+    score = by or default_score(warehouse, run)
+    choice = Choice(by=score, reading=reading if by == "avss" else None, **options)
     if choice.by in FROM_ACTIVATIONS:
         _require_scored(warehouse, run, choice.by)
     rows: Rows
@@ -98,18 +103,32 @@ def plan_layers(
     else:
         rows = warehouse.read_scores(run["run_id"])
     if choice.by == "avss":
-        scored = sorted({_describe(reading_of(row)) for row in rows})
-        rows = [row for row in rows if reading_of(row) == reading]
-        if not rows:
-            raise QueryError(f"No scores of {_describe(reading)}.", f"There are: {'; '.join(scored) or 'none'}.")
-    truth = layer_truth(warehouse, run, choice.by) if choice.by in (*MEASURED, BLOCK_DISTANCE) else None
-    if by is not None and choice.by not in SCORES:
-        truth = own_score(by, warehouse, {**run, "num_layers": count_layers(rows)})
-    plan, against = make_plan(rows, run, choice, truth), []
+        rows = _rows_of_reading(rows, reading)
+    truth = None
+    if choice.by in MEASURED or choice.by == BLOCK_DISTANCE:
+        truth = layer_truth(warehouse, run, choice.by)
+    elif choice.by not in SCORES:
+        truth = own_score(choice.by, warehouse, {**run, "num_layers": count_layers(rows)})
+    plan = make_plan(rows, run, choice, truth)
+    against: list[str] = []
     if choice.by != BLOCK_DISTANCE:
-        values = choice.scores(rows, {choice.by: truth.by_layer(plan.num_layers)} if truth else {})
-        against = [*_findings(warehouse, run, choice, values.tolist())]
+        known = {choice.by: truth.by_layer(plan.num_layers)} if truth else {}
+        values = choice.scores(rows, known)
+        against = list(_findings(warehouse, run, choice, values.tolist()))
     return replace(plan, findings=tuple(against), evaluated=evaluated_lines(warehouse, run, plan.drop))
+
+
+def _rows_of_reading(rows: Rows, reading: Reading) -> Rows:
+    """Return the rows of ``scores`` of a reading of AVSS.
+
+    Raises:
+        QueryError: there are none. The message has the readings that there are.
+    """
+    of_reading = [row for row in rows if reading_of(row) == reading]
+    if not of_reading:
+        scored = sorted({_describe(reading_of(row)) for row in rows})
+        raise QueryError(f"No scores of {_describe(reading)}.", f"There are: {'; '.join(scored) or 'none'}.")
+    return of_reading
 
 
 def _require_scored(warehouse: Warehouse, run: Mapping[str, Any], by: str) -> None:
@@ -160,10 +179,17 @@ def plan_experts(warehouse: Warehouse, run: Mapping[str, Any], by: str, share: f
     layers = require_experts(warehouse, run["run_id"])
     scores = {experts.layer: experts.scores().get(by, experts.load) for experts in layers}
     groups = _routing_groups(run)
-    random = {"seed": seed} if by == RANDOM else {}
-    drop = choose_experts(scores, share, max(experts.top_k for experts in layers), groups, **random)
-    why = {"by": by, "experts": share, **random, **({"groups": groups} if groups > 1 else {})}
-    against = [row["message"] for row in expert_findings(warehouse, [run["run_id"]]) if by != RANDOM]
+    top_k = max(experts.top_k for experts in layers)
+    why: dict[str, Any] = {"by": by, "experts": share}
+    against = []
+    if by == RANDOM:
+        why["seed"] = seed
+        drop = choose_experts(scores, share, top_k, groups, seed=seed)
+    else:
+        drop = choose_experts(scores, share, top_k, groups)
+        against = [finding["message"] for finding in expert_findings(warehouse, [run["run_id"]])]
+    if groups > 1:
+        why["groups"] = groups
     plan = plan_of(warehouse.read_scores(run["run_id"]), run, drop, why)
     return replace(plan, findings=tuple(against), evaluated=evaluated_lines(warehouse, run, plan.drop))
 
@@ -177,8 +203,12 @@ def _routing_groups(run: Mapping[str, Any]) -> int:
         config = read_config(checkpoint.folder, checkpoint.name)
     except ModelError:
         return 1
-    parts = [config, *(part for part in config.values() if isinstance(part, dict))]
-    return next((part["n_group"] for part in parts if type(part.get("n_group")) is int), 1)
+    # Models of several modalities have the configuration of their text model inside.
+    for part in (config, *config.values()):
+        if isinstance(part, dict) and type(part.get("n_group")) is int:
+            groups: int = part["n_group"]
+            return groups
+    return 1
 
 
 def plannable_run(warehouse: Warehouse, name: str | None, by: str | None, *, experts: bool = False) -> ChosenRun:
@@ -219,29 +249,28 @@ def default_score(warehouse: Warehouse, run: Mapping[str, Any]) -> str:
     for name in (LOSS, "damage"):
         if find_layer_truth(warehouse, run, name):
             return name
-    meanings = {name: f"  {name}: {info.meaning}" for name, info in SCORES.items()}
     if not has_head(run):
-        raise QueryError(
-            f"No score was named. {describe_headless(run)}",
-            "\n".join(
-                [
-                    "Name the score to choose by with `by`:",
-                    *(meanings[name] for name in (*FROM_ACTIVATIONS, LAST, RANDOM)),
-                ]
-            ),
-        )
+        hint = "Name the score to choose by with `by`:"
+        for name in (*FROM_ACTIVATIONS, LAST, RANDOM):
+            hint += f"\n{_describe_meaning(name)}"
+        raise QueryError(f"No score was named. {describe_headless(run)}", hint)
+    hint = (
+        f"Measure the damage, for about 8 passes: {ablate_command(warehouse, run, 'damage')}\n"
+        f"Or the loss: {ablate_command(warehouse, run)}\n"
+        "Or name the score to choose by with `by`, and evaluate the plan before you believe it:"
+    )
+    for name in SCORES:
+        hint += f"\n{_describe_meaning(name)}"
     raise QueryError(
         f"No score was named, and neither the damage of the layers of {run['model']} nor the loss without each is "
         "measured.",
-        "\n".join(
-            [
-                f"Measure the damage, for about 8 passes: {ablate_command(warehouse, run, 'damage')}",
-                f"Or the loss: {ablate_command(warehouse, run)}",
-                "Or name the score to choose by with `by`, and evaluate the plan before you believe it:",
-                *meanings.values(),
-            ]
-        ),
+        hint,
     )
+
+
+def _describe_meaning(name: str) -> str:
+    """Return a line on the meaning of a score."""
+    return f"  {name}: {SCORES[name].meaning}"
 
 
 def _describe(reading: Reading) -> str:
@@ -257,15 +286,21 @@ def _findings(warehouse: Warehouse, run: Mapping[str, Any], choice: Choice, valu
         yield depth
     if choice.by in MEASURED or choice.by not in SCORES:
         return
+    # A finding without a site and a recipe is of the whole run.
+    sites: set[str | None] = {None}
+    recipes: set[str | None] = {None}
     site, recipe, value, kind = choice.reading or PUBLISHED
-    places = {(None, None), (site, None), (None, recipe), (site, recipe)} if choice.by == "avss" else {(None, None)}
+    if choice.by == "avss":
+        sites.add(site)
+        recipes.add(recipe)
     for row in findings(warehouse, [run["run_id"]], threshold=Threshold(value=value, kind=kind)).to_pylist():
-        if row["kind"] != "tracks_depth" and (row["site"], row["recipe"]) in places:
+        if row["kind"] != "tracks_depth" and row["site"] in sites and row["recipe"] in recipes:
             yield row["message"]
     if choice.by == "avss":
         rows = warehouse.table("experiments", run_ids=[run["run_id"]]).to_pylist()
         for experiment in newest_experiments(rows).values():
-            yield from (f"{verdict} {experiment.describe()}" for verdict in verdicts(experiment.rows))
+            for verdict in verdicts(experiment.rows):
+                yield f"{verdict} {experiment.describe()}"
 
 
 def evaluated_lines(warehouse: Warehouse, run: Mapping[str, Any], removed: Removals) -> tuple[str, ...]:
@@ -274,36 +309,56 @@ def evaluated_lines(warehouse: Warehouse, run: Mapping[str, Any], removed: Remov
     It has the rows that were read of a text, and the retention with its interval, where the cells are stored.
     """
     rows = warehouse.table("evaluations", where=pc.field("revision") == run["revision"]).to_pylist()
-    other_changes = ("layer", "patch", "sparsity_plan", "factor", "rounding")
-    unchanged = (
-        row for row in rows if not row["task"].startswith(SEARCH) and all(row[name] is None for name in other_changes)
-    )
-    lines = []
-    for (run_id, task), group in grouped(unchanged, itemgetter("run_id", "task")).items():
+    by_task = grouped([row for row in rows if _only_removes_layers(row)], itemgetter("run_id", "task"))
+    lines: dict[str, None] = {}
+    for group in by_task.values():
         metric = primary_metric(group)
         by_removal = {decode_removals(row["drop"]): row for row in group if row["metric"] == metric}
-        if removed not in by_removal:
-            continue
-        row = by_removal[removed]
-        read = describe_task(task, settings_of(row).get("skip_sequences", 0), row["num_samples"])
-        line = f"{read}: {describe_metric(metric)} {shown_value(row)}"
-        if () in by_removal:
-            line += f", {shown_value(by_removal[()])} of the whole model"
-            if (retention := _retention(warehouse, run_id, task, metric, removed)) is not None:
-                line += f": {retention.describe()}"
-        lines.append(f"{line}.")
-    return tuple(dict.fromkeys(lines))
+        if removed in by_removal:
+            lines[_evaluated_line(warehouse, by_removal[removed], by_removal.get(()))] = None
+    return tuple(lines)
 
 
-def _retention(warehouse: Warehouse, run_id: str, task: str, metric: str, removed: Removals) -> Retention | None:
-    """Return what is kept of a metric without these layers, from the cells of an evaluation; None without cells."""
+def _only_removes_layers(evaluation: Mapping[str, Any]) -> bool:
+    """Whether a row of ``evaluations`` is of a model that is whole but for layers, and not of a search."""
+    if evaluation["task"].startswith(SEARCH):
+        return False
+    return all(evaluation[name] is None for name in OTHER_CHANGES)
+
+
+def _evaluated_line(warehouse: Warehouse, row: Mapping[str, Any], whole: Mapping[str, Any] | None) -> str:
+    """Return the result of an evaluation without layers as a sentence.
+
+    Args:
+        row: row of ``evaluations`` without the layers.
+        whole: that of the whole model, if it was evaluated too.
+    """
+    skipped = settings_of(row).get("skip_sequences", 0)
+    task = describe_task(row["task"], skipped, row["num_samples"])
+    line = f"{task}: {describe_metric(row['metric'])} {shown_value(row)}"
+    if whole is not None:
+        line += f", {shown_value(whole)} of the whole model"
+        retention = _retention(warehouse, row)
+        if retention is not None:
+            line += f": {retention.describe()}"
+    return f"{line}."
+
+
+def _retention(warehouse: Warehouse, evaluation: Mapping[str, Any]) -> Retention | None:
+    """Return what is kept of a metric without the layers of an evaluation, from its cells; None without cells."""
     from avss_dist.tasks.task import Retention, combine  # torch with it
 
-    where = (pc.field("run_id") == run_id) & (pc.field("task") == task) & (pc.field("metric") == metric)
-    rows = warehouse.table("cells", where=where).to_pylist()
-    results = {result.intervention: result for result in combine(rows, len({row["part"] for row in rows}))}
-    before, after = results.get(InterventionKey()), results.get(InterventionKey(removed=removed))
-    return Retention.of(before, after) if before and after else None
+    of_run = pc.field("run_id") == evaluation["run_id"]
+    of_task = pc.field("task") == evaluation["task"]
+    of_metric = pc.field("metric") == evaluation["metric"]
+    rows = warehouse.table("cells", where=of_run & of_task & of_metric).to_pylist()
+    num_parts = len({row["part"] for row in rows})
+    results = {result.intervention: result for result in combine(rows, num_parts)}
+    before = results.get(InterventionKey())
+    after = results.get(InterventionKey(removed=decode_removals(evaluation["drop"])))
+    if before is None or after is None:
+        return None
+    return Retention.of(before, after)
 
 
 def sparsifiable_run(warehouse: Warehouse, name: str | None) -> ChosenRun:
@@ -326,21 +381,37 @@ def measured_maps(warehouse: Warehouse, run: Mapping[str, Any]) -> dict[MapPlan,
     """
     described = json.loads(run["projections"] or "[]")
     stats = warehouse.read_layer_stats(run["run_id"]) if described else {}
-    if not described or any((layer, site) not in stats for layer, _, site, _, _ in described):
-        if run.get("projections") == "[]":
-            raise QueryError(
-                f"No input of a linear map of {run['model']} can be seen: its maps are fused.",
-                "No sparsity can be planned for it.",
-            )
-        raise QueryError(
-            f"Run {run['run_id']} did not measure what linear maps read.",
-            f"Do: {repeated_command('score', warehouse, run, {'sites': 'inputs'})}",
+    measured: dict[MapPlan, LayerStats] = {}
+    for layer, path, site, outputs, inputs in described:
+        if (layer, site) not in stats:
+            raise _unmeasured_inputs(warehouse, run)
+        linear_map = MapPlan(
+            layer=layer,
+            map=path,
+            site=site,
+            outputs=outputs,
+            inputs=inputs,
+            sparsity=0.0,
+            by=THRESHOLD,
+            value=0.0,
         )
-    dense: dict[str, Any] = {"sparsity": 0.0, "by": THRESHOLD, "value": 0.0}
-    return {
-        MapPlan(layer=layer, map=path, site=site, outputs=outputs, inputs=inputs, **dense): stats[layer, site]
-        for layer, path, site, outputs, inputs in described
-    }
+        measured[linear_map] = stats[layer, site]
+    if measured:
+        return measured
+    if run.get("projections") == "[]":
+        raise QueryError(
+            f"No input of a linear map of {run['model']} can be seen: its maps are fused.",
+            "No sparsity can be planned for it.",
+        )
+    raise _unmeasured_inputs(warehouse, run)
+
+
+def _unmeasured_inputs(warehouse: Warehouse, run: Mapping[str, Any]) -> QueryError:
+    """Return the error of a run that lacks inputs of linear maps."""
+    return QueryError(
+        f"Run {run['run_id']} did not measure what linear maps read.",
+        f"Do: {repeated_command('score', warehouse, run, {'sites': 'inputs'})}",
+    )
 
 
 def map_sizes(maps: Iterable[MapPlan]) -> Float64:
@@ -374,32 +445,56 @@ def plan_sparsity(
     """
     maps = []
     for (linear_map, read), share in zip(measured.items(), sparsities.tolist(), strict=True):
-        value, expected = share, int(share * linear_map.inputs) / linear_map.inputs
-        if by != TOP_K:
-            value, counts = quantiles_of(read, [share])[0].item(), read.abs_value_count
-            up_to = float(counts[read.abs_value.astype(np.float64) <= value].sum())
-            expected = share if read.abs_value_cut else up_to / max(float(counts.sum()), 1.0)
-            if share == 0:
-                value, expected = 0.0, read.zero_count / max(1, read.count)
-        maps.append(replace(linear_map, sparsity=min(expected, 1 - 1e-9), by=by, value=value))
-    number = run["num_layers"]
-    layers = Counter(site for site, _ in {(linear_map.site, linear_map.layer) for linear_map in measured})
-    findings = [
-        f"The {what} of {number - layers[site]} of {number} layers stays dense: its maps are fused."
-        for site, what in (("query_input", "attention"), ("neuron", "MLP"))
-        if layers[site] < number
-    ]
-    by_map, sizes = np.array([planned.sparsity for planned in maps]), map_sizes(measured)
+        maps.append(_sparse_map(linear_map, read, share, by))
+    sizes = map_sizes(measured)
+    by_map = np.array([planned.sparsity for planned in maps])
     return SparsityPlan(
         model=run["model"],
         revision=run["revision"],
-        num_layers=number,
+        num_layers=run["num_layers"],
         sparsity=float(by_map @ sizes / sizes.sum()),
         rule=rule,
         weighted=weighted,
         why=why,
         run_id=run["run_id"],
-        findings=tuple(findings),
+        findings=tuple(_fused_parts(measured, run["num_layers"])),
         seen=distinct(seen),
         projections=tuple(maps),
     )
+
+
+def _sparse_map(linear_map: MapPlan, read: LayerStats, share: float, by: str) -> MapPlan:
+    """Return a map with a sparsity: the threshold or the share that makes it, and the sparsity that is expected.
+
+    Args:
+        read: statistics of what the map reads.
+        share: sparsity that is asked for.
+        by: `THRESHOLD` or `TOP_K`.
+    """
+    if by == TOP_K:
+        value = share
+        expected = int(share * linear_map.inputs) / linear_map.inputs
+    elif share == 0:
+        value = 0.0
+        expected = read.zero_count / max(1, read.count)
+    else:
+        quantiles, _, _ = quantiles_of(read, [share])
+        value = quantiles.item()
+        expected = share
+        # Where every value is counted, ties make more of them zero than are asked for.
+        if not read.abs_value_cut:
+            counts = read.abs_value_count
+            up_to = float(counts[read.abs_value.astype(np.float64) <= value].sum())
+            expected = up_to / max(float(counts.sum()), 1.0)
+    return replace(linear_map, sparsity=min(expected, LARGEST_SPARSITY), by=by, value=value)
+
+
+def _fused_parts(maps: Iterable[MapPlan], num_layers: int) -> Iterator[str]:
+    """Yield a sentence on each part of the layers that stays dense in some of them, because its maps are fused."""
+    seen_layers: dict[str, set[int]] = {}
+    for linear_map in maps:
+        seen_layers.setdefault(linear_map.site, set()).add(linear_map.layer)
+    for site, part in (("query_input", "attention"), ("neuron", "MLP")):
+        dense = num_layers - len(seen_layers.get(site, ()))
+        if dense > 0:
+            yield f"The {part} of {dense} of {num_layers} layers stays dense: its maps are fused."
