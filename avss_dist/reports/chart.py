@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from functools import cache
 from importlib.metadata import version
+from operator import itemgetter
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import altair as alt
 import numpy as np
@@ -24,12 +25,16 @@ from avss_dist.core.registry import FROM_ACTIVATIONS, SCORES
 from avss_dist.core.text import basename, count_of, describe_count, describe_threshold, printable
 from avss_dist.reports.output import map_leaves
 from avss_dist.stats.intervals import why_no_interval
+from avss_dist.stats.layer_stats import Float64
 from avss_dist.stats.rankings import count_lowest, depth_correlation, rank_lowest
+from avss_dist.warehouse.reader import grouped
 
 MAX_RUNS = 100  # in a chart: its ten colors repeat long before, and the library that draws holds every point
 MAX_LABELED = 60  # rows of a similarity map with a name beside each
 SIDE = 560  # pixels of a similarity map
 COLORS = alt.Scale(scheme="tableau10")
+SINGLE_COLOR = "#1f77b4"  # of the only run of a chart
+NUMBER_LENGTH = 10  # digits at the end of an id, which differ between runs
 LOWEST_COLOR = "#d62728"
 ROWS = alt.NamedData(name="rows")  # the data of the charts of a page
 
@@ -54,57 +59,118 @@ def layers_chart(
             f"{len(runs):,} runs are too many for one chart: the maximum is {MAX_RUNS}.",
             "Name fewer with `run`; avss report draws the runs of a whole warehouse.",
         )
-    # In names of fields, dots and brackets have a meaning. Names of files have both.
-    fields = {f"own_{number}": column for number, column in enumerate(own)}
-    columns = {name: SCORES[name].column for name in FROM_ACTIVATIONS} | fields
-    titles = {name: SCORES[name].title for name in FROM_ACTIVATIONS}
-    titles |= {name: basename(column) for name, column in fields.items()}
-    labels = {r["run_id"]: f"{basename(r['model'])} ({r['run_id'][-10:]})" for r in runs}
+    fields = _fields(own)
+    labels = {run["run_id"]: f"{basename(run['model'])} ({run['run_id'][-NUMBER_LENGTH:]})" for run in runs}
+    by_run = grouped(scores, itemgetter("run_id"))
     rows = []
     for run_id, label in labels.items():
-        of_run = [s for s in scores if s["run_id"] == run_id]
-        ranks = {name: rank_lowest(np.array([s[column] for s in of_run], float)) for name, column in columns.items()}
-        ranks["avss"] = np.array([s["rank"] for s in of_run], float)  # layers with NaN or infinities have none
-        for position, s in enumerate(of_run):
-            shown = {k: s[k] for k in ("layer", "layer_name", "depth", "rank", "avss_low", "avss_high")}
-            values = {name: s[column] for name, column in columns.items()}
-            lowest = {f"lowest_{k}": bool(r[position] <= count_lowest(len(of_run))) for k, r in ranks.items()}
-            rows.append({**shown, **values, "run": label, **lowest})
-    first, corpora = scores[0], dict.fromkeys(basename(run["corpus"] or "?") for run in runs)
-    dtypes = dict.fromkeys(run["dtype"] or "?" for run in runs)
-    threshold = describe_threshold(first["threshold"], first["threshold_kind"])
-    several = len(runs) > 1
-    base = alt.Chart(alt.InlineData(values=rows)).encode(
-        x=alt.X("depth:Q", title="relative depth") if several else layer_axis()
-    )
-    legend = alt.Legend(orient="bottom", columns=2, symbolType="circle", symbolOpacity=1)
-    color = alt.Color("run:N", title=None, scale=COLORS, legend=legend)
-    panel_color = color if several else alt.value("#1f77b4")
-    measured = [name for name in titles if name == "avss" or any(row[name] is not None for row in rows)]
-    panels = [_panel(base, panel_color, rows, name, titles[name]) for name in measured]
-    if any(row["avss_low"] is not None for row in rows):
-        band = "Band: 95% interval over shards."
+        rows += _drawn_rows(by_run.get(run_id, []), label, fields)
+    base = alt.Chart(alt.InlineData(values=rows))
+    color: alt.Color | alt.Value
+    if len(runs) > 1:
+        base = base.encode(x=alt.X("depth:Q", title="relative depth"))
+        legend = alt.Legend(orient="bottom", columns=2, symbolType="circle", symbolOpacity=1)
+        color = alt.Color("run:N", title=None, scale=COLORS, legend=legend)
+        title = f"Layer scores of {len(runs)} runs"
     else:
-        band = why_no_interval(max(run["num_shards"] or 0 for run in runs)) or ""
-    ordered = [s["avss_smoothed"] for s in sorted(scores, key=lambda s: s["layer"])]
-    warning = None if several else describe_depth("Smoothed AVSS", depth_correlation(ordered), len(ordered))
-    title = alt.TitleParams(
-        f"Layer scores of {labels[runs[0]['run_id']] if not several else f'{len(runs)} runs'}",
-        subtitle=[
-            f"Smoothed AVSS: {first['site']} site, {first['recipe']} recipe, |x| < {threshold}; "
-            f"{_describe_tokens(runs)} tokens of {', '.join(corpora)}, {', '.join(dtypes)}. "
-            f"Triangles: the 25% of layers that are lowest in each picture. {band}",
-            *([warning] if warning else []),
-        ],
-        anchor="start",
-    )
+        base = base.encode(x=layer_axis())
+        color = alt.value(SINGLE_COLOR)
+        title = f"Layer scores of {labels[runs[0]['run_id']]}"
+    panels = []
+    for field in fields:
+        if field.name == "avss" or any(row[field.name] is not None for row in rows):
+            panels.append(_panel(base, color, rows, field.name, field.title))
     return (
         alt.concat(*panels, columns=3)
-        .properties(title=title, padding=12)
+        .properties(
+            title=alt.TitleParams(title, subtitle=list(_subtitle(runs, scores, rows)), anchor="start"), padding=12
+        )
         .configure_view(strokeOpacity=0.3)
         .configure_axis(gridOpacity=0.4)
         .resolve_scale(y="independent")
     )
+
+
+class _Field(NamedTuple):
+    """A score in the data of a chart.
+
+    Attributes:
+        name: its name there.
+        column: column of ``scores`` that has it.
+        title: its title.
+    """
+
+    name: str
+    column: str
+    title: str
+
+
+def _fields(own: Sequence[str]) -> list[_Field]:
+    """Return the scores of a chart.
+
+    Args:
+        own: columns that have scores of people's own.
+    """
+    fields = [_Field(name, SCORES[name].column, SCORES[name].title) for name in FROM_ACTIVATIONS]
+    for number, column in enumerate(own):
+        # In names of fields, dots and brackets have a meaning. Names of files have both.
+        fields.append(_Field(f"own_{number}", column, basename(column)))
+    return fields
+
+
+def _drawn_rows(scores: Sequence[Mapping[str, Any]], label: str, fields: Sequence[_Field]) -> list[dict[str, Any]]:
+    """Return a row for each layer of a run, ready for JSON, with its scores and whether they are among the lowest.
+
+    Args:
+        scores: rows of ``scores`` of the run.
+        label: name of the run.
+    """
+    num_lowest = count_lowest(len(scores))
+    ranks = {field.name: _ranks(scores, field) for field in fields}
+    rows = []
+    for place, score in enumerate(scores):
+        row = {name: score[name] for name in ("layer", "layer_name", "depth", "rank", "avss_low", "avss_high")}
+        for field in fields:
+            row[field.name] = score[field.column]
+        row["run"] = label
+        for field in fields:
+            row[f"lowest_{field.name}"] = bool(ranks[field.name][place] <= num_lowest)
+        rows.append(row)
+    return rows
+
+
+def _ranks(scores: Sequence[Mapping[str, Any]], field: _Field) -> Float64:
+    """Return the rank of each layer by a score, float64[layers], with NaN for layers without one."""
+    if field.name == "avss":
+        # Layers with NaN or infinities have a score, and no rank.
+        return np.array([score["rank"] for score in scores], float)
+    return rank_lowest(np.array([score[field.column] for score in scores], float))
+
+
+def _subtitle(
+    runs: Sequence[Mapping[str, Any]], scores: Sequence[Mapping[str, Any]], rows: Sequence[Mapping[str, Any]]
+) -> Iterator[str]:
+    """Yield the lines below the title of a chart of layers: the measurement, and a warning of a single run.
+
+    Args:
+        rows: as returned by `_drawn_rows`.
+    """
+    first = scores[0]
+    threshold = describe_threshold(first["threshold"], first["threshold_kind"])
+    corpora = dict.fromkeys(basename(run["corpus"] or "?") for run in runs)
+    dtypes = dict.fromkeys(run["dtype"] or "?" for run in runs)
+    band = why_no_interval(max(run["num_shards"] or 0 for run in runs)) or ""
+    if any(row["avss_low"] is not None for row in rows):
+        band = "Band: 95% interval over shards."
+    yield (
+        f"Smoothed AVSS: {first['site']} site, {first['recipe']} recipe, |x| < {threshold}; "
+        f"{_describe_tokens(runs)} tokens of {', '.join(corpora)}, {', '.join(dtypes)}. "
+        f"Triangles: the 25% of layers that are lowest in each picture. {band}"
+    )
+    if len(runs) == 1:
+        values = [score["avss_smoothed"] for score in sorted(scores, key=itemgetter("layer"))]
+        if warning := describe_depth("Smoothed AVSS", depth_correlation(values), len(values)):
+            yield warning
 
 
 def _describe_tokens(runs: Sequence[Mapping[str, Any]]) -> str:
@@ -148,10 +214,13 @@ def depth_chart(
         ends: columns of the ends of intervals, of which at least one is known, or None to draw none.
     """
     marked = alt.when(f"datum.{lowest}")
-    axis: Any = {"title": f"{title} (log)" if log else title, "scale": alt.Scale(type="log") if log else linear}
+    axis: dict[str, Any] = {"title": title, "scale": linear}
+    if log:
+        axis = {"title": f"{title} (log)", "scale": alt.Scale(type="log")}
+    color_of_point = marked.then(alt.value(LOWEST_COLOR)).otherwise(color) if red else color
     points = base.mark_point(filled=True, opacity=1).encode(
         y=alt.Y(f"{name}:Q", **axis),
-        color=marked.then(alt.value(LOWEST_COLOR)).otherwise(color) if red else color,
+        color=color_of_point,
         shape=marked.then(alt.value("triangle-down")).otherwise(alt.value("circle")),
         size=marked.then(alt.value(80)).otherwise(alt.value(32)),
         tooltip=list(tooltip),
@@ -169,25 +238,30 @@ def depth_chart(
 def _panel(base: Any, color: Any, rows: Sequence[Mapping[str, Any]], name: str, title: str) -> Any:
     """Return the chart of a score, on a log scale unless a layer scores zero or less."""
     values = [row[name] for row in rows]
-    lows = [row["avss_low"] for row in rows] if name == "avss" else []
-    has_intervals = any(low is not None for low in lows)
+    tooltip = [
+        alt.Tooltip("run:N"),
+        alt.Tooltip("layer:Q"),
+        alt.Tooltip("layer_name:N"),
+        alt.Tooltip(f"{name}:Q", title=name if name in SCORES else title, format=".4g"),
+    ]
+    ends = None
+    if name == "avss":
+        tooltip.append(alt.Tooltip("rank:Q"))
+        lows = [row["avss_low"] for row in rows]
+        values += lows
+        if any(low is not None for low in lows):
+            ends = ("avss_low", "avss_high")
     return depth_chart(
         base,
         name,
         title,
         color,
-        log=all(value is None or value > 0 for value in (*values, *lows)),
+        log=all(value is None or value > 0 for value in values),
         linear=alt.Scale(type="linear"),
         lowest=f"lowest_{name}",
         red=not isinstance(color, alt.Color),  # of several runs, points have the color of their run
-        ends=("avss_low", "avss_high") if has_intervals else None,
-        tooltip=[
-            alt.Tooltip("run:N"),
-            alt.Tooltip("layer:Q"),
-            alt.Tooltip("layer_name:N"),
-            alt.Tooltip(f"{name}:Q", title=name if name in SCORES else title, format=".4g"),
-            *([alt.Tooltip("rank:Q")] if name == "avss" else []),
-        ],
+        ends=ends,
+        tooltip=tooltip,
     ).properties(title=title, width=300, height=210)
 
 
@@ -200,20 +274,14 @@ def similarity_chart(comparison: RankingComparison) -> Any:
     similarity = comparison.similarity
     assert similarity is not None
     labels = [f"{position}. {label}" for position, label in enumerate(similarity.labels, start=1)]
-    cells = [
-        {"row": labels[i], "column": labels[j], "rho": round(float(value), 4)}
-        for (i, j), value in np.ndenumerate(similarity.rho)
-        if np.isfinite(value)
-    ]
     few = len(labels) <= MAX_LABELED
     axis = alt.Axis(labels=few, ticks=few, domain=False, labelLimit=260)
     y = alt.Y("row:N", sort=labels, title=None)
+    groups = []
+    for label, group in zip(labels, similarity.groups, strict=True):
+        groups.append({"row": label, "group": group})
     strip = (
-        alt.Chart(
-            alt.InlineData(
-                values=[{"row": label, "group": group} for label, group in zip(labels, similarity.groups, strict=True)]
-            )
-        )
+        alt.Chart(alt.InlineData(values=groups))
         .mark_rect()
         .encode(
             y=y.axis(axis),
@@ -223,7 +291,7 @@ def similarity_chart(comparison: RankingComparison) -> Any:
         .properties(width=14, height=SIDE)
     )
     heat = (
-        alt.Chart(alt.InlineData(values=cells))
+        alt.Chart(alt.InlineData(values=_similarity_cells(similarity, labels)))
         .mark_rect()
         .encode(
             x=alt.X("column:N", sort=labels, title=None, axis=None),
@@ -241,20 +309,38 @@ def similarity_chart(comparison: RankingComparison) -> Any:
         )
         .properties(width=SIDE, height=SIDE)
     )
-    shown = f"{count_of(similarity.scores, 'run')}, ordered by average-linkage clustering of 1 - rank correlation."
-    shared = " A cell is the mean over the pairs of neighbouring runs." if similarity.scores > len(labels) else ""
-    left_out = f" The {similarity.left_out:,} oldest runs are left out." if similarity.left_out else ""
-    if similarity.mismatched:
-        left_out += f" {describe_mismatched(similarity)}"
+    title = alt.TitleParams("Agreement of layer rankings", subtitle=_describe_map(similarity), anchor="start")
     return (
         alt.hconcat(strip, heat, spacing=2)
         .resolve_scale(color="independent")
-        .properties(
-            title=alt.TitleParams("Agreement of layer rankings", subtitle=shown + shared + left_out, anchor="start"),
-            padding=12,
-        )
+        .properties(title=title, padding=12)
         .configure_view(strokeOpacity=0)
     )
+
+
+def _similarity_cells(similarity: SimilarityMap, labels: Sequence[str]) -> list[dict[str, Any]]:
+    """Return a row for each cell of a map that has a correlation.
+
+    Args:
+        labels: names of its rows and columns.
+    """
+    cells = []
+    for (row, column), rho in np.ndenumerate(similarity.rho):
+        if np.isfinite(rho):
+            cells.append({"row": labels[row], "column": labels[column], "rho": round(float(rho), 4)})
+    return cells
+
+
+def _describe_map(similarity: SimilarityMap) -> str:
+    """Return sentences on the runs that a map shows, and on those that it does not."""
+    text = f"{count_of(similarity.scores, 'run')}, ordered by average-linkage clustering of 1 - rank correlation."
+    if similarity.scores > len(similarity.labels):
+        text += " A cell is the mean over the pairs of neighbouring runs."
+    if similarity.left_out:
+        text += f" The {similarity.left_out:,} oldest runs are left out."
+    if similarity.mismatched:
+        text += f" {describe_mismatched(similarity)}"
+    return text
 
 
 def describe_mismatched(similarity: SimilarityMap) -> str:
@@ -276,17 +362,28 @@ def save_chart(chart: Any, path: Path, title: str) -> None:
     require_picture(path)
     kind = path.suffix.lower()
     # The library that draws aborts the process at texts that are not printable.
-    spec = map_leaves(
-        chart.to_dict(),
-        lambda leaf: printable(leaf).encode(errors="replace").decode() if isinstance(leaf, str) else leaf,
-    )
+    spec = map_leaves(chart.to_dict(), _as_drawable)
     if kind == ".png":
         data = vl_convert.vegalite_to_png(spec, scale=2)
     elif kind == ".svg":
         data = vl_convert.vegalite_to_svg(spec).encode()
     else:
-        text = json.dumps(spec).replace("<", "\\u003c")  # no name in the data can end its script
-        data = f"""<!doctype html>
+        data = _chart_page(spec, title).encode()
+    write_output(path, data)
+
+
+def _as_drawable(leaf: Any) -> Any:
+    """Return a leaf of a specification, and a text without surrogates and characters that are not printable."""
+    if isinstance(leaf, str):
+        return printable(leaf).encode(errors="replace").decode()
+    return leaf
+
+
+def _chart_page(spec: Any, title: str) -> str:
+    """Return a page that draws a chart, and needs no network."""
+    # No name in the data can end the script that it stands in.
+    text = json.dumps(spec).replace("<", "\\u003c")
+    return f"""<!doctype html>
 <html lang="en"><head><meta charset="utf-8"><title>{title}</title>
 <meta name="viewport" content="width=device-width, initial-scale=1"></head>
 <body><div id="chart" role="img" aria-label="{title}"></div>
@@ -294,8 +391,7 @@ def save_chart(chart: Any, path: Path, title: str) -> None:
 <script>{drawing_library()}</script>
 <script>vegaEmbed("#chart", JSON.parse(document.getElementById("spec").textContent), {{renderer: "svg"}});</script>
 </body></html>
-""".encode()
-    write_output(path, data)
+"""
 
 
 @cache
