@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import io
-import itertools
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, redirect_stdout
 from decimal import Decimal
 from functools import partial
@@ -61,10 +60,12 @@ def print_result(format: str, shown: Iterable[Any], rows: Callable[[], pa.Table 
                 emit(part)
             else:
                 console().print(part)
-    elif isinstance(table := rows(), pa.Table):
-        write_table(table, format, console())
+        return
+    result = rows()
+    if isinstance(result, pa.Table):
+        write_table(result, format, console())
     else:
-        for row in table:
+        for row in result:
             emit_json(row)
 
 
@@ -77,13 +78,7 @@ def write_table(table: pa.Table, kind: str, console: Console, *, newest_first: b
     Args:
         newest_first: the first rows matter most, so a terminal shows no others.
     """
-    from avss_dist.reports.terminal.tables import describe_value
-
-    names: list[str] = []  # with numbers after repeated ones (of a join): ``model``, ``model_1``
-    for name in table.column_names:
-        numbered = (f"{name}_{count}" if count else name for count in itertools.count())
-        names.append(next(new for new in numbered if new not in names))
-    table = table.rename_columns(names)
+    table = table.rename_columns(_numbered(table.column_names))
     if kind == "table" and len(table) > MAX_FITTED and not console.is_terminal:
         _write_lines(table)
     elif kind == "table":
@@ -92,16 +87,51 @@ def write_table(table: pa.Table, kind: str, console: Console, *, newest_first: b
         for row in _rows(table):
             emit_json(map_leaves(row, as_json))
     elif kind == "markdown":
-        lines = [[escape_markdown(name) for name in names], ["---"] * table.num_columns]
-        lines += [[escape_markdown(describe_value(value)) for value in row.values()] for row in _rows(table)]
-        emit("\n".join(f"| {' | '.join(line)} |" for line in lines))
+        _write_markdown(table)
     elif kind == "csv":
-        import csv
-
-        writer = csv.writer(SimpleNamespace(write=partial(emit, end="")), lineterminator="\n")
-        writer.writerows(map(csv_cell, cells) for cells in itertools.chain([names], map(dict.values, _rows(table))))
+        _write_csv(table)
     else:
         _write_parquet(table)
+
+
+def _numbered(names: Sequence[str]) -> list[str]:
+    """Return names with numbers after repeated ones, such as those of a join: ``model``, ``model_1``."""
+    numbered: list[str] = []
+    for name in names:
+        new = name
+        count = 0
+        while new in numbered:
+            count += 1
+            new = f"{name}_{count}"
+        numbered.append(new)
+    return numbered
+
+
+def _write_markdown(table: pa.Table) -> None:
+    """Write a table in Markdown."""
+    from avss_dist.reports.terminal.tables import describe_value
+
+    lines = [
+        _markdown_line(escape_markdown(name) for name in table.column_names),
+        _markdown_line(["---"] * table.num_columns),
+    ]
+    for row in _rows(table):
+        lines.append(_markdown_line(escape_markdown(describe_value(value)) for value in row.values()))
+    emit("\n".join(lines))
+
+
+def _markdown_line(cells: Iterable[str]) -> str:
+    return f"| {' | '.join(cells)} |"
+
+
+def _write_csv(table: pa.Table) -> None:
+    """Write a table as CSV, with `ROWS_AT_ONCE` rows in memory at a time."""
+    import csv
+
+    writer = csv.writer(SimpleNamespace(write=partial(emit, end="")), lineterminator="\n")
+    writer.writerow([csv_cell(name) for name in table.column_names])
+    for row in _rows(table):
+        writer.writerow([csv_cell(value) for value in row.values()])
 
 
 def _write_fitted(table: pa.Table, console: Console, *, newest_first: bool) -> None:
@@ -128,16 +158,23 @@ def _write_lines(table: pa.Table) -> None:
     numbers = [pa.types.is_integer(kind) or pa.types.is_floating(kind) for kind in table.schema.types]
     widths: list[int] = []
     for batch in table.combine_chunks().to_batches(ROWS_AT_ONCE):
-        lines = [
-            [describe_value(value).replace("\n", " ") for value in row.values()]
-            for row in _rows(pa.Table.from_batches([batch]))
-        ]
+        lines = []
+        for row in _rows(pa.Table.from_batches([batch])):
+            lines.append([describe_value(value).replace("\n", " ") for value in row.values()])
         if not widths:
-            widths = [max(map(len, texts)) for texts in zip(table.column_names, *lines, strict=True)]
-            lines = [table.column_names, ["-" * width for width in widths], *lines]
+            widths = [max(len(text) for text in texts) for texts in zip(table.column_names, *lines, strict=True)]
+            rules = ["-" * width for width in widths]
+            lines = [table.column_names, rules, *lines]
         for line in lines:
-            cells = zip(line, widths, numbers, strict=True)
-            emit("  ".join(text.rjust(width) if number else text.ljust(width) for text, width, number in cells))
+            emit(_aligned(line, widths, numbers))
+
+
+def _aligned(texts: Sequence[str], widths: Sequence[int], numbers: Sequence[bool]) -> str:
+    """Return the texts of a row in columns of so many characters. Numbers are aligned to the right."""
+    cells = []
+    for text, width, number in zip(texts, widths, numbers, strict=True):
+        cells.append(text.rjust(width) if number else text.ljust(width))
+    return "  ".join(cells)
 
 
 _FORMULA = ("=", "+", "-", "@", "\t", "\r")  # what a formula begins with
@@ -162,9 +199,13 @@ def map_leaves(value: Any, change: Callable[[Any], Any]) -> Any:
 
 def as_json(value: Any) -> Any:
     """Return a value that JSON can hold: null for NaN and infinities, a number for a decimal of SQL."""
+    if isinstance(value, Decimal) and value == value.to_integral_value():
+        return int(value)
     if isinstance(value, Decimal):
-        return int(value) if value == value.to_integral_value() else float(value)
-    return None if isinstance(value, float) and not math.isfinite(value) else value
+        return float(value)
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    return value
 
 
 def _rows(table: pa.Table) -> Iterator[dict[str, object]]:
@@ -188,7 +229,8 @@ def _write_parquet(table: pa.Table) -> None:
     import pyarrow.parquet as pq
 
     for column in table.schema:
-        try:  # nothing is written where a type cannot be
+        # Nothing is written where a type cannot be.
+        try:
             pq.write_table(pa.schema([column]).empty_table(), io.BytesIO())
         except pa.ArrowNotImplementedError as error:
             raise QueryError(

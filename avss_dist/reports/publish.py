@@ -17,7 +17,9 @@ from avss_dist.warehouse.reader import Warehouse, without_runs
 from avss_dist.warehouse.schema import EVALUATION_TABLES, SCHEMAS, TABLES
 
 NOT_PUBLISHED = ("shard_stats", "cells", "row_stats", "shard_expert_stats")  # what others were made of
-PAGE, CARD, DATA = "index.html", "README.md", "data"
+PAGE = "index.html"
+CARD = "README.md"
+DATA = "data"
 
 
 def publish(warehouse: Warehouse, folder: Path) -> dict[str, int]:
@@ -58,7 +60,10 @@ def _write_tables(warehouse: Warehouse, run_ids: Sequence[str], folder: Path) ->
             raise WarehouseError(
                 f"{warehouse.root} has no finished run that can be read: {run_ids[0]} ({damage}).", damage.hint
             )
-        rows = {name: _write_table(warehouse, name, readable, folder) for name in TABLES if name not in NOT_PUBLISHED}
+        rows = {}
+        for name in TABLES:
+            if name not in NOT_PUBLISHED:
+                rows[name] = _write_table(warehouse, name, readable, folder)
         if damaged == warehouse.damaged.keys():
             return {name: number for name, number in rows.items() if number}
 
@@ -68,7 +73,8 @@ def _write_table(warehouse: Warehouse, name: str, run_ids: Sequence[str], folder
 
     Evaluations, which have run ids of their own, are one group.
     """
-    file, rows = folder / f"{name}.parquet", 0
+    file = folder / f"{name}.parquet"
+    rows = 0
     with pq.ParquetWriter(file, SCHEMAS[name], compression="zstd") as writer:
         for table in _groups(warehouse, name, run_ids):
             if len(table):
@@ -91,8 +97,11 @@ def _groups(warehouse: Warehouse, name: str, run_ids: Sequence[str]) -> Iterator
 
 def _card(rows: Mapping[str, int]) -> str:
     """Return the card of a dataset on the hub, with its tables."""
-    configs = "".join(f"- config_name: {name}\n  data_files: {DATA}/{name}.parquet\n" for name in rows)
-    tables = "".join(f"| `{name}` | {describe_count(n)} | {TABLES[name].meaning} |\n" for name, n in rows.items())
+    configs = ""
+    tables = ""
+    for name, number in rows.items():
+        configs += f"- config_name: {name}\n  data_files: {DATA}/{name}.parquet\n"
+        tables += f"| `{name}` | {describe_count(number)} | {TABLES[name].meaning} |\n"
     return (
         f"---\npretty_name: Layer scores\ntags: [layer-importance, pruning, avss]\nconfigs:\n{configs}---\n\n"
         f"# Layer scores of {describe_count(rows['runs'])} runs\n\nStatistics and scores of the layers of language "

@@ -5,7 +5,6 @@ The page gives them rows, texts and colors.
 
 from __future__ import annotations
 
-import itertools
 from functools import cache
 from typing import Any
 
@@ -16,9 +15,14 @@ from avss_dist.core.registry import FROM_ACTIVATIONS, SCORES
 from avss_dist.reports.chart import LOWEST_COLOR, ROWS, depth_chart, layer_axis
 
 HEIGHTS = {"avss": 280, "blocks": 340, "kept": 280, "lowest": 280}
+AXES = (("layer", "log"), ("layer", "linear"), ("depth", "log"), ("depth", "linear"))
+"""Axes of the charts by depth: the layer or the relative depth, and the scale of the score."""
 STRONG = 0.6  # a cell of such a correlation is dark enough for light numbers
 ROOM = alt.param(name="room", value=180)  # for the labels of runs, in pixels
-OF_RUNS = (alt.param(name="names", value=["", ""]), alt.param(name="which", value=[0]))
+OF_RUNS = (
+    alt.param(name="names", value=["", ""]),
+    alt.param(name="which", value=[0]),
+)
 """Parameters of charts: labels of the chosen and the compared run, and the positions of those that are present."""
 _RUNS = alt.Y("run:N", title=None, sort=None).axis(labelLimit=alt.ExprRef("room"), ticks=False, domain=False)
 """Axis of runs by label, in the order of the rows."""
@@ -33,17 +37,17 @@ def page_charts() -> dict[str, dict[str, Any]]:
 
     Each draws the data set ``rows``, and writes the signal ``choice`` above it, cut to ``limit`` pixels.
     """
-    by_depth = itertools.product(FROM_ACTIVATIONS, ("layer", "depth"), ("log", "linear"))
-    of_avss = itertools.product(("avss",), ("layer", "depth"), ("log", "linear"))
-    charts = {
-        **{":".join(names): _by_depth(*names) for names in by_depth},
-        **{":".join((*names, "interval")): _by_depth(*names, interval=True) for names in of_avss},
-        "heat": _heat(),
-        "lowest": _lowest(),
-        "correlation": _correlation(),
-        "blocks": _blocks(),
-        "kept": _best_sets(),
-    }
+    charts: dict[str, Any] = {}
+    for name in FROM_ACTIVATIONS:
+        for axis, scale in AXES:
+            charts[f"{name}:{axis}:{scale}"] = _by_depth(name, axis, scale)
+    for axis, scale in AXES:
+        charts[f"avss:{axis}:{scale}:interval"] = _by_depth("avss", axis, scale, interval=True)
+    charts["heat"] = _heat()
+    charts["lowest"] = _lowest()
+    charts["correlation"] = _correlation()
+    charts["blocks"] = _blocks()
+    charts["kept"] = _best_sets()
     return {name: _finished(chart) for name, chart in charts.items()}
 
 
@@ -59,8 +63,10 @@ def _finished(chart: Any) -> dict[str, Any]:
         width="container",
         autosize=alt.AutoSizeParams(type="fit-x", contains="padding"),
     )
-    spec: dict[str, Any] = chart.to_dict(validate=False)  # which takes as long as the rest; tests validate
-    del spec["config"]  # the page's, which follows its colors
+    # Validation takes as long as the rest. Tests validate.
+    spec: dict[str, Any] = chart.to_dict(validate=False)
+    # The page has its own configuration, which follows its colors.
+    del spec["config"]
     return spec
 
 
@@ -220,13 +226,10 @@ def _correlation() -> Any:
             alt.Tooltip("correlation:Q", format=".3f"),
         ],
     )
-    texts = [
-        base.encode(text=alt.Text("correlation:Q", format=".2f"))
-        .mark_text(style=style, fontSize=10)
-        .transform_filter(f"datum.written && isValid(datum.correlation) && {where}")
-        for style, where in (
-            ("weak", f"abs(datum.correlation) < {STRONG}"),
-            ("strong", f"abs(datum.correlation) >= {STRONG}"),
-        )
-    ]
-    return alt.layer(cells, *texts, data=ROWS).add_params(ROOM)
+    texts = base.encode(text=alt.Text("correlation:Q", format=".2f"))
+    is_written = "datum.written && isValid(datum.correlation)"
+    weak = texts.mark_text(style="weak", fontSize=10)
+    weak = weak.transform_filter(f"{is_written} && abs(datum.correlation) < {STRONG}")
+    strong = texts.mark_text(style="strong", fontSize=10)
+    strong = strong.transform_filter(f"{is_written} && abs(datum.correlation) >= {STRONG}")
+    return alt.layer(cells, weak, strong, data=ROWS).add_params(ROOM)

@@ -33,6 +33,7 @@ if TYPE_CHECKING:
 
 
 SHOWN_ENDED = 10  # bars of runs that are over
+MAX_NAME = 60  # cells of a name beside a bar
 
 
 class _Speed(rich_progress.ProgressColumn):
@@ -49,13 +50,22 @@ class TimeColumn(rich_progress.ProgressColumn):
         self._paces: dict[rich_progress.TaskID, Pace] = {}
 
     def render(self, task: rich_progress.Task) -> Text:
-        pace, now, total = self._paces.get(task.id), task.get_time(), task.total or 0
-        if pace is None or total != pace.total or task.completed < pace.done:  # it begins
-            pace = self._paces[task.id] = Pace(total, task.completed, now=now)
-        pace.reach(task.completed, now)
-        remaining = None if task.finished or not total else pace.seconds_left(now)
-        text = str(timedelta(seconds=int((task.finished_time if task.finished else task.elapsed) or 0)))
-        return Text(text if remaining is None else f"{text}, {timedelta(seconds=int(remaining))} left", style="cyan")
+        at = task.get_time()
+        total = task.total or 0
+        pace = self._paces.get(task.id)
+        # The task begins, or begins again.
+        if pace is None or total != pace.total or task.completed < pace.done:
+            pace = Pace(total, task.completed, now=at)
+            self._paces[task.id] = pace
+        pace.reach(task.completed, at)
+        elapsed = (task.finished_time if task.finished else task.elapsed) or 0
+        text = str(timedelta(seconds=int(elapsed)))
+        remaining = None
+        if total and not task.finished:
+            remaining = pace.seconds_left(at)
+        if remaining is not None:
+            text += f", {timedelta(seconds=int(remaining))} left"
+        return Text(text, style="cyan")
 
 
 class _Bars(rich_progress.Progress):
@@ -100,11 +110,17 @@ class Progress(_Bars):
             case RunEnded(name, run, repeats):
                 if repeats:
                     self.print(f"{_short(name)}: {describe_repeated(_short(repeats))}", markup=False)
-                if (ended := self._runs.pop(name, None)) is not None:
+                ended = self._runs.pop(name, None)
+                if ended is not None:
                     self.update(ended, description=f"{_short(name)}: {run.status}")
                     self.stop_task(ended)
-                for task in [task for task in self.tasks if task.visible and task.stop_time is not None][:-SHOWN_ENDED]:
-                    self.update(task.id, visible=False)
+                self._hide_ended()
+
+    def _hide_ended(self) -> None:
+        """Hide the bars of runs that are over, but for the last ones."""
+        over = [task for task in self.tasks if task.visible and task.stop_time is not None]
+        for task in over[:-SHOWN_ENDED]:
+            self.update(task.id, visible=False)
 
 
 def run_progress(num_runs: int, *, ends: bool = True) -> AbstractContextManager[Progress | LogRuns]:
@@ -113,7 +129,9 @@ def run_progress(num_runs: int, *, ends: bool = True) -> AbstractContextManager[
     Args:
         ends: print a line at the end of each run, if there are no bars.
     """
-    return Progress() if console(stderr=True).is_terminal else nullcontext(LogRuns(log, num_runs, ends=ends))
+    if console(stderr=True).is_terminal:
+        return Progress()
+    return nullcontext(LogRuns(log, num_runs, ends=ends))
 
 
 class StepProgress(_Bars):
@@ -122,9 +140,11 @@ class StepProgress(_Bars):
     def __init__(self, column: rich_progress.ProgressColumn | None = None) -> None:
         super().__init__(column or rich_progress.TaskProgressColumn())
         self._bar = self.add_task("reading", total=None)
-        self._step, self._pace = "reading", Pace()
+        self._step = "reading"
+        self._pace = Pace()
         self._training: Pace | None = None
-        self._logged_at, self._notes = time.monotonic(), set[str]()
+        self._logged_at = time.monotonic()
+        self._notes: set[str] = set()
 
     def __call__(self, event: Event) -> None:
         """Show an event."""
@@ -136,8 +156,8 @@ class StepProgress(_Bars):
             case ShardMeasured(_, num_tokens):
                 self._advance(num_tokens, self._step)
             case CellUnderway(_, step, share):
-                what = f"{step[0].lower()}{step[1:]}, {share:.0%}"
-                self._show(f"{what}{self._pace.describe()}", description=what)
+                description = f"{step[0].lower()}{step[1:]}, {share:.0%}"
+                self._show(f"{description}{self._pace.describe()}", description=description)
             case CellDone(cell, notes):
                 self._print_notes(notes)
                 self._advance(1, _describe_step(cell))
@@ -149,16 +169,18 @@ class StepProgress(_Bars):
                 if share:
                     self._show(f"{step}, {share:.0%}{self._pace.describe()}")
             case TrainingAdvanced(tokens=tokens, total=total, loss=loss):
-                pace = self._training = self._training or Pace(total, tokens, "tokens")
-                pace.reach(tokens)
+                if self._training is None:
+                    self._training = Pace(total, tokens, "tokens")
+                self._training.reach(tokens)
                 self._show(
-                    f"{tokens:,} of {total:,} tokens: training, loss {loss:.3f}{pace.describe()}",
+                    f"{tokens:,} of {total:,} tokens: training, loss {loss:.3f}{self._training.describe()}",
                     description=f"training, loss {loss:.3f}",
                     total=total,
                     completed=tokens,
                 )
             case CurvePoint(tokens=tokens, kept=kept):
-                self._say(f"{tokens:,} tokens: kept {', '.join(f'{text} {share:.1%}' for text, share in kept.items())}")
+                shares = [f"{text} {share:.1%}" for text, share in kept.items()]
+                self._say(f"{tokens:,} tokens: kept {', '.join(shares)}")
 
     def _say(self, line: str) -> None:
         """Print a line above the bar, or in the log."""
@@ -170,18 +192,16 @@ class StepProgress(_Bars):
     def _begin(self, what: str, total: float, done: float = 0, unit: str = "", *, said: bool = True) -> None:
         """Begin a step of ``total`` units, of which ``done`` are done."""
         self.reset(self._bar, total=total, completed=done, description=what, visible=True)  # type: ignore[arg-type]
-        self._step, self._pace = what, Pace(total, done, unit)
+        self._step = what
+        self._pace = Pace(total, done, unit)
         if said and self.disable and done != total:
             log(what)
 
     def _advance(self, amount: int, what: str) -> None:
         """Count finished units of a step."""
         self._pace.reach(self._pace.done + amount)
-        self._show(
-            f"{self._step}: {self._pace.done / (self._pace.total or 1):.0%}{self._pace.describe()}",
-            advance=amount,
-            description=what,
-        )
+        share = self._pace.done / (self._pace.total or 1)
+        self._show(f"{self._step}: {share:.0%}{self._pace.describe()}", advance=amount, description=what)
 
     def _show(self, line: str, **changes: Any) -> None:
         """Change the bar, or log a line where no bar is shown, one every `LOG_SECONDS` at most."""
@@ -192,9 +212,10 @@ class StepProgress(_Bars):
 
     def _print_notes(self, notes: Sequence[str]) -> None:
         """Print each note on how cells were measured once."""
-        for note in dict.fromkeys(note for note in notes if note not in self._notes):
-            self._notes.add(note)
-            self.print(f"Note: {note}", markup=False, highlight=False)
+        for note in notes:
+            if note not in self._notes:
+                self._notes.add(note)
+                self.print(f"Note: {note}", markup=False, highlight=False)
 
 
 class CellProgress(StepProgress):
@@ -219,18 +240,20 @@ class CellProgress(StepProgress):
             case CellsStarted(cells, done):
                 self._begin("evaluating", len(cells), done, "evaluations", said=False)
             case CellUnderway(cell, step, share):
-                name, what = _short(cell.checkpoint.name), f"{step}, {share:.0%}"
+                name = _short(cell.checkpoint.name)
                 if step != self._step:
-                    self._step, self._part = step, Pace(done=share)
+                    self._step = step
+                    self._part = Pace(done=share)
                 self._part.reach(share)
                 pace = self._pace if self._pace.seconds_left() else self._part
                 self._show(
-                    f"{name}: {what}; {self._pace.done} of {self._pace.total} evaluated{pace.describe()}",
-                    description=f"{name}{describe_without(cell)}: {what}",
+                    f"{name}: {step}, {share:.0%}; {self._pace.done} of {self._pace.total} evaluated{pace.describe()}",
+                    description=f"{name}{describe_without(cell)}: {step}, {share:.0%}",
                 )
             case CellDone(cell, notes):
                 self._print_notes(notes)
-                name, self._step = _short(cell.checkpoint.name), ""
+                name = _short(cell.checkpoint.name)
+                self._step = ""
                 self._pace.reach(self._pace.done + 1)
                 self._show(
                     f"{name}: {self._pace.done} of {self._pace.total} evaluated{self._pace.describe()}",
@@ -243,14 +266,20 @@ class CellProgress(StepProgress):
 
 
 def _describe_step(cell: Cell) -> str:
-    return f"{'fitting the repair' if cell.task.startswith(REPAIR) else 'evaluating'}{describe_without(cell)}"
+    """Return what is done with a cell, in words."""
+    step = "fitting the repair" if cell.task.startswith(REPAIR) else "evaluating"
+    return f"{step}{describe_without(cell)}"
 
 
 def describe_without(cell: Cell) -> str:
     """Return `` without 3 layers`` for a cell that removes layers, and an empty text for others."""
-    return f" without {count_removed(cell.intervention.removed)}" if cell.intervention.removed else ""
+    removed = cell.intervention.removed
+    if not removed:
+        return ""
+    return f" without {count_removed(removed)}"
 
 
 def _short(name: str) -> str:
     """Return the last parts of the paths of a model and of a corpus."""
-    return " on ".join(basename(path) for path in name.split(" on "))[:60]
+    parts = [basename(path) for path in name.split(" on ")]
+    return " on ".join(parts)[:MAX_NAME]

@@ -8,11 +8,13 @@ from typing import Any
 import pyarrow as pa
 
 from avss_dist.core.text import basename
-from avss_dist.reports.terminal.tables import describe_value
+from avss_dist.reports.terminal.tables import BORDER, describe_value
 from avss_dist.warehouse.schema import UNFINISHED
 
 LEAST_TELLING = ("dtype", "tokens", "created")
 """Columns that are left out where lines are too long, in this order; last the status, if all runs are done."""
+
+DATE_LENGTH = len("2026-12-31")
 
 Columns = dict[str, list[Any]]
 """Values by heading."""
@@ -38,33 +40,45 @@ def runs_list(table: pa.Table, width: int) -> tuple[pa.Table, list[str]]:
         "created": [describe_value(row["created_at"]) for row in rows],
     }
     if not _fits(columns, width):
-        columns["created"] = [time[: len("2026-12-31")] for time in columns["created"]]
+        columns["created"] = [time[:DATE_LENGTH] for time in columns["created"]]
     if not _fits(columns, width):
-        columns["run"] = _shortened(columns["run"], lambda run_id: run_id.rpartition("-")[2])
-    all_done = {*columns["status"]} == {"done"}
+        columns["run"] = _shortened(columns["run"], _last_part)
+    least_telling = list(LEAST_TELLING)
+    if set(columns["status"]) == {"done"}:
+        least_telling.append("status")
     left_out = []
-    for name in (*LEAST_TELLING, *(["status"] if all_done else [])):
+    for name in least_telling:
         if not _fits(columns, width):
             left_out.append(name)
             del columns[name]
     return pa.table(columns), left_out
 
 
+def _last_part(run_id: str) -> str:
+    """Return the digits at the end of an id."""
+    return run_id.rpartition("-")[2]
+
+
 def _status(run: Mapping[str, Any]) -> str:
     """Return the status of a run, with the number of stored shards of an unfinished one."""
     if run["status"] != UNFINISHED:
         return str(run["status"])
-    total = f" of {run['num_shards']}" if run["num_shards"] else ""
-    return f"{UNFINISHED}, {run['kept_shards']}{total} shards"
+    if run["num_shards"]:
+        return f"{UNFINISHED}, {run['kept_shards']} of {run['num_shards']} shards"
+    return f"{UNFINISHED}, {run['kept_shards']} shards"
 
 
 def _shortened(names: Sequence[str], shorten: Callable[[str], str]) -> list[str]:
     """Return short names, or the names themselves if two that differ would be the same."""
     short = [shorten(name) for name in names]
-    return short if len({*short}) == len({*names}) else list(names)
+    if len(set(short)) < len(set(names)):
+        return list(names)
+    return short
 
 
 def _fits(columns: Columns, width: int) -> bool:
     """Whether a table of columns fits into lines of so many cells."""
-    widths = [max(len(describe_value(value)) for value in [name, *values]) for name, values in columns.items()]
-    return sum(widths) + 3 * len(widths) + 1 <= width
+    needed = 1
+    for name, values in columns.items():
+        needed += BORDER + max(len(describe_value(value)) for value in (name, *values))
+    return needed <= width
