@@ -601,11 +601,16 @@ def similarity_map(matrix: RankMatrix, labels: Sequence[str], groups: Sequence[s
     starts = np.flatnonzero(np.diff(cell, prepend=-1))
     total = _block_sums(np.nan_to_num(rho), starts)
     count = _block_sums(np.isfinite(rho).astype(float), starts)
-    members = [scores.tolist() for scores in np.split(shown, starts[1:])]
+    mean = np.divide(total, count, out=np.full(count.shape, np.nan), where=count > 0)
+    cell_labels = []
+    cell_groups = []
+    for members in np.split(shown, starts[1:]):
+        cell_labels.append(_cell_label([labels[score] for score in members]))
+        cell_groups.append(_most_frequent([groups[score] for score in members]))
     return SimilarityMap(
-        rho=np.divide(total, count, out=np.full(count.shape, np.nan), where=count > 0),
-        labels=tuple(_cell_label([labels[score] for score in scores]) for scores in members),
-        groups=tuple(_most_frequent([groups[score] for score in scores]) for scores in members),
+        rho=mean,
+        labels=tuple(cell_labels),
+        groups=tuple(cell_groups),
         scores=len(shown),
         left_out=len(labels) - len(shown),
     )

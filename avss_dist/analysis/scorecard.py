@@ -550,11 +550,9 @@ def _drawing(rows: Sequence[Row]) -> Any:
     lowest = min(row["correlation"] for row in rows)
     scale = alt.Scale(domain=[min(0.0, lowest), 1])
     x = alt.X("correlation:Q", scale=scale, title="rank correlation", axis=alt.Axis(grid=False, tickCount=5))
-    return alt.layer(
-        alt.Chart().mark_rule(color=GRAY, opacity=0.5).encode(x=alt.datum(0)),
-        alt.Chart().mark_rule(color=GRAY, strokeDash=[4, 3]).encode(alt.X("ceiling:Q", aggregate="max")),
-        base.mark_rule(clip=True).encode(alt.X("low:Q", scale=scale), alt.X2("high:Q")),
-        base.mark_point(filled=True, size=45, opacity=1).encode(
-            x, tooltip=["score:N", alt.Tooltip("correlation:Q", format=".2f")]
-        ),
-    ).properties(height=18 * len(rows))
+    zero = alt.Chart().mark_rule(color=GRAY, opacity=0.5).encode(x=alt.datum(0))
+    ceiling = alt.Chart().mark_rule(color=GRAY, strokeDash=[4, 3]).encode(alt.X("ceiling:Q", aggregate="max"))
+    intervals = base.mark_rule(clip=True).encode(alt.X("low:Q", scale=scale), alt.X2("high:Q"))
+    points = base.mark_point(filled=True, size=45, opacity=1)
+    points = points.encode(x, tooltip=["score:N", alt.Tooltip("correlation:Q", format=".2f")])
+    return alt.layer(zero, ceiling, intervals, points).properties(height=18 * len(rows))

@@ -32,6 +32,7 @@ from avss_dist.warehouse.reader import grouped
 MAX_RUNS = 100  # in a chart: its ten colors repeat long before, and the library that draws holds every point
 MAX_LABELED = 60  # rows of a similarity map with a name beside each
 SIDE = 560  # pixels of a similarity map
+STRIP_WIDTH = 14  # pixels of the groups beside it
 COLORS = alt.Scale(scheme="tableau10")
 SINGLE_COLOR = "#1f77b4"  # of the only run of a chart
 NUMBER_LENGTH = 10  # digits at the end of an id, which differ between runs
@@ -80,11 +81,10 @@ def layers_chart(
     for field in fields:
         if field.name == "avss" or any(row[field.name] is not None for row in rows):
             panels.append(_panel(base, color, rows, field.name, field.title))
+    subtitle = list(_subtitle(runs, scores, rows))
+    chart = alt.concat(*panels, columns=3)
     return (
-        alt.concat(*panels, columns=3)
-        .properties(
-            title=alt.TitleParams(title, subtitle=list(_subtitle(runs, scores, rows)), anchor="start"), padding=12
-        )
+        chart.properties(title=alt.TitleParams(title, subtitle=subtitle, anchor="start"), padding=12)
         .configure_view(strokeOpacity=0.3)
         .configure_axis(gridOpacity=0.4)
         .resolve_scale(y="independent")
@@ -280,35 +280,26 @@ def similarity_chart(comparison: RankingComparison) -> Any:
     groups = []
     for label, group in zip(labels, similarity.groups, strict=True):
         groups.append({"row": label, "group": group})
-    strip = (
-        alt.Chart(alt.InlineData(values=groups))
-        .mark_rect()
-        .encode(
-            y=y.axis(axis),
-            color=alt.Color("group:N", title=None, scale=COLORS, legend=alt.Legend(orient="left")),
-            tooltip=[alt.Tooltip("row:N", title="runs"), alt.Tooltip("group:N")],
-        )
-        .properties(width=14, height=SIDE)
-    )
-    heat = (
-        alt.Chart(alt.InlineData(values=_similarity_cells(similarity, labels)))
-        .mark_rect()
-        .encode(
-            x=alt.X("column:N", sort=labels, title=None, axis=None),
-            y=y.axis(None),
-            color=alt.Color(
-                "rho:Q",
-                scale=alt.Scale(domain=[-1, 0, 1], scheme="redblue"),
-                legend=alt.Legend(title="rank correlation", orient="right"),
-            ),
-            tooltip=[
-                alt.Tooltip("row:N", title="runs"),
-                alt.Tooltip("column:N", title="with"),
-                alt.Tooltip("rho:Q", title="rank correlation", format=".3f"),
-            ],
-        )
-        .properties(width=SIDE, height=SIDE)
-    )
+    strip = alt.Chart(alt.InlineData(values=groups)).mark_rect()
+    strip = strip.encode(
+        y=y.axis(axis),
+        color=alt.Color("group:N", title=None, scale=COLORS, legend=alt.Legend(orient="left")),
+        tooltip=[alt.Tooltip("row:N", title="runs"), alt.Tooltip("group:N")],
+    ).properties(width=STRIP_WIDTH, height=SIDE)
+    tooltip = [
+        alt.Tooltip("row:N", title="runs"),
+        alt.Tooltip("column:N", title="with"),
+        alt.Tooltip("rho:Q", title="rank correlation", format=".3f"),
+    ]
+    scale = alt.Scale(domain=[-1, 0, 1], scheme="redblue")
+    legend = alt.Legend(title="rank correlation", orient="right")
+    heat = alt.Chart(alt.InlineData(values=_similarity_cells(similarity, labels))).mark_rect()
+    heat = heat.encode(
+        x=alt.X("column:N", sort=labels, title=None, axis=None),
+        y=y.axis(None),
+        color=alt.Color("rho:Q", scale=scale, legend=legend),
+        tooltip=tooltip,
+    ).properties(width=SIDE, height=SIDE)
     title = alt.TitleParams("Agreement of layer rankings", subtitle=_describe_map(similarity), anchor="start")
     return (
         alt.hconcat(strip, heat, spacing=2)
