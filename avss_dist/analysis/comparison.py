@@ -201,9 +201,9 @@ def compare(
     if mapped and by not in BETWEEN:
         raise QueryError(f"A map shows runs, and `by` {by} compares readings of one run.", "Compare by run or family.")
     runs = runs_with_conditions(warehouse, run_ids)
-    selected = []
-    unscored = "no scores at this site, recipe and threshold"
+    selected: list[Profile] = []
     if not is_own(score) or by == "score":
+        # What is compared is not fixed.
         selected += profiles(
             warehouse,
             runs,
@@ -214,7 +214,6 @@ def compare(
         )
     if is_own(score):
         selected += own_profiles(warehouse, runs, score)
-        unscored = "no such scores"
     survey = _survey(selected, by, allow_mismatch) if by in BETWEEN else None
     if survey and survey.number > max_listed:
         first, second = survey.extremes
@@ -248,7 +247,7 @@ def compare(
         groups=survey.groups if survey else GROUPS.empty_table(),
         pairs=pairs,
         conditions=tuple(conditions),
-        left_out=_left_out(runs, {run["run_id"] for run in scored}, compared, by, unscored),
+        left_out=_left_out(runs, {run["run_id"] for run in scored}, compared, by, score),
         similarity=similarity,
         odd=odd,
     )
@@ -601,13 +600,13 @@ def differing(runs: Sequence[Mapping[str, Any]], names: Sequence[str] = CONDITIO
 
 
 def _left_out(
-    runs: Sequence[Mapping[str, Any]], scored: Set[str], compared: Set[str], by: str, unscored: str
+    runs: Sequence[Mapping[str, Any]], scored: Set[str], compared: Set[str], by: str, score: str
 ) -> dict[str, str]:
     """Return the reason why a run is in no pair, by run id: its differences from the most similar run that is in one.
 
     Args:
         scored, compared: ids of the runs that have scores, and that are in a pair.
-        unscored: the reason of a run without scores.
+        score: the score that is compared.
     """
     partners = [run for run in runs if run["run_id"] in compared]
     reasons = {}
@@ -616,8 +615,10 @@ def _left_out(
             continue
         if run["run_id"] in scored:
             reasons[run["run_id"]] = _difference_from(partners, run, by)
+        elif is_own(score):
+            reasons[run["run_id"]] = "no such scores"
         else:
-            reasons[run["run_id"]] = unscored
+            reasons[run["run_id"]] = "no scores at this site, recipe and threshold"
     return reasons
 
 
