@@ -319,11 +319,11 @@ def rm(request: RemoveCommandRequest, format: str) -> None:
     from avss_dist.reports.terminal.removal import removal_table
     from avss_dist.warehouse.reader import Warehouse
 
-    if not (request.yes or request.dry_run or can_ask()):
-        message = "Nobody can be asked: standard input is no terminal."
-        raise ConfigError(message, "Look with `dry_run`; `yes` removes without a question.")
     opened = Warehouse(str(request.warehouse))
     removal = read_commands.plan_removal(opened, request)
+    if not (removal.is_empty or request.yes or request.dry_run or can_ask()):
+        message = "Nobody can be asked: standard input is no terminal."
+        raise ConfigError(message, "Look with `dry_run`; `yes` removes without a question.")
     if removal.is_empty:
         emit(f"{opened.root}: nothing is unused.")
     else:

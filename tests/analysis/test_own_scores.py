@@ -76,7 +76,7 @@ def test_the_command_writes_whose_score_it_is(root: Path) -> None:
 @pytest.mark.parametrize(
     ("by", "says"),
     [
-        ("absent.csv:mine", "absent.csv cannot be read"),
+        ("absent.csv:mine", "absent.csv: no such file"),
         ("scores.csv:mien", "Unknown column of scores.csv 'mien'.*Did you mean 'mine'"),
         ("twice.csv:mine", "twice.csv has more than one row for a layer"),
         ("gaps.csv:mine", "Layers 1, 2 have no score 'gaps.csv:mine'"),

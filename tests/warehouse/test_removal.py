@@ -436,6 +436,11 @@ def test_without_a_terminal_nothing_is_removed_unasked(root: Path) -> None:
     assert files(root) == before
 
 
+def test_an_unknown_name_is_refused_without_a_terminal(root: Path) -> None:
+    done = CliRunner().invoke(app, ["rm", "nothing", "-w", str(root)])
+    assert "Unknown run 'nothing'" in done.stderr
+
+
 def test_a_dry_run_shows_what_would_go(root: Path) -> None:
     before = files(root)
     shown = succeed("rm", RUN, "-w", root, "--dry-run")
