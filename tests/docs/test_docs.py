@@ -19,8 +19,9 @@ from typing import Any
 
 import pytest
 import yaml
+from docs.outputs import GUIDES, WIDTH, guide, record
 from support.command_line import commands as registered
-from support.documentation import DOCS, OWN, PAGES, ROOT, code_blocks, commands, read
+from support.documentation import DOCS, LEFT_OUT, OWN, PAGES, ROOT, abridged, code_blocks, commands, examples, read
 from support.reference import reference_markdown
 from support.warehouses import unpack_released
 
@@ -104,6 +105,71 @@ def test_every_query_runs(page: Path, warehouse: Warehouse) -> None:
     for words in commands(read(page)):
         if words[0] == "query" and len(words) > 1 and not words[1].startswith(("@", "-")):
             warehouse.sql(words[1])
+
+
+def test_only_guides_that_the_script_knows_show_outputs() -> None:
+    showing = {page for page in DOCS.rglob("*.md") if code_blocks(read(page), "text")}
+    assert showing == {guide(name) for name in GUIDES}
+
+
+@pytest.mark.parametrize("name", GUIDES)
+def test_every_output_is_of_the_run_that_the_script_has_kept(name: str) -> None:
+    text, outputs = read(guide(name)), record()
+    shown = [*examples(text)]
+    assert [example.output for example in shown] == code_blocks(text, "text")
+    for example in shown:
+        assert example.output == abridged(example.output, outputs[example.block]), example.block
+
+
+def test_no_output_is_kept_that_no_guide_shows() -> None:
+    assert record().keys() == {example.block for name in GUIDES for example in examples(read(guide(name)))}
+
+
+def test_outputs_fit_a_terminal() -> None:
+    for block, output in record().items():
+        assert not [line for line in output.splitlines() if len(line) > WIDTH and ": avss " not in line], block
+
+
+def test_prose_names_only_runs_of_the_outputs() -> None:
+    printed = "".join(record().values())
+    for name in GUIDES:
+        for run_id in re.findall(r"\b[\w.-]+-[0-9a-f]{10}\b", read(guide(name))):
+            assert run_id in printed, (name, run_id)
+
+
+PRINTED = """before
+┏━━━━━━━┳━━━━━━━┓
+┃ layer ┃ value ┃
+┡━━━━━━━╇━━━━━━━┩
+│   0 * │     1 │
+│     1 │     2 │
+│       │  more │
+│     2 │     3 │
+│    29 │     4 │
+└───────┴───────┘
+some 12 words after
+more
+"""
+
+
+def test_an_output_that_leaves_out_nothing_is_whole() -> None:
+    assert abridged("│ 0 │ 9 │\n", PRINTED) == PRINTED
+
+
+def test_rows_of_a_table_are_left_out() -> None:
+    lines = PRINTED.splitlines()
+    shown = abridged("│ 0 │ 9 │\n...\n│ 29 * │ 9 │\n", PRINTED)
+    assert shown.splitlines() == [*lines[:5], LEFT_OUT, *lines[8:]]
+
+
+def test_lines_before_and_after_are_left_out() -> None:
+    shown = abridged("...\n└──┘\nsome 9 words\n...\n", PRINTED)
+    assert shown.splitlines() == [LEFT_OUT, *PRINTED.splitlines()[9:11], LEFT_OUT]
+
+
+def test_a_gap_beside_a_line_that_is_no_longer_printed_is_an_error() -> None:
+    with pytest.raises(ValueError, match="│ 30 │"):
+        abridged("...\n│ 30 │\n", PRINTED)
 
 
 @each_page
