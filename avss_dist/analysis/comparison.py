@@ -433,7 +433,7 @@ def profiles(
         runs: rows of ``runs``.
         site, recipe, threshold, score: selection of profiles. None selects every value.
     """
-    table = _score_rows(warehouse, runs, site=site, recipe=recipe, threshold=threshold)
+    table = _score_rows(warehouse, runs, site, recipe, threshold)
     names = FROM_ACTIVATIONS if score is None else (score,)
     slices = grouped(slices_by(table, ["run_id", *READING]), lambda entry: entry[0]["run_id"])
     depth = table["depth"].to_numpy()
@@ -460,7 +460,6 @@ def profiles(
 def _score_rows(
     warehouse: Warehouse,
     runs: Sequence[Mapping[str, Any]],
-    *,
     site: str | None,
     recipe: str | None,
     threshold: Threshold | None,
