@@ -14,10 +14,10 @@ from avss_dist.warehouse.schema import UNFINISHED
 LEAST_TELLING = ("dtype", "tokens", "created")
 """Columns that are left out where lines are too long, in this order; last the status, if all runs are done."""
 
+HEADINGS = ("model", "corpus", "run", "status", "tokens", "dtype", "created")
 DATE_LENGTH = len("2026-12-31")
-
-Columns = dict[str, list[Any]]
-"""Values by heading."""
+ListedRun = dict[str, Any]
+"""Values of a run by heading."""
 
 
 def runs_list(table: pa.Table, width: int) -> tuple[pa.Table, list[str]]:
@@ -29,29 +29,40 @@ def runs_list(table: pa.Table, width: int) -> tuple[pa.Table, list[str]]:
     Args:
         table: runs, with the columns `read_commands.RUNS`.
     """
-    rows = table.to_pylist()
-    columns: Columns = {
-        "model": _shortened([row["model"] or "" for row in rows], basename),
-        "corpus": _shortened([row["corpus"] or "" for row in rows], basename),
-        "run": [row["run_id"] for row in rows],
-        "status": [_status(row) for row in rows],
-        "tokens": [row["num_tokens"] for row in rows],
-        "dtype": [row["dtype"] for row in rows],
-        "created": [describe_value(row["created_at"]) for row in rows],
-    }
-    if not _fits(columns, width):
-        columns["created"] = [time[:DATE_LENGTH] for time in columns["created"]]
-    if not _fits(columns, width):
-        columns["run"] = _shortened(columns["run"], _last_part)
+    runs = [_listed_run(row) for row in table.to_pylist()]
+    headings = list(HEADINGS)
+    _shorten(runs, "model", basename)
+    _shorten(runs, "corpus", basename)
+    if not _fit(runs, headings, width):
+        for run in runs:
+            run["created"] = run["created"][:DATE_LENGTH]
+    if not _fit(runs, headings, width):
+        _shorten(runs, "run", _last_part)
     least_telling = list(LEAST_TELLING)
-    if set(columns["status"]) == {"done"}:
+    if {run["status"] for run in runs} == {"done"}:
         least_telling.append("status")
     left_out = []
-    for name in least_telling:
-        if not _fits(columns, width):
-            left_out.append(name)
-            del columns[name]
+    for heading in least_telling:
+        if not _fit(runs, headings, width):
+            left_out.append(heading)
+            headings.remove(heading)
+    columns = {}
+    for heading in headings:
+        columns[heading] = [run[heading] for run in runs]
     return pa.table(columns), left_out
+
+
+def _listed_run(row: Mapping[str, Any]) -> ListedRun:
+    """Return the values of a run."""
+    return {
+        "model": row["model"] or "",
+        "corpus": row["corpus"] or "",
+        "run": row["run_id"],
+        "status": _status(row),
+        "tokens": row["num_tokens"],
+        "dtype": row["dtype"],
+        "created": describe_value(row["created_at"]),
+    }
 
 
 def _last_part(run_id: str) -> str:
@@ -68,17 +79,18 @@ def _status(run: Mapping[str, Any]) -> str:
     return f"{UNFINISHED}, {run['kept_shards']} shards"
 
 
-def _shortened(names: Sequence[str], shorten: Callable[[str], str]) -> list[str]:
-    """Return short names, or the names themselves if two that differ would be the same."""
-    short = [shorten(name) for name in names]
-    if len(set(short)) < len(set(names)):
-        return list(names)
-    return short
+def _shorten(runs: Sequence[ListedRun], heading: str, shorten: Callable[[str], str]) -> None:
+    """Replace the names under a heading by short ones, unless two that differ would be the same."""
+    short = {run[heading]: shorten(run[heading]) for run in runs}
+    if len(set(short.values())) == len(short):
+        for run in runs:
+            run[heading] = short[run[heading]]
 
 
-def _fits(columns: Columns, width: int) -> bool:
-    """Whether a table of columns fits into lines of so many cells."""
+def _fit(runs: Sequence[ListedRun], headings: Sequence[str], width: int) -> bool:
+    """Whether a table of runs fits into lines of so many cells."""
     needed = 1
-    for name, values in columns.items():
-        needed += BORDER + max(len(describe_value(value)) for value in (name, *values))
+    for heading in headings:
+        widest = max((len(describe_value(run[heading])) for run in runs), default=0)
+        needed += max(widest, len(heading)) + BORDER
     return needed <= width
