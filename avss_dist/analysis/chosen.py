@@ -298,8 +298,15 @@ def _details(runs: Sequence[Mapping[str, Any]]) -> Iterator[list[str | None]]:
         keys |= dict.fromkeys(setting)
     for key in keys:
         if key not in _TELLING:
-            yield [f"{key}={setting[key]}" if setting.get(key) else None for setting in settings]
+            yield [_setting(setting, key) for setting in settings]
     yield [run["run_id"][-NUMBER_LENGTH:] for run in runs]
+
+
+def _setting(settings: Mapping[str, Any], key: str) -> str | None:
+    """Return a setting of a run in words. None if it is off."""
+    if settings.get(key):
+        return f"{key}={settings[key]}"
+    return None
 
 
 def _property(run: Mapping[str, Any], name: str) -> str | None:

@@ -595,7 +595,12 @@ def differing(runs: Sequence[Mapping[str, Any]], names: Sequence[str] = CONDITIO
     Args:
         runs: rows of ``runs``, extended by `with_conditions`.
     """
-    return [name for name in names if len({repr(condition(run, name)) for run in runs}) > 1]
+    differ = []
+    for name in names:
+        values = {repr(condition(run, name)) for run in runs}
+        if len(values) > 1:
+            differ.append(name)
+    return differ
 
 
 def _left_out(

@@ -162,11 +162,15 @@ def _write_lines(table: pa.Table) -> None:
         for row in _rows(pa.Table.from_batches([batch])):
             lines.append([describe_value(value).replace("\n", " ") for value in row.values()])
         if not widths:
-            widths = [max(len(text) for text in texts) for texts in zip(table.column_names, *lines, strict=True)]
+            widths = [_longest(texts) for texts in zip(table.column_names, *lines, strict=True)]
             rules = ["-" * width for width in widths]
             lines = [table.column_names, rules, *lines]
         for line in lines:
             emit(_aligned(line, widths, numbers))
+
+
+def _longest(texts: Sequence[str]) -> int:
+    return max(len(text) for text in texts)
 
 
 def _aligned(texts: Sequence[str], widths: Sequence[int], numbers: Sequence[bool]) -> str:

@@ -31,6 +31,7 @@ from avss_dist.analysis.scorecard import KINDS, score_cards
 from avss_dist.analysis.section import (
     BarColumn,
     ReportColumn,
+    ReportRow,
     ReportTable,
     Section,
     interval,
@@ -499,6 +500,19 @@ def test_columns_format_missing_values_intervals_and_booleans() -> None:
     assert [p_value(p) for p in (0.0123, 0.0001)] == ["0.012", "<0.001"]
     pair = ReportColumn("z", "z", lambda value: f"{value[0]} ({value[1]:.0%})", number=False)
     assert pair.sort_key((2, 0.5)) == "2 (50%)"
+
+
+def test_rows_that_are_marked_without_a_kind_look_like_others() -> None:
+    rows = [ReportRow({"layer": 0, "size": 1.0}, is_marked=True), ReportRow({"layer": 1, "size": 2.0})]
+    table = ReportTable(columns=[ReportColumn("layer", "layer"), BarColumn(key="size")], rows=rows)
+    assert "*" not in printed(FittedTable(table))
+    assert "<tr>" in html_table(table, "a run").split("<tbody>")[1]
+
+
+def test_a_row_without_the_value_of_a_column_is_refused() -> None:
+    table = ReportTable(columns=[ReportColumn("layer", "layer")], rows=[ReportRow({"level": 0})])
+    with pytest.raises(KeyError, match="layer"):
+        printed(FittedTable(table))
 
 
 @pytest.mark.parametrize("width", [40, 60, 100])

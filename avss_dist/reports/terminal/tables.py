@@ -177,9 +177,15 @@ def plain_table(names: Sequence[str], rows: Sequence[Row]) -> FittedTable:
         names: names of the columns.
         rows: value of each column by name.
     """
-    columns = [_plain_column(name, [row[name] for row in rows]) for name in names]
-    texts = [ReportRow({name: describe_value(row[name]) for name in names}) for row in rows]
-    return FittedTable(ReportTable(columns=columns, rows=texts))
+    columns = []
+    for name in names:
+        values = [row[name] for row in rows]
+        columns.append(_plain_column(name, values))
+    lines = []
+    for row in rows:
+        texts = {name: describe_value(row[name]) for name in names}
+        lines.append(ReportRow(texts))
+    return FittedTable(ReportTable(columns=columns, rows=lines))
 
 
 def _plain_column(name: str, values: Sequence[Any]) -> ReportColumn:
