@@ -502,11 +502,20 @@ def test_columns_format_missing_values_intervals_and_booleans() -> None:
     assert pair.sort_key((2, 0.5)) == "2 (50%)"
 
 
-def test_rows_that_are_marked_without_a_kind_look_like_others() -> None:
+def bars(mark: str) -> ReportTable:
+    """A table whose first row is marked."""
     rows = [ReportRow({"layer": 0, "size": 1.0}, is_marked=True), ReportRow({"layer": 1, "size": 2.0})]
-    table = ReportTable(columns=[ReportColumn("layer", "layer"), BarColumn(key="size")], rows=rows)
-    assert "*" not in printed(FittedTable(table))
-    assert "<tr>" in html_table(table, "a run").split("<tbody>")[1]
+    return ReportTable(columns=[ReportColumn("layer", "layer"), BarColumn(key="size")], rows=rows, mark=mark)
+
+
+def test_a_terminal_has_a_star_at_the_lowest_rows_alone() -> None:
+    stars = {mark: printed(FittedTable(bars(mark))).count("*") for mark in ("lowest", "failed", "")}
+    assert stars == {"lowest": 1, "failed": 0, "": 0}
+
+
+def test_rows_of_the_page_have_the_kind_of_their_mark_as_class() -> None:
+    marked = {mark: re.findall('<tr class="(.*?)">', html_table(bars(mark), "a run")) for mark in ("failed", "")}
+    assert marked == {"failed": ["failed"], "": []}
 
 
 def test_a_row_without_the_value_of_a_column_is_refused() -> None:
