@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from operator import itemgetter
 
 from avss_dist.analysis.section import Row
 from avss_dist.warehouse.reader import grouped
@@ -39,12 +40,12 @@ def newest_experiments(rows: Sequence[Row]) -> dict[str, NewestExperiment]:
             out.
     """
     newest = {}
-    for run_id, of_run in grouped(rows, lambda row: row["run_id"]).items():
-        experiments = [
-            of_experiment
-            for of_experiment in grouped(filter(_is_read, of_run), lambda row: row["experiment_id"]).values()
-            if any(row["share"] for row in of_experiment)
-        ]
+    for run_id, of_run in grouped(rows, itemgetter("run_id")).items():
+        readable = [row for row in of_run if _is_read(row)]
+        experiments = []
+        for of_experiment in grouped(readable, itemgetter("experiment_id")).values():
+            if any(row["share"] for row in of_experiment):
+                experiments.append(of_experiment)
         if experiments:
             experiments.sort(key=_written_at)
             newest[run_id] = NewestExperiment(rows=experiments[-1], older=len(experiments) - 1)

@@ -212,8 +212,15 @@ def rounded(column: pa.ChunkedArray, digits: int = DIGITS) -> list[Any]:
     NaN and infinity become None.
     """
     if not pa.types.is_floating(column.type):
-        return [printable(value) if isinstance(value, str) else value for value in column.to_pylist()]
+        return [_printable(value) for value in column.to_pylist()]
     return [_round(value, digits) for value in column.to_numpy().tolist()]
+
+
+def _printable(value: Any) -> Any:
+    """Return a value, and a text without characters that change the direction of others."""
+    if isinstance(value, str):
+        return printable(value)
+    return value
 
 
 def _round(value: float, digits: int) -> float | None:

@@ -145,7 +145,10 @@ def report_page(warehouse: Warehouse, run_ids: Collection[str] | None = None, ow
     if data["choices"] or pictures or matrix:
         library = Markup(drawing_library())
         packed = _packed({**data, "charts": page_charts(), "pictures": pictures, "matrix": matrix})
-    without_has_rows = {name: any(run[name] for run in data["without"]) for name in ("blocks", "kept")}
+    without_has_rows = {
+        "blocks": any(run["blocks"] for run in data["without"]),
+        "kept": any(run["kept"] for run in data["without"]),
+    }
     return (
         templates()
         .get_template("page.html")
