@@ -6,11 +6,10 @@ once on every task and compared with the whole model on the same samples.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import closing
 from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
-from itertools import product
 from typing import Any
 
 import numpy as np
@@ -61,13 +60,27 @@ NOT_HASHED = ("tasks", "repair_corpora", "allow_many")
 """Options of an experiment that are not in its id. The ids of evaluations hash what tasks and texts hold."""
 MOST_EVALUATIONS = 10_000  # evaluations of a model on a task that an experiment makes without `allow_many`
 
-Candidate = tuple[Choice | None, Intervention, str | None]
-"""A model that an experiment evaluates: the choice of its layers, None for the whole model, the change, and the name of
-its repair, None without one."""
+
+@dataclass(frozen=True)
+class Candidate:
+    """A model that an experiment evaluates.
+
+    Attributes:
+        choice: the choice of its layers; None for the whole model.
+        intervention: the change of the model.
+        repair: name of its repair; None without one.
+    """
+
+    choice: Choice | None
+    intervention: Intervention
+    repair: str | None = None
 
 
-def candidate_rows(candidate: Candidate, results: Sequence[Result], guess: float | None) -> Iterator[dict[str, Any]]:
-    """Yield the row of every metric of a task, and for the whole model that of guessing tokens.
+WHOLE_MODEL = Candidate(choice=None, intervention=NO_INTERVENTION)
+
+
+def candidate_rows(candidate: Candidate, results: Sequence[Result], guess: float | None) -> list[dict[str, Any]]:
+    """Return the row of every metric of a task, and for the whole model that of guessing tokens.
 
     They are rows of ``experiments`` without the columns of RunIdentity.
 
@@ -75,33 +88,54 @@ def candidate_rows(candidate: Candidate, results: Sequence[Result], guess: float
         results: results of the task, those of the whole model included.
         guess: loss of a guess among all tokens, in nats per token; None if it is unknown.
     """
-    choice, intervention, repair = candidate
-    whole = {result.metric: result for result in results_under(results)}
-    reading: Sequence[Any] = (choice and choice.reading) or [None] * len(READING)
-    measured: list[tuple[str, float, float | None, Retention | None]] = [
-        (result.metric, result.value, result.stderr, Retention.of(before, result) if before and choice else None)
-        for result in results_under(results, intervention.key)
-        for before in [whole.get(result.metric)]
-    ]
-    if choice is None and guess is not None and LOSS in whole:
-        measured.append((CHANCE, guess, None, None))
-    for metric, value, stderr, retention in measured:
-        yield {
-            **intervention.key.row(),
-            "metric": metric,
-            "value": value,
-            "stderr": stderr,
-            "method": describe_method(choice) if choice else WHOLE,
-            "share": choice.share if choice else 0.0,
-            "score": choice and choice.by,
-            **dict(zip(READING, reading, strict=True)),
-            "control": choice and control_name(choice),
-            "seed": choice.seed if choice and choice.by == RANDOM else None,
-            "repair": repair,
-            "retention_low": retention and retention.low,
-            "retention_high": retention and retention.high,
-            "retention": retention.value if retention else None if choice else 1.0,
+    changed = candidate.intervention.key.row()
+    method = _method_columns(candidate)
+    whole_model = {result.metric: result for result in results_under(results)}
+    rows = []
+    for result in results_under(results, candidate.intervention.key):
+        metric = {"metric": result.metric, "value": result.value, "stderr": result.stderr}
+        before = whole_model.get(result.metric)
+        if candidate.choice is None:
+            retained = _retention_columns(1.0)
+        elif before is None:
+            retained = _retention_columns(None)
+        else:
+            retention = Retention.of(before, result)
+            retained = _retention_columns(retention.value, retention.low, retention.high)
+        rows.append({**changed, **metric, **method, **retained})
+    if candidate.choice is None and guess is not None and LOSS in whole_model:
+        chance = {"metric": CHANCE, "value": guess, "stderr": None}
+        rows.append({**changed, **chance, **method, **_retention_columns(1.0)})
+    return rows
+
+
+def _method_columns(candidate: Candidate) -> dict[str, Any]:
+    """Return the columns of ``experiments`` that tell how the layers of a candidate were chosen and repaired."""
+    choice = candidate.choice
+    if choice is None:
+        return {
+            "method": WHOLE,
+            "share": 0.0,
+            "score": None,
+            **dict.fromkeys(READING),
+            "control": None,
+            "seed": None,
+            "repair": candidate.repair,
         }
+    reading: Sequence[Any] = choice.reading or [None] * len(READING)
+    return {
+        "method": describe_method(choice),
+        "share": choice.share,
+        "score": choice.by,
+        **dict(zip(READING, reading, strict=True)),
+        "control": control_name(choice),
+        "seed": choice.seed if choice.by == RANDOM else None,
+        "repair": candidate.repair,
+    }
+
+
+def _retention_columns(value: float | None, low: float | None = None, high: float | None = None) -> dict[str, Any]:
+    return {"retention_low": low, "retention_high": high, "retention": value}
 
 
 @dataclass
@@ -148,18 +182,36 @@ class Trial:
             corpus=spec.corpus,
             seen=[*seen_by_run(stored)],
         )
-        for by, reading in dict.fromkeys((choice.by, choice.reading) for choice in choices(experiment, trial.rows)):
-            if by == CONTRAST and reading is not None:
-                site, recipe, value, kind = reading
-                strata, values = Strata.of_run(warehouse, stored, site), np.full(trial.num_layers, np.nan)
-                (values[[*strata.layers]],) = contrast(*strata.both_sides(recipe, Threshold(value=value, kind=kind)))
-                trial.truth[by, reading] = -values  # the highest are dropped
-            elif by in MEASURED and not (by == LEAVE_ONE_OUT and experiment.leave_one_out):
-                measured = layer_truth(warehouse, stored, by)
-                trial.truth[by, reading] = measured.by_layer(trial.num_layers)
-                trial.seen += measured.seen
-                trial.measured_by[by] = measured.run_id
+        for choice in choices(experiment, trial.rows):
+            if (choice.by, choice.reading) not in trial.truth:
+                trial.read_truth(choice, warehouse, stored)
         return trial
+
+    def read_truth(self, choice: Choice, warehouse: Warehouse, stored: Mapping[str, Any]) -> None:
+        """Read the values by which a choice drops layers, if they are a contrast or a stored measurement.
+
+        Args:
+            stored: row of ``runs``.
+        """
+        if choice.by == CONTRAST and choice.reading is not None:
+            self.truth[choice.by, choice.reading] = self._negative_contrast(choice.reading, warehouse, stored)
+            return
+        measured_in_the_experiment = choice.by == LEAVE_ONE_OUT and self.experiment.leave_one_out
+        if choice.by not in MEASURED or measured_in_the_experiment:
+            return
+        measured = layer_truth(warehouse, stored, choice.by)
+        self.truth[choice.by, choice.reading] = measured.by_layer(self.num_layers)
+        self.seen += measured.seen
+        self.measured_by[choice.by] = measured.run_id
+
+    def _negative_contrast(self, reading: Reading, warehouse: Warehouse, stored: Mapping[str, Any]) -> Float64:
+        """Return the contrast of every layer with its sign changed, float64[layers]: the highest are dropped."""
+        site, recipe, threshold, kind = reading
+        strata = Strata.of_run(warehouse, stored, site)
+        (contrasts,) = contrast(*strata.both_sides(recipe, Threshold(value=threshold, kind=kind)))
+        values = np.full(self.num_layers, np.nan)
+        values[[*strata.layers]] = contrasts
+        return -values
 
     @property
     def num_layers(self) -> int:
@@ -185,59 +237,96 @@ class Trial:
 
     def plan(self, tasks: Sequence[str], *, allow_overlap: bool) -> None:
         """Plan evaluations and fits. Texts of both and of the scores that overlap are refused."""
-        experiment, model = self.experiment, self.model
-        skipped = experiment.repair_skip_sequences
-        evaluated = model.reading(max_sequences=experiment.max_sequences, skip_sequences=experiment.skip_sequences)
-        self.planned = {
-            name: plan_task(
+        experiment = self.experiment
+        evaluated = self.model.reading(max_sequences=experiment.max_sequences, skip_sequences=experiment.skip_sequences)
+        for name in tasks:
+            self.planned[name] = plan_task(
                 evaluated,
                 name,
                 skip_questions=experiment.skip_questions,
                 limit=experiment.limit,
                 num_fewshot=experiment.num_fewshot,
             )
-            for name in tasks
-        }
-        texts: Sequence[CorpusPlan] = ()
-        if repairs := experiment.fitted:
+        fitted_on: Sequence[CorpusPlan] = ()
+        if experiment.fitted:
             self.fits = plan_fits(
-                model,
-                layer_list(self.rows, model.checkpoint.name)[0],
-                repairs,
+                self.model,
+                layer_list(self.rows, self.model.checkpoint.name)[0],
+                experiment.fitted,
                 experiment.repair_corpora,
                 max_sequences=experiment.repair_max_sequences,
-                skip_sequences=skipped,
+                skip_sequences=experiment.repair_skip_sequences,
             )
-            texts = fit_of(self.fits[repairs[0]]).texts
+            fitted_on = fit_of(self.fits[experiment.fitted[0]]).texts
         if not allow_overlap:
             refuse_overlaps(
                 [planned.task for planned in self.planned.values()],
-                texts,
-                model,
-                earlier_texts(self.seen, model.checkpoint, [self.corpus]),
-                skipped=skipped,
+                fitted_on,
+                self.model,
+                earlier_texts(self.seen, self.model.checkpoint, [self.corpus]),
+                skipped=experiment.repair_skip_sequences,
                 skip_option="repair_skip_sequences",
             )
 
     def choose(self, session: EvaluationSession) -> None:
         """Choose the layers that every method drops at every share. A search is on the text of the scores."""
-        every_choice, layers, searched = choices(self.experiment, self.rows), self.num_layers, dict[Choice, Layers]()
-        if GREEDY in self.experiment.scores:
-            limits = [n for n in (self.model.settings.max_sequences, self.experiment.search_max_sequences) if n]
-            model = self.model.reading(max_sequences=min(limits, default=None))
-            with searching(session, model, self.corpus) as (_, losses):
-                for choice in (choice for choice in every_choice if choice.by == GREEDY):
-                    searched[choice], _ = greedy_search(choice.unprotected(layers), choice.number(layers), losses)
+        every_choice = choices(self.experiment, self.rows)
+        searched = self._search([choice for choice in every_choice if choice.by == GREEDY], session)
         for choice in every_choice:
-            truth = {by: values for (by, reading), values in self.truth.items() if reading == choice.reading}
-            self.choices.append((choice, searched.get(choice) or choice.drop(choice.scores(self.rows, truth))))
+            if choice in searched:
+                drop = searched[choice]
+            else:
+                truth = {by: values for (by, reading), values in self.truth.items() if reading == choice.reading}
+                drop = choice.drop(choice.scores(self.rows, truth))
+            self.choices.append((choice, drop))
 
-    def candidates(self, patches: Patches) -> Iterator[Candidate]:
-        """Yield the whole model, and the model without each choice of layers, by repair."""
-        yield None, NO_INTERVENTION, None
-        for (choice, drop), repair in product(self.choices, self.experiment.repairs):
-            intervention = Intervention(removed=drop, patch=patches.get((self.fits.get(repair), drop)))
-            yield choice, intervention, None if repair == NO_REPAIR else repair
+    def _search(self, greedy: Sequence[Choice], session: EvaluationSession) -> dict[Choice, Layers]:
+        """Return the layers that greedy searches choose, by choice."""
+        if not greedy:
+            return {}
+        limits = [self.model.settings.max_sequences, self.experiment.search_max_sequences]
+        model = self.model.reading(max_sequences=min((limit for limit in limits if limit), default=None))
+        searched = {}
+        with searching(session, model, self.corpus) as (_, losses):
+            for choice in greedy:
+                candidates = choice.unprotected(self.num_layers)
+                searched[choice], _ = greedy_search(candidates, choice.number(self.num_layers), losses)
+        return searched
+
+    def candidates(self, patches: Patches) -> list[Candidate]:
+        """Return the whole model, and the model without each choice of layers, by repair."""
+        candidates = [WHOLE_MODEL]
+        for choice, drop in self.choices:
+            for repair in self.experiment.repairs:
+                intervention = Intervention(removed=drop, patch=patches.get((self.fits.get(repair), drop)))
+                candidates.append(Candidate(choice, intervention, None if repair == NO_REPAIR else repair))
+        return candidates
+
+    @property
+    def guess(self) -> float | None:
+        """Loss of a guess among all tokens, in nats per token. None if the size of the vocabulary is unknown."""
+        config = text_config(self.model.checkpoint).get_text_config()
+        size = getattr(config, "vocab_size", None)
+        return float(np.log(size)) if size else None
+
+    def measured_rows(
+        self, candidates: Sequence[Candidate], results: Mapping[PlannedTask, Sequence[Result]]
+    ) -> list[dict[str, Any]]:
+        """Return the rows of ``experiments`` of its candidates without the columns of RunIdentity.
+
+        Args:
+            results: results of the tasks, as the session has measured them.
+        """
+        experiment_id = self.experiment_id
+        written_at = datetime.now(UTC)
+        guess = self.guess
+        rows = []
+        for task, planned in self.planned.items():
+            common = {"experiment_id": experiment_id, "task": task, "created_at": written_at}
+            for candidate in candidates:
+                measured = candidate_rows(candidate, results[planned], guess)
+                rows += [{**common, **row} for row in measured]
+        return rows
 
 
 def run_experiment(job: JobFile, request: RunJobRequest) -> tuple[list[Run], list[dict[str, Any]]]:
@@ -253,56 +342,44 @@ def run_experiment(job: JobFile, request: RunJobRequest) -> tuple[list[Run], lis
     Raises:
         AvssError: a mistake, or a cell that failed. Measured cells remain in the warehouse.
     """
-    if (experiment := job.experiment) is None:
+    experiment = job.experiment
+    if experiment is None:
         raise ConfigError(f"{job.path} has no section 'experiment'.", "`run_job` runs what it asks for.")
     specs, execution = overridden(job, request.replaced)
-    number, text = _size(specs, experiment)
-    fewer = "Lower `random`, or name fewer `scores`, `shares`, `repairs` or `tasks`."
-    require_listable(number, "evaluations", fewer)
-    require_intended(number, MOST_EVALUATIONS, text, fewer, allow_many=request.allow_many or experiment.allow_many)
-    for spec in specs if experiment.fitted else ():
-        require_changeable(spec.execution.partition)
+    _require_size(specs, experiment, allow_many=request.allow_many)
+    if experiment.fitted:
+        for spec in specs:
+            require_changeable(spec.execution.partition)
     runs = run_job(job, request.on_event or ignore, **request.replaced)
-    tasks = [RedactedURI(task) for task in experiment.tasks]
-    store, warehouse = Store(job.warehouse), Warehouse(job.warehouse)
+    store = Store(job.warehouse)
+    warehouse = Warehouse(job.warehouse)
     with closing(executor_for(specs, job.settings, execution)) as executor:
         session = EvaluationSession(store, executor, execution, request.on_event)
-        trials = [
-            Trial.of_run(run, spec, experiment, warehouse, session)
-            for run, spec in zip(runs, specs, strict=True)
-            if run.status != "failed"
-        ]
+        trials = []
+        for run, spec in zip(runs, specs, strict=True):
+            if run.status != "failed":
+                trials.append(Trial.of_run(run, spec, experiment, warehouse, session))
+        tasks = [RedactedURI(task) for task in experiment.tasks]
         for trial in trials:
             trial.plan(tasks, allow_overlap=request.allow_overlap)
         if experiment.leave_one_out:
             _leave_one_out(trials, session)
         for trial in trials:
             trial.choose(session)
-        fits = [
-            (fit, dict.fromkeys(drop for _, drop in trial.choices)) for trial in trials for fit in trial.fits.values()
-        ]
-        patches = fit_repairs(session, fits) if fits else {}
-        candidates = [[*trial.candidates(patches)] for trial in trials]
-        measured = session.measure(
-            {
-                planned: [intervention for _, intervention, _ in evaluated]
-                for trial, evaluated in zip(trials, candidates, strict=True)
-                for planned in trial.planned.values()
-            }
-        )
+        patches = _fit(trials, session)
+        candidates = [trial.candidates(patches) for trial in trials]
+        work = {}
+        for trial, evaluated in zip(trials, candidates, strict=True):
+            for planned in trial.planned.values():
+                work[planned] = [candidate.intervention for candidate in evaluated]
+        results = session.measure(work)
     written = []
     for trial, evaluated in zip(trials, candidates, strict=True):
-        run_id, checkpoint = trial.run.run_id, trial.model.checkpoint
-        config = text_config(checkpoint).get_text_config()
-        guess = float(np.log(config.vocab_size)) if getattr(config, "vocab_size", None) else None
-        experiment_id = trial.experiment_id
-        written_at = datetime.now(UTC)
-        rows = [
-            {"experiment_id": experiment_id, "task": task, "created_at": written_at, **row}
-            for (task, planned), candidate in product(trial.planned.items(), evaluated)
-            for row in candidate_rows(candidate, measured[planned], guess)
-        ]
-        store.write_rows("experiments", identity(checkpoint, run_id, trial.rows[0]["family"]), rows, experiment_id)
+        run_id = trial.run.run_id
+        checkpoint = trial.model.checkpoint
+        rows = trial.measured_rows(evaluated, results)
+        model = identity(checkpoint, run_id, trial.rows[0]["family"])
+        store.write_rows("experiments", model, rows, trial.experiment_id)
         written += [{**row, "run_id": run_id, "model": checkpoint.name} for row in rows]
     return runs, written
 
@@ -310,19 +387,55 @@ def run_experiment(job: JobFile, request: RunJobRequest) -> tuple[list[Run], lis
 def describe_size(job: JobFile) -> str:
     """Return a sentence with the maximum number of evaluations of an experiment, and its factors."""
     assert job.experiment is not None
-    number, text = _size(job.specs, job.experiment)
-    return text.format(f"{number:,}")
+    size = _Size.of_experiment(job.specs, job.experiment)
+    return size.text.format(f"{size.evaluations:,}")
 
 
-def _size(specs: Sequence[RunSpec], experiment: Experiment) -> tuple[int, str]:
-    """Return the maximum number of evaluations, and a sentence with a place for it."""
-    tasks, repairs = len(experiment.tasks), len(experiment.repairs)
-    read = [(len(spec.settings.sites), len(spec.settings.thresholds) + len(RELATIVE_THRESHOLDS)) for spec in specs]
-    counts = [experiment.count_choices(sites * len(RECIPES) * thresholds) for sites, thresholds in read]
-    return sum(1 + count * repairs for count in counts) * tasks, (
-        f"The experiment makes up to {{}} evaluations (models: {len(specs):,}, sets of layers to drop: "
-        f"{max(counts, default=0):,}, repairs: {repairs:,}, tasks: {tasks:,})"
-    )
+@dataclass(frozen=True)
+class _Size:
+    """Size of an experiment.
+
+    Attributes:
+        evaluations: maximum number of evaluations of a model on a task.
+        text: sentence about it, with a place for the number.
+    """
+
+    evaluations: int
+    text: str
+
+    @classmethod
+    def of_experiment(cls, specs: Sequence[RunSpec], experiment: Experiment) -> _Size:
+        tasks = len(experiment.tasks)
+        repairs = len(experiment.repairs)
+        counts = []
+        for spec in specs:
+            thresholds = len(spec.settings.thresholds) + len(RELATIVE_THRESHOLDS)
+            readings = len(spec.settings.sites) * len(RECIPES) * thresholds
+            counts.append(experiment.count_choices(readings))
+        models_with_changes = sum(1 + count * repairs for count in counts)
+        return cls(
+            models_with_changes * tasks,
+            f"The experiment makes up to {{}} evaluations (models: {len(specs):,}, sets of layers to drop: "
+            f"{max(counts, default=0):,}, repairs: {repairs:,}, tasks: {tasks:,})",
+        )
+
+
+def _require_size(specs: Sequence[RunSpec], experiment: Experiment, *, allow_many: bool) -> None:
+    """Refuse an experiment of so many evaluations that they cannot be listed, or were hardly intended."""
+    size = _Size.of_experiment(specs, experiment)
+    fewer = "Lower `random`, or name fewer `scores`, `shares`, `repairs` or `tasks`."
+    allowed = allow_many or experiment.allow_many
+    require_listable(size.evaluations, "evaluations", fewer)
+    require_intended(size.evaluations, MOST_EVALUATIONS, size.text, fewer, allow_many=allowed)
+
+
+def _fit(trials: Sequence[Trial], session: EvaluationSession) -> Patches:
+    """Fit the repairs of every trial to the model without each choice of layers."""
+    fits = []
+    for trial in trials:
+        drops = dict.fromkeys(drop for _, drop in trial.choices)
+        fits += [(fit, drops) for fit in trial.fits.values()]
+    return fit_repairs(session, fits) if fits else {}
 
 
 def _leave_one_out(trials: Sequence[Trial], session: EvaluationSession) -> None:
@@ -331,5 +444,6 @@ def _leave_one_out(trials: Sequence[Trial], session: EvaluationSession) -> None:
     planned = [plan_text_task(trial.model, trial.corpus, LeaveOneOut, prefix, use=ABLATION) for trial in trials]
     results = session.measure(dict.fromkeys(planned, (NO_INTERVENTION,)))
     for trial, task in zip(trials, planned, strict=True):
-        values = {result.removed: result.value for result in results[task] if result.metric == LOSS}
-        trial.truth[LEAVE_ONE_OUT, None] = np.array([values.get((layer,), np.nan) for layer in range(trial.num_layers)])
+        losses = {result.removed: result.value for result in results[task] if result.metric == LOSS}
+        by_layer = [losses.get((layer,), np.nan) for layer in range(trial.num_layers)]
+        trial.truth[LEAVE_ONE_OUT, None] = np.array(by_layer)
