@@ -5,8 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
-from itertools import chain, product, zip_longest
-from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +31,7 @@ from avss_dist.pruning.selection import PlanError
 from avss_dist.requests import EvaluateRequest
 from avss_dist.stats.metrics import row_start_warning
 from avss_dist.tasks.task import Result, Retention
-from avss_dist.warehouse.reader import Warehouse, grouped
+from avss_dist.warehouse.reader import Warehouse
 
 _ANOTHER_MODEL = "Is it a plan for another model? Score this one, and make a plan of its own."
 _Key = tuple[str, str]  # revision and task
@@ -83,19 +81,22 @@ class Evaluation:
 
     def rows(self) -> Iterator[dict[str, Any]]:
         """Yield a row of the table of `Evaluations` for the metric, and one for the perplexity of a loss."""
-        whole, retention = self.whole.metrics() if self.whole else [], self.retained
-        for (metric, value, stderr), before in zip_longest(self.result.metrics(), whole):
+        whole_values = {}
+        if self.whole is not None:
+            whole_values = {metric: value for metric, value, _ in self.whole.metrics()}
+        retention = self.retained
+        for metric, value, stderr in self.result.metrics():
             yield {
                 "subject": self.subject.label,
-                "dropped": list(map(str, self.subject.intervention.removed)),
+                "dropped": [str(removed) for removed in self.subject.intervention.removed],
                 "task": self.task,
                 "metric": metric,
                 "value": value,
                 "stderr": stderr,
-                "whole": before and before[1],
-                "retention": retention and retention.value,
-                "retention_low": retention and retention.low,
-                "retention_high": retention and retention.high,
+                "whole": whole_values.get(metric),
+                "retention": retention.value if retention else None,
+                "retention_low": retention.low if retention else None,
+                "retention_high": retention.high if retention else None,
             }
 
 
@@ -129,62 +130,83 @@ def evaluate(request: EvaluateRequest) -> Evaluations:
     """
     settings = request.settings
     tasks = [RedactedURI(task) for task in request.tasks]
-    subjects = _read_subjects(request.subjects, request.sparse, settings)
-    subjects = _with_bases(subjects, request.base)
-    checkpoints = {c.revision: c for subject in subjects for c in (subject.checkpoint, subject.base) if c}
+    subjects = _with_bases(_read_subjects(request.subjects, request.sparse, settings), request.base)
     with EvaluationSession.open(request.warehouse, settings, request.execution, request.on_event) as session:
-        models = [session.place(checkpoint, settings) for checkpoint in checkpoints.values()]
-        planned: dict[_Key, PlannedTask] = {
-            (model.checkpoint.revision, name): plan_task(
-                model,
-                name,
-                skip_questions=request.skip_questions,
-                limit=request.limit,
-                num_fewshot=request.num_fewshot,
-            )
-            for model, name in product(models, tasks)
-        }
+        planned: dict[_Key, PlannedTask] = {}
+        for checkpoint in _checkpoints(subjects):
+            model = session.place(checkpoint, settings)
+            for name in tasks:
+                planned[checkpoint.revision, name] = plan_task(
+                    model,
+                    name,
+                    skip_questions=request.skip_questions,
+                    limit=request.limit,
+                    num_fewshot=request.num_fewshot,
+                )
         _require_same_tokens(subjects, tasks, planned)
         if not request.allow_overlap:
             _refuse_overlaps(subjects, planned, tasks, Warehouse(request.warehouse))
-        row_starts = [
-            *filter(None, (row_start_task(t) for (_, name), t in planned.items() if name.startswith(PERPLEXITY)))
-        ]
-        work = {
-            task: [NO_INTERVENTION, *(x.intervention for x in subjects if x.checkpoint.revision == revision)]
-            for (revision, _), task in planned.items()
-        }
-        measured = session.measure(work | dict.fromkeys(row_starts, (NO_INTERVENTION,)))
-        for subject, task in product(subjects, tasks):
-            if subject.precision_plan:
-                session.keep_precision(
-                    planned[subject.checkpoint.revision, task], subject.intervention, subject.precision_plan
-                )
+        row_starts = _row_start_tasks(planned)
+        work: dict[PlannedTask, list[Intervention]] = {}
+        for (revision, _), task in planned.items():
+            changes = [subject.intervention for subject in subjects if subject.checkpoint.revision == revision]
+            work[task] = [NO_INTERVENTION, *changes]
+        for task in row_starts:
+            work[task] = [NO_INTERVENTION]
+        measured = session.measure(work)
+        for subject in subjects:
+            if subject.precision_plan is not None:
+                for name in tasks:
+                    evaluated = planned[subject.checkpoint.revision, name]
+                    session.keep_precision(evaluated, subject.intervention, subject.precision_plan)
     results = {key: measured[task] for key, task in planned.items()}
-    evaluations = [
-        evaluation for subject, task in product(subjects, tasks) for evaluation in _compare(subject, task, results)
+    evaluations: list[Evaluation] = []
+    for subject in subjects:
+        for name in tasks:
+            evaluations += _compare(subject, name, results)
+    findings = [
+        *_sparsity_findings(subjects, tasks, results),
+        *_precision_findings(subjects),
+        *_guess_findings(evaluations),
     ]
-    return Evaluations(
-        evaluations,
-        findings=[
-            *_sparsity_findings(subjects, tasks, results),
-            *(f"{subject.label}: {plan.describe()[0]}" for subject in subjects if (plan := subject.precision_plan)),
-            *_guess_findings(evaluations),
-            *(finding for task in row_starts for finding in _row_start_findings(task, measured[task])),
-        ],
-    )
+    for task in row_starts:
+        findings += _row_start_findings(task, measured[task])
+    return Evaluations(evaluations, findings=findings)
+
+
+def _checkpoints(subjects: Iterable[Subject]) -> list[Checkpoint]:
+    """Return the checkpoints of subjects and of their base models, each once."""
+    checkpoints: dict[str, Checkpoint] = {}
+    for subject in subjects:
+        checkpoints[subject.checkpoint.revision] = subject.checkpoint
+        if subject.base is not None:
+            checkpoints[subject.base.revision] = subject.base
+    return list(checkpoints.values())
+
+
+def _row_start_tasks(planned: Mapping[_Key, PlannedTask]) -> list[PlannedTask]:
+    """Return the tasks that read the texts of perplexities with another start of their rows."""
+    tasks = []
+    for (_, name), task in planned.items():
+        other = row_start_task(task) if name.startswith(PERPLEXITY) else None
+        if other is not None:
+            tasks.append(other)
+    return tasks
 
 
 def _require_same_tokens(
     subjects: Sequence[Subject], tasks: Sequence[str], planned: Mapping[_Key, PlannedTask]
 ) -> None:
     """Refuse a base model that reads a task in other tokens, because its samples cannot be paired."""
-    for subject, name in product(subjects, tasks):
-        if len({planned[model.revision, name].task.key for model in (subject.checkpoint, subject.whole)}) > 1:
-            raise ConfigError(
-                f"{subject.whole.name} and {subject.label} read {RedactedURI(name)} in different tokens.",
-                "Name the model that it was made of with `base`.",
-            )
+    for subject in subjects:
+        for name in tasks:
+            own = planned[subject.checkpoint.revision, name].task
+            whole = planned[subject.whole.revision, name].task
+            if own.key != whole.key:
+                raise ConfigError(
+                    f"{subject.whole.name} and {subject.label} read {RedactedURI(name)} in different tokens.",
+                    "Name the model that it was made of with `base`.",
+                )
 
 
 def _refuse_overlaps(
@@ -192,11 +214,12 @@ def _refuse_overlaps(
 ) -> None:
     """Refuse text that was read on the way to a checkpoint or to the plans of its subjects."""
     corpora = [name.full.removeprefix(PERPLEXITY) for name in names if name.startswith(PERPLEXITY)]
-    for checkpoint in {task.checkpoint.revision: task.checkpoint for task in planned.values()}.values():
-        tasks = [task.task for (revision, _), task in planned.items() if revision == checkpoint.revision]
-        plans = [
-            plan for subject in subjects if subject.checkpoint.revision == checkpoint.revision for plan in subject.plans
-        ]
+    for checkpoint in _checkpoints(subjects):
+        tasks = [planned[checkpoint.revision, name].task for name in names]
+        plans: list[AnyPlan] = []
+        for subject in subjects:
+            if subject.checkpoint.revision == checkpoint.revision:
+                plans += subject.plans
         refuse_seen(tasks, checkpoint, plans, warehouse, corpora)
 
 
@@ -219,33 +242,53 @@ def _sparsity_findings(
     subjects: Sequence[Subject], tasks: Sequence[str], results: Mapping[_Key, Sequence[Result]]
 ) -> Iterator[str]:
     """Yield a sentence on the realized sparsity of each sparsity plan on each task."""
-    for subject, name in product(subjects, tasks):
-        if plan := subject.sparsity_plan:
-            measured = {
-                (result.layer, result.metric.removeprefix(REALIZED)): result.value
-                for result in results[subject.checkpoint.revision, name]
-                if result.layer is not None
-                and result.intervention == subject.intervention.key
-                and result.metric.startswith(REALIZED)
-            }
-            if sentence := plan.describe_realized(measured):
+    for subject in subjects:
+        if subject.sparsity_plan is None:
+            continue
+        for name in tasks:
+            measured = _realized_sparsity(subject, results[subject.checkpoint.revision, name])
+            sentence = subject.sparsity_plan.describe_realized(measured)
+            if sentence:
                 yield f"{subject.label}, {name}: {sentence}"
+
+
+def _realized_sparsity(subject: Subject, results: Sequence[Result]) -> dict[tuple[int, str], float]:
+    """Return the share of zeros that a task measured in each linear map of a subject, by layer and name of the map."""
+    measured = {}
+    for result in results:
+        is_of_subject = result.intervention == subject.intervention.key
+        if is_of_subject and result.layer is not None and result.metric.startswith(REALIZED):
+            measured[result.layer, result.metric.removeprefix(REALIZED)] = result.value
+    return measured
+
+
+def _precision_findings(subjects: Sequence[Subject]) -> Iterator[str]:
+    """Yield a sentence on the bits per weight of each precision plan."""
+    for subject in subjects:
+        if subject.precision_plan is not None:
+            yield f"{subject.label}: {subject.precision_plan.describe()[0]}"
 
 
 def _guess_findings(evaluations: Iterable[Evaluation]) -> Iterator[str]:
     """Yield a sentence on the retention of a guess, for each task and whole model that a subject is compared with."""
-    compared = ((x.subject.whole.name, x.task, x.whole) for x in evaluations if x.whole)
-    for (model, task), same in grouped(compared, itemgetter(0, 1)).items():
-        rows = [{"score": None, "metric": whole.metric, "value": whole.value} for *_, whole in same]
+    rows_of_whole: dict[tuple[str, str], list[dict[str, Any]]] = {}
+    for evaluation in evaluations:
+        whole = evaluation.whole
+        if whole is not None:
+            rows = rows_of_whole.setdefault((evaluation.subject.whole.name, evaluation.task), [])
+            rows.append({"score": None, "metric": whole.metric, "value": whole.value})
+    for (model, task), rows in rows_of_whole.items():
         metric = primary_metric(rows)
-        if guess := kept_by_guess(rows, metric):
+        guess = kept_by_guess(rows, metric)
+        if guess:
             yield f"{task}: a guess keeps {guess:z.1%} of the {metric} of {model}."
 
 
 def _row_start_findings(planned: PlannedTask, results: Sequence[Result]) -> list[str]:
     """Return a sentence for a text that is far likelier with another start of its rows."""
     losses = {result.metric: result.value for result in results if not result.removed}
-    warning = row_start_warning(losses, planned.checkpoint.name, planned.task.name.removeprefix(ROW_START))
+    corpus = planned.task.name.removeprefix(ROW_START)
+    warning = row_start_warning(losses, planned.checkpoint.name, corpus)
     return [warning[1]] if warning else []
 
 
@@ -274,17 +317,17 @@ def _read_subjects(named: Sequence[str | AnyPlan], sparse: str | AnyPlan | None,
                 f"{added.label} is for {added.checkpoint.name}, and {subject.label} is another model.",
                 "Make a plan for each model.",
             )
-    copies = [
-        replace(
+    with_copies = []
+    for subject in subjects:
+        copy = replace(
             subject,
             label=f"{subject.label} + {added.label}",
             intervention=replace(subject.intervention, sparsity=added.intervention.sparsity),
             plans=(*subject.plans, *added.plans),
             sparsity_plan=added.sparsity_plan,
         )
-        for subject in subjects
-    ]
-    return [*chain.from_iterable(zip(subjects, copies, strict=True))]
+        with_copies += [subject, copy]
+    return with_copies
 
 
 def _read_subject(named: str | AnyPlan, settings: Settings) -> Subject:
@@ -298,9 +341,11 @@ def _read_subject(named: str | AnyPlan, settings: Settings) -> Subject:
         AvssError: there is no such model or file, or the plan does not fit the current state of its model.
     """
     if isinstance(named, ModelPlan):
-        plan, name = named, named.label
+        plan = named
+        name = named.label
     elif named.endswith((".yaml", ".yml")):
-        plan, name = _read_any_plan(named), named
+        plan = _read_any_plan(named)
+        name = named
     else:
         return Subject(checkpoint=resolve(named, trust_remote_code=settings.trust_remote_code), label=named)
     try:
@@ -356,25 +401,34 @@ def _require_same_layers(checkpoint: Checkpoint, file: str, plan: AnyPlan, setti
                 "Write that in the file; or, if the plan means another list of modules, name it with `layers`.",
             )
         lists = {plan.layers: lists[plan.layers]}
-    fitting = [modules for modules in lists.values() if len(modules) == plan.num_layers]
-    if not fitting:
-        numbers = " or ".join(map(str, sorted({len(modules) for modules in lists.values()})))
+    lists_of_that_length = [layers for layers in lists.values() if len(layers) == plan.num_layers]
+    if not lists_of_that_length:
+        lengths = sorted({len(layers) for layers in lists.values()})
+        numbers = " or ".join(map(str, lengths))
         raise PlanError(
             f"{file}: the key 'num_layers' is {plan.num_layers}, and {checkpoint.name} has {numbers} layers.",
             _ANOTHER_MODEL,
         )
-    if isinstance(plan, Plan) or len(fitting) > 1:
-        return
+    if not isinstance(plan, Plan) and len(lists_of_that_length) == 1:
+        _require_same_maps(checkpoint, file, plan, lists_of_that_length[0])
+
+
+def _require_same_maps(
+    checkpoint: Checkpoint, file: str, plan: SparsityPlan | PrecisionPlan, layers: nn.ModuleList
+) -> None:
+    """Refuse a plan with a linear map that the layers of its model do not have, or have in another size."""
     for number, entry in enumerate(plan.maps, start=1):
         where = f"{file}: map {number} of the key '{plan.key}', '{entry.map}' of layer {entry.layer},"
         try:
-            module = fitting[0][entry.layer].get_submodule(entry.map)
+            module = layers[entry.layer].get_submodule(entry.map)
         except AttributeError:
             raise PlanError(f"{where} is not in {checkpoint.name}.", _ANOTHER_MODEL) from None
-        if is_linear(module):  # unlike an activation that gates the MLP
-            inputs, outputs = linear_sizes(module)
-            if problem := entry.contradiction(checkpoint.name, outputs, inputs):
-                raise PlanError(f"{where} {problem}.", _ANOTHER_MODEL)
+        if not is_linear(module):  # an activation that gates the MLP
+            continue
+        inputs, outputs = linear_sizes(module)
+        problem = entry.contradiction(checkpoint.name, outputs, inputs)
+        if problem:
+            raise PlanError(f"{where} {problem}.", _ANOTHER_MODEL)
 
 
 def _with_bases(subjects: Sequence[Subject], base: str | Path | None) -> list[Subject]:
@@ -409,7 +463,8 @@ def _base_of(subject: Subject) -> Checkpoint | None:
         ConfigError: it is not there, or has changed. This is known before anything is measured.
     """
     folder = subject.checkpoint.folder
-    if not folder.is_dir() or (card := pruned_from(folder)) is None:
+    card = pruned_from(folder) if folder.is_dir() else None
+    if card is None:
         return None
     name, revision = card
     places = [str(folder.parent / basename(name)), name]
