@@ -117,10 +117,10 @@ class Ablation(TabularResult):
     @property
     def permutations(self) -> tuple[int, int]:
         """Number of truncated permutations of the Shapley values, and number of all permutations."""
-        shapley, shared = (
-            [results[name].samples for results in self.layers.values() if name in results] for name in (SHAPLEY, SHARED)
-        )
-        return int(np.any(shared, axis=0).sum()) if shared else 0, max(map(len, shapley), default=0)
+        numbers = [len(results[SHAPLEY].samples) for results in self.layers.values() if SHAPLEY in results]
+        shared = [results[SHARED].samples for results in self.layers.values() if SHARED in results]
+        truncated = int(np.any(shared, axis=0).sum()) if shared else 0
+        return truncated, max(numbers, default=0)
 
     def table(self) -> pa.Table:
         """Return a table with a row for each layer, with null for values that were not measured.
@@ -128,9 +128,10 @@ class Ablation(TabularResult):
         ``damage`` is the mean of the layer's ranks by the two estimates that `registry.metrics_of` names; 1 is the
         lowest.
         """
-        ranks = mean_ranks(
-            "damage", [(name, layer, x.value) for layer, results in self.layers.items() for name, x in results.items()]
-        )
+        values = []
+        for layer, results in self.layers.items():
+            values += [(name, layer, result.value) for name, result in results.items()]
+        ranks = mean_ranks("damage", values)
         return pa.Table.from_pylist([_row(layer, results, ranks.get(layer)) for layer, results in self.layers.items()])
 
     def summary(self) -> str:
@@ -141,24 +142,32 @@ class Ablation(TabularResult):
 def _row(layer: int, results: Mapping[str, Result], damage: float | None) -> dict[str, Any]:
     values = {name: result.value for name, result in results.items()}
     errors = {name: result.stderr for name, result in results.items()}
-    shapley, low, high = results.get(SHAPLEY), None, None
-    if shapley is not None and len(shapley.samples) >= MINIMUM_UNITS:  # over permutations
-        low, high = map(float, jackknife_interval(np.array(shapley.value), shapley.left_out))
-    return {
+    row = {
         "layer": layer,
         "loss": values.get(LOSS),
         "increase": values.get("increase"),
         "increase_stderr": errors.get("increase"),
-        **{part: values.get(part) for part in PARTS},
-        **{f"{part}_stderr": errors.get(part) for part in PARTS},
-        "shapley": values.get(SHAPLEY),
-        "shapley_low": low,
-        "shapley_high": high,
-        "shapley_shared": values.get(SHARED),
-        "damage": damage,
-        **{name: values.get(name) for name in ESTIMATED},
-        "predicted_stderr": errors.get(metrics_of("predicted")[0]),
     }
+    for part in PARTS:
+        row[part] = values.get(part)
+    for part in PARTS:
+        row[f"{part}_stderr"] = errors.get(part)
+    row["shapley"] = values.get(SHAPLEY)
+    row["shapley_low"], row["shapley_high"] = _interval(results.get(SHAPLEY))
+    row["shapley_shared"] = values.get(SHARED)
+    row["damage"] = damage
+    for name in ESTIMATED:
+        row[name] = values.get(name)
+    row["predicted_stderr"] = errors.get(metrics_of("predicted")[0])
+    return row
+
+
+def _interval(shapley: Result | None) -> tuple[float | None, float | None]:
+    """Return the ends of the 95% interval of a Shapley value over its permutations. None for too few of them."""
+    if shapley is None or len(shapley.samples) < MINIMUM_UNITS:
+        return None, None
+    low, high = jackknife_interval(np.array(shapley.value), shapley.left_out)
+    return float(low), float(high)
 
 
 def ablate(request: AblateRequest) -> Ablation:
@@ -187,12 +196,17 @@ def ablate(request: AblateRequest) -> Ablation:
         _require_intended(request, model, text)
         planned = [model.plan(task) for task in _tasks(request, corpus, text, model.settings)]
         missing = _missing(session, planned)
-        if needed := estimate_memory(model, missing, session.executor.devices):
+        needed = estimate_memory(model, missing, session.executor.devices)
+        if needed:
             on_event(needed)
         results = session.measure({task: [NO_INTERVENTION] for task in planned})
-    removed, rounded = list[Result](), list[Result]()
+    removed: list[Result] = []
+    rounded: list[Result] = []
     for task, measured in results.items():
-        (rounded if task.task.name.startswith((ROUNDING_TASK, ROUNDED_LOSS)) else removed).extend(measured)
+        if task.task.name.startswith((ROUNDING_TASK, ROUNDED_LOSS)):
+            rounded += measured
+        else:
+            removed += measured
     return _ablation(str(request.model), corpus, removed, _sensitivity(request.formats, rounded))
 
 
@@ -223,27 +237,28 @@ def _require_intended(request: AblateRequest, model: PlacedModel, text: CorpusPl
 def _tasks(request: AblateRequest, corpus: RedactedURI, text: CorpusPlan, settings: Settings) -> Iterator[Task]:
     """Yield the task of each requested measurement of a text that was read with these settings."""
     seen = seen_text(text, settings, ABLATION)
-    measures: list[tuple[object, str, Callable[[Shard], Measure]]] = [
-        (request.gradients, SCORES["taylor"].task, Gradients),
-        (request.leave_one_out, SCORES["loss"].task, LeaveOneOut),
-        (request.sublayers, SUBLAYER_LOSS, partial(LeaveOneOut, sublayers=True)),
-        (request.damage, DAMAGE_TASK, Damage),
-        (request.formats, ROUNDING_TASK, partial(RoundingDamage, formats=request.formats)),
-        *(
-            (request.rounded_layers, f"{ROUNDED_LOSS}{name}:", partial(RoundedLosses, format=name))
-            for name in request.formats
-        ),
-    ]
-    options = {"text": fingerprint(shards=[shard.content_hash for shard in text.shards])}
-    for is_requested, prefix, measure in measures:
-        if is_requested:
-            is_rounded = prefix.startswith((ROUNDING_TASK, ROUNDED_LOSS))
-            yield Task(
-                name=f"{prefix}{corpus}",
-                parts=tuple(map(measure, text.shards)),
-                options=options if is_rounded else {},
-                read=(replace(seen, use=PRECISION) if is_rounded else seen,),
-            )
+
+    def task(prefix: str, measure: Callable[[Shard], Measure]) -> Task:
+        return Task(name=f"{prefix}{corpus}", parts=tuple(map(measure, text.shards)), read=(seen,))
+
+    if request.gradients:
+        yield task(SCORES["taylor"].task, Gradients)
+    if request.leave_one_out:
+        yield task(SCORES["loss"].task, LeaveOneOut)
+    if request.sublayers:
+        yield task(SUBLAYER_LOSS, partial(LeaveOneOut, sublayers=True))
+    if request.damage:
+        yield task(DAMAGE_TASK, Damage)
+    shards = fingerprint(shards=[shard.content_hash for shard in text.shards])
+
+    def rounding_task(prefix: str, measure: Callable[[Shard], Measure]) -> Task:
+        return replace(task(prefix, measure), options={"text": shards}, read=(replace(seen, use=PRECISION),))
+
+    if request.formats:
+        yield rounding_task(ROUNDING_TASK, partial(RoundingDamage, formats=request.formats))
+    if request.rounded_layers:
+        for name in request.formats:
+            yield rounding_task(f"{ROUNDED_LOSS}{name}:", partial(RoundedLosses, format=name))
     if request.shapley:
         seeds = np.random.SeedSequence(request.seed).generate_state(request.shapley).tolist()
         chunks = [tuple(seeds[i : i + PERMUTATIONS_PER_CELL]) for i in range(0, len(seeds), PERMUTATIONS_PER_CELL)]
@@ -269,7 +284,8 @@ def _by_place(
         by_place[place_of(result)][result.metric] = result
     whole = by_place.pop(None, {}).get(LOSS)
     for measured in by_place.values():
-        if whole and (loss := measured.get(LOSS)):
+        loss = measured.get(LOSS)
+        if whole and loss:
             measured["increase"] = replace(loss, samples=loss.samples - whole.samples)
     return whole, by_place
 

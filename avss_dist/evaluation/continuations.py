@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from itertools import islice, zip_longest
 
 from avss_dist.core.errors import ModelError
 from avss_dist.core.intervention import Intervention, InterventionKey
@@ -37,16 +36,17 @@ def held_out_prompts(model: PlacedModel, texts: Sequence[str], *, skip_sequences
         return []
     tokens = min(PROMPT_TOKENS, model.settings.sequence_length // 2)
     reading = model.reading(max_sequences=PROMPTS, skip_sequences=skip_sequences).settings
-    rows = [
-        [
-            ids[:length]
-            for shard in plan_text(model.checkpoint, text, reading).shards
-            for ids, length in zip(shard.input_ids, shard.lengths, strict=True)
-        ]
-        for text in texts
-    ]
-    in_turn = (row for same_place in zip_longest(*rows) for row in same_place if row is not None)
-    return [tuple(row[:tokens].tolist()) for row in islice(in_turn, PROMPTS)]
+    starts: list[list[Prompt]] = []
+    for text in texts:
+        of_text: list[Prompt] = []
+        for shard in plan_text(model.checkpoint, text, reading).shards:
+            for ids, length in zip(shard.input_ids, shard.lengths, strict=True):
+                of_text.append(tuple(ids[: min(length, tokens)].tolist()))
+        starts.append(of_text)
+    in_turn: list[Prompt] = []
+    for number in range(PROMPTS):
+        in_turn += [of_text[number] for of_text in starts if number < len(of_text)]
+    return in_turn[:PROMPTS]
 
 
 def continue_prompts(
@@ -70,15 +70,12 @@ def continue_prompts(
     tokenizer = load_tokenizer(model.checkpoint)
     continuations = []
     for variant, intervention in variants.items():
-        samples = {
-            row["part"]: row["samples"]
-            for row in session.store.cells(planned.run_id(intervention)).to_pylist()
-            if InterventionKey.of_row(row) == intervention.key
-        }
+        generated = {}
+        for row in session.store.cells(planned.run_id(intervention)).to_pylist():
+            if InterventionKey.of_row(row) == intervention.key:
+                generated[row["part"]] = [int(token) for token in row["samples"]]
         for number, ids in enumerate(prompts):
-            prompt, text = (
-                tokenizer.decode([int(token) for token in tokens], skip_special_tokens=True)
-                for tokens in (ids, samples[number])
-            )
+            prompt = tokenizer.decode(list(ids), skip_special_tokens=True)
+            text = tokenizer.decode(generated[number], skip_special_tokens=True)
             continuations.append({"prompt": prompt, "model": variant, "text": text})
     return continuations, []

@@ -64,36 +64,40 @@ def plan_precision(request: PrecisionRequest, store: Warehouse, run: Mapping[str
     evaluation, values, available = _measured(store, run, request.formats, by)
     formats = [name for name in available if name in (request.formats or available)]
     maps = sorted({(place.layer, place.path or "") for place in values[by]})
-    places = [[RoundedPlace(layer=layer, path=path, format=name) for name in formats] for layer, path in maps]
-    damage, bits = (
-        np.array([[values[metric][place] for place in row] for row in places], np.float64)
-        for metric in (by, BITS_PER_WEIGHT)
-    )
-    weights = np.array([round(values[NUM_WEIGHTS][row[0]]) for row in places], np.float64)
-    bits *= weights[:, None]
+    shape = (len(maps), len(formats))
+    damage = np.empty(shape)
+    bits = np.empty(shape)  # of all weights of a map
+    weights = np.empty(len(maps))
+    for number, (layer, path) in enumerate(maps):
+        places = [RoundedPlace(layer=layer, path=path, format=name) for name in formats]
+        weights[number] = round(values[NUM_WEIGHTS][places[0]])
+        damage[number] = [values[by][place] for place in places]
+        bits[number] = [values[BITS_PER_WEIGHT][place] * weights[number] for place in places]
     chosen = _choose(request, damage, bits, _budget(request, run, weights, bits))
-    rounded = [
-        MapPrecision(
+    rounded = []
+    for number, (layer, path) in enumerate(maps):
+        index = int(chosen[number])
+        precision = MapPrecision(
             layer=layer,
             map=path,
             format=formats[index],
             weights=int(weights[number]),
             bits=float(bits[number, index] / weights[number]),
         )
-        for number, ((layer, path), index) in enumerate(zip(maps, chosen.tolist(), strict=True))
-    ]
+        rounded.append(precision)
+    why = {"by": request.by, "formats": ", ".join(formats), f"sum_of_{by}": round(total(damage, chosen), 6)}
+    if request.bits:
+        why["bits"] = request.bits
+    else:
+        why["memory"] = describe_bytes(request.memory or 0)
+    if request.by == "random":
+        why["seed"] = request.seed
     plan = PrecisionPlan(
         model=run["model"],
         revision=run["revision"],
         num_layers=run["num_layers"] or 1 + max(layer for layer, _ in maps),
         bits=float(total(bits, chosen) / weights.sum()),
-        why={
-            "by": request.by,
-            "formats": ", ".join(formats),
-            f"sum_of_{by}": round(total(damage, chosen), 6),
-            **({"bits": request.bits} if request.bits else {"memory": describe_bytes(request.memory or 0)}),
-            **({"seed": request.seed} if request.by == "random" else {}),
-        },
+        why=why,
         run_id=None if run.get("status") == MEASURED_ONLY else run["run_id"],
         evaluation=evaluation,
         seen=_seen(store, evaluation),
@@ -179,13 +183,16 @@ def _seen(store: Warehouse, evaluation: str) -> tuple[SeenText, ...]:
 
 def _findings(by: str, damage: Float64, chosen: Choice, formats: Sequence[str]) -> Iterator[str]:
     """Yield a sentence on each format of a plan that costs so much that its prediction means little, and on falls."""
-    for index in sorted(set(chosen.tolist())) if by != "output_error" else ():
-        if (rise := float(damage[:, index].sum())) > MAX_RISE:
+    predicts_loss = by != "output_error"
+    for index in sorted(set(chosen.tolist())) if predicts_loss else ():
+        rise = float(damage[:, index].sum())
+        if rise > MAX_RISE:
             yield (
                 f"Rounding every linear map to {formats[index]} is predicted to cost {rise:.2g} nats per token. "
                 "Predictions are of small changes, and too low for this one: choose from other formats."
             )
-    if (fall := -total(np.minimum(damage, 0.0), chosen)) > MAX_FALL:
+    fall = -total(np.minimum(damage, 0.0), chosen)
+    if fall > MAX_FALL:
         yield (
             f"Some linear maps are predicted to lower the loss when they are rounded, by {fall:.2g} nats per token "
             f"together. That is so on the text of the prediction: for other text, choose `by` {SECOND_ORDER}."
@@ -265,7 +272,8 @@ def _named(plan: PrecisionPlan, library: str, program: str) -> list[tuple[MapPre
 
     model, _ = load_skeleton(find_checkpoint(plan.model), Settings())
     layers = find_layers(model, Settings())
-    if foreign := sorted({e.format for e in plan.rounded if FORMATS[e.format].module != library}):
+    foreign = sorted({entry.format for entry in plan.rounded if FORMATS[entry.format].module != library})
+    if foreign:
         own = [name for name in fitting(_shapes_in(layers)) if FORMATS[name].module == library]
         hint = f"Choose from its formats for this model: {', '.join(own)}."
         raise PlanError(f"{program} does not have {', '.join(foreign)}.", hint)
@@ -292,12 +300,14 @@ def llama_cpp(plan: PrecisionPlan) -> str:
     entries = _named(plan, "gguf", "llama.cpp")
     architecture = str(text_config(resolve(plan.model)).get_text_config().model_type)
     architectures = {name.replace("-", ""): key for key, name in MODEL_ARCH_NAMES.items()}
-    if (key := architectures.get(re.sub("[^a-z0-9]|text$", "", architecture))) is None:
+    key = architectures.get(re.sub("[^a-z0-9]|text$", "", architecture))
+    if key is None:
         raise PlanError(f"The library gguf does not know the architecture {architecture}.", "Use another `format`.")
     tensors = get_tensor_name_map(MODEL_ARCH(key), plan.num_layers)
     lines = []
     for entry, module in entries:
-        if (name := tensors.get_name(module, try_suffixes=(".weight", ""))) is None:
+        name = tensors.get_name(module, try_suffixes=(".weight", ""))
+        if name is None:
             raise PlanError(f"The library gguf has no name for '{entry.map}' of layer {entry.layer} of {architecture}.")
         lines.append(f"{re.escape(name)}\\.weight={FORMATS[entry.format].type.lower()}\n")
     return "".join(lines)

@@ -151,7 +151,8 @@ def plan_fits(
         ConfigError: no repair can be fitted in the partition.
         CorpusError: a text cannot be read, or is too short.
     """
-    checkpoint, settings = model.checkpoint, model.reading(**reading).settings
+    checkpoint = model.checkpoint
+    settings = model.reading(**reading).settings
     if checkpoint.gguf:
         raise PlanError(
             f"'{checkpoint.name}' is a .gguf file.", "Repair the safetensors checkpoint that it was made from."
@@ -160,10 +161,13 @@ def plan_fits(
     texts = tuple(plan_text(checkpoint, split_weight(corpus)[0], settings) for corpus in corpora)
     batches = sum(text.num_batches(settings.batch_size) for text in texts)
     model = replace(model, settings=settings, placement=with_copies(model.placement, min(copies, batches)))
-    chosen = [Repair(by=by, corpora=tuple(corpora), settings=settings) for by in repairs]
-    fits = {repair.by: (FitRepair(repair=repair, layers=layers, texts=texts),) for repair in chosen}
     names = ",".join(map(RedactedURI, corpora))
-    return {by: model.plan(Task(name=f"{REPAIR}{by}:{names}", parts=fit)) for by, fit in fits.items()}
+    fits = {}
+    for by in repairs:
+        repair = Repair(by=by, corpora=tuple(corpora), settings=settings)
+        fit = FitRepair(repair=repair, layers=layers, texts=texts)
+        fits[by] = model.plan(Task(name=f"{REPAIR}{by}:{names}", parts=(fit,)))
+    return fits
 
 
 def fit_of(planned: PlannedTask) -> FitRepair:
@@ -192,30 +196,40 @@ def fit_repairs(session: EvaluationSession, requested: Sequence[tuple[PlannedTas
         AvssError: a mistake, or a fit that failed. Other patches remain in the warehouse.
     """
     fits = [fit for fit, _ in requested]
-    fitted, missing = _stored_patches(session, fits), []
-    for fit, drops in sorted(requested, key=lambda fit: -[*REPAIRS].index(fit_of(fit[0]).repair.by)):
+    fitted = _stored_patches(session, fits)
+    missing = []
+    for fit, drops in sorted(requested, key=lambda request: _unknowns_rank(request[0]), reverse=True):
         every_layer = REPAIRS[fit_of(fit).repair.by].every_layer
-        missing += [
-            cell
-            for drop in drops
-            if drop and (every_layer or drop != tuple(range(len(drop))))
-            for cell in fit.cells([Intervention(removed=drop)])
-            if not (session.is_known(cell) if session.fresh else (fit, drop) in fitted)
-        ]
+        for drop in drops:
+            no_layer_before = drop == tuple(range(len(drop)))
+            if not drop or (no_layer_before and not every_layer):
+                continue
+            for cell in fit.cells([Intervention(removed=drop)]):
+                is_stored = session.is_known(cell) if session.fresh else (fit, drop) in fitted
+                if not is_stored:
+                    missing.append(cell)
     session.run(missing, dict.fromkeys(fits, (NO_INTERVENTION,)), fits=True)
     return _stored_patches(session, fits)
+
+
+def _unknowns_rank(fit: PlannedTask) -> int:
+    """Return the place of the repair of a fit among all repairs, in ascending order of unknowns."""
+    return list(REPAIRS).index(fit_of(fit).repair.by)
 
 
 def _stored_patches(session: EvaluationSession, fits: Iterable[PlannedTask]) -> Patches:
     """Return the stored patches that cells of these tasks have fitted."""
     storage = session.store.storage
     stored = storage.patch_keys()
-    return {
-        (fit, decode_removals(row["drop"])): EncodedPatch(row["patch"], partial(_read_patch, storage, row["patch"]))
-        for fit in (fits if stored else ())
-        for row in session.store.cells(fit.run_id()).to_pylist()
-        if row["patch"] in stored
-    }
+    patches: dict[tuple[PlannedTask | None, Removals], EncodedPatch] = {}
+    if not stored:
+        return patches
+    for fit in fits:
+        for row in session.store.cells(fit.run_id()).to_pylist():
+            key = row["patch"]
+            if key in stored:
+                patches[fit, decode_removals(row["drop"])] = EncodedPatch(key, partial(_read_patch, storage, key))
+    return patches
 
 
 _read_patch = lru_cache(maxsize=1)(Storage.read_patch)  # of several cells in a row
@@ -230,7 +244,8 @@ def fit_plan(request: PruneRequest, plan: Plan, repair: Repair) -> Repaired:
         AvssError: a mistake, including everything that `pruning.checkpoint.prune` refuses, before the fit begins; or
             the fit failed.
     """
-    execution, settings = request.execution, repair.settings
+    execution = request.execution
+    settings = repair.settings
     require_free(Path(request.output))
     require_changeable(execution.partition)
     find_cuts(plan, every_layer=REPAIRS[repair.by].every_layer)
@@ -247,10 +262,10 @@ def fit_plan(request: PruneRequest, plan: Plan, repair: Repair) -> Repaired:
         EvaluationSession.open(warehouse, settings, execution, request.on_event) as session,
     ):
         model = session.place(checkpoint, settings)
-        planned = partial(plan_fits, model, plan.layers, [repair.by], repair.corpora)
-        fit, copies = planned()[repair.by], copies_of(model.placement, model.settings, session)
+        fit = plan_fits(model, plan.layers, [repair.by], repair.corpora)[repair.by]
+        copies = copies_of(model.placement, model.settings, session)
         (cell,) = fit.cells([plan.intervention])
         if copies > 1 and not session.is_known(cell):
-            fit = planned(copies)[repair.by]
+            fit = plan_fits(model, plan.layers, [repair.by], repair.corpora, copies)[repair.by]
         patches = fit_repairs(session, [(fit, [plan.intervention.removed])])
         return read_repaired(patches[fit, plan.intervention.removed])

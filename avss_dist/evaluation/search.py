@@ -5,7 +5,7 @@ See SLEB, Song et al., arXiv 2402.09025.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
@@ -17,6 +17,7 @@ from avss_dist.core.intervention import Intervention, Removals
 from avss_dist.core.registry import GREEDY, LOSS, SEARCH
 from avss_dist.core.text import RedactedURI, describe_layers
 from avss_dist.corpus import seen
+from avss_dist.corpus.shards import CorpusPlan
 from avss_dist.distillation.curve import ignore
 from avss_dist.evaluation.events import SearchStep
 from avss_dist.evaluation.repairs import fit_of, fit_repairs, plan_fits
@@ -147,16 +148,12 @@ def searching(session: EvaluationSession, model: PlacedModel, corpus: str) -> It
         drops = _expand(base, layers)
         missing = [removed for removed in drops if removed not in results]
         chunks = [missing[start : start + SETS_PER_CELL] for start in range(0, len(missing), SETS_PER_CELL)]
-        cells = [
-            planned.cell(
-                part,
-                replace(measure, layers=tuple(layer for removed in chunk for layer in removed if layer not in base)),
-                Intervention(removed=base),
-            )
-            for part, measure in enumerate(planned.task.parts)
-            for chunk in chunks
-            if isinstance(measure, LeaveOneOut)
-        ]
+        cells = []
+        for part, measure in enumerate(planned.task.parts):
+            assert isinstance(measure, LeaveOneOut)
+            for chunk in chunks:
+                added = [layer for removed in chunk for layer in removed if layer not in base]
+                cells.append(planned.cell(part, replace(measure, layers=tuple(added)), Intervention(removed=base)))
         if cells:
             session.run(cells)
             results.update(measured())
@@ -165,6 +162,23 @@ def searching(session: EvaluationSession, model: PlacedModel, corpus: str) -> It
     with session.keeping_workers():
         yield planned, losses
     session.results(planned)
+
+
+def _rows_to_fit(repair: str, model: PlacedModel, texts: Sequence[CorpusPlan]) -> int:
+    """Return the number of rows of each text that a repair needs at least. 0 for one that does with few.
+
+    Args:
+        texts: texts that the repair is fitted on; their rows are as long as those that are counted.
+    """
+    if REPAIRS[repair].form != "full":
+        return 0
+    width = text_config(model.checkpoint).get_text_config().hidden_size
+    tokens = sum(text.num_tokens for text in texts)
+    sequences = sum(text.num_sequences for text in texts)
+    tokens_of_row = max(1.0, tokens / sequences - SINK_TOKENS)
+    fitted_rows = REPAIRS[repair].tokens_needed(width, width) / tokens_of_row / len(texts)
+    with_held_back = fitted_rows * HELD_BACK / (HELD_BACK - 1)
+    return ceil(with_held_back) + 2  # because the held-back rows are rounded up
 
 
 def repaired_search(
@@ -193,19 +207,13 @@ def repaired_search(
     text = plan_text_task(model, request.corpus, prefix=SEARCH, use=seen.SEARCH)
     read = [*text.seen]
     if fit is not None:
-        final, enough = fit_of(fit), rows
-        if REPAIRS[repair].form == "full":  # rows of each text that suffice for a residual stream of this width
-            width = text_config(model.checkpoint).get_text_config().hidden_size
-            tokens, sequences = (sum(getattr(x, n) for x in final.texts) for n in ("num_tokens", "num_sequences"))
-            unknowns = REPAIRS[repair].tokens_needed(width, width) / max(1.0, tokens / sequences - SINK_TOKENS)
-            fitted = unknowns / len(final.texts) * HELD_BACK / (HELD_BACK - 1)
-            enough = max(rows, ceil(fitted) + 2)  # because the held-back rows are rounded up
+        final = fit_of(fit)
         fit = plan_fits(
             model,
             final.layers,
             [repair],
             final.repair.corpora,
-            max_sequences=enough,
+            max_sequences=max(rows, _rows_to_fit(repair, model, final.texts)),
             skip_sequences=final.repair.settings.skip_sequences,
         )[repair]
         read += [seen.seen_text(fitted, fit.settings, seen.SEARCH) for fitted in fit_of(fit).texts]
@@ -221,25 +229,21 @@ def repaired_search(
     def searched_plan(**size: Any) -> Plan:
         choice = Choice(by=GREEDY, first=request.first, last=request.last, **size)
         layers = make_plan(count=1).num_layers
-        pool = make_plan(count=min(POOL * choice.number(layers), len(choice.unprotected(layers)), layers - 1))
-        removed, steps = greedy_search(pool.dropped_layers, choice.number(layers), losses)
-        return replace(
-            pool,
-            drop=removed,
-            why={
-                **reasons(choice),
-                "among": describe_layers(pool.dropped_layers),
-                "repair": repair,
-                "sets": steps[-1].sets,
-                "loss": round(steps[-1].best.value, 6),
-                "text": str(RedactedURI(request.corpus)),
-                "sequences": text.settings.max_sequences,
-                "evaluation": text.run_id(),
-                "task": text.task.name,
-            },
-            findings=(CHOSEN_HERE,),
-            evaluated=(),
-            seen=seen.distinct([*pool.seen, *read]),
-        )
+        number = choice.number(layers)
+        pool = make_plan(count=min(POOL * number, len(choice.unprotected(layers)), layers - 1))
+        removed, steps = greedy_search(pool.dropped_layers, number, losses)
+        why = {
+            **reasons(choice),
+            "among": describe_layers(pool.dropped_layers),
+            "repair": repair,
+            "sets": steps[-1].sets,
+            "loss": round(steps[-1].best.value, 6),
+            "text": str(RedactedURI(request.corpus)),
+            "sequences": text.settings.max_sequences,
+            "evaluation": text.run_id(),
+            "task": text.task.name,
+        }
+        every_text = seen.distinct([*pool.seen, *read])
+        return replace(pool, drop=removed, why=why, findings=(CHOSEN_HERE,), evaluated=(), seen=every_text)
 
     return searched_plan

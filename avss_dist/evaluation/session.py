@@ -36,8 +36,7 @@ from avss_dist.pruning.map_plans import PrecisionPlan
 from avss_dist.pruning.seen import READ
 from avss_dist.pruning.selection import PlanError
 from avss_dist.runs.local import Executor, open_executor
-from avss_dist.tasks.task import Cell, CellOutcome, CellResult, Measure, Result, Task, combine
-from avss_dist.warehouse.reader import grouped
+from avss_dist.tasks.task import Cell, CellOutcome, CellResult, Measure, Result, Row, Task, combine
 from avss_dist.warehouse.schema import RunIdentity
 from avss_dist.warehouse.store import Store
 
@@ -139,7 +138,9 @@ class EvaluationSession:
     def __init__(
         self, store: Store, executor: Executor, execution: Execution | None = None, on_event: OnEvent | None = None
     ) -> None:
-        self.store, self.executor, self.execution = store, executor, execution or Execution()
+        self.store = store
+        self.executor = executor
+        self.execution = execution or Execution()
         self.fresh = self.execution.fresh
         self.on_event = ignore if on_event is None else on_event
         self._measured: defaultdict[str, set[str]] = defaultdict(set)  # ids of this session's cells, by evaluation
@@ -190,37 +191,23 @@ class EvaluationSession:
 
         Each loss is written with its perplexity.
         """
+        settings = {**planned.settings.as_dict(), **planned.task.options}
+        if planned.task.read:
+            settings[READ] = [text.values() for text in planned.task.read]
         results = []
         for run_id in dict.fromkeys(map(planned.run_id, interventions)):
-            rows = self.store.cells(run_id).to_pylist()
-            if not (combined := combine(rows, len(planned.task.parts))):
+            cells = self.store.cells(run_id).to_pylist()
+            combined = combine(cells, len(planned.task.parts))
+            if not combined:
                 continue
-            by_place = grouped(rows, lambda row: (InterventionKey.of_row(row), row["layer"]))
-            seconds = {place: sum(row["seconds"] or 0.0 for row in same) for place, same in by_place.items()}
-            settings = {**planned.settings.as_dict(), **planned.task.options}
-            if planned.task.read:
-                settings[READ] = [text.values() for text in planned.task.read]
             common = {
                 "task": planned.task.name,
                 "settings": json.dumps(settings),
                 "versions": package_versions(),
                 "created_at": datetime.now(UTC),
             }
-            evaluations = [
-                {
-                    **common,
-                    **result.intervention.row(),
-                    "layer": result.layer,
-                    "num_samples": len(result.samples),
-                    "metric": metric,
-                    "value": value,
-                    "stderr": stderr,
-                    "seconds": seconds[result.intervention, result.layer],
-                }
-                for result in combined
-                for metric, value, stderr in result.metrics()
-            ]
-            self.store.write_rows("evaluations", identity(planned.checkpoint, run_id, rows[0]["family"]), evaluations)
+            rows = [{**common, **row} for row in _evaluation_rows(combined, cells)]
+            self.store.write_rows("evaluations", identity(planned.checkpoint, run_id, cells[0]["family"]), rows)
             results += combined
         return results
 
@@ -230,7 +217,8 @@ class EvaluationSession:
         Args:
             intervention: intervention of the results, which applies the plan.
         """
-        rounding, run_id = intervention.key.rounding, planned.run_id(intervention)
+        rounding = intervention.key.rounding
+        run_id = planned.run_id(intervention)
         common = {"rounding": rounding, "method": plan.why.get("by"), "created_at": datetime.now(UTC)}
         rows = [
             {
@@ -314,14 +302,9 @@ class EvaluationSession:
 
     def _write(self, cell: Cell, measured: CellResult) -> None:
         """Write the rows of a measured cell, and the patches that it has fitted."""
-        key = cell.intervention.key
-        rows = [
-            {
-                **key._replace(
-                    removed=key.removed if row.removed is None else row.removed,
-                    rounding=row.rounding or key.rounding,
-                    patch=key.patch if row.patch is None else self.store.storage.write_patch(row.patch),
-                ).row(),
+        rows = []
+        for row in measured.rows:
+            values = {
                 "task": cell.task,
                 "metric": row.metric,
                 "layer": row.layer,
@@ -332,10 +315,20 @@ class EvaluationSession:
                 "seconds": measured.seconds / len(measured.rows),
                 "created_at": datetime.now(UTC),
             }
-            for row in measured.rows
-        ]
+            rows.append({**self._key(cell, row).row(), **values})
         self.store.write_cell(identity(cell.checkpoint, cell.run_id, measured.family), cell.cell_id, rows)
         self._measured[cell.run_id].add(cell.cell_id)
+
+    def _key(self, cell: Cell, row: Row) -> InterventionKey:
+        """Return the intervention that a row of a cell describes. A patch that the cell has fitted is written."""
+        key = cell.intervention.key
+        if row.removed is not None:
+            key = key._replace(removed=row.removed)
+        if row.rounding:
+            key = key._replace(rounding=row.rounding)
+        if row.patch is not None:
+            key = key._replace(patch=self.store.storage.write_patch(row.patch))
+        return key
 
     def is_known(self, cell: Cell) -> bool:
         """Whether this session has measured a cell, or the warehouse has it, which does not count if it is fresh."""
@@ -349,12 +342,37 @@ class EvaluationSession:
         return list(rows.to_pylist())
 
 
+def _evaluation_rows(results: Iterable[Result], cells: Sequence[Mapping[str, Any]]) -> Iterator[dict[str, Any]]:
+    """Yield a row of ``evaluations`` for each metric of results, without the columns of the evaluation.
+
+    Args:
+        cells: rows of ``cells`` that the results were combined from.
+    """
+    seconds: defaultdict[tuple[InterventionKey, int | None], float] = defaultdict(float)
+    for cell in cells:
+        seconds[InterventionKey.of_row(cell), cell["layer"]] += cell["seconds"] or 0.0
+    for result in results:
+        for metric, value, stderr in result.metrics():
+            yield {
+                **result.intervention.row(),
+                "layer": result.layer,
+                "num_samples": len(result.samples),
+                "metric": metric,
+                "value": value,
+                "stderr": stderr,
+                "seconds": seconds[result.intervention, result.layer],
+            }
+
+
 def failure(failed: Sequence[tuple[Cell, AvssError]]) -> AvssError:
     """Return one error for all cells that failed: the first mistake, or else the first failure."""
-    cell, error = next(((c, e) for c, e in failed if not isinstance(e, RunFailed)), failed[0])
+    mistakes = [(cell, error) for cell, error in failed if not isinstance(error, RunFailed)]
+    cell, error = (mistakes or failed)[0]
     subject = f"{cell.task} of {cell.checkpoint.name}"
-    if removed := cell.intervention.removed:
-        subject += f" without {'layers ' if whole_layers(removed) else ''}{describe_removed(removed)}"
+    removed = cell.intervention.removed
+    if removed:
+        layers = "layers " if whole_layers(removed) else ""
+        subject += f" without {layers}{describe_removed(removed)}"
     more = f" {len(failed) - 1} more failed." if len(failed) > 1 else ""
     return type(error)(f"{subject}: {error.message}{more}", error.hint)
 
@@ -416,11 +434,10 @@ def checkpoint_of_run(run: Mapping[str, Any], *, trust_remote_code: bool) -> Che
     Raises:
         PlanError: the checkpoint has changed since it was scored.
     """
-    model, revision = str(run["model"]), run["revision"] or ""
-    checkpoint = resolve(
-        f"{model}@{revision}" if len(revision) == 40 else model,  # a commit
-        trust_remote_code=trust_remote_code,
-    )
+    model = str(run["model"])
+    revision = run["revision"] or ""
+    is_commit = len(revision) == 40
+    checkpoint = resolve(f"{model}@{revision}" if is_commit else model, trust_remote_code=trust_remote_code)
     if checkpoint.revision != revision:
         raise PlanError(
             f"{run['run_id']} is of {model} at {revision[:12]}; it is at {checkpoint.revision[:12]} now.",

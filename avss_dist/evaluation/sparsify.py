@@ -50,7 +50,8 @@ def sparsify(request: SparsifyRequest, run: Mapping[str, Any]) -> SparsityPlan:
     Raises:
         AvssError: a mistake, or a cell that failed. Measured cells remain in the warehouse.
     """
-    target, method, rule = request.target, request.method, request.rule
+    target = request.target
+    method = request.method
     maps = measured_maps(Warehouse(request.warehouse), run)
     seen = [*seen_by_run(run)]
     why: dict[str, Any] = {"by": method, "target": target}
@@ -67,7 +68,9 @@ def sparsify(request: SparsifyRequest, run: Mapping[str, Any]) -> SparsityPlan:
         with EvaluationSession.open(
             request.warehouse, request.settings, request.execution, request.on_event
         ) as session:
-            model, text, name = session.place(checkpoint, request.settings), None, f"{SPARSITY_TASK}{method}"
+            model = session.place(checkpoint, request.settings)
+            name = f"{SPARSITY_TASK}{method}"
+            text = None
             if method in READ_TEXT:
                 text = plan_text(checkpoint, corpus.full, model.settings)
                 name += f":{corpus}"
@@ -79,13 +82,15 @@ def sparsify(request: SparsifyRequest, run: Mapping[str, Any]) -> SparsityPlan:
                 session.run(planned.cells())
                 why["evaluation"] = planned.run_id()
                 rows = session.store.cells(planned.run_id()).sort_by("part").to_pylist()
-                by_place = grouped(rows, itemgetter("layer", "metric"))
-                return {place: np.sum([row["samples"] for row in same], axis=0) for place, same in by_place.items()}
+                sums: dict[tuple[int, str], Float64] = {}
+                for place, parts_of_place in grouped(rows, itemgetter("layer", "metric")).items():
+                    sums[place] = np.sum([row["samples"] for row in parts_of_place], axis=0)
+                return sums
 
             sparsities, reasons = _ALLOCATIONS[method](maps, target, text, measure)
         why |= reasons
     by = TOP_K if method in ("acttail", "wina") else THRESHOLD  # the largest inputs of each token, or of all
-    plan = plan_sparsity(run, maps, sparsities, by, why, seen, rule=rule, weighted=method == "wina")
+    plan = plan_sparsity(run, maps, sparsities, by, why, seen, rule=request.rule, weighted=method == "wina")
     identity = RunIdentity(run_id=run["run_id"], model=run["model"], revision=run["revision"], family=run["family"])
     key = str(plan.intervention.key.sparsity)
     common = {
@@ -111,29 +116,46 @@ Allocation = tuple[Float64, dict[str, Any]]
 
 def _by_damage(maps: Maps, target: float, text: CorpusPlan, measure: Measurement) -> Allocation:
     """Return the sparsities with the least damage."""
-    thresholds = {(map_.layer, map_.map): tuple(quantiles_of(read, LEVELS)[0].tolist()) for map_, read in maps.items()}
+    thresholds = {(map_.layer, map_.map): _thresholds(inputs, LEVELS) for map_, inputs in maps.items()}
     rows = measure(tuple(MapDamage(shard=shard, thresholds=thresholds) for shard in text.shards))
     damage = np.array([rows[map_.layer, f"{SECOND}:{map_.map}"] for map_ in maps])
     return knapsack(damage, LEVELS, map_sizes(maps), target), {}
 
 
+def _thresholds(inputs: LayerStats, levels: Float64) -> tuple[float, ...]:
+    """Return the thresholds under which shares of the inputs of a linear map lie.
+
+    Args:
+        levels: shares, float64[levels].
+    """
+    thresholds, _, _ = quantiles_of(inputs, levels)
+    return tuple(thresholds.tolist())
+
+
 def _by_paths(maps: Maps, target: float, text: CorpusPlan, measure: Measurement) -> Allocation:
     """Return sparsities with which each block meets the target, interpolated between two steps of its path."""
-    sparsities, places, layers = np.zeros(len(maps)), list(maps), np.array([map_.layer for map_ in maps])
-    blocks = {layer: np.flatnonzero(layers == layer) for layer in dict.fromkeys(layers.tolist())}
+    blocks: dict[int, list[int]] = {}  # places of the maps of each layer
+    for place, map_ in enumerate(maps):
+        blocks.setdefault(map_.layer, []).append(place)
+    every_map = list(maps)
     parts = []
     for layer, block in blocks.items():
-        members = [places[i] for i in block]
+        members = [every_map[place] for place in block]
         weights = {map_.map: map_.weights for map_ in members}
-        steps = {path: BASE * max(weights.values()) / number for path, number in weights.items()}
-        levels = {path: np.arange(step, 1 - 1e-9, step) for path, step in steps.items()}
-        thresholds = {map_.map: tuple(quantiles_of(maps[map_], levels[map_.map])[0].tolist()) for map_ in members}
+        largest = max(weights.values())
+        steps = {path: BASE * largest / number for path, number in weights.items()}
+        thresholds = {}
+        for map_ in members:
+            levels = np.arange(steps[map_.map], 1 - 1e-9, steps[map_.map])
+            thresholds[map_.map] = _thresholds(maps[map_], levels)
         parts.append(
             GreedyBlock(layer=layer, shards=tuple(text.shards), thresholds=thresholds, steps=steps, sizes=weights)
         )
-    rows, sizes = measure(tuple(parts)), map_sizes(maps)
+    rows = measure(tuple(parts))
+    sizes = map_sizes(maps)
+    sparsities = np.zeros(len(maps))
     for layer, block in blocks.items():
-        path = np.stack([rows[layer, f"{GREEDY}{places[i].map}"] for i in block], axis=1)
+        path = np.stack([rows[layer, f"{GREEDY}{every_map[place].map}"] for place in block], axis=1)
         sparsities[block] = interpolate_path(path, sizes[block], target)
     return sparsities, {"base_step": BASE}
 

@@ -173,9 +173,11 @@ def refuse_overlap(tasks: Iterable[Task], texts: Iterable[EarlierText]) -> None:
     """
     comparable = [task for task in tasks if _shards(task, TruthfulChoices) or _shards(task, TextLoss)]
     for task, earlier in product(comparable, texts if comparable else ()):
-        if asked := _shards(task, TruthfulChoices):
+        asked = _shards(task, TruthfulChoices)
+        if asked:
             _refuse_questions(task.name, asked, earlier)
-        if text := _shards(task, TextLoss):
+        text = _shards(task, TextLoss)
+        if text:
             _refuse_passages(task.name, text, earlier)
 
 
@@ -183,7 +185,8 @@ def _refuse_questions(name: str, asked: Sequence[Shard], earlier: EarlierText) -
     """Raise ConfigError if questions are prompts of an earlier text."""
     prompts = _prompts(earlier.read(), _tokenizer(earlier.checkpoint))
     questions = _prompts(asked, _tokenizer(earlier.checkpoint))
-    if shared := len(prompts & questions):
+    shared = len(prompts & questions)
+    if shared:
         raise ConfigError(
             f"{shared} of the {len(questions)} questions of {name} are prompts that {earlier.use}.",
             f"Ask others: with `skip_questions` {len(prompts)}, where that text is of the first questions of the file.",
@@ -268,31 +271,28 @@ def refuse_overlaps(
         ConfigError: see `refuse_overlap`.
     """
     task_option = "skip_sequences" if skip_option else None
-    fitted = [
-        EarlierText(
+    fitted = []
+    fits = []
+    for text in texts:
+        earlier = EarlierText(
             use=f"{use} ({text.source})",
             rows_end=skipped + text.num_sequences,
             read=partial(tuple, text.shards),
             checkpoint=model.checkpoint,
             skip_option=task_option,
         )
-        for text in texts
-    ]
+        fitted.append(earlier)
+        fits.append(Task(name=text.source, parts=tuple(map(TextLoss, text.shards))))
     before = earlier_texts(seen_by_checkpoint(model.checkpoint), model.checkpoint, skip_option=task_option)
     refuse_overlap(tasks, [*before, *chosen_on, *fitted])
-    refuse_overlap(
-        [Task(name=text.source, parts=tuple(map(TextLoss, text.shards))) for text in texts],
-        [replace(text, skip_option=skip_option) for text in chosen_on],
-    )
+    refuse_overlap(fits, [replace(text, skip_option=skip_option) for text in chosen_on])
 
 
 def _prompts(shards: Iterable[Shard], tokenizer: Any) -> set[str]:
     """Return the prompts of paired text, each once, without whitespace."""
-    return {
-        text
-        for shard in shards
-        if shard.pairing
-        for text in plain_text(
-            [ids[:start] for ids, start in zip(shard.input_ids, shard.pairing.starts, strict=True)], tokenizer
-        )
-    }
+    prompts: set[str] = set()
+    for shard in shards:
+        if shard.pairing:
+            ids = [row[:start] for row, start in zip(shard.input_ids, shard.pairing.starts, strict=True)]
+            prompts.update(plain_text(ids, tokenizer))
+    return prompts
