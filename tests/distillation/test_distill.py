@@ -357,8 +357,9 @@ def test_the_last_evaluation_is_named_as_that_of_the_written_checkpoint(distille
     rows = distilled[0].table().to_pylist()
     last = {row["tokens"] for row in rows if row["as_written"]}
     assert last == {distilled[0].record.after.tokens}
-    tokens = distilled_table(distilled[0]).columns[0].values
-    assert tokens[-1] == f"{distilled[0].record.after.tokens:,}, as written"
+    table = distilled_table(distilled[0])
+    (tokens, *_) = table.value_columns
+    assert tokens.text(table.rows[-1].values[tokens.key]) == f"{distilled[0].record.after.tokens:,}, as written"
 
 
 def test_lines_on_a_distillation_say_which_rows_were_trained_on_and_held_out(distilled: Observed) -> None:

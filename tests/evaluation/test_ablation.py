@@ -547,7 +547,9 @@ def test_the_page_shows_removed_layers_alone(measured: Path) -> None:
     store = Warehouse(measured)
     runs = store.runs().to_pylist()
     (section,) = _scorecards(store, runs, {run["run_id"]: "model" for run in runs})
-    shown = [name for column in section.tables[0].columns[:1] for name in column.values]  # type: ignore[union-attr]
+    table = section.tables[0]
+    (names, *_) = table.value_columns
+    shown = [row.values[names.key] for row in table.rows]
     assert "block influence" in shown and "error of outputs" not in shown
     assert len(shown) == len({*shown})
 
