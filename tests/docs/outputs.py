@@ -33,7 +33,8 @@ PICTURE = "layers.svg"  # which the first page shows
 WIDTH = 100  # columns of the terminal
 _PROGRESS = re.compile(r"^(\d\d:\d\d:\d\d |Planning |Needs about ).*\n", re.MULTILINE)
 """Lines of a log, which is no output: its times and the memory that is free are never the same."""
-_DURATION = re.compile(r"[\d.]+ (h|min|s)\b( \d+ (min|s)\b)? *")
+_DURATION = re.compile(r"[\d.]+ (h|min|s)\b( \d+ (min|s)\b)?")
+_FILLING = re.compile(r" +|[━─]+")  # its length depends on the width of a column of durations
 
 
 def prepare(folder: Path, text: Path) -> None:
@@ -116,8 +117,13 @@ def write(outputs: dict[str, str]) -> None:
 def differences(before: dict[str, str], after: dict[str, str]) -> Iterable[str]:
     """Yield the lines in which outputs differ, durations apart."""
     for block, output in after.items():
-        lines = [_DURATION.sub("TIME ", text).splitlines() for text in (before.get(block, ""), output)]
-        yield from difflib.unified_diff(*lines, "kept", block, lineterm="", n=0)
+        kept, printed = _without_durations(before.get(block, "")), _without_durations(output)
+        yield from difflib.unified_diff(kept, printed, "kept", block, lineterm="", n=0)
+
+
+def _without_durations(output: str) -> list[str]:
+    """Return the lines of an output that are the same in a run of another speed."""
+    return _FILLING.sub(" ", _DURATION.sub("TIME", output)).splitlines()
 
 
 def main() -> None:

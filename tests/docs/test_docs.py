@@ -19,7 +19,7 @@ from typing import Any
 
 import pytest
 import yaml
-from docs.outputs import GUIDES, WIDTH, guide, record
+from docs.outputs import GUIDES, WIDTH, differences, guide, record
 from support.command_line import commands as registered
 from support.documentation import DOCS, LEFT_OUT, OWN, PAGES, ROOT, abridged, code_blocks, commands, examples, read
 from support.reference import reference_markdown
@@ -135,6 +135,16 @@ def test_prose_names_only_runs_of_the_outputs() -> None:
     for name in GUIDES:
         for run_id in re.findall(r"\b[\w.-]+-[0-9a-f]{10}\b", read(guide(name))):
             assert run_id in printed, (name, run_id)
+
+
+def test_a_run_of_another_speed_has_the_same_outputs() -> None:
+    slow = {"avss run": "┏━━━━━━━━━━━━┓\n│ 1 min 39 s │\n└────────────┘\n"}
+    fast = {"avss run": "┏━━━━━━━━┓\n│ 40.0 s │\n└────────┘\n"}
+    assert not [*differences(slow, fast)]
+
+
+def test_other_numbers_of_an_output_differ() -> None:
+    assert [*differences({"avss show": "rank 1\n"}, {"avss show": "rank 2\n"})][-2:] == ["-rank 1", "+rank 2"]
 
 
 PRINTED = """before
