@@ -33,9 +33,14 @@ from avss_dist.pruning.plan import ModelPlan, Name, seen_lines
 from avss_dist.pruning.selection import PlanError
 
 MAX_UNITS = 10**9
-TOLERANCE = 1e-3  # of the mean of a plan, as its maps are written with six decimals
-MAP_TOLERANCE = 1e-5  # of a map's bits per weight, which are written with six digits
+TOLERANCE = 1e-3
+"""Largest difference between the mean that a plan names and that of its maps, which are written with six decimals."""
+MAP_TOLERANCE = 1e-5
+"""Largest error of a map's bits per weight, which are written with six digits."""
 POINT = 0.01
+"""A percentage point."""
+DECIMALS = 6
+"""Decimals of sparsities and of bits per weight in a plan's file."""
 Share = Annotated[float, Field(ge=0, lt=1)]
 
 
@@ -71,7 +76,10 @@ class MapPlan(PlannedMap):
     """Size or share of the criterion."""
 
     def __post_init__(self) -> None:
-        if self.by == TOP_K and self.inputs - int(self.value * self.inputs) < 1:
+        if self.by != TOP_K:
+            return
+        zeros = int(self.value * self.inputs)
+        if zeros >= self.inputs:
             raise PlanError(
                 f"`value` {self.value:g} leaves none of the {self.inputs} units of a token.", "Keep one at least."
             )
@@ -101,10 +109,14 @@ class MapPrecision(PlannedMap):
 
     def wrong_bits(self, *shapes: tuple[int, int]) -> str | None:
         """Return how the bits contradict the format of a map of one of these shapes (outputs, inputs), or None."""
-        possible = [FORMATS[self.format].bits(*shape) for shape in shapes]
-        if min(possible) - MAP_TOLERANCE <= self.bits <= max(possible) + MAP_TOLERANCE:
+        possible = [FORMATS[self.format].bits(outputs, inputs) for outputs, inputs in shapes]
+        minimum = min(possible)
+        maximum = max(possible)
+        if minimum - MAP_TOLERANCE <= self.bits <= maximum + MAP_TOLERANCE:
             return None
-        expected = " to ".join(f"{bits:.6g}" for bits in sorted({min(possible), max(possible)}))
+        expected = f"{minimum:.6g}"
+        if minimum < maximum:
+            expected += f" to {maximum:.6g}"
         return f"has `bits` {self.bits:g}, and {self.format} has {expected} bits per weight"
 
     def contradiction(self, model: str, outputs: int, inputs: int) -> str | None:
@@ -129,19 +141,24 @@ class LinearMapPlan(ModelPlan):
     comment: ClassVar[str]
 
     def __post_init__(self) -> None:
-        places = [(entry.layer, entry.map) for entry in self.maps]
-        planned, mean, last = getattr(self, self.budget), self.total / self.weights, max(layer for layer, _ in places)
-        unit = " bits per weight" if self.budget == "bits" else ""
-        PlanError.refuse(
-            (len({*places}) != len(places), f"`{self.key}` names a linear map twice.", None),
-            (last >= self.num_layers, f"There is no layer {last}: the model has {self.num_layers}, from 0.", None),
-            (
-                abs(planned - mean) > TOLERANCE,
-                f"`{self.budget}` is {planned:g}, and the maps of `{self.key}` have {mean:.6g}{unit} on average, each "
-                "by the number of its weights.",
-                f"Write {self.budget}: {mean:.6g}, or change the maps.",
-            ),
-        )
+        problems = []
+        places = {(entry.layer, entry.map) for entry in self.maps}
+        if len(places) < len(self.maps):
+            problems.append(PlanError(f"`{self.key}` names a linear map twice."))
+        last = max(entry.layer for entry in self.maps)
+        if last >= self.num_layers:
+            problems.append(PlanError(f"There is no layer {last}: the model has {self.num_layers}, from 0."))
+        actual_mean = self.total / self.weights
+        if abs(self.mean - actual_mean) > TOLERANCE:
+            unit = " bits per weight" if self.budget == "bits" else ""
+            problem = PlanError(
+                f"`{self.budget}` is {self.mean:g}, and the maps of `{self.key}` have {actual_mean:.6g}{unit} on "
+                "average, each by the number of its weights.",
+                f"Write {self.budget}: {actual_mean:.6g}, or change the maps.",
+            )
+            problems.append(problem)
+        if problems:
+            raise PlanError.combine(problems)
 
     @property
     def maps(self) -> Sequence[MapPlan | MapPrecision]:
@@ -149,9 +166,15 @@ class LinearMapPlan(ModelPlan):
         return tuple(getattr(self, self.key))
 
     @property
+    def mean(self) -> float:
+        """Mean of the budget over all weights, as the plan names it."""
+        return float(getattr(self, self.budget))
+
+    @property
     def label(self) -> str:
         """Name for people of the model with the plan's mean: ``model, sparsity 0.5 by uniform``."""
-        return f"{super().label}, {self.budget} {getattr(self, self.budget):.4g} by {self.why.get('by', 'hand')}"
+        method = self.why.get("by", "hand")
+        return f"{super().label}, {self.budget} {self.mean:.4g} by {method}"
 
     @property
     def weights(self) -> int:
@@ -161,7 +184,11 @@ class LinearMapPlan(ModelPlan):
     @property
     def total(self) -> float:
         """Sum of the budget over all weights, such as the bits of the linear maps."""
-        return float(sum(getattr(entry, self.budget) * entry.weights for entry in self.maps))
+        return float(sum(self._amount(entry) * entry.weights for entry in self.maps))
+
+    def _amount(self, entry: MapPlan | MapPrecision) -> float:
+        """Return the budget of a map: its sparsity, or its bits per weight."""
+        return float(getattr(entry, self.budget))
 
     def write(self, path: str | Path) -> None:
         """Write the YAML file.
@@ -170,13 +197,21 @@ class LinearMapPlan(ModelPlan):
             PlanError: the file cannot be written.
             StorageFull: there is no space left.
         """
-        budget, mean = self.budget, round(getattr(self, self.budget), 6)
-        values = {**self.values(), "findings": list(self.findings), budget: mean}
-        seen = values.pop("seen")
-        maps = [asdict(entry) | {budget: round(getattr(entry, budget), 6)} for entry in values.pop(self.key)]
+        values = self.values()
+        values["findings"] = list(self.findings)
+        values[self.budget] = round(self.mean, DECIMALS)
+        seen = seen_lines(values.pop("seen"))
+        maps = []
+        for entry in values.pop(self.key):
+            row = asdict(entry)
+            row[self.budget] = round(self._amount(entry), DECIMALS)
+            maps.append(row)
         written = {name: value for name, value in values.items() if value is not None and value is not False}
-        lines = seen_lines(seen) + to_yaml({self.key: maps}, flow=True)
-        write_output(path, f"# {self.comment} Layers count from 0.\n{to_yaml(written)}{lines}", PlanError)
+        text = f"# {self.comment} Layers count from 0.\n"
+        text += to_yaml(written)
+        text += seen
+        text += to_yaml({self.key: maps}, flow=True)
+        write_output(path, text, PlanError)
 
 
 @checked
@@ -197,7 +232,9 @@ class SparsityPlan(LinearMapPlan):
     projections: Annotated[tuple[MapPlan, ...], Field(strict=False, min_length=1)]
     """The linear maps."""
 
-    key, budget, comment = "projections", "sparsity", "Sparsity of activations."
+    key = "projections"
+    budget = "sparsity"
+    comment = "Sparsity of activations."
 
     @property
     def intervention(self) -> Intervention:
@@ -218,17 +255,26 @@ class SparsityPlan(LinearMapPlan):
 
     def describe(self) -> list[str]:
         """Return lines for people that describe the plan and its reason."""
-        saved, zeros, sizes = round(self.total), defaultdict[str, float](float), Counter[str]()
+        zeros: defaultdict[str, float] = defaultdict(float)
+        sizes: Counter[str] = Counter()
         for entry in self.projections:
             zeros[entry.site] += entry.sparsity * entry.weights
             sizes[entry.site] += entry.weights
+        by_site = [f"{site}: {zeros[site] / size:.3f} on average." for site, size in sizes.items()]
         return self._describe(
             f"{self.sparsity:.1%} of the weights of {len(self.projections)} linear maps meet a zero, rule {self.rule}.",
-            f"Per token {2 * saved:,} FLOP of {2 * self.weights:,} are saved, and {saved:,} weights need not be read: "
-            f"{describe_bytes(2 * saved)} of {describe_bytes(2 * self.weights)} in 16 bits.",
-            *(f"{site}: {zeros[site] / size:.3f} on average." for site, size in sizes.items()),
+            self._describe_savings(),
+            *by_site,
             meanings=SPARSITY_METHODS,
         )
+
+    def _describe_savings(self) -> str:
+        """Return a sentence on the operations and the weights that zeros save for each token."""
+        saved = round(self.total)
+        # A weight costs a multiplication and an addition, and has two bytes.
+        operations = f"{2 * saved:,} FLOP of {2 * self.weights:,}"
+        size = f"{describe_bytes(2 * saved)} of {describe_bytes(2 * self.weights)}"
+        return f"Per token {operations} are saved, and {saved:,} weights need not be read: {size} in 16 bits."
 
     def describe_realized(self, measured: Mapping[tuple[int, str], float]) -> str | None:
         """Return a sentence that compares the plan with measured shares of zeros, by layer and path of a map.
@@ -236,26 +282,25 @@ class SparsityPlan(LinearMapPlan):
         Returns:
             None if no map of the plan was measured.
         """
-        deviations = {
-            (entry.layer, entry.map): abs(measured[entry.layer, entry.map] - entry.sparsity)
-            for entry in self.projections
-            if (entry.layer, entry.map) in measured
-        }
+        deviations: dict[tuple[int, str], float] = {}
+        for entry in self.projections:
+            place = (entry.layer, entry.map)
+            if place in measured:
+                deviations[place] = abs(measured[place] - entry.sparsity)
         if not deviations:
             return None
-        within = sum(value <= POINT for value in deviations.values()) / len(deviations)
-        layer, path = farthest = max(deviations, key=lambda place: deviations[place])
-        place, points = f"the farthest, {path} of layer {layer},", f"{100 * deviations[farthest]:.2g} points"
-        if within == 1:
-            return f"Every linear map is within a point of its sparsity; {place} by {points}."
-        cause = (
-            "Their share is right on average of the text that was counted alone."
-            if any(entry.by != THRESHOLD for entry in self.projections)
-            else "Thresholds are of other text, and of the dense model: maps after sparse ones read less."
-        )
-        return (
-            f"{within:.0%} of the linear maps are within a point of their sparsity; {place} is off by {points}. {cause}"
-        )
+        layer, path = max(deviations, key=lambda place: deviations[place])
+        farthest = f"the farthest, {path} of layer {layer},"
+        points = f"{100 * deviations[layer, path]:.2g} points"
+        close = [deviation for deviation in deviations.values() if deviation <= POINT]
+        if len(close) == len(deviations):
+            return f"Every linear map is within a point of its sparsity; {farthest} by {points}."
+        if any(entry.by != THRESHOLD for entry in self.projections):
+            cause = "Their share is right on average of the text that was counted alone."
+        else:
+            cause = "Thresholds are of other text, and of the dense model: maps after sparse ones read less."
+        share = f"{len(close) / len(deviations):.0%} of the linear maps"
+        return f"{share} are within a point of their sparsity; {farthest} is off by {points}. {cause}"
 
 
 @checked
@@ -273,17 +318,22 @@ class PrecisionPlan(LinearMapPlan):
     rounded: Annotated[tuple[MapPrecision, ...], Field(strict=False, min_length=1)]
     """The linear maps. All other weights stay as they are."""
 
-    key, budget, comment = "rounded", "bits", "Number formats of weights."
+    key = "rounded"
+    budget = "bits"
+    comment = "Number formats of weights."
 
     def __post_init__(self) -> None:
-        wrong = [
-            f"Map {number} of `{self.key}`, '{entry.map}' of layer {entry.layer}, {problem}"
-            for number, entry in enumerate(self.rounded, start=1)
-            if (problem := entry.wrong_bits((1, entry.weights), (entry.weights, 1)))  # extremes of all shapes
-        ]
-        alike = f", and {count_of(len(wrong) - 1, 'other map')} alike" if len(wrong) > 1 else ""
-        if wrong:
-            raise PlanError(f"{wrong[0]}{alike}.", "Write the bits of the formats, or use avss quantize.")
+        wrong = []
+        for number, entry in enumerate(self.rounded, start=1):
+            # A plan has no shapes. The bits per weight of any shape lie between those of a single row and column.
+            if problem := entry.wrong_bits((1, entry.weights), (entry.weights, 1)):
+                wrong.append(f"Map {number} of `{self.key}`, '{entry.map}' of layer {entry.layer}, {problem}")
+        if not wrong:
+            return
+        message = wrong[0]
+        if len(wrong) > 1:
+            message += f", and {count_of(len(wrong) - 1, 'other map')} alike"
+        raise PlanError(f"{message}.", "Write the bits of the formats, or use avss quantize.")
 
     @property
     def intervention(self) -> Intervention:
@@ -296,10 +346,11 @@ class PrecisionPlan(LinearMapPlan):
         by_format: Counter[str] = Counter()
         for entry in self.rounded:
             by_format[entry.format] += entry.weights
-        shares = ", ".join(f"{weights / self.weights:.1%} {name}" for name, weights in by_format.most_common())
+        shares = [f"{weights / self.weights:.1%} {name}" for name, weights in by_format.most_common()]
+        maps = count_of(len(self.rounded), "linear map")
+        size = f"{describe_bytes(self.total / 8)} of {describe_bytes(2 * self.weights)} in 16 bits"
         return self._describe(
-            f"{self.bits:.3f} bits per weight of {count_of(len(self.rounded), 'linear map')}: "
-            f"{describe_bytes(self.total / 8)} of {describe_bytes(2 * self.weights)} in 16 bits.",
-            f"Of the weights, {shares}.",
+            f"{self.bits:.3f} bits per weight of {maps}: {size}.",
+            f"Of the weights, {', '.join(shares)}.",
             meanings=PRECISION_METHODS,
         )

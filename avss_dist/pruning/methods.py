@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from itertools import product
 from typing import Annotated, Any
 
@@ -17,7 +17,8 @@ from avss_dist.pruning.repair.registry import NO_REPAIR, OptionalRepairName
 from avss_dist.pruning.selection import LAST, PUBLISHED, RANDOM, Choice, Reading, reading_of
 
 LEAVE_ONE_OUT = "loss"
-REVERSED, ENDS_KEPT = "reversed", "ends kept"
+REVERSED = "reversed"
+ENDS_KEPT = "ends kept"
 EVERY_READING = "avss:all"
 
 
@@ -97,31 +98,49 @@ class Experiment:
         Args:
             readings: number of readings of AVSS that ``avss:all`` stands for.
         """
-        controls = self.reversed + bool(self.keep_ends)
-        several = EVERY_READING in self.scores
-        scores = len(self.scores) - several + self.leave_one_out
-        methods = scores * (1 + controls) + several * (readings + controls)
-        methods += self.random * (1 + bool(self.keep_ends))
-        return (methods + self.last) * len(self.shares)
+        ends = 1 if self.keep_ends else 0
+        controls = ends
+        if self.reversed:
+            controls += 1
+        scores = len(self.scores)
+        if self.leave_one_out:
+            scores += 1
+        methods = 0
+        if EVERY_READING in self.scores:
+            scores -= 1
+            methods += readings + controls  # controls are made of one reading alone
+        methods += scores * (1 + controls)
+        methods += self.random * (1 + ends)
+        if self.last:
+            methods += 1
+        return methods * len(self.shares)
 
 
 def control_name(choice: Choice) -> str | None:
     """Return the name of the control that a choice of an experiment is, or None."""
-    return REVERSED if choice.highest else ENDS_KEPT if choice.first else None
+    if choice.highest:
+        return REVERSED
+    if choice.first:
+        return ENDS_KEPT
+    return None
 
 
 def describe_method(choice: Choice) -> str:
     """Return the name of the method of a choice for people."""
-    name = "leave one out" if choice.by == LEAVE_ONE_OUT else choice.by.replace("_", " ")
-    site, recipe, threshold, kind = reading = choice.reading or PUBLISHED
-    control = control_name(choice)
-    endings = {
-        f" ({site}, {recipe}, {describe_threshold(threshold, kind)})": reading != PUBLISHED,
-        f" {choice.seed}": choice.by == RANDOM,
-        " search": choice.by == GREEDY,
-        f", {control}": control,
-    }
-    return name + "".join(ending for ending, applies in endings.items() if applies)
+    if choice.by == LEAVE_ONE_OUT:
+        name = "leave one out"
+    else:
+        name = choice.by.replace("_", " ")
+    if choice.reading not in (None, PUBLISHED):
+        site, recipe, threshold, kind = choice.reading
+        name += f" ({site}, {recipe}, {describe_threshold(threshold, kind)})"
+    if choice.by == RANDOM:
+        name += f" {choice.seed}"
+    if choice.by == GREEDY:
+        name += " search"
+    if control := control_name(choice):
+        name += f", {control}"
+    return name
 
 
 def parse_score(text: str) -> tuple[str, Reading | None]:
@@ -140,9 +159,10 @@ def parse_score(text: str) -> tuple[str, Reading | None]:
         return name, PUBLISHED
     if len(parts) != 3:
         raise ConfigError(f"'{text}' is not a reading of AVSS.", f"Write {name}:SITE:RECIPE:THRESHOLD, or avss:all.")
-    require_known("site", parts[0], EVERY_SITE)
-    require_known("recipe", parts[1], RECIPES)
-    return name, (parts[0], parts[1], *parse_threshold(parts[2]))
+    site, recipe, threshold = parts
+    require_known("site", site, EVERY_SITE)
+    require_known("recipe", recipe, RECIPES)
+    return name, (site, recipe, *parse_threshold(threshold))
 
 
 def choices(experiment: Experiment, rows: Sequence[Mapping[str, Any]]) -> list[Choice]:
@@ -150,20 +170,54 @@ def choices(experiment: Experiment, rows: Sequence[Mapping[str, Any]]) -> list[C
 
     Scores that the run lacks are left out.
     """
-    scored = dict.fromkeys(reading_of(row) for row in rows)
-    names: dict[tuple[str, Reading | None], None] = {}
-    for text in (*experiment.scores, *([LEAVE_ONE_OUT] if experiment.leave_one_out else [])):
-        names |= dict.fromkeys([("avss", r) for r in scored] if text == EVERY_READING else [parse_score(text)])
     methods: list[dict[str, Any]] = []
-    plain: list[dict[str, Any]] = [{}]
-    ends = [{"first": experiment.keep_ends, "last": experiment.keep_ends}] if experiment.keep_ends else []
-    for score, reading in names:
-        if reading is None or reading in scored:
-            highest = [{"highest": True}] if experiment.reversed and score != GREEDY else []
-            controls = [*plain, *highest, *ends] if reading in (None, PUBLISHED) else plain
-            methods += [{"by": score, "reading": reading, **control} for control in controls]
-    methods += [
-        *([{"by": LAST}] if experiment.last else []),
-        *({"by": RANDOM, "seed": seed, **control} for seed in range(experiment.random) for control in [*plain, *ends]),
-    ]
+    for score, reading in _scores_to_compare(experiment, rows):
+        methods += _score_methods(experiment, score, reading)
+    if experiment.last:
+        methods.append({"by": LAST})
+    for seed in range(experiment.random):
+        methods.append({"by": RANDOM, "seed": seed})
+        if experiment.keep_ends:
+            methods.append({"by": RANDOM, "seed": seed, **_protected_ends(experiment)})
     return [Choice(**method, share=share) for method, share in product(methods, experiment.shares)]
+
+
+def _scores_to_compare(
+    experiment: Experiment, rows: Sequence[Mapping[str, Any]]
+) -> Iterator[tuple[str, Reading | None]]:
+    """Yield the name and the reading of each score that a run has, once each, in the order of the request.
+
+    Args:
+        rows: rows of ``scores`` of the run.
+    """
+    readings = list(dict.fromkeys(reading_of(row) for row in rows))
+    texts = list(experiment.scores)
+    if experiment.leave_one_out:
+        texts.append(LEAVE_ONE_OUT)
+    scores: list[tuple[str, Reading | None]] = []
+    for text in texts:
+        if text == EVERY_READING:
+            scores += [("avss", reading) for reading in readings]
+        else:
+            scores.append(parse_score(text))
+    for score, reading in dict.fromkeys(scores):
+        if reading is None or reading in readings:
+            yield score, reading
+
+
+def _score_methods(experiment: Experiment, score: str, reading: Reading | None) -> list[dict[str, Any]]:
+    """Return the fields of the choices by a score: by itself, and its controls unless it is another reading of AVSS."""
+    method: dict[str, Any] = {"by": score, "reading": reading}
+    methods = [method]
+    if reading not in (None, PUBLISHED):
+        return methods
+    if experiment.reversed and score != GREEDY:  # a search is among sets of layers, which have no highest ones
+        methods.append({**method, "highest": True})
+    if experiment.keep_ends:
+        methods.append({**method, **_protected_ends(experiment)})
+    return methods
+
+
+def _protected_ends(experiment: Experiment) -> dict[str, int]:
+    """Return the fields of a choice that protect the layers at both ends."""
+    return {"first": experiment.keep_ends, "last": experiment.keep_ends}

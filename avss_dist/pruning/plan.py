@@ -8,9 +8,9 @@ Layers and experts count from 0. A sublayer is written ``attention.7`` or ``mlp.
 from __future__ import annotations
 
 import re
+from bisect import bisect_left
 from collections import Counter
-from collections.abc import Iterable, Mapping
-from contextlib import suppress
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, fields
 from functools import cached_property
 from itertools import accumulate
@@ -25,10 +25,10 @@ from avss_dist.core.files import write_output
 from avss_dist.core.intervention import (
     MAX_LAYERS,
     PARTS,
-    Expert,
     Intervention,
     Removal,
     Removals,
+    Sublayer,
     count_removed,
     describe_removed,
     experts_by_layer,
@@ -67,7 +67,9 @@ def _run_id(text: str) -> str:
 def _reason(value: Any) -> Any:
     if not isinstance(value, str | int | float | bool | None):
         raise PlanError("A reason must be a text or a number.")
-    return str(without_secrets(value)) if isinstance(value, str) else value
+    if isinstance(value, str):
+        return str(without_secrets(value))
+    return value
 
 
 _REMOVAL_SCHEMA = {
@@ -110,33 +112,35 @@ class ModelPlan:
 
     def values(self) -> dict[str, Any]:
         """Return the fields as plain values, as files and JSON have them."""
-        plain = {field.name: getattr(self, field.name) for field in fields(self)} | {"why": dict(self.why)}
+        plain = {field.name: getattr(self, field.name) for field in fields(self)}
+        plain["why"] = dict(self.why)
         plain["seen"] = [text.values() for text in self.seen]
-        return {name: plain[name] for name in sorted(plain, key=lambda name: _AT_THE_END.get(name, 0))}
+        names = [name for name in plain if name not in _LAST_FIELDS]
+        names += [name for name in _LAST_FIELDS if name in plain]
+        return {name: plain[name] for name in names}
 
     @property
     def label(self) -> str:
         """Name for people of the model with the change, where the plan has no file."""
         return basename(self.model)
 
-    def _describe(self, first: str, *lines: str, meanings: Mapping[str, str] = MEANINGS) -> list[str]:
+    def _describe(self, headline: str, *lines: str, meanings: Mapping[str, str] = MEANINGS) -> list[str]:
         """Return lines for people: a headline, the origin and the reason of the plan, other lines, and findings.
 
         Args:
             meanings: meaning of each criterion by which the plan may be made.
         """
-        at = f" at {self.revision[:12]}" if self.revision else ""
-        return [
-            first,
-            f"Model: {self.model}{at}. {f'Run: {self.run_id}.' if self.run_id else 'Of no run.'}",
-            f"Chosen {describe_reason(self.why, meanings)}.",
-            *lines,
-            *(f"Finding: {line}" for line in self.findings),
-        ]
+        checkpoint = self.model
+        if self.revision:
+            checkpoint += f" at {self.revision[:12]}"
+        origin = f"Run: {self.run_id}." if self.run_id else "Of no run."
+        description = [headline, f"Model: {checkpoint}. {origin}", f"Chosen {describe_reason(self.why, meanings)}."]
+        description += lines
+        description += [f"Finding: {finding}" for finding in self.findings]
+        return description
 
 
-_LAST = ("why", "run_id", "evaluation", "findings", "evaluated", "seen")
-_AT_THE_END = {name: place for place, name in enumerate(_LAST, 1)}
+_LAST_FIELDS = ("why", "run_id", "evaluation", "findings", "evaluated", "seen")
 """Fields that are the last ones of a plan's file, in their order."""
 
 
@@ -156,44 +160,51 @@ class Plan(ModelPlan, TabularResult):
     """Evaluations of the model without these layers that the warehouse had when the plan was made."""
 
     def __post_init__(self) -> None:
-        number, removed = self.num_layers, joined(self.drop)
-        repeated = [removal for removal, times in Counter(self.drop).items() if times > 1]
-        layers, highest = {*whole_layers(self.drop)}, max(map(layer_of, removed), default=0)
-        contained = sorted(entry for entry in self.drop if not isinstance(entry, int) and entry.layer in layers)
-        PlanError.refuse(
-            *((True, f"`drop` has {removal} twice.", "Keep one of them.") for removal in repeated[:1]),
-            *(
-                (True, f"`drop` has {part} and the whole layer {part.layer}.", f"Leave out {part}.")
-                for part in contained[:1]
-            ),
-            (not removed, "The plan drops no layer.", "List at least one in `drop`."),
-            (highest >= number, f"There is no layer {highest}: the model has {number}, from 0.", None),
-            (
-                highest < number == len(whole_layers(removed)),
-                f"The plan drops all {number} layers.",
-                "Leave at least one.",
-            ),
-        )
+        removed = joined(self.drop)
+        if problems := [*self._repetitions(), *self._impossible(removed)]:
+            raise PlanError.combine(problems)
         object.__setattr__(self, "drop", removed)
+
+    def _repetitions(self) -> Iterator[PlanError]:
+        """Yield an error for the first entry of `drop` that is listed twice, and for one that another entry holds."""
+        repeated = [removal for removal, times in Counter(self.drop).items() if times > 1]
+        if repeated:
+            yield PlanError(f"`drop` has {repeated[0]} twice.", "Keep one of them.")
+        layers = set(self.dropped_layers)
+        contained = sorted(entry for entry in self.drop if not isinstance(entry, int) and entry.layer in layers)
+        if contained:
+            part = contained[0]
+            yield PlanError(f"`drop` has {part} and the whole layer {part.layer}.", f"Leave out {part}.")
+
+    def _impossible(self, removed: Removals) -> Iterator[PlanError]:
+        """Yield an error for removals that a model with so many layers cannot lose."""
+        number = self.num_layers
+        if not removed:
+            yield PlanError("The plan drops no layer.", "List at least one in `drop`.")
+        highest = max((layer_of(removal) for removal in removed), default=0)
+        if highest >= number:
+            yield PlanError(f"There is no layer {highest}: the model has {number}, from 0.")
+        elif len(whole_layers(removed)) == number:
+            yield PlanError(f"The plan drops all {number} layers.", "Leave at least one.")
 
     def table(self) -> pa.Table:
         """Return a table with a row for each layer, and the part of it that is left out, if any.
 
         A plan of experts also has the column ``experts``: the experts of the layer that are left out.
         """
-        parts = {
-            layer_of(entry): getattr(entry, "part", "layer") for entry in self.drop if not isinstance(entry, Expert)
-        }
-        return pa.Table.from_pylist(
-            [
-                {
-                    "layer": layer,
-                    "left_out": parts.get(layer),
-                    **({"experts": list(self.experts.get(layer, ()))} if self.experts else {}),
-                }
-                for layer in range(self.num_layers)
-            ]
-        )
+        parts: dict[int, str] = {}
+        for entry in self.drop:
+            if isinstance(entry, Sublayer):
+                parts[entry.layer] = entry.part
+            elif isinstance(entry, int):
+                parts[entry] = "layer"
+        rows = []
+        for layer in range(self.num_layers):
+            row: dict[str, Any] = {"layer": layer, "left_out": parts.get(layer)}
+            if self.experts:
+                row["experts"] = list(self.experts.get(layer, ()))
+            rows.append(row)
+        return pa.Table.from_pylist(rows)
 
     __repr__ = TabularResult.__repr__
 
@@ -214,7 +225,7 @@ class Plan(ModelPlan, TabularResult):
     @cached_property
     def keep(self) -> tuple[int, ...]:
         """Layers that are not dropped as a whole."""
-        dropped = {*self.dropped_layers}
+        dropped = set(self.dropped_layers)
         return tuple(layer for layer in range(self.num_layers) if layer not in dropped)
 
     @cached_property
@@ -233,7 +244,7 @@ class Plan(ModelPlan, TabularResult):
         Args:
             why: sentence that says why they cannot be dropped, for the message.
         """
-        if sublayers := [removal for removal in self.drop if not isinstance(removal, (int, Expert))]:
+        if sublayers := [removal for removal in self.drop if isinstance(removal, Sublayer)]:
             raise PlanError(
                 f"The plan drops {describe_removed(sublayers)} alone. {why}.",
                 "Evaluate the plan as it is, or make one that drops whole layers.",
@@ -251,23 +262,29 @@ class Plan(ModelPlan, TabularResult):
             StorageFull: there is no space left.
         """
         values = self.values()
-        lists = {"drop": values.pop("drop"), "keep": list(self.keep)}
-        lines = {name: list(values.pop(name)) for name in ("findings", "evaluated")}
+        layers = {"drop": values.pop("drop"), "keep": list(self.keep)}
+        remarks = {"findings": list(values.pop("findings")), "evaluated": list(values.pop("evaluated"))}
         seen = seen_lines(values.pop("seen"))
-        text = f"# Layers count from 0.\n{to_yaml(values)}{to_yaml(lists, flow=True)}{to_yaml(lines)}{seen}"
+        text = "# Layers count from 0.\n"
+        text += to_yaml(values)
+        text += to_yaml(layers, flow=True)
+        text += to_yaml(remarks)
+        text += seen
         write_output(path, text, PlanError)
 
     def describe(self) -> list[str]:
         """Return lines for people: the removed layers, the origin, the reason, findings and evaluations."""
-        of_layers = f"{len(self.drop)} of {self.num_layers} layers"
-        if len(self.dropped_layers) < len(self.drop):
-            of_layers = f"{count_removed(self.drop)} of {self.num_layers}"
         if self.experts and not self.dropped_layers:
-            of_layers = f"{count_removed(self.drop)} in {len(self.experts)} of {self.num_layers} layers"
-        return [
-            *self._describe(f"Drops {of_layers}: {describe_removed(self.drop)}."),
-            *([f"Evaluated: {line}" for line in self.evaluated] or ["Not evaluated yet when the plan was made."]),
-        ]
+            dropped = f"{count_removed(self.drop)} in {len(self.experts)} of {self.num_layers} layers"
+        elif len(self.dropped_layers) < len(self.drop):
+            dropped = f"{count_removed(self.drop)} of {self.num_layers}"
+        else:
+            dropped = f"{len(self.drop)} of {self.num_layers} layers"
+        lines = self._describe(f"Drops {dropped}: {describe_removed(self.drop)}.")
+        lines += [f"Evaluated: {evaluation}" for evaluation in self.evaluated]
+        if not self.evaluated:
+            lines.append("Not evaluated yet when the plan was made.")
+        return lines
 
 
 def seen_lines(seen: list[dict[str, Any]]) -> str:
@@ -284,9 +301,12 @@ def describe_reason(why: Mapping[str, Any], meanings: Mapping[str, str] = MEANIN
     if not why:
         return "by hand"
     by = str(why.get("by", "hand"))
-    options = ", ".join(f"{key} {value}" for key, value in why.items() if key != "by")
-    meaning = f" ({meanings[by]})" if by in meanings else ""
-    return f"by {by}{meaning}" + (f": {options}" if options else "")
+    text = f"by {by}"
+    if by in meanings:
+        text += f" ({meanings[by]})"
+    if options := [f"{key} {value}" for key, value in why.items() if key != "by"]:
+        text += f": {', '.join(options)}"
+    return text
 
 
 def make_plan(
@@ -304,12 +324,17 @@ def make_plan(
         PlanError: as `Choice.drop`, or the run's layers are not one list of the model.
     """
     _, number = layer_list(rows, str(run["model"]))
-    if truth and choice.by == BLOCK_DISTANCE:
+    why = reasons(choice)
+    if truth is None:
+        return plan_of(rows, run, choice.drop(choice.scores(rows, {})), why)
+    if choice.by == BLOCK_DISTANCE:
         drop = choice.drop_block(truth.values, number)
     else:
-        drop = choice.drop(choice.scores(rows, {choice.by: truth.by_layer(number)} if truth else {}))
-    measured = {"evaluation": truth.run_id, "task": truth.task} if truth and truth.run_id else {}
-    return plan_of(rows, run, drop, reasons(choice) | measured, truth.seen if truth else ())
+        drop = choice.drop(choice.scores(rows, {choice.by: truth.by_layer(number)}))
+    if truth.run_id:
+        why["evaluation"] = truth.run_id
+        why["task"] = truth.task
+    return plan_of(rows, run, drop, why, truth.seen)
 
 
 def plan_of(
@@ -342,9 +367,12 @@ def layer_list(rows: Rows, model: str) -> tuple[str, int]:
     Raises:
         PlanError: the layers are not one list of modules that are used once.
     """
-    names = [name for _, name in sorted({row["layer"]: row["layer_name"] for row in rows}.items())]
+    name_by_layer = {row["layer"]: row["layer_name"] for row in rows}
+    names = [name_by_layer[layer] for layer in sorted(name_by_layer)]
     paths = {name.rpartition(".")[0] for name in names}
-    if len(paths) != 1 or [name.rpartition(".")[2] for name in names] != [str(i) for i in range(len(names))]:
+    indices = [name.rpartition(".")[2] for name in names]
+    consecutive = [str(index) for index in range(len(names))]
+    if len(paths) != 1 or indices != consecutive:
         raise PlanError(
             f"The layers of {model} are not one list of modules that are used once: none can be dropped.",
             f"They are {', '.join(names[:6])} ...",
@@ -355,13 +383,16 @@ def layer_list(rows: Rows, model: str) -> tuple[str, int]:
 def reasons(choice: Choice) -> dict[str, Any]:
     """Return the reason of a plan for a choice."""
     values = asdict(choice)
-    reading, seed = values.pop("reading"), values.pop("seed")
-    return {
-        **{name: value for name, value in values.items() if value not in (None, False, 0)},
-        **({"seed": seed} if choice.by == RANDOM else {}),
-        **({} if choice.share or choice.count else {"share": LOWEST_SHARE}),
-        **(dict(zip(READING, reading, strict=True)) if choice.by == "avss" and reading is not None else {}),
-    }
+    reading = values.pop("reading")
+    seed = values.pop("seed")
+    why = {name: value for name, value in values.items() if value not in (None, False, 0)}
+    if choice.by == RANDOM:
+        why["seed"] = seed
+    if not choice.share and not choice.count:
+        why["share"] = LOWEST_SHARE
+    if choice.by == "avss" and reading is not None:
+        why.update(zip(READING, reading, strict=True))
+    return why
 
 
 def read_plan(path: str | Path) -> Plan:
@@ -374,7 +405,7 @@ def read_plan(path: str | Path) -> Plan:
     values = dict(document.value)
     keep = values.pop("keep", None)
     plan = document.parse(Plan, values)
-    if plan and keep not in (None, list(plan.keep)):
+    if plan and keep not in (None, list(plan.keep)):  # `keep` is for readers, and may be left out
         hint = f"Write keep: {list(plan.keep)}, or leave it out."
         document.report(("keep",), ConfigError("`keep` must list the layers that `drop` leaves.", hint))
     return document.require_valid(plan)
@@ -413,17 +444,27 @@ def run_size(run: Mapping[str, Any]) -> Footprint:
     """
     from avss_dist.models.size import footprint
 
-    model, settings = run["model"], settings_of(run)
+    settings = settings_of(run)
     options = {name: settings[name] for name in ("dequantize", "layers", "trust_remote_code") if settings.get(name)}
-    name = model if Path(model).expanduser().exists() else f"{model}@{run['revision']}"
-    return footprint(name, Settings(dtype=run["dtype"] or "auto", **options))
+    model = run["model"]
+    if not _is_local(model):
+        model += f"@{run['revision']}"
+    return footprint(model, Settings(dtype=run["dtype"] or "auto", **options))
 
 
 def local_run_size(run: Mapping[str, Any]) -> Footprint | None:
     """Return `run_size` for a checkpoint on this machine, or None if it is elsewhere or cannot be read."""
-    with suppress(AvssError):
-        return run_size(run) if Path(run["model"]).expanduser().exists() else None
-    return None
+    if not _is_local(run["model"]):
+        return None
+    try:
+        return run_size(run)
+    except AvssError:
+        return None
+
+
+def _is_local(model: str) -> bool:
+    """Whether a model's name is a file or folder of this machine."""
+    return Path(model).expanduser().exists()
 
 
 def count_for_memory(size: Footprint, memory: float) -> int:
@@ -433,23 +474,23 @@ def count_for_memory(size: Footprint, memory: float) -> int:
         PlanError: the whole model has no more, or no number of layers is enough.
     """
     excess = size.weight_bytes - memory
-    removed = list(accumulate(sorted(size.layer_bytes)))[:-1]
-    most, weights = max(removed, default=0), describe_bytes(size.weight_bytes)
-    PlanError.refuse(
-        (
-            excess <= 0,
+    weights = describe_bytes(size.weight_bytes)
+    if excess <= 0:
+        raise PlanError(
             f"The model has {describe_count(size.num_parameters)} parameters in {weights} as it is, which meets "
             "`memory` already.",
             "Lower it.",
-        ),
-        (
-            0 < excess > most,
-            f"`memory` cannot be met: with one layer left, {describe_bytes(size.weight_bytes - most)} of {weights} "
+        )
+    # Bytes of the smallest layer, of the two smallest, and so on: any choice of as many layers frees at least these.
+    freed = list(accumulate(sorted(size.layer_bytes)))[:-1]
+    maximum = freed[-1] if freed else 0
+    if excess > maximum:
+        raise PlanError(
+            f"`memory` cannot be met: with one layer left, {describe_bytes(size.weight_bytes - maximum)} of {weights} "
             "stay.",
             "Quantize the remaining layers instead.",
-        ),
-    )
-    return 1 + sum(bytes_ < excess for bytes_ in removed)
+        )
+    return 1 + bisect_left(freed, excess)
 
 
 def describe_savings(plan: Plan, size: Footprint) -> str:
@@ -461,10 +502,9 @@ def describe_savings(plan: Plan, size: Footprint) -> str:
     saved = sum(size.layer_bytes[layer] for layer in plan.dropped_layers)
     cache_bytes = sum(size.cache_bytes[layer] for layer in plan.dropped_layers)
     share = saved / size.weight_bytes
-    return (
-        f"Saves {len(plan.dropped_layers)} of {size.num_layers} layers, "
-        f"{describe_count(round(share * size.num_parameters))} of "
-        f"{describe_count(size.num_parameters)} parameters ({share:.1%}), {describe_bytes(saved)} of "
-        f"{describe_bytes(size.weight_bytes)}, and {describe_count(cache_bytes)} of "
-        f"{describe_count(sum(size.cache_bytes))} bytes of keys and values for each token."
-    )
+    saved_parameters = round(share * size.num_parameters)
+    layers = f"{len(plan.dropped_layers)} of {size.num_layers} layers"
+    parameters = f"{describe_count(saved_parameters)} of {describe_count(size.num_parameters)} parameters ({share:.1%})"
+    weights = f"{describe_bytes(saved)} of {describe_bytes(size.weight_bytes)}"
+    cache = f"{describe_count(cache_bytes)} of {describe_count(sum(size.cache_bytes))} bytes of keys and values"
+    return f"Saves {layers}, {parameters}, {weights}, and {cache} for each token."

@@ -29,6 +29,8 @@ from avss_dist.stats.rankings import count_lowest, rank_lowest
 Reading = tuple[str, str, float, str]  # of AVSS: site, recipe, threshold and its kind
 PUBLISHED: Reading = (SITES[0], RECIPES[0], PUBLISHED_THRESHOLD, "absolute")
 Rows = Sequence[Mapping[str, Any]]
+COMPARED_EXPERTS = 2
+"""Number of experts of each group by whose sum routers compare groups (DeepSeek-V3). A group needs as many."""
 
 
 class PlanError(ConfigError):
@@ -61,12 +63,13 @@ class Choice:
     """Seed of a random choice."""
 
     def __post_init__(self) -> None:
-        both = self.share is not None and self.count is not None
-        among_sets = self.highest and self.by in (BLOCK_DISTANCE, GREEDY)
-        ConfigError.refuse(
-            (both, "`share` and `count` are mutually exclusive.", "Keep one of them."),
-            (among_sets, f"`by` {self.by} chooses among sets of layers.", "Leave out `highest`."),
-        )
+        problems = []
+        if self.share is not None and self.count is not None:
+            problems.append(ConfigError("`share` and `count` are mutually exclusive.", "Keep one of them."))
+        if self.highest and self.by in (BLOCK_DISTANCE, GREEDY):
+            problems.append(ConfigError(f"`by` {self.by} chooses among sets of layers.", "Leave out `highest`."))
+        if problems:
+            raise ConfigError.combine(problems)
 
     def scores(self, rows: Rows, truth: Mapping[str, Float64]) -> Float64:
         """Return the score of every layer, float64[layers], NaN for layers without one.
@@ -78,18 +81,25 @@ class Choice:
         """
         if self.by == RANDOM:
             return np.random.default_rng(self.seed).permutation(count_layers(rows)).astype(np.float64)
-        if self.by == LAST:  # low for the last layers, except for the final one, which has the highest
+        if self.by == LAST:
+            # Scores fall towards the last layers, which go first. The final layer has the highest score, and stays.
             count = count_layers(rows)
             return np.array([*range(count, 1, -1), count + 1], np.float64)
         if self.by in MEASURED or self.by not in SCORES:
             return truth[self.by]
+        return self._stored_scores(rows)
+
+    def _stored_scores(self, rows: Rows) -> Float64:
+        """Return the score of every layer as the rows of one run hold it, float64[layers]."""
         reading = self.reading or reading_of(rows[0])
-        values = {
-            row["layer"]: None if self.by == "avss" and row["rank"] is None else row[SCORES[self.by].column]
-            for row in rows
-            if reading_of(row) == reading
-        }
-        return np.array([value for _, value in sorted(values.items())], np.float64)  # None is NaN
+        column = SCORES[self.by].column
+        values = {}
+        for row in rows:
+            if reading_of(row) != reading:
+                continue
+            is_missing = self.by == "avss" and row["rank"] is None
+            values[row["layer"]] = None if is_missing else row[column]
+        return np.array([values[layer] for layer in sorted(values)], np.float64)  # None becomes NaN
 
     def drop_block(self, distances: Mapping[tuple[int, ...], float], layers: int) -> tuple[int, ...]:
         """Return the neighbours to drop, by the distance of the hidden states before and after each run of them.
@@ -97,13 +107,15 @@ class Choice:
         Raises:
             PlanError: as `drop`, or a distance is missing.
         """
-        number, candidates = self.number(layers), self.unprotected(layers)
+        number = self.number(layers)
+        candidates = self.unprotected(layers)
         blocks = [tuple(candidates[place : place + number]) for place in range(len(candidates) - number + 1)]
-        if missing := [block for block in blocks if not np.isfinite(distances.get(block, np.nan))]:
-            raise PlanError(
-                f"Layers {missing[0][0]} to {missing[0][-1]} have no measurement '{self.by}'.", "Measure it again."
-            )
-        return min(blocks, key=distances.__getitem__)
+        for block in blocks:
+            if not np.isfinite(distances.get(block, np.nan)):
+                raise PlanError(
+                    f"Layers {block[0]} to {block[-1]} have no measurement '{self.by}'.", "Measure it again."
+                )
+        return min(blocks, key=lambda block: distances[block])
 
     def drop(self, scores: Sequence[float] | Float64) -> tuple[int, ...]:
         """Return the layers to drop, ascending, by the score of each (ties go to the earlier layer).
@@ -111,13 +123,17 @@ class Choice:
         Raises:
             PlanError: no layer would remain, none would be dropped, or a score is missing.
         """
-        values = np.asarray(scores, np.float64) * (-1 if self.highest else 1)
-        if not np.isfinite(values).all():
-            missing = ", ".join(map(str, np.flatnonzero(~np.isfinite(values))))
-            raise PlanError(f"Layers {missing} have no score '{self.by}'.", "Choose by another score or recipe.")
+        values = np.asarray(scores, np.float64)
+        if self.highest:
+            values = -values
+        missing = np.flatnonzero(~np.isfinite(values))
+        if missing.size:
+            layers = ", ".join(str(layer) for layer in missing)
+            raise PlanError(f"Layers {layers} have no score '{self.by}'.", "Choose by another score or recipe.")
         candidates = np.array(self.unprotected(len(values)), np.intp)
         ranks = rank_lowest(values[candidates])
-        return tuple(int(layer) for layer in candidates[ranks <= self.number(len(values))])
+        number = self.number(len(values))
+        return tuple(candidates[ranks <= number].tolist())
 
     def unprotected(self, layers: int) -> range:
         """Return the indices of the layers that may be dropped.
@@ -136,16 +152,18 @@ class Choice:
         Raises:
             PlanError: no layer would remain, or too many are protected.
         """
-        number = self.count or count_lowest(layers, LOWEST_SHARE if self.share is None else self.share)
+        if self.count:
+            number = self.count
+        else:
+            number = count_lowest(layers, LOWEST_SHARE if self.share is None else self.share)
+        if number >= layers:
+            raise PlanError(f"{number} of {layers} layers would be dropped.", "Keep at least one.")
         free = len(self.unprotected(layers))
-        PlanError.refuse(
-            (number >= layers, f"{number} of {layers} layers would be dropped.", "Keep at least one."),
-            (
-                free < number < layers,
+        if number > free:
+            raise PlanError(
                 f"{number} layers would be dropped, but only {free} of {layers} are not protected.",
                 "Protect fewer, or drop fewer.",
-            ),
-        )
+            )
         return number
 
 
@@ -164,38 +182,62 @@ def choose_experts(
     Raises:
         PlanError: layers have different numbers of experts, or too few experts would remain.
     """
-    numbers = {len(values): layer for layer, values in sorted(scores.items(), reverse=True)}
-    if len(numbers) > 1:
-        (a, i), (b, j) = sorted(numbers.items())[:2]
-        raise PlanError(
-            f"Layer {i} has {a} routed experts and layer {j} has {b}: no share of them is one number.",
-            "List the experts in `drop` of a plan by hand.",
-        )
-    (number,) = numbers
+    number = _experts_of_each_layer(scores)
     size = number // groups
     lost = count_lowest(size, share)
+    _require_enough_experts(number, lost, share, top_k, groups)
+    rng = np.random.default_rng(seed)
+    chosen = []
+    for layer in sorted(scores):
+        values = scores[layer] if seed is None else rng.permutation(number).astype(np.float64)
+        ranks = rank_lowest(values.reshape(groups, size)).reshape(number)
+        chosen += [Expert(layer, int(expert)) for expert in np.flatnonzero(ranks <= lost)]
+    return tuple(chosen)
+
+
+def _experts_of_each_layer(scores: Mapping[int, Float64]) -> int:
+    """Return the number of experts that all layers have. Raise PlanError if layers have different numbers."""
+    first_layers: dict[int, int] = {}
+    for layer in sorted(scores):
+        first_layers.setdefault(len(scores[layer]), layer)
+    numbers = sorted(first_layers)
+    if len(numbers) > 1:
+        fewer, more = numbers[:2]
+        raise PlanError(
+            f"Layer {first_layers[fewer]} has {fewer} routed experts and layer {first_layers[more]} has {more}: no "
+            "share of them is one number.",
+            "List the experts in `drop` of a plan by hand.",
+        )
+    return numbers[0]
+
+
+def _require_enough_experts(number: int, lost: int, share: float, top_k: int, groups: int) -> None:
+    """Raise PlanError if routers could not choose among the experts that remain.
+
+    Args:
+        number: number of experts of each layer.
+        lost: number of experts that each group of a layer would lose.
+        share, top_k, groups: as for `choose_experts`.
+    """
+    problems = []
     remaining = number - lost * groups
-    PlanError.refuse(
-        (
-            remaining < top_k,
+    if remaining < top_k:
+        problem = PlanError(
             f"`experts` {share:g} would leave {remaining} of {number} experts in each layer, and each token "
             f"is sent to {top_k}.",
             f"Set at most {(number - top_k) / number:.3g}.",
-        ),
-        (
-            groups > 1 and size - lost < 2,
+        )
+        problems.append(problem)
+    size = number // groups
+    if groups > 1 and size - lost < COMPARED_EXPERTS:
+        problem = PlanError(
             f"{size - lost} of {size} experts would remain in each of the {groups} groups that a router compares "
             "by their two best.",
             "Set a smaller share in `experts`.",
-        ),
-    )
-    rng = np.random.default_rng(seed)
-    chosen = []
-    for layer, values in sorted(scores.items()):
-        ordered = values if seed is None else rng.permutation(number).astype(np.float64)
-        ranks = rank_lowest(ordered.reshape(groups, size)).reshape(number)
-        chosen += [Expert(layer, int(expert)) for expert in np.flatnonzero(ranks <= lost)]
-    return tuple(chosen)
+        )
+        problems.append(problem)
+    if problems:
+        raise PlanError.combine(problems)
 
 
 def reading_of(row: Mapping[str, Any]) -> Reading:
