@@ -5,7 +5,7 @@ A sparsity is the mean of the maps' sparsities, weighted by their numbers of wei
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from itertools import pairwise
 
 import numpy as np
@@ -33,9 +33,12 @@ def knapsack(damage: Float64, levels: Float64, sizes: Float64, target: float) ->
     """
     steps = []
     for number, row in enumerate(damage):
-        for (s0, d0), (s1, d1) in pairwise(lower_hull(np.append(0.0, levels), np.append(0.0, row))):
-            steps.append(((d1 - d0) / ((s1 - s0) * sizes[number]), s0, number, s1))
-    sparsities, remaining = np.zeros(len(sizes)), target * sizes.sum()
+        corners = lower_hull(np.append(0.0, levels), np.append(0.0, row))
+        for (s0, d0), (s1, d1) in pairwise(corners):
+            slope = (d1 - d0) / ((s1 - s0) * sizes[number])
+            steps.append((slope, s0, number, s1))
+    sparsities = np.zeros(len(sizes))
+    remaining = target * sizes.sum()
     for _, s0, number, s1 in sorted(steps):
         step = min((s1 - s0) * sizes[number], remaining)
         sparsities[number] = s0 + step / sizes[number]
@@ -48,13 +51,13 @@ def knapsack(damage: Float64, levels: Float64, sizes: Float64, target: float) ->
 def lower_hull(x: Float64, y: Float64) -> list[tuple[float, float]]:
     """Return the corners of the lower convex hull of points with ascending x (Andrew's monotone chain)."""
     hull: list[tuple[float, float]] = []
-    for point in zip(x.tolist(), y.tolist(), strict=True):
+    for x2, y2 in zip(x.tolist(), y.tolist(), strict=True):
         while len(hull) > 1:
             (x0, y0), (x1, y1) = hull[-2:]
-            if (x1 - x0) * (point[1] - y0) > (y1 - y0) * (point[0] - x0):
+            if (x1 - x0) * (y2 - y0) > (y1 - y0) * (x2 - x0):  # the last corner lies below the line to the point
                 break
             hull.pop()
-        hull.append(point)
+        hull.append((x2, y2))
     return hull
 
 
@@ -63,10 +66,12 @@ def proportional(ratios: Float64, sizes: Float64, target: float, maximum: float 
 
     Sparsity above the maximum is redistributed over the other maps, in proportion, until none is left.
     """
-    sparsities, full = np.zeros(len(sizes)), np.zeros(len(sizes), bool)
+    sparsities = np.zeros(len(sizes))
+    full = np.zeros(len(sizes), bool)
     while not full.all():
         remaining = target * sizes.sum() - maximum * sizes[full].sum()
-        sparsities = np.where(full, maximum, ratios * remaining / (ratios * sizes)[~full].sum())
+        shares = ratios * remaining / (ratios * sizes)[~full].sum()
+        sparsities = np.where(full, maximum, shares)
         over = ~full & (sparsities > maximum)
         if not over.any():
             break
@@ -82,11 +87,13 @@ def interpolate_path(path: Float64, sizes: Float64, target: float) -> Float64:
         sizes: float64[maps], numbers of weights.
     """
     reached = path @ sizes / sizes.sum()
-    at = int(np.searchsorted(reached, target))
-    if at == 0 or at == len(reached):
-        return path[min(at, len(path) - 1)]
-    part = (target - reached[at - 1]) / (reached[at] - reached[at - 1])
-    return np.asarray(path[at - 1] + part * (path[at] - path[at - 1]))
+    step = int(np.searchsorted(reached, target))
+    if step == 0:
+        return path[0]
+    if step == len(reached):
+        return path[-1]
+    part = (target - reached[step - 1]) / (reached[step] - reached[step - 1])
+    return np.asarray(path[step - 1] + part * (path[step] - path[step - 1]))
 
 
 def heavy_tail_ratios(exponents: Float64, epsilon: float = 0.3) -> Float64:
@@ -95,10 +102,12 @@ def heavy_tail_ratios(exponents: Float64, epsilon: float = 0.3) -> Float64:
     It is 1 - epsilon for the heaviest tail and 1 + epsilon for the lightest, linear in between (AlphaPruning, arXiv
     2410.10912, on which ActTail is assumed to build).
     """
-    low, high = exponents.min(), exponents.max()
+    low = exponents.min()
+    high = exponents.max()
     if high == low:
         return np.ones_like(exponents)
-    return np.asarray((exponents - low) / (high - low) * 2 * epsilon + (1 - epsilon))
+    places = (exponents - low) / (high - low)  # 0 for the heaviest tail, 1 for the lightest
+    return np.asarray(places * 2 * epsilon + (1 - epsilon))
 
 
 def least_damage(damage: Float64, bits: Float64, budget: float) -> Choice:
@@ -113,22 +122,36 @@ def least_damage(damage: Float64, bits: Float64, budget: float) -> Choice:
         bits: float64[maps, formats], bits of each map in each format.
         budget: bits of all maps; at least those of the smallest formats.
     """
-    steps = []
+    steps: list[tuple[float, int, int, int]] = []
     for number, (row, sizes) in enumerate(zip(damage, bits, strict=True)):
-        by_size = np.lexsort((row, sizes))  # of equal sizes, the least damage first
-        order = [i for n, i in enumerate(by_size) if n == 0 or sizes[i] > sizes[by_size[n - 1]]]
-        at = {float(sizes[i]): int(i) for i in order}
-        for (b0, d0), (b1, d1) in pairwise(lower_hull(sizes[order], row[order])):
-            if d1 < d0:
-                steps.append(((d0 - d1) / (b1 - b0), number, at[b0], at[b1]))
+        steps += _steps_to_larger_formats(number, row, sizes)
     chosen = smallest(damage, bits)
     room = budget * (1 + ROUNDING_ERROR) - total(bits, chosen)
-    for _, number, before, after in sorted(steps, key=lambda step: (-step[0], *step[1:])):
-        step = bits[number, after] - bits[number, before]
-        if chosen[number] == before and step <= room:
-            chosen[number] = after
-            room -= step
+    for _, number, smaller, larger in sorted(steps):
+        added = bits[number, larger] - bits[number, smaller]
+        if chosen[number] == smaller and added <= room:
+            chosen[number] = larger
+            room -= added
     return chosen
+
+
+def _steps_to_larger_formats(number: int, damage: Float64, bits: Float64) -> Iterator[tuple[float, int, int, int]]:
+    """Yield the steps of one map's lower convex hull that lower its damage.
+
+    Args:
+        number: index of the map.
+        damage, bits: float64[formats], of the map in each format.
+
+    Yields:
+        The change of the damage for each added bit, which is negative; the map; formats before and after the step.
+    """
+    formats: dict[float, int] = {}  # format of least damage, by its bits
+    for format_ in np.lexsort((damage, bits)).tolist():
+        formats.setdefault(float(bits[format_]), format_)
+    candidates = list(formats.values())
+    for (b0, d0), (b1, d1) in pairwise(lower_hull(bits[candidates], damage[candidates])):
+        if d1 < d0:
+            yield -((d0 - d1) / (b1 - b0)), number, formats[b0], formats[b1]
 
 
 def in_order(order: Iterable[int], damage: Float64, bits: Float64, budget: float) -> Choice:
@@ -141,10 +164,11 @@ def in_order(order: Iterable[int], damage: Float64, bits: Float64, budget: float
     chosen = smallest(damage, bits)
     room = budget * (1 + ROUNDING_ERROR) - total(bits, chosen)
     for number in order:
-        steps = bits[number] - bits[number, chosen[number]]
-        fitting = np.flatnonzero(steps <= room)
-        best = int(fitting[np.lexsort((damage[number, fitting], -steps[fitting]))[0]])
-        room -= steps[best]
+        added = bits[number] - bits[number, chosen[number]]
+        fitting = np.flatnonzero(added <= room)
+        largest_first = np.lexsort((damage[number, fitting], -added[fitting]))
+        best = int(fitting[largest_first[0]])
+        room -= added[best]
         chosen[number] = best
     return chosen
 
@@ -153,12 +177,14 @@ def same_format(bits: Float64, budget: float) -> Choice:
     """Return the largest format that all maps can have within a budget."""
     totals = bits.sum(axis=0)
     fitting = np.flatnonzero(totals <= budget * (1 + ROUNDING_ERROR))
-    return np.full(len(bits), int(fitting[np.argmax(totals[fitting])]), np.int64)
+    largest = int(fitting[np.argmax(totals[fitting])])
+    return np.full(len(bits), largest, np.int64)
 
 
 def smallest(damage: Float64, bits: Float64) -> Choice:
     """Return the format with the fewest bits for each map, and of equal ones that with the least damage."""
-    return np.array([np.lexsort((row, sizes))[0] for row, sizes in zip(damage, bits, strict=True)], np.int64)
+    formats = [np.lexsort((row, sizes))[0] for row, sizes in zip(damage, bits, strict=True)]
+    return np.array(formats, np.int64)
 
 
 def total(values: Float64, chosen: Choice) -> float:

@@ -9,10 +9,9 @@ from __future__ import annotations
 import json
 import re
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import closing, suppress
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -91,8 +90,11 @@ def prune(
         size = copy_weights(checkpoint, weights, replaced, staged)
         _copy_files(checkpoint, weights.layers, staged)
         difference, remarks = _compare(checkpoint, weights.layers, replaced, staged, settings, execution or Execution())
-        notes = [*(repair.notes if repair else ()), *remarks]
-        record = repair.record if repair else None
+        record = None
+        notes = remarks
+        if repair:
+            record = repair.record
+            notes = [*repair.notes, *remarks]
         (staged / "README.md").write_text(model_card(checkpoint, plan, notes, record), encoding="utf-8")
         write_seen(staged, [*read_seen(checkpoint.folder), *plan.seen])
         if record:
@@ -102,15 +104,14 @@ def prune(
 
 def require_free(output: Path) -> None:
     """Raise PlanError if a folder is not empty, or is the current directory."""
-    is_filled = output.exists() and (not output.is_dir() or any(output.iterdir()))
-    PlanError.refuse(
-        (is_filled, f"{output} exists already, and is not empty.", "Name another folder with `output`."),
-        (
-            not is_filled and output.resolve() == Path.cwd(),
-            f"{output} is the folder that you are in; it would be replaced.",
-            "Name a new one with `output`.",
-        ),
-    )
+    if output.exists():
+        is_empty = output.is_dir() and not any(output.iterdir())
+        if not is_empty:
+            raise PlanError(f"{output} exists already, and is not empty.", "Name another folder with `output`.")
+    if output.resolve() == Path.cwd():
+        raise PlanError(
+            f"{output} is the folder that you are in; it would be replaced.", "Name a new one with `output`."
+        )
 
 
 def _require_planned(checkpoint: Checkpoint, plan: Plan) -> None:
@@ -134,11 +135,13 @@ def require_copyable(checkpoint: Checkpoint) -> None:
             f"'{checkpoint.name}' is a .gguf file.", "Prune the checkpoint in safetensors that it was made of."
         )
     folder = checkpoint.folder.resolve()
-    inside = [folder, *([folder.parents[1] / "blobs"] if folder.parent.name == "snapshots" else [])]
-    read = (folder / name for name in ("config.json", "README.md"))
-    for file in dict.fromkeys([*_other_files(folder), *read, *weight_files(folder)]):
+    own_folders = [folder]
+    if folder.parent.name == "snapshots":
+        own_folders.append(folder.parents[1] / "blobs")
+    files = [*_other_files(folder), folder / "config.json", folder / "README.md", *weight_files(folder)]
+    for file in dict.fromkeys(files):
         target = file.resolve()
-        if not any(target.is_relative_to(place) for place in inside):
+        if not any(target.is_relative_to(own_folder) for own_folder in own_folders):
             raise PlanError(
                 f"{file.relative_to(folder)} of '{checkpoint.name}' is a link to {target}, outside of the checkpoint.",
                 "Put the file itself into the folder if it belongs to the model, or remove the link.",
@@ -155,20 +158,26 @@ def require_prunable(checkpoint: Checkpoint, plan: Plan, settings: Settings) -> 
 
 def _other_files(folder: Path) -> list[Path]:
     """Return the files that are copied as they are."""
-    return [
-        file
-        for file in sorted(folder.iterdir())
-        if file.is_file() and not any(file.match(pattern) for pattern in _NOT_COPIED) and not file.name.startswith(".")
-    ]
+    return [file for file in sorted(folder.iterdir()) if file.is_file() and _is_copied(file)]
+
+
+def _is_copied(file: Path) -> bool:
+    """Whether a file of a checkpoint is copied as it is, by its name."""
+    if file.name.startswith("."):
+        return False
+    return not any(file.match(pattern) for pattern in _NOT_COPIED)
 
 
 def _copy_files(checkpoint: Checkpoint, names: LayerNames, folder: Path) -> None:
     """Copy all files but configuration, weights and model card, and renumber quantization settings."""
     for file in _other_files(checkpoint.folder):
         shutil.copyfile(file, folder / file.name)
-    for file in (folder / name for name in FILES if (folder / name).is_file()):
-        quantization = json.loads(file.read_text(encoding="utf-8"))
-        file.write_text(json.dumps(renumber_quantization(quantization, names), indent=2) + "\n")
+    for name in FILES:
+        file = folder / name
+        if not file.is_file():
+            continue
+        quantization = renumber_quantization(json.loads(file.read_text(encoding="utf-8")), names)
+        file.write_text(json.dumps(quantization, indent=2) + "\n")
 
 
 def _compare(
@@ -177,7 +186,9 @@ def _compare(
     """Return the largest difference of outputs, see `prune`, and notes on the comparison."""
     config = text_config(checkpoint)
     is_quantized = quantization_method(config) is not None
-    notes = [require_same_modules(checkpoint, names, folder, settings)] if is_quantized else []
+    notes = []
+    if is_quantized:
+        notes.append(require_same_modules(checkpoint, names, folder, settings))
     try:
         with quiet():
             if is_quantized:
@@ -216,22 +227,22 @@ def largest_difference(
         PlanError: the outputs differ.
         ModelError: one of them cannot be opened, or returns no hidden states.
     """
-    fits = 2 * footprint(checkpoint, settings).weight_bytes <= available_memory() // 2
+    fit_twice = 2 * footprint(checkpoint, settings).weight_bytes <= available_memory() // 2
+    is_streamed = not fit_twice or execution.partition == LAYERWISE
     pruned = resolve(str(folder), trust_remote_code=settings.trust_remote_code)
     pruned = replace(pruned, name=f"{checkpoint.name} without these {'experts' if plan.experts else 'layers'}")
-    settings, outputs = replace(settings, layers=plan.layers), []
-    for tested, drop, patch in ((checkpoint, plan.drop, replaced), (pruned, (), {})):
-        if fits and execution.partition != LAYERWISE:
-            output = _output(tested, settings, drop, patch)
-        elif has_head(text_config(tested)):
-            output = _streamed_output(tested, settings, drop, patch, execution)
-        else:
-            return None
-        if output is None:
-            raise ModelError(f"'{tested.name}' returns no hidden states.")
-        outputs.append(output)
-    difference = float((outputs[0] - outputs[1]).abs().max())
-    if not difference <= TOLERANCE * float(outputs[0].abs().max()):
+    if is_streamed and not (has_head(text_config(checkpoint)) and has_head(text_config(pruned))):
+        return None
+    settings = replace(settings, layers=plan.layers)
+    if is_streamed:
+        expected = _streamed_output(checkpoint, settings, plan.drop, replaced, execution)
+        output = _streamed_output(pruned, settings, (), {}, execution)
+    else:
+        expected = _output(checkpoint, settings, plan.drop, replaced)
+        output = _output(pruned, settings, (), {})
+    difference = float((expected - output).abs().max())
+    is_same = difference <= TOLERANCE * float(expected.abs().max())  # false of NaN
+    if not is_same:
         raise PlanError(
             f"The pruned checkpoint would compute something else than '{checkpoint.name}' with these "
             f"{'experts masked' if plan.experts else 'layers skipped'}: outputs differ by {difference:.3g}.",
@@ -240,7 +251,8 @@ def largest_difference(
     return difference
 
 
-def _output(checkpoint: Checkpoint, settings: Settings, drop: Removals, patch: Patch) -> torch.Tensor | None:
+def _output(checkpoint: Checkpoint, settings: Settings, drop: Removals, patch: Patch) -> torch.Tensor:
+    """Return the output of the last layer for the checked tokens, of a model that is loaded whole."""
     backbone = open_module(load_model(checkpoint, settings), layers=settings.layers)
     layers = backbone.layers
     require_experts(layers, drop)
@@ -251,12 +263,14 @@ def _output(checkpoint: Checkpoint, settings: Settings, drop: Removals, patch: P
         without_sublayers(layers, drop),
         without_experts(layers, drop),
     ):
-        return first_tensor(forward_function(backbone.module)(CHECKED_TOKENS, None))
+        hidden = first_tensor(forward_function(backbone.module)(CHECKED_TOKENS, None))
+    return _require_hidden_states(hidden, checkpoint)
 
 
 def _streamed_output(
     checkpoint: Checkpoint, settings: Settings, drop: Removals, patch: Patch, execution: Execution
-) -> torch.Tensor | None:
+) -> torch.Tensor:
+    """Return the output of the last layer for the checked tokens, of a model whose weights are streamed."""
     streamed = Execution(partition=LAYERWISE, max_memory=execution.max_memory)
     placement = place(checkpoint, settings, streamed, devices_here(pick_device(settings.device).type), head=True)
     with closing(open_replica(checkpoint, settings, placement, head=True)) as replica:
@@ -264,12 +278,20 @@ def _streamed_output(
         assert model is not None
         forward = forward_function(model.backbone.module)
         with model.without(drop), model.patched(patch):
-            (output,) = model.together([lambda: first_tensor(forward(CHECKED_TOKENS, None))])
-        return output
+            (hidden,) = model.together([lambda: first_tensor(forward(CHECKED_TOKENS, None))])
+    return _require_hidden_states(hidden, checkpoint)
+
+
+def _require_hidden_states(hidden: torch.Tensor | None, checkpoint: Checkpoint) -> torch.Tensor:
+    """Return the hidden states that a model has returned. Raise ModelError if there are none."""
+    if hidden is None:
+        raise ModelError(f"'{checkpoint.name}' returns no hidden states.")
+    return hidden
 
 
 _BASE = re.compile(r"Base model at (\w+)\.")
-TAGS = ("layer-pruning", "expert-pruning")
+LAYERS_TAG = "layer-pruning"
+EXPERTS_TAG = "expert-pruning"
 LICENSE = ("license", "license_name", "license_link")
 
 
@@ -277,36 +299,53 @@ def model_card(
     checkpoint: Checkpoint, plan: Plan, notes: list[str] | None = None, repair: RepairRecord | None = None
 ) -> str:
     """Return a model card with the removed layers and experts and the reason, the repair, and the license."""
-    name, base = checkpoint.name, checkpoint.name
+    if checkpoint.source == "hub":
+        name = checkpoint.name
+    else:
+        name = Path(checkpoint.path).absolute().name
+    if plan.experts:
+        removed = count_removed(plan.drop)
+    else:
+        removed = f"{len(plan.drop)} of its {plan.num_layers} layers"
+    reason = escape_markdown(describe_reason(plan.why))
+    if plan.run_id:
+        reason += f", of run {plan.run_id}"
+    lines = list(_chosen_on(plan))
+    lines += [f"Finding: {finding}" for finding in plan.findings]
+    lines += notes or []
+    if repair:
+        lines += repair.describe()
+    lines.append(f"Evaluated: {' '.join(plan.evaluated) or 'not when it was planned.'}")
+    items = [f"- {escape_markdown(line)}\n" for line in lines]
+    sections = [
+        f"---\n{_card_fields(checkpoint, plan)}\n---",
+        f"# {escape_markdown(name)} without {removed}",
+        _describe_changes(plan, repair),
+        f"Chosen {reason}. Base model at {checkpoint.revision}.",
+        "".join(items),
+    ]
+    return "\n\n".join(sections) + "\nWritten by avss_dist.\n"
+
+
+def _card_fields(checkpoint: Checkpoint, plan: Plan) -> str:
+    """Return the fields of a model card, as the hub reads them."""
+    base = checkpoint.name
     if checkpoint.source != "hub":
-        path = Path(checkpoint.path).absolute()  # from other folders, too
-        name, base = path.name, str(path)
+        base = str(Path(checkpoint.path).absolute())  # from other folders, too
+    tags = ["pruned"]
+    if plan.dropped_layers:
+        tags.append(LAYERS_TAG)
+    if plan.experts:
+        tags.append(EXPERTS_TAG)
     fields = {
         "base_model": base,
         "base_model_relation": "finetune",  # the nearest of the relations that the hub knows
         **source_license(checkpoint.folder),
         "library_name": "transformers",
-        "tags": [
-            "pruned",
-            *(tag for tag, dropped in zip(TAGS, (plan.dropped_layers, plan.experts), strict=True) if dropped),
-        ],
+        "tags": tags,
     }
-    head = printable("\n".join(f"{key}: {json.dumps(value, ensure_ascii=False)}" for key, value in fields.items()))
-    source = f", of run {plan.run_id}" if plan.run_id else ""
-    lines = [
-        *_chosen_on(plan),
-        *(f"Finding: {line}" for line in plan.findings),
-        *(notes or []),
-        *(repair.describe() if repair else []),
-        f"Evaluated: {' '.join(plan.evaluated) or 'not when it was planned.'}",
-    ]
-    without = count_removed(plan.drop) if plan.experts else f"{len(plan.drop)} of its {plan.num_layers} layers"
-    return (
-        f"---\n{head}\n---\n\n# {escape_markdown(name)} without {without}\n\n{_describe_changes(plan, repair)}\n\n"
-        f"Chosen {escape_markdown(describe_reason(plan.why))}{source}. Base model at {checkpoint.revision}.\n\n"
-        + "".join(f"- {escape_markdown(line)}\n" for line in lines)
-        + "\nWritten by avss_dist.\n"
-    )
+    lines = [f"{key}: {json.dumps(value, ensure_ascii=False)}" for key, value in fields.items()]
+    return printable("\n".join(lines))
 
 
 def _chosen_on(plan: Plan) -> Iterator[str]:
@@ -320,35 +359,55 @@ def _chosen_on(plan: Plan) -> Iterator[str]:
 
 def _describe_changes(plan: Plan, repair: RepairRecord | None) -> str:
     """Return sentences with the removed layers and experts, and the changed weights."""
-    layers = ", ".join(map(str, plan.dropped_layers))
-    experts = "; ".join(f"layer {layer}: {', '.join(map(str, indices))}" for layer, indices in plan.experts.items())
+    sentences = []
+    if plan.dropped_layers:
+        layers = ", ".join(str(layer) for layer in plan.dropped_layers)
+        sentences.append(f"Removed, counted from 0: {layers}.")
+    if plan.experts:
+        by_layer = []
+        for layer, experts in plan.experts.items():
+            by_layer.append(f"layer {layer}: {', '.join(str(expert) for expert in experts)}")
+        sentences.append(f"Removed routed experts, both counted from 0: {'; '.join(by_layer)}.")
     changed = [cut.after for cut in repair.cuts if cut.changed] if repair else []
-    sentences = {
-        f"Removed, counted from 0: {layers}.": layers,
-        f"Removed routed experts, both counted from 0: {experts}.": experts,
-        f"Of the others, the MLP's last map is changed in {describe_layers(changed)}.": changed,
-        "The others are unchanged.": not changed,
-    }
-    return " ".join(sentence for sentence, applies in sentences.items() if applies)
+    if changed:
+        sentences.append(f"Of the others, the MLP's last map is changed in {describe_layers(changed)}.")
+    else:
+        sentences.append("The others are unchanged.")
+    return " ".join(sentences)
 
 
 def pruned_from(folder: Path) -> tuple[str, str] | None:
     """Return base model and revision from the card of a pruned checkpoint, or None for another checkpoint."""
     card = folder / "README.md"
     try:
-        values, text = metadata_load(card) or {}, card.read_text(encoding="utf-8")
+        fields = metadata_load(card) or {}
+        text = card.read_text(encoding="utf-8")
     except (OSError, ValueError, RecursionError, yaml.YAMLError):
         return None
-    revision, name = _BASE.search(text), values.get("base_model")
-    if not {*TAGS}.intersection(values.get("tags") or ()) or not revision or not isinstance(name, str):
+    tags = set(fields.get("tags") or ())
+    if not tags.intersection((LAYERS_TAG, EXPERTS_TAG)):
         return None
-    return (name, revision[1]) if name else None
+    base = fields.get("base_model")
+    revision = _BASE.search(text)
+    if not isinstance(base, str) or not base or not revision:
+        return None
+    return base, revision[1]
 
 
 def source_license(folder: Path) -> dict[str, Any]:
     """Return the license that a checkpoint's model card names, else its configuration. Empty if neither does."""
-    for read in (partial(metadata_load, folder / "README.md"), partial(read_config, folder, folder.name)):
-        with suppress(OSError, ValueError, RecursionError, yaml.YAMLError, ModelError):
-            if (values := read() or {}).get("license"):
-                return {key: str(values[key]) for key in LICENSE if values.get(key)}
+    unreadable = (OSError, ValueError, RecursionError, yaml.YAMLError, ModelError)
+    with suppress(*unreadable):
+        fields = metadata_load(folder / "README.md") or {}
+        if fields.get("license"):
+            return _license_fields(fields)
+    with suppress(*unreadable):
+        config = read_config(folder, folder.name)
+        if config.get("license"):
+            return _license_fields(config)
     return {}
+
+
+def _license_fields(values: Mapping[str, Any]) -> dict[str, str]:
+    """Return those of the values that name a license."""
+    return {key: str(values[key]) for key in LICENSE if values.get(key)}

@@ -28,6 +28,11 @@ from avss_dist.pruning.weights import LayerNames, StoredWeights, list_path, renu
 
 EXPERT_COUNTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
 """Settings that give the number of routed experts of a layer."""
+OBSTACLES = {
+    "num_kv_shared_layers": "its last layers use the keys and values of earlier ones",
+    "scale_attn_by_inverse_layer_idx": "a layer's attention is scaled by its place",
+}
+"""Reasons why a model cannot be pruned, by the setting that it then has."""
 
 
 def write_config(checkpoint: Checkpoint, plan: Plan, folder: Path, settings: Settings) -> None:
@@ -41,45 +46,66 @@ def write_config(checkpoint: Checkpoint, plan: Plan, folder: Path, settings: Set
     plan.require_no_sublayers("No configuration has layers without one, and zeros in its weights would remove nothing")
     whole = text_config(checkpoint)
     text = whole.get_text_config()
-    number = getattr(text, NUM_LAYERS, None)
-    obstacles = {
-        "num_kv_shared_layers": "its last layers use the keys and values of earlier ones",
-        "scale_attn_by_inverse_layer_idx": "a layer's attention is scaled by its place",
-    }
-    PlanError.refuse(
-        (
-            number != plan.num_layers,
-            f"The plan is for {plan.num_layers} layers; the model has {number}.",
-            "Make a plan of its own.",
-        ),
-        *(
-            (getattr(text, name, None), f"A {text.model_type} with {name} cannot be pruned: {why}.", None)
-            for name, why in obstacles.items()
-        ),
-    )
+    _require_supported(text, plan)
     raw = json.loads((checkpoint.folder / "config.json").read_text(encoding="utf-8"))
-    part = next((raw[n] for n in ("text_config", "llm_config", "decoder") if text is not whole and n in raw), raw)
+    part = raw if text is whole else _text_part(raw)
     expected = settings_by_layer(text.to_dict(), plan.num_layers, plan.keep)
     part |= settings_by_layer(part, plan.num_layers, plan.keep)
     names = {NUM_LAYERS, text.attribute_map.get(NUM_LAYERS, NUM_LAYERS)}
-    part |= dict.fromkeys(names.intersection(part) or {NUM_LAYERS}, len(plan.keep))
+    names_in_file = names.intersection(part) or {NUM_LAYERS}
+    part |= dict.fromkeys(names_in_file, len(plan.keep))
     if plan.experts:
         part |= _expert_counts(whole, plan, part, settings)
-        names |= {*EXPERT_COUNTS}
+        names.update(EXPERT_COUNTS)
     if method := quantization_method(whole):
         require_known_method(checkpoint, method)
         layer_names = StoredWeights.of_checkpoint(checkpoint, plan, settings).layers
-        for settings_of in [raw] if part is raw else [raw, part]:
-            settings_of |= {
-                key: renumber_quantization(settings_of[key], layer_names) for key in KEYS if key in settings_of
-            }
-    less = _write_and_read(checkpoint, whole, raw, folder, settings)
-    derived = _as_json(less.get_text_config().to_dict())
+        _renumber_quantization(raw, layer_names)
+        if part is not raw:
+            _renumber_quantization(part, layer_names)
+    pruned = _write_and_read(checkpoint, whole, raw, folder)
+    derived = _as_json(pruned.get_text_config().to_dict())
     if missing := {name: value for name, value in expected.items() if derived.get(name) != value}:
         part |= missing
-        less = _write_and_read(checkpoint, whole, raw, folder, settings)
-    _require_same_settings(whole, less, {*expected, *names, *KEYS})
-    _require_same_classes(whole, less, plan, settings)
+        pruned = _write_and_read(checkpoint, whole, raw, folder)
+    _require_same_settings(whole, pruned, {*expected, *names, *KEYS})
+    _require_same_classes(whole, pruned, plan, settings)
+
+
+def _require_supported(text: Any, plan: Plan) -> None:
+    """Raise PlanError if a plan is for another number of layers, or a family's layers depend on their places.
+
+    Args:
+        text: configuration of the text model.
+    """
+    problems = []
+    number = getattr(text, NUM_LAYERS, None)
+    if number != plan.num_layers:
+        problem = PlanError(
+            f"The plan is for {plan.num_layers} layers; the model has {number}.", "Make a plan of its own."
+        )
+        problems.append(problem)
+    for name, reason in OBSTACLES.items():
+        if getattr(text, name, None):
+            problems.append(PlanError(f"A {text.model_type} with {name} cannot be pruned: {reason}."))
+    if problems:
+        raise PlanError.combine(problems)
+
+
+def _text_part(raw: dict[str, Any]) -> dict[str, Any]:
+    """Return the part of ``config.json`` that describes the text model of several models, or all of it."""
+    for name in ("text_config", "llm_config", "decoder"):
+        if name in raw:
+            part: dict[str, Any] = raw[name]
+            return part
+    return raw
+
+
+def _renumber_quantization(part: dict[str, Any], names: LayerNames) -> None:
+    """Renumber the layers in the quantization settings of a part of ``config.json``, in place."""
+    for key in KEYS:
+        if key in part:
+            part[key] = renumber_quantization(part[key], names)
 
 
 def _expert_counts(whole: Any, plan: Plan, part: Mapping[str, Any], settings: Settings) -> dict[str, int]:
@@ -93,31 +119,35 @@ def _expert_counts(whole: Any, plan: Plan, part: Mapping[str, Any], settings: Se
     """
     model = skeleton(whole, settings, torch.float32)
     layer_names = LayerNames.of_model(model, plan)
-    if not (routed := layer_names.routed):
-        return {}  # the plan names another list of layers, which is refused below
+    routed = layer_names.routed
+    if not routed:
+        return {}  # the plan names another list of layers, which `_require_same_classes` refuses
     layers = model.get_submodule(layer_names.lists[0])
-    numbers: dict[int, int] = {}
+    first_layers: dict[int, int] = {}  # first layer that would have a number of experts, by that number
     for layer in plan.keep:
-        if experts := routed.get(layer) or find_routed_experts(layers[layer]):
-            numbers.setdefault(experts.number - len(plan.experts.get(layer, ())), layer)
-    if len(numbers) > 1:
-        (a, i), (b, j) = sorted(numbers.items())[:2]
+        experts = routed.get(layer) or find_routed_experts(layers[layer])
+        if experts:
+            remaining = experts.number - len(plan.experts.get(layer, ()))
+            first_layers.setdefault(remaining, layer)
+    if len(first_layers) > 1:
+        fewer, more = sorted(first_layers)[:2]
         raise PlanError(
-            f"Layer {i} would have {a} routed experts and layer {j} {b}, and a {whole.model_type} has one number for "
-            "all layers.",
+            f"Layer {first_layers[fewer]} would have {fewer} routed experts and layer {first_layers[more]} {more}, and "
+            f"a {whole.model_type} has one number for all layers.",
             "Drop as many of each layer, or evaluate the plan without a checkpoint.",
         )
+    (remaining,) = first_layers
     number = next(iter(routed.values())).number
-    values = whole.get_text_config().to_dict()
-    in_file, as_read = ([name for name in EXPERT_COUNTS if source.get(name) == number] for source in (part, values))
-    if not (names := in_file or as_read):
+    names = [name for name in EXPERT_COUNTS if part.get(name) == number]
+    if not names:
+        values = whole.get_text_config().to_dict()
+        names = [name for name in EXPERT_COUNTS if values.get(name) == number]
+    if not names:
         raise PlanError(f"No setting of a {whole.model_type} is its number of routed experts, {number}.")
-    return dict.fromkeys(names, next(iter(numbers)))
+    return dict.fromkeys(names, remaining)
 
 
-def _write_and_read(
-    checkpoint: Checkpoint, whole: Any, raw: Mapping[str, Any], folder: Path, settings: Settings
-) -> Any:
+def _write_and_read(checkpoint: Checkpoint, whole: Any, raw: Mapping[str, Any], folder: Path) -> Any:
     """Write a configuration, and return it as transformers reads it."""
     (folder / "config.json").write_text(json.dumps(raw, indent=2) + "\n", encoding="utf-8")
     try:
@@ -131,13 +161,14 @@ def _as_json(config: Mapping[str, Any]) -> dict[str, Any]:
     return dict(json.loads(json.dumps(config, default=str)))
 
 
-def _require_same_settings(whole: Any, less: Any, changed: set[str]) -> None:
+def _require_same_settings(whole: Any, pruned: Any, changed: set[str]) -> None:
     """Require that transformers reads all settings but the per-layer ones as before.
 
     Raises:
         PlanError: a setting differs; the message names it and both values.
     """
-    before, after = _as_json(whole.to_dict()), _as_json(less.to_dict())
+    before = _as_json(whole.to_dict())
+    after = _as_json(pruned.to_dict())
     for path, old, new in _differences(before, after, {*changed, "_name_or_path"}):
         raise _changed_model_error(whole, f"its setting `{path}` would be {new!r} for {old!r}")
 
@@ -149,7 +180,8 @@ def _differences(
     if isinstance(before, Mapping) and isinstance(after, Mapping):
         for name in dict.fromkeys([*before, *after]):
             if name not in changed:
-                yield from _differences(before.get(name), after.get(name), changed, f"{path}.{name}".lstrip("."))
+                path_inside = f"{path}.{name}".lstrip(".")
+                yield from _differences(before.get(name), after.get(name), changed, path_inside)
     elif before != after:
         yield path, before, after
 
@@ -167,19 +199,17 @@ def _layer_properties(
     for path, module in layer.named_modules():
         properties[f"{path} kind"] = type(module).__name__
         for name, value in sorted(vars(module).items()):
-            is_index = is_own_index(name, value, index)
-            if not name.startswith("_") and not is_index and isinstance(value, (int, float, str, bool, tuple)):
+            if name.startswith("_") or is_own_index(name, value, index):
+                continue
+            if isinstance(value, (int, float, str, bool, tuple)):
                 properties[f"{path} {name}"] = value
-        if (
-            routed
-            and path in (routed.block, routed.router, routed.experts)
-            and vars(module).get(COUNT) == routed.number
-        ):
-            properties[f"{path} {COUNT}"] = routed.number - removed
+        if routed and path in (routed.block, routed.router, routed.experts):
+            if vars(module).get(COUNT) == routed.number:
+                properties[f"{path} {COUNT}"] = routed.number - removed
     return properties
 
 
-def _require_same_classes(whole: Any, less: Any, plan: Plan, settings: Settings) -> None:
+def _require_same_classes(whole: Any, pruned: Any, plan: Plan, settings: Settings) -> None:
     """Require that each class that opens the original also opens the pruned checkpoint, with the same layers.
 
     Parameters have the names and shapes that they had, and modules of layers the same kinds and attributes.
@@ -191,38 +221,74 @@ def _require_same_classes(whole: Any, less: Any, plan: Plan, settings: Settings)
     is_compared = False
     for auto in auto_classes(whole):
         before = skeleton_by(auto, whole, settings)
-        layers = before is not None and dict(before.named_modules()).get(list_path(before, plan))
-        if not isinstance(layers, nn.ModuleList) or len(layers) != plan.num_layers:
+        if before is None or not _has_layers(before, plan):
             continue
-        if (after := skeleton_by(auto, less, settings)) is None:
+        after = skeleton_by(auto, pruned, settings)
+        if after is None:
             raise _changed_model_error(whole, f"{auto.__name__}, which opens the original, would not open it")
         names = LayerNames.of_model(before, plan)
-        (place,) = names.lists
-        expected = {
-            new: names.remaining_shape(name, shape)
-            for name, shape in _shapes(before)
-            if (new := renumbered(name, place, plan)) is not None
-        }
-        for name, shape, other in _differences(expected, dict(_shapes(after))):
+        for name, shape, other in _differences(_remaining_shapes(before, names), _shapes(after)):
             raise _changed_model_error(whole, f"in {auto.__name__}, {name} would have the shape {other} for {shape}")
-        for index, old in enumerate(plan.keep):
-            before = _layer_properties(layers[old], old, names.routed.get(old), len(plan.experts.get(old, ())))
-            for at, was, now in _differences(before, _layer_properties(after.get_submodule(place)[index], index)):
-                raise _changed_model_error(whole, f"layer {old} would have {at} {now!r} for {was!r} as layer {index}")
+        _require_same_layers(whole, before, after, names)
         is_compared = True
     if not is_compared:
-        modules = dict(without_head(skeleton(whole, settings, torch.float32)).named_modules())
-        number = plan.num_layers
-        fitting = [path for path, m in modules.items() if isinstance(m, nn.ModuleList) and len(m) == number]
-        is_clear = len(fitting) == 1 and plan.layers not in modules
-        raise PlanError(
-            f"The layers of a {whole.model_type} are not the {number} modules of '{plan.layers}', each on its own.",
-            f"Set `layers: {fitting[0]}` in the plan." if is_clear else "None can be taken out of a checkpoint.",
-        )
+        raise _no_such_layers(whole, plan, settings)
 
 
-def _shapes(model: Any) -> Iterator[tuple[str, tuple[int, ...]]]:
-    return ((name, tuple(tensor.shape)) for name, tensor in model.state_dict().items())
+def _has_layers(model: Any, plan: Plan) -> bool:
+    """Whether a model has the plan's list of layers, with as many of them."""
+    layers = dict(model.named_modules()).get(list_path(model, plan))
+    return isinstance(layers, nn.ModuleList) and len(layers) == plan.num_layers
+
+
+def _remaining_shapes(model: Any, names: LayerNames) -> dict[str, tuple[int, ...]]:
+    """Return the shapes of the tensors that remain of a whole model, by their names in the pruned one."""
+    (path,) = names.lists
+    shapes = {}
+    for name, shape in _shapes(model).items():
+        new_name = renumbered(name, path, names.plan)
+        if new_name is not None:
+            shapes[new_name] = names.remaining_shape(name, shape)
+    return shapes
+
+
+def _require_same_layers(config: Any, before: Any, after: Any, names: LayerNames) -> None:
+    """Raise PlanError if a remaining layer would have modules of another kind, or with other attributes.
+
+    Args:
+        config: configuration of the whole model.
+        before, after: the whole model and the pruned one.
+        names: names of the layers of the whole model.
+    """
+    (path,) = names.lists
+    layers = before.get_submodule(path)
+    remaining_layers = after.get_submodule(path)
+    for index, layer in enumerate(names.plan.keep):
+        num_removed = len(names.plan.experts.get(layer, ()))
+        expected = _layer_properties(layers[layer], layer, names.routed.get(layer), num_removed)
+        actual = _layer_properties(remaining_layers[index], index)
+        for attribute, old, new in _differences(expected, actual):
+            raise _changed_model_error(
+                config, f"layer {layer} would have {attribute} {new!r} for {old!r} as layer {index}"
+            )
+
+
+def _no_such_layers(config: Any, plan: Plan, settings: Settings) -> PlanError:
+    """Return the error that no class that opens a model has the plan's layers."""
+    modules = dict(without_head(skeleton(config, settings, torch.float32)).named_modules())
+    number = plan.num_layers
+    lists = [path for path, module in modules.items() if isinstance(module, nn.ModuleList) and len(module) == number]
+    hint = "None can be taken out of a checkpoint."
+    if len(lists) == 1 and plan.layers not in modules:
+        hint = f"Set `layers: {lists[0]}` in the plan."
+    return PlanError(
+        f"The layers of a {config.model_type} are not the {number} modules of '{plan.layers}', each on its own.", hint
+    )
+
+
+def _shapes(model: Any) -> dict[str, tuple[int, ...]]:
+    """Return the shape of every tensor of a model by its name."""
+    return {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
 
 
 def _changed_model_error(config: Any, why: str) -> PlanError:

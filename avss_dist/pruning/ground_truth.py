@@ -36,6 +36,8 @@ from avss_dist.warehouse.reader import Warehouse, grouped
 _OF_MODEL = ("dtype", "layers", "attention", "device", "trust_remote_code", "dequantize")
 _REPEATED = (*TEXT_OPTIONS, "batch_size", *_OF_MODEL)
 _OF_STATISTICS = ("skip_first_tokens", "allow_pickle")  # of avss score alone
+HUB_COMMIT_LENGTH = 40
+"""Length of the hash of a commit of the hub. Revisions of folders have another length."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -79,7 +81,8 @@ def layer_truth(store: Warehouse, run: Mapping[str, Any], by: str) -> LayerTruth
     Raises:
         QueryError: there is no such evaluation. The hint is the command that measures it.
     """
-    if (truth := find_layer_truth(store, run, by)) is None:
+    truth = find_layer_truth(store, run, by)
+    if truth is None:
         raise nothing_measured(store, run, by)
     return truth
 
@@ -89,7 +92,10 @@ def nothing_measured(store: Warehouse, run: Mapping[str, Any], by: str) -> Query
 
     Its hint is the command that measures it, or says that the model cannot be measured.
     """
-    hint = ablate_command(store, run, by) if has_head(run) else f"{describe_headless(run)} Choose by a score."
+    if has_head(run):
+        hint = ablate_command(store, run, by)
+    else:
+        hint = f"{describe_headless(run)} Choose by a score."
     return QueryError(f"{store.root} has no measurement '{by}' of the layers of {run['model']}.", hint)
 
 
@@ -115,10 +121,11 @@ def rounded_truths(store: Warehouse, run: Mapping[str, Any]) -> dict[str, LayerT
     truths: dict[str, LayerTruth] = {}
     for rows in _newest_first(store, run, ROUNDED_LOSS, [LOSS]):
         whole = [row["value"] for row in rows if row["rounding"] is None]
-        for name, by_layer in _by_format(rows).items() if whole else ():
-            truths.setdefault(
-                name, _rounded_truth(rows[0], name, {layer: value - whole[0] for layer, value in by_layer.items()})
-            )
+        if not whole:
+            continue
+        for name, losses in _by_format(rows).items():
+            rises = {layer: loss - whole[0] for layer, loss in losses.items()}
+            truths.setdefault(name, _rounded_truth(rows[0], name, rises))
     return truths
 
 
@@ -133,11 +140,13 @@ def rounding_estimates(store: Warehouse, run: Mapping[str, Any], truth: LayerTru
             by_format = _by_format([row for row in rows if row["metric"] == metric])
             if truth.format in by_format:
                 measured.append(_rounded_truth(rows[0], truth.format, by_format[truth.format]))
-    return {
-        metric: next((estimate for estimate in measured if estimate.text != truth.text), measured[0])
-        for metric, measured in estimates.items()
-        if measured
-    }
+    chosen = {}
+    for metric, measured in estimates.items():
+        if not measured:
+            continue
+        of_other_text = [estimate for estimate in measured if estimate.text != truth.text]
+        chosen[metric] = of_other_text[0] if of_other_text else measured[0]
+    return chosen
 
 
 def map_roundings(
@@ -154,9 +163,10 @@ def map_roundings(
     for rows in _newest_first(store, run, ROUNDING_TASK, [by, BITS_PER_WEIGHT, NUM_WEIGHTS]):
         values: dict[str, dict[RoundedPlace, float]] = {}
         for row in rows:
-            if (place := parse_rounded(row["rounding"] or "")) is not None and place.path is not None:
+            place = parse_rounded(row["rounding"] or "")
+            if place is not None and place.path is not None:
                 values.setdefault(row["metric"], {})[place] = row["value"]
-        if len(values) == 3:
+        if len(values) == 3:  # of all metrics
             yield rows[0]["run_id"], values
 
 
@@ -164,7 +174,8 @@ def _by_format(rows: Sequence[Mapping[str, Any]]) -> dict[str, dict[int, float]]
     """Return the values of rows in which a whole layer is rounded, by number format and layer."""
     by_format: dict[str, dict[int, float]] = {}
     for row in rows:
-        if (place := parse_rounded(row["rounding"] or "")) is not None and place.path is None:
+        place = parse_rounded(row["rounding"] or "")
+        if place is not None and place.path is None:
             by_format.setdefault(place.format, {})[place.layer] = row["value"]
     return by_format
 
@@ -183,7 +194,8 @@ def _newest_first(
     store: Warehouse, run: Mapping[str, Any], task: str, metrics: Sequence[str]
 ) -> list[list[dict[str, Any]]]:
     """Return the rows of each evaluation of a run's checkpoint with these metrics, the newest evaluation first."""
-    where = (pc.field("revision") == run["revision"]) & pc.starts_with(pc.field("task"), task)
+    where = pc.field("revision") == run["revision"]
+    where &= pc.starts_with(pc.field("task"), task)
     where &= pc.field("metric").isin(metrics)
     evaluations = grouped(store.table("evaluations", where=where).to_pylist(), itemgetter("run_id"))
     return sorted(evaluations.values(), key=lambda rows: rows[-1]["created_at"], reverse=True)
@@ -194,8 +206,10 @@ def _by_layer(rows: Sequence[Mapping[str, Any]], by: str) -> Mapping[Any, float]
     if by == BLOCK_DISTANCE:
         return {tuple(row["drop"]): row["value"] for row in rows}
     if by == "loss":
-        whole = [row["value"] for row in rows if not row["drop"]][:1]
-        return {row["drop"][0]: row["value"] - value for value in whole for row in rows if len(row["drop"]) == 1}
+        whole = [row["value"] for row in rows if not row["drop"]]
+        if not whole:
+            return {}
+        return {row["drop"][0]: row["value"] - whole[0] for row in rows if len(row["drop"]) == 1}
     if not SCORES[by].mean_rank_of:
         return {row["layer"]: row["value"] for row in rows}
     return mean_ranks(by, [(row["metric"], row["layer"], row["value"]) for row in rows])
@@ -210,13 +224,21 @@ def mean_ranks(score: str, measured: Collection[tuple[str, int, float]]) -> dict
     Returns:
         By layer; empty if a layer lacks a finite value of one of the metrics.
     """
-    by_metric = {
-        name: {layer: value for metric, layer, value in measured if metric == name} for name in metrics_of(score)
-    }
+    by_metric: dict[str, dict[int, float]] = {name: {} for name in metrics_of(score)}
+    for metric, layer, value in measured:
+        if metric in by_metric:
+            by_metric[metric][layer] = value
     layers = sorted(next(iter(by_metric.values())))
-    if any(sorted(values) != layers or not np.isfinite([*values.values()]).all() for values in by_metric.values()):
+    if not layers:
         return {}
-    ranks = [average_ranks(np.array([values[layer] for layer in layers])) for values in by_metric.values()]
+    ranks = []
+    for by_layer in by_metric.values():
+        if sorted(by_layer) != layers:
+            return {}
+        values = np.array([by_layer[layer] for layer in layers])
+        if not np.isfinite(values).all():
+            return {}
+        ranks.append(average_ranks(values))
     return dict(zip(layers, np.mean(ranks, axis=0).tolist(), strict=True))
 
 
@@ -233,7 +255,9 @@ def repeated_command(
     Args:
         measures: what to measure, as values of options by field.
     """
-    model = f"{run['model']}@{run['revision']}" if len(run["revision"] or "") == 40 else run["model"]  # a hub commit
+    model = run["model"]
+    if len(run["revision"] or "") == HUB_COMMIT_LENGTH:
+        model += f"@{run['revision']}"
     repeated = repeated_options(run)
     if verb == "score":
         repeated |= _set_options(run, _OF_STATISTICS)

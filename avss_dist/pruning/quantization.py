@@ -43,15 +43,19 @@ def renumber_quantization(config: Any, names: LayerNames) -> Any:
         PlanError: a pattern with numbers cannot be read.
     """
     if isinstance(config, dict):
-        return {
-            name: renumber_quantization(part, names) for key, part in config.items() for name in _new_names(key, names)
-        }
+        settings = {}
+        for key, part in config.items():
+            for name in _new_names(key, names):
+                settings[name] = renumber_quantization(part, names)
+        return settings
     if isinstance(config, list):
-        parts = (
-            _new_names(part, names) if isinstance(part, str) else [renumber_quantization(part, names)]
-            for part in config
-        )
-        return [new for part in parts for new in part]
+        parts = []
+        for part in config:
+            if isinstance(part, str):
+                parts += _new_names(part, names)
+            else:
+                parts.append(renumber_quantization(part, names))
+        return parts
     return config
 
 
@@ -61,7 +65,8 @@ def _new_names(text: str, names: LayerNames) -> list[str]:
     assert match
     mark, body = match.groups("")
     if not (_PATTERN.search(body) and _NUMBER.search(body)):
-        return [f"{mark}{new}" for new in [names.renumbered(body)] if new is not None]
+        new_name = names.renumbered(body)
+        return [] if new_name is None else [f"{mark}{new_name}"]
     try:
         pattern = re.compile(body)
     except re.error as error:
@@ -69,8 +74,16 @@ def _new_names(text: str, names: LayerNames) -> list[str]:
             f"The quantization settings name layers by '{text}', which is not a valid pattern: {error}.",
             "Prune the checkpoint before it is quantized, or evaluate the plan without a checkpoint.",
         ) from None
-    remaining = [new for name in filter(pattern.match, names.modules) if (new := names.renumbered(name)) is not None]
-    return [f"{mark}{re.escape(name)}$" for name in remaining] if mark in ("+:", "-:") else remaining
+    remaining = []
+    for name in names.modules:
+        if not pattern.match(name):
+            continue
+        new_name = names.renumbered(name)
+        if new_name is not None:
+            remaining.append(new_name)
+    if mark in ("+:", "-:"):
+        return [f"{mark}{re.escape(name)}$" for name in remaining]
+    return remaining
 
 
 def require_same_modules(checkpoint: Checkpoint, names: LayerNames, folder: Path, settings: Settings) -> str:
@@ -88,16 +101,15 @@ def require_same_modules(checkpoint: Checkpoint, names: LayerNames, folder: Path
     """
     note = f"The weights are quantized ({describe_quantization(checkpoint, settings)}), and copied as they are"
     try:
-        before, after = (
-            _unmatched_tensors(tested, settings) for tested in (checkpoint, replace(checkpoint, path=str(folder)))
-        )
+        before = _unmatched_tensors(checkpoint, settings)
+        after = _unmatched_tensors(replace(checkpoint, path=str(folder)), settings)
     except ModelError as error:
         return f"{note}. Whether the settings read each of them as before could not be seen here: {error}"
-    expected = {
-        (new, names.remaining_shape(name, shape))
-        for name, shape in before
-        if (new := names.renumbered(name)) is not None
-    }
+    expected = set()
+    for name, shape in before:
+        new_name = names.renumbered(name)
+        if new_name is not None:
+            expected.add((new_name, names.remaining_shape(name, shape)))
     if strange := sorted(name for name, _ in after ^ expected):
         raise PlanError(
             f"The quantization settings of '{checkpoint.name}' would read weights as what they are not once layers are "
@@ -113,8 +125,12 @@ def _unmatched_tensors(checkpoint: Checkpoint, settings: Settings) -> Tensors:
     with quiet():
         model = quantize_skeleton(checkpoint, config, skeleton(copy.deepcopy(config), settings, torch.bfloat16))
         rename, *_ = renaming(model)
-    held = {name: tuple(value.shape) for name, value in model.state_dict().items()}
-    stored = (tensor for file in weight_files(checkpoint.folder) for tensor in tensors_of(file))
-    return frozenset(held.items()) ^ {
-        (new if (new := rename(tensor.name)) in held else tensor.name, tensor.shape) for tensor in stored
-    }
+    shapes = {name: tuple(value.shape) for name, value in model.state_dict().items()}
+    stored = set()
+    for file in weight_files(checkpoint.folder):
+        for tensor in tensors_of(file):
+            name_in_model = rename(tensor.name)
+            if name_in_model not in shapes:
+                name_in_model = tensor.name
+            stored.add((name_in_model, tensor.shape))
+    return frozenset(shapes.items()) ^ stored

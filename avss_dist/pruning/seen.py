@@ -32,6 +32,8 @@ def seen_by_run(run: Mapping[str, Any]) -> tuple[SeenText, ...]:
         return ()
     settings = settings_of(run)
     options = TextOptions.from_stored(settings).text_options()
+    if run["num_sequences"]:
+        options["max_sequences"] = run["num_sequences"]
     text = SeenText(
         use=SCORES,
         by=run["run_id"],
@@ -39,7 +41,7 @@ def seen_by_run(run: Mapping[str, Any]) -> tuple[SeenText, ...]:
         sequences_per_shard=settings.get("sequences_per_shard"),
         corpus_fingerprint=run["corpus_fingerprint"] or "",
         tokens_fingerprint=run["tokens_fingerprint"] or "",
-        **options | {"max_sequences": run["num_sequences"] or options["max_sequences"]},
+        **options,
     )
     return (text,)
 
@@ -56,7 +58,7 @@ def seen_by_evaluation(row: Mapping[str, Any]) -> tuple[SeenText, ...]:
     settings = settings_of(row)
     if READ in settings:
         try:
-            return tuple(SeenText(**{**values, "by": row["run_id"]}) for values in settings[READ])
+            return tuple(SeenText(**(values | {"by": row["run_id"]})) for values in settings[READ])
         except (TypeError, ConfigError) as error:
             raise WarehouseError(f"The texts of the evaluation '{row['run_id']}' are damaged: {error}") from error
     prefix, _, corpus = row["task"].partition(":")

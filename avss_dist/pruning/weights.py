@@ -11,7 +11,7 @@ from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
@@ -35,6 +35,21 @@ from avss_dist.warehouse.reader import grouped
 
 _EXPERT = re.compile(r"((?:.*\.)?experts)\.(\d+)(|\..*)")
 _FUSED = re.compile(r"(?:.*\.)?experts\.[^.]+")
+_ALL_EXPERTS = -1  # in place of an expert's index, for a tensor that holds all of them
+
+
+class _PlaceOfName(NamedTuple):
+    """Place of a module or tensor in a layer list.
+
+    Attributes:
+        prefix: path of the layer list.
+        layer: index of the layer.
+        inside: path below the layer.
+    """
+
+    prefix: str
+    layer: int
+    inside: str
 
 
 @dataclass(frozen=True)
@@ -62,14 +77,15 @@ class LayerNames:
         Raises:
             PlanError: an expert cannot be dropped; the message has the layer and the reason.
         """
-        path, modules = list_path(model, plan), dict(model.named_modules())
-        layers, routed = modules.get(path), {}
-        if isinstance(layers, nn.ModuleList) and len(layers) == plan.num_layers:  # or else it is refused later
+        path = list_path(model, plan)
+        modules = dict(model.named_modules())
+        layers = modules.get(path)
+        routed: dict[int, RoutedExperts] = {}
+        # Another list, or one of another length, is refused later.
+        if isinstance(layers, nn.ModuleList) and len(layers) == plan.num_layers:
             try:
-                routed = {
-                    layer: require_routed_experts(layers[layer], layer, removed)
-                    for layer, removed in plan.experts.items()
-                }
+                for layer, removed in plan.experts.items():
+                    routed[layer] = require_routed_experts(layers[layer], layer, removed)
             except ModelError as error:
                 raise PlanError(error.message, error.hint) from error
         return cls(plan, (path, *stored), [name for name in modules if name], routed)
@@ -79,29 +95,36 @@ class LayerNames:
 
         Names may begin below or above the model. Layers of another tower keep their names.
         """
-        split = self._split(name)
-        return renumbered(name, split[0], self.plan) if split else name
+        place = self._place(name)
+        if place is None:
+            return name
+        return renumbered(name, place.prefix, self.plan)
 
     def remaining_shape(self, name: str, shape: tuple[int, ...]) -> tuple[int, ...]:
         """Return the shape of a tensor in the pruned model, which may have a row for each expert."""
-        _, layer, inside = self._split(name) or (None, None, "")
-        if layer is None or (experts := self.routed.get(layer)) is None:
+        place = self._place(name)
+        if place is None:
             return shape
-        return experts.shape_without(inside, shape, len(self.plan.experts[layer]))
+        experts = self.routed.get(place.layer)
+        if experts is None:
+            return shape
+        return experts.shape_without(place.inside, shape, len(self.plan.experts[place.layer]))
 
-    def _split(self, name: str) -> tuple[str, int, str] | None:
-        """Return the path of the layer list in a name, the layer, and the path below it, or None for names outside."""
+    def _place(self, name: str) -> _PlaceOfName | None:
+        """Return the place of a name in the layer list, or None for names outside of it."""
         parts = name.split(".")
-        for place, part in enumerate(parts):
-            path = ".".join(parts[:place])
-            lists = (f".{layers}" for layers in self.lists)
-            if (
-                place
-                and part.isdecimal()
-                and any(f".{path}".endswith(end) or end.endswith(f".{path}") for end in lists)
-            ):
-                return path, int(part), ".".join(parts[place + 1 :])
+        for position, part in enumerate(parts):
+            if position == 0 or not part.isdecimal():
+                continue
+            prefix = ".".join(parts[:position])
+            if any(_have_same_end(prefix, path) for path in self.lists):
+                return _PlaceOfName(prefix, int(part), ".".join(parts[position + 1 :]))
         return None
+
+
+def _have_same_end(path: str, other: str) -> bool:
+    """Whether one of two module paths is the other one, or its last part."""
+    return f".{path}".endswith(f".{other}") or f".{other}".endswith(f".{path}")
 
 
 @dataclass(frozen=True)
@@ -131,25 +154,35 @@ class StoredWeights:
             PlanError: it is unclear which tensors are the plan's layers or experts, or an expert cannot be dropped.
             ModelError: a file cannot be read.
         """
-        stored = {tensor.name: tensor for file in weight_files(checkpoint.folder) for tensor in tensors_of(file)}
+        stored: dict[str, StoredTensor] = {}
+        for file in weight_files(checkpoint.folder):
+            stored |= {tensor.name: tensor for tensor in tensors_of(file)}
         model = skeleton(text_config(checkpoint), settings, torch.float32)
         prefix = _stored_prefix(checkpoint, plan, stored, model)
         layers = LayerNames.of_model(model, plan, prefix)
-        rows, experts = _find_experts(checkpoint, layers, stored, model)
-        return cls(stored, prefix, layers, rows, experts)
+        tensors = _tensors_of_layers(layers, stored, model)
+        rows = _rows_of_experts(checkpoint, layers, stored, tensors)
+        return cls(stored, prefix, layers, rows, _parameters_of_experts(tensors))
+
+    def renumbered(self, name: str) -> str | None:
+        """Return the name of a tensor in the pruned checkpoint, or None if its layer or expert is dropped."""
+        return renumbered(name, self.prefix, self.layers.plan)
 
     def names(self, parameter: Parameter) -> tuple[str, ...]:
         """Return the names of the tensors that hold a layer's parameter: one, or one for each expert in order."""
-        return self.experts.get(parameter, (f"{self.prefix}.{parameter[0]}.{parameter[1]}",))
+        layer, path = parameter
+        return self.experts.get(parameter, (f"{self.prefix}.{layer}.{path}",))
 
     def read(self, parameter: Parameter) -> torch.Tensor | None:
         """Read a layer's parameter as it is stored. Return None if the files have none of its name and one dtype."""
         names = self.names(parameter)
         stored = [self.tensors[name] for name in names if name in self.tensors]
-        if len(stored) < len(names) or len({tensor.dtype for tensor in stored}) > 1:
+        dtypes = {tensor.dtype for tensor in stored}
+        if len(stored) < len(names) or len(dtypes) > 1:
             return None
-        values = [*map(read_tensor, stored)]
-        return values[0] if len(values) == 1 else torch.stack(values)
+        if len(stored) == 1:
+            return read_tensor(stored[0])
+        return torch.stack([read_tensor(tensor) for tensor in stored])
 
 
 def _stored_prefix(checkpoint: Checkpoint, plan: Plan, names: Iterable[str], model: Any) -> str:
@@ -160,13 +193,16 @@ def _stored_prefix(checkpoint: Checkpoint, plan: Plan, names: Iterable[str], mod
     Raises:
         PlanError: it is unclear.
     """
-    (rename, *_), target = renaming(model), re.compile(rf"{re.escape(list_path(model, plan))}\.(\d+)\.")
+    rename, *_ = renaming(model)
+    in_layer = re.compile(rf"{re.escape(list_path(model, plan))}\.(\d+)\.")
     indices: defaultdict[str, set[int]] = defaultdict(set)
     for name in names:
-        if match := target.match(rename(name)):
-            for place in re.finditer(rf"\.{match[1]}\.", name):
-                indices[name[: place.start()]].add(int(match[1]))
-    prefixes = [prefix for prefix, layers in indices.items() if layers == {*range(plan.num_layers)}]
+        if match := in_layer.match(rename(name)):
+            index = match[1]
+            for place in re.finditer(rf"\.{index}\.", name):
+                indices[name[: place.start()]].add(int(index))
+    every_layer = set(range(plan.num_layers))
+    prefixes = [prefix for prefix, layers in indices.items() if layers == every_layer]
     if len(prefixes) != 1:
         raise PlanError(
             f"It is unclear which stored tensors of '{checkpoint.name}' are layers of '{plan.layers}': "
@@ -182,62 +218,113 @@ def renumbered(name: str, prefix: str, plan: Plan) -> str | None:
     Args:
         prefix: path of the layer list.
     """
-    if not (match := re.fullmatch(rf"{re.escape(prefix)}\.(\d+)(|\..*)", name)):
+    match = re.fullmatch(rf"{re.escape(prefix)}\.(\d+)(|\..*)", name)
+    if match is None:
         return name
-    layer, path = int(match[1]), match[2]
+    layer = int(match[1])
+    path = match[2]
+    if layer not in plan.keep:
+        return None
     removed = plan.experts.get(layer, ())
-    if removed and (expert := _EXPERT.fullmatch(path)):
-        if (index := int(expert[2])) in removed:
+    expert = _EXPERT.fullmatch(path)
+    if removed and expert:
+        index = int(expert[2])
+        if index in removed:
             return None
-        path = f"{expert[1]}.{index - sum(other < index for other in removed)}{expert[3]}"
-    return f"{prefix}.{plan.keep.index(layer)}{path}" if layer in plan.keep else None
+        removed_before = [other for other in removed if other < index]
+        path = f"{expert[1]}.{index - len(removed_before)}{expert[3]}"
+    return f"{prefix}.{plan.keep.index(layer)}{path}"
 
 
-def _find_experts(
-    checkpoint: Checkpoint, layers: LayerNames, stored: Mapping[str, StoredTensor], model: Any
-) -> tuple[dict[str, tuple[int, ...]], dict[Parameter, tuple[str, ...]]]:
-    """Find the stored tensors of routed experts.
+@dataclass(frozen=True)
+class _TensorOfLayer:
+    """A stored tensor of a layer.
 
-    Returns:
-        `StoredWeights.rows` and `StoredWeights.experts`.
+    Attributes:
+        name: name of the tensor in the files.
+        layer: index of the layer.
+        path: path of the parameter below the layer in the model, which may hold several tensors.
+        expert: index of the expert in the tensor's name, or None if it has none.
+    """
+
+    name: str
+    layer: int
+    path: str
+    expert: int | None
+
+
+def _tensors_of_layers(layers: LayerNames, stored: Iterable[str], model: Any) -> list[_TensorOfLayer]:
+    """Return the stored tensors of layers, by the names of all tensors."""
+    path_in_model, prefix = layers.lists
+    in_files = re.compile(rf"{re.escape(prefix)}\.(\d+)\.(.*)")
+    in_model = re.compile(rf"{re.escape(path_in_model)}\.\d+\.(.*)")
+    rename, *_ = renaming(model)
+    tensors = []
+    for name in stored:
+        match = in_files.fullmatch(name)
+        if match is None:
+            continue
+        path = match[2]
+        expert = _EXPERT.fullmatch(path)
+        if parameter := in_model.fullmatch(rename(name)):
+            path = parameter[1]
+        tensors.append(_TensorOfLayer(name, int(match[1]), path, int(expert[2]) if expert else None))
+    return tensors
+
+
+def _parameters_of_experts(tensors: Iterable[_TensorOfLayer]) -> dict[Parameter, tuple[str, ...]]:
+    """Return the names of the tensors of each parameter that holds all experts of a layer: `StoredWeights.experts`."""
+    parts: defaultdict[Parameter, list[tuple[int, str]]] = defaultdict(list)
+    for tensor in tensors:
+        if _FUSED.fullmatch(tensor.path):
+            index = _ALL_EXPERTS if tensor.expert is None else tensor.expert
+            parts[tensor.layer, tensor.path].append((index, tensor.name))
+    parameters: dict[Parameter, tuple[str, ...]] = {}
+    for parameter, indexed_names in parts.items():
+        names = dict(sorted(indexed_names))
+        # Several tensors of an expert are no parameter of it.
+        if list(names) in ([_ALL_EXPERTS], list(range(len(indexed_names)))):
+            parameters[parameter] = tuple(names.values())
+    return parameters
+
+
+def _rows_of_experts(
+    checkpoint: Checkpoint,
+    layers: LayerNames,
+    stored: Mapping[str, StoredTensor],
+    tensors: Iterable[_TensorOfLayer],
+) -> dict[str, tuple[int, ...]]:
+    """Return the rows of the remaining experts in each tensor with a row for each expert: `StoredWeights.rows`.
 
     Raises:
         PlanError: the stored tensors of a layer's experts are not one for each expert, nor rows of one tensor.
     """
-    routed, (path_in_model, prefix) = layers.routed, layers.lists
     rows: dict[str, tuple[int, ...]] = {}
-    fused: dict[Parameter, list[tuple[int, str]]] = {}  # index of the expert, -1 for a tensor of all, and name
-    stored_experts: dict[int, set[int]] = {layer: set() for layer in routed}
-    inside = re.compile(rf"{re.escape(prefix)}\.(\d+)\.(.*)")
-    target = re.compile(rf"{re.escape(path_in_model)}\.\d+\.(.*)")
-    rename, *_ = renaming(model)
-    for name, match in ((name, match) for name in stored if (match := inside.fullmatch(name))):
-        layer, parameter, expert = int(match[1]), target.fullmatch(rename(name)), _EXPERT.fullmatch(match[2])
-        path, experts = parameter[1] if parameter else match[2], routed.get(layer)
-        if _FUSED.fullmatch(path):
-            fused.setdefault((layer, path), []).append((int(expert[2]) if expert else -1, name))
-        if experts and expert:
-            stored_experts[layer].add(int(expert[2]))
-        elif experts and experts.has_row_for_each(path):
-            if (shape := stored[name].shape)[:1] != (experts.number,):
-                raise _unknown_experts(f"'{name}' has the shape {shape}", checkpoint, layer, experts)
-            rows[name] = tuple(i for i in range(experts.number) if i not in layers.plan.experts[layer])
-            if path.startswith(f"{experts.experts}."):
-                stored_experts[layer] |= {*range(experts.number)}
+    stored_experts: dict[int, set[int]] = {layer: set() for layer in layers.routed}
+    for tensor in tensors:
+        experts = layers.routed.get(tensor.layer)
+        if experts is None:
+            continue
+        if tensor.expert is not None:
+            stored_experts[tensor.layer].add(tensor.expert)
+        elif experts.has_row_for_each(tensor.path):
+            shape = stored[tensor.name].shape
+            if shape[:1] != (experts.number,):
+                raise _unknown_experts(f"'{tensor.name}' has the shape {shape}", checkpoint, tensor.layer, experts)
+            removed = layers.plan.experts[tensor.layer]
+            rows[tensor.name] = tuple(expert for expert in range(experts.number) if expert not in removed)
+            if tensor.path.startswith(f"{experts.experts}."):
+                stored_experts[tensor.layer].update(range(experts.number))
     for layer, indices in stored_experts.items():
-        if indices != {*range(routed[layer].number)}:
-            raise _unknown_experts(f"{len(indices)} have known names", checkpoint, layer, routed[layer])
-    ordered = {parameter: dict(sorted(tensors)) for parameter, tensors in fused.items()}
-    return rows, {
-        parameter: tuple(names.values())
-        for parameter, names in ordered.items()  # several tensors of an expert are no parameter of it
-        if [*names] in ([-1], [*range(len(fused[parameter]))])
-    }
+        experts = layers.routed[layer]
+        if indices != set(range(experts.number)):
+            raise _unknown_experts(f"{len(indices)} have known names", checkpoint, layer, experts)
+    return rows
 
 
-def _unknown_experts(what: str, checkpoint: Checkpoint, layer: int, experts: RoutedExperts) -> PlanError:
+def _unknown_experts(problem: str, checkpoint: Checkpoint, layer: int, experts: RoutedExperts) -> PlanError:
     return PlanError(
-        f"It is unclear how '{checkpoint.name}' stores the {experts.number} experts of layer {layer}: {what}.",
+        f"It is unclear how '{checkpoint.name}' stores the {experts.number} experts of layer {layer}: {problem}.",
         "Save the checkpoint again with transformers' save_pretrained, and prune that.",
     )
 
@@ -245,7 +332,10 @@ def _unknown_experts(what: str, checkpoint: Checkpoint, layer: int, experts: Rou
 def list_path(model: Any, plan: Plan) -> str:
     """Return the path of a plan's layer list in the whole model."""
     backbone = without_head(model)
-    return next((f"{path}." for path, module in model.named_modules() if module is backbone and path), "") + plan.layers
+    for path, module in model.named_modules():
+        if module is backbone and path:
+            return f"{path}.{plan.layers}"
+    return plan.layers
 
 
 def copy_weights(checkpoint: Checkpoint, weights: StoredWeights, replaced: Patch, folder: Path) -> int:
@@ -254,22 +344,36 @@ def copy_weights(checkpoint: Checkpoint, weights: StoredWeights, replaced: Patch
     Args:
         replaced: values in place of the checkpoint's, of the same shapes and dtypes, removed experts included.
     """
-    values: dict[str, torch.Tensor] = {}  # by the names of tensors in the pruned checkpoint, without removed experts
-    for parameter, value in replaced.items():
-        names_of_parts = weights.names(parameter)
-        for name, part in zip(names_of_parts, [value] if len(names_of_parts) == 1 else value, strict=True):
-            if (new := renumbered(name, weights.prefix, weights.layers.plan)) is not None:
-                values[new] = part[list(weights.rows[name])] if name in weights.rows else part
-    places: dict[str, str] = {}
+    values = _new_values(weights, replaced)
+    files: dict[str, str] = {}  # names of files, by the names of tensors in the pruned checkpoint
     size = 0
     for file, stored in grouped(weights.tensors.values(), lambda tensor: tensor.file).items():
-        new_names = ((tensor.name, renumbered(tensor.name, weights.prefix, weights.layers.plan)) for tensor in stored)
-        if names := {name: new for name, new in new_names if new is not None}:
-            place = file.relative_to(checkpoint.folder)
-            (folder / place).parent.mkdir(parents=True, exist_ok=True)
-            size += copy_tensors(file, folder / place, names, weights.rows, values)
-            places |= dict.fromkeys(names.values(), place.as_posix())
-    if {*places.values()} != {"model.safetensors"}:
-        index = {"metadata": {"total_size": size}, "weight_map": dict(sorted(places.items()))}
+        names: dict[str, str] = {}
+        for tensor in stored:
+            new_name = weights.renumbered(tensor.name)
+            if new_name is not None:
+                names[tensor.name] = new_name
+        if not names:
+            continue
+        place = file.relative_to(checkpoint.folder)
+        (folder / place).parent.mkdir(parents=True, exist_ok=True)
+        size += copy_tensors(file, folder / place, names, weights.rows, values)
+        files |= dict.fromkeys(names.values(), place.as_posix())
+    if set(files.values()) != {"model.safetensors"}:
+        index = {"metadata": {"total_size": size}, "weight_map": dict(sorted(files.items()))}
         (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
     return size
+
+
+def _new_values(weights: StoredWeights, replaced: Patch) -> dict[str, torch.Tensor]:
+    """Return the values of `copy_weights` by the names of tensors in the pruned checkpoint, without removed experts."""
+    values: dict[str, torch.Tensor] = {}
+    for parameter, value in replaced.items():
+        names = weights.names(parameter)
+        parts = [value] if len(names) == 1 else list(value)
+        for name, part in zip(names, parts, strict=True):
+            new_name = weights.renumbered(name)
+            if new_name is None:
+                continue
+            values[new_name] = part[list(weights.rows[name])] if name in weights.rows else part
+    return values

@@ -36,12 +36,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
+from typing import NamedTuple
 
 import torch
 
 from avss_dist.core.errors import AvssError
 from avss_dist.models.interventions import CapturedCall
+from avss_dist.models.layers import Routing
 from avss_dist.pruning.repair.projection import OutputProjection, inverse_rms
 from avss_dist.pruning.repair.registry import REPAIRS, RepairMethod
 
@@ -70,13 +71,18 @@ class NormalEquations:
     @classmethod
     def empty(cls, inputs: int, outputs: int, device: torch.device | None = None) -> NormalEquations:
         """Return the sums over no token."""
-        zeros = partial(torch.zeros, dtype=torch.float64, device=device)
-        return cls(zeros(inputs, inputs), zeros(inputs, outputs), zeros(()), 0)
+        return cls(
+            gram=torch.zeros(inputs, inputs, dtype=torch.float64, device=device),
+            cross=torch.zeros(inputs, outputs, dtype=torch.float64, device=device),
+            target=torch.zeros((), dtype=torch.float64, device=device),
+            count=0,
+        )
 
     @staticmethod
     def peak_bytes(inputs: int, outputs: int, fits: int = 1) -> int:
         """Return the most bytes that the sums of some fits over two sets of tokens take, and the solution of one."""
-        return (2 * fits + _SOLVING_COPIES) * 8 * inputs * (inputs + outputs)
+        bytes_of_sums = torch.float64.itemsize * inputs * (inputs + outputs)
+        return (2 * fits + _SOLVING_COPIES) * bytes_of_sums
 
     @classmethod
     def from_tokens(cls, x: torch.Tensor, y: torch.Tensor, weight: float | torch.Tensor = 1.0) -> NormalEquations:
@@ -87,15 +93,24 @@ class NormalEquations:
             weight: of all tokens, or [tokens, 1].
         """
         dtype = torch.promote_types(torch.promote_types(x.dtype, y.dtype), torch.float32)
-        x, y = x.to(dtype), y.to(dtype)
-        counted = (weight * x).T
-        target = (weight * y.double().square().sum(dim=1, keepdim=True)).sum()
-        return cls((counted @ x).double(), (counted @ y).double(), target, len(x))
+        x = x.to(dtype)
+        y = y.to(dtype)
+        weighted = (weight * x).T
+        squares = y.double().square().sum(dim=1, keepdim=True)
+        return cls(
+            gram=(weighted @ x).double(),
+            cross=(weighted @ y).double(),
+            target=(weight * squares).sum(),
+            count=len(x),
+        )
 
     def __add__(self, other: NormalEquations) -> NormalEquations:
         """Return the sums over the tokens of both operands."""
         return NormalEquations(
-            self.gram + other.gram, self.cross + other.cross, self.target + other.target, self.count + other.count
+            gram=self.gram + other.gram,
+            cross=self.cross + other.cross,
+            target=self.target + other.target,
+            count=self.count + other.count,
         )
 
     def solve(self, form: str, ridge: float) -> torch.Tensor:
@@ -116,12 +131,15 @@ class NormalEquations:
         if not float(diagonal.sum()) > 0:
             raise AvssError(f"Nothing can be fitted: the inputs of the fit are zero (tokens: {self.count:,}).")
         if form == "channel":
-            return torch.diag(torch.where(diagonal > 0, self.cross.diagonal() / (diagonal * (1 + ridge)), 0.0))
-        dead = (diagonal == 0).double()  # inputs that are always zero get a weight of zero
+            factors = self.cross.diagonal() / (diagonal * (1 + ridge))
+            return torch.diag(torch.where(diagonal > 0, factors, 0.0))
+        # Inputs that are always zero get a weight of zero: a diagonal of one keeps their equations regular.
+        dead = (diagonal == 0).double()
         ridged = self.gram + torch.diag(ridge * diagonal.mean() + dead)
         factor, failed = torch.linalg.cholesky_ex(ridged)
-        explained = factor.diagonal().square() / ridged.diagonal()  # by no input before it, of each input
-        if failed or explained.min() <= len(explained) * torch.finfo(torch.float64).eps:
+        # The share of each input's square that no input before it explains.
+        unexplained = factor.diagonal().square() / ridged.diagonal()
+        if failed or unexplained.min() <= len(unexplained) * torch.finfo(torch.float64).eps:
             raise AvssError(f"The equations of the fit are singular (tokens: {self.count:,}).", "Fit on more text.")
         return torch.cholesky_solve(self.cross, factor)
 
@@ -159,8 +177,10 @@ def fit_ridge(
         AvssError: as `NormalEquations.solve`.
     """
     before = float(held_back.target)
-    best = RidgeFit(torch.zeros_like(fitted.cross), None, before, before)
-    for ridge in sorted(ridges if fitted.count else (), reverse=True):
+    best = RidgeFit(torch.zeros_like(fitted.cross), ridge=None, before=before, after=before)
+    if not fitted.count:
+        return best
+    for ridge in sorted(ridges, reverse=True):
         weights = fitted.solve(form, ridge)
         after = held_back.error(weights)
         if after >= best.after:
@@ -171,13 +191,27 @@ def fit_ridge(
 
 def fit_steps(method: RepairMethod, projection: OutputProjection) -> list[RepairMethod]:
     """Return the fits of a repair at a projection, in order. Each sees the changes of those before it."""
-    if projection.norm is None:
-        return [method] * (ROUNDS if projection.down and method.features == "inputs" else 1)
-    return [method] if method.form == "channel" else [method, REPAIRS["channel"]]
+    if projection.norm is not None:
+        if method.form == "channel":
+            return [method]
+        return [method, REPAIRS["channel"]]
+    if projection.down and method.features == "inputs":
+        return [method] * ROUNDS
+    return [method]
 
 
-Features = tuple[torch.Tensor, torch.Tensor | slice, torch.Tensor | float]
-"""Features float32[n, inputs] of the tokens of a batch that reach a matrix, those tokens, and their weights [n, 1]."""
+class Features(NamedTuple):
+    """Features of the tokens of a batch that reach a matrix.
+
+    Attributes:
+        inputs: float32[n, inputs], the features.
+        tokens: indices of the tokens in the batch, int64[n], or a slice.
+        weights: weights of the tokens, [n, 1], or of all.
+    """
+
+    inputs: torch.Tensor
+    tokens: torch.Tensor | slice
+    weights: torch.Tensor | float
 
 
 def features_of(
@@ -190,19 +224,29 @@ def features_of(
     Args:
         linear, last: calls of the projection's linear map and of its last module.
     """
-    factor = projection.factor
-    if (chosen := linear.units) is not None:
-        gates = chosen.gates.float()
-        total, parts = gates.sum(dim=1), list[Features]()
-        for expert in projection.remaining:
-            tokens, slots = torch.where((chosen.index == expert) & (gates > 0))
-            x = (factor * total[tokens])[:, None] * chosen.hidden[tokens, slots].float()
-            parts.append((x, tokens, (gates[tokens, slots] / total[tokens])[:, None]))
-        return parts
-    hidden = factor * (last.output if step.features == "output" else linear.input).float()
-    if step.features == "inputs" and projection.norm is not None:
-        hidden = hidden * inverse_rms(linear.output, projection.eps)
-    return [(hidden.flatten(0, 1), slice(None), 1.0)]
+    if linear.units is not None:
+        return _features_of_experts(projection, linear.units)
+    if step.features == "output":
+        hidden = projection.factor * last.output.float()
+    else:
+        hidden = projection.factor * linear.input.float()
+        if projection.norm is not None:
+            hidden = hidden * inverse_rms(linear.output, projection.eps)
+    return [Features(hidden.flatten(0, 1), tokens=slice(None), weights=1.0)]
+
+
+def _features_of_experts(projection: OutputProjection, chosen: Routing) -> list[Features]:
+    """Return the features of each remaining expert, from the units and gates of the chosen experts of each token."""
+    gates = chosen.gates.float()
+    total = gates.sum(dim=1)
+    features = []
+    for expert in projection.remaining:
+        tokens, slots = torch.where((chosen.index == expert) & (gates > 0))
+        units = chosen.hidden[tokens, slots].float()
+        inputs = (projection.factor * total[tokens])[:, None] * units
+        weights = (gates[tokens, slots] / total[tokens])[:, None]
+        features.append(Features(inputs, tokens, weights))
+    return features
 
 
 def fold(
@@ -220,14 +264,21 @@ def fold(
     gain = weights.get("gain")
     if step.form == "channel" and gain is not None:
         return {**weights, "gain": gain * (1 + fitted.diagonal())}
-    added = {name: value if gain is None else value * gain for name, value in weights.items() if name != "gain"}
+    added = {name: value for name, value in weights.items() if name != "gain"}
+    if gain is not None:
+        added = {name: value * gain for name, value in added.items()}
+    # `wanted` is the map from the features of the step to the output that is wanted.
     if step.features == "inputs":
-        added["linear"] = reads = added["linear"] + fitted
+        wanted = added["linear"] + fitted
+        added["linear"] = wanted
     else:
-        reads = torch.eye(len(fitted), dtype=fitted.dtype, device=fitted.device) + fitted
-        added = {name: value @ reads for name, value in added.items()}
+        wanted = torch.eye(len(fitted), dtype=fitted.dtype, device=fitted.device) + fitted
+        added = {name: value @ wanted for name, value in added.items()}
     if gain is None:
         return added
-    sizes = ((moment @ reads) * reads).sum(0).clamp(min=0).sqrt() / abs(factor)
-    sizes = sizes.clamp(min=_MINIMUM_GAIN * float(sizes.mean()))
-    return {name: value / sizes for name, value in added.items()} | {"gain": sizes}
+    mean_squares = ((moment @ wanted) * wanted).sum(0).clamp(min=0)
+    new_gain = mean_squares.sqrt() / abs(factor)
+    new_gain = new_gain.clamp(min=_MINIMUM_GAIN * float(new_gain.mean()))
+    folded = {name: value / new_gain for name, value in added.items()}
+    folded["gain"] = new_gain
+    return folded

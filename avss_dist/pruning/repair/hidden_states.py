@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import cached_property, partial
-from typing import Any, TypeVar
+from typing import NamedTuple
 
 import torch
 
@@ -19,8 +19,31 @@ from avss_dist.models.layers import Layer, as_rows, probe_tokens
 from avss_dist.models.loading import forward_function
 from avss_dist.pruning.repair.projection import OutputProjection, find_output_projection
 
-T = TypeVar("T")
 MEMORY_SHARE = 4  # one part in this many of the free memory holds hidden states
+
+
+@dataclass(frozen=True, eq=False)
+class CutStates:
+    """Hidden states of a batch at a cut, each [rows, tokens, units].
+
+    Attributes:
+        whole: those of the whole model after the last layer that is removed at the cut.
+        pruned: those of the pruned model after the last layer before the cut.
+        linear: call of the projection's linear map in the pruned model.
+        last: call of the projection's last module in the pruned model.
+    """
+
+    whole: torch.Tensor
+    pruned: torch.Tensor
+    linear: CapturedCall
+    last: CapturedCall
+
+
+class LayerOutput(NamedTuple):
+    """The output of a layer for a batch, from which a pass resumes."""
+
+    layer: int
+    hidden: torch.Tensor
 
 
 class HiddenStateSource:
@@ -40,11 +63,15 @@ class HiddenStateSource:
     """
 
     def __init__(self, model: LanguageModel, batches: Sequence[Batch], drop: Collection[Removal]) -> None:
-        self._model, self._batches, self._drop = model, batches, {*drop}
-        self._layers, self._device = model.layers, model.device
+        self._model = model
+        self._batches = batches
+        self._drop = set(drop)
+        self._layers = model.layers
+        self._device = model.device
         self._forward = forward_function(model.backbone.module)
         self.changed: dict[Parameter, torch.Tensor] = {}
-        self._stored: dict[tuple[str, int], tuple[int, torch.Tensor]] = {}
+        # Stored outputs by model, "whole" or "pruned", and index of the batch.
+        self._stored: dict[tuple[str, int], LayerOutput] = {}
         self._interleaves = not model.keeps_hidden_states
         resumes = not self._interleaves and model.lockstep == 1 and model.resumes
         room = available_memory() // MEMORY_SHARE if resumes else 0
@@ -56,15 +83,18 @@ class HiddenStateSource:
         Raises:
             PlanError: it has none.
         """
-        model, removed = self._model, experts_by_layer(self._drop).get(layer, ())
-        start = (layer - 1, self._probe_inputs[layer]) if layer > 0 and model.resumes else None  # reads fewer weights
+        start: LayerOutput | None = None
+        if layer > 0 and self._model.resumes:  # a pass that begins at the layer reads fewer weights
+            start = LayerOutput(layer - 1, self._probe_inputs[layer])
 
-        def run() -> Any:
+        def run() -> None:
             with self._resuming(start):
-                return self._probe()
+                self._probe()
 
-        with torch.no_grad(), model.without(self._after(layer)):
-            return find_output_projection(self._layers[layer], run, partial(model.value, layer), removed)
+        value = partial(self._model.value, layer)
+        removed = experts_by_layer(self._drop).get(layer, ())
+        with torch.no_grad(), self._model.without(self._after(layer)):
+            return find_output_projection(self._layers[layer], run, value, removed)
 
     @cached_property
     def _probe_inputs(self) -> dict[int, torch.Tensor]:
@@ -77,7 +107,7 @@ class HiddenStateSource:
         self,
         projection: OutputProjection,
         last: int,
-        visit: Callable[[int, torch.Tensor, torch.Tensor, CapturedCall, CapturedCall], None],
+        visit: Callable[[int, CutStates], None],
         numbers: Iterable[int],
         *,
         units: bool = False,
@@ -87,84 +117,117 @@ class HiddenStateSource:
         Args:
             projection: projection in the pruned model at which its states are captured.
             last: layer of the whole model after which its hidden states are taken.
-            visit: takes a batch's number, the hidden states of the whole and of the pruned model after the last layer
-                before the cut, and the calls of the projection's linear map and of its last module, each [rows, tokens,
-                units].
+            visit: takes a batch's number and its hidden states.
             numbers: indices of the batches.
             units: also read the units of routed experts.
         """
-
-        def pruned(targets: dict[int, torch.Tensor], number: int) -> None:
-            visit(number, targets.pop(number), *self._pruned(number, projection, units=units))
-
         with torch.no_grad():
-            for group in [[*numbers]] if self._interleaves else ([number] for number in numbers):
-                targets = dict(zip(group, self._together([partial(self._whole, i, last) for i in group]), strict=True))
-                self._together([partial(pruned, targets, number) for number in group])
+            if self._interleaves:
+                self._visit_together(projection, last, visit, list(numbers), units=units)
+                return
+            for number in numbers:
+                visit(number, self._pruned(number, projection, self._whole(number, last), units=units))
+
+    def _visit_together(
+        self,
+        projection: OutputProjection,
+        last: int,
+        visit: Callable[[int, CutStates], None],
+        numbers: Sequence[int],
+        *,
+        units: bool,
+    ) -> None:
+        """Do as `visit`, with the passes of all batches interleaved: first the whole model's, then the pruned one's."""
+        passes = [partial(self._whole, number, last) for number in numbers]
+        wholes = dict(zip(numbers, self._model.together(passes), strict=True))
+
+        def visit_pruned(number: int) -> None:
+            whole = wholes.pop(number)  # frees its memory once the batch has been visited
+            visit(number, self._pruned(number, projection, whole, units=units))
+
+        self._model.together([partial(visit_pruned, number) for number in numbers])
 
     def _whole(self, number: int, layer: int) -> torch.Tensor:
         """Return the whole model's hidden states after a layer, [rows, tokens, units]."""
         stored = self._stored.get(("whole", number))
-        if stored is not None and stored[0] == layer:
-            hidden = stored[1].to(self._device)
+        if stored is not None and stored.layer == layer:
+            hidden = stored.hidden.to(self._device)
         else:
             with captured({"layer": self._layers[layer].module}) as calls:
                 self._run(number, self._after(layer), stored)
             hidden = calls["layer"].output
             self._store("whole", number, layer, hidden)
         rows = self._rows(hidden, self._layers[layer], number)
-        return rows.cpu() if self._interleaves else rows  # those of all batches wait together
+        if self._interleaves:  # those of all batches wait together, for which a device may have no room
+            return rows.cpu()
+        return rows
 
-    def _pruned(
-        self, number: int, projection: OutputProjection, *, units: bool
-    ) -> tuple[torch.Tensor, CapturedCall, CapturedCall]:
-        """Return the pruned model's states at a projection, with all changes so far."""
-        layer, places = projection.layer, (projection.linear, projection.last)
+    def _pruned(self, number: int, projection: OutputProjection, whole: torch.Tensor, *, units: bool) -> CutStates:
+        """Return the states of the pruned model, with all changes so far, beside those of the whole model."""
+        layer = projection.layer
         behind = self._after(layer.index)
         skipped = behind | {removal for removal in self._drop if layer_of(removal) not in behind}
-        modules = {"layer": layer.module} | {path: layer.module.get_submodule(path) for path in places}
-        read = {projection.linear: projection.down.units} if units and projection.down else {}
+        modules = {
+            "layer": layer.module,
+            projection.linear: layer.module.get_submodule(projection.linear),
+            projection.last: layer.module.get_submodule(projection.last),
+        }
+        read = {}
+        if units and projection.down:
+            read[projection.linear] = projection.down.units
         with self._model.patched(self.changed), captured(modules, read) as calls:
             self._run(number, skipped, self._stored.get(("pruned", number)))
         self._store("pruned", number, layer.index - 1, calls["layer"].input)
-        linear, last = (
-            replace(
-                calls[path],
-                input=self._rows(calls[path].input, layer, number, "rows"),
-                output=self._rows(calls[path].output, layer, number, "rows"),
-            )
-            for path in places
+        return CutStates(
+            whole=whole,
+            pruned=self._rows(calls["layer"].output, layer, number),
+            linear=self._call_rows(calls[projection.linear], layer, number),
+            last=self._call_rows(calls[projection.last], layer, number),
         )
-        return self._rows(calls["layer"].output, layer, number), linear, last
+
+    def _call_rows(self, call: CapturedCall, layer: Layer, number: int) -> CapturedCall:
+        """Return a call of a module below a layer with its input and its output as [rows, tokens, units]."""
+        rows_in = self._rows(call.input, layer, number, "rows")
+        rows_out = self._rows(call.output, layer, number, "rows")
+        return replace(call, input=rows_in, output=rows_out)
 
     def _store(self, kind: str, number: int, layer: int, hidden: torch.Tensor) -> None:
         """Store the output of a layer in place of an earlier layer's if there is room, for later passes to resume."""
         if old := self._stored.pop((kind, number), None):
-            self._room[kind] += old[1].nbytes
+            self._room[kind] += old.hidden.nbytes
         if layer >= 0 and hidden.nbytes <= self._room[kind]:
             self._room[kind] -= hidden.nbytes
-            self._stored[kind, number] = layer, hidden.cpu()
+            self._stored[kind, number] = LayerOutput(layer, hidden.cpu())
 
     def _after(self, layer: int) -> set[Removal]:
         """Return the indices of the layers after one, which need not run."""
         return set(range(layer + 1, len(self._layers)))
 
-    def _run(self, number: int, skipped: Collection[Removal], start: tuple[int, torch.Tensor] | None) -> None:
+    def _run(self, number: int, skipped: Collection[Removal], start: LayerOutput | None) -> None:
         """Run a pass over a batch without some layers, from the beginning or from a stored output of a layer."""
         batch = self._batches[number]
         mask = None if batch.attention_mask.all() else to_device(batch.attention_mask, self._device)
         with self._model.without(skipped), self._resuming(start):
             self._forward(to_device(batch.input_ids, self._device, torch.int64), mask)
 
-    def _resuming(self, start: tuple[int, torch.Tensor] | None) -> AbstractContextManager[None]:
-        return resuming(self._layers, start[0], start[1].to(self._device, copy=True)) if start else nullcontext()
+    def _resuming(self, start: LayerOutput | None) -> AbstractContextManager[None]:
+        """Have passes begin behind a stored output of a layer inside the context, or at the beginning without one."""
+        if start is None:
+            return nullcontext()
+        return resuming(self._layers, start.layer, start.hidden.to(self._device, copy=True))
 
-    def _probe(self) -> Any:
-        return self._together([partial(self._forward, probe_tokens(self._device), None)])[0]
-
-    def _together(self, passes: Sequence[Callable[[], T]]) -> list[T]:
-        """Return the results of passes: interleaved, or one after the other on this rank."""
-        return self._model.together(passes) if self._interleaves else [run() for run in passes]
+    def _probe(self) -> None:
+        """Run a pass over the probe's tokens."""
+        probe = partial(self._forward, probe_tokens(self._device), None)
+        if self._interleaves:
+            self._model.together([probe])
+        else:
+            probe()
 
     def _rows(self, tensor: torch.Tensor, layer: Layer, number: int, axes: str = "") -> torch.Tensor:
+        """Return a tensor of a batch as [rows, tokens, units].
+
+        Args:
+            axes: axes of the tensor, see `as_rows`; those of the layer's hidden states by default.
+        """
         return as_rows(tensor, axes or layer.axes, *self._batches[number].input_ids.shape, place=layer)

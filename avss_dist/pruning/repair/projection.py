@@ -23,6 +23,7 @@ PUSHES = (1.0, 4.0)  # multiples of the size of the layer's output; an output th
 _PLAIN_KINDS = ("Conv1D", "FalconLinear")  # GPT-2's and Falcon's names for an ordinary linear map
 _TOLERANCE = 0.03  # of the move; bfloat16 rounds to 0.004
 _ONE = 0.005  # a factor that differs from 1 by less is 1 up to rounding
+_OFFSETS = (0.0, 1.0)  # that families add to the weight of a norm to get its gain
 
 
 @dataclass(frozen=True)
@@ -60,14 +61,18 @@ class OutputProjection:
     @property
     def paths(self) -> dict[str, str]:
         """Paths of the parameters below the layer: ``linear``, ``bias`` if the layer has it, and ``gain`` of a norm."""
-        weight, bias = (DownProjections.WEIGHT, DownProjections.BIAS) if self.down else ("weight", "bias")
-        paths = {
-            "linear": f"{self.linear}.{weight}",
-            "bias": f"{self.linear}.{bias}",
-            **({} if self.norm is None else {"gain": f"{self.norm}.weight"}),
-        }
-        parameters = {name for name, _ in self.layer.module.named_parameters()}
-        return {field: path for field, path in paths.items() if field != "bias" or path in parameters}
+        if self.down:
+            weight_path = f"{self.linear}.{DownProjections.WEIGHT}"
+            bias_path = f"{self.linear}.{DownProjections.BIAS}"
+        else:
+            weight_path = f"{self.linear}.weight"
+            bias_path = f"{self.linear}.bias"
+        paths = {"linear": weight_path}
+        if bias_path in dict(self.layer.module.named_parameters()):
+            paths["bias"] = bias_path
+        if self.norm is not None:
+            paths["gain"] = f"{self.norm}.weight"
+        return paths
 
     @property
     def chances(self) -> float:
@@ -90,7 +95,8 @@ class OutputProjection:
         if field == "gain":
             return values - self.offset
         if self.down:
-            rows = (self._as_rows(old) if field == "linear" else old).to(values, copy=True)
+            rows = self._as_rows(old) if field == "linear" else old
+            rows = rows.to(values, copy=True)
             rows[list(self.remaining)] = values
             values = rows
         return self._as_rows(values) if field == "linear" else values
@@ -122,9 +128,11 @@ def find_output_projection(
     paths = {module: path for path, module in layer.module.named_modules()}
     if layer.experts is not None:
         return _experts_projection(layer, layer.experts, paths[layer.experts.module], run, removed)
-    if (tap := layer.taps.get("neuron")) is None:
+    tap = layer.taps.get("neuron")
+    if tap is None:
         raise _refusal(layer, "has no MLP that ends in one linear map of its own")
-    linear, weight = tap.module, getattr(tap.module, "weight", None)
+    linear = tap.module
+    weight = getattr(linear, "weight", None)
     is_plain = type(linear) is nn.Linear or type(linear).__name__ in _PLAIN_KINDS
     if not is_plain or not isinstance(weight, nn.Parameter) or not weight.is_floating_point():
         raise _refusal(
@@ -133,10 +141,12 @@ def find_output_projection(
             "Repair the checkpoint that it was quantized from, or prune with `repair` none.",
         )
     unmoved = _output(layer, run)
-    if (factor := _residual_multiple(layer, linear, run, unmoved)) is not None:
-        return OutputProjection(layer, paths[linear], None, factor)
+    factor = _residual_multiple(layer, linear, run, unmoved)
+    if factor is not None:
+        return OutputProjection(layer, paths[linear], norm=None, factor=factor)
     for norm, offset, eps in _norms_after(layer, linear, run, value):
-        if (factor := _residual_multiple(layer, norm, run, unmoved)) is not None:
+        factor = _residual_multiple(layer, norm, run, unmoved)
+        if factor is not None:
             return OutputProjection(layer, paths[linear], paths[norm], factor, offset, eps)
     raise _refusal(layer, "does not simply add what its MLP gives to the residual stream")
 
@@ -148,28 +158,31 @@ def _experts_projection(
 
     See `find_output_projection`.
     """
-    if (down := find_down_projections(experts.module)) is None:
+    down = find_down_projections(experts.module)
+    if down is None:
         raise _refusal(layer, f"has no plain '{DownProjections.WEIGHT}' of its routed experts")
-    calls: list[tuple[bool, int]] = []
+    linearity: list[bool] = []  # of each call of the experts
+    chosen: list[int] = []  # number of experts of a token, in each call
 
     def check(_module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
-        is_linear = down.is_linear(args, kwargs, output, _TOLERANCE)
-        calls.append((is_linear, down.routing(args, kwargs).index.shape[1]))
+        linearity.append(down.is_linear(args, kwargs, output, _TOLERANCE))
+        chosen.append(down.routing(args, kwargs).index.shape[1])
 
     with experts.module.register_forward_hook(check, with_kwargs=True):
         unmoved = _output(layer, run)
-    if not calls or not all(is_linear for is_linear, _ in calls):
+    if not linearity or not all(linearity):
         raise _refusal(layer, "computes with its routed experts in an unknown way")
-    if (factor := _residual_multiple(layer, experts.module, run, unmoved)) is None:
+    factor = _residual_multiple(layer, experts.module, run, unmoved)
+    if factor is None:
         raise _refusal(layer, "does not simply add what its routed experts give to the residual stream")
     return OutputProjection(
         layer,
         path,
-        None,
-        factor,
+        norm=None,
+        factor=factor,
         down=down,
         remaining=tuple(expert for expert in range(experts.number) if expert not in removed),
-        chosen=calls[-1][1],
+        chosen=chosen[-1],
     )
 
 
@@ -189,21 +202,28 @@ def _residual_multiple(layer: Layer, module: nn.Module, run: Callable[[], Any], 
     """
     factors = []
     for number, size in enumerate(PUSHES):
-        push = torch.randn(unmoved.shape, generator=torch.Generator().manual_seed(number)).to(unmoved.device)
+        generator = torch.Generator().manual_seed(number)
+        push = torch.randn(unmoved.shape, generator=generator).to(unmoved.device)
         push *= size * unmoved.square().mean().sqrt()
         with module.register_forward_hook(partial(_displace, push)):
             move = _output(layer, run) - unmoved
-        factors.append(float((move * push).sum() / push.square().sum()))
-        if not float((move - factors[-1] * push).norm()) < _TOLERANCE * float(move.norm()):
-            return None  # includes outputs that do not move at all
+        factor = float((move * push).sum() / push.square().sum())
+        rest = float((move - factor * push).norm())
+        is_multiple = rest < _TOLERANCE * float(move.norm())  # false of NaN, and of outputs that do not move at all
+        if not is_multiple:
+            return None
+        factors.append(factor)
     first, last = factors
-    if not abs(first - last) <= _TOLERANCE * abs(last):
+    is_constant = abs(first - last) <= _TOLERANCE * abs(last)
+    if not is_constant:
         return None
     return 1.0 if abs(last - 1) < _ONE else last
 
 
 def _displace(push: torch.Tensor, _module: nn.Module, _args: Any, output: torch.Tensor) -> torch.Tensor:
-    return output + push.reshape(output.shape).to(output.dtype) if output.numel() == push.numel() else output
+    if output.numel() != push.numel():
+        return output
+    return output + push.reshape(output.shape).to(output.dtype)
 
 
 def _output(layer: Layer, run: Callable[[], Any]) -> torch.Tensor:
@@ -217,27 +237,24 @@ def _norms_after(
     layer: Layer, linear: nn.Module, run: Callable[[], Any], value: Callable[[str], torch.Tensor]
 ) -> Iterator[tuple[nn.Module, float, float]]:
     """Yield each RMS norm that takes the output of a linear map, its offset and its eps."""
-    norms = {
-        module: path
-        for path, module in layer.module.named_modules()
-        if "norm" in type(module).__name__.lower() and not any(module.children())
-    }
-    with captured({m: m for m in (linear, *norms)}) as calls:
+    norms = {}
+    for path, module in layer.module.named_modules():
+        if "norm" in type(module).__name__.lower() and not any(module.children()):
+            norms[module] = path
+    with captured({module: module for module in (linear, *norms)}) as calls:
         run()
     output = calls[linear].output
     for norm, path in norms.items():
-        if (
-            norm not in calls
-            or getattr(norm, "weight", None) is None
-            or getattr(norm, "bias", None) is not None
-            or calls[norm].input.shape != output.shape
-            or not torch.equal(calls[norm].input, output)
-        ):
+        call = calls.get(norm)
+        if call is None or call.input.shape != output.shape or not torch.equal(call.input, output):
+            continue
+        if getattr(norm, "weight", None) is None or getattr(norm, "bias", None) is not None:
             continue
         eps = float(getattr(norm, "eps", None) or getattr(norm, "variance_epsilon", None) or 0.0)
-        weight = value(f"{path}.weight").to(output.device)
+        weight = value(f"{path}.weight").to(output.device).float()
         unit = output.float() * inverse_rms(output, eps)
-        errors = {o: float((unit * (weight.float() + o) - calls[norm].output.float()).norm()) for o in (0.0, 1.0)}
-        offset = min(errors, key=lambda o: errors[o])
-        if errors[offset] <= _TOLERANCE * float(calls[norm].output.float().norm()):
+        expected = call.output.float()
+        errors = {offset: float((unit * (weight + offset) - expected).norm()) for offset in _OFFSETS}
+        offset = min(errors, key=lambda offset: errors[offset])
+        if errors[offset] <= _TOLERANCE * float(expected.norm()):
             yield norm, offset, eps

@@ -65,7 +65,9 @@ class RepairMethod:
             chances: share of the tokens that reach one of several linear maps, whose ``output`` all tokens have.
         """
         needed = TOKENS_PER_UNKNOWN * self.unknowns(inputs, outputs)
-        return round(needed / chances) if self.features == "inputs" else needed
+        if self.features == "inputs":
+            return round(needed / chances)
+        return needed
 
 
 REPAIRS: Mapping[str, RepairMethod] = {
@@ -92,14 +94,16 @@ def searched_repair(name: str) -> str:
 
     It is ``map`` in place of a repair with more unknowns: a search reads little text.
     """
-    return name if name == NO_REPAIR or REPAIRS[name].form == "channel" else "map"
+    if name == NO_REPAIR or REPAIRS[name].form == "channel":
+        return name
+    return "map"
 
 
 FILE = "avss_repair.json"
 MOST_RIDGES = 2  # that are named one by one
-_WEIGHTED = re.compile(
-    r"([^?]+)=([0-9]*\.?[0-9]+)"
-)  # the query of a URI, after its question mark, has equals signs too
+NO_RIDGE = "none helps"
+# The query of a URI, after its question mark, has equals signs too.
+_WEIGHTED = re.compile(r"([^?]+)=([0-9]*\.?[0-9]+)")
 LayerIndices = Annotated[tuple[Count, ...], Field(strict=False)]
 Error = Annotated[float, Field(ge=0, strict=False)]
 
@@ -177,25 +181,36 @@ class RepairedCut:
 
     def describe(self) -> str:
         """Return one line for people."""
-        ridges = ", ".join("none helps" if ridge is None else f"{ridge:g}" for ridge in self.ridges)
-        if len(self.ridges) > MOST_RIDGES:
-            used = [ridge for ridge in self.ridges if ridge is not None]
-            helped = f"{len(used)} of {len(self.ridges)} fits"
-            ridges = f"{min(used):g} to {max(used):g} in {helped}" if used else "none helps"
-        return f"{self._place}: error {self.error_before:.3g} -> {self.error_after:.3g} on held-back text" + (
-            f" (ridge {ridges})" if ridges else ""
-        )
+        line = f"{self._describe_place()}: error {self.error_before:.3g} -> {self.error_after:.3g} on held-back text"
+        if self.ridges:
+            line += f" (ridge {self._describe_ridges()})"
+        return line
 
-    @property
-    def _place(self) -> str:
+    def _describe_ridges(self) -> str:
+        """Return the ridges of a few fits one by one, and the range of those of many."""
+        if len(self.ridges) <= MOST_RIDGES:
+            return ", ".join(_describe_ridge(ridge) for ridge in self.ridges)
+        used = [ridge for ridge in self.ridges if ridge is not None]
+        if not used:
+            return NO_RIDGE
+        return f"{min(used):g} to {max(used):g} in {len(used)} of {len(self.ridges)} fits"
+
+    def _describe_place(self) -> str:
+        """Return what is removed at the cut, and the layer that was changed."""
         if self.maps:
             return f"in {self.after}"
-        places = {
-            f"without experts {describe_layers(self.experts)} of layer {self.after}": self.experts,
-            f"without {describe_layers(self.removed)}, after {self.after}": self.removed,
-            f"after {self.after}": not (self.experts or self.removed),
-        }
-        return ", and ".join(place for place, applies in places.items() if applies)
+        places = []
+        if self.experts:
+            places.append(f"without experts {describe_layers(self.experts)} of layer {self.after}")
+        if self.removed:
+            places.append(f"without {describe_layers(self.removed)}, after {self.after}")
+        if not places:
+            places.append(f"after {self.after}")
+        return ", and ".join(places)
+
+
+def _describe_ridge(ridge: float | None) -> str:
+    return NO_RIDGE if ridge is None else f"{ridge:g}"
 
 
 @checked
@@ -223,25 +238,20 @@ class RepairRecord(TextOptions):
         Args:
             name: name of the repaired checkpoint.
         """
-        options = self.text_options()
-        return [
-            SeenText(
-                use=REPAIR,
-                by=name,
-                corpus=text.corpus,
-                corpus_fingerprint=text.fingerprint,
-                **options | {"max_sequences": text.rows or None},
-            )
-            for text in self.texts
-        ]
+        texts = []
+        for text in self.texts:
+            options = self.text_options()
+            options["max_sequences"] = text.rows or None
+            seen = SeenText(use=REPAIR, by=name, corpus=text.corpus, corpus_fingerprint=text.fingerprint, **options)
+            texts.append(seen)
+        return texts
 
     def describe(self) -> list[str]:
         """Return lines for people."""
         texts = ", ".join(text.describe(self.skip_sequences) for text in self.texts)
-        return [
-            f"Repaired by {self.repair}, fitted on {texts}; evaluate on other rows or text.",
-            *(f"Repaired {cut.describe()}." for cut in self.cuts),
-        ]
+        lines = [f"Repaired by {self.repair}, fitted on {texts}; evaluate on other rows or text."]
+        lines += [f"Repaired {cut.describe()}." for cut in self.cuts]
+        return lines
 
 
 def write_repairs(folder: Path, records: Sequence[RepairRecord]) -> None:
@@ -256,10 +266,12 @@ def read_repairs(folder: Path) -> list[RepairRecord]:
     Raises:
         ModelError: the file is damaged.
     """
-    if not (file := folder / FILE).is_file():
+    file = folder / FILE
+    if not file.is_file():
         return []
     try:
-        return [RepairRecord(**values) for values in json.loads(file.read_text(encoding="utf-8"))["repairs"]]
+        content = json.loads(file.read_text(encoding="utf-8"))
+        return [RepairRecord(**values) for values in content["repairs"]]
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError, ConfigError) as error:
         why = error.message if isinstance(error, ConfigError) else str(error)
         raise ModelError(f"{file} is not a valid record of a repair: {why}", "Copy the checkpoint again.") from error

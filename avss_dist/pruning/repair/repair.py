@@ -15,11 +15,11 @@ that does not help is undone.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
-from itertools import chain, product
-from math import prod
+from itertools import pairwise
 from typing import Annotated
 
 import numpy as np
@@ -37,7 +37,7 @@ from avss_dist.corpus.shards import Batch, CorpusPlan, Mask
 from avss_dist.models.causal_lm import LanguageModel
 from avss_dist.models.checkpoints import Checkpoint
 from avss_dist.models.experts import find_down_projections, find_routed_experts
-from avss_dist.models.interventions import CapturedCall, Patch
+from avss_dist.models.interventions import Patch
 from avss_dist.models.layers import linear_sizes
 from avss_dist.models.loading import candidate_layers
 from avss_dist.models.safetensors import DTYPES
@@ -45,7 +45,7 @@ from avss_dist.models.size import load_skeleton
 from avss_dist.models.structure import find_down_projection
 from avss_dist.pruning.plan import Plan
 from avss_dist.pruning.repair.fits import NormalEquations, RidgeFit, features_of, fit_ridge, fit_steps, fold
-from avss_dist.pruning.repair.hidden_states import HiddenStateSource
+from avss_dist.pruning.repair.hidden_states import CutStates, HiddenStateSource
 from avss_dist.pruning.repair.projection import OutputProjection
 from avss_dist.pruning.repair.registry import (
     DEFAULT_REPAIR,
@@ -83,7 +83,8 @@ class Repair:
     """Settings with which texts are read and the model computes."""
 
     def __post_init__(self) -> None:
-        self.weights  # noqa: B018  (checks them)
+        for corpus in self.corpora:
+            split_weight(corpus)  # refuses a weight of 0
 
     @property
     def weights(self) -> list[float]:
@@ -120,13 +121,15 @@ def find_cuts(plan: Plan, *, every_layer: bool = False) -> list[RepairCut]:
         PlanError: there is no cut, or the plan drops sublayers.
     """
     plan.require_no_sublayers("A repair makes up for whole layers and for experts")
-    first = min([*(layer - 1 for layer in plan.dropped_layers), *plan.experts])
+    changed = [layer - 1 for layer in plan.dropped_layers]
+    changed += list(plan.experts)
+    first = min(changed)
     remaining = [layer for layer in plan.keep if layer >= first]
-    cuts = [
-        RepairCut(layer, tuple(range(layer + 1, end)), tuple(plan.experts.get(layer, ())))
-        for layer, end in zip(remaining, [*remaining[1:], plan.num_layers], strict=True)
-    ]
-    cuts = [cut for cut in cuts if cut.removed or cut.experts or every_layer]
+    cuts = []
+    for layer, following in pairwise([*remaining, plan.num_layers]):
+        cut = RepairCut(layer, removed=tuple(range(layer + 1, following)), experts=plan.experts.get(layer, ()))
+        if every_layer or cut.removed or cut.experts:
+            cuts.append(cut)
     if not cuts:
         raise PlanError(
             f"Layers {describe_layers(plan.dropped_layers)} are the first: there is no layer before them to fit.",
@@ -152,6 +155,11 @@ class FitSplit:
     held_back: Mask
     weight: float
 
+    @property
+    def num_fitted(self) -> int:
+        """Number of tokens to fit to, without sink tokens."""
+        return int(self.fitted[:, SINK_TOKENS:].sum())
+
     def uncounted(self) -> FitSplit:
         """Return the same batch with no token that counts, for a rank whose partners have more batches."""
         return replace(self, fitted=np.zeros_like(self.fitted), held_back=np.zeros_like(self.fitted))
@@ -166,8 +174,9 @@ class FitSplit:
         counted = torch.from_numpy(self.fitted | self.held_back).to(hidden.device)
         counted[:, :SINK_TOKENS] = False
         mean = (lengths * counted).sum(-1) / counted.sum(-1).clamp_min(1)
+        tiny = torch.finfo(lengths.dtype).tiny  # a sink token may have the length 0
         scale = torch.ones_like(lengths)
-        scale[:, :SINK_TOKENS] = mean[:, None] / lengths[:, :SINK_TOKENS].clamp_min(torch.finfo(lengths.dtype).tiny)
+        scale[:, :SINK_TOKENS] = mean[:, None] / lengths[:, :SINK_TOKENS].clamp_min(tiny)
         return scale[..., None]
 
 
@@ -180,16 +189,9 @@ def split_texts(texts: Sequence[CorpusPlan], batch_size: int, weights: Sequence[
     Raises:
         CorpusError: a text has only one row, or no token to fit to.
     """
-    splits = []
+    splits: list[FitSplit] = []
     for number, text in enumerate(texts):
-        first_held_back = text.num_sequences - -(-text.num_sequences // HELD_BACK)
-        row = 0
-        for batch in chain.from_iterable(shard.batches(batch_size) for shard in text.shards):
-            counted = batch.observed.copy()
-            counted[:, :SINK_TOKENS] &= counted[:, SINK_TOKENS:].any(1, keepdims=True)
-            held = np.arange(row, row + len(counted))[:, None] >= first_held_back
-            splits.append(FitSplit(number, batch, counted & ~held, counted & held, 1.0))
-            row += len(counted)
+        splits += _split_text(number, text, batch_size)
     counts = count_fitted(splits, len(texts))
     for text, count in zip(texts, counts, strict=True):
         if not count:
@@ -197,16 +199,146 @@ def split_texts(texts: Sequence[CorpusPlan], batch_size: int, weights: Sequence[
                 f"{text.source} has no token to fit to after the first of each row (rows: {text.num_sequences}).",
                 "Name a longer text, or raise `max_sequences`.",
             )
-    mean, weights = sum(counts) / len(counts), weights or [1.0] * len(texts)
-    shares = [weight * len(weights) / sum(weights) for weight in weights]
-    return [replace(split, weight=mean / counts[split.text] * shares[split.text]) for split in splits]
+    weights = weights or [1.0] * len(texts)
+    mean_count = sum(counts) / len(counts)
+    token_weights = []
+    for count, weight in zip(counts, weights, strict=True):
+        relative_weight = weight * len(weights) / sum(weights)
+        token_weights.append(mean_count / count * relative_weight)
+    return [replace(split, weight=token_weights[split.text]) for split in splits]
+
+
+def _split_text(number: int, text: CorpusPlan, batch_size: int) -> Iterator[FitSplit]:
+    """Yield the batches of a text, whose last rows are held back. Tokens have the weight 1.
+
+    Args:
+        number: index of the text.
+    """
+    num_held_back = math.ceil(text.num_sequences / HELD_BACK)
+    first_held_back = text.num_sequences - num_held_back
+    row = 0
+    for shard in text.shards:
+        for batch in shard.batches(batch_size):
+            counted = batch.observed.copy()
+            # The length of sink tokens is that of other tokens of their rows, without which they do not count.
+            counted[:, :SINK_TOKENS] &= counted[:, SINK_TOKENS:].any(1, keepdims=True)
+            rows = np.arange(row, row + len(counted))[:, None]
+            is_held_back = rows >= first_held_back
+            yield FitSplit(number, batch, fitted=counted & ~is_held_back, held_back=counted & is_held_back, weight=1.0)
+            row += len(counted)
 
 
 def count_fitted(splits: Sequence[FitSplit], texts: int) -> list[int]:
     """Return the number of tokens to fit to of each text, without sink tokens."""
-    return [
-        sum(int(split.fitted[:, SINK_TOKENS:].sum()) for split in splits if split.text == text) for text in range(texts)
-    ]
+    counts = [0] * texts
+    for split in splits:
+        counts[split.text] += split.num_fitted
+    return counts
+
+
+@dataclass(eq=False)
+class MatrixSums:
+    """Normal equations of one matrix of a fit, to which batches are added.
+
+    Attributes:
+        fitted: sums over the tokens to fit to.
+        held_back: sums over the held-back tokens.
+    """
+
+    fitted: NormalEquations
+    held_back: NormalEquations
+
+
+class StepSums:
+    """Sums over the text that one step of a repair is fitted from, to which batches are added.
+
+    Attributes:
+        matrices: normal equations of each matrix.
+        fitted_count: number of tokens to fit to, by their weights and squared factors of `FitSplit.sink_scale`.
+        whole_size: sum of |Y|^2 over the held-back tokens, where Y are the whole model's hidden states.
+    """
+
+    def __init__(self, projection: OutputProjection, step: RepairMethod, splits: Sequence[FitSplit]) -> None:
+        self._projection = projection
+        self._step = step
+        self._splits = splits
+        self.matrices: list[MatrixSums] = []
+        self.fitted_count = 0.0
+        self.whole_size = 0.0
+
+    @property
+    def moment(self) -> torch.Tensor:
+        """Mean of x^T x over the tokens to fit to, where x are the features of the first matrix."""
+        return self.matrices[0].fitted.gram / self.fitted_count
+
+    def add(self, number: int, states: CutStates) -> None:
+        """Add a batch.
+
+        Args:
+            number: index of the batch.
+            states: its hidden states at the cut.
+        """
+        split = self._splits[number]
+        target = states.whole.to(states.pruned.device).float()
+        scale = split.sink_scale(target)
+        missing = (scale * (target - states.pruned.float())).flatten(0, 1)
+        fitted = torch.from_numpy(split.fitted).to(target.device)
+        held_back = torch.from_numpy(split.held_back).to(target.device)
+        features = features_of(self._step, self._projection, states.linear, states.last)
+        if not self.matrices:
+            self.matrices = [_no_sums(part.inputs.shape[1], missing) for part in features]
+        for sums, part in zip(self.matrices, features, strict=True):
+            inputs = scale.flatten(0, 1)[part.tokens] * part.inputs
+            outputs = missing[part.tokens]
+            weights = split.weight * part.weights
+            sums.fitted = _with_counted(sums.fitted, fitted.flatten()[part.tokens], inputs, outputs, weights)
+            sums.held_back = _with_counted(sums.held_back, held_back.flatten()[part.tokens], inputs, outputs, weights)
+        self.fitted_count += split.weight * float(scale[fitted].double().square().sum())
+        self.whole_size += split.weight * float((scale * target)[held_back].double().square().sum())
+
+    def all_reduce(self, model: LanguageModel) -> None:
+        """Sum over the copies of the model that share the batches. A collective: all copies call it."""
+        device = self.matrices[0].fitted.gram.device
+        sizes = torch.tensor([self.fitted_count, self.whole_size], dtype=torch.float64, device=device)
+        counts = torch.tensor([[sums.fitted.count, sums.held_back.count] for sums in self.matrices], device=device)
+        tensors = [sizes, counts]
+        for sums in self.matrices:
+            for part in (sums.fitted, sums.held_back):
+                tensors += [part.gram, part.cross, part.target]
+        model.all_reduce(tensors)  # in place
+        self.fitted_count, self.whole_size = sizes.tolist()
+        for sums, (fitted_count, held_back_count) in zip(self.matrices, counts.tolist(), strict=True):
+            sums.fitted = replace(sums.fitted, count=fitted_count)
+            sums.held_back = replace(sums.held_back, count=held_back_count)
+
+
+def _with_counted(
+    sums: NormalEquations,
+    counted: torch.Tensor,
+    inputs: torch.Tensor,
+    outputs: torch.Tensor,
+    weights: torch.Tensor | float,
+) -> NormalEquations:
+    """Return sums with those of more tokens.
+
+    Args:
+        counted: bool[tokens], whether each token counts.
+        inputs, outputs, weights: as for `NormalEquations.from_tokens`.
+    """
+    if not counted.any():
+        return sums
+    if isinstance(weights, torch.Tensor):
+        weights = weights[counted]
+    return sums + NormalEquations.from_tokens(inputs[counted], outputs[counted], weights)
+
+
+def _no_sums(inputs: int, missing: torch.Tensor) -> MatrixSums:
+    """Return the sums over no token of a matrix from so many inputs to the units of what is missing."""
+    outputs = missing.shape[1]
+    return MatrixSums(
+        fitted=NormalEquations.empty(inputs, outputs, missing.device),
+        held_back=NormalEquations.empty(inputs, outputs, missing.device),
+    )
 
 
 class RepairFitter:
@@ -222,7 +354,10 @@ class RepairFitter:
     def __init__(
         self, source: HiddenStateSource, stored: StoredWeights, splits: Sequence[FitSplit], model: LanguageModel
     ) -> None:
-        self._source, self._stored, self._splits, self._model = source, stored, splits, model
+        self._source = source
+        self._stored = stored
+        self._splits = splits
+        self._model = model
 
     def fit_all(self, cuts: Sequence[RepairCut], repair: str) -> list[RepairedCut]:
         """Fit a repair to cuts, in order. Cuts that cannot be fitted are refused before the first fit.
@@ -239,10 +374,11 @@ class RepairFitter:
             self._require_enough(projection, repair)
             for path in projection.paths.values():
                 self._parameter(projection.layer.index, path)
-        return [
-            self.fit(cut, projection, repair, f"Repairing cut {number} of {len(cuts)}")
-            for number, (cut, projection) in enumerate(zip(cuts, projections, strict=True), 1)
-        ]
+        repaired: list[RepairedCut] = []
+        for cut, projection in zip(cuts, projections, strict=True):
+            description = f"Repairing cut {len(repaired) + 1} of {len(cuts)}"
+            repaired.append(self.fit(cut, projection, repair, description))
+        return repaired
 
     def fit(self, cut: RepairCut, projection: OutputProjection, repair: str, description: str) -> RepairedCut:
         """Fit a repair to one cut and change the weights of its projection.
@@ -252,29 +388,36 @@ class RepairFitter:
         Args:
             description: text of the progress bar.
         """
-        fits: list[list[RidgeFit]] = []
-        old = {path: self._parameter(projection.layer.index, path) for path in projection.paths.values()}
+        layer = projection.layer.index
+        old = {path: self._parameter(layer, path) for path in projection.paths.values()}
+        fits_by_step: list[list[RidgeFit]] = []
+        ridges: list[float | None] = []
         for step in fit_steps(REPAIRS[repair], projection):
-            sums, size, moment = self._sums(cut, projection, step, description)
-            fits.append([fit_ridge(fitted, held_back, step.form) for fitted, held_back in sums])
-            if any(fit.ridge is not None for fit in fits[-1]):
-                self._fold(projection, step, fits[-1], moment)
-        before, after = sum(fit.before for fit in fits[0]), sum(fit.after for fit in fits[-1])
-        ridges = tuple(fit.ridge for fit in chain.from_iterable(fits))
-        if len(fits[-1]) > 1:  # each alone: what they give together is less than the sum of their errors
-            (((_, held_back),), _, _) = self._sums(cut, projection, REPAIRS["channel"], description)
-            after = float(held_back.target)
-        if after > before:  # before a norm, a fit is folded approximately
-            after, ridges = before, (None,) * len(ridges)
+            sums = self._sums(cut, projection, step, description)
+            fits = [fit_ridge(matrix.fitted, matrix.held_back, step.form) for matrix in sums.matrices]
+            if any(fit.ridge is not None for fit in fits):
+                self._fold(projection, step, fits, sums.moment)
+            fits_by_step.append(fits)
+            ridges += [fit.ridge for fit in fits]
+        before = sum(fit.before for fit in fits_by_step[0])
+        after = sum(fit.after for fit in fits_by_step[-1])
+        if len(fits_by_step[-1]) > 1:
+            # Experts are fitted one by one. What is missing once all are changed is less than the sum of their errors.
+            changed_sums = self._sums(cut, projection, REPAIRS["channel"], description)
+            after = float(changed_sums.matrices[0].held_back.target)
+        if after > before:
+            # Before a norm, a fit is folded approximately, and may do harm. It is undone.
+            after = before
+            ridges = [None] * len(ridges)
             for path, value in old.items():
-                self._source.changed[projection.layer.index, path] = value
+                self._source.changed[layer, path] = value
         return RepairedCut(
             after=cut.after,
             removed=cut.removed,
             experts=cut.experts,
-            ridges=ridges,
-            error_before=(before / size) ** 0.5,
-            error_after=(after / size) ** 0.5,
+            ridges=tuple(ridges),
+            error_before=(before / sums.whole_size) ** 0.5,
+            error_after=(after / sums.whole_size) ** 0.5,
         )
 
     def _require_enough(self, projection: OutputProjection, repair: str) -> None:
@@ -285,69 +428,44 @@ class RepairFitter:
             PlanError: there is too little memory.
         """
         value = self._model.value(projection.layer.index, projection.paths["linear"])
-        *_, inputs, outputs = shape = projection.values("linear", value.to("meta")).shape
+        shape = projection.values("linear", value.to("meta")).shape
+        inputs, outputs = shape[-2:]
         method = REPAIRS[repair]
-        sizes = inputs, outputs, projection.chances
-        needed = method.tokens_needed(*sizes)
-        fewer = [name for name, other in REPAIRS.items() if other.tokens_needed(*sizes) < needed]
-        instead = f"choose a `repair` of fewer unknowns ({', '.join(reversed(fewer))})" if fewer else ""
-        num_tokens = sum(int(split.fitted[:, SINK_TOKENS:].sum()) for split in self._splits)
+        needed = method.tokens_needed(inputs, outputs, projection.chances)
+        fewer = [
+            name for name, other in REPAIRS.items() if other.tokens_needed(inputs, outputs, projection.chances) < needed
+        ]
+        alternative = ""
+        if fewer:
+            alternative = f", or choose a `repair` of fewer unknowns ({', '.join(reversed(fewer))})"
+        num_tokens = sum(split.num_fitted for split in self._splits)
         if num_tokens < needed:
             raise CorpusError(
                 f"The repair {repair} of this model needs at least {needed:,} tokens to fit to, not {num_tokens:,}.",
-                "Give more text, raise `max_sequences`" + (f", or {instead}." if instead else "."),
+                f"Give more text, raise `max_sequences`{alternative}.",
             )
-        fits = prod(shape[:-2]) if method.features == "inputs" else 1
-        features = inputs if method.features == "inputs" else outputs
-        size, room = NormalEquations.peak_bytes(features, outputs, fits), free_memory(value.device)
+        if method.features == "inputs":
+            features = inputs
+            fits = math.prod(shape[:-2])
+        else:
+            features = outputs
+            fits = 1
+        size = NormalEquations.peak_bytes(features, outputs, fits)
+        room = free_memory(value.device)
         if size > room:
             raise PlanError(
                 f"The repair {repair} of layer {projection.layer.index} needs {describe_bytes(size)} of memory for the "
                 f"products of {fits} x {features:,} inputs; {describe_bytes(room)} are free.",
-                f"Use a machine with more memory, or {instead}." if instead else "Use a machine with more memory.",
+                f"Use a machine with more memory{alternative}.",
             )
 
-    def _sums(
-        self, cut: RepairCut, projection: OutputProjection, step: RepairMethod, description: str
-    ) -> tuple[list[tuple[NormalEquations, NormalEquations]], float, torch.Tensor]:
-        """Sum the normal equations of a step over the text.
-
-        Returns:
-            For each matrix, the equations over the tokens to fit to and over the held-back tokens; the sum of |Y|^2
-            over the held-back tokens, where Y are the whole model's hidden states; the mean of x^T x over the tokens
-            to fit to, for the first matrix.
-        """
-        sums: list[NormalEquations] = []  # of each matrix in turn, over the tokens to fit to and the held-back ones
-        numbers = torch.zeros(2, dtype=torch.float64)
-
-        def add(
-            number: int, whole: torch.Tensor, pruned: torch.Tensor, linear: CapturedCall, last: CapturedCall
-        ) -> None:
-            split, target = self._splits[number], whole.to(pruned.device).float()
-            scale = split.sink_scale(target)
-            masks = [torch.from_numpy(mask).to(target.device) for mask in (split.fitted, split.held_back)]
-            missing = (scale * (target - pruned.float())).flatten(0, 1)
-            features = features_of(step, projection, linear, last)
-            if not sums:
-                sizes = [(x.shape[1], missing.shape[1]) for x, *_ in features for _ in masks]
-                sums.extend(NormalEquations.empty(*size, target.device) for size in sizes)
-            for (i, (x, tokens, weights)), (j, mask) in product(enumerate(features), enumerate(masks)):
-                if (counted := mask.flatten()[tokens]).any():
-                    x, y, weight = scale.flatten(0, 1)[tokens] * x, missing[tokens], split.weight * weights
-                    weight = weight if isinstance(weight, float) else weight[counted]
-                    sums[2 * i + j] += NormalEquations.from_tokens(x[counted], y[counted], weight)
-            numbers[0] += split.weight * float(scale[masks[0]].double().square().sum())
-            numbers[1] += split.weight * float((scale * target)[masks[1]].double().square().sum())
-
-        indices = tracked(self._model.local_indices(len(self._splits)), description)
-        self._source.visit(projection, cut.last, add, indices, units=step.features == "inputs")
-        counts = torch.tensor([part.count for part in sums], device=sums[0].gram.device)
-        numbers = numbers.to(counts.device)
-        parts = [tensor for part in sums for tensor in (part.gram, part.cross, part.target)]
-        self._model.all_reduce([numbers, counts, *parts])
-        sums = [replace(part, count=count) for part, count in zip(sums, counts.tolist(), strict=True)]
-        counted, size = numbers.tolist()
-        return list(zip(sums[::2], sums[1::2], strict=True)), size, sums[0].gram / counted
+    def _sums(self, cut: RepairCut, projection: OutputProjection, step: RepairMethod, description: str) -> StepSums:
+        """Return the sums over the text that a step is fitted from, the same on all copies of the model."""
+        sums = StepSums(projection, step, self._splits)
+        numbers = tracked(self._model.local_indices(len(self._splits)), description)
+        self._source.visit(projection, cut.last, sums.add, numbers, units=step.features == "inputs")
+        sums.all_reduce(self._model)
+        return sums
 
     def _fold(
         self, projection: OutputProjection, step: RepairMethod, fits: Sequence[RidgeFit], moment: torch.Tensor
@@ -357,7 +475,10 @@ class RepairFitter:
         Raises:
             PlanError: values do not fit into the dtype in which the files hold the parameter.
         """
-        fitted = fits[0].weights if len(fits) == 1 else torch.stack([fit.weights for fit in fits])
+        if len(fits) == 1:
+            fitted = fits[0].weights
+        else:
+            fitted = torch.stack([fit.weights for fit in fits])
         layer = projection.layer.index
         stored = {field: self._parameter(layer, path) for field, path in projection.paths.items()}
         old = {field: tensor.to(fitted.device, torch.float64) for field, tensor in stored.items()}
@@ -374,28 +495,32 @@ class RepairFitter:
         Raises:
             PlanError: the model does not hold it as the files do, or not on a device that computes.
         """
-        if (changed := self._source.changed.get((layer, path))) is not None:
+        changed = self._source.changed.get((layer, path))
+        if changed is not None:
             return changed
-        stored, loaded = self._stored.read((layer, path)), self._model.value(layer, path)
+        stored = self._stored.read((layer, path))
+        loaded = self._model.value(layer, path)
         if loaded.is_meta:
             raise PlanError(
                 f"'{path}' of layer {layer} is kept off the devices that compute, and cannot be changed.",
                 "Use `partition` single, or device_map with more `max_memory`.",
             )
-        if (
-            stored is not None
-            and stored.is_floating_point()
-            and stored.dtype.itemsize > 1
-            and stored.shape == loaded.shape
-            and torch.equal(stored.to(loaded.dtype), loaded.cpu())
-        ):
-            return stored
-        form = "under other names" if stored is None else f"as {str(stored.dtype).removeprefix('torch.')}"
+        form = "under other names"
+        if stored is not None:
+            form = f"as {str(stored.dtype).removeprefix('torch.')}"
+            if _holds_sums(stored.dtype) and stored.shape == loaded.shape:
+                if torch.equal(stored.to(loaded.dtype), loaded.cpu()):
+                    return stored
         raise PlanError(
             f"The files hold '{path}' of layer {layer} {form}, quantized, fused or otherwise unlike the model: nothing "
             "can be added to it.",
             PLAIN_HINT,
         )
+
+
+def _holds_sums(dtype: torch.dtype) -> bool:
+    """Whether parameters of a dtype can be added to: quantized ones have integers, or floats of a byte."""
+    return dtype.is_floating_point and dtype.itemsize > 1
 
 
 @dataclass(frozen=True)
@@ -432,35 +557,42 @@ def fit_repair(
         CorpusError: a text has too few tokens.
         AvssError: hidden states are not finite.
     """
-    every_layer, settings = REPAIRS[repair.by].every_layer, repair.settings
+    settings = repair.settings
+    every_layer = REPAIRS[repair.by].every_layer
     cuts = find_cuts(plan, every_layer=every_layer)
     splits = split_texts(texts, settings.batch_size, repair.weights)
-    splits += [splits[0].uncounted()] * (-len(splits) % model.lockstep)
+    # Ranks in lockstep need equally many batches. Those that are added count for nothing.
+    num_added = -len(splits) % model.lockstep
+    splits += [splits[0].uncounted()] * num_added
     source = HiddenStateSource(model, [split.batch for split in splits], plan.drop)
     repaired_cuts = RepairFitter(source, stored, splits, model).fit_all(cuts, repair.by)
-    counts = count_fitted(splits, len(texts))
     record = RepairRecord(
         repair=repair.by,
         model=checkpoint.name,
         revision=checkpoint.revision,
         removed=plan.dropped_layers,
-        texts=tuple(
-            RepairText(
-                corpus=text.source,
-                fingerprint=text.corpus_fingerprint,
-                rows=text.num_sequences,
-                tokens=count,
-                weight=weight,
-            )
-            for text, count, weight in zip(texts, counts, repair.weights, strict=True)
-        ),
+        texts=tuple(_text_records(texts, count_fitted(splits, len(texts)), repair.weights)),
         cuts=tuple(repaired_cuts),
         **settings.text_options(),
         dtype=settings.dtype,
     )
-    first = [] if every_layer else [layer for layer in plan.dropped_layers if layer < plan.keep[0]]
-    lost = f"Nothing stands before layers {describe_layers(first)}: what they did is not given back."
-    return Repaired(source.changed, record, [lost] if first else [])
+    notes = []
+    first = [layer for layer in plan.dropped_layers if layer < plan.keep[0]]
+    if first and not every_layer:
+        notes.append(f"Nothing stands before layers {describe_layers(first)}: what they did is not given back.")
+    return Repaired(source.changed, record, notes)
+
+
+def _text_records(texts: Sequence[CorpusPlan], counts: Sequence[int], weights: Sequence[float]) -> Iterator[RepairText]:
+    """Yield the record of each text, with the number of its tokens that were fitted to and its weight."""
+    for text, count, weight in zip(texts, counts, weights, strict=True):
+        yield RepairText(
+            corpus=text.source,
+            fingerprint=text.corpus_fingerprint,
+            rows=text.num_sequences,
+            tokens=count,
+            weight=weight,
+        )
 
 
 def tokens_needed(checkpoint: Checkpoint, repair: str, settings: Settings) -> int:
@@ -481,46 +613,78 @@ def tokens_needed(checkpoint: Checkpoint, repair: str, settings: Settings) -> in
     if len(lists) != 1:
         return 0
     ((path, layers),) = lists.items()
-    text = model.config.get_text_config()
-    changed = {i: weight for i, layer in enumerate(layers) if (weight := _changed_weight(layer, text.hidden_size))}
+    width = model.config.get_text_config().hidden_size
+    changed: dict[int, ChangedWeight] = {}
+    for index, layer in enumerate(layers):
+        if weight := _changed_weight(layer, width):
+            changed[index] = weight
     if not changed:
         raise PlanError(
             f"No layer of '{checkpoint.name}' has an MLP that ends in one linear map, or in those of its routed "
             "experts: what is missing after it cannot be given back.",
             "Set `repair` to none.",
         )
-    weights = StoredWeights.of_checkpoint(
-        checkpoint, Plan(model=checkpoint.name, num_layers=len(layers), layers=path, drop=(0,)), settings
-    )
-    names = [weights.names((layer, path))[0] for layer, (path, _) in changed.items()]
+    plan = Plan(model=checkpoint.name, num_layers=len(layers), layers=path, drop=(0,))
+    weights = StoredWeights.of_checkpoint(checkpoint, plan, settings)
+    names = [weights.names((layer, weight.path))[0] for layer, weight in changed.items()]
     stored = {name: weights.tensors[name].dtype for name in names if name in weights.tensors}
     dtypes = [DTYPES[dtype] for dtype in stored.values() if dtype in DTYPES]
-    if not any(dtype.is_floating_point and dtype.itemsize > 1 for dtype in dtypes):
-        form = f"as {stored[names[0]]}" if names[0] in stored else "under other names"
+    if not any(_holds_sums(dtype) for dtype in dtypes):
+        name = names[0]
+        form = f"as {stored[name]}" if name in stored else "under other names"
         raise PlanError(
-            f"The files of '{checkpoint.name}' hold '{names[0]}' {form}, quantized or fused: "
-            "nothing can be added to it.",
+            f"The files of '{checkpoint.name}' hold '{name}' {form}, quantized or fused: nothing can be added to it.",
             PLAIN_HINT,
         )
-    return min(REPAIRS[repair].tokens_needed(*sizes) for _, sizes in changed.values())
+    method = REPAIRS[repair]
+    return min(method.tokens_needed(weight.inputs, weight.outputs, weight.chances) for weight in changed.values())
 
 
-def _changed_weight(layer: nn.Module, width: int) -> tuple[str, tuple[int, int, float]] | None:
+@dataclass(frozen=True)
+class ChangedWeight:
+    """The weight of a layer that a repair changes.
+
+    Attributes:
+        path: path below the layer.
+        inputs, outputs: sizes of the linear map, or of that of each expert.
+        chances: share of the tokens that reach a linear map.
+    """
+
+    path: str
+    inputs: int
+    outputs: int
+    chances: float = 1.0
+
+
+def _changed_weight(layer: nn.Module, width: int) -> ChangedWeight | None:
     """Return the weight of a layer that a repair changes, or None if it has none.
 
     Args:
         layer: the module, which may be on the meta device.
         width: units of the residual stream.
-
-    Returns:
-        Path below the layer; inputs and outputs of the linear map, and the share of the tokens that reach it.
     """
     with suppress(ModelError):
-        routed = find_routed_experts(layer)
-        if routed and (down := find_down_projections(layer.get_submodule(routed.experts))):
-            experts, units, outputs = down.as_rows(down.module.get_parameter(down.WEIGHT)).shape
-            return f"{routed.experts}.{down.WEIGHT}", (units, outputs, routed.top_k / experts)
-    if linear := find_down_projection(layer, width):
-        path, module = linear
-        return f"{path}.weight", (*linear_sizes(module), 1.0)
-    return None
+        if weight := _experts_weight(layer):
+            return weight
+    linear = find_down_projection(layer, width)
+    if linear is None:
+        return None
+    path, module = linear
+    inputs, outputs = linear_sizes(module)
+    return ChangedWeight(f"{path}.weight", inputs, outputs)
+
+
+def _experts_weight(layer: nn.Module) -> ChangedWeight | None:
+    """Return the weight of the routed experts of a layer, or None if it has none that is known.
+
+    Raises:
+        ModelError: as `find_routed_experts`.
+    """
+    routed = find_routed_experts(layer)
+    if routed is None:
+        return None
+    down = find_down_projections(layer.get_submodule(routed.experts))
+    if down is None:
+        return None
+    experts, units, outputs = down.as_rows(down.module.get_parameter(down.WEIGHT)).shape
+    return ChangedWeight(f"{routed.experts}.{down.WEIGHT}", units, outputs, routed.top_k / experts)
