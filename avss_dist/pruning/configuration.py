@@ -65,7 +65,8 @@ def write_config(checkpoint: Checkpoint, plan: Plan, folder: Path, settings: Set
             _renumber_quantization(part, layer_names)
     pruned = _write_and_read(checkpoint, whole, raw, folder)
     derived = _as_json(pruned.get_text_config().to_dict())
-    if missing := {name: value for name, value in expected.items() if derived.get(name) != value}:
+    missing = {name: value for name, value in expected.items() if derived.get(name) != value}
+    if missing:
         part |= missing
         pruned = _write_and_read(checkpoint, whole, raw, folder)
     _require_same_settings(whole, pruned, {*expected, *names, *KEYS})

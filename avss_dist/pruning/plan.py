@@ -161,7 +161,8 @@ class Plan(ModelPlan, TabularResult):
 
     def __post_init__(self) -> None:
         removed = joined(self.drop)
-        if problems := [*self._repetitions(), *self._impossible(removed)]:
+        problems = [*self._repetitions(), *self._impossible(removed)]
+        if problems:
             raise PlanError.combine(problems)
         object.__setattr__(self, "drop", removed)
 
@@ -244,7 +245,8 @@ class Plan(ModelPlan, TabularResult):
         Args:
             why: sentence that says why they cannot be dropped, for the message.
         """
-        if sublayers := [removal for removal in self.drop if isinstance(removal, Sublayer)]:
+        sublayers = [removal for removal in self.drop if isinstance(removal, Sublayer)]
+        if sublayers:
             raise PlanError(
                 f"The plan drops {describe_removed(sublayers)} alone. {why}.",
                 "Evaluate the plan as it is, or make one that drops whole layers.",
@@ -304,7 +306,8 @@ def describe_reason(why: Mapping[str, Any], meanings: Mapping[str, str] = MEANIN
     text = f"by {by}"
     if by in meanings:
         text += f" ({meanings[by]})"
-    if options := [f"{key} {value}" for key, value in why.items() if key != "by"]:
+    options = [f"{key} {value}" for key, value in why.items() if key != "by"]
+    if options:
         text += f": {', '.join(options)}"
     return text
 

@@ -110,7 +110,8 @@ def require_same_modules(checkpoint: Checkpoint, names: LayerNames, folder: Path
         new_name = names.renumbered(name)
         if new_name is not None:
             expected.add((new_name, names.remaining_shape(name, shape)))
-    if strange := sorted(name for name, _ in after ^ expected):
+    strange = sorted(name for name, _ in after ^ expected)
+    if strange:
         raise PlanError(
             f"The quantization settings of '{checkpoint.name}' would read weights as what they are not once layers are "
             f"dropped: {first_names(strange)}.",

@@ -81,7 +81,8 @@ class SeenFile:
 
 def write_seen(folder: Path, texts: Iterable[SeenText]) -> None:
     """Write the texts of a checkpoint, in place of those that are there. Without texts, write nothing."""
-    if values := [text.values() for text in distinct(texts)]:
+    values = [text.values() for text in distinct(texts)]
+    if values:
         (folder / FILE).write_text(to_yaml({"seen": values}, flow=True), encoding="utf-8")
 
 

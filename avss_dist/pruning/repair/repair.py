@@ -287,12 +287,14 @@ class StepSums:
         features = features_of(self._step, self._projection, states.linear, states.last)
         if not self.matrices:
             self.matrices = [_no_sums(part.inputs.shape[1], missing) for part in features]
-        for sums, part in zip(self.matrices, features, strict=True):
+        for matrix, part in zip(self.matrices, features, strict=True):
             inputs = scale.flatten(0, 1)[part.tokens] * part.inputs
             outputs = missing[part.tokens]
             weights = split.weight * part.weights
-            sums.fitted = _with_counted(sums.fitted, fitted.flatten()[part.tokens], inputs, outputs, weights)
-            sums.held_back = _with_counted(sums.held_back, held_back.flatten()[part.tokens], inputs, outputs, weights)
+            is_fitted = fitted.flatten()[part.tokens]
+            matrix.fitted = _with_counted(matrix.fitted, is_fitted, inputs, outputs, weights)
+            is_held_back = held_back.flatten()[part.tokens]
+            matrix.held_back = _with_counted(matrix.held_back, is_held_back, inputs, outputs, weights)
         self.fitted_count += split.weight * float(scale[fitted].double().square().sum())
         self.whole_size += split.weight * float((scale * target)[held_back].double().square().sum())
 
@@ -300,16 +302,17 @@ class StepSums:
         """Sum over the copies of the model that share the batches. A collective: all copies call it."""
         device = self.matrices[0].fitted.gram.device
         sizes = torch.tensor([self.fitted_count, self.whole_size], dtype=torch.float64, device=device)
-        counts = torch.tensor([[sums.fitted.count, sums.held_back.count] for sums in self.matrices], device=device)
-        tensors = [sizes, counts]
-        for sums in self.matrices:
-            for part in (sums.fitted, sums.held_back):
+        counts = [[matrix.fitted.count, matrix.held_back.count] for matrix in self.matrices]
+        summed_counts = torch.tensor(counts, device=device)
+        tensors = [sizes, summed_counts]
+        for matrix in self.matrices:
+            for part in (matrix.fitted, matrix.held_back):
                 tensors += [part.gram, part.cross, part.target]
         model.all_reduce(tensors)  # in place
         self.fitted_count, self.whole_size = sizes.tolist()
-        for sums, (fitted_count, held_back_count) in zip(self.matrices, counts.tolist(), strict=True):
-            sums.fitted = replace(sums.fitted, count=fitted_count)
-            sums.held_back = replace(sums.held_back, count=held_back_count)
+        for matrix, (fitted_count, held_back_count) in zip(self.matrices, summed_counts.tolist(), strict=True):
+            matrix.fitted = replace(matrix.fitted, count=fitted_count)
+            matrix.held_back = replace(matrix.held_back, count=held_back_count)
 
 
 def _with_counted(
@@ -333,7 +336,7 @@ def _with_counted(
 
 
 def _no_sums(inputs: int, missing: torch.Tensor) -> MatrixSums:
-    """Return the sums over no token of a matrix from so many inputs to the units of what is missing."""
+    """Return the sums over no token for a matrix with this number of inputs. Its outputs are those of ``missing``."""
     outputs = missing.shape[1]
     return MatrixSums(
         fitted=NormalEquations.empty(inputs, outputs, missing.device),
