@@ -493,7 +493,8 @@ class JobFileRequest(Request):
     @property
     def replaced(self) -> dict[str, Any]:
         """Values that replace those of the file, by field of `Execution`."""
-        return {name: value for name in self.replaceable if (value := getattr(self, name)) is not None}
+        values = {name: getattr(self, name) for name in self.replaceable}
+        return {name: value for name, value in values.items() if value is not None}
 
 
 @checked

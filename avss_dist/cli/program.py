@@ -196,7 +196,8 @@ def main() -> None:
         os.umask(int(umask, 8))
     if not sys.stderr.isatty():
         os.environ.setdefault("TQDM_DISABLE", "1")
-    if (command := COMMANDS.get(next(iter(sys.argv[1:]), ""))) and command.panel == READ:
+    command = COMMANDS.get(sys.argv[1]) if len(sys.argv) > 1 else None
+    if command is not None and command.panel == READ:
         _hide_pandas_from_pyarrow()
     with complete_output():  # of --help and the like, which end before a command runs
         app()

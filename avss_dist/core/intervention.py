@@ -117,10 +117,13 @@ def parse_removal(value: object) -> Removal:
     """
     if isinstance(value, Sublayer | Expert) or (type(value) is int and value >= 0):
         return value
-    if isinstance(value, str) and (match := _SUBLAYER.fullmatch(value)):
-        return Sublayer(int(match[2]), match[1])
-    if isinstance(value, str) and (match := _EXPERT.fullmatch(value)):
-        return Expert(int(match[1]), int(match[2]))
+    if isinstance(value, str):
+        sublayer = _SUBLAYER.fullmatch(value)
+        if sublayer:
+            return Sublayer(int(sublayer[2]), sublayer[1])
+        expert = _EXPERT.fullmatch(value)
+        if expert:
+            return Expert(int(expert[1]), int(expert[2]))
     raise ConfigError(
         f"{value!r} is neither a layer nor a sublayer nor an expert.",
         "Expected the index of a layer, from 0 (7), the name of a sublayer (attention.7, mlp.7), or that of a routed "

@@ -59,8 +59,10 @@ def populate(address: int, size: int) -> None:
     pages = ctypes.c_void_p(start), ctypes.c_size_t(address + size - start)
     # Unlike mmap.madvise, this releases Python's global interpreter lock.
     failed = size and ctypes.CDLL(None, use_errno=True).madvise(*pages, _MADV_POPULATE_READ)
-    if failed and (number := ctypes.get_errno()) != errno.EINVAL:
-        raise OSError(number, os.strerror(number))
+    if failed:
+        number = ctypes.get_errno()
+        if number != errno.EINVAL:
+            raise OSError(number, os.strerror(number))
 
 
 def peak_memory() -> int:

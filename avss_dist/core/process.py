@@ -116,4 +116,9 @@ def installed_version(package: str) -> str | None:
 
 def package_versions() -> dict[str, str]:
     """Return the versions of Python and of the installed packages that can change a number or a file."""
-    return {"python": python_version()} | {name: number for name in PACKAGES if (number := installed_version(name))}
+    versions = {"python": python_version()}
+    for name in PACKAGES:
+        number = installed_version(name)
+        if number:
+            versions[name] = number
+    return versions

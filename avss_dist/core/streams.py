@@ -152,7 +152,8 @@ def console(*, stderr: bool = False) -> Console:
 
     quiet = stderr and _verbosity == QUIET
     terminal = Output(highlight=False, stderr=stderr, quiet=quiet)
-    width = int(columns) if (columns := os.environ.get("COLUMNS", "")).isdigit() else WIDTH
+    columns = os.environ.get("COLUMNS", "")
+    width = int(columns) if columns.isdigit() else WIDTH
     return terminal if terminal.is_terminal else Output(highlight=False, stderr=stderr, width=width, quiet=quiet)
 
 

@@ -103,7 +103,8 @@ def _fingerprints(shards: Iterable[Shard], tokenizer: Any) -> Iterator[Hashes]:
         short = plain_text([row for row in rows if len(row) < PASSAGE], tokenizer)
         short_hashes = np.concatenate([_NONE, *(_winnow(text) for text in short if len(text) < PASSAGE)])
         hashes.append(np.setdiff1d(short_hashes, np.concatenate(hashes)))
-        if len(block := np.concatenate(hashes)):
+        block = np.concatenate(hashes)
+        if len(block):
             yield block
 
 

@@ -204,7 +204,8 @@ def tokenize_choices(
     if not selected:
         raise CorpusError(f"The file has {len(all_questions)} questions, and all are skipped.", "Skip fewer.")
     ends = np.cumsum([len(answers) for answers in selected])
-    if not (number := num_whole(ends, settings.max_sequences)):
+    number = num_whole(ends, settings.max_sequences)
+    if not number:
         raise CorpusError(f"The first question has {ends[0]} answers.", f"Make `max_sequences` {ends[0]} or more.")
     rows, pairing = rows_of_pairs(selected[:number], [("", range(number))], tokenizer, settings)
     ids, lengths = _padded(rows, settings.sequence_length, tokenizer)

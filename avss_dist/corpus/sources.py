@@ -225,7 +225,8 @@ def _files(source: str) -> Source:
     if suffix == "txt" and match["field"] is not None:
         raise CorpusError(f"'{source}': a text file has no field.", f"Write {path} alone.")
     field = "" if suffix == "txt" else match["field"] or "text"
-    if suffix in ("jsonl", "csv") and (names := _PAIRED.fullmatch(field)):
+    names = _PAIRED.fullmatch(field) if suffix in ("jsonl", "csv") else None
+    if names:
         fields = names["prompt"], names["answer"], names["label"] or "label"
         return _paired(path, lambda records: labelled_answers(records, *fields), fields=fields)
     find = cache(partial(_find, path))

@@ -161,8 +161,10 @@ class Hooks:
         Args:
             read: method of `Observer` that takes the pass, the module and what torch tells its hooks of the call.
         """
-        if now := next((now for now in reversed(PASSES.get()) if now.observer.hooks is self), None):
-            read(now.observer, now, module, *call)
+        for observed_pass in reversed(PASSES.get()):
+            if observed_pass.observer.hooks is self:
+                read(observed_pass.observer, observed_pass, module, *call)
+                return
 
 
 @contextmanager

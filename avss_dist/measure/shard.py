@@ -157,7 +157,8 @@ def _describe(replica: Replica, shard: Shard, rows: int, settings: Settings) -> 
             [layer.index, p.path, p.site, p.outputs, p.inputs] for layer in replica.layers for p in layer.projections
         ]
         model["projections"] = json.dumps(maps, separators=(",", ":"))
-    if settings.experts and (without := [layer.index for layer in replica.layers if layer.experts is None]):
+    without = [layer.index for layer in replica.layers if layer.experts is None]
+    if settings.experts and without:
         note = f"layers {describe_layers(without)} have no routed experts"
         if len(without) == len(replica.layers):
             note = "no layer has routed experts in one module, which is called with the experts and gates of each token"

@@ -560,7 +560,9 @@ def _is_raised_by(error: Exception, model: torch.nn.Module) -> bool:
     for frame, _ in walk_tb(error.__traceback__):
         if frame.f_globals.get("__name__", "").startswith(_PACKAGE):
             innermost = False
-        elif isinstance(caller := frame.f_locals.get("self"), torch.nn.Module) and caller in modules:
+            continue
+        caller = frame.f_locals.get("self")
+        if isinstance(caller, torch.nn.Module) and caller in modules:
             innermost = True
     return innermost
 

@@ -110,8 +110,10 @@ def resolve(spec: str, *, trust_remote_code: bool = False, weights: bool = True)
     local = locate(spec, trust_remote_code=trust_remote_code)
     if local is None:
         fetched = fetch_files(spec, [*_FETCHED, *([WEIGHTS] if weights else [])], trust_remote_code=trust_remote_code)
-        if weights and not weight_files(fetched.folder) and (converted := converted_folder(fetched.folder)):
-            fetched = replace(fetched, path=str(converted))
+        if weights and not weight_files(fetched.folder):
+            converted = converted_folder(fetched.folder)
+            if converted:
+                fetched = replace(fetched, path=str(converted))
         if weights:
             _check_folder(fetched.folder, spec)
         return fetched
@@ -208,7 +210,10 @@ def convert_pickles(spec: str) -> None:
         folder = fetch_files(spec, [*_FETCHED, WEIGHTS]).folder
         if not weight_files(folder):
             folder = fetch_files(spec, [*_FETCHED, _PICKLED_WEIGHTS]).folder
-    if not folder.is_dir() or weight_files(folder) or not (files := _pickled_weights(folder)):
+    if not folder.is_dir() or weight_files(folder):
+        return
+    files = _pickled_weights(folder)
+    if not files:
         return
     place = _place(folder, files)
     if place.is_dir():
@@ -389,7 +394,10 @@ def converted_folder(folder: Path) -> Path | None:
         ModelError: a file cannot be read.
     """
     files = _pickled_weights(folder)
-    return place if files and (place := _place(folder, files)).is_dir() else None
+    if not files:
+        return None
+    place = _place(folder, files)
+    return place if place.is_dir() else None
 
 
 def _pickled_weights(folder: Path) -> list[Path]:

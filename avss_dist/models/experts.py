@@ -200,7 +200,11 @@ def _obstacle(router: nn.Module, block: nn.Module, number: int) -> str | None:
 
 
 def _groups(router: nn.Module, *names: str) -> int:
-    return next((value for name in names if isinstance(value := getattr(router, name, None), int)), 1)
+    for name in names:
+        value = getattr(router, name, None)
+        if isinstance(value, int):
+            return value
+    return 1
 
 
 def require_routed_experts(layer: nn.Module, index: int, removed: Collection[int]) -> RoutedExperts:

@@ -383,8 +383,8 @@ def auto_classes(config: Any) -> list[Any]:
             continue
         if name in custom:
             classes[custom[name]] = auto
-        elif type(config) in (mapping := auto._model_mapping):
-            classes.setdefault(mapping[type(config)], auto)
+        elif type(config) in auto._model_mapping:
+            classes.setdefault(auto._model_mapping[type(config)], auto)
     return [*classes.values()]
 
 

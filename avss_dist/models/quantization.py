@@ -39,7 +39,8 @@ def quantization_settings(config: Any) -> dict[str, Any]:
 
 def quantization_method(config: Any) -> str | None:
     """Return the ``quant_method`` of a configuration, such as fp8, or None if it is not quantized."""
-    return _method(settings) if (settings := quantization_settings(config)) else None
+    settings = quantization_settings(config)
+    return _method(settings) if settings else None
 
 
 def _method(settings: Mapping[str, Any]) -> str:

@@ -91,8 +91,10 @@ def _tensor(name: str, file: Path, data: int, entry: Any) -> StoredTensor:
     if last < first:
         raise ValueError(f"'{name}' ends before it begins")
     dtype = DTYPES.get(entry["dtype"])
-    if dtype is not None and last - first != (size := math.prod(shape) * dtype.itemsize):
-        raise ValueError(f"'{name}' has {last - first:,} bytes, and its shape wants {size:,}")
+    if dtype is not None:
+        size = math.prod(shape) * dtype.itemsize
+        if last - first != size:
+            raise ValueError(f"'{name}' has {last - first:,} bytes, and its shape wants {size:,}")
     return StoredTensor(name, entry["dtype"], last - first, shape, file, data + first)
 
 

@@ -159,6 +159,7 @@ def footprint(checkpoint: Checkpoint | str, settings: Settings) -> Footprint:
     heads = _number(text, "num_attention_heads")
     width = heads * _number(text, "head_dim") or (_number(text, "hidden_size") if heads else 0)
     chosen = _chosen_experts(text)
+    embeddings = token_embeddings(model)
     return Footprint(
         num_parameters=sum(p.numel() for p in model.parameters()),
         weight_bytes=int(size * scale),
@@ -180,7 +181,7 @@ def footprint(checkpoint: Checkpoint | str, settings: Settings) -> Footprint:
         ),
         mlp_width=max(_mlp_width(layer, chosen) for layer in layers),
         vocabulary=_number(text, "vocab_size"),
-        embedding_bytes=_bytes(embeddings) if (embeddings := token_embeddings(model)) else 0,
+        embedding_bytes=_bytes(embeddings) if embeddings else 0,
         cache_bytes=tuple(_cache_bytes(text, i, _attends(layer), dtype.itemsize) for i, layer in enumerate(layers)),
         **unpacking,
     )

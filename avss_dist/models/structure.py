@@ -107,8 +107,13 @@ def find_sites(
         taps.setdefault(site, _tap(call, "input"))
         outputs, shape = call.output.shape[-1], call.inputs[0].shape
         projections.append(Projection(call.path, call.module, site, outputs, shape[-1], axes_of(shape, *PROBE_SHAPE)))
+    taps_in_order = {}
+    for site in EVERY_SITE:
+        tap = taps.get(site)
+        if tap:
+            taps_in_order[site] = tap
     return (
-        {site: tap for site in EVERY_SITE if (tap := taps.get(site))},
+        taps_in_order,
         tuple(projections),
         find_experts(calls),
     )

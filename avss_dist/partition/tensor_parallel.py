@@ -58,7 +58,8 @@ class TensorParallelReplica(Replica):
                     "which splits other models, takes none that stay quantized.",
                     "Set `ranks` to another number, or use `partition` device_map or expert_parallel.",
                 )
-            if not obstacle and (blocks := scale_obstacle(checkpoint, settings, {"tp_size": ranks})):
+            blocks = "" if obstacle else scale_obstacle(checkpoint, settings, {"tp_size": ranks})
+            if blocks:
                 raise ConfigError(
                     f"`partition` tensor_parallel cannot split these quantized weights: {blocks}.",
                     "Set `ranks` to a smaller number.",

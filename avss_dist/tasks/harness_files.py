@@ -107,10 +107,12 @@ def task_files(name: str) -> list[str]:
         return local_files(name.removeprefix(PERPLEXITY))
     if not is_task_file(name) or os.path.isabs(os.path.expanduser(name)):
         return []
-    path, files = Path(name), []
+    path = Path(name)
+    files = []
     for file, values in _read(path):
         modules = {value.rpartition(".")[0] for _, value in _walk(values) if isinstance(value, Function)}
-        files += [file, *(code for module in modules if (code := file.parent / f"{module}.py").is_file())]
+        sources = [file.parent / f"{module}.py" for module in modules]
+        files += [file, *(source for source in sources if source.is_file())]
     config = resolve_data_files(read_task_file(path), Path(), path.parent)
     data = config.get("dataset_kwargs") or {}
     for _, place in _walk(data.get("data_files")):

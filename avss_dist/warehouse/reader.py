@@ -130,7 +130,8 @@ class Warehouse:
 
     def run(self, run_id: str) -> dict[str, Any] | None:
         """Read the ``runs`` row of a run by column, ``versions`` as a dict, or None if it has no row."""
-        if (rows := self._decoded("runs", run_id, "run")) is None:
+        rows = self._decoded("runs", run_id, "run")
+        if rows is None:
             return None
         return dict(rows.to_pylist(maps_as_pydicts="lossy")[0])
 
@@ -153,7 +154,9 @@ class Warehouse:
         Raises:
             DamagedFile: the file is damaged.
         """
-        if (data := self.storage.read(path := self.storage.path(table, run_id, name))) is None:
+        path = self.storage.path(table, run_id, name)
+        data = self.storage.read(path)
+        if data is None:
             return None
         with self.storage.reading(path):
             return decode(checked_rows(table, run_id, parse(data)))
@@ -229,7 +232,8 @@ class Warehouse:
         Raises:
             WarehouseError: it has none, or they are damaged.
         """
-        if (scores := self._decoded("scores", run_id, "scores")) is None or not len(scores):
+        scores = self._decoded("scores", run_id, "scores")
+        if scores is None or not len(scores):
             raise WarehouseError(
                 f"{self.root} has no scores of run '{run_id}'.", "avss score --fresh measures it again."
             )
@@ -568,7 +572,9 @@ def _read_plan(data: bytes) -> dict[str, Any]:
 
 def _ids(names: Iterable[str], prefix: str) -> set[str]:
     """Return the run ids in the names of files or folders that begin with a prefix."""
-    return {match[1] for name in names if (match := re.fullmatch(rf"{re.escape(prefix)}([\w.-]+)", name))}
+    pattern = re.compile(rf"{re.escape(prefix)}([\w.-]+)")
+    matches = (pattern.fullmatch(name) for name in names)
+    return {match[1] for match in matches if match}
 
 
 def without_runs(table: pa.Table, run_ids: Collection[str]) -> pa.Table:

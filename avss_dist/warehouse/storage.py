@@ -172,7 +172,8 @@ class Storage:
         Raises:
             WarehouseError: it cannot be deleted.
         """
-        with self._removing(path := self._patch_path(key)):
+        path = self._patch_path(key)
+        with self._removing(path):
             self.filesystem.delete_file(path)
 
     @contextmanager
@@ -239,7 +240,8 @@ class Storage:
         Raises:
             DamagedFile: it is missing, or its content does not match the key.
         """
-        data = self.read(path := self._patch_path(key))
+        path = self._patch_path(key)
+        data = self.read(path)
         if data is None or hashlib.sha256(data).hexdigest() != key:
             raise DamagedFile(
                 f"Cannot read {path}: it is {'gone' if data is None else 'not what was written'}.",
