@@ -206,5 +206,6 @@ def _reported(items: Sequence[Item], what: str) -> Iterator[Item]:
 
 def report(what: str, share: float) -> None:
     """Pass the share of an activity that is done to the callback of `progress_to`, if there is one."""
-    if (callback := _CALLBACK.get()) is not None:
+    callback = _CALLBACK.get()
+    if callback is not None:
         callback(what, share)

@@ -154,7 +154,8 @@ def rows_of_pairs(
             for answer, text in zip(pair, texts, strict=True):
                 rows.append(np.concatenate([prompts[prompt], text]))
                 places.append((index, answer.label + after, len(prompts[prompt])))
-                if (tokens := len(rows[-1])) > settings.sequence_length:
+                tokens = len(rows[-1])
+                if tokens > settings.sequence_length:
                     other = "" if prompt == index else f", after the prompt of {pairs[prompt][0].where},"
                     raise CorpusError(
                         f"{answer.where}: prompt and answer{other} are {tokens} tokens; a row has "

@@ -424,7 +424,8 @@ class LanguageModel:
             report(activity, number / len(interventions))
             with ExitStack() as stack:
                 stack.enter_context(self.applying(intervention))
-                if (layer := branches.get(intervention)) is not None:
+                layer = branches.get(intervention)
+                if layer is not None:
                     stack.enter_context(
                         resuming(self.layers, last_layer_not_run(intervention, layer), inputs[layer].clone())
                     )

@@ -195,7 +195,8 @@ def captured(
     calls: dict[Key, CapturedCall] = {}
 
     def enter(key: Key, args: Any, kwargs: Any) -> None:
-        if (hidden := input_tensor(args, kwargs)) is not None:
+        hidden = input_tensor(args, kwargs)
+        if hidden is not None:
             inputs[key] = hidden.detach().clone()  # which modules may change
 
     def leave(key: Key, args: Any, kwargs: Any, output: Any) -> None:

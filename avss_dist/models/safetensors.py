@@ -161,7 +161,8 @@ def copy_tensors(
     written: list[tuple[int, int] | torch.Tensor] = []
     for tensor in tensors:
         shape, pieces = tensor.shape, [(tensor.start, tensor.start + tensor.size)]
-        if (copied_rows := rows.get(tensor.name)) is not None:
+        copied_rows = rows.get(tensor.name)
+        if copied_rows is not None:
             width = tensor.size // shape[0]
             shape = (len(copied_rows), *shape[1:])
             pieces = [(tensor.start + row * width, tensor.start + (row + 1) * width) for row in copied_rows]

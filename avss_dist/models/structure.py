@@ -100,7 +100,8 @@ def find_sites(
         last = [call for call in _linears(in_mlp) if call.module is neuron.module]
         readers += _readers(in_mlp, last, "up_input", "neuron")
     for site in ("attention", "mlp"):
-        if (tap := taps.get(site)) is not None:
+        tap = taps.get(site)
+        if tap is not None:
             taps[site] = tap_addition(trace, tap)
     projections = []
     for site, call in readers:
@@ -303,12 +304,14 @@ def _watch(modules: Iterable[nn.Module], forward: Callable[[torch.Tensor], Any])
 
     def record(path: str, module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
         trace.leave(module, first_tensor(output))
-        if (tensor := first_tensor(output)) is not None:
+        tensor = first_tensor(output)
+        if tensor is not None:
             inputs = [t for t in (*args, *kwargs.values()) if isinstance(t, torch.Tensor)]
             calls.append(Call(path, module, inputs, tensor.clone()))
 
     def leave(module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
-        if (tensor := first_tensor(output)) is not None:
+        tensor = first_tensor(output)
+        if tensor is not None:
             trace.end(tensor)
             hidden, sites = input_tensor(args, kwargs), find_sites(calls, type(module).__name__, trace)
             is_alone = isinstance(output, torch.Tensor) or (isinstance(output, tuple) and len(output) == 1)

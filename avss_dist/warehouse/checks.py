@@ -104,7 +104,8 @@ def settings_of(run: Mapping[str, Any]) -> dict[str, Any]:
     Raises:
         WarehouseError: they are not a JSON object, or have invalid values.
     """
-    if (settings := _settings(run["settings"])) is None:
+    settings = _settings(run["settings"])
+    if settings is None:
         raise WarehouseError(f"The settings of run '{run['run_id']}' are damaged.", SCORE_AGAIN)
     return dict(settings)
 

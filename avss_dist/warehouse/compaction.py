@@ -229,7 +229,8 @@ class TableParts:
         new = sorted(listed.keys() - here)
         with suppress(OSError):  # the cache cannot be written
             for stem in tracked(new, f"Copying the {self._name} of compacted runs, once"):
-                if (data := self._storage.read(listed[stem])) is not None:
+                data = self._storage.read(listed[stem])
+                if data is not None:
                     self._shared.mkdir(parents=True, exist_ok=True, mode=0o700)
                     write_file(self._shared / f"{stem}.parquet", data)
         return bool(new)

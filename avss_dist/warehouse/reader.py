@@ -245,7 +245,8 @@ class Warehouse:
         Raises:
             WarehouseError: it has none.
         """
-        if (stats := self._decoded("layer_stats", run_id, "layer_stats", to_strata)) is None:
+        stats = self._decoded("layer_stats", run_id, "layer_stats", to_strata)
+        if stats is None:
             measured = sorted({run for run, _ in self.storage.files("layer_stats").values()}) or ["none yet"]
             raise WarehouseError(f"{self.root} has no layer statistics of run '{run_id}'.", nearest(run_id, measured))
         return merge_strata(stats)
@@ -418,7 +419,8 @@ class Warehouse:
         if self._finished is not None:
             return self._finished
         files = self._files("runs", ())
-        if (runs := self._dataset("runs", files)) is None:
+        runs = self._dataset("runs", files)
+        if runs is None:
             if not _ids(self.storage.names("cells"), RUN_FOLDER):
                 self._refuse_without_runs()
             return None, set()  # evaluations of models that were not scored
