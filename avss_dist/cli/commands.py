@@ -269,6 +269,12 @@ COMMANDS = {
     ),
 }
 JOBS = "Jobs on a Ray cluster."
+_OFFLOAD_FOLDERS = tuple(f"{command} --offload-folder" for command in ("score", "ablate", "evaluate", "shrink"))
+_SECONDS = {
+    f"jobs {command} --{name}-seconds": f"set the variable AVSS_{name.upper()}_SECONDS"
+    for command in ("submit", "list", "logs", "stop")
+    for name in ("connect", "answer")
+}
 REMOVED: dict[str, str] = {
     "--site": "write --sites.",
     "--threshold": "write --thresholds.",
@@ -281,15 +287,8 @@ REMOVED: dict[str, str] = {
     "--yes": "write --allow-many.",
     "findings --all": "write --every.",
     "--protect": "write --first 1 --last 1.",
-    **dict.fromkeys(
-        (f"{command} --offload-folder" for command in ("score", "ablate", "evaluate", "shrink")),
-        "set the variable TMPDIR where the model runs",
-    ),
-    **{
-        f"jobs {command} --{name}-seconds": f"set the variable AVSS_{name.upper()}_SECONDS"
-        for command in ("submit", "list", "logs", "stop")
-        for name in ("connect", "answer")
-    },
+    **dict.fromkeys(_OFFLOAD_FOLDERS, "set the variable TMPDIR where the model runs"),
+    **_SECONDS,
     "score --label-field": "`avss score ORG/NAME --corpus FILE.jsonl:prompt+answer:LABEL`",
     "score --tracker": "leave it out, the warehouse has settings and scores.",
     "run --tracker": "leave it out, the warehouse has settings and scores.",

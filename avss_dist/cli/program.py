@@ -56,7 +56,8 @@ class Group(TyperGroup):
             advice = f"It was removed: {instead}" if instead else nearest(args[0], self.commands)
             ctx.fail(f"There is no command '{args[0]}'. {advice}")
         name, command, arguments = super().resolve_command(ctx, args)
-        if (words := f"{self.prefix} {name}".strip()) in COMMANDS:
+        words = f"{self.prefix} {name}".strip()
+        if words in COMMANDS:
             from avss_dist.cli.options import spelled_option
 
             command = load_command(words)

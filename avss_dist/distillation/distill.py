@@ -385,13 +385,16 @@ def _record(
     request = task.request
     models = task.models
     texts = [_recorded(text, loss) for text, loss in zip(task.texts, teacher_losses, strict=True)]
+    lora_rank = request.lora_rank if request.train == LORA else None
+    reading = {**models.settings.text_options(), "dtype": models.settings.dtype}
+    computed = "bfloat16" if models.bfloat16 else "float32"
     return DistillRecord(
         student=models.student.name,
         student_revision=models.student.revision,
         teacher=models.teacher.name,
         teacher_revision=models.teacher.revision,
         train=request.train,
-        lora_rank=request.lora_rank if request.train == LORA else None,
+        lora_rank=lora_rank,
         learning_rate=schedule.learning_rate,
         warmup=request.warmup,
         batch_size=request.batch_size,
@@ -399,9 +402,9 @@ def _record(
         steps=steps,
         ended=ended,
         seed=request.seed,
-        reading={**models.settings.text_options(), "dtype": models.settings.dtype},
+        reading=reading,
         held_out=request.held_out,
-        computed="bfloat16" if models.bfloat16 else "float32",
+        computed=computed,
         texts=tuple(texts),
         curve=tuple(curve),
     )

@@ -150,15 +150,16 @@ class DistillRecord:
         skipped = self.settings.skip_sequences
         trained = ", ".join(text.describe_trained(skipped) for text in self.texts if text.trained_rows)
         stopped = " and stopped early, as held-out loss no longer fell" if self.ended == NO_IMPROVEMENT else ""
-        return [
+        lines = [
             f"Distilled from {self.teacher}: {self.after.tokens:,} tokens{stopped}, weights trained: {self.train}, "
-            f"on {trained}; evaluate on other rows or text.",
-            *(
+            f"on {trained}; evaluate on other rows or text."
+        ]
+        for text in self.texts:
+            lines.append(
                 f"Perplexity kept of the teacher's {text.teacher_perplexity:.4g} on {text.describe_held_out(skipped)}: "
                 f"{self.before.kept[text.label]:.1%} before, {self.after.kept[text.label]:.1%} after."
-                for text in self.texts
-            ),
-        ]
+            )
+        return lines
 
 
 _REMOVED = ("others", "missed", "teacher_top", "text_loss", "hidden_loss")  # fields of version 0.2

@@ -92,13 +92,15 @@ def plan_precision(request: PrecisionRequest, store: Warehouse, run: Mapping[str
         why["memory"] = describe_bytes(request.memory or 0)
     if request.by == "random":
         why["seed"] = request.seed
+    is_scored = run.get("status") != MEASURED_ONLY
+    last_layer = max(layer for layer, _ in maps)
     plan = PrecisionPlan(
         model=run["model"],
         revision=run["revision"],
-        num_layers=run["num_layers"] or 1 + max(layer for layer, _ in maps),
+        num_layers=run["num_layers"] or 1 + last_layer,
         bits=float(total(bits, chosen) / weights.sum()),
         why=why,
-        run_id=None if run.get("status") == MEASURED_ONLY else run["run_id"],
+        run_id=run["run_id"] if is_scored else None,
         evaluation=evaluation,
         seen=_seen(store, evaluation),
         findings=tuple(_findings(by, damage, chosen, formats)),

@@ -115,19 +115,22 @@ class ExpertCounter:
         arrived = to_host([self._sums[layer] for layer in layers])
 
         def wait() -> dict[int, ExpertStats]:
-            return {
-                layer: ExpertStats(
-                    routed_tokens=sums["routed"][:, 0].astype(np.int64),
-                    gate_sum=sums["routed"][:, 1].copy(),
-                    gated_norm_sum=sums["outputs"][:, 0].copy(),
-                    output_count=sums["outputs"][:, 1].astype(np.int64),
-                    output_sum=sums["outputs"][:, 2].copy(),
-                    output_sum_sq=sums["outputs"][:, 3].copy(),
-                    token_count=np.full(len(sums["routed"]), int(sums["router"][0]), np.int64),
-                    router_entropy_sum=np.full(len(sums["routed"]), sums["router"][1]),
+            stats = {}
+            for layer, sums in zip(layers, arrived(), strict=True):
+                routed = sums["routed"]
+                outputs = sums["outputs"]
+                tokens, entropy = sums["router"]
+                stats[layer] = ExpertStats(
+                    routed_tokens=routed[:, 0].astype(np.int64),
+                    gate_sum=routed[:, 1].copy(),
+                    gated_norm_sum=outputs[:, 0].copy(),
+                    output_count=outputs[:, 1].astype(np.int64),
+                    output_sum=outputs[:, 2].copy(),
+                    output_sum_sq=outputs[:, 3].copy(),
+                    token_count=np.full(len(routed), int(tokens), np.int64),
+                    router_entropy_sum=np.full(len(routed), entropy),
                 )
-                for layer, sums in zip(layers, arrived(), strict=True)
-            }
+            return stats
 
         return wait
 

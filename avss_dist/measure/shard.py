@@ -78,8 +78,13 @@ def analyze_shard(
             least=rows if PARTITIONS[replica.model["partition"]].gang else 1,
         )
     observer.send()
-    rows_of_answers, experts = observer.send_rows(), observer.experts.send()
-    peak = peak_device_memory() if replica.device.type == "cuda" else peak_memory()
+    rows_of_answers = observer.send_rows()
+    experts = observer.experts.send()
+    device = "cpu"
+    peak = peak_memory()
+    if replica.device.type == "cuda":
+        device = torch.cuda.get_device_name(replica.device)
+        peak = peak_device_memory()
     if computed:
         computed()
     parts = replica.collect((observer.strata(), rows_of_answers()))
@@ -95,7 +100,7 @@ def analyze_shard(
         strata=strata,
         num_tokens=shard.num_tokens,
         seconds=time.perf_counter() - start,
-        device=torch.cuda.get_device_name(replica.device) if replica.device.type == "cuda" else "cpu",
+        device=device,
         model=_describe(replica, shard, rows, settings),
         peak_memory_bytes=peak,
         rows=_answer_rows(shard, [rows for _, rows in parts]) if shard.pairing else None,
@@ -130,12 +135,16 @@ def _answer_rows(shard: Shard, parts: Sequence[Mapping[LayerKey, PlacedRows]]) -
     }
     keys = sorted({key for rows in parts for key in rows})
     stats = [in_order([rows[key] for rows in parts if key in rows]) for key in keys]
-    return {
+    columns = {
         "layer": np.repeat([layer for layer, _ in keys], len(shard.pairing.rows)),
         "site": np.repeat([site for _, site in keys], len(shard.pairing.rows)),
-        **{name: np.tile(values, len(keys)) for name, values in answers.items()},
-        **{name: np.concatenate([rows[name] for rows in stats] or [np.zeros(0)]) for name in ROW_FIELDS},
     }
+    for name, values in answers.items():
+        columns[name] = np.tile(values, len(keys))
+    for name in ROW_FIELDS:
+        measured = [rows[name] for rows in stats]
+        columns[name] = np.concatenate(measured or [np.zeros(0)])
+    return columns
 
 
 def counter_bytes(size: Footprint, settings: Settings, strata: int = 1) -> int:

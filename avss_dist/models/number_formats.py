@@ -131,9 +131,14 @@ def _gguf(kind: str, bits: float, group: int, scale_bits: int, summary: str, nam
 
 
 _FORMATS = (
-    *(_integers(8, group) for group in (None, 128)),
-    *(_integers(4, group) for group in (None, 128, 64, 32)),
-    *(_integers(bits, 64) for bits in (3, 2)),
+    _integers(8, None),
+    _integers(8, 128),
+    _integers(4, None),
+    _integers(4, 128),
+    _integers(4, 64),
+    _integers(4, 32),
+    _integers(3, 64),
+    _integers(2, 64),
     NumberFormat(
         name="fp8",
         summary="FP8 E4M3, a scale for each output channel",

@@ -160,12 +160,17 @@ def footprint(checkpoint: Checkpoint | str, settings: Settings) -> Footprint:
     width = heads * _number(text, "head_dim") or (_number(text, "hidden_size") if heads else 0)
     chosen = _chosen_experts(text)
     embeddings = token_embeddings(model)
+    undivided = _undivided(loaded, {*loaded_layers}, set())
+    attention_layers = [_attends(layer) for layer in layers]
+    cache_bytes = []
+    for index, attends in enumerate(attention_layers):
+        cache_bytes.append(_cache_bytes(text, index, attends, dtype.itemsize))
     return Footprint(
         num_parameters=sum(p.numel() for p in model.parameters()),
         weight_bytes=int(size * scale),
         layer_bytes=layer_bytes,
         expert_bytes=int(parameter_bytes(experts) * scale),
-        module_bytes=tuple(int(size * scale) for size in _undivided(loaded, {*loaded_layers}, set())),
+        module_bytes=tuple(int(size * scale) for size in undivided),
         other_bytes=int(_bytes(without_head(loaded)) * scale) - sum(layer_bytes),
         quantized=quantized,
         can_unpack=not quantized or can_unpack(resolved, model.config),
@@ -175,16 +180,27 @@ def footprint(checkpoint: Checkpoint | str, settings: Settings) -> Footprint:
         attention=str(getattr(text, "_attn_implementation", None) or "eager"),
         num_heads=heads,
         attention_width=width,
-        attention_layers=sum(_attends(layer) for layer in layers) if width else 0,
-        matmul_parameters=sum(
-            int(size * (chosen if _is_expert(name) else 1)) for layer in layers for name, _, size in _maps(layer)
-        ),
+        attention_layers=sum(attention_layers) if width else 0,
+        matmul_parameters=_matmul_parameters(layers, chosen),
         mlp_width=max(_mlp_width(layer, chosen) for layer in layers),
         vocabulary=_number(text, "vocab_size"),
         embedding_bytes=_bytes(embeddings) if embeddings else 0,
-        cache_bytes=tuple(_cache_bytes(text, i, _attends(layer), dtype.itemsize) for i, layer in enumerate(layers)),
+        cache_bytes=tuple(cache_bytes),
         **unpacking,
     )
+
+
+def _matmul_parameters(layers: Iterable[nn.Module], chosen: float) -> int:
+    """Return the number of weights of linear maps that a token meets in all layers.
+
+    Args:
+        chosen: share of the experts that a token is sent to.
+    """
+    number = 0
+    for layer in layers:
+        for name, _, size in _maps(layer):
+            number += int(size * chosen) if _is_expert(name) else size
+    return number
 
 
 def _is_expert(name: str) -> bool:

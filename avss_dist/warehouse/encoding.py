@@ -220,19 +220,25 @@ def to_columns(
 ) -> dict[str, Any]:
     """Return a row for each (layer, site, stratum) in order, by column."""
     every: Mapping[Any, LayerStats] = stats
-    keys: list[tuple[Any, ...]] = sorted(every)
-    states = [every[key] for key in keys]
-    bins = [np.flatnonzero(state.histogram) for state in states]
-    return {
-        "layer": [key[0] for key in keys],
-        "layer_name": [layers[key[0]] for key in keys],
-        "depth": [(key[0] + 0.5) / len(layers) for key in keys],
-        "site": [key[1] for key in keys],
-        "stratum": [stratum[0] or None if stratum else None for _, _, *stratum in keys],
-        "histogram_bin": bins,
-        "histogram_count": [state.histogram[present] for state, present in zip(states, bins, strict=True)],
-        **{name: [getattr(state, name) for state in states] for name in _STATE},
-    }
+    rows = []
+    for key in sorted(every):
+        layer, site, *stratum = key
+        state = every[key]
+        bins = np.flatnonzero(state.histogram)
+        row = {
+            "layer": layer,
+            "layer_name": layers[layer],
+            "depth": (layer + 0.5) / len(layers),
+            "site": site,
+            "stratum": (stratum[0] or None) if stratum else None,
+            "histogram_bin": bins,
+            "histogram_count": state.histogram[bins],
+        }
+        for name in _STATE:
+            row[name] = getattr(state, name)
+        rows.append(row)
+    columns = ("layer", "layer_name", "depth", "site", "stratum", "histogram_bin", "histogram_count", *_STATE)
+    return {name: [row[name] for row in rows] for name in columns}
 
 
 def to_strata(table: pa.Table) -> dict[StratumKey, LayerStats]:

@@ -202,6 +202,12 @@ _VERSIONS = Column("versions", MAP, "versions of Python and of the packages")
 _DEVICE = Column("device", STRING, "where it ran: cpu, or the name of a GPU")
 
 
+_BASELINES = tuple(_SCORES[name] for name in BASELINES)
+_ROW_STATISTICS = tuple(
+    _field_column(name, _ROW_TYPES.get(name, FLOAT64), meaning) for name, meaning in ROW_FIELDS.items()
+)
+
+
 def _names(text: str) -> frozenset[str]:
     return frozenset(text.split())
 
@@ -310,7 +316,7 @@ TABLES: dict[str, TableInfo] = {
                 "share of resamples of the shards with the layer among the lowest 25%; null below 8 shards",
             ),
             Column("quality", STRING, "ok, noisy_sparsity (fewer than 100 near zero) or zero_sparsity (none)"),
-            *(_SCORES[name] for name in BASELINES),
+            *_BASELINES,
         ),
         _names("layer layer_name depth site recipe threshold threshold_kind"),
     ),
@@ -467,7 +473,7 @@ TABLES: dict[str, TableInfo] = {
             Column("answer_tokens", INT64, "tokens of the answer that count", "tokens", bounds=COUNT),
             _PLACE[0],
             _PLACE[3],
-            *(_field_column(name, _ROW_TYPES.get(name, FLOAT64), meaning) for name, meaning in ROW_FIELDS.items()),
+            *_ROW_STATISTICS,
         ),
         _names("row pair stratum layer site answer_tokens count near_zero"),
     ),
