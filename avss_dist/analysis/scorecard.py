@@ -74,6 +74,7 @@ TRUTHS = {"loss": "the loss without each layer", "shapley": "the Shapley value",
 SPEARMAN = {name: f"spearman_{name}" for name in GROUND_TRUTH}
 MEASURED_ROUNDED = "rounded:"  # before a number format: the score that is the measured effect of another format
 LEFT_OUT = "left_out:"  # before a measurement or estimate of layers that are left out, among those of rounded weights
+_SPEARMAN_FIELDS = tuple((column, pa.float64()) for column in SPEARMAN.values())
 SCHEMA = pa.schema(
     [
         ("run_id", pa.string()),
@@ -83,7 +84,7 @@ SCHEMA = pa.schema(
         ("recipe", pa.string()),
         ("threshold", pa.float64()),
         ("threshold_kind", pa.string()),
-        *[(column, pa.float64()) for column in SPEARMAN.values()],
+        *_SPEARMAN_FIELDS,
         ("ceiling", pa.float64()),
         ("share_of_ceiling", pa.float64()),
         ("misranked", pa.float64()),

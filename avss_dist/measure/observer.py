@@ -117,18 +117,18 @@ class ExpertCounter:
         def wait() -> dict[int, ExpertStats]:
             stats = {}
             for layer, sums in zip(layers, arrived(), strict=True):
-                routed = sums["routed"]
-                outputs = sums["outputs"]
+                routed_tokens, gates = sums["routed"].T.copy()
+                norms, elements, outputs, squares = sums["outputs"].T.copy()
                 tokens, entropy = sums["router"]
                 stats[layer] = ExpertStats(
-                    routed_tokens=routed[:, 0].astype(np.int64),
-                    gate_sum=routed[:, 1].copy(),
-                    gated_norm_sum=outputs[:, 0].copy(),
-                    output_count=outputs[:, 1].astype(np.int64),
-                    output_sum=outputs[:, 2].copy(),
-                    output_sum_sq=outputs[:, 3].copy(),
-                    token_count=np.full(len(routed), int(tokens), np.int64),
-                    router_entropy_sum=np.full(len(routed), entropy),
+                    routed_tokens=routed_tokens.astype(np.int64),
+                    gate_sum=gates,
+                    gated_norm_sum=norms,
+                    output_count=elements.astype(np.int64),
+                    output_sum=outputs,
+                    output_sum_sq=squares,
+                    token_count=np.full(len(gates), int(tokens), np.int64),
+                    router_entropy_sum=np.full(len(gates), entropy),
                 )
             return stats
 

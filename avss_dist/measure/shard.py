@@ -93,17 +93,21 @@ def analyze_shard(
         raise ModelError(
             f"The model has none of the sites {', '.join(settings.sites)}.", "; ".join(replica.model["notes"]) or None
         )
+    layers = tuple(layer.name for layer in replica.layers)
+    answers = None
+    if shard.pairing:
+        answers = _answer_rows(shard, [rows for _, rows in parts])
     return ShardResult(
         shard_id=shard.shard_id,
         content_hash=shard.content_hash,
-        layers=tuple(layer.name for layer in replica.layers),
+        layers=layers,
         strata=strata,
         num_tokens=shard.num_tokens,
         seconds=time.perf_counter() - start,
         device=device,
         model=_describe(replica, shard, rows, settings),
         peak_memory_bytes=peak,
-        rows=_answer_rows(shard, [rows for _, rows in parts]) if shard.pairing else None,
+        rows=answers,
         experts=experts() if settings.experts else None,
     )
 

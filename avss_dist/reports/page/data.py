@@ -64,8 +64,10 @@ def page_data(
     choices = _choices(blocks)
     number_of_choice = {choice: number for number, choice in enumerate(choices)}
     published = ScoreChoice(SITES[0], RECIPES[0], "absolute", PUBLISHED_THRESHOLD)
+    scores = [{"name": name, "title": SCORES[name].title} for name in FROM_ACTIVATIONS]
+    sizes = [_without(run, measured) for run, measured in zip(runs, without, strict=True)]
     return {
-        "scores": [{"name": name, "title": SCORES[name].title} for name in FROM_ACTIVATIONS],
+        "scores": scores,
         "runs": _described(runs, table),
         "choices": [choice.as_json() for choice in choices],
         "first": number_of_choice.get(published, 0),
@@ -73,7 +75,7 @@ def page_data(
         "blocks": [block.as_json(number_of_choice[block.choice]) for block in blocks],
         "correlations": _correlations(table, blocks, choices),
         "rivals": _baseline_correlations(table, blocks),
-        "without": [_without(run, measured) for run, measured in zip(runs, without, strict=True)],
+        "without": sizes,
     }
 
 

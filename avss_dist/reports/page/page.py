@@ -149,32 +149,35 @@ def report_page(warehouse: Warehouse, run_ids: Collection[str] | None = None, ow
         "blocks": any(run["blocks"] for run in data["without"]),
         "kept": any(run["kept"] for run in data["without"]),
     }
-    return (
-        templates()
-        .get_template("page.html")
-        .render(
-            policy=_policy(style, script, library),
-            style=style,
-            script=script,
-            library=library,
-            has_scores=bool(data["choices"]),
-            data=packed,
-            matrix=bool(matrix),
-            has=without_has_rows,
-            scores={name: SCORES[name] for name in FROM_ACTIVATIONS},
-            version=__version__,
-            warehouse=warehouse.root,
-            created=datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
-            summary=_summary(len(done), len(rows) - len(done)),
-            short=short,
-            findings=_findings(rows_of_findings, label_of_run),
-            chapters=_chapters(chapters),
-            overview=_overview(_with_damaged(rows, warehouse, run_ids), label_of_run),
-            labels=labels,
-            not_drawn=len(done) - len(drawn),
-            differing=differing([with_conditions(run) for run in drawn]),
-        )
-    )
+    assets = {
+        "policy": _policy(style, script, library),
+        "style": style,
+        "script": script,
+        "library": library,
+        "data": packed,
+    }
+    about = {
+        "version": __version__,
+        "warehouse": warehouse.root,
+        "created": datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
+        "summary": _summary(len(done), len(rows) - len(done)),
+    }
+    overview = _overview(_with_damaged(rows, warehouse, run_ids), label_of_run)
+    conditions = [with_conditions(run) for run in drawn]
+    contents = {
+        "has_scores": bool(data["choices"]),
+        "matrix": bool(matrix),
+        "has": without_has_rows,
+        "scores": {name: SCORES[name] for name in FROM_ACTIVATIONS},
+        "short": short,
+        "findings": _findings(rows_of_findings, label_of_run),
+        "chapters": _chapters(chapters),
+        "overview": overview,
+        "labels": labels,
+        "not_drawn": len(done) - len(drawn),
+        "differing": differing(conditions),
+    }
+    return templates().get_template("page.html").render(**assets, **about, **contents)
 
 
 def _pictures(chapters: Mapping[str, Sequence[Section]]) -> dict[str, Any]:
