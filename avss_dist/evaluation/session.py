@@ -11,7 +11,6 @@ from datetime import UTC, datetime
 from functools import cached_property
 from itertools import islice
 from pathlib import Path
-from queue import SimpleQueue
 from typing import Any
 
 from avss_dist.core.errors import AvssError, ConfigError, RunFailed
@@ -36,6 +35,7 @@ from avss_dist.pruning.map_plans import PrecisionPlan
 from avss_dist.pruning.seen import READ
 from avss_dist.pruning.selection import PlanError
 from avss_dist.runs.local import Executor, open_executor
+from avss_dist.runs.threads import Submissions
 from avss_dist.tasks.task import Cell, CellOutcome, CellResult, Measure, Result, Row, Task, combine
 from avss_dist.warehouse.schema import RunIdentity
 from avss_dist.warehouse.store import Store
@@ -280,14 +280,12 @@ class EvaluationSession:
         The function of the context measures a round: it stores and yields the outcome of every cell, in any order. All
         must be taken before the next round.
         """
-        rounds: SimpleQueue[Sequence[Cell] | None] = SimpleQueue()
-        outcomes = self.executor.run_cells(
-            iter(rounds.get, None), lambda *progress: self.on_event(CellUnderway(*progress))
-        )
+        rounds: Submissions[Sequence[Cell]] = Submissions()
+        outcomes = self.executor.run_cells(rounds, lambda *progress: self.on_event(CellUnderway(*progress)))
 
         def run(cells: Sequence[Cell]) -> Iterator[CellOutcome]:
             if cells:
-                rounds.put(cells)
+                rounds.submit(cells)
             for cell, outcome in islice(outcomes, len(cells)):
                 if isinstance(outcome, CellResult):
                     self._write(cell, outcome)
@@ -297,7 +295,7 @@ class EvaluationSession:
         try:
             yield run
         finally:
-            rounds.put(None)
+            rounds.close()
             outcomes.close()
 
     def _write(self, cell: Cell, measured: CellResult) -> None:

@@ -33,6 +33,7 @@ from avss_dist.measure.observer import Hooks, attached
 from avss_dist.measure.shard import analyze_shard, counter_bytes
 from avss_dist.partition.choose import size_of
 from avss_dist.partition.replica import Placement, Replica, batch_bytes
+from avss_dist.runs.threads import Submissions
 from avss_dist.runs.work import Outcome, ReplicaSpec, RunShards, Underway, by_model
 from avss_dist.stats.layer_stats import ShardResult
 from avss_dist.tasks.task import Cell, CellOutcome, CellResult, measure_cell
@@ -55,10 +56,14 @@ class LocalExecutor:
 
     Attributes:
         devices: devices and memory that are available.
+        plans_ahead: whether the next run may be planned while one is measured. Here planning would take its cores.
     """
+
+    plans_ahead = False
 
     def __init__(self, settings: Settings) -> None:
         self.devices = devices_here(pick_device(settings.device).type)
+        self._threads_of_torch = torch.get_num_threads()
 
     def connect(self) -> None:
         """Connect to the workers once, until `close`: here there are none. Other executors share the connection.
@@ -81,39 +86,41 @@ class LocalExecutor:
             )
         return 1
 
-    def run(self, runs: Iterator[RunShards]) -> Generator[Outcome, None, None]:
+    def run(self, runs: Submissions[RunShards]) -> Generator[Outcome, None, None]:
         """Yield a result for every shard of every run: here one run after the other, and its shards in order.
 
-        Others yield them in any order, and a shard may come twice, with equal results. The next run may be taken, in
-        another thread, while one is measured. An AvssError in place of a result ends its run alone: the model cannot be
-        opened or observed, or a shard failed more often than it is retried.
+        Others yield them in any order, and a shard may come twice, with equal results. An AvssError in place of a
+        result ends its run alone: the model cannot be opened or observed, or a shard failed more often than it is
+        retried. Runs that are dropped give no further results.
+
+        Args:
+            runs: runs that another thread submits meanwhile.
         """
+        # OpenMP gives a new thread the number of the process, and not that of the thread which starts it.
+        torch.set_num_threads(self._threads_of_torch)
         for spec, same in groupby(runs, key=lambda run: run.replica_spec):
             with computing_threads(spec.settings.threads):
                 try:
                     replica = spec.open()
                 except Exception as error:
                     failure = as_failure(error)
-                    yield from ((run, own_copy(failure)) for run in same)
+                    for run in same:
+                        yield run, own_copy(failure)
                     continue
                 sites, experts = spec.settings.sites, spec.settings.experts
                 with closing(replica), attached(replica.layers, sites, experts=experts) as hooks:
                     for run in same:
-                        strata = max((len(set(s.pairing.strata)) for s in run.shards if s.pairing), default=1)
-                        at_once = shards_at_once(replica, spec, strata)
-                        threads = at_once + (replica.device.type != "cpu")  # one concludes shards that a GPU measured
-                        with ThreadPoolExecutor(threads) as pool:
-                            yield from _measure(run, replica, hooks, pool, threads, Semaphore(at_once))
+                        yield from _measure_run(run, replica, hooks)
 
     def run_cells(
-        self, rounds: Iterator[Sequence[Cell]], underway: Underway | None = None
+        self, rounds: Submissions[Sequence[Cell]], underway: Underway | None = None
     ) -> Generator[CellOutcome, None, None]:
         """Yield the result of every cell, in any order. An AvssError in its place concerns that cell alone.
 
-        The next round may be taken, in another thread, while one is measured, and may wait for its results. Models
-        stay open from round to round.
+        Models stay open from round to round.
 
         Args:
+            rounds: rounds of cells. The next one may be submitted after all outcomes of one were taken.
             underway: called now and then in the middle of a cell that takes long.
         """
         for spec, same in groupby(chain.from_iterable(map(by_model, rounds)), key=itemgetter(0)):
@@ -171,14 +178,18 @@ def shards_at_once(replica: Replica, spec: ReplicaSpec, strata: int = 1) -> int:
     return max(1, min(cores, available // (activations + counter_bytes(size, settings, strata))))
 
 
-def _measure(
-    run: RunShards, replica: Replica, hooks: Hooks, pool: ThreadPoolExecutor, threads: int, computing: Semaphore
-) -> Iterator[Outcome]:
+def _measure_run(run: RunShards, replica: Replica, hooks: Hooks) -> Iterator[Outcome]:
     """Yield the results of a run's shards, in order. Its first error is the last outcome."""
+    strata = max((len(set(shard.pairing.strata)) for shard in run.shards if shard.pairing), default=1)
+    at_once = shards_at_once(replica, run.replica_spec, strata)
+    threads = at_once
+    if replica.device.type != "cpu":
+        threads += 1  # It concludes the shards that a GPU has measured.
+    computing = Semaphore(at_once)
     stopped = Event()
 
     def heartbeat() -> None:
-        if stopped.is_set():
+        if stopped.is_set() or run.dropped:
             raise CancelledError  # nobody needs the result
 
     def analyze(shard: Shard) -> ShardResult:
@@ -189,20 +200,23 @@ def _measure(
 
     shards = iter(run.shards)
     running: deque[Future[ShardResult]] = deque()
-    try:
-        while not run.dropped:
-            running.extend(pool.submit(analyze, shard) for shard in islice(shards, 2 * threads - len(running)))
-            if not running:
-                return
-            try:
-                result = running.popleft().result()
-            except Exception as error:
-                yield run, as_failure(error)
-                return
-            yield run, result
-    finally:
-        stopped.set()
-        wait(running)
+    with ThreadPoolExecutor(threads) as pool:
+        try:
+            while not run.dropped:
+                running.extend(pool.submit(analyze, shard) for shard in islice(shards, 2 * threads - len(running)))
+                if not running:
+                    return
+                try:
+                    result = running.popleft().result()
+                except CancelledError:
+                    return
+                except Exception as error:
+                    yield run, as_failure(error)
+                    return
+                yield run, result
+        finally:
+            stopped.set()
+            wait(running)
 
 
 def open_executor(execution: Execution, settings: Settings) -> Executor:

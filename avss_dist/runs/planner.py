@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from avss_dist.core.errors import ModelError
+from avss_dist.core.errors import ModelError, StorageFull
 from avss_dist.core.settings import NUMBERS_VERSION, Settings, fingerprint
 from avss_dist.corpus.shards import USUAL_ROWS, CorpusPlan, tokenize_corpus
 from avss_dist.corpus.sources import open_source
@@ -20,7 +20,7 @@ from avss_dist.partition.choose import choose, needs_size, require_ranks, size_o
 from avss_dist.partition.replica import Placement, fingerprint_part
 from avss_dist.runs.job_file import RunSpec
 from avss_dist.runs.local import Executor
-from avss_dist.runs.run import PlannedRun, Run
+from avss_dist.runs.run import PlannedRun, Run, RunInProgress
 from avss_dist.runs.work import ReplicaSpec
 from avss_dist.warehouse.store import Store
 
@@ -76,6 +76,29 @@ class Planner:
             ),
             replicas=self.executor.replicas(placement),
         )
+
+    def begin(self, planned: PlannedRun, *, fresh: bool, storage_is_full: bool) -> RunInProgress | None:
+        """Look up what is stored of a planned run, and store that it begins. Returns None if it was done before.
+
+        Args:
+            fresh: measure it again, whatever is stored.
+            storage_is_full: refuse a run that is not done.
+
+        Raises:
+            StorageFull: there is no space for its results.
+        """
+        run_id = planned.run.run_id
+        row = None if fresh else self.store.readable_run(run_id)
+        if row is not None and row.get("status") == "done":
+            return None
+        if storage_is_full:
+            error = StorageFull(
+                f"Not begun: no space left on {self.store.root}.",
+                "Free some space and run the same command again.",
+            )
+            error.run_id = run_id
+            raise error
+        return RunInProgress(planned, self.store, fresh=fresh)
 
     @sharing_skeletons()
     def _open(self, spec: RunSpec) -> tuple[Checkpoint, Any, Settings, Placement, Footprint | None]:

@@ -21,6 +21,7 @@ from avss_dist.core.settings import PUBLISHED_THRESHOLD, SITES
 from avss_dist.corpus.shards import CorpusPlan
 from avss_dist.models.checkpoints import CONVERTED, training_point
 from avss_dist.models.quantization import describe_quantization
+from avss_dist.partition.replica import Placement
 from avss_dist.runs.work import ReplicaSpec, RunShards
 from avss_dist.stats.intervals import BOOTSTRAP_BLOCKS
 from avss_dist.stats.layer_stats import (
@@ -185,22 +186,20 @@ def _read_block(shared: OpenShared, run_id: str, expected: Expected) -> Any:
 
 
 class RunInProgress:
-    """A run that is being measured.
+    """Writer of a run that is being measured. It does not change.
 
     Attributes:
+        run: the run, with the number of shards that earlier attempts have measured.
         shards: shards that no earlier attempt has measured.
-        missing: ids of the shards without a result.
     """
 
     def __init__(self, planned: PlannedRun, store: Store, *, fresh: bool) -> None:
         self._planned, self._store = planned, store
         self._start = time.perf_counter()
-        self._begun: float | None = None
         expected = planned.expected
         stored = set() if fresh else {shard.shard_id for shard in store.each_shard(planned.run.run_id, expected)}
         missing = [shard for shard in planned.corpus.shards if shard.shard_id not in stored]
         self.run = replace(planned.run, resumed_shards=len(stored))
-        self.missing = {shard.shard_id for shard in missing}
         self._shared = store.write_plan(
             planned.run.run_id,
             model=planned.replica_spec.checkpoint.name,
@@ -219,30 +218,26 @@ class RunInProgress:
         """Tokens that an earlier attempt has measured."""
         return self._planned.corpus.num_tokens - sum(shard.num_tokens for shard in self.shards.shards)
 
-    def keep(self, result: ShardResult | Receipt, arrived: float) -> bool:
-        """Return whether a result is the first of its shard. If so, write it unless its worker has written it.
+    @property
+    def placement(self) -> Placement:
+        """Placement of the run's replicas on devices."""
+        return self._planned.replica_spec.placement
 
-        Args:
-            arrived: time when it came, by ``time.perf_counter``; it may have waited since then.
-        """
-        if result.shard_id not in self.missing:
-            return False
-        if self._begun is None:
-            self._begun = arrived - result.seconds
-        files = (
-            result.files
-            if isinstance(result, Receipt)
-            else encode_shard(self._identity(result.model["family"]), result)
-        )
+    def store(self, result: ShardResult | Receipt) -> None:
+        """Write a result, unless its worker has written it."""
+        if isinstance(result, Receipt):
+            files = result.files
+        else:
+            files = encode_shard(self._identity(result.model["family"]), result)
         self._store.write_shard_files(self.run.run_id, result.shard_id, files)
-        self.missing.discard(result.shard_id)
-        return True
 
-    def finish(self, apply: Apply) -> Run:
+    def finish(self, apply: Apply, *, begun: float | None, notes: Sequence[str]) -> Run:
         """Merge, score and commit the run, after every shard was written.
 
         Args:
             apply: see `merge_partials`.
+            begun: when the first shard of this attempt was begun, by ``time.perf_counter``. None if all were stored.
+            notes: what happened while it was measured, for its row.
         """
         expected, corpus = self._planned.expected, self._planned.corpus
         measured = time.perf_counter()
@@ -253,10 +248,10 @@ class RunInProgress:
         if self._planned.replica_spec.settings.experts:
             self._store.merge_experts(identity, layers, expected)
         self._store.write_rows("scores", identity, score_run(merged.stats, layers, merged.blocks))
-        if self._begun is None:
+        if begun is None:
             speed = corpus.num_tokens / max(shards.seconds, 1e-9)
         else:
-            speed = (corpus.num_tokens - self.done_tokens) / (measured - self._begun)
+            speed = (corpus.num_tokens - self.done_tokens) / (measured - begun)
         converted = []
         if (self._planned.replica_spec.checkpoint.folder / CONVERTED).is_file():
             converted = ["the weights were stored as pickles; they were converted to safetensors"]
@@ -266,17 +261,12 @@ class RunInProgress:
             tokens_per_second=speed,
             device=shards.device,
             peak_memory_bytes=shards.peak_memory_bytes,
-            **{**shards.model, "notes": [*shards.model["notes"], *converted, *self.shards.notes]},
+            **{**shards.model, "notes": [*shards.model["notes"], *converted, *notes]},
         )
-        self.run = replace(self.run, status="done", seconds=time.perf_counter() - self._start)
-        return self.run
+        return replace(self.run, status="done", seconds=time.perf_counter() - self._start)
 
-    def fail(self, error: AvssError) -> None:
-        """End the run with an error, and record it."""
-        self.shards.dropped = True
-        self.missing.clear()
-        self.run = replace(self.run, status="failed", error=str(error))
-        error.run_id = self.run.run_id
+    def record_failure(self, error: AvssError) -> None:
+        """Write the row of the failed run."""
         self.record(status="failed", error=str(error))
 
     def _identity(self, family: str) -> RunIdentity:

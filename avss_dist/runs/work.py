@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import asdict, dataclass, field
-from typing import Any
+from dataclasses import asdict, dataclass
+from typing import Any, TypeAlias
 
 from avss_dist.core.errors import AvssError
 from avss_dist.core.settings import Settings, fingerprint
@@ -54,8 +54,7 @@ class RunShards:
 
     Attributes:
         warehouse: where workers may write partials themselves.
-        dropped: set by the driver when it has no use for further results.
-        notes: what happened to the run while it was measured, such as lost nodes; the executor adds to it.
+        dropped: set by the driver, and only by it, when it has no use for further results.
     """
 
     run_id: str
@@ -63,9 +62,17 @@ class RunShards:
     shards: Sequence[Shard]
     warehouse: OpenShared | None = None
     dropped: bool = False
-    notes: list[str] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class Note:
+    """What happened to a run while it was measured, such as the loss of a node, for its row."""
+
+    text: str
 
 
 Underway = Callable[[Cell, str, float], None]
 """Progress callback: receives a cell, its current activity, and the share of the activity that is done (0 to 1)."""
-Outcome = tuple[RunShards, ShardResult | Receipt | AvssError]
+RunOutcome: TypeAlias = ShardResult | Receipt | Note | AvssError
+"""What an executor says of a run: a result, a note, or the error that ends it."""
+Outcome = tuple[RunShards, RunOutcome]

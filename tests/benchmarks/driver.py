@@ -17,8 +17,10 @@ import argparse
 import os
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from contextlib import closing
+from dataclasses import replace
+from itertools import count
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, NamedTuple
@@ -30,17 +32,17 @@ import pyarrow as pa
 import ray
 from ray import cloudpickle
 
+from avss_dist.core.errors import AvssError
 from avss_dist.core.files import Spool
 from avss_dist.core.settings import SITES, THRESHOLDS, Execution, Settings
 from avss_dist.corpus.shards import CorpusPlan, Shard
 from avss_dist.distillation.curve import ignore
 from avss_dist.partition.replica import Placement
+from avss_dist.runs.driver import Driver
 from avss_dist.runs.job_file import RunSpec
 from avss_dist.runs.ray import gang, queue
 from avss_dist.runs.ray.executor import RayExecutor
 from avss_dist.runs.run import PlannedRun, Run, RunInProgress
-from avss_dist.runs.scoring import Driver
-from avss_dist.runs.work import RunShards
 from avss_dist.stats.layer_stats import HISTOGRAM_BINS, LayerStats, ShardResult, histogram_bin
 from avss_dist.warehouse.encoding import encode_shard
 from avss_dist.warehouse.schema import RunIdentity
@@ -48,6 +50,7 @@ from avss_dist.warehouse.store import Receipt, Store
 
 ROWS, LENGTH = 32, 2048
 MADE = 32  # results that are made beforehand
+MOST_RUNS = 1000  # more than are measured in the time
 RUN = RunIdentity(run_id="virtual-0000000000", model="virtual", revision="0", family="virtual")
 VIRTUAL: Any = SimpleNamespace(name=RUN.model)  # the specification of a run, of which events take the name
 
@@ -159,30 +162,65 @@ class VirtualExecutor(RayExecutor):
         return 0
 
 
-class Committing(Driver):
-    """The driver with one planned run, again and again; the clock starts at the tenth result of a worker on average."""
+class Enough(AvssError):
+    """Raised when the time to measure is over."""
 
-    def __init__(self, store: Store, executor: VirtualExecutor, *, workers: int, seconds: float) -> None:
-        super().__init__(store, executor, ignore, fresh=True)
+
+class Times:
+    """Wall clock and CPU time of this process at every commit, from the tenth result of a worker on average."""
+
+    def __init__(self, workers: int, seconds: float) -> None:
         self._before, self._seconds = 10 * workers, seconds
-        self.times: list[tuple[float, float]] = []  # wall clock and CPU time of this process, at every commit
+        self.times: list[tuple[float, float]] = []
 
-    def _plan_runs(self, specs: Any) -> Iterator[RunShards]:
-        (planned,) = specs
-        while not self.times or self.times[-1][0] - self.times[0][0] < self._seconds:
-            running = RunInProgress(planned, self._store, fresh=True)
-            self._in_progress[running.shards] = VIRTUAL, running
-            yield running.shards
-
-    def _attempt(self, shards: RunShards, outcome: Any, arrived: float) -> None:
-        super()._attempt(shards, outcome, arrived)
+    def note_commit(self) -> None:
+        """Note the times of a commit, or raise Enough after the last one."""
         self._before -= 1
         if self._before < 0:
             self.times.append((time.perf_counter(), time.process_time()))
-            shards.dropped = self.times[-1][0] - self.times[0][0] > self._seconds
+        self.require_time()
 
-    def _finish(self, spec: RunSpec, running: RunInProgress) -> None:
-        self._in_progress.pop(running.shards, None)
+    def require_time(self) -> None:
+        """Raise Enough if the time is over."""
+        if self.times and self.times[-1][0] - self.times[0][0] > self._seconds:
+            raise Enough("The time is over.")
+
+
+class CommittedRun(RunInProgress):
+    """A run whose commits are timed. It is not merged."""
+
+    times: Times
+
+    def store(self, result: Any) -> None:
+        """Store a result, and note the time."""
+        super().store(result)
+        self.times.note_commit()
+
+    def finish(self, *_: Any, **__: Any) -> Run:
+        """Return the run."""
+        return self.run
+
+    def record_failure(self, error: AvssError) -> None:
+        """Record nothing: the last run fails because the time is over."""
+
+
+class OneRunPlanner:
+    """Plans the same run again and again, under a new id."""
+
+    def __init__(self, planned: PlannedRun, store: Store, times: Times) -> None:
+        self._planned, self._store, self._times = planned, store, times
+        self._numbers = count()
+
+    def prepare(self, _: RunSpec) -> PlannedRun:
+        """Return the run with its next id."""
+        self._times.require_time()
+        return replace(self._planned, run=replace(self._planned.run, run_id=f"virtual-{next(self._numbers):010}"))
+
+    def begin(self, planned: PlannedRun, **_: Any) -> RunInProgress:
+        """Return the run, none of whose shards is stored."""
+        running = CommittedRun(planned, self._store, fresh=True)
+        running.times = self._times
+        return running
 
 
 def drive(out: Path, workers: int, shards: list[Shard], seconds: float) -> list[tuple[float, float]]:
@@ -204,10 +242,12 @@ def drive(out: Path, workers: int, shards: list[Shard], seconds: float) -> list[
     store = Store(out)
     store.storage.create()
     with closing(VirtualExecutor(Execution(executor="ray", replicas=workers), settings)) as executor:
-        driver = Committing(store, executor, workers=workers, seconds=seconds)
-        for _ in driver.run([planned]):  # type: ignore[list-item]
+        times = Times(workers, seconds)
+        driver = Driver(store, executor, ignore, fresh=True)
+        driver._planning = OneRunPlanner(planned, store, times)  # type: ignore[assignment]
+        for _ in driver.run([VIRTUAL] * MOST_RUNS):
             pass
-    return driver.times
+    return times.times
 
 
 class RUN_CHECKPOINT:  # noqa: N801

@@ -46,6 +46,7 @@ from avss_dist.reports.terminal.progress import CellProgress
 from avss_dist.runs.job_file import read_job
 from avss_dist.runs.local import Executor, LocalExecutor
 from avss_dist.runs.ray.executor import RayExecutor
+from avss_dist.runs.threads import Submissions
 from avss_dist.tasks.task import Cell
 from avss_dist.warehouse.reader import Warehouse
 from avss_dist.warehouse.storage import Storage
@@ -86,7 +87,7 @@ def done(deep: Path, tmp_path_factory: pytest.TempPathFactory) -> Done:
 def total_losses(executor: Executor, cells: Sequence[Cell]) -> dict[InterventionKey, float]:
     """Measure cells of a text, and return the sum of the losses of its tokens under each intervention."""
     found: defaultdict[InterventionKey, float] = defaultdict(float)
-    for cell, result in executor.run_cells(iter([cells])):
+    for cell, result in executor.run_cells(Submissions.of([cells])):
         assert not isinstance(result, AvssError)
         found[cell.intervention.key] += float(result.rows[0].samples.sum())
     return found

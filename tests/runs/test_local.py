@@ -26,6 +26,7 @@ from avss_dist.models.checkpoints import Checkpoint, resolve
 from avss_dist.partition.replica import Placement
 from avss_dist.runs import local
 from avss_dist.runs.local import Executor, LocalExecutor
+from avss_dist.runs.threads import Submissions
 from avss_dist.runs.work import ReplicaSpec, RunShards
 from avss_dist.tasks.task import Cell, Measure, Row, measure_cell
 from avss_dist.tasks.text_loss import TextLoss
@@ -174,7 +175,7 @@ def run_one(model: Path, analyze: Callable[..., Any], monkeypatch: pytest.Monkey
     monkeypatch.setattr(local, "analyze_shard", analyze)
     spec = ReplicaSpec(checkpoint=checkpoint, settings=settings, placement=Placement())
     with closing(local.LocalExecutor(settings)) as executor:
-        return list(executor.run(iter([RunShards(run_id="run", replica_spec=spec, shards=shards)])))
+        return list(executor.run(Submissions.of([RunShards(run_id="run", replica_spec=spec, shards=shards)])))
 
 
 def test_an_error_of_one_shard_ends_the_others(tiny_llama: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -291,7 +292,7 @@ def outcomes(executor: Executor, asked: Sequence[Cell]) -> dict[int, Any]:
     """What each part gave: its samples as bytes, or an error; no part comes twice."""
     found: dict[int, Any] = {}
     with closing(executor):
-        for cell, result in executor.run_cells(iter([asked])):
+        for cell, result in executor.run_cells(Submissions.of([asked])):
             assert cell in asked and cell.part not in found
             found[cell.part] = result if isinstance(result, AvssError) else result.rows[0].samples.tobytes()
     return found
@@ -329,7 +330,7 @@ def test_every_run_of_a_model_that_cannot_be_opened_has_an_error_of_its_own(tmp_
     spec = ReplicaSpec(checkpoint=absent(tmp_path), settings=SETTINGS, placement=Placement())
     runs = [RunShards(run_id=name, replica_spec=spec, shards=[random_shard()]) for name in "ab"]
     with closing(LocalExecutor(SETTINGS)) as executor:
-        (_, first), (_, second) = executor.run(iter(runs))
+        (_, first), (_, second) = executor.run(Submissions.of(runs))
     first.add_note("a note")
     assert str(first) == str(second)
     assert not hasattr(second, "__notes__")

@@ -10,7 +10,7 @@ import re
 import shutil
 import time
 from collections import Counter, deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -21,7 +21,6 @@ import pytest
 import ray
 from huggingface_hub import constants
 from support.devices import devices_of
-from support.processes import wait_until
 from support.simulated_cluster import Dies, PlannedQueues, SimulatedCluster, SimulatedGang, result_of
 from support.units import SETTINGS, cell_queue, shard_queue
 from torch.distributed import DistNetworkError
@@ -34,10 +33,10 @@ from avss_dist.partition.replica import Placement
 from avss_dist.runs.ray.cluster import START_SECONDS, Watch, late
 from avss_dist.runs.ray.executor import RayExecutor, run_together
 from avss_dist.runs.ray.heartbeats import HeartbeatMonitor
-from avss_dist.runs.ray.pool import Pool, Prefetcher
+from avss_dist.runs.ray.pool import Pool
 from avss_dist.runs.ray.queue import ATTEMPTS, LATE_SECONDS, ShardQueue, UnitQueue
 from avss_dist.runs.ray.worker import resolve_on_node
-from avss_dist.runs.work import RunShards
+from avss_dist.runs.work import Note, RunShards
 
 HANG_SECONDS, PLACEMENT_SECONDS = 30.0, 60.0
 
@@ -55,15 +54,22 @@ def pool_of(cluster: SimulatedCluster, *queues: UnitQueue[Any], minimum: int = 1
     )
 
 
-def outcomes(pool: Pool, after: dict[int, Callable[[], Any]] | None = None) -> list[tuple[Any, Any]]:
-    """Run a pool to its end.
+def outcomes(
+    pool: Pool, after: dict[int, Callable[[], Any]] | None = None, notes: list[tuple[Any, str]] | None = None
+) -> list[tuple[Any, Any]]:
+    """Run a pool to its end, and return its outcomes but for notes.
 
     Args:
         after: what happens after a number of outcomes.
+        notes: receives each note with its run.
     """
     received: list[tuple[Any, Any]] = []
-    for outcome in pool.outcomes():
-        received.append(outcome)
+    for source, outcome in pool.outcomes():
+        if isinstance(outcome, Note):
+            if notes is not None:
+                notes.append((source, outcome.text))
+            continue
+        received.append((source, outcome))
         (after or {}).get(len(received), lambda: None)()
     return received
 
@@ -135,10 +141,12 @@ def test_a_lost_gang_is_replaced_and_its_shards_are_measured_again(what: str) ->
         cluster.gangs[0].kill() if what == "worker" else cluster.lose_node(cluster.alive[0])
         cluster.add_node()
 
-    assert shard_ids(outcomes(pool_of(cluster, queue), {3: lose})) == [*range(10)]
+    notes: list[tuple[Any, str]] = []
+    assert shard_ids(outcomes(pool_of(cluster, queue), {3: lose}, notes)) == [*range(10)]
     assert len(cluster.gangs) == 3 and cluster.gangs[2].measured
     lost = "a worker on the node (node0) was lost" if what == "worker" else "the node (node0) was lost"
-    (note,) = run.notes
+    ((noted, note),) = notes
+    assert noted is run
     assert re.fullmatch(rf"{re.escape(lost)}; shards? [\d, ]+ (is|are) measured again", note)
 
 
@@ -838,28 +846,6 @@ def test_a_monitor_tells_progress_activity_and_events(monkeypatch: pytest.Monkey
     assert monitor.take_events("g.0") == ["an event"] and monitor.take_events("g.0") == []
     monkeypatch.setattr(cluster, "signs", lambda: None)
     assert not watch.listen(), "the monitor was lost with its node"
-
-
-def test_prefetcher_prepares_one_item_while_another_is_used() -> None:
-    ahead: list[int] = []
-    requested = 0
-
-    def items() -> Iterator[int]:
-        for number in range(5):
-            ahead.append(number - requested)
-            yield number
-        raise KeyError("the end")
-
-    prefetcher = Prefetcher(items())
-    for number in range(5):
-        requested += 1
-        assert prefetcher.next(wait=True) == number
-        if number == 0:
-            wait_until(lambda: len(ahead) == 2)
-    assert max(ahead) == 0  # the next one alone is prepared
-    with pytest.raises(KeyError, match="the end"):
-        prefetcher.next(wait=True)
-    assert prefetcher.exhausted and prefetcher.next(wait=True) is None
 
 
 def test_a_node_fetches_what_only_the_head_has(

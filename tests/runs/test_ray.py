@@ -49,6 +49,7 @@ from avss_dist.runs.ray import cluster, gang, queue
 from avss_dist.runs.ray.executor import RayExecutor
 from avss_dist.runs.ray.worker import ShardAssignment, Worker
 from avss_dist.runs.run import RunInProgress
+from avss_dist.runs.threads import Submissions
 from avss_dist.tasks.task import Cell, Row
 from avss_dist.tasks.text_loss import TextLoss
 from avss_dist.warehouse.reader import Warehouse
@@ -121,7 +122,8 @@ def test_cells_give_what_one_process_gives_whoever_is_lost(tiny_llama: Path, tmp
 
     def samples(executor: Executor) -> dict[int, bytes]:
         with closing(executor):
-            return {cell.part: rows.rows[0].samples.tobytes() for cell, rows in executor.run_cells(iter([cells]))}  # type: ignore
+            outcomes = executor.run_cells(Submissions.of([cells]))
+            return {cell.part: rows.rows[0].samples.tobytes() for cell, rows in outcomes}  # type: ignore
 
     on_ray = samples(RayExecutor(Execution(executor="ray", replicas=2), settings))
     assert len(list(tmp_path.iterdir())) == 6 and on_ray == samples(LocalExecutor(settings))
@@ -153,7 +155,7 @@ def test_workers_write_and_say_little(tiny_llama: Path, undisturbed: Path, tmp_p
         store.storage.create()
         planned = Planner(executor, store).prepare(spec)
         running = RunInProgress(planned, store, fresh=False)
-        outcomes = [outcome for _, outcome in executor.run(iter([running.shards]))]
+        outcomes = [outcome for _, outcome in executor.run(Submissions.of([running.shards]))]
     assert sorted(outcome.shard_id for outcome in outcomes if isinstance(outcome, Receipt)) == list(range(20))
     assert max(len(pickle.dumps(outcome)) for outcome in outcomes) < 2000
     assert not any(outcome.files for outcome in outcomes if isinstance(outcome, Receipt))

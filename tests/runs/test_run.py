@@ -8,7 +8,6 @@ from __future__ import annotations
 import json
 import pickle
 import shutil
-import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import closing
 from dataclasses import replace
@@ -26,7 +25,7 @@ from transformers import Gemma2Config, LlamaConfig
 
 import avss_dist
 from avss_dist.analysis.chosen import choose_runs
-from avss_dist.core.errors import AvssError, ConfigError, RunFailed, StorageFull
+from avss_dist.core.errors import AvssError, ConfigError, RunFailed
 from avss_dist.core.intervention import NO_INTERVENTION, Intervention
 from avss_dist.core.settings import Settings
 from avss_dist.corpus.shards import CorpusPlan
@@ -37,11 +36,12 @@ from avss_dist.models.size import footprint
 from avss_dist.partition.replica import Placement
 from avss_dist.runs import events, planner, work
 from avss_dist.runs import run as partials
+from avss_dist.runs.driver import Driver
 from avss_dist.runs.events import OnRunEvent, RunEvent, ShardMeasured
 from avss_dist.runs.local import LocalExecutor
 from avss_dist.runs.planner import FEWEST_SHARDS, FLOPS_OF_A_GPU, FLOPS_OF_A_THREAD, MOST_SECONDS, rows_per_shard
 from avss_dist.runs.run import Run, ShardSummary, merge_partials
-from avss_dist.runs.scoring import Driver
+from avss_dist.runs.threads import Submissions
 from avss_dist.runs.work import Outcome, RunShards
 from avss_dist.stats.layer_stats import Merged, ShardResult, merge_blocks
 from avss_dist.tasks.task import Measure, Task
@@ -134,10 +134,10 @@ class Interfering(LocalExecutor):
         self.how = how
         self.asked: list[int] = []
 
-    def run(self, runs: Iterator[RunShards]) -> Iterator[Outcome]:  # type: ignore[override]
+    def run(self, runs: Submissions[RunShards]) -> Iterator[Outcome]:  # type: ignore[override]
         for run in runs:
             self.asked = [shard.shard_id for shard in run.shards]
-            results = list(super().run(iter([run])))
+            results = list(super().run(Submissions.of([run])))
             if self.how == "backwards":
                 yield from reversed(results)
             elif self.how == "twice":
@@ -158,7 +158,7 @@ class Interfering(LocalExecutor):
 class Failing(LocalExecutor):
     """An executor that fails to measure any run."""
 
-    def run(self, runs: Iterator[RunShards]) -> Iterator[Outcome]:  # type: ignore[override]
+    def run(self, runs: Submissions[RunShards]) -> Iterator[Outcome]:  # type: ignore[override]
         for run in runs:
             yield run, RunFailed("No memory.", "Close other programs.")
 
@@ -505,41 +505,6 @@ def test_models_of_one_tokenizer_share_the_tokens_and_not_the_shards(
     planning = planner.Planner(LocalExecutor(small), Store(tmp_path))
     specs = [run_spec(model, **OPTIONS, max_sequences=320) for model in (tiny_llama, wide)]
     assert [planning.prepare(spec).run.num_shards for spec in specs] == [40, 160] and read == ["builtin:pydoc"]
-
-
-@pytest.mark.parametrize(
-    ("specs", "note"),
-    [(1, "4 of 48 shards are kept"), (5, "3 of 5 runs are done and 4 of 48 shards of the runs in progress are kept")],
-)
-def test_a_stop_counts_all_runs(specs: int, note: str) -> None:
-    store: Any = SimpleNamespace(num_partials=lambda _: 4)
-    executor: Any = SimpleNamespace()
-    driver = Driver(store, executor, lambda _: None)
-    for _ in range(3 if specs > 1 else 0):
-        driver._end(*[SimpleNamespace(name="org/a", run_id="a")] * 2)  # type: ignore[arg-type]
-    driver._in_progress["shards"] = (None, SimpleNamespace(run=SimpleNamespace(run_id="a", num_shards=48)))  # type: ignore
-    stop = KeyboardInterrupt()
-    driver._add_note(stop, specs)
-    assert stop.__notes__ == [note]
-
-
-def test_no_run_begins_where_storage_is_full_and_what_comes_late_of_a_failed_run_is_left() -> None:
-    store: Any = SimpleNamespace(root="w", readable_run=lambda _: None)
-    nothing: Any = SimpleNamespace()
-    driver, failure = Driver(store, nothing, lambda _: None), StorageFull("No space left on w.")
-    shards = RunShards(run_id="a", replica_spec=nothing, shards=[])
-    failing: Any = (SimpleNamespace(name="org/a"), SimpleNamespace(fail=lambda _: None))
-    driver._in_progress[shards] = failing
-    for outcome in (failure, None, failure):
-        driver._attempt(shards, outcome, time.perf_counter())
-    run = Run(run_id="b", model="org/b", warehouse="w", status="failed")
-    planner: Any = SimpleNamespace(prepare=lambda _: SimpleNamespace(run=run))
-    driver._planner = planner
-    following: Any = [SimpleNamespace(name="org/b")]
-    assert list(driver._plan_runs(following)) == []
-    (_, first), (_, second) = driver._ended
-    assert first is failure and isinstance(second, StorageFull)
-    assert (second.message, second.run_id) == ("Not begun: no space left on w.", "b")
 
 
 def test_the_log_of_runs_has_a_line_for_each_step_and_one_in_half_a_minute(

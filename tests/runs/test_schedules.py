@@ -28,6 +28,7 @@ from support.units import SHARDS, shard_queue
 from avss_dist.core.errors import AvssError
 from avss_dist.runs.ray.pool import Pool
 from avss_dist.runs.ray.queue import ATTEMPTS
+from avss_dist.runs.work import Note
 from avss_dist.stats.layer_stats import merge_moments
 
 HANG_SECONDS = 20.0
@@ -96,7 +97,7 @@ class Schedules(RuleBasedStateMachine):
         for run, result in self.pool.outcomes():
             if isinstance(result, AvssError):
                 self.received.append((run.run_id, -1, result))
-            else:
+            elif not isinstance(result, Note):
                 self.received.append((run.run_id, *result))
         self.has_ended = True
 

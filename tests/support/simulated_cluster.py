@@ -1,7 +1,7 @@
 """A Ray cluster in memory, with a clock of its own: nodes, gangs and results, for tests of scheduling.
 
 `SimulatedCluster` takes the place of `runs.ray.cluster.RayCluster`, `SimulatedGang` that of
-`runs.ray.gang.Gang`, and `PlannedQueues` that of `runs.ray.pool.Prefetcher`. A second passes only when the
+`runs.ray.gang.Gang`, and `PlannedQueues` that of `runs.ray.pool.QueueSource`. A second passes only when the
 scheduler waits. What Ray does is what tests on a real cluster in `tests/runs/test_ray.py` saw it do.
 """
 
@@ -360,7 +360,7 @@ class SimulatedCluster:
 
 @dataclass(eq=False)
 class PlannedQueues:
-    """Queues that are planned by given times. See `runs.ray.pool.Prefetcher`."""
+    """Queues that are planned by given times. See `runs.ray.pool.QueueSource`."""
 
     cluster: SimulatedCluster
     queues: deque[UnitQueue[Any]]

@@ -8,7 +8,7 @@ from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from functools import cached_property
-from itertools import chain, count, islice
+from itertools import count, islice
 from typing import Any, TypeVar
 
 import ray
@@ -33,8 +33,9 @@ from avss_dist.runs.ray.cluster import (
 )
 from avss_dist.runs.ray.gang import Gang, missing_package
 from avss_dist.runs.ray.heartbeats import HeartbeatMonitor
-from avss_dist.runs.ray.pool import Pool, Prefetcher
-from avss_dist.runs.ray.queue import ATTEMPTS, CellQueue, ShardQueue, UnitQueue
+from avss_dist.runs.ray.pool import Pool, QueueSource
+from avss_dist.runs.ray.queue import ATTEMPTS, CellQueue, ShardQueue
+from avss_dist.runs.threads import Submissions
 from avss_dist.runs.work import Outcome, RunShards, Underway, by_model
 from avss_dist.tasks.task import Cell, CellOutcome
 
@@ -49,7 +50,12 @@ class RayExecutor:
     """Executor that measures shards and cells on Ray workers.
 
     Ray starts when it is first needed, and is stopped if it was started here.
+
+    Attributes:
+        plans_ahead: whether the next run may be planned while one is measured: here by other processes.
     """
+
+    plans_ahead = True
 
     def __init__(self, execution: Execution, settings: Settings) -> None:
         self._execution, self._settings = execution, settings
@@ -115,25 +121,26 @@ class RayExecutor:
             f"has {nodes} nodes. Set replicas for another number."
         )
 
-    def run(self, runs: Iterator[RunShards]) -> Generator[Outcome, None, None]:
-        """Yield results as workers finish them. The next run is planned meanwhile. Runs share the workers."""
-        return self._measure(map(ShardQueue, runs))
+    def run(self, runs: Submissions[RunShards]) -> Generator[Outcome, None, None]:
+        """Yield results as workers finish them, and notes on the runs. Runs share the workers."""
+        return self._measure(QueueSource(runs, lambda run: [ShardQueue(run)]))
 
     def run_cells(
-        self, rounds: Iterator[Sequence[Cell]], underway: Underway | None = None
+        self, rounds: Submissions[Sequence[Cell]], underway: Underway | None = None
     ) -> Generator[CellOutcome, None, None]:
         """Yield the result of every cell, or an AvssError in its place. See `runs.local.LocalExecutor`."""
-        models = chain.from_iterable(map(by_model, rounds))
-        return self._measure(CellQueue(spec, cells, underway) for spec, cells in models)
 
-    def _measure(self, queues: Iterator[UnitQueue[Any]]) -> Generator[tuple[Any, Any], None, None]:
-        first = next(queues, None)
-        if first is None:
+        def queues_of(cells: Sequence[Cell]) -> list[CellQueue]:
+            return [CellQueue(spec, group, underway) for spec, group in by_model(cells)]
+
+        return self._measure(QueueSource(rounds, queues_of))
+
+    def _measure(self, queues: QueueSource[Any]) -> Generator[tuple[Any, Any], None, None]:
+        if not queues.wait():
             return
         self.connect()
-        prefetcher = Prefetcher(chain([first], queues))
         pool = Pool(
-            prefetcher,
+            queues,
             new_gang=self._new_gang,
             replicas=self.replicas,
             minimum=self._execution.replicas.minimum if self._execution.replicas else 1,
@@ -147,7 +154,6 @@ class RayExecutor:
         except OSError as error:  # the raylet does not answer
             raise node_lost() from error
         finally:
-            prefetcher.exhausted = True
             with suppress(OSError):
                 if has_head():  # else the cluster ends its workers itself
                     pool.close()

@@ -10,10 +10,8 @@ measured again.
 
 from __future__ import annotations
 
-import threading
-from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Future
+from collections import Counter, deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Any, Generic, TypeVar
@@ -26,6 +24,7 @@ from avss_dist.partition.replica import Placement
 from avss_dist.runs.ray.cluster import RayCluster, Watch
 from avss_dist.runs.ray.gang import Gang, missing_package
 from avss_dist.runs.ray.queue import UnitQueue
+from avss_dist.runs.threads import Submissions
 
 T = TypeVar("T")
 POLL_SECONDS = 2.0
@@ -33,39 +32,41 @@ SOON_SECONDS = 0.02  # to look again, while a gang is idle and the next queue is
 NOTICE_SECONDS = 15.0  # until the head knows that a node is dead; its workers may be lost before that
 
 
-class Prefetcher(Generic[T]):
-    """Items of an iterator, the next one prepared in another thread while the last one is used."""
+class QueueSource(Generic[T]):
+    """The queues of what another thread submits.
 
-    def __init__(self, items: Iterator[T]) -> None:
-        self.exhausted = False  # or closed
-        self._items = items
-        self._prepare()
+    Args:
+        submitted: runs, or rounds of cells.
+        queues_of: returns the queues of one of them.
+    """
 
-    def _prepare(self) -> None:
-        self._coming = coming = Future[T | None]()
+    def __init__(self, submitted: Submissions[T], queues_of: Callable[[T], Iterable[UnitQueue[Any]]]) -> None:
+        self._submitted, self._queues_of = submitted, queues_of
+        self._ready: deque[UnitQueue[Any]] = deque()
 
-        def prepare() -> None:
-            try:
-                coming.set_result(next(self._items, None))
-            except BaseException as error:
-                coming.set_exception(error)
+    @property
+    def exhausted(self) -> bool:
+        """Whether no queue comes any more."""
+        return self._submitted.exhausted and not self._ready
 
-        threading.Thread(target=prepare, daemon=True).start()
+    def wait(self) -> bool:
+        """Wait for a queue. Returns False if none comes."""
+        while not self._ready:
+            item = self._submitted.take(wait=True)
+            if item is None:
+                return False
+            self._ready.extend(self._queues_of(item))
+        return True
 
-    def next(self, *, wait: bool) -> T | None:
-        """Return the next item. None at the end or, without ``wait``, if no item is ready.
-
-        Raises:
-            BaseException: the error that the iterator raised.
-        """
-        if self.exhausted or not (wait or self._coming.done()):
-            return None
-        self.exhausted = True
-        item = self._coming.result()
-        if item is not None:
-            self.exhausted = False
-            self._prepare()
-        return item
+    def next(self, *, wait: bool) -> UnitQueue[Any] | None:
+        """Return the next queue. None at the end or, without ``wait``, if no queue is ready."""
+        if wait:
+            self.wait()
+        elif not self._ready:
+            item = self._submitted.take(wait=False)
+            if item is not None:
+                self._ready.extend(self._queues_of(item))
+        return self._ready.popleft() if self._ready else None
 
 
 @dataclass(eq=False, kw_only=True)
@@ -107,7 +108,7 @@ class Pool:
 
     def __init__(
         self,
-        queues: Prefetcher[UnitQueue[Any]],
+        queues: QueueSource[Any],
         *,
         new_gang: Callable[[Placement], Gang],
         replicas: Callable[[Placement], int],
@@ -157,6 +158,7 @@ class Pool:
 
         It comes before a run ends, for its row.
         """
+        notes: list[tuple[Any, Any]] = []
         nodes = self._cluster.nodes() if self._losses else {}
         for (queue, name), (since, units) in list(self._losses.items()):
             node = nodes.get(name, {})
@@ -167,8 +169,9 @@ class Pool:
                 lost = f"{'a worker on ' if is_alive else ''}the node {where} was lost"
                 text = f"{lost}; {queue.describe_repeated(sorted(units))}"
                 say(f"{datetime.now(UTC):%H:%M:%S} {text[0].upper()}{text[1:]}.")
-                queue.note(text)
-        outcomes, self._outcomes = self._outcomes, []
+                notes += queue.note(text)
+        outcomes = notes + self._outcomes
+        self._outcomes = []
         return outcomes
 
     @property

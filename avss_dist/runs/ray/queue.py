@@ -26,7 +26,7 @@ from avss_dist.core.text import count_of
 from avss_dist.corpus.shards import Shard
 from avss_dist.partition.replica import Placement
 from avss_dist.runs.ray.worker import Assignment, CellAssignment, ShardAssignment
-from avss_dist.runs.work import ReplicaSpec, RunShards, Underway
+from avss_dist.runs.work import Note, ReplicaSpec, RunShards, Underway
 from avss_dist.tasks.task import Cell
 
 MOST_SHARED = 2  # patches that are held at once: cells that need the same one are consecutive
@@ -95,8 +95,9 @@ class UnitQueue(ABC, Generic[Unit]):
     def describe_repeated(self, units: Sequence[int]) -> str:
         """Return a clause that says which units are measured again: ``shards 3, 4 are measured again``."""
 
-    def note(self, text: str) -> None:
-        """Note something that readers of the results should know."""
+    def note(self, text: str) -> list[tuple[Any, Any]]:
+        """Return the outcomes by which readers of the results learn of something."""
+        return []
 
     def kind(self, unit: int) -> str:
         """Return the kind of a unit. Units of one kind take about the same time."""
@@ -257,9 +258,9 @@ class ShardQueue(UnitQueue[Shard]):
         names = f"shard{'s' * (len(ids) > 1)} {', '.join(ids)}" if len(ids) <= MOST_NAMED else f"{len(ids)} shards"
         return _repeated(names, len(ids))
 
-    def note(self, text: str) -> None:
-        """Add a text to the notes in the run's row."""
-        self._run.notes.append(text)
+    def note(self, text: str) -> list[tuple[Any, Any]]:
+        """Return a note for the run's row."""
+        return [(self._run, Note(text))]
 
     def parts(self, units: Sequence[int]) -> list[Sequence[Assignment]]:
         """Return the shards of each rank in a round, or the same shard for all ranks. Ranks without one run along."""

@@ -1,0 +1,484 @@
+"""The driver of a command's runs: one thread that owns the state of every run, and three that send events to it.
+
+The planner plans runs. The executor's thread measures them. The committer stores results, merges and scores, in the
+order of its jobs. Each of them says what it has done by an event in one queue, and changes the state of no run.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import closing, suppress
+from dataclasses import dataclass
+from queue import Empty, SimpleQueue
+from threading import Semaphore
+from typing import TypeAlias
+
+from avss_dist.core.errors import AvssError, StorageFull, as_failure, own_copy
+from avss_dist.runs.events import OnRunEvent, RunEnded, RunReading, RunStarted, ShardMeasured
+from avss_dist.runs.job_file import RunSpec
+from avss_dist.runs.local import Executor
+from avss_dist.runs.planner import Planner
+from avss_dist.runs.run import PlannedRun, Run, RunInProgress
+from avss_dist.runs.run_state import RunState, TrackedRun
+from avss_dist.runs.threads import LOOK_SECONDS, InterruptibleThread, JobThread, Submissions
+from avss_dist.runs.work import Note, RunOutcome, RunShards
+from avss_dist.stats.layer_stats import ShardResult
+from avss_dist.warehouse.store import Receipt, Store
+
+UNCOMMITTED = 8  # results that may wait for storage before the executor waits, too
+STOP_SECONDS = (
+    5.0  # for the executor to end by itself after an interrupt: at the next layer, or the next look at workers
+)
+INTERRUPT_SECONDS = 10.0  # for a thread to end after its interrupt, before it is left alone: a download may ignore it
+
+
+@dataclass(frozen=True)
+class Planned:
+    """Event of the planner: a run has a plan."""
+
+    run: TrackedRun
+    planned: PlannedRun
+
+
+@dataclass(frozen=True)
+class LookedUp:
+    """Event of the planner: it is known what is stored of a run. Without ``progress``, it was done before."""
+
+    run: TrackedRun
+    progress: RunInProgress | None
+
+
+@dataclass(frozen=True)
+class Taken:
+    """Event of the executor: it begins to measure a run."""
+
+    shards: RunShards
+
+
+@dataclass(frozen=True)
+class Measured:
+    """Event of the executor: a result of a run, a note on it, or the error that ends it.
+
+    Attributes:
+        arrived: time when it came, by ``time.perf_counter``.
+    """
+
+    shards: RunShards
+    outcome: RunOutcome
+    arrived: float
+
+
+@dataclass(frozen=True)
+class MeasuringEnded:
+    """Event of the executor: it measures nothing any more. ``error`` is why, unless it has measured all."""
+
+    error: BaseException | None
+
+
+@dataclass(frozen=True)
+class Stored:
+    """Event of the committer: a shard of a run is stored."""
+
+    run: TrackedRun
+    num_tokens: int
+
+
+@dataclass(frozen=True)
+class Finished:
+    """Event of the committer: a run is merged, scored and stored."""
+
+    run: TrackedRun
+    result: Run
+
+
+@dataclass(frozen=True)
+class FailureRecorded:
+    """Event of the committer: the warehouse says that a run has failed, if it could be written."""
+
+    run: TrackedRun
+
+
+@dataclass(frozen=True)
+class JobFailed:
+    """Event of the planner or the committer: an error instead of the event of a job."""
+
+    run: TrackedRun
+    error: AvssError
+
+
+DriverEvent: TypeAlias = (
+    Planned | LookedUp | Taken | Measured | MeasuringEnded | Stored | Finished | FailureRecorded | JobFailed
+)
+
+
+class Driver:
+    """Runs checkpoints with one executor into one warehouse.
+
+    The thread that calls `run` owns every field but the queue of events and the room for results. It also calls
+    ``on_event``.
+    """
+
+    def __init__(self, store: Store, executor: Executor, on_event: OnRunEvent, *, fresh: bool = False) -> None:
+        self._store, self._executor, self._on_event, self._fresh = store, executor, on_event, fresh
+        self._planning = Planner(executor, store)
+        self._events: SimpleQueue[DriverEvent] = SimpleQueue()
+        self._submitted: Submissions[RunShards] = Submissions(lambda shards: self._events.put(Taken(shards)))
+        self._room = Semaphore(UNCOMMITTED)  # taken by the executor's thread for each result, and given back here
+        self._runs: list[TrackedRun] = []
+        self._waiting: deque[TrackedRun] = deque()
+        self._active: list[TrackedRun] = []  # those that are planned, measured or committed: a few of many
+        self._first_runs: dict[str, TrackedRun] = {}  # by run id
+        self._runs_of_shards: dict[RunShards, TrackedRun] = {}
+        self._just_ended: deque[TrackedRun] = deque()
+        self._storage_is_full = False
+        self._is_stopping = False  # nothing more is planned or begun
+        self._is_measuring = True
+        self._failure: AvssError | None = None  # of the executor itself
+
+    def run(self, specs: Sequence[RunSpec]) -> Iterator[tuple[RunSpec, Run | AvssError]]:
+        """Yield each run as it ends: done, skipped, or the error that ended it. Other runs continue.
+
+        Raises:
+            AvssError: the executor itself failed.
+        """
+        self._runs = [TrackedRun(spec) for spec in specs]
+        self._waiting.extend(self._runs)
+        try:
+            self._planner = JobThread("planner")
+            self._committer = JobThread("committer")
+            self._measuring = InterruptibleThread("executor", self._measure)
+            try:
+                self._plan_next()
+                while self._is_measuring or any(run.is_in_progress for run in self._active):
+                    self._handle(self._events.get())
+                    while self._just_ended and self._failure is None:
+                        yield self._take_ended()
+            finally:
+                self._stop()
+        except KeyboardInterrupt as interrupt:
+            self._add_note(interrupt)
+            raise
+        if self._failure is not None:
+            raise self._failure
+        self._end_repeats()
+        while self._just_ended:
+            yield self._take_ended()
+
+    def _take_ended(self) -> tuple[RunSpec, Run | AvssError]:
+        run = self._just_ended.popleft()
+        return run.spec, run.ending
+
+    # What the other threads do. They change nothing here, and send events.
+
+    def _measure(self) -> None:
+        """Measure the submitted runs in the executor's thread."""
+        error: BaseException | None = None
+        try:
+            with closing(self._executor.run(self._submitted)) as outcomes:
+                for shards, outcome in outcomes:
+                    arrived = time.perf_counter()
+                    self._room.acquire()
+                    self._events.put(Measured(shards, outcome, arrived))
+        except BaseException as raised:
+            error = raised
+        self._events.put(MeasuringEnded(error))
+
+    def _submit(self, thread: JobThread, run: TrackedRun, job: Callable[[], DriverEvent]) -> None:
+        """Have a thread do a job of a run, which returns the event to send."""
+
+        def attempt() -> None:
+            try:
+                event = job()
+            except Exception as error:
+                event = JobFailed(run, as_failure(error))
+            self._events.put(event)
+
+        thread.submit(attempt)
+
+    # The state of runs
+
+    def _handle(self, event: DriverEvent) -> None:
+        """Do what follows from an event. An exception on the way ends the run of the event."""
+        match event:
+            case MeasuringEnded(error):
+                self._on_measuring_ended(error)
+                return
+            case Taken(shards) | Measured(shards):
+                run = self._runs_of_shards.get(shards)
+            case _:
+                run = event.run
+        if run is None:  # It has ended, and the executor has not noticed yet.
+            if isinstance(event, Measured):
+                self._room.release()
+            return
+        try:
+            self._advance(run, event)
+        except Exception as error:
+            if run.has_ended:
+                raise
+            self._fail(run, as_failure(error))
+        self._plan_next()
+
+    def _advance(self, run: TrackedRun, event: DriverEvent) -> None:
+        """Bring a run to the state that follows from its event. Callbacks come last: they may raise an interrupt."""
+        match event:
+            case Planned(_, planned):
+                self._look_up(run, planned)
+            case LookedUp(_, None):
+                self._end(run, RunState.SKIPPED)
+            case LookedUp(_, progress) if progress is not None:
+                self._begin(run, progress)
+            case Taken() if run.state is RunState.PLANNED:
+                run.become(RunState.MEASURING)
+            case Measured(_, outcome, arrived):
+                self._take_outcome(run, outcome, arrived)
+            case Stored(_, num_tokens):
+                run.writing -= 1
+                self._finish_if_stored(run)
+                self._on_event(ShardMeasured(run.spec.name, num_tokens))
+            case Finished(_, result):
+                if run.error is None:
+                    run.result = result
+                    self._end(run, RunState.DONE)
+            case FailureRecorded():
+                self._end(run, RunState.FAILED)
+            case JobFailed(_, error):
+                self._fail(run, error)
+
+    def _plan_next(self) -> None:
+        """Have the next run planned as soon as none waits for the executor. After the last one, submissions end."""
+        ahead = {RunState.PLANNING, RunState.PLANNED}
+        if not self._executor.plans_ahead:
+            ahead.add(RunState.MEASURING)
+        if self._is_stopping or any(run.state in ahead for run in self._active):
+            return
+        if self._waiting:
+            self._plan(self._waiting.popleft())
+        else:
+            self._submitted.close()
+
+    def _plan(self, run: TrackedRun) -> None:
+        run.become(RunState.PLANNING)
+        self._active.append(run)
+        self._submit(self._planner, run, lambda: Planned(run, self._planning.prepare(run.spec)))
+        self._on_event(RunReading(run.spec.name))
+
+    def _look_up(self, run: TrackedRun, planned: PlannedRun) -> None:
+        """Look up what is stored of a run, unless it is an earlier one of this command."""
+        if self._is_stopping:
+            return
+        run.result = planned.run
+        first = self._first_runs.setdefault(planned.run.run_id, run)
+        if first is not run:
+            run.first = first
+            run.become(RunState.REPEATING)
+            self._active.remove(run)
+            return
+        storage_is_full = self._storage_is_full
+
+        def look_up() -> LookedUp:
+            progress = self._planning.begin(planned, fresh=self._fresh, storage_is_full=storage_is_full)
+            return LookedUp(run, progress)
+
+        self._submit(self._planner, run, look_up)
+
+    def _begin(self, run: TrackedRun, progress: RunInProgress) -> None:
+        """Have the missing shards of a run measured. Without any, it is merged."""
+        if self._is_stopping:
+            return
+        run.result, run.progress = progress.run, progress
+        run.awaited = {shard.shard_id for shard in progress.shards.shards}
+        if run.awaited:
+            run.become(RunState.PLANNED)
+            self._runs_of_shards[progress.shards] = run
+            self._measure_shards(progress.shards)
+        else:
+            run.become(RunState.COMMITTING)
+            self._finish_if_stored(run)
+        self._on_event(RunStarted(run.spec.name, progress.run.num_tokens, progress.done_tokens, progress.placement))
+
+    def _measure_shards(self, shards: RunShards) -> None:
+        try:
+            # Here, and not where shards are measured: Ray sets signal handlers, which only the main thread can.
+            self._executor.connect()
+        except Exception as error:
+            self._fail_executor(error)
+        else:
+            self._submitted.submit(shards)
+
+    def _take_outcome(self, run: TrackedRun, outcome: RunOutcome, arrived: float) -> None:
+        """Have the first result of a shard stored. After the last one, or an error, the run needs no other."""
+        match outcome:
+            case Note(text):
+                run.notes.append(text)
+            case AvssError() if run.state is RunState.MEASURING:
+                self._fail(run, outcome)
+            case ShardResult() | Receipt() if run.state is RunState.MEASURING and outcome.shard_id in run.awaited:
+                self._store_result(run, outcome, arrived)
+                return
+        self._room.release()
+
+    def _store_result(self, run: TrackedRun, result: ShardResult | Receipt, arrived: float) -> None:
+        progress = run.progress
+        assert progress is not None
+
+        def store() -> Stored:
+            try:
+                progress.store(result)
+            finally:
+                self._room.release()
+            return Stored(run, result.num_tokens)
+
+        run.writing += 1
+        self._submit(self._committer, run, store)
+        run.awaited.discard(result.shard_id)
+        if run.begun is None:
+            run.begun = arrived - result.seconds
+        if not run.awaited:
+            run.become(RunState.COMMITTING)
+
+    def _finish_if_stored(self, run: TrackedRun) -> None:
+        """Have a run merged and scored after its last shard was stored."""
+        if not run.is_stored:
+            return
+        progress = run.progress
+        assert progress is not None
+        self._submit(
+            self._committer,
+            run,
+            lambda: Finished(run, progress.finish(self._executor.apply, begun=run.begun, notes=run.notes)),
+        )
+
+    def _fail(self, run: TrackedRun, error: AvssError) -> None:
+        """End a run with its first error, after that was recorded if the run has begun. Later errors do not count."""
+        if run.error is not None:
+            return
+        run.error = error
+        progress = run.progress
+        if progress is None:
+            self._end(run, RunState.FAILED)
+            return
+        error.run_id = progress.run.run_id
+        progress.shards.dropped = True
+        if isinstance(error, StorageFull):
+            self._storage_is_full = True
+        if run.state is not RunState.COMMITTING:
+            run.become(RunState.COMMITTING)
+
+        def record() -> FailureRecorded:
+            with suppress(Exception):  # The first error says why, and the run must end.
+                progress.record_failure(error)
+            return FailureRecorded(run)
+
+        self._submit(self._committer, run, record)
+
+    def _end(self, run: TrackedRun, state: RunState) -> None:
+        run.become(state)
+        if run in self._active:
+            self._active.remove(run)
+        if run.progress is not None:
+            self._runs_of_shards.pop(run.progress.shards, None)
+            run.progress = None  # its tokens may be large
+        self._just_ended.append(run)
+        if state is not RunState.FAILED:
+            assert run.result is not None
+            repeated = run.first.spec.name if run.first is not None else ""
+            self._on_event(RunEnded(run.spec.name, run.result, repeated))
+
+    def _end_repeats(self) -> None:
+        """End the runs that repeat earlier ones: as failed with the same error, or as skipped."""
+        for run in self._runs:
+            if run.state is not RunState.REPEATING:
+                continue
+            assert run.first is not None
+            if run.first.error is not None:
+                self._fail(run, own_copy(run.first.error))
+            else:
+                self._end(run, RunState.SKIPPED)
+
+    def _on_measuring_ended(self, error: BaseException | None) -> None:
+        self._is_measuring = False
+        if self._is_stopping:
+            return
+        if isinstance(error, Exception):
+            self._fail_executor(error)
+        elif error is not None:
+            raise error
+
+    def _fail_executor(self, error: Exception) -> None:
+        """End all runs that are planned or measured, as the executor itself has failed. No other run begins."""
+        failure = as_failure(error)
+        self._failure = failure
+        self._is_stopping = True
+        self._submitted.close()
+        for run in self._active.copy():
+            if run.state in (RunState.PLANNED, RunState.MEASURING):
+                self._fail(run, own_copy(failure))
+
+    # The end
+
+    def _stop(self) -> None:
+        """End the other threads. What has been measured is stored. An interrupt meanwhile is raised after that."""
+        self._is_stopping = True
+        deadline = time.monotonic() + STOP_SECONDS
+        interrupt: KeyboardInterrupt | None = None
+        while True:
+            try:
+                self._end_threads(deadline)
+                break
+            except KeyboardInterrupt as again:
+                interrupt = again
+        if interrupt is not None:
+            raise interrupt
+
+    def _end_threads(self, deadline: float) -> None:
+        """End the other threads: those that measure and plan by an interrupt, if they have not ended by a time."""
+        for run in self._active:
+            if run.progress is not None:
+                run.progress.shards.dropped = True
+        self._submitted.close()
+        self._planner.close()
+        for thread in (self._measuring, self._planner):
+            self._handle_until_ended(thread, deadline)
+            if thread.is_alive:
+                thread.interrupt()
+                self._handle_until_ended(thread, deadline + INTERRUPT_SECONDS)
+        self._committer.wait_until_idle()
+        while self._handle_waiting():
+            self._committer.wait_until_idle()
+        self._committer.close()
+        self._committer.join()
+
+    def _handle_until_ended(self, thread: InterruptibleThread, deadline: float) -> None:
+        while thread.is_alive and time.monotonic() < deadline:
+            self._handle_waiting()
+            thread.join(LOOK_SECONDS)
+
+    def _handle_waiting(self) -> bool:
+        """Handle the events that have come. Returns whether there were any."""
+        any_came = False
+        while True:
+            try:
+                event = self._events.get_nowait()
+            except Empty:
+                return any_came
+            any_came = True
+            self._handle(event)
+
+    def _add_note(self, interrupt: KeyboardInterrupt) -> None:
+        """Add a note to an interrupt: how many of several runs are done, and how many shards of others are stored."""
+        several = len(self._runs) > 1
+        notes = []
+        if several:
+            done = sum(run.state in (RunState.DONE, RunState.SKIPPED) for run in self._runs)
+            notes.append(f"{done} of {len(self._runs)} runs are done")
+        in_progress = [run.progress.run for run in self._active if run.progress is not None]
+        total = sum(run.num_shards for run in in_progress)
+        if total:
+            with suppress(AvssError):
+                stored = sum(self._store.num_partials(run.run_id) for run in in_progress)
+                notes.append(f"{stored} of {total} shards {'of the runs in progress ' if several else ''}are kept")
+        if notes:
+            interrupt.add_note(" and ".join(notes))
