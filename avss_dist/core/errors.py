@@ -164,7 +164,7 @@ def explain_unwritable(path: object, hint: str, kind: type[AvssError] = AvssErro
         raise unwritable(path, error, hint, kind) from error
 
 
-def as_failure(error: Exception) -> AvssError:
+def as_failure(error: BaseException) -> AvssError:
     """Convert any exception to an AvssError that ends one run. A model's code can raise anything.
 
     Only transient failures and full disks have the hint to run the command again.

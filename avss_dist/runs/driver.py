@@ -21,7 +21,7 @@ from avss_dist.runs.job_file import RunSpec
 from avss_dist.runs.local import Executor
 from avss_dist.runs.planner import Planner
 from avss_dist.runs.run import PlannedRun, Run, RunInProgress
-from avss_dist.runs.run_state import RunState, TrackedRun
+from avss_dist.runs.run_state import UNMEASURED, RunState, TrackedRun
 from avss_dist.runs.threads import LOOK_SECONDS, InterruptibleThread, JobThread, Submissions
 from avss_dist.runs.work import Note, RunOutcome, RunShards
 from avss_dist.stats.layer_stats import ShardResult
@@ -118,11 +118,23 @@ class Driver:
 
     The thread that calls `run` owns every field but the queue of events and the room for results. It also calls
     ``on_event``.
+
+    Args:
+        fresh: measure every run again, whatever is stored.
+        planner: plans the runs in another thread; a planner for the executor and the warehouse if left out.
     """
 
-    def __init__(self, store: Store, executor: Executor, on_event: OnRunEvent, *, fresh: bool = False) -> None:
+    def __init__(
+        self,
+        store: Store,
+        executor: Executor,
+        on_event: OnRunEvent,
+        *,
+        fresh: bool = False,
+        planner: Planner | None = None,
+    ) -> None:
         self._store, self._executor, self._on_event, self._fresh = store, executor, on_event, fresh
-        self._planning = Planner(executor, store)
+        self._planning = planner or Planner(executor, store)
         self._events: SimpleQueue[DriverEvent] = SimpleQueue()
         self._submitted: Submissions[RunShards] = Submissions(lambda shards: self._events.put(Taken(shards)))
         self._room = Semaphore(UNCOMMITTED)  # taken by the executor's thread for each result, and given back here
@@ -155,16 +167,16 @@ class Driver:
                     self._handle(self._events.get())
                     while self._just_ended and self._failure is None:
                         yield self._take_ended()
+                if self._failure is not None:
+                    raise self._failure
+                self._end_repeats()
+                while self._just_ended:
+                    yield self._take_ended()
             finally:
                 self._stop()
         except KeyboardInterrupt as interrupt:
             self._add_note(interrupt)
             raise
-        if self._failure is not None:
-            raise self._failure
-        self._end_repeats()
-        while self._just_ended:
-            yield self._take_ended()
 
     def _take_ended(self) -> tuple[RunSpec, Run | AvssError]:
         run = self._just_ended.popleft()
@@ -191,7 +203,7 @@ class Driver:
         def attempt() -> None:
             try:
                 event = job()
-            except Exception as error:
+            except (Exception, SystemExit) as error:
                 event = JobFailed(run, as_failure(error))
             self._events.put(event)
 
@@ -249,21 +261,26 @@ class Driver:
 
     def _plan_next(self) -> None:
         """Have the next run planned as soon as none waits for the executor. After the last one, submissions end."""
+        while self._waiting and self._may_plan():
+            self._plan(self._waiting.popleft())
+        if not self._waiting and self._may_plan():
+            self._submitted.close()
+
+    def _may_plan(self) -> bool:
         ahead = {RunState.PLANNING, RunState.PLANNED}
         if not self._executor.plans_ahead:
             ahead.add(RunState.MEASURING)
-        if self._is_stopping or any(run.state in ahead for run in self._active):
-            return
-        if self._waiting:
-            self._plan(self._waiting.popleft())
-        else:
-            self._submitted.close()
+        return not self._is_stopping and not any(run.state in ahead for run in self._active)
 
     def _plan(self, run: TrackedRun) -> None:
         run.become(RunState.PLANNING)
         self._active.append(run)
-        self._submit(self._planner, run, lambda: Planned(run, self._planning.prepare(run.spec)))
-        self._on_event(RunReading(run.spec.name))
+        try:
+            self._on_event(RunReading(run.spec.name))
+        except Exception as error:
+            self._fail(run, as_failure(error))
+        else:
+            self._submit(self._planner, run, lambda: Planned(run, self._planning.prepare(run.spec)))
 
     def _look_up(self, run: TrackedRun, planned: PlannedRun) -> None:
         """Look up what is stored of a run, unless it is an earlier one of this command."""
@@ -406,6 +423,8 @@ class Driver:
             self._fail_executor(error)
         elif error is not None:
             raise error
+        elif self._waiting or any(run.state in UNMEASURED for run in self._active):
+            self._fail_executor(RuntimeError("the executor ended before every run was measured"))
 
     def _fail_executor(self, error: Exception) -> None:
         """End all runs that are planned or measured, as the executor itself has failed. No other run begins."""
@@ -414,7 +433,7 @@ class Driver:
         self._is_stopping = True
         self._submitted.close()
         for run in self._active.copy():
-            if run.state in (RunState.PLANNED, RunState.MEASURING):
+            if run.state in UNMEASURED and run.progress is not None:
                 self._fail(run, own_copy(failure))
 
     # The end

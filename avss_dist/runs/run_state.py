@@ -44,6 +44,7 @@ NEXT_STATES: Mapping[RunState, Set[RunState]] = {
 }
 """The states that may follow each state."""
 
+UNMEASURED = {RunState.PLANNING, RunState.PLANNED, RunState.MEASURING}
 IN_PROGRESS = {RunState.PLANNED, RunState.MEASURING, RunState.COMMITTING}
 ENDED = {RunState.DONE, RunState.SKIPPED, RunState.FAILED}
 

@@ -217,8 +217,8 @@ class OneRunPlanner:
         return replace(self._planned, run=replace(self._planned.run, run_id=f"virtual-{next(self._numbers):010}"))
 
     def begin(self, planned: PlannedRun, **_: Any) -> RunInProgress:
-        """Return the run, none of whose shards is stored."""
-        running = CommittedRun(planned, self._store, fresh=True)
+        """Return the run, none of whose shards counts as stored. All ids write the same files."""
+        running = CommittedRun(self._planned, self._store, fresh=True)
         running.times = self._times
         return running
 
@@ -243,8 +243,8 @@ def drive(out: Path, workers: int, shards: list[Shard], seconds: float) -> list[
     store.storage.create()
     with closing(VirtualExecutor(Execution(executor="ray", replicas=workers), settings)) as executor:
         times = Times(workers, seconds)
-        driver = Driver(store, executor, ignore, fresh=True)
-        driver._planning = OneRunPlanner(planned, store, times)  # type: ignore[assignment]
+        planner: Any = OneRunPlanner(planned, store, times)
+        driver = Driver(store, executor, ignore, fresh=True, planner=planner)
         for _ in driver.run([VIRTUAL] * MOST_RUNS):
             pass
     return times.times
