@@ -133,7 +133,7 @@ def _numbered(drawn: list[tuple[Fate, int]]) -> list[Fate]:
     return named + [fate for fate, (_, at) in zip(named, drawn, strict=True) if at % 3 == 0]
 
 
-random_jobs = settings(max_examples=60, deadline=None, database=None, suppress_health_check=[*HealthCheck])
+random_jobs = settings(max_examples=30, deadline=None, database=None, suppress_health_check=[*HealthCheck])
 
 
 @seed(0)
