@@ -10,12 +10,22 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing, suppress
-from dataclasses import dataclass
 from queue import Empty, SimpleQueue
 from threading import Semaphore
-from typing import TypeAlias
 
 from avss_dist.core.errors import AvssError, StorageFull, as_failure, own_copy
+from avss_dist.runs.driver_events import (
+    DriverEvent,
+    FailureRecorded,
+    Finished,
+    JobFailed,
+    LookedUp,
+    Measured,
+    MeasuringEnded,
+    Planned,
+    Stored,
+    Taken,
+)
 from avss_dist.runs.events import OnRunEvent, RunEnded, RunReading, RunStarted, ShardMeasured
 from avss_dist.runs.job_file import RunSpec
 from avss_dist.runs.local import Executor
@@ -32,85 +42,6 @@ STOP_SECONDS = (
     5.0  # for the executor to end by itself after an interrupt: at the next layer, or the next look at workers
 )
 INTERRUPT_SECONDS = 10.0  # for a thread to end after its interrupt, before it is left alone: a download may ignore it
-
-
-@dataclass(frozen=True)
-class Planned:
-    """Event of the planner: a run has a plan."""
-
-    run: TrackedRun
-    planned: PlannedRun
-
-
-@dataclass(frozen=True)
-class LookedUp:
-    """Event of the planner: it is known what is stored of a run. Without ``progress``, it was done before."""
-
-    run: TrackedRun
-    progress: RunInProgress | None
-
-
-@dataclass(frozen=True)
-class Taken:
-    """Event of the executor: it begins to measure a run."""
-
-    shards: RunShards
-
-
-@dataclass(frozen=True)
-class Measured:
-    """Event of the executor: a result of a run, a note on it, or the error that ends it.
-
-    Attributes:
-        arrived: time when it came, by ``time.perf_counter``.
-    """
-
-    shards: RunShards
-    outcome: RunOutcome
-    arrived: float
-
-
-@dataclass(frozen=True)
-class MeasuringEnded:
-    """Event of the executor: it measures nothing any more. ``error`` is why, unless it has measured all."""
-
-    error: BaseException | None
-
-
-@dataclass(frozen=True)
-class Stored:
-    """Event of the committer: a shard of a run is stored."""
-
-    run: TrackedRun
-    num_tokens: int
-
-
-@dataclass(frozen=True)
-class Finished:
-    """Event of the committer: a run is merged, scored and stored."""
-
-    run: TrackedRun
-    result: Run
-
-
-@dataclass(frozen=True)
-class FailureRecorded:
-    """Event of the committer: the warehouse says that a run has failed, if it could be written."""
-
-    run: TrackedRun
-
-
-@dataclass(frozen=True)
-class JobFailed:
-    """Event of the planner or the committer: an error instead of the event of a job."""
-
-    run: TrackedRun
-    error: AvssError
-
-
-DriverEvent: TypeAlias = (
-    Planned | LookedUp | Taken | Measured | MeasuringEnded | Stored | Finished | FailureRecorded | JobFailed
-)
 
 
 class Driver:
@@ -238,10 +169,11 @@ class Driver:
         match event:
             case Planned(_, planned):
                 self._look_up(run, planned)
-            case LookedUp(_, None):
-                self._end(run, RunState.SKIPPED)
-            case LookedUp(_, progress) if progress is not None:
-                self._begin(run, progress)
+            case LookedUp(_, progress):
+                if progress is None:
+                    self._end(run, RunState.SKIPPED)
+                else:
+                    self._begin(run, progress)
             case Taken() if run.state is RunState.PLANNED:
                 run.become(RunState.MEASURING)
             case Measured(_, outcome, arrived):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -27,8 +26,7 @@ LOG_SECONDS = 30.0  # between two lines about one run, at least
 class RunEvent:
     """An event of a run, whose ``name`` is its model, with its corpus if there are several.
 
-    The next run is planned while others are measured, so events come from several threads, though never two at once
-    for one run.
+    All events come in the thread that called `score`, `score_all` or `run_job`.
     """
 
     name: str
@@ -145,32 +143,30 @@ class LogRuns:
         self._write, self._num_runs, self._ends, self._ended = write, num_runs, ends, 0
         self._paces: dict[str, Pace] = {}
         self._logged_at = time.monotonic()
-        self._lock = threading.Lock()
 
     def __call__(self, event: object) -> None:
         """Write what an event says. The progress of runs has a line every `LOG_SECONDS` at most.
 
         The distribution of a replica is written if it is not a single whole model.
         """
-        with self._lock:
-            match event:
-                case RunStarted(name, num_tokens, done_tokens, placement):
-                    if placement.partition != WHOLE:
-                        self._write(f"{name}: {placement.partition}; {placement.why}.")
-                    self._paces[name] = Pace(num_tokens, done_tokens, "tokens")
-                case ShardMeasured(name, num_tokens):
-                    pace = self._paces[name]
-                    pace.reach(pace.done + num_tokens)
-                    if time.monotonic() - self._logged_at >= LOG_SECONDS:
-                        self._logged_at = time.monotonic()
-                        share = pace.done / (pace.total or 1)
-                        self._write(f"{name}: {share:.0%} of {pace.total:,} tokens{pace.describe()}")
-                case RunEnded(name, run, repeats):
-                    if repeats:
-                        self._write(f"{name}: {describe_repeated(repeats)}")
-                    self._paces.pop(name, None)
-                    self._ended += 1
-                    if self._ends:
-                        count = f"{self._ended} of {self._num_runs} runs: " if self._num_runs else ""
-                        error = f": {run.error.splitlines()[0]}" if run.error else ""
-                        self._write(f"{count}{name} {run.status}{error}")
+        match event:
+            case RunStarted(name, num_tokens, done_tokens, placement):
+                if placement.partition != WHOLE:
+                    self._write(f"{name}: {placement.partition}; {placement.why}.")
+                self._paces[name] = Pace(num_tokens, done_tokens, "tokens")
+            case ShardMeasured(name, num_tokens):
+                pace = self._paces[name]
+                pace.reach(pace.done + num_tokens)
+                if time.monotonic() - self._logged_at >= LOG_SECONDS:
+                    self._logged_at = time.monotonic()
+                    share = pace.done / (pace.total or 1)
+                    self._write(f"{name}: {share:.0%} of {pace.total:,} tokens{pace.describe()}")
+            case RunEnded(name, run, repeats):
+                if repeats:
+                    self._write(f"{name}: {describe_repeated(repeats)}")
+                self._paces.pop(name, None)
+                self._ended += 1
+                if self._ends:
+                    count = f"{self._ended} of {self._num_runs} runs: " if self._num_runs else ""
+                    error = f": {run.error.splitlines()[0]}" if run.error else ""
+                    self._write(f"{count}{name} {run.status}{error}")

@@ -66,7 +66,9 @@ class QueueSource(Generic[T]):
             item = self._submitted.take(wait=False)
             if item is not None:
                 self._ready.extend(self._queues_of(item))
-        return self._ready.popleft() if self._ready else None
+        if not self._ready:
+            return None
+        return self._ready.popleft()
 
 
 @dataclass(eq=False, kw_only=True)
@@ -184,6 +186,8 @@ class Pool:
 
     def _take_queues(self) -> bool:
         """Take the next queue as soon as no unit is pending. Returns False when all queues are done."""
+        for queue in self._queues:
+            queue.discard_dropped()
         self._queues = [queue for queue in self._queues if queue.is_active]
         while not any(queue.pending for queue in self._queues):
             queue = self._coming.next(wait=not self._queues)

@@ -122,6 +122,9 @@ class UnitQueue(ABC, Generic[Unit]):
         """Whether a result of it is still of use."""
         return bool(self.unfinished)
 
+    def discard_dropped(self) -> None:
+        """Remove the units whose results are of no use any more."""
+
     @property
     def pending_rounds(self) -> int:
         """Number of rounds that no gang has begun."""
@@ -244,9 +247,12 @@ class ShardQueue(UnitQueue[Shard]):
     @property
     def is_active(self) -> bool:
         """Whether a result of it is still of use."""
+        return super().is_active and not self._run.dropped
+
+    def discard_dropped(self) -> None:
+        """Remove the units of a run that was dropped."""
         if self._run.dropped:
             self._remove([*self.unfinished])
-        return super().is_active
 
     def describe(self, unit: int) -> str:
         """Return ``Shard 3``."""
