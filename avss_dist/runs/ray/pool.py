@@ -186,8 +186,8 @@ class Pool:
 
     def _take_queues(self) -> bool:
         """Take the next queue as soon as no unit is pending. Returns False when all queues are done."""
-        for queue in self._queues:
-            queue.discard_dropped()
+        for taken in self._queues:
+            taken.discard_dropped()
         self._queues = [queue for queue in self._queues if queue.is_active]
         while not any(queue.pending for queue in self._queues):
             queue = self._coming.next(wait=not self._queues)
