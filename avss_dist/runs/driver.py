@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import time
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from contextlib import closing, suppress
 from queue import Empty, SimpleQueue
 from threading import Semaphore
@@ -80,7 +80,7 @@ class Driver:
         self._is_measuring = True
         self._failure: AvssError | None = None  # of the executor itself
 
-    def run(self, specs: Sequence[RunSpec]) -> Iterator[tuple[RunSpec, Run | AvssError]]:
+    def run(self, specs: Sequence[RunSpec]) -> Generator[tuple[RunSpec, Run | AvssError], None, None]:
         """Yield each run as it ends: done, skipped, or the error that ended it. Other runs continue.
 
         Raises:

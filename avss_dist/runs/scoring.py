@@ -98,13 +98,17 @@ def _run_all(
     store.storage.create()
     runs: dict[int, Run] = {}
     with closing(executor_for(specs, settings, execution)) as executor:
-        for spec, ending in Driver(store, executor, on_event, fresh=execution.fresh).run(specs):
-            if isinstance(ending, AvssError):
-                if alone:
-                    raise ending
-                ending = record_failure(store, spec, ending)
-                on_event(RunEnded(spec.name, ending))
-            runs[id(spec)] = ending
+        driver = Driver(store, executor, on_event, fresh=execution.fresh)
+        with closing(driver.run(specs)) as endings:
+            for spec, ending in endings:
+                if isinstance(ending, AvssError):
+                    if alone:
+                        raise ending
+                    run = record_failure(store, spec, ending)
+                    on_event(RunEnded(spec.name, run))
+                else:
+                    run = ending
+                runs[id(spec)] = run
     return [runs[id(spec)] for spec in specs]
 
 

@@ -22,7 +22,8 @@ from typing import Any
 import pytest
 from hypothesis import HealthCheck, given, seed, settings
 from hypothesis import strategies as st
-from support.simulated_runs import Driven, Fate, drive, threads_of_drivers
+from support.processes import threads_of_drivers
+from support.simulated_runs import Driven, Fate, drive
 
 from avss_dist.core.errors import AvssError, RunFailed, StorageFull
 from avss_dist.runs.driver import Driver

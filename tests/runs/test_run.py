@@ -19,6 +19,7 @@ import numpy as np
 import pytest
 from support.checkpoints import llama
 from support.planning import llama_like, plan, run_spec
+from support.processes import threads_of_drivers
 from support.tables import assert_same_tables, measured_files
 from support.warehouses import SCALES, activations, stats_of, write_shard
 from transformers import Gemma2Config, LlamaConfig
@@ -194,6 +195,14 @@ def test_a_repeat_of_a_run_that_fails_has_an_error_of_its_own(tiny_llama: Path, 
     assert isinstance(first, AvssError)
     first.add_note("a note")
     assert not hasattr(second, "__notes__")
+
+
+@pytest.mark.usefixtures("failing")
+def test_a_score_that_fails_leaves_no_thread(tiny_llama: Path, tmp_path: Path) -> None:
+    with pytest.raises(RunFailed) as failed:
+        score(tiny_llama, tmp_path)
+    assert failed.value.run_id is not None
+    assert threads_of_drivers() == []
 
 
 def test_a_repeat_of_a_run_that_is_done_is_skipped(tiny_llama: Path, tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import signal
+import threading
 import time
 from collections.abc import Callable, Mapping
 
@@ -46,3 +47,9 @@ class Harming:
             victim = next(p for p in ray_processes() if p not in self._earlier + self.victims)
             victim.send_signal(self.signals[self.arrived])
             self.victims.append(victim)
+
+
+def threads_of_drivers() -> list[str]:
+    """Return the names of the threads of drivers that are alive."""
+    names = ("planner", "committer", "executor")
+    return [thread.name for thread in threading.enumerate() if thread.name in names]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import threading
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
@@ -245,9 +244,3 @@ def drive(
     except BaseException as raised:
         driven.raised = raised
     return driven
-
-
-def threads_of_drivers() -> list[str]:
-    """Return the names of the threads of drivers that are alive."""
-    names = ("planner", "committer", "executor")
-    return [thread.name for thread in threading.enumerate() if thread.name in names]
