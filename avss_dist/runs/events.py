@@ -119,7 +119,8 @@ class Pace:
 
     def describe(self) -> str:
         """Return the rate, if there is a unit, and the time that is left, after a comma each, or nothing at first."""
-        if (seconds := self.seconds_left()) is None:
+        seconds = self.seconds_left()
+        if seconds is None:
             return ""
         rate = self.rate
         speed = f", {rate:,.0f} {self._unit}/s" if rate >= 1 else f", {60 * rate:.2g} {self._unit}/min"

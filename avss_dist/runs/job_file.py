@@ -186,7 +186,8 @@ class JobFile:
 
     def refuse_unused(self, **options: bool) -> None:
         """Raise ConfigError for options of an experiment if the file has none."""
-        if self.experiment is None and (names := [name for name, value in options.items() if value]):
+        names = [name for name, value in options.items() if value]
+        if names and self.experiment is None:
             raise ConfigError(f"`{names[0]}` applies to an experiment; {self.path} has none.", "Leave it out.")
 
 
@@ -229,7 +230,8 @@ class _Reader:
         lines: dict[Any, int] = {}
         for spec in specs:
             ranks = (spec.execution.partition, spec.execution.ranks) if spec.execution.ranks else None
-            if (first := lines.setdefault((spec.model, spec.corpus, spec.settings, ranks), spec.line)) != spec.line:
+            first = lines.setdefault((spec.model, spec.corpus, spec.settings, ranks), spec.line)
+            if first != spec.line:
                 repeated = f"'{spec.model}' is named twice with the same settings, first in line {first}"
                 document.problems.add((spec.line, repeated))
         problems = corpus_problems([*corpora], {spec.settings.chat_template for spec in specs}) if self.expand else ()

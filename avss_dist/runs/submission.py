@@ -163,8 +163,10 @@ class Cluster:
         with self._explained(job_id):
             if self._client.stop_job(job_id):
                 end = time.monotonic() + STOP_SECONDS
-                while (job := self.job(job_id)).exit_code is None and time.monotonic() < end:
+                job = self.job(job_id)
+                while job.exit_code is None and time.monotonic() < end:
                     time.sleep(STATE_SECONDS)
+                    job = self.job(job_id)
                 return f"{job.status.lower()}." if job.exit_code is not None else "it was signalled, and has not ended."
             return f"it has ended already ({self.job(job_id).status.lower()})."
 
@@ -238,22 +240,39 @@ def _has_token() -> bool:
 
 
 def _submitted(details: Any) -> Submitted:
-    ended = details.status.is_terminal()
-    start, end = (details.start_time or 0) / 1000, (details.end_time or 0) / 1000
+    started = None
+    seconds = 0.0
+    if details.start_time:
+        start = details.start_time / 1000
+        end = details.end_time / 1000 if details.end_time else time.time()
+        started = datetime.fromtimestamp(start, UTC)
+        seconds = max(0.0, end - start)  # the cluster's clock may be ahead
     code = getattr(details, "driver_exit_code", None)
-    failed = code if code in (1, 2) else 1
-    log = details.message or ""  # its first line that tells of an error or of a failed run, or else its first line
-    match = re.search(r"^Error: (.*)$", log, re.MULTILINE) or re.search(r"^(\S+: failed\. .*)$", log, re.MULTILINE)
+    if not details.status.is_terminal():
+        exit_code = None
+    elif details.status.value == "SUCCEEDED":
+        exit_code = 0
+    else:
+        exit_code = code if code in (1, 2) else 1
     return Submitted(
         job_id=details.submission_id or details.job_id,
         status=str(details.status.value),
-        started=datetime.fromtimestamp(start, UTC) if start else None,
-        seconds=max(0.0, (end or time.time()) - start) if start else 0.0,  # the cluster's clock may be ahead
+        started=started,
+        seconds=seconds,
         entrypoint=details.entrypoint,
-        message=(match[1] if match else log.strip().partition("\n")[0]).strip(),
-        exit_code=None if not ended else 0 if details.status.value == "SUCCEEDED" else failed,
+        message=_outcome(details.message or ""),
+        exit_code=exit_code,
         hint=NO_COMMAND if code == 127 else "",  # of a shell
     )
+
+
+def _outcome(log: str) -> str:
+    """Return the first line of a log that tells of an error or of a failed run, or else its first line."""
+    error = re.search(r"^Error: (.*)$", log, re.MULTILINE)
+    if error is None:
+        error = re.search(r"^(\S+: failed\. .*)$", log, re.MULTILINE)
+    line = error[1] if error else log.strip().partition("\n")[0]
+    return line.strip()
 
 
 def _require_reachable(job: JobFile) -> None:
@@ -292,7 +311,8 @@ def _local_files(job: JobFile) -> list[str]:
             problems.append(f"{where}{error}".replace("\n", " "))
     if problems:
         raise ConfigError("\n".join([f"{job.path} cannot be submitted.", *problems]))
-    if (size := sum(os.path.getsize(file) for file in files)) > MOST_BYTES:
+    size = sum(os.path.getsize(file) for file in files)
+    if size > MOST_BYTES:
         raise ConfigError(
             f"The files of {job.path} have {size:,} bytes; at most {MOST_BYTES:,} can be sent with a job.",
             "Put them where the cluster can read them, and write the absolute path or URI.",

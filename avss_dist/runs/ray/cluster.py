@@ -32,7 +32,9 @@ def require_gcs(address: str) -> None:
 
     An address without a port, such as ``local``, is accepted, and with TLS only the connection is tried.
     """
-    if (server := _connect(address)) and os.environ.get("RAY_USE_TLS", "0").lower() not in ("1", "true"):
+    server = _connect(address)
+    uses_tls = os.environ.get("RAY_USE_TLS", "0").lower() in ("1", "true")
+    if server and not uses_tls:
         with grpc.insecure_channel(server, [("grpc.enable_http_proxy", 0)]) as channel:
             try:
                 grpc.channel_ready_future(channel).result(timeout=CONNECT_SECONDS)
