@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from itertools import pairwise
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -15,8 +16,36 @@ from avss_dist.stats.layer_stats import Float64
 
 Choice = NDArray[np.int64]
 """int64[maps]; the index of the format of each map."""
-MAX_SPARSITY = 0.99  # of a map
-ROUNDING_ERROR = 1e-9  # of a budget, relative to it
+MAX_SPARSITY = 0.99
+"""Largest sparsity of a map."""
+ROUNDING_ERROR = 1e-9
+"""Excess over a budget that is taken for an error of rounding, relative to the budget."""
+
+
+class _SparsityStep(NamedTuple):
+    """A step along the lower convex hull of a map's damage by sparsity. Steps are sorted by their slopes."""
+
+    slope: float
+    """Damage for each weight that meets a zero."""
+    start: float
+    """Sparsity before the step."""
+    number: int
+    """Index of the map."""
+    end: float
+    """Sparsity after the step."""
+
+
+class _FormatStep(NamedTuple):
+    """A step along the lower convex hull of a map's damage by bits. Steps are sorted by their slopes."""
+
+    slope: float
+    """Change of the damage for each added bit, below 0."""
+    number: int
+    """Index of the map."""
+    smaller: int
+    """Index of the format before the step."""
+    larger: int
+    """Index of the format after the step."""
 
 
 def knapsack(damage: Float64, levels: Float64, sizes: Float64, target: float) -> Float64:
@@ -36,13 +65,14 @@ def knapsack(damage: Float64, levels: Float64, sizes: Float64, target: float) ->
         corners = lower_hull(np.append(0.0, levels), np.append(0.0, row))
         for (s0, d0), (s1, d1) in pairwise(corners):
             slope = (d1 - d0) / ((s1 - s0) * sizes[number])
-            steps.append((slope, s0, number, s1))
+            steps.append(_SparsityStep(slope, start=s0, number=number, end=s1))
     sparsities = np.zeros(len(sizes))
     remaining = target * sizes.sum()
-    for _, s0, number, s1 in sorted(steps):
-        step = min((s1 - s0) * sizes[number], remaining)
-        sparsities[number] = s0 + step / sizes[number]
-        remaining -= step
+    for step in sorted(steps):
+        size = sizes[step.number]
+        zeros = min((step.end - step.start) * size, remaining)
+        sparsities[step.number] = step.start + zeros / size
+        remaining -= zeros
         if remaining <= 0:
             break
     return sparsities
@@ -54,7 +84,8 @@ def lower_hull(x: Float64, y: Float64) -> list[tuple[float, float]]:
     for x2, y2 in zip(x.tolist(), y.tolist(), strict=True):
         while len(hull) > 1:
             (x0, y0), (x1, y1) = hull[-2:]
-            if (x1 - x0) * (y2 - y0) > (y1 - y0) * (x2 - x0):  # the last corner lies below the line to the point
+            # The last corner stays if it lies below the line from the one before it to the point.
+            if (x1 - x0) * (y2 - y0) > (y1 - y0) * (x2 - x0):
                 break
             hull.pop()
         hull.append((x2, y2))
@@ -122,36 +153,35 @@ def least_damage(damage: Float64, bits: Float64, budget: float) -> Choice:
         bits: float64[maps, formats], bits of each map in each format.
         budget: bits of all maps; at least those of the smallest formats.
     """
-    steps: list[tuple[float, int, int, int]] = []
+    steps: list[_FormatStep] = []
     for number, (row, sizes) in enumerate(zip(damage, bits, strict=True)):
         steps += _steps_to_larger_formats(number, row, sizes)
     chosen = smallest(damage, bits)
     room = budget * (1 + ROUNDING_ERROR) - total(bits, chosen)
-    for _, number, smaller, larger in sorted(steps):
-        added = bits[number, larger] - bits[number, smaller]
-        if chosen[number] == smaller and added <= room:
-            chosen[number] = larger
+    for step in sorted(steps):
+        added = bits[step.number, step.larger] - bits[step.number, step.smaller]
+        if chosen[step.number] == step.smaller and added <= room:
+            chosen[step.number] = step.larger
             room -= added
     return chosen
 
 
-def _steps_to_larger_formats(number: int, damage: Float64, bits: Float64) -> Iterator[tuple[float, int, int, int]]:
+def _steps_to_larger_formats(number: int, damage: Float64, bits: Float64) -> Iterator[_FormatStep]:
     """Yield the steps of one map's lower convex hull that lower its damage.
 
     Args:
         number: index of the map.
         damage, bits: float64[formats], of the map in each format.
-
-    Yields:
-        The change of the damage for each added bit, which is negative; the map; formats before and after the step.
     """
-    formats: dict[float, int] = {}  # format of least damage, by its bits
-    for format_ in np.lexsort((damage, bits)).tolist():
-        formats.setdefault(float(bits[format_]), format_)
+    # Of formats with equal bits, the one of least damage comes first, and is taken.
+    formats: dict[float, int] = {}
+    for index in np.lexsort((damage, bits)).tolist():
+        formats.setdefault(float(bits[index]), index)
     candidates = list(formats.values())
     for (b0, d0), (b1, d1) in pairwise(lower_hull(bits[candidates], damage[candidates])):
         if d1 < d0:
-            yield -((d0 - d1) / (b1 - b0)), number, formats[b0], formats[b1]
+            slope = -((d0 - d1) / (b1 - b0))
+            yield _FormatStep(slope, number, smaller=formats[b0], larger=formats[b1])
 
 
 def in_order(order: Iterable[int], damage: Float64, bits: Float64, budget: float) -> Choice:

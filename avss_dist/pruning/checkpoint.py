@@ -204,7 +204,8 @@ def _compare(
     return difference, notes
 
 
-TOLERANCE = 1e-5  # of the largest output, in float32
+TOLERANCE = 1e-5
+"""Largest difference of outputs in float32, as a multiple of the largest output."""
 CHECKED_TOKENS = torch.arange(24).reshape(2, 12) + 5
 
 
@@ -241,7 +242,8 @@ def largest_difference(
         expected = _output(checkpoint, settings, plan.drop, replaced)
         output = _output(pruned, settings, (), {})
     difference = float((expected - output).abs().max())
-    is_same = difference <= TOLERANCE * float(expected.abs().max())  # false of NaN
+    # A difference of NaN is not the same either.
+    is_same = difference <= TOLERANCE * float(expected.abs().max())
     if not is_same:
         raise PlanError(
             f"The pruned checkpoint would compute something else than '{checkpoint.name}' with these "
@@ -331,7 +333,7 @@ def _card_fields(checkpoint: Checkpoint, plan: Plan) -> str:
     """Return the fields of a model card, as the hub reads them."""
     base = checkpoint.name
     if checkpoint.source != "hub":
-        base = str(Path(checkpoint.path).absolute())  # from other folders, too
+        base = str(Path(checkpoint.path).absolute())  # A card is read from other folders, too.
     tags = ["pruned"]
     if plan.dropped_layers:
         tags.append(LAYERS_TAG)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
@@ -122,9 +122,10 @@ def _expert_counts(whole: Any, plan: Plan, part: Mapping[str, Any], settings: Se
     layer_names = LayerNames.of_model(model, plan)
     routed = layer_names.routed
     if not routed:
-        return {}  # the plan names another list of layers, which `_require_same_classes` refuses
+        return {}  # The plan names another list of layers, which `_require_same_classes` refuses.
     layers = model.get_submodule(layer_names.lists[0])
-    first_layers: dict[int, int] = {}  # first layer that would have a number of experts, by that number
+    # The first layer that would have a number of experts, by that number.
+    first_layers: dict[int, int] = {}
     for layer in plan.keep:
         experts = routed.get(layer) or find_routed_experts(layers[layer])
         if experts:
@@ -170,21 +171,29 @@ def _require_same_settings(whole: Any, pruned: Any, changed: set[str]) -> None:
     """
     before = _as_json(whole.to_dict())
     after = _as_json(pruned.to_dict())
-    for path, old, new in _differences(before, after, {*changed, "_name_or_path"}):
-        raise _changed_model_error(whole, f"its setting `{path}` would be {new!r} for {old!r}")
+    for setting in _differences(before, after, {*changed, "_name_or_path"}):
+        raise _changed_model_error(
+            whole, f"its setting `{setting.path}` would be {setting.after!r} for {setting.before!r}"
+        )
 
 
-def _differences(
-    before: Any, after: Any, changed: Collection[str] = (), path: str = ""
-) -> Iterator[tuple[str, Any, Any]]:
-    """Yield (path, value, other value) for each difference of nested mappings, except for the ``changed`` names."""
+class _Difference(NamedTuple):
+    """A value that differs between two nested mappings, and its path of keys."""
+
+    path: str
+    before: object
+    after: object
+
+
+def _differences(before: Any, after: Any, changed: Collection[str] = (), path: str = "") -> Iterator[_Difference]:
+    """Yield each difference of two values, which may be nested mappings, except for the ``changed`` names."""
     if isinstance(before, Mapping) and isinstance(after, Mapping):
         for name in dict.fromkeys([*before, *after]):
             if name not in changed:
                 path_inside = f"{path}.{name}".lstrip(".")
                 yield from _differences(before.get(name), after.get(name), changed, path_inside)
     elif before != after:
-        yield path, before, after
+        yield _Difference(path, before, after)
 
 
 def _layer_properties(
@@ -228,8 +237,10 @@ def _require_same_classes(whole: Any, pruned: Any, plan: Plan, settings: Setting
         if after is None:
             raise _changed_model_error(whole, f"{auto.__name__}, which opens the original, would not open it")
         names = LayerNames.of_model(before, plan)
-        for name, shape, other in _differences(_remaining_shapes(before, names), _shapes(after)):
-            raise _changed_model_error(whole, f"in {auto.__name__}, {name} would have the shape {other} for {shape}")
+        for shape in _differences(_remaining_shapes(before, names), _shapes(after)):
+            raise _changed_model_error(
+                whole, f"in {auto.__name__}, {shape.path} would have the shape {shape.after} for {shape.before}"
+            )
         _require_same_layers(whole, before, after, names)
         is_compared = True
     if not is_compared:
@@ -268,10 +279,9 @@ def _require_same_layers(config: Any, before: Any, after: Any, names: LayerNames
         num_removed = len(names.plan.experts.get(layer, ()))
         expected = _layer_properties(layers[layer], layer, names.routed.get(layer), num_removed)
         actual = _layer_properties(remaining_layers[index], index)
-        for attribute, old, new in _differences(expected, actual):
-            raise _changed_model_error(
-                config, f"layer {layer} would have {attribute} {new!r} for {old!r} as layer {index}"
-            )
+        for attribute in _differences(expected, actual):
+            change = f"{attribute.path} {attribute.after!r} for {attribute.before!r}"
+            raise _changed_model_error(config, f"layer {layer} would have {change} as layer {index}")
 
 
 def _no_such_layers(config: Any, plan: Plan, settings: Settings) -> PlanError:

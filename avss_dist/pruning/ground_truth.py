@@ -166,7 +166,7 @@ def map_roundings(
             place = parse_rounded(row["rounding"] or "")
             if place is not None and place.path is not None:
                 values.setdefault(row["metric"], {})[place] = row["value"]
-        if len(values) == 3:  # of all metrics
+        if len(values) == 3:  # An evaluation may lack a metric.
             yield rows[0]["run_id"], values
 
 

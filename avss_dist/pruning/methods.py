@@ -108,7 +108,7 @@ class Experiment:
         methods = 0
         if EVERY_READING in self.scores:
             scores -= 1
-            methods += readings + controls  # controls are made of one reading alone
+            methods += readings + controls  # Controls are made of one reading alone.
         methods += scores * (1 + controls)
         methods += self.random * (1 + ends)
         if self.last:
@@ -211,7 +211,8 @@ def _score_methods(experiment: Experiment, score: str, reading: Reading | None) 
     methods = [method]
     if reading not in (None, PUBLISHED):
         return methods
-    if experiment.reversed and score != GREEDY:  # a search is among sets of layers, which have no highest ones
+    # A search is among sets of layers, of which none is the highest.
+    if experiment.reversed and score != GREEDY:
         methods.append({**method, "highest": True})
     if experiment.keep_ends:
         methods.append({**method, **_protected_ends(experiment)})

@@ -25,12 +25,15 @@ from avss_dist.models.weight_files import weight_files
 from avss_dist.pruning.selection import PlanError
 from avss_dist.pruning.weights import LayerNames
 
-FILES = ("quantize_config.json", "quant_config.json", "hf_quant_config.json")  # beside config.json
+FILES = ("quantize_config.json", "quant_config.json", "hf_quant_config.json")
+"""Files with quantization settings beside config.json."""
 _PATTERN = re.compile(r"[\\^$*+?{}\[\]|()]")
 _NUMBER = re.compile(r"(?<![A-Za-z0-9_])\d")
-_MARK = re.compile(r"(re:|[+-]:)?(.*)", re.DOTALL)  # prefix of a pattern in compressed-tensors or GPTQModel
+_MARK = re.compile(r"(re:|[+-]:)?(.*)", re.DOTALL)
+"""Mark of a pattern in compressed-tensors or GPTQModel, and the pattern."""
 
-Tensors = frozenset[tuple[str, tuple[int, ...]]]  # (name, shape)
+Tensors = frozenset[tuple[str, tuple[int, ...]]]
+"""Names and shapes of tensors."""
 
 
 def renumber_quantization(config: Any, names: LayerNames) -> Any:

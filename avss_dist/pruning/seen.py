@@ -15,7 +15,8 @@ from avss_dist.core.yaml_files import YamlKind, read_yaml, to_yaml
 from avss_dist.corpus.seen import ABLATION, PRECISION, SCORES, SEARCH, SPARSITY, SeenText, SeenTexts, distinct
 from avss_dist.warehouse.checks import settings_of
 
-FILE = "avss_seen.yaml"  # no suffix of the files that a checkpoint's revision is the hash of
+FILE = "avss_seen.yaml"
+"""Name of the file. A checkpoint's revision is the hash of files with other suffixes."""
 READ = "read"
 """Key of the texts among the settings of an evaluation."""
 _USES = {SEARCH_TASK: SEARCH, ROUNDING_TASK: PRECISION, ROUNDED_LOSS: PRECISION, SPARSITY_TASK: SPARSITY}
@@ -64,7 +65,7 @@ def seen_by_evaluation(row: Mapping[str, Any]) -> tuple[SeenText, ...]:
     prefix, _, corpus = row["task"].partition(":")
     use = _USES.get(f"{prefix}:", ABLATION)
     if f"{prefix}:" in (ROUNDED_LOSS, SPARSITY_TASK):
-        corpus = corpus.partition(":")[2]  # after a number format, or a method
+        corpus = corpus.partition(":")[2]  # The corpus stands after a number format, or a method.
     if not corpus:
         return ()
     options = TextOptions.from_stored(settings).text_options()

@@ -26,7 +26,8 @@ from avss_dist.core.validation import Count, OneOf, Positive, Share, checked
 from avss_dist.stats.layer_stats import Float64
 from avss_dist.stats.rankings import count_lowest, rank_lowest
 
-Reading = tuple[str, str, float, str]  # of AVSS: site, recipe, threshold and its kind
+Reading = tuple[str, str, float, str]
+"""Reading of AVSS: site, recipe, threshold and its kind."""
 PUBLISHED: Reading = (SITES[0], RECIPES[0], PUBLISHED_THRESHOLD, "absolute")
 Rows = Sequence[Mapping[str, Any]]
 COMPARED_EXPERTS = 2

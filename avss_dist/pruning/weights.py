@@ -35,7 +35,8 @@ from avss_dist.warehouse.reader import grouped
 
 _EXPERT = re.compile(r"((?:.*\.)?experts)\.(\d+)(|\..*)")
 _FUSED = re.compile(r"(?:.*\.)?experts\.[^.]+")
-_ALL_EXPERTS = -1  # in place of an expert's index, for a tensor that holds all of them
+_ALL_EXPERTS = -1
+"""In place of an expert's index, for a tensor that holds all experts."""
 
 
 class _PlaceOfName(NamedTuple):
@@ -345,7 +346,8 @@ def copy_weights(checkpoint: Checkpoint, weights: StoredWeights, replaced: Patch
         replaced: values in place of the checkpoint's, of the same shapes and dtypes, removed experts included.
     """
     values = _new_values(weights, replaced)
-    files: dict[str, str] = {}  # names of files, by the names of tensors in the pruned checkpoint
+    # Names of the files, by the names of tensors in the pruned checkpoint.
+    files: dict[str, str] = {}
     size = 0
     for file, stored in grouped(weights.tensors.values(), lambda tensor: tensor.file).items():
         names: dict[str, str] = {}

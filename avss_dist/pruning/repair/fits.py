@@ -46,10 +46,14 @@ from avss_dist.models.layers import Routing
 from avss_dist.pruning.repair.projection import OutputProjection, inverse_rms
 from avss_dist.pruning.repair.registry import REPAIRS, RepairMethod
 
-ROUNDS = 2  # of fits of experts
-_MINIMUM_GAIN = 1e-4  # of the mean gain: a channel that is always zero has none, and is divided by it
-RIDGES = (0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1.0)  # multiples of the mean diagonal of G
-_SOLVING_COPIES = 3  # the sums of a batch, and the factor and the solution with a ridge
+ROUNDS = 2
+"""Rounds of fits of experts."""
+_MINIMUM_GAIN = 1e-4
+"""Smallest gain, as a share of the mean gain. Weights are divided by it, and a channel that is always zero has none."""
+RIDGES = (0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1.0)
+"""Ridges to try, as multiples of the mean diagonal of G."""
+_SOLVING_COPIES = 3
+"""Matrices of the size of the sums that a fit needs: the sums of a batch, the factor and the solution with a ridge."""
 
 
 @dataclass(frozen=True, eq=False)

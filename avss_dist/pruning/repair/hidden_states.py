@@ -19,7 +19,8 @@ from avss_dist.models.layers import Layer, as_rows, probe_tokens
 from avss_dist.models.loading import forward_function
 from avss_dist.pruning.repair.projection import OutputProjection, find_output_projection
 
-MEMORY_SHARE = 4  # one part in this many of the free memory holds hidden states
+MEMORY_SHARE = 4
+"""One part in this many of the free memory holds hidden states."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -84,7 +85,8 @@ class HiddenStateSource:
             PlanError: it has none.
         """
         start: LayerOutput | None = None
-        if layer > 0 and self._model.resumes:  # a pass that begins at the layer reads fewer weights
+        # A pass that begins at the layer reads fewer weights.
+        if layer > 0 and self._model.resumes:
             start = LayerOutput(layer - 1, self._probe_inputs[layer])
 
         def run() -> None:
@@ -142,7 +144,7 @@ class HiddenStateSource:
         wholes = dict(zip(numbers, self._model.together(passes), strict=True))
 
         def visit_pruned(number: int) -> None:
-            whole = wholes.pop(number)  # frees its memory once the batch has been visited
+            whole = wholes.pop(number)  # Its memory is free once the batch has been visited.
             visit(number, self._pruned(number, projection, whole, units=units))
 
         self._model.together([partial(visit_pruned, number) for number in numbers])
@@ -158,7 +160,8 @@ class HiddenStateSource:
             hidden = calls["layer"].output
             self._store("whole", number, layer, hidden)
         rows = self._rows(hidden, self._layers[layer], number)
-        if self._interleaves:  # those of all batches wait together, for which a device may have no room
+        # Interleaved, the states of all batches wait together, for which a device may have no room.
+        if self._interleaves:
             return rows.cpu()
         return rows
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
@@ -19,11 +19,16 @@ from avss_dist.models.interventions import captured
 from avss_dist.models.layers import PROBE_SHAPE, Experts, Layer, as_rows
 from avss_dist.pruning.selection import PlanError
 
-PUSHES = (1.0, 4.0)  # multiples of the size of the layer's output; an output that is added is added at any size
-_PLAIN_KINDS = ("Conv1D", "FalconLinear")  # GPT-2's and Falcon's names for an ordinary linear map
-_TOLERANCE = 0.03  # of the move; bfloat16 rounds to 0.004
-_ONE = 0.005  # a factor that differs from 1 by less is 1 up to rounding
-_OFFSETS = (0.0, 1.0)  # that families add to the weight of a norm to get its gain
+PUSHES = (1.0, 4.0)
+"""Sizes of pushes, as multiples of the size of the layer's output. An output that is added is added at any size."""
+_PLAIN_KINDS = ("Conv1D", "FalconLinear")
+"""GPT-2's and Falcon's names for an ordinary linear map."""
+_TOLERANCE = 0.03
+"""Largest error of a move, as a share of the move. Numbers in bfloat16 are rounded by up to 0.004."""
+_ONE = 0.005
+"""A factor that differs from 1 by less is 1 up to rounding."""
+_OFFSETS = (0.0, 1.0)
+"""Numbers that families add to the weight of a norm to get its gain."""
 
 
 @dataclass(frozen=True)
@@ -111,7 +116,7 @@ class OutputProjection:
 
 def find_output_projection(
     layer: Layer,
-    run: Callable[[], Any],
+    run: Callable[[], object],
     value: Callable[[str], torch.Tensor],
     removed: Collection[int] = (),
 ) -> OutputProjection:
@@ -144,15 +149,15 @@ def find_output_projection(
     factor = _residual_multiple(layer, linear, run, unmoved)
     if factor is not None:
         return OutputProjection(layer, paths[linear], norm=None, factor=factor)
-    for norm, offset, eps in _norms_after(layer, linear, run, value):
-        factor = _residual_multiple(layer, norm, run, unmoved)
+    for norm in _norms_after(layer, linear, run, value):
+        factor = _residual_multiple(layer, norm.module, run, unmoved)
         if factor is not None:
-            return OutputProjection(layer, paths[linear], paths[norm], factor, offset, eps)
+            return OutputProjection(layer, paths[linear], paths[norm.module], factor, offset=norm.offset, eps=norm.eps)
     raise _refusal(layer, "does not simply add what its MLP gives to the residual stream")
 
 
 def _experts_projection(
-    layer: Layer, experts: Experts, path: str, run: Callable[[], Any], removed: Collection[int]
+    layer: Layer, experts: Experts, path: str, run: Callable[[], object], removed: Collection[int]
 ) -> OutputProjection:
     """Return the projection of the remaining routed experts of a layer.
 
@@ -161,8 +166,9 @@ def _experts_projection(
     down = find_down_projections(experts.module)
     if down is None:
         raise _refusal(layer, f"has no plain '{DownProjections.WEIGHT}' of its routed experts")
-    linearity: list[bool] = []  # of each call of the experts
-    chosen: list[int] = []  # number of experts of a token, in each call
+    # Of each call of the experts: whether it is linear, and the number of experts of a token.
+    linearity: list[bool] = []
+    chosen: list[int] = []
 
     def check(_module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
         linearity.append(down.is_linear(args, kwargs, output, _TOLERANCE))
@@ -195,7 +201,9 @@ def _refusal(layer: Layer, why: str, hint: str = "Drop other layers, or prune wi
     return PlanError(f"{layer} {why}: what is missing after it cannot be given back.", hint)
 
 
-def _residual_multiple(layer: Layer, module: nn.Module, run: Callable[[], Any], unmoved: torch.Tensor) -> float | None:
+def _residual_multiple(
+    layer: Layer, module: nn.Module, run: Callable[[], object], unmoved: torch.Tensor
+) -> float | None:
     """Return the multiple of a push of the module's output by which the layer's output moves.
 
     None if the move is not a multiple of the push.
@@ -209,7 +217,8 @@ def _residual_multiple(layer: Layer, module: nn.Module, run: Callable[[], Any], 
             move = _output(layer, run) - unmoved
         factor = float((move * push).sum() / push.square().sum())
         rest = float((move - factor * push).norm())
-        is_multiple = rest < _TOLERANCE * float(move.norm())  # false of NaN, and of outputs that do not move at all
+        # NaN is no multiple, nor is an output that does not move at all.
+        is_multiple = rest < _TOLERANCE * float(move.norm())
         if not is_multiple:
             return None
         factors.append(factor)
@@ -226,17 +235,25 @@ def _displace(push: torch.Tensor, _module: nn.Module, _args: Any, output: torch.
     return output + push.reshape(output.shape).to(output.dtype)
 
 
-def _output(layer: Layer, run: Callable[[], Any]) -> torch.Tensor:
+def _output(layer: Layer, run: Callable[[], object]) -> torch.Tensor:
     """Return the output of a layer, float32[rows, tokens, units]."""
     with captured({"layer": layer.module}) as calls:
         run()
     return as_rows(calls["layer"].output, layer.axes, *PROBE_SHAPE, place=layer).float()
 
 
+class _RmsNorm(NamedTuple):
+    """An RMS norm, with the offset and eps of `OutputProjection`."""
+
+    module: nn.Module
+    offset: float
+    eps: float
+
+
 def _norms_after(
-    layer: Layer, linear: nn.Module, run: Callable[[], Any], value: Callable[[str], torch.Tensor]
-) -> Iterator[tuple[nn.Module, float, float]]:
-    """Yield each RMS norm that takes the output of a linear map, its offset and its eps."""
+    layer: Layer, linear: nn.Module, run: Callable[[], object], value: Callable[[str], torch.Tensor]
+) -> Iterator[_RmsNorm]:
+    """Yield each RMS norm that takes the output of a linear map."""
     norms = {}
     for path, module in layer.module.named_modules():
         if "norm" in type(module).__name__.lower() and not any(module.children()):
@@ -257,4 +274,4 @@ def _norms_after(
         errors = {offset: float((unit * (weight + offset) - expected).norm()) for offset in _OFFSETS}
         offset = min(errors, key=lambda offset: errors[offset])
         if errors[offset] <= _TOLERANCE * float(expected.norm()):
-            yield norm, offset, eps
+            yield _RmsNorm(norm, offset, eps)

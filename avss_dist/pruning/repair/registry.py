@@ -26,8 +26,10 @@ from avss_dist.core.validation import Count, OneOf, RedactedText, checked
 from avss_dist.corpus.seen import REPAIR, SeenText
 
 NO_REPAIR = "none"
-DEFAULT_REPAIR = "refit"  # recovers the most, on text of other domains too, and needs the most text
-TOKENS_PER_UNKNOWN = 4  # minimum; with fewer, a fit follows the noise of its text
+DEFAULT_REPAIR = "refit"
+"""The repair that recovers the most, on text of other domains too, and needs the most text."""
+TOKENS_PER_UNKNOWN = 4
+"""Minimum number of tokens for each unknown. With fewer, a fit follows the noise of its text."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -100,7 +102,8 @@ def searched_repair(name: str) -> str:
 
 
 FILE = "avss_repair.json"
-MOST_RIDGES = 2  # that are named one by one
+MOST_RIDGES = 2
+"""Maximum number of ridges that are named one by one."""
 NO_RIDGE = "none helps"
 # The query of a URI, after its question mark, has equals signs too.
 _WEIGHTED = re.compile(r"([^?]+)=([0-9]*\.?[0-9]+)")

@@ -59,8 +59,10 @@ from avss_dist.pruning.repair.registry import (
 from avss_dist.pruning.selection import PlanError
 from avss_dist.pruning.weights import StoredWeights
 
-HELD_BACK = 10  # one row of this many is held back, the last ones of each text
-SINK_TOKENS = 1  # leading tokens of every row: attention sinks, whose hidden states are unlike all others
+HELD_BACK = 10
+"""One row of this many is held back, the last ones of each text."""
+SINK_TOKENS = 1
+"""Leading tokens of every row that are attention sinks, whose hidden states are unlike all others."""
 PLAIN_HINT = (
     "Repair the checkpoint that it was quantized from, and quantize the result; or save it again with transformers' "
     "save_pretrained, if it is not quantized."
@@ -84,7 +86,7 @@ class Repair:
 
     def __post_init__(self) -> None:
         for corpus in self.corpora:
-            split_weight(corpus)  # refuses a weight of 0
+            split_weight(corpus)  # It refuses a weight of 0.
 
     @property
     def weights(self) -> list[float]:
@@ -174,7 +176,8 @@ class FitSplit:
         counted = torch.from_numpy(self.fitted | self.held_back).to(hidden.device)
         counted[:, :SINK_TOKENS] = False
         mean = (lengths * counted).sum(-1) / counted.sum(-1).clamp_min(1)
-        tiny = torch.finfo(lengths.dtype).tiny  # a sink token may have the length 0
+        # A sink token may have the length 0.
+        tiny = torch.finfo(lengths.dtype).tiny
         scale = torch.ones_like(lengths)
         scale[:, :SINK_TOKENS] = mean[:, None] / lengths[:, :SINK_TOKENS].clamp_min(tiny)
         return scale[..., None]
@@ -308,7 +311,7 @@ class StepSums:
         for matrix in self.matrices:
             for part in (matrix.fitted, matrix.held_back):
                 tensors += [part.gram, part.cross, part.target]
-        model.all_reduce(tensors)  # in place
+        model.all_reduce(tensors)  # It changes them in place.
         self.fitted_count, self.whole_size = sizes.tolist()
         for matrix, (fitted_count, held_back_count) in zip(self.matrices, summed_counts.tolist(), strict=True):
             matrix.fitted = replace(matrix.fitted, count=fitted_count)
