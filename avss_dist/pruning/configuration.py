@@ -247,13 +247,13 @@ def _require_same_classes(whole: Any, pruned: Any, plan: Plan, settings: Setting
         raise _no_such_layers(whole, plan, settings)
 
 
-def _has_layers(model: Any, plan: Plan) -> bool:
+def _has_layers(model: nn.Module, plan: Plan) -> bool:
     """Whether a model has the plan's list of layers, with as many of them."""
     layers = dict(model.named_modules()).get(list_path(model, plan))
     return isinstance(layers, nn.ModuleList) and len(layers) == plan.num_layers
 
 
-def _remaining_shapes(model: Any, names: LayerNames) -> dict[str, tuple[int, ...]]:
+def _remaining_shapes(model: nn.Module, names: LayerNames) -> dict[str, tuple[int, ...]]:
     """Return the shapes of the tensors that remain of a whole model, by their names in the pruned one."""
     (path,) = names.lists
     shapes = {}
@@ -264,7 +264,7 @@ def _remaining_shapes(model: Any, names: LayerNames) -> dict[str, tuple[int, ...
     return shapes
 
 
-def _require_same_layers(config: Any, before: Any, after: Any, names: LayerNames) -> None:
+def _require_same_layers(config: Any, before: nn.Module, after: nn.Module, names: LayerNames) -> None:
     """Raise PlanError if a remaining layer would have modules of another kind, or with other attributes.
 
     Args:
@@ -273,12 +273,11 @@ def _require_same_layers(config: Any, before: Any, after: Any, names: LayerNames
         names: names of the layers of the whole model.
     """
     (path,) = names.lists
-    layers = before.get_submodule(path)
-    remaining_layers = after.get_submodule(path)
     for index, layer in enumerate(names.plan.keep):
         num_removed = len(names.plan.experts.get(layer, ()))
-        expected = _layer_properties(layers[layer], layer, names.routed.get(layer), num_removed)
-        actual = _layer_properties(remaining_layers[index], index)
+        old_layer = before.get_submodule(f"{path}.{layer}")
+        expected = _layer_properties(old_layer, layer, names.routed.get(layer), num_removed)
+        actual = _layer_properties(after.get_submodule(f"{path}.{index}"), index)
         for attribute in _differences(expected, actual):
             change = f"{attribute.path} {attribute.after!r} for {attribute.before!r}"
             raise _changed_model_error(config, f"layer {layer} would have {change} as layer {index}")
@@ -297,7 +296,7 @@ def _no_such_layers(config: Any, plan: Plan, settings: Settings) -> PlanError:
     )
 
 
-def _shapes(model: Any) -> dict[str, tuple[int, ...]]:
+def _shapes(model: nn.Module) -> dict[str, tuple[int, ...]]:
     """Return the shape of every tensor of a model by its name."""
     return {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
 

@@ -11,7 +11,7 @@ from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import nn
@@ -69,7 +69,7 @@ class LayerNames:
     routed: Mapping[int, RoutedExperts] = field(default_factory=dict)
 
     @classmethod
-    def of_model(cls, model: Any, plan: Plan, *stored: str) -> LayerNames:
+    def of_model(cls, model: nn.Module, plan: Plan, *stored: str) -> LayerNames:
         """Return the names in a model, which may be on the meta device, and in files.
 
         Args:
@@ -186,7 +186,7 @@ class StoredWeights:
         return torch.stack([read_tensor(tensor) for tensor in stored])
 
 
-def _stored_prefix(checkpoint: Checkpoint, plan: Plan, names: Iterable[str], model: Any) -> str:
+def _stored_prefix(checkpoint: Checkpoint, plan: Plan, names: Iterable[str], model: nn.Module) -> str:
     """Return the name of the layer list in the files. Transformers may rename tensors when it loads them.
 
     It is the only part of names before the index of a layer that stands with the index of every layer.
@@ -254,7 +254,7 @@ class _TensorOfLayer:
     expert: int | None
 
 
-def _tensors_of_layers(layers: LayerNames, stored: Iterable[str], model: Any) -> list[_TensorOfLayer]:
+def _tensors_of_layers(layers: LayerNames, stored: Iterable[str], model: nn.Module) -> list[_TensorOfLayer]:
     """Return the stored tensors of layers, by the names of all tensors."""
     path_in_model, prefix = layers.lists
     in_files = re.compile(rf"{re.escape(prefix)}\.(\d+)\.(.*)")
@@ -330,7 +330,7 @@ def _unknown_experts(problem: str, checkpoint: Checkpoint, layer: int, experts: 
     )
 
 
-def list_path(model: Any, plan: Plan) -> str:
+def list_path(model: nn.Module, plan: Plan) -> str:
     """Return the path of a plan's layer list in the whole model."""
     backbone = without_head(model)
     for path, module in model.named_modules():
