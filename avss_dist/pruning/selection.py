@@ -110,7 +110,8 @@ class Choice:
         """
         number = self.number(layers)
         candidates = self.unprotected(layers)
-        blocks = [tuple(candidates[place : place + number]) for place in range(len(candidates) - number + 1)]
+        starts = range(len(candidates) - number + 1)
+        blocks = [tuple(candidates[start : start + number]) for start in starts]
         for block in blocks:
             if not np.isfinite(distances.get(block, np.nan)):
                 raise PlanError(

@@ -436,11 +436,10 @@ class RepairFitter:
         value = self._model.value(projection.layer.index, projection.paths["linear"])
         shape = projection.values("linear", value.to("meta")).shape
         inputs, outputs = shape[-2:]
+        chances = projection.chances
         method = REPAIRS[repair]
-        needed = method.tokens_needed(inputs, outputs, projection.chances)
-        fewer = [
-            name for name, other in REPAIRS.items() if other.tokens_needed(inputs, outputs, projection.chances) < needed
-        ]
+        needed = method.tokens_needed(inputs, outputs, chances)
+        fewer = [name for name, other in REPAIRS.items() if other.tokens_needed(inputs, outputs, chances) < needed]
         alternative = ""
         if fewer:
             alternative = f", or choose a `repair` of fewer unknowns ({', '.join(reversed(fewer))})"
