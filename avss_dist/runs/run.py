@@ -17,9 +17,9 @@ from avss_dist.core.errors import AvssError, RunFailed
 from avss_dist.core.process import package_versions
 from avss_dist.core.registry import BASELINES, RECIPES
 from avss_dist.core.results import TabularResult
-from avss_dist.core.settings import PUBLISHED_THRESHOLD, SITES
+from avss_dist.core.settings import PUBLISHED_THRESHOLD, SITES, Settings
 from avss_dist.corpus.shards import CorpusPlan
-from avss_dist.models.checkpoints import CONVERTED, training_point
+from avss_dist.models.checkpoints import CONVERTED, Checkpoint, training_point
 from avss_dist.models.quantization import describe_quantization
 from avss_dist.partition.replica import Placement
 from avss_dist.runs.work import ReplicaSpec, RunShards
@@ -168,7 +168,8 @@ def merge_partials(
 
 def _read_block(shared: OpenShared, run_id: str, expected: Expected) -> Any:
     """Return the merged statistics of a block and its `ShardSummary`, or None if this process sees no warehouse."""
-    if (store := shared()) is None:
+    store = shared()
+    if store is None:
         return None
     summary = ShardSummary()
 
@@ -275,39 +276,52 @@ class RunInProgress:
 
     def record(self, *, status: str, **columns: Any) -> None:
         """Write the run's row."""
-        settings, corpus = self._planned.replica_spec.settings, self._planned.corpus
-        checkpoint = self._planned.replica_spec.checkpoint
-        series, step, tokens = training_point(checkpoint)
-        self._store.write_run(
-            {
-                "run_id": self.run.run_id,
-                "fingerprint": self._planned.fingerprint,
-                "status": status,
-                "created_at": datetime.now(UTC),
-                "model": checkpoint.name,
-                "revision": checkpoint.revision,
-                "revision_name": checkpoint.revision_name or None,
-                "series": series,
-                "training_step": step,
-                "training_tokens": tokens,
-                "replicas": self._planned.replicas,
-                "corpus": corpus.source,
-                "corpus_fingerprint": corpus.corpus_fingerprint,
-                "tokens_fingerprint": corpus.tokens_fingerprint,
-                "chat_template": corpus.chat_template,
-                "shuffle_seed": settings.shuffle_seed,
-                "num_sequences": corpus.num_sequences,
-                "num_tokens": corpus.num_tokens,
-                "sequence_length": settings.sequence_length,
-                "batch_size": settings.batch_size,
-                "thresholds": list(settings.thresholds),
-                "sites": list(settings.sites),
-                "num_shards": len(corpus.shards),
-                "wall_seconds": time.perf_counter() - self._start,
-                "quantization": describe_quantization(checkpoint, settings),
-                "settings": json.dumps(settings.as_dict()),
-                "versions": package_versions(),
-                **columns,
-            }
-        )
+        row = {
+            "run_id": self.run.run_id,
+            "fingerprint": self._planned.fingerprint,
+            "status": status,
+            "created_at": datetime.now(UTC),
+            "replicas": self._planned.replicas,
+            "wall_seconds": time.perf_counter() - self._start,
+            "versions": package_versions(),
+        }
+        settings = self._planned.replica_spec.settings
+        row |= _model_columns(self._planned.replica_spec.checkpoint, settings)
+        row |= _text_columns(self._planned.corpus, settings)
+        row |= {
+            "batch_size": settings.batch_size,
+            "thresholds": list(settings.thresholds),
+            "sites": list(settings.sites),
+            "settings": json.dumps(settings.as_dict()),
+        }
+        self._store.write_run({**row, **columns})
         self._store.finish_plan(self.run.run_id)
+
+
+def _model_columns(checkpoint: Checkpoint, settings: Settings) -> dict[str, Any]:
+    """Return the columns of ``runs`` that tell which model was measured."""
+    series, step, tokens = training_point(checkpoint)
+    return {
+        "model": checkpoint.name,
+        "revision": checkpoint.revision,
+        "revision_name": checkpoint.revision_name or None,
+        "series": series,
+        "training_step": step,
+        "training_tokens": tokens,
+        "quantization": describe_quantization(checkpoint, settings),
+    }
+
+
+def _text_columns(corpus: CorpusPlan, settings: Settings) -> dict[str, Any]:
+    """Return the columns of ``runs`` that tell which text was read, and how it was divided."""
+    return {
+        "corpus": corpus.source,
+        "corpus_fingerprint": corpus.corpus_fingerprint,
+        "tokens_fingerprint": corpus.tokens_fingerprint,
+        "chat_template": corpus.chat_template,
+        "shuffle_seed": settings.shuffle_seed,
+        "num_sequences": corpus.num_sequences,
+        "num_tokens": corpus.num_tokens,
+        "sequence_length": settings.sequence_length,
+        "num_shards": len(corpus.shards),
+    }

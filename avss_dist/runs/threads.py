@@ -122,5 +122,8 @@ class Submissions(Generic[T]):
 
     def __iter__(self) -> Iterator[T]:
         """Take items to the end. Waits for each."""
-        while (item := self.take(wait=True)) is not None:
+        while True:
+            item = self.take(wait=True)
+            if item is None:
+                return
             yield item

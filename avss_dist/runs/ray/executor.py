@@ -312,7 +312,9 @@ def run_together(
                         f"The ranks were not placed in {placement_seconds:.0f} seconds. {shortage()}",
                         "Free some of it, lower `ranks`, or use another cluster.",
                     )
-            elif watch.listen() and (why := watch.complaint(gang, begun)):
+                continue
+            why = watch.complaint(gang, begun) if watch.listen() else ""
+            if why:
                 hangs = True
                 why = why.replace(gang.names[0].removesuffix("0"), "", 1)  # the gang's name, before the rank
                 raise RunFailed(f"{why[0].upper()}{why[1:]}.", "Run the same command again, or raise `hang_seconds`.")

@@ -374,15 +374,24 @@ class Pool:
 
     def _look_after(self) -> None:
         """Replace gangs with a rank that has begun no layer for too long, and note the progress of the others."""
-        for gang, rounds in list(self._gangs.items()) if self._watch.listen() else ():
-            if rounds and (why := self._watch.complaint(gang, rounds[0].begun)):
+        if not self._watch.listen():
+            return
+        for gang, rounds in list(self._gangs.items()):
+            if not rounds:
+                continue
+            current = rounds[0]
+            why = self._watch.complaint(gang, current.begun)
+            if why:
                 self._stop(gang, why=why, hangs=True)
-            elif rounds and (doing := self._watch.doing(gang, rounds[0].begun)):
-                rounds[0].queue.note_progress(rounds[0].units, *doing)
+                continue
+            doing = self._watch.doing(gang, current.begun)
+            if doing:
+                current.queue.note_progress(current.units, *doing)
 
     def _let_go(self) -> None:
         """Stop gangs on draining nodes: at once if they measure nothing, otherwise when they are done."""
-        if not (draining := self._cluster.draining()):
+        draining = self._cluster.draining()
+        if not draining:
             return
         for gang, rounds in list(self._gangs.items()):
             gang.leaves = gang.leaves or bool(gang.nodes & draining)
