@@ -19,10 +19,12 @@ from avss_dist.runs.driver_events import (
     FailureRecorded,
     Finished,
     JobFailed,
+    JobInterrupted,
     LookedUp,
     Measured,
     MeasuringEnded,
     Planned,
+    RunProgress,
     Stored,
     Taken,
 )
@@ -38,9 +40,7 @@ from avss_dist.stats.layer_stats import ShardResult
 from avss_dist.warehouse.store import Receipt, Store
 
 UNCOMMITTED = 8  # results that may wait for storage before the executor waits, too
-STOP_SECONDS = (
-    5.0  # for the executor to end by itself after an interrupt: at the next layer, or the next look at workers
-)
+STOP_SECONDS = 5.0  # for the executor to end by itself after an interrupt, at a layer or at its next look at workers
 INTERRUPT_SECONDS = 10.0  # for a thread to end after its interrupt, before it is left alone: a download may ignore it
 
 
@@ -128,14 +128,17 @@ class Driver:
             error = raised
         self._events.put(MeasuringEnded(error))
 
-    def _submit(self, thread: JobThread, run: TrackedRun, job: Callable[[], DriverEvent]) -> None:
+    def _submit(self, thread: JobThread, run: TrackedRun, job: Callable[[], RunProgress]) -> None:
         """Have a thread do a job of a run, which returns the event to send."""
 
         def attempt() -> None:
+            event: DriverEvent
             try:
                 event = job()
             except (Exception, SystemExit) as error:
                 event = JobFailed(run, as_failure(error))
+            except BaseException as interrupt:
+                event = JobInterrupted(interrupt)
             self._events.put(event)
 
         thread.submit(attempt)
@@ -147,6 +150,10 @@ class Driver:
         match event:
             case MeasuringEnded(error):
                 self._on_measuring_ended(error)
+                return
+            case JobInterrupted(interrupt):
+                if not self._is_stopping:
+                    raise interrupt
                 return
             case Taken(shards) | Measured(shards):
                 run = self._runs_of_shards.get(shards)
@@ -164,7 +171,7 @@ class Driver:
             self._fail(run, as_failure(error))
         self._plan_next()
 
-    def _advance(self, run: TrackedRun, event: DriverEvent) -> None:
+    def _advance(self, run: TrackedRun, event: RunProgress | Taken | Measured) -> None:
         """Bring a run to the state that follows from its event. Callbacks come last: they may raise an interrupt."""
         match event:
             case Planned(_, planned):

@@ -85,6 +85,13 @@ class JobFailed:
     error: AvssError
 
 
-DriverEvent: TypeAlias = (
-    Planned | LookedUp | Taken | Measured | MeasuringEnded | Stored | Finished | FailureRecorded | JobFailed
-)
+@dataclass(frozen=True)
+class JobInterrupted:
+    """Event of the planner or the committer: an interrupt was raised in a job."""
+
+    interrupt: BaseException
+
+
+RunProgress: TypeAlias = Planned | LookedUp | Stored | Finished | FailureRecorded | JobFailed
+"""Events of jobs that are of one run."""
+DriverEvent: TypeAlias = RunProgress | Taken | Measured | MeasuringEnded | JobInterrupted

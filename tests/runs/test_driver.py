@@ -371,6 +371,25 @@ def test_an_interrupt_does_not_wait_for_a_plan_that_takes_long(monkeypatch: pyte
     assert threads_of_drivers() == []
 
 
+@pytest.mark.parametrize(
+    "step",
+    [
+        "SimulatedPlanner.prepare",
+        "SimulatedPlanner.begin",
+        "SimulatedProgress.store",
+        "SimulatedExecutor._answer",
+    ],
+)
+def test_an_interrupt_in_another_thread_ends_the_command(step: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    def stop(*_: Any, **__: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(f"support.simulated_runs.{step}", stop)
+    driven = drive([Fate("a"), Fate("b")])
+    assert isinstance(driven.raised, KeyboardInterrupt)
+    assert threads_of_drivers() == []
+
+
 # Threads
 
 
