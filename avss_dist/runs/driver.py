@@ -33,7 +33,7 @@ from avss_dist.runs.job_file import RunSpec
 from avss_dist.runs.local import Executor
 from avss_dist.runs.planner import Planner
 from avss_dist.runs.run import PlannedRun, Run, RunInProgress
-from avss_dist.runs.run_state import UNMEASURED, RunState, TrackedRun
+from avss_dist.runs.run_state import NOT_TAKEN, UNMEASURED, RunState, TrackedRun
 from avss_dist.runs.threads import LOOK_SECONDS, InterruptibleThread, JobThread, Submissions
 from avss_dist.runs.work import Note, RunOutcome, RunShards
 from avss_dist.stats.layer_stats import ShardResult
@@ -71,6 +71,9 @@ class Driver:
         self._room = Semaphore(UNCOMMITTED)  # taken by the executor's thread for each result, and given back here
         self._runs: list[TrackedRun] = []
         self._waiting: deque[TrackedRun] = deque()
+        self._states_before_next = UNMEASURED  # The next run is planned when no run is in one of them.
+        if executor.plans_ahead:
+            self._states_before_next = NOT_TAKEN
         self._active: list[TrackedRun] = []  # those that are planned, measured or committed: a few of many
         self._first_runs: dict[str, TrackedRun] = {}  # by run id
         self._runs_of_shards: dict[RunShards, TrackedRun] = {}
@@ -202,14 +205,13 @@ class Driver:
         """Have the next run planned as soon as none waits for the executor. After the last one, submissions end."""
         while self._waiting and self._may_plan():
             self._plan(self._waiting.popleft())
-        if not self._waiting and self._may_plan():
+        if not self._waiting and not self._submitted.is_closed and self._may_plan():
             self._submitted.close()
 
     def _may_plan(self) -> bool:
-        ahead = {RunState.PLANNING, RunState.PLANNED}
-        if not self._executor.plans_ahead:
-            ahead.add(RunState.MEASURING)
-        return not self._is_stopping and not any(run.state in ahead for run in self._active)
+        if self._is_stopping:
+            return False
+        return not any(run.state in self._states_before_next for run in self._active)
 
     def _plan(self, run: TrackedRun) -> None:
         run.become(RunState.PLANNING)

@@ -44,9 +44,11 @@ NEXT_STATES: Mapping[RunState, Set[RunState]] = {
 }
 """The states that may follow each state."""
 
-UNMEASURED = {RunState.PLANNING, RunState.PLANNED, RunState.MEASURING}
-IN_PROGRESS = {RunState.PLANNED, RunState.MEASURING, RunState.COMMITTING}
-ENDED = {RunState.DONE, RunState.SKIPPED, RunState.FAILED}
+# Tuples: a state is compared by identity, where a set would hash it, for each result.
+NOT_TAKEN = RunState.PLANNING, RunState.PLANNED
+UNMEASURED: tuple[RunState, ...] = (*NOT_TAKEN, RunState.MEASURING)
+IN_PROGRESS = RunState.PLANNED, RunState.MEASURING, RunState.COMMITTING
+ENDED = RunState.DONE, RunState.SKIPPED, RunState.FAILED
 
 
 @dataclass(eq=False)

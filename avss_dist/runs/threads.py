@@ -81,10 +81,12 @@ class Submissions(Generic[T]):
         on_taken: called with each item in the thread that takes it.
 
     Attributes:
+        is_closed: whether the submitting thread has marked the end.
         exhausted: whether the taking thread has seen the end.
     """
 
     def __init__(self, on_taken: Callable[[T], None] | None = None) -> None:
+        self.is_closed = False
         self.exhausted = False
         self._on_taken = on_taken
         self._items: SimpleQueue[T | None] = SimpleQueue()
@@ -104,6 +106,7 @@ class Submissions(Generic[T]):
 
     def close(self) -> None:
         """Mark the end: no item comes after those that were submitted."""
+        self.is_closed = True
         self._items.put(None)
 
     def take(self, *, wait: bool) -> T | None:
