@@ -42,7 +42,8 @@ from avss_dist.warehouse.reader import Warehouse, grouped, slices_by
 CONDITIONS = ("corpus", "dtype", "sequence_length", "layout", "row_start", "skip_first_tokens", "numbers_version")
 """Properties besides the model that two runs must share for their scores to be comparable."""
 BETWEEN = ("run", "family", "size", "revision", "corpus", "dtype")
-ACROSS_MODELS = ("run", "family", "size", "revision")
+UNDER_SAME_CONDITIONS = ("run", "family", "size", "revision")
+"""Properties by which runs are compared that share `CONDITIONS`; by ``revision``, also the model."""
 WITHIN = ("recipe", "threshold", "site", "score")
 BY = (*BETWEEN, *WITHIN)
 MIN_OF_GROUP = 3  # runs of which one can be the odd one
@@ -182,8 +183,9 @@ def compare(
         warehouse: warehouse of the runs.
         run_ids: ids of finished runs.
         by: the property in which a pair differs. ``run``, ``family``, ``size`` and ``revision`` compare runs under the
-            same conditions. ``corpus`` and ``dtype`` compare runs of the same model. ``recipe``, ``threshold`` and
-            ``site`` compare readings of one run, and ``score`` compares AVSS with each baseline score.
+            same conditions. ``revision``, ``corpus`` and ``dtype`` compare runs of the same model. ``recipe``,
+            ``threshold`` and ``site`` compare readings of one run, and ``score`` compares AVSS with each baseline
+            score.
         site, recipe, threshold, score: selection of profiles. The one that ``by`` names is ignored, but for a score of
             people's own: `own_scores.own_score`. Its profiles have no site, recipe and threshold.
         share: number of lowest layers to compare, as a share of the layers.
@@ -225,7 +227,7 @@ def compare(
     scored = list({profile.run["run_id"]: profile.run for profile in selected}.values())
     compared = _run_ids_in_pairs(selected, by, allow_mismatch)
     conditions: Sequence[str] = ()
-    if by in ACROSS_MODELS and not allow_mismatch:
+    if by in UNDER_SAME_CONDITIONS and not allow_mismatch:
         conditions = differing(scored)
     similarity = None
     if mapped:
@@ -376,7 +378,7 @@ def _describe_odd(members: Sequence[Mapping[str, Any]], mean: Mapping[str, float
 def _no_pair(selected: Sequence[Profile], by: str, allow_mismatch: bool) -> QueryError:
     """Return the error for profiles of which no two are comparable."""
     runs = [profile.run for profile in selected]
-    if by in ACROSS_MODELS and not allow_mismatch and next(_pairs(selected, by, True), None):
+    if by in UNDER_SAME_CONDITIONS and not allow_mismatch and next(_pairs(selected, by, True), None):
         texts = []
         for name in differing(runs):
             # Corpora of the same content may have several names.

@@ -470,6 +470,9 @@ def _sparse_map(linear_map: MapPlan, read: LayerStats, share: float, by: str) ->
         read: statistics of what the map reads.
         share: sparsity that is asked for.
         by: `THRESHOLD` or `TOP_K`.
+
+    Raises:
+        ConfigError: the map has read nothing, so that it has no threshold.
     """
     if by == TOP_K:
         value = share

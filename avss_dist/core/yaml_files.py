@@ -185,12 +185,15 @@ def read_yaml(path: Path, kind: YamlKind) -> Document:
     try:
         with path.open("rb") as file:
             data = file.read(MAX_BYTES + 1)
-        text = data.decode()
-    except (OSError, ValueError) as error:  # ValueError: bytes that are not UTF-8, a path with a null
-        reason = getattr(error, "strerror", None) or "it is not UTF-8 text"
+    except (OSError, ValueError) as error:  # ValueError: a path with a null
+        reason = getattr(error, "strerror", None) or "its name has a null"
         raise kind.error(f"The {kind.noun} {path} cannot be read: {reason}.", kind.hint) from None
     if len(data) > MAX_BYTES:
         raise kind.error(f"{path} is too large for a {kind.noun}: expected at most {MAX_BYTES:,} bytes.", kind.hint)
+    try:
+        text = data.decode()
+    except UnicodeDecodeError:
+        raise kind.error(f"The {kind.noun} {path} cannot be read: it is not UTF-8 text.", kind.hint) from None
     try:
         root = yaml.compose(text, Loader=yaml.SafeLoader)
     except yaml.YAMLError as error:

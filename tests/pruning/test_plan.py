@@ -28,6 +28,7 @@ from avss_dist.core.intervention import Expert, sublayers_of
 from avss_dist.core.registry import BLOCK_DISTANCE, CONTRAST, GREEDY, SCORES
 from avss_dist.core.settings import Settings
 from avss_dist.core.text import describe_bytes
+from avss_dist.core.yaml_files import MAX_BYTES
 from avss_dist.models.checkpoints import resolve
 from avss_dist.models.loading import load_model
 from avss_dist.models.size import Footprint, footprint
@@ -192,6 +193,13 @@ def test_paths_that_are_no_plans(tmp_path: Path) -> None:
             read_plan(path)
     (tmp_path / "plan.yaml").write_bytes(os.urandom(8) + b"\xff")
     with pytest.raises(PlanError, match="it is not UTF-8 text"):
+        read_plan(tmp_path / "plan.yaml")
+
+
+def test_a_file_that_is_too_large_is_told_as_such(tmp_path: Path) -> None:
+    """Wherever the part that is read ends: here in the middle of a character."""
+    (tmp_path / "plan.yaml").write_text("é" * MAX_BYTES, encoding="utf-8")
+    with pytest.raises(PlanError, match="is too large"):
         read_plan(tmp_path / "plan.yaml")
 
 

@@ -114,6 +114,8 @@ Error = Annotated[float, Field(ge=0, strict=False)]
 def split_weight(corpus: str) -> tuple[RedactedURI, float]:
     """Return a corpus and its weight from ``CORPUS`` or ``CORPUS=0.5``. The weight is 1 by default.
 
+    Any other ending, such as ``=abc``, belongs to the name of the corpus.
+
     Raises:
         ConfigError: the weight is 0.
     """
