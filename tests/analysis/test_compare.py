@@ -280,8 +280,12 @@ def test_the_table_says_it_in_words(root: Path) -> None:
     assert result.exit_code == 0
     assert "One pair: Spearman 0.8" in result.stdout
     assert "~ models of different depth" in result.stdout
-    assert "Nothing to warn of" in avss("findings", "-w", root, "--run", "llama-2").stdout
     assert "tracks depth" in result.stdout
+
+
+def test_a_run_without_a_finding_is_told_as_such(tmp_path: Path) -> None:
+    write_measured(tmp_path, "plain", stats_of(activations(scales=np.array([3.0, 1.0, 2.0, 4.0]))), 8)
+    assert "Nothing to warn of" in avss("findings", "-w", tmp_path).stdout
 
 
 def test_a_comparison_tells_only_the_findings_that_concern_it(tmp_path: Path) -> None:
