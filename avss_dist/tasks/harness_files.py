@@ -87,6 +87,8 @@ def require_task(name: str) -> None:
         require_files(name)
     elif is_task_file(name):
         read_task_file(Path(name))
+    elif name == PERPLEXITY.removesuffix(":"):
+        raise TaskError(f"The task '{name}' needs a text.", FORMS)
     elif colon:
         raise TaskError(f"There is no task '{name}'.", f"{nearest(kind, KINDS)} {FORMS}")
     elif "/" in name or name.endswith(TEXTS):
