@@ -105,7 +105,8 @@ def _read_table(file: str) -> pa.Table:
     Raises:
         QueryError: there is none.
     """
-    if not Path(file).exists():
+    is_local = "://" not in file
+    if is_local and not Path(file).exists():
         raise QueryError(f"{file}: no such file.", "Check the name; a relative one starts in the working directory.")
     try:
         if Path(file).suffix == ".csv":

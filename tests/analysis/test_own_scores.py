@@ -309,3 +309,8 @@ def test_a_score_of_activations_is_still_needed_for_itself(measured: Path) -> No
         avss_dist.plan(warehouse=measured, by="block_influence")
     with pytest.raises(QueryError, match="has no finished run"):
         avss_dist.compare(warehouse=measured)
+
+
+def test_a_file_may_be_named_by_a_uri(tmp_path: Path) -> None:
+    pq.write_table(pa.table({"layer": [0], "mine": [1.0]}), tmp_path / "mine.parquet")
+    assert own_scores._read_table((tmp_path / "mine.parquet").as_uri()).num_rows == 1
