@@ -28,4 +28,5 @@ status=0
 "$VENV/bin/python" -m pytest --numprocesses "$processes" --dist loadgroup --no-loadscope-reorder --durations=25 "$@" || status=$?
 wait "$types" || status=1
 cat "$said"
+[[ " $* " != *" --nightly "* ]] || "$VENV/bin/python" tests/support/density.py avss_dist
 exit "$status"

@@ -1,10 +1,15 @@
-"""How much the statements of Python code hold: nodes of expressions, and rates of what is hard to read."""
+"""How much the statements of Python code hold: nodes of expressions, and rates of what is hard to read.
+
+python tests/support/density.py avss_dist    # a line for each package
+"""
 
 from __future__ import annotations
 
 import ast
+import sys
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import numpy as np
 
@@ -106,3 +111,18 @@ def compared_truths(tree: ast.Module) -> Iterator[int]:
             is_not = isinstance(operand, ast.UnaryOp) and isinstance(operand.op, ast.Not)
             if is_not or isinstance(operand, ast.Compare):
                 yield node.lineno
+
+
+def by_package(folder: Path) -> dict[str, Density]:
+    """Return the density of each package in a folder, and of the files beside them under the name of the folder."""
+    packages: dict[str, Density] = {}
+    for file in sorted(folder.rglob("*.py")):
+        parts = file.relative_to(folder).parts
+        name = parts[0] if len(parts) > 1 else folder.name
+        packages.setdefault(name, Density()).add(ast.parse(file.read_text("utf-8")))
+    return {name: density for name, density in packages.items() if density.sizes}
+
+
+if __name__ == "__main__":
+    for name, density in by_package(Path(sys.argv[1])).items():
+        print(f"{name:14}{density.row()}")
