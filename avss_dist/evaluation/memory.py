@@ -80,8 +80,10 @@ def estimate_memory(model: PlacedModel, measures: Collection[Measure], devices: 
 
     None without measures, and for a model of unknown size or one that is divided over devices or read layer by layer.
     """
+    if not measures or not PARTITIONS[model.placement.partition].whole:
+        return None
     size = size_of(model.checkpoint, model.settings)
-    if not measures or size is None or not PARTITIONS[model.placement.partition].whole:
+    if size is None:
         return None
     batch = activations_of(size, model.settings)
     parts = {

@@ -31,6 +31,7 @@ from avss_dist.models.checkpoints import Checkpoint, resolve
 from avss_dist.models.loading import pin, require_head, text_config
 from avss_dist.partition.choose import place
 from avss_dist.partition.replica import Placement, fingerprint_part
+from avss_dist.pruning.ground_truth import HUB_COMMIT_LENGTH
 from avss_dist.pruning.map_plans import PrecisionPlan
 from avss_dist.pruning.seen import READ
 from avss_dist.pruning.selection import PlanError
@@ -434,7 +435,7 @@ def checkpoint_of_run(run: Mapping[str, Any], *, trust_remote_code: bool) -> Che
     """
     model = str(run["model"])
     revision = run["revision"] or ""
-    is_commit = len(revision) == 40
+    is_commit = len(revision) == HUB_COMMIT_LENGTH
     checkpoint = resolve(f"{model}@{revision}" if is_commit else model, trust_remote_code=trust_remote_code)
     if checkpoint.revision != revision:
         raise PlanError(

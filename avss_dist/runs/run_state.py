@@ -53,7 +53,7 @@ ENDED = RunState.DONE, RunState.SKIPPED, RunState.FAILED
 
 @dataclass(eq=False)
 class TrackedRun:
-    """What a driver knows of one run. The thread of the driver alone reads and writes it.
+    """Record that a driver keeps of one run. The thread of the driver alone reads and writes it.
 
     Attributes:
         first: the earlier run that it repeats.

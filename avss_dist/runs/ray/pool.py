@@ -52,10 +52,16 @@ class QueueSource(Generic[T]):
     def wait(self) -> bool:
         """Wait for a queue. Returns False if none comes."""
         while not self._ready:
-            item = self._submitted.take(wait=True)
-            if item is None:
+            if not self._take(wait=True):
                 return False
-            self._ready.extend(self._queues_of(item))
+        return True
+
+    def _take(self, *, wait: bool) -> bool:
+        """Take what was submitted next, and make its queues. Returns False at the end, or if nothing is ready."""
+        item = self._submitted.take(wait=wait)
+        if item is None:
+            return False
+        self._ready.extend(self._queues_of(item))
         return True
 
     def next(self, *, wait: bool) -> UnitQueue[Any] | None:
@@ -63,9 +69,7 @@ class QueueSource(Generic[T]):
         if wait:
             self.wait()
         elif not self._ready:
-            item = self._submitted.take(wait=False)
-            if item is not None:
-                self._ready.extend(self._queues_of(item))
+            self._take(wait=False)
         if not self._ready:
             return None
         return self._ready.popleft()
