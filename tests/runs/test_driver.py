@@ -362,6 +362,7 @@ def test_an_interrupt_does_not_wait_for_a_plan_that_takes_long(monkeypatch: pyte
             time.sleep(0.01)
 
     monkeypatch.setattr("support.simulated_runs.SimulatedPlanner.prepare", prepare)
+    monkeypatch.setattr("avss_dist.runs.driver.STOP_SECONDS", 0.5)
     timer = threading.Timer(0.2, os.kill, (os.getpid(), signal.SIGINT))
     timer.start()
     driven = drive([Fate("a")])

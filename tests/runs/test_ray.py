@@ -79,7 +79,13 @@ def test_any_number_of_workers_gives_the_same_bytes(tiny_llama: Path, undisturbe
 
 
 @pytest.mark.usefixtures("shared_ray")
-@pytest.mark.parametrize("harm", [signal.SIGKILL, signal.SIGSTOP], ids=["killed", "stopped"])
+@pytest.mark.parametrize(
+    "harm",
+    [
+        pytest.param(signal.SIGKILL, id="killed"),
+        pytest.param(signal.SIGSTOP, id="stopped", marks=pytest.mark.nightly),
+    ],
+)
 def test_a_lost_worker_is_replaced_and_nothing_counts_twice(
     harm: signal.Signals, tiny_llama: Path, undisturbed: Path, tmp_path: Path
 ) -> None:
