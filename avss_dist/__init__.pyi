@@ -22,12 +22,12 @@ from avss_dist.core.settings import Execution as Execution
 from avss_dist.core.settings import Settings as Settings
 from avss_dist.distillation.distill import Distilled as Distilled
 from avss_dist.estimation import Estimate as Estimate
-from avss_dist.evaluation.ablate import Ablation as Ablation
-from avss_dist.evaluation.evaluate import Evaluations as Evaluations
-from avss_dist.evaluation.shrink import Shrunk as Shrunk
-from avss_dist.pruning.map_plans import PrecisionPlan
-from avss_dist.pruning.map_plans import SparsityPlan
-from avss_dist.pruning.plan import Plan as Plan
+from avss_dist.studies.ablate import Ablation as Ablation
+from avss_dist.studies.evaluate import Evaluations as Evaluations
+from avss_dist.studies.shrink import Shrunk as Shrunk
+from avss_dist.plans.map_plans import PrecisionPlan
+from avss_dist.plans.map_plans import SparsityPlan
+from avss_dist.plans.plan import Plan as Plan
 from avss_dist.read_commands import doctor as doctor
 from avss_dist.reports.terminal.progress import Progress as Progress
 from avss_dist.runs.job_file import JobFile

@@ -10,7 +10,6 @@ import pyarrow as pa
 
 from avss_dist import estimation
 from avss_dist.analysis.chosen import ChosenRun
-from avss_dist.analysis.plans import evaluated_lines, plan_experts, plan_layers, plannable_run, sparsifiable_run
 from avss_dist.core.errors import ConfigError
 from avss_dist.core.intervention import count_removed, removal_names
 from avss_dist.core.registry import GREEDY
@@ -20,22 +19,16 @@ from avss_dist.core.text import parse_threshold
 from avss_dist.core.validation import keywords
 from avss_dist.distillation import distill as distilling
 from avss_dist.distillation.teacher_text import with_own_text
-from avss_dist.evaluation import ablate as ablating
-from avss_dist.evaluation import evaluate as evaluating
-from avss_dist.evaluation import shrink as shrinking
-from avss_dist.evaluation import sparsify as sparsifying
 from avss_dist.evaluation.events import SearchStep
-from avss_dist.evaluation.experiment import run_experiment
-from avss_dist.evaluation.quantize import plan_precision, predicted_run
 from avss_dist.evaluation.repairs import fit_plan
-from avss_dist.evaluation.search import search
 from avss_dist.evaluation.tasks import seen_by_plan
-from avss_dist.models.checkpoints import resolve
+from avss_dist.models.checkpoint.locate import resolve
+from avss_dist.planning.layers import evaluated_lines, plan_experts, plan_layers, plannable_run, sparsifiable_run
+from avss_dist.plans.choice import Choice
+from avss_dist.plans.map_plans import PrecisionPlan, SparsityPlan
+from avss_dist.plans.plan import Plan, count_for_memory, read_plan, run_size
 from avss_dist.pruning.checkpoint import prune as write_checkpoint
-from avss_dist.pruning.map_plans import PrecisionPlan, SparsityPlan
-from avss_dist.pruning.plan import Plan, count_for_memory, read_plan, run_size
 from avss_dist.pruning.repair.repair import Repair
-from avss_dist.pruning.selection import Choice
 from avss_dist.requests import (
     AblateRequest,
     DistillRequest,
@@ -51,6 +44,13 @@ from avss_dist.requests import (
 from avss_dist.runs import scoring
 from avss_dist.runs.job_file import JobFile, read_job
 from avss_dist.runs.run import Run
+from avss_dist.studies import ablate as ablating
+from avss_dist.studies import evaluate as evaluating
+from avss_dist.studies import shrink as shrinking
+from avss_dist.studies import sparsify as sparsifying
+from avss_dist.studies.experiment import run_experiment
+from avss_dist.studies.quantize import plan_precision, predicted_run
+from avss_dist.studies.search import search
 from avss_dist.warehouse.reader import Warehouse
 
 ablate = keywords(AblateRequest)(ablating.ablate)
@@ -132,7 +132,7 @@ def choose_layers(opened: Warehouse, run: Mapping[str, Any], request: PlanReques
 def sparsify(request: SparsifyRequest) -> SparsityPlan:
     """Choose the activations of a run's model that become zero: thresholds of the inputs of its linear maps.
 
-    The run must have measured the sites of these inputs; see `evaluation.sparsify.sparsify`.
+    The run must have measured the sites of these inputs; see `studies.sparsify.sparsify`.
     """
     return sparsifying.sparsify(request, sparsifiable_run(Warehouse(request.warehouse), request.run).row)
 
@@ -141,7 +141,7 @@ def sparsify(request: SparsifyRequest) -> SparsityPlan:
 def quantize(request: PrecisionRequest) -> PrecisionPlan:
     """Choose the number format of each linear map of a run's model under a budget of bits.
 
-    ``ablate(..., quantize=[...])`` must have predicted the losses; see `evaluation.quantize.plan_precision`.
+    ``ablate(..., quantize=[...])`` must have predicted the losses; see `studies.quantize.plan_precision`.
     """
     store = Warehouse(request.warehouse)
     return plan_precision(request, store, predicted_run(request, store).row)

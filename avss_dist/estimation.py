@@ -19,8 +19,8 @@ from avss_dist.core.settings import TRAINED, Execution, Settings
 from avss_dist.core.text import describe_bytes
 from avss_dist.distillation.memory import LIBRARIES, estimate_memory
 from avss_dist.distillation.pair import LORA, computes_in_bfloat16
-from avss_dist.models.checkpoints import Checkpoint, find_checkpoint
-from avss_dist.models.size import Footprint, footprint, sharing_skeletons
+from avss_dist.models.checkpoint.locate import Checkpoint, find_checkpoint
+from avss_dist.models.checkpoint.size import Footprint, footprint, sharing_skeletons
 from avss_dist.partition.choose import choose, size_of
 from avss_dist.partition.replica import MemoryQuery, PartitionEstimate, batch_bytes, replica_class
 from avss_dist.requests import DistillRequest, EstimateRequest, require_divisible
@@ -113,7 +113,7 @@ class Estimate(TabularResult):
 
     Attributes:
         model: name in the request.
-        num_parameters, num_layers, weight_bytes, dtype: size of the model; see `models.size.Footprint`.
+        num_parameters, num_layers, weight_bytes, dtype: size of the model; see `models.checkpoint.size.Footprint`.
         device: ``cpu`` or ``cuda``.
         device_bytes, host_bytes: memory of the smallest GPU, or of the host, and of the host, within the limits.
         quantized: whether weights stay quantized where the partition computes with them as stored.

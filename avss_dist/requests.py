@@ -57,7 +57,7 @@ from avss_dist.core.validation import (
     check,
     checked,
 )
-from avss_dist.models.number_formats import format_names, number_format
+from avss_dist.models.change.number_formats import format_names, number_format
 from avss_dist.pruning.repair.registry import (
     DEFAULT_REPAIR,
     NO_REPAIR,

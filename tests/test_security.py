@@ -20,8 +20,8 @@ from support.warehouses import write_scores
 
 import avss_dist
 from avss_dist.core.errors import ModelError, QueryError
-from avss_dist.models.checkpoints import resolve
-from avss_dist.models.loading import text_config
+from avss_dist.models.checkpoint.loading import text_config
+from avss_dist.models.checkpoint.locate import resolve
 from avss_dist.warehouse import query as sql_query
 from avss_dist.warehouse.reader import Warehouse
 

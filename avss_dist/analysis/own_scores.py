@@ -15,7 +15,7 @@ import pyarrow.parquet as pq
 from avss_dist.core.errors import MAX_SUGGESTED, QueryError, first_names, require_known
 from avss_dist.core.registry import OWN_FILES, OWN_VALUES, score_functions
 from avss_dist.core.text import RedactedURI, count_of
-from avss_dist.pruning.ground_truth import LayerTruth
+from avss_dist.plans.ground_truth import LayerTruth
 from avss_dist.warehouse.reader import Warehouse
 
 _PLACE = ("layer", "run_id", "model")

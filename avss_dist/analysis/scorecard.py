@@ -47,14 +47,14 @@ from avss_dist.core.registry import (
     SCORES,
 )
 from avss_dist.core.text import describe_threshold
-from avss_dist.pruning.ground_truth import (
+from avss_dist.plans.choice import LAST, PUBLISHED, Choice, reading_of
+from avss_dist.plans.ground_truth import (
     LayerTruth,
     find_layer_truth,
     nothing_measured,
     rounded_truths,
     rounding_estimates,
 )
-from avss_dist.pruning.selection import LAST, PUBLISHED, Choice, reading_of
 from avss_dist.stats.layer_stats import Float64
 from avss_dist.stats.rankings import count_lowest, spearman, spearman_interval, spearman_rows
 from avss_dist.warehouse.reader import Warehouse, grouped

@@ -45,8 +45,8 @@ from avss_dist.core.registry import (
     SUBLAYER_LOSS,
 )
 from avss_dist.core.text import basename
+from avss_dist.plans.choice import LAST, PUBLISHED, RANDOM
 from avss_dist.pruning.methods import ENDS_KEPT, LEAVE_ONE_OUT, REVERSED
-from avss_dist.pruning.selection import LAST, PUBLISHED, RANDOM
 from avss_dist.stats.intervals import MINIMUM_UNITS
 from avss_dist.stats.metrics import NO_INTERVAL, retention_of
 from avss_dist.warehouse.reader import Warehouse, grouped

@@ -11,7 +11,7 @@ from avss_dist.core.errors import AvssError, ConfigError
 from avss_dist.core.streams import complain
 from avss_dist.corpus.sources import require_files
 from avss_dist.distillation.record import SELF
-from avss_dist.models.checkpoints import locate, require_checkpoint
+from avss_dist.models.checkpoint.locate import locate, require_checkpoint
 from avss_dist.pruning.repair.registry import split_weight
 from avss_dist.read_requests import RunRequest
 from avss_dist.requests import EstimateRequest, RunCommandRequest
@@ -105,7 +105,7 @@ def _require_warehouse(root: str) -> None:
 
 
 def _require_plan(path: str) -> None:
-    from avss_dist.pruning.plan import read_plan_file  # pyarrow with it
+    from avss_dist.plans.plan import read_plan_file  # pyarrow with it
 
     read_plan_file(path)
 

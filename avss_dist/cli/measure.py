@@ -20,10 +20,6 @@ from avss_dist.core.suggestions import command_line, option_words
 from avss_dist.core.text import count_of
 from avss_dist.estimation import estimate as estimate_memory
 from avss_dist.estimation import preview_job
-from avss_dist.evaluation.ablate import ablate as measure_ablation
-from avss_dist.evaluation.evaluate import evaluate as measure_tasks
-from avss_dist.evaluation.experiment import describe_size
-from avss_dist.evaluation.shrink import shrink as write_smaller
 from avss_dist.reports.output import print_result
 from avss_dist.reports.terminal.evaluation import (
     ablation_table,
@@ -46,6 +42,10 @@ from avss_dist.requests import (
 from avss_dist.runs.events import both, describe_repeated
 from avss_dist.runs.job_file import JobFile, job_schema, read_job
 from avss_dist.runs.scoring import Run, score_models
+from avss_dist.studies.ablate import ablate as measure_ablation
+from avss_dist.studies.evaluate import evaluate as measure_tasks
+from avss_dist.studies.experiment import describe_size
+from avss_dist.studies.shrink import shrink as write_smaller
 
 
 def score(request: ScoreAllRequest, format: str) -> int:

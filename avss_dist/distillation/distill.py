@@ -55,8 +55,8 @@ from avss_dist.distillation.record import (
     read_record,
 )
 from avss_dist.distillation.texts import DistillText, read_texts
-from avss_dist.models.loading import load_model, quiet
-from avss_dist.models.weight_files import weight_files
+from avss_dist.models.checkpoint.loading import load_model, quiet
+from avss_dist.models.checkpoint.weight_files import weight_files
 from avss_dist.partition.group import rank_and_size, share
 from avss_dist.pruning.checkpoint import require_free
 from avss_dist.pruning.repair.registry import split_weight

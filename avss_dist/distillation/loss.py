@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch.nn.functional import cross_entropy, pad
 
-from avss_dist.models.head import LOGIT_BYTES, WIDENED_BYTES, pieces
+from avss_dist.models.structure.head import LOGIT_BYTES, WIDENED_BYTES, pieces
 
 NOT_COUNTED = -100  # the label of a token that is not predicted, as in transformers
 _LEAST = -1e30  # log-probability of an impossible token: a finite number, so that 0 times it is 0

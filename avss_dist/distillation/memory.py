@@ -14,8 +14,8 @@ from avss_dist.core.registry import SHARDINGS, ShardingInfo
 from avss_dist.core.settings import Settings
 from avss_dist.core.text import describe_bytes
 from avss_dist.distillation.pair import LORA, ModelPair, choose_trained
-from avss_dist.models.checkpoints import Checkpoint
-from avss_dist.models.size import Footprint, footprint, load_skeleton
+from avss_dist.models.checkpoint.locate import Checkpoint
+from avss_dist.models.checkpoint.size import Footprint, footprint, load_skeleton
 from avss_dist.partition.sharded import BUCKET
 
 if TYPE_CHECKING:

@@ -21,14 +21,14 @@ from avss_dist.core.settings import TRAINED, Settings
 from avss_dist.core.text import count_of
 from avss_dist.distillation.loss import Predict
 from avss_dist.distillation.record import DistillRecord, read_record, write_card, write_record
-from avss_dist.models.checkpoints import Checkpoint, find_checkpoint, resolve, stored_tensors
-from avss_dist.models.loading import load_model, load_tokenizer, pin, require_head, text_config
-from avss_dist.models.quantization import quantization_method
-from avss_dist.models.safetensors import DTYPES, floating_dtype, read_tensor, tensors_of
-from avss_dist.models.size import token_embeddings
-from avss_dist.models.weight_files import weight_files
+from avss_dist.models.checkpoint.loading import load_model, load_tokenizer, pin, require_head, text_config
+from avss_dist.models.checkpoint.locate import Checkpoint, find_checkpoint, resolve, stored_tensors
+from avss_dist.models.checkpoint.quantization import quantization_method
+from avss_dist.models.checkpoint.safetensors import DTYPES, floating_dtype, read_tensor, tensors_of
+from avss_dist.models.checkpoint.size import token_embeddings
+from avss_dist.models.checkpoint.weight_files import weight_files
+from avss_dist.plans.seen import read_seen, write_seen
 from avss_dist.pruning.checkpoint import pruned_from
-from avss_dist.pruning.seen import read_seen, write_seen
 
 if TYPE_CHECKING:
     from avss_dist.requests import DistillRequest

@@ -17,9 +17,9 @@ from avss_dist.core.text import describe_rows, escape_markdown
 from avss_dist.core.validation import Count, Positive, RedactedText, checked
 from avss_dist.corpus.seen import DISTILLATION, SeenText
 from avss_dist.distillation.curve import NO_IMPROVEMENT, CurvePoint, Number
-from avss_dist.models.checkpoints import Checkpoint
+from avss_dist.models.checkpoint.locate import Checkpoint
+from avss_dist.plans.seen import read_seen
 from avss_dist.pruning.repair.registry import read_repairs
-from avss_dist.pruning.seen import read_seen
 
 FILE = "avss_distill.json"
 SELF = "self"

@@ -20,9 +20,9 @@ from avss_dist.core.streams import progress_to, report, tracked
 from avss_dist.corpus.tokens import special_tokens_around
 from avss_dist.distillation.curve import OnEvent, Preparing, ignore
 from avss_dist.distillation.record import SELF
-from avss_dist.models.checkpoints import Checkpoint
-from avss_dist.models.loading import load_model, load_tokenizer, pin, text_config
-from avss_dist.models.size import footprint
+from avss_dist.models.checkpoint.loading import load_model, load_tokenizer, pin, text_config
+from avss_dist.models.checkpoint.locate import Checkpoint
+from avss_dist.models.checkpoint.size import footprint
 from avss_dist.pruning.repair.registry import split_weight
 
 ROWS = (128, 32)  # texts that are sampled at once, if there is memory for them, and otherwise

@@ -44,8 +44,8 @@ from avss_dist.distillation.loss import (
 )
 from avss_dist.distillation.pair import ModelPair, choose_trained
 from avss_dist.distillation.texts import DistillText, Example, Mix, as_examples
-from avss_dist.models.loading import load_model
-from avss_dist.models.size import find_layers, load_skeleton
+from avss_dist.models.checkpoint.loading import load_model
+from avss_dist.models.checkpoint.size import find_layers, load_skeleton
 from avss_dist.partition.group import all_gather, share
 
 if TYPE_CHECKING:

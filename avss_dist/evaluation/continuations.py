@@ -9,7 +9,7 @@ from avss_dist.core.intervention import Intervention, InterventionKey
 from avss_dist.core.registry import CONTINUATION, PARTITIONS
 from avss_dist.evaluation.session import EvaluationSession, PlacedModel
 from avss_dist.evaluation.tasks import plan_text
-from avss_dist.models.loading import load_tokenizer
+from avss_dist.models.checkpoint.loading import load_tokenizer
 from avss_dist.tasks.task import Task
 from avss_dist.tasks.text_loss import ContinuePrompt
 

@@ -30,17 +30,17 @@ from avss_dist.evaluation.session import (
 )
 from avss_dist.evaluation.tasks import plan_text
 from avss_dist.models.causal_lm import LanguageModel
-from avss_dist.models.checkpoints import resolve
-from avss_dist.models.interventions import decode_patch, encode_patch
-from avss_dist.models.layers import layer_lists
-from avss_dist.models.loading import without_head
-from avss_dist.models.size import load_skeleton
+from avss_dist.models.change.interventions import decode_patch, encode_patch
+from avss_dist.models.checkpoint.loading import without_head
+from avss_dist.models.checkpoint.locate import resolve
+from avss_dist.models.checkpoint.size import load_skeleton
+from avss_dist.models.structure.layers import layer_lists
 from avss_dist.partition.replica import Placement, with_copies
+from avss_dist.plans.choice import PlanError
+from avss_dist.plans.plan import Plan
 from avss_dist.pruning.checkpoint import require_free, require_prunable
-from avss_dist.pruning.plan import Plan
 from avss_dist.pruning.repair.registry import REPAIRS, RepairRecord, split_weight
 from avss_dist.pruning.repair.repair import Repair, Repaired, find_cuts, fit_repair
-from avss_dist.pruning.selection import PlanError
 from avss_dist.pruning.weights import StoredWeights
 from avss_dist.requests import PruneRequest
 from avss_dist.tasks.task import Measure, Row, Task

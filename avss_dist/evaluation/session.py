@@ -27,14 +27,14 @@ from avss_dist.core.settings import NUMBERS_VERSION, Execution, Settings, finger
 from avss_dist.corpus.seen import SeenText
 from avss_dist.distillation.curve import ignore
 from avss_dist.evaluation.events import CellDone, CellsStarted, CellUnderway, OnEvent
-from avss_dist.models.checkpoints import Checkpoint, resolve
-from avss_dist.models.loading import pin, require_head, text_config
+from avss_dist.models.checkpoint.loading import pin, require_head, text_config
+from avss_dist.models.checkpoint.locate import Checkpoint, resolve
 from avss_dist.partition.choose import place
 from avss_dist.partition.replica import Placement, fingerprint_part
-from avss_dist.pruning.ground_truth import HUB_COMMIT_LENGTH
-from avss_dist.pruning.map_plans import PrecisionPlan
-from avss_dist.pruning.seen import READ
-from avss_dist.pruning.selection import PlanError
+from avss_dist.plans.choice import PlanError
+from avss_dist.plans.ground_truth import HUB_COMMIT_LENGTH
+from avss_dist.plans.map_plans import PrecisionPlan
+from avss_dist.plans.seen import READ
 from avss_dist.runs.local import Executor, open_executor
 from avss_dist.runs.threads import Submissions
 from avss_dist.tasks.task import Cell, CellOutcome, CellResult, Measure, Result, Row, Task, combine

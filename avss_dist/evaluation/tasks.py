@@ -18,11 +18,11 @@ from avss_dist.corpus.seen import SeenText, distinct, seen_text
 from avss_dist.corpus.shards import CorpusPlan, Shard, tokenize_choices, tokenize_corpus, with_other_start
 from avss_dist.distillation.record import seen_by_checkpoint
 from avss_dist.evaluation.session import PlacedModel, PlannedTask
-from avss_dist.models.checkpoints import Checkpoint
-from avss_dist.models.loading import load_tokenizer
-from avss_dist.pruning.map_plans import PrecisionPlan
-from avss_dist.pruning.plan import ModelPlan
-from avss_dist.pruning.seen import seen_by_evaluation, seen_by_run
+from avss_dist.models.checkpoint.loading import load_tokenizer
+from avss_dist.models.checkpoint.locate import Checkpoint
+from avss_dist.plans.map_plans import PrecisionPlan
+from avss_dist.plans.plan import ModelPlan
+from avss_dist.plans.seen import seen_by_evaluation, seen_by_run
 from avss_dist.tasks.harness_files import require_task
 from avss_dist.tasks.task import Measure, Task
 from avss_dist.tasks.text_loss import RowStartLoss, TextLoss, TruthfulChoices

@@ -26,7 +26,7 @@ from avss_dist.corpus.pairs import Pairing
 from avss_dist.measure.kernels import kernels_for
 from avss_dist.measure.kernels.reference import Accumulator, Kernels, Tensors, send_stats
 from avss_dist.measure.rows import CountedTokens, PlacedRows, row_tensors
-from avss_dist.models.layers import (
+from avss_dist.models.structure.layers import (
     Experts,
     Layer,
     Routing,

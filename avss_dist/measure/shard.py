@@ -21,8 +21,8 @@ from avss_dist.corpus.shards import Batch, Shard
 from avss_dist.measure.kernels.reference import PATTERNS
 from avss_dist.measure.observer import UNIT_SITES, Hooks, Observer, attached
 from avss_dist.measure.rows import PlacedRows, in_order
-from avss_dist.models.size import Footprint
-from avss_dist.models.structure import absent_sites
+from avss_dist.models.checkpoint.size import Footprint
+from avss_dist.models.structure.find import absent_sites
 from avss_dist.partition.replica import Replica, dummy_batch, no_observation
 from avss_dist.stats.layer_stats import ROW_FIELDS, LayerKey, ShardResult, merge_stats
 

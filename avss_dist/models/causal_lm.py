@@ -29,9 +29,27 @@ from avss_dist.core.intervention import (
 from avss_dist.core.settings import Settings
 from avss_dist.core.streams import portion, report
 from avss_dist.corpus.shards import Batch
-from avss_dist.models.checkpoints import Checkpoint
-from avss_dist.models.experts import require_experts, without_experts
-from avss_dist.models.head import (
+from avss_dist.models.change.interventions import (
+    Patch,
+    decode_patch,
+    find_obstacles,
+    patched,
+    recording,
+    representatives,
+    resuming,
+    skip_of,
+    skipping,
+    without_sublayers,
+)
+from avss_dist.models.change.linear_maps import SparsityCounts, dense, require_fit, rounded, sparsified
+from avss_dist.models.change.number_formats import NumberFormat
+from avss_dist.models.change.remaining import without_modules
+from avss_dist.models.change.replay import MapGradients, Record, pass_back
+from avss_dist.models.checkpoint.loading import Backbone, no_head, predictor, quiet
+from avss_dist.models.checkpoint.locate import Checkpoint
+from avss_dist.models.forward import around
+from avss_dist.models.structure.experts import require_experts, without_experts
+from avss_dist.models.structure.head import (
     LOGIT_BYTES,
     Head,
     draw_labels,
@@ -40,26 +58,7 @@ from avss_dist.models.head import (
     pieces,
     uniform_numbers,
 )
-from avss_dist.models.interventions import (
-    Patch,
-    around,
-    decode_patch,
-    find_obstacles,
-    patched,
-    recording,
-    representatives,
-    require_single_use,
-    resuming,
-    skip_of,
-    skipping,
-    without_sublayers,
-)
-from avss_dist.models.layers import Layer, probe_tokens
-from avss_dist.models.linear_maps import SparsityCounts, dense, require_fit, rounded, sparsified
-from avss_dist.models.loading import Backbone, no_head, predictor, quiet
-from avss_dist.models.number_formats import NumberFormat
-from avss_dist.models.remaining import without_modules
-from avss_dist.models.replay import MapGradients, Record, pass_back
+from avss_dist.models.structure.layers import Layer, probe_tokens, require_single_use
 from avss_dist.stats.layer_stats import Float64
 
 PROBE_TOKENS = 16

@@ -16,9 +16,17 @@ from torch import nn
 
 from avss_dist.core.errors import ConfigError, ModelError
 from avss_dist.core.settings import Settings
-from avss_dist.models.checkpoints import Checkpoint
-from avss_dist.models.layers import PROBE_SHAPE, Layer, as_rows, probe_tokens
-from avss_dist.models.loading import Backbone, forward_function, load_model, open_module, predictor, quiet, without_head
+from avss_dist.models.checkpoint.loading import (
+    Backbone,
+    forward_function,
+    load_model,
+    open_module,
+    predictor,
+    quiet,
+    without_head,
+)
+from avss_dist.models.checkpoint.locate import Checkpoint
+from avss_dist.models.structure.layers import PROBE_SHAPE, Layer, as_rows, probe_tokens
 from avss_dist.partition.group import RowSplit, all_gather, quiet_deepspeed
 from avss_dist.partition.splitting import Probe, exchange_for, head_count, probe, taps_and_block
 

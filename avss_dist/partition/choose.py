@@ -12,8 +12,8 @@ from avss_dist.core.errors import ConfigError, ModelError
 from avss_dist.core.registry import GANGS, LAYERWISE, PARTITIONS, SEVERAL_GPUS, WHOLE
 from avss_dist.core.settings import Execution, Settings
 from avss_dist.core.text import describe_bytes
-from avss_dist.models.checkpoints import Checkpoint
-from avss_dist.models.size import Footprint, footprint, sharing_skeletons
+from avss_dist.models.checkpoint.locate import Checkpoint
+from avss_dist.models.checkpoint.size import Footprint, footprint, sharing_skeletons
 from avss_dist.partition.replica import PROCESS_BYTES, Placement, batch_bytes, bytes_beside_weights, replica_class
 from avss_dist.partition.splitting import version_obstacle
 

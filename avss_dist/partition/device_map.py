@@ -14,9 +14,9 @@ from avss_dist.core.devices import SPARE_SHARE, available_memory
 from avss_dist.core.errors import ConfigError, nearest
 from avss_dist.core.settings import Settings
 from avss_dist.core.text import count_of, describe_bytes
-from avss_dist.models.checkpoints import Checkpoint
-from avss_dist.models.loading import Backbone, load, quiet
-from avss_dist.models.size import (
+from avss_dist.models.checkpoint.loading import Backbone, load, quiet
+from avss_dist.models.checkpoint.locate import Checkpoint
+from avss_dist.models.checkpoint.size import (
     Footprint,
     find_layers,
     footprint,

@@ -22,11 +22,11 @@ from avss_dist.core.settings import Settings
 from avss_dist.core.text import describe_bytes
 from avss_dist.corpus.shards import Batch
 from avss_dist.models.causal_lm import LanguageModel
-from avss_dist.models.checkpoints import Checkpoint
-from avss_dist.models.layers import Layer
-from avss_dist.models.loading import Backbone, Forward, forward_function, load, quiet
-from avss_dist.models.quantization import describe_computing
-from avss_dist.models.size import Footprint, sharing_skeletons
+from avss_dist.models.checkpoint.loading import Backbone, Forward, forward_function, load, quiet
+from avss_dist.models.checkpoint.locate import Checkpoint
+from avss_dist.models.checkpoint.quantization import describe_computing
+from avss_dist.models.checkpoint.size import Footprint, sharing_skeletons
+from avss_dist.models.structure.layers import Layer
 from avss_dist.partition.group import RankedLanguageModel, RowSplit, require_group, reraise_lost_ranks
 
 T = TypeVar("T")

@@ -22,9 +22,7 @@ from avss_dist.core.registry import SHARDINGS, ShardingInfo
 from avss_dist.core.settings import Settings
 from avss_dist.corpus.shards import Batch
 from avss_dist.models.causal_lm import Watcher
-from avss_dist.models.checkpoints import Checkpoint
-from avss_dist.models.layers import probe_tokens
-from avss_dist.models.loading import (
+from avss_dist.models.checkpoint.loading import (
     Backbone,
     candidate_layers,
     compute_dtype,
@@ -34,8 +32,10 @@ from avss_dist.models.loading import (
     text_config,
     without_head,
 )
-from avss_dist.models.quantization import quantization_method
-from avss_dist.models.size import Footprint, load_skeleton
+from avss_dist.models.checkpoint.locate import Checkpoint
+from avss_dist.models.checkpoint.quantization import quantization_method
+from avss_dist.models.checkpoint.size import Footprint, load_skeleton
+from avss_dist.models.structure.layers import probe_tokens
 from avss_dist.partition.device_map import unstored
 from avss_dist.partition.group import RankedLanguageModel, all_gather, quiet_deepspeed, share
 from avss_dist.partition.replica import MemoryQuery, PartitionEstimate, Placement, Replica, dummy_batch

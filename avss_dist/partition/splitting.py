@@ -18,9 +18,20 @@ import torch
 from avss_dist.core.errors import ConfigError
 from avss_dist.core.extras import pip_command
 from avss_dist.core.settings import Settings
-from avss_dist.models.checkpoints import Checkpoint
-from avss_dist.models.interventions import captured
-from avss_dist.models.layers import (
+from avss_dist.models.change.interventions import captured
+from avss_dist.models.checkpoint.loading import (
+    Backbone,
+    Forward,
+    candidate_layers,
+    forward_function,
+    load_model,
+    open_module,
+    quiet,
+)
+from avss_dist.models.checkpoint.locate import Checkpoint
+from avss_dist.models.checkpoint.quantization import scale_block
+from avss_dist.models.checkpoint.size import load_skeleton, stored_skeleton
+from avss_dist.models.structure.layers import (
     PROBE_SHAPE,
     Layer,
     Projection,
@@ -30,17 +41,6 @@ from avss_dist.models.layers import (
     linear_sizes,
     probe_tokens,
 )
-from avss_dist.models.loading import (
-    Backbone,
-    Forward,
-    candidate_layers,
-    forward_function,
-    load_model,
-    open_module,
-    quiet,
-)
-from avss_dist.models.quantization import scale_block
-from avss_dist.models.size import load_skeleton, stored_skeleton
 from avss_dist.partition.group import all_gather, exchange_units_for_rows
 
 Probe = dict[tuple[int, str], torch.Tensor]

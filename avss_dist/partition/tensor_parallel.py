@@ -15,10 +15,10 @@ from torch import distributed
 
 from avss_dist.core.errors import ConfigError
 from avss_dist.core.settings import Settings
-from avss_dist.models.checkpoints import Checkpoint
-from avss_dist.models.loading import Backbone
-from avss_dist.models.quantization import quantization_method
-from avss_dist.models.size import load_skeleton
+from avss_dist.models.checkpoint.loading import Backbone
+from avss_dist.models.checkpoint.locate import Checkpoint
+from avss_dist.models.checkpoint.quantization import quantization_method
+from avss_dist.models.checkpoint.size import load_skeleton
 from avss_dist.partition.autotp import open_by_autotp, require_autotp
 from avss_dist.partition.group import RankedLanguageModel
 from avss_dist.partition.replica import MemoryQuery, PartitionEstimate, Placement, Replica

@@ -27,23 +27,23 @@ from avss_dist.core.intervention import Removals, count_removed, whole_layers
 from avss_dist.core.registry import LAYERWISE
 from avss_dist.core.settings import Execution, Settings
 from avss_dist.core.text import describe_layers, describe_rows, escape_markdown, printable
-from avss_dist.models.checkpoints import PICKLED, Checkpoint, read_config, resolve
-from avss_dist.models.experts import require_experts, without_experts
-from avss_dist.models.interventions import Patch, patched, skipping, without_sublayers
-from avss_dist.models.layers import first_tensor
-from avss_dist.models.loading import forward_function, has_head, load_model, open_module, quiet, text_config
-from avss_dist.models.quantization import can_unpack, quantization_method, ready_quantizer
-from avss_dist.models.size import footprint
-from avss_dist.models.weight_files import WEIGHTS, weight_files
+from avss_dist.models.change.interventions import Patch, patched, skipping, without_sublayers
+from avss_dist.models.checkpoint.loading import forward_function, has_head, load_model, open_module, quiet, text_config
+from avss_dist.models.checkpoint.locate import PICKLED, Checkpoint, read_config, resolve
+from avss_dist.models.checkpoint.quantization import can_unpack, quantization_method, ready_quantizer
+from avss_dist.models.checkpoint.size import footprint
+from avss_dist.models.checkpoint.weight_files import WEIGHTS, weight_files
+from avss_dist.models.structure.experts import require_experts, without_experts
+from avss_dist.models.structure.layers import first_tensor
 from avss_dist.partition.choose import place
 from avss_dist.partition.replica import open_replica
+from avss_dist.plans.choice import PlanError
+from avss_dist.plans.plan import Plan, describe_reason
+from avss_dist.plans.seen import read_seen, write_seen
 from avss_dist.pruning.configuration import write_config
-from avss_dist.pruning.plan import Plan, describe_reason
 from avss_dist.pruning.quantization import FILES, renumber_quantization, require_same_modules
 from avss_dist.pruning.repair.registry import RepairRecord, read_repairs, write_repairs
 from avss_dist.pruning.repair.repair import Repaired
-from avss_dist.pruning.seen import read_seen, write_seen
-from avss_dist.pruning.selection import PlanError
 from avss_dist.pruning.weights import LayerNames, StoredWeights, copy_weights
 
 _NOT_COPIED = (WEIGHTS, *PICKLED, "*.gguf", "*.safetensors.index.json", "*.bin.index.json", "config.json", "README.md")

@@ -16,14 +16,14 @@ from torch import nn
 
 from avss_dist.core.errors import ModelError
 from avss_dist.core.settings import Settings
-from avss_dist.models.checkpoints import Checkpoint
-from avss_dist.models.experts import COUNT, RoutedExperts, find_routed_experts
-from avss_dist.models.loading import auto_classes, skeleton, skeleton_by, text_config, without_head
-from avss_dist.models.quantization import KEYS, quantization_method, require_known_method
-from avss_dist.models.remaining import NUM_LAYERS, is_own_index, settings_by_layer
-from avss_dist.pruning.plan import Plan
+from avss_dist.models.change.remaining import NUM_LAYERS, is_own_index, settings_by_layer
+from avss_dist.models.checkpoint.loading import auto_classes, skeleton, skeleton_by, text_config, without_head
+from avss_dist.models.checkpoint.locate import Checkpoint
+from avss_dist.models.checkpoint.quantization import KEYS, quantization_method, require_known_method
+from avss_dist.models.structure.experts import COUNT, RoutedExperts, find_routed_experts
+from avss_dist.plans.choice import PlanError
+from avss_dist.plans.plan import Plan
 from avss_dist.pruning.quantization import renumber_quantization
-from avss_dist.pruning.selection import PlanError
 from avss_dist.pruning.weights import LayerNames, StoredWeights, list_path, renumbered
 
 EXPERT_COUNTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")

@@ -13,8 +13,8 @@ from avss_dist.core.registry import CONTRAST, FROM_ACTIVATIONS, GREEDY, MEASURED
 from avss_dist.core.settings import EVERY_SITE
 from avss_dist.core.text import describe_threshold, parse_threshold
 from avss_dist.core.validation import Count, Positive, Share, check, checked
+from avss_dist.plans.choice import LAST, PUBLISHED, RANDOM, Choice, Reading, reading_of
 from avss_dist.pruning.repair.registry import NO_REPAIR, OptionalRepairName
-from avss_dist.pruning.selection import LAST, PUBLISHED, RANDOM, Choice, Reading, reading_of
 
 LEAVE_ONE_OUT = "loss"
 REVERSED = "reversed"

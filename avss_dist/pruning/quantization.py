@@ -17,12 +17,12 @@ import torch
 
 from avss_dist.core.errors import ModelError, first_names
 from avss_dist.core.settings import Settings
-from avss_dist.models.checkpoints import Checkpoint
-from avss_dist.models.loading import quiet, renaming, skeleton, text_config
-from avss_dist.models.quantization import describe_quantization, quantize_skeleton
-from avss_dist.models.safetensors import tensors_of
-from avss_dist.models.weight_files import weight_files
-from avss_dist.pruning.selection import PlanError
+from avss_dist.models.checkpoint.loading import quiet, renaming, skeleton, text_config
+from avss_dist.models.checkpoint.locate import Checkpoint
+from avss_dist.models.checkpoint.quantization import describe_quantization, quantize_skeleton
+from avss_dist.models.checkpoint.safetensors import tensors_of
+from avss_dist.models.checkpoint.weight_files import weight_files
+from avss_dist.plans.choice import PlanError
 from avss_dist.pruning.weights import LayerNames
 
 FILES = ("quantize_config.json", "quant_config.json", "hf_quant_config.json")

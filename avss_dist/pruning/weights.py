@@ -18,19 +18,19 @@ from torch import nn
 
 from avss_dist.core.errors import ModelError
 from avss_dist.core.settings import Settings
-from avss_dist.models.checkpoints import Checkpoint
-from avss_dist.models.experts import RoutedExperts, require_routed_experts
-from avss_dist.models.interventions import Parameter, Patch
-from avss_dist.models.loading import renaming, skeleton, text_config, without_head
-from avss_dist.models.safetensors import (
+from avss_dist.models.change.interventions import Parameter, Patch
+from avss_dist.models.checkpoint.loading import renaming, skeleton, text_config, without_head
+from avss_dist.models.checkpoint.locate import Checkpoint
+from avss_dist.models.checkpoint.safetensors import (
     StoredTensor,
     copy_tensors,
     read_tensor,
     tensors_of,
 )
-from avss_dist.models.weight_files import weight_files
-from avss_dist.pruning.plan import Plan
-from avss_dist.pruning.selection import PlanError
+from avss_dist.models.checkpoint.weight_files import weight_files
+from avss_dist.models.structure.experts import RoutedExperts, require_routed_experts
+from avss_dist.plans.choice import PlanError
+from avss_dist.plans.plan import Plan
 from avss_dist.warehouse.reader import grouped
 
 _EXPERT = re.compile(r"((?:.*\.)?experts)\.(\d+)(|\..*)")

@@ -12,10 +12,10 @@ from avss_dist.core.errors import ModelError, StorageFull
 from avss_dist.core.settings import NUMBERS_VERSION, Settings, fingerprint
 from avss_dist.corpus.shards import USUAL_ROWS, CorpusPlan, tokenize_corpus
 from avss_dist.corpus.sources import open_source
-from avss_dist.models.additions import transforms_outputs
-from avss_dist.models.checkpoints import Checkpoint, content_hash, convert_pickles, resolve
-from avss_dist.models.loading import load_tokenizer, pin, text_config
-from avss_dist.models.size import Footprint, sharing_skeletons
+from avss_dist.models.checkpoint.loading import load_tokenizer, pin, text_config
+from avss_dist.models.checkpoint.locate import Checkpoint, content_hash, convert_pickles, resolve
+from avss_dist.models.checkpoint.size import Footprint, sharing_skeletons
+from avss_dist.models.structure.additions import transforms_outputs
 from avss_dist.partition.choose import choose, needs_size, require_ranks, size_of
 from avss_dist.partition.replica import Placement, fingerprint_part
 from avss_dist.runs.job_file import RunSpec

@@ -19,8 +19,8 @@ from avss_dist.core.registry import BASELINES, RECIPES
 from avss_dist.core.results import TabularResult
 from avss_dist.core.settings import PUBLISHED_THRESHOLD, SITES, Settings
 from avss_dist.corpus.shards import CorpusPlan
-from avss_dist.models.checkpoints import CONVERTED, Checkpoint, training_point
-from avss_dist.models.quantization import describe_quantization
+from avss_dist.models.checkpoint.locate import CONVERTED, Checkpoint, training_point
+from avss_dist.models.checkpoint.quantization import describe_quantization
 from avss_dist.partition.replica import Placement
 from avss_dist.runs.work import ReplicaSpec, RunShards
 from avss_dist.stats.intervals import BOOTSTRAP_BLOCKS

@@ -15,7 +15,7 @@ from avss_dist.core.registry import GANGS
 from avss_dist.core.settings import Execution, Settings, fingerprint
 from avss_dist.core.validation import keywords
 from avss_dist.corpus.sources import corpus_problems
-from avss_dist.models.checkpoints import slug
+from avss_dist.models.checkpoint.locate import slug
 from avss_dist.requests import ScoreAllRequest, ScoreRequest
 from avss_dist.runs.driver import Driver
 from avss_dist.runs.events import LogRuns, OnRunEvent, RunEnded

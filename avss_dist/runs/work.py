@@ -9,7 +9,7 @@ from typing import Any, TypeAlias
 from avss_dist.core.errors import AvssError
 from avss_dist.core.settings import Settings, fingerprint
 from avss_dist.corpus.shards import Shard
-from avss_dist.models.checkpoints import Checkpoint
+from avss_dist.models.checkpoint.locate import Checkpoint
 from avss_dist.partition.replica import Placement, Replica, open_replica
 from avss_dist.stats.layer_stats import ShardResult
 from avss_dist.tasks.task import Cell

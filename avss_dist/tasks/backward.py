@@ -21,8 +21,8 @@ from avss_dist.core.intervention import NO_INTERVENTION, Intervention, Removals
 from avss_dist.core.process import bound
 from avss_dist.corpus.shards import Batch, Shard
 from avss_dist.models.causal_lm import LanguageModel, predicted
-from avss_dist.models.interventions import around
-from avss_dist.models.layers import Layer, LayerCall, as_rows, output_tensor
+from avss_dist.models.forward import around
+from avss_dist.models.structure.layers import Layer, LayerCall, as_rows, output_tensor
 from avss_dist.stats.layer_stats import Float64
 from avss_dist.tasks.task import Measure, Row, predicted_tokens
 from avss_dist.warehouse.reader import grouped

@@ -16,7 +16,7 @@ import torch
 
 from avss_dist.core.registry import BLOCK_DISTANCE, DRAWS, SCORES
 from avss_dist.corpus.shards import Batch
-from avss_dist.models.layers import Layer, LayerCall, output_tensor
+from avss_dist.models.structure.layers import Layer, LayerCall, output_tensor
 from avss_dist.tasks.backward import TAYLOR, BackwardMeasure, BackwardPass
 
 LOOKAHEAD = max(info.lookahead for info in SCORES.values() if info.lookahead is not None)  # layers

@@ -34,7 +34,7 @@ from avss_dist.core.settings import fingerprint
 from avss_dist.corpus.documents import without_today
 from avss_dist.corpus.shards import Batch
 from avss_dist.models.causal_lm import LanguageModel
-from avss_dist.models.loading import load_tokenizer, quiet
+from avss_dist.models.checkpoint.loading import load_tokenizer, quiet
 from avss_dist.tasks.harness_files import (
     code_entries,
     has_local_data,

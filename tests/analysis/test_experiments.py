@@ -12,8 +12,8 @@ import pytest
 from support.warehouses import identity_of, run_row, write_scores
 
 from avss_dist.analysis.experiments import newest_experiments
-from avss_dist.analysis.plans import plan_layers
 from avss_dist.analysis.verdict import experiment_sections
+from avss_dist.planning.layers import plan_layers
 from avss_dist.reports.page.page import report_page
 from avss_dist.warehouse.reader import Warehouse
 from avss_dist.warehouse.store import Store

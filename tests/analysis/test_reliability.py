@@ -11,7 +11,7 @@ import pytest
 from scipy import stats
 
 from avss_dist.analysis.scorecard import increases, misranked, reliability
-from avss_dist.pruning.ground_truth import LayerTruth
+from avss_dist.plans.ground_truth import LayerTruth
 from avss_dist.stats.rankings import spearman
 from avss_dist.warehouse.reader import Warehouse
 from avss_dist.warehouse.schema import RunIdentity

@@ -29,8 +29,8 @@ from transformers import AutoModelForCausalLM
 from avss_dist.core.settings import SITES, Settings
 from avss_dist.corpus.shards import tokenize_corpus
 from avss_dist.measure.shard import analyze_shard
-from avss_dist.models.checkpoints import resolve
-from avss_dist.models.loading import load_tokenizer
+from avss_dist.models.checkpoint.loading import load_tokenizer
+from avss_dist.models.checkpoint.locate import resolve
 from avss_dist.partition.replica import Replica, no_observation
 
 BARE, PLAIN, AUTHORS = "bare backbone forward", "plain CausalLM forward", "AVSS authors' recipe"

@@ -20,8 +20,8 @@ from avss_dist.core.errors import ConfigError, QueryError
 from avss_dist.core.results import Table
 from avss_dist.core.settings import Execution, Settings
 from avss_dist.core.text import RedactedURI
-from avss_dist.models.number_formats import FORMATS
-from avss_dist.pruning.map_plans import MapPrecision, PrecisionPlan
+from avss_dist.models.change.number_formats import FORMATS
+from avss_dist.plans.map_plans import MapPrecision, PrecisionPlan
 from avss_dist.read_requests import CompareRequest, ShowRequest
 from avss_dist.requests import PlanRequest, ScoreRequest
 from avss_dist.runs.run import Run

@@ -12,7 +12,7 @@ import pytest
 from support.command_line import avss
 
 from avss_dist.core.errors import ModelError
-from avss_dist.models.checkpoints import require_checkpoint
+from avss_dist.models.checkpoint.locate import require_checkpoint
 
 WITHOUT_TORCH = """
 import json, sys

@@ -35,7 +35,7 @@ from avss_dist.core.intervention import (
 )
 from avss_dist.core.settings import NUMBERS_VERSION, Settings, fingerprint
 from avss_dist.evaluation.session import PlannedTask
-from avss_dist.models.checkpoints import Checkpoint, resolve
+from avss_dist.models.checkpoint.locate import Checkpoint, resolve
 from avss_dist.partition.replica import Placement
 from avss_dist.tasks.task import Task
 
@@ -179,6 +179,6 @@ def test_an_evaluation_is_hashed_once(checkpoint: Checkpoint, monkeypatch: pytes
 
 
 def test_plans_are_interventions_without_torch() -> None:
-    modules = "avss_dist.core.intervention, avss_dist.pruning.plan, avss_dist.pruning.map_plans"
+    modules = "avss_dist.core.intervention, avss_dist.plans.plan, avss_dist.plans.map_plans"
     code = f"import sys, {modules}; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

@@ -14,8 +14,8 @@ from avss_dist.core.intervention import THRESHOLD
 from avss_dist.core.text import RedactedURI
 from avss_dist.corpus.shards import CorpusPlan
 from avss_dist.distillation.record import RecordedText
-from avss_dist.pruning.map_plans import MapPlan, MapPrecision, PrecisionPlan, SparsityPlan
-from avss_dist.pruning.plan import ModelPlan, Plan
+from avss_dist.plans.map_plans import MapPlan, MapPrecision, PrecisionPlan, SparsityPlan
+from avss_dist.plans.plan import ModelPlan, Plan
 from avss_dist.pruning.repair.registry import RepairText
 from avss_dist.read_requests import FindingsRequest, ReportRequest, ShowRequest
 from avss_dist.requests import PlanRequest

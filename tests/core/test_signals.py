@@ -18,7 +18,7 @@ from support.command_line import avss
 from avss_dist.__main__ import main
 from avss_dist.core import process, validation
 from avss_dist.core.process import preserve_sigterm_handler, raise_on_sigterm, stop_signal
-from avss_dist.pruning.plan import Plan
+from avss_dist.plans.plan import Plan
 
 
 @pytest.fixture

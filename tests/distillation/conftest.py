@@ -10,8 +10,8 @@ import pytest
 from support.checkpoints import llama
 from support.texts import sentences
 
+from avss_dist.plans.plan import Plan
 from avss_dist.pruning.checkpoint import prune
-from avss_dist.pruning.plan import Plan
 
 
 @pytest.fixture(scope="session")

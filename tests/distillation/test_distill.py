@@ -29,8 +29,8 @@ from avss_dist.distillation.distill import Distilled
 from avss_dist.distillation.loss import distillation_loss
 from avss_dist.distillation.pair import default_learning_rate, write_distilled
 from avss_dist.distillation.record import read_record, write_card
-from avss_dist.models.checkpoints import resolve
-from avss_dist.pruning.seen import read_seen, write_seen
+from avss_dist.models.checkpoint.locate import resolve
+from avss_dist.plans.seen import read_seen, write_seen
 from avss_dist.reports.terminal.shrink import distilled_table
 
 Distill = Callable[..., Distilled]

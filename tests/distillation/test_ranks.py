@@ -31,8 +31,8 @@ from avss_dist.distillation.pair import resolve_pair
 from avss_dist.distillation.record import DistillRecord, read_record
 from avss_dist.distillation.texts import read_texts
 from avss_dist.partition.group import rank_and_size
+from avss_dist.plans.plan import Plan
 from avss_dist.pruning.checkpoint import prune
-from avss_dist.pruning.plan import Plan
 from avss_dist.requests import DistillRequest
 
 pytestmark = pytest.mark.nightly

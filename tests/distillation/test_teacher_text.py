@@ -21,9 +21,9 @@ from avss_dist.corpus.tokens import special_tokens_around
 from avss_dist.distillation import teacher_text as module
 from avss_dist.distillation.teacher_text import ROWS, has_own_text, rows_at_once, sample, teacher_text, with_own_text
 from avss_dist.models.causal_lm import LanguageModel
-from avss_dist.models.checkpoints import resolve
-from avss_dist.models.loading import load_tokenizer
-from avss_dist.pruning.plan import Plan
+from avss_dist.models.checkpoint.loading import load_tokenizer
+from avss_dist.models.checkpoint.locate import resolve
+from avss_dist.plans.plan import Plan
 
 SETTINGS = Settings(sequence_length=16, dtype="float32", device="cpu")
 

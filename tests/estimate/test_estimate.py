@@ -27,12 +27,12 @@ from avss_dist.core.settings import Execution, Settings
 from avss_dist.core.text import describe_seconds
 from avss_dist.distillation.memory import LIBRARIES
 from avss_dist.estimation import DistillRow, Estimate, _row, distillation_rows, estimate
-from avss_dist.models.checkpoints import find_checkpoint
-from avss_dist.models.size import footprint, sharing_skeletons
+from avss_dist.models.checkpoint.locate import find_checkpoint
+from avss_dist.models.checkpoint.size import footprint, sharing_skeletons
 from avss_dist.partition.choose import choose, least_host_bytes
 from avss_dist.partition.replica import PROCESS_BYTES, PartitionEstimate, batch_bytes
+from avss_dist.plans.plan import Plan
 from avss_dist.pruning.checkpoint import prune
-from avss_dist.pruning.plan import Plan
 from avss_dist.reports.terminal.evaluation import automatic, estimate_table
 from avss_dist.requests import EstimateRequest
 
@@ -116,10 +116,10 @@ def test_seconds_in_words(seconds: float, said: str) -> None:
 
 MEASURE = """
 import sys, json
-from avss_dist.models.checkpoints import resolve
+from avss_dist.models.checkpoint.locate import resolve
 from avss_dist.core.settings import Settings
 from avss_dist.corpus.shards import tokenize_corpus
-from avss_dist.models.loading import load_tokenizer
+from avss_dist.models.checkpoint.loading import load_tokenizer
 from avss_dist.partition.replica import Placement, open_replica
 from avss_dist.measure.shard import analyze_shard
 folder, partition, settings = sys.argv[1], sys.argv[2], Settings(**json.loads(sys.argv[3]))

@@ -21,8 +21,8 @@ from avss_dist.core.errors import ConfigError, ModelError
 from avss_dist.core.registry import PARTITIONS
 from avss_dist.core.settings import Execution, Settings
 from avss_dist.estimation import Estimate
-from avss_dist.models.checkpoints import locate
-from avss_dist.models.size import footprint
+from avss_dist.models.checkpoint.locate import locate
+from avss_dist.models.checkpoint.size import footprint
 from avss_dist.partition.choose import choose
 from avss_dist.partition.replica import PartitionEstimate
 

@@ -31,12 +31,12 @@ from avss_dist.core.errors import ConfigError
 from avss_dist.core.intervention import NO_INTERVENTION
 from avss_dist.core.settings import Settings
 from avss_dist.corpus.shards import Shard
-from avss_dist.evaluation.ablate import Ablation
 from avss_dist.evaluation.tasks import plan_text
 from avss_dist.models.causal_lm import LanguageModel
-from avss_dist.models.interventions import recording, representatives, resuming
+from avss_dist.models.change.interventions import recording, representatives, resuming
 from avss_dist.reports.page.page import _scorecards
 from avss_dist.reports.terminal.evaluation import ablation_table
+from avss_dist.studies.ablate import Ablation
 from avss_dist.tasks import shapley as ablation
 from avss_dist.tasks.shapley import SHAPLEY, SHARED, Shapley
 from avss_dist.tasks.task import Row
@@ -416,7 +416,7 @@ def test_very_many_passes_are_made_only_where_they_are_wanted(
     with pytest.raises(ConfigError, match=told) as caught:
         ablate(tiny_llama, shapley=10**6, **text)
     assert caught.value.hint == "Lower `shapley` or `max_sequences`. More than 100,000 need `allow_many`."
-    monkeypatch.setattr("avss_dist.evaluation.ablate.MOST_PASSES", 0)
+    monkeypatch.setattr("avss_dist.studies.ablate.MOST_PASSES", 0)
     assert len(ablate(tiny_llama, allow_many=True, **text).layers) == 3
 
 

@@ -27,11 +27,11 @@ from avss_dist.core.registry import ROW_START
 from avss_dist.core.settings import Settings
 from avss_dist.evaluation.session import PlacedModel
 from avss_dist.evaluation.tasks import earlier_texts, plan_task, refuse_overlap
-from avss_dist.models.checkpoints import resolve
+from avss_dist.models.checkpoint.locate import resolve
 from avss_dist.partition.replica import Placement
+from avss_dist.plans.plan import Plan, read_plan
+from avss_dist.plans.seen import seen_by_run
 from avss_dist.pruning.checkpoint import prune, pruned_from
-from avss_dist.pruning.plan import Plan, read_plan
-from avss_dist.pruning.seen import seen_by_run
 from avss_dist.tasks.task import Task
 from avss_dist.warehouse.reader import Warehouse
 
@@ -101,7 +101,7 @@ def test_a_plan_that_contradicts_its_model_is_refused(
 def test_a_model_without_a_head_is_refused_before_it_is_loaded(
     command: tuple[str, ...], tiny_bert: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("avss_dist.models.loading.load_model", None)
+    monkeypatch.setattr("avss_dist.models.checkpoint.loading.load_model", None)
     name, *options = command
     told = mistake(name, tiny_bert, *options, "--warehouse", tmp_path / "w", "--sequence-length", 64)
     assert "predicts the next token" in told

@@ -21,17 +21,17 @@ from avss_dist.analysis.scorecard import best_readings, score_cards
 from avss_dist.core.errors import ConfigError
 from avss_dist.core.intervention import encode_removals
 from avss_dist.core.settings import Settings
-from avss_dist.evaluation.experiment import NOT_HASHED, Trial
-from avss_dist.evaluation.search import search
 from avss_dist.evaluation.session import PlannedTask
-from avss_dist.models.checkpoints import Checkpoint
+from avss_dist.models.checkpoint.locate import Checkpoint
 from avss_dist.partition.replica import Placement
+from avss_dist.plans.choice import Choice
+from avss_dist.plans.plan import Plan
 from avss_dist.pruning.methods import Experiment, choices, describe_method, parse_score
-from avss_dist.pruning.plan import Plan
-from avss_dist.pruning.selection import Choice
 from avss_dist.requests import PlanRequest
 from avss_dist.runs.job_file import read_job
 from avss_dist.runs.run import Run
+from avss_dist.studies.experiment import NOT_HASHED, Trial
+from avss_dist.studies.search import search
 from avss_dist.tasks.task import Measure, Task
 from avss_dist.warehouse.reader import Warehouse
 from avss_dist.warehouse.schema import RunIdentity

@@ -33,12 +33,12 @@ from avss_dist.evaluation.events import CellUnderway, Event
 from avss_dist.evaluation.repairs import fit_repairs, plan_fits, read_repaired
 from avss_dist.evaluation.session import EvaluationSession, PlacedModel, PlannedTask
 from avss_dist.evaluation.tasks import plan_text_task
-from avss_dist.models.checkpoints import resolve
-from avss_dist.models.interventions import decode_patch, encode_patch, patched
-from avss_dist.models.loading import open_module
+from avss_dist.models.change.interventions import decode_patch, encode_patch, patched
+from avss_dist.models.checkpoint.loading import open_module
+from avss_dist.models.checkpoint.locate import resolve
 from avss_dist.partition import group
 from avss_dist.partition.replica import MAX_COPIES, Placement, open_replica, with_copies
-from avss_dist.pruning.plan import Plan
+from avss_dist.plans.plan import Plan
 from avss_dist.pruning.repair.registry import read_repairs
 from avss_dist.pruning.repair.repair import Repair
 from avss_dist.reports.terminal import progress as avss_progress

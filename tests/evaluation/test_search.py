@@ -25,16 +25,16 @@ from avss_dist.core.intervention import (
     sublayers_of,
 )
 from avss_dist.core.settings import Settings
-from avss_dist.evaluation import search as search_module
 from avss_dist.evaluation import session
 from avss_dist.evaluation.events import SearchStep
-from avss_dist.evaluation.search import search
 from avss_dist.evaluation.tasks import plan_text
 from avss_dist.models.causal_lm import LanguageModel
-from avss_dist.pruning.plan import Plan
-from avss_dist.pruning.selection import Choice, PlanError
+from avss_dist.plans.choice import Choice, PlanError
+from avss_dist.plans.plan import Plan
 from avss_dist.requests import PlanRequest
 from avss_dist.runs.scoring import score
+from avss_dist.studies import search as search_module
+from avss_dist.studies.search import search
 from avss_dist.tasks.text_loss import TextLoss
 from avss_dist.warehouse.reader import Warehouse
 

@@ -21,7 +21,7 @@ from avss_dist.core.settings import Execution, Settings
 from avss_dist.evaluation.events import CellDone, CellsStarted, Event
 from avss_dist.evaluation.session import EvaluationSession, PlannedTask, failure, results_under
 from avss_dist.evaluation.tasks import plan_text_task
-from avss_dist.models.checkpoints import resolve
+from avss_dist.models.checkpoint.locate import resolve
 from avss_dist.runs.local import LocalExecutor
 from avss_dist.stats.intervals import jackknife_interval
 from avss_dist.stats.layer_stats import Float64

@@ -41,20 +41,20 @@ from avss_dist.distillation.record import read_record
 from avss_dist.evaluation import continuations
 from avss_dist.evaluation.repairs import copies_of
 from avss_dist.evaluation.session import EvaluationSession, PlacedModel
-from avss_dist.evaluation.shrink import SCORED, CandidateResult, Shrunk, TextSplit, held_out_tasks, split_rows
 from avss_dist.evaluation.tasks import plan_text
 from avss_dist.models.causal_lm import LanguageModel
-from avss_dist.models.checkpoints import resolve
-from avss_dist.models.loading import load_tokenizer
+from avss_dist.models.checkpoint.loading import load_tokenizer
+from avss_dist.models.checkpoint.locate import resolve
 from avss_dist.partition.replica import Placement
+from avss_dist.plans.choice import PlanError
+from avss_dist.plans.seen import read_seen
 from avss_dist.pruning.repair.registry import read_repairs
-from avss_dist.pruning.seen import read_seen
-from avss_dist.pruning.selection import PlanError
 from avss_dist.reports.terminal.shrink import continuation_tables
 from avss_dist.reports.terminal.tables import FittedTable
 from avss_dist.requests import RANKED_BY, ShrinkRequest
 from avss_dist.runs.local import LocalExecutor
 from avss_dist.runs.ray.executor import RayExecutor
+from avss_dist.studies.shrink import SCORED, CandidateResult, Shrunk, TextSplit, held_out_tasks, split_rows
 from avss_dist.tasks.text_loss import TextLoss
 from avss_dist.warehouse.reader import Warehouse
 from avss_dist.warehouse.store import Store

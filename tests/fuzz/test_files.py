@@ -20,7 +20,7 @@ from support.fuzzing import damaged_bytes, fuzzed, hold, hold_with_one_error, mu
 from support.ggufs import write_gguf
 
 from avss_dist.core.errors import AvssError
-from avss_dist.models.checkpoints import locate, stored_tensors
+from avss_dist.models.checkpoint.locate import locate, stored_tensors
 
 pytestmark = pytest.mark.nightly
 

@@ -34,7 +34,7 @@ from avss_dist.measure.kernels import kernels_for
 from avss_dist.measure.kernels.cuda import CudaKernels
 from avss_dist.measure.kernels.reference import Accumulator, Kernels
 from avss_dist.measure.observer import Observer, attached
-from avss_dist.models.loading import forward_function, open_module
+from avss_dist.models.checkpoint.loading import forward_function, open_module
 from avss_dist.partition.replica import run_batch
 from avss_dist.stats.layer_stats import merge_strata
 

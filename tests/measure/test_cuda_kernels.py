@@ -35,7 +35,7 @@ from avss_dist.measure.kernels.cuda import (
     window,
 )
 from avss_dist.measure.kernels.reference import Accumulator, Kernels
-from avss_dist.models.loading import forward_function, open_module
+from avss_dist.models.checkpoint.loading import forward_function, open_module
 from avss_dist.stats.layer_stats import merge_strata
 
 GRID = np.array(THRESHOLDS)

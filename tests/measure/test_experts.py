@@ -26,8 +26,8 @@ from avss_dist.core.errors import ModelError
 from avss_dist.core.process import bound
 from avss_dist.core.settings import THRESHOLDS
 from avss_dist.measure.observer import PASSES, ExpertCounter, Observer, Pass, attached
-from avss_dist.models.layers import Experts, Routing
-from avss_dist.models.loading import Backbone, forward_function, open_module
+from avss_dist.models.checkpoint.loading import Backbone, forward_function, open_module
+from avss_dist.models.structure.layers import Experts, Routing
 from avss_dist.stats.layer_stats import EXPERT_FIELDS, ExpertStats, merge_stats
 from avss_dist.warehouse.encoding import to_experts
 from avss_dist.warehouse.reader import Warehouse

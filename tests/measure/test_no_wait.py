@@ -23,8 +23,8 @@ from avss_dist.measure import observer as observing
 from avss_dist.measure.kernels.cuda import CudaKernels, window
 from avss_dist.measure.kernels.reference import Accumulator, Kernels, limits_on
 from avss_dist.measure.observer import ExpertCounter, Observer, attached
-from avss_dist.models.layers import Experts, Routing
-from avss_dist.models.loading import forward_function, open_module
+from avss_dist.models.checkpoint.loading import forward_function, open_module
+from avss_dist.models.structure.layers import Experts, Routing
 from avss_dist.partition.replica import run_batch
 
 META = torch.device("meta")

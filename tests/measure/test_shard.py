@@ -34,10 +34,10 @@ from avss_dist.measure.kernels.reference import Accumulator
 from avss_dist.measure.observer import Observer
 from avss_dist.measure.rows import CountedTokens, by_matrices, in_order, masks_by_stratum, row_tensors
 from avss_dist.measure.shard import SEE_PADDING, UNIT_SITES, analyze_shard, counter_bytes, follow
-from avss_dist.models.checkpoints import resolve
-from avss_dist.models.layers import first_tensor
-from avss_dist.models.loading import load_tokenizer
-from avss_dist.models.size import footprint
+from avss_dist.models.checkpoint.loading import load_tokenizer
+from avss_dist.models.checkpoint.locate import resolve
+from avss_dist.models.checkpoint.size import footprint
+from avss_dist.models.structure.layers import first_tensor
 from avss_dist.partition.replica import BatchContext, Placement, Replica, dummy_batch, no_observation
 from avss_dist.runs.ray.worker import ShardAssignment, Worker
 from avss_dist.runs.work import ReplicaSpec

@@ -18,8 +18,8 @@ from support.families import model_types, tiny_model
 from support.tiers import all_of
 
 from avss_dist.core.settings import SITES
-from avss_dist.models.loading import open_module, quiet
-from avss_dist.models.structure import find_down_projection
+from avss_dist.models.checkpoint.loading import open_module, quiet
+from avss_dist.models.structure.find import find_down_projection
 
 of_this_transformers = pytest.mark.skipif(
     not transformers.__version__.startswith(VERSION), reason=f"the table is of transformers {VERSION}"

@@ -25,10 +25,10 @@ from transformers import AutoModelForCausalLM
 
 from avss_dist.core.errors import ModelError
 from avss_dist.core.settings import Settings
-from avss_dist.models.checkpoints import resolve
-from avss_dist.models.loading import load
-from avss_dist.models.quantization import unpacking_bytes
-from avss_dist.models.size import footprint
+from avss_dist.models.checkpoint.loading import load
+from avss_dist.models.checkpoint.locate import resolve
+from avss_dist.models.checkpoint.quantization import unpacking_bytes
+from avss_dist.models.checkpoint.size import footprint
 from avss_dist.partition.replica import Replica
 
 SETTINGS = Settings(device="cpu")

@@ -29,7 +29,15 @@ from support.quantized import block_fp8, compressed_tensors
 
 from avss_dist.core.errors import ConfigError, ModelError
 from avss_dist.core.settings import INPUT_SITES, Settings
-from avss_dist.models.checkpoints import (
+from avss_dist.models.checkpoint.loading import (
+    forward_function,
+    load,
+    load_tokenizer,
+    open_module,
+    skeleton,
+    text_config,
+)
+from avss_dist.models.checkpoint.locate import (
     Checkpoint,
     content_hash,
     convert_pickles,
@@ -38,8 +46,7 @@ from avss_dist.models.checkpoints import (
     slug,
     training_point,
 )
-from avss_dist.models.loading import forward_function, load, load_tokenizer, open_module, skeleton, text_config
-from avss_dist.models.quantization import describe_computing, quantize_skeleton
+from avss_dist.models.checkpoint.quantization import describe_computing, quantize_skeleton
 from avss_dist.runs.job_file import read_job
 from avss_dist.warehouse.reader import Warehouse
 

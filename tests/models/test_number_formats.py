@@ -18,7 +18,7 @@ from gguf.quants import dequantize, quantize
 
 from avss_dist.core.errors import ConfigError
 from avss_dist.core.extras import install_hint
-from avss_dist.models.number_formats import FORMATS, NumberFormat, fitting, number_format
+from avss_dist.models.change.number_formats import FORMATS, NumberFormat, fitting, number_format
 
 COMPRESSED = [known for known in FORMATS.values() if known.module == "compressed_tensors"]
 GGUF = [known for known in FORMATS.values() if known.module == "gguf"]

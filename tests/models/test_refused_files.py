@@ -25,10 +25,10 @@ from transformers import AutoConfig
 
 from avss_dist.core.errors import ModelError
 from avss_dist.core.settings import Settings
-from avss_dist.models.checkpoints import resolve
-from avss_dist.models.loading import load, load_model, load_tokenizer, pin, text_config
-from avss_dist.models.safetensors import tensors_of
-from avss_dist.models.size import footprint
+from avss_dist.models.checkpoint.loading import load, load_model, load_tokenizer, pin, text_config
+from avss_dist.models.checkpoint.locate import resolve
+from avss_dist.models.checkpoint.safetensors import tensors_of
+from avss_dist.models.checkpoint.size import footprint
 from avss_dist.partition.replica import Placement, open_replica
 
 SETTINGS = Settings(device="cpu")

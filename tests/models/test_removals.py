@@ -25,9 +25,9 @@ from avss_dist.core.intervention import (
     sublayers_of,
 )
 from avss_dist.models.causal_lm import LanguageModel
-from avss_dist.models.interventions import around
-from avss_dist.models.layers import first_tensor
-from avss_dist.models.remaining import settings_by_layer, without_modules
+from avss_dist.models.change.remaining import settings_by_layer, without_modules
+from avss_dist.models.forward import around
+from avss_dist.models.structure.layers import first_tensor
 from avss_dist.tasks.text_loss import LeaveOneOut, TextLoss
 
 ModelOf = Callable[[str], LanguageModel]

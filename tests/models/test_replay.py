@@ -19,7 +19,7 @@ from support.tiers import all_of
 
 from avss_dist.core.intervention import NO_INTERVENTION, Intervention, round_place
 from avss_dist.models.causal_lm import LanguageModel
-from avss_dist.models.loading import quiet
+from avss_dist.models.checkpoint.loading import quiet
 from avss_dist.tasks.map_damage import RoundingDamage
 from avss_dist.tasks.task import Row
 

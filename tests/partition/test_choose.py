@@ -17,7 +17,7 @@ from avss_dist.core.devices import Devices, devices_here
 from avss_dist.core.errors import ConfigError
 from avss_dist.core.settings import Execution, Settings
 from avss_dist.core.text import describe_bytes, parse_bytes
-from avss_dist.models.checkpoints import resolve
+from avss_dist.models.checkpoint.locate import resolve
 from avss_dist.partition.autotp import UNSUPPORTED
 from avss_dist.partition.choose import (
     PROCESS_BYTES,

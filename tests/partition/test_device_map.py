@@ -22,8 +22,8 @@ from avss_dist.core.errors import ConfigError, ModelError
 from avss_dist.core.settings import Settings
 from avss_dist.corpus.shards import Shard
 from avss_dist.measure.shard import analyze_shard
-from avss_dist.models.checkpoints import Checkpoint, resolve
-from avss_dist.models.size import footprint, sharing_skeletons
+from avss_dist.models.checkpoint.locate import Checkpoint, resolve
+from avss_dist.models.checkpoint.size import footprint, sharing_skeletons
 from avss_dist.partition.choose import gpus_filled
 from avss_dist.partition.device_map import DeviceMapReplica, require_complete, spread
 from avss_dist.partition.replica import Placement, Replica, open_replica

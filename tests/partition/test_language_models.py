@@ -16,8 +16,8 @@ from avss_dist.core.errors import ModelError
 from avss_dist.core.intervention import NO_INTERVENTION
 from avss_dist.core.settings import Settings
 from avss_dist.models.causal_lm import LanguageModel
-from avss_dist.models.checkpoints import resolve
-from avss_dist.models.size import footprint
+from avss_dist.models.checkpoint.locate import resolve
+from avss_dist.models.checkpoint.size import footprint
 from avss_dist.partition.replica import Placement, Replica, open_replica
 from avss_dist.partition.streaming.replica import StreamingReplica
 from avss_dist.tasks.harness import harness_task

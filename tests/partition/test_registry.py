@@ -15,7 +15,7 @@ import avss_dist
 from avss_dist.core.errors import ConfigError
 from avss_dist.core.registry import PARTITIONS
 from avss_dist.core.settings import Execution, Settings
-from avss_dist.models.checkpoints import resolve
+from avss_dist.models.checkpoint.locate import resolve
 from avss_dist.partition.replica import Placement, open_replica, replica_class
 
 

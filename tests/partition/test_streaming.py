@@ -27,8 +27,8 @@ from transformers import Lfm2Config, Lfm2ForCausalLM, Qwen3MoeConfig, Qwen3MoeFo
 from avss_dist.core.errors import ConfigError, ModelError
 from avss_dist.core.settings import SITES, Settings
 from avss_dist.measure.shard import analyze_shard
-from avss_dist.models.checkpoints import resolve
-from avss_dist.models.layers import Layer
+from avss_dist.models.checkpoint.locate import resolve
+from avss_dist.models.structure.layers import Layer
 from avss_dist.partition.replica import Placement, Replica, no_observation
 from avss_dist.partition.streaming.passes import HiddenStateOffloader, Window
 from avss_dist.partition.streaming.replica import StreamingReplica

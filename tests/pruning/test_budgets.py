@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from scipy.optimize import linprog
 
-from avss_dist.pruning.budget import (
+from avss_dist.plans.budget import (
     MAX_SPARSITY,
     heavy_tail_ratios,
     in_order,

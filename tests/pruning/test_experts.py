@@ -24,18 +24,23 @@ from transformers import AutoModelForCausalLM
 from avss_dist.core.errors import ConfigError, CorpusError, ModelError
 from avss_dist.core.intervention import Expert
 from avss_dist.core.settings import Settings
-from avss_dist.models.checkpoints import resolve
-from avss_dist.models.experts import find_down_projections, find_routed_experts, require_experts, without_experts
-from avss_dist.models.interventions import CapturedCall
-from avss_dist.models.layers import Routing
-from avss_dist.models.loading import open_module
+from avss_dist.models.change.interventions import CapturedCall
+from avss_dist.models.checkpoint.loading import open_module
+from avss_dist.models.checkpoint.locate import resolve
+from avss_dist.models.structure.experts import (
+    find_down_projections,
+    find_routed_experts,
+    require_experts,
+    without_experts,
+)
+from avss_dist.models.structure.layers import Routing
+from avss_dist.plans.choice import PlanError, choose_experts
+from avss_dist.plans.plan import Plan, read_plan
 from avss_dist.pruning.checkpoint import pruned_from
-from avss_dist.pruning.plan import Plan, read_plan
 from avss_dist.pruning.repair.fits import features_of
 from avss_dist.pruning.repair.projection import OutputProjection
 from avss_dist.pruning.repair.registry import REPAIRS, read_repairs
 from avss_dist.pruning.repair.repair import tokens_needed
-from avss_dist.pruning.selection import PlanError, choose_experts
 
 Save = Callable[[Any, Path], Path]
 Planted = tuple[Path, Path]

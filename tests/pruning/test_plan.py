@@ -22,19 +22,19 @@ from support.checkpoints import LAYERS as TINY_LAYERS
 from support.command_line import avss, mistake, succeed
 from support.warehouses import run_row, write_scores
 
-from avss_dist.analysis.plans import evaluated_lines, plan_layers
 from avss_dist.core.errors import ConfigError, QueryError
 from avss_dist.core.intervention import Expert, sublayers_of
 from avss_dist.core.registry import BLOCK_DISTANCE, CONTRAST, GREEDY, SCORES
 from avss_dist.core.settings import Settings
 from avss_dist.core.text import describe_bytes
 from avss_dist.core.yaml_files import MAX_BYTES
-from avss_dist.models.checkpoints import resolve
-from avss_dist.models.loading import load_model
-from avss_dist.models.size import Footprint, footprint
+from avss_dist.models.checkpoint.loading import load_model
+from avss_dist.models.checkpoint.locate import resolve
+from avss_dist.models.checkpoint.size import Footprint, footprint
+from avss_dist.planning.layers import evaluated_lines, plan_layers
+from avss_dist.plans.choice import LAST, PUBLISHED, RANDOM, Choice, PlanError, count_layers
+from avss_dist.plans.plan import Plan, count_for_memory, describe_savings, make_plan, read_plan
 from avss_dist.pruning.checkpoint import prune
-from avss_dist.pruning.plan import Plan, count_for_memory, describe_savings, make_plan, read_plan
-from avss_dist.pruning.selection import LAST, PUBLISHED, RANDOM, Choice, PlanError, count_layers
 from avss_dist.warehouse.reader import Warehouse
 from avss_dist.warehouse.schema import RunIdentity
 from avss_dist.warehouse.store import Store

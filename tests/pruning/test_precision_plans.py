@@ -19,11 +19,11 @@ from transformers import AutoModelForCausalLM
 import avss_dist
 from avss_dist.core.errors import AvssError, QueryError
 from avss_dist.core.registry import PRECISION_FILES
-from avss_dist.evaluation.quantize import EXPORTS
-from avss_dist.models.number_formats import FORMATS
-from avss_dist.pruning.map_plans import MapPrecision, PrecisionPlan
-from avss_dist.pruning.plan import read_checked_plan
-from avss_dist.pruning.selection import PlanError
+from avss_dist.models.change.number_formats import FORMATS
+from avss_dist.plans.choice import PlanError
+from avss_dist.plans.map_plans import MapPrecision, PrecisionPlan
+from avss_dist.plans.plan import read_checked_plan
+from avss_dist.studies.quantize import EXPORTS
 from avss_dist.warehouse.reader import Warehouse
 
 TASK = "perplexity:builtin:pydoc"

@@ -25,15 +25,15 @@ import avss_dist
 from avss_dist.core.errors import ModelError
 from avss_dist.core.settings import Settings
 from avss_dist.corpus.seen import SCORES, SeenText
-from avss_dist.models.checkpoints import resolve
-from avss_dist.models.interventions import skipping
-from avss_dist.models.layers import first_tensor
-from avss_dist.models.loading import auto_classes, forward_function, load, load_model, open_module, quiet
+from avss_dist.models.change.interventions import skipping
+from avss_dist.models.checkpoint.loading import auto_classes, forward_function, load, load_model, open_module, quiet
+from avss_dist.models.checkpoint.locate import resolve
+from avss_dist.models.structure.layers import first_tensor
+from avss_dist.plans.choice import PlanError
+from avss_dist.plans.plan import Plan, read_plan
 from avss_dist.pruning import configuration
 from avss_dist.pruning.checkpoint import model_card, prune, source_license
-from avss_dist.pruning.plan import Plan, read_plan
 from avss_dist.pruning.quantization import renumber_quantization, require_same_modules
-from avss_dist.pruning.selection import PlanError
 from avss_dist.pruning.weights import LayerNames, StoredWeights
 from avss_dist.warehouse.reader import Warehouse
 

@@ -27,12 +27,13 @@ from avss_dist import evaluate
 from avss_dist.core.errors import AvssError, ConfigError, CorpusError, ModelError
 from avss_dist.core.settings import Execution, Settings
 from avss_dist.corpus.shards import tokenize_corpus
-from avss_dist.models.checkpoints import resolve
-from avss_dist.models.interventions import skipping
-from avss_dist.models.loading import load_tokenizer, open_module
-from avss_dist.models.size import footprint
+from avss_dist.models.change.interventions import skipping
+from avss_dist.models.checkpoint.loading import load_tokenizer, open_module
+from avss_dist.models.checkpoint.locate import resolve
+from avss_dist.models.checkpoint.size import footprint
+from avss_dist.plans.choice import PlanError
+from avss_dist.plans.plan import Plan
 from avss_dist.pruning.checkpoint import model_card
-from avss_dist.pruning.plan import Plan
 from avss_dist.pruning.repair.fits import NormalEquations, fit_ridge, fit_steps, fold
 from avss_dist.pruning.repair.hidden_states import MEMORY_SHARE, HiddenStateSource
 from avss_dist.pruning.repair.projection import OutputProjection
@@ -47,7 +48,6 @@ from avss_dist.pruning.repair.registry import (
     split_weight,
 )
 from avss_dist.pruning.repair.repair import Repair, find_cuts
-from avss_dist.pruning.selection import PlanError
 
 Save = Callable[[Any, Path], Path]
 TEXT = "builtin:pydoc"

@@ -10,7 +10,7 @@ import pytest
 
 from avss_dist.core.errors import ModelError
 from avss_dist.corpus.seen import SeenText
-from avss_dist.pruning.seen import FILE, read_seen, seen_by_evaluation, seen_by_run, write_seen
+from avss_dist.plans.seen import FILE, read_seen, seen_by_evaluation, seen_by_run, write_seen
 
 SETTINGS = {"max_sequences": 8, "skip_sequences": 4, "sequence_length": 32, "row_start": "none"}
 SEEN = SeenText(use="search", by="m-7", corpus="b.txt", **SETTINGS)

@@ -20,19 +20,19 @@ from support.families import lively, tiny_model
 from support.tiers import nightly
 
 from avss_dist import evaluate, sparsify
-from avss_dist.analysis.plans import measured_maps
 from avss_dist.core.errors import ConfigError, ModelError
 from avss_dist.core.intervention import NO_INTERVENTION, Intervention, MapSparsity, Sparsity
 from avss_dist.core.settings import Settings
 from avss_dist.corpus.shards import tokenize_corpus
 from avss_dist.models.causal_lm import LanguageModel
-from avss_dist.models.checkpoints import resolve
-from avss_dist.models.loading import load_tokenizer
+from avss_dist.models.checkpoint.loading import load_tokenizer
+from avss_dist.models.checkpoint.locate import resolve
 from avss_dist.partition.replica import Placement
 from avss_dist.partition.streaming.replica import StreamingReplica
-from avss_dist.pruning.map_plans import SparsityPlan
-from avss_dist.pruning.plan import read_checked_plan
-from avss_dist.pruning.selection import PlanError
+from avss_dist.planning.layers import measured_maps
+from avss_dist.plans.choice import PlanError
+from avss_dist.plans.map_plans import SparsityPlan
+from avss_dist.plans.plan import read_checked_plan
 from avss_dist.runs.scoring import score
 from avss_dist.tasks.block_search import GreedyBlock, Spectra, hill_exponent
 from avss_dist.tasks.map_damage import MapDamage

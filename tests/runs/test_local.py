@@ -22,7 +22,7 @@ from avss_dist.core.intervention import NO_INTERVENTION, Intervention
 from avss_dist.core.settings import Settings
 from avss_dist.measure import shard as measuring
 from avss_dist.models.causal_lm import LanguageModel
-from avss_dist.models.checkpoints import Checkpoint, resolve
+from avss_dist.models.checkpoint.locate import Checkpoint, resolve
 from avss_dist.partition.replica import Placement
 from avss_dist.runs import local
 from avss_dist.runs.local import Executor, LocalExecutor
@@ -166,7 +166,7 @@ def test_tasks_compute_with_the_threads_of_the_settings(
 def run_one(model: Path, analyze: Callable[..., Any], monkeypatch: pytest.MonkeyPatch) -> list[Any]:
     """The outcomes of one run on three cores, with another `analyze_shard`."""
     from avss_dist.corpus.shards import tokenize_corpus
-    from avss_dist.models.loading import load_tokenizer
+    from avss_dist.models.checkpoint.loading import load_tokenizer
 
     checkpoint = resolve(str(model))
     settings = Settings(**{name: value for name, value in OPTIONS.items() if name != "corpus"})
@@ -207,7 +207,7 @@ def test_results_come_in_the_order_of_the_shards(tiny_llama: Path, monkeypatch: 
 def test_shards_at_once_fit_into_memory(
     available: Any, expected: int, tiny_llama: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from avss_dist.models.size import footprint
+    from avss_dist.models.checkpoint.size import footprint
     from avss_dist.partition.replica import open_replica
 
     settings = Settings(device="cpu", sequence_length=64)

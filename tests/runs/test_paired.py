@@ -22,8 +22,8 @@ from avss_dist.core.settings import Settings
 from avss_dist.corpus.shards import Shard, tokenize_corpus
 from avss_dist.measure.rows import CountedTokens, by_matrices, row_tensors
 from avss_dist.measure.shard import analyze_shard
-from avss_dist.models.checkpoints import resolve
-from avss_dist.models.loading import load_tokenizer
+from avss_dist.models.checkpoint.loading import load_tokenizer
+from avss_dist.models.checkpoint.locate import resolve
 from avss_dist.partition.replica import Placement, Replica, open_replica
 from avss_dist.stats.layer_stats import ShardResult, merge_stats
 from avss_dist.warehouse.encoding import encode_shard

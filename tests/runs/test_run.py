@@ -32,8 +32,8 @@ from avss_dist.core.settings import Settings
 from avss_dist.corpus.shards import CorpusPlan
 from avss_dist.distillation.curve import ignore
 from avss_dist.evaluation.session import PlannedTask
-from avss_dist.models.checkpoints import Checkpoint, resolve
-from avss_dist.models.size import footprint
+from avss_dist.models.checkpoint.locate import Checkpoint, resolve
+from avss_dist.models.checkpoint.size import footprint
 from avss_dist.partition.replica import Placement
 from avss_dist.runs import events, planner, work
 from avss_dist.runs import run as partials

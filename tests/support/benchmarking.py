@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import TypeVar
 
 from avss_dist.core.settings import Settings
-from avss_dist.models.checkpoints import Checkpoint, resolve
-from avss_dist.models.loading import pin, text_config
+from avss_dist.models.checkpoint.loading import pin, text_config
+from avss_dist.models.checkpoint.locate import Checkpoint, resolve
 
 T = TypeVar("T")
 

@@ -17,11 +17,11 @@ from avss_dist.core.errors import AvssError, first_line
 from avss_dist.core.intervention import NO_INTERVENTION
 from avss_dist.core.settings import SITES, THRESHOLDS, Settings
 from avss_dist.corpus.shards import Batch
-from avss_dist.models.checkpoints import resolve
-from avss_dist.models.loading import Backbone, forward_function, open_module, quiet
+from avss_dist.models.checkpoint.loading import Backbone, forward_function, open_module, quiet
+from avss_dist.models.checkpoint.locate import resolve
 from avss_dist.partition.replica import Placement, open_replica
+from avss_dist.plans.plan import Plan
 from avss_dist.pruning.checkpoint import prune
-from avss_dist.pruning.plan import Plan
 from avss_dist.stats.layer_stats import merge_strata
 from avss_dist.stats.scores import score_run
 from support.families import tiny_batch, tiny_model

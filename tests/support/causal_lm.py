@@ -10,7 +10,7 @@ import numpy as np
 from avss_dist.core.settings import Settings
 from avss_dist.corpus.shards import Shard
 from avss_dist.models.causal_lm import LanguageModel
-from avss_dist.models.checkpoints import Checkpoint, resolve
+from avss_dist.models.checkpoint.locate import Checkpoint, resolve
 from avss_dist.partition.replica import Replica
 
 SMALL = {"max_sequences": 6, "sequence_length": 32, "batch_size": 4, "sequences_per_shard": 3, "device": "cpu"}

@@ -83,7 +83,7 @@ def llama(seed: int = 0, **changes: Any) -> Any:
 
 def host_limit(folder: object, weights: int, *, head: bool = True, **settings: Any) -> int:
     """Return the limit of host memory of a replica that leaves so many bytes for weights and waiting hidden states."""
-    from avss_dist.models.size import footprint
+    from avss_dist.models.checkpoint.size import footprint
     from avss_dist.partition.choose import bytes_beside_weights
 
     names = {field.name for field in fields(Settings)}

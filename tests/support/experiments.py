@@ -7,10 +7,10 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from avss_dist.evaluation.experiment import run_experiment
 from avss_dist.requests import RunJobRequest
 from avss_dist.runs.job_file import read_job
 from avss_dist.runs.run import Run
+from avss_dist.studies.experiment import run_experiment
 from support.checkpoints import one_thread
 
 

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
 from avss_dist.measure.observer import Observer, attached
-from avss_dist.models.layers import Layer
+from avss_dist.models.structure.layers import Layer
 
 
 @contextmanager

@@ -8,9 +8,9 @@ from typing import Any
 
 from avss_dist.core.settings import Execution, Settings
 from avss_dist.evaluation.repairs import fit_plan
-from avss_dist.models.size import Footprint
+from avss_dist.models.checkpoint.size import Footprint
+from avss_dist.plans.plan import Plan
 from avss_dist.pruning import checkpoint
-from avss_dist.pruning.plan import Plan
 from avss_dist.pruning.repair.repair import Repair
 from avss_dist.requests import PruneRequest
 from avss_dist.runs.job_file import RunSpec

@@ -19,10 +19,10 @@ HEAD = '''"""Signatures of the public functions, made of their requests by ``tes
 NOT_PUBLIC = {
     "Contrast": "analysis.contrast",
     "JobFile": "runs.job_file",
-    "PrecisionPlan": "pruning.map_plans",
+    "PrecisionPlan": "plans.map_plans",
     "RankingComparison": "analysis.comparison",
     "RankingCurves": "analysis.curves",
-    "SparsityPlan": "pruning.map_plans",
+    "SparsityPlan": "plans.map_plans",
 }
 """Modules of classes that signatures name and the package does not export."""
 LITERALS = (bool, int, float, str, type(None))

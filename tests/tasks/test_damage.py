@@ -21,8 +21,8 @@ from torch.nn.functional import cross_entropy
 from avss_dist.core.intervention import NO_INTERVENTION
 from avss_dist.corpus.shards import Batch
 from avss_dist.models.causal_lm import LanguageModel, predicted
-from avss_dist.models.head import draw_labels, uniform_numbers
-from avss_dist.models.layers import first_tensor, input_tensor
+from avss_dist.models.structure.head import draw_labels, uniform_numbers
+from avss_dist.models.structure.layers import first_tensor, input_tensor
 from avss_dist.tasks import backward as gradient_pass
 from avss_dist.tasks.backward import Gradients, matrices
 from avss_dist.tasks.damage import Damage

@@ -29,9 +29,9 @@ from avss_dist.core.errors import ConfigError, TaskError
 from avss_dist.core.intervention import NO_INTERVENTION
 from avss_dist.core.settings import Settings
 from avss_dist.models.causal_lm import LanguageModel
-from avss_dist.models.checkpoints import resolve
+from avss_dist.models.checkpoint.locate import resolve
+from avss_dist.plans.plan import Plan
 from avss_dist.pruning.checkpoint import prune
-from avss_dist.pruning.plan import Plan
 from avss_dist.tasks import harness
 from avss_dist.tasks.harness import HarnessPart, harness_task
 from avss_dist.tasks.task import Row

@@ -17,8 +17,8 @@ from avss_dist.core.errors import ModelError
 from avss_dist.core.intervention import Intervention, RoundedPlace, Rounding, parse_rounded, round_place
 from avss_dist.corpus.shards import Batch
 from avss_dist.models.causal_lm import LanguageModel, predicted
-from avss_dist.models.head import draw_labels, uniform_numbers
-from avss_dist.models.number_formats import FORMATS
+from avss_dist.models.change.number_formats import FORMATS
+from avss_dist.models.structure.head import draw_labels, uniform_numbers
 from avss_dist.tasks import map_damage
 from avss_dist.tasks.map_damage import RoundedLosses, RoundingDamage
 from avss_dist.tasks.task import Row

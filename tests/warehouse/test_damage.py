@@ -20,7 +20,7 @@ from avss_dist.analysis.findings import findings
 from avss_dist.analysis.scorecard import score_cards
 from avss_dist.core.errors import DamagedFile, WarehouseError
 from avss_dist.core.intervention import MAX_STORED
-from avss_dist.pruning.plan import read_plan
+from avss_dist.plans.plan import read_plan
 from avss_dist.read_commands import ls
 from avss_dist.reports.page.page import report_page
 from avss_dist.reports.publish import publish

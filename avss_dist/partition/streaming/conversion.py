@@ -16,9 +16,9 @@ import numpy as np
 import torch
 
 from avss_dist.core.errors import ModelError, first_line
-from avss_dist.models.checkpoints import Checkpoint, read_gguf
-from avss_dist.models.loading import quiet, renaming
-from avss_dist.models.safetensors import DTYPES, StoredTensor
+from avss_dist.models.checkpoint.loading import quiet, renaming
+from avss_dist.models.checkpoint.locate import Checkpoint, read_gguf
+from avss_dist.models.checkpoint.safetensors import DTYPES, StoredTensor
 
 ELSEWHERE = (
     "Use `partition` device_map, which has transformers load the whole model."  # hint where streaming is impossible

@@ -24,12 +24,12 @@ from avss_dist.core.streams import portion, report
 from avss_dist.core.text import describe_bytes
 from avss_dist.corpus.shards import Batch
 from avss_dist.models.causal_lm import LanguageModel, Watcher, last_layer_not_run
-from avss_dist.models.checkpoints import Checkpoint
-from avss_dist.models.interventions import resuming, skip_of
-from avss_dist.models.layers import Layer
-from avss_dist.models.loading import Backbone, open_module, without_head
-from avss_dist.models.replay import Record, pass_back
-from avss_dist.models.size import Footprint, footprint
+from avss_dist.models.change.interventions import resuming, skip_of
+from avss_dist.models.change.replay import Record, pass_back
+from avss_dist.models.checkpoint.loading import Backbone, open_module, without_head
+from avss_dist.models.checkpoint.locate import Checkpoint
+from avss_dist.models.checkpoint.size import Footprint, footprint
+from avss_dist.models.structure.layers import Layer
 from avss_dist.partition.replica import BatchContext, MemoryQuery, PartitionEstimate, Placement, Replica, batch_bytes
 from avss_dist.partition.splitting import layer_modules
 from avss_dist.partition.streaming.passes import FORKS, RECORD, Fork, Passes

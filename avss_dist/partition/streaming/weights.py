@@ -23,11 +23,11 @@ from torch import nn
 from avss_dist.core.errors import ModelError
 from avss_dist.core.memory import populate
 from avss_dist.core.settings import Settings
-from avss_dist.models.checkpoints import Checkpoint
-from avss_dist.models.loading import build_model, text_config
-from avss_dist.models.quantization import quantization_method, ready_quantizer, unpacking_bytes
-from avss_dist.models.safetensors import DTYPES, StoredTensor, explaining_reads, tensors_of
-from avss_dist.models.weight_files import weight_files
+from avss_dist.models.checkpoint.loading import build_model, text_config
+from avss_dist.models.checkpoint.locate import Checkpoint
+from avss_dist.models.checkpoint.quantization import quantization_method, ready_quantizer, unpacking_bytes
+from avss_dist.models.checkpoint.safetensors import DTYPES, StoredTensor, explaining_reads, tensors_of
+from avss_dist.models.checkpoint.weight_files import weight_files
 from avss_dist.partition.streaming.conversion import ELSEWHERE, Conversion, GgufTensors, Group, refusing
 
 Read = Callable[[Sequence[StoredTensor]], Iterator[torch.Tensor]]

@@ -14,10 +14,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
-from avss_dist.models.experts import DownProjections, find_down_projections
-from avss_dist.models.interventions import captured
-from avss_dist.models.layers import PROBE_SHAPE, Experts, Layer, as_rows
-from avss_dist.pruning.selection import PlanError
+from avss_dist.models.change.interventions import captured
+from avss_dist.models.structure.experts import DownProjections, find_down_projections
+from avss_dist.models.structure.layers import PROBE_SHAPE, Experts, Layer, as_rows
+from avss_dist.plans.choice import PlanError
 
 PUSHES = (1.0, 4.0)
 """Sizes of pushes, as multiples of the size of the layer's output. An output that is added is added at any size."""

@@ -15,7 +15,7 @@ from avss_dist.analysis.thresholds import at_reading
 from avss_dist.core.registry import BASELINES, FROM_ACTIVATIONS, RECIPES, SCORES
 from avss_dist.core.settings import EVERY_SITE, PUBLISHED_THRESHOLD, SITES
 from avss_dist.core.text import basename, count_of, describe_threshold, printable
-from avss_dist.pruning.selection import PUBLISHED
+from avss_dist.plans.choice import PUBLISHED
 from avss_dist.stats.layer_stats import Float64
 from avss_dist.stats.rankings import MIN_VALUES, average_ranks, count_lowest, depth_correlation
 from avss_dist.warehouse.checks import has_head

@@ -25,7 +25,7 @@ from avss_dist.analysis.verdict import metric_format, readable_value
 from avss_dist.core.intervention import PARTS, count_removed, describe_removed
 from avss_dist.core.registry import LOSS, metrics_of
 from avss_dist.core.text import count_of, describe_bytes, describe_count, describe_seconds, printable
-from avss_dist.pruning.map_plans import MapPlan, SparsityPlan
+from avss_dist.plans.map_plans import MapPlan, SparsityPlan
 from avss_dist.reports.terminal.tables import FittedTable
 from avss_dist.stats.intervals import MINIMUM_UNITS
 from avss_dist.stats.metrics import NO_INTERVAL
@@ -34,10 +34,10 @@ from avss_dist.warehouse.reader import grouped
 
 if TYPE_CHECKING:
     from avss_dist.estimation import DistillRow, Estimate, Preview
-    from avss_dist.evaluation.ablate import Ablation
-    from avss_dist.evaluation.evaluate import Evaluation, Evaluations
     from avss_dist.evaluation.events import SearchStep
-    from avss_dist.pruning.plan import Plan
+    from avss_dist.plans.plan import Plan
+    from avss_dist.studies.ablate import Ablation
+    from avss_dist.studies.evaluate import Evaluation, Evaluations
 
 STATUS_STYLES = {"done": "green", "partial": "yellow", "missing": "", "repeated": "dim", "refused": "bold red"}
 PREDICTED = metrics_of("predicted")[0]

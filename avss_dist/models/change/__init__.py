@@ -1,0 +1,1 @@
+"""Changes of the forward pass of an open model."""

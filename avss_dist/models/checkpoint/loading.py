@@ -1,0 +1,500 @@
+"""Loading of a checkpoint: tokenizer and configuration (by the driver), backbone on a device (by every worker)."""
+
+from __future__ import annotations
+
+import copy
+import inspect
+import logging
+import os
+import re
+import struct
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from huggingface_hub.errors import StrictDataclassError
+from safetensors import SafetensorError
+from torch import nn
+
+from avss_dist.core.errors import ModelError, first_line
+from avss_dist.core.extras import pip_command
+from avss_dist.core.settings import DTYPES, Settings
+from avss_dist.models.checkpoint.complete import require_complete, require_layers
+from avss_dist.models.checkpoint.locate import Checkpoint, read_config, stored_tensors
+from avss_dist.models.checkpoint.quantization import (
+    quantization_method,
+    quantization_settings,
+    with_quantization,
+)
+from avss_dist.models.checkpoint.safetensors import TensorInfo, floating_dtype
+from avss_dist.models.structure.find import find_structure
+from avss_dist.models.structure.layers import Layer, count_parameters, layer_lists
+
+Forward = Callable[[torch.Tensor, torch.Tensor | None], Any]  # of (token ids, attention mask or None)
+
+_TOKENIZERS = ("tokenizer*", "vocab*", "*.model")
+_REFUSALS: tuple[type[Exception], ...] = (  # what libraries raise over a bad checkpoint
+    *(OSError, ValueError, KeyError, TypeError, AttributeError, ImportError, RuntimeError, IndexError),
+    *(ArithmeticError, AssertionError, struct.error, SafetensorError, StrictDataclassError),
+)
+_CAUSAL = re.compile(r"(ForCausalLM|LMHeadModel|DoubleHeadsModel)$")
+
+
+@contextmanager
+def quiet(*silenced: str) -> Iterator[None]:
+    """Silence progress bars and warnings of transformers and Accelerate inside the context.
+
+    Errors are reported by this package. Accelerate's warnings are about offloaded weights, which are intended.
+
+    Args:
+        silenced: names of loggers that say nothing at all.
+    """
+    if not torch.cuda.is_available():
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")  # or DeepSpeed, which transformers imports, warns on stdout
+    from transformers.utils import logging as messages
+
+    levels = {"accelerate": logging.ERROR, **dict.fromkeys(silenced, logging.CRITICAL + 1)}
+    with ExitStack() as stack:
+        for logger, level in ((logging.getLogger(name), level) for name, level in levels.items()):
+            stack.callback(logger.setLevel, logger.level)
+            logger.setLevel(level)
+        stack.callback(messages.set_verbosity, messages.get_verbosity())
+        if messages.is_progress_bar_enabled():
+            stack.callback(messages.enable_progress_bar)
+        messages.set_verbosity_error()
+        messages.disable_progress_bar()
+        yield
+
+
+@quiet()
+def load_tokenizer(checkpoint: Checkpoint) -> Any:
+    """Load the checkpoint's tokenizer.
+
+    Raises:
+        ModelError: the checkpoint has no tokenizer that transformers can open.
+    """
+    from transformers import AutoTokenizer
+
+    cause: Exception | None = None
+    why = ": its vocabulary is empty."
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(
+            checkpoint.folder, trust_remote_code=checkpoint.trust_remote_code, **checkpoint.gguf
+        )
+        if len(tokenizer):
+            return tokenizer
+    except _REFUSALS as error:
+        there = checkpoint.gguf or any(any(checkpoint.folder.glob(pattern)) for pattern in _TOKENIZERS)
+        cause, why = error, f" that can be opened: {_first_line(error)}" if there else "."
+    raise ModelError(
+        f"'{checkpoint.name}' has no tokenizer{why}",
+        "Copy tokenizer.json and tokenizer_config.json of its base model into the folder.",
+    ) from cause
+
+
+def _first_line(error: BaseException) -> str:
+    if isinstance(error, StrictDataclassError):
+        error = error.__cause__ or error
+    if "ignore_mismatched_sizes" in str(error):
+        return "its weights have other shapes than its config.json says."
+    if isinstance(error, ZeroDivisionError):
+        return "a size in its config.json is 0."
+    return first_line(error)
+
+
+@quiet()
+def text_config(checkpoint: Checkpoint, folder: Path | None = None) -> Any:
+    """Load the checkpoint's configuration.
+
+    Args:
+        folder: folder of another ``config.json`` for its weights.
+
+    Raises:
+        ModelError: transformers does not know the architecture, or it has far more layers than the files.
+    """
+    from transformers import AutoConfig, PreTrainedConfig
+
+    folder = folder or checkpoint.folder
+    try:
+        if checkpoint.gguf:
+            values, _ = PreTrainedConfig.get_config_dict(folder, **checkpoint.gguf)
+            require_layers(checkpoint, values)
+            return AutoConfig.for_model(**values)
+        require_layers(checkpoint, read_config(folder, checkpoint.name))
+        return AutoConfig.from_pretrained(folder, trust_remote_code=checkpoint.trust_remote_code)
+    except _REFUSALS as error:
+        raise ModelError(
+            f"The configuration of '{checkpoint.name}' cannot be read: {_first_line(error)}",
+            f"Is the download complete? A newer model needs a newer transformers ({pip_command()} install -U "
+            "transformers); one with Python code of its own needs `trust_remote_code`, once you have read that code.",
+        ) from error
+
+
+@dataclass(frozen=True, kw_only=True)
+class Backbone:
+    """Loaded model on a device, its backbone without the head, and its layers.
+
+    Attributes:
+        model: the transformers model with its head.
+        module: its backbone, which never runs a language-model head.
+        layers: its layers in the order of their calls, with their sites.
+        columns: columns of a run's row that describe the model: ``family``, ``architecture``, ``hidden_size``,
+            ``num_parameters``, ``dtype``, ``attention_implementation`` and ``notes`` on the layers.
+    """
+
+    model: Any
+    module: nn.Module
+    layers: tuple[Layer, ...]
+    columns: Mapping[str, Any]
+
+
+def load(
+    checkpoint: Checkpoint, settings: Settings, device: torch.device, *, head: bool = False, **placing: Any
+) -> Backbone:
+    """Load the weights (safetensors or gguf only) and find the layers.
+
+    Args:
+        device: device that computes.
+        head: see `load_model`.
+        placing: options of ``from_pretrained`` that place weights. By default all go to ``device``, on a GPU tensor by
+            tensor, so that the whole model is never in host memory.
+
+    Raises:
+        ModelError: the model cannot be loaded or observed; the message names the reason.
+    """
+    if device.type == "cuda" and not placing:
+        placing = {"device_map": {"": device}}
+    return open_module(load_model(checkpoint, settings, head=head, **placing), layers=settings.layers, device=device)
+
+
+def load_model(checkpoint: Checkpoint, settings: Settings, *, head: bool = False, **placing: Any) -> Any:
+    """Load the checkpoint as a transformers model with its head in evaluation mode, on the CPU or as ``placing`` says.
+
+    Args:
+        head: the head is used, so that its weights must be in the files, too.
+
+    Raises:
+        ModelError: the model cannot be loaded, or its files lack weights; the message names the reason.
+    """
+    import transformers
+
+    config = text_config(checkpoint)
+    options = _options(settings)
+    with quiet(), _explain_errors(checkpoint):
+        if not checkpoint.gguf:
+            options |= {"use_safetensors": True, "config": with_quantization(checkpoint, config, settings, placing)}
+        else:
+            unpack = getattr(transformers, "GgufConfig", None)  # without it, a .gguf file is always unpacked
+            options |= {"quantization_config": unpack and unpack(dequantize=True)}
+        model, report = auto_class(config).from_pretrained(
+            checkpoint.folder, **checkpoint.gguf, **options, **placing, output_loading_info=True
+        )
+    require_complete(checkpoint, model, without_head(model), report, settings.layers, head=head)
+    return model.eval()
+
+
+def build_model(
+    checkpoint: Checkpoint, settings: Settings, tensors: Callable[[Any], Mapping[str, Any]], *, head: bool = False
+) -> Any:
+    """Build the model that `load_model` returns from other tensors under the checkpoint's names.
+
+    Args:
+        head: see `load_model`.
+        tensors: function of the model on the meta device that returns objects by name, which transformers indexes with
+            ``...`` and places by calling ``to(device, dtype)``.
+
+    Raises:
+        ModelError: the model cannot be built of them; the message names the reason.
+    """
+    config = text_config(checkpoint)
+    empty = skeleton(copy.deepcopy(config), settings, torch.float32)  # which changes the configuration
+    with quiet(), _explain_errors(checkpoint):
+        config = with_quantization(checkpoint, config, settings, {})
+        if not isinstance(config, type(empty.config)):
+            config, quantization = copy.deepcopy(config.get_text_config()), quantization_settings(config)
+            if quantization:
+                config.quantization_config = quantization
+        model, report = type(empty).from_pretrained(
+            None, config=config, state_dict=tensors(empty), **_options(settings), output_loading_info=True
+        )
+    require_complete(checkpoint, model, without_head(model), report, settings.layers, head=head)
+    return model.eval()
+
+
+def _options(settings: Settings) -> dict[str, Any]:
+    """Return the settings as options of `from_pretrained`."""
+    return {
+        "dtype": "auto" if settings.dtype == "auto" else getattr(torch, settings.dtype),
+        "trust_remote_code": settings.trust_remote_code,
+        **({"attn_implementation": settings.attention} if settings.attention else {}),
+    }
+
+
+@contextmanager
+def _explain_errors(checkpoint: Checkpoint) -> Iterator[None]:
+    """Convert transformers' exceptions over a bad checkpoint to ModelError."""
+    try:
+        yield
+    except SafetensorError as error:
+        raise ModelError(
+            f"The weights of '{checkpoint.name}' are damaged or not whole: {_first_line(error)}.",
+            "Download or copy them again.",
+        ) from error
+    except _REFUSALS as error:
+        raise ModelError(f"'{checkpoint.name}' cannot be loaded: {_first_line(error)}") from error
+
+
+def skeleton(config: Any, settings: Settings, dtype: torch.dtype) -> Any:
+    """Build the model that `load` returns on the meta device: names, shapes and ties of parameters, without memory.
+
+    Raises:
+        ModelError: transformers cannot build it.
+    """
+    with quiet(), torch.device("meta"):
+        try:
+            return auto_class(config).from_config(config, **{**_options(settings), "dtype": dtype})
+        except _REFUSALS as error:
+            raise ModelError(f"A {config.model_type} model cannot be built: {_first_line(error)}") from error
+
+
+def skeleton_by(auto: Any, config: Any, settings: Settings) -> Any | None:
+    """Return the model that an auto class builds of a configuration, on the meta device, or None if it cannot."""
+    with quiet(), torch.device("meta"):
+        try:
+            return auto.from_config(copy.deepcopy(config), trust_remote_code=settings.trust_remote_code)
+        except _REFUSALS:
+            return None
+
+
+@quiet()
+def open_module(model: Any, *, layers: str | None = None, device: torch.device | None = None) -> Backbone:
+    """Return a loaded transformers model as a `Backbone`, without its head, with its layers found.
+
+    Args:
+        layers: module path of the layer list; None finds it.
+        device: device of the token ids; by default that of the parameters.
+
+    Raises:
+        ModelError: the layers cannot be found, or a forward pass over token ids fails.
+    """
+    config: Any = model.config
+    text = config.get_text_config()
+    if (
+        getattr(config, "is_encoder_decoder", False)
+        and hasattr(model.base_model, "encoder")
+        and hasattr(model.base_model, "decoder")
+    ):
+        raise ModelError(
+            f"{type(model).__name__} is an encoder-decoder; only decoders and encoders can be scored.",
+            "Name a model of another family.",
+        )
+    backbone = without_head(model)
+    run = forward_function(backbone)
+    device = device or next(model.parameters()).device
+    try:
+        with torch.no_grad():
+            layers_in_order, notes = find_structure(
+                backbone, lambda ids: run(ids.to(device), None), getattr(text, "num_hidden_layers", None), layers
+            )
+    except _REFUSALS as error:
+        name = type(model).__name__
+        if method := quantization_method(config):
+            raise ModelError(
+                f"{name} is quantized ({method}), and does not run here as it is stored: {_first_line(error)}",
+                "Compute where there is a device for that, or set `dequantize`.",
+            ) from error
+        raise ModelError(f"{name} does not run on token ids alone: {_first_line(error)}") from error
+    columns = {
+        "family": config.model_type,
+        "architecture": type(model).__name__,
+        "hidden_size": int(getattr(text, "hidden_size", 0) or 0),
+        "num_parameters": count_parameters(model),
+        "dtype": str(next(p.dtype for p in backbone.parameters() if p.is_floating_point())).removeprefix("torch."),
+        "attention_implementation": str(getattr(text, "_attn_implementation", None) or "eager"),
+        "notes": list(notes),
+    }
+    return Backbone(model=model, module=backbone, layers=layers_in_order, columns=columns)
+
+
+def candidate_layers(model: Any, path: str | None) -> dict[str, nn.ModuleList]:
+    """Return the module lists that may be the layers of a model with its head, by path; see `layers.layer_lists`.
+
+    Args:
+        model: the model, which may be a skeleton.
+        path: module path of the layers, if a user names it.
+    """
+    return layer_lists(without_head(model), getattr(model.config.get_text_config(), "num_hidden_layers", None), path)
+
+
+def without_head(model: Any) -> nn.Module:
+    """Return the model below its head.
+
+    This is the decoder of a model that is its own base.
+    """
+    base = model.base_model
+    if base is model and model.get_output_embeddings() is not None:
+        base = model.get_decoder() or model
+    return base
+
+
+def forward_function(backbone: nn.Module) -> Forward:
+    """Return a function of (token ids, attention mask or None) that runs the backbone without a key-value cache."""
+    parameters = inspect.signature(backbone.forward).parameters
+    anything = any(p.kind == p.VAR_KEYWORD for p in parameters.values())
+    options = {"use_cache": False} if anything or "use_cache" in parameters else {}
+
+    def run(input_ids: torch.Tensor, attention_mask: torch.Tensor | None) -> Any:
+        mask = {} if attention_mask is None else {"attention_mask": attention_mask}
+        return backbone(input_ids=input_ids, **mask, **options)
+
+    return run
+
+
+def auto_class(config: Any) -> Any:
+    """Return the auto class for a configuration. A language model with a vision tower reads only text here."""
+    from transformers import AutoModel, AutoModelForCausalLM, AutoModelForImageTextToText
+    from transformers.models.auto import modeling_auto as auto_models
+
+    kind, architectures = config.model_type, getattr(config, "architectures", None) or []
+    multimodal = auto_models.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES.get(kind, ())
+    if {*architectures}.intersection([multimodal] if isinstance(multimodal, str) else multimodal):
+        return AutoModelForImageTextToText
+    is_causal = any(_CAUSAL.search(name) for name in architectures)
+    if not architectures:
+        masked = auto_models.MODEL_FOR_MASKED_LM_MAPPING_NAMES
+        is_causal = kind in auto_models.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES and kind not in masked
+    return AutoModelForCausalLM if is_causal else AutoModel
+
+
+def auto_classes(config: Any) -> list[Any]:
+    """Return the auto classes that know a configuration, one for each class of models that they open.
+
+    Classes that the checkpoint's own code adds are among them.
+    """
+    from transformers.models.auto import modeling_auto
+
+    custom = getattr(config, "auto_map", None) or {}
+    classes: dict[Any, Any] = {}
+    for name, auto in vars(modeling_auto).items():
+        if not name.startswith("AutoModel"):
+            continue
+        if name in custom:
+            classes[custom[name]] = auto
+        elif type(config) in auto._model_mapping:
+            classes.setdefault(auto._model_mapping[type(config)], auto)
+    return [*classes.values()]
+
+
+def has_head(config: Any) -> bool:
+    """Whether the model that `load_model` returns predicts the next token."""
+    return auto_class(config).__name__ != "AutoModel"
+
+
+def require_head(name: str, config: Any) -> None:
+    """Refuse a model that predicts no next token, before anything is measured.
+
+    A checkpoint with code of its own passes, because its model is not known before it is opened.
+
+    Args:
+        name: the checkpoint as the user named it.
+
+    Raises:
+        ModelError: the model has no head that predicts the next token.
+    """
+    if not has_head(config) and not getattr(config, "auto_map", None):
+        raise no_head(name, (getattr(config, "architectures", None) or [config.model_type])[0])
+
+
+def no_head(name: str, architecture: str) -> ModelError:
+    """Return the refusal of a checkpoint whose model predicts no next token."""
+    return ModelError(
+        f"'{name}' ({architecture}) has no head that predicts the next token.", "Name a causal language model."
+    )
+
+
+def predictor(model: Any) -> Any:
+    """Return the module that predicts the next token: the model, or its language tower if that has the head.
+
+    Such a tower is a complete text model, while the model around it may require images.
+    """
+    head = model.get_output_embeddings()
+    towers = (child for child in model.children() if hasattr(child, "get_output_embeddings"))
+    return next((child for child in towers if head is not None and child.get_output_embeddings() is head), model)
+
+
+def pin(settings: Settings, checkpoint: Checkpoint, config: Any, device: str) -> Settings:
+    """Return settings in which every ``auto`` that can change a number is resolved.
+
+    Args:
+        config: from `text_config`.
+
+    Raises:
+        ModelError: ``sequence_length`` exceeds the model's maximum, or the weight files have no header.
+    """
+    longest = getattr(config.get_text_config(), "max_position_embeddings", None)
+    if isinstance(longest, int) and 0 < longest < settings.sequence_length:
+        raise ModelError(
+            f"'{checkpoint.name}' reads at most {longest} tokens, not the {settings.sequence_length} of "
+            "`sequence_length`.",
+            f"Make `sequence_length` {longest} or less.",
+        )
+    dtype = str(compute_dtype(checkpoint, config, settings)).removeprefix("torch.")
+    return replace(settings, device=device, dtype=dtype if dtype in DTYPES else settings.dtype)
+
+
+def compute_dtype(
+    checkpoint: Checkpoint, config: Any, settings: Settings, tensors: Sequence[TensorInfo] | None = None
+) -> torch.dtype:
+    """Return the compute dtype: that of the settings, else of the configuration, else of the weight files.
+
+    Without any of them, as for the published configuration of gpt-oss alone, quantized weights compute in bfloat16.
+
+    Args:
+        tensors: tensors of the weight files; None reads their headers if they are needed.
+
+    Raises:
+        ModelError: torch has no dtype of the configuration's name.
+    """
+    if settings.dtype != "auto":
+        return getattr(torch, settings.dtype)
+    value = getattr(config.get_text_config(), "dtype", None) or getattr(config, "dtype", None)
+    if value is not None:
+        dtype = value if isinstance(value, torch.dtype) else getattr(torch, str(value).removeprefix("torch."), None)
+        if not isinstance(dtype, torch.dtype):
+            raise ModelError(
+                f"The config.json of '{checkpoint.name}' names the dtype {value!r}, which torch does not have.",
+                "Set `dtype`, or correct config.json.",
+            )
+        return dtype
+    if checkpoint.gguf:
+        return torch.float32  # which transformers unpacks it to
+    stored = stored_tensors(checkpoint) if tensors is None else tensors
+    return floating_dtype(stored) if stored or not quantization_settings(config) else torch.bfloat16
+
+
+def renaming(model: Any, quantizer: Any = None) -> tuple[Callable[[str], str], list[Any], dict[str, torch.Tensor]]:
+    """Return a function of a stored tensor's name, transformers' conversions of the model, and its weights by name.
+
+    The function returns the name of the weight that a tensor becomes: of a part of several weights, the first one. It
+    uses private interfaces of transformers, which may change: expect ImportError, TypeError, AttributeError, KeyError
+    and ValueError.
+
+    Args:
+        model: a transformers model, which may be on the meta device.
+        quantizer: transformers' quantizer that unpacks the stored tensors; None if they are not quantized.
+    """
+    from transformers.conversion_mapping import get_model_conversion_mapping
+    from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
+
+    mapping = get_model_conversion_mapping(model, hf_quantizer=quantizer)
+    renamings = [entry for entry in mapping if isinstance(entry, WeightRenaming)]
+    converters = [entry for entry in mapping if isinstance(entry, WeightConverter)]
+    state = model.state_dict(keep_vars=True)
+
+    def rename(stored: str) -> str:
+        return str(rename_source_key(stored, renamings, converters, model.base_model_prefix, state)[0])
+
+    return rename, mapping, state

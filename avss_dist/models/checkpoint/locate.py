@@ -1,0 +1,495 @@
+"""Checkpoints by hub id, folder or ``.gguf`` file, pinned by their content, without loading weights.
+
+Commands check the paths of their models with this module before torch is imported, which takes seconds.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import pickle
+import re
+import shutil
+import zipfile
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, replace
+from fnmatch import fnmatchcase
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from avss_dist.core.errors import ModelError, explain_unwritable, first_line, first_names, is_full, unwritable
+from avss_dist.core.extras import require_package
+from avss_dist.core.files import cache_folder, staged_folder, write_file
+from avss_dist.core.streams import say
+from avss_dist.models.checkpoint.weight_files import INDEX, WEIGHTS, weight_files
+
+if TYPE_CHECKING:
+    from avss_dist.models.checkpoint.safetensors import TensorInfo
+
+_FETCHED = ("*.json", "*.model", "*.txt", "*.jinja", "avss_*.yaml")  # of a hub checkpoint, beside its weights
+_READ = {".json", ".safetensors", ".model", ".txt"}  # suffixes of the files that can change a number
+
+SLUG_LENGTH = 237  # characters of the longest name that has room in a folder's: run_id=NAME-0123456789, 255 bytes
+SLUG_PREFIX = 80  # characters that stay of a longer one
+_PICKLED_WEIGHTS = "pytorch_model*.bin"  # what transformers calls them; others hold optimizers and arguments
+PICKLED = ("*.bin", "*.pt", "*.pth", "*.ckpt")
+_INDEX = "pytorch_model.bin.index.json"
+CONVERTED = "converted_from_pickles"
+"""File in a folder that `convert_pickles` wrote."""
+_WORDS = r"(?<![a-z])(global|train|training)?[-_]?(steps?|checkpoint|ckpt|iter|iteration)[-_]?"
+_STEP = re.compile(rf"{_WORDS}(?P<number>\d+)(?P<unit>k?)(?![a-z\d])", re.IGNORECASE)
+_TOKENS = (
+    re.compile(r"(?<![a-z])tokens?[-_]?(?P<number>\d+(\.\d+)?)(?P<unit>[kmbt]?)(?![a-z\d])", re.IGNORECASE),
+    re.compile(r"(?<![a-z\d.])(?P<number>\d+(\.\d+)?)(?P<unit>[kmbt])[-_]?tok", re.IGNORECASE),
+)
+_THOUSANDS = {"": 1, "k": 10**3, "m": 10**6, "b": 10**9, "t": 10**12}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Checkpoint:
+    """A checkpoint at a fixed revision.
+
+    Attributes:
+        name: the checkpoint as the user named it, without a revision.
+        source: ``hub``, ``folder`` or ``gguf``.
+        path: the local folder, or the ``.gguf`` file.
+        revision: the hub's commit, or the SHA-256 of the files that are read.
+        revision_name: the branch or tag of a hub id, as the user wrote it.
+        trust_remote_code: whether Python code that the checkpoint ships may run.
+    """
+
+    name: str
+    source: str
+    path: str
+    revision: str
+    revision_name: str = ""
+    trust_remote_code: bool = False
+
+    @property
+    def slug(self) -> str:
+        """Readable name for run ids: letters, digits, dots, underscores and hyphens."""
+        return slug(self.name if self.source == "hub" else Path(self.path).resolve().name.removesuffix(".gguf"))
+
+    @property
+    def folder(self) -> Path:
+        """Folder of the configuration and the tokenizer."""
+        return Path(self.path).parent if self.source == "gguf" else Path(self.path)
+
+    @property
+    def gguf(self) -> dict[str, str]:
+        """Options with which transformers reads a ``.gguf`` file, empty for other sources."""
+        return {"gguf_file": Path(self.path).name} if self.source == "gguf" else {}
+
+
+def slug(name: str) -> str:
+    """Return ``name`` with everything but letters, digits, ``.``, ``_`` and ``-`` replaced.
+
+    The result is never empty and never hidden. A name too long for the folder of a run is cut to `SLUG_PREFIX`
+    characters, followed by a hash of the whole name.
+    """
+    text = re.sub(r"[^A-Za-z0-9._-]+", "-", name).strip("-.") or "model"
+    if len(text) <= SLUG_LENGTH:
+        return text
+    return f"{text[:SLUG_PREFIX]}-{hashlib.sha256(name.encode(errors='surrogatepass')).hexdigest()[:16]}"
+
+
+def resolve(spec: str, *, trust_remote_code: bool = False, weights: bool = True) -> Checkpoint:
+    """Find a checkpoint's files and pin their content.
+
+    Files of a hub id are downloaded: safetensors, config and tokenizer only.
+
+    Args:
+        spec: ``org/name``, ``org/name@revision``, a folder, or a ``.gguf`` file.
+        trust_remote_code: also fetch the Python files that a hub checkpoint ships.
+        weights: download the weights of a hub id, too.
+
+    Raises:
+        ModelError: the checkpoint does not exist or cannot be opened; the message says what to do.
+    """
+    local = locate(spec, trust_remote_code=trust_remote_code)
+    if local is None:
+        fetched = fetch_files(spec, [*_FETCHED, *([WEIGHTS] if weights else [])], trust_remote_code=trust_remote_code)
+        if weights and not weight_files(fetched.folder):
+            converted = converted_folder(fetched.folder)
+            if converted:
+                fetched = replace(fetched, path=str(converted))
+        if weights:
+            _check_folder(fetched.folder, spec)
+        return fetched
+    suffixes = {*_READ, *([".py"] if trust_remote_code else [])}
+    path = Path(local.path)
+    if not path.is_dir():
+        return replace(local, revision=content_hash(path.parent, [path]))
+    files = {file for file in path.iterdir() if file.is_file() and file.suffix in suffixes}
+    return replace(local, revision=content_hash(path, {*files, *weight_files(path)}))
+
+
+def find_checkpoint(spec: str, *, trust_remote_code: bool = False, weights: bool = True) -> Checkpoint:
+    """Return a checkpoint of which only configuration and headers are read. Of a hub id, only these are fetched.
+
+    Args: see `resolve` and `locate`.
+
+    Raises:
+        ModelError: the checkpoint does not exist or cannot be opened.
+    """
+    return locate(spec, trust_remote_code=trust_remote_code, weights=weights) or fetch_files(
+        spec, ["config.json"], trust_remote_code=trust_remote_code
+    )
+
+
+def require_checkpoint(spec: str, *, weights: bool = True) -> None:
+    """Refuse a checkpoint that is neither on this machine nor on the hub.
+
+    Of one that has never been fetched, the configuration is fetched.
+
+    Args:
+        weights: see `locate`.
+
+    Raises:
+        ModelError: the checkpoint does not exist or cannot be opened.
+    """
+    if locate(spec, weights=weights) is not None:
+        return
+    from huggingface_hub import try_to_load_from_cache
+
+    name, _, revision = spec.partition("@")
+    with explain_hub_errors(spec):
+        cached = try_to_load_from_cache(name, "config.json", revision=revision or None)
+    if not isinstance(cached, str):
+        say(f"There is no folder '{spec}' here: looking for it on the hub.")
+        fetch_files(spec, ["config.json"])
+
+
+def locate(spec: str, *, trust_remote_code: bool = False, weights: bool = True) -> Checkpoint | None:
+    """Return a checkpoint on this machine with an empty revision, or None if ``spec`` is a hub id.
+
+    Args:
+        weights: require weight files; a folder with a ``config.json`` alone is a checkpoint otherwise.
+
+    Raises:
+        ModelError: the checkpoint does not exist or cannot be opened.
+    """
+    path = Path(spec).expanduser()
+    if path.suffix == ".gguf":
+        if not path.is_file():
+            raise ModelError(f"There is no file '{spec}'.", "Check the path of the .gguf file.")
+        require_package("gguf", f"'{spec}'")
+        return Checkpoint(
+            name=spec, source="gguf", path=str(path.resolve()), revision="", trust_remote_code=trust_remote_code
+        )
+    if path.is_dir():
+        path = path if weight_files(path) else converted_folder(path) or path
+        _check_folder(path, spec, weights=weights)
+        return Checkpoint(
+            name=spec, source="folder", path=str(path.resolve()), revision="", trust_remote_code=trust_remote_code
+        )
+    if path.exists():
+        raise ModelError(
+            f"'{spec}' is a file.", "Name the checkpoint's folder, a .gguf file, or a hub id like org/name."
+        )
+    if not re.fullmatch(r"[\w.-]+(/[\w.-]+)?(@[\w./-]+)?", spec) or spec.startswith((".", "/")):
+        raise ModelError(f"There is no folder '{spec}'.", "Check the path, or name a hub id like org/name.")
+    return None
+
+
+def convert_pickles(spec: str) -> None:
+    """Convert pickled weights to safetensors in the cache, where `resolve` finds them, unless that was done before.
+
+    The checkpoint's other files are copied along. A checkpoint that has safetensors is skipped.
+
+    Args:
+        spec: see `resolve`.
+
+    Raises:
+        ModelError: the checkpoint does not exist, or its files hold more than tensors, or are damaged.
+        StorageFull: there is no space left.
+    """
+    folder = Path(spec).expanduser()
+    if not folder.exists():
+        folder = fetch_files(spec, [*_FETCHED, WEIGHTS]).folder
+        if not weight_files(folder):
+            folder = fetch_files(spec, [*_FETCHED, _PICKLED_WEIGHTS]).folder
+    if not folder.is_dir() or weight_files(folder):
+        return
+    files = _pickled_weights(folder)
+    if not files:
+        return
+    place = _place(folder, files)
+    if place.is_dir():
+        return
+    with (
+        explain_unwritable(place, "Free some space, or name another cache with XDG_CACHE_HOME."),
+        staged_folder(place) as staged,
+    ):
+        for file in files:
+            _convert_file(file, staged / _renamed(file.name))
+        for file in folder.iterdir():
+            if file.is_file() and file.name[0] != "." and not any(file.match(p) for p in (*PICKLED, _INDEX)):
+                shutil.copyfile(file, staged / file.name)
+        if (folder / _INDEX).is_file():
+            index = json.loads((folder / _INDEX).read_text(encoding="utf-8"))
+            index["weight_map"] = {name: _renamed(file) for name, file in index["weight_map"].items()}
+            (staged / INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+        (staged / CONVERTED).write_text("\n".join(file.name for file in files) + "\n", encoding="utf-8")
+
+
+def _convert_file(file: Path, target: Path) -> None:
+    import torch
+    from safetensors.torch import save_file
+
+    try:
+        tensors: Any = torch.load(file, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(file))
+        contiguous = {str(name): tensor.clone().contiguous() for name, tensor in tensors.items()}
+    except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError, KeyError, AttributeError, TypeError) as error:
+        raise ModelError(
+            f"{file} holds more than tensors, or is damaged; torch does not open it: {first_line(error)}",
+            "Load it where you trust it, and save it with save_pretrained().",
+        ) from error
+    save_file(contiguous, target, {"format": "pt"})
+
+
+def fetch_files(spec: str, patterns: list[str], *, trust_remote_code: bool = False) -> Checkpoint:
+    """Download the files of a hub checkpoint whose names match patterns, and its Python files if they are trusted.
+
+    Raises:
+        ModelError: the checkpoint does not exist, or the hub cannot be reached.
+    """
+    from huggingface_hub import snapshot_download
+
+    name, _, revision = spec.partition("@")
+    with explain_hub_errors(spec):
+        folder = snapshot_download(
+            name,
+            revision=revision or None,
+            allow_patterns=[*patterns, *(["*.py"] if trust_remote_code else [])],
+        )
+    return Checkpoint(
+        name=name,
+        source="hub",
+        path=folder,
+        revision=Path(folder).name,
+        revision_name=revision,
+        trust_remote_code=trust_remote_code,
+    )
+
+
+@contextmanager
+def explain_hub_errors(spec: str) -> Iterator[None]:
+    """Convert the errors of the hub's client, with any HTTP library, to ModelError with a hint."""
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError
+
+    bases: Any = HfHubHTTPError.__bases__  # of that library, and OSError
+    try:
+        yield
+    except (HFValidationError, HfHubHTTPError, *bases, OSError) as error:
+        if isinstance(error, OSError) and is_full(error):
+            raise unwritable(f"The hub's cache on this machine, with '{spec}',", error, "Free some space.") from error
+        raise ModelError(
+            f"'{spec}' is no folder here, and cannot be fetched from the hub: {' '.join(str(error).split())}",
+            "Check the name, the revision and the network; a private or gated model needs `hf auth login`.",
+        ) from error
+
+
+def _check_folder(folder: Path, spec: str, *, weights: bool = True) -> None:
+    if (folder / "adapter_config.json").exists():
+        raise ModelError(
+            f"'{spec}' is an adapter, or has one beside its weights.",
+            "Merge it into its base model (peft's merge_and_unload), save that, and name that folder.",
+        )
+    read_config(folder, spec)
+    files = weight_files(folder)
+    if missing := [file for file in files if not file.is_file()]:
+        raise ModelError(f"'{spec}' lacks the file {missing[0].relative_to(folder)}.", "Is the download complete?")
+    if weights and not files:
+        pickled = sorted(f.name for pattern in PICKLED for f in folder.glob(pattern))
+        if pickled:
+            raise ModelError(
+                f"'{spec}' has pickled weights only ({pickled[0]}), which can run code when they are opened.",
+                "avss score --allow-pickle opens them as tensors alone, and keeps them as safetensors.",
+            )
+        raise ModelError(f"'{spec}' has no weights (*.safetensors).", "Is the download complete?")
+
+
+def read_config(folder: Path, spec: str) -> dict[str, Any]:
+    """Read the checkpoint's ``config.json``.
+
+    Raises:
+        ModelError: the file is missing, or is not a JSON object.
+    """
+    file = folder / "config.json"
+    if not file.is_file():  # nothing else is opened: a pipe would be waited for
+        raise ModelError(f"'{spec}' has no config.json.", "Name the folder that save_pretrained() wrote.")
+    try:
+        config = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise ModelError(f"{file} cannot be read: {error}.") from error
+    if not isinstance(config, dict):
+        raise ModelError(f"{file} is not a model's configuration.")
+    return config
+
+
+def stored_tensors(checkpoint: Checkpoint) -> Sequence[TensorInfo]:
+    """Return the tensors of the weight files that transformers loads. Headers that are not here come from the hub.
+
+    Raises:
+        ModelError: a file has no valid header, or the hub cannot be reached.
+    """
+    from avss_dist.models.checkpoint.safetensors import TensorInfo, tensors_of
+
+    if checkpoint.gguf:
+        return [
+            TensorInfo(tensor.name, tensor.tensor_type.name, int(tensor.n_bytes))
+            for tensor in read_gguf(checkpoint).tensors
+        ]
+    files = weight_files(checkpoint.folder)
+    if checkpoint.source == "hub" and not (files and all(file.is_file() for file in files)):
+        return _hub_tensors(checkpoint)
+    return [tensor for file in files for tensor in tensors_of(file)]
+
+
+def _hub_tensors(checkpoint: Checkpoint) -> Sequence[TensorInfo]:
+    """Return the tensors of a checkpoint on the hub, without downloading its weights.
+
+    Raises:
+        ModelError: the checkpoint has no weights with a header, or the hub cannot be reached.
+    """
+    from huggingface_hub import errors, get_safetensors_metadata
+
+    from avss_dist.models.checkpoint.safetensors import TensorInfo
+
+    spec = "@".join(filter(None, (checkpoint.name, checkpoint.revision_name)))
+    with explain_hub_errors(spec):
+        try:
+            metadata = get_safetensors_metadata(checkpoint.name, revision=checkpoint.revision)
+        except (errors.NotASafetensorsRepoError, errors.SafetensorsParsingError) as error:
+            raise ModelError(f"'{spec}' has no weights (*.safetensors) with a header: {error}") from error
+    return [
+        TensorInfo(name, tensor.dtype, tensor.data_offsets[1] - tensor.data_offsets[0])
+        for file in metadata.files_metadata.values()
+        for name, tensor in file.tensors.items()
+    ]
+
+
+def read_gguf(checkpoint: Checkpoint) -> Any:
+    """Return the gguf package's reader of a checkpoint's file.
+
+    Raises:
+        ModelError: the file has no valid header.
+    """
+    from gguf import GGUFReader
+
+    try:
+        return GGUFReader(checkpoint.path)
+    except (OSError, ValueError, IndexError, KeyError) as error:
+        raise ModelError(
+            f"{checkpoint.path} has no header of a .gguf file: {error}.", "Download or copy it again."
+        ) from error
+
+
+def converted_folder(folder: Path) -> Path | None:
+    """Return the cache folder of a folder's converted weights, by content, or None if they were not converted yet.
+
+    Raises:
+        ModelError: a file cannot be read.
+    """
+    files = _pickled_weights(folder)
+    if not files:
+        return None
+    place = _place(folder, files)
+    return place if place.is_dir() else None
+
+
+def _pickled_weights(folder: Path) -> list[Path]:
+    return sorted(file for file in folder.glob(_PICKLED_WEIGHTS) if file.is_file())
+
+
+def _place(folder: Path, files: list[Path]) -> Path:
+    beside = [file for file in folder.iterdir() if file.suffix in (".json", ".model", ".txt", ".py") and file.is_file()]
+    return cache_folder("converted", content_hash(folder, [*files, *beside]))
+
+
+def _renamed(name: str) -> str:
+    return name.replace("pytorch_model", "model").removesuffix(".bin") + ".safetensors"
+
+
+def content_hash(folder: Path, files: Iterable[Path]) -> str:
+    """Return the SHA-256 over the bytes of files and their paths in a folder.
+
+    Hashes of large files are cached.
+
+    Raises:
+        ModelError: a file cannot be read.
+    """
+    digest = hashlib.sha256()
+    for file in sorted(files):
+        try:
+            digest.update(f"{file.relative_to(folder).as_posix()}\0{_file_hash(file.resolve())}\n".encode())
+        except OSError as error:
+            raise ModelError(f"{file} cannot be read: {error.strerror}.", "Check its permissions.") from error
+    return digest.hexdigest()
+
+
+def _file_hash(file: Path) -> str:
+    stat = file.stat()
+    state = stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns, stat.st_ino  # ctime: who writes cannot set it back
+    cache = cache_folder("sha256", hashlib.sha256(f"{file}|{state}".encode()).hexdigest())
+    if stat.st_size > 1 << 20 and cache.is_file():
+        return cache.read_text(encoding="ascii")
+    with file.open("rb") as stream:
+        value = hashlib.file_digest(stream, "sha256").hexdigest()
+    if stat.st_size > 1 << 20:
+        with suppress(OSError):  # only a convenience: without it the file is hashed again
+            cache.parent.mkdir(parents=True, exist_ok=True)
+            write_file(cache, value)
+    return value
+
+
+def training_point(checkpoint: Checkpoint) -> tuple[str, int | None, int | None]:
+    """Return the point of a training at which a checkpoint was saved, from its revision or the name of its folder.
+
+    ``org/name@step3000-tokens12B`` is step 3,000 after 12e9 tokens of the series ``org/name@step*-tokens*``.
+
+    Returns:
+        Name of the training, the optimizer's step and the number of tokens trained on, or None if the name has none.
+    """
+    prefix, name = checkpoint.name, checkpoint.revision_name
+    if checkpoint.source != "hub":
+        prefix, _, name = checkpoint.path.rpartition("/")
+    step = _STEP.search(name)
+    tokens = next(filter(None, (pattern.search(name) for pattern in _TOKENS)), None)
+    matches = [match for match in (step, tokens) if match]
+    if not matches:
+        return checkpoint.name, None, None
+    for match in sorted(matches, key=lambda match: match.start(), reverse=True):
+        name = f"{name[: match.start('number')]}*{name[match.end('unit') :]}"
+    return f"{prefix}{'@' if checkpoint.source == 'hub' else '/'}{name}", _number(step), _number(tokens)
+
+
+def _number(match: re.Match[str] | None) -> int | None:
+    return round(float(match["number"]) * _THOUSANDS[match["unit"].lower()]) if match else None
+
+
+def matching_revisions(name: str, pattern: str) -> list[str]:
+    """Return the branches and tags of a hub id that match a pattern such as ``stage1-step*``, in natural order.
+
+    Raises:
+        ModelError: no revision matches, there is no such model, or the hub cannot be reached.
+    """
+    from huggingface_hub import HfApi
+
+    with explain_hub_errors(name):
+        refs = HfApi().list_repo_refs(name)
+    revisions = [ref.name for ref in (*refs.branches, *refs.tags)]
+    matches = [revision for revision in dict.fromkeys(revisions) if fnmatchcase(revision, pattern)]
+    if not matches:
+        raise ModelError(
+            f"No revision of '{name}' matches '{pattern}'.",
+            f"There are: {first_names(sorted(revisions, key=natural_key), 5)}.",
+        )
+    return sorted(matches, key=natural_key)
+
+
+def natural_key(name: str) -> list[tuple[int, str]]:
+    """Return a sort key that compares numbers in names as numbers: step9 is before step10."""
+    return [(int(part), "") if part.isdecimal() else (-1, part) for part in re.split(r"(\d+)", name)]

@@ -1,0 +1,317 @@
+"""Layers of a model, the tensors that are read in them, and the order of the axes of these tensors."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from avss_dist.core.errors import ModelError, nearest
+
+PROBE_SHAPE = (2, 12)  # rows and tokens differ, so that axes can be distinguished
+
+
+def probe_tokens(device: torch.device | None = None) -> torch.Tensor:
+    """Return the tokens by which a model is probed: int64[rows, tokens] of ``PROBE_SHAPE``, all different."""
+    return torch.arange(PROBE_SHAPE[0] * PROBE_SHAPE[1], device=device).reshape(PROBE_SHAPE)
+
+
+@dataclass(frozen=True)
+class Scale:
+    """A number by which a layer multiplies or divides the output of a sublayer."""
+
+    number: float
+    divides: bool = False
+
+    def apply(self, x: torch.Tensor) -> torch.Tensor:
+        """Return the product or the quotient, rounded as the layer rounds it."""
+        return x / self.number if self.divides else x * self.number
+
+
+@dataclass(frozen=True)
+class Tap:
+    """A tensor to read: the input or the output of ``module``, scaled.
+
+    Attributes:
+        reads: ``input`` or ``output``.
+        axes: order of the tensor's axes; see `axes_of`.
+        scales: what the layer does to the output before it adds it to the residual stream, in order.
+    """
+
+    module: nn.Module
+    reads: str
+    axes: str
+    scales: tuple[Scale, ...] = ()
+    exchange: Callable[[torch.Tensor], torch.Tensor] | None = None
+    """Collective from this rank's units of all rows, [rows, tokens, part], to its rows of all units; or None."""
+
+    def scaled(self, x: torch.Tensor) -> torch.Tensor:
+        """Return the input or output ``x`` of the module as it is added to the residual stream."""
+        for scale in self.scales:
+            x = scale.apply(x)
+        return x
+
+
+@dataclass(frozen=True)
+class Projection:
+    """A linear map of a layer whose input is a site.
+
+    Attributes:
+        path: path of its module, below the layer.
+        site: name of its input; several maps may share one.
+        outputs, inputs: units of the output and of the input of the whole map.
+        axes: order of the axes of its input; see `axes_of`.
+    """
+
+    path: str
+    module: nn.Module
+    site: str
+    outputs: int
+    inputs: int
+    axes: str
+
+
+@dataclass(frozen=True)
+class Experts:
+    """Routed experts of a layer.
+
+    Attributes:
+        module: the fused experts, called with the tensors of a `Routing`.
+        number: number of experts.
+        router: the module whose output is [tokens, number]; None if no module has such an output.
+        normalized: whether the router's output is probabilities, not logits.
+    """
+
+    module: nn.Module
+    number: int
+    router: nn.Module | None
+    normalized: bool
+
+
+@dataclass(frozen=True)
+class Routing:
+    """Tensors of a call of the experts.
+
+    Attributes:
+        hidden: hidden states, [tokens, units]; or the hidden units of each of a token's experts, [tokens, k, units].
+        index: integer [tokens, k], the indices of each token's experts.
+        gates: floating [tokens, k], the weights of the experts' outputs.
+    """
+
+    hidden: torch.Tensor
+    index: torch.Tensor
+    gates: torch.Tensor
+
+
+@dataclass(frozen=True)
+class Layer:
+    """One transformer block: the ``call``-th use of ``module`` in a forward pass (models may share a block).
+
+    Attributes:
+        form: type of the output where it is hidden states alone, of the input's shape: ``torch.Tensor``, or the type of
+            a tuple of one. Such a layer need not run to be skipped. None for other layers and for shared modules.
+    """
+
+    index: int
+    name: str
+    module: nn.Module
+    call: int
+    axes: str
+    taps: Mapping[str, Tap]
+    projections: tuple[Projection, ...] = ()
+    experts: Experts | None = None
+    form: type | None = None
+
+    def __str__(self) -> str:
+        return f"Layer {self.index} ({self.name})"
+
+
+def layer_lists(model: nn.Module, num_layers: int | None, path: str | None = None) -> dict[str, nn.ModuleList]:
+    """Return the module lists that may be the layers, by path.
+
+    Args:
+        num_layers: the configuration's layer count; lists of this length are preferred.
+        path: path of the layer list; None takes the shallowest lists of blocks.
+
+    Raises:
+        ModelError: the model has no such list; the message names its module lists.
+    """
+    lists = {
+        name: module for name, module in model.named_modules() if isinstance(module, nn.ModuleList) and len(module)
+    }
+    if path is not None:
+        if path not in lists:
+            raise ModelError(f"{type(model).__name__} has no layer list '{path}'.", nearest(path, lists))
+        return {path: lists[path]}
+    blocks = {
+        name: modules
+        for name, modules in lists.items()
+        if not any(isinstance(module, (nn.ModuleList, nn.Sequential)) for module in modules)
+        and all(any(is_linear(part) for part in module.modules() if part is not module) for module in modules)
+    }
+    candidates = {name: module for name, module in blocks.items() if len(module) == num_layers} or blocks
+    if not candidates:
+        raise layers_not_found(model, num_layers, lists, "no module list holds whole blocks")
+    depth = min(name.count(".") for name in candidates)
+    return {name: modules for name, modules in candidates.items() if name.count(".") == depth}
+
+
+def layers_not_found(
+    model: nn.Module, num_layers: int | None, lists: Mapping[str, nn.ModuleList], why: str
+) -> ModelError:
+    """Return the error that the layers of a model were not found, naming the module lists that it has."""
+    described = ", ".join(f"{name} ({len(module)} x {type(module[0]).__name__})" for name, module in lists.items())
+    return ModelError(
+        f"The {num_layers or ''} layers of {type(model).__name__} could not be found: {why}.".replace("  ", " "),
+        f"Seen: {described or 'no module list'}. Name one with `layers`.",
+    )
+
+
+def count_parameters(module: nn.Module) -> int:
+    """Return the number of parameters of a module, before DeepSpeed ZeRO-3 partitions them (``numel`` is 0 then)."""
+    return sum(getattr(p, "ds_numel", p.numel()) for p in module.parameters())
+
+
+def is_linear(module: nn.Module) -> bool:
+    """Whether a module is a linear map: Linear, GPT-2's Conv1D, or a quantized linear."""
+    kind = type(module).__name__
+    return isinstance(module, nn.Linear) or kind == "Conv1D" or ("Linear" in kind and hasattr(module, "weight"))
+
+
+def linear_sizes(module: Any) -> tuple[int, int]:
+    """Return the units of the input and of the output of a linear map.
+
+    GPT-2's Conv1D stores its weight as [inputs, outputs].
+    """
+    rows, columns = module.weight.shape if module.weight.dim() == 2 else (0, 0)
+    return (rows, columns) if type(module).__name__ == "Conv1D" else (columns, rows)
+
+
+def first_tensor(value: Any) -> torch.Tensor | None:
+    """Return the hidden states in a module's arguments or output: the first tensor of a tuple or ModelOutput."""
+    if isinstance(value, torch.Tensor):
+        return value if value.is_floating_point() and value.dim() >= 2 else None
+    if isinstance(value, Mapping):
+        value = (value.get("hidden_states"), *value.values())
+    parts = value if isinstance(value, (tuple, list)) else ()
+    return next((part for part in parts if first_tensor(part) is not None and isinstance(part, torch.Tensor)), None)
+
+
+def input_tensor(args: Sequence[Any], kwargs: Mapping[str, Any]) -> torch.Tensor | None:
+    """Return the hidden states in the arguments of a call, or None."""
+    hidden = kwargs.get("hidden_states")
+    return first_tensor(hidden) if hidden is not None else first_tensor((*args, *kwargs.values()))
+
+
+def output_tensor(layer: Layer, output: Any, hidden: torch.Tensor) -> torch.Tensor:
+    """Return the hidden states in the output of a layer with the input ``hidden``.
+
+    Raises:
+        ModelError: their shapes differ.
+    """
+    after = first_tensor(output)
+    if after is None or after.shape != hidden.shape:
+        raise ModelError(f"{layer} does not keep the shape of its input.")
+    return after
+
+
+def axes_of(shape: Sequence[int], rows: int, tokens: int) -> str:
+    """Return the order of a tensor's axes by its shape: ``flat``, ``tokens first``, ``streams first`` or ``rows``."""
+    if len(shape) == 2 and shape[0] == rows * tokens:
+        return "flat"
+    if len(shape) == 3 and tuple(shape[:2]) == (tokens, rows):
+        return "tokens first"
+    if len(shape) == 4 and tuple(shape[:2]) != (rows, tokens) and tuple(shape[1:3]) == (rows, tokens):
+        return "streams first"
+    return "rows"
+
+
+def as_rows(x: torch.Tensor, axes: str, rows: int, tokens: int, *, place: object = "A module") -> torch.Tensor:
+    """Return a tensor as contiguous [rows, tokens, units]. Parallel streams become units.
+
+    Args:
+        place: the module that has the tensor, for the message.
+
+    Raises:
+        ModelError: the tensor has another shape.
+    """
+    shape = list(x.shape)
+    if axes == "tokens first":
+        x = x.transpose(0, 1)
+    elif axes == "streams first":
+        x = x.movedim(0, 2)
+    elif x.dim() == 2 and x.shape[0] == rows * tokens:
+        x = x.reshape(rows, tokens, -1)
+    if x.dim() < 3 or tuple(x.shape[:2]) != (rows, tokens):
+        raise ModelError(
+            f"{place} sees {shape} in a batch of {rows} x {tokens} tokens: the model pads, pools or extends its rows.",
+            "If it pads rows to a multiple, make `sequence_length` one.",
+        )
+    return x.reshape(rows, tokens, -1).contiguous()
+
+
+def routing_of(inputs: Sequence[torch.Tensor]) -> Routing | None:
+    """Return the input tensors of a call as a routing, or None if they do not have its shapes and dtypes."""
+    index = next((t for t in inputs if t.dim() == 2 and not t.is_floating_point() and t.dtype != torch.bool), None)
+    if index is None or not inputs[0].is_floating_point() or inputs[0].dim() != 2 or len(inputs[0]) != len(index):
+        return None
+    gates = next((t for t in inputs[1:] if t.is_floating_point() and t.shape == index.shape), None)
+    return None if gates is None else Routing(inputs[0], index, gates)
+
+
+def with_replaced(
+    args: Sequence[Any], kwargs: Mapping[str, Any], instead: Mapping[int, Any]
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Return the arguments of a call with others in the place of some, by their id."""
+    return (
+        tuple(instead.get(id(value), value) for value in args),
+        {name: instead.get(id(value), value) for name, value in kwargs.items()},
+    )
+
+
+@dataclass(frozen=True)
+class LayerCall:
+    """Arguments of a call of a layer."""
+
+    args: Sequence[Any]
+    kwargs: Mapping[str, Any]
+
+    @property
+    def hidden(self) -> torch.Tensor:
+        """Hidden states among the arguments."""
+        hidden = input_tensor(self.args, self.kwargs)
+        if hidden is None:
+            raise ModelError("A layer is called without hidden states.")
+        return hidden
+
+    def with_hidden(self, replacement: torch.Tensor) -> LayerCall:
+        """Return the same call with other hidden states."""
+        return LayerCall(*with_replaced(self.args, self.kwargs, {id(self.hidden): replacement}))
+
+    def rerun(self, layer: Callable[..., Any]) -> tuple[torch.Tensor, torch.Tensor]:
+        """Call a layer again, and return its input as a leaf tensor and its output.
+
+        The leaf requires a gradient if the hidden states of this call do.
+        """
+        leaf = self.hidden.detach().requires_grad_(self.hidden.requires_grad)
+        call = self.with_hidden(leaf)
+        output = first_tensor(layer(*call.args, **call.kwargs))
+        assert output is not None
+        return leaf, output
+
+
+def require_single_use(layers: Sequence[Layer], layer: Layer, change: str) -> None:
+    """Refuse to change a layer alone whose module is also that of other layers.
+
+    Args:
+        layers: all layers of the model.
+        change: past participle, for the message.
+
+    Raises:
+        ModelError: the layer is used more than once in a pass.
+    """
+    if sum(other.module is layer.module for other in layers) > 1:
+        raise ModelError(f"{layer} is used more than once; it cannot be {change}.")

@@ -1,0 +1,1 @@
+"""Plans made from what a warehouse holds."""

@@ -1,0 +1,134 @@
+"""Distillation as the last step of shrinking, with the work beside the output."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Sequence
+from contextlib import suppress
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+from avss_dist.core.errors import ConfigError, RunFailed, explain_unwritable
+from avss_dist.core.registry import LOWEST_SHARE
+from avss_dist.core.settings import ModelOptions, TextOptions, fingerprint
+from avss_dist.core.text import RedactedURI
+from avss_dist.distillation.curve import DIVERGED, OnEvent
+from avss_dist.distillation.distill import distill
+from avss_dist.distillation.memory import estimate_memory, require_memory, without_layers
+from avss_dist.distillation.pair import resolve_pair
+from avss_dist.distillation.record import DistillRecord, read_record, write_card
+from avss_dist.distillation.teacher_text import has_own_text
+from avss_dist.models.checkpoint.locate import Checkpoint, resolve
+from avss_dist.models.checkpoint.size import footprint
+from avss_dist.requests import DistillRequest, ShrinkRequest
+from avss_dist.stats.rankings import count_lowest
+
+
+def require_distillable(request: ShrinkRequest, checkpoint: Checkpoint) -> None:
+    """Refuse a model that cannot be distilled, before anything is measured.
+
+    The estimate of memory is for as many layers less as may be dropped. `distill` repeats it for the student.
+
+    Raises:
+        ConfigError: the model is quantized, its dtype cannot be trained, student and teacher do not fit in memory, or a
+            text is named twice.
+        ModelError: the model cannot be read or built.
+    """
+    if len(set(request.repair_texts)) < len(request.repair_texts):
+        raise ConfigError("`repair_corpora` names a text twice.", "Name it once, with a weight: CORPUS=2.")
+    training = _distill_request(request, checkpoint.path, Path(request.output), {})
+    models = resolve_pair(training)
+    size = footprint(checkpoint, models.settings)
+    maximum = max(0, min(size.num_layers - 1, size.num_layers - request.first - request.last))
+    dropped = maximum if request.keep else count_lowest(size.num_layers, request.share or LOWEST_SHARE)
+    whole = estimate_memory(
+        checkpoint,
+        checkpoint,
+        models.settings,
+        models.teacher_settings,
+        train=training.train,
+        rank=training.lora_rank,
+    )
+    require_memory(
+        without_layers(whole, size, dropped),
+        models.device.type,
+        training.train,
+        "Lower `sequence_length`, or leave out `distill_tokens` and distill the result with avss distill, which can "
+        "train fewer weights. It loads both models whole on one device, whatever `partition` is.",
+    )
+
+
+def distill_student(
+    request: ShrinkRequest, student: Path, *, skip: int, held_out: int, rows: int, on_event: OnEvent
+) -> tuple[Path, DistillRecord]:
+    """Distill a student, or find an earlier result of the same request, and return its folder and record.
+
+    Args:
+        student: its folder.
+        skip: rows of each text that distillation does not read.
+        held_out: rows after them that are only measured.
+        rows: maximum number of rows of each text, the skipped ones included.
+
+    Raises:
+        AvssError: see `distillation.distill.distill`.
+    """
+    reading = {"max_sequences": rows - skip, "skip_sequences": skip, "held_out": held_out}
+    key = fingerprint(
+        **_reading(request) | reading,
+        tokens=request.distill_tokens,
+        corpora=[RedactedURI(text) for text in request.weighted_repair_texts],
+        student=resolve(str(student), trust_remote_code=request.settings.trust_remote_code).revision,
+    )
+    folder = student.with_name(f"distilled-{key[:12]}") / Path(request.output).name  # for run ids
+    record = read_record(folder)
+    if record is None or record.ended == DIVERGED:
+        shutil.rmtree(folder, ignore_errors=True)
+        try:
+            record = distill(_distill_request(request, student, folder, {**reading, "on_event": on_event})).record
+        except RunFailed as error:
+            raise RunFailed(
+                f"{error.message} The checkpoint before distillation is in {student}.",
+                "Leave out `distill_tokens`, or distill that checkpoint with avss distill, which has more options.",
+            ) from error
+    return folder, record
+
+
+def publish_distilled(
+    student: Path, folder: Path, output: Path, record: DistillRecord, evaluated: Sequence[str]
+) -> None:
+    """Write lines on evaluations into the model card, move the checkpoint to the output, and delete the work.
+
+    Raises:
+        AvssError: a folder cannot be written.
+    """
+    with explain_unwritable(output, "Repair that, and run the same command again."):
+        write_card(student, folder, record, evaluated)
+        shutil.rmtree(student)
+        folder.replace(output)
+        for path in student.parent.glob("distilled-*"):
+            shutil.rmtree(path)
+    with suppress(OSError):  # the folder has files of the user
+        student.parent.rmdir()
+
+
+def _distill_request(
+    request: ShrinkRequest, student: str | Path, output: Path, options: dict[str, Any]
+) -> DistillRequest:
+    assert request.distill_tokens is not None
+    if has_own_text(request.repair_corpora):
+        options = {**options, "self_texts": 0}  # its rows are divided as those of other texts
+    return DistillRequest(
+        str(student),
+        teacher=request.model,
+        output=output,
+        corpora=request.weighted_repair_texts,
+        tokens=request.distill_tokens,
+        allow_overlap=request.allow_overlap,
+        **_reading(request) | options,
+    )
+
+
+def _reading(request: ShrinkRequest) -> dict[str, Any]:
+    """Return the settings that distillation takes too. Its batch is a training step, not that of the evaluation."""
+    return {f.name: getattr(request, f.name) for group in (TextOptions, ModelOptions) for f in fields(group)}

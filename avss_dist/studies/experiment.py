@@ -1,0 +1,449 @@
+"""Experiments: retention of models without the layers that methods choose.
+
+Every choice of `pruning.methods.choices` is of layers of every run of a job. Each distinct set of layers is evaluated
+once on every task and compared with the whole model on the same samples.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from contextlib import closing
+from dataclasses import asdict, dataclass, field
+from datetime import UTC, datetime
+from typing import Any
+
+import numpy as np
+
+from avss_dist.analysis.contrast import Strata
+from avss_dist.analysis.verdict import WHOLE
+from avss_dist.core.errors import ConfigError
+from avss_dist.core.intervention import NO_INTERVENTION, Intervention
+from avss_dist.core.registry import CHANCE, CONTRAST, GREEDY, LOSS, MEASURED, READING, RECIPES, SCORES
+from avss_dist.core.settings import fingerprint
+from avss_dist.core.text import RedactedURI
+from avss_dist.corpus.seen import ABLATION, SeenText
+from avss_dist.corpus.shards import CorpusPlan
+from avss_dist.distillation.curve import ignore
+from avss_dist.evaluation.repairs import Patches, fit_of, fit_repairs, plan_fits, require_changeable
+from avss_dist.evaluation.session import (
+    EvaluationSession,
+    PlacedModel,
+    PlannedTask,
+    identity,
+    require_intended,
+    require_listable,
+    results_under,
+)
+from avss_dist.evaluation.tasks import earlier_texts, plan_task, plan_text_task, refuse_overlaps
+from avss_dist.models.checkpoint.loading import text_config
+from avss_dist.models.checkpoint.locate import resolve
+from avss_dist.plans.choice import RANDOM, Choice, Reading, count_layers
+from avss_dist.plans.ground_truth import layer_truth
+from avss_dist.plans.plan import layer_list
+from avss_dist.plans.seen import seen_by_run
+from avss_dist.pruning.methods import LEAVE_ONE_OUT, Experiment, choices, control_name, describe_method
+from avss_dist.pruning.repair.registry import NO_REPAIR
+from avss_dist.requests import RunJobRequest
+from avss_dist.runs.job_file import JobFile, RunSpec
+from avss_dist.runs.run import Run
+from avss_dist.runs.scoring import executor_for, overridden, run_job
+from avss_dist.stats.contrast import contrast
+from avss_dist.stats.layer_stats import Float64
+from avss_dist.stats.scores import RELATIVE_THRESHOLDS, Threshold
+from avss_dist.studies.search import Layers, greedy_search, searching
+from avss_dist.tasks.task import Result, Retention
+from avss_dist.tasks.text_loss import LeaveOneOut
+from avss_dist.warehouse.reader import Warehouse
+from avss_dist.warehouse.store import Store
+
+NOT_HASHED = ("tasks", "repair_corpora", "allow_many")
+"""Options of an experiment that are not in its id. The ids of evaluations hash what tasks and texts hold."""
+MOST_EVALUATIONS = 10_000  # evaluations of a model on a task that an experiment makes without `allow_many`
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A model that an experiment evaluates.
+
+    Attributes:
+        choice: the choice of its layers; None for the whole model.
+        intervention: the change of the model.
+        repair: name of its repair; None without one.
+    """
+
+    choice: Choice | None
+    intervention: Intervention
+    repair: str | None = None
+
+
+WHOLE_MODEL = Candidate(choice=None, intervention=NO_INTERVENTION)
+
+
+def candidate_rows(candidate: Candidate, results: Sequence[Result], guess: float | None) -> list[dict[str, Any]]:
+    """Return the row of every metric of a task, and for the whole model that of guessing tokens.
+
+    They are rows of ``experiments`` without the columns of RunIdentity.
+
+    Args:
+        results: results of the task, those of the whole model included.
+        guess: loss of a guess among all tokens, in nats per token; None if it is unknown.
+    """
+    changed = candidate.intervention.key.row()
+    method = _method_columns(candidate)
+    whole_model = {result.metric: result for result in results_under(results)}
+    rows = []
+    for result in results_under(results, candidate.intervention.key):
+        metric = {"metric": result.metric, "value": result.value, "stderr": result.stderr}
+        before = whole_model.get(result.metric)
+        if candidate.choice is None:
+            retained = _retention_columns(1.0)
+        elif before is None:
+            retained = _retention_columns(None)
+        else:
+            retention = Retention.of(before, result)
+            retained = _retention_columns(retention.value, retention.low, retention.high)
+        rows.append({**changed, **metric, **method, **retained})
+    if candidate.choice is None and guess is not None and LOSS in whole_model:
+        chance = {"metric": CHANCE, "value": guess, "stderr": None}
+        rows.append({**changed, **chance, **method, **_retention_columns(1.0)})
+    return rows
+
+
+def _method_columns(candidate: Candidate) -> dict[str, Any]:
+    """Return the columns of ``experiments`` that tell how the layers of a candidate were chosen and repaired."""
+    choice = candidate.choice
+    if choice is None:
+        return {
+            "method": WHOLE,
+            "share": 0.0,
+            "score": None,
+            **dict.fromkeys(READING),
+            "control": None,
+            "seed": None,
+            "repair": candidate.repair,
+        }
+    reading: Sequence[Any] = choice.reading or [None] * len(READING)
+    return {
+        "method": describe_method(choice),
+        "share": choice.share,
+        "score": choice.by,
+        **dict(zip(READING, reading, strict=True)),
+        "control": control_name(choice),
+        "seed": choice.seed if choice.by == RANDOM else None,
+        "repair": candidate.repair,
+    }
+
+
+def _retention_columns(value: float | None, low: float | None = None, high: float | None = None) -> dict[str, Any]:
+    return {"retention_low": low, "retention_high": high, "retention": value}
+
+
+@dataclass
+class Trial:
+    """State of a scored run in an experiment.
+
+    Attributes:
+        model: checkpoint of the run.
+        rows: rows of the table ``scores``.
+        truth: values by which layers are chosen, float64[layers], by method and reading: a measurement, or the negative
+            contrast on paired text.
+        seen: texts that the scores and measurements were made on.
+        planned: tasks by name.
+        choices: choices of layers, each with the layers that it drops.
+        measured_by: ids of the evaluations that measured the scores of ``avss ablate``, by score.
+        fits: task of fitting each repair except `pruning.repair.registry.NO_REPAIR`.
+    """
+
+    experiment: Experiment
+    run: Run
+    model: PlacedModel
+    rows: Sequence[Mapping[str, Any]]
+    corpus: str
+    truth: dict[tuple[str, Reading | None], Float64] = field(default_factory=dict)
+    seen: list[SeenText] = field(default_factory=list)
+    planned: dict[str, PlannedTask] = field(default_factory=dict)
+    choices: list[tuple[Choice, Layers]] = field(default_factory=list)
+    measured_by: dict[str, str] = field(default_factory=dict)
+    fits: dict[str, PlannedTask] = field(default_factory=dict)
+
+    @classmethod
+    def of_run(
+        cls, run: Run, spec: RunSpec, experiment: Experiment, warehouse: Warehouse, session: EvaluationSession
+    ) -> Trial:
+        """Return the trial of a run, with the measurements and contrasts by which its layers are chosen."""
+        checkpoint = resolve(spec.model, trust_remote_code=spec.settings.trust_remote_code)
+        stored = warehouse.run(run.run_id)
+        assert stored is not None
+        trial = cls(
+            experiment=experiment,
+            run=run,
+            model=session.place(checkpoint, spec.settings, spec.execution),
+            rows=warehouse.read_scores(run.run_id),
+            corpus=spec.corpus,
+            seen=[*seen_by_run(stored)],
+        )
+        for choice in choices(experiment, trial.rows):
+            if (choice.by, choice.reading) not in trial.truth:
+                trial.read_truth(choice, warehouse, stored)
+        return trial
+
+    def read_truth(self, choice: Choice, warehouse: Warehouse, stored: Mapping[str, Any]) -> None:
+        """Read the values by which a choice drops layers, if they are a contrast or a stored measurement.
+
+        Args:
+            stored: row of ``runs``.
+        """
+        if choice.by == CONTRAST and choice.reading is not None:
+            self.truth[choice.by, choice.reading] = self._negative_contrast(choice.reading, warehouse, stored)
+            return
+        measured_in_the_experiment = choice.by == LEAVE_ONE_OUT and self.experiment.leave_one_out
+        if choice.by not in MEASURED or measured_in_the_experiment:
+            return
+        measured = layer_truth(warehouse, stored, choice.by)
+        self.truth[choice.by, choice.reading] = measured.by_layer(self.num_layers)
+        self.seen += measured.seen
+        self.measured_by[choice.by] = measured.run_id
+
+    def _negative_contrast(self, reading: Reading, warehouse: Warehouse, stored: Mapping[str, Any]) -> Float64:
+        """Return the contrast of every layer with its sign changed, float64[layers]: the highest are dropped."""
+        site, recipe, threshold, kind = reading
+        strata = Strata.of_run(warehouse, stored, site)
+        (contrasts,) = contrast(*strata.both_sides(recipe, Threshold(value=threshold, kind=kind)))
+        values = np.full(self.num_layers, np.nan)
+        values[[*strata.layers]] = contrasts
+        return -values
+
+    @property
+    def num_layers(self) -> int:
+        """Number of layers of the model."""
+        return count_layers(self.rows)
+
+    @property
+    def experiment_id(self) -> str:
+        """Hash of all that can change a number: the run, methods and shares, tasks, rows, repairs, settings, seeds.
+
+        Texts and the model's settings count through the ids of the run and of the evaluations.
+        """
+        options = asdict(self.experiment)
+        for name in NOT_HASHED:
+            del options[name]
+        return fingerprint(
+            run=self.run.run_id,
+            options=options,
+            tasks=sorted(planned.run_id() for planned in self.planned.values()),
+            fits=sorted(fit.run_id() for fit in self.fits.values()),
+            measured_by=self.measured_by,
+        )[:20]
+
+    def plan(self, tasks: Sequence[str], *, allow_overlap: bool) -> None:
+        """Plan evaluations and fits. Texts of both and of the scores that overlap are refused."""
+        experiment = self.experiment
+        evaluated = self.model.reading(max_sequences=experiment.max_sequences, skip_sequences=experiment.skip_sequences)
+        for name in tasks:
+            self.planned[name] = plan_task(
+                evaluated,
+                name,
+                skip_questions=experiment.skip_questions,
+                limit=experiment.limit,
+                num_fewshot=experiment.num_fewshot,
+            )
+        fitted_on: Sequence[CorpusPlan] = ()
+        if experiment.fitted:
+            self.fits = plan_fits(
+                self.model,
+                layer_list(self.rows, self.model.checkpoint.name)[0],
+                experiment.fitted,
+                experiment.repair_corpora,
+                max_sequences=experiment.repair_max_sequences,
+                skip_sequences=experiment.repair_skip_sequences,
+            )
+            fitted_on = fit_of(self.fits[experiment.fitted[0]]).texts
+        if not allow_overlap:
+            refuse_overlaps(
+                [planned.task for planned in self.planned.values()],
+                fitted_on,
+                self.model,
+                earlier_texts(self.seen, self.model.checkpoint, [self.corpus]),
+                skipped=experiment.repair_skip_sequences,
+                skip_option="repair_skip_sequences",
+            )
+
+    def choose(self, session: EvaluationSession) -> None:
+        """Choose the layers that every method drops at every share. A search is on the text of the scores."""
+        every_choice = choices(self.experiment, self.rows)
+        searched = self._search([choice for choice in every_choice if choice.by == GREEDY], session)
+        for choice in every_choice:
+            if choice in searched:
+                drop = searched[choice]
+            else:
+                truth = {by: values for (by, reading), values in self.truth.items() if reading == choice.reading}
+                drop = choice.drop(choice.scores(self.rows, truth))
+            self.choices.append((choice, drop))
+
+    def _search(self, greedy: Sequence[Choice], session: EvaluationSession) -> dict[Choice, Layers]:
+        """Return the layers that greedy searches choose, by choice."""
+        if not greedy:
+            return {}
+        limits = [self.model.settings.max_sequences, self.experiment.search_max_sequences]
+        model = self.model.reading(max_sequences=min((limit for limit in limits if limit), default=None))
+        searched = {}
+        with searching(session, model, self.corpus) as (_, losses):
+            for choice in greedy:
+                candidates = choice.unprotected(self.num_layers)
+                searched[choice], _ = greedy_search(candidates, choice.number(self.num_layers), losses)
+        return searched
+
+    def candidates(self, patches: Patches) -> list[Candidate]:
+        """Return the whole model, and the model without each choice of layers, by repair."""
+        candidates = [WHOLE_MODEL]
+        for choice, drop in self.choices:
+            for repair in self.experiment.repairs:
+                intervention = Intervention(removed=drop, patch=patches.get((self.fits.get(repair), drop)))
+                candidates.append(Candidate(choice, intervention, None if repair == NO_REPAIR else repair))
+        return candidates
+
+    @property
+    def guess(self) -> float | None:
+        """Loss of a guess among all tokens, in nats per token. None if the size of the vocabulary is unknown."""
+        config = text_config(self.model.checkpoint).get_text_config()
+        size = getattr(config, "vocab_size", None)
+        return float(np.log(size)) if size else None
+
+    def measured_rows(
+        self, candidates: Sequence[Candidate], results: Mapping[PlannedTask, Sequence[Result]]
+    ) -> list[dict[str, Any]]:
+        """Return the rows of ``experiments`` of its candidates without the columns of RunIdentity.
+
+        Args:
+            results: results of the tasks, as the session has measured them.
+        """
+        experiment_id = self.experiment_id
+        written_at = datetime.now(UTC)
+        guess = self.guess
+        rows = []
+        for task, planned in self.planned.items():
+            common = {"experiment_id": experiment_id, "task": task, "created_at": written_at}
+            for candidate in candidates:
+                measured = candidate_rows(candidate, results[planned], guess)
+                rows += [{**common, **row} for row in measured]
+        return rows
+
+
+def run_experiment(job: JobFile, request: RunJobRequest) -> tuple[list[Run], list[dict[str, Any]]]:
+    """Score the runs of a job, choose layers, evaluate, and compare. Finished work is not repeated.
+
+    Args:
+        job: job with a section ``experiment``.
+        request: permissions, and fields of ``settings.Execution`` in place of the job's.
+
+    Returns:
+        The scored runs, and the rows of ``experiments``, of whose RunIdentity only ``run_id`` and ``model`` are given.
+
+    Raises:
+        AvssError: a mistake, or a cell that failed. Measured cells remain in the warehouse.
+    """
+    experiment = job.experiment
+    if experiment is None:
+        raise ConfigError(f"{job.path} has no section 'experiment'.", "`run_job` runs what it asks for.")
+    specs, execution = overridden(job, request.replaced)
+    _require_size(specs, experiment, allow_many=request.allow_many)
+    if experiment.fitted:
+        for spec in specs:
+            require_changeable(spec.execution.partition)
+    runs = run_job(job, request.on_event or ignore, **request.replaced)
+    store = Store(job.warehouse)
+    warehouse = Warehouse(job.warehouse)
+    with closing(executor_for(specs, job.settings, execution)) as executor:
+        session = EvaluationSession(store, executor, execution, request.on_event)
+        trials = []
+        for run, spec in zip(runs, specs, strict=True):
+            if run.status != "failed":
+                trials.append(Trial.of_run(run, spec, experiment, warehouse, session))
+        tasks = [RedactedURI(task) for task in experiment.tasks]
+        for trial in trials:
+            trial.plan(tasks, allow_overlap=request.allow_overlap)
+        if experiment.leave_one_out:
+            _leave_one_out(trials, session)
+        for trial in trials:
+            trial.choose(session)
+        patches = _fit(trials, session)
+        candidates = [trial.candidates(patches) for trial in trials]
+        work = {}
+        for trial, evaluated in zip(trials, candidates, strict=True):
+            for planned in trial.planned.values():
+                work[planned] = [candidate.intervention for candidate in evaluated]
+        results = session.measure(work)
+    written = []
+    for trial, evaluated in zip(trials, candidates, strict=True):
+        run_id = trial.run.run_id
+        checkpoint = trial.model.checkpoint
+        rows = trial.measured_rows(evaluated, results)
+        model = identity(checkpoint, run_id, trial.rows[0]["family"])
+        store.write_rows("experiments", model, rows, trial.experiment_id)
+        written += [{**row, "run_id": run_id, "model": checkpoint.name} for row in rows]
+    return runs, written
+
+
+def describe_size(job: JobFile) -> str:
+    """Return a sentence with the maximum number of evaluations of an experiment, and its factors."""
+    assert job.experiment is not None
+    size = _Size.of_experiment(job.specs, job.experiment)
+    return size.text.format(f"{size.evaluations:,}")
+
+
+@dataclass(frozen=True)
+class _Size:
+    """Size of an experiment.
+
+    Attributes:
+        evaluations: maximum number of evaluations of a model on a task.
+        text: sentence about it, with a place for the number.
+    """
+
+    evaluations: int
+    text: str
+
+    @classmethod
+    def of_experiment(cls, specs: Sequence[RunSpec], experiment: Experiment) -> _Size:
+        tasks = len(experiment.tasks)
+        repairs = len(experiment.repairs)
+        counts = []
+        for spec in specs:
+            thresholds = len(spec.settings.thresholds) + len(RELATIVE_THRESHOLDS)
+            readings = len(spec.settings.sites) * len(RECIPES) * thresholds
+            counts.append(experiment.count_choices(readings))
+        models_with_changes = sum(1 + count * repairs for count in counts)
+        return cls(
+            models_with_changes * tasks,
+            f"The experiment makes up to {{}} evaluations (models: {len(specs):,}, sets of layers to drop: "
+            f"{max(counts, default=0):,}, repairs: {repairs:,}, tasks: {tasks:,})",
+        )
+
+
+def _require_size(specs: Sequence[RunSpec], experiment: Experiment, *, allow_many: bool) -> None:
+    """Refuse an experiment of so many evaluations that they cannot be listed, or were hardly intended."""
+    size = _Size.of_experiment(specs, experiment)
+    fewer = "Lower `random`, or name fewer `scores`, `shares`, `repairs` or `tasks`."
+    allowed = allow_many or experiment.allow_many
+    require_listable(size.evaluations, "evaluations", fewer)
+    require_intended(size.evaluations, MOST_EVALUATIONS, size.text, fewer, allow_many=allowed)
+
+
+def _fit(trials: Sequence[Trial], session: EvaluationSession) -> Patches:
+    """Fit the repairs of every trial to the model without each choice of layers."""
+    fits = []
+    for trial in trials:
+        drops = dict.fromkeys(drop for _, drop in trial.choices)
+        fits += [(fit, drops) for fit in trial.fits.values()]
+    return fit_repairs(session, fits) if fits else {}
+
+
+def _leave_one_out(trials: Sequence[Trial], session: EvaluationSession) -> None:
+    """Measure the loss of every trial without each of its layers, on the text that its scores were measured on."""
+    prefix = SCORES[LEAVE_ONE_OUT].task
+    planned = [plan_text_task(trial.model, trial.corpus, LeaveOneOut, prefix, use=ABLATION) for trial in trials]
+    results = session.measure(dict.fromkeys(planned, (NO_INTERVENTION,)))
+    for trial, task in zip(trials, planned, strict=True):
+        losses = {result.removed: result.value for result in results[task] if result.metric == LOSS}
+        by_layer = [losses.get((layer,), np.nan) for layer in range(trial.num_layers)]
+        trial.truth[LEAVE_ONE_OUT, None] = np.array(by_layer)
