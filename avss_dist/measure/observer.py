@@ -175,7 +175,7 @@ def attached(layers: Sequence[Layer], sites: Sequence[str], *, experts: bool = F
     """Attach hooks for any number of observers, and remove them on exit, also after an exception.
 
     Args:
-        layers: layers, as found by `structure.find_structure`.
+        layers: layers, as found by `find.find_structure`.
         sites: the sites of ``settings.EVERY_SITE`` to measure.
         experts: whether to measure routed experts.
     """

@@ -54,7 +54,7 @@ def sparsified(model: nn.Module, layers: Sequence[Layer], sparsity: Sparsity) ->
 
     Args:
         model: the module that is called with token ids and, if rows are padded, ``attention_mask``.
-        layers: its layers, from `structure.find_structure`.
+        layers: its layers, from `find.find_structure`.
 
     Raises:
         ModelError: the model lacks one of the maps, or the map has another shape.
