@@ -80,7 +80,8 @@ _HOMES = {
     "core.results": ("Table",),
     "runs.scoring": ("score", "score_all"),
     "runs.run": ("Run",),
-    "core.settings": ("Execution", "Settings"),
+    "core.settings": ("Settings",),
+    "partition.execution": ("Execution",),
     "warehouse.reader": ("Warehouse",),
 }
 """Public names by the module that defines them."""

@@ -18,13 +18,10 @@ from avss_dist.core.errors import RunFailed as RunFailed
 from avss_dist.core.errors import TaskError as TaskError
 from avss_dist.core.errors import WarehouseError as WarehouseError
 from avss_dist.core.results import Table as Table
-from avss_dist.core.settings import Execution as Execution
 from avss_dist.core.settings import Settings as Settings
 from avss_dist.distillation.distill import Distilled as Distilled
 from avss_dist.estimation import Estimate as Estimate
-from avss_dist.studies.ablate import Ablation as Ablation
-from avss_dist.studies.evaluate import Evaluations as Evaluations
-from avss_dist.studies.shrink import Shrunk as Shrunk
+from avss_dist.partition.execution import Execution as Execution
 from avss_dist.plans.map_plans import PrecisionPlan
 from avss_dist.plans.map_plans import SparsityPlan
 from avss_dist.plans.plan import Plan as Plan
@@ -32,6 +29,9 @@ from avss_dist.read_commands import doctor as doctor
 from avss_dist.reports.terminal.progress import Progress as Progress
 from avss_dist.runs.job_file import JobFile
 from avss_dist.runs.run import Run as Run
+from avss_dist.studies.ablate import Ablation as Ablation
+from avss_dist.studies.evaluate import Evaluations as Evaluations
+from avss_dist.studies.shrink import Shrunk as Shrunk
 from avss_dist.warehouse.reader import Warehouse as Warehouse
 
 __version__: str

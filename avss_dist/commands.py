@@ -12,10 +12,8 @@ from avss_dist import estimation
 from avss_dist.analysis.chosen import ChosenRun
 from avss_dist.core.errors import ConfigError
 from avss_dist.core.intervention import count_removed, removal_names
-from avss_dist.core.registry import GREEDY
 from avss_dist.core.results import Table, TabularResult
-from avss_dist.core.settings import refuse_unused
-from avss_dist.core.text import parse_threshold
+from avss_dist.core.thresholds import parse_threshold
 from avss_dist.core.validation import keywords
 from avss_dist.distillation import distill as distilling
 from avss_dist.distillation.teacher_text import with_own_text
@@ -40,10 +38,12 @@ from avss_dist.requests import (
     RunJobRequest,
     ShrinkRequest,
     SparsifyRequest,
+    refuse_unused,
 )
 from avss_dist.runs import scoring
 from avss_dist.runs.job_file import JobFile, read_job
 from avss_dist.runs.run import Run
+from avss_dist.stats.catalog import GREEDY
 from avss_dist.studies import ablate as ablating
 from avss_dist.studies import evaluate as evaluating
 from avss_dist.studies import shrink as shrinking

@@ -13,17 +13,18 @@ import pyarrow.compute as pc
 
 from avss_dist.core.devices import Devices, devices_here, pick_device
 from avss_dist.core.errors import ConfigError, WarehouseError, as_failure
-from avss_dist.core.registry import PARTITIONS, SHARDINGS
 from avss_dist.core.results import TabularResult
-from avss_dist.core.settings import TRAINED, Execution, Settings
+from avss_dist.core.settings import Settings
 from avss_dist.core.text import describe_bytes
 from avss_dist.distillation.memory import LIBRARIES, estimate_memory
 from avss_dist.distillation.pair import LORA, computes_in_bfloat16
 from avss_dist.models.checkpoint.locate import Checkpoint, find_checkpoint
 from avss_dist.models.checkpoint.size import Footprint, footprint, sharing_skeletons
+from avss_dist.partition.catalog import PARTITIONS, SHARDINGS
 from avss_dist.partition.choose import choose, size_of
+from avss_dist.partition.execution import Execution
 from avss_dist.partition.replica import MemoryQuery, PartitionEstimate, batch_bytes, replica_class
-from avss_dist.requests import DistillRequest, EstimateRequest, require_divisible
+from avss_dist.requests import TRAINED, DistillRequest, EstimateRequest, require_divisible
 from avss_dist.runs.events import OnRunEvent, RunReading, describe_repeated
 from avss_dist.runs.job_file import JobFile
 from avss_dist.runs.planner import Planner, rows_per_shard
@@ -38,7 +39,7 @@ class DistillRow:
 
     Attributes:
         train: weights that are trained.
-        sharding: parts that are divided among ranks, a name of `registry.SHARDINGS`; empty for one process.
+        sharding: parts that are divided among ranks, a name of `partition.catalog.SHARDINGS`; empty for one process.
         ranks: number of processes.
         trained: number of trained parameters.
         device_bytes: peak memory of each GPU or, on a CPU, of each process.

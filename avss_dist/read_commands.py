@@ -18,10 +18,9 @@ from avss_dist.analysis.chosen import choose_runs, choose_stored
 from avss_dist.core.endings import require_picture
 from avss_dist.core.errors import QueryError, WarehouseError
 from avss_dist.core.files import write_output
-from avss_dist.core.registry import READING, REPAIR, ROW_START
 from avss_dist.core.results import Table
 from avss_dist.core.suggestions import command_line
-from avss_dist.core.text import parse_threshold
+from avss_dist.core.thresholds import parse_threshold
 from avss_dist.core.validation import keywords
 from avss_dist.read_requests import (
     CompareRequest,
@@ -35,7 +34,9 @@ from avss_dist.read_requests import (
     ShowRequest,
     WarehouseRequest,
 )
+from avss_dist.stats.catalog import READING
 from avss_dist.stats.scores import Threshold
+from avss_dist.warehouse.names import REPAIR, ROW_START
 from avss_dist.warehouse.reader import Warehouse
 from avss_dist.warehouse.schema import UNFINISHED
 

@@ -9,10 +9,12 @@ from pydantic import Field
 
 from avss_dist.core.endings import PAGES, require_ending
 from avss_dist.core.errors import ConfigError, first_names
-from avss_dist.core.registry import FROM_ACTIVATIONS, LOWEST_SHARE, RECIPES, is_own, name_values, score_functions
-from avss_dist.core.settings import EVERY_SITE, PUBLISHED_THRESHOLD, SITES, Request
-from avss_dist.core.text import RedactedURI, parse_threshold
+from avss_dist.core.request import Request
+from avss_dist.core.sites import EVERY_SITE, SITES
+from avss_dist.core.text import RedactedURI
+from avss_dist.core.thresholds import PUBLISHED_THRESHOLD, parse_threshold
 from avss_dist.core.validation import Accepts, OneOf, Option, PathOrText, check, checked
+from avss_dist.stats.catalog import FROM_ACTIVATIONS, LOWEST_SHARE, RECIPES, is_own, name_values, score_functions
 
 LISTINGS = ("runs", "plans", "evaluations")
 ALONG = ("step", "tokens", "size", "sequence_length")

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections import Counter
-from dataclasses import field
+from collections.abc import Mapping
+from dataclasses import field, fields
 from pathlib import Path
 from textwrap import shorten
 from typing import Annotated, Any, ClassVar
@@ -13,38 +14,14 @@ from pydantic import Field
 from avss_dist.core.endings import PLAN_FILES, require_ending
 from avss_dist.core.errors import ConfigError, require_known
 from avss_dist.core.intervention import SPARSITY_RULES
-from avss_dist.core.registry import (
-    EXPERT_SCORES,
-    GREEDY,
-    PRECISION_FILES,
-    PRECISION_METHODS,
-    SCORES,
-    SECOND_ORDER,
-    SHARDINGS,
-    SPARSITY_METHODS,
-    is_own,
-    name_values,
-)
-from avss_dist.core.settings import (
-    EXECUTORS,
-    TRAINED,
-    BatchOptions,
-    Bytes,
-    ClusterOptions,
-    Execution,
-    ModelOptions,
-    ReplicaRange,
-    Request,
-    Settings,
-    Sizes,
-    TextOptions,
-    refuse_unused,
-)
+from avss_dist.core.request import Request
+from avss_dist.core.settings import BatchOptions, ModelOptions, Settings, TextOptions
 from avss_dist.core.text import RedactedURI
 from avss_dist.core.validation import (
     MAX_SHOWN,
     RARE,
     Accepts,
+    Bytes,
     Count,
     OneOf,
     Option,
@@ -58,6 +35,9 @@ from avss_dist.core.validation import (
     checked,
 )
 from avss_dist.models.change.number_formats import format_names, number_format
+from avss_dist.partition.catalog import SHARDINGS
+from avss_dist.partition.execution import EXECUTORS, ClusterOptions, Execution, ReplicaRange, Sizes
+from avss_dist.plans.catalog import PRECISION_FILES, PRECISION_METHODS, SECOND_ORDER, SPARSITY_METHODS
 from avss_dist.pruning.repair.registry import (
     DEFAULT_REPAIR,
     NO_REPAIR,
@@ -72,9 +52,12 @@ from avss_dist.read_requests import (
     RunRequest,
     WarehouseRequest,
 )
+from avss_dist.stats.catalog import EXPERT_SCORES, GREEDY, SCORES, is_own, name_values
 
 RANKED_BY = tuple(name for name, score in SCORES.items() if not score.of_sets)
 """Scores of single layers, by which shrinking can rank them."""
+TRAINED = ("all", "lora")
+"""Weights that distillation trains: see `distillation.pair`."""
 
 PLANS = "Plan | SparsityPlan | PrecisionPlan"
 Follow = Annotated[bool, Option(short="-f")]
@@ -108,13 +91,52 @@ def _job(value: Any) -> Any:
     return _path_or(value, "specs", "a job file")
 
 
+def group_values(request: Any, cls: type) -> dict[str, Any]:
+    """Return the values of the groups of options that a request shares with a class."""
+    groups = [base for base in type(request).__mro__ if base is not object and issubclass(cls, base)]
+    return {f.name: getattr(request, f.name) for group in groups for f in fields(group)}
+
+
+def refuse_unused(values: Mapping[str, Any], reason: str, hint: str) -> None:
+    """Raise ConfigError if an option without effect has another value than its default.
+
+    Args:
+        values: values by option. The default of an option that is no setting is empty, such as 0 or None.
+        reason: end of the message, such as "without a search".
+    """
+    defaults = vars(Settings()) | vars(Execution())
+    for name, value in values.items():
+        if value and value != defaults.get(name):
+            raise ConfigError(f"`{name}` has no effect {reason}.", hint)
+
+
+@checked
+class WorkRequest(Request):
+    """A command that measures or changes something. It has some of the groups of `Settings` and `Execution`."""
+
+    @property
+    def settings(self) -> Settings:
+        """Settings of the groups that the command has, and the defaults of the others."""
+        return Settings(**group_values(self, Settings))
+
+    @property
+    def execution(self) -> Execution:
+        """Execution of the groups that the command has, and the defaults of the others."""
+        return Execution(**group_values(self, Execution))
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """Values of all groups that the command has, as keywords of another command."""
+        return group_values(self, Settings) | group_values(self, Execution)
+
+
 @checked
 class EvaluationOptions(BatchOptions, ModelOptions, TextOptions, Execution):
     """Settings of work that measures nothing inside of layers, and its execution."""
 
 
 @checked
-class ModelRequest(Request):
+class ModelRequest(WorkRequest):
     """A command about a model."""
 
     model: Model = field(kw_only=False)
@@ -122,7 +144,7 @@ class ModelRequest(Request):
 
 
 @checked
-class CorpusRequest(Request):
+class CorpusRequest(WorkRequest):
     """A command that reads a text."""
 
     corpus: Text
@@ -199,7 +221,7 @@ class AblateRequest(ModelRequest, CorpusRequest, WarehouseRequest, EvaluationOpt
 
 
 @checked
-class EvaluateRequest(WarehouseRequest, EvaluationOptions):
+class EvaluateRequest(WorkRequest, WarehouseRequest, EvaluationOptions):
     """Evaluate models and plans on tasks."""
 
     subjects: Annotated[
@@ -288,7 +310,7 @@ class ShrinkRequest(ModelRequest, EvaluationOptions):
 
 
 @checked
-class PlanRequest(PlaceRequest, RunRequest, EvaluationOptions):
+class PlanRequest(WorkRequest, PlaceRequest, RunRequest, EvaluationOptions):
     """Choose the layers, or the routed experts, to drop."""
 
     output: PlanFile = None
@@ -334,7 +356,7 @@ class PlanRequest(PlaceRequest, RunRequest, EvaluationOptions):
 
 
 @checked
-class SparsifyRequest(RunRequest, EvaluationOptions):
+class SparsifyRequest(WorkRequest, RunRequest, EvaluationOptions):
     """Choose the activations that become zero."""
 
     output: PlanFile = None
@@ -418,7 +440,7 @@ def require_divisible(batch_size: int, ranks: int) -> None:
 
 
 @checked
-class DistillRequest(ModelOptions, TextOptions, ClusterOptions, Request):
+class DistillRequest(ModelOptions, TextOptions, ClusterOptions, WorkRequest):
     """Train a smaller model on the predictions of the whole one."""
 
     student: Annotated[PathOrText, Option(argument=True, metavar="STUDENT")] = field(kw_only=False)

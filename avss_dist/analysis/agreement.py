@@ -17,8 +17,8 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
-from avss_dist.core.registry import LOWEST_SHARE
 from avss_dist.core.streams import tracked
+from avss_dist.stats.catalog import LOWEST_SHARE
 from avss_dist.stats.layer_stats import Float64
 from avss_dist.stats.rankings import (
     MIN_VALUES,

@@ -15,10 +15,11 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from avss_dist.core.errors import AvssError, QueryError, WarehouseError, nearest, require_known
-from avss_dist.core.registry import MEASURED_ONLY, ROUNDING_TASK, SCORES
 from avss_dist.core.suggestions import command_line
 from avss_dist.core.text import basename, printable
+from avss_dist.stats.catalog import SCORES
 from avss_dist.warehouse.checks import settings_of
+from avss_dist.warehouse.names import MEASURED_ONLY, ROUNDING_TASK
 from avss_dist.warehouse.reader import Warehouse
 from avss_dist.warehouse.removal import Catalog
 

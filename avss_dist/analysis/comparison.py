@@ -31,9 +31,10 @@ from avss_dist.analysis.chosen import run_labels
 from avss_dist.analysis.own_scores import own_labels, own_score
 from avss_dist.analysis.thresholds import at_reading, scores_at
 from avss_dist.core.errors import QueryError, require_known
-from avss_dist.core.registry import BASELINES, FROM_ACTIVATIONS, LOWEST_SHARE, READING, SCORES, is_own
 from avss_dist.core.results import TabularResult
-from avss_dist.core.text import basename, count_of, describe_threshold
+from avss_dist.core.text import basename, count_of
+from avss_dist.core.thresholds import describe_threshold
+from avss_dist.stats.catalog import BASELINES, FROM_ACTIVATIONS, LOWEST_SHARE, READING, SCORES, is_own
 from avss_dist.stats.layer_stats import Float64
 from avss_dist.stats.scores import Threshold
 from avss_dist.warehouse.checks import settings_of

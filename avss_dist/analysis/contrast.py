@@ -35,11 +35,12 @@ from avss_dist.analysis.section import (
     yes,
 )
 from avss_dist.core.errors import DamagedFile, QueryError, require_known
-from avss_dist.core.registry import AFTER_ANOTHER, ENTROPY, INCORRECT, LOSS, PERPLEXITY, RECIPES, TRUTHFUL
 from avss_dist.core.results import TabularResult
-from avss_dist.core.settings import PUBLISHED_THRESHOLD, SITES
-from avss_dist.core.text import describe_threshold
+from avss_dist.core.sites import SITES
+from avss_dist.core.thresholds import PUBLISHED_THRESHOLD, describe_threshold
+from avss_dist.corpus.labels import AFTER_ANOTHER, INCORRECT, TRUTHFUL
 from avss_dist.stats import contrast as contrast_stats
+from avss_dist.stats.catalog import RECIPES
 from avss_dist.stats.intervals import (
     BOOTSTRAP_BLOCKS,
     BOOTSTRAP_SEED,
@@ -50,8 +51,10 @@ from avss_dist.stats.intervals import (
     left_out_weights,
 )
 from avss_dist.stats.layer_stats import Float64, Int64, LayerStats, merge_stats, split_into_blocks
+from avss_dist.stats.metrics import ENTROPY, LOSS
 from avss_dist.stats.rankings import depth_correlation
 from avss_dist.stats.scores import Parts, SiteTable, Threshold
+from avss_dist.warehouse.names import PERPLEXITY
 from avss_dist.warehouse.reader import Warehouse, grouped
 from avss_dist.warehouse.schema import TABLES
 

@@ -21,9 +21,9 @@ from avss_dist.analysis.comparison import (
 )
 from avss_dist.analysis.section import Chart, ReportColumn, ReportRow, ReportTable, Section
 from avss_dist.core.errors import QueryError, require_known
-from avss_dist.core.registry import FROM_ACTIVATIONS, is_own
 from avss_dist.core.results import TabularResult
 from avss_dist.core.text import basename, count_of, describe_count, printable
+from avss_dist.stats.catalog import FROM_ACTIVATIONS, is_own
 from avss_dist.stats.layer_stats import Float64
 from avss_dist.stats.rankings import MIN_VALUES, average_ranks, count_lowest, rank_lowest, spearman_rows
 from avss_dist.stats.scores import Threshold

@@ -66,7 +66,7 @@ class LayerExperts:
     top_k: int
 
     def scores(self) -> dict[str, Float64]:
-        """Return the scores of the experts by the names of `registry.EXPERT_SCORES` that are measured."""
+        """Return the scores of the experts by the names of `stats.catalog.EXPERT_SCORES` that are measured."""
         return {"reap": self.saliency, "tokens": self.load, "gate": self.gate}
 
     @property

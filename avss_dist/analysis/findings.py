@@ -14,15 +14,17 @@ from numpy.typing import NDArray
 
 from avss_dist.analysis.experts import LayerExperts, experts_by_layer
 from avss_dist.analysis.thresholds import at_reading
-from avss_dist.core.registry import RECIPES, ROW_START
-from avss_dist.core.settings import EVERY_SITE, PUBLISHED_THRESHOLD, SITES
-from avss_dist.core.text import describe_layers, describe_threshold
+from avss_dist.core.sites import EVERY_SITE, SITES
+from avss_dist.core.text import describe_layers
+from avss_dist.core.thresholds import PUBLISHED_THRESHOLD, describe_threshold
+from avss_dist.stats.catalog import RECIPES
 from avss_dist.stats.intervals import why_no_interval
 from avss_dist.stats.layer_stats import Float64, share_of_m2
 from avss_dist.stats.metrics import row_start_warning
 from avss_dist.stats.rankings import count_lowest, spearman_rows
 from avss_dist.stats.scores import MINIMUM_NEAR_ZERO, NOISY_BELOW, Threshold
 from avss_dist.warehouse.checks import settings_of
+from avss_dist.warehouse.names import ROW_START
 from avss_dist.warehouse.reader import Warehouse, grouped, slices_by
 
 SCHEMA = pa.schema(

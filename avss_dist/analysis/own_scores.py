@@ -13,9 +13,9 @@ import pyarrow.csv as csv
 import pyarrow.parquet as pq
 
 from avss_dist.core.errors import MAX_SUGGESTED, QueryError, first_names, require_known
-from avss_dist.core.registry import OWN_FILES, OWN_VALUES, score_functions
 from avss_dist.core.text import RedactedURI, count_of
 from avss_dist.plans.ground_truth import LayerTruth
+from avss_dist.stats.catalog import OWN_FILES, OWN_VALUES, score_functions
 from avss_dist.warehouse.reader import Warehouse
 
 _PLACE = ("layer", "run_id", "model")
@@ -39,7 +39,7 @@ def own_score(name: str, warehouse: Warehouse, run: Mapping[str, Any]) -> LayerT
     Args:
         name: ``FILE.csv:COLUMN`` or ``FILE.parquet:COLUMN``, a table with a column ``layer``, of which the rows of this
             run or model count where it has a column ``run_id`` or ``model``; or the name of an entry point of the group
-            `registry.SCORE_GROUP`: a function of the run's statistics, ``dict[LayerKey, LayerStats]``, that returns a
+            `catalog.SCORE_GROUP`: a function of the run's statistics, ``dict[LayerKey, LayerStats]``, that returns a
             mapping from layer to value.
         run: a row of ``runs``. Without its ``num_layers``, any number of layers may have a value.
 

@@ -35,18 +35,8 @@ from avss_dist.analysis.section import (
     page_number,
 )
 from avss_dist.core.intervention import InterventionKey
-from avss_dist.core.registry import (
-    BASELINES,
-    DAMAGE_TASK,
-    FROM_ACTIVATIONS,
-    GROUND_TRUTH,
-    LOSS,
-    MEASURED,
-    READING,
-    ROUNDING_ESTIMATES,
-    SCORES,
-)
-from avss_dist.core.text import describe_threshold
+from avss_dist.core.thresholds import describe_threshold
+from avss_dist.plans.catalog import ROUNDING_ESTIMATES
 from avss_dist.plans.choice import LAST, PUBLISHED, Choice, reading_of
 from avss_dist.plans.ground_truth import (
     LayerTruth,
@@ -55,7 +45,9 @@ from avss_dist.plans.ground_truth import (
     rounded_truths,
     rounding_estimates,
 )
+from avss_dist.stats.catalog import BASELINES, DAMAGE_TASK, FROM_ACTIVATIONS, GROUND_TRUTH, MEASURED, READING, SCORES
 from avss_dist.stats.layer_stats import Float64
+from avss_dist.stats.metrics import LOSS
 from avss_dist.stats.rankings import count_lowest, spearman, spearman_interval, spearman_rows
 from avss_dist.warehouse.reader import Warehouse, grouped
 from avss_dist.warehouse.schema import columns_of

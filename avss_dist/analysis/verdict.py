@@ -31,24 +31,13 @@ from avss_dist.analysis.section import (
     page_number,
 )
 from avss_dist.core.intervention import count_removed, decode_removals, describe_removed, size_removed
-from avss_dist.core.registry import (
-    BLOCK_DISTANCE,
-    CHANCE,
-    LOSS,
-    MEASURED,
-    PERPLEXITY,
-    READING,
-    REPAIR,
-    ROW_START,
-    SCORES,
-    SEARCH,
-    SUBLAYER_LOSS,
-)
 from avss_dist.core.text import basename
 from avss_dist.plans.choice import LAST, PUBLISHED, RANDOM
 from avss_dist.pruning.methods import ENDS_KEPT, LEAVE_ONE_OUT, REVERSED
+from avss_dist.stats.catalog import BLOCK_DISTANCE, MEASURED, READING, SCORES
 from avss_dist.stats.intervals import MINIMUM_UNITS
-from avss_dist.stats.metrics import NO_INTERVAL, retention_of
+from avss_dist.stats.metrics import CHANCE, LOSS, NO_INTERVAL, retention_of
+from avss_dist.warehouse.names import PERPLEXITY, REPAIR, ROW_START, SEARCH, SUBLAYER_LOSS
 from avss_dist.warehouse.reader import Warehouse, grouped
 
 CLAIMED_SHARE = 0.25  # of the layers

@@ -14,7 +14,6 @@ from avss_dist.cli.program import spelled
 from avss_dist.cli.read import open_for
 from avss_dist.commands import Pruned, choose_layers, describe_remaining, planned_run
 from avss_dist.commands import prune as write_pruned
-from avss_dist.core.registry import GREEDY
 from avss_dist.core.streams import console, emit, say
 from avss_dist.core.suggestions import command_line, option_words
 from avss_dist.core.text import describe_bytes
@@ -28,6 +27,7 @@ from avss_dist.reports.terminal.progress import CellProgress, StepProgress
 from avss_dist.reports.terminal.shrink import distilled_table
 from avss_dist.reports.terminal.tables import FittedTable
 from avss_dist.requests import DistillRequest, PlanRequest, PrecisionRequest, PruneRequest, SparsifyRequest
+from avss_dist.stats.catalog import GREEDY
 from avss_dist.studies.quantize import EXPORTS, plan_precision, predicted_run
 from avss_dist.studies.sparsify import sparsify as choose_thresholds
 from avss_dist.warehouse.checks import has_head

@@ -230,7 +230,7 @@ COMMANDS = {
     "doctor": Command(
         ELSEWHERE,
         "jobs",
-        "core.settings:Request",
+        "core.request:Request",
         "Check what works on this machine: devices, Ray, DeepSpeed, versions.",
         TEXT,
         examples=("avss doctor --format json",),

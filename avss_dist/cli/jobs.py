@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from avss_dist.core.errors import RunFailed
 from avss_dist.core.process import exit_code
-from avss_dist.core.settings import Request
+from avss_dist.core.request import Request
 from avss_dist.core.streams import console, emit, emit_json, say
 from avss_dist.core.suggestions import command_line, option_words
 from avss_dist.requests import ClusterRequest, JobIdRequest, ListJobsRequest, LogsRequest, SubmitRequest

@@ -14,7 +14,7 @@ from avss_dist.analysis.verdict import experiment_sections
 from avss_dist.cli.program import spelled
 from avss_dist.commands import Runs
 from avss_dist.commands import run as run_job
-from avss_dist.core.settings import SITES
+from avss_dist.core.sites import SITES
 from avss_dist.core.streams import complain, console, emit_json, say
 from avss_dist.core.suggestions import command_line, option_words
 from avss_dist.core.text import count_of

@@ -12,16 +12,10 @@ import typer
 from typer.core import TyperCommand
 
 from avss_dist.core.errors import named_fields, spell_fields
-from avss_dist.core.settings import (
-    BatchOptions,
-    ClusterOptions,
-    Execution,
-    ModelOptions,
-    StatisticsOptions,
-    TextOptions,
-)
+from avss_dist.core.settings import BatchOptions, ModelOptions, StatisticsOptions, TextOptions
 from avss_dist.core.streams import QUIET, VERBOSE, emit, set_verbosity
 from avss_dist.core.validation import OneOf, Option, default_of, descriptions, ordered
+from avss_dist.partition.execution import ClusterOptions, Execution
 
 SECTIONS: dict[type, str] = {
     TextOptions: "Text",

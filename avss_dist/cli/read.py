@@ -16,10 +16,10 @@ from avss_dist.cli.commands import COMMANDS
 from avss_dist.cli.program import at_end, interruptible
 from avss_dist.core.endings import PICTURES, require_table_file
 from avss_dist.core.errors import ConfigError, QueryError, first_names
-from avss_dist.core.registry import is_own
 from avss_dist.core.streams import ask, can_ask, console, emit, say
 from avss_dist.core.suggestions import command_line
-from avss_dist.core.text import basename, count_of, describe_count, describe_threshold, parse_threshold
+from avss_dist.core.text import basename, count_of, describe_count
+from avss_dist.core.thresholds import describe_threshold, parse_threshold
 from avss_dist.read_requests import (
     CompareRequest,
     ContrastCommandRequest,
@@ -32,6 +32,7 @@ from avss_dist.read_requests import (
     ShowRequest,
     WarehouseRequest,
 )
+from avss_dist.stats.catalog import is_own
 
 if TYPE_CHECKING:
     import pyarrow as pa

@@ -1,1 +1,1 @@
-"""Shared by every package: errors, texts, checked settings, the registry of partitions and scores, and this machine."""
+"""Shared by every package: errors, texts, checked settings, and this machine."""

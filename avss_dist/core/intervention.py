@@ -15,7 +15,7 @@ from itertools import groupby
 from typing import Any, NamedTuple
 
 from avss_dist.core.errors import ConfigError
-from avss_dist.core.settings import fingerprint
+from avss_dist.core.fingerprint import fingerprint
 from avss_dist.core.text import count_of, describe_layers
 
 THRESHOLD, TOP_K = "threshold", "top_k"

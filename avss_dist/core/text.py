@@ -1,15 +1,13 @@
-"""Parsing and formatting of sizes, thresholds and paths for people."""
+"""Parsing and formatting of sizes, numbers and paths for people."""
 
 from __future__ import annotations
 
-import math
 import re
 from collections.abc import Sequence
 from itertools import groupby
 from pathlib import Path
 
 from avss_dist.core.errors import ConfigError, without_secrets
-from avss_dist.core.registry import PERPLEXITY
 
 
 class RedactedURI(str):
@@ -93,41 +91,6 @@ def describe_rows(skipped: int, number: int) -> str:
     return (
         f"{count_of(number, 'row')} after the first {skipped:,}" if skipped else f"the first {count_of(number, 'row')}"
     )
-
-
-def describe_task(task: str, skipped: int, samples: int | None) -> str:
-    """Return the name of a task, with the rows that it read of a text whose perplexity it is.
-
-    Args:
-        samples: number of samples; None if it is not known.
-    """
-    if samples is None or not task.startswith(PERPLEXITY):
-        return task
-    return f"{task} ({describe_rows(skipped, samples)})"
-
-
-def parse_threshold(text: str | float) -> tuple[float, str]:
-    """Parse a threshold: ``1e-5`` is ``(1e-5, "absolute")``, ``0.1rms`` is ``(0.1, "rms")``.
-
-    Raises:
-        ConfigError: the text is not a positive number with an optional ``rms``.
-    """
-    number = str(text).strip().lower()
-    kind = "rms" if number.endswith("rms") else "absolute"
-    try:
-        value = float(number.removesuffix("rms"))
-    except ValueError:
-        value = math.nan
-    if not (math.isfinite(value) and value > 0):
-        raise ConfigError(
-            f"'{text}' is not a threshold.", "Write an absolute one like 1e-5, or a multiple of the RMS like 0.1rms."
-        )
-    return value, kind
-
-
-def describe_threshold(value: float, kind: str) -> str:
-    """Return a threshold as text: ``1e-05``, or ``0.1 x RMS``."""
-    return f"{value:g}{' x RMS' if kind == 'rms' else ''}"
 
 
 def describe_layers(layers: Sequence[int]) -> str:

@@ -24,11 +24,20 @@ from typing import (
     get_type_hints,
 )
 
-from pydantic import AfterValidator, BeforeValidator, ConfigDict, PlainValidator, TypeAdapter, ValidationError
+from pydantic import (
+    AfterValidator,
+    BeforeValidator,
+    ConfigDict,
+    PlainValidator,
+    TypeAdapter,
+    ValidationError,
+    WithJsonSchema,
+)
 from pydantic import Field as Range
 from pydantic_core import ArgsKwargs, PydanticCustomError, PydanticKnownError, SchemaError, core_schema
 
 from avss_dist.core.errors import AvssError, ConfigError, nearest, without_secrets
+from avss_dist.core.text import parse_bytes
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -154,11 +163,26 @@ def _redacted(text: str) -> str:
     return str(without_secrets(text))  # not of a class that knows the secrets
 
 
+def _as_bytes(size: Any) -> Any:
+    """Return a size that is given as text, such as ``20GB``, as a number of bytes."""
+    if isinstance(size, str):
+        return parse_bytes(size)
+    return size
+
+
 Text = Annotated[str, PlainValidator(as_text), Accepts("str | Path")]
 Texts = Annotated[tuple[Text, ...], Range(strict=False)]
 PathOrText = Annotated[str | Path, PlainValidator(as_text)]
 RedactedText = Annotated[str, check(_redacted)]
 """A text that is kept without the secrets of its URIs."""
+Bytes = Annotated[
+    int,
+    check(_as_bytes, before=True),
+    Range(ge=1),
+    WithJsonSchema({"type": ["string", "integer"], "examples": ["20GB"]}),
+    Accepts("int | str"),
+]
+Seconds = Annotated[float, Range(gt=0, allow_inf_nan=False)]
 
 
 @dataclass_transform(frozen_default=True, kw_only_default=True, field_specifiers=(field,))

@@ -11,8 +11,8 @@ from datetime import datetime
 from typing import Any
 
 from avss_dist.core.errors import CorpusError, first_line, nearest
-from avss_dist.core.registry import AFTER_ANOTHER, BEST, INCORRECT, TRUTHFUL
 from avss_dist.core.text import describe_bytes, docs_page
+from avss_dist.corpus.labels import AFTER_ANOTHER, BEST, INCORRECT, TRUTHFUL
 
 MAX_LINE_BYTES = 16 << 20  # maximum of a line; a text may have as many characters
 _HALF_CHARACTER = re.compile("[\ud800-\udfff]")

@@ -14,9 +14,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from avss_dist.core.errors import CorpusError
-from avss_dist.core.registry import AFTER_ANOTHER
 from avss_dist.core.settings import TextOptions
 from avss_dist.corpus.documents import Answer, Tokenizer
+from avss_dist.corpus.labels import AFTER_ANOTHER
 from avss_dist.corpus.tokens import Ids, encode
 
 _SHUFFLE_SEED = 0  # of the order in which answers get the prompts of others

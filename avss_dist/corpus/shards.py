@@ -16,7 +16,8 @@ from numpy.typing import NDArray
 
 from avss_dist.core.errors import CorpusError, NoRows, without_secrets
 from avss_dist.core.files import Spool
-from avss_dist.core.settings import Settings, fingerprint
+from avss_dist.core.fingerprint import fingerprint
+from avss_dist.core.settings import Settings
 from avss_dist.corpus.documents import Tokenizer, chat_template, truthfulqa_choices
 from avss_dist.corpus.pairs import Pairing, join, num_whole, paired_rows, rows_of_pairs
 from avss_dist.corpus.sources import json_records, open_source

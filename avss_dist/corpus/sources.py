@@ -28,7 +28,7 @@ from pyarrow import ArrowException, fs, parquet
 
 from avss_dist.core.errors import AvssError, ConfigError, CorpusError, nearest, require_known
 from avss_dist.core.extras import require_package
-from avss_dist.core.settings import fingerprint
+from avss_dist.core.fingerprint import fingerprint
 from avss_dist.core.text import RedactedURI
 from avss_dist.corpus.documents import (
     MAX_LINE_BYTES,

@@ -21,7 +21,6 @@ from avss_dist.core.extras import require_package
 from avss_dist.core.files import write_file
 from avss_dist.core.memory import free_cached_memory
 from avss_dist.core.results import TabularResult
-from avss_dist.core.settings import refuse_unused
 from avss_dist.distillation.curve import (
     DIVERGED,
     CurvePoint,
@@ -60,6 +59,7 @@ from avss_dist.models.checkpoint.weight_files import weight_files
 from avss_dist.partition.group import rank_and_size, share
 from avss_dist.pruning.checkpoint import require_free
 from avss_dist.pruning.repair.registry import split_weight
+from avss_dist.requests import refuse_unused
 
 if TYPE_CHECKING:
     from avss_dist.requests import DistillRequest

@@ -10,12 +10,12 @@ from typing import TYPE_CHECKING
 
 from avss_dist.core.devices import Devices, available_memory, devices_here
 from avss_dist.core.errors import ConfigError
-from avss_dist.core.registry import SHARDINGS, ShardingInfo
 from avss_dist.core.settings import Settings
 from avss_dist.core.text import describe_bytes
 from avss_dist.distillation.pair import LORA, ModelPair, choose_trained
 from avss_dist.models.checkpoint.locate import Checkpoint
 from avss_dist.models.checkpoint.size import Footprint, footprint, load_skeleton
+from avss_dist.partition.catalog import SHARDINGS, ShardingInfo
 from avss_dist.partition.sharded import BUCKET
 
 if TYPE_CHECKING:
@@ -71,7 +71,7 @@ def estimate_memory(
         settings: of the student; ``batch_size`` and ``sequence_length`` are those of a rank's training step.
         teacher_settings: of the teacher, with its compute dtype.
         train, rank: see `choose_trained`.
-        sharding: a name of `registry.SHARDINGS`.
+        sharding: a name of `partition.catalog.SHARDINGS`.
 
     Raises:
         ModelError: a checkpoint cannot be read or built.

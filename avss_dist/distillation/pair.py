@@ -17,7 +17,7 @@ from avss_dist.core.devices import has_fast_bfloat16, pick_device
 from avss_dist.core.errors import ConfigError
 from avss_dist.core.extras import require_package
 from avss_dist.core.files import staged_folder
-from avss_dist.core.settings import TRAINED, Settings
+from avss_dist.core.settings import Settings
 from avss_dist.core.text import count_of
 from avss_dist.distillation.loss import Predict
 from avss_dist.distillation.record import DistillRecord, read_record, write_card, write_record
@@ -29,6 +29,7 @@ from avss_dist.models.checkpoint.size import token_embeddings
 from avss_dist.models.checkpoint.weight_files import weight_files
 from avss_dist.plans.seen import read_seen, write_seen
 from avss_dist.pruning.checkpoint import pruned_from
+from avss_dist.requests import TRAINED
 
 if TYPE_CHECKING:
     from avss_dist.requests import DistillRequest
@@ -136,7 +137,7 @@ def default_learning_rate(student: Checkpoint, train: str) -> float:
     the matrices, of the first rows of each as stored.
 
     Args:
-        train: one of `core.settings.TRAINED`.
+        train: one of `requests.TRAINED`.
     """
     sizes = []
     for stored in chain.from_iterable(map(tensors_of, weight_files(Path(student.folder)))):
@@ -154,7 +155,7 @@ def choose_trained(model: Any, train: str, rank: int) -> Any:
 
     Args:
         model: the student, or its skeleton on the meta device.
-        train: one of `core.settings.TRAINED`.
+        train: one of `requests.TRAINED`.
         rank: rank of the adapter for `LORA`.
     """
     if train == LORA:

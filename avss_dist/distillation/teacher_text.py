@@ -15,7 +15,8 @@ import torch
 from avss_dist.core.devices import free_memory, pick_device
 from avss_dist.core.errors import ConfigError, ModelError
 from avss_dist.core.files import cache_folder, write_file
-from avss_dist.core.settings import Settings, fingerprint
+from avss_dist.core.fingerprint import fingerprint
+from avss_dist.core.settings import Settings
 from avss_dist.core.streams import progress_to, report, tracked
 from avss_dist.corpus.tokens import special_tokens_around
 from avss_dist.distillation.curve import OnEvent, Preparing, ignore

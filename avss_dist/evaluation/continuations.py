@@ -6,12 +6,13 @@ from collections.abc import Mapping, Sequence
 
 from avss_dist.core.errors import ModelError
 from avss_dist.core.intervention import Intervention, InterventionKey
-from avss_dist.core.registry import CONTINUATION, PARTITIONS
 from avss_dist.evaluation.session import EvaluationSession, PlacedModel
 from avss_dist.evaluation.tasks import plan_text
 from avss_dist.models.checkpoint.loading import load_tokenizer
+from avss_dist.partition.catalog import PARTITIONS
 from avss_dist.tasks.task import Task
 from avss_dist.tasks.text_loss import ContinuePrompt
+from avss_dist.warehouse.names import CONTINUATION
 
 PROMPTS = 3
 PROMPT_TOKENS = 32  # at most half a row

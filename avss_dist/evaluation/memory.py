@@ -6,13 +6,13 @@ from collections.abc import Collection
 from dataclasses import dataclass
 
 from avss_dist.core.devices import Devices
-from avss_dist.core.registry import PARTITIONS
 from avss_dist.core.settings import Settings
 from avss_dist.distillation.memory import LIBRARIES
 from avss_dist.evaluation.events import MemoryNeeded
 from avss_dist.evaluation.session import PlacedModel
 from avss_dist.models.checkpoint.size import Footprint
 from avss_dist.models.structure.head import LOGIT_BYTES
+from avss_dist.partition.catalog import PARTITIONS
 from avss_dist.partition.choose import size_of
 from avss_dist.tasks.backward import BackwardMeasure
 from avss_dist.tasks.map_damage import MAX_KEPT_BYTES, RoundedLosses, RoundingDamage

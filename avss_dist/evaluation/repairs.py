@@ -18,7 +18,6 @@ import numpy as np
 
 from avss_dist.core.errors import ModelError
 from avss_dist.core.intervention import NO_INTERVENTION, EncodedPatch, Intervention, Removals, decode_removals
-from avss_dist.core.registry import REPAIR
 from avss_dist.core.settings import Settings
 from avss_dist.core.text import RedactedURI
 from avss_dist.corpus.shards import CorpusPlan
@@ -44,6 +43,7 @@ from avss_dist.pruning.repair.repair import Repair, Repaired, find_cuts, fit_rep
 from avss_dist.pruning.weights import StoredWeights
 from avss_dist.requests import PruneRequest
 from avss_dist.tasks.task import Measure, Row, Task
+from avss_dist.warehouse.names import REPAIR
 from avss_dist.warehouse.storage import Storage
 
 MISSING = "missing"  # metric of a fit: remaining error of the hidden states after each cut, on held-back text

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from avss_dist.core.errors import AvssError, ConfigError, RunFailed
+from avss_dist.core.fingerprint import NUMBERS_VERSION, fingerprint
 from avss_dist.core.intervention import (
     NO_INTERVENTION,
     Intervention,
@@ -22,14 +23,15 @@ from avss_dist.core.intervention import (
     whole_layers,
 )
 from avss_dist.core.process import package_versions
-from avss_dist.core.registry import PARTITIONS, PartitionInfo
-from avss_dist.core.settings import NUMBERS_VERSION, Execution, Settings, fingerprint
+from avss_dist.core.settings import Settings
 from avss_dist.corpus.seen import SeenText
 from avss_dist.distillation.curve import ignore
 from avss_dist.evaluation.events import CellDone, CellsStarted, CellUnderway, OnEvent
 from avss_dist.models.checkpoint.loading import pin, require_head, text_config
 from avss_dist.models.checkpoint.locate import Checkpoint, resolve
+from avss_dist.partition.catalog import PARTITIONS, PartitionInfo
 from avss_dist.partition.choose import place
+from avss_dist.partition.execution import Execution
 from avss_dist.partition.replica import Placement, fingerprint_part
 from avss_dist.plans.choice import PlanError
 from avss_dist.plans.ground_truth import HUB_COMMIT_LENGTH

@@ -9,7 +9,6 @@ from itertools import product
 from typing import Any
 
 from avss_dist.core.errors import ConfigError, CorpusError
-from avss_dist.core.registry import PERPLEXITY, ROW_START, TRUTHFULQA
 from avss_dist.core.settings import Settings
 from avss_dist.core.text import RedactedURI
 from avss_dist.corpus.documents import chat_template
@@ -26,6 +25,7 @@ from avss_dist.plans.seen import seen_by_evaluation, seen_by_run
 from avss_dist.tasks.harness_files import require_task
 from avss_dist.tasks.task import Measure, Task
 from avss_dist.tasks.text_loss import RowStartLoss, TextLoss, TruthfulChoices
+from avss_dist.warehouse.names import PERPLEXITY, ROW_START, TRUTHFULQA
 from avss_dist.warehouse.reader import Warehouse
 
 _tokenizer = lru_cache(maxsize=2)(load_tokenizer)  # of the texts that tasks are compared with

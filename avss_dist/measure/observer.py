@@ -21,7 +21,7 @@ from torch import nn
 from avss_dist.core.devices import to_host
 from avss_dist.core.errors import ModelError
 from avss_dist.core.process import bound
-from avss_dist.core.settings import INPUT_SITES
+from avss_dist.core.sites import INPUT_SITES
 from avss_dist.corpus.pairs import Pairing
 from avss_dist.measure.kernels import kernels_for
 from avss_dist.measure.kernels.reference import Accumulator, Kernels, Tensors, send_stats
@@ -176,7 +176,7 @@ def attached(layers: Sequence[Layer], sites: Sequence[str], *, experts: bool = F
 
     Args:
         layers: layers, as found by `find.find_structure`.
-        sites: the sites of ``settings.EVERY_SITE`` to measure.
+        sites: the sites of ``core.sites.EVERY_SITE`` to measure.
         experts: whether to measure routed experts.
     """
     hooks = Hooks(layers, sites)

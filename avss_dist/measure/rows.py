@@ -10,7 +10,7 @@ import numpy as np
 import torch
 
 from avss_dist.core.devices import to_device
-from avss_dist.core.registry import AFTER_ANOTHER
+from avss_dist.corpus.labels import AFTER_ANOTHER
 from avss_dist.corpus.pairs import Pairing
 from avss_dist.measure.kernels.cpu import measure_answers
 from avss_dist.measure.kernels.reference import Tensors

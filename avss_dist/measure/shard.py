@@ -14,8 +14,8 @@ import torch
 from avss_dist.core.devices import peak_device_memory, reset_peak_device_memory
 from avss_dist.core.errors import BatchTooLarge, ModelError
 from avss_dist.core.memory import halve_until_it_fits, peak_memory
-from avss_dist.core.registry import PARTITIONS
-from avss_dist.core.settings import INPUT_SITES, Settings
+from avss_dist.core.settings import Settings
+from avss_dist.core.sites import INPUT_SITES
 from avss_dist.core.text import describe_layers
 from avss_dist.corpus.shards import Batch, Shard
 from avss_dist.measure.kernels.reference import PATTERNS
@@ -23,6 +23,7 @@ from avss_dist.measure.observer import UNIT_SITES, Hooks, Observer, attached
 from avss_dist.measure.rows import PlacedRows, in_order
 from avss_dist.models.checkpoint.size import Footprint
 from avss_dist.models.structure.find import absent_sites
+from avss_dist.partition.catalog import PARTITIONS
 from avss_dist.partition.replica import Replica, dummy_batch, no_observation
 from avss_dist.stats.layer_stats import ROW_FIELDS, LayerKey, ShardResult, merge_stats
 

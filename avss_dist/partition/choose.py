@@ -9,11 +9,12 @@ from dataclasses import dataclass, replace
 
 from avss_dist.core.devices import SPARE_SHARE, Devices
 from avss_dist.core.errors import ConfigError, ModelError
-from avss_dist.core.registry import GANGS, LAYERWISE, PARTITIONS, SEVERAL_GPUS, WHOLE
-from avss_dist.core.settings import Execution, Settings
+from avss_dist.core.settings import Settings
 from avss_dist.core.text import describe_bytes
 from avss_dist.models.checkpoint.locate import Checkpoint
 from avss_dist.models.checkpoint.size import Footprint, footprint, sharing_skeletons
+from avss_dist.partition.catalog import GANGS, LAYERWISE, PARTITIONS, SEVERAL_GPUS, WHOLE
+from avss_dist.partition.execution import Execution
 from avss_dist.partition.replica import PROCESS_BYTES, Placement, batch_bytes, bytes_beside_weights, replica_class
 from avss_dist.partition.splitting import version_obstacle
 

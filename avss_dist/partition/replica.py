@@ -17,7 +17,6 @@ import torch
 from avss_dist.core.devices import Devices, pick_device, to_device
 from avss_dist.core.errors import ConfigError, explain_unwritable
 from avss_dist.core.memory import free_cached_memory, keep_freed_memory
-from avss_dist.core.registry import PARTITIONS
 from avss_dist.core.settings import Settings
 from avss_dist.core.text import describe_bytes
 from avss_dist.corpus.shards import Batch
@@ -27,6 +26,7 @@ from avss_dist.models.checkpoint.locate import Checkpoint
 from avss_dist.models.checkpoint.quantization import describe_computing
 from avss_dist.models.checkpoint.size import Footprint, sharing_skeletons
 from avss_dist.models.structure.layers import Layer
+from avss_dist.partition.catalog import PARTITIONS
 from avss_dist.partition.group import RankedLanguageModel, RowSplit, require_group, reraise_lost_ranks
 
 T = TypeVar("T")
@@ -48,7 +48,7 @@ class Placement:
     """Placement of one replica on devices. Its partition is never ``auto``.
 
     Attributes:
-        partition: a name of ``registry.PARTITIONS``.
+        partition: a name of ``partition.catalog.PARTITIONS``.
         ranks: processes of the replica; see `copies`.
         gpus: GPUs of the replica, over all its ranks; 0 on a CPU.
         max_memory: bytes that weights and waiting hidden states may take, by device: ``cpu``, ``0``, ``1``, ... With
@@ -97,7 +97,7 @@ class PartitionEstimate:
     """Estimated memory of a replica with one partition.
 
     Attributes:
-        partition: one of ``registry.PARTITIONS``.
+        partition: one of ``partition.catalog.PARTITIONS``.
         ranks: processes of the replica; by default as few as GPUs have room for, and 2 on a CPU.
         gpus: GPUs of the replica; 0 on a CPU.
         device_bytes: bytes of each GPU or, on a CPU, of each process.

@@ -18,7 +18,6 @@ import torch
 from torch.distributed.tensor import DTensor
 
 from avss_dist.core.errors import ConfigError, ModelError
-from avss_dist.core.registry import SHARDINGS, ShardingInfo
 from avss_dist.core.settings import Settings
 from avss_dist.corpus.shards import Batch
 from avss_dist.models.causal_lm import Watcher
@@ -36,6 +35,7 @@ from avss_dist.models.checkpoint.locate import Checkpoint
 from avss_dist.models.checkpoint.quantization import quantization_method
 from avss_dist.models.checkpoint.size import Footprint, load_skeleton
 from avss_dist.models.structure.layers import probe_tokens
+from avss_dist.partition.catalog import SHARDINGS, ShardingInfo
 from avss_dist.partition.device_map import unstored
 from avss_dist.partition.group import RankedLanguageModel, all_gather, quiet_deepspeed, share
 from avss_dist.partition.replica import MemoryQuery, PartitionEstimate, Placement, Replica, dummy_batch
@@ -337,7 +337,7 @@ def trainer_options(
     backend if it is not. So it gets a state with gloo, in which CPUs pass for GPUs where it asks for FSDP.
 
     Args:
-        sharding: a name of `registry.SHARDINGS`.
+        sharding: a name of `partition.catalog.SHARDINGS`.
         kind: ``cpu`` or ``cuda``.
         rows: rows of a training step on each rank.
         layers: names of the classes of the model's layers, which are the units of FSDP.

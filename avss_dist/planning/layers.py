@@ -27,18 +27,8 @@ from avss_dist.core.intervention import (
     Removals,
     decode_removals,
 )
-from avss_dist.core.registry import (
-    BLOCK_DISTANCE,
-    FROM_ACTIVATIONS,
-    GREEDY,
-    LOSS,
-    MEASURED,
-    MEASURED_ONLY,
-    SCORES,
-    SEARCH,
-)
 from avss_dist.core.settings import Settings
-from avss_dist.core.text import describe_task, describe_threshold
+from avss_dist.core.thresholds import describe_threshold
 from avss_dist.corpus.seen import SeenText, distinct
 from avss_dist.plans.choice import (
     LAST,
@@ -60,10 +50,13 @@ from avss_dist.plans.ground_truth import (
 )
 from avss_dist.plans.map_plans import MapPlan, SparsityPlan
 from avss_dist.plans.plan import Plan, make_plan, plan_of
+from avss_dist.stats.catalog import BLOCK_DISTANCE, FROM_ACTIVATIONS, GREEDY, MEASURED, SCORES
 from avss_dist.stats.layer_stats import Float64, LayerStats
+from avss_dist.stats.metrics import LOSS
 from avss_dist.stats.rankings import depth_correlation
 from avss_dist.stats.scores import Threshold
 from avss_dist.warehouse.checks import has_head, settings_of
+from avss_dist.warehouse.names import MEASURED_ONLY, SEARCH, describe_task
 from avss_dist.warehouse.reader import Warehouse, grouped
 
 if TYPE_CHECKING:
@@ -82,7 +75,7 @@ def plan_layers(
 
     Args:
         run: a row of ``runs``.
-        by: a name of ``registry.SCORES``, or of a score that people bring, see `own_score`. None selects
+        by: a name of ``stats.catalog.SCORES``, or of a score that people bring, see `own_score`. None selects
             `default_score`.
         reading: site, recipe, threshold and threshold kind of AVSS.
         options: the other fields of `Choice`: ``share``, ``count``, ``first``, ``last``, and so on.
@@ -167,7 +160,7 @@ def plan_experts(warehouse: Warehouse, run: Mapping[str, Any], by: str, share: f
 
     Args:
         run: a row of ``runs`` whose experts were measured.
-        by: one of ``registry.EXPERT_SCORES``.
+        by: one of ``stats.catalog.EXPERT_SCORES``.
         share: share of the experts of each layer to drop.
         seed: seed of a random choice.
 
@@ -216,7 +209,7 @@ def plannable_run(warehouse: Warehouse, name: str | None, by: str | None, *, exp
 
     Args:
         name: name of the run, as for `newest_run`.
-        by: a name of ``registry.SCORES``. None selects `default_score`.
+        by: a name of ``stats.catalog.SCORES``. None selects `default_score`.
         experts: require statistics of routed experts instead.
 
     Raises:

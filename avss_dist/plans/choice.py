@@ -9,7 +9,10 @@ import numpy as np
 
 from avss_dist.core.errors import ConfigError
 from avss_dist.core.intervention import Expert
-from avss_dist.core.registry import (
+from avss_dist.core.sites import SITES
+from avss_dist.core.thresholds import PUBLISHED_THRESHOLD
+from avss_dist.core.validation import Count, OneOf, Positive, Share, checked
+from avss_dist.stats.catalog import (
     BLOCK_DISTANCE,
     CONTRAST,
     GREEDY,
@@ -21,8 +24,6 @@ from avss_dist.core.registry import (
     SCORES,
     is_own,
 )
-from avss_dist.core.settings import PUBLISHED_THRESHOLD, SITES
-from avss_dist.core.validation import Count, OneOf, Positive, Share, checked
 from avss_dist.stats.layer_stats import Float64
 from avss_dist.stats.rankings import count_lowest, rank_lowest
 
@@ -77,7 +78,7 @@ class Choice:
 
         Args:
             rows: rows of ``scores`` of one run.
-            truth: values of every layer, float64[layers], by a name of ``registry.MEASURED``, the contrast or a score
+            truth: values of every layer, float64[layers], by a name of ``catalog.MEASURED``, the contrast or a score
                 that people bring.
         """
         if self.by == RANDOM:

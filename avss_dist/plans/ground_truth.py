@@ -13,24 +13,17 @@ import pyarrow.compute as pc
 
 from avss_dist.core.errors import QueryError
 from avss_dist.core.intervention import InterventionKey, RoundedPlace, parse_rounded, round_place
-from avss_dist.core.registry import (
-    BITS_PER_WEIGHT,
-    BLOCK_DISTANCE,
-    LOSS,
-    NUM_WEIGHTS,
-    ROUNDED_LOSS,
-    ROUNDING_ESTIMATES,
-    ROUNDING_TASK,
-    SCORES,
-    metrics_of,
-)
 from avss_dist.core.settings import TEXT_OPTIONS, Settings
 from avss_dist.core.suggestions import command_line, option_words
 from avss_dist.corpus.seen import SeenText
+from avss_dist.plans.catalog import ROUNDING_ESTIMATES
 from avss_dist.plans.seen import seen_by_evaluation
+from avss_dist.stats.catalog import BLOCK_DISTANCE, SCORES, metrics_of
 from avss_dist.stats.layer_stats import Float64
+from avss_dist.stats.metrics import BITS_PER_WEIGHT, LOSS, NUM_WEIGHTS
 from avss_dist.stats.rankings import average_ranks
 from avss_dist.warehouse.checks import has_head, settings_of
+from avss_dist.warehouse.names import ROUNDED_LOSS, ROUNDING_TASK
 from avss_dist.warehouse.reader import Warehouse, grouped
 
 _OF_MODEL = ("dtype", "layers", "attention", "device", "trust_remote_code", "dequantize")
@@ -76,7 +69,7 @@ def layer_truth(store: Warehouse, run: Mapping[str, Any], by: str) -> LayerTruth
     ``loss`` is the loss without the layer minus the loss of the whole model.
 
     Args:
-        by: one of ``registry.MEASURED``, or the distance of the hidden states before and after a block of layers.
+        by: one of ``stats.catalog.MEASURED``, or the distance of the hidden states before and after a block of layers.
 
     Raises:
         QueryError: there is no such evaluation. The hint is the command that measures it.

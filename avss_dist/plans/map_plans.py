@@ -24,11 +24,11 @@ from avss_dist.core.intervention import (
     Rounding,
     Sparsity,
 )
-from avss_dist.core.registry import PRECISION_METHODS, SPARSITY_METHODS
 from avss_dist.core.text import count_of, describe_bytes
 from avss_dist.core.validation import OneOf, checked
 from avss_dist.core.yaml_files import to_yaml
 from avss_dist.models.change.number_formats import FORMATS
+from avss_dist.plans.catalog import PRECISION_METHODS, SPARSITY_METHODS
 from avss_dist.plans.choice import PlanError
 from avss_dist.plans.plan import ModelPlan, Name, seen_lines
 

@@ -38,7 +38,6 @@ from avss_dist.core.intervention import (
     removal_names,
     whole_layers,
 )
-from avss_dist.core.registry import BLOCK_DISTANCE, EXPERT_SCORES, LOWEST_SHARE, MEASURED_ONLY, READING, SCORES
 from avss_dist.core.results import TabularResult
 from avss_dist.core.settings import Settings
 from avss_dist.core.text import basename, describe_bytes, describe_count
@@ -48,7 +47,9 @@ from avss_dist.corpus.seen import SeenText, SeenTexts, distinct
 from avss_dist.plans.choice import RANDOM, Choice, PlanError, Rows
 from avss_dist.plans.ground_truth import LayerTruth
 from avss_dist.plans.seen import seen_by_run
+from avss_dist.stats.catalog import BLOCK_DISTANCE, EXPERT_SCORES, LOWEST_SHARE, READING, SCORES
 from avss_dist.warehouse.checks import settings_of
+from avss_dist.warehouse.names import MEASURED_ONLY
 
 if TYPE_CHECKING:
     from avss_dist.models.checkpoint.size import Footprint

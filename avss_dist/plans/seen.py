@@ -7,13 +7,13 @@ from pathlib import Path
 from typing import Any
 
 from avss_dist.core.errors import ConfigError, ModelError, WarehouseError
-from avss_dist.core.registry import MEASURED_ONLY, ROUNDED_LOSS, ROUNDING_TASK, SPARSITY_TASK
-from avss_dist.core.registry import SEARCH as SEARCH_TASK
 from avss_dist.core.settings import TextOptions
 from avss_dist.core.validation import checked
 from avss_dist.core.yaml_files import YamlKind, read_yaml, to_yaml
 from avss_dist.corpus.seen import ABLATION, PRECISION, SCORES, SEARCH, SPARSITY, SeenText, SeenTexts, distinct
 from avss_dist.warehouse.checks import settings_of
+from avss_dist.warehouse.names import MEASURED_ONLY, ROUNDED_LOSS, ROUNDING_TASK, SPARSITY_TASK
+from avss_dist.warehouse.names import SEARCH as SEARCH_TASK
 
 FILE = "avss_seen.yaml"
 """Name of the file. A checkpoint's revision is the hash of files with other suffixes."""

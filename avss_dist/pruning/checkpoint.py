@@ -24,8 +24,7 @@ from avss_dist.core.devices import available_memory, devices_here, pick_device
 from avss_dist.core.errors import ModelError, explain_unwritable
 from avss_dist.core.files import staged_folder
 from avss_dist.core.intervention import Removals, count_removed, whole_layers
-from avss_dist.core.registry import LAYERWISE
-from avss_dist.core.settings import Execution, Settings
+from avss_dist.core.settings import Settings
 from avss_dist.core.text import describe_layers, describe_rows, escape_markdown, printable
 from avss_dist.models.change.interventions import Patch, patched, skipping, without_sublayers
 from avss_dist.models.checkpoint.loading import forward_function, has_head, load_model, open_module, quiet, text_config
@@ -35,7 +34,9 @@ from avss_dist.models.checkpoint.size import footprint
 from avss_dist.models.checkpoint.weight_files import WEIGHTS, weight_files
 from avss_dist.models.structure.experts import require_experts, without_experts
 from avss_dist.models.structure.layers import first_tensor
+from avss_dist.partition.catalog import LAYERWISE
 from avss_dist.partition.choose import place
+from avss_dist.partition.execution import Execution
 from avss_dist.partition.replica import open_replica
 from avss_dist.plans.choice import PlanError
 from avss_dist.plans.plan import Plan, describe_reason

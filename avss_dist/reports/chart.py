@@ -21,9 +21,10 @@ from avss_dist.analysis.findings import describe_depth
 from avss_dist.core.endings import require_picture
 from avss_dist.core.errors import QueryError
 from avss_dist.core.files import cache_folder, write_file, write_output
-from avss_dist.core.registry import FROM_ACTIVATIONS, SCORES
-from avss_dist.core.text import basename, count_of, describe_count, describe_threshold, printable
+from avss_dist.core.text import basename, count_of, describe_count, printable
+from avss_dist.core.thresholds import describe_threshold
 from avss_dist.reports.output import map_leaves
+from avss_dist.stats.catalog import FROM_ACTIVATIONS, SCORES
 from avss_dist.stats.intervals import why_no_interval
 from avss_dist.stats.layer_stats import Float64
 from avss_dist.stats.rankings import count_lowest, depth_correlation, rank_lowest

@@ -8,8 +8,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, TypeVar
 
-from avss_dist.core.registry import WHOLE
 from avss_dist.core.text import describe_seconds
+from avss_dist.partition.catalog import WHOLE
 
 if TYPE_CHECKING:
     from avss_dist.partition.replica import Placement

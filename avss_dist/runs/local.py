@@ -25,13 +25,14 @@ from avss_dist.core.devices import (
     pick_device,
 )
 from avss_dist.core.errors import AvssError, ConfigError, as_failure, own_copy
-from avss_dist.core.registry import GANGS, PARTITIONS
-from avss_dist.core.settings import Execution, Settings
+from avss_dist.core.settings import Settings
 from avss_dist.core.streams import progress_to, say
 from avss_dist.corpus.shards import Shard
 from avss_dist.measure.observer import Hooks, attached
 from avss_dist.measure.shard import analyze_shard, counter_bytes
+from avss_dist.partition.catalog import GANGS, PARTITIONS
 from avss_dist.partition.choose import size_of
+from avss_dist.partition.execution import Execution
 from avss_dist.partition.replica import Placement, Replica, batch_bytes
 from avss_dist.runs.threads import Submissions
 from avss_dist.runs.work import Outcome, ReplicaSpec, RunShards, Underway, by_model

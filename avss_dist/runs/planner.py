@@ -9,7 +9,8 @@ from typing import Any
 import numpy as np
 
 from avss_dist.core.errors import ModelError, StorageFull
-from avss_dist.core.settings import NUMBERS_VERSION, Settings, fingerprint
+from avss_dist.core.fingerprint import NUMBERS_VERSION, fingerprint
+from avss_dist.core.settings import Settings
 from avss_dist.corpus.shards import USUAL_ROWS, CorpusPlan, tokenize_corpus
 from avss_dist.corpus.sources import open_source
 from avss_dist.models.checkpoint.loading import load_tokenizer, pin, text_config

@@ -15,14 +15,16 @@ import pyarrow as pa
 
 from avss_dist.core.errors import AvssError, RunFailed
 from avss_dist.core.process import package_versions
-from avss_dist.core.registry import BASELINES, RECIPES
 from avss_dist.core.results import TabularResult
-from avss_dist.core.settings import PUBLISHED_THRESHOLD, SITES, Settings
+from avss_dist.core.settings import Settings
+from avss_dist.core.sites import SITES
+from avss_dist.core.thresholds import PUBLISHED_THRESHOLD
 from avss_dist.corpus.shards import CorpusPlan
 from avss_dist.models.checkpoint.locate import CONVERTED, Checkpoint, training_point
 from avss_dist.models.checkpoint.quantization import describe_quantization
 from avss_dist.partition.replica import Placement
 from avss_dist.runs.work import ReplicaSpec, RunShards
+from avss_dist.stats.catalog import BASELINES, RECIPES
 from avss_dist.stats.intervals import BOOTSTRAP_BLOCKS
 from avss_dist.stats.layer_stats import (
     LayerStats,

@@ -11,11 +11,13 @@ from pathlib import Path
 from typing import Any
 
 from avss_dist.core.errors import AvssError, StorageFull
-from avss_dist.core.registry import GANGS
-from avss_dist.core.settings import Execution, Settings, fingerprint
+from avss_dist.core.fingerprint import fingerprint
+from avss_dist.core.settings import Settings
 from avss_dist.core.validation import keywords
 from avss_dist.corpus.sources import corpus_problems
 from avss_dist.models.checkpoint.locate import slug
+from avss_dist.partition.catalog import GANGS
+from avss_dist.partition.execution import Execution
 from avss_dist.requests import ScoreAllRequest, ScoreRequest
 from avss_dist.runs.driver import Driver
 from avss_dist.runs.events import LogRuns, OnRunEvent, RunEnded
@@ -60,7 +62,7 @@ def run_job(job: JobFile, on_event: OnRunEvent | None = None, **options: Any) ->
 
     Args:
         on_event: receives the events of the runs.
-        options: fields of ``settings.Execution`` in place of the job's: ``address``, ``replicas``, ``fresh``, ...
+        options: fields of ``execution.Execution`` in place of the job's: ``address``, ``replicas``, ``fresh``, ...
 
     Raises:
         AvssError: a mistake that concerns all runs, such as an unwritable warehouse or too few devices.

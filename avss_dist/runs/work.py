@@ -7,7 +7,8 @@ from dataclasses import asdict, dataclass
 from typing import Any, TypeAlias
 
 from avss_dist.core.errors import AvssError
-from avss_dist.core.settings import Settings, fingerprint
+from avss_dist.core.fingerprint import fingerprint
+from avss_dist.core.settings import Settings
 from avss_dist.corpus.shards import Shard
 from avss_dist.models.checkpoint.locate import Checkpoint
 from avss_dist.partition.replica import Placement, Replica, open_replica

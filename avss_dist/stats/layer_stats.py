@@ -20,7 +20,7 @@ from typing import Annotated, Any, NamedTuple, TypeVar, get_type_hints
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from avss_dist.core.registry import AFTER_ANOTHER
+from avss_dist.corpus.labels import AFTER_ANOTHER
 
 Int64 = NDArray[np.int64]
 Float32 = NDArray[np.float32]

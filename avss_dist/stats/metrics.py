@@ -6,16 +6,31 @@ from collections.abc import Mapping
 
 import numpy as np
 
-from avss_dist.core.registry import LOSS
 from avss_dist.stats.intervals import MINIMUM_UNITS
 from avss_dist.stats.layer_stats import Float64
 
+LOSS = "loss"
+"""Metric of a model: nats per token; higher is worse."""
+ENTROPY = "entropy"
+"""Metric of a model: entropy of its predictions, in nats per token."""
+CHANCE = "chance"
+"""Metric of multiple choice: the accuracy of a guess."""
+SPARSITY = "sparsity"
+"""Metric of a model: the share of the weights of its linear maps that met a zero."""
+REALIZED = "realized:"
+"""Before the path of a linear map: a metric, the share of its inputs that were zero."""
+NUM_WEIGHTS = "num_weights"
+"""Metric of a linear map and a number format: the number of weights that are rounded."""
+BITS_PER_WEIGHT = "bits_per_weight"
+"""Metric of a linear map and a number format: mean bits of a weight, scales included."""
+PREDICTED_RISE = "predicted"
+"""Metric of a linear map and a number format: predicted rise of the loss."""
 NO_INTERVAL = (
     f"No interval where fewer than {MINIMUM_UNITS} samples differ from those of the whole model, or nothing is kept."
 )
 """Note below tables in which a retention has no interval."""
 LOWER_IS_BETTER = ("perplexity", "word_perplexity", "byte_perplexity", "bits_per_byte", "brier_score", "ter")
-AS_READ, OTHER_START = "loss_as_read", "loss_other_start"  # metrics of the task `settings.ROW_START`
+AS_READ, OTHER_START = "loss_as_read", "loss_other_start"  # metrics of the task `names.ROW_START`
 FAR_WORSE = 1.5  # ratio of two perplexities
 
 

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from avss_dist.core.registry import LOWEST_SHARE
+from avss_dist.stats.catalog import LOWEST_SHARE
 from avss_dist.stats.layer_stats import Float64
 
 MIN_VALUES = 3  # values that a correlation needs

@@ -21,7 +21,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from avss_dist.core.registry import RECIPES
+from avss_dist.stats.catalog import RECIPES
 from avss_dist.stats.intervals import (
     BOOTSTRAP_RESAMPLES,
     MINIMUM_UNITS,
@@ -162,7 +162,7 @@ def _site_table(
 
 
 def layer_baselines(stats: Mapping[LayerKey, LayerStats], layer: int) -> dict[str, float]:
-    """Return each of ``registry.BASELINES`` for a layer, by name. NaN if its site was not measured.
+    """Return each of ``stats.catalog.BASELINES`` for a layer, by name. NaN if its site was not measured.
 
     block_influence: ShortGPT, arXiv 2403.03853, eq. 1. angular_distance: Gromov et al., arXiv 2403.17887, section 3.2.
     """

@@ -12,6 +12,7 @@ import numpy as np
 import pyarrow as pa
 
 from avss_dist.analysis.scorecard import reliability
+from avss_dist.core.fingerprint import fingerprint
 from avss_dist.core.intervention import (
     NO_INTERVENTION,
     PARTS,
@@ -19,20 +20,8 @@ from avss_dist.core.intervention import (
     layer_of,
     parse_rounded,
 )
-from avss_dist.core.registry import (
-    BITS_PER_WEIGHT,
-    DAMAGE_TASK,
-    LOSS,
-    NUM_WEIGHTS,
-    ROUNDED_LOSS,
-    ROUNDING_ESTIMATES,
-    ROUNDING_TASK,
-    SCORES,
-    SUBLAYER_LOSS,
-    metrics_of,
-)
 from avss_dist.core.results import TabularResult
-from avss_dist.core.settings import Settings, fingerprint
+from avss_dist.core.settings import Settings
 from avss_dist.core.text import RedactedURI
 from avss_dist.corpus.seen import ABLATION, PRECISION, seen_text
 from avss_dist.corpus.shards import CorpusPlan, Shard
@@ -50,15 +39,19 @@ from avss_dist.evaluation.tasks import plan_text
 from avss_dist.models.checkpoint.loading import text_config
 from avss_dist.models.checkpoint.locate import resolve
 from avss_dist.models.checkpoint.quantization import require_unquantized
+from avss_dist.plans.catalog import ROUNDING_ESTIMATES
 from avss_dist.plans.ground_truth import mean_ranks
 from avss_dist.requests import AblateRequest
+from avss_dist.stats.catalog import DAMAGE_TASK, SCORES, metrics_of
 from avss_dist.stats.intervals import MINIMUM_UNITS, jackknife_interval
+from avss_dist.stats.metrics import BITS_PER_WEIGHT, LOSS, NUM_WEIGHTS
 from avss_dist.tasks.backward import Gradients
 from avss_dist.tasks.damage import Damage
 from avss_dist.tasks.map_damage import RoundedLosses, RoundingDamage
 from avss_dist.tasks.shapley import SHAPLEY, SHARED, Shapley
 from avss_dist.tasks.task import Measure, Result, Task
 from avss_dist.tasks.text_loss import LeaveOneOut
+from avss_dist.warehouse.names import ROUNDED_LOSS, ROUNDING_TASK, SUBLAYER_LOSS
 
 MOST_PASSES = 100_000  # passes of a batch through a model that an ablation makes without `allow_many`
 PERMUTATIONS_PER_CELL = 4
@@ -125,7 +118,7 @@ class Ablation(TabularResult):
     def table(self) -> pa.Table:
         """Return a table with a row for each layer, with null for values that were not measured.
 
-        ``damage`` is the mean of the layer's ranks by the two estimates that `registry.metrics_of` names; 1 is the
+        ``damage`` is the mean of the layer's ranks by the two estimates that `stats.catalog.metrics_of` names; 1 is the
         lowest.
         """
         values = []

@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from avss_dist.core.errors import ConfigError, RunFailed, explain_unwritable
-from avss_dist.core.registry import LOWEST_SHARE
-from avss_dist.core.settings import ModelOptions, TextOptions, fingerprint
+from avss_dist.core.fingerprint import fingerprint
+from avss_dist.core.settings import ModelOptions, TextOptions
 from avss_dist.core.text import RedactedURI
 from avss_dist.distillation.curve import DIVERGED, OnEvent
 from avss_dist.distillation.distill import distill
@@ -22,6 +22,7 @@ from avss_dist.distillation.teacher_text import has_own_text
 from avss_dist.models.checkpoint.locate import Checkpoint, resolve
 from avss_dist.models.checkpoint.size import footprint
 from avss_dist.requests import DistillRequest, ShrinkRequest
+from avss_dist.stats.catalog import LOWEST_SHARE
 from avss_dist.stats.rankings import count_lowest
 
 

@@ -14,7 +14,6 @@ from torch import nn
 from avss_dist.analysis.verdict import kept_by_guess, primary_metric
 from avss_dist.core.errors import AvssError, ConfigError, ModelError
 from avss_dist.core.intervention import NO_INTERVENTION, Intervention
-from avss_dist.core.registry import PERPLEXITY, REALIZED, ROW_START
 from avss_dist.core.results import TabularResult
 from avss_dist.core.settings import Settings
 from avss_dist.core.text import RedactedURI, basename
@@ -29,8 +28,9 @@ from avss_dist.plans.map_plans import PrecisionPlan, SparsityPlan
 from avss_dist.plans.plan import ModelPlan, Plan, read_checked_plan, read_plan, read_plan_file
 from avss_dist.pruning.checkpoint import pruned_from
 from avss_dist.requests import EvaluateRequest
-from avss_dist.stats.metrics import row_start_warning
+from avss_dist.stats.metrics import REALIZED, row_start_warning
 from avss_dist.tasks.task import Result, Retention
+from avss_dist.warehouse.names import PERPLEXITY, ROW_START
 from avss_dist.warehouse.reader import Warehouse
 
 _ANOTHER_MODEL = "Is it a plan for another model? Score this one, and make a plan of its own."

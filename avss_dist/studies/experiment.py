@@ -17,9 +17,8 @@ import numpy as np
 from avss_dist.analysis.contrast import Strata
 from avss_dist.analysis.verdict import WHOLE
 from avss_dist.core.errors import ConfigError
+from avss_dist.core.fingerprint import fingerprint
 from avss_dist.core.intervention import NO_INTERVENTION, Intervention
-from avss_dist.core.registry import CHANCE, CONTRAST, GREEDY, LOSS, MEASURED, READING, RECIPES, SCORES
-from avss_dist.core.settings import fingerprint
 from avss_dist.core.text import RedactedURI
 from avss_dist.corpus.seen import ABLATION, SeenText
 from avss_dist.corpus.shards import CorpusPlan
@@ -47,8 +46,10 @@ from avss_dist.requests import RunJobRequest
 from avss_dist.runs.job_file import JobFile, RunSpec
 from avss_dist.runs.run import Run
 from avss_dist.runs.scoring import executor_for, overridden, run_job
+from avss_dist.stats.catalog import CONTRAST, GREEDY, MEASURED, READING, RECIPES, SCORES
 from avss_dist.stats.contrast import contrast
 from avss_dist.stats.layer_stats import Float64
+from avss_dist.stats.metrics import CHANCE, LOSS
 from avss_dist.stats.scores import RELATIVE_THRESHOLDS, Threshold
 from avss_dist.studies.search import Layers, greedy_search, searching
 from avss_dist.tasks.task import Result, Retention
@@ -334,7 +335,7 @@ def run_experiment(job: JobFile, request: RunJobRequest) -> tuple[list[Run], lis
 
     Args:
         job: job with a section ``experiment``.
-        request: permissions, and fields of ``settings.Execution`` in place of the job's.
+        request: permissions, and fields of ``partition.execution.Execution`` in place of the job's.
 
     Returns:
         The scored runs, and the rows of ``experiments``, of whose RunIdentity only ``run_id`` and ``model`` are given.

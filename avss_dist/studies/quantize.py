@@ -14,7 +14,6 @@ from avss_dist.analysis.chosen import ChosenRun, newest_run
 from avss_dist.core.errors import AvssError, ConfigError, QueryError
 from avss_dist.core.files import write_output
 from avss_dist.core.intervention import RoundedPlace
-from avss_dist.core.registry import BITS_PER_WEIGHT, MEASURED_ONLY, NUM_WEIGHTS, PRECISION_ESTIMATES, SECOND_ORDER
 from avss_dist.core.settings import Settings
 from avss_dist.core.text import describe_bytes
 from avss_dist.core.yaml_files import to_yaml
@@ -22,6 +21,7 @@ from avss_dist.corpus.seen import SeenText
 from avss_dist.models.change.number_formats import FORMATS, fitting
 from avss_dist.models.checkpoint.locate import find_checkpoint, resolve
 from avss_dist.plans.budget import ROUNDING_ERROR, Choice, in_order, least_damage, same_format, total
+from avss_dist.plans.catalog import PRECISION_ESTIMATES, SECOND_ORDER
 from avss_dist.plans.choice import PlanError
 from avss_dist.plans.ground_truth import map_roundings, repeated_command
 from avss_dist.plans.map_plans import MapPrecision, PrecisionPlan
@@ -29,7 +29,9 @@ from avss_dist.plans.plan import run_size
 from avss_dist.plans.seen import seen_by_evaluation
 from avss_dist.requests import PrecisionRequest
 from avss_dist.stats.layer_stats import Float64
+from avss_dist.stats.metrics import BITS_PER_WEIGHT, NUM_WEIGHTS
 from avss_dist.warehouse.checks import settings_of
+from avss_dist.warehouse.names import MEASURED_ONLY
 from avss_dist.warehouse.reader import Warehouse
 
 USUAL_FORMATS = ("int4-g64", "int4-g32", "int4")

@@ -13,7 +13,6 @@ from math import ceil, inf, isnan
 from typing import Any
 
 from avss_dist.core.intervention import Intervention, Removals
-from avss_dist.core.registry import GREEDY, LOSS, SEARCH
 from avss_dist.core.text import RedactedURI, describe_layers
 from avss_dist.corpus import seen
 from avss_dist.corpus.shards import CorpusPlan
@@ -29,8 +28,11 @@ from avss_dist.plans.plan import Plan, layer_list, plan_of, reasons
 from avss_dist.pruning.repair.registry import REPAIRS, searched_repair
 from avss_dist.pruning.repair.repair import HELD_BACK, SINK_TOKENS
 from avss_dist.requests import PlanRequest, ShrinkRequest
+from avss_dist.stats.catalog import GREEDY
+from avss_dist.stats.metrics import LOSS
 from avss_dist.tasks.task import Result, combine
 from avss_dist.tasks.text_loss import LeaveOneOut
+from avss_dist.warehouse.names import SEARCH
 from avss_dist.warehouse.reader import Warehouse
 
 POOL = 2  # candidates of the greedy search after repairs, in multiples of the number of layers to drop

@@ -19,10 +19,9 @@ import pyarrow as pa
 from avss_dist.analysis.verdict import WHOLE, primary_metric
 from avss_dist.core.errors import CorpusError
 from avss_dist.core.intervention import NO_INTERVENTION, EncodedPatch, Intervention, count_removed
-from avss_dist.core.registry import GREEDY, LOWEST_SHARE, PERPLEXITY, SCORES
 from avss_dist.core.results import TabularResult
 from avss_dist.core.settings import Settings
-from avss_dist.core.text import RedactedURI, describe_task
+from avss_dist.core.text import RedactedURI
 from avss_dist.corpus.shards import CorpusPlan
 from avss_dist.corpus.sources import open_source
 from avss_dist.distillation.curve import Preparing, ignore
@@ -49,10 +48,12 @@ from avss_dist.pruning.repair.registry import NO_REPAIR, RepairRecord
 from avss_dist.pruning.repair.repair import count_fitted, split_texts, tokens_needed
 from avss_dist.requests import AblateRequest, ShrinkRequest
 from avss_dist.runs.scoring import score
+from avss_dist.stats.catalog import GREEDY, LOWEST_SHARE, SCORES
 from avss_dist.studies.ablate import ablate
 from avss_dist.studies.distill import distill_student, publish_distilled, require_distillable
 from avss_dist.studies.search import repaired_search
 from avss_dist.tasks.task import Result, Retention
+from avss_dist.warehouse.names import PERPLEXITY, describe_task
 from avss_dist.warehouse.reader import Warehouse
 
 ROWS = 256  # rows of each text by default

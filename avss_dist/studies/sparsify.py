@@ -12,7 +12,6 @@ import numpy as np
 
 from avss_dist.analysis.thresholds import quantiles_of
 from avss_dist.core.intervention import THRESHOLD, TOP_K
-from avss_dist.core.registry import SPARSITY_TASK
 from avss_dist.core.text import RedactedURI
 from avss_dist.corpus.seen import SPARSITY, seen_text
 from avss_dist.corpus.shards import CorpusPlan
@@ -27,6 +26,7 @@ from avss_dist.stats.layer_stats import Float64, LayerStats
 from avss_dist.tasks.block_search import GREEDY, HILL, GreedyBlock, Spectra
 from avss_dist.tasks.map_damage import SECOND, MapDamage
 from avss_dist.tasks.task import Measure, Task
+from avss_dist.warehouse.names import SPARSITY_TASK
 from avss_dist.warehouse.reader import Warehouse, grouped
 from avss_dist.warehouse.schema import RunIdentity
 from avss_dist.warehouse.store import Store

@@ -32,6 +32,8 @@ L1 = "gradient_l1"
 L2 = "gradient_l2"
 FROBENIUS = "weight_frobenius"
 CHUNK = 2048  # tokens whose updates exist at once
+DRAWS = 2
+"""Default number of labels that are drawn from the model's predictions for each token."""
 
 CURRENT: ContextVar[Any] = ContextVar("pass", default=None)
 """The `BackwardPass` that hooks report to."""

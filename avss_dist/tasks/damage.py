@@ -14,10 +14,10 @@ from typing import Any, NamedTuple
 
 import torch
 
-from avss_dist.core.registry import BLOCK_DISTANCE, DRAWS, SCORES
 from avss_dist.corpus.shards import Batch
 from avss_dist.models.structure.layers import Layer, LayerCall, output_tensor
-from avss_dist.tasks.backward import TAYLOR, BackwardMeasure, BackwardPass
+from avss_dist.stats.catalog import BLOCK_DISTANCE, SCORES
+from avss_dist.tasks.backward import DRAWS, TAYLOR, BackwardMeasure, BackwardPass
 
 LOOKAHEAD = max(info.lookahead for info in SCORES.values() if info.lookahead is not None)  # layers
 PROPAGATED = "propagated"

@@ -27,14 +27,14 @@ from torch.nn.functional import cross_entropy
 
 from avss_dist.core.errors import AvssError, TaskError, first_line
 from avss_dist.core.extras import require_package
+from avss_dist.core.fingerprint import fingerprint
 from avss_dist.core.intervention import NO_INTERVENTION, Intervention
 from avss_dist.core.memory import is_out_of_memory
-from avss_dist.core.registry import CHANCE
-from avss_dist.core.settings import fingerprint
 from avss_dist.corpus.documents import without_today
 from avss_dist.corpus.shards import Batch
 from avss_dist.models.causal_lm import LanguageModel
 from avss_dist.models.checkpoint.loading import load_tokenizer, quiet
+from avss_dist.stats.metrics import CHANCE
 from avss_dist.tasks.harness_files import (
     code_entries,
     has_local_data,

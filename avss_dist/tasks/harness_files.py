@@ -9,9 +9,9 @@ from pathlib import Path
 from typing import Any
 
 from avss_dist.core.errors import TaskError, nearest
-from avss_dist.core.registry import PERPLEXITY, TRUTHFULQA
 from avss_dist.core.yaml_files import YamlKind, read_yaml
 from avss_dist.corpus.sources import local_files, require_files
+from avss_dist.warehouse.names import PERPLEXITY, TRUTHFULQA
 
 BUILDERS = ("json", "csv", "parquet", "text", "arrow")  # builders of `datasets` that read local files
 

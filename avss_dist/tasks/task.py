@@ -18,6 +18,7 @@ import numpy as np
 import torch
 
 from avss_dist.core.errors import AvssError, BatchTooLarge, without_secrets
+from avss_dist.core.fingerprint import fingerprint
 from avss_dist.core.intervention import (
     NO_INTERVENTION,
     Intervention,
@@ -27,8 +28,7 @@ from avss_dist.core.intervention import (
     encode_removals,
 )
 from avss_dist.core.memory import halve_until_it_fits
-from avss_dist.core.registry import LOSS, REALIZED, SPARSITY
-from avss_dist.core.settings import Settings, fingerprint
+from avss_dist.core.settings import Settings
 from avss_dist.corpus.seen import SeenText
 from avss_dist.corpus.shards import Shard
 from avss_dist.models.causal_lm import LanguageModel, predicted
@@ -36,7 +36,7 @@ from avss_dist.models.checkpoint.locate import Checkpoint
 from avss_dist.partition.replica import Placement
 from avss_dist.stats.intervals import MINIMUM_UNITS, jackknife_interval
 from avss_dist.stats.layer_stats import Float64
-from avss_dist.stats.metrics import retention_of
+from avss_dist.stats.metrics import LOSS, REALIZED, SPARSITY, retention_of
 from avss_dist.warehouse.reader import grouped
 
 

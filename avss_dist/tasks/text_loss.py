@@ -24,11 +24,11 @@ from avss_dist.core.intervention import (
     sublayers_of,
 )
 from avss_dist.core.memory import is_out_of_memory
-from avss_dist.core.registry import BEST, CHANCE, ENTROPY, INCORRECT, LOSS
+from avss_dist.corpus.labels import BEST, INCORRECT
 from avss_dist.corpus.shards import Shard
 from avss_dist.models.causal_lm import LanguageModel
 from avss_dist.models.checkpoint.loading import quiet
-from avss_dist.stats.metrics import AS_READ, OTHER_START
+from avss_dist.stats.metrics import AS_READ, CHANCE, ENTROPY, LOSS, OTHER_START
 from avss_dist.tasks.task import Measure, Row, losses_under, predicted_tokens
 
 TOKEN = "token"  # metric of a continuation: ids of its tokens

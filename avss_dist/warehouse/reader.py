@@ -15,7 +15,7 @@ import pyarrow.compute as pc
 import pyarrow.dataset as ds
 
 from avss_dist.core.errors import DamagedFile, NoRuns, QueryError, WarehouseError, nearest, require_known
-from avss_dist.core.settings import fingerprint
+from avss_dist.core.fingerprint import fingerprint
 from avss_dist.core.suggestions import command_line
 from avss_dist.core.text import basename, count_of
 from avss_dist.stats.layer_stats import LayerKey, LayerStats, ShardResult, StratumKey, merge_strata

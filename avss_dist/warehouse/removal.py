@@ -41,7 +41,7 @@ RUN, EVALUATION, LEFTOVER, CELLS, PATCH = "run", "evaluation", "leftover", "cell
 _NOUNS = {RUN: "run", EVALUATION: "evaluation", LEFTOVER: "leftover", CELLS: "unread evaluation", PATCH: "repair"}
 DELETED_FIRST = ("evaluations", "precision", "cells", "runs", "shard_stats")
 """Tables whose folders of an id are deleted before those of all others, in this order."""
-QUIET_SECONDS = 600.0  # a worker without news for so long is replaced, see `settings.Execution.hang_seconds`
+QUIET_SECONDS = 600.0  # a worker without news for so long is replaced, see `partition.execution.Execution.hang_seconds`
 REMOVED = pa.schema(
     {
         "kind": pa.string(),

@@ -12,8 +12,8 @@ from typing import Any
 import pyarrow as pa
 
 from avss_dist.core.intervention import MAX_STORED
-from avss_dist.core.registry import BASELINES, RECIPES, SCORES
-from avss_dist.core.settings import EVERY_SITE
+from avss_dist.core.sites import EVERY_SITE
+from avss_dist.stats.catalog import BASELINES, RECIPES, SCORES
 from avss_dist.stats.layer_stats import (
     HISTOGRAM_BINS,
     ROW_FIELDS,

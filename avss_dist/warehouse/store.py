@@ -16,7 +16,7 @@ import pyarrow as pa
 
 from avss_dist.core.errors import AvssError, DamagedFile, RunFailed, WarehouseError, require_known, without_secrets
 from avss_dist.core.files import process_mark
-from avss_dist.core.settings import NUMBERS_VERSION, fingerprint
+from avss_dist.core.fingerprint import NUMBERS_VERSION, fingerprint
 from avss_dist.core.text import RedactedURI, escape_markdown
 from avss_dist.stats.layer_stats import ExpertStats, LayerKey, LayerStats, StratumKey, merge_stats
 from avss_dist.warehouse.checks import checked_rows

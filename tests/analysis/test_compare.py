@@ -34,7 +34,7 @@ from avss_dist.analysis.agreement import CorrelationSummary, Scores, correlate_p
 from avss_dist.analysis.comparison import SCHEMA, RankingComparison, compare
 from avss_dist.analysis.findings import OF_RANKINGS, findings, of_rankings
 from avss_dist.core.errors import QueryError
-from avss_dist.core.settings import PUBLISHED_THRESHOLD
+from avss_dist.core.thresholds import PUBLISHED_THRESHOLD
 from avss_dist.reports.terminal.scores import comparison_tables, summary
 from avss_dist.stats.rankings import align, count_lowest, spearman
 from avss_dist.warehouse.reader import Warehouse

@@ -33,7 +33,7 @@ from avss_dist.analysis.contrast import (
     read_answers,
 )
 from avss_dist.core.errors import QueryError
-from avss_dist.core.registry import AFTER_ANOTHER
+from avss_dist.corpus.labels import AFTER_ANOTHER
 from avss_dist.reports.page.page import report_page
 from avss_dist.stats import contrast as contrast_stats
 from avss_dist.stats.layer_stats import ShardResult

@@ -23,10 +23,10 @@ from support.warehouses import activations, stats_of, write_measured, write_scor
 import avss_dist
 from avss_dist.analysis import own_scores
 from avss_dist.core.errors import QueryError
-from avss_dist.core.registry import FROM_ACTIVATIONS, SCORES
 from avss_dist.models.change.number_formats import FORMATS
 from avss_dist.models.checkpoint.locate import resolve
 from avss_dist.reports.chart import layers_chart
+from avss_dist.stats.catalog import FROM_ACTIVATIONS, SCORES
 from avss_dist.warehouse.reader import Warehouse
 from avss_dist.warehouse.schema import RunIdentity
 from avss_dist.warehouse.store import Store

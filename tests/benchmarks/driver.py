@@ -34,9 +34,12 @@ from ray import cloudpickle
 
 from avss_dist.core.errors import AvssError
 from avss_dist.core.files import Spool
-from avss_dist.core.settings import SITES, THRESHOLDS, Execution, Settings
+from avss_dist.core.settings import Settings
+from avss_dist.core.sites import SITES
+from avss_dist.core.thresholds import THRESHOLDS
 from avss_dist.corpus.shards import CorpusPlan, Shard
 from avss_dist.distillation.curve import ignore
+from avss_dist.partition.execution import Execution
 from avss_dist.partition.replica import Placement
 from avss_dist.runs.driver import Driver
 from avss_dist.runs.job_file import RunSpec

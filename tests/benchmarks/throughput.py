@@ -26,7 +26,8 @@ import torch
 from support.benchmarking import timed
 from transformers import AutoModelForCausalLM
 
-from avss_dist.core.settings import SITES, Settings
+from avss_dist.core.settings import Settings
+from avss_dist.core.sites import SITES
 from avss_dist.corpus.shards import tokenize_corpus
 from avss_dist.measure.shard import analyze_shard
 from avss_dist.models.checkpoint.loading import load_tokenizer

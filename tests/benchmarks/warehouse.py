@@ -37,7 +37,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 from support.pages import write_run
 from support.s3_server import Server
 
-from avss_dist.core.registry import BASELINES
+from avss_dist.stats.catalog import BASELINES
 from avss_dist.warehouse.encoding import to_file
 from avss_dist.warehouse.reader import Warehouse
 

@@ -18,9 +18,10 @@ import avss_dist as avss
 from avss_dist.cli.commands import COMMANDS
 from avss_dist.core.errors import ConfigError, QueryError
 from avss_dist.core.results import Table
-from avss_dist.core.settings import Execution, Settings
+from avss_dist.core.settings import Settings
 from avss_dist.core.text import RedactedURI
 from avss_dist.models.change.number_formats import FORMATS
+from avss_dist.partition.execution import Execution
 from avss_dist.plans.map_plans import MapPrecision, PrecisionPlan
 from avss_dist.read_requests import CompareRequest, ShowRequest
 from avss_dist.requests import PlanRequest, ScoreRequest

@@ -25,19 +25,14 @@ from avss_dist.cli.commands import COMMANDS as LISTED
 from avss_dist.cli.commands import REMOVED
 from avss_dist.core.doctor import CheckResult
 from avss_dist.core.errors import ConfigError
-from avss_dist.core.registry import FROM_ACTIVATIONS, RECIPES
-from avss_dist.core.settings import (
-    ATTENTIONS,
-    DTYPES,
-    EVERY_SITE,
-    EXECUTORS,
-    PUBLISHED_THRESHOLD,
-    SITE_FAMILIES,
-    SITES,
-)
+from avss_dist.core.settings import ATTENTIONS, DTYPES
+from avss_dist.core.sites import EVERY_SITE, SITE_FAMILIES, SITES
+from avss_dist.core.thresholds import PUBLISHED_THRESHOLD
+from avss_dist.partition.execution import EXECUTORS
 from avss_dist.read_requests import COMPARED, ShowRequest
 from avss_dist.reports.page.page import HEADLESS, NOTHING
 from avss_dist.runs import events
+from avss_dist.stats.catalog import FROM_ACTIVATIONS, RECIPES
 from avss_dist.warehouse.checks import has_head
 from avss_dist.warehouse.reader import Warehouse
 

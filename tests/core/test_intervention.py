@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 
 from avss_dist.core.errors import ConfigError
+from avss_dist.core.fingerprint import NUMBERS_VERSION, fingerprint
 from avss_dist.core.intervention import (
     NO_INTERVENTION,
     Expert,
@@ -33,7 +34,7 @@ from avss_dist.core.intervention import (
     size_removed,
     sublayers_of,
 )
-from avss_dist.core.settings import NUMBERS_VERSION, Settings, fingerprint
+from avss_dist.core.settings import Settings
 from avss_dist.evaluation.session import PlannedTask
 from avss_dist.models.checkpoint.locate import Checkpoint, resolve
 from avss_dist.partition.replica import Placement

@@ -9,9 +9,11 @@ import pytest
 from pydantic import Field
 
 from avss_dist.core.errors import ConfigError, nearest, spell_fields
-from avss_dist.core.settings import Execution, Replicas, Settings, fingerprint
+from avss_dist.core.fingerprint import fingerprint
+from avss_dist.core.settings import Settings
 from avss_dist.core.text import parse_bytes
 from avss_dist.core.validation import OneOf, check, checked, descriptions, from_texts
+from avss_dist.partition.execution import Execution, Replicas
 from avss_dist.requests import ScoreRequest
 
 FIRST_FIELDS = (

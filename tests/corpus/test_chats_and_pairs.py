@@ -23,8 +23,8 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from avss_dist.core.errors import ConfigError, CorpusError
-from avss_dist.core.registry import AFTER_ANOTHER
 from avss_dist.core.settings import Settings
+from avss_dist.corpus.labels import AFTER_ANOTHER
 from avss_dist.corpus.shards import CorpusPlan, tokenize_corpus
 from avss_dist.corpus.sources import NAMED, documents
 from avss_dist.corpus.tokens import shuffled

@@ -22,7 +22,6 @@ from support.rank_processes import Gang
 
 import avss_dist
 from avss_dist.core.errors import ConfigError, RunFailed
-from avss_dist.core.registry import SHARDINGS
 from avss_dist.distillation import trainer
 from avss_dist.distillation.curve import CurvePoint, TrainingAdvanced, ignore
 from avss_dist.distillation.distill import DistillTask
@@ -30,6 +29,7 @@ from avss_dist.distillation.memory import estimate_memory
 from avss_dist.distillation.pair import resolve_pair
 from avss_dist.distillation.record import DistillRecord, read_record
 from avss_dist.distillation.texts import read_texts
+from avss_dist.partition.catalog import SHARDINGS
 from avss_dist.partition.group import rank_and_size
 from avss_dist.plans.plan import Plan
 from avss_dist.pruning.checkpoint import prune

@@ -22,14 +22,15 @@ from support.ggufs import write_gguf
 import avss_dist.estimation
 from avss_dist.core.devices import Devices
 from avss_dist.core.errors import ConfigError
-from avss_dist.core.registry import PARTITIONS, SHARDINGS
-from avss_dist.core.settings import Execution, Settings
+from avss_dist.core.settings import Settings
 from avss_dist.core.text import describe_seconds
 from avss_dist.distillation.memory import LIBRARIES
 from avss_dist.estimation import DistillRow, Estimate, _row, distillation_rows, estimate
 from avss_dist.models.checkpoint.locate import find_checkpoint
 from avss_dist.models.checkpoint.size import footprint, sharing_skeletons
+from avss_dist.partition.catalog import PARTITIONS, SHARDINGS
 from avss_dist.partition.choose import choose, least_host_bytes
+from avss_dist.partition.execution import Execution
 from avss_dist.partition.replica import PROCESS_BYTES, PartitionEstimate, batch_bytes
 from avss_dist.plans.plan import Plan
 from avss_dist.pruning.checkpoint import prune

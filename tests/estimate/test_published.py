@@ -18,12 +18,13 @@ from support.devices import devices_of
 import avss_dist.estimation
 from avss_dist.commands import estimate
 from avss_dist.core.errors import ConfigError, ModelError
-from avss_dist.core.registry import PARTITIONS
-from avss_dist.core.settings import Execution, Settings
+from avss_dist.core.settings import Settings
 from avss_dist.estimation import Estimate
 from avss_dist.models.checkpoint.locate import locate
 from avss_dist.models.checkpoint.size import footprint
+from avss_dist.partition.catalog import PARTITIONS
 from avss_dist.partition.choose import choose
+from avss_dist.partition.execution import Execution
 from avss_dist.partition.replica import PartitionEstimate
 
 pytestmark = pytest.mark.nightly

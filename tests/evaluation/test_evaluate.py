@@ -23,7 +23,6 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenize
 from avss_dist import ablate, evaluate, score
 from avss_dist.analysis.findings import findings
 from avss_dist.core.errors import AvssError, ConfigError, CorpusError
-from avss_dist.core.registry import ROW_START
 from avss_dist.core.settings import Settings
 from avss_dist.evaluation.session import PlacedModel
 from avss_dist.evaluation.tasks import earlier_texts, plan_task, refuse_overlap
@@ -33,6 +32,7 @@ from avss_dist.plans.plan import Plan, read_plan
 from avss_dist.plans.seen import seen_by_run
 from avss_dist.pruning.checkpoint import prune, pruned_from
 from avss_dist.tasks.task import Task
+from avss_dist.warehouse.names import ROW_START
 from avss_dist.warehouse.reader import Warehouse
 
 Save = Callable[[Any, Path], Path]

@@ -28,7 +28,7 @@ from tasks.test_truthfulqa import QUESTIONS
 from avss_dist import evaluate
 from avss_dist.core.errors import AvssError, ConfigError, DamagedFile
 from avss_dist.core.intervention import NO_INTERVENTION, InterventionKey
-from avss_dist.core.settings import Execution, Settings
+from avss_dist.core.settings import Settings
 from avss_dist.evaluation.events import CellUnderway, Event
 from avss_dist.evaluation.repairs import fit_repairs, plan_fits, read_repaired
 from avss_dist.evaluation.session import EvaluationSession, PlacedModel, PlannedTask
@@ -37,6 +37,7 @@ from avss_dist.models.change.interventions import decode_patch, encode_patch, pa
 from avss_dist.models.checkpoint.loading import open_module
 from avss_dist.models.checkpoint.locate import resolve
 from avss_dist.partition import group
+from avss_dist.partition.execution import Execution
 from avss_dist.partition.replica import MAX_COPIES, Placement, open_replica, with_copies
 from avss_dist.plans.plan import Plan
 from avss_dist.pruning.repair.registry import read_repairs

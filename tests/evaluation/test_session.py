@@ -16,15 +16,16 @@ from support.causal_lm import SMALL
 from avss_dist.analysis.verdict import judgement, lacks_interval
 from avss_dist.core.errors import AvssError, BatchTooLarge, as_failure
 from avss_dist.core.intervention import NO_INTERVENTION, InterventionKey
-from avss_dist.core.registry import LOSS
-from avss_dist.core.settings import Execution, Settings
+from avss_dist.core.settings import Settings
 from avss_dist.evaluation.events import CellDone, CellsStarted, Event
 from avss_dist.evaluation.session import EvaluationSession, PlannedTask, failure, results_under
 from avss_dist.evaluation.tasks import plan_text_task
 from avss_dist.models.checkpoint.locate import resolve
+from avss_dist.partition.execution import Execution
 from avss_dist.runs.local import LocalExecutor
 from avss_dist.stats.intervals import jackknife_interval
 from avss_dist.stats.layer_stats import Float64
+from avss_dist.stats.metrics import LOSS
 from avss_dist.tasks.task import Result, Retention
 from avss_dist.warehouse.store import Store
 

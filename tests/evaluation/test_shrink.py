@@ -31,8 +31,7 @@ import avss_dist
 from avss_dist import evaluate
 from avss_dist.core.devices import Devices
 from avss_dist.core.errors import ConfigError, CorpusError, ModelError, RunFailed
-from avss_dist.core.registry import BLOCK_DISTANCE, GREEDY, SCORES
-from avss_dist.core.settings import Execution, Settings
+from avss_dist.core.settings import Settings
 from avss_dist.core.text import RedactedURI
 from avss_dist.corpus.shards import tokenize_corpus
 from avss_dist.distillation import memory
@@ -45,6 +44,7 @@ from avss_dist.evaluation.tasks import plan_text
 from avss_dist.models.causal_lm import LanguageModel
 from avss_dist.models.checkpoint.loading import load_tokenizer
 from avss_dist.models.checkpoint.locate import resolve
+from avss_dist.partition.execution import Execution
 from avss_dist.partition.replica import Placement
 from avss_dist.plans.choice import PlanError
 from avss_dist.plans.seen import read_seen
@@ -54,6 +54,7 @@ from avss_dist.reports.terminal.tables import FittedTable
 from avss_dist.requests import RANKED_BY, ShrinkRequest
 from avss_dist.runs.local import LocalExecutor
 from avss_dist.runs.ray.executor import RayExecutor
+from avss_dist.stats.catalog import BLOCK_DISTANCE, GREEDY, SCORES
 from avss_dist.studies.shrink import SCORED, CandidateResult, Shrunk, TextSplit, held_out_tasks, split_rows
 from avss_dist.tasks.text_loss import TextLoss
 from avss_dist.warehouse.reader import Warehouse

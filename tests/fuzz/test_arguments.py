@@ -14,8 +14,8 @@ from support.command_line import commands, files
 from support.fuzzing import HOSTILE, NUMBERS, fuzzed, hold
 from support.warehouses import activations, stats_of, write_measured
 
-from avss_dist.core.registry import FROM_ACTIVATIONS, RECIPES
-from avss_dist.core.settings import SITES
+from avss_dist.core.sites import SITES
+from avss_dist.stats.catalog import FROM_ACTIVATIONS, RECIPES
 
 pytestmark = pytest.mark.nightly
 

@@ -27,7 +27,8 @@ from torch import nn
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
 from avss_dist.core.devices import pick_device
-from avss_dist.core.settings import SITES, THRESHOLDS
+from avss_dist.core.sites import SITES
+from avss_dist.core.thresholds import THRESHOLDS
 from avss_dist.corpus.shards import Shard
 from avss_dist.measure import observer as observing
 from avss_dist.measure.kernels import kernels_for

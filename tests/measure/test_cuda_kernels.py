@@ -20,7 +20,8 @@ from support.checkpoints import llama
 from support.emulated_cuda import COMPILER, SHARED, Emulator, libraries
 from support.observing import observe
 
-from avss_dist.core.settings import SITES, THRESHOLDS
+from avss_dist.core.sites import SITES
+from avss_dist.core.thresholds import THRESHOLDS
 from avss_dist.measure import observer as observing
 from avss_dist.measure.kernels import cuda as cuda_device
 from avss_dist.measure.kernels.cpu import CpuKernels

@@ -24,7 +24,7 @@ from avss_dist.analysis.experts import require_experts
 from avss_dist.analysis.findings import findings
 from avss_dist.core.errors import ModelError
 from avss_dist.core.process import bound
-from avss_dist.core.settings import THRESHOLDS
+from avss_dist.core.thresholds import THRESHOLDS
 from avss_dist.measure.observer import PASSES, ExpertCounter, Observer, Pass, attached
 from avss_dist.models.checkpoint.loading import Backbone, forward_function, open_module
 from avss_dist.models.structure.layers import Experts, Routing

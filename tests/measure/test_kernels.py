@@ -19,7 +19,7 @@ from support.emulated_cuda import COMPILER, Emulator
 from support.oracle import Float64, assert_close, counted_by, oracle_stats
 from support.waiting import NoWaiting
 
-from avss_dist.core.settings import THRESHOLDS
+from avss_dist.core.thresholds import THRESHOLDS
 from avss_dist.measure.kernels import kernels_for, reference
 from avss_dist.measure.kernels.cpu import CpuKernels, compiled
 from avss_dist.measure.kernels.cuda import CudaKernels

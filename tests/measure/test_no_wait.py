@@ -16,7 +16,8 @@ from transformers import masking_utils
 from avss_dist.core import devices
 from avss_dist.core.errors import BatchTooLarge
 from avss_dist.core.memory import halve_until_it_fits
-from avss_dist.core.settings import EVERY_SITE, SITES, THRESHOLDS
+from avss_dist.core.sites import EVERY_SITE, SITES
+from avss_dist.core.thresholds import THRESHOLDS
 from avss_dist.corpus.pairs import Pairing
 from avss_dist.corpus.shards import Batch
 from avss_dist.measure import observer as observing

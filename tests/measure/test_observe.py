@@ -17,7 +17,8 @@ from support.oracle import assert_close, counted_by, oracle_stats
 from torch import nn
 
 from avss_dist.core.errors import ModelError
-from avss_dist.core.settings import INPUTS, SITES, THRESHOLDS
+from avss_dist.core.sites import INPUTS, SITES
+from avss_dist.core.thresholds import THRESHOLDS
 from avss_dist.models.checkpoint.loading import Backbone, forward_function, open_module
 from avss_dist.models.structure.layers import Layer
 from avss_dist.stats.layer_stats import LayerKey, LayerStats, merge_strata, share_of_m2

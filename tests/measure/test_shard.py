@@ -26,8 +26,10 @@ from support.tiers import all_of
 
 from avss_dist.core.errors import BatchTooLarge, ModelError
 from avss_dist.core.process import current_umask
-from avss_dist.core.registry import AFTER_ANOTHER
-from avss_dist.core.settings import SITES, THRESHOLDS, Settings
+from avss_dist.core.settings import Settings
+from avss_dist.core.sites import SITES
+from avss_dist.core.thresholds import THRESHOLDS
+from avss_dist.corpus.labels import AFTER_ANOTHER
 from avss_dist.corpus.pairs import Pairing
 from avss_dist.corpus.shards import Batch, Shard, tokenize_corpus
 from avss_dist.measure.kernels.reference import Accumulator

@@ -17,7 +17,7 @@ from support.documentation import DOCS, read
 from support.families import model_types, tiny_model
 from support.tiers import all_of
 
-from avss_dist.core.settings import SITES
+from avss_dist.core.sites import SITES
 from avss_dist.models.checkpoint.loading import open_module, quiet
 from avss_dist.models.structure.find import find_down_projection
 

@@ -28,7 +28,8 @@ from support.families import tiny_model
 from support.quantized import block_fp8, compressed_tensors
 
 from avss_dist.core.errors import ConfigError, ModelError
-from avss_dist.core.settings import INPUT_SITES, Settings
+from avss_dist.core.settings import Settings
+from avss_dist.core.sites import INPUT_SITES
 from avss_dist.models.checkpoint.loading import (
     forward_function,
     load,

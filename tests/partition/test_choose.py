@@ -15,7 +15,7 @@ from transformers import GPT2Config, GPT2LMHeadModel
 
 from avss_dist.core.devices import Devices, devices_here
 from avss_dist.core.errors import ConfigError
-from avss_dist.core.settings import Execution, Settings
+from avss_dist.core.settings import Settings
 from avss_dist.core.text import describe_bytes, parse_bytes
 from avss_dist.models.checkpoint.locate import resolve
 from avss_dist.partition.autotp import UNSUPPORTED
@@ -29,6 +29,7 @@ from avss_dist.partition.choose import (
     needs_size,
     place,
 )
+from avss_dist.partition.execution import Execution
 
 GB = 10**9
 SETTINGS = Settings()

@@ -25,7 +25,8 @@ from support.tiers import nightly
 from transformers import Lfm2Config, Lfm2ForCausalLM, Qwen3MoeConfig, Qwen3MoeForCausalLM
 
 from avss_dist.core.errors import ConfigError, ModelError
-from avss_dist.core.settings import SITES, Settings
+from avss_dist.core.settings import Settings
+from avss_dist.core.sites import SITES
 from avss_dist.measure.shard import analyze_shard
 from avss_dist.models.checkpoint.locate import resolve
 from avss_dist.models.structure.layers import Layer

@@ -24,7 +24,6 @@ from support.warehouses import run_row, write_scores
 
 from avss_dist.core.errors import ConfigError, QueryError
 from avss_dist.core.intervention import Expert, sublayers_of
-from avss_dist.core.registry import BLOCK_DISTANCE, CONTRAST, GREEDY, SCORES
 from avss_dist.core.settings import Settings
 from avss_dist.core.text import describe_bytes
 from avss_dist.core.yaml_files import MAX_BYTES
@@ -35,6 +34,7 @@ from avss_dist.planning.layers import evaluated_lines, plan_layers
 from avss_dist.plans.choice import LAST, PUBLISHED, RANDOM, Choice, PlanError, count_layers
 from avss_dist.plans.plan import Plan, count_for_memory, describe_savings, make_plan, read_plan
 from avss_dist.pruning.checkpoint import prune
+from avss_dist.stats.catalog import BLOCK_DISTANCE, CONTRAST, GREEDY, SCORES
 from avss_dist.warehouse.reader import Warehouse
 from avss_dist.warehouse.schema import RunIdentity
 from avss_dist.warehouse.store import Store

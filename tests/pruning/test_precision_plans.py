@@ -18,8 +18,8 @@ from transformers import AutoModelForCausalLM
 
 import avss_dist
 from avss_dist.core.errors import AvssError, QueryError
-from avss_dist.core.registry import PRECISION_FILES
 from avss_dist.models.change.number_formats import FORMATS
+from avss_dist.plans.catalog import PRECISION_FILES
 from avss_dist.plans.choice import PlanError
 from avss_dist.plans.map_plans import MapPrecision, PrecisionPlan
 from avss_dist.plans.plan import read_checked_plan

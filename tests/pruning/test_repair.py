@@ -25,12 +25,13 @@ from transformers import AutoModelForCausalLM
 import avss_dist
 from avss_dist import evaluate
 from avss_dist.core.errors import AvssError, ConfigError, CorpusError, ModelError
-from avss_dist.core.settings import Execution, Settings
+from avss_dist.core.settings import Settings
 from avss_dist.corpus.shards import tokenize_corpus
 from avss_dist.models.change.interventions import skipping
 from avss_dist.models.checkpoint.loading import load_tokenizer, open_module
 from avss_dist.models.checkpoint.locate import resolve
 from avss_dist.models.checkpoint.size import footprint
+from avss_dist.partition.execution import Execution
 from avss_dist.plans.choice import PlanError
 from avss_dist.plans.plan import Plan
 from avss_dist.pruning.checkpoint import model_card

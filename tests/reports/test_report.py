@@ -39,7 +39,7 @@ from avss_dist.analysis.section import (
     p_value,
 )
 from avss_dist.analysis.verdict import experiment_sections
-from avss_dist.core.text import describe_threshold
+from avss_dist.core.thresholds import describe_threshold
 from avss_dist.reports.page.charts import section_chart
 from avss_dist.reports.page.data import page_data, run_agreement
 from avss_dist.reports.page.page import is_published, report_page, templates

@@ -16,7 +16,7 @@ import pytest
 from support.pages import write_failed, write_removals, write_run
 from support.warehouses import rewrite_file, unpack_released
 
-from avss_dist.core.text import describe_threshold
+from avss_dist.core.thresholds import describe_threshold
 from avss_dist.reports.page.page import report_page
 from avss_dist.stats.rankings import depth_correlation
 from avss_dist.warehouse.reader import Warehouse

@@ -30,7 +30,6 @@ from torch.distributed.tensor import DTensor
 
 from avss_dist.core.errors import AvssError, ConfigError, ModelError
 from avss_dist.core.intervention import NO_INTERVENTION, Expert, Removal
-from avss_dist.core.registry import PARTITIONS
 from avss_dist.core.settings import Settings
 from avss_dist.corpus.pairs import Pairing
 from avss_dist.corpus.shards import Shard, tokenize_corpus
@@ -41,6 +40,7 @@ from avss_dist.models.change.interventions import Patch, decode_patch
 from avss_dist.models.checkpoint.loading import load_tokenizer
 from avss_dist.models.checkpoint.locate import Checkpoint, resolve
 from avss_dist.partition.autotp import difference, inference_config, require_autotp
+from avss_dist.partition.catalog import PARTITIONS
 from avss_dist.partition.group import join, leave
 from avss_dist.partition.replica import Placement, open_replica, replica_class
 from avss_dist.partition.sharded import Zero3Replica, deepspeed_config

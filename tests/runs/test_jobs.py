@@ -20,8 +20,9 @@ from support.tables import assert_same_tables
 import avss_dist
 from avss_dist import estimation
 from avss_dist.core.errors import ConfigError
-from avss_dist.core.settings import Replicas, Settings
+from avss_dist.core.settings import Settings
 from avss_dist.estimation import preview_job
+from avss_dist.partition.execution import Replicas
 from avss_dist.partition.replica import Placement
 from avss_dist.runs import planner
 from avss_dist.runs.events import LogRuns, RunEnded, RunReading, RunStarted, ShardMeasured

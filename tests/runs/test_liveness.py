@@ -23,7 +23,8 @@ from support.ray_cluster import Cluster, children
 from support.warm_workers import own_workers, ray_start_environment
 
 from avss_dist.core.errors import ConfigError
-from avss_dist.core.settings import Execution, Settings
+from avss_dist.core.settings import Settings
+from avss_dist.partition.execution import Execution
 from avss_dist.runs.ray import cluster
 from avss_dist.runs.ray.executor import RayExecutor
 

@@ -17,8 +17,8 @@ from support.tables import assert_same_tables
 from support.warehouses import write_shard
 
 import avss_dist
-from avss_dist.core.registry import AFTER_ANOTHER
 from avss_dist.core.settings import Settings
+from avss_dist.corpus.labels import AFTER_ANOTHER
 from avss_dist.corpus.shards import Shard, tokenize_corpus
 from avss_dist.measure.rows import CountedTokens, by_matrices, row_tensors
 from avss_dist.measure.shard import analyze_shard

@@ -37,9 +37,10 @@ import avss_dist
 from avss_dist import ablate, evaluate
 from avss_dist.core.errors import ConfigError, RunFailed
 from avss_dist.core.intervention import NO_INTERVENTION, Intervention
-from avss_dist.core.settings import Execution, Settings
+from avss_dist.core.settings import Settings
 from avss_dist.models.causal_lm import LanguageModel
 from avss_dist.models.checkpoint.locate import resolve
+from avss_dist.partition.execution import Execution
 from avss_dist.partition.replica import Placement
 from avss_dist.runs import run as partials
 from avss_dist.runs.events import RunEvent, ShardMeasured

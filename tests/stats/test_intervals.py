@@ -8,10 +8,9 @@ import numpy as np
 import pytest
 from scipy.stats import sem, skew, t
 
-from avss_dist.core.registry import LOSS
 from avss_dist.stats.intervals import bootstrap_weights, jackknife_interval, left_out_weights, why_no_interval
 from avss_dist.stats.layer_stats import Float64
-from avss_dist.stats.metrics import LOWER_IS_BETTER, retention_of
+from avss_dist.stats.metrics import LOSS, LOWER_IS_BETTER, retention_of
 
 
 def interval_of_mean(samples: Float64, **options: float) -> Float64:

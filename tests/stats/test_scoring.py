@@ -20,8 +20,8 @@ from hypothesis import strategies as st
 from support.oracle import Float64, oracle_stats
 from support.warehouses import GRID, PUBLISHED, Stats, stats_of
 
-from avss_dist.core.registry import BASELINES, FROM_ACTIVATIONS, SCORES
 from avss_dist.stats import intervals, scores
+from avss_dist.stats.catalog import BASELINES, FROM_ACTIVATIONS, SCORES
 from avss_dist.stats.intervals import jackknife_interval
 from avss_dist.stats.layer_stats import LayerKey, LayerStats, merge_stats
 from avss_dist.stats.rankings import count_lowest, rank_lowest
@@ -363,14 +363,14 @@ def test_whatever_the_counts_columns_are_finite_or_nan_and_ranks_a_permutation(l
 
 USE = """
 import json, sys
-from avss_dist.core import registry
+from avss_dist.stats import catalog
 
-registry.SCORES["distance"] = registry.ScoreInfo(
+catalog.SCORES["distance"] = catalog.ScoreInfo(
     title="distance to the end", meaning="number of layers behind it", column="distance",
     definition="layers behind it", caption="The layers that come after.",
 )
-registry.FROM_ACTIVATIONS += ("distance",)
-registry.BASELINES += ("distance",)
+catalog.FROM_ACTIVATIONS += ("distance",)
+catalog.BASELINES += ("distance",)
 
 from avss_dist.stats import scores
 

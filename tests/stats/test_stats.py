@@ -14,8 +14,8 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from support.oracle import By, Float64, assert_close, oracle_bins, oracle_cuts, oracle_stats
 
-from avss_dist.core.registry import AFTER_ANOTHER
-from avss_dist.core.settings import THRESHOLDS
+from avss_dist.core.thresholds import THRESHOLDS
+from avss_dist.corpus.labels import AFTER_ANOTHER
 from avss_dist.stats import layer_stats
 from avss_dist.stats.layer_stats import (
     CUTS,

@@ -15,7 +15,9 @@ import torch
 
 from avss_dist.core.errors import AvssError, first_line
 from avss_dist.core.intervention import NO_INTERVENTION
-from avss_dist.core.settings import SITES, THRESHOLDS, Settings
+from avss_dist.core.settings import Settings
+from avss_dist.core.sites import SITES
+from avss_dist.core.thresholds import THRESHOLDS
 from avss_dist.corpus.shards import Batch
 from avss_dist.models.checkpoint.loading import Backbone, forward_function, open_module, quiet
 from avss_dist.models.checkpoint.locate import resolve

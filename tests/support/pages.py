@@ -9,8 +9,9 @@ from typing import Any
 
 import numpy as np
 
-from avss_dist.core.registry import BASELINES
-from avss_dist.core.settings import SITES, THRESHOLDS
+from avss_dist.core.sites import SITES
+from avss_dist.core.thresholds import THRESHOLDS
+from avss_dist.stats.catalog import BASELINES
 from avss_dist.stats.layer_stats import LayerStats
 from avss_dist.warehouse.reader import Warehouse
 from avss_dist.warehouse.schema import RunIdentity

@@ -6,9 +6,10 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
-from avss_dist.core.settings import Execution, Settings
+from avss_dist.core.settings import Settings
 from avss_dist.evaluation.repairs import fit_plan
 from avss_dist.models.checkpoint.size import Footprint
+from avss_dist.partition.execution import Execution
 from avss_dist.plans.plan import Plan
 from avss_dist.pruning import checkpoint
 from avss_dist.pruning.repair.repair import Repair

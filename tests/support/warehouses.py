@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from avss_dist.core.settings import PUBLISHED_THRESHOLD
+from avss_dist.core.thresholds import PUBLISHED_THRESHOLD
 from avss_dist.stats.layer_stats import LayerKey, LayerStats, ShardResult, merge_stats
 from avss_dist.stats.rankings import rank_lowest
 from avss_dist.stats.scores import Threshold, score_run

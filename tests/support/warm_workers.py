@@ -141,7 +141,7 @@ def load_kernels() -> None:
     import numpy as np
     import torch
 
-    from avss_dist.core.settings import THRESHOLDS
+    from avss_dist.core.thresholds import THRESHOLDS
     from avss_dist.measure.kernels.cpu import CpuKernels
     from avss_dist.measure.kernels.reference import Accumulator
 

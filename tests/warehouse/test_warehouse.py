@@ -25,7 +25,7 @@ from support import warehouses
 from support.warehouses import rewrite_file, write_shard
 
 from avss_dist.core.errors import StorageFull, WarehouseError
-from avss_dist.core.settings import SITES
+from avss_dist.core.sites import SITES
 from avss_dist.stats.layer_stats import HISTOGRAM_BINS, LayerKey, LayerStats, ShardResult, merge_stats
 from avss_dist.warehouse.encoding import encode_shard
 from avss_dist.warehouse.reader import Warehouse

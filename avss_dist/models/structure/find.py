@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from avss_dist.core.settings import EVERY_SITE, INPUT_SITES
+from avss_dist.core.sites import EVERY_SITE, INPUT_SITES
 from avss_dist.models.forward import Hook, hooked
 from avss_dist.models.structure.additions import Trace, tap_addition
 from avss_dist.models.structure.layers import (

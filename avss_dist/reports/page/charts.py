@@ -11,8 +11,8 @@ from typing import Any
 import altair as alt
 
 from avss_dist.analysis.section import GRAY, Chart
-from avss_dist.core.registry import FROM_ACTIVATIONS, SCORES
 from avss_dist.reports.chart import LOWEST_COLOR, ROWS, depth_chart, layer_axis
+from avss_dist.stats.catalog import FROM_ACTIVATIONS, SCORES
 
 HEIGHTS = {"avss": 280, "blocks": 340, "kept": 280, "lowest": 280}
 OTHER_HEIGHT = 170  # pixels, of the charts of the other scores

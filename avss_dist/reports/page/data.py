@@ -12,10 +12,11 @@ import pyarrow as pa
 from avss_dist.analysis.agreement import RankMatrix, Scores, summarize
 from avss_dist.analysis.chosen import run_labels
 from avss_dist.analysis.thresholds import at_reading
-from avss_dist.core.registry import BASELINES, FROM_ACTIVATIONS, RECIPES, SCORES
-from avss_dist.core.settings import EVERY_SITE, PUBLISHED_THRESHOLD, SITES
-from avss_dist.core.text import basename, count_of, describe_threshold, printable
+from avss_dist.core.sites import EVERY_SITE, SITES
+from avss_dist.core.text import basename, count_of, printable
+from avss_dist.core.thresholds import PUBLISHED_THRESHOLD, describe_threshold
 from avss_dist.plans.choice import PUBLISHED
+from avss_dist.stats.catalog import BASELINES, FROM_ACTIVATIONS, RECIPES, SCORES
 from avss_dist.stats.layer_stats import Float64
 from avss_dist.stats.rankings import MIN_VALUES, average_ranks, count_lowest, depth_correlation
 from avss_dist.warehouse.checks import has_head

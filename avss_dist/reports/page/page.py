@@ -37,14 +37,14 @@ from avss_dist.analysis.verdict import (
     without_layers,
 )
 from avss_dist.core.errors import DamagedFile, QueryError, named_fields, spell_fields
-from avss_dist.core.registry import FROM_ACTIVATIONS, GROUND_TRUTH, RECIPES, SCORES
-from avss_dist.core.settings import SITES
+from avss_dist.core.sites import SITES
 from avss_dist.core.text import basename, count_of, printable
 from avss_dist.plans.choice import PUBLISHED
 from avss_dist.reports.chart import drawing_library
 from avss_dist.reports.output import as_json, map_leaves
 from avss_dist.reports.page.charts import page_charts, section_chart
 from avss_dist.reports.page.data import MIN_RUNS, matrix_data, page_data
+from avss_dist.stats.catalog import FROM_ACTIVATIONS, GROUND_TRUTH, RECIPES, SCORES
 from avss_dist.stats.rankings import count_lowest
 from avss_dist.stats.scores import Threshold
 from avss_dist.warehouse.checks import has_head

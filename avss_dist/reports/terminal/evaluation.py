@@ -23,12 +23,12 @@ from avss_dist.analysis.section import (
 )
 from avss_dist.analysis.verdict import metric_format, readable_value
 from avss_dist.core.intervention import PARTS, count_removed, describe_removed
-from avss_dist.core.registry import LOSS, metrics_of
 from avss_dist.core.text import count_of, describe_bytes, describe_count, describe_seconds, printable
 from avss_dist.plans.map_plans import MapPlan, SparsityPlan
 from avss_dist.reports.terminal.tables import FittedTable
+from avss_dist.stats.catalog import metrics_of
 from avss_dist.stats.intervals import MINIMUM_UNITS
-from avss_dist.stats.metrics import NO_INTERVAL
+from avss_dist.stats.metrics import LOSS, NO_INTERVAL
 from avss_dist.stats.rankings import count_lowest
 from avss_dist.warehouse.reader import grouped
 

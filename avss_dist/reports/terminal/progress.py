@@ -12,11 +12,11 @@ from rich import progress as rich_progress
 from rich.text import Text
 
 from avss_dist.core.intervention import count_removed, describe_removed
-from avss_dist.core.registry import REPAIR, WHOLE
 from avss_dist.core.streams import console, say
 from avss_dist.core.text import basename
 from avss_dist.distillation.curve import CurvePoint, Preparing, TrainingAdvanced
 from avss_dist.evaluation.events import CellDone, CellsStarted, CellUnderway, Event, MemoryNeeded, SearchStep
+from avss_dist.partition.catalog import WHOLE
 from avss_dist.runs.events import (
     LOG_SECONDS,
     LogRuns,
@@ -27,6 +27,7 @@ from avss_dist.runs.events import (
     ShardMeasured,
     describe_repeated,
 )
+from avss_dist.warehouse.names import REPAIR
 
 if TYPE_CHECKING:
     from avss_dist.tasks.task import Cell

@@ -27,10 +27,11 @@ from avss_dist.analysis.section import (
 )
 from avss_dist.analysis.thresholds import INTERPOLATED
 from avss_dist.core.errors import first_names
-from avss_dist.core.registry import LOWEST_SHARE, SCORES
 from avss_dist.core.streams import WIDTH
-from avss_dist.core.text import basename, describe_count, describe_layers, describe_threshold
+from avss_dist.core.text import basename, describe_count, describe_layers
+from avss_dist.core.thresholds import describe_threshold
 from avss_dist.reports.terminal.tables import FittedTable
+from avss_dist.stats.catalog import LOWEST_SHARE, SCORES
 from avss_dist.stats.intervals import why_no_interval
 from avss_dist.stats.layer_stats import bin_edges
 from avss_dist.stats.rankings import count_lowest, depth_correlation

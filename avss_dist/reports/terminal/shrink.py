@@ -17,10 +17,10 @@ from avss_dist.analysis.section import (
     known_interval,
 )
 from avss_dist.core.intervention import count_removed, describe_removed
-from avss_dist.core.registry import PERPLEXITY
 from avss_dist.core.text import basename, describe_bytes
 from avss_dist.reports.terminal.tables import FittedTable
 from avss_dist.stats.metrics import NO_INTERVAL
+from avss_dist.warehouse.names import PERPLEXITY
 from avss_dist.warehouse.reader import grouped
 
 if TYPE_CHECKING:

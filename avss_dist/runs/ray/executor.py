@@ -18,9 +18,10 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from avss_dist.core.devices import Devices, devices_here, pick_device
 from avss_dist.core.errors import AvssError, ConfigError, RunFailed
 from avss_dist.core.process import preserve_sigterm_handler
-from avss_dist.core.registry import GANGS, PARTITIONS
-from avss_dist.core.settings import Execution, Settings
+from avss_dist.core.settings import Settings
 from avss_dist.core.text import count_of
+from avss_dist.partition.catalog import GANGS, PARTITIONS
+from avss_dist.partition.execution import Execution
 from avss_dist.partition.group import lost_rank
 from avss_dist.partition.replica import Placement
 from avss_dist.runs.ray.cluster import (

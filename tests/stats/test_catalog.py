@@ -1,4 +1,4 @@
-"""Every score of the registry is measured, stored, drawn and explained wherever scores are."""
+"""Every score of the catalog is measured, stored, drawn and explained wherever scores are."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ import re
 import pytest
 
 from avss_dist import ablate
-from avss_dist.core.registry import BASELINES, FROM_ACTIVATIONS, GROUND_TRUTH, MEASURED, SCORES, metrics_of
 from avss_dist.reports.page.charts import page_charts
+from avss_dist.stats.catalog import BASELINES, FROM_ACTIVATIONS, GROUND_TRUTH, MEASURED, SCORES, metrics_of
 from avss_dist.stats.layer_stats import LayerStats
 from avss_dist.stats.scores import layer_baselines
 from avss_dist.tasks.damage import LOOKAHEAD

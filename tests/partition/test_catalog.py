@@ -1,4 +1,4 @@
-"""The registry's claims about partitions hold for the classes that it names."""
+"""The catalog's claims about partitions hold for the classes that it names."""
 
 from __future__ import annotations
 
@@ -13,9 +13,10 @@ import pytest
 
 import avss_dist
 from avss_dist.core.errors import ConfigError
-from avss_dist.core.registry import PARTITIONS
-from avss_dist.core.settings import Execution, Settings
+from avss_dist.core.settings import Settings
 from avss_dist.models.checkpoint.locate import resolve
+from avss_dist.partition.catalog import PARTITIONS
+from avss_dist.partition.execution import Execution
 from avss_dist.partition.replica import Placement, open_replica, replica_class
 
 
@@ -69,7 +70,7 @@ class SixthReplica(Replica):
 '''
 USE = """
 import contextlib, io, json, sys
-from avss_dist.core.registry import PARTITIONS, PartitionInfo
+from avss_dist.partition.catalog import PARTITIONS, PartitionInfo
 
 PARTITIONS["sixth"] = PartitionInfo(opens="sixth:SixthReplica", summary="like single", whole=True)
 
@@ -81,7 +82,8 @@ if __name__ == "__main__":
     from avss_dist.partition.choose import choose, least_host_bytes
     from avss_dist.partition.replica import open_replica, with_copies
     from avss_dist.runs.job_file import read_job
-    from avss_dist.core.settings import Execution, Settings
+    from avss_dist.partition.execution import Execution
+    from avss_dist.core.settings import Settings
     from avss_dist.core.devices import devices_here
 
     model, folder = sys.argv[1:]
@@ -114,7 +116,7 @@ if __name__ == "__main__":
 
 @pytest.mark.nightly
 def test_a_sixth_partition_works_everywhere(tiny_llama: Path, tmp_path: Path) -> None:
-    """In a process of its own, which registers it before anything reads the registry, as a line there would."""
+    """In a process of its own, which registers it before anything reads the catalog, as a line there would."""
     (tmp_path / "sixth.py").write_text(SIXTH)
     (tmp_path / "use.py").write_text(USE)
     path = os.pathsep.join([str(tmp_path), *sys.path])
