@@ -307,7 +307,7 @@ class EncodedPatch:
 
     Attributes:
         key: SHA-256 of the bytes, in hex.
-        read: returns the weights as `models.change.interventions.encode_patch` encodes them.
+        read: returns the weights as `models.change.patches.encode_patch` encodes them.
     """
 
     key: str

@@ -29,7 +29,7 @@ from avss_dist.evaluation.session import (
 )
 from avss_dist.evaluation.tasks import plan_text
 from avss_dist.models.causal_lm import LanguageModel
-from avss_dist.models.change.interventions import decode_patch, encode_patch
+from avss_dist.models.change.patches import decode_patch, encode_patch
 from avss_dist.models.checkpoint.loading import without_head
 from avss_dist.models.checkpoint.locate import resolve
 from avss_dist.models.checkpoint.size import load_skeleton

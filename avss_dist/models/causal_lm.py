@@ -29,26 +29,18 @@ from avss_dist.core.intervention import (
 from avss_dist.core.settings import Settings
 from avss_dist.core.streams import portion, report
 from avss_dist.corpus.shards import Batch
-from avss_dist.models.change.interventions import (
-    Patch,
-    decode_patch,
-    find_obstacles,
-    patched,
-    recording,
-    representatives,
-    resuming,
-    skip_of,
-    skipping,
-    without_sublayers,
-)
-from avss_dist.models.change.linear_maps import SparsityCounts, dense, require_fit, rounded, sparsified
+from avss_dist.models.change.experts import require_experts, without_experts
 from avss_dist.models.change.number_formats import NumberFormat
+from avss_dist.models.change.patches import Patch, decode_patch, patched
 from avss_dist.models.change.remaining import without_modules
 from avss_dist.models.change.replay import MapGradients, Record, pass_back
+from avss_dist.models.change.rounding import require_fit, rounded
+from avss_dist.models.change.skipping import resuming, skip_of, skipping
+from avss_dist.models.change.sparsity import SparsityCounts, dense, sparsified
+from avss_dist.models.change.sublayers import find_obstacles, without_sublayers
 from avss_dist.models.checkpoint.loading import Backbone, no_head, predictor, quiet
 from avss_dist.models.checkpoint.locate import Checkpoint
 from avss_dist.models.forward import around
-from avss_dist.models.structure.experts import require_experts, without_experts
 from avss_dist.models.structure.head import (
     LOGIT_BYTES,
     Head,
@@ -58,7 +50,8 @@ from avss_dist.models.structure.head import (
     pieces,
     uniform_numbers,
 )
-from avss_dist.models.structure.layers import Layer, probe_tokens, require_single_use
+from avss_dist.models.structure.layers import Layer, probe_tokens, representatives, require_single_use
+from avss_dist.models.watching import recording
 from avss_dist.stats.layer_stats import Float64
 
 PROBE_TOKENS = 16
@@ -88,7 +81,7 @@ class LanguageModel:
         device: device of token ids and results.
         reports: whether the results of this process count; one of several ranks with equal results reports.
         notes: remarks for people on how the model computes, collected while it does.
-        keeps_hidden_states: whether `interventions.recording` and `resuming` work on its layers and save time.
+        keeps_hidden_states: whether `watching.recording` and `resuming` work on its layers and save time.
             Otherwise the passes of `together` share one reading of the weights.
         weights_stay: whether weights are in memory, and whole, from pass to pass. Otherwise they are patched and
             rounded while their layer runs, and backward passes use the unchanged ones.
@@ -140,7 +133,7 @@ class LanguageModel:
 
     @cached_property
     def obstacles(self) -> dict[int, str]:
-        """Reasons, by layer, why its sublayers cannot be left out alone, from `interventions.find_obstacles`."""
+        """Reasons, by layer, why its sublayers cannot be left out alone, from `sublayers.find_obstacles`."""
         try:
             with torch.no_grad():
                 return find_obstacles(
@@ -153,7 +146,7 @@ class LanguageModel:
     def resumes(self) -> bool:
         """Whether a pass resumed from recorded hidden states equals, bit by bit, a pass that skips the layer.
 
-        Tried on a few tokens, with `interventions.representatives` of the layers.
+        Tried on a few tokens, with `representatives` of the layers.
         """
         if not all(layer.form for layer in self.layers):
             return False
@@ -251,11 +244,11 @@ class LanguageModel:
             ) from error
 
     def patched(self, patch: Patch) -> AbstractContextManager[None]:
-        """Have the model compute with a patch inside the context, as `interventions.patched`."""
+        """Have the model compute with a patch inside the context, as `patches.patched`."""
         return patched(self.layers, patch, when_called=not self.weights_stay)
 
     def rounded(self, rounding: Rounding) -> AbstractContextManager[None]:
-        """Have the model compute with rounded weights inside the context, as `linear_maps.rounded`."""
+        """Have the model compute with rounded weights inside the context, as `rounding.rounded`."""
         self.require_roundable((), ())
         return rounded(self.layers, rounding, when_called=not self.weights_stay)
 
@@ -264,7 +257,7 @@ class LanguageModel:
         return self.layers[layer].module.get_parameter(path).detach()
 
     def sparsified(self, sparsity: Sparsity) -> AbstractContextManager[SparsityCounts]:
-        """Have the model compute with sparse activations inside the context, as `linear_maps.sparsified`."""
+        """Have the model compute with sparse activations inside the context, as `sparsity.sparsified`."""
         if not self.whole_weights and any(cut.by != THRESHOLD or cut.weighted for cut in sparsity.maps):
             raise ModelError(
                 "Each rank has some of a token's units, and cannot choose the largest of all.",

@@ -18,7 +18,7 @@ from torch import distributed
 
 from avss_dist.core.errors import AvssError, ConfigError
 from avss_dist.models.causal_lm import LanguageModel
-from avss_dist.models.change.linear_maps import dense
+from avss_dist.models.change.sparsity import dense
 
 S = TypeVar("S")
 T = TypeVar("T")

@@ -18,7 +18,6 @@ import torch
 from avss_dist.core.errors import ConfigError
 from avss_dist.core.extras import pip_command
 from avss_dist.core.settings import Settings
-from avss_dist.models.change.interventions import captured
 from avss_dist.models.checkpoint.loading import (
     Backbone,
     Forward,
@@ -41,6 +40,7 @@ from avss_dist.models.structure.layers import (
     linear_sizes,
     probe_tokens,
 )
+from avss_dist.models.watching import captured
 from avss_dist.partition.group import all_gather, exchange_units_for_rows
 
 Probe = dict[tuple[int, str], torch.Tensor]

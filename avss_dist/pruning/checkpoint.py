@@ -26,13 +26,15 @@ from avss_dist.core.files import staged_folder
 from avss_dist.core.intervention import Removals, count_removed, whole_layers
 from avss_dist.core.settings import Settings
 from avss_dist.core.text import describe_layers, describe_rows, escape_markdown, printable
-from avss_dist.models.change.interventions import Patch, patched, skipping, without_sublayers
+from avss_dist.models.change.experts import require_experts, without_experts
+from avss_dist.models.change.patches import Patch, patched
+from avss_dist.models.change.skipping import skipping
+from avss_dist.models.change.sublayers import without_sublayers
 from avss_dist.models.checkpoint.loading import forward_function, has_head, load_model, open_module, quiet, text_config
 from avss_dist.models.checkpoint.locate import PICKLED, Checkpoint, read_config, resolve
 from avss_dist.models.checkpoint.quantization import can_unpack, quantization_method, ready_quantizer
 from avss_dist.models.checkpoint.size import footprint
 from avss_dist.models.checkpoint.weight_files import WEIGHTS, weight_files
-from avss_dist.models.structure.experts import require_experts, without_experts
 from avss_dist.models.structure.layers import first_tensor
 from avss_dist.partition.catalog import LAYERWISE
 from avss_dist.partition.choose import place

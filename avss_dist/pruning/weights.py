@@ -18,7 +18,7 @@ from torch import nn
 
 from avss_dist.core.errors import ModelError
 from avss_dist.core.settings import Settings
-from avss_dist.models.change.interventions import Parameter, Patch
+from avss_dist.models.change.patches import Parameter, Patch
 from avss_dist.models.checkpoint.loading import renaming, skeleton, text_config, without_head
 from avss_dist.models.checkpoint.locate import Checkpoint
 from avss_dist.models.checkpoint.safetensors import (

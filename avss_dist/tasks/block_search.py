@@ -15,9 +15,9 @@ from numpy.typing import NDArray
 from avss_dist.core.intervention import NO_INTERVENTION, Intervention
 from avss_dist.corpus.shards import Batch, Shard
 from avss_dist.models.causal_lm import LanguageModel
-from avss_dist.models.change.linear_maps import weight_of
 from avss_dist.models.forward import hooked
 from avss_dist.models.structure.layers import Layer, LayerCall, as_rows, output_tensor
+from avss_dist.models.structure.linear_maps import weight_of
 from avss_dist.stats.layer_stats import Float64
 from avss_dist.tasks.task import Measure, Row
 

@@ -17,10 +17,11 @@ from avss_dist.core.errors import ModelError
 from avss_dist.core.intervention import NO_INTERVENTION, Intervention, round_place
 from avss_dist.corpus.shards import Batch, Shard
 from avss_dist.models.causal_lm import LanguageModel
-from avss_dist.models.change.linear_maps import rounded_before, rounded_weight, weight_of
 from avss_dist.models.change.number_formats import NumberFormat, number_format
+from avss_dist.models.change.rounding import rounded_before, rounded_weight
 from avss_dist.models.forward import hooked
 from avss_dist.models.structure.layers import Layer, Projection, as_rows
+from avss_dist.models.structure.linear_maps import weight_of
 from avss_dist.stats.layer_stats import Float64
 from avss_dist.stats.metrics import BITS_PER_WEIGHT, NUM_WEIGHTS, PREDICTED_RISE
 from avss_dist.tasks.backward import CURRENT, DRAWS, BackwardMeasure, BackwardPass

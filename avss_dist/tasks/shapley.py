@@ -15,7 +15,8 @@ from avss_dist.core.intervention import NO_INTERVENTION, Intervention
 from avss_dist.core.streams import portion
 from avss_dist.corpus.shards import Batch, Shard
 from avss_dist.models.causal_lm import LanguageModel, predicted
-from avss_dist.models.change.interventions import recording, resuming
+from avss_dist.models.change.skipping import resuming
+from avss_dist.models.watching import recording
 from avss_dist.stats.layer_stats import Float64
 from avss_dist.tasks.task import Measure, Row
 

@@ -51,7 +51,7 @@ class Row:
         removed: layers and sublayers that were removed; None means those of the cell.
         rounding: key of the `intervention.Rounding` that the metric describes; None means that of the cell.
         layer: index of the layer that the metric describes; None for the whole model.
-        patch: fitted weights, encoded by `interventions.encode_patch`; None if nothing was fitted.
+        patch: fitted weights, encoded by `patches.encode_patch`; None if nothing was fitted.
     """
 
     metric: str

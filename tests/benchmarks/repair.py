@@ -41,10 +41,11 @@ from avss_dist.core.intervention import NO_INTERVENTION
 from avss_dist.core.settings import DTYPES, Settings
 from avss_dist.corpus.shards import CorpusPlan, tokenize_corpus
 from avss_dist.models.causal_lm import LanguageModel
-from avss_dist.models.change.interventions import Patch, captured
+from avss_dist.models.change.patches import Patch
 from avss_dist.models.checkpoint.loading import load_tokenizer
 from avss_dist.models.forward import replace_tensor
 from avss_dist.models.structure.layers import first_tensor
+from avss_dist.models.watching import captured
 from avss_dist.plans.plan import Plan
 from avss_dist.pruning.repair.hidden_states import HiddenStateSource
 from avss_dist.pruning.repair.registry import REPAIRS

@@ -33,7 +33,9 @@ from avss_dist.core.settings import Settings
 from avss_dist.corpus.shards import Shard
 from avss_dist.evaluation.tasks import plan_text
 from avss_dist.models.causal_lm import LanguageModel
-from avss_dist.models.change.interventions import recording, representatives, resuming
+from avss_dist.models.change.skipping import resuming
+from avss_dist.models.structure.layers import representatives
+from avss_dist.models.watching import recording
 from avss_dist.reports.page.page import _scorecards
 from avss_dist.reports.terminal.evaluation import ablation_table
 from avss_dist.studies.ablate import Ablation

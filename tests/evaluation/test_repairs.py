@@ -33,7 +33,7 @@ from avss_dist.evaluation.events import CellUnderway, Event
 from avss_dist.evaluation.repairs import fit_repairs, plan_fits, read_repaired
 from avss_dist.evaluation.session import EvaluationSession, PlacedModel, PlannedTask
 from avss_dist.evaluation.tasks import plan_text_task
-from avss_dist.models.change.interventions import decode_patch, encode_patch, patched
+from avss_dist.models.change.patches import decode_patch, encode_patch, patched
 from avss_dist.models.checkpoint.loading import open_module
 from avss_dist.models.checkpoint.locate import resolve
 from avss_dist.partition import group

@@ -10,11 +10,11 @@ from support.capabilities import YES, read_table
 from support.families import tiny_model
 from support.tiers import all_of
 
-from avss_dist.models.change.interventions import captured
 from avss_dist.models.checkpoint.loading import Backbone, forward_function, open_module, quiet
 from avss_dist.models.structure import find as structure
 from avss_dist.models.structure.additions import Trace, tap_addition, transforms_outputs
 from avss_dist.models.structure.layers import PROBE_SHAPE, Layer, Tap, as_rows, probe_tokens
+from avss_dist.models.watching import captured
 
 SCALE = 0.22
 TRANSFORMING = [

@@ -24,16 +24,13 @@ from transformers import AutoModelForCausalLM
 from avss_dist.core.errors import ConfigError, CorpusError, ModelError
 from avss_dist.core.intervention import Expert
 from avss_dist.core.settings import Settings
-from avss_dist.models.change.interventions import CapturedCall
+from avss_dist.models.change.experts import require_experts, without_experts
 from avss_dist.models.checkpoint.loading import open_module
 from avss_dist.models.checkpoint.locate import resolve
-from avss_dist.models.structure.experts import (
-    find_down_projections,
-    find_routed_experts,
-    require_experts,
-    without_experts,
-)
+from avss_dist.models.structure.down_projections import find_down_projections
+from avss_dist.models.structure.experts import find_routed_experts
 from avss_dist.models.structure.layers import Routing
+from avss_dist.models.watching import CapturedCall
 from avss_dist.plans.choice import PlanError, choose_experts
 from avss_dist.plans.plan import Plan, read_plan
 from avss_dist.pruning.checkpoint import pruned_from

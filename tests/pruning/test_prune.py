@@ -25,7 +25,7 @@ import avss_dist
 from avss_dist.core.errors import ModelError
 from avss_dist.core.settings import Settings
 from avss_dist.corpus.seen import SCORES, SeenText
-from avss_dist.models.change.interventions import skipping
+from avss_dist.models.change.skipping import skipping
 from avss_dist.models.checkpoint.loading import auto_classes, forward_function, load, load_model, open_module, quiet
 from avss_dist.models.checkpoint.locate import resolve
 from avss_dist.models.structure.layers import first_tensor

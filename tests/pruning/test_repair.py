@@ -27,7 +27,7 @@ from avss_dist import evaluate
 from avss_dist.core.errors import AvssError, ConfigError, CorpusError, ModelError
 from avss_dist.core.settings import Settings
 from avss_dist.corpus.shards import tokenize_corpus
-from avss_dist.models.change.interventions import skipping
+from avss_dist.models.change.skipping import skipping
 from avss_dist.models.checkpoint.loading import load_tokenizer, open_module
 from avss_dist.models.checkpoint.locate import resolve
 from avss_dist.models.checkpoint.size import footprint

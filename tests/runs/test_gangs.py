@@ -36,7 +36,7 @@ from avss_dist.corpus.shards import Shard, tokenize_corpus
 from avss_dist.evaluation.repairs import FitRepair
 from avss_dist.measure.shard import analyze_shard, follow
 from avss_dist.models.causal_lm import LanguageModel
-from avss_dist.models.change.interventions import Patch, decode_patch
+from avss_dist.models.change.patches import Patch, decode_patch
 from avss_dist.models.checkpoint.loading import load_tokenizer
 from avss_dist.models.checkpoint.locate import Checkpoint, resolve
 from avss_dist.partition.autotp import difference, inference_config, require_autotp

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from avss_dist.models.change.interventions import in_form
+from avss_dist.models.change.skipping import in_form
 from avss_dist.models.forward import hooked
 from avss_dist.models.structure.layers import Layer, LayerCall, first_tensor
 

@@ -1,37 +1,18 @@
-"""Routed experts of a layer: their removal from an open model, and their units.
-
-Inside its ``forward`` a router holds the rows of the remaining experts alone, so that it computes exactly what the
-router of a pruned checkpoint does. The indices that it returns are those of the whole model, and the logits of removed
-experts are minus infinity.
-
-Units of routed experts are the inputs of their down projections. The output of the fused experts of a layer is linear
-in their down projections: for a token, the sum over its experts of the gate times the units of the expert times its
-down projection. Units are read without knowing the family, by calling the experts with parts of the identity in place
-of the down projections, and with gates of 1.
-"""
+"""Routed experts of a layer: their modules and numbers, and why some cannot be removed."""
 
 from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager
-from contextvars import ContextVar
-from dataclasses import dataclass, replace
-from functools import partial
-from types import MappingProxyType
-from typing import Any, ClassVar
+from collections.abc import Collection
+from dataclasses import dataclass
 
 import torch
 from torch import nn
 from torch.distributed.tensor import DTensor
 
 from avss_dist.core.errors import ModelError
-from avss_dist.core.intervention import Removal, experts_by_layer
-from avss_dist.core.process import bound
 from avss_dist.core.text import count_of
-from avss_dist.models.forward import around, replace_tensor, replaced_attributes, replaced_parameters
-from avss_dist.models.structure.layers import Layer, Routing, first_tensor, routing_of, with_replaced
 
 COUNT = "num_experts"
 """Attribute of routers and of fused experts with the number of experts."""
@@ -39,8 +20,7 @@ ROUTER_TENSORS = ("weight", "bias", "e_score_correction_bias", "expert_bias")
 """Tensors of a router, or of the module around it, that have a row for each expert."""
 _OTHER_COUNT = re.compile(r"^(n|num)_.*experts$|^out_features$")
 _EXPERTS = re.compile(r"(^|\.)experts\b|(?<!Shared)Experts$")
-_ELSEWHERE = "Remove whole layers of this model."
-_Removed = Mapping[nn.Module, frozenset[int]]  # by router
+ELSEWHERE = "Remove whole layers of this model."
 
 
 @dataclass(frozen=True)
@@ -154,7 +134,7 @@ def find_routed_experts(layer: nn.Module) -> RoutedExperts | None:
 
 
 def _unsupported(reason: str) -> ModelError:
-    return ModelError(f"its routed experts cannot be removed: {reason}", _ELSEWHERE)
+    return ModelError(f"its routed experts cannot be removed: {reason}", ELSEWHERE)
 
 
 def _is_fused(module: nn.Module) -> bool:
@@ -228,170 +208,3 @@ def require_routed_experts(layer: nn.Module, index: int, removed: Collection[int
         )
     routed.require_remaining(index, removed)
     return routed
-
-
-def require_experts(layers: Sequence[Layer], removed: Collection[Removal]) -> None:
-    """Refuse experts that the model does not have, or that cannot be removed.
-
-    Raises:
-        ModelError: an expert cannot be removed; the message names the layer, and has the reason.
-    """
-    for index, experts in experts_by_layer(removed).items():
-        layer = layers[index]
-        routed, called = require_routed_experts(layer.module, index, experts), layer.experts
-        if called is None or called.module is not layer.module.get_submodule(routed.experts):
-            raise ModelError(
-                f"Layer {index} calls its routed experts in a way that is not seen, so none can be removed.",
-                _ELSEWHERE,
-            )
-
-
-_REMOVED: ContextVar[_Removed] = ContextVar("removed experts", default=MappingProxyType({}))
-
-
-@contextmanager
-def without_experts(layers: Sequence[Layer], removed: Collection[Removal]) -> Iterator[None]:
-    """Have routers choose among the remaining experts inside the context.
-
-    Interleaved passes are not affected.
-
-    Args:
-        layers: layers of the model, for which `require_experts` passes.
-    """
-    before = _REMOVED.get()
-    routers = dict(before)
-    choices = {}
-    for index, experts in experts_by_layer(removed).items():
-        routed = require_routed_experts(layers[index].module, index, experts)
-        router = layers[index].module.get_submodule(routed.router)
-        routers[router] = before.get(router, frozenset()) | {*experts}
-        if router not in before:
-            choices[router] = partial(_choose, router, routed.number)
-    with around(choices, weights=True), bound(_REMOVED, routers):
-        yield
-
-
-def _choose(router: nn.Module, number: int, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-    """Run a router of ``number`` experts, as an action of `around`, so that it chooses among the remaining ones.
-
-    It holds their rows alone while it runs. Instance attributes hide its tensors.
-    """
-    weight: Any = router.weight
-    keep = torch.tensor([e for e in range(number) if e not in _REMOVED.get()[router]], device=weight.device)
-
-    def shorten(value: Any) -> Any:
-        """Return an argument without the removed experts, if it is a vector with an element for each."""
-        is_vector = isinstance(value, torch.Tensor) and value.shape == (number,)
-        return value.index_select(0, keep) if is_vector else value
-
-    tensors = {name: getattr(router, name, None) for name in ROUTER_TENSORS}
-    rows = {name: t.index_select(0, keep) for name, t in tensors.items() if isinstance(t, torch.Tensor)}
-    with replaced_attributes([(router, {**rows, COUNT: len(keep)})]):
-        output = forward(*map(shorten, args), **{name: shorten(value) for name, value in kwargs.items()})
-    logits = first_tensor(output)
-    if logits is None or logits.shape[-1] != len(keep):
-        raise ModelError(f"A {type(router).__name__} returns no logits of its experts.", _ELSEWHERE)
-    whole = logits.new_full((*logits.shape[:-1], number), -torch.inf).index_copy(-1, keep, logits)
-    index = next((t for t in output if isinstance(t, torch.Tensor) and not t.is_floating_point()), None)
-    if index is None:
-        raise ModelError(f"A {type(router).__name__} does not choose experts itself.", _ELSEWHERE)
-    return replace_tensor(replace_tensor(output, logits, whole), index, keep[index].to(index.dtype))
-
-
-@dataclass(frozen=True)
-class DownProjections:
-    """Down projections of the fused experts of a layer, stacked in one parameter.
-
-    Attributes:
-        module: the fused experts.
-        transposed: whether the parameter is [experts, units, outputs], not [experts, outputs, units].
-    """
-
-    module: nn.Module
-    transposed: bool
-
-    WEIGHT: ClassVar[str] = "down_proj"
-    BIAS: ClassVar[str] = "down_proj_bias"
-
-    def as_rows(self, weight: torch.Tensor) -> torch.Tensor:
-        """Return the stacked parameter, or its values, as [experts, units, outputs]."""
-        return weight if self.transposed else weight.transpose(1, 2)
-
-    def routing(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Routing:
-        """Return the routing among the arguments of a call of the experts."""
-        routing = routing_of([value for value in (*args, *kwargs.values()) if isinstance(value, torch.Tensor)])
-        assert routing is not None
-        return routing
-
-    def units(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Routing:
-        """Return a routing whose hidden units are the inputs of the down projections of a token's experts.
-
-        Args:
-            args, kwargs: arguments of a call of the experts.
-        """
-        routing = self.routing(args, kwargs)
-        tokens, chosen = routing.index.shape
-        weight = self.module.get_parameter(self.WEIGHT)
-        _, width, outputs = self.as_rows(weight).shape
-        units = routing.hidden.new_empty(tokens, chosen, width)
-        for start in range(0, width, outputs):
-            read = min(outputs, width - start)
-            part = torch.zeros(width, outputs, dtype=weight.dtype, device=weight.device)
-            part[start : start + read, :read].fill_diagonal_(1)
-            with self._replaced(part):
-                for slot in range(chosen):
-                    index, gates = (tensor[:, slot : slot + 1] for tensor in (routing.index, routing.gates))
-                    only = {id(routing.index): index, id(routing.gates): torch.ones_like(gates)}
-                    units[:, slot, start : start + read] = self._call(args, kwargs, only)[:, :read]
-        return replace(routing, hidden=units)
-
-    def is_linear(self, args: Sequence[Any], kwargs: Mapping[str, Any], output: torch.Tensor, tolerance: float) -> bool:
-        """Whether the output of a call is that of the down projections and their biases applied to `units`.
-
-        Args:
-            args, kwargs, output: arguments and output of a call of the experts.
-            tolerance: largest difference, relative to the norm of the output.
-        """
-        rows, chosen = self.as_rows(self.module.get_parameter(self.WEIGHT)), self.units(args, kwargs)
-        gated = chosen.hidden.float() * chosen.gates.unsqueeze(-1).float()
-        from_units = gated.new_zeros(len(gated), rows.shape[-1])
-        for token, experts in enumerate(chosen.index.tolist()):  # one matrix at a time in float32
-            for units, expert in zip(gated[token], experts, strict=True):
-                from_units[token] += units @ rows[expert].float()
-        with self._replaced(torch.zeros_like(rows[0]), keep_bias=True):
-            from_bias = self._call(args, kwargs, {}).float()
-        difference = from_units + from_bias - output.reshape(from_units.shape).float()
-        return bool(difference.norm() <= tolerance * output.float().norm())
-
-    def _replaced(self, rows: torch.Tensor, *, keep_bias: bool = False) -> AbstractContextManager[None]:
-        """Return a context in which every expert has the down projection ``rows``, [units, outputs], and no bias."""
-        matrix = rows if self.transposed else rows.T
-        weight = self.module.get_parameter(self.WEIGHT)
-        values = {weight: matrix.expand(weight.shape).contiguous()}
-        bias = self.module._parameters.get(self.BIAS)
-        if bias is not None and not keep_bias:
-            values[bias] = torch.zeros_like(bias)
-        return replaced_parameters(values)
-
-    def _call(
-        self, args: Sequence[Any], kwargs: Mapping[str, Any], replaced: Mapping[int, torch.Tensor]
-    ) -> torch.Tensor:
-        """Return the output, [tokens, outputs], of the experts without hooks, with other arguments, by their id."""
-        forward = getattr(self.module, "_old_forward", self.module.forward)  # Accelerate's would load weights anew
-        positional, keywords = with_replaced(args, kwargs, replaced)
-        output = forward(*positional, **keywords)
-        return output.reshape(-1, output.shape[-1])
-
-
-def find_down_projections(module: nn.Module) -> DownProjections | None:
-    """Return the down projections of fused experts, or None if they are not known.
-
-    The module may be on the meta device. They are known where they are plain numbers in the parameter that all families
-    of transformers name alike.
-    """
-    weight = module._parameters.get(DownProjections.WEIGHT)
-    if weight is None or not weight.is_floating_point() or weight.dtype.itemsize == 1:
-        return None
-    if len(getattr(weight, "ds_shape", weight.shape)) != 3:
-        return None
-    return DownProjections(module, transposed=bool(getattr(module, "is_transposed", False)))

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections import defaultdict
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,6 +12,7 @@ from torch import nn
 
 from avss_dist.core.errors import ModelError, nearest
 
+MAX_REPRESENTATIVES = 8  # layers, beside the ends of each kind
 PROBE_SHAPE = (2, 12)  # rows and tokens differ, so that axes can be distinguished
 
 
@@ -315,3 +317,23 @@ def require_single_use(layers: Sequence[Layer], layer: Layer, change: str) -> No
     """
     if sum(other.module is layer.module for other in layers) > 1:
         raise ModelError(f"{layer} is used more than once; it cannot be {change}.")
+
+
+def representatives(layers: Sequence[Layer]) -> list[Layer]:
+    """Return the layers on which to try something that takes passes for each: all of them, or a sample of many.
+
+    The sample is the first and the last layer of each kind, and others at equal distances. Layers are of one kind if
+    their modules have equal classes, flags and names, which tell apart sliding attention or shared keys and values.
+    """
+    if len(layers) <= MAX_REPRESENTATIVES:
+        return list(layers)
+    kinds: defaultdict[Hashable, list[int]] = defaultdict(list)
+    for place, layer in enumerate(layers):
+        parts = [
+            (path, type(part), tuple(item for item in vars(part).items() if type(item[1]) in (bool, str)))
+            for path, part in layer.module.named_modules()
+        ]
+        kinds[tuple(parts)].append(place)
+    ends = {place for places in kinds.values() for place in (places[0], places[-1])}
+    step = (len(layers) - 1) / (MAX_REPRESENTATIVES - 1)
+    return [layers[place] for place in sorted(ends | {round(step * number) for number in range(MAX_REPRESENTATIVES)})]

@@ -27,8 +27,8 @@ from torch.utils.weak import WeakTensorKeyDictionary
 from avss_dist.core.errors import RunFailed
 from avss_dist.core.memory import release_freed_memory
 from avss_dist.core.streams import report
-from avss_dist.models.change.interventions import skip_of
 from avss_dist.models.change.replay import Record
+from avss_dist.models.change.skipping import skip_of
 from avss_dist.models.structure.layers import input_tensor
 from avss_dist.partition.replica import offload_folder
 from avss_dist.partition.streaming.weights import Part, StreamedWeights, buffer_bytes, copied_into, mapped, readahead

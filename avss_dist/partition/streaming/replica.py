@@ -24,8 +24,8 @@ from avss_dist.core.streams import portion, report
 from avss_dist.core.text import describe_bytes
 from avss_dist.corpus.shards import Batch
 from avss_dist.models.causal_lm import LanguageModel, Watcher, last_layer_not_run
-from avss_dist.models.change.interventions import resuming, skip_of
 from avss_dist.models.change.replay import Record, pass_back
+from avss_dist.models.change.skipping import resuming, skip_of
 from avss_dist.models.checkpoint.loading import Backbone, open_module, without_head
 from avss_dist.models.checkpoint.locate import Checkpoint
 from avss_dist.models.checkpoint.size import Footprint, footprint

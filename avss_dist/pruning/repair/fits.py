@@ -41,8 +41,8 @@ from typing import NamedTuple
 import torch
 
 from avss_dist.core.errors import AvssError
-from avss_dist.models.change.interventions import CapturedCall
 from avss_dist.models.structure.layers import Routing
+from avss_dist.models.watching import CapturedCall
 from avss_dist.pruning.repair.projection import OutputProjection, inverse_rms
 from avss_dist.pruning.repair.registry import REPAIRS, RepairMethod
 

@@ -14,9 +14,11 @@ from avss_dist.core.devices import available_memory, to_device
 from avss_dist.core.intervention import Removal, experts_by_layer, layer_of
 from avss_dist.corpus.shards import Batch
 from avss_dist.models.causal_lm import LanguageModel
-from avss_dist.models.change.interventions import CapturedCall, Parameter, captured, recording, resuming
+from avss_dist.models.change.patches import Parameter
+from avss_dist.models.change.skipping import resuming
 from avss_dist.models.checkpoint.loading import forward_function
 from avss_dist.models.structure.layers import Layer, as_rows, probe_tokens
+from avss_dist.models.watching import CapturedCall, captured, recording
 from avss_dist.pruning.repair.projection import OutputProjection, find_output_projection
 
 MEMORY_SHARE = 4

@@ -14,9 +14,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
-from avss_dist.models.change.interventions import captured
-from avss_dist.models.structure.experts import DownProjections, find_down_projections
+from avss_dist.models.structure.down_projections import DownProjections, find_down_projections
 from avss_dist.models.structure.layers import PROBE_SHAPE, Experts, Layer, as_rows
+from avss_dist.models.watching import captured
 from avss_dist.plans.choice import PlanError
 
 PUSHES = (1.0, 4.0)

@@ -6,7 +6,7 @@ output of the MLP before the cut, or from its hidden units (see `fits`). A repai
 layer behind the first cut, because what earlier fits leave missing propagates through them.
 
 A layer that loses routed experts is a cut as well, fitted to the whole model's hidden states after that layer. Its
-hidden units are those of all remaining experts times their gates (`models.structure.experts`).
+hidden units are those of all remaining experts times their gates (`models.structure.down_projections`).
 
 The first token of each row is an attention sink: in some models its hidden states are hundreds of times as long as
 others. It is scaled to their length. One row of ten is held back: it chooses the ridge and measures the fit, and a fit
@@ -35,12 +35,13 @@ from avss_dist.core.text import describe_bytes, describe_layers
 from avss_dist.core.validation import OneOf, checked
 from avss_dist.corpus.shards import Batch, CorpusPlan, Mask
 from avss_dist.models.causal_lm import LanguageModel
-from avss_dist.models.change.interventions import Patch
+from avss_dist.models.change.patches import Patch
 from avss_dist.models.checkpoint.loading import candidate_layers
 from avss_dist.models.checkpoint.locate import Checkpoint
 from avss_dist.models.checkpoint.safetensors import DTYPES
 from avss_dist.models.checkpoint.size import load_skeleton
-from avss_dist.models.structure.experts import find_down_projections, find_routed_experts
+from avss_dist.models.structure.down_projections import find_down_projections
+from avss_dist.models.structure.experts import find_routed_experts
 from avss_dist.models.structure.find import find_down_projection
 from avss_dist.models.structure.layers import linear_sizes
 from avss_dist.plans.choice import PlanError
