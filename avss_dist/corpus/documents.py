@@ -5,20 +5,22 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from typing import Any
 
 from avss_dist.core.errors import CorpusError, first_line, nearest
 from avss_dist.core.text import describe_bytes, docs_page
+from avss_dist.core.values import JsonObject
 from avss_dist.corpus.labels import AFTER_ANOTHER, BEST, INCORRECT, TRUTHFUL
 
 MAX_LINE_BYTES = 16 << 20  # maximum of a line; a text may have as many characters
 _HALF_CHARACTER = re.compile("[\ud800-\udfff]")
 
-Records = Iterable[tuple[Mapping[str, Any], str]]
-"""JSON objects, each with its file and line."""
+Record = tuple[JsonObject, str]
+"""JSON object, or row of another file, with its file and line."""
+Records = Iterable[Record]
 
 
 @dataclass(frozen=True)
@@ -44,8 +46,12 @@ def labelled_answers(records: Records, prompt: str, answer: str, label: str) -> 
         CorpusError: a field is missing or not text, or an answer is empty. The message names file and line.
     """
     for record, where in records:
-        before, text, kind = (field_text(record, name, where) for name in (prompt, answer, label))
-        yield _answer(before, text, kind, where)
+        yield _answer(
+            prompt=field_text(record, prompt, where),
+            text=field_text(record, answer, where),
+            label=field_text(record, label, where),
+            where=where,
+        )
 
 
 def truthfulqa_answers(records: Records, seed: int) -> Iterator[Answer]:
@@ -57,12 +63,13 @@ def truthfulqa_answers(records: Records, seed: int) -> Iterator[Answer]:
         CorpusError: as `labelled_answers`.
     """
     for record, where in records:
-        question, best = (field_text(record, name, where) for name in ("question", "best_answer"))
-        wrong = field_texts(record, "incorrect_answers", where)
-        drawn = int.from_bytes(hashlib.sha256(f"{seed}:{question}".encode()).digest()[:8], "big")
+        question = field_text(record, "question", where)
+        best = field_text(record, "best_answer", where)
+        incorrect = field_texts(record, "incorrect_answers", where)
         prompt = question_prompt(question)
         yield _answer(prompt, best, TRUTHFUL, where)
-        yield _answer(prompt, wrong[drawn % len(wrong)], INCORRECT, where)
+        drawn = _random_number(seed, question) % len(incorrect)
+        yield _answer(prompt, incorrect[drawn], INCORRECT, where)
 
 
 def truthfulqa_choices(records: Records) -> list[list[Answer]]:
@@ -73,14 +80,24 @@ def truthfulqa_choices(records: Records) -> list[list[Answer]]:
     """
     questions = []
     for record, where in records:
-        question, best = (field_text(record, name, where) for name in ("question", "best_answer"))
-        correct, wrong = (field_texts(record, f"{name}_answers", where) for name in ("correct", "incorrect"))
-        answers = [(best, BEST), *((text, TRUTHFUL) for text in correct if text != best)]
-        answers += [(text, INCORRECT) for text in wrong]
-        questions.append([_answer(question_prompt(question), text, label, where) for text, label in answers])
+        question = field_text(record, "question", where)
+        best = field_text(record, "best_answer", where)
+        correct = field_texts(record, "correct_answers", where)
+        incorrect = field_texts(record, "incorrect_answers", where)
+        prompt = question_prompt(question)
+        answers = [_answer(prompt, best, BEST, where)]
+        answers += [_answer(prompt, text, TRUTHFUL, where) for text in correct if text != best]
+        answers += [_answer(prompt, text, INCORRECT, where) for text in incorrect]
+        questions.append(answers)
     if not questions:
         raise CorpusError("The file holds no question.", "Name one of TruthfulQA.")
     return questions
+
+
+def _random_number(seed: int, text: str) -> int:
+    """Return a number of 64 bits that depends on the seed and the text alone."""
+    digest = hashlib.sha256(f"{seed}:{text}".encode()).digest()
+    return int.from_bytes(digest[:8], "big")
 
 
 def question_prompt(question: str) -> str:
@@ -89,16 +106,19 @@ def question_prompt(question: str) -> str:
 
 
 def _answer(prompt: str, text: str, label: str, where: str) -> Answer:
+    """Return an answer, with a space between it and its prompt if neither has one."""
     if not text.strip():
         raise CorpusError(f"{where}: the answer is empty.", "Write one, or leave the line out.")
-    kind = label.strip()
-    if not kind or kind.endswith(AFTER_ANOTHER):
+    stratum = label.strip()
+    if not stratum or stratum.endswith(AFTER_ANOTHER):
         raise CorpusError(f"{where}: invalid label '{label}'.", "Expected a word, such as hallucinated or truthful.")
-    apart = text[:1].isspace() or prompt[-1:].isspace() or not prompt
-    return Answer(prompt, text if apart else f" {text}", kind, where)
+    is_apart = not prompt or prompt[-1].isspace() or text[0].isspace()
+    if not is_apart:
+        text = f" {text}"
+    return Answer(prompt, text, stratum, where)
 
 
-def field_text(record: Mapping[str, Any], field: str, where: str) -> str:
+def field_text(record: JsonObject, field: str, where: str) -> str:
     """Return the text of a field.
 
     Raises:
@@ -109,21 +129,24 @@ def field_text(record: Mapping[str, Any], field: str, where: str) -> str:
     return _text(record[field], field, where)
 
 
-def field_texts(record: Mapping[str, Any], field: str, where: str) -> list[str]:
+def field_texts(record: JsonObject, field: str, where: str) -> list[str]:
     """Return the texts of a field that is a list of at least one text.
 
     Raises:
         CorpusError: as `field_text`.
     """
     values = record.get(field)
-    if not isinstance(values, list) or not values:
-        field_text({} if values is None else record, field, where)
-        raise CorpusError(f"{where}: '{field}' must be a list of texts.", "Fix the line.")
-    return [_text(value, field, where) for value in values]
+    if isinstance(values, list) and values:
+        return [_text(value, field, where) for value in values]
+    if values is None:
+        raise CorpusError(f"{where}: no field '{field}'.", nearest(field, {}))
+    _text(values, field, where)  # has a message of its own for other values than texts
+    raise CorpusError(f"{where}: '{field}' must be a list of texts.", "Fix the line.")
 
 
-def _text(value: Any, field: str, where: str) -> str:
-    if isinstance(value, list) and value and all(isinstance(token, int) for token in value):
+def _text(value: object, field: str, where: str) -> str:
+    """Return a value that is a text, or raise the error that says what it is."""
+    if _are_token_ids(value):
         hint = f"Decode token ids into text first: {docs_page('reference/inputs')} has the lines."
         raise CorpusError(f"{where}: '{field}' has numbers, and a corpus is text.", hint)
     if not isinstance(value, str) or _HALF_CHARACTER.search(value):
@@ -131,6 +154,10 @@ def _text(value: Any, field: str, where: str) -> str:
     if len(value) > MAX_LINE_BYTES:
         raise too_long(where)
     return value
+
+
+def _are_token_ids(value: object) -> bool:
+    return isinstance(value, list) and bool(value) and all(isinstance(token, int) for token in value)
 
 
 def too_long(where: str) -> CorpusError:
@@ -158,23 +185,27 @@ class Chat:
         where: file and line.
     """
 
-    messages: Sequence[Mapping[str, Any]]
+    messages: Sequence[JsonObject]
     where: str
 
 
 Document = str | Chat
 
 
-def field_document(record: Mapping[str, Any], field: str, where: str) -> Document:
+def field_document(record: JsonObject, field: str, where: str) -> Document:
     """Return the text of a field, or its conversation: a list of messages that have a role.
 
     Raises:
         CorpusError: the field is neither. The message names the place.
     """
     value = record.get(field)
-    if isinstance(value, list) and value and all(isinstance(m, dict) and isinstance(m.get("role"), str) for m in value):
+    if isinstance(value, list) and value and all(_is_message(item) for item in value):
         return Chat(value, where)
     return field_text(record, field, where)
+
+
+def _is_message(value: object) -> bool:
+    return isinstance(value, dict) and isinstance(value.get("role"), str)
 
 
 def chat_template(tokenizer: Tokenizer) -> str:

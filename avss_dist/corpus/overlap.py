@@ -9,20 +9,21 @@ while only about 2 of `WINDOW` + 1 hashes are kept.
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
-from typing import Any
 
 import numpy as np
 from numpy.lib.stride_tricks import sliding_window_view
 from numpy.typing import NDArray
 
 from avss_dist.core.errors import AvssError, ConfigError
+from avss_dist.corpus.documents import Tokenizer
 from avss_dist.corpus.seen import SeenText
 from avss_dist.corpus.shards import CorpusPlan, Shard, tokenize_corpus
 from avss_dist.corpus.tokens import Ids
 
 Hashes = NDArray[np.uint64]
 
-GRAM, WINDOW = 32, 8  # characters in a hash, and hashes in a window
+GRAM = 32  # characters in a hash
+WINDOW = 8  # hashes in a window
 PASSAGE = GRAM + WINDOW - 1  # characters, without whitespace, that two texts share before a fingerprint is the same
 SHORTEST = 16  # characters of a document or row that is compared as a whole; a shorter one is too common to tell
 FEW = 10  # shared fingerprints, some 80 characters: a phrase that any two texts of one kind may share
@@ -36,7 +37,7 @@ _NONE: Hashes = np.zeros(0, np.uint64)
 MAX_SHARED = 0.03  # share of a text's passages that seen text may have; other rows of the same text repeat fewer
 
 
-def shared_text(reference: Iterable[Shard], read: Iterable[Shard], tokenizer: Any) -> float | None:
+def shared_text(reference: Iterable[Shard], read: Iterable[Shard], tokenizer: Tokenizer) -> float | None:
     """Return the share of the passages of ``read`` that are in ``reference`` too, from 0 to 1.
 
     Each passage counts once. One that is repeated within either text, such as a license header, does not tell where a
@@ -49,22 +50,29 @@ def shared_text(reference: Iterable[Shard], read: Iterable[Shard], tokenizer: An
     Returns:
         None if one of the two has no passage to compare: no document or row of `SHORTEST` characters.
     """
-    passages, counts = np.unique(np.concatenate([_NONE, *_fingerprints(read, tokenizer)]), return_counts=True)
-    in_reference, comparable = np.zeros(len(passages), np.int64), False
-    for hashes in _fingerprints(reference, tokenizer) if len(passages) else ():
-        comparable = True
-        places = np.searchsorted(passages, hashes).clip(max=len(passages) - 1)
-        np.add.at(in_reference, places[passages[places] == hashes], 1)
-    if not comparable:
+    read_hashes = np.concatenate([_NONE, *_fingerprints(read, tokenizer)])
+    passages, counts = np.unique(read_hashes, return_counts=True)
+    if not len(passages):
         return None
-    distinctive = (counts < 2) & (in_reference < 2)
-    if 2 * distinctive.sum() < len(passages):
-        distinctive[:] = True
-    shared = in_reference[distinctive] > 0
-    return 0.0 if shared.sum() <= min(FEW, len(shared) // 2) else float(shared.mean())
+    in_reference = np.zeros(len(passages), np.int64)
+    is_comparable = False
+    for hashes in _fingerprints(reference, tokenizer):
+        is_comparable = True
+        places = np.searchsorted(passages, hashes).clip(max=len(passages) - 1)
+        is_shared = passages[places] == hashes
+        np.add.at(in_reference, places[is_shared], 1)
+    if not is_comparable:
+        return None
+    is_distinctive = (counts < 2) & (in_reference < 2)
+    if 2 * is_distinctive.sum() < len(passages):
+        is_distinctive[:] = True
+    shared = in_reference[is_distinctive] > 0
+    if shared.sum() <= min(FEW, len(shared) // 2):
+        return 0.0
+    return float(shared.mean())
 
 
-def read_again(seen: SeenText, tokenizer: Any, corpus: str) -> CorpusPlan:
+def read_again(seen: SeenText, tokenizer: Tokenizer, corpus: str) -> CorpusPlan:
     """Return the rows of a text that was read before.
 
     Args:
@@ -84,26 +92,26 @@ def read_again(seen: SeenText, tokenizer: Any, corpus: str) -> CorpusPlan:
     return text
 
 
-def plain_text(ids: Iterable[Ids], tokenizer: Any) -> list[str]:
+def plain_text(ids: Iterable[Ids], tokenizer: Tokenizer) -> list[str]:
     """Return the text of each sequence of tokens, without special tokens and whitespace."""
-    decoded = tokenizer.batch_decode(
-        [part.tolist() for part in ids], skip_special_tokens=True, clean_up_tokenization_spaces=False
-    )
+    sequences = [part.tolist() for part in ids]
+    decoded = tokenizer.batch_decode(sequences, skip_special_tokens=True, clean_up_tokenization_spaces=False)
     return ["".join(text.split()) for text in decoded]
 
 
-def _fingerprints(shards: Iterable[Shard], tokenizer: Any) -> Iterator[Hashes]:
+def _fingerprints(shards: Iterable[Shard], tokenizer: Tokenizer) -> Iterator[Hashes]:
     """Yield the fingerprints of a text, of many documents at once. Fingerprints of repeated passages repeat."""
     tail = ""
     for rows, width in _blocks(shards):
         documents = plain_text(_documents(rows, width, tokenizer.eos_token_id), tokenizer)
         documents[0] = tail + documents[0]
         tail = documents[-1][-(PASSAGE - 1) :]
-        hashes = [_winnow(text) for text in documents]
-        short = plain_text([row for row in rows if len(row) < PASSAGE], tokenizer)
-        short_hashes = np.concatenate([_NONE, *(_winnow(text) for text in short if len(text) < PASSAGE)])
-        hashes.append(np.setdiff1d(short_hashes, np.concatenate(hashes)))
-        block = np.concatenate(hashes)
+        hashes = np.concatenate([_winnow(text) for text in documents])
+        # A short row within a longer document may be all that a text has of it.
+        short_rows = plain_text([row for row in rows if len(row) < PASSAGE], tokenizer)
+        short_hashes = [_winnow(text) for text in short_rows if len(text) < PASSAGE]
+        new_hashes = np.setdiff1d(np.concatenate([_NONE, *short_hashes]), hashes)
+        block = np.concatenate([hashes, new_hashes])
         if len(block):
             yield block
 
@@ -111,14 +119,16 @@ def _fingerprints(shards: Iterable[Shard], tokenizer: Any) -> Iterator[Hashes]:
 def _blocks(shards: Iterable[Shard]) -> Iterator[tuple[list[Ids], int]]:
     """Yield rows of tokens, without padding, about `BLOCK_TOKENS` at a time, and their width."""
     rows: list[Ids] = []
-    width = tokens = 0
+    width = 0
+    tokens = 0
     for shard in shards:
         width = shard.input_ids.shape[1]
         rows += [row[:length] for row, length in zip(shard.input_ids, shard.lengths, strict=True)]
         tokens += shard.input_ids.size
         if tokens >= BLOCK_TOKENS:
             yield rows, width
-            rows, tokens = [], 0
+            rows = []
+            tokens = 0
     if rows:
         yield rows, width
 
@@ -126,9 +136,16 @@ def _blocks(shards: Iterable[Shard]) -> Iterator[tuple[list[Ids], int]]:
 def _documents(rows: Sequence[Ids], width: int, eos: int | None) -> list[Ids]:
     """Return rows joined, and cut where a document ends: at EOS, and after a row that is padded."""
     end = np.array([_END], np.int32)
-    ids = np.concatenate([part for row in rows for part in ((row,) if len(row) == width else (row, end))])
-    ids = np.where(ids == (_END if eos is None else eos), _END, ids)
-    return [part[part != _END] for part in np.split(ids, np.flatnonzero(ids == _END))]
+    parts: list[Ids] = []
+    for row in rows:
+        parts.append(row)
+        if len(row) < width:
+            parts.append(end)
+    ids = np.concatenate(parts)
+    if eos is not None:
+        ids = np.where(ids == eos, _END, ids)
+    ends = np.flatnonzero(ids == _END)
+    return [document[document != _END] for document in np.split(ids, ends)]
 
 
 def _winnow(text: str) -> Hashes:
@@ -138,7 +155,10 @@ def _winnow(text: str) -> Hashes:
     hashes = np.frombuffer(text.encode("utf-32-le", "surrogatepass"), np.uint32).astype(np.uint64)
     if len(hashes) < PASSAGE:
         hashes = np.resize(hashes, PASSAGE)  # repeats it
-    hashes = np.convolve(hashes * _MIX, _POWERS, "valid")  # a polynomial of each `GRAM` characters, modulo 2^64
+    # A polynomial of each `GRAM` characters, modulo 2^64.
+    hashes = np.convolve(hashes * _MIX, _POWERS, "valid")
     hashes = (hashes ^ (hashes >> np.uint64(31))) * _MIX
-    hashes = sliding_window_view(hashes, len(hashes) - WINDOW + 1).min(axis=0)  # the least of each `WINDOW` neighbours
-    return hashes[np.append(True, hashes[1:] != hashes[:-1])]
+    # The least of each `WINDOW` neighbours.
+    hashes = sliding_window_view(hashes, len(hashes) - WINDOW + 1).min(axis=0)
+    differs_from_last = np.append(True, hashes[1:] != hashes[:-1])
+    return hashes[differs_from_last]

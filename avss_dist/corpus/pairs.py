@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from itertools import pairwise
+from itertools import chain, pairwise
 
 import numpy as np
 from numpy.typing import NDArray
@@ -54,8 +54,12 @@ class Pairing:
 
 def join(pairings: Sequence[Pairing]) -> Pairing:
     """Return the concatenation of pairings."""
-    arrays = {name: np.concatenate([getattr(part, name) for part in pairings]) for name in ("rows", "pairs", "starts")}
-    return Pairing(strata=tuple(stratum for part in pairings for stratum in part.strata), **arrays)
+    return Pairing(
+        rows=np.concatenate([part.rows for part in pairings]),
+        pairs=np.concatenate([part.pairs for part in pairings]),
+        strata=tuple(chain.from_iterable(part.strata for part in pairings)),
+        starts=np.concatenate([part.starts for part in pairings]),
+    )
 
 
 def paired_rows(
@@ -71,7 +75,8 @@ def paired_rows(
     """
     pairs = group_by_prompt(answers, source)
     if settings.shuffle_seed is not None:
-        pairs = [pairs[i] for i in np.random.default_rng(settings.shuffle_seed).permutation(len(pairs))]
+        shuffled_order = np.random.default_rng(settings.shuffle_seed).permutation(len(pairs))
+        pairs = [pairs[index] for index in shuffled_order]
     ends = 2 * np.cumsum([len(pair) for pair in pairs])
     number = num_whole(ends, settings.max_sequences)
     if len(pairs) < 2:
@@ -79,10 +84,17 @@ def paired_rows(
     if number < 2:
         raise CorpusError(f"Two pairs are {ends[1]} rows.", f"Make `max_sequences` {ends[1]} or more.")
     pairs = pairs[:number]
-    order = np.random.default_rng(_SHUFFLE_SEED).permutation(len(pairs))
-    other = np.empty(len(pairs), np.int64)
-    other[order] = np.roll(order, 1)  # the next pair in a shuffled circle
-    return rows_of_pairs(pairs, [("", range(len(pairs))), (AFTER_ANOTHER, other)], tokenizer, settings)
+    own_prompts = range(len(pairs))
+    other_prompts = _other_prompts(len(pairs))
+    return rows_of_pairs(pairs, [("", own_prompts), (AFTER_ANOTHER, other_prompts)], tokenizer, settings)
+
+
+def _other_prompts(number: int) -> NDArray[np.int64]:
+    """Return the index of another pair for each pair: its neighbour in a shuffled circle."""
+    order = np.random.default_rng(_SHUFFLE_SEED).permutation(number)
+    others = np.empty(number, np.int64)
+    others[order] = np.roll(order, 1)
+    return others
 
 
 def num_whole(ends: NDArray[np.int64], maximum: int | None) -> int:
@@ -101,25 +113,20 @@ def group_by_prompt(answers: Iterable[Answer], source: str) -> list[list[Answer]
         CorpusError: there are no answers, all answers, or all answers to one prompt, have the same label, or one answer
             to a prompt has two labels.
     """
-    pairs: dict[str, list[Answer]] = {}
-    first: dict[tuple[str, str], Answer] = {}
+    first_answers: dict[tuple[str, str], Answer] = {}
     for answer in answers:
-        same = first.setdefault((answer.prompt, answer.text), answer)
-        if same.label != answer.label:
+        first = first_answers.setdefault((answer.prompt, answer.text), answer)
+        if first.label != answer.label:
             raise CorpusError(
-                f"{answer.where}: this answer is labelled '{answer.label}', and '{same.label}' at {same.where}.",
+                f"{answer.where}: this answer is labelled '{answer.label}', and '{first.label}' at {first.where}.",
                 "Give different answers to the labels of a prompt, or leave both lines out.",
             )
-        if same is answer:
-            pairs.setdefault(answer.prompt, []).append(answer)
-    if not pairs:
+    if not first_answers:
         raise CorpusError(f"{source} holds no text (documents read: 0).", "Name one that holds some.")
-    labels = sorted({answer.label for pair in pairs.values() for answer in pair})
-    if len(labels) == 1:
-        raise CorpusError(
-            f"Every answer of {source} is labelled '{labels[0]}'.",
-            "A contrast takes two labels: give both kinds of answers, or name another field.",
-        )
+    _require_two_labels(first_answers.values(), source)
+    pairs: dict[str, list[Answer]] = {}
+    for answer in first_answers.values():
+        pairs.setdefault(answer.prompt, []).append(answer)
     for pair in pairs.values():
         if len({answer.label for answer in pair}) == 1:
             raise CorpusError(
@@ -127,6 +134,15 @@ def group_by_prompt(answers: Iterable[Answer], source: str) -> list[list[Answer]
                 "Give each prompt answers of two labels, or leave it out.",
             )
     return list(pairs.values())
+
+
+def _require_two_labels(answers: Iterable[Answer], source: str) -> None:
+    labels = {answer.label for answer in answers}
+    if len(labels) == 1:
+        raise CorpusError(
+            f"Every answer of {source} is labelled '{labels.pop()}'.",
+            "A contrast takes two labels: give both kinds of answers, or name another field.",
+        )
 
 
 def rows_of_pairs(
@@ -143,28 +159,51 @@ def rows_of_pairs(
     Raises:
         CorpusError: a row is too long.
     """
-    prompts = [np.array(ids, np.int32) for ids in encode([pair[0].prompt for pair in pairs], tokenizer, special=True)]
-    prompts = [ids[:-1] if len(ids) and ids[-1] == tokenizer.eos_token_id else ids for ids in prompts]
+    prompts = _prompt_tokens(pairs, tokenizer)
     rows: list[Ids] = []
-    places: list[tuple[int, str, int]] = []
+    indices: list[int] = []
+    strata: list[str] = []
+    starts: list[int] = []
     for index, pair in enumerate(pairs):
-        texts = [np.array(ids, np.int32) for ids in encode([answer.text for answer in pair], tokenizer, special=False)]
-        for after, followed in prompts_of:
-            prompt = followed[index]
+        texts = encode([answer.text for answer in pair], tokenizer, special=False)
+        for suffix, followed in prompts_of:
+            followed_index = followed[index]
+            prompt = prompts[followed_index]
             for answer, text in zip(pair, texts, strict=True):
-                rows.append(np.concatenate([prompts[prompt], text]))
-                places.append((index, answer.label + after, len(prompts[prompt])))
-                tokens = len(rows[-1])
-                if tokens > settings.sequence_length:
-                    other = "" if prompt == index else f", after the prompt of {pairs[prompt][0].where},"
-                    raise CorpusError(
-                        f"{answer.where}: prompt and answer{other} are {tokens} tokens; a row has "
-                        f"{settings.sequence_length}.",
-                        f"Make `sequence_length` {tokens} or more, or leave the line out.",
-                    )
+                row = np.concatenate([prompt, np.array(text, np.int32)])
+                if len(row) > settings.sequence_length:
+                    other = "" if followed_index == index else pairs[followed_index][0].where
+                    raise _too_long_row(answer, other, len(row), settings.sequence_length)
+                rows.append(row)
+                indices.append(index)
+                strata.append(answer.label + suffix)
+                starts.append(len(prompt))
     return rows, Pairing(
         rows=np.arange(len(rows)),
-        pairs=np.array([pair for pair, _, _ in places], np.int64),
-        strata=tuple(stratum for _, stratum, _ in places),
-        starts=np.array([start for _, _, start in places], np.int32),
+        pairs=np.array(indices, np.int64),
+        strata=tuple(strata),
+        starts=np.array(starts, np.int32),
+    )
+
+
+def _prompt_tokens(pairs: Sequence[Sequence[Answer]], tokenizer: Tokenizer) -> list[Ids]:
+    """Return the tokens of the prompt of each pair, without an EOS token at the end."""
+    prompts: list[Ids] = []
+    for ids in encode([pair[0].prompt for pair in pairs], tokenizer, special=True):
+        if ids and ids[-1] == tokenizer.eos_token_id:
+            ids = ids[:-1]
+        prompts.append(np.array(ids, np.int32))
+    return prompts
+
+
+def _too_long_row(answer: Answer, other_prompt: str, tokens: int, sequence_length: int) -> CorpusError:
+    """Return the error for a row that is too long.
+
+    Args:
+        other_prompt: file and line of the prompt that the answer follows; empty if it is its own.
+    """
+    after = f", after the prompt of {other_prompt}," if other_prompt else ""
+    return CorpusError(
+        f"{answer.where}: prompt and answer{after} are {tokens} tokens; a row has {sequence_length}.",
+        f"Make `sequence_length` {tokens} or more, or leave the line out.",
     )

@@ -8,12 +8,13 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 from pydantic import Field
 
 from avss_dist.core.settings import Settings, TextOptions
 from avss_dist.core.validation import OneOf, Positive, RedactedText, checked
+from avss_dist.core.values import NewObject
 
 if TYPE_CHECKING:
     from avss_dist.corpus.shards import CorpusPlan
@@ -94,13 +95,23 @@ class SeenText(TextOptions):
     def is_of(self, text: CorpusPlan) -> bool:
         """Whether a text that was read with the same options is unchanged, as far as is known."""
         known = {self.corpus_fingerprint, self.tokens_fingerprint} - {""}
-        return not known or bool(known & {text.corpus_fingerprint, text.tokens_fingerprint})
+        if not known:
+            return True
+        return not known.isdisjoint({text.corpus_fingerprint, text.tokens_fingerprint})
 
-    def values(self) -> dict[str, Any]:
+    def values(self) -> NewObject:
         """Return the fields that have a value as plain values, as files have them."""
         fields = asdict(self)
-        in_order = {name: fields.pop(name) for name in ("use", "by", "corpus")} | fields
-        return {name: value for name, value in in_order.items() if value not in ("", None) and value is not False}
+        in_order: NewObject = {}
+        for name in ("use", "by", "corpus"):
+            in_order[name] = fields.pop(name)
+        in_order.update(fields)
+        return {name: value for name, value in in_order.items() if _has_value(value)}
+
+
+def _has_value(value: object) -> bool:
+    """Whether a field is to be written: 0 is a value, and an empty text, None and False are not."""
+    return value not in ("", None) and value is not False
 
 
 SeenTexts = Annotated[tuple[SeenText, ...], Field(strict=False)]
@@ -128,7 +139,7 @@ def seen_text(text: CorpusPlan, settings: Settings, use: str, by: str = "") -> S
 
 def distinct(texts: Iterable[SeenText]) -> tuple[SeenText, ...]:
     """Return texts without those whose rows an earlier one has, whatever they were read for."""
-    by_rows: dict[tuple[Any, ...], SeenText] = {}
+    by_rows: dict[tuple[object, ...], SeenText] = {}
     for text in texts:
         rows = (text.corpus, text.corpus_fingerprint, *text.text_options().values())
         by_rows.setdefault(rows, text)

@@ -18,7 +18,7 @@ from avss_dist.core.errors import CorpusError, NoRows, without_secrets
 from avss_dist.core.files import Spool
 from avss_dist.core.fingerprint import fingerprint
 from avss_dist.core.settings import Settings
-from avss_dist.corpus.documents import Tokenizer, chat_template, truthfulqa_choices
+from avss_dist.corpus.documents import Answer, Document, Tokenizer, chat_template, truthfulqa_choices
 from avss_dist.corpus.pairs import Pairing, join, num_whole, paired_rows, rows_of_pairs
 from avss_dist.corpus.sources import json_records, open_source
 from avss_dist.corpus.tokens import (
@@ -70,7 +70,9 @@ class Shard:
     def starts(self) -> Ids:
         """Index of the first token of each row that may count, int32[rows]."""
         skip = np.full(self.num_sequences, self.skip_first_tokens, np.int32)
-        return skip if self.pairing is None else np.maximum(skip, self.pairing.starts)
+        if self.pairing is None:
+            return skip
+        return np.maximum(skip, self.pairing.starts)
 
     def batches(self, batch_size: int) -> Iterator[Batch]:
         """Yield every row once, in order, ``batch_size`` at a time. The caller may change the arrays."""
@@ -78,12 +80,13 @@ class Shard:
         for start in range(0, self.num_sequences, batch_size):
             rows = slice(start, start + batch_size)
             positions = np.arange(np.max(self.lengths[rows]))
-            real = positions < self.lengths[rows, None]
+            is_real = positions < self.lengths[rows, None]
+            counts = positions >= starts[rows, None]
             yield Batch(
                 input_ids=self.input_ids[rows, : len(positions)].copy(),
-                attention_mask=real,
-                observed=real & (positions >= starts[rows, None]),
-                pairing=self.pairing and self.pairing.part(rows),
+                attention_mask=is_real,
+                observed=is_real & counts,
+                pairing=self.pairing.part(rows) if self.pairing else None,
             )
 
 
@@ -104,19 +107,40 @@ class CorpusPlan:
 
     def recut(self, rows: int) -> CorpusPlan:
         """Return the same rows in shards of ``rows`` rows. Pairs stay whole."""
-        spool = Spool(self.shards[0].input_ids.shape[1])
+        first = self.shards[0]
+        sequence_length = first.input_ids.shape[1]
+        spool = Spool(sequence_length)
         for shard in self.shards:
             spool.add(shard.input_ids)
-        ids, lengths = spool.array(), np.concatenate([shard.lengths for shard in self.shards])
+        lengths = np.concatenate([shard.lengths for shard in self.shards])
         pairings = [shard.pairing for shard in self.shards if shard.pairing]
-        shards = _make_shards(
-            ids, lengths, self.shards[0].skip_first_tokens, join(pairings) if pairings else None, rows
-        )
-        return replace(self, shards=shards, tokens_fingerprint=_fingerprint(shards, ids.shape[1]))
+        all_rows = _Rows(spool.array(), lengths, join(pairings) if pairings else None)
+        shards = _make_shards(all_rows, first.skip_first_tokens, rows)
+        return replace(self, shards=shards, tokens_fingerprint=_fingerprint(shards, sequence_length))
 
     def num_batches(self, batch_size: int) -> int:
         """Return the number of forward passes over all shards. The last one of a shard may have fewer rows."""
         return sum(-(-shard.num_sequences // batch_size) for shard in self.shards)
+
+
+@dataclass(frozen=True, eq=False)
+class _Rows:
+    """Rows of a corpus before they are cut into shards.
+
+    Attributes:
+        input_ids: int32[rows, sequence_length], padded on the right.
+        lengths: int32[rows], real tokens of each row.
+        pairing: that of the rows of paired text.
+    """
+
+    input_ids: Ids
+    lengths: Ids
+    pairing: Pairing | None = None
+
+    def shard(self, shard_id: int, rows: slice, skip: int) -> Shard:
+        """Return some of the rows as a shard."""
+        pairing = self.pairing.part(rows) if self.pairing else None
+        return _shard(shard_id, self.input_ids[rows], self.lengths[rows], skip, pairing)
 
 
 def tokenize_corpus(
@@ -133,46 +157,66 @@ def tokenize_corpus(
             chat template, and one is requested.
     """
     template = chat_template(tokenizer) if settings.chat_template else None
-    opened, counts, length = open_source(source), ReadCounts(), settings.sequence_length
-    per_shard, skip = settings.sequences_per_shard or USUAL_ROWS, settings.skip_first_tokens
-    pairing = None
+    opened = open_source(source)
+    counts = ReadCounts()
     if opened.answers:
-        if settings.skip_sequences:
-            raise CorpusError(f"{source} is paired text.", "Leave `skip_sequences` out: its rows belong together.")
-        paired, pairing = paired_rows(opened.answers(), source, tokenizer, settings)
-        ids, lengths = _padded(paired, length, tokenizer)
-        if min(lengths) <= skip:
-            raise CorpusError(
-                f"{source}: `skip_first_tokens` {skip} leaves nothing of an answer.",
-                f"Make it smaller than {min(lengths)}.",
-            )
+        rows = _rows_of_answers(opened.answers(), source, tokenizer, settings)
     else:
-        around = special_tokens_of_rows(tokenizer, settings)
-        rows = rows_of(opened.documents(), tokenizer, settings, counts, around)
-        first = settings.skip_sequences
-        end = None if settings.max_sequences is None else first + settings.max_sequences
-        if settings.shuffle_seed is not None:
-            rows = shuffled(rows, settings.shuffle_seed, end)
-        rows = islice(rows, first, end)
-        spool, blocks = Spool(length), [np.zeros(0, np.int32)]
-        while block := list(islice(rows, per_shard)):
-            padded, block_lengths = _padded(block, length, tokenizer)
-            spool.add(padded)
-            blocks.append(block_lengths)
-        ids, lengths = spool.array(), np.concatenate(blocks)
-    shards = _make_shards(ids, lengths, skip, pairing, per_shard)
+        rows = _rows_of_documents(opened.documents(), tokenizer, settings, counts)
+    shards = _make_shards(rows, settings.skip_first_tokens, _rows_per_shard(settings))
+    num_sequences = len(rows.lengths)
     num_tokens = sum(shard.num_tokens for shard in shards)
-    if pairing is None:
-        _require_enough(source, len(lengths), num_tokens, counts, settings)
+    if rows.pairing is None:
+        _require_enough(source, num_sequences, num_tokens, counts, settings)
     return CorpusPlan(
         source=source,
         corpus_fingerprint=opened.fingerprint(),
-        tokens_fingerprint=_fingerprint(shards, length),
+        tokens_fingerprint=_fingerprint(shards, settings.sequence_length),
         shards=shards,
-        num_sequences=len(lengths),
+        num_sequences=num_sequences,
         num_tokens=num_tokens,
         chat_template=template if counts.conversations else None,
     )
+
+
+def _rows_per_shard(settings: Settings) -> int:
+    return settings.sequences_per_shard or USUAL_ROWS
+
+
+def _rows_of_answers(answers: Iterator[Answer], source: str, tokenizer: Tokenizer, settings: Settings) -> _Rows:
+    """Return the rows of paired text, each of which keeps tokens of its answer."""
+    if settings.skip_sequences:
+        raise CorpusError(f"{source} is paired text.", "Leave `skip_sequences` out: its rows belong together.")
+    unpadded, pairing = paired_rows(answers, source, tokenizer, settings)
+    ids, lengths = _padded(unpadded, settings.sequence_length, tokenizer)
+    shortest = min(lengths)
+    if shortest <= settings.skip_first_tokens:
+        raise CorpusError(
+            f"{source}: `skip_first_tokens` {settings.skip_first_tokens} leaves nothing of an answer.",
+            f"Make it smaller than {shortest}.",
+        )
+    return _Rows(ids, lengths, pairing)
+
+
+def _rows_of_documents(
+    documents: Iterator[Document], tokenizer: Tokenizer, settings: Settings, counts: ReadCounts
+) -> _Rows:
+    """Return the rows of documents that are neither skipped nor beyond the last one of the settings."""
+    around = special_tokens_of_rows(tokenizer, settings)
+    rows = rows_of(documents, tokenizer, settings, counts, around)
+    first = settings.skip_sequences
+    end = None if settings.max_sequences is None else first + settings.max_sequences
+    if settings.shuffle_seed is not None:
+        rows = shuffled(rows, settings.shuffle_seed, end)
+    rows = islice(rows, first, end)
+    # The rows of all shards may not fit into memory: they are padded and written shard by shard.
+    spool = Spool(settings.sequence_length)
+    lengths = [np.zeros(0, np.int32)]
+    while block := list(islice(rows, _rows_per_shard(settings))):
+        padded, block_lengths = _padded(block, settings.sequence_length, tokenizer)
+        spool.add(padded)
+        lengths.append(block_lengths)
+    return _Rows(spool.array(), np.concatenate(lengths))
 
 
 def with_other_start(shard: Shard, tokenizer: Tokenizer, settings: Settings, rows: int) -> tuple[Shard, Shard] | None:
@@ -184,10 +228,13 @@ def with_other_start(shard: Shard, tokenizer: Tokenizer, settings: Settings, row
     other = other_row_start(tokenizer, settings)
     if other is None or shard.pairing:
         return None
-    around, length = special_tokens_of_rows(tokenizer, settings), shard.input_ids.shape[1]
-    text = [row[len(around.prefix) : length - len(around.suffix)] for row in shard.input_ids[:rows]]
-    ids, lengths = _padded([other.enclose(row)[:length] for row in text], length, tokenizer)
-    return _shard(0, shard.input_ids[:rows], shard.lengths[:rows], 0), _shard(0, ids, lengths, 0)
+    around = special_tokens_of_rows(tokenizer, settings)
+    length = shard.input_ids.shape[1]
+    text = slice(len(around.prefix), length - len(around.suffix))
+    first_rows = shard.input_ids[:rows]
+    enclosed = [other.enclose(row[text])[:length] for row in first_rows]
+    ids, lengths = _padded(enclosed, length, tokenizer)
+    return _shard(0, first_rows, shard.lengths[:rows], 0), _shard(0, ids, lengths, 0)
 
 
 def tokenize_choices(
@@ -210,32 +257,43 @@ def tokenize_choices(
         raise CorpusError(f"The first question has {ends[0]} answers.", f"Make `max_sequences` {ends[0]} or more.")
     rows, pairing = rows_of_pairs(selected[:number], [("", range(number))], tokenizer, settings)
     ids, lengths = _padded(rows, settings.sequence_length, tokenizer)
-    return _make_shards(ids, lengths, 0, pairing, settings.sequences_per_shard or USUAL_ROWS)
+    return _make_shards(_Rows(ids, lengths, pairing), 0, _rows_per_shard(settings))
 
 
 def _padded(rows: Sequence[Ids], length: int, tokenizer: Tokenizer) -> tuple[Ids, Ids]:
     """Return rows padded to one length, int32[rows, length], and their lengths."""
-    pad = next((i for i in (tokenizer.pad_token_id, tokenizer.eos_token_id) if i is not None), 0)
-    input_ids = np.full((len(rows), length), pad, np.int32)
+    input_ids = np.full((len(rows), length), _padding_token(tokenizer), np.int32)
     for target, row in zip(input_ids, rows, strict=True):
         target[: len(row)] = row
     return input_ids, np.array([len(row) for row in rows], np.int32)
 
 
-def _make_shards(ids: Ids, lengths: Ids, skip: int, pairing: Pairing | None, rows: int) -> tuple[Shard, ...]:
-    """Return shards of ``rows`` rows. Shards of paired text end with a pair and may be somewhat larger."""
-    parts = pairing.parts(rows) if pairing else [slice(i, i + rows) for i in range(0, len(ids), rows)]
-    return tuple(
-        _shard(i, ids[part], lengths[part], skip, pairing and pairing.part(part)) for i, part in enumerate(parts)
-    )
+def _padding_token(tokenizer: Tokenizer) -> int:
+    """Return the token that fills rows up. Any will do: it is masked."""
+    for token in (tokenizer.pad_token_id, tokenizer.eos_token_id):
+        if token is not None:
+            return int(token)
+    return 0
+
+
+def _make_shards(rows: _Rows, skip: int, rows_per_shard: int) -> tuple[Shard, ...]:
+    """Return shards of ``rows_per_shard`` rows. Shards of paired text end with a pair and may be somewhat larger."""
+    if rows.pairing:
+        parts = rows.pairing.parts(rows_per_shard)
+    else:
+        starts = range(0, len(rows.input_ids), rows_per_shard)
+        parts = [slice(start, start + rows_per_shard) for start in starts]
+    return tuple(rows.shard(shard_id, part, skip) for shard_id, part in enumerate(parts))
 
 
 def _shard(shard_id: int, input_ids: Ids, lengths: Ids, skip: int, pairing: Pairing | None = None) -> Shard:
+    """Return rows as a shard, with the hash of what decides its statistics."""
     digest = hashlib.sha256(np.array([skip, len(lengths), *lengths], "<i8").tobytes())
     for row, real in zip(input_ids, lengths, strict=True):
         digest.update(row[:real].astype("<i4").tobytes())
     if pairing:
-        digest.update(json.dumps([pairing.pairs.tolist(), pairing.strata, pairing.starts.tolist()]).encode())
+        origins = [pairing.pairs.tolist(), pairing.strata, pairing.starts.tolist()]
+        digest.update(json.dumps(origins).encode())
     return Shard(
         shard_id=shard_id,
         input_ids=input_ids,

@@ -15,26 +15,27 @@ import io
 import json
 import os
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import cache, partial
+from functools import cached_property
 from glob import has_magic
-from itertools import zip_longest
-from typing import Any
+from typing import TYPE_CHECKING, NamedTuple
 from urllib.parse import unquote
 
-from pyarrow import ArrowException, fs, parquet
+from pyarrow import ArrowException, NativeFile, fs, parquet
 
 from avss_dist.core.errors import AvssError, ConfigError, CorpusError, nearest, require_known
 from avss_dist.core.extras import require_package
 from avss_dist.core.fingerprint import fingerprint
 from avss_dist.core.text import RedactedURI
+from avss_dist.core.values import JsonObject
 from avss_dist.corpus.documents import (
     MAX_LINE_BYTES,
     Answer,
     Chat,
     Document,
+    Record,
     Records,
     field_document,
     labelled_answers,
@@ -43,44 +44,80 @@ from avss_dist.corpus.documents import (
     truthfulqa_answers,
 )
 
+if TYPE_CHECKING:
+    from datasets import DatasetBuilder
+
 TEXT_PIECE_BYTES = 4 << 20  # size of the pieces that a large text file is read in
 MAX_REST_BYTES = 1 << 20  # of a line beyond the end of a piece; a longer one is cut at whitespace
+
+
+class NamedText(NamedTuple):
+    """Text of a data set of the hub that has a short name.
+
+    Attributes:
+        repository: name of the repository and commit, ``NAME@COMMIT``.
+        config: configuration; empty for the default one.
+        split: split that is read by default.
+        column: column of texts, or of conversations.
+    """
+
+    repository: str
+    config: str
+    split: str
+    column: str
+
+
 NAMED = {
-    "wikitext2": (
-        "Salesforce/wikitext@b08601e04326c79dfdd32d625aee71d232d685c3",
-        "wikitext-2-raw-v1",
-        "train",
-        "text",
+    "wikitext2": NamedText(
+        repository="Salesforce/wikitext@b08601e04326c79dfdd32d625aee71d232d685c3",
+        config="wikitext-2-raw-v1",
+        split="train",
+        column="text",
     ),
-    "c4": ("allenai/c4@1588ec454efa1a09f29cd18ddd04fe05fc8653a2", "en", "train", "text"),
-    "pile10k": ("NeelNanda/pile-10k@127bfedcd5047750df5ccf3a12979a47bfa0bafa", "", "train", "text"),
-    "fineweb-edu": (
-        "HuggingFaceFW/fineweb-edu@87f09149ef4734204d70ed1d046ddc9ca3f2b8f9",
-        "sample-10BT",
-        "train",
-        "text",
+    "c4": NamedText(
+        repository="allenai/c4@1588ec454efa1a09f29cd18ddd04fe05fc8653a2",
+        config="en",
+        split="train",
+        column="text",
     ),
-    "ultrachat": (
-        "HuggingFaceH4/ultrachat_200k@8049631c405ae6576f93f445c6b8166f76f5505a",
-        "",
-        "train_sft",
-        "messages",
+    "pile10k": NamedText(
+        repository="NeelNanda/pile-10k@127bfedcd5047750df5ccf3a12979a47bfa0bafa",
+        config="",
+        split="train",
+        column="text",
     ),
-    "open-platypus": (
-        "garage-bAInd/Open-Platypus@37141edbdb7826378cce118c46a109b813e1f038",
-        "",
-        "train",
-        "output",
+    "fineweb-edu": NamedText(
+        repository="HuggingFaceFW/fineweb-edu@87f09149ef4734204d70ed1d046ddc9ca3f2b8f9",
+        config="sample-10BT",
+        split="train",
+        column="text",
     ),
-    "cnn-dailymail": (
-        "abisee/cnn_dailymail@96df5e686bee6baa90b8bee7c28b81fa3fa6223d",
-        "3.0.0",
-        "train",
-        "article",
+    "ultrachat": NamedText(
+        repository="HuggingFaceH4/ultrachat_200k@8049631c405ae6576f93f445c6b8166f76f5505a",
+        config="",
+        split="train_sft",
+        column="messages",
     ),
-    "alpaca": ("tatsu-lab/alpaca@dce01c9b08f87459cf36a430d809084718273017", "", "train", "text"),
+    "open-platypus": NamedText(
+        repository="garage-bAInd/Open-Platypus@37141edbdb7826378cce118c46a109b813e1f038",
+        config="",
+        split="train",
+        column="output",
+    ),
+    "cnn-dailymail": NamedText(
+        repository="abisee/cnn_dailymail@96df5e686bee6baa90b8bee7c28b81fa3fa6223d",
+        config="3.0.0",
+        split="train",
+        column="article",
+    ),
+    "alpaca": NamedText(
+        repository="tatsu-lab/alpaca@dce01c9b08f87459cf36a430d809084718273017",
+        config="",
+        split="train",
+        column="text",
+    ),
 }
-"""Data sets of the hub by short name, at a fixed commit: repository, config, split and column of their text.
+"""Data sets of the hub by short name, at a fixed commit.
 
 Users write ``NAME[:split]``.
 """
@@ -96,7 +133,9 @@ _FILE = re.compile(
 _PAIRED = re.compile(r"(?P<prompt>[^+:]+)\+(?P<answer>[^+:]+)(?::(?P<label>.+))?")
 _LAST_WORD = re.compile(rb".+(?= \S)", re.DOTALL)
 """Text up to the last word and its space, where most tokenizers make the same tokens of both parts."""
-_READ_BYTES = 8 << 20
+_READ_BYTES = 8 << 20  # read from a file at once
+_PARQUET_ROWS = 256  # rows of a column in memory at once
+_BY_NAME = ""  # the format of a file is that of its name
 _FILE_ERRORS = (OSError, ArrowException, UnicodeDecodeError)
 _FILE_HINT = "Check that the file exists, is complete and readable."
 _HUB_HINT = "Check the name, configuration, split and network; a private dataset needs `hf auth login`."
@@ -145,9 +184,11 @@ def open_source(source: str) -> Source:
     source = RedactedURI(source).full
     name, _, split = source.partition(":")
     if name in NAMED and ":" not in split:
-        repository, config, own_split, column = NAMED[name]
-        source = f"hf:{repository}:{config}:{split or own_split}:{column}"
-    return _KINDS.get(source.partition(":")[0], _files)(source)
+        text = NAMED[name]
+        source = f"hf:{text.repository}:{text.config}:{split or text.split}:{text.column}"
+    kind = source.partition(":")[0]
+    open_kind = _KINDS.get(kind, _files)
+    return open_kind(source)
 
 
 def local_files(source: str) -> list[str]:
@@ -179,9 +220,12 @@ def require_files(source: str) -> None:
 
 def _files_at(path: str) -> list[str]:
     """Return the files of a path on this machine: those of a glob, or all in a folder."""
-    if os.path.isdir(path):
-        return [os.path.join(folder, name) for folder, _, names in os.walk(path) for name in names]
-    return _find(path)[1]
+    if not os.path.isdir(path):
+        return _find(path)[1]
+    files: list[str] = []
+    for folder, _, names in os.walk(path):
+        files += [os.path.join(folder, name) for name in names]
+    return files
 
 
 def corpus_problems(corpora: Sequence[str], chat_templates: set[bool]) -> Iterator[tuple[int | None, AvssError]]:
@@ -192,15 +236,17 @@ def corpus_problems(corpora: Sequence[str], chat_templates: set[bool]) -> Iterat
     Args:
         chat_templates: values of the setting ``chat_template`` among the runs.
     """
-    first: list[Document] = []
+    first_documents: list[Document] = []
     for index, corpus in enumerate(corpora):
         try:
-            first.append(next(documents(corpus), ""))
+            document = next(documents(corpus), "")
+            first_documents.append(document)
             if chat_templates == {False}:
-                render(first[-1], None, chats=False)  # refuses a conversation
+                render(document, None, chats=False)  # refuses a conversation
         except AvssError as error:
             yield index, error
-    if chat_templates == {True} and first and not any(isinstance(document, Chat) for document in first):
+    has_chats = any(isinstance(document, Chat) for document in first_documents)
+    if chat_templates == {True} and first_documents and not has_chats:
         names = " and ".join(map(RedactedURI, corpora))
         message = f"`chat_template` has no effect: there are no conversations in {names}."
         yield None, ConfigError(message, "Leave it out, or name a column of messages: file.jsonl:messages.")
@@ -217,71 +263,148 @@ def _builtin(source: str) -> Source:
 def _files(source: str) -> Source:
     match = _FILE.fullmatch(source)
     if not match:
-        ending = re.search(r"\.\w+(?=:|$)", source.rpartition("/")[2])
-        valid = [f".{name}" for name in _READERS] if ending else [*NAMED]
-        near = nearest(ending[0] if ending else source.partition(":")[0], valid) if source else ""
-        raise CorpusError(f"'{source}' is not a corpus source.", f"{near} Sources: {FORMS}.".strip())
-    path, suffix = match["path"], (match["suffix"] or match["parquet"]).lower()
-    if suffix == "txt" and match["field"] is not None:
-        raise CorpusError(f"'{source}': a text file has no field.", f"Write {path} alone.")
-    field = "" if suffix == "txt" else match["field"] or "text"
-    names = _PAIRED.fullmatch(field) if suffix in ("jsonl", "csv") else None
-    if names:
-        fields = names["prompt"], names["answer"], names["label"] or "label"
-        return _paired(path, lambda records: labelled_answers(records, *fields), fields=fields)
-    find = cache(partial(_find, path))
+        raise _unknown_source(source)
+    path = match["path"]
+    suffix = (match["suffix"] or match["parquet"]).lower()
+    if suffix == "txt":
+        if match["field"] is not None:
+            raise CorpusError(f"'{source}': a text file has no field.", f"Write {path} alone.")
+        return _text_files(path)
+    field = match["field"] or "text"
+    names = _PAIRED.fullmatch(field)
+    if not names or suffix == "parquet":
+        return _record_files(path, suffix, field)
+    prompt = names["prompt"]
+    answer = names["answer"]
+    label = names["label"] or "label"
+    return _paired(
+        path,
+        lambda records: labelled_answers(records, prompt, answer, label),
+        fields=(prompt, answer, label),
+    )
 
-    def texts() -> Iterator[Document]:
-        records = _records(*find(), suffix, field)
-        return records if suffix == "txt" else (field_document(record, field, where) for record, where in records)
 
-    return Source(texts, lambda: _fingerprint(*find(), kind=suffix, field=field), path=path)
+def _unknown_source(source: str) -> CorpusError:
+    """Return the error for a source of no kind, with the most similar file name's ending or short name."""
+    file_name = source.rpartition("/")[2]
+    ending = re.search(r"\.\w+(?=:|$)", file_name)
+    if not source:
+        hint = ""
+    elif ending:
+        hint = nearest(ending[0], [".txt", *(f".{suffix}" for suffix in _READERS)])
+    else:
+        hint = nearest(source.partition(":")[0], NAMED)
+    return CorpusError(f"'{source}' is not a corpus source.", f"{hint} Sources: {FORMS}.".strip())
+
+
+class _Files:
+    """Files at a path, URI or glob. They are looked for once, when they are first read."""
+
+    def __init__(self, path: str) -> None:
+        self._path = path
+
+    @cached_property
+    def _location(self) -> tuple[fs.FileSystem, list[str]]:
+        """File system and paths of the files."""
+        return _find(self._path)
+
+    def texts(self) -> Iterator[str]:
+        """Return the pieces of text files. Files that do not exist are refused at once."""
+        filesystem, paths = self._location
+        return _texts(filesystem, paths)
+
+    def records(self, suffix: str, field: str) -> Records:
+        """Return the records of files of a format. Files that do not exist are refused at once."""
+        filesystem, paths = self._location
+        return _records(filesystem, paths, suffix, field)
+
+    def fingerprint(self, **identity: object) -> str:
+        """Return the fingerprint of the files, and of what else identifies the text in them."""
+        filesystem, paths = self._location
+        return _fingerprint(filesystem, paths, **identity)
+
+
+def _text_files(path: str) -> Source:
+    files = _Files(path)
+    return Source(files.texts, lambda: files.fingerprint(kind="txt", field=""), path=path)
+
+
+def _record_files(path: str, suffix: str, field: str) -> Source:
+    files = _Files(path)
+    return Source(
+        lambda: _field_documents(files.records(suffix, field), field),
+        lambda: files.fingerprint(kind=suffix, field=field),
+        path=path,
+    )
+
+
+def _field_documents(records: Records, field: str) -> Iterator[Document]:
+    for record, where in records:
+        yield field_document(record, field, where)
 
 
 def _truthfulqa(source: str) -> Source:
+    error = CorpusError(f"'{source}' is not a file of TruthfulQA.", "Write truthfulqa:file.jsonl[:seed].")
     match = _FILE.fullmatch(source.partition(":")[2])
-    seed = (match["field"] or "0") if match else ""
-    if not match or (match["suffix"] or "").lower() != "jsonl" or not (seed.isascii() and seed.isdecimal()):
-        raise CorpusError(f"'{source}' is not a file of TruthfulQA.", "Write truthfulqa:file.jsonl[:seed].")
+    if not match or not match["suffix"] or match["suffix"].lower() != "jsonl":
+        raise error
+    seed = match["field"] or "0"
+    if not (seed.isascii() and seed.isdecimal()):
+        raise error
     return _paired(match["path"], lambda records: truthfulqa_answers(records, int(seed)), seed=int(seed))
 
 
-def _paired(path: str, read: Callable[[Records], Iterator[Answer]], **identity: Any) -> Source:
+def _paired(path: str, read: Callable[[Records], Iterator[Answer]], **identity: object) -> Source:
     """Return a source of the answers in the records of files."""
-    find = cache(partial(_find, path))
+    files = _Files(path)
 
     def answers() -> Iterator[Answer]:
-        return read(_records(*find(), "", "prompt"))
+        return read(files.records(_BY_NAME, "prompt"))
 
     return Source(
         lambda: (answer.prompt + answer.text for answer in answers()),
-        lambda: _fingerprint(*find(), kind="paired", **identity),
+        lambda: files.fingerprint(kind="paired", **identity),
         answers,
         path,
     )
 
 
-def json_records(path: str) -> Iterator[tuple[Mapping[str, Any], str]]:
+def json_records(path: str) -> Records:
     """Yield the JSON objects of a file or a glob of files, with file and line of each.
 
     Raises:
         CorpusError: as `documents`.
     """
-    return _records(*_find(path), "", "prompt")
+    return _Files(path).records(_BY_NAME, "prompt")
 
 
-def _records(filesystem: fs.FileSystem, paths: list[str], suffix: str, field: str) -> Iterator[Any]:
-    """Yield the pieces of text files, or the records of other files, each with its place.
+def _texts(filesystem: fs.FileSystem, paths: list[str]) -> Iterator[str]:
+    """Yield the pieces of text files."""
+    for path in paths:
+        with _explaining(path, _FILE_ERRORS, _FILE_HINT), filesystem.open_input_stream(path) as file:
+            yield from _read_txt(file, path)
+
+
+def _records(filesystem: fs.FileSystem, paths: list[str], suffix: str, field: str) -> Iterator[Record]:
+    """Yield the records of files, each with its place.
 
     Args:
-        suffix: format of the files; by default that of their names, or else jsonl.
+        suffix: format of the files, or `_BY_NAME`.
     """
     for path in paths:
-        match = _FILE.fullmatch(path)
-        read = _READERS[suffix or ((match["suffix"] or "") if match else "").lower() or "jsonl"]
-        opened = filesystem.open_input_file if suffix == "parquet" else filesystem.open_input_stream  # which unpacks
+        read = _READERS[_suffix_of(path) if suffix == _BY_NAME else suffix]
+        # A stream of Arrow unpacks what is compressed. Parquet has to be read in any order.
+        opened = filesystem.open_input_file if suffix == "parquet" else filesystem.open_input_stream
         with _explaining(path, _FILE_ERRORS, _FILE_HINT), opened(path) as file:
             yield from read(file, path, field)
+
+
+def _suffix_of(path: str) -> str:
+    """Return the format of a file of records: csv if it is called so, or else jsonl."""
+    match = _FILE.fullmatch(path)
+    if match and match["suffix"] and match["suffix"].lower() == "csv":
+        return "csv"
+    return "jsonl"
 
 
 def _find(path: str) -> tuple[fs.FileSystem, list[str]]:
@@ -302,14 +425,17 @@ def _find(path: str) -> tuple[fs.FileSystem, list[str]]:
 
 
 def _filesystem(path: str) -> tuple[fs.FileSystem, str]:
+    """Return the file system of a path, URI or glob, and its name there."""
     if "://" not in path:
         return fs.LocalFileSystem(), os.path.abspath(os.path.expanduser(path))
-    uri = re.split(r"[*?\[]", path)[0].rpartition("/")[0] + "/"  # a glob's pattern is no URI
+    # A pattern of a glob is no URI, so the file system is that of the folder before it.
+    before_pattern = re.split(r"[*?\[]", path)[0]
+    uri = before_pattern.rpartition("/")[0] + "/"
     filesystem, folder = fs.FileSystem.from_uri(uri)
     return filesystem, f"{folder.rstrip('/')}/{unquote(path.removeprefix(uri))}"
 
 
-def _fingerprint(filesystem: fs.FileSystem, paths: list[str], **identity: Any) -> str:
+def _fingerprint(filesystem: fs.FileSystem, paths: list[str], **identity: object) -> str:
     """Return the fingerprint of files: local ones by their bytes, others by path, size and time of change."""
     files: list[object] = []
     for path in paths:
@@ -323,9 +449,11 @@ def _fingerprint(filesystem: fs.FileSystem, paths: list[str], **identity: Any) -
     return fingerprint(files=files, **identity)
 
 
-def _read_txt(file: Any, path: str, _field: str) -> Iterator[str]:
+def _read_txt(file: NativeFile, path: str) -> Iterator[str]:
+    """Yield a text in pieces of about `TEXT_PIECE_BYTES`, which end with a line, or before a word of a long line."""
     stream = io.BufferedReader(file, _READ_BYTES)
-    carried, offset = b"", 0
+    carried = b""
+    offset = 0
     while data := carried + stream.read(max(0, TEXT_PIECE_BYTES - len(carried))):
         data += stream.readline(MAX_REST_BYTES)
         end = len(data)
@@ -338,12 +466,15 @@ def _read_txt(file: Any, path: str, _field: str) -> Iterator[str]:
         if end > MAX_LINE_BYTES:
             raise too_long(f"{path}, byte {offset}")
         yield _decode(data[:end], path, offset)
-        carried, offset = data[end:], offset + end
+        carried = data[end:]
+        offset += end
 
 
-def _read_jsonl(file: Any, path: str, field: str) -> Iterator[tuple[Mapping[str, Any], str]]:
+def _read_jsonl(file: NativeFile, path: str, field: str) -> Iterator[Record]:
     stream = io.BufferedReader(file, _READ_BYTES)
-    for number, line in enumerate(iter(partial(stream.readline, MAX_LINE_BYTES + 1), b""), 1):
+    number = 0
+    while line := stream.readline(MAX_LINE_BYTES + 1):
+        number += 1
         where = f"{path}, line {number}"
         if len(line) > MAX_LINE_BYTES:
             raise too_long(where)
@@ -359,10 +490,11 @@ def _read_jsonl(file: Any, path: str, field: str) -> Iterator[tuple[Mapping[str,
         yield record, where
 
 
-def _read_csv(file: Any, path: str, _column: str) -> Iterator[tuple[Mapping[str, Any], str]]:
+def _read_csv(file: NativeFile, path: str, _column: str) -> Iterator[Record]:
     """Yield the rows after the first, which names the columns, with file and line of each."""
     csv.field_size_limit(MAX_LINE_BYTES)
-    rows = csv.DictReader(io.TextIOWrapper(io.BufferedReader(file, _READ_BYTES), "utf-8-sig", newline=""))
+    lines = io.TextIOWrapper(io.BufferedReader(file, _READ_BYTES), "utf-8-sig", newline="")
+    rows = csv.DictReader(lines)
     try:
         for row in rows:
             yield row, f"{path}, line {rows.line_num}"
@@ -370,49 +502,88 @@ def _read_csv(file: Any, path: str, _column: str) -> Iterator[tuple[Mapping[str,
         raise CorpusError(f"{path}, line {rows.line_num} is not CSV: {error}.", "Fix the line.") from error
 
 
-def _read_parquet(file: Any, path: str, column: str) -> Iterator[tuple[Mapping[str, Any], str]]:
+def _read_parquet(file: NativeFile, path: str, column: str) -> Iterator[Record]:
     table = parquet.ParquetFile(file)
     names = table.schema_arrow.names
     if column not in names:
         raise CorpusError(f"{path}: no column '{column}'.", nearest(column, names))
-    batches = table.iter_batches(batch_size=256, columns=[column])
-    for row, value in enumerate((value for batch in batches for value in batch.column(0).to_pylist()), 1):
-        yield {column: value}, f"{path}, row {row}"
+    number = 0
+    for batch in table.iter_batches(batch_size=_PARQUET_ROWS, columns=[column]):
+        for value in batch.column(0).to_pylist():
+            number += 1
+            yield {column: value}, f"{path}, row {number}"
 
 
-_READERS: dict[str, Callable[..., Iterator[Any]]] = {
-    "txt": _read_txt,
+_READERS: dict[str, Callable[[NativeFile, str, str], Iterator[Record]]] = {
     "jsonl": _read_jsonl,
     "csv": _read_csv,
     "parquet": _read_parquet,
 }
+"""Readers of records by the format of a file."""
 
 
 def _hub(source: str) -> Source:
-    parts = source.split(":")[1:] or [""]
-    if not parts[0] or len(parts) > 4:
+    parts = source.split(":")[1:]
+    if not parts or not parts[0] or len(parts) > 4:
         raise CorpusError(f"'{source}' is not a corpus source.", f"Sources: {FORMS}.")
-    versioned, config, split, column = (p or d for p, d in zip_longest(parts, ("", "", "train", "text")))
-    name, _, revision = (versioned, "", "") if os.path.exists(versioned) else versioned.partition("@")
+    name, config, split, column = _with_defaults(parts, ["", "", "train", "text"])
+    if os.path.exists(name):
+        folder = _HubText(source, name, "", config, split, column)
+        return Source(folder.documents, folder.fingerprint, path=name)
+    repository, _, revision = name.partition("@")
+    text = _HubText(source, repository, revision, config, split, column)
+    return Source(text.documents, text.fingerprint)
 
-    @cache
-    def builder() -> Any:
-        require_package("datasets", source)
+
+def _with_defaults(parts: Sequence[str], defaults: Sequence[str]) -> list[str]:
+    """Return the parts of a name, with a default in place of each that is empty or left out."""
+    values = list(defaults)
+    for place, part in enumerate(parts):
+        if part:
+            values[place] = part
+    return values
+
+
+@dataclass(frozen=True)
+class _HubText:
+    """A column of a split of a data set: of the hub, or in a folder of its form."""
+
+    source: str
+    name: str
+    revision: str
+    config: str
+    split: str
+    column: str
+
+    @cached_property
+    def _builder(self) -> DatasetBuilder:
+        """Builder of the data set, which knows its revision. Nothing but its description is downloaded."""
+        require_package("datasets", self.source)
         from datasets import load_dataset_builder
 
-        with _explaining(source, (Exception,), _HUB_HINT):
-            return load_dataset_builder(name, config or None, revision=revision or None)
+        with _explaining(self.source, (Exception,), _HUB_HINT):
+            return load_dataset_builder(self.name, self.config or None, revision=self.revision or None)
 
-    def rows() -> Iterator[Mapping[str, Any]]:
-        opened = builder()
-        with _explaining(source, (Exception,), _HUB_HINT):
-            yield from opened.as_streaming_dataset(split=split)
+    def documents(self) -> Iterator[Document]:
+        """Stream the texts, or conversations."""
+        for number, row in enumerate(self._rows(), 1):
+            yield field_document(row, self.column, f"{self.source}, row {number}")
 
-    return Source(
-        lambda: (field_document(row, column, f"{source}, row {number}") for number, row in enumerate(rows(), 1)),
-        lambda: fingerprint(kind="hf", name=name, config=config, split=split, column=column, revision=builder().hash),
-        path=name if os.path.exists(name) else "",
-    )
+    def _rows(self) -> Iterator[JsonObject]:
+        builder = self._builder
+        with _explaining(self.source, (Exception,), _HUB_HINT):
+            yield from builder.as_streaming_dataset(split=self.split)
+
+    def fingerprint(self) -> str:
+        """Return the fingerprint of the text's name and the revision of the data set."""
+        return fingerprint(
+            kind="hf",
+            name=self.name,
+            config=self.config,
+            split=self.split,
+            column=self.column,
+            revision=self._builder.hash,
+        )
 
 
 _KINDS = {"builtin": _builtin, "hf": _hub, "truthfulqa": _truthfulqa}

@@ -7,7 +7,6 @@ import re
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from itertools import groupby
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -58,8 +57,10 @@ class SpecialTokens:
 
     def strip_prefix(self, ids: Ids) -> Ids:
         """Return ``ids`` without a prefix that it begins with."""
-        begins = len(ids) >= len(self.prefix) and np.array_equal(ids[: len(self.prefix)], self.prefix)
-        return ids[len(self.prefix) :] if begins else ids
+        length = len(self.prefix)
+        if np.array_equal(ids[:length], self.prefix):
+            return ids[length:]
+        return ids
 
 
 NO_SPECIAL_TOKENS = SpecialTokens(np.zeros(0, np.int32), np.zeros(0, np.int32))
@@ -67,9 +68,19 @@ NO_SPECIAL_TOKENS = SpecialTokens(np.zeros(0, np.int32), np.zeros(0, np.int32))
 
 def special_tokens_around(tokenizer: Tokenizer) -> SpecialTokens:
     """Return the special tokens that ``tokenizer("a")`` puts around the tokens of the text."""
-    (probe,), (text,) = (encode(["a"], tokenizer, special=special) for special in (True, False))
-    start = next((i for i in range(len(probe)) if probe[i : i + len(text)] == text), 0)
-    return SpecialTokens(np.array(probe[:start], np.int32), np.array(probe[start + len(text) :], np.int32))
+    text = encode(["a"], tokenizer, special=False)[0]
+    enclosed = encode(["a"], tokenizer, special=True)[0]
+    start = _place_of(text, enclosed)
+    end = start + len(text)
+    return SpecialTokens(np.array(enclosed[:start], np.int32), np.array(enclosed[end:], np.int32))
+
+
+def _place_of(part: list[int], tokens: list[int]) -> int:
+    """Return the first index at which tokens go on like a part, or 0 if they never do."""
+    for start in range(len(tokens)):
+        if tokens[start : start + len(part)] == part:
+            return start
+    return 0
 
 
 def special_tokens_of_rows(tokenizer: Tokenizer, settings: TextOptions) -> SpecialTokens:
@@ -85,7 +96,8 @@ def special_tokens_of_rows(tokenizer: Tokenizer, settings: TextOptions) -> Speci
         return NO_SPECIAL_TOKENS
     around = special_tokens_around(tokenizer)
     eos = tokenizer.eos_token_id
-    if eos is not None and eos != getattr(tokenizer, "sep_token_id", None) and around.suffix[-1:].tolist() == [eos]:
+    ends_with_eos = eos is not None and around.suffix[-1:].tolist() == [eos]
+    if ends_with_eos and eos != getattr(tokenizer, "sep_token_id", None):
         around = SpecialTokens(around.prefix, around.suffix[:-1])
     if len(around) >= settings.sequence_length:
         raise CorpusError(
@@ -108,9 +120,11 @@ def other_row_start(tokenizer: Tokenizer, settings: TextOptions) -> SpecialToken
         return NO_SPECIAL_TOKENS
     prefix = special_tokens_around(tokenizer).prefix
     bos = getattr(tokenizer, "bos_token_id", None)
-    if not len(prefix) and bos is not None:
+    if not len(prefix):
+        if bos is None:
+            return None
         prefix = np.array([bos], np.int32)
-    return SpecialTokens(prefix, NO_SPECIAL_TOKENS.suffix) if len(prefix) else None
+    return SpecialTokens(prefix, NO_SPECIAL_TOKENS.suffix)
 
 
 def rows_of(
@@ -128,15 +142,16 @@ def rows_of(
     Raises:
         CorpusError: a document cannot be read, or is a conversation where `TextOptions.chat_template` is not set.
     """
-    ids = _document_tokens(documents, tokenizer, settings, around, counts)
-    rows: Iterable[Ids]
+    texts = _document_tokens(documents, tokenizer, settings, around, counts)
     if settings.layout == "packed":
-        rows = map(around.enclose, _pack(ids, settings.sequence_length - len(around)))
-    else:
-        rows = (row[: settings.sequence_length].copy() for row in ids if len(row))
-    for row in rows:
-        counts.rows += 1
-        yield row
+        for ids in _pack(texts, settings.sequence_length - len(around)):
+            counts.rows += 1
+            yield around.enclose(ids)
+        return
+    for ids in texts:
+        if len(ids):
+            counts.rows += 1
+            yield ids[: settings.sequence_length].copy()
 
 
 def shuffled(rows: Iterable[Ids], seed: int, maximum: int | None) -> Iterator[Ids]:
@@ -149,8 +164,11 @@ def shuffled(rows: Iterable[Ids], seed: int, maximum: int | None) -> Iterator[Id
     """
     random = np.random.default_rng(seed)
     keyed = ((random.random(), place, row.copy()) for place, row in enumerate(rows))
-    chosen = sorted(keyed) if maximum is None else heapq.nsmallest(maximum, keyed)
-    return (row for _, _, row in chosen)
+    if maximum is None:
+        in_order = sorted(keyed)
+    else:
+        in_order = heapq.nsmallest(maximum, keyed)
+    return (row for _, _, row in in_order)
 
 
 def _document_tokens(
@@ -165,8 +183,10 @@ def _document_tokens(
     Args:
         around: special tokens of each row. Documents come without them.
     """
-    packed = settings.layout == "packed"
-    eos, special = tokenizer.eos_token_id if packed else None, not packed or settings.row_start == "none"
+    is_packed = settings.layout == "packed"
+    # Packed rows have their special tokens around each row. Others have them around each document.
+    special = not is_packed or settings.row_start == "none"
+    eos = tokenizer.eos_token_id if is_packed else None
     for are_chats, group in groupby(documents, lambda document: isinstance(document, Chat)):
         texts = (render(document, tokenizer, chats=settings.chat_template) for document in group)
         for ids in _tokenize(texts, tokenizer, counts, special=special and not are_chats):
@@ -181,15 +201,27 @@ def _document_tokens(
 
 
 def _tokenize(texts: Iterator[str], tokenizer: Tokenizer, counts: ReadCounts, *, special: bool) -> Iterator[Ids]:
+    """Yield the tokens of each text, and count them."""
     for group in _groups(texts):
-        short = group if len(group[-1]) <= PIECE_CHARACTERS else group[:-1]  # a long one ends its group
-        encoded: list[Any] = encode(short, tokenizer, special=special) if short else []
-        encoded += [_encode_long(text, tokenizer, special=special) for text in group[len(short) :]]
-        for text, ids in zip(group, encoded, strict=True):
+        for text, ids in zip(group, _tokenize_group(group, tokenizer, special=special), strict=True):
             counts.documents += 1
             counts.tokens += len(ids)
-            counts.has_text |= bool(text) and not text.isspace()
-            yield np.asarray(ids, np.int32)
+            if text and not text.isspace():
+                counts.has_text = True
+            yield ids
+
+
+def _tokenize_group(texts: list[str], tokenizer: Tokenizer, *, special: bool) -> list[Ids]:
+    """Return the tokens of texts, of which only the last one may be long: a long text ends its group."""
+    last = texts[-1]
+    is_long = len(last) > PIECE_CHARACTERS
+    short = texts[:-1] if is_long else texts
+    tokens: list[Ids] = []
+    if short:
+        tokens += [np.asarray(ids, np.int32) for ids in encode(short, tokenizer, special=special)]
+    if is_long:
+        tokens.append(_encode_long(last, tokenizer, special=special))
+    return tokens
 
 
 def encode(texts: list[str], tokenizer: Tokenizer, *, special: bool) -> list[list[int]]:
@@ -209,7 +241,10 @@ def encode(texts: list[str], tokenizer: Tokenizer, *, special: bool) -> list[lis
 
 def _encode_long(text: str, tokenizer: Tokenizer, *, special: bool) -> Ids:
     """Return the tokens of a long document, tokenized in pieces to save memory, with its special tokens."""
-    parts = [np.asarray(encode([piece], tokenizer, special=False)[0], np.int32) for piece in _pieces(text)]
+    parts: list[Ids] = []
+    for piece in _pieces(text):
+        ids = encode([piece], tokenizer, special=False)[0]
+        parts.append(np.asarray(ids, np.int32))
     around = special_tokens_around(tokenizer) if special else NO_SPECIAL_TOKENS
     return around.enclose(np.concatenate(parts))
 
@@ -225,18 +260,33 @@ def _pieces(text: str) -> Iterator[str]:
 
 
 def _groups(texts: Iterator[str]) -> Iterator[list[str]]:
+    """Yield texts in groups that are tokenized at once: few at first, as a reader may want no more.
+
+    Raises:
+        CorpusError: a text cannot be read. The texts before it come first, as they may be all that is wanted.
+    """
     group: list[str] = []
+    characters = 0
     size = min(FIRST_DOCUMENTS, GROUP_DOCUMENTS)
-    failure: Exception | None = None
-    while not failure:
+    failure: CorpusError | None = None
+    while True:
         try:
-            group.append(next(texts))
-        except (StopIteration, CorpusError) as error:
-            failure = error  # raised below: the texts before a bad line may be all that is wanted
-        if group and (failure or len(group) == size or sum(map(len, group)) >= GROUP_CHARACTERS):
+            text = next(texts)
+        except StopIteration:
+            break
+        except CorpusError as error:
+            failure = error
+            break
+        group.append(text)
+        characters += len(text)
+        if len(group) == size or characters >= GROUP_CHARACTERS:
             yield group
-            group, size = [], min(2 * size, GROUP_DOCUMENTS)
-    if isinstance(failure, CorpusError):
+            group = []
+            characters = 0
+            size = min(2 * size, GROUP_DOCUMENTS)
+    if group:
+        yield group
+    if failure is not None:
         raise failure
 
 
