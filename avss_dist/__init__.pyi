@@ -117,7 +117,7 @@ def contrast(
     warehouse: str | Path = 'warehouse',
     on_event: Callable[[Any], object] | None = None,
 ) -> Contrast:
-    """Contrast hallucinated with truthful answers, layer by layer, with controls; for a run on paired text."""
+    """Return the contrast of a run on paired text: of each layer, by label of the answers, with controls."""
 
 def distill(
     student: str | Path,
@@ -248,7 +248,7 @@ def ls(
     warehouse: str | Path = 'warehouse',
     on_event: Callable[[Any], object] | None = None,
 ) -> Table:
-    """List runs (with stored shards of unfinished ones), evaluated sets of layers, or evaluations, newest first."""
+    """Return the runs, the evaluated sets of layers, or the evaluations of a warehouse, newest first."""
 
 def plan(
     *,

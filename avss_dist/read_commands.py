@@ -23,6 +23,7 @@ from avss_dist.core.suggestions import command_line
 from avss_dist.core.thresholds import parse_threshold
 from avss_dist.core.validation import keywords
 from avss_dist.read_requests import (
+    CompactRequest,
     CompareRequest,
     ContrastRequest,
     FindingsRequest,
@@ -32,7 +33,6 @@ from avss_dist.read_requests import (
     RemoveRequest,
     ReportRequest,
     ShowRequest,
-    WarehouseRequest,
 )
 from avss_dist.stats.catalog import READING
 from avss_dist.stats.scores import Threshold
@@ -87,7 +87,10 @@ def reading(cls: Callable[P, R]) -> Callable[[Callable[[Warehouse, R], T]], Call
 
 @reading(ListRequest)
 def ls(opened: Warehouse, request: ListRequest) -> Table:
-    """List runs (with stored shards of unfinished ones), evaluated sets of layers, or evaluations, newest first."""
+    """Return the runs, the evaluated sets of layers, or the evaluations of a warehouse, newest first.
+
+    Unfinished runs have the number of their stored shards.
+    """
     return Table(_listed_runs(opened) if request.what == "runs" else opened.sql(LISTED[request.what]))
 
 
@@ -259,7 +262,7 @@ def findings(opened: Warehouse, request: FindingsRequest) -> Table:
 
 @reading(ContrastRequest)
 def contrast(opened: Warehouse, request: ContrastRequest) -> Contrast:
-    """Contrast hallucinated with truthful answers, layer by layer, with controls; for a run on paired text."""
+    """Return the contrast of a run on paired text: of each layer, by label of the answers, with controls."""
     from avss_dist.analysis.contrast import contrast as contrast_run
     from avss_dist.analysis.contrast import paired_run
 
@@ -295,8 +298,8 @@ def publish(opened: Warehouse, request: PublishRequest) -> Table:
     return _counts("rows", write_tables(opened, Path(request.folder)))
 
 
-@reading(WarehouseRequest)
-def compact(opened: Warehouse, request: WarehouseRequest) -> Table:
+@reading(CompactRequest)
+def compact(opened: Warehouse, request: CompactRequest) -> Table:
     """Copy many finished runs into few large files, and return the number of runs copied of each table."""
     return _counts("runs", opened.compact())
 
@@ -336,7 +339,7 @@ def _counts(heading: str, numbers: Mapping[str, int]) -> Table:
 
 
 def doctor() -> Table:
-    """Check what works on this machine: devices, Ray, DeepSpeed, versions."""
+    """Return a row for each check of this machine: whether it works, and a detail."""
     from avss_dist.core.doctor import check_machine
 
     return Table(pa.Table.from_pylist([asdict(result) for result in check_machine()]))

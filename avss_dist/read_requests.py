@@ -1,4 +1,8 @@
-"""Requests of commands that read a warehouse. Apart from others, because their commands end soon after they start."""
+"""Requests of commands that read a warehouse. Apart from others, because their commands end soon after they start.
+
+The docstring of the request of a command is the start of its help, and the docstrings of the fields are those of its
+options.
+"""
 
 from __future__ import annotations
 
@@ -143,7 +147,7 @@ class PlaceRequest(Request):
 
 @checked
 class CompareRequest(PlaceRequest, RunsRequest):
-    """Compare layer rankings between runs."""
+    """Compare layer rankings between runs: how far they agree, or how they move along training, size or row length."""
 
     by: Annotated[str, OneOf(COMPARED)] = "run"
     """Property in which the two runs or readings of each pair differ."""
@@ -182,7 +186,7 @@ class CompareRequest(PlaceRequest, RunsRequest):
 
 @checked
 class FindingsRequest(PlaceRequest, RunsRequest):
-    """List findings that speak against the scores of runs, at one reading of AVSS."""
+    """List findings that speak against scores: they track depth, noise, rounding, single units, and so on."""
 
     every: bool = False
     """Show findings of every site and recipe."""
@@ -210,7 +214,7 @@ class ContrastRequest(PlaceRequest, RunRequest):
 
 @checked
 class ContrastCommandRequest(ContrastRequest):
-    """Contrast hallucinated with truthful answers, and print the contrast or the predictions."""
+    """Contrast hallucinated with truthful answers, layer by layer, with controls; for a run on paired text."""
 
     predictions: bool = False
     """With csv or json: how well each layer predicts the label."""
@@ -218,7 +222,7 @@ class ContrastCommandRequest(ContrastRequest):
 
 @checked
 class ListRequest(WarehouseRequest):
-    """List runs, evaluated sets of layers, or evaluations."""
+    """List runs (with stored shards of unfinished ones), evaluated sets of layers, or evaluations, newest first."""
 
     what: Annotated[str, OneOf(LISTINGS), Option(argument=True)] = field(default=LISTINGS[0], kw_only=False)
     """Table to list: runs, evaluated sets of removed layers, or evaluations."""
@@ -226,7 +230,7 @@ class ListRequest(WarehouseRequest):
 
 @checked
 class ShowRequest(PlaceRequest, WarehouseRequest):
-    """Show scores by layer."""
+    """Show scores by layer, at any threshold, or draw them; the lowest 25% of layers are marked."""
 
     run: RunNames = ()
     """A run: its id, a unique part of it, its model, or a glob such as 'smollm2-*'. The newest by default."""
@@ -249,7 +253,7 @@ class ShowRequest(PlaceRequest, WarehouseRequest):
 
 @checked
 class ReportRequest(RunsRequest):
-    """Write a web page of a warehouse."""
+    """Write a self-contained web page: findings, score card, charts across runs and by depth, tables."""
 
     output: Annotated[Output, check(require_ending(PAGES, "a page"))] = "report.html"
     """The page to write."""
@@ -259,7 +263,7 @@ class ReportRequest(RunsRequest):
 
 @checked
 class PublishRequest(WarehouseRequest):
-    """Write the finished runs of a warehouse for others to read."""
+    """Write the finished runs for others: the page, a Parquet file for each table, and a dataset card."""
 
     folder: Annotated[PathOrText, Option(argument=True, metavar="FOLDER")] = field(kw_only=False)
     """A new or empty folder."""
@@ -267,6 +271,11 @@ class PublishRequest(WarehouseRequest):
     def __post_init__(self) -> None:
         if "://" in str(self.folder):
             raise ConfigError("`folder` is a URI: expected a folder of this machine.", "Write one, and upload that.")
+
+
+@checked
+class CompactRequest(WarehouseRequest):
+    """Copy many finished runs into few large files, so that every reader opens them in a moment."""
 
 
 @checked
@@ -291,7 +300,7 @@ class RemoveRequest(WarehouseRequest):
 
 @checked
 class RemoveCommandRequest(RemoveRequest):
-    """Remove runs from a warehouse, after a question."""
+    """Remove runs, and evaluations of checkpoints that have no other run; it shows what goes, and asks."""
 
     yes: Annotated[bool, Option(short="-y")] = False
     """Do not ask before anything is removed."""
@@ -309,7 +318,7 @@ class QueryRequest(WarehouseRequest):
 
 @checked
 class QueryCommandRequest(QueryRequest):
-    """Query a warehouse with SQL, and print the rows."""
+    """Query a warehouse with SQL (DuckDB). It only reads, and only the warehouse."""
 
     output: OptionalOutput = None
     """File to write to instead of standard output."""

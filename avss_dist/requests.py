@@ -1,4 +1,8 @@
-"""Requests of commands that measure or change something: checked values, of which options and keywords are made."""
+"""Requests of commands that measure or change something: checked values, of which options and keywords are made.
+
+The docstring of the request of a command is the start of its help, and the docstrings of the fields are those of its
+options.
+"""
 
 from __future__ import annotations
 
@@ -159,7 +163,7 @@ class ScoreRequest(ModelRequest, CorpusRequest, WarehouseRequest, Settings, Exec
 
 @checked
 class ScoreAllRequest(CorpusRequest, WarehouseRequest, Settings, Execution):
-    """Score several models on a corpus."""
+    """Score every layer of one or more models on a corpus, and keep the result as Parquet."""
 
     models: Annotated[Texts, Option(argument=True, metavar="MODEL")] = field(kw_only=False)
     """Hub id (org/name@revision), folder, or .gguf file."""
@@ -171,7 +175,7 @@ class ScoreAllRequest(CorpusRequest, WarehouseRequest, Settings, Execution):
 
 @checked
 class EstimateRequest(ModelRequest, BatchOptions, ModelOptions, TextOptions):
-    """Estimate the memory of a run with every partition."""
+    """Estimate the memory of a run with every partition, before loading any weights."""
 
     ranks: Positive | None = None
     """Processes of a replica, where a partition has several, and of a distillation; by default as few as have room."""
@@ -183,7 +187,10 @@ class EstimateRequest(ModelRequest, BatchOptions, ModelOptions, TextOptions):
 
 @checked
 class AblateRequest(ModelRequest, CorpusRequest, WarehouseRequest, EvaluationOptions):
-    """Measure the effect of each layer on the loss."""
+    """Leave layers out, or round their weights, and measure the loss: the ground truth for scores.
+
+    With --quantize, csv and json have a row for each number format, layer and linear map.
+    """
 
     leave_one_out: bool = True
     """Measure the loss without each layer."""
@@ -222,7 +229,7 @@ class AblateRequest(ModelRequest, CorpusRequest, WarehouseRequest, EvaluationOpt
 
 @checked
 class EvaluateRequest(WorkRequest, WarehouseRequest, EvaluationOptions):
-    """Evaluate models and plans on tasks."""
+    """Evaluate models and plans; a plan skips its layers in place and is compared with the whole model."""
 
     subjects: Annotated[
         tuple[Annotated[Any, check(_model_or_plan, before=True), Accepts(f"str | Path | {PLANS}")], ...],
@@ -251,7 +258,7 @@ class EvaluateRequest(WorkRequest, WarehouseRequest, EvaluationOptions):
 
 @checked
 class ShrinkRequest(ModelRequest, EvaluationOptions):
-    """Write a smaller checkpoint of a model."""
+    """Score a model, drop layers, repair and evaluate the rest, and write it; resumes if stopped."""
 
     output: Output
     """Folder of the new checkpoint."""
@@ -311,7 +318,7 @@ class ShrinkRequest(ModelRequest, EvaluationOptions):
 
 @checked
 class PlanRequest(WorkRequest, PlaceRequest, RunRequest, EvaluationOptions):
-    """Choose the layers, or the routed experts, to drop."""
+    """Choose the layers or routed experts to drop, and write a plan with the reasons for and against."""
 
     output: PlanFile = None
     """The plan to write, PLAN.yaml."""
@@ -357,7 +364,10 @@ class PlanRequest(WorkRequest, PlaceRequest, RunRequest, EvaluationOptions):
 
 @checked
 class SparsifyRequest(WorkRequest, RunRequest, EvaluationOptions):
-    """Choose the activations that become zero."""
+    """Choose the activations that become zero, and write a sparsity plan with the reason.
+
+    The run must have measured the inputs of linear maps: avss score --sites inputs.
+    """
 
     output: PlanFile = None
     """The sparsity plan to write, SPARSE.yaml."""
@@ -373,7 +383,10 @@ class SparsifyRequest(WorkRequest, RunRequest, EvaluationOptions):
 
 @checked
 class PrecisionRequest(RunRequest):
-    """Choose the number format of each linear map under a budget of bits."""
+    """Choose the number format of each linear map, and write a precision plan with the reason.
+
+    avss ablate --quantize FORMAT... must have predicted the losses.
+    """
 
     output: PlanFile = None
     """The precision plan to write, BITS.yaml, or the file of another program."""
@@ -404,7 +417,7 @@ class PrecisionRequest(RunRequest):
 
 @checked
 class PruneRequest(ModelRequest, EvaluationOptions):
-    """Write a checkpoint without the layers or routed experts of a plan."""
+    """Write a checkpoint without the layers or experts of a plan, repaired on request; needs little memory."""
 
     plan: Annotated[
         Any, check(_plan, before=True), Accepts("str | Path | Plan"), Option(argument=True, metavar="PLAN.yaml")
@@ -441,7 +454,7 @@ def require_divisible(batch_size: int, ranks: int) -> None:
 
 @checked
 class DistillRequest(ModelOptions, TextOptions, ClusterOptions, WorkRequest):
-    """Train a smaller model on the predictions of the whole one."""
+    """Train a smaller model on the predictions of the whole one, and write it; resumes if stopped."""
 
     student: Annotated[PathOrText, Option(argument=True, metavar="STUDENT")] = field(kw_only=False)
     """Checkpoint folder to train, such as avss shrink or avss prune writes."""
@@ -536,7 +549,7 @@ class RunJobRequest(JobFileRequest):
 
 @checked
 class RunCommandRequest(RunJobRequest):
-    """Run a job file, or show what that would do."""
+    """Run a job file, its experiment included: finished runs are skipped, interrupted ones resumed."""
 
     job: Annotated[Any, check(_job, before=True), Option(argument=True, metavar="JOB.yaml")] = field(
         default=None, kw_only=False
@@ -562,7 +575,7 @@ class ClusterRequest(Request):
 
 @checked
 class SubmitRequest(JobFileRequest, ClusterRequest):
-    """Submit a job file to a Ray cluster."""
+    """Submit a job file to a Ray cluster, which runs it with avss run; it needs avss_dist and the models."""
 
     follow: Follow = False
     """Print the log until the job ends."""
@@ -570,7 +583,7 @@ class SubmitRequest(JobFileRequest, ClusterRequest):
 
 @checked
 class ListJobsRequest(ClusterRequest):
-    """List the jobs of a Ray cluster."""
+    """List submitted jobs and their status."""
 
     job_id: JobId | None = field(default=None, kw_only=False)
     """A job; all jobs by default."""
@@ -578,15 +591,25 @@ class ListJobsRequest(ClusterRequest):
 
 @checked
 class JobIdRequest(ClusterRequest):
-    """Stop a job, or read its log."""
+    """A command about one job of a Ray cluster."""
 
     job_id: JobId = field(kw_only=False)
     """Id of the job, from avss jobs list."""
 
 
 @checked
+class StopRequest(JobIdRequest):
+    """Stop a submitted job; its measurements are kept, and submitting it again resumes it."""
+
+
+@checked
 class LogsRequest(JobIdRequest):
-    """Print the log of a job."""
+    """Print the log of a submitted job."""
 
     follow: Follow = False
     """Print the log until the job ends."""
+
+
+@checked
+class DoctorRequest(Request):
+    """Check what works on this machine: devices, Ray, DeepSpeed, versions."""

@@ -35,7 +35,7 @@ from avss_dist.warehouse.reader import Warehouse
 
 
 def plan(request: PlanRequest) -> None:
-    """Choose the layers or experts to drop, and write the plan."""
+    """Write the plan, and print it with the size that is saved and the command that evaluates it."""
     opened = open_for(request, measured=request.by != GREEDY)
     run = planned_run(opened, request)
     with CellProgress() as progress:
@@ -52,7 +52,7 @@ def plan(request: PlanRequest) -> None:
 
 
 def sparsify(request: SparsifyRequest) -> None:
-    """Choose the activations that become zero, and write the plan."""
+    """Write the plan, and print it with its thresholds and the command that evaluates it."""
     opened = open_for(request)
     run = sparsifiable_run(opened, request.run)
     with CellProgress() as progress:
@@ -63,7 +63,7 @@ def sparsify(request: SparsifyRequest) -> None:
 
 
 def quantize(request: PrecisionRequest) -> None:
-    """Choose the number format of each linear map, and write the plan, or the file of another program."""
+    """Write the plan or the file of another program, and print it with the command that evaluates it."""
     opened = open_for(request, measured=True)
     run = predicted_run(request, opened)
     chosen = plan_precision(request, opened, run.row)
@@ -93,7 +93,7 @@ def _hint_evaluation(
 
 
 def prune(request: PruneRequest, format: str) -> None:
-    """Write a checkpoint without the layers or experts of a plan."""
+    """Print the plan, write the checkpoint, and print how its outputs compare."""
     plan = read_plan(request.plan)
     if format == "text":
         emit("\n  ".join([f"{request.plan}:", *plan.describe()]))
@@ -115,7 +115,7 @@ def _pruned_lines(done: Pruned) -> Iterator[str]:
 
 
 def distill(request: DistillRequest, format: str) -> None:
-    """Train a smaller model on the predictions of the whole one."""
+    """Train and write the model, and print its divergences and losses."""
     with StepProgress() as progress:
         done = train(replace(request, on_event=progress))
     lines = [f"{done.folder}: {describe_bytes(done.bytes)} of weights.", *done.record.describe(), *done.notes]

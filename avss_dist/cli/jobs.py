@@ -7,17 +7,16 @@ from typing import TYPE_CHECKING
 
 from avss_dist.core.errors import RunFailed
 from avss_dist.core.process import exit_code
-from avss_dist.core.request import Request
 from avss_dist.core.streams import console, emit, emit_json, say
 from avss_dist.core.suggestions import command_line, option_words
-from avss_dist.requests import ClusterRequest, JobIdRequest, ListJobsRequest, LogsRequest, SubmitRequest
+from avss_dist.requests import ClusterRequest, DoctorRequest, ListJobsRequest, LogsRequest, StopRequest, SubmitRequest
 
 if TYPE_CHECKING:
     from avss_dist.runs.submission import Cluster
 
 
-def doctor(_: Request, format: str) -> int:
-    """Check what works on this machine: devices, Ray, DeepSpeed, versions."""
+def doctor(_: DoctorRequest, format: str) -> int:
+    """Print the result of each check. Return 1 if something does not work."""
     from avss_dist.core.doctor import check_machine
 
     terminal, results = console(), []
@@ -32,7 +31,7 @@ def doctor(_: Request, format: str) -> int:
 
 
 def jobs_submit(request: SubmitRequest, format: str) -> int:
-    """Submit a job file to a Ray cluster, which runs it with avss run; it needs avss_dist and the models."""
+    """Submit a job file and print the job's id, or its log with `follow`. Return the exit code of the job, then."""
     from avss_dist.reports.output import print_result
     from avss_dist.runs.job_file import read_job
 
@@ -49,7 +48,7 @@ def jobs_submit(request: SubmitRequest, format: str) -> int:
 
 
 def jobs_list(request: ListJobsRequest, format: str) -> None:
-    """List submitted jobs and their status."""
+    """Print the jobs."""
     import pyarrow as pa
 
     from avss_dist.reports.output import write_table
@@ -72,7 +71,7 @@ def jobs_list(request: ListJobsRequest, format: str) -> None:
 
 
 def jobs_logs(request: LogsRequest) -> int:
-    """Print the log of a submitted job."""
+    """Print the log of a job. With `follow`, return its exit code."""
     cluster = _cluster(request)
     if request.follow:
         return _follow(cluster, request.job_id)
@@ -80,8 +79,8 @@ def jobs_logs(request: LogsRequest) -> int:
     return 0
 
 
-def jobs_stop(request: JobIdRequest, format: str) -> None:
-    """Stop a submitted job; its measurements are kept, and submitting it again resumes it."""
+def jobs_stop(request: StopRequest, format: str) -> None:
+    """Stop a job, and print the state in which it ended."""
     from avss_dist.reports.output import print_result
 
     outcome = _cluster(request).stop(request.job_id)

@@ -13,7 +13,6 @@ from concurrent.futures import ThreadPoolExecutor, wait
 from contextlib import contextmanager
 from contextvars import ContextVar
 from functools import cache
-from importlib import import_module
 from types import SimpleNamespace
 from typing import Annotated, Any, TypeVar
 
@@ -21,7 +20,8 @@ import typer
 from typer.core import TyperCommand, TyperGroup
 
 from avss_dist import __version__
-from avss_dist.cli.commands import CHANGE, COMMANDS, ELSEWHERE, JOBS, MEASURE, READ, REMOVED, epilog
+from avss_dist.cli.declarations import CHANGE, COMMANDS, ELSEWHERE, JOBS, MEASURE, READ
+from avss_dist.cli.removed import REMOVED
 from avss_dist.core.errors import AvssError, is_full, nearest, require_known, spell_fields, unwritable
 from avss_dist.core.extras import not_installed
 from avss_dist.core.process import UMASK, arm, exit_code, stop_signal
@@ -45,24 +45,35 @@ class Group(TyperGroup):
     def __init__(self, *, prefix: str = "", **options: Any) -> None:
         super().__init__(**options)
         self.prefix = prefix  # words before the names of its commands
-        for name, listed in COMMANDS.items():
-            words, _, last = name.rpartition(" ")
+        for declared in COMMANDS.values():
+            words, _, last = declared.name.rpartition(" ")
             if words == self.prefix:
-                self.commands[last] = TyperCommand(last, help=listed.summary, rich_help_panel=listed.panel)
+                self.commands[last] = TyperCommand(last, rich_help_panel=declared.panel.title)
+
+    def get_command(self, ctx: Any, name: str) -> Any:
+        """Return a command for a list of commands, with its summary."""
+        command = super().get_command(ctx, name)
+        declared = COMMANDS.get(self._full_name(name))
+        if command is not None and declared is not None:
+            command.help = declared.summary
+        return command
 
     def resolve_command(self, ctx: Any, args: list[str]) -> Any:
         if args and args[0] not in self.commands:
             instead = REMOVED.get(args[0])
             advice = f"It was removed: {instead}" if instead else nearest(args[0], self.commands)
             ctx.fail(f"There is no command '{args[0]}'. {advice}")
-        name, command, arguments = super().resolve_command(ctx, args)
-        words = f"{self.prefix} {name}".strip()
-        if words in COMMANDS:
-            from avss_dist.cli.options import spelled_option
+        full_name = self._full_name(args[0]) if args else ""
+        if full_name not in COMMANDS:
+            return super().resolve_command(ctx, args)
+        from avss_dist.cli.options import spelled_option
 
-            command = load_command(words)
-            _spelling.set({parameter.name: spelled_option(parameter) for parameter in command.params})
-        return name, command, arguments
+        command = load_command(full_name)
+        _spelling.set({parameter.name: spelled_option(parameter) for parameter in command.params})
+        return args[0], command, args[1:]
+
+    def _full_name(self, name: str) -> str:
+        return f"{self.prefix} {name}".strip()
 
 
 class Commands(Group):
@@ -70,7 +81,7 @@ class Commands(Group):
 
     def __init__(self, **options: Any) -> None:
         super().__init__(**options)
-        shown: dict[str, Any] = {"help": JOBS, "rich_help_panel": ELSEWHERE, "context_settings": HELP}
+        shown: dict[str, Any] = {"help": JOBS, "rich_help_panel": ELSEWHERE.title, "context_settings": HELP}
         self.commands["jobs"] = Group(prefix="jobs", name="jobs", no_args_is_help=True, **shown)
 
     def make_context(self, *args: Any, **options: Any) -> Any:
@@ -149,29 +160,36 @@ def load_command(name: str) -> Any:
     from avss_dist.cli.options import CommandWithSections, parameters  # pydantic with it, which --help does not need
     from avss_dist.core.validation import from_texts
 
-    listed = COMMANDS[name]
-    module, _, cls = listed.request.partition(":")
-    request = getattr(import_module(f"avss_dist.{module}"), cls)
+    declared = COMMANDS[name]
+    request_class = declared.load_request()
 
-    def run(**values: Any) -> Any:
-        format = [require_known("`format`", values.pop("format"), listed.formats)] if listed.formats else []
-        typed = {field: value for field, value in values.items() if value not in (None, []) and field[0] != "_"}
-        instance = from_texts(request, typed)
-        if listed.panel in (MEASURE, CHANGE):
+    def run(**values: Any) -> int | None:
+        arguments = []
+        if declared.formats:
+            arguments.append(require_known("`format`", values.pop("format"), declared.formats))
+        typed = {}
+        for field, value in values.items():
+            is_given = value is not None and value != []
+            is_field = not field.startswith("_")
+            if is_given and is_field:
+                typed[field] = value
+        request = from_texts(request_class, typed)
+        if declared.panel in (MEASURE, CHANGE):
             from avss_dist.cli.inputs import require_inputs
 
-            instance = require_inputs(instance)
-        return getattr(import_module(f"avss_dist.cli.{listed.module}"), name.replace(" ", "_"))(instance, *format)
+            request = require_inputs(request)
+        function = declared.load_function()
+        return function(request, *arguments)
 
-    options = parameters(request, listed.formats)
+    options = parameters(request_class, declared.formats)
     run.__signature__ = inspect.Signature(options)  # type: ignore[attr-defined]
     run.__annotations__ = {option.name: option.annotation for option in options}
     single = typer.Typer(add_completion=False, rich_markup_mode=None)
     single.command(
         name,
         cls=CommandWithSections,
-        help="\n\n".join(filter(None, (listed.summary, listed.more))),
-        epilog=epilog(name),
+        help=declared.help,
+        epilog=declared.epilog,
         context_settings=HELP,
     )(run)
     return typer.main.get_command(single)

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from avss_dist import read_commands
-from avss_dist.cli.commands import COMMANDS
+from avss_dist.cli.declarations import COMMANDS
 from avss_dist.cli.program import at_end, interruptible
 from avss_dist.core.endings import PICTURES, require_table_file
 from avss_dist.core.errors import ConfigError, QueryError, first_names
@@ -21,6 +21,7 @@ from avss_dist.core.suggestions import command_line
 from avss_dist.core.text import basename, count_of, describe_count
 from avss_dist.core.thresholds import describe_threshold, parse_threshold
 from avss_dist.read_requests import (
+    CompactRequest,
     CompareRequest,
     ContrastCommandRequest,
     FindingsRequest,
@@ -80,7 +81,7 @@ def open_for(request: WarehouseRequest, **options: Any) -> Warehouse:
 
 
 def ls(request: ListRequest, format: str) -> None:
-    """List runs (with stored shards of unfinished ones), evaluated sets of layers, or evaluations, newest first."""
+    """Print the list that the request names. On a terminal, runs are shortened to its width."""
     from avss_dist.reports.output import write_table
 
     table = unwrap(read_commands.ls)(open_for(request), request).table()
@@ -94,7 +95,7 @@ def ls(request: ListRequest, format: str) -> None:
 
 
 def show(request: ShowRequest, format: str) -> None:
-    """Show scores by layer, at any threshold, or draw them; the lowest 25% of layers are marked."""
+    """Print what the request shows of each run, or write it to a file: as a picture or a table."""
     from avss_dist.reports.output import print_result, printed_to
 
     output = None if request.output is None else Path(request.output)
@@ -143,7 +144,7 @@ def _describe_runs(opened: Warehouse, request: ShowRequest, table: pa.Table) -> 
 
 
 def query(request: QueryCommandRequest, format: str) -> None:
-    """Query a warehouse with SQL (DuckDB). It only reads, and only the warehouse."""
+    """Print the rows of a query, or the schema, or write them to a file."""
     from avss_dist.reports.output import printed_to, write_table
 
     if format == "parquet" and request.output is None and sys.stdout.isatty():
@@ -181,7 +182,7 @@ MAX_TABLED = 20_000  # pairs of which all are compared in full for a table on a 
 
 
 def compare(request: CompareRequest, format: str) -> None:
-    """Compare layer rankings between runs: how far they agree, or how they move along training, size or row length."""
+    """Print the pairs of runs with their agreement, or the curves of ranks."""
     from avss_dist.analysis.comparison import MAX_PAIRS, RankingComparison
     from avss_dist.analysis.curves import curve_section
     from avss_dist.reports.output import print_result
@@ -264,7 +265,7 @@ def _describe_ranking(request: CompareRequest, at: Threshold) -> str:
 
 
 def findings(request: FindingsRequest, format: str) -> None:
-    """List findings that speak against scores: they track depth, noise, rounding, single units, and so on."""
+    """Print the findings, or the score cards."""
     from avss_dist.analysis.scorecard import scorecard_sections
     from avss_dist.reports.output import print_result
     from avss_dist.reports.terminal.scores import findings_list
@@ -277,7 +278,7 @@ def findings(request: FindingsRequest, format: str) -> None:
 
 
 def contrast(request: ContrastCommandRequest, format: str) -> None:
-    """Contrast hallucinated with truthful answers, layer by layer, with controls; for a run on paired text."""
+    """Print the contrast and what it finds."""
     from avss_dist.analysis.contrast import contrast_section
     from avss_dist.reports.output import print_result
     from avss_dist.reports.terminal.tables import rendered
@@ -291,22 +292,19 @@ def contrast(request: ContrastCommandRequest, format: str) -> None:
 
 
 def report(request: ReportRequest) -> None:
-    """Write the page of a warehouse."""
-
+    """Write the page, and print its path."""
     emit(unwrap(read_commands.report)(open_for(request, failed=True), request))
 
 
 def publish(request: PublishRequest) -> None:
-    """Write the finished runs of a warehouse for others."""
-
+    """Write the published folder, and print the number of rows of each table."""
     rows = unwrap(read_commands.publish)(open_for(request), request).table().to_pylist()
     tables = ", ".join(f"{describe_count(row['rows'])} {row['table']}" for row in rows)
     emit(f"{request.folder}: {tables}.")
 
 
-def compact(request: WarehouseRequest) -> None:
-    """Copy many finished runs into few large files."""
-
+def compact(request: CompactRequest) -> None:
+    """Compact the warehouse, and print the number of runs that were copied."""
     opened = open_for(request)
     rows = unwrap(read_commands.compact)(opened, request).table().to_pylist()
     tables = ", ".join(f"{row['table']} of {count_of(row['runs'], 'run')}" for row in rows if row["runs"])
@@ -315,7 +313,7 @@ def compact(request: WarehouseRequest) -> None:
 
 
 def rm(request: RemoveCommandRequest, format: str) -> None:
-    """Remove runs and the evaluations that go with them, after a question."""
+    """Print what would be removed, ask unless told not to, and remove it."""
     from avss_dist.reports.output import print_result
     from avss_dist.reports.terminal.removal import removal_table
     from avss_dist.warehouse.reader import Warehouse

@@ -15,7 +15,7 @@ from support.command_line import commands, succeed
 from support.warehouses import activations, stats_of, write_measured
 
 import avss_dist as avss
-from avss_dist.cli.commands import COMMANDS
+from avss_dist.cli.declarations import COMMANDS
 from avss_dist.core.errors import ConfigError, QueryError
 from avss_dist.core.results import Table
 from avss_dist.core.settings import Settings

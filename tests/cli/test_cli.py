@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import inspect
 import io
 import json
 import re
@@ -21,8 +22,9 @@ from typer.testing import CliRunner
 
 import avss_dist
 from avss_dist.cli import app
-from avss_dist.cli.commands import COMMANDS as LISTED
-from avss_dist.cli.commands import REMOVED
+from avss_dist.cli.declarations import COMMANDS as LISTED
+from avss_dist.cli.declarations import Command, class_docstrings
+from avss_dist.cli.removed import REMOVED
 from avss_dist.core.doctor import CheckResult
 from avss_dist.core.errors import ConfigError
 from avss_dist.core.settings import ATTENTIONS, DTYPES
@@ -137,6 +139,20 @@ def test_the_commands_are_those_of_the_help() -> None:
             assert all(f" {text}" in output for text in shown)
     output = avss("jobs").output
     assert all(f" {name} " in output for name in ("submit", "list", "logs", "stop"))
+
+
+@pytest.mark.parametrize("command", LISTED.values(), ids=LISTED)
+def test_the_help_of_a_command_is_the_docstring_of_its_request(command: Command) -> None:
+    docstring = inspect.cleandoc(vars(command.load_request())["__doc__"])
+    assert command.help.split() == docstring.split()
+
+
+def test_the_docstrings_of_an_installation_without_sources_are_those_of_the_imported_classes(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    searched = class_docstrings.__wrapped__("avss_dist.requests")["ScoreAllRequest"]
+    monkeypatch.setattr("importlib.machinery.SourceFileLoader.get_source", lambda loader, name: None)
+    assert class_docstrings.__wrapped__("avss_dist.requests")["ScoreAllRequest"] == searched
 
 
 def help_of(name: str, option: str) -> str:

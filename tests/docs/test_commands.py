@@ -16,7 +16,7 @@ from support.command_line import commands as registered
 from support.documentation import PAGES, ROOT, commands, read
 from support.families import tiny_model
 
-from avss_dist.cli.commands import COMMANDS
+from avss_dist.cli.declarations import COMMANDS
 
 ONLY_PARSED = {
     "jobs": "needs a cluster",

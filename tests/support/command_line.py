@@ -11,7 +11,7 @@ from typing import Any
 from typer.testing import CliRunner
 
 from avss_dist.cli import app
-from avss_dist.cli.commands import COMMANDS
+from avss_dist.cli.declarations import COMMANDS
 from avss_dist.cli.program import load_command
 
 
