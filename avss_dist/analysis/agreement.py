@@ -18,6 +18,7 @@ import pyarrow as pa
 from numpy.typing import NDArray
 
 from avss_dist.core.streams import tracked
+from avss_dist.core.values import NewRow
 from avss_dist.stats.catalog import LOWEST_SHARE
 from avss_dist.stats.layer_stats import Float64
 from avss_dist.stats.rankings import (
@@ -90,7 +91,7 @@ def correlate_pairs(
     return columns
 
 
-def _agreement(pairs: _AlignedPairs, share: float) -> dict[str, Any]:
+def _agreement(pairs: _AlignedPairs, share: float) -> NewRow:
     """Return a value or an array [pairs] for each of `COLUMNS`, of pairs with the same number of layers."""
     num_layers = pairs.first.shape[1]
     num_lowest = min(count_lowest(num_layers, share), num_layers)

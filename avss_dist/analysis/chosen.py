@@ -9,7 +9,6 @@ from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from functools import reduce
 from operator import or_
-from typing import Any
 
 import pyarrow as pa
 import pyarrow.compute as pc
@@ -17,6 +16,7 @@ import pyarrow.compute as pc
 from avss_dist.core.errors import AvssError, QueryError, WarehouseError, nearest, require_known
 from avss_dist.core.suggestions import command_line
 from avss_dist.core.text import basename, printable
+from avss_dist.core.values import NewRow, TableRow
 from avss_dist.stats.catalog import SCORES
 from avss_dist.warehouse.checks import settings_of
 from avss_dist.warehouse.names import MEASURED_ONLY, ROUNDING_TASK
@@ -37,7 +37,7 @@ def choose_runs(
     failed: bool = False,
     measured: bool = False,
     columns: Sequence[str] | None = None,
-) -> list[dict[str, Any]]:
+) -> list[NewRow]:
     """Return the ``runs`` rows of the named runs, in the order of the names.
 
     Args:
@@ -59,7 +59,7 @@ def choose_runs(
     rows = table.select(["run_id", "model", "status", "error", "created_at"]).to_pylist()
     places = {row["run_id"]: place for place, row in enumerate(rows)}
     rows.sort(key=lambda row: str(row["run_id"]))
-    valid: dict[str, Mapping[str, Any]] = {}
+    valid: dict[str, TableRow] = {}
     errors: dict[str, str] = {}
     for row in rows:
         if failed or row["status"] in ("done", MEASURED_ONLY):
@@ -78,7 +78,7 @@ def choose_runs(
     return list(selected.to_pylist(maps_as_pydicts="lossy"))
 
 
-def _named_runs(names: Sequence[str], valid: Mapping[str, Mapping[str, Any]], errors: Mapping[str, str]) -> list[str]:
+def _named_runs(names: Sequence[str], valid: Mapping[str, TableRow], errors: Mapping[str, str]) -> list[str]:
     """Return the ids of named runs, each once.
 
     Args:
@@ -148,7 +148,7 @@ class ChosenRun:
         passed_over: a sentence for each newer run that lacks what the command needs.
     """
 
-    row: dict[str, Any]
+    row: NewRow
     number: int
     passed_over: tuple[str, ...] = ()
 
@@ -165,7 +165,7 @@ class ChosenRun:
 def newest_run(
     warehouse: Warehouse,
     name: str | None,
-    require: Callable[[Mapping[str, Any]], object],
+    require: Callable[[TableRow], object],
     *,
     measured: bool = False,
 ) -> ChosenRun:
@@ -267,7 +267,7 @@ def _parts(name: str, models: Mapping[str, str]) -> list[str]:
     return [run_id for run_id in models if begins_a_word.search(run_id)]
 
 
-def run_labels(runs: Sequence[Mapping[str, Any]]) -> list[str]:
+def run_labels(runs: Sequence[TableRow]) -> list[str]:
     """Return short names that differ: the model's, with as few details as tell runs of one model apart."""
     labels = [basename(run["model"] or run["run_id"]) for run in runs]
     for details in _details(runs):
@@ -289,7 +289,7 @@ def _with_details(labels: Sequence[str], details: Sequence[str | None]) -> list[
     return extended
 
 
-def _details(runs: Sequence[Mapping[str, Any]]) -> Iterator[list[str | None]]:
+def _details(runs: Sequence[TableRow]) -> Iterator[list[str | None]]:
     """Yield one detail after the other, by run: dtype, corpus, revision, each setting, last the run's own number."""
     for name in _TELLING:
         yield [_property(run, name) for run in runs]
@@ -303,14 +303,14 @@ def _details(runs: Sequence[Mapping[str, Any]]) -> Iterator[list[str | None]]:
     yield [run["run_id"][-NUMBER_LENGTH:] for run in runs]
 
 
-def _setting(settings: Mapping[str, Any], key: str) -> str | None:
+def _setting(settings: TableRow, key: str) -> str | None:
     """Return a setting of a run in words. None if it is off."""
     if settings.get(key):
         return f"{key}={settings[key]}"
     return None
 
 
-def _property(run: Mapping[str, Any], name: str) -> str | None:
+def _property(run: TableRow, name: str) -> str | None:
     """Return the last part of the name of a run's property. None if it is not known."""
     if run[name] is None:
         return None

@@ -34,6 +34,7 @@ from avss_dist.core.errors import QueryError, require_known
 from avss_dist.core.results import TabularResult
 from avss_dist.core.text import basename, count_of
 from avss_dist.core.thresholds import describe_threshold
+from avss_dist.core.values import NewRow, TableRow
 from avss_dist.stats.catalog import BASELINES, FROM_ACTIVATIONS, LOWEST_SHARE, READING, SCORES, is_own
 from avss_dist.stats.layer_stats import Float64
 from avss_dist.stats.scores import Threshold
@@ -89,8 +90,8 @@ class Profile:
         depth, values: float64[layers], ascending in depth.
     """
 
-    run: Mapping[str, Any]
-    reading: Mapping[str, Any]
+    run: TableRow
+    reading: TableRow
     depth: Float64
     values: Float64
 
@@ -310,7 +311,7 @@ def _run_ids_in_pairs(selected: Sequence[Profile], by: str, allow_mismatch: bool
     return run_ids
 
 
-def find_odd(pairs: pa.Table, runs: Sequence[Mapping[str, Any]]) -> str:
+def find_odd(pairs: pa.Table, runs: Sequence[TableRow]) -> str:
     """Return a sentence on the run whose mean correlation with the others of its model, or else family, is lowest.
 
     Args:
@@ -336,7 +337,7 @@ def find_odd(pairs: pa.Table, runs: Sequence[Mapping[str, Any]]) -> str:
     return ""
 
 
-def _mean_correlations(rows: Sequence[Mapping[str, Any]], group_of_run: Mapping[str, str]) -> dict[str, float]:
+def _mean_correlations(rows: Sequence[TableRow], group_of_run: Mapping[str, str]) -> dict[str, float]:
     """Return the mean correlation of each run with the others of its group, by run id.
 
     Args:
@@ -350,7 +351,7 @@ def _mean_correlations(rows: Sequence[Mapping[str, Any]], group_of_run: Mapping[
     return {run_id: float(np.mean(values)) for run_id, values in correlations.items()}
 
 
-def _describe_odd(members: Sequence[Mapping[str, Any]], mean: Mapping[str, float], group: str) -> str:
+def _describe_odd(members: Sequence[TableRow], mean: Mapping[str, float], group: str) -> str:
     """Return a sentence on the run of a group whose mean correlation is lowest, and in what it differs.
 
     Args:
@@ -421,7 +422,7 @@ def _other_conditions(by: str) -> list[str]:
 
 def profiles(
     warehouse: Warehouse,
-    runs: Sequence[Mapping[str, Any]],
+    runs: Sequence[TableRow],
     *,
     site: str | None,
     recipe: str | None,
@@ -462,7 +463,7 @@ def profiles(
 
 def _score_rows(
     warehouse: Warehouse,
-    runs: Sequence[Mapping[str, Any]],
+    runs: Sequence[TableRow],
     site: str | None,
     recipe: str | None,
     threshold: Threshold | None,
@@ -483,7 +484,7 @@ def _score_rows(
     return table.sort_by([(name, "ascending") for name in ("run_id", *READING, "depth")])
 
 
-def own_profiles(warehouse: Warehouse, runs: Sequence[Mapping[str, Any]], score: str) -> list[Profile]:
+def own_profiles(warehouse: Warehouse, runs: Sequence[TableRow], score: str) -> list[Profile]:
     """Return the profiles of a score of people's own, in the order of the runs. Runs without values are left out.
 
     Args:
@@ -513,7 +514,7 @@ def own_profiles(warehouse: Warehouse, runs: Sequence[Mapping[str, Any]], score:
     return own
 
 
-def runs_with_conditions(warehouse: Warehouse, run_ids: Sequence[str]) -> list[dict[str, Any]]:
+def runs_with_conditions(warehouse: Warehouse, run_ids: Sequence[str]) -> list[NewRow]:
     """Return rows of ``runs``, extended by `with_conditions`.
 
     Raises:
@@ -526,7 +527,7 @@ def runs_with_conditions(warehouse: Warehouse, run_ids: Sequence[str]) -> list[d
     return [with_conditions(rows[run_id]) for run_id in run_ids]
 
 
-def with_conditions(run: Mapping[str, Any]) -> dict[str, Any]:
+def with_conditions(run: TableRow) -> NewRow:
     """Return a row of ``runs`` with a column for each of `CONDITIONS`, some of which are read from its settings."""
     settings = settings_of(run)
     return {
@@ -538,7 +539,7 @@ def with_conditions(run: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-def condition(run: Mapping[str, Any], name: str) -> Any:
+def condition(run: TableRow, name: str) -> Any:
     """Return the value of a run's condition. A corpus is identified by its content fingerprint, if it has one."""
     if name == "corpus":
         return run["corpus_fingerprint"] or run["corpus"]
@@ -592,7 +593,7 @@ def _value(profile: Profile, by: str) -> Any:
     return condition(profile.run, by)
 
 
-def differing(runs: Sequence[Mapping[str, Any]], names: Sequence[str] = CONDITIONS) -> list[str]:
+def differing(runs: Sequence[TableRow], names: Sequence[str] = CONDITIONS) -> list[str]:
     """Return the names of the conditions that differ among runs.
 
     Args:
@@ -606,9 +607,7 @@ def differing(runs: Sequence[Mapping[str, Any]], names: Sequence[str] = CONDITIO
     return differ
 
 
-def _left_out(
-    runs: Sequence[Mapping[str, Any]], scored: Set[str], compared: Set[str], by: str, score: str
-) -> dict[str, str]:
+def _left_out(runs: Sequence[TableRow], scored: Set[str], compared: Set[str], by: str, score: str) -> dict[str, str]:
     """Return the reason why a run is in no pair, by run id: its differences from the most similar run that is in one.
 
     Args:
@@ -629,7 +628,7 @@ def _left_out(
     return reasons
 
 
-def _difference_from(partners: Sequence[Mapping[str, Any]], run: Mapping[str, Any], by: str) -> str:
+def _difference_from(partners: Sequence[TableRow], run: TableRow, by: str) -> str:
     """Return the conditions in which a run differs from the most similar of others, in words."""
     conditions = [] if by in WITHIN else _other_conditions(by)
     nearest = run

@@ -10,7 +10,7 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from functools import reduce
 from operator import itemgetter
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pyarrow as pa
@@ -26,7 +26,6 @@ from avss_dist.analysis.section import (
     ReportColumn,
     ReportRow,
     ReportTable,
-    Row,
     Section,
     interval,
     known_interval,
@@ -38,6 +37,7 @@ from avss_dist.core.errors import DamagedFile, QueryError, require_known
 from avss_dist.core.results import TabularResult
 from avss_dist.core.sites import SITES
 from avss_dist.core.thresholds import PUBLISHED_THRESHOLD, describe_threshold
+from avss_dist.core.values import NewRow, TableRow
 from avss_dist.corpus.labels import AFTER_ANOTHER, INCORRECT, TRUTHFUL
 from avss_dist.stats import contrast as contrast_stats
 from avss_dist.stats.catalog import RECIPES
@@ -57,6 +57,9 @@ from avss_dist.stats.scores import Parts, SiteTable, Threshold
 from avss_dist.warehouse.names import PERPLEXITY
 from avss_dist.warehouse.reader import Warehouse, grouped
 from avss_dist.warehouse.schema import TABLES
+
+if TYPE_CHECKING:
+    from altair.typing import ChartType
 
 LEVEL = 0.05
 MATCHED = 0.1  # lengths of the answers of a pair differ by a tenth at most
@@ -98,7 +101,7 @@ class Contrast(TabularResult):
         findings: sentences about the differences that remain under the controls.
     """
 
-    reading: Mapping[str, Any]
+    reading: TableRow
     layers: pa.Table
     predictions: pa.Table
     findings: tuple[str, ...]
@@ -127,7 +130,7 @@ class _Measured:
 
 def contrast(
     warehouse: Warehouse,
-    run: Mapping[str, Any],
+    run: TableRow,
     *,
     site: str = "block",
     recipe: str = "pooled",
@@ -180,7 +183,7 @@ def contrast(
     )
 
 
-def _counted_index(run: Mapping[str, Any], threshold: float) -> int:
+def _counted_index(run: TableRow, threshold: float) -> int:
     """Return the index of a threshold in those that a run counted.
 
     Raises:
@@ -232,7 +235,7 @@ def paired_run(warehouse: Warehouse, name: str | None) -> ChosenRun:
         name: name of the run, as for `newest_run`.
     """
 
-    def require(run: Mapping[str, Any]) -> None:
+    def require(run: TableRow) -> None:
         run_id = run["run_id"]
         for table in ("row_stats", "stratum_stats"):
             if warehouse.table(table, run_ids=[run_id], columns=["run_id"]).num_rows:
@@ -242,7 +245,7 @@ def paired_run(warehouse: Warehouse, name: str | None) -> ChosenRun:
     return newest_run(warehouse, name, require)
 
 
-def answer_rows(warehouse: Warehouse, run: Mapping[str, Any], site: str) -> pa.Table:
+def answer_rows(warehouse: Warehouse, run: TableRow, site: str) -> pa.Table:
     """Return the row statistics of a site, ordered by row and layer.
 
     Raises:
@@ -411,9 +414,7 @@ def _table(
     return pa.table(arrays)
 
 
-def _evaluated(
-    warehouse: Warehouse, run: Mapping[str, Any], rows: pa.Table, labels: tuple[str, str]
-) -> dict[str, Float64]:
+def _evaluated(warehouse: Warehouse, run: TableRow, rows: pa.Table, labels: tuple[str, str]) -> dict[str, Float64]:
     """Return the whole model's mean per token for each answer, by baseline.
 
     Only evaluations on the same rows count.
@@ -511,7 +512,7 @@ def _left_out_answers(answers: contrast_stats.Answers) -> Float64:
     return by_pair[:, np.searchsorted(answers.pairs, answers.pair)]
 
 
-def _prediction_row(classifier: _Classifier) -> dict[str, Any]:
+def _prediction_row(classifier: _Classifier) -> NewRow:
     """Return the AUROC of a classifier with its interval, as a row of `Contrast.predictions`."""
     low, high = jackknife_interval(np.array(classifier.auroc), classifier.left_out, scale="logit")
     return {
@@ -545,7 +546,7 @@ def _auroc(answers: contrast_stats.Answers, values: Float64, weights: Float64) -
     return unweighted.item(), weighted
 
 
-def _about_layers(rows: list[dict[str, Any]]) -> list[str]:
+def _about_layers(rows: list[NewRow]) -> list[str]:
     """Return sentences on the layers that differ by label, and on those that also do by length and by prompt."""
     pairs = rows[0]["length_matched_pairs"]
     where = "of whole shards" if pairs is None else "inside pairs"
@@ -581,7 +582,7 @@ def _about_layers(rows: list[dict[str, Any]]) -> list[str]:
     return sentences
 
 
-def _about_prediction(rows: list[dict[str, Any]]) -> list[str]:
+def _about_prediction(rows: list[NewRow]) -> list[str]:
     """Return sentences on how well layers and baselines predict labels, none if there are no predictions."""
     if not rows:
         return []
@@ -608,7 +609,7 @@ def _is_significant(p: float | None) -> bool:
     return p is not None and p < LEVEL
 
 
-def _excludes_zero(row: Mapping[str, Any]) -> bool:
+def _excludes_zero(row: TableRow) -> bool:
     """Whether the interval of the difference from another prompt is on the side of zero that the deviation is on."""
     low = row["own_minus_another_low"]
     high = row["own_minus_another_high"]
@@ -619,7 +620,7 @@ def _excludes_zero(row: Mapping[str, Any]) -> bool:
     return bool(high < 0)
 
 
-def _listed(rows: Sequence[Mapping[str, Any]]) -> str:
+def _listed(rows: Sequence[TableRow]) -> str:
     """Return the layers of rows in words."""
     return ", ".join(str(row["layer"]) for row in rows) or "none"
 
@@ -647,7 +648,7 @@ class Strata:
     @staticmethod
     def of_run(
         warehouse: Warehouse,
-        run: Mapping[str, Any],
+        run: TableRow,
         site: str,
         hallucinated: str | None = None,
         truthful: str | None = None,
@@ -845,7 +846,7 @@ def contrast_section(label: str, result: Contrast) -> Section:
     )
 
 
-def _chart_rows(rows: Sequence[Row]) -> list[dict[str, Any]]:
+def _chart_rows(rows: Sequence[TableRow]) -> list[NewRow]:
     """Return a row for each layer and kind of answers that has a deviation, for `_drawing`."""
     drawn = []
     for row in rows:
@@ -883,7 +884,7 @@ _PREDICTION_COLUMNS = (
 )
 
 
-def _layers_table(name: str, rows: Sequence[Row], reading: Mapping[str, Any]) -> ReportTable:
+def _layers_table(name: str, rows: Sequence[TableRow], reading: TableRow) -> ReportTable:
     """Return the table of the layers: the contrast, and the tests of its deviation from the median layer."""
     return ReportTable(
         name=name,
@@ -894,7 +895,7 @@ def _layers_table(name: str, rows: Sequence[Row], reading: Mapping[str, Any]) ->
     )
 
 
-def _layer_row(row: Row) -> ReportRow:
+def _layer_row(row: TableRow) -> ReportRow:
     """Return the row of a layer, whose bar is red if its deviation is beyond the noise."""
     values = {
         **row,
@@ -905,14 +906,14 @@ def _layer_row(row: Row) -> ReportRow:
     return ReportRow(values, is_marked=_is_beyond_noise(row))
 
 
-def _is_beyond_noise(row: Row) -> bool:
+def _is_beyond_noise(row: TableRow) -> bool:
     """Whether a layer's deviation is significant, and larger than that between halves of the truthful answers."""
     if not _is_significant(row["p_holm"]):
         return False
     return abs(row["deviation"] or 0.0) > (row["noise_floor"] or 0.0)
 
 
-def _layers_caption(first_row: Row, reading: Mapping[str, Any]) -> str:
+def _layers_caption(first_row: TableRow, reading: TableRow) -> str:
     """Return the explanation of the table of the layers, given its first row."""
     truthful = reading["truthful"]
     units = "shards"
@@ -930,9 +931,9 @@ def _layers_caption(first_row: Row, reading: Mapping[str, Any]) -> str:
     return caption
 
 
-def _predictions_table(name: str, rows: Sequence[Row]) -> ReportTable:
+def _predictions_table(name: str, rows: Sequence[TableRow]) -> ReportTable:
     """Return the baselines, and the best layer of each statistic."""
-    best: dict[str, Row] = {}
+    best: dict[str, TableRow] = {}
     for row in rows:
         if row["layer"] is None:
             best[str(row["statistic"]).replace("_", "-")] = row
@@ -950,7 +951,7 @@ def _predictions_table(name: str, rows: Sequence[Row]) -> ReportTable:
     )
 
 
-def _predictor_row(name: str, row: Row) -> ReportRow:
+def _predictor_row(name: str, row: TableRow) -> ReportRow:
     """Return the row of a baseline, or of a statistic of one layer."""
     values = {
         **row,
@@ -961,7 +962,7 @@ def _predictor_row(name: str, row: Row) -> ReportRow:
     return ReportRow(values)
 
 
-def _drawing() -> Any:
+def _drawing() -> ChartType:
     """Return the chart of deviations: a dot for each layer and kind of answers, and a band of noise."""
     import altair as alt
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property, partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pyarrow as pa
@@ -23,11 +23,15 @@ from avss_dist.analysis.section import Chart, ReportColumn, ReportRow, ReportTab
 from avss_dist.core.errors import QueryError, require_known
 from avss_dist.core.results import TabularResult
 from avss_dist.core.text import basename, count_of, describe_count, printable
+from avss_dist.core.values import NewRow, TableRow
 from avss_dist.stats.catalog import FROM_ACTIVATIONS, is_own
 from avss_dist.stats.layer_stats import Float64
 from avss_dist.stats.rankings import MIN_VALUES, average_ranks, count_lowest, rank_lowest, spearman_rows
 from avss_dist.stats.scores import Threshold
 from avss_dist.warehouse.reader import Warehouse
+
+if TYPE_CHECKING:
+    from altair.typing import ChartType
 
 MIN_POINTS = 2  # of a curve
 MAX_DRAWN = 12  # curves in a picture
@@ -88,7 +92,7 @@ class Curve:
 
     along: str
     name: str
-    runs: Sequence[Mapping[str, Any]]
+    runs: Sequence[TableRow]
     layers: Sequence[int]
     depth: Float64
     values: Float64
@@ -125,7 +129,7 @@ class Curve:
         order = np.arange(float(len(self.runs)))
         return spearman_rows(ranks_of_layers, np.broadcast_to(order, ranks_of_layers.shape))
 
-    def rows(self) -> Iterator[dict[str, Any]]:
+    def rows(self) -> Iterator[NewRow]:
         """Yield a row of `SCHEMA` for each point and layer."""
         depth = self.depth.tolist()
         values = self.values.tolist()
@@ -161,7 +165,7 @@ class RankingCurves(TabularResult):
 
     def table(self) -> pa.Table:
         """Return a table of `SCHEMA`, with a row for each point and layer of each curve."""
-        rows: list[dict[str, Any]] = []
+        rows: list[NewRow] = []
         for curve in self.curves:
             rows += curve.rows()
         return pa.Table.from_pylist(rows, SCHEMA)
@@ -222,7 +226,7 @@ def ranking_curves(
 
 
 def _reasons_left_out(
-    runs: Sequence[Mapping[str, Any]], scored: Sequence[Profile], curves: Sequence[Curve], along: str
+    runs: Sequence[TableRow], scored: Sequence[Profile], curves: Sequence[Curve], along: str
 ) -> dict[str, str]:
     """Return the reason why a run is on no curve, by run id."""
     followed: set[str] = set()
@@ -270,7 +274,7 @@ def _is_comparable(profile: Profile) -> bool:
     return len(profile.depth) >= MIN_VALUES and bool(np.isfinite(profile.values).all())
 
 
-def _curve_name(run: Mapping[str, Any], along: str, telling: Sequence[str]) -> str:
+def _curve_name(run: TableRow, along: str, telling: Sequence[str]) -> str:
     """Return the name of a curve: what its runs have in common.
 
     Args:
@@ -299,14 +303,14 @@ def _curve(along: str, name: str, members: Sequence[Profile]) -> Curve:
     )
 
 
-def _has_place(run: Mapping[str, Any], along: str) -> bool:
+def _has_place(run: TableRow, along: str) -> bool:
     """Whether the place of a run on an axis, and the values that its curve shares, are known."""
     if run[AXES[along]] is None:
         return False
     return all(run[name] is not None for name in SAME[along])
 
 
-def _place(run: Mapping[str, Any], along: str) -> tuple[Any, ...]:
+def _place(run: TableRow, along: str) -> tuple[Any, ...]:
     """Return the place of a run on an axis and the values that its curve shares, with None for unknown ones."""
     return tuple(run[name] for name in (AXES[along], *SAME[along]))
 
@@ -428,7 +432,7 @@ def _layer_rows(curve: Curve) -> list[ReportRow]:
     return rows
 
 
-def _cells(curve: Curve) -> list[dict[str, Any]]:
+def _cells(curve: Curve) -> list[NewRow]:
     """Return a row for each point and layer, for `_drawing`."""
     points = curve.points
     highest_rank = len(curve.depth)
@@ -444,7 +448,7 @@ def _cells(curve: Curve) -> list[dict[str, Any]]:
     return cells
 
 
-def curves_chart(curves: Sequence[Curve]) -> Any:
+def curves_chart(curves: Sequence[Curve]) -> ChartType:
     """Return the heat maps of up to `MAX_DRAWN` curves, one above the other."""
     import altair as alt
 
@@ -458,7 +462,7 @@ def curves_chart(curves: Sequence[Curve]) -> Any:
     return alt.vconcat(*charts).properties(padding=12)
 
 
-def _drawing(along: str, number: int) -> Any:
+def _drawing(along: str, number: int) -> ChartType:
     """Return the heat map of ranks by point and layer.
 
     Args:

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from operator import itemgetter
 
-from avss_dist.analysis.section import Row
+from avss_dist.core.values import TableRow
 from avss_dist.warehouse.reader import grouped
 
 
@@ -19,7 +19,7 @@ class NewestExperiment:
         older: number of older experiments with the same run.
     """
 
-    rows: Sequence[Row]
+    rows: Sequence[TableRow]
     older: int = 0
 
     def describe(self) -> str:
@@ -32,7 +32,7 @@ class NewestExperiment:
         return f"{sentence}."
 
 
-def newest_experiments(rows: Sequence[Row]) -> dict[str, NewestExperiment]:
+def newest_experiments(rows: Sequence[TableRow]) -> dict[str, NewestExperiment]:
     """Return the newest experiment of each run that has one, by run id.
 
     Args:
@@ -52,13 +52,13 @@ def newest_experiments(rows: Sequence[Row]) -> dict[str, NewestExperiment]:
     return newest
 
 
-def _is_read(row: Row) -> bool:
+def _is_read(row: TableRow) -> bool:
     """Whether a row is about the whole model, or about the model without layers."""
     if row["score"] is None:
         return True
     return bool(row["share"]) and not row.get("factor")
 
 
-def _written_at(rows: Sequence[Row]) -> str:
+def _written_at(rows: Sequence[TableRow]) -> str:
     """Return when the last of an experiment's rows was written, empty if it is unknown."""
     return max(str(row["created_at"] or "") for row in rows)

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -12,6 +11,7 @@ import pyarrow as pa
 from avss_dist.analysis.section import BarColumn, ReportColumn, ReportRow, ReportTable, Section
 from avss_dist.core.errors import QueryError
 from avss_dist.core.text import describe_count
+from avss_dist.core.values import TableRow
 from avss_dist.stats.layer_stats import ExpertStats, Float64, Int64
 from avss_dist.warehouse.encoding import to_experts
 from avss_dist.warehouse.reader import Warehouse
@@ -131,7 +131,7 @@ def _shares(values: Float64) -> Float64:
     return np.zeros_like(values)
 
 
-def experts_section(label: str, run: Mapping[str, Any], layers: Sequence[LayerExperts]) -> Section:
+def experts_section(label: str, run: TableRow, layers: Sequence[LayerExperts]) -> Section:
     """Return the section on a run: evenness of its routers, and the experts that stand out.
 
     Args:

@@ -17,6 +17,7 @@ from avss_dist.analysis.thresholds import at_reading
 from avss_dist.core.sites import EVERY_SITE, SITES
 from avss_dist.core.text import describe_layers
 from avss_dist.core.thresholds import PUBLISHED_THRESHOLD, describe_threshold
+from avss_dist.core.values import NewRow
 from avss_dist.stats.catalog import RECIPES
 from avss_dist.stats.intervals import why_no_interval
 from avss_dist.stats.layer_stats import Float64, share_of_m2
@@ -70,7 +71,6 @@ _SCORED = (
     "lowest_set_probability",
 )
 
-Row = dict[str, Any]
 Columns = Mapping[str, NDArray[Any]]
 """Values of each layer by column; missing numbers are NaN."""
 
@@ -122,7 +122,7 @@ def findings(
     names = [run["run_id"] for run in runs]
     # The other kinds compare recipes, so that all of them are read.
     where = at_reading(site, recipe if rankings_alone else None, threshold.value, threshold.kind)
-    rows: list[Row] = []
+    rows: list[NewRow] = []
     for start in range(0, len(names), RUNS_AT_ONCE):
         group = names[start : start + RUNS_AT_ONCE]
         readings = _read_readings(warehouse, group, where)
@@ -144,7 +144,7 @@ def findings(
     return pa.Table.from_pylist(rows, SCHEMA)
 
 
-def _finished_runs(warehouse: Warehouse, run_ids: Sequence[str] | None) -> list[Row]:
+def _finished_runs(warehouse: Warehouse, run_ids: Sequence[str] | None) -> list[NewRow]:
     """Return the rows of the finished runs among some, by default among all."""
     table = warehouse.runs()
     table = table.filter(pc.equal(table["status"], "done"))
@@ -173,7 +173,7 @@ def _slice(columns: Columns, start: int, stop: int) -> Columns:
     return {name: values[start:stop] for name, values in columns.items()}
 
 
-def _without_interval(runs: Sequence[Row]) -> Iterator[Row]:
+def _without_interval(runs: Sequence[NewRow]) -> Iterator[NewRow]:
     """Yield a finding for each run of too few shards for intervals."""
     for run in runs:
         shards = run["num_shards"]
@@ -184,7 +184,7 @@ def _without_interval(runs: Sequence[Row]) -> Iterator[Row]:
             yield finding("no_interval", "note", shards, message, run_id=run["run_id"])
 
 
-def _unreadable(warehouse: Warehouse, run_ids: Sequence[str] | None) -> Iterator[Row]:
+def _unreadable(warehouse: Warehouse, run_ids: Sequence[str] | None) -> Iterator[NewRow]:
     """Yield a finding for each damaged run among some, by default among all."""
     for run_id, damage in warehouse.damaged.items():
         if run_ids is None or run_id in run_ids:
@@ -192,7 +192,7 @@ def _unreadable(warehouse: Warehouse, run_ids: Sequence[str] | None) -> Iterator
             yield finding("unreadable", "warning", np.nan, message, run_id=run_id)
 
 
-def _holds_for(row: Row, name: str, value: str | None) -> bool:
+def _holds_for(row: NewRow, name: str, value: str | None) -> bool:
     """Whether a finding holds for a value of a column. None is any value, in the finding and as the argument."""
     return value is None or row.get(name) in (None, value)
 
@@ -203,7 +203,7 @@ def of_rankings(table: pa.Table, score: str) -> pa.Table:
     return table.filter(pc.is_in(table["kind"], pa.array(kinds, pa.string())))
 
 
-def _urgency(row: Row) -> tuple[bool, bool, int, int, int]:
+def _urgency(row: NewRow) -> tuple[bool, bool, int, int, int]:
     """Return the sort key of a finding: warnings first, then the default site and recipe, then the order of `KINDS`."""
     site = EVERY_SITE.index(row.get("site") or SITES[0])
     recipe = RECIPES.index(row.get("recipe") or RECIPES[0])
@@ -212,7 +212,7 @@ def _urgency(row: Row) -> tuple[bool, bool, int, int, int]:
     return is_note, is_elsewhere, KINDS.index(row["kind"]), site, recipe
 
 
-def _of_readings(readings: Mapping[_Place, Columns], threshold: Threshold) -> Iterator[Row]:
+def _of_readings(readings: Mapping[_Place, Columns], threshold: Threshold) -> Iterator[NewRow]:
     """Yield the findings about the scores of a run at one site with one recipe."""
     with_depth = _correlations([(columns["avss_smoothed"], columns["depth"]) for columns in readings.values()])
     for (run_id, site, recipe), rho in zip(readings, with_depth, strict=True):
@@ -225,7 +225,7 @@ def _of_readings(readings: Mapping[_Place, Columns], threshold: Threshold) -> It
             yield row | place
 
 
-def _of_recipes(readings: Mapping[_Place, Columns]) -> Iterator[Row]:
+def _of_recipes(readings: Mapping[_Place, Columns]) -> Iterator[NewRow]:
     """Yield a finding for each run and site of which two recipes rank the layers differently, on the worst pair."""
     pairs: list[tuple[_Place, _Place]] = []
     for run_id, site, recipe in readings:
@@ -280,7 +280,7 @@ def describe_depth(score: str, rho: float, layers: int) -> str | None:
     )
 
 
-def _noisy_sparsity(group: Columns, recipe: str, threshold: Threshold) -> Iterator[Row]:
+def _noisy_sparsity(group: Columns, recipe: str, threshold: Threshold) -> Iterator[NewRow]:
     """Yield a finding if some layers have so few elements near zero that their number is noise."""
     # It counts units, of which there are few.
     if recipe == "unit":
@@ -302,7 +302,7 @@ def _noisy_sparsity(group: Columns, recipe: str, threshold: Threshold) -> Iterat
     yield finding("noisy_sparsity", severity, noisy / layers, message)
 
 
-def _unstable_ranking(group: Columns) -> Iterator[Row]:
+def _unstable_ranking(group: Columns) -> Iterator[NewRow]:
     """Yield a finding if resampling changes many of the lowest layers."""
     layer = group["layer"]
     rank = group["rank"]
@@ -330,7 +330,7 @@ def _unstable_ranking(group: Columns) -> Iterator[Row]:
     yield finding("unstable_ranking", severity, changed, f"{message}.")
 
 
-def _row_starts(warehouse: Warehouse, runs: Sequence[Row]) -> Iterator[Row]:
+def _row_starts(warehouse: Warehouse, runs: Sequence[NewRow]) -> Iterator[NewRow]:
     """Yield a finding for each run whose model expects another start of its rows.
 
     The evidence is an evaluation of the model on any text with the same ``row_start``. Runs on packed text from before
@@ -370,12 +370,12 @@ def _numbers(table: pa.Table) -> dict[str, NDArray[Any]]:
     }
 
 
-def finding(kind: str, severity: str, value: float, message: str, **place: Any) -> Row:
+def finding(kind: str, severity: str, value: float, message: str, **place: Any) -> NewRow:
     """Return a finding. ``place`` is where it holds."""
     return {"kind": kind, "severity": severity, "value": float(value), "message": message, **place}
 
 
-def of_digests(digests: pa.Table, threshold: Threshold, site: str | None = None) -> Iterator[Row]:
+def of_digests(digests: pa.Table, threshold: Threshold, site: str | None = None) -> Iterator[NewRow]:
     """Yield the findings that follow from the statistics of runs, in the order of run ids and sites.
 
     Args:
@@ -439,15 +439,15 @@ def _near_zero_counts(table: pa.Table, threshold: Threshold) -> NDArray[np.int64
 
 
 def _with_any(
-    groups: Sequence[tuple[Row, int, int]], mask: NDArray[np.bool_], columns: Columns
-) -> Iterator[tuple[Row, Columns]]:
+    groups: Sequence[tuple[NewRow, int, int]], mask: NDArray[np.bool_], columns: Columns
+) -> Iterator[tuple[NewRow, Columns]]:
     """Yield key and columns of the groups of rows that have a row of a mask."""
     for key, start, stop in groups:
         if mask[start:stop].any():
             yield key, _slice(columns, start, stop)
 
 
-def nonfinite_layers(digests: pa.Table) -> Iterator[Row]:
+def nonfinite_layers(digests: pa.Table) -> Iterator[NewRow]:
     """Yield the findings on NaN and infinite elements of runs, in the order of run ids and sites.
 
     Args:
@@ -460,7 +460,7 @@ def nonfinite_layers(digests: pa.Table) -> Iterator[Row]:
             yield key | row
 
 
-def _nonfinite(layers: Columns) -> Iterator[Row]:
+def _nonfinite(layers: Columns) -> Iterator[NewRow]:
     """Yield a finding on layers with NaN or infinite elements, which every other statistic leaves out."""
     is_affected = layers["nonfinite_count"] > 0
     if not is_affected.any():
@@ -479,7 +479,7 @@ def _nonfinite(layers: Columns) -> Iterator[Row]:
     )
 
 
-def _exact_zeros(site: str, zeros: int, near_zero: int, threshold: Threshold) -> Iterator[Row]:
+def _exact_zeros(site: str, zeros: int, near_zero: int, threshold: Threshold) -> Iterator[NewRow]:
     """Yield a finding for each recipe that counts elements, if most near-zero elements of a site are zeros."""
     if threshold.kind != "absolute" or near_zero < NOISY_BELOW or zeros <= EXACT * near_zero:
         return
@@ -503,7 +503,7 @@ def _exact_zeros(site: str, zeros: int, near_zero: int, threshold: Threshold) ->
         )
 
 
-def _dominant_units(layers: Columns) -> Iterator[Row]:
+def _dominant_units(layers: Columns) -> Iterator[NewRow]:
     """Yield findings on layers in which one unit carries more than half of the variance.
 
     The variance is over elements, (x - mean)^2, or over unit means, (unit mean - mean)^2, depending on the recipe.
@@ -532,7 +532,7 @@ def _dominant_units(layers: Columns) -> Iterator[Row]:
         )
 
 
-def _first_token(layers: Columns) -> Iterator[Row]:
+def _first_token(layers: Columns) -> Iterator[NewRow]:
     """Yield a finding if the first token of each row carries more than half of the variance over elements."""
     shares = layers["first_share"]
     dominated = np.flatnonzero(shares > DOMINANT)
@@ -551,7 +551,7 @@ def _first_token(layers: Columns) -> Iterator[Row]:
     )
 
 
-def _identity_layers(layers: Columns) -> Row:
+def _identity_layers(layers: Columns) -> NewRow:
     """Return a finding on the layers, one or more, whose update is zero, or negligible relative to their input."""
     still = sorted(set(layers["layer"][layers["is_still"]].tolist()))
     # A layer has a row for each site, of which some do not know the change.
@@ -576,7 +576,7 @@ def layers_in_words(layers: Sequence[int]) -> str:
     return f"{noun} {describe_layers(layers)}"
 
 
-def expert_findings(warehouse: Warehouse, run_ids: Sequence[str]) -> Iterator[Row]:
+def expert_findings(warehouse: Warehouse, run_ids: Sequence[str]) -> Iterator[NewRow]:
     """Yield the findings of the runs whose experts were measured: on idle experts, and on dominant ones."""
     rows = warehouse.table("expert_stats", run_ids=run_ids)
     for run_id in dict.fromkeys(rows["run_id"].to_pylist()):
@@ -585,7 +585,7 @@ def expert_findings(warehouse: Warehouse, run_ids: Sequence[str]) -> Iterator[Ro
             yield row | {"run_id": run_id}
 
 
-def _idle_experts(layers: Sequence[LayerExperts]) -> Iterator[Row]:
+def _idle_experts(layers: Sequence[LayerExperts]) -> Iterator[NewRow]:
     """Yield a finding if some experts of a run got no token."""
     affected = [layer for layer in layers if layer.idle]
     if not affected:
@@ -608,7 +608,7 @@ def _idle_experts(layers: Sequence[LayerExperts]) -> Iterator[Row]:
     )
 
 
-def _dominant_experts(layers: Sequence[LayerExperts]) -> Iterator[Row]:
+def _dominant_experts(layers: Sequence[LayerExperts]) -> Iterator[NewRow]:
     """Yield a finding if one of several experts of a layer adds more than half of what all of them add."""
     affected = [layer for layer in layers if len(layer.carried) > 1 and layer.carried.max() > DOMINANT]
     if not affected:

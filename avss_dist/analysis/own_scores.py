@@ -14,6 +14,7 @@ import pyarrow.parquet as pq
 
 from avss_dist.core.errors import MAX_SUGGESTED, QueryError, first_names, require_known
 from avss_dist.core.text import RedactedURI, count_of
+from avss_dist.core.values import TableRow
 from avss_dist.plans.ground_truth import LayerTruth
 from avss_dist.stats.catalog import OWN_FILES, OWN_VALUES, score_functions
 from avss_dist.warehouse.reader import Warehouse
@@ -33,7 +34,7 @@ def own_labels(names: Sequence[str]) -> dict[str, str]:
     return labels
 
 
-def own_score(name: str, warehouse: Warehouse, run: Mapping[str, Any]) -> LayerTruth:
+def own_score(name: str, warehouse: Warehouse, run: TableRow) -> LayerTruth:
     """Return the values of a user's own score for the layers of a run, low for unimportant layers.
 
     Args:
@@ -69,7 +70,7 @@ def own_score(name: str, warehouse: Warehouse, run: Mapping[str, Any]) -> LayerT
     return LayerTruth(values=values, run_id="", task="")
 
 
-def _table_scores(name: str, run: Mapping[str, Any]) -> tuple[dict[int, float], bool]:
+def _table_scores(name: str, run: TableRow) -> tuple[dict[int, float], bool]:
     """Return the values of a column by layer, and whether the table names the runs or models of its rows.
 
     Args:
@@ -135,7 +136,7 @@ def _by_index(values: Mapping[Any, float]) -> dict[int, float]:
     return {int(layer): float(value) for layer, value in values.items()}
 
 
-def _require_layers_of(run: Mapping[str, Any], values: Mapping[int, object], what: str) -> None:
+def _require_layers_of(run: TableRow, values: Mapping[int, object], what: str) -> None:
     """Refuse values of other layers than those of a run.
 
     Args:

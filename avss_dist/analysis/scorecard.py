@@ -14,7 +14,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
 from operator import itemgetter
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pyarrow as pa
@@ -30,12 +30,12 @@ from avss_dist.analysis.section import (
     ReportColumn,
     ReportRow,
     ReportTable,
-    Row,
     Section,
     page_number,
 )
 from avss_dist.core.intervention import InterventionKey
 from avss_dist.core.thresholds import describe_threshold
+from avss_dist.core.values import NewRow, TableRow
 from avss_dist.plans.catalog import ROUNDING_ESTIMATES
 from avss_dist.plans.choice import LAST, PUBLISHED, Choice, reading_of
 from avss_dist.plans.ground_truth import (
@@ -51,6 +51,9 @@ from avss_dist.stats.metrics import LOSS
 from avss_dist.stats.rankings import count_lowest, spearman, spearman_interval, spearman_rows
 from avss_dist.warehouse.reader import Warehouse, grouped
 from avss_dist.warehouse.schema import columns_of
+
+if TYPE_CHECKING:
+    from altair.typing import ChartType
 
 SPLITS = 200  # of sequences into halves
 SEED = 0
@@ -102,7 +105,7 @@ _CARD_COLUMNS = (
 """Columns of a score card. A table has those in which a score has a value."""
 
 
-def score_cards(store: Warehouse, runs: Sequence[Mapping[str, Any]], own: Sequence[str] = ()) -> pa.Table:
+def score_cards(store: Warehouse, runs: Sequence[TableRow], own: Sequence[str] = ()) -> pa.Table:
     """Return one row for each score and reading, of the runs whose ground truth is measured.
 
     Rows with a ``format`` compare with the loss with rounded weights, in the column of the loss; others with the loss
@@ -115,7 +118,7 @@ def score_cards(store: Warehouse, runs: Sequence[Mapping[str, Any]], own: Sequen
     Raises:
         QueryError: if no run has a measured ground truth. The message has the command that measures it.
     """
-    rows: list[dict[str, Any]] = []
+    rows: list[NewRow] = []
     for run in runs:
         for card in _cards_of_run(store, run, own):
             rows.append({"run_id": run["run_id"], "model": run["model"], **card})
@@ -124,7 +127,7 @@ def score_cards(store: Warehouse, runs: Sequence[Mapping[str, Any]], own: Sequen
     return pa.table(columns_of(rows, SCHEMA), SCHEMA)
 
 
-def _cards_of_run(store: Warehouse, run: Row, own: Sequence[str]) -> Iterator[dict[str, Any]]:
+def _cards_of_run(store: Warehouse, run: TableRow, own: Sequence[str]) -> Iterator[NewRow]:
     """Yield the score cards of a run: first those of layers that are left out, then those of rounded weights.
 
     Args:
@@ -153,7 +156,7 @@ def _cards_of_run(store: Warehouse, run: Row, own: Sequence[str]) -> Iterator[di
         yield from _rounding_cards(store, run, list(_scores(scored, measured)), rounded)
 
 
-def _removal_cards(scored: Sequence[Row], measured: Mapping[str, Float64], ceiling: float) -> Iterator[dict[str, Any]]:
+def _removal_cards(scored: Sequence[TableRow], measured: Mapping[str, Float64], ceiling: float) -> Iterator[NewRow]:
     """Yield the score cards of a run for what leaving layers out does.
 
     Args:
@@ -170,7 +173,7 @@ def _removal_cards(scored: Sequence[Row], measured: Mapping[str, Float64], ceili
         yield card
 
 
-def _agreement(values: Float64, measured: Float64, ceiling: float) -> dict[str, Any]:
+def _agreement(values: Float64, measured: Float64, ceiling: float) -> NewRow:
     """Return the columns of a score, float64[layers], that is compared with a measured loss."""
     rho = spearman(values, measured)
     return {
@@ -181,7 +184,7 @@ def _agreement(values: Float64, measured: Float64, ceiling: float) -> dict[str, 
     }
 
 
-def _scores(scored: Sequence[Row], measured: Mapping[str, Float64]) -> Iterator[tuple[dict[str, Any], Float64]]:
+def _scores(scored: Sequence[TableRow], measured: Mapping[str, Float64]) -> Iterator[tuple[NewRow, Float64]]:
     """Yield every reading of AVSS, other scores, measurements and a control: columns of a card, and float64[layers].
 
     Args:
@@ -200,10 +203,10 @@ def _scores(scored: Sequence[Row], measured: Mapping[str, Float64]) -> Iterator[
 
 def _rounding_cards(
     store: Warehouse,
-    run: Mapping[str, Any],
-    scores: Sequence[tuple[Row, Float64]],
+    run: TableRow,
+    scores: Sequence[tuple[TableRow, Float64]],
     rounded: Mapping[str, LayerTruth],
-) -> Iterator[dict[str, Any]]:
+) -> Iterator[NewRow]:
     """Yield the score cards of a run for the loss with rounded weights, format by format.
 
     Args:
@@ -229,7 +232,7 @@ def _rounding_cards(
 
 
 def describe_agreement(
-    store: Warehouse, run: Mapping[str, Any], scores: Sequence[Mapping[str, Any]], own: Sequence[str] = ()
+    store: Warehouse, run: TableRow, scores: Sequence[TableRow], own: Sequence[str] = ()
 ) -> Iterator[str]:
     """Yield a line on how well AVSS, and scores that people bring, find the measured loss without each layer.
 
@@ -256,7 +259,7 @@ def describe_agreement(
             yield f"Smoothed AVSS: {text}{_describe_stability(scores)}."
 
 
-def _by_layer(scores: Sequence[Row], column: str, num_layers: int) -> Float64:
+def _by_layer(scores: Sequence[TableRow], column: str, num_layers: int) -> Float64:
     """Return a column of scores, float64[layers], with NaN for layers without a value."""
     values = np.full(num_layers, np.nan)
     for row in scores:
@@ -265,7 +268,7 @@ def _by_layer(scores: Sequence[Row], column: str, num_layers: int) -> Float64:
     return values
 
 
-def _describe_stability(scores: Sequence[Row]) -> str:
+def _describe_stability(scores: Sequence[TableRow]) -> str:
     """Return how stable the lowest layers are over the shards, as the end of a sentence. Empty if it is not known."""
     num_lowest = count_lowest(len(scores))
     probabilities = []
@@ -280,7 +283,7 @@ def _describe_stability(scores: Sequence[Row]) -> str:
     return f"; resampling the shards keeps {stability:.0%} of its lowest layers"
 
 
-def describe_score(card: Mapping[str, Any]) -> str:
+def describe_score(card: TableRow) -> str:
     """Return the title of a row's score. For AVSS, it contains the reading."""
     name: str = card["score"]
     if name.startswith(MEASURED_ROUNDED):
@@ -297,7 +300,7 @@ def describe_score(card: Mapping[str, Any]) -> str:
     return f"avss  {card['site']} / {card['recipe']} / {threshold}"
 
 
-def is_published(card: Mapping[str, Any]) -> bool:
+def is_published(card: TableRow) -> bool:
     """Whether a row has the published reading of AVSS."""
     return tuple(card[name] for name in READING) == PUBLISHED
 
@@ -400,7 +403,7 @@ def scorecard_sections(cards: pa.Table) -> list[Section]:
     return sections
 
 
-def page_section(label: str, cards: Sequence[Row], layers: int, readings: int) -> Section | None:
+def page_section(label: str, cards: Sequence[TableRow], layers: int, readings: int) -> Section | None:
     """Return the score card of one run with a chart and a sentence, or None if no score has a correlation.
 
     Args:
@@ -428,7 +431,7 @@ def page_section(label: str, cards: Sequence[Row], layers: int, readings: int) -
     return Section(label=label, sentences=[conclusion], charts=[chart], tables=[_table(name, cards)])
 
 
-def _first_truth(cards: Sequence[Row]) -> str | None:
+def _first_truth(cards: Sequence[TableRow]) -> str | None:
     """Return the first of `TRUTHS` with which a score has a correlation. None if there is none."""
     for name in TRUTHS:
         if any(card[SPEARMAN[name]] is not None for card in cards):
@@ -436,7 +439,7 @@ def _first_truth(cards: Sequence[Row]) -> str | None:
     return None
 
 
-def _sentences(compared: Sequence[Row], truth: str, readings: int) -> Iterator[str]:
+def _sentences(compared: Sequence[TableRow], truth: str, readings: int) -> Iterator[str]:
     """Yield what the correlations with a ground truth say.
 
     Args:
@@ -457,7 +460,7 @@ def _sentences(compared: Sequence[Row], truth: str, readings: int) -> Iterator[s
     yield f"Of {readings} readings of AVSS, the best of each site is shown; on other text, expect less of it."
 
 
-def _drawn(card: Row, column: str, layers: int) -> dict[str, Any]:
+def _drawn(card: TableRow, column: str, layers: int) -> NewRow:
     """Return the row of a score for `_drawing`.
 
     Args:
@@ -475,7 +478,7 @@ def _drawn(card: Row, column: str, layers: int) -> dict[str, Any]:
     }
 
 
-def _table(name: str, cards: Sequence[Row]) -> ReportTable:
+def _table(name: str, cards: Sequence[TableRow]) -> ReportTable:
     """Return the table of the scores of one run, the best first, with the columns that have a value."""
     columns = [ReportColumn("score", "title", number=False)]
     for column in _CARD_COLUMNS:
@@ -488,7 +491,7 @@ def _table(name: str, cards: Sequence[Row]) -> ReportTable:
     return ReportTable(name=name, title="Each score", columns=columns, rows=rows, caption=_caption(cards))
 
 
-def _caption(cards: Sequence[Row]) -> str:
+def _caption(cards: Sequence[TableRow]) -> str:
     """Return the explanation of the table of the scores of one run."""
     change = "leaving them out"
     if cards[0]["format"]:
@@ -510,7 +513,7 @@ def _caption(cards: Sequence[Row]) -> str:
     return caption
 
 
-def _name(card: Row) -> str:
+def _name(card: TableRow) -> str:
     """Return the name of a row's score on the page."""
     if is_published(card):
         return "AVSS as published"
@@ -528,7 +531,7 @@ def _kind(score: str) -> str:
     return OWN
 
 
-def _drawing(rows: Sequence[Row]) -> Any:
+def _drawing(rows: Sequence[TableRow]) -> ChartType:
     """Return the chart of the correlation of each score with its interval, and a dashed line at the ceiling."""
     import altair as alt
 

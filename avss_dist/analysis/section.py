@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import KW_ONLY, dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from avss_dist.core.text import printable
+from avss_dist.core.values import TableRow
+
+if TYPE_CHECKING:
+    from altair.typing import ChartType
 
 # Colors that are seen on a light page and on a dark one.
 GRAY = "#8b949e"
@@ -15,8 +19,6 @@ BLUE = "#4c9be8"
 AMBER = "#e0a030"
 VIOLET = "#b07cd8"
 
-Row = Mapping[str, Any]
-"""A row of a table of the warehouse."""
 Interval = tuple[float, float]
 
 
@@ -140,7 +142,7 @@ class ReportRow:
         is_marked: true for a row that stands out.
     """
 
-    values: Row
+    values: TableRow
     is_marked: bool = False
 
 
@@ -191,8 +193,8 @@ class Chart:
     name: str
     title: str
     meaning: str
-    rows: Sequence[Mapping[str, Any]]
-    draw: Callable[[], Any]
+    rows: Sequence[TableRow]
+    draw: Callable[[], ChartType]
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)

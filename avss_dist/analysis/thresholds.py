@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from avss_dist.core.values import NewRow, TableRow
 from avss_dist.stats.intervals import BOOTSTRAP_BLOCKS
 from avss_dist.stats.layer_stats import Float64, LayerStats, merge_blocks
 from avss_dist.stats.scores import Threshold, score_run
@@ -49,7 +49,7 @@ which equal ``value`` if it is exact.
 
 
 def scores_at(
-    warehouse: Warehouse, runs: Sequence[Mapping[str, Any]], threshold: Threshold, *, sites: Sequence[str] | None = None
+    warehouse: Warehouse, runs: Sequence[TableRow], threshold: Threshold, *, sites: Sequence[str] | None = None
 ) -> pa.Table:
     """Return the scores of runs at one threshold, with intervals if the shards' statistics are kept.
 
@@ -67,15 +67,15 @@ def scores_at(
     Raises:
         WarehouseError: as `Warehouse.read_layer_stats`.
     """
-    rows: list[dict[str, Any]] = []
+    rows: list[NewRow] = []
     for run in runs:
         rows += _scores_of_run(warehouse, run, threshold, sites)
     return pa.table(columns_of(rows, SCORES), SCORES)
 
 
 def _scores_of_run(
-    warehouse: Warehouse, run: Mapping[str, Any], threshold: Threshold, sites: Sequence[str] | None
-) -> list[dict[str, Any]]:
+    warehouse: Warehouse, run: TableRow, threshold: Threshold, sites: Sequence[str] | None
+) -> list[NewRow]:
     """Return the rows of `scores_at` of one run."""
     stats = warehouse.readable_layer_stats(run["run_id"])
     shards = warehouse.read_partials(run)
@@ -119,7 +119,7 @@ def at_reading(
 
 
 def layer_scores(
-    warehouse: Warehouse, runs: Sequence[Mapping[str, Any]], threshold: Threshold, *, site: str, recipe: str
+    warehouse: Warehouse, runs: Sequence[TableRow], threshold: Threshold, *, site: str, recipe: str
 ) -> pa.Table:
     """Return the scores of runs at one threshold, site and recipe, ordered by run and layer.
 
@@ -141,7 +141,7 @@ def layer_scores(
         where=at_reading(site, recipe, threshold.value, threshold.kind),
     )
     with_scores = set(stored["run_id"].to_pylist())
-    unscored: dict[str, Mapping[str, Any]] = {}
+    unscored: dict[str, TableRow] = {}
     for run in runs:
         sites = run["sites"] or [site]
         if run["run_id"] not in with_scores and site in sites:
@@ -164,7 +164,7 @@ def _with_exactness(stored: pa.Table) -> pa.Table:
 
 
 def quantiles(
-    warehouse: Warehouse, runs: Sequence[Mapping[str, Any]], shares: Sequence[float], sites: Sequence[str] | None = None
+    warehouse: Warehouse, runs: Sequence[TableRow], shares: Sequence[float], sites: Sequence[str] | None = None
 ) -> pa.Table:
     """Return the quantiles of abs(x) by layer and site: the smallest values that given shares do not exceed.
 
@@ -183,7 +183,7 @@ def quantiles(
     for share in shares:
         if not 0 <= share <= 1:
             raise ValueError(f"a share is between 0 and 1, not {share}")
-    rows: list[dict[str, Any]] = []
+    rows: list[NewRow] = []
     for run in runs:
         names = _layer_names(warehouse, run)
         for (layer, site), stats in warehouse.readable_layer_stats(run["run_id"]).items():
@@ -231,7 +231,7 @@ def quantiles_of(stats: LayerStats, shares: Sequence[float] | Float64) -> tuple[
     return np.where(is_zero, 0.0, value), np.where(is_zero, 0.0, low), np.where(is_zero, 0.0, high)
 
 
-def _layer_names(warehouse: Warehouse, run: Mapping[str, Any]) -> list[str]:
+def _layer_names(warehouse: Warehouse, run: TableRow) -> list[str]:
     """Return the module path of every layer of the model. Layers that were not measured have an empty path."""
     rows = warehouse.table("layer_stats", run_ids=[run["run_id"]], columns=["layer", "layer_name"]).to_pylist()
     names = {row["layer"]: row["layer_name"] for row in rows}

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from functools import partial
 from math import exp, isfinite
 from operator import itemgetter
-from typing import Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 import pyarrow as pa
@@ -24,7 +24,6 @@ from avss_dist.analysis.section import (
     ReportColumn,
     ReportRow,
     ReportTable,
-    Row,
     Section,
     interval,
     known_interval,
@@ -32,6 +31,7 @@ from avss_dist.analysis.section import (
 )
 from avss_dist.core.intervention import count_removed, decode_removals, describe_removed, size_removed
 from avss_dist.core.text import basename
+from avss_dist.core.values import NewRow, TableRow
 from avss_dist.plans.choice import LAST, PUBLISHED, RANDOM
 from avss_dist.pruning.methods import ENDS_KEPT, LEAVE_ONE_OUT, REVERSED
 from avss_dist.stats.catalog import BLOCK_DISTANCE, MEASURED, READING, SCORES
@@ -39,6 +39,9 @@ from avss_dist.stats.intervals import MINIMUM_UNITS
 from avss_dist.stats.metrics import CHANCE, LOSS, NO_INTERVAL, retention_of
 from avss_dist.warehouse.names import PERPLEXITY, REPAIR, ROW_START, SEARCH, SUBLAYER_LOSS
 from avss_dist.warehouse.reader import Warehouse, grouped
+
+if TYPE_CHECKING:
+    from altair.typing import ChartType
 
 CLAIMED_SHARE = 0.25  # of the layers
 CLAIMED_KEPT = 0.9  # retention
@@ -51,11 +54,11 @@ WHOLE = "whole model"
 OF_EVERY_LAYER = tuple({*(SCORES[name].task for name in MEASURED), SUBLAYER_LOSS, SEARCH})
 """Tasks that measure single layers, or candidate sets of a search, rather than a pruned model."""
 
-_Results = Mapping[tuple[float, str], Mapping[str, Row]]
-"""Row of each task, by share of removed layers and name of the method."""
+_Results = Mapping[tuple[float, str], Mapping[str, TableRow]]
+"""TableRow of each task, by share of removed layers and name of the method."""
 
 
-def primary_metric(rows: Sequence[Row]) -> str:
+def primary_metric(rows: Sequence[TableRow]) -> str:
     """Return the primary metric of a task: the first of `PRIMARY` that it has, else its first metric."""
     by_last_part: dict[str, str] = {}
     for row in rows:
@@ -79,12 +82,12 @@ class _Claim:
     """
 
     task: str
-    row: Row
-    rows: Sequence[Row]
+    row: TableRow
+    rows: Sequence[TableRow]
     guess: float | None
 
 
-def verdicts(rows: Sequence[Row]) -> list[str]:
+def verdicts(rows: Sequence[TableRow]) -> list[str]:
     """Return a paragraph for each task and repair of one experiment with a run on which the claim was tested."""
     paragraphs = []
     for claim in _claims(rows):
@@ -93,7 +96,7 @@ def verdicts(rows: Sequence[Row]) -> list[str]:
     return paragraphs
 
 
-def claim_in_short(rows: Sequence[Row]) -> list[str]:
+def claim_in_short(rows: Sequence[TableRow]) -> list[str]:
     """Return a line for each task of one experiment: the retention without the lowest AVSS, and the verdict."""
     lines = []
     for claim in _claims(rows):
@@ -105,7 +108,7 @@ def claim_in_short(rows: Sequence[Row]) -> list[str]:
     return lines
 
 
-def _claims(rows: Sequence[Row]) -> Iterator[_Claim]:
+def _claims(rows: Sequence[TableRow]) -> Iterator[_Claim]:
     """Yield the test of the claim for each task and repair on which it was tested."""
     for task, of_task in grouped(rows, itemgetter("task")).items():
         metric = primary_metric(of_task)
@@ -119,12 +122,12 @@ def _claims(rows: Sequence[Row]) -> Iterator[_Claim]:
                 yield _Claim(task=task, row=published, rows=same_repair, guess=guess)
 
 
-def _is_at_claimed_share(row: Row) -> bool:
+def _is_at_claimed_share(row: TableRow) -> bool:
     """Whether a row is of the claimed share of removed layers, or of the whole model. Scaled layers are not removed."""
     return row["share"] in (0.0, CLAIMED_SHARE) and not row.get("factor")
 
 
-def kept_by_guess(rows: Sequence[Row], metric: str) -> float | None:
+def kept_by_guess(rows: Sequence[TableRow], metric: str) -> float | None:
     """Return the retention of a model that guesses, or None if it is unknown or the metric is no accuracy or loss."""
     prefix, slash, name = metric.rpartition("/")
     of_whole = {row["metric"]: row["value"] for row in rows if _is_whole(row)}
@@ -182,7 +185,7 @@ def _about_claim(claim: _Claim) -> str:
     )
 
 
-def _about_chance(chances: Sequence[float], row: Row) -> str:
+def _about_chance(chances: Sequence[float], row: TableRow) -> str:
     """Return the sentence on the retentions of random choices, compared with that of a row."""
     best = _percent(max(chances))
     repaired = _repair_in_words(row)
@@ -200,14 +203,14 @@ def _about_chance(chances: Sequence[float], row: Row) -> str:
     return f"Of {len(chances)} random choices of as many layers{repaired}, {keep} as much or more (the best {best})."
 
 
-def _repair_in_words(row: Row) -> str:
+def _repair_in_words(row: TableRow) -> str:
     """Return the repair of a row as the middle of a sentence. Empty without repair."""
     if not row.get("repair"):
         return ""
     return f", repaired by {row['repair']}"
 
 
-def judgement(row: Row, guess: float | None = None) -> str:
+def judgement(row: TableRow, guess: float | None = None) -> str:
     """Return the verdict of a row's interval on the claim that over 90% is kept.
 
     Args:
@@ -228,7 +231,7 @@ def judgement(row: Row, guess: float | None = None) -> str:
     return "the claim is undecided, for want of data"
 
 
-def _published_row(rows: Sequence[Row], score: str, control: str | None = None) -> Row | None:
+def _published_row(rows: Sequence[TableRow], score: str, control: str | None = None) -> TableRow | None:
     """Return the row of a score in its published reading, with the given control, or None if there is none.
 
     Schema 2 has the reading of AVSS only in the label of the method.
@@ -244,28 +247,28 @@ def _published_row(rows: Sequence[Row], score: str, control: str | None = None) 
     return None
 
 
-def _is_whole(row: Row) -> bool:
+def _is_whole(row: TableRow) -> bool:
     return row["score"] is None
 
 
-def retention_interval(row: Row) -> tuple[float, float] | None:
+def retention_interval(row: TableRow) -> tuple[float, float] | None:
     """Return the lower and upper end of a row's retention interval, or None if it has no interval."""
     return known_interval(row.get("retention_low"), row.get("retention_high"))
 
 
-def lacks_interval(rows: Sequence[Row]) -> bool:
+def lacks_interval(rows: Sequence[TableRow]) -> bool:
     """Whether some row other than the whole model's has no retention interval."""
     return any(not _is_whole(row) and retention_interval(row) is None for row in rows)
 
 
-def shown_method(row: Row) -> str:
+def shown_method(row: TableRow) -> str:
     """Return the display name of a method: its choice of layers, and repair."""
     if row.get("repair"):
         return f"{row['method']} + {row['repair']}"
     return str(row["method"])
 
 
-def shown_value(row: Row) -> str:
+def shown_value(row: TableRow) -> str:
     """Return a formatted result. A loss is shown as perplexity."""
     return metric_format(row["metric"])(readable_value(row["metric"], row["value"]))
 
@@ -303,7 +306,7 @@ def _percent(share: float) -> str:
     return f"{share:.1%}"
 
 
-def without_layers(warehouse: Warehouse, runs: Sequence[Row]) -> list[dict[str, list[dict[str, Any]]]]:
+def without_layers(warehouse: Warehouse, runs: Sequence[TableRow]) -> list[dict[str, list[NewRow]]]:
     """Return the measurements of each run's checkpoint without some of its layers.
 
     Args:
@@ -316,7 +319,7 @@ def without_layers(warehouse: Warehouse, runs: Sequence[Row]) -> list[dict[str, 
         number of layers, of which a sublayer is a half, and ``kept`` the retention of the task's primary metric.
     """
     revisions = {run["revision"] for run in runs if run["revision"] is not None}
-    rows: list[dict[str, Any]] = []
+    rows: list[NewRow] = []
     if revisions:
         where = pc.field("revision").isin(pa.array(sorted(revisions), pa.string()))
         rows = warehouse.table("evaluations", where=where).to_pylist()
@@ -330,7 +333,7 @@ def without_layers(warehouse: Warehouse, runs: Sequence[Row]) -> list[dict[str, 
     return measured
 
 
-def _blocks(rows: Sequence[Row]) -> list[dict[str, Any]]:
+def _blocks(rows: Sequence[TableRow]) -> list[NewRow]:
     """Return the distances of blocks that the newest run measured, ordered by first layer and length."""
     measured = [row for row in rows if row["metric"] == BLOCK_DISTANCE and isfinite(row["value"])]
     if not measured:
@@ -345,25 +348,25 @@ def _blocks(rows: Sequence[Row]) -> list[dict[str, Any]]:
     ]
 
 
-def _best_sets(rows: Sequence[Row]) -> list[dict[str, Any]]:
+def _best_sets(rows: Sequence[TableRow]) -> list[NewRow]:
     """Return the best removed set of each size, for every task and repair."""
     repairs: dict[str, str] = {}
     for row in rows:
         if row["patch"] and row["task"].startswith(REPAIR):
             repairs[row["patch"]] = row["task"].split(":")[1]
     evaluated = [row for row in rows if _is_evaluation_of_removals(row)]
-    best_sets: list[dict[str, Any]] = []
+    best_sets: list[NewRow] = []
     for of_task in grouped(evaluated, itemgetter("task")).values():
         # The run with the most results tried the most sets.
         of_run = max(grouped(of_task, itemgetter("run_id")).values(), key=len)
-        best: dict[tuple[str, float], dict[str, Any]] = {}
+        best: dict[tuple[str, float], NewRow] = {}
         for removed_set in sorted(_removed_sets(of_run, repairs), key=itemgetter("kept")):
             best[removed_set["series"], removed_set["size"]] = removed_set
         best_sets += [best[key] for key in sorted(best)]
     return best_sets
 
 
-def _is_evaluation_of_removals(row: Row) -> bool:
+def _is_evaluation_of_removals(row: TableRow) -> bool:
     """Whether a row evaluates a model from which whole layers or sublayers were removed, or nothing."""
     if row["factor"]:
         return False
@@ -372,7 +375,7 @@ def _is_evaluation_of_removals(row: Row) -> bool:
     return not row["task"].startswith((*OF_EVERY_LAYER, REPAIR, ROW_START))
 
 
-def _removed_sets(rows: Sequence[Row], repairs: Mapping[str, str]) -> list[dict[str, Any]]:
+def _removed_sets(rows: Sequence[TableRow], repairs: Mapping[str, str]) -> list[NewRow]:
     """Return the removed sets of one run and task, as `without_layers` describes them, whose retention is defined.
 
     Args:
@@ -382,7 +385,7 @@ def _removed_sets(rows: Sequence[Row], repairs: Mapping[str, str]) -> list[dict[
     of_metric = [row for row in rows if row["metric"] == metric]
     wholes = [row for row in of_metric if not row["drop"]]
     pruned = [row for row in of_metric if row["drop"]]
-    sets: list[dict[str, Any]] = []
+    sets: list[NewRow] = []
     for whole in wholes:
         for row in pruned:
             kept = float(retention_of(metric, np.array(whole["value"]), np.array(row["value"])))
@@ -403,7 +406,7 @@ def _removed_sets(rows: Sequence[Row], repairs: Mapping[str, str]) -> list[dict[
     return sets
 
 
-def experiment_sections(rows: Sequence[Row], labels: Mapping[str, str] | None = None) -> list[Section]:
+def experiment_sections(rows: Sequence[TableRow], labels: Mapping[str, str] | None = None) -> list[Section]:
     """Return the results of the newest experiment with each run.
 
     Args:
@@ -448,9 +451,9 @@ def _section(label: str, experiment: NewestExperiment) -> Section:
     return Section(label=label, about=experiment.describe(), sentences=sentences, charts=charts, tables=[table])
 
 
-def _results_by_method(rows: Sequence[Row]) -> _Results:
+def _results_by_method(rows: Sequence[TableRow]) -> _Results:
     """Return the row of each task by share and method, in the order of the rows."""
-    methods: dict[tuple[float, str], dict[str, Row]] = {}
+    methods: dict[tuple[float, str], dict[str, TableRow]] = {}
     for row in rows:
         methods.setdefault((row["share"], shown_method(row)), {})[row["task"]] = row
     return methods
@@ -475,7 +478,7 @@ def _result_columns(task: str, metric: str) -> list[ReportColumn]:
     ]
 
 
-def _method_row(share: float, method: str, results: Mapping[str, Row], metrics: Mapping[str, str]) -> ReportRow:
+def _method_row(share: float, method: str, results: Mapping[str, TableRow], metrics: Mapping[str, str]) -> ReportRow:
     """Return the row of a method at one share.
 
     Args:
@@ -485,7 +488,7 @@ def _method_row(share: float, method: str, results: Mapping[str, Row], metrics: 
     # All tasks are evaluated without the same layers. The whole model has no value.
     first_result = next(iter(results.values()))
     dropped = describe_removed(decode_removals(first_result["drop"])) or None
-    values: dict[str, Any] = {"method": method, "share": share, "dropped": dropped}
+    values: NewRow = {"method": method, "share": share, "dropped": dropped}
     for task, metric in metrics.items():
         values[f"{task}: value"] = None
         values[f"{task}: kept"] = None
@@ -501,7 +504,7 @@ def _method_row(share: float, method: str, results: Mapping[str, Row], metrics: 
     return ReportRow(values)
 
 
-def _chart_rows(methods: _Results, share: float, task: str, guess: float | None) -> list[dict[str, Any]]:
+def _chart_rows(methods: _Results, share: float, task: str, guess: float | None) -> list[NewRow]:
     """Return a row for each method at a share of removed layers, for `_drawing`."""
     drawn = []
     for (of_share, method), results in methods.items():
@@ -514,7 +517,7 @@ def _chart_rows(methods: _Results, share: float, task: str, guess: float | None)
     return drawn
 
 
-def _chart(name: str, task: str, share: float, drawn: Sequence[Row]) -> Chart:
+def _chart(name: str, task: str, share: float, drawn: Sequence[TableRow]) -> Chart:
     """Return the chart of the retention of a task by each method at one share."""
     largest = max([SMALLEST_AXIS, *(row["kept"] for row in drawn)])
     return Chart(
@@ -526,7 +529,7 @@ def _chart(name: str, task: str, share: float, drawn: Sequence[Row]) -> Chart:
     )
 
 
-def _drawing(largest: float, number: int) -> Any:
+def _drawing(largest: float, number: int) -> ChartType:
     """Return the chart of retention by method, with lines at the claim of the paper (dashed) and a guess (dotted)."""
     import altair as alt
 

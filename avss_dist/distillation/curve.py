@@ -6,12 +6,13 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 from pydantic import Field
 
 from avss_dist.core.errors import ConfigError, ModelError
 from avss_dist.core.validation import Count, checked
+from avss_dist.core.values import JsonObject
 
 # Reasons why a training ended.
 COMPLETE = "complete"
@@ -31,7 +32,7 @@ MOST_LOGGED = 2000  # losses of a training that are logged
 
 Number = Annotated[float, Field(strict=False)]
 ByText = Mapping[str, Number]
-History = Sequence[Mapping[str, Any]]
+History = Sequence[JsonObject]
 """Log of a trainer: a mapping for each training step and each evaluation, with its ``step``."""
 
 
@@ -134,7 +135,7 @@ def evaluations(history: History, step_tokens: int = 0) -> list[CurvePoint]:
     return result
 
 
-def _by_text(entry: Mapping[str, Any], prefix: str) -> dict[str, float]:
+def _by_text(entry: JsonObject, prefix: str) -> dict[str, float]:
     """Return the metrics of an entry whose names have a prefix, by the label of their text."""
     return {name.removeprefix(prefix): entry[name] for name in sorted(entry) if name.startswith(prefix)}
 

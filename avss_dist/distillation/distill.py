@@ -7,7 +7,7 @@ import math
 import shutil
 import socket
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, closing, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -21,6 +21,7 @@ from avss_dist.core.extras import require_package
 from avss_dist.core.files import write_file
 from avss_dist.core.memory import free_cached_memory
 from avss_dist.core.results import TabularResult
+from avss_dist.core.values import JsonObject, NewObject
 from avss_dist.distillation.curve import (
     DIVERGED,
     CurvePoint,
@@ -207,11 +208,11 @@ def _distill(request: DistillRequest, executor: RayExecutor | None, output: Path
     return Distilled(output, record, memory, notes)
 
 
-def _identity(request: DistillRequest, models: ModelPair) -> dict[str, Any]:
+def _identity(request: DistillRequest, models: ModelPair) -> NewObject:
     """Return all that determines the result, to tell whether work in a folder can be resumed."""
     corpora = [split_weight(corpus) for corpus in request.corpora]
     watched = [split_weight(corpus) for corpus in request.watch]
-    identity: dict[str, Any] = {
+    identity: NewObject = {
         "student": models.student.revision,
         "teacher": models.teacher.revision,
         "corpora": [str(name) for name, _ in corpora],
@@ -228,7 +229,7 @@ def _identity(request: DistillRequest, models: ModelPair) -> dict[str, Any]:
     return identity
 
 
-def _differing(file: Path, values: Mapping[str, Any]) -> list[str]:
+def _differing(file: Path, values: JsonObject) -> list[str]:
     """Write values into a file that does not exist, or return the names of those that differ from the file's."""
     text = json.dumps(values, indent=2, default=str) + "\n"
     if not file.is_file():

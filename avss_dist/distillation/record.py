@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 from pydantic import Field
 
@@ -15,6 +15,7 @@ from avss_dist.core.errors import ConfigError, ModelError
 from avss_dist.core.settings import Settings
 from avss_dist.core.text import describe_rows, escape_markdown
 from avss_dist.core.validation import Count, Positive, RedactedText, checked
+from avss_dist.core.values import TableRow
 from avss_dist.corpus.seen import DISTILLATION, SeenText
 from avss_dist.distillation.curve import NO_IMPROVEMENT, CurvePoint, Number
 from avss_dist.models.checkpoint.locate import Checkpoint
@@ -101,7 +102,7 @@ class DistillRecord:
     steps: Count
     ended: str
     seed: Count
-    reading: Mapping[str, Any]
+    reading: TableRow
     held_out: Positive
     computed: str
     texts: Annotated[tuple[RecordedText, ...], Field(strict=False)]

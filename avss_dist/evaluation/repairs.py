@@ -42,7 +42,7 @@ from avss_dist.pruning.repair.registry import REPAIRS, RepairRecord, split_weigh
 from avss_dist.pruning.repair.repair import Repair, Repaired, find_cuts, fit_repair
 from avss_dist.pruning.weights import StoredWeights
 from avss_dist.requests import PruneRequest
-from avss_dist.tasks.task import Measure, Row, Task
+from avss_dist.tasks.task import Measure, MetricRow, Task
 from avss_dist.warehouse.names import REPAIR
 from avss_dist.warehouse.storage import Storage
 
@@ -81,7 +81,7 @@ class FitRepair(Measure):
             **({"weights": self.repair.weights} if len(set(self.repair.weights)) > 1 else {}),
         }
 
-    def __call__(self, model: LanguageModel, intervention: Intervention = NO_INTERVENTION) -> list[Row]:
+    def __call__(self, model: LanguageModel, intervention: Intervention = NO_INTERVENTION) -> list[MetricRow]:
         """Return a row with the errors and the patch of the repair of the model without what is removed.
 
         The whole model is read.
@@ -100,7 +100,7 @@ class FitRepair(Measure):
         about = json.dumps({"record": asdict(repaired.record), "notes": list(repaired.notes)})
         errors = np.array([cut.error_after for cut in repaired.record.cuts])
         return [
-            Row(
+            MetricRow(
                 metric=MISSING,
                 samples=errors,
                 weights=np.ones(len(errors)),

@@ -39,7 +39,7 @@ from avss_dist.plans.map_plans import PrecisionPlan
 from avss_dist.plans.seen import READ
 from avss_dist.runs.local import Executor, open_executor
 from avss_dist.runs.threads import Submissions
-from avss_dist.tasks.task import Cell, CellOutcome, CellResult, Measure, Result, Row, Task, combine
+from avss_dist.tasks.task import Cell, CellOutcome, CellResult, Measure, MetricRow, Result, Task, combine
 from avss_dist.warehouse.schema import RunIdentity
 from avss_dist.warehouse.store import Store
 
@@ -320,7 +320,7 @@ class EvaluationSession:
         self.store.write_cell(identity(cell.checkpoint, cell.run_id, measured.family), cell.cell_id, rows)
         self._measured[cell.run_id].add(cell.cell_id)
 
-    def _key(self, cell: Cell, row: Row) -> InterventionKey:
+    def _key(self, cell: Cell, row: MetricRow) -> InterventionKey:
         """Return the intervention that a row of a cell describes. A patch that the cell has fitted is written."""
         key = cell.intervention.key
         if row.removed is not None:

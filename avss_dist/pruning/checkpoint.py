@@ -9,12 +9,11 @@ from __future__ import annotations
 import json
 import re
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import closing, suppress
 from dataclasses import replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any
 
 import torch
 import yaml
@@ -26,6 +25,7 @@ from avss_dist.core.files import staged_folder
 from avss_dist.core.intervention import Removals, count_removed, whole_layers
 from avss_dist.core.settings import Settings
 from avss_dist.core.text import describe_layers, describe_rows, escape_markdown, printable
+from avss_dist.core.values import JsonObject, NewObject
 from avss_dist.models.change.experts import require_experts, without_experts
 from avss_dist.models.change.patches import Patch, patched
 from avss_dist.models.change.skipping import skipping
@@ -60,7 +60,7 @@ def prune(
     repair: Repaired | None = None,
     execution: Execution | None = None,
     trust_remote_code: bool = False,
-) -> dict[str, Any]:
+) -> NewObject:
     """Write a checkpoint without the plan's layers and experts, and verify it against the original.
 
     Args:
@@ -399,7 +399,7 @@ def pruned_from(folder: Path) -> tuple[str, str] | None:
     return base, revision[1]
 
 
-def source_license(folder: Path) -> dict[str, Any]:
+def source_license(folder: Path) -> NewObject:
     """Return the license that a checkpoint's model card names, else its configuration. Empty if neither does."""
     unreadable = (OSError, ValueError, RecursionError, yaml.YAMLError, ModelError)
     with suppress(*unreadable):
@@ -413,6 +413,6 @@ def source_license(folder: Path) -> dict[str, Any]:
     return {}
 
 
-def _license_fields(values: Mapping[str, Any]) -> dict[str, str]:
+def _license_fields(values: JsonObject) -> dict[str, str]:
     """Return those of the values that name a license."""
     return {key: str(values[key]) for key in LICENSE if values.get(key)}

@@ -16,6 +16,7 @@ from torch import nn
 
 from avss_dist.core.errors import ModelError
 from avss_dist.core.settings import Settings
+from avss_dist.core.values import JsonObject, NewObject
 from avss_dist.models.change.remaining import NUM_LAYERS, is_own_index, settings_by_layer
 from avss_dist.models.checkpoint.loading import auto_classes, skeleton, skeleton_by, text_config, without_head
 from avss_dist.models.checkpoint.locate import Checkpoint
@@ -93,23 +94,23 @@ def _require_supported(text: Any, plan: Plan) -> None:
         raise PlanError.combine(problems)
 
 
-def _text_part(raw: dict[str, Any]) -> dict[str, Any]:
+def _text_part(raw: NewObject) -> NewObject:
     """Return the part of ``config.json`` that describes the text model of several models, or all of it."""
     for name in ("text_config", "llm_config", "decoder"):
         if name in raw:
-            part: dict[str, Any] = raw[name]
+            part: NewObject = raw[name]
             return part
     return raw
 
 
-def _renumber_quantization(part: dict[str, Any], names: LayerNames) -> None:
+def _renumber_quantization(part: NewObject, names: LayerNames) -> None:
     """Renumber the layers in the quantization settings of a part of ``config.json``, in place."""
     for key in KEYS:
         if key in part:
             part[key] = renumber_quantization(part[key], names)
 
 
-def _expert_counts(whole: Any, plan: Plan, part: Mapping[str, Any], settings: Settings) -> dict[str, int]:
+def _expert_counts(whole: Any, plan: Plan, part: JsonObject, settings: Settings) -> dict[str, int]:
     """Return the settings with the number of routed experts, after those of a plan are dropped.
 
     Args:
@@ -149,7 +150,7 @@ def _expert_counts(whole: Any, plan: Plan, part: Mapping[str, Any], settings: Se
     return dict.fromkeys(names, remaining)
 
 
-def _write_and_read(checkpoint: Checkpoint, whole: Any, raw: Mapping[str, Any], folder: Path) -> Any:
+def _write_and_read(checkpoint: Checkpoint, whole: Any, raw: JsonObject, folder: Path) -> Any:
     """Write a configuration, and return it as transformers reads it."""
     (folder / "config.json").write_text(json.dumps(raw, indent=2) + "\n", encoding="utf-8")
     try:
@@ -158,7 +159,7 @@ def _write_and_read(checkpoint: Checkpoint, whole: Any, raw: Mapping[str, Any], 
         raise _changed_model_error(whole, error.message) from error
 
 
-def _as_json(config: Mapping[str, Any]) -> dict[str, Any]:
+def _as_json(config: JsonObject) -> NewObject:
     """Return a configuration as its file holds it, with strings as keys."""
     return dict(json.loads(json.dumps(config, default=str)))
 
@@ -196,16 +197,14 @@ def _differences(before: Any, after: Any, changed: Collection[str] = (), path: s
         yield _Difference(path, before, after)
 
 
-def _layer_properties(
-    layer: nn.Module, index: int, routed: RoutedExperts | None = None, removed: int = 0
-) -> dict[str, Any]:
+def _layer_properties(layer: nn.Module, index: int, routed: RoutedExperts | None = None, removed: int = 0) -> NewObject:
     """Return kinds and attributes of a layer's modules by path and name, without the layer's own index.
 
     Args:
         routed: routed experts of the layer, if it loses some.
         removed: number of experts by which their count is lowered.
     """
-    properties: dict[str, Any] = {}
+    properties: NewObject = {}
     for path, module in layer.named_modules():
         properties[f"{path} kind"] = type(module).__name__
         for name, value in sorted(vars(module).items()):

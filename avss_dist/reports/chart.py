@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from functools import cache
 from importlib.metadata import version
 from operator import itemgetter
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import altair as alt
 import numpy as np
@@ -23,12 +23,16 @@ from avss_dist.core.errors import QueryError
 from avss_dist.core.files import cache_folder, write_file, write_output
 from avss_dist.core.text import basename, count_of, describe_count, printable
 from avss_dist.core.thresholds import describe_threshold
+from avss_dist.core.values import NewRow, TableRow
 from avss_dist.reports.output import map_leaves
 from avss_dist.stats.catalog import FROM_ACTIVATIONS, SCORES
 from avss_dist.stats.intervals import why_no_interval
 from avss_dist.stats.layer_stats import Float64
 from avss_dist.stats.rankings import count_lowest, depth_correlation, rank_lowest
 from avss_dist.warehouse.reader import grouped
+
+if TYPE_CHECKING:
+    from altair.typing import ChartType
 
 MAX_RUNS = 100  # in a chart: its ten colors repeat long before, and the library that draws holds every point
 MAX_LABELED = 60  # rows of a similarity map with a name beside each
@@ -41,9 +45,7 @@ LOWEST_COLOR = "#d62728"
 ROWS = alt.NamedData(name="rows")  # the data of the charts of a page
 
 
-def layers_chart(
-    runs: Sequence[Mapping[str, Any]], scores: Sequence[Mapping[str, Any]], own: Sequence[str] = ()
-) -> Any:
+def layers_chart(runs: Sequence[TableRow], scores: Sequence[TableRow], own: Sequence[str] = ()) -> ChartType:
     """Return a chart of smoothed AVSS with its interval, and of each other score, by layer (by depth for several runs).
 
     Triangles mark the lowest 25% of the layers by each score.
@@ -119,7 +121,7 @@ def _fields(own: Sequence[str]) -> list[_Field]:
     return fields
 
 
-def _drawn_rows(scores: Sequence[Mapping[str, Any]], label: str, fields: Sequence[_Field]) -> list[dict[str, Any]]:
+def _drawn_rows(scores: Sequence[TableRow], label: str, fields: Sequence[_Field]) -> list[NewRow]:
     """Return a row for each layer of a run, ready for JSON, with its scores and whether they are among the lowest.
 
     Args:
@@ -140,7 +142,7 @@ def _drawn_rows(scores: Sequence[Mapping[str, Any]], label: str, fields: Sequenc
     return rows
 
 
-def _ranks(scores: Sequence[Mapping[str, Any]], field: _Field) -> Float64:
+def _ranks(scores: Sequence[TableRow], field: _Field) -> Float64:
     """Return the rank of each layer by a score, float64[layers], with NaN for layers without one."""
     if field.name == "avss":
         # Layers with NaN or infinities have a score, and no rank.
@@ -148,9 +150,7 @@ def _ranks(scores: Sequence[Mapping[str, Any]], field: _Field) -> Float64:
     return rank_lowest(np.array([score[field.column] for score in scores], float))
 
 
-def _subtitle(
-    runs: Sequence[Mapping[str, Any]], scores: Sequence[Mapping[str, Any]], rows: Sequence[Mapping[str, Any]]
-) -> Iterator[str]:
+def _subtitle(runs: Sequence[TableRow], scores: Sequence[TableRow], rows: Sequence[TableRow]) -> Iterator[str]:
     """Yield the lines below the title of a chart of layers: the measurement, and a warning of a single run.
 
     Args:
@@ -174,7 +174,7 @@ def _subtitle(
             yield warning
 
 
-def _describe_tokens(runs: Sequence[Mapping[str, Any]]) -> str:
+def _describe_tokens(runs: Sequence[TableRow]) -> str:
     """Return the number of tokens of runs, or the smallest and the largest, as text."""
     numbers = sorted({run["num_tokens"] for run in runs if run["num_tokens"] is not None})
     if len(numbers) < 2:
@@ -188,18 +188,18 @@ def layer_axis() -> alt.X:
 
 
 def depth_chart(
-    base: Any,
+    base: alt.Chart,
     name: str,
     title: str,
-    color: Any,
+    color: alt.Color | alt.Value,
     *,
     log: bool,
     linear: alt.Scale,
     lowest: str,
     red: bool = True,
     ends: tuple[str, str] | None,
-    tooltip: Sequence[Any],
-) -> Any:
+    tooltip: Sequence[alt.Tooltip],
+) -> ChartType:
     """Return a chart of a score by depth: a line with a point for each layer, and triangles for the lowest layers.
 
     Intervals are a line at each layer and a band between layers, with a gap at a layer without one.
@@ -236,7 +236,7 @@ def depth_chart(
     return alt.layer(band, interval.mark_rule(opacity=0.4), line, points)
 
 
-def _panel(base: Any, color: Any, rows: Sequence[Mapping[str, Any]], name: str, title: str) -> Any:
+def _panel(base: alt.Chart, color: alt.Color | alt.Value, rows: Sequence[TableRow], name: str, title: str) -> ChartType:
     """Return the chart of a score, on a log scale unless a layer scores zero or less."""
     values = [row[name] for row in rows]
     tooltip = [
@@ -266,7 +266,7 @@ def _panel(base: Any, color: Any, rows: Sequence[Mapping[str, Any]], name: str, 
     ).properties(title=title, width=300, height=210)
 
 
-def similarity_chart(comparison: RankingComparison) -> Any:
+def similarity_chart(comparison: RankingComparison) -> ChartType:
     """Return a heat map of the rank correlations of runs, ordered by similarity, beside a strip of their groups.
 
     Args:
@@ -310,7 +310,7 @@ def similarity_chart(comparison: RankingComparison) -> Any:
     )
 
 
-def _similarity_cells(similarity: SimilarityMap, labels: Sequence[str]) -> list[dict[str, Any]]:
+def _similarity_cells(similarity: SimilarityMap, labels: Sequence[str]) -> list[NewRow]:
     """Return a row for each cell of a map that has a correlation.
 
     Args:
@@ -341,7 +341,7 @@ def describe_mismatched(similarity: SimilarityMap) -> str:
     return f"{count_of(number, 'run')} under other conditions {'is' if number == 1 else 'are'} not on it."
 
 
-def save_chart(chart: Any, path: Path, title: str) -> None:
+def save_chart(chart: ChartType, path: Path, title: str) -> None:
     """Write a chart as ``.png`` (twice the screen's resolution), ``.svg``, or ``.html`` that needs no network.
 
     Args:

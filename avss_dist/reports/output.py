@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import io
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, redirect_stdout
 from decimal import Decimal
 from functools import partial
@@ -18,6 +18,7 @@ from avss_dist.core.errors import QueryError, explain_unwritable
 from avss_dist.core.files import staged_file
 from avss_dist.core.streams import binary_output, console, emit, emit_json
 from avss_dist.core.text import escape_markdown, printable
+from avss_dist.core.values import TableRow
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -47,7 +48,7 @@ def printed_to(path: Path) -> Iterator[None]:
     emit(path)
 
 
-def print_result(format: str, shown: Iterable[Any], rows: Callable[[], pa.Table | Iterable[Mapping[str, Any]]]) -> None:
+def print_result(format: str, shown: Iterable[Any], rows: Callable[[], pa.Table | Iterable[TableRow]]) -> None:
     """Print a result: what people read in the formats ``table`` and ``text``, its rows in the others.
 
     Args:

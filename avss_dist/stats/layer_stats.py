@@ -20,6 +20,7 @@ from typing import Annotated, Any, NamedTuple, TypeVar, get_type_hints
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+from avss_dist.core.values import TableRow
 from avss_dist.corpus.labels import AFTER_ANOTHER
 
 Int64 = NDArray[np.int64]
@@ -461,7 +462,7 @@ class ShardResult:
     num_tokens: int = 0
     seconds: float = 0.0
     device: str = "cpu"
-    model: Mapping[str, Any] = field(default_factory=dict)
+    model: TableRow = field(default_factory=dict)
     peak_memory_bytes: int = 0
     rows: Mapping[str, NDArray[Any]] | None = None
     experts: Mapping[int, ExpertStats] | None = None

@@ -21,6 +21,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from avss_dist.core.values import NewRow
 from avss_dist.stats.catalog import RECIPES
 from avss_dist.stats.intervals import (
     BOOTSTRAP_RESAMPLES,
@@ -106,7 +107,7 @@ def score_run(
     shards: Sequence[Mapping[LayerKey, LayerStats]] = (),
     thresholds: Sequence[Threshold] | None = None,
     sites: Sequence[str] | None = None,
-) -> list[dict[str, Any]]:
+) -> list[NewRow]:
     """Return every score of a run: one row per layer, site, recipe and threshold.
 
     Args:
@@ -120,7 +121,7 @@ def score_run(
         Rows with the columns of the ``scores`` table except those that name the run.
     """
     baselines = [layer_baselines(stats, layer) for layer in range(len(layers))]
-    rows: list[dict[str, Any]] = []
+    rows: list[NewRow] = []
     for site in dict.fromkeys(site for _, site in stats):
         if sites is not None and site not in sites:
             continue

@@ -24,7 +24,7 @@ from avss_dist.models.causal_lm import LanguageModel, predicted
 from avss_dist.models.forward import around
 from avss_dist.models.structure.layers import Layer, LayerCall, as_rows, output_tensor
 from avss_dist.stats.layer_stats import Float64
-from avss_dist.tasks.task import Measure, Row, predicted_tokens
+from avss_dist.tasks.task import Measure, MetricRow, predicted_tokens
 from avss_dist.warehouse.reader import grouped
 
 TAYLOR = "taylor"  # nats per predicted token; low is unimportant
@@ -134,7 +134,7 @@ class BackwardMeasure(Measure):
     trains = False
     activity: ClassVar[str] = "Computing gradients"
 
-    def __call__(self, model: LanguageModel, intervention: Intervention = NO_INTERVENTION) -> list[Row]:
+    def __call__(self, model: LanguageModel, intervention: Intervention = NO_INTERVENTION) -> list[MetricRow]:
         """Return the rows of the passes of a model under an intervention.
 
         Removed layers have no rows.
@@ -155,7 +155,7 @@ class BackwardMeasure(Measure):
         """Report the layers to the current pass inside the context."""
         return through_passes(layers)
 
-    def rows(self, layers: Sequence[Layer], passes: Sequence[Any], weights: Float64) -> Iterator[Row]:
+    def rows(self, layers: Sequence[Layer], passes: Sequence[Any], weights: Float64) -> Iterator[MetricRow]:
         """Yield the rows of all passes: a row for each sum, with a sample for each sequence.
 
         Args:
@@ -166,7 +166,7 @@ class BackwardMeasure(Measure):
         for key in sorted(passes[0].sums, key=_order_of_row):
             metric, layer, removed, rounding = key
             samples = torch.cat([batch.sums[key].cpu() for batch in passes])
-            yield Row(
+            yield MetricRow(
                 metric=metric,
                 samples=samples.numpy(),
                 weights=counted_tokens if metric.startswith(self.by_token) else weights,
@@ -316,7 +316,7 @@ class Gradients(BackwardMeasure):
     new_pass = LayerGradients
     trains = True
 
-    def rows(self, layers: Sequence[Layer], passes: Sequence[LayerGradients], weights: Float64) -> Iterator[Row]:
+    def rows(self, layers: Sequence[Layer], passes: Sequence[LayerGradients], weights: Float64) -> Iterator[MetricRow]:
         """Yield the rows of all passes. Norms have a sample for each batch, and that of weights one sample."""
         for row in super().rows(layers, passes, weights):
             if row.metric == TAYLOR:

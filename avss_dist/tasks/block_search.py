@@ -13,13 +13,14 @@ import torch
 from numpy.typing import NDArray
 
 from avss_dist.core.intervention import NO_INTERVENTION, Intervention
+from avss_dist.core.values import NewObject
 from avss_dist.corpus.shards import Batch, Shard
 from avss_dist.models.causal_lm import LanguageModel
 from avss_dist.models.forward import hooked
 from avss_dist.models.structure.layers import Layer, LayerCall, as_rows, output_tensor
 from avss_dist.models.structure.linear_maps import weight_of
 from avss_dist.stats.layer_stats import Float64
-from avss_dist.tasks.task import Measure, Row
+from avss_dist.tasks.task import Measure, MetricRow
 
 GREEDY = "greedy:"  # before the path of a map: its sparsity after each round
 GREEDY_ERROR = "greedy_error"
@@ -50,7 +51,7 @@ class GreedyBlock(Measure):
     steps: Mapping[str, float]
     sizes: Mapping[str, int]
 
-    def identity(self) -> dict[str, Any]:
+    def identity(self) -> NewObject:
         """Return the values that the key is made of."""
         maps = {name: [self.steps[name], self.sizes[name], *self.thresholds[name]] for name in sorted(self.steps)}
         return {
@@ -60,7 +61,7 @@ class GreedyBlock(Measure):
             "maps": maps,
         }
 
-    def __call__(self, model: LanguageModel, intervention: Intervention = NO_INTERVENTION) -> list[Row]:
+    def __call__(self, model: LanguageModel, intervention: Intervention = NO_INTERVENTION) -> list[MetricRow]:
         """Return the sparsity of each map of the block after each round, and the error after each round, as rows."""
         layer = model.layers[self.layer]
         batches: list[Batch] = []
@@ -94,8 +95,8 @@ class GreedyBlock(Measure):
         rows = []
         for name in self.steps:
             sparsities = np.array([step.sparsity[name] for step in path])
-            rows.append(Row(metric=f"{GREEDY}{name}", samples=sparsities, weights=ones, layer=self.layer))
-        rows.append(Row(metric=GREEDY_ERROR, samples=errors, weights=ones, layer=self.layer))
+            rows.append(MetricRow(metric=f"{GREEDY}{name}", samples=sparsities, weights=ones, layer=self.layer))
+        rows.append(MetricRow(metric=GREEDY_ERROR, samples=errors, weights=ones, layer=self.layer))
         return rows
 
     def _search(self, error: Callable[[Mapping[str, float]], float]) -> list[GreedyStep]:
@@ -193,7 +194,7 @@ class Spectra(Measure):
     layer: int
     measure = "spectra"
 
-    def __call__(self, model: LanguageModel, intervention: Intervention = NO_INTERVENTION) -> list[Row]:
+    def __call__(self, model: LanguageModel, intervention: Intervention = NO_INTERVENTION) -> list[MetricRow]:
         """Return a row with the exponent of each linear map of the layer."""
         layer = model.layers[self.layer]
         rows = []
@@ -202,7 +203,7 @@ class Spectra(Measure):
                 singular_values = torch.linalg.svdvals(weight_of(projection.module).double())
                 exponent = hill_exponent(singular_values.square().cpu().numpy())
                 rows.append(
-                    Row(
+                    MetricRow(
                         metric=f"{HILL}{projection.path}",
                         samples=np.array([exponent]),
                         weights=np.ones(1),

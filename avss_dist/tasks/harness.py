@@ -8,7 +8,7 @@ import inspect
 import json
 import random
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import lru_cache, partial
@@ -30,6 +30,7 @@ from avss_dist.core.extras import require_package
 from avss_dist.core.fingerprint import fingerprint
 from avss_dist.core.intervention import NO_INTERVENTION, Intervention
 from avss_dist.core.memory import is_out_of_memory
+from avss_dist.core.values import JsonObject
 from avss_dist.corpus.documents import without_today
 from avss_dist.corpus.shards import Batch
 from avss_dist.models.causal_lm import LanguageModel
@@ -42,7 +43,7 @@ from avss_dist.tasks.harness_files import (
     read_task_file,
     resolve_data_files,
 )
-from avss_dist.tasks.task import Measure, Row, Task
+from avss_dist.tasks.task import Measure, MetricRow, Task
 
 MODEL_NOTE = "The model raised it, not the task."
 SEED, OTHER_SEED = 0, 1234  # the harness's own: of `random`; of numpy, torch and the choice of examples
@@ -69,7 +70,7 @@ class HarnessPart(Measure):
     template: str | None = None
     key: str = ""
 
-    def __call__(self, model: LanguageModel, intervention: Intervention = NO_INTERVENTION) -> list[Row]:
+    def __call__(self, model: LanguageModel, intervention: Intervention = NO_INTERVENTION) -> list[MetricRow]:
         """Return a row for each metric of the task or group, and for chance.
 
         Likelihoods are computed in float32.
@@ -271,7 +272,7 @@ def _described(value: Any) -> str:
         return re.sub(r" at 0x[0-9a-f]+", "", repr(value))
 
 
-def _rows(evaluated: Any, loaded: Any) -> Iterator[Row]:
+def _rows(evaluated: Any, loaded: Any) -> Iterator[MetricRow]:
     """Yield a row for each metric of each task and group, and `CHANCE` for multiple choice.
 
     A metric that is a mean over documents has a sample for each, in their order. Other metrics have their value as the
@@ -295,10 +296,10 @@ def _rows(evaluated: Any, loaded: Any) -> Iterator[Row]:
             choices = [len(document["arguments"]) // (1 + ("acc_mutual_info" in document)) for document in asked]
             metrics[CHANCE] = 1 / np.array(choices)
         for metric, samples in metrics.items():
-            yield Row(metric=f"{prefix}{metric}", samples=samples, weights=np.ones(len(samples)))
+            yield MetricRow(metric=f"{prefix}{metric}", samples=samples, weights=np.ones(len(samples)))
 
 
-def _samples(documents: Iterable[Mapping[str, Any]], metric: str, filtered: str, value: float) -> np.ndarray:
+def _samples(documents: Iterable[JsonObject], metric: str, filtered: str, value: float) -> np.ndarray:
     values = [document[metric] for document in documents if document["filter"] == filtered and metric in document]
     try:
         samples = np.asarray(values, np.float64)

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from avss_dist.core.errors import TaskError, nearest
+from avss_dist.core.values import JsonObject, NewObject
 from avss_dist.core.yaml_files import YamlKind, read_yaml
 from avss_dist.corpus.sources import local_files, require_files
 from avss_dist.warehouse.names import PERPLEXITY, TRUTHFULQA
@@ -126,7 +127,7 @@ def task_files(name: str) -> list[str]:
     return [str(file) for file in files if not os.path.isabs(os.path.expanduser(file))]
 
 
-def code_entries(config: Mapping[str, Any]) -> list[str]:
+def code_entries(config: JsonObject) -> list[str]:
     """Return the entries of a task file that run Python code of its author or of a hub."""
     entries = [*_walk(config)]
     return [f"!function {value}" for _, value in entries if isinstance(value, Function)] + [
@@ -144,7 +145,7 @@ def _walk(value: Any, key: str | None = None) -> Iterator[tuple[str | None, Any]
             yield from _walk(inner, key)
 
 
-def resolve_data_files(config: Mapping[str, Any], *folders: Path) -> dict[str, Any]:
+def resolve_data_files(config: JsonObject, *folders: Path) -> NewObject:
     """Return a configuration whose data files have absolute paths, each in the first of these folders that has it.
 
     Raises:
@@ -175,7 +176,7 @@ def _resolve_paths(files: Any, folders: tuple[Path, ...], task: str) -> Any:
     )
 
 
-def has_local_data(config: Mapping[str, Any]) -> bool:
+def has_local_data(config: JsonObject) -> bool:
     """Whether all data of a task file are local files."""
     files = (config.get("dataset_kwargs") or {}).get("data_files")
     return config.get("dataset_path") in BUILDERS and not any("://" in str(file) for _, file in _walk(files))

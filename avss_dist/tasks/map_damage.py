@@ -15,6 +15,7 @@ from torch import nn
 
 from avss_dist.core.errors import ModelError
 from avss_dist.core.intervention import NO_INTERVENTION, Intervention, round_place
+from avss_dist.core.values import NewObject
 from avss_dist.corpus.shards import Batch, Shard
 from avss_dist.models.causal_lm import LanguageModel
 from avss_dist.models.change.number_formats import NumberFormat, number_format
@@ -25,7 +26,7 @@ from avss_dist.models.structure.linear_maps import weight_of
 from avss_dist.stats.layer_stats import Float64
 from avss_dist.stats.metrics import BITS_PER_WEIGHT, NUM_WEIGHTS, PREDICTED_RISE
 from avss_dist.tasks.backward import CURRENT, DRAWS, BackwardMeasure, BackwardPass
-from avss_dist.tasks.task import Measure, Row, losses_under
+from avss_dist.tasks.task import Measure, MetricRow, losses_under
 
 FIRST, SECOND = "first_order", "second_order"  # of zeroed inputs, a colon and the path of a map follow
 OUTPUT_ERROR = "output_error"
@@ -75,7 +76,7 @@ class MapDamage(BackwardMeasure):
     new_pass = BackwardPass
     activity = "Predicting the effect of zeroed inputs"
 
-    def identity(self) -> dict[str, Any]:
+    def identity(self) -> NewObject:
         """Return the values that the key is made of."""
         return super().identity() | {"thresholds": [[*key, *values] for key, values in sorted(self.thresholds.items())]}
 
@@ -104,12 +105,12 @@ class MapDamage(BackwardMeasure):
 
         current.listen(out, add)
 
-    def rows(self, layers: Sequence[Layer], passes: Sequence[BackwardPass], weights: Float64) -> Iterator[Row]:
+    def rows(self, layers: Sequence[Layer], passes: Sequence[BackwardPass], weights: Float64) -> Iterator[MetricRow]:
         """Yield the rows of all passes."""
         for order, key in passes[0].sums:
             samples: Float64 = np.sum([batch.sums[order, key].cpu().numpy() for batch in passes], axis=0)
             tokens = np.full(len(samples), float(weights.sum()))
-            yield Row(metric=f"{order}:{key[1]}", samples=samples, weights=tokens, layer=key[0])
+            yield MetricRow(metric=f"{order}:{key[1]}", samples=samples, weights=tokens, layer=key[0])
 
 
 @dataclass(frozen=True, eq=False)
@@ -127,7 +128,7 @@ class RoundedLosses(Measure):
     format: str
     measure = "rounded losses"
 
-    def __call__(self, model: LanguageModel, intervention: Intervention = NO_INTERVENTION) -> list[Row]:
+    def __call__(self, model: LanguageModel, intervention: Intervention = NO_INTERVENTION) -> list[MetricRow]:
         """Return the losses of the model under the intervention, and with each remaining layer rounded."""
         layers = _roundable_layers(model, intervention, [self.format])
         roundings = [replace(intervention, rounding=round_place(self.format, layer.index)) for layer in layers]
@@ -253,7 +254,7 @@ class RoundingDamage(BackwardMeasure):
         maps = ((layer, projection) for layer in layers for projection in layer.projections)
         return reporting_maps(maps, _RoundingPass.see)
 
-    def rows(self, layers: Sequence[Layer], passes: Sequence[_RoundingPass], weights: Float64) -> Iterator[Row]:
+    def rows(self, layers: Sequence[Layer], passes: Sequence[_RoundingPass], weights: Float64) -> Iterator[MetricRow]:
         """Yield the rows of all passes, and the number of weights of every place and their bits in every format."""
         yield from super().rows(layers, passes, weights)
         for layer in layers:
@@ -265,7 +266,7 @@ class RoundingDamage(BackwardMeasure):
                 key = round_place(format_.name, layer.index, path).key
                 for metric, value, weight in ((NUM_WEIGHTS, number, 1), (BITS_PER_WEIGHT, bits, number)):
                     samples, ones = np.array([value], np.float64), np.array([weight], np.float64)
-                    yield Row(metric=metric, samples=samples, weights=ones, layer=layer.index, rounding=key)
+                    yield MetricRow(metric=metric, samples=samples, weights=ones, layer=layer.index, rounding=key)
 
 
 def _output_change(module: nn.Module, format_: NumberFormat, x: torch.Tensor) -> torch.Tensor:

@@ -6,19 +6,19 @@ import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property, partial
-from typing import Any
 
 import numpy as np
 import torch
 
 from avss_dist.core.intervention import NO_INTERVENTION, Intervention
 from avss_dist.core.streams import portion
+from avss_dist.core.values import NewObject
 from avss_dist.corpus.shards import Batch, Shard
 from avss_dist.models.causal_lm import LanguageModel, predicted
 from avss_dist.models.change.skipping import resuming
 from avss_dist.models.watching import recording
 from avss_dist.stats.layer_stats import Float64
-from avss_dist.tasks.task import Measure, Row
+from avss_dist.tasks.task import Measure, MetricRow
 
 SHAPLEY = "shapley"  # nats per token; low is unimportant
 SHARED = "shapley_shared"  # 1 of a permutation that was truncated before the layer, else 0
@@ -48,14 +48,14 @@ class Shapley(Measure):
     truncation: bool = True
     measure = "shapley"
 
-    def identity(self) -> dict[str, Any]:
+    def identity(self) -> NewObject:
         """Return the values that the key is made of: earlier versions gave the rest to no layer."""
         identity = super().identity()
         if self.truncation:
             identity["rest"] = "shared"
         return identity
 
-    def __call__(self, model: LanguageModel, intervention: Intervention = NO_INTERVENTION) -> list[Row]:
+    def __call__(self, model: LanguageModel, intervention: Intervention = NO_INTERVENTION) -> list[MetricRow]:
         """Return the Shapley values of the layers, a sample for each permutation.
 
         Removed layers have no rows.
@@ -76,7 +76,7 @@ class Shapley(Measure):
         rows = []
         for metric, samples in metrics.items():
             for layer in players:
-                rows.append(Row(metric=metric, samples=samples[:, layer], weights=ones, layer=layer))
+                rows.append(MetricRow(metric=metric, samples=samples[:, layer], weights=ones, layer=layer))
         return rows
 
     def _remove_in_order(

@@ -7,7 +7,7 @@ paired intervals are computed afterwards. A `Cell` is a part that is measured on
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field, fields, replace
 from functools import cached_property
@@ -29,6 +29,7 @@ from avss_dist.core.intervention import (
 )
 from avss_dist.core.memory import halve_until_it_fits
 from avss_dist.core.settings import Settings
+from avss_dist.core.values import JsonObject, NewObject, TableRow
 from avss_dist.corpus.seen import SeenText
 from avss_dist.corpus.shards import Shard
 from avss_dist.models.causal_lm import LanguageModel, predicted
@@ -41,7 +42,7 @@ from avss_dist.warehouse.reader import grouped
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
-class Row:
+class MetricRow:
     """One metric of one part of a task.
 
     Attributes:
@@ -78,11 +79,11 @@ class Measure:
         """SHA-256, in hex, of everything that can change the rows."""
         return fingerprint(**self.identity())
 
-    def identity(self) -> dict[str, Any]:
+    def identity(self) -> NewObject:
         """Return the values that the key is made of: the name and the fields, shards by their content."""
         return {"measure": self.measure, **{f.name: _identity(getattr(self, f.name)) for f in fields(self)}}
 
-    def __call__(self, model: LanguageModel, intervention: Intervention = NO_INTERVENTION) -> list[Row]:
+    def __call__(self, model: LanguageModel, intervention: Intervention = NO_INTERVENTION) -> list[MetricRow]:
         """Measure a model under an intervention.
 
         Args:
@@ -108,7 +109,7 @@ class Task:
 
     name: str
     parts: tuple[Measure, ...]
-    options: Mapping[str, Any] = field(default_factory=dict)
+    options: JsonObject = field(default_factory=dict)
     read: tuple[SeenText, ...] = ()
 
     def __post_init__(self) -> None:
@@ -132,7 +133,7 @@ def losses_under(
     interventions: Sequence[Intervention],
     activity: str = "Measuring losses",
     metric: str = LOSS,
-) -> list[Row]:
+) -> list[MetricRow]:
     """Return the loss on a shard under each intervention: rows with a sample for each sequence.
 
     Args:
@@ -141,7 +142,9 @@ def losses_under(
     losses = model.losses_under(list(shard.batches(model.settings.batch_size)), interventions, activity)
     weights = predicted_tokens(shard, model)
     return [
-        Row(metric=metric, samples=samples, weights=weights, removed=applied.removed, rounding=applied.key.rounding)
+        MetricRow(
+            metric=metric, samples=samples, weights=weights, removed=applied.removed, rounding=applied.key.rounding
+        )
         for applied, samples in zip(interventions, losses, strict=True)
     ]
 
@@ -239,7 +242,7 @@ class Retention:
         return isfinite(self.low) and isfinite(self.high)
 
 
-def combine(rows: Iterable[Mapping[str, Any]], num_parts: int) -> list[Result]:
+def combine(rows: Iterable[TableRow], num_parts: int) -> list[Result]:
     """Return the results of one task from rows of ``cells``. Metrics with a missing part are left out.
 
     Rows of the same part are the same measurement, of which one counts.
@@ -293,7 +296,7 @@ class Cell:
 class CellResult:
     """The result of a cell, the time that it took, and notes for people on how it was measured."""
 
-    rows: Sequence[Row]
+    rows: Sequence[MetricRow]
     family: str
     device: str
     seconds: float
@@ -322,7 +325,7 @@ def measure_cell(
     torch.set_num_threads(settings.threads)
     model.notes.clear()
 
-    def run(rows: int) -> list[Row]:
+    def run(rows: int) -> list[MetricRow]:
         model.settings = replace(settings, batch_size=rows)
         with model.applying(changes) as counts:
             measured = cell.measure(model, removals)
@@ -355,7 +358,7 @@ def measure_cell(
     )
 
 
-def _realized(sparsity: Sparsity, counts: Sequence[Sequence[int]]) -> Iterator[Row]:
+def _realized(sparsity: Sparsity, counts: Sequence[Sequence[int]]) -> Iterator[MetricRow]:
     """Yield the share of zeros among the inputs of each linear map, and the share of all weights that met a zero.
 
     Only tokens that are made sparse count. Maps that did not run have no row.
@@ -365,6 +368,6 @@ def _realized(sparsity: Sparsity, counts: Sequence[Sequence[int]]) -> Iterator[R
         if elements:
             values = np.array([[zeros], [elements]], np.float64)
             weighted += values / rule.inputs * (rule.outputs * rule.inputs)
-            yield Row(metric=f"{REALIZED}{rule.path}", samples=values[0], weights=values[1], layer=rule.layer)
+            yield MetricRow(metric=f"{REALIZED}{rule.path}", samples=values[0], weights=values[1], layer=rule.layer)
     if weighted[1, 0]:
-        yield Row(metric=SPARSITY, samples=weighted[0], weights=weighted[1])
+        yield MetricRow(metric=SPARSITY, samples=weighted[0], weights=weighted[1])

@@ -8,7 +8,6 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
 
 import numpy as np
 import torch
@@ -24,12 +23,13 @@ from avss_dist.core.intervention import (
     sublayers_of,
 )
 from avss_dist.core.memory import is_out_of_memory
+from avss_dist.core.values import NewObject
 from avss_dist.corpus.labels import BEST, INCORRECT
 from avss_dist.corpus.shards import Shard
 from avss_dist.models.causal_lm import LanguageModel
 from avss_dist.models.checkpoint.loading import quiet
 from avss_dist.stats.metrics import AS_READ, CHANCE, ENTROPY, LOSS, OTHER_START
-from avss_dist.tasks.task import Measure, Row, losses_under, predicted_tokens
+from avss_dist.tasks.task import Measure, MetricRow, losses_under, predicted_tokens
 
 TOKEN = "token"  # metric of a continuation: ids of its tokens
 
@@ -40,14 +40,14 @@ class TextLoss(Measure):
 
     shard: Shard
 
-    def identity(self) -> dict[str, Any]:
+    def identity(self) -> NewObject:
         """Return the values that the key is made of."""
         return {
             "measure": "loss and entropy" if self.shard.pairing else "loss",
             "shard": self.shard.content_hash,
         }
 
-    def __call__(self, model: LanguageModel, intervention: Intervention = NO_INTERVENTION) -> list[Row]:
+    def __call__(self, model: LanguageModel, intervention: Intervention = NO_INTERVENTION) -> list[MetricRow]:
         """Return the losses of the rows of the shard, and for paired text their entropies."""
         if not self.shard.pairing:
             return losses_under(model, self.shard, [intervention])
@@ -57,8 +57,8 @@ class TextLoss(Measure):
         losses, entropies = np.concatenate(by_batch, axis=1)
         weights = predicted_tokens(self.shard, model)
         return [
-            Row(metric=LOSS, samples=losses, weights=weights),
-            Row(metric=ENTROPY, samples=entropies, weights=weights),
+            MetricRow(metric=LOSS, samples=losses, weights=weights),
+            MetricRow(metric=ENTROPY, samples=entropies, weights=weights),
         ]
 
 
@@ -72,7 +72,7 @@ class RowStartLoss(Measure):
     shards: tuple[Shard, Shard]
     measure = "row start"
 
-    def __call__(self, model: LanguageModel, intervention: Intervention = NO_INTERVENTION) -> list[Row]:
+    def __call__(self, model: LanguageModel, intervention: Intervention = NO_INTERVENTION) -> list[MetricRow]:
         """Return the losses of the rows as they were read, and of the same text with other start tokens."""
         as_read, other_start = self.shards
         return [
@@ -97,16 +97,16 @@ class LeaveOneOut(Measure):
     layers: Removals | None = None
     sublayers: bool = False
 
-    def identity(self) -> dict[str, Any]:
+    def identity(self) -> NewObject:
         """Return the values that the key is made of, without those at their defaults."""
-        identity: dict[str, Any] = {"measure": "leave one out", "shard": self.shard.content_hash}
+        identity: NewObject = {"measure": "leave one out", "shard": self.shard.content_hash}
         if self.layers is not None:
             identity["layers"] = encode_removals(self.layers)
         if self.sublayers:
             identity["sublayers"] = True
         return identity
 
-    def __call__(self, model: LanguageModel, intervention: Intervention = NO_INTERVENTION) -> list[Row]:
+    def __call__(self, model: LanguageModel, intervention: Intervention = NO_INTERVENTION) -> list[MetricRow]:
         """Return the losses of rows under the intervention, and without each layer in addition.
 
         Layers of the intervention are absent from every pass.
@@ -138,7 +138,7 @@ class TruthfulChoices(Measure):
     shard: Shard
     measure = "truthfulqa with chance"
 
-    def __call__(self, model: LanguageModel, intervention: Intervention = NO_INTERVENTION) -> list[Row]:
+    def __call__(self, model: LanguageModel, intervention: Intervention = NO_INTERVENTION) -> list[MetricRow]:
         """Return MC1, MC2 and chance for each question."""
         pairing = self.shard.pairing
         assert pairing is not None
@@ -156,7 +156,7 @@ class TruthfulChoices(Measure):
             samples[CHANCE].append((~is_wrong).mean())
         rows = []
         for metric, values in samples.items():
-            rows.append(Row(metric=metric, samples=np.array(values, np.float64), weights=np.ones(len(values))))
+            rows.append(MetricRow(metric=metric, samples=np.array(values, np.float64), weights=np.ones(len(values))))
         return rows
 
 
@@ -173,7 +173,7 @@ class ContinuePrompt(Measure):
     tokens: int
     measure = "continuation"
 
-    def __call__(self, model: LanguageModel, intervention: Intervention = NO_INTERVENTION) -> list[Row]:
+    def __call__(self, model: LanguageModel, intervention: Intervention = NO_INTERVENTION) -> list[MetricRow]:
         """Return a row with the new tokens as its samples.
 
         Raises:
@@ -195,4 +195,4 @@ class ContinuePrompt(Measure):
                 raise
             raise ModelError(f"'{model.checkpoint.name}' generates no text: {first_line(error)}") from error
         samples = tokens[0, len(self.prompt) :].cpu().numpy().astype(np.float64)
-        return [Row(metric=TOKEN, samples=samples, weights=np.ones(len(samples)))]
+        return [MetricRow(metric=TOKEN, samples=samples, weights=np.ones(len(samples)))]

@@ -41,7 +41,7 @@ from avss_dist.reports.terminal.evaluation import ablation_table
 from avss_dist.studies.ablate import Ablation
 from avss_dist.tasks import shapley as ablation
 from avss_dist.tasks.shapley import SHAPLEY, SHARED, Shapley
-from avss_dist.tasks.task import Row
+from avss_dist.tasks.task import MetricRow
 from avss_dist.tasks.text_loss import LeaveOneOut, TextLoss
 from avss_dist.warehouse.reader import Warehouse
 
@@ -79,12 +79,16 @@ def text_shards(model: LanguageModel) -> tuple[Shard, ...]:
     return plan_text(model.checkpoint, TEXT, Settings(**SMALL | {"sequences_per_shard": 6})).shards
 
 
-def losses_without(model: LanguageModel, shard: Shard, drops: Sequence[tuple[int, ...]] = EACH_LAYER) -> list[Row]:
+def losses_without(
+    model: LanguageModel, shard: Shard, drops: Sequence[tuple[int, ...]] = EACH_LAYER
+) -> list[MetricRow]:
     """Return the losses without each set of layers, each by a pass of its own."""
     return [TextLoss(shard)(model, NO_INTERVENTION.without(*drop))[0] for drop in drops]
 
 
-def assert_same_rows(found: list[Row], expected: list[Row], drops: Sequence[tuple[int, ...]] = EACH_LAYER) -> None:
+def assert_same_rows(
+    found: list[MetricRow], expected: list[MetricRow], drops: Sequence[tuple[int, ...]] = EACH_LAYER
+) -> None:
     assert [row.removed for row in found] == [*drops]
     for row, other in zip(found, expected, strict=True):
         assert (row.metric, row.layer) == (other.metric, other.layer)

@@ -21,7 +21,7 @@ from avss_dist.core.intervention import NO_INTERVENTION, Intervention, round_pla
 from avss_dist.models.causal_lm import LanguageModel
 from avss_dist.models.checkpoint.loading import quiet
 from avss_dist.tasks.map_damage import RoundingDamage
-from avss_dist.tasks.task import Row
+from avss_dist.tasks.task import MetricRow
 
 UNSEEN = "zaya"  # its maps see more tokens than the batch has, so that nothing is predicted of them
 EVALUATED = [
@@ -79,7 +79,7 @@ def damage(*, by_layer: bool) -> RoundingDamage:
     return kind(shard=SHARD, formats=("int4", "fp8"), draws=2)
 
 
-def samples(rows: list[Row]) -> dict[Any, bytes]:
+def samples(rows: list[MetricRow]) -> dict[Any, bytes]:
     """The bytes of the samples of each row, so that NaN equals itself."""
     return {(row.metric, row.layer, row.rounding): row.samples.tobytes() for row in rows}
 

@@ -36,7 +36,7 @@ from avss_dist.plans.plan import read_checked_plan
 from avss_dist.runs.scoring import score
 from avss_dist.tasks.block_search import GreedyBlock, Spectra, hill_exponent
 from avss_dist.tasks.map_damage import MapDamage
-from avss_dist.tasks.task import Cell, Row, measure_cell
+from avss_dist.tasks.task import Cell, MetricRow, measure_cell
 from avss_dist.tasks.text_loss import TextLoss
 from avss_dist.warehouse.reader import Warehouse
 
@@ -377,7 +377,7 @@ def plainly(model: LanguageModel, keeps: Any, rule: str, drop: tuple[int, ...] =
     return losses, zeros
 
 
-def by_metric(rows: list[Row]) -> dict[Any, Row]:
+def by_metric(rows: list[MetricRow]) -> dict[Any, MetricRow]:
     return {(row.metric, row.layer): row for row in rows}
 
 

@@ -48,7 +48,7 @@ from avss_dist.pruning.repair.repair import Repair
 from avss_dist.stats.layer_stats import LayerKey, LayerStats, ShardResult, merge_values
 from avss_dist.tasks.harness import harness_task
 from avss_dist.tasks.map_damage import RoundedLosses
-from avss_dist.tasks.task import Measure, Row
+from avss_dist.tasks.task import Measure, MetricRow
 from avss_dist.tasks.text_loss import TextLoss
 
 SETTINGS = Settings(batch_size=2, dtype="float32", device="cpu")
@@ -170,7 +170,7 @@ class Asked:
         batches: number of batches with tokens that this rank ran.
     """
 
-    rows: dict[str, list[Row]]
+    rows: dict[str, list[MetricRow]]
     tokens: list[int]
     notes: list[str]
     reports: bool
@@ -197,7 +197,7 @@ def ask(partition: str, folder: Path, skip: tuple[str, ...] = (), tasks: Sequenc
         replica.close()
 
 
-def reply(model: LanguageModel, skip: tuple[str, ...], tasks: Sequence[Measure]) -> dict[str, list[Row]]:
+def reply(model: LanguageModel, skip: tuple[str, ...], tasks: Sequence[Measure]) -> dict[str, list[MetricRow]]:
     without = NO_INTERVENTION.without(1)
     return answers(model, skip) | {f"task {i}": task(model, without) for i, task in enumerate(tasks)}
 

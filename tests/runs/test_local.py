@@ -28,7 +28,7 @@ from avss_dist.runs import local
 from avss_dist.runs.local import Executor, LocalExecutor
 from avss_dist.runs.threads import Submissions
 from avss_dist.runs.work import ReplicaSpec, RunShards
-from avss_dist.tasks.task import Cell, Measure, Row, measure_cell
+from avss_dist.tasks.task import Cell, Measure, MetricRow, measure_cell
 from avss_dist.tasks.text_loss import TextLoss
 from avss_dist.warehouse.reader import Warehouse
 
@@ -257,7 +257,7 @@ class Loss(TextLoss):
     def key(self) -> str:
         return type(self).__name__
 
-    def __call__(self, model: LanguageModel, intervention: Intervention = NO_INTERVENTION) -> list[Row]:
+    def __call__(self, model: LanguageModel, intervention: Intervention = NO_INTERVENTION) -> list[MetricRow]:
         self.disturb(model)
         return super().__call__(model, intervention)
 

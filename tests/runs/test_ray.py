@@ -51,7 +51,7 @@ from avss_dist.runs.ray.executor import RayExecutor
 from avss_dist.runs.ray.worker import ShardAssignment, Worker
 from avss_dist.runs.run import RunInProgress
 from avss_dist.runs.threads import Submissions
-from avss_dist.tasks.task import Cell, Row
+from avss_dist.tasks.task import Cell, MetricRow
 from avss_dist.tasks.text_loss import TextLoss
 from avss_dist.warehouse.reader import Warehouse
 from avss_dist.warehouse.store import Receipt, Store
@@ -109,7 +109,7 @@ class DisturbedOnce(TextLoss):
     def key(self) -> str:
         return "loss"
 
-    def __call__(self, model: LanguageModel, intervention: Intervention = NO_INTERVENTION) -> list[Row]:
+    def __call__(self, model: LanguageModel, intervention: Intervention = NO_INTERVENTION) -> list[MetricRow]:
         with suppress(FileExistsError):
             os.close(os.open(self.mark, os.O_CREAT | os.O_EXCL))
             os.kill(os.getpid(), signal.SIGKILL)

@@ -18,7 +18,7 @@ from avss_dist.tasks.backward import Gradients
 from avss_dist.tasks.damage import Damage
 from avss_dist.tasks.map_damage import RoundedLosses, RoundingDamage
 from avss_dist.tasks.shapley import Shapley
-from avss_dist.tasks.task import Row
+from avss_dist.tasks.task import MetricRow
 from avss_dist.tasks.text_loss import LeaveOneOut, TextLoss
 from support.causal_lm import random_shard
 
@@ -95,7 +95,7 @@ def _paired(shard: Shard) -> Shard:
     return replace(shard, pairing=Pairing(rows=rows, pairs=rows, strata=("any",) * len(rows), starts=starts))
 
 
-def answers(model: LanguageModel, skip: tuple[str, ...] = ()) -> dict[str, list[Row]]:
+def answers(model: LanguageModel, skip: tuple[str, ...] = ()) -> dict[str, list[MetricRow]]:
     """What a model answers to each; nothing about sublayers where they cannot be left out alone."""
     skip = (*skip, *(("sublayers", "gradients without an attention") if model.obstacles else ()))
     asked = {**questions(), **questions_without(one_of_each(model))}
@@ -128,7 +128,7 @@ def generated(model: LanguageModel) -> torch.Tensor:
     return found.cpu()
 
 
-def assert_same(found: dict[str, list[Row]], expected: dict[str, list[Row]], rtol: float = 0.0) -> None:
+def assert_same(found: dict[str, list[MetricRow]], expected: dict[str, list[MetricRow]], rtol: float = 0.0) -> None:
     """The same rows, their samples to the bit, or so near relative to the largest."""
     assert found.keys() == expected.keys()
     for name, rows in expected.items():

@@ -27,14 +27,14 @@ from avss_dist.tasks import backward as gradient_pass
 from avss_dist.tasks.backward import Gradients, matrices
 from avss_dist.tasks.damage import Damage
 from avss_dist.tasks.map_damage import RoundedLosses, RoundingDamage
-from avss_dist.tasks.task import Row
+from avss_dist.tasks.task import MetricRow
 from avss_dist.tasks.text_loss import TextLoss
 
-Found = dict[tuple[Any, ...], Row]
+Found = dict[tuple[Any, ...], MetricRow]
 Seen = tuple[LanguageModel, Found, list[Batch]]
 
 
-def by_metric(rows: list[Row]) -> Found:
+def by_metric(rows: list[MetricRow]) -> Found:
     return {(row.metric, row.layer, row.removed): row for row in rows}
 
 

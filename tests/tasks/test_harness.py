@@ -34,7 +34,7 @@ from avss_dist.plans.plan import Plan
 from avss_dist.pruning.checkpoint import prune
 from avss_dist.tasks import harness
 from avss_dist.tasks.harness import HarnessPart, harness_task
-from avss_dist.tasks.task import Row
+from avss_dist.tasks.task import MetricRow
 from avss_dist.warehouse.reader import Warehouse
 
 DROP = (0,)  # of which transformers asks how long its cache is
@@ -118,7 +118,7 @@ def open_model(folder: Path) -> LanguageModel:
     return open_whole(resolve(str(folder)), Settings(batch_size=4, device="cpu"))
 
 
-def ask(task: Path, model: LanguageModel, drop: tuple[int, ...] = (), **options: Any) -> dict[str, Row]:
+def ask(task: Path, model: LanguageModel, drop: tuple[int, ...] = (), **options: Any) -> dict[str, MetricRow]:
     (part,) = harness_task(str(task), **options).parts
     rows = pickle.loads(pickle.dumps(part))(model, NO_INTERVENTION.without(*drop))  # as a worker is asked
     return {row.metric: row for row in rows}

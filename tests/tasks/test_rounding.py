@@ -21,11 +21,11 @@ from avss_dist.models.change.number_formats import FORMATS
 from avss_dist.models.structure.head import draw_labels, uniform_numbers
 from avss_dist.tasks import map_damage
 from avss_dist.tasks.map_damage import RoundedLosses, RoundingDamage
-from avss_dist.tasks.task import Row
+from avss_dist.tasks.task import MetricRow
 from avss_dist.tasks.text_loss import TextLoss
 
 Save = Callable[[Any, Path], Path]
-Found = dict[tuple[str, str | None], Row]
+Found = dict[tuple[str, str | None], MetricRow]
 Seen = tuple[LanguageModel, Found, list[Batch]]
 DRAWS, SEED = 3, 5
 
@@ -44,7 +44,7 @@ def grouped(tmp_path_factory: pytest.TempPathFactory, save_checkpoint: Save) -> 
     )
 
 
-def by_place(rows: list[Row]) -> Found:
+def by_place(rows: list[MetricRow]) -> Found:
     return {(row.metric, row.rounding): row for row in rows}
 
 

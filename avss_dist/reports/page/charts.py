@@ -6,13 +6,19 @@ The page gives them rows, texts and colors.
 from __future__ import annotations
 
 from functools import cache
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import altair as alt
 
 from avss_dist.analysis.section import GRAY, Chart
 from avss_dist.reports.chart import LOWEST_COLOR, ROWS, depth_chart, layer_axis
 from avss_dist.stats.catalog import FROM_ACTIVATIONS, SCORES
+
+if TYPE_CHECKING:
+    from altair.typing import ChartType
+
+ChartSpec = dict[str, Any]
+"""Specification of a chart in Vega-Lite's JSON, by key."""
 
 HEIGHTS = {"avss": 280, "blocks": 340, "kept": 280, "lowest": 280}
 OTHER_HEIGHT = 170  # pixels, of the charts of the other scores
@@ -31,14 +37,14 @@ _DEPTHS = alt.X("from:Q", title="relative depth", scale=alt.Scale(domain=[0, 1])
 
 
 @cache
-def page_charts() -> dict[str, dict[str, Any]]:
+def page_charts() -> dict[str, ChartSpec]:
     """Return the specification of every chart by name. Names of charts by depth include their axes: ``avss:layer:log``.
 
     Those of AVSS with intervals are ``avss:layer:log:interval`` and so on.
 
     Each draws the data set ``rows``, and writes the signal ``choice`` above it, cut to ``limit`` pixels.
     """
-    charts: dict[str, Any] = {}
+    charts: dict[str, ChartType] = {}
     for name in FROM_ACTIVATIONS:
         for axis, scale in AXES:
             charts[f"{name}:{axis}:{scale}"] = _by_depth(name, axis, scale)
@@ -52,12 +58,12 @@ def page_charts() -> dict[str, dict[str, Any]]:
     return {name: _finished(chart) for name, chart in charts.items()}
 
 
-def section_chart(chart: Chart) -> dict[str, Any]:
+def section_chart(chart: Chart) -> ChartSpec:
     """Return the specification of the chart of a section, which draws the data set ``rows``."""
     return _finished(chart.draw().properties(data=ROWS).add_params(ROOM))
 
 
-def _finished(chart: Any) -> dict[str, Any]:
+def _finished(chart: ChartType) -> ChartSpec:
     """Return the specification of a chart as wide as its container, titled by the signal ``choice``, without colors."""
     title = alt.TitleParams(text=alt.ExprRef("choice"), limit=alt.ExprRef("limit"), anchor="start", frame="bounds")
     chart = chart.add_params(alt.param(name="choice", value=""), alt.param(name="limit", value=600)).properties(
@@ -66,13 +72,13 @@ def _finished(chart: Any) -> dict[str, Any]:
         autosize=alt.AutoSizeParams(type="fit-x", contains="padding"),
     )
     # Validation takes as long as the rest. Tests validate.
-    spec: dict[str, Any] = chart.to_dict(validate=False)
+    spec: ChartSpec = chart.to_dict(validate=False)
     # The page has its own configuration, which follows its colors.
     del spec["config"]
     return spec
 
 
-def _by_depth(name: str, axis: str, scale: str, *, interval: bool = False) -> Any:
+def _by_depth(name: str, axis: str, scale: str, *, interval: bool = False) -> ChartType:
     """Return the chart of a score by depth: a line, or also an interval, for each run, triangles for its lowest 25%."""
     legend = alt.Legend(
         orient="top",
@@ -109,7 +115,7 @@ def _by_depth(name: str, axis: str, scale: str, *, interval: bool = False) -> An
     return chart.properties(data=ROWS, height=HEIGHTS.get(name, OTHER_HEIGHT)).add_params(*OF_RUNS)
 
 
-def _blocks() -> Any:
+def _blocks() -> ChartType:
     """Return a heat map of blocks of layers by first layer and length. The nearest block of each length is marked."""
     plain: dict[str, Any] = {"ticks": False, "domain": False, "labelSeparation": 4}
     first_layer = alt.X("start:O", title="first layer (from 0)")
@@ -133,7 +139,7 @@ def _blocks() -> Any:
     return alt.layer(cells, nearest, data=ROWS).properties(height=HEIGHTS["blocks"])
 
 
-def _best_sets() -> Any:
+def _best_sets() -> ChartType:
     """Return a chart of the best set of each size, with a line for each task and repair."""
     share = alt.X("share:Q", title="share of the layers that is left out").scale(zero=True)
     kept = alt.Y("kept:Q", title="kept", scale=alt.Scale(zero=True))
@@ -162,7 +168,7 @@ def _best_sets() -> Any:
     return alt.layer(base.mark_line(strokeWidth=1.5), points, data=ROWS).properties(height=HEIGHTS["kept"])
 
 
-def _heat() -> Any:
+def _heat() -> ChartType:
     """Return a heat map: a row for each run, a cell for each layer, colored by its place in the ranking."""
     legend = alt.Legend(title="rank: 0 least, 1 most important", orient="top", direction="horizontal", titleLimit=240)
     chart = alt.Chart(ROWS).mark_rect()
@@ -176,7 +182,7 @@ def _heat() -> Any:
     return chart.add_params(ROOM)
 
 
-def _lowest() -> Any:
+def _lowest() -> ChartType:
     """Return a bar chart of the share of runs with a place among their lowest 25%, with a dashed line at chance."""
     share = alt.Y("share:Q", title="of the runs", scale=alt.Scale(domain=[0, 1]))
     bars = alt.Chart().mark_rect(color=LOWEST_COLOR, opacity=0.8)
@@ -191,7 +197,7 @@ def _lowest() -> Any:
     return alt.layer(bars, chance, data=ROWS).properties(height=HEIGHTS["lowest"])
 
 
-def _correlation() -> Any:
+def _correlation() -> ChartType:
     """Return a heat map of the correlation of pairs of runs, with numbers where there is room."""
     number = alt.X("column:N", title="number of the run", sort=None)
     base = alt.Chart().encode(

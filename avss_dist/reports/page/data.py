@@ -15,6 +15,7 @@ from avss_dist.analysis.thresholds import at_reading
 from avss_dist.core.sites import EVERY_SITE, SITES
 from avss_dist.core.text import basename, count_of, printable
 from avss_dist.core.thresholds import PUBLISHED_THRESHOLD, describe_threshold
+from avss_dist.core.values import NewObject, TableRow
 from avss_dist.plans.choice import PUBLISHED
 from avss_dist.stats.catalog import BASELINES, FROM_ACTIVATIONS, RECIPES, SCORES
 from avss_dist.stats.layer_stats import Float64
@@ -43,9 +44,7 @@ UNRANKED = -1  # in a matrix, in place of the rank of a layer without a score
 STEPS = 100  # of a rank in a matrix between the least and the most important layer
 
 
-def page_data(
-    warehouse: Warehouse, runs: Sequence[Mapping[str, Any]], without: Sequence[Mapping[str, Any]]
-) -> dict[str, Any]:
+def page_data(warehouse: Warehouse, runs: Sequence[TableRow], without: Sequence[TableRow]) -> NewObject:
     """Return the data of finished runs that the page draws, ready for JSON.
 
     Args:
@@ -117,7 +116,7 @@ class ScoreBlock(NamedTuple):
         return self.run, choice, self.start, self.end, count_lowest(self.end - self.start)
 
 
-def _scores_of_runs(warehouse: Warehouse, runs: Sequence[Mapping[str, Any]]) -> pa.Table:
+def _scores_of_runs(warehouse: Warehouse, runs: Sequence[TableRow]) -> pa.Table:
     """Return the rows of ``scores`` of runs, sorted by run, choice and layer."""
     table = warehouse.table(
         "scores",
@@ -127,7 +126,7 @@ def _scores_of_runs(warehouse: Warehouse, runs: Sequence[Mapping[str, Any]]) -> 
     return table.sort_by([(name, "ascending") for name in ("run_id", *CHOICE, "layer")])
 
 
-def _score_blocks(table: pa.Table, runs: Sequence[Mapping[str, Any]]) -> list[ScoreBlock]:
+def _score_blocks(table: pa.Table, runs: Sequence[TableRow]) -> list[ScoreBlock]:
     """Return the blocks of a sorted table of scores, in order."""
     positions = {run["run_id"]: position for position, run in enumerate(runs)}
     blocks = []
@@ -151,9 +150,7 @@ def _columns(table: pa.Table) -> dict[str, list[Any]]:
     return columns
 
 
-def _correlations(
-    table: pa.Table, blocks: Sequence[ScoreBlock], choices: Sequence[ScoreChoice]
-) -> list[dict[str, Any]]:
+def _correlations(table: pa.Table, blocks: Sequence[ScoreBlock], choices: Sequence[ScoreChoice]) -> list[NewObject]:
     """Return the agreement of runs by AVSS, for each choice."""
     correlations = []
     for choice in choices:
@@ -162,7 +159,7 @@ def _correlations(
     return correlations
 
 
-def _baseline_correlations(table: pa.Table, blocks: Sequence[ScoreBlock]) -> dict[str, dict[str, Any]]:
+def _baseline_correlations(table: pa.Table, blocks: Sequence[ScoreBlock]) -> dict[str, NewObject]:
     """Return the agreement of runs by each baseline, which is the same for every choice."""
     return {name: run_agreement(_profiles(table, blocks, name)) for name in BASELINES}
 
@@ -180,7 +177,7 @@ def _profiles(table: pa.Table, blocks: Sequence[ScoreBlock], column: str) -> dic
     return by_run
 
 
-def _without(run: Mapping[str, Any], measured: Mapping[str, Any]) -> dict[str, Any]:
+def _without(run: TableRow, measured: TableRow) -> NewObject:
     """Return the measurements of a run without layers, rounded, with the share of the layers that each set is."""
     blocks = [block | {"distance": _round(block["distance"], DIGITS)} for block in measured["blocks"]]
     sets = []
@@ -190,7 +187,7 @@ def _without(run: Mapping[str, Any], measured: Mapping[str, Any]) -> dict[str, A
     return {"blocks": blocks, "kept": sets}
 
 
-def _described(runs: Sequence[Mapping[str, Any]], table: pa.Table) -> list[dict[str, Any]]:
+def _described(runs: Sequence[TableRow], table: pa.Table) -> list[NewObject]:
     """Return the label of each run, and the names and baselines of its layers, which are the same for every choice."""
     row_of_layer: dict[str, dict[int, int]] = {run["run_id"]: {} for run in runs}
     places = zip(table["run_id"].to_pylist(), table["layer"].to_pylist(), strict=True)
@@ -202,7 +199,7 @@ def _described(runs: Sequence[Mapping[str, Any]], table: pa.Table) -> list[dict[
         num_layers = max(run["num_layers"] or 0, max(scored, default=-1) + 1)
         row_numbers = pa.array([scored.get(layer) for layer in range(num_layers)], pa.int64())
         rows = table.take(row_numbers)
-        entry: dict[str, Any] = {"label": f"{number}. {label}", "has_head": has_head(run)}
+        entry: NewObject = {"label": f"{number}. {label}", "has_head": has_head(run)}
         for name in ("layer_name", *BASELINES):
             entry[name] = rounded(rows[name])
         described.append(entry)
@@ -234,7 +231,7 @@ def _round(value: float, digits: int) -> float | None:
     return int(short) if is_exact_integer else short
 
 
-def run_agreement(profiles: Mapping[int, Scores]) -> dict[str, Any]:
+def run_agreement(profiles: Mapping[int, Scores]) -> NewObject:
     """Return the rank correlations of every pair of runs as `analysis.comparison.compare` does, ready for JSON.
 
     Args:
@@ -292,9 +289,7 @@ def _correlation(value: float) -> float | None:
     return round(float(value), 3) + 0.0  # which makes a negative zero positive
 
 
-def matrix_data(
-    warehouse: Warehouse, runs: Sequence[Mapping[str, Any]], labels: Sequence[str]
-) -> list[dict[str, Any]] | None:
+def matrix_data(warehouse: Warehouse, runs: Sequence[TableRow], labels: Sequence[str]) -> list[NewObject] | None:
     """Return the rows of the matrix, ready for JSON. None if no run has a score at the published reading of AVSS.
 
     Args:

@@ -26,7 +26,7 @@ from avss_dist.analysis.curves import AXES, Curve, curve_section, curves_of
 from avss_dist.analysis.experiments import NewestExperiment, newest_experiments
 from avss_dist.analysis.findings import findings
 from avss_dist.analysis.scorecard import best_readings, describe_agreement, page_section, score_cards
-from avss_dist.analysis.section import ReportColumn, ReportRow, ReportTable, Row, Section, page_number
+from avss_dist.analysis.section import ReportColumn, ReportRow, ReportTable, Section, page_number
 from avss_dist.analysis.thresholds import at_reading
 from avss_dist.analysis.verdict import (
     CLAIMED_KEPT,
@@ -39,6 +39,7 @@ from avss_dist.analysis.verdict import (
 from avss_dist.core.errors import DamagedFile, QueryError, named_fields, spell_fields
 from avss_dist.core.sites import SITES
 from avss_dist.core.text import basename, count_of, printable
+from avss_dist.core.values import NewObject, NewRow, TableRow
 from avss_dist.plans.choice import PUBLISHED
 from avss_dist.reports.chart import drawing_library
 from avss_dist.reports.output import as_json, map_leaves
@@ -180,7 +181,7 @@ def report_page(warehouse: Warehouse, run_ids: Collection[str] | None = None, ow
     return templates().get_template("page.html").render(**assets, **about, **contents)
 
 
-def _pictures(chapters: Mapping[str, Sequence[Section]]) -> dict[str, Any]:
+def _pictures(chapters: Mapping[str, Sequence[Section]]) -> NewObject:
     """Return the charts of all sections by name, ready for JSON."""
     pictures = {}
     for sections in chapters.values():
@@ -215,7 +216,7 @@ def _summary(num_done: int, num_failed: int) -> str:
     return runs
 
 
-def _with_damaged(rows: Sequence[Row], warehouse: Warehouse, run_ids: Collection[str] | None) -> list[Row]:
+def _with_damaged(rows: Sequence[TableRow], warehouse: Warehouse, run_ids: Collection[str] | None) -> list[TableRow]:
     """Return rows of ``runs``, with a row in place of each run that cannot be read, at the end."""
     damaged = []
     for run_id in sorted(warehouse.damaged):
@@ -223,7 +224,7 @@ def _with_damaged(rows: Sequence[Row], warehouse: Warehouse, run_ids: Collection
             damaged.append(run_id)
     overview = [row for row in rows if row["run_id"] not in damaged]
     for run_id in damaged:
-        unreadable: dict[str, Any] = dict.fromkeys(OVERVIEW)
+        unreadable: NewRow = dict.fromkeys(OVERVIEW)
         unreadable["run_id"] = run_id
         unreadable["status"] = "unreadable"
         unreadable["error"] = str(warehouse.damaged[run_id])
@@ -231,7 +232,7 @@ def _with_damaged(rows: Sequence[Row], warehouse: Warehouse, run_ids: Collection
     return overview
 
 
-def _by_model(run: Mapping[str, Any]) -> tuple[Any, ...]:
+def _by_model(run: TableRow) -> tuple[Any, ...]:
     """Return the sort key of a run: finished before failed, then family, model, and position in its training."""
     return (
         run["status"] != "done",
@@ -283,14 +284,14 @@ def _hash_source(text: str) -> str:
     return f"'sha256-{base64.b64encode(digest).decode()}'"
 
 
-def _packed(data: Mapping[str, Any]) -> str:
+def _packed(data: TableRow) -> str:
     """Return data as compressed JSON in base64: forty runs at a hundred choices have a few hundred thousand numbers."""
     text = json.dumps(data, separators=(",", ":"), allow_nan=False)
     # Level 9 takes three times as long and saves little.
     return base64.b64encode(gzip.compress(text.encode(), 6, mtime=0)).decode()
 
 
-def _overview(rows: Sequence[Row], labels: Mapping[str, str]) -> ReportTable:
+def _overview(rows: Sequence[TableRow], labels: Mapping[str, str]) -> ReportTable:
     """Return the table of runs, without columns in which no run has a value."""
     columns = [ReportColumn("#", "number")]
     for name, (title, format_) in OVERVIEW.items():
@@ -309,7 +310,7 @@ def _overview(rows: Sequence[Row], labels: Mapping[str, str]) -> ReportTable:
     )
 
 
-def _findings(rows: Sequence[Row], labels: Mapping[str, str]) -> list[dict[str, Any]]:
+def _findings(rows: Sequence[TableRow], labels: Mapping[str, str]) -> list[NewObject]:
     """Return findings by kind, in order.
 
     A run shows its first finding of a kind, and the other readings with it.
@@ -336,7 +337,7 @@ def _findings(rows: Sequence[Row], labels: Mapping[str, str]) -> list[dict[str, 
     return described
 
 
-def _line(label: str, rows: Sequence[Row]) -> dict[str, Any]:
+def _line(label: str, rows: Sequence[TableRow]) -> NewObject:
     """Return the first of a run's findings of one kind, with the readings of the others."""
     first, *others = [_reading(row) for row in rows]
     return {
@@ -347,12 +348,12 @@ def _line(label: str, rows: Sequence[Row]) -> dict[str, Any]:
     }
 
 
-def _reading(finding: Row) -> str:
+def _reading(finding: TableRow) -> str:
     """Return the site and the recipe of a finding, as far as it has them."""
     return " ".join(name for name in (finding["site"], finding["recipe"]) if name)
 
 
-def _curves(warehouse: Warehouse, runs: Sequence[Row]) -> list[Curve]:
+def _curves(warehouse: Warehouse, runs: Sequence[TableRow]) -> list[Curve]:
     """Return the longest curves of runs, each set of runs once."""
     site, recipe, value, kind = PUBLISHED
     scored = profiles(
@@ -373,7 +374,7 @@ def _curves(warehouse: Warehouse, runs: Sequence[Row]) -> list[Curve]:
 
 
 def _scorecards(
-    warehouse: Warehouse, runs: Sequence[Row], labels: Mapping[str, str], own: Sequence[str] = ()
+    warehouse: Warehouse, runs: Sequence[TableRow], labels: Mapping[str, str], own: Sequence[str] = ()
 ) -> Iterator[Section]:
     """Yield the score cards of the first runs whose ground truth is known."""
     tasks = tuple(SCORES[name].task for name in GROUND_TRUTH)
@@ -392,7 +393,7 @@ def _scorecards(
             yield section
 
 
-def _contrasts(warehouse: Warehouse, runs: Sequence[Row], labels: Mapping[str, str]) -> Iterator[Section]:
+def _contrasts(warehouse: Warehouse, runs: Sequence[TableRow], labels: Mapping[str, str]) -> Iterator[Section]:
     """Yield the contrast of each run on paired text, at the published reading."""
     strata = warehouse.table("stratum_stats", run_ids=[run["run_id"] for run in runs], columns=["run_id"])
     paired = {*strata["run_id"].to_pylist()}
@@ -411,12 +412,12 @@ def _contrasts(warehouse: Warehouse, runs: Sequence[Row], labels: Mapping[str, s
 
 def in_short(
     warehouse: Warehouse,
-    runs: Sequence[Row],
+    runs: Sequence[TableRow],
     labels: Mapping[str, str],
-    findings: Sequence[Row],
-    without: Sequence[Row],
+    findings: Sequence[TableRow],
+    without: Sequence[TableRow],
     experiments: Mapping[str, NewestExperiment],
-) -> list[dict[str, Any]]:
+) -> list[NewObject]:
     """Return answers to the questions about a few runs, for the template. Runs with evaluated removals come first.
 
     Args:
@@ -447,7 +448,7 @@ def in_short(
     return summaries
 
 
-def _about_belief(warehouse: Warehouse, run: Row, findings: Sequence[Row]) -> list[str]:
+def _about_belief(warehouse: Warehouse, run: TableRow, findings: Sequence[TableRow]) -> list[str]:
     """Return sentences on what speaks against AVSS of a run, and on its agreement with the measured loss."""
     kinds: dict[str, None] = {}
     for row in findings:
@@ -460,7 +461,7 @@ def _about_belief(warehouse: Warehouse, run: Row, findings: Sequence[Row]) -> li
     return [sentence, *describe_agreement(warehouse, run, scored)]
 
 
-def _about_size(run: Row, sets_by_task: Mapping[str, Sequence[Row]]) -> list[str]:
+def _about_size(run: TableRow, sets_by_task: Mapping[str, Sequence[TableRow]]) -> list[str]:
     """Return a sentence for each task on the largest set of layers without which enough is kept."""
     sentences = []
     for task, sets in sets_by_task.items():
@@ -477,7 +478,9 @@ def _about_size(run: Row, sets_by_task: Mapping[str, Sequence[Row]]) -> list[str
     return [NOTHING if has_head(run) else HEADLESS]
 
 
-def _about_claim(run: Row, sets_by_task: Mapping[str, Sequence[Row]], experiment: NewestExperiment | None) -> list[str]:
+def _about_claim(
+    run: TableRow, sets_by_task: Mapping[str, Sequence[TableRow]], experiment: NewestExperiment | None
+) -> list[str]:
     """Return sentences on sets of as many layers as the paper claims can go, and on the newest experiment."""
     size = count_lowest(run["num_layers"] or 0)
     sentences = []
@@ -490,6 +493,6 @@ def _about_claim(run: Row, sets_by_task: Mapping[str, Sequence[Row]], experiment
     return sentences or ["No such set was evaluated yet."]
 
 
-def is_published(finding: Row) -> bool:
+def is_published(finding: TableRow) -> bool:
     """Whether a finding concerns AVSS as published, or the whole run."""
     return finding["site"] in (None, SITES[0]) and finding["recipe"] in (None, RECIPES[0])

@@ -7,7 +7,7 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from operator import attrgetter, itemgetter
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from rich.console import Group, RenderableType
 from rich.text import Text
@@ -17,13 +17,13 @@ from avss_dist.analysis.section import (
     ReportColumn,
     ReportRow,
     ReportTable,
-    Row,
     interval,
     known_interval,
 )
 from avss_dist.analysis.verdict import metric_format, readable_value
 from avss_dist.core.intervention import PARTS, count_removed, describe_removed
 from avss_dist.core.text import count_of, describe_bytes, describe_count, describe_seconds, printable
+from avss_dist.core.values import NewRow, TableRow
 from avss_dist.plans.map_plans import MapPlan, SparsityPlan
 from avss_dist.reports.terminal.tables import FittedTable
 from avss_dist.stats.catalog import metrics_of
@@ -142,7 +142,7 @@ def _evaluation_row(evaluation: Evaluation) -> ReportRow:
     """Return the row of a metric of one subject on a task. A loss has its perplexity as the last of its metrics."""
     metric, value, stderr = evaluation.result.metrics()[-1]
     removed = evaluation.subject.intervention.removed
-    row: dict[str, Any] = {
+    row: NewRow = {
         "subject": evaluation.subject.label,
         "dropped": count_removed(removed) if removed else None,
         "task": evaluation.task,
@@ -185,7 +185,7 @@ def ablation_table(ablation: Ablation) -> FittedTable:
     )
 
 
-def _ablation_row(measured: Row, drawn: str, *, is_lowest: bool) -> ReportRow:
+def _ablation_row(measured: TableRow, drawn: str, *, is_lowest: bool) -> ReportRow:
     """Return the row of a layer, with texts of the measures that have a standard error.
 
     Args:
@@ -204,7 +204,7 @@ def _ablation_row(measured: Row, drawn: str, *, is_lowest: bool) -> ReportRow:
     return ReportRow(row, is_marked=is_lowest)
 
 
-def _ablation_caption(ablation: Ablation, first_layer: Row, drawn: str, num_lowest: int) -> str:
+def _ablation_caption(ablation: Ablation, first_layer: TableRow, drawn: str, num_lowest: int) -> str:
     """Return the explanation of a table of layers.
 
     Args:
@@ -315,7 +315,7 @@ def sensitivity_tables(ablation: Ablation) -> Iterator[FittedTable]:
         yield FittedTable(_rounded_maps(of_maps))
 
 
-def _sensitivity_columns(of_layers: Sequence[Row]) -> list[ReportColumn]:
+def _sensitivity_columns(of_layers: Sequence[TableRow]) -> list[ReportColumn]:
     """Return the columns of the table of layers. The first column of a format says how many bits its weights take.
 
     Args:
@@ -333,9 +333,9 @@ def _sensitivity_columns(of_layers: Sequence[Row]) -> list[ReportColumn]:
     return columns
 
 
-def _sensitivity_row(layer: int, rows: Sequence[Row]) -> ReportRow:
+def _sensitivity_row(layer: int, rows: Sequence[TableRow]) -> ReportRow:
     """Return the row of a layer, given its effects in each number format."""
-    effects: dict[str, Any] = {"layer": layer}
+    effects: NewRow = {"layer": layer}
     for row in rows:
         for effect in ("increase", "predicted"):
             text = _with_error(row[effect], row[f"{effect}_stderr"], SENSITIVITY_DIGITS)
@@ -343,7 +343,7 @@ def _sensitivity_row(layer: int, rows: Sequence[Row]) -> ReportRow:
     return ReportRow(effects)
 
 
-def _rounded_maps(of_maps: Sequence[Row]) -> ReportTable:
+def _rounded_maps(of_maps: Sequence[TableRow]) -> ReportTable:
     """Return the table of linear maps, with the effects that are known of each map in each layer.
 
     Args:
@@ -365,9 +365,9 @@ def _rounded_maps(of_maps: Sequence[Row]) -> ReportTable:
     )
 
 
-def _rounded_map(path: str, rows: Sequence[Row]) -> ReportRow:
+def _rounded_map(path: str, rows: Sequence[TableRow]) -> ReportRow:
     """Return the row of a linear map: the sums of its effects over the layers, in each number format."""
-    sums: dict[str, Any] = {"map": path}
+    sums: NewRow = {"map": path}
     for row in rows:
         for effect in ("increase", "predicted"):
             if row[effect] is not None:

@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from operator import itemgetter
 
-from avss_dist.analysis.section import ReportColumn, ReportRow, ReportTable, Row
+from avss_dist.analysis.section import ReportColumn, ReportRow, ReportTable
 from avss_dist.core.text import describe_bytes, describe_count
+from avss_dist.core.values import TableRow
 from avss_dist.reports.terminal.tables import FittedTable
 from avss_dist.warehouse.reader import grouped
 from avss_dist.warehouse.removal import PATCH, Removal
@@ -29,7 +30,7 @@ def removal_table(removal: Removal) -> FittedTable:
     return FittedTable(ReportTable(columns=_COLUMNS, rows=[_removed_row(tables) for tables in by_id.values()]))
 
 
-def _removed_row(tables: Sequence[Row]) -> ReportRow:
+def _removed_row(tables: Sequence[TableRow]) -> ReportRow:
     """Return the row of a run, an evaluation or a repair.
 
     Args:
@@ -54,7 +55,7 @@ def _removed_row(tables: Sequence[Row]) -> ReportRow:
     )
 
 
-def _contents(tables: Sequence[Row]) -> str:
+def _contents(tables: Sequence[TableRow]) -> str:
     """Return the number of rows of each table. Repairs have none, nor has a run that has stored nothing yet."""
     contents = []
     for row in tables:

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import pyarrow as pa
 
 from avss_dist.core.text import basename
+from avss_dist.core.values import TableRow
 from avss_dist.reports.terminal.tables import BORDER, describe_value
 from avss_dist.warehouse.schema import UNFINISHED
 
@@ -52,7 +53,7 @@ def runs_list(table: pa.Table, width: int) -> tuple[pa.Table, list[str]]:
     return pa.table(columns), left_out
 
 
-def _listed_run(row: Mapping[str, Any]) -> ListedRun:
+def _listed_run(row: TableRow) -> ListedRun:
     """Return the values of a run."""
     return {
         "model": row["model"] or "",
@@ -70,7 +71,7 @@ def _last_part(run_id: str) -> str:
     return run_id.rpartition("-")[2]
 
 
-def _status(run: Mapping[str, Any]) -> str:
+def _status(run: TableRow) -> str:
     """Return the status of a run, with the number of stored shards of an unfinished one."""
     if run["status"] != UNFINISHED:
         return str(run["status"])

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from math import isnan
 from operator import itemgetter
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import pyarrow as pa
 import pyarrow.compute as pc
@@ -21,7 +21,6 @@ from avss_dist.analysis.section import (
     ReportColumn,
     ReportRow,
     ReportTable,
-    Row,
     interval,
     known_interval,
 )
@@ -30,6 +29,7 @@ from avss_dist.core.errors import first_names
 from avss_dist.core.streams import WIDTH
 from avss_dist.core.text import basename, describe_count, describe_layers
 from avss_dist.core.thresholds import describe_threshold
+from avss_dist.core.values import NewRow, TableRow
 from avss_dist.reports.terminal.tables import FittedTable
 from avss_dist.stats.catalog import LOWEST_SHARE, SCORES
 from avss_dist.stats.intervals import why_no_interval
@@ -93,7 +93,7 @@ _GROUP_COLUMNS = (
 )
 
 
-def layer_table(run: Row, scores: Sequence[Row], own: Sequence[str] = ()) -> RenderableType:
+def layer_table(run: TableRow, scores: Sequence[TableRow], own: Sequence[str] = ()) -> RenderableType:
     """Return a table with a row for each layer: smoothed AVSS, its rank and certainty, block influence.
 
     Args:
@@ -119,14 +119,14 @@ def layer_table(run: Row, scores: Sequence[Row], own: Sequence[str] = ()) -> Ren
     return Group(FittedTable(table), *notes)
 
 
-def _layer_row(score: Row, num_lowest: int) -> ReportRow:
+def _layer_row(score: TableRow, num_lowest: int) -> ReportRow:
     """Return the row of a layer, which is marked if it is one of the lowest."""
     values = {**score, "interval": known_interval(score["avss_low"], score["avss_high"])}
     is_lowest = score["rank"] is not None and score["rank"] <= num_lowest
     return ReportRow(values, is_marked=is_lowest)
 
 
-def describe_exactness(scores: Sequence[Row]) -> Iterator[str]:
+def describe_exactness(scores: Sequence[TableRow]) -> Iterator[str]:
     """Yield a sentence on the error of interpolated near-zero counts and the nearest exact ones, if any."""
     inexact = [score for score in scores if score["exactness"] == INTERPOLATED]
     if not inexact:
@@ -142,14 +142,14 @@ def describe_exactness(scores: Sequence[Row]) -> Iterator[str]:
     yield sentence
 
 
-def _count_error(score: Row) -> float:
+def _count_error(score: TableRow) -> float:
     """Return the largest possible error of a near-zero count, as a share of it."""
     count = score["near_zero_count"]
     error: float = max(score["near_zero_high"] - count, count - score["near_zero_low"]) / count
     return error
 
 
-def _caption(run: Row, scores: Sequence[Row], num_lowest: int) -> str:
+def _caption(run: TableRow, scores: Sequence[TableRow], num_lowest: int) -> str:
     """Return the explanation of a table of layers: the measurement, the marks, and what makes it less certain."""
     caption = (
         f"{run['run_id']}: {describe_count(run['num_tokens'])} tokens of {run['corpus']}, "
@@ -180,7 +180,7 @@ def _caption(run: Row, scores: Sequence[Row], num_lowest: int) -> str:
     return caption
 
 
-def quantiles_table(rows: Sequence[Row]) -> RenderableType:
+def quantiles_table(rows: Sequence[TableRow]) -> RenderableType:
     """Return a table of the quantiles of one run and site: a row for each layer, a column for each share."""
     columns = [ReportColumn("layer", "layer")]
     for share in dict.fromkeys(row["share"] for row in rows):
@@ -200,15 +200,15 @@ def quantiles_table(rows: Sequence[Row]) -> RenderableType:
     )
 
 
-def _quantiles_row(layer: int, quantiles: Sequence[Row]) -> ReportRow:
+def _quantiles_row(layer: int, quantiles: Sequence[TableRow]) -> ReportRow:
     """Return the row of a layer, given its quantile of each share."""
-    values: dict[str, Any] = {"layer": layer}
+    values: NewRow = {"layer": layer}
     for quantile in quantiles:
         values[str(quantile["share"])] = _describe_quantile(quantile)
     return ReportRow(values)
 
 
-def _describe_quantile(quantile: Row) -> str | None:
+def _describe_quantile(quantile: TableRow) -> str | None:
     """Return the value of a quantile, and how often it is the root mean square. None if there is no value."""
     if quantile["value"] is None or isnan(quantile["value"]):
         return None
@@ -256,7 +256,7 @@ def comparison_tables(
     return Group(*parts)
 
 
-def _pairs_table(pairs: Sequence[Row], title: str, labels: Mapping[str, str], width: int) -> ReportTable:
+def _pairs_table(pairs: Sequence[TableRow], title: str, labels: Mapping[str, str], width: int) -> ReportTable:
     """Return the table of pairs.
 
     Args:
@@ -275,7 +275,7 @@ def _pairs_table(pairs: Sequence[Row], title: str, labels: Mapping[str, str], wi
     return ReportTable(columns=[*name_columns, *_PAIR_COLUMNS], rows=rows, title=title)
 
 
-def _pair_row(pair: Row, names: _PairNames) -> ReportRow:
+def _pair_row(pair: TableRow, names: _PairNames) -> ReportRow:
     """Return the row of a pair."""
     values = dict(pair)
     values["run"] = names.run
@@ -287,7 +287,7 @@ def _pair_row(pair: Row, names: _PairNames) -> ReportRow:
     return ReportRow(values)
 
 
-def _groups_table(groups: Sequence[Row]) -> ReportTable:
+def _groups_table(groups: Sequence[TableRow]) -> ReportTable:
     """Return the table of the mean correlations within and between groups."""
     by = groups[0]["by"]
     rows = []
@@ -315,7 +315,7 @@ class _PairNames:
     b: str
 
     @classmethod
-    def of(cls, pair: Row, labels: Mapping[str, str]) -> _PairNames:
+    def of(cls, pair: TableRow, labels: Mapping[str, str]) -> _PairNames:
         """Return the names of a pair.
 
         Args:
@@ -452,7 +452,7 @@ def findings_list(findings: pa.Table) -> RenderableType:
     return Group(*lines)
 
 
-def _findings_by_place(findings: Sequence[Row]) -> dict[_Place, dict[str, list[str]]]:
+def _findings_by_place(findings: Sequence[TableRow]) -> dict[_Place, dict[str, list[str]]]:
     """Return the ids of the runs of each message, by what the message is about. Recipes with one message share it."""
     places: dict[_Place, dict[str, list[str]]] = {}
     same_message = grouped(findings, itemgetter("severity", "kind", "site", "message"))

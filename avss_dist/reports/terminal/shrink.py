@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from operator import itemgetter
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from rich.console import Group, RenderableType
 
@@ -18,6 +18,7 @@ from avss_dist.analysis.section import (
 )
 from avss_dist.core.intervention import count_removed, describe_removed
 from avss_dist.core.text import basename, describe_bytes
+from avss_dist.core.values import NewRow
 from avss_dist.reports.terminal.tables import FittedTable
 from avss_dist.stats.metrics import NO_INTERVAL
 from avss_dist.warehouse.names import PERPLEXITY
@@ -96,7 +97,7 @@ def _model_row(model: str, title: str, tasks: Sequence[TaskRetention]) -> Report
     Args:
         model: name of the model in `TaskRetention.results`.
     """
-    values: dict[str, Any] = {"model": title}
+    values: NewRow = {"model": title}
     for task in tasks:
         _, value, _ = task.results[model].metrics()[-1]
         values[f"{task.task}: value"] = f"{value:z,.4g}"
@@ -133,7 +134,7 @@ def continuation_tables(continuations: Sequence[Continuation]) -> Iterator[Repor
         yield ReportTable(title=title, columns=_CONTINUATION_COLUMNS, rows=rows)
 
 
-def shrunk_values(done: Shrunk) -> dict[str, Any]:
+def shrunk_values(done: Shrunk) -> NewRow:
     """Return the results of shrinking as plain values, for programs."""
     values = {
         "output": done.folder,
@@ -152,7 +153,7 @@ def shrunk_values(done: Shrunk) -> dict[str, Any]:
     return values
 
 
-def _final_values(task: TaskRetention) -> dict[str, Any]:
+def _final_values(task: TaskRetention) -> NewRow:
     """Return what the last model keeps of a task as plain values."""
     final = task.final
     return {"task": task.task, "kept": final.value, "low": final.low, "high": final.high}
@@ -199,7 +200,7 @@ def distilled_table(done: Distilled) -> ReportTable:
 
 def _point_row(point: CurvePoint, tokens: str) -> ReportRow:
     """Return the row of an evaluation, after so many tokens, in words."""
-    values: dict[str, Any] = {"tokens": tokens, "divergence": point.loss}
+    values: NewRow = {"tokens": tokens, "divergence": point.loss}
     for label in point.kept:
         values[f"{label}: kept"] = point.kept[label]
         values[f"{label}: perplexity"] = point.perplexity[label]

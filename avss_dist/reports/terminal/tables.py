@@ -13,8 +13,9 @@ from rich.console import Console, ConsoleOptions, Group, RenderableType
 from rich.table import Table as RichTable
 from rich.text import Text
 
-from avss_dist.analysis.section import BarColumn, ReportColumn, ReportRow, ReportTable, Row, Section
+from avss_dist.analysis.section import BarColumn, ReportColumn, ReportRow, ReportTable, Section
 from avss_dist.core.text import printable
+from avss_dist.core.values import TableRow
 
 WRAPPED = 24  # cells that a column of prose needs at least
 BORDER = 3  # cells of the line and the two spaces beside each column
@@ -170,7 +171,7 @@ def _heading_line(column: ReportColumn) -> str:
     return _heading(column).replace("\n", " ")
 
 
-def plain_table(names: Sequence[str], rows: Sequence[Row]) -> FittedTable:
+def plain_table(names: Sequence[str], rows: Sequence[TableRow]) -> FittedTable:
     """Return the result of a query as a table: values are never markup, floats have six digits.
 
     Args:
