@@ -79,7 +79,7 @@ _HOMES = {
     "reports.terminal.progress": ("Progress",),
     "core.results": ("Table",),
     "runs.scoring": ("score", "score_all"),
-    "runs.run": ("Run",),
+    "runs.result": ("Run",),
     "core.settings": ("Settings",),
     "partition.execution": ("Execution",),
     "warehouse.reader": ("Warehouse",),

@@ -28,7 +28,7 @@ from avss_dist.plans.plan import Plan as Plan
 from avss_dist.read_commands import doctor as doctor
 from avss_dist.reports.terminal.progress import Progress as Progress
 from avss_dist.runs.job_file import JobFile
-from avss_dist.runs.run import Run as Run
+from avss_dist.runs.result import Run as Run
 from avss_dist.studies.ablate import Ablation as Ablation
 from avss_dist.studies.evaluate import Evaluations as Evaluations
 from avss_dist.studies.shrink import Shrunk as Shrunk

@@ -42,7 +42,7 @@ from avss_dist.requests import (
 )
 from avss_dist.runs import scoring
 from avss_dist.runs.job_file import JobFile, read_job
-from avss_dist.runs.run import Run
+from avss_dist.runs.result import Run
 from avss_dist.stats.catalog import GREEDY
 from avss_dist.studies import ablate as ablating
 from avss_dist.studies import evaluate as evaluating

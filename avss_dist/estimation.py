@@ -27,8 +27,8 @@ from avss_dist.partition.replica import MemoryQuery, PartitionEstimate, batch_by
 from avss_dist.requests import TRAINED, DistillRequest, EstimateRequest, require_divisible
 from avss_dist.runs.events import OnRunEvent, RunReading, describe_repeated
 from avss_dist.runs.job_file import JobFile
+from avss_dist.runs.planned import PlannedRun
 from avss_dist.runs.planner import Planner, rows_per_shard
-from avss_dist.runs.run import PlannedRun
 from avss_dist.runs.scoring import executor_for, overridden
 from avss_dist.warehouse.store import Store
 
@@ -292,15 +292,15 @@ def preview_job(job: JobFile, on_event: OnRunEvent | None = None, **options: Any
             try:
                 planned = planner.prepare(spec)
                 size = size_of(planned.replica_spec.checkpoint, planned.replica_spec.settings)
-                done = (store.readable_run(planned.run.run_id) or {}).get("status") == "done"
-                num_kept = 0 if done else sum(1 for _ in store.each_shard(planned.run.run_id, planned.expected))
+                done = (store.readable_run(planned.run_id) or {}).get("status") == "done"
+                num_kept = 0 if done else sum(1 for _ in store.each_shard(planned.run_id, planned.expected))
             except Exception as error:
                 previews.append(
                     Preview(model=spec.title, corpus=spec.corpus, status="refused", error=as_failure(error).message)
                 )
                 continue
-            first = names.get(planned.run.run_id)
-            names.setdefault(planned.run.run_id, spec.name)
+            first = names.get(planned.run_id)
+            names.setdefault(planned.run_id, spec.name)
             preview = Preview(
                 model=spec.title,
                 corpus=spec.corpus,

@@ -58,7 +58,7 @@ def _require_threshold(value: Any) -> Any:
 
 
 def _run_name(run: Any) -> str | None:
-    """Return the id of a `runs.run.Run`, or the name as it is."""
+    """Return the id of a `runs.result.Run`, or the name as it is."""
     name = getattr(run, "run_id", run)
     if name is not None and not isinstance(name, str):
         raise ConfigError(f"expected the name of a run, or a run, not {run!r}.", "avss ls lists the runs.")
@@ -77,7 +77,7 @@ def _listed(runs: Any) -> list[Any]:
 
 
 def _with_warehouse_of_runs(values: dict[str, Any]) -> dict[str, Any]:
-    """Return keywords with the warehouse of the `runs.run.Run` of ``run``, unless they name a warehouse.
+    """Return keywords with the warehouse of the `runs.result.Run` of ``run``, unless they name a warehouse.
 
     Raises:
         ConfigError: the runs are in several warehouses.

@@ -29,10 +29,12 @@ from avss_dist.runs.driver_events import (
     Taken,
 )
 from avss_dist.runs.events import OnRunEvent, RunEnded, RunReading, RunStarted, ShardMeasured
+from avss_dist.runs.in_progress import RunInProgress
 from avss_dist.runs.job_file import RunSpec
 from avss_dist.runs.local import Executor
+from avss_dist.runs.planned import PlannedRun
 from avss_dist.runs.planner import Planner
-from avss_dist.runs.run import PlannedRun, Run, RunInProgress
+from avss_dist.runs.result import Run
 from avss_dist.runs.run_state import NOT_TAKEN, UNMEASURED, RunState, TrackedRun
 from avss_dist.runs.threads import LOOK_SECONDS, InterruptibleThread, JobThread, Submissions
 from avss_dist.runs.work import Note, RunOutcome, RunShards
@@ -97,7 +99,7 @@ class Driver:
             self._measuring = InterruptibleThread("executor", self._measure)
             try:
                 self._plan_next()
-                while self._is_measuring or any(run.is_in_progress for run in self._active):
+                while self._is_measuring or any(tracked.is_in_progress for tracked in self._active):
                     self._handle(self._events.get())
                     while self._just_ended and self._failure is None:
                         yield self._take_ended()
@@ -113,8 +115,8 @@ class Driver:
             raise
 
     def _take_ended(self) -> tuple[RunSpec, Run | AvssError]:
-        run = self._just_ended.popleft()
-        return run.spec, run.ending
+        tracked = self._just_ended.popleft()
+        return tracked.spec, tracked.ending
 
     # What the other threads do. They change nothing here, and send events.
 
@@ -131,7 +133,7 @@ class Driver:
             error = raised
         self._events.put(MeasuringEnded(error))
 
-    def _submit(self, thread: JobThread, run: TrackedRun, job: Callable[[], RunProgress]) -> None:
+    def _submit(self, thread: JobThread, tracked: TrackedRun, job: Callable[[], RunProgress]) -> None:
         """Have a thread do a job of a run, which returns the event to send."""
 
         def attempt() -> None:
@@ -139,7 +141,7 @@ class Driver:
             try:
                 event = job()
             except (Exception, SystemExit) as error:
-                event = JobFailed(run, as_failure(error))
+                event = JobFailed(tracked, as_failure(error))
             except BaseException as interrupt:
                 event = JobInterrupted(interrupt)
             self._events.put(event)
@@ -159,47 +161,47 @@ class Driver:
                     raise interrupt
                 return
             case Taken(shards) | Measured(shards):
-                run = self._runs_of_shards.get(shards)
+                tracked = self._runs_of_shards.get(shards)
             case _:
-                run = event.run
-        if run is None:  # It has ended, and the executor has not noticed yet.
+                tracked = event.tracked
+        if tracked is None:  # It has ended, and the executor has not noticed yet.
             if isinstance(event, Measured):
                 self._room.release()
             return
         try:
-            self._advance(run, event)
+            self._advance(tracked, event)
         except Exception as error:
-            if run.has_ended:
+            if tracked.has_ended:
                 raise
-            self._fail(run, as_failure(error))
+            self._fail(tracked, as_failure(error))
         self._plan_next()
 
-    def _advance(self, run: TrackedRun, event: RunProgress | Taken | Measured) -> None:
+    def _advance(self, tracked: TrackedRun, event: RunProgress | Taken | Measured) -> None:
         """Bring a run to the state that follows from its event. Callbacks come last: they may raise an interrupt."""
         match event:
             case Planned(_, planned):
-                self._look_up(run, planned)
+                self._look_up(tracked, planned)
             case LookedUp(_, progress):
                 if progress is None:
-                    self._end(run, RunState.SKIPPED)
+                    self._end(tracked, RunState.SKIPPED)
                 else:
-                    self._begin(run, progress)
-            case Taken() if run.state is RunState.PLANNED:
-                run.become(RunState.MEASURING)
+                    self._begin(tracked, progress)
+            case Taken() if tracked.state is RunState.PLANNED:
+                tracked.become(RunState.MEASURING)
             case Measured(_, outcome, arrived):
-                self._take_outcome(run, outcome, arrived)
+                self._take_outcome(tracked, outcome, arrived)
             case Stored(_, num_tokens):
-                run.writing -= 1
-                self._finish_if_stored(run)
-                self._on_event(ShardMeasured(run.spec.name, num_tokens))
+                tracked.writing -= 1
+                self._finish_if_stored(tracked)
+                self._on_event(ShardMeasured(tracked.spec.name, num_tokens))
             case Finished(_, result):
-                if run.error is None:
-                    run.result = result
-                    self._end(run, RunState.DONE)
+                if tracked.error is None:
+                    tracked.result = result
+                    self._end(tracked, RunState.DONE)
             case FailureRecorded():
-                self._end(run, RunState.FAILED)
+                self._end(tracked, RunState.FAILED)
             case JobFailed(_, error):
-                self._fail(run, error)
+                self._fail(tracked, error)
 
     def _plan_next(self) -> None:
         """Have the next run planned as soon as none waits for the executor. After the last one, submissions end."""
@@ -211,51 +213,53 @@ class Driver:
     def _may_plan(self) -> bool:
         if self._is_stopping:
             return False
-        return not any(run.state in self._states_before_next for run in self._active)
+        return not any(tracked.state in self._states_before_next for tracked in self._active)
 
-    def _plan(self, run: TrackedRun) -> None:
-        run.become(RunState.PLANNING)
-        self._active.append(run)
+    def _plan(self, tracked: TrackedRun) -> None:
+        tracked.become(RunState.PLANNING)
+        self._active.append(tracked)
         try:
-            self._on_event(RunReading(run.spec.name))
+            self._on_event(RunReading(tracked.spec.name))
         except Exception as error:
-            self._fail(run, as_failure(error))
+            self._fail(tracked, as_failure(error))
         else:
-            self._submit(self._planner, run, lambda: Planned(run, self._planning.prepare(run.spec)))
+            self._submit(self._planner, tracked, lambda: Planned(tracked, self._planning.prepare(tracked.spec)))
 
-    def _look_up(self, run: TrackedRun, planned: PlannedRun) -> None:
+    def _look_up(self, tracked: TrackedRun, planned: PlannedRun) -> None:
         """Look up what is stored of a run, unless it is an earlier one of this command."""
         if self._is_stopping:
             return
-        run.result = planned.run
-        first = self._first_runs.setdefault(planned.run.run_id, run)
-        if first is not run:
-            run.first = first
-            run.become(RunState.REPEATING)
-            self._active.remove(run)
+        tracked.result = planned.result
+        first = self._first_runs.setdefault(planned.run_id, tracked)
+        if first is not tracked:
+            tracked.first = first
+            tracked.become(RunState.REPEATING)
+            self._active.remove(tracked)
             return
         storage_is_full = self._storage_is_full
 
         def look_up() -> LookedUp:
             progress = self._planning.begin(planned, fresh=self._fresh, storage_is_full=storage_is_full)
-            return LookedUp(run, progress)
+            return LookedUp(tracked, progress)
 
-        self._submit(self._planner, run, look_up)
+        self._submit(self._planner, tracked, look_up)
 
-    def _begin(self, run: TrackedRun, progress: RunInProgress) -> None:
+    def _begin(self, tracked: TrackedRun, progress: RunInProgress) -> None:
         """Have the missing shards of a run measured. Without any, it is merged."""
         if self._is_stopping:
             return
-        run.result, run.progress = progress.run, progress
-        run.awaited = {shard.shard_id for shard in progress.shards.shards}
-        if run.awaited:
-            run.become(RunState.PLANNED)
-            self._runs_of_shards[progress.shards] = run
+        tracked.result = progress.result
+        tracked.progress = progress
+        tracked.awaited = {shard.shard_id for shard in progress.shards.shards}
+        if tracked.awaited:
+            tracked.become(RunState.PLANNED)
+            self._runs_of_shards[progress.shards] = tracked
             self._measure_shards(progress.shards)
         else:
-            run.become(RunState.COMMITTING)
-            self._finish_if_stored(run)
-        self._on_event(RunStarted(run.spec.name, progress.run.num_tokens, progress.done_tokens, progress.placement))
+            tracked.become(RunState.COMMITTING)
+            self._finish_if_stored(tracked)
+        num_tokens = progress.result.num_tokens
+        self._on_event(RunStarted(tracked.spec.name, num_tokens, progress.done_tokens, progress.placement))
 
     def _measure_shards(self, shards: RunShards) -> None:
         try:
@@ -266,20 +270,20 @@ class Driver:
         else:
             self._submitted.submit(shards)
 
-    def _take_outcome(self, run: TrackedRun, outcome: RunOutcome, arrived: float) -> None:
+    def _take_outcome(self, tracked: TrackedRun, outcome: RunOutcome, arrived: float) -> None:
         """Have the first result of a shard stored. After the last one, or an error, the run needs no other."""
         match outcome:
             case Note(text):
-                run.notes.append(text)
-            case AvssError() if run.state is RunState.MEASURING:
-                self._fail(run, outcome)
-            case ShardResult() | Receipt() if run.state is RunState.MEASURING and outcome.shard_id in run.awaited:
-                self._store_result(run, outcome, arrived)
+                tracked.notes.append(text)
+            case AvssError() if tracked.state is RunState.MEASURING:
+                self._fail(tracked, outcome)
+            case ShardResult() | Receipt() if tracked.awaits(outcome.shard_id):
+                self._store_result(tracked, outcome, arrived)
                 return
         self._room.release()
 
-    def _store_result(self, run: TrackedRun, result: ShardResult | Receipt, arrived: float) -> None:
-        progress = run.progress
+    def _store_result(self, tracked: TrackedRun, result: ShardResult | Receipt, arrived: float) -> None:
+        progress = tracked.progress
         assert progress is not None
 
         def store() -> Stored:
@@ -287,74 +291,74 @@ class Driver:
                 progress.store(result)
             finally:
                 self._room.release()
-            return Stored(run, result.num_tokens)
+            return Stored(tracked, result.num_tokens)
 
-        run.writing += 1
-        self._submit(self._committer, run, store)
-        run.awaited.discard(result.shard_id)
-        if run.begun is None:
-            run.begun = arrived - result.seconds
-        if not run.awaited:
-            run.become(RunState.COMMITTING)
+        tracked.writing += 1
+        self._submit(self._committer, tracked, store)
+        tracked.awaited.discard(result.shard_id)
+        if tracked.begun is None:
+            tracked.begun = arrived - result.seconds
+        if not tracked.awaited:
+            tracked.become(RunState.COMMITTING)
 
-    def _finish_if_stored(self, run: TrackedRun) -> None:
+    def _finish_if_stored(self, tracked: TrackedRun) -> None:
         """Have a run merged and scored after its last shard was stored."""
-        if not run.is_stored:
+        if not tracked.is_stored:
             return
-        progress = run.progress
+        progress = tracked.progress
         assert progress is not None
         self._submit(
             self._committer,
-            run,
-            lambda: Finished(run, progress.finish(self._executor.apply, begun=run.begun, notes=run.notes)),
+            tracked,
+            lambda: Finished(tracked, progress.finish(self._executor.apply, begun=tracked.begun, notes=tracked.notes)),
         )
 
-    def _fail(self, run: TrackedRun, error: AvssError) -> None:
+    def _fail(self, tracked: TrackedRun, error: AvssError) -> None:
         """End a run with its first error, after that was recorded if the run has begun. Later errors do not count."""
-        if run.error is not None:
+        if tracked.error is not None:
             return
-        run.error = error
-        progress = run.progress
+        tracked.error = error
+        progress = tracked.progress
         if progress is None:
-            self._end(run, RunState.FAILED)
+            self._end(tracked, RunState.FAILED)
             return
-        error.run_id = progress.run.run_id
+        error.run_id = progress.run_id
         progress.shards.dropped = True
         if isinstance(error, StorageFull):
             self._storage_is_full = True
-        if run.state is not RunState.COMMITTING:
-            run.become(RunState.COMMITTING)
+        if tracked.state is not RunState.COMMITTING:
+            tracked.become(RunState.COMMITTING)
 
         def record() -> FailureRecorded:
             with suppress(Exception):  # The first error says why, and the run must end.
                 progress.record_failure(error)
-            return FailureRecorded(run)
+            return FailureRecorded(tracked)
 
-        self._submit(self._committer, run, record)
+        self._submit(self._committer, tracked, record)
 
-    def _end(self, run: TrackedRun, state: RunState) -> None:
-        run.become(state)
-        if run in self._active:
-            self._active.remove(run)
-        if run.progress is not None:
-            self._runs_of_shards.pop(run.progress.shards, None)
-            run.progress = None  # its tokens may be large
-        self._just_ended.append(run)
+    def _end(self, tracked: TrackedRun, state: RunState) -> None:
+        tracked.become(state)
+        if tracked in self._active:
+            self._active.remove(tracked)
+        if tracked.progress is not None:
+            self._runs_of_shards.pop(tracked.progress.shards, None)
+            tracked.progress = None  # its tokens may be large
+        self._just_ended.append(tracked)
         if state is not RunState.FAILED:
-            assert run.result is not None
-            repeated = run.first.spec.name if run.first is not None else ""
-            self._on_event(RunEnded(run.spec.name, run.result, repeated))
+            assert tracked.result is not None
+            repeated = tracked.first.spec.name if tracked.first is not None else ""
+            self._on_event(RunEnded(tracked.spec.name, tracked.result, repeated))
 
     def _end_repeats(self) -> None:
         """End the runs that repeat earlier ones: as failed with the same error, or as skipped."""
-        for run in self._runs:
-            if run.state is not RunState.REPEATING:
+        for tracked in self._runs:
+            if tracked.state is not RunState.REPEATING:
                 continue
-            assert run.first is not None
-            if run.first.error is not None:
-                self._fail(run, own_copy(run.first.error))
+            assert tracked.first is not None
+            if tracked.first.error is not None:
+                self._fail(tracked, own_copy(tracked.first.error))
             else:
-                self._end(run, RunState.SKIPPED)
+                self._end(tracked, RunState.SKIPPED)
 
     def _on_measuring_ended(self, error: BaseException | None) -> None:
         self._is_measuring = False
@@ -364,7 +368,7 @@ class Driver:
             self._fail_executor(error)
         elif error is not None:
             raise error
-        elif self._waiting or any(run.state in UNMEASURED for run in self._active):
+        elif self._waiting or any(tracked.state in UNMEASURED for tracked in self._active):
             self._fail_executor(RuntimeError("the executor ended before every run was measured"))
 
     def _fail_executor(self, error: Exception) -> None:
@@ -373,9 +377,9 @@ class Driver:
         self._failure = failure
         self._is_stopping = True
         self._submitted.close()
-        for run in self._active.copy():
-            if run.state in UNMEASURED and run.progress is not None:
-                self._fail(run, own_copy(failure))
+        for tracked in self._active.copy():
+            if tracked.state in UNMEASURED and tracked.progress is not None:
+                self._fail(tracked, own_copy(failure))
 
     # The end
 
@@ -395,9 +399,9 @@ class Driver:
 
     def _end_threads(self, deadline: float) -> None:
         """End the other threads: those that measure and plan by an interrupt, if they have not ended by a time."""
-        for run in self._active:
-            if run.progress is not None:
-                run.progress.shards.dropped = True
+        for tracked in self._active:
+            if tracked.progress is not None:
+                tracked.progress.shards.dropped = True
         self._submitted.close()
         self._planner.close()
         for thread in (self._measuring, self._planner):
@@ -432,13 +436,13 @@ class Driver:
         several = len(self._runs) > 1
         notes = []
         if several:
-            done = sum(run.state in (RunState.DONE, RunState.SKIPPED) for run in self._runs)
+            done = sum(tracked.state in (RunState.DONE, RunState.SKIPPED) for tracked in self._runs)
             notes.append(f"{done} of {len(self._runs)} runs are done")
-        in_progress = [run.progress.run for run in self._active if run.progress is not None]
-        total = sum(run.num_shards for run in in_progress)
+        in_progress = [tracked.progress.result for tracked in self._active if tracked.progress is not None]
+        total = sum(result.num_shards for result in in_progress)
         if total:
             with suppress(AvssError):
-                stored = sum(self._store.num_partials(run.run_id) for run in in_progress)
+                stored = sum(self._store.num_partials(result.run_id) for result in in_progress)
                 notes.append(f"{stored} of {total} shards {'of the runs in progress ' if several else ''}are kept")
         if notes:
             interrupt.add_note(" and ".join(notes))

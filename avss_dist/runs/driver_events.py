@@ -6,7 +6,9 @@ from dataclasses import dataclass
 from typing import TypeAlias
 
 from avss_dist.core.errors import AvssError
-from avss_dist.runs.run import PlannedRun, Run, RunInProgress
+from avss_dist.runs.in_progress import RunInProgress
+from avss_dist.runs.planned import PlannedRun
+from avss_dist.runs.result import Run
 from avss_dist.runs.run_state import TrackedRun
 from avss_dist.runs.work import RunOutcome, RunShards
 
@@ -15,7 +17,7 @@ from avss_dist.runs.work import RunOutcome, RunShards
 class Planned:
     """Event of the planner: a run has a plan."""
 
-    run: TrackedRun
+    tracked: TrackedRun
     planned: PlannedRun
 
 
@@ -23,7 +25,7 @@ class Planned:
 class LookedUp:
     """Event of the planner: it is known what is stored of a run. Without ``progress``, it was done before."""
 
-    run: TrackedRun
+    tracked: TrackedRun
     progress: RunInProgress | None
 
 
@@ -58,7 +60,7 @@ class MeasuringEnded:
 class Stored:
     """Event of the committer: a shard of a run is stored."""
 
-    run: TrackedRun
+    tracked: TrackedRun
     num_tokens: int
 
 
@@ -66,7 +68,7 @@ class Stored:
 class Finished:
     """Event of the committer: a run is merged, scored and stored."""
 
-    run: TrackedRun
+    tracked: TrackedRun
     result: Run
 
 
@@ -74,14 +76,14 @@ class Finished:
 class FailureRecorded:
     """Event of the committer: the warehouse says that a run has failed, if it could be written."""
 
-    run: TrackedRun
+    tracked: TrackedRun
 
 
 @dataclass(frozen=True)
 class JobFailed:
     """Event of the planner or the committer: an error instead of the event of a job."""
 
-    run: TrackedRun
+    tracked: TrackedRun
     error: AvssError
 
 

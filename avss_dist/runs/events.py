@@ -13,7 +13,7 @@ from avss_dist.partition.catalog import WHOLE
 
 if TYPE_CHECKING:
     from avss_dist.partition.replica import Placement
-    from avss_dist.runs.run import Run
+    from avss_dist.runs.result import Run
 
 
 E = TypeVar("E")

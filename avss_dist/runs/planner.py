@@ -19,9 +19,11 @@ from avss_dist.models.checkpoint.size import Footprint, sharing_skeletons
 from avss_dist.models.structure.additions import transforms_outputs
 from avss_dist.partition.choose import choose, needs_size, require_ranks, size_of
 from avss_dist.partition.replica import Placement, fingerprint_part
+from avss_dist.runs.in_progress import RunInProgress
 from avss_dist.runs.job_file import RunSpec
 from avss_dist.runs.local import Executor
-from avss_dist.runs.run import PlannedRun, Run, RunInProgress
+from avss_dist.runs.planned import PlannedRun
+from avss_dist.runs.result import Run
 from avss_dist.runs.work import ReplicaSpec
 from avss_dist.warehouse.store import Store
 
@@ -67,7 +69,7 @@ class Planner:
             replica_spec=ReplicaSpec(checkpoint=checkpoint, settings=settings, placement=placement),
             corpus=corpus,
             fingerprint=print_,
-            run=Run(
+            result=Run(
                 run_id=f"{checkpoint.slug}-{print_[:10]}",
                 model=spec.model,
                 warehouse=self.store.root,
@@ -88,7 +90,7 @@ class Planner:
         Raises:
             StorageFull: there is no space for its results.
         """
-        run_id = planned.run.run_id
+        run_id = planned.run_id
         row = None if fresh else self.store.readable_run(run_id)
         if row is not None and row.get("status") == "done":
             return None

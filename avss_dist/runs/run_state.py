@@ -7,8 +7,9 @@ from dataclasses import dataclass, field
 from enum import Enum
 
 from avss_dist.core.errors import AvssError
+from avss_dist.runs.in_progress import RunInProgress
 from avss_dist.runs.job_file import RunSpec
-from avss_dist.runs.run import Run, RunInProgress
+from avss_dist.runs.result import Run
 
 
 class RunState(Enum):
@@ -96,6 +97,10 @@ class TrackedRun:
     def has_ended(self) -> bool:
         """Whether it has ended, in whatever way."""
         return self.state in ENDED
+
+    def awaits(self, shard_id: int) -> bool:
+        """Return whether the result of a shard is still needed."""
+        return self.state is RunState.MEASURING and shard_id in self.awaited
 
     @property
     def is_stored(self) -> bool:

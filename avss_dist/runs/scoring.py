@@ -23,7 +23,7 @@ from avss_dist.runs.driver import Driver
 from avss_dist.runs.events import LogRuns, OnRunEvent, RunEnded
 from avss_dist.runs.job_file import JobFile, RunSpec
 from avss_dist.runs.local import Executor, open_executor
-from avss_dist.runs.run import Run
+from avss_dist.runs.result import Run
 from avss_dist.warehouse.store import Store
 
 __all__ = ["Run", "run_job", "score", "score_all"]

@@ -44,7 +44,7 @@ from avss_dist.pruning.methods import LEAVE_ONE_OUT, Experiment, choices, contro
 from avss_dist.pruning.repair.registry import NO_REPAIR
 from avss_dist.requests import RunJobRequest
 from avss_dist.runs.job_file import JobFile, RunSpec
-from avss_dist.runs.run import Run
+from avss_dist.runs.result import Run
 from avss_dist.runs.scoring import executor_for, overridden, run_job
 from avss_dist.stats.catalog import CONTRAST, GREEDY, MEASURED, READING, RECIPES, SCORES
 from avss_dist.stats.contrast import contrast

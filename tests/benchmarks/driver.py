@@ -42,10 +42,12 @@ from avss_dist.distillation.curve import ignore
 from avss_dist.partition.execution import Execution
 from avss_dist.partition.replica import Placement
 from avss_dist.runs.driver import Driver
+from avss_dist.runs.in_progress import RunInProgress
 from avss_dist.runs.job_file import RunSpec
+from avss_dist.runs.planned import PlannedRun
 from avss_dist.runs.ray import gang, queue
 from avss_dist.runs.ray.executor import RayExecutor
-from avss_dist.runs.run import PlannedRun, Run, RunInProgress
+from avss_dist.runs.result import Run
 from avss_dist.stats.layer_stats import HISTOGRAM_BINS, LayerStats, ShardResult, histogram_bin
 from avss_dist.warehouse.encoding import encode_shard
 from avss_dist.warehouse.schema import RunIdentity
@@ -201,7 +203,7 @@ class CommittedRun(RunInProgress):
 
     def finish(self, *_: Any, **__: Any) -> Run:
         """Return the run."""
-        return self.run
+        return self.result
 
     def record_failure(self, error: AvssError) -> None:
         """Record nothing: the last run fails because the time is over."""
@@ -217,7 +219,7 @@ class OneRunPlanner:
     def prepare(self, _: RunSpec) -> PlannedRun:
         """Return the run with its next id."""
         self._times.require_time()
-        return replace(self._planned, run=replace(self._planned.run, run_id=f"virtual-{next(self._numbers):010}"))
+        return replace(self._planned, result=replace(self._planned.result, run_id=f"virtual-{next(self._numbers):010}"))
 
     def begin(self, planned: PlannedRun, **_: Any) -> RunInProgress:
         """Return the run, none of whose shards counts as stored. All ids write the same files."""
@@ -240,8 +242,8 @@ def drive(out: Path, workers: int, shards: list[Shard], seconds: float) -> list[
         num_tokens=tokens,
     )
     job = job._replace(checkpoint=RUN_CHECKPOINT)
-    run = Run(run_id=RUN.run_id, model=RUN.model, warehouse=str(out), status="skipped")
-    planned = PlannedRun(replica_spec=job, corpus=corpus, fingerprint="0" * 64, run=run, replicas=workers)
+    result = Run(run_id=RUN.run_id, model=RUN.model, warehouse=str(out), status="skipped")
+    planned = PlannedRun(replica_spec=job, corpus=corpus, fingerprint="0" * 64, result=result, replicas=workers)
     store = Store(out)
     store.storage.create()
     with closing(VirtualExecutor(Execution(executor="ray", replicas=workers), settings)) as executor:

@@ -25,7 +25,7 @@ from avss_dist.partition.execution import Execution
 from avss_dist.plans.map_plans import MapPrecision, PrecisionPlan
 from avss_dist.read_requests import CompareRequest, ShowRequest
 from avss_dist.requests import PlanRequest, ScoreRequest
-from avss_dist.runs.run import Run
+from avss_dist.runs.result import Run
 from avss_dist.warehouse.reader import Warehouse
 
 FUNCTIONS = {"score": "score_all"}  # a command scores one model or several

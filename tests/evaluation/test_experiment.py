@@ -29,7 +29,7 @@ from avss_dist.plans.plan import Plan
 from avss_dist.pruning.methods import Experiment, choices, describe_method, parse_score
 from avss_dist.requests import PlanRequest
 from avss_dist.runs.job_file import read_job
-from avss_dist.runs.run import Run
+from avss_dist.runs.result import Run
 from avss_dist.studies.experiment import NOT_HASHED, Trial
 from avss_dist.studies.search import search
 from avss_dist.tasks.task import Measure, Task

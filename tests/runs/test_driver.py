@@ -28,7 +28,7 @@ from support.simulated_runs import Driven, Fate, drive
 from avss_dist.core.errors import AvssError, RunFailed, StorageFull
 from avss_dist.runs.driver import Driver
 from avss_dist.runs.events import RunEnded, RunEvent, ShardMeasured
-from avss_dist.runs.run import Run
+from avss_dist.runs.result import Run
 from avss_dist.runs.run_state import ENDED, NEXT_STATES, RunState, TrackedRun
 from avss_dist.runs.threads import InterruptibleThread, Submissions
 from avss_dist.warehouse.store import Receipt

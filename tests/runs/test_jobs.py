@@ -28,7 +28,7 @@ from avss_dist.runs import planner
 from avss_dist.runs.events import LogRuns, RunEnded, RunReading, RunStarted, ShardMeasured
 from avss_dist.runs.job_file import JobFile, job_schema, read_job
 from avss_dist.runs.local import LocalExecutor
-from avss_dist.runs.run import Run
+from avss_dist.runs.result import Run
 from avss_dist.runs.scoring import run_job
 from avss_dist.warehouse.reader import Warehouse
 from avss_dist.warehouse.store import Store
@@ -477,7 +477,7 @@ def test_one_tokenizer_reads_a_text_once_whatever_their_names(
     corpora = ", ".join(map(str, texts))
     job = read(tmp_path, f"warehouse: w\nmodels: [{models}]\ncorpora: [{corpora}]\n{SETTINGS}")
     planning = planner.Planner(LocalExecutor(Settings()), Store(tmp_path / "w"))
-    ids = [planning.prepare(spec).run.run_id for spec in job.specs]
+    ids = [planning.prepare(spec).run_id for spec in job.specs]
     assert sources == [str(tmp_path / name) for name in ("a.txt", "c.txt", "a.txt", "c.txt")]
     assert ids[0::3] == ids[1::3] and ids[:3] == ids[9:] and len(set(ids)) == 6
 

@@ -42,14 +42,14 @@ from avss_dist.models.causal_lm import LanguageModel
 from avss_dist.models.checkpoint.locate import resolve
 from avss_dist.partition.execution import Execution
 from avss_dist.partition.replica import Placement
-from avss_dist.runs import run as partials
+from avss_dist.runs import merging
 from avss_dist.runs.events import RunEvent, ShardMeasured
+from avss_dist.runs.in_progress import RunInProgress
 from avss_dist.runs.local import Executor, LocalExecutor, open_executor
 from avss_dist.runs.planner import Planner
 from avss_dist.runs.ray import cluster, gang, queue
 from avss_dist.runs.ray.executor import RayExecutor
 from avss_dist.runs.ray.worker import ShardAssignment, Worker
-from avss_dist.runs.run import RunInProgress
 from avss_dist.runs.threads import Submissions
 from avss_dist.tasks.task import Cell, MetricRow
 from avss_dist.tasks.text_loss import TextLoss
@@ -167,7 +167,7 @@ def test_workers_write_and_say_little(tiny_llama: Path, undisturbed: Path, tmp_p
     assert max(len(pickle.dumps(outcome)) for outcome in outcomes) < 2000
     assert not any(outcome.files for outcome in outcomes if isinstance(outcome, Receipt))
     assert len(list((tmp_path / "shard_stats").rglob("*.parquet"))) == 20
-    assert [file.name for file in (tmp_path / "runs").iterdir()] == [f".plan-{planned.run.run_id}"]  # no mark is left
+    assert [file.name for file in (tmp_path / "runs").iterdir()] == [f".plan-{planned.run_id}"]  # no mark is left
     run = score(tiny_llama, tmp_path, executor="local")
     assert run.resumed_shards == 20
     assert_same_tables(tmp_path, undisturbed)
@@ -198,7 +198,7 @@ def test_tasks_merge_to_the_same_bytes(
     tiny_llama: Path, undisturbed: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Blocks are merged on the cluster, while a worker of the next run holds its CPU; damage is told from there too."""
-    monkeypatch.setattr(partials, "MERGED_HERE", 0)
+    monkeypatch.setattr(merging, "MERGED_HERE", 0)
     applied: list[range] = []
     own = RayExecutor.apply
 

@@ -8,6 +8,8 @@ from __future__ import annotations
 import json
 import pickle
 import shutil
+import subprocess
+import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import closing
 from dataclasses import replace
@@ -35,13 +37,13 @@ from avss_dist.evaluation.session import PlannedTask
 from avss_dist.models.checkpoint.locate import Checkpoint, resolve
 from avss_dist.models.checkpoint.size import footprint
 from avss_dist.partition.replica import Placement
-from avss_dist.runs import events, planner, work
-from avss_dist.runs import run as partials
+from avss_dist.runs import events, merging, planner, work
 from avss_dist.runs.driver import Driver
 from avss_dist.runs.events import OnRunEvent, RunEvent, ShardMeasured
 from avss_dist.runs.local import LocalExecutor
+from avss_dist.runs.merging import ShardSummary, merge_partials
 from avss_dist.runs.planner import FEWEST_SHARDS, FLOPS_OF_A_GPU, FLOPS_OF_A_THREAD, MOST_SECONDS, rows_per_shard
-from avss_dist.runs.run import Run, ShardSummary, merge_partials
+from avss_dist.runs.result import Run
 from avss_dist.runs.threads import Submissions
 from avss_dist.runs.work import Outcome, RunShards
 from avss_dist.stats.layer_stats import Merged, ShardResult, merge_blocks
@@ -313,25 +315,25 @@ def test_all_measured_but_not_committed_needs_no_model(
 )
 def test_what_changes_a_number_is_another_run(change: dict[str, Any], tiny_llama: Path, tmp_path: Path) -> None:
     usual, changed = (plan(tiny_llama, tmp_path, **{**SMALL, **options}) for options in ({}, change))
-    assert usual.run.run_id != changed.run.run_id
+    assert usual.run_id != changed.run_id
 
 
 def test_what_cannot_change_a_number_is_the_same_run(
     tiny_llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tiny_llama.parent)
-    usual = plan(tiny_llama, tmp_path, **SMALL).run.run_id
+    usual = plan(tiny_llama, tmp_path, **SMALL).run_id
     for change in (
         {"dtype": "float32", "device": "cpu"},
         {"replicas": 1, "executor": "auto"},
         {"partition": "streaming"},
     ):
-        assert plan(tiny_llama, tmp_path, **{**SMALL, **change}).run.run_id == usual
-    assert plan(Path(tiny_llama.name), tmp_path, **SMALL).run.run_id == usual
+        assert plan(tiny_llama, tmp_path, **{**SMALL, **change}).run_id == usual
+    assert plan(Path(tiny_llama.name), tmp_path, **SMALL).run_id == usual
     files = [tmp_path / name for name in ("one.txt", "two.txt")]
     for file in files:
         file.write_text("In the beginning was the word. " * 200)
-    same = {plan(tiny_llama, tmp_path, **{**SMALL, "corpus": str(file)}).run.run_id for file in files}
+    same = {plan(tiny_llama, tmp_path, **{**SMALL, "corpus": str(file)}).run_id for file in files}
     assert len(same) == 1 and usual not in same
 
 
@@ -380,7 +382,7 @@ def test_shards_are_merged_in_blocks_when_there_are_many(
 ) -> None:
     """More shards than blocks: the totals stay, only the units of intervals are coarser."""
     score(tiny_llama, tmp_path / "fine", sequences_per_shard=1)
-    monkeypatch.setattr("avss_dist.runs.run.BOOTSTRAP_BLOCKS", 4)
+    monkeypatch.setattr("avss_dist.runs.merging.BOOTSTRAP_BLOCKS", 4)
     score(tiny_llama, tmp_path / "coarse", sequences_per_shard=1)
     fine, coarse = (Warehouse(tmp_path / name).scores().to_pydict() for name in ("fine", "coarse"))
     assert fine["count"] == coarse["count"] and fine["rank"] == coarse["rank"]
@@ -489,11 +491,11 @@ def test_a_run_keeps_its_shards_however_it_is_made(tiny_llama: Path, tmp_path: P
     """The partition does not matter, nor whether the size is given."""
     options = {**OPTIONS, "max_sequences": 100}
     planned = plan(tiny_llama, tmp_path, **options)
-    assert (planned.run.num_shards, planned.replica_spec.settings.sequences_per_shard) == (25, 4)
+    assert (planned.result.num_shards, planned.replica_spec.settings.sequences_per_shard) == (25, 4)
     for changes in ({"partition": "streaming"}, {"sequences_per_shard": 4}, {"partition": "auto"}):
-        assert plan(tiny_llama, tmp_path, **{**options, **changes}).run.run_id == planned.run.run_id
-    other = plan(tiny_llama, tmp_path, **options, sequences_per_shard=32).run
-    assert other.num_shards == 4 and other.run_id != planned.run.run_id
+        assert plan(tiny_llama, tmp_path, **{**options, **changes}).run_id == planned.run_id
+    other = plan(tiny_llama, tmp_path, **options, sequences_per_shard=32).result
+    assert other.num_shards == 4 and other.run_id != planned.run_id
 
 
 def test_models_of_one_tokenizer_share_the_tokens_and_not_the_shards(
@@ -513,7 +515,7 @@ def test_models_of_one_tokenizer_share_the_tokens_and_not_the_shards(
     monkeypatch.setattr(planner, "tokenize_corpus", spy)
     planning = planner.Planner(LocalExecutor(small), Store(tmp_path))
     specs = [run_spec(model, **OPTIONS, max_sequences=320) for model in (tiny_llama, wide)]
-    assert [planning.prepare(spec).run.num_shards for spec in specs] == [40, 160] and read == ["builtin:pydoc"]
+    assert [planning.prepare(spec).result.num_shards for spec in specs] == [40, 160] and read == ["builtin:pydoc"]
 
 
 def test_the_log_of_runs_has_a_line_for_each_step_and_one_in_half_a_minute(
@@ -563,7 +565,7 @@ def shard(i: int) -> ShardResult:
 @pytest.fixture
 def store(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Store:
     """Five partials, in blocks of two."""
-    monkeypatch.setattr(partials, "BOOTSTRAP_BLOCKS", 3)
+    monkeypatch.setattr(merging, "BOOTSTRAP_BLOCKS", 3)
     found = Store(tmp_path / "w")
     for i in range(NUMBER):
         write_shard(found, RUN, shard(i))
@@ -610,7 +612,7 @@ def test_partials_are_merged_in_blocks(store: Store) -> None:
 @pytest.mark.parametrize("blind", [(), (1,), (0, 2)])
 def test_who_merges_changes_nothing(store: Store, monkeypatch: pytest.MonkeyPatch, blind: Sequence[int]) -> None:
     """Where a worker does not find the warehouse, its block is merged here."""
-    monkeypatch.setattr(partials, "MERGED_HERE", NUMBER - 1)
+    monkeypatch.setattr(merging, "MERGED_HERE", NUMBER - 1)
     apply = Elsewhere(blind)
     assert_whole(*merge_partials(store, "r", HASHES, store.write_plan("r"), apply))
     assert apply.items == 3 and apply.merged == 3 - len(blind)
@@ -623,7 +625,7 @@ def test_blocks_are_merged_here_where_workers_see_no_warehouse_or_shards_are_few
     other, gone, seen = (store.write_plan(run_id) for run_id in ("r", "x", "r"))
     store.finish_plan("x")
     for place, few, number in ((other, 0, 3), (gone, 0, 3), (seen, NUMBER, 0)):
-        monkeypatch.setattr(partials, "MERGED_HERE", few)
+        monkeypatch.setattr(merging, "MERGED_HERE", few)
         apply = Elsewhere()
         assert_whole(*merge_partials(store, "r", HASHES, place, apply))
         assert (apply.items, apply.merged) == (number, 0)
@@ -638,3 +640,8 @@ def test_a_partial_that_is_gone_or_of_other_text_is_named(store: Store, tmp_path
     file.unlink()
     with pytest.raises(RunFailed, match=message):
         merge_partials(store, "r", HASHES, store.write_plan("r"), map)
+
+
+def test_a_stored_run_is_read_without_torch() -> None:
+    code = "import avss_dist, sys; avss_dist.Run; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

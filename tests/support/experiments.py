@@ -9,7 +9,7 @@ from typing import Any
 
 from avss_dist.requests import RunJobRequest
 from avss_dist.runs.job_file import read_job
-from avss_dist.runs.run import Run
+from avss_dist.runs.result import Run
 from avss_dist.studies.experiment import run_experiment
 from support.checkpoints import one_thread
 

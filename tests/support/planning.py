@@ -16,8 +16,8 @@ from avss_dist.pruning.repair.repair import Repair
 from avss_dist.requests import PruneRequest
 from avss_dist.runs.job_file import RunSpec
 from avss_dist.runs.local import LocalExecutor
+from avss_dist.runs.planned import PlannedRun
 from avss_dist.runs.planner import Planner
-from avss_dist.runs.run import PlannedRun
 from avss_dist.warehouse.store import Store
 
 

@@ -13,7 +13,7 @@ from avss_dist.runs.driver import Driver
 from avss_dist.runs.events import RunEvent
 from avss_dist.runs.ray.pool import Pool, QueueSource
 from avss_dist.runs.ray.queue import ShardQueue
-from avss_dist.runs.run import Run
+from avss_dist.runs.result import Run
 from avss_dist.runs.threads import Submissions
 from avss_dist.runs.work import Outcome, RunShards
 from avss_dist.warehouse.store import Receipt
@@ -81,13 +81,14 @@ class SimulatedWarehouse:
 
 
 class SimulatedProgress:
-    """Writer of one run, in place of `runs.run.RunInProgress`."""
+    """Writer of one run, in place of `runs.in_progress.RunInProgress`."""
 
     placement, done_tokens = None, 0
 
     def __init__(self, fate: Fate, warehouse: SimulatedWarehouse) -> None:
         self._fate, self._warehouse = fate, warehouse
-        self.run = run_of(fate)
+        self.result = run_of(fate)
+        self.run_id = fate.run_id
         self.shards = RunShards(run_id=fate.run_id, replica_spec=spec_of("model"), shards=SHARDS[: fate.shards])
 
     def store(self, result: Receipt) -> None:
@@ -140,7 +141,9 @@ class SimulatedPlan:
     """A planned run."""
 
     def __init__(self, fate: Fate) -> None:
-        self.fate, self.run = fate, run_of(fate)
+        self.fate = fate
+        self.result = run_of(fate)
+        self.run_id = fate.run_id
 
 
 class SimulatedExecutor:
