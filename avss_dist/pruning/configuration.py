@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any, NamedTuple
 
 import torch
@@ -24,6 +25,7 @@ from avss_dist.models.checkpoint.quantization import KEYS, quantization_method, 
 from avss_dist.models.structure.experts import COUNT, RoutedExperts, find_routed_experts
 from avss_dist.plans.choice import PlanError
 from avss_dist.plans.plan import Plan
+from avss_dist.pruning.layer_rules import changed_rules, disagreeing_rules
 from avss_dist.pruning.quantization import renumber_quantization
 from avss_dist.pruning.weights import LayerNames, StoredWeights, list_path, renumbered
 
@@ -40,6 +42,7 @@ def write_config(checkpoint: Checkpoint, plan: Plan, folder: Path, settings: Set
     """Write the ``config.json`` that gives each remaining layer the settings that it had.
 
     A key that the original lacks is added only where transformers would derive another value for the remaining layers.
+    A rule for the kinds of layers that would then say something else is left out; see `layer_rules`.
 
     Raises:
         PlanError: no configuration does that, or the plan is for another number of layers.
@@ -50,8 +53,10 @@ def write_config(checkpoint: Checkpoint, plan: Plan, folder: Path, settings: Set
     _require_supported(text, plan)
     raw = json.loads((checkpoint.folder / "config.json").read_text(encoding="utf-8"))
     part = raw if text is whole else _text_part(raw)
-    expected = settings_by_layer(text.to_dict(), plan.num_layers, plan.keep)
-    part |= settings_by_layer(part, plan.num_layers, plan.keep)
+    values = text.to_dict()
+    rules = changed_rules(values, plan.num_layers, plan.keep)
+    expected = settings_by_layer(values, plan.num_layers, plan.keep) | rules
+    part |= settings_by_layer(part, plan.num_layers, plan.keep) | rules
     names = {NUM_LAYERS, text.attribute_map.get(NUM_LAYERS, NUM_LAYERS)}
     names_in_file = names.intersection(part) or {NUM_LAYERS}
     part |= dict.fromkeys(names_in_file, len(plan.keep))
@@ -70,8 +75,36 @@ def write_config(checkpoint: Checkpoint, plan: Plan, folder: Path, settings: Set
     if missing:
         part |= missing
         pruned = _write_and_read(checkpoint, whole, raw, folder)
-    _require_same_settings(whole, pruned, {*expected, *names, *KEYS})
+    disagreeing = disagreeing_rules(part, lambda without: _derived(checkpoint, raw, part, without))
+    if disagreeing:
+        for rule in disagreeing:
+            del part[rule]
+        pruned = _write_and_read(checkpoint, whole, raw, folder)
+    _require_same_settings(whole, pruned, {*expected, *disagreeing, *names, *KEYS})
     _require_same_classes(whole, pruned, plan, settings)
+
+
+def _derived(
+    checkpoint: Checkpoint, raw: Mapping[str, Any], part: Mapping[str, Any], replacement: Mapping[str, Any]
+) -> dict[str, Any]:
+    """Return the text model's settings as transformers derives them; empty if it cannot read the configuration.
+
+    Args:
+        raw: content of ``config.json``.
+        part: the part of it that describes the text model.
+        replacement: other values for this part.
+    """
+    if part is raw:
+        values = dict(replacement)
+    else:
+        values = {name: replacement if value is part else value for name, value in raw.items()}
+    with TemporaryDirectory() as folder:
+        (Path(folder) / "config.json").write_text(json.dumps(values), encoding="utf-8")
+        try:
+            config = text_config(checkpoint, Path(folder))
+        except ModelError:
+            return {}
+    return _as_json(config.get_text_config().to_dict())
 
 
 def _require_supported(text: Any, plan: Plan) -> None:

@@ -14,8 +14,18 @@ from avss_dist.models.forward import replaced_attributes
 from avss_dist.models.structure.layers import Layer
 
 NUM_LAYERS = "num_hidden_layers"
-COUNTS = ("first_k_dense_replace", "max_window_layers", "num_dense_layers", "first_num_dense_layers")
+COUNTS = (
+    "first_k_dense_replace",
+    "max_window_layers",
+    "num_dense_layers",
+    "first_num_dense_layers",
+    "moe_layer_start_index",
+)
 """Settings that give the number of special layers at the start."""
+LAST_INDICES = ("moe_layer_end_index",)
+"""Settings that give the last layer of a kind; -1 is the last of all."""
+PATTERNS = ("hybrid_override_pattern", "index_topk_pattern")
+"""Settings with a character for each layer, as a text or a list."""
 _BY_LAYER = re.compile(r"layer|block_types|block_configs|full_attn_idxs|indexer_types|activation_sparsity_pattern")
 _SIZES_BY_LAYER = re.compile(
     r"(num_)?(query|kv|attention|key_value)_heads|num_(query|kv)_heads|intermediate_size|ffn_multipliers"
@@ -92,6 +102,13 @@ def settings_by_layer(config: Mapping[str, Any], num_layers: int, keep: Sequence
         if name in COUNTS:
             if type(value) is int and value < num_layers:
                 shortened[name] = sum(layer < value for layer in keep)
+        elif name in LAST_INDICES:
+            if type(value) is int and 0 <= value < num_layers:
+                shortened[name] = sum(layer <= value for layer in keep) - 1
+        elif name in PATTERNS:
+            if isinstance(value, str | list) and len(value) == num_layers:
+                remaining = [value[layer] for layer in keep]
+                shortened[name] = "".join(remaining) if isinstance(value, str) else remaining
         elif _OTHER_MODULES.search(name):
             continue
         elif isinstance(value, list) and (_BY_LAYER.search(name) or _SIZES_BY_LAYER.fullmatch(name)):
