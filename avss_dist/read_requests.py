@@ -21,9 +21,20 @@ from avss_dist.core.validation import Accepts, OneOf, Option, PathOrText, check,
 from avss_dist.stats.catalog import FROM_ACTIVATIONS, LOWEST_SHARE, RECIPES, is_own, name_values, score_functions
 
 LISTINGS = ("runs", "plans", "evaluations")
-ALONG = ("step", "tokens", "size", "sequence_length")
+AXES = {
+    "step": "training_step",
+    "tokens": "training_tokens",
+    "size": "num_parameters",
+    "sequence_length": "sequence_length",
+}
+"""Axes along which layer scores are followed, each with the column of ``runs`` that has the place on it, a number."""
 READINGS = ("recipe", "threshold", "site")
-COMPARED = ("run", "family", "size", "revision", "corpus", "dtype", *READINGS, "score")
+"""Properties of a reading of AVSS."""
+BETWEEN_RUNS = ("run", "family", "size", "revision", "corpus", "dtype")
+"""Properties in which two runs that are compared can differ."""
+WITHIN_A_RUN = (*READINGS, "score")
+"""Properties in which two profiles of one run that are compared can differ."""
+COMPARED = (*BETWEEN_RUNS, *WITHIN_A_RUN)
 
 
 def require_warehouse(name: Any) -> Any:
@@ -151,7 +162,7 @@ class CompareRequest(PlaceRequest, RunsRequest):
 
     by: Annotated[str, OneOf(COMPARED)] = "run"
     """Property in which the two runs or readings of each pair differ."""
-    along: Annotated[str, OneOf(ALONG)] | None = None
+    along: Annotated[str, OneOf(tuple(AXES))] | None = None
     """Follow each layer's rank along this property instead."""
     score: Annotated[
         Annotated[str, OneOf(FROM_ACTIVATIONS, accepts=is_own), check(RedactedURI)],

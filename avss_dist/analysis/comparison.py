@@ -35,6 +35,7 @@ from avss_dist.core.results import TabularResult
 from avss_dist.core.text import basename, count_of
 from avss_dist.core.thresholds import describe_threshold
 from avss_dist.core.values import NewRow, TableRow
+from avss_dist.read_requests import BETWEEN_RUNS, COMPARED, WITHIN_A_RUN
 from avss_dist.stats.catalog import BASELINES, FROM_ACTIVATIONS, LOWEST_SHARE, READING, SCORES, is_own
 from avss_dist.stats.layer_stats import Float64
 from avss_dist.stats.scores import Threshold
@@ -43,11 +44,8 @@ from avss_dist.warehouse.reader import Warehouse, grouped, slices_by
 
 CONDITIONS = ("corpus", "dtype", "sequence_length", "layout", "row_start", "skip_first_tokens", "numbers_version")
 """Properties besides the model that two runs must share for their scores to be comparable."""
-BETWEEN = ("run", "family", "size", "revision", "corpus", "dtype")
 UNDER_SAME_CONDITIONS = ("run", "family", "size", "revision")
 """Properties by which runs are compared that share `CONDITIONS`; by ``revision``, also the model."""
-WITHIN = ("recipe", "threshold", "site", "score")
-BY = (*BETWEEN, *WITHIN)
 MIN_OF_GROUP = 3  # runs of which one can be the odd one
 MAX_LABELS = 10  # that a message names
 MAX_PAIRS = 1_000_000  # that are listed: those of 1,400 runs
@@ -104,7 +102,7 @@ class Profile:
         """Return the label of this profile in a comparison by ``by``."""
         if by == "size":
             return size_label(self.run["num_parameters"])
-        if by in WITHIN:
+        if by in WITHIN_A_RUN:
             return str(self.reading[by])
         if by == "run":
             return str(self.run["run_id"])
@@ -199,10 +197,10 @@ def compare(
         QueryError: if no two runs are comparable (the message names the conditions in which they differ), or no two
             profiles differ in ``by``.
     """
-    require_known("`by`", by, BY, QueryError)
+    require_known("`by`", by, COMPARED, QueryError)
     if not is_own(score):
         require_known("score", score, FROM_ACTIVATIONS, QueryError)
-    if mapped and by not in BETWEEN:
+    if mapped and by not in BETWEEN_RUNS:
         raise QueryError(f"A map shows runs, and `by` {by} compares readings of one run.", "Compare by run or family.")
     runs = runs_with_conditions(warehouse, run_ids)
     selected: list[Profile] = []
@@ -218,7 +216,7 @@ def compare(
         )
     if is_own(score):
         selected += own_profiles(warehouse, runs, score)
-    survey = _survey(selected, by, allow_mismatch) if by in BETWEEN else None
+    survey = _survey(selected, by, allow_mismatch) if by in BETWEEN_RUNS else None
     if survey and survey.number > max_listed:
         first, second = survey.extremes
     else:
@@ -572,7 +570,7 @@ def _pairs(selected: Sequence[Profile], by: str, allow_mismatch: bool) -> Iterat
 def _shared(profile: Profile, by: str, allow_mismatch: bool) -> Hashable:
     """Return the key that is equal for both profiles of a pair."""
     run = profile.run
-    if by in WITHIN:
+    if by in WITHIN_A_RUN:
         return run["run_id"]
     conditions: list[Any] = []
     if not allow_mismatch:
@@ -586,7 +584,7 @@ def _shared(profile: Profile, by: str, allow_mismatch: bool) -> Hashable:
 
 def _value(profile: Profile, by: str) -> Any:
     """Return the value in which the profiles of a pair differ."""
-    if by == "size" or by in WITHIN:
+    if by == "size" or by in WITHIN_A_RUN:
         return profile.label(by)
     if by == "run":
         return profile.run["run_id"]
@@ -630,7 +628,7 @@ def _left_out(runs: Sequence[TableRow], scored: Set[str], compared: Set[str], by
 
 def _difference_from(partners: Sequence[TableRow], run: TableRow, by: str) -> str:
     """Return the conditions in which a run differs from the most similar of others, in words."""
-    conditions = [] if by in WITHIN else _other_conditions(by)
+    conditions = [] if by in WITHIN_A_RUN else _other_conditions(by)
     nearest = run
     fewest: list[str] | None = None
     for other in partners:

@@ -24,6 +24,7 @@ from avss_dist.core.errors import QueryError, require_known
 from avss_dist.core.results import TabularResult
 from avss_dist.core.text import basename, count_of, describe_count, printable
 from avss_dist.core.values import NewRow, TableRow
+from avss_dist.read_requests import AXES
 from avss_dist.stats.catalog import FROM_ACTIVATIONS, is_own
 from avss_dist.stats.layer_stats import Float64
 from avss_dist.stats.rankings import MIN_VALUES, average_ranks, count_lowest, rank_lowest, spearman_rows
@@ -58,13 +59,6 @@ SCHEMA = pa.schema(
 """
 
 
-AXES = {
-    "step": "training_step",
-    "tokens": "training_tokens",
-    "size": "num_parameters",
-    "sequence_length": "sequence_length",
-}
-"""Axes along which layer scores are followed, each with the column of ``runs`` that has the place on it, a number."""
 AXIS_TITLES = {
     "step": "training step",
     "tokens": "tokens trained on",

@@ -26,9 +26,8 @@ from avss_dist.analysis.agreement import (
     survey_pairs,
 )
 from avss_dist.analysis.comparison import RankingComparison, compare, size_label
-from avss_dist.analysis.curves import AXES, SCHEMA, RankingCurves, curve_section, ranking_curves
+from avss_dist.analysis.curves import SCHEMA, RankingCurves, curve_section, ranking_curves
 from avss_dist.core.errors import ConfigError, QueryError
-from avss_dist.read_requests import ALONG
 from avss_dist.warehouse.reader import Warehouse
 
 
@@ -274,10 +273,6 @@ def training(tmp_path: Path) -> Path:
         scores = (np.array(EARLY if step < 6 else LATE) + random.uniform(-0.9, 0.9, 8)).tolist()
         write_scores(tmp_path, f"a-{step}", scores, **SERIES, training_step=1000 * step, revision=f"r{step}")
     return tmp_path
-
-
-def test_the_axes_are_those_of_the_request() -> None:
-    assert tuple(AXES) == ALONG
 
 
 @pytest.mark.nightly

@@ -31,7 +31,7 @@ from avss_dist.core.settings import ATTENTIONS, DTYPES
 from avss_dist.core.sites import EVERY_SITE, SITE_FAMILIES, SITES
 from avss_dist.core.thresholds import PUBLISHED_THRESHOLD
 from avss_dist.partition.execution import EXECUTORS
-from avss_dist.read_requests import COMPARED, ShowRequest
+from avss_dist.read_requests import ShowRequest
 from avss_dist.reports.page.page import HEADLESS, NOTHING
 from avss_dist.runs import events
 from avss_dist.stats.catalog import FROM_ACTIVATIONS, RECIPES
@@ -212,9 +212,6 @@ def test_a_run_is_named_by_a_part_that_only_it_has(scored: Path) -> None:
 
 
 def test_names_are_listed_in_help_and_completed() -> None:
-    from avss_dist.analysis.comparison import BY
-
-    assert COMPARED == BY
     for command, option, names in (
         ("score", "--dtype", DTYPES),
         ("score", "--sites", (*EVERY_SITE, *SITE_FAMILIES)),
