@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import count
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NamedTuple
 
 import numpy as np
 import torch
@@ -35,8 +35,26 @@ CHUNK = 2048  # tokens whose updates exist at once
 DRAWS = 2
 """Default number of labels that are drawn from the model's predictions for each token."""
 
-CURRENT: ContextVar[Any] = ContextVar("pass", default=None)
-"""The `BackwardPass` that hooks report to."""
+CURRENT: ContextVar[BackwardPass | None] = ContextVar("pass", default=None)
+"""The pass that hooks report to."""
+Forward = Callable[..., Any]
+"""Forward of a layer's module, with the arguments and the output of its family."""
+
+
+class RowKey(NamedTuple):
+    """Everything that a row of a backward measure describes.
+
+    Attributes:
+        metric: name of the metric.
+        layer: index of the layer.
+        removed: removed layers, if they are others than those of the cell.
+        rounding: key of the rounding, if it is another than that of the cell.
+    """
+
+    metric: str
+    layer: int
+    removed: Removals | None = None
+    rounding: str | None = None
 
 
 class BackwardPass:
@@ -47,32 +65,41 @@ class BackwardPass:
         order: indices of the layers that run.
         keeps, runs_by_layer: see `LanguageModel.backpropagate`.
         observed, real: bool[rows, tokens]; tokens that are counted, and tokens without padding.
-        sums: float64[any] by the metric, layer, removed layers and rounding of a row, or by the keys of a measure with
-            ``rows`` of its own. They are on the devices that computed them, so that nothing waits for a device.
+        sums: float64[any] by the row that they become. They are on the devices that computed them, so that nothing
+            waits for a device.
     """
 
     keeps = 2
     runs_by_layer = False
 
-    def __init__(self, measure: Any, batch: Batch, layers: Sequence[Layer], device: torch.device) -> None:
+    def __init__(self, measure: BackwardMeasure, batch: Batch, layers: Sequence[Layer], device: torch.device) -> None:
         self.measure = measure
         self.order = [layer.index for layer in layers]
         self.observed = to_device(batch.observed, device)
         self.real = to_device(batch.attention_mask, device)
-        self.sums: dict[Any, torch.Tensor] = {}
+        self.sums: dict[RowKey, torch.Tensor] = {}
         self._calls: Counter[int] = Counter()  # of modules, by the first layer that each is
 
     @property
     def activity(self) -> str:
         """Name of the work in the progress that is reported."""
-        activity: str = self.measure.activity
-        return activity
+        return self.measure.activity
 
     @contextmanager
     def watch(self) -> Iterator[None]:
         """Make this pass current for hooks inside the context."""
         with bound(CURRENT, self):
             yield
+
+    def call(self, uses: Sequence[Layer], forward: Forward, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
+        """Run a layer. Passes that read or change what goes through layers do more.
+
+        Args:
+            uses: the layers that are the same module.
+            forward: forward of the module.
+            args, kwargs: its arguments.
+        """
+        return forward(*args, **kwargs)
 
     def count_call(self, uses: Sequence[Layer]) -> tuple[int, Layer]:
         """Count a call of the module that layers are, and return its number and its layer."""
@@ -91,7 +118,7 @@ class BackwardPass:
         numbers = count()
         out.register_hook(lambda gradient: receive(next(numbers), gradient.detach()))
 
-    def add(self, key: Any, values: torch.Tensor) -> None:
+    def add(self, key: RowKey, values: torch.Tensor) -> None:
         """Add values to a sum."""
         if key in self.sums:
             before = self.sums[key]
@@ -127,7 +154,7 @@ class BackwardMeasure(Measure):
     """
 
     shard: Shard
-    new_pass: ClassVar[type[Any]]
+    new_pass: ClassVar[type[BackwardPass]]
     by_token: ClassVar[tuple[str, ...]] = ()
     draws = 0
     seed = 0
@@ -155,7 +182,7 @@ class BackwardMeasure(Measure):
         """Report the layers to the current pass inside the context."""
         return through_passes(layers)
 
-    def rows(self, layers: Sequence[Layer], passes: Sequence[Any], weights: Float64) -> Iterator[MetricRow]:
+    def rows(self, layers: Sequence[Layer], passes: Sequence[BackwardPass], weights: Float64) -> Iterator[MetricRow]:
         """Yield the rows of all passes: a row for each sum, with a sample for each sequence.
 
         Args:
@@ -164,22 +191,20 @@ class BackwardMeasure(Measure):
         observed = torch.cat([batch.observed.sum(dim=1).cpu() for batch in passes])
         counted_tokens = observed.numpy().astype(np.float64)
         for key in sorted(passes[0].sums, key=_order_of_row):
-            metric, layer, removed, rounding = key
             samples = torch.cat([batch.sums[key].cpu() for batch in passes])
             yield MetricRow(
-                metric=metric,
+                metric=key.metric,
                 samples=samples.numpy(),
-                weights=counted_tokens if metric.startswith(self.by_token) else weights,
-                layer=layer,
-                removed=removed,
-                rounding=rounding,
+                weights=counted_tokens if key.metric.startswith(self.by_token) else weights,
+                layer=key.layer,
+                removed=key.removed,
+                rounding=key.rounding,
             )
 
 
-def _order_of_row(key: tuple[str, int, Removals | None, str | None]) -> tuple[Any, ...]:
+def _order_of_row(key: RowKey) -> tuple[int, Removals, str, str]:
     """Return the sort key of a row: layer, removed layers, rounding, metric."""
-    metric, layer, removed, rounding = key
-    return layer, removed or (), rounding or "", metric
+    return key.layer, key.removed or (), key.rounding or "", key.metric
 
 
 @contextmanager
@@ -189,7 +214,7 @@ def through_passes(layers: Sequence[Layer]) -> Iterator[None]:
     Its arguments are the layers that are the same module, ``forward`` of the module, and the arguments of that.
     """
 
-    def call(uses: Sequence[Layer], forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    def call(uses: Sequence[Layer], forward: Forward, *args: Any, **kwargs: Any) -> Any:
         current = CURRENT.get()
         if current is None:
             return forward(*args, **kwargs)
@@ -221,7 +246,7 @@ class LayerGradients(BackwardPass):
 
     keeps = 1
 
-    def __init__(self, measure: Any, batch: Batch, layers: Sequence[Layer], device: torch.device) -> None:
+    def __init__(self, measure: BackwardMeasure, batch: Batch, layers: Sequence[Layer], device: torch.device) -> None:
         super().__init__(measure, batch, layers, device)
         self._tokens = max(1.0, float(predicted(batch).sum()))
 
@@ -231,12 +256,12 @@ class LayerGradients(BackwardPass):
         with super().watch(), ExitStack() as self._hooks:
             yield
 
-    def call(self, uses: Sequence[Layer], forward: Callable[..., Any], args: Any, kwargs: Any) -> Any:
+    def call(self, uses: Sequence[Layer], forward: Forward, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
         """Run a layer, and listen to the gradients of its output and of its weights."""
         if not torch.is_grad_enabled():
             return forward(*args, **kwargs)
         hidden = LayerCall(args, kwargs).hidden
-        is_first_call = (FROBENIUS, uses[0].index, None, None) not in self.sums
+        is_first_call = RowKey(FROBENIUS, uses[0].index) not in self.sums
         if is_first_call:
             # Before the layer runs: afterwards its streamed weights are gone.
             self._listen_to_weights(uses, hidden.device)
@@ -255,9 +280,9 @@ class LayerGradients(BackwardPass):
         zero = torch.zeros(1, dtype=torch.float64, device=device)
         size = sum((whole_norm(weight, 2) for weight in weights), zero)
         for use in uses:
-            self.add((FROBENIUS, use.index, None, None), size)
-            self.add((L1, use.index, None, None), zero)
-            self.add((L2, use.index, None, None), zero)
+            self.add(RowKey(FROBENIUS, use.index), size)
+            self.add(RowKey(L1, use.index), zero)
+            self.add(RowKey(L2, use.index), zero)
         for weight in weights:
             hook = weight.register_post_accumulate_grad_hook(partial(self.accumulate, uses))
             self._hooks.callback(hook.remove)
@@ -276,15 +301,16 @@ class LayerGradients(BackwardPass):
         before, after = states
         if (before._version, after._version) != versions:
             raise ModelError(f"{layer}, or one behind it, changes its input in place.")
-        chunks = zip(
-            self._chunks(layer, gradient), self._chunks(layer, before), self._chunks(layer, after), strict=True
-        )
+        gradients = self._chunks(layer, gradient)
+        inputs = self._chunks(layer, before)
+        outputs = self._chunks(layer, after)
         products = []
-        for gradients, inputs, outputs in chunks:
-            updates = outputs.float() - inputs.float()
-            products.append((gradients.double() * updates).sum(dim=1))
+        for gradients_of_chunk, inputs_of_chunk, outputs_of_chunk in zip(gradients, inputs, outputs, strict=True):
+            updates = outputs_of_chunk.float() - inputs_of_chunk.float()
+            products.append((gradients_of_chunk.double() * updates).sum(dim=1))
         changes = torch.cat(products).abs().view(self.real.shape)
-        self.sums[TAYLOR, layer.index, None, None] = changes.where(self.real.to(gradient.device), 0).sum(dim=1)
+        real_changes = changes.where(self.real.to(gradient.device), 0)
+        self.sums[RowKey(TAYLOR, layer.index)] = real_changes.sum(dim=1)
 
     def _chunks(self, layer: Layer, tensor: torch.Tensor) -> Sequence[torch.Tensor]:
         """Return a tensor of a layer in chunks of `CHUNK` tokens: [tokens, units] each."""
@@ -296,7 +322,7 @@ class LayerGradients(BackwardPass):
         for metric, order in ((L1, 1), (L2, 2)):
             norm = whole_norm(weight.grad, order) / self._tokens
             for layer in uses:
-                self.add((metric, layer.index, None, None), norm)
+                self.add(RowKey(metric, layer.index), norm)
         weight.grad = None
 
 
@@ -316,7 +342,7 @@ class Gradients(BackwardMeasure):
     new_pass = LayerGradients
     trains = True
 
-    def rows(self, layers: Sequence[Layer], passes: Sequence[LayerGradients], weights: Float64) -> Iterator[MetricRow]:
+    def rows(self, layers: Sequence[Layer], passes: Sequence[BackwardPass], weights: Float64) -> Iterator[MetricRow]:
         """Yield the rows of all passes. Norms have a sample for each batch, and that of weights one sample."""
         for row in super().rows(layers, passes, weights):
             if row.metric == TAYLOR:

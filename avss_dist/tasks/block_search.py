@@ -53,7 +53,9 @@ class GreedyBlock(Measure):
 
     def identity(self) -> NewObject:
         """Return the values that the key is made of."""
-        maps = {name: [self.steps[name], self.sizes[name], *self.thresholds[name]] for name in sorted(self.steps)}
+        maps: dict[str, list[float]] = {}
+        for name in sorted(self.steps):
+            maps[name] = [self.steps[name], self.sizes[name], *self.thresholds[name]]
         return {
             "measure": "greedy block",
             "shards": [shard.content_hash for shard in self.shards],
@@ -158,7 +160,7 @@ def _last_tokens(real: NDArray[np.bool_]) -> NDArray[np.bool_]:
 def dense_calls(model: LanguageModel, layer: Layer, batches: Sequence[Batch]) -> list[LayerCall]:
     """Return the arguments of a layer's call in the whole model, for each batch, without running later layers."""
 
-    def keep(calls: list[LayerCall], args: Any, kwargs: Any) -> None:
+    def keep(calls: list[LayerCall], args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
         call = LayerCall(args, kwargs)
         calls.append(call.with_hidden(call.hidden.detach().clone()))
 
@@ -168,7 +170,8 @@ def dense_calls(model: LanguageModel, layer: Layer, batches: Sequence[Batch]) ->
             model.hidden_states(batch)
         return calls[-1]
 
-    with model.applying(Intervention(removed=tuple(range(layer.index + 1, len(model.layers))))):
+    later_layers = range(layer.index + 1, len(model.layers))
+    with model.applying(Intervention(removed=tuple(later_layers))):
         return model.together([partial(run, batch) for batch in batches])
 
 
@@ -176,8 +179,10 @@ def dense_calls(model: LanguageModel, layer: Layer, batches: Sequence[Batch]) ->
 def _zeroing_inputs(layer: Layer, cuts: Mapping[str, float]) -> Iterator[None]:
     """Zero the inputs of the layer's maps up to the thresholds in ``cuts`` inside the context."""
 
-    def cut(threshold: float, args: Any, kwargs: Any) -> Any:
-        return (args[0].masked_fill(args[0].abs() <= threshold, 0), *args[1:]), kwargs
+    def cut(threshold: float, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
+        x, *others = args
+        is_small = x.abs() <= threshold
+        return (x.masked_fill(is_small, 0), *others), kwargs
 
     hooks = []
     for projection in layer.projections:
@@ -202,14 +207,13 @@ class Spectra(Measure):
             for projection in layer.projections:
                 singular_values = torch.linalg.svdvals(weight_of(projection.module).double())
                 exponent = hill_exponent(singular_values.square().cpu().numpy())
-                rows.append(
-                    MetricRow(
-                        metric=f"{HILL}{projection.path}",
-                        samples=np.array([exponent]),
-                        weights=np.ones(1),
-                        layer=self.layer,
-                    )
+                row = MetricRow(
+                    metric=f"{HILL}{projection.path}",
+                    samples=np.array([exponent]),
+                    weights=np.ones(1),
+                    layer=self.layer,
                 )
+                rows.append(row)
         return rows
 
 

@@ -6,7 +6,7 @@ one of the layers before it. Each of these models is followed for ``lookahead`` 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import product
@@ -17,7 +17,7 @@ import torch
 from avss_dist.corpus.shards import Batch
 from avss_dist.models.structure.layers import Layer, LayerCall, output_tensor
 from avss_dist.stats.catalog import BLOCK_DISTANCE, SCORES
-from avss_dist.tasks.backward import DRAWS, TAYLOR, BackwardMeasure, BackwardPass
+from avss_dist.tasks.backward import DRAWS, TAYLOR, BackwardMeasure, BackwardPass, Forward, RowKey
 
 LOOKAHEAD = max(info.lookahead for info in SCORES.values() if info.lookahead is not None)  # layers
 PROPAGATED = "propagated"
@@ -43,7 +43,9 @@ class Displacement(NamedTuple):
 
 
 class _DamagePass(BackwardPass):
-    """Sums over one batch by metric, removed layer, the layers of a block that begins with it or None, and None."""
+    """Sums over one batch by metric and removed layer. Those of blocks name the layers of the block, too."""
+
+    measure: Damage
 
     def __init__(self, measure: Damage, batch: Batch, layers: Sequence[Layer], device: torch.device) -> None:
         super().__init__(measure, batch, layers, device)
@@ -52,7 +54,7 @@ class _DamagePass(BackwardPass):
         self._streams: list[torch.Tensor] = []  # [rows, tokens, units] before each layer, and the last
         self._displaced: dict[int, list[Displacement]] = {}  # by the layer after which it is measured
 
-    def call(self, uses: Sequence[Layer], forward: Callable[..., Any], args: Any, kwargs: Any) -> Any:
+    def call(self, uses: Sequence[Layer], forward: Forward, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
         """Run a layer on the whole model's hidden states and on those of the models without an earlier layer.
 
         When a layer runs again for its gradients, it runs on the whole model's hidden states alone.
@@ -63,7 +65,8 @@ class _DamagePass(BackwardPass):
         if is_again:
             output = forward(*args, **kwargs)
         else:
-            layer_input = call.hidden.detach().clone()  # which a layer may change
+            # A layer may change its input in place.
+            layer_input = call.hidden.detach().clone()
             models = self._run_changed(layer, forward, call)
             models[layer.index] = layer_input
             output = forward(*args, **kwargs)
@@ -73,7 +76,7 @@ class _DamagePass(BackwardPass):
         return output
 
     @torch.no_grad()
-    def _run_changed(self, layer: Layer, forward: Callable[..., Any], call: LayerCall) -> dict[int, torch.Tensor]:
+    def _run_changed(self, layer: Layer, forward: Forward, call: LayerCall) -> dict[int, torch.Tensor]:
         """Return the output of a layer on the hidden states without each earlier layer, by that layer."""
         outputs = {}
         for removed, hidden in self._changed.items():
@@ -89,7 +92,8 @@ class _DamagePass(BackwardPass):
         whole = self.by_row(layer, out)
         if not self._streams:
             self._streams.append(self.by_row(layer, layer_input))
-        self._streams.append(whole.clone())  # which the next layer may change
+        # The next layer may change its input in place.
+        self._streams.append(whole.clone())
         reference = whole.float()
         size = torch.linalg.vector_norm(reference, dim=-1).clamp_min_(torch.finfo(torch.float32).tiny)
         position = self.order.index(layer.index)
@@ -104,9 +108,9 @@ class _DamagePass(BackwardPass):
             difference = changed - reference
             relative = self._sum(torch.linalg.vector_norm(difference, dim=-1) / size)
             cosine = self._sum(1 - torch.cosine_similarity(changed, reference, dim=-1))
-            for m in distances:
-                self.sums[f"{PROPAGATED}_{m}", removed, None, None] = relative
-                self.sums[f"{PROPAGATED_COSINE}_{m}", removed, None, None] = cosine
+            for later_layers in distances:
+                self.sums[RowKey(f"{PROPAGATED}_{later_layers}", removed)] = relative
+                self.sums[RowKey(f"{PROPAGATED_COSINE}_{later_layers}", removed)] = cosine
             displaced.append(Displacement(removed, distances, difference.to(whole.dtype)))
             if distance < self.measure.lookahead and not is_last:
                 self._changed[removed] = hidden
@@ -126,8 +130,8 @@ class _DamagePass(BackwardPass):
         for start, layer in enumerate(self.order):
             for end in range(start + 1, len(self.order) + 1):
                 block = tuple(self.order[start:end])
-                self.sums[BLOCK_DISTANCE, layer, block, None] = self._sum(distances[..., start, end])
-                self.sums[BLOCK_COSINE, layer, block, None] = self._sum(1 - cosines[..., start, end])
+                self.sums[RowKey(BLOCK_DISTANCE, layer, block)] = self._sum(distances[..., start, end])
+                self.sums[RowKey(BLOCK_COSINE, layer, block)] = self._sum(1 - cosines[..., start, end])
 
     def _project(self, layer: Layer, number: int, gradient: torch.Tensor) -> None:
         """Add the products of the gradient at the output of a layer with what it is without an earlier layer."""
@@ -144,8 +148,8 @@ class _DamagePass(BackwardPass):
                 sums = {SIGNED: change, PREDICTED: change, TAYLOR: products.abs().sum(dim=1)}
             else:
                 sums = {FISHER: change, PREDICTED: change}
-            for metric, m in product(sums, distances):
-                self.add((f"{metric}_{m}", removed, None, None), sums[metric])
+            for metric, later_layers in product(sums, distances):
+                self.add(RowKey(f"{metric}_{later_layers}", removed), sums[metric])
 
     def _sum(self, values: torch.Tensor) -> torch.Tensor:
         """Return the sums of values over the counted tokens of each row, float64[rows]."""

@@ -8,7 +8,7 @@ import inspect
 import json
 import random
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import lru_cache, partial
@@ -16,7 +16,7 @@ from importlib.metadata import version
 from itertools import chain, islice
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, NamedTuple
 from unittest.mock import patch
 
 import numpy as np
@@ -30,11 +30,12 @@ from avss_dist.core.extras import require_package
 from avss_dist.core.fingerprint import fingerprint
 from avss_dist.core.intervention import NO_INTERVENTION, Intervention
 from avss_dist.core.memory import is_out_of_memory
-from avss_dist.core.values import JsonObject
+from avss_dist.core.values import JsonObject, NewObject
 from avss_dist.corpus.documents import without_today
 from avss_dist.corpus.shards import Batch
 from avss_dist.models.causal_lm import LanguageModel
 from avss_dist.models.checkpoint.loading import load_tokenizer, quiet
+from avss_dist.stats.layer_stats import Float64
 from avss_dist.stats.metrics import CHANCE
 from avss_dist.tasks.harness_files import (
     code_entries,
@@ -45,8 +46,14 @@ from avss_dist.tasks.harness_files import (
 )
 from avss_dist.tasks.task import Measure, MetricRow, Task
 
+_SAME_MEAN = 1e-9  # difference of a metric and the mean of its samples that rounding may make
 MODEL_NOTE = "The model raised it, not the task."
-SEED, OTHER_SEED = 0, 1234  # the harness's own: of `random`; of numpy, torch and the choice of examples
+# The harness's own seeds.
+SEED = 0  # of `random`
+OTHER_SEED = 1234  # of numpy, torch and the choice of examples
+
+_UNCLEAR_ERRORS = (TypeError, AttributeError, LookupError, ArithmeticError, AssertionError)
+"""Errors whose messages say little without their class."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -85,12 +92,12 @@ class HarnessPart(Measure):
             random.seed(SEED)
             np.random.seed(OTHER_SEED)
             torch.manual_seed(OTHER_SEED)
-            for task in loaded["tasks"].values():
+            for task in loaded.tasks.values():
                 task.set_fewshot_seed(OTHER_SEED)
             with _explained(self.name, "asked or scored"):
                 results = evaluate(
                     wrapped,
-                    loaded,
+                    {"tasks": loaded.tasks, "groups": loaded.groups},
                     limit=self.limit,
                     bootstrap_iters=0,
                     log_samples=True,
@@ -124,30 +131,48 @@ def harness_task(
     with _silence(), _explained(name, "made"):
         part = HarnessPart(name=name, limit=limit, num_fewshot=num_fewshot, template=template)
         if is_task_file(name):
-            config = read_task_file(Path(name))
-            code, path = code_entries(config), Path(name).absolute()
-            if code and not trust_remote_code:
-                raise TaskError(
-                    f"{name} runs code: {', '.join(code)}.", "Read that code, then set `trust_remote_code` to run it."
-                )
-            # With functions, the harness reads the file itself, and finds data where the process is.
-            config = resolve_data_files(config, Path.cwd(), *([] if code else [path.parent]))
-            part = replace(
-                part,
-                name=str(path) if code else name,
-                config=None if code else yaml.safe_dump(config, sort_keys=False),
-            )
+            part = _with_task_file(part, trust_remote_code=trust_remote_code)
         elif name not in _catalogue().task_index:
-            names = {task: task for task in _catalogue().all_tasks} | {"perplexity": "perplexity:CORPUS"}
-            match = difflib.get_close_matches(name.partition(":")[0].lower(), names, n=1)
-            hint = f"Did you mean '{names[match[0]]}'? " if match else ""
-            raise TaskError(f"There is no task '{name}'.", f"{hint}`lm-eval ls tasks` lists those of the harness.")
+            raise _unknown_task(name)
         loaded = _load(part)
-        for task in loaded["tasks"].values() if is_task_file(name) else ():
-            _require_meaning(name, task, limit)
+        if is_task_file(name):
+            for task in loaded.tasks.values():
+                _require_meaning(name, task, limit)
         part = replace(part, key=_key(part, loaded))
-    chat = {"harness_chat_template": template} if template else {}
-    return Task(name=name, parts=(part,), options={"limit": limit, "num_fewshot": num_fewshot, **chat})
+    options: NewObject = {"limit": limit, "num_fewshot": num_fewshot}
+    if template:
+        options["harness_chat_template"] = template
+    return Task(name=name, parts=(part,), options=options)
+
+
+def _with_task_file(part: HarnessPart, *, trust_remote_code: bool) -> HarnessPart:
+    """Return a part with what workers need of its task file.
+
+    Raises:
+        TaskError: the file cannot be read, or runs code and is not trusted, or has no data.
+    """
+    path = Path(part.name)
+    config = read_task_file(path)
+    code = code_entries(config)
+    if not code:
+        config = resolve_data_files(config, Path.cwd(), path.absolute().parent)
+        return replace(part, config=yaml.safe_dump(config, sort_keys=False))
+    if not trust_remote_code:
+        raise TaskError(
+            f"{part.name} runs code: {', '.join(code)}.", "Read that code, then set `trust_remote_code` to run it."
+        )
+    # With functions, the harness reads the file itself, and finds data where the process is.
+    resolve_data_files(config, Path.cwd())
+    return replace(part, name=str(path.absolute()))
+
+
+def _unknown_task(name: str) -> TaskError:
+    """Return the error for a task that the harness does not have, with the most similar one."""
+    suggestions = {task: task for task in _catalogue().all_tasks}
+    suggestions["perplexity"] = "perplexity:CORPUS"
+    similar = difflib.get_close_matches(name.partition(":")[0].lower(), suggestions, n=1)
+    hint = f"Did you mean '{suggestions[similar[0]]}'? " if similar else ""
+    return TaskError(f"There is no task '{name}'.", f"{hint}`lm-eval ls tasks` lists those of the harness.")
 
 
 def _require_meaning(name: str, task: Any, limit: int | None) -> None:
@@ -161,10 +186,13 @@ def _require_meaning(name: str, task: Any, limit: int | None) -> None:
 
     if not isinstance(task, ConfigurableTask):  # Python code, with rules of its own
         return
-    text, columns = task.config.doc_to_text, list(task.features)
-    match = difflib.get_close_matches(text, columns, n=1, cutoff=0.7) if isinstance(text, str) else ()
-    if match and text not in columns and "{" not in text:
-        raise TaskError(f"{name}: doc_to_text is '{text}', which is not a column.", f"Did you mean '{match[0]}'?")
+    text = task.config.doc_to_text
+    columns = list(task.features)
+    if isinstance(text, str) and text not in columns and "{" not in text:
+        # A text that is similar to no column may be meant as it is.
+        similar = difflib.get_close_matches(text, columns, n=1, cutoff=0.7)
+        if similar:
+            raise TaskError(f"{name}: doc_to_text is '{text}', which is not a column.", f"Did you mean '{similar[0]}'?")
     if task.OUTPUT_TYPE == "multiple_choice":
         labels = (task.doc_to_target(dict(row)) for row in islice(task.eval_docs, limit))
         if any(isinstance(label, int) and label < 0 for label in labels):
@@ -203,27 +231,43 @@ def _explained(task: str, what: str) -> Iterator[None]:
                 f"The data of task '{task}' could not be loaded: {first_line(reason or error)}",
                 "Data of a hub need a network once, and stay in HF_HOME; files must be on every node.",
             ) from error
-        unclear = isinstance(error, TypeError | AttributeError | LookupError | ArithmeticError | AssertionError)
-        kind = f"{type(error).__name__}: " if unclear and str(error) else ""
-        raise TaskError(
-            f"Task '{task}' could not be {what}: {kind}{first_line(error)}",
-            "Do its fields name columns of its data? Do its metrics, aggregations and filters fit its output_type?"
-            if is_task_file(task)
-            else "It is a task of lm-evaluation-harness: does it run there, with this version of it?",
-        ) from error
+        message = first_line(error)
+        if isinstance(error, _UNCLEAR_ERRORS) and str(error):
+            message = f"{type(error).__name__}: {message}"
+        hint = "It is a task of lm-evaluation-harness: does it run there, with this version of it?"
+        if is_task_file(task):
+            hint = (
+                "Do its fields name columns of its data? Do its metrics, aggregations and filters fit its output_type?"
+            )
+        raise TaskError(f"Task '{task}' could not be {what}: {message}", hint) from error
 
 
-def _load(part: HarnessPart) -> Any:
-    """Load the tasks of a part and their data: ``{"tasks": {name: ...}, "groups": {name: ...}}``."""
+@dataclass(frozen=True, eq=False)
+class _Loaded:
+    """Tasks of the harness with their data.
+
+    Attributes:
+        tasks: the tasks by name.
+        groups: groups of tasks by name.
+    """
+
+    tasks: Mapping[str, Any]
+    groups: Mapping[str, Any]
+
+
+def _load(part: HarnessPart) -> _Loaded:
+    """Load the tasks of a part and their data."""
     import datasets
     from lm_eval.tasks import TaskManager
 
-    if part.config is None:
-        config = read_task_file(Path(part.name)) if is_task_file(part.name) else {}
-    else:
+    config: JsonObject = {}
+    if part.config is not None:
         config = yaml.safe_load(part.config)
+    elif is_task_file(part.name):
+        config = read_task_file(Path(part.name))
     manager = TaskManager(include_defaults=False) if config else _catalogue()
-    with patch.object(datasets.config, "HF_HUB_OFFLINE", datasets.config.HF_HUB_OFFLINE or has_local_data(config)):
+    is_offline = datasets.config.HF_HUB_OFFLINE or has_local_data(config)
+    with patch.object(datasets.config, "HF_HUB_OFFLINE", is_offline):
         loaded = manager.load([part.name if part.config is None else config])
     for name, task in loaded["tasks"].items():
         if getattr(task, "UNSAFE_CODE", False):
@@ -233,84 +277,151 @@ def _load(part: HarnessPart) -> Any:
         task_shots = task.get_config("num_fewshot")
         if task_shots is None or (part.num_fewshot is not None and task_shots != 0):
             task.set_config("num_fewshot", part.num_fewshot or 0)
-    return loaded
+    return _Loaded(loaded["tasks"], loaded.get("groups") or {})
 
 
 _load_cached = lru_cache(maxsize=4)(_load)  # because a part runs many times
 
 
-def _key(part: HarnessPart, loaded: Any) -> str:
+def _key(part: HarnessPart, loaded: _Loaded) -> str:
     """Return the SHA-256, in hex, of the loaded tasks, their documents and their prompt options."""
-    described = {}
-    for name, task in loaded["tasks"].items():
-        config = task.dump_config()
-        metadata = {key: value for key, value in (config.get("metadata") or {}).items() if key != "config_source"}
-        shots = task.fewshot_docs() if config.get("num_fewshot") else ()
-        documents = hashlib.sha256()
-        for document in (*islice(task.eval_docs, part.limit), None, *shots):
-            documents.update(_text(document))
-        config = {key: value for key, value in config.items() if key != "dataset_kwargs"} | {"metadata": metadata}
-        described[name] = [_text(config).decode(), str(task.VERSION), documents.hexdigest()]
-    return fingerprint(
-        measure="lm-evaluation-harness",
-        version=version("lm_eval"),
-        seeds=[SEED, OTHER_SEED],
-        limit=part.limit,
-        tasks=described,
-        **({"apply_chat_template": True, "template": part.template} if part.template else {}),
-    )
+    identity: NewObject = {
+        "measure": "lm-evaluation-harness",
+        "version": version("lm_eval"),
+        "seeds": [SEED, OTHER_SEED],
+        "limit": part.limit,
+        "tasks": {name: _task_identity(task, part.limit) for name, task in loaded.tasks.items()},
+    }
+    if part.template:
+        identity["apply_chat_template"] = True
+        identity["template"] = part.template
+    return fingerprint(**identity)
 
 
-def _text(value: Any) -> bytes:
-    return json.dumps(value, default=_described).encode() + b"\n"
+def _task_identity(task: Any, limit: int | None) -> list[str]:
+    """Return the configuration of a task, its version, and the hash of its questions and examples."""
+    config = task.dump_config()
+    examples = task.fewshot_docs() if config.get("num_fewshot") else ()
+    documents = hashlib.sha256()
+    for document in islice(task.eval_docs, limit):
+        documents.update(_text(document))
+    documents.update(_text(None))
+    for document in examples:
+        documents.update(_text(document))
+    # Where files lie is no part of a task.
+    metadata = {key: value for key, value in (config.get("metadata") or {}).items() if key != "config_source"}
+    described = {key: value for key, value in config.items() if key != "dataset_kwargs"}
+    described["metadata"] = metadata
+    return [_text(described).decode(), str(task.VERSION), documents.hexdigest()]
 
 
-def _described(value: Any) -> str:
+def _text(value: object) -> bytes:
+    """Return a value as a line of JSON, with functions as their source."""
+    return json.dumps(value, default=_source).encode() + b"\n"
+
+
+def _source(value: Any) -> str:
     try:
         return inspect.getsource(value)
     except (TypeError, OSError):
         return re.sub(r" at 0x[0-9a-f]+", "", repr(value))
 
 
-def _rows(evaluated: Any, loaded: Any) -> Iterator[MetricRow]:
+def _rows(evaluated: JsonObject, loaded: _Loaded) -> Iterator[MetricRow]:
     """Yield a row for each metric of each task and group, and `CHANCE` for multiple choice.
 
     A metric that is a mean over documents has a sample for each, in their order. Other metrics have their value as the
     only sample.
     """
-    groups = loaded.get("groups") or {}
-    inner = {child for group in groups.values() for child in group.child_names}
-    outer = [name for name in (*groups, *loaded["tasks"]) if name not in inner]
+    outer = _outer_names(loaded)
     for name, results in evaluated["results"].items():
-        tasks = [task.task_name for task in groups[name].get_all_tasks()] if name in groups else [name]
-        prefix = "" if [name] == outer else f"{name}/"
-        documents = [document for task in tasks for document in evaluated["samples"][task]]
-        metrics = {}
-        for key, value in results.items():  # the name of a metric has its filter, unless that is ``none``
-            metric, comma, filtered = key.rpartition(",")
-            if comma and not metric.endswith("_stderr"):
-                metrics[metric if filtered == "none" else key] = _samples(documents, metric, filtered, float(value))
-        if all(loaded["tasks"][task].OUTPUT_TYPE == "multiple_choice" for task in tasks):
-            asked = [document for document in documents if document["filter"] == documents[0]["filter"]]
-            # Mutual information requests each answer twice.
-            choices = [len(document["arguments"]) // (1 + ("acc_mutual_info" in document)) for document in asked]
-            metrics[CHANCE] = 1 / np.array(choices)
+        tasks = [name]
+        if name in loaded.groups:
+            tasks = [task.task_name for task in loaded.groups[name].get_all_tasks()]
+        documents = list(chain.from_iterable(evaluated["samples"][task] for task in tasks))
+        metrics = _samples_by_metric(results, documents)
+        if all(loaded.tasks[task].OUTPUT_TYPE == "multiple_choice" for task in tasks):
+            metrics[CHANCE] = _chances(documents)
+        prefix = "" if outer == [name] else f"{name}/"
         for metric, samples in metrics.items():
             yield MetricRow(metric=f"{prefix}{metric}", samples=samples, weights=np.ones(len(samples)))
 
 
-def _samples(documents: Iterable[JsonObject], metric: str, filtered: str, value: float) -> np.ndarray:
-    values = [document[metric] for document in documents if document["filter"] == filtered and metric in document]
+def _outer_names(loaded: _Loaded) -> list[str]:
+    """Return the names of the groups and tasks that are in no group."""
+    inner: set[str] = set()
+    for group in loaded.groups.values():
+        inner.update(group.child_names)
+    return [name for name in (*loaded.groups, *loaded.tasks) if name not in inner]
+
+
+def _samples_by_metric(results: JsonObject, documents: Sequence[JsonObject]) -> dict[str, Float64]:
+    """Return the samples of the metrics of a task or group. A metric is named with its filter, unless that is none.
+
+    Args:
+        results: values by the names of the harness, such as ``acc,none`` and ``acc_stderr,none``.
+    """
+    metrics = {}
+    for key, value in results.items():
+        metric, comma, filter_name = key.rpartition(",")
+        if comma and not metric.endswith("_stderr"):
+            name = metric if filter_name == "none" else key
+            metrics[name] = _samples(documents, metric, filter_name, float(value))
+    return metrics
+
+
+def _chances(documents: Sequence[JsonObject]) -> Float64:
+    """Return the accuracy of a guess for each question of multiple choice."""
+    num_choices = []
+    for document in documents:
+        if document["filter"] == documents[0]["filter"]:
+            # Mutual information requests each answer twice.
+            requests_per_choice = 2 if "acc_mutual_info" in document else 1
+            num_choices.append(len(document["arguments"]) // requests_per_choice)
+    return 1 / np.array(num_choices)
+
+
+def _samples(documents: Sequence[JsonObject], metric: str, filter_name: str, value: float) -> Float64:
+    """Return a metric of each document, or its value alone if that is not their mean."""
+    values = [document[metric] for document in documents if document["filter"] == filter_name and metric in document]
     try:
         samples = np.asarray(values, np.float64)
     except (TypeError, ValueError):  # pairs of a prediction and its target, texts
-        samples = np.zeros(0)
-    is_mean = samples.ndim == 1 and len(samples) > 0 and abs(samples.sum() / len(samples) - value) <= 1e-9
-    return samples if is_mean else np.array([value])
+        return np.array([value])
+    if samples.ndim == 1 and len(samples) and abs(samples.mean() - value) <= _SAME_MEAN:
+        return samples
+    return np.array([value])
 
 
-Question = tuple[tuple[int, ...], tuple[int, ...]]
-"""Input of the model (context and continuation without the last token), and the continuation that is asked for."""
+class Question(NamedTuple):
+    """A continuation whose likelihood after a context is asked for.
+
+    Attributes:
+        row: input of the model, the context and the continuation without its last token.
+        continuation: its tokens.
+    """
+
+    row: tuple[int, ...]
+    continuation: tuple[int, ...]
+
+    @classmethod
+    def of_tokens(cls, context: Sequence[int], continuation: Sequence[int], max_length: int) -> Question:
+        """Return a question, with as much of the context as ``max_length`` tokens in a row leave."""
+        tokens = (*context, *continuation)
+        shortened = tokens[-(max_length + 1) :]
+        return cls(shortened[:-1], tuple(continuation))
+
+
+class Likelihood(NamedTuple):
+    """Likelihood of a continuation.
+
+    Attributes:
+        log_likelihood: in nats.
+        is_greedy: whether greedy decoding gives the continuation.
+    """
+
+    log_likelihood: float
+    is_greedy: bool
 
 
 def harness_model(model: LanguageModel, *, chat: bool = False) -> Any:
@@ -324,17 +435,18 @@ def harness_model(model: LanguageModel, *, chat: bool = False) -> Any:
     class Model(HFLM):
         """The harness's model with another way to batch log-likelihoods: all batches of a task run together."""
 
-        def _loglikelihood_tokens(self, requests: Any, disable_tqdm: bool = False, override_bs: Any = None) -> Any:
-            questions = [
-                (tuple((*before, *after)[-(self.max_length + 1) :][:-1]), tuple(after)) for _, before, after in requests
-            ]
-            groups = _batches(questions, self.batch_size)
+        def _loglikelihood_tokens(
+            self, requests: Sequence[Any], disable_tqdm: bool = False, override_bs: int | None = None
+        ) -> list[Likelihood]:
+            questions = [Question.of_tokens(before, after, self.max_length) for _, before, after in requests]
+            batches = _batches(questions, self.batch_size)
+            measurements = []
+            for batch in batches:
+                measurements.append(partial(_likelihoods, model, [questions[index] for index in batch]))
             with _from_model():
-                likelihoods = model.together(
-                    [partial(_likelihoods, model, [questions[i] for i in group]) for group in groups]
-                )
-            answers = dict(zip(chain(*groups), chain(*likelihoods), strict=True))
-            return [answers[i] for i in range(len(requests))]
+                likelihoods = model.together(measurements)
+            answers = dict(zip(chain(*batches), chain(*likelihoods), strict=True))
+            return [answers[index] for index in range(len(requests))]
 
     settings = model.settings
     tokenizer = load_tokenizer(model.checkpoint)
@@ -352,35 +464,55 @@ def harness_model(model: LanguageModel, *, chat: bool = False) -> Any:
 
 def _batches(questions: Sequence[Question], rows: int) -> list[list[int]]:
     """Return the indices of questions in batches of ``rows`` distinct rows, the longest rows first."""
-    shared: dict[tuple[int, ...], list[int]] = {}
-    for i in sorted(range(len(questions)), key=lambda i: (-len(questions[i][0]), questions[i][0])):
-        shared.setdefault(questions[i][0], []).append(i)
-    groups = [*shared.values()]
-    return [sorted(i for group in groups[at : at + rows] for i in group) for at in range(0, len(groups), rows)]
+    indices_by_row: dict[tuple[int, ...], list[int]] = {}
+    for index in sorted(range(len(questions)), key=lambda index: _order_of_row(questions[index].row)):
+        indices_by_row.setdefault(questions[index].row, []).append(index)
+    groups = list(indices_by_row.values())
+    batches = []
+    for start in range(0, len(groups), rows):
+        batches.append(sorted(chain(*groups[start : start + rows])))
+    return batches
+
+
+def _order_of_row(row: tuple[int, ...]) -> tuple[int, tuple[int, ...]]:
+    """Return the sort key of a row of tokens: the longest first, then by tokens."""
+    return -len(row), row
 
 
 @torch.no_grad()
-def _likelihoods(model: LanguageModel, questions: Sequence[Question]) -> list[tuple[float, bool]]:
-    """Return (log-likelihood in nats, whether greedy decoding gives the continuation) of each question of a batch.
+def _likelihoods(model: LanguageModel, questions: Sequence[Question]) -> list[Likelihood]:
+    """Return the likelihood of each question of a batch.
 
     The head runs at tokens of continuations alone. Padding comes after them, where causal models do not look.
     """
-    rows = {row: number for number, row in enumerate(dict.fromkeys(row for row, _ in questions))}
-    ids = np.zeros((len(rows), max(map(len, rows))), np.int32)
-    for row, number in rows.items():
+    rows = list(dict.fromkeys(question.row for question in questions))
+    ids = np.zeros((len(rows), max(len(row) for row in rows)), np.int32)
+    for number, row in enumerate(rows):
         ids[number, : len(row)] = row
-    real = np.ones(ids.shape, np.bool_)
-    hidden = model.hidden_states(Batch(input_ids=ids, attention_mask=real, observed=real))
-    positions = [(rows[row], at) for row, after in questions for at in range(len(row) - len(after), len(row))]
-    at, after = torch.tensor(positions, device=model.device).T
-    labels = torch.tensor([token for _, continuation in questions for token in continuation], device=model.device)
-    losses, best = torch.empty(len(labels), dtype=torch.float64), torch.empty(len(labels), dtype=torch.bool)
-    for piece, logits in model.logits(hidden[at, after]):
+    is_real = np.ones(ids.shape, np.bool_)
+    hidden = model.hidden_states(Batch(input_ids=ids, attention_mask=is_real, observed=is_real))
+    number_of_row = {row: number for number, row in enumerate(rows)}
+    numbers: list[int] = []
+    positions: list[int] = []
+    tokens: list[int] = []
+    for question in questions:
+        length = len(question.continuation)
+        end = len(question.row)
+        numbers += [number_of_row[question.row]] * length
+        positions += range(end - length, end)
+        tokens += question.continuation
+    labels = torch.tensor(tokens, device=model.device)
+    losses = torch.empty(len(labels), dtype=torch.float64)
+    is_best = torch.empty(len(labels), dtype=torch.bool)
+    at_labels = hidden[torch.tensor(numbers, device=model.device), torch.tensor(positions, device=model.device)]
+    for piece, logits in model.logits(at_labels):
         losses[piece] = cross_entropy(logits, labels[piece], reduction="none").double().cpu()
-        best[piece] = (logits.argmax(dim=-1) == labels[piece]).cpu()
-    lengths = [len(continuation) for _, continuation in questions]
-    parts = zip(losses.split(lengths), best.split(lengths), strict=True)
-    return [(-float(loss.sum()), bool(greedy.all())) for loss, greedy in parts]
+        is_best[piece] = (logits.argmax(dim=-1) == labels[piece]).cpu()
+    lengths = [len(question.continuation) for question in questions]
+    likelihoods = []
+    for losses_of_question, are_best in zip(losses.split(lengths), is_best.split(lengths), strict=True):
+        likelihoods.append(Likelihood(-float(losses_of_question.sum()), bool(are_best.all())))
+    return likelihoods
 
 
 @contextmanager

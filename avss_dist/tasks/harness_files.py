@@ -44,7 +44,9 @@ def read_task_file(path: Path) -> dict[Any, Any]:
     Raises:
         TaskError: a file cannot be read or repeats a key, or the task file is a group.
     """
-    config = {key: value for _, values in _read(path) for key, value in values.items()}
+    config = {}
+    for _, values in _read(path):
+        config.update(values)
     if not isinstance(config.get("task"), str):
         raise TaskError(f"{path} names no single task.", "Write `task: NAME`; give the tasks of a group one by one.")
     return config
@@ -58,10 +60,12 @@ def _read(path: Path, including: tuple[Path, ...] = ()) -> Iterator[tuple[Path, 
     document = read_yaml(path, _KIND)
     values = document.require_valid(document.value)
     files = values.pop("include", [])
-    files = [files] if isinstance(files, str) else files
+    if isinstance(files, str):
+        files = [files]
     if not isinstance(files, list) or not all(isinstance(file, str) for file in files):
         raise TaskError(f"{path}: key 'include' must be the name of a file, or a list of them, not {files!r}.")
-    for included in (path.parent / name for name in files):
+    for name in files:
+        included = path.parent / name
         if not included.is_file():
             raise TaskError(
                 f"{path}:{document.line(('include',))}: key 'include' names {included}, which is not a file.",
@@ -111,31 +115,47 @@ def task_files(name: str) -> list[str]:
     if not is_task_file(name) or os.path.isabs(os.path.expanduser(name)):
         return []
     path = Path(name)
-    files = []
+    files: list[Path] = []
     for file, values in _read(path):
-        modules = {value.rpartition(".")[0] for _, value in _walk(values) if isinstance(value, Function)}
-        sources = [file.parent / f"{module}.py" for module in modules]
-        files += [file, *(source for source in sources if source.is_file())]
+        files.append(file)
+        files += _code_files(file, values)
     config = resolve_data_files(read_task_file(path), Path(), path.parent)
     data = config.get("dataset_kwargs") or {}
     for _, place in _walk(data.get("data_files")):
         if isinstance(place, str) and "://" not in place:
-            files += [Path(match) for match in sorted(glob.glob(glob.escape(place)) or glob.glob(place))]
+            # A file may be called as a pattern is written.
+            matches = glob.glob(glob.escape(place)) or glob.glob(place)
+            files += [Path(match) for match in sorted(matches)]
     for folder in (config.get("dataset_path"), data.get("data_dir")):
         if isinstance(folder, str) and folder not in BUILDERS:
             files += [file for file in sorted(Path(folder).rglob("*")) if file.is_file()]
     return [str(file) for file in files if not os.path.isabs(os.path.expanduser(file))]
 
 
+def _code_files(file: Path, values: JsonObject) -> list[Path]:
+    """Return the files beside a task file in which its functions are."""
+    modules: set[str] = set()
+    for _, value in _walk(values):
+        if isinstance(value, Function):
+            modules.add(value.rpartition(".")[0])
+    sources = [file.parent / f"{module}.py" for module in modules]
+    return [source for source in sources if source.is_file()]
+
+
 def code_entries(config: JsonObject) -> list[str]:
     """Return the entries of a task file that run Python code of its author or of a hub."""
-    entries = [*_walk(config)]
-    return [f"!function {value}" for _, value in entries if isinstance(value, Function)] + [
-        f"{key}: {value}" for key, value in entries if key in ("trust_remote_code", "hf_evaluate") and value
-    ]
+    functions: list[str] = []
+    options: list[str] = []
+    for key, value in _walk(config):
+        if isinstance(value, Function):
+            functions.append(f"!function {value}")
+        if key in ("trust_remote_code", "hf_evaluate") and value:
+            options.append(f"{key}: {value}")
+    return functions + options
 
 
-def _walk(value: Any, key: str | None = None) -> Iterator[tuple[str | None, Any]]:
+def _walk(value: object, key: str | None = None) -> Iterator[tuple[str | None, object]]:
+    """Yield a value and all values inside it, each with the key that it is under."""
     yield key, value
     if isinstance(value, Mapping):
         for name, inner in value.items():
@@ -165,7 +185,8 @@ def _resolve_paths(files: Any, folders: tuple[Path, ...], task: str) -> Any:
         return [_resolve_paths(file, folders, task) for file in files]
     if "://" in str(files):
         return files
-    for file in (folder / files for folder in folders):
+    for folder in folders:
+        file = folder / files
         if file.is_file() and not file.stat().st_size:
             raise TaskError(f"The data of task '{task}' are empty: {file}.")
         if file.exists() or glob.glob(str(file)):
@@ -178,5 +199,7 @@ def _resolve_paths(files: Any, folders: tuple[Path, ...], task: str) -> Any:
 
 def has_local_data(config: JsonObject) -> bool:
     """Whether all data of a task file are local files."""
+    if config.get("dataset_path") not in BUILDERS:
+        return False
     files = (config.get("dataset_kwargs") or {}).get("data_files")
-    return config.get("dataset_path") in BUILDERS and not any("://" in str(file) for _, file in _walk(files))
+    return all("://" not in str(file) for _, file in _walk(files))

@@ -6,7 +6,6 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field, replace
 from functools import partial
-from itertools import product
 from typing import Any
 
 import numpy as np
@@ -25,16 +24,18 @@ from avss_dist.models.structure.layers import Layer, Projection, as_rows
 from avss_dist.models.structure.linear_maps import weight_of
 from avss_dist.stats.layer_stats import Float64
 from avss_dist.stats.metrics import BITS_PER_WEIGHT, NUM_WEIGHTS, PREDICTED_RISE
-from avss_dist.tasks.backward import CURRENT, DRAWS, BackwardMeasure, BackwardPass
+from avss_dist.tasks.backward import CURRENT, DRAWS, BackwardMeasure, BackwardPass, RowKey
 from avss_dist.tasks.task import Measure, MetricRow, losses_under
 
-FIRST, SECOND = "first_order", "second_order"  # of zeroed inputs, a colon and the path of a map follow
+# Orders of the predicted change. Those of zeroed inputs are followed by a colon and the path of a map.
+FIRST = "first_order"
+SECOND = "second_order"
 OUTPUT_ERROR = "output_error"
 MAX_KEPT_BYTES = 2 << 30  # of changes of outputs that wait for the gradients of drawn labels
 Key = tuple[int, str]  # layer, and path of a linear map below it
 
 
-See = Callable[[Any, Layer, Projection, torch.Tensor, torch.Tensor], None]
+See = Callable[[BackwardPass, Layer, Projection, torch.Tensor, torch.Tensor], None]
 """Receives the current pass and a linear map that has run: the layer, the map, the map's input and its output."""
 
 
@@ -42,14 +43,27 @@ See = Callable[[Any, Layer, Projection, torch.Tensor, torch.Tensor], None]
 def reporting_maps(maps: Iterable[tuple[Layer, Projection]], see: See) -> Iterator[None]:
     """Report linear maps to a function inside the context whenever one has run while gradients are enabled."""
 
-    def report(layer: Layer, projection: Projection, args: Any, kwargs: Any, output: Any) -> None:
+    def report(
+        layer: Layer, projection: Projection, args: Sequence[Any], kwargs: Mapping[str, Any], output: torch.Tensor
+    ) -> None:
         current = CURRENT.get()
         if torch.is_grad_enabled() and current is not None:
-            x = next(t for t in (*args, *kwargs.values()) if isinstance(t, torch.Tensor))
-            see(current, layer, projection, x, output)
+            see(current, layer, projection, _first_tensor(*args, *kwargs.values()), output)
 
     with hooked(after=[(projection.module, partial(report, layer, projection)) for layer, projection in maps]):
         yield
+
+
+def _first_tensor(*arguments: object) -> torch.Tensor:
+    """Return the first tensor among the arguments of a linear map, which is its input."""
+    return next(argument for argument in arguments if isinstance(argument, torch.Tensor))
+
+
+def _maps(layers: Iterable[Layer]) -> Iterator[tuple[Layer, Projection]]:
+    """Yield all linear maps of layers, each with its layer."""
+    for layer in layers:
+        for projection in layer.projections:
+            yield layer, projection
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -78,39 +92,50 @@ class MapDamage(BackwardMeasure):
 
     def identity(self) -> NewObject:
         """Return the values that the key is made of."""
-        return super().identity() | {"thresholds": [[*key, *values] for key, values in sorted(self.thresholds.items())]}
+        thresholds = [[*key, *values] for key, values in sorted(self.thresholds.items())]
+        return super().identity() | {"thresholds": thresholds}
 
     def hooked(self, layers: Sequence[Layer]) -> AbstractContextManager[None]:
         """Report the linear maps with thresholds to the current pass inside the context."""
-        maps = ((layer, projection) for layer in layers for projection in layer.projections)
-        return reporting_maps([pair for pair in maps if (pair[0].index, pair[1].path) in self.thresholds], self._listen)
+        maps = []
+        for layer, projection in _maps(layers):
+            if (layer.index, projection.path) in self.thresholds:
+                maps.append((layer, projection))
+        return reporting_maps(maps, self._listen)
 
     def _listen(
         self, current: BackwardPass, layer: Layer, projection: Projection, x: torch.Tensor, out: torch.Tensor
     ) -> None:
         """Add to a pass, at each gradient of the output, the products <g, d> of all tokens, or half of their squares.
 
-        Its sums are float64[thresholds], by order and map.
+        Its sums are float64[thresholds].
         """
-        key, x = (layer.index, projection.path), x.detach()
+        thresholds = self.thresholds[layer.index, projection.path]
+        width = x.shape[-1]
+        x = x.detach()
 
         def add(number: int, gradient: torch.Tensor) -> None:
-            g = (gradient @ weight_of(projection.module)).to(x.dtype)
-            inputs, g = x.reshape(-1, x.shape[-1]).float(), g.reshape(-1, x.shape[-1]).float()
-            edges = torch.tensor(self.thresholds[key], dtype=torch.float32, device=inputs.device)
-            at = torch.bucketize(inputs.abs(), edges)
-            sums = torch.zeros((len(inputs), len(edges) + 1), device=inputs.device).scatter_add_(1, at, g * inputs)
+            inputs = x.reshape(-1, width).float()
+            at_input = (gradient @ weight_of(projection.module)).to(x.dtype)
+            gradients = at_input.reshape(-1, width).float()
+            edges = torch.tensor(thresholds, dtype=torch.float32, device=inputs.device)
+            interval = torch.bucketize(inputs.abs(), edges)
+            sums = torch.zeros((len(inputs), len(edges) + 1), device=inputs.device)
+            sums.scatter_add_(1, interval, gradients * inputs)
+            # All inputs up to a threshold become zero, so that its sum has those of the smaller ones.
             change = -sums.double().cumsum(dim=1)[:, :-1]
-            current.add((SECOND if number else FIRST, key), current.change_of_loss(number, change, dim=0))
+            order = SECOND if number else FIRST
+            key = RowKey(f"{order}:{projection.path}", layer.index)
+            current.add(key, current.change_of_loss(number, change, dim=0))
 
         current.listen(out, add)
 
     def rows(self, layers: Sequence[Layer], passes: Sequence[BackwardPass], weights: Float64) -> Iterator[MetricRow]:
         """Yield the rows of all passes."""
-        for order, key in passes[0].sums:
-            samples: Float64 = np.sum([batch.sums[order, key].cpu().numpy() for batch in passes], axis=0)
+        for key in passes[0].sums:
+            samples: Float64 = np.sum([batch.sums[key].cpu().numpy() for batch in passes], axis=0)
             tokens = np.full(len(samples), float(weights.sum()))
-            yield MetricRow(metric=f"{order}:{key[1]}", samples=samples, weights=tokens, layer=key[0])
+            yield MetricRow(metric=key.metric, samples=samples, weights=tokens, layer=key.layer)
 
 
 @dataclass(frozen=True, eq=False)
@@ -151,11 +176,12 @@ def _roundable_layers(model: LanguageModel, intervention: Intervention, formats:
 
 
 class _RoundingPass(BackwardPass):
-    """Sums over one batch: float64[rows], by metric, layer, None, and key of the rounding."""
+    """Sums over one batch: float64[rows], by metric, layer and key of the rounding."""
 
+    measure: RoundingDamage
     runs_by_layer = True
 
-    def __init__(self, measure: Any, batch: Batch, layers: Sequence[Layer], device: torch.device) -> None:
+    def __init__(self, measure: RoundingDamage, batch: Batch, layers: Sequence[Layer], device: torch.device) -> None:
         super().__init__(measure, batch, layers, device)
         self.formats = [number_format(name) for name in measure.formats]
         self._changes: dict[Key, list[torch.Tensor]] = {}  # of outputs, by format
@@ -164,11 +190,11 @@ class _RoundingPass(BackwardPass):
     def see(self, layer: Layer, projection: Projection, x: torch.Tensor, out: torch.Tensor) -> None:
         """Listen to the gradient of a linear map that has run."""
         size = out.detach().float().square().sum(dim=-1).clamp_min(torch.finfo(torch.float32).tiny)
-        self.listen(out, partial(self._project, (layer.index, projection.path), projection, x.detach(), size))
+        self.listen(out, partial(self._project, layer.index, projection, x.detach(), size))
 
     def _project(
         self,
-        key: Key,
+        layer: int,
         projection: Projection,
         x: torch.Tensor,
         size: torch.Tensor,
@@ -176,16 +202,21 @@ class _RoundingPass(BackwardPass):
         gradient: torch.Tensor,
     ) -> None:
         """Add the products <g, d> of all tokens of a map, or half of their squares for drawn labels."""
-        g = gradient.float()
+        key = (layer, projection.path)
+        gradient = gradient.float()
+        order = SECOND if number else FIRST
         for format_, change in zip(self.formats, self._output_changes(key, projection, x), strict=True):
-            products = self._by_token(projection, (g * change.float()).sum(dim=-1))
+            products = self._by_token(projection, (gradient * change.float()).sum(dim=-1))
             predicted = self.change_of_loss(number, products, dim=1)
-            sums = {SECOND if number else FIRST: predicted, PREDICTED_RISE: predicted}
+            sums = {order: predicted, PREDICTED_RISE: predicted}
             if number == 0:
                 error = self._by_token(projection, change.float().square().sum(dim=-1) / size)
                 sums[OUTPUT_ERROR] = error.where(self.observed.to(error.device), 0).sum(dim=1)
-            for path, metric in product((key[1], None), sums):  # a layer has the sums of its maps
-                self.add((metric, key[0], None, round_place(format_.name, key[0], path).key), sums[metric])
+            # A layer, which has no path, has the sums of its maps.
+            for path in (projection.path, None):
+                rounding = round_place(format_.name, layer, path).key
+                for metric, values in sums.items():
+                    self.add(RowKey(metric, layer, rounding=rounding), values)
         if number == self.measure.draws:
             self._kept_bytes -= sum(change.nbytes for change in self._changes.pop(key, ()))
 
@@ -193,13 +224,16 @@ class _RoundingPass(BackwardPass):
         self, key: Key, projection: Projection, x: torch.Tensor
     ) -> Iterator[torch.Tensor] | list[torch.Tensor]:
         """Return the change of a map's output for each format, [..., outputs], kept ones if there is room for them."""
-        if key not in self._changes:
-            size = len(self.formats) * x[..., 0].numel() * weight_of(projection.module).shape[0] * x.element_size()
-            changes = (_output_change(projection.module, format_, x) for format_ in self.formats)
-            if self._kept_bytes + size > MAX_KEPT_BYTES:
-                return changes
-            self._kept_bytes += size
-            self._changes[key] = list(changes)
+        if key in self._changes:
+            return self._changes[key]
+        tokens = x[..., 0].numel()
+        outputs = weight_of(projection.module).shape[0]
+        num_bytes = len(self.formats) * tokens * outputs * x.element_size()
+        changes = (_output_change(projection.module, format_, x) for format_ in self.formats)
+        if self._kept_bytes + num_bytes > MAX_KEPT_BYTES:
+            return changes
+        self._kept_bytes += num_bytes
+        self._changes[key] = list(changes)
         return self._changes[key]
 
     def _by_token(self, projection: Projection, values: torch.Tensor) -> torch.Tensor:
@@ -251,22 +285,49 @@ class RoundingDamage(BackwardMeasure):
 
     def hooked(self, layers: Sequence[Layer]) -> AbstractContextManager[None]:
         """Report all linear maps to the current pass inside the context."""
-        maps = ((layer, projection) for layer in layers for projection in layer.projections)
-        return reporting_maps(maps, _RoundingPass.see)
 
-    def rows(self, layers: Sequence[Layer], passes: Sequence[_RoundingPass], weights: Float64) -> Iterator[MetricRow]:
+        def see(
+            current: BackwardPass, layer: Layer, projection: Projection, x: torch.Tensor, out: torch.Tensor
+        ) -> None:
+            assert isinstance(current, _RoundingPass)
+            current.see(layer, projection, x, out)
+
+        return reporting_maps(_maps(layers), see)
+
+    def rows(self, layers: Sequence[Layer], passes: Sequence[BackwardPass], weights: Float64) -> Iterator[MetricRow]:
         """Yield the rows of all passes, and the number of weights of every place and their bits in every format."""
         yield from super().rows(layers, passes, weights)
+        formats = [number_format(name) for name in self.formats]
         for layer in layers:
-            shapes = {projection.path: (projection.outputs, projection.inputs) for projection in layer.projections}
-            for path, format_ in product([None, *shapes], map(number_format, self.formats)):
-                maps = [shapes[path]] if path else [*shapes.values()]
-                number = sum(outputs * inputs for outputs, inputs in maps)
-                bits = sum(format_.bits(*shape) * shape[0] * shape[1] for shape in maps)
-                key = round_place(format_.name, layer.index, path).key
-                for metric, value, weight in ((NUM_WEIGHTS, number, 1), (BITS_PER_WEIGHT, bits, number)):
-                    samples, ones = np.array([value], np.float64), np.array([weight], np.float64)
-                    yield MetricRow(metric=metric, samples=samples, weights=ones, layer=layer.index, rounding=key)
+            for format_ in formats:
+                yield from _size_rows(layer.projections, format_, layer.index, None)
+            for projection in layer.projections:
+                for format_ in formats:
+                    yield from _size_rows([projection], format_, layer.index, projection.path)
+
+
+def _size_rows(maps: Sequence[Projection], format_: NumberFormat, layer: int, path: str | None) -> Iterator[MetricRow]:
+    """Yield the number of weights of a layer or of one of its linear maps, and their bits in a format."""
+    number = 0
+    bits = 0.0
+    for projection in maps:
+        number += projection.outputs * projection.inputs
+        bits += format_.bits(projection.outputs, projection.inputs) * projection.outputs * projection.inputs
+    rounding = round_place(format_.name, layer, path).key
+    yield MetricRow(
+        metric=NUM_WEIGHTS,
+        samples=np.array([number], np.float64),
+        weights=np.ones(1),
+        layer=layer,
+        rounding=rounding,
+    )
+    yield MetricRow(
+        metric=BITS_PER_WEIGHT,
+        samples=np.array([bits], np.float64),
+        weights=np.array([number], np.float64),
+        layer=layer,
+        rounding=rounding,
+    )
 
 
 def _output_change(module: nn.Module, format_: NumberFormat, x: torch.Tensor) -> torch.Tensor:

@@ -8,11 +8,11 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, fields, replace
 from functools import cached_property
 from math import isfinite, nan
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import numpy as np
 import torch
@@ -81,7 +81,10 @@ class Measure:
 
     def identity(self) -> NewObject:
         """Return the values that the key is made of: the name and the fields, shards by their content."""
-        return {"measure": self.measure, **{f.name: _identity(getattr(self, f.name)) for f in fields(self)}}
+        identity: NewObject = {"measure": self.measure}
+        for described in fields(self):
+            identity[described.name] = _identity(getattr(self, described.name))
+        return identity
 
     def __call__(self, model: LanguageModel, intervention: Intervention = NO_INTERVENTION) -> list[MetricRow]:
         """Measure a model under an intervention.
@@ -93,10 +96,13 @@ class Measure:
         raise NotImplementedError
 
 
-def _identity(value: Any) -> Any:
+def _identity(value: object) -> object:
+    """Return what identifies the value of a field: of a shard, the hash of its content."""
     if isinstance(value, tuple):
         return [_identity(inner) for inner in value]
-    return value.content_hash if isinstance(value, Shard) else value
+    if isinstance(value, Shard):
+        return value.content_hash
+    return value
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -139,14 +145,20 @@ def losses_under(
     Args:
         activity: name of the work in the progress that is reported.
     """
-    losses = model.losses_under(list(shard.batches(model.settings.batch_size)), interventions, activity)
+    batches = list(shard.batches(model.settings.batch_size))
+    losses = model.losses_under(batches, interventions, activity)
     weights = predicted_tokens(shard, model)
-    return [
-        MetricRow(
-            metric=metric, samples=samples, weights=weights, removed=applied.removed, rounding=applied.key.rounding
+    rows = []
+    for intervention, samples in zip(interventions, losses, strict=True):
+        row = MetricRow(
+            metric=metric,
+            samples=samples,
+            weights=weights,
+            removed=intervention.removed,
+            rounding=intervention.key.rounding,
         )
-        for applied, samples in zip(interventions, losses, strict=True)
-    ]
+        rows.append(row)
+    return rows
 
 
 @dataclass(frozen=True, eq=False)
@@ -196,9 +208,11 @@ class Result:
 
     def metrics(self) -> list[tuple[str, float, float]]:
         """Return name, value and standard error, and those of the perplexity of a loss (by the delta method)."""
-        perplexity = float(np.exp(self.value)) if self.metric == LOSS else None
-        more = [] if perplexity is None else [("perplexity", perplexity, perplexity * self.stderr)]
-        return [(self.metric, self.value, self.stderr), *more]
+        metrics = [(self.metric, self.value, self.stderr)]
+        if self.metric == LOSS:
+            perplexity = float(np.exp(self.value))
+            metrics.append(("perplexity", perplexity, perplexity * self.stderr))
+        return metrics
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -220,16 +234,13 @@ class Retention:
     @classmethod
     def of(cls, before: Result, after: Result) -> Retention:
         """Return the retention between two results of one metric on the same samples."""
-        value = retention_of(before.metric, *(np.array(result.value) for result in (before, after)))
-        low = high = nan
+        value = retention_of(before.metric, np.array(before.value), np.array(after.value))
         # Most samples of an accuracy may be equal, and equal samples say nothing about its variation.
-        differing = len(before.samples) == len(after.samples) and np.count_nonzero(
-            (before.samples != after.samples) | (before.weights != after.weights)
-        )
-        if differing >= MINIMUM_UNITS:
-            left_out = retention_of(before.metric, before.left_out, after.left_out)
-            low, high = map(float, jackknife_interval(value, left_out, scale="log"))
-        return cls(value=float(value), low=low, high=high)
+        if _num_differing(before, after) < MINIMUM_UNITS:
+            return cls(value=float(value), low=nan, high=nan)
+        left_out = retention_of(before.metric, before.left_out, after.left_out)
+        low, high = jackknife_interval(value, left_out, scale="log")
+        return cls(value=float(value), low=float(low), high=float(high))
 
     def describe(self) -> str:
         """Return the retention as text, with its interval if it is known."""
@@ -242,6 +253,14 @@ class Retention:
         return isfinite(self.low) and isfinite(self.high)
 
 
+def _num_differing(before: Result, after: Result) -> int:
+    """Return the number of samples that differ between two results, or 0 if they have different numbers of samples."""
+    if len(before.samples) != len(after.samples):
+        return 0
+    is_different = (before.samples != after.samples) | (before.weights != after.weights)
+    return int(np.count_nonzero(is_different))
+
+
 def combine(rows: Iterable[TableRow], num_parts: int) -> list[Result]:
     """Return the results of one task from rows of ``cells``. Metrics with a missing part are left out.
 
@@ -249,14 +268,20 @@ def combine(rows: Iterable[TableRow], num_parts: int) -> list[Result]:
     """
     results = []
     by_result = grouped(rows, lambda row: (row["metric"], InterventionKey.of_row(row), row["layer"]))
-    for described, same in by_result.items():
-        by_part = {row["part"]: row for row in same}
-        if len(by_part) >= num_parts:
-            samples, weights = (
-                np.concatenate([np.asarray(by_part[part][name], np.float64) for part in sorted(by_part)])
-                for name in ("samples", "weights")
+    for (metric, intervention, layer), rows_of_result in by_result.items():
+        by_part = {row["part"]: row for row in rows_of_result}
+        if len(by_part) < num_parts:
+            continue
+        in_order = [by_part[part] for part in sorted(by_part)]
+        results.append(
+            Result(
+                metric=metric,
+                intervention=intervention,
+                layer=layer,
+                samples=np.concatenate([np.asarray(row["samples"], np.float64) for row in in_order]),
+                weights=np.concatenate([np.asarray(row["weights"], np.float64) for row in in_order]),
             )
-            results.append(Result(*described, samples, weights))
+        )
     return results
 
 
@@ -288,8 +313,13 @@ class Cell:
     def cell_id(self) -> str:
         """Name of its file, equal for equal measurements within an evaluation."""
         key = self.intervention.key
-        more = {name: value for name, value in (("patch", key.patch), ("rounding", key.rounding)) if value}
-        return fingerprint(measure=self.measure.key, part=self.part, drop=encode_removals(key.removed), **more)[:20]
+        identity: NewObject = {"measure": self.measure.key, "part": self.part, "drop": encode_removals(key.removed)}
+        # Cells without them keep the names that they had before there were any.
+        if key.patch:
+            identity["patch"] = key.patch
+        if key.rounding:
+            identity["rounding"] = key.rounding
+        return fingerprint(**identity)[:20]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -320,7 +350,8 @@ def measure_cell(
         AvssError: the task does not fit the model.
         BatchTooLarge: one row does not fit.
     """
-    start, settings = time.perf_counter(), model.settings
+    start = time.perf_counter()
+    settings = model.settings
     changes, removals = cell.intervention.split()
     torch.set_num_threads(settings.threads)
     model.notes.clear()
@@ -334,10 +365,10 @@ def measure_cell(
         return [*measured, *_realized(changes.sparsity, model.total(counts()))]
 
     try:
-        with ExitStack() as stack:
-            for module in {layer.module for layer in model.layers} if heartbeat else ():
-                stack.callback(module.register_forward_pre_hook(lambda *_: heartbeat and heartbeat()).remove)
+        with _calling_at_layers(model, heartbeat):
             rows = rows or settings.batch_size
+            # Several ranks would have to halve the rows together, so that they do not.
+            least = rows if cell.placement.ranks > 1 else 1
             result, _ = halve_until_it_fits(
                 run,
                 rows,
@@ -345,7 +376,7 @@ def measure_cell(
                     f"{rows} x {settings.sequence_length} tokens do not fit in memory.",
                     "Use a smaller `sequence_length`.",
                 ),
-                least=rows if cell.placement.ranks > 1 else 1,  # all ranks must halve them together
+                least=least,
             )
     finally:
         model.settings = settings
@@ -358,16 +389,32 @@ def measure_cell(
     )
 
 
+@contextmanager
+def _calling_at_layers(model: LanguageModel, heartbeat: Heartbeat | None) -> Iterator[None]:
+    """Call a function whenever a layer begins inside the context."""
+    with ExitStack() as hooks:
+        if heartbeat is not None:
+            for module in {layer.module for layer in model.layers}:
+                hook = module.register_forward_pre_hook(lambda *_: heartbeat())
+                hooks.callback(hook.remove)
+        yield
+
+
 def _realized(sparsity: Sparsity, counts: Sequence[Sequence[int]]) -> Iterator[MetricRow]:
     """Yield the share of zeros among the inputs of each linear map, and the share of all weights that met a zero.
 
     Only tokens that are made sparse count. Maps that did not run have no row.
+
+    Args:
+        counts: numbers of zeros and of all elements of each map's inputs.
     """
-    weighted = np.zeros((2, 1))
+    all_weights = np.zeros((2, 1))
     for rule, (zeros, elements) in zip(sparsity.maps, counts, strict=True):
-        if elements:
-            values = np.array([[zeros], [elements]], np.float64)
-            weighted += values / rule.inputs * (rule.outputs * rule.inputs)
-            yield MetricRow(metric=f"{REALIZED}{rule.path}", samples=values[0], weights=values[1], layer=rule.layer)
-    if weighted[1, 0]:
-        yield MetricRow(metric=SPARSITY, samples=weighted[0], weights=weighted[1])
+        if not elements:
+            continue
+        values = np.array([[zeros], [elements]], np.float64)
+        weights = rule.outputs * rule.inputs
+        all_weights += values / rule.inputs * weights
+        yield MetricRow(metric=f"{REALIZED}{rule.path}", samples=values[0], weights=values[1], layer=rule.layer)
+    if all_weights[1, 0]:
+        yield MetricRow(metric=SPARSITY, samples=all_weights[0], weights=all_weights[1])
