@@ -30,6 +30,7 @@ from avss_dist.models.change.experts import require_experts, without_experts
 from avss_dist.models.change.patches import Patch, patched
 from avss_dist.models.change.skipping import skipping
 from avss_dist.models.change.sublayers import without_sublayers
+from avss_dist.models.checkpoint.layer_kinds import describe_misread, rules_of
 from avss_dist.models.checkpoint.loading import forward_function, has_head, load_model, open_module, quiet, text_config
 from avss_dist.models.checkpoint.locate import PICKLED, Checkpoint, read_config, resolve
 from avss_dist.models.checkpoint.quantization import can_unpack, quantization_method, ready_quantizer
@@ -94,10 +95,11 @@ def prune(
         _copy_files(checkpoint, weights.layers, staged)
         difference, remarks = _compare(checkpoint, weights.layers, replaced, staged, settings, execution or Execution())
         record = None
-        notes = remarks
+        misread = describe_misread(rules_of(text_config(checkpoint)), plan.keep)
+        notes = [*remarks, *(sentence for sentence in misread if sentence not in plan.findings)]
         if repair:
             record = repair.record
-            notes = [*repair.notes, *remarks]
+            notes = [*repair.notes, *notes]
         (staged / "README.md").write_text(model_card(checkpoint, plan, notes, record), encoding="utf-8")
         write_seen(staged, [*read_seen(checkpoint.folder), *plan.seen])
         if record:
