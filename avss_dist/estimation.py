@@ -22,8 +22,9 @@ from avss_dist.models.checkpoint.locate import Checkpoint, find_checkpoint
 from avss_dist.models.checkpoint.size import Footprint, footprint, sharing_skeletons
 from avss_dist.partition.catalog import PARTITIONS, SHARDINGS
 from avss_dist.partition.choose import choose, size_of
+from avss_dist.partition.estimate import MemoryQuery, PartitionEstimate, batch_bytes
 from avss_dist.partition.execution import Execution
-from avss_dist.partition.replica import MemoryQuery, PartitionEstimate, batch_bytes, replica_class
+from avss_dist.partition.replica import replica_class
 from avss_dist.requests import TRAINED, DistillRequest, EstimateRequest, require_divisible
 from avss_dist.runs.events import OnRunEvent, RunReading, describe_repeated
 from avss_dist.runs.job_file import JobFile

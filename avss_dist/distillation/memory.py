@@ -16,7 +16,7 @@ from avss_dist.distillation.pair import LORA, ModelPair, choose_trained
 from avss_dist.models.checkpoint.locate import Checkpoint
 from avss_dist.models.checkpoint.size import Footprint, footprint, load_skeleton
 from avss_dist.partition.catalog import SHARDINGS, ShardingInfo
-from avss_dist.partition.sharded import BUCKET
+from avss_dist.partition.training import BUCKET
 
 if TYPE_CHECKING:
     from avss_dist.requests import DistillRequest

@@ -328,7 +328,7 @@ def _sharding_options(request: DistillRequest, models: ModelPair) -> AbstractCon
     """Return a context manager that gives the arguments of the Trainer for the ranks, or none for one process."""
     if request.ranks == 1:
         return nullcontext({})
-    from avss_dist.partition.sharded import trainer_options
+    from avss_dist.partition.training import trainer_options
 
     skeleton, _ = load_skeleton(models.student, models.settings)
     return trainer_options(

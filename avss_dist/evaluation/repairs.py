@@ -34,7 +34,7 @@ from avss_dist.models.checkpoint.loading import without_head
 from avss_dist.models.checkpoint.locate import resolve
 from avss_dist.models.checkpoint.size import load_skeleton
 from avss_dist.models.structure.layers import layer_lists
-from avss_dist.partition.replica import Placement, with_copies
+from avss_dist.partition.placement import Placement, with_copies
 from avss_dist.plans.choice import PlanError
 from avss_dist.plans.plan import Plan
 from avss_dist.pruning.checkpoint import require_free, require_prunable

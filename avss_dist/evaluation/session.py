@@ -32,7 +32,7 @@ from avss_dist.models.checkpoint.locate import Checkpoint, resolve
 from avss_dist.partition.catalog import PARTITIONS, PartitionInfo
 from avss_dist.partition.choose import place
 from avss_dist.partition.execution import Execution
-from avss_dist.partition.replica import Placement, fingerprint_part
+from avss_dist.partition.placement import Placement, fingerprint_part
 from avss_dist.plans.choice import PlanError
 from avss_dist.plans.ground_truth import HUB_COMMIT_LENGTH
 from avss_dist.plans.map_plans import PrecisionPlan

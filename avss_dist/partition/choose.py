@@ -14,8 +14,10 @@ from avss_dist.core.text import describe_bytes
 from avss_dist.models.checkpoint.locate import Checkpoint
 from avss_dist.models.checkpoint.size import Footprint, footprint, sharing_skeletons
 from avss_dist.partition.catalog import GANGS, LAYERWISE, PARTITIONS, SEVERAL_GPUS, WHOLE
+from avss_dist.partition.estimate import PROCESS_BYTES, batch_bytes, bytes_beside_weights
 from avss_dist.partition.execution import Execution
-from avss_dist.partition.replica import PROCESS_BYTES, Placement, batch_bytes, bytes_beside_weights, replica_class
+from avss_dist.partition.placement import Placement
+from avss_dist.partition.replica import replica_class
 from avss_dist.partition.splitting import version_obstacle
 
 

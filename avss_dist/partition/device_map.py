@@ -24,15 +24,10 @@ from avss_dist.models.checkpoint.size import (
     parameter_bytes,
     stored_skeleton,
 )
-from avss_dist.partition.replica import (
-    MemoryQuery,
-    PartitionEstimate,
-    Placement,
-    Replica,
-    batch_bytes,
-    bytes_beside_weights,
-    offload_folder,
-)
+from avss_dist.partition.estimate import MemoryQuery, PartitionEstimate, batch_bytes, bytes_beside_weights
+from avss_dist.partition.offload import offload_folder
+from avss_dist.partition.placement import Placement
+from avss_dist.partition.replica import Replica
 
 Device = int | str  # a GPU's index, "cpu" or "disk"
 

@@ -1,17 +1,14 @@
 """Partitions ``fsdp`` (PyTorch FSDP2) and ``zero3`` (DeepSpeed ZeRO-3): each rank holds a part of every parameter.
 
 All ranks gather a layer's parameters when it begins and drop them when it ends, so all run equally many forward passes.
-They measure different shards, and share the batches of a part of a task. In the form of transformers' Trainer, ranks
-train so, too.
+They measure different shards, and share the batches of a part of a task.
 """
 
 from __future__ import annotations
 
 import copy
 import math
-import os
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
 import torch
@@ -35,10 +32,11 @@ from avss_dist.models.checkpoint.locate import Checkpoint
 from avss_dist.models.checkpoint.quantization import quantization_method
 from avss_dist.models.checkpoint.size import Footprint, load_skeleton
 from avss_dist.models.structure.layers import probe_tokens
-from avss_dist.partition.catalog import SHARDINGS, ShardingInfo
 from avss_dist.partition.device_map import unstored
+from avss_dist.partition.estimate import MemoryQuery, PartitionEstimate
 from avss_dist.partition.group import RankedLanguageModel, all_gather, quiet_deepspeed, share
-from avss_dist.partition.replica import MemoryQuery, PartitionEstimate, Placement, Replica, dummy_batch
+from avss_dist.partition.placement import Placement
+from avss_dist.partition.replica import Replica, dummy_batch
 from avss_dist.partition.splitting import generic_name, layer_modules, require_version, scale_obstacle
 
 T = TypeVar("T")
@@ -322,73 +320,3 @@ def _partition(model: Any, settings: Settings, config: dict[str, Any], *, head: 
         raise ConfigError(
             f"DeepSpeed cannot partition {type(model).__name__}: {error}", "Use another `partition`."
         ) from error
-
-
-BUCKET = 12_500_000  # gradients or weights that DeepSpeed exchanges at once: 50 MB in float32
-
-
-@contextmanager
-def trainer_options(
-    sharding: str, kind: str, *, rows: int, bfloat16: bool, layers: Iterable[str]
-) -> Iterator[dict[str, Any]]:
-    """Yield the arguments of the Trainer for a sharding. Inside the context, Accelerate is configured for it.
-
-    On CPUs, Accelerate 1.15 ignores DeepSpeed and FSDP if it is told to use CPUs (its AcceleratorState), and has no
-    backend if it is not. So it gets a state with gloo, in which CPUs pass for GPUs where it asks for FSDP.
-
-    Args:
-        sharding: a name of `partition.catalog.SHARDINGS`.
-        kind: ``cpu`` or ``cuda``.
-        rows: rows of a training step on each rank.
-        layers: names of the classes of the model's layers, which are the units of FSDP.
-    """
-    from accelerate import DistributedType, PartialState
-    from accelerate.state import AcceleratorState
-    from transformers.integrations.deepspeed import unset_hf_deepspeed_config
-
-    info = SHARDINGS[sharding]
-    options: dict[str, Any] = {"per_device_train_batch_size": rows}
-    if info.zero_stage:
-        options["deepspeed"] = _zero_config(info, rows=rows, bfloat16=bfloat16)
-        options["bf16"] = False  # weights stay in float32, and autocast is PyTorch's
-    elif info.is_fsdp:
-        options["fsdp"] = True
-        options["fsdp_config"] = {"transformer_layer_cls_to_wrap": sorted(layers)}
-    try:
-        if kind == "cpu" and (info.zero_stage or info.is_fsdp):
-            AcceleratorState._reset_state(reset_partial_state=True)
-            os.environ["ACCELERATE_USE_DEEPSPEED"] = str(bool(info.zero_stage)).lower()
-            state = PartialState(backend="gloo")
-            if info.is_fsdp:
-                state.distributed_type = DistributedType.MULTI_GPU
-            options["use_cpu"] = False
-            options["accelerator_config"] = {"use_configured_state": True}
-        with quiet_deepspeed():
-            yield options
-    finally:
-        os.environ.pop("ACCELERATE_USE_DEEPSPEED", None)
-        unset_hf_deepspeed_config()  # or models that are opened later would be partitioned
-        AcceleratorState._reset_state(reset_partial_state=True)
-
-
-def _zero_config(info: ShardingInfo, *, rows: int, bfloat16: bool) -> dict[str, Any]:
-    """Return the DeepSpeed configuration of the Trainer for a stage of ZeRO."""
-    zero: dict[str, Any] = {
-        "stage": info.zero_stage,
-        "reduce_bucket_size": BUCKET,
-        "allgather_bucket_size": BUCKET,
-    }
-    if info.weights:
-        zero |= {
-            "stage3_gather_16bit_weights_on_model_save": True,  # in the dtype that they have
-            "stage3_prefetch_bucket_size": BUCKET,
-            "stage3_param_persistence_threshold": 0,
-            "stage3_max_live_parameters": 4 * BUCKET,
-        }
-    return {
-        "train_micro_batch_size_per_gpu": rows,
-        "gradient_accumulation_steps": 1,
-        "gradient_clipping": "auto",
-        "zero_optimization": zero,
-        "torch_autocast": {"enabled": bfloat16, "dtype": "bfloat16"},
-    }

@@ -20,8 +20,10 @@ from avss_dist.models.checkpoint.locate import Checkpoint
 from avss_dist.models.checkpoint.quantization import quantization_method
 from avss_dist.models.checkpoint.size import load_skeleton
 from avss_dist.partition.autotp import open_by_autotp, require_autotp
+from avss_dist.partition.estimate import MemoryQuery, PartitionEstimate
 from avss_dist.partition.group import RankedLanguageModel
-from avss_dist.partition.replica import MemoryQuery, PartitionEstimate, Placement, Replica
+from avss_dist.partition.placement import Placement
+from avss_dist.partition.replica import Replica
 from avss_dist.partition.splitting import (
     attention_plan,
     generic_name,

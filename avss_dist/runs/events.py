@@ -12,7 +12,7 @@ from avss_dist.core.text import describe_seconds
 from avss_dist.partition.catalog import WHOLE
 
 if TYPE_CHECKING:
-    from avss_dist.partition.replica import Placement
+    from avss_dist.partition.placement import Placement
     from avss_dist.runs.result import Run
 
 

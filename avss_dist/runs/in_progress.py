@@ -15,7 +15,7 @@ from avss_dist.core.settings import Settings
 from avss_dist.corpus.shards import CorpusPlan
 from avss_dist.models.checkpoint.locate import CONVERTED, Checkpoint, training_point
 from avss_dist.models.checkpoint.quantization import describe_quantization
-from avss_dist.partition.replica import Placement
+from avss_dist.partition.placement import Placement
 from avss_dist.runs.merging import Apply, ShardSummary, merge_partials
 from avss_dist.runs.planned import PlannedRun
 from avss_dist.runs.result import Run

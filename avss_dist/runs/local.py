@@ -32,8 +32,10 @@ from avss_dist.measure.observer import Hooks, attached
 from avss_dist.measure.shard import analyze_shard, counter_bytes
 from avss_dist.partition.catalog import GANGS, PARTITIONS
 from avss_dist.partition.choose import size_of
+from avss_dist.partition.estimate import batch_bytes
 from avss_dist.partition.execution import Execution
-from avss_dist.partition.replica import Placement, Replica, batch_bytes
+from avss_dist.partition.placement import Placement
+from avss_dist.partition.replica import Replica
 from avss_dist.runs.threads import Submissions
 from avss_dist.runs.work import Outcome, ReplicaSpec, RunShards, Underway, by_model
 from avss_dist.stats.layer_stats import ShardResult

@@ -18,7 +18,7 @@ from avss_dist.models.checkpoint.locate import Checkpoint, content_hash, convert
 from avss_dist.models.checkpoint.size import Footprint, sharing_skeletons
 from avss_dist.models.structure.additions import transforms_outputs
 from avss_dist.partition.choose import choose, needs_size, require_ranks, size_of
-from avss_dist.partition.replica import Placement, fingerprint_part
+from avss_dist.partition.placement import Placement, fingerprint_part
 from avss_dist.runs.in_progress import RunInProgress
 from avss_dist.runs.job_file import RunSpec
 from avss_dist.runs.local import Executor

@@ -11,7 +11,8 @@ from avss_dist.core.fingerprint import fingerprint
 from avss_dist.core.settings import Settings
 from avss_dist.corpus.shards import Shard
 from avss_dist.models.checkpoint.locate import Checkpoint
-from avss_dist.partition.replica import Placement, Replica, open_replica
+from avss_dist.partition.placement import Placement
+from avss_dist.partition.replica import Replica, open_replica
 from avss_dist.stats.layer_stats import ShardResult
 from avss_dist.tasks.task import Cell
 from avss_dist.warehouse.store import OpenShared, Receipt

@@ -34,7 +34,7 @@ from avss_dist.corpus.seen import SeenText
 from avss_dist.corpus.shards import Shard
 from avss_dist.models.causal_lm import LanguageModel, predicted
 from avss_dist.models.checkpoint.locate import Checkpoint
-from avss_dist.partition.replica import Placement
+from avss_dist.partition.placement import Placement
 from avss_dist.stats.intervals import MINIMUM_UNITS, jackknife_interval
 from avss_dist.stats.layer_stats import Float64
 from avss_dist.stats.metrics import LOSS, REALIZED, SPARSITY, retention_of

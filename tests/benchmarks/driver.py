@@ -40,7 +40,7 @@ from avss_dist.core.thresholds import THRESHOLDS
 from avss_dist.corpus.shards import CorpusPlan, Shard
 from avss_dist.distillation.curve import ignore
 from avss_dist.partition.execution import Execution
-from avss_dist.partition.replica import Placement
+from avss_dist.partition.placement import Placement
 from avss_dist.runs.driver import Driver
 from avss_dist.runs.in_progress import RunInProgress
 from avss_dist.runs.job_file import RunSpec

@@ -37,7 +37,7 @@ from avss_dist.core.intervention import (
 from avss_dist.core.settings import Settings
 from avss_dist.evaluation.session import PlannedTask
 from avss_dist.models.checkpoint.locate import Checkpoint, resolve
-from avss_dist.partition.replica import Placement
+from avss_dist.partition.placement import Placement
 from avss_dist.tasks.task import Task
 
 SPARSITY = Sparsity(

@@ -30,8 +30,8 @@ from avss_dist.models.checkpoint.locate import find_checkpoint
 from avss_dist.models.checkpoint.size import footprint, sharing_skeletons
 from avss_dist.partition.catalog import PARTITIONS, SHARDINGS
 from avss_dist.partition.choose import choose, least_host_bytes
+from avss_dist.partition.estimate import PROCESS_BYTES, PartitionEstimate, batch_bytes
 from avss_dist.partition.execution import Execution
-from avss_dist.partition.replica import PROCESS_BYTES, PartitionEstimate, batch_bytes
 from avss_dist.plans.plan import Plan
 from avss_dist.pruning.checkpoint import prune
 from avss_dist.reports.terminal.evaluation import automatic, estimate_table
@@ -121,7 +121,8 @@ from avss_dist.models.checkpoint.locate import resolve
 from avss_dist.core.settings import Settings
 from avss_dist.corpus.shards import tokenize_corpus
 from avss_dist.models.checkpoint.loading import load_tokenizer
-from avss_dist.partition.replica import Placement, open_replica
+from avss_dist.partition.placement import Placement
+from avss_dist.partition.replica import open_replica
 from avss_dist.measure.shard import analyze_shard
 folder, partition, settings = sys.argv[1], sys.argv[2], Settings(**json.loads(sys.argv[3]))
 checkpoint = resolve(folder)

@@ -24,8 +24,8 @@ from avss_dist.models.checkpoint.locate import locate
 from avss_dist.models.checkpoint.size import footprint
 from avss_dist.partition.catalog import PARTITIONS
 from avss_dist.partition.choose import choose
+from avss_dist.partition.estimate import PartitionEstimate
 from avss_dist.partition.execution import Execution
-from avss_dist.partition.replica import PartitionEstimate
 
 pytestmark = pytest.mark.nightly
 

@@ -27,7 +27,7 @@ from avss_dist.core.settings import Settings
 from avss_dist.evaluation.session import PlacedModel
 from avss_dist.evaluation.tasks import earlier_texts, plan_task, refuse_overlap
 from avss_dist.models.checkpoint.locate import resolve
-from avss_dist.partition.replica import Placement
+from avss_dist.partition.placement import Placement
 from avss_dist.plans.plan import Plan, read_plan
 from avss_dist.plans.seen import seen_by_run
 from avss_dist.pruning.checkpoint import prune, pruned_from

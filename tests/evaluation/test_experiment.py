@@ -23,7 +23,7 @@ from avss_dist.core.intervention import encode_removals
 from avss_dist.core.settings import Settings
 from avss_dist.evaluation.session import PlannedTask
 from avss_dist.models.checkpoint.locate import Checkpoint
-from avss_dist.partition.replica import Placement
+from avss_dist.partition.placement import Placement
 from avss_dist.plans.choice import Choice
 from avss_dist.plans.plan import Plan
 from avss_dist.pruning.methods import Experiment, choices, describe_method, parse_score

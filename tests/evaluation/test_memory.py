@@ -21,7 +21,7 @@ from avss_dist.evaluation.session import PlacedModel
 from avss_dist.models.causal_lm import LanguageModel
 from avss_dist.models.checkpoint.locate import resolve
 from avss_dist.models.checkpoint.size import footprint
-from avss_dist.partition.replica import Placement
+from avss_dist.partition.placement import Placement
 from avss_dist.tasks.backward import Gradients
 from avss_dist.tasks.map_damage import MAX_KEPT_BYTES, RoundingDamage
 from avss_dist.tasks.task import Measure

@@ -38,7 +38,8 @@ from avss_dist.models.checkpoint.loading import open_module
 from avss_dist.models.checkpoint.locate import resolve
 from avss_dist.partition import group
 from avss_dist.partition.execution import Execution
-from avss_dist.partition.replica import MAX_COPIES, Placement, open_replica, with_copies
+from avss_dist.partition.placement import MAX_COPIES, Placement, with_copies
+from avss_dist.partition.replica import open_replica
 from avss_dist.plans.plan import Plan
 from avss_dist.pruning.repair.registry import read_repairs
 from avss_dist.pruning.repair.repair import Repair

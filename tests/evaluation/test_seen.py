@@ -21,7 +21,7 @@ from avss_dist.evaluation import tasks
 from avss_dist.evaluation.session import PlacedModel
 from avss_dist.evaluation.tasks import plan_task, refuse_seen
 from avss_dist.models.checkpoint.locate import resolve
-from avss_dist.partition.replica import Placement
+from avss_dist.partition.placement import Placement
 from avss_dist.plans.plan import ModelPlan, Plan, read_checked_plan, read_plan
 from avss_dist.plans.seen import read_seen
 from avss_dist.warehouse.reader import Warehouse

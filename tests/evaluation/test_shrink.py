@@ -45,7 +45,7 @@ from avss_dist.models.causal_lm import LanguageModel
 from avss_dist.models.checkpoint.loading import load_tokenizer
 from avss_dist.models.checkpoint.locate import resolve
 from avss_dist.partition.execution import Execution
-from avss_dist.partition.replica import Placement
+from avss_dist.partition.placement import Placement
 from avss_dist.plans.choice import PlanError
 from avss_dist.plans.seen import read_seen
 from avss_dist.pruning.repair.registry import read_repairs

@@ -40,7 +40,8 @@ from avss_dist.models.checkpoint.loading import load_tokenizer
 from avss_dist.models.checkpoint.locate import resolve
 from avss_dist.models.checkpoint.size import footprint
 from avss_dist.models.structure.layers import first_tensor
-from avss_dist.partition.replica import BatchContext, Placement, Replica, dummy_batch, no_observation
+from avss_dist.partition.placement import Placement
+from avss_dist.partition.replica import BatchContext, Replica, dummy_batch, no_observation
 from avss_dist.runs.ray.worker import ShardAssignment, Worker
 from avss_dist.runs.work import ReplicaSpec
 from avss_dist.stats.layer_stats import ROW_FIELDS

@@ -29,7 +29,8 @@ from avss_dist.models.checkpoint.loading import load, load_model, load_tokenizer
 from avss_dist.models.checkpoint.locate import resolve
 from avss_dist.models.checkpoint.safetensors import tensors_of
 from avss_dist.models.checkpoint.size import footprint
-from avss_dist.partition.replica import Placement, open_replica
+from avss_dist.partition.placement import Placement
+from avss_dist.partition.replica import open_replica
 
 SETTINGS = Settings(device="cpu")
 WEIGHTS = "model.safetensors"

@@ -17,7 +17,8 @@ from avss_dist.core.settings import Settings
 from avss_dist.models.checkpoint.locate import resolve
 from avss_dist.partition.catalog import PARTITIONS
 from avss_dist.partition.execution import Execution
-from avss_dist.partition.replica import Placement, open_replica, replica_class
+from avss_dist.partition.placement import Placement
+from avss_dist.partition.replica import open_replica, replica_class
 
 
 @pytest.mark.parametrize("partition", PARTITIONS)
@@ -80,7 +81,8 @@ if __name__ == "__main__":
     from avss_dist.estimation import preview_job
     from avss_dist.runs.local import LocalExecutor, shards_at_once
     from avss_dist.partition.choose import choose, least_host_bytes
-    from avss_dist.partition.replica import open_replica, with_copies
+    from avss_dist.partition.placement import with_copies
+    from avss_dist.partition.replica import open_replica
     from avss_dist.runs.job_file import read_job
     from avss_dist.partition.execution import Execution
     from avss_dist.core.settings import Settings

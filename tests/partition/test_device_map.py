@@ -26,7 +26,8 @@ from avss_dist.models.checkpoint.locate import Checkpoint, resolve
 from avss_dist.models.checkpoint.size import footprint, sharing_skeletons
 from avss_dist.partition.choose import gpus_filled
 from avss_dist.partition.device_map import DeviceMapReplica, require_complete, spread
-from avss_dist.partition.replica import Placement, Replica, open_replica
+from avss_dist.partition.placement import Placement
+from avss_dist.partition.replica import Replica, open_replica
 from avss_dist.stats.layer_stats import ShardResult
 
 SETTINGS = Settings(batch_size=2, sequence_length=24, dtype="float32", device="cpu")

@@ -18,7 +18,8 @@ from avss_dist.core.settings import Settings
 from avss_dist.models.causal_lm import LanguageModel
 from avss_dist.models.checkpoint.locate import resolve
 from avss_dist.models.checkpoint.size import footprint
-from avss_dist.partition.replica import Placement, Replica, open_replica
+from avss_dist.partition.placement import Placement
+from avss_dist.partition.replica import Replica, open_replica
 from avss_dist.partition.streaming.replica import StreamingReplica
 from avss_dist.tasks.harness import harness_task
 from avss_dist.tasks.text_loss import LeaveOneOut

@@ -30,7 +30,8 @@ from avss_dist.core.sites import SITES
 from avss_dist.measure.shard import analyze_shard
 from avss_dist.models.checkpoint.locate import resolve
 from avss_dist.models.structure.layers import Layer
-from avss_dist.partition.replica import Placement, Replica, no_observation
+from avss_dist.partition.placement import Placement
+from avss_dist.partition.replica import Replica, no_observation
 from avss_dist.partition.streaming.passes import HiddenStateOffloader, Window
 from avss_dist.partition.streaming.replica import StreamingReplica
 from avss_dist.partition.streaming.weights import buffer_bytes, copied, copied_into, mapped

@@ -27,7 +27,7 @@ from avss_dist.corpus.shards import tokenize_corpus
 from avss_dist.models.causal_lm import LanguageModel
 from avss_dist.models.checkpoint.loading import load_tokenizer
 from avss_dist.models.checkpoint.locate import resolve
-from avss_dist.partition.replica import Placement
+from avss_dist.partition.placement import Placement
 from avss_dist.partition.streaming.replica import StreamingReplica
 from avss_dist.planning.layers import measured_maps
 from avss_dist.plans.choice import PlanError

@@ -25,7 +25,7 @@ from avss_dist.core.intervention import NO_INTERVENTION
 from avss_dist.core.streams import USUAL, set_verbosity
 from avss_dist.distillation.curve import Preparing
 from avss_dist.evaluation.events import CellDone, CellsStarted, CellUnderway, MemoryNeeded
-from avss_dist.partition.replica import Placement
+from avss_dist.partition.placement import Placement
 from avss_dist.reports.output import write_table
 from avss_dist.reports.terminal import progress as progress_module
 from avss_dist.reports.terminal.progress import CellProgress, StepProgress, TimeColumn

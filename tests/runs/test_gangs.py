@@ -42,7 +42,8 @@ from avss_dist.models.checkpoint.locate import Checkpoint, resolve
 from avss_dist.partition.autotp import difference, inference_config, require_autotp
 from avss_dist.partition.catalog import PARTITIONS
 from avss_dist.partition.group import join, leave
-from avss_dist.partition.replica import Placement, open_replica, replica_class
+from avss_dist.partition.placement import Placement
+from avss_dist.partition.replica import open_replica, replica_class
 from avss_dist.partition.sharded import Zero3Replica, deepspeed_config
 from avss_dist.pruning.repair.repair import Repair
 from avss_dist.stats.layer_stats import LayerKey, LayerStats, ShardResult, merge_values

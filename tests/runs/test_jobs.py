@@ -23,7 +23,7 @@ from avss_dist.core.errors import ConfigError
 from avss_dist.core.settings import Settings
 from avss_dist.estimation import preview_job
 from avss_dist.partition.execution import Replicas
-from avss_dist.partition.replica import Placement
+from avss_dist.partition.placement import Placement
 from avss_dist.runs import planner
 from avss_dist.runs.events import LogRuns, RunEnded, RunReading, RunStarted, ShardMeasured
 from avss_dist.runs.job_file import JobFile, job_schema, read_job

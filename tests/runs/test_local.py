@@ -23,7 +23,7 @@ from avss_dist.core.settings import Settings
 from avss_dist.measure import shard as measuring
 from avss_dist.models.causal_lm import LanguageModel
 from avss_dist.models.checkpoint.locate import Checkpoint, resolve
-from avss_dist.partition.replica import Placement
+from avss_dist.partition.placement import Placement
 from avss_dist.runs import local
 from avss_dist.runs.local import Executor, LocalExecutor
 from avss_dist.runs.threads import Submissions

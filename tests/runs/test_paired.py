@@ -24,7 +24,8 @@ from avss_dist.measure.rows import CountedTokens, by_matrices, row_tensors
 from avss_dist.measure.shard import analyze_shard
 from avss_dist.models.checkpoint.loading import load_tokenizer
 from avss_dist.models.checkpoint.locate import resolve
-from avss_dist.partition.replica import Placement, Replica, open_replica
+from avss_dist.partition.placement import Placement
+from avss_dist.partition.replica import Replica, open_replica
 from avss_dist.stats.layer_stats import ShardResult, merge_stats
 from avss_dist.warehouse.encoding import encode_shard
 from avss_dist.warehouse.reader import Warehouse

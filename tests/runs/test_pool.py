@@ -30,7 +30,7 @@ from avss_dist.core.intervention import EncodedPatch
 from avss_dist.core.settings import Settings
 from avss_dist.models.checkpoint.locate import Checkpoint
 from avss_dist.partition.execution import Execution
-from avss_dist.partition.replica import Placement
+from avss_dist.partition.placement import Placement
 from avss_dist.runs.ray.cluster import START_SECONDS, Watch, late
 from avss_dist.runs.ray.executor import RayExecutor, run_together
 from avss_dist.runs.ray.heartbeats import HeartbeatMonitor

@@ -41,7 +41,7 @@ from avss_dist.core.settings import Settings
 from avss_dist.models.causal_lm import LanguageModel
 from avss_dist.models.checkpoint.locate import resolve
 from avss_dist.partition.execution import Execution
-from avss_dist.partition.replica import Placement
+from avss_dist.partition.placement import Placement
 from avss_dist.runs import merging
 from avss_dist.runs.events import RunEvent, ShardMeasured
 from avss_dist.runs.in_progress import RunInProgress

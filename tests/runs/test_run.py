@@ -36,7 +36,7 @@ from avss_dist.distillation.curve import ignore
 from avss_dist.evaluation.session import PlannedTask
 from avss_dist.models.checkpoint.locate import Checkpoint, resolve
 from avss_dist.models.checkpoint.size import footprint
-from avss_dist.partition.replica import Placement
+from avss_dist.partition.placement import Placement
 from avss_dist.runs import events, merging, planner, work
 from avss_dist.runs.driver import Driver
 from avss_dist.runs.events import OnRunEvent, RunEvent, ShardMeasured

@@ -21,7 +21,8 @@ from avss_dist.core.thresholds import THRESHOLDS
 from avss_dist.corpus.shards import Batch
 from avss_dist.models.checkpoint.loading import Backbone, forward_function, open_module, quiet
 from avss_dist.models.checkpoint.locate import resolve
-from avss_dist.partition.replica import Placement, open_replica
+from avss_dist.partition.placement import Placement
+from avss_dist.partition.replica import open_replica
 from avss_dist.plans.plan import Plan
 from avss_dist.pruning.checkpoint import prune
 from avss_dist.stats.layer_stats import merge_strata

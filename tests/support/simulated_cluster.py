@@ -16,7 +16,7 @@ from typing import Any
 from ray.exceptions import RayActorError, RayTaskError
 
 from avss_dist.partition.catalog import PARTITIONS
-from avss_dist.partition.replica import Placement
+from avss_dist.partition.placement import Placement
 from avss_dist.runs.ray.heartbeats import Doing, Sign
 from avss_dist.runs.ray.queue import UnitQueue, shape
 from avss_dist.runs.work import ReplicaSpec

@@ -9,7 +9,7 @@ from typing import Any
 from avss_dist.core.intervention import Intervention
 from avss_dist.core.settings import Settings
 from avss_dist.models.checkpoint.locate import Checkpoint
-from avss_dist.partition.replica import Placement
+from avss_dist.partition.placement import Placement
 from avss_dist.runs.ray.queue import CellQueue, ShardQueue
 from avss_dist.runs.work import ReplicaSpec, RunShards
 from avss_dist.tasks.task import Cell

@@ -14,7 +14,8 @@ from avss_dist.core.streams import portion, progress_to, report
 from avss_dist.models.causal_lm import LanguageModel
 from avss_dist.models.change.replay import PROBING
 from avss_dist.models.checkpoint.locate import resolve
-from avss_dist.partition.replica import Placement, open_replica
+from avss_dist.partition.placement import Placement
+from avss_dist.partition.replica import open_replica
 from avss_dist.tasks.backward import Gradients
 from avss_dist.tasks.map_damage import RoundedLosses, RoundingDamage
 from avss_dist.tasks.shapley import Shapley

@@ -30,7 +30,7 @@ from avss_dist.core.streams import report
 from avss_dist.models.change.replay import Record
 from avss_dist.models.change.skipping import skip_of
 from avss_dist.models.structure.layers import input_tensor
-from avss_dist.partition.replica import offload_folder
+from avss_dist.partition.offload import offload_folder
 from avss_dist.partition.streaming.weights import Part, StreamedWeights, buffer_bytes, copied_into, mapped, readahead
 
 LARGE_BYTES = 64_000_000  # of a layer: beside its arithmetic, taking fresh pages once costs nothing

@@ -30,7 +30,9 @@ from avss_dist.models.checkpoint.loading import Backbone, open_module, without_h
 from avss_dist.models.checkpoint.locate import Checkpoint
 from avss_dist.models.checkpoint.size import Footprint, footprint
 from avss_dist.models.structure.layers import Layer
-from avss_dist.partition.replica import BatchContext, MemoryQuery, PartitionEstimate, Placement, Replica, batch_bytes
+from avss_dist.partition.estimate import MemoryQuery, PartitionEstimate, batch_bytes
+from avss_dist.partition.placement import Placement
+from avss_dist.partition.replica import BatchContext, Replica
 from avss_dist.partition.splitting import layer_modules
 from avss_dist.partition.streaming.passes import FORKS, RECORD, Fork, Passes
 from avss_dist.partition.streaming.weights import StreamedWeights, buffer_bytes

@@ -23,7 +23,7 @@ from avss_dist.core.text import count_of
 from avss_dist.partition.catalog import GANGS, PARTITIONS
 from avss_dist.partition.execution import Execution
 from avss_dist.partition.group import lost_rank
-from avss_dist.partition.replica import Placement
+from avss_dist.partition.placement import Placement
 from avss_dist.runs.ray.cluster import (
     RayCluster,
     Watch,

@@ -18,7 +18,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy, Place
 from avss_dist.core.errors import ConfigError
 from avss_dist.core.extras import PATH_MEANING
 from avss_dist.core.process import current_umask
-from avss_dist.partition.replica import Placement
+from avss_dist.partition.placement import Placement
 from avss_dist.runs.ray.queue import shape
 from avss_dist.runs.ray.worker import Assignment, Worker
 from avss_dist.runs.work import ReplicaSpec

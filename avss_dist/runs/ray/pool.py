@@ -20,7 +20,7 @@ from ray.exceptions import RayError, RayTaskError
 
 from avss_dist.core.errors import AvssError, BatchTooLarge, RunFailed
 from avss_dist.core.streams import say
-from avss_dist.partition.replica import Placement
+from avss_dist.partition.placement import Placement
 from avss_dist.runs.ray.cluster import RayCluster, Watch
 from avss_dist.runs.ray.gang import Gang, missing_package
 from avss_dist.runs.ray.queue import UnitQueue

@@ -24,7 +24,7 @@ from avss_dist.core.intervention import EncodedPatch
 from avss_dist.core.text import count_of
 from avss_dist.corpus.shards import Shard
 from avss_dist.partition.catalog import PARTITIONS
-from avss_dist.partition.replica import Placement
+from avss_dist.partition.placement import Placement
 from avss_dist.runs.ray.worker import Assignment, CellAssignment, ShardAssignment
 from avss_dist.runs.work import Note, ReplicaSpec, RunShards, Underway
 from avss_dist.tasks.task import Cell
