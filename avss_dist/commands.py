@@ -17,14 +17,20 @@ from avss_dist.core.thresholds import parse_threshold
 from avss_dist.core.validation import keywords
 from avss_dist.distillation import distill as distilling
 from avss_dist.distillation.teacher_text import with_own_text
-from avss_dist.evaluation.events import SearchStep
+from avss_dist.evaluation.planned_tasks import seen_by_plan
 from avss_dist.evaluation.repairs import fit_plan
-from avss_dist.evaluation.tasks import seen_by_plan
 from avss_dist.models.checkpoint.locate import resolve
-from avss_dist.planning.layers import evaluated_lines, plan_experts, plan_layers, plannable_run, sparsifiable_run
+from avss_dist.planning.criteria import default_score
+from avss_dist.planning.evaluated import evaluated_lines
+from avss_dist.planning.experts import plan_experts
+from avss_dist.planning.layers import plan_layers
+from avss_dist.planning.precision import plan_precision, predicted_run
+from avss_dist.planning.runs import plannable_run, sparsifiable_run
+from avss_dist.planning.search import SearchStep
 from avss_dist.plans.choice import Choice
 from avss_dist.plans.map_plans import PrecisionPlan, SparsityPlan
-from avss_dist.plans.plan import Plan, count_for_memory, read_plan, run_size
+from avss_dist.plans.plan import Plan, read_plan
+from avss_dist.plans.size import count_for_memory, run_size
 from avss_dist.pruning.checkpoint import prune as write_checkpoint
 from avss_dist.pruning.repair.repair import Repair
 from avss_dist.requests import (
@@ -49,7 +55,6 @@ from avss_dist.studies import evaluate as evaluating
 from avss_dist.studies import shrink as shrinking
 from avss_dist.studies import sparsify as sparsifying
 from avss_dist.studies.experiment import run_experiment
-from avss_dist.studies.quantize import plan_precision, predicted_run
 from avss_dist.studies.search import search
 from avss_dist.warehouse.reader import Warehouse
 
@@ -111,21 +116,43 @@ def choose_layers(opened: Warehouse, run: Mapping[str, Any], request: PlanReques
     if request.experts is not None:
         refuse_unused(unused, "on routed experts", "Leave it out.")
         chosen = plan_experts(opened, run, str(request.by), request.experts, request.seed)
+    elif request.by == GREEDY:
+        chosen, steps = search(request, run, requested_choice(opened, run, request))
     else:
-        constraints = {f.name: getattr(request, f.name) for f in fields(Choice) if hasattr(request, f.name)}
-        if request.memory is not None:
-            if excluded := [name for name in ("share", "count") if constraints[name] is not None]:
-                raise ConfigError(f"`memory` and `{excluded[0]}` are mutually exclusive.", "Keep one.")
-            constraints["count"] = count_for_memory(run_size(run), request.memory)
-        if request.by == GREEDY:
-            chosen, steps = search(request, run, Choice(**constraints))
-        else:
-            refuse_unused(unused, "without a search", "Leave it out, or choose `by` greedy.")
-            reading = (request.site, request.recipe, *parse_threshold(request.threshold))
-            chosen = plan_layers(opened, run, reading=reading, **constraints)
+        refuse_unused(unused, "without a search", "Leave it out, or choose `by` greedy.")
+        chosen = plan_layers(opened, run, requested_choice(opened, run, request))
     if request.output is not None:
         chosen.write(request.output)
     return chosen, steps
+
+
+def requested_choice(opened: Warehouse, run: Mapping[str, Any], request: PlanRequest) -> Choice:
+    """Return the choice of layers that a request describes, for a row of ``runs``.
+
+    Raises:
+        ConfigError: values that exclude each other.
+        QueryError: no score was named, and there is no default.
+        PlanError: no number of layers leaves as little memory as is requested.
+    """
+    count = request.count
+    if request.memory is not None:
+        for name in ("share", "count"):
+            if getattr(request, name) is not None:
+                raise ConfigError(f"`memory` and `{name}` are mutually exclusive.", "Keep one.")
+        count = count_for_memory(run_size(run), request.memory)
+    by = request.by or default_score(opened, run)
+    reading = None
+    if by == "avss":
+        reading = (request.site, request.recipe, *parse_threshold(request.threshold))
+    return Choice(
+        by=by,
+        reading=reading,
+        share=request.share,
+        count=count,
+        first=request.first,
+        last=request.last,
+        seed=request.seed,
+    )
 
 
 @keywords(SparsifyRequest)
@@ -141,7 +168,7 @@ def sparsify(request: SparsifyRequest) -> SparsityPlan:
 def quantize(request: PrecisionRequest) -> PrecisionPlan:
     """Choose the number format of each linear map of a run's model under a budget of bits.
 
-    ``ablate(..., quantize=[...])`` must have predicted the losses; see `studies.quantize.plan_precision`.
+    ``ablate(..., quantize=[...])`` must have predicted the losses; see `planning.precision.plan_precision`.
     """
     store = Warehouse(request.warehouse)
     return plan_precision(request, store, predicted_run(request, store).row)

@@ -15,7 +15,7 @@ import pyarrow.parquet as pq
 from avss_dist.core.errors import MAX_SUGGESTED, QueryError, first_names, require_known
 from avss_dist.core.text import RedactedURI, count_of
 from avss_dist.core.values import TableRow
-from avss_dist.plans.ground_truth import LayerTruth
+from avss_dist.plans.criteria import LayerValues
 from avss_dist.stats.catalog import OWN_FILES, OWN_VALUES, score_functions
 from avss_dist.warehouse.reader import Warehouse
 
@@ -34,7 +34,7 @@ def own_labels(names: Sequence[str]) -> dict[str, str]:
     return labels
 
 
-def own_score(name: str, warehouse: Warehouse, run: TableRow) -> LayerTruth:
+def own_score(name: str, warehouse: Warehouse, run: TableRow) -> LayerValues:
     """Return the values of a user's own score for the layers of a run, low for unimportant layers.
 
     Args:
@@ -54,7 +54,7 @@ def own_score(name: str, warehouse: Warehouse, run: TableRow) -> LayerTruth:
     if name.startswith(OWN_VALUES):
         values = _by_index(json.loads(name.removeprefix(OWN_VALUES)))
         _require_layers_of(run, values, "The mapping of `by`")
-        return LayerTruth(values=values, run_id="", task="")
+        return LayerValues(values=values)
     functions = score_functions()
     if name in functions:
         score = functions[name].load()
@@ -62,12 +62,12 @@ def own_score(name: str, warehouse: Warehouse, run: TableRow) -> LayerTruth:
         # A function may leave out layers.
         every_layer = dict.fromkeys(range(run["num_layers"] or 0))
         _require_layers_of(run, {**every_layer, **values}, f"The score '{name}'")
-        return LayerTruth(values=values, run_id="", task="")
+        return LayerValues(values=values)
     values, is_of_several = _table_scores(RedactedURI(name).full, run)
     # A table of several models need not have this one.
     if values or not is_of_several:
         _require_layers_of(run, values, name)
-    return LayerTruth(values=values, run_id="", task="")
+    return LayerValues(values=values)
 
 
 def _table_scores(name: str, run: TableRow) -> tuple[dict[int, float], bool]:

@@ -20,6 +20,13 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from avss_dist.analysis.ground_truth import (
+    RoundedValues,
+    find_measured_values,
+    nothing_measured,
+    rounded_values,
+    rounding_estimates,
+)
 from avss_dist.analysis.own_scores import own_labels, own_score
 from avss_dist.analysis.section import (
     AMBER,
@@ -37,15 +44,24 @@ from avss_dist.core.intervention import InterventionKey
 from avss_dist.core.thresholds import describe_threshold
 from avss_dist.core.values import NewRow, TableRow
 from avss_dist.plans.catalog import ROUNDING_ESTIMATES
-from avss_dist.plans.choice import LAST, PUBLISHED, Choice, reading_of
-from avss_dist.plans.ground_truth import (
-    LayerTruth,
-    find_layer_truth,
-    nothing_measured,
-    rounded_truths,
-    rounding_estimates,
+from avss_dist.plans.criteria import (
+    PUBLISHED,
+    LayerValues,
+    count_layers,
+    reading_of,
+    stored_values,
+    values_from_the_end,
 )
-from avss_dist.stats.catalog import BASELINES, DAMAGE_TASK, FROM_ACTIVATIONS, GROUND_TRUTH, MEASURED, READING, SCORES
+from avss_dist.stats.catalog import (
+    BASELINES,
+    DAMAGE_TASK,
+    FROM_ACTIVATIONS,
+    GROUND_TRUTH,
+    LAST,
+    MEASURED,
+    READING,
+    SCORES,
+)
 from avss_dist.stats.layer_stats import Float64
 from avss_dist.stats.metrics import LOSS
 from avss_dist.stats.rankings import count_lowest, spearman, spearman_interval, spearman_rows
@@ -134,11 +150,11 @@ def _cards_of_run(store: Warehouse, run: TableRow, own: Sequence[str]) -> Iterat
         own: names of scores that people bring, which are compared with layers that are left out.
     """
     num_layers = run["num_layers"]
-    truths: dict[str, LayerTruth] = {}
+    truths: dict[str, LayerValues] = {}
     for name in MEASURED:
-        if truth := find_layer_truth(store, run, name):
+        if truth := find_measured_values(store, run, name):
             truths[name] = truth
-    rounded = rounded_truths(store, run)
+    rounded = rounded_values(store, run)
     has_ground_truth = any(name in truths for name in GROUND_TRUTH)
     if not has_ground_truth and not rounded:
         return
@@ -192,20 +208,22 @@ def _scores(scored: Sequence[TableRow], measured: Mapping[str, Float64]) -> Iter
         measured: measurements of its layers, by name.
     """
     for reading, rows in grouped(scored, reading_of).items():
-        choice = Choice(by="avss", reading=reading)
-        yield {"score": "avss", **dict(zip(READING, reading, strict=True))}, choice.scores(rows, measured)
-    names = list(measured)
+        values = stored_values(rows, "avss", reading).by_layer(count_layers(scored))
+        yield {"score": "avss", **dict(zip(READING, reading, strict=True))}, values
     if scored:
-        names = [*BASELINES, *measured, LAST]
-    for name in names:
-        yield {"score": name}, Choice(by=name).scores(scored, measured)
+        for name in BASELINES:
+            yield {"score": name}, stored_values(scored, name).by_layer(count_layers(scored))
+    for name, values in measured.items():
+        yield {"score": name}, values
+    if scored:
+        yield {"score": LAST}, values_from_the_end(count_layers(scored)).by_layer(count_layers(scored))
 
 
 def _rounding_cards(
     store: Warehouse,
     run: TableRow,
     scores: Sequence[tuple[TableRow, Float64]],
-    rounded: Mapping[str, LayerTruth],
+    rounded: Mapping[str, RoundedValues],
 ) -> Iterator[NewRow]:
     """Yield the score cards of a run for the loss with rounded weights, format by format.
 
@@ -242,7 +260,7 @@ def describe_agreement(
         scores: rows of ``scores`` of the run at one reading of AVSS.
         own: columns of these rows that have scores which people bring.
     """
-    truth = find_layer_truth(store, run, LOSS)
+    truth = find_measured_values(store, run, LOSS)
     if truth is None:
         return
     num_layers = run["num_layers"] or 0
@@ -326,7 +344,7 @@ def best_readings(cards: pa.Table) -> pa.Table:
     return cards.take(pa.array(keep, pa.int64()))
 
 
-def increases(store: Warehouse, truth: LayerTruth) -> Float64:
+def increases(store: Warehouse, truth: LayerValues) -> Float64:
     """Return the rise of each sequence's loss by the truth's change of each layer, float64[sequences, layers], in nats.
 
     The array has no sequences if the warehouse lacks the cells of the evaluation.

@@ -32,9 +32,9 @@ from avss_dist.analysis.section import (
 from avss_dist.core.intervention import count_removed, decode_removals, describe_removed, size_removed
 from avss_dist.core.text import basename
 from avss_dist.core.values import NewRow, TableRow
-from avss_dist.plans.choice import LAST, PUBLISHED, RANDOM
-from avss_dist.pruning.methods import ENDS_KEPT, LEAVE_ONE_OUT, REVERSED
-from avss_dist.stats.catalog import BLOCK_DISTANCE, MEASURED, READING, SCORES
+from avss_dist.plans.criteria import LEAVE_ONE_OUT, PUBLISHED
+from avss_dist.pruning.methods import ENDS_KEPT, REVERSED
+from avss_dist.stats.catalog import BLOCK_DISTANCE, LAST, MEASURED, RANDOM, READING, SCORES
 from avss_dist.stats.intervals import MINIMUM_UNITS
 from avss_dist.stats.metrics import CHANCE, LOSS, NO_INTERVAL, retention_of
 from avss_dist.warehouse.names import PERPLEXITY, REPAIR, ROW_START, SEARCH, SUBLAYER_LOSS

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from avss_dist.analysis.chosen import ChosenRun
+from avss_dist.analysis.next_commands import describe_headless, repeated_options
 from avss_dist.cli.program import spelled
 from avss_dist.cli.read import open_for
 from avss_dist.commands import Pruned, choose_layers, describe_remaining, planned_run
@@ -18,9 +19,11 @@ from avss_dist.core.streams import console, emit, say
 from avss_dist.core.suggestions import command_line, option_words
 from avss_dist.core.text import describe_bytes
 from avss_dist.distillation.distill import distill as train
-from avss_dist.planning.layers import sparsifiable_run
-from avss_dist.plans.ground_truth import describe_headless, repeated_options
-from avss_dist.plans.plan import describe_savings, local_run_size, read_plan
+from avss_dist.planning.precision import plan_precision, predicted_run
+from avss_dist.planning.runs import sparsifiable_run
+from avss_dist.plans.plan import read_plan
+from avss_dist.plans.precision_files import EXPORTS
+from avss_dist.plans.size import describe_savings, local_run_size
 from avss_dist.reports.output import print_result
 from avss_dist.reports.terminal.evaluation import search_table, thresholds_table
 from avss_dist.reports.terminal.progress import CellProgress, StepProgress
@@ -28,7 +31,6 @@ from avss_dist.reports.terminal.shrink import distilled_table
 from avss_dist.reports.terminal.tables import FittedTable
 from avss_dist.requests import DistillRequest, PlanRequest, PrecisionRequest, PruneRequest, SparsifyRequest
 from avss_dist.stats.catalog import GREEDY
-from avss_dist.studies.quantize import EXPORTS, plan_precision, predicted_run
 from avss_dist.studies.sparsify import sparsify as choose_thresholds
 from avss_dist.warehouse.checks import has_head
 from avss_dist.warehouse.reader import Warehouse

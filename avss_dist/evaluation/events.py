@@ -8,10 +8,11 @@ from typing import TYPE_CHECKING
 
 from avss_dist.core.text import describe_bytes
 from avss_dist.distillation.curve import Event as DistillEvent
+from avss_dist.planning.search import SearchStep
 from avss_dist.runs.events import RunEvent
 
 if TYPE_CHECKING:
-    from avss_dist.tasks.task import Cell, Result
+    from avss_dist.tasks.task import Cell
 
 
 LARGE_BYTES = 1 << 30  # less memory than this need not be said
@@ -75,19 +76,6 @@ class CellDone:
 
     cell: Cell
     notes: Sequence[str] = ()
-
-
-@dataclass(frozen=True, kw_only=True)
-class SearchStep:
-    """The end of a round of a search.
-
-    Attributes:
-        best: loss without the best set of the round.
-        sets: number of sets with a known loss, those of this round included.
-    """
-
-    best: Result
-    sets: int
 
 
 Event = MemoryNeeded | CellsStarted | CellUnderway | CellDone | SearchStep | RunEvent | DistillEvent

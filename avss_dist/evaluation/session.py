@@ -13,6 +13,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
+from avss_dist.analysis.next_commands import HUB_COMMIT_LENGTH
 from avss_dist.core.errors import AvssError, ConfigError, RunFailed
 from avss_dist.core.fingerprint import NUMBERS_VERSION, fingerprint
 from avss_dist.core.intervention import (
@@ -34,7 +35,6 @@ from avss_dist.partition.choose import place
 from avss_dist.partition.execution import Execution
 from avss_dist.partition.placement import Placement, fingerprint_part
 from avss_dist.plans.choice import PlanError
-from avss_dist.plans.ground_truth import HUB_COMMIT_LENGTH
 from avss_dist.plans.map_plans import PrecisionPlan
 from avss_dist.plans.seen import READ
 from avss_dist.runs.local import Executor, open_executor

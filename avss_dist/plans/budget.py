@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from avss_dist.stats.layer_stats import Float64
 
-Choice = NDArray[np.int64]
+FormatIndices = NDArray[np.int64]
 """int64[maps]; the index of the format of each map."""
 MAX_SPARSITY = 0.99
 """Largest sparsity of a map."""
@@ -141,7 +141,7 @@ def heavy_tail_ratios(exponents: Float64, epsilon: float = 0.3) -> Float64:
     return np.asarray(places * 2 * epsilon + (1 - epsilon))
 
 
-def least_damage(damage: Float64, bits: Float64, budget: float) -> Choice:
+def least_damage(damage: Float64, bits: Float64, budget: float) -> FormatIndices:
     """Return the formats that minimize the total damage within a budget, but for the last step.
 
     The steps of each map's lower convex hull of damage by bits are taken in the order of the damage that a bit
@@ -184,7 +184,7 @@ def _steps_to_larger_formats(number: int, damage: Float64, bits: Float64) -> Ite
             yield _FormatStep(slope, number, smaller=formats[b0], larger=formats[b1])
 
 
-def in_order(order: Iterable[int], damage: Float64, bits: Float64, budget: float) -> Choice:
+def in_order(order: Iterable[int], damage: Float64, bits: Float64, budget: float) -> FormatIndices:
     """Return formats for which maps are raised, one after the other, to the largest format that has room.
 
     Args:
@@ -203,7 +203,7 @@ def in_order(order: Iterable[int], damage: Float64, bits: Float64, budget: float
     return chosen
 
 
-def same_format(bits: Float64, budget: float) -> Choice:
+def same_format(bits: Float64, budget: float) -> FormatIndices:
     """Return the largest format that all maps can have within a budget."""
     totals = bits.sum(axis=0)
     fitting = np.flatnonzero(totals <= budget * (1 + ROUNDING_ERROR))
@@ -211,12 +211,12 @@ def same_format(bits: Float64, budget: float) -> Choice:
     return np.full(len(bits), largest, np.int64)
 
 
-def smallest(damage: Float64, bits: Float64) -> Choice:
+def smallest(damage: Float64, bits: Float64) -> FormatIndices:
     """Return the format with the fewest bits for each map, and of equal ones that with the least damage."""
     formats = [np.lexsort((row, sizes))[0] for row, sizes in zip(damage, bits, strict=True)]
     return np.array(formats, np.int64)
 
 
-def total(values: Float64, chosen: Choice) -> float:
+def total(values: Float64, chosen: FormatIndices) -> float:
     """Return the sum over maps of the values, float64[maps, formats], of their formats."""
     return float(values[np.arange(len(values)), chosen].sum())

@@ -3,34 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Annotated, Any
+from typing import Annotated
 
 import numpy as np
 
 from avss_dist.core.errors import ConfigError
 from avss_dist.core.intervention import Expert
-from avss_dist.core.sites import SITES
-from avss_dist.core.thresholds import PUBLISHED_THRESHOLD
 from avss_dist.core.validation import Count, OneOf, Positive, Share, checked
-from avss_dist.stats.catalog import (
-    BLOCK_DISTANCE,
-    CONTRAST,
-    GREEDY,
-    LAST,
-    LOWEST_SHARE,
-    MEASURED,
-    RANDOM,
-    RECIPES,
-    SCORES,
-    is_own,
-)
+from avss_dist.plans.criteria import BlockValues, Criterion, CriterionValues, Layers, Reading
+from avss_dist.stats.catalog import BLOCK_DISTANCE, CONTRAST, GREEDY, LOWEST_SHARE, RANDOM, SCORES, is_own
 from avss_dist.stats.layer_stats import Float64
 from avss_dist.stats.rankings import count_lowest, rank_lowest
 
-Reading = tuple[str, str, float, str]
-"""Reading of AVSS: site, recipe, threshold and its kind."""
-PUBLISHED: Reading = (SITES[0], RECIPES[0], PUBLISHED_THRESHOLD, "absolute")
-Rows = Sequence[Mapping[str, Any]]
 COMPARED_EXPERTS = 2
 """Number of experts of each group by whose sum routers compare groups (DeepSeek-V3). A group needs as many."""
 
@@ -73,37 +57,25 @@ class Choice:
         if problems:
             raise ConfigError.combine(problems)
 
-    def scores(self, rows: Rows, truth: Mapping[str, Float64]) -> Float64:
-        """Return the score of every layer, float64[layers], NaN for layers without one.
+    @property
+    def criterion(self) -> Criterion:
+        """Criterion by which the layers are chosen."""
+        return Criterion(by=self.by, reading=self.reading, seed=self.seed if self.by == RANDOM else 0)
+
+    def choose(self, values: CriterionValues, num_layers: int) -> Layers:
+        """Return the layers to drop, ascending, by the values of the criterion.
 
         Args:
-            rows: rows of ``scores`` of one run.
-            truth: values of every layer, float64[layers], by a name of ``catalog.MEASURED``, the contrast or a score
-                that people bring.
+            num_layers: number of layers of the model.
+
+        Raises:
+            PlanError: see `drop` and `drop_block`.
         """
-        if self.by == RANDOM:
-            return np.random.default_rng(self.seed).permutation(count_layers(rows)).astype(np.float64)
-        if self.by == LAST:
-            # Scores fall towards the last layers, which go first. The final layer has the highest score, and stays.
-            count = count_layers(rows)
-            return np.array([*range(count, 1, -1), count + 1], np.float64)
-        if self.by in MEASURED or self.by not in SCORES:
-            return truth[self.by]
-        return self._stored_scores(rows)
+        if isinstance(values, BlockValues):
+            return self.drop_block(values.values, num_layers)
+        return self.drop(values.by_layer(num_layers))
 
-    def _stored_scores(self, rows: Rows) -> Float64:
-        """Return the score of every layer as the rows of one run hold it, float64[layers]."""
-        reading = self.reading or reading_of(rows[0])
-        column = SCORES[self.by].column
-        values = {}
-        for row in rows:
-            if reading_of(row) != reading:
-                continue
-            is_missing = self.by == "avss" and row["rank"] is None
-            values[row["layer"]] = None if is_missing else row[column]
-        return np.array([values[layer] for layer in sorted(values)], np.float64)  # None becomes NaN
-
-    def drop_block(self, distances: Mapping[tuple[int, ...], float], layers: int) -> tuple[int, ...]:
+    def drop_block(self, distances: Mapping[Layers, float], layers: int) -> Layers:
         """Return the neighbours to drop, by the distance of the hidden states before and after each run of them.
 
         Raises:
@@ -120,7 +92,7 @@ class Choice:
                 )
         return min(blocks, key=lambda block: distances[block])
 
-    def drop(self, scores: Sequence[float] | Float64) -> tuple[int, ...]:
+    def drop(self, scores: Sequence[float] | Float64) -> Layers:
         """Return the layers to drop, ascending, by the score of each (ties go to the earlier layer).
 
         Raises:
@@ -241,13 +213,3 @@ def _require_enough_experts(number: int, lost: int, share: float, top_k: int, gr
         problems.append(problem)
     if problems:
         raise PlanError.combine(problems)
-
-
-def reading_of(row: Mapping[str, Any]) -> Reading:
-    """Return site, recipe and threshold of a row of ``scores``."""
-    return row["site"], row["recipe"], row["threshold"], row["threshold_kind"]
-
-
-def count_layers(rows: Rows) -> int:
-    """Return the number of layers of the model, from its rows of ``scores``."""
-    return 1 + max(row["layer"] for row in rows)

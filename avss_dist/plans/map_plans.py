@@ -41,7 +41,7 @@ POINT = 0.01
 """A percentage point."""
 DECIMALS = 6
 """Decimals of sparsities and of bits per weight in a plan's file."""
-Share = Annotated[float, Field(ge=0, lt=1)]
+ShareOfZeros = Annotated[float, Field(ge=0, lt=1)]
 
 
 @checked
@@ -68,7 +68,7 @@ class MapPlan(PlannedMap):
     """Number of output units."""
     inputs: Annotated[int, Field(ge=1, le=MAX_UNITS)]
     """Number of input units."""
-    sparsity: Share
+    sparsity: ShareOfZeros
     """Expected share of zeros among its inputs."""
     by: Annotated[str, OneOf((THRESHOLD, TOP_K))]
     """Criterion of zeros: inputs up to a size, or a share of each token's inputs."""
@@ -222,7 +222,7 @@ class SparsityPlan(LinearMapPlan):
         ConfigError: values are invalid; every problem is named.
     """
 
-    sparsity: Share
+    sparsity: ShareOfZeros
     """Expected share of the weights of all linear maps of the plan that meet a zero, per sparse token. It must be the
     mean of the sparsities of `projections`, weighted by their numbers of weights."""
     rule: Annotated[str, OneOf(SPARSITY_RULES)] = SPARSITY_RULES[0]

@@ -8,19 +8,17 @@ Layers and experts count from 0. A sublayer is written ``attention.7`` or ``mlp.
 from __future__ import annotations
 
 import re
-from bisect import bisect_left
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import asdict, fields
+from collections.abc import Iterator, Mapping
+from dataclasses import fields
 from functools import cached_property
-from itertools import accumulate
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 
 import pyarrow as pa
 from pydantic import Field, WithJsonSchema
 
-from avss_dist.core.errors import AvssError, ConfigError, without_secrets
+from avss_dist.core.errors import ConfigError, without_secrets
 from avss_dist.core.files import write_output
 from avss_dist.core.intervention import (
     MAX_LAYERS,
@@ -39,20 +37,15 @@ from avss_dist.core.intervention import (
     whole_layers,
 )
 from avss_dist.core.results import TabularResult
-from avss_dist.core.settings import Settings
-from avss_dist.core.text import basename, describe_bytes, describe_count
+from avss_dist.core.text import basename
 from avss_dist.core.validation import RedactedText, check, checked
 from avss_dist.core.yaml_files import Document, YamlKind, read_yaml, to_yaml
-from avss_dist.corpus.seen import SeenText, SeenTexts, distinct
-from avss_dist.plans.choice import RANDOM, Choice, PlanError, Rows
-from avss_dist.plans.ground_truth import LayerTruth
-from avss_dist.plans.seen import seen_by_run
-from avss_dist.stats.catalog import BLOCK_DISTANCE, EXPERT_SCORES, LOWEST_SHARE, READING, SCORES
-from avss_dist.warehouse.checks import settings_of
-from avss_dist.warehouse.names import MEASURED_ONLY
+from avss_dist.corpus.seen import SeenTexts
+from avss_dist.plans.choice import PlanError
+from avss_dist.stats.catalog import EXPERT_SCORES, SCORES
 
 if TYPE_CHECKING:
-    from avss_dist.models.checkpoint.size import Footprint
+    pass
 
 
 T = TypeVar("T")
@@ -313,92 +306,6 @@ def describe_reason(why: Mapping[str, Any], meanings: Mapping[str, str] = MEANIN
     return text
 
 
-def make_plan(
-    rows: Rows,
-    run: Mapping[str, Any],
-    choice: Choice,
-    truth: LayerTruth | None = None,
-) -> Plan:
-    """Make a plan from the rows of ``scores`` of one run.
-
-    Args:
-        truth: measurement of `avss ablate`, or score that people bring, that layers are chosen by, if they are.
-
-    Raises:
-        PlanError: as `Choice.drop`, or the run's layers are not one list of the model.
-    """
-    _, number = layer_list(rows, str(run["model"]))
-    why = reasons(choice)
-    if truth is None:
-        return plan_of(rows, run, choice.drop(choice.scores(rows, {})), why)
-    if choice.by == BLOCK_DISTANCE:
-        drop = choice.drop_block(truth.values, number)
-    else:
-        drop = choice.drop(choice.scores(rows, {choice.by: truth.by_layer(number)}))
-    if truth.run_id:
-        why["evaluation"] = truth.run_id
-        why["task"] = truth.task
-    return plan_of(rows, run, drop, why, truth.seen)
-
-
-def plan_of(
-    rows: Rows, run: Mapping[str, Any], removed: Removals, why: Mapping[str, Any], seen: Iterable[SeenText] = ()
-) -> Plan:
-    """Return a plan that removes these layers and sublayers from the checkpoint of a run.
-
-    Args:
-        seen: texts that were read for the choice, beside that of the run.
-
-    Raises:
-        PlanError: the run's layers are not one list of the model.
-    """
-    path, number = layer_list(rows, str(run["model"]))
-    return Plan(
-        model=run["model"],
-        revision=run["revision"],
-        num_layers=number,
-        layers=path,
-        drop=removed,
-        why=why,
-        run_id=None if run.get("status") == MEASURED_ONLY else run["run_id"],
-        seen=distinct([*seen_by_run(run), *seen]),
-    )
-
-
-def layer_list(rows: Rows, model: str) -> tuple[str, int]:
-    """Return the module path and length of the layer list of a run.
-
-    Raises:
-        PlanError: the layers are not one list of modules that are used once.
-    """
-    name_by_layer = {row["layer"]: row["layer_name"] for row in rows}
-    names = [name_by_layer[layer] for layer in sorted(name_by_layer)]
-    paths = {name.rpartition(".")[0] for name in names}
-    indices = [name.rpartition(".")[2] for name in names]
-    consecutive = [str(index) for index in range(len(names))]
-    if len(paths) != 1 or indices != consecutive:
-        raise PlanError(
-            f"The layers of {model} are not one list of modules that are used once: none can be dropped.",
-            f"They are {', '.join(names[:6])} ...",
-        )
-    return paths.pop(), len(names)
-
-
-def reasons(choice: Choice) -> dict[str, Any]:
-    """Return the reason of a plan for a choice."""
-    values = asdict(choice)
-    reading = values.pop("reading")
-    seed = values.pop("seed")
-    why = {name: value for name, value in values.items() if value not in (None, False, 0)}
-    if choice.by == RANDOM:
-        why["seed"] = seed
-    if not choice.share and not choice.count:
-        why["share"] = LOWEST_SHARE
-    if choice.by == "avss" and reading is not None:
-        why.update(zip(READING, reading, strict=True))
-    return why
-
-
 def read_plan(path: str | Path) -> Plan:
     """Read a plan of layers from its file.
 
@@ -435,80 +342,3 @@ def read_plan_file(path: str | Path) -> Document:
         PlanError: the file cannot be read, or is not a mapping.
     """
     return read_yaml(Path(path), YamlKind(noun="plan", hint=_HINT, error=PlanError))
-
-
-def run_size(run: Mapping[str, Any]) -> Footprint:
-    """Return the size of the checkpoint that a run has scored. The headers of a hub id are read from the hub.
-
-    Args:
-        run: a row of ``runs``.
-
-    Raises:
-        ModelError: the checkpoint does not exist any more, or cannot be read.
-    """
-    from avss_dist.models.checkpoint.size import footprint
-
-    settings = settings_of(run)
-    options = {name: settings[name] for name in ("dequantize", "layers", "trust_remote_code") if settings.get(name)}
-    model = run["model"]
-    if not _is_local(model):
-        model += f"@{run['revision']}"
-    return footprint(model, Settings(dtype=run["dtype"] or "auto", **options))
-
-
-def local_run_size(run: Mapping[str, Any]) -> Footprint | None:
-    """Return `run_size` for a checkpoint on this machine, or None if it is elsewhere or cannot be read."""
-    if not _is_local(run["model"]):
-        return None
-    try:
-        return run_size(run)
-    except AvssError:
-        return None
-
-
-def _is_local(model: str) -> bool:
-    """Whether a model's name is a file or folder of this machine."""
-    return Path(model).expanduser().exists()
-
-
-def count_for_memory(size: Footprint, memory: float) -> int:
-    """Return the minimum number of layers to drop so that any choice of them leaves at most these bytes of weights.
-
-    Raises:
-        PlanError: the whole model has no more, or no number of layers is enough.
-    """
-    excess = size.weight_bytes - memory
-    weights = describe_bytes(size.weight_bytes)
-    if excess <= 0:
-        raise PlanError(
-            f"The model has {describe_count(size.num_parameters)} parameters in {weights} as it is, which meets "
-            "`memory` already.",
-            "Lower it.",
-        )
-    # Bytes of the smallest layer, of the two smallest, and so on: any choice of as many layers frees at least these.
-    freed = list(accumulate(sorted(size.layer_bytes)))[:-1]
-    maximum = freed[-1] if freed else 0
-    if excess > maximum:
-        raise PlanError(
-            f"`memory` cannot be met: with one layer left, {describe_bytes(size.weight_bytes - maximum)} of {weights} "
-            "stay.",
-            "Quantize the remaining layers instead.",
-        )
-    return 1 + bisect_left(freed, excess)
-
-
-def describe_savings(plan: Plan, size: Footprint) -> str:
-    """Return a line on what a model without some layers saves. Sublayers that are left out save nothing in a file.
-
-    Args:
-        size: size of the whole model.
-    """
-    saved = sum(size.layer_bytes[layer] for layer in plan.dropped_layers)
-    cache_bytes = sum(size.cache_bytes[layer] for layer in plan.dropped_layers)
-    share = saved / size.weight_bytes
-    saved_parameters = round(share * size.num_parameters)
-    layers = f"{len(plan.dropped_layers)} of {size.num_layers} layers"
-    parameters = f"{describe_count(saved_parameters)} of {describe_count(size.num_parameters)} parameters ({share:.1%})"
-    weights = f"{describe_bytes(saved)} of {describe_bytes(size.weight_bytes)}"
-    cache = f"{describe_count(cache_bytes)} of {describe_count(sum(size.cache_bytes))} bytes of keys and values"
-    return f"Saves {layers}, {parameters}, {weights}, and {cache} for each token."

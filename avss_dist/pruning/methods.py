@@ -12,11 +12,11 @@ from avss_dist.core.errors import ConfigError, require_known
 from avss_dist.core.sites import EVERY_SITE
 from avss_dist.core.thresholds import describe_threshold, parse_threshold
 from avss_dist.core.validation import Count, Positive, Share, check, checked
-from avss_dist.plans.choice import LAST, PUBLISHED, RANDOM, Choice, Reading, reading_of
+from avss_dist.plans.choice import Choice
+from avss_dist.plans.criteria import LEAVE_ONE_OUT, PUBLISHED, Reading, reading_of
 from avss_dist.pruning.repair.registry import NO_REPAIR, OptionalRepairName
-from avss_dist.stats.catalog import CONTRAST, FROM_ACTIVATIONS, GREEDY, MEASURED, RECIPES
+from avss_dist.stats.catalog import CONTRAST, FROM_ACTIVATIONS, GREEDY, LAST, MEASURED, RANDOM, RECIPES
 
-LEAVE_ONE_OUT = "loss"
 REVERSED = "reversed"
 ENDS_KEPT = "ends kept"
 EVERY_READING = "avss:all"

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
+from avss_dist.analysis.ground_truth import mean_ranks
 from avss_dist.analysis.scorecard import reliability
 from avss_dist.core.fingerprint import fingerprint
 from avss_dist.core.intervention import (
@@ -27,6 +28,7 @@ from avss_dist.corpus.seen import ABLATION, PRECISION, seen_text
 from avss_dist.corpus.shards import CorpusPlan, Shard
 from avss_dist.distillation.curve import Preparing, ignore
 from avss_dist.evaluation.memory import estimate_memory
+from avss_dist.evaluation.planned_tasks import plan_text
 from avss_dist.evaluation.session import (
     EvaluationSession,
     PlacedModel,
@@ -35,12 +37,10 @@ from avss_dist.evaluation.session import (
     require_listable,
     require_partition,
 )
-from avss_dist.evaluation.tasks import plan_text
 from avss_dist.models.checkpoint.loading import text_config
 from avss_dist.models.checkpoint.locate import resolve
 from avss_dist.models.checkpoint.quantization import require_unquantized
 from avss_dist.plans.catalog import ROUNDING_ESTIMATES
-from avss_dist.plans.ground_truth import mean_ranks
 from avss_dist.requests import AblateRequest
 from avss_dist.stats.catalog import DAMAGE_TASK, SCORES, metrics_of
 from avss_dist.stats.intervals import MINIMUM_UNITS, jackknife_interval

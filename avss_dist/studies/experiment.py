@@ -14,15 +14,15 @@ from typing import Any
 
 import numpy as np
 
-from avss_dist.analysis.contrast import Strata
 from avss_dist.analysis.verdict import WHOLE
 from avss_dist.core.errors import ConfigError
 from avss_dist.core.fingerprint import fingerprint
-from avss_dist.core.intervention import NO_INTERVENTION, Intervention
+from avss_dist.core.intervention import NO_INTERVENTION, Intervention, whole_layers
 from avss_dist.core.text import RedactedURI
 from avss_dist.corpus.seen import ABLATION, SeenText
 from avss_dist.corpus.shards import CorpusPlan
 from avss_dist.distillation.curve import ignore
+from avss_dist.evaluation.planned_tasks import earlier_texts, plan_task, plan_text_task, refuse_overlaps
 from avss_dist.evaluation.repairs import Patches, fit_of, fit_repairs, plan_fits, require_changeable
 from avss_dist.evaluation.session import (
     EvaluationSession,
@@ -33,25 +33,24 @@ from avss_dist.evaluation.session import (
     require_listable,
     results_under,
 )
-from avss_dist.evaluation.tasks import earlier_texts, plan_task, plan_text_task, refuse_overlaps
 from avss_dist.models.checkpoint.loading import text_config
 from avss_dist.models.checkpoint.locate import resolve
-from avss_dist.plans.choice import RANDOM, Choice, Reading, count_layers
-from avss_dist.plans.ground_truth import layer_truth
-from avss_dist.plans.plan import layer_list
+from avss_dist.planning.criteria import criterion_values, read_layers
+from avss_dist.planning.search import greedy_search
+from avss_dist.plans.choice import Choice
+from avss_dist.plans.criteria import LEAVE_ONE_OUT, Criterion, CriterionValues, Layers, LayerValues
+from avss_dist.plans.run_layers import RunLayers
 from avss_dist.plans.seen import seen_by_run
-from avss_dist.pruning.methods import LEAVE_ONE_OUT, Experiment, choices, control_name, describe_method
+from avss_dist.pruning.methods import Experiment, choices, control_name, describe_method
 from avss_dist.pruning.repair.registry import NO_REPAIR
 from avss_dist.requests import RunJobRequest
 from avss_dist.runs.job_file import JobFile, RunSpec
 from avss_dist.runs.result import Run
 from avss_dist.runs.scoring import executor_for, overridden, run_job
-from avss_dist.stats.catalog import CONTRAST, GREEDY, MEASURED, READING, RECIPES, SCORES
-from avss_dist.stats.contrast import contrast
-from avss_dist.stats.layer_stats import Float64
+from avss_dist.stats.catalog import GREEDY, MEASURED, RANDOM, READING, RECIPES, SCORES
 from avss_dist.stats.metrics import CHANCE, LOSS
-from avss_dist.stats.scores import RELATIVE_THRESHOLDS, Threshold
-from avss_dist.studies.search import Layers, greedy_search, searching
+from avss_dist.stats.scores import RELATIVE_THRESHOLDS
+from avss_dist.studies.search import searching
 from avss_dist.tasks.task import Result, Retention
 from avss_dist.tasks.text_loss import LeaveOneOut
 from avss_dist.warehouse.reader import Warehouse
@@ -145,9 +144,8 @@ class Trial:
 
     Attributes:
         model: checkpoint of the run.
-        rows: rows of the table ``scores``.
-        truth: values by which layers are chosen, float64[layers], by method and reading: a measurement, or the negative
-            contrast on paired text.
+        layers: layers of the model, with their scores.
+        values: values by which layers are chosen, by criterion. A search has none.
         seen: texts that the scores and measurements were made on.
         planned: tasks by name.
         choices: choices of layers, each with the layers that it drops.
@@ -158,9 +156,9 @@ class Trial:
     experiment: Experiment
     run: Run
     model: PlacedModel
-    rows: Sequence[Mapping[str, Any]]
+    layers: RunLayers
     corpus: str
-    truth: dict[tuple[str, Reading | None], Float64] = field(default_factory=dict)
+    values: dict[Criterion, CriterionValues] = field(default_factory=dict)
     seen: list[SeenText] = field(default_factory=list)
     planned: dict[str, PlannedTask] = field(default_factory=dict)
     choices: list[tuple[Choice, Layers]] = field(default_factory=list)
@@ -179,45 +177,24 @@ class Trial:
             experiment=experiment,
             run=run,
             model=session.place(checkpoint, spec.settings, spec.execution),
-            rows=warehouse.read_scores(run.run_id),
+            layers=read_layers(warehouse, stored),
             corpus=spec.corpus,
             seen=[*seen_by_run(stored)],
         )
-        for choice in choices(experiment, trial.rows):
-            if (choice.by, choice.reading) not in trial.truth:
-                trial.read_truth(choice, warehouse, stored)
+        for choice in choices(experiment, trial.layers.rows):
+            trial._read_values(warehouse, choice.criterion)
         return trial
 
-    def read_truth(self, choice: Choice, warehouse: Warehouse, stored: Mapping[str, Any]) -> None:
-        """Read the values by which a choice drops layers, if they are a contrast or a stored measurement.
-
-        Args:
-            stored: row of ``runs``.
-        """
-        if choice.by == CONTRAST and choice.reading is not None:
-            self.truth[choice.by, choice.reading] = self._negative_contrast(choice.reading, warehouse, stored)
+    def _read_values(self, warehouse: Warehouse, criterion: Criterion) -> None:
+        """Read the values of a criterion, unless they are known or measured in the experiment."""
+        measured_here = criterion.by == LEAVE_ONE_OUT and self.experiment.leave_one_out
+        if criterion in self.values or criterion.by == GREEDY or measured_here:
             return
-        measured_in_the_experiment = choice.by == LEAVE_ONE_OUT and self.experiment.leave_one_out
-        if choice.by not in MEASURED or measured_in_the_experiment:
-            return
-        measured = layer_truth(warehouse, stored, choice.by)
-        self.truth[choice.by, choice.reading] = measured.by_layer(self.num_layers)
-        self.seen += measured.seen
-        self.measured_by[choice.by] = measured.run_id
-
-    def _negative_contrast(self, reading: Reading, warehouse: Warehouse, stored: Mapping[str, Any]) -> Float64:
-        """Return the contrast of every layer with its sign changed, float64[layers]: the highest are dropped."""
-        site, recipe, threshold, kind = reading
-        strata = Strata.of_run(warehouse, stored, site)
-        (contrasts,) = contrast(*strata.both_sides(recipe, Threshold(value=threshold, kind=kind)))
-        values = np.full(self.num_layers, np.nan)
-        values[[*strata.layers]] = contrasts
-        return -values
-
-    @property
-    def num_layers(self) -> int:
-        """Number of layers of the model."""
-        return count_layers(self.rows)
+        values = criterion_values(warehouse, self.layers, criterion)
+        self.values[criterion] = values
+        self.seen += values.seen
+        if criterion.by in MEASURED:
+            self.measured_by[criterion.by] = values.run_id
 
     @property
     def experiment_id(self) -> str:
@@ -252,7 +229,7 @@ class Trial:
         if experiment.fitted:
             self.fits = plan_fits(
                 self.model,
-                layer_list(self.rows, self.model.checkpoint.name)[0],
+                self.layers.list_path(),
                 experiment.fitted,
                 experiment.repair_corpora,
                 max_sequences=experiment.repair_max_sequences,
@@ -271,14 +248,13 @@ class Trial:
 
     def choose(self, session: EvaluationSession) -> None:
         """Choose the layers that every method drops at every share. A search is on the text of the scores."""
-        every_choice = choices(self.experiment, self.rows)
+        every_choice = choices(self.experiment, self.layers.rows)
         searched = self._search([choice for choice in every_choice if choice.by == GREEDY], session)
         for choice in every_choice:
             if choice in searched:
                 drop = searched[choice]
             else:
-                truth = {by: values for (by, reading), values in self.truth.items() if reading == choice.reading}
-                drop = choice.drop(choice.scores(self.rows, truth))
+                drop = choice.choose(self.values[choice.criterion], self.layers.number)
             self.choices.append((choice, drop))
 
     def _search(self, greedy: Sequence[Choice], session: EvaluationSession) -> dict[Choice, Layers]:
@@ -290,8 +266,8 @@ class Trial:
         searched = {}
         with searching(session, model, self.corpus) as (_, losses):
             for choice in greedy:
-                candidates = choice.unprotected(self.num_layers)
-                searched[choice], _ = greedy_search(candidates, choice.number(self.num_layers), losses)
+                candidates = choice.unprotected(self.layers.number)
+                searched[choice], _ = greedy_search(candidates, choice.number(self.layers.number), losses)
         return searched
 
     def candidates(self, patches: Patches) -> list[Candidate]:
@@ -335,7 +311,7 @@ def run_experiment(job: JobFile, request: RunJobRequest) -> tuple[list[Run], lis
 
     Args:
         job: job with a section ``experiment``.
-        request: permissions, and fields of ``partition.execution.Execution`` in place of the job's.
+        request: permissions, and fields of ``settings.Execution`` in place of the job's.
 
     Returns:
         The scored runs, and the rows of ``experiments``, of whose RunIdentity only ``run_id`` and ``model`` are given.
@@ -379,7 +355,7 @@ def run_experiment(job: JobFile, request: RunJobRequest) -> tuple[list[Run], lis
         run_id = trial.run.run_id
         checkpoint = trial.model.checkpoint
         rows = trial.measured_rows(evaluated, results)
-        model = identity(checkpoint, run_id, trial.rows[0]["family"])
+        model = identity(checkpoint, run_id, trial.layers.rows[0]["family"])
         store.write_rows("experiments", model, rows, trial.experiment_id)
         written += [{**row, "run_id": run_id, "model": checkpoint.name} for row in rows]
     return runs, written
@@ -445,6 +421,9 @@ def _leave_one_out(trials: Sequence[Trial], session: EvaluationSession) -> None:
     planned = [plan_text_task(trial.model, trial.corpus, LeaveOneOut, prefix, use=ABLATION) for trial in trials]
     results = session.measure(dict.fromkeys(planned, (NO_INTERVENTION,)))
     for trial, task in zip(trials, planned, strict=True):
-        losses = {result.removed: result.value for result in results[task] if result.metric == LOSS}
-        by_layer = [losses.get((layer,), np.nan) for layer in range(trial.num_layers)]
-        trial.truth[LEAVE_ONE_OUT, None] = np.array(by_layer)
+        losses: dict[int, float] = {}
+        for result in results[task]:
+            layers = whole_layers(result.removed)
+            if result.metric == LOSS and layers:
+                losses[layers[0]] = result.value
+        trial.values[Criterion(LEAVE_ONE_OUT)] = LayerValues(values=losses)

@@ -8,9 +8,9 @@ All measurements are stored in a warehouse, so that a command that was stopped c
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from functools import cached_property, partial
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +29,7 @@ from avss_dist.distillation.record import DistillRecord
 from avss_dist.distillation.teacher_text import with_own_text
 from avss_dist.evaluation.continuations import Continuation, Prompt, continue_prompts, held_out_prompts
 from avss_dist.evaluation.events import OnEvent
+from avss_dist.evaluation.planned_tasks import earlier_texts, plan_task, plan_text, refuse_overlaps
 from avss_dist.evaluation.repairs import copies_of, fit_of, fit_repairs, plan_fits, read_repaired, require_changeable
 from avss_dist.evaluation.session import (
     EvaluationSession,
@@ -36,12 +37,12 @@ from avss_dist.evaluation.session import (
     PlannedTask,
     results_under,
 )
-from avss_dist.evaluation.tasks import earlier_texts, plan_task, plan_text, refuse_overlaps
 from avss_dist.models.checkpoint.loading import require_head, text_config
 from avss_dist.models.checkpoint.locate import Checkpoint, resolve
 from avss_dist.models.checkpoint.weight_files import weight_files
-from avss_dist.planning.layers import plan_layers
-from avss_dist.plans.choice import PlanError
+from avss_dist.planning.layers import LayerRanking
+from avss_dist.plans.choice import Choice, PlanError
+from avss_dist.plans.criteria import PUBLISHED, Criterion
 from avss_dist.plans.plan import Plan
 from avss_dist.pruning.checkpoint import prune, require_copyable, require_free, require_prunable
 from avss_dist.pruning.repair.registry import NO_REPAIR, RepairRecord
@@ -51,7 +52,7 @@ from avss_dist.runs.scoring import score
 from avss_dist.stats.catalog import GREEDY, LOWEST_SHARE, SCORES
 from avss_dist.studies.ablate import ablate
 from avss_dist.studies.distill import distill_student, publish_distilled, require_distillable
-from avss_dist.studies.search import repaired_search
+from avss_dist.studies.search import RepairedSearch
 from avss_dist.tasks.task import Result, Retention
 from avss_dist.warehouse.names import PERPLEXITY, describe_task
 from avss_dist.warehouse.reader import Warehouse
@@ -228,20 +229,17 @@ def shrink(request: ShrinkRequest) -> Shrunk:
         _require_tokens(checkpoint, request, split)
     with EvaluationSession.open(str(request.warehouse), request.settings, request.execution, on_event) as session:
         session.executor.connect()  # because scores are measured by executors of their own
-        make_plan = _measure_scores(request, session, split)
-        example = make_plan(count=1)
+        ranking = _rank_layers(request, session, split)
+        example = ranking.plan(_choice(request, ranking.criterion, count=1))
         require_prunable(checkpoint, example, settings)
         model = session.place(checkpoint, settings)
-        tasks, fit = _plan_candidates(session, model, request, split, example)
-        evaluate = partial(_evaluate, session, tasks, fit)
-        if request.by == GREEDY:
-            make_plan = repaired_search(session, model, make_plan, request, split.scored, fit)
+        trial = ShrinkTrial.plan_tasks(session, model, request, split, ranking, example)
         if request.keep is None:
-            best = evaluate(make_plan(share=request.share or LOWEST_SHARE))
+            best = trial.evaluate(trial.choose(share=request.share or LOWEST_SHARE))
             curve = [best]
         else:
             maximum = min(example.num_layers - 1, example.num_layers - request.first - request.last)
-            best, curve = _bisect(evaluate, make_plan, maximum, request.keep)
+            best, curve = _bisect(trial, maximum, request.keep)
         prompts = held_out_prompts(model, request.texts, skip_sequences=split.scored)
         pruned, without = best.plan.intervention, f"{count_removed(best.plan.drop)} dropped"
         variants = {WHOLE: NO_INTERVENTION, without: pruned}
@@ -361,8 +359,8 @@ def _require_tokens(checkpoint: Checkpoint, request: ShrinkRequest, split: TextS
         )
 
 
-def _measure_scores(request: ShrinkRequest, session: EvaluationSession, split: TextSplit) -> Callable[..., Plan]:
-    """Measure the criterion by which layers are chosen, and return a function that makes plans by it."""
+def _rank_layers(request: ShrinkRequest, session: EvaluationSession, split: TextSplit) -> LayerRanking:
+    """Measure the score by which layers are chosen, or from which a search begins, and return its values."""
     options = {
         **request.options,
         "max_sequences": split.scored,
@@ -376,34 +374,86 @@ def _measure_scores(request: ShrinkRequest, session: EvaluationSession, split: T
     opened = Warehouse(session.store.root.full)
     row = opened.run(run.run_id)
     assert row is not None
-    return partial(plan_layers, opened, row, by=request.ranked_by, first=request.first, last=request.last)
+    criterion = Criterion(request.ranked_by, reading=PUBLISHED if request.ranked_by == "avss" else None)
+    return LayerRanking.of_run(opened, row, criterion)
 
 
-def _evaluate(
-    session: EvaluationSession, planned: Mapping[str, PlannedTask], fit: PlannedTask | None, plan: Plan
-) -> CandidateResult:
-    """Return the result of a plan: fit its repair, and measure it beside the whole model. Stored cells are reused.
+def _choice(request: ShrinkRequest, criterion: Criterion, **size: Any) -> Choice:
+    """Return a choice of layers by a criterion, with the protected layers of a request.
 
     Args:
-        planned: tasks by name.
-        fit: task of fitting a repair; None for no repair.
-
-    Raises:
-        AvssError: a mistake, or a fit or an evaluation that failed. Measured cells remain in the warehouse.
+        size: ``share`` or ``count``.
     """
-    patch = fit_repairs(session, [(fit, [plan.dropped_layers])]).get((fit, plan.dropped_layers)) if fit else None
-    variants = {"whole": NO_INTERVENTION, "pruned": plan.intervention}
-    if patch:
-        variants["repaired"] = replace(plan.intervention, patch=patch)
-    results = session.measure({task: variants.values() for task in planned.values()})
-    return CandidateResult(
-        plan=plan,
-        patch=patch,
-        tasks=[
-            TaskRetention(task=name, results=_primary(results[task], variants), skipped=task.settings.skip_sequences)
-            for name, task in planned.items()
-        ],
-    )
+    return Choice(by=criterion.by, reading=criterion.reading, first=request.first, last=request.last, **size)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ShrinkTrial:
+    """Choice, repair and evaluation of plans of one model, on held-out text.
+
+    Attributes:
+        ranking: values by which layers are chosen, or from which a search begins.
+        tasks: tasks by name.
+        fit: task of fitting a repair; None for no repair.
+        search: search of the layers; None if the values decide alone.
+    """
+
+    session: EvaluationSession
+    request: ShrinkRequest
+    ranking: LayerRanking
+    tasks: Mapping[str, PlannedTask]
+    fit: PlannedTask | None
+    search: RepairedSearch | None
+
+    @classmethod
+    def plan_tasks(
+        cls,
+        session: EvaluationSession,
+        model: PlacedModel,
+        request: ShrinkRequest,
+        split: TextSplit,
+        ranking: LayerRanking,
+        example: Plan,
+    ) -> ShrinkTrial:
+        """Return the trial of a request, for plans like the example. Overlapping texts are refused."""
+        tasks = held_out_tasks(model, request, split)
+        fit = None
+        if request.repair != NO_REPAIR:
+            fit = _plan_fit(session, model, request, split, example)
+        if not request.allow_overlap:
+            _refuse_overlaps(model, request, split, tasks, fit, example)
+        search = None
+        if request.by == GREEDY:
+            search = RepairedSearch.plan_tasks(session, model, ranking, request, split.scored, fit)
+        return cls(session=session, request=request, ranking=ranking, tasks=tasks, fit=fit, search=search)
+
+    def choose(self, **size: Any) -> Plan:
+        """Return the plan that drops a ``share`` or a ``count`` of the layers."""
+        if self.search is not None:
+            return self.search.plan(_choice(self.request, Criterion(GREEDY), **size))
+        return self.ranking.plan(_choice(self.request, self.ranking.criterion, **size))
+
+    def evaluate(self, plan: Plan) -> CandidateResult:
+        """Return the result of a plan: fit its repair, and measure it beside the whole model.
+
+        Stored cells are reused.
+
+        Raises:
+            AvssError: a mistake, or a fit or an evaluation that failed. Measured cells remain in the warehouse.
+        """
+        patch = None
+        if self.fit is not None:
+            patches = fit_repairs(self.session, [(self.fit, [plan.dropped_layers])])
+            patch = patches.get((self.fit, plan.dropped_layers))
+        variants = {"whole": NO_INTERVENTION, "pruned": plan.intervention}
+        if patch:
+            variants["repaired"] = replace(plan.intervention, patch=patch)
+        results = self.session.measure({task: variants.values() for task in self.tasks.values()})
+        retained = []
+        for name, task in self.tasks.items():
+            primary = _primary(results[task], variants)
+            retained.append(TaskRetention(task=name, results=primary, skipped=task.settings.skip_sequences))
+        return CandidateResult(plan=plan, patch=patch, tasks=retained)
 
 
 def _primary(results: Sequence[Result], variants: Mapping[str, Intervention]) -> dict[str, Result]:
@@ -437,45 +487,59 @@ def held_out_tasks(model: PlacedModel, request: ShrinkRequest, split: TextSplit)
     return tasks
 
 
-def _plan_candidates(
+def _plan_fit(
     session: EvaluationSession, model: PlacedModel, request: ShrinkRequest, split: TextSplit, example: Plan
-) -> tuple[dict[str, PlannedTask], PlannedTask | None]:
-    """Return the tasks by name and the fit of a repair, for plans like the example. Overlapping texts are refused."""
-    tasks = held_out_tasks(model, request, split)
-    skipped, use, fit = split.held_out, "the repair is fitted on", None
+) -> PlannedTask:
+    """Return the task of fitting the repair of a request, for plans like the example."""
+    fits = plan_fits(
+        model,
+        example.layers,
+        [request.repair],
+        request.weighted_repair_texts,
+        copies_of(model.placement, model.settings, session),
+        max_sequences=split.rows - split.held_out,
+        skip_sequences=split.held_out,
+    )
+    return fits[request.repair]
+
+
+def _refuse_overlaps(
+    model: PlacedModel,
+    request: ShrinkRequest,
+    split: TextSplit,
+    tasks: Mapping[str, PlannedTask],
+    fit: PlannedTask | None,
+    example: Plan,
+) -> None:
+    """Refuse tasks on text that the layers are chosen on, or that the smaller model is fitted or distilled on.
+
+    Raises:
+        ConfigError: see `refuse_overlap`.
+    """
     texts: Sequence[CorpusPlan] = ()
-    if request.repair != NO_REPAIR:
-        (fit,) = plan_fits(
-            model,
-            example.layers,
-            [request.repair],
-            request.weighted_repair_texts,
-            copies_of(model.placement, model.settings, session),
-            max_sequences=split.rows - skipped,
-            skip_sequences=skipped,
-        ).values()
-        texts = fit_of(fit).texts
-    if not request.allow_overlap:
-        if request.distill_tokens is not None:
-            skipped, use = split.measured, "the smaller model is distilled on"
-            read = model.reading(max_sequences=split.rows - skipped, skip_sequences=skipped).settings
-            texts = [plan_text(model.checkpoint, text, read) for text in request.repair_texts]
-        chosen_on = earlier_texts(example.seen, model.checkpoint, [request.corpus], skip_option=None)
-        refuse_overlaps(
-            [planned.task for planned in tasks.values()],
-            texts,
-            model,
-            chosen_on,
-            skipped=skipped,
-            use=use,
-            skip_option=None,
-        )
-    return tasks, fit
+    if request.distill_tokens is not None:
+        skipped = split.measured
+        use = "the smaller model is distilled on"
+        reading = model.reading(max_sequences=split.rows - skipped, skip_sequences=skipped).settings
+        texts = [plan_text(model.checkpoint, text, reading) for text in request.repair_texts]
+    else:
+        skipped = split.held_out
+        use = "the repair is fitted on"
+        if fit is not None:
+            texts = fit_of(fit).texts
+    chosen_on = earlier_texts(example.seen, model.checkpoint, [request.corpus], skip_option=None)
+    refuse_overlaps(
+        [planned.task for planned in tasks.values()],
+        texts,
+        model,
+        chosen_on,
+        skipped=skipped,
+        use=use,
+        skip_option=None,
+    )
 
 
-def _bisect(
-    evaluate: Callable[[Plan], CandidateResult], make_plan: Callable[..., Plan], maximum: int, keep: float
-) -> tuple[CandidateResult, list[CandidateResult]]:
+def _bisect(trial: ShrinkTrial, maximum: int, keep: float) -> tuple[CandidateResult, list[CandidateResult]]:
     """Find the plan that drops the most layers and retains at least ``keep``, by bisection.
 
     Args:
@@ -488,15 +552,19 @@ def _bisect(
         PlanError: the plan that drops one layer retains less.
     """
     results: dict[int, CandidateResult] = {}
-    low, high = 0, maximum + 1
-    while high - low > 1:
-        count = (low + high) // 2
-        results[count] = evaluate(make_plan(count=count))
-        low, high = (count, high) if results[count].kept >= keep else (low, count)
+    enough = 0  # the most layers whose plan is known to retain enough
+    too_many = maximum + 1
+    while too_many - enough > 1:
+        count = (enough + too_many) // 2
+        results[count] = trial.evaluate(trial.choose(count=count))
+        if results[count].kept >= keep:
+            enough = count
+        else:
+            too_many = count
     curve = [results[count] for count in sorted(results)]
-    if not low:
+    if enough == 0:
         raise PlanError(
             f"Without layer {curve[0].plan.drop[0]}, the first to go, {curve[0].kept:z.1%} is kept, under {keep:.1%}.",
             "Ask for less with `keep`, choose by another score, or repair on more text.",
         )
-    return results[low], curve
+    return results[enough], curve

@@ -22,7 +22,7 @@ from avss_dist.models.structure.linear_maps import weight_of
 from avss_dist.stats.layer_stats import Float64
 from avss_dist.tasks.task import Measure, MetricRow
 
-GREEDY = "greedy:"  # before the path of a map: its sparsity after each round
+GREEDY_STEPS = "greedy:"  # before the path of a map: its sparsity after each round
 GREEDY_ERROR = "greedy_error"
 HILL = "hill:"  # before the path of a map: the exponent of its spectrum
 JUDGED = 4  # the error is measured on the last 1 / 4 of a row's tokens, as in TEAL
@@ -36,7 +36,8 @@ class GreedyBlock(Measure):
     It is the map whose step changes the block's output least, in the L2 norm over the last quarter of each row's
     tokens.
 
-    Rows: `GREEDY` of each map, its sparsity after each round, from 0; and `GREEDY_ERROR`, the norm after each round.
+    Rows: `GREEDY_STEPS` of each map, its sparsity after each round, from 0; and `GREEDY_ERROR`, the norm after each
+    round.
 
     Attributes:
         layer: index of the block.
@@ -97,7 +98,7 @@ class GreedyBlock(Measure):
         rows = []
         for name in self.steps:
             sparsities = np.array([step.sparsity[name] for step in path])
-            rows.append(MetricRow(metric=f"{GREEDY}{name}", samples=sparsities, weights=ones, layer=self.layer))
+            rows.append(MetricRow(metric=f"{GREEDY_STEPS}{name}", samples=sparsities, weights=ones, layer=self.layer))
         rows.append(MetricRow(metric=GREEDY_ERROR, samples=errors, weights=ones, layer=self.layer))
         return rows
 

@@ -14,6 +14,8 @@ from support.warehouses import identity_of, run_row, write_scores
 from avss_dist.analysis.experiments import newest_experiments
 from avss_dist.analysis.verdict import experiment_sections
 from avss_dist.planning.layers import plan_layers
+from avss_dist.plans.choice import Choice
+from avss_dist.plans.criteria import PUBLISHED
 from avss_dist.reports.page.page import report_page
 from avss_dist.warehouse.reader import Warehouse
 from avss_dist.warehouse.store import Store
@@ -139,6 +141,7 @@ def test_the_page_compares_within_the_newest_experiment(root: Path) -> None:
 def test_a_plan_has_the_verdict_of_the_newest_experiment_alone(root: Path) -> None:
     warehouse = Warehouse(root)
     (run,) = warehouse.runs().to_pylist()
-    (verdict,) = [line for line in plan_layers(warehouse, run, by="avss").findings if line.startswith("perplexity:")]
+    findings = plan_layers(warehouse, run, Choice(by="avss", reading=PUBLISHED)).findings
+    (verdict,) = [line for line in findings if line.startswith("perplexity:")]
     assert "(perplexity 30, then 50)" in verdict
     assert verdict.endswith(f"Experiment {NEW} of 2026-01-03 03:04 UTC, the newest of 2 with this run.")

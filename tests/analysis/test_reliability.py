@@ -11,7 +11,7 @@ import pytest
 from scipy import stats
 
 from avss_dist.analysis.scorecard import increases, misranked, reliability
-from avss_dist.plans.ground_truth import LayerTruth
+from avss_dist.plans.criteria import LayerValues
 from avss_dist.stats.rankings import spearman
 from avss_dist.warehouse.reader import Warehouse
 from avss_dist.warehouse.schema import RunIdentity
@@ -32,7 +32,7 @@ def written(root: Path, losses: Losses, *, run_id: str = "e", task: str = TASK, 
 
 
 def read(root: Path, *layers: int) -> np.ndarray:
-    truth = LayerTruth(values=dict.fromkeys(reversed(layers), 1.0), run_id="e", task=TASK)
+    truth = LayerValues(values=dict.fromkeys(reversed(layers), 1.0), run_id="e", task=TASK)
     return increases(Warehouse(root), truth)
 
 

@@ -20,11 +20,11 @@ import numpy as np
 from support.benchmarking import cpu_timed, open_checkpoint
 from support.causal_lm import open_whole
 
+from avss_dist.analysis.ground_truth import mean_ranks
 from avss_dist.analysis.scorecard import misranked, reliability
 from avss_dist.core.settings import Settings
 from avss_dist.corpus.shards import tokenize_corpus
 from avss_dist.models.checkpoint.loading import load_tokenizer
-from avss_dist.plans.ground_truth import mean_ranks
 from avss_dist.stats.catalog import metrics_of
 from avss_dist.stats.rankings import spearman
 from avss_dist.tasks.damage import Damage

@@ -21,8 +21,8 @@ from support.warehouses import run_row, write_scores
 
 from avss_dist import ablate, plan, score, sparsify
 from avss_dist.analysis.chosen import newest_run
+from avss_dist.analysis.next_commands import ablate_command, repeated_command, repeated_options
 from avss_dist.core.errors import QueryError
-from avss_dist.plans.ground_truth import ablate_command, repeated_command, repeated_options
 from avss_dist.requests import SparsifyRequest
 from avss_dist.warehouse.reader import Warehouse
 from avss_dist.warehouse.schema import RunIdentity

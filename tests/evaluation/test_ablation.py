@@ -31,7 +31,7 @@ from avss_dist.core.errors import ConfigError
 from avss_dist.core.intervention import NO_INTERVENTION
 from avss_dist.core.settings import Settings
 from avss_dist.corpus.shards import Shard
-from avss_dist.evaluation.tasks import plan_text
+from avss_dist.evaluation.planned_tasks import plan_text
 from avss_dist.models.causal_lm import LanguageModel
 from avss_dist.models.change.skipping import resuming
 from avss_dist.models.structure.layers import representatives

@@ -26,6 +26,7 @@ from avss_dist.models.checkpoint.locate import Checkpoint
 from avss_dist.partition.placement import Placement
 from avss_dist.plans.choice import Choice
 from avss_dist.plans.plan import Plan
+from avss_dist.plans.run_layers import RunLayers
 from avss_dist.pruning.methods import Experiment, choices, describe_method, parse_score
 from avss_dist.requests import PlanRequest
 from avss_dist.runs.job_file import read_job
@@ -388,7 +389,8 @@ def trial(*, run_id: str = "a-1", text: str = "text", dtype: str = "float32", **
     planned = PlannedTask(checkpoint=checkpoint, settings=settings, task=task, placement=placement)
     experiment = Experiment(tasks=("t",), repair_corpora=("other.txt",), **options)
     run = Run(run_id=run_id, model="org/a", warehouse="w", status="done")
-    return Trial(experiment=experiment, run=run, model=planned, rows=[], corpus="", planned={"t": planned})
+    layers = RunLayers(run={}, rows=[])
+    return Trial(experiment=experiment, run=run, model=planned, layers=layers, corpus="", planned={"t": planned})
 
 
 def test_an_experiment_has_the_id_that_warehouses_know() -> None:

@@ -26,9 +26,9 @@ from avss_dist.core.intervention import (
 )
 from avss_dist.core.settings import Settings
 from avss_dist.evaluation import session
-from avss_dist.evaluation.events import SearchStep
-from avss_dist.evaluation.tasks import plan_text
+from avss_dist.evaluation.planned_tasks import plan_text
 from avss_dist.models.causal_lm import LanguageModel
+from avss_dist.planning.search import SearchStep
 from avss_dist.plans.choice import Choice, PlanError
 from avss_dist.plans.plan import Plan
 from avss_dist.requests import PlanRequest

@@ -17,9 +17,9 @@ import avss_dist
 from avss_dist.core.errors import ConfigError
 from avss_dist.core.settings import Settings
 from avss_dist.corpus.seen import SeenText
-from avss_dist.evaluation import tasks
+from avss_dist.evaluation import planned_tasks
+from avss_dist.evaluation.planned_tasks import plan_task, refuse_seen
 from avss_dist.evaluation.session import PlacedModel
-from avss_dist.evaluation.tasks import plan_task, refuse_seen
 from avss_dist.models.checkpoint.locate import resolve
 from avss_dist.partition.placement import Placement
 from avss_dist.plans.plan import ModelPlan, Plan, read_checked_plan, read_plan
@@ -151,11 +151,11 @@ def test_keys_of_the_task_read_the_text_again(folder: Path, plans: dict[str, Any
         opened.append(corpus)
         return SimpleNamespace(shards=())
 
-    monkeypatch.setattr(tasks, "read_again", read)
+    monkeypatch.setattr(planned_tasks, "read_again", read)
     uri = "s3://KEY:SECRET@bucket/a.txt"
     seen = SeenText(use="scores", by="a-1", corpus=uri)
     checkpoint = resolve(str(folder / "model"))
-    (text,) = tasks.earlier_texts([seen], checkpoint, [uri])
+    (text,) = planned_tasks.earlier_texts([seen], checkpoint, [uri])
     text.read()
     assert opened == [uri]
 

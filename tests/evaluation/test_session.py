@@ -18,8 +18,8 @@ from avss_dist.core.errors import AvssError, BatchTooLarge, as_failure
 from avss_dist.core.intervention import NO_INTERVENTION, InterventionKey
 from avss_dist.core.settings import Settings
 from avss_dist.evaluation.events import CellDone, CellsStarted, Event
+from avss_dist.evaluation.planned_tasks import plan_text_task
 from avss_dist.evaluation.session import EvaluationSession, PlannedTask, failure, results_under
-from avss_dist.evaluation.tasks import plan_text_task
 from avss_dist.models.checkpoint.locate import resolve
 from avss_dist.partition.execution import Execution
 from avss_dist.runs.local import LocalExecutor

@@ -30,11 +30,24 @@ from avss_dist.core.yaml_files import MAX_BYTES
 from avss_dist.models.checkpoint.loading import load_model
 from avss_dist.models.checkpoint.locate import resolve
 from avss_dist.models.checkpoint.size import Footprint, footprint
-from avss_dist.planning.layers import evaluated_lines, plan_layers
-from avss_dist.plans.choice import LAST, PUBLISHED, RANDOM, Choice, PlanError, count_layers
-from avss_dist.plans.plan import Plan, count_for_memory, describe_savings, make_plan, read_plan
+from avss_dist.planning.criteria import criterion_values, default_score
+from avss_dist.planning.evaluated import evaluated_lines
+from avss_dist.planning.layers import plan_layers
+from avss_dist.plans.choice import Choice, PlanError
+from avss_dist.plans.criteria import (
+    PUBLISHED,
+    LayerValues,
+    Reading,
+    count_layers,
+    random_values,
+    stored_values,
+    values_from_the_end,
+)
+from avss_dist.plans.plan import Plan, read_plan
+from avss_dist.plans.run_layers import RunLayers, plan_choice
+from avss_dist.plans.size import count_for_memory, describe_savings
 from avss_dist.pruning.checkpoint import prune
-from avss_dist.stats.catalog import BLOCK_DISTANCE, CONTRAST, GREEDY, SCORES
+from avss_dist.stats.catalog import BLOCK_DISTANCE, GREEDY, LAST, RANDOM, SCORES
 from avss_dist.warehouse.reader import Warehouse
 from avss_dist.warehouse.schema import RunIdentity
 from avss_dist.warehouse.store import Store
@@ -80,22 +93,27 @@ def score_rows(values: list[float]) -> list[dict[str, Any]]:
     return [row | {"block_influence": -row["avss_smoothed"]} for row in rows_of(PUBLISHED, [*values])]
 
 
+def plan_from(rows: list[dict[str, Any]], choice: Choice, values: LayerValues) -> Plan:
+    return plan_choice(RunLayers(run=RUN, rows=rows), choice, values)
+
+
 def test_random_plans_differ_by_seed() -> None:
     rows = score_rows([float(i) for i in range(30)])
-    plans = [make_plan(rows, RUN, Choice(by="random", seed=seed)) for seed in (0, 0, 1)]
+    plans = [plan_from(rows, Choice(by="random", seed=seed), random_values(30, seed)) for seed in (0, 0, 1)]
     assert plans[0] == plans[1] and plans[0].drop != plans[2].drop and len(plans[0].drop) == 8
     assert plans[2].why == {"by": "random", "seed": 1, "share": 0.25}
 
 
 def test_a_plan_has_its_reading_as_a_reason() -> None:
-    plan = make_plan(score_rows(LAYERS[:4]), RUN, Choice(by="avss", count=1, seed=3, reading=PUBLISHED))
+    rows = score_rows(LAYERS[:4])
+    plan = plan_from(rows, Choice(by="avss", count=1, seed=3, reading=PUBLISHED), stored_values(rows, "avss"))
     assert plan.why == {"by": "avss", "count": 1, **dict(zip(PLACE, PUBLISHED, strict=True))}
 
 
 def test_layers_that_are_not_one_list() -> None:
     rows = [{"layer": i, "layer_name": name} for i, name in enumerate(("a.0", "shared", "a.1"))]
     with pytest.raises(PlanError, match="not one list of modules"):
-        make_plan(rows, RUN, Choice(by="avss"))
+        plan_from(rows, Choice(by="avss"), LayerValues(values=dict(enumerate([1.0, 2.0, 3.0]))))
 
 
 # Plan files
@@ -256,7 +274,7 @@ def test_no_score_is_a_default(scored: Warehouse, tmp_path: Path) -> None:
         assert f"  {name}: {score.meaning}" in result.stderr
     assert "with --by" in result.stderr
     with pytest.raises(QueryError, match="neither the damage of the layers of org/a-1 nor"):
-        plan_layers(scored, scored.runs().to_pylist()[0])
+        default_score(scored, scored.runs().to_pylist()[0])
 
 
 def write_damage(store: Warehouse, run_id: str, propagated: list[float], predicted: list[float]) -> None:
@@ -281,14 +299,14 @@ def test_damage_is_the_mean_of_two_ranks_and_the_default_without_a_loss(scored: 
     write_damage(scored, "b-1", propagated, predicted)
     (run,) = (row for row in scored.runs().to_pylist() if row["run_id"] == "b-1")
     # ranks 8 7 6 5 4 3 2 1 and 7 2 3 1 8 4 6 5: sums 15 9 9 6 12 7 8 6
-    assert plan_layers(scored, run, by="damage", count=2).drop == (3, 7)
-    assert plan_layers(scored, run, by="predicted", count=1).drop == (3,)
-    assert plan_layers(scored, run, by="propagated", count=1).drop == (7,)
+    assert plan_layers(scored, run, Choice(by="damage", count=2)).drop == (3, 7)
+    assert plan_layers(scored, run, Choice(by="predicted", count=1)).drop == (3,)
+    assert plan_layers(scored, run, Choice(by="propagated", count=1)).drop == (7,)
     succeed("plan", "-w", scored.root, "--run", "b-1", "-o", tmp_path / "plan.yaml")
     made = read_plan(tmp_path / "plan.yaml")
     assert made.drop == (3, 7) and made.why["by"] == "damage" and made.why["evaluation"] == "b-1-damage"
     write_losses(scored, "b-1", [9.0, 8.0, 3.1, 7.0, 3.2, 6.0, 5.0, 4.0])
-    assert plan_layers(scored, run).why["by"] == "loss"
+    assert default_score(scored, run) == "loss"
 
 
 def test_a_block_is_chosen_by_its_own_distance(scored: Warehouse, tmp_path: Path) -> None:
@@ -314,7 +332,7 @@ def test_the_measured_loss_is_taken_where_there_is_one(scored: Warehouse, tmp_pa
     for line in ("Drops 2 of 8 layers: 2, 4.", "Model: org/b-1 at main. Run: b-1."):
         assert line in result.stdout
     (run,) = (row for row in scored.runs().to_pylist() if row["run_id"] == "b-1")
-    assert plan_layers(scored, run) == made
+    assert plan_layers(scored, run, Choice(by="loss")) == made
 
 
 def test_a_plan_says_what_speaks_against_it(scored: Warehouse, tmp_path: Path) -> None:
@@ -434,31 +452,37 @@ def test_combinations_that_say_nothing_are_refused(options: dict[str, Any], mess
         Choice(**options)
 
 
+def stored(rows: list[dict[str, Any]], by: str, reading: Reading | None = None) -> list[float]:
+    return stored_values(rows, by, reading).by_layer(count_layers(rows)).tolist()
+
+
 def test_scores_are_those_of_one_reading_in_the_order_of_layers() -> None:
     other = ("mlp", *PUBLISHED[1:])
     rows = [*rows_of(PUBLISHED, [3.0, None, 1.0, 2.0]), *rows_of(other, [7.0, 8.0, 9.0, 6.0])]
-    np.testing.assert_array_equal(Choice(by="avss").scores(rows, {}), [3, np.nan, 1, 2])
-    np.testing.assert_array_equal(Choice(by="avss", reading=other).scores(rows, {}), [7, 8, 9, 6])
-    np.testing.assert_array_equal(Choice(by="avss").scores(rows[4:], {}), [7, 8, 9, 6])
-    np.testing.assert_array_equal(Choice(by="avss").scores([rows[0], *rows[4:], *rows[1:4]], {}), [3, np.nan, 1, 2])
+    np.testing.assert_array_equal(stored(rows, "avss"), [3, np.nan, 1, 2])
+    np.testing.assert_array_equal(stored(rows, "avss", other), [7, 8, 9, 6])
+    np.testing.assert_array_equal(stored(rows[4:], "avss"), [7, 8, 9, 6])
+    np.testing.assert_array_equal(stored([rows[0], *rows[4:], *rows[1:4]], "avss"), [3, np.nan, 1, 2])
 
 
 def test_a_layer_without_a_rank_has_no_avss_and_its_other_scores() -> None:
     rows = rows_of(PUBLISHED, [3.0, 2.0], block_influence=0.5)
     rows[0]["rank"] = None
-    np.testing.assert_array_equal(Choice(by="avss").scores(rows, {}), [3, np.nan])
-    np.testing.assert_array_equal(Choice(by="block_influence").scores(rows, {}), [0.5, 0.5])
+    np.testing.assert_array_equal(stored(rows, "avss"), [3, np.nan])
+    np.testing.assert_array_equal(stored(rows, "block_influence"), [0.5, 0.5])
 
 
-def test_controls_and_the_truth_need_no_scores() -> None:
-    rows, truth = rows_of(PUBLISHED, [0.0] * 5), {"loss": np.arange(5.0), CONTRAST: -np.arange(5.0)}
-    assert count_layers(rows) == 5
-    random = Choice(by=RANDOM, seed=4).scores(rows, truth)
-    assert random.tolist() == np.random.default_rng(4).permutation(5).tolist()
-    assert Choice(by=LAST).scores(rows, truth).tolist() == [5, 4, 3, 2, 6]
-    assert Choice(by=LAST, count=2).drop(Choice(by=LAST).scores(rows, truth)) == (2, 3)
-    for by in ("loss", CONTRAST):
-        assert Choice(by=by).scores(rows, truth) is truth[by]
+@pytest.mark.parametrize("by", [RANDOM, LAST])
+def test_controls_need_no_scores(by: str, tmp_path: Path) -> None:
+    layers = RunLayers(run=RUN, rows=[{"layer": layer, "layer_name": f"layers.{layer}"} for layer in range(5)])
+    values = criterion_values(Warehouse(tmp_path), layers, Choice(by=by, seed=4).criterion)
+    expected = {RANDOM: np.random.default_rng(4).permutation(5).tolist(), LAST: [5, 4, 3, 2, 6]}
+    assert isinstance(values, LayerValues)
+    assert values.by_layer(5).tolist() == expected[by]
+
+
+def test_the_last_layers_go_first_and_the_final_one_stays() -> None:
+    assert Choice(by=LAST, count=2).choose(values_from_the_end(5), 5) == (2, 3)
 
 
 @pytest.mark.parametrize(

@@ -23,7 +23,7 @@ from avss_dist.plans.catalog import PRECISION_FILES
 from avss_dist.plans.choice import PlanError
 from avss_dist.plans.map_plans import MapPrecision, PrecisionPlan
 from avss_dist.plans.plan import read_checked_plan
-from avss_dist.studies.quantize import EXPORTS
+from avss_dist.plans.precision_files import EXPORTS
 from avss_dist.warehouse.reader import Warehouse
 
 TASK = "perplexity:builtin:pydoc"

@@ -29,7 +29,7 @@ from avss_dist.models.checkpoint.loading import load_tokenizer
 from avss_dist.models.checkpoint.locate import resolve
 from avss_dist.partition.placement import Placement
 from avss_dist.partition.streaming.replica import StreamingReplica
-from avss_dist.planning.layers import measured_maps
+from avss_dist.planning.sparsity import measured_maps
 from avss_dist.plans.choice import PlanError
 from avss_dist.plans.map_plans import SparsityPlan
 from avss_dist.plans.plan import read_checked_plan

@@ -16,7 +16,7 @@ from avss_dist.core.sites import EVERY_SITE, SITES
 from avss_dist.core.text import basename, count_of, printable
 from avss_dist.core.thresholds import PUBLISHED_THRESHOLD, describe_threshold
 from avss_dist.core.values import NewObject, TableRow
-from avss_dist.plans.choice import PUBLISHED
+from avss_dist.plans.criteria import PUBLISHED
 from avss_dist.stats.catalog import BASELINES, FROM_ACTIVATIONS, RECIPES, SCORES
 from avss_dist.stats.layer_stats import Float64
 from avss_dist.stats.rankings import MIN_VALUES, average_ranks, count_lowest, depth_correlation

@@ -40,7 +40,7 @@ from avss_dist.core.errors import DamagedFile, QueryError, named_fields, spell_f
 from avss_dist.core.sites import SITES
 from avss_dist.core.text import basename, count_of, printable
 from avss_dist.core.values import NewObject, NewRow, TableRow
-from avss_dist.plans.choice import PUBLISHED
+from avss_dist.plans.criteria import PUBLISHED
 from avss_dist.reports.chart import drawing_library
 from avss_dist.reports.output import as_json, map_leaves
 from avss_dist.reports.page.charts import page_charts, section_chart

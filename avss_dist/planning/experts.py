@@ -1,0 +1,67 @@
+"""Plans of the routed experts to drop, by what a run has measured of each."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
+
+from avss_dist.analysis.experts import require_experts
+from avss_dist.analysis.findings import expert_findings
+from avss_dist.core.errors import ModelError
+from avss_dist.planning.criteria import read_layers
+from avss_dist.planning.evaluated import evaluated_lines
+from avss_dist.plans.choice import choose_experts
+from avss_dist.plans.plan import Plan
+from avss_dist.plans.run_layers import plan_removal
+from avss_dist.stats.catalog import RANDOM
+from avss_dist.warehouse.reader import Warehouse
+
+
+def plan_experts(warehouse: Warehouse, run: Mapping[str, Any], by: str, share: float, seed: int) -> Plan:
+    """Return a plan that drops routed experts of the checkpoint of a run, with the findings about its experts.
+
+    Args:
+        run: a row of ``runs`` whose experts were measured.
+        by: one of ``stats.catalog.EXPERT_SCORES``.
+        share: share of the experts of each layer to drop.
+        seed: seed of a random choice.
+
+    Raises:
+        QueryError: if no experts were measured.
+        WarehouseError: if the scores of the run are damaged.
+        PlanError: if no plan satisfies the choice. See `choose_experts`.
+    """
+    layers = require_experts(warehouse, run["run_id"])
+    scores = {experts.layer: experts.scores().get(by, experts.load) for experts in layers}
+    groups = _routing_groups(run)
+    top_k = max(experts.top_k for experts in layers)
+    why: dict[str, Any] = {"by": by, "experts": share}
+    against = []
+    if by == RANDOM:
+        why["seed"] = seed
+        drop = choose_experts(scores, share, top_k, groups, seed=seed)
+    else:
+        drop = choose_experts(scores, share, top_k, groups)
+        against = [finding["message"] for finding in expert_findings(warehouse, [run["run_id"]])]
+    if groups > 1:
+        why["groups"] = groups
+    plan = plan_removal(read_layers(warehouse, run), drop, why)
+    return replace(plan, findings=tuple(against), evaluated=evaluated_lines(warehouse, run, plan.drop))
+
+
+def _routing_groups(run: Mapping[str, Any]) -> int:
+    """Return the number of groups that routers divide experts into, or 1 if the configuration gives none."""
+    from avss_dist.models.checkpoint.locate import fetch_files, locate, read_config
+
+    try:
+        checkpoint = locate(run["model"]) or fetch_files(f"{run['model']}@{run['revision']}", ["config.json"])
+        config = read_config(checkpoint.folder, checkpoint.name)
+    except ModelError:
+        return 1
+    # Models of several modalities have the configuration of their text model inside.
+    for part in (config, *config.values()):
+        if isinstance(part, dict) and type(part.get("n_group")) is int:
+            groups: int = part["n_group"]
+            return groups
+    return 1
