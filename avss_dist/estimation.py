@@ -278,12 +278,13 @@ def preview_job(job: JobFile, on_event: OnRunEvent | None = None, **options: Any
         AvssError: a mistake that concerns all runs, such as too few devices.
     """
     specs, execution = overridden(job, options)
-    store, previews = Store(job.warehouse), list[Preview]()
+    store = Store(job.warehouse)
+    previews: list[Preview] = []
     names: dict[str, str] = {}  # of the first specs, by run id
     runs: list[dict[str, Any]] = []
     with suppress(WarehouseError):  # there is none yet
         measured = (pc.field("status") == "done") & (pc.field("tokens_per_second") > 0)
-        finished = store.table("runs", columns=[*_SHAPE, *_SPEED], where=measured)
+        finished = store.reader.table("runs", columns=[*_SHAPE, *_SPEED], where=measured)
         runs = finished.sort_by([("created_at", "descending")]).to_pylist()
     with closing(executor_for(specs, job.settings, execution)) as executor:
         planner = Planner(executor, store, fetch=False)
@@ -293,8 +294,8 @@ def preview_job(job: JobFile, on_event: OnRunEvent | None = None, **options: Any
             try:
                 planned = planner.prepare(spec)
                 size = size_of(planned.replica_spec.checkpoint, planned.replica_spec.settings)
-                done = (store.readable_run(planned.run_id) or {}).get("status") == "done"
-                num_kept = 0 if done else sum(1 for _ in store.each_shard(planned.run_id, planned.expected))
+                done = (store.reader.readable_run(planned.run_id) or {}).get("status") == "done"
+                num_kept = 0 if done else sum(1 for _ in store.reader.each_shard(planned.run_id, planned.expected))
             except Exception as error:
                 previews.append(
                     Preview(model=spec.title, corpus=spec.corpus, status="refused", error=as_failure(error).message)

@@ -72,7 +72,7 @@ def continue_prompts(
     continuations = []
     for variant, intervention in variants.items():
         generated = {}
-        for row in session.store.cells(planned.run_id(intervention)).to_pylist():
+        for row in session.store.cells.read(planned.run_id(intervention)).to_pylist():
             if InterventionKey.of_row(row) == intervention.key:
                 generated[row["part"]] = [int(token) for token in row["samples"]]
         for number, ids in enumerate(prompts):

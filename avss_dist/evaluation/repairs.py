@@ -225,7 +225,7 @@ def _stored_patches(session: EvaluationSession, fits: Iterable[PlannedTask]) -> 
     if not stored:
         return patches
     for fit in fits:
-        for row in session.store.cells(fit.run_id()).to_pylist():
+        for row in session.store.cells.read(fit.run_id()).to_pylist():
             key = row["patch"]
             if key in stored:
                 patches[fit, decode_removals(row["drop"])] = EncodedPatch(key, partial(_read_patch, storage, key))

@@ -199,7 +199,7 @@ class EvaluationSession:
             settings[READ] = [text.values() for text in planned.task.read]
         results = []
         for run_id in dict.fromkeys(map(planned.run_id, interventions)):
-            cells = self.store.cells(run_id).to_pylist()
+            cells = self.store.cells.read(run_id).to_pylist()
             combined = combine(cells, len(planned.task.parts))
             if not combined:
                 continue
@@ -234,7 +234,7 @@ class EvaluationSession:
             }
             for entry in plan.rounded
         ]
-        family = self.store.cells(run_id)["family"][0].as_py()
+        family = self.store.cells.read(run_id)["family"][0].as_py()
         self.store.write_rows(
             "precision", identity(planned.checkpoint, run_id, family), rows, fingerprint(rounding=rounding)[:20]
         )
@@ -317,7 +317,7 @@ class EvaluationSession:
                 "created_at": datetime.now(UTC),
             }
             rows.append({**self._key(cell, row).row(), **values})
-        self.store.write_cell(identity(cell.checkpoint, cell.run_id, measured.family), cell.cell_id, rows)
+        self.store.cells.write(identity(cell.checkpoint, cell.run_id, measured.family), cell.cell_id, rows)
         self._measured[cell.run_id].add(cell.cell_id)
 
     def _key(self, cell: Cell, row: MetricRow) -> InterventionKey:
@@ -335,11 +335,11 @@ class EvaluationSession:
         """Whether this session has measured a cell, or the warehouse has it, which does not count if it is fresh."""
         if cell.cell_id in self._measured[cell.run_id]:
             return True
-        return not self.fresh and cell.cell_id in self.store.cell_ids(cell.run_id)
+        return not self.fresh and cell.cell_id in self.store.cells.ids(cell.run_id)
 
     def known_rows(self, run_id: str) -> list[dict[str, Any]]:
         """Return the rows of the known cells of an evaluation. See `is_known`."""
-        rows = self.store.cells(run_id, self._measured[run_id] if self.fresh else None)
+        rows = self.store.cells.read(run_id, self._measured[run_id] if self.fresh else None)
         return list(rows.to_pylist())
 
 

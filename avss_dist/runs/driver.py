@@ -37,9 +37,9 @@ from avss_dist.runs.planner import Planner
 from avss_dist.runs.result import Run
 from avss_dist.runs.run_state import NOT_TAKEN, UNMEASURED, RunState, TrackedRun
 from avss_dist.runs.threads import LOOK_SECONDS, InterruptibleThread, JobThread, Submissions
-from avss_dist.runs.work import Note, RunOutcome, RunShards
+from avss_dist.runs.work import Note, Receipt, RunOutcome, RunShards
 from avss_dist.stats.layer_stats import ShardResult
-from avss_dist.warehouse.store import Receipt, Store
+from avss_dist.warehouse.store import Store
 
 UNCOMMITTED = 8  # results that may wait for storage before the executor waits, too
 STOP_SECONDS = 5.0  # for the executor to end by itself after an interrupt, at a layer or at its next look at workers
@@ -442,7 +442,7 @@ class Driver:
         total = sum(result.num_shards for result in in_progress)
         if total:
             with suppress(AvssError):
-                stored = sum(self._store.num_partials(result.run_id) for result in in_progress)
+                stored = sum(self._store.reader.num_partials(result.run_id) for result in in_progress)
                 notes.append(f"{stored} of {total} shards {'of the runs in progress ' if several else ''}are kept")
         if notes:
             interrupt.add_note(" and ".join(notes))

@@ -19,12 +19,13 @@ from avss_dist.partition.placement import Placement
 from avss_dist.runs.merging import Apply, ShardSummary, merge_partials
 from avss_dist.runs.planned import PlannedRun
 from avss_dist.runs.result import Run
-from avss_dist.runs.work import RunShards
+from avss_dist.runs.work import Receipt, RunShards
 from avss_dist.stats.layer_stats import ShardResult
 from avss_dist.stats.scores import score_run
 from avss_dist.warehouse.encoding import encode_shard
 from avss_dist.warehouse.schema import RunIdentity
-from avss_dist.warehouse.store import Receipt, Store
+from avss_dist.warehouse.shared import share
+from avss_dist.warehouse.store import Store
 
 CONVERTED_NOTE = "the weights were stored as pickles; they were converted to safetensors"
 
@@ -43,10 +44,11 @@ class RunInProgress:
         self._start = time.perf_counter()
         stored: set[int] = set()
         if not fresh:
-            stored = {shard.shard_id for shard in store.each_shard(planned.run_id, planned.expected)}
+            stored = {shard.shard_id for shard in store.reader.each_shard(planned.run_id, planned.expected)}
         missing = [shard for shard in planned.corpus.shards if shard.shard_id not in stored]
         self.result = replace(planned.result, resumed_shards=len(stored))
-        self._shared = store.write_plan(
+        self._shared = share(
+            store,
             planned.run_id,
             model=planned.replica_spec.checkpoint.name,
             corpus=planned.corpus.source,

@@ -19,7 +19,8 @@ from avss_dist.stats.layer_stats import (
     merge_stats,
     split_into_blocks,
 )
-from avss_dist.warehouse.store import OpenShared, Store
+from avss_dist.warehouse.shared import OpenShared
+from avss_dist.warehouse.store import Store
 
 MERGED_HERE = 400  # shards; merging more is distributed to workers
 
@@ -107,7 +108,7 @@ def _merge_block(store: Store, run_id: str, expected: Expected) -> MergedBlock:
     summary = ShardSummary()
 
     def shard_statistics() -> Iterator[Mapping[StratumKey, LayerStats]]:
-        for shard_id, shard in zip_longest(expected, store.each_shard(run_id, expected)):
+        for shard_id, shard in zip_longest(expected, store.reader.each_shard(run_id, expected)):
             if shard is None or shard.shard_id != shard_id:
                 raise RunFailed(
                     f"The partial of shard {shard_id} is damaged or missing.",

@@ -91,7 +91,7 @@ class Planner:
             StorageFull: there is no space for its results.
         """
         run_id = planned.run_id
-        row = None if fresh else self.store.readable_run(run_id)
+        row = None if fresh else self.store.reader.readable_run(run_id)
         if row is not None and row.get("status") == "done":
             return None
         if storage_is_full:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, TypeAlias
+
+import pyarrow as pa
 
 from avss_dist.core.errors import AvssError
 from avss_dist.core.fingerprint import fingerprint
@@ -15,7 +17,7 @@ from avss_dist.partition.placement import Placement
 from avss_dist.partition.replica import Replica, open_replica
 from avss_dist.stats.layer_stats import ShardResult
 from avss_dist.tasks.task import Cell
-from avss_dist.warehouse.store import OpenShared, Receipt
+from avss_dist.warehouse.shared import OpenShared
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -64,6 +66,22 @@ class RunShards:
     shards: Sequence[Shard]
     warehouse: OpenShared | None = None
     dropped: bool = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class Receipt:
+    """A worker's message that it has measured a shard. It is short, as one driver serves many workers.
+
+    Attributes:
+        shard_id, num_tokens, seconds: see `ShardResult`.
+        files: result of `encode_shard`, if the worker does not reach the warehouse, or the run has ended. Else it has
+            written them.
+    """
+
+    shard_id: int
+    num_tokens: int
+    seconds: float
+    files: Mapping[str, pa.Buffer]
 
 
 @dataclass(frozen=True)

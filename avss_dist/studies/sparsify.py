@@ -90,7 +90,7 @@ def _allocate(
             planned = model.plan(Task(name=name, parts=parts))
             session.run(planned.cells())
             why["evaluation"] = planned.run_id()
-            rows = session.store.cells(planned.run_id()).sort_by("part").to_pylist()
+            rows = session.store.cells.read(planned.run_id()).sort_by("part").to_pylist()
             sums: dict[tuple[int, str], Float64] = {}
             for place, parts_of_place in grouped(rows, itemgetter("layer", "metric")).items():
                 sums[place] = np.sum([row["samples"] for row in parts_of_place], axis=0)

@@ -15,7 +15,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from avss_dist.core.errors import WarehouseError
+from avss_dist.core.errors import WarehouseError, require_known
 from avss_dist.core.extras import package_hint
 from avss_dist.stats.layer_stats import (
     EXPERT_FIELDS,
@@ -26,7 +26,7 @@ from avss_dist.stats.layer_stats import (
     ShardResult,
     StratumKey,
 )
-from avss_dist.warehouse.schema import SCHEMA_VERSION, SCHEMAS, TABLES, RunIdentity
+from avss_dist.warehouse.schema import SCHEMA_VERSION, SCHEMAS, TABLES, RunIdentity, columns_of
 
 _VERSION, _HEADER, _CHECKSUM = b"avss_schema_version", b"avss_header", b"avss_checksum"
 _OLDEST = 3  # schema version that is still read; earlier ones were never released
@@ -69,6 +69,24 @@ def encode(name: str, run: Mapping[str, Any], columns: Mapping[str, Any], shard:
         schema = pa.schema(map(pa.Field.with_metadata, schema, described), header)
     table = pa.table({f.name: columns[f.name] for f in schema}, schema=schema)
     return to_file(table, **(_STATS_OPTIONS if "histogram_bin" in columns else {}))
+
+
+def encode_rows(name: str, run: Mapping[str, Any], rows: Sequence[Mapping[str, Any]]) -> pa.Buffer:
+    """Return a file of a table as bytes. None, NaN and missing values become null.
+
+    Args:
+        run: values that are the same in all rows, by column, as for `encode`.
+        rows: the other columns of each row.
+
+    Raises:
+        WarehouseError: the table has no such column.
+    """
+    named: set[str] = set()
+    for row in rows:
+        named.update(row)
+    for column in sorted(named):
+        require_known("column", column, SCHEMAS[name].names, WarehouseError)
+    return encode(name, run, columns_of(rows, SCHEMAS[name]))
 
 
 def to_file(table: pa.Table, **options: Any) -> pa.Buffer:

@@ -64,6 +64,7 @@ class Warehouse:
     Args:
         root: a folder, or an ``s3://``, ``gs://``, ``hdfs://`` or ``file://`` URI. Opening it reads nothing.
         snapshot: list its folders once, at the first use. All methods then see the runs of that moment, and cost less.
+        use_compacted: read tables of many files from few large copies, and make such copies, see `compaction`.
 
     Attributes:
         root: name of the warehouse as it was opened, without the keys of a URI.
@@ -74,10 +75,9 @@ class Warehouse:
         WarehouseError: there is no such kind of storage.
     """
 
-    _reads_parts = True  # tables of many files are read from few large ones, see `compaction`
-
-    def __init__(self, root: str | Path, *, snapshot: bool = False) -> None:
+    def __init__(self, root: str | Path, *, snapshot: bool = False, use_compacted: bool = True) -> None:
         self.storage = Storage(root, snapshot=snapshot)
+        self._use_compacted = use_compacted
         self._parts: dict[str, TableParts] = {}
         self._snapshot = snapshot
         self._finished: tuple[ds.Dataset | None, set[str]] | None = None  # of a snapshot
@@ -130,7 +130,7 @@ class Warehouse:
 
     def run(self, run_id: str) -> dict[str, Any] | None:
         """Read the ``runs`` row of a run by column, ``versions`` as a dict, or None if it has no row."""
-        rows = self._decoded("runs", run_id, "run")
+        rows = self.read_file("runs", run_id, "run")
         if rows is None:
             return None
         return dict(rows.to_pylist(maps_as_pydicts="lossy")[0])
@@ -143,13 +143,23 @@ class Warehouse:
             self.damaged.setdefault(run_id, Damage("runs", error.message))
             return None
 
-    def _decoded(
-        self, table: str, run_id: str, name: str, decode: Callable[[pa.Table], Any] = lambda rows: rows
-    ) -> Any:
+    def read_file(self, table: str, run_id: str, name: str) -> pa.Table | None:
         """Read the checked rows of a file of a run, or return None if it does not exist.
 
         Args:
-            decode: returns a value of the rows, and raises ArrowInvalid for damaged ones.
+            name: name of the file, without its suffix.
+
+        Raises:
+            DamagedFile: the file is damaged.
+        """
+        return self.read_decoded(table, run_id, name, _unchanged)
+
+    def read_decoded(self, table: str, run_id: str, name: str, decode: Callable[[pa.Table], T]) -> T | None:
+        """Return a value of the checked rows of a file of a run, or None if it does not exist.
+
+        Args:
+            name: name of the file, without its suffix.
+            decode: returns the value of the rows, and raises ArrowInvalid for damaged ones.
 
         Raises:
             DamagedFile: the file is damaged.
@@ -232,7 +242,7 @@ class Warehouse:
         Raises:
             WarehouseError: it has none, or they are damaged.
         """
-        scores = self._decoded("scores", run_id, "scores")
+        scores = self.read_file("scores", run_id, "scores")
         if scores is None or not len(scores):
             raise WarehouseError(
                 f"{self.root} has no scores of run '{run_id}'.", "avss score --fresh measures it again."
@@ -245,7 +255,7 @@ class Warehouse:
         Raises:
             WarehouseError: it has none.
         """
-        stats = self._decoded("layer_stats", run_id, "layer_stats", to_strata)
+        stats = self.read_decoded("layer_stats", run_id, "layer_stats", to_strata)
         if stats is None:
             measured = sorted({run for run, _ in self.storage.files("layer_stats").values()}) or ["none yet"]
             raise WarehouseError(f"{self.root} has no layer statistics of run '{run_id}'.", nearest(run_id, measured))
@@ -261,7 +271,7 @@ class Warehouse:
 
     def read_stratum_stats(self, run_id: str) -> dict[StratumKey, LayerStats]:
         """Read the merged statistics of a run by (layer, site, stratum). Empty if its text is not paired."""
-        return self._decoded("stratum_stats", run_id, "stratum_stats", to_strata) or {}
+        return self.read_decoded("stratum_stats", run_id, "stratum_stats", to_strata) or {}
 
     def digests(self, run_ids: Collection[str], columns: Sequence[str] = DIGEST.names) -> pa.Table:
         """Read the digests of the merged statistics of runs: columns of `compaction.DIGEST`, by default all.
@@ -322,7 +332,7 @@ class Warehouse:
         """
 
         def read(shard_id: int) -> ShardResult | None:
-            data = self.storage.read(self._shard_path(run_id, shard_id))
+            data = self.storage.read(self.storage.shard_path(run_id, shard_id))
             shard = decode_shard(data, run_id) if data else None
             fits = shard and shard.shard_id == shard_id and expected[shard_id] in (None, shard.content_hash)
             return shard if fits else None
@@ -473,7 +483,7 @@ class Warehouse:
         run_ids = stamps.keys() if requested is None else stamps.keys() & set(requested)
         few = requested is not None and len(run_ids) < MIN_RUNS and self.storage.is_local  # a large file is slower
         paths: list[str] = []
-        if self._reads_parts and name in SORTED_BY and not few:
+        if self._use_compacted and name in SORTED_BY and not few:
             parts = self._table_parts(name)
             paths = [*map(str, parts.covering(stamps, run_ids))]
             run_ids = run_ids - parts.run_ids
@@ -541,8 +551,9 @@ class Warehouse:
         missing = sorted(set(run_ids) - measured)
         self._note_damaged(table, dict.fromkeys(missing, "its file is gone"))
 
-    def _shard_path(self, run_id: str, shard_id: int, table: str = "shard_stats") -> str:
-        return self.storage.path(table, run_id, f"shard-{shard_id:05d}")
+
+def _unchanged(rows: pa.Table) -> pa.Table:
+    return rows
 
 
 def with_experiment_ids(stored: ds.Dataset) -> ds.Dataset:

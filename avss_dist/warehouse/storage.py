@@ -95,6 +95,10 @@ class Storage:
             raise ValueError(f"'{name}' is not the name of a file of {table}")
         return f"{self.base}/{table}/run_id={run_id}/{name}.parquet"
 
+    def shard_path(self, run_id: str, shard_id: int, table: str = "shard_stats") -> str:
+        """Return the path of the file of a shard."""
+        return self.path(table, run_id, f"shard-{shard_id:05d}")
+
     def files(self, table: str, run_id: str | None = None) -> dict[str, tuple[str, str]]:
         """Return run id and stamp (size and time of change) of every file of a table, by path.
 

@@ -28,7 +28,7 @@ def written(root: Path, losses: Losses, *, run_id: str = "e", task: str = TASK, 
         for part, samples in reversed([*enumerate(parts)]):
             row = {"task": task, "metric": metric, "drop": list(drop), "part": part, "samples": list(samples)}
             cell = sha256(repr((99 - part, drop, task, metric)).encode()).hexdigest()[:20]
-            Store(root).write_cell(identity, cell, [{**row, "weights": [1.0] * len(samples)}])
+            Store(root).cells.write(identity, cell, [{**row, "weights": [1.0] * len(samples)}])
 
 
 def read(root: Path, *layers: int) -> np.ndarray:

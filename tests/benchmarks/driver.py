@@ -48,10 +48,11 @@ from avss_dist.runs.planned import PlannedRun
 from avss_dist.runs.ray import gang, queue
 from avss_dist.runs.ray.executor import RayExecutor
 from avss_dist.runs.result import Run
+from avss_dist.runs.work import Receipt
 from avss_dist.stats.layer_stats import HISTOGRAM_BINS, LayerStats, ShardResult, histogram_bin
 from avss_dist.warehouse.encoding import encode_shard
 from avss_dist.warehouse.schema import RunIdentity
-from avss_dist.warehouse.store import Receipt, Store
+from avss_dist.warehouse.store import Store
 
 ROWS, LENGTH = 32, 2048
 MADE = 32  # results that are made beforehand

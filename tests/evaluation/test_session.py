@@ -135,12 +135,12 @@ def test_a_damaged_file_of_evaluations_is_written_again_from_its_cells(tiny_llam
     with closing(LocalExecutor(SETTINGS)) as executor:
         session, _ = session_of(tmp_path, executor)
         session.measure({task_of(session, tiny_llama): [NO_INTERVENTION]})
-        rows = Store(tmp_path).table("evaluations", columns=["metric", "value"])
+        rows = Store(tmp_path).reader.table("evaluations", columns=["metric", "value"])
         truncate(min(tmp_path.rglob("evaluations.parquet")))
         later, events = session_of(tmp_path, executor)
         later.measure({task_of(later, tiny_llama): [NO_INTERVENTION]})
     assert events.counts() == [(2, 2, 0)]
-    assert Store(tmp_path).table("evaluations", columns=["metric", "value"]).equals(rows)
+    assert Store(tmp_path).reader.table("evaluations", columns=["metric", "value"]).equals(rows)
 
 
 def test_a_fresh_session_measures_what_was_there_once(tiny_llama: Path, tmp_path: Path) -> None:
@@ -163,7 +163,7 @@ def test_what_did_not_fail_is_kept(tiny_llama: Path, tmp_path: Path) -> None:
             with pytest.raises(AvssError, match=r"without layers 9: There is no layer 9: .* 1 more failed\."):
                 session.measure({task: [WITHOUT, NO_INTERVENTION.without(9)]})
             session.measure({task: [NO_INTERVENTION]})
-        stored = session.store.table("evaluations").to_pylist()
+        stored = session.store.reader.table("evaluations").to_pylist()
     assert {tuple(row["drop"]) for row in stored} == {(), (1,)}
 
 

@@ -43,11 +43,12 @@ from avss_dist.models.structure.layers import first_tensor
 from avss_dist.partition.placement import Placement
 from avss_dist.partition.replica import BatchContext, Replica, dummy_batch, no_observation
 from avss_dist.runs.ray.worker import ShardAssignment, Worker
-from avss_dist.runs.work import ReplicaSpec
+from avss_dist.runs.work import Receipt, ReplicaSpec
 from avss_dist.stats.layer_stats import ROW_FIELDS
 from avss_dist.stats.scores import score_run
 from avss_dist.warehouse.encoding import decode_shard
-from avss_dist.warehouse.store import Receipt, Store
+from avss_dist.warehouse.shared import share
+from avss_dist.warehouse.store import Store
 
 SETTINGS = Settings(batch_size=2, device="cpu")
 
@@ -241,7 +242,7 @@ def test_a_late_worker_writes_no_shard_of_a_run_that_has_ended(
 ) -> None:
     """It gives the shard to the driver, which needs it no more."""
     store = Store(tmp_path)
-    shared = store.write_plan("run")
+    shared = share(store, "run")
     spec = ReplicaSpec(checkpoint=resolve(str(tiny_llama)), settings=BATCHES_OF_8, placement=Placement())
     rows = BATCHES_OF_8.batch_size
     assignment = ShardAssignment(shard=shard, rows=rows, forwards=0, run_id="run", warehouse=shared)
@@ -251,7 +252,7 @@ def test_a_late_worker_writes_no_shard_of_a_run_that_has_ended(
 
     in_time = measure()
     assert in_time is not None and not in_time.files
-    assert store.num_partials("run") == 1
+    assert store.reader.num_partials("run") == 1
     shutil.rmtree(tmp_path / "shard_stats")
     store.finish_plan("run")
     late = measure()

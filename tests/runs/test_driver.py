@@ -31,7 +31,7 @@ from avss_dist.runs.events import RunEnded, RunEvent, ShardMeasured
 from avss_dist.runs.result import Run
 from avss_dist.runs.run_state import ENDED, NEXT_STATES, RunState, TrackedRun
 from avss_dist.runs.threads import InterruptibleThread, Submissions
-from avss_dist.warehouse.store import Receipt
+from avss_dist.runs.work import Receipt
 
 STEPS = ["", "", "", "prepare", "begin", "measure", "store", "finish"]
 GONE_SECONDS = 0.05  # after an interrupt, for what would still be stored to be stored

@@ -153,7 +153,7 @@ def test_a_result_that_is_sent_is_written_as_by_its_worker(measured: tuple[Shard
     for table in ("shard_stats", "row_stats"):
         file = f"{table}/run_id={run.run_id}/shard-00000.parquet"
         assert (tmp_path / "here" / file).read_bytes() == (tmp_path / "there" / file).read_bytes()
-    (back,) = Store(tmp_path / "here").each_shard(run.run_id, {0: plain.content_hash})
+    (back,) = Store(tmp_path / "here").reader.each_shard(run.run_id, {0: plain.content_hash})
     assert all(stats.equals(plain.strata[key]) for key, stats in back.strata.items())
     assert all(stats.equals(plain.stats[key]) for key, stats in back.stats.items())
 

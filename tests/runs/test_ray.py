@@ -51,10 +51,11 @@ from avss_dist.runs.ray import cluster, gang, queue
 from avss_dist.runs.ray.executor import RayExecutor
 from avss_dist.runs.ray.worker import ShardAssignment, Worker
 from avss_dist.runs.threads import Submissions
+from avss_dist.runs.work import Receipt
 from avss_dist.tasks.task import Cell, MetricRow
 from avss_dist.tasks.text_loss import TextLoss
 from avss_dist.warehouse.reader import Warehouse
-from avss_dist.warehouse.store import Receipt, Store
+from avss_dist.warehouse.store import Store
 
 ARGUMENTS = ["--max-sequences", "160", "--sequence-length", "64", "--batch-size", "2", "--sequences-per-shard", "8"]
 

@@ -50,6 +50,7 @@ from avss_dist.stats.layer_stats import Merged, ShardResult, merge_blocks
 from avss_dist.tasks.task import Measure, Task
 from avss_dist.warehouse.reader import Warehouse
 from avss_dist.warehouse.schema import RunIdentity
+from avss_dist.warehouse.shared import share
 from avss_dist.warehouse.store import Store
 
 SMALL: dict[str, Any] = {
@@ -603,7 +604,7 @@ class Elsewhere:
 
 
 def test_partials_are_merged_in_blocks(store: Store) -> None:
-    assert_whole(*merge_partials(store, "r", HASHES, store.write_plan("r"), map))
+    assert_whole(*merge_partials(store, "r", HASHES, share(store, "r"), map))
     first = ShardSummary()
     first.add(shard(1))
     assert (first.seconds, first.peak_memory_bytes) == (1.5, 50)
@@ -614,7 +615,7 @@ def test_who_merges_changes_nothing(store: Store, monkeypatch: pytest.MonkeyPatc
     """Where a worker does not find the warehouse, its block is merged here."""
     monkeypatch.setattr(merging, "MERGED_HERE", NUMBER - 1)
     apply = Elsewhere(blind)
-    assert_whole(*merge_partials(store, "r", HASHES, store.write_plan("r"), apply))
+    assert_whole(*merge_partials(store, "r", HASHES, share(store, "r"), apply))
     assert apply.items == 3 and apply.merged == 3 - len(blind)
 
 
@@ -622,7 +623,7 @@ def test_blocks_are_merged_here_where_workers_see_no_warehouse_or_shards_are_few
     store: Store, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Workers may see another file, or none, where the driver has written the plan of the run."""
-    other, gone, seen = (store.write_plan(run_id) for run_id in ("r", "x", "r"))
+    other, gone, seen = (share(store, run_id) for run_id in ("r", "x", "r"))
     store.finish_plan("x")
     for place, few, number in ((other, 0, 3), (gone, 0, 3), (seen, NUMBER, 0)):
         monkeypatch.setattr(merging, "MERGED_HERE", few)
@@ -635,11 +636,11 @@ def test_blocks_are_merged_here_where_workers_see_no_warehouse_or_shards_are_few
 def test_a_partial_that_is_gone_or_of_other_text_is_named(store: Store, tmp_path: Path, gone: int) -> None:
     message = f"The partial of shard {gone} is damaged or missing"
     with pytest.raises(RunFailed, match=message):
-        merge_partials(store, "r", {**HASHES, gone: "of other text"}, store.write_plan("r"), map)
+        merge_partials(store, "r", {**HASHES, gone: "of other text"}, share(store, "r"), map)
     (file,) = (tmp_path / "w").rglob(f"shard-0000{gone}.parquet")
     file.unlink()
     with pytest.raises(RunFailed, match=message):
-        merge_partials(store, "r", HASHES, store.write_plan("r"), map)
+        merge_partials(store, "r", HASHES, share(store, "r"), map)
 
 
 def test_a_stored_run_is_read_without_torch() -> None:

@@ -15,8 +15,7 @@ from avss_dist.runs.ray.pool import Pool, QueueSource
 from avss_dist.runs.ray.queue import ShardQueue
 from avss_dist.runs.result import Run
 from avss_dist.runs.threads import Submissions
-from avss_dist.runs.work import Outcome, RunShards
-from avss_dist.warehouse.store import Receipt
+from avss_dist.runs.work import Outcome, Receipt, RunShards
 from support.simulated_cluster import Dies, SimulatedCluster, SimulatedGang
 from support.units import SHARDS, spec_of
 
@@ -57,7 +56,7 @@ class Fate:
 
 
 class SimulatedWarehouse:
-    """What is stored, in place of `warehouse.store.Store`.
+    """What is stored, in place of `warehouse.store.Store` and of its reader.
 
     Attributes:
         shards: ids of the stored shards, by run.
@@ -71,6 +70,10 @@ class SimulatedWarehouse:
         self.shards: defaultdict[str, set[int]] = defaultdict(set)
         self.rows: defaultdict[str, list[str]] = defaultdict(list)
         self.refused: defaultdict[str, set[int]] = defaultdict(set)
+
+    @property
+    def reader(self) -> SimulatedWarehouse:
+        return self
 
     def num_partials(self, run_id: str) -> int:
         return len(self.shards[run_id])

@@ -361,7 +361,7 @@ def test_a_flipped_byte_of_an_unfinished_run_tells_nothing_wrong(tmp_path: Path)
     """It is listed all the same. Where a name is damaged, its value is missing."""
     store = Store(tmp_path)
     store.write_plan("r", model="org/m", num_tokens=1285, num_shards=87, started_at="2026-01-01T00:00:08+00:00")
-    (whole,) = store.unfinished().to_pylist()
+    (whole,) = store.reader.unfinished().to_pylist()
     for offset in flips(tmp_path / "runs" / ".plan-r", 400):
         (row,) = Warehouse(tmp_path).unfinished().to_pylist()
         assert all(value in (None, whole[name]) for name, value in row.items()), offset

@@ -241,7 +241,7 @@ def test_views_have_one_row_for_each_layer_and_the_newest_runs(scored: Path, war
 
 def test_the_readme_of_a_warehouse_shows_queries_that_run(scored: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """It is written once; a README.md of other people stays."""
-    store, row = Store(scored), Store(scored).run("bert-0")
+    store, row = Store(scored), Store(scored).reader.run("bert-0")
     assert row
     text = (scored / "README.md").read_text()
     assert all(f"| `{column.name}` | {column.type} | " in text for info in TABLES.values() for column in info.columns)

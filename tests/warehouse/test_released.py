@@ -81,11 +81,11 @@ def test_sublayers_are_read_by_name(root: Path) -> None:
 
 def test_statistics_partials_cells_and_patches_are_read(root: Path) -> None:
     store = Store(root)
-    for run in store.runs().to_pylist():
+    for run in store.reader.runs().to_pylist():
         assert run["status"] == "done"
-        assert len(store.read_layer_stats(run["run_id"])) == run["num_layers"] * len(run["sites"])
-        assert len(store.read_partials(run)) == run["num_shards"]
-    cells = store.table("cells", columns=["patch"])["patch"].drop_null().unique().to_pylist()
+        assert len(store.reader.read_layer_stats(run["run_id"])) == run["num_layers"] * len(run["sites"])
+        assert len(store.reader.read_partials(run)) == run["num_shards"]
+    cells = store.reader.table("cells", columns=["patch"])["patch"].drop_null().unique().to_pylist()
     assert set(cells) == store.storage.patch_keys() and len(cells) == 3
     assert all(store.storage.read_patch(key) for key in cells)
 

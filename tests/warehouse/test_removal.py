@@ -45,7 +45,7 @@ def write_evaluation(
     key = store.storage.write_patch(patch) if patch else None
     about = {"task": "perplexity:heldout.txt", "metric": "loss", "drop": [], "created_at": MOMENT, "patch": key}
     for part in range(2):
-        store.write_cell(run, f"{part:020x}", [{**about, "part": part, "samples": [1.0], "weights": [1.0]}])
+        store.cells.write(run, f"{part:020x}", [{**about, "part": part, "samples": [1.0], "weights": [1.0]}])
     if result:
         store.write_rows("evaluations", run, [{**about, "value": 1.0}])
 

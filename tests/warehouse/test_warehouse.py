@@ -165,11 +165,11 @@ def test_round_trip_is_lossless_and_merges_again(
     for shard in shards:
         write_shard(store, RUN, shard)
     store.write_layer_stats(RUN, LAYERS, stats)
-    back = [*store.each_shard(RUN.run_id, {0: "h", 1: "h"})]
+    back = [*store.reader.each_shard(RUN.run_id, {0: "h", 1: "h"})]
     for shard, read in zip(shards, back, strict=True):
         assert_same(shard, read)
         assert_same(shard, pickle.loads(pickle.dumps(read)))
-    assert_same_stats(stats, store.read_layer_stats(RUN.run_id))
+    assert_same_stats(stats, store.reader.read_layer_stats(RUN.run_id))
     with np.errstate(all="ignore"):
         assert_same_stats(merge_stats([s.stats for s in shards]), merge_stats([s.stats for s in back]))
 
@@ -186,7 +186,7 @@ def test_files_that_were_encoded_by_a_worker_are_kept_as_the_same_bytes(tmp_path
     write_shard(here, RUN, plain)
     there.write_shard_files(RUN.run_id, 3, files)
     assert shard_path(tmp_path / "here", 3).read_bytes() == shard_path(tmp_path / "there", 3).read_bytes()
-    (back,) = there.each_shard(RUN.run_id, {3: plain.content_hash})
+    (back,) = there.reader.each_shard(RUN.run_id, {3: plain.content_hash})
     assert_same(back, plain)
 
 
@@ -214,19 +214,20 @@ def test_tables_have_their_schema(tmp_path: Path) -> None:
     """NaN and None are null."""
     store = Store(tmp_path)
     whole_run(store)
-    assert store.table("evaluations").num_rows == 0
+    assert store.reader.table("evaluations").num_rows == 0
     for name in list(TABLES)[:4]:
-        table = store.table(name)
+        table = store.reader.table(name)
         assert table.schema.equals(SCHEMAS[name])
         assert set(table["run_id"].to_pylist()) == {RUN.run_id}
-        assert store.table(name, run_ids=["other"], columns=["model", "run_id"]).schema.names == ["model", "run_id"]
+        columns = ["model", "run_id"]
+        assert store.reader.table(name, run_ids=["other"], columns=columns).schema.names == columns
         (file,) = (tmp_path / name).rglob("*.parquet")
         metadata = pq.read_metadata(file)
         assert metadata.num_row_groups == 1
         assert metadata.row_group(0).column(0).compression == "ZSTD"
         assert metadata.metadata[b"avss_schema_version"] == str(SCHEMA_VERSION).encode()
         assert "run_id" not in pq.ParquetFile(file).schema_arrow.names
-    row = store.table("scores").to_pylist()[2]
+    row = store.reader.table("scores").to_pylist()[2]
     assert (row["avss"], row["nav"], row["avss_low"]) == (None, None, None)
     assert (row["avss_smoothed"], row["rank"], row["count"], row["model"]) == (2.5, 3, 2**40, "org/tiny")
     with pytest.raises(WarehouseError, match=r"Unknown column 'avs'.\nDid you mean 'avss'"):
@@ -235,9 +236,9 @@ def test_tables_have_their_schema(tmp_path: Path) -> None:
 
 def test_run_row_comes_back(tmp_path: Path) -> None:
     store = Store(tmp_path)
-    assert store.run(RUN.run_id) is None
+    assert store.reader.run(RUN.run_id) is None
     store.write_run(run_row(num_tokens=5))
-    row = store.run(RUN.run_id)
+    row = store.reader.run(RUN.run_id)
     assert row is not None
     assert row["versions"] == {"torch": "2.0", "numpy": "2.1"}
     assert row["thresholds"] == [1e-5, 1e-2]
@@ -249,7 +250,7 @@ def test_run_row_comes_back(tmp_path: Path) -> None:
         store.write_run(run_row("finished"))
     for run_id, status, expected in [("new", "failed", "failed"), ("new", "done", "done"), ("new", "failed", "done")]:
         store.write_run(run_row(status, run_id))
-        assert (store.run(run_id) or {})["status"] == expected
+        assert (store.reader.run(run_id) or {})["status"] == expected
 
 
 @pytest.mark.parametrize("run_id", ["../x", "a/b", "", "a b", "a%2Fb", "é"])
@@ -277,12 +278,12 @@ def test_a_damaged_partial_is_left_out(tmp_path: Path, damage: Any) -> None:
     for i in range(3):
         write_shard(store, RUN, make_shard(i))
     damage(shard_path(tmp_path, 1))
-    back = [*store.each_shard(RUN.run_id, {i: f"hash{i}" for i in range(3)})]
+    back = [*store.reader.each_shard(RUN.run_id, {i: f"hash{i}" for i in range(3)})]
     assert [shard.shard_id for shard in back] == [0, 2]
     assert_same(back[1], make_shard(2))
-    assert [*store.each_shard(RUN.run_id, {0: "of another plan"})] == []
+    assert [*store.reader.each_shard(RUN.run_id, {0: "of another plan"})] == []
     shutil.copytree(shard_path(tmp_path, 0).parent, tmp_path / "shard_stats/run_id=another")
-    assert [*store.each_shard("another", {0: "hash0"})] == []
+    assert [*store.reader.each_shard("another", {0: "hash0"})] == []
 
 
 def test_any_flipped_bit_of_a_partial_is_seen(tmp_path: Path) -> None:
@@ -297,9 +298,9 @@ def test_any_flipped_bit_of_a_partial_is_seen(tmp_path: Path) -> None:
         flipped = bytearray(data)
         flipped[byte] ^= 1 << rng.integers(8)
         path.write_bytes(flipped)
-        assert [*store.each_shard(RUN.run_id, {0: "hash0"})] == [], byte
+        assert [*store.reader.each_shard(RUN.run_id, {0: "hash0"})] == [], byte
     path.write_bytes(data)
-    assert_same(next(store.each_shard(RUN.run_id, {0: "hash0"})), make_shard(0))
+    assert_same(next(store.reader.each_shard(RUN.run_id, {0: "hash0"})), make_shard(0))
 
 
 def without_checksum(table: pa.Table, path: Path) -> None:
@@ -325,8 +326,8 @@ def test_a_damaged_row_of_a_run_is_told(tmp_path: Path, damage: Any, of_run: str
     path = tmp_path / "runs" / f"run_id={RUN.run_id}" / "run.parquet"
     damage(pq.ParquetFile(path).read(), path)
     with pytest.raises(WarehouseError, match=of_run):
-        store.run(RUN.run_id)
-    for reader in (store, Warehouse(tmp_path)) if of_table else ():
+        store.reader.run(RUN.run_id)
+    for reader in (store.reader, Warehouse(tmp_path)) if of_table else ():
         with pytest.raises(WarehouseError, match=of_table):
             reader.table("runs")
 
@@ -335,7 +336,7 @@ def test_files_of_other_names_do_not_count(tmp_path: Path) -> None:
     """Crashes leave hidden files, a tool that synchronizes folders leaves copies, and people make backups."""
     store = Store(tmp_path)
     whole_run(store)
-    rows = {name: store.table(name).num_rows for name in TABLES}
+    rows = {name: store.reader.table(name).num_rows for name in TABLES}
     assert list(rows.values()) == [1, 3, 15, 15] + [0] * (len(TABLES) - 4)
     for name in list(TABLES)[:4]:
         for file in list((tmp_path / name).rglob("*.parquet")):
@@ -346,7 +347,7 @@ def test_files_of_other_names_do_not_count(tmp_path: Path) -> None:
             backup = tmp_path / name / "backup" / file.parent.name
             backup.mkdir(parents=True, exist_ok=True)
             (backup / file.name).write_bytes(file.read_bytes())
-    assert {name: store.table(name).num_rows for name in TABLES} == rows
+    assert {name: store.reader.table(name).num_rows for name in TABLES} == rows
     assert Warehouse(tmp_path).sql("SELECT count(*) FROM scores").column(0).to_pylist() == [rows["scores"]]
 
 
@@ -360,9 +361,9 @@ def test_only_whole_runs_are_seen(tmp_path: Path) -> None:
         store.write_rows("scores", run, score_rows())
     store.write_run(run_row("failed", "failed", error="out of memory"))
     for name in ("scores", "layer_stats", "shard_stats"):
-        assert set(store.table(name)["run_id"].to_pylist()) == {"0456"}
-    assert store.table("runs")["run_id"].to_pylist() == ["0456", "failed"]
-    assert store.table("scores", run_ids=["0456", "failed"]).num_rows == 3
+        assert set(store.reader.table(name)["run_id"].to_pylist()) == {"0456"}
+    assert store.reader.table("runs")["run_id"].to_pylist() == ["0456", "failed"]
+    assert store.reader.table("scores", run_ids=["0456", "failed"]).num_rows == 3
 
 
 def rewrite(path: Path, drop: list[str], version: int | str = SCHEMA_VERSION) -> None:
@@ -378,8 +379,9 @@ def test_a_newer_schema_is_refused(tmp_path: Path) -> None:
     text = rf"newer avss_dist: {versions}.\nGet a newer avss_dist"
     for name in TABLES:
         with pytest.raises(WarehouseError, match=text):
-            store.table(name)
-    for read in (store.run, store.read_layer_stats, lambda run_id: [*store.each_shard(run_id, {0: "hash0"})]):
+            store.reader.table(name)
+    reader = store.reader
+    for read in (reader.run, reader.read_layer_stats, lambda run_id: [*reader.each_shard(run_id, {0: "hash0"})]):
         with pytest.raises(WarehouseError, match=text):
             read(RUN.run_id)
 
@@ -395,9 +397,9 @@ def test_runs_of_unreleased_schemas_are_left_out_and_named(version: int, tmp_pat
     assert set(warehouse.scores()["run_id"].to_pylist()) == {"new"}
     (reason,) = warehouse.damaged.values()
     assert f"it has schema {version}, this avss_dist reads from 3 on: measure it again" in reason.reason
-    assert [*store.each_shard("old", {0: "hash0"})] == []
+    assert [*store.reader.each_shard("old", {0: "hash0"})] == []
     with pytest.raises(WarehouseError, match=f"it has schema {version}"):
-        store.run("old")
+        store.reader.run("old")
 
 
 def test_columns_that_a_file_lacks_are_null(tmp_path: Path) -> None:
@@ -407,27 +409,27 @@ def test_columns_that_a_file_lacks_are_null(tmp_path: Path) -> None:
     for name, columns in {"scores": ["quality", "rank"], "runs": ["notes"], "layer_stats": ["input_mean"]}.items():
         (file,) = (tmp_path / name / "run_id=old").iterdir()
         rewrite(file, columns)
-    assert [store.table("scores", run_ids=[run])["quality"].null_count for run in ("old", "new")] == [3, 0]
-    assert store.table("scores").num_rows == 6
-    assert (store.run("old") or {})["notes"] is None
-    assert store.read_layer_stats("old")[0, "block"].input_mean == 0.0
+    assert [store.reader.table("scores", run_ids=[run])["quality"].null_count for run in ("old", "new")] == [3, 0]
+    assert store.reader.table("scores").num_rows == 6
+    assert (store.reader.run("old") or {})["notes"] is None
+    assert store.reader.read_layer_stats("old")[0, "block"].input_mean == 0.0
 
 
 def test_errors_say_what_is_wrong(tmp_path: Path) -> None:
     with pytest.raises(WarehouseError, match="is not a warehouse: it has no runs folder"):
-        Store(tmp_path).table("runs")
+        Store(tmp_path).reader.table("runs")
     store = Store(tmp_path)
     store.storage.create()
     assert temporaries(tmp_path) == []
     with pytest.raises(WarehouseError, match="has no runs yet"):
-        store.table("scores")
+        store.reader.table("scores")
     whole_run(store)
     with pytest.raises(WarehouseError, match="Did you mean 'scores'"):
-        store.table("score")
+        store.reader.table("score")
     with pytest.raises(WarehouseError, match="Did you mean 'quality'"):
-        store.table("scores", columns=["qualty"])
+        store.reader.table("scores", columns=["qualty"])
     with pytest.raises(WarehouseError, match=f"Did you mean '{RUN.run_id}'"):
-        store.read_layer_stats("tiny-0123456780")
+        store.reader.read_layer_stats("tiny-0123456780")
 
 
 def test_opening_touches_nothing_and_an_unwritable_place_is_refused_before_work(tmp_path: Path) -> None:
@@ -491,7 +493,7 @@ def test_folders_and_file_uris_are_the_same_place_also_of_a_pickled_store(tmp_pa
     root = tmp_path / name
     whole_run(Store(root.as_uri()))
     assert root.is_dir()
-    assert pickle.loads(pickle.dumps(Store(str(root)))).table("scores").num_rows == 3
+    assert pickle.loads(pickle.dumps(Store(str(root)))).reader.table("scores").num_rows == 3
 
 
 def test_two_drivers_write_the_same_run(tmp_path: Path) -> None:
@@ -505,11 +507,11 @@ def test_two_drivers_write_the_same_run(tmp_path: Path) -> None:
     with ThreadPoolExecutor(2) as pool:
         drivers = [pool.submit(write_repeatedly, number) for number in range(2)]
         while not all(driver.done() for driver in drivers):
-            if store.run(RUN.run_id):
-                assert store.table("scores").num_rows == 3
+            if store.reader.run(RUN.run_id):
+                assert store.reader.table("scores").num_rows == 3
         assert [driver.result() for driver in drivers] == [None, None]
     assert temporaries(tmp_path) == []
-    assert_same(next(store.each_shard(RUN.run_id, {0: "hash0"})), make_shard(0))
+    assert_same(next(store.reader.each_shard(RUN.run_id, {0: "hash0"})), make_shard(0))
 
 
 def test_other_readers_open_the_files(tmp_path: Path) -> None:
@@ -557,7 +559,7 @@ class CountingStorage(Storage):
 @pytest.fixture
 def store(tmp_path: Path) -> Store:
     store = Store(tmp_path / "w")
-    store.storage = CountingStorage(tmp_path / "w")
+    store.reader.storage = CountingStorage(tmp_path / "w")
     return store
 
 
@@ -567,61 +569,61 @@ def noted(store: Store) -> CountingStorage:
 
 
 def test_an_evaluation_is_listed_once_and_its_own_cells_are_not_read(store: Store) -> None:
-    store.write_cell(OTHER, IDS[3], [cell_row()])
-    assert store.cell_ids(RUN.run_id) == set()
+    store.cells.write(OTHER, IDS[3], [cell_row()])
+    assert store.cells.ids(RUN.run_id) == set()
     for cell_id in IDS[:2]:
-        store.write_cell(RUN, cell_id, [cell_row()])
-        assert cell_id in store.cell_ids(RUN.run_id)
+        store.cells.write(RUN, cell_id, [cell_row()])
+        assert cell_id in store.cells.ids(RUN.run_id)
     assert noted(store).listed == [RUN.run_id]
-    assert store.cells(RUN.run_id).num_rows == 2 and store.cells(OTHER.run_id).num_rows == 1
+    assert store.cells.read(RUN.run_id).num_rows == 2 and store.cells.read(OTHER.run_id).num_rows == 1
     assert noted(store).opened == []
 
 
 def test_kept_rows_are_the_rows_of_the_files(store: Store, tmp_path: Path) -> None:
     """Null and NaN among them, in the order of cell ids, whatever the order of writing."""
-    store.cell_ids(RUN.run_id)
+    store.cells.ids(RUN.run_id)
     for cell_id, seconds in ((IDS[2], float("nan")), (IDS[0], None)):
-        store.write_cell(RUN, cell_id, [cell_row(seconds=seconds, samples=[1.0, 2.5], weights=[0.0, 1.0]), cell_row()])
-    read = Store(tmp_path / "w").cells(RUN.run_id)
-    kept = store.cells(RUN.run_id)
+        store.cells.write(RUN, cell_id, [cell_row(seconds=seconds, samples=[1.0, 2.5], weights=[0.0, 1.0]), cell_row()])
+    read = Store(tmp_path / "w").cells.read(RUN.run_id)
+    kept = store.cells.read(RUN.run_id)
     assert kept.schema.equals(read.schema) and read.schema.equals(SCHEMAS["cells"])
     assert repr(kept.to_pylist()) == repr(read.to_pylist())
     assert read["seconds"].null_count == 4
-    table = Store(tmp_path / "w").table("cells")
+    table = Store(tmp_path / "w").reader.table("cells")
     assert repr(table.to_pylist()) == repr(read.to_pylist())
 
 
 def test_cells_of_another_process_are_found_when_results_are_read(store: Store, tmp_path: Path) -> None:
-    assert store.cell_ids(RUN.run_id) == set()
+    assert store.cells.ids(RUN.run_id) == set()
     another = Store(tmp_path / "w")
-    another.write_cell(RUN, IDS[1], [cell_row(part=1)])
-    assert store.cell_ids(RUN.run_id) == set()  # it would be measured again
-    store.write_cell(RUN, IDS[0], [cell_row()])
-    assert store.cells(RUN.run_id)["part"].to_pylist() == [0, 1]
-    assert store.cell_ids(RUN.run_id) == {*IDS[:2]}
+    another.cells.write(RUN, IDS[1], [cell_row(part=1)])
+    assert store.cells.ids(RUN.run_id) == set()  # it would be measured again
+    store.cells.write(RUN, IDS[0], [cell_row()])
+    assert store.cells.read(RUN.run_id)["part"].to_pylist() == [0, 1]
+    assert store.cells.ids(RUN.run_id) == {*IDS[:2]}
     assert noted(store).opened == [IDS[1]]
-    store.cells(RUN.run_id)
+    store.cells.read(RUN.run_id)
     assert noted(store).opened == [IDS[1]]
 
 
 def test_a_cell_measured_again_replaces_what_was_read(store: Store, tmp_path: Path) -> None:
-    Store(tmp_path / "w").write_cell(RUN, IDS[0], [cell_row()])
-    assert store.cells(RUN.run_id)["samples"].to_pylist() == [[2.0]]
-    store.write_cell(RUN, IDS[0], [cell_row(samples=[5.0])])
-    assert store.cells(RUN.run_id)["samples"].to_pylist() == [[5.0]]
+    Store(tmp_path / "w").cells.write(RUN, IDS[0], [cell_row()])
+    assert store.cells.read(RUN.run_id)["samples"].to_pylist() == [[2.0]]
+    store.cells.write(RUN, IDS[0], [cell_row(samples=[5.0])])
+    assert store.cells.read(RUN.run_id)["samples"].to_pylist() == [[5.0]]
 
 
 def test_a_damaged_cell_is_left_out_and_noted(store: Store, tmp_path: Path) -> None:
     """A part of a file, and samples that are no numbers."""
     for cell_id in IDS[:2]:
-        Store(tmp_path / "w").write_cell(RUN, cell_id, [cell_row()])
+        Store(tmp_path / "w").cells.write(RUN, cell_id, [cell_row()])
     path = Path(store.storage.path("cells", RUN.run_id, IDS[0]))
     path.write_bytes(path.read_bytes()[:100])
-    assert store.cells(RUN.run_id).num_rows == 1
-    assert IDS[0] in str(store.damaged[RUN.run_id])
-    store.write_cell(OTHER, IDS[0], [cell_row()])
-    store.write_cell(OTHER, IDS[1], [cell_row(samples=[float("nan")])])
-    assert store.cells(OTHER.run_id).num_rows == 1
-    assert "samples" in str(store.damaged[OTHER.run_id])
-    store.write_cell(OTHER, IDS[0], [cell_row(samples=[float("nan")])])
-    assert store.cells(OTHER.run_id).num_rows == 0
+    assert store.cells.read(RUN.run_id).num_rows == 1
+    assert IDS[0] in str(store.reader.damaged[RUN.run_id])
+    store.cells.write(OTHER, IDS[0], [cell_row()])
+    store.cells.write(OTHER, IDS[1], [cell_row(samples=[float("nan")])])
+    assert store.cells.read(OTHER.run_id).num_rows == 1
+    assert "samples" in str(store.reader.damaged[OTHER.run_id])
+    store.cells.write(OTHER, IDS[0], [cell_row(samples=[float("nan")])])
+    assert store.cells.read(OTHER.run_id).num_rows == 0

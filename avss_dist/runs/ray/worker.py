@@ -24,11 +24,11 @@ from avss_dist.measure.shard import analyze_shard, follow
 from avss_dist.models.checkpoint.locate import Checkpoint, convert_pickles, resolve
 from avss_dist.partition.replica import Replica
 from avss_dist.runs.ray.heartbeats import Doing
-from avss_dist.runs.work import ReplicaSpec
+from avss_dist.runs.work import Receipt, ReplicaSpec
 from avss_dist.tasks.task import Cell, CellResult, Heartbeat, measure_cell
 from avss_dist.warehouse.encoding import encode_shard
 from avss_dist.warehouse.schema import RunIdentity
-from avss_dist.warehouse.store import OpenShared, Receipt
+from avss_dist.warehouse.shared import OpenShared
 
 BEAT_SECONDS = 1.0
 UnitResult = Receipt | CellResult
