@@ -96,6 +96,8 @@ def prune(
         difference, remarks = _compare(checkpoint, weights.layers, replaced, staged, settings, execution or Execution())
         record = None
         misread = describe_misread(rules_of(text_config(checkpoint)), plan.keep)
+        if weights.has_mtp_head:
+            remarks.append(_describe_mtp_head(plan))
         notes = [*remarks, *(sentence for sentence in misread if sentence not in plan.findings)]
         if repair:
             record = repair.record
@@ -105,6 +107,13 @@ def prune(
         if record:
             write_repairs(staged, [*read_repairs(checkpoint.folder), record])
     return {"folder": str(output), "bytes": size, "difference": difference, "notes": notes, "repair": record}
+
+
+def _describe_mtp_head(plan: Plan) -> str:
+    """Return a sentence on the head that predicts several tokens (MTP) of a checkpoint that has one."""
+    if plan.experts:
+        return "The head that predicts several tokens (MTP) is left out, as its router would be wider than the others."
+    return "The head that predicts several tokens (MTP) is kept as it was; it was trained behind the whole model."
 
 
 def require_free(output: Path) -> None:

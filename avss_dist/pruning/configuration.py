@@ -19,6 +19,7 @@ from avss_dist.core.errors import ModelError
 from avss_dist.core.settings import Settings
 from avss_dist.core.values import JsonObject, NewObject
 from avss_dist.models.change.remaining import NUM_LAYERS, is_own_index, settings_by_layer
+from avss_dist.models.checkpoint.complete import MTP_COUNTS
 from avss_dist.models.checkpoint.loading import auto_classes, skeleton, skeleton_by, text_config, without_head
 from avss_dist.models.checkpoint.locate import Checkpoint
 from avss_dist.models.checkpoint.quantization import KEYS, quantization_method, require_known_method
@@ -62,7 +63,9 @@ def write_config(checkpoint: Checkpoint, plan: Plan, folder: Path, settings: Set
     part |= dict.fromkeys(names_in_file, len(plan.keep))
     if plan.experts:
         part |= _expert_counts(whole, plan, part, settings)
-        names.update(EXPERT_COUNTS)
+        # The head that predicts several tokens is left out, see `weights.renumbered`.
+        part |= dict.fromkeys([name for name in MTP_COUNTS if part.get(name)], 0)
+        names.update(EXPERT_COUNTS, MTP_COUNTS)
     if method := quantization_method(whole):
         require_known_method(checkpoint, method)
         layer_names = StoredWeights.of_checkpoint(checkpoint, plan, settings).layers

@@ -19,6 +19,7 @@ from torch import nn
 from avss_dist.core.errors import ModelError
 from avss_dist.core.settings import Settings
 from avss_dist.models.change.patches import Parameter, Patch
+from avss_dist.models.checkpoint.complete import num_mtp_layers
 from avss_dist.models.checkpoint.loading import renaming, skeleton, text_config, without_head
 from avss_dist.models.checkpoint.locate import Checkpoint
 from avss_dist.models.checkpoint.safetensors import (
@@ -37,6 +38,7 @@ _EXPERT = re.compile(r"((?:.*\.)?experts)\.(\d+)(|\..*)")
 _FUSED = re.compile(r"(?:.*\.)?experts\.[^.]+")
 _ALL_EXPERTS = -1
 """In place of an expert's index, for a tensor that holds all experts."""
+_MTP_HEAD = re.compile(r"(?:model\.)?mtp\.")
 
 
 class _PlaceOfName(NamedTuple):
@@ -169,6 +171,16 @@ class StoredWeights:
         """Return the name of a tensor in the pruned checkpoint, or None if its layer or expert is dropped."""
         return renumbered(name, self.prefix, self.layers.plan)
 
+    @property
+    def has_mtp_head(self) -> bool:
+        """Whether the files have a head that predicts several tokens (MTP)."""
+        behind = re.compile(rf"{re.escape(self.prefix)}\.(\d+)\.")
+        for name in self.tensors:
+            match = behind.match(name)
+            if _MTP_HEAD.match(name) or (match and int(match[1]) >= self.layers.plan.num_layers):
+                return True
+        return False
+
     def names(self, parameter: Parameter) -> tuple[str, ...]:
         """Return the names of the tensors that hold a layer's parameter: one, or one for each expert in order."""
         layer, path = parameter
@@ -189,7 +201,8 @@ class StoredWeights:
 def _stored_prefix(checkpoint: Checkpoint, plan: Plan, names: Iterable[str], model: nn.Module) -> str:
     """Return the name of the layer list in the files. Transformers may rename tensors when it loads them.
 
-    It is the only part of names before the index of a layer that stands with the index of every layer.
+    It is the only part of names before the index of a layer that stands with the index of every layer. Layers of a head
+    that predicts several tokens may stand behind these, as in DeepSeek-V3.
 
     Raises:
         PlanError: it is unclear.
@@ -202,8 +215,9 @@ def _stored_prefix(checkpoint: Checkpoint, plan: Plan, names: Iterable[str], mod
             index = match[1]
             for place in re.finditer(rf"\.{index}\.", name):
                 indices[name[: place.start()]].add(int(index))
-    every_layer = set(range(plan.num_layers))
-    prefixes = [prefix for prefix, layers in indices.items() if layers == every_layer]
+    most = plan.num_layers + num_mtp_layers(text_config(checkpoint).get_text_config())
+    expected = [set(range(number)) for number in range(plan.num_layers, most + 1)]
+    prefixes = [prefix for prefix, layers in indices.items() if layers in expected]
     if len(prefixes) != 1:
         raise PlanError(
             f"It is unclear which stored tensors of '{checkpoint.name}' are layers of '{plan.layers}': "
@@ -216,14 +230,21 @@ def _stored_prefix(checkpoint: Checkpoint, plan: Plan, names: Iterable[str], mod
 def renumbered(name: str, prefix: str, plan: Plan) -> str | None:
     """Return the name of a tensor or module in the pruned model, or None if its layer or expert is dropped.
 
+    Layers of a head that predicts several tokens stand behind the last layer. The head is left out if experts are
+    dropped: its router would be wider than the configuration's one number of experts.
+
     Args:
         prefix: path of the layer list.
     """
+    if plan.experts and _MTP_HEAD.match(name):
+        return None
     match = re.fullmatch(rf"{re.escape(prefix)}\.(\d+)(|\..*)", name)
     if match is None:
         return name
     layer = int(match[1])
     path = match[2]
+    if layer >= plan.num_layers:
+        return None if plan.experts else f"{prefix}.{layer - plan.num_layers + len(plan.keep)}{path}"
     if layer not in plan.keep:
         return None
     removed = plan.experts.get(layer, ())

@@ -19,6 +19,9 @@ _NUM_LAYERS = re.compile(r"(num_|n_)?(hidden_|encoder_|decoder_)?layers?")  # n_
 _PACKED = re.compile(r"_(packed|blocks)$")  # endings of the names of quantized weights; scales have others
 _AFTER_LAYERS = re.compile(r"(^|\.)pooler\.")  # of encoders: many files lack it, and no layer sees it
 
+MTP_COUNTS = ("num_mtp_layers", "num_nextn_predict_layers", "mtp_num_hidden_layers")
+"""Settings with the number of layers of a head that predicts several tokens (MTP)."""
+
 
 def require_layers(checkpoint: Checkpoint, config: Mapping[str, Any]) -> None:
     """Refuse a configuration of far more layers than the files have, before anything of that size is built.
@@ -123,15 +126,38 @@ def require_scales(checkpoint: Checkpoint) -> None:
         )
 
 
+def num_mtp_layers(text: Any) -> int:
+    """Return the number of layers of the head that predicts several tokens (MTP) by a text model's configuration."""
+    for name in MTP_COUNTS:
+        number = getattr(text, name, None)
+        if isinstance(number, int):
+            return number
+    return 0
+
+
 def _of_layers(names: Sequence[str], model: Any, backbone: nn.Module, layers: str | None) -> list[str]:
-    """Return the names of tensors inside of the layer list, at any index."""
+    """Return the names of tensors inside of the layer list, at any index.
+
+    Layers of a head that predicts several tokens, which may stand behind the others, are not among them.
+    """
+    text = model.config.get_text_config()
+    number = getattr(text, "num_hidden_layers", None)
     try:
-        lists = layer_lists(backbone, getattr(model.config.get_text_config(), "num_hidden_layers", None), layers)
+        lists = layer_lists(backbone, number, layers)
     except ModelError:  # opening the model says so
         return []
     prefix = next((f"{path}." for path, module in model.named_modules() if module is backbone and path), "")
-    inside = re.compile("|".join(rf"({re.escape(prefix)})?{re.escape(path)}\.\d+\." for path in lists))
-    return [name for name in names if inside.match(name)]
+    paths = "|".join(re.escape(path) for path in lists)
+    inside = re.compile(rf"(?:{re.escape(prefix)})?(?:{paths})\.(\d+)\.")
+    behind = range(0)
+    if number is not None:
+        behind = range(number, number + num_mtp_layers(text))
+    in_layers = []
+    for name in names:
+        match = inside.match(name)
+        if match and int(match[1]) not in behind:
+            in_layers.append(name)
+    return in_layers
 
 
 def _require_numbers(checkpoint: Checkpoint, model: nn.Module) -> None:

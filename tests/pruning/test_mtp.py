@@ -1,0 +1,109 @@
+"""Heads that predict several tokens (MTP): pruned checkpoints keep them behind their last layer, or leave them out."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from support.families import tiny_model
+
+from avss_dist.core.settings import Settings
+from avss_dist.models.checkpoint.loading import load_model, open_module
+from avss_dist.models.checkpoint.locate import resolve
+from avss_dist.plans.choice import PlanError
+from avss_dist.plans.plan import Plan
+from avss_dist.pruning.checkpoint import prune
+
+NUM_LAYERS = 4
+SETTINGS = Settings(dtype="float32", device="cpu")
+
+
+def add_layers(folder: Path, num_mtp_layers: int, *, declared: int | None = None) -> dict[str, torch.Tensor]:
+    """Store layers of an MTP head behind the last layer, as DeepSeek-V3 does, and return their tensors."""
+    file = folder / "model.safetensors"
+    tensors = load_file(file)
+    added = {}
+    for number in range(num_mtp_layers):
+        prefix = f"model.layers.{NUM_LAYERS + number}."
+        for name, tensor in tensors.items():
+            if name.startswith(f"model.layers.{NUM_LAYERS - 1}."):
+                added[prefix + name.split(".", 3)[3]] = tensor + 1 + number
+        added[f"{prefix}eh_proj.weight"] = torch.full((4, 8), float(number))
+    save_file(tensors | added, file, {"format": "pt"})
+    config = json.loads((folder / "config.json").read_text())
+    config["num_nextn_predict_layers"] = num_mtp_layers if declared is None else declared
+    (folder / "config.json").write_text(json.dumps(config))
+    return added
+
+
+@pytest.fixture(params=["deepseek_v3", "glm4_moe"])
+def whole(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
+    """A model with four layers, of which one is dense."""
+    tiny_model("causal", request.param, num_hidden_layers=NUM_LAYERS).save_pretrained(tmp_path / "whole")
+    return tmp_path / "whole"
+
+
+def plan(folder: Path, *drop: object) -> Plan:
+    return Plan(model=str(folder), num_layers=NUM_LAYERS, layers="layers", drop=drop)
+
+
+@pytest.mark.parametrize("number", [1, 2])
+def test_the_head_stands_behind_the_remaining_layers(whole: Path, number: int, tmp_path: Path) -> None:
+    head = add_layers(whole, number)
+    done = prune(str(whole), plan(whole, 1), tmp_path / "less")
+    written = load_file(tmp_path / "less" / "model.safetensors")
+    for name, tensor in head.items():
+        layer, path = name.removeprefix("model.layers.").split(".", 1)
+        assert torch.equal(written[f"model.layers.{int(layer) - 1}.{path}"], tensor)
+    assert f"model.layers.{NUM_LAYERS + number - 1}.eh_proj.weight" not in written
+    assert json.loads((tmp_path / "less" / "config.json").read_text())["num_nextn_predict_layers"] == number
+    assert done["difference"] == 0
+
+
+def test_the_card_says_that_the_head_is_kept(whole: Path, tmp_path: Path) -> None:
+    add_layers(whole, 1)
+    prune(str(whole), plan(whole, 1), tmp_path / "less")
+    assert "(MTP) is kept" in (tmp_path / "less" / "README.md").read_text()
+
+
+def test_models_with_a_head_are_opened_before_and_after(whole: Path, tmp_path: Path) -> None:
+    add_layers(whole, 1)
+    prune(str(whole), plan(whole, 2), tmp_path / "less")
+    numbers = []
+    for folder in (whole, tmp_path / "less"):
+        checkpoint = resolve(str(folder))
+        numbers.append(len(open_module(load_model(checkpoint, SETTINGS)).layers))
+    assert numbers == [NUM_LAYERS, NUM_LAYERS - 1]
+
+
+def test_the_head_is_left_out_where_experts_are_dropped(whole: Path, tmp_path: Path) -> None:
+    """Its router has a row for each expert of the whole model, and the configuration has one number of experts."""
+    add_layers(whole, 1)
+    experts = [f"expert.{layer}.0" for layer in range(1, NUM_LAYERS)]
+    prune(str(whole), plan(whole, *experts), tmp_path / "less")
+    assert not [
+        name for name in load_file(tmp_path / "less" / "model.safetensors") if name.startswith("model.layers.4.")
+    ]
+    assert json.loads((tmp_path / "less" / "config.json").read_text())["num_nextn_predict_layers"] == 0
+    assert "(MTP) is left out" in (tmp_path / "less" / "README.md").read_text()
+
+
+def test_layers_that_no_setting_declares_are_refused(whole: Path, tmp_path: Path) -> None:
+    add_layers(whole, 1, declared=0)
+    with pytest.raises(PlanError, match="It is unclear which stored tensors"):
+        prune(str(whole), plan(whole, 1), tmp_path / "less")
+
+
+@pytest.mark.parametrize(("drop", "is_kept"), [((1,), True), (("expert.0.0", "expert.1.0", "expert.2.0"), False)])
+def test_a_head_with_names_of_its_own(drop: tuple[object, ...], is_kept: bool, tmp_path: Path) -> None:
+    """Qwen3-Next names it `mtp`."""
+    whole = tmp_path / "whole"
+    tiny_model("causal", "qwen3_next").save_pretrained(whole)
+    file = whole / "model.safetensors"
+    save_file(load_file(file) | {"mtp.layers.0.mlp.gate.weight": torch.zeros(4, 64)}, file, {"format": "pt"})
+    prune(str(whole), Plan(model=str(whole), num_layers=3, layers="layers", drop=drop), tmp_path / "less")
+    names = load_file(tmp_path / "less" / "model.safetensors")
+    assert ("mtp.layers.0.mlp.gate.weight" in names) == is_kept
