@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from support.families import model_types, tiny_config
 from transformers import AutoConfig
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
@@ -237,11 +238,12 @@ def test_every_setting_with_the_name_of_a_rule_is_known() -> None:
 def test_files_of_all_families_say_one_thing(family: str, tmp_path: Path) -> None:
     """Wherever a rule stands beside a list, it gives that list, whichever layer is dropped."""
     try:
-        whole_config(tmp_path / "whole", family, {})
+        whole = whole_config(tmp_path / "whole", family, {})
         pruned_config(tmp_path / "whole", NUM_LAYERS - 1)
-    except (AvssError, ValueError, AssertionError) as error:
+    except (AvssError, ValueError, AssertionError, StrictDataclassError) as error:
         pytest.skip(f"not built at this size, or refused: {error}")
-    for layer in range(NUM_LAYERS - 1):
+    layers = range(NUM_LAYERS - 1) if READINGS.keys() & whole.keys() else (0, 3)
+    for layer in layers:
         try:
             written = pruned_config(tmp_path / "whole", layer)
         except PlanError:
