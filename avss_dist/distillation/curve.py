@@ -119,20 +119,24 @@ def evaluations(history: History, step_tokens: int = 0) -> list[CurvePoint]:
         if "loss" in entry:
             losses.append(float(entry["loss"]))
         if LOSS in entry:
-            step = int(entry["step"])
-            result.append(
-                CurvePoint(
-                    step=step,
-                    tokens=step * step_tokens,
-                    train_loss=sum(losses) / len(losses) if losses else None,
-                    loss=entry[LOSS],
-                    divergence=_by_text(entry, DIVERGENCE),
-                    perplexity=_by_text(entry, PERPLEXITY),
-                    kept=_by_text(entry, KEPT),
-                )
-            )
+            train_loss = sum(losses) / len(losses) if losses else None
+            result.append(_point(entry, step_tokens, train_loss))
             losses = []
     return result
+
+
+def _point(entry: JsonObject, step_tokens: int, train_loss: float | None) -> CurvePoint:
+    """Return the evaluation of an entry of a history."""
+    step = int(entry["step"])
+    return CurvePoint(
+        step=step,
+        tokens=step * step_tokens,
+        train_loss=train_loss,
+        loss=entry[LOSS],
+        divergence=_by_text(entry, DIVERGENCE),
+        perplexity=_by_text(entry, PERPLEXITY),
+        kept=_by_text(entry, KEPT),
+    )
 
 
 def _by_text(entry: JsonObject, prefix: str) -> dict[str, float]:
@@ -200,8 +204,11 @@ def ending(history: History, steps: int) -> str | None:
     has_stayed_close = points[-1].loss <= DIVERGENCE_FACTOR * points[0].loss  # which NaN has not
     if not has_stayed_close:
         return DIVERGED
-    if lowest := best(points):
+    lowest = best(points)
+    if lowest is not None:
         later = [point for point in points if point.step > lowest.step]
         if len(later) >= PATIENCE:
             return NO_IMPROVEMENT
-    return COMPLETE if points[-1].step >= steps else None
+    if points[-1].step >= steps:
+        return COMPLETE
+    return None

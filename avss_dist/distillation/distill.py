@@ -21,7 +21,7 @@ from avss_dist.core.extras import require_package
 from avss_dist.core.files import write_file
 from avss_dist.core.memory import free_cached_memory
 from avss_dist.core.results import TabularResult
-from avss_dist.core.values import JsonObject, NewObject
+from avss_dist.core.values import JsonObject, NewObject, TableRow
 from avss_dist.distillation.curve import (
     DIVERGED,
     CurvePoint,
@@ -35,7 +35,7 @@ from avss_dist.distillation.curve import (
     ignore,
     is_better,
 )
-from avss_dist.distillation.loss import LossSums, logits_of
+from avss_dist.distillation.loss import LossSums, Predict, logits_of
 from avss_dist.distillation.memory import Memory, estimate_memory, ranks_per_node, require_memory, require_room
 from avss_dist.distillation.pair import (
     LORA,
@@ -63,13 +63,21 @@ from avss_dist.pruning.repair.registry import split_weight
 from avss_dist.requests import refuse_unused
 
 if TYPE_CHECKING:
+    from avss_dist.distillation.trainer import Teacher
     from avss_dist.requests import DistillRequest
     from avss_dist.runs.ray.executor import RayExecutor
 
 
 OPTIONS_OF_RESULT = (
-    *("tokens", "train", "lora_rank", "learning_rate", "warmup", "held_out"),
-    *("self_texts", "evaluations", "seed"),
+    "tokens",
+    "train",
+    "lora_rank",
+    "learning_rate",
+    "warmup",
+    "held_out",
+    "self_texts",
+    "evaluations",
+    "seed",
 )
 """Options of a request that change its result, apart from the models, the texts and the ranks."""
 _REQUEST = "request.json"
@@ -89,27 +97,32 @@ class Distilled(TabularResult):
     """
 
     def __init__(self, folder: Path, record: DistillRecord, memory: Memory, notes: Sequence[str]) -> None:
-        self.folder, self.record, self.memory, self.notes = str(folder), record, memory, tuple(notes)
+        self.folder = str(folder)
+        self.record = record
+        self.memory = memory
+        self.notes = tuple(notes)
         self.bytes = sum(file.stat().st_size for file in weight_files(folder))
 
     def table(self) -> pa.Table:
         """Return a table with a row for each evaluation and text. Those ``as_written`` are of the written files."""
-        rows = []
+        rows: list[TableRow] = []
         for point in self.record.curve:
             for text in self.record.texts:
-                rows.append(
-                    {
-                        "tokens": point.tokens,
-                        "as_written": point is self.record.after,
-                        "text": text.corpus,
-                        "trained_rows": text.trained_rows,
-                        "held_out_rows": text.held_out_rows,
-                        "perplexity": point.perplexity[text.label],
-                        "kept": point.kept[text.label],
-                        "divergence": point.divergence.get(text.label),
-                    }
-                )
+                rows.append(self._row(point, text))
         return pa.Table.from_pylist(rows)
+
+    def _row(self, point: CurvePoint, text: RecordedText) -> TableRow:
+        """Return the row of an evaluation and a text."""
+        return {
+            "tokens": point.tokens,
+            "as_written": point is self.record.after,
+            "text": text.corpus,
+            "trained_rows": text.trained_rows,
+            "held_out_rows": text.held_out_rows,
+            "perplexity": point.perplexity[text.label],
+            "kept": point.kept[text.label],
+            "divergence": point.divergence.get(text.label),
+        }
 
     def summary(self) -> str:
         """Return the folder and the number of tokens, in a line."""
@@ -152,7 +165,8 @@ def _open_ranks(request: DistillRequest) -> AbstractContextManager[RayExecutor |
 
 def _distill(request: DistillRequest, executor: RayExecutor | None, output: Path, on_event: OnEvent) -> Distilled:
     work = output.with_name(output.name + ".part")
-    is_written = (work / _REQUEST).is_file() and (output / FILE).is_file()  # stopped after its last step
+    # A distillation may have been stopped after its last step.
+    is_written = (work / _REQUEST).is_file() and (output / FILE).is_file()
     if not is_written:
         require_free(output)
     models = resolve_pair(request, executor.devices.kind if executor else None)
@@ -172,29 +186,13 @@ def _distill(request: DistillRequest, executor: RayExecutor | None, output: Path
         require_memory(memory, models.device.type, request.train)
     notes = ancestry(models)
     with explain_unwritable(output, "Name another folder with `output`, or free some space."):
-        work.mkdir(parents=True, exist_ok=True)
-        if [*work.iterdir()] == [work / _REQUEST]:
-            (work / _REQUEST).unlink()  # of a request that was refused
-        if differing := _differing(work / _REQUEST, _identity(request, models)):
-            raise ConfigError(
-                f"{work} was begun with other values of {', '.join(differing)}.",
-                "Use the same ones to continue, delete the folder, or name another `output`.",
-            )
+        _begin_work(work, request, models)
         if not is_written:
             texts = read_texts(request, models, work, on_event)
-            prints = {text.label: [p.tokens_fingerprint for p in (text.trained, text.held_out) if p] for text in texts}
-            if differing := _differing(work / "texts.json", prints):
-                raise ConfigError(
-                    f"The text of {', '.join(differing)} has changed since {work} was begun.",
-                    f"Put it back to continue, or delete {work}.",
-                )
+            _require_same_texts(work, texts)
             task = DistillTask(request, models, texts, work, output)
             if executor:
-                on_event(Preparing("starting the ranks"))
-                task = replace(task, work=work.absolute(), output=output.absolute())
-                devices = executor.devices
-                on_gpu, cpus = devices.kind == "cuda", devices.cpus_of_largest_node // ranks_per_node(request, devices)
-                executor.run_ranks(task, request.ranks, threads=1 if on_gpu else max(1, cpus), on_event=on_event)
+                _run_ranks(task, executor, on_event)
             else:
                 task.train_and_write(on_event)
     shutil.rmtree(work)
@@ -206,6 +204,54 @@ def _distill(request: DistillRequest, executor: RayExecutor | None, output: Path
             f"Lower `learning_rate`, which was {record.learning_rate:g}, and name another `output`.",
         )
     return Distilled(output, record, memory, notes)
+
+
+def _begin_work(work: Path, request: DistillRequest, models: ModelPair) -> None:
+    """Make the folder of the work so far, or refuse that of another request.
+
+    Raises:
+        ConfigError: the folder was begun with other values.
+    """
+    work.mkdir(parents=True, exist_ok=True)
+    if [*work.iterdir()] == [work / _REQUEST]:
+        # It is of a request that was refused.
+        (work / _REQUEST).unlink()
+    differing = _differing(work / _REQUEST, _identity(request, models))
+    if differing:
+        raise ConfigError(
+            f"{work} was begun with other values of {', '.join(differing)}.",
+            "Use the same ones to continue, delete the folder, or name another `output`.",
+        )
+
+
+def _require_same_texts(work: Path, texts: Sequence[DistillText]) -> None:
+    """Refuse texts that have changed since a folder of work was begun.
+
+    Raises:
+        ConfigError: a text has changed.
+    """
+    fingerprints: dict[str, list[str]] = {}
+    for text in texts:
+        parts = [text.held_out] if text.trained is None else [text.trained, text.held_out]
+        fingerprints[text.label] = [part.tokens_fingerprint for part in parts]
+    differing = _differing(work / "texts.json", fingerprints)
+    if differing:
+        raise ConfigError(
+            f"The text of {', '.join(differing)} has changed since {work} was begun.",
+            f"Put it back to continue, or delete {work}.",
+        )
+
+
+def _run_ranks(task: DistillTask, executor: RayExecutor, on_event: OnEvent) -> None:
+    """Train and write a student on all ranks."""
+    on_event(Preparing("starting the ranks"))
+    # Workers have working directories of their own.
+    task = replace(task, work=task.work.absolute(), output=task.output.absolute())
+    devices = executor.devices
+    threads = 1
+    if devices.kind != "cuda":
+        threads = max(1, devices.cpus_of_largest_node // ranks_per_node(task.request, devices))
+    executor.run_ranks(task, task.request.ranks, threads=threads, on_event=on_event)
 
 
 def _identity(request: DistillRequest, models: ModelPair) -> NewObject:
@@ -302,71 +348,105 @@ def _trained(task: DistillTask, on_event: OnEvent, heartbeat: Callable[[], None]
     Args:
         heartbeat: called whenever a layer begins.
     """
-    from transformers.trainer import TRAINER_STATE_NAME, TrainerState
-
     from avss_dist.distillation import trainer
 
     request = task.request
     models = task.models
-    texts = task.texts
+    schedule = _schedule(request, models)
+    teacher_model = load_model(models.teacher, models.teacher_settings, head=True).to(models.device)
+    trainer.call_at_layers(teacher_model, models.teacher_settings, heartbeat)
+    predict = logits_of(teacher_model)
+    teacher = trainer.Teacher(predict, _teacher_losses(task, predict, on_event))
+    folder = task.work / "checkpoints"
+    history = _finished_history(task, teacher, schedule, folder, on_event, heartbeat)
+    ended = ending(history, schedule.steps)
+    assert ended is not None
+    points = evaluations(history, schedule.step_tokens)
+    before = points[0]
+    lowest = best(points)
+    if lowest is None or not is_better(lowest, before):
+        raise _no_better(points, ended, schedule.learning_rate, task.work)
+    on_event(Preparing("writing"))
+    model = load_trained(models, trainer.checkpoint_folder(folder, lowest.step), request.train)
+    dtype = round_to_stored_dtype(model, models.student)
+    student = autocast(logits_of(model.to(models.device)), models)
+    metrics = trainer.held_out_metrics(student, teacher, task.texts, request.rows, models.device)
+    (written,) = evaluations([{"step": lowest.step, **metrics}], schedule.step_tokens)
+    if not is_better(written, before):
+        raise _no_better([before, written], ended, schedule.learning_rate, task.work)
+    curve = [point for point in points if point.step <= lowest.step]
+    curve.append(written)
+    record = _record(task, schedule, teacher.losses, curve, lowest.step, ended)
+    return record, model.to(dtype)
+
+
+def _schedule(request: DistillRequest, models: ModelPair) -> Schedule:
+    """Return the length and the course of a training."""
     step_tokens = request.batch_size * models.settings.sequence_length
-    schedule = Schedule(
+    return Schedule(
         steps=max(1, math.ceil(request.tokens / step_tokens)),
         step_tokens=step_tokens,
         evaluations=request.evaluations,
         learning_rate=request.learning_rate or default_learning_rate(models.student, request.train),
     )
-    teacher_model = load_model(models.teacher, models.teacher_settings, head=True).to(models.device)
-    trainer.call_at_layers(teacher_model, models.teacher_settings, heartbeat)
-    teacher = logits_of(teacher_model)
-    teacher_losses = []
-    for number, text in enumerate(texts):
-        on_event(Preparing("measuring the teacher", number / len(texts)))
+
+
+def _teacher_losses(task: DistillTask, teacher: Predict, on_event: OnEvent) -> list[LossSums]:
+    """Return the losses of the teacher on the held-out rows of each text.
+
+    Raises:
+        ModelError: it predicts NaN or infinities.
+    """
+    from avss_dist.distillation import trainer
+
+    models = task.models
+    losses = []
+    for number, text in enumerate(task.texts):
+        on_event(Preparing("measuring the teacher", number / len(task.texts)))
         loss = trainer.measure(teacher, None, text, models.settings.batch_size, models.device)
         if not math.isfinite(loss.surprise):
             raise ModelError(
                 f"'{models.teacher.name}', the teacher, predicts NaN or infinities on {text.name}.",
                 f"Check its weights, or name another `teacher`; first delete {task.work}.",
             )
-        teacher_losses.append(loss)
-    folder = task.work / "checkpoints"
+        losses.append(loss)
+    return losses
+
+
+def _finished_history(
+    task: DistillTask,
+    teacher: Teacher,
+    schedule: Schedule,
+    folder: Path,
+    on_event: OnEvent,
+    heartbeat: Callable[[], None] | None,
+) -> History:
+    """Return the history of a training that has ended. It goes on from the last checkpoint in a folder.
+
+    Args:
+        folder: folder of the checkpoints.
+        heartbeat: called whenever a layer begins.
+    """
+    from transformers.trainer import TRAINER_STATE_NAME, TrainerState
+
+    from avss_dist.distillation import trainer
+
     folder.mkdir(exist_ok=True)
     share(trainer.delete_incomplete, [folder], idle=lambda: None)
     history: History = []
-    if last := trainer.last_checkpoint(folder):
+    last = trainer.last_checkpoint(folder)
+    if last is not None:
         history = TrainerState.load_from_json(str(last / TRAINER_STATE_NAME)).log_history
-    if ending(history, schedule.steps) is None:
-        if request.report_to:
-            require_package(request.report_to, "`report_to`")
-        on_event(Preparing(f"training, at a learning rate of {schedule.learning_rate:g}"))
-        with _explained(folder):
-            history = trainer.train(
-                request, models, teacher, texts, teacher_losses, schedule, folder, on_event, heartbeat
-            )
-        free_cached_memory()
-    ended = ending(history, schedule.steps)
-    assert ended is not None
-    points = evaluations(history, schedule.step_tokens)
-    lowest = best(points)
-    if lowest is None or not is_better(lowest, points[0]):
-        raise _no_better(points, ended, schedule.learning_rate, task.work)
-    on_event(Preparing("writing"))
-    model = load_trained(models, trainer.checkpoint_folder(folder, lowest.step), request.train)
-    dtype = round_to_stored_dtype(model, models.student)
-    written = trainer.held_out_metrics(
-        autocast(logits_of(model.to(models.device)), models),
-        teacher,
-        texts,
-        teacher_losses,
-        request.rows,
-        models.device,
-    )
-    curve = [point for point in points if point.step <= lowest.step]
-    curve += evaluations([{"step": lowest.step, **written}], schedule.step_tokens)
-    if not is_better(curve[-1], points[0]):
-        raise _no_better([points[0], curve[-1]], ended, schedule.learning_rate, task.work)
-    record = _record(task, schedule, teacher_losses, curve, lowest.step, ended)
-    return record, model.to(dtype)
+    if ending(history, schedule.steps) is not None:
+        return history
+    request = task.request
+    if request.report_to:
+        require_package(request.report_to, "`report_to`")
+    on_event(Preparing(f"training, at a learning rate of {schedule.learning_rate:g}"))
+    with _explained(folder):
+        history = trainer.train(request, task.models, teacher, task.texts, schedule, folder, on_event, heartbeat)
+    free_cached_memory()
+    return history
 
 
 def _record(
@@ -456,9 +536,11 @@ def _no_better(points: Sequence[CurvePoint], ended: str, rate: float, work: Path
     """Return the error of a training after which the student is no better than before."""
     measured = ", ".join(f"{point.loss:.4g} after {point.step} steps" for point in points)
     outcome = "Training diverged" if ended == DIVERGED else "Training made the student no better"
-    if after := best(points):
-        before = points[0]
-        shares = [f"{share:.2%} and {after.kept[label]:.2%} of {label}" for label, share in before.kept.items()]
+    after = best(points)
+    if after is not None:
+        shares = []
+        for label, share_before in points[0].kept.items():
+            shares.append(f"{share_before:.2%} and {after.kept[label]:.2%} of {label}")
         measured += (
             f". Kept of the teacher's perplexity before training and after {after.step} steps: {', '.join(shares)}"
         )

@@ -45,7 +45,9 @@ class Memory:
     @property
     def total(self) -> int:
         """Maximum of the sum of all parts in the training, and of what its end needs."""
-        return max(sum(self.parts.values()), self.written + self.parts["teacher"] + self.parts["logits"])
+        training = sum(self.parts.values())
+        end = self.written + self.parts["teacher"] + self.parts["logits"]
+        return max(training, end)
 
     def describe(self) -> str:
         """Return the total and its parts, in a line."""
@@ -79,10 +81,10 @@ def estimate_memory(
     skeleton, _ = load_skeleton(student, settings)
     model = choose_trained(deepcopy(skeleton), train, rank)  # it may be shared, and an adapter changes it
     parameters = list(model.parameters())
-    trained = sum(p.numel() for p in parameters if p.requires_grad)
+    trained = sum(parameter.numel() for parameter in parameters if parameter.requires_grad)
     size = footprint(student, settings)
     info = SHARDINGS[sharding]
-    whole = FLOAT32 * sum(p.numel() for p in parameters)
+    whole = FLOAT32 * sum(parameter.numel() for parameter in parameters)
     gradients = FLOAT32 * trained
     copy = 0
     if info.zero_stage:
@@ -96,6 +98,7 @@ def estimate_memory(
     tokens = settings.batch_size * settings.sequence_length
 
     def part(size: int, is_divided: bool) -> int:
+        """Return the bytes of one rank."""
         return math.ceil(size / ranks) if is_divided else size
 
     parts = {

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import math
 import shutil
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from itertools import chain
 from pathlib import Path
 from statistics import median
 from typing import TYPE_CHECKING, Any
@@ -24,7 +24,7 @@ from avss_dist.distillation.record import DistillRecord, read_record, write_card
 from avss_dist.models.checkpoint.loading import load_model, load_tokenizer, pin, require_head, text_config
 from avss_dist.models.checkpoint.locate import Checkpoint, find_checkpoint, resolve, stored_tensors
 from avss_dist.models.checkpoint.quantization import quantization_method
-from avss_dist.models.checkpoint.safetensors import DTYPES, floating_dtype, read_tensor, tensors_of
+from avss_dist.models.checkpoint.safetensors import DTYPES, StoredTensor, floating_dtype, read_tensor, tensors_of
 from avss_dist.models.checkpoint.size import token_embeddings
 from avss_dist.models.checkpoint.weight_files import weight_files
 from avss_dist.plans.seen import read_seen, write_seen
@@ -66,37 +66,25 @@ def resolve_pair(request: DistillRequest, kind: str | None = None) -> ModelPair:
     Args:
         kind: kind of the devices of the ranks; by default that of this process's device.
     """
-    student, teacher = (
-        resolve(str(name), trust_remote_code=request.settings.trust_remote_code)
-        for name in (request.student, request.teacher)
-    )
-    configs = [text_config(checkpoint) for checkpoint in (student, teacher)]
-    for checkpoint, config in zip((student, teacher), configs, strict=True):
-        require_head(checkpoint.name, config)
-    if student.gguf or quantization_method(configs[0]):
+    trust_remote_code = request.settings.trust_remote_code
+    student = resolve(str(request.student), trust_remote_code=trust_remote_code)
+    teacher = resolve(str(request.teacher), trust_remote_code=trust_remote_code)
+    student_config = text_config(student)
+    teacher_config = text_config(teacher)
+    require_head(student.name, student_config)
+    require_head(teacher.name, teacher_config)
+    if student.gguf or quantization_method(student_config):
         raise ConfigError(
             f"'{student.name}' is quantized; distillation trains weights in float32.",
             "Name the checkpoint in safetensors that it was made of.",
         )
     if request.train == LORA:
         require_package("peft", "`train` lora")
-    sizes = [config.get_text_config().vocab_size for config in configs]
-    words = [load_tokenizer(checkpoint).get_vocab() for checkpoint in (student, teacher)]
-    differing = len(set(words[0].items()) ^ set(words[1].items()))
-    ConfigError.refuse(
-        (
-            differing or sizes[0] != sizes[1],  # a token has not the same meaning or place among the logits
-            f"'{student.name}' and '{teacher.name}' have different vocabularies: {sizes[0]:,} and {sizes[1]:,} logits, "
-            f"{count_of(differing, 'token')} in one alone. The student learns the teacher's probability of every "
-            "token.",
-            "Name the model that the student was made of, or another one with its tokenizer, with `teacher`.",
-        ),
-        (
-            request.settings.dtype == "float16",
-            "`dtype` float16 cannot be trained in.",
-            "Set `dtype` bfloat16 or float32.",
-        ),
-    )
+    problems = list(_vocabulary_problems(student, teacher, student_config, teacher_config))
+    if request.settings.dtype == "float16":
+        problems.append(ConfigError("`dtype` float16 cannot be trained in.", "Set `dtype` bfloat16 or float32."))
+    if problems:
+        raise ConfigError.combine(problems)
     device = torch.device(kind) if kind else pick_device(request.settings.device)
     bfloat16 = computes_in_bfloat16(request.settings, device.type)
     settings = replace(request.settings, batch_size=request.rows, dtype="float32")
@@ -104,11 +92,33 @@ def resolve_pair(request: DistillRequest, kind: str | None = None) -> ModelPair:
     return ModelPair(
         student=student,
         teacher=teacher,
-        settings=pin(settings, student, configs[0], device.type),
-        teacher_settings=pin(teacher_settings, teacher, configs[1], device.type),
+        settings=pin(settings, student, student_config, device.type),
+        teacher_settings=pin(teacher_settings, teacher, teacher_config, device.type),
         device=device,
         bfloat16=bfloat16,
     )
+
+
+def _vocabulary_problems(
+    student: Checkpoint, teacher: Checkpoint, student_config: Any, teacher_config: Any
+) -> Iterator[ConfigError]:
+    """Yield an error if a token has another meaning, or another place among the logits, in one of the models.
+
+    Args:
+        student_config, teacher_config: their configurations, of transformers.
+    """
+    student_logits = student_config.get_text_config().vocab_size
+    teacher_logits = teacher_config.get_text_config().vocab_size
+    student_tokens = set(load_tokenizer(student).get_vocab().items())
+    teacher_tokens = set(load_tokenizer(teacher).get_vocab().items())
+    differing = len(student_tokens ^ teacher_tokens)
+    if differing or student_logits != teacher_logits:
+        yield ConfigError(
+            f"'{student.name}' and '{teacher.name}' have different vocabularies: {student_logits:,} and "
+            f"{teacher_logits:,} logits, {count_of(differing, 'token')} in one alone. The student learns the teacher's "
+            "probability of every token.",
+            "Name the model that the student was made of, or another one with its tokenizer, with `teacher`.",
+        )
 
 
 def computes_in_bfloat16(settings: Settings, kind: str) -> bool:
@@ -118,10 +128,13 @@ def computes_in_bfloat16(settings: Settings, kind: str) -> bool:
 
 def ancestry(models: ModelPair) -> list[str]:
     """Return a note if nothing says that the student was made of the teacher."""
+    origin = "it has no model card of avss prune"
     base = pruned_from(models.student.folder)
-    if base and base[1] == models.teacher.revision:
-        return []
-    origin = f"its model card names {base[0]} at {base[1][:12]}" if base else "it has no model card of avss prune"
+    if base is not None:
+        name, revision = base
+        if revision == models.teacher.revision:
+            return []
+        origin = f"its model card names {name} at {revision[:12]}"
     return [
         f"Nothing says that {models.student.name} was made of {models.teacher.name}: {origin}. "
         "It was distilled all the same."
@@ -140,14 +153,22 @@ def default_learning_rate(student: Checkpoint, train: str) -> float:
         train: one of `requests.TRAINED`.
     """
     sizes = []
-    for stored in chain.from_iterable(map(tensors_of, weight_files(Path(student.folder)))):
-        dtype = DTYPES.get(stored.dtype)
-        if len(stored.shape) > 1 and stored.size and dtype and dtype.is_floating_point:
-            rows, *of_row = stored.shape
-            first = min(rows, max(1, _VALUES_READ // math.prod(of_row)))  # rows, or experts
-            part = replace(stored, shape=(first, *of_row), size=stored.size // rows * first)
-            sizes.append(read_tensor(part).float().square().mean().sqrt().item())
-    return float(f"{STEP_SIZES[train] * max(median(sizes), LEAST_WEIGHT):.1e}")
+    for file in weight_files(Path(student.folder)):
+        for stored in tensors_of(file):
+            dtype = DTYPES.get(stored.dtype)
+            is_floating = dtype is not None and dtype.is_floating_point
+            if len(stored.shape) > 1 and stored.size and is_floating:
+                part = read_tensor(_first_rows(stored))
+                sizes.append(part.float().square().mean().sqrt().item())
+    rate = STEP_SIZES[train] * max(median(sizes), LEAST_WEIGHT)
+    return float(f"{rate:.1e}")
+
+
+def _first_rows(stored: StoredTensor) -> StoredTensor:
+    """Return the first rows, or experts, of a tensor: about `_VALUES_READ` values."""
+    rows, *row_shape = stored.shape
+    number = min(rows, max(1, _VALUES_READ // math.prod(row_shape)))
+    return replace(stored, shape=(number, *row_shape), size=stored.size // rows * number)
 
 
 def choose_trained(model: Any, train: str, rank: int) -> Any:
@@ -163,10 +184,16 @@ def choose_trained(model: Any, train: str, rank: int) -> Any:
 
         return get_peft_model(model, LoraConfig(r=rank, lora_alpha=2 * rank, target_modules="all-linear"))
     model.requires_grad_(True)
-    embeddings, head = token_embeddings(model), model.get_output_embeddings()
-    if isinstance(embeddings, nn.Module) and getattr(head, "weight", None) is getattr(embeddings, "weight", model):
+    embeddings = token_embeddings(model)
+    if isinstance(embeddings, nn.Module) and _is_tied(embeddings, model.get_output_embeddings()):
         embeddings.requires_grad_(False)
     return model
+
+
+def _is_tied(embeddings: nn.Module, head: object) -> bool:
+    """Whether the head of a model has the weight of its embeddings."""
+    weight = getattr(embeddings, "weight", None)
+    return weight is not None and getattr(head, "weight", None) is weight
 
 
 def load_trained(models: ModelPair, folder: Path, train: str) -> Any:
@@ -174,9 +201,8 @@ def load_trained(models: ModelPair, folder: Path, train: str) -> Any:
     if train == LORA:
         from peft import PeftModel
 
-        return PeftModel.from_pretrained(
-            load_model(models.student, models.settings, head=True), folder
-        ).merge_and_unload()
+        student_model = load_model(models.student, models.settings, head=True)
+        return PeftModel.from_pretrained(student_model, folder).merge_and_unload()
     student = find_checkpoint(str(folder), trust_remote_code=models.student.trust_remote_code)
     return load_model(student, models.settings, head=True)
 
@@ -220,7 +246,10 @@ def write_distilled(student: Checkpoint, model: Any, output: Path, record: Disti
                 shutil.copyfile(file, staged / file.name)
         for file in weight_files(staged):
             shutil.copymode(staged / "config.json", file)  # safetensors lets nobody else read them
+        seen = [*read_seen(student.folder)]
         earlier = read_record(student.folder)
-        write_seen(staged, [*read_seen(student.folder), *(earlier.seen(student.name) if earlier else ())])
+        if earlier is not None:
+            seen += earlier.seen(student.name)
+        write_seen(staged, seen)
         write_record(staged, record)
         write_card(student.folder, staged, record)

@@ -129,36 +129,38 @@ class DistillRecord:
         Args:
             name: name of the distilled checkpoint.
         """
+        return [self._seen_text(text, name) for text in self.texts if text.trained_rows and text.corpus != SELF]
+
+    def _seen_text(self, text: RecordedText, name: str) -> SeenText:
+        """Return the rows of a text that were trained on."""
         options = self.settings.text_options()
-        return [
-            SeenText(
-                use=DISTILLATION,
-                by=name,
-                corpus=text.corpus,
-                corpus_fingerprint=text.fingerprint,
-                **options
-                | {
-                    "skip_sequences": self.settings.skip_sequences + text.held_out_rows,
-                    "max_sequences": text.trained_rows,
-                },
-            )
-            for text in self.texts
-            if text.trained_rows and text.corpus != SELF
-        ]
+        options["skip_sequences"] = self.settings.skip_sequences + text.held_out_rows
+        options["max_sequences"] = text.trained_rows
+        return SeenText(
+            use=DISTILLATION,
+            by=name,
+            corpus=text.corpus,
+            corpus_fingerprint=text.fingerprint,
+            **options,
+        )
 
     def describe(self) -> list[str]:
         """Return lines for people."""
         skipped = self.settings.skip_sequences
         trained = ", ".join(text.describe_trained(skipped) for text in self.texts if text.trained_rows)
-        stopped = " and stopped early, as held-out loss no longer fell" if self.ended == NO_IMPROVEMENT else ""
+        length = f"{self.after.tokens:,} tokens"
+        if self.ended == NO_IMPROVEMENT:
+            length += " and stopped early, as held-out loss no longer fell"
         lines = [
-            f"Distilled from {self.teacher}: {self.after.tokens:,} tokens{stopped}, weights trained: {self.train}, "
+            f"Distilled from {self.teacher}: {length}, weights trained: {self.train}, "
             f"on {trained}; evaluate on other rows or text."
         ]
         for text in self.texts:
+            before = self.before.kept[text.label]
+            after = self.after.kept[text.label]
             lines.append(
                 f"Perplexity kept of the teacher's {text.teacher_perplexity:.4g} on {text.describe_held_out(skipped)}: "
-                f"{self.before.kept[text.label]:.1%} before, {self.after.kept[text.label]:.1%} after."
+                f"{before:.1%} before, {after:.1%} after."
             )
         return lines
 
@@ -200,12 +202,17 @@ def write_card(student: Path, folder: Path, record: DistillRecord, evaluated: Se
         evaluated: lines on evaluations of the distilled checkpoint, which replace those of the student.
     """
     card = student / "README.md"
-    text = card.read_text(encoding="utf-8") if card.is_file() else f"# {escape_markdown(student.name)}\n"
-    text = _EVALUATED.sub("" if evaluated else r"- Evaluated before distillation: \1\n", text)
-    lines = "".join(f"- {escape_markdown(line)}\n" for line in (*record.describe(), *evaluated))
-    (folder / "README.md").write_text(
-        f"{text.removesuffix(CARD_END)}\n## Distilled\n\n{lines}{CARD_END}", encoding="utf-8"
-    )
+    text = f"# {escape_markdown(student.name)}\n"
+    if card.is_file():
+        text = card.read_text(encoding="utf-8")
+    if evaluated:
+        text = _EVALUATED.sub("", text)
+    else:
+        text = _EVALUATED.sub(r"- Evaluated before distillation: \1\n", text)
+    text = f"{text.removesuffix(CARD_END)}\n## Distilled\n\n"
+    for line in (*record.describe(), *evaluated):
+        text += f"- {escape_markdown(line)}\n"
+    (folder / "README.md").write_text(text + CARD_END, encoding="utf-8")
 
 
 def seen_by_checkpoint(checkpoint: Checkpoint) -> list[SeenText]:
@@ -217,6 +224,7 @@ def seen_by_checkpoint(checkpoint: Checkpoint) -> list[SeenText]:
     seen = [*read_seen(checkpoint.folder)]
     for repair in read_repairs(checkpoint.folder):
         seen += repair.seen(checkpoint.name)
-    if record := read_record(checkpoint.folder):
+    record = read_record(checkpoint.folder)
+    if record is not None:
         seen += record.seen(checkpoint.name)
     return seen

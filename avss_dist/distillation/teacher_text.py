@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Iterator, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import partial
 from itertools import chain
 from pathlib import Path
@@ -18,6 +19,7 @@ from avss_dist.core.files import cache_folder, write_file
 from avss_dist.core.fingerprint import fingerprint
 from avss_dist.core.settings import Settings
 from avss_dist.core.streams import progress_to, report, tracked
+from avss_dist.corpus.documents import Tokenizer
 from avss_dist.corpus.tokens import special_tokens_around
 from avss_dist.distillation.curve import OnEvent, Preparing, ignore
 from avss_dist.distillation.record import SELF
@@ -49,51 +51,99 @@ def teacher_text(
         ModelError: the teacher has no start token or predicts no next token.
         ConfigError: it wrote no text.
     """
-    names = ("sequence_length", "dtype", "device", "attention", "trust_remote_code")
-    choices: dict[int, tuple[Settings, Path, Path]] = {}
-    for rows in ROWS:
-        choice = Settings(batch_size=rows, **{name: getattr(settings, name) for name in names})
-        key = fingerprint(teacher=teacher.revision, count=count, seed=seed, **choice.as_dict())[:32]
-        choices[rows] = choice, cache_folder(_FOLDER, f"{key}.jsonl"), work / f"self-{key}.part"
-    begun = (rows for rows, (_, *paths) in choices.items() if any(path.is_file() for path in paths))
-    settings, file, unfinished = choices[next(begun, None) or rows_at_once(teacher, settings)]
-    if file.is_file():
-        return file
-    batches = json.loads(unfinished.read_text(encoding="utf-8")) if unfinished.is_file() else []
+    by_rows = {rows: _Sampling.of_rows(rows, teacher, settings, count, seed, work) for rows in ROWS}
+    # Other rows at once give other texts, so that a sampling ends as it was begun.
+    sampling = next((candidate for candidate in by_rows.values() if candidate.has_begun), None)
+    if sampling is None:
+        sampling = by_rows[rows_at_once(teacher, settings)]
+    if sampling.file.is_file():
+        return sampling.file
+    batches: list[list[str]] = []
+    if sampling.unfinished.is_file():
+        batches = json.loads(sampling.unfinished.read_text(encoding="utf-8"))
     with progress_to(lambda _what, share: on_event(Preparing("the teacher writes text", share))):
-        for batch in sample(teacher, settings, count=count, seed=seed, first=len(batches)):
+        for batch in sample(teacher, sampling.settings, count=count, seed=seed, first=len(batches)):
             batches.append(batch)
-            write_file(unfinished, json.dumps(batches))
+            write_file(sampling.unfinished, json.dumps(batches))
     lines = [json.dumps({"text": text}, ensure_ascii=False) + "\n" for text in chain.from_iterable(batches)]
     if not lines:
         raise ConfigError(f"'{teacher.name}' wrote no text.", "Name other text, and leave out `self` or `self_texts`.")
-    file.parent.mkdir(parents=True, exist_ok=True)
-    write_file(file, "".join(lines))
-    unfinished.unlink(missing_ok=True)
-    return file
+    sampling.file.parent.mkdir(parents=True, exist_ok=True)
+    write_file(sampling.file, "".join(lines))
+    sampling.unfinished.unlink(missing_ok=True)
+    return sampling.file
+
+
+@dataclass(frozen=True)
+class _Sampling:
+    """Sampling of the texts of a teacher with a number of rows at once.
+
+    Attributes:
+        settings: settings of the model that decide what it writes.
+        file: file of all texts, in the cache.
+        unfinished: file of the batches so far.
+    """
+
+    settings: Settings
+    file: Path
+    unfinished: Path
+
+    @classmethod
+    def of_rows(
+        cls, rows: int, teacher: Checkpoint, settings: Settings, count: int, seed: int, work: Path
+    ) -> _Sampling:
+        """Return the sampling with a number of rows at once."""
+        sampled = Settings(
+            batch_size=rows,
+            sequence_length=settings.sequence_length,
+            dtype=settings.dtype,
+            device=settings.device,
+            attention=settings.attention,
+            trust_remote_code=settings.trust_remote_code,
+        )
+        key = fingerprint(teacher=teacher.revision, count=count, seed=seed, **sampled.as_dict())[:32]
+        return cls(sampled, cache_folder(_FOLDER, f"{key}.jsonl"), work / f"self-{key}.part")
+
+    @property
+    def has_begun(self) -> bool:
+        """Whether some texts were written."""
+        return self.file.is_file() or self.unfinished.is_file()
 
 
 def rows_at_once(teacher: Checkpoint, settings: Settings) -> int:
     """Return the number of texts to sample at once: as many as there is memory for, of `ROWS`."""
     size = footprint(teacher, settings)
     free = FREE_SHARE * free_memory(pick_device(settings.device)) - size.weight_bytes
-    text = settings.sequence_length * sum(size.cache_bytes) + LOGITS_BYTES * size.vocabulary
-    return next((rows for rows in ROWS if rows * text <= free), ROWS[-1])
+    row_bytes = settings.sequence_length * sum(size.cache_bytes) + LOGITS_BYTES * size.vocabulary
+    for rows in ROWS:
+        if rows * row_bytes <= free:
+            return rows
+    return ROWS[-1]
 
 
 def with_own_text(
     corpora: Sequence[str], model: Checkpoint, settings: Settings, on_event: OnEvent | None = None
 ) -> tuple[str, ...]:
     """Return the texts of a repair, with a file of text that the whole model writes in place of `SELF`."""
-    if SELF not in [split_weight(corpus)[0] for corpus in corpora]:
+    if not any(_is_own_text(corpus) for corpus in corpora):
         return tuple(corpora)
     work = cache_folder(_FOLDER, model.revision)
     work.mkdir(parents=True, exist_ok=True)
-    here = replace(settings, device=pick_device(settings.device).type)
-    file = teacher_text(model, here, count=OWN_TEXTS, seed=0, work=work, on_event=on_event or ignore)
-    return tuple(
-        f"{file}:text{corpus.removeprefix(SELF)}" if split_weight(corpus)[0] == SELF else corpus for corpus in corpora
-    )
+    on_this_machine = replace(settings, device=pick_device(settings.device).type)
+    file = teacher_text(model, on_this_machine, count=OWN_TEXTS, seed=0, work=work, on_event=on_event or ignore)
+    read: list[str] = []
+    for corpus in corpora:
+        if _is_own_text(corpus):
+            weight = corpus.removeprefix(SELF)
+            corpus = f"{file}:text{weight}"
+        read.append(corpus)
+    return tuple(read)
+
+
+def _is_own_text(corpus: str) -> bool:
+    """Whether a corpus, which may have a weight, is the text of the model."""
+    name, _ = split_weight(corpus)
+    return name == SELF
 
 
 def has_own_text(corpora: Sequence[str]) -> bool:
@@ -118,33 +168,45 @@ def sample(
     device = pick_device(settings.device)
     settings = pin(settings, checkpoint, text_config(checkpoint), device.type)
     tokenizer = load_tokenizer(checkpoint)
-    candidates = (tokenizer.bos_token_id, tokenizer.eos_token_id)  # EOS stands between texts of models without BOS
-    start = special_tokens_around(tokenizer).prefix.tolist() or [i for i in candidates if i is not None][:1]
+    start = _start_tokens(tokenizer)
     if not start:
         raise ModelError(f"The tokenizer of '{checkpoint.name}' has no token to begin with.", "Name other text.")
     model = load_model(checkpoint, replace(settings, layers=None), head=True).to(device)
     if not model.can_generate():
         raise ModelError(f"'{checkpoint.name}' predicts no next token.", "Name a causal language model.")
-    end = next(i for i in (tokenizer.pad_token_id, tokenizer.eos_token_id, start[0]) if i is not None)
-    sizes = [min(settings.batch_size, count - done) for done in range(0, count, settings.batch_size)]
-    for number in tracked(range(first, len(sizes)), "Sampling"):
-        prompts = torch.tensor([start] * sizes[number], device=device)
-        reporting = partial(_report, first=len(start), batch=number, batches=len(sizes), settings=settings)
-        with torch.random.fork_rng([device] if device.type == "cuda" else []), torch.inference_mode():
+    padding = _first_id(tokenizer.pad_token_id, tokenizer.eos_token_id, start[0])
+    num_batches = math.ceil(count / settings.batch_size)
+    random_devices = [device] if device.type == "cuda" else []
+    for number in tracked(range(first, num_batches), "Sampling"):
+        size = min(settings.batch_size, count - number * settings.batch_size)
+        prompts = torch.tensor([start] * size, device=device)
+        reporting = partial(_report, first=len(start), batch=number, batches=num_batches, settings=settings)
+        with torch.random.fork_rng(random_devices), torch.inference_mode():
             torch.manual_seed((_APART * seed + number) % 2**32)  # all that the generator of CPUs takes
             generated = model.generate(
                 prompts,
                 attention_mask=torch.ones_like(prompts),
                 max_new_tokens=settings.sequence_length,
-                pad_token_id=end,
+                pad_token_id=padding,
                 stopping_criteria=[reporting],
                 **_AS_PREDICTED,
             )
-        yield [
-            text
-            for text in tokenizer.batch_decode(generated[:, len(start) :], skip_special_tokens=True)
-            if text.strip()
-        ]
+        texts = tokenizer.batch_decode(generated[:, len(start) :], skip_special_tokens=True)
+        yield [text for text in texts if text.strip()]
+
+
+def _start_tokens(tokenizer: Tokenizer) -> list[int]:
+    """Return the tokens before a text. EOS stands between the texts of models without BOS."""
+    prefix: list[int] = special_tokens_around(tokenizer).prefix.tolist()
+    if prefix:
+        return prefix
+    start = _first_id(tokenizer.bos_token_id, tokenizer.eos_token_id)
+    return [] if start is None else [start]
+
+
+def _first_id(*candidates: int | None) -> int | None:
+    """Return the first token id that a tokenizer has."""
+    return next((token for token in candidates if token is not None), None)
 
 
 def _report(

@@ -4,18 +4,20 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from itertools import chain, count, product
+from itertools import product
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch.utils.data import Dataset
 
 from avss_dist.core.devices import pick_device
 from avss_dist.core.errors import ConfigError, NoRows
 from avss_dist.core.settings import Settings
 from avss_dist.core.text import RedactedURI, basename
+from avss_dist.corpus.documents import Tokenizer
 from avss_dist.corpus.overlap import MAX_SHARED, read_again, shared_text
 from avss_dist.corpus.seen import TRAINED_ON, distinct
 from avss_dist.corpus.shards import Batch, CorpusPlan, Shard, tokenize_corpus
@@ -57,7 +59,7 @@ class DistillText:
 
 
 def read_trained(
-    corpus: str, name: str, weight: float, tokenizer: Any, settings: Settings, held_out: int
+    corpus: str, name: str, weight: float, tokenizer: Tokenizer, settings: Settings, held_out: int
 ) -> DistillText:
     """Read a text to train on. Its first ``held_out`` rows are held out.
 
@@ -71,32 +73,29 @@ def read_trained(
         ConfigError: it is paired text.
     """
     maximum = None if settings.max_sequences is None else settings.max_sequences - held_out
-    ConfigError.refuse(
-        (
-            open_source(corpus).answers,
-            f"{name} is paired text, which distillation cannot train on.",
-            "Name it with `watch`.",
-        ),
-        (
-            maximum is not None and maximum < 1,
-            f"`max_sequences` {settings.max_sequences} leaves no row to train on beside {held_out} held-out ones.",
-            "Raise `max_sequences`, or lower `held_out`.",
-        ),
-    )
+    problems = []
+    if open_source(corpus).answers:
+        message = f"{name} is paired text, which distillation cannot train on."
+        problems.append(ConfigError(message, "Name it with `watch`."))
+    if maximum is not None and maximum < 1:
+        message = f"`max_sequences` {settings.max_sequences} leaves no row to train on beside {held_out} held-out ones."
+        problems.append(ConfigError(message, "Raise `max_sequences`, or lower `held_out`."))
+    if problems:
+        raise ConfigError.combine(problems)
     measured = tokenize_corpus(corpus, tokenizer, replace(settings, max_sequences=held_out))
     skipped = settings.skip_sequences + measured.num_sequences
     try:
         rows = tokenize_corpus(corpus, tokenizer, replace(settings, max_sequences=maximum, skip_sequences=skipped))
     except NoRows as error:
-        longer = "Let the teacher write more with `self_texts`" if name == SELF else "Name a longer text"
-        raise NoRows(
-            f"{name} has no row to train on after {skipped} skipped and held-out rows: {error.message}",
-            f"{longer}, or lower `held_out`.",
-        ) from error
+        hint = "Name a longer text, or lower `held_out`."
+        if name == SELF:
+            hint = "Let the teacher write more with `self_texts`, or lower `held_out`."
+        message = f"{name} has no row to train on after {skipped} skipped and held-out rows: {error.message}"
+        raise NoRows(message, hint) from error
     return DistillText(name=name, label=name, weight=weight, trained=rows, held_out=measured)
 
 
-def read_watched(corpus: str, tokenizer: Any, settings: Settings, held_out: int) -> DistillText:
+def read_watched(corpus: str, tokenizer: Tokenizer, settings: Settings, held_out: int) -> DistillText:
     """Read ``held_out`` rows of a text that is only measured.
 
     Rows of paired text are the first ones. Those of other text follow the rows that the settings skip.
@@ -111,15 +110,21 @@ def read_watched(corpus: str, tokenizer: Any, settings: Settings, held_out: int)
 
 def with_labels(texts: Sequence[DistillText]) -> list[DistillText]:
     """Return the texts with a short, distinct label each: the last part of the name, numbered if it occurs twice."""
-    labels: list[str] = []
+    labelled: dict[str, DistillText] = {}
     for text in texts:
         name = basename(text.name)
-        candidates = chain([name], (f"{name} ({number})" for number in count(2)))
-        labels.append(next(label for label in candidates if label not in labels))
-    return [replace(text, label=label) for text, label in zip(texts, labels, strict=True)]
+        label = name
+        number = 1
+        while label in labelled:
+            number += 1
+            label = f"{name} ({number})"
+        labelled[label] = replace(text, label=label)
+    return list(labelled.values())
 
 
-def refuse_overlap(texts: Sequence[DistillText], used: Iterable[tuple[str, Sequence[Shard]]], tokenizer: Any) -> None:
+def refuse_overlap(
+    texts: Sequence[DistillText], used: Iterable[tuple[str, Sequence[Shard]]], tokenizer: Tokenizer
+) -> None:
     """Refuse held-out rows that share passages with rows that were used. Text of the teacher is not compared.
 
     Args:
@@ -128,8 +133,9 @@ def refuse_overlap(texts: Sequence[DistillText], used: Iterable[tuple[str, Seque
     Raises:
         ConfigError: a text shares more than `MAX_SHARED` of its passages.
     """
-    for (use, rows), text in product(used, texts):
-        shared = None if text.name == SELF else shared_text(rows, text.held_out.shards, tokenizer)
+    compared = [text for text in texts if text.name != SELF]
+    for (use, rows), text in product(used, compared):
+        shared = shared_text(rows, text.held_out.shards, tokenizer)
         if shared is not None and shared > MAX_SHARED:
             raise ConfigError(
                 f"{shared:.0%} of the held-out rows of {text.name} is text that {use}.",
@@ -151,13 +157,13 @@ class Mix(Dataset[Example]):
 
     def __init__(self, texts: Sequence[DistillText], count: int, seed: int) -> None:
         self._texts = [_all_rows(text.trained) for text in texts if text.trained]
-        weights, random = np.array([text.weight for text in texts if text.trained]), np.random.default_rng(seed)
+        weights = np.array([text.weight for text in texts if text.trained])
+        random = np.random.default_rng(seed)
         self._text = random.choice(len(weights), size=count, p=weights / weights.sum()).astype(np.int32)
         self._row = np.zeros(count, np.int64)
-        for number, rows in enumerate(len(text["input_ids"]) for text in self._texts):
-            drawn = self._text == number
-            passes = [random.permutation(rows) for _ in range(-(-int(drawn.sum()) // rows))]
-            self._row[drawn] = np.concatenate([*passes, np.zeros(0, np.int64)])[: drawn.sum()]
+        for number, text in enumerate(self._texts):
+            is_drawn = self._text == number
+            self._row[is_drawn] = _drawn_rows(random, len(text["input_ids"]), int(is_drawn.sum()))
 
     def __len__(self) -> int:
         """Return the number of drawn rows."""
@@ -165,25 +171,43 @@ class Mix(Dataset[Example]):
 
     def __getitem__(self, index: int) -> Example:
         """Return a drawn row: ``input_ids``, ``attention_mask`` and ``labels``, int64[tokens] each."""
-        text, row = self._text[index], self._row[index]
-        return {name: values[row] for name, values in self._texts[text].items()}
+        text = self._texts[self._text[index]]
+        row = self._row[index]
+        return {name: values[row] for name, values in text.items()}
+
+
+def _drawn_rows(random: np.random.Generator, rows: int, count: int) -> NDArray[np.int64]:
+    """Return the indices of drawn rows of a text, all of them before any is drawn again."""
+    drawn = np.zeros(0, np.int64)
+    while len(drawn) < count:
+        drawn = np.concatenate([drawn, random.permutation(rows)])
+    return drawn[:count]
 
 
 def _all_rows(text: CorpusPlan) -> Example:
     """Return all rows of a text, padded to ``sequence_length``, so that rows of all texts can be stacked."""
     (shard,) = text.recut(text.num_sequences).shards
     (batch,) = shard.batches(shard.num_sequences)
-    padding = ((0, 0), (0, shard.input_ids.shape[1] - batch.input_ids.shape[1]))
-    masks: dict[str, Any] = {name: np.pad(getattr(batch, name), padding) for name in ("attention_mask", "observed")}
-    return as_examples(replace(batch, input_ids=shard.input_ids, **masks))
+    missing = shard.input_ids.shape[1] - batch.input_ids.shape[1]
+    padding = ((0, 0), (0, missing))
+    padded = replace(
+        batch,
+        input_ids=shard.input_ids,
+        attention_mask=np.pad(batch.attention_mask, padding),
+        observed=np.pad(batch.observed, padding),
+    )
+    return as_examples(padded)
 
 
 def as_examples(batch: Batch) -> Example:
     """Return a batch as tensors, int64[rows, tokens]. The labels of tokens that do not count are `NOT_COUNTED`."""
     ids = batch.input_ids.astype(np.int64)
-    counted = np.pad(predicted(batch), ((0, 0), (1, 0)))
-    values = (ids, batch.attention_mask.astype(np.int64), np.where(counted, ids, NOT_COUNTED))
-    return dict(zip(("input_ids", "attention_mask", "labels"), map(torch.from_numpy, values), strict=True))
+    is_counted = np.pad(predicted(batch), ((0, 0), (1, 0)))
+    return {
+        "input_ids": torch.from_numpy(ids),
+        "attention_mask": torch.from_numpy(batch.attention_mask.astype(np.int64)),
+        "labels": torch.from_numpy(np.where(is_counted, ids, NOT_COUNTED)),
+    }
 
 
 def read_texts(request: DistillRequest, models: ModelPair, work: Path, on_event: OnEvent) -> list[DistillText]:
@@ -194,29 +218,49 @@ def read_texts(request: DistillRequest, models: ModelPair, work: Path, on_event:
     weights = {str(corpus): weight for corpus, weight in weighted}
     if len(weights) < len(weighted):
         raise ConfigError("`corpora` names a text twice.", "Name it once, with a weight: CORPUS=2.")
-    how = (tokenizer, models.settings, request.held_out)
-    texts = [read_trained(corpus.full, str(corpus), weight, *how) for corpus, weight in weighted if corpus != SELF]
-    watched = [read_watched(corpus, *how) for corpus in request.watch]
+    settings = models.settings
+    texts = []
+    for corpus, weight in weighted:
+        if corpus != SELF:
+            texts.append(read_trained(corpus.full, str(corpus), weight, tokenizer, settings, request.held_out))
+    watched = [read_watched(corpus, tokenizer, settings, request.held_out) for corpus in request.watch]
     if request.self_texts:
-        here = replace(models.teacher_settings, device=pick_device(request.settings.device).type)
-        count, seed = request.self_texts, request.seed
-        file = teacher_text(models.teacher, here, count=count, seed=seed, work=work, on_event=on_event)
-        plain = replace(models.settings, chat_template=False, max_sequences=None, skip_sequences=0)
-        texts.append(read_trained(f"{file}:text", SELF, weights.get(SELF, 1.0), tokenizer, plain, request.held_out))
+        weight = weights.get(SELF, 1.0)
+        texts.append(_read_teacher_text(request, models, weight, tokenizer, work, on_event))
     if not texts:
         raise ConfigError("There is no text to train on.", "Name some with `corpora`, or set `self_texts` above 0.")
     texts = with_labels([*texts, *watched])
     if not request.allow_overlap:
-        trained = [  # without those of the teacher, which may know any text by heart
-            (f"is trained on ({text.name})", text.trained.shards)
-            for text in texts
-            if text.trained and text.name != SELF
-        ]
-        refuse_overlap(texts, [*trained, *_earlier_text(models.student, tokenizer)], tokenizer)
+        used = [*_trained_rows(texts), *_earlier_text(models.student, tokenizer)]
+        refuse_overlap(texts, used, tokenizer)
     return texts
 
 
-def _earlier_text(student: Checkpoint, tokenizer: Any) -> Iterator[tuple[str, Sequence[Shard]]]:
+def _read_teacher_text(
+    request: DistillRequest, models: ModelPair, weight: float, tokenizer: Tokenizer, work: Path, on_event: OnEvent
+) -> DistillText:
+    """Read the text that the teacher writes on this machine."""
+    file = teacher_text(
+        models.teacher,
+        replace(models.teacher_settings, device=pick_device(request.settings.device).type),
+        count=request.self_texts,
+        seed=request.seed,
+        work=work,
+        on_event=on_event,
+    )
+    all_rows = replace(models.settings, chat_template=False, max_sequences=None, skip_sequences=0)
+    return read_trained(f"{file}:text", SELF, weight, tokenizer, all_rows, request.held_out)
+
+
+def _trained_rows(texts: Sequence[DistillText]) -> Iterator[tuple[str, Sequence[Shard]]]:
+    """Yield the rows of texts that are trained on, without those of the teacher, which may know any text by heart."""
+    for text in texts:
+        if text.trained and text.name != SELF:
+            yield f"is trained on ({text.name})", text.trained.shards
+
+
+def _earlier_text(student: Checkpoint, tokenizer: Tokenizer) -> Iterator[tuple[str, Sequence[Shard]]]:
     """Yield the rows that repairs and an earlier distillation of the student have changed its weights for."""
-    for text in distinct(text for text in seen_by_checkpoint(student) if text.use in TRAINED_ON):
+    trained_on = [text for text in seen_by_checkpoint(student) if text.use in TRAINED_ON]
+    for text in distinct(trained_on):
         yield text.describe(), read_again(text, tokenizer, text.corpus).shards

@@ -7,12 +7,13 @@ import shutil
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
 from functools import partialmethod
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
+from transformers import PrinterCallback, Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.integrations import get_reporting_integration_callbacks
 
 from avss_dist.core.errors import first_line
@@ -52,6 +53,7 @@ if TYPE_CHECKING:
     from avss_dist.requests import DistillRequest
 
 SAVE_SECONDS = 300.0  # between two checkpoints, at most, beside those of evaluations
+MAX_EXPONENT = 700.0  # near the largest one whose power of e is a double
 _COMPLETE = "avss_complete"  # the file that a checkpoint has once all others are written
 
 
@@ -94,62 +96,65 @@ def arguments(
     Args:
         more: further arguments, such as those of ranks.
     """
-    optimization: dict[str, Any] = {
-        "learning_rate": schedule.learning_rate,
-        "warmup_steps": min(request.warmup, schedule.steps - 1),
-        "max_steps": schedule.steps,
-        "per_device_train_batch_size": request.batch_size,
-        "seed": request.seed,
-        "bf16": models.bfloat16,
-    }
-    place: dict[str, Any] = {
-        "output_dir": str(folder),
-        "use_cpu": models.device.type == "cpu",
-        "dataloader_pin_memory": models.device.type == "cuda",
-    }
-    reports: dict[str, Any] = {
-        "logging_steps": math.ceil(schedule.steps / MOST_LOGGED),
-        "report_to": request.report_to or "none",
-        "run_name": Path(request.output).name,
-    }
-    options: dict[str, Any] = {**OPTIMIZER, **UNATTENDED, **optimization, **place, **reports, **more}
+    options: dict[str, Any] = {**OPTIMIZER, **UNATTENDED}
+    options["learning_rate"] = schedule.learning_rate
+    options["warmup_steps"] = min(request.warmup, schedule.steps - 1)
+    options["max_steps"] = schedule.steps
+    options["per_device_train_batch_size"] = request.batch_size
+    options["seed"] = request.seed
+    options["bf16"] = models.bfloat16
+    options["output_dir"] = str(folder)
+    options["use_cpu"] = models.device.type == "cpu"
+    options["dataloader_pin_memory"] = models.device.type == "cuda"
+    options["logging_steps"] = math.ceil(schedule.steps / MOST_LOGGED)
+    options["report_to"] = request.report_to or "none"
+    options["run_name"] = Path(request.output).name
+    options.update(more)
     return _Arguments(**options)
+
+
+@dataclass(frozen=True)
+class Teacher:
+    """A teacher and its losses.
+
+    Attributes:
+        predict: its predictions.
+        losses: its loss on the held-out rows of each text.
+    """
+
+    predict: Predict
+    losses: Sequence[LossSums]
 
 
 class DistillationTrainer(Trainer):
     """Trainer whose loss is the divergence from a teacher, evaluated on held-out text.
 
     Args:
-        teacher: predictions of the teacher.
+        teacher: the teacher, with its losses on the texts.
         texts: texts with held-out rows.
-        teacher_losses: loss of the teacher on the held-out rows of each text.
         options: arguments of `transformers.Trainer`.
     """
 
-    def __init__(
-        self,
-        *,
-        teacher: Predict,
-        texts: Sequence[DistillText],
-        teacher_losses: Sequence[LossSums],
-        **options: Any,
-    ) -> None:
+    def __init__(self, *, teacher: Teacher, texts: Sequence[DistillText], **options: Any) -> None:
         super().__init__(**options)
         self._teacher = teacher
         self._texts = texts
-        self._teacher_losses = teacher_losses
         self.model_accepts_loss_kwargs = True  # has it count the labels of all ranks and accumulated batches
         self.remove_callback(PrinterCallback)
 
     def compute_loss(
-        self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
+        self,
+        model: torch.nn.Module,
+        inputs: Example,
+        return_outputs: bool = False,
+        num_items_in_batch: torch.Tensor | int | None = None,
     ) -> torch.Tensor:
         """Return the mean divergence over the counted tokens of a batch."""
         ids = inputs["input_ids"]
         mask = inputs["attention_mask"]
         labels = next_labels(inputs["labels"])
         with torch.no_grad():
-            expected = predictions(self._teacher, ids, mask)
+            expected = predictions(self._teacher.predict, ids, mask)
         total = distillation_loss(predictions(logits_of(model), ids, mask), expected, labels)
         return total * self.accelerator.num_processes / num_items_in_batch
 
@@ -160,7 +165,6 @@ class DistillationTrainer(Trainer):
             logits_of(self.model_wrapped),
             self._teacher,
             self._texts,
-            self._teacher_losses,
             self.args.per_device_train_batch_size,
             self.args.device,
         )
@@ -170,18 +174,14 @@ class DistillationTrainer(Trainer):
 
 
 def held_out_metrics(
-    student: Predict,
-    teacher: Predict,
-    texts: Sequence[DistillText],
-    teacher_losses: Sequence[LossSums],
-    batch_size: int,
-    device: torch.device,
+    student: Predict, teacher: Teacher, texts: Sequence[DistillText], batch_size: int, device: torch.device
 ) -> dict[str, float]:
     """Return the metrics of the held-out rows of all texts, by the names of `curve`."""
     metrics = {LOSS: 0.0}
     sum_of_weights = sum(text.weight for text in texts)
-    for text, teacher_loss in zip(texts, teacher_losses, strict=True):
-        teacher_of_text = None if text.trained is None else teacher
+    for text, teacher_loss in zip(texts, teacher.losses, strict=True):
+        # Of a text that is only watched, the divergence is not measured.
+        teacher_of_text = None if text.trained is None else teacher.predict
         measured = measure(student, teacher_of_text, text, batch_size, device)
         surprise = measured.surprise / measured.tokens
         metrics[f"{PERPLEXITY}{text.label}"] = _exp(surprise)
@@ -194,7 +194,8 @@ def held_out_metrics(
 
 
 def _exp(value: float) -> float:
-    return math.exp(min(value, 700.0))
+    """Return e to the power of a value, or a very large number where that has no double."""
+    return math.exp(min(value, MAX_EXPONENT))
 
 
 def measure(
@@ -223,10 +224,12 @@ class ScheduleCallback(TrainerCallback):
     """
 
     def __init__(self, schedule: Schedule, folder: Path, on_event: OnEvent) -> None:
-        self._schedule, self._folder, self._on_event = schedule, folder, on_event
+        self._schedule = schedule
+        self._folder = folder
+        self._on_event = on_event
         self._saved = time.monotonic()
 
-    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         """Evaluate and save at regular intervals and at the end. Save also at times."""
         step = state.global_step
         steps_between = math.ceil(self._schedule.steps / self._schedule.evaluations)
@@ -238,7 +241,14 @@ class ScheduleCallback(TrainerCallback):
             ages = all_gather(time.monotonic() - self._saved)
             control.should_save = ages[0] > SAVE_SECONDS  # by the clock of rank 0
 
-    def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **_: Any) -> None:
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: Mapping[str, float] | None = None,
+        **_: Any,
+    ) -> None:
         """Report a step, and end the training if its loss is not finite."""
         if logs and "loss" in logs:
             loss = float(logs["loss"])
@@ -248,7 +258,7 @@ class ScheduleCallback(TrainerCallback):
             if not math.isfinite(loss):
                 control.should_training_stop = True
 
-    def on_evaluate(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+    def on_evaluate(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         """Report an evaluation, and end the training if a rule says so."""
         point = evaluations(state.log_history, self._schedule.step_tokens)[-1]
         if not point.step:
@@ -257,7 +267,7 @@ class ScheduleCallback(TrainerCallback):
         if ending(state.log_history, self._schedule.steps):
             control.should_training_stop = True
 
-    def on_save(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         """Mark a checkpoint as complete, and delete all but it and the best one."""
         all_gather(0)  # returns when every rank has written its part
         self._saved = time.monotonic()
@@ -265,12 +275,13 @@ class ScheduleCallback(TrainerCallback):
             return
         last = checkpoint_folder(self._folder, state.global_step)
         (last / _COMPLETE).touch()
-        keep = {last}
-        if lowest := best(evaluations(state.log_history)):
-            keep.add(checkpoint_folder(self._folder, lowest.step))
+        needed = {last}
+        lowest = best(evaluations(state.log_history))
+        if lowest is not None:
+            needed.add(checkpoint_folder(self._folder, lowest.step))
         for folder in self._folder.glob("checkpoint-*"):
-            if folder not in keep:
-                # First, so that the remains of a folder after a kill are not resumed.
+            if folder not in needed:
+                # The mark goes first, so that the remains of a folder after a kill are not resumed.
                 (folder / _COMPLETE).unlink(missing_ok=True)
                 shutil.rmtree(folder)
 
@@ -331,12 +342,13 @@ def _sharding_options(request: DistillRequest, models: ModelPair) -> AbstractCon
     from avss_dist.partition.training import trainer_options
 
     skeleton, _ = load_skeleton(models.student, models.settings)
+    layers = find_layers(skeleton, models.settings)
     return trainer_options(
         request.sharding,
         models.device.type,
         rows=request.rows,
         bfloat16=models.bfloat16,
-        layers={type(layer).__name__ for layer in find_layers(skeleton, models.settings)},
+        layers={type(layer).__name__ for layer in layers},
     )
 
 
@@ -350,9 +362,8 @@ def call_at_layers(model: Any, settings: Settings, heartbeat: Callable[[], None]
 def train(
     request: DistillRequest,
     models: ModelPair,
-    teacher: Predict,
+    teacher: Teacher,
     texts: Sequence[DistillText],
-    teacher_losses: Sequence[LossSums],
     schedule: Schedule,
     folder: Path,
     on_event: OnEvent,
@@ -368,15 +379,14 @@ def train(
     """
     last = last_checkpoint(folder)
     with _sharding_options(request, models) as sharding:
-        args = arguments(request, models, schedule, folder, {**sharding, "eval_on_start": last is None})
+        options = {**sharding, "eval_on_start": last is None}
         student = load_model(models.student, models.settings, head=True)
         call_at_layers(student, models.settings, heartbeat)
         torch.manual_seed(request.seed)  # of a new adapter, which is the same on all ranks
         trainer = DistillationTrainer(
             teacher=teacher,
             texts=texts,
-            teacher_losses=teacher_losses,
-            args=args,
+            args=arguments(request, models, schedule, folder, options),
             model=choose_trained(student, request.train, request.lora_rank),
             train_dataset=Mix(texts, schedule.steps * request.batch_size, request.seed),
             callbacks=[ScheduleCallback(schedule, folder, on_event)],
