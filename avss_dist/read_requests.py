@@ -35,6 +35,8 @@ BETWEEN_RUNS = ("run", "family", "size", "revision", "corpus", "dtype")
 WITHIN_A_RUN = (*READINGS, "score")
 """Properties in which two profiles of one run that are compared can differ."""
 COMPARED = (*BETWEEN_RUNS, *WITHIN_A_RUN)
+COMPARED_OTHERWISE = {"model": "`by` run compares runs of any two models, and `by` revision those of one model."}
+"""Hints by name, for properties by which nothing is compared."""
 
 
 def require_warehouse(name: Any) -> Any:
@@ -160,7 +162,7 @@ class PlaceRequest(Request):
 class CompareRequest(PlaceRequest, RunsRequest):
     """Compare layer rankings between runs: how far they agree, or how they move along training, size or row length."""
 
-    by: Annotated[str, OneOf(COMPARED)] = "run"
+    by: Annotated[str, OneOf(COMPARED, COMPARED_OTHERWISE)] = "run"
     """Property in which the two runs or readings of each pair differ."""
     along: Annotated[str, OneOf(tuple(AXES))] | None = None
     """Follow each layer's rank along this property instead."""

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, replace
 from inspect import unwrap
-from itertools import chain
-from typing import Any
 
 import pyarrow as pa
+from rich.console import RenderableType
 
 from avss_dist.analysis.verdict import experiment_sections
 from avss_dist.cli.program import spelled
@@ -30,7 +29,7 @@ from avss_dist.reports.terminal.evaluation import (
 )
 from avss_dist.reports.terminal.progress import CellProgress, StepProgress, run_progress
 from avss_dist.reports.terminal.shrink import shrunk_lines, shrunk_tables, shrunk_values
-from avss_dist.reports.terminal.tables import rendered
+from avss_dist.reports.terminal.tables import FittedTable, rendered
 from avss_dist.requests import (
     AblateRequest,
     EstimateRequest,
@@ -41,55 +40,92 @@ from avss_dist.requests import (
 )
 from avss_dist.runs.events import both, describe_repeated
 from avss_dist.runs.job_file import JobFile, job_schema, read_job
-from avss_dist.runs.scoring import Run, score_models
+from avss_dist.runs.result import Run
+from avss_dist.runs.scoring import score_models
+from avss_dist.studies.ablate import Ablation
 from avss_dist.studies.ablate import ablate as measure_ablation
 from avss_dist.studies.evaluate import evaluate as measure_tasks
 from avss_dist.studies.experiment import describe_size
 from avss_dist.studies.shrink import shrink as write_smaller
+from avss_dist.warehouse.reader import Warehouse
+from avss_dist.warehouse.schema import Damage
 
 
 def score(request: ScoreAllRequest, format: str) -> int:
     """Score models, and print a line for each. A single model that fails ends the command with its error."""
     with run_progress(len(request.models), ends=False) as progress:
-        runs = score_models(replace(request, on_event=progress), request.models, alone=len(request.models) == 1)
-    print_result(format, _outcomes(runs), lambda: map(asdict, runs))
-    done = [run for run in runs if run.status != "failed"]
-    if done and format != "json":
-        site = {} if SITES[0] in request.sites else {"site": request.sites[0]}
-        newest = done[-1]
-        options = option_words({"run": newest.run_id, **site})
-        say(f"Look at it: {command_line('show', '-w', newest.warehouse, *options)}")
-        if len(done) > 1:
-            say(f"Compare them: {command_line('compare', '-w', newest.warehouse, *option_words(site))}")
-    return 0 if len(done) == len(runs) else 1
+        results = score_models(replace(request, on_event=progress), request.models, alone=len(request.models) == 1)
+    damaged = _damage_of_skipped(results)
+    print_result(format, _outcomes(results, damaged), lambda: map(asdict, results))
+    scored = [result for result in results if result.status != "failed"]
+    readable = [result for result in scored if result.run_id not in damaged]
+    if readable and format != "json":
+        _say_next_commands(readable, request.sites)
+    return 0 if len(scored) == len(results) else 1
 
 
-def _outcomes(runs: Sequence[Run]) -> Iterator[str]:
+def _damage_of_skipped(results: Sequence[Run]) -> dict[str, Damage]:
+    """Return why runs that were done before cannot be read, by run id, of those that cannot."""
+    skipped = {result.run_id for result in results if result.status == "skipped"}
+    if not skipped:
+        return {}
+    opened = Warehouse(results[0].warehouse)
+    opened.note_damaged(skipped)
+    return {run_id: damage for run_id, damage in opened.damaged.items() if run_id in skipped}
+
+
+def _say_next_commands(results: Sequence[Run], sites: Sequence[str]) -> None:
+    """Print the commands that show the newest of several results, and compare them."""
+    newest = results[-1]
+    options = {}
+    if SITES[0] not in sites:
+        options["site"] = sites[0]
+    words = option_words({"run": newest.run_id, **options})
+    say(f"Look at it: {command_line('show', '-w', newest.warehouse, *words)}")
+    if len(results) > 1:
+        say(f"Compare them: {command_line('compare', '-w', newest.warehouse, *option_words(options))}")
+
+
+def _outcomes(results: Sequence[Run], damaged: Mapping[str, Damage]) -> Iterator[str]:
     """Yield a line for each run. One that repeats a run that was measured by this very command is told so."""
-    first_runs: dict[str, Run] = {}
-    for run in runs:
-        first = first_runs.setdefault(run.run_id, run)
-        if run.status == "skipped" and first.status == "done":
-            yield f"{run.run_id}: {describe_repeated(first.model)}"
+    first_results: dict[str, Run] = {}
+    for result in results:
+        first = first_results.setdefault(result.run_id, result)
+        if result.status == "skipped" and first.status == "done":
+            yield f"{result.run_id}: {describe_repeated(first.model)}"
         else:
-            yield _outcome(run)
+            yield _outcome(result, damaged.get(result.run_id))
 
 
-def _outcome(run: Run) -> str:
-    if run.status == "failed":
-        return f"{run.run_id}: failed. {spelled(str(run.error))}"
-    if run.status == "skipped":
-        return f"{run.run_id}: done before, nothing to do (--fresh measures again)."
-    resumed = f", {run.resumed_shards} of {run.num_shards} shards from before" if run.resumed_shards else ""
-    return f"{run.run_id}: {run.num_tokens:,} tokens in {run.seconds:.1f} s{resumed}."
+def _outcome(result: Run, damage: Damage | None = None) -> str:
+    """Return a line that says how a run ended.
+
+    Args:
+        damage: why the stored scores of a run that was done before cannot be read.
+    """
+    if result.status == "failed":
+        return f"{result.run_id}: failed. {spelled(str(result.error))}"
+    if damage is not None:
+        return f"{result.run_id}: done before, but it cannot be read ({damage}). {damage.hint}"
+    if result.status == "skipped":
+        return f"{result.run_id}: done before, nothing to do (--fresh measures again)."
+    line = f"{result.run_id}: {result.num_tokens:,} tokens in {result.seconds:.1f} s"
+    if result.resumed_shards:
+        line += f", {result.resumed_shards} of {result.num_shards} shards from before"
+    return f"{line}."
 
 
 def ablate(request: AblateRequest, format: str) -> None:
     """Measure what layers do to the loss, and print it."""
     with CellProgress() as progress:
         ablation = measure_ablation(replace(request, on_event=progress))
-    shown = chain(map(ablation_table, [ablation] if ablation.layers else []), sensitivity_tables(ablation))
-    print_result(format, shown, (ablation.sensitivity or ablation).table)
+    print_result(format, _ablation_tables(ablation), (ablation.sensitivity or ablation).table)
+
+
+def _ablation_tables(ablation: Ablation) -> Iterator[FittedTable]:
+    if ablation.layers:
+        yield ablation_table(ablation)
+    yield from sensitivity_tables(ablation)
 
 
 def evaluate(request: EvaluateRequest, format: str) -> None:
@@ -102,8 +138,8 @@ def evaluate(request: EvaluateRequest, format: str) -> None:
 def shrink(request: ShrinkRequest, format: str) -> None:
     """Write a smaller checkpoint, and print how it compares."""
     with StepProgress() as progress:
-        done = write_smaller(replace(request, on_event=progress))
-    print_result(format, [shrunk_tables(done), *shrunk_lines(done)], lambda: [shrunk_values(done)])
+        shrunk = write_smaller(replace(request, on_event=progress))
+    print_result(format, [shrunk_tables(shrunk), *shrunk_lines(shrunk)], lambda: [shrunk_values(shrunk)])
 
 
 def estimate(request: EstimateRequest, format: str) -> None:
@@ -125,26 +161,36 @@ def run(request: RunCommandRequest, format: str) -> int:
         return _preview(job, format, request.replaced)
     with run_progress(len(job.specs)) as progress:
         on_event = both(progress, CellProgress()) if job.experiment else progress
-        runs = unwrap(run_job)(replace(request, job=job, on_event=on_event))
-    failures = [_outcome(run) for run in runs if run.status == "failed"]
-    if runs.experiment is None:
-        print_result(format, [*failures, _summary(runs)], runs.table)
+        results = unwrap(run_job)(replace(request, job=job, on_event=on_event))
+    failures = [_outcome(result) for result in results if result.status == "failed"]
+    if results.experiment is None:
+        damaged = _damage_of_skipped(results)
+        unreadable = [_outcome(result, damaged[result.run_id]) for result in results if result.run_id in damaged]
+        print_result(format, [*failures, *unreadable, _summary(results)], results.table)
     else:
-        rows = runs.experiment.table()
+        rows = results.experiment.table()
         print_result(format, [rendered(*experiment_sections(rows.to_pylist()))], lambda: rows)
         for line in failures:
             complain(line)
     return 1 if failures else 0
 
 
-def _preview(job: JobFile, format: str, options: dict[str, Any]) -> int:
+def _preview(job: JobFile, format: str, options: Mapping[str, object]) -> int:
+    """Print what a job would do. Return 1 if one of its runs would be refused."""
     previews = preview_job(job, lambda event: say(f"Planning {event.name} ..."), **options)
-    shown = [plan_table(previews, job.warehouse), *([f"{describe_size(job)}."] if job.experiment else [])]
+    shown: list[RenderableType] = [plan_table(previews, job.warehouse)]
+    if job.experiment:
+        shown.append(f"{describe_size(job)}.")
     print_result(format, shown, lambda: pa.Table.from_pylist([asdict(preview) for preview in previews]))
     return 1 if any(preview.status == "refused" for preview in previews) else 0
 
 
-def _summary(runs: Runs) -> str:
-    count = {status: sum(run.status == status for run in runs) for status in ("done", "skipped", "failed")}
-    counts = ", ".join(f"{number} {status}" for status, number in count.items() if number)
-    return f"{count_of(len(runs), 'run')}: {counts}. Look at the results: {command_line('ls', '-w', runs[0].warehouse)}"
+def _summary(results: Runs) -> str:
+    """Return the number of runs by status, and the command that lists them, in a line."""
+    counts = []
+    for status in ("done", "skipped", "failed"):
+        number = sum(result.status == status for result in results)
+        if number:
+            counts.append(f"{number} {status}")
+    listing = command_line("ls", "-w", results[0].warehouse)
+    return f"{count_of(len(results), 'run')}: {', '.join(counts)}. Look at the results: {listing}"

@@ -545,6 +545,18 @@ class Warehouse:
         for run_id, reason in reasons.items():
             self.damaged.setdefault(run_id, Damage(table, reason))
 
+    def note_damaged(self, run_ids: Collection[str]) -> None:
+        """Note every finished run in `damaged` that lacks a file, and those of ``run_ids`` with a file of no Parquet.
+
+        Two folders are listed, and two files of each of ``run_ids`` are opened.
+        """
+        _, done = self._runs()
+        for table in TABLES_OF_EVERY_RUN:
+            files = self._files(table, done)
+            self._note_missing(table, files, done)
+            opened = {path: run_id for path, (run_id, _) in files.items() if run_id in run_ids}
+            self._readable(table, opened)
+
     def _note_missing(self, table: str, files: Files, run_ids: Collection[str]) -> None:
         """Note finished runs in `damaged` that have no file of a table that every run has."""
         measured = {run_id for run_id, _ in files.values()}

@@ -37,6 +37,7 @@ from avss_dist.runs import events
 from avss_dist.stats.catalog import FROM_ACTIVATIONS, RECIPES
 from avss_dist.warehouse.checks import has_head
 from avss_dist.warehouse.reader import Warehouse
+from avss_dist.warehouse.schema import TABLES
 
 TEXT = {"--corpus": "builtin:pydoc", "--max-sequences": 12, "--sequence-length": 32, "--sequences-per-shard": 4}
 SCORE = [str(part) for option in TEXT.items() for part in option] + ["--executor", "local", "--quiet"]
@@ -354,6 +355,41 @@ def test_one_missing_model_does_not_stop_the_others(warehouse: Path, tiny_llama:
     fresh = avss("score", tiny_llama, *SCORE, "-w", warehouse, "--fresh")
     assert f"{before['run_id']}: 384 tokens in " in fresh.stdout
     assert rows(warehouse, "FROM runs WHERE family = 'llama'")[0]["created_at"] > before["created_at"]
+
+
+@pytest.mark.parametrize("table", ["scores", "layer_stats"])
+def test_a_run_that_was_done_before_and_cannot_be_read_is_told_with_the_command_that_mends_it(
+    table: str, warehouse: Path, tiny_llama: Path
+) -> None:
+    run_id = run_ids(warehouse)["llama"]
+    shutil.rmtree(warehouse / table / f"run_id={run_id}")
+    result = avss("score", tiny_llama, *SCORE, "-w", warehouse)
+    hint = TABLES[table].replaced_by
+    assert result.stdout == f"{run_id}: done before, but it cannot be read ({table}: its file is gone). {hint}\n"
+
+
+def test_a_job_names_runs_that_were_done_before_and_cannot_be_read(
+    warehouse: Path, tiny_llama: Path, tmp_path: Path
+) -> None:
+    run_id = run_ids(warehouse)["llama"]
+    shutil.rmtree(warehouse / "scores" / f"run_id={run_id}")
+    job = tmp_path / "job.yaml"
+    settings = {"max_sequences": 12, "sequence_length": 32, "sequences_per_shard": 4}
+    values = {"warehouse": str(warehouse), "models": [str(tiny_llama)], "corpora": [TEXT["--corpus"]]}
+    job.write_text(json.dumps({**values, "settings": settings, "execution": {"executor": "local"}}))
+    assert f"{run_id}: done before, but it cannot be read" in avss("run", job).stdout
+
+
+def test_a_list_of_runs_names_those_that_cannot_be_read(warehouse: Path) -> None:
+    run_id = run_ids(warehouse)["llama"]
+    (warehouse / "scores" / f"run_id={run_id}" / "scores.parquet").write_bytes(b"no Parquet")
+    result = avss("ls", "-w", warehouse)
+    assert result.stderr.startswith(f"1 run cannot be read: {run_id} (scores: ")
+
+
+def test_a_property_by_which_nothing_is_compared_is_told_with_those_to_use(scored: Path) -> None:
+    result = avss("compare", "-w", scored, "--by", "model")
+    assert "--by run compares runs of any two models" in result.stderr
 
 
 def test_a_copy_of_a_model_is_told_to_be_measured_once(tiny_llama: Path, tmp_path: Path) -> None:
