@@ -27,9 +27,9 @@ from avss_dist.distillation.loss import NOT_COUNTED
 from avss_dist.distillation.pair import ModelPair
 from avss_dist.distillation.record import SELF, seen_by_checkpoint
 from avss_dist.distillation.teacher_text import teacher_text
-from avss_dist.models.causal_lm import predicted
 from avss_dist.models.checkpoint.loading import load_tokenizer
 from avss_dist.models.checkpoint.locate import Checkpoint
+from avss_dist.models.predictions import predicted
 from avss_dist.pruning.repair.registry import split_weight
 
 if TYPE_CHECKING:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
-from contextlib import AbstractContextManager, ExitStack, contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from functools import cached_property, partial
 from itertools import product
 from traceback import walk_tb
@@ -19,48 +19,37 @@ from avss_dist.core.intervention import (
     THRESHOLD,
     Intervention,
     Removal,
-    Rounding,
     Sparsity,
     Sublayer,
     describe_removed,
     layer_of,
-    whole_layers,
 )
 from avss_dist.core.settings import Settings
 from avss_dist.core.streams import portion, report
 from avss_dist.corpus.shards import Batch
-from avss_dist.models.change.experts import require_experts, without_experts
+from avss_dist.models.change.experts import require_experts
 from avss_dist.models.change.number_formats import NumberFormat
-from avss_dist.models.change.patches import Patch, decode_patch, patched
-from avss_dist.models.change.remaining import without_modules
-from avss_dist.models.change.replay import MapGradients, Record, pass_back
-from avss_dist.models.change.rounding import require_fit, rounded
-from avss_dist.models.change.skipping import resuming, skip_of, skipping
-from avss_dist.models.change.sparsity import SparsityCounts, dense, sparsified
-from avss_dist.models.change.sublayers import find_obstacles, without_sublayers
+from avss_dist.models.change.patches import Patch, decode_patch, patch_changes
+from avss_dist.models.change.remaining import remaining_modules
+from avss_dist.models.change.removal import removal_changes
+from avss_dist.models.change.rounding import require_fit, rounding_changes
+from avss_dist.models.change.skipping import resumption, skip_of
+from avss_dist.models.change.sparsity import SparsityCounts, sparsity_changes
+from avss_dist.models.change.sublayers import find_obstacles
 from avss_dist.models.checkpoint.loading import Backbone, no_head, predictor, quiet
 from avss_dist.models.checkpoint.locate import Checkpoint
-from avss_dist.models.forward import around
-from avss_dist.models.structure.head import (
-    LOGIT_BYTES,
-    Head,
-    draw_labels,
-    float32_pieces,
-    loss_gradient,
-    pieces,
-    uniform_numbers,
-)
+from avss_dist.models.forward import Change, changing
+from avss_dist.models.generation import find_cache_obstacle
+from avss_dist.models.gradients import WatcherT, backpropagate, loss_gradients
+from avss_dist.models.predictions import counted_predictions, probe_batch
+from avss_dist.models.structure.head import LOGIT_BYTES, Head, float32_pieces, pieces
 from avss_dist.models.structure.layers import Layer, probe_tokens, representatives, require_single_use
 from avss_dist.models.watching import recording
 from avss_dist.stats.layer_stats import Float64
 
-PROBE_TOKENS = 16
 _PACKAGE = f"{__name__.partition('.')[0]}."
-CHECKED_TOKENS = 3  # tokens that are generated to check the key-value cache
 
 T = TypeVar("T")
-Watcher = TypeVar("Watcher", bound=Any)
-"""Observer of one batch; see `LanguageModel.backpropagate`."""
 
 
 class LanguageModel:
@@ -81,7 +70,8 @@ class LanguageModel:
         device: device of token ids and results.
         reports: whether the results of this process count; one of several ranks with equal results reports.
         notes: remarks for people on how the model computes, collected while it does.
-        keeps_hidden_states: whether `watching.recording` and `resuming` work on its layers and save time.
+        replays: results of `gradients.can_replay`, by the layers that run.
+        keeps_hidden_states: whether `watching.recording` and `skipping.resumption` work on its layers and save time.
             Otherwise the passes of `together` share one reading of the weights.
         weights_stay: whether weights are in memory, and whole, from pass to pass. Otherwise they are patched and
             rounded while their layer runs, and backward passes use the unchanged ones.
@@ -101,10 +91,12 @@ class LanguageModel:
     lockstep = 1
 
     def __init__(self, checkpoint: Checkpoint, settings: Settings, backbone: Backbone, device: torch.device) -> None:
-        self.checkpoint, self.settings, self.device = checkpoint, settings, device
+        self.checkpoint = checkpoint
+        self.settings = settings
+        self.device = device
         self.notes: dict[str, None] = {}
         self._cache_obstacles: dict[frozenset[int], str | None] = {}
-        self._replays: dict[frozenset[int], bool] = {}  # results of `_can_replay`, by the layers that run
+        self.replays: dict[frozenset[int], bool] = {}
         self.backbone = backbone
         self.module: Any = predictor(backbone.model)
         if self.module.get_output_embeddings() is None:
@@ -136,10 +128,9 @@ class LanguageModel:
         """Reasons, by layer, why its sublayers cannot be left out alone, from `sublayers.find_obstacles`."""
         try:
             with torch.no_grad():
-                return find_obstacles(
-                    self.layers, partial(self.module, input_ids=probe_tokens(self.device), use_cache=False)
-                )
-        except Exception:  # as below
+                run = partial(self.module, input_ids=probe_tokens(self.device), use_cache=False)
+                return find_obstacles(self.layers, run)
+        except Exception:  # A model's own code can raise anything where layers did not run.
             return dict.fromkeys(range(len(self.layers)), "what layers give on is not hidden states alone")
 
     @cached_property
@@ -150,18 +141,18 @@ class LanguageModel:
         """
         if not all(layer.form for layer in self.layers):
             return False
-        batch = _probe_batch()
+        batch = probe_batch()
         try:
             with torch.no_grad():
                 with recording(self.layers) as inputs:
                     self.hidden_states(batch)
                 for layer in representatives(self.layers):
-                    with resuming(self.layers, layer.index, inputs.pop(layer.index)):
+                    with changing(resumption(self.layers, layer.index, inputs.pop(layer.index))):
                         resumed = self.hidden_states(batch)
                     with self.without((layer.index,)):
                         if not torch.equal(resumed, self.hidden_states(batch)):
                             return False
-        except Exception:  # a model's own code can raise anything where layers did not run
+        except Exception:  # A model's own code can raise anything where layers did not run.
             return False
         return True
 
@@ -173,17 +164,52 @@ class LanguageModel:
             Counts of activations that became zero, or None if the intervention has no sparsity.
 
         Raises:
-            ModelError: the intervention does not fit the model.
+            ModelError: the intervention does not fit the model, or the model's own code fails without what is removed,
+                for example because a later layer reads keys and values of a removed one. Errors of other code pass
+                unchanged.
         """
-        with ExitStack() as stack:
-            if intervention.patch:
-                stack.enter_context(self.patched(decode_patch(intervention.patch.read())[0]))
-            if intervention.rounding:
-                stack.enter_context(self.rounded(intervention.rounding))
-            counts = stack.enter_context(self.sparsified(intervention.sparsity)) if intervention.sparsity else None
-            if intervention.removed:
-                stack.enter_context(self.without(intervention.removed))
+        changes: list[Change] = []
+        counts = None
+        if intervention.patch:
+            patch, _ = decode_patch(intervention.patch.read())
+            changes += self._patch_changes(patch)
+        if intervention.rounding:
+            self.require_roundable((), ())
+            changes += rounding_changes(self.layers, intervention.rounding, when_called=not self.weights_stay)
+        if intervention.sparsity:
+            self._require_sparsifiable(intervention.sparsity)
+            counts = SparsityCounts(intervention.sparsity)
+            changes += sparsity_changes(self.module, self.layers, counts)
+        if intervention.removed:
+            self.require_layers(intervention.removed)
+            changes += removal_changes(self.layers, intervention.removed)
+        with self._explaining(intervention.removed), changing(changes):
             yield counts
+
+    def without(self, removed: Collection[Removal]) -> AbstractContextManager[SparsityCounts | None]:
+        """Have the model compute without layers, sublayers and experts inside the context, as `applying` does."""
+        return self.applying(Intervention(removed=tuple(removed)))
+
+    def patched(self, patch: Patch) -> AbstractContextManager[None]:
+        """Have the model compute with a patch inside the context."""
+        return changing(self._patch_changes(patch))
+
+    def _patch_changes(self, patch: Patch) -> list[Change]:
+        return patch_changes(self.layers, patch, when_called=not self.weights_stay)
+
+    @contextmanager
+    def _explaining(self, removed: Collection[Removal]) -> Iterator[None]:
+        """Raise ModelError inside the context if the model's own code fails without what is removed."""
+        try:
+            yield
+        except (AttributeError, IndexError, KeyError, TypeError) as error:
+            if not removed or not _is_raised_by(error, self.module):
+                raise
+            raise ModelError(
+                f"'{self.checkpoint.name}' does not run with these layers left out: {describe_removed(removed)}. "
+                f"{type(error).__name__}: {first_line(error)}",
+                "A layer behind may need what one of them computes. Leave out others.",
+            ) from error
 
     def require_layers(self, removed: Collection[Removal]) -> None:
         """Refuse layers and experts that the model does not have, and sublayers and experts that cannot be removed.
@@ -218,52 +244,24 @@ class LanguageModel:
             for projection, target in product(layer.projections, every):
                 require_fit(self.layers, layer, projection, target)
 
-    @contextmanager
-    def without(self, removed: Collection[Removal]) -> Iterator[None]:
-        """Have the model compute without layers, sublayers and experts inside the context.
-
-        Raises:
-            ModelError: one of them cannot be removed, or the model's own code fails without them, for example because a
-                later layer reads keys and values of a removed one. Errors of other code pass unchanged.
-        """
-        self.require_layers(removed)
-        try:
-            with (
-                skipping(self.layers, whole_layers(removed)),
-                without_sublayers(self.layers, removed),
-                without_experts(self.layers, removed),
-            ):
-                yield
-        except (AttributeError, IndexError, KeyError, TypeError) as error:
-            if not removed or not _is_raised_by(error, self.module):
-                raise
-            raise ModelError(
-                f"'{self.checkpoint.name}' does not run with these layers left out: {describe_removed(removed)}. "
-                f"{type(error).__name__}: {first_line(error)}",
-                "A layer behind may need what one of them computes. Leave out others.",
-            ) from error
-
-    def patched(self, patch: Patch) -> AbstractContextManager[None]:
-        """Have the model compute with a patch inside the context, as `patches.patched`."""
-        return patched(self.layers, patch, when_called=not self.weights_stay)
-
-    def rounded(self, rounding: Rounding) -> AbstractContextManager[None]:
-        """Have the model compute with rounded weights inside the context, as `rounding.rounded`."""
-        self.require_roundable((), ())
-        return rounded(self.layers, rounding, when_called=not self.weights_stay)
-
     def value(self, layer: int, path: str) -> torch.Tensor:
         """Return a parameter of a layer."""
         return self.layers[layer].module.get_parameter(path).detach()
 
-    def sparsified(self, sparsity: Sparsity) -> AbstractContextManager[SparsityCounts]:
-        """Have the model compute with sparse activations inside the context, as `sparsity.sparsified`."""
-        if not self.whole_weights and any(cut.by != THRESHOLD or cut.weighted for cut in sparsity.maps):
-            raise ModelError(
-                "Each rank has some of a token's units, and cannot choose the largest of all.",
-                "Use single, device_map, streaming, fsdp or zero3, or a plan of thresholds.",
-            )
-        return sparsified(self.module, self.layers, sparsity)
+    def _require_sparsifiable(self, sparsity: Sparsity) -> None:
+        """Refuse rules that need all units of a token where a rank has some of them.
+
+        Raises:
+            ModelError: `whole_weights` is not set, and a rule chooses the largest units, or weighs them.
+        """
+        if self.whole_weights:
+            return
+        for cut in sparsity.maps:
+            if cut.by != THRESHOLD or cut.weighted:
+                raise ModelError(
+                    "Each rank has some of a token's units, and cannot choose the largest of all.",
+                    "Use single, device_map, streaming, fsdp or zero3, or a plan of thresholds.",
+                )
 
     @contextmanager
     def running(self, layer: Layer) -> Iterator[Callable[..., Any]]:
@@ -296,40 +294,14 @@ class LanguageModel:
         if skipped not in self._cache_obstacles:
             self._cache_obstacles[skipped] = self._find_cache_obstacle(skipped)
         if obstacle := self._cache_obstacles[skipped]:
-            self.notes[f"{self.checkpoint.name} generates without a key-value cache, which is slow: {obstacle}."] = None
-            return self.module.generate(**{**kwargs, "use_cache": False})
-        with without_modules(self.module, self.layers, skipped):
+            note = f"{self.checkpoint.name} generates without a key-value cache, which is slow: {obstacle}."
+            self.notes[note] = None
+            return self.module.generate(**kwargs | {"use_cache": False})
+        with changing(remaining_modules(self.module, self.layers, skipped)):
             return self.module.generate(**kwargs)
 
     def _find_cache_obstacle(self, skipped: frozenset[int]) -> str | None:
-        """Return why the remaining layers cannot generate with a key-value cache, found on a few tokens, or None."""
-        ids = probe_tokens(self.device)
-        run = partial(self.module, use_cache=False)
-        try:
-            with torch.no_grad(), quiet(), dense():
-                expected = run(input_ids=ids).logits
-                with without_modules(self.module, self.layers, skipped):
-                    if not torch.equal(run(input_ids=ids).logits, expected):
-                        return "layers of this family depend on their place"
-                    generated = self.module.generate(
-                        inputs=ids,
-                        attention_mask=torch.ones_like(ids),
-                        max_new_tokens=CHECKED_TOKENS,
-                        min_new_tokens=CHECKED_TOKENS,
-                        do_sample=False,
-                        num_beams=1,
-                        use_cache=True,
-                        output_logits=True,
-                        return_dict_in_generate=True,
-                    )
-                    cached = torch.stack(generated.logits, dim=1).float()
-                    plain = run(input_ids=generated.sequences).logits[:, -CHECKED_TOKENS - 1 : -1].float()
-        except Exception as error:  # a model's own code can raise anything where layers are missing
-            return f"its remaining layers do not run alone ({type(error).__name__}: {first_line(error)})"
-        tolerance = torch.finfo(expected.dtype).eps ** 0.5
-        if not (cached - plain).norm() <= tolerance * (plain - plain.mean(-1, keepdim=True)).norm():
-            return "its predictions with the cache differ from those without"
-        return None
+        return find_cache_obstacle(self.module, self.layers, skipped, self.device)
 
     def each(self, function: Callable[[Batch], T], batches: Sequence[Batch], activity: str = "Reading text") -> list[T]:
         """Return the result of a function for every batch. Its passes may run on another rank, or interleaved.
@@ -371,28 +343,20 @@ class LanguageModel:
 
     def sums(self, batch: Batch, *, entropies: bool = False) -> Float64:
         """Return `losses`, and the entropy of the predictions over the same tokens, float64[1 or 2, rows] in nats."""
-        counted = torch.from_numpy(predicted(batch))
-        by_token = torch.zeros((1 + entropies, *counted.shape), dtype=torch.float64)
+        kinds = 1 + entropies
         with torch.no_grad():
-            positions, labels = self._predicted(batch)
-            measured = torch.empty((1 + entropies, len(labels)), dtype=torch.float64, device=self.device)
-            for piece, logits in self.logits(self.hidden_states(batch).flatten(0, 1).index_select(0, positions)):
+            predictions = counted_predictions(batch, self.device)
+            labels = predictions.labels
+            measured = torch.empty((kinds, len(labels)), dtype=torch.float64, device=self.device)
+            hidden = self.hidden_states(batch).flatten(0, 1).index_select(0, predictions.positions)
+            for piece, logits in self.logits(hidden):
                 measured[0, piece] = cross_entropy(logits, labels[piece], reduction="none").double()
                 if entropies:
                     logs = logits.log_softmax(dim=-1)
                     measured[1, piece] = -(logs.exp() * logs).sum(dim=-1).double()
-        by_token[:, counted] = measured.cpu()
+        by_token = torch.zeros((kinds, *predictions.mask.shape), dtype=torch.float64)
+        by_token[:, torch.from_numpy(predictions.mask)] = measured.cpu()
         return by_token.numpy().sum(axis=2)
-
-    def _predicted(self, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return (positions, labels) of the counted predictions of a batch, int64[n] each, on the model's device.
-
-        A position is an index into the flattened tokens of all rows; its label is the next token.
-        """
-        rows, before = predicted(batch).nonzero()
-        labels = batch.input_ids[rows, before + 1]
-        positions = rows * batch.input_ids.shape[1] + before
-        return to_device(positions, self.device), to_device(labels, self.device, torch.int64)
 
     def losses_under(
         self, batches: Sequence[Batch], interventions: Sequence[Intervention], activity: str = "Reading text"
@@ -409,51 +373,45 @@ class LanguageModel:
         return [np.concatenate(losses) for losses in zip(*by_batch, strict=True)]
 
     def _losses_under(self, interventions: Sequence[Intervention], activity: str, batch: Batch) -> list[Float64]:
-        first, branches = interventions[0], self.branches(interventions)
-        with self.applying(first), recording([self.layers[layer] for layer in set(branches.values())]) as inputs:
+        first = interventions[0]
+        branches = self.branches(interventions)
+        recorded = [self.layers[layer] for layer in set(branches.values())]
+        with self.applying(first), recording(recorded) as inputs:
             results = [self.losses(batch)]
         for number, intervention in enumerate(interventions[1:], 1):
             report(activity, number / len(interventions))
-            with ExitStack() as stack:
-                stack.enter_context(self.applying(intervention))
-                layer = branches.get(intervention)
-                if layer is not None:
-                    stack.enter_context(
-                        resuming(self.layers, last_layer_not_run(intervention, layer), inputs[layer].clone())
-                    )
+            start: list[Change] = []
+            if intervention in branches:
+                layer = branches[intervention]
+                last = last_layer_not_run(intervention, layer)
+                start = resumption(self.layers, last, inputs[layer].clone())
+            with self.applying(intervention), changing(start):
                 results.append(self.losses(batch))
         return results
 
     def branches(self, interventions: Sequence[Intervention]) -> dict[Intervention, int]:
         """Return the interventions whose passes can begin from the first one's, and the layer where they differ."""
-        first = set(interventions[0].removed)
+        first = interventions[0]
+        branches: dict[Intervention, int] = {}
         if len(interventions) == 1 or not self.resumes:
-            return {}
-        differ = {
-            intervention: min(interventions[0].differing_layers(intervention), default=-1)
-            for intervention in interventions[1:]
-        }
-        return {
-            intervention: layer
-            for intervention, layer in differ.items()
-            if layer not in first and last_layer_not_run(intervention, layer) >= 0
-        }
+            return branches
+        for intervention in interventions[1:]:
+            layer = min(first.differing_layers(intervention), default=-1)
+            if layer not in first.removed and last_layer_not_run(intervention, layer) >= 0:
+                branches[intervention] = layer
+        return branches
 
     def backpropagate(
-        self, batches: Sequence[Batch], watchers: Sequence[Watcher], *, draws: int = 0, seed: int = 0
-    ) -> list[Watcher]:
+        self, batches: Sequence[Batch], watchers: Sequence[WatcherT], *, draws: int = 0, seed: int = 0
+    ) -> list[WatcherT]:
         """Run a forward and a backward pass of each batch's summed losses inside its watcher, and return the watchers.
 
-        A layer may run more than once. Hooks tell the passes apart by whether gradients are enabled.
+        A layer may run more than once. Hooks tell the passes apart by whether gradients are enabled. A model for which
+        gradients layer by layer are not found to be equal on a few tokens keeps the activations of all layers, also
+        for watchers that would let layers run again.
 
         Args:
-            watchers: observers of hidden states and gradients through hooks, one for each batch. Their ``watch()`` is a
-                context that may be entered several times, ``keeps`` the maximum number of hidden states of the batch
-                that they keep for each layer, and ``activity`` the name of the work in the progress that is reported.
-                ``runs_by_layer`` lets each layer run again for its backward passes, so that the activations of one
-                layer are in memory. Such watchers see every layer run twice with gradients, and no backward pass
-                through the first run. The gradients are the same. A model of which that is not found on a few tokens
-                keeps the activations of all layers.
+            watchers: observers, one for each batch.
             draws: number of further backward passes through the same forward pass, each with labels that are drawn
                 from the model's predictions instead of the text.
             seed: seed of the draws, which depend on a row's tokens and not on its batch.
@@ -466,84 +424,12 @@ class LanguageModel:
         for number, (batch, watcher) in enumerate(zip(batches, watchers, strict=True)):
             report(watcher.activity, number / len(batches))
             with portion(number / len(batches), 1 / len(batches)):
-                if watcher.runs_by_layer and self._can_replay():
-                    self._backpropagate_by_layer(batch, watcher, draws, seed)
-                else:
-                    self._backpropagate_whole(batch, watcher, draws, seed)
+                backpropagate(self, batch, watcher, draws, seed)
         return list(watchers)
 
-    def _backpropagate_whole(self, batch: Batch, watcher: Any, draws: int, seed: int) -> None:
-        """Run a batch's passes through the whole model."""
-        with watcher.watch(), torch.enable_grad():
-            hidden = self.hidden_states(batch)
-            for number, gradient in enumerate(self.loss_gradients(hidden.detach(), batch, draws, seed)):
-                report(watcher.activity, (1 + number) / (2 + draws))  # the forward pass is the first step
-                hidden.backward(gradient, retain_graph=number < draws)
-
-    def _backpropagate_by_layer(self, batch: Batch, watcher: Any, draws: int, seed: int) -> None:
-        """Run a batch's forward pass, and then each layer again for its backward passes."""
-        layers = [layer for layer in self.layers if not skip_of(layer.module)]
-        record = Record(layers[-1])
-        runs = {layer.module: partial(record.run_with_gradients, layer) for layer in layers}
-        with watcher.watch(), torch.enable_grad(), around(runs):
-            hidden = self.hidden_states(batch)
-        gradients = list(self.loss_gradients(hidden.detach(), batch, draws, seed))
-        pass_back(hidden, record.leaf.pop(), gradients)
-        for number, layer in enumerate(reversed(layers), 1):
-            report(watcher.activity, number / (1 + len(layers)))  # the forward pass is the first step
-            with watcher.watch():
-                record.pass_back(layer.module, layer.module, gradients)
-
-    def _can_replay(self) -> bool:
-        """Whether gradients layer by layer are those of the whole model, bit by bit, without the skipped layers.
-
-        Tried on a few tokens. They differ if more than hidden states goes from layer to layer, if something is computed
-        between two layers, or if a layer changes its input in place.
-        """
-        layers = [layer for layer in self.layers if not skip_of(layer.module)]
-        if not self.weights_stay or not layers or not all(layer.form for layer in layers):
-            return False
-        run = frozenset(layer.index for layer in layers)
-        if run not in self._replays:
-            batch = _probe_batch()
-            whole = MapGradients(layers)
-            by_layer = MapGradients(layers)
-            with dense(), portion(0, 0):
-                self._backpropagate_whole(batch, whole, draws=1, seed=0)
-                try:
-                    self._backpropagate_by_layer(batch, by_layer, draws=1, seed=0)
-                except RuntimeError:  # of autograd, where a graph is cut at the wrong tensors
-                    self._replays[run] = False
-                else:
-                    self._replays[run] = by_layer.equals(whole)
-        return self._replays[run]
-
     def loss_gradients(self, hidden: torch.Tensor, batch: Batch, draws: int = 0, seed: int = 0) -> torch.Tensor:
-        """Return gradients of the summed loss at `hidden_states`, [1 + draws, *hidden.shape].
-
-        The first is that of the text's labels, the others are those of the draws.
-        """
-        positions, labels = self._predicted(batch)
-        uniform = to_device(uniform_numbers(batch, draws, seed)[:, predicted(batch)], self.device)
-        inputs = hidden.flatten(0, 1).index_select(0, positions)
-        gradients = inputs.new_empty((1 + draws, *inputs.shape))
-        for piece in self.pieces(len(inputs)):
-            with torch.enable_grad():
-                leaf = inputs[piece].requires_grad_()
-                logits = self.head.logits(leaf)
-            drawn = draw_labels(logits.detach(), uniform[:, piece])
-            for number, row_labels in enumerate((labels[piece], *drawn)):
-                gradient = loss_gradient(logits.detach(), row_labels)
-                (gradients[number, piece],) = torch.autograd.grad(logits, leaf, gradient, retain_graph=number < draws)
-        result = hidden.new_zeros((1 + draws, *hidden.shape))
-        result.flatten(1, 2).index_copy_(1, positions, gradients)
-        return result
-
-
-def _probe_batch() -> Batch:
-    """Return a row of a few different tokens, all of which count."""
-    real = np.ones((1, PROBE_TOKENS), np.bool_)
-    return Batch(input_ids=np.arange(PROBE_TOKENS, dtype=np.int32)[None], attention_mask=real, observed=real)
+        """Return gradients of the summed loss at `hidden_states`, as `gradients.loss_gradients` does."""
+        return loss_gradients(self, hidden, batch, draws, seed)
 
 
 def _is_raised_by(error: Exception, model: torch.nn.Module) -> bool:
@@ -566,11 +452,3 @@ def last_layer_not_run(intervention: Intervention, layer: int) -> int:
     It is the layer itself if the intervention removes it, else the one before.
     """
     return layer if layer in intervention.removed else layer - 1
-
-
-def predicted(batch: Batch) -> np.ndarray:
-    """Return a mask of the counted predictions, bool[rows, tokens - 1].
-
-    The first token of a row is not predicted.
-    """
-    return batch.observed[:, 1:] & batch.attention_mask[:, :-1]

@@ -6,22 +6,17 @@ from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import torch
 from torch import nn
 
-from avss_dist.models.forward import (
-    hooked,
-)
-from avss_dist.models.structure.layers import (
-    Layer,
-    Routing,
-    first_tensor,
-    input_tensor,
-)
+from avss_dist.models.forward import Arguments, CallAfter, CallBefore, Change, Keywords, Output, changing
+from avss_dist.models.structure.layers import Layer, Routing, first_tensor, input_tensor
 
 Key = TypeVar("Key", bound=Hashable)
+ReadUnits = Callable[[Arguments, Keywords], Routing]
+"""Function of the arguments of a call of routed experts, which returns their units."""
 
 
 @contextmanager
@@ -29,12 +24,13 @@ def recording(layers: Sequence[Layer]) -> Iterator[dict[int, torch.Tensor]]:
     """Record copies of the input hidden states, by index, of the layers with a `Layer.form` inside the context."""
     inputs: dict[int, torch.Tensor] = {}
 
-    def enter(layer: Layer, args: Any, kwargs: Any) -> None:
+    def enter(layer: Layer, args: Arguments, kwargs: Keywords) -> None:
         hidden = input_tensor(args, kwargs)
         if hidden is not None:
-            inputs[layer.index] = hidden.detach().clone()  # which layers may change
+            inputs[layer.index] = _copied(hidden)
 
-    with hooked(before=[(layer.module, partial(enter, layer)) for layer in layers if layer.form]):
+    watched = [CallBefore(layer.module, partial(enter, layer)) for layer in layers if layer.form]
+    with changing(watched):
         yield inputs
 
 
@@ -49,7 +45,7 @@ class CapturedCall:
 
 @contextmanager
 def captured(
-    modules: Mapping[Key, nn.Module], units: Mapping[Key, Callable[..., Routing]] = {}
+    modules: Mapping[Key, nn.Module], units: Mapping[Key, ReadUnits] | None = None
 ) -> Iterator[dict[Key, CapturedCall]]:
     """Record copies of the hidden states that modules take and return inside the context. The last call counts.
 
@@ -60,19 +56,28 @@ def captured(
     inputs: dict[Key, torch.Tensor] = {}
     calls: dict[Key, CapturedCall] = {}
 
-    def enter(key: Key, args: Any, kwargs: Any) -> None:
+    def enter(key: Key, args: Arguments, kwargs: Keywords) -> None:
         hidden = input_tensor(args, kwargs)
         if hidden is not None:
-            inputs[key] = hidden.detach().clone()  # which modules may change
+            inputs[key] = _copied(hidden)
 
-    def leave(key: Key, args: Any, kwargs: Any, output: Any) -> None:
+    def leave(key: Key, args: Arguments, kwargs: Keywords, output: Output) -> None:
         hidden = first_tensor(output)
-        if key in inputs and hidden is not None:
-            read = units[key](args, kwargs) if key in units else None
-            calls[key] = CapturedCall(inputs.pop(key), hidden.detach().clone(), read)
+        if key not in inputs or hidden is None:
+            return
+        routing = None
+        if units and key in units:
+            routing = units[key](args, kwargs)
+        calls[key] = CapturedCall(inputs.pop(key), _copied(hidden), routing)
 
-    with hooked(
-        before=[(module, partial(enter, key)) for key, module in modules.items()],
-        after=[(module, partial(leave, key)) for key, module in modules.items()],
-    ):
+    watched: list[Change] = []
+    for key, module in modules.items():
+        watched.append(CallBefore(module, partial(enter, key)))
+        watched.append(CallAfter(module, partial(leave, key)))
+    with changing(watched):
         yield calls
+
+
+def _copied(hidden: torch.Tensor) -> torch.Tensor:
+    """Return a copy of hidden states, because modules may change the originals."""
+    return hidden.detach().clone()

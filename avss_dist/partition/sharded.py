@@ -17,7 +17,6 @@ from torch.distributed.tensor import DTensor
 from avss_dist.core.errors import ConfigError, ModelError
 from avss_dist.core.settings import Settings
 from avss_dist.corpus.shards import Batch
-from avss_dist.models.causal_lm import Watcher
 from avss_dist.models.checkpoint.loading import (
     Backbone,
     candidate_layers,
@@ -31,6 +30,7 @@ from avss_dist.models.checkpoint.loading import (
 from avss_dist.models.checkpoint.locate import Checkpoint
 from avss_dist.models.checkpoint.quantization import quantization_method
 from avss_dist.models.checkpoint.size import Footprint, load_skeleton
+from avss_dist.models.gradients import WatcherT
 from avss_dist.models.structure.layers import probe_tokens
 from avss_dist.partition.device_map import unstored
 from avss_dist.partition.estimate import MemoryQuery, PartitionEstimate
@@ -77,15 +77,15 @@ class ShardedLanguageModel(RankedLanguageModel):
             return share(lambda function: function(), functions, lambda: self.losses(self._dummy))
 
     def backpropagate(
-        self, batches: Sequence[Batch], watchers: Sequence[Watcher], *, draws: int = 0, seed: int = 0
-    ) -> list[Watcher]:
+        self, batches: Sequence[Batch], watchers: Sequence[WatcherT], *, draws: int = 0, seed: int = 0
+    ) -> list[WatcherT]:
         """Run a forward and a backward pass of each batch, each on one rank, and return the watchers of all batches.
 
         Layers do not run again. See `causal_lm.LanguageModel.backpropagate`.
         """
         backpropagate = super().backpropagate
 
-        def run(batch: Batch, watcher: Watcher) -> Watcher:
+        def run(batch: Batch, watcher: WatcherT) -> WatcherT:
             (watched,) = backpropagate([batch], [watcher], draws=draws, seed=seed)
             return watched
 

@@ -22,20 +22,20 @@ from huggingface_hub import metadata_load
 from avss_dist.core.devices import available_memory, devices_here, pick_device
 from avss_dist.core.errors import ModelError, explain_unwritable
 from avss_dist.core.files import staged_folder
-from avss_dist.core.intervention import Removals, count_removed, whole_layers
+from avss_dist.core.intervention import Removals, count_removed
 from avss_dist.core.settings import Settings
 from avss_dist.core.text import describe_layers, describe_rows, escape_markdown, printable
 from avss_dist.core.values import JsonObject, NewObject
-from avss_dist.models.change.experts import require_experts, without_experts
-from avss_dist.models.change.patches import Patch, patched
-from avss_dist.models.change.skipping import skipping
-from avss_dist.models.change.sublayers import without_sublayers
+from avss_dist.models.change.experts import require_experts
+from avss_dist.models.change.patches import Patch, patch_changes
+from avss_dist.models.change.removal import removal_changes
 from avss_dist.models.checkpoint.layer_kinds import describe_misread, rules_of
 from avss_dist.models.checkpoint.loading import forward_function, has_head, load_model, open_module, quiet, text_config
 from avss_dist.models.checkpoint.locate import PICKLED, Checkpoint, read_config, resolve
 from avss_dist.models.checkpoint.quantization import can_unpack, quantization_method, ready_quantizer
 from avss_dist.models.checkpoint.size import footprint
 from avss_dist.models.checkpoint.weight_files import WEIGHTS, weight_files
+from avss_dist.models.forward import changing
 from avss_dist.models.structure.layers import first_tensor
 from avss_dist.partition.catalog import LAYERWISE
 from avss_dist.partition.choose import place
@@ -272,13 +272,8 @@ def _output(checkpoint: Checkpoint, settings: Settings, drop: Removals, patch: P
     backbone = open_module(load_model(checkpoint, settings), layers=settings.layers)
     layers = backbone.layers
     require_experts(layers, drop)
-    with (
-        torch.no_grad(),
-        patched(layers, patch),
-        skipping(layers, whole_layers(drop)),
-        without_sublayers(layers, drop),
-        without_experts(layers, drop),
-    ):
+    changes = [*patch_changes(layers, patch), *removal_changes(layers, drop)]
+    with torch.no_grad(), changing(changes):
         hidden = first_tensor(forward_function(backbone.module)(CHECKED_TOKENS, None))
     return _require_hidden_states(hidden, checkpoint)
 

@@ -20,8 +20,9 @@ from avss_dist.core.errors import ModelError
 from avss_dist.core.intervention import NO_INTERVENTION, Intervention, Removals
 from avss_dist.core.process import bound
 from avss_dist.corpus.shards import Batch, Shard
-from avss_dist.models.causal_lm import LanguageModel, predicted
-from avss_dist.models.forward import around
+from avss_dist.models.causal_lm import LanguageModel
+from avss_dist.models.forward import Change, RunThrough, changing
+from avss_dist.models.predictions import predicted
 from avss_dist.models.structure.layers import Layer, LayerCall, as_rows, output_tensor
 from avss_dist.stats.layer_stats import Float64
 from avss_dist.tasks.task import Measure, MetricRow, predicted_tokens
@@ -63,7 +64,7 @@ class BackwardPass:
     Attributes:
         measure: the `BackwardMeasure`.
         order: indices of the layers that run.
-        keeps, runs_by_layer: see `LanguageModel.backpropagate`.
+        keeps, runs_by_layer: see `gradients.Watcher`.
         observed, real: bool[rows, tokens]; tokens that are counted, and tokens without padding.
         sums: float64[any] by the row that they become. They are on the devices that computed them, so that nothing
             waits for a device.
@@ -150,7 +151,7 @@ class BackwardMeasure(Measure):
         new_pass: class of the passes, a `BackwardPass`.
         by_token: starts of the names of metrics that are means over the counted tokens, and not the predicted ones.
         trains: whether the layers' weights have gradients, too.
-        activity: see `LanguageModel.backpropagate`.
+        activity: see `gradients.Watcher`.
     """
 
     shard: Shard
@@ -221,7 +222,10 @@ def through_passes(layers: Sequence[Layer]) -> Iterator[None]:
         return current.call(uses, forward, args, kwargs)
 
     uses_by_module = grouped(layers, lambda layer: layer.module)
-    with around({module: partial(call, uses) for module, uses in uses_by_module.items()}):
+    changes: list[Change] = []
+    for module, uses in uses_by_module.items():
+        changes.append(RunThrough(module, partial(call, uses)))
+    with changing(changes):
         yield
 
 

@@ -16,7 +16,7 @@ from avss_dist.core.intervention import NO_INTERVENTION, Intervention
 from avss_dist.core.values import NewObject
 from avss_dist.corpus.shards import Batch, Shard
 from avss_dist.models.causal_lm import LanguageModel
-from avss_dist.models.forward import hooked
+from avss_dist.models.forward import CallBefore, changing
 from avss_dist.models.structure.layers import Layer, LayerCall, as_rows, output_tensor
 from avss_dist.models.structure.linear_maps import weight_of
 from avss_dist.stats.layer_stats import Float64
@@ -167,7 +167,7 @@ def dense_calls(model: LanguageModel, layer: Layer, batches: Sequence[Batch]) ->
 
     def run(batch: Batch) -> LayerCall:
         calls: list[LayerCall] = []
-        with hooked(before=[(layer.module, partial(keep, calls))]), torch.no_grad():
+        with changing([CallBefore(layer.module, partial(keep, calls))]), torch.no_grad():
             model.hidden_states(batch)
         return calls[-1]
 
@@ -188,8 +188,8 @@ def _zeroing_inputs(layer: Layer, cuts: Mapping[str, float]) -> Iterator[None]:
     hooks = []
     for projection in layer.projections:
         if projection.path in cuts:
-            hooks.append((projection.module, partial(cut, cuts[projection.path])))
-    with hooked(before=hooks):
+            hooks.append(CallBefore(projection.module, partial(cut, cuts[projection.path])))
+    with changing(hooks):
         yield
 
 

@@ -19,7 +19,7 @@ from avss_dist.corpus.shards import Batch, Shard
 from avss_dist.models.causal_lm import LanguageModel
 from avss_dist.models.change.number_formats import NumberFormat, number_format
 from avss_dist.models.change.rounding import rounded_before, rounded_weight
-from avss_dist.models.forward import hooked
+from avss_dist.models.forward import CallAfter, changing
 from avss_dist.models.structure.layers import Layer, Projection, as_rows
 from avss_dist.models.structure.linear_maps import weight_of
 from avss_dist.stats.layer_stats import Float64
@@ -50,7 +50,8 @@ def reporting_maps(maps: Iterable[tuple[Layer, Projection]], see: See) -> Iterat
         if torch.is_grad_enabled() and current is not None:
             see(current, layer, projection, _first_tensor(*args, *kwargs.values()), output)
 
-    with hooked(after=[(projection.module, partial(report, layer, projection)) for layer, projection in maps]):
+    reports = [CallAfter(projection.module, partial(report, layer, projection)) for layer, projection in maps]
+    with changing(reports):
         yield
 
 

@@ -14,8 +14,10 @@ from avss_dist.core.intervention import NO_INTERVENTION, Intervention
 from avss_dist.core.streams import portion
 from avss_dist.core.values import NewObject
 from avss_dist.corpus.shards import Batch, Shard
-from avss_dist.models.causal_lm import LanguageModel, predicted
-from avss_dist.models.change.skipping import resuming
+from avss_dist.models.causal_lm import LanguageModel
+from avss_dist.models.change.skipping import resumption
+from avss_dist.models.forward import changing
+from avss_dist.models.predictions import predicted
 from avss_dist.models.watching import recording
 from avss_dist.stats.layer_stats import Float64
 from avss_dist.tasks.task import Measure, MetricRow
@@ -166,7 +168,7 @@ class _Text:
         layers = self._model.layers
         states = inputs[id(batch)]
         first_input = states.pop(layer).clone()
-        with resuming(layers, layer, first_input), recording(layers[layer + 1 :]) as later:
+        with changing(resumption(layers, layer, first_input)), recording(layers[layer + 1 :]) as later:
             losses = self._model.losses(batch)
         states.update(later)
         return losses

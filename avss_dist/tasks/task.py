@@ -32,8 +32,9 @@ from avss_dist.core.settings import Settings
 from avss_dist.core.values import JsonObject, NewObject, TableRow
 from avss_dist.corpus.seen import SeenText
 from avss_dist.corpus.shards import Shard
-from avss_dist.models.causal_lm import LanguageModel, predicted
+from avss_dist.models.causal_lm import LanguageModel
 from avss_dist.models.checkpoint.locate import Checkpoint
+from avss_dist.models.predictions import predicted
 from avss_dist.partition.placement import Placement
 from avss_dist.stats.intervals import MINIMUM_UNITS, jackknife_interval
 from avss_dist.stats.layer_stats import Float64
@@ -362,7 +363,7 @@ def measure_cell(
             measured = cell.measure(model, removals)
         if changes.sparsity is None or counts is None:
             return measured
-        return [*measured, *_realized(changes.sparsity, model.total(counts()))]
+        return [*measured, *_realized(changes.sparsity, model.total(counts.by_map()))]
 
     try:
         with _calling_at_layers(model, heartbeat):

@@ -33,7 +33,8 @@ from avss_dist.core.settings import Settings
 from avss_dist.corpus.shards import Shard
 from avss_dist.evaluation.planned_tasks import plan_text
 from avss_dist.models.causal_lm import LanguageModel
-from avss_dist.models.change.skipping import resuming
+from avss_dist.models.change.skipping import resumption
+from avss_dist.models.forward import changing
 from avss_dist.models.structure.layers import representatives
 from avss_dist.models.watching import recording
 from avss_dist.reports.page.page import _scorecards
@@ -187,7 +188,7 @@ def test_resuming_leaves_no_trace(tiny_llama: Path) -> None:
     before = model.losses(batch)
     with recording(model.layers) as inputs:
         model.losses(batch)
-    with pytest.raises(KeyboardInterrupt), resuming(model.layers, 1, inputs[1]):
+    with pytest.raises(KeyboardInterrupt), changing(resumption(model.layers, 1, inputs[1])):
         raise KeyboardInterrupt
     for layer in model.layers:
         assert "forward" not in vars(layer.module)

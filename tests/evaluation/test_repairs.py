@@ -33,9 +33,10 @@ from avss_dist.evaluation.events import CellUnderway, Event
 from avss_dist.evaluation.planned_tasks import plan_text_task
 from avss_dist.evaluation.repairs import fit_repairs, plan_fits, read_repaired
 from avss_dist.evaluation.session import EvaluationSession, PlacedModel, PlannedTask
-from avss_dist.models.change.patches import decode_patch, encode_patch, patched
+from avss_dist.models.change.patches import decode_patch, encode_patch, patch_changes
 from avss_dist.models.checkpoint.loading import open_module
 from avss_dist.models.checkpoint.locate import resolve
+from avss_dist.models.forward import changing
 from avss_dist.partition import group
 from avss_dist.partition.execution import Execution
 from avss_dist.partition.placement import MAX_COPIES, Placement, with_copies
@@ -145,7 +146,7 @@ def test_a_patch_is_the_same_bytes_and_leaves_no_trace() -> None:
     back, about = decode_patch(data)
     assert about == "about" and back.keys() == patch.keys()
     assert all(torch.equal(back[key], patch[key]) for key in patch)
-    with pytest.raises(KeyError), patched(layers, back):
+    with pytest.raises(KeyError), changing(patch_changes(layers, back)):
         assert torch.equal(layers[1].module.get_parameter(path), before + 1)
         raise KeyError
     assert torch.equal(layers[1].module.get_parameter(path), before)

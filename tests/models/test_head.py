@@ -17,7 +17,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from avss_dist.core.errors import ModelError
 from avss_dist.models import causal_lm
-from avss_dist.models.causal_lm import LanguageModel, predicted
+from avss_dist.models.causal_lm import LanguageModel
+from avss_dist.models.predictions import predicted
 from avss_dist.tasks.harness import harness_task
 from avss_dist.tasks.text_loss import TextLoss
 

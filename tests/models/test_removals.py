@@ -25,8 +25,8 @@ from avss_dist.core.intervention import (
     sublayers_of,
 )
 from avss_dist.models.causal_lm import LanguageModel
-from avss_dist.models.change.remaining import settings_by_layer, without_modules
-from avss_dist.models.forward import around
+from avss_dist.models.change.remaining import remaining_modules, settings_by_layer
+from avss_dist.models.forward import RunThrough, changing
 from avss_dist.models.structure.layers import first_tensor
 from avss_dist.tasks.text_loss import LeaveOneOut, TextLoss
 
@@ -140,7 +140,7 @@ def test_a_patch_and_sparse_activations_stay_at_their_layers(model_of: ModelOf) 
     with model.applying(intervention) as counts:
         assert counts is not None
         assert torch.equal(generate(model), generate(model, use_cache=False))
-        zeros, elements = counts()[0]
+        zeros, elements = counts.by_map()[0]
     assert 0 < zeros < elements
 
 
@@ -153,7 +153,7 @@ def test_decoded_tokens_are_sparse_and_half_of_the_prompt(model_of: ModelOf) -> 
     with model.applying(Intervention(removed=(0,), sparsity=sparsity)) as counts:
         assert counts is not None
         generate(model)
-        _, elements = counts()[0]
+        _, elements = counts.by_map()[0]
     assert elements == inputs * (5 + 3 + 2 * (NEW_TOKENS - 1))
     assert not model.notes
 
@@ -161,7 +161,7 @@ def test_decoded_tokens_are_sparse_and_half_of_the_prompt(model_of: ModelOf) -> 
 def test_everything_is_restored_after_an_exception(model_of: ModelOf) -> None:
     model = model_of("gemma3_text")
     before, whole = described(model), generate(model)
-    with pytest.raises(KeyboardInterrupt), without_modules(model.module, model.layers, {0}):
+    with pytest.raises(KeyboardInterrupt), changing(remaining_modules(model.module, model.layers, {0})):
         assert model.module.config.layer_types == tiny_config("gemma3_text").layer_types[1:]
         assert [layer.self_attn.layer_idx for layer in model.module.model.layers] == [0, 1]
         raise KeyboardInterrupt
@@ -189,16 +189,16 @@ def test_an_error_of_an_action_in_a_pass_stays_as_it_is(model_of: ModelOf) -> No
         raise KeyError("mine")
 
     model = model_of("llama")
-    with pytest.raises(KeyError, match="mine"), model.without((1,)), around({model.layers[2].module: fail}):
+    failing = changing([RunThrough(model.layers[2].module, fail)])
+    with pytest.raises(KeyError, match="mine"), model.without((1,)), failing:
         model.losses(next(random_shard().batches(2)))
 
 
 def test_layers_that_share_a_module_are_refused(model_of: ModelOf) -> None:
     model = model_of("llama")
     twice = (*model.layers, model.layers[0])
-    refused = pytest.raises(ModelError, match="the modules of one list, each used once")
-    with refused, without_modules(model.module, twice, {1}):
-        pass
+    with pytest.raises(ModelError, match="the modules of one list, each used once"):
+        remaining_modules(model.module, twice, {1})
 
 
 @pytest.mark.parametrize(

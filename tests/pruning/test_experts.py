@@ -24,9 +24,10 @@ from transformers import AutoModelForCausalLM
 from avss_dist.core.errors import ConfigError, CorpusError, ModelError
 from avss_dist.core.intervention import Expert
 from avss_dist.core.settings import Settings
-from avss_dist.models.change.experts import require_experts, without_experts
+from avss_dist.models.change.experts import expert_removals, require_experts
 from avss_dist.models.checkpoint.loading import open_module
 from avss_dist.models.checkpoint.locate import resolve
+from avss_dist.models.forward import changing
 from avss_dist.models.structure.down_projections import find_down_projections
 from avss_dist.models.structure.experts import find_routed_experts
 from avss_dist.models.structure.layers import Routing
@@ -73,7 +74,7 @@ def logits_of(model: Any) -> torch.Tensor:
 def masked_logits(model: Any, drop: Sequence[Expert]) -> torch.Tensor:
     layers = open_module(model).layers
     require_experts(layers, drop)
-    with without_experts(layers, drop):
+    with changing(expert_removals(layers, drop)):
         return logits_of(model)
 
 
@@ -110,9 +111,10 @@ def test_masks_of_passes_may_overlap_and_end_in_any_order() -> None:
     model = mixture("qwen3_moe")
     layers = open_module(model).layers
     both = masked_logits(model, [Expert(1, 0), Expert(1, 2)])
-    with without_experts(layers, [Expert(1, 0)]), without_experts(layers, [Expert(1, 2)]):
+    with changing(expert_removals(layers, [Expert(1, 0)])), changing(expert_removals(layers, [Expert(1, 2)])):
         assert torch.equal(logits_of(model), both)
-    first, second = without_experts(layers, [Expert(1, 0)]), without_experts(layers, [Expert(2, 1)])
+    first = changing(expert_removals(layers, [Expert(1, 0)]))
+    second = changing(expert_removals(layers, [Expert(2, 1)]))
     first.__enter__()
     second.__enter__()
     router = layers[1].module.mlp.gate
@@ -126,7 +128,7 @@ def test_masks_of_passes_may_overlap_and_end_in_any_order() -> None:
 
 def test_gradients_reach_the_rows_of_the_remaining_experts() -> None:
     model = mixture("mixtral")
-    with without_experts(open_module(model).layers, [Expert(0, 3)]):
+    with changing(expert_removals(open_module(model).layers, [Expert(0, 3)])):
         model(IDS, use_cache=False).logits.square().sum().backward()
     gradient = model.model.layers[0].mlp.gate.weight.grad
     assert not gradient[3].any() and gradient[:3].abs().sum(dim=1).all()

@@ -25,9 +25,10 @@ import avss_dist
 from avss_dist.core.errors import ModelError
 from avss_dist.core.settings import Settings
 from avss_dist.corpus.seen import SCORES, SeenText
-from avss_dist.models.change.skipping import skipping
+from avss_dist.models.change.skipping import skips
 from avss_dist.models.checkpoint.loading import auto_classes, forward_function, load, load_model, open_module, quiet
 from avss_dist.models.checkpoint.locate import resolve
+from avss_dist.models.forward import changing
 from avss_dist.models.structure.layers import first_tensor
 from avss_dist.plans.choice import PlanError
 from avss_dist.plans.plan import Plan, read_plan
@@ -67,7 +68,7 @@ def test_skipped_layers_leave_no_trace() -> None:
     run = forward_function(backbone.module)
     with torch.no_grad():
         before = first_tensor(run(IDS, None))
-        with skipping(backbone.layers, {0, 3}):
+        with changing(skips(backbone.layers, {0, 3})):
             skipped = [first_tensor(run(IDS, None)) for _ in range(2)]
         after = first_tensor(run(IDS, None))
         model.model.layers = torch.nn.ModuleList([model.model.layers[1], model.model.layers[2]])
@@ -123,7 +124,7 @@ def test_a_pruned_checkpoint_of_a_family(kind: str, family: str, tmp_path: Path)
         assert done["difference"] == 0
         less = AutoModelForCausalLM.from_pretrained(tmp_path / "less").eval()
         assert less.config.get_text_config().num_hidden_layers == len(layers) - 1
-        with torch.no_grad(), skipping(layers, {drop}):
+        with torch.no_grad(), changing(skips(layers, {drop})):
             expected = whole(IDS, use_cache=False).logits
         with torch.no_grad():
             assert torch.equal(less(IDS, use_cache=False).logits, expected)

@@ -27,10 +27,11 @@ from avss_dist import evaluate
 from avss_dist.core.errors import AvssError, ConfigError, CorpusError, ModelError
 from avss_dist.core.settings import Settings
 from avss_dist.corpus.shards import tokenize_corpus
-from avss_dist.models.change.skipping import skipping
+from avss_dist.models.change.skipping import skips
 from avss_dist.models.checkpoint.loading import load_tokenizer, open_module
 from avss_dist.models.checkpoint.locate import resolve
 from avss_dist.models.checkpoint.size import footprint
+from avss_dist.models.forward import changing
 from avss_dist.partition.execution import Execution
 from avss_dist.plans.choice import PlanError
 from avss_dist.plans.plan import Plan
@@ -100,7 +101,7 @@ def test_a_repaired_checkpoint_is_the_model_repaired_in_place(
     assert changed and all(".0." in name for name in changed)
     assert ("lm_head.weight" in stored) == ("lm_head.weight" in before)
     parameters = dict(whole.named_parameters())
-    with torch.no_grad(), skipping(open_module(whole).layers, {1}):
+    with torch.no_grad(), changing(skips(open_module(whole).layers, {1})):
         unrepaired = whole(IDS, use_cache=False).logits
         for name in changed:
             parameters[next(n for n in parameters if n.endswith(name))].copy_(stored[name])

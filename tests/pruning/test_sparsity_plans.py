@@ -441,7 +441,6 @@ def test_streaming_computes_the_same(model: LanguageModel, tiny_llama: Path) -> 
 )
 def test_a_plan_for_another_model_is_refused(model: LanguageModel, changed: dict[str, Any], message: str) -> None:
     one = {"layer": 0, "path": "self_attn.q_proj", "outputs": 32, "inputs": 32, "by": "threshold", "value": 0.1}
-    with pytest.raises(ModelError, match=message), model.sparsified(
-        Sparsity(maps=(MapSparsity(**one | changed),), rule="all")
-    ):  # fmt: skip
+    sparsity = Sparsity(maps=(MapSparsity(**one | changed),), rule="all")
+    with pytest.raises(ModelError, match=message), model.applying(Intervention(sparsity=sparsity)):
         pass

@@ -20,7 +20,8 @@ from torch.nn.functional import cross_entropy
 
 from avss_dist.core.intervention import NO_INTERVENTION
 from avss_dist.corpus.shards import Batch
-from avss_dist.models.causal_lm import LanguageModel, predicted
+from avss_dist.models.causal_lm import LanguageModel
+from avss_dist.models.predictions import predicted
 from avss_dist.models.structure.head import draw_labels, uniform_numbers
 from avss_dist.models.structure.layers import first_tensor, input_tensor
 from avss_dist.tasks import backward as gradient_pass

@@ -16,8 +16,9 @@ from torch.nn.functional import cross_entropy
 from avss_dist.core.errors import ModelError
 from avss_dist.core.intervention import Intervention, RoundedPlace, Rounding, parse_rounded, round_place
 from avss_dist.corpus.shards import Batch
-from avss_dist.models.causal_lm import LanguageModel, predicted
+from avss_dist.models.causal_lm import LanguageModel
 from avss_dist.models.change.number_formats import FORMATS
+from avss_dist.models.predictions import predicted
 from avss_dist.models.structure.head import draw_labels, uniform_numbers
 from avss_dist.tasks import map_damage
 from avss_dist.tasks.map_damage import RoundedLosses, RoundingDamage
@@ -184,7 +185,7 @@ def test_a_repaired_weight_is_rounded_in_memory_or_while_its_map_runs(grouped: P
     patch = {(1, path): model.value(1, path) * 2 + 0.01}
     losses = []
     for model.weights_stay in (True, False):
-        with model.patched(patch), model.rounded(round_place("int4", 1, "mlp.down_proj")):
+        with model.patched(patch), model.applying(Intervention(rounding=round_place("int4", 1, "mlp.down_proj"))):
             losses.append(model.losses(batch))
     with model.patched(patch):
         assert not np.array_equal(losses[0], model.losses(batch))

@@ -7,34 +7,27 @@ experts are minus infinity.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from contextvars import ContextVar
-from functools import partial
-from types import MappingProxyType
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import nn
 
 from avss_dist.core.errors import ModelError
-from avss_dist.core.intervention import (
-    Removal,
-    experts_by_layer,
-)
-from avss_dist.core.process import bound
+from avss_dist.core.intervention import Removal, experts_by_layer
 from avss_dist.models.forward import (
-    around,
+    Change,
+    Forward,
+    Output,
+    ReplaceAttributes,
+    RunThrough,
+    actions_of,
+    changing,
     replace_tensor,
-    replaced_attributes,
 )
 from avss_dist.models.structure.experts import COUNT, ELSEWHERE, ROUTER_TENSORS, require_routed_experts
-from avss_dist.models.structure.layers import (
-    Layer,
-    first_tensor,
-)
-
-_Removed = Mapping[nn.Module, frozenset[int]]  # by router
+from avss_dist.models.structure.layers import Layer, first_tensor
 
 
 def require_experts(layers: Sequence[Layer], removed: Collection[Removal]) -> None:
@@ -45,7 +38,8 @@ def require_experts(layers: Sequence[Layer], removed: Collection[Removal]) -> No
     """
     for index, experts in experts_by_layer(removed).items():
         layer = layers[index]
-        routed, called = require_routed_experts(layer.module, index, experts), layer.experts
+        routed = require_routed_experts(layer.module, index, experts)
+        called = layer.experts
         if called is None or called.module is not layer.module.get_submodule(routed.experts):
             raise ModelError(
                 f"Layer {index} calls its routed experts in a way that is not seen, so none can be removed.",
@@ -53,53 +47,88 @@ def require_experts(layers: Sequence[Layer], removed: Collection[Removal]) -> No
             )
 
 
-_REMOVED: ContextVar[_Removed] = ContextVar("removed experts", default=MappingProxyType({}))
-
-
-@contextmanager
-def without_experts(layers: Sequence[Layer], removed: Collection[Removal]) -> Iterator[None]:
-    """Have routers choose among the remaining experts inside the context.
-
-    Interleaved passes are not affected.
+def expert_removals(layers: Sequence[Layer], removed: Collection[Removal]) -> list[Change]:
+    """Return the changes by which routers choose among the remaining experts.
 
     Args:
         layers: layers of the model, for which `require_experts` passes.
     """
-    before = _REMOVED.get()
-    routers = dict(before)
-    choices = {}
+    changes: list[Change] = []
     for index, experts in experts_by_layer(removed).items():
-        routed = require_routed_experts(layers[index].module, index, experts)
-        router = layers[index].module.get_submodule(routed.router)
-        routers[router] = before.get(router, frozenset()) | {*experts}
-        if router not in before:
-            choices[router] = partial(_choose, router, routed.number)
-    with around(choices, weights=True), bound(_REMOVED, routers):
-        yield
+        layer = layers[index].module
+        routed = require_routed_experts(layer, index, experts)
+        router = layer.get_submodule(routed.router)
+        action = ChooseRemaining(router, routed.number, frozenset(experts))
+        changes.append(RunThrough(router, action, needs_weights=True))
+    return changes
 
 
-def _choose(router: nn.Module, number: int, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-    """Run a router of ``number`` experts, as an action of `around`, so that it chooses among the remaining ones.
+@dataclass(frozen=True, eq=False)
+class ChooseRemaining:
+    """Action of a router, which holds the rows of its remaining experts alone while it runs.
 
-    It holds their rows alone while it runs. Instance attributes hide its tensors.
+    Of several such actions, the outermost one removes the experts of all.
+
+    Attributes:
+        number: number of experts of the whole router.
+        removed: indices of the experts that this action removes.
     """
-    weight: Any = router.weight
-    keep = torch.tensor([e for e in range(number) if e not in _REMOVED.get()[router]], device=weight.device)
 
-    def shorten(value: Any) -> Any:
-        """Return an argument without the removed experts, if it is a vector with an element for each."""
-        is_vector = isinstance(value, torch.Tensor) and value.shape == (number,)
-        return value.index_select(0, keep) if is_vector else value
+    router: nn.Module
+    number: int
+    removed: frozenset[int]
 
-    tensors = {name: getattr(router, name, None) for name in ROUTER_TENSORS}
-    rows = {name: t.index_select(0, keep) for name, t in tensors.items() if isinstance(t, torch.Tensor)}
-    with replaced_attributes([(router, {**rows, COUNT: len(keep)})]):
-        output = forward(*map(shorten, args), **{name: shorten(value) for name, value in kwargs.items()})
-    logits = first_tensor(output)
-    if logits is None or logits.shape[-1] != len(keep):
-        raise ModelError(f"A {type(router).__name__} returns no logits of its experts.", ELSEWHERE)
-    whole = logits.new_full((*logits.shape[:-1], number), -torch.inf).index_copy(-1, keep, logits)
-    index = next((t for t in output if isinstance(t, torch.Tensor) and not t.is_floating_point()), None)
-    if index is None:
-        raise ModelError(f"A {type(router).__name__} does not choose experts itself.", ELSEWHERE)
-    return replace_tensor(replace_tensor(output, logits, whole), index, keep[index].to(index.dtype))
+    def __call__(self, forward: Forward, *args: Any, **kwargs: Any) -> Output:
+        actions = [
+            action for action in actions_of(self.router, needs_weights=True) if isinstance(action, ChooseRemaining)
+        ]
+        if self is not actions[-1]:
+            return forward(*args, **kwargs)
+        removed: set[int] = set()
+        for action in actions:
+            removed |= action.removed
+        remaining = [expert for expert in range(self.number) if expert not in removed]
+        keep = torch.tensor(remaining, device=self.router.get_parameter("weight").device)
+        # Instance attributes hide the tensors of the router.
+        attributes: dict[str, object] = {COUNT: len(keep)}
+        for name in ROUTER_TENSORS:
+            tensor = getattr(self.router, name, None)
+            if isinstance(tensor, torch.Tensor):
+                attributes[name] = tensor.index_select(0, keep)
+        shortened = [self._shorten(value, keep) for value in args]
+        shortened_keywords = {name: self._shorten(value, keep) for name, value in kwargs.items()}
+        with changing([ReplaceAttributes(self.router, attributes)]):
+            output = forward(*shortened, **shortened_keywords)
+        return self._lengthen(output, keep)
+
+    def _shorten(self, value: Any, keep: torch.Tensor) -> Any:
+        """Return an argument without the removed experts, if it is a vector with an element for each expert."""
+        if isinstance(value, torch.Tensor) and value.shape == (self.number,):
+            return value.index_select(0, keep)
+        return value
+
+    def _lengthen(self, output: Output, keep: torch.Tensor) -> Output:
+        """Return the output of the shortened router as one of the whole router.
+
+        Args:
+            keep: indices of the remaining experts.
+        """
+        kind = type(self.router).__name__
+        logits = first_tensor(output)
+        if logits is None or logits.shape[-1] != len(keep):
+            raise ModelError(f"A {kind} returns no logits of its experts.", ELSEWHERE)
+        index = _first_integers(output)
+        if index is None:
+            raise ModelError(f"A {kind} does not choose experts itself.", ELSEWHERE)
+        removed = logits.new_full((*logits.shape[:-1], self.number), -torch.inf)
+        whole = removed.index_copy(-1, keep, logits)
+        output = replace_tensor(output, logits, whole)
+        return replace_tensor(output, index, keep[index].to(index.dtype))
+
+
+def _first_integers(output: Output) -> torch.Tensor | None:
+    """Return the first tensor of integers in a tuple, or None."""
+    for value in output:
+        if isinstance(value, torch.Tensor) and not value.is_floating_point():
+            return value
+    return None

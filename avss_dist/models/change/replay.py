@@ -6,7 +6,7 @@ model, if only hidden states go from layer to layer.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
@@ -16,7 +16,7 @@ import torch
 from torch import nn
 
 from avss_dist.models.change.skipping import in_form
-from avss_dist.models.forward import hooked
+from avss_dist.models.forward import Arguments, CallAfter, Change, Forward, Keywords, Output, changing
 from avss_dist.models.structure.layers import Layer, LayerCall, first_tensor
 
 PROBING = "Trying gradients layer by layer"
@@ -38,7 +38,7 @@ class Record:
     calls: dict[nn.Module, LayerCall] = field(default_factory=dict)
     leaf: list[torch.Tensor] = field(default_factory=list)
 
-    def run_without_gradients(self, layer: nn.Module, call: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    def run_without_gradients(self, layer: nn.Module, call: Forward, *args: Any, **kwargs: Any) -> Output:
         """Record a layer's call, and run it. After the last layer, gradients are enabled.
 
         All layers are recorded as if their inputs had gradients.
@@ -52,7 +52,7 @@ class Record:
         torch.set_grad_enabled(True)
         return self._cut(hidden)
 
-    def run_with_gradients(self, layer: Layer, call: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    def run_with_gradients(self, layer: Layer, call: Forward, *args: Any, **kwargs: Any) -> Output:
         """Record a layer's call, run it as a forward pass with gradients does, and keep none of its activations.
 
         Whether a tensor has a gradient decides which of its kernels torch takes, and so the last digits.
@@ -65,15 +65,15 @@ class Record:
         return in_form(output.detach().requires_grad_(output.requires_grad), layer)
 
     def _record(self, layer: nn.Module, call: LayerCall, *, has_gradient: bool) -> None:
-        hidden = call.hidden.detach().clone()  # the layer may change the original
+        hidden = call.hidden.detach().clone()  # The layer may change the original.
         self.calls[layer] = call.with_hidden(hidden.requires_grad_(has_gradient))
 
-    def _cut(self, hidden: torch.Tensor) -> Any:
+    def _cut(self, hidden: torch.Tensor) -> Output:
         """Return a leaf tensor as the last layer's output, in place of its hidden states."""
         self.leaf.append(hidden.detach().requires_grad_())
         return in_form(self.leaf[0], self.last)
 
-    def pass_back(self, layer: nn.Module, call: Callable[..., Any], gradients: list[torch.Tensor]) -> None:
+    def pass_back(self, layer: nn.Module, call: Forward, gradients: list[torch.Tensor]) -> None:
         """Run a layer again, and replace gradients of its output by those of its input."""
         with torch.enable_grad():
             leaf, output = self.calls.pop(layer).rerun(call)
@@ -86,10 +86,14 @@ def pass_back(output: torch.Tensor, leaf: torch.Tensor, gradients: list[torch.Te
 
     Before a leaf without a gradient nothing has one, and nothing reads what is left in the list.
     """
+    last = len(gradients) - 1
     for number, gradient in enumerate(gradients):
-        output.backward(gradient, retain_graph=number < len(gradients) - 1)
+        output.backward(gradient, retain_graph=number < last)
         if leaf.requires_grad:
-            gradients[number] = torch.zeros_like(leaf) if leaf.grad is None else leaf.grad
+            if leaf.grad is None:
+                gradients[number] = torch.zeros_like(leaf)
+            else:
+                gradients[number] = leaf.grad
             leaf.grad = None
 
 
@@ -98,10 +102,12 @@ class MapGradients:
 
     Attributes:
         by_map: gradients of each map in the order of its backward passes.
-        activity: see `causal_lm.LanguageModel.backpropagate`.
+        activity, keeps, runs_by_layer: see `gradients.Watcher`.
     """
 
     activity = PROBING
+    keeps = 1
+    runs_by_layer = False
 
     def __init__(self, layers: Sequence[Layer]) -> None:
         self._layers = layers
@@ -110,15 +116,16 @@ class MapGradients:
     @contextmanager
     def watch(self) -> Iterator[None]:
         """Listen to the maps inside the context."""
-        listeners = []
+        listeners: list[Change] = []
         for layer in self._layers:
             for projection in layer.projections:
-                listeners.append((projection.module, partial(self._listen, (layer.index, projection.path))))
-        with hooked(after=listeners):
+                listen = partial(self._listen, (layer.index, projection.path))
+                listeners.append(CallAfter(projection.module, listen))
+        with changing(listeners):
             yield
 
-    def _listen(self, key: MapKey, args: Any, kwargs: Any, output: torch.Tensor) -> None:
-        if not output.requires_grad:  # nothing before the first map has a gradient
+    def _listen(self, key: MapKey, _args: Arguments, _kwargs: Keywords, output: torch.Tensor) -> None:
+        if not output.requires_grad:  # Nothing before the first map has a gradient.
             output.requires_grad_()
         output.register_hook(self.by_map.setdefault(key, []).append)
 
@@ -128,6 +135,9 @@ class MapGradients:
             return False
         for key, gradients in self.by_map.items():
             expected = other.by_map[key]
-            if len(gradients) != len(expected) or not all(map(torch.equal, gradients, expected)):
+            if len(gradients) != len(expected):
                 return False
+            for gradient, other_gradient in zip(gradients, expected, strict=True):
+                if not torch.equal(gradient, other_gradient):
+                    return False
         return True

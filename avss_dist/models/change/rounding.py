@@ -6,33 +6,25 @@ Whole weights in memory are rounded once, and replaced in place. Weights that ar
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from functools import partial
 
 import torch
 from torch import nn
 
 from avss_dist.core.errors import ModelError, nearest
-from avss_dist.core.intervention import (
-    Rounding,
-)
+from avss_dist.core.intervention import Rounding
 from avss_dist.models.change.number_formats import NumberFormat, fitting, number_format
-from avss_dist.models.forward import (
-    around,
-    replaced_parameters,
-    with_parameters,
-)
-from avss_dist.models.structure.layers import (
-    Layer,
-    Projection,
-)
+from avss_dist.models.forward import Change, ReplaceParameter, while_running
+from avss_dist.models.structure.layers import Layer, Projection, is_transposed
 from avss_dist.models.structure.linear_maps import layer_at, weight_of
 
-GROUP, MOST_DISTINCT = 32, 16  # neighbours that are looked at together, and values of 4 bits
-
-
-SAMPLED = 8  # rows of a weight that are looked at
+MOST_DISTINCT = 16
+"""Largest number of different values in a group of weights that seem to be rounded: those of 4 bits."""
+GROUP = 32
+"""Number of neighbouring weights in such a group. Formats of 4 bits share a scale among 32 or more."""
+SAMPLED = 8
+"""Number of rows of a weight that are looked at."""
 
 
 def rounded_weight(module: nn.Module, target: NumberFormat) -> torch.Tensor:
@@ -45,6 +37,35 @@ def rounded_weight(module: nn.Module, target: NumberFormat) -> torch.Tensor:
     if obstacle := target.obstacle(*weight.shape):
         raise ModelError(f"{target.name} cannot round a {type(module).__name__}: its {obstacle}.")
     return target.round(weight).to(weight.dtype)
+
+
+def _rounded_parameter(module: nn.Module, target: NumberFormat) -> torch.Tensor:
+    """Return the weight of a linear map after rounding, as the module stores it."""
+    weight = rounded_weight(module, target)
+    if is_transposed(module):
+        return weight.T.contiguous()
+    return weight
+
+
+def rounding_changes(layers: Sequence[Layer], rounding: Rounding, *, when_called: bool = False) -> list[Change]:
+    """Return the changes by which layers compute with rounded weights.
+
+    Args:
+        layers: all layers of the model.
+        when_called: weights are in memory, or whole, only while their layer runs.
+
+    Raises:
+        ModelError: see `rounded_maps`. A weight that cannot be rounded is refused when the changes are made.
+    """
+    changes: list[Change] = []
+    for projection, target in rounded_maps(layers, rounding).items():
+        module = projection.module
+        change = ReplaceParameter(module, "weight", partial(_rounded_parameter, module, target))
+        if when_called or module.get_parameter("weight").is_meta:
+            changes.append(while_running(change))
+        else:
+            changes.append(change)
+    return changes
 
 
 def rounded_maps(layers: Sequence[Layer], rounding: Rounding) -> dict[Projection, NumberFormat]:
@@ -64,8 +85,9 @@ def rounded_maps(layers: Sequence[Layer], rounding: Rounding) -> dict[Projection
             if place.layer == index and place.path is not None and place.path not in maps:
                 raise ModelError(f"Layer {index} has no linear map '{place.path}'.", nearest(place.path, maps))
         for path, name in rounding.formats(index, maps).items():
-            formats[maps[path]] = number_format(name)
-            require_fit(layers, layer, maps[path], formats[maps[path]])
+            target = number_format(name)
+            require_fit(layers, layer, maps[path], target)
+            formats[maps[path]] = target
     return formats
 
 
@@ -78,12 +100,17 @@ def require_fit(layers: Sequence[Layer], layer: Layer, projection: Projection, t
     Raises:
         ModelError: the map has another shape. The hint names formats that can take all maps of the model.
     """
-    if obstacle := target.obstacle(projection.outputs, projection.inputs):
-        able = fitting((p.outputs, p.inputs) for other in layers for p in other.projections)
-        raise ModelError(
-            f"The number format {target.name} cannot take '{projection.path}' of layer {layer.index}: its {obstacle}.",
-            f"Formats that can take every linear map of this model: {', '.join(able)}.",
-        )
+    obstacle = target.obstacle(projection.outputs, projection.inputs)
+    if obstacle is None:
+        return
+    shapes = []
+    for other in layers:
+        for linear in other.projections:
+            shapes.append((linear.outputs, linear.inputs))
+    raise ModelError(
+        f"The number format {target.name} cannot take '{projection.path}' of layer {layer.index}: its {obstacle}.",
+        f"Formats that can take every linear map of this model: {', '.join(fitting(shapes))}.",
+    )
 
 
 def rounded_before(layers: Sequence[Layer]) -> str | None:
@@ -92,12 +119,17 @@ def rounded_before(layers: Sequence[Layer]) -> str | None:
     Weights of training differ among neighbours, even in bfloat16. Those that were unpacked from a format of 4 bits have
     at most 16 different values in a group. Some rows of every weight that is in memory are looked at.
     """
-    maps = [projection for layer in layers for projection in layer.projections]
-    coarse = sum(_distinct(projection) <= MOST_DISTINCT for projection in maps)
-    if not coarse:
+    number = 0
+    coarse = 0
+    for layer in layers:
+        for projection in layer.projections:
+            number += 1
+            if _distinct(projection) <= MOST_DISTINCT:
+                coarse += 1
+    if coarse == 0:
         return None
     return (
-        f"{coarse} of {len(maps)} linear maps have at most {MOST_DISTINCT} different values among {GROUP} neighbouring "
+        f"{coarse} of {number} linear maps have at most {MOST_DISTINCT} different values among {GROUP} neighbouring "
         "weights: they were rounded before, and rounding them again says little of the original"
     )
 
@@ -108,31 +140,9 @@ def _distinct(projection: Projection) -> int:
     if weight.is_meta or hasattr(weight, "to_local") or weight.numel() != projection.outputs * projection.inputs:
         return GROUP
     sampled = weight_of(projection.module)[:SAMPLED].reshape(-1)
-    groups = sampled[: len(sampled) // GROUP * GROUP].reshape(-1, GROUP).sort(dim=1).values
-    return 1 + int((groups.diff(dim=1) != 0).sum(dim=1).max()) if len(groups) else GROUP
-
-
-@contextmanager
-def rounded(layers: Sequence[Layer], rounding: Rounding, *, when_called: bool = False) -> Iterator[None]:
-    """Have layers compute with rounded weights inside the context, and restore the weights exactly.
-
-    Args:
-        when_called: weights are in memory, or whole, only while their layer runs.
-
-    Raises:
-        ModelError: see `rounded_maps`.
-    """
-    maps = {projection.module: target for projection, target in rounded_maps(layers, rounding).items()}
-
-    def current(module: nn.Module) -> dict[nn.Parameter, torch.Tensor]:
-        weight = rounded_weight(module, maps[module])
-        stored = weight.T.contiguous() if type(module).__name__ == "Conv1D" else weight
-        return {module.get_parameter("weight"): stored}
-
-    absent = [module for module in maps if when_called or module.get_parameter("weight").is_meta]
-    present = [current(module) for module in maps if module not in absent]
-    with (
-        replaced_parameters({weight: value for values in present for weight, value in values.items()}),
-        around({module: partial(with_parameters, partial(current, module)) for module in absent}, weights=True),
-    ):
-        yield
+    number = len(sampled) // GROUP
+    if number == 0:
+        return GROUP
+    groups = sampled[: number * GROUP].reshape(-1, GROUP).sort(dim=1).values
+    steps = (groups.diff(dim=1) != 0).sum(dim=1)
+    return 1 + int(steps.max())

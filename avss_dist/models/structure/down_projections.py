@@ -7,22 +7,16 @@ the experts with parts of the identity in place of the down projections, and wit
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 from torch import nn
 
-from avss_dist.models.forward import (
-    replaced_parameters,
-)
-from avss_dist.models.structure.layers import (
-    Routing,
-    routing_of,
-    with_replaced,
-)
+from avss_dist.models.forward import Arguments, Change, Keywords, ReplaceParameter, changing
+from avss_dist.models.structure.layers import Routing, routing_of, tensors_of, with_replaced
 
 
 @dataclass(frozen=True)
@@ -42,15 +36,17 @@ class DownProjections:
 
     def as_rows(self, weight: torch.Tensor) -> torch.Tensor:
         """Return the stacked parameter, or its values, as [experts, units, outputs]."""
-        return weight if self.transposed else weight.transpose(1, 2)
+        if self.transposed:
+            return weight
+        return weight.transpose(1, 2)
 
-    def routing(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Routing:
+    def routing(self, args: Arguments, kwargs: Keywords) -> Routing:
         """Return the routing among the arguments of a call of the experts."""
-        routing = routing_of([value for value in (*args, *kwargs.values()) if isinstance(value, torch.Tensor)])
+        routing = routing_of(tensors_of(args, kwargs))
         assert routing is not None
         return routing
 
-    def units(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Routing:
+    def units(self, args: Arguments, kwargs: Keywords) -> Routing:
         """Return a routing whose hidden units are the inputs of the down projections of a token's experts.
 
         Args:
@@ -62,28 +58,33 @@ class DownProjections:
         _, width, outputs = self.as_rows(weight).shape
         units = routing.hidden.new_empty(tokens, chosen, width)
         for start in range(0, width, outputs):
+            # An expert with a part of the identity as its down projection returns some of its units.
             read = min(outputs, width - start)
             part = torch.zeros(width, outputs, dtype=weight.dtype, device=weight.device)
             part[start : start + read, :read].fill_diagonal_(1)
             with self._replaced(part):
                 for slot in range(chosen):
-                    index, gates = (tensor[:, slot : slot + 1] for tensor in (routing.index, routing.gates))
+                    index = routing.index[:, slot : slot + 1]
+                    gates = routing.gates[:, slot : slot + 1]
                     only = {id(routing.index): index, id(routing.gates): torch.ones_like(gates)}
-                    units[:, slot, start : start + read] = self._call(args, kwargs, only)[:, :read]
+                    output = self._call(args, kwargs, only)
+                    units[:, slot, start : start + read] = output[:, :read]
         return replace(routing, hidden=units)
 
-    def is_linear(self, args: Sequence[Any], kwargs: Mapping[str, Any], output: torch.Tensor, tolerance: float) -> bool:
+    def is_linear(self, args: Arguments, kwargs: Keywords, output: torch.Tensor, tolerance: float) -> bool:
         """Whether the output of a call is that of the down projections and their biases applied to `units`.
 
         Args:
             args, kwargs, output: arguments and output of a call of the experts.
             tolerance: largest difference, relative to the norm of the output.
         """
-        rows, chosen = self.as_rows(self.module.get_parameter(self.WEIGHT)), self.units(args, kwargs)
+        rows = self.as_rows(self.module.get_parameter(self.WEIGHT))
+        chosen = self.units(args, kwargs)
         gated = chosen.hidden.float() * chosen.gates.unsqueeze(-1).float()
         from_units = gated.new_zeros(len(gated), rows.shape[-1])
-        for token, experts in enumerate(chosen.index.tolist()):  # one matrix at a time in float32
+        for token, experts in enumerate(chosen.index.tolist()):
             for units, expert in zip(gated[token], experts, strict=True):
+                # One matrix at a time is in memory in float32.
                 from_units[token] += units @ rows[expert].float()
         with self._replaced(torch.zeros_like(rows[0]), keep_bias=True):
             from_bias = self._call(args, kwargs, {}).float()
@@ -94,17 +95,17 @@ class DownProjections:
         """Return a context in which every expert has the down projection ``rows``, [units, outputs], and no bias."""
         matrix = rows if self.transposed else rows.T
         weight = self.module.get_parameter(self.WEIGHT)
-        values = {weight: matrix.expand(weight.shape).contiguous()}
+        changes: list[Change] = [
+            ReplaceParameter(self.module, self.WEIGHT, matrix.expand(weight.shape).contiguous()),
+        ]
         bias = self.module._parameters.get(self.BIAS)
         if bias is not None and not keep_bias:
-            values[bias] = torch.zeros_like(bias)
-        return replaced_parameters(values)
+            changes.append(ReplaceParameter(self.module, self.BIAS, torch.zeros_like(bias)))
+        return changing(changes)
 
-    def _call(
-        self, args: Sequence[Any], kwargs: Mapping[str, Any], replaced: Mapping[int, torch.Tensor]
-    ) -> torch.Tensor:
+    def _call(self, args: Arguments, kwargs: Keywords, replaced: Mapping[int, torch.Tensor]) -> torch.Tensor:
         """Return the output, [tokens, outputs], of the experts without hooks, with other arguments, by their id."""
-        forward = getattr(self.module, "_old_forward", self.module.forward)  # Accelerate's would load weights anew
+        forward = getattr(self.module, "_old_forward", self.module.forward)  # Accelerate's would load weights anew.
         positional, keywords = with_replaced(args, kwargs, replaced)
         output = forward(*positional, **keywords)
         return output.reshape(-1, output.shape[-1])

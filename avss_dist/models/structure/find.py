@@ -20,7 +20,7 @@ import torch
 from torch import nn
 
 from avss_dist.core.sites import EVERY_SITE, INPUT_SITES
-from avss_dist.models.forward import Hook, hooked
+from avss_dist.models.forward import Arguments, CallAfter, CallBefore, Change, Keywords, Output, changing
 from avss_dist.models.structure.additions import Trace, tap_addition
 from avss_dist.models.structure.layers import (
     PROBE_SHAPE,
@@ -295,21 +295,21 @@ def _watch(modules: Iterable[nn.Module], forward: Callable[[torch.Tensor], Any])
     calls: list[Call] = []  # of one layer at a time
     trace = Trace()
 
-    def enter(args: Any, kwargs: Any) -> None:
+    def enter(args: Arguments, kwargs: Keywords) -> None:
         calls.clear()
         trace.begin(input_tensor(args, kwargs))
 
-    def begin(module: nn.Module, args: Any, kwargs: Any) -> None:
+    def begin(module: nn.Module, args: Arguments, kwargs: Keywords) -> None:
         trace.enter(module, [*args, *kwargs.values()])
 
-    def record(path: str, module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
+    def record(path: str, module: nn.Module, args: Arguments, kwargs: Keywords, output: Output) -> None:
         trace.leave(module, first_tensor(output))
         tensor = first_tensor(output)
         if tensor is not None:
             inputs = [t for t in (*args, *kwargs.values()) if isinstance(t, torch.Tensor)]
             calls.append(Call(path, module, inputs, tensor.clone()))
 
-    def leave(module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
+    def leave(module: nn.Module, args: Arguments, kwargs: Keywords, output: Output) -> None:
         tensor = first_tensor(output)
         if tensor is not None:
             trace.end(tensor)
@@ -321,15 +321,14 @@ def _watch(modules: Iterable[nn.Module], forward: Callable[[torch.Tensor], Any])
         trace.begin(None)
 
     layers = dict.fromkeys(modules)
-    before: list[Hook] = [(layer, enter) for layer in layers]
-    after: list[Hook] = []
+    watched: list[Change] = [CallBefore(layer, enter) for layer in layers]
     for layer in layers:
         for path, child in layer.named_modules():
             if child is not layer:
-                before.append((child, partial(begin, child)))
-                after.append((child, partial(record, path, child)))
-    after.extend((layer, partial(leave, layer)) for layer in layers)
-    with trace, hooked(before=before, after=after):
+                watched.append(CallBefore(child, partial(begin, child)))
+                watched.append(CallAfter(child, partial(record, path, child)))
+    watched += [CallAfter(layer, partial(leave, layer)) for layer in layers]
+    with trace, changing(watched):
         forward(probe_tokens())
     return layer_calls
 

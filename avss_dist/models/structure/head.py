@@ -17,7 +17,7 @@ import torch
 from torch import nn
 
 from avss_dist.corpus.shards import Batch
-from avss_dist.models.forward import around, hooked
+from avss_dist.models.forward import Arguments, CallAfter, Change, Forward, Keywords, Output, RunThrough, changing
 from avss_dist.models.structure.layers import PROBE_SHAPE, Layer, probe_tokens
 from avss_dist.stats.layer_stats import Float64
 
@@ -44,15 +44,15 @@ class Head:
         self._ids = probe_tokens(device)
         self._ids[1, :-1] = self._ids[0, :-1]  # the rows differ in their last token alone
         self.body: nn.Module | None = None
-        outputs: dict[str, Any] = {}  # of the modules around the layers, by path
+        outputs: dict[str, Output] = {}  # of the modules around the layers, by path
 
-        def keep(path: str, _args: Any, _kwargs: Any, output: Any) -> None:
+        def keep(path: str, _args: Arguments, _kwargs: Keywords, output: Output) -> None:
             outputs[path] = output
 
         path = next(name for name, child in module.named_modules() if child is layers[0].module)
         paths = [path[:end] for end, letter in enumerate(path) if letter == "."]
-        hooks = [(module.get_submodule(above), partial(keep, above)) for above in paths]
-        with torch.no_grad(), hooked(after=hooks), self._reading(runs=True) as inputs:
+        watched = [CallAfter(module.get_submodule(above), partial(keep, above)) for above in paths]
+        with torch.no_grad(), changing(watched), self._reading(runs=True) as inputs:
             logits: torch.Tensor = module(input_ids=self._ids, use_cache=False).logits
         self.vocabulary = logits.shape[-1]
         self.looks_ahead = _differ(logits[0, :-1], logits[1, :-1])
@@ -73,11 +73,16 @@ class Head:
         """Record the inputs of the output embeddings. Unless they run, they return zeros of one logit."""
         inputs: list[torch.Tensor] = []
 
-        def read(forward: Callable[..., Any], hidden: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        def read(forward: Forward, hidden: torch.Tensor, *args: Any, **kwargs: Any) -> Output:
             inputs.append(hidden)
-            return forward(hidden, *args, **kwargs) if runs else hidden.new_zeros((*hidden.shape[:-1], 1))
+            if runs:
+                return forward(hidden, *args, **kwargs)
+            return hidden.new_zeros((*hidden.shape[:-1], 1))
 
-        with around({self._linear: read} if isinstance(self._linear, nn.Module) else {}):
+        changes: list[Change] = []
+        if isinstance(self._linear, nn.Module):
+            changes.append(RunThrough(self._linear, read))
+        with changing(changes):
             yield inputs
 
     def hidden_states(self, run: Callable[[], Any]) -> torch.Tensor:
@@ -93,10 +98,13 @@ class Head:
         if self.body is None:
             return hidden
 
-        def replace(forward: Callable[..., Any], _hidden: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        def return_recorded(_forward: Forward, *_args: Any, **_kwargs: Any) -> Output:
+            return self._output
+
+        def read_hidden(forward: Forward, _hidden: torch.Tensor, *args: Any, **kwargs: Any) -> Output:
             return forward(hidden[None], *args, **kwargs)
 
-        with around({self.body: lambda *_, **__: self._output, self._linear: replace}):
+        with changing([RunThrough(self.body, return_recorded), RunThrough(self._linear, read_hidden)]):
             logits: torch.Tensor = self._module(input_ids=self._ids, use_cache=False).logits
         return logits.squeeze(0)
 

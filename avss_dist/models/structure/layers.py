@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from avss_dist.core.errors import ModelError, nearest
+from avss_dist.models.forward import Arguments, Forward, Keywords, Output
 
 MAX_REPRESENTATIVES = 8  # layers, beside the ends of each kind
 PROBE_SHAPE = (2, 12)  # rows and tokens differ, so that axes can be distinguished
@@ -183,32 +184,53 @@ def is_linear(module: nn.Module) -> bool:
     return isinstance(module, nn.Linear) or kind == "Conv1D" or ("Linear" in kind and hasattr(module, "weight"))
 
 
+def is_transposed(module: nn.Module) -> bool:
+    """Whether a linear map stores its weight as [inputs, outputs], as GPT-2's Conv1D does."""
+    return type(module).__name__ == "Conv1D"
+
+
 def linear_sizes(module: Any) -> tuple[int, int]:
-    """Return the units of the input and of the output of a linear map.
+    """Return the units of the input and of the output of a linear map, (0, 0) if its weight is packed."""
+    if module.weight.dim() != 2:
+        return 0, 0
+    rows, columns = module.weight.shape
+    if is_transposed(module):
+        return rows, columns
+    return columns, rows
 
-    GPT-2's Conv1D stores its weight as [inputs, outputs].
-    """
-    rows, columns = module.weight.shape if module.weight.dim() == 2 else (0, 0)
-    return (rows, columns) if type(module).__name__ == "Conv1D" else (columns, rows)
 
-
-def first_tensor(value: Any) -> torch.Tensor | None:
+def first_tensor(value: Output) -> torch.Tensor | None:
     """Return the hidden states in a module's arguments or output: the first tensor of a tuple or ModelOutput."""
     if isinstance(value, torch.Tensor):
-        return value if value.is_floating_point() and value.dim() >= 2 else None
+        return value if _may_be_hidden(value) else None
     if isinstance(value, Mapping):
         value = (value.get("hidden_states"), *value.values())
-    parts = value if isinstance(value, (tuple, list)) else ()
-    return next((part for part in parts if first_tensor(part) is not None and isinstance(part, torch.Tensor)), None)
+    if isinstance(value, (tuple, list)):
+        for part in value:
+            if isinstance(part, torch.Tensor) and _may_be_hidden(part):
+                return part
+    return None
 
 
-def input_tensor(args: Sequence[Any], kwargs: Mapping[str, Any]) -> torch.Tensor | None:
+def _may_be_hidden(tensor: torch.Tensor) -> bool:
+    """Whether a tensor has the dtype and the axes of hidden states."""
+    return tensor.is_floating_point() and tensor.dim() >= 2
+
+
+def tensors_of(args: Arguments, kwargs: Keywords) -> list[torch.Tensor]:
+    """Return the tensors among the arguments of a call."""
+    return [value for value in (*args, *kwargs.values()) if isinstance(value, torch.Tensor)]
+
+
+def input_tensor(args: Arguments, kwargs: Keywords) -> torch.Tensor | None:
     """Return the hidden states in the arguments of a call, or None."""
     hidden = kwargs.get("hidden_states")
-    return first_tensor(hidden) if hidden is not None else first_tensor((*args, *kwargs.values()))
+    if hidden is not None:
+        return first_tensor(hidden)
+    return first_tensor((*args, *kwargs.values()))
 
 
-def output_tensor(layer: Layer, output: Any, hidden: torch.Tensor) -> torch.Tensor:
+def output_tensor(layer: Layer, output: Output, hidden: torch.Tensor) -> torch.Tensor:
     """Return the hidden states in the output of a layer with the input ``hidden``.
 
     Raises:
@@ -264,22 +286,19 @@ def routing_of(inputs: Sequence[torch.Tensor]) -> Routing | None:
     return None if gates is None else Routing(inputs[0], index, gates)
 
 
-def with_replaced(
-    args: Sequence[Any], kwargs: Mapping[str, Any], instead: Mapping[int, Any]
-) -> tuple[tuple[Any, ...], dict[str, Any]]:
+def with_replaced(args: Arguments, kwargs: Keywords, instead: Mapping[int, torch.Tensor]) -> tuple[Arguments, Keywords]:
     """Return the arguments of a call with others in the place of some, by their id."""
-    return (
-        tuple(instead.get(id(value), value) for value in args),
-        {name: instead.get(id(value), value) for name, value in kwargs.items()},
-    )
+    positional = tuple(instead.get(id(value), value) for value in args)
+    keywords = {name: instead.get(id(value), value) for name, value in kwargs.items()}
+    return positional, keywords
 
 
 @dataclass(frozen=True)
 class LayerCall:
     """Arguments of a call of a layer."""
 
-    args: Sequence[Any]
-    kwargs: Mapping[str, Any]
+    args: Arguments
+    kwargs: Keywords
 
     @property
     def hidden(self) -> torch.Tensor:
@@ -293,7 +312,7 @@ class LayerCall:
         """Return the same call with other hidden states."""
         return LayerCall(*with_replaced(self.args, self.kwargs, {id(self.hidden): replacement}))
 
-    def rerun(self, layer: Callable[..., Any]) -> tuple[torch.Tensor, torch.Tensor]:
+    def rerun(self, layer: Forward) -> tuple[torch.Tensor, torch.Tensor]:
         """Call a layer again, and return its input as a leaf tensor and its output.
 
         The leaf requires a gradient if the hidden states of this call do.

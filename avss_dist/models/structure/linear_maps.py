@@ -3,19 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import torch
+from torch import nn
 
 from avss_dist.core.errors import ModelError
-from avss_dist.core.intervention import (
-    MapSparsity,
-)
-from avss_dist.models.structure.layers import (
-    Layer,
-    Projection,
-    require_single_use,
-)
+from avss_dist.core.intervention import MapSparsity
+from avss_dist.models.structure.layers import Layer, Projection, is_transposed, require_single_use
+
+_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+"""Dtypes of weights that can be read as numbers. Others are those of quantized weights."""
 
 
 def find_projection(layers: Sequence[Layer], cut: MapSparsity) -> Projection:
@@ -33,7 +30,7 @@ def find_projection(layers: Sequence[Layer], cut: MapSparsity) -> Projection:
             f"{hint} It has {', '.join(maps) or 'none: they are fused'}.",
         )
     projection = maps[cut.path]
-    if (projection.outputs, projection.inputs) != (cut.outputs, cut.inputs):
+    if projection.outputs != cut.outputs or projection.inputs != cut.inputs:
         raise ModelError(
             f"'{cut.path}' of layer {layer.index} is {projection.outputs} x {projection.inputs}, "
             f"not {cut.outputs} x {cut.inputs}.",
@@ -57,13 +54,17 @@ def layer_at(layers: Sequence[Layer], index: int, change: str, hint: str | None 
     return layers[index]
 
 
-def weight_of(module: Any) -> torch.Tensor:
+def weight_of(module: nn.Module) -> torch.Tensor:
     """Return the weight of a linear map, [outputs, inputs], in its current dtype.
 
     Raises:
         ModelError: the weight is quantized.
     """
-    weight: torch.Tensor = module.weight
-    if weight.dim() != 2 or weight.dtype not in (torch.float32, torch.bfloat16, torch.float16, torch.float64):
+    weight = module.weight
+    assert isinstance(weight, torch.Tensor)
+    if weight.dim() != 2 or weight.dtype not in _DTYPES:
         raise ModelError(f"The weight of a {type(module).__name__} is quantized: it cannot be read as numbers.")
-    return weight.detach().T if type(module).__name__ == "Conv1D" else weight.detach()
+    weight = weight.detach()
+    if is_transposed(module):
+        return weight.T
+    return weight

@@ -6,7 +6,7 @@ A checkpoint larger than memory therefore costs one read of its files for each s
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import replace
 from functools import partial
 from typing import Any, TypeVar
@@ -23,12 +23,14 @@ from avss_dist.core.settings import Settings
 from avss_dist.core.streams import portion, report
 from avss_dist.core.text import describe_bytes
 from avss_dist.corpus.shards import Batch
-from avss_dist.models.causal_lm import LanguageModel, Watcher, last_layer_not_run
+from avss_dist.models.causal_lm import LanguageModel, last_layer_not_run
 from avss_dist.models.change.replay import Record, pass_back
-from avss_dist.models.change.skipping import resuming, skip_of
+from avss_dist.models.change.skipping import resumption, skip_of
 from avss_dist.models.checkpoint.loading import Backbone, open_module, without_head
 from avss_dist.models.checkpoint.locate import Checkpoint
 from avss_dist.models.checkpoint.size import Footprint, footprint
+from avss_dist.models.forward import Change, changing
+from avss_dist.models.gradients import Watcher, WatcherT
 from avss_dist.models.structure.layers import Layer
 from avss_dist.partition.estimate import MemoryQuery, PartitionEstimate, batch_bytes
 from avss_dist.partition.placement import Placement
@@ -265,10 +267,10 @@ class StreamingLanguageModel(LanguageModel):
         losses: dict[tuple[Intervention, int], Float64] = {}
 
         def ask(intervention: Intervention, i: int, hidden: torch.Tensor | None = None) -> None:
-            behind: AbstractContextManager[None] = nullcontext()
+            start: list[Change] = []
             if hidden is not None:
-                behind = resuming(self.layers, last_layer_not_run(intervention, branches[intervention]), hidden)
-            with self.applying(intervention), behind:
+                start = resumption(self.layers, last_layer_not_run(intervention, branches[intervention]), hidden)
+            with self.applying(intervention), changing(start):
                 losses[intervention, i] = self.losses(batches[i])
 
         def ask_first(i: int) -> None:
@@ -291,8 +293,8 @@ class StreamingLanguageModel(LanguageModel):
         return by_intervention
 
     def backpropagate(
-        self, batches: Sequence[Batch], watchers: Sequence[Watcher], *, draws: int = 0, seed: int = 0
-    ) -> list[Watcher]:
+        self, batches: Sequence[Batch], watchers: Sequence[WatcherT], *, draws: int = 0, seed: int = 0
+    ) -> list[WatcherT]:
         """Run a forward and a backward pass of each batch inside its watcher, and return the watchers.
 
         Each layer runs again in the backward pass, when it is loaded again. See

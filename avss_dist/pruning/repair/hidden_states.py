@@ -15,8 +15,9 @@ from avss_dist.core.intervention import Removal, experts_by_layer, layer_of
 from avss_dist.corpus.shards import Batch
 from avss_dist.models.causal_lm import LanguageModel
 from avss_dist.models.change.patches import Parameter
-from avss_dist.models.change.skipping import resuming
+from avss_dist.models.change.skipping import resumption
 from avss_dist.models.checkpoint.loading import forward_function
+from avss_dist.models.forward import changing
 from avss_dist.models.structure.layers import Layer, as_rows, probe_tokens
 from avss_dist.models.watching import CapturedCall, captured, recording
 from avss_dist.pruning.repair.projection import OutputProjection, find_output_projection
@@ -219,7 +220,8 @@ class HiddenStateSource:
         """Have passes begin behind a stored output of a layer inside the context, or at the beginning without one."""
         if start is None:
             return nullcontext()
-        return resuming(self._layers, start.layer, start.hidden.to(self._device, copy=True))
+        hidden = start.hidden.to(self._device, copy=True)
+        return changing(resumption(self._layers, start.layer, hidden))
 
     def _probe(self) -> None:
         """Run a pass over the probe's tokens."""
