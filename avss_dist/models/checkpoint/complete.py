@@ -3,18 +3,24 @@
 from __future__ import annotations
 
 import re
+from collections import defaultdict
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
 from avss_dist.core.errors import ModelError, first_names
 from avss_dist.models.checkpoint.locate import Checkpoint, read_config, stored_tensors
-from avss_dist.models.checkpoint.safetensors import DTYPES
+from avss_dist.models.checkpoint.safetensors import DTYPES, TensorInfo
 from avss_dist.models.structure.layers import layer_lists
 
-ALWAYS_BUILT = 200  # layers: so many are built without a look at the files
-MAX_SHARED = 100  # layers beside those with weights of their own: ALBERT, for one, has one block that it runs 12 times
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig
+
+ALWAYS_BUILT = 200
+"""Number of layers up to which a model is built without a look at its files."""
+MAX_SHARED = 100
+"""Largest number of layers beside those with weights of their own. ALBERT, for one, runs one block 12 times."""
 _NUM_LAYERS = re.compile(r"(num_|n_)?(hidden_|encoder_|decoder_)?layers?")  # n_layer, num_hidden_layers, ...
 _PACKED = re.compile(r"_(packed|blocks)$")  # endings of the names of quantized weights; scales have others
 _AFTER_LAYERS = re.compile(r"(^|\.)pooler\.")  # of encoders: many files lack it, and no layer sees it
@@ -36,13 +42,20 @@ def require_layers(checkpoint: Checkpoint, config: Mapping[str, Any]) -> None:
     field, number = max(_layer_counts(config), key=lambda count: count[1], default=("", 0))
     if number <= ALWAYS_BUILT:
         return
-    stored = len({part for tensor in stored_tensors(checkpoint) for part in tensor.name.split(".") if part.isdigit()})
+    indices: set[str] = set()
+    for tensor in stored_tensors(checkpoint):
+        indices.update(part for part in tensor.name.split(".") if part.isdigit())
+    stored = len(indices)
     if number > stored + MAX_SHARED:
-        where, correct = ("metadata", "") if checkpoint.gguf else ("config.json", ", or correct its config.json")
+        where = "config.json"
+        hint = "Download or copy the checkpoint again, or correct its config.json."
+        if checkpoint.gguf:
+            where = "metadata"
+            hint = "Download or copy the checkpoint again."
         raise ModelError(
             f"The {where} of '{checkpoint.name}' describes {number:,} layers (\"{field}\"), and its files have weights "
             f"of {stored:,} at most.",
-            f"Download or copy the checkpoint again{correct}.",
+            hint,
         )
 
 
@@ -79,12 +92,13 @@ def require_complete(
     """
     missing = [name for name in sorted(report["missing_keys"]) if not _AFTER_LAYERS.search(name)]
     if not head:
-        needed = {id(tensor) for tensor in (*backbone.parameters(), *backbone.buffers())}
-        values = dict((*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False)))
-        missing = [name for name in missing if name not in values or id(values[name]) in needed]
+        outside = _names_outside(model, backbone)
+        missing = [name for name in missing if name not in outside]
     unused = sorted(report["unexpected_keys"])
     if missing:
-        instead = f" They have {first_names(unused)}, which the model does not." if unused else ""
+        instead = ""
+        if unused:
+            instead = f" They have {first_names(unused)}, which the model does not."
         raise ModelError(
             f"The files of '{checkpoint.name}' lack weights of the {type(model).__name__} that config.json describes: "
             f"{first_names(missing)}.{instead}",
@@ -99,25 +113,34 @@ def require_complete(
     _require_numbers(checkpoint, model)
 
 
+def _names_outside(model: nn.Module, backbone: nn.Module) -> set[str]:
+    """Return the names of the parameters and buffers of a model that its backbone does not have."""
+    needed = {id(tensor) for tensor in (*backbone.parameters(), *backbone.buffers())}
+    tensors = [*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False)]
+    return {name for name, tensor in tensors if id(tensor) not in needed}
+
+
 def require_scales(checkpoint: Checkpoint) -> None:
     """Refuse files that lack the scales of a quantized weight, which transformers would unpack as if they were 1.
 
     Raises:
         ModelError: scales are missing; the message names the weights.
     """
-    leaves: dict[str, list[str]] = {}
+    scales: defaultdict[str, list[str]] = defaultdict(list)  # names of scales by their module
     quantized: list[str] = []
     for tensor in stored_tensors(checkpoint):
         module, _, leaf = tensor.name.rpartition(".")
         if "scale" in leaf:
-            leaves.setdefault(module, []).append(leaf)
-        elif _PACKED.search(leaf) or tensor.dtype.startswith("F8_") or (tensor.dtype, leaf) == ("I8", "weight"):
+            scales[module].append(leaf)
+        elif _is_quantized(tensor, leaf):
             quantized.append(tensor.name)
     lacking = []
     for name in quantized:
         module, _, leaf = name.rpartition(".")
-        stem = _PACKED.sub("", leaf)  # in weight_scale_inv, gate_up_proj_scales, qscale_weight
-        if not any(scale == "scale" or stem in scale for scale in leaves.get(module, ())):
+        # The name of a scale contains that of the weight: weight_scale_inv, gate_up_proj_scales, qscale_weight.
+        stem = _PACKED.sub("", leaf)
+        own_scales = [scale for scale in scales[module] if scale == "scale" or stem in scale]
+        if not own_scales:
             lacking.append(name)
     if lacking:
         raise ModelError(
@@ -126,13 +149,24 @@ def require_scales(checkpoint: Checkpoint) -> None:
         )
 
 
-def num_mtp_layers(text: Any) -> int:
+def num_mtp_layers(text: PreTrainedConfig) -> int:
     """Return the number of layers of the head that predicts several tokens (MTP) by a text model's configuration."""
     for name in MTP_COUNTS:
         number = getattr(text, name, None)
         if isinstance(number, int):
             return number
     return 0
+
+
+def _is_quantized(tensor: TensorInfo, leaf: str) -> bool:
+    """Whether a stored tensor is a quantized weight, which needs scales.
+
+    Args:
+        leaf: the last part of its name.
+    """
+    if _PACKED.search(leaf) or tensor.dtype.startswith("F8_"):
+        return True
+    return tensor.dtype == "I8" and leaf == "weight"
 
 
 def _of_layers(names: Sequence[str], model: Any, backbone: nn.Module, layers: str | None) -> list[str]:
@@ -146,9 +180,13 @@ def _of_layers(names: Sequence[str], model: Any, backbone: nn.Module, layers: st
         lists = layer_lists(backbone, number, layers)
     except ModelError:  # opening the model says so
         return []
-    prefix = next((f"{path}." for path, module in model.named_modules() if module is backbone and path), "")
+    prefix = ""
+    for path, module in model.named_modules():
+        if module is backbone and path:
+            prefix = re.escape(f"{path}.")
+            break
     paths = "|".join(re.escape(path) for path in lists)
-    inside = re.compile(rf"(?:{re.escape(prefix)})?(?:{paths})\.(\d+)\.")
+    inside = re.compile(rf"(?:{prefix})?(?:{paths})\.(\d+)\.")
     behind = range(0)
     if number is not None:
         behind = range(number, number + num_mtp_layers(text))
@@ -165,13 +203,18 @@ def _require_numbers(checkpoint: Checkpoint, model: nn.Module) -> None:
     if checkpoint.gguf or getattr(model.config, "quantization_config", None):
         return
     if read_config(checkpoint.folder, checkpoint.name).get("quantization_config"):
-        return  # unpacked as it was loaded: the model's own configuration says so no more
+        return  # The weights were unpacked as they were loaded, and the model's own configuration says so no more.
     floating = {name for name, parameter in model.named_parameters() if parameter.is_floating_point()}
     for tensor in stored_tensors(checkpoint):
-        dtype = DTYPES.get(tensor.dtype)
-        if tensor.name in floating and (dtype is None or not dtype.is_floating_point or dtype.itemsize < 2):
+        if tensor.name in floating and not _is_number(tensor):
             raise ModelError(
                 f"'{checkpoint.name}' stores '{tensor.name}' as {tensor.dtype}, and its config.json has no "
                 "quantization_config that says how to unpack it.",
                 "Copy config.json again from where the weights come from.",
             )
+
+
+def _is_number(tensor: TensorInfo) -> bool:
+    """Whether the elements of a stored tensor are floating-point numbers of 16 bits or more."""
+    dtype = DTYPES.get(tensor.dtype)
+    return dtype is not None and dtype.is_floating_point and dtype.itemsize >= 2

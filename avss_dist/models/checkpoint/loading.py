@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from huggingface_hub.errors import StrictDataclassError
@@ -30,16 +30,37 @@ from avss_dist.models.checkpoint.quantization import (
     with_quantization,
 )
 from avss_dist.models.checkpoint.safetensors import TensorInfo, floating_dtype
+from avss_dist.models.forward import Output
 from avss_dist.models.structure.find import find_structure
 from avss_dist.models.structure.layers import Layer, count_parameters, layer_lists
 
-Forward = Callable[[torch.Tensor, torch.Tensor | None], Any]  # of (token ids, attention mask or None)
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig, PreTrainedModel
+    from transformers.quantizers import HfQuantizer
 
+Forward = Callable[[torch.Tensor, torch.Tensor | None], Output]
+"""Function of token ids and an attention mask, or None."""
+
+AutoClass = Any
+"""An auto class of transformers, such as ``AutoModelForCausalLM``."""
 _TOKENIZERS = ("tokenizer*", "vocab*", "*.model")
-_REFUSALS: tuple[type[Exception], ...] = (  # what libraries raise over a bad checkpoint
-    *(OSError, ValueError, KeyError, TypeError, AttributeError, ImportError, RuntimeError, IndexError),
-    *(ArithmeticError, AssertionError, struct.error, SafetensorError, StrictDataclassError),
+"""Patterns of the names of a tokenizer's files."""
+_REFUSALS: tuple[type[Exception], ...] = (
+    OSError,
+    ValueError,
+    KeyError,
+    TypeError,
+    AttributeError,
+    ImportError,
+    RuntimeError,
+    IndexError,
+    ArithmeticError,
+    AssertionError,
+    struct.error,
+    SafetensorError,
+    StrictDataclassError,
 )
+"""Errors that libraries raise over a bad checkpoint."""
 _CAUSAL = re.compile(r"(ForCausalLM|LMHeadModel|DoubleHeadsModel)$")
 
 
@@ -53,12 +74,16 @@ def quiet(*silenced: str) -> Iterator[None]:
         silenced: names of loggers that say nothing at all.
     """
     if not torch.cuda.is_available():
-        os.environ.setdefault("DS_ACCELERATOR", "cpu")  # or DeepSpeed, which transformers imports, warns on stdout
+        # Otherwise DeepSpeed, which transformers imports, warns on stdout.
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
     from transformers.utils import logging as messages
 
-    levels = {"accelerate": logging.ERROR, **dict.fromkeys(silenced, logging.CRITICAL + 1)}
+    levels = {"accelerate": logging.ERROR}
+    for name in silenced:
+        levels[name] = logging.CRITICAL + 1
     with ExitStack() as stack:
-        for logger, level in ((logging.getLogger(name), level) for name, level in levels.items()):
+        for name, level in levels.items():
+            logger = logging.getLogger(name)
             stack.callback(logger.setLevel, logger.level)
             logger.setLevel(level)
         stack.callback(messages.set_verbosity, messages.get_verbosity())
@@ -78,21 +103,34 @@ def load_tokenizer(checkpoint: Checkpoint) -> Any:
     """
     from transformers import AutoTokenizer
 
-    cause: Exception | None = None
-    why = ": its vocabulary is empty."
     try:
         tokenizer = AutoTokenizer.from_pretrained(
             checkpoint.folder, trust_remote_code=checkpoint.trust_remote_code, **checkpoint.gguf
         )
-        if len(tokenizer):
-            return tokenizer
     except _REFUSALS as error:
-        there = checkpoint.gguf or any(any(checkpoint.folder.glob(pattern)) for pattern in _TOKENIZERS)
-        cause, why = error, f" that can be opened: {_first_line(error)}" if there else "."
-    raise ModelError(
+        why = "."
+        if _has_tokenizer_files(checkpoint):
+            why = f" that can be opened: {_first_line(error)}"
+        raise _no_tokenizer(checkpoint, why) from error
+    if len(tokenizer) == 0:
+        raise _no_tokenizer(checkpoint, ": its vocabulary is empty.")
+    return tokenizer
+
+
+def _has_tokenizer_files(checkpoint: Checkpoint) -> bool:
+    if checkpoint.gguf:
+        return True
+    for pattern in _TOKENIZERS:
+        if any(checkpoint.folder.glob(pattern)):
+            return True
+    return False
+
+
+def _no_tokenizer(checkpoint: Checkpoint, why: str) -> ModelError:
+    return ModelError(
         f"'{checkpoint.name}' has no tokenizer{why}",
         "Copy tokenizer.json and tokenizer_config.json of its base model into the folder.",
-    ) from cause
+    )
 
 
 def _first_line(error: BaseException) -> str:
@@ -106,7 +144,7 @@ def _first_line(error: BaseException) -> str:
 
 
 @quiet()
-def text_config(checkpoint: Checkpoint, folder: Path | None = None) -> Any:
+def text_config(checkpoint: Checkpoint, folder: Path | None = None) -> PreTrainedConfig:
     """Load the checkpoint's configuration.
 
     Args:
@@ -145,7 +183,7 @@ class Backbone:
             ``num_parameters``, ``dtype``, ``attention_implementation`` and ``notes`` on the layers.
     """
 
-    model: Any
+    model: PreTrainedModel
     module: nn.Module
     layers: tuple[Layer, ...]
     columns: Mapping[str, Any]
@@ -184,11 +222,13 @@ def load_model(checkpoint: Checkpoint, settings: Settings, *, head: bool = False
     config = text_config(checkpoint)
     options = _options(settings)
     with quiet(), _explain_errors(checkpoint):
-        if not checkpoint.gguf:
-            options |= {"use_safetensors": True, "config": with_quantization(checkpoint, config, settings, placing)}
+        if checkpoint.gguf:
+            # A transformers without this class always unpacks a .gguf file.
+            unpack = getattr(transformers, "GgufConfig", None)
+            options["quantization_config"] = unpack and unpack(dequantize=True)
         else:
-            unpack = getattr(transformers, "GgufConfig", None)  # without it, a .gguf file is always unpacked
-            options |= {"quantization_config": unpack and unpack(dequantize=True)}
+            options["use_safetensors"] = True
+            options["config"] = with_quantization(checkpoint, config, settings, placing)
         model, report = auto_class(config).from_pretrained(
             checkpoint.folder, **checkpoint.gguf, **options, **placing, output_loading_info=True
         )
@@ -197,7 +237,11 @@ def load_model(checkpoint: Checkpoint, settings: Settings, *, head: bool = False
 
 
 def build_model(
-    checkpoint: Checkpoint, settings: Settings, tensors: Callable[[Any], Mapping[str, Any]], *, head: bool = False
+    checkpoint: Checkpoint,
+    settings: Settings,
+    tensors: Callable[[PreTrainedModel], Mapping[str, Any]],
+    *,
+    head: bool = False,
 ) -> Any:
     """Build the model that `load_model` returns from other tensors under the checkpoint's names.
 
@@ -210,11 +254,12 @@ def build_model(
         ModelError: the model cannot be built of them; the message names the reason.
     """
     config = text_config(checkpoint)
-    empty = skeleton(copy.deepcopy(config), settings, torch.float32)  # which changes the configuration
+    empty = skeleton(copy.deepcopy(config), settings, torch.float32)  # It changes the configuration.
     with quiet(), _explain_errors(checkpoint):
         config = with_quantization(checkpoint, config, settings, {})
         if not isinstance(config, type(empty.config)):
-            config, quantization = copy.deepcopy(config.get_text_config()), quantization_settings(config)
+            quantization = quantization_settings(config)
+            config = copy.deepcopy(config.get_text_config())
             if quantization:
                 config.quantization_config = quantization
         model, report = type(empty).from_pretrained(
@@ -226,11 +271,12 @@ def build_model(
 
 def _options(settings: Settings) -> dict[str, Any]:
     """Return the settings as options of `from_pretrained`."""
-    return {
-        "dtype": "auto" if settings.dtype == "auto" else getattr(torch, settings.dtype),
-        "trust_remote_code": settings.trust_remote_code,
-        **({"attn_implementation": settings.attention} if settings.attention else {}),
-    }
+    options: dict[str, Any] = {"dtype": "auto", "trust_remote_code": settings.trust_remote_code}
+    if settings.dtype != "auto":
+        options["dtype"] = getattr(torch, settings.dtype)
+    if settings.attention:
+        options["attn_implementation"] = settings.attention
+    return options
 
 
 @contextmanager
@@ -247,7 +293,7 @@ def _explain_errors(checkpoint: Checkpoint) -> Iterator[None]:
         raise ModelError(f"'{checkpoint.name}' cannot be loaded: {_first_line(error)}") from error
 
 
-def skeleton(config: Any, settings: Settings, dtype: torch.dtype) -> Any:
+def skeleton(config: PreTrainedConfig, settings: Settings, dtype: torch.dtype) -> Any:
     """Build the model that `load` returns on the meta device: names, shapes and ties of parameters, without memory.
 
     Raises:
@@ -255,12 +301,12 @@ def skeleton(config: Any, settings: Settings, dtype: torch.dtype) -> Any:
     """
     with quiet(), torch.device("meta"):
         try:
-            return auto_class(config).from_config(config, **{**_options(settings), "dtype": dtype})
+            return auto_class(config).from_config(config, **_options(settings) | {"dtype": dtype})
         except _REFUSALS as error:
             raise ModelError(f"A {config.model_type} model cannot be built: {_first_line(error)}") from error
 
 
-def skeleton_by(auto: Any, config: Any, settings: Settings) -> Any | None:
+def skeleton_by(auto: AutoClass, config: PreTrainedConfig, settings: Settings) -> PreTrainedModel | None:
     """Return the model that an auto class builds of a configuration, on the meta device, or None if it cannot."""
     with quiet(), torch.device("meta"):
         try:
@@ -270,7 +316,7 @@ def skeleton_by(auto: Any, config: Any, settings: Settings) -> Any | None:
 
 
 @quiet()
-def open_module(model: Any, *, layers: str | None = None, device: torch.device | None = None) -> Backbone:
+def open_module(model: PreTrainedModel, *, layers: str | None = None, device: torch.device | None = None) -> Backbone:
     """Return a loaded transformers model as a `Backbone`, without its head, with its layers found.
 
     Args:
@@ -280,25 +326,24 @@ def open_module(model: Any, *, layers: str | None = None, device: torch.device |
     Raises:
         ModelError: the layers cannot be found, or a forward pass over token ids fails.
     """
-    config: Any = model.config
+    config = model.config
     text = config.get_text_config()
-    if (
-        getattr(config, "is_encoder_decoder", False)
-        and hasattr(model.base_model, "encoder")
-        and hasattr(model.base_model, "decoder")
-    ):
+    if _is_encoder_decoder(model):
         raise ModelError(
             f"{type(model).__name__} is an encoder-decoder; only decoders and encoders can be scored.",
             "Name a model of another family.",
         )
     backbone = without_head(model)
     run = forward_function(backbone)
-    device = device or next(model.parameters()).device
+    token_device = device or next(model.parameters()).device
+
+    def run_on_device(input_ids: torch.Tensor) -> Output:
+        return run(input_ids.to(token_device), None)
+
     try:
         with torch.no_grad():
-            layers_in_order, notes = find_structure(
-                backbone, lambda ids: run(ids.to(device), None), getattr(text, "num_hidden_layers", None), layers
-            )
+            num_layers = getattr(text, "num_hidden_layers", None)
+            layers_in_order, notes = find_structure(backbone, run_on_device, num_layers, layers)
     except _REFUSALS as error:
         name = type(model).__name__
         if method := quantization_method(config):
@@ -307,26 +352,50 @@ def open_module(model: Any, *, layers: str | None = None, device: torch.device |
                 "Compute where there is a device for that, or set `dequantize`.",
             ) from error
         raise ModelError(f"{name} does not run on token ids alone: {_first_line(error)}") from error
+    floating = next(parameter for parameter in backbone.parameters() if parameter.is_floating_point())
     columns = {
         "family": config.model_type,
         "architecture": type(model).__name__,
-        "hidden_size": int(getattr(text, "hidden_size", 0) or 0),
+        "hidden_size": hidden_size(text),
         "num_parameters": count_parameters(model),
-        "dtype": str(next(p.dtype for p in backbone.parameters() if p.is_floating_point())).removeprefix("torch."),
-        "attention_implementation": str(getattr(text, "_attn_implementation", None) or "eager"),
+        "dtype": dtype_name(floating.dtype),
+        "attention_implementation": attention_implementation(text),
         "notes": list(notes),
     }
     return Backbone(model=model, module=backbone, layers=layers_in_order, columns=columns)
 
 
-def candidate_layers(model: Any, path: str | None) -> dict[str, nn.ModuleList]:
+def _is_encoder_decoder(model: PreTrainedModel) -> bool:
+    """Whether a model has an encoder whose output its decoder reads."""
+    if not getattr(model.config, "is_encoder_decoder", False):
+        return False
+    return hasattr(model.base_model, "encoder") and hasattr(model.base_model, "decoder")
+
+
+def hidden_size(config: PreTrainedConfig) -> int:
+    """Return the units of the residual stream, or 0 if the configuration of the text model does not tell."""
+    return int(getattr(config, "hidden_size", 0) or 0)
+
+
+def attention_implementation(config: PreTrainedConfig) -> str:
+    """Return the attention implementation, as transformers names it, from the configuration of the text model."""
+    return str(getattr(config, "_attn_implementation", None) or "eager")
+
+
+def dtype_name(dtype: torch.dtype) -> str:
+    """Return the name of a dtype in torch: ``float32``."""
+    return str(dtype).removeprefix("torch.")
+
+
+def candidate_layers(model: PreTrainedModel, path: str | None) -> dict[str, nn.ModuleList]:
     """Return the module lists that may be the layers of a model with its head, by path; see `layers.layer_lists`.
 
     Args:
         model: the model, which may be a skeleton.
         path: module path of the layers, if a user names it.
     """
-    return layer_lists(without_head(model), getattr(model.config.get_text_config(), "num_hidden_layers", None), path)
+    num_layers = getattr(model.config.get_text_config(), "num_hidden_layers", None)
+    return layer_lists(without_head(model), num_layers, path)
 
 
 def without_head(model: Any) -> nn.Module:
@@ -343,33 +412,43 @@ def without_head(model: Any) -> nn.Module:
 def forward_function(backbone: nn.Module) -> Forward:
     """Return a function of (token ids, attention mask or None) that runs the backbone without a key-value cache."""
     parameters = inspect.signature(backbone.forward).parameters
-    anything = any(p.kind == p.VAR_KEYWORD for p in parameters.values())
-    options = {"use_cache": False} if anything or "use_cache" in parameters else {}
+    takes_anything = any(parameter.kind == parameter.VAR_KEYWORD for parameter in parameters.values())
+    takes_use_cache = takes_anything or "use_cache" in parameters
 
-    def run(input_ids: torch.Tensor, attention_mask: torch.Tensor | None) -> Any:
-        mask = {} if attention_mask is None else {"attention_mask": attention_mask}
-        return backbone(input_ids=input_ids, **mask, **options)
+    def run(input_ids: torch.Tensor, attention_mask: torch.Tensor | None) -> Output:
+        options: dict[str, torch.Tensor | bool] = {}
+        if attention_mask is not None:
+            options["attention_mask"] = attention_mask
+        if takes_use_cache:
+            options["use_cache"] = False
+        return backbone(input_ids=input_ids, **options)
 
     return run
 
 
-def auto_class(config: Any) -> Any:
+def auto_class(config: PreTrainedConfig) -> AutoClass:
     """Return the auto class for a configuration. A language model with a vision tower reads only text here."""
     from transformers import AutoModel, AutoModelForCausalLM, AutoModelForImageTextToText
     from transformers.models.auto import modeling_auto as auto_models
 
-    kind, architectures = config.model_type, getattr(config, "architectures", None) or []
-    multimodal = auto_models.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES.get(kind, ())
-    if {*architectures}.intersection([multimodal] if isinstance(multimodal, str) else multimodal):
+    kind = config.model_type
+    architectures = getattr(config, "architectures", None) or []
+    multimodal: str | tuple[str, ...] = auto_models.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES.get(kind, ())
+    if isinstance(multimodal, str):
+        multimodal = (multimodal,)
+    if set(architectures).intersection(multimodal):
         return AutoModelForImageTextToText
-    is_causal = any(_CAUSAL.search(name) for name in architectures)
-    if not architectures:
+    if architectures:
+        is_causal = any(_CAUSAL.search(name) for name in architectures)
+    else:
         masked = auto_models.MODEL_FOR_MASKED_LM_MAPPING_NAMES
         is_causal = kind in auto_models.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES and kind not in masked
-    return AutoModelForCausalLM if is_causal else AutoModel
+    if is_causal:
+        return AutoModelForCausalLM
+    return AutoModel
 
 
-def auto_classes(config: Any) -> list[Any]:
+def auto_classes(config: PreTrainedConfig) -> list[AutoClass]:
     """Return the auto classes that know a configuration, one for each class of models that they open.
 
     Classes that the checkpoint's own code adds are among them.
@@ -388,12 +467,12 @@ def auto_classes(config: Any) -> list[Any]:
     return [*classes.values()]
 
 
-def has_head(config: Any) -> bool:
+def has_head(config: PreTrainedConfig) -> bool:
     """Whether the model that `load_model` returns predicts the next token."""
     return auto_class(config).__name__ != "AutoModel"
 
 
-def require_head(name: str, config: Any) -> None:
+def require_head(name: str, config: PreTrainedConfig) -> None:
     """Refuse a model that predicts no next token, before anything is measured.
 
     A checkpoint with code of its own passes, because its model is not known before it is opened.
@@ -404,8 +483,10 @@ def require_head(name: str, config: Any) -> None:
     Raises:
         ModelError: the model has no head that predicts the next token.
     """
-    if not has_head(config) and not getattr(config, "auto_map", None):
-        raise no_head(name, (getattr(config, "architectures", None) or [config.model_type])[0])
+    if has_head(config) or getattr(config, "auto_map", None):
+        return
+    architectures = getattr(config, "architectures", None) or [config.model_type]
+    raise no_head(name, architectures[0])
 
 
 def no_head(name: str, architecture: str) -> ModelError:
@@ -421,11 +502,15 @@ def predictor(model: Any) -> Any:
     Such a tower is a complete text model, while the model around it may require images.
     """
     head = model.get_output_embeddings()
-    towers = (child for child in model.children() if hasattr(child, "get_output_embeddings"))
-    return next((child for child in towers if head is not None and child.get_output_embeddings() is head), model)
+    if head is None:
+        return model
+    for child in model.children():
+        if hasattr(child, "get_output_embeddings") and child.get_output_embeddings() is head:
+            return child
+    return model
 
 
-def pin(settings: Settings, checkpoint: Checkpoint, config: Any, device: str) -> Settings:
+def pin(settings: Settings, checkpoint: Checkpoint, config: PreTrainedConfig, device: str) -> Settings:
     """Return settings in which every ``auto`` that can change a number is resolved.
 
     Args:
@@ -441,12 +526,14 @@ def pin(settings: Settings, checkpoint: Checkpoint, config: Any, device: str) ->
             "`sequence_length`.",
             f"Make `sequence_length` {longest} or less.",
         )
-    dtype = str(compute_dtype(checkpoint, config, settings)).removeprefix("torch.")
-    return replace(settings, device=device, dtype=dtype if dtype in DTYPES else settings.dtype)
+    dtype = dtype_name(compute_dtype(checkpoint, config, settings))
+    if dtype not in DTYPES:
+        dtype = settings.dtype
+    return replace(settings, device=device, dtype=dtype)
 
 
 def compute_dtype(
-    checkpoint: Checkpoint, config: Any, settings: Settings, tensors: Sequence[TensorInfo] | None = None
+    checkpoint: Checkpoint, config: PreTrainedConfig, settings: Settings, tensors: Sequence[TensorInfo] | None = None
 ) -> torch.dtype:
     """Return the compute dtype: that of the settings, else of the configuration, else of the weight files.
 
@@ -462,7 +549,7 @@ def compute_dtype(
         return getattr(torch, settings.dtype)
     value = getattr(config.get_text_config(), "dtype", None) or getattr(config, "dtype", None)
     if value is not None:
-        dtype = value if isinstance(value, torch.dtype) else getattr(torch, str(value).removeprefix("torch."), None)
+        dtype = getattr(torch, str(value).removeprefix("torch."), None)
         if not isinstance(dtype, torch.dtype):
             raise ModelError(
                 f"The config.json of '{checkpoint.name}' names the dtype {value!r}, which torch does not have.",
@@ -470,17 +557,34 @@ def compute_dtype(
             )
         return dtype
     if checkpoint.gguf:
-        return torch.float32  # which transformers unpacks it to
-    stored = stored_tensors(checkpoint) if tensors is None else tensors
-    return floating_dtype(stored) if stored or not quantization_settings(config) else torch.bfloat16
+        return torch.float32  # transformers unpacks it to this dtype.
+    if tensors is None:
+        tensors = stored_tensors(checkpoint)
+    if not tensors and quantization_settings(config):
+        return torch.bfloat16
+    return floating_dtype(tensors)
 
 
-def renaming(model: Any, quantizer: Any = None) -> tuple[Callable[[str], str], list[Any], dict[str, torch.Tensor]]:
-    """Return a function of a stored tensor's name, transformers' conversions of the model, and its weights by name.
+class NameConversion(NamedTuple):
+    """Conversion of the names of stored tensors to those of weights.
 
-    The function returns the name of the weight that a tensor becomes: of a part of several weights, the first one. It
-    uses private interfaces of transformers, which may change: expect ImportError, TypeError, AttributeError, KeyError
-    and ValueError.
+    Attributes:
+        rename: function of a stored tensor's name, which returns the name of the weight that the tensor becomes. Of a
+            part of several weights, it is the first one.
+        conversions: transformers' conversions of the model.
+        weights: weights of the model by name.
+    """
+
+    rename: Callable[[str], str]
+    conversions: list[Any]
+    weights: dict[str, torch.Tensor]
+
+
+def renaming(model: Any, quantizer: HfQuantizer | None = None) -> NameConversion:
+    """Return the conversion of the names of a checkpoint's tensors.
+
+    It uses private interfaces of transformers, which may change: expect ImportError, TypeError, AttributeError,
+    KeyError and ValueError.
 
     Args:
         model: a transformers model, which may be on the meta device.
@@ -495,6 +599,7 @@ def renaming(model: Any, quantizer: Any = None) -> tuple[Callable[[str], str], l
     state = model.state_dict(keep_vars=True)
 
     def rename(stored: str) -> str:
-        return str(rename_source_key(stored, renamings, converters, model.base_model_prefix, state)[0])
+        name, *_ = rename_source_key(stored, renamings, converters, model.base_model_prefix, state)
+        return str(name)
 
-    return rename, mapping, state
+    return NameConversion(rename, mapping, state)

@@ -10,6 +10,7 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from io import BufferedWriter, FileIO
 from pathlib import Path
 from typing import Any
 
@@ -36,9 +37,14 @@ DTYPES = {
     "BOOL": torch.bool,
 }
 """torch's dtypes by their names in headers."""
-COPIED_AT_ONCE = 64 << 20  # bytes
-_MAX_HEADER_BYTES = 100_000_000  # the limit of the safetensors library
-_ALIGNMENT = 8  # of the data in a file: the header is padded with spaces
+COPIED_AT_ONCE = 64 << 20
+"""Number of bytes that the operating system copies in one call."""
+_LENGTH_BYTES = 8
+"""Number of bytes at the start of a file that hold the length of its header."""
+_MAX_HEADER_BYTES = 100_000_000
+"""Length of the longest header that the safetensors library reads."""
+_ALIGNMENT = 8
+"""Alignment of the data in a file, in bytes. The header is padded with spaces."""
 
 
 @dataclass(frozen=True)
@@ -67,16 +73,18 @@ def tensors_of(file: Path) -> list[StoredTensor]:
     """
     try:
         with file.open("rb") as stream:
-            (length,) = struct.unpack("<Q", stream.read(8))
+            (length,) = struct.unpack("<Q", stream.read(_LENGTH_BYTES))
             if length > _MAX_HEADER_BYTES:
                 raise ValueError(f"its header would be {length} bytes long")
             header = json.loads(stream.read(length))
         header.pop("__metadata__", None)
-        return [_tensor(name, file, 8 + length, entry) for name, entry in header.items()]
+        return [_tensor(name, file, _LENGTH_BYTES + length, entry) for name, entry in header.items()]
     except OSError as error:
         raise ModelError(f"{file} cannot be read: {error.strerror}.", "Is the download complete?") from error
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError, struct.error) as error:
-        reason = f"no {error}" if isinstance(error, KeyError) else error
+        reason = str(error)
+        if isinstance(error, KeyError):
+            reason = f"no {error}"
         raise ModelError(
             f"{file} has no header of a safetensors file: {reason}.", "Download or copy it again."
         ) from error
@@ -86,7 +94,11 @@ def _tensor(name: str, file: Path, data: int, entry: Any) -> StoredTensor:
     """Return the tensor of a header's entry, where ``data`` is the offset of the first tensor in the file."""
     first, last = entry["data_offsets"]
     shape = tuple(entry["shape"])
-    if not isinstance(entry["dtype"], str) or not all(type(n) is int and n >= 0 for n in (first, last, *shape)):
+    is_complete = isinstance(entry["dtype"], str)
+    for number in (first, last, *shape):
+        if type(number) is not int or number < 0:
+            is_complete = False
+    if not is_complete:
         raise ValueError(f"'{name}' has no dtype, shape and offsets")
     if last < first:
         raise ValueError(f"'{name}' ends before it begins")
@@ -113,7 +125,7 @@ def explaining_reads(stored: StoredTensor) -> Iterator[None]:
     """Raise ModelError for an error in reading or mapping a tensor inside the context."""
     try:
         yield
-    except (EOFError, ValueError) as error:  # mapping a file that is too short is a ValueError
+    except (EOFError, ValueError) as error:  # Mapping a file that is too short is a ValueError.
         raise ModelError(f"{stored.file} ends before its tensor '{stored.name}' does.", "Copy it again.") from error
     except OSError as error:
         raise ModelError(f"{stored.file} cannot be read: {error.strerror}.", "Does it still exist?") from error
@@ -155,38 +167,64 @@ def copy_tensors(
         ModelError: the source ends before its header says.
         OSError: the target cannot be written.
     """
-    tensors = sorted((tensor for tensor in tensors_of(source) if tensor.name in names), key=lambda tensor: tensor.start)
+    tensors = [tensor for tensor in tensors_of(source) if tensor.name in names]
+    tensors.sort(key=lambda tensor: tensor.start)
     header: dict[str, object] = {"__metadata__": {"format": "pt"}}
     end = 0
-    written: list[tuple[int, int] | torch.Tensor] = []
+    written: list[_Piece | torch.Tensor] = []
     for tensor in tensors:
-        shape, pieces = tensor.shape, [(tensor.start, tensor.start + tensor.size)]
+        shape = tensor.shape
+        pieces = [_Piece(tensor.start, tensor.size)]
         copied_rows = rows.get(tensor.name)
         if copied_rows is not None:
             width = tensor.size // shape[0]
             shape = (len(copied_rows), *shape[1:])
-            pieces = [(tensor.start + row * width, tensor.start + (row + 1) * width) for row in copied_rows]
-        size = sum(last - first for first, last in pieces)
-        header[names[tensor.name]] = {"dtype": tensor.dtype, "shape": shape, "data_offsets": [end, end + size]}
-        value = values.get(names[tensor.name])
-        assert value is None or (value.nbytes, value.dtype) == (size, DTYPES[tensor.dtype])
-        written += pieces if value is None else [value]
+            pieces = [_Piece(tensor.start + row * width, width) for row in copied_rows]
+        size = sum(piece.size for piece in pieces)
+        name = names[tensor.name]
+        header[name] = {"dtype": tensor.dtype, "shape": shape, "data_offsets": [end, end + size]}
+        if name in values:
+            value = values[name]
+            assert value.nbytes == size
+            assert value.dtype == DTYPES[tensor.dtype]
+            written.append(value)
+        else:
+            written += pieces
         end += size
     text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
-    text += b" " * (-len(text) % _ALIGNMENT)
+    padding = -len(text) % _ALIGNMENT
+    text += b" " * padding
     with source.open("rb", buffering=0) as file, target.open("xb") as out:
         out.write(struct.pack("<Q", len(text)) + text)
-        for piece in written:
-            if isinstance(piece, torch.Tensor):
-                out.write(piece.detach().contiguous().reshape(-1).view(torch.uint8).numpy().data)
-                continue
-            out.flush()
-            first, last = piece
-            while first < last:
-                size = os.sendfile(out.fileno(), file.fileno(), first, min(COPIED_AT_ONCE, last - first))
-                if not size:
-                    raise ModelError(f"{source} ends before its tensors do.", "Copy it again.")
-                first += size
+        for data in written:
+            if isinstance(data, torch.Tensor):
+                out.write(data.detach().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+            else:
+                _copy_piece(file, data, out)
         out.flush()
         os.fsync(out.fileno())
     return end
+
+
+@dataclass(frozen=True)
+class _Piece:
+    """Bytes of a file from an offset."""
+
+    start: int
+    size: int
+
+
+def _copy_piece(source: FileIO, piece: _Piece, out: BufferedWriter) -> None:
+    """Append bytes of a file to another one.
+
+    Raises:
+        ModelError: the source ends before the piece does.
+    """
+    out.flush()
+    first = piece.start
+    last = first + piece.size
+    while first < last:
+        copied = os.sendfile(out.fileno(), source.fileno(), first, min(COPIED_AT_ONCE, last - first))
+        if copied == 0:
+            raise ModelError(f"{source.name} ends before its tensors do.", "Copy it again.")
+        first += copied

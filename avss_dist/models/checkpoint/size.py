@@ -8,12 +8,11 @@ from __future__ import annotations
 
 import copy
 import re
-from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Hashable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, replace
-from functools import partial
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 from torch import nn
@@ -21,14 +20,28 @@ from torch import nn
 from avss_dist.core.errors import ModelError
 from avss_dist.core.process import bound
 from avss_dist.core.settings import Settings
-from avss_dist.models.checkpoint.loading import candidate_layers, compute_dtype, skeleton, text_config, without_head
+from avss_dist.models.checkpoint.loading import (
+    attention_implementation,
+    candidate_layers,
+    compute_dtype,
+    dtype_name,
+    hidden_size,
+    skeleton,
+    text_config,
+    without_head,
+)
 from avss_dist.models.checkpoint.locate import Checkpoint, find_checkpoint, stored_tensors
 from avss_dist.models.checkpoint.quantization import can_unpack, packed, quantization_method, unpacking_bytes
 from avss_dist.models.checkpoint.safetensors import TensorInfo
 from avss_dist.models.structure.head import LOGIT_BYTES
+from avss_dist.models.structure.layers import count_parameters
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig, PreTrainedModel
+
+FLOAT32_BYTES = 4
 T = TypeVar("T")
-_SKELETONS: ContextVar[dict[Any, Any] | None] = ContextVar("skeletons", default=None)
+_SKELETONS: ContextVar[dict[Hashable, Any] | None] = ContextVar("skeletons", default=None)
 _EXPERT = re.compile(r"(^|\.)experts(\.|$)")
 _ATTENTION = re.compile(r"attn|attention", re.IGNORECASE)
 
@@ -100,13 +113,19 @@ class Footprint:
         Args:
             head: include the logits that exist at once.
         """
-        logits = min(rows * tokens * self.vocabulary * 4, LOGIT_BYTES) if head else 0
-        width = 4 * self.hidden_size  # the layer's input, its normed copy, the sublayer's output, the update
-        scores = 0
-        if self.attention == "eager":  # two copies exist at once, beside one in float32; with others there is none
-            scores = rows * self.num_heads * tokens * tokens * (2 * self.element_bytes + 4)
-        attention = rows * tokens * (width + 6 * self.attention_width) * self.element_bytes + scores
-        return logits + max(attention, rows * tokens * (width + self.mlp_width) * self.element_bytes)
+        positions = rows * tokens
+        # The layer's input, its normed copy, the sublayer's output and the update exist at once.
+        width = 4 * self.hidden_size
+        attention = positions * (width + 6 * self.attention_width) * self.element_bytes
+        if self.attention == "eager":
+            # Two copies of the scores exist at once, beside one in float32. Other implementations have none.
+            score_bytes = 2 * self.element_bytes + FLOAT32_BYTES
+            attention += self.num_heads * positions * tokens * score_bytes
+        mlp = positions * (width + self.mlp_width) * self.element_bytes
+        activations = max(attention, mlp)
+        if head:
+            activations += min(positions * self.vocabulary * FLOAT32_BYTES, LOGIT_BYTES)
+        return activations
 
     def forward_flops(self, rows: int, tokens: int) -> int:
         """Return the floating-point operations of the layers in a forward pass, two for each multiply-add."""
@@ -124,70 +143,147 @@ def footprint(checkpoint: Checkpoint | str, settings: Settings) -> Footprint:
     Raises:
         ModelError: the checkpoint does not exist, or cannot be read or built.
     """
-    resolved = (
-        find_checkpoint(checkpoint, trust_remote_code=settings.trust_remote_code)
-        if isinstance(checkpoint, str)
-        else checkpoint
-    )
-    model, tensors = load_skeleton(resolved, settings)
-    loaded = stored_skeleton(resolved, model, settings)
-    text, method = model.config.get_text_config(), quantization_method(model.config)
-    dtype = compute_dtype(resolved, model.config, settings, tensors)
-    quantized = _stays_quantized(resolved, model, settings)
-    layers, loaded_layers = find_layers(model, settings), find_layers(loaded, settings)
-    stored, size = sum(tensor.size for tensor in tensors), _bytes(loaded)
-    if quantized and loaded is model and not stored:
+    if isinstance(checkpoint, str):
+        checkpoint = find_checkpoint(checkpoint, trust_remote_code=settings.trust_remote_code)
+    model, tensors = load_skeleton(checkpoint, settings)
+    loaded = stored_skeleton(checkpoint, model, settings)
+    dtype = compute_dtype(checkpoint, model.config, settings, tensors)
+    stored = sum(tensor.size for tensor in tensors)
+    quantized = _stays_quantized(checkpoint, model, settings)
+    if quantized and loaded is model and stored == 0:
         raise ModelError(
-            f"'{resolved.name}' is quantized ({method}), and its configuration alone does not tell the size of its "
-            "weights.",
+            f"'{checkpoint.name}' is quantized ({quantization_method(model.config)}), and its configuration alone does "
+            "not tell the size of its weights.",
             "Name the checkpoint on the hub, or a folder with its *.safetensors.",
         )
-    scale = stored / size if quantized and stored else 1.0
-    layer_bytes = tuple(int(_bytes(layer) * scale) for layer in loaded_layers)
-    experts = [p for name, p in max(loaded_layers, key=_bytes).named_parameters() if _is_expert(name)]
-    unpacking: dict[str, Any] = {}
-    if resolved.gguf or (method and settings.dequantize):
-        parts = [(unpacking_bytes(p), 0) for p in layers.parameters()]
-        if resolved.gguf:  # whose embeddings are quantized, too, and unpacked before there is a layer
-            parts += [(unpacking_bytes(p), max(map(_bytes, layers))) for p in model.parameters()]
-        if tensors:
-            share = stored / _bytes(model)
-        else:  # from the configuration alone
-            as_stored = stored_skeleton(resolved, model, replace(settings, dequantize=False))
-            share = _bytes(find_layers(as_stored, settings)) / _bytes(layers)
-        unpacking = {"unpacking_bytes": max(size - beside for size, beside in parts), "stored_share": share}
+    scale = 1.0
+    if quantized and stored:
+        scale = stored / _bytes(loaded)
+    sizes = _weight_sizes(loaded, find_layers(loaded, settings), scale)
+    unpacking = _unpacking(checkpoint, model, stored, settings)
+
+    layers = find_layers(model, settings)
+    text = model.config.get_text_config()
     heads = _number(text, "num_attention_heads")
-    width = heads * _number(text, "head_dim") or (_number(text, "hidden_size") if heads else 0)
-    chosen = _chosen_experts(text)
-    embeddings = token_embeddings(model)
-    undivided = _undivided(loaded, {*loaded_layers}, set())
-    attention_layers = [_attends(layer) for layer in layers]
+    attention_width = heads * _number(text, "head_dim")
+    if attention_width == 0 and heads:
+        attention_width = _number(text, "hidden_size")
+    attention_layers = 0
     cache_bytes = []
-    for index, attends in enumerate(attention_layers):
+    for index, layer in enumerate(layers):
+        attends = _attends(layer)
+        if attends and attention_width:
+            attention_layers += 1
         cache_bytes.append(_cache_bytes(text, index, attends, dtype.itemsize))
+    embeddings = token_embeddings(model)
+    embedding_bytes = _bytes(embeddings) if embeddings else 0
+    chosen = _chosen_experts(text)
+    mlp_width = max(_mlp_width(layer, chosen) for layer in layers)
     return Footprint(
-        num_parameters=sum(p.numel() for p in model.parameters()),
-        weight_bytes=int(size * scale),
-        layer_bytes=layer_bytes,
-        expert_bytes=int(parameter_bytes(experts) * scale),
-        module_bytes=tuple(int(size * scale) for size in undivided),
-        other_bytes=int(_bytes(without_head(loaded)) * scale) - sum(layer_bytes),
+        num_parameters=count_parameters(model),
+        weight_bytes=sizes.whole,
+        layer_bytes=sizes.layers,
+        expert_bytes=sizes.experts,
+        module_bytes=sizes.modules,
+        other_bytes=sizes.others,
         quantized=quantized,
-        can_unpack=not quantized or can_unpack(resolved, model.config),
+        can_unpack=_can_unpack(checkpoint, model.config, quantized),
+        unpacking_bytes=unpacking.extra_bytes,
+        stored_share=unpacking.stored_share,
         num_layers=len(layers),
-        hidden_size=int(getattr(text, "hidden_size", 0) or 0),
-        dtype=str(dtype).removeprefix("torch."),
-        attention=str(getattr(text, "_attn_implementation", None) or "eager"),
+        hidden_size=hidden_size(text),
+        dtype=dtype_name(dtype),
+        attention=attention_implementation(text),
         num_heads=heads,
-        attention_width=width,
-        attention_layers=sum(attention_layers) if width else 0,
+        attention_width=attention_width,
+        attention_layers=attention_layers,
         matmul_parameters=_matmul_parameters(layers, chosen),
-        mlp_width=max(_mlp_width(layer, chosen) for layer in layers),
+        mlp_width=mlp_width,
         vocabulary=_number(text, "vocab_size"),
-        embedding_bytes=_bytes(embeddings) if embeddings else 0,
+        embedding_bytes=embedding_bytes,
         cache_bytes=tuple(cache_bytes),
-        **unpacking,
     )
+
+
+@dataclass(frozen=True)
+class _WeightSizes:
+    """Bytes of the weights of a model.
+
+    Attributes:
+        whole: all weights.
+        layers: weights of each layer.
+        experts: routed experts of the largest layer.
+        modules: weights of each layer and of each other module without children, in order.
+        others: weights outside of the layers, without the head.
+    """
+
+    whole: int
+    layers: tuple[int, ...]
+    experts: int
+    modules: tuple[int, ...]
+    others: int
+
+
+def _weight_sizes(model: PreTrainedModel, layers: nn.ModuleList, scale: float) -> _WeightSizes:
+    """Return the sizes of the weights of a model.
+
+    Args:
+        scale: bytes of the stored weights, in multiples of those of the model.
+    """
+    layer_bytes = tuple(int(_bytes(layer) * scale) for layer in layers)
+    largest = max(layers, key=_bytes)
+    experts = [parameter for name, parameter in largest.named_parameters() if _is_expert(name)]
+    modules = _undivided(model, set(layers), set())
+    return _WeightSizes(
+        whole=int(_bytes(model) * scale),
+        layers=layer_bytes,
+        experts=int(parameter_bytes(experts) * scale),
+        modules=tuple(int(size * scale) for size in modules),
+        others=int(_bytes(without_head(model)) * scale) - sum(layer_bytes),
+    )
+
+
+@dataclass(frozen=True)
+class _Unpacking:
+    """Cost of unpacking quantized weights.
+
+    Attributes:
+        extra_bytes: largest number of bytes beside the weights.
+        stored_share: bytes of the weights in their files, in multiples of those in memory.
+    """
+
+    extra_bytes: int = 0
+    stored_share: float = 1.0
+
+
+def _unpacking(checkpoint: Checkpoint, model: PreTrainedModel, stored: int, settings: Settings) -> _Unpacking:
+    """Return the cost of unpacking the weights of a checkpoint, which is none if they are not unpacked.
+
+    Args:
+        model: the model of `load_skeleton`.
+        stored: bytes of the weights in their files; 0 if the files are not known.
+    """
+    is_dequantized = bool(quantization_method(model.config)) and settings.dequantize
+    if not checkpoint.gguf and not is_dequantized:
+        return _Unpacking()
+    layers = find_layers(model, settings)
+    extra = max(unpacking_bytes(parameter) for parameter in layers.parameters())
+    if checkpoint.gguf:
+        # Its embeddings are quantized, too, and unpacked before there is a layer.
+        largest_layer = max(_bytes(layer) for layer in layers)
+        largest = max(unpacking_bytes(parameter) for parameter in model.parameters())
+        extra = max(extra, largest - largest_layer)
+    if stored:
+        return _Unpacking(extra, stored / _bytes(model))
+    # The configuration alone tells how layers are stored.
+    as_stored = stored_skeleton(checkpoint, model, replace(settings, dequantize=False))
+    return _Unpacking(extra, _bytes(find_layers(as_stored, settings)) / _bytes(layers))
+
+
+def _can_unpack(checkpoint: Checkpoint, config: PreTrainedConfig, quantized: bool) -> bool:
+    if not quantized:
+        return True
+    return can_unpack(checkpoint, config)
 
 
 def _matmul_parameters(layers: Iterable[nn.Module], chosen: float) -> int:
@@ -198,8 +294,11 @@ def _matmul_parameters(layers: Iterable[nn.Module], chosen: float) -> int:
     """
     number = 0
     for layer in layers:
-        for name, _, size in _maps(layer):
-            number += int(size * chosen) if _is_expert(name) else size
+        for weight in _maps(layer):
+            if _is_expert(weight.name):
+                number += int(weight.elements * chosen)
+            else:
+                number += weight.elements
     return number
 
 
@@ -214,8 +313,10 @@ def _undivided(module: nn.Module, layers: Collection[nn.Module], counted: set[nn
     Args:
         counted: parameters that count no more, because they are tied to earlier ones.
     """
-    children = [] if module in layers else list(module.children())
-    own = {*module.parameters(recurse=not children)} - counted
+    children: list[nn.Module] = []
+    if module not in layers:
+        children = list(module.children())
+    own = set(module.parameters(recurse=not children)) - counted
     counted |= own
     if own:
         yield parameter_bytes(own)
@@ -223,7 +324,7 @@ def _undivided(module: nn.Module, layers: Collection[nn.Module], counted: set[nn
         yield from _undivided(child, layers, counted)
 
 
-def _stays_quantized(checkpoint: Checkpoint, model: Any, settings: Settings) -> bool:
+def _stays_quantized(checkpoint: Checkpoint, model: PreTrainedModel, settings: Settings) -> bool:
     """Whether the loaded weights stay quantized.
 
     A .gguf file is always unpacked.
@@ -231,16 +332,18 @@ def _stays_quantized(checkpoint: Checkpoint, model: Any, settings: Settings) -> 
     return quantization_method(model.config) is not None and not checkpoint.gguf and not settings.dequantize
 
 
-def load_skeleton(checkpoint: Checkpoint, settings: Settings) -> tuple[Any, Sequence[TensorInfo]]:
+def load_skeleton(checkpoint: Checkpoint, settings: Settings) -> tuple[PreTrainedModel, Sequence[TensorInfo]]:
     """Return a checkpoint's model on the meta device in the compute dtype, and the tensors that its headers list.
 
     Raises:
         ModelError: see `footprint`.
     """
 
-    def build() -> tuple[Any, Sequence[TensorInfo]]:
-        tensors, config = stored_tensors(checkpoint), text_config(checkpoint)
-        return skeleton(config, settings, compute_dtype(checkpoint, config, settings, tensors)), tensors
+    def build() -> tuple[PreTrainedModel, Sequence[TensorInfo]]:
+        tensors = stored_tensors(checkpoint)
+        config = text_config(checkpoint)
+        dtype = compute_dtype(checkpoint, config, settings, tensors)
+        return skeleton(config, settings, dtype), tensors
 
     return _shared(("skeleton", checkpoint, settings), build)
 
@@ -253,7 +356,7 @@ def sharing_skeletons() -> Iterator[None]:
         yield
 
 
-def _shared(key: Any, build: Callable[[], T]) -> T:
+def _shared(key: Hashable, build: Callable[[], T]) -> T:
     """Return the value of a function, or that of an earlier call with this key in `sharing_skeletons`."""
     built = _SKELETONS.get()
     if built is None:
@@ -263,20 +366,24 @@ def _shared(key: Any, build: Callable[[], T]) -> T:
     return built[key]
 
 
-def stored_skeleton(checkpoint: Checkpoint, model: Any, settings: Settings) -> Any:
+def stored_skeleton(checkpoint: Checkpoint, model: PreTrainedModel, settings: Settings) -> PreTrainedModel:
     """Return the model of `load_skeleton` with parameters of the size in which a device holds them.
 
     Weights that stay quantized are bytes, of the layouts that `quantization.packed` knows.
     """
     if not _stays_quantized(checkpoint, model, settings):
         return model
-    return (
-        _shared(("packed", checkpoint, settings), lambda: packed(checkpoint, model.config, copy.deepcopy(model)))
-        or model
-    )
+
+    def build() -> PreTrainedModel | None:
+        return packed(checkpoint, model.config, copy.deepcopy(model))
+
+    quantized = _shared(("packed", checkpoint, settings), build)
+    if quantized is None:
+        return model
+    return quantized
 
 
-def find_layers(model: Any, settings: Settings) -> nn.ModuleList:
+def find_layers(model: PreTrainedModel, settings: Settings) -> nn.ModuleList:
     """Return the layer list of a model, the first candidate if there are several.
 
     The model may be a skeleton.
@@ -296,7 +403,7 @@ def _bytes(module: nn.Module) -> int:
     return parameter_bytes(module.parameters())
 
 
-def token_embeddings(model: Any) -> nn.Module | None:
+def token_embeddings(model: PreTrainedModel) -> nn.Module | None:
     """Return the module of the token embeddings, or None if transformers does not know it."""
     try:
         return model.get_input_embeddings()
@@ -304,17 +411,14 @@ def token_embeddings(model: Any) -> nn.Module | None:
         return None
 
 
-def _number(config: Any, *names: str, layer: int | None = None) -> int:
+def _number(config: PreTrainedConfig, *names: str, layer: int | None = None) -> int:
     """Return the first of these attributes that is a positive integer, or 0.
 
     Args:
         layer: index of the layer in attributes that have a number for each layer. None takes the largest of these.
     """
     for name in names:
-        try:
-            value = getattr(config, name, None)
-        except RuntimeError:  # transformers' own, where layers differ
-            value = [getattr(layer_config, name, None) for layer_config in config.per_layer_config]
+        value = _attribute(config, name)
         if isinstance(value, (list, tuple)):
             by_layer = value if layer is None else value[layer : layer + 1]
             value = max((number for number in by_layer if isinstance(number, int)), default=0)
@@ -323,37 +427,62 @@ def _number(config: Any, *names: str, layer: int | None = None) -> int:
     return 0
 
 
-def _cache_bytes(config: Any, layer: int, attends: bool, itemsize: int) -> int:
+def _attribute(config: PreTrainedConfig, name: str) -> Any:
+    """Return an attribute of a configuration, a list of those of its layers if they differ, or None."""
+    try:
+        return getattr(config, name, None)
+    except RuntimeError:  # of transformers, where layers differ
+        return [getattr(layer_config, name, None) for layer_config in config.per_layer_config]
+
+
+def _cache_bytes(config: PreTrainedConfig, layer: int, attends: bool, itemsize: int) -> int:
     """Return the bytes of a layer's key-value cache for each token, 0 for a recurrent layer of constant state."""
     kinds = getattr(config, "layer_types", None) or ()
-    kind = str(kinds[layer]) if layer < len(kinds) else "attention"
+    kind = "attention"
+    if layer < len(kinds):
+        kind = str(kinds[layer])
     if not attends or "attention" not in kind or "linear" in kind:
         return 0
-    number = partial(_number, config, layer=layer)
-    if latent := number("kv_lora_rank"):
-        return (latent + number("qk_rope_head_dim")) * itemsize
-    heads = number("num_attention_heads")
-    width = number("head_dim") or (number("hidden_size") // heads if heads else 0)
-    return 2 * (number("num_key_value_heads") or heads) * width * itemsize
+    if latent := _number(config, "kv_lora_rank", layer=layer):
+        return (latent + _number(config, "qk_rope_head_dim", layer=layer)) * itemsize
+    heads = _number(config, "num_attention_heads", layer=layer)
+    width = _number(config, "head_dim", layer=layer)
+    if width == 0 and heads:
+        width = _number(config, "hidden_size", layer=layer) // heads
+    key_heads = _number(config, "num_key_value_heads", layer=layer) or heads
+    return 2 * key_heads * width * itemsize
 
 
 def _attends(layer: nn.Module) -> bool:
     return any(_ATTENTION.search(name.rpartition(".")[2]) for name, _ in layer.named_modules())
 
 
-def _chosen_experts(config: Any) -> float:
+def _chosen_experts(config: PreTrainedConfig) -> float:
     """Return the share of a layer's experts that a token is routed to, 1 without experts."""
     experts = _number(config, "num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts")
     chosen = _number(config, "num_experts_per_tok", "num_experts_per_token", "moe_topk", "moe_top_k", "moe_k", "top_k")
-    return min(1.0, chosen / experts) if experts and chosen else 1.0
+    if experts == 0 or chosen == 0:
+        return 1.0
+    return min(1.0, chosen / experts)
 
 
-def _maps(layer: nn.Module) -> Iterator[tuple[str, tuple[int, ...], int]]:
-    """Yield (name, shape, elements) of every weight of a layer that multiplies hidden states."""
+@dataclass(frozen=True)
+class _Map:
+    """Weight of a layer that multiplies hidden states: of a linear map, or of all experts."""
+
+    name: str
+    shape: tuple[int, ...]
+    elements: int
+
+
+def _maps(layer: nn.Module) -> Iterator[_Map]:
+    """Yield every weight of a layer that multiplies hidden states."""
     for name, parameter in layer.named_parameters():
         leaf = name.rpartition(".")[2]
-        if (leaf == "weight" and parameter.dim() in (2, 3)) or (parameter.dim() == 3 and _EXPERT.search(name)):
-            yield name, tuple(parameter.shape), parameter.numel()
+        is_matrix = leaf == "weight" and parameter.dim() in (2, 3)
+        is_stack = parameter.dim() == 3 and _EXPERT.search(name)
+        if is_matrix or is_stack:
+            yield _Map(name, tuple(parameter.shape), parameter.numel())
 
 
 def _mlp_width(layer: nn.Module, chosen: float) -> int:
@@ -362,9 +491,10 @@ def _mlp_width(layer: nn.Module, chosen: float) -> int:
     Experts count by their share.
     """
     width = 0.0
-    for name, shape, _ in _maps(layer):
-        if _is_expert(name):
-            width += max(shape[-2:]) * chosen * (shape[0] if len(shape) == 3 else 1)
-        elif not _ATTENTION.search(name.rpartition(".")[0]):
-            width += max(shape)
+    for weight in _maps(layer):
+        if _is_expert(weight.name):
+            number = weight.shape[0] if len(weight.shape) == 3 else 1
+            width += max(weight.shape[-2:]) * chosen * number
+        elif not _ATTENTION.search(weight.name.rpartition(".")[0]):
+            width += max(weight.shape)
     return int(width)
