@@ -7,7 +7,7 @@ which are interleaved in greenlets may differ, and their contexts may end in any
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
@@ -20,9 +20,9 @@ from torch import nn
 
 from avss_dist.core.process import bound
 
-Arguments = tuple[Any, ...]
+Arguments = Sequence[Any]
 """Positional arguments of a call of a module. Families differ in their number and types."""
-Keywords = dict[str, Any]
+Keywords = Mapping[str, Any]
 """Keyword arguments of a call of a module."""
 Output = Any
 """Output of a module: a tensor, or a tuple or ModelOutput of tensors and others."""
