@@ -21,6 +21,7 @@ from avss_dist.core.results import Table as Table
 from avss_dist.core.settings import Settings as Settings
 from avss_dist.distillation.distill import Distilled as Distilled
 from avss_dist.estimation import Estimate as Estimate
+from avss_dist.evaluation.session import EvaluationSession as EvaluationSession
 from avss_dist.partition.execution import Execution as Execution
 from avss_dist.plans.map_plans import PrecisionPlan
 from avss_dist.plans.map_plans import SparsityPlan

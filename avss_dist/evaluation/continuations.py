@@ -6,8 +6,9 @@ from collections.abc import Mapping, Sequence
 
 from avss_dist.core.errors import ModelError
 from avss_dist.core.intervention import Intervention, InterventionKey
+from avss_dist.evaluation.placed import PlacedModel
 from avss_dist.evaluation.planned_tasks import plan_text
-from avss_dist.evaluation.session import EvaluationSession, PlacedModel
+from avss_dist.evaluation.session import EvaluationSession
 from avss_dist.models.checkpoint.loading import load_tokenizer
 from avss_dist.partition.catalog import PARTITIONS
 from avss_dist.tasks.task import Task

@@ -9,7 +9,7 @@ from avss_dist.core.devices import Devices
 from avss_dist.core.settings import Settings
 from avss_dist.distillation.memory import LIBRARIES
 from avss_dist.evaluation.events import MemoryNeeded
-from avss_dist.evaluation.session import PlacedModel
+from avss_dist.evaluation.placed import PlacedModel
 from avss_dist.models.checkpoint.size import Footprint
 from avss_dist.models.structure.head import LOGIT_BYTES
 from avss_dist.partition.catalog import PARTITIONS

@@ -16,7 +16,7 @@ from avss_dist.corpus.overlap import MAX_SHARED, SHORTEST, plain_text, read_agai
 from avss_dist.corpus.seen import SeenText, distinct, seen_text
 from avss_dist.corpus.shards import CorpusPlan, Shard, tokenize_choices, tokenize_corpus, with_other_start
 from avss_dist.distillation.record import seen_by_checkpoint
-from avss_dist.evaluation.session import PlacedModel, PlannedTask
+from avss_dist.evaluation.placed import PlacedModel, PlannedTask
 from avss_dist.models.checkpoint.loading import load_tokenizer
 from avss_dist.models.checkpoint.locate import Checkpoint
 from avss_dist.plans.map_plans import PrecisionPlan

@@ -21,13 +21,10 @@ from avss_dist.core.intervention import NO_INTERVENTION, EncodedPatch, Intervent
 from avss_dist.core.settings import Settings
 from avss_dist.core.text import RedactedURI
 from avss_dist.corpus.shards import CorpusPlan
+from avss_dist.evaluation.limits import require_partition
+from avss_dist.evaluation.placed import PlacedModel, PlannedTask
 from avss_dist.evaluation.planned_tasks import plan_text
-from avss_dist.evaluation.session import (
-    EvaluationSession,
-    PlacedModel,
-    PlannedTask,
-    require_partition,
-)
+from avss_dist.evaluation.session import EvaluationSession
 from avss_dist.models.causal_lm import LanguageModel
 from avss_dist.models.change.patches import decode_patch, encode_patch
 from avss_dist.models.checkpoint.loading import without_head

@@ -5,17 +5,15 @@ from __future__ import annotations
 import json
 from collections import defaultdict
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
-from contextlib import closing, contextmanager, nullcontext
-from dataclasses import dataclass, replace
+from contextlib import closing, contextmanager
 from datetime import UTC, datetime
-from functools import cached_property
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
 from avss_dist.analysis.next_commands import HUB_COMMIT_LENGTH
-from avss_dist.core.errors import AvssError, ConfigError, RunFailed
-from avss_dist.core.fingerprint import NUMBERS_VERSION, fingerprint
+from avss_dist.core.errors import AvssError, RunFailed
+from avss_dist.core.fingerprint import fingerprint
 from avss_dist.core.intervention import (
     NO_INTERVENTION,
     Intervention,
@@ -25,169 +23,148 @@ from avss_dist.core.intervention import (
 )
 from avss_dist.core.process import package_versions
 from avss_dist.core.settings import Settings
-from avss_dist.corpus.seen import SeenText
 from avss_dist.distillation.curve import ignore
 from avss_dist.evaluation.events import CellDone, CellsStarted, CellUnderway, OnEvent
+from avss_dist.evaluation.placed import PlacedModel, PlannedTask
+from avss_dist.evaluation.planned_tasks import plan_task
 from avss_dist.models.checkpoint.loading import pin, require_head, text_config
 from avss_dist.models.checkpoint.locate import Checkpoint, resolve
-from avss_dist.partition.catalog import PARTITIONS, PartitionInfo
 from avss_dist.partition.choose import place
 from avss_dist.partition.execution import Execution
-from avss_dist.partition.placement import Placement, fingerprint_part
 from avss_dist.plans.choice import PlanError
 from avss_dist.plans.map_plans import PrecisionPlan
 from avss_dist.plans.seen import READ
 from avss_dist.runs.local import Executor, open_executor
 from avss_dist.runs.threads import Submissions
-from avss_dist.tasks.task import Cell, CellOutcome, CellResult, Measure, MetricRow, Result, Task, combine
+from avss_dist.tasks.task import Cell, CellOutcome, CellResult, MetricRow, Result, combine
 from avss_dist.warehouse.schema import RunIdentity
 from avss_dist.warehouse.store import Store
 
-MOST_LISTED = 1_000_000  # evaluations, or permutations: all are listed before the first is measured
-
-
-@dataclass(frozen=True, eq=False, kw_only=True)
-class PlacedModel:
-    """A checkpoint with every setting decided, and the placement of its replicas."""
-
-    checkpoint: Checkpoint
-    settings: Settings
-    placement: Placement
-
-    def plan(self, task: Task) -> PlannedTask:
-        """Return a task of the model, ready to be measured."""
-        return PlannedTask(checkpoint=self.checkpoint, settings=self.settings, task=task, placement=self.placement)
-
-    def reading(self, **options: Any) -> PlacedModel:
-        """Return the model with other `TextOptions`."""
-        return replace(self, settings=replace(self.settings, **options))
-
-
-@dataclass(frozen=True, eq=False, kw_only=True)
-class PlannedTask(PlacedModel):
-    """A task of one checkpoint, ready to be measured under any intervention."""
-
-    task: Task
-
-    @cached_property
-    def _run_ids(self) -> dict[str | None, str]:
-        """Ids of evaluations by sparsity, each hashed once."""
-        return {}
-
-    def run_id(self, intervention: Intervention = NO_INTERVENTION) -> str:
-        """Return the id of the evaluation that results under an intervention belong to.
-
-        Sparsity makes another evaluation. Removals, a patch and a rounding make other cells of the same one.
-        """
-        sparsity = intervention.key.sparsity
-        if sparsity not in self._run_ids:
-            digest = fingerprint(
-                schema=NUMBERS_VERSION,
-                checkpoint=self.checkpoint.revision,
-                task=self.task.key,
-                settings=self.settings.numbers(statistics=False),
-                **fingerprint_part(self.placement),
-                **({"sparsity": sparsity} if sparsity else {}),
-            )
-            self._run_ids[sparsity] = f"{self.checkpoint.slug}-{digest[:10]}"
-        return self._run_ids[sparsity]
-
-    @property
-    def seen(self) -> tuple[SeenText, ...]:
-        """Texts that it reads to measure something by which models are changed."""
-        return tuple(replace(text, by=self.run_id()) for text in self.task.read)
-
-    def cells(self, interventions: Iterable[Intervention] = (NO_INTERVENTION,)) -> list[Cell]:
-        """Return a cell for each part of the task under each distinct intervention."""
-        return [
-            self.cell(part, measure, intervention)
-            for intervention in dict.fromkeys(interventions)
-            for part, measure in enumerate(self.task.parts)
-        ]
-
-    def cell(self, part: int, measure: Measure, intervention: Intervention = NO_INTERVENTION) -> Cell:
-        """Return the cell of one part of the task under an intervention."""
-        return Cell(
-            run_id=self.run_id(intervention),
-            checkpoint=self.checkpoint,
-            settings=self.settings,
-            task=self.task.name,
-            part=part,
-            measure=measure,
-            placement=self.placement,
-            intervention=intervention,
-        )
-
-
 Work = Mapping[PlannedTask, Collection[Intervention]]
 """Tasks, each with the interventions under which it is measured."""
+RunRound = Callable[[Sequence[Cell]], Iterator[CellOutcome]]
+"""Function that measures a round of cells, and yields the outcome of each."""
+FailedCell = tuple[Cell, AvssError]
+"""A cell, and why it failed."""
 
 
 class EvaluationSession:
-    """Measures tasks of checkpoints on an executor, and stores every cell in a warehouse as soon as it is measured.
+    """Measures tasks of models on an executor, and stores every cell in a warehouse as soon as it is measured.
 
-    A cell is not measured again if the session has measured it, or if the warehouse has it and ``fresh`` is not set. A
-    cell whose file is damaged is measured again.
+    A cell is one part of a task under one intervention, such as a set of layers that are left out. It is not measured
+    again if the session has measured it, or if the warehouse has it and ``fresh`` is not set. A cell whose file is
+    damaged is measured again. `EvaluationSession.open` opens a session, `place` names a model, `plan_task` a task of
+    it, and `measure` measures. Inside `keeping_workers`, models stay open between measurements.
 
     Args:
         store: the warehouse.
+        executor: measures cells.
         execution: options that spread replicas.
         on_event: receives every event.
+        settings: settings of models that are placed without their own.
 
     Attributes:
         fresh: measure cells again that are in the warehouse, once per session.
     """
 
     def __init__(
-        self, store: Store, executor: Executor, execution: Execution | None = None, on_event: OnEvent | None = None
+        self,
+        store: Store,
+        executor: Executor,
+        execution: Execution | None = None,
+        on_event: OnEvent | None = None,
+        settings: Settings | None = None,
     ) -> None:
         self.store = store
         self.executor = executor
         self.execution = execution or Execution()
+        self.settings = settings or Settings()
         self.fresh = self.execution.fresh
         self.on_event = ignore if on_event is None else on_event
         self._measured: defaultdict[str, set[str]] = defaultdict(set)  # ids of this session's cells, by evaluation
-        self._workers: Callable[[Sequence[Cell]], Iterator[CellOutcome]] | None = None
+        self._workers: RunRound | None = None
 
     @classmethod
     @contextmanager
     def open(
-        cls, warehouse: str | Path, settings: Settings, execution: Execution, on_event: OnEvent | None = None
+        cls,
+        warehouse: str | Path,
+        settings: Settings | None = None,
+        execution: Execution | None = None,
+        on_event: OnEvent | None = None,
     ) -> Iterator[EvaluationSession]:
         """Create a warehouse if it does not exist, and start an executor, which is closed at the end of the block.
+
+        Args:
+            warehouse: folder or URI of the warehouse.
+            settings: settings of the models and texts; the defaults without them.
+            execution: partition, replicas and executor; the defaults without it.
+            on_event: receives every event.
 
         Raises:
             AvssError: the warehouse or the executor cannot be opened.
         """
+        settings = settings or Settings()
+        execution = execution or Execution()
         store = Store(warehouse)
         store.storage.create()
         with closing(open_executor(execution, settings)) as executor:
-            yield cls(store, executor, execution, on_event)
+            yield cls(store, executor, execution, on_event, settings)
 
-    def place(self, checkpoint: Checkpoint, settings: Settings, execution: Execution | None = None) -> PlacedModel:
-        """Decide every setting of a checkpoint, and the placement of its replicas.
+    def place(
+        self, model: str | Checkpoint, settings: Settings | None = None, execution: Execution | None = None
+    ) -> PlacedModel:
+        """Decide every setting of a model, and the placement of its replicas. Nothing is loaded yet.
 
         Args:
+            model: hub id or folder of the model, or its checkpoint.
+            settings: those of the session by default.
             execution: options of the placement; those of the session by default.
 
         Raises:
             ConfigError: the requirements of the partition are not met.
-            ModelError: the checkpoint has no head, or cannot read such rows.
+            ModelError: the checkpoint is not found, has no head, or cannot read such rows.
         """
+        settings = settings or self.settings
+        execution = execution or self.execution
+        checkpoint = model
+        if isinstance(checkpoint, str):
+            checkpoint = resolve(checkpoint, trust_remote_code=settings.trust_remote_code)
         config = text_config(checkpoint)
         require_head(checkpoint.name, config)
-        fixed = pin(settings, checkpoint, config, self.executor.devices.kind)
-        placement = place(checkpoint, fixed, execution or self.execution, self.executor.devices, head=True)
+        pinned = pin(settings, checkpoint, config, self.executor.devices.kind)
+        placement = place(checkpoint, pinned, execution, self.executor.devices, head=True)
         self.executor.replicas(placement)
-        return PlacedModel(checkpoint=checkpoint, settings=fixed, placement=placement)
+        return PlacedModel(checkpoint=checkpoint, settings=pinned, placement=placement)
+
+    def plan_task(self, model: PlacedModel, name: str) -> PlannedTask:
+        """Return a task of a model, ready to be measured.
+
+        Args:
+            name: ``perplexity:CORPUS``, ``truthfulqa:FILE``, or a task of lm-evaluation-harness.
+
+        Raises:
+            AvssError: no task has this name, or its data cannot be loaded.
+        """
+        return plan_task(model, name)
 
     def measure(self, work: Work) -> dict[PlannedTask, list[Result]]:
         """Measure tasks under interventions, write the results, and return them by task.
 
+        Args:
+            work: tasks, each with its interventions.
+
+        Returns:
+            Results of each task in every metric. They tell their intervention, and include those that were measured
+            earlier.
+
         Raises:
             AvssError: a mistake, or a cell that failed. Measured cells remain in the warehouse.
         """
-        return self.run((cell for task, interventions in work.items() for cell in task.cells(interventions)), work)
+        cells: list[Cell] = []
+        for task, interventions in work.items():
+            cells += task.cells(interventions)
+        return self.run(cells, work)
 
     def results(self, planned: PlannedTask, interventions: Iterable[Intervention] = (NO_INTERVENTION,)) -> list[Result]:
         """Write and return the results of the evaluations that interventions belong to, combined from all cells.
@@ -198,7 +175,8 @@ class EvaluationSession:
         if planned.task.read:
             settings[READ] = [text.values() for text in planned.task.read]
         results = []
-        for run_id in dict.fromkeys(map(planned.run_id, interventions)):
+        run_ids = dict.fromkeys(planned.run_id(intervention) for intervention in interventions)
+        for run_id in run_ids:
             cells = self.store.cells.read(run_id).to_pylist()
             combined = combine(cells, len(planned.task.parts))
             if not combined:
@@ -223,17 +201,16 @@ class EvaluationSession:
         rounding = intervention.key.rounding
         run_id = planned.run_id(intervention)
         common = {"rounding": rounding, "method": plan.why.get("by"), "created_at": datetime.now(UTC)}
-        rows = [
-            {
-                **common,
+        rows = []
+        for entry in plan.rounded:
+            row = {
                 "layer": entry.layer,
                 "map": entry.map,
                 "format": entry.format,
                 "num_weights": entry.weights,
                 "bits_per_weight": entry.bits,
             }
-            for entry in plan.rounded
-        ]
+            rows.append(common | row)
         family = self.store.cells.read(run_id)["family"][0].as_py()
         self.store.write_rows(
             "precision", identity(planned.checkpoint, run_id, family), rows, fingerprint(rounding=rounding)[:20]
@@ -242,7 +219,8 @@ class EvaluationSession:
     @contextmanager
     def keeping_workers(self) -> Iterator[None]:
         """Keep workers and their open models between calls inside the block, for cells that depend on earlier ones."""
-        with self._open_workers() as self._workers:
+        with self._open_workers() as workers:
+            self._workers = workers
             try:
                 yield
             finally:
@@ -264,42 +242,64 @@ class EvaluationSession:
         requested = {(cell.run_id, cell.cell_id): cell for cell in cells}
         missing = [cell for cell in requested.values() if fits or not self.is_known(cell)]
         self.on_event(CellsStarted(list(requested.values()), len(requested) - len(missing)))
-        failed = []
-        with nullcontext(self._workers) if self._workers and not fits else self._open_workers() as run_round:
-            for cell, outcome in run_round(missing):
-                if isinstance(outcome, AvssError):
-                    failed.append((cell, outcome))
-                    if fits and not isinstance(outcome, RunFailed):
-                        break
-        results = {planned: self.results(planned, interventions) for planned, interventions in (tasks or {}).items()}
+        if self._workers is not None and not fits:
+            failed = self._run_round(self._workers, missing, fits=fits)
+        else:
+            with self._open_workers() as workers:
+                failed = self._run_round(workers, missing, fits=fits)
+        results = {}
+        if tasks is not None:
+            for planned, interventions in tasks.items():
+                results[planned] = self.results(planned, interventions)
         if failed:
             raise failure(failed)
         return results
 
+    def _run_round(self, workers: RunRound, cells: Sequence[Cell], *, fits: bool) -> list[FailedCell]:
+        """Measure cells on open workers, and return those that failed.
+
+        Args:
+            fits: stop once a cell has failed because of a mistake of the user.
+        """
+        failed: list[FailedCell] = []
+        for cell, outcome in workers(cells):
+            if not isinstance(outcome, AvssError):
+                continue
+            failed.append((cell, outcome))
+            is_mistake = not isinstance(outcome, RunFailed)
+            if fits and is_mistake:
+                break
+        return failed
+
     @contextmanager
-    def _open_workers(self) -> Iterator[Callable[[Sequence[Cell]], Iterator[CellOutcome]]]:
+    def _open_workers(self) -> Iterator[RunRound]:
         """Open workers that keep their models between rounds of cells, and release them at the end of the block.
 
         The function of the context measures a round: it stores and yields the outcome of every cell, in any order. All
         must be taken before the next round.
         """
         rounds: Submissions[Sequence[Cell]] = Submissions()
-        outcomes = self.executor.run_cells(rounds, lambda *progress: self.on_event(CellUnderway(*progress)))
+        outcomes = self.executor.run_cells(rounds, self._report_progress)
 
-        def run(cells: Sequence[Cell]) -> Iterator[CellOutcome]:
+        def run_round(cells: Sequence[Cell]) -> Iterator[CellOutcome]:
             if cells:
                 rounds.submit(cells)
             for cell, outcome in islice(outcomes, len(cells)):
+                notes: Sequence[str] = ()
                 if isinstance(outcome, CellResult):
                     self._write(cell, outcome)
-                self.on_event(CellDone(cell, getattr(outcome, "notes", ())))
+                    notes = outcome.notes
+                self.on_event(CellDone(cell, notes))
                 yield cell, outcome
 
         try:
-            yield run
+            yield run_round
         finally:
             rounds.close()
             outcomes.close()
+
+    def _report_progress(self, cell: Cell, step: str, share: float) -> None:
+        self.on_event(CellUnderway(cell, step, share))
 
     def _write(self, cell: Cell, measured: CellResult) -> None:
         """Write the rows of a measured cell, and the patches that it has fitted."""
@@ -365,7 +365,7 @@ def _evaluation_rows(results: Iterable[Result], cells: Sequence[Mapping[str, Any
             }
 
 
-def failure(failed: Sequence[tuple[Cell, AvssError]]) -> AvssError:
+def failure(failed: Sequence[FailedCell]) -> AvssError:
     """Return one error for all cells that failed: the first mistake, or else the first failure."""
     mistakes = [(cell, error) for cell, error in failed if not isinstance(error, RunFailed)]
     cell, error = (mistakes or failed)[0]
@@ -376,54 +376,6 @@ def failure(failed: Sequence[tuple[Cell, AvssError]]) -> AvssError:
         subject += f" without {layers}{describe_removed(removed)}"
     more = f" {len(failed) - 1} more failed." if len(failed) > 1 else ""
     return type(error)(f"{subject}: {error.message}{more}", error.hint)
-
-
-def require_partition(
-    partition: str, is_able: Callable[[PartitionInfo], bool], problem: str, hint: str = "Use {}."
-) -> None:
-    """Refuse a partition without a capability. ``auto`` is not refused.
-
-    Args:
-        is_able: whether a partition has the capability.
-        problem: end of the message, such as "has no gradients."
-        hint: hint of the error, with a place for the partitions that have the capability.
-
-    Raises:
-        ConfigError: the partition lacks the capability.
-    """
-    if partition != "auto" and not is_able(PARTITIONS[partition]):
-        able = ", ".join(name for name, info in PARTITIONS.items() if is_able(info))
-        raise ConfigError(f"`partition` {partition} {problem}", hint.format(able))
-
-
-def require_intended(number: int, maximum: int, message: str, hint: str, *, allow_many: bool) -> None:
-    """Refuse more work than a maximum unless ``allow_many`` is set. Call it before work of that size is listed.
-
-    Args:
-        number: units of work.
-        maximum: units of work that need no permission.
-        message: message of the error, with a place for the number: ``"{} passes would be made"``.
-        hint: options that reduce the work.
-
-    Raises:
-        ConfigError: ``number`` is larger than ``maximum``, and ``allow_many`` is not set.
-    """
-    if number > maximum and not allow_many:
-        raise ConfigError(f"{message.format(f'{number:,}')}.", f"{hint} More than {maximum:,} need `allow_many`.")
-
-
-def require_listable(number: int, units: str, hint: str) -> None:
-    """Refuse more units of work than can be listed, even if ``allow_many`` is set.
-
-    Args:
-        units: name of the units, a plural.
-        hint: options that reduce the work.
-
-    Raises:
-        ConfigError: ``number`` is larger than `MOST_LISTED`.
-    """
-    if number > MOST_LISTED:
-        raise ConfigError(f"{number:,} {units} are more than one command takes: {MOST_LISTED:,}.", hint)
 
 
 def checkpoint_of_run(run: Mapping[str, Any], *, trust_remote_code: bool) -> Checkpoint:

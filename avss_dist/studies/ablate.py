@@ -27,16 +27,11 @@ from avss_dist.core.text import RedactedURI
 from avss_dist.corpus.seen import ABLATION, PRECISION, seen_text
 from avss_dist.corpus.shards import CorpusPlan, Shard
 from avss_dist.distillation.curve import Preparing, ignore
+from avss_dist.evaluation.limits import require_intended, require_listable, require_partition
 from avss_dist.evaluation.memory import estimate_memory
+from avss_dist.evaluation.placed import PlacedModel, PlannedTask
 from avss_dist.evaluation.planned_tasks import plan_text
-from avss_dist.evaluation.session import (
-    EvaluationSession,
-    PlacedModel,
-    PlannedTask,
-    require_intended,
-    require_listable,
-    require_partition,
-)
+from avss_dist.evaluation.session import EvaluationSession
 from avss_dist.models.checkpoint.loading import text_config
 from avss_dist.models.checkpoint.locate import resolve
 from avss_dist.models.checkpoint.quantization import require_unquantized

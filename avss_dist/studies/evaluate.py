@@ -17,8 +17,9 @@ from avss_dist.core.intervention import NO_INTERVENTION, Intervention
 from avss_dist.core.results import TabularResult
 from avss_dist.core.settings import Settings
 from avss_dist.core.text import RedactedURI, basename
+from avss_dist.evaluation.placed import PlannedTask
 from avss_dist.evaluation.planned_tasks import plan_task, refuse_seen, row_start_task
-from avss_dist.evaluation.session import EvaluationSession, PlannedTask, results_under
+from avss_dist.evaluation.session import EvaluationSession, results_under
 from avss_dist.models.checkpoint.loading import candidate_layers
 from avss_dist.models.checkpoint.locate import Checkpoint, resolve
 from avss_dist.models.checkpoint.size import load_skeleton

@@ -22,17 +22,11 @@ from avss_dist.core.text import RedactedURI
 from avss_dist.corpus.seen import ABLATION, SeenText
 from avss_dist.corpus.shards import CorpusPlan
 from avss_dist.distillation.curve import ignore
+from avss_dist.evaluation.limits import require_intended, require_listable
+from avss_dist.evaluation.placed import PlacedModel, PlannedTask
 from avss_dist.evaluation.planned_tasks import earlier_texts, plan_task, plan_text_task, refuse_overlaps
 from avss_dist.evaluation.repairs import Patches, fit_of, fit_repairs, plan_fits, require_changeable
-from avss_dist.evaluation.session import (
-    EvaluationSession,
-    PlacedModel,
-    PlannedTask,
-    identity,
-    require_intended,
-    require_listable,
-    results_under,
-)
+from avss_dist.evaluation.session import EvaluationSession, identity, results_under
 from avss_dist.models.checkpoint.loading import text_config
 from avss_dist.models.checkpoint.locate import resolve
 from avss_dist.planning.criteria import criterion_values, read_layers
@@ -311,7 +305,7 @@ def run_experiment(job: JobFile, request: RunJobRequest) -> tuple[list[Run], lis
 
     Args:
         job: job with a section ``experiment``.
-        request: permissions, and fields of ``settings.Execution`` in place of the job's.
+        request: permissions, and fields of `Execution` in place of the job's.
 
     Returns:
         The scored runs, and the rows of ``experiments``, of whose RunIdentity only ``run_id`` and ``model`` are given.

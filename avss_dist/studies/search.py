@@ -14,9 +14,10 @@ from avss_dist.core.text import RedactedURI, describe_layers
 from avss_dist.corpus import seen
 from avss_dist.corpus.seen import SeenText
 from avss_dist.corpus.shards import CorpusPlan
+from avss_dist.evaluation.placed import PlacedModel, PlannedTask
 from avss_dist.evaluation.planned_tasks import plan_text_task
 from avss_dist.evaluation.repairs import fit_of, fit_repairs, plan_fits
-from avss_dist.evaluation.session import EvaluationSession, PlacedModel, PlannedTask, checkpoint_of_run
+from avss_dist.evaluation.session import EvaluationSession, checkpoint_of_run
 from avss_dist.models.checkpoint.loading import text_config
 from avss_dist.planning.criteria import read_layers
 from avss_dist.planning.evaluated import evaluated_lines

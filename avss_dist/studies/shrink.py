@@ -29,14 +29,10 @@ from avss_dist.distillation.record import DistillRecord
 from avss_dist.distillation.teacher_text import with_own_text
 from avss_dist.evaluation.continuations import Continuation, Prompt, continue_prompts, held_out_prompts
 from avss_dist.evaluation.events import OnEvent
+from avss_dist.evaluation.placed import PlacedModel, PlannedTask
 from avss_dist.evaluation.planned_tasks import earlier_texts, plan_task, plan_text, refuse_overlaps
 from avss_dist.evaluation.repairs import copies_of, fit_of, fit_repairs, plan_fits, read_repaired, require_changeable
-from avss_dist.evaluation.session import (
-    EvaluationSession,
-    PlacedModel,
-    PlannedTask,
-    results_under,
-)
+from avss_dist.evaluation.session import EvaluationSession, results_under
 from avss_dist.models.checkpoint.loading import require_head, text_config
 from avss_dist.models.checkpoint.locate import Checkpoint, resolve
 from avss_dist.models.checkpoint.weight_files import weight_files

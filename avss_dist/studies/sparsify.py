@@ -13,8 +13,9 @@ import numpy as np
 from avss_dist.core.text import RedactedURI
 from avss_dist.corpus.seen import SPARSITY, SeenText, seen_text
 from avss_dist.corpus.shards import Shard
+from avss_dist.evaluation.limits import require_partition
 from avss_dist.evaluation.planned_tasks import plan_text
-from avss_dist.evaluation.session import EvaluationSession, checkpoint_of_run, require_partition
+from avss_dist.evaluation.session import EvaluationSession, checkpoint_of_run
 from avss_dist.planning.sparsity import (
     MEASURED_METHODS,
     READ_TEXT,

@@ -117,6 +117,14 @@ def test_a_score_of_another_model_is_refused_wherever_scores_are_read(tmp_path: 
         getattr(avss_dist, command)(warehouse=tmp_path, by=[f"{tmp_path}/other.csv:mine"], **options.get(command, {}))
 
 
+def test_a_mapping_of_scores_is_compared_with_the_ground_truth(tmp_path: Path) -> None:
+    run_id = write_run(Warehouse(tmp_path), "alpha", 6, revision="main")
+    write_removals(Warehouse(tmp_path), run_id, "main", 6)
+    values = {layer: float(layer) for layer in range(6)}
+    cards = avss_dist.findings(warehouse=tmp_path, truth=True, by=[values])
+    assert "values" in cards.table()["score"].to_pylist()
+
+
 def test_a_table_of_another_model_alone_says_nothing_about_a_run(root: Path) -> None:
     """It may be one of several models that are shown or reported together."""
     Path("other.csv").write_text("layer,mine,model\n" + "".join(f"{layer},1,other\n" for layer in range(8)))

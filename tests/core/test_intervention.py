@@ -35,7 +35,7 @@ from avss_dist.core.intervention import (
     sublayers_of,
 )
 from avss_dist.core.settings import Settings
-from avss_dist.evaluation.session import PlannedTask
+from avss_dist.evaluation.placed import PlannedTask
 from avss_dist.models.checkpoint.locate import Checkpoint, resolve
 from avss_dist.partition.placement import Placement
 from avss_dist.tasks.task import Task
@@ -173,7 +173,7 @@ def test_an_evaluation_is_hashed_once(checkpoint: Checkpoint, monkeypatch: pytes
         hashed.append(parts)
         return fingerprint(**parts)
 
-    monkeypatch.setattr("avss_dist.evaluation.session.fingerprint", counted)
+    monkeypatch.setattr("avss_dist.evaluation.placed.fingerprint", counted)
     without = NO_INTERVENTION.without(1)
     cells = planned.cells([NO_INTERVENTION, without, replace(without, sparsity=SPARSITY)])
     assert (len(cells), len({cell.run_id for cell in cells}), len(hashed)) == (15, 2, 2)

@@ -24,8 +24,8 @@ from avss_dist import ablate, evaluate, score
 from avss_dist.analysis.findings import findings
 from avss_dist.core.errors import AvssError, ConfigError, CorpusError
 from avss_dist.core.settings import Settings
+from avss_dist.evaluation.placed import PlacedModel
 from avss_dist.evaluation.planned_tasks import earlier_texts, plan_task, refuse_overlap
-from avss_dist.evaluation.session import PlacedModel
 from avss_dist.models.checkpoint.locate import resolve
 from avss_dist.partition.placement import Placement
 from avss_dist.plans.plan import Plan, read_plan

@@ -21,7 +21,7 @@ from avss_dist.analysis.scorecard import best_readings, score_cards
 from avss_dist.core.errors import ConfigError
 from avss_dist.core.intervention import encode_removals
 from avss_dist.core.settings import Settings
-from avss_dist.evaluation.session import PlannedTask
+from avss_dist.evaluation.placed import PlannedTask
 from avss_dist.models.checkpoint.locate import Checkpoint
 from avss_dist.partition.placement import Placement
 from avss_dist.plans.choice import Choice

@@ -17,7 +17,7 @@ import avss_dist
 from avss_dist.core.settings import Settings
 from avss_dist.evaluation.events import CellsStarted, MemoryNeeded
 from avss_dist.evaluation.memory import activations_of, estimate_memory, measure_bytes
-from avss_dist.evaluation.session import PlacedModel
+from avss_dist.evaluation.placed import PlacedModel
 from avss_dist.models.causal_lm import LanguageModel
 from avss_dist.models.checkpoint.locate import resolve
 from avss_dist.models.checkpoint.size import footprint

@@ -30,9 +30,10 @@ from avss_dist.core.errors import AvssError, ConfigError, DamagedFile
 from avss_dist.core.intervention import NO_INTERVENTION, InterventionKey
 from avss_dist.core.settings import Settings
 from avss_dist.evaluation.events import CellUnderway, Event
+from avss_dist.evaluation.placed import PlacedModel, PlannedTask
 from avss_dist.evaluation.planned_tasks import plan_text_task
 from avss_dist.evaluation.repairs import fit_repairs, plan_fits, read_repaired
-from avss_dist.evaluation.session import EvaluationSession, PlacedModel, PlannedTask
+from avss_dist.evaluation.session import EvaluationSession
 from avss_dist.models.change.patches import decode_patch, encode_patch, patch_changes
 from avss_dist.models.checkpoint.loading import open_module
 from avss_dist.models.checkpoint.locate import resolve

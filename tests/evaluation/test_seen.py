@@ -18,8 +18,8 @@ from avss_dist.core.errors import ConfigError
 from avss_dist.core.settings import Settings
 from avss_dist.corpus.seen import SeenText
 from avss_dist.evaluation import planned_tasks
+from avss_dist.evaluation.placed import PlacedModel
 from avss_dist.evaluation.planned_tasks import plan_task, refuse_seen
-from avss_dist.evaluation.session import PlacedModel
 from avss_dist.models.checkpoint.locate import resolve
 from avss_dist.partition.placement import Placement
 from avss_dist.plans.plan import ModelPlan, Plan, read_checked_plan, read_plan

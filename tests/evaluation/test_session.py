@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import math
+import textwrap
 from contextlib import closing
 from pathlib import Path
 from types import SimpleNamespace
@@ -12,17 +13,22 @@ from typing import Any
 import numpy as np
 import pytest
 from support.causal_lm import SMALL
+from support.documentation import DOCS, code_blocks, read
 
 from avss_dist.analysis.verdict import judgement, lacks_interval
 from avss_dist.core.errors import AvssError, BatchTooLarge, as_failure
 from avss_dist.core.intervention import NO_INTERVENTION, InterventionKey
 from avss_dist.core.settings import Settings
 from avss_dist.evaluation.events import CellDone, CellsStarted, Event
+from avss_dist.evaluation.placed import PlannedTask
 from avss_dist.evaluation.planned_tasks import plan_text_task
-from avss_dist.evaluation.session import EvaluationSession, PlannedTask, failure, results_under
+from avss_dist.evaluation.session import EvaluationSession, failure, results_under
 from avss_dist.models.checkpoint.locate import resolve
 from avss_dist.partition.execution import Execution
+from avss_dist.partition.replica import Replica
+from avss_dist.runs import work
 from avss_dist.runs.local import LocalExecutor
+from avss_dist.runs.work import ReplicaSpec
 from avss_dist.stats.intervals import jackknife_interval
 from avss_dist.stats.layer_stats import Float64
 from avss_dist.stats.metrics import LOSS
@@ -71,6 +77,28 @@ def session_of(
 
 def task_of(session: EvaluationSession, model: Path) -> PlannedTask:
     return plan_text_task(session.place(resolve(str(model)), SETTINGS), TEXT)
+
+
+def test_the_example_of_the_guide_measures_two_things_on_one_loaded_model(
+    tiny_llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The second measurement goes by the first, and the model is opened once."""
+    (example,) = code_blocks(read(DOCS / "guides" / "evaluate.md"), "python")
+    (tmp_path / "heldout.txt").write_text(Path(textwrap.__file__).read_text())
+    monkeypatch.chdir(tmp_path)
+    opened = []
+
+    class CountedSpec(ReplicaSpec):
+        def open(self) -> Replica:
+            opened.append(self)
+            return super().open()
+
+    monkeypatch.setattr(work, "ReplicaSpec", CountedSpec)
+    exec(example.replace("org/name", str(tiny_llama)), {})
+    removals = [line.partition(" loss ")[0] for line in capsys.readouterr().out.splitlines()]
+    assert {"()", "(0,)", "(1,)", "(2,)"} < {*removals}
+    assert len(removals) == len({*removals}) == 6, "the whole model, each of three layers, and two pairs"
+    assert len(opened) == 1
 
 
 def test_nothing_is_measured_twice(tiny_llama: Path, tmp_path: Path) -> None:

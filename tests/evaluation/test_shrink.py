@@ -38,9 +38,10 @@ from avss_dist.distillation import memory
 from avss_dist.distillation.curve import CurvePoint, TrainingAdvanced
 from avss_dist.distillation.record import read_record
 from avss_dist.evaluation import continuations
+from avss_dist.evaluation.placed import PlacedModel
 from avss_dist.evaluation.planned_tasks import plan_text
 from avss_dist.evaluation.repairs import copies_of
-from avss_dist.evaluation.session import EvaluationSession, PlacedModel
+from avss_dist.evaluation.session import EvaluationSession
 from avss_dist.models.causal_lm import LanguageModel
 from avss_dist.models.checkpoint.loading import load_tokenizer
 from avss_dist.models.checkpoint.locate import resolve

@@ -33,7 +33,7 @@ from avss_dist.core.intervention import NO_INTERVENTION, Intervention
 from avss_dist.core.settings import Settings
 from avss_dist.corpus.shards import CorpusPlan
 from avss_dist.distillation.curve import ignore
-from avss_dist.evaluation.session import PlannedTask
+from avss_dist.evaluation.placed import PlannedTask
 from avss_dist.models.checkpoint.locate import Checkpoint, resolve
 from avss_dist.models.checkpoint.size import footprint
 from avss_dist.partition.placement import Placement
