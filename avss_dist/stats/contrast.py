@@ -20,6 +20,7 @@ from avss_dist.stats.scores import Parts, avss, share
 PERMUTATIONS = 1000  # at least; with many layers more, so that a corrected p-value can be small
 PER_LAYER = 40
 FOLDS = 5
+ROUNDING = 1e-12  # relative difference of equal deviations
 Bools = NDArray[np.bool_]
 
 
@@ -58,49 +59,58 @@ class Answers:
         return self.where(np.isin(self.pair, pairs))
 
 
-def parts(a: Answers, weights: Float64, recipe: str) -> Parts:
+def parts(answers: Answers, weights: Float64, recipe: str) -> Parts:
     """Return the parts of AVSS (variance, near-zero elements, elements) of weighted answers.
 
     Args:
         weights: float64[..., rows], the weight of each answer.
         recipe: ``pooled`` or ``element``.
     """
-    variance = _pooled_variance(a, weights) if recipe == "pooled" else _element_variance(a, weights)
-    return Parts(variance=variance, near_zero=weights @ a.stats["near_zero"], total=weights @ a.stats["count"])
+    if recipe == "pooled":
+        variance = _pooled_variance(answers, weights)
+    else:
+        variance = _element_variance(answers, weights)
+    near_zero = weights @ answers.stats["near_zero"]
+    total = weights @ answers.stats["count"]
+    return Parts(variance, near_zero, total)
 
 
-def _pooled_variance(a: Answers, weights: Float64) -> Float64:
+def _pooled_variance(answers: Answers, weights: Float64) -> Float64:
     """Return the weighted mean of the answers' pooled variances, float64[..., layers]."""
-    pooled = a.stats["pooled_variance"]
-    finite = np.isfinite(pooled)
+    pooled = answers.stats["pooled_variance"]
+    is_finite = np.isfinite(pooled)
+    total = weights @ np.where(is_finite, pooled, 0)
+    number = weights @ is_finite.astype(np.float64)
     with np.errstate(divide="ignore", invalid="ignore"):
-        return (weights @ np.where(finite, pooled, 0)) / (weights @ finite.astype(np.float64))
+        mean: Float64 = total / number
+    return mean
 
 
-def _element_variance(a: Answers, weights: Float64) -> Float64:
+def _element_variance(answers: Answers, weights: Float64) -> Float64:
     """Return the weighted variance over elements, float64[..., layers].
 
     Moments are taken about the mean of all answers, which avoids cancellation.
     """
-    counts = a.stats["count"]
+    counts = answers.stats["count"]
     with np.errstate(divide="ignore", invalid="ignore"):
-        mean = np.where(counts > 0, a.stats["mean"], 0)
-        shifted = mean - (counts * mean).sum(axis=0) / counts.sum(axis=0)
+        mean = np.where(counts > 0, answers.stats["mean"], 0)
+        mean_of_all = (counts * mean).sum(axis=0) / counts.sum(axis=0)
+        shifted = mean - mean_of_all
         count = weights @ counts
         first = (weights @ (counts * shifted)) / count
-        second = (weights @ (a.stats["m2"] + counts * shifted**2)) / count
+        second = (weights @ (answers.stats["m2"] + counts * shifted**2)) / count
         variance: Float64 = second - first**2
     return variance
 
 
-def both_sides(a: Answers, weights: Float64, hallucinated: Float64, recipe: str) -> tuple[Parts, Parts]:
+def both_sides(answers: Answers, weights: Float64, hallucinated: Float64, recipe: str) -> tuple[Parts, Parts]:
     """Return the `parts` of hallucinated and of truthful answers.
 
     Args:
         weights: float64[..., rows], the weight of each answer.
         hallucinated: float64[..., rows], 1 for hallucinated and 0 for truthful answers.
     """
-    return parts(a, weights * hallucinated, recipe), parts(a, weights * (1 - hallucinated), recipe)
+    return parts(answers, weights * hallucinated, recipe), parts(answers, weights * (1 - hallucinated), recipe)
 
 
 def contrast(hallucinated: Parts, truthful: Parts) -> Float64:
@@ -127,30 +137,32 @@ def deviation(hallucinated: Parts, truthful: Parts) -> Float64:
     return from_median(contrast(hallucinated, truthful))
 
 
-def observed(a: Answers, recipe: str) -> Float64:
+def observed(answers: Answers, recipe: str) -> Float64:
     """Return the `deviation` of the unweighted answers with their own labels, float64[layers]."""
-    labels = a.hallucinated.astype(np.float64)
-    return deviation(*both_sides(a, np.ones(len(a.pair)), labels, recipe))
+    labels = answers.hallucinated.astype(np.float64)
+    return deviation(*both_sides(answers, np.ones(len(answers.pair)), labels, recipe))
 
 
-def permuted_labels(a: Answers, times: int, seed: int = BOOTSTRAP_SEED) -> Float64:
+def permuted_labels(answers: Answers, times: int, seed: int = BOOTSTRAP_SEED) -> Float64:
     """Return labels that are exchanged at random inside each pair, float64[times, rows]."""
-    rng = np.random.default_rng(seed)
-    base = np.argsort(a.pair, kind="stable")
-    order = np.argsort(a.pair + rng.random((times, len(a.pair))), axis=1)
-    labels = np.empty((times, len(a.pair)))
-    labels[:, base] = a.hallucinated[order]
+    number = len(answers.pair)
+    random = np.random.default_rng(seed)
+    by_pair = np.argsort(answers.pair, kind="stable")
+    # A fraction is added to each pair's index, so that only the rows of a pair change places.
+    permuted = np.argsort(answers.pair + random.random((times, number)), axis=1)
+    labels = np.empty((times, number))
+    labels[:, by_pair] = answers.hallucinated[permuted]
     return labels
 
 
-def permutation_p(a: Answers, recipe: str, seed: int = BOOTSTRAP_SEED) -> Float64:
+def permutation_p(answers: Answers, recipe: str, seed: int = BOOTSTRAP_SEED) -> Float64:
     """Return two-sided p-values of `observed` under exchange of labels inside pairs, float64[layers].
 
     The p-value of an undefined deviation is NaN.
     """
-    deviations = observed(a, recipe)
-    labels = permuted_labels(a, num_permutations(len(deviations)), seed)
-    permuted_sides = both_sides(a, np.ones(len(a.pair)), labels, recipe)
+    deviations = observed(answers, recipe)
+    labels = permuted_labels(answers, num_permutations(len(deviations)), seed)
+    permuted_sides = both_sides(answers, np.ones(len(answers.pair)), labels, recipe)
     return p_values(deviations, deviation(*permuted_sides))
 
 
@@ -166,27 +178,34 @@ def p_values(deviations: Float64, null: Float64) -> Float64:
         deviations: float64[layers], the observed deviations.
         null: float64[permutations, layers], the deviations under permuted labels.
     """
-    at_least = (np.abs(null) >= np.abs(deviations) * (1 - 1e-12)).sum(axis=0)
-    return np.where(np.isnan(deviations), np.nan, (1 + at_least) / (1 + len(null)))
+    smallest = np.abs(deviations) * (1 - ROUNDING)
+    at_least = (np.abs(null) >= smallest).sum(axis=0)
+    p = (1 + at_least) / (1 + len(null))
+    return np.where(np.isnan(deviations), np.nan, p)
 
 
 def holm(p: Float64) -> Float64:
     """Return p-values corrected for their number (Holm, 1979). NaN stays NaN."""
     defined = np.flatnonzero(np.isfinite(p))
     order = defined[np.argsort(p[defined], kind="stable")]
-    steps = np.maximum.accumulate(p[order] * (len(order) - np.arange(len(order))))
+    # The smallest p-value is multiplied by the number of all, the next one by one less, and so on.
+    factors = len(order) - np.arange(len(order))
+    steps = np.maximum.accumulate(p[order] * factors)
     corrected = np.full(len(p), np.nan)
     corrected[order] = np.minimum(steps, 1)
     return corrected
 
 
-def noise_floor(a: Answers, recipe: str) -> Float64:
+def noise_floor(answers: Answers, recipe: str) -> Float64:
     """Return the 95% quantile of |deviation| over random splits of the truthful answers, float64[layers]."""
-    truthful = a.where(~a.hallucinated)
-    rng = np.random.default_rng(BOOTSTRAP_SEED)
-    half = np.arange(len(truthful.pair)) < len(truthful.pair) // 2
-    halves = rng.permuted(np.tile(half, (PERMUTATIONS, 1)), axis=1).astype(np.float64)
-    return floor_of(deviation(*both_sides(truthful, np.ones(len(half)), halves, recipe)))
+    truthful = answers.where(~answers.hallucinated)
+    number = len(truthful.pair)
+    random = np.random.default_rng(BOOTSTRAP_SEED)
+    is_in_first_half = np.arange(number) < number // 2
+    splits = np.tile(is_in_first_half, (PERMUTATIONS, 1))
+    halves = random.permuted(splits, axis=1).astype(np.float64)
+    first_half, second_half = both_sides(truthful, np.ones(number), halves, recipe)
+    return floor_of(deviation(first_half, second_half))
 
 
 def floor_of(deviations: Float64) -> Float64:
@@ -194,19 +213,21 @@ def floor_of(deviations: Float64) -> Float64:
     return np.quantile(np.abs(deviations), INTERVAL, axis=0)
 
 
-def length_matched(a: Answers, slack: float) -> Answers:
+def length_matched(answers: Answers, slack: float) -> Answers:
     """Return the answers of pairs whose longest answer has at most ``1 + slack`` times the tokens of the shortest."""
     matched = []
-    for pair in a.pairs:
-        tokens = a.tokens[a.pair == pair]
+    for pair in answers.pairs:
+        tokens = answers.tokens[answers.pair == pair]
         if np.ptp(tokens) <= slack * tokens.min():
             matched.append(pair)
-    return a.of_pairs(np.array(matched, np.int64))
+    return answers.of_pairs(np.array(matched, np.int64))
 
 
 def prone_probability(resamples: Float64) -> Float64:
     """Return the share of resamples in which each layer's contrast is among the highest 25%, float64[layers]."""
-    return (rank_lowest(-resamples) <= count_lowest(resamples.shape[1])).mean(axis=0)
+    number = count_lowest(resamples.shape[1])
+    is_highest = rank_lowest(-resamples) <= number
+    return is_highest.mean(axis=0)
 
 
 def contrast_columns(
@@ -227,16 +248,14 @@ def contrast_columns(
     prone = np.full(len(hss), np.nan)
     if len(left_out_hallucinated.variance) >= MINIMUM_UNITS:
         prone = prone_probability(contrast(*resampled))
-    columns = {
-        **scores,
-        "hsav": hallucinated.variance,
-        "hss": hss,
-        "hsav_share": share(hallucinated.variance),
-        "hss_share": share(hss),
-        "deviation": from_median(scores["eavss_contrast"]),
-        "rank": rank_lowest(-scores["eavss_contrast"]),
-        "prone_probability": prone,
-    }
+    columns = dict(scores)
+    columns["hsav"] = hallucinated.variance
+    columns["hss"] = hss
+    columns["hsav_share"] = share(hallucinated.variance)
+    columns["hss_share"] = share(hss)
+    columns["deviation"] = from_median(scores["eavss_contrast"])
+    columns["rank"] = rank_lowest(-scores["eavss_contrast"])
+    columns["prone_probability"] = prone
     for name, values in left_out_scores.items():
         scale = "log" if name == "eavss_ratio" else "linear"
         low, high = jackknife_interval(scores[name], values, scale=scale)
@@ -259,24 +278,25 @@ def _smoothed_sparsity(side: Parts) -> Float64:
     return (side.near_zero + 0.5) / (side.total + 1)
 
 
-def out_of_fold(a: Answers, values: Float64) -> Float64:
+def out_of_fold(answers: Answers, values: Float64) -> Float64:
     """Return the output of a one-dimensional classifier that was fitted on the other folds, float64[rows].
 
     The output is the standardized value, with the sign that makes it larger for hallucinated answers in those folds.
     """
     # Answers of a pair are in the same fold.
-    order_of_pairs = np.random.default_rng(BOOTSTRAP_SEED).permutation(len(a.pairs))
-    fold = order_of_pairs[np.searchsorted(a.pairs, a.pair)] % FOLDS
+    order_of_pairs = np.random.default_rng(BOOTSTRAP_SEED).permutation(len(answers.pairs))
+    fold = order_of_pairs[np.searchsorted(answers.pairs, answers.pair)] % FOLDS
     scores = np.zeros(len(values))
-    for k in range(FOLDS):
-        train = fold != k
-        labels = a.hallucinated[train]
+    for number in range(FOLDS):
+        is_held_out = fold == number
+        fitted = values[~is_held_out]
+        labels = answers.hallucinated[~is_held_out]
         if labels.all() or not labels.any():
             continue
-        area = auroc(values[train], labels, np.ones((1, len(labels))))[0]
-        side = np.sign(area - 0.5)
-        spread = values[train].std() or 1.0
-        scores[~train] = side * (values[~train] - values[train].mean()) / spread
+        area = auroc(fitted, labels, np.ones((1, len(labels))))[0]
+        sign = np.sign(area - 0.5)
+        spread = fitted.std() or 1.0
+        scores[is_held_out] = sign * (values[is_held_out] - fitted.mean()) / spread
     return scores
 
 
@@ -290,9 +310,11 @@ def auroc(scores: Float64, positive: Bools, weights: Float64) -> Float64:
     """
     order = np.argsort(scores, kind="stable")
     _, starts = np.unique(scores[order], return_index=True)
-    up = np.add.reduceat((weights * positive)[:, order], starts, axis=1)
-    down = np.add.reduceat((weights * ~positive)[:, order], starts, axis=1)
-    below = np.cumsum(down, axis=1) - down / 2
+    positives = np.add.reduceat((weights * positive)[:, order], starts, axis=1)
+    negatives = np.add.reduceat((weights * ~positive)[:, order], starts, axis=1)
+    negatives_below = np.cumsum(negatives, axis=1) - negatives / 2
+    pairs_in_order = (positives * negatives_below).sum(axis=1)
+    all_pairs = positives.sum(axis=1) * negatives.sum(axis=1)
     with np.errstate(divide="ignore", invalid="ignore"):
-        area: Float64 = (up * below).sum(axis=1) / (up.sum(axis=1) * down.sum(axis=1))
+        area: Float64 = pairs_in_order / all_pairs
     return area

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from math import nan, sqrt
+from typing import NamedTuple
 
 import numpy as np
 
@@ -22,12 +23,37 @@ BOOTSTRAP_BLOCKS = 100  # shards beyond this are resampled in blocks of consecut
 INTERVAL = 0.95
 MINIMUM_UNITS = 8  # shards, samples, pairs or permutations that an interval needs: with fewer, none covers reliably
 
-SCALES: dict[str, tuple[Callable[[Float64], Float64], Callable[[Float64], Float64]]] = {
-    "linear": (lambda x: x, lambda x: x),
-    "log": (np.log, np.exp),
-    "logit": (lambda x: np.log(x / (1 - x)), lambda y: 1 / (1 + np.exp(-y))),
+
+def _unchanged(values: Float64) -> Float64:
+    return values
+
+
+def _log_odds(probabilities: Float64) -> Float64:
+    return np.log(probabilities / (1 - probabilities))
+
+
+def _probabilities(log_odds: Float64) -> Float64:
+    return 1 / (1 + np.exp(-log_odds))
+
+
+class Scale(NamedTuple):
+    """Scale on which an interval is computed.
+
+    Attributes:
+        transform: takes values to the scale.
+        invert: takes values of the scale back.
+    """
+
+    transform: Callable[[Float64], Float64]
+    invert: Callable[[Float64], Float64]
+
+
+SCALES = {
+    "linear": Scale(_unchanged, _unchanged),
+    "log": Scale(np.log, np.exp),
+    "logit": Scale(_log_odds, _probabilities),
 }
-"""Transformation and its inverse, by scale."""
+"""Scales by name."""
 SKEWNESS_COST = 2.0
 """Loss of degrees of freedom by skewness. With this value, the intervals cover every population of the benchmark."""
 SYMMETRIC = 1e-6
@@ -46,8 +72,9 @@ def why_no_interval(shards: int) -> str | None:
 
 def bootstrap_weights(number: int) -> Float64:
     """Return the count of each of ``number`` units in each bootstrap resample, float64[resamples, number]. Seeded."""
-    rng = np.random.default_rng(BOOTSTRAP_SEED)
-    return rng.multinomial(number, np.full(number, 1 / number), BOOTSTRAP_RESAMPLES).astype(np.float64)
+    random = np.random.default_rng(BOOTSTRAP_SEED)
+    probabilities = np.full(number, 1 / number)
+    return random.multinomial(number, probabilities, BOOTSTRAP_RESAMPLES).astype(np.float64)
 
 
 def left_out_weights(number: int) -> Float64:
@@ -109,7 +136,8 @@ def _without_skewness(quantile: Float64, skewness: Float64, number: int) -> Floa
     The transformed statistic is g(u) = sqrt(n) (u + c u^2 + c^2 u^3 / 3 + skewness / (6 n)) with c = skewness / 3 and
     the studentized statistic u sqrt(n); g is monotone, and its inverse is a cube root.
     """
+    is_symmetric = np.abs(skewness) < SYMMETRIC
     shifted = quantile / sqrt(number) - skewness / (6 * number)
-    third = np.where(np.abs(skewness) < SYMMETRIC, 1.0, skewness / 3)
+    third = np.where(is_symmetric, 1.0, skewness / 3)
     corrected = (np.cbrt(1 + 3 * third * shifted) - 1) / third
-    return np.where(np.abs(skewness) < SYMMETRIC, shifted, corrected) * sqrt(number)
+    return np.where(is_symmetric, shifted, corrected) * sqrt(number)

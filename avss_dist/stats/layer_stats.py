@@ -38,9 +38,9 @@ CUTS = 1 << 15
 
 HISTOGRAM_BINS = 2048
 HISTOGRAM_SHIFT = 20  # float32 pattern without its sign: 8 exponent bits and the top 3 mantissa bits stay
-HISTOGRAM_EDGES: NDArray[np.float64] = np.append(
-    (np.arange(HISTOGRAM_BINS - 8, dtype=np.uint32) << HISTOGRAM_SHIFT).view(np.float32).astype(np.float64), np.inf
-)
+_FINITE_BINS = HISTOGRAM_BINS - 8  # the patterns of the last 8 are those of infinity and NaN
+_LOWEST_PATTERNS = np.arange(_FINITE_BINS, dtype=np.uint32) << HISTOGRAM_SHIFT
+HISTOGRAM_EDGES: NDArray[np.float64] = np.append(_LOWEST_PATTERNS.view(np.float32).astype(np.float64), np.inf)
 """Edges of the bins of abs(x) that finite values can reach: bin b is ``[edges[b], edges[b + 1])``. Shape [2041]."""
 
 
@@ -52,8 +52,9 @@ def histogram_bin(values: NDArray[np.floating]) -> NDArray[np.int64]:
 
 def bin_edges(value: float) -> tuple[float, float]:
     """Return the lower and upper edge of the histogram bin of a value."""
-    low = min(int(np.searchsorted(HISTOGRAM_EDGES, value, side="right")), len(HISTOGRAM_EDGES) - 1) - 1
-    return float(HISTOGRAM_EDGES[low]), float(HISTOGRAM_EDGES[low + 1])
+    above = int(np.searchsorted(HISTOGRAM_EDGES, value, side="right"))
+    upper = min(above, len(HISTOGRAM_EDGES) - 1)
+    return float(HISTOGRAM_EDGES[upper - 1]), float(HISTOGRAM_EDGES[upper])
 
 
 def histogram_below(histogram: NDArray[np.int64], threshold: float, share: float = 0.0) -> NDArray[np.float64]:
@@ -66,7 +67,8 @@ def histogram_below(histogram: NDArray[np.int64], threshold: float, share: float
     if not threshold > 0:
         return np.zeros(histogram.shape[:-1])
     position = int(np.searchsorted(HISTOGRAM_EDGES, threshold, side="right")) - 1
-    return histogram[..., :position].sum(axis=-1).astype(np.float64) + share * histogram[..., position]
+    in_lower_bins = histogram[..., :position].sum(axis=-1).astype(np.float64)
+    return in_lower_bins + share * histogram[..., position]
 
 
 def values_of_cuts(counts: NDArray[np.int64]) -> Values:
@@ -76,7 +78,8 @@ def values_of_cuts(counts: NDArray[np.int64]) -> Values:
         counts: int64[32768], by the upper half of the pattern of abs(x).
     """
     present = np.flatnonzero(counts)
-    return (present.astype(np.uint32) << np.uint32(CUT_SHIFT)).view(np.float32), counts[present]
+    patterns = present.astype(np.uint32) << np.uint32(CUT_SHIFT)
+    return patterns.view(np.float32), counts[present]
 
 
 def next_cut(values: NDArray[np.float32]) -> NDArray[np.float64]:
@@ -228,8 +231,10 @@ class LayerStats:
 
     def equals(self, other: LayerStats) -> bool:
         """Whether every field is identical to the last bit."""
-        for f in fields(self):
-            if not np.array_equal(getattr(self, f.name), getattr(other, f.name), equal_nan=True):
+        for described in fields(self):
+            own = getattr(self, described.name)
+            others = getattr(other, described.name)
+            if not np.array_equal(own, others, equal_nan=True):
                 return False
         return True
 
@@ -367,23 +372,23 @@ def stats_from_pattern_counts(counts: NDArray[np.integer], values: Float64, thre
     below = np.append(0, np.cumsum(abs_value_count))
     count = int(below[-1])
     result: dict[str, object] = {
-        "near_zero": below[np.searchsorted(abs_value.astype(np.float64), thresholds)],
-        "zero_count": int(abs_value_count[abs_value == 0].sum()),
         "nonfinite_count": nonfinite_count,
-        "histogram": np.bincount(histogram_bin(abs_value), abs_value_count, HISTOGRAM_BINS).astype(np.int64),
         "abs_value": abs_value,
         "abs_value_count": abs_value_count,
         "count": count,
     }
+    number_below = np.searchsorted(abs_value.astype(np.float64), thresholds)
+    result["near_zero"] = below[number_below]
+    result["zero_count"] = int(abs_value_count[abs_value == 0].sum())
+    histogram = np.bincount(histogram_bin(abs_value), abs_value_count, HISTOGRAM_BINS)
+    result["histogram"] = histogram.astype(np.int64)
     if count:
         mean = float((numbers * values).sum() / count)
-        result |= {
-            "mean": mean,
-            "m2": float((numbers * (values - mean) ** 2).sum()),
-            "min": float(np.min(values)),
-            "max": float(np.max(values)),
-            "max_abs": float(abs_value[-1]),
-        }
+        result["mean"] = mean
+        result["m2"] = float((numbers * (values - mean) ** 2).sum())
+        result["min"] = float(np.min(values))
+        result["max"] = float(np.max(values))
+        result["max_abs"] = float(abs_value[-1])
     return result
 
 
@@ -433,7 +438,7 @@ class ExpertStats:
         return ExpertStats(**sums)
 
 
-EXPERT_FIELDS = tuple(f.name for f in fields(ExpertStats))
+EXPERT_FIELDS = tuple(described.name for described in fields(ExpertStats))
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -542,8 +547,11 @@ def combine_blocks(blocks: Iterable[Mapping[StratumKey, LayerStats]]) -> Merged:
             stats = _mapped(stats)
         block_stats.append(stats)
         strata = merge_stats((strata, block))
+    merged = merge_strata(strata)
     is_paired = any(label for _, _, label in strata)
-    return Merged(stats=merge_strata(strata), blocks=block_stats, strata=strata if is_paired else {})
+    if not is_paired:
+        strata = {}
+    return Merged(stats=merged, blocks=block_stats, strata=strata)
 
 
 def _large_arrays(stats: Mapping[LayerKey, LayerStats]) -> list[NDArray[Any]]:

@@ -53,11 +53,16 @@ def row_start_warning(losses: Mapping[str, float], model: str, corpus: str) -> t
         losses: results of an evaluation by metric: mean losses of the same text, in nats per token, with the start that
             the rows have (`AS_READ`) and with the other one (`OTHER_START`), if they were measured.
     """
-    ratio = float(np.exp(losses.get(AS_READ, np.nan) - losses.get(OTHER_START, np.nan)))
-    if not ratio > FAR_WORSE:
+    if AS_READ not in losses or OTHER_START not in losses:
+        return None
+    as_read = losses[AS_READ]
+    other_start = losses[OTHER_START]
+    ratio = float(np.exp(as_read - other_start))
+    is_far_worse = ratio > FAR_WORSE  # which NaN is not
+    if not is_far_worse:
         return None
     return ratio, (
-        f"{model} has a perplexity of {np.exp(losses[AS_READ]):,.1f} on the first rows of {corpus}, and of "
-        f"{np.exp(losses[OTHER_START]):,.1f} on the same text with another start of each row, which it seems to "
+        f"{model} has a perplexity of {np.exp(as_read):,.1f} on the first rows of {corpus}, and of "
+        f"{np.exp(other_start):,.1f} on the same text with another start of each row, which it seems to "
         "expect. Write --row-start auto if it is none; else see whether its tokenizer lacks add_bos_token."
     )

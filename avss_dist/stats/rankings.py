@@ -77,10 +77,13 @@ def _correlate_ranks(a: Float64, b: Float64) -> Float64:
     number = a.shape[-1]
     if number < MIN_VALUES:
         return np.full(a.shape[:-1], np.nan)
-    x = 2 * average_ranks(a) - (number + 1)
-    y = 2 * average_ranks(b) - (number + 1)
+    centered_a = 2 * average_ranks(a) - (number + 1)
+    centered_b = 2 * average_ranks(b) - (number + 1)
+    products = (centered_a * centered_b).sum(axis=-1)
+    squares_a = (centered_a**2).sum(axis=-1)
+    squares_b = (centered_b**2).sum(axis=-1)
     with np.errstate(invalid="ignore", divide="ignore"):
-        rho: Float64 = (x * y).sum(axis=-1) / np.sqrt((x**2).sum(axis=-1) * (y**2).sum(axis=-1))
+        rho: Float64 = products / np.sqrt(squares_a * squares_b)
     return rho
 
 
@@ -92,10 +95,11 @@ def spearman_interval(rho: float, number: int) -> tuple[float, float]:
     """
     if number < MIN_FOR_INTERVAL:
         return np.nan, np.nan
+    variance = (1 + rho**2 / 2) / (number - 3)
+    half_width = TWO_SIDED_95 * np.sqrt(variance)
     with np.errstate(divide="ignore"):
-        z = np.arctanh(rho)
-        width = TWO_SIDED_95 * np.sqrt((1 + rho**2 / 2) / (number - 3))
-    return float(np.tanh(z - width)), float(np.tanh(z + width))
+        center = np.arctanh(rho)
+    return float(np.tanh(center - half_width)), float(np.tanh(center + half_width))
 
 
 def given_depth(rho: Float64, depth_a: Float64, depth_b: Float64) -> Float64:
@@ -109,8 +113,8 @@ def given_depth(rho: Float64, depth_a: Float64, depth_b: Float64) -> Float64:
     """
     unexplained = (1 - depth_a**2) * (1 - depth_b**2)
     with np.errstate(invalid="ignore", divide="ignore"):
-        partial: Float64 = np.where(unexplained > ALL_DEPTH, (rho - depth_a * depth_b) / np.sqrt(unexplained), np.nan)
-    return partial
+        partial = (rho - depth_a * depth_b) / np.sqrt(unexplained)
+    return np.where(unexplained > ALL_DEPTH, partial, np.nan)
 
 
 def depth_correlation(scores: Sequence[float | None]) -> float:
@@ -125,10 +129,10 @@ def align(a: tuple[Float64, Float64], b: tuple[Float64, Float64]) -> tuple[Float
     Returns:
         The values of both, and whether one was interpolated linearly in depth.
     """
-    depth_a, x = a
-    depth_b, y = b
+    depth_a, values_a = a
+    depth_b, values_b = b
     if np.array_equal(depth_a, depth_b):
-        return x, y, False
-    if len(x) <= len(y):
-        return x, np.interp(depth_a, depth_b, y), True
-    return np.interp(depth_b, depth_a, x), y, True
+        return values_a, values_b, False
+    if len(values_a) <= len(values_b):
+        return values_a, np.interp(depth_a, depth_b, values_b), True
+    return np.interp(depth_b, depth_a, values_a), values_b, True

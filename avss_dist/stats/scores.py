@@ -254,7 +254,8 @@ class SiteTable:
                 low = np.where(enough, low, np.nan)
                 high = np.where(enough, high, np.nan)
             ranks = rank_lowest(np.where(finite, resampled, np.nan))
-            lowest = (ranks <= count_lowest(len(score))).mean(axis=0)
+            is_lowest = ranks <= count_lowest(len(score))
+            lowest = is_lowest.mean(axis=0)
         sparsity = _ratio(near_zero, count)
         # A layer without data takes no part in the sum; one with data but nothing near zero leaves no sum.
         normalized = literal / literal[~np.isnan(score)].sum()
@@ -327,7 +328,7 @@ class SiteTable:
 
     def column(self, name: str) -> Float64:
         """Return a field of the merged statistics, float64[layers]."""
-        return np.array([getattr(s, name) for s in self.merged], float)
+        return np.array([getattr(stats, name) for stats in self.merged], float)
 
     def weighted(self, values: Callable[[int, LayerStats], float]) -> Float64:
         """Return weighted sums of ``values(layer position, partial)`` over shards, float64[weights, layers]."""
