@@ -16,6 +16,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from avss_dist.analysis.experiment_choices import ENDS_KEPT, REVERSED
 from avss_dist.analysis.experiments import NewestExperiment, newest_experiments
 from avss_dist.analysis.section import (
     BLUE,
@@ -33,7 +34,6 @@ from avss_dist.core.intervention import count_removed, decode_removals, describe
 from avss_dist.core.text import basename
 from avss_dist.core.values import NewRow, TableRow
 from avss_dist.plans.criteria import LEAVE_ONE_OUT, PUBLISHED
-from avss_dist.pruning.methods import ENDS_KEPT, REVERSED
 from avss_dist.stats.catalog import BLOCK_DISTANCE, LAST, MEASURED, RANDOM, READING, SCORES
 from avss_dist.stats.intervals import MINIMUM_UNITS
 from avss_dist.stats.metrics import CHANCE, LOSS, NO_INTERVAL, retention_of

@@ -172,8 +172,20 @@ def fit_of(planned: PlannedTask) -> FitRepair:
     return cast(FitRepair, planned.task.parts[0])
 
 
-Patches = Mapping[tuple[PlannedTask | None, Removals], EncodedPatch]
-"""Patches by the task of their fit and the removals that they are fitted for. Without a task there is none."""
+Patches = Mapping[tuple[PlannedTask, Removals], EncodedPatch]
+"""Patches by the task of their fit and the removals that they are fitted for."""
+
+
+def repaired_removal(removed: Removals, fit: PlannedTask | None, patches: Patches) -> Intervention:
+    """Return the intervention that removes layers and experts, with the patch that was fitted for it.
+
+    Args:
+        fit: task of fitting the repair. Without one, or where it has fitted no patch, nothing is repaired.
+    """
+    patch = None
+    if fit is not None:
+        patch = patches.get((fit, removed))
+    return Intervention(removed=removed, patch=patch)
 
 
 def fit_repairs(session: EvaluationSession, requested: Sequence[tuple[PlannedTask, Iterable[Removals]]]) -> Patches:
@@ -218,7 +230,7 @@ def _stored_patches(session: EvaluationSession, fits: Iterable[PlannedTask]) -> 
     """Return the stored patches that cells of these tasks have fitted."""
     storage = session.store.storage
     stored = storage.patch_keys()
-    patches: dict[tuple[PlannedTask | None, Removals], EncodedPatch] = {}
+    patches: dict[tuple[PlannedTask, Removals], EncodedPatch] = {}
     if not stored:
         return patches
     for fit in fits:

@@ -11,6 +11,7 @@ from typing import Annotated, Any, TypeVar
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Discriminator, Field, Tag, create_model
 
+from avss_dist.analysis.experiment_choices import Experiment
 from avss_dist.core.errors import AvssError, ConfigError, ModelError
 from avss_dist.core.settings import Settings
 from avss_dist.core.text import RedactedURI, docs_page
@@ -19,7 +20,6 @@ from avss_dist.core.yaml_files import Document, YamlKind, read_yaml
 from avss_dist.corpus.sources import corpus_problems, require_files
 from avss_dist.models.checkpoint.locate import matching_revisions
 from avss_dist.partition.execution import Execution
-from avss_dist.pruning.methods import Experiment
 from avss_dist.pruning.repair.registry import split_weight
 from avss_dist.tasks.harness_files import require_task
 

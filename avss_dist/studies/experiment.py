@@ -1,7 +1,7 @@
 """Experiments: retention of models without the layers that methods choose.
 
-Every choice of `pruning.methods.choices` is of layers of every run of a job. Each distinct set of layers is evaluated
-once on every task and compared with the whole model on the same samples.
+Every choice of `analysis.experiment_choices.choices` is of layers of every run of a job. Each distinct set of layers is
+evaluated once on every task and compared with the whole model on the same samples.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 
+from avss_dist.analysis.experiment_choices import Experiment, choices, control_name, describe_method
 from avss_dist.analysis.verdict import WHOLE
 from avss_dist.core.errors import ConfigError
 from avss_dist.core.fingerprint import fingerprint
@@ -25,7 +26,7 @@ from avss_dist.distillation.curve import ignore
 from avss_dist.evaluation.limits import require_intended, require_listable
 from avss_dist.evaluation.placed import PlacedModel, PlannedTask
 from avss_dist.evaluation.planned_tasks import earlier_texts, plan_task, plan_text_task, refuse_overlaps
-from avss_dist.evaluation.repairs import Patches, fit_of, fit_repairs, plan_fits, require_changeable
+from avss_dist.evaluation.repairs import Patches, fit_of, fit_repairs, plan_fits, repaired_removal, require_changeable
 from avss_dist.evaluation.session import EvaluationSession, identity, results_under
 from avss_dist.models.checkpoint.loading import text_config
 from avss_dist.models.checkpoint.locate import resolve
@@ -35,7 +36,6 @@ from avss_dist.plans.choice import Choice
 from avss_dist.plans.criteria import LEAVE_ONE_OUT, Criterion, CriterionValues, Layers, LayerValues
 from avss_dist.plans.run_layers import RunLayers
 from avss_dist.plans.seen import seen_by_run
-from avss_dist.pruning.methods import Experiment, choices, control_name, describe_method
 from avss_dist.pruning.repair.registry import NO_REPAIR
 from avss_dist.requests import RunJobRequest
 from avss_dist.runs.job_file import JobFile, RunSpec
@@ -269,7 +269,7 @@ class Trial:
         candidates = [WHOLE_MODEL]
         for choice, drop in self.choices:
             for repair in self.experiment.repairs:
-                intervention = Intervention(removed=drop, patch=patches.get((self.fits.get(repair), drop)))
+                intervention = repaired_removal(drop, self.fits.get(repair), patches)
                 candidates.append(Candidate(choice, intervention, None if repair == NO_REPAIR else repair))
         return candidates
 

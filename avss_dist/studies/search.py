@@ -16,7 +16,7 @@ from avss_dist.corpus.seen import SeenText
 from avss_dist.corpus.shards import CorpusPlan
 from avss_dist.evaluation.placed import PlacedModel, PlannedTask
 from avss_dist.evaluation.planned_tasks import plan_text_task
-from avss_dist.evaluation.repairs import fit_of, fit_repairs, plan_fits
+from avss_dist.evaluation.repairs import Patches, fit_of, fit_repairs, plan_fits, repaired_removal
 from avss_dist.evaluation.session import EvaluationSession, checkpoint_of_run
 from avss_dist.models.checkpoint.loading import text_config
 from avss_dist.planning.criteria import read_layers
@@ -218,10 +218,12 @@ class RepairedSearch:
     def losses(self, base: Layers, layers: Layers) -> dict[Layers, Result]:
         """Return the loss after a repair without a base set and each of some other layers; see `Losses`."""
         requested = expand(base, layers)
-        patches = fit_repairs(self.session, [(self.fit, requested)]) if self.fit else {}
+        patches: Patches = {}
+        if self.fit is not None:
+            patches = fit_repairs(self.session, [(self.fit, requested)])
         repaired = {}
         for removed in requested:
-            repaired[removed] = Intervention(removed=removed, patch=patches.get((self.fit, removed)))
+            repaired[removed] = repaired_removal(removed, self.fit, patches)
         measured = self.session.measure({self.text: repaired.values()})[self.text]
         results = {result.intervention: result for result in measured if result.metric == LOSS}
         return {removed: results[intervention.key] for removed, intervention in repaired.items()}

@@ -31,7 +31,16 @@ from avss_dist.evaluation.continuations import Continuation, Prompt, continue_pr
 from avss_dist.evaluation.events import OnEvent
 from avss_dist.evaluation.placed import PlacedModel, PlannedTask
 from avss_dist.evaluation.planned_tasks import earlier_texts, plan_task, plan_text, refuse_overlaps
-from avss_dist.evaluation.repairs import copies_of, fit_of, fit_repairs, plan_fits, read_repaired, require_changeable
+from avss_dist.evaluation.repairs import (
+    Patches,
+    copies_of,
+    fit_of,
+    fit_repairs,
+    plan_fits,
+    read_repaired,
+    repaired_removal,
+    require_changeable,
+)
 from avss_dist.evaluation.session import EvaluationSession, results_under
 from avss_dist.models.checkpoint.loading import require_head, text_config
 from avss_dist.models.checkpoint.locate import Checkpoint, resolve
@@ -437,19 +446,19 @@ class ShrinkTrial:
         Raises:
             AvssError: a mistake, or a fit or an evaluation that failed. Measured cells remain in the warehouse.
         """
-        patch = None
+        patches: Patches = {}
         if self.fit is not None:
-            patches = fit_repairs(self.session, [(self.fit, [plan.dropped_layers])])
-            patch = patches.get((self.fit, plan.dropped_layers))
+            patches = fit_repairs(self.session, [(self.fit, [plan.drop])])
+        repaired = repaired_removal(plan.drop, self.fit, patches)
         variants = {"whole": NO_INTERVENTION, "pruned": plan.intervention}
-        if patch:
-            variants["repaired"] = replace(plan.intervention, patch=patch)
+        if repaired.patch is not None:
+            variants["repaired"] = repaired
         results = self.session.measure({task: variants.values() for task in self.tasks.values()})
         retained = []
         for name, task in self.tasks.items():
             primary = _primary(results[task], variants)
             retained.append(TaskRetention(task=name, results=primary, skipped=task.settings.skip_sequences))
-        return CandidateResult(plan=plan, patch=patch, tasks=retained)
+        return CandidateResult(plan=plan, patch=repaired.patch, tasks=retained)
 
 
 def _primary(results: Sequence[Result], variants: Mapping[str, Intervention]) -> dict[str, Result]:

@@ -17,6 +17,7 @@ from support.experiments import cell_times, comparable, experiment_of, run_job_i
 from tasks.test_truthfulqa import QUESTIONS
 
 from avss_dist.analysis.contrast import contrast
+from avss_dist.analysis.experiment_choices import Experiment, choices, describe_method, parse_score
 from avss_dist.analysis.scorecard import best_readings, score_cards
 from avss_dist.core.errors import ConfigError
 from avss_dist.core.intervention import encode_removals
@@ -27,7 +28,6 @@ from avss_dist.partition.placement import Placement
 from avss_dist.plans.choice import Choice
 from avss_dist.plans.plan import Plan
 from avss_dist.plans.run_layers import RunLayers
-from avss_dist.pruning.methods import Experiment, choices, describe_method, parse_score
 from avss_dist.requests import PlanRequest
 from avss_dist.runs.job_file import read_job
 from avss_dist.runs.result import Run

@@ -9,11 +9,11 @@ from collections.abc import Iterator
 from dataclasses import fields
 from typing import Any
 
+from avss_dist.analysis.experiment_choices import Experiment
 from avss_dist.cli.options import COMMON, SECTIONS, option_help, option_name, section_of, spelled_option
 from avss_dist.core.settings import Settings
 from avss_dist.core.text import escape_markdown
 from avss_dist.partition.execution import Execution
-from avss_dist.pruning.methods import Experiment
 from avss_dist.reports.terminal.schema import shared_rows
 from avss_dist.runs.job_file import OPTIONS_ONLY
 from avss_dist.warehouse.schema import SCHEMAS

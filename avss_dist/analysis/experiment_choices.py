@@ -1,4 +1,7 @@
-"""Methods that an experiment compares: scores and controls."""
+"""Request of an experiment, and the choices of layers that it compares: by scores and by controls.
+
+It stands beside the verdict on its results, below the job files that hold it and `studies.experiment`, which runs it.
+"""
 
 from __future__ import annotations
 
