@@ -18,6 +18,7 @@ from avss_dist.commands import prune as write_pruned
 from avss_dist.core.streams import console, emit, say
 from avss_dist.core.suggestions import command_line, option_words
 from avss_dist.core.text import describe_bytes
+from avss_dist.distillation.distill import Distilled
 from avss_dist.distillation.distill import distill as train
 from avss_dist.planning.precision import plan_precision, predicted_run
 from avss_dist.planning.runs import sparsifiable_run
@@ -44,11 +45,14 @@ def plan(request: PlanRequest) -> None:
         chosen, steps = choose_layers(opened, run.row, replace(request, on_event=progress))
     if steps:
         console().print(search_table(chosen, steps))
+    lines = [*chosen.describe()]
     size = local_run_size(run.row) if chosen.dropped_layers else None
-    hints = [*([describe_savings(chosen, size)] if size else []), *describe_run(run)]
+    if size is not None:
+        lines.append(describe_savings(chosen, size))
+    lines += describe_run(run)
     if request.by is None:
-        hints.append(f"No --by was given: {chosen.why['by']} is measured in {opened.root}.")
-    _emit_plan(request.output, [*chosen.describe(), *hints])
+        lines.append(f"No --by was given: {chosen.why['by']} is measured in {opened.root}.")
+    _emit_plan(request.output, lines)
     if not chosen.evaluated:
         _hint_evaluation(opened, run.row, request)
 
@@ -80,7 +84,9 @@ def describe_run(run: ChosenRun) -> list[str]:
 
 
 def _emit_plan(output: str | Path | None, lines: list[str]) -> None:
-    emit("\n  ".join([f"{'Not written, as no --output was given' if output is None else output}:", *lines]))
+    """Print the file of a plan, and lines about the plan below it."""
+    heading = "Not written, as no --output was given" if output is None else output
+    emit("\n  ".join([f"{heading}:", *lines]))
 
 
 def _hint_evaluation(
@@ -91,7 +97,8 @@ def _hint_evaluation(
         say(f"  {describe_headless(row)}")
     elif request.output is not None:
         options = {"tasks": "perplexity:CORPUS", "warehouse": opened.root, **repeated_options(row, request)}
-        say(f"  Evaluate it: {command_line('evaluate', request.output, *option_words(options))}")
+        words = option_words(options)
+        say(f"  Evaluate it: {command_line('evaluate', request.output, *words)}")
 
 
 def prune(request: PruneRequest, format: str) -> None:
@@ -100,29 +107,35 @@ def prune(request: PruneRequest, format: str) -> None:
     if format == "text":
         emit("\n  ".join([f"{request.plan}:", *plan.describe()]))
     with CellProgress() if request.fitted else nullcontext() as progress:
-        done = unwrap(write_pruned)(replace(request, plan=plan, on_event=progress))
-    print_result(format, _pruned_lines(done), done.table().to_pylist)
+        pruned = unwrap(write_pruned)(replace(request, plan=plan, on_event=progress))
+    print_result(format, _pruned_lines(pruned), pruned.table().to_pylist)
 
 
-def _pruned_lines(done: Pruned) -> Iterator[str]:
-    yield f"{done.folder}: {describe_remaining(done.plan)}, {describe_bytes(done.bytes)} of weights."
-    yield from done.repair.describe() if done.repair else ()
-    if done.difference is None:
+def _pruned_lines(pruned: Pruned) -> Iterator[str]:
+    """Yield lines about a written checkpoint."""
+    yield f"{pruned.folder}: {describe_remaining(pruned.plan)}, {describe_bytes(pruned.bytes)} of weights."
+    if pruned.repair:
+        yield from pruned.repair.describe()
+    if pruned.difference is None:
         yield "Layers have the shapes and settings that they had."
     else:
-        masked = "the experts masked" if done.plan.experts else "the layers skipped"
-        repaired = " and the repaired weights" if done.repair else ""
-        yield f"Outputs are those of the original with {masked}{repaired} (largest difference {done.difference:g})."
-    yield from done.notes
+        masked = "the experts masked" if pruned.plan.experts else "the layers skipped"
+        repaired = " and the repaired weights" if pruned.repair else ""
+        yield f"Outputs are those of the original with {masked}{repaired} (largest difference {pruned.difference:g})."
+    yield from pruned.notes
 
 
 def distill(request: DistillRequest, format: str) -> None:
     """Train and write the model, and print its divergences and losses."""
     with StepProgress() as progress:
-        done = train(replace(request, on_event=progress))
-    lines = [f"{done.folder}: {describe_bytes(done.bytes)} of weights.", *done.record.describe(), *done.notes]
-    print_result(
-        format,
-        [FittedTable(distilled_table(done)), *lines],
-        lambda: [{"output": done.folder, "bytes": done.bytes, "notes": [*done.notes], **asdict(done.record)}],
-    )
+        distilled = train(replace(request, on_event=progress))
+    lines = [f"{distilled.folder}: {describe_bytes(distilled.bytes)} of weights."]
+    lines += distilled.record.describe()
+    lines += distilled.notes
+    print_result(format, [FittedTable(distilled_table(distilled)), *lines], lambda: [_distilled_values(distilled)])
+
+
+def _distilled_values(distilled: Distilled) -> dict[str, Any]:
+    """Return a distillation as values that are printed as JSON."""
+    values = {"output": distilled.folder, "bytes": distilled.bytes, "notes": [*distilled.notes]}
+    return values | asdict(distilled.record)

@@ -13,7 +13,10 @@ from dataclasses import dataclass
 from functools import cache
 from importlib import import_module
 from importlib.util import find_spec
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from avss_dist.core.request import Request
 
 
 @dataclass(frozen=True)
@@ -47,11 +50,11 @@ class Command:
     formats: tuple[str, ...] = ()
     examples: tuple[str, ...] = ()
 
-    def load_request(self) -> type[Any]:
+    def load_request(self) -> type[Request]:
         """Import the class of the values, and pydantic with it."""
         module, _, name = self.request.rpartition(".")
-        cls: type[Any] = getattr(import_module(f"avss_dist.{module}"), name)
-        return cls
+        request: type[Request] = getattr(import_module(f"avss_dist.{module}"), name)
+        return request
 
     def load_function(self) -> Callable[..., int | None]:
         """Import the function that does the command and prints the result. It returns the exit code."""

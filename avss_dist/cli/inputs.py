@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from avss_dist.core.errors import AvssError, ConfigError
+from avss_dist.core.request import Request
 from avss_dist.core.streams import complain
 from avss_dist.corpus.sources import require_files
 from avss_dist.distillation.record import SELF
@@ -18,12 +19,14 @@ from avss_dist.requests import EstimateRequest, RunCommandRequest
 from avss_dist.runs.job_file import read_job
 from avss_dist.tasks.harness_files import is_task_file, require_task
 
+RequestType = TypeVar("RequestType", bound=Request)
+
 MODELS = ("model", "student", "teacher", "base")
 TEXTS = ("corpus", "corpora", "repair_corpora", "watch")
 PLANS = ("plan", "sparse")
 
 
-def require_inputs(request: Any) -> Any:
+def require_inputs(request: RequestType) -> RequestType:
     """Return a request whose models, texts, tasks, plans and warehouse are there. Its job file, if it has one, is read.
 
     What is on the hub or at a URI is looked for only if it is the one model of the request.
@@ -79,7 +82,7 @@ class _Problems(list[AvssError]):
             raise ConfigError.combine([ConfigError(error.message, error.hint) for error in self])
 
 
-def _values(request: Any, names: Sequence[str]) -> list[str]:
+def _values(request: Request, names: Sequence[str]) -> list[str]:
     """Return the texts and paths in fields of a request, of those that it has."""
     values: list[str] = []
     for name in names:

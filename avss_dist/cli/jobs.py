@@ -12,18 +12,20 @@ from avss_dist.core.suggestions import command_line, option_words
 from avss_dist.requests import ClusterRequest, DoctorRequest, ListJobsRequest, LogsRequest, StopRequest, SubmitRequest
 
 if TYPE_CHECKING:
-    from avss_dist.runs.submission import Cluster
+    from avss_dist.runs.submission import Cluster, Submitted
 
 
 def doctor(_: DoctorRequest, format: str) -> int:
     """Print the result of each check. Return 1 if something does not work."""
     from avss_dist.core.doctor import check_machine
 
-    terminal, results = console(), []
+    terminal = console()
+    results = []
     for result in check_machine():
         results.append(result)
         if format == "text":
-            terminal.print(f"[{'green]ok ' if result.works else 'red]NO '}[/] {result.what:<24}", end="")
+            mark = "[green]ok [/]" if result.works else "[red]NO [/]"
+            terminal.print(f"{mark} {result.what:<24}", end="")
             terminal.print(result.detail, markup=False)
     if format == "json":
         emit_json([asdict(result) for result in results], indent=2)
@@ -55,19 +57,30 @@ def jobs_list(request: ListJobsRequest, format: str) -> None:
 
     cluster = _cluster(request)
     jobs = [cluster.job(request.job_id)] if request.job_id else cluster.jobs()
-    rows = [
+    schema = pa.schema(
         {
-            "job": job.job_id,
-            "status": job.status,
-            "started": f"{job.started:%Y-%m-%d %H:%M:%S}" if job.started else "",  # in UTC
-            "seconds": round(job.seconds),
-            "entrypoint": job.entrypoint,
-            "message": job.message,
+            "job": pa.string(),
+            "status": pa.string(),
+            "started": pa.string(),  # in UTC
+            "seconds": pa.int64(),
+            "entrypoint": pa.string(),
+            "message": pa.string(),
         }
-        for job in jobs
-    ]
-    texts = dict.fromkeys(("job", "status", "started", "seconds", "entrypoint", "message"), pa.string())
-    write_table(pa.Table.from_pylist(rows, pa.schema(texts | {"seconds": pa.int64()})), format, console())
+    )
+    rows = [_job_row(job) for job in jobs]
+    write_table(pa.Table.from_pylist(rows, schema), format, console())
+
+
+def _job_row(job: Submitted) -> dict[str, str | int]:
+    """Return a job as a row of the list of jobs."""
+    return {
+        "job": job.job_id,
+        "status": job.status,
+        "started": f"{job.started:%Y-%m-%d %H:%M:%S}" if job.started else "",
+        "seconds": round(job.seconds),
+        "entrypoint": job.entrypoint,
+        "message": job.message,
+    }
 
 
 def jobs_logs(request: LogsRequest) -> int:
@@ -114,5 +127,8 @@ def _follow(cluster: Cluster, job_id: str) -> int:
             f"If the server is slow, the job continues: {_job_command('logs', job_id, cluster.address)} --follow\n"
             "If the cluster is lost, so is the job, not what it has stored: submit it again to resume.",
         ) from error
-    say(f"{job_id}: {job.status.lower()}." + (f" {job.hint}" if job.hint else ""))
+    line = f"{job_id}: {job.status.lower()}."
+    if job.hint:
+        line += f" {job.hint}"
+    say(line)
     return int(job.exit_code or 0)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence, Set
 from types import NoneType
 from typing import Annotated, Any, TypeVar, get_args, get_origin, get_type_hints
 
@@ -39,14 +39,20 @@ class CommandWithSections(TyperCommand):
     """A command whose help has a section for each group of options."""
 
     def format_options(self, ctx: Any, formatter: Any) -> None:
-        sections: dict[str, list[Any]] = {}
+        sections: dict[str, list[tuple[str, str]]] = {}
         for parameter in self.params:
-            if record := parameter.get_help_record(ctx):
-                spelling = _BOTH.sub(r"--[no-]\1", re.sub(r" <[^<>]+>$", "", record[0]))  # without typer's "<str>"
-                sections.setdefault(getattr(parameter, "rich_help_panel", ""), []).append((spelling, record[1]))
-        for title in filter(sections.get, TITLES):
-            with formatter.section(title):
-                formatter.write_dl(sections[title])
+            record = parameter.get_help_record(ctx)
+            if record is None:
+                continue
+            spelling, text = record
+            spelling = re.sub(r" <[^<>]+>$", "", spelling)  # without typer's "<str>"
+            spelling = _BOTH.sub(r"--[no-]\1", spelling)
+            title = getattr(parameter, "rich_help_panel", "")
+            sections.setdefault(title, []).append((spelling, text))
+        for title in TITLES:
+            if title in sections:
+                with formatter.section(title):
+                    formatter.write_dl(sections[title])
 
 
 def parameters(request: Any, formats: Sequence[str]) -> list[inspect.Parameter]:
@@ -57,23 +63,30 @@ def parameters(request: Any, formats: Sequence[str]) -> list[inspect.Parameter]:
     Args:
         formats: formats of what the command prints, the default first.
     """
-    hints, annotated = get_type_hints(request), get_type_hints(request, include_extras=True)
-    fields = [(field.name, [*_metadata(annotated[field.name], Option)]) for field in ordered(request)]
-    options = [
-        _parameter(request, name, hints[name], annotated[name], next(iter(shown), Option()))
-        for name, shown in fields
-        if all(option.exists for option in shown)
-    ]
+    hints = get_type_hints(request)
+    annotations = get_type_hints(request, include_extras=True)
+    made = []
+    for field in ordered(request):
+        annotation = annotations[field.name]
+        options = list(_metadata(annotation, Option))
+        if all(option.exists for option in options):
+            option = options[0] if options else Option()
+            made.append(_parameter(request, field.name, hints[field.name], annotation, option))
     if formats:
-        about = _of_names(formats, f"Output format. [default: {formats[0]}]")
-        option = typer.Option("--format", show_default=False, rich_help_panel=OUTPUT, **about)
-        options.append(_keyword("format", Annotated[str, option], formats[0]))
-    return [
-        *options,
-        _flag("quiet", "Print only the result and errors.", lambda _: set_verbosity(QUIET)),
-        _flag("verbose", "Show library messages, and the traceback of an error.", lambda _: set_verbosity(VERBOSE)),
-        _flag("help_all", "Show all options and exit.", _show_all),
-    ]
+        made.append(_format_parameter(formats))
+    made.append(_flag("quiet", "Print only the result and errors.", lambda _: set_verbosity(QUIET)))
+    made.append(
+        _flag("verbose", "Show library messages, and the traceback of an error.", lambda _: set_verbosity(VERBOSE))
+    )
+    made.append(_flag("help_all", "Show all options and exit.", _show_all))
+    return made
+
+
+def _format_parameter(formats: Sequence[str]) -> inspect.Parameter:
+    """Return the parameter of ``--format``."""
+    settings = _name_settings(formats, f"Output format. [default: {formats[0]}]")
+    option = typer.Option("--format", show_default=False, rich_help_panel=OUTPUT, **settings)
+    return _keyword("format", Annotated[str, option], formats[0])
 
 
 def _show_all(ctx: Any) -> None:
@@ -91,53 +104,85 @@ def _flag(name: str, help: str, act: Callable[[Any], None]) -> inspect.Parameter
         if value:
             act(ctx)
 
-    spellings = [option_name(name), *([f"-{name[0]}"] if name != "help_all" else [])]
+    spellings = [option_name(name)]
+    if name != "help_all":
+        spellings.append(f"-{name[0]}")
     option = typer.Option(*spellings, help=help, callback=callback, is_eager=True, hidden=True, rich_help_panel=COMMON)
     return _keyword(f"_{name}", Annotated[bool, option], False)
 
 
 def _parameter(request: Any, name: str, hint: Any, annotation: Any, option: Option) -> inspect.Parameter:
     """Return the parameter of a command for a field of its request."""
-    several = get_origin(hint) in (tuple, Mapping)
     kinds = {*(get_args(hint) or [hint])} - {NoneType}
-    kind: Any = list[str] if several else bool if bool in kinds else str
-    help = option_help(request, name, " Repeatable." if several and not option.argument else "")
-    metavar = option.metavar or METAVARS.get(kinds.pop() if len(kinds) == 1 and not several else str, "TEXT")
-    names = next((meta.names for meta in _metadata(annotation, OneOf) if meta.names), ())
-    about: dict[str, Any] = {"rich_help_panel": section_of(request, name), "hidden": option.rare, "show_default": False}
-    about |= _of_names(names, help) if names else {"help": help, "metavar": None if kind is bool else metavar}
-    if option.argument:
-        parameter = typer.Argument(**about | {"rich_help_panel": TITLES[0]})
+    is_list = get_origin(hint) in (tuple, Mapping)
+    is_flag = bool in kinds and not is_list
+    help = option_help(request, name, " Repeatable." if is_list and not option.argument else "")
+    names = next((one_of.names for one_of in _metadata(annotation, OneOf) if one_of.names), ())
+    settings: dict[str, Any] = {"hidden": option.rare, "show_default": False}
+    if names:
+        settings |= _name_settings(names, help)
+    elif is_flag:
+        settings |= {"help": help, "metavar": None}
     else:
+        settings |= {"help": help, "metavar": option.metavar or _usual_metavar(kinds, is_list=is_list)}
+
+    if option.argument:
+        parameter = typer.Argument(rich_help_panel=TITLES[0], **settings)
+    else:
+        spellings = [option_name(name, is_on=request.__dataclass_fields__[name].default is True)]
+        if option.short:
+            spellings.append(option.short)
         parameter = typer.Option(
-            option_name(name, is_on=request.__dataclass_fields__[name].default is True),
-            *filter(None, [option.short]),
+            *spellings,
             envvar=option.environment or None,
             show_envvar=False,
-            **about,
+            rich_help_panel=section_of(request, name),
+            **settings,
         )
+    kind: Any = str
+    if is_list:
+        kind = list[str]
+    elif is_flag:
+        kind = bool
     return _keyword(name, Annotated[kind | None, parameter], None)
+
+
+def _usual_metavar(kinds: Set[Any], *, is_list: bool) -> str:
+    """Return the placeholder of a value of one of these types."""
+    if len(kinds) == 1 and not is_list:
+        (kind,) = kinds
+        return METAVARS.get(kind, "TEXT")
+    return "TEXT"
 
 
 def section_of(cls: Any, name: str) -> str:
     """Return the section of a help to which a field belongs, by the class that declares it."""
-    return SECTIONS.get(next(base for base in cls.__mro__ if name in vars(base).get("__annotations__", {})), OWN)
+    for base in cls.__mro__:
+        if name in vars(base).get("__annotations__", {}):
+            return SECTIONS.get(base, OWN)
+    raise AttributeError(f"{cls.__name__} has no field {name!r}")
 
 
 def spelled_option(parameter: Any) -> str:
     """Return the spelling of an option, or the placeholder of an argument."""
-    return str(parameter.metavar if parameter.param_type_name == "argument" else max(parameter.opts, key=len))
+    if parameter.param_type_name == "argument":
+        return str(parameter.metavar)
+    return str(max(parameter.opts, key=len))
 
 
-def _of_names(names: Sequence[str], help: str) -> dict[str, Any]:
-    """Return the help of an option that takes one of these names, which the shell completes."""
-    listed = f"[{'|'.join(names)}]"
-    if len(listed) > MAX_LISTED:
-        more = "" if all(name in help for name in names) else f" One of: {', '.join(names)}."
-        listed, help = "NAME", help + more
+def _name_settings(names: Sequence[str], help: str) -> dict[str, Any]:
+    """Return the settings of an option that takes one of these names, which the shell completes.
+
+    A long list of names stands in the help, unless its text has all of them.
+    """
+    metavar = f"[{'|'.join(names)}]"
+    if len(metavar) > MAX_LISTED:
+        metavar = "NAME"
+        if not all(name in help for name in names):
+            help += f" One of: {', '.join(names)}."
     return {
         "help": help,
-        "metavar": listed,
+        "metavar": metavar,
         "autocompletion": lambda incomplete: [name for name in names if name.startswith(incomplete)],
     }
 
@@ -149,7 +194,8 @@ def option_help(request: Any, name: str, more: str = "") -> str:
         more += " [required]"
     elif isinstance(default, str | int | float) and not isinstance(default, bool):
         more += f" [default: {default}]"
-    text = " ".join(descriptions(request)[name].split()) + more
+    description = descriptions(request)[name]
+    text = " ".join(description.split()) + more
     return spell_fields(text, {field: option_name(field) for field in named_fields(text)})
 
 
@@ -165,7 +211,10 @@ def option_name(name: str, *, is_on: bool = False) -> str:
 
 def _metadata(annotation: Any, kind: type[M]) -> Iterator[M]:
     """Yield the metadata of one kind in an annotation, the outermost first."""
-    yield from (meta for meta in getattr(annotation, "__metadata__", ()) if isinstance(meta, kind))
-    for part in (*getattr(annotation, "__args__", ()), getattr(annotation, "__origin__", None)):
+    for metadata in getattr(annotation, "__metadata__", ()):
+        if isinstance(metadata, kind):
+            yield metadata
+    parts = [*getattr(annotation, "__args__", ()), getattr(annotation, "__origin__", None)]
+    for part in parts:
         if part is not None and part is not annotation:
             yield from _metadata(part, kind)

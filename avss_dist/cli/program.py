@@ -60,8 +60,9 @@ class Group(TyperGroup):
 
     def resolve_command(self, ctx: Any, args: list[str]) -> Any:
         if args and args[0] not in self.commands:
-            instead = REMOVED.get(args[0])
-            advice = f"It was removed: {instead}" if instead else nearest(args[0], self.commands)
+            advice = nearest(args[0], self.commands)
+            if args[0] in REMOVED:
+                advice = f"It was removed: {REMOVED[args[0]]}"
             ctx.fail(f"There is no command '{args[0]}'. {advice}")
         full_name = self._full_name(args[0]) if args else ""
         if full_name not in COMMANDS:
@@ -95,24 +96,40 @@ class Commands(Group):
             with complete_output(), _printable_mistakes():
                 code = super().invoke(ctx)
         except (AvssError, ModuleNotFoundError, OSError) as error:
-            mistake: Exception = error
-            if isinstance(error, ModuleNotFoundError):
-                mistake = not_installed(error, "The command") or error
-            elif isinstance(error, OSError) and is_full(error):
-                mistake = unwritable(error.filename or "A file", error, "Free some space.")
-            if not isinstance(mistake, AvssError):
+            mistake = _as_mistake(error)
+            if mistake is None:
                 raise
             code = mistake.exit_code
             say("".join(traceback.format_exception(error)), least=VERBOSE)
             complain(f"Error: {spelled(str(mistake))}")
         except KeyboardInterrupt as stop:
-            for number in (signal.SIGINT, signal.SIGTERM):
-                signal.signal(number, signal.SIG_IGN)  # the remaining work is short, and would end in a traceback
-            code, notes = exit_code(), " ".join(getattr(stop, "__notes__", []))  # about the stored results
-            ended = f"Stopped, {notes}" if notes else "Stopped. Everything measured so far is kept"
-            resumes = bool(notes) or "fresh" in (_spelling.get() or {})
-            complain(f"{ended}; run the same command again to finish." if resumes else "Stopped.")
+            # The remaining work is short, and would end in a traceback.
+            signal.signal(signal.SIGINT, signal.SIG_IGN)
+            signal.signal(signal.SIGTERM, signal.SIG_IGN)
+            code = exit_code()
+            complain(_describe_stop(stop))
         raise typer.Exit(code or 0)
+
+
+def _as_mistake(error: AvssError | ModuleNotFoundError | OSError) -> AvssError | None:
+    """Return the error to show for an exception, or None if it is a mistake of this program."""
+    if isinstance(error, AvssError):
+        return error
+    if isinstance(error, ModuleNotFoundError):
+        return not_installed(error, "The command")
+    if is_full(error):
+        return unwritable(error.filename or "A file", error, "Free some space.")
+    return None
+
+
+def _describe_stop(stop: KeyboardInterrupt) -> str:
+    """Return a line about a stopped command, with the notes of the interrupt, which are about stored results."""
+    notes = " ".join(getattr(stop, "__notes__", []))
+    if notes:
+        return f"Stopped, {notes}; run the same command again to finish."
+    if "fresh" in (_spelling.get() or {}):
+        return "Stopped. Everything measured so far is kept; run the same command again to finish."
+    return "Stopped."
 
 
 @contextmanager
@@ -122,16 +139,29 @@ def _printable_mistakes() -> Iterator[None]:
         yield
     except _UsageError as error:
         error.message = printable(error.message)
-        options = _spelling.get() or {}
-        if "unexpected extra argument" in error.message and "warehouse" in options:
+        if "unexpected extra argument" in error.message and "warehouse" in (_spelling.get() or {}):
             error.message += ". The warehouse is an option: -w."
         command = getattr(error.ctx, "command_path", "").partition(" ")[2]
-        option = getattr(error, "option_name", "")
-        instead = REMOVED.get(f"{command} {option}") or REMOVED.get(option, "")
-        if instead and (f"{command} {option}" in REMOVED or any(name in instead for name in options.values())):
+        instead = _removed_option(command, getattr(error, "option_name", ""))
+        if instead:
             error.message += f". It was removed: {instead}"
             error.possibilities = []
         raise
+
+
+def _removed_option(command: str, option: str) -> str:
+    """Return what to write instead of a removed option of a command, or an empty text.
+
+    What is written for an option of every command must be an option of this one.
+    """
+    of_command = REMOVED.get(f"{command} {option}", "")
+    if of_command:
+        return of_command
+    of_every_command = REMOVED.get(option, "")
+    for spelling in (_spelling.get() or {}).values():
+        if spelling in of_every_command:
+            return of_every_command
+    return ""
 
 
 def at_end(work: Callable[[], None]) -> None:
@@ -215,8 +245,8 @@ def main() -> None:
         os.umask(int(umask, 8))
     if not sys.stderr.isatty():
         os.environ.setdefault("TQDM_DISABLE", "1")
-    command = COMMANDS.get(sys.argv[1]) if len(sys.argv) > 1 else None
-    if command is not None and command.panel == READ:
+    first_word = sys.argv[1] if len(sys.argv) > 1 else ""
+    if first_word in COMMANDS and COMMANDS[first_word].panel == READ:
         _hide_pandas_from_pyarrow()
     with complete_output():  # of --help and the like, which end before a command runs
         app()

@@ -7,7 +7,6 @@ from collections.abc import Iterator, Mapping
 from contextlib import nullcontext
 from dataclasses import replace
 from inspect import unwrap
-from itertools import chain, takewhile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -37,6 +36,7 @@ from avss_dist.stats.catalog import is_own
 
 if TYPE_CHECKING:
     import pyarrow as pa
+    from rich.console import RenderableType
 
     from avss_dist.analysis.comparison import RankingComparison
     from avss_dist.analysis.curves import RankingCurves
@@ -46,6 +46,7 @@ if TYPE_CHECKING:
     from avss_dist.warehouse.schema import Damage
 
 
+GLOB_CHARACTERS = {*"*?["}
 MOST_NAMED = 5  # runs that a message names
 MOST_OPENED = 20  # finished runs of a list, the newest, whose files are opened; that takes 1 ms or 2 for each
 
@@ -72,13 +73,23 @@ def open_for(request: WarehouseRequest, **options: Any) -> Warehouse:
 
     opened = Warehouse(str(request.warehouse), snapshot=True)
     at_end(lambda: _say_damaged(opened.damaged))
-    run: Any = getattr(request, "run", None) or ()
-    names = [run] if isinstance(run, str) else run
-    if len(names) == 1 and not {*names[0]} & {*"*?["}:
-        first, *more = choose_runs(opened, names, columns=("run_id", "model"), **options)
-        if not more and names[0] not in (first["run_id"], first["model"], basename(first["model"])):
-            say(f"Run {first['run_id']} is the one with '{names[0]}' in its id.")
+    name = _only_run(request)
+    if name is not None and not {*name} & GLOB_CHARACTERS:
+        run_row, *more = choose_runs(opened, [name], columns=("run_id", "model"), **options)
+        full_names = (run_row["run_id"], run_row["model"], basename(run_row["model"]))
+        if not more and name not in full_names:
+            say(f"Run {run_row['run_id']} is the one with '{name}' in its id.")
     return opened
+
+
+def _only_run(request: WarehouseRequest) -> str | None:
+    """Return the one name of a run that a request has, or None if it has none or several."""
+    run = getattr(request, "run", None)
+    if isinstance(run, str):
+        return run or None
+    if isinstance(run, tuple) and len(run) == 1:
+        return str(run[0])
+    return None
 
 
 def ls(request: ListRequest, format: str) -> None:
@@ -107,12 +118,12 @@ def show(request: ShowRequest, format: str) -> None:
     from avss_dist.reports.output import print_result, printed_to
 
     output = None if request.output is None else Path(request.output)
-    draws = format == "table" and not (request.experts or request.shares)
-    drawn = output and draws and output.suffix.lower() in PICTURES
-    if output and not drawn:
-        require_table_file(output, format, COMMANDS["show"].formats, draws=draws)
+    can_draw = format == "table" and not (request.experts or request.shares)
+    is_picture = output is not None and output.suffix.lower() in PICTURES
+    if output is not None and not (can_draw and is_picture):
+        require_table_file(output, format, COMMANDS["show"].formats, draws=can_draw)
     opened = open_for(request)
-    if drawn:
+    if can_draw and is_picture:
         unwrap(read_commands.show)(opened, request)
         emit(output)
     else:
@@ -124,7 +135,7 @@ def show(request: ShowRequest, format: str) -> None:
         emit(f"{more} more in {opened.root}: {command_line('ls', '-w', opened.root)}")
 
 
-def _describe_runs(opened: Warehouse, request: ShowRequest, table: pa.Table) -> Iterator[Any]:
+def _describe_runs(opened: Warehouse, request: ShowRequest, table: pa.Table) -> Iterator[RenderableType]:
     """Yield the scores, the quantiles or the experts of each run."""
     import pyarrow.compute as pc
 
@@ -135,19 +146,20 @@ def _describe_runs(opened: Warehouse, request: ShowRequest, table: pa.Table) -> 
     from avss_dist.reports.terminal.scores import describe_exactness, layer_table, quantiles_table
     from avss_dist.reports.terminal.tables import rendered
 
-    for run in choose_runs(opened, request.run):
-        rows = table.filter(pc.equal(table["run_id"], run["run_id"]))
+    for run_row in choose_runs(opened, request.run):
+        rows = table.filter(pc.equal(table["run_id"], run_row["run_id"]))
         if not rows:
             continue
         if request.experts:
-            yield rendered(experts_section(f"{run['model']}  ({run['run_id']})", run, experts_by_layer(rows)))
+            label = f"{run_row['model']}  ({run_row['run_id']})"
+            yield rendered(experts_section(label, run_row, experts_by_layer(rows)))
         elif request.shares:
             yield quantiles_table(rows.to_pylist())
         else:
             layers = read_commands.score_rows(rows)
             own = [*own_labels(request.by).values()]
-            yield layer_table(run, layers, own)
-            yield from describe_agreement(opened, run, layers, own)
+            yield layer_table(run_row, layers, own)
+            yield from describe_agreement(opened, run_row, layers, own)
             yield from describe_exactness(layers)
 
 
@@ -160,30 +172,37 @@ def query(request: QueryCommandRequest, format: str) -> None:
     if request.output is not None:
         require_table_file(request.output, format, COMMANDS["query"].formats)
     with printed_to(Path(request.output)) if request.output else nullcontext():
-        if request.schema and format in ("table", "markdown"):
-            from avss_dist.reports.terminal.schema import schema_markdown, schema_page
+        if request.schema and format == "table":
+            from avss_dist.reports.terminal.schema import schema_page
 
-            if format == "table":
-                console().print(schema_page())
-            else:
-                emit(schema_markdown())
-        else:
-            opened = open_for(request)
-            # Thousands of runs are read at first.
-            with console().status("Reading ...") if sys.stdout.isatty() else nullcontext():
-                table = interruptible(lambda: unwrap(read_commands.query)(opened, request)).table()
-            write_table(table, format, console())
-            if not table.num_rows:
-                say(f"No row.{_query_comment(str(request.sql))}")
+            console().print(schema_page())
+            return
+        if request.schema and format == "markdown":
+            from avss_dist.reports.terminal.schema import schema_markdown
+
+            emit(schema_markdown())
+            return
+        opened = open_for(request)
+        # Thousands of runs are read at first.
+        with console().status("Reading ...") if sys.stdout.isatty() else nullcontext():
+            table = interruptible(lambda: unwrap(read_commands.query)(opened, request)).table()
+        write_table(table, format, console())
+        if not table.num_rows:
+            say(f"No row.{_query_comment(str(request.sql))}")
 
 
 def _query_comment(sql: str) -> str:
     """Return the comment of a ready-made query, which describes its rows, or an empty text for another query."""
     from avss_dist.warehouse.query import ready_queries
 
-    lines = ready_queries().get(sql.removeprefix("@"), "").splitlines() if sql.startswith("@") else []
-    comment = " ".join(line.removeprefix("-- ") for line in takewhile(lambda line: line.startswith("--"), lines))
-    return f" {sql}: {comment}" if comment else ""
+    if not sql.startswith("@"):
+        return ""
+    comment = []
+    for line in ready_queries().get(sql.removeprefix("@"), "").splitlines():
+        if not line.startswith("--"):
+            break
+        comment.append(line.removeprefix("-- "))
+    return f" {sql}: {' '.join(comment)}" if comment else ""
 
 
 MAX_TABLED = 20_000  # pairs of which all are compared in full for a table on a terminal
@@ -198,7 +217,8 @@ def compare(request: CompareRequest, format: str) -> None:
     from avss_dist.warehouse.reader import grouped
 
     opened = open_for(request)
-    result = unwrap(read_commands.compare)(opened, request, max_listed=MAX_PAIRS if format != "table" else MAX_TABLED)
+    max_listed = MAX_TABLED if format == "table" else MAX_PAIRS
+    result = unwrap(read_commands.compare)(opened, request, max_listed=max_listed)
     if isinstance(result, RankingComparison) and result.conditions:
         say(
             f"Only runs with the same {', '.join(result.conditions)} are compared with each other; "
@@ -231,7 +251,9 @@ def _describe_picture(result: RankingComparison | RankingCurves, request: Compar
         yield f"{describe_mismatched(result.similarity)} --allow-mismatch draws all."
 
 
-def _describe_pairs(opened: Warehouse, comparison: RankingComparison, request: CompareRequest) -> Iterator[Any]:
+def _describe_pairs(
+    opened: Warehouse, comparison: RankingComparison, request: CompareRequest
+) -> Iterator[RenderableType]:
     """Yield the agreement of pairs of runs, and the findings that speak against it."""
     from avss_dist.analysis.chosen import choose_runs, run_labels
     from avss_dist.analysis.findings import findings as find_all
@@ -239,25 +261,29 @@ def _describe_pairs(opened: Warehouse, comparison: RankingComparison, request: C
     from avss_dist.reports.terminal.scores import comparison_tables, findings_list, shown_pairs
     from avss_dist.stats.scores import Threshold
 
-    by, at = request.by, Threshold(*parse_threshold(request.threshold))
+    threshold = Threshold(*parse_threshold(request.threshold))
     shown = shown_pairs(comparison)
-    run_ids = sorted({*shown["a_run_id"].to_pylist(), *shown["b_run_id"].to_pylist()})
-    labels = dict(zip(run_ids, run_labels(choose_runs(opened, run_ids)), strict=True))
-    yield comparison_tables(comparison, f"by {by}  {_describe_ranking(request, at)}", labels, console().width)
+    shown_ids = sorted({*shown["a_run_id"].to_pylist(), *shown["b_run_id"].to_pylist()})
+    labels = dict(zip(shown_ids, run_labels(choose_runs(opened, shown_ids)), strict=True))
+    title = f"by {request.by}  {_describe_ranking(request, threshold)}"
+    yield comparison_tables(comparison, title, labels, console().width)
+
+    compared_ids = {*read_commands.chosen_ids(opened, request.run)} - {*comparison.left_out}
     bearing = find_all(
         opened,
-        sorted({*read_commands.chosen_ids(opened, request.run)} - {*comparison.left_out}),
-        threshold=at,
-        site=None if by == "site" else request.site,
-        recipe=None if by == "recipe" else request.recipe,
+        sorted(compared_ids),
+        threshold=threshold,
+        site=None if request.by == "site" else request.site,
+        recipe=None if request.by == "recipe" else request.recipe,
         rankings_alone=True,
     )
-    yield findings_list(of_rankings(bearing, request.score if by != "score" else "avss"))
+    score = "avss" if request.by == "score" else request.score
+    yield findings_list(of_rankings(bearing, score))
     findings_command = command_line("findings", "-w", opened.root)
     say(f"{findings_command} lists what else speaks against each of these runs.")
 
 
-def _describe_ranking(request: CompareRequest, at: Threshold) -> str:
+def _describe_ranking(request: CompareRequest, threshold: Threshold) -> str:
     """Return the score that ranks layers, and its site, recipe and threshold, without what is compared."""
     from avss_dist.analysis.own_scores import own_labels
 
@@ -267,22 +293,31 @@ def _describe_ranking(request: CompareRequest, at: Threshold) -> str:
         "score": request.score,
         "site": request.site,
         "recipe": request.recipe,
-        "threshold": f"|x| < {describe_threshold(at.value, at.kind)}",
+        "threshold": f"|x| < {describe_threshold(threshold.value, threshold.kind)}",
     }
     return " / ".join(text for name, text in fixed.items() if name != request.by)
 
 
 def findings(request: FindingsRequest, format: str) -> None:
     """Print the findings, or the score cards."""
-    from avss_dist.analysis.scorecard import scorecard_sections
     from avss_dist.reports.output import print_result
+
+    table = unwrap(read_commands.findings)(open_for(request), request).table()
+    print_result(format, _describe_findings(request, table), lambda: table)
+
+
+def _describe_findings(request: FindingsRequest, table: pa.Table) -> Iterator[RenderableType]:
+    """Yield the score cards, or the findings."""
+    from avss_dist.analysis.scorecard import scorecard_sections
     from avss_dist.reports.terminal.scores import findings_list
     from avss_dist.reports.terminal.tables import rendered
 
-    table = unwrap(read_commands.findings)(open_for(request), request).table()
-    shown = (rendered(*scorecard_sections(t)) if request.truth else findings_list(t) for t in [table])
-    hints = [] if request.every or request.truth else ["--every also lists findings at other sites and recipes."]
-    print_result(format, chain(shown, hints), lambda: table)
+    if request.truth:
+        yield rendered(*scorecard_sections(table))
+        return
+    yield findings_list(table)
+    if not request.every:
+        yield "--every also lists findings at other sites and recipes."
 
 
 def contrast(request: ContrastCommandRequest, format: str) -> None:
@@ -295,8 +330,9 @@ def contrast(request: ContrastCommandRequest, format: str) -> None:
     table = result.predictions if request.predictions else result.layers
     label = f"{result.reading['model']}  ({result.reading['run_id']})"
     print_result(format, [rendered(contrast_section(label, result))], lambda: table)
-    for line in result.findings if format != "table" else ():
-        say(line)
+    if format != "table":
+        for line in result.findings:
+            say(line)
 
 
 def report(request: ReportRequest) -> None:
@@ -315,9 +351,14 @@ def compact(request: CompactRequest) -> None:
     """Compact the warehouse, and print the number of runs that were copied."""
     opened = open_for(request)
     rows = unwrap(read_commands.compact)(opened, request).table().to_pylist()
-    tables = ", ".join(f"{row['table']} of {count_of(row['runs'], 'run')}" for row in rows if row["runs"])
-    every = "every finished run that can be read" if opened.damaged else "every finished run"
-    emit(f"{opened.root}: {f'copied {tables}' if tables else f'{every} was compacted before'}.")
+    copied = [f"{row['table']} of {count_of(row['runs'], 'run')}" for row in rows if row["runs"]]
+    if copied:
+        outcome = f"copied {', '.join(copied)}"
+    elif opened.damaged:
+        outcome = "every finished run that can be read was compacted before"
+    else:
+        outcome = "every finished run was compacted before"
+    emit(f"{opened.root}: {outcome}.")
 
 
 def rm(request: RemoveCommandRequest, format: str) -> None:
@@ -352,10 +393,10 @@ def _about_evaluations(removal: Removal) -> Iterator[str]:
     kinds = set(removal.kinds.values())
     if {RUN, EVALUATION} <= kinds:
         yield "Evaluations go with the last finished run of their checkpoint; --keep-evaluations keeps them."
-    if removal.shared:
-        several = len(removal.shared) > 1
-        number = count_of(len(removal.shared), "evaluation")
-        yield f"{number} {'stay' if several else 'stays'}, as other runs share {'them' if several else 'it'}."
+    if len(removal.shared) == 1:
+        yield "1 evaluation stays, as other runs share it."
+    elif removal.shared:
+        yield f"{count_of(len(removal.shared), 'evaluation')} stay, as other runs share them."
 
 
 def _remove_runs(removal: Removal) -> None:

@@ -2,12 +2,6 @@
 
 from __future__ import annotations
 
-_OFFLOAD_FOLDERS = tuple(f"{command} --offload-folder" for command in ("score", "ablate", "evaluate", "shrink"))
-_SECONDS = {
-    f"jobs {command} --{name}-seconds": f"set the variable AVSS_{name.upper()}_SECONDS"
-    for command in ("submit", "list", "logs", "stop")
-    for name in ("connect", "answer")
-}
 REMOVED: dict[str, str] = {
     "--site": "write --sites.",
     "--threshold": "write --thresholds.",
@@ -20,8 +14,18 @@ REMOVED: dict[str, str] = {
     "--yes": "write --allow-many.",
     "findings --all": "write --every.",
     "--protect": "write --first 1 --last 1.",
-    **dict.fromkeys(_OFFLOAD_FOLDERS, "set the variable TMPDIR where the model runs"),
-    **_SECONDS,
+    "score --offload-folder": "set the variable TMPDIR where the model runs",
+    "ablate --offload-folder": "set the variable TMPDIR where the model runs",
+    "evaluate --offload-folder": "set the variable TMPDIR where the model runs",
+    "shrink --offload-folder": "set the variable TMPDIR where the model runs",
+    "jobs submit --connect-seconds": "set the variable AVSS_CONNECT_SECONDS",
+    "jobs submit --answer-seconds": "set the variable AVSS_ANSWER_SECONDS",
+    "jobs list --connect-seconds": "set the variable AVSS_CONNECT_SECONDS",
+    "jobs list --answer-seconds": "set the variable AVSS_ANSWER_SECONDS",
+    "jobs logs --connect-seconds": "set the variable AVSS_CONNECT_SECONDS",
+    "jobs logs --answer-seconds": "set the variable AVSS_ANSWER_SECONDS",
+    "jobs stop --connect-seconds": "set the variable AVSS_CONNECT_SECONDS",
+    "jobs stop --answer-seconds": "set the variable AVSS_ANSWER_SECONDS",
     "score --label-field": "`avss score ORG/NAME --corpus FILE.jsonl:prompt+answer:LABEL`",
     "score --tracker": "leave it out, the warehouse has settings and scores.",
     "run --tracker": "leave it out, the warehouse has settings and scores.",
