@@ -83,7 +83,9 @@ def correlate_pairs(
         which both scores are finite. ``given_depth`` is its partial correlation given depth, NaN if one of the scores
         is the order of depth itself. Correlations are NaN for fewer than three layers or a constant score.
     """
-    columns: dict[str, NDArray[Any]] = {name: np.empty(len(a), kind) for name, kind in COLUMNS.items()}
+    columns: dict[str, NDArray[Any]] = {}
+    for name, kind in COLUMNS.items():
+        columns[name] = np.empty(len(a), kind)
     for chunk in tracked(list(_chunks(scores, a, b)), f"Comparing {len(a):,} pairs"):
         pairs = _aligned(scores, a[chunk], b[chunk])
         for name, values in _agreement(pairs, share).items():
@@ -95,7 +97,8 @@ def _agreement(pairs: _AlignedPairs, share: float) -> NewRow:
     """Return a value or an array [pairs] for each of `COLUMNS`, of pairs with the same number of layers."""
     num_layers = pairs.first.shape[1]
     num_lowest = min(count_lowest(num_layers, share), num_layers)
-    shared = (_is_lowest(pairs.first, num_lowest) & _is_lowest(pairs.second, num_lowest)).sum(axis=1)
+    is_lowest_in_both = _is_lowest(pairs.first, num_lowest) & _is_lowest(pairs.second, num_lowest)
+    shared = is_lowest_in_both.sum(axis=1)
     rho, partial = _correlations(pairs)
     jaccard_by_chance, at_least = _expected_overlap(num_layers, num_lowest)
     return {
@@ -288,18 +291,22 @@ class RankMatrix:
         ranked = self._ranked[size]
         a = np.searchsorted(ranked.members, rows)
         b = np.searchsorted(ranked.members, columns)
-        x = ranked.ranks[a]
-        y = ranked.ranks[b]
+        ranks_a = ranked.ranks[a]
+        ranks_b = ranked.ranks[b]
+        squares = np.outer((ranks_a**2).sum(axis=1), (ranks_b**2).sum(axis=1))
         with np.errstate(invalid="ignore", divide="ignore"):
-            rho = (x @ y.T) / np.sqrt(np.outer((x**2).sum(axis=1), (y**2).sum(axis=1)))
+            rho = (ranks_a @ ranks_b.T) / np.sqrt(squares)
         if size < MIN_VALUES:
             rho[:] = np.nan
-        return rho, given_depth(rho, ranked.with_depth[a][:, None], ranked.with_depth[b][None, :])
+        depth_a = ranked.with_depth[a][:, None]
+        depth_b = ranked.with_depth[b][None, :]
+        return rho, given_depth(rho, depth_a, depth_b)
 
     @cached_property
     def _ranked(self) -> dict[int, _RankedScores]:
         """Ranked scores by the number of depths at which they are compared."""
-        return {size: self._rank(size) for size in np.unique(self._sizes[self._sizes > 0]).tolist()}
+        sizes = np.unique(self._sizes[self._sizes > 0])
+        return {size: self._rank(size) for size in sizes.tolist()}
 
     def _rank(self, size: int) -> _RankedScores:
         """Return the scores with at least ``size`` depths, at the depths of those that have as many."""
@@ -419,8 +426,10 @@ class _Histogram:
     def summarize(self) -> CorrelationSummary:
         """Summarize the correlations by the bins of the lowest, of those in the middle, and of the highest."""
         count = int(self._counts.sum())
-        ordered = [1, (count + 1) // 2, count // 2 + 1, count] if count else []
-        bins = summarize(np.searchsorted(self._counts.cumsum(), ordered).astype(np.float64))
+        # The lowest, the one or two in the middle, and the highest, counted from 1.
+        places = [1, (count + 1) // 2, count // 2 + 1, count] if count else []
+        bin_of_place = np.searchsorted(self._counts.cumsum(), places)
+        bins = summarize(bin_of_place.astype(np.float64))
         return CorrelationSummary(
             count=count,
             median=bins.median * RESOLUTION - 1,

@@ -16,7 +16,7 @@ import pyarrow.compute as pc
 from avss_dist.core.errors import AvssError, QueryError, WarehouseError, nearest, require_known
 from avss_dist.core.suggestions import command_line
 from avss_dist.core.text import basename, printable
-from avss_dist.core.values import NewRow, TableRow
+from avss_dist.core.values import JsonObject, NewRow, TableRow
 from avss_dist.stats.catalog import SCORES
 from avss_dist.warehouse.checks import settings_of
 from avss_dist.warehouse.names import MEASURED_ONLY, ROUNDING_TASK
@@ -103,7 +103,8 @@ def no_finished_run(warehouse: Warehouse, *, measured: bool = False) -> QueryErr
     Args:
         measured: the layers of a checkpoint without a run may be measured instead.
     """
-    if failed := warehouse.runs().num_rows:
+    failed = warehouse.runs().num_rows
+    if failed:
         listing = command_line("ls", "-w", warehouse.root)
         runs = "its only run" if failed == 1 else f"all of its {failed:,} runs"
         return QueryError(
@@ -229,7 +230,8 @@ def _matching(name: str, models: Mapping[str, str]) -> list[str]:
     Raises:
         QueryError: if no run matches, or words of several ids do.
     """
-    if named := _named(name, models):
+    named = _named(name, models)
+    if named:
         return named
     if _is_glob(name):
         raise QueryError(f"No run matches '{name}'.", nearest(name, models))
@@ -249,12 +251,16 @@ def _named(name: str, models: Mapping[str, str]) -> list[str]:
     """Return the ids of the runs with a name, of a model with it, or else those that a glob matches."""
     if name in models:
         return [name]
-    of_model = [run_id for run_id, model in models.items() if name in (model, basename(model))]
+    of_model = []
+    for run_id, model in models.items():
+        if name in (model, basename(model)):
+            of_model.append(run_id)
     if of_model or not _is_glob(name):
         return of_model
     matching = []
     for run_id, model in models.items():
-        if any(fnmatchcase(text.lower(), name.lower()) for text in (run_id, model, basename(model))):
+        texts = (run_id, model, basename(model))
+        if any(fnmatchcase(text.lower(), name.lower()) for text in texts):
             matching.append(run_id)
     return matching
 
@@ -303,7 +309,7 @@ def _details(runs: Sequence[TableRow]) -> Iterator[list[str | None]]:
     yield [run["run_id"][-NUMBER_LENGTH:] for run in runs]
 
 
-def _setting(settings: TableRow, key: str) -> str | None:
+def _setting(settings: JsonObject, key: str) -> str | None:
     """Return a setting of a run in words. None if it is off."""
     if settings.get(key):
         return f"{key}={settings[key]}"

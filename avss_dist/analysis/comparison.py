@@ -7,7 +7,6 @@ from collections import Counter
 from collections.abc import Hashable, Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass, field, replace
 from itertools import combinations
-from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -216,7 +215,9 @@ def compare(
         )
     if is_own(score):
         selected += own_profiles(warehouse, runs, score)
-    survey = _survey(selected, by, allow_mismatch) if by in BETWEEN_RUNS else None
+    survey = None
+    if by in BETWEEN_RUNS:
+        survey = _survey(selected, by, allow_mismatch)
     if survey and survey.number > max_listed:
         first, second = survey.extremes
     else:
@@ -233,25 +234,27 @@ def compare(
     if mapped:
         in_pairs = [profile for profile in selected if profile.run["run_id"] in compared]
         similarity = _map(in_pairs, by, allow_mismatch)
-    spearman = summarize(pairs["spearman"].to_numpy())
-    given_depth = summarize(pairs["given_depth"].to_numpy())
-    odd = ""
-    if survey and survey.number > len(pairs):
-        # The listed pairs are the extremes. The survey has seen all.
-        spearman = survey.spearman
-        given_depth = survey.given_depth
-    elif survey:
-        odd = find_odd(pairs, scored)
-    return RankingComparison(
-        number=survey.number if survey else len(pairs),
-        spearman=spearman,
-        given_depth=given_depth,
-        groups=survey.groups if survey else GROUPS.empty_table(),
+    with_scores = {run["run_id"] for run in scored}
+    comparison = RankingComparison(
+        number=len(pairs),
+        spearman=summarize(pairs["spearman"].to_numpy()),
+        given_depth=summarize(pairs["given_depth"].to_numpy()),
         pairs=pairs,
         conditions=tuple(conditions),
-        left_out=_left_out(runs, {run["run_id"] for run in scored}, compared, by, score),
+        left_out=_left_out(runs, with_scores, compared, by, score),
         similarity=similarity,
-        odd=odd,
+    )
+    if survey is None:
+        return comparison
+    if survey.number <= len(pairs):
+        return replace(comparison, groups=survey.groups, odd=find_odd(pairs, scored))
+    # The listed pairs are the extremes. The survey has seen all.
+    return replace(
+        comparison,
+        number=survey.number,
+        spearman=survey.spearman,
+        given_depth=survey.given_depth,
+        groups=survey.groups,
     )
 
 
@@ -286,17 +289,20 @@ def _pairs_table(selected: Sequence[Profile], first: Indices, second: Indices, b
     labels = pa.array([profile.label(by) for profile in selected], pa.string())
     run_ids = pa.array([profile.run["run_id"] for profile in selected], pa.string())
     agreement = correlate_pairs([profile.score for profile in selected], first, second, share=share)
+    places_of_first = pa.array(first)
+    places_of_second = pa.array(second)
     columns = {
         "by": pa.repeat(by, len(first)),
-        "a": labels.take(pa.array(first)),
-        "b": labels.take(pa.array(second)),
-        "a_run_id": run_ids.take(pa.array(first)),
-        "b_run_id": run_ids.take(pa.array(second)),
+        "a": labels.take(places_of_first),
+        "b": labels.take(places_of_second),
+        "a_run_id": run_ids.take(places_of_first),
+        "b_run_id": run_ids.take(places_of_second),
         **agreement,
     }
     table = pa.table({name: columns[name] for name in SCHEMA.names}, SCHEMA)
     # Pairs without a correlation come last.
-    order = np.argsort(-np.nan_to_num(agreement["spearman"], nan=-2.0), kind="stable")
+    correlations = np.nan_to_num(agreement["spearman"], nan=-2.0)
+    order = np.argsort(-correlations, kind="stable")
     return table.take(pa.array(order))
 
 
@@ -368,17 +374,19 @@ def _describe_odd(members: Sequence[TableRow], mean: Mapping[str, float], group:
     reason = "Its settings are those of the others."
     if differences:
         reason = f"It differs in {', '.join(differences)}."
+    run_id = odd["run_id"]
     mean_of_others = np.mean([mean[run["run_id"]] for run in others])
     return (
-        f"{label} ({odd['run_id']}) agrees least with the other runs of its {group}: Spearman "
-        f"{mean[odd['run_id']]:z.3f} on average, that of the others {mean_of_others:z.3f}. {reason}"
+        f"{label} ({run_id}) agrees least with the other runs of its {group}: Spearman "
+        f"{mean[run_id]:z.3f} on average, that of the others {mean_of_others:z.3f}. {reason}"
     )
 
 
 def _no_pair(selected: Sequence[Profile], by: str, allow_mismatch: bool) -> QueryError:
     """Return the error for profiles of which no two are comparable."""
     runs = [profile.run for profile in selected]
-    if by in UNDER_SAME_CONDITIONS and not allow_mismatch and next(_pairs(selected, by, True), None):
+    conditions_matter = by in UNDER_SAME_CONDITIONS and not allow_mismatch
+    if conditions_matter and any(_pairs(selected, by, True)):
         texts = []
         for name in differing(runs):
             # Corpora of the same content may have several names.
@@ -405,11 +413,9 @@ def _map(selected: Sequence[Profile], by: str, allow_mismatch: bool) -> Similari
     most_frequent = max(groups.values(), key=len)
     shown = sorted(most_frequent, key=lambda profile: str(profile.run["created_at"]))
     group_by = "family" if by == "run" else by
-    similarity = similarity_map(
-        RankMatrix([profile.score for profile in shown]),
-        run_labels([profile.run for profile in shown]),
-        [profile.label(group_by) for profile in shown],
-    )
+    matrix = RankMatrix([profile.score for profile in shown])
+    labels = run_labels([profile.run for profile in shown])
+    similarity = similarity_map(matrix, labels, [profile.label(group_by) for profile in shown])
     return replace(similarity, mismatched=len(selected) - len(shown))
 
 
@@ -439,21 +445,26 @@ def profiles(
     names = FROM_ACTIVATIONS if score is None else (score,)
     slices = grouped(slices_by(table, ["run_id", *READING]), lambda entry: entry[0]["run_id"])
     depth = table["depth"].to_numpy()
-    values = {name: table[SCORES[name].column].to_numpy() for name in names}
-    has_value = {name: table[SCORES[name].column].is_valid().to_numpy() for name in names}
+    values = {}
+    has_value = {}
+    for name in names:
+        column = table[SCORES[name].column]
+        values[name] = column.to_numpy()
+        has_value[name] = column.is_valid().to_numpy()
     selected = []
     for run in runs:
         for key, start, stop in slices.get(run["run_id"], ()):
-            at = describe_threshold(key["threshold"], key["threshold_kind"])
+            threshold_in_words = describe_threshold(key["threshold"], key["threshold_kind"])
+            rows = slice(start, stop)
             for name in names:
-                valid = has_value[name][start:stop]
+                valid = has_value[name][rows]
                 if not valid.any():
                     continue
                 profile = Profile(
                     run=run,
-                    reading={**key, "threshold": at, "score": name},
-                    depth=depth[start:stop][valid],
-                    values=values[name][start:stop][valid],
+                    reading={**key, "threshold": threshold_in_words, "score": name},
+                    depth=depth[rows][valid],
+                    values=values[name][rows][valid],
                 )
                 selected.append(profile)
     return selected
@@ -495,18 +506,17 @@ def own_profiles(warehouse: Warehouse, runs: Sequence[TableRow], score: str) -> 
     own = []
     for run in runs:
         values = own_score(score, warehouse, run).values
-        layers = np.array(sorted(layer for layer, value in values.items() if np.isfinite(value)), np.int64)
-        if not layers.size:
+        layers = sorted(layer for layer, value in values.items() if np.isfinite(value))
+        if not layers:
             continue
-        number = run["num_layers"] or int(layers[-1]) + 1
-        own.append(
-            Profile(
-                run=run,
-                reading={"score": label},
-                depth=(layers + 0.5) / number,
-                values=np.array([values[layer] for layer in layers.tolist()], np.float64),
-            )
+        number = run["num_layers"] or layers[-1] + 1
+        profile = Profile(
+            run=run,
+            reading={"score": label},
+            depth=(np.array(layers, np.int64) + 0.5) / number,
+            values=np.array([values[layer] for layer in layers], np.float64),
         )
+        own.append(profile)
     if not own:
         raise QueryError(f"{label} has values of none of these runs.", "avss ls lists the runs and their models.")
     return own
@@ -537,7 +547,7 @@ def with_conditions(run: TableRow) -> NewRow:
     }
 
 
-def condition(run: TableRow, name: str) -> Any:
+def condition(run: TableRow, name: str) -> Hashable:
     """Return the value of a run's condition. A corpus is identified by its content fingerprint, if it has one."""
     if name == "corpus":
         return run["corpus_fingerprint"] or run["corpus"]
@@ -572,7 +582,7 @@ def _shared(profile: Profile, by: str, allow_mismatch: bool) -> Hashable:
     run = profile.run
     if by in WITHIN_A_RUN:
         return run["run_id"]
-    conditions: list[Any] = []
+    conditions: list[Hashable] = []
     if not allow_mismatch:
         conditions = [condition(run, name) for name in _other_conditions(by)]
     if by in ("corpus", "dtype"):
@@ -582,7 +592,7 @@ def _shared(profile: Profile, by: str, allow_mismatch: bool) -> Hashable:
     return tuple(conditions)
 
 
-def _value(profile: Profile, by: str) -> Any:
+def _value(profile: Profile, by: str) -> Hashable:
     """Return the value in which the profiles of a pair differ."""
     if by == "size" or by in WITHIN_A_RUN:
         return profile.label(by)

@@ -191,19 +191,18 @@ def _counted_index(run: TableRow, threshold: float) -> int:
     """
     counted = list(run["thresholds"])
     if threshold not in counted:
-        raise QueryError(
-            f"The run did not count elements below {threshold:g} row by row.",
-            f"It counted {', '.join(f'{value:g}' for value in counted)}.",
-        )
+        listed = ", ".join(f"{value:g}" for value in counted)
+        raise QueryError(f"The run did not count elements below {threshold:g} row by row.", f"It counted {listed}.")
     return counted.index(threshold)
 
 
 def _contrast_blocks(strata: Strata, recipe: str, threshold: Threshold) -> _Measured:
     """Contrast blocks of shards. Single answers are not told apart, so nothing is predicted of them."""
+    no_predictions = pa.table({"layer": pa.nulls(0, pa.int64()), "statistic": pa.nulls(0, pa.string())})
     return _Measured(
         labels=strata.labels,
         layers=stratum_table(strata, recipe, threshold),
-        predictions=pa.table({"layer": pa.nulls(0, pa.int64()), "statistic": pa.nulls(0, pa.string())}),
+        predictions=no_predictions,
         pairs=None,
     )
 
@@ -257,7 +256,8 @@ def answer_rows(warehouse: Warehouse, run: TableRow, site: str) -> pa.Table:
     if not rows and not warehouse.table("stratum_stats", columns=["site"], **chosen):
         raise not_paired(run["run_id"])
     rows = rows.sort_by([("row", "ascending"), ("layer", "ascending")])
-    if not rows or rows.num_rows != run["num_sequences"] * len(pc.unique(rows["layer"])):
+    expected = run["num_sequences"] * len(pc.unique(rows["layer"]))
+    if not rows or rows.num_rows != expected:
         raise DamagedFile(f"Statistics of rows of run '{run['run_id']}' are missing.", TABLES["row_stats"].replaced_by)
     return rows
 
@@ -586,19 +586,25 @@ def _about_prediction(rows: list[NewRow]) -> list[str]:
     """Return sentences on how well layers and baselines predict labels, none if there are no predictions."""
     if not rows:
         return []
-    best = max((row for row in rows if row["layer"] is None), key=itemgetter("auroc"))
-    top = max((row for row in rows if row["layer"] is not None), key=itemgetter("auroc"))
-    statistic = FEATURES[top["statistic"]]
-    baseline = best["statistic"].replace("_", "-")
+    baselines = [row for row in rows if row["layer"] is None]
+    of_layers = [row for row in rows if row["layer"] is not None]
+    best_baseline = max(baselines, key=itemgetter("auroc"))
+    best_layer = max(of_layers, key=itemgetter("auroc"))
+    statistic = FEATURES[best_layer["statistic"]]
+    baseline = best_baseline["statistic"].replace("_", "-")
     beating = sorted({row["layer"] for row in rows if row["beats_baselines"]})
-    beating_in_words = ", ".join(map(str, beating)) or "none"
+    beating_in_words = ", ".join(str(layer) for layer in beating) or "none"
     sentences = [
-        f"Prediction: the best of all layers ({top['layer']}, {statistic}) has AUROC {top['auroc']:.2f}, and "
-        f"{top['after_another']:.2f} after another prompt; the best baseline ({baseline}) has {best['auroc']:.2f}.",
+        f"Prediction: the best of all layers ({best_layer['layer']}, {statistic}) has AUROC "
+        f"{best_layer['auroc']:.2f}, and {best_layer['after_another']:.2f} after another prompt; the best baseline "
+        f"({baseline}) has {best_baseline['auroc']:.2f}.",
         f"Layers that beat the baselines: {beating_in_words}.",
     ]
     measured = {row["statistic"] for row in rows}
-    missing = [name.replace("_", "-") for name in PREDICTED_BASELINES.values() if name not in measured]
+    missing = []
+    for name in PREDICTED_BASELINES.values():
+        if name not in measured:
+            missing.append(name.replace("_", "-"))
     if missing:
         sentences.append(f"Baselines are missing ({', '.join(missing)}): evaluate perplexity on the same corpus.")
     return sentences
@@ -722,7 +728,8 @@ def _both(
     Raises:
         QueryError: if the site has no statistics for the recipe.
     """
-    merged = [reduce(LayerStats.merge, of_layer) for of_layer in zip(*blocks, strict=True)]
+    blocks_of_layers = zip(*blocks, strict=True)
+    merged = [reduce(LayerStats.merge, blocks_of_layer) for blocks_of_layer in blocks_of_layers]
     table = SiteTable(merged, blocks, [threshold], np.vstack([first, second]))
     if recipe not in table.recipes():
         raise QueryError(f"The site has no statistics for the recipe '{recipe}'.", "Use block or update.")
@@ -757,16 +764,18 @@ def stratum_table(strata: Strata, recipe: str, threshold: Threshold) -> pa.Table
     def other_sides(weights: Float64 | None = None) -> tuple[Parts, Parts]:
         return strata.both_sides(recipe, threshold, weights, after=AFTER_ANOTHER)
 
-    rng = np.random.default_rng(BOOTSTRAP_SEED)
+    random = np.random.default_rng(BOOTSTRAP_SEED)
     permutations = contrast_stats.num_permutations(num_layers)
-    exchanged = rng.integers(0, 2, (permutations, num_blocks)).astype(np.float64)
+    exchanged = random.integers(0, 2, (permutations, num_blocks)).astype(np.float64)
     observed = contrast_stats.deviation(*own_sides()).ravel()
     permuted = contrast_stats.deviation(*strata.both_sides(recipe, threshold, exchanged=exchanged))
 
-    half = np.arange(num_blocks) < num_blocks // 2
-    halves = rng.permuted(np.tile(half, (contrast_stats.PERMUTATIONS, 1)), axis=1).astype(np.float64)
+    is_in_first_half = np.arange(num_blocks) < num_blocks // 2
+    splits = np.tile(is_in_first_half, (contrast_stats.PERMUTATIONS, 1))
+    halves = random.permuted(splits, axis=1).astype(np.float64)
     truthful_blocks = strata.blocks[strata.labels[1]]
-    between_halves = contrast_stats.deviation(*_both(truthful_blocks, recipe, threshold, halves, 1 - halves))
+    first_half, second_half = _both(truthful_blocks, recipe, threshold, halves, 1 - halves)
+    between_halves = contrast_stats.deviation(first_half, second_half)
     return _table(
         strata.layers,
         own_sides,
@@ -853,9 +862,8 @@ def _chart_rows(rows: Sequence[TableRow]) -> list[NewRow]:
         for source, title in SERIES.items():
             deviation = row[source]
             if deviation is not None:
-                drawn.append(
-                    {"layer": row["layer"], "answers": title, "deviation": deviation, "noise": row["noise_floor"]}
-                )
+                noise = row["noise_floor"]
+                drawn.append({"layer": row["layer"], "answers": title, "deviation": deviation, "noise": noise})
     return drawn
 
 

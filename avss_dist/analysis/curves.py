@@ -5,10 +5,11 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property, partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 import pyarrow as pa
+from numpy.typing import NDArray
 
 from avss_dist.analysis.comparison import (
     CONDITIONS,
@@ -102,9 +103,10 @@ class Curve:
         return average_ranks(self.values)
 
     @property
-    def is_lowest(self) -> Any:
+    def is_lowest(self) -> NDArray[np.bool_]:
         """Whether each layer is among the lowest 25% at each point, bool[points, layers]."""
-        return rank_lowest(self.values) <= count_lowest(len(self.depth))
+        is_lowest: NDArray[np.bool_] = rank_lowest(self.values) <= count_lowest(len(self.depth))
+        return is_lowest
 
     @property
     def has_trend(self) -> bool:
@@ -130,12 +132,13 @@ class Curve:
         ranks = self.ranks.tolist()
         is_lowest = self.is_lowest.tolist()
         for place, (run, point) in enumerate(zip(self.runs, self.points, strict=True)):
+            value_on_axis = float(run[AXES[self.along]])
             for column, layer in enumerate(self.layers):
                 yield {
                     "along": self.along,
                     "curve": self.name,
                     "point": point,
-                    "value": float(run[AXES[self.along]]),
+                    "value": value_on_axis,
                     "run_id": run["run_id"],
                     "layer": layer,
                     "depth": depth[column],
@@ -207,14 +210,14 @@ def ranking_curves(
     curves = curves_of(scored, along, allow_mismatch=allow_mismatch)
     left_out = _reasons_left_out(runs, scored, curves, along)
     if not curves:
-        why = "; ".join(dict.fromkeys(left_out.values())) or "there are no runs"
+        reasons = "; ".join(dict.fromkeys(left_out.values())) or "there are no runs"
+        same = " and ".join(SAME[along])
         mismatch = ", or set `allow_mismatch` if it is their text or settings that differ"
         if allow_mismatch:
             mismatch = ""
         raise QueryError(
-            f"No two runs are along {along}: {why}.",
-            f"Score runs of the same {' and '.join(SAME[along])} that differ in {along}{mismatch}. "
-            f"Axes: {', '.join(AXES)}.",
+            f"No two runs are along {along}: {reasons}.",
+            f"Score runs of the same {same} that differ in {along}{mismatch}. Axes: {', '.join(AXES)}.",
         )
     return RankingCurves(curves=curves, left_out=left_out)
 
@@ -244,7 +247,7 @@ def _reasons_left_out(
 def curves_of(scored: Sequence[Profile], along: str, *, allow_mismatch: bool = False) -> list[Curve]:
     """Return the curves of profiles along an axis as `ranking_curves` does, those with the most points first."""
     conditions = [name for name in CONDITIONS if name != AXES[along]]
-    groups: dict[tuple[Any, ...], dict[Any, Profile]] = {}
+    groups: dict[tuple[object, ...], dict[float, Profile]] = {}
     # From the oldest to the newest, so that the newest at a place replaces the others.
     for profile in sorted(scored, key=lambda profile: str(profile.run["created_at"])):
         if not _has_place(profile.run, along) or not _is_comparable(profile):
@@ -287,13 +290,16 @@ def _curve(along: str, name: str, members: Sequence[Profile]) -> Curve:
     shallowest = min(members, key=lambda profile: len(profile.depth))
     depth = shallowest.depth
     num_layers = shallowest.run["num_layers"] or len(depth)
+    # Layer i of n has the depth (i + 0.5) / n.
+    layers = np.rint(depth * num_layers - 0.5).astype(int)
+    values = [np.interp(depth, profile.depth, profile.values) for profile in members]
     return Curve(
         along=along,
         name=name,
         runs=[profile.run for profile in members],
-        layers=np.rint(depth * num_layers - 0.5).astype(int).tolist(),
+        layers=layers.tolist(),
         depth=depth,
-        values=np.array([np.interp(depth, profile.depth, profile.values) for profile in members]),
+        values=np.array(values),
     )
 
 
@@ -302,11 +308,6 @@ def _has_place(run: TableRow, along: str) -> bool:
     if run[AXES[along]] is None:
         return False
     return all(run[name] is not None for name in SAME[along])
-
-
-def _place(run: TableRow, along: str) -> tuple[Any, ...]:
-    """Return the place of a run on an axis and the values that its curve shares, with None for unknown ones."""
-    return tuple(run[name] for name in (AXES[along], *SAME[along]))
 
 
 _COEFFICIENT = "{:z.3f}".format

@@ -103,17 +103,19 @@ def _layer_experts(layer: int, stats: ExpertStats) -> LayerExperts:
     used = load[load > 0]
     # The entropy of equal shares. That of a single expert is 0, by which nothing can be divided.
     even = np.log(max(len(routed), 2))
+    entropy = -(used * np.log(used)).sum()
     with np.errstate(divide="ignore", invalid="ignore"):
         router_entropy = float(stats.router_entropy_sum[0] / tokens) / even
+    experts_per_token = int(routed.sum()) / max(1, int(tokens))
     return LayerExperts(
         layer=layer,
         load=load,
         saliency=_means(stats.gated_norm_sum, routed),
         gate=_means(stats.gate_sum, routed),
         carried=_shares(stats.gated_norm_sum),
-        balance=float(-(used * np.log(used)).sum() / even),
+        balance=float(entropy / even),
         router_entropy=router_entropy,
-        top_k=round(int(routed.sum()) / max(1, int(tokens))),
+        top_k=round(experts_per_token),
     )
 
 

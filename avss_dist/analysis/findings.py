@@ -71,6 +71,9 @@ _SCORED = (
     "lowest_set_probability",
 )
 
+# Between these probabilities, it is not sure whether a layer is among the lowest.
+UNSURE_ABOVE = 0.05
+UNSURE_BELOW = 0.95
 Columns = Mapping[str, NDArray[Any]]
 """Values of each layer by column; missing numbers are NaN."""
 
@@ -138,7 +141,8 @@ def findings(
         rows += _row_starts(warehouse, runs)
         # Last, because the reads above are what finds damaged files.
         rows += _unreadable(warehouse, run_ids)
-    rows = [row for row in rows if _holds_for(row, "site", site) and _holds_for(row, "recipe", recipe)]
+    rows = [row for row in rows if _holds_for(row, "site", site)]
+    rows = [row for row in rows if _holds_for(row, "recipe", recipe)]
     position = {name: index for index, name in enumerate(names)}
     rows.sort(key=lambda row: (*_urgency(row), position.get(row["run_id"], len(names))))
     return pa.Table.from_pylist(rows, SCHEMA)
@@ -199,7 +203,10 @@ def _holds_for(row: NewRow, name: str, value: str | None) -> bool:
 
 def of_rankings(table: pa.Table, score: str) -> pa.Table:
     """Return the findings that bear on a comparison of rankings by a score. See `OF_RANKINGS`."""
-    kinds = [kind for kind, avss_alone in OF_RANKINGS.items() if score == "avss" or not avss_alone]
+    kinds = []
+    for kind, concerns_avss_alone in OF_RANKINGS.items():
+        if score == "avss" or not concerns_avss_alone:
+            kinds.append(kind)
     return table.filter(pc.is_in(table["kind"], pa.array(kinds, pa.string())))
 
 
@@ -232,7 +239,9 @@ def _of_recipes(readings: Mapping[_Place, Columns]) -> Iterator[NewRow]:
         for other in RECIPES:
             if recipe < other and (run_id, site, other) in readings:
                 pairs.append(((run_id, site, recipe), (run_id, site, other)))
-    scores = [(readings[first]["avss_smoothed"], readings[second]["avss_smoothed"]) for first, second in pairs]
+    scores = []
+    for first, second in pairs:
+        scores.append((readings[first]["avss_smoothed"], readings[second]["avss_smoothed"]))
     disagreements: dict[tuple[str, str], list[tuple[float, str, str]]] = {}
     for (first, second), rho in zip(pairs, _correlations(scores), strict=True):
         if rho < DISAGREE:
@@ -240,15 +249,12 @@ def _of_recipes(readings: Mapping[_Place, Columns]) -> Iterator[NewRow]:
             disagreements.setdefault((run_id, site), []).append((rho, recipe, second[2]))
     for (run_id, site), of_site in disagreements.items():
         rho, recipe, other = min(of_site)
-        yield finding(
-            "recipes_disagree",
-            "warning" if rho < 0 else "note",
-            rho,
+        severity = "warning" if rho < 0 else "note"
+        message = (
             f"The recipes '{recipe}' and '{other}' rank the layers differently (Spearman {rho:z.2f}): "
-            "which layers matter depends on how AVSS is read.",
-            run_id=run_id,
-            site=site,
+            "which layers matter depends on how AVSS is read."
         )
+        yield finding("recipes_disagree", severity, rho, message, run_id=run_id, site=site)
 
 
 def _correlations(pairs: Sequence[tuple[Float64, Float64]]) -> list[float]:
@@ -317,7 +323,8 @@ def _unstable_ranking(group: Columns) -> Iterator[NewRow]:
     changed = float((1 - probability[lowest]).mean())
     if changed <= CHANGING_NOTED:
         return
-    unsure = layer[(probability > 0.05) & (probability < 0.95)].tolist()
+    is_unsure = (probability > UNSURE_ABOVE) & (probability < UNSURE_BELOW)
+    unsure = layer[is_unsure].tolist()
     message = (
         f"Resampling the shards changes {changed:.0%} of the {size} lowest layers on average; "
         f"{layers_in_words(unsure)} may or may not be among them"
@@ -363,14 +370,14 @@ def _row_starts(warehouse: Warehouse, runs: Sequence[NewRow]) -> Iterator[NewRow
 
 def _numbers(table: pa.Table) -> dict[str, NDArray[Any]]:
     """Return the columns of numbers of a table."""
-    return {
-        field.name: table[field.name].to_numpy()
-        for field in table.schema
-        if pa.types.is_integer(field.type) or pa.types.is_floating(field.type)
-    }
+    columns = {}
+    for field in table.schema:
+        if pa.types.is_integer(field.type) or pa.types.is_floating(field.type):
+            columns[field.name] = table[field.name].to_numpy()
+    return columns
 
 
-def finding(kind: str, severity: str, value: float, message: str, **place: Any) -> NewRow:
+def finding(kind: str, severity: str, value: float, message: str, **place: float | str | None) -> NewRow:
     """Return a finding. ``place`` is where it holds."""
     return {"kind": kind, "severity": severity, "value": float(value), "message": message, **place}
 
@@ -388,7 +395,10 @@ def of_digests(digests: pa.Table, threshold: Threshold, site: str | None = None)
     is_notable = columns["nonfinite_count"] > 0
     for name in ("mean_unit_share", "element_unit_share", "first_share"):
         is_notable = is_notable | (columns[name] > DOMINANT)
-    groups = [group for group in slices_by(table, ["run_id", "site"]) if site in (None, group[0]["site"])]
+    groups = []
+    for key, start, stop in slices_by(table, ["run_id", "site"]):
+        if site in (None, key["site"]):
+            groups.append((key, start, stop))
     for key, start, stop in groups:
         zeros = int(np.nansum(columns["zero_count"][start:stop]))
         near_zero = int(np.nansum(columns["near_zero"][start:stop]))
@@ -470,13 +480,11 @@ def _nonfinite(layers: Columns) -> Iterator[NewRow]:
     largest = (nonfinite / (finite + nonfinite)).max()
     affected = layers["layer"][is_affected].tolist()
     have = "has" if len(affected) == 1 else "have"
-    yield finding(
-        "nonfinite",
-        "warning",
-        largest,
+    message = (
         f"{layers_in_words(affected).capitalize()} {have} NaN or infinite activations "
-        f"(up to {largest:.2g} of the elements): AVSS ranks no such layer. Is the dtype wide enough?",
+        f"(up to {largest:.2g} of the elements): AVSS ranks no such layer. Is the dtype wide enough?"
     )
+    yield finding("nonfinite", "warning", largest, message)
 
 
 def _exact_zeros(site: str, zeros: int, near_zero: int, threshold: Threshold) -> Iterator[NewRow]:
@@ -514,22 +522,32 @@ def _dominant_units(layers: Columns) -> Iterator[NewRow]:
         if not dominated.size:
             continue
         extreme = max(dominated.tolist(), key=lambda row: (shares[row], layers[name][row], layers["layer"][row]))
+        unit = int(layers[name][extreme])
+        layer = layers["layer"][extreme]
         units = sorted({int(unit) for unit in layers[name][dominated]})
-        listed_units = ""
-        if len(units) > 1:
-            listed_units = f"; units {', '.join(map(str, units[:MAX_UNITS]))}"
-        if len(units) > MAX_UNITS:
-            listed_units += ", ..."
         defined = int(np.isfinite(shares).sum())
-        yield finding(
-            "dominant_unit",
-            "warning" if len(dominated) > defined / 2 else "note",
-            shares[extreme],
+        message = (
             f"One unit carries more than half of the variance in {len(dominated)} of {defined} layers "
-            f"(unit {int(layers[name][extreme])} carries {shares[extreme]:.0%} in layer {layers['layer'][extreme]}"
-            f"{listed_units}): the score is that unit's.",
-            recipe=recipe,
+            f"(unit {unit} carries {shares[extreme]:.0%} in layer {layer}{_further_units(units)}): "
+            "the score is that unit's."
         )
+        severity = _severity(len(dominated), defined)
+        yield finding("dominant_unit", severity, shares[extreme], message, recipe=recipe)
+
+
+def _further_units(units: Sequence[int]) -> str:
+    """Return the units that dominate some layer as the end of a list. Empty if there is one."""
+    if len(units) == 1:
+        return ""
+    listed = ", ".join(str(unit) for unit in units[:MAX_UNITS])
+    if len(units) > MAX_UNITS:
+        listed += ", ..."
+    return f"; units {listed}"
+
+
+def _severity(affected: int, number: int) -> str:
+    """Return the severity of a finding on some of a number of layers: a warning if they are more than half."""
+    return "warning" if affected > number / 2 else "note"
 
 
 def _first_token(layers: Columns) -> Iterator[NewRow]:
@@ -539,24 +557,24 @@ def _first_token(layers: Columns) -> Iterator[NewRow]:
     if not dominated.size:
         return
     extreme = dominated[shares[dominated].argmax()]
+    layer = layers["layer"][extreme]
     defined = int(np.isfinite(shares).sum())
-    yield finding(
-        "first_token",
-        "warning" if len(dominated) > defined / 2 else "note",
-        shares[extreme],
+    message = (
         f"The first token that counts in each row carries more than half of the variance in {len(dominated)} of "
-        f"{defined} layers ({shares[extreme]:.1%} in layer {layers['layer'][extreme]}): it is an "
-        "attention sink. To see the other tokens, leave it out: --skip-first-tokens 1.",
-        recipe="element",
+        f"{defined} layers ({shares[extreme]:.1%} in layer {layer}): it is an "
+        "attention sink. To see the other tokens, leave it out: --skip-first-tokens 1."
     )
+    severity = _severity(len(dominated), defined)
+    yield finding("first_token", severity, shares[extreme], message, recipe="element")
 
 
 def _identity_layers(layers: Columns) -> NewRow:
     """Return a finding on the layers, one or more, whose update is zero, or negligible relative to their input."""
     still = sorted(set(layers["layer"][layers["is_still"]].tolist()))
     # A layer has a row for each site, of which some do not know the change.
-    defined = np.isfinite(layers["change"])
-    change = dict(zip(layers["layer"][defined].tolist(), layers["change"][defined].tolist(), strict=True))
+    is_known = np.isfinite(layers["change"])
+    with_change = layers["layer"][is_known].tolist()
+    change = dict(zip(with_change, layers["change"][is_known].tolist(), strict=True))
     largest = max(change.get(layer, 0.0) for layer in still)
     are = "gives out what it takes" if len(still) == 1 else "give out what they take"
     message = (
@@ -594,32 +612,31 @@ def _idle_experts(layers: Sequence[LayerExperts]) -> Iterator[NewRow]:
     number = sum(len(layer.load) for layer in layers)
     lists = []
     for layer in affected[:MAX_NAMED]:
-        named = ", ".join(map(str, layer.idle[:MAX_IDLE]))
+        named = ", ".join(str(expert) for expert in layer.idle[:MAX_IDLE])
         lists.append(f"layer {layer.layer}: {named}")
     if len(affected) > MAX_NAMED:
         lists.append("...")
-    yield finding(
-        "idle_experts",
-        "warning" if idle > number / 4 else "note",
-        idle / number,
-        f"{idle} of {number} experts got no token of this text, in "
-        f"{layers_in_words([layer.layer for layer in affected])} ({'; '.join(lists)}): "
-        "nothing is known of them but that.",
+    where = layers_in_words([layer.layer for layer in affected])
+    message = (
+        f"{idle} of {number} experts got no token of this text, in {where} ({'; '.join(lists)}): "
+        "nothing is known of them but that."
     )
+    severity = "warning" if idle > number / 4 else "note"
+    yield finding("idle_experts", severity, idle / number, message)
 
 
 def _dominant_experts(layers: Sequence[LayerExperts]) -> Iterator[NewRow]:
     """Yield a finding if one of several experts of a layer adds more than half of what all of them add."""
-    affected = [layer for layer in layers if len(layer.carried) > 1 and layer.carried.max() > DOMINANT]
+    with_several = [layer for layer in layers if len(layer.carried) > 1]
+    affected = [layer for layer in with_several if layer.carried.max() > DOMINANT]
     if not affected:
         return
     extreme = max(affected, key=lambda layer: float(layer.carried.max()))
     share = float(extreme.carried.max())
-    yield finding(
-        "dominant_expert",
-        "warning" if len(affected) > len(layers) / 2 else "note",
-        share,
-        "One expert gives more than half of what all experts add, in "
-        f"{layers_in_words([layer.layer for layer in affected])} (expert {int(extreme.carried.argmax())} gives "
-        f"{share:.0%} in layer {extreme.layer}).",
+    expert = int(extreme.carried.argmax())
+    where = layers_in_words([layer.layer for layer in affected])
+    message = (
+        f"One expert gives more than half of what all experts add, in {where} (expert {expert} gives "
+        f"{share:.0%} in layer {extreme.layer})."
     )
+    yield finding("dominant_expert", _severity(len(affected), len(layers)), share, message)

@@ -6,7 +6,6 @@ import json
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from operator import itemgetter
-from typing import Any
 
 import numpy as np
 import pyarrow.compute as pc
@@ -14,6 +13,7 @@ import pyarrow.compute as pc
 from avss_dist.analysis.next_commands import ablate_command, describe_headless
 from avss_dist.core.errors import QueryError
 from avss_dist.core.intervention import InterventionKey, RoundedPlace, parse_rounded, round_place
+from avss_dist.core.values import NewRow, TableRow
 from avss_dist.plans.catalog import ROUNDING_ESTIMATES
 from avss_dist.plans.criteria import LEAVE_ONE_OUT, BlockValues, Layers, LayerValues, ValuesOrigin
 from avss_dist.plans.seen import seen_by_evaluation
@@ -42,7 +42,7 @@ class RoundedValues(LayerValues):
         return InterventionKey(rounding=round_place(self.format, layer).key)
 
 
-def measured_values(store: Warehouse, run: Mapping[str, Any], by: str) -> LayerValues:
+def measured_values(store: Warehouse, run: TableRow, by: str) -> LayerValues:
     """Return a measured score for the layers of a run's checkpoint, from the newest evaluation with it.
 
     ``loss`` is the loss without the layer minus the loss of the whole model.
@@ -59,7 +59,7 @@ def measured_values(store: Warehouse, run: Mapping[str, Any], by: str) -> LayerV
     return measured
 
 
-def block_distances(store: Warehouse, run: Mapping[str, Any]) -> BlockValues:
+def block_distances(store: Warehouse, run: TableRow) -> BlockValues:
     """Return the distances of the hidden states before and after each block of layers of a run's checkpoint.
 
     Raises:
@@ -73,7 +73,7 @@ def block_distances(store: Warehouse, run: Mapping[str, Any]) -> BlockValues:
     raise nothing_measured(store, run, BLOCK_DISTANCE)
 
 
-def nothing_measured(store: Warehouse, run: Mapping[str, Any], by: str) -> QueryError:
+def nothing_measured(store: Warehouse, run: TableRow, by: str) -> QueryError:
     """Return the error that a warehouse lacks a measurement of `avss ablate` for the layers of a run.
 
     Its hint is the command that measures it, or says that the model cannot be measured.
@@ -85,7 +85,7 @@ def nothing_measured(store: Warehouse, run: Mapping[str, Any], by: str) -> Query
     return QueryError(f"{store.root} has no measurement '{by}' of the layers of {run['model']}.", hint)
 
 
-def find_measured_values(store: Warehouse, run: Mapping[str, Any], by: str) -> LayerValues | None:
+def find_measured_values(store: Warehouse, run: TableRow, by: str) -> LayerValues | None:
     """Return the result of `measured_values`, or None if there is no such evaluation."""
     for rows in _newest_evaluations(store, run, SCORES[by].task, metrics_of(by)):
         values = _values_by_layer(rows, by)
@@ -96,7 +96,7 @@ def find_measured_values(store: Warehouse, run: Mapping[str, Any], by: str) -> L
     return None
 
 
-def rounded_values(store: Warehouse, run: Mapping[str, Any]) -> dict[str, RoundedValues]:
+def rounded_values(store: Warehouse, run: TableRow) -> dict[str, RoundedValues]:
     """Return the rise of the loss with each layer rounded, by number format, from the newest evaluations.
 
     A format is missing if there is no such evaluation of the run's checkpoint.
@@ -112,7 +112,7 @@ def rounded_values(store: Warehouse, run: Mapping[str, Any]) -> dict[str, Rounde
     return by_format
 
 
-def rounding_estimates(store: Warehouse, run: Mapping[str, Any], measured: RoundedValues) -> dict[str, RoundedValues]:
+def rounding_estimates(store: Warehouse, run: TableRow, measured: RoundedValues) -> dict[str, RoundedValues]:
     """Return the estimates of the rise of the loss with each layer rounded to a format, by metric.
 
     Each is of the newest evaluation of another text than that of the measurement, or else of the newest one.
@@ -150,7 +150,7 @@ class MapRoundings(ValuesOrigin):
     num_weights: Mapping[RoundedPlace, float]
 
 
-def map_roundings(store: Warehouse, run: Mapping[str, Any], by: str) -> Iterator[MapRoundings]:
+def map_roundings(store: Warehouse, run: TableRow, by: str) -> Iterator[MapRoundings]:
     """Yield the estimated damage of rounding each linear map of a run's checkpoint, newest evaluation first.
 
     Args:
@@ -175,7 +175,7 @@ def map_roundings(store: Warehouse, run: Mapping[str, Any], by: str) -> Iterator
             )
 
 
-def _losses_by_format(rows: Sequence[Mapping[str, Any]]) -> dict[str, dict[int, float]]:
+def _losses_by_format(rows: Sequence[TableRow]) -> dict[str, dict[int, float]]:
     """Return the values of rows in which a whole layer is rounded, by number format and layer."""
     by_format: dict[str, dict[int, float]] = {}
     for row in rows:
@@ -185,15 +185,13 @@ def _losses_by_format(rows: Sequence[Mapping[str, Any]]) -> dict[str, dict[int, 
     return by_format
 
 
-def _rounded_values(row: Mapping[str, Any], name: str, values: Mapping[int, float]) -> RoundedValues:
+def _rounded_values(row: TableRow, name: str, values: Mapping[int, float]) -> RoundedValues:
     """Return values of layers that are rounded to a format, measured by the evaluation of a row."""
     text = json.loads(row["settings"]).get("text")
     return RoundedValues(values=values, run_id=row["run_id"], task=row["task"], format=name, text=text)
 
 
-def _newest_evaluations(
-    store: Warehouse, run: Mapping[str, Any], task: str, metrics: Sequence[str]
-) -> list[list[dict[str, Any]]]:
+def _newest_evaluations(store: Warehouse, run: TableRow, task: str, metrics: Sequence[str]) -> list[list[NewRow]]:
     """Return the rows of each evaluation of a run's checkpoint with these metrics, the newest evaluation first.
 
     Args:
@@ -206,13 +204,17 @@ def _newest_evaluations(
     return sorted(evaluations.values(), key=lambda rows: rows[-1]["created_at"], reverse=True)
 
 
-def _values_by_layer(rows: Sequence[Mapping[str, Any]], by: str) -> dict[int, float]:
+def _values_by_layer(rows: Sequence[TableRow], by: str) -> dict[int, float]:
     """Return the values of `LayerValues` from the rows of an evaluation, empty if the evaluation lacks one."""
     if by == LEAVE_ONE_OUT:
         whole = [row["value"] for row in rows if not row["drop"]]
         if not whole:
             return {}
-        return {row["drop"][0]: row["value"] - whole[0] for row in rows if len(row["drop"]) == 1}
+        rises = {}
+        for row in rows:
+            if len(row["drop"]) == 1:
+                rises[row["drop"][0]] = row["value"] - whole[0]
+        return rises
     if SCORES[by].mean_rank_of:
         return mean_ranks(by, [(row["metric"], row["layer"], row["value"]) for row in rows])
     return {row["layer"]: row["value"] for row in rows}

@@ -7,6 +7,7 @@ from typing import Any
 
 from avss_dist.core.settings import TEXT_OPTIONS, Settings
 from avss_dist.core.suggestions import command_line, option_words
+from avss_dist.core.values import TableRow
 from avss_dist.plans.criteria import LEAVE_ONE_OUT
 from avss_dist.stats.catalog import SCORES
 from avss_dist.warehouse.checks import settings_of
@@ -20,19 +21,17 @@ HUB_COMMIT_LENGTH = 40
 """Length of the hash of a commit of the hub. Revisions of folders have another length."""
 
 
-def describe_headless(run: Mapping[str, Any]) -> str:
+def describe_headless(run: TableRow) -> str:
     """Return a sentence that says why avss ablate and avss evaluate refuse the model of a run."""
     return f"{run['model']} ({run['architecture']}) predicts no next token: avss ablate and avss evaluate refuse it."
 
 
-def ablate_command(store: Warehouse, run: Mapping[str, Any], by: str = LEAVE_ONE_OUT) -> str:
+def ablate_command(store: Warehouse, run: TableRow, by: str = LEAVE_ONE_OUT) -> str:
     """Return the command that measures a score alone for a run's checkpoint, on the run's text."""
     return repeated_command("ablate", store, run, SCORES[by].ablate)
 
 
-def repeated_command(
-    verb: str, store: Warehouse, run: Mapping[str, Any], measures: Mapping[str, Any] | None = None
-) -> str:
+def repeated_command(verb: str, store: Warehouse, run: TableRow, measures: Mapping[str, Any] | None = None) -> str:
     """Return the `avss` command of a verb that measures more of a run's checkpoint, opened and on rows as in the run.
 
     Args:
@@ -48,7 +47,7 @@ def repeated_command(
     return command_line(verb, model, "--corpus", run["corpus"], "--warehouse", store.root, *options)
 
 
-def repeated_options(run: Mapping[str, Any], request: object = None) -> dict[str, Any]:
+def repeated_options(run: TableRow, request: object = None) -> dict[str, Any]:
     """Return the options by field that read rows and open the model as a run did, without those at their defaults.
 
     Args:
@@ -63,7 +62,7 @@ def repeated_options(run: Mapping[str, Any], request: object = None) -> dict[str
     return options
 
 
-def _set_options(run: Mapping[str, Any], names: Sequence[str]) -> dict[str, Any]:
+def _set_options(run: TableRow, names: Sequence[str]) -> dict[str, Any]:
     """Return those settings of a run that differ from their defaults, by name.
 
     A run always stores the device that it used. It is repeated if it was a CPU, which all machines have.

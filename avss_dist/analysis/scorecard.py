@@ -14,7 +14,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
 from operator import itemgetter
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 import pyarrow as pa
@@ -152,7 +152,8 @@ def _cards_of_run(store: Warehouse, run: TableRow, own: Sequence[str]) -> Iterat
     num_layers = run["num_layers"]
     truths: dict[str, LayerValues] = {}
     for name in MEASURED:
-        if truth := find_measured_values(store, run, name):
+        truth = find_measured_values(store, run, name)
+        if truth is not None:
             truths[name] = truth
     rounded = rounded_values(store, run)
     has_ground_truth = any(name in truths for name in GROUND_TRUTH)
@@ -216,7 +217,8 @@ def _scores(scored: Sequence[TableRow], measured: Mapping[str, Float64]) -> Iter
     for name, values in measured.items():
         yield {"score": name}, values
     if scored:
-        yield {"score": LAST}, values_from_the_end(count_layers(scored)).by_layer(count_layers(scored))
+        num_layers = count_layers(scored)
+        yield {"score": LAST}, values_from_the_end(num_layers).by_layer(num_layers)
 
 
 def _rounding_cards(
@@ -329,7 +331,7 @@ def best_readings(cards: pa.Table) -> pa.Table:
     column = SPEARMAN["shapley"]
     if any(row[SPEARMAN["loss"]] is not None for row in rows):
         column = SPEARMAN["loss"]
-    best: dict[tuple[Any, ...], int] = {}
+    best: dict[tuple[str, str, str | None], int] = {}
     for place, row in enumerate(rows):
         if row["score"] != "avss" or row[column] is None:
             continue
@@ -349,10 +351,12 @@ def increases(store: Warehouse, truth: LayerValues) -> Float64:
 
     The array has no sequences if the warehouse lacks the cells of the evaluation.
     """
-    where = (pc.field("run_id") == truth.run_id) & (pc.field("task") == truth.task) & (pc.field("metric") == LOSS)
-    parts = grouped(store.table("cells", where=where).sort_by("part").to_pylist(), InterventionKey.of_row)
+    where = pc.field("run_id") == truth.run_id
+    where &= pc.field("task") == truth.task
+    where &= pc.field("metric") == LOSS
+    cells = store.table("cells", where=where).sort_by("part").to_pylist()
     samples: dict[InterventionKey, Float64] = {}
-    for key, rows in parts.items():
+    for key, rows in grouped(cells, InterventionKey.of_row).items():
         samples[key] = np.concatenate([row["samples"] for row in rows])
     whole = InterventionKey()
     keys = [truth.key(layer) for layer in sorted(truth.values)]
@@ -377,15 +381,18 @@ def reliability(samples: Float64) -> float:
     number = len(samples)
     if number < MIN_SEQUENCES:
         return np.nan
-    rng = np.random.default_rng(SEED)
+    random = np.random.default_rng(SEED)
     first_sums = []
     second_sums = []
     for _ in range(SPLITS):
-        first, second = np.split(samples[rng.permutation(number)], [number // 2])
+        first, second = np.split(samples[random.permutation(number)], [number // 2])
         first_sums.append(first.sum(axis=0))
         second_sums.append(second.sum(axis=0))
-    r = float(np.mean(spearman_rows(np.array(first_sums), np.array(second_sums))))
-    return 2 * r / (1 + r) if r > 0 else np.nan
+    correlations = spearman_rows(np.array(first_sums), np.array(second_sums))
+    mean = float(np.mean(correlations))
+    if mean > 0:
+        return 2 * mean / (1 + mean)
+    return np.nan
 
 
 def misranked(score: Float64, truth: Float64) -> float | None:
@@ -397,8 +404,10 @@ def misranked(score: Float64, truth: Float64) -> float | None:
     both = np.isfinite(score) & np.isfinite(truth)
     score = score[both]
     truth = truth[both]
+    by_score = np.sign(np.subtract.outer(score, score))
+    by_truth = np.sign(np.subtract.outer(truth, truth))
     # Every pair is in the product twice, once from each side.
-    product = np.sign(np.subtract.outer(score, score)) * np.sign(np.subtract.outer(truth, truth))
+    product = by_score * by_truth
     untied = int(np.count_nonzero(product))
     if not untied:
         return None
@@ -432,7 +441,10 @@ def page_section(label: str, cards: Sequence[TableRow], layers: int, readings: i
     if truth is None:
         return None
     column = SPEARMAN[truth]
-    compared = [card for card in cards if card["score"] != truth and card[column] is not None]
+    compared = []
+    for card in cards:
+        if card["score"] != truth and card[column] is not None:
+            compared.append(card)
     if not compared:
         return None
     compared.sort(key=lambda card: -float(card[column]))

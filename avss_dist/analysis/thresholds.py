@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 import numpy as np
 import pyarrow as pa
@@ -189,24 +189,24 @@ def quantiles(
         for (layer, site), stats in warehouse.readable_layer_stats(run["run_id"]).items():
             if sites is not None and site not in sites:
                 continue
-            values, lows, highs = quantiles_of(stats, shares)
-            for share, value, low, high in zip(shares, values.tolist(), lows.tolist(), highs.tolist(), strict=True):
-                rows.append(
-                    {
-                        "run_id": run["run_id"],
-                        "model": run["model"],
-                        "layer": layer,
-                        "layer_name": names[layer],
-                        "depth": (layer + 0.5) / len(names),
-                        "site": site,
-                        "share": share,
-                        "value": value,
-                        "rms_multiple": value / stats.rms if stats.rms > 0 else None,
-                        "low": low,
-                        "high": high,
-                    }
-                )
+            for row in _quantile_rows(stats, shares):
+                row["run_id"] = run["run_id"]
+                row["model"] = run["model"]
+                row["layer"] = layer
+                row["layer_name"] = names[layer]
+                row["depth"] = (layer + 0.5) / len(names)
+                row["site"] = site
+                rows.append(row)
     return pa.Table.from_pylist(rows, QUANTILES)
+
+
+def _quantile_rows(stats: LayerStats, shares: Sequence[float]) -> Iterator[NewRow]:
+    """Yield the quantile of each share at one layer and site, without the columns that name these."""
+    values, lows, highs = quantiles_of(stats, shares)
+    rms = stats.rms
+    for share, value, low, high in zip(shares, values.tolist(), lows.tolist(), highs.tolist(), strict=True):
+        rms_multiple = value / rms if rms > 0 else None
+        yield {"share": share, "value": value, "rms_multiple": rms_multiple, "low": low, "high": high}
 
 
 def quantiles_of(stats: LayerStats, shares: Sequence[float] | Float64) -> tuple[Float64, Float64, Float64]:

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from functools import partial
 from math import exp, isfinite
 from operator import itemgetter
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 import pyarrow as pa
@@ -113,10 +113,14 @@ def _claims(rows: Sequence[TableRow]) -> Iterator[_Claim]:
     for task, of_task in grouped(rows, itemgetter("task")).items():
         metric = primary_metric(of_task)
         guess = kept_by_guess(of_task, metric)
-        of_share = [row for row in of_task if row["metric"] == metric and _is_at_claimed_share(row)]
+        of_metric = [row for row in of_task if row["metric"] == metric]
+        of_share = [row for row in of_metric if _is_at_claimed_share(row)]
         repairs = dict.fromkeys(row.get("repair") for row in of_share if not _is_whole(row))
         for repair in repairs:
-            same_repair = [row for row in of_share if _is_whole(row) or row.get("repair") == repair]
+            same_repair = []
+            for row in of_share:
+                if _is_whole(row) or row.get("repair") == repair:
+                    same_repair.append(row)
             published = _published_row(same_repair, "avss")
             if published is not None:
                 yield _Claim(task=task, row=published, rows=same_repair, guess=guess)
@@ -147,20 +151,40 @@ def _sentences(claim: _Claim) -> list[str]:
     sentences = [_about_claim(claim)]
     if claim.guess is not None and MENTIONED <= claim.guess <= CLAIMED_KEPT:
         sentences.append(f"A guess keeps {_percent(claim.guess)}.")
-    chances = [row["retention"] for row in claim.rows if row["score"] == RANDOM and not row["control"]]
+    chances = []
+    for row in claim.rows:
+        if row["score"] == RANDOM and not row["control"]:
+            chances.append(row["retention"])
     if chances:
         sentences.append(_about_chance(chances, claim.row))
-    controls = {
-        "The reverse, the highest AVSS,": _published_row(claim.rows, "avss", REVERSED),
-        "AVSS with the ends kept": _published_row(claim.rows, "avss", ENDS_KEPT),
-        "Block influence": _published_row(claim.rows, "block_influence"),
-        "Leaving out by the loss without each layer": _published_row(claim.rows, LEAVE_ONE_OUT),
-        "Leaving out the last before the final one": _published_row(claim.rows, LAST),
-    }
-    for name, row in controls.items():
-        if row is not None:
-            sentences.append(f"{name} keeps {_percent(row['retention'])}.")
+    for criterion in _OTHER_CRITERIA:
+        other = _published_row(claim.rows, criterion.score, criterion.control)
+        if other is not None:
+            sentences.append(f"{criterion.subject} keeps {_percent(other['retention'])}.")
     return sentences
+
+
+class _Criterion(NamedTuple):
+    """A criterion that the lowest AVSS is compared with.
+
+    Attributes:
+        subject: subject of a sentence on it.
+        score: score by which layers are chosen.
+        control: control of the choice; None if it has none.
+    """
+
+    subject: str
+    score: str
+    control: str | None = None
+
+
+_OTHER_CRITERIA = (
+    _Criterion("The reverse, the highest AVSS,", "avss", REVERSED),
+    _Criterion("AVSS with the ends kept", "avss", ENDS_KEPT),
+    _Criterion("Block influence", "block_influence"),
+    _Criterion("Leaving out by the loss without each layer", LEAVE_ONE_OUT),
+    _Criterion("Leaving out the last before the final one", LAST),
+)
 
 
 def _about_claim(claim: _Claim) -> str:
@@ -170,18 +194,19 @@ def _about_claim(claim: _Claim) -> str:
     repaired = _repair_in_words(row)
     if repaired and not row.get("patch"):
         repaired += " (nothing: no layer stands before them)"
+    kept = _percent(row["retention"])
     span = ""
     ends = retention_interval(row)
     if ends is not None:
         low, high = ends
         span = f" ({_percent(low)} to {_percent(high)})"
     change = ""
-    whole = next(filter(_is_whole, claim.rows), None)
+    whole = next((other for other in claim.rows if _is_whole(other)), None)
     if whole is not None:
         change = f" ({describe_metric(row['metric'])} {shown_value(whole)}, then {shown_value(row)})"
     return (
         f"without the {removed} of the lowest AVSS ({CLAIMED_SHARE:.0%}){repaired}, "
-        f"{_percent(row['retention'])}{span} is kept{change}: {judgement(row, claim.guess)}."
+        f"{kept}{span} is kept{change}: {judgement(row, claim.guess)}."
     )
 
 
@@ -335,17 +360,21 @@ def without_layers(warehouse: Warehouse, runs: Sequence[TableRow]) -> list[dict[
 
 def _blocks(rows: Sequence[TableRow]) -> list[NewRow]:
     """Return the distances of blocks that the newest run measured, ordered by first layer and length."""
-    measured = [row for row in rows if row["metric"] == BLOCK_DISTANCE and isfinite(row["value"])]
+    of_blocks = [row for row in rows if row["metric"] == BLOCK_DISTANCE]
+    measured = [row for row in of_blocks if isfinite(row["value"])]
     if not measured:
         return []
     newest = max(measured, key=itemgetter("created_at", "run_id"))
     distances: dict[tuple[int, int], float] = {}
     for row in measured:
         if row["run_id"] == newest["run_id"]:
-            distances[row["drop"][0], len(row["drop"])] = row["value"]
-    return [
-        {"start": start, "length": length, "distance": distances[start, length]} for start, length in sorted(distances)
-    ]
+            start = row["drop"][0]
+            length = len(row["drop"])
+            distances[start, length] = row["value"]
+    blocks: list[NewRow] = []
+    for (start, length), distance in sorted(distances.items()):
+        blocks.append({"start": start, "length": length, "distance": distance})
+    return blocks
 
 
 def _best_sets(rows: Sequence[TableRow]) -> list[NewRow]:
@@ -395,14 +424,8 @@ def _removed_sets(rows: Sequence[TableRow], repairs: Mapping[str, str]) -> list[
             if row["patch"]:
                 series += f", repaired by {repairs.get(row['patch'], 'a patch')}"
             removed = decode_removals(row["drop"])
-            sets.append(
-                {
-                    "series": series,
-                    "dropped": describe_removed(removed),
-                    "size": size_removed(removed),
-                    "kept": kept,
-                }
-            )
+            dropped = describe_removed(removed)
+            sets.append({"series": series, "dropped": dropped, "size": size_removed(removed), "kept": kept})
     return sets
 
 
@@ -415,40 +438,75 @@ def experiment_sections(rows: Sequence[TableRow], labels: Mapping[str, str] | No
     """
     newest = newest_experiments(rows)
     if not labels:
-        labels = {run_id: f"{experiment.rows[0]['model']}  ({run_id})" for run_id, experiment in newest.items()}
-    return [_section(label, newest[run_id]) for run_id, label in labels.items() if run_id in newest]
+        labels = {}
+        for run_id, experiment in newest.items():
+            model = experiment.rows[0]["model"]
+            labels[run_id] = f"{model}  ({run_id})"
+    sections = []
+    for run_id, label in labels.items():
+        if run_id in newest:
+            sections.append(_section(label, newest[run_id]))
+    return sections
 
 
 def _section(label: str, experiment: NewestExperiment) -> Section:
     """Return the section on the results of one experiment with a run."""
     name = f"experiment-{page_number(label)}"
-    by_task = grouped(experiment.rows, itemgetter("task"))
-    metrics = {task: primary_metric(of_task) for task, of_task in by_task.items()}
-    guesses = {task: kept_by_guess(of_task, metrics[task]) for task, of_task in by_task.items()}
-    primary = [row for row in experiment.rows if row["metric"] == metrics[row["task"]]]
+    metrics: dict[str, str] = {}
+    guesses: dict[str, float | None] = {}
+    for task, of_task in grouped(experiment.rows, itemgetter("task")).items():
+        metrics[task] = primary_metric(of_task)
+        guesses[task] = kept_by_guess(of_task, metrics[task])
+    primary = []
+    for row in experiment.rows:
+        if row["metric"] == metrics[row["task"]]:
+            primary.append(row)
     primary.sort(key=lambda row: float(row["share"]))
     methods = _results_by_method(primary)
+    sentences = verdicts([{**row, "task": describe_task(row["task"])} for row in experiment.rows])
+    if not sentences:
+        sentences = ["No share of 25% by AVSS was tried."]
+    return Section(
+        label=label,
+        about=experiment.describe(),
+        sentences=sentences,
+        charts=_charts(name, methods, guesses),
+        tables=[_methods_table(name, methods, metrics, has_intervals=not lacks_interval(primary))],
+    )
 
+
+def _methods_table(name: str, methods: _Results, metrics: Mapping[str, str], *, has_intervals: bool) -> ReportTable:
+    """Return the table of the results of each method at each share.
+
+    Args:
+        metrics: primary metric of every task.
+    """
     columns = list(_METHOD_COLUMNS)
     for task, metric in metrics.items():
         columns += _result_columns(task, metric)
-    rows = [_method_row(share, method, results, metrics) for (share, method), results in methods.items()]
+    rows = []
+    for (share, method), results in methods.items():
+        rows.append(_method_row(share, method, results, metrics))
     caption = "Kept: the metric over that of the whole model (of a perplexity: under it), and its 95% interval."
-    if lacks_interval(primary):
+    if not has_intervals:
         caption = f"{caption} {NO_INTERVAL}"
-    table = ReportTable(name=name, title="Each method at each share", columns=columns, rows=rows, caption=caption)
+    return ReportTable(name=name, title="Each method at each share", columns=columns, rows=rows, caption=caption)
 
+
+def _charts(name: str, methods: _Results, guesses: Mapping[str, float | None]) -> list[Chart]:
+    """Return a chart for each share and task in which a method has a result.
+
+    Args:
+        name: base name of their files, which are numbered.
+        guesses: retention of a guess by task.
+    """
     charts: list[Chart] = []
     for share in dict.fromkeys(share for share, method in methods if method != WHOLE):
         for task, guess in guesses.items():
             drawn = _chart_rows(methods, share, task, guess)
             if drawn:
                 charts.append(_chart(f"{name}-{len(charts) + 1}", task, share, drawn))
-
-    sentences = verdicts([{**row, "task": describe_task(row["task"])} for row in experiment.rows])
-    if not sentences:
-        sentences = ["No share of 25% by AVSS was tried."]
-    return Section(label=label, about=experiment.describe(), sentences=sentences, charts=charts, tables=[table])
+    return charts
 
 
 def _results_by_method(rows: Sequence[TableRow]) -> _Results:

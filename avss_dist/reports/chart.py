@@ -23,7 +23,7 @@ from avss_dist.core.errors import QueryError
 from avss_dist.core.files import cache_folder, write_file, write_output
 from avss_dist.core.text import basename, count_of, describe_count, printable
 from avss_dist.core.thresholds import describe_threshold
-from avss_dist.core.values import NewRow, TableRow
+from avss_dist.core.values import JsonObject, NewRow, TableRow
 from avss_dist.reports.output import map_leaves
 from avss_dist.stats.catalog import FROM_ACTIVATIONS, SCORES
 from avss_dist.stats.intervals import why_no_interval
@@ -64,7 +64,7 @@ def layers_chart(runs: Sequence[TableRow], scores: Sequence[TableRow], own: Sequ
             "Name fewer with `run`; avss report draws the runs of a whole warehouse.",
         )
     fields = _fields(own)
-    labels = {run["run_id"]: f"{basename(run['model'])} ({run['run_id'][-NUMBER_LENGTH:]})" for run in runs}
+    labels = {run["run_id"]: _label(run) for run in runs}
     by_run = grouped(scores, itemgetter("run_id"))
     rows = []
     for run_id, label in labels.items():
@@ -94,6 +94,12 @@ def layers_chart(runs: Sequence[TableRow], scores: Sequence[TableRow], own: Sequ
     )
 
 
+def _label(run: TableRow) -> str:
+    """Return the name of a run: its model, and the end of its id, which differs between runs."""
+    number = run["run_id"][-NUMBER_LENGTH:]
+    return f"{basename(run['model'])} ({number})"
+
+
 class _Field(NamedTuple):
     """A score in the data of a chart.
 
@@ -114,7 +120,9 @@ def _fields(own: Sequence[str]) -> list[_Field]:
     Args:
         own: columns that have scores of people's own.
     """
-    fields = [_Field(name, SCORES[name].column, SCORES[name].title) for name in FROM_ACTIVATIONS]
+    fields = []
+    for name in FROM_ACTIVATIONS:
+        fields.append(_Field(name, SCORES[name].column, SCORES[name].title))
     for number, column in enumerate(own):
         # In names of fields, dots and brackets have a meaning. Names of files have both.
         fields.append(_Field(f"own_{number}", column, basename(column)))
@@ -160,7 +168,8 @@ def _subtitle(runs: Sequence[TableRow], scores: Sequence[TableRow], rows: Sequen
     threshold = describe_threshold(first["threshold"], first["threshold_kind"])
     corpora = dict.fromkeys(basename(run["corpus"] or "?") for run in runs)
     dtypes = dict.fromkeys(run["dtype"] or "?" for run in runs)
-    band = why_no_interval(max(run["num_shards"] or 0 for run in runs)) or ""
+    most_shards = max(run["num_shards"] or 0 for run in runs)
+    band = why_no_interval(most_shards) or ""
     if any(row["avss_low"] is not None for row in rows):
         band = "Band: 95% interval over shards."
     yield (
@@ -170,7 +179,8 @@ def _subtitle(runs: Sequence[TableRow], scores: Sequence[TableRow], rows: Sequen
     )
     if len(runs) == 1:
         values = [score["avss_smoothed"] for score in sorted(scores, key=itemgetter("layer"))]
-        if warning := describe_depth("Smoothed AVSS", depth_correlation(values), len(values)):
+        warning = describe_depth("Smoothed AVSS", depth_correlation(values), len(values))
+        if warning:
             yield warning
 
 
@@ -338,7 +348,8 @@ def _describe_map(similarity: SimilarityMap) -> str:
 def describe_mismatched(similarity: SimilarityMap) -> str:
     """Return a sentence on the runs that were measured under other conditions than those on a map."""
     number = similarity.mismatched
-    return f"{count_of(number, 'run')} under other conditions {'is' if number == 1 else 'are'} not on it."
+    verb = "is" if number == 1 else "are"
+    return f"{count_of(number, 'run')} under other conditions {verb} not on it."
 
 
 def save_chart(chart: ChartType, path: Path, title: str) -> None:
@@ -364,14 +375,14 @@ def save_chart(chart: ChartType, path: Path, title: str) -> None:
     write_output(path, data)
 
 
-def _as_drawable(leaf: Any) -> Any:
+def _as_drawable(leaf: object) -> object:
     """Return a leaf of a specification, and a text without surrogates and characters that are not printable."""
     if isinstance(leaf, str):
         return printable(leaf).encode(errors="replace").decode()
     return leaf
 
 
-def _chart_page(spec: Any, title: str) -> str:
+def _chart_page(spec: JsonObject, title: str) -> str:
     """Return a page that draws a chart, and needs no network."""
     # No name in the data can end the script that it stands in.
     text = json.dumps(spec).replace("<", "\\u003c")

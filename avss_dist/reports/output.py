@@ -156,7 +156,7 @@ def _write_lines(table: pa.Table) -> None:
     """
     from avss_dist.reports.terminal.tables import describe_value
 
-    numbers = [pa.types.is_integer(kind) or pa.types.is_floating(kind) for kind in table.schema.types]
+    numbers = [_is_number(kind) for kind in table.schema.types]
     widths: list[int] = []
     for batch in table.combine_chunks().to_batches(ROWS_AT_ONCE):
         lines = []
@@ -168,6 +168,10 @@ def _write_lines(table: pa.Table) -> None:
             lines = [table.column_names, rules, *lines]
         for line in lines:
             emit(_aligned(line, widths, numbers))
+
+
+def _is_number(kind: pa.DataType) -> bool:
+    return bool(pa.types.is_integer(kind) or pa.types.is_floating(kind))
 
 
 def _longest(texts: Sequence[str]) -> int:
@@ -190,7 +194,8 @@ def csv_cell(value: Any) -> Any:
     if not isinstance(value, str):
         return value
     text = printable(value)
-    return f"'{text}" if value.startswith(_FORMULA) or text.lstrip().startswith(_FORMULA) else text
+    is_formula = value.startswith(_FORMULA) or text.lstrip().startswith(_FORMULA)
+    return f"'{text}" if is_formula else text
 
 
 def map_leaves(value: Any, change: Callable[[Any], Any]) -> Any:

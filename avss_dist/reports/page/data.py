@@ -179,7 +179,9 @@ def _profiles(table: pa.Table, blocks: Sequence[ScoreBlock], column: str) -> dic
 
 def _without(run: TableRow, measured: TableRow) -> NewObject:
     """Return the measurements of a run without layers, rounded, with the share of the layers that each set is."""
-    blocks = [block | {"distance": _round(block["distance"], DIGITS)} for block in measured["blocks"]]
+    blocks = []
+    for block in measured["blocks"]:
+        blocks.append({**block, "distance": _round(block["distance"], DIGITS)})
     sets = []
     for entry in measured["sets"]:
         share = _round(entry["size"] / run["num_layers"], DIGITS)
@@ -228,7 +230,9 @@ def _round(value: float, digits: int) -> float | None:
         return None
     short = float(f"{value:.{digits}g}")
     is_exact_integer = short.is_integer() and abs(short) < 2**53
-    return int(short) if is_exact_integer else short
+    if is_exact_integer:
+        return int(short)
+    return short
 
 
 def run_agreement(profiles: Mapping[int, Scores]) -> NewObject:
@@ -249,10 +253,12 @@ def run_agreement(profiles: Mapping[int, Scores]) -> NewObject:
         if len(depths) >= MIN_VALUES:
             runs.append(run)
     positions = np.arange(len(runs))
-    matrices = RankMatrix([profiles[run] for run in runs]).correlations(positions, positions)
+    ranks = RankMatrix([profiles[run] for run in runs])
+    rho_matrix, partial_matrix = ranks.correlations(positions, positions)
     first, second = np.triu_indices(len(runs), 1)
-    rho, partial = (matrix[first, second] for matrix in matrices)
-    pairs: list[list[Any]] = []
+    rho = rho_matrix[first, second]
+    partial = partial_matrix[first, second]
+    pairs: list[list[int | float | None]] = []
     for run in runs:
         _, scores = profiles[run]
         pairs.append([run, run, _correlation(depth_correlation(scores.tolist())), None])
@@ -307,7 +313,9 @@ def matrix_data(warehouse: Warehouse, runs: Sequence[TableRow], labels: Sequence
         where=at_reading(*PUBLISHED),
     ).sort_by([("run_id", "ascending"), ("layer", "ascending")])
     values = scores["avss_smoothed"].to_numpy()
-    places = {key["run_id"]: _places(values[start:stop]) for key, start, stop in slices_by(scores, ["run_id"])}
+    places = {}
+    for key, start, stop in slices_by(scores, ["run_id"]):
+        places[key["run_id"]] = _places(values[start:stop])
     matrix = []
     for run, label in zip(runs, labels, strict=True):
         if run["run_id"] in places:

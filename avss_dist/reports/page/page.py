@@ -6,12 +6,12 @@ import base64
 import gzip
 import hashlib
 import json
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from datetime import UTC, datetime
 from functools import cache
 from importlib.resources import files
 from operator import itemgetter
-from typing import Any
+from typing import Any, NamedTuple
 
 import jinja2
 import pyarrow as pa
@@ -56,52 +56,77 @@ MAX_UNTRIED = 3  # runs without any evaluated removal
 NOTHING = "Nothing was left out and evaluated yet: avss ablate --damage, avss plan, avss evaluate; or avss shrink."
 HEADLESS = "Not known: the model predicts no next token, so nothing here evaluates it without layers."
 MAX_SCORECARDS = 6  # runs
-MIN_CURVE, MAX_CURVES = 3, 12  # points of a curve, and curves
+MIN_CURVE = 3  # points of a curve
+MAX_CURVES = 12
+
+
+class Chapter(NamedTuple):
+    """Texts of a chapter.
+
+    Attributes:
+        title: title in the list of contents.
+        heading: heading on the page.
+        lead: explanation below it.
+    """
+
+    title: str
+    heading: str
+    lead: str
+
+
 CHAPTERS = {
-    "curves": (
-        "Along an axis",
-        "Along training, size and settings",
-        "How the ranks of layers by AVSS as published move along the steps of a training, the sizes of a family, or "
-        "lengths: avss compare --along shows other scores.",
+    "curves": Chapter(
+        title="Along an axis",
+        heading="Along training, size and settings",
+        lead=(
+            "How the ranks of layers by AVSS as published move along the steps of a training, the sizes of a family, "
+            "or lengths: avss compare --along shows other scores."
+        ),
     ),
-    "experiments": (
-        "Experiments",
-        "Experiments",
-        "What models keep without the layers that each method chose: the metric over that of the whole model, or, of "
-        "a perplexity, the whole model's over it. Dashed: what the paper claims; dotted: what a guess keeps.",
+    "experiments": Chapter(
+        title="Experiments",
+        heading="Experiments",
+        lead=(
+            "What models keep without the layers that each method chose: the metric over that of the whole model, or, "
+            "of a perplexity, the whole model's over it. Dashed: what the paper claims; dotted: what a guess keeps."
+        ),
     ),
-    "scorecard": (
-        "Score card",
-        "Score card",
-        "How well each score orders the layers as what leaving them out does to the loss: Spearman's correlation, and "
-        "its 95% interval as if other layers had been drawn (Bonett and Wright). Dashed: the ceiling.",
+    "scorecard": Chapter(
+        title="Score card",
+        heading="Score card",
+        lead=(
+            "How well each score orders the layers as what leaving them out does to the loss: Spearman's correlation, "
+            "and its 95% interval as if other layers had been drawn (Bonett and Wright). Dashed: the ceiling."
+        ),
     ),
-    "contrasts": (
-        "Contrasts",
-        "Hallucinated and truthful answers",
-        "How layers differ between the two, and whether anything is left of it under the controls. Dots outside of "
-        "the gray band differ more than random halves of the truthful answers do; what is the same after another "
-        "prompt is about words, not about truth.",
+    "contrasts": Chapter(
+        title="Contrasts",
+        heading="Hallucinated and truthful answers",
+        lead=(
+            "How layers differ between the two, and whether anything is left of it under the controls. Dots outside of "
+            "the gray band differ more than random halves of the truthful answers do; what is the same after another "
+            "prompt is about words, not about truth."
+        ),
     ),
 }
-"""Title in the list of contents, heading and lead of each chapter, by its anchor on the page."""
+"""Chapters by their anchor on the page."""
 LINES = 40  # of a kind of finding; the others are counted
 MAX_RUNS = 40  # runs that a page draws, the newest; all are in its overview
 _NUMBER = "{:,.0f}".format
-OVERVIEW: Mapping[str, tuple[str, Callable[[Any], str]]] = {
-    "model": ("model", basename),
-    "status": ("status", str),
-    "error": ("error", str),
-    "family": ("family", str),
-    "dtype": ("dtype", str),
-    "corpus": ("corpus", basename),
-    "num_layers": ("layers", _NUMBER),
-    "num_tokens": ("tokens", _NUMBER),
-    "tokens_per_second": ("tokens/s", _NUMBER),
-    "run_id": ("run", str),
-    "revision": ("revision", str),
-}
-"""Columns of ``runs`` that the overview shows, with their titles and formats."""
+OVERVIEW = (
+    ReportColumn("model", "model", basename, number=False, name="model"),
+    ReportColumn("status", "status", number=False, name="status"),
+    ReportColumn("error", "error", number=False, name="error"),
+    ReportColumn("family", "family", number=False, name="family"),
+    ReportColumn("dtype", "dtype", number=False, name="dtype"),
+    ReportColumn("corpus", "corpus", basename, number=False, name="corpus"),
+    ReportColumn("layers", "num_layers", _NUMBER, name="num_layers"),
+    ReportColumn("tokens", "num_tokens", _NUMBER, name="num_tokens"),
+    ReportColumn("tokens/s", "tokens_per_second", _NUMBER, name="tokens_per_second"),
+    ReportColumn("run", "run_id", number=False, name="run_id"),
+    ReportColumn("revision", "revision", number=False, name="revision"),
+)
+"""Columns of ``runs`` that the overview shows, if a run has a value."""
 
 
 def report_page(warehouse: Warehouse, run_ids: Collection[str] | None = None, own: Sequence[str] = ()) -> str:
@@ -110,25 +135,19 @@ def report_page(warehouse: Warehouse, run_ids: Collection[str] | None = None, ow
     Names are text to it: the template escapes them, its data is base64 of compressed JSON, its script only sets
     texts. A policy in the page forbids every connection and every script but its own, by their hashes.
     """
-    rows = []
-    for row in warehouse.runs().to_pylist(maps_as_pydicts="lossy"):
-        if run_ids is None or row["run_id"] in run_ids:
-            rows.append(row)
-    rows.sort(key=_by_model)
+    rows = _rows_of_runs(warehouse, run_ids)
     done = [row for row in rows if row["status"] == "done"]
-    newest = sorted(done, key=lambda row: (str(row["created_at"]), row["run_id"]))[-MAX_RUNS:]
-    drawn = [row for row in done if row in newest]
-
+    drawn = _newest(done)
     without = without_layers(warehouse, drawn)
     data = page_data(warehouse, drawn, without)
     labels = [run["label"] for run in data["runs"]]
-    label_of_run = {row["run_id"]: label for row, label in zip(drawn, labels, strict=True)}
+    drawn_ids = [row["run_id"] for row in drawn]
+    label_of_run = dict(zip(drawn_ids, labels, strict=True))
     # Each table that is read from here on may add to `warehouse.damaged`.
-    rows_of_findings = findings(warehouse, run_ids=list(label_of_run)).to_pylist()
-    experiments = warehouse.table("experiments", run_ids=list(label_of_run)).to_pylist()
-    curves = _curves(warehouse, drawn)
-    chapters = {
-        "curves": [curve_section(curve, f"curve-{number}") for number, curve in enumerate(curves, start=1)],
+    rows_of_findings = findings(warehouse, run_ids=drawn_ids).to_pylist()
+    experiments = warehouse.table("experiments", run_ids=drawn_ids).to_pylist()
+    sections = {
+        "curves": _curve_sections(warehouse, drawn),
         "experiments": experiment_sections(experiments, label_of_run),
         "scorecard": list(_scorecards(warehouse, drawn, label_of_run, own)),
         "contrasts": list(_contrasts(warehouse, drawn, label_of_run)),
@@ -137,48 +156,81 @@ def report_page(warehouse: Warehouse, run_ids: Collection[str] | None = None, ow
     matrix = None
     if len(done) >= MIN_RUNS:
         matrix = matrix_data(warehouse, done, run_labels(done))
-    pictures = _pictures(chapters)
-
-    style = _part("page.css")
-    script = _part("matrix.js") + _part("page.js")
-    library = Markup("")
-    packed = ""
+    pictures = _pictures(sections)
+    drawn_data: NewObject = {}
     if data["choices"] or pictures or matrix:
-        library = Markup(drawing_library())
-        packed = _packed({**data, "charts": page_charts(), "pictures": pictures, "matrix": matrix})
-    without_has_rows = {
-        "blocks": any(run["blocks"] for run in data["without"]),
-        "kept": any(run["kept"] for run in data["without"]),
-    }
-    assets = {
-        "policy": _policy(style, script, library),
-        "style": style,
-        "script": script,
-        "library": library,
-        "data": packed,
-    }
+        drawn_data = {**data, "charts": page_charts(), "pictures": pictures, "matrix": matrix}
     about = {
         "version": __version__,
         "warehouse": warehouse.root,
         "created": datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
         "summary": _summary(len(done), len(rows) - len(done)),
     }
-    overview = _overview(_with_damaged(rows, warehouse, run_ids), label_of_run)
     conditions = [with_conditions(run) for run in drawn]
     contents = {
         "has_scores": bool(data["choices"]),
         "matrix": bool(matrix),
-        "has": without_has_rows,
+        "has": _has_rows(data["without"]),
         "scores": {name: SCORES[name] for name in FROM_ACTIVATIONS},
         "short": short,
         "findings": _findings(rows_of_findings, label_of_run),
-        "chapters": _chapters(chapters),
-        "overview": overview,
+        "chapters": _chapters(sections),
+        "overview": _overview(_with_damaged(rows, warehouse, run_ids), label_of_run),
         "labels": labels,
         "not_drawn": len(done) - len(drawn),
         "differing": differing(conditions),
     }
-    return templates().get_template("page.html").render(**assets, **about, **contents)
+    return templates().get_template("page.html").render(**_assets(drawn_data), **about, **contents)
+
+
+def _rows_of_runs(warehouse: Warehouse, run_ids: Collection[str] | None) -> list[TableRow]:
+    """Return the rows of ``runs`` that the page is about, in its order."""
+    rows = []
+    for row in warehouse.runs().to_pylist(maps_as_pydicts="lossy"):
+        if run_ids is None or row["run_id"] in run_ids:
+            rows.append(row)
+    return sorted(rows, key=_by_model)
+
+
+def _newest(runs: Sequence[TableRow]) -> list[TableRow]:
+    """Return the newest runs, as many as the page draws, in the order given."""
+    by_age = sorted(runs, key=lambda row: (str(row["created_at"]), row["run_id"]))
+    newest = by_age[-MAX_RUNS:]
+    return [row for row in runs if row in newest]
+
+
+def _assets(drawn_data: NewObject) -> dict[str, str]:
+    """Return the style, the scripts and the data of the page, and its policy.
+
+    Args:
+        drawn_data: what the scripts draw; empty if there is nothing to draw.
+    """
+    style = _part("page.css")
+    script = _part("matrix.js") + _part("page.js")
+    library = Markup("")
+    packed = ""
+    if drawn_data:
+        library = Markup(drawing_library())
+        packed = _packed(drawn_data)
+    return {
+        "policy": _policy(style, script, library),
+        "style": style,
+        "script": script,
+        "library": library,
+        "data": packed,
+    }
+
+
+def _has_rows(without: Sequence[TableRow]) -> dict[str, bool]:
+    """Return whether there is anything to draw of blocks of layers, and of what is kept without layers.
+
+    Args:
+        without: by run, see `page_data`.
+    """
+    return {
+        "blocks": any(run["blocks"] for run in without),
+        "kept": any(run["kept"] for run in without),
+    }
 
 
 def _pictures(chapters: Mapping[str, Sequence[Section]]) -> NewObject:
@@ -203,9 +255,30 @@ def _as_json_text(leaf: Any) -> Any:
     return as_json(leaf)
 
 
-def _chapters(chapters: Mapping[str, Sequence[Section]]) -> list[tuple[Any, ...]]:
-    """Return the chapters that have sections: anchor, titles, lead, sections."""
-    return [(name, *CHAPTERS[name], sections) for name, sections in chapters.items() if sections]
+class PageChapter(NamedTuple):
+    """A chapter with its sections, as the template shows it.
+
+    Attributes:
+        anchor: its anchor on the page.
+        title, heading, lead: see `Chapter`.
+        sections: its sections.
+    """
+
+    anchor: str
+    title: str
+    heading: str
+    lead: str
+    sections: Sequence[Section]
+
+
+def _chapters(sections_by_anchor: Mapping[str, Sequence[Section]]) -> list[PageChapter]:
+    """Return the chapters that have sections."""
+    chapters = []
+    for anchor, sections in sections_by_anchor.items():
+        if sections:
+            texts = CHAPTERS[anchor]
+            chapters.append(PageChapter(anchor, texts.title, texts.heading, texts.lead, sections))
+    return chapters
 
 
 def _summary(num_done: int, num_failed: int) -> str:
@@ -224,7 +297,7 @@ def _with_damaged(rows: Sequence[TableRow], warehouse: Warehouse, run_ids: Colle
             damaged.append(run_id)
     overview = [row for row in rows if row["run_id"] not in damaged]
     for run_id in damaged:
-        unreadable: NewRow = dict.fromkeys(OVERVIEW)
+        unreadable: NewRow = {column.key: None for column in OVERVIEW}
         unreadable["run_id"] = run_id
         unreadable["status"] = "unreadable"
         unreadable["error"] = str(warehouse.damaged[run_id])
@@ -294,9 +367,9 @@ def _packed(data: TableRow) -> str:
 def _overview(rows: Sequence[TableRow], labels: Mapping[str, str]) -> ReportTable:
     """Return the table of runs, without columns in which no run has a value."""
     columns = [ReportColumn("#", "number")]
-    for name, (title, format_) in OVERVIEW.items():
-        if any(row[name] is not None for row in rows):
-            columns.append(ReportColumn(title, name, format_, number=format_ is _NUMBER, name=name))
+    for column in OVERVIEW:
+        if any(row[column.key] is not None for row in rows):
+            columns.append(column)
     overview = []
     for row in rows:
         number = page_number(labels.get(row["run_id"], "")) or None
@@ -318,23 +391,27 @@ def _findings(rows: Sequence[TableRow], labels: Mapping[str, str]) -> list[NewOb
     described = []
     published_first = sorted(rows, key=lambda row: not is_published(row))
     for kind, of_kind in grouped(published_first, itemgetter("kind")).items():
-        first = of_kind[0]
-        by_run = grouped(of_kind, itemgetter("run_id"))
-        ordered = sorted(by_run, key=list(labels).index)
-        runs = ""
-        if len(labels) > 1:
-            runs = f"{len(by_run)} of {len(labels)} runs"
-        described.append(
-            {
-                "title": kind.replace("_", " ").capitalize(),
-                "severity": first["severity"],
-                "example": _line(labels[first["run_id"]], [first]),
-                "runs": runs,
-                "lines": [_line(labels[run_id], by_run[run_id]) for run_id in ordered[:LINES]],
-                "more": len(ordered[LINES:]),
-            }
-        )
+        described.append(_findings_of_kind(kind, of_kind, labels))
     return described
+
+
+def _findings_of_kind(kind: str, rows: Sequence[TableRow], labels: Mapping[str, str]) -> NewObject:
+    """Return the findings of a kind: an example, and a line for each run."""
+    first = rows[0]
+    by_run = grouped(rows, itemgetter("run_id"))
+    run_ids = [run_id for run_id in labels if run_id in by_run]
+    lines = [_line(labels[run_id], by_run[run_id]) for run_id in run_ids]
+    runs = ""
+    if len(labels) > 1:
+        runs = f"{len(by_run)} of {len(labels)} runs"
+    return {
+        "title": kind.replace("_", " ").capitalize(),
+        "severity": first["severity"],
+        "example": _line(labels[first["run_id"]], [first]),
+        "runs": runs,
+        "lines": lines[:LINES],
+        "more": len(lines[LINES:]),
+    }
 
 
 def _line(label: str, rows: Sequence[TableRow]) -> NewObject:
@@ -351,6 +428,12 @@ def _line(label: str, rows: Sequence[TableRow]) -> NewObject:
 def _reading(finding: TableRow) -> str:
     """Return the site and the recipe of a finding, as far as it has them."""
     return " ".join(name for name in (finding["site"], finding["recipe"]) if name)
+
+
+def _curve_sections(warehouse: Warehouse, runs: Sequence[TableRow]) -> list[Section]:
+    """Return a section for each of the longest curves of runs."""
+    curves = _curves(warehouse, runs)
+    return [curve_section(curve, f"curve-{number}") for number, curve in enumerate(curves, start=1)]
 
 
 def _curves(warehouse: Warehouse, runs: Sequence[TableRow]) -> list[Curve]:
@@ -377,11 +460,8 @@ def _scorecards(
     warehouse: Warehouse, runs: Sequence[TableRow], labels: Mapping[str, str], own: Sequence[str] = ()
 ) -> Iterator[Section]:
     """Yield the score cards of the first runs whose ground truth is known."""
-    tasks = tuple(SCORES[name].task for name in GROUND_TRUTH)
-    revisions = pa.array(sorted({run["revision"] for run in runs} - {None}), pa.string())
-    rows = warehouse.table("evaluations", where=pc.field("revision").isin(revisions), columns=["revision", "task"])
-    evaluated = {row["revision"] for row in rows.to_pylist() if row["task"].startswith(tasks)}
-    measured = [run for run in runs if run["revision"] in evaluated][:MAX_SCORECARDS]
+    with_truth = _revisions_with_ground_truth(warehouse, {run["revision"] for run in runs} - {None})
+    measured = [run for run in runs if run["revision"] in with_truth][:MAX_SCORECARDS]
     cards = score_cards(warehouse, measured, own)
     cards = cards.filter(cards["format"].is_null())
     best = best_readings(cards)
@@ -389,8 +469,17 @@ def _scorecards(
         of_run = cards.filter(pc.equal(cards["run_id"], run["run_id"]))
         readings = of_run.filter(pc.equal(of_run["score"], "avss")).num_rows
         rows = best.filter(pc.equal(best["run_id"], run["run_id"])).to_pylist()
-        if section := page_section(labels[run["run_id"]], rows, run["num_layers"], readings):
+        section = page_section(labels[run["run_id"]], rows, run["num_layers"], readings)
+        if section is not None:
             yield section
+
+
+def _revisions_with_ground_truth(warehouse: Warehouse, revisions: Collection[str]) -> set[str]:
+    """Return the revisions of models whose loss without layers was evaluated."""
+    tasks = tuple(SCORES[name].task for name in GROUND_TRUTH)
+    is_of_revision = pc.field("revision").isin(pa.array(sorted(revisions), pa.string()))
+    rows = warehouse.table("evaluations", where=is_of_revision, columns=["revision", "task"]).to_pylist()
+    return {row["revision"] for row in rows if row["task"].startswith(tasks)}
 
 
 def _contrasts(warehouse: Warehouse, runs: Sequence[TableRow], labels: Mapping[str, str]) -> Iterator[Section]:
@@ -434,15 +523,16 @@ def in_short(
             evaluated.append((run, measured["sets"]))
         else:
             untried.append((run, measured["sets"]))
+    listed = [*evaluated, *untried[:MAX_UNTRIED]]
     summaries = []
-    for run, sets in [*evaluated, *untried[:MAX_UNTRIED]][:MAX_LISTED]:
-        sets_by_task = dict(list(grouped(sets, itemgetter("series")).items())[:MAX_LISTED])
+    for run, sets in listed[:MAX_LISTED]:
+        by_task = list(grouped(sets, itemgetter("series")).items())
+        sets_by_task = dict(by_task[:MAX_LISTED])
+        experiment = experiments.get(run["run_id"])
         answers = {
             "Can AVSS be believed?": _about_belief(warehouse, run, findings),
             f"How many layers can go at {CLAIMED_KEPT:.0%} kept?": _about_size(run, sets_by_task),
-            f"What is kept without {CLAIMED_SHARE:.0%} of them?": _about_claim(
-                run, sets_by_task, experiments.get(run["run_id"])
-            ),
+            f"What is kept without {CLAIMED_SHARE:.0%} of them?": _about_claim(run, sets_by_task, experiment),
         }
         summaries.append({"label": labels[run["run_id"]], "answers": answers})
     return summaries
@@ -465,14 +555,15 @@ def _about_size(run: TableRow, sets_by_task: Mapping[str, Sequence[TableRow]]) -
     """Return a sentence for each task on the largest set of layers without which enough is kept."""
     sentences = []
     for task, sets in sets_by_task.items():
-        if enough := [removed for removed in sets if removed["kept"] >= CLAIMED_KEPT]:
-            largest = max(enough, key=lambda removed: removed["size"])
-            sentences.append(f"{task}: {largest['size']:g} layers ({largest['dropped']}), {largest['kept']:z.0%} kept.")
+        enough = [removed for removed in sets if removed["kept"] >= CLAIMED_KEPT]
+        if enough:
+            largest = max(enough, key=itemgetter("size"))
+            layers = f"{largest['size']:g} layers ({largest['dropped']})"
+            sentences.append(f"{task}: {layers}, {largest['kept']:z.0%} kept.")
         else:
-            best = max(sets, key=lambda removed: removed["kept"])
-            sentences.append(
-                f"{task}: no set that was evaluated; without {best['dropped']}, {best['kept']:z.0%} is kept."
-            )
+            best = max(sets, key=itemgetter("kept"))
+            kept = f"without {best['dropped']}, {best['kept']:z.0%} is kept"
+            sentences.append(f"{task}: no set that was evaluated; {kept}.")
     if sentences:
         return sentences
     return [NOTHING if has_head(run) else HEADLESS]
@@ -489,10 +580,13 @@ def _about_claim(
             if removed["size"] == size:
                 sentences.append(f"{task}: {removed['kept']:z.0%} at best, without {removed['dropped']}.")
     if experiment:
-        sentences += claim_in_short([{**row, "task": describe_task(row["task"])} for row in experiment.rows])
+        rows = [{**row, "task": describe_task(row["task"])} for row in experiment.rows]
+        sentences += claim_in_short(rows)
     return sentences or ["No such set was evaluated yet."]
 
 
 def is_published(finding: TableRow) -> bool:
     """Whether a finding concerns AVSS as published, or the whole run."""
-    return finding["site"] in (None, SITES[0]) and finding["recipe"] in (None, RECIPES[0])
+    is_of_site = finding["site"] in (None, SITES[0])
+    is_of_recipe = finding["recipe"] in (None, RECIPES[0])
+    return is_of_site and is_of_recipe

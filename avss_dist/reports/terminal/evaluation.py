@@ -155,7 +155,8 @@ def _evaluation_row(evaluation: Evaluation) -> ReportRow:
     }
     if evaluation.whole is not None:
         _, row["whole"], _ = evaluation.whole.metrics()[-1]
-    if retained := evaluation.retained:
+    retained = evaluation.retained
+    if retained is not None:
         row["retention"] = retained.value
         row["interval"] = known_interval(retained.low, retained.high)
     return ReportRow(row)
@@ -174,15 +175,14 @@ def ablation_table(ablation: Ablation) -> FittedTable:
             continue
         # A terminal has always room for the measure that the layers are marked by.
         columns.append(replace(column, priority=0) if column.key == drawn else column)
-    return FittedTable(
-        ReportTable(
-            columns=columns,
-            rows=rows,
-            title=f"{ablation.model}  {ablation.corpus}",
-            caption=_ablation_caption(ablation, measured[0], drawn, len(lowest)),
-            mark="lowest",
-        )
+    table = ReportTable(
+        columns=columns,
+        rows=rows,
+        title=f"{ablation.model}  {ablation.corpus}",
+        caption=_ablation_caption(ablation, measured[0], drawn, len(lowest)),
+        mark="lowest",
     )
+    return FittedTable(table)
 
 
 def _ablation_row(measured: TableRow, drawn: str, *, is_lowest: bool) -> ReportRow:
@@ -257,15 +257,15 @@ def _with_error(value: float | None, stderr: float | None, digits: int = 4) -> s
 
 def search_table(plan: Plan, steps: Sequence[SearchStep]) -> FittedTable:
     """Return a table of the best set of each round: its loss and perplexity, and the number of sets known by then."""
-    return FittedTable(
-        ReportTable(
-            columns=_SEARCH_COLUMNS,
-            rows=[_search_row(step) for step in steps],
-            title=f"{plan.model}  {plan.why['text']}",
-            caption="The best set of each round, on the text of the search; sets: whose loss was known by then. "
-            f"Of the plan: {steps[-1].best.value:.4f}.",
-        )
+    loss_of_plan = steps[-1].best.value
+    table = ReportTable(
+        columns=_SEARCH_COLUMNS,
+        rows=[_search_row(step) for step in steps],
+        title=f"{plan.model}  {plan.why['text']}",
+        caption="The best set of each round, on the text of the search; sets: whose loss was known by then. "
+        f"Of the plan: {loss_of_plan:.4f}.",
     )
+    return FittedTable(table)
 
 
 def _search_row(step: SearchStep) -> ReportRow:
@@ -303,14 +303,14 @@ def sensitivity_tables(ablation: Ablation) -> Iterator[FittedTable]:
             " Increase: measured, with the weights of that layer alone rounded. Other text of the same size would "
             f"order the layers as this one does to {', '.join(agreements)} (Spearman; split halves)."
         )
-    yield FittedTable(
-        ReportTable(
-            columns=_sensitivity_columns(of_layers),
-            rows=[_sensitivity_row(layer, rows) for layer, rows in grouped(of_layers, itemgetter("layer")).items()],
-            title=f"{ablation.model}  {ablation.corpus}: rounded weights",
-            caption=caption,
-        )
+    by_layer = grouped(of_layers, itemgetter("layer"))
+    table = ReportTable(
+        columns=_sensitivity_columns(of_layers),
+        rows=[_sensitivity_row(layer, rows) for layer, rows in by_layer.items()],
+        title=f"{ablation.model}  {ablation.corpus}: rounded weights",
+        caption=caption,
     )
+    yield FittedTable(table)
     if of_maps:
         yield FittedTable(_rounded_maps(of_maps))
 
@@ -379,6 +379,7 @@ def _rounded_map(path: str, rows: Sequence[TableRow]) -> ReportRow:
 def estimate_table(estimate: Estimate) -> RenderableType:
     """Return a table of the memory that each partition takes and whether it fits, with another of ways to distill."""
     available = describe_bytes(estimate.host_bytes)
+    weights = describe_bytes(estimate.weight_bytes)
     if estimate.device == "cuda":
         available = f"{describe_bytes(estimate.device_bytes)} on each GPU and {available} on the host"
     dtype = f"in {estimate.dtype}"
@@ -389,7 +390,7 @@ def estimate_table(estimate: Estimate) -> RenderableType:
         columns=_PARTITION_COLUMNS,
         rows=[ReportRow(vars(row), is_marked=not row.fits) for row in estimate.rows],
         caption=f"{estimate.num_parameters:,} parameters in {estimate.num_layers} layers, "
-        f"{describe_bytes(estimate.weight_bytes)} {dtype}.\nMemory is that of weights, activations of a batch, and "
+        f"{weights} {dtype}.\nMemory is that of weights, activations of a batch, and "
         f"the interpreter, libraries and counters of each process. Here, or allowed: {available}.",
         mark="failed",
     )
@@ -464,8 +465,9 @@ def _describe_work(previews: Sequence[Preview]) -> str:
     counts = Counter(preview.status for preview in previews)
     statuses = [f"{counts[status]} {status}" for status in STATUS_STYLES if counts[status]]
     text = f"{', '.join(statuses)}."
-    if seconds := [preview.seconds for preview in previews if preview.seconds]:
-        text += f" About {describe_seconds(sum(seconds))} of measuring, at the speed of earlier runs."
+    seconds = sum(preview.seconds for preview in previews if preview.seconds)
+    if seconds:
+        text += f" About {describe_seconds(seconds)} of measuring, at the speed of earlier runs."
     unknown = 0
     for preview in previews:
         if preview.status in ("partial", "missing") and preview.seconds is None:

@@ -69,8 +69,13 @@ def schema_markdown() -> str:
     header = ["| Column | Type | Meaning |", "|---|---|---|"]
     lines = ["### Columns of several tables", "", *header, *shared.values(), ""]
     for name, rows in by_table.items():
-        own = [row for column, row in rows.items() if shared.get(column) != row]
-        others = [f"`{column}`" for column, row in rows.items() if shared.get(column) == row]
+        own = []
+        others = []
+        for column, row in rows.items():
+            if shared.get(column) == row:
+                others.append(f"`{column}`")
+            else:
+                own.append(row)
         lines += [f"### `{name}`", "", f"{TABLES[name].meaning.capitalize()}.", ""]
         if own:
             lines += [*header, *own, ""]
@@ -111,8 +116,12 @@ class _Column(NamedTuple):
 
 def _columns_by_table() -> dict[str, list[_Column]]:
     """Return the columns of each table."""
-    types = {(row["table"], row["column"]): row["type"] for row in schema_table().to_pylist()}
+    types = {}
+    for row in schema_table().to_pylist():
+        types[row["table"], row["column"]] = row["type"]
     columns: dict[str, list[_Column]] = {}
     for name, table in TABLES.items():
-        columns[name] = [_Column(column.name, types[name, column.name], column.description) for column in table.columns]
+        columns[name] = []
+        for column in table.columns:
+            columns[name].append(_Column(column.name, types[name, column.name], column.description))
     return columns

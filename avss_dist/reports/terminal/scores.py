@@ -102,7 +102,7 @@ def layer_table(run: TableRow, scores: Sequence[TableRow], own: Sequence[str] = 
         own: names of the scores that people bring, which are columns of the rows.
     """
     columns = list(_LAYER_COLUMNS)
-    if why_no_interval(run["num_shards"] or 0):
+    if why_no_interval(run["num_shards"] or 0) is not None:
         columns = [column for column in columns if column.key not in _NEED_SHARDS]
     columns += [ReportColumn(name, name, _NUMBER, priority=1) for name in own]
     first_layer = scores[0]
@@ -145,7 +145,9 @@ def describe_exactness(scores: Sequence[TableRow]) -> Iterator[str]:
 def _count_error(score: TableRow) -> float:
     """Return the largest possible error of a near-zero count, as a share of it."""
     count = score["near_zero_count"]
-    error: float = max(score["near_zero_high"] - count, count - score["near_zero_low"]) / count
+    too_many = count - score["near_zero_low"]
+    too_few = score["near_zero_high"] - count
+    error: float = max(too_many, too_few) / count
     return error
 
 
@@ -162,11 +164,15 @@ def _caption(run: TableRow, scores: Sequence[TableRow], num_lowest: int) -> str:
         caption += ".\n"
     layers = "layer" if num_lowest == 1 else f"{num_lowest} layers"
     caption += f"* the {layers} with the lowest {SCORES['avss'].title}, {LOWEST_SHARE:.0%} of {len(scores)}"
-    if missing := why_no_interval(run["num_shards"] or 0):
+    missing = why_no_interval(run["num_shards"] or 0)
+    if missing is not None:
         caption += f".\n{missing}"
     else:
         caption += "; 'lowest 25%' is the share of resamples of the shards in which a layer is among them."
-    unranked = [score["layer"] for score in scores if score["rank"] is None and score["avss_smoothed"] is not None]
+    unranked = []
+    for score in scores:
+        if score["rank"] is None and score["avss_smoothed"] is not None:
+            unranked.append(score["layer"])
     if unranked:
         caption += f"\nNaN or infinite activations in layers {describe_layers(unranked)}: they have no rank."
     noisy = [score for score in scores if score["quality"] != "ok"]
@@ -185,19 +191,17 @@ def quantiles_table(rows: Sequence[TableRow]) -> RenderableType:
     columns = [ReportColumn("layer", "layer")]
     for share in dict.fromkeys(row["share"] for row in rows):
         columns.append(ReportColumn(f"|x| below which {share:.4g}", str(share)))
-    by_layer = grouped(rows, itemgetter("layer"))
-    if all(row["low"] == row["high"] for row in rows if row["low"] is not None):
-        caption = "Every one is exact: each value was counted."
-    else:
+    caption = "Every one is exact: each value was counted."
+    if not all(row["low"] == row["high"] for row in rows if row["low"] is not None):
         caption = "The truth lies close by: --format csv has the edges between which it is."
-    return FittedTable(
-        ReportTable(
-            title=f"{rows[0]['run_id']}  {rows[0]['site']}",
-            columns=columns,
-            rows=[_quantiles_row(layer, quantiles) for layer, quantiles in by_layer.items()],
-            caption=caption,
-        )
+    by_layer = grouped(rows, itemgetter("layer"))
+    table = ReportTable(
+        title=f"{rows[0]['run_id']}  {rows[0]['site']}",
+        columns=columns,
+        rows=[_quantiles_row(layer, quantiles) for layer, quantiles in by_layer.items()],
+        caption=caption,
     )
+    return FittedTable(table)
 
 
 def _quantiles_row(layer: int, quantiles: Sequence[TableRow]) -> ReportRow:

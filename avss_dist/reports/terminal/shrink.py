@@ -84,8 +84,9 @@ def _has_intervals(task: TaskRetention) -> bool:
 def _task_columns(task: TaskRetention) -> list[ReportColumn]:
     """Return the columns of a task: its metric, and the retention of it with its interval."""
     metric, _, _ = task.results["whole"].metrics()[-1]
+    group = basename(task.task.removeprefix(PERPLEXITY))
     return [
-        ReportColumn(metric, f"{task.task}: value", group=basename(task.task.removeprefix(PERPLEXITY))),
+        ReportColumn(metric, f"{task.task}: value", group=group),
         ReportColumn("kept", f"{task.task}: kept", PERCENT, missing=""),
         ReportColumn("95% interval", f"{task.task}: interval", interval(PERCENT), priority=1),
     ]
