@@ -9,103 +9,76 @@ from __future__ import annotations
 from typing import Any
 
 __version__ = "0.3.0"
-__all__ = [
-    "Ablation",
-    "AvssError",
-    "ConfigError",
-    "CorpusError",
-    "Distilled",
-    "Estimate",
-    "EvaluationSession",
-    "Evaluations",
-    "Execution",
-    "ModelError",
-    "Plan",
-    "Progress",
-    "Pruned",
-    "QueryError",
-    "Run",
-    "RunFailed",
-    "Runs",
-    "Settings",
-    "Shrunk",
-    "Table",
-    "TaskError",
-    "Warehouse",
-    "WarehouseError",
-    "__version__",
-    "ablate",
-    "compact",
-    "compare",
-    "contrast",
-    "distill",
-    "doctor",
-    "estimate",
-    "evaluate",
-    "findings",
-    "ls",
-    "plan",
-    "prune",
-    "publish",
-    "quantize",
-    "query",
-    "report",
-    "rm",
-    "run",
-    "score",
-    "score_all",
-    "show",
-    "shrink",
-    "sparsify",
-]
-
-_HOMES = {
-    "commands": (
-        *("Pruned", "Runs", "ablate", "distill", "estimate", "evaluate", "plan", "prune", "quantize"),
-        *("run", "shrink", "sparsify"),
-    ),
-    "read_commands": (
-        *("compact", "compare", "contrast", "doctor", "findings", "ls", "publish", "query", "report", "rm", "show"),
-    ),
-    "core.errors": (
-        *("AvssError", "ConfigError", "CorpusError", "ModelError", "QueryError", "RunFailed", "TaskError"),
-        "WarehouseError",
-    ),
-    "distillation.distill": ("Distilled",),
-    "estimation": ("Estimate",),
-    "evaluation.session": ("EvaluationSession",),
-    "studies.ablate": ("Ablation",),
-    "studies.evaluate": ("Evaluations",),
-    "studies.shrink": ("Shrunk",),
-    "plans.plan": ("Plan",),
-    "reports.terminal.progress": ("Progress",),
-    "core.results": ("Table",),
-    "runs.scoring": ("score", "score_all"),
-    "runs.result": ("Run",),
-    "core.settings": ("Settings",),
-    "partition.execution": ("Execution",),
-    "warehouse.reader": ("Warehouse",),
+_MODULES = {
+    "Ablation": "studies.ablate",
+    "AvssError": "core.errors",
+    "ConfigError": "core.errors",
+    "CorpusError": "core.errors",
+    "Distilled": "distillation.distill",
+    "Estimate": "estimation",
+    "EvaluationSession": "evaluation.session",
+    "Evaluations": "studies.evaluate",
+    "Execution": "partition.execution",
+    "ModelError": "core.errors",
+    "Plan": "plans.plan",
+    "Progress": "reports.terminal.progress",
+    "Pruned": "commands",
+    "QueryError": "core.errors",
+    "Run": "runs.result",
+    "RunFailed": "core.errors",
+    "Runs": "commands",
+    "Settings": "core.settings",
+    "Shrunk": "studies.shrink",
+    "Table": "core.results",
+    "TaskError": "core.errors",
+    "Warehouse": "warehouse.reader",
+    "WarehouseError": "core.errors",
+    "ablate": "commands",
+    "compact": "read_commands",
+    "compare": "read_commands",
+    "contrast": "read_commands",
+    "distill": "commands",
+    "doctor": "read_commands",
+    "estimate": "commands",
+    "evaluate": "commands",
+    "findings": "read_commands",
+    "ls": "read_commands",
+    "plan": "commands",
+    "prune": "commands",
+    "publish": "read_commands",
+    "quantize": "commands",
+    "query": "read_commands",
+    "report": "read_commands",
+    "rm": "read_commands",
+    "run": "commands",
+    "score": "runs.scoring",
+    "score_all": "runs.scoring",
+    "show": "read_commands",
+    "shrink": "commands",
+    "sparsify": "commands",
 }
-"""Public names by the module that defines them."""
+"""The module that defines each public name."""
+__all__ = ["__version__", *_MODULES]
 
 
 def __getattr__(name: str) -> Any:
     """Import a public name when it is first used, so that reading a warehouse does not load torch."""
     from importlib import import_module
 
-    for home, names in _HOMES.items():
-        if name in names:
-            try:
-                module = import_module(f"avss_dist.{home}")
-            except ModuleNotFoundError as error:
-                from avss_dist.core.extras import not_installed
+    if name not in _MODULES:
+        raise AttributeError(f"module 'avss_dist' has no attribute {name!r}")
+    try:
+        module = import_module(f"avss_dist.{_MODULES[name]}")
+    except ModuleNotFoundError as error:
+        from avss_dist.core.extras import not_installed
 
-                if missing := not_installed(error, f"avss_dist.{name}"):
-                    raise missing from error
-                raise
-            value = globals()[name] = getattr(module, name)
-            return value
-    raise AttributeError(f"module 'avss_dist' has no attribute {name!r}")
+        missing = not_installed(error, f"avss_dist.{name}")
+        if missing is not None:
+            raise missing from error
+        raise
+    value = getattr(module, name)
+    globals()[name] = value  # the next use finds it without this function
+    return value
 
 
 def __dir__() -> list[str]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import closing, suppress
+from contextlib import closing
 from dataclasses import asdict, dataclass, replace
 from importlib.util import find_spec
 from typing import Any
@@ -16,6 +16,7 @@ from avss_dist.core.errors import ConfigError, WarehouseError, as_failure
 from avss_dist.core.results import TabularResult
 from avss_dist.core.settings import Settings
 from avss_dist.core.text import describe_bytes
+from avss_dist.core.values import TableRow
 from avss_dist.distillation.memory import LIBRARIES, estimate_memory
 from avss_dist.distillation.pair import LORA, computes_in_bfloat16
 from avss_dist.models.checkpoint.locate import Checkpoint, find_checkpoint
@@ -27,7 +28,7 @@ from avss_dist.partition.execution import Execution
 from avss_dist.partition.replica import replica_class
 from avss_dist.requests import TRAINED, DistillRequest, EstimateRequest, require_divisible
 from avss_dist.runs.events import OnRunEvent, RunReading, describe_repeated
-from avss_dist.runs.job_file import JobFile
+from avss_dist.runs.job_file import JobFile, RunSpec
 from avss_dist.runs.planned import PlannedRun
 from avss_dist.runs.planner import Planner, rows_per_shard
 from avss_dist.runs.scoring import executor_for, overridden
@@ -72,36 +73,61 @@ def distillation_rows(
     teacher = find_checkpoint(str(request.teacher), trust_remote_code=settings.trust_remote_code)
     ranks = request.ranks or max(2, devices.count)
     require_divisible(settings.batch_size, ranks)
-    dtype = "bfloat16" if computes_in_bfloat16(request.settings, settings.device) else "float32"
+    teacher_dtype = "bfloat16" if computes_in_bfloat16(request.settings, settings.device) else "float32"
+    pair = DistilledPair(student=student, teacher=teacher, settings=settings, teacher_dtype=teacher_dtype)
     for train in TRAINED:
         if train == LORA and find_spec("peft") is None:
             continue
-        for sharding, processes in (("", 1), *((name, ranks) for name in SHARDINGS)):
-            rows = replace(settings, batch_size=settings.batch_size // processes)
-            memory = estimate_memory(
-                student,
-                teacher,
-                replace(rows, dtype="float32"),
-                replace(rows, dtype=dtype),
-                train=train,
-                rank=DistillRequest.lora_rank,
-                sharding=sharding or next(iter(SHARDINGS)),
-                ranks=processes,
-            )
-            needed, parts = memory.total, {**memory.parts}
-            fits = needed <= devices.device_bytes and processes <= devices.count
-            if devices.kind == "cpu":
-                needed, parts = needed + LIBRARIES, {**parts, "libraries": LIBRARIES}
-                fits = processes * needed <= devices.host_bytes
-            yield DistillRow(
-                train=train,
-                sharding=sharding,
-                ranks=processes,
-                trained=memory.trained,
-                device_bytes=needed,
-                fits=fits,
-                why=", ".join(f"{name} {describe_bytes(size)}" for name, size in parts.items()),
-            )
+        yield _distillation_row(pair, devices, train=train, sharding="", ranks=1)
+        for sharding in SHARDINGS:
+            yield _distillation_row(pair, devices, train=train, sharding=sharding, ranks=ranks)
+
+
+@dataclass(frozen=True, kw_only=True)
+class DistilledPair:
+    """Student and teacher of a distillation whose memory is estimated.
+
+    Attributes:
+        settings: settings of a training step over all ranks.
+        teacher_dtype: precision in which the teacher computes. The student's weights are in float32.
+    """
+
+    student: Checkpoint
+    teacher: Checkpoint
+    settings: Settings
+    teacher_dtype: str
+
+
+def _distillation_row(pair: DistilledPair, devices: Devices, *, train: str, sharding: str, ranks: int) -> DistillRow:
+    """Return the memory of one way to distill a model."""
+    settings = replace(pair.settings, batch_size=pair.settings.batch_size // ranks)
+    memory = estimate_memory(
+        pair.student,
+        pair.teacher,
+        replace(settings, dtype="float32"),
+        replace(settings, dtype=pair.teacher_dtype),
+        train=train,
+        rank=DistillRequest.lora_rank,
+        sharding=sharding or next(iter(SHARDINGS)),
+        ranks=ranks,
+    )
+    needed = memory.total
+    parts = dict(memory.parts)
+    if devices.kind == "cpu":
+        needed += LIBRARIES
+        parts["libraries"] = LIBRARIES
+        fits = ranks * needed <= devices.host_bytes
+    else:
+        fits = needed <= devices.device_bytes and ranks <= devices.count
+    return DistillRow(
+        train=train,
+        sharding=sharding,
+        ranks=ranks,
+        trained=memory.trained,
+        device_bytes=needed,
+        fits=fits,
+        why=", ".join(f"{name} {describe_bytes(size)}" for name, size in parts.items()),
+    )
 
 
 ENOUGH_ROWS = 1 << 20  # of a text, for shards of the usual size
@@ -159,24 +185,24 @@ def estimate(request: EstimateRequest) -> Estimate:
     Raises:
         AvssError: the model or a setting is not one that can be run.
     """
-    settings, model = request.settings, str(request.model)
-    checkpoint = find_checkpoint(model, trust_remote_code=settings.trust_remote_code, weights=False)
-    settings = replace(settings, device=pick_device(settings.device).type)
+    checkpoint = find_checkpoint(
+        str(request.model), trust_remote_code=request.settings.trust_remote_code, weights=False
+    )
+    settings = replace(request.settings, device=pick_device(request.settings.device).type)
     size = footprint(checkpoint, settings)
-    rows = settings.sequences_per_shard or rows_per_shard(size, settings, settings.max_sequences or ENOUGH_ROWS)
+    rows = settings.sequences_per_shard
+    if rows is None:
+        rows = rows_per_shard(size, settings, settings.max_sequences or ENOUGH_ROWS)
     settings = replace(settings, dtype=size.dtype, sequences_per_shard=rows)
-    here = devices_here(settings.device)
-    host = min(here.host_bytes, request.max_memory.get("cpu", here.host_bytes))
-    gpus = [here.device_bytes, *(limit for name, limit in request.max_memory.items() if name != "cpu")]
-    devices = replace(here, host_bytes=host, device_bytes=host if here.kind == "cpu" else min(gpus))
-    try:
-        placement = choose(size, settings, Execution(max_memory=request.max_memory), here)
-        auto, why = placement.partition, placement.why
-        why += f"; over {placement.gpus} GPUs" if placement.gpus > 1 else ""
-    except ConfigError as error:
-        auto, why = "", f"{error.message} {error.hint}".replace("`", "").strip()
+
+    present = devices_here(settings.device)
+    devices = _limited(present, request.max_memory)
+    auto, auto_why = _automatic_partition(size, settings, request, present)
+    distillation: list[DistillRow] = []
+    if request.teacher:
+        distillation = list(distillation_rows(checkpoint, request, settings, devices))
     return Estimate(
-        model=model,
+        model=str(request.model),
         num_parameters=size.num_parameters,
         num_layers=size.num_layers,
         weight_bytes=size.weight_bytes,
@@ -187,9 +213,34 @@ def estimate(request: EstimateRequest) -> Estimate:
         host_bytes=devices.host_bytes,
         rows=tuple(_row(partition, checkpoint, size, settings, devices, request) for partition in PARTITIONS),
         auto=auto,
-        auto_why=why,
-        distillation=tuple(distillation_rows(checkpoint, request, settings, devices)) if request.teacher else (),
+        auto_why=auto_why,
+        distillation=tuple(distillation),
     )
+
+
+def _limited(devices: Devices, max_memory: Mapping[str, int]) -> Devices:
+    """Return devices with no more memory than the limits say: ``cpu`` for the host, other names for GPUs."""
+    host_bytes = min(devices.host_bytes, max_memory.get("cpu", devices.host_bytes))
+    device_bytes = devices.device_bytes
+    for name, limit in max_memory.items():
+        if name != "cpu":
+            device_bytes = min(device_bytes, limit)
+    if devices.kind == "cpu":
+        device_bytes = host_bytes
+    return replace(devices, host_bytes=host_bytes, device_bytes=device_bytes)
+
+
+def _automatic_partition(
+    size: Footprint, settings: Settings, request: EstimateRequest, devices: Devices
+) -> tuple[str, str]:
+    """Return the partition that a run chooses by itself, and why. It is empty if the model is refused."""
+    try:
+        placement = choose(size, settings, Execution(max_memory=request.max_memory), devices)
+    except ConfigError as error:
+        return "", f"{error.message} {error.hint}".replace("`", "").strip()
+    if placement.gpus > 1:
+        return placement.partition, f"{placement.why}; over {placement.gpus} GPUs"
+    return placement.partition, placement.why
 
 
 def _row(
@@ -202,10 +253,7 @@ def _row(
 ) -> PartitionEstimate:
     """Return the row of a partition. A gang has the requested ranks, or as few as have room for their parts."""
     replica = replica_class(partition)
-    numbers: tuple[int, ...] = (1,)
-    if PARTITIONS[partition].gang:
-        numbers = (request.ranks,) if request.ranks else RANKS if devices.kind == "cuda" else RANKS[:1]
-    for ranks in numbers:
+    for ranks in _possible_ranks(partition, request, devices):
         query = MemoryQuery(
             partition=partition,
             checkpoint=checkpoint,
@@ -215,17 +263,31 @@ def _row(
             max_memory=request.max_memory,
             devices=devices,
         )
-        usage, obstacle = replica.usage(query), replica.obstacle(query)
+        usage = replica.usage(query)
+        obstacle = replica.obstacle(query)
         if usage.device_bytes <= devices.device_bytes or obstacle:
             break
-    missing = [("host memory", usage.host_bytes - devices.host_bytes)]
-    missing += [("GPU memory", usage.device_bytes - devices.device_bytes)] if query.on_gpu else []
-    reasons = [
-        *(f"lacks {describe_bytes(excess)} of {name}" for name, excess in missing if excess > 0),
-        *([obstacle] if obstacle else []),
-        *([f"{usage.gpus} GPUs are needed, {devices.count} are here"] if usage.gpus > devices.count else []),
-    ]
+    reasons = []
+    if usage.host_bytes > devices.host_bytes:
+        reasons.append(f"lacks {describe_bytes(usage.host_bytes - devices.host_bytes)} of host memory")
+    if query.on_gpu and usage.device_bytes > devices.device_bytes:
+        reasons.append(f"lacks {describe_bytes(usage.device_bytes - devices.device_bytes)} of GPU memory")
+    if obstacle:
+        reasons.append(obstacle)
+    if usage.gpus > devices.count:
+        reasons.append(f"{usage.gpus} GPUs are needed, {devices.count} are here")
     return replace(usage, fits=not reasons, why="; ".join([*reasons, usage.why]))
+
+
+def _possible_ranks(partition: str, request: EstimateRequest, devices: Devices) -> Sequence[int]:
+    """Return the numbers of ranks of a replica to try, in order."""
+    if not PARTITIONS[partition].gang:
+        return [1]
+    if request.ranks:
+        return [request.ranks]
+    if devices.kind == "cuda":
+        return RANKS
+    return RANKS[:1]
 
 
 _SHAPE = ("num_layers", "hidden_size", "num_parameters", "dtype")
@@ -279,73 +341,122 @@ def preview_job(job: JobFile, on_event: OnRunEvent | None = None, **options: Any
     """
     specs, execution = overridden(job, options)
     store = Store(job.warehouse)
+    finished = _finished_rows(store)
     previews: list[Preview] = []
-    names: dict[str, str] = {}  # of the first specs, by run id
-    runs: list[dict[str, Any]] = []
-    with suppress(WarehouseError):  # there is none yet
-        measured = (pc.field("status") == "done") & (pc.field("tokens_per_second") > 0)
-        finished = store.reader.table("runs", columns=[*_SHAPE, *_SPEED], where=measured)
-        runs = finished.sort_by([("created_at", "descending")]).to_pylist()
+    first_names: dict[str, str] = {}  # name of the first run with an id, by that
     with closing(executor_for(specs, job.settings, execution)) as executor:
         planner = Planner(executor, store, fetch=False)
         for spec in specs:
             if on_event is not None:
                 on_event(RunReading(spec.name))
             try:
-                planned = planner.prepare(spec)
-                size = size_of(planned.replica_spec.checkpoint, planned.replica_spec.settings)
-                done = (store.reader.readable_run(planned.run_id) or {}).get("status") == "done"
-                num_kept = 0 if done else sum(1 for _ in store.reader.each_shard(planned.run_id, planned.expected))
+                stored = _look_up(planner, store, spec)
             except Exception as error:
-                previews.append(
-                    Preview(model=spec.title, corpus=spec.corpus, status="refused", error=as_failure(error).message)
-                )
+                message = as_failure(error).message
+                previews.append(Preview(model=spec.title, corpus=spec.corpus, status="refused", error=message))
                 continue
-            first = names.get(planned.run_id)
-            names.setdefault(planned.run_id, spec.name)
-            preview = Preview(
-                model=spec.title,
-                corpus=spec.corpus,
-                status="done" if done else "partial" if num_kept else "missing",
-                revision=planned.replica_spec.checkpoint.revision,
-                partition=planned.replica_spec.placement.partition,
-                weight_bytes=size.weight_bytes if size else None,
-                num_tokens=planned.corpus.num_tokens,
-                num_shards=len(planned.corpus.shards),
-                kept_shards=num_kept,
-            )
-            if first:
-                preview = replace(preview, status="repeated", warning=f"{spec.name} is {describe_repeated(first)}")
-            elif size and not done and num_kept < preview.num_shards:
-                preview = _with_time(preview, planned, size, executor.devices, runs)
+            preview = _preview(spec, stored)
+            first_name = first_names.get(stored.planned.run_id)
+            if first_name is not None:
+                warning = f"{spec.name} is {describe_repeated(first_name)}"
+                preview = replace(preview, status="repeated", warning=warning)
+            else:
+                first_names[stored.planned.run_id] = spec.name
+                if stored.size and not stored.is_done and stored.num_kept < preview.num_shards:
+                    preview = _with_time(preview, stored.planned, stored.size, executor.devices, finished)
             previews.append(preview)
     return previews
 
 
+def _finished_rows(store: Store) -> list[TableRow]:
+    """Return the rows of finished ``runs`` with a speed, the newest first."""
+    try:
+        measured = (pc.field("status") == "done") & (pc.field("tokens_per_second") > 0)
+        finished = store.reader.table("runs", columns=[*_SHAPE, *_SPEED], where=measured)
+    except WarehouseError:  # there is none yet
+        return []
+    rows: list[TableRow] = finished.sort_by([("created_at", "descending")]).to_pylist()
+    return rows
+
+
+@dataclass(frozen=True, kw_only=True)
+class StoredRun:
+    """A planned run, and what is stored of it.
+
+    Attributes:
+        size: size of the model; None if unknown.
+        is_done: whether the run is stored with its scores.
+        num_kept: number of stored shards of a run that is not done.
+    """
+
+    planned: PlannedRun
+    size: Footprint | None
+    is_done: bool
+    num_kept: int
+
+
+def _look_up(planner: Planner, store: Store, spec: RunSpec) -> StoredRun:
+    """Plan a run, and look up what is stored of it.
+
+    Raises:
+        AvssError: it cannot be run.
+    """
+    planned = planner.prepare(spec)
+    size = size_of(planned.replica_spec.checkpoint, planned.replica_spec.settings)
+    run_row = store.reader.readable_run(planned.run_id)
+    is_done = run_row is not None and run_row.get("status") == "done"
+    num_kept = 0
+    if not is_done:
+        num_kept = sum(1 for _ in store.reader.each_shard(planned.run_id, planned.expected))
+    return StoredRun(planned=planned, size=size, is_done=is_done, num_kept=num_kept)
+
+
+def _preview(spec: RunSpec, stored: StoredRun) -> Preview:
+    """Return the preview of a run, without a time."""
+    status = "missing"
+    if stored.is_done:
+        status = "done"
+    elif stored.num_kept:
+        status = "partial"
+    planned = stored.planned
+    return Preview(
+        model=spec.title,
+        corpus=spec.corpus,
+        status=status,
+        revision=planned.replica_spec.checkpoint.revision,
+        partition=planned.replica_spec.placement.partition,
+        weight_bytes=stored.size.weight_bytes if stored.size else None,
+        num_tokens=planned.corpus.num_tokens,
+        num_shards=len(planned.corpus.shards),
+        kept_shards=stored.num_kept,
+    )
+
+
 def _with_time(
-    preview: Preview, planned: PlannedRun, size: Footprint, devices: Devices, runs: Sequence[Mapping[str, Any]]
+    preview: Preview, planned: PlannedRun, size: Footprint, devices: Devices, finished: Sequence[TableRow]
 ) -> Preview:
     """Return a preview with the time of the missing shards, and with a warning if the memory may be too small.
 
     Args:
-        runs: rows of finished ``runs``, newest first. The time is that of the first with a model of the same shape.
+        finished: rows of finished ``runs``, newest first. The time is that of the first with a model of the same shape.
     """
-    settings, replicas = planned.replica_spec.settings, planned.replicas
+    replicas = planned.replicas
     if devices.kind == "cpu":
-        replicas = min(replicas, max(1, devices.cpus // settings.threads))
+        replicas = min(replicas, max(1, devices.cpus // planned.replica_spec.settings.threads))
     shape = {name: getattr(size, name) for name in _SHAPE}
-    for run in runs:
-        same_device = (run["device"] == "cpu") == (devices.kind == "cpu")
-        if same_device and run["partition"] == preview.partition and shape.items() <= run.items():
-            share = 1 - preview.kept_shards / preview.num_shards
-            seconds = share * preview.num_tokens / (run["tokens_per_second"] / (run["replicas"] or 1)) / replicas
-            preview = replace(preview, seconds=seconds, reference_run=run["run_id"])
+    for run_row in finished:
+        is_same_device = (run_row["device"] == "cpu") == (devices.kind == "cpu")
+        if is_same_device and run_row["partition"] == preview.partition and shape.items() <= run_row.items():
+            missing_share = 1 - preview.kept_shards / preview.num_shards
+            replica_speed = run_row["tokens_per_second"] / (run_row["replicas"] or 1)
+            seconds = missing_share * preview.num_tokens / replica_speed / replicas
+            preview = replace(preview, seconds=seconds, reference_run=run_row["run_id"])
             break
-    needed = size.weight_bytes + batch_bytes(size, settings)
+    needed = size.weight_bytes + batch_bytes(size, planned.replica_spec.settings)
     if needed <= devices.device_bytes or not PARTITIONS[preview.partition].whole:
         return preview
-    return replace(
-        preview,
-        warning=f"it may not fit here: {describe_bytes(needed)} of weights and activations, and "
-        f"{describe_bytes(devices.device_bytes)} of memory",
+    warning = (
+        f"it may not fit here: {describe_bytes(needed)} of weights and activations, and "
+        f"{describe_bytes(devices.device_bytes)} of memory"
     )
+    return replace(preview, warning=warning)

@@ -77,10 +77,10 @@ def reading(cls: Callable[P, R]) -> Callable[[Callable[[Warehouse, R], T]], Call
 
     def decorate(function: Callable[[Warehouse, R], T]) -> Callable[P, T]:
         @wraps(function)
-        def run(request: Any) -> T:
+        def open_and_read(request: Any) -> T:
             return function(Warehouse(request.warehouse), request)
 
-        return keywords(cls)(run)
+        return keywords(cls)(open_and_read)
 
     return decorate
 
@@ -91,24 +91,27 @@ def ls(opened: Warehouse, request: ListRequest) -> Table:
 
     Unfinished runs have the number of their stored shards.
     """
-    return Table(_listed_runs(opened) if request.what == "runs" else opened.sql(LISTED[request.what]))
+    if request.what == "runs":
+        return Table(_listed_runs(opened))
+    return Table(opened.sql(LISTED[request.what]))
 
 
 def _listed_runs(opened: Warehouse) -> pa.Table:
     """Return the unfinished runs, then the others, newest first."""
     unfinished = opened.unfinished()
-    begun = unfinished.append_column("status", pa.array([UNFINISHED] * len(unfinished), pa.string()))
-    begun = begun.append_column("created_at", pc.cast(unfinished["started_at"], pa.timestamp("us", "UTC")))
+    statuses = pa.array([UNFINISHED] * len(unfinished), pa.string())
+    started = pc.cast(unfinished["started_at"], pa.timestamp("us", "UTC"))
+    unfinished = unfinished.append_column("status", statuses).append_column("created_at", started).select(RUNS)
     try:
         ended = opened.table("runs", columns=[name for name in RUNS if name != "kept_shards"])
     except WarehouseError:
-        if not unfinished:
+        if not unfinished.num_rows:
             raise
-        return begun.select(RUNS)
+        return unfinished
     stored_shards = pc.if_else(pc.equal(ended["status"], "done"), ended["num_shards"], None)
     ended = ended.append_column("kept_shards", stored_shards).select(RUNS)
     ended = ended.sort_by([("created_at", "descending"), ("run_id", "ascending")])
-    return pa.concat_tables([begun.select(RUNS).cast(ended.schema), ended])
+    return pa.concat_tables([unfinished.cast(ended.schema), ended])
 
 
 @reading(ShowRequest)
@@ -128,55 +131,64 @@ def show(opened: Warehouse, request: ShowRequest) -> Table:
             raise QueryError(
                 "`output` is a picture of scores, not of routed experts or quantiles.", "Leave `output` out."
             )
-    runs = choose_runs(opened, request.run)
+    run_rows = choose_runs(opened, request.run)
+    run_ids = [row["run_id"] for row in run_rows]
     if request.experts:
-        for row in runs:
-            require_experts(opened, row["run_id"])
-        return Table(opened.table("expert_stats", run_ids=[row["run_id"] for row in runs]))
+        for run_id in run_ids:
+            require_experts(opened, run_id)
+        return Table(opened.table("expert_stats", run_ids=run_ids))
     if request.shares:
-        table = quantiles(opened, runs, request.shares, [request.site])
+        table = quantiles(opened, run_rows, request.shares, [request.site])
         if not table.num_rows:
-            raise QueryError(
-                f"No statistics of site '{request.site}'.",
-                f"List sites: {command_line('query', 'SELECT run_id, sites FROM runs', '-w', opened.root)}",
-            )
+            listing = command_line("query", "SELECT run_id, sites FROM runs", "-w", opened.root)
+            raise QueryError(f"No statistics of site '{request.site}'.", f"List sites: {listing}")
         return Table(table)
-    scores = layer_scores(
-        opened, runs, Threshold(*parse_threshold(request.threshold)), site=request.site, recipe=request.recipe
-    )
+
+    threshold = Threshold(*parse_threshold(request.threshold))
+    scores = layer_scores(opened, run_rows, threshold, site=request.site, recipe=request.recipe)
     if not scores.num_rows:
-        raise _not_scored(opened.table("scores", run_ids=[row["run_id"] for row in runs], columns=READING), request)
+        raise _not_scored(opened.table("scores", run_ids=run_ids, columns=READING), request)
     labels = own_labels(request.by)
     for name, label in labels.items():
-        values = {row["run_id"]: own_score(name, opened, row).values for row in runs}
-        places = zip(scores["run_id"].to_pylist(), scores["layer"].to_pylist(), strict=True)
-        scores = scores.append_column(
-            label, pa.array([values[run_id].get(layer) for run_id, layer in places], pa.float64())
-        )
+        values = {row["run_id"]: own_score(name, opened, row).values for row in run_rows}
+        column = []
+        for run_id, layer in zip(scores["run_id"].to_pylist(), scores["layer"].to_pylist(), strict=True):
+            column.append(values[run_id].get(layer))
+        scores = scores.append_column(label, pa.array(column, pa.float64()))
     if request.output is not None:
         from avss_dist.reports.chart import layers_chart, save_chart  # altair takes a second to import
 
-        chart = layers_chart(runs, score_rows(scores), [*labels.values()])
+        chart = layers_chart(run_rows, score_rows(scores), [*labels.values()])
         save_chart(chart, Path(request.output), "Layer scores by depth")
     return Table(scores)
 
 
 def score_rows(scores: pa.Table) -> list[dict[str, Any]]:
     """Return rows of scores, with None for NaN."""
-    return [{name: None if value != value else value for name, value in row.items()} for row in scores.to_pylist()]
+    rows = scores.to_pylist()
+    for row in rows:
+        for name, value in row.items():
+            if value != value:  # NaN alone is not equal to itself
+                row[name] = None
+    return rows
 
 
 def _not_scored(table: pa.Table, request: ShowRequest) -> QueryError:
     """Return the error for missing scores of a reading. It lists the readings of a table."""
     rows = table.group_by(table.column_names, use_threads=False).aggregate([]).to_pylist()
-    here = [row for row in rows if (row["site"], row["recipe"]) == (request.site, request.recipe)]
-    if not here:
+    thresholds = set()
+    for row in rows:
+        if row["site"] == request.site and row["recipe"] == request.recipe:
+            thresholds.add((row["threshold_kind"], row["threshold"]))
+    if not thresholds:
         scored = sorted({f"{row['site']} {row['recipe']}" for row in rows})
         return QueryError(
             f"No scores of site '{request.site}' with recipe '{request.recipe}'.", f"Scored: {', '.join(scored)}."
         )
-    thresholds = sorted({(row["threshold_kind"], row["threshold"]) for row in here})
-    names = (f"{value:g}{'rms' if kind == 'rms' else ''}" for kind, value in thresholds)
+    names = []
+    for kind, value in sorted(thresholds):
+        unit = "rms" if kind == "rms" else ""
+        names.append(f"{value:g}{unit}")
     return QueryError(
         f"No scores at threshold {request.threshold}, and no statistics to compute them.",
         f"Scored: {', '.join(names)}.",
@@ -205,35 +217,39 @@ def compare(
     `comparison.MAX_PAIRS`.
     """
     from avss_dist.analysis import comparison as comparing
-    from avss_dist.analysis.curves import AXIS_TITLES, RankingCurves, curves_chart, ranking_curves
+    from avss_dist.analysis.curves import AXIS_TITLES, curves_chart, ranking_curves
 
     if request.output is not None:
         require_picture(request.output)
     run_ids = chosen_ids(opened, request.run)
-    place: dict[str, Any] = {
-        **{name: getattr(request, name) for name in ("score", "site", "recipe", "allow_mismatch")},
+    selection: dict[str, Any] = {
+        "score": request.score,
+        "site": request.site,
+        "recipe": request.recipe,
         "threshold": Threshold(*parse_threshold(request.threshold)),
+        "allow_mismatch": request.allow_mismatch,
     }
-    result: comparing.RankingComparison | RankingCurves
     if request.along:
-        result = ranking_curves(opened, run_ids, along=request.along, **place)
-    else:
-        result = comparing.compare(
-            opened,
-            run_ids,
-            by=request.by,
-            share=request.share,
-            mapped=request.output is not None,
-            max_listed=max_listed or comparing.MAX_PAIRS,
-            **place,
-        )
+        curves = ranking_curves(opened, run_ids, along=request.along, **selection)
+        if request.output is not None:
+            from avss_dist.reports.chart import save_chart  # altair takes a second to import
+
+            save_chart(curves_chart(curves.curves), Path(request.output), f"Ranks along {AXIS_TITLES[request.along]}")
+        return curves
+    comparison = comparing.compare(
+        opened,
+        run_ids,
+        by=request.by,
+        share=request.share,
+        mapped=request.output is not None,
+        max_listed=max_listed or comparing.MAX_PAIRS,
+        **selection,
+    )
     if request.output is not None:
         from avss_dist.reports.chart import save_chart, similarity_chart  # altair takes a second to import
 
-        title = f"Ranks along {AXIS_TITLES[request.along]}" if request.along else "Agreement of layer rankings"
-        chart = curves_chart(result.curves) if isinstance(result, RankingCurves) else similarity_chart(result)
-        save_chart(chart, Path(request.output), title)
-    return result
+        save_chart(similarity_chart(comparison), Path(request.output), "Agreement of layer rankings")
+    return comparison
 
 
 @reading(FindingsRequest)
@@ -247,17 +263,18 @@ def findings(opened: Warehouse, request: FindingsRequest) -> Table:
 
     if request.truth:
         cards = score_cards(opened, choose_runs(opened, request.run, every=True), request.by)
-        return Table(cards if request.every else best_readings(cards))
+        if not request.every:
+            cards = best_readings(cards)
+        return Table(cards)
     run_ids = chosen_ids(opened, request.run)
-    return Table(
-        find(
-            opened,
-            run_ids if request.run else None,  # all, with those that cannot be read
-            threshold=Threshold(*parse_threshold(request.threshold)),
-            site=None if request.every else request.site,
-            recipe=None if request.every else request.recipe,
-        )
+    rows = find(
+        opened,
+        run_ids if request.run else None,  # all, with those that cannot be read
+        threshold=Threshold(*parse_threshold(request.threshold)),
+        site=None if request.every else request.site,
+        recipe=None if request.every else request.recipe,
     )
+    return Table(rows)
 
 
 @reading(ContrastRequest)
@@ -284,9 +301,10 @@ def report(opened: Warehouse, request: ReportRequest) -> Path:
     """Write the page of a warehouse, and return its path."""
     from avss_dist.reports.page.page import report_page
 
-    rows = choose_runs(opened, request.run, failed=True, columns=("run_id",)) if request.run else None
-    page = report_page(opened, None if rows is None else {row["run_id"] for row in rows}, request.by)
-    write_output(request.output, page)
+    run_ids = None
+    if request.run:
+        run_ids = {row["run_id"] for row in choose_runs(opened, request.run, failed=True, columns=("run_id",))}
+    write_output(request.output, report_page(opened, run_ids, request.by))
     return Path(request.output)
 
 

@@ -116,6 +116,7 @@ Shares = Annotated[tuple[Annotated[float, Field(strict=False, ge=0, le=1)], ...]
 OwnScore = Annotated[str, check(_own_score), check(name_values, before=True), Accepts("str | Mapping[int, float]")]
 OwnScores = Annotated[tuple[OwnScore, ...], Field(strict=False), Option(metavar="FILE:COLUMN")]
 Threshold = Annotated[str | float, check(_require_threshold)]
+RankingScore = Annotated[str, OneOf(FROM_ACTIVATIONS, accepts=is_own), check(RedactedURI)]
 Site = Annotated[str, OneOf(EVERY_SITE)]
 Recipe = Annotated[str, OneOf(RECIPES)]
 
@@ -166,11 +167,7 @@ class CompareRequest(PlaceRequest, RunsRequest):
     """Property in which the two runs or readings of each pair differ."""
     along: Annotated[str, OneOf(tuple(AXES))] | None = None
     """Follow each layer's rank along this property instead."""
-    score: Annotated[
-        Annotated[str, OneOf(FROM_ACTIVATIONS, accepts=is_own), check(RedactedURI)],
-        check(name_values, before=True),
-        Accepts("str | Mapping[int, float]"),
-    ] = "avss"
+    score: Annotated[RankingScore, check(name_values, before=True), Accepts("str | Mapping[int, float]")] = "avss"
     """Score that ranks the layers; FILE.csv:COLUMN is one of your own."""
     share: Annotated[float, Field(ge=0, le=1)] = LOWEST_SHARE
     """Number of lowest layers to compare, as a share of the layers."""

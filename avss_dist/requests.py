@@ -6,6 +6,7 @@ options.
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import field, fields
@@ -134,6 +135,13 @@ class WorkRequest(Request):
         return group_values(self, Settings) | group_values(self, Execution)
 
 
+Subject = Annotated[Any, check(_model_or_plan, before=True), Accepts(f"str | Path | {PLANS}")]
+Subjects = Annotated[tuple[Subject, ...], Field(strict=False), Option(argument=True, metavar="SUBJECT")]
+SparsityFile = Annotated[Any, check(_plan, before=True), Accepts("str | Path | SparsityPlan")]
+Criterion = Annotated[str, OneOf(tuple(SCORES | EXPERT_SCORES), accepts=is_own), check(RedactedURI)]
+"""What layers or experts are chosen by: the name of a score, or of a file of people's own scores."""
+
+
 @checked
 class EvaluationOptions(BatchOptions, ModelOptions, TextOptions, Execution):
     """Settings of work that measures nothing inside of layers, and its execution."""
@@ -231,11 +239,7 @@ class AblateRequest(ModelRequest, CorpusRequest, WarehouseRequest, EvaluationOpt
 class EvaluateRequest(WorkRequest, WarehouseRequest, EvaluationOptions):
     """Evaluate models and plans; a plan skips its layers in place and is compared with the whole model."""
 
-    subjects: Annotated[
-        tuple[Annotated[Any, check(_model_or_plan, before=True), Accepts(f"str | Path | {PLANS}")], ...],
-        Field(strict=False),
-        Option(argument=True, metavar="SUBJECT"),
-    ] = field(kw_only=False)
+    subjects: Subjects = field(kw_only=False)
     """Models, or plans (PLAN.yaml)."""
     tasks: Texts
     """perplexity:CORPUS, or a task of lm-evaluation-harness by name or YAML file."""
@@ -245,10 +249,7 @@ class EvaluateRequest(WorkRequest, WarehouseRequest, EvaluationOptions):
     """Maximum number of questions per task."""
     num_fewshot: Count | None = None
     """Examples before each question of a harness task."""
-    sparse: Annotated[
-        Annotated[Any, check(_plan, before=True), Accepts("str | Path | SparsityPlan")] | None,
-        Option(metavar="SPARSE.yaml"),
-    ] = None
+    sparse: Annotated[SparsityFile | None, Option(metavar="SPARSE.yaml")] = None
     """A sparsity plan, SPARSE.yaml, to evaluate every subject with as well."""
     base: Annotated[PathOrText | None, Option(metavar="MODEL", rare=True)] = None
     """The model that a pruned checkpoint was made of, to compare with; by default that of its model card."""
@@ -290,10 +291,15 @@ class ShrinkRequest(ModelRequest, EvaluationOptions):
     """Also distill the model from the whole one on so many tokens: 1e6."""
 
     def __post_init__(self) -> None:
-        ConfigError.refuse(
-            (self.share and self.keep, "`share` and `keep` are mutually exclusive.", "Keep one of them."),
-            (self.skip_sequences, "`skip_sequences` has no effect: each text is divided into parts.", "Leave it out."),
-        )
+        problems = []
+        if self.share and self.keep:
+            problems.append(ConfigError("`share` and `keep` are mutually exclusive.", "Keep one of them."))
+        if self.skip_sequences:
+            problems.append(
+                ConfigError("`skip_sequences` has no effect: each text is divided into parts.", "Leave it out.")
+            )
+        if problems:
+            raise ConfigError.combine(problems)
 
     @property
     def ranked_by(self) -> str:
@@ -322,11 +328,7 @@ class PlanRequest(WorkRequest, PlaceRequest, RunRequest, EvaluationOptions):
 
     output: PlanFile = None
     """The plan to write, PLAN.yaml."""
-    by: Annotated[
-        Annotated[str, OneOf(tuple(SCORES | EXPERT_SCORES), accepts=is_own), check(RedactedURI)] | None,
-        check(name_values, before=True),
-        Accepts("str | Mapping[int, float] | None"),
-    ] = None
+    by: Annotated[Criterion | None, check(name_values, before=True), Accepts("str | Mapping[int, float] | None")] = None
     """Score, greedy (the loss on `corpus`) or FILE.csv:COLUMN; of `experts`: reap, tokens, gate or random."""
     first: Count = 0
     """Layers at the start that are never dropped."""
@@ -439,8 +441,9 @@ class PruneRequest(ModelRequest, EvaluationOptions):
     @property
     def fitted(self) -> str | None:
         """Repair that is fitted, or None without one."""
-        name = self.repair or (DEFAULT_REPAIR if self.repair_corpora else NO_REPAIR)
-        return None if name == NO_REPAIR else name
+        if self.repair is not None:
+            return None if self.repair == NO_REPAIR else self.repair
+        return DEFAULT_REPAIR if self.repair_corpora else None
 
 
 def require_divisible(batch_size: int, ranks: int) -> None:
@@ -448,7 +451,7 @@ def require_divisible(batch_size: int, ranks: int) -> None:
     if batch_size % ranks:
         raise ConfigError(
             f"`batch_size` {batch_size} cannot be divided among {ranks} `ranks`.",
-            f"Set `batch_size` to a multiple of {ranks}, such as {-(-batch_size // ranks) * ranks}.",
+            f"Set `batch_size` to a multiple of {ranks}, such as {math.ceil(batch_size / ranks) * ranks}.",
         )
 
 
