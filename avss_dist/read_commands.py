@@ -51,12 +51,14 @@ R = TypeVar("R")
 T = TypeVar("T")
 
 LISTED = {
-    "plans": """SELECT model, removals(drop) AS drop, count(DISTINCT task) AS tasks, max(created_at) AS evaluated_at
-        FROM evaluations WHERE len(drop) > 0 AND layer IS NULL GROUP BY ALL
+    "plans": """SELECT model, removals(drop, drop_parts) AS drop, count(DISTINCT task) AS tasks,
+            max(created_at) AS evaluated_at
+        FROM evaluations WHERE len(drop) + len(drop_parts) > 0 AND layer IS NULL GROUP BY ALL
         ORDER BY evaluated_at DESC, model, drop""",
     "evaluations": f"""WITH results AS (FROM evaluations WHERE NOT starts_with(task, '{ROW_START}')
             AND NOT starts_with(task, '{REPAIR}'))
-        SELECT model, removals(drop) AS drop, rounding, task, metric, NULL AS layers, value, stderr, created_at
+        SELECT model, removals(drop, drop_parts) AS drop, rounding, task, metric, NULL AS layers, value, stderr,
+            created_at
         FROM results WHERE layer IS NULL
         UNION ALL
         SELECT model, [], split_part(rounding, '@', 1), task, regexp_replace(metric, '(:.*|_[0-9]+)$', ''),

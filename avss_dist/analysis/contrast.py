@@ -34,6 +34,7 @@ from avss_dist.analysis.section import (
     yes,
 )
 from avss_dist.core.errors import DamagedFile, QueryError, require_known
+from avss_dist.core.intervention import stored_removals
 from avss_dist.core.results import TabularResult
 from avss_dist.core.sites import SITES
 from avss_dist.core.thresholds import PUBLISHED_THRESHOLD, describe_threshold
@@ -424,7 +425,7 @@ def _evaluated(warehouse: Warehouse, run: TableRow, rows: pa.Table, labels: tupl
 
     where = (pc.field("task") == f"{PERPLEXITY}{run['corpus']}") & (pc.field("revision") == run["revision"])
     cells = warehouse.table("cells", where=where).to_pylist()
-    of_whole_model = [cell for cell in cells if not cell["drop"] and cell["patch"] is None]
+    of_whole_model = [cell for cell in cells if not stored_removals(cell) and cell["patch"] is None]
     of_first_layer = rows.filter(pc.equal(rows["layer"], rows["layer"][0]))
     tokens = of_first_layer["answer_tokens"].to_pylist()
     is_labelled = np.isin(of_first_layer["stratum"].to_pylist(), labels)

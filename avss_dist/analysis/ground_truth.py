@@ -12,7 +12,7 @@ import pyarrow.compute as pc
 
 from avss_dist.analysis.next_commands import ablate_command, describe_headless
 from avss_dist.core.errors import QueryError
-from avss_dist.core.intervention import InterventionKey, RoundedPlace, parse_rounded, round_place
+from avss_dist.core.intervention import InterventionKey, RoundedPlace, parse_rounded, round_place, stored_removals
 from avss_dist.core.values import NewRow, TableRow
 from avss_dist.plans.catalog import ROUNDING_ESTIMATES
 from avss_dist.plans.criteria import LEAVE_ONE_OUT, BlockValues, Layers, LayerValues, ValuesOrigin
@@ -204,17 +204,23 @@ def _newest_evaluations(store: Warehouse, run: TableRow, task: str, metrics: Seq
     return sorted(evaluations.values(), key=lambda rows: rows[-1]["created_at"], reverse=True)
 
 
+def _rises_by_layer(rows: Sequence[TableRow]) -> dict[int, float]:
+    """Return the rise of the loss without each layer. Empty if the loss of the whole model is missing."""
+    whole = [row["value"] for row in rows if not stored_removals(row)]
+    if not whole:
+        return {}
+    rises = {}
+    for row in rows:
+        removed = stored_removals(row)
+        if len(removed) == 1 and isinstance(removed[0], int):
+            rises[removed[0]] = row["value"] - whole[0]
+    return rises
+
+
 def _values_by_layer(rows: Sequence[TableRow], by: str) -> dict[int, float]:
     """Return the values of `LayerValues` from the rows of an evaluation, empty if the evaluation lacks one."""
     if by == LEAVE_ONE_OUT:
-        whole = [row["value"] for row in rows if not row["drop"]]
-        if not whole:
-            return {}
-        rises = {}
-        for row in rows:
-            if len(row["drop"]) == 1:
-                rises[row["drop"][0]] = row["value"] - whole[0]
-        return rises
+        return _rises_by_layer(rows)
     if SCORES[by].mean_rank_of:
         return mean_ranks(by, [(row["metric"], row["layer"], row["value"]) for row in rows])
     return {row["layer"]: row["value"] for row in rows}

@@ -30,7 +30,7 @@ from avss_dist.analysis.section import (
     known_interval,
     page_number,
 )
-from avss_dist.core.intervention import count_removed, decode_removals, describe_removed, size_removed
+from avss_dist.core.intervention import count_removed, describe_removed, size_removed, stored_removals
 from avss_dist.core.text import basename
 from avss_dist.core.values import NewRow, TableRow
 from avss_dist.plans.criteria import LEAVE_ONE_OUT, PUBLISHED
@@ -190,7 +190,7 @@ _OTHER_CRITERIA = (
 def _about_claim(claim: _Claim) -> str:
     """Return the sentence on the retention without the lowest AVSS, with the verdict."""
     row = claim.row
-    removed = count_removed(decode_removals(row["drop"]))
+    removed = count_removed(stored_removals(row))
     repaired = _repair_in_words(row)
     if repaired and not row.get("patch"):
         repaired += " (nothing: no layer stands before them)"
@@ -412,8 +412,8 @@ def _removed_sets(rows: Sequence[TableRow], repairs: Mapping[str, str]) -> list[
     """
     metric = primary_metric(rows)
     of_metric = [row for row in rows if row["metric"] == metric]
-    wholes = [row for row in of_metric if not row["drop"]]
-    pruned = [row for row in of_metric if row["drop"]]
+    wholes = [row for row in of_metric if not stored_removals(row)]
+    pruned = [row for row in of_metric if stored_removals(row)]
     sets: list[NewRow] = []
     for whole in wholes:
         for row in pruned:
@@ -423,7 +423,7 @@ def _removed_sets(rows: Sequence[TableRow], repairs: Mapping[str, str]) -> list[
             series = describe_task(row["task"])
             if row["patch"]:
                 series += f", repaired by {repairs.get(row['patch'], 'a patch')}"
-            removed = decode_removals(row["drop"])
+            removed = stored_removals(row)
             dropped = describe_removed(removed)
             sets.append({"series": series, "dropped": dropped, "size": size_removed(removed), "kept": kept})
     return sets
@@ -545,7 +545,7 @@ def _method_row(share: float, method: str, results: Mapping[str, TableRow], metr
     """
     # All tasks are evaluated without the same layers. The whole model has no value.
     first_result = next(iter(results.values()))
-    dropped = describe_removed(decode_removals(first_result["drop"])) or None
+    dropped = describe_removed(stored_removals(first_result)) or None
     values: NewRow = {"method": method, "share": share, "dropped": dropped}
     for task, metric in metrics.items():
         values[f"{task}: value"] = None

@@ -26,25 +26,25 @@ evaluates); all but the first of a prompt."""
 PARTS = ("attention", "mlp")
 """The sublayers of a layer."""
 MAX_LAYERS = 10_000
-"""Largest number of layers of a model that a plan can be for. Stored numbers from here on stand for sublayers."""
+"""Largest number of layers of a model that a plan can be for. Numbers of removals from here on stand for sublayers."""
 MAX_EXPERTS = 10_000
 """Largest number of routed experts of a layer."""
-_FIRST_EXPERT = 1_000_000  # stored number of expert 0 of layer 0
-MAX_STORED = _FIRST_EXPERT + MAX_LAYERS * MAX_EXPERTS - 1
-"""Largest stored number of a removal."""
+_FIRST_EXPERT = 1_000_000  # number of expert 0 of layer 0
 _NAMED_EXPERTS = 8  # maximum number of experts that a description names one by one
 _SUBLAYER = re.compile(rf"({'|'.join(PARTS)})\.(\d{{1,9}})", re.ASCII)
 _EXPERT = re.compile(r"expert\.(\d{1,9})\.(\d{1,4})", re.ASCII)
+PART_NAMES = f"^({_SUBLAYER.pattern}|{_EXPERT.pattern})$"
+"""Regular expression of the names of sublayers and experts."""
 
 
 class _InsideLayer:
-    """Order of the removals that are a part of a layer: after all layers, by stored number."""
+    """Order of the removals that are a part of a layer: after all layers, by number."""
 
     def __lt__(self, other: Removal) -> bool:
-        return stored_number(self) < stored_number(other)  # type: ignore[arg-type]
+        return removal_number(self) < removal_number(other)  # type: ignore[arg-type]
 
     def __gt__(self, other: Removal) -> bool:
-        return stored_number(self) > stored_number(other)  # type: ignore[arg-type]
+        return removal_number(self) > removal_number(other)  # type: ignore[arg-type]
 
 
 @dataclass(frozen=True)
@@ -85,28 +85,45 @@ Removals = tuple[Removal, ...]
 """A set of layers, sublayers and experts, ascending. Both sublayers of a layer are the layer."""
 
 
-def stored_number(removal: Removal) -> int:
-    """Return the number that stands for a removal in Parquet files and in fingerprints."""
+def removal_number(removal: Removal) -> int:
+    """Return the number of a removal: a layer's index, 10000 + i or 20000 + i for the attention or the MLP of layer i,
+    and 1000000 + 10000 i + j for routed expert j of layer i.
+
+    Fingerprints are made of these numbers, and files of schema 3 have them in their column ``drop``.
+    """
     if isinstance(removal, Expert):
         return _FIRST_EXPERT + removal.layer * MAX_EXPERTS + removal.index
-    return removal if isinstance(removal, int) else MAX_LAYERS * (1 + PARTS.index(removal.part)) + removal.layer
+    if isinstance(removal, Sublayer):
+        return MAX_LAYERS * (1 + PARTS.index(removal.part)) + removal.layer
+    return removal
 
 
-def encode_removals(removals: Iterable[Removal]) -> list[int]:
-    """Return removals as they are stored: a layer as its index, others as a number from `MAX_LAYERS` on."""
-    return list(map(stored_number, removals))
+def removal_numbers(removals: Iterable[Removal]) -> list[int]:
+    """Return the numbers of removals, for fingerprints. See `removal_number`."""
+    return [removal_number(removal) for removal in removals]
 
 
-def decode_removals(numbers: Iterable[int]) -> Removals:
-    """Return the removals that stored numbers stand for."""
-    return tuple(map(_decode_removal, numbers))
-
-
-def _decode_removal(number: int) -> Removal:
+def numbered_removal(number: int) -> Removal:
+    """Return the removal of a number, the inverse of `removal_number`."""
     if number >= _FIRST_EXPERT:
-        return Expert(*divmod(number - _FIRST_EXPERT, MAX_EXPERTS))
+        layer, index = divmod(number - _FIRST_EXPERT, MAX_EXPERTS)
+        return Expert(layer, index)
     place, layer = divmod(number, MAX_LAYERS)
-    return Sublayer(layer, PARTS[place - 1]) if 0 < place <= len(PARTS) else number
+    if 0 < place <= len(PARTS):
+        return Sublayer(layer, PARTS[place - 1])
+    return number
+
+
+def removal_columns(removals: Removals) -> dict[str, list[int] | list[str]]:
+    """Return the columns of a stored row that say what was removed. `stored_removals` is the inverse."""
+    parts = [str(removal) for removal in removals if not isinstance(removal, int)]
+    return {"drop": list(whole_layers(removals)), "drop_parts": parts}
+
+
+def stored_removals(row: Mapping[str, Any]) -> Removals:
+    """Return the removals of a stored row with the columns ``drop`` (layers) and ``drop_parts`` (all others)."""
+    parts = [parse_removal(name) for name in row["drop_parts"]]
+    return (*row["drop"], *parts)
 
 
 def parse_removal(value: object) -> Removal:
@@ -331,7 +348,7 @@ class InterventionKey(NamedTuple):
     def of_row(cls, row: Mapping[str, Any]) -> InterventionKey:
         """Return the key of a stored row. Columns that older files do not have are null."""
         return cls(
-            removed=decode_removals(row["drop"]),
+            removed=stored_removals(row),
             patch=row.get("patch"),
             sparsity=row.get("sparsity_plan"),
             rounding=row.get("rounding"),
@@ -340,7 +357,7 @@ class InterventionKey(NamedTuple):
     def row(self) -> dict[str, Any]:
         """Return the columns of a stored row."""
         return {
-            "drop": encode_removals(self.removed),
+            **removal_columns(self.removed),
             "patch": self.patch,
             "sparsity_plan": self.sparsity,
             "rounding": self.rounding,

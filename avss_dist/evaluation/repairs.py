@@ -17,7 +17,7 @@ from typing import Any, cast
 import numpy as np
 
 from avss_dist.core.errors import ModelError
-from avss_dist.core.intervention import NO_INTERVENTION, EncodedPatch, Intervention, Removals, decode_removals
+from avss_dist.core.intervention import NO_INTERVENTION, EncodedPatch, Intervention, Removals, stored_removals
 from avss_dist.core.settings import Settings
 from avss_dist.core.text import RedactedURI
 from avss_dist.corpus.shards import CorpusPlan
@@ -237,7 +237,7 @@ def _stored_patches(session: EvaluationSession, fits: Iterable[PlannedTask]) -> 
         for row in session.store.cells.read(fit.run_id()).to_pylist():
             key = row["patch"]
             if key in stored:
-                patches[fit, decode_removals(row["drop"])] = EncodedPatch(key, partial(_read_patch, storage, key))
+                patches[fit, stored_removals(row)] = EncodedPatch(key, partial(_read_patch, storage, key))
     return patches
 
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import pyarrow.compute as pc
 
 from avss_dist.analysis.verdict import describe_metric, primary_metric, shown_value
-from avss_dist.core.intervention import InterventionKey, Removals, decode_removals
+from avss_dist.core.intervention import InterventionKey, Removals, stored_removals
 from avss_dist.warehouse.checks import settings_of
 from avss_dist.warehouse.names import SEARCH, describe_task
 from avss_dist.warehouse.reader import Warehouse, grouped
@@ -31,7 +31,7 @@ def evaluated_lines(warehouse: Warehouse, run: Mapping[str, Any], removed: Remov
     lines: dict[str, None] = {}
     for group in by_task.values():
         metric = primary_metric(group)
-        by_removal = {decode_removals(row["drop"]): row for row in group if row["metric"] == metric}
+        by_removal = {stored_removals(row): row for row in group if row["metric"] == metric}
         if removed in by_removal:
             lines[_evaluated_line(warehouse, by_removal[removed], by_removal.get(()))] = None
     return tuple(lines)
@@ -73,7 +73,7 @@ def _retention(warehouse: Warehouse, evaluation: Mapping[str, Any]) -> Retention
     num_parts = len({row["part"] for row in rows})
     results = {result.intervention: result for result in combine(rows, num_parts)}
     before = results.get(InterventionKey())
-    after = results.get(InterventionKey(removed=decode_removals(evaluation["drop"])))
+    after = results.get(InterventionKey(removed=stored_removals(evaluation)))
     if before is None or after is None:
         return None
     return Retention.of(before, after)

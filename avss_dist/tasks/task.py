@@ -25,7 +25,7 @@ from avss_dist.core.intervention import (
     InterventionKey,
     Removals,
     Sparsity,
-    encode_removals,
+    removal_numbers,
 )
 from avss_dist.core.memory import halve_until_it_fits
 from avss_dist.core.settings import Settings
@@ -314,7 +314,7 @@ class Cell:
     def cell_id(self) -> str:
         """Name of its file, equal for equal measurements within an evaluation."""
         key = self.intervention.key
-        identity: NewObject = {"measure": self.measure.key, "part": self.part, "drop": encode_removals(key.removed)}
+        identity: NewObject = {"measure": self.measure.key, "part": self.part, "drop": removal_numbers(key.removed)}
         # Cells without them keep the names that they had before there were any.
         if key.patch:
             identity["patch"] = key.patch

@@ -19,7 +19,7 @@ from avss_dist.core.intervention import (
     Removal,
     Removals,
     can_be_added,
-    encode_removals,
+    removal_numbers,
     sublayers_of,
 )
 from avss_dist.core.memory import is_out_of_memory
@@ -101,7 +101,7 @@ class LeaveOneOut(Measure):
         """Return the values that the key is made of, without those at their defaults."""
         identity: NewObject = {"measure": "leave one out", "shard": self.shard.content_hash}
         if self.layers is not None:
-            identity["layers"] = encode_removals(self.layers)
+            identity["layers"] = removal_numbers(self.layers)
         if self.sublayers:
             identity["sublayers"] = True
         return identity

@@ -80,6 +80,8 @@ def _invalid_cells(column: Column, cells: pa.Array) -> Mask:
         return wrong
     if column.choices:
         return _mask(pc.invert(pc.is_in(cells, pa.array(column.choices)))) & ~_mask(cells.is_null())
+    if column.pattern:
+        return ~_mask(pc.match_substring_regex(cells, column.pattern), null=True)
     if column.bounds:
         low, high = column.bounds
         values = cells.cast(pa.int64()) if pa.types.is_timestamp(cells.type) else cells

@@ -26,6 +26,7 @@ from avss_dist.stats.layer_stats import (
     ShardResult,
     StratumKey,
 )
+from avss_dist.warehouse.earlier import DROP_PARTS, has_numbered_removals, with_drop_parts
 from avss_dist.warehouse.schema import SCHEMA_VERSION, SCHEMAS, TABLES, RunIdentity, columns_of
 
 _VERSION, _HEADER, _CHECKSUM = b"avss_schema_version", b"avss_header", b"avss_checksum"
@@ -154,11 +155,13 @@ def parse(data: pa.Buffer, schema: pa.Schema | None = None) -> pa.Table:
 
 
 def conform(table: pa.Table, schema: pa.Schema) -> pa.Table:
-    """Return rows in a schema. Missing columns are null.
+    """Return rows in a schema, also those of an earlier version. Missing columns are null.
 
     Raises:
         pa.ArrowInvalid, pa.ArrowNotImplementedError: a column has a type that cannot be cast.
     """
+    if DROP_PARTS in schema.names and has_numbered_removals(table.schema):
+        table = with_drop_parts(table)
     columns = []
     for field in schema:
         column = table[field.name] if field.name in table.column_names else pa.nulls(len(table), field.type)

@@ -42,7 +42,8 @@ FUNCTIONS = {
     "sparsity_at(value, kind := 'absolute')": "near-zero counts of layer_stats at any threshold; kind 'rms' takes "
     "a multiple of the root mean square of the layer and site",
     "scores_at(value, kind := 'absolute')": "the scores of every recipe at any threshold, without intervals",
-    "removals(drop)": "the layers, sublayers and experts of a column drop, by name: 3, attention.7, mlp.7, expert.7.12",
+    "removals(drop, drop_parts)": "the layers, sublayers and experts of these columns, by name: 3, attention.7, mlp.7, "
+    "expert.7.12",
     "bin_edge(bin)": "lower edge of a bin of the histogram; that of bin + 1 is its upper edge",
 }
 """Functions of SQL in addition to DuckDB's own, with their results."""

@@ -6,6 +6,9 @@ import json
 import re
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from functools import partial
+from operator import itemgetter
 from pathlib import Path
 from typing import Any, NoReturn, TypeVar
 
@@ -29,6 +32,7 @@ from avss_dist.warehouse.compaction import (
     TableParts,
     stored_table,
 )
+from avss_dist.warehouse.earlier import has_numbered_removals, with_experiment_ids
 from avss_dist.warehouse.encoding import (
     conform,
     decode_shard,
@@ -51,6 +55,32 @@ PARTIALS_AT_ONCE = 8  # partials that are read together
 _VERIFIED_PAGES = ds.ParquetFileFormat(
     default_fragment_scan_options=ds.ParquetFragmentScanOptions(page_checksum_verification=True)
 )
+
+
+@dataclass(frozen=True, kw_only=True)
+class _OpenedFile:
+    """A file whose content was verified.
+
+    Attributes:
+        problem: reason why it cannot be read; empty if it can.
+        converted: its rows in the form of this version, if an earlier one wrote it in another; else None.
+    """
+
+    problem: str = ""
+    converted: pa.Table | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class _ReadableFiles:
+    """The files of a table that can be read, in the order of their paths.
+
+    Attributes:
+        paths: paths of the files in the form of this version.
+        converted: rows of each other file.
+    """
+
+    paths: list[str] = field(default_factory=list)
+    converted: list[pa.Table] = field(default_factory=list)
 
 
 class Warehouse:
@@ -461,16 +491,21 @@ class Warehouse:
     def _dataset(self, name: str, files: Files, requested: Collection[str] | None = None) -> ds.Dataset | None:
         """Return rows of files of a table: parts of it, and the files of requested runs that are in no part."""
         paths, uncopied = self._places(name, files, requested)
-        datasets = []
+        readable = self._readable(name, uncopied)
+        datasets: list[ds.Dataset] = []
         if paths:
             datasets.append(ds.dataset(paths, PART_SCHEMAS[name], _VERIFIED_PAGES))
-        if readable := self._readable(name, uncopied):
+        if readable.paths:
             hive = ds.partitioning(pa.schema([("run_id", pa.string())]), flavor="hive")
-            stored = ds.dataset(readable, SCHEMAS[name], _VERIFIED_PAGES, self.storage.filesystem, hive)
-            datasets.append(with_experiment_ids(stored) if name == "experiments" else stored)
-        if len(datasets) > 1:
-            return ds.UnionDataset(datasets[0].schema, datasets)
-        return next(iter(datasets), None)
+            filesystem = self.storage.filesystem
+            datasets.append(ds.dataset(readable.paths, SCHEMAS[name], _VERIFIED_PAGES, filesystem, hive))
+        if readable.converted:
+            datasets.append(ds.dataset(pa.concat_tables(readable.converted)))
+        if not datasets:
+            return None
+        if len(datasets) == 1:
+            return datasets[0]
+        return ds.UnionDataset(datasets[0].schema, datasets)
 
     def _places(self, name: str, files: Files, requested: Collection[str] | None) -> tuple[list[str], dict[str, str]]:
         """Return the parts of a table to read, and the run of each file of requested runs that is in no part, by path.
@@ -503,8 +538,8 @@ class Warehouse:
             self._parts[name] = TableParts(self.storage, name, self.damaged)
         return self._parts[name]
 
-    def _readable(self, name: str, run_ids: Mapping[str, str]) -> list[str]:
-        """Return the paths of readable files of a table, whose content is verified. Note the others in `damaged`.
+    def _readable(self, name: str, run_ids: Mapping[str, str]) -> _ReadableFiles:
+        """Return the readable files of a table, whose content is verified. Note the others in `damaged`.
 
         Args:
             run_ids: run of each file, by path.
@@ -512,27 +547,42 @@ class Warehouse:
         Raises:
             WarehouseError: a newer avss_dist wrote a file, or the storage fails.
         """
-        schema = SCHEMAS[name]
-
-        def problem(path: str) -> str:
-            try:
-                with self.storage.filesystem.open_input_file(path) as stored:
-                    file = open_file(stored.read_buffer())
-                types = {field.name: field.type for field in file.schema_arrow}
-                if any(types.get(field.name, field.type) != field.type for field in schema):
-                    conform(file.read(), schema)
-            except FileNotFoundError:
-                return "it is gone"
-            except (OSError, pa.ArrowException) as error:
-                return self.storage.damage(path, error)
-            return ""
-
         with ThreadPoolExecutor(self.storage.readers) as pool:
-            problems = dict(zip(run_ids, pool.map(problem, run_ids), strict=True))
-        for path, reason in problems.items():
-            if reason:
-                self.damaged.setdefault(run_ids[path], Damage(name, reason))
-        return sorted(path for path, reason in problems.items() if not reason)
+            opened = list(pool.map(partial(self._open, name), run_ids.keys(), run_ids.values()))
+        readable = _ReadableFiles()
+        for path, file in sorted(zip(run_ids, opened, strict=True), key=itemgetter(0)):
+            if file.problem:
+                self.damaged.setdefault(run_ids[path], Damage(name, file.problem))
+            elif file.converted is not None:
+                readable.converted.append(file.converted)
+            else:
+                readable.paths.append(path)
+        return readable
+
+    def _open(self, name: str, path: str, run_id: str) -> _OpenedFile:
+        """Verify the content of a file of a table, and convert the rows of an earlier version.
+
+        Raises:
+            WarehouseError: a newer avss_dist wrote it, or the storage fails.
+        """
+        schema = SCHEMAS[name]
+        try:
+            with self.storage.filesystem.open_input_file(path) as stored:
+                file = open_file(stored.read_buffer())
+            if has_numbered_removals(file.schema_arrow):
+                rows = file.read()
+                rows = conform(rows.append_column("run_id", pa.repeat(run_id, len(rows))), schema)
+                if name == "experiments":
+                    rows = with_experiment_ids(rows, path)
+                return _OpenedFile(converted=rows)
+            types = {column.name: column.type for column in file.schema_arrow}
+            if any(types.get(column.name, column.type) != column.type for column in schema):
+                conform(file.read(), schema)
+        except FileNotFoundError:
+            return _OpenedFile(problem="it is gone")
+        except (OSError, pa.ArrowException) as error:
+            return _OpenedFile(problem=self.storage.damage(path, error))
+        return _OpenedFile()
 
     def _whole(self, name: str, table: pa.Table) -> pa.Table:
         """Return a table without the rows of damaged runs."""
@@ -566,20 +616,6 @@ class Warehouse:
 
 def _unchanged(rows: pa.Table) -> pa.Table:
     return rows
-
-
-def with_experiment_ids(stored: ds.Dataset) -> ds.Dataset:
-    """Return the rows of ``experiments`` with an id each. Rows of earlier versions have that in the name of their file.
-
-    An earlier version wrote the rows of each experiment with a run into a file of its own.
-    """
-    if not stored.count_rows(filter=pc.field("experiment_id").is_null()):
-        return stored
-    table = stored.to_table([*SCHEMAS["experiments"].names, "__filename"])
-    names = pc.replace_substring_regex(table["__filename"], r"^.*/|\.parquet$", "")
-    place = table.column_names.index("experiment_id")
-    table = table.set_column(place, "experiment_id", pc.coalesce(table["experiment_id"], names))
-    return ds.dataset(table.drop_columns(["__filename"]))
 
 
 def _read_plan(data: bytes) -> dict[str, Any]:

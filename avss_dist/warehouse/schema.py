@@ -11,7 +11,7 @@ from typing import Any
 
 import pyarrow as pa
 
-from avss_dist.core.intervention import MAX_STORED
+from avss_dist.core.intervention import PART_NAMES
 from avss_dist.core.sites import EVERY_SITE
 from avss_dist.stats.catalog import BASELINES, RECIPES, SCORES
 from avss_dist.stats.layer_stats import (
@@ -25,7 +25,7 @@ from avss_dist.stats.layer_stats import (
     annotations_of,
 )
 
-SCHEMA_VERSION = 3
+SCHEMA_VERSION = 4
 """Version of the files. Earlier versions of this package refuse files of a later one.
 
 A change that makes them misread new files raises it. A new column does not: they ignore it. In old files it is null.
@@ -53,6 +53,7 @@ class Column:
         unit: unit of a number that has one.
         bounds: minimum and maximum, of the column or of the elements of its lists.
         choices: allowed values of a column of names.
+        pattern: regular expression (RE2) of the names in the lists of a column.
         as_long_as: another column of lists, whose lists have the same lengths.
     """
 
@@ -62,6 +63,7 @@ class Column:
     unit: str = ""
     bounds: tuple[float, float] | None = None
     choices: tuple[str, ...] = ()
+    pattern: str = ""
     as_long_as: str = ""
 
     @property
@@ -176,12 +178,15 @@ _TASK = Column(
     "perplexity:TEXT, ablation:TEXT, sublayers:TEXT, shapley:TEXT, gradients:TEXT, damage:TEXT, repair:..., of lm-eval",
 )
 _METRIC = Column("metric", STRING, "what is measured: loss, perplexity, acc, shapley, ...")
-_DROP = Column(
-    "drop",
-    INT32_LIST,
-    "layers that were left out, ascending, from 0; 10000 + i: the attention of layer i alone, 20000 + i: its MLP; "
-    "1000000 + 10000 i + j: routed expert j of layer i; empty for the whole model",
-    bounds=(0, MAX_STORED),
+_DROP = (
+    Column("drop", INT32_LIST, "layers that were left out as a whole, ascending, from 0", bounds=INDEX),
+    Column(
+        "drop_parts",
+        STRING_LIST,
+        "parts of layers that were left out: attention.7 and mlp.7 of layer 7, expert.7.12 is its routed expert 12; "
+        "the model is whole if this and drop are empty",
+        pattern=PART_NAMES,
+    ),
 )
 _PATCH = Column("patch", STRING, "the weights that repair the model: SHA-256, which names a file of patches; or null")
 _SPARSITY_PLAN = Column("sparsity_plan", STRING, "what was zero of activations: SHA-256 of a plan's numbers; or null")
@@ -192,7 +197,7 @@ _ROUNDING = Column(
     "the weights that are rounded: FORMAT@LAYER, FORMAT@LAYER.MAP, SHA-256 of several places; or null",
 )
 _EVALUATION = (
-    *(_EVALUATION_ID, *_MODEL, _TASK, _METRIC, _DROP, _PATCH, _SPARSITY_PLAN, _FACTOR, _ROUNDING),
+    *(_EVALUATION_ID, *_MODEL, _TASK, _METRIC, *_DROP, _PATCH, _SPARSITY_PLAN, _FACTOR, _ROUNDING),
     Column("layer", INT32, "the layer that the value is about; null where it is about the whole", bounds=INDEX),
 )
 _VALUE = Column("value", FLOAT64, "the result")
@@ -351,7 +356,7 @@ TABLES: dict[str, TableInfo] = {
             Column("seconds", FLOAT64, "time of measuring, of all workers together", "seconds"),
             Column("created_at", TIME, "when it was written", "UTC", bounds=_TIMES),
         ),
-        _names("task metric drop"),
+        _names("task metric drop drop_parts"),
         "The command that measured it, such as avss evaluate or avss ablate, writes it again from its cells.",
     ),
     "cells": TableInfo(
@@ -365,7 +370,7 @@ TABLES: dict[str, TableInfo] = {
             Column("seconds", FLOAT64, "time of measuring", "seconds"),
             Column("created_at", TIME, "when it was measured", "UTC", bounds=_TIMES),
         ),
-        _names("task metric drop part samples weights"),
+        _names("task metric drop drop_parts part samples weights"),
         "The command that measured it, such as avss evaluate or avss ablate, measures it again.",
     ),
     "experiments": TableInfo(
@@ -395,7 +400,7 @@ TABLES: dict[str, TableInfo] = {
             Column("share", FLOAT64, "share of the layers that was dropped", bounds=SHARE),
             _SPARSITY_PLAN,
             Column("seed", INT32, "of a random choice"),
-            _DROP,
+            *_DROP,
             _FACTOR,
             _ROUNDING,
             Column("repair", STRING, "name of the repair; null without one"),
@@ -413,7 +418,7 @@ TABLES: dict[str, TableInfo] = {
             Column("retention_high", FLOAT64, "upper end of the interval of retention"),
             Column("created_at", TIME, "when it was written", "UTC", bounds=_TIMES),
         ),
-        _names("method share task metric drop"),
+        _names("method share task metric drop drop_parts"),
         "avss run with the same job file writes the experiment again. A file that remains damaged may be deleted.",
     ),
     "sparsity": TableInfo(

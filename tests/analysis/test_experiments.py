@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from support.warehouses import identity_of, run_row, write_scores
+from support.warehouses import identity_of, rewrite_as_schema_3, run_row, write_scores
 
 from avss_dist.analysis.experiments import newest_experiments
 from avss_dist.analysis.verdict import experiment_sections
@@ -29,7 +29,7 @@ def row(score: str | None, loss: float, **more: Any) -> dict[str, Any]:
     """A row of ``experiments`` on the loss of a text, without its experiment."""
     columns = dict.fromkeys(("control", "repair", "patch", "factor", "site", "recipe", "threshold", "threshold_kind"))
     about = {"task": "perplexity:text.txt", "metric": "loss", "method": score or "whole model", "score": score}
-    place = {"share": 0.25 if score else 0.0, "drop": [0, 1] if score else [], "created_at": TIME}
+    place = {"share": 0.25 if score else 0.0, "drop": [0, 1] if score else [], "drop_parts": [], "created_at": TIME}
     kept = {"retention": 0.5, "retention_low": 0.4, "retention_high": 0.6} if score else {"retention": 1.0}
     return {**columns, **about, **place, "value": loss, **kept, **more}
 
@@ -59,6 +59,7 @@ def root(tmp_path: Path) -> Path:
         by_id.setdefault(stored["experiment_id"], []).append(columns)
     for experiment_id, rows in by_id.items():
         Store(tmp_path).write_rows("experiments", identity_of(run_row("a")), rows, experiment_id)
+    rewrite_as_schema_3(tmp_path / "experiments" / "run_id=a")
     return tmp_path
 
 

@@ -282,15 +282,15 @@ def measured(tmp_path_factory: pytest.TempPathFactory, save_checkpoint: Callable
     folder = save_checkpoint(llama(num_hidden_layers=4), tmp_path_factory.mktemp("models") / "tiny")
     root = tmp_path_factory.mktemp("measured") / "w"
     store, about = Store(root), {"model": str(folder), "revision": resolve(str(folder)).revision, "family": "llama"}
-    losses: list[dict[str, Any]] = [{"drop": [], "value": 2.0}]
-    losses += [{"drop": [layer], "value": 2.5 - layer / 10} for layer in range(4)]
+    losses: list[dict[str, Any]] = [{"drop": [], "drop_parts": [], "value": 2.0}]
+    losses += [{"drop": [layer], "drop_parts": [], "value": 2.5 - layer / 10} for layer in range(4)]
     loss = {"task": "ablation:t.txt", "metric": "loss", **COMMON}
     store.write_rows("evaluations", RunIdentity(run_id="tiny-1", **about), [loss | row for row in losses])
     rows = []
     for layer in range(4):
         for name, damage in (("int8", 0.01), ("bf16", 0.0)):
             values = {"second_order": damage, "bits_per_weight": FORMATS[name].bits(16, 32), "num_weights": 512.0}
-            place = {"drop": [], "rounding": f"{name}@{layer}.mlp.up_proj"}
+            place = {"drop": [], "drop_parts": [], "rounding": f"{name}@{layer}.mlp.up_proj"}
             rows += [{"metric": metric, "value": value} | place for metric, value in values.items()]
     later = {"task": "rounding:t.txt", **COMMON, "created_at": NOW + timedelta(hours=1)}
     store.write_rows("evaluations", RunIdentity(run_id="tiny-2", **about), [later | row for row in rows])

@@ -26,7 +26,14 @@ def written(root: Path, losses: Losses, *, run_id: str = "e", task: str = TASK, 
     identity = RunIdentity(run_id=run_id, model="m", revision="main", family="llama")
     for drop, parts in losses.items():
         for part, samples in reversed([*enumerate(parts)]):
-            row = {"task": task, "metric": metric, "drop": list(drop), "part": part, "samples": list(samples)}
+            row = {
+                "task": task,
+                "metric": metric,
+                "drop": list(drop),
+                "drop_parts": [],
+                "part": part,
+                "samples": list(samples),
+            }
             cell = sha256(repr((99 - part, drop, task, metric)).encode()).hexdigest()[:20]
             Store(root).cells.write(identity, cell, [{**row, "weights": [1.0] * len(samples)}])
 

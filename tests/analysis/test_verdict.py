@@ -30,7 +30,15 @@ LABELS = {
 def row(score: str | None, retention: float, *, control: str | None = None, **more: Any) -> dict[str, Any]:
     """A row of `experiments`; its interval is 3 points to either side."""
     bounds = {"retention_low": retention - 0.03, "retention_high": retention + 0.03}
-    place = {"task": "t", "metric": "acc", "share": 0.25, "drop": [1, 2], "value": 0.5, "method": str(score)}
+    place = {
+        "task": "t",
+        "metric": "acc",
+        "share": 0.25,
+        "drop": [1, 2],
+        "drop_parts": [],
+        "value": 0.5,
+        "method": str(score),
+    }
     return {**place, "score": score, "control": control, "retention": retention, **bounds, **more}
 
 

@@ -51,7 +51,7 @@ from transformers.utils.logging import disable_progress_bar, set_verbosity_error
 
 import avss_dist
 from avss_dist import Warehouse
-from avss_dist.core.intervention import decode_removals, removal_names
+from avss_dist.core.intervention import removal_names, stored_removals
 from avss_dist.reports.page.page import report_page
 
 REPOSITORY = Path(__file__).parents[2]
@@ -237,7 +237,9 @@ class PageReader(HTMLParser):
 
 def removed_parts(row: Mapping[str, Any]) -> list[int | str]:
     """Return the layers, sublayers and experts that a row is without, as plans name them."""
-    return removal_names(decode_removals(row.get("drop") or ()))
+    if row.get("drop") is None:
+        return []
+    return removal_names(stored_removals(row))
 
 
 def with_values(table: pa.Table) -> list[str]:

@@ -98,9 +98,9 @@ def test_one_place_writes_what_people_see() -> None:
         for file in package.rglob("*.py")
         if any(writes.search(line.partition("#")[0]) for line in file.read_text().splitlines() if '"""' not in line)
     }
-    # `group` sends what libraries log to standard error; `__main__` speaks while nothing is imported; `store` has
+    # `group` sends what libraries log to standard error; `__main__` speaks while nothing is imported; `readme` has
     # examples for others.
-    assert found == {"core/streams.py", "partition/group.py", "__main__.py", "warehouse/store.py"}
+    assert found == {"core/streams.py", "partition/group.py", "__main__.py", "warehouse/readme.py"}
 
 
 def test_a_terminal_obeys_no_text() -> None:
@@ -192,7 +192,14 @@ def place(tmp_path_factory: pytest.TempPathFactory, tiny_llama: Path) -> Path:
     store, now = Store(root / "w"), datetime(2026, 1, 1, tzinfo=UTC)
     store.write_run({"run_id": "c", "status": "failed", "error": EVIL, "model": f"m{EVIL}", "created_at": now})
     run = RunIdentity(run_id="a-0123456789", model=f"m{EVIL}", revision=names["revision"], family="f")
-    about = {"task": f"ablation:{EVIL}", "metric": "loss", "drop": [], "created_at": now, "value": 2.0}
+    about = {
+        "task": f"ablation:{EVIL}",
+        "metric": "loss",
+        "drop": [],
+        "drop_parts": [],
+        "created_at": now,
+        "value": 2.0,
+    }
     store.write_rows("evaluations", run, [about, *({**about, "layer": i, "value": 2.0 + i / 8} for i in range(8))])
     tried = {**about, "method": f"avss{EVIL}", "share": 0.25, "retention": 0.5, "drop": [1, 2]}
     store.write_rows(

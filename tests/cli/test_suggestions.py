@@ -230,7 +230,13 @@ def test_results_by_layer_are_a_row_for_each_metric_and_internal_tasks_are_none(
 
     def write(task: str, rows: list[dict[str, Any]], hour: int) -> None:
         run = RunIdentity(run_id=task.split(":")[0], model="org/m", revision="main", family="llama")
-        about = {"task": task, "drop": [], "num_samples": 1, "created_at": datetime(2026, 1, 1, hour, tzinfo=UTC)}
+        about = {
+            "task": task,
+            "drop": [],
+            "drop_parts": [],
+            "num_samples": 1,
+            "created_at": datetime(2026, 1, 1, hour, tzinfo=UTC),
+        }
         Store(tmp_path).write_rows("evaluations", run, [{**about, **row} for row in rows])
 
     write("damage:a.txt", [{"metric": f"taylor_{k}", "layer": i, "value": 1.0} for k in range(4) for i in range(3)], 1)

@@ -23,15 +23,17 @@ from avss_dist.core.intervention import (
     Sublayer,
     can_be_added,
     count_removed,
-    decode_removals,
     describe_removed,
-    encode_removals,
     experts_by_layer,
     joined,
+    numbered_removal,
     parse_removal,
+    removal_columns,
     removal_names,
+    removal_numbers,
     round_place,
     size_removed,
+    stored_removals,
     sublayers_of,
 )
 from avss_dist.core.settings import Settings
@@ -80,11 +82,22 @@ def test_both_sublayers_of_a_layer_are_the_layer() -> None:
     assert can_be_added(Sublayer(4, "mlp"), (Sublayer(4, "attention"),))
 
 
-def test_stored_numbers_of_sublayers_are_those_that_warehouses_have() -> None:
+def test_numbers_of_sublayers_are_those_that_ids_are_hashes_of() -> None:
     removals = (1, 9_999, Sublayer(0, "attention"), Sublayer(9_999, "attention"), Sublayer(7, "mlp"))
-    assert encode_removals(removals) == [1, 9_999, 10_000, 19_999, 20_007]
-    assert decode_removals([1, 9_999, 10_000, 19_999, 20_007]) == removals
-    assert decode_removals([30_000]) == (30_000,)
+    numbers = [1, 9_999, 10_000, 19_999, 20_007]
+    assert removal_numbers(removals) == numbers
+    assert tuple(map(numbered_removal, numbers)) == removals
+
+
+def test_a_number_that_no_sublayer_has_is_that_of_a_layer() -> None:
+    assert numbered_removal(30_000) == 30_000
+
+
+def test_columns_of_a_row_say_what_was_removed() -> None:
+    removals = (1, 7, Sublayer(3, "attention"), Sublayer(0, "mlp"), Expert(8, 12))
+    row = removal_columns(removals)
+    assert row == {"drop": [1, 7], "drop_parts": ["attention.3", "mlp.0", "expert.8.12"]}
+    assert stored_removals(row) == removals
 
 
 def test_experts_come_last_and_go_with_what_they_are_in() -> None:
@@ -97,8 +110,7 @@ def test_experts_come_last_and_go_with_what_they_are_in() -> None:
     assert can_be_added(Expert(2, 5), (Sublayer(2, "attention"), Expert(2, 4)))
     assert experts_by_layer(removals) == {1: (7,), 2: (0, 5), 9_999: (9_999,)}
     numbers = [4, 20_000, 1_010_007, 1_020_000, 1_020_005, 1_000_000 + 99_999_999]
-    assert encode_removals(removals) == numbers and decode_removals(numbers) == removals
-    assert max(numbers) < 2**31  # the column holds int32
+    assert removal_numbers(removals) == numbers and tuple(map(numbered_removal, numbers)) == removals
     names = [4, "mlp.0", "expert.1.7", "expert.2.0", "expert.2.5", "expert.9999.9999"]
     assert removal_names(removals) == names and tuple(map(parse_removal, names)) == removals
     assert (size_removed(removals), count_removed(removals)) == (1.5, "1 layer, 1 sublayer, 4 experts")
@@ -123,13 +135,16 @@ def test_the_key_of_an_intervention_is_that_of_its_rows() -> None:
     )
     row = intervention.key.row()
     assert row == {
-        "drop": [1, 20_002],
+        "drop": [1],
+        "drop_parts": ["mlp.2"],
         "patch": "p",
         "sparsity_plan": SPARSITY.key,
         "rounding": "int4@3",
     }
     assert InterventionKey.of_row(row) == intervention.key
-    assert InterventionKey.of_row({"drop": [1, 20_002]}) == Intervention(removed=intervention.removed).key
+    assert (
+        InterventionKey.of_row({"drop": [1], "drop_parts": ["mlp.2"]}) == Intervention(removed=intervention.removed).key
+    )
     assert pickle.loads(pickle.dumps(intervention)) == intervention and hash(intervention) == hash(
         replace(intervention, patch=Patch("p"))
     )

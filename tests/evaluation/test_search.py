@@ -20,8 +20,7 @@ from avss_dist import ablate
 from avss_dist.core.intervention import (
     Intervention,
     Removals,
-    decode_removals,
-    encode_removals,
+    stored_removals,
     sublayers_of,
 )
 from avss_dist.core.settings import Settings
@@ -178,15 +177,13 @@ def test_sublayers_are_measured_evaluated_and_not_pruned(scored: Scored, model: 
     written.write(plan)
     task = ("--tasks", f"perplexity:{TEXT}", "--skip-sequences", 12, "--warehouse", warehouse, *OPTIONS)
     succeed("evaluate", plan, *task, "--format", "json")
-    assert {tuple(row["drop"]) for row in rows_of(warehouse, f"perplexity:{TEXT}")} == {
-        (),
-        tuple(encode_removals(written.drop)),
-    }
+    assert {stored_removals(row) for row in rows_of(warehouse, f"perplexity:{TEXT}")} == {(), written.drop}
     assert "2 sublayers" in avss("evaluate", plan, *task).stdout
     listed = avss("ls", "plans", "--warehouse", warehouse, "--format", "json")
     assert ["attention.2", "mlp.0"] in [json.loads(line)["drop"] for line in listed.stdout.splitlines()]
-    named = Warehouse(warehouse).sql("SELECT DISTINCT drop, removals(drop) AS names FROM cells").to_pylist()
-    assert all(list(map(str, decode_removals(row["drop"]))) == row["names"] for row in named)
+    named = Warehouse(warehouse).sql("SELECT DISTINCT drop, drop_parts, removals(drop, drop_parts) AS names FROM cells")
+    for row in named.to_pylist():
+        assert row["names"] == [*map(str, row["drop"]), *row["drop_parts"]]
     assert "drops attention.2, mlp.0 alone" in mistake("prune", model, plan, "-o", tmp_path / "less")
     assert not (tmp_path / "less").exists()
 

@@ -250,7 +250,9 @@ def write_losses(store: Warehouse, run_id: str, losses: list[float], whole: floa
     drops = [([], whole), *(([i], loss) for i, loss in enumerate(losses))]
     common = {"task": "ablation:text.txt", "metric": "loss", "created_at": CREATED}
     Store(store.root).write_rows(
-        "evaluations", identity_of(run_id, "-loss"), [{**common, "drop": drop, "value": loss} for drop, loss in drops]
+        "evaluations",
+        identity_of(run_id, "-loss"),
+        [{**common, "drop": drop, "drop_parts": [], "value": loss} for drop, loss in drops],
     )
 
 
@@ -282,12 +284,18 @@ def write_damage(store: Warehouse, run_id: str, propagated: list[float], predict
     number = len(propagated)
     blocks = [(i, j) for i in range(number) for j in range(i + 1, number + 1)]
     rows: list[dict[str, Any]] = [
-        {"metric": metric, "layer": layer, "drop": [], "value": value}
+        {"metric": metric, "layer": layer, "drop": [], "drop_parts": [], "value": value}
         for metric, values in (("propagated_2", propagated), ("predicted_3", predicted))
         for layer, value in enumerate(values)
     ]
     rows += [
-        {"metric": "block_distance", "layer": i, "drop": list(range(i, j)), "value": 0.1 if (i, j) == (4, 6) else 0.2}
+        {
+            "metric": "block_distance",
+            "layer": i,
+            "drop": list(range(i, j)),
+            "drop_parts": [],
+            "value": 0.1 if (i, j) == (4, 6) else 0.2,
+        }
         for i, j in blocks
     ]
     common = {"task": "damage:text.txt", "created_at": CREATED}
@@ -337,11 +345,26 @@ def test_the_measured_loss_is_taken_where_there_is_one(scored: Warehouse, tmp_pa
 
 def test_a_plan_says_what_speaks_against_it(scored: Warehouse, tmp_path: Path) -> None:
     """Scores that track depth, what experiments said of them, and what the model without these layers is worth."""
-    common = {"task": "t", "metric": "acc", "drop": [0, 1], "created_at": CREATED, "score": "avss", "value": 0.4}
+    common = {
+        "task": "t",
+        "metric": "acc",
+        "drop": [0, 1],
+        "drop_parts": [],
+        "created_at": CREATED,
+        "score": "avss",
+        "value": 0.4,
+    }
     kept = {"retention": 0.5, "retention_low": 0.4, "retention_high": 0.6, "method": "avss", "share": 0.25}
     Store(scored.root).write_rows("experiments", identity_of("b-1"), [common | kept], "0" * 20)
     rows = [
-        {"task": "perplexity:x", "metric": "loss", "drop": drop, "value": value, "created_at": CREATED}
+        {
+            "task": "perplexity:x",
+            "metric": "loss",
+            "drop": drop,
+            "drop_parts": [],
+            "value": value,
+            "created_at": CREATED,
+        }
         for drop, value in (([], np.log(20.0)), ([0, 1], np.log(49020.0)))
     ]
     Store(scored.root).write_rows("evaluations", identity_of("b-1", "-text"), rows)
@@ -361,9 +384,19 @@ def test_a_plan_says_on_which_rows_it_was_evaluated_and_what_is_kept(scored: War
     about = {"task": task, "metric": "loss", "created_at": CREATED, "settings": '{"skip_sequences": 24}'}
     losses = np.linspace(2.0, 3.0, 16)
     samples = {(): losses, (0, 1): losses + np.linspace(0.1, 0.2, 16)}
-    evaluations = [{**about, "drop": drop, "value": x.mean(), "num_samples": 16} for drop, x in samples.items()]
+    evaluations = [
+        {**about, "drop": drop, "drop_parts": [], "value": x.mean(), "num_samples": 16} for drop, x in samples.items()
+    ]
     cells = [
-        {"task": task, "metric": "loss", "drop": drop, "part": 0, "samples": x, "weights": np.ones(16)}
+        {
+            "task": task,
+            "metric": "loss",
+            "drop": drop,
+            "drop_parts": [],
+            "part": 0,
+            "samples": x,
+            "weights": np.ones(16),
+        }
         for drop, x in samples.items()
     ]
     store = Store(scored.root)

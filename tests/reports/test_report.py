@@ -402,7 +402,7 @@ def row(method: str, share: float | None, value: float, **other: Any) -> dict[st
     """A row of ``experiments`` on the loss of a text; the whole model's loss is 3."""
     columns = dict.fromkeys(("control", "repair", "patch", "factor", "site", "recipe", "threshold"))
     identity = {"run_id": "a-1", "model": "org/a", "experiment_id": "0" * 20, "created_at": None}
-    about = {**identity, "task": "perplexity:x/text.txt", "metric": "loss", "drop": []}
+    about = {**identity, "task": "perplexity:x/text.txt", "metric": "loss", "drop": [], "drop_parts": []}
     retention = float(np.exp(3 - value))
     ends = {"retention_low": retention - 0.01, "retention_high": retention + 0.01}
     score = {"score": None if method == "whole model" else "avss", "method": method, "share": share, "value": value}
@@ -412,7 +412,7 @@ def row(method: str, share: float | None, value: float, **other: Any) -> dict[st
 def experiment(method: str = "avss") -> list[dict[str, Any]]:
     return [
         row("whole model", 0.0, 3.0),
-        row(method, 0.25, 3.2, drop=[1, 2, 10003]),
+        row(method, 0.25, 3.2, drop=[1, 2], drop_parts=["attention.3"]),
         row(method, 0.5, 4.0, drop=[0, 1, 2, 3], retention_low=None, retention_high=None),
     ]
 

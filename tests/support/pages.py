@@ -84,7 +84,14 @@ def write_removals(warehouse: Warehouse, run_id: str, revision: str, layers: int
     common |= {"layer": None, "patch": None, "versions": {}, "seconds": 1.0}
     blocks = [tuple(range(i, j)) for i in range(layers) for j in range(i + 1, layers + 1)]
     rows = [
-        {"task": "damage:a.txt", "metric": "block_distance", "drop": [*block], "layer": block[0], "value": value}
+        {
+            "task": "damage:a.txt",
+            "metric": "block_distance",
+            "drop": [*block],
+            "drop_parts": [],
+            "layer": block[0],
+            "value": value,
+        }
         for block, value in zip(blocks, rng.random(len(blocks)).tolist(), strict=True)
     ]
     losses = [
@@ -92,17 +99,32 @@ def write_removals(warehouse: Warehouse, run_id: str, revision: str, layers: int
             "task": "ablation:a.txt",
             "metric": "loss",
             "drop": drop,
+            "drop_parts": [],
             "layer": drop[0] if drop else None,
             "value": 3.0 + rise,
         }
         for drop, rise in (([], 0.0), *(([layer], 0.1 * layer) for layer in range(layers)))
     ]
     fits = [
-        {"task": "repair:refit:a.txt", "metric": "missing", "drop": drop, "patch": f"hash{len(drop)}", "value": 0.1}
+        {
+            "task": "repair:refit:a.txt",
+            "metric": "missing",
+            "drop": drop,
+            "drop_parts": [],
+            "patch": f"hash{len(drop)}",
+            "value": 0.1,
+        }
         for drop in ([2], [1, 2])
     ]
     kept = [
-        {"task": "perplexity:texts/a.txt", "metric": "loss", "drop": drop, "patch": patch, "value": 3.0 + rise}
+        {
+            "task": "perplexity:texts/a.txt",
+            "metric": "loss",
+            "drop": drop,
+            "drop_parts": [],
+            "patch": patch,
+            "value": 3.0 + rise,
+        }
         for drop, patch, rise in (
             *(([], None, 0.0), ([2], None, 0.2), ([1], None, 0.3), ([1, 2], None, 0.5)),
             *(([2], "hash1", 0.02), ([1, 2], "hash2", 0.1)),

@@ -13,7 +13,9 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.parquet as pq
 
+from avss_dist.core.intervention import removal_numbers, stored_removals
 from avss_dist.core.thresholds import PUBLISHED_THRESHOLD
 from avss_dist.stats.layer_stats import LayerKey, LayerStats, ShardResult, merge_stats
 from avss_dist.stats.rankings import rank_lowest
@@ -39,6 +41,17 @@ def rewrite_file(path: Path, table: pa.Table, version: int | str = SCHEMA_VERSIO
     """Replace a file by a table, with a valid checksum and a schema version."""
     metadata = {**(table.schema.metadata or {}), b"avss_schema_version": str(version).encode()}
     path.write_bytes(to_file(table.replace_schema_metadata(metadata)))
+
+
+def rewrite_as_schema_3(folder: Path) -> None:
+    """Write the files of a run in a table again as schema 3 had them, without names of parts and ids of experiments."""
+    for path in folder.glob("*.parquet"):
+        rows = pq.ParquetFile(path).read()
+        numbers = [removal_numbers(stored_removals(row)) for row in rows.to_pylist()]
+        place = rows.column_names.index("drop")
+        old = rows.set_column(place, "drop", pa.array(numbers, pa.list_(pa.int32())))
+        later = {"drop_parts", "experiment_id"} & set(rows.column_names)
+        rewrite_file(path, old.drop_columns(sorted(later)), 3)
 
 
 def write_shard(store: Store, run: RunIdentity, result: ShardResult) -> None:
@@ -133,6 +146,8 @@ def _allowed_value(column: Column) -> Any:
     """Return a value that a column may hold. Lists have one element."""
     if column.choices:
         return column.choices[0]
+    if column.pattern:
+        return ["attention.1"]
     if column.name == "settings":
         return "{}"
     is_list = pa.types.is_list(column.type)

@@ -19,7 +19,6 @@ from support.warehouses import activations, rewrite_file, stats_of, write_every_
 from avss_dist.analysis.findings import findings
 from avss_dist.analysis.scorecard import score_cards
 from avss_dist.core.errors import DamagedFile, WarehouseError
-from avss_dist.core.intervention import MAX_STORED
 from avss_dist.plans.plan import read_plan
 from avss_dist.read_commands import ls
 from avss_dist.reports.page.page import report_page
@@ -149,7 +148,14 @@ def test_statistics_that_are_damaged_leave_the_others_to_be_scored(root: Path) -
 @pytest.fixture
 def ablated(root: Path) -> Path:
     """A copy whose damaged run has the loss without each layer, of which the scores are damaged."""
-    whole = {"task": "ablation:text.txt", "metric": "loss", "drop": [], "value": 2.0, "settings": "{}"}
+    whole = {
+        "task": "ablation:text.txt",
+        "metric": "loss",
+        "drop": [],
+        "drop_parts": [],
+        "value": 2.0,
+        "settings": "{}",
+    }
     rows = [whole, *({**whole, "drop": [layer], "value": 2.0 + (3 * layer % 8) / 8} for layer in range(8))]
     created = [row | {"created_at": datetime(2026, 1, 1, tzinfo=UTC)} for row in rows]
     run = {"run_id": "beta-2-loss", "model": "org/beta-2", "revision": "main", "family": "llama"}
@@ -459,7 +465,13 @@ def reasons(name: str, **columns: list[Any]) -> dict[str, str]:
         ("layer_stats", "sequence_count", [0, None], [-1]),
         ("layer_stats", "thresholds", [[], [0.0, 1e300]], [[-1.0], [1.0, float("nan")], [None], [0.5, None]]),
         ("layer_stats", "histogram_bin", [[], [0, 2047]], [[-1], [3, 2048]]),
-        ("cells", "drop", [[], [0, 5], [3, MAX_STORED]], [[-1], [2, MAX_STORED + 1]]),
+        ("cells", "drop", [[], [0, 5], [3, MAX_INDEX]], [[-1], [2, MAX_INDEX + 1], [None]]),
+        (
+            "cells",
+            "drop_parts",
+            [[], ["attention.0", "expert.7.12"]],
+            [["attention"], ["mlp.1", "mlp.x"], [None], ["7"]],
+        ),
         ("scores", "site", ["block", "query_input"], ["attic", ""]),
         ("scores", "recipe", ["pooled", "unit"], ["Pooled"]),
         ("scores", "threshold_kind", ["absolute", "rms"], ["relative"]),

@@ -384,6 +384,7 @@ def test_lists_of_evaluations_have_one_order_whatever_was_written_at_one_moment(
             "task": "perplexity:t",
             "metric": "loss",
             "drop": [layer],
+            "drop_parts": [],
             "value": 1.0,
             "created_at": datetime(2026, 1, 1, tzinfo=UTC),
         }

@@ -43,7 +43,14 @@ def write_evaluation(
     store = Store(root)
     run = RunIdentity(run_id=run_id, model="org/llama", revision=revision, family="llama")
     key = store.storage.write_patch(patch) if patch else None
-    about = {"task": "perplexity:heldout.txt", "metric": "loss", "drop": [], "created_at": MOMENT, "patch": key}
+    about = {
+        "task": "perplexity:heldout.txt",
+        "metric": "loss",
+        "drop": [],
+        "drop_parts": [],
+        "created_at": MOMENT,
+        "patch": key,
+    }
     for part in range(2):
         store.cells.write(run, f"{part:020x}", [{**about, "part": part, "samples": [1.0], "weights": [1.0]}])
     if result:
@@ -63,7 +70,14 @@ def template(shards: list[Stats], tmp_path_factory: pytest.TempPathFactory) -> P
     write_scores(root, OTHER, [1.0, 2.0, 3.0], model="org/gemma", revision="2")
     write_evaluation(root, EVALUATION, "1", patch=b"repair")
     run = RunIdentity(run_id=RUN, model="org/llama", revision="1", family="llama")
-    tried = {"method": "avss", "share": 0.25, "task": "perplexity:heldout.txt", "metric": "loss", "drop": [1]}
+    tried = {
+        "method": "avss",
+        "share": 0.25,
+        "task": "perplexity:heldout.txt",
+        "metric": "loss",
+        "drop": [1],
+        "drop_parts": [],
+    }
     for name in ("1" * 20, "2" * 20):
         Store(root).write_rows("experiments", run, [{**tried, "created_at": MOMENT}], name)
     return root

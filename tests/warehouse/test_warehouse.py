@@ -535,8 +535,8 @@ IDS = [f"{number:020x}" for number in range(4)]
 
 
 def cell_row(**changes: Any) -> dict[str, Any]:
-    cell = {"task": "perplexity:a.txt", "metric": "loss", "drop": [1], "part": 0, "samples": [2.0], "weights": [3.0]}
-    return cell | changes
+    cell = {"task": "perplexity:a.txt", "metric": "loss", "drop": [1], "drop_parts": [], "part": 0}
+    return cell | {"samples": [2.0], "weights": [3.0]} | changes
 
 
 class CountingStorage(Storage):

@@ -84,7 +84,5 @@ SELECT
 FROM smoothed
 ORDER BY run_id, site, recipe, layer;
 
-CREATE TEMP MACRO removals(numbers) AS
-    list_transform(numbers, lambda n: CASE WHEN n BETWEEN 10000 AND 19999 THEN 'attention.' || (n - 10000)
-        WHEN n BETWEEN 20000 AND 29999 THEN 'mlp.' || (n - 20000)
-        WHEN n >= 1000000 THEN 'expert.' || (n // 10000 - 100) || '.' || (n % 10000) ELSE n::VARCHAR END);
+CREATE TEMP MACRO removals(layers, parts) AS
+    list_concat(layers::VARCHAR[], parts);
