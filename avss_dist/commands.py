@@ -152,6 +152,7 @@ def requested_choice(opened: Warehouse, run: Mapping[str, Any], request: PlanReq
         first=request.first,
         last=request.last,
         seed=request.seed,
+        keep_pattern=request.keep_pattern,
     )
 
 

@@ -283,6 +283,8 @@ class ShrinkRequest(ModelRequest, EvaluationOptions):
     """Layers at the start that are never dropped."""
     last: Annotated[Count, RARE] = 0
     """Layers at the end that are never dropped."""
+    keep_pattern: Annotated[bool, RARE] = False
+    """Drop only layers after which llama.cpp and others read the rest as it is."""
     limit: Annotated[Positive | None, RARE] = None
     """Maximum number of questions per task."""
     allow_overlap: Annotated[bool, RARE] = False
@@ -334,6 +336,8 @@ class PlanRequest(WorkRequest, PlaceRequest, RunRequest, EvaluationOptions):
     """Layers at the start that are never dropped."""
     last: Count = 0
     """Layers at the end that are never dropped."""
+    keep_pattern: Annotated[bool, RARE] = False
+    """Drop only layers after which llama.cpp and others read the rest as it is."""
     share: Share | None = None
     """Drop this share of the layers; 0.25 by default."""
     count: Positive | None = None
@@ -360,7 +364,7 @@ class PlanRequest(WorkRequest, PlaceRequest, RunRequest, EvaluationOptions):
             choices = "\n".join(f"  {name}: {meaning}" for name, meaning in EXPERT_SCORES.items())
             raise ConfigError("`experts` needs a score to choose by.", f"Name it with `by`:\n{choices}")
         require_known("`by` of `experts`", self.by, EXPERT_SCORES)
-        unused = ("share", "count", "memory", "first", "last", "corpus")
+        unused = ("share", "count", "memory", "first", "last", "keep_pattern", "corpus")
         refuse_unused({name: getattr(self, name) for name in unused}, "on routed experts", "Leave it out.")
 
 

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 from avss_dist.analysis.experiments import newest_experiments
 from avss_dist.analysis.findings import describe_depth, findings
 from avss_dist.analysis.verdict import verdicts
+from avss_dist.models.checkpoint.layer_kinds import Rule, describe_misread
 from avss_dist.planning.criteria import criterion_values, read_layers
 from avss_dist.planning.evaluated import evaluated_lines
+from avss_dist.planning.patterns import pattern_of, rules_of_run
 from avss_dist.plans.choice import Choice
 from avss_dist.plans.criteria import PUBLISHED, Criterion, CriterionValues, LayerValues
+from avss_dist.plans.pattern import Pattern
 from avss_dist.plans.plan import Plan
 from avss_dist.plans.run_layers import RunLayers, plan_choice
 from avss_dist.stats.catalog import LAST, MEASURED, RANDOM, SCORES
@@ -43,6 +46,8 @@ class LayerRanking:
     layers: RunLayers
     criterion: Criterion
     values: CriterionValues
+    rules: Sequence[Rule] = ()
+    """Rules by which programs take the kinds of layers from their places."""
 
     @classmethod
     def of_run(cls, warehouse: Warehouse, run: Mapping[str, Any], criterion: Criterion) -> LayerRanking:
@@ -57,7 +62,8 @@ class LayerRanking:
         """
         layers = read_layers(warehouse, run)
         values = criterion_values(warehouse, layers, criterion)
-        return cls(warehouse=warehouse, layers=layers, criterion=criterion, values=values)
+        rules = rules_of_run(run)
+        return cls(warehouse=warehouse, layers=layers, criterion=criterion, values=values, rules=rules)
 
     def plan(self, choice: Choice) -> Plan:
         """Return the plan of a choice by the criterion, with the warehouse's remarks on it.
@@ -67,12 +73,16 @@ class LayerRanking:
         Raises:
             PlanError: no plan satisfies the choice. See `Choice.choose`.
         """
-        plan = plan_choice(self.layers, choice, self.values)
-        against: tuple[str, ...] = ()
+        plan = plan_choice(self.layers, choice, self.values, self.pattern(choice))
+        against = describe_misread(self.rules, plan.keep)
         if isinstance(self.values, LayerValues):
-            against = tuple(_findings(self.warehouse, self.layers, choice, self.values))
+            against += _findings(self.warehouse, self.layers, choice, self.values)
         evaluated = evaluated_lines(self.warehouse, self.layers.run, plan.drop)
-        return replace(plan, findings=against, evaluated=evaluated)
+        return replace(plan, findings=tuple(against), evaluated=evaluated)
+
+    def pattern(self, choice: Choice) -> Pattern | None:
+        """Return the pattern of kinds of layers that a choice keeps; None if it keeps none."""
+        return pattern_of(self.rules, self.layers.number) if choice.keep_pattern else None
 
 
 def _findings(warehouse: Warehouse, layers: RunLayers, choice: Choice, values: LayerValues) -> Iterator[str]:

@@ -10,7 +10,9 @@ from dataclasses import dataclass
 from math import inf, isnan
 from typing import TYPE_CHECKING
 
+from avss_dist.plans.choice import require_size
 from avss_dist.plans.criteria import Layers
+from avss_dist.plans.pattern import Pattern
 
 if TYPE_CHECKING:
     from avss_dist.tasks.task import Result
@@ -39,7 +41,11 @@ class SearchStep:
 
 
 def greedy_search(
-    candidates: Collection[int], count: int, losses: Losses, on_step: Callable[[SearchStep], None] | None = None
+    candidates: Collection[int],
+    count: int,
+    losses: Losses,
+    on_step: Callable[[SearchStep], None] | None = None,
+    pattern: Pattern | None = None,
 ) -> tuple[Layers, list[SearchStep]]:
     """Return the layers that a greedy search removes, and its rounds.
 
@@ -50,12 +56,21 @@ def greedy_search(
         count: number of layers to remove.
         losses: measures the losses of a round.
         on_step: receives each round.
+        pattern: kinds of layers that the search keeps where they are derived: it goes only to sets that can be
+            completed by other candidates.
+
+    Raises:
+        PlanError: no set of so many candidates keeps the pattern.
     """
+    if pattern is not None:
+        require_size(pattern, count, candidates)
     chosen: Layers = ()
     steps: list[SearchStep] = []
     num_sets = 0
     while len(chosen) < count:
         remaining = tuple(layer for layer in candidates if layer not in chosen)
+        if pattern is not None:
+            remaining = tuple(layer for layer in remaining if pattern.can_complete((*chosen, layer), count, candidates))
         results = losses(chosen, remaining)
         num_sets += len(results)
         chosen = _best_set(results)

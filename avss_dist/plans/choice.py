@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Annotated
 
 import numpy as np
@@ -11,12 +11,17 @@ from avss_dist.core.errors import ConfigError
 from avss_dist.core.intervention import Expert
 from avss_dist.core.validation import Count, OneOf, Positive, Share, checked
 from avss_dist.plans.criteria import BlockValues, Criterion, CriterionValues, Layers, Reading
+from avss_dist.plans.pattern import Pattern
 from avss_dist.stats.catalog import BLOCK_DISTANCE, CONTRAST, GREEDY, LOWEST_SHARE, RANDOM, SCORES, is_own
 from avss_dist.stats.layer_stats import Float64
 from avss_dist.stats.rankings import count_lowest, rank_lowest
 
 COMPARED_EXPERTS = 2
 """Number of experts of each group by whose sum routers compare groups (DeepSeek-V3). A group needs as many."""
+
+
+ADDITIVE = ("loss", "shapley", "taylor", "predicted", "damage")
+"""Scores whose sum over a set of layers says something about it: nats, and mean ranks."""
 
 
 class PlanError(ConfigError):
@@ -47,6 +52,8 @@ class Choice:
     """Drop the highest instead of the lowest."""
     seed: Count = 0
     """Seed of a random choice."""
+    keep_pattern: bool = False
+    """Choose only layers after which programs that go by the place of a layer read the others as they are."""
 
     def __post_init__(self) -> None:
         problems = []
@@ -62,18 +69,73 @@ class Choice:
         """Criterion by which the layers are chosen."""
         return Criterion(by=self.by, reading=self.reading, seed=self.seed if self.by == RANDOM else 0)
 
-    def choose(self, values: CriterionValues, num_layers: int) -> Layers:
+    def choose(self, values: CriterionValues, num_layers: int, pattern: Pattern | None = None) -> Layers:
         """Return the layers to drop, ascending, by the values of the criterion.
 
         Args:
             num_layers: number of layers of the model.
+            pattern: kinds of layers that the choice keeps where they are derived, if it does.
 
         Raises:
-            PlanError: see `drop` and `drop_block`.
+            PlanError: see `drop` and `drop_block`; or no set of so many layers keeps the pattern.
         """
+        if self.keep_pattern:
+            assert pattern is not None
+            return self._choose_in_pattern(values, num_layers, pattern)
         if isinstance(values, BlockValues):
             return self.drop_block(values.values, num_layers)
         return self.drop(values.by_layer(num_layers))
+
+    def _choose_in_pattern(self, values: CriterionValues, num_layers: int, pattern: Pattern) -> Layers:
+        """Return the layers to drop after which the others keep a pattern.
+
+        If the choice without the pattern keeps it, it is the choice. Else it is the set with the least sum: of the
+        values themselves where these add up, of the ranks of others, as sums of AVSS mean nothing.
+        """
+        number = self.number(num_layers)
+        candidates = self.unprotected(num_layers)
+        require_size(pattern, number, candidates)
+        if isinstance(values, BlockValues):
+            return self._block_in_pattern(values.values, num_layers, pattern)
+        scores = values.by_layer(num_layers)
+        dropped: Layers | None
+        if self.by == RANDOM:
+            dropped = pattern.draw(number, candidates, self.seed)
+        else:
+            dropped = self.drop(scores)
+            if not pattern.fits_without(dropped):
+                dropped = pattern.cheapest(self._costs(scores), number, candidates)
+        assert dropped is not None  # There is a set of this size.
+        return dropped
+
+    def _block_in_pattern(self, distances: Mapping[Layers, float], num_layers: int, pattern: Pattern) -> Layers:
+        """Return the neighbours of least distance after which the others keep a pattern.
+
+        Raises:
+            PlanError: there are none, or a distance is missing.
+        """
+        fitting = {block: value for block, value in distances.items() if pattern.fits_without(block)}
+        blocks = [block for block in self._blocks(num_layers) if block in fitting]
+        if not blocks:
+            raise PlanError(
+                f"Without {self.number(num_layers)} neighbours, no set of the others keeps the pattern.",
+                "Choose by another score, or another number of layers.",
+            )
+        return min(blocks, key=lambda block: fitting[block])
+
+    def _costs(self, scores: Float64) -> list[float]:
+        """Return the cost of dropping each layer, whose sum is least for the best set."""
+        values = -scores if self.highest else scores
+        if self.by in ADDITIVE:
+            return [float(value) for value in values]
+        return [float(rank) for rank in rank_lowest(values)]
+
+    def _blocks(self, num_layers: int) -> list[Layers]:
+        """Return the runs of as many neighbours as are dropped, of layers that may be dropped."""
+        number = self.number(num_layers)
+        candidates = self.unprotected(num_layers)
+        starts = range(len(candidates) - number + 1)
+        return [tuple(candidates[start : start + number]) for start in starts]
 
     def drop_block(self, distances: Mapping[Layers, float], layers: int) -> Layers:
         """Return the neighbours to drop, by the distance of the hidden states before and after each run of them.
@@ -81,10 +143,7 @@ class Choice:
         Raises:
             PlanError: as `drop`, or a distance is missing.
         """
-        number = self.number(layers)
-        candidates = self.unprotected(layers)
-        starts = range(len(candidates) - number + 1)
-        blocks = [tuple(candidates[start : start + number]) for start in starts]
+        blocks = self._blocks(layers)
         for block in blocks:
             if not np.isfinite(distances.get(block, np.nan)):
                 raise PlanError(
@@ -140,6 +199,26 @@ class Choice:
                 "Protect fewer, or drop fewer.",
             )
         return number
+
+
+def require_size(pattern: Pattern, number: int, candidates: Collection[int]) -> None:
+    """Raise PlanError if no set of so many layers can be dropped so that the others keep a pattern.
+
+    The message has the nearest numbers of layers that can.
+
+    Args:
+        candidates: layers that may be dropped.
+    """
+    sizes = pattern.sizes(candidates)
+    if number in sizes:
+        return
+    message = f"Without {number} of {len(pattern.kinds)} layers, no set of the others keeps the pattern."
+    if not sizes:
+        raise PlanError(message, "No other number does: choose without `keep_pattern`, or protect fewer layers.")
+    fewer = [size for size in sizes if size < number][-1:]
+    more = [size for size in sizes if size > number][:1]
+    nearest = " or ".join(str(size) for size in fewer + more)
+    raise PlanError(message, f"Drop {nearest} (`count`), or choose without `keep_pattern`.")
 
 
 def choose_experts(

@@ -29,6 +29,10 @@ class Pattern:
         """Whether each of the remaining layers, ascending, has the kind that is derived at its new place."""
         return tuple(self.kinds[layer] for layer in keep) == self.derived(len(keep))
 
+    def fits_without(self, dropped: Collection[int]) -> bool:
+        """Whether the layers that remain without some have the kinds that are derived at their new places."""
+        return self.fits([layer for layer in range(len(self.kinds)) if layer not in dropped])
+
     def sizes(self, candidates: Collection[int], required: Collection[int] = ()) -> list[int]:
         """Return the numbers of layers that can be dropped so that the rest fits, ascending; 0 is not among them.
 

@@ -10,6 +10,7 @@ from avss_dist.core.intervention import Removals
 from avss_dist.corpus.seen import SeenText, distinct
 from avss_dist.plans.choice import Choice, PlanError
 from avss_dist.plans.criteria import CriterionValues, Rows, count_layers
+from avss_dist.plans.pattern import Pattern
 from avss_dist.plans.plan import Plan
 from avss_dist.plans.seen import seen_by_run
 from avss_dist.stats.catalog import LOWEST_SHARE, RANDOM, READING
@@ -53,8 +54,11 @@ class RunLayers:
         return paths.pop()
 
 
-def plan_choice(layers: RunLayers, choice: Choice, values: CriterionValues) -> Plan:
+def plan_choice(layers: RunLayers, choice: Choice, values: CriterionValues, pattern: Pattern | None = None) -> Plan:
     """Return the plan of a choice of layers, by the values of its criterion.
+
+    Args:
+        pattern: see `Choice.choose`.
 
     Raises:
         PlanError: see `Choice.choose` and `RunLayers.list_path`.
@@ -63,7 +67,7 @@ def plan_choice(layers: RunLayers, choice: Choice, values: CriterionValues) -> P
     if values.run_id:
         why["evaluation"] = values.run_id
         why["task"] = values.task
-    return plan_removal(layers, choice.choose(values, layers.number), why, values.seen)
+    return plan_removal(layers, choice.choose(values, layers.number, pattern), why, values.seen)
 
 
 def plan_removal(layers: RunLayers, removed: Removals, why: Mapping[str, Any], seen: Iterable[SeenText] = ()) -> Plan:

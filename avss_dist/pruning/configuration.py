@@ -18,8 +18,9 @@ from torch import nn
 from avss_dist.core.errors import ModelError
 from avss_dist.core.settings import Settings
 from avss_dist.core.values import JsonObject, NewObject
-from avss_dist.models.change.remaining import NUM_LAYERS, is_own_index, settings_by_layer
+from avss_dist.models.change.remaining import is_own_index
 from avss_dist.models.checkpoint.complete import MTP_COUNTS
+from avss_dist.models.checkpoint.layer_settings import NUM_LAYERS, settings_by_layer
 from avss_dist.models.checkpoint.loading import auto_classes, skeleton, skeleton_by, text_config, without_head
 from avss_dist.models.checkpoint.locate import Checkpoint
 from avss_dist.models.checkpoint.quantization import KEYS, quantization_method, require_known_method

@@ -10,22 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-LIST_OF_RULE = {
-    "sliding_window_pattern": "layer_types",
-    "_sliding_window_pattern": "layer_types",
-    "prefix_dense_sliding_window_pattern": "layer_types",
-    "full_attention_interval": "layer_types",
-    "global_attn_every_n_layers": "layer_types",
-    "attn_layer_period": "layers_block_type",
-    "attn_layer_offset": "layers_block_type",
-    "no_rope_layer_interval": "no_rope_layers",
-    "interleave_moe_layer_step": "moe_layers",
-    "moe_layer_freq": "mlp_layer_types",
-    "first_k_dense_replace": "mlp_layer_types",
-    "index_topk_freq": "indexer_types",
-    "index_skip_topk_offset": "indexer_types",
-}
-"""Setting with an entry for each layer that says the same as a rule, by the rule. transformers reads the list first."""
+from avss_dist.models.checkpoint.layer_settings import LIST_OF_RULE
 
 PERIODS = {"attn_layer_period": "attn_layer_offset", "expert_layer_period": "expert_layer_offset"}
 """Setting with the offset of a period, by the setting with the period: special are layers with i % period == offset."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
@@ -18,12 +18,14 @@ from avss_dist.evaluation.placed import PlacedModel, PlannedTask
 from avss_dist.evaluation.planned_tasks import plan_text_task
 from avss_dist.evaluation.repairs import Patches, fit_of, fit_repairs, plan_fits, repaired_removal
 from avss_dist.evaluation.session import EvaluationSession, checkpoint_of_run
+from avss_dist.models.checkpoint.layer_kinds import describe_misread
 from avss_dist.models.checkpoint.loading import text_config
 from avss_dist.planning.criteria import read_layers
 from avss_dist.planning.evaluated import evaluated_lines
 from avss_dist.planning.layers import LayerRanking
+from avss_dist.planning.patterns import pattern_of, rules_of_run
 from avss_dist.planning.search import CHOSEN_HERE, Losses, SearchStep, expand, greedy_search
-from avss_dist.plans.choice import Choice
+from avss_dist.plans.choice import Choice, require_size
 from avss_dist.plans.criteria import Layers
 from avss_dist.plans.plan import Plan
 from avss_dist.plans.run_layers import plan_removal, reasons
@@ -64,11 +66,16 @@ def search(request: PlanRequest, run: Mapping[str, Any], choice: Choice) -> tupl
     layers = read_layers(warehouse, run)
     layers.list_path()  # A model that no plan can be made for is refused before anything is measured.
     count = choice.number(layers.number)
+    rules = rules_of_run(run)
+    pattern = None
+    if choice.keep_pattern:
+        pattern = pattern_of(rules, layers.number)
+        require_size(pattern, count, choice.unprotected(layers.number))
     checkpoint = checkpoint_of_run(run, trust_remote_code=settings.trust_remote_code)
     with EvaluationSession.open(request.warehouse, settings, request.execution, request.on_event) as session:
         model = session.place(checkpoint, settings)
         with searching(session, model, corpus) as (planned, losses):
-            removed, steps = greedy_search(choice.unprotected(layers.number), count, losses, session.on_event)
+            removed, steps = greedy_search(choice.unprotected(layers.number), count, losses, session.on_event, pattern)
             whole = SearchStep(best=losses((), ())[()], sets=0)
     why = {
         **reasons(choice),
@@ -80,9 +87,10 @@ def search(request: PlanRequest, run: Mapping[str, Any], choice: Choice) -> tupl
         "evaluation": planned.run_id(),
         "task": planned.task.name,
     }
+    plan = plan_removal(layers, removed, why, planned.seen)
     plan = replace(
-        plan_removal(layers, removed, why, planned.seen),
-        findings=(CHOSEN_HERE,),
+        plan,
+        findings=(*describe_misread(rules, plan.keep), CHOSEN_HERE),
         evaluated=evaluated_lines(Warehouse(request.warehouse), run, removed),
     )
     return plan, [whole, *steps]
@@ -200,11 +208,17 @@ class RepairedSearch:
         num_layers = self.ranking.layers.number
         number = choice.number(num_layers)
         num_candidates = min(POOL * number, len(choice.unprotected(num_layers)), num_layers - 1)
-        pool = self.ranking.plan(replace(choice, by=self.ranking.criterion.by, share=None, count=num_candidates))
-        removed, steps = greedy_search(pool.dropped_layers, number, self.losses)
+        pool = self.ranking.plan(
+            replace(choice, by=self.ranking.criterion.by, share=None, count=num_candidates, keep_pattern=False)
+        )
+        candidates: Collection[int] = pool.dropped_layers
+        pattern = self.ranking.pattern(choice)
+        if pattern is not None and not pattern.can_complete((), number, candidates):
+            candidates = choice.unprotected(num_layers)
+        removed, steps = greedy_search(candidates, number, self.losses, pattern=pattern)
         why = {
             **reasons(choice),
-            "among": describe_layers(pool.dropped_layers),
+            "among": describe_layers(candidates),
             "repair": self.repair,
             **_search_reasons(steps[-1]),
             "text": self.text.task.name.removeprefix(SEARCH),
@@ -213,7 +227,9 @@ class RepairedSearch:
             "task": self.text.task.name,
         }
         every_text = seen.distinct([*pool.seen, *self.read])
-        return replace(pool, drop=removed, why=why, findings=(CHOSEN_HERE,), evaluated=(), seen=every_text)
+        plan = replace(pool, drop=removed, why=why, evaluated=(), seen=every_text)
+        misread = describe_misread(self.ranking.rules, plan.keep)
+        return replace(plan, findings=(*misread, CHOSEN_HERE))
 
     def losses(self, base: Layers, layers: Layers) -> dict[Layers, Result]:
         """Return the loss after a repair without a base set and each of some other layers; see `Losses`."""

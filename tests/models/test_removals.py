@@ -25,7 +25,8 @@ from avss_dist.core.intervention import (
     sublayers_of,
 )
 from avss_dist.models.causal_lm import LanguageModel
-from avss_dist.models.change.remaining import remaining_modules, settings_by_layer
+from avss_dist.models.change.remaining import remaining_modules
+from avss_dist.models.checkpoint.layer_settings import settings_by_layer
 from avss_dist.models.forward import RunThrough, changing
 from avss_dist.models.structure.layers import first_tensor
 from avss_dist.tasks.text_loss import LeaveOneOut, TextLoss

@@ -18,13 +18,13 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from avss_dist.core.errors import AvssError
 from avss_dist.core.settings import Settings
-from avss_dist.models.change.remaining import COUNTS, LAST_INDICES, PATTERNS
+from avss_dist.models.checkpoint.layer_settings import COUNTS, LAST_INDICES, LIST_OF_RULE, PATTERNS
 from avss_dist.models.checkpoint.loading import candidate_layers, skeleton, text_config
 from avss_dist.models.checkpoint.locate import locate
 from avss_dist.plans.choice import PlanError
 from avss_dist.plans.plan import Plan
 from avss_dist.pruning.configuration import write_config
-from avss_dist.pruning.layer_rules import LIST_OF_RULE, PERIODS
+from avss_dist.pruning.layer_rules import PERIODS
 
 NUM_LAYERS = 8
 SETTINGS = Settings(dtype="float32", device="cpu")

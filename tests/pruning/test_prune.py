@@ -26,6 +26,7 @@ from avss_dist.core.errors import ModelError
 from avss_dist.core.settings import Settings
 from avss_dist.corpus.seen import SCORES, SeenText
 from avss_dist.models.change.skipping import skips
+from avss_dist.models.checkpoint.layer_settings import LIST_OF_RULE
 from avss_dist.models.checkpoint.loading import auto_classes, forward_function, load, load_model, open_module, quiet
 from avss_dist.models.checkpoint.locate import resolve
 from avss_dist.models.forward import changing
@@ -34,7 +35,6 @@ from avss_dist.plans.choice import PlanError
 from avss_dist.plans.plan import Plan, read_plan
 from avss_dist.pruning import configuration
 from avss_dist.pruning.checkpoint import model_card, prune, source_license
-from avss_dist.pruning.layer_rules import LIST_OF_RULE
 from avss_dist.pruning.quantization import renumber_quantization, require_same_modules
 from avss_dist.pruning.weights import LayerNames, StoredWeights
 from avss_dist.warehouse.reader import Warehouse

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from avss_dist.core.text import describe_layers
-from avss_dist.models.change.remaining import NUM_LAYERS, settings_by_layer
+from avss_dist.models.checkpoint.layer_settings import DERIVED_LISTS, NUM_LAYERS, settings_by_layer
 
 LLAMA_CPP = "llama.cpp"
 Kinds = tuple[Hashable, ...]
@@ -108,9 +108,7 @@ _SIZES: Mapping[str, tuple[int, ...]] = {
 }
 """Numbers of layers by which llama.cpp knows a variant of a family that it computes in another way (same source): the
 scale of attention of Gemma 2 27B and Gemma 3 27B, the queries of DeepSeek-V2 Lite."""
-_DERIVED = ("layer_types", "no_rope_layers", "layers_block_type", "indexer_types")
-"""Lists that transformers derives from the number of layers where a file has none."""
-_LISTS = {*_DERIVED, "mlp_layer_types", "moe_layers"}
+_LISTS = {*DERIVED_LISTS, "mlp_layer_types", "moe_layers"}
 
 
 def rules_of(config: Any) -> list[Rule]:
@@ -135,7 +133,7 @@ def rules_of(config: Any) -> list[Rule]:
             )
     if text.model_type in _SIZES:
         rules.append(_rule_of_sizes(_SIZES[text.model_type], number))
-    for setting in _DERIVED:
+    for setting in DERIVED_LISTS:
         rule = _default_rule(text, setting, number)
         if rule is not None and rule.reads_whole:
             rules.append(rule)
