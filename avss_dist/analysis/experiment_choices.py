@@ -81,6 +81,9 @@ class Experiment:
     """Maximum number of questions per task."""
     num_fewshot: Count | None = None
     """Examples before each question of a harness task."""
+    keep_pattern: bool = False
+    """Drop only layers after which llama.cpp and others read the rest as it is. Choices and controls that there are not
+    are left out."""
     allow_many: bool = False
     """Allow more than 10,000 evaluations."""
 
@@ -182,7 +185,10 @@ def choices(experiment: Experiment, rows: Sequence[Mapping[str, Any]]) -> list[C
         methods.append({"by": RANDOM, "seed": seed})
         if experiment.keep_ends:
             methods.append({"by": RANDOM, "seed": seed, **_protected_ends(experiment)})
-    return [Choice(**method, share=share) for method, share in product(methods, experiment.shares)]
+    every_choice = []
+    for method, share in product(methods, experiment.shares):
+        every_choice.append(Choice(**method, share=share, keep_pattern=experiment.keep_pattern))
+    return every_choice
 
 
 def _scores_to_compare(

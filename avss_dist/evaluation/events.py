@@ -50,6 +50,17 @@ class MemoryNeeded:
 
 
 @dataclass(frozen=True)
+class Remark:
+    """Something that people should know before the work goes on.
+
+    Attributes:
+        text: whole sentences.
+    """
+
+    text: str
+
+
+@dataclass(frozen=True)
 class CellsStarted:
     """The start of measuring cells, of which ``done`` were measured before."""
 
@@ -78,5 +89,5 @@ class CellDone:
     notes: Sequence[str] = ()
 
 
-Event = MemoryNeeded | CellsStarted | CellUnderway | CellDone | SearchStep | RunEvent | DistillEvent
+Event = MemoryNeeded | Remark | CellsStarted | CellUnderway | CellDone | SearchStep | RunEvent | DistillEvent
 OnEvent = Callable[[Event], None]

@@ -17,10 +17,12 @@ from avss_dist.core.intervention import NO_INTERVENTION, Intervention
 from avss_dist.core.results import TabularResult
 from avss_dist.core.settings import Settings
 from avss_dist.core.text import RedactedURI, basename
+from avss_dist.evaluation.events import Remark
 from avss_dist.evaluation.placed import PlannedTask
 from avss_dist.evaluation.planned_tasks import plan_task, refuse_seen, row_start_task
 from avss_dist.evaluation.session import EvaluationSession, results_under
-from avss_dist.models.checkpoint.loading import candidate_layers
+from avss_dist.models.checkpoint.layer_kinds import describe_misread, rules_of
+from avss_dist.models.checkpoint.loading import candidate_layers, text_config
 from avss_dist.models.checkpoint.locate import Checkpoint, resolve
 from avss_dist.models.checkpoint.size import load_skeleton
 from avss_dist.models.structure.layers import is_linear, linear_sizes
@@ -147,6 +149,8 @@ def evaluate(request: EvaluateRequest) -> Evaluations:
         _require_same_tokens(subjects, tasks, planned)
         if not request.allow_overlap:
             _refuse_overlaps(subjects, planned, tasks, Warehouse(request.warehouse))
+        for sentence in _misread_layers(subjects):
+            session.on_event(Remark(sentence))
         row_starts = _row_start_tasks(planned)
         work: dict[PlannedTask, list[Intervention]] = {}
         for (revision, _), task in planned.items():
@@ -183,6 +187,15 @@ def _checkpoints(subjects: Iterable[Subject]) -> list[Checkpoint]:
         if subject.base is not None:
             checkpoints[subject.base.revision] = subject.base
     return list(checkpoints.values())
+
+
+def _misread_layers(subjects: Sequence[Subject]) -> Iterator[str]:
+    """Yield sentences on layers that other programs would take for another kind after the cuts of plans."""
+    for subject in subjects:
+        for plan in subject.plans:
+            if isinstance(plan, Plan) and plan.dropped_layers:
+                for sentence in describe_misread(rules_of(text_config(subject.checkpoint)), plan.keep):
+                    yield f"{subject.label}: {sentence}"
 
 
 def _row_start_tasks(planned: Mapping[_Key, PlannedTask]) -> list[PlannedTask]:

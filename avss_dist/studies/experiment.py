@@ -23,17 +23,21 @@ from avss_dist.core.text import RedactedURI
 from avss_dist.corpus.seen import ABLATION, SeenText
 from avss_dist.corpus.shards import CorpusPlan
 from avss_dist.distillation.curve import ignore
+from avss_dist.evaluation.events import Remark
 from avss_dist.evaluation.limits import require_intended, require_listable
 from avss_dist.evaluation.placed import PlacedModel, PlannedTask
 from avss_dist.evaluation.planned_tasks import earlier_texts, plan_task, plan_text_task, refuse_overlaps
 from avss_dist.evaluation.repairs import Patches, fit_of, fit_repairs, plan_fits, repaired_removal, require_changeable
 from avss_dist.evaluation.session import EvaluationSession, identity, results_under
+from avss_dist.models.checkpoint.layer_kinds import rules_of
 from avss_dist.models.checkpoint.loading import text_config
 from avss_dist.models.checkpoint.locate import resolve
 from avss_dist.planning.criteria import criterion_values, read_layers
+from avss_dist.planning.patterns import pattern_of
 from avss_dist.planning.search import greedy_search
-from avss_dist.plans.choice import Choice
+from avss_dist.plans.choice import Choice, PlanError
 from avss_dist.plans.criteria import LEAVE_ONE_OUT, Criterion, CriterionValues, Layers, LayerValues
+from avss_dist.plans.pattern import Pattern
 from avss_dist.plans.run_layers import RunLayers
 from avss_dist.plans.seen import seen_by_run
 from avss_dist.pruning.repair.registry import NO_REPAIR
@@ -144,6 +148,7 @@ class Trial:
         planned: tasks by name.
         choices: choices of layers, each with the layers that it drops.
         measured_by: ids of the evaluations that measured the scores of ``avss ablate``, by score.
+        pattern: kinds of layers that every choice keeps where programs derive them; None if none is to be kept.
         fits: task of fitting each repair except `pruning.repair.registry.NO_REPAIR`.
     """
 
@@ -152,6 +157,7 @@ class Trial:
     model: PlacedModel
     layers: RunLayers
     corpus: str
+    pattern: Pattern | None = None
     values: dict[Criterion, CriterionValues] = field(default_factory=dict)
     seen: list[SeenText] = field(default_factory=list)
     planned: dict[str, PlannedTask] = field(default_factory=dict)
@@ -167,11 +173,16 @@ class Trial:
         checkpoint = resolve(spec.model, trust_remote_code=spec.settings.trust_remote_code)
         stored = warehouse.run(run.run_id)
         assert stored is not None
+        layers = read_layers(warehouse, stored)
+        pattern = None
+        if experiment.keep_pattern:
+            pattern = pattern_of(rules_of(text_config(checkpoint)), layers.number)
         trial = cls(
             experiment=experiment,
             run=run,
             model=session.place(checkpoint, spec.settings, spec.execution),
-            layers=read_layers(warehouse, stored),
+            layers=layers,
+            pattern=pattern,
             corpus=spec.corpus,
             seen=[*seen_by_run(stored)],
         )
@@ -199,6 +210,8 @@ class Trial:
         options = asdict(self.experiment)
         for name in NOT_HASHED:
             del options[name]
+        if not self.experiment.keep_pattern:
+            del options["keep_pattern"]  # Experiments that were made before it was an option keep their ids.
         return fingerprint(
             run=self.run.run_id,
             options=options,
@@ -246,10 +259,17 @@ class Trial:
         searched = self._search([choice for choice in every_choice if choice.by == GREEDY], session)
         for choice in every_choice:
             if choice in searched:
-                drop = searched[choice]
+                self.choices.append((choice, searched[choice]))
+            if choice.by == GREEDY:
+                continue
+            try:
+                drop = choice.choose(self.values[choice.criterion], self.layers.number, self.pattern)
+            except PlanError as error:
+                if not choice.keep_pattern:
+                    raise
+                session.on_event(_left_out(choice, error))
             else:
-                drop = choice.choose(self.values[choice.criterion], self.layers.number)
-            self.choices.append((choice, drop))
+                self.choices.append((choice, drop))
 
     def _search(self, greedy: Sequence[Choice], session: EvaluationSession) -> dict[Choice, Layers]:
         """Return the layers that greedy searches choose, by choice."""
@@ -261,7 +281,13 @@ class Trial:
         with searching(session, model, self.corpus) as (_, losses):
             for choice in greedy:
                 candidates = choice.unprotected(self.layers.number)
-                searched[choice], _ = greedy_search(candidates, choice.number(self.layers.number), losses)
+                number = choice.number(self.layers.number)
+                try:
+                    searched[choice], _ = greedy_search(candidates, number, losses, pattern=self.pattern)
+                except PlanError as error:
+                    if not choice.keep_pattern:
+                        raise
+                    session.on_event(_left_out(choice, error))
         return searched
 
     def candidates(self, patches: Patches) -> list[Candidate]:
@@ -298,6 +324,12 @@ class Trial:
                 measured = candidate_rows(candidate, results[planned], guess)
                 rows += [{**common, **row} for row in measured]
         return rows
+
+
+def _left_out(choice: Choice, error: PlanError) -> Remark:
+    """Return the remark that a choice is left out of an experiment."""
+    share = f"{choice.share:g}" if choice.share is not None else ""
+    return Remark(f"{describe_method(choice)} at a share of {share} is left out. {error.message}")
 
 
 def run_experiment(job: JobFile, request: RunJobRequest) -> tuple[list[Run], list[dict[str, Any]]]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
@@ -211,7 +211,7 @@ class RepairedSearch:
         pool = self.ranking.plan(
             replace(choice, by=self.ranking.criterion.by, share=None, count=num_candidates, keep_pattern=False)
         )
-        candidates: Collection[int] = pool.dropped_layers
+        candidates: Sequence[int] = pool.dropped_layers
         pattern = self.ranking.pattern(choice)
         if pattern is not None and not pattern.can_complete((), number, candidates):
             candidates = choice.unprotected(num_layers)

@@ -42,11 +42,13 @@ from avss_dist.evaluation.repairs import (
     require_changeable,
 )
 from avss_dist.evaluation.session import EvaluationSession, results_under
+from avss_dist.models.checkpoint.layer_kinds import rules_of
 from avss_dist.models.checkpoint.loading import require_head, text_config
 from avss_dist.models.checkpoint.locate import Checkpoint, resolve
 from avss_dist.models.checkpoint.weight_files import weight_files
 from avss_dist.planning.layers import LayerRanking
-from avss_dist.plans.choice import Choice, PlanError
+from avss_dist.planning.patterns import pattern_of
+from avss_dist.plans.choice import Choice, PlanError, require_size
 from avss_dist.plans.criteria import PUBLISHED, Criterion
 from avss_dist.plans.plan import Plan
 from avss_dist.pruning.checkpoint import prune, require_copyable, require_free, require_prunable
@@ -55,6 +57,7 @@ from avss_dist.pruning.repair.repair import count_fitted, split_texts, tokens_ne
 from avss_dist.requests import AblateRequest, ShrinkRequest
 from avss_dist.runs.scoring import score
 from avss_dist.stats.catalog import GREEDY, LOWEST_SHARE, SCORES
+from avss_dist.stats.rankings import count_lowest
 from avss_dist.studies.ablate import ablate
 from avss_dist.studies.distill import distill_student, publish_distilled, require_distillable
 from avss_dist.studies.search import RepairedSearch
@@ -222,6 +225,8 @@ def shrink(request: ShrinkRequest) -> Shrunk:
     checkpoint = resolve(str(request.model), trust_remote_code=settings.trust_remote_code)
     require_head(checkpoint.name, text_config(checkpoint))
     require_copyable(checkpoint)
+    if request.keep_pattern:
+        _require_pattern(checkpoint, request)
     if distills:
         require_distillable(request, checkpoint)
     request = replace(
@@ -235,7 +240,7 @@ def shrink(request: ShrinkRequest) -> Shrunk:
     with EvaluationSession.open(str(request.warehouse), request.settings, request.execution, on_event) as session:
         session.executor.connect()  # because scores are measured by executors of their own
         ranking = _rank_layers(request, session, split)
-        example = ranking.plan(_choice(request, ranking.criterion, count=1))
+        example = ranking.plan(replace(_choice(request, ranking.criterion, count=1), keep_pattern=False))
         require_prunable(checkpoint, example, settings)
         model = session.place(checkpoint, settings)
         trial = ShrinkTrial.plan_tasks(session, model, request, split, ranking, example)
@@ -243,8 +248,7 @@ def shrink(request: ShrinkRequest) -> Shrunk:
             best = trial.evaluate(trial.choose(share=request.share or LOWEST_SHARE))
             curve = [best]
         else:
-            maximum = min(example.num_layers - 1, example.num_layers - request.first - request.last)
-            best, curve = _bisect(trial, maximum, request.keep)
+            best, curve = _bisect(trial, trial.counts(example.num_layers), request.keep)
         prompts = held_out_prompts(model, request.texts, skip_sequences=split.scored)
         pruned, without = best.plan.intervention, f"{count_removed(best.plan.drop)} dropped"
         variants = {WHOLE: NO_INTERVENTION, without: pruned}
@@ -347,6 +351,23 @@ def split_rows(
     return TextSplit(min(part, SCORED), part, rows, watched)
 
 
+def _require_pattern(checkpoint: Checkpoint, request: ShrinkRequest) -> None:
+    """Refuse a number of layers without which no set of the others keeps the pattern, before anything is measured.
+
+    Raises:
+        PlanError: see `require_size`; or no number of layers can be dropped.
+    """
+    rules = rules_of(text_config(checkpoint))
+    if not rules:
+        return
+    num_layers = len(rules[0].whole)
+    candidates = range(request.first, num_layers - request.last)
+    number = 1 if request.keep else count_lowest(num_layers, request.share or LOWEST_SHARE)
+    pattern = pattern_of(rules, num_layers)
+    if not (request.keep and pattern.sizes(candidates)):
+        require_size(pattern, number, candidates)
+
+
 def _require_tokens(checkpoint: Checkpoint, request: ShrinkRequest, split: TextSplit) -> None:
     """Refuse texts whose rows for the repair hold too few tokens to fit it to.
 
@@ -389,7 +410,14 @@ def _choice(request: ShrinkRequest, criterion: Criterion, **size: Any) -> Choice
     Args:
         size: ``share`` or ``count``.
     """
-    return Choice(by=criterion.by, reading=criterion.reading, first=request.first, last=request.last, **size)
+    return Choice(
+        by=criterion.by,
+        reading=criterion.reading,
+        first=request.first,
+        last=request.last,
+        keep_pattern=request.keep_pattern,
+        **size,
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -437,6 +465,15 @@ class ShrinkTrial:
         if self.search is not None:
             return self.search.plan(_choice(self.request, Criterion(GREEDY), **size))
         return self.ranking.plan(_choice(self.request, self.ranking.criterion, **size))
+
+    def counts(self, num_layers: int) -> list[int]:
+        """Return the numbers of layers that can be dropped, ascending."""
+        choice = _choice(self.request, self.ranking.criterion)
+        candidates = choice.unprotected(num_layers)
+        pattern = self.ranking.pattern(choice)
+        if pattern is not None:
+            return pattern.sizes(candidates)
+        return list(range(1, min(num_layers - 1, len(candidates)) + 1))
 
     def evaluate(self, plan: Plan) -> CandidateResult:
         """Return the result of a plan: fit its repair, and measure it beside the whole model.
@@ -544,32 +581,38 @@ def _refuse_overlaps(
     )
 
 
-def _bisect(trial: ShrinkTrial, maximum: int, keep: float) -> tuple[CandidateResult, list[CandidateResult]]:
+def _bisect(trial: ShrinkTrial, counts: Sequence[int], keep: float) -> tuple[CandidateResult, list[CandidateResult]]:
     """Find the plan that drops the most layers and retains at least ``keep``, by bisection.
 
     Args:
-        maximum: maximum number of layers to drop.
+        counts: numbers of layers that can be dropped, ascending.
 
     Returns:
         The result of the plan, and all results by the number of dropped layers.
 
     Raises:
-        PlanError: the plan that drops one layer retains less.
+        PlanError: the plan that drops the fewest layers retains less.
     """
     results: dict[int, CandidateResult] = {}
-    enough = 0  # the most layers whose plan is known to retain enough
-    too_many = maximum + 1
+    enough = -1  # place, among the numbers, of the largest one that is known to retain enough
+    too_many = len(counts)
     while too_many - enough > 1:
-        count = (enough + too_many) // 2
-        results[count] = trial.evaluate(trial.choose(count=count))
-        if results[count].kept >= keep:
-            enough = count
+        middle = (enough + too_many) // 2
+        result = trial.evaluate(trial.choose(count=counts[middle]))
+        results[middle] = result
+        if result.kept >= keep:
+            enough = middle
         else:
-            too_many = count
-    curve = [results[count] for count in sorted(results)]
-    if enough == 0:
+            too_many = middle
+    curve = [results[place] for place in sorted(results)]
+    if enough < 0:
+        fewest = curve[0]
+        if len(fewest.plan.drop) == 1:
+            without = f"Without layer {fewest.plan.drop[0]}, the first to go,"
+        else:
+            without = f"Without the {count_removed(fewest.plan.drop)} that can go first,"
         raise PlanError(
-            f"Without layer {curve[0].plan.drop[0]}, the first to go, {curve[0].kept:z.1%} is kept, under {keep:.1%}.",
+            f"{without} {fewest.kept:z.1%} is kept, under {keep:.1%}.",
             "Ask for less with `keep`, choose by another score, or repair on more text.",
         )
     return results[enough], curve

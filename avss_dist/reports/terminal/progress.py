@@ -15,7 +15,7 @@ from avss_dist.core.intervention import count_removed, describe_removed
 from avss_dist.core.streams import console, say
 from avss_dist.core.text import basename
 from avss_dist.distillation.curve import CurvePoint, Preparing, TrainingAdvanced
-from avss_dist.evaluation.events import CellDone, CellsStarted, CellUnderway, Event, MemoryNeeded, SearchStep
+from avss_dist.evaluation.events import CellDone, CellsStarted, CellUnderway, Event, MemoryNeeded, Remark, SearchStep
 from avss_dist.partition.catalog import WHOLE
 from avss_dist.runs.events import (
     LOG_SECONDS,
@@ -162,6 +162,8 @@ class StepProgress(_Bars):
             case CellDone(cell, notes):
                 self._print_notes(notes)
                 self._advance(1, _describe_step(cell))
+            case Remark(text):
+                self._print_notes([text])
             case Preparing(step, share):
                 if step != self._step:
                     self._begin(step, 1.0)
@@ -238,6 +240,8 @@ class CellProgress(StepProgress):
                 self._show(what, description=what, visible=True)
             case MemoryNeeded() if event.is_large:
                 self._say(event.describe())
+            case Remark(text):
+                self._print_notes([text])
             case CellsStarted(cells, done):
                 self._begin("evaluating", len(cells), done, "evaluations", said=False)
             case CellUnderway(cell, step, share):
