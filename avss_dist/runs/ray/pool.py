@@ -12,8 +12,10 @@ from __future__ import annotations
 
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import UTC, datetime
+from itertools import chain
+from operator import attrgetter
 from typing import Any, Generic, TypeVar
 
 from ray.exceptions import RayError, RayTaskError
@@ -41,7 +43,8 @@ class QueueSource(Generic[T]):
     """
 
     def __init__(self, submitted: Submissions[T], queues_of: Callable[[T], Iterable[UnitQueue[Any]]]) -> None:
-        self._submitted, self._queues_of = submitted, queues_of
+        self._submitted = submitted
+        self._queues_of = queues_of
         self._ready: deque[UnitQueue[Any]] = deque()
 
     @property
@@ -99,6 +102,19 @@ class Round:
         return self.gang.placed in self.awaited
 
 
+@dataclass
+class Loss:
+    """The loss of workers of a queue on one node.
+
+    Attributes:
+        since: monotonic time of the first loss.
+        units: units without a result that the workers had.
+    """
+
+    since: float
+    units: set[int] = field(default_factory=set)
+
+
 class Pool:
     """The gangs of one executor, and the queues that they work on.
 
@@ -125,15 +141,21 @@ class Pool:
         shortage: Callable[[Placement], str],
     ) -> None:
         self._coming = queues
-        self._new_gang, self._replicas, self._shortage = new_gang, replicas, shortage
-        self._cluster, self._watch = cluster, Watch(cluster, hang_seconds)
-        self._minimum, self._begun = minimum, minimum == 1
-        self._placement_seconds, self._poll = placement_seconds, min(POLL_SECONDS, hang_seconds / 4)
+        self._new_gang = new_gang
+        self._replicas = replicas
+        self._shortage = shortage
+        self._cluster = cluster
+        self._watch = Watch(cluster, hang_seconds)
+        self._minimum = minimum
+        self._has_measured = minimum == 1  # From the first measurement on, no minimum is waited for.
+        self._placement_seconds = placement_seconds
+        self._check_seconds = min(POLL_SECONDS, hang_seconds / 4)
         self._queues: list[UnitQueue[Any]] = []  # in the order in which they came
         self._gangs: dict[Gang, list[Round]] = {}  # none if it is idle, or the current one, and one that waits for it
         self._outcomes: list[tuple[Any, Any]] = []
-        self._losses: dict[tuple[UnitQueue[Any], str], tuple[float, set[int]]] = {}  # by queue and node
-        self._moved = self._polled = cluster.now()
+        self._losses: dict[tuple[UnitQueue[Any], str], Loss] = {}  # by queue and node
+        self._progressed_at = cluster.now()
+        self._checked_at = cluster.now()
 
     def outcomes(self) -> Iterator[tuple[Any, Any]]:
         """Yield the outcomes of every queue as units are finished.
@@ -145,44 +167,52 @@ class Pool:
             RunFailed: the cluster, or the node of this process, is lost.
         """
         while self._take_queues():
-            self._assign()
-            self._hire()
-            self._dismiss()
-            yield from self._arrived()  # now that every gang has work
-            self._wait()
+            self._give_work_to_idle_gangs()
+            self._start_gangs()
+            self._stop_useless_gangs()
+            yield from self._take_outcomes()  # The driver handles them while every gang has work.
+            self._wait_for_results()
             if not any(queue.is_active for queue in self._queues):
-                yield from self._arrived()  # the next queue may wait for them
-        yield from self._arrived()
+                yield from self._take_outcomes()  # The next queue may wait for them.
+        yield from self._take_outcomes()
 
     def close(self) -> None:
         """Stop every gang."""
         for gang in self._gangs:
             gang.stop()
 
-    def _arrived(self) -> list[tuple[Any, Any]]:
+    def _take_outcomes(self) -> list[tuple[Any, Any]]:
         """Return the outcomes since the last call, after a report of lost nodes and of workers whose nodes are alive.
 
         It comes before a run ends, for its row.
         """
-        notes: list[tuple[Any, Any]] = []
-        nodes = self._cluster.nodes() if self._losses else {}
-        for (queue, name), (since, units) in list(self._losses.items()):
-            node = nodes.get(name, {})
-            is_alive, waited = node.get("Alive"), self._cluster.now() - since > NOTICE_SECONDS
-            if not is_alive or waited or not queue.is_active:
-                del self._losses[queue, name]
-                where = f"{node.get('NodeManagerAddress', '')} ({name[:8]})".strip()
-                lost = f"{'a worker on ' if is_alive else ''}the node {where} was lost"
-                text = f"{lost}; {queue.describe_repeated(sorted(units))}"
-                say(f"{datetime.now(UTC):%H:%M:%S} {text[0].upper()}{text[1:]}.")
-                notes += queue.note(text)
-        outcomes = notes + self._outcomes
+        outcomes = self._report_losses() + self._outcomes
         self._outcomes = []
         return outcomes
 
+    def _report_losses(self) -> list[tuple[Any, Any]]:
+        """Print which nodes and workers were lost, once it is known which, and return notes for the rows of runs."""
+        if not self._losses:
+            return []
+        notes: list[tuple[Any, Any]] = []
+        nodes = self._cluster.nodes()
+        for (queue, node_id), loss in list(self._losses.items()):
+            node = nodes.get(node_id, {})
+            is_alive = bool(node.get("Alive"))
+            has_waited = self._cluster.now() - loss.since > NOTICE_SECONDS
+            if is_alive and not has_waited and queue.is_active:
+                continue
+            del self._losses[queue, node_id]
+            where = f"{node.get('NodeManagerAddress', '')} ({node_id[:8]})".strip()
+            what = f"a worker on the node {where}" if is_alive else f"the node {where}"
+            text = f"{what} was lost; {queue.describe_repeated(sorted(loss.units))}"
+            say(f"{datetime.now(UTC):%H:%M:%S} {text[0].upper()}{text[1:]}.")
+            notes += queue.note(text)
+        return notes
+
     @property
     def _rounds(self) -> list[Round]:
-        return [round_ for rounds in self._gangs.values() for round_ in rounds]
+        return list(chain.from_iterable(self._gangs.values()))
 
     @property
     def _idle(self) -> list[Gang]:
@@ -199,68 +229,101 @@ class Pool:
                 break
             queue.clock = self._cluster.now
             self._queues.append(queue)
-            self._moved = self._cluster.now()
+            self._progressed_at = self._cluster.now()
         return bool(self._queues)
 
-    def _assign(self) -> None:
-        """Give idle gangs units, or the slowest ones that others measure: first results count."""
-        now = self._cluster.now()
+    def _give_work_to_idle_gangs(self) -> None:
+        """Give idle gangs pending units, or the slowest ones that others measure: first results count."""
         for gang in self._idle:
-            queue = next((q for q in self._queues if q.shape == gang.shape and self._has_work(q, gang)), None)
-            if queue is None:
-                alike = sorted((r for r in self._rounds if r.queue.shape == gang.shape), key=lambda r: r.begun)
-                queue = next((r.queue for r in alike if r.queue.repeat_late(r.units, now - r.begun)), None)
+            queue = self._queue_with_work(gang) or self._repeat_late_units(gang)
             if queue is not None:
                 self._dispatch(gang, queue)
 
+    def _queue_with_work(self, gang: Gang) -> UnitQueue[Any] | None:
+        """Return the first queue that has work for a gang, or None."""
+        for queue in self._queues:
+            if queue.shape == gang.shape and self._has_work(queue, gang):
+                return queue
+        return None
+
+    def _repeat_late_units(self, gang: Gang) -> UnitQueue[Any] | None:
+        """Make the units of the round that is most late pending again, for an idle gang, and return their queue.
+
+        Returns None if no round is late.
+        """
+        alike = [round_ for round_ in self._rounds if round_.queue.shape == gang.shape]
+        alike.sort(key=attrgetter("begun"))
+        for round_ in alike:
+            if round_.queue.repeat_late(round_.units, self._cluster.now() - round_.begun):
+                return round_.queue
+        return None
+
     def _has_work(self, queue: UnitQueue[Any], gang: Gang) -> bool:
         """Whether a gang can take a unit, or open the model first: that need not wait until enough gangs are placed."""
-        if not queue.pending or gang.spec != queue.spec:
-            return bool(queue.pending)
-        self._begun = self._begun or self._placed() >= self._needed()
-        return self._begun
+        if not queue.pending:
+            return False
+        if gang.spec != queue.spec:
+            return True
+        return self._has_measured or self._placed() >= self._needed()
 
     def _placed(self) -> int:
         return sum(gang.is_placed for gang in self._gangs)
 
     def _needed(self) -> int:
         """Return the number of gangs that must be placed before measurement begins."""
-        return 1 if self._begun else min(self._minimum, max(1, self._queues[0].pending_rounds))
+        if self._has_measured:
+            return 1
+        return min(self._minimum, max(1, self._queues[0].pending_rounds))
 
-    def _hire(self) -> None:
+    def _start_gangs(self) -> None:
         """Start gangs for pending units that no gang can take."""
         for queue in self._queues:
             placement = queue.spec.placement
             gangs = [gang for gang in self._gangs if gang.shape == queue.shape and not gang.leaves]
-            ready = sum(not self._gangs[gang] for gang in gangs)
-            ready += sum(r.gang in gangs and not r.units and (r.is_coming or r.queue is queue) for r in self._rounds)
-            for _ in range(min(queue.pending_rounds - ready, self._replicas(placement) - len(gangs))):
+            ready = sum(self._will_be_ready(gang, queue) for gang in gangs)
+            wanted = queue.pending_rounds - ready
+            allowed = self._replicas(placement) - len(gangs)
+            for _ in range(min(wanted, allowed)):
                 gang = self._new_gang(placement)
                 self._begin(gang, queue, [], {gang.placed: ()})
 
-    def _dismiss(self) -> None:
+    def _will_be_ready(self, gang: Gang, queue: UnitQueue[Any]) -> bool:
+        """Whether a gang takes a pending round of a queue next: it is idle, is coming, or opens the queue's model."""
+        rounds = self._gangs[gang]
+        if not rounds:
+            return True
+        current = rounds[0]
+        if current.units:
+            return False
+        return current.is_coming or current.queue is queue
+
+    def _stop_useless_gangs(self) -> None:
         """Stop unplaced gangs without a unit to take, so that no node is added for them, and idle gangs in their way.
 
         An idle gang is in the way of a gang of another shape that waits for its resources.
         """
-        rounds: Counter[tuple[int, int]] = Counter()
+        pending: Counter[tuple[int, int]] = Counter()  # rounds that no gang will take, by shape
         for queue in self._queues:
-            rounds[queue.shape] += queue.pending_rounds
-        if rounds.total() or self._coming.exhausted:  # otherwise units of the next queue may come
-            for round_ in [r for r in self._rounds if not r.units]:
-                if round_.is_coming and rounds[round_.gang.shape] <= 0 and not round_.gang.is_placed:
-                    self._stop(round_.gang)
-                rounds[round_.gang.shape] -= 1
-        if idle := self._idle:
-            waiting = {r.gang.shape for r in self._rounds if not r.units and not r.gang.is_placed}
-            for gang in [gang for gang in idle if waiting - {gang.shape}]:
-                self._stop(gang)
+            pending[queue.shape] += queue.pending_rounds
+        if pending.total() or self._coming.exhausted:  # otherwise units of the next queue may come
+            for round_ in [round_ for round_ in self._rounds if not round_.units]:
+                gang = round_.gang
+                if round_.is_coming and pending[gang.shape] <= 0 and not gang.is_placed:
+                    self._stop(gang)
+                pending[gang.shape] -= 1
+        idle = self._idle
+        if idle:
+            waiting = {round_.gang.shape for round_ in self._rounds if not round_.units and not round_.gang.is_placed}
+            for gang in idle:
+                if waiting - {gang.shape}:
+                    self._stop(gang)
 
     def _dispatch(self, gang: Gang, queue: UnitQueue[Any]) -> None:
         """Begin a round: open the queue's model, or measure the next of its units."""
         if gang.spec != queue.spec:
             self._begin(gang, queue, [], dict.fromkeys(gang.open(queue.spec), ()))
             return
+        self._has_measured = True
         units = queue.next_units(self._replicas(queue.spec.placement))
         references = gang.measure(queue.parts(units))
         self._begin(gang, queue, units, dict(zip(references, queue.by_rank(units), strict=True)))
@@ -278,56 +341,80 @@ class Pool:
         round_ = Round(gang=gang, queue=queue, units=units, awaited=awaited, rows=queue.rows, begun=self._cluster.now())
         self._gangs.setdefault(gang, []).append(round_)
 
-    def _wait(self) -> None:
+    def _wait_for_results(self) -> None:
         """Wait for results and take those that have come. Check on gangs from time to time."""
-        rounds = {reference: round_ for round_ in self._rounds for reference in round_.awaited}
+        rounds: dict[Any, Round] = {}
+        for round_ in self._rounds:
+            rounds |= dict.fromkeys(round_.awaited, round_)
         if not rounds:
             return
-        takes_next = not (self._coming.exhausted or any(queue.pending for queue in self._queues))
-        soon = SOON_SECONDS if self._begun and takes_next and self._idle else self._poll
-        if not self._cluster.wait([*rounds], number=1, seconds=soon):
+        if not self._cluster.wait([*rounds], number=1, seconds=self._seconds_to_wait()):
             self._require_placement()
         for reference in self._cluster.wait([*rounds], number=len(rounds), seconds=0):
-            self._moved = self._cluster.now()
+            self._progressed_at = self._cluster.now()
             if reference in rounds[reference].awaited:  # otherwise its gang was stopped
-                self._finish(reference, rounds[reference])
-        if self._cluster.now() - self._polled > self._poll:
-            self._polled = self._cluster.now()
+                self._take_result(reference, rounds[reference])
+        if self._cluster.now() - self._checked_at > self._check_seconds:
+            self._checked_at = self._cluster.now()
             self._cluster.require_node()
-            self._look_after()
-            self._let_go()
+            self._replace_hanging_gangs()
+            self._release_draining_gangs()
 
-    def _finish(self, reference: Any, round_: Round) -> None:
-        gang, queue = round_.gang, round_.queue
+    def _seconds_to_wait(self) -> float:
+        """Return how long to wait for a result. An idle gang waits for the next queue, which comes at any moment."""
+        takes_next = not self._coming.exhausted and not any(queue.pending for queue in self._queues)
+        if self._has_measured and takes_next and self._idle:
+            return SOON_SECONDS
+        return self._check_seconds
+
+    def _take_result(self, reference: Any, round_: Round) -> None:
+        """Take what a rank returned, or handle the loss of it."""
         try:
             result = self._cluster.get(reference)
         except RayTaskError as error:
             self._fail(round_, error.cause)
         except RayError as error:  # the worker, its node or the result was lost
-            if missing := missing_package(error):
-                self._outcomes += queue.fail([], missing)
-            self._cluster.require_node()
-            for node in gang.nodes:
-                _, units = self._losses.setdefault((queue, node), (self._cluster.now(), set()))
-                units.update(queue.unfinished.intersection(round_.units))
-            # It counts as no failure if the node is draining, or if other gangs have opened the model.
-            excused = gang.leaves or (not round_.units and any(other.spec == queue.spec for other in self._gangs))
-            self._stop(gang, why=None if excused else str(error).splitlines()[0])
+            self._replace_lost_gang(round_, error)
         else:
-            for unit, unit_result in zip(round_.awaited.pop(reference), result or (), strict=False):
-                self._outcomes += queue.finish(unit, unit_result)
-            if not round_.awaited:
-                if round_.units:
-                    queue.note_duration(round_.units, self._cluster.now() - round_.begun)
-                    queue.put_back(round_.units, None)  # units without a result
-                elif reference != gang.placed:
-                    gang.spec = queue.spec
-                    queue.note_opened()
-                self._free(round_)
+            self._finish(reference, round_, result or ())
+
+    def _replace_lost_gang(self, round_: Round, error: RayError) -> None:
+        """Stop a gang with a lost rank, and note the loss on the nodes of its ranks."""
+        gang = round_.gang
+        queue = round_.queue
+        missing = missing_package(error)
+        if missing is not None:
+            self._outcomes += queue.fail([], missing)
+        self._cluster.require_node()
+        for node_id in gang.nodes:
+            loss = self._losses.setdefault((queue, node_id), Loss(since=self._cluster.now()))
+            loss.units.update(queue.unfinished.intersection(round_.units))
+        # It counts as no failure if the node is draining, or if other gangs have opened the model.
+        opens_elsewhere = not round_.units and any(other.spec == queue.spec for other in self._gangs)
+        if gang.leaves or opens_elsewhere:
+            self._stop(gang)
+        else:
+            self._stop(gang, why=str(error).splitlines()[0])
+
+    def _finish(self, reference: Any, round_: Round, results: Sequence[Any]) -> None:
+        """Take the results of a rank. After those of all ranks, the gang gets its next round."""
+        queue = round_.queue
+        for unit, unit_result in zip(round_.awaited.pop(reference), results, strict=False):
+            self._outcomes += queue.finish(unit, unit_result)
+        if round_.awaited:
+            return
+        if round_.units:
+            queue.note_duration(round_.units, self._cluster.now() - round_.begun)
+            queue.put_back(round_.units, None)  # units without a result
+        elif reference != round_.gang.placed:
+            round_.gang.spec = queue.spec
+            queue.note_opened()
+        self._free(round_)
 
     def _free(self, round_: Round) -> None:
         """Give a gang that has finished a round its next one, or make it idle."""
-        gang, queue = round_.gang, round_.queue
+        gang = round_.gang
+        queue = round_.queue
         self._end(round_)
         if self._gangs[gang]:
             self._dispatch_ahead(gang)
@@ -362,8 +449,9 @@ class Pool:
 
     def _require_placement(self) -> None:
         """End a queue if the cluster has had no room for its gangs for too long."""
-        placed, needed = self._placed(), self._needed()
-        if placed >= needed or self._cluster.now() - self._moved <= self._placement_seconds:
+        placed = self._placed()
+        needed = self._needed()
+        if placed >= needed or self._cluster.now() - self._progressed_at <= self._placement_seconds:
             return
         queue = self._queues[0]
         who = f"Only {placed} of {needed} replicas were" if placed else "No worker was"
@@ -372,11 +460,11 @@ class Pool:
             "Free some of it, lower `replicas`, `ranks` or `gpus_per_replica`, or use another cluster.",
         )
         self._outcomes += queue.fail([], error)
-        for gang in {r.gang for r in self._rounds if r.queue is queue}:
+        for gang in {round_.gang for round_ in self._rounds if round_.queue is queue}:
             self._stop(gang)
-        self._moved = self._cluster.now()
+        self._progressed_at = self._cluster.now()
 
-    def _look_after(self) -> None:
+    def _replace_hanging_gangs(self) -> None:
         """Replace gangs with a rank that has begun no layer for too long, and note the progress of the others."""
         if not self._watch.listen():
             return
@@ -392,7 +480,7 @@ class Pool:
             if doing:
                 current.queue.note_progress(current.units, *doing)
 
-    def _let_go(self) -> None:
+    def _release_draining_gangs(self) -> None:
         """Stop gangs on draining nodes: at once if they measure nothing, otherwise when they are done."""
         draining = self._cluster.draining()
         if not draining:
