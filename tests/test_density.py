@@ -15,7 +15,7 @@ pytestmark = pytest.mark.nightly
 ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "avss_dist"
 TREES = {file.relative_to(PACKAGE): ast.parse(file.read_text("utf-8")) for file in sorted(PACKAGE.rglob("*.py"))}
-LARGE = {"models": 1}
+LARGE: dict[str, int] = {}
 """Number of large statements of a package that are still to be divided. It only falls."""
 
 Rule = Callable[[ast.Module], Iterator[int]]

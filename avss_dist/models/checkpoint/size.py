@@ -33,13 +33,12 @@ from avss_dist.models.checkpoint.loading import (
 from avss_dist.models.checkpoint.locate import Checkpoint, find_checkpoint, stored_tensors
 from avss_dist.models.checkpoint.quantization import can_unpack, packed, quantization_method, unpacking_bytes
 from avss_dist.models.checkpoint.safetensors import TensorInfo
-from avss_dist.models.structure.head import LOGIT_BYTES
+from avss_dist.models.structure.head import FLOAT32_BYTES, LOGIT_BYTES
 from avss_dist.models.structure.layers import count_parameters
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
 
-FLOAT32_BYTES = 4
 T = TypeVar("T")
 _SKELETONS: ContextVar[dict[Hashable, Any] | None] = ContextVar("skeletons", default=None)
 _EXPERT = re.compile(r"(^|\.)experts(\.|$)")
@@ -161,6 +160,7 @@ def footprint(checkpoint: Checkpoint | str, settings: Settings) -> Footprint:
         scale = stored / _bytes(loaded)
     sizes = _weight_sizes(loaded, find_layers(loaded, settings), scale)
     unpacking = _unpacking(checkpoint, model, stored, settings)
+    unpacks = not quantized or can_unpack(checkpoint, model.config)
 
     layers = find_layers(model, settings)
     text = model.config.get_text_config()
@@ -177,29 +177,34 @@ def footprint(checkpoint: Checkpoint | str, settings: Settings) -> Footprint:
         cache_bytes.append(_cache_bytes(text, index, attends, dtype.itemsize))
     embeddings = token_embeddings(model)
     embedding_bytes = _bytes(embeddings) if embeddings else 0
+    vocabulary = _number(text, "vocab_size")
     chosen = _chosen_experts(text)
+    matmul_parameters = _matmul_parameters(layers, chosen)
     mlp_width = max(_mlp_width(layer, chosen) for layer in layers)
+    num_parameters = count_parameters(model)
+    num_layers = len(layers)
+    attention = attention_implementation(text)
     return Footprint(
-        num_parameters=count_parameters(model),
+        num_parameters=num_parameters,
         weight_bytes=sizes.whole,
         layer_bytes=sizes.layers,
         expert_bytes=sizes.experts,
         module_bytes=sizes.modules,
         other_bytes=sizes.others,
         quantized=quantized,
-        can_unpack=_can_unpack(checkpoint, model.config, quantized),
+        can_unpack=unpacks,
         unpacking_bytes=unpacking.extra_bytes,
         stored_share=unpacking.stored_share,
-        num_layers=len(layers),
+        num_layers=num_layers,
         hidden_size=hidden_size(text),
         dtype=dtype_name(dtype),
-        attention=attention_implementation(text),
+        attention=attention,
         num_heads=heads,
         attention_width=attention_width,
         attention_layers=attention_layers,
-        matmul_parameters=_matmul_parameters(layers, chosen),
+        matmul_parameters=matmul_parameters,
         mlp_width=mlp_width,
-        vocabulary=_number(text, "vocab_size"),
+        vocabulary=vocabulary,
         embedding_bytes=embedding_bytes,
         cache_bytes=tuple(cache_bytes),
     )
@@ -278,12 +283,6 @@ def _unpacking(checkpoint: Checkpoint, model: PreTrainedModel, stored: int, sett
     # The configuration alone tells how layers are stored.
     as_stored = stored_skeleton(checkpoint, model, replace(settings, dequantize=False))
     return _Unpacking(extra, _bytes(find_layers(as_stored, settings)) / _bytes(layers))
-
-
-def _can_unpack(checkpoint: Checkpoint, config: PreTrainedConfig, quantized: bool) -> bool:
-    if not quantized:
-        return True
-    return can_unpack(checkpoint, config)
 
 
 def _matmul_parameters(layers: Iterable[nn.Module], chosen: float) -> int:

@@ -8,46 +8,72 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any, TypeGuard
 
 import torch
 from torch import nn
 from torch.overrides import TorchFunctionMode
 
+from avss_dist.models.forward import Arguments
 from avss_dist.models.structure.layers import PROBE_SHAPE, Scale, Tap, axes_of, is_linear
 
-_ENTERS, _LEAVES = "enters", "leaves"
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig
+
+_ENTERS = "enters"
+_LEAVES = "leaves"
 _ADDITIONS = ("add", "__add__", "__radd__", "add_", "__iadd__")
 _MULTIPLICATIONS = ("mul", "__mul__", "__rmul__", "mul_", "__imul__", "multiply")
 _DIVISIONS = ("div", "__truediv__", "div_", "__itruediv__", "true_divide", "divide")
 _TRANSFORMING = {
-    *(
-        "afmoe",
-        "beam",
-        "diffusion_gemma_text",
-        "embedding_gemma2_text",
-        "exaone4",
-        "flex_olmo",
-        "gemma2",
-        "gemma3_text",
-    ),
-    *("gemma3n_text", "gemma4_text", "gemma4_unified_text", "glm4", "glm4v_text", "glm_image_text", "glm_ocr_text"),
-    *("inkling_text", "inkling2_text", "inkling2_loop_text", "kolibri1", "lfm3", "minicpm3", "muse_glimmer_text"),
-    *("olmo2", "olmo3", "olmo_hybrid"),
+    "afmoe",
+    "beam",
+    "diffusion_gemma_text",
+    "embedding_gemma2_text",
+    "exaone4",
+    "flex_olmo",
+    "gemma2",
+    "gemma3_text",
+    "gemma3n_text",
+    "gemma4_text",
+    "gemma4_unified_text",
+    "glm4",
+    "glm4v_text",
+    "glm_image_text",
+    "glm_ocr_text",
+    "inkling_text",
+    "inkling2_text",
+    "inkling2_loop_text",
+    "kolibri1",
+    "lfm3",
+    "minicpm3",
+    "muse_glimmer_text",
+    "olmo2",
+    "olmo3",
+    "olmo_hybrid",
 }
 """Families, by ``model_type`` of their text configuration, that transform the outputs of sublayers at any setting."""
 _NORMS = {"chameleon": "swin_norm", "hyperclovax": "use_post_norm", "molmo2_text": "norm_after"}
 """Settings with which a family has norms after its sublayers."""
 _MULTIPLIERS = (
-    *("residual_multiplier", "attention_out_multiplier", "ssm_out_multiplier"),
-    *("full_attn_beta_factor", "linear_attn_beta_factor", "mlp_beta_factor"),
+    "residual_multiplier",
+    "attention_out_multiplier",
+    "ssm_out_multiplier",
+    "full_attn_beta_factor",
+    "linear_attn_beta_factor",
+    "mlp_beta_factor",
 )
 """Settings that multiply the outputs of sublayers: of Granite and others, Falcon-H1, and MiniMax."""
 _UNSCALED_ESMC_LAYERS = 36
+"""Number of layers with which ESM C does not scale the outputs of its sublayers."""
 _COPIES = ("to", "float", "half", "bfloat16", "type_as", "contiguous", "clone", "reshape", "flatten", "dropout")
 
 
-def transforms_outputs(config: Any) -> bool:
+_PASSING_ON = (*_ADDITIONS, *_MULTIPLICATIONS, *_DIVISIONS, *_COPIES)
+"""Functions whose result is the residual stream if an operand is."""
+
+
+def transforms_outputs(config: PreTrainedConfig) -> bool:
     """Whether layers transform the outputs of sublayers before they add them, so that `tap_addition` moves a tap.
 
     It is known before a model is loaded, for the ids of runs. Code that comes with a checkpoint is not known.
@@ -77,7 +103,7 @@ class Step:
     """
 
     name: str
-    operands: Sequence[Any] = ()
+    operands: Arguments = ()
     result: torch.Tensor | None = None
     module: nn.Module | None = None
 
@@ -118,15 +144,16 @@ class Trace(TorchFunctionMode):
         """End the layer."""
         self.output = output
 
-    def enter(self, module: nn.Module, inputs: Sequence[Any]) -> None:
+    def enter(self, module: nn.Module, inputs: Arguments) -> None:
         """Record the begin of a module's call."""
         self.steps.append(Step(_ENTERS, inputs, module=module))
 
     def leave(self, module: nn.Module, output: torch.Tensor | None) -> None:
         """Record the end of a module's call."""
-        self.steps.append(Step(_LEAVES, result=output if self.is_traced(output) else None, module=module))
+        result = output if self.is_traced(output) else None
+        self.steps.append(Step(_LEAVES, result=result, module=module))
 
-    def is_traced(self, value: Any) -> bool:
+    def is_traced(self, value: object) -> TypeGuard[torch.Tensor]:
         """Whether a value is a tensor of the size of the residual stream."""
         if self.hidden is None or not isinstance(value, torch.Tensor) or not value.is_floating_point():
             return False
@@ -146,7 +173,9 @@ def tap_addition(trace: Trace, tap: Tap) -> Tap:
     if addition is None:
         return tap
     calls = [step for step in trace.steps if step.name == _LEAVES and step.module is addition.module]
-    return addition if len(calls) == 1 else tap
+    if len(calls) == 1:
+        return addition
+    return tap
 
 
 @dataclass(frozen=True)
@@ -172,7 +201,8 @@ class _Search:
     """
 
     def __init__(self, trace: Trace, tap: Tap) -> None:
-        self.trace, self.start = trace, tap
+        self.trace = trace
+        self.start = tap
         self.taps: dict[int, Tap] = {}
         self.contributions: set[int] = set()
         self.streams: set[int] = set()
@@ -212,24 +242,27 @@ class _Search:
             if is_linear(call.module) or address not in self.streams:
                 self._label(address, self.contributions)
         elif call.transforms and address not in call.inputs:
-            if call.inputs <= self.taps.keys():
+            if call.inputs.issubset(self.taps):
                 self.taps[address] = Tap(call.module, "output", axes_of(output.shape, *PROBE_SHAPE))
             for labelled in (self.contributions, self.streams):
-                if call.inputs <= labelled:
+                if call.inputs.issubset(labelled):
                     self._label(address, labelled)
 
     def _is_addition(self, step: Step) -> bool:
         """Whether a step adds the sublayer's output to something else than another sublayer's output."""
         addends = self._traced(step.operands)
-        is_sum = step.name in _ADDITIONS and len(addends) == 2
-        return is_sum and not self.taps.keys().isdisjoint(addends) and not addends <= self.contributions
+        if step.name not in _ADDITIONS or len(addends) != 2:
+            return False
+        has_output = any(address in self.taps for address in addends)
+        return has_output and not addends.issubset(self.contributions)
 
     def _follow(self, step: Step) -> None:
         """Follow the tensors that a function was given and returned."""
         inputs = self._traced(step.operands)
         if step.result is None or not inputs:
             return
-        address, tap = _address(step.result), self._tap_of(step.operands)
+        address = _address(step.result)
+        tap = self._tap_of(step.operands)
         if tap is not None:
             numbers = [value for value in step.operands if isinstance(value, int | float)]
             if step.name in _MULTIPLICATIONS and len(numbers) == 1:
@@ -238,9 +271,9 @@ class _Search:
                 self.taps[address] = _scaled(tap, Scale(numbers[0], divides=True))
             elif step.name in _COPIES or (step.name in _ADDITIONS and len(inputs) == 2):
                 self.taps[address] = tap
-        if inputs <= self.contributions:
+        if inputs.issubset(self.contributions):
             self._label(address, self.contributions)
-        elif step.name in (*_ADDITIONS, *_MULTIPLICATIONS, *_DIVISIONS, *_COPIES) and inputs & self.streams:
+        elif step.name in _PASSING_ON and inputs & self.streams:
             self._label(address, self.streams)
 
     def _label(self, address: int, labelled: set[int]) -> None:
@@ -248,16 +281,16 @@ class _Search:
         self.streams.discard(address)
         labelled.add(address)
 
-    def _tap_of(self, operands: Sequence[Any]) -> Tap | None:
+    def _tap_of(self, operands: Arguments) -> Tap | None:
         for address in self._addresses(operands):
             if address in self.taps:
                 return self.taps[address]
         return None
 
-    def _traced(self, operands: Sequence[Any]) -> set[int]:
+    def _traced(self, operands: Arguments) -> set[int]:
         return set(self._addresses(operands))
 
-    def _addresses(self, operands: Sequence[Any]) -> list[int]:
+    def _addresses(self, operands: Arguments) -> list[int]:
         return [_address(value) for value in operands if self.trace.is_traced(value)]
 
 
@@ -270,9 +303,14 @@ def _mixes_units(module: nn.Module) -> bool:
     """Whether a module has a matrix, unlike norms and convolutions of each unit alone."""
     if any(is_linear(part) for part in module.modules()):
         return True
-    shapes = [getattr(parameter, "ds_shape", parameter.shape) for parameter in module.parameters()]  # of ZeRO-3
-    return any(len(shape) > 1 and shape[1] > 1 for shape in shapes)
+    for parameter in module.parameters():
+        shape = getattr(parameter, "ds_shape", parameter.shape)  # ZeRO-3 may hold a part of it.
+        if len(shape) > 1 and shape[1] > 1:
+            return True
+    return False
 
 
 def _scaled(tap: Tap, scale: Scale) -> Tap:
-    return tap if scale.number == 1 else replace(tap, scales=(*tap.scales, scale))
+    if scale.number == 1:
+        return tap
+    return replace(tap, scales=(*tap.scales, scale))

@@ -6,6 +6,7 @@ import re
 from collections import Counter
 from collections.abc import Collection
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import nn
@@ -20,6 +21,8 @@ ROUTER_TENSORS = ("weight", "bias", "e_score_correction_bias", "expert_bias")
 """Tensors of a router, or of the module around it, that have a row for each expert."""
 _OTHER_COUNT = re.compile(r"^(n|num)_.*experts$|^out_features$")
 _EXPERTS = re.compile(r"(^|\.)experts\b|(?<!Shared)Experts$")
+COMPARED = 2
+"""Number of experts of each group that a router with groups compares."""
 ELSEWHERE = "Remove whole layers of this model."
 
 
@@ -46,13 +49,16 @@ class RoutedExperts:
 
     def has_row_for_each(self, path: str) -> bool:
         """Whether a tensor of the layer, by its path, has a row for each expert."""
-        of_router = {f"{module}.{name}".lstrip(".") for module in (self.router, self.block) for name in ROUTER_TENSORS}
-        return path.startswith(f"{self.experts}.") or path in of_router
+        if path.startswith(f"{self.experts}."):
+            return True
+        module, _, name = path.rpartition(".")
+        return name in ROUTER_TENSORS and module in (self.router, self.block)
 
     def shape_without(self, path: str, shape: tuple[int, ...], removed: int) -> tuple[int, ...]:
         """Return the shape of a tensor of the layer, by its path, once some experts are removed."""
-        has_rows = shape[:1] == (self.number,) and self.has_row_for_each(path)
-        return (self.number - removed, *shape[1:]) if has_rows else shape
+        if shape[:1] == (self.number,) and self.has_row_for_each(path):
+            return (self.number - removed, *shape[1:])
+        return shape
 
     def require_remaining(self, layer: int, removed: Collection[int]) -> None:
         """Refuse a removal after which the router could not choose.
@@ -73,20 +79,31 @@ class RoutedExperts:
                 f"to {self.top_k}.",
                 "Remove fewer.",
             )
-        if self.groups == 1:
-            return
+        if self.groups > 1:
+            self._require_remaining_groups(layer, set(removed))
+
+    def _require_remaining_groups(self, layer: int, removed: set[int]) -> None:
+        """Refuse a removal after which groups would differ in size, or be too small for the router.
+
+        Args: see `require_remaining`.
+
+        Raises:
+            ModelError: the router could not choose.
+        """
         size = self.number // self.groups
-        lost = Counter(expert // size for expert in set(removed))
-        sizes = {size - lost[group] for group in range(self.groups)}
-        if len(sizes) > 1:
+        lost = Counter(expert // size for expert in removed)
+        sizes = [size - lost[group] for group in range(self.groups)]
+        smallest = min(sizes)
+        largest = max(sizes)
+        if smallest != largest:
             raise ModelError(
                 f"The router of layer {layer} chooses among {self.groups} groups of {size} experts each, of which "
-                f"{min(sizes)} to {max(sizes)} would remain. Groups must have equal sizes.",
+                f"{smallest} to {largest} would remain. Groups must have equal sizes.",
                 "Remove as many experts of each group; avss plan does so if it can read the checkpoint's config.json.",
             )
-        if min(sizes) < 2 or min(sizes) * self.chosen_groups < self.top_k:
+        if smallest < COMPARED or smallest * self.chosen_groups < self.top_k:
             raise ModelError(
-                f"{count_of(min(sizes), 'expert')} would remain in each of the {self.groups} groups of layer {layer}. "
+                f"{count_of(smallest, 'expert')} would remain in each of the {self.groups} groups of layer {layer}. "
                 f"Its router compares two of each, and chooses {self.top_k} from {self.chosen_groups} groups.",
                 "Remove fewer.",
             )
@@ -102,35 +119,49 @@ def find_routed_experts(layer: nn.Module) -> RoutedExperts | None:
     """
     modules = dict(layer.named_modules())
     fused = [path for path, module in modules.items() if _is_fused(module)]
-    if not fused:
-        if unknown := [path for path, module in modules.items() if _EXPERTS.search(f"{path} {type(module).__name__}")]:
-            raise _unsupported(f"'{unknown[0]}' is not one module with a matrix for each of its `{COUNT}` experts")
-        return None
     if len(fused) > 1:
         raise _unsupported(f"it has {len(fused)} modules of experts: {', '.join(fused)}")
-    (path,) = fused
-    block, number = path.rpartition(".")[0], _stacked(modules[path])[0]
-    beside = {name: module for name, module in modules[block].named_children() if module is not modules[path]}
-    routers = [name for name, module in beside.items() if _is_router(module)]
-    if len(routers) != 1:
-        kinds = ", ".join(type(module).__name__ for module in beside.values())
-        raise _unsupported(
-            f"no module beside its experts has `{COUNT}`, `top_k` and one weight row for each expert"
-            f"{kinds and f' (it has {kinds})'}"
-        )
-    router = beside[routers[0]]
+    if not fused:
+        for path, module in modules.items():
+            if _EXPERTS.search(f"{path} {type(module).__name__}"):
+                raise _unsupported(f"'{path}' is not one module with a matrix for each of its `{COUNT}` experts")
+        return None
+    path = fused[0]
+    block = path.rpartition(".")[0]
+    number = _stacked(modules[path])[0]
+    name, router = _find_router(modules[block], modules[path])
     if reason := _obstacle(router, modules[block], number):
         raise _unsupported(reason)
     groups = _groups(router, "num_group", "n_group", "num_groups")
+    chosen_groups = 1
+    if groups > 1:
+        chosen_groups = _groups(router, "topk_group", "topk_groups")
     return RoutedExperts(
         block=block,
-        router=f"{block}.{routers[0]}".lstrip("."),
+        router=f"{block}.{name}".lstrip("."),
         experts=path,
         number=number,
         top_k=int(router.top_k),
         groups=groups,
-        chosen_groups=_groups(router, "topk_group", "topk_groups") if groups > 1 else 1,
+        chosen_groups=chosen_groups,
     )
+
+
+def _find_router(block: nn.Module, experts: nn.Module) -> tuple[str, Any]:
+    """Return the name and the module of the router beside the experts of a block.
+
+    Raises:
+        ModelError: there is no router, or more than one.
+    """
+    beside = {name: module for name, module in block.named_children() if module is not experts}
+    routers = [name for name, module in beside.items() if _is_router(module)]
+    if len(routers) == 1:
+        return routers[0], beside[routers[0]]
+    reason = f"no module beside its experts has `{COUNT}`, `top_k` and one weight row for each expert"
+    kinds = [type(module).__name__ for module in beside.values()]
+    if kinds:
+        reason += f" (it has {', '.join(kinds)})"
+    raise _unsupported(reason)
 
 
 def _unsupported(reason: str) -> ModelError:
@@ -142,9 +173,14 @@ def _is_fused(module: nn.Module) -> bool:
 
     Where ranks have some of the experts each, its count is that of a rank.
     """
-    numbers, count = _stacked(module), getattr(module, COUNT, None)
-    split = any(isinstance(parameter, DTensor) for parameter in module._parameters.values())
-    return bool(numbers) and type(count) is int and set(numbers) == {numbers[0] if split else count}
+    numbers = _stacked(module)
+    count = getattr(module, COUNT, None)
+    if not numbers or type(count) is not int:
+        return False
+    is_split = any(isinstance(parameter, DTensor) for parameter in module._parameters.values())
+    if is_split:
+        count = numbers[0]
+    return all(number == count for number in numbers)
 
 
 def _stacked(module: nn.Module) -> list[int]:
@@ -155,8 +191,10 @@ def _stacked(module: nn.Module) -> list[int]:
 
 def _is_router(module: nn.Module) -> bool:
     weight = module._parameters.get("weight")
-    shape = () if weight is None else _shape(weight)
-    return len(shape) == 2 and type(getattr(module, "top_k", None)) is int and shape[0] == getattr(module, COUNT, None)
+    if weight is None or type(getattr(module, "top_k", None)) is not int:
+        return False
+    shape = _shape(weight)
+    return len(shape) == 2 and shape[0] == getattr(module, COUNT, None)
 
 
 def _shape(parameter: torch.Tensor) -> tuple[int, ...]:
@@ -169,14 +207,16 @@ def _obstacle(router: nn.Module, block: nn.Module, number: int) -> str | None:
     kind = type(router).__name__
     if getattr(router, COUNT) != number:
         return f"{kind} chooses among {getattr(router, COUNT)} experts, of which {number} have weights"
-    tensors = [*router.named_parameters(), *router.named_buffers()]
-    if other := [name for name, _ in tensors if name not in ROUTER_TENSORS]:
-        return f"{kind} has a tensor '{other[0]}', whose meaning for an expert is unknown"
-    counts = [name for name in vars(router) if _OTHER_COUNT.match(name) and name != COUNT]
-    if counts:
-        return f"{kind} also counts experts in `{counts[0]}`"
-    around = [name for name in (*block._parameters, *block._buffers) if name not in ROUTER_TENSORS]
-    return f"{type(block).__name__} has a tensor '{around[0]}' of its own" if around else None
+    for name, _ in [*router.named_parameters(), *router.named_buffers()]:
+        if name not in ROUTER_TENSORS:
+            return f"{kind} has a tensor '{name}', whose meaning for an expert is unknown"
+    for name in vars(router):
+        if _OTHER_COUNT.match(name) and name != COUNT:
+            return f"{kind} also counts experts in `{name}`"
+    for name in (*block._parameters, *block._buffers):
+        if name not in ROUTER_TENSORS:
+            return f"{type(block).__name__} has a tensor '{name}' of its own"
+    return None
 
 
 def _groups(router: nn.Module, *names: str) -> int:

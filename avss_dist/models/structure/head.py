@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
@@ -23,8 +23,12 @@ from avss_dist.stats.layer_stats import Float64
 
 TOLERANCES = {torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 5e-2}
 """Maximum difference between the logits of pieces and of all tokens, relative to the largest logit, by dtype."""
-LOGIT_BYTES = 128 << 20  # of the logits that exist at once, in float32; of 262,144 tokens, after 128
-WIDENED_BYTES = 16 << 20  # of logits on a CPU: larger pieces would be taken from the system anew each time
+FLOAT32_BYTES = 4
+LOGIT_BYTES = 128 << 20
+"""Bytes of the logits that exist at once, in float32: of 128 tokens with a vocabulary of 262,144."""
+WIDENED_BYTES = 16 << 20
+"""Bytes of float32 logits that exist at once on a CPU. Memory of larger pieces would be taken from the system anew each
+time."""
 
 
 class Head:
@@ -40,18 +44,22 @@ class Head:
     """
 
     def __init__(self, module: Any, layers: Sequence[Layer], device: torch.device) -> None:
-        self._module, self._linear = module, module.get_output_embeddings()
+        self._module = module
+        self._linear = module.get_output_embeddings()
         self._ids = probe_tokens(device)
-        self._ids[1, :-1] = self._ids[0, :-1]  # the rows differ in their last token alone
+        self._ids[1, :-1] = self._ids[0, :-1]  # The rows differ in their last token alone.
         self.body: nn.Module | None = None
-        outputs: dict[str, Output] = {}  # of the modules around the layers, by path
+        outputs: dict[str, Output] = {}  # Outputs of the modules around the layers, by path.
 
         def keep(path: str, _args: Arguments, _kwargs: Keywords, output: Output) -> None:
             outputs[path] = output
 
         path = next(name for name, child in module.named_modules() if child is layers[0].module)
-        paths = [path[:end] for end, letter in enumerate(path) if letter == "."]
-        watched = [CallAfter(module.get_submodule(above), partial(keep, above)) for above in paths]
+        parts = path.split(".")
+        watched = []
+        for number in range(1, len(parts)):
+            above = ".".join(parts[:number])
+            watched.append(CallAfter(module.get_submodule(above), partial(keep, above)))
         with torch.no_grad(), changing(watched), self._reading(runs=True) as inputs:
             logits: torch.Tensor = module(input_ids=self._ids, use_cache=False).logits
         self.vocabulary = logits.shape[-1]
@@ -59,14 +67,22 @@ class Head:
         if not outputs or len(inputs) != 1 or inputs[0].shape[:-1] != PROBE_SHAPE or inputs[0].dim() != 3:
             return
         body = min(outputs, key=lambda path: path.count("."))
-        self.body, self._output = module.get_submodule(body), outputs[body]
-        expected = logits.flatten(0, 1)
-        with torch.no_grad(), suppress(Exception):  # a model's own code can raise anything where less runs
-            actual = self.logits(inputs[0].flatten(0, 1))
-            tolerance = TOLERANCES.get(actual.dtype, 0.0) * expected.abs().max()
-            if actual.shape == expected.shape and bool(((actual - expected).abs() <= tolerance).all()):
-                return
-        self.body = None
+        self._output = outputs[body]
+        self.body = module.get_submodule(body)
+        if not self._computes(inputs[0].flatten(0, 1), logits.flatten(0, 1)):
+            self.body = None
+
+    def _computes(self, hidden: torch.Tensor, expected: torch.Tensor) -> bool:
+        """Whether the logits of hidden states, [tokens, units], are the expected ones, [tokens, vocabulary]."""
+        try:
+            with torch.no_grad():
+                actual = self.logits(hidden)
+        except Exception:  # A model's own code can raise anything where less runs.
+            return False
+        if actual.shape != expected.shape:
+            return False
+        tolerance = TOLERANCES.get(actual.dtype, 0.0) * expected.abs().max()
+        return bool(((actual - expected).abs() <= tolerance).all())
 
     @contextmanager
     def _reading(self, *, runs: bool) -> Iterator[list[torch.Tensor]]:
@@ -124,13 +140,15 @@ def pieces(number: int, vocabulary: int, maximum: int) -> list[slice]:
 
     A slice has at least one token.
     """
-    step = max(1, maximum // (4 * vocabulary))
+    step = max(1, maximum // (FLOAT32_BYTES * vocabulary))
     return [slice(start, min(start + step, number)) for start in range(0, number, step)]
 
 
 def float32_pieces(logits: torch.Tensor) -> Iterator[tuple[slice, torch.Tensor]]:
     """Yield logits, [tokens, vocabulary], in float32, as (slice of tokens, piece)."""
-    maximum = WIDENED_BYTES if logits.device.type == "cpu" else LOGIT_BYTES
+    maximum = LOGIT_BYTES
+    if logits.device.type == "cpu":
+        maximum = WIDENED_BYTES
     for piece in pieces(len(logits), logits.shape[1], maximum):
         yield piece, logits[piece].float()
 
@@ -173,6 +191,7 @@ def uniform_numbers(batch: Batch, draws: int, seed: int) -> Float64:
     for row, (ids, real) in enumerate(zip(batch.input_ids, batch.attention_mask, strict=True)):
         tokens_of_row = ids[real].astype(np.int32)
         digest = np.frombuffer(hashlib.sha256(tokens_of_row.tobytes()).digest(), np.uint32)
-        numbers = np.random.default_rng([seed, *digest.tolist()]).random((max(0, len(tokens_of_row) - 1), draws))
+        generator = np.random.default_rng([seed, *digest.tolist()])
+        numbers = generator.random((max(0, len(tokens_of_row) - 1), draws))
         uniform[:, row, : len(numbers)] = numbers.T
     return uniform

@@ -13,8 +13,10 @@ from torch import nn
 from avss_dist.core.errors import ModelError, nearest
 from avss_dist.models.forward import Arguments, Forward, Keywords, Output
 
-MAX_REPRESENTATIVES = 8  # layers, beside the ends of each kind
-PROBE_SHAPE = (2, 12)  # rows and tokens differ, so that axes can be distinguished
+MAX_REPRESENTATIVES = 8
+"""Number of layers at equal distances in a sample, beside the first and the last of each kind."""
+PROBE_SHAPE = (2, 12)
+"""Rows and tokens of the pass that probes a model. They differ, so that axes can be distinguished."""
 
 
 def probe_tokens(device: torch.device | None = None) -> torch.Tensor:
@@ -31,7 +33,9 @@ class Scale:
 
     def apply(self, x: torch.Tensor) -> torch.Tensor:
         """Return the product or the quotient, rounded as the layer rounds it."""
-        return x / self.number if self.divides else x * self.number
+        if self.divides:
+            return x / self.number
+        return x * self.number
 
 
 @dataclass(frozen=True)
@@ -142,34 +146,43 @@ def layer_lists(model: nn.Module, num_layers: int | None, path: str | None = Non
     Raises:
         ModelError: the model has no such list; the message names its module lists.
     """
-    lists = {
-        name: module for name, module in model.named_modules() if isinstance(module, nn.ModuleList) and len(module)
-    }
+    lists: dict[str, nn.ModuleList] = {}
+    for name, module in model.named_modules():
+        if isinstance(module, nn.ModuleList) and len(module):
+            lists[name] = module
     if path is not None:
         if path not in lists:
             raise ModelError(f"{type(model).__name__} has no layer list '{path}'.", nearest(path, lists))
         return {path: lists[path]}
-    blocks = {
-        name: modules
-        for name, modules in lists.items()
-        if not any(isinstance(module, (nn.ModuleList, nn.Sequential)) for module in modules)
-        and all(any(is_linear(part) for part in module.modules() if part is not module) for module in modules)
-    }
-    candidates = {name: module for name, module in blocks.items() if len(module) == num_layers} or blocks
+    blocks = {name: modules for name, modules in lists.items() if _holds_blocks(modules)}
+    as_long_as_told = {name: modules for name, modules in blocks.items() if len(modules) == num_layers}
+    candidates = as_long_as_told or blocks
     if not candidates:
         raise layers_not_found(model, num_layers, lists, "no module list holds whole blocks")
     depth = min(name.count(".") for name in candidates)
     return {name: modules for name, modules in candidates.items() if name.count(".") == depth}
 
 
+def _holds_blocks(modules: nn.ModuleList) -> bool:
+    """Whether every module of a list has a linear map below it, and none is a list or a sequence itself."""
+    for module in modules:
+        if isinstance(module, (nn.ModuleList, nn.Sequential)):
+            return False
+        has_linear = any(is_linear(part) for part in module.modules() if part is not module)
+        if not has_linear:
+            return False
+    return True
+
+
 def layers_not_found(
     model: nn.Module, num_layers: int | None, lists: Mapping[str, nn.ModuleList], why: str
 ) -> ModelError:
     """Return the error that the layers of a model were not found, naming the module lists that it has."""
-    described = ", ".join(f"{name} ({len(module)} x {type(module[0]).__name__})" for name, module in lists.items())
+    described = [f"{name} ({len(modules)} x {type(modules[0]).__name__})" for name, modules in lists.items()]
+    layers = f"{num_layers} layers" if num_layers else "layers"
     return ModelError(
-        f"The {num_layers or ''} layers of {type(model).__name__} could not be found: {why}.".replace("  ", " "),
-        f"Seen: {described or 'no module list'}. Name one with `layers`.",
+        f"The {layers} of {type(model).__name__} could not be found: {why}.",
+        f"Seen: {', '.join(described) or 'no module list'}. Name one with `layers`.",
     )
 
 
@@ -180,8 +193,9 @@ def count_parameters(module: nn.Module) -> int:
 
 def is_linear(module: nn.Module) -> bool:
     """Whether a module is a linear map: Linear, GPT-2's Conv1D, or a quantized linear."""
-    kind = type(module).__name__
-    return isinstance(module, nn.Linear) or kind == "Conv1D" or ("Linear" in kind and hasattr(module, "weight"))
+    if isinstance(module, nn.Linear) or is_transposed(module):
+        return True
+    return "Linear" in type(module).__name__ and hasattr(module, "weight")
 
 
 def is_transposed(module: nn.Module) -> bool:
@@ -279,11 +293,23 @@ def as_rows(x: torch.Tensor, axes: str, rows: int, tokens: int, *, place: object
 
 def routing_of(inputs: Sequence[torch.Tensor]) -> Routing | None:
     """Return the input tensors of a call as a routing, or None if they do not have its shapes and dtypes."""
-    index = next((t for t in inputs if t.dim() == 2 and not t.is_floating_point() and t.dtype != torch.bool), None)
-    if index is None or not inputs[0].is_floating_point() or inputs[0].dim() != 2 or len(inputs[0]) != len(index):
+    index = _first_matrix_of_integers(inputs)
+    if index is None:
         return None
-    gates = next((t for t in inputs[1:] if t.is_floating_point() and t.shape == index.shape), None)
-    return None if gates is None else Routing(inputs[0], index, gates)
+    hidden = inputs[0]
+    if not hidden.is_floating_point() or hidden.dim() != 2 or len(hidden) != len(index):
+        return None
+    for gates in inputs[1:]:
+        if gates.is_floating_point() and gates.shape == index.shape:
+            return Routing(hidden, index, gates)
+    return None
+
+
+def _first_matrix_of_integers(tensors: Sequence[torch.Tensor]) -> torch.Tensor | None:
+    for tensor in tensors:
+        if tensor.dim() == 2 and not tensor.is_floating_point() and tensor.dtype != torch.bool:
+            return tensor
+    return None
 
 
 def with_replaced(args: Arguments, kwargs: Keywords, instead: Mapping[int, torch.Tensor]) -> tuple[Arguments, Keywords]:
@@ -334,7 +360,8 @@ def require_single_use(layers: Sequence[Layer], layer: Layer, change: str) -> No
     Raises:
         ModelError: the layer is used more than once in a pass.
     """
-    if sum(other.module is layer.module for other in layers) > 1:
+    uses = [other for other in layers if other.module is layer.module]
+    if len(uses) > 1:
         raise ModelError(f"{layer} is used more than once; it cannot be {change}.")
 
 
@@ -348,11 +375,21 @@ def representatives(layers: Sequence[Layer]) -> list[Layer]:
         return list(layers)
     kinds: defaultdict[Hashable, list[int]] = defaultdict(list)
     for place, layer in enumerate(layers):
-        parts = [
-            (path, type(part), tuple(item for item in vars(part).items() if type(item[1]) in (bool, str)))
-            for path, part in layer.module.named_modules()
-        ]
-        kinds[tuple(parts)].append(place)
-    ends = {place for places in kinds.values() for place in (places[0], places[-1])}
+        kinds[_kind_of(layer)].append(place)
+    chosen: set[int] = set()
+    for places in kinds.values():
+        chosen.add(places[0])
+        chosen.add(places[-1])
     step = (len(layers) - 1) / (MAX_REPRESENTATIVES - 1)
-    return [layers[place] for place in sorted(ends | {round(step * number) for number in range(MAX_REPRESENTATIVES)})]
+    for number in range(MAX_REPRESENTATIVES):
+        chosen.add(round(step * number))
+    return [layers[place] for place in sorted(chosen)]
+
+
+def _kind_of(layer: Layer) -> Hashable:
+    """Return the classes, flags and names of the modules of a layer."""
+    parts = []
+    for path, part in layer.module.named_modules():
+        flags = tuple((name, value) for name, value in vars(part).items() if type(value) in (bool, str))
+        parts.append((path, type(part), flags))
+    return tuple(parts)
