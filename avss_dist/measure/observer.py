@@ -26,6 +26,7 @@ from avss_dist.corpus.pairs import Pairing
 from avss_dist.measure.kernels import kernels_for
 from avss_dist.measure.kernels.reference import Accumulator, Kernels, Tensors, send_stats
 from avss_dist.measure.rows import CountedTokens, PlacedRows, row_tensors
+from avss_dist.models.forward import Arguments, Keywords, Output
 from avss_dist.models.structure.layers import (
     Experts,
     Layer,
@@ -34,6 +35,7 @@ from avss_dist.models.structure.layers import (
     first_tensor,
     input_tensor,
     routing_of,
+    tensors_of,
     with_replaced,
 )
 from avss_dist.partition.group import RowSplit
@@ -41,6 +43,20 @@ from avss_dist.stats.layer_stats import ROW_FIELDS, ExpertStats, LayerKey, Layer
 
 ALL_ROWS = RowSplit()
 UNIT_SITES = ("block", "update", *INPUT_SITES)
+
+
+@dataclass(frozen=True, eq=False)
+class EnteredLayer:
+    """A layer that is running.
+
+    Attributes:
+        hidden: hidden states that it received, or None.
+        version: their autograd version at that time, which reveals changes in place.
+    """
+
+    layer: Layer
+    hidden: torch.Tensor | None
+    version: int
 
 
 @dataclass
@@ -52,8 +68,7 @@ class Pass:
         local_rows: rows that this process counts.
         copies: tokens that count, by device. See `on`.
         calls: number of calls of each layer's module so far.
-        entered: the running layer, the hidden states that it received, and their autograd version, which reveals
-            changes in place; None between layers, and in a pass without tokens that count.
+        entered: the running layer; None between layers, and in a pass without tokens that count.
     """
 
     observer: Observer
@@ -62,11 +77,13 @@ class Pass:
     pairing: Pairing | None
     copies: dict[torch.device, CountedTokens] = field(default_factory=dict)
     calls: Counter[nn.Module] = field(default_factory=Counter)
-    entered: tuple[Layer, torch.Tensor | None, int] | None = None
+    entered: EnteredLayer | None = None
 
     def on(self, device: torch.device) -> CountedTokens:
         """Return the tokens that count, on a device."""
-        return self.copies.setdefault(device, CountedTokens(self.mask, device, self.local_rows, self.pairing))
+        if device not in self.copies:
+            self.copies[device] = CountedTokens(self.mask, device, self.local_rows, self.pairing)
+        return self.copies[device]
 
 
 PASSES: ContextVar[tuple[Pass, ...]] = ContextVar("passes", default=())
@@ -86,18 +103,20 @@ class ExpertCounter:
             routing: routing of the tokens that count.
             outputs: [tokens, units], the outputs of each token's k-th expert at a gate of 1, for each k.
         """
-        routed, sums, router = self._sums_of(layer, experts, routing.hidden.device).values()
-        router[0] += len(routing.index)
+        sums = self._sums_of(layer, experts, routing.hidden.device)
+        sums["router"][0] += len(routing.index)
         for slot, output in enumerate(outputs):
-            index, gates = routing.index[:, slot], routing.gates[:, slot].double()
+            index = routing.index[:, slot]
+            gates = routing.gates[:, slot].double()
             x = output.double()
-            squares, total = x.square().sum(dim=1), x.sum(dim=1)
-            finite = torch.isfinite(squares)
+            squares = x.square().sum(dim=1)
             chosen = (index[:, None] == torch.arange(experts.number, device=index.device)).double()
             columns = torch.stack([torch.ones_like(gates), gates], dim=1)
-            routed += chosen.T @ columns
-            columns = torch.stack([gates * squares.sqrt(), torch.full_like(gates, x.shape[1]), total, squares], dim=1)
-            sums += chosen.T @ torch.where(finite[:, None], columns, 0)
+            sums["routed"] += chosen.T @ columns
+            elements = torch.full_like(gates, x.shape[1])
+            columns = torch.stack([gates * squares.sqrt(), elements, x.sum(dim=1), squares], dim=1)
+            finite = torch.isfinite(squares)
+            sums["outputs"] += chosen.T @ torch.where(finite[:, None], columns, 0)
 
     def add_entropy(self, layer: int, experts: Experts, logits: torch.Tensor) -> None:
         """Add the router's entropy over the tokens that count.
@@ -106,7 +125,10 @@ class ExpertCounter:
             logits: [tokens, experts], the router's output.
         """
         wide = logits.double()
-        shares = wide / wide.sum(dim=-1, keepdim=True) if experts.normalized else wide.softmax(dim=-1)
+        if experts.normalized:
+            shares = wide / wide.sum(dim=-1, keepdim=True)
+        else:
+            shares = wide.softmax(dim=-1)
         self._sums_of(layer, experts, logits.device)["router"][1] += torch.special.entr(shares).sum()
 
     def send(self) -> Callable[[], dict[int, ExpertStats]]:
@@ -141,11 +163,14 @@ class ExpertCounter:
         elements, their sum and sum of squares; and ``router`` float64[2], its tokens and entropy.
         """
         if layer not in self._sums:
-            zeros = partial(torch.zeros, dtype=torch.float64, device=device)
-            sizes = {"routed": (experts.number, 2), "outputs": (experts.number, 4), "router": (2,)}
-            self._sums[layer] = {name: zeros(size) for name, size in sizes.items()}
+            sums = {
+                "routed": torch.zeros((experts.number, 2), dtype=torch.float64, device=device),
+                "outputs": torch.zeros((experts.number, 4), dtype=torch.float64, device=device),
+                "router": torch.zeros(2, dtype=torch.float64, device=device),
+            }
             if experts.router is None:
-                self._sums[layer]["router"][1] = torch.nan
+                sums["router"][1] = torch.nan
+            self._sums[layer] = sums
         return self._sums[layer]
 
 
@@ -156,7 +181,8 @@ class Hooks:
     """
 
     def __init__(self, layers: Sequence[Layer], sites: Sequence[str]) -> None:
-        self.layers, self.sites = layers, sites
+        self.layers = layers
+        self.sites = sites
 
     def hand(self, read: Callable[..., None], module: nn.Module, *call: Any) -> None:
         """Hand a call of a module to the observer of the pass in progress in this context, if it uses these hooks.
@@ -182,23 +208,72 @@ def attached(layers: Sequence[Layer], sites: Sequence[str], *, experts: bool = F
     hooks = Hooks(layers, sites)
     with ExitStack() as stack:
         for module in dict.fromkeys(layer.module for layer in layers):
-            enter, leave = partial(hooks.hand, Observer.enter), partial(hooks.hand, Observer.leave)
+            enter = partial(hooks.hand, Observer.enter)
             stack.enter_context(module.register_forward_pre_hook(enter, with_kwargs=True))
+            leave = partial(hooks.hand, Observer.leave)
             stack.enter_context(module.register_forward_hook(leave))
-        taps = [(site, layer.taps[site]) for site in sites for layer in layers if site in layer.taps]
-        for site, module, reads in dict.fromkeys((site, tap.module, tap.reads) for site, tap in taps):
-            read = partial(hooks.hand, partial(Observer.read, site=site, reads=reads))
+        for site, module, reads in _distinct_taps(layers, sites):
             if reads == "input":
+                read = partial(hooks.hand, partial(Observer.read_input, site=site))
                 stack.enter_context(module.register_forward_pre_hook(read, with_kwargs=True))
             else:
+                read = partial(hooks.hand, partial(Observer.read_output, site=site))
                 stack.enter_context(module.register_forward_hook(read))
-        for routed in dict.fromkeys(layer.experts for layer in layers if layer.experts and experts):
-            read = partial(hooks.hand, partial(Observer.read_experts, experts=routed))
-            stack.enter_context(routed.module.register_forward_pre_hook(read, with_kwargs=True))
-            if routed.router is not None:
-                read = partial(hooks.hand, partial(Observer.read_router, experts=routed))
-                stack.enter_context(routed.router.register_forward_hook(read))
+        if experts:
+            for routed in dict.fromkeys(layer.experts for layer in layers):
+                if routed is not None:
+                    _attach_to_experts(stack, hooks, routed)
         yield hooks
+
+
+def _distinct_taps(layers: Sequence[Layer], sites: Sequence[str]) -> list[tuple[str, nn.Module, str]]:
+    """Return site, module and ``reads`` of each tap once, although layers may share modules."""
+    taps: dict[tuple[str, nn.Module, str], None] = {}
+    for site in sites:
+        for layer in layers:
+            if site in layer.taps:
+                tap = layer.taps[site]
+                taps[site, tap.module, tap.reads] = None
+    return list(taps)
+
+
+def _attach_to_experts(stack: ExitStack, hooks: Hooks, experts: Experts) -> None:
+    """Attach hooks to the routed experts of a layer and to their router, until a stack of contexts ends."""
+    read = partial(hooks.hand, partial(Observer.read_experts, experts=experts))
+    stack.enter_context(experts.module.register_forward_pre_hook(read, with_kwargs=True))
+    if experts.router is not None:
+        read = partial(hooks.hand, partial(Observer.read_router, experts=experts))
+        stack.enter_context(experts.router.register_forward_hook(read))
+
+
+@dataclass(frozen=True, eq=False)
+class _BatchOfRows:
+    """Statistics of the rows of a batch.
+
+    Attributes:
+        places: positions of the rows in the corpus, int64[rows].
+        stats: the fields of `RowStats`, on the device that computed them.
+    """
+
+    places: np.ndarray
+    stats: Tensors
+
+
+@dataclass(frozen=True, eq=False)
+class _SentStats:
+    """Statistics on their way to the host.
+
+    Attributes:
+        keys: keys of the statistics, in order.
+        wait: waits for the transfer, and returns the statistics.
+    """
+
+    keys: list[StratumKey]
+    wait: Callable[[], list[LayerStats]]
+
+    def arrived(self) -> dict[StratumKey, LayerStats]:
+        """Wait for the transfer, and return the statistics by key."""
+        return dict(zip(self.keys, self.wait(), strict=True))
 
 
 class Observer:
@@ -224,18 +299,22 @@ class Observer:
         heartbeat: Callable[[], None] | None = None,
     ) -> None:
         self.hooks = hooks
-        self.split, self.experts = split, ExpertCounter()
-        self._passes, self._heartbeat = passes, heartbeat
+        self.split = split
+        self.experts = ExpertCounter()
+        self._passes = passes
+        self._heartbeat = heartbeat
         self._thresholds = np.asarray(thresholds, np.float64)
         self._by_call = {(layer.module, layer.call): layer for layer in hooks.layers}
         self._accumulators: dict[StratumKey, Accumulator] = {}
         self._stats: dict[StratumKey, LayerStats] = {}
-        self._coming: list[tuple[list[StratumKey], Callable[[], list[LayerStats]]]] = []
+        self._coming: list[_SentStats] = []
         self._num_observed: Counter[int] = Counter()
-        self._row_batches: defaultdict[LayerKey, list[tuple[np.ndarray, Tensors]]] = defaultdict(list)
+        self._row_batches: defaultdict[LayerKey, list[_BatchOfRows]] = defaultdict(list)
         self._kernels: dict[torch.device, Kernels] = {}
-        # Sums by unit of the inputs of linear maps include those of neurons.
-        self._unit_sites = (*UNIT_SITES, "neuron") if set(INPUT_SITES) & set(hooks.sites) else UNIT_SITES
+        self._unit_sites: tuple[str, ...] = UNIT_SITES
+        if set(INPUT_SITES) & set(hooks.sites):
+            # Sums by unit of the inputs of linear maps include those of neurons.
+            self._unit_sites = (*UNIT_SITES, "neuron")
 
     @contextmanager
     def batch(self, observed: np.ndarray, pairing: Pairing | None = None) -> Iterator[None]:
@@ -249,26 +328,29 @@ class Observer:
             pairing: description of the rows of paired text. With it, strata are counted separately, and the statistics
                 of single rows are measured.
         """
-        mask, local_rows = torch.from_numpy(np.ascontiguousarray(observed)), self.split.rows(len(observed))
-        with bound(PASSES, (*PASSES.get(), Pass(self, mask, local_rows, pairing))):
+        mask = torch.from_numpy(np.ascontiguousarray(observed))
+        observed_pass = Pass(self, mask, self.split.rows(len(observed)), pairing)
+        with bound(PASSES, (*PASSES.get(), observed_pass)):
             yield
 
     def send(self) -> None:
         """Start the transfer of the counts to the host. `strata` waits for it."""
         self._finish()
-        keys = list(self._accumulators)
-        self._coming.append((keys, self._send(keys)))
+        self._coming.append(self._send(list(self._accumulators)))
 
     def send_rows(self) -> Callable[[], dict[LayerKey, PlacedRows]]:
         """Start the transfer of the row statistics, and return a function that waits for it and returns them."""
-        batches = {key: list(zip(*self._row_batches[key], strict=True)) for key in sorted(self._row_batches)}
-        arrived = to_host(
-            [{name: torch.cat([rows[name] for rows in batch]) for name in ROW_FIELDS} for _, batch in batches.values()]
-        )
+        keys = sorted(self._row_batches)
+        places: list[np.ndarray] = []
+        statistics: list[Tensors] = []
+        for key in keys:
+            batches = self._row_batches[key]
+            places.append(np.concatenate([batch.places for batch in batches]))
+            statistics.append({name: torch.cat([batch.stats[name] for batch in batches]) for name in ROW_FIELDS})
+        arrived = to_host(statistics)
 
         def wait() -> dict[LayerKey, PlacedRows]:
-            rows = zip(batches.items(), arrived(), strict=True)
-            return {key: (np.concatenate(places), stats) for (key, (places, _)), stats in rows}
+            return {key: (rows, stats) for key, rows, stats in zip(keys, places, arrived(), strict=True)}
 
         return wait
 
@@ -278,150 +360,186 @@ class Observer:
         The stratum of unpaired text is an empty string.
         """
         self.send()
-        for keys, arrived in self._coming:
-            self._stats |= zip(keys, arrived(), strict=True)
+        for sent in self._coming:
+            self._stats |= sent.arrived()
         self._coming.clear()
         return dict(sorted(self._stats.items()))
 
-    def _send(self, keys: list[StratumKey]) -> Callable[[], list[LayerStats]]:
-        return send_stats([self._accumulators.pop(key) for key in keys])
+    def _send(self, keys: list[StratumKey]) -> _SentStats:
+        """Start the transfer of some accumulators, and forget them."""
+        accumulators = [self._accumulators.pop(key) for key in keys]
+        return _SentStats(keys, send_stats(accumulators))
 
-    def enter(self, now: Pass, module: nn.Module, args: Any, kwargs: Any) -> None:
+    def enter(self, current: Pass, module: nn.Module, args: Arguments, kwargs: Keywords) -> None:
         """Record the start of a layer."""
         if self._heartbeat:
             self._heartbeat()
-        if not now.mask.numpy().any():
+        if not current.mask.numpy().any():
             return
-        layer, hidden = self._by_call.get((module, now.calls[module])), input_tensor(args, kwargs)
-        now.calls[module] += 1
+        layer = self._by_call.get((module, current.calls[module]))
+        hidden = input_tensor(args, kwargs)
+        current.calls[module] += 1
         if layer is None:
             raise ModelError(
-                f"A layer ran more often than when the model was opened ({now.calls[module]} times in one pass)."
+                f"A layer ran more often than when the model was opened ({current.calls[module]} times in one pass)."
             )
-        now.entered = layer, hidden, hidden._version if hidden is not None else 0
+        version = 0 if hidden is None else hidden._version
+        current.entered = EnteredLayer(layer, hidden, version)
 
-    def leave(self, now: Pass, module: nn.Module, _args: Any, output: Any) -> None:
+    def leave(self, current: Pass, module: nn.Module, _args: Arguments, output: Output) -> None:
         """Add the statistics of a layer at its end."""
-        entered, now.entered = now.entered, None
-        if entered is None or entered[0].module is not module:
+        entered = current.entered
+        current.entered = None
+        if entered is None or entered.layer.module is not module:
             return
-        if {"block", "update"} & set(self.hooks.sites):
-            self._add_block(now, *entered, output)
+        if "block" in self.hooks.sites or "update" in self.hooks.sites:
+            self._add_block(current, entered, output)
         self._finish()
-        index = entered[0].index
+        index = entered.layer.index
         self._num_observed[index] += 1
-        if self._num_observed[index] == self._passes:  # accumulators on the host become results, ten times smaller
-            keys = [key for key in self._accumulators if key[0] == index]
-            if all(self._accumulators[key].device.type == "cpu" for key in keys):
-                self._stats |= zip(keys, self._send(keys)(), strict=True)
+        if self._num_observed[index] == self._passes:
+            self._conclude(index)
 
-    def read(self, now: Pass, module: nn.Module, args: Any, kwargs_or_output: Any, *, site: str, reads: str) -> None:
-        """Add the statistics of a site's module inside a layer: its output after it ran, or its input before."""
-        if now.entered is None:
+    def _conclude(self, layer: int) -> None:
+        """Turn accumulators of a layer that are on the host into results, which are ten times smaller."""
+        keys = [key for key in self._accumulators if key[0] == layer]
+        if all(self._accumulators[key].device.type == "cpu" for key in keys):
+            self._stats |= self._send(keys).arrived()
+
+    def read_input(self, current: Pass, module: nn.Module, args: Arguments, kwargs: Keywords, *, site: str) -> None:
+        """Add the statistics of the input of a site's module inside a layer, before it runs."""
+        self._read(current, module, first_tensor((*args, *kwargs.values())), site)
+
+    def read_output(self, current: Pass, module: nn.Module, _args: Arguments, output: Output, *, site: str) -> None:
+        """Add the statistics of the output of a site's module inside a layer, after it ran."""
+        self._read(current, module, first_tensor(output), site)
+
+    def _read(self, current: Pass, module: nn.Module, tensor: torch.Tensor | None, site: str) -> None:
+        if current.entered is None or tensor is None:
             return
-        layer = now.entered[0]
+        layer = current.entered.layer
         tap = layer.taps.get(site)
-        tensor = first_tensor((*args, *kwargs_or_output.values()) if reads == "input" else kwargs_or_output)
-        if tap is None or tap.module is not module or tensor is None:
+        if tap is None or tap.module is not module:
             return
-        x = self._rows(now, layer, tap.axes, tap.scaled(tensor.detach()))
-        self._add(now, layer, site, tap.exchange(x) if tap.exchange else x[now.local_rows])
+        x = self._rows(current, layer, tap.axes, tap.scaled(tensor.detach()))
+        if tap.exchange:
+            x = tap.exchange(x)
+        else:
+            x = x[current.local_rows]
+        self._add(current, layer, site, x)
 
-    def read_experts(self, now: Pass, module: nn.Module, args: Any, kwargs: Any, *, experts: Experts) -> None:
+    def read_experts(
+        self, current: Pass, module: nn.Module, args: Arguments, kwargs: Keywords, *, experts: Experts
+    ) -> None:
         """Add the statistics of the routed experts of a layer before they run.
 
         They run once for each of the k slots, with gates of 1, as their usual output is a sum over slots.
         """
-        routing = routing_of([t for t in (*args, *kwargs.values()) if isinstance(t, torch.Tensor)])
-        if routing is None or now.entered is None:
+        routing = routing_of(tensors_of(args, kwargs))
+        if routing is None or current.entered is None:
             return
-        places = self._counted_places(now, now.entered[0], routing.index)
-        counted = Routing(*(x.index_select(0, places) for x in (routing.hidden, routing.index, routing.gates)))
+        layer = current.entered.layer
+        places = self._counted_places(current, layer, routing.index)
+        counted = Routing(
+            hidden=routing.hidden.index_select(0, places),
+            index=routing.index.index_select(0, places),
+            gates=routing.gates.index_select(0, places),
+        )
 
-        def output(slot: slice) -> torch.Tensor:
+        def output(slot: int) -> torch.Tensor:
+            index = counted.index[:, slot : slot + 1]
             instead = {
                 id(routing.hidden): counted.hidden,
-                id(routing.index): counted.index[:, slot],
-                id(routing.gates): torch.ones_like(counted.gates[:, slot]),
+                id(routing.index): index,
+                id(routing.gates): torch.ones_like(counted.gates[:, slot : slot + 1]),
             }
             positional, keywords = with_replaced(args, kwargs, instead)
             return module.forward(*positional, **keywords)
 
-        outputs = (output(slice(slot, slot + 1)) for slot in range(counted.index.shape[1]))
+        outputs = (output(slot) for slot in range(counted.index.shape[1]))
         if self.split.rank == 0:
-            self.experts.add(now.entered[0].index, experts, counted, outputs)
-        else:  # ranks that share the experts run them together, and the first one counts
+            self.experts.add(layer.index, experts, counted, outputs)
+        else:
+            # Ranks that share the experts run them together, and the first one counts.
             deque(outputs, maxlen=0)
 
-    def read_router(self, now: Pass, _module: nn.Module, _args: Any, output: Any, *, experts: Experts) -> None:
+    def read_router(
+        self, current: Pass, _module: nn.Module, _args: Arguments, output: Output, *, experts: Experts
+    ) -> None:
         """Add the entropy of the router of a layer, after it ran."""
         logits = first_tensor(output)
-        if now.entered is None or logits is None or self.split.rank:
+        if current.entered is None or logits is None or self.split.rank:
             return
-        logits, layer = logits.reshape(-1, experts.number), now.entered[0]
-        places = self._counted_places(now, layer, logits)
+        layer = current.entered.layer
+        logits = logits.reshape(-1, experts.number)
+        places = self._counted_places(current, layer, logits)
         self.experts.add_entropy(layer.index, experts, logits.index_select(0, places))
 
-    def _counted_places(self, now: Pass, layer: Layer, rows: torch.Tensor) -> torch.Tensor:
+    def _counted_places(self, current: Pass, layer: Layer, rows: torch.Tensor) -> torch.Tensor:
         """Return the positions of counted tokens among the rows that the experts of a layer see.
 
         Raises:
             ModelError: if ``rows`` has another number of tokens than the batch.
         """
-        if len(rows) != now.mask.numel():
+        if len(rows) != current.mask.numel():
             raise ModelError(
-                f"The experts of layer {layer.index} see {len(rows)} tokens in a batch of {now.mask.numel()}.",
+                f"The experts of layer {layer.index} see {len(rows)} tokens in a batch of {current.mask.numel()}.",
                 "Score it without `experts`.",
             )
-        return now.on(rows.device).own_places
+        return current.on(rows.device).own_places
 
-    def _add_block(self, now: Pass, layer: Layer, before: torch.Tensor | None, version: int, output: Any) -> None:
+    def _add_block(self, current: Pass, entered: EnteredLayer, output: Output) -> None:
+        """Add the statistics of a layer's output, and those of its update of the residual stream."""
+        layer = entered.layer
+        before = entered.hidden
         after = first_tensor(output)
         if after is None:
             raise ModelError(f"{layer} returns a {type(output).__name__}, no hidden states.")
-        if before is not None and before._version != version:
+        if before is not None and before._version != entered.version:
             raise ModelError(f"{layer} changes its input in place; it cannot be observed.")
-        comparable = before is not None and before.shape == after.shape
-        after = self._rows(now, layer, layer.axes, after)[now.local_rows]
-        if before is None or not comparable:
-            self._add(now, layer, "block", after)
+        is_comparable = before is not None and before.shape == after.shape
+        after = self._rows(current, layer, layer.axes, after)[current.local_rows]
+        if before is None or not is_comparable:
+            self._add(current, layer, "block", after)
             return
-        before = self._rows(now, layer, layer.axes, before)[now.local_rows]
-        self._add(now, layer, "block", after, before)
+        before = self._rows(current, layer, layer.axes, before)[current.local_rows]
+        self._add(current, layer, "block", after, before)
         like = after.new_empty((0, 0, after.shape[2]), dtype=torch.promote_types(after.dtype, before.dtype))
-        for _, mask, into in self._accumulators_of(now, layer, "update", like):
+        for _, mask, into in self._accumulators_of(current, layer, "update", like):
             self._kernels_of(after.device).add_update(into, after, before, mask)
-        if now.pairing:
-            self._add_rows(now, layer, "update", after - before)
+        if current.pairing:
+            self._add_rows(current, layer, "update", after - before)
 
-    def _rows(self, now: Pass, layer: Layer, axes: str, tensor: torch.Tensor) -> torch.Tensor:
-        x = as_rows(tensor.detach(), axes, *now.mask.shape, place=layer)
+    def _rows(self, current: Pass, layer: Layer, axes: str, tensor: torch.Tensor) -> torch.Tensor:
+        x = as_rows(tensor.detach(), axes, *current.mask.shape, place=layer)
         if x.dtype not in (torch.float32, torch.bfloat16, torch.float16):
             raise ModelError(f"{layer} computes in {x.dtype}.", "Use `dtype` float32.")
         return x
 
-    def _add(self, now: Pass, layer: Layer, site: str, x: torch.Tensor, before: torch.Tensor | None = None) -> None:
-        for stratum, mask, into in self._accumulators_of(now, layer, site, x, geometry=before is not None):
+    def _add(self, current: Pass, layer: Layer, site: str, x: torch.Tensor, before: torch.Tensor | None = None) -> None:
+        for stratum, mask, into in self._accumulators_of(current, layer, site, x, geometry=before is not None):
             self._kernels_of(x.device).add(into, x, mask, before)
             if site == "block":
-                into.add_first_tokens(x.flatten(0, 1).index_select(0, now.on(x.device).first_tokens[stratum]))
-        self._add_rows(now, layer, site, x, before)
+                first_tokens = current.on(x.device).first_tokens[stratum]
+                into.add_first_tokens(x.flatten(0, 1).index_select(0, first_tokens))
+        self._add_rows(current, layer, site, x, before)
 
     def _add_rows(
-        self, now: Pass, layer: Layer, site: str, x: torch.Tensor, before: torch.Tensor | None = None
+        self, current: Pass, layer: Layer, site: str, x: torch.Tensor, before: torch.Tensor | None = None
     ) -> None:
-        if now.pairing is None or site not in self.hooks.sites or not len(x):
+        if current.pairing is None or site not in self.hooks.sites or not len(x):
             return
-        rows = row_tensors(x, now.on(x.device), self._thresholds, before)
-        self._row_batches[layer.index, site].append((now.pairing.rows[now.local_rows], rows))
+        rows = row_tensors(x, current.on(x.device), self._thresholds, before)
+        places = current.pairing.rows[current.local_rows]
+        self._row_batches[layer.index, site].append(_BatchOfRows(places, rows))
 
     def _accumulators_of(
-        self, now: Pass, layer: Layer, site: str, like: torch.Tensor, *, geometry: bool = False
+        self, current: Pass, layer: Layer, site: str, like: torch.Tensor, *, geometry: bool = False
     ) -> Iterator[tuple[str, torch.Tensor, Accumulator]]:
         """Yield each stratum with its mask and the accumulator of a layer's site, if the site is measured."""
         if site not in self.hooks.sites:
             return
-        for stratum, mask in now.on(like.device).masks.items():
+        for stratum, mask in current.on(like.device).masks.items():
             key = (layer.index, site, stratum)
             if key not in self._accumulators:
                 units = site in self._unit_sites

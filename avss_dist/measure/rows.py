@@ -35,7 +35,10 @@ class CountedTokens:
     @cached_property
     def strata(self) -> dict[str, torch.Tensor]:
         """Mask of each stratum, on the host."""
-        return masks_by_stratum(self.mask[self.local_rows], self.pairing and self.pairing.part(self.local_rows))
+        pairing = None
+        if self.pairing is not None:
+            pairing = self.pairing.part(self.local_rows)
+        return masks_by_stratum(self.mask[self.local_rows], pairing)
 
     @cached_property
     def masks(self) -> dict[str, torch.Tensor]:
@@ -46,9 +49,11 @@ class CountedTokens:
     def first_tokens(self) -> dict[str, torch.Tensor]:
         """Flat index of each row's first counted token, int64[rows], by stratum."""
         flat = {}
-        for name, mask in self.strata.items():
-            rows = np.flatnonzero(mask.numpy().any(axis=1))
-            flat[name] = to_device(rows * mask.shape[1] + mask.numpy()[rows].argmax(axis=1), self.device)
+        for name, stratum in self.strata.items():
+            mask = stratum.numpy()
+            rows = np.flatnonzero(mask.any(axis=1))
+            first = mask[rows].argmax(axis=1)
+            flat[name] = to_device(rows * mask.shape[1] + first, self.device)
         return flat
 
     @cached_property
@@ -82,14 +87,21 @@ class CountedTokens:
     @cached_property
     def membership(self) -> torch.Tensor:
         """Membership of tokens in rows, float64[rows, tokens], 1 or 0."""
-        return (torch.arange(len(self.numbers), device=self.rows.device)[:, None] == self.rows).double()
+        rows = torch.arange(len(self.numbers), device=self.rows.device)
+        return (rows[:, None] == self.rows).double()
 
 
 def masks_by_stratum(mask: torch.Tensor, pairing: Pairing | None) -> dict[str, torch.Tensor]:
     """Return the mask of each stratum that has a token. The stratum of unpaired text has an empty name."""
-    labels = np.array(pairing.strata if pairing else [""] * len(mask))
-    masks = {name: mask.numpy() & (labels == name)[:, None] for name in sorted(set(labels.tolist()))}
-    return {name: torch.from_numpy(mask) for name, mask in masks.items() if mask.any()}
+    if pairing is None:
+        return {"": mask} if mask.any() else {}
+    labels = np.array(pairing.strata)
+    masks = {}
+    for name in sorted(set(pairing.strata)):
+        counted = mask.numpy() & (labels == name)[:, None]
+        if counted.any():
+            masks[name] = torch.from_numpy(counted)
+    return masks
 
 
 def row_tensors(
@@ -101,34 +113,49 @@ def row_tensors(
         x: [rows, tokens, units], the activations.
         before: input of a block, if ``x`` is its output.
     """
-    measure = _compiled if x.device.type == "cpu" else by_matrices
-    return measure(tokens.select(x), tokens, thresholds, None if before is None else tokens.select(before))
+    values = tokens.select(x)
+    inputs = None
+    if before is not None:
+        inputs = tokens.select(before)
+    if x.device.type == "cpu":
+        return _by_loops(values, tokens, thresholds, inputs)
+    return by_matrices(values, tokens, thresholds, inputs)
 
 
-def _compiled(values: torch.Tensor, tokens: CountedTokens, thresholds: Float64, before: torch.Tensor | None) -> Tensors:
+def _by_loops(values: torch.Tensor, tokens: CountedTokens, thresholds: Float64, before: torch.Tensor | None) -> Tensors:
     """Return the fields of `row_tensors` by compiled loops, for CPUs.
 
     Args:
         values, before: [tokens, units], the tokens that count.
     """
     rows = len(tokens.numbers)
-    counts, sums = np.zeros((rows, 1 + len(thresholds)), np.int64), np.zeros((rows, 4))
+    counts = np.zeros((rows, 1 + len(thresholds)), np.int64)
+    sums = np.zeros((rows, 4))
     centers = np.zeros((rows, values.shape[1]))
     inputs = values[:0] if before is None else before
     measure_answers(
-        *(tensor.float().numpy() for tensor in (values, inputs)), tokens.rows.numpy(), thresholds, counts, sums, centers
+        values.float().numpy(),
+        inputs.float().numpy(),
+        tokens.rows.numpy(),
+        thresholds,
+        counts,
+        sums,
+        centers,
     )
-    count, total, norms, updates = torch.from_numpy(counts[:, 0]), *torch.from_numpy(sums[:, [0, 2, 3]]).T
+    count = torch.from_numpy(counts[:, 0])
+    by_row = torch.from_numpy(sums)
+    if before is None:
+        relative = torch.full_like(by_row[:, 3], torch.nan)
+    else:
+        relative = _finite(by_row[:, 3] / tokens.numbers)
     return {
         "count": count,
         "near_zero": torch.from_numpy(counts[:, 1:]),
-        "mean": total / count,  # NaN of nothing: 0 / 0
-        "m2": torch.from_numpy(sums[:, 1].copy()),
+        "mean": by_row[:, 0] / count,  # NaN of nothing: 0 / 0
+        "m2": by_row[:, 1].clone(),
         "pooled_variance": _pooled(torch.from_numpy(centers), tokens),
-        "norm": _finite(norms / tokens.numbers),
-        "relative_magnitude": torch.full_like(norms, torch.nan)
-        if before is None
-        else _finite(updates / tokens.numbers),
+        "norm": _finite(by_row[:, 2] / tokens.numbers),
+        "relative_magnitude": relative,
     }
 
 
@@ -140,12 +167,15 @@ def by_matrices(
     Args:
         values, before: [tokens, units], the tokens that count.
     """
-    row_sums, values = tokens.membership, values.double()
-    finite, sizes = torch.isfinite(values), values.abs()
+    row_sums = tokens.membership
+    values = values.double()
+    finite = torch.isfinite(values)
     values_or_zero = torch.where(finite, values, 0)
     count = row_sums @ finite.sum(dim=1).double()
     mean = (row_sums @ values_or_zero.sum(dim=1)) / count.clamp(min=1)
-    spread = torch.where(finite, values_or_zero - (mean @ row_sums)[:, None], 0).square().sum(dim=1)
+    means_of_tokens = (mean @ row_sums)[:, None]
+    spread = torch.where(finite, values_or_zero - means_of_tokens, 0).square().sum(dim=1)
+    sizes = values.abs()
     near_zero = torch.stack([(sizes < limit).sum(dim=1) for limit in thresholds.tolist()], dim=1).double()
     nonfinite = row_sums @ (~finite).any(dim=1).double()
     centers = torch.where(nonfinite[:, None] > 0, torch.nan, row_sums @ values_or_zero)
@@ -171,7 +201,9 @@ def _pooled(centers: torch.Tensor, tokens: CountedTokens) -> torch.Tensor:
         centers: float64[rows, units], sums over tokens.
     """
     means = centers / tokens.numbers[:, None]
-    return _finite(means.var(dim=1) if means.shape[1] > 1 else means[:, 0] * 0)
+    if means.shape[1] > 1:
+        return _finite(means.var(dim=1))
+    return _finite(means[:, 0] * 0)
 
 
 def _mean(values: torch.Tensor, tokens: CountedTokens) -> torch.Tensor:
@@ -192,4 +224,8 @@ PlacedRows = tuple[np.ndarray, RowStats]
 def in_order(parts: Sequence[PlacedRows]) -> RowStats:
     """Return the statistics of all rows, ordered by position in the corpus."""
     order = np.argsort(np.concatenate([places for places, _ in parts]))
-    return {name: np.concatenate([rows[name] for _, rows in parts])[order] for name in ROW_FIELDS}
+    ordered = {}
+    for name in ROW_FIELDS:
+        values = np.concatenate([rows[name] for _, rows in parts])
+        ordered[name] = values[order]
+    return ordered

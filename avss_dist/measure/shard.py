@@ -5,7 +5,8 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, ExitStack
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -23,6 +24,7 @@ from avss_dist.measure.observer import UNIT_SITES, Hooks, Observer, attached
 from avss_dist.measure.rows import PlacedRows, in_order
 from avss_dist.models.checkpoint.size import Footprint
 from avss_dist.models.structure.find import absent_sites
+from avss_dist.models.structure.layers import Layer
 from avss_dist.partition.catalog import PARTITIONS
 from avss_dist.partition.replica import Replica, dummy_batch, no_observation
 from avss_dist.stats.layer_stats import ROW_FIELDS, LayerKey, ShardResult, merge_stats
@@ -66,21 +68,24 @@ def analyze_shard(
     if replica.device.type == "cuda":
         reset_peak_device_memory()
     rows = rows or settings.batch_size
-    new_hooks = attached(replica.layers, settings.sites, experts=settings.experts)
-    with nullcontext(hooks) if hooks is not None else new_hooks as on_layers:
-        observer, rows = halve_until_it_fits(
-            lambda rows: _measure(replica, on_layers, list(shard.batches(rows)), forwards, settings, heartbeat),
-            rows,
-            lambda rows: BatchTooLarge(
-                f"{rows} x {settings.sequence_length} tokens do not fit in memory with the partition "
-                f"'{replica.model['partition']}'.",
-                "Use a smaller `sequence_length`, or a `partition` that holds less: device_map, fsdp, streaming.",
-            ),
-            least=rows if PARTITIONS[replica.model["partition"]].gang else 1,
+    partition = replica.model["partition"]
+    # Several ranks would have to halve their batches together, so that they do not.
+    least = rows if PARTITIONS[partition].gang else 1
+
+    def too_large(rows: int) -> BatchTooLarge:
+        return BatchTooLarge(
+            f"{rows} x {settings.sequence_length} tokens do not fit in memory with the partition '{partition}'.",
+            "Use a smaller `sequence_length`, or a `partition` that holds less: device_map, fsdp, streaming.",
         )
+
+    with ExitStack() as stack:
+        if hooks is None:
+            hooks = stack.enter_context(attached(replica.layers, settings.sites, experts=settings.experts))
+        measuring = partial(_measure, replica, shard, hooks, forwards, settings, heartbeat)
+        observer, rows = halve_until_it_fits(measuring, rows, too_large, least=least)
     observer.send()
     rows_of_answers = observer.send_rows()
-    experts = observer.experts.send()
+    expert_stats = observer.experts.send()
     device = "cpu"
     peak = peak_memory()
     if replica.device.type == "cuda":
@@ -91,13 +96,16 @@ def analyze_shard(
     parts = replica.collect((observer.strata(), rows_of_answers()))
     strata = merge_stats(counted for counted, _ in parts)
     if not strata and shard.num_tokens and replica.reports_stats:
-        raise ModelError(
-            f"The model has none of the sites {', '.join(settings.sites)}.", "; ".join(replica.model["notes"]) or None
-        )
+        notes = "; ".join(replica.model["notes"])
+        raise ModelError(f"The model has none of the sites {', '.join(settings.sites)}.", notes or None)
     layers = tuple(layer.name for layer in replica.layers)
     answers = None
     if shard.pairing:
-        answers = _answer_rows(shard, [rows for _, rows in parts])
+        answers = _answer_rows(shard, [answer_rows for _, answer_rows in parts])
+    experts = None
+    if settings.experts:
+        experts = expert_stats()
+    model = _describe(replica, shard, rows, settings)
     return ShardResult(
         shard_id=shard.shard_id,
         content_hash=shard.content_hash,
@@ -106,10 +114,10 @@ def analyze_shard(
         num_tokens=shard.num_tokens,
         seconds=time.perf_counter() - start,
         device=device,
-        model=_describe(replica, shard, rows, settings),
+        model=model,
         peak_memory_bytes=peak,
         rows=answers,
-        experts=experts() if settings.experts else None,
+        experts=experts,
     )
 
 
@@ -119,65 +127,97 @@ def follow(replica: Replica, forwards: int) -> None:
 
 
 def _measure(
-    replica: Replica, hooks: Hooks, batches: list[Batch], forwards: int, settings: Settings, heartbeat: Heartbeat | None
+    replica: Replica,
+    shard: Shard,
+    hooks: Hooks,
+    forwards: int,
+    settings: Settings,
+    heartbeat: Heartbeat | None,
+    rows: int,
 ) -> Observer:
-    batches = [*batches, *[dummy_batch()] * (forwards - len(batches))]
-    passes = sum(bool(batch.observed.any()) for batch in batches)
-    observer = Observer(hooks, settings.thresholds, split=replica.split, passes=passes, heartbeat=heartbeat)
-    replica.forward(batches, lambda batch: observer.batch(batch.observed, batch.pairing))
+    """Return an observer that has counted a shard, in batches of so many rows."""
+    batches = list(shard.batches(rows))
+    while len(batches) < forwards:
+        batches.append(dummy_batch())
+    counted = [batch for batch in batches if batch.observed.any()]
+    observer = Observer(hooks, settings.thresholds, split=replica.split, passes=len(counted), heartbeat=heartbeat)
+
+    def observing(batch: Batch) -> AbstractContextManager[None]:
+        return observer.batch(batch.observed, batch.pairing)
+
+    replica.forward(batches, observing)
     return observer
 
 
 def _answer_rows(shard: Shard, parts: Sequence[Mapping[LayerKey, PlacedRows]]) -> dict[str, np.ndarray]:
     """Return the columns of ``row_stats`` of the shard, for each layer, site and row, from the parts of all ranks."""
-    assert shard.pairing is not None
+    pairing = shard.pairing
+    assert pairing is not None
+    answer_tokens = shard.lengths.astype(np.int64) - shard.starts
     answers = {
-        "row": shard.pairing.rows,
-        "pair": shard.pairing.pairs,
-        "stratum": np.array(shard.pairing.strata),
-        "prompt_tokens": shard.pairing.starts.astype(np.int64),
-        "answer_tokens": np.maximum(shard.lengths.astype(np.int64) - shard.starts, 0),
+        "row": pairing.rows,
+        "pair": pairing.pairs,
+        "stratum": np.array(pairing.strata),
+        "prompt_tokens": pairing.starts.astype(np.int64),
+        "answer_tokens": np.maximum(answer_tokens, 0),
     }
-    keys = sorted({key for rows in parts for key in rows})
-    stats = [in_order([rows[key] for rows in parts if key in rows]) for key in keys]
+    every_key: set[LayerKey] = set()
+    for rows in parts:
+        every_key.update(rows)
+    keys = sorted(every_key)
+    stats = []
+    for key in keys:
+        stats.append(in_order([rows[key] for rows in parts if key in rows]))
     columns = {
-        "layer": np.repeat([layer for layer, _ in keys], len(shard.pairing.rows)),
-        "site": np.repeat([site for _, site in keys], len(shard.pairing.rows)),
+        "layer": np.repeat([layer for layer, _ in keys], len(pairing.rows)),
+        "site": np.repeat([site for _, site in keys], len(pairing.rows)),
     }
     for name, values in answers.items():
         columns[name] = np.tile(values, len(keys))
     for name in ROW_FIELDS:
-        measured = [rows[name] for rows in stats]
+        measured = [values[name] for values in stats]
         columns[name] = np.concatenate(measured or [np.zeros(0)])
     return columns
 
 
 def counter_bytes(size: Footprint, settings: Settings, strata: int = 1) -> int:
     """Return the bytes of the accumulators of all layers, sites and strata. See `kernels.reference.Accumulator`."""
-    counts = PATTERNS * 4  # float32: half as many, of 8 bytes
-    units = 16 * size.hidden_size * len(set(UNIT_SITES) & set(settings.sites))
+    # Each pattern of 16 bits has a count of 4 bytes. In float32 half as many have counts of 8 bytes.
+    counts = PATTERNS * 4
+    unit_sites = set(UNIT_SITES) & set(settings.sites)
+    # Two sums in float64 for each unit.
+    units = 16 * size.hidden_size * len(unit_sites)
     return strata * size.num_layers * (len(settings.sites) * counts + units)
 
 
 def _describe(replica: Replica, shard: Shard, rows: int, settings: Settings) -> dict[str, Any]:
     """Return the description of the replica's model, with columns and notes that depend on the measurement."""
     model = dict(replica.model)
+    notes = list(model["notes"])
     if model["family"] in SEE_PADDING and np.ptp(shard.lengths):
-        note = f"in a {model['family']} model padding changes the tokens of a row; rows of `layout` packed have none"
-        model["notes"] = [*model["notes"], note]
-    if inputs := [site for site in INPUT_SITES if site in settings.sites]:
-        model["notes"] = [*model["notes"], *absent_sites(replica.layers, inputs)]
-        maps = [
-            [layer.index, p.path, p.site, p.outputs, p.inputs] for layer in replica.layers for p in layer.projections
-        ]
-        model["projections"] = json.dumps(maps, separators=(",", ":"))
+        notes.append(
+            f"in a {model['family']} model padding changes the tokens of a row; rows of `layout` packed have none"
+        )
+    inputs = [site for site in INPUT_SITES if site in settings.sites]
+    if inputs:
+        notes += absent_sites(replica.layers, inputs)
+        model["projections"] = _projections_as_json(replica.layers)
     without = [layer.index for layer in replica.layers if layer.experts is None]
     if settings.experts and without:
         note = f"layers {describe_layers(without)} have no routed experts"
         if len(without) == len(replica.layers):
             note = "no layer has routed experts in one module, which is called with the experts and gates of each token"
-        model["notes"] = [*model["notes"], note]
+        notes.append(note)
     if rows < settings.batch_size:
-        note = f"{settings.batch_size} rows did not fit in memory at once; some batches had {rows}"
-        model["notes"] = [*model["notes"], note]
+        notes.append(f"{settings.batch_size} rows did not fit in memory at once; some batches had {rows}")
+    model["notes"] = notes
     return model
+
+
+def _projections_as_json(layers: Sequence[Layer]) -> str:
+    """Return the linear maps of all layers as JSON: rows of layer, path, site, outputs and inputs."""
+    rows = []
+    for layer in layers:
+        for projection in layer.projections:
+            rows.append([layer.index, projection.path, projection.site, projection.outputs, projection.inputs])
+    return json.dumps(rows, separators=(",", ":"))

@@ -8,7 +8,7 @@ tensor arrives as float32, or as the uint16 patterns of bfloat16. Sums are float
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -36,9 +36,12 @@ def compiled(**options: Any) -> Callable[[Any], Any]:
     return compile_
 
 
-_exact, _compiled = compiled(fastmath=False), compiled(fastmath={"reassoc", "contract"})
 # Without `fastmath`, numba gives a function the option of its caller.
+_exact = compiled(fastmath=False)
+_compiled = compiled(fastmath={"reassoc", "contract"})
 
+Arrays = tuple[np.ndarray, ...]
+"""Arrays that a compiled loop adds to."""
 _ABS32 = np.uint32(0x7FFFFFFF)
 _INF32 = np.uint32(0x7F800000)
 
@@ -53,13 +56,13 @@ class CpuKernels(Kernels):
         """Add the statistics of a batch to an accumulator, as `kernels.reference.Kernels.add`."""
         into.reserve(x.numel())
         totals = _ABSENT | {name: tensor.numpy() for name, tensor in into.tensors.items()}
-        elements, by_sequence, compared = (
-            tuple(totals.get(name) for name in names) for names in (_ELEMENTS, _BY_SEQUENCE, _COMPARED)
-        )
+        elements = _named(totals, _ELEMENTS)
+        by_sequence = _named(totals, _BY_SEQUENCE)
+        compared = _named(totals, _COMPARED)
         limits = limits_on(into.thresholds.tobytes(), x.device).numpy().view(np.uint32)
-        for sequence, counted, inputs in zip(
-            x, mask.contiguous().numpy(), x if before is None else before, strict=True
-        ):
+        masks = mask.contiguous().numpy()
+        all_inputs = x if before is None else before
+        for sequence, counted, inputs in zip(x, masks, all_inputs, strict=True):
             values = _as_loops_read(sequence)
             if x.dtype == torch.float32:
                 count_float32(values, counted, limits, self._counts, elements)
@@ -68,13 +71,21 @@ class CpuKernels(Kernels):
             sum_sequence(values, counted, by_sequence)
             if before is not None:
                 compare_sequence(_as_loops_read(inputs), values, counted, compared)
-        merge_patterns(self._counts, totals["cuts" if x.dtype == torch.float32 else "patterns"])
+        if x.dtype == torch.float32:
+            merge_patterns(self._counts, totals["cuts"])
+        else:
+            merge_patterns(self._counts, totals["patterns"])
 
 
 _ELEMENTS = ("near_zero", "elements", "moments", "extremes")
 _BY_SEQUENCE = ("sequences", "pooled", "unit_count", "unit_sums")
 _COMPARED = ("tokens", "geometry", "input_moments")
 _ABSENT = {"unit_count": np.zeros(1, np.int64), "unit_sums": np.zeros((2, 0))}
+
+
+def _named(totals: Mapping[str, np.ndarray], names: Sequence[str]) -> tuple[np.ndarray | None, ...]:
+    """Return some arrays of an accumulator as compiled loops take them, None for those that it does not have."""
+    return tuple(totals.get(name) for name in names)
 
 
 def _patterns(x: torch.Tensor) -> np.ndarray:
@@ -84,7 +95,9 @@ def _patterns(x: torch.Tensor) -> np.ndarray:
 
 def _as_loops_read(x: torch.Tensor) -> np.ndarray:
     """Return a tensor as the loops read it: bfloat16 as uint16 patterns, float32 unchanged, float16 as float32."""
-    return _patterns(x) if x.dtype == torch.bfloat16 else _array(x.float())
+    if x.dtype == torch.bfloat16:
+        return _patterns(x)
+    return _array(x.float())
 
 
 def _array(x: torch.Tensor) -> np.ndarray:
@@ -117,7 +130,7 @@ def _pattern(element: Any) -> Callable[[Any], Any]:
 
 
 @_exact
-def merge_patterns(counts: Any, total: Any) -> None:
+def merge_patterns(counts: np.ndarray, total: np.ndarray) -> None:
     """Add int64 ``counts`` to int32 or int64 ``total``, which may be shorter, and reset the added counts to zero."""
     for i in range(total.shape[0]):
         total[i] += counts[i]
@@ -125,14 +138,14 @@ def merge_patterns(counts: Any, total: Any) -> None:
 
 
 @_exact
-def _add_to(total: Any, added: Any) -> None:
+def _add_to(total: np.ndarray, added: np.ndarray) -> None:
     """Add float64 values to those of an accumulator, without the freedom to reorder sums that the loops have."""
     for i in range(len(added)):
         total[i] += added[i]
 
 
 @_exact
-def _merge_moments(total: Any, earlier: int, count: int, mean: float, m2: float) -> None:
+def _merge_moments(total: np.ndarray, earlier: int, count: int, mean: float, m2: float) -> None:
     """Update ``total`` [mean, m2] of ``earlier`` elements by ``count`` more (Chan)."""
     if count:
         delta = mean - total[0]
@@ -141,7 +154,7 @@ def _merge_moments(total: Any, earlier: int, count: int, mean: float, m2: float)
 
 
 @_compiled
-def count_patterns(raw: Any, mask: Any, counts: Any) -> None:
+def count_patterns(raw: np.ndarray, mask: np.ndarray, counts: np.ndarray) -> None:
     """Count the patterns of one sequence, uint16[tokens, units], where ``mask`` is true.
 
     Added to: counts int64[65536].
@@ -153,7 +166,7 @@ def count_patterns(raw: Any, mask: Any, counts: Any) -> None:
 
 
 @_compiled
-def count_float32(x: Any, mask: Any, limits: Any, counts: Any, totals: Any) -> None:
+def count_float32(x: np.ndarray, mask: np.ndarray, limits: np.ndarray, counts: np.ndarray, totals: Arrays) -> None:
     """Count and sum the elements of one sequence, float32[tokens, units].
 
     Args:
@@ -166,7 +179,8 @@ def count_float32(x: Any, mask: Any, limits: Any, counts: Any, totals: Any) -> N
     near_zero, elements, moments, extremes = totals
     count = zeros = nonfinite = 0
     mean = m2 = 0.0
-    low, high = np.inf, -np.inf
+    low = np.inf
+    high = -np.inf
     units = x.shape[1]
     for t in range(x.shape[0]):
         if not mask[t]:
@@ -207,11 +221,12 @@ def count_float32(x: Any, mask: Any, limits: Any, counts: Any, totals: Any) -> N
     elements[0] += count
     elements[1] += zeros
     elements[2] += nonfinite
-    extremes[0], extremes[1] = min(extremes[0], low), max(extremes[1], high)
+    extremes[0] = min(extremes[0], low)
+    extremes[1] = max(extremes[1], high)
 
 
 @_compiled
-def _is_finite(row: Any) -> Any:
+def _is_finite(row: np.ndarray) -> np.bool:
     largest = np.uint32(0)
     for j in range(row.shape[0]):
         largest = max(largest, pattern(row[j]) & _ABS32)
@@ -219,14 +234,15 @@ def _is_finite(row: Any) -> Any:
 
 
 @_compiled
-def sum_sequence(x: Any, mask: Any, totals: Any) -> None:
+def sum_sequence(x: np.ndarray, mask: np.ndarray, totals: Arrays) -> None:
     """Sum one sequence, [tokens, units], over the tokens that are finite throughout.
 
     Added to: pooled float64[1], the unbiased variance over units of the mean over tokens, with sequences int64[1], if
     all tokens are finite; unit_count int64[1], finite tokens; unit_sums float64[2, units], skipped if it has no units.
     """
     sequences, pooled, unit_count, unit_sums = totals
-    sums, squares = np.zeros(x.shape[1]), np.zeros(x.shape[1])
+    sums = np.zeros(x.shape[1])
+    squares = np.zeros(x.shape[1])
     finite = tokens = 0
     for t in range(x.shape[0]):
         if not mask[t]:
@@ -250,7 +266,7 @@ def sum_sequence(x: Any, mask: Any, totals: Any) -> None:
 
 
 @_compiled
-def _variance(sums: Any, tokens: int) -> float:
+def _variance(sums: np.ndarray, tokens: int) -> float:
     """Return the unbiased variance of ``sums / tokens`` in two passes, 0 for a single unit."""
     units = sums.shape[0]
     if units < 2:
@@ -266,7 +282,7 @@ def _variance(sums: Any, tokens: int) -> float:
 
 
 @_compiled
-def compare_sequence(before: Any, after: Any, mask: Any, totals: Any) -> None:
+def compare_sequence(before: np.ndarray, after: np.ndarray, mask: np.ndarray, totals: Arrays) -> None:
     """Compare one sequence of a block's input with its output, [tokens, units], token by token.
 
     Added to: tokens int64[2], the tokens that are finite and nonzero in input and output, and the input elements of
@@ -281,16 +297,19 @@ def compare_sequence(before: Any, after: Any, mask: Any, totals: Any) -> None:
     for t in range(before.shape[0]):
         if not mask[t]:
             continue
-        old, new = before[t], after[t]
+        old = before[t]
+        new = after[t]
         total = dot = old_sq = new_sq = change_sq = 0.0
         for j in range(units):
-            a, b = value(old[j]), value(new[j])
+            a = value(old[j])
+            b = value(new[j])
             total += a
             dot += a * b
             old_sq += a * a
             new_sq += b * b
             change_sq += (b - a) * (b - a)
-        if not (old_sq < math.inf and new_sq < math.inf):  # float64 sums of float32 squares do not overflow
+        # Float64 sums of float32 squares do not overflow, so that others are infinite or NaN.
+        if not (old_sq < math.inf and new_sq < math.inf):
             continue
         center = total / units
         spread = 0.0
@@ -314,7 +333,15 @@ def compare_sequence(before: Any, after: Any, mask: Any, totals: Any) -> None:
 
 
 @_compiled
-def measure_answers(values: Any, before: Any, row: Any, thresholds: Any, counts: Any, sums: Any, centers: Any) -> None:
+def measure_answers(
+    values: np.ndarray,
+    before: np.ndarray,
+    row: np.ndarray,
+    thresholds: np.ndarray,
+    counts: np.ndarray,
+    sums: np.ndarray,
+    centers: np.ndarray,
+) -> None:
     """Add the statistics of tokens to those of their rows. All outputs must be zero at first.
 
     Args:
@@ -329,7 +356,8 @@ def measure_answers(values: Any, before: Any, row: Any, thresholds: Any, counts:
         centers: float64[rows, units], output: sums of elements by unit, NaN or infinite if an element is.
     """
     for t in range(values.shape[0]):
-        r, squares = row[t], 0.0
+        r = row[t]
+        squares = 0.0
         for j in range(values.shape[1]):
             squares += np.float64(values[t, j]) * np.float64(values[t, j])
         for j in range(values.shape[1]):
@@ -352,7 +380,7 @@ def measure_answers(values: Any, before: Any, row: Any, thresholds: Any, counts:
 
 
 @_compiled
-def _finite_sum(token: Any, is_finite: Any) -> Any:
+def _finite_sum(token: np.ndarray, is_finite: bool) -> tuple[int, float]:
     """Return the number of finite elements of a token, and their sum."""
     total = 0.0
     if is_finite:
@@ -368,7 +396,7 @@ def _finite_sum(token: Any, is_finite: Any) -> Any:
 
 
 @_compiled
-def _squared_distances(token: Any, mean: Any) -> Any:
+def _squared_distances(token: np.ndarray, mean: float) -> float:
     total = 0.0
     for j in range(token.shape[0]):
         distance = np.float64(token[j]) - mean
@@ -384,8 +412,9 @@ def _squared_distances(token: Any, mean: Any) -> Any:
 
 
 @_compiled
-def _relative_update(before: Any, after: Any) -> Any:
-    change, size = 0.0, 0.0
+def _relative_update(before: np.ndarray, after: np.ndarray) -> float:
+    change = 0.0
+    size = 0.0
     for j in range(before.shape[0]):
         step = np.float64(after[j]) - np.float64(before[j])
         change += step * step

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
 
@@ -30,8 +31,14 @@ from avss_dist.stats.layer_stats import (
 
 PATTERNS = 1 << 16
 MOST_32_BIT = (1 << 31) - 1
-INT, FLOAT = torch.int64, torch.float64
-CHUNK = 1 << 24  # elements that a temporary may hold, or one sequence
+INT = torch.int64
+FLOAT = torch.float64
+CHUNK = 1 << 24
+"""Number of elements that a temporary may hold, or one sequence."""
+_SIZE_BITS = 0x7FFFFFFF
+"""Bits of a float32 without its sign."""
+_INFINITE = 0x7F800000
+"""Pattern of infinity in float32. Those of other values that are not finite are larger."""
 
 Tensors = dict[str, torch.Tensor]
 
@@ -51,6 +58,20 @@ FIELDS: dict[str, tuple[torch.dtype, tuple[str, ...]]] = {
 """Dtype and fields of LayerStats of an accumulator's tensors. Entries of ``unit_sums`` are arrays by unit."""
 
 
+@dataclass(frozen=True)
+class _Layout:
+    """Name, dtype and shape of a tensor of an accumulator."""
+
+    name: str
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+
+    @property
+    def size(self) -> int:
+        """Number of bytes."""
+        return self.dtype.itemsize * math.prod(self.shape)
+
+
 class Accumulator:
     """Running statistics of one (layer, site) on a device.
 
@@ -61,30 +82,38 @@ class Accumulator:
     """
 
     def __init__(self, like: torch.Tensor, thresholds: Float64, *, units: bool, geometry: bool) -> None:
-        self.dtype, self.device = like.dtype, like.device
+        self.dtype = like.dtype
+        self.device = like.device
+        self.thresholds = thresholds
         self._elements = 0
         self._first_tokens: list[torch.Tensor] = []
-        self.thresholds = thresholds
-        shapes: dict[str, tuple[torch.dtype, tuple[int, ...]]] = {}
+        layouts: list[_Layout] = []
         names = ["sequences", "pooled"]
         if like.dtype == torch.float32:
-            shapes |= {"cuts": (INT, (CUTS,)), "near_zero": (INT, (len(thresholds),))}
+            layouts.append(_Layout("cuts", INT, (CUTS,)))
+            layouts.append(_Layout("near_zero", INT, (len(thresholds),)))
             names += ["elements", "moments", "extremes"]
         else:
-            shapes["patterns"] = (torch.int32, (PATTERNS,))
-        names += ["unit_count", "unit_sums"] * units + ["tokens", "geometry", "input_moments"] * geometry
+            layouts.append(_Layout("patterns", torch.int32, (PATTERNS,)))
+        if units:
+            names += ["unit_count", "unit_sums"]
+        if geometry:
+            names += ["tokens", "geometry", "input_moments"]
         for name in names:
             dtype, fields = FIELDS[name]
-            shapes[name] = dtype, (len(fields), *like.shape[-1:] * (name == "unit_sums"))
-        sizes = [dtype.itemsize * math.prod(shape) for dtype, shape in shapes.values()]
-        # Views of one buffer: a single allocation and fill on a GPU.
+            shape: tuple[int, ...] = (len(fields),)
+            if name == "unit_sums":
+                shape = (len(fields), like.shape[-1])
+            layouts.append(_Layout(name, dtype, shape))
+        # All are views of one buffer: a single allocation and fill on a GPU.
+        sizes = [layout.size for layout in layouts]
         parts = torch.zeros(sum(sizes), dtype=torch.uint8, device=like.device).split(sizes)
-        self.tensors: Tensors = {
-            name: part.view(dtype).view(shape)
-            for (name, (dtype, shape)), part in zip(shapes.items(), parts, strict=True)
-        }
+        self.tensors: Tensors = {}
+        for layout, part in zip(layouts, parts, strict=True):
+            self.tensors[layout.name] = part.view(layout.dtype).view(layout.shape)
         if "extremes" in self.tensors:
-            self.tensors["extremes"].fill_(torch.inf)[1].neg_()
+            self.tensors["extremes"][0] = torch.inf
+            self.tensors["extremes"][1] = -torch.inf
 
     def add_first_tokens(self, values: torch.Tensor) -> None:
         """Store the first tokens of rows, [rows, units], for `conclude`. A pass waits only for their copy."""
@@ -123,17 +152,20 @@ def limits_on(thresholds: bytes, device: torch.device) -> torch.Tensor:
 def float32_limits(thresholds: Float64) -> np.ndarray:
     """Return the uint32 pattern of the smallest float32 >= each float64 threshold, so that x < t equals x < limit."""
     limits = thresholds.astype(np.float32)
-    limits = np.where(limits.astype(np.float64) < thresholds, np.nextafter(limits, np.float32(np.inf)), limits)
+    is_below = limits.astype(np.float64) < thresholds
+    limits = np.where(is_below, np.nextafter(limits, np.float32(np.inf)), limits)
     return limits.view(np.uint32)
 
 
 def send_stats(accumulators: Sequence[Accumulator]) -> Callable[[], list[LayerStats]]:
     """Start the transfer of accumulators, and return a function that waits for it and returns their statistics."""
     arrived = to_host([accumulator.conclude() for accumulator in accumulators])
-    like = [(accumulator.dtype, accumulator.thresholds) for accumulator in accumulators]
+    # Accumulators are not kept until then, so that their memory on the device is free.
+    dtypes = [accumulator.dtype for accumulator in accumulators]
+    thresholds = [accumulator.thresholds for accumulator in accumulators]
 
     def wait() -> list[LayerStats]:
-        return [to_stats(arrays, dtype, limits) for arrays, (dtype, limits) in zip(arrived(), like, strict=True)]
+        return [to_stats(*values) for values in zip(arrived(), dtypes, thresholds, strict=True)]
 
     return wait
 
@@ -143,23 +175,25 @@ def to_stats(tensors: Mapping[str, np.ndarray], dtype: torch.dtype, thresholds: 
     fields: dict[str, Any] = {}
     for name, values in tensors.items():
         if name in FIELDS:
+            _, names = FIELDS[name]
             entries = values.tolist() if values.ndim == 1 else values.copy()
-            fields |= zip(FIELDS[name][1], entries, strict=True)
+            fields |= zip(names, entries, strict=True)
     if "first" in tensors:
         fields["first_count"] = int(fields["first_count"])
     if "patterns" in tensors:
-        every_value = torch.from_numpy(np.arange(PATTERNS, dtype=np.uint16)).view(dtype).double().numpy()
+        every_pattern = torch.from_numpy(np.arange(PATTERNS, dtype=np.uint16))
+        every_value = every_pattern.view(dtype).double().numpy()
         fields |= stats_from_pattern_counts(tensors["patterns"], every_value, thresholds)
     else:
         abs_value, abs_value_count = values_of_cuts(tensors["cuts"])
-        fields |= {
-            "histogram": tensors["cuts"].reshape(HISTOGRAM_BINS, -1).sum(axis=1),
-            "abs_value": abs_value,
-            "abs_value_count": abs_value_count,
-            "abs_value_cut": True,
-            "near_zero": np.array(tensors["near_zero"]),
-            "max_abs": max(abs(fields["min"]), abs(fields["max"])) if fields["count"] else 0.0,
-        }
+        fields["histogram"] = tensors["cuts"].reshape(HISTOGRAM_BINS, -1).sum(axis=1)
+        fields["abs_value"] = abs_value
+        fields["abs_value_count"] = abs_value_count
+        fields["abs_value_cut"] = True
+        fields["near_zero"] = np.array(tensors["near_zero"])
+        fields["max_abs"] = 0.0
+        if fields["count"]:
+            fields["max_abs"] = max(abs(fields["min"]), abs(fields["max"]))
     return LayerStats(thresholds=thresholds, **fields)
 
 
@@ -187,11 +221,11 @@ class Kernels:
                 patterns = tokens.view(torch.int16).to(torch.int64) & 0xFFFF
                 _count_into(into.tensors["patterns"], patterns, counted)
         rows = max(1, CHUNK // max(1, x.shape[1] * x.shape[2]))
-        for i in range(0, len(x), rows):
-            here = slice(i, i + rows)
-            self._units(into.tensors, x[here], mask[here])
+        for start in range(0, len(x), rows):
+            part = slice(start, start + rows)
+            self._units(into.tensors, x[part], mask[part])
             if before is not None:
-                self._geometry(into.tensors, before[here], x[here], mask[here])
+                self._geometry(into.tensors, before[part], x[part], mask[part])
 
     def add_update(self, into: Accumulator, after: torch.Tensor, before: torch.Tensor, mask: torch.Tensor) -> None:
         """Add ``after - before``, rounded to the wider of their dtypes, as in `add`."""
@@ -201,23 +235,23 @@ class Kernels:
         """Complete pending additions. Accumulators are up to date only after this call, which ends every layer."""
 
     def _float32(self, into: Tensors, thresholds: Float64, x: torch.Tensor, mask: torch.Tensor) -> None:
-        sizes = x.view(torch.int32) & 0x7FFFFFFF
-        finite = (sizes < 0x7F800000) & mask[:, None]
+        sizes = x.view(torch.int32) & _SIZE_BITS
+        finite = (sizes < _INFINITE) & mask[:, None]
         _count_into(into["cuts"], (sizes >> CUT_SHIFT).to(torch.int64), finite)
-        into["near_zero"] += torch.stack(
-            [((sizes < limit) & finite).sum() for limit in limits_on(thresholds.tobytes(), x.device)]
-        )
+        limits = limits_on(thresholds.tobytes(), x.device)
+        into["near_zero"] += torch.stack([((sizes < limit) & finite).sum() for limit in limits])
         count = finite.sum()
         values = torch.where(finite, x, 0).double()
         mean = values.sum() / count.clamp(min=1)
         m2 = torch.where(finite, values - mean, 0).square().sum()
         _merge_moments(into["elements"][0], into["moments"], count, mean, m2)
-        into["elements"] += torch.stack([count, ((sizes == 0) & finite).sum(), mask.sum() * x.shape[1] - count])
+        zeros = ((sizes == 0) & finite).sum()
+        nonfinite = mask.sum() * x.shape[1] - count
+        into["elements"] += torch.stack([count, zeros, nonfinite])
         low = torch.where(finite, x, torch.inf).amin().double()
         high = torch.where(finite, x, -torch.inf).amax().double()
-        into["extremes"].copy_(
-            torch.stack([torch.minimum(into["extremes"][0], low), torch.maximum(into["extremes"][1], high)])
-        )
+        lowest, highest = into["extremes"]
+        into["extremes"].copy_(torch.stack([torch.minimum(lowest, low), torch.maximum(highest, high)]))
 
     def _units(self, into: Tensors, x: torch.Tensor, mask: torch.Tensor) -> None:
         finite = mask & torch.isfinite(x).all(dim=2)
@@ -227,18 +261,24 @@ class Kernels:
         whole = (tokens > 0) & (tokens == mask.sum(dim=1))
         into["sequences"] += whole.sum()
         if x.shape[2] > 1:
-            into["pooled"] += torch.where(whole, (sums / tokens.clamp(min=1)[:, None]).var(dim=1), 0).sum()
+            means = sums / tokens.clamp(min=1)[:, None]
+            into["pooled"] += torch.where(whole, means.var(dim=1), 0).sum()
         if "unit_sums" in into:
             into["unit_count"] += tokens.sum()
             into["unit_sums"] += torch.stack([sums.sum(dim=0), values.square_().sum(dim=(0, 1))])
 
     def _geometry(self, into: Tensors, before: torch.Tensor, after: torch.Tensor, mask: torch.Tensor) -> None:
         finite = mask & torch.isfinite(before).all(dim=2) & torch.isfinite(after).all(dim=2)
-        old, new = (torch.where(finite[..., None], x, 0).double() for x in (before, after))
-        old_sq, new_sq, change_sq = (v.square().sum(dim=2) for v in (old, new, new - old))
+        old = torch.where(finite[..., None], before, 0).double()
+        new = torch.where(finite[..., None], after, 0).double()
+        old_sq = old.square().sum(dim=2)
+        new_sq = new.square().sum(dim=2)
+        change_sq = (new - old).square().sum(dim=2)
         angles = (old_sq > 0) & (new_sq > 0)
         cosine = ((old * new).sum(dim=2) / (old_sq * new_sq).sqrt()).clamp(-1, 1)
-        per_token = torch.stack([cosine, torch.acos(cosine) / torch.pi, (change_sq / old_sq).sqrt()])
+        angle = torch.acos(cosine) / torch.pi
+        relative = (change_sq / old_sq).sqrt()
+        per_token = torch.stack([cosine, angle, relative])
         into["geometry"] += torch.where(angles, per_token, 0).sum(dim=(1, 2))
         count = finite.sum() * before.shape[2]
         mean = old.sum() / count.clamp(min=1)
@@ -249,13 +289,18 @@ class Kernels:
 
 def _count_into(counts: torch.Tensor, bins: torch.Tensor, mask: torch.Tensor) -> None:
     """Add the number of occurrences of each bin under a mask, of the shape of ``bins`` or of its rows."""
-    weight = mask.to(counts.dtype).reshape(*mask.shape, *[1] * (bins.dim() - mask.dim())).expand(bins.shape)
-    counts.scatter_add_(0, bins.reshape(-1), weight.reshape(-1))
+    weight = mask.to(counts.dtype)
+    while weight.dim() < bins.dim():
+        weight = weight.unsqueeze(-1)
+    counts.scatter_add_(0, bins.reshape(-1), weight.expand(bins.shape).reshape(-1))
 
 
-def _merge_moments(earlier: torch.Tensor, moments: torch.Tensor, count: torch.Tensor, mean: Any, m2: Any) -> None:
+def _merge_moments(
+    earlier: torch.Tensor, moments: torch.Tensor, count: torch.Tensor, mean: torch.Tensor, m2: torch.Tensor
+) -> None:
     """Update ``moments`` [mean, m2] of ``earlier`` elements by ``count`` more (Chan), without a host transfer."""
     total = (earlier + count).clamp(min=1).double()
     delta = mean - moments[0]
-    change = torch.stack([delta * (count / total), m2 + delta * delta * (earlier * (count / total))])
+    share = count / total
+    change = torch.stack([delta * share, m2 + delta * delta * (earlier * share)])
     moments += torch.where(count > 0, change, 0)
