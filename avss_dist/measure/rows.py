@@ -94,7 +94,9 @@ class CountedTokens:
 def masks_by_stratum(mask: torch.Tensor, pairing: Pairing | None) -> dict[str, torch.Tensor]:
     """Return the mask of each stratum that has a token. The stratum of unpaired text has an empty name."""
     if pairing is None:
-        return {"": mask} if mask.any() else {}
+        if mask.numpy().any():
+            return {"": mask}
+        return {}
     labels = np.array(pairing.strata)
     masks = {}
     for name in sorted(set(pairing.strata)):

@@ -25,7 +25,7 @@ from avss_dist.analysis.findings import findings
 from avss_dist.core.errors import ModelError
 from avss_dist.core.process import bound
 from avss_dist.core.thresholds import THRESHOLDS
-from avss_dist.measure.observer import PASSES, ExpertCounter, Observer, Pass, attached
+from avss_dist.measure.observer import PASSES, EnteredLayer, ExpertCounter, Observer, Pass, attached
 from avss_dist.models.checkpoint.loading import Backbone, forward_function, open_module
 from avss_dist.models.structure.layers import Experts, Routing
 from avss_dist.stats.layer_stats import EXPERT_FIELDS, ExpertStats, merge_stats
@@ -260,7 +260,7 @@ def test_experts_that_see_other_tokens_than_the_batch_are_refused() -> None:
     assert found.router is not None
     with attached([layer_of(found)], (), experts=True) as hooks:
         observer = Observer(hooks, ())
-        now = Pass(observer, mask, slice(None), None, entered=(layer_of(found), None, 0))
+        now = Pass(observer, mask, slice(None), None, entered=EnteredLayer(layer_of(found), None, 0))
         with bound(PASSES, (now,)):
             found.router(torch.zeros(3, 4))
             with pytest.raises(ModelError, match="The experts of layer 5 see 2 tokens in a batch of 3"):

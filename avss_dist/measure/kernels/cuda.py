@@ -19,47 +19,80 @@ import re
 import struct
 import sys
 import warnings
+from collections.abc import Callable, Iterator
 from contextlib import suppress
+from dataclasses import dataclass
 from functools import lru_cache
 from importlib.resources import files
-from itertools import accumulate
 from pathlib import Path
-from typing import Any
 
 import torch
 
 from avss_dist.measure.kernels.reference import Accumulator, Kernels, limits_on
 
-UNITS_A_WARP, STRIP, RUN = 128, 32, 8  # as in kernels.cu
+# The first four are as in kernels.cu.
+UNITS_A_WARP = 128
+STRIP = 32
+RUN = 8
 MAX_CALLS = 8
-ENOUGH_ITEMS = 4096  # for every warp of a large card
-MIN_CHUNK = 16  # tokens; chunks are multiples of it
+ENOUGH_ITEMS = 4096
+"""Number of work items that are enough for every warp of a large card."""
+MIN_CHUNK = 16
+"""Number of tokens of which chunks are multiples."""
 ALIGNMENT = 256
+"""Alignment of the parts of a call's memory, in bytes."""
+ARGUMENT_BYTES = 8
+"""Number of bytes of an argument of a launch."""
 
-NUMBERS = {torch.bfloat16: 0, torch.float16: 16, torch.float32: 32}  # DTYPE in kernels.cu
-OCTAVE = {torch.bfloat16: 128, torch.float16: 1024, torch.float32: 128}  # counters of an octave of one sign
-MAX_DYNAMIC_SHARED = 8  # CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
+NUMBERS = {torch.bfloat16: 0, torch.float16: 16, torch.float32: 32}
+"""DTYPE in kernels.cu."""
+OCTAVE = {torch.bfloat16: 128, torch.float16: 1024, torch.float32: 128}
+"""Number of counters of an octave of one sign."""
+MAX_DYNAMIC_SHARED = 8
+"""CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES of the driver."""
+COMPARING_THREADS = 256
+"""Number of threads of a block that compares."""
+RESIDENT_THREADS = 2048
+"""Number of threads that a multiprocessor holds."""
 
 
 class NotCompiled(Exception):
     """Failure to compile the kernels for a device."""
 
 
+@dataclass(frozen=True, eq=False)
+class _PendingCall:
+    """A launch whose results are added to an accumulator in `finish`.
+
+    Attributes:
+        groups: number of groups of units that a warp has.
+        arguments: packed arguments of the launch.
+    """
+
+    into: Accumulator
+    dtype: torch.dtype
+    groups: int
+    arguments: bytes
+
+
 class CudaKernels(Kernels):
     """CUDA backend, see `kernels.reference.Kernels`. Accumulators are up to date after `finish`."""
 
     def __init__(self, launcher: Device, *, chunk: int | None = None) -> None:
-        self._launcher, self._chunk = launcher, chunk
+        self._launcher = launcher
+        self._chunk = chunk
         self._memory: dict[int, list[torch.Tensor]] = {}
-        self._pending: list[tuple[Accumulator, torch.dtype, int, bytes]] = []
+        self._pending: list[_PendingCall] = []
         self._without: set[torch.dtype] = set()
 
     def add(self, into: Accumulator, x: torch.Tensor, mask: torch.Tensor, before: torch.Tensor | None = None) -> None:
         """Add the statistics of a batch to an accumulator, as `kernels.reference.Kernels.add`."""
-        if self._can(x, before):
-            self._add(into, x, mask, before, "count_squared" if "unit_sums" in into.tensors else "count")
-        else:
+        if not self._can(x, before):
             super().add(into, x, mask, before)
+        elif "unit_sums" in into.tensors:
+            self._add(into, x, mask, before, "count_squared")
+        else:
+            self._add(into, x, mask, before, "count")
 
     def add_update(self, into: Accumulator, after: torch.Tensor, before: torch.Tensor, mask: torch.Tensor) -> None:
         """Add the statistics of ``after - before``, as `kernels.reference.Kernels.add_update`.
@@ -75,13 +108,18 @@ class CudaKernels(Kernels):
         """Complete pending additions, after which accumulators are up to date."""
         if not self._pending:
             return
-        pending, self._pending = self._pending, []
-        _, dtypes, groups, calls = zip(*pending, strict=True)
-        arguments = struct.pack("q", len(calls)) + b"".join(calls).ljust(MAX_CALLS * 8 * len(fields()), b"\0")
-        self._launcher.launch(dtypes[0], "finish", sum(groups), UNITS_A_WARP, 0, arguments)
+        pending = self._pending
+        self._pending = []
+        calls = b"".join(call.arguments for call in pending)
+        room = MAX_CALLS * ARGUMENT_BYTES * len(fields())
+        arguments = struct.pack("q", len(pending)) + calls.ljust(room, b"\0")
+        groups = sum(call.groups for call in pending)
+        self._launcher.launch(pending[0].dtype, "finish", groups, UNITS_A_WARP, 0, arguments)
 
     def _can(self, x: torch.Tensor, before: torch.Tensor | None) -> bool:
-        if not x.numel() or x.dtype in self._without or (before is not None and before.dtype != x.dtype):
+        if x.numel() == 0 or x.dtype in self._without:
+            return False
+        if before is not None and before.dtype != x.dtype:
             return False
         try:
             self._launcher.span(x.dtype)
@@ -94,29 +132,39 @@ class CudaKernels(Kernels):
     def _add(
         self, into: Accumulator, x: torch.Tensor, mask: torch.Tensor, before: torch.Tensor | None, kernel: str
     ) -> None:
-        if len(self._pending) == MAX_CALLS or any(call[0] is into for call in self._pending):
+        if len(self._pending) == MAX_CALLS or any(call.into is into for call in self._pending):
             self.finish()
         into.reserve(x.numel())
         rows, tokens, units = x.shape
         chunk = self._chunk or chunk_of(rows, tokens, units)
         compared = before is not None and kernel != "count_update"
-        mask, before = mask.contiguous(), None if before is None else before.contiguous()
+        mask = mask.contiguous()
         values = {"rows": rows, "tokens": tokens, "units": units, "chunk": chunk}
-        values |= {"x": x.data_ptr(), "mask": mask.data_ptr(), "before": 0 if before is None else before.data_ptr()}
-        limits = len(into.thresholds) if x.dtype == torch.float32 else 0
+        values["x"] = x.data_ptr()
+        values["mask"] = mask.data_ptr()
+        if before is not None:
+            before = before.contiguous()
+            values["before"] = before.data_ptr()
+        limits = 0
+        if x.dtype == torch.float32:
+            limits = len(into.thresholds)
         if limits:
-            values |= {"num_limits": limits, "limits": limits_on(into.thresholds.tobytes(), x.device).data_ptr()}
+            values["num_limits"] = limits
+            values["limits"] = limits_on(into.thresholds.tobytes(), x.device).data_ptr()
         values |= self._room((rows, tokens, units), chunk, x, kernel != "count", compared)
-        values |= {f"all_{name}": tensor.data_ptr() for name, tensor in into.tensors.items()}
+        for name, tensor in into.tensors.items():
+            values[f"all_{name}"] = tensor.data_ptr()
         values["wide"] = "patterns" in into.tensors and into.tensors["patterns"].dtype == torch.int64
-        arguments = struct.pack(f"{len(fields())}q", *(values.get(name, 0) for name in fields()))
-        shared = shared_bytes(x.dtype, self._launcher.span(x.dtype), limits)
-        self._launcher.launch(x.dtype, kernel, self._launcher.blocks, self._launcher.threads, shared, arguments)
+        in_order = [values.get(name, 0) for name in fields()]
+        arguments = struct.pack(f"{len(in_order)}q", *in_order)
+        launcher = self._launcher
+        shared = shared_bytes(x.dtype, launcher.span(x.dtype), limits)
+        launcher.launch(x.dtype, kernel, launcher.blocks, launcher.threads, shared, arguments)
         if compared:
-            threads = min(256, self._launcher.threads)
-            blocks = self._launcher.blocks * max(1, 2048 // threads)
-            self._launcher.launch(x.dtype, "compare", blocks, threads, 0, arguments)
-        self._pending.append((into, x.dtype, -(-units // UNITS_A_WARP), arguments))
+            threads = min(COMPARING_THREADS, launcher.threads)
+            blocks = launcher.blocks * max(1, RESIDENT_THREADS // threads)
+            launcher.launch(x.dtype, "compare", blocks, threads, 0, arguments)
+        self._pending.append(_PendingCall(into, x.dtype, _divided(units, UNITS_A_WARP), arguments))
 
     def _room(
         self, shape: tuple[int, int, int], chunk: int, x: torch.Tensor, squared: bool, compared: bool
@@ -125,15 +173,26 @@ class CudaKernels(Kernels):
 
         Memory is reused across layers: a part that kernels leave as zeros, and the rest.
         """
-        offsets, zeros, size = layout(shape, chunk, x.dtype, squared, compared)
+        planned = layout(shape, chunk, x.dtype, squared, compared)
+        zeros = planned.zeros
         empty = torch.empty(0, dtype=torch.uint8)
         memory = self._memory.setdefault(len(self._pending), [empty, empty])
         if memory[0].numel() < zeros:
             memory[0] = torch.zeros(zeros, dtype=torch.uint8, device=x.device)
-        if memory[1].numel() < size - zeros:
-            memory[1] = torch.empty(size - zeros, dtype=torch.uint8, device=x.device)
-        first, second = memory[0].data_ptr(), memory[1].data_ptr() - zeros
-        return {name: at + (first if at < zeros else second) for name, at in offsets.items()}
+        if memory[1].numel() < planned.size - zeros:
+            memory[1] = torch.empty(planned.size - zeros, dtype=torch.uint8, device=x.device)
+        addresses = {}
+        for name, offset in planned.offsets.items():
+            if offset < zeros:
+                addresses[name] = memory[0].data_ptr() + offset
+            else:
+                addresses[name] = memory[1].data_ptr() + offset - zeros
+        return addresses
+
+
+def _divided(number: int, size: int) -> int:
+    """Return the number of parts of at most ``size``."""
+    return -(-number // size)
 
 
 @lru_cache(maxsize=64)
@@ -149,7 +208,8 @@ def launcher_of(device: torch.device) -> Device:
 
 def cuda_version() -> int:
     """Return the major version of torch's CUDA, or 0 if it has none, as on ROCm."""
-    return int((torch.version.cuda or "0").split(".")[0])
+    version = torch.version.cuda or "0"
+    return int(version.split(".")[0])
 
 
 class Device:
@@ -184,16 +244,18 @@ class Device:
             cubin, _ = compile_for(dtype, self._architecture, self._shared, cuda_version())
             module = ctypes.c_void_p()
             with torch.cuda.device(self._device):
-                torch.zeros(1, device=self._device)  # makes torch's context current in this thread
+                torch.zeros(1, device=self._device)  # This makes torch's context current in this thread.
                 self._check(self._driver.cuModuleLoadData(ctypes.byref(module), cubin), "load the kernels")
             self._modules[dtype] = module
-        return window(dtype, self._shared)[1]
+        _, span = window(dtype, self._shared)
+        return span
 
     def launch(self, dtype: torch.dtype, kernel: str, grid: int, block: int, shared: int, arguments: bytes) -> None:
         """Start a kernel on the current stream, after the kernels that were started before."""
         with torch.cuda.device(self._device):
             function = self._functions.get((dtype, kernel)) or self._function(dtype, kernel)
-            pointers = (ctypes.c_void_p * 1)(ctypes.cast(ctypes.c_char_p(arguments), ctypes.c_void_p))
+            address = ctypes.cast(ctypes.c_char_p(arguments), ctypes.c_void_p)
+            pointers = (ctypes.c_void_p * 1)(address)
             stream = ctypes.c_void_p(torch.cuda.current_stream(self._device).cuda_stream)
             code = self._driver.cuLaunchKernel(function, grid, 1, 1, block, 1, 1, shared, stream, pointers, None)
             self._check(code, f"launch {kernel}")
@@ -210,7 +272,7 @@ class Device:
 
     def _check(self, code: int, what: str) -> None:
         if code:
-            text: Any = ctypes.c_char_p()
+            text = ctypes.c_char_p()
             self._driver.cuGetErrorString(code, ctypes.byref(text))
             reason = (text.value or b"unknown error").decode()
             raise RuntimeError(f"CUDA error: {reason}: the driver could not {what} on {self._device} (error {code}).")
@@ -227,7 +289,8 @@ def fields() -> tuple[str, ...]:
     """Return the names of the arguments of a launch, in the order of ``struct Call``."""
     body = re.search(r"struct Call \{\n(.*?)\n\};", source(), re.DOTALL)
     assert body is not None
-    return tuple(re.findall(r"(\w+);", re.sub(r"//.*", "", body[1])))
+    without_comments = re.sub(r"//.*", "", body[1])
+    return tuple(re.findall(r"(\w+);", without_comments))
 
 
 def window(dtype: torch.dtype, shared: int) -> tuple[int, int]:
@@ -250,7 +313,9 @@ def window(dtype: torch.dtype, shared: int) -> tuple[int, int]:
 
 def shared_bytes(dtype: torch.dtype, span: int, limits: int) -> int:
     """Return the bytes of shared memory of a counting block."""
-    return 4 * (span + STRIP + 2 * limits + 3) if dtype == torch.float32 else 8 * (span + STRIP)
+    if dtype == torch.float32:
+        return 4 * (span + STRIP + 2 * limits + 3)
+    return 8 * (span + STRIP)
 
 
 def chunk_of(rows: int, tokens: int, units: int) -> int:
@@ -258,54 +323,87 @@ def chunk_of(rows: int, tokens: int, units: int) -> int:
 
     The order of float sums depends on it, so it is a function of shapes only.
     """
-    chunks = -(-ENOUGH_ITEMS // (rows * -(-units // UNITS_A_WARP)))
-    return -(-tokens // (chunks * MIN_CHUNK)) * MIN_CHUNK
+    chunks = _divided(ENOUGH_ITEMS, rows * _divided(units, UNITS_A_WARP))
+    return _divided(tokens, chunks * MIN_CHUNK) * MIN_CHUNK
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Layout of a call's memory, in bytes.
+
+    Attributes:
+        offsets: offsets by field.
+        zeros: size of the leading part, which is zero at first.
+        size: size of the whole.
+    """
+
+    offsets: dict[str, int]
+    zeros: int
+    size: int
 
 
 @lru_cache(maxsize=64)
-def layout(
-    shape: tuple[int, int, int], chunk: int, dtype: torch.dtype, squared: bool, compared: bool
-) -> tuple[dict[str, int], int, int]:
-    """Return the layout of a call's memory: offsets by field, size of the leading zeroed part, total size."""
+def layout(shape: tuple[int, int, int], chunk: int, dtype: torch.dtype, squared: bool, compared: bool) -> Layout:
+    """Return the layout of a call's memory.
+
+    Args:
+        shape: rows, tokens and units of the batch.
+        squared: whether squares are summed, too.
+        compared: whether a block is compared with its input.
+    """
     rows, tokens, units = shape
-    parts = rows * -(-tokens // chunk)
-    items = parts * -(-units // UNITS_A_WARP) if dtype == torch.float32 else 0
-    zeros = {"ticket": 4, "arrived": 4 * parts, "bad": rows * tokens}
-    scratch = {
-        "sums": 8 * parts * units,
-        "squares": 8 * parts * units * squared,
-        "seen": 16 * parts,
-        "moments": 40 * items,
-        "compared": 56 * rows * -(-tokens // RUN) * compared,
-        "spread": 16 * rows * -(-units // STRIP),
-        "pooled": 8 * rows,
-        "row_seen": 16 * rows,
-    }
-    sizes = {name: size for name, size in (zeros | scratch).items() if size}
-    *starts, end = accumulate((-(-size // ALIGNMENT) * ALIGNMENT for size in sizes.values()), initial=0)
-    offsets = dict(zip(sizes, starts, strict=True))
-    return offsets, offsets["sums"], end
+    parts = rows * _divided(tokens, chunk)
+    sizes = {"ticket": 4, "arrived": 4 * parts, "bad": rows * tokens}
+    sizes["sums"] = 8 * parts * units
+    if squared:
+        sizes["squares"] = 8 * parts * units
+    sizes["seen"] = 16 * parts
+    if dtype == torch.float32:
+        sizes["moments"] = 40 * parts * _divided(units, UNITS_A_WARP)
+    if compared:
+        sizes["compared"] = 56 * rows * _divided(tokens, RUN)
+    sizes["spread"] = 16 * rows * _divided(units, STRIP)
+    sizes["pooled"] = 8 * rows
+    sizes["row_seen"] = 16 * rows
+    offsets = {}
+    end = 0
+    for name, size in sizes.items():
+        offsets[name] = end
+        end += _divided(size, ALIGNMENT) * ALIGNMENT
+    return Layout(offsets, zeros=offsets["sums"], size=end)
+
+
+_NvrtcFunction = Callable[..., int]
 
 
 @lru_cache(maxsize=2)
-def library(major: int) -> Any:
+def library(major: int) -> ctypes.CDLL:
     """Load libnvrtc of a CUDA major version from installed wheels or from the system.
 
     Raises:
         NotCompiled: if it is not installed.
     """
     name = f"libnvrtc.so.{major}"
-    homes = [Path(path) / "nvidia" for path in sys.path if path]
-    for folder in [home / part / "lib" for home in homes for part in (f"cu{major}", "cuda_nvrtc")]:
+    for folder in _nvrtc_folders(major):
         if (folder / name).is_file():
             with suppress(OSError):
+                # NVRTC opens these by their name alone.
                 for builtins in folder.glob("libnvrtc-builtins.so*"):
-                    ctypes.CDLL(str(builtins))  # which it opens by name alone
+                    ctypes.CDLL(str(builtins))
                 return ctypes.CDLL(str(folder / name))
     try:
         return ctypes.CDLL(name)
     except OSError as error:
         raise NotCompiled(f"{name} is neither among the packages of this Python nor on the system") from error
+
+
+def _nvrtc_folders(major: int) -> Iterator[Path]:
+    """Yield the folders in which wheels of NVIDIA install NVRTC."""
+    for path in sys.path:
+        if path:
+            home = Path(path) / "nvidia"
+            yield home / f"cu{major}" / "lib"
+            yield home / "cuda_nvrtc" / "lib"
 
 
 def compile_for(dtype: torch.dtype, architecture: str, shared: int, major: int, *options: str) -> tuple[bytes, str]:
@@ -320,12 +418,15 @@ def compile_for(dtype: torch.dtype, architecture: str, shared: int, major: int, 
     Raises:
         NotCompiled: if there is no compiler, or it rejects the architecture or the source.
     """
-    nvrtc, program = library(major), ctypes.c_void_p()
+    nvrtc = library(major)
+    program = ctypes.c_void_p()
     low, span = window(dtype, shared)
     flags = [
         f"--gpu-architecture={architecture}",
         "--std=c++17",
-        *(f"-D{name}={value}" for name, value in (("DTYPE", NUMBERS[dtype]), ("LOW", f"{low}u"), ("SPAN", f"{span}u"))),
+        f"-DDTYPE={NUMBERS[dtype]}",
+        f"-DLOW={low}u",
+        f"-DSPAN={span}u",
         *options,
     ]
     nvrtc.nvrtcCreateProgram(ctypes.byref(program), source().encode(), b"kernels.cu", 0, None, None)
@@ -340,7 +441,8 @@ def compile_for(dtype: torch.dtype, architecture: str, shared: int, major: int, 
         nvrtc.nvrtcDestroyProgram(ctypes.byref(program))
 
 
-def _text(size_of: Any, get: Any, program: ctypes.c_void_p) -> bytes:
+def _text(size_of: _NvrtcFunction, get: _NvrtcFunction, program: ctypes.c_void_p) -> bytes:
+    """Return a text of a program from the functions of NVRTC that give its size and its bytes."""
     size = ctypes.c_size_t()
     size_of(program, ctypes.byref(size))
     text = ctypes.create_string_buffer(size.value)

@@ -16,7 +16,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from avss_dist.core.errors import ModelError, explain_unwritable, first_line, first_names, is_full, unwritable
 from avss_dist.core.extras import require_package
@@ -25,14 +25,25 @@ from avss_dist.core.streams import say
 from avss_dist.models.checkpoint.weight_files import INDEX, WEIGHTS, weight_files
 
 if TYPE_CHECKING:
+    from gguf import GGUFReader
+
     from avss_dist.models.checkpoint.safetensors import TensorInfo
 
-_FETCHED = ("*.json", "*.model", "*.txt", "*.jinja", "avss_*.yaml")  # of a hub checkpoint, beside its weights
-_READ = {".json", ".safetensors", ".model", ".txt"}  # suffixes of the files that can change a number
+_FETCHED = ("*.json", "*.model", "*.txt", "*.jinja", "avss_*.yaml")
+"""Patterns of the files of a hub checkpoint that are fetched beside its weights."""
+_READ = {".json", ".safetensors", ".model", ".txt"}
+"""Suffixes of the files that can change a number."""
 
-SLUG_LENGTH = 237  # characters of the longest name that has room in a folder's: run_id=NAME-0123456789, 255 bytes
-SLUG_PREFIX = 80  # characters that stay of a longer one
-_PICKLED_WEIGHTS = "pytorch_model*.bin"  # what transformers calls them; others hold optimizers and arguments
+SLUG_LENGTH = 237
+"""Characters of the longest name that has room in that of a folder: run_id=NAME-0123456789, 255 bytes."""
+SLUG_PREFIX = 80
+"""Characters that stay of a longer name."""
+SLUG_HASH = 16
+"""Hexadecimal digits of the hash behind them."""
+CACHED_FROM = 1 << 20
+"""Bytes of the largest file whose hash is not cached."""
+_PICKLED_WEIGHTS = "pytorch_model*.bin"
+"""Names that transformers gives to pickled weights. Others hold optimizers and arguments."""
 PICKLED = ("*.bin", "*.pt", "*.pth", "*.ckpt")
 _INDEX = "pytorch_model.bin.index.json"
 CONVERTED = "converted_from_pickles"
@@ -69,17 +80,23 @@ class Checkpoint:
     @property
     def slug(self) -> str:
         """Readable name for run ids: letters, digits, dots, underscores and hyphens."""
-        return slug(self.name if self.source == "hub" else Path(self.path).resolve().name.removesuffix(".gguf"))
+        if self.source == "hub":
+            return slug(self.name)
+        return slug(Path(self.path).resolve().name.removesuffix(".gguf"))
 
     @property
     def folder(self) -> Path:
         """Folder of the configuration and the tokenizer."""
-        return Path(self.path).parent if self.source == "gguf" else Path(self.path)
+        if self.source == "gguf":
+            return Path(self.path).parent
+        return Path(self.path)
 
     @property
     def gguf(self) -> dict[str, str]:
         """Options with which transformers reads a ``.gguf`` file, empty for other sources."""
-        return {"gguf_file": Path(self.path).name} if self.source == "gguf" else {}
+        if self.source == "gguf":
+            return {"gguf_file": Path(self.path).name}
+        return {}
 
 
 def slug(name: str) -> str:
@@ -91,7 +108,8 @@ def slug(name: str) -> str:
     text = re.sub(r"[^A-Za-z0-9._-]+", "-", name).strip("-.") or "model"
     if len(text) <= SLUG_LENGTH:
         return text
-    return f"{text[:SLUG_PREFIX]}-{hashlib.sha256(name.encode(errors='surrogatepass')).hexdigest()[:16]}"
+    digest = hashlib.sha256(name.encode(errors="surrogatepass")).hexdigest()
+    return f"{text[:SLUG_PREFIX]}-{digest[:SLUG_HASH]}"
 
 
 def resolve(spec: str, *, trust_remote_code: bool = False, weights: bool = True) -> Checkpoint:
@@ -109,20 +127,38 @@ def resolve(spec: str, *, trust_remote_code: bool = False, weights: bool = True)
     """
     local = locate(spec, trust_remote_code=trust_remote_code)
     if local is None:
-        fetched = fetch_files(spec, [*_FETCHED, *([WEIGHTS] if weights else [])], trust_remote_code=trust_remote_code)
-        if weights and not weight_files(fetched.folder):
-            converted = converted_folder(fetched.folder)
-            if converted:
-                fetched = replace(fetched, path=str(converted))
-        if weights:
-            _check_folder(fetched.folder, spec)
-        return fetched
-    suffixes = {*_READ, *([".py"] if trust_remote_code else [])}
+        return _resolve_on_hub(spec, trust_remote_code=trust_remote_code, weights=weights)
     path = Path(local.path)
     if not path.is_dir():
         return replace(local, revision=content_hash(path.parent, [path]))
+    suffixes = set(_READ)
+    if trust_remote_code:
+        suffixes.add(".py")
     files = {file for file in path.iterdir() if file.is_file() and file.suffix in suffixes}
-    return replace(local, revision=content_hash(path, {*files, *weight_files(path)}))
+    files.update(weight_files(path))
+    return replace(local, revision=content_hash(path, files))
+
+
+def _resolve_on_hub(spec: str, *, trust_remote_code: bool, weights: bool) -> Checkpoint:
+    """Return a checkpoint of the hub, whose files are downloaded.
+
+    Args: see `resolve`.
+
+    Raises:
+        ModelError: the checkpoint does not exist or cannot be opened.
+    """
+    patterns = list(_FETCHED)
+    if weights:
+        patterns.append(WEIGHTS)
+    fetched = fetch_files(spec, patterns, trust_remote_code=trust_remote_code)
+    if not weights:
+        return fetched
+    if not weight_files(fetched.folder):
+        converted = converted_folder(fetched.folder)
+        if converted:
+            fetched = replace(fetched, path=str(converted))
+    _check_folder(fetched.folder, spec)
+    return fetched
 
 
 def find_checkpoint(spec: str, *, trust_remote_code: bool = False, weights: bool = True) -> Checkpoint:
@@ -133,9 +169,10 @@ def find_checkpoint(spec: str, *, trust_remote_code: bool = False, weights: bool
     Raises:
         ModelError: the checkpoint does not exist or cannot be opened.
     """
-    return locate(spec, trust_remote_code=trust_remote_code, weights=weights) or fetch_files(
-        spec, ["config.json"], trust_remote_code=trust_remote_code
-    )
+    local = locate(spec, trust_remote_code=trust_remote_code, weights=weights)
+    if local is not None:
+        return local
+    return fetch_files(spec, ["config.json"], trust_remote_code=trust_remote_code)
 
 
 def require_checkpoint(spec: str, *, weights: bool = True) -> None:
@@ -179,7 +216,8 @@ def locate(spec: str, *, trust_remote_code: bool = False, weights: bool = True) 
             name=spec, source="gguf", path=str(path.resolve()), revision="", trust_remote_code=trust_remote_code
         )
     if path.is_dir():
-        path = path if weight_files(path) else converted_folder(path) or path
+        if not weight_files(path):
+            path = converted_folder(path) or path
         _check_folder(path, spec, weights=weights)
         return Checkpoint(
             name=spec, source="folder", path=str(path.resolve()), revision="", trust_remote_code=trust_remote_code
@@ -225,13 +263,21 @@ def convert_pickles(spec: str) -> None:
         for file in files:
             _convert_file(file, staged / _renamed(file.name))
         for file in folder.iterdir():
-            if file.is_file() and file.name[0] != "." and not any(file.match(p) for p in (*PICKLED, _INDEX)):
+            if _is_copied(file):
                 shutil.copyfile(file, staged / file.name)
         if (folder / _INDEX).is_file():
             index = json.loads((folder / _INDEX).read_text(encoding="utf-8"))
             index["weight_map"] = {name: _renamed(file) for name, file in index["weight_map"].items()}
             (staged / INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
-        (staged / CONVERTED).write_text("\n".join(file.name for file in files) + "\n", encoding="utf-8")
+        names = [f"{file.name}\n" for file in files]
+        (staged / CONVERTED).write_text("".join(names), encoding="utf-8")
+
+
+def _is_copied(file: Path) -> bool:
+    """Whether a file is copied beside converted weights, because it holds something else."""
+    if not file.is_file() or file.name.startswith("."):
+        return False
+    return not any(file.match(pattern) for pattern in (*PICKLED, _INDEX))
 
 
 def _convert_file(file: Path, target: Path) -> None:
@@ -258,12 +304,10 @@ def fetch_files(spec: str, patterns: list[str], *, trust_remote_code: bool = Fal
     from huggingface_hub import snapshot_download
 
     name, _, revision = spec.partition("@")
+    if trust_remote_code:
+        patterns = [*patterns, "*.py"]
     with explain_hub_errors(spec):
-        folder = snapshot_download(
-            name,
-            revision=revision or None,
-            allow_patterns=[*patterns, *(["*.py"] if trust_remote_code else [])],
-        )
+        folder = snapshot_download(name, revision=revision or None, allow_patterns=patterns)
     return Checkpoint(
         name=name,
         source="hub",
@@ -279,14 +323,15 @@ def explain_hub_errors(spec: str) -> Iterator[None]:
     """Convert the errors of the hub's client, with any HTTP library, to ModelError with a hint."""
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 
-    bases: Any = HfHubHTTPError.__bases__  # of that library, and OSError
+    bases: Any = HfHubHTTPError.__bases__  # Those of that library, and OSError.
     try:
         yield
     except (HFValidationError, HfHubHTTPError, *bases, OSError) as error:
         if isinstance(error, OSError) and is_full(error):
             raise unwritable(f"The hub's cache on this machine, with '{spec}',", error, "Free some space.") from error
+        reason = " ".join(str(error).split())
         raise ModelError(
-            f"'{spec}' is no folder here, and cannot be fetched from the hub: {' '.join(str(error).split())}",
+            f"'{spec}' is no folder here, and cannot be fetched from the hub: {reason}",
             "Check the name, the revision and the network; a private or gated model needs `hf auth login`.",
         ) from error
 
@@ -299,10 +344,14 @@ def _check_folder(folder: Path, spec: str, *, weights: bool = True) -> None:
         )
     read_config(folder, spec)
     files = weight_files(folder)
-    if missing := [file for file in files if not file.is_file()]:
-        raise ModelError(f"'{spec}' lacks the file {missing[0].relative_to(folder)}.", "Is the download complete?")
+    for file in files:
+        if not file.is_file():
+            raise ModelError(f"'{spec}' lacks the file {file.relative_to(folder)}.", "Is the download complete?")
     if weights and not files:
-        pickled = sorted(f.name for pattern in PICKLED for f in folder.glob(pattern))
+        pickled: list[str] = []
+        for pattern in PICKLED:
+            pickled += [file.name for file in folder.glob(pattern)]
+        pickled.sort()
         if pickled:
             raise ModelError(
                 f"'{spec}' has pickled weights only ({pickled[0]}), which can run code when they are opened.",
@@ -318,7 +367,7 @@ def read_config(folder: Path, spec: str) -> dict[str, Any]:
         ModelError: the file is missing, or is not a JSON object.
     """
     file = folder / "config.json"
-    if not file.is_file():  # nothing else is opened: a pipe would be waited for
+    if not file.is_file():  # Nothing else is opened: a pipe would be waited for.
         raise ModelError(f"'{spec}' has no config.json.", "Name the folder that save_pretrained() wrote.")
     try:
         config = json.loads(file.read_text(encoding="utf-8"))
@@ -337,15 +386,18 @@ def stored_tensors(checkpoint: Checkpoint) -> Sequence[TensorInfo]:
     """
     from avss_dist.models.checkpoint.safetensors import TensorInfo, tensors_of
 
+    tensors: list[TensorInfo] = []
     if checkpoint.gguf:
-        return [
-            TensorInfo(tensor.name, tensor.tensor_type.name, int(tensor.n_bytes))
-            for tensor in read_gguf(checkpoint).tensors
-        ]
+        for tensor in read_gguf(checkpoint).tensors:
+            tensors.append(TensorInfo(tensor.name, tensor.tensor_type.name, int(tensor.n_bytes)))
+        return tensors
     files = weight_files(checkpoint.folder)
-    if checkpoint.source == "hub" and not (files and all(file.is_file() for file in files)):
+    are_here = bool(files) and all(file.is_file() for file in files)
+    if checkpoint.source == "hub" and not are_here:
         return _hub_tensors(checkpoint)
-    return [tensor for file in files for tensor in tensors_of(file)]
+    for file in files:
+        tensors += tensors_of(file)
+    return tensors
 
 
 def _hub_tensors(checkpoint: Checkpoint) -> Sequence[TensorInfo]:
@@ -358,20 +410,23 @@ def _hub_tensors(checkpoint: Checkpoint) -> Sequence[TensorInfo]:
 
     from avss_dist.models.checkpoint.safetensors import TensorInfo
 
-    spec = "@".join(filter(None, (checkpoint.name, checkpoint.revision_name)))
+    spec = checkpoint.name
+    if checkpoint.revision_name:
+        spec += f"@{checkpoint.revision_name}"
     with explain_hub_errors(spec):
         try:
             metadata = get_safetensors_metadata(checkpoint.name, revision=checkpoint.revision)
         except (errors.NotASafetensorsRepoError, errors.SafetensorsParsingError) as error:
             raise ModelError(f"'{spec}' has no weights (*.safetensors) with a header: {error}") from error
-    return [
-        TensorInfo(name, tensor.dtype, tensor.data_offsets[1] - tensor.data_offsets[0])
-        for file in metadata.files_metadata.values()
-        for name, tensor in file.tensors.items()
-    ]
+    tensors = []
+    for file in metadata.files_metadata.values():
+        for name, tensor in file.tensors.items():
+            first, last = tensor.data_offsets
+            tensors.append(TensorInfo(name, tensor.dtype, last - first))
+    return tensors
 
 
-def read_gguf(checkpoint: Checkpoint) -> Any:
+def read_gguf(checkpoint: Checkpoint) -> GGUFReader:
     """Return the gguf package's reader of a checkpoint's file.
 
     Raises:
@@ -397,7 +452,9 @@ def converted_folder(folder: Path) -> Path | None:
     if not files:
         return None
     place = _place(folder, files)
-    return place if place.is_dir() else None
+    if not place.is_dir():
+        return None
+    return place
 
 
 def _pickled_weights(folder: Path) -> list[Path]:
@@ -423,8 +480,9 @@ def content_hash(folder: Path, files: Iterable[Path]) -> str:
     """
     digest = hashlib.sha256()
     for file in sorted(files):
+        path = file.relative_to(folder).as_posix()
         try:
-            digest.update(f"{file.relative_to(folder).as_posix()}\0{_file_hash(file.resolve())}\n".encode())
+            digest.update(f"{path}\0{_file_hash(file.resolve())}\n".encode())
         except OSError as error:
             raise ModelError(f"{file} cannot be read: {error.strerror}.", "Check its permissions.") from error
     return digest.hexdigest()
@@ -432,42 +490,66 @@ def content_hash(folder: Path, files: Iterable[Path]) -> str:
 
 def _file_hash(file: Path) -> str:
     stat = file.stat()
-    state = stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns, stat.st_ino  # ctime: who writes cannot set it back
+    # Who writes a file can set back its mtime, but not its ctime.
+    state = (stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns, stat.st_ino)
     cache = cache_folder("sha256", hashlib.sha256(f"{file}|{state}".encode()).hexdigest())
-    if stat.st_size > 1 << 20 and cache.is_file():
+    is_cached = stat.st_size > CACHED_FROM
+    if is_cached and cache.is_file():
         return cache.read_text(encoding="ascii")
     with file.open("rb") as stream:
         value = hashlib.file_digest(stream, "sha256").hexdigest()
-    if stat.st_size > 1 << 20:
-        with suppress(OSError):  # only a convenience: without it the file is hashed again
+    if is_cached:
+        with suppress(OSError):  # The cache is a convenience: without it the file is hashed again.
             cache.parent.mkdir(parents=True, exist_ok=True)
             write_file(cache, value)
     return value
 
 
-def training_point(checkpoint: Checkpoint) -> tuple[str, int | None, int | None]:
+class TrainingPoint(NamedTuple):
+    """A point of a training.
+
+    Attributes:
+        series: name of the training.
+        step: the optimizer's step, or None.
+        tokens: number of tokens trained on, or None.
+    """
+
+    series: str
+    step: int | None
+    tokens: int | None
+
+
+def training_point(checkpoint: Checkpoint) -> TrainingPoint:
     """Return the point of a training at which a checkpoint was saved, from its revision or the name of its folder.
 
     ``org/name@step3000-tokens12B`` is step 3,000 after 12e9 tokens of the series ``org/name@step*-tokens*``.
-
-    Returns:
-        Name of the training, the optimizer's step and the number of tokens trained on, or None if the name has none.
     """
-    prefix, name = checkpoint.name, checkpoint.revision_name
-    if checkpoint.source != "hub":
-        prefix, _, name = checkpoint.path.rpartition("/")
+    if checkpoint.source == "hub":
+        prefix = f"{checkpoint.name}@"
+        name = checkpoint.revision_name
+    else:
+        folder, _, name = checkpoint.path.rpartition("/")
+        prefix = f"{folder}/"
     step = _STEP.search(name)
-    tokens = next(filter(None, (pattern.search(name) for pattern in _TOKENS)), None)
+    tokens = None
+    for pattern in _TOKENS:
+        tokens = tokens or pattern.search(name)
     matches = [match for match in (step, tokens) if match]
     if not matches:
-        return checkpoint.name, None, None
-    for match in sorted(matches, key=lambda match: match.start(), reverse=True):
+        return TrainingPoint(checkpoint.name, None, None)
+    # From the end, so that the places of earlier matches stay.
+    matches.sort(key=lambda match: match.start(), reverse=True)
+    for match in matches:
         name = f"{name[: match.start('number')]}*{name[match.end('unit') :]}"
-    return f"{prefix}{'@' if checkpoint.source == 'hub' else '/'}{name}", _number(step), _number(tokens)
+    return TrainingPoint(f"{prefix}{name}", _number(step), _number(tokens))
 
 
 def _number(match: re.Match[str] | None) -> int | None:
-    return round(float(match["number"]) * _THOUSANDS[match["unit"].lower()]) if match else None
+    """Return the number that a match of a step or of tokens stands for."""
+    if match is None:
+        return None
+    unit = match["unit"].lower()
+    return round(float(match["number"]) * _THOUSANDS[unit])
 
 
 def matching_revisions(name: str, pattern: str) -> list[str]:
@@ -492,4 +574,10 @@ def matching_revisions(name: str, pattern: str) -> list[str]:
 
 def natural_key(name: str) -> list[tuple[int, str]]:
     """Return a sort key that compares numbers in names as numbers: step9 is before step10."""
-    return [(int(part), "") if part.isdecimal() else (-1, part) for part in re.split(r"(\d+)", name)]
+    key = []
+    for part in re.split(r"(\d+)", name):
+        if part.isdecimal():
+            key.append((int(part), ""))
+        else:
+            key.append((-1, part))
+    return key

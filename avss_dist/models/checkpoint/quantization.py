@@ -10,7 +10,7 @@ import math
 from collections import Counter
 from collections.abc import Mapping
 from contextlib import suppress
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -21,31 +21,54 @@ from avss_dist.models.checkpoint.complete import require_scales
 from avss_dist.models.checkpoint.locate import Checkpoint, read_config, stored_tensors
 from avss_dist.models.checkpoint.safetensors import DTYPES
 
-# What quantizers raise where a package or a device is not here, or over settings that they cannot read.
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig, PreTrainedModel
+    from transformers.quantizers import HfQuantizer
+
 _REFUSALS = (ImportError, RuntimeError, ValueError, TypeError, KeyError, AttributeError, NotImplementedError)
-_SCALED = {"fp8", "mxfp8", "mxfp4", "compressed-tensors"}  # methods whose weights have scales beside them, by name
-KEYS = ("quantization_config", "compression_config")  # of config.json
+"""Errors that quantizers raise where a package or a device is not here, or over settings that they cannot read."""
+_SCALED = {"fp8", "mxfp8", "mxfp4", "compressed-tensors"}
+"""Methods whose weights have scales beside them, by name."""
+KEYS = ("quantization_config", "compression_config")
+"""Settings of config.json with the quantization."""
 _INTEGRATIONS = "transformers.integrations."
-_PACKED = {torch.int8, torch.uint8, torch.int32, torch.float8_e4m3fn, torch.float8_e5m2}  # of stored weights
+_PACKED = {torch.int8, torch.uint8, torch.int32, torch.float8_e4m3fn, torch.float8_e5m2}
+"""Dtypes of stored weights that are quantized."""
+MXFP4_GROUP = 32
+"""Number of weights of MXFP4 that share an exponent."""
+MXFP4_GROUP_BYTES = 17
+"""Bytes of such a group: 32 numbers of 4 bits and an exponent of 8 bits."""
+FLOAT32_BYTES = 4
 _ELSEWHERE = "Use a machine that has what it needs"
 
 
-def quantization_settings(config: Any) -> dict[str, Any]:
+def quantization_settings(config: PreTrainedConfig) -> dict[str, Any]:
     """Return the quantization settings of a configuration or of its text part by name, empty if it has none."""
-    whole = getattr(config, "quantization_config", None)
-    settings = whole or getattr(config.get_text_config(), "quantization_config", None) or {}
-    return settings if isinstance(settings, dict) else settings.to_dict()
+    settings = getattr(config, "quantization_config", None)
+    if not settings:
+        settings = getattr(config.get_text_config(), "quantization_config", None)
+    if not settings:
+        return {}
+    if isinstance(settings, dict):
+        return settings
+    return settings.to_dict()
 
 
-def quantization_method(config: Any) -> str | None:
+def quantization_method(config: PreTrainedConfig) -> str | None:
     """Return the ``quant_method`` of a configuration, such as fp8, or None if it is not quantized."""
     settings = quantization_settings(config)
-    return _method(settings) if settings else None
+    if not settings:
+        return None
+    return _method(settings)
 
 
 def _method(settings: Mapping[str, Any]) -> str:
-    method = settings.get("quant_method") or ("bitsandbytes" if "load_in_4bit" in settings else "unknown")
-    return str(getattr(method, "value", method))
+    method = settings.get("quant_method")
+    if method:
+        return str(getattr(method, "value", method))
+    if "load_in_4bit" in settings:
+        return "bitsandbytes"
+    return "unknown"
 
 
 def describe_quantization(checkpoint: Checkpoint, settings: Settings) -> str | None:
@@ -59,16 +82,29 @@ def describe_quantization(checkpoint: Checkpoint, settings: Settings) -> str | N
         for tensor in stored_tensors(checkpoint):
             sizes[tensor.dtype] += tensor.size
         kind = max(sizes, key=lambda name: sizes[name], default="F32")
-        return f"gguf {kind}" + ("" if kind in DTYPES else ", dequantized")
-    config = read_config(checkpoint.folder, checkpoint.name)
-    parts = [config, *(part for part in config.values() if isinstance(part, dict))]
-    stored = next((part[key] for part in parts for key in KEYS if isinstance(part.get(key), dict)), None)
+        if kind in DTYPES:
+            return f"gguf {kind}"
+        return f"gguf {kind}, dequantized"
+    stored = _stored_settings(read_config(checkpoint.folder, checkpoint.name))
     if not stored:
         return None
-    return _method(stored) + (", dequantized" if settings.dequantize or stored.get("dequantize") else "")
+    method = _method(stored)
+    if settings.dequantize or stored.get("dequantize"):
+        return f"{method}, dequantized"
+    return method
 
 
-def describe_computing(model: Any) -> str | None:
+def _stored_settings(config: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Return the quantization settings of a ``config.json`` or of a part of it, empty if it has none."""
+    parts = [config, *(part for part in config.values() if isinstance(part, dict))]
+    for part in parts:
+        for key in KEYS:
+            if isinstance(part.get(key), dict):
+                return part[key]
+    return {}
+
+
+def describe_computing(model: PreTrainedModel) -> str | None:
     """Return the modules of an open model that compute with quantized weights, and the kernels of the hub in use.
 
     Returns:
@@ -77,16 +113,30 @@ def describe_computing(model: Any) -> str | None:
     """
     if quantization_method(model.config) is None:
         return None
-    kinds = Counter((type(m).__name__, type(m).__module__) for m in model.modules() if _computes_quantized(m))
+    kinds: Counter[tuple[str, str]] = Counter()
+    for module in model.modules():
+        if _computes_quantized(module):
+            kind = type(module)
+            kinds[kind.__name__, kind.__module__] += 1
     if not kinds:
         return None
     parts = [f"{name} x {count} of {origin}" for (name, origin), count in sorted(kinds.items())]
-    kernels: list[str] = []
-    with suppress(ImportError, AttributeError):  # another version
+    description = ", ".join(parts)
+    kernels = _hub_kernels()
+    if kernels:
+        description += f"; kernels: {', '.join(kernels)}"
+    return description
+
+
+def _hub_kernels() -> list[str]:
+    """Return the names of the kernels of the hub that transformers has loaded."""
+    try:
         from transformers.integrations import hub_kernels
 
-        kernels = sorted(name for name, module in hub_kernels._KERNEL_MODULE_MAPPING.items() if module is not None)
-    return ", ".join(parts) + (f"; kernels: {', '.join(kernels)}" if kernels else "")
+        mapping = hub_kernels._KERNEL_MODULE_MAPPING
+    except (ImportError, AttributeError):  # another version of transformers
+        return []
+    return sorted(name for name, module in mapping.items() if module is not None)
 
 
 def _computes_quantized(module: torch.nn.Module) -> bool:
@@ -111,7 +161,9 @@ def require_unquantized(checkpoint: Checkpoint) -> None:
         )
 
 
-def with_quantization(checkpoint: Checkpoint, config: Any, settings: Settings, placing: Mapping[str, Any]) -> Any:
+def with_quantization(
+    checkpoint: Checkpoint, config: PreTrainedConfig, settings: Settings, placing: Mapping[str, Any]
+) -> PreTrainedConfig:
     """Return a configuration with which transformers loads the weights as stored, or unpacked if `dequantize` is set.
 
     Args:
@@ -134,7 +186,9 @@ def with_quantization(checkpoint: Checkpoint, config: Any, settings: Settings, p
     return config
 
 
-def ready_quantizer(checkpoint: Checkpoint, config: Any, settings: Settings, placing: Mapping[str, Any] = {}) -> Any:
+def ready_quantizer(
+    checkpoint: Checkpoint, config: PreTrainedConfig, settings: Settings, placing: Mapping[str, Any] = {}
+) -> HfQuantizer:
     """Return transformers' quantizer of a quantized checkpoint, once it has found all that it needs here.
 
     Args: see `with_quantization`.
@@ -144,24 +198,28 @@ def ready_quantizer(checkpoint: Checkpoint, config: Any, settings: Settings, pla
     """
     method = quantization_method(config)
     quantizer = _quantizer(checkpoint, config)
-    how, stored = quantizer.quantization_config, f"'{checkpoint.name}' is quantized ({method})"
-    unpacks = hasattr(how, "dequantize")
+    stored = f"'{checkpoint.name}' is quantized ({method})"
+    quantization: Any = quantizer.quantization_config
+    unpacks = hasattr(quantization, "dequantize")
     if settings.dequantize:
         if not unpacks:
             raise ModelError(f"{stored}, which transformers cannot unpack while it loads.", f"{_ELSEWHERE}.")
-        how.dequantize = True
+        quantization.dequantize = True
         if method in _SCALED:
             require_scales(checkpoint)
         if method == "fp8":
             unpack_partial_blocks()
-    instead = f"{_ELSEWHERE}, or set `dequantize`." if unpacks else f"{_ELSEWHERE}."
-    unpacked = unpacks and how.dequantize
+    hint = f"{_ELSEWHERE}."
+    if unpacks:
+        hint = f"{_ELSEWHERE}, or set `dequantize`."
+    is_asked_to_unpack = unpacks and quantization.dequantize
     try:
         quantizer.validate_environment(device_map=placing.get("device_map"), weights_only=True)
     except _REFUSALS as error:
-        raise ModelError(f"{stored}: {first_line(error)}", instead) from error
-    if unpacks and how.dequantize and not unpacked:
-        raise ModelError(f"{stored}, and no device here computes with that.", instead)
+        raise ModelError(f"{stored}: {first_line(error)}", hint) from error
+    # transformers has changed the settings where no device computes with quantized weights.
+    if unpacks and quantization.dequantize and not is_asked_to_unpack:
+        raise ModelError(f"{stored}, and no device here computes with that.", hint)
     return quantizer
 
 
@@ -186,16 +244,18 @@ def unpack_partial_blocks() -> None:
         if not block or scales.dim() < 2 or not quantized.is_floating_point():
             return whole(self, quantized, scales, *args, **kwargs)
         rows, columns = quantized.shape[-2:]
-        padded = scales.shape[-2] * block[0], scales.shape[-1] * block[1]
-        if (
-            padded == (rows, columns)
-            or padded[0] - rows not in range(block[0])
-            or padded[1] - columns not in range(block[1])
-        ):
+        block_rows, block_columns = block
+        padded_rows = scales.shape[-2] * block_rows
+        padded_columns = scales.shape[-1] * block_columns
+        missing_rows = padded_rows - rows
+        missing_columns = padded_columns - columns
+        is_whole = missing_rows == 0 and missing_columns == 0
+        if is_whole or missing_rows not in range(block_rows) or missing_columns not in range(block_columns):
             return whole(self, quantized, scales, *args, **kwargs)
-        filled = quantized.new_zeros(*quantized.shape[:-2], *padded)
+        filled = quantized.new_zeros(*quantized.shape[:-2], padded_rows, padded_columns)
         filled[..., :rows, :columns] = quantized
-        return whole(self, filled, scales, *args, **kwargs)[..., :rows, :columns].contiguous()
+        unpacked = whole(self, filled, scales, *args, **kwargs)
+        return unpacked[..., :rows, :columns].contiguous()
 
     unpack.unpacks_partial_blocks = True  # type: ignore[attr-defined]
     operation._dequantize_one = unpack
@@ -210,11 +270,15 @@ def unpacking_bytes(parameter: torch.Tensor) -> int:
     Args:
         parameter: the unpacked weight, which may be on the meta device. Fused experts have three dimensions.
     """
-    matrix = parameter.numel() // (len(parameter) if parameter.dim() > 2 else 1)
-    return max(parameter.numel() * (parameter.element_size() + 2), 2 * matrix * torch.float32.itemsize)
+    numbers = parameter.numel()
+    matrix = numbers
+    if parameter.dim() > 2:
+        matrix = numbers // len(parameter)
+    joined = numbers * (parameter.element_size() + 2)
+    return max(joined, 2 * matrix * FLOAT32_BYTES)
 
 
-def quantize_skeleton(checkpoint: Checkpoint, config: Any, model: Any) -> Any:
+def quantize_skeleton(checkpoint: Checkpoint, config: PreTrainedConfig, model: PreTrainedModel) -> PreTrainedModel:
     """Replace the modules of a skeleton by those that hold quantized weights as stored, and return it.
 
     Args:
@@ -225,7 +289,7 @@ def quantize_skeleton(checkpoint: Checkpoint, config: Any, model: Any) -> Any:
         ModelError: the quantization is unknown, or needs a package that is not installed.
     """
     quantizer = _quantizer(checkpoint, config)
-    with suppress(*_REFUSALS):  # some prepare themselves there; nothing is computed, so no device is needed
+    with suppress(*_REFUSALS):  # Some prepare themselves there. Nothing is computed, so that no device is needed.
         quantizer.validate_environment(device_map=None, weights_only=True)
     if hasattr(quantizer.quantization_config, "dequantize"):
         quantizer.quantization_config.dequantize = False
@@ -239,16 +303,16 @@ def quantize_skeleton(checkpoint: Checkpoint, config: Any, model: Any) -> Any:
     return model
 
 
-def can_unpack(checkpoint: Checkpoint, config: Any) -> bool:
+def can_unpack(checkpoint: Checkpoint, config: PreTrainedConfig) -> bool:
     """Whether transformers can unpack the weights of a quantized checkpoint while it loads them."""
     try:
         quantizer = _quantizer(checkpoint, config)
-    except ModelError:  # opening the model says so
+    except ModelError:  # Opening the model says so.
         return True
     return hasattr(quantizer.quantization_config, "dequantize")
 
 
-def packed(checkpoint: Checkpoint, config: Any, model: Any) -> Any | None:
+def packed(checkpoint: Checkpoint, config: PreTrainedConfig, model: PreTrainedModel) -> PreTrainedModel | None:
     """Replace the parameters of a skeleton that stay quantized by bytes as many as their numbers and scales have.
 
     Args:
@@ -260,34 +324,53 @@ def packed(checkpoint: Checkpoint, config: Any, model: Any) -> Any | None:
     """
     from transformers.quantizers.quantizers_utils import should_convert_module
 
-    method, values = quantization_method(config) or "", quantization_settings(config)
+    method = quantization_method(config)
     if method not in ("fp8", "fbgemm_fp8", "mxfp4"):
         return None
     skipped = _quantizer(checkpoint, config).get_modules_to_not_convert(
-        model, values.get("modules_to_not_convert"), getattr(model, "_keep_in_fp32_modules", None)
+        model,
+        quantization_settings(config).get("modules_to_not_convert"),
+        getattr(model, "_keep_in_fp32_modules", None),
     )
     for path, module in model.named_modules():
-        for leaf, parameter in [*module.named_parameters(recurse=False)]:
-            stack = parameter.dim() == 3  # fused experts
-            matrix = leaf == "weight" and isinstance(module, torch.nn.Linear) and method != "mxfp4"
-            if (stack or matrix) and should_convert_module(path, skipped):
-                rows, columns = parameter.shape[-2:]
-                size = rows * columns * 17 // 32  # of MXFP4: 32 numbers of 4 bits share an exponent of 8 bits
-                if method != "mxfp4":  # a float32 scale for each row, or for each block, or for the matrix
-                    block = scale_block(config) or (rows, columns)
-                    scales = math.ceil(rows / block[0]) * math.ceil(columns / block[1])
-                    size = rows * columns + 4 * (rows if method == "fbgemm_fp8" else scales)
-                module._parameters[leaf] = torch.nn.Parameter(
-                    parameter.new_empty((len(parameter), size) if stack else (size,), dtype=torch.uint8),
-                    requires_grad=False,
-                )
+        if not should_convert_module(path, skipped):
+            continue
+        is_linear = isinstance(module, torch.nn.Linear) and method != "mxfp4"
+        for leaf, parameter in list(module.named_parameters(recurse=False)):
+            rows, columns = parameter.shape[-2:] if parameter.dim() > 1 else (0, 0)
+            shape: tuple[int, ...]
+            if parameter.dim() == 3:  # fused experts
+                shape = (len(parameter), _packed_bytes(config, method, rows, columns))
+            elif is_linear and leaf == "weight":
+                shape = (_packed_bytes(config, method, rows, columns),)
+            else:
+                continue
+            stored = parameter.new_empty(shape, dtype=torch.uint8)
+            module._parameters[leaf] = torch.nn.Parameter(stored, requires_grad=False)
     return model
 
 
-def scale_block(config: Any) -> tuple[int, int] | None:
+def _packed_bytes(config: PreTrainedConfig, method: str, rows: int, columns: int) -> int:
+    """Return the bytes of the numbers and scales of a quantized matrix, by a method that `packed` knows."""
+    if method == "mxfp4":
+        return rows * columns * MXFP4_GROUP_BYTES // MXFP4_GROUP
+    block = scale_block(config)
+    if method == "fbgemm_fp8":
+        scales = rows
+    elif block is None:
+        scales = 1
+    else:
+        scales = math.ceil(rows / block[0]) * math.ceil(columns / block[1])
+    return rows * columns + scales * FLOAT32_BYTES
+
+
+def scale_block(config: PreTrainedConfig) -> tuple[int, int] | None:
     """Return the rows and columns of a weight that share a scale in block FP8, or None for other weights."""
     block = quantization_settings(config).get("weight_block_size")
-    return (block[0], block[1]) if block else None
+    if not block:
+        return None
+    rows, columns = block
+    return rows, columns
 
 
 def require_known_method(checkpoint: Checkpoint, method: str) -> None:
@@ -307,7 +390,7 @@ def require_known_method(checkpoint: Checkpoint, method: str) -> None:
         )
 
 
-def _quantizer(checkpoint: Checkpoint, config: Any) -> Any:
+def _quantizer(checkpoint: Checkpoint, config: PreTrainedConfig) -> HfQuantizer:
     """Return transformers' quantizer for a configuration."""
     from transformers.quantizers.auto import AutoHfQuantizer
 
