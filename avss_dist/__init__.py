@@ -28,7 +28,7 @@ _MODULES = {
     "RunFailed": "core.errors",
     "Runs": "commands",
     "Settings": "core.settings",
-    "Shrunk": "studies.shrink",
+    "Shrunk": "studies.shrunk",
     "Table": "core.results",
     "TaskError": "core.errors",
     "Warehouse": "warehouse.reader",

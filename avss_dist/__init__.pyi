@@ -32,7 +32,7 @@ from avss_dist.runs.job_file import JobFile
 from avss_dist.runs.result import Run as Run
 from avss_dist.studies.ablate import Ablation as Ablation
 from avss_dist.studies.evaluate import Evaluations as Evaluations
-from avss_dist.studies.shrink import Shrunk as Shrunk
+from avss_dist.studies.shrunk import Shrunk as Shrunk
 from avss_dist.warehouse.reader import Warehouse as Warehouse
 
 __version__: str

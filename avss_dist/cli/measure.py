@@ -45,7 +45,7 @@ from avss_dist.runs.scoring import score_models
 from avss_dist.studies.ablate import Ablation
 from avss_dist.studies.ablate import ablate as measure_ablation
 from avss_dist.studies.evaluate import evaluate as measure_tasks
-from avss_dist.studies.experiment import describe_size
+from avss_dist.studies.experiment_size import describe_size
 from avss_dist.studies.shrink import shrink as write_smaller
 from avss_dist.warehouse.reader import Warehouse
 from avss_dist.warehouse.schema import Damage

@@ -17,6 +17,8 @@ from avss_dist.core.fingerprint import fingerprint
 from avss_dist.core.intervention import (
     NO_INTERVENTION,
     PARTS,
+    Removal,
+    RoundedPlace,
     Sublayer,
     layer_of,
     parse_rounded,
@@ -24,6 +26,7 @@ from avss_dist.core.intervention import (
 from avss_dist.core.results import TabularResult
 from avss_dist.core.settings import Settings
 from avss_dist.core.text import RedactedURI
+from avss_dist.core.values import NewRow
 from avss_dist.corpus.seen import ABLATION, PRECISION, seen_text
 from avss_dist.corpus.shards import CorpusPlan, Shard
 from avss_dist.distillation.curve import Preparing, ignore
@@ -36,6 +39,7 @@ from avss_dist.models.checkpoint.loading import text_config
 from avss_dist.models.checkpoint.locate import resolve
 from avss_dist.models.checkpoint.quantization import require_unquantized
 from avss_dist.plans.catalog import ROUNDING_ESTIMATES
+from avss_dist.plans.criteria import LEAVE_ONE_OUT
 from avss_dist.requests import AblateRequest
 from avss_dist.stats.catalog import DAMAGE_TASK, SCORES, metrics_of
 from avss_dist.stats.intervals import MINIMUM_UNITS, jackknife_interval
@@ -48,7 +52,8 @@ from avss_dist.tasks.task import Measure, Result, Task
 from avss_dist.tasks.text_loss import LeaveOneOut
 from avss_dist.warehouse.names import ROUNDED_LOSS, ROUNDING_TASK, SUBLAYER_LOSS
 
-MOST_PASSES = 100_000  # passes of a batch through a model that an ablation makes without `allow_many`
+MOST_PASSES = 100_000
+"""Passes of a batch through a model that an ablation makes without ``allow_many``."""
 PERMUTATIONS_PER_CELL = 4
 ESTIMATED = ("taylor", "gradient_l1", "gradient_l2", "weight_frobenius", *metrics_of("damage"))
 
@@ -107,7 +112,9 @@ class Ablation(TabularResult):
         """Number of truncated permutations of the Shapley values, and number of all permutations."""
         numbers = [len(results[SHAPLEY].samples) for results in self.layers.values() if SHAPLEY in results]
         shared = [results[SHARED].samples for results in self.layers.values() if SHARED in results]
-        truncated = int(np.any(shared, axis=0).sum()) if shared else 0
+        truncated = 0
+        if shared:
+            truncated = int(np.any(shared, axis=0).sum())
         return truncated, max(numbers, default=0)
 
     def table(self) -> pa.Table:
@@ -118,16 +125,23 @@ class Ablation(TabularResult):
         """
         values = []
         for layer, results in self.layers.items():
-            values += [(name, layer, result.value) for name, result in results.items()]
+            for name, result in results.items():
+                values.append((name, layer, result.value))
         ranks = mean_ranks("damage", values)
-        return pa.Table.from_pylist([_row(layer, results, ranks.get(layer)) for layer, results in self.layers.items()])
+        rows = [_row(layer, results, ranks.get(layer)) for layer, results in self.layers.items()]
+        return pa.Table.from_pylist(rows)
 
     def summary(self) -> str:
         """Return the number of layers, the model and the text, in a line."""
         return f"{len(self.layers)} layers of {self.model} on {self.corpus}"
 
 
-def _row(layer: int, results: Mapping[str, Result], damage: float | None) -> dict[str, Any]:
+def _row(layer: int, results: Mapping[str, Result], damage: float | None) -> NewRow:
+    """Return the row of a layer. Values that were not measured are null.
+
+    Args:
+        damage: mean rank of the layer by the estimates of the damage.
+    """
     values = {name: result.value for name, result in results.items()}
     errors = {name: result.stderr for name, result in results.items()}
     row = {
@@ -210,13 +224,24 @@ def _require_intended(request: AblateRequest, model: PlacedModel, text: CorpusPl
     """Refuse more than `MOST_PASSES` forward passes unless ``allow_many`` is set."""
     layers = getattr(text_config(model.checkpoint).get_text_config(), "num_hidden_layers", None) or 1
     batches = text.num_batches(model.settings.batch_size)
-    rounded = len(request.formats) * request.rounded_layers
-    removals = request.leave_one_out + len(PARTS) * request.sublayers + request.shapley + rounded
+    times = request.shapley  # that each layer is left out, or rounded
+    if request.leave_one_out:
+        times += 1
+    if request.sublayers:
+        times += len(PARTS)
+    if request.rounded_layers:
+        times += len(request.formats)
+    changes = "left out"
+    if request.formats:
+        changes += " or rounded"
+    message = (
+        f"Up to {{}} forward passes would be made (batches: {batches:,}, layers: {layers:,}, times that each is "
+        f"{changes}: {times:,})"
+    )
     require_intended(
-        removals * layers * batches,
+        times * layers * batches,
         MOST_PASSES,
-        f"Up to {{}} forward passes would be made (batches: {batches:,}, layers: {layers:,}, times that each is left "
-        f"out{' or rounded' * bool(request.formats)}: {removals:,})",
+        message,
         "Lower `shapley` or `max_sequences`.",
         allow_many=request.allow_many,
     )
@@ -227,12 +252,13 @@ def _tasks(request: AblateRequest, corpus: RedactedURI, text: CorpusPlan, settin
     seen = seen_text(text, settings, ABLATION)
 
     def task(prefix: str, measure: Callable[[Shard], Measure]) -> Task:
-        return Task(name=f"{prefix}{corpus}", parts=tuple(map(measure, text.shards)), read=(seen,))
+        parts = tuple(measure(shard) for shard in text.shards)
+        return Task(name=f"{prefix}{corpus}", parts=parts, read=(seen,))
 
     if request.gradients:
         yield task(SCORES["taylor"].task, Gradients)
     if request.leave_one_out:
-        yield task(SCORES["loss"].task, LeaveOneOut)
+        yield task(SCORES[LEAVE_ONE_OUT].task, LeaveOneOut)
     if request.sublayers:
         yield task(SUBLAYER_LOSS, partial(LeaveOneOut, sublayers=True))
     if request.damage:
@@ -248,13 +274,17 @@ def _tasks(request: AblateRequest, corpus: RedactedURI, text: CorpusPlan, settin
         for name in request.formats:
             yield rounding_task(f"{ROUNDED_LOSS}{name}:", partial(RoundedLosses, format=name))
     if request.shapley:
-        seeds = np.random.SeedSequence(request.seed).generate_state(request.shapley).tolist()
-        chunks = [tuple(seeds[i : i + PERMUTATIONS_PER_CELL]) for i in range(0, len(seeds), PERMUTATIONS_PER_CELL)]
-        yield Task(
-            name=f"{SCORES['shapley'].task}{corpus}",
-            parts=tuple(Shapley(shards=text.shards, seeds=chunk, truncation=request.truncation) for chunk in chunks),
-            read=(seen,),
-        )
+        yield Task(name=f"{SCORES['shapley'].task}{corpus}", parts=_permutations(request, text), read=(seen,))
+
+
+def _permutations(request: AblateRequest, text: CorpusPlan) -> tuple[Shapley, ...]:
+    """Return the parts of the task of Shapley values, each of a few permutations of the layers."""
+    seeds = np.random.SeedSequence(request.seed).generate_state(request.shapley).tolist()
+    parts = []
+    for start in range(0, len(seeds), PERMUTATIONS_PER_CELL):
+        seeds_of_part = tuple(seeds[start : start + PERMUTATIONS_PER_CELL])
+        parts.append(Shapley(shards=text.shards, seeds=seeds_of_part, truncation=request.truncation))
+    return tuple(parts)
 
 
 def _by_place(
@@ -280,19 +310,32 @@ def _by_place(
 
 def _ablation(model: str, corpus: str, results: Iterable[Result], rounded: Sensitivity | None) -> Ablation:
     """Return the measurements of every layer, from the results of all tasks."""
-    single = (result for result in results if result.metric == LOSS or not result.removed)  # not of blocks of layers
-    whole, by_place = _by_place(single, lambda result: result.removed[0] if result.removed else result.layer)
+    # The damage of blocks of layers is among the results, but no measurement of a layer.
+    single = [result for result in results if result.metric == LOSS or not result.removed]
+    whole, by_place = _by_place(single, _removed_place)
     layers: defaultdict[int, dict[str, Result]] = defaultdict(dict)
     for place, measured in by_place.items():
-        layers[layer_of(place)] |= {place.part: measured["increase"]} if isinstance(place, Sublayer) else measured
+        of_layer = layers[layer_of(place)]
+        if isinstance(place, Sublayer):
+            of_layer[place.part] = measured["increase"]
+        else:
+            of_layer.update(measured)
+    in_order = dict(sorted(layers.items()))
     return Ablation(
         model=model,
         corpus=corpus,
         whole=whole,
-        layers=dict(sorted(layers.items())),
-        reliability=_agreement_of(layers[layer] for layer in sorted(layers)),
+        layers=in_order,
+        reliability=_agreement_of(in_order.values()),
         sensitivity=rounded,
     )
+
+
+def _removed_place(result: Result) -> Removal | None:
+    """Return the layer or sublayer that a result describes, or None for the whole model."""
+    if result.removed:
+        return result.removed[0]
+    return result.layer
 
 
 def _sensitivity(formats: Sequence[str], results: Iterable[Result]) -> Sensitivity | None:
@@ -300,27 +343,34 @@ def _sensitivity(formats: Sequence[str], results: Iterable[Result]) -> Sensitivi
     if not formats:
         return None
     _, by_place = _by_place(results, lambda result: parse_rounded(result.intervention.rounding or ""))
-    rows = []
-    places = sorted(by_place, key=lambda at: (formats.index(at.format), at.layer, at.path or ""))
-    for place in places:
-        measured = by_place[place]
-        row: dict[str, Any] = {"format": place.format, "layer": place.layer, "map": place.path}
-        row |= {name: getattr(measured.get(name), "value", None) for name in (NUM_WEIGHTS, BITS_PER_WEIGHT, LOSS)}
-        for name in ("increase", *ROUNDING_ESTIMATES):
-            effect = measured.get(name)
-            stderr = None if effect is None or np.isnan(effect.stderr) else effect.stderr
-            row |= {name: getattr(effect, "value", None), f"{name}_stderr": stderr}
-        rows.append(row)
-    return Sensitivity(
-        rows=rows,
-        reliability={
-            name: _agreement_of(by_place[place] for place in places if (place.format, place.path) == (name, None))
-            for name in formats
-        },
-    )
+    places = sorted(by_place, key=lambda place: (formats.index(place.format), place.layer, place.path or ""))
+    reliabilities = {}
+    for name in formats:
+        layers = [by_place[place] for place in places if place.format == name and place.path is None]
+        reliabilities[name] = _agreement_of(layers)
+    return Sensitivity(rows=[_sensitivity_row(place, by_place[place]) for place in places], reliability=reliabilities)
+
+
+def _sensitivity_row(place: RoundedPlace, measured: Mapping[str, Result]) -> NewRow:
+    """Return the row of a layer or linear map in a format. Values that were not measured are null."""
+    row: NewRow = {"format": place.format, "layer": place.layer, "map": place.path}
+    for name in (NUM_WEIGHTS, BITS_PER_WEIGHT, LOSS):
+        row[name] = measured[name].value if name in measured else None
+    for name in ("increase", *ROUNDING_ESTIMATES):
+        row[name] = None
+        row[f"{name}_stderr"] = None
+        effect = measured.get(name)
+        if effect is None:
+            continue
+        row[name] = effect.value
+        if not np.isnan(effect.stderr):
+            row[f"{name}_stderr"] = effect.stderr
+    return row
 
 
 def _agreement_of(places: Iterable[Mapping[str, Result]]) -> float:
     """Return the agreement of layers' increases with those on other text of the same size. NaN without any."""
     increases = [results["increase"].samples for results in places if "increase" in results]
-    return reliability(np.stack(increases, axis=1)) if increases else float("nan")
+    if not increases:
+        return float("nan")
+    return reliability(np.stack(increases, axis=1))

@@ -10,25 +10,23 @@ from collections.abc import Mapping, Sequence
 from contextlib import closing
 from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
-from typing import Any
 
 import numpy as np
 
-from avss_dist.analysis.experiment_choices import Experiment, choices, control_name, describe_method
-from avss_dist.analysis.verdict import WHOLE
+from avss_dist.analysis.experiment_choices import Experiment, choices, describe_method
 from avss_dist.core.errors import ConfigError
 from avss_dist.core.fingerprint import fingerprint
-from avss_dist.core.intervention import NO_INTERVENTION, Intervention, whole_layers
+from avss_dist.core.intervention import NO_INTERVENTION, whole_layers
 from avss_dist.core.text import RedactedURI
+from avss_dist.core.values import NewRow
 from avss_dist.corpus.seen import ABLATION, SeenText
 from avss_dist.corpus.shards import CorpusPlan
 from avss_dist.distillation.curve import ignore
 from avss_dist.evaluation.events import Remark
-from avss_dist.evaluation.limits import require_intended, require_listable
 from avss_dist.evaluation.placed import PlacedModel, PlannedTask
 from avss_dist.evaluation.planned_tasks import earlier_texts, plan_task, plan_text_task, refuse_overlaps
 from avss_dist.evaluation.repairs import Patches, fit_of, fit_repairs, plan_fits, repaired_removal, require_changeable
-from avss_dist.evaluation.session import EvaluationSession, identity, results_under
+from avss_dist.evaluation.session import EvaluationSession, identity
 from avss_dist.models.checkpoint.layer_kinds import rules_of
 from avss_dist.models.checkpoint.loading import text_config
 from avss_dist.models.checkpoint.locate import resolve
@@ -45,100 +43,23 @@ from avss_dist.requests import RunJobRequest
 from avss_dist.runs.job_file import JobFile, RunSpec
 from avss_dist.runs.result import Run
 from avss_dist.runs.scoring import executor_for, overridden, run_job
-from avss_dist.stats.catalog import GREEDY, MEASURED, RANDOM, READING, RECIPES, SCORES
-from avss_dist.stats.metrics import CHANCE, LOSS
-from avss_dist.stats.scores import RELATIVE_THRESHOLDS
+from avss_dist.stats.catalog import GREEDY, MEASURED, SCORES
+from avss_dist.stats.metrics import LOSS
+from avss_dist.studies.experiment_rows import WHOLE_MODEL, Candidate, candidate_rows
+from avss_dist.studies.experiment_size import require_size
 from avss_dist.studies.search import searching
-from avss_dist.tasks.task import Result, Retention
+from avss_dist.tasks.task import Result
 from avss_dist.tasks.text_loss import LeaveOneOut
 from avss_dist.warehouse.reader import Warehouse
 from avss_dist.warehouse.store import Store
 
 NOT_HASHED = ("tasks", "repair_corpora", "allow_many")
 """Options of an experiment that are not in its id. The ids of evaluations hash what tasks and texts hold."""
-MOST_EVALUATIONS = 10_000  # evaluations of a model on a task that an experiment makes without `allow_many`
-
-
-@dataclass(frozen=True)
-class Candidate:
-    """A model that an experiment evaluates.
-
-    Attributes:
-        choice: the choice of its layers; None for the whole model.
-        intervention: the change of the model.
-        repair: name of its repair; None without one.
-    """
-
-    choice: Choice | None
-    intervention: Intervention
-    repair: str | None = None
-
-
-WHOLE_MODEL = Candidate(choice=None, intervention=NO_INTERVENTION)
-
-
-def candidate_rows(candidate: Candidate, results: Sequence[Result], guess: float | None) -> list[dict[str, Any]]:
-    """Return the row of every metric of a task, and for the whole model that of guessing tokens.
-
-    They are rows of ``experiments`` without the columns of RunIdentity.
-
-    Args:
-        results: results of the task, those of the whole model included.
-        guess: loss of a guess among all tokens, in nats per token; None if it is unknown.
-    """
-    changed = candidate.intervention.key.row()
-    method = _method_columns(candidate)
-    whole_model = {result.metric: result for result in results_under(results)}
-    rows = []
-    for result in results_under(results, candidate.intervention.key):
-        metric = {"metric": result.metric, "value": result.value, "stderr": result.stderr}
-        before = whole_model.get(result.metric)
-        if candidate.choice is None:
-            retained = _retention_columns(1.0)
-        elif before is None:
-            retained = _retention_columns(None)
-        else:
-            retention = Retention.of(before, result)
-            retained = _retention_columns(retention.value, retention.low, retention.high)
-        rows.append({**changed, **metric, **method, **retained})
-    if candidate.choice is None and guess is not None and LOSS in whole_model:
-        chance = {"metric": CHANCE, "value": guess, "stderr": None}
-        rows.append({**changed, **chance, **method, **_retention_columns(1.0)})
-    return rows
-
-
-def _method_columns(candidate: Candidate) -> dict[str, Any]:
-    """Return the columns of ``experiments`` that tell how the layers of a candidate were chosen and repaired."""
-    choice = candidate.choice
-    if choice is None:
-        return {
-            "method": WHOLE,
-            "share": 0.0,
-            "score": None,
-            **dict.fromkeys(READING),
-            "control": None,
-            "seed": None,
-            "repair": candidate.repair,
-        }
-    reading: Sequence[Any] = choice.reading or [None] * len(READING)
-    return {
-        "method": describe_method(choice),
-        "share": choice.share,
-        "score": choice.by,
-        **dict(zip(READING, reading, strict=True)),
-        "control": control_name(choice),
-        "seed": choice.seed if choice.by == RANDOM else None,
-        "repair": candidate.repair,
-    }
-
-
-def _retention_columns(value: float | None, low: float | None = None, high: float | None = None) -> dict[str, Any]:
-    return {"retention_low": low, "retention_high": high, "retention": value}
 
 
 @dataclass
 class Trial:
-    """State of a scored run in an experiment.
+    """State of a scored run in an experiment: its layers are chosen, then repaired, then evaluated.
 
     Attributes:
         model: checkpoint of the run.
@@ -150,6 +71,7 @@ class Trial:
         measured_by: ids of the evaluations that measured the scores of ``avss ablate``, by score.
         pattern: kinds of layers that every choice keeps where programs derive them; None if none is to be kept.
         fits: task of fitting each repair except `pruning.repair.registry.NO_REPAIR`.
+        candidates: models to evaluate.
     """
 
     experiment: Experiment
@@ -164,6 +86,7 @@ class Trial:
     choices: list[tuple[Choice, Layers]] = field(default_factory=list)
     measured_by: dict[str, str] = field(default_factory=dict)
     fits: dict[str, PlannedTask] = field(default_factory=dict)
+    candidates: list[Candidate] = field(default_factory=list)
 
     @classmethod
     def of_run(
@@ -192,8 +115,8 @@ class Trial:
 
     def _read_values(self, warehouse: Warehouse, criterion: Criterion) -> None:
         """Read the values of a criterion, unless they are known or measured in the experiment."""
-        measured_here = criterion.by == LEAVE_ONE_OUT and self.experiment.leave_one_out
-        if criterion in self.values or criterion.by == GREEDY or measured_here:
+        is_measured_by_the_experiment = criterion.by == LEAVE_ONE_OUT and self.experiment.leave_one_out
+        if criterion in self.values or criterion.by == GREEDY or is_measured_by_the_experiment:
             return
         values = criterion_values(warehouse, self.layers, criterion)
         self.values[criterion] = values
@@ -275,8 +198,11 @@ class Trial:
         """Return the layers that greedy searches choose, by choice."""
         if not greedy:
             return {}
-        limits = [self.model.settings.max_sequences, self.experiment.search_max_sequences]
-        model = self.model.reading(max_sequences=min((limit for limit in limits if limit), default=None))
+        limits = []
+        for limit in (self.model.settings.max_sequences, self.experiment.search_max_sequences):
+            if limit is not None:
+                limits.append(limit)
+        model = self.model.reading(max_sequences=min(limits, default=None))
         searched = {}
         with searching(session, model, self.corpus) as (_, losses):
             for choice in greedy:
@@ -290,26 +216,26 @@ class Trial:
                     session.on_event(_left_out(choice, error))
         return searched
 
-    def candidates(self, patches: Patches) -> list[Candidate]:
-        """Return the whole model, and the model without each choice of layers, by repair."""
-        candidates = [WHOLE_MODEL]
+    def list_candidates(self, patches: Patches) -> None:
+        """List the whole model, and the model without each choice of layers with each repair."""
+        self.candidates = [WHOLE_MODEL]
         for choice, drop in self.choices:
-            for repair in self.experiment.repairs:
-                intervention = repaired_removal(drop, self.fits.get(repair), patches)
-                candidates.append(Candidate(choice, intervention, None if repair == NO_REPAIR else repair))
-        return candidates
+            for name in self.experiment.repairs:
+                intervention = repaired_removal(drop, self.fits.get(name), patches)
+                repair = None if name == NO_REPAIR else name
+                self.candidates.append(Candidate(choice, intervention, repair))
 
     @property
     def guess(self) -> float | None:
         """Loss of a guess among all tokens, in nats per token. None if the size of the vocabulary is unknown."""
         config = text_config(self.model.checkpoint).get_text_config()
         size = getattr(config, "vocab_size", None)
-        return float(np.log(size)) if size else None
+        if not size:
+            return None
+        return float(np.log(size))
 
-    def measured_rows(
-        self, candidates: Sequence[Candidate], results: Mapping[PlannedTask, Sequence[Result]]
-    ) -> list[dict[str, Any]]:
-        """Return the rows of ``experiments`` of its candidates without the columns of RunIdentity.
+    def measured_rows(self, results: Mapping[PlannedTask, Sequence[Result]]) -> list[NewRow]:
+        """Return the rows of ``experiments`` of the candidates without the columns of RunIdentity.
 
         Args:
             results: results of the tasks, as the session has measured them.
@@ -320,7 +246,7 @@ class Trial:
         rows = []
         for task, planned in self.planned.items():
             common = {"experiment_id": experiment_id, "task": task, "created_at": written_at}
-            for candidate in candidates:
+            for candidate in self.candidates:
                 measured = candidate_rows(candidate, results[planned], guess)
                 rows += [{**common, **row} for row in measured]
         return rows
@@ -332,7 +258,7 @@ def _left_out(choice: Choice, error: PlanError) -> Remark:
     return Remark(f"{describe_method(choice)} at a share of {share} is left out. {error.message}")
 
 
-def run_experiment(job: JobFile, request: RunJobRequest) -> tuple[list[Run], list[dict[str, Any]]]:
+def run_experiment(job: JobFile, request: RunJobRequest) -> tuple[list[Run], list[NewRow]]:
     """Score the runs of a job, choose layers, evaluate, and compare. Finished work is not repeated.
 
     Args:
@@ -349,7 +275,7 @@ def run_experiment(job: JobFile, request: RunJobRequest) -> tuple[list[Run], lis
     if experiment is None:
         raise ConfigError(f"{job.path} has no section 'experiment'.", "`run_job` runs what it asks for.")
     specs, execution = overridden(job, request.replaced)
-    _require_size(specs, experiment, allow_many=request.allow_many)
+    require_size(specs, experiment, allow_many=request.allow_many)
     if experiment.fitted:
         for spec in specs:
             require_changeable(spec.execution.partition)
@@ -370,66 +296,22 @@ def run_experiment(job: JobFile, request: RunJobRequest) -> tuple[list[Run], lis
         for trial in trials:
             trial.choose(session)
         patches = _fit(trials, session)
-        candidates = [trial.candidates(patches) for trial in trials]
         work = {}
-        for trial, evaluated in zip(trials, candidates, strict=True):
+        for trial in trials:
+            trial.list_candidates(patches)
             for planned in trial.planned.values():
-                work[planned] = [candidate.intervention for candidate in evaluated]
+                work[planned] = [candidate.intervention for candidate in trial.candidates]
+        # All models are measured at once, so that no worker waits for the last cells of another model.
         results = session.measure(work)
     written = []
-    for trial, evaluated in zip(trials, candidates, strict=True):
+    for trial in trials:
         run_id = trial.run.run_id
         checkpoint = trial.model.checkpoint
-        rows = trial.measured_rows(evaluated, results)
+        rows = trial.measured_rows(results)
         model = identity(checkpoint, run_id, trial.layers.rows[0]["family"])
         store.write_rows("experiments", model, rows, trial.experiment_id)
         written += [{**row, "run_id": run_id, "model": checkpoint.name} for row in rows]
     return runs, written
-
-
-def describe_size(job: JobFile) -> str:
-    """Return a sentence with the maximum number of evaluations of an experiment, and its factors."""
-    assert job.experiment is not None
-    size = _Size.of_experiment(job.specs, job.experiment)
-    return size.text.format(f"{size.evaluations:,}")
-
-
-@dataclass(frozen=True)
-class _Size:
-    """Size of an experiment.
-
-    Attributes:
-        evaluations: maximum number of evaluations of a model on a task.
-        text: sentence about it, with a place for the number.
-    """
-
-    evaluations: int
-    text: str
-
-    @classmethod
-    def of_experiment(cls, specs: Sequence[RunSpec], experiment: Experiment) -> _Size:
-        tasks = len(experiment.tasks)
-        repairs = len(experiment.repairs)
-        counts = []
-        for spec in specs:
-            thresholds = len(spec.settings.thresholds) + len(RELATIVE_THRESHOLDS)
-            readings = len(spec.settings.sites) * len(RECIPES) * thresholds
-            counts.append(experiment.count_choices(readings))
-        models_with_changes = sum(1 + count * repairs for count in counts)
-        return cls(
-            models_with_changes * tasks,
-            f"The experiment makes up to {{}} evaluations (models: {len(specs):,}, sets of layers to drop: "
-            f"{max(counts, default=0):,}, repairs: {repairs:,}, tasks: {tasks:,})",
-        )
-
-
-def _require_size(specs: Sequence[RunSpec], experiment: Experiment, *, allow_many: bool) -> None:
-    """Refuse an experiment of so many evaluations that they cannot be listed, or were hardly intended."""
-    size = _Size.of_experiment(specs, experiment)
-    fewer = "Lower `random`, or name fewer `scores`, `shares`, `repairs` or `tasks`."
-    allowed = allow_many or experiment.allow_many
-    require_listable(size.evaluations, "evaluations", fewer)
-    require_intended(size.evaluations, MOST_EVALUATIONS, size.text, fewer, allow_many=allowed)
 
 
 def _fit(trials: Sequence[Trial], session: EvaluationSession) -> Patches:
@@ -437,8 +319,11 @@ def _fit(trials: Sequence[Trial], session: EvaluationSession) -> Patches:
     fits = []
     for trial in trials:
         drops = dict.fromkeys(drop for _, drop in trial.choices)
-        fits += [(fit, drops) for fit in trial.fits.values()]
-    return fit_repairs(session, fits) if fits else {}
+        for fit in trial.fits.values():
+            fits.append((fit, drops))
+    if not fits:
+        return {}
+    return fit_repairs(session, fits)
 
 
 def _leave_one_out(trials: Sequence[Trial], session: EvaluationSession) -> None:
@@ -452,4 +337,5 @@ def _leave_one_out(trials: Sequence[Trial], session: EvaluationSession) -> None:
             layers = whole_layers(result.removed)
             if result.metric == LOSS and layers:
                 losses[layers[0]] = result.value
-        trial.values[Criterion(LEAVE_ONE_OUT)] = LayerValues(values=losses)
+        values = LayerValues(values=losses, run_id=task.run_id(), task=task.task.name, seen=task.seen)
+        trial.values[Criterion(LEAVE_ONE_OUT)] = values

@@ -56,7 +56,8 @@ from avss_dist.requests import RANKED_BY, ShrinkRequest
 from avss_dist.runs.local import LocalExecutor
 from avss_dist.runs.ray.executor import RayExecutor
 from avss_dist.stats.catalog import BLOCK_DISTANCE, GREEDY, SCORES
-from avss_dist.studies.shrink import SCORED, CandidateResult, Shrunk, TextSplit, held_out_tasks, split_rows
+from avss_dist.studies.shrink_trial import SCORED, TextSplit, held_out_tasks, split_rows
+from avss_dist.studies.shrunk import CandidateResult, Shrunk
 from avss_dist.tasks.text_loss import TextLoss
 from avss_dist.warehouse.reader import Warehouse
 from avss_dist.warehouse.store import Store

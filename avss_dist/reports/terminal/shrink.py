@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from avss_dist.distillation.curve import CurvePoint
     from avss_dist.distillation.distill import Distilled
     from avss_dist.evaluation.continuations import Continuation
-    from avss_dist.studies.shrink import Shrunk, TaskRetention
+    from avss_dist.studies.shrunk import Shrunk, TaskRetention
 
 
 PERCENT = "{:z.1%}".format
