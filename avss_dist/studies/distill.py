@@ -41,8 +41,10 @@ def require_distillable(request: ShrinkRequest, checkpoint: Checkpoint) -> None:
     training = _distill_request(request, checkpoint.path, Path(request.output), {})
     models = resolve_pair(training)
     size = footprint(checkpoint, models.settings)
-    maximum = max(0, min(size.num_layers - 1, size.num_layers - request.first - request.last))
-    dropped = maximum if request.keep else count_lowest(size.num_layers, request.share or LOWEST_SHARE)
+    if request.keep:
+        dropped = max(0, min(size.num_layers - 1, size.num_layers - request.first - request.last))
+    else:
+        dropped = count_lowest(size.num_layers, request.share or LOWEST_SHARE)
     whole = estimate_memory(
         checkpoint,
         checkpoint,
@@ -75,18 +77,22 @@ def distill_student(
         AvssError: see `distillation.distill.distill`.
     """
     reading = {"max_sequences": rows - skip, "skip_sequences": skip, "held_out": held_out}
+    checkpoint = resolve(str(student), trust_remote_code=request.settings.trust_remote_code)
+    options = _reading(request) | reading
     key = fingerprint(
-        **_reading(request) | reading,
+        **options,
         tokens=request.distill_tokens,
         corpora=[RedactedURI(text) for text in request.weighted_repair_texts],
-        student=resolve(str(student), trust_remote_code=request.settings.trust_remote_code).revision,
+        student=checkpoint.revision,
     )
-    folder = student.with_name(f"distilled-{key[:12]}") / Path(request.output).name  # for run ids
+    # Ids of runs have the name of the folder, so it is that of the output.
+    folder = student.with_name(f"distilled-{key[:12]}") / Path(request.output).name
     record = read_record(folder)
     if record is None or record.ended == DIVERGED:
         shutil.rmtree(folder, ignore_errors=True)
         try:
-            record = distill(_distill_request(request, student, folder, {**reading, "on_event": on_event})).record
+            training = _distill_request(request, student, folder, {**reading, "on_event": on_event})
+            record = distill(training).record
         except RunFailed as error:
             raise RunFailed(
                 f"{error.message} The checkpoint before distillation is in {student}.",
@@ -116,9 +122,15 @@ def publish_distilled(
 def _distill_request(
     request: ShrinkRequest, student: str | Path, output: Path, options: dict[str, Any]
 ) -> DistillRequest:
+    """Return the request of distilling a student of the model that is shrunk.
+
+    Args:
+        options: fields in place of those of the request.
+    """
     assert request.distill_tokens is not None
     if has_own_text(request.repair_corpora):
-        options = {**options, "self_texts": 0}  # its rows are divided as those of other texts
+        # The model's own text is among the corpora, whose rows are divided as those of other texts.
+        options = {**options, "self_texts": 0}
     return DistillRequest(
         str(student),
         teacher=request.model,
@@ -132,4 +144,8 @@ def _distill_request(
 
 def _reading(request: ShrinkRequest) -> dict[str, Any]:
     """Return the settings that distillation takes too. Its batch is a training step, not that of the evaluation."""
-    return {f.name: getattr(request, f.name) for group in (TextOptions, ModelOptions) for f in fields(group)}
+    values = {}
+    for group in (TextOptions, ModelOptions):
+        for option in fields(group):
+            values[option.name] = getattr(request, option.name)
+    return values

@@ -6,7 +6,6 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
 
 import pyarrow as pa
 from torch import nn
@@ -17,6 +16,7 @@ from avss_dist.core.intervention import NO_INTERVENTION, Intervention
 from avss_dist.core.results import TabularResult
 from avss_dist.core.settings import Settings
 from avss_dist.core.text import RedactedURI, basename
+from avss_dist.core.values import NewRow
 from avss_dist.evaluation.events import Remark
 from avss_dist.evaluation.placed import PlannedTask
 from avss_dist.evaluation.planned_tasks import plan_task, refuse_seen, row_start_task
@@ -82,24 +82,27 @@ class Evaluation:
     whole: Result | None
     retained: Retention | None
 
-    def rows(self) -> Iterator[dict[str, Any]]:
+    def rows(self) -> Iterator[NewRow]:
         """Yield a row of the table of `Evaluations` for the metric, and one for the perplexity of a loss."""
         whole_values = {}
         if self.whole is not None:
             whole_values = {metric: value for metric, value, _ in self.whole.metrics()}
-        retention = self.retained
+        retained: NewRow = {"retention": None, "retention_low": None, "retention_high": None}
+        if self.retained is not None:
+            retained["retention"] = self.retained.value
+            retained["retention_low"] = self.retained.low
+            retained["retention_high"] = self.retained.high
+        dropped = [str(removed) for removed in self.subject.intervention.removed]
         for metric, value, stderr in self.result.metrics():
             yield {
                 "subject": self.subject.label,
-                "dropped": [str(removed) for removed in self.subject.intervention.removed],
+                "dropped": dropped,
                 "task": self.task,
                 "metric": metric,
                 "value": value,
                 "stderr": stderr,
                 "whole": whole_values.get(metric),
-                "retention": retention.value if retention else None,
-                "retention_low": retention.low if retention else None,
-                "retention_high": retention.high if retention else None,
+                **retained,
             }
 
 
@@ -119,7 +122,10 @@ class Evaluations(list[Evaluation], TabularResult):
 
     def table(self) -> pa.Table:
         """Return a table with a row for each subject, task and metric."""
-        return pa.Table.from_pylist([row for evaluation in self for row in evaluation.rows()])
+        rows: list[NewRow] = []
+        for evaluation in self:
+            rows += evaluation.rows()
+        return pa.Table.from_pylist(rows)
 
 
 def evaluate(request: EvaluateRequest) -> Evaluations:
@@ -135,17 +141,7 @@ def evaluate(request: EvaluateRequest) -> Evaluations:
     tasks = [RedactedURI(task) for task in request.tasks]
     subjects = _with_bases(_read_subjects(request.subjects, request.sparse, settings), request.base)
     with EvaluationSession.open(request.warehouse, settings, request.execution, request.on_event) as session:
-        planned: dict[_Key, PlannedTask] = {}
-        for checkpoint in _checkpoints(subjects):
-            model = session.place(checkpoint, settings)
-            for name in tasks:
-                planned[checkpoint.revision, name] = plan_task(
-                    model,
-                    name,
-                    skip_questions=request.skip_questions,
-                    limit=request.limit,
-                    num_fewshot=request.num_fewshot,
-                )
+        planned = _plan_tasks(request, session, subjects, tasks)
         _require_same_tokens(subjects, tasks, planned)
         if not request.allow_overlap:
             _refuse_overlaps(subjects, planned, tasks, Warehouse(request.warehouse))
@@ -159,11 +155,7 @@ def evaluate(request: EvaluateRequest) -> Evaluations:
         for task in row_starts:
             work[task] = [NO_INTERVENTION]
         measured = session.measure(work)
-        for subject in subjects:
-            if subject.precision_plan is not None:
-                for name in tasks:
-                    evaluated = planned[subject.checkpoint.revision, name]
-                    session.keep_precision(evaluated, subject.intervention, subject.precision_plan)
+        _keep_precision(session, subjects, tasks, planned)
     results = {key: measured[task] for key, task in planned.items()}
     evaluations: list[Evaluation] = []
     for subject in subjects:
@@ -177,6 +169,39 @@ def evaluate(request: EvaluateRequest) -> Evaluations:
     for task in row_starts:
         findings += _row_start_findings(task, measured[task])
     return Evaluations(evaluations, findings=findings)
+
+
+def _plan_tasks(
+    request: EvaluateRequest, session: EvaluationSession, subjects: Sequence[Subject], tasks: Sequence[str]
+) -> dict[_Key, PlannedTask]:
+    """Return each task of each checkpoint of the subjects."""
+    planned: dict[_Key, PlannedTask] = {}
+    for checkpoint in _checkpoints(subjects):
+        model = session.place(checkpoint, request.settings)
+        for name in tasks:
+            planned[checkpoint.revision, name] = plan_task(
+                model,
+                name,
+                skip_questions=request.skip_questions,
+                limit=request.limit,
+                num_fewshot=request.num_fewshot,
+            )
+    return planned
+
+
+def _keep_precision(
+    session: EvaluationSession,
+    subjects: Sequence[Subject],
+    tasks: Sequence[str],
+    planned: Mapping[_Key, PlannedTask],
+) -> None:
+    """Write the number formats of precision plans beside the results of the tasks."""
+    for subject in subjects:
+        if subject.precision_plan is None:
+            continue
+        for name in tasks:
+            evaluated = planned[subject.checkpoint.revision, name]
+            session.keep_precision(evaluated, subject.intervention, subject.precision_plan)
 
 
 def _checkpoints(subjects: Iterable[Subject]) -> list[Checkpoint]:
@@ -202,7 +227,9 @@ def _row_start_tasks(planned: Mapping[_Key, PlannedTask]) -> list[PlannedTask]:
     """Return the tasks that read the texts of perplexities with another start of their rows."""
     tasks = []
     for (_, name), task in planned.items():
-        other = row_start_task(task) if name.startswith(PERPLEXITY) else None
+        if not name.startswith(PERPLEXITY):
+            continue
+        other = row_start_task(task)
         if other is not None:
             tasks.append(other)
     return tasks
@@ -239,17 +266,16 @@ def _refuse_overlaps(
 
 def _compare(subject: Subject, task: str, results: Mapping[_Key, Sequence[Result]]) -> Iterator[Evaluation]:
     """Yield the metrics of a subject on a task, each compared with that of the whole model."""
-    whole = {result.metric: result for result in results_under(results[subject.whole.revision, task])}
     is_changed = bool(subject.intervention) or subject.base is not None
+    whole: dict[str, Result] = {}
+    if is_changed:
+        whole = {result.metric: result for result in results_under(results[subject.whole.revision, task])}
     for result in results_under(results[subject.checkpoint.revision, task], subject.intervention.key):
-        before = whole.get(result.metric) if is_changed else None
-        yield Evaluation(
-            subject=subject,
-            task=task,
-            result=result,
-            whole=before,
-            retained=Retention.of(before, result) if before else None,
-        )
+        before = whole.get(result.metric)
+        retained = None
+        if before is not None:
+            retained = Retention.of(before, result)
+        yield Evaluation(subject=subject, task=task, result=result, whole=before, retained=retained)
 
 
 def _sparsity_findings(
@@ -285,7 +311,7 @@ def _precision_findings(subjects: Sequence[Subject]) -> Iterator[str]:
 
 def _guess_findings(evaluations: Iterable[Evaluation]) -> Iterator[str]:
     """Yield a sentence on the retention of a guess, for each task and whole model that a subject is compared with."""
-    rows_of_whole: dict[tuple[str, str], list[dict[str, Any]]] = {}
+    rows_of_whole: dict[tuple[str, str], list[NewRow]] = {}
     for evaluation in evaluations:
         whole = evaluation.whole
         if whole is not None:
@@ -303,7 +329,9 @@ def _row_start_findings(planned: PlannedTask, results: Sequence[Result]) -> list
     losses = {result.metric: result.value for result in results if not result.removed}
     corpus = planned.task.name.removeprefix(ROW_START)
     warning = row_start_warning(losses, planned.checkpoint.name, corpus)
-    return [warning[1]] if warning else []
+    if warning is None:
+        return []
+    return [warning[1]]
 
 
 AnyPlan = Plan | SparsityPlan | PrecisionPlan
@@ -457,10 +485,14 @@ def _with_bases(subjects: Sequence[Subject], base: str | Path | None) -> list[Su
     """
     if base is not None and all(subject.intervention for subject in subjects):
         raise ConfigError("`base` has no effect on plans, which name their own models.", "Leave it out.")
-    common = None if base is None else resolve(str(base), trust_remote_code=subjects[0].checkpoint.trust_remote_code)
+    named = None
+    if base is not None:
+        named = resolve(str(base), trust_remote_code=subjects[0].checkpoint.trust_remote_code)
     with_bases = []
     for subject in subjects:
-        model = None if subject.intervention else common or _base_of(subject)
+        model = None
+        if not subject.intervention:
+            model = named or _base_of(subject)
         if model is not None and model.revision == subject.checkpoint.revision:
             model = None
         with_bases.append(replace(subject, base=model))
@@ -477,7 +509,9 @@ def _base_of(subject: Subject) -> Checkpoint | None:
         ConfigError: it is not there, or has changed. This is known before anything is measured.
     """
     folder = subject.checkpoint.folder
-    card = pruned_from(folder) if folder.is_dir() else None
+    if not folder.is_dir():
+        return None
+    card = pruned_from(folder)
     if card is None:
         return None
     name, revision = card
