@@ -16,7 +16,8 @@ from avss_dist.tasks.text_loss import ContinuePrompt
 from avss_dist.warehouse.names import CONTINUATION
 
 PROMPTS = 3
-PROMPT_TOKENS = 32  # at most half a row
+PROMPT_TOKENS = 32
+"""Tokens of a prompt, at most half a row."""
 NEW_TOKENS = 48
 
 Prompt = tuple[int, ...]
@@ -64,7 +65,8 @@ def continue_prompts(
     Raises:
         AvssError: a failure of workers or of the warehouse.
     """
-    planned = model.plan(Task(name=CONTINUATION, parts=tuple(ContinuePrompt(ids, NEW_TOKENS) for ids in prompts)))
+    parts = tuple(ContinuePrompt(ids, NEW_TOKENS) for ids in prompts)
+    planned = model.plan(Task(name=CONTINUATION, parts=parts))
     try:
         session.run(planned.cells(variants.values()))
     except ModelError as error:

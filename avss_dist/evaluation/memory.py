@@ -18,8 +18,10 @@ from avss_dist.tasks.backward import BackwardMeasure
 from avss_dist.tasks.map_damage import MAX_KEPT_BYTES, RoundedLosses, RoundingDamage
 from avss_dist.tasks.task import Measure
 
-ROUNDING_BYTES = 12  # of a number that is rounded: the weight, the rounded one and their difference, in float32
-LARGEST_MAP_SHARE = 4  # a layer has about four times the weights of its largest linear map
+ROUNDING_BYTES = 12
+"""Bytes of a number that is rounded: the weight, the rounded one and their difference, in float32."""
+LARGEST_MAP_SHARE = 4
+"""Weights of a layer, in multiples of those of its largest linear map, about."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,17 +45,22 @@ class Activations:
 
 def activations_of(size: Footprint, settings: Settings) -> Activations:
     """Return the sizes of a batch, from the widths of a model's layers."""
-    rows, length, element = settings.batch_size, settings.sequence_length, size.element_bytes
+    rows = settings.batch_size
+    length = settings.sequence_length
     tokens = rows * length
-    # Norms compute in float32. Of the attention there are queries, keys, values and the output, and of the MLP half as
-    # many again as the outputs of all its linear maps.
-    widths = 4 * 6 * size.hidden_size + element * (5 * size.attention_width + int(1.5 * size.mlp_width))
+    # Norms compute in float32.
+    norm_bytes = 4 * 6 * size.hidden_size
+    # Of the attention there are queries, keys, values and the output, and of the MLP half as many again as the outputs
+    # of all its linear maps.
+    map_widths = 5 * size.attention_width + int(1.5 * size.mlp_width)
+    output_widths = 2 * size.hidden_size + 3 * size.attention_width + size.mlp_width
+    logit_bytes = 4 * tokens * size.vocabulary
     return Activations(
         hidden=size.hidden_bytes(rows, length),
         forward=size.activation_bytes(rows, length, head=True),
-        graph=tokens * widths,
-        outputs=tokens * element * (2 * size.hidden_size + 3 * size.attention_width + size.mlp_width),
-        logits=2 * min(LOGIT_BYTES, 4 * tokens * size.vocabulary),
+        graph=tokens * (norm_bytes + size.element_bytes * map_widths),
+        outputs=tokens * size.element_bytes * output_widths,
+        logits=2 * min(LOGIT_BYTES, logit_bytes),  # with their gradient
     )
 
 
@@ -63,7 +70,8 @@ def measure_bytes(measure: Measure, size: Footprint, batch: Activations) -> int:
     A model whose layers cannot run again alone takes more: `RoundingDamage` needs the graph of all layers then.
     """
     recorded = size.num_layers * batch.hidden
-    one_weight = ROUNDING_BYTES * (max(size.layer_bytes) // size.element_bytes) // LARGEST_MAP_SHARE
+    largest_layer = max(size.layer_bytes) // size.element_bytes
+    one_weight = ROUNDING_BYTES * largest_layer // LARGEST_MAP_SHARE
     if isinstance(measure, RoundingDamage):
         changes = min(MAX_KEPT_BYTES, len(measure.formats) * batch.outputs)
         gradients = 2 * (1 + measure.draws) * batch.hidden

@@ -51,13 +51,15 @@ class PlannedTask(PlacedModel):
         """
         sparsity = intervention.key.sparsity
         if sparsity not in self._run_ids:
+            hashed: dict[str, object] = {**fingerprint_part(self.placement)}
+            if sparsity:
+                hashed["sparsity"] = sparsity
             digest = fingerprint(
                 schema=NUMBERS_VERSION,
                 checkpoint=self.checkpoint.revision,
                 task=self.task.key,
                 settings=self.settings.numbers(statistics=False),
-                **fingerprint_part(self.placement),
-                **({"sparsity": sparsity} if sparsity else {}),
+                **hashed,
             )
             self._run_ids[sparsity] = f"{self.checkpoint.slug}-{digest[:10]}"
         return self._run_ids[sparsity]
@@ -65,15 +67,16 @@ class PlannedTask(PlacedModel):
     @property
     def seen(self) -> tuple[SeenText, ...]:
         """Texts that it reads to measure something by which models are changed."""
-        return tuple(replace(text, by=self.run_id()) for text in self.task.read)
+        run_id = self.run_id()
+        return tuple(replace(text, by=run_id) for text in self.task.read)
 
     def cells(self, interventions: Iterable[Intervention] = (NO_INTERVENTION,)) -> list[Cell]:
         """Return a cell for each part of the task under each distinct intervention."""
-        return [
-            self.cell(part, measure, intervention)
-            for intervention in dict.fromkeys(interventions)
-            for part, measure in enumerate(self.task.parts)
-        ]
+        cells = []
+        for intervention in dict.fromkeys(interventions):
+            for part, measure in enumerate(self.task.parts):
+                cells.append(self.cell(part, measure, intervention))
+        return cells
 
     def cell(self, part: int, measure: Measure, intervention: Intervention = NO_INTERVENTION) -> Cell:
         """Return the cell of one part of the task under an intervention."""

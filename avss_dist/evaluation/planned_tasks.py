@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from functools import cache, lru_cache, partial
-from itertools import product
 from typing import Any
 
 from avss_dist.core.errors import ConfigError, CorpusError
@@ -28,8 +27,10 @@ from avss_dist.tasks.text_loss import RowStartLoss, TextLoss, TruthfulChoices
 from avss_dist.warehouse.names import PERPLEXITY, ROW_START, TRUTHFULQA
 from avss_dist.warehouse.reader import Warehouse
 
-_tokenizer = lru_cache(maxsize=2)(load_tokenizer)  # of the texts that tasks are compared with
-COMPARED_ROWS = 4  # rows of a text that are read with both starts
+_tokenizer = lru_cache(maxsize=2)(load_tokenizer)
+"""Return the tokenizer of a checkpoint, kept for the texts that a task is compared with."""
+COMPARED_ROWS = 4
+"""Rows of a text that are read with both starts."""
 
 
 def plan_task(
@@ -49,22 +50,26 @@ def plan_task(
         return plan_text_task(model, RedactedURI(name).full.removeprefix(PERPLEXITY))
     settings = model.settings
     if name.startswith(TRUTHFULQA):
-        questions = slice(skip_questions, None if limit is None else skip_questions + limit)
+        end = None if limit is None else skip_questions + limit
         path = RedactedURI(name).full.removeprefix(TRUTHFULQA)
-        choices = tokenize_choices(path, load_tokenizer(model.checkpoint), settings, questions)
-        return model.plan(Task(name=f"{TRUTHFULQA}{RedactedURI(path)}", parts=tuple(map(TruthfulChoices, choices))))
+        tokenizer = load_tokenizer(model.checkpoint)
+        shards = tokenize_choices(path, tokenizer, settings, slice(skip_questions, end))
+        parts = tuple(TruthfulChoices(shard) for shard in shards)
+        return model.plan(Task(name=f"{TRUTHFULQA}{RedactedURI(path)}", parts=parts))
     require_task(name)
     from avss_dist.tasks.harness import harness_task
 
-    return model.plan(
-        harness_task(
-            name,
-            limit=limit,
-            num_fewshot=num_fewshot,
-            template=chat_template(load_tokenizer(model.checkpoint)) if settings.chat_template else None,
-            trust_remote_code=settings.trust_remote_code,
-        )
+    template = None
+    if settings.chat_template:
+        template = chat_template(load_tokenizer(model.checkpoint))
+    task = harness_task(
+        name,
+        limit=limit,
+        num_fewshot=num_fewshot,
+        template=template,
+        trust_remote_code=settings.trust_remote_code,
     )
+    return model.plan(task)
 
 
 def plan_text(checkpoint: Checkpoint, corpus: str, settings: Settings) -> CorpusPlan:
@@ -74,7 +79,8 @@ def plan_text(checkpoint: Checkpoint, corpus: str, settings: Settings) -> Corpus
         CorpusError: the corpus cannot be read, is too short, or has no token to predict.
     """
     text = tokenize_corpus(corpus, load_tokenizer(checkpoint), settings)
-    if max(int(shard.lengths.max()) for shard in text.shards) <= max(1, settings.skip_first_tokens):
+    longest_row = max(int(shard.lengths.max()) for shard in text.shards)
+    if longest_row <= max(1, settings.skip_first_tokens):
         raise CorpusError(
             f"No row of {RedactedURI(corpus)} has a token that is predicted from others before it and counts.",
             "Make `sequence_length` at least 2, and larger than `skip_first_tokens`; or take longer documents.",
@@ -99,15 +105,18 @@ def plan_text_task(
         CorpusError: the corpus cannot be read, or is too short.
     """
     text = plan_text(model.checkpoint, corpus, model.settings)
-    read = (seen_text(text, model.settings, use),) if use else ()
-    return model.plan(Task(name=f"{prefix}{RedactedURI(corpus)}", parts=tuple(map(measure, text.shards)), read=read))
+    parts = tuple(measure(shard) for shard in text.shards)
+    read: tuple[SeenText, ...] = ()
+    if use is not None:
+        read = (seen_text(text, model.settings, use),)
+    return model.plan(Task(name=f"{prefix}{RedactedURI(corpus)}", parts=parts, read=read))
 
 
 def row_start_task(planned: PlannedTask) -> PlannedTask | None:
     """Return the task of comparing two starts of the first rows of a text, or None if rows have only one."""
-    shards = with_other_start(
-        _shards(planned.task, TextLoss)[0], load_tokenizer(planned.checkpoint), planned.settings, COMPARED_ROWS
-    )
+    first_shard = _shards(planned.task, TextLoss)[0]
+    tokenizer = load_tokenizer(planned.checkpoint)
+    shards = with_other_start(first_shard, tokenizer, planned.settings, COMPARED_ROWS)
     if shards is None:
         return None
     name = f"{ROW_START}{planned.task.name.removeprefix(PERPLEXITY)}"
@@ -146,22 +155,31 @@ def earlier_texts(
     Args:
         names: corpora that may be among them, with the keys of their URIs, which records do not have.
     """
-    full = {str(uri): uri.full for uri in map(RedactedURI, names)}
-    tokenizer = partial(_tokenizer, checkpoint)
-    return [
-        EarlierText(
+    with_keys = {}
+    for name in names:
+        uri = RedactedURI(name)
+        with_keys[str(uri)] = uri.full
+    earlier = []
+    for text in distinct(seen):
+        corpus = with_keys.get(text.corpus, text.corpus)
+        earlier_text = EarlierText(
             use=text.describe(),
             rows_end=text.rows_end,
-            read=cache(partial(_read_again, text, full.get(text.corpus, text.corpus), tokenizer)),
+            read=cache(partial(_read_again, text, corpus, checkpoint)),
             checkpoint=checkpoint,
             skip_option=skip_option,
         )
-        for text in distinct(seen)
-    ]
+        earlier.append(earlier_text)
+    return earlier
 
 
-def _read_again(text: SeenText, corpus: str, tokenizer: Callable[[], Any]) -> Sequence[Shard]:
-    return read_again(text, tokenizer(), corpus).shards
+def _read_again(text: SeenText, corpus: str, checkpoint: Checkpoint) -> Sequence[Shard]:
+    """Return the rows of a text that was read before, read again.
+
+    Args:
+        corpus: the corpus with the keys of its URI, which the record of the text does not have.
+    """
+    return read_again(text, _tokenizer(checkpoint), corpus).shards
 
 
 def refuse_overlap(tasks: Iterable[Task], texts: Iterable[EarlierText]) -> None:
@@ -171,14 +189,15 @@ def refuse_overlap(tasks: Iterable[Task], texts: Iterable[EarlierText]) -> None:
         ConfigError: a task and a text share passages or questions, or cannot be compared, or the text cannot be read
             again.
     """
-    comparable = [task for task in tasks if _shards(task, TruthfulChoices) or _shards(task, TextLoss)]
-    for task, earlier in product(comparable, texts if comparable else ()):
+    every_text = list(texts)
+    for task in tasks:
         asked = _shards(task, TruthfulChoices)
-        if asked:
-            _refuse_questions(task.name, asked, earlier)
-        text = _shards(task, TextLoss)
-        if text:
-            _refuse_passages(task.name, text, earlier)
+        rows = _shards(task, TextLoss)
+        for earlier in every_text:
+            if asked:
+                _refuse_questions(task.name, asked, earlier)
+            if rows:
+                _refuse_passages(task.name, rows, earlier)
 
 
 def _refuse_questions(name: str, asked: Sequence[Shard], earlier: EarlierText) -> None:
@@ -227,7 +246,8 @@ def seen_by_plan(plan: ModelPlan, store: Warehouse) -> tuple[SeenText, ...]:
     evaluation = getattr(plan, "evaluation", None) or plan.why.get("evaluation")
     if evaluation:
         rows = store.table("evaluations", run_ids=[str(evaluation)]).to_pylist()
-        seen += seen_by_evaluation(rows[0]) if rows else ()
+        if rows:
+            seen += seen_by_evaluation(rows[0])
     return tuple(seen)
 
 
@@ -282,7 +302,7 @@ def refuse_overlaps(
             skip_option=task_option,
         )
         fitted.append(earlier)
-        fits.append(Task(name=text.source, parts=tuple(map(TextLoss, text.shards))))
+        fits.append(Task(name=text.source, parts=tuple(TextLoss(shard) for shard in text.shards)))
     before = earlier_texts(seen_by_checkpoint(model.checkpoint), model.checkpoint, skip_option=task_option)
     refuse_overlap(tasks, [*before, *chosen_on, *fitted])
     refuse_overlap(fits, [replace(text, skip_option=skip_option) for text in chosen_on])
@@ -292,7 +312,8 @@ def _prompts(shards: Iterable[Shard], tokenizer: Any) -> set[str]:
     """Return the prompts of paired text, each once, without whitespace."""
     prompts: set[str] = set()
     for shard in shards:
-        if shard.pairing:
-            ids = [row[:start] for row, start in zip(shard.input_ids, shard.pairing.starts, strict=True)]
-            prompts.update(plain_text(ids, tokenizer))
+        if shard.pairing is None:
+            continue
+        ids = [row[:start] for row, start in zip(shard.input_ids, shard.pairing.starts, strict=True)]
+        prompts.update(plain_text(ids, tokenizer))
     return prompts

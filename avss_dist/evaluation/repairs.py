@@ -20,6 +20,7 @@ from avss_dist.core.errors import ModelError
 from avss_dist.core.intervention import NO_INTERVENTION, EncodedPatch, Intervention, Removals, stored_removals
 from avss_dist.core.settings import Settings
 from avss_dist.core.text import RedactedURI
+from avss_dist.core.values import NewObject
 from avss_dist.corpus.shards import CorpusPlan
 from avss_dist.evaluation.limits import require_partition
 from avss_dist.evaluation.placed import PlacedModel, PlannedTask
@@ -43,7 +44,8 @@ from avss_dist.tasks.task import Measure, MetricRow, Task
 from avss_dist.warehouse.names import REPAIR
 from avss_dist.warehouse.storage import Storage
 
-MISSING = "missing"  # metric of a fit: remaining error of the hidden states after each cut, on held-back text
+MISSING = "missing"
+"""Metric of a fit: remaining error of the hidden states after each cut, on held-back text."""
 
 
 def read_repaired(patch: EncodedPatch) -> Repaired:
@@ -69,14 +71,16 @@ class FitRepair(Measure):
     layers: str
     texts: tuple[CorpusPlan, ...] = field(repr=False)
 
-    def identity(self) -> dict[str, Any]:
+    def identity(self) -> NewObject:
         """Return the values that the key is made of."""
-        return {
-            "measure": "repair 3",
-            "by": self.repair.by,
-            "texts": [[shard.content_hash for shard in text.shards] for text in self.texts],
-            **({"weights": self.repair.weights} if len(set(self.repair.weights)) > 1 else {}),
-        }
+        texts = []
+        for text in self.texts:
+            texts.append([shard.content_hash for shard in text.shards])
+        values: NewObject = {"measure": "repair 3", "by": self.repair.by, "texts": texts}
+        has_equal_weights = len(set(self.repair.weights)) <= 1
+        if not has_equal_weights:
+            values["weights"] = self.repair.weights
+        return values
 
     def __call__(self, model: LanguageModel, intervention: Intervention = NO_INTERVENTION) -> list[MetricRow]:
         """Return a row with the errors and the patch of the repair of the model without what is removed.
@@ -96,14 +100,8 @@ class FitRepair(Measure):
         repaired = fit_repair(checkpoint, plan, replace(self.repair, settings=settings), self.texts, stored, model)
         about = json.dumps({"record": asdict(repaired.record), "notes": list(repaired.notes)})
         errors = np.array([cut.error_after for cut in repaired.record.cuts])
-        return [
-            MetricRow(
-                metric=MISSING,
-                samples=errors,
-                weights=np.ones(len(errors)),
-                patch=encode_patch(repaired.tensors, about),
-            )
-        ]
+        patch = encode_patch(repaired.tensors, about)
+        return [MetricRow(metric=MISSING, samples=errors, weights=np.ones(len(errors)), patch=patch)]
 
 
 def require_changeable(partition: str) -> None:
@@ -128,7 +126,10 @@ def copies_of(placement: Placement, settings: Settings, session: EvaluationSessi
     if not placement.gpus and session.execution.replicas is None:
         return 1
     devices = session.executor.devices
-    room = devices.count // placement.gpus if placement.gpus else devices.cpus // settings.threads
+    if placement.gpus:
+        room = devices.count // placement.gpus
+    else:
+        room = devices.cpus // settings.threads
     return max(1, min(session.executor.replicas(placement), room))
 
 
@@ -155,14 +156,18 @@ def plan_fits(
             f"'{checkpoint.name}' is a .gguf file.", "Repair the safetensors checkpoint that it was made from."
         )
     require_changeable(model.placement.partition)
-    texts = tuple(plan_text(checkpoint, split_weight(corpus)[0], settings) for corpus in corpora)
+    texts = []
+    for weighted in corpora:
+        corpus, _ = split_weight(weighted)
+        texts.append(plan_text(checkpoint, corpus, settings))
     batches = sum(text.num_batches(settings.batch_size) for text in texts)
-    model = replace(model, settings=settings, placement=with_copies(model.placement, min(copies, batches)))
-    names = ",".join(map(RedactedURI, corpora))
+    placement = with_copies(model.placement, min(copies, batches))
+    model = replace(model, settings=settings, placement=placement)
+    names = ",".join(RedactedURI(corpus) for corpus in corpora)
     fits = {}
     for by in repairs:
         repair = Repair(by=by, corpora=tuple(corpora), settings=settings)
-        fit = FitRepair(repair=repair, layers=layers, texts=texts)
+        fit = FitRepair(repair=repair, layers=layers, texts=tuple(texts))
         fits[by] = model.plan(Task(name=f"{REPAIR}{by}:{names}", parts=(fit,)))
     return fits
 
@@ -207,14 +212,18 @@ def fit_repairs(session: EvaluationSession, requested: Sequence[tuple[PlannedTas
     fits = [fit for fit, _ in requested]
     fitted = _stored_patches(session, fits)
     missing = []
-    for fit, drops in sorted(requested, key=lambda request: _unknowns_rank(request[0]), reverse=True):
+    most_unknowns_first = sorted(requested, key=lambda request: _unknowns_rank(request[0]), reverse=True)
+    for fit, drops in most_unknowns_first:
         every_layer = REPAIRS[fit_of(fit).repair.by].every_layer
         for drop in drops:
             no_layer_before = drop == tuple(range(len(drop)))
             if not drop or (no_layer_before and not every_layer):
                 continue
             for cell in fit.cells([Intervention(removed=drop)]):
-                is_stored = session.is_known(cell) if session.fresh else (fit, drop) in fitted
+                if session.fresh:
+                    is_stored = session.is_known(cell)
+                else:
+                    is_stored = (fit, drop) in fitted
                 if not is_stored:
                     missing.append(cell)
     session.run(missing, dict.fromkeys(fits, (NO_INTERVENTION,)), fits=True)
@@ -237,7 +246,8 @@ def _stored_patches(session: EvaluationSession, fits: Iterable[PlannedTask]) -> 
         for row in session.store.cells.read(fit.run_id()).to_pylist():
             key = row["patch"]
             if key in stored:
-                patches[fit, stored_removals(row)] = EncodedPatch(key, partial(_read_patch, storage, key))
+                removed = stored_removals(row)
+                patches[fit, removed] = EncodedPatch(key, partial(_read_patch, storage, key))
     return patches
 
 
@@ -263,8 +273,9 @@ def fit_plan(request: PruneRequest, plan: Plan, repair: Repair) -> Repaired:
     layers: str | None = plan.layers
     with suppress(ModelError):
         module, _ = load_skeleton(checkpoint, settings)
-        if [*layer_lists(without_head(module), plan.num_layers)] == [plan.layers]:
-            layers = None  # it is found automatically, as in runs without a path
+        lists = layer_lists(without_head(module), plan.num_layers)
+        if list(lists) == [plan.layers]:
+            layers = None  # The list is found without a path, as in runs.
     settings = replace(settings, layers=layers)
     with (
         TemporaryDirectory() if request.warehouse is None else nullcontext(request.warehouse) as warehouse,
@@ -274,7 +285,8 @@ def fit_plan(request: PruneRequest, plan: Plan, repair: Repair) -> Repaired:
         fit = plan_fits(model, plan.layers, [repair.by], repair.corpora)[repair.by]
         copies = copies_of(model.placement, model.settings, session)
         (cell,) = fit.cells([plan.intervention])
+        # A fit by one copy that is stored is read: another number of copies has other last digits.
         if copies > 1 and not session.is_known(cell):
             fit = plan_fits(model, plan.layers, [repair.by], repair.corpora, copies)[repair.by]
-        patches = fit_repairs(session, [(fit, [plan.intervention.removed])])
-        return read_repaired(patches[fit, plan.intervention.removed])
+        patches = fit_repairs(session, [(fit, [plan.drop])])
+        return read_repaired(patches[fit, plan.drop])

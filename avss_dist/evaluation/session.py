@@ -374,8 +374,10 @@ def failure(failed: Sequence[FailedCell]) -> AvssError:
     if removed:
         layers = "layers " if whole_layers(removed) else ""
         subject += f" without {layers}{describe_removed(removed)}"
-    more = f" {len(failed) - 1} more failed." if len(failed) > 1 else ""
-    return type(error)(f"{subject}: {error.message}{more}", error.hint)
+    message = f"{subject}: {error.message}"
+    if len(failed) > 1:
+        message += f" {len(failed) - 1} more failed."
+    return type(error)(message, error.hint)
 
 
 def checkpoint_of_run(run: Mapping[str, Any], *, trust_remote_code: bool) -> Checkpoint:
@@ -389,8 +391,10 @@ def checkpoint_of_run(run: Mapping[str, Any], *, trust_remote_code: bool) -> Che
     """
     model = str(run["model"])
     revision = run["revision"] or ""
-    is_commit = len(revision) == HUB_COMMIT_LENGTH
-    checkpoint = resolve(f"{model}@{revision}" if is_commit else model, trust_remote_code=trust_remote_code)
+    name = model
+    if len(revision) == HUB_COMMIT_LENGTH:
+        name = f"{model}@{revision}"
+    checkpoint = resolve(name, trust_remote_code=trust_remote_code)
     if checkpoint.revision != revision:
         raise PlanError(
             f"{run['run_id']} is of {model} at {revision[:12]}; it is at {checkpoint.revision[:12]} now.",
