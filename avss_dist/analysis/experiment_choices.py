@@ -5,7 +5,7 @@ It stands beside the verdict on its results, below the job files that hold it an
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from itertools import product
 from typing import Annotated, Any
 
@@ -15,6 +15,7 @@ from avss_dist.core.errors import ConfigError, require_known
 from avss_dist.core.sites import EVERY_SITE
 from avss_dist.core.thresholds import describe_threshold, parse_threshold
 from avss_dist.core.validation import Count, Positive, Share, check, checked
+from avss_dist.core.values import NewRow, TableRow
 from avss_dist.plans.choice import Choice
 from avss_dist.plans.criteria import LEAVE_ONE_OUT, PUBLISHED, Reading, reading_of
 from avss_dist.pruning.repair.registry import NO_REPAIR, OptionalRepairName
@@ -171,12 +172,12 @@ def parse_score(text: str) -> tuple[str, Reading | None]:
     return name, (site, recipe, *parse_threshold(threshold))
 
 
-def choices(experiment: Experiment, rows: Sequence[Mapping[str, Any]]) -> list[Choice]:
+def choices(experiment: Experiment, rows: Sequence[TableRow]) -> list[Choice]:
     """Return the choices of an experiment for a run with these rows of ``scores``, by method and share.
 
     Scores that the run lacks are left out.
     """
-    methods: list[dict[str, Any]] = []
+    methods: list[NewRow] = []
     for score, reading in _scores_to_compare(experiment, rows):
         methods += _score_methods(experiment, score, reading)
     if experiment.last:
@@ -191,9 +192,7 @@ def choices(experiment: Experiment, rows: Sequence[Mapping[str, Any]]) -> list[C
     return every_choice
 
 
-def _scores_to_compare(
-    experiment: Experiment, rows: Sequence[Mapping[str, Any]]
-) -> Iterator[tuple[str, Reading | None]]:
+def _scores_to_compare(experiment: Experiment, rows: Sequence[TableRow]) -> Iterator[tuple[str, Reading | None]]:
     """Yield the name and the reading of each score that a run has, once each, in the order of the request.
 
     Args:
@@ -214,7 +213,7 @@ def _scores_to_compare(
             yield score, reading
 
 
-def _score_methods(experiment: Experiment, score: str, reading: Reading | None) -> list[dict[str, Any]]:
+def _score_methods(experiment: Experiment, score: str, reading: Reading | None) -> list[NewRow]:
     """Return the fields of the choices by a score: by itself, and its controls unless it is another reading of AVSS."""
     method: dict[str, Any] = {"by": score, "reading": reading}
     methods = [method]

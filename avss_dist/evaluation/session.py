@@ -9,7 +9,6 @@ from contextlib import closing, contextmanager
 from datetime import UTC, datetime
 from itertools import islice
 from pathlib import Path
-from typing import Any
 
 from avss_dist.analysis.next_commands import HUB_COMMIT_LENGTH
 from avss_dist.core.errors import AvssError, RunFailed
@@ -23,6 +22,7 @@ from avss_dist.core.intervention import (
 )
 from avss_dist.core.process import package_versions
 from avss_dist.core.settings import Settings
+from avss_dist.core.values import NewRow, TableRow
 from avss_dist.distillation.curve import ignore
 from avss_dist.evaluation.events import CellDone, CellsStarted, CellUnderway, OnEvent
 from avss_dist.evaluation.placed import PlacedModel, PlannedTask
@@ -337,13 +337,13 @@ class EvaluationSession:
             return True
         return not self.fresh and cell.cell_id in self.store.cells.ids(cell.run_id)
 
-    def known_rows(self, run_id: str) -> list[dict[str, Any]]:
+    def known_rows(self, run_id: str) -> list[NewRow]:
         """Return the rows of the known cells of an evaluation. See `is_known`."""
         rows = self.store.cells.read(run_id, self._measured[run_id] if self.fresh else None)
         return list(rows.to_pylist())
 
 
-def _evaluation_rows(results: Iterable[Result], cells: Sequence[Mapping[str, Any]]) -> Iterator[dict[str, Any]]:
+def _evaluation_rows(results: Iterable[Result], cells: Sequence[TableRow]) -> Iterator[NewRow]:
     """Yield a row of ``evaluations`` for each metric of results, without the columns of the evaluation.
 
     Args:
@@ -380,7 +380,7 @@ def failure(failed: Sequence[FailedCell]) -> AvssError:
     return type(error)(message, error.hint)
 
 
-def checkpoint_of_run(run: Mapping[str, Any], *, trust_remote_code: bool) -> Checkpoint:
+def checkpoint_of_run(run: TableRow, *, trust_remote_code: bool) -> Checkpoint:
     """Return the checkpoint that a run has scored.
 
     Args:

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
-
 from avss_dist.analysis.contrast import Strata
 from avss_dist.analysis.ground_truth import block_distances, find_measured_values, measured_values
 from avss_dist.analysis.next_commands import ablate_command, describe_headless, repeated_command
@@ -12,6 +9,7 @@ from avss_dist.analysis.own_scores import own_score
 from avss_dist.core.errors import QueryError
 from avss_dist.core.settings import Settings
 from avss_dist.core.thresholds import describe_threshold
+from avss_dist.core.values import TableRow
 from avss_dist.plans.criteria import (
     LEAVE_ONE_OUT,
     Criterion,
@@ -33,7 +31,7 @@ from avss_dist.warehouse.names import MEASURED_ONLY
 from avss_dist.warehouse.reader import Warehouse
 
 
-def read_layers(warehouse: Warehouse, run: Mapping[str, Any]) -> RunLayers:
+def read_layers(warehouse: Warehouse, run: TableRow) -> RunLayers:
     """Return the layers of the checkpoint of a run, with their scores if it was scored.
 
     Args:
@@ -48,7 +46,7 @@ def read_layers(warehouse: Warehouse, run: Mapping[str, Any]) -> RunLayers:
     return RunLayers(run=run, rows=warehouse.read_scores(run["run_id"]))
 
 
-def _unscored_layers(warehouse: Warehouse, run: Mapping[str, Any]) -> Rows:
+def _unscored_layers(warehouse: Warehouse, run: TableRow) -> Rows:
     """Return the indices and names of the layers of a checkpoint that was not scored, by its configuration.
 
     Raises:
@@ -97,7 +95,7 @@ def criterion_values(warehouse: Warehouse, layers: RunLayers, criterion: Criteri
     return own_score(by, warehouse, {**layers.run, "num_layers": layers.number})
 
 
-def require_scored(warehouse: Warehouse, run: Mapping[str, Any], by: str) -> None:
+def require_scored(warehouse: Warehouse, run: TableRow, by: str) -> None:
     """Raise QueryError if a checkpoint was not scored, and lacks a score of activations."""
     if run.get("status") == MEASURED_ONLY:
         raise QueryError(
@@ -128,7 +126,7 @@ def _negative_contrasts(warehouse: Warehouse, layers: RunLayers, criterion: Crit
     return LayerValues(values=dict(zip(strata.layers, (-contrasts).tolist(), strict=True)))
 
 
-def default_score(warehouse: Warehouse, run: Mapping[str, Any]) -> str:
+def default_score(warehouse: Warehouse, run: TableRow) -> str:
     """Return the default score to choose layers by: the measured loss, else its estimate, the damage.
 
     Scores from activations are never the default, because an experiment may refute them for this model.

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from operator import itemgetter
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import pyarrow.compute as pc
 
 from avss_dist.analysis.verdict import describe_metric, primary_metric, shown_value
 from avss_dist.core.intervention import InterventionKey, Removals, stored_removals
+from avss_dist.core.values import TableRow
 from avss_dist.warehouse.checks import settings_of
 from avss_dist.warehouse.names import SEARCH, describe_task
 from avss_dist.warehouse.reader import Warehouse, grouped
@@ -21,7 +21,7 @@ OTHER_CHANGES = ("layer", "patch", "sparsity_plan", "factor", "rounding")
 """Columns of ``evaluations`` that tell changes of a model besides layers that are left out."""
 
 
-def evaluated_lines(warehouse: Warehouse, run: Mapping[str, Any], removed: Removals) -> tuple[str, ...]:
+def evaluated_lines(warehouse: Warehouse, run: TableRow, removed: Removals) -> tuple[str, ...]:
     """Return a line for each task that the model was evaluated on without these layers, beside the whole model.
 
     It has the rows that were read of a text, and the retention with its interval, where the cells are stored.
@@ -37,14 +37,14 @@ def evaluated_lines(warehouse: Warehouse, run: Mapping[str, Any], removed: Remov
     return tuple(lines)
 
 
-def _only_removes_layers(evaluation: Mapping[str, Any]) -> bool:
+def _only_removes_layers(evaluation: TableRow) -> bool:
     """Whether a row of ``evaluations`` is of a model that is whole but for layers, and not of a search."""
     if evaluation["task"].startswith(SEARCH):
         return False
     return all(evaluation[name] is None for name in OTHER_CHANGES)
 
 
-def _evaluated_line(warehouse: Warehouse, row: Mapping[str, Any], whole: Mapping[str, Any] | None) -> str:
+def _evaluated_line(warehouse: Warehouse, row: TableRow, whole: TableRow | None) -> str:
     """Return the result of an evaluation without layers as a sentence.
 
     Args:
@@ -62,7 +62,7 @@ def _evaluated_line(warehouse: Warehouse, row: Mapping[str, Any], whole: Mapping
     return f"{line}."
 
 
-def _retention(warehouse: Warehouse, evaluation: Mapping[str, Any]) -> Retention | None:
+def _retention(warehouse: Warehouse, evaluation: TableRow) -> Retention | None:
     """Return what is kept of a metric without the layers of an evaluation, from its cells; None without cells."""
     from avss_dist.tasks.task import Retention, combine  # torch with it
 

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import replace
-from typing import Any
 
 from avss_dist.analysis.experts import require_experts
 from avss_dist.analysis.findings import expert_findings
 from avss_dist.core.errors import ModelError
+from avss_dist.core.values import NewObject, TableRow
 from avss_dist.planning.criteria import read_layers
 from avss_dist.planning.evaluated import evaluated_lines
 from avss_dist.plans.choice import choose_experts
@@ -18,7 +17,7 @@ from avss_dist.stats.catalog import RANDOM
 from avss_dist.warehouse.reader import Warehouse
 
 
-def plan_experts(warehouse: Warehouse, run: Mapping[str, Any], by: str, share: float, seed: int) -> Plan:
+def plan_experts(warehouse: Warehouse, run: TableRow, by: str, share: float, seed: int) -> Plan:
     """Return a plan that drops routed experts of the checkpoint of a run, with the findings about its experts.
 
     Args:
@@ -36,7 +35,7 @@ def plan_experts(warehouse: Warehouse, run: Mapping[str, Any], by: str, share: f
     scores = {experts.layer: experts.scores().get(by, experts.load) for experts in layers}
     groups = _routing_groups(run)
     top_k = max(experts.top_k for experts in layers)
-    why: dict[str, Any] = {"by": by, "experts": share}
+    why: NewObject = {"by": by, "experts": share}
     against = []
     if by == RANDOM:
         why["seed"] = seed
@@ -50,7 +49,7 @@ def plan_experts(warehouse: Warehouse, run: Mapping[str, Any], by: str, share: f
     return replace(plan, findings=tuple(against), evaluated=evaluated_lines(warehouse, run, plan.drop))
 
 
-def _routing_groups(run: Mapping[str, Any]) -> int:
+def _routing_groups(run: TableRow) -> int:
     """Return the number of groups that routers divide experts into, or 1 if the configuration gives none."""
     from avss_dist.models.checkpoint.locate import fetch_files, locate, read_config
 

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
 
 from avss_dist.analysis.experiments import newest_experiments
 from avss_dist.analysis.findings import describe_depth, findings
 from avss_dist.analysis.verdict import verdicts
+from avss_dist.core.values import TableRow
 from avss_dist.models.checkpoint.layer_kinds import Rule, describe_misread
 from avss_dist.planning.criteria import criterion_values, read_layers
 from avss_dist.planning.evaluated import evaluated_lines
@@ -24,7 +24,7 @@ from avss_dist.stats.scores import Threshold
 from avss_dist.warehouse.reader import Warehouse
 
 
-def plan_layers(warehouse: Warehouse, run: Mapping[str, Any], choice: Choice) -> Plan:
+def plan_layers(warehouse: Warehouse, run: TableRow, choice: Choice) -> Plan:
     """Return the plan of a choice of layers of a run's checkpoint, by what a warehouse or the user has measured.
 
     Args:
@@ -50,7 +50,7 @@ class LayerRanking:
     """Rules by which programs take the kinds of layers from their places."""
 
     @classmethod
-    def of_run(cls, warehouse: Warehouse, run: Mapping[str, Any], criterion: Criterion) -> LayerRanking:
+    def of_run(cls, warehouse: Warehouse, run: TableRow, criterion: Criterion) -> LayerRanking:
         """Return the values of a criterion for the layers of a run's checkpoint.
 
         Args:

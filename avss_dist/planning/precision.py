@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
@@ -18,6 +17,7 @@ from avss_dist.core.files import write_output
 from avss_dist.core.intervention import RoundedPlace
 from avss_dist.core.settings import Settings
 from avss_dist.core.text import describe_bytes
+from avss_dist.core.values import TableRow
 from avss_dist.models.change.number_formats import fitting
 from avss_dist.models.checkpoint.locate import find_checkpoint
 from avss_dist.plans.budget import ROUNDING_ERROR, FormatIndices, in_order, least_damage, same_format, total
@@ -47,7 +47,7 @@ class NotPredicted(QueryError):
         run: the row of ``runs``.
     """
 
-    def __init__(self, message: str, run: Mapping[str, Any]) -> None:
+    def __init__(self, message: str, run: TableRow) -> None:
         super().__init__(message)
         self.run = run
 
@@ -101,7 +101,7 @@ class FormatValues:
         return tuple(precisions)
 
 
-def plan_precision(request: PrecisionRequest, store: Warehouse, run: Mapping[str, Any]) -> PrecisionPlan:
+def plan_precision(request: PrecisionRequest, store: Warehouse, run: TableRow) -> PrecisionPlan:
     """Choose the number format of each linear map of a run's model.
 
     Args:
@@ -152,7 +152,7 @@ def predicted_run(request: PrecisionRequest, store: Warehouse) -> ChosenRun:
         QueryError: there is none. The hint is the command that predicts it, or formats that the model can take.
     """
 
-    def require(run: Mapping[str, Any]) -> None:
+    def require(run: TableRow) -> None:
         _prediction(store, run, request.formats, _estimate(request))
 
     try:
@@ -161,7 +161,7 @@ def predicted_run(request: PrecisionRequest, store: Warehouse) -> ChosenRun:
         raise QueryError(error.message, _prediction_hint(store, error.run, request.formats)) from None
 
 
-def _prediction_hint(store: Warehouse, run: Mapping[str, Any], requested: Sequence[str]) -> str:
+def _prediction_hint(store: Warehouse, run: TableRow, requested: Sequence[str]) -> str:
     """Return the command that predicts the damage of formats, or the formats that can be predicted.
 
     Args:
@@ -182,7 +182,7 @@ def _prediction_hint(store: Warehouse, run: Mapping[str, Any], requested: Sequen
     return f"Do: {repeated_command('ablate', store, run, measures)}"
 
 
-def _map_shapes(run: Mapping[str, Any]) -> set[tuple[int, int]]:
+def _map_shapes(run: TableRow) -> set[tuple[int, int]]:
     """Return the shapes (outputs, inputs) of the linear maps of a run's model, or none if the model is not found."""
     from avss_dist.models.checkpoint.size import find_layers, load_skeleton
 
@@ -202,7 +202,7 @@ def _estimate(request: PrecisionRequest) -> str:
     return request.by if request.by in PRECISION_ESTIMATES else SECOND_ORDER
 
 
-def _prediction(store: Warehouse, run: Mapping[str, Any], formats: Sequence[str], by: str) -> MapRoundings:
+def _prediction(store: Warehouse, run: TableRow, formats: Sequence[str], by: str) -> MapRoundings:
     """Return the newest prediction for a run's model that has all of these formats.
 
     Args:
@@ -246,7 +246,7 @@ def _findings(by: str, values: FormatValues, chosen: FormatIndices) -> Iterator[
         )
 
 
-def _budget(request: PrecisionRequest, run: Mapping[str, Any], values: FormatValues) -> float:
+def _budget(request: PrecisionRequest, run: TableRow, values: FormatValues) -> float:
     """Return the bits that all linear maps may have together.
 
     Raises:

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
-
 from avss_dist.analysis.chosen import ChosenRun, newest_run
 from avss_dist.analysis.experts import require_experts
 from avss_dist.analysis.ground_truth import block_distances, measured_values
+from avss_dist.core.values import TableRow
 from avss_dist.planning.criteria import default_score, require_scored
 from avss_dist.planning.sparsity import measured_maps
 from avss_dist.stats.catalog import BLOCK_DISTANCE, FROM_ACTIVATIONS, GREEDY, MEASURED
@@ -27,7 +25,7 @@ def plannable_run(warehouse: Warehouse, name: str | None, by: str | None, *, exp
         QueryError: if there is no such run.
     """
 
-    def require(run: Mapping[str, Any]) -> None:
+    def require(run: TableRow) -> None:
         if run["status"] != MEASURED_ONLY:
             warehouse.read_scores(run["run_id"])
         if experts:

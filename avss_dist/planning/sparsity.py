@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
 
 import numpy as np
 
@@ -13,6 +12,7 @@ from avss_dist.analysis.next_commands import repeated_command
 from avss_dist.analysis.thresholds import quantiles_of
 from avss_dist.core.errors import QueryError
 from avss_dist.core.intervention import SPARSITY_RULES, THRESHOLD, TOP_K
+from avss_dist.core.values import JsonObject, TableRow
 from avss_dist.corpus.seen import SeenText, distinct
 from avss_dist.corpus.shards import Shard
 from avss_dist.plans.budget import MAX_SPARSITY, heavy_tail_ratios, interpolate_path, knapsack, proportional
@@ -52,10 +52,10 @@ class Allocation:
     """
 
     sparsities: Float64
-    reasons: Mapping[str, Any] = field(default_factory=dict)
+    reasons: JsonObject = field(default_factory=dict)
 
 
-def measured_maps(warehouse: Warehouse, run: Mapping[str, Any]) -> MeasuredMaps:
+def measured_maps(warehouse: Warehouse, run: TableRow) -> MeasuredMaps:
     """Return the linear maps of a run whose inputs were measured, as dense ones, with the statistics of their inputs.
 
     Args:
@@ -91,7 +91,7 @@ def measured_maps(warehouse: Warehouse, run: Mapping[str, Any]) -> MeasuredMaps:
     raise _unmeasured_inputs(warehouse, run)
 
 
-def _unmeasured_inputs(warehouse: Warehouse, run: Mapping[str, Any]) -> QueryError:
+def _unmeasured_inputs(warehouse: Warehouse, run: TableRow) -> QueryError:
     """Return the error of a run that lacks inputs of linear maps."""
     return QueryError(
         f"Run {run['run_id']} did not measure what linear maps read.",
@@ -193,11 +193,11 @@ def _thresholds(inputs: LayerStats, levels: Float64) -> tuple[float, ...]:
 
 
 def plan_sparsity(
-    run: Mapping[str, Any],
+    run: TableRow,
     measured: MeasuredMaps,
     sparsities: Float64,
     method: str,
-    why: Mapping[str, Any],
+    why: JsonObject,
     seen: Iterable[SeenText] = (),
     *,
     rule: str = SPARSITY_RULES[0],

@@ -7,13 +7,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 
 from avss_dist.core.intervention import InterventionKey
 from avss_dist.core.sites import SITES
 from avss_dist.core.thresholds import PUBLISHED_THRESHOLD
+from avss_dist.core.values import TableRow
 from avss_dist.corpus.seen import SeenText
 from avss_dist.stats.catalog import RECIPES, SCORES
 from avss_dist.stats.layer_stats import Float64
@@ -23,7 +23,7 @@ Layers = tuple[int, ...]
 Reading = tuple[str, str, float, str]
 """Reading of AVSS: site, recipe, threshold and its kind."""
 PUBLISHED: Reading = (SITES[0], RECIPES[0], PUBLISHED_THRESHOLD, "absolute")
-Rows = Sequence[Mapping[str, Any]]
+Rows = Sequence[TableRow]
 LEAVE_ONE_OUT = "loss"
 """Score of a layer that is the rise of the loss without it. It has the name of the metric that it is measured in."""
 
@@ -90,7 +90,7 @@ class BlockValues(ValuesOrigin):
 CriterionValues = LayerValues | BlockValues
 
 
-def reading_of(row: Mapping[str, Any]) -> Reading:
+def reading_of(row: TableRow) -> Reading:
     """Return site, recipe and threshold of a row of ``scores``."""
     return row["site"], row["recipe"], row["threshold"], row["threshold_kind"]
 

@@ -39,6 +39,7 @@ from avss_dist.core.intervention import (
 from avss_dist.core.results import TabularResult
 from avss_dist.core.text import basename
 from avss_dist.core.validation import RedactedText, check, checked
+from avss_dist.core.values import JsonObject, NewObject, NewRow
 from avss_dist.core.yaml_files import Document, YamlKind, read_yaml, to_yaml
 from avss_dist.corpus.seen import SeenTexts
 from avss_dist.plans.choice import PlanError
@@ -104,7 +105,7 @@ class ModelPlan:
     seen: SeenTexts = ()
     """Texts that were read on the way to it, on which it is not evaluated."""
 
-    def values(self) -> dict[str, Any]:
+    def values(self) -> NewObject:
         """Return the fields as plain values, as files and JSON have them."""
         plain = {field.name: getattr(self, field.name) for field in fields(self)}
         plain["why"] = dict(self.why)
@@ -195,7 +196,7 @@ class Plan(ModelPlan, TabularResult):
                 parts[entry] = "layer"
         rows = []
         for layer in range(self.num_layers):
-            row: dict[str, Any] = {"layer": layer, "left_out": parts.get(layer)}
+            row: NewRow = {"layer": layer, "left_out": parts.get(layer)}
             if self.experts:
                 row["experts"] = list(self.experts.get(layer, ()))
             rows.append(row)
@@ -246,7 +247,7 @@ class Plan(ModelPlan, TabularResult):
                 "Evaluate the plan as it is, or make one that drops whole layers.",
             )
 
-    def values(self) -> dict[str, Any]:
+    def values(self) -> NewObject:
         """Return the fields as plain values, as files and JSON have them."""
         return super().values() | {"drop": removal_names(self.drop)}
 
@@ -283,12 +284,12 @@ class Plan(ModelPlan, TabularResult):
         return lines
 
 
-def seen_lines(seen: list[dict[str, Any]]) -> str:
+def seen_lines(seen: list[NewRow]) -> str:
     """Return the lines of a plan's file for the texts that were read, none without any."""
     return to_yaml({"seen": seen}, flow=True) if seen else ""
 
 
-def describe_reason(why: Mapping[str, Any], meanings: Mapping[str, str] = MEANINGS) -> str:
+def describe_reason(why: JsonObject, meanings: Mapping[str, str] = MEANINGS) -> str:
     """Return a reason as text: ``by loss (rise of the loss ...): share 0.25, last 1``.
 
     Args:

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass
-from typing import Any
 
 from avss_dist.core.intervention import Removals
+from avss_dist.core.values import JsonObject, NewObject, TableRow
 from avss_dist.corpus.seen import SeenText, distinct
 from avss_dist.plans.choice import Choice, PlanError
 from avss_dist.plans.criteria import CriterionValues, Rows, count_layers
@@ -26,7 +26,7 @@ class RunLayers:
         rows: rows of ``scores`` of the run; of a checkpoint that was not scored, the index and the name of each layer.
     """
 
-    run: Mapping[str, Any]
+    run: TableRow
     rows: Rows
 
     @property
@@ -70,7 +70,7 @@ def plan_choice(layers: RunLayers, choice: Choice, values: CriterionValues, patt
     return plan_removal(layers, choice.choose(values, layers.number, pattern), why, values.seen)
 
 
-def plan_removal(layers: RunLayers, removed: Removals, why: Mapping[str, Any], seen: Iterable[SeenText] = ()) -> Plan:
+def plan_removal(layers: RunLayers, removed: Removals, why: JsonObject, seen: Iterable[SeenText] = ()) -> Plan:
     """Return a plan that removes layers, sublayers or experts from the checkpoint of a run.
 
     Args:
@@ -92,7 +92,7 @@ def plan_removal(layers: RunLayers, removed: Removals, why: Mapping[str, Any], s
     )
 
 
-def reasons(choice: Choice) -> dict[str, Any]:
+def reasons(choice: Choice) -> NewObject:
     """Return the reason of a plan for a choice."""
     values = asdict(choice)
     reading = values.pop("reading")

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
 
 from avss_dist.core.errors import ConfigError, ModelError, WarehouseError
 from avss_dist.core.settings import TextOptions
 from avss_dist.core.validation import checked
+from avss_dist.core.values import TableRow
 from avss_dist.core.yaml_files import YamlKind, read_yaml, to_yaml
 from avss_dist.corpus.seen import ABLATION, PRECISION, SCORES, SEARCH, SPARSITY, SeenText, SeenTexts, distinct
 from avss_dist.warehouse.checks import settings_of
@@ -23,7 +23,7 @@ _USES = {SEARCH_TASK: SEARCH, ROUNDING_TASK: PRECISION, ROUNDED_LOSS: PRECISION,
 """Uses by the start of a task's name. All other tasks that plans go by are ablations."""
 
 
-def seen_by_run(run: Mapping[str, Any]) -> tuple[SeenText, ...]:
+def seen_by_run(run: TableRow) -> tuple[SeenText, ...]:
     """Return the text that the scores of a run were measured on, or nothing if there is none or it is not known.
 
     Args:
@@ -47,7 +47,7 @@ def seen_by_run(run: Mapping[str, Any]) -> tuple[SeenText, ...]:
     return (text,)
 
 
-def seen_by_evaluation(row: Mapping[str, Any]) -> tuple[SeenText, ...]:
+def seen_by_evaluation(row: TableRow) -> tuple[SeenText, ...]:
     """Return the texts that an evaluation has read. One of an earlier version tells its name and options alone.
 
     Args:

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from bisect import bisect_left
-from collections.abc import Mapping
 from itertools import accumulate
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from avss_dist.core.errors import AvssError
 from avss_dist.core.settings import Settings
 from avss_dist.core.text import describe_bytes, describe_count
+from avss_dist.core.values import TableRow
 from avss_dist.plans.choice import PlanError
 from avss_dist.plans.plan import Plan
 from avss_dist.warehouse.checks import settings_of
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from avss_dist.models.checkpoint.size import Footprint
 
 
-def run_size(run: Mapping[str, Any]) -> Footprint:
+def run_size(run: TableRow) -> Footprint:
     """Return the size of the checkpoint that a run has scored. The headers of a hub id are read from the hub.
 
     Args:
@@ -38,7 +38,7 @@ def run_size(run: Mapping[str, Any]) -> Footprint:
     return footprint(model, Settings(dtype=run["dtype"] or "auto", **options))
 
 
-def local_run_size(run: Mapping[str, Any]) -> Footprint | None:
+def local_run_size(run: TableRow) -> Footprint | None:
     """Return `run_size` for a checkpoint on this machine, or None if it is elsewhere or cannot be read."""
     if not _is_local(run["model"]):
         return None

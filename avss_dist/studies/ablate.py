@@ -6,7 +6,7 @@ from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any
+from typing import TypeVar
 
 import numpy as np
 import pyarrow as pa
@@ -26,7 +26,7 @@ from avss_dist.core.intervention import (
 from avss_dist.core.results import TabularResult
 from avss_dist.core.settings import Settings
 from avss_dist.core.text import RedactedURI
-from avss_dist.core.values import NewRow
+from avss_dist.core.values import NewRow, TableRow
 from avss_dist.corpus.seen import ABLATION, PRECISION, seen_text
 from avss_dist.corpus.shards import CorpusPlan, Shard
 from avss_dist.distillation.curve import Preparing, ignore
@@ -55,6 +55,8 @@ from avss_dist.warehouse.names import ROUNDED_LOSS, ROUNDING_TASK, SUBLAYER_LOSS
 MOST_PASSES = 100_000
 """Passes of a batch through a model that an ablation makes without ``allow_many``."""
 PERMUTATIONS_PER_CELL = 4
+Place = TypeVar("Place")
+"""A removed layer or sublayer, or a rounded layer or linear map, that results describe."""
 ESTIMATED = ("taylor", "gradient_l1", "gradient_l2", "weight_frobenius", *metrics_of("damage"))
 
 
@@ -68,7 +70,7 @@ class Sensitivity(TabularResult):
             (`scorecard.reliability`); NaN if it was not measured.
     """
 
-    rows: Sequence[Mapping[str, Any]]
+    rows: Sequence[TableRow]
     reliability: Mapping[str, float]
 
     _bars = ("increase", "predicted")
@@ -287,32 +289,38 @@ def _permutations(request: AblateRequest, text: CorpusPlan) -> tuple[Shapley, ..
     return tuple(parts)
 
 
-def _by_place(
-    results: Iterable[Result], place_of: Callable[[Result], Any]
-) -> tuple[Result | None, dict[Any, dict[str, Result]]]:
-    """Return the loss of the whole model, and the results of each place by metric, with the increase of each loss.
+def _by_place(results: Sequence[Result], place_of: Callable[[Result], Place | None]) -> dict[Place, dict[str, Result]]:
+    """Return the results of each place by metric, with the increase of each loss.
 
     The increase is that over the loss of the whole model, paired by sample.
 
     Args:
         place_of: returns the layer, sublayer or linear map that a result describes, or None for the whole model.
     """
-    by_place: defaultdict[Any, dict[str, Result]] = defaultdict(dict)
+    whole: Result | None = None
+    by_place: dict[Place, dict[str, Result]] = {}
     for result in results:
-        by_place[place_of(result)][result.metric] = result
-    whole = by_place.pop(None, {}).get(LOSS)
+        place = place_of(result)
+        if place is not None:
+            by_place.setdefault(place, {})[result.metric] = result
+        elif result.metric == LOSS:
+            whole = result
     for measured in by_place.values():
         loss = measured.get(LOSS)
-        if whole and loss:
+        if whole is not None and loss is not None:
             measured["increase"] = replace(loss, samples=loss.samples - whole.samples)
-    return whole, by_place
+    return by_place
 
 
-def _ablation(model: str, corpus: str, results: Iterable[Result], rounded: Sensitivity | None) -> Ablation:
+def _ablation(model: str, corpus: str, results: Sequence[Result], rounded: Sensitivity | None) -> Ablation:
     """Return the measurements of every layer, from the results of all tasks."""
     # The damage of blocks of layers is among the results, but no measurement of a layer.
     single = [result for result in results if result.metric == LOSS or not result.removed]
-    whole, by_place = _by_place(single, _removed_place)
+    by_place: dict[Removal, dict[str, Result]] = _by_place(single, _removed_place)
+    whole = None
+    for result in single:
+        if result.metric == LOSS and _removed_place(result) is None:
+            whole = result
     layers: defaultdict[int, dict[str, Result]] = defaultdict(dict)
     for place, measured in by_place.items():
         of_layer = layers[layer_of(place)]
@@ -338,11 +346,11 @@ def _removed_place(result: Result) -> Removal | None:
     return result.layer
 
 
-def _sensitivity(formats: Sequence[str], results: Iterable[Result]) -> Sensitivity | None:
+def _sensitivity(formats: Sequence[str], results: Sequence[Result]) -> Sensitivity | None:
     """Return the effect of rounded weights from the results of the tasks of rounding, or None without formats."""
     if not formats:
         return None
-    _, by_place = _by_place(results, lambda result: parse_rounded(result.intervention.rounding or ""))
+    by_place = _by_place(results, lambda result: parse_rounded(result.intervention.rounding or ""))
     places = sorted(by_place, key=lambda place: (formats.index(place.format), place.layer, place.path or ""))
     reliabilities = {}
     for name in formats:

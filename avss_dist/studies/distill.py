@@ -7,12 +7,12 @@ from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import fields
 from pathlib import Path
-from typing import Any
 
 from avss_dist.core.errors import ConfigError, RunFailed, explain_unwritable
 from avss_dist.core.fingerprint import fingerprint
 from avss_dist.core.settings import ModelOptions, TextOptions
 from avss_dist.core.text import RedactedURI
+from avss_dist.core.values import NewObject
 from avss_dist.distillation.curve import DIVERGED, OnEvent
 from avss_dist.distillation.distill import distill
 from avss_dist.distillation.memory import estimate_memory, require_memory, without_layers
@@ -119,9 +119,7 @@ def publish_distilled(
         student.parent.rmdir()
 
 
-def _distill_request(
-    request: ShrinkRequest, student: str | Path, output: Path, options: dict[str, Any]
-) -> DistillRequest:
+def _distill_request(request: ShrinkRequest, student: str | Path, output: Path, options: NewObject) -> DistillRequest:
     """Return the request of distilling a student of the model that is shrunk.
 
     Args:
@@ -142,7 +140,7 @@ def _distill_request(
     )
 
 
-def _reading(request: ShrinkRequest) -> dict[str, Any]:
+def _reading(request: ShrinkRequest) -> NewObject:
     """Return the settings that distillation takes too. Its batch is a training step, not that of the evaluation."""
     values = {}
     for group in (TextOptions, ModelOptions):

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 from math import ceil
-from typing import Any
 
 from avss_dist.core.intervention import Intervention, Removals
 from avss_dist.core.text import RedactedURI, describe_layers
+from avss_dist.core.values import NewObject, TableRow
 from avss_dist.corpus import seen
 from avss_dist.corpus.seen import SeenText
 from avss_dist.corpus.shards import CorpusPlan
@@ -44,7 +44,7 @@ SETS_PER_CELL = 10
 """Sets of layers that a cell measures. More sets in a cell cost less each, and occupy fewer workers."""
 
 
-def search(request: PlanRequest, run: Mapping[str, Any], choice: Choice) -> tuple[Plan, list[SearchStep]]:
+def search(request: PlanRequest, run: TableRow, choice: Choice) -> tuple[Plan, list[SearchStep]]:
     """Search the set of layers to drop by the loss without it. Losses that the warehouse has are not measured again.
 
     A search that was stopped continues from the stored losses.
@@ -96,7 +96,7 @@ def search(request: PlanRequest, run: Mapping[str, Any], choice: Choice) -> tupl
     return plan, [whole, *steps]
 
 
-def _search_reasons(last: SearchStep) -> dict[str, Any]:
+def _search_reasons(last: SearchStep) -> NewObject:
     """Return what the last round of a search says in the reason of its plan."""
     return {"sets": last.sets, "loss": round(last.best.value, 6)}
 

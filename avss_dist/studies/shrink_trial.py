@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
 
 from avss_dist.analysis.verdict import primary_metric
 from avss_dist.core.errors import CorpusError
@@ -173,19 +172,18 @@ def rank_layers(request: ShrinkRequest, session: EvaluationSession, split: TextS
     return LayerRanking.of_run(opened, row, criterion)
 
 
-def protected_choice(request: ShrinkRequest, criterion: Criterion, **size: Any) -> Choice:
-    """Return a choice of layers by a criterion, with the protected layers of a request.
-
-    Args:
-        size: ``share`` or ``count``.
-    """
+def protected_choice(
+    request: ShrinkRequest, criterion: Criterion, *, share: float | None = None, count: int | None = None
+) -> Choice:
+    """Return a choice of a share or a number of layers by a criterion, with the protected layers of a request."""
     return Choice(
         by=criterion.by,
         reading=criterion.reading,
+        share=share,
+        count=count,
         first=request.first,
         last=request.last,
         keep_pattern=request.keep_pattern,
-        **size,
     )
 
 
@@ -229,11 +227,11 @@ class ShrinkTrial:
             search = RepairedSearch.plan_tasks(session, model, ranking, request, split.scored, fit)
         return cls(session=session, request=request, ranking=ranking, tasks=tasks, fit=fit, search=search)
 
-    def choose(self, **size: Any) -> Plan:
-        """Return the plan that drops a ``share`` or a ``count`` of the layers."""
+    def choose(self, *, share: float | None = None, count: int | None = None) -> Plan:
+        """Return the plan that drops a share or a number of the layers."""
         if self.search is not None:
-            return self.search.plan(protected_choice(self.request, Criterion(GREEDY), **size))
-        return self.ranking.plan(protected_choice(self.request, self.ranking.criterion, **size))
+            return self.search.plan(protected_choice(self.request, Criterion(GREEDY), share=share, count=count))
+        return self.ranking.plan(protected_choice(self.request, self.ranking.criterion, share=share, count=count))
 
     def counts(self, num_layers: int) -> list[int]:
         """Return the numbers of layers that can be dropped, ascending."""

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import asdict
 from datetime import UTC, datetime
 from operator import itemgetter
-from typing import Any
 
 import numpy as np
 
 from avss_dist.core.text import RedactedURI
+from avss_dist.core.values import NewObject, TableRow
 from avss_dist.corpus.seen import SPARSITY, SeenText, seen_text
 from avss_dist.corpus.shards import Shard
 from avss_dist.evaluation.limits import require_partition
@@ -36,7 +35,7 @@ from avss_dist.warehouse.schema import RunIdentity
 from avss_dist.warehouse.store import Store
 
 
-def sparsify(request: SparsifyRequest, run: Mapping[str, Any]) -> SparsityPlan:
+def sparsify(request: SparsifyRequest, run: TableRow) -> SparsityPlan:
     """Make a sparsity plan for the checkpoint of a run. Cells that the warehouse has are not measured again.
 
     Args:
@@ -47,7 +46,7 @@ def sparsify(request: SparsifyRequest, run: Mapping[str, Any]) -> SparsityPlan:
     """
     maps = measured_maps(Warehouse(request.warehouse), run)
     seen = [*seen_by_run(run)]
-    why: dict[str, Any] = {"by": request.method, "target": request.target}
+    why: NewObject = {"by": request.method, "target": request.target}
     if request.method in MEASURED_METHODS:
         sparsities = _allocate(request, run, maps, why, seen)
     else:
@@ -60,7 +59,7 @@ def sparsify(request: SparsifyRequest, run: Mapping[str, Any]) -> SparsityPlan:
 
 
 def _allocate(
-    request: SparsifyRequest, run: Mapping[str, Any], maps: MeasuredMaps, why: dict[str, Any], seen: list[SeenText]
+    request: SparsifyRequest, run: TableRow, maps: MeasuredMaps, why: NewObject, seen: list[SeenText]
 ) -> Float64:
     """Return the sparsity of each map by a method that measures them.
 
@@ -102,7 +101,7 @@ def _allocate(
     return allocation.sparsities
 
 
-def _store(request: SparsifyRequest, run: Mapping[str, Any], plan: SparsityPlan) -> None:
+def _store(request: SparsifyRequest, run: TableRow, plan: SparsityPlan) -> None:
     """Write the maps of a plan into the table ``sparsity``."""
     identity = RunIdentity(run_id=run["run_id"], model=run["model"], revision=run["revision"], family=run["family"])
     key = str(plan.intervention.key.sparsity)
