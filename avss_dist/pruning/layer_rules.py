@@ -10,7 +10,6 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 
 from avss_dist.core.values import JsonObject, NewObject
-
 from avss_dist.models.checkpoint.layer_settings import LIST_OF_RULE
 
 PERIODS = {"attn_layer_period": "attn_layer_offset", "expert_layer_period": "expert_layer_offset"}
