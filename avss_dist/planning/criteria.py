@@ -65,7 +65,10 @@ def _unscored_layers(warehouse: Warehouse, run: TableRow) -> Rows:
             f"Do: {repeated_command('score', warehouse, run)}",
         )
     ((path, modules),) = lists.items()
-    return [{"layer": index, "layer_name": f"{path}.{index}"} for index in range(len(modules))]
+    rows = []
+    for index in range(len(modules)):
+        rows.append({"layer": index, "layer_name": f"{path}.{index}"})
+    return rows
 
 
 def criterion_values(warehouse: Warehouse, layers: RunLayers, criterion: Criterion) -> CriterionValues:

@@ -32,7 +32,10 @@ def plan_experts(warehouse: Warehouse, run: TableRow, by: str, share: float, see
         PlanError: if no plan satisfies the choice. See `choose_experts`.
     """
     layers = require_experts(warehouse, run["run_id"])
-    scores = {experts.layer: experts.scores().get(by, experts.load) for experts in layers}
+    scores = {}
+    for experts in layers:
+        # A random choice goes by no score. The load has as many values as there are experts.
+        scores[experts.layer] = experts.scores().get(by, experts.load)
     groups = _routing_groups(run)
     top_k = max(experts.top_k for experts in layers)
     why: NewObject = {"by": by, "experts": share}
@@ -42,7 +45,8 @@ def plan_experts(warehouse: Warehouse, run: TableRow, by: str, share: float, see
         drop = choose_experts(scores, share, top_k, groups, seed=seed)
     else:
         drop = choose_experts(scores, share, top_k, groups)
-        against = [finding["message"] for finding in expert_findings(warehouse, [run["run_id"]])]
+        for finding in expert_findings(warehouse, [run["run_id"]]):
+            against.append(finding["message"])
     if groups > 1:
         why["groups"] = groups
     plan = plan_removal(read_layers(warehouse, run), drop, why)

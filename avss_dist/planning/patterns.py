@@ -39,8 +39,20 @@ def pattern_of(rules: Sequence[Rule], num_layers: int) -> Pattern:
     valid = [rule for rule in rules if rule.reads_whole]
 
     def derive(number: int) -> list[tuple[object, ...]]:
-        kinds = [rule.derive(number) for rule in valid]
-        return [tuple(kind[place] for kind in kinds) for place in range(number)]
+        return _kinds_by_place([rule.derive(number) for rule in valid], number)
 
-    whole = [tuple(rule.whole[layer] for rule in valid) for layer in range(num_layers)]
+    whole = _kinds_by_place([rule.whole for rule in valid], num_layers)
     return Pattern(whole, derive)
+
+
+def _kinds_by_place(by_rule: Sequence[Sequence[object]], number: int) -> list[tuple[object, ...]]:
+    """Return the kinds at each place by all rules.
+
+    Args:
+        by_rule: the kinds at all places, by each rule.
+        number: number of places.
+    """
+    by_place = []
+    for place in range(number):
+        by_place.append(tuple(kinds[place] for kinds in by_rule))
+    return by_place

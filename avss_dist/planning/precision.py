@@ -17,7 +17,7 @@ from avss_dist.core.files import write_output
 from avss_dist.core.intervention import RoundedPlace
 from avss_dist.core.settings import Settings
 from avss_dist.core.text import describe_bytes
-from avss_dist.core.values import TableRow
+from avss_dist.core.values import NewObject, TableRow
 from avss_dist.models.change.number_formats import fitting
 from avss_dist.models.checkpoint.locate import find_checkpoint
 from avss_dist.plans.budget import ROUNDING_ERROR, FormatIndices, in_order, least_damage, same_format, total
@@ -113,25 +113,31 @@ def plan_precision(request: PrecisionRequest, store: Warehouse, run: TableRow) -
     """
     by = _estimate(request)
     predicted = _prediction(store, run, request.formats, by)
-    formats = [name for name in _formats(predicted) if name in request.formats or not request.formats]
+    formats = _formats(predicted)
+    if request.formats:
+        formats = [name for name in formats if name in request.formats]
     values = FormatValues.of_prediction(predicted, formats)
     chosen = _choose(request, values, _budget(request, run, values))
-    why = {"by": request.by, "formats": ", ".join(formats), f"sum_of_{by}": round(total(values.damage, chosen), 6)}
+    sum_of_estimates = round(total(values.damage, chosen), 6)
+    why: NewObject = {"by": request.by, "formats": ", ".join(formats), f"sum_of_{by}": sum_of_estimates}
     if request.bits:
         why["bits"] = request.bits
     else:
         why["memory"] = describe_bytes(request.memory or 0)
     if request.by == "random":
         why["seed"] = request.seed
-    is_scored = run.get("status") != MEASURED_ONLY
+    run_id = run["run_id"]
+    if run.get("status") == MEASURED_ONLY:
+        run_id = None
     last_layer, _ = values.maps[-1]
+    bits_per_weight = total(values.bits, chosen) / values.weights.sum()
     plan = PrecisionPlan(
         model=run["model"],
         revision=run["revision"],
         num_layers=run["num_layers"] or 1 + last_layer,
-        bits=float(total(values.bits, chosen) / values.weights.sum()),
+        bits=float(bits_per_weight),
         why=why,
-        run_id=run["run_id"] if is_scored else None,
+        run_id=run_id,
         evaluation=predicted.run_id,
         seen=predicted.seen,
         findings=tuple(_findings(by, values, chosen)),
@@ -170,8 +176,8 @@ def _prediction_hint(store: Warehouse, run: TableRow, requested: Sequence[str]) 
     shapes = _map_shapes(run)
     # Without shapes, only formats whose scales are of any number of inputs are known to fit.
     able = fitting(shapes or [(1, 1)])
-    unable = [name for name in requested if shapes and name not in able]
-    if unable:
+    unable = [name for name in requested if name not in able]
+    if shapes and unable:
         every = f"Formats that can take every linear map of {run['model']}: {', '.join(able)}."
         return f"{', '.join(unable)} cannot. {every}"
     names = requested

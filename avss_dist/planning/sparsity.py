@@ -132,7 +132,9 @@ def _by_damage(maps: MeasuredMaps, target: float, shards: Sequence[Shard], measu
     for linear_map, inputs in maps.items():
         thresholds[linear_map.layer, linear_map.map] = _thresholds(inputs, LEVELS)
     samples = measure(tuple(MapDamage(shard=shard, thresholds=thresholds) for shard in shards))
-    damage = [samples[linear_map.layer, f"{SECOND}:{linear_map.map}"] for linear_map in maps]
+    damage = []
+    for linear_map in maps:
+        damage.append(samples[linear_map.layer, f"{SECOND}:{linear_map.map}"])
     return Allocation(knapsack(np.array(damage), LEVELS, map_sizes(maps), target))
 
 
@@ -143,20 +145,22 @@ def _by_paths(maps: MeasuredMaps, target: float, shards: Sequence[Shard], measur
     for place, linear_map in enumerate(every_map):
         blocks.setdefault(linear_map.layer, []).append(place)
     parts = []
-    for block in blocks.values():
-        members = {every_map[place]: maps[every_map[place]] for place in block}
-        parts.append(_greedy_block(members, shards))
+    for layer, block in blocks.items():
+        members = [every_map[place] for place in block]
+        parts.append(_greedy_block(layer, {member: maps[member] for member in members}, shards))
     samples = measure(tuple(parts))
     sizes = map_sizes(maps)
     sparsities = np.zeros(len(maps))
     for layer, block in blocks.items():
-        steps_of_maps = [samples[layer, f"{GREEDY_STEPS}{every_map[place].map}"] for place in block]
+        steps_of_maps = []
+        for place in block:
+            steps_of_maps.append(samples[layer, f"{GREEDY_STEPS}{every_map[place].map}"])
         path = np.stack(steps_of_maps, axis=1)
         sparsities[block] = interpolate_path(path, sizes[block], target)
     return Allocation(sparsities, {"base_step": BASE_STEP})
 
 
-def _greedy_block(members: MeasuredMaps, shards: Sequence[Shard]) -> GreedyBlock:
+def _greedy_block(layer: int, members: MeasuredMaps, shards: Sequence[Shard]) -> GreedyBlock:
     """Return the measurement of the greedy path of the linear maps of one layer. Small maps take larger steps."""
     weights = {linear_map.map: linear_map.weights for linear_map in members}
     largest = max(weights.values())
@@ -165,7 +169,6 @@ def _greedy_block(members: MeasuredMaps, shards: Sequence[Shard]) -> GreedyBlock
     for linear_map, inputs in members.items():
         step = steps[linear_map.map]
         thresholds[linear_map.map] = _thresholds(inputs, np.arange(step, LARGEST_SPARSITY, step))
-    (layer,) = {linear_map.layer for linear_map in members}
     return GreedyBlock(layer=layer, shards=tuple(shards), thresholds=thresholds, steps=steps, sizes=weights)
 
 
@@ -173,8 +176,12 @@ def _by_tails(maps: MeasuredMaps, target: float, measure: MeasureMaps) -> Alloca
     """Return sparsities in proportion to ratios that depend on the heavy tail of each weight's spectrum."""
     layers = sorted({linear_map.layer for linear_map in maps})
     samples = measure(tuple(Spectra(layer) for layer in layers))
-    exponents = np.array([samples[linear_map.layer, f"{HILL}{linear_map.map}"][0] for linear_map in maps])
-    sparsities = proportional(heavy_tail_ratios(exponents), map_sizes(maps), target, MAX_SPARSITY)
+    exponents = []
+    for linear_map in maps:
+        (exponent,) = samples[linear_map.layer, f"{HILL}{linear_map.map}"]
+        exponents.append(exponent)
+    ratios = heavy_tail_ratios(np.array(exponents))
+    sparsities = proportional(ratios, map_sizes(maps), target, MAX_SPARSITY)
     reasons = {
         "reading": "the mapping of AlphaPruning, which is read as ActTail's: its paper's is not at hand",
         "exponents": "Hill, upper half",
@@ -221,11 +228,12 @@ def plan_sparsity(
         maps.append(_sparse_map(linear_map, inputs, sparsity, by))
     sizes = map_sizes(measured)
     by_map = np.array([planned.sparsity for planned in maps])
+    mean = by_map @ sizes / sizes.sum()
     return SparsityPlan(
         model=run["model"],
         revision=run["revision"],
         num_layers=run["num_layers"],
-        sparsity=float(by_map @ sizes / sizes.sum()),
+        sparsity=float(mean),
         rule=rule,
         weighted=method == "wina",
         why=why,

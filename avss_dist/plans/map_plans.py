@@ -150,11 +150,14 @@ class LinearMapPlan(ModelPlan):
             problems.append(PlanError(f"There is no layer {last}: the model has {self.num_layers}, from 0."))
         actual_mean = self.total / self.weights
         if abs(self.mean - actual_mean) > TOLERANCE:
-            unit = " bits per weight" if self.budget == "bits" else ""
+            average = f"{actual_mean:.6g}"
+            hint = f"Write {self.budget}: {average}, or change the maps."
+            if self.budget == "bits":
+                average += " bits per weight"
             problem = PlanError(
-                f"`{self.budget}` is {self.mean:g}, and the maps of `{self.key}` have {actual_mean:.6g}{unit} on "
-                "average, each by the number of its weights.",
-                f"Write {self.budget}: {actual_mean:.6g}, or change the maps.",
+                f"`{self.budget}` is {self.mean:g}, and the maps of `{self.key}` have {average} on average, each by "
+                "the number of its weights.",
+                hint,
             )
             problems.append(problem)
         if problems:
@@ -239,8 +242,9 @@ class SparsityPlan(LinearMapPlan):
     @property
     def intervention(self) -> Intervention:
         """Intervention that applies the plan to its model."""
-        maps = [
-            MapSparsity(
+        maps = []
+        for entry in self.projections:
+            sparse_map = MapSparsity(
                 layer=entry.layer,
                 path=entry.map,
                 outputs=entry.outputs,
@@ -249,8 +253,7 @@ class SparsityPlan(LinearMapPlan):
                 value=entry.value,
                 weighted=self.weighted,
             )
-            for entry in self.projections
-        ]
+            maps.append(sparse_map)
         return Intervention(sparsity=Sparsity(maps=tuple(maps), rule=self.rule))
 
     def describe(self) -> list[str]:
@@ -261,8 +264,9 @@ class SparsityPlan(LinearMapPlan):
             zeros[entry.site] += entry.sparsity * entry.weights
             sizes[entry.site] += entry.weights
         by_site = [f"{site}: {zeros[site] / size:.3f} on average." for site, size in sizes.items()]
+        maps = f"{len(self.projections)} linear maps"
         return self._describe(
-            f"{self.sparsity:.1%} of the weights of {len(self.projections)} linear maps meet a zero, rule {self.rule}.",
+            f"{self.sparsity:.1%} of the weights of {maps} meet a zero, rule {self.rule}.",
             self._describe_savings(),
             *by_site,
             meanings=SPARSITY_METHODS,
@@ -326,7 +330,8 @@ class PrecisionPlan(LinearMapPlan):
         wrong = []
         for number, entry in enumerate(self.rounded, start=1):
             # A plan has no shapes. The bits per weight of any shape lie between those of a single row and column.
-            if problem := entry.wrong_bits((1, entry.weights), (entry.weights, 1)):
+            problem = entry.wrong_bits((1, entry.weights), (entry.weights, 1))
+            if problem is not None:
                 wrong.append(f"Map {number} of `{self.key}`, '{entry.map}' of layer {entry.layer}, {problem}")
         if not wrong:
             return
@@ -338,7 +343,9 @@ class PrecisionPlan(LinearMapPlan):
     @property
     def intervention(self) -> Intervention:
         """Intervention that applies the plan to its model."""
-        places = [RoundedPlace(layer=entry.layer, path=entry.map, format=entry.format) for entry in self.rounded]
+        places = []
+        for entry in self.rounded:
+            places.append(RoundedPlace(layer=entry.layer, path=entry.map, format=entry.format))
         return Intervention(rounding=Rounding(tuple(places)))
 
     def describe(self) -> list[str]:

@@ -110,9 +110,10 @@ class ModelPlan:
         plain = {field.name: getattr(self, field.name) for field in fields(self)}
         plain["why"] = dict(self.why)
         plain["seen"] = [text.values() for text in self.seen]
-        names = [name for name in plain if name not in _LAST_FIELDS]
-        names += [name for name in _LAST_FIELDS if name in plain]
-        return {name: plain[name] for name in names}
+        for name in _LAST_FIELDS:
+            if name in plain:
+                plain[name] = plain.pop(name)
+        return plain
 
     @property
     def label(self) -> str:

@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING
 
 from avss_dist.core.settings import Settings
+from avss_dist.core.values import NewObject
 from avss_dist.core.yaml_files import to_yaml
 from avss_dist.models.change.number_formats import FORMATS, fitting
 from avss_dist.models.checkpoint.locate import find_checkpoint, resolve
@@ -93,9 +94,13 @@ def llm_compressor(plan: PrecisionPlan) -> str:
     groups = {}
     for number, (format, names) in enumerate(by_format.items()):
         about = FORMATS[format]
-        dtypes = {name: f"torch.{value}" for name, value in about.options.items() if name.endswith("_dtype")}
-        scheme = {**about.options, **dtypes, "symmetric": True, "strategy": about.strategy, "group_size": about.group}
-        weights = {name: value for name, value in scheme.items() if value is not None}
+        weights: NewObject = {}
+        for name, value in about.options.items():
+            weights[name] = f"torch.{value}" if name.endswith("_dtype") else value
+        weights["symmetric"] = True
+        weights["strategy"] = about.strategy
+        weights["group_size"] = about.group
+        weights = {name: value for name, value in weights.items() if value is not None}
         groups[f"group_{number}"] = {"targets": names, "weights": weights}
     modifiers = {"QuantizationModifier": {"config_groups": groups, "ignore": ["lm_head"]}}
     return to_yaml({"precision_stage": {"precision_modifiers": modifiers}})
