@@ -31,6 +31,7 @@ _MODULES = {
     "Shrunk": "studies.shrunk",
     "Table": "core.results",
     "TaskError": "core.errors",
+    "Verified": "serving.verify",
     "Warehouse": "warehouse.reader",
     "WarehouseError": "core.errors",
     "ablate": "commands",
@@ -56,6 +57,7 @@ _MODULES = {
     "show": "read_commands",
     "shrink": "commands",
     "sparsify": "commands",
+    "verify": "commands",
 }
 """The module that defines each public name."""
 __all__ = ["__version__", *_MODULES]

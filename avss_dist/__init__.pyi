@@ -30,6 +30,7 @@ from avss_dist.read_commands import doctor as doctor
 from avss_dist.reports.terminal.progress import Progress as Progress
 from avss_dist.runs.job_file import JobFile
 from avss_dist.runs.result import Run as Run
+from avss_dist.serving.verify import Verified as Verified
 from avss_dist.studies.ablate import Ablation as Ablation
 from avss_dist.studies.evaluate import Evaluations as Evaluations
 from avss_dist.studies.shrunk import Shrunk as Shrunk
@@ -591,3 +592,32 @@ def sparsify(
     hang_seconds: float = 600.0,
 ) -> SparsityPlan:
     """Choose the activations of a run's model that become zero: thresholds of the inputs of its linear maps."""
+
+def verify(
+    model: str | Path,
+    *,
+    server: str,
+    kind: Literal['vllm', 'sglang', 'llama.cpp', 'ollama'] | None = None,
+    served_model: str | None = None,
+    original: str | None = None,
+    original_model: str | None = None,
+    base: str | Path | None = None,
+    corpus: str | Path = 'builtin:pydoc',
+    max_sequences: int = 16,
+    dtype: Literal['auto', 'bfloat16', 'float16'] = 'auto',
+    timeout: float = 300.0,
+    partition: Literal['auto', 'single', 'device_map', 'streaming'] = 'auto',
+    max_memory: Mapping[str, int | str] = ...,
+    layers: str | None = None,
+    attention: Literal['sdpa', 'eager', 'flash_attention_2'] | None = None,
+    device: Literal['auto', 'cpu', 'cuda'] = 'auto',
+    trust_remote_code: bool = False,
+    skip_sequences: int = 0,
+    sequence_length: int = 256,
+    shuffle_seed: int | None = None,
+    chat_template: bool = False,
+    layout: Literal['packed', 'padded'] = 'packed',
+    row_start: Literal['auto', 'none'] = 'auto',
+    on_event: Callable[[Any], object] | None = None,
+) -> Verified:
+    """Compare a checkpoint, as transformers computes it, with a running inference server that serves it."""

@@ -44,11 +44,14 @@ from avss_dist.requests import (
     RunJobRequest,
     ShrinkRequest,
     SparsifyRequest,
+    VerifyRequest,
     refuse_unused,
 )
 from avss_dist.runs import scoring
 from avss_dist.runs.job_file import JobFile, read_job
 from avss_dist.runs.result import Run
+from avss_dist.serving.verify import Verified
+from avss_dist.serving.verify import verify as compare_with_server
 from avss_dist.stats.catalog import GREEDY
 from avss_dist.studies import ablate as ablating
 from avss_dist.studies import evaluate as evaluating
@@ -242,3 +245,12 @@ def prune(request: PruneRequest) -> Pruned:
         trust_remote_code=request.trust_remote_code,
     )
     return Pruned(plan, done)
+
+
+@keywords(VerifyRequest)
+def verify(request: VerifyRequest) -> Verified:
+    """Compare a checkpoint, as transformers computes it, with a running inference server that serves it.
+
+    The receipt is written into the checkpoint's folder, and changes nothing that is read from it.
+    """
+    return compare_with_server(request)

@@ -32,6 +32,7 @@ from avss_dist.core.validation import (
     Option,
     PathOrText,
     Positive,
+    Seconds,
     Share,
     Text,
     Texts,
@@ -40,7 +41,7 @@ from avss_dist.core.validation import (
     checked,
 )
 from avss_dist.models.change.number_formats import format_names, number_format
-from avss_dist.partition.catalog import SHARDINGS
+from avss_dist.partition.catalog import PARTITIONS, SHARDINGS
 from avss_dist.partition.execution import EXECUTORS, ClusterOptions, Execution, ReplicaRange, Sizes
 from avss_dist.plans.catalog import PRECISION_FILES, PRECISION_METHODS, SECOND_ORDER, SPARSITY_METHODS
 from avss_dist.pruning.repair.registry import (
@@ -63,6 +64,10 @@ RANKED_BY = tuple(name for name, score in SCORES.items() if not score.of_sets)
 """Scores of single layers, by which shrinking can rank them."""
 TRAINED = ("all", "lora")
 """Weights that distillation trains: see `distillation.pair`."""
+IN_PROCESS = tuple(name for name, info in PARTITIONS.items() if not info.gang)
+"""Partitions of a model in one process."""
+SERVERS = ("vllm", "sglang", "llama.cpp", "ollama")
+"""Kinds of inference servers: see `serving.connect`."""
 
 PLANS = "Plan | SparsityPlan | PrecisionPlan"
 Follow = Annotated[bool, Option(short="-f")]
@@ -516,6 +521,47 @@ class DistillRequest(ModelOptions, TextOptions, ClusterOptions, WorkRequest):
     def rows(self) -> int:
         """Rows of a training step on each rank."""
         return self.batch_size // self.ranks
+
+
+@checked
+class VerifyRequest(ModelOptions, TextOptions, WorkRequest):
+    """Compare a checkpoint, as transformers computes it, with a running inference server that serves it.
+
+    Programs may read a pruned checkpoint differently, without an error. The environment variable AVSS_SERVER_KEY has
+    the API key of the server, if it needs one.
+    """
+
+    model: Annotated[PathOrText, Option(argument=True, metavar="CHECKPOINT")] = field(kw_only=False)
+    """Folder or hub id of the checkpoint."""
+    server: Annotated[str, Option(metavar="URL")]
+    """Address of the server: http://localhost:8000."""
+    kind: Annotated[str, OneOf(SERVERS)] | None = None
+    """Program of the server; by default it is asked."""
+    served_model: Annotated[str | None, Option(metavar="NAME")] = None
+    """Name of the model on a server with several."""
+    original: Annotated[str | None, Option(metavar="URL")] = None
+    """Address of a server of the whole model, which is compared first, to tell the runtime's own differences apart."""
+    original_model: Annotated[str | None, Option(metavar="NAME", rare=True)] = None
+    """Name of the whole model on that server, if it has several."""
+    base: Annotated[PathOrText | None, Option(metavar="MODEL", rare=True)] = None
+    """The whole model of `original`; by default that of the model card."""
+    corpus: Text = "builtin:pydoc"
+    """Text to compare on, as for avss score."""
+    max_sequences: Positive = 16
+    """Rows to compare. One of them is longer than every window of the model's attention, if there are any."""
+    dtype: Annotated[str, OneOf(("auto", "bfloat16", "float16"))] = "auto"
+    """Dtype of the server, whose rounding is allowed for; auto is the checkpoint's, or float16 if it has 32 bits."""
+    timeout: Annotated[Seconds, RARE] = 300.0
+    """Seconds to wait for each answer of the server."""
+    partition: Annotated[str, OneOf(("auto", *IN_PROCESS))] = "auto"
+    """Distribution of the model over devices while transformers computes; auto chooses."""
+    max_memory: Annotated[Sizes, RARE] = field(default_factory=dict)
+    """Maximum memory of the model on a device: cpu=20GB, 0=40GB, ..."""
+
+    def __post_init__(self) -> None:
+        unused = [name for name in ("original_model", "base") if getattr(self, name) is not None]
+        if unused and self.original is None:
+            raise ConfigError(f"`{unused[0]}` has no effect without `original`.", "Name the server of the whole model.")
 
 
 @checked

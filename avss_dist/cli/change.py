@@ -1,4 +1,4 @@
-"""`avss plan`, `sparsify`, `quantize`, `prune` and `distill`."""
+"""`avss plan`, `sparsify`, `quantize`, `prune`, `distill` and `verify`."""
 
 from __future__ import annotations
 
@@ -30,7 +30,16 @@ from avss_dist.reports.terminal.evaluation import search_table, thresholds_table
 from avss_dist.reports.terminal.progress import CellProgress, StepProgress
 from avss_dist.reports.terminal.shrink import distilled_table
 from avss_dist.reports.terminal.tables import FittedTable
-from avss_dist.requests import DistillRequest, PlanRequest, PrecisionRequest, PruneRequest, SparsifyRequest
+from avss_dist.reports.terminal.verified import verified_table
+from avss_dist.requests import (
+    DistillRequest,
+    PlanRequest,
+    PrecisionRequest,
+    PruneRequest,
+    SparsifyRequest,
+    VerifyRequest,
+)
+from avss_dist.serving.verify import verify as compare_with_server
 from avss_dist.stats.catalog import GREEDY
 from avss_dist.studies.sparsify import sparsify as choose_thresholds
 from avss_dist.warehouse.checks import has_head
@@ -139,3 +148,15 @@ def _distilled_values(distilled: Distilled) -> dict[str, Any]:
     """Return a distillation as values that are printed as JSON."""
     values = {"output": distilled.folder, "bytes": distilled.bytes, "notes": [*distilled.notes]}
     return values | asdict(distilled.record)
+
+
+def verify(request: VerifyRequest, format: str) -> int:
+    """Compare the checkpoint with the server, and print the outcome. The exit code is 0 if they are the same."""
+    with StepProgress() as progress:
+        verified = compare_with_server(replace(request, on_event=progress))
+    shown: list[Any] = []
+    if verified.comparison is not None:
+        shown.append(FittedTable(verified_table(verified)))
+    shown += [spelled(sentence) for sentence in verified.sentences]
+    print_result(format, shown, verified.table().to_pylist)
+    return 0 if verified.is_same else 1

@@ -302,6 +302,16 @@ _DECLARED = (
         ),
     ),
     Command(
+        "verify",
+        CHANGE,
+        "requests.VerifyRequest",
+        formats=TEXT,
+        examples=(
+            "avss verify pruned --server http://localhost:8000",
+            "avss verify pruned --server http://localhost:8080 --original http://localhost:8081",
+        ),
+    ),
+    Command(
         "doctor",
         ELSEWHERE,
         "requests.DoctorRequest",

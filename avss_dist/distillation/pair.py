@@ -22,7 +22,7 @@ from avss_dist.core.text import count_of
 from avss_dist.distillation.loss import Predict
 from avss_dist.distillation.record import DistillRecord, read_record, write_card, write_record
 from avss_dist.models.checkpoint.loading import load_model, load_tokenizer, pin, require_head, text_config
-from avss_dist.models.checkpoint.locate import Checkpoint, find_checkpoint, resolve, stored_tensors
+from avss_dist.models.checkpoint.locate import VERIFIED, Checkpoint, find_checkpoint, resolve, stored_tensors
 from avss_dist.models.checkpoint.quantization import quantization_method
 from avss_dist.models.checkpoint.safetensors import DTYPES, StoredTensor, floating_dtype, read_tensor, tensors_of
 from avss_dist.models.checkpoint.size import token_embeddings
@@ -32,8 +32,6 @@ from avss_dist.pruning.checkpoint import pruned_from
 from avss_dist.requests import TRAINED
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel
-
     from avss_dist.requests import DistillRequest
 
 ALL, LORA = TRAINED
@@ -41,7 +39,10 @@ STEP_SIZES = {ALL: 1e-3, LORA: 5e-3}
 """Default learning rate by what is trained, divided by the size of the student's weights."""
 LEAST_WEIGHT = 1e-3  # size of weights, of which the learning rate is a share: Adafactor's epsilon_2
 _VALUES_READ = 1 << 18  # of each matrix, in whole rows, to tell the size of its weights
-_NOT_COPIED = ("*.safetensors", "*.safetensors.index.json", "*.bin", "*.bin.index.json", "README.md", "COMPLETE", ".*")
+_NOT_COPIED = (
+    *("*.safetensors", "*.safetensors.index.json", "*.bin", "*.bin.index.json", "README.md", "COMPLETE", ".*"),
+    VERIFIED,  # a comparison of the student before the training says nothing about the one after it
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -173,7 +174,7 @@ def _first_rows(stored: StoredTensor) -> StoredTensor:
     return replace(stored, shape=(number, *row_shape), size=stored.size // rows * number)
 
 
-def choose_trained(model: PreTrainedModel, train: str, rank: int) -> Any:
+def choose_trained(model: Any, train: str, rank: int) -> Any:
     """Return the model to train. Weights that are not trained require no gradient.
 
     Args:
@@ -209,7 +210,7 @@ def load_trained(models: ModelPair, folder: Path, train: str) -> Any:
     return load_model(student, models.settings, head=True)
 
 
-def round_to_stored_dtype(model: PreTrainedModel, student: Checkpoint) -> torch.dtype:
+def round_to_stored_dtype(model: Any, student: Checkpoint) -> torch.dtype:
     """Round all that a checkpoint of a model holds to the dtype of the student's files, and return this dtype.
 
     The model keeps its own dtype, and its non-persistent buffers (rotary frequencies) their values, so that it computes
@@ -232,7 +233,7 @@ def autocast(predict: Predict, models: ModelPair) -> Predict:
     return run
 
 
-def write_distilled(student: Checkpoint, model: PreTrainedModel, output: Path, record: DistillRecord) -> None:
+def write_distilled(student: Checkpoint, model: Any, output: Path, record: DistillRecord) -> None:
     """Write a checkpoint: the model's weights, the student's other files, a model card and the record.
 
     Args:

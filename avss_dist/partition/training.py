@@ -7,7 +7,6 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from avss_dist.core.values import NewObject
 from avss_dist.partition.catalog import SHARDINGS, ShardingInfo
 from avss_dist.partition.group import quiet_deepspeed
 
@@ -58,9 +57,9 @@ def trainer_options(
         AcceleratorState._reset_state(reset_partial_state=True)
 
 
-def _zero_config(info: ShardingInfo, *, rows: int, bfloat16: bool) -> NewObject:
+def _zero_config(info: ShardingInfo, *, rows: int, bfloat16: bool) -> dict[str, Any]:
     """Return the DeepSpeed configuration of the Trainer for a stage of ZeRO."""
-    zero: NewObject = {
+    zero: dict[str, Any] = {
         "stage": info.zero_stage,
         "reduce_bucket_size": BUCKET,
         "allgather_bucket_size": BUCKET,

@@ -31,7 +31,7 @@ from avss_dist.models.change.patches import Patch, patch_changes
 from avss_dist.models.change.removal import removal_changes
 from avss_dist.models.checkpoint.layer_kinds import describe_misread, rules_of
 from avss_dist.models.checkpoint.loading import forward_function, has_head, load_model, open_module, quiet, text_config
-from avss_dist.models.checkpoint.locate import PICKLED, Checkpoint, read_config, resolve
+from avss_dist.models.checkpoint.locate import PICKLED, VERIFIED, Checkpoint, read_config, resolve
 from avss_dist.models.checkpoint.quantization import can_unpack, quantization_method, ready_quantizer
 from avss_dist.models.checkpoint.size import footprint
 from avss_dist.models.checkpoint.weight_files import WEIGHTS, weight_files
@@ -50,7 +50,10 @@ from avss_dist.pruning.repair.registry import RepairRecord, read_repairs, write_
 from avss_dist.pruning.repair.repair import Repaired
 from avss_dist.pruning.weights import LayerNames, StoredWeights, copy_weights
 
-_NOT_COPIED = (WEIGHTS, *PICKLED, "*.gguf", "*.safetensors.index.json", "*.bin.index.json", "config.json", "README.md")
+_NOT_COPIED = (
+    *(WEIGHTS, *PICKLED, "*.gguf", "*.safetensors.index.json", "*.bin.index.json", "config.json", "README.md"),
+    VERIFIED,  # a comparison of the original says nothing about the pruned one
+)
 
 
 def prune(

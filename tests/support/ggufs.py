@@ -24,7 +24,7 @@ def write_gguf(
     """Write a model and return the file.
 
     Args:
-        architecture: ``llama``, ``qwen3moe`` or ``lfm2``.
+        architecture: ``llama``, ``qwen3moe``, ``lfm2`` or ``gemma3``.
         block_count: number of layers in the metadata; None is the true one.
         kind: format of the matrices whose rows have whole blocks; others are float32.
     """
@@ -34,7 +34,7 @@ def write_gguf(
     writer.add_feed_forward_length(config.intermediate_size)
     writer.add_head_count(config.num_attention_heads)
     writer.add_layer_norm_rms_eps(getattr(config, "rms_norm_eps", None) or config.norm_eps)
-    writer.add_rope_freq_base(10000.0)
+    writer.add_rope_freq_base(1e6 if architecture == "gemma3" else 1e4)
     writer.add_context_length(config.max_position_embeddings)
     writer.add_vocab_size(config.vocab_size)
     if architecture == "lfm2":
@@ -44,6 +44,12 @@ def write_gguf(
         writer.add_token_list([str(token) for token in range(config.vocab_size)])
     else:
         writer.add_head_count_kv(config.num_key_value_heads)
+    if architecture == "gemma3":
+        writer.add_key_length(config.head_dim)
+        writer.add_value_length(config.head_dim)
+        writer.add_sliding_window(config.sliding_window)
+        writer.add_float32("gemma3.rope.freq_base_swa", config.rope_parameters["sliding_attention"]["rope_theta"])
+        writer.add_tokenizer_model("no_vocab")
     if architecture == "qwen3moe":
         writer.add_key_length(config.head_dim)
         writer.add_expert_count(config.num_experts)
@@ -68,6 +74,8 @@ def _tensors(model: Any, architecture: str) -> Iterator[tuple[str, Array]]:
     for name, parameter in model.named_parameters():
         tensor = parameter.detach().float().numpy()
         path, _, leaf = name.rpartition(".")
+        if architecture == "gemma3" and tensor.ndim == 1:
+            tensor = tensor + 1  # its norms add 1 to their weight
         if leaf == "gate_up_proj":
             block = path.split(".")[2]
             for part, half in zip(("gate", "up"), np.split(tensor, 2, axis=1), strict=True):

@@ -33,6 +33,8 @@ _FETCHED = ("*.json", "*.model", "*.txt", "*.jinja", "avss_*.yaml")
 """Patterns of the files of a hub checkpoint that are fetched beside its weights."""
 _READ = {".json", ".safetensors", ".model", ".txt"}
 """Suffixes of the files that can change a number."""
+VERIFIED = "avss_verified.json"
+"""File in a folder with comparisons of the checkpoint. It can change no number, and is not part of a revision."""
 
 SLUG_LENGTH = 237
 """Characters of the longest name that has room in that of a folder: run_id=NAME-0123456789, 255 bytes."""
@@ -134,7 +136,7 @@ def resolve(spec: str, *, trust_remote_code: bool = False, weights: bool = True)
     suffixes = set(_READ)
     if trust_remote_code:
         suffixes.add(".py")
-    files = {file for file in path.iterdir() if file.is_file() and file.suffix in suffixes}
+    files = {file for file in path.iterdir() if file.suffix in suffixes and file.name != VERIFIED and file.is_file()}
     files.update(weight_files(path))
     return replace(local, revision=content_hash(path, files))
 
@@ -277,7 +279,7 @@ def _is_copied(file: Path) -> bool:
     """Whether a file is copied beside converted weights, because it holds something else."""
     if not file.is_file() or file.name.startswith("."):
         return False
-    return not any(file.match(pattern) for pattern in (*PICKLED, _INDEX))
+    return not any(file.match(pattern) for pattern in (*PICKLED, _INDEX, VERIFIED))
 
 
 def _convert_file(file: Path, target: Path) -> None:
@@ -462,7 +464,8 @@ def _pickled_weights(folder: Path) -> list[Path]:
 
 
 def _place(folder: Path, files: list[Path]) -> Path:
-    beside = [file for file in folder.iterdir() if file.suffix in (".json", ".model", ".txt", ".py") and file.is_file()]
+    suffixes = (".json", ".model", ".txt", ".py")
+    beside = [file for file in folder.iterdir() if file.suffix in suffixes and file.name != VERIFIED and file.is_file()]
     return cache_folder("converted", content_hash(folder, [*files, *beside]))
 
 

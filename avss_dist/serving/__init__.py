@@ -1,0 +1,1 @@
+"""Comparison of a checkpoint, as transformers computes it, with inference servers that serve it."""

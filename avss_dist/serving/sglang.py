@@ -1,0 +1,94 @@
+"""SGLang: ``/generate`` takes token ids and returns log-probabilities of the prompt (``return_logprob``)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from avss_dist.serving.client import Client
+from avss_dist.serving.server import (
+    UNKNOWN,
+    Predictions,
+    Row,
+    Server,
+    ServerInfo,
+    require_read_whole,
+    served_name,
+    tokens_by_interface,
+    unexpected,
+)
+
+PATH = "/generate"
+GREEDY = {
+    "max_new_tokens": 1,
+    "n": 1,
+    "temperature": 0.0,
+    "top_p": 1.0,
+    "top_k": -1,
+    "min_p": 0.0,
+    "repetition_penalty": 1.0,
+    "presence_penalty": 0.0,
+    "frequency_penalty": 0.0,
+    "stop": [],
+    "ignore_eos": True,
+}
+"""Every parameter of sampling, as a server takes defaults from the checkpoint's ``generation_config.json``."""
+
+
+class SglangServer(Server):
+    """A server of SGLang."""
+
+    can_score = True
+
+    def __init__(self, client: Client, model: str | None) -> None:
+        self._client = client
+        listed = (client.probe("/v1/models") or {}).get("data") or []
+        name = served_name([str(entry.get("id")) for entry in listed], model, client.url)
+        limits = [entry.get("max_model_len") for entry in listed if entry.get("id") == name]
+        about = client.probe("/get_server_info") or client.probe("/server_info") or {}
+        self.info = ServerInfo(
+            runtime="SGLang",
+            version=str(about.get("version") or UNKNOWN),
+            model=name,
+            limit=limits[0] if limits else None,
+        )
+
+    def tokens_of(self, text: str) -> Sequence[int] | None:
+        """Return the tokens as which the server reads a text, or None if it does not tell."""
+        return tokens_by_interface(self._client, self.info.model, text)
+
+    def count_tokens(self, text: str) -> int:
+        """Return the number of tokens as which the server reads a text."""
+        answer = self._client.post(PATH, {"text": text, "sampling_params": GREEDY, "stream": False})
+        count = (answer.get("meta_info") or {}).get("prompt_tokens")
+        if type(count) is not int:
+            raise unexpected(PATH)
+        return count
+
+    def predict(self, row: Row) -> list[Predictions]:
+        """Return the predictions of a row by one request."""
+        ids = row.ids.tolist()
+        answer = self._client.post(
+            PATH,
+            {
+                "input_ids": ids,
+                "sampling_params": GREEDY,
+                "return_logprob": True,
+                "logprob_start_len": 0,
+                "top_logprobs_num": 1,
+                "return_text_in_logprobs": False,
+                "stream": False,
+            },
+        )
+        try:
+            about = answer["meta_info"]
+            require_read_whole(about.get("prompt_tokens"), len(ids), self._client.url + PATH)
+            # An entry is log-probability, token, text. The first token has none.
+            best = [int(about["input_top_logprobs"][position][0][1]) for position in row.positions]
+            losses = [-float(about["input_token_logprobs"][position][0]) for position in row.positions]
+        except (KeyError, IndexError, TypeError, ValueError) as error:
+            raise unexpected(PATH) from error
+        return [
+            Predictions(ids=row.ids, positions=np.array(row.positions), best=np.array(best), losses=np.array(losses))
+        ]
