@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from functools import lru_cache
 from typing import Any
 
@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 
 from avss_dist.core.errors import ConfigError, WarehouseError
 from avss_dist.core.settings import Settings
+from avss_dist.core.values import TableRow
 from avss_dist.warehouse.encoding import conform
 from avss_dist.warehouse.schema import SCHEMAS, SCORE_AGAIN, TABLES, Column
 
@@ -34,6 +35,7 @@ def damaged_runs(name: str, table: pa.Table) -> dict[str, str]:
     """
     reasons: dict[str, str] = {}
     for reason, wrong in _problems(name, table.combine_chunks()):
+        # Most tables have no problem, and to look up the run ids takes longer than this.
         if wrong.any():
             for run_id in pc.unique(table["run_id"].filter(pa.array(wrong))).to_pylist():
                 reasons.setdefault(run_id, reason)
@@ -61,33 +63,41 @@ def _problems(name: str, table: pa.Table) -> Iterator[tuple[str, Mask]]:
         _, place, counts = np.unique(table["run_id"].to_numpy(), return_inverse=True, return_counts=True)
         yield "it has several rows; a run has one", counts[place] > 1
     columns = {column.name: column for column in TABLES[name].columns}
-    for column in (columns[column_name] for column_name in table.column_names):
+    for column_name in table.column_names:
+        column = columns[column_name]
         cells = table[column.name].combine_chunks()
         if column.name in TABLES[name].required:
             yield f"'{column.name}' has no value", _mask(cells.is_null())
         if column.as_long_as in table.column_names:
-            lengths = pc.list_value_length(cells), pc.list_value_length(table[column.as_long_as].combine_chunks())
-            yield f"'{column.name}' is not as long as '{column.as_long_as}'", _mask(pc.not_equal(*lengths))
+            length = pc.list_value_length(cells)
+            expected = pc.list_value_length(table[column.as_long_as].combine_chunks())
+            yield f"'{column.name}' is not as long as '{column.as_long_as}'", _mask(pc.not_equal(length, expected))
         yield f"'{column.name}' has a value that it cannot have", _invalid_cells(column, cells)
 
 
 def _invalid_cells(column: Column, cells: pa.Array) -> Mask:
     """Return a mask of the rows whose value is not allowed in the column, or whose list has such a value or null."""
     if pa.types.is_list(cells.type):
-        wrong, inside = np.zeros(len(cells), bool), pc.list_flatten(cells)
+        inside = pc.list_flatten(cells)
         bad = _mask(inside.is_null()) | _invalid_cells(column, inside)
+        wrong = np.zeros(len(cells), bool)
         wrong[pc.list_parent_indices(cells).to_numpy()[bad]] = True
         return wrong
     if column.choices:
-        return _mask(pc.invert(pc.is_in(cells, pa.array(column.choices)))) & ~_mask(cells.is_null())
+        is_choice = _mask(pc.is_in(cells, pa.array(column.choices)))
+        return ~is_choice & ~_mask(cells.is_null())
     if column.pattern:
         return ~_mask(pc.match_substring_regex(cells, column.pattern), null=True)
     if column.bounds:
         low, high = column.bounds
-        values = cells.cast(pa.int64()) if pa.types.is_timestamp(cells.type) else cells
-        return ~_mask(pc.and_(pc.greater_equal(values, low), pc.less_equal(values, high)), null=True)
+        values = cells
+        if pa.types.is_timestamp(cells.type):
+            values = cells.cast(pa.int64())
+        is_within = pc.and_(pc.greater_equal(values, low), pc.less_equal(values, high))
+        return ~_mask(is_within, null=True)
     if column.name == "settings":
-        return np.array([_settings(text) is None for text in cells.to_pylist()], bool)
+        is_damaged = [_settings(text) is None for text in cells.to_pylist()]
+        return np.array(is_damaged, bool)
     return np.zeros(len(cells), bool)
 
 
@@ -95,12 +105,12 @@ def _mask(cells: pa.Array, *, null: bool = False) -> Mask:
     return np.asarray(pc.fill_null(cells, null).to_numpy(zero_copy_only=False), bool)
 
 
-def has_head(run: Mapping[str, Any]) -> bool:
+def has_head(run: TableRow) -> bool:
     """Whether the model of a row of ``runs`` predicts the next token, by its class. Others cannot be evaluated."""
     return not _HEADLESS.search(run["architecture"] or "")
 
 
-def settings_of(run: Mapping[str, Any]) -> dict[str, Any]:
+def settings_of(run: TableRow) -> dict[str, Any]:
     """Return the settings of a row of ``runs`` by name. Empty if it has none.
 
     Raises:

@@ -16,6 +16,7 @@ import json
 from collections.abc import Collection, Iterator, Mapping, Set
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
+from dataclasses import dataclass
 from itertools import chain, pairwise
 from pathlib import Path
 
@@ -42,14 +43,29 @@ SORTED_BY: dict[str, list[str]] = {
     "expert_stats": [],
 }
 """Tables that have parts, with the columns that queries select by. Rows with equal values in them are a row group."""
-MIN_RUNS, MAX_RUNS = 64, 128  # runs of a part; of a warehouse on a local disk, fewer are read where they are
+MIN_RUNS = 64  # least number of runs of a part; of a warehouse on a local disk, fewer are read where they are
+MAX_RUNS = 128  # largest number of runs of a part
 MAX_SMALL = 8  # parts with less than half of MAX_RUNS, before they are merged
-_STAMPS, _COLUMNS = b"avss_files", b"avss_columns"
+_STAMPS = b"avss_files"  # in the metadata of a part: stamps of the files that it copies
+_COLUMNS = b"avss_columns"  # in the metadata of a part: see `_columns`
 
 Stamps = Mapping[str, str]
 """Size and time of change of the file of a table, by run id."""
 Parts = Mapping[Path, Stamps]
 """Stamps of the files that each part has copied, by the path of the part."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class _PartContent:
+    """Content of a new part.
+
+    Attributes:
+        stamps: stamps of the files that it copies.
+        rows: their rows.
+    """
+
+    stamps: Stamps
+    rows: pa.Table
 
 
 class TableParts:
@@ -62,12 +78,20 @@ class TableParts:
     """
 
     def __init__(self, storage: Storage, name: str, damaged: dict[str, Damage]) -> None:
-        self._storage, self._name, self._damaged = storage, name, damaged
+        self._storage = storage
+        self._name = name
+        self._damaged = damaged
         place = f"{storage.filesystem.type_name}:{storage.base}"
         folder = cache_folder("tables", hashlib.sha256(place.encode()).hexdigest()[:32])
         self._cached = folder / name
-        self._shared = Path(storage.base) / COMPACTED / name if storage.is_local else folder / COMPACTED / name
-        self._schema = SOURCE if name == DIGESTS else encoded_schema(name)
+        if storage.is_local:
+            self._shared = Path(storage.base) / COMPACTED / name
+        else:
+            self._shared = folder / COMPACTED / name  # copies of the parts of the warehouse
+        if name == DIGESTS:
+            self._schema = SOURCE
+        else:
+            self._schema = encoded_schema(name)
         self._used: dict[Path, Stamps] = {}
         self._stamps: dict[Path, Stamps] = {}  # of all parts that were read
         self._unreadable: set[Path] = set()
@@ -90,7 +114,8 @@ class TableParts:
         spare = self._select(stamps)
         if not self.run_ids.issuperset(requested) and self._fetch_shared():
             spare = self._select(stamps)
-        missing, minimum = set(requested) - self.run_ids, MIN_RUNS if self._storage.is_local else 1
+        missing = set(requested) - self.run_ids
+        minimum = MIN_RUNS if self._storage.is_local else 1
         if len(missing) >= minimum:
             with suppress(OSError):  # the cache cannot be written
                 self._cached.mkdir(parents=True, exist_ok=True, mode=0o700)
@@ -129,7 +154,8 @@ class TableParts:
         """
         self._fetch_shared()
         stored = set(self._shared.glob("*.parquet"))
-        for path in stored.difference(path for path, _ in self._listed(self._shared)):
+        readable = {path for path, _ in self._listed(self._shared)}
+        for path in stored - readable:
             self._storage.delete(self._storage.compacted_path(self._name, path.stem))
         if spare := self._select(stamps, shared_alone=True):
             self._copy(stamps, frozenset(), spare, 1, shared=True)
@@ -145,22 +171,22 @@ class TableParts:
             shared: write in the warehouse, where parts are rarely written, and well compressed. Else in the cache,
                 which replaces no part of the warehouse.
         """
-        small = {
-            path: copied
-            for path, copied in self._used.items()
-            if len(copied) < MAX_RUNS // 2 and self._is_shared(path) <= shared
-        }
-        replaced = {**spare, **(small if (shared and missing) or len(small) > MAX_SMALL else {})}
-        number, written = 0, set[str]()
-        for copied, rows in self._merged(stamps, missing, replaced, minimum):
-            data = _to_part(self._name, rows, copied, "zstd" if shared else "lz4")
-            stem = hashlib.sha256(_columns(self._name) + json.dumps(copied, sort_keys=True).encode()).hexdigest()[:32]
+        replaced = dict(spare)
+        small = self._small_parts(shared=shared)
+        if (shared and missing) or len(small) > MAX_SMALL:
+            replaced |= small
+        compression = "zstd" if shared else "lz4"
+        number = 0
+        written: set[str] = set()
+        for content in self._merged(stamps, missing, replaced, minimum):
+            data = _to_part(self._name, content.rows, content.stamps, compression)
+            stem = _part_stem(self._name, content.stamps)
             if shared:
                 self._storage.write(self._storage.compacted_path(self._name, stem), data)
             else:
                 write_file(self._cached / f"{stem}.parquet", data)
             written.add(stem)
-            number += len(copied.keys() & missing)
+            number += len(content.stamps.keys() & missing)
         for path in replaced:
             # Beside a run that cannot be read, the new part copies the same files as the one it replaces.
             if path.stem in written:
@@ -170,6 +196,15 @@ class TableParts:
             elif not self._is_shared(path):
                 path.unlink(missing_ok=True)
         return number
+
+    def _small_parts(self, *, shared: bool) -> dict[Path, Stamps]:
+        """Return the used parts of few runs, of the cache alone unless parts of the warehouse may be replaced."""
+        small: dict[Path, Stamps] = {}
+        for path, copied in self._used.items():
+            may_be_replaced = shared or not self._is_shared(path)
+            if may_be_replaced and len(copied) < MAX_RUNS // 2:
+                small[path] = copied
+        return small
 
     def leave_out_unreadable(self) -> bool:
         """Leave out the parts that cannot be read from now on, and return whether there are any new ones.
@@ -193,13 +228,17 @@ class TableParts:
 
     def _select(self, stamps: Stamps, *, shared_alone: bool = False) -> Parts:
         """Use the parts whose files have not changed, and no run twice, the largest first. Return the others."""
-        folders = [self._shared] if shared_alone else [self._shared, self._cached]
+        listed = list(self._listed(self._shared))
+        if not shared_alone:
+            listed += self._listed(self._cached)
         self._used = {}
         spare: dict[Path, Stamps] = {}
-        listed = chain.from_iterable(map(self._listed, folders))
         for path, copied in sorted(listed, key=lambda part: (-len(part[1]), part[0].name)):
-            is_current = copied.items() <= stamps.items() and self.run_ids.isdisjoint(copied)
-            (self._used if is_current else spare)[path] = copied
+            is_current = copied.items() <= stamps.items()
+            if is_current and self.run_ids.isdisjoint(copied):
+                self._used[path] = copied
+            else:
+                spare[path] = copied
         return spare
 
     def _listed(self, folder: Path) -> Iterator[tuple[Path, Stamps]]:
@@ -223,10 +262,10 @@ class TableParts:
         if self._storage.is_local:
             return False
         listed = self._storage.compacted(self._name)
-        here = {path.stem for path in self._shared.glob("*.parquet")}
-        for stem in here - listed.keys():
+        in_cache = {path.stem for path in self._shared.glob("*.parquet")}
+        for stem in in_cache - listed.keys():
             (self._shared / f"{stem}.parquet").unlink(missing_ok=True)
-        new = sorted(listed.keys() - here)
+        new = sorted(listed.keys() - in_cache)
         with suppress(OSError):  # the cache cannot be written
             for stem in tracked(new, f"Copying the {self._name} of compacted runs, once"):
                 data = self._storage.read(listed[stem])
@@ -237,22 +276,36 @@ class TableParts:
 
     def _merged(
         self, stamps: Stamps, missing: Collection[str], replaced: Parts, minimum: int
-    ) -> Iterator[tuple[dict[str, str], pa.Table]]:
-        """Yield the content of new parts: stamps of the copied files, and rows.
+    ) -> Iterator[_PartContent]:
+        """Yield the content of new parts.
 
         They hold the missing runs, and those of the replaced parts whose files have not changed. Runs whose file cannot
         be read are left out.
         """
-        remaining = {run_id for path, copied in self._used.items() if path not in replaced for run_id in copied}
-        unchanged = {run_id for copied in replaced.values() for run_id, _ in copied.items() & stamps.items()}
-        run_ids = sorted((unchanged | {*missing}) - remaining)
-        chunks = [run_ids[start : start + MAX_RUNS] for start in range(0, len(run_ids), MAX_RUNS)]
-        chunks = [chunk for chunk in chunks if len(chunk) >= minimum]
+        run_ids = self._run_ids_to_copy(stamps, missing, replaced)
+        chunks: list[list[str]] = []
+        for start in range(0, len(run_ids), MAX_RUNS):
+            chunk = run_ids[start : start + MAX_RUNS]
+            if len(chunk) >= minimum:
+                chunks.append(chunk)
         for chunk in tracked(chunks, f"Copying the {self._name} of {len(run_ids):,} runs, once"):
             with ThreadPoolExecutor(self._storage.readers) as pool:
                 rows = pa.concat_tables(pool.map(self.rows, chunk))
-            if copied := {run_id: stamps[run_id] for run_id in sorted(pc.unique(rows["run_id"]).to_pylist())}:
-                yield copied, rows
+            copied = {run_id: stamps[run_id] for run_id in sorted(pc.unique(rows["run_id"]).to_pylist())}
+            if copied:
+                yield _PartContent(stamps=copied, rows=rows)
+
+    def _run_ids_to_copy(self, stamps: Stamps, missing: Collection[str], replaced: Parts) -> list[str]:
+        """Return the missing runs, and those of the replaced parts whose files have not changed, in order."""
+        run_ids = set(missing)
+        for copied in replaced.values():
+            for run_id, stamp in copied.items():
+                if stamps.get(run_id) == stamp:
+                    run_ids.add(run_id)
+        for path, copied in self._used.items():
+            if path not in replaced:
+                run_ids.difference_update(copied)
+        return sorted(run_ids)
 
     def rows(self, run_id: str) -> pa.Table:
         """Return the rows of a run from its file, or their digests. A file that cannot be read is left out.
@@ -267,7 +320,9 @@ class TableParts:
                 rows = parse(file.read_buffer(), self._schema)
             run_ids = pa.repeat(run_id, len(rows)).cast(self._schema.field("run_id").type)
             rows = conform(rows.append_column("run_id", run_ids), self._schema)
-            return digest(rows) if self._name == DIGESTS else rows
+            if self._name == DIGESTS:
+                return digest(rows)
+            return rows
         except FileNotFoundError:
             reason = "it is gone"
         except (OSError, pa.ArrowException) as error:
@@ -283,15 +338,28 @@ def stored_table(name: str) -> str:
 
 def _columns(name: str) -> bytes:
     """Return a hash of the columns of a table. Parts of versions with other columns are ignored."""
-    version = f"{SCHEMA_VERSION} {DIGEST_VERSION if name == DIGESTS else 0}\n{PART_SCHEMAS[name]}"
+    digest_version = DIGEST_VERSION if name == DIGESTS else 0
+    version = f"{SCHEMA_VERSION} {digest_version}\n{PART_SCHEMAS[name]}"
     return hashlib.sha256(version.encode()).hexdigest().encode()
+
+
+def _part_stem(name: str, stamps: Stamps) -> str:
+    """Return the name of the file of a part, without its suffix. Parts that copy the same files have the same name."""
+    content = _columns(name) + json.dumps(stamps, sort_keys=True).encode()
+    return hashlib.sha256(content).hexdigest()[:32]
 
 
 def encoded_schema(name: str) -> pa.Schema:
     """Return the schema in which rows of a table are sorted. Then columns of text, of few values, are dictionaries."""
-    encoded = pa.dictionary(pa.int32(), pa.string()) if SORTED_BY[name] else pa.string()
-    types = {field.name: encoded if pa.types.is_string(field.type) else field.type for field in PART_SCHEMAS[name]}
-    return pa.schema(types)
+    if not SORTED_BY[name]:
+        return PART_SCHEMAS[name]
+    fields: list[tuple[str, pa.DataType]] = []
+    for field in PART_SCHEMAS[name]:
+        if pa.types.is_string(field.type):
+            fields.append((field.name, pa.dictionary(pa.int32(), pa.string())))
+        else:
+            fields.append((field.name, field.type))
+    return pa.schema(fields)
 
 
 def _to_part(name: str, rows: pa.Table, stamps: Stamps, compression: str) -> pa.Buffer:
@@ -303,7 +371,8 @@ def _to_part(name: str, rows: pa.Table, stamps: Stamps, compression: str) -> pa.
         codes = codes * (len(column.dictionary) + 1) + column.indices.fill_null(-1).to_numpy() + 1
     if SORTED_BY[name]:
         order = np.argsort(codes, kind="stable")
-        table, codes = table.take(pa.array(order)), codes[order]
+        table = table.take(pa.array(order))
+        codes = codes[order]
     metadata = {
         _STAMPS: json.dumps(dict(stamps)).encode(),
         _COLUMNS: _columns(name),
@@ -311,7 +380,8 @@ def _to_part(name: str, rows: pa.Table, stamps: Stamps, compression: str) -> pa.
         **UNSIGNED_METADATA,
     }
     texts = [field.name for field in PART_SCHEMAS[name] if pa.types.is_string(field.type)]
-    bounds = [0, *(np.flatnonzero(np.diff(codes)) + 1).tolist(), len(table)]
+    first_of_group = np.flatnonzero(np.diff(codes)) + 1
+    bounds = [0, *first_of_group.tolist(), len(table)]
     sink = pa.BufferOutputStream()
     with pq.ParquetWriter(
         sink,
@@ -382,34 +452,54 @@ def digest(stats: pa.Table) -> pa.Table:
         raise pa.ArrowInvalid(reason)
     table = stats.combine_chunks()
     columns = {name: table[name] for name in _COPIED}
-    (starts, sums), (square_starts, squares) = (_lists(table, name) for name in _UNIT_LISTS)
-    sizes, counts = np.diff(starts), table["unit_count"].to_numpy()
-    sizes = np.where(np.diff(square_starts) == sizes, sizes, 0)
-    units = {name: np.zeros(len(table), np.int64) for name in ("mean_unit", "element_unit")}
-    shares = {name: np.full(len(table), np.nan) for name in units}
-    for size in np.unique(sizes[(sizes > 0) & (counts > 0)]):
-        rows = np.flatnonzero((sizes == size) & (counts > 0))
+    sum_starts, sums = _lists(table, "unit_sum")
+    square_starts, squares = _lists(table, "unit_sum_sq")
+    counts = table["unit_count"].to_numpy()
+    sizes = np.diff(sum_starts)
+    has_units = (sizes > 0) & (np.diff(square_starts) == sizes) & (counts > 0)
+    of_means = _LargestUnits(len(table))
+    of_elements = _LargestUnits(len(table))
+    # Rows with equally many units are computed together.
+    for size in np.unique(sizes[has_units]):
+        rows = np.flatnonzero((sizes == size) & has_units)
         places = np.arange(size)
-        unit_sums = sums[starts[rows, None] + places]
+        unit_sums = sums[sum_starts[rows, None] + places]
         unit_squares = squares[square_starts[rows, None] + places]
         tokens = counts[rows, None].astype(np.float64)
         means = unit_sums / tokens
+        of_means.set(rows, (means - means.mean(axis=1, keepdims=True)) ** 2)
         mean = unit_sums.sum(axis=1, keepdims=True) / (tokens * size)
-        for name, values in (
-            ("mean_unit", (means - means.mean(axis=1, keepdims=True)) ** 2),
-            ("element_unit", np.maximum(unit_squares - 2 * mean * unit_sums + tokens * mean**2, 0)),
-        ):
-            total = values.sum(axis=1, keepdims=True)
-            parts = np.divide(values, total, out=np.full(values.shape, np.nan), where=total > 0)
-            shares[name][rows], units[name][rows] = parts.max(axis=1), parts.argmax(axis=1)
-    for name, values in shares.items():
-        undefined = ~np.isfinite(values)
-        columns[name] = pa.array(units[name], pa.int64(), mask=undefined)
-        columns[f"{name}_share"] = pa.array(values, pa.float64(), mask=undefined)
+        of_elements.set(rows, np.maximum(unit_squares - 2 * mean * unit_sums + tokens * mean**2, 0))
+    columns |= of_means.columns("mean_unit") | of_elements.columns("element_unit")
     return pa.table([columns[field.name] for field in DIGEST], schema=DIGEST)
+
+
+class _LargestUnits:
+    """The unit with the largest share of a variance, for each row."""
+
+    def __init__(self, num_rows: int) -> None:
+        self._units = np.zeros(num_rows, np.int64)
+        self._shares = np.full(num_rows, np.nan)
+
+    def set(self, rows: NDArray[np.int64], variances: NDArray[np.float64]) -> None:
+        """Set the units of some rows, whose variance over units is ``variances``, [rows, units]."""
+        total = variances.sum(axis=1, keepdims=True)
+        shares = np.divide(variances, total, out=np.full(variances.shape, np.nan), where=total > 0)
+        self._shares[rows] = shares.max(axis=1)
+        self._units[rows] = shares.argmax(axis=1)
+
+    def columns(self, name: str) -> dict[str, pa.Array]:
+        """Return the columns of a digest. They are null in rows without units, or without a variance."""
+        undefined = ~np.isfinite(self._shares)
+        return {
+            name: pa.array(self._units, pa.int64(), mask=undefined),
+            f"{name}_share": pa.array(self._shares, pa.float64(), mask=undefined),
+        }
 
 
 def _lists(table: pa.Table, name: str) -> tuple[NDArray[np.int64], NDArray[np.float64]]:
     """Return the offsets of a column of lists, and the values of all lists."""
     column = table[name].combine_chunks()
-    return column.offsets.to_numpy().astype(np.int64), column.values.to_numpy(zero_copy_only=False).astype(np.float64)
+    offsets = column.offsets.to_numpy().astype(np.int64)
+    values = column.values.to_numpy(zero_copy_only=False).astype(np.float64)
+    return offsets, values

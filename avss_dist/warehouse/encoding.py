@@ -29,7 +29,10 @@ from avss_dist.stats.layer_stats import (
 from avss_dist.warehouse.earlier import DROP_PARTS, has_numbered_removals, with_drop_parts
 from avss_dist.warehouse.schema import SCHEMA_VERSION, SCHEMAS, TABLES, RunIdentity, columns_of
 
-_VERSION, _HEADER, _CHECKSUM = b"avss_schema_version", b"avss_header", b"avss_checksum"
+# Keys of the metadata of a file
+_VERSION = b"avss_schema_version"
+_HEADER = b"avss_header"
+_CHECKSUM = b"avss_checksum"
 _OLDEST = 3  # schema version that is still read; earlier ones were never released
 _PREFIX = b"sha256:"
 _UNSIGNED = _PREFIX + b"0" * 64
@@ -39,15 +42,24 @@ _STATE = [f.name for f in fields(LayerStats) if f.name != "histogram"]
 _HEADER_FIELDS = [f.name for f in fields(ShardResult) if f.name not in ("strata", "rows", "experts")]
 
 
-# Floats seldom repeat, so a dictionary of them only costs time; their bytes, split by significance, shrink well.
-_STATS_OPTIONS = {
-    "use_dictionary": [field.name for field in SCHEMAS["shard_stats"] if pa.types.is_string(field.type)],
-    "column_encoding": {
-        f"{field.name}.list.element" if pa.types.is_list(field.type) else field.name: "BYTE_STREAM_SPLIT"
-        for field in SCHEMAS["shard_stats"]
-        if pa.types.is_floating(getattr(field.type, "value_type", field.type))
-    },
-}
+def _options_of_statistics() -> dict[str, Any]:
+    """Return options of the Parquet writer for tables of statistics.
+
+    Floats seldom repeat, so a dictionary of them only costs time. Their bytes, split by significance, shrink well.
+    """
+    texts = []
+    encodings = {}
+    for field in SCHEMAS["shard_stats"]:
+        if pa.types.is_string(field.type):
+            texts.append(field.name)
+        elif pa.types.is_floating(field.type):
+            encodings[field.name] = "BYTE_STREAM_SPLIT"
+        elif pa.types.is_list(field.type) and pa.types.is_floating(field.type.value_type):
+            encodings[f"{field.name}.list.element"] = "BYTE_STREAM_SPLIT"
+    return {"use_dictionary": texts, "column_encoding": encodings}
+
+
+_STATS_OPTIONS = _options_of_statistics()
 
 
 def encode(name: str, run: Mapping[str, Any], columns: Mapping[str, Any], shard: Mapping[str, Any] = {}) -> pa.Buffer:
@@ -58,18 +70,23 @@ def encode(name: str, run: Mapping[str, Any], columns: Mapping[str, Any], shard:
         shard: header of a partial, beside its rows.
     """
     size = len(next(iter(columns.values())))
-    columns = {**columns, **{column: [value] * size for column, value in run.items()}}
+    columns = dict(columns)
+    for column, value in run.items():
+        columns[column] = [value] * size
     header = {
         _VERSION: str(SCHEMA_VERSION),
         _HEADER: json.dumps({"run_id": run["run_id"], **shard}),
         **UNSIGNED_METADATA,
     }
-    schema = SCHEMAS[name].remove(0).with_metadata(header)
-    if not shard:
-        described = [{"description": column.description} for column in TABLES[name].columns[1:]]
-        schema = pa.schema(map(pa.Field.with_metadata, schema, described), header)
-    table = pa.table({f.name: columns[f.name] for f in schema}, schema=schema)
-    return to_file(table, **(_STATS_OPTIONS if "histogram_bin" in columns else {}))
+    fields = []
+    for described in TABLES[name].columns[1:]:  # the first one, the run's id, is in the path alone
+        metadata = None if shard else {"description": described.description}
+        fields.append(pa.field(described.name, described.type, metadata=metadata))
+    schema = pa.schema(fields, header)
+    table = pa.table({field.name: columns[field.name] for field in schema}, schema=schema)
+    if "histogram_bin" in columns:
+        return to_file(table, **_STATS_OPTIONS)
+    return to_file(table)
 
 
 def encode_rows(name: str, run: Mapping[str, Any], rows: Sequence[Mapping[str, Any]]) -> pa.Buffer:
@@ -110,11 +127,14 @@ def signed(data: pa.Buffer, *, footer_alone: bool = False) -> pa.Buffer:
         footer_alone: the checksum is of the footer, as `verify_footer` reads it.
     """
     view = memoryview(data)
-    start = _footer(view) if footer_alone else 0
-    match = _SIGNATURE.search(view, _footer(view))
+    footer = _footer(view)
+    match = _SIGNATURE.search(view, footer)
     assert match is not None
+    start = footer if footer_alone else 0
     checksum = _PREFIX + hashlib.sha256(view[start:]).hexdigest().encode()
-    return pa.py_buffer(b"".join((view[: match.start(1)], checksum, view[match.end(1) :])))
+    before = view[: match.start(1)]
+    after = view[match.end(1) :]
+    return pa.py_buffer(b"".join((before, checksum, after)))
 
 
 def _require_version(version: bytes | None) -> None:
@@ -148,8 +168,10 @@ def parse(data: pa.Buffer, schema: pa.Schema | None = None) -> pa.Table:
     file = open_file(data)
     if schema is None:
         return file.read(use_threads=False)
-    names = [name for name in schema.names if name in file.schema_arrow.names and name != "run_id"]
-    if texts := [name for name in names if pa.types.is_dictionary(schema.field(name).type)]:
+    stored = set(file.schema_arrow.names) - {"run_id"}
+    names = [name for name in schema.names if name in stored]
+    texts = [name for name in names if pa.types.is_dictionary(schema.field(name).type)]
+    if texts:
         file = pq.ParquetFile(pa.BufferReader(data), metadata=file.metadata, read_dictionary=texts)
     return file.read(names, use_threads=False).replace_schema_metadata(None)
 
@@ -164,8 +186,12 @@ def conform(table: pa.Table, schema: pa.Schema) -> pa.Table:
         table = with_drop_parts(table)
     columns = []
     for field in schema:
-        column = table[field.name] if field.name in table.column_names else pa.nulls(len(table), field.type)
-        columns.append(column if column.type == field.type else column.cast(field.type))
+        if field.name not in table.column_names:
+            columns.append(pa.nulls(len(table), field.type))
+        elif table[field.name].type != field.type:
+            columns.append(table[field.name].cast(field.type))
+        else:
+            columns.append(table[field.name])
     return pa.table(columns, schema=schema)
 
 
@@ -177,7 +203,8 @@ def open_file(data: pa.Buffer) -> pq.ParquetFile:
         OSError, pa.ArrowException: it does not match, has no checksum, or its schema is too old.
     """
     view = memoryview(data)
-    if match := _SIGNATURE.search(view, _footer(view)):
+    match = _SIGNATURE.search(view, _footer(view))
+    if match:
         _require_match(view, match)
     try:
         file = pq.ParquetFile(pa.BufferReader(data))
@@ -222,15 +249,16 @@ def encode_shard(run: RunIdentity, result: ShardResult) -> dict[str, pa.Buffer]:
     every_row = {**asdict(run), "shard_id": result.shard_id, "content_hash": result.content_hash}
     files = {}
     if result.rows:
-        columns = {
-            name: list(values) if values.ndim > 1 else pa.array(values, from_pandas=True)
-            for name, values in result.rows.items()
-        }
-        files["row_stats"] = encode("row_stats", every_row, columns)
+        row_columns: dict[str, Any] = {}
+        for name, values in result.rows.items():
+            if values.ndim > 1:
+                row_columns[name] = list(values)
+            else:
+                row_columns[name] = pa.array(values, from_pandas=True)
+        files["row_stats"] = encode("row_stats", every_row, row_columns)
     if result.experts is not None:
-        files["shard_expert_stats"] = encode(
-            "shard_expert_stats", every_row, expert_columns(result.layers, result.experts)
-        )
+        experts = expert_columns(result.layers, result.experts)
+        files["shard_expert_stats"] = encode("shard_expert_stats", every_row, experts)
     header = {name: getattr(result, name) for name in _HEADER_FIELDS}
     files["shard_stats"] = encode("shard_stats", every_row, to_columns(result.layers, result.strata), header)
     return files
@@ -251,10 +279,12 @@ def to_columns(
             "layer_name": layers[layer],
             "depth": (layer + 0.5) / len(layers),
             "site": site,
-            "stratum": (stratum[0] or None) if stratum else None,
+            "stratum": None,
             "histogram_bin": bins,
             "histogram_count": state.histogram[bins],
         }
+        if stratum and stratum[0]:
+            row["stratum"] = stratum[0]
         for name in _STATE:
             row[name] = getattr(state, name)
         rows.append(row)
@@ -270,20 +300,32 @@ def to_strata(table: pa.Table) -> dict[StratumKey, LayerStats]:
     """
     stats: dict[StratumKey, LayerStats] = {}
     try:
-        cells = {
-            name: [cell.values.to_numpy() for cell in column] if pa.types.is_list(column.type) else column.to_pylist()
-            for name, column in zip(table.column_names, table.columns, strict=True)
-            if column.null_count < max(1, len(column))  # those that an older file lacks keep their defaults
-        }
-        strata = cells.get("stratum", [None] * len(table))
-        for i, (layer, site, stratum) in enumerate(zip(cells["layer"], cells["site"], strata, strict=True)):
+        cells = _cells_by_column(table)
+        state_names = [name for name in _STATE if name in cells]
+        for i in range(len(table)):
             histogram = np.zeros(HISTOGRAM_BINS, np.int64)
             histogram[cells["histogram_bin"][i]] = cells["histogram_count"][i]
-            state = {name: cells[name][i] for name in _STATE if name in cells}
-            stats[layer, site, stratum or ""] = LayerStats(histogram=histogram, **state)
+            state = {name: cells[name][i] for name in state_names}
+            stratum = ""
+            if "stratum" in cells:
+                stratum = cells["stratum"][i] or ""
+            stats[cells["layer"][i], cells["site"][i], stratum] = LayerStats(histogram=histogram, **state)
     except (ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
         raise pa.ArrowInvalid(f"its rows are not statistics: {error}") from error
     return stats
+
+
+def _cells_by_column(table: pa.Table) -> dict[str, list[Any]]:
+    """Return the values of columns, lists as arrays. Columns that an older file lacks, so all null, are left out."""
+    cells: dict[str, list[Any]] = {}
+    for name, column in zip(table.column_names, table.columns, strict=True):
+        if len(column) and column.null_count == len(column):
+            continue
+        if pa.types.is_list(column.type):
+            cells[name] = [cell.values.to_numpy() for cell in column]
+        else:
+            cells[name] = column.to_pylist()
+    return cells
 
 
 def decode_shard(data: pa.Buffer, run_id: str) -> ShardResult | None:
@@ -305,16 +347,17 @@ def expert_columns(layers: Sequence[str], experts: Mapping[int, ExpertStats]) ->
         layers: module path of every layer, in order.
         experts: statistics by layer.
     """
-    places = [(layer, expert) for layer in sorted(experts) for expert in range(len(experts[layer].routed_tokens))]
-    columns: dict[str, Any] = {
-        "layer": [layer for layer, _ in places],
-        "layer_name": [layers[layer] for layer, _ in places],
-        "depth": [(layer + 0.5) / len(layers) for layer, _ in places],
-        "expert": [expert for _, expert in places],
-    }
+    columns: dict[str, Any] = {"layer": [], "layer_name": [], "depth": [], "expert": []}
+    for layer in sorted(experts):
+        number = len(experts[layer].routed_tokens)
+        columns["layer"] += [layer] * number
+        columns["layer_name"] += [layers[layer]] * number
+        columns["depth"] += [(layer + 0.5) / len(layers)] * number
+        columns["expert"] += range(number)
     for name in EXPERT_FIELDS:
         parts = [getattr(experts[layer], name) for layer in sorted(experts)]
-        columns[name] = pa.array(np.concatenate(parts) if parts else np.zeros(0), from_pandas=True)
+        values = np.concatenate(parts) if parts else np.zeros(0)
+        columns[name] = pa.array(values, from_pandas=True)
     return columns
 
 
@@ -323,7 +366,8 @@ def to_experts(table: pa.Table) -> dict[int, ExpertStats]:
     table = table.sort_by([("layer", "ascending"), ("expert", "ascending")])
     layers = table["layer"].to_numpy()
     columns = {name: table[name].to_numpy() for name in EXPERT_FIELDS}
-    return {
-        int(layer): ExpertStats(**{name: values[layers == layer] for name, values in columns.items()})
-        for layer in np.unique(layers)
-    }
+    experts: dict[int, ExpertStats] = {}
+    for layer in np.unique(layers):
+        is_of_layer = layers == layer
+        experts[int(layer)] = ExpertStats(**{name: values[is_of_layer] for name, values in columns.items()})
+    return experts

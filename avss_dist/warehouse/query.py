@@ -61,7 +61,8 @@ def run_query(query: str, read: Callable[..., pa.Table]) -> pa.Table:
     try:
         with duckdb.connect(":memory:", config=_SEALED) as connection:
             _require_reading(connection, query)
-        return read(_readable_tables(query), partial(_answer, query), failures=(duckdb.InvalidInputException,))
+        answer = partial(_answer, query)
+        return read(_readable_tables(query), answer, failures=(duckdb.InvalidInputException,))
     except duckdb.Error as error:
         hint = f"Views: {', '.join(VIEWS)}. Tables: {', '.join(TABLES)}. 'DESCRIBE scores' lists the columns of one."
         raise QueryError(str(error).strip(), hint) from None
@@ -70,14 +71,18 @@ def run_query(query: str, read: Callable[..., pa.Table]) -> pa.Table:
 @cache
 def ready_queries() -> dict[str, str]:
     """Return the queries in ``sql/queries`` by name. Each begins with a comment that states the question it answers."""
-    stored = sorted((files("avss_dist.warehouse") / "sql" / "queries").iterdir(), key=str)
-    return {file.name.removesuffix(".sql"): file.read_text("utf-8") for file in stored if file.name.endswith(".sql")}
+    queries = {}
+    folder = files("avss_dist.warehouse") / "sql" / "queries"
+    for file in sorted(folder.iterdir(), key=str):
+        if file.name.endswith(".sql"):
+            queries[file.name.removesuffix(".sql")] = file.read_text("utf-8")
+    return queries
 
 
 def question_of(query: str) -> str:
     """Return the question that a ready-made query answers, which its comment begins with."""
-    comment = " ".join(line.removeprefix("-- ") for line in query.splitlines() if line.startswith("--"))
-    question, mark, _ = comment.partition("?")
+    lines = [line.removeprefix("-- ") for line in query.splitlines() if line.startswith("--")]
+    question, mark, _ = " ".join(lines).partition("?")
     return question + mark
 
 
@@ -87,7 +92,8 @@ def _readable_tables(query: str) -> Collection[str]:
     DuckDB's own `get_table_names` refuses ``JOIN ... USING`` and the functions of SQL that are defined here.
     """
     words = set(re.findall(r"\w+", query.lower()))
-    words |= {table for name in words & _BEHIND.keys() for table in _BEHIND[name]}
+    for name in words & _BEHIND.keys():
+        words.update(_BEHIND[name])
     if words & {"query", "query_table"}:
         return TABLES
     return [name for name in TABLES if name in words]
@@ -98,9 +104,13 @@ def _answer(query: str, rows: Mapping[str, ds.Dataset | None]) -> pa.Table:
     with duckdb.connect(":memory:", config=_SEALED) as connection:
         for name, schema in SCHEMAS.items():
             opened = rows.get(name)
-            connection.register(name, schema.empty_table() if opened is None else opened)
+            if opened is None:
+                connection.register(name, schema.empty_table())
+            else:
+                connection.register(name, opened)
         folder = files("avss_dist.warehouse") / "sql"
-        connection.execute("\n".join((folder / f"{n}.sql").read_text("utf-8") for n in ("functions", "views")))
+        for file in ("functions.sql", "views.sql"):
+            connection.execute((folder / file).read_text("utf-8"))
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", "Arrow output on a DB-API result", UserWarning)
             return connection.execute(query).to_arrow_table()  # its errors have a caret, unlike those of ``sql``

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from functools import partial
 from operator import itemgetter
 from pathlib import Path
-from typing import Any, NoReturn, TypeVar
+from typing import Any, NamedTuple, NoReturn, TypeVar
 
 import numpy as np
 import pyarrow as pa
@@ -21,6 +21,7 @@ from avss_dist.core.errors import DamagedFile, NoRuns, QueryError, WarehouseErro
 from avss_dist.core.fingerprint import fingerprint
 from avss_dist.core.suggestions import command_line
 from avss_dist.core.text import basename, count_of
+from avss_dist.core.values import NewObject, NewRow, TableRow
 from avss_dist.stats.layer_stats import LayerKey, LayerStats, ShardResult, StratumKey, merge_strata
 from avss_dist.warehouse.checks import RUN_COLUMNS, checked_rows, damaged_runs
 from avss_dist.warehouse.compaction import (
@@ -134,9 +135,13 @@ class Warehouse:
             columns: columns to read, in order.
             where: condition on each row, such as ``pc.field("site") == "block"``.
         """
-        schema = SCHEMAS[require_known("table", name, TABLES, WarehouseError)]
-        selected = [require_known("column", c, schema.names, WarehouseError) for c in columns or schema.names]
-        return self._whole(name, self._rows(name, schema, ["run_id", *selected], run_ids, where)).select(selected)
+        require_known("table", name, TABLES, WarehouseError)
+        schema = SCHEMAS[name]
+        selected = list(columns or schema.names)
+        for column in selected:
+            require_known("column", column, schema.names, WarehouseError)
+        rows = self._rows(name, schema, ["run_id", *selected], run_ids, where)
+        return self._whole(name, rows).select(selected)
 
     def _rows(
         self,
@@ -149,23 +154,28 @@ class Warehouse:
         """Return columns of the rows of a table, whose arguments are those of `table`."""
         if run_ids is not None:
             chosen = pc.field("run_id").isin(pa.array(run_ids, pa.string()))
-            where = chosen if where is None else chosen & where
+            if where is None:
+                where = chosen
+            else:
+                where = chosen & where
         read = list(dict.fromkeys(columns))
 
         def rows(datasets: Mapping[str, ds.Dataset | None]) -> pa.Table:
             dataset = datasets[name]
-            return schema.empty_table().select(read) if dataset is None else dataset.to_table(read, filter=where)
+            if dataset is None:
+                return schema.empty_table().select(read)
+            return dataset.to_table(read, filter=where)
 
         return self._read([name], rows, run_ids=run_ids)
 
-    def run(self, run_id: str) -> dict[str, Any] | None:
+    def run(self, run_id: str) -> NewRow | None:
         """Read the ``runs`` row of a run by column, ``versions`` as a dict, or None if it has no row."""
         rows = self.read_file("runs", run_id, "run")
         if rows is None:
             return None
         return dict(rows.to_pylist(maps_as_pydicts="lossy")[0])
 
-    def readable_run(self, run_id: str) -> dict[str, Any] | None:
+    def readable_run(self, run_id: str) -> NewRow | None:
         """Read the ``runs`` row of a run as `run` does. None if it is damaged, too, which `damaged` notes."""
         try:
             return self.run(run_id)
@@ -221,15 +231,21 @@ class Warehouse:
         begun = _ids(self.storage.names("shard_stats"), RUN_FOLDER)
         rows = []
         for run_id in sorted((begun | planned) - ended):
-            plan = self.plan(run_id) if run_id in planned else {}
-            rows.append({**plan, "run_id": run_id, "kept_shards": self.num_partials(run_id)})
+            row: NewRow = {}
+            if run_id in planned:
+                row.update(self.plan(run_id))
+            row["run_id"] = run_id
+            row["kept_shards"] = self.num_partials(run_id)
+            rows.append(row)
         rows.sort(key=lambda row: row.get("started_at") or "", reverse=True)
         return pa.Table.from_pylist(rows, UNFINISHED_RUNS)
 
-    def plan(self, run_id: str) -> dict[str, Any]:
+    def plan(self, run_id: str) -> NewObject:
         """Return the description of an unfinished run, as `Store.write_plan` wrote it. Empty without one."""
         data = self.storage.read(self.storage.plan_path(run_id))
-        return _read_plan(data.to_pybytes()) if data else {}
+        if not data:
+            return {}
+        return _read_plan(data.to_pybytes())
 
     def scores(self, **equals: Any) -> pa.Table:
         """Read scores of whole runs whose columns equal the given values: ``scores(site="block", layer=[0, 1])``.
@@ -242,31 +258,45 @@ class Warehouse:
             QueryError: a column does not exist, or no score has that name in it (run, model, site, recipe and so on).
             WarehouseError: as `table`.
         """
-        allowed = {}
+        schema = SCHEMAS["scores"]
+        allowed: dict[str, list[Any]] = {}
         where = pc.scalar(True)
         for name, value in equals.items():
-            require_known("column", name, SCHEMAS["scores"].names, QueryError)
-            allowed[name] = list(value) if isinstance(value, (list, tuple, set, frozenset)) else [value]
+            require_known("column", name, schema.names, QueryError)
+            values = list(value) if isinstance(value, (list, tuple, set, frozenset)) else [value]
             if name == "model":
-                allowed[name] = self._models(allowed[name])
-            where &= pc.field(name).isin(pa.array(allowed[name], SCHEMAS["scores"].field(name).type))
+                values = self._models(values)
+            where &= pc.field(name).isin(pa.array(values, schema.field(name).type))
+            allowed[name] = values
         table = self.table("scores", where=where)
         for name, values in allowed.items():
-            if not pa.types.is_string(SCHEMAS["scores"].field(name).type):
-                continue
-            missing = {value for value in values if value is not None} - set(pc.unique(table[name]).to_pylist())
-            stored = pc.unique(self.table("scores", columns=[name])[name]).drop_null().to_pylist() if missing else []
-            for value in missing if stored else ():  # a warehouse without scores has no names to compare with
-                require_known(name, value, sorted(stored), QueryError)
+            if pa.types.is_string(schema.field(name).type):
+                self._require_stored(name, set(values) - {None} - set(pc.unique(table[name]).to_pylist()))
         return table
 
-    def _models(self, names: list[Any]) -> list[Any]:
-        """Return the full names of models that are named by the end of their path."""
-        models = pc.unique(self.table("runs", columns=["model"])["model"]).to_pylist()
-        ends = grouped((model for model in models if model), basename)
-        return [model for name in names for model in ([name] if name in models else ends.get(name, [name]))]
+    def _require_stored(self, name: str, values: Collection[str]) -> None:
+        """Raise QueryError for a value that no score has in a column of text."""
+        if not values:
+            return
+        stored = pc.unique(self.table("scores", columns=[name])[name]).drop_null().to_pylist()
+        if not stored:  # a warehouse without scores has no names to compare with
+            return
+        for value in values:
+            require_known(name, value, sorted(stored), QueryError)
 
-    def read_scores(self, run_id: str) -> list[dict[str, Any]]:
+    def _models(self, names: Iterable[Any]) -> list[Any]:
+        """Return the full names of models that are named by the end of their path."""
+        models = pc.unique(self.table("runs", columns=["model"])["model"]).drop_null().to_pylist()
+        by_end = grouped(models, basename)
+        full_names = []
+        for name in names:
+            if name in models:
+                full_names.append(name)
+            else:
+                full_names += by_end.get(name, [name])
+        return full_names
+
+    def read_scores(self, run_id: str) -> list[NewRow]:
         """Read the rows of ``scores`` of one run.
 
         Raises:
@@ -287,7 +317,8 @@ class Warehouse:
         """
         stats = self.read_decoded("layer_stats", run_id, "layer_stats", to_strata)
         if stats is None:
-            measured = sorted({run for run, _ in self.storage.files("layer_stats").values()}) or ["none yet"]
+            stored = self.storage.files("layer_stats").values()
+            measured = sorted({measured_id for measured_id, _ in stored}) or ["none yet"]
             raise WarehouseError(f"{self.root} has no layer statistics of run '{run_id}'.", nearest(run_id, measured))
         return merge_strata(stats)
 
@@ -337,9 +368,15 @@ class Warehouse:
         Raises:
             StorageFull, WarehouseError: a file cannot be written, or the warehouse cannot be read.
         """
-        _, done = self._with_runs([], lambda *opened: opened)
+        done = self._with_runs([], _finished_ids)
+        # All folders are listed before any part is written, so that the parts are of one moment.
         stamps = {name: dict(self._files(name, done).values()) for name in SORTED_BY}
-        return {name: self._table_parts(name).compact(stamps[name]) if stamps[name] else 0 for name in SORTED_BY}
+        copied = {}
+        for name in SORTED_BY:
+            copied[name] = 0
+            if stamps[name]:
+                copied[name] = self._table_parts(name).compact(stamps[name])
+        return copied
 
     def drop_stale_parts(self) -> None:
         """Rewrite or delete the parts that copy a file which has changed or is gone. See `compaction`.
@@ -363,24 +400,35 @@ class Warehouse:
 
         def read(shard_id: int) -> ShardResult | None:
             data = self.storage.read(self.storage.shard_path(run_id, shard_id))
-            shard = decode_shard(data, run_id) if data else None
-            fits = shard and shard.shard_id == shard_id and expected[shard_id] in (None, shard.content_hash)
-            return shard if fits else None
+            if not data:
+                return None
+            shard = decode_shard(data, run_id)
+            if shard is None or shard.shard_id != shard_id:
+                return None
+            if expected[shard_id] not in (None, shard.content_hash):
+                return None
+            return shard
 
+        shard_ids = list(expected)
         with ThreadPoolExecutor() as pool:
-            for start in range(0, len(expected), PARTIALS_AT_ONCE):
-                yield from filter(None, pool.map(read, [*expected][start : start + PARTIALS_AT_ONCE]))
+            for start in range(0, len(shard_ids), PARTIALS_AT_ONCE):
+                for shard in pool.map(read, shard_ids[start : start + PARTIALS_AT_ONCE]):
+                    if shard is not None:
+                        yield shard
 
-    def read_partials(self, run: Mapping[str, Any]) -> list[ShardResult]:
+    def read_partials(self, run: TableRow) -> list[ShardResult]:
         """Read all partials of a row of ``runs``, in order. Empty if one is missing or damaged.
 
         A damaged one is noted in `damaged`.
         """
-        run_id, number = run["run_id"], run["num_shards"] or 0
-        shards = [*self.each_shard(run_id, dict.fromkeys(range(number)))]
-        if len(shards) < number <= self.num_partials(run_id):
+        run_id = run["run_id"]
+        number = run["num_shards"] or 0
+        shards = list(self.each_shard(run_id, dict.fromkeys(range(number))))
+        if len(shards) == number:
+            return shards
+        if self.num_partials(run_id) >= number:
             self.damaged.setdefault(run_id, Damage("shard_stats", "a partial is damaged"))
-        return shards if len(shards) == number else []
+        return []
 
     def sql(self, query: str) -> pa.Table:
         """Return the result of one DuckDB query over the views of `TABLES`.
@@ -419,7 +467,8 @@ class Warehouse:
                     continue
                 stored = self._files(name, done)
                 if name in TABLES_OF_EVERY_RUN:
-                    self._note_missing(name, stored, done if run_ids is None else done.intersection(run_ids))
+                    expected = done if run_ids is None else done.intersection(run_ids)
+                    self._note_missing(name, stored, expected)
                 datasets[name] = self._dataset(name, stored, run_ids)
             return work(datasets)
 
@@ -442,12 +491,21 @@ class Warehouse:
                 return work(*self._runs())
             except (OSError, pa.ArrowException, *failures) as error:
                 self._finished = None
-                parts = [self._table_parts(name) for name in self._parts.keys() & {"runs", *tables}]
-                if not sum(part.leave_out_unreadable() for part in parts):
-                    if isinstance(error, failures):
-                        raise
-                    with self.storage.reading(f"{self.root}/{tables[0] if tables else 'runs'}"):
-                        raise
+                if self._leave_out_unreadable({"runs", *tables}):
+                    continue
+                if isinstance(error, failures):
+                    raise
+                first = tables[0] if tables else "runs"
+                with self.storage.reading(f"{self.root}/{first}"):
+                    raise
+
+    def _leave_out_unreadable(self, tables: Collection[str]) -> bool:
+        """Leave out the parts of tables that cannot be read, and return whether there are new ones."""
+        has_new = False
+        for name, parts in self._parts.items():
+            if name in tables and parts.leave_out_unreadable():
+                has_new = True
+        return has_new
 
     def _runs(self) -> tuple[ds.Dataset | None, set[str]]:
         """Return the dataset of ``runs``, None without any run, and the ids of finished runs.
@@ -465,27 +523,35 @@ class Warehouse:
                 self._refuse_without_runs()
             return None, set()  # evaluations of models that were not scored
         rows = runs.to_table(RUN_COLUMNS)
-        without_row = {run_id for run_id, _ in files.values()}.difference(rows["run_id"].to_pylist())
+        stored = {run_id for run_id, _ in files.values()}
+        without_row = stored.difference(rows["run_id"].to_pylist())
         self._note_damaged("runs", dict.fromkeys(sorted(without_row), "it has no row; a run has one"))
-        if damaged := damaged_runs("runs", rows):
+        damaged = damaged_runs("runs", rows)
+        if damaged:
             self._note_damaged("runs", damaged)
             runs = runs.filter(~pc.field("run_id").isin(list(damaged)))
             rows = without_runs(rows, damaged)
         if not rows:
             self._refuse_without_runs()
-        finished = runs, set(rows["run_id"].filter(pc.equal(rows["status"], "done")).to_pylist())
-        self._finished = finished if self._snapshot else None
+        done = rows.filter(pc.equal(rows["status"], "done"))
+        finished = (runs, set(done["run_id"].to_pylist()))
+        if self._snapshot:
+            self._finished = finished
         return finished
 
     def _refuse_without_runs(self) -> NoReturn:
         for run_id, damage in self.damaged.items():
             raise NoRuns(f"Cannot read {damage.subject} {run_id} of {self.root}: {damage}.", damage.hint)
-        if unfinished := self.unfinished().num_rows:
-            begun = f"{count_of(unfinished, 'run')} {'has' if unfinished == 1 else 'have'} begun"
+        unfinished = self.unfinished().num_rows
+        if unfinished:
+            verb = "has" if unfinished == 1 else "have"
+            begun = f"{count_of(unfinished, 'run')} {verb} begun"
             listing = command_line("ls", "-w", self.root)
             raise NoRuns(f"{self.root} has no finished run yet.", f"{begun}: {listing}")
         folder = self.storage.filesystem.get_file_info(f"{self.storage.base}/runs")
-        problem = "has no runs yet" if folder.type else "is not a warehouse: it has no runs folder"
+        problem = "is not a warehouse: it has no runs folder"
+        if folder.type:
+            problem = "has no runs yet"
         raise NoRuns(f"{self.root} {problem}.", "avss score makes one; a run counts once it has finished.")
 
     def _dataset(self, name: str, files: Files, requested: Collection[str] | None = None) -> ds.Dataset | None:
@@ -500,6 +566,7 @@ class Warehouse:
             filesystem = self.storage.filesystem
             datasets.append(ds.dataset(readable.paths, SCHEMAS[name], _VERIFIED_PAGES, filesystem, hive))
         if readable.converted:
+            # Arrow has read or computed all of these columns: none holds an object of Python.
             datasets.append(ds.dataset(pa.concat_tables(readable.converted)))
         if not datasets:
             return None
@@ -515,23 +582,24 @@ class Warehouse:
             requested: ids of the runs that are to be read; None for all.
         """
         stamps = dict(files.values())
-        run_ids = stamps.keys() if requested is None else stamps.keys() & set(requested)
-        few = requested is not None and len(run_ids) < MIN_RUNS and self.storage.is_local  # a large file is slower
+        run_ids = set(stamps)
+        if requested is not None:
+            run_ids &= set(requested)
+        # To open a large file for few runs takes longer than to open theirs.
+        has_few = requested is not None and len(run_ids) < MIN_RUNS and self.storage.is_local
         paths: list[str] = []
-        if self._use_compacted and name in SORTED_BY and not few:
+        if self._use_compacted and name in SORTED_BY and not has_few:
             parts = self._table_parts(name)
-            paths = [*map(str, parts.covering(stamps, run_ids))]
-            run_ids = run_ids - parts.run_ids
+            paths = [str(path) for path in parts.covering(stamps, run_ids)]
+            run_ids -= parts.run_ids
         return paths, {path: run_id for path, (run_id, _) in files.items() if run_id in run_ids}
 
     def _files(self, name: str, done: Collection[str]) -> Files:
         """Return the files of a table. A table of whole runs has files of the runs ``done`` alone."""
-        every = name in ("runs", *EVALUATION_TABLES)
-        return {
-            path: (run_id, stamp)
-            for path, (run_id, stamp) in self.storage.files(stored_table(name)).items()
-            if every or run_id in done
-        }
+        stored = self.storage.files(stored_table(name))
+        if name in ("runs", *EVALUATION_TABLES):
+            return stored
+        return {path: (run_id, stamp) for path, (run_id, stamp) in stored.items() if run_id in done}
 
     def _table_parts(self, name: str) -> TableParts:
         if name not in self._parts:
@@ -575,8 +643,7 @@ class Warehouse:
                 if name == "experiments":
                     rows = with_experiment_ids(rows, path)
                 return _OpenedFile(converted=rows)
-            types = {column.name: column.type for column in file.schema_arrow}
-            if any(types.get(column.name, column.type) != column.type for column in schema):
+            if _has_other_types(file.schema_arrow, schema):
                 conform(file.read(), schema)
         except FileNotFoundError:
             return _OpenedFile(problem="it is gone")
@@ -587,8 +654,10 @@ class Warehouse:
     def _whole(self, name: str, table: pa.Table) -> pa.Table:
         """Return a table without the rows of damaged runs."""
         damaged = damaged_runs(name, table)
+        if not damaged:
+            return table
         self._note_damaged(name, damaged)
-        return without_runs(table, damaged) if damaged else table
+        return without_runs(table, damaged)
 
     def _note_damaged(self, table: str, reasons: Mapping[str, str]) -> None:
         """Note reasons, by run id, in `damaged`, which `TableParts` hold too. Earlier reasons stay."""
@@ -618,7 +687,20 @@ def _unchanged(rows: pa.Table) -> pa.Table:
     return rows
 
 
-def _read_plan(data: bytes) -> dict[str, Any]:
+def _finished_ids(_: ds.Dataset | None, done: set[str]) -> set[str]:
+    return done
+
+
+def _has_other_types(stored: pa.Schema, schema: pa.Schema) -> bool:
+    """Whether a column of a file has another type than in the schema of its table."""
+    for column in stored:
+        place = schema.get_field_index(column.name)
+        if place >= 0 and schema.field(place).type != column.type:
+            return True
+    return False
+
+
+def _read_plan(data: bytes) -> NewObject:
     """Return what `Store.write_plan` has written of an unfinished run. Empty if it is damaged."""
     try:
         plan = dict(json.loads(data))
@@ -634,8 +716,12 @@ def _read_plan(data: bytes) -> dict[str, Any]:
 def _ids(names: Iterable[str], prefix: str) -> set[str]:
     """Return the run ids in the names of files or folders that begin with a prefix."""
     pattern = re.compile(rf"{re.escape(prefix)}([\w.-]+)")
-    matches = (pattern.fullmatch(name) for name in names)
-    return {match[1] for match in matches if match}
+    run_ids = set()
+    for name in names:
+        match = pattern.fullmatch(name)
+        if match:
+            run_ids.add(match[1])
+    return run_ids
 
 
 def without_runs(table: pa.Table, run_ids: Collection[str]) -> pa.Table:
@@ -651,8 +737,22 @@ def grouped(items: Iterable[T], key: Callable[[T], K]) -> dict[K, list[T]]:
     return groups
 
 
-def slices_by(table: pa.Table, names: Sequence[str]) -> list[tuple[dict[str, Any], int, int]]:
-    """Return the key, the first row and the row after the last of each group of rows with equal values in some columns.
+class RowSlice(NamedTuple):
+    """Consecutive rows of a table with equal values in some columns.
+
+    Attributes:
+        key: these values, by column.
+        start: the first row.
+        stop: the row after the last.
+    """
+
+    key: NewRow
+    start: int
+    stop: int
+
+
+def slices_by(table: pa.Table, names: Sequence[str]) -> list[RowSlice]:
+    """Return the groups of consecutive rows with equal values in some columns.
 
     Args:
         table: sorted by these columns.
@@ -660,8 +760,11 @@ def slices_by(table: pa.Table, names: Sequence[str]) -> list[tuple[dict[str, Any
     """
     if not len(table):
         return []
-    columns = (table[name].combine_chunks().dictionary_encode() for name in names)
-    codes = [column.indices.to_numpy() for column in columns]
-    starts = np.flatnonzero(np.any([np.diff(code, prepend=-1) != 0 for code in codes], axis=0))
+    is_first = np.zeros(len(table), bool)
+    for name in names:
+        codes = table[name].combine_chunks().dictionary_encode().indices.to_numpy()
+        is_first |= np.diff(codes, prepend=-1) != 0
+    starts = np.flatnonzero(is_first)
+    stops = [*starts[1:].tolist(), len(table)]
     keys = table.select(list(names)).take(starts).to_pylist()
-    return list(zip(keys, starts.tolist(), [*starts[1:].tolist(), len(table)], strict=True))
+    return [RowSlice(key, start, stop) for key, start, stop in zip(keys, starts.tolist(), stops, strict=True)]

@@ -15,12 +15,12 @@ from __future__ import annotations
 
 import math
 import time
+from collections import Counter
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from datetime import datetime
 from functools import cached_property
-from typing import Any
 
 import pyarrow as pa
 import pyarrow.compute as pc
@@ -32,12 +32,17 @@ from avss_dist.core.files import LEFTOVER_SECONDS, is_running
 from avss_dist.core.results import TabularResult
 from avss_dist.core.streams import tracked
 from avss_dist.core.text import count_of, describe_bytes, describe_seconds
+from avss_dist.core.values import NewRow, TableRow
 from avss_dist.warehouse.reader import Warehouse
 from avss_dist.warehouse.schema import TABLES, UNFINISHED
 from avss_dist.warehouse.storage import PATCHES
 
-RUN, EVALUATION, LEFTOVER, CELLS, PATCH = "run", "evaluation", "leftover", "cells", "patch"
-"""Kinds of what is removed."""
+# Kinds of what is removed
+RUN = "run"
+EVALUATION = "evaluation"
+LEFTOVER = "leftover"
+CELLS = "cells"
+PATCH = "patch"
 _NOUNS = {RUN: "run", EVALUATION: "evaluation", LEFTOVER: "leftover", CELLS: "unread evaluation", PATCH: "repair"}
 DELETED_FIRST = ("evaluations", "precision", "cells", "runs", "shard_stats")
 """Tables whose folders of an id are deleted before those of all others, in this order."""
@@ -96,7 +101,9 @@ class Catalog:
         self.files = {table: warehouse.storage.folders(table) for table in TABLES}
         self.runs = self._read_runs()
         self.evaluations = self._read_evaluations()
-        stored = {run_id for folders in self.files.values() for run_id in folders}
+        stored: set[str] = set()
+        for folders in self.files.values():
+            stored.update(folders)
         self.leftovers = sorted(stored - self.runs.keys() - self.evaluations.keys())
 
     def _read_runs(self) -> dict[str, Entry]:
@@ -112,12 +119,14 @@ class Catalog:
         stored = self.files["evaluations"].keys() | self.files["cells"].keys()
         evaluations = {run_id: Entry(run_id=run_id) for run_id in sorted(stored - self.runs.keys())}
         without_result = [run_id for run_id in evaluations if not self.files["evaluations"].get(run_id)]
-        for row in [*self._rows("evaluations", ["task"]), *self._rows("cells", ["task"], without_result)]:
+        rows = self._rows("evaluations", ["task"])
+        rows += self._rows("cells", ["task"], without_result)
+        for row in rows:
             if row["run_id"] in evaluations:
                 evaluations[row["run_id"]] = _entry(row, "task")
         return evaluations
 
-    def _rows(self, table: str, columns: Sequence[str], run_ids: Collection[str] | None = None) -> list[dict[str, Any]]:
+    def _rows(self, table: str, columns: Sequence[str], run_ids: Collection[str] | None = None) -> list[NewRow]:
         """Return the distinct rows of columns of a table, with what identifies a run."""
         names = ["run_id", "model", "revision", *columns]
         try:
@@ -135,7 +144,9 @@ class Catalog:
         """Return the kind of an id."""
         if run_id in self.runs:
             return RUN
-        return EVALUATION if run_id in self.evaluations else LEFTOVER
+        if run_id in self.evaluations:
+            return EVALUATION
+        return LEFTOVER
 
     def files_of(self, run_id: str) -> Iterator[pafs.FileInfo]:
         """Yield the files of an id in all tables."""
@@ -183,7 +194,10 @@ class Catalog:
         named_by_others: set[str] = set()
         for table in ("cells", "evaluations", "experiments"):
             for row in self._rows(table, ["patch"]):
-                (named if row["run_id"] in run_ids else named_by_others).add(row["patch"])
+                if row["run_id"] in run_ids:
+                    named.add(row["patch"])
+                else:
+                    named_by_others.add(row["patch"])
         unread: dict[str, pafs.FileInfo] = {}
         for key, file in sorted(stored.items()):
             is_left = every and _age([file]) > LEFTOVER_SECONDS
@@ -202,7 +216,10 @@ class Catalog:
         """
         problems = []
         for run_id in run_ids:
-            problem = self._evaluation_in_use(run_id) if run_id in self.evaluations else self._run_in_use(run_id)
+            if run_id in self.evaluations:
+                problem = self._evaluation_in_use(run_id)
+            else:
+                problem = self._run_in_use(run_id)
             if problem:
                 problems.append(problem)
         if problems:
@@ -217,8 +234,11 @@ class Catalog:
         if running:
             number = process.split("-")[1]
             return ConfigError(f"Run {run_id} is being measured by process {number} of this machine.", "Stop it first.")
+        is_of_another_machine = running is None
+        if not is_of_another_machine:
+            return None
         age = min(_age(self.files_of(run_id)), _seconds_since(plan.get("started_at")))
-        return _recently_written(run_id, age, LEFTOVER_SECONDS) if running is None else None
+        return _recently_written(run_id, age, LEFTOVER_SECONDS)
 
     def _evaluation_in_use(self, run_id: str) -> ConfigError | None:
         cells = _newest(self.files["cells"].get(run_id, ()))
@@ -257,12 +277,18 @@ class Removal(TabularResult):
         Raises:
             ConfigError: one of them is being measured.
         """
-        going, shared = ([], []) if keep_evaluations else catalog.evaluations_of(run_ids)
+        going: list[str] = []
+        shared: list[str] = []
+        if not keep_evaluations:
+            going, shared = catalog.evaluations_of(run_ids)
         kinds = dict.fromkeys(going, EVALUATION)
-        kinds |= {run_id: catalog.kind(run_id) for run_id in run_ids}
+        for run_id in run_ids:
+            kinds[run_id] = catalog.kind(run_id)
         catalog.require_idle(kinds)
         if unused:
-            kinds = dict.fromkeys(catalog.unread_cells(), CELLS) | dict.fromkeys(catalog.leftovers, LEFTOVER) | kinds
+            unread = dict.fromkeys(catalog.unread_cells(), CELLS)
+            unread |= dict.fromkeys(catalog.leftovers, LEFTOVER)
+            kinds = unread | kinds  # the kind of what was named is that of its name
         return cls(
             catalog=catalog,
             kinds=kinds,
@@ -304,16 +330,20 @@ class Removal(TabularResult):
     @cached_property
     def _table(self) -> pa.Table:
         catalog = self.catalog
-        rows: list[dict[str, Any]] = []
+        rows: list[NewRow] = []
         for run_id, kind in self.kinds.items():
             entry = catalog.runs.get(run_id) or catalog.evaluations.get(run_id) or Entry(run_id=run_id)
             about = {"model": entry.model, "about": entry.about}
-            stored = {table: folders[run_id] for table, folders in catalog.files.items() if folders.get(run_id)}
-            for table, files in stored.items():
-                rows.append({**_row(kind, run_id, table, files), **about, "rows": self._count_rows(files)})
-            if not stored:  # a run that has begun, and has stored nothing yet
+            has_files = False
+            for table, folders in catalog.files.items():
+                files = folders.get(run_id)
+                if files:
+                    has_files = True
+                    rows.append({**_row(kind, run_id, table, files), **about, "rows": self._count_rows(files)})
+            if not has_files:  # a run that has begun, and has stored nothing yet
                 rows.append({**_row(kind, run_id, None, []), **about, "rows": 0})
-        rows += [_row(PATCH, key, PATCHES, [file]) for key, file in self.patches.items()]
+        for key, file in self.patches.items():
+            rows.append(_row(PATCH, key, PATCHES, [file]))
         return pa.Table.from_pylist(rows, REMOVED)
 
     def _count_rows(self, files: Sequence[pafs.FileInfo]) -> int | None:
@@ -332,19 +362,26 @@ class Removal(TabularResult):
 
     def summary(self) -> str:
         """Return how many runs, evaluations and patches are removed, and the size of their files, in a line."""
-        kinds = [*self.kinds.values(), *(PATCH for _ in self.patches)]
-        parts = [count_of(kinds.count(kind), noun) for kind, noun in _NOUNS.items() if kind in kinds]
+        numbers = Counter(self.kinds.values())
+        numbers[PATCH] = len(self.patches)
+        parts = [count_of(numbers[kind], noun) for kind, noun in _NOUNS.items() if numbers[kind]]
         files = pc.sum(self._table["files"]).as_py() or 0
         size = pc.sum(self._table["bytes"]).as_py() or 0
         return f"{', '.join(parts)}: {count_of(files, 'file')}, {describe_bytes(size)}"
 
 
-def _entry(row: Mapping[str, Any], about: str) -> Entry:
+def _entry(row: TableRow, about: str) -> Entry:
     """Return the entry of a row of a table. ``about`` names the column that says what it is about."""
-    return Entry(run_id=row["run_id"], model=row["model"] or "", revision=row["revision"] or "", about=row[about] or "")
+    return Entry(
+        run_id=row["run_id"],
+        model=row["model"] or "",
+        revision=row["revision"] or "",
+        about=row[about] or "",
+    )
 
 
-def _row(kind: str, run_id: str, table: str | None, files: Sequence[pafs.FileInfo]) -> dict[str, Any]:
+def _row(kind: str, run_id: str, table: str | None, files: Sequence[pafs.FileInfo]) -> NewRow:
+    """Return a row of the table `REMOVED`, without what it is about and the number of its rows."""
     size = sum(file.size or 0 for file in files)
     return {"kind": kind, "run_id": run_id, "table": table, "files": len(files), "bytes": size}
 
@@ -361,7 +398,9 @@ def _age(files: Iterable[pafs.FileInfo]) -> float:
 
 def _seconds_since(moment: str | None) -> float:
     """Return the seconds since a time in ISO 8601. Infinity without one."""
-    return time.time() - datetime.fromisoformat(moment).timestamp() if moment else math.inf
+    if not moment:
+        return math.inf
+    return time.time() - datetime.fromisoformat(moment).timestamp()
 
 
 def _recently_written(run_id: str, age: float, minimum: float) -> ConfigError | None:

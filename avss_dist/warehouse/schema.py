@@ -5,14 +5,14 @@ The schemas of the Parquet files, ``avss query --schema`` and the tables of the 
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import pyarrow as pa
 
 from avss_dist.core.intervention import PART_NAMES
 from avss_dist.core.sites import EVERY_SITE
+from avss_dist.core.values import TableRow
 from avss_dist.stats.catalog import BASELINES, RECIPES, SCORES
 from avss_dist.stats.layer_stats import (
     HISTOGRAM_BINS,
@@ -31,14 +31,27 @@ SCHEMA_VERSION = 4
 A change that makes them misread new files raises it. A new column does not: they ignore it. In old files it is null.
 """
 
-STRING, BOOL = pa.string(), pa.bool_()
-INT32, INT64, FLOAT32, FLOAT64 = pa.int32(), pa.int64(), pa.float32(), pa.float64()
-INT16_LIST, INT32_LIST, INT64_LIST = pa.list_(pa.int16()), pa.list_(INT32), pa.list_(INT64)
-FLOAT32_LIST, FLOAT64_LIST, STRING_LIST = pa.list_(FLOAT32), pa.list_(FLOAT64), pa.list_(STRING)
-MAP, TIME = pa.map_(STRING, STRING), pa.timestamp("us", "UTC")
+STRING = pa.string()
+BOOL = pa.bool_()
+INT32 = pa.int32()
+INT64 = pa.int64()
+FLOAT32 = pa.float32()
+FLOAT64 = pa.float64()
+INT16_LIST = pa.list_(pa.int16())
+INT32_LIST = pa.list_(INT32)
+INT64_LIST = pa.list_(INT64)
+FLOAT32_LIST = pa.list_(FLOAT32)
+FLOAT64_LIST = pa.list_(FLOAT64)
+STRING_LIST = pa.list_(STRING)
+MAP = pa.map_(STRING, STRING)
+TIME = pa.timestamp("us", "UTC")
 
 MAX_INDEX = 100_000
-COUNT, INDEX, SHARE, SIZE = (0, 2**62), (0, MAX_INDEX), (0, 1), (0, 1e300)  # bounds of columns
+# Bounds of columns
+COUNT = (0, 2**62)
+INDEX = (0, MAX_INDEX)
+SHARE = (0, 1)
+SIZE = (0, 1e300)
 THRESHOLD_KINDS = ("absolute", "rms")
 _TIMES = (-62_135_596_800_000_000, 253_402_300_799_999_999)  # microseconds of the years 1 to 9999, which Python has
 
@@ -69,7 +82,9 @@ class Column:
     @property
     def description(self) -> str:
         """The meaning, with the unit in brackets."""
-        return f"{self.meaning} [{self.unit}]" if self.unit else self.meaning
+        if not self.unit:
+            return self.meaning
+        return f"{self.meaning} [{self.unit}]"
 
 
 SCORE_AGAIN = "avss score --fresh replaces a damaged file; avss rm removes its run."
@@ -112,17 +127,44 @@ class RunIdentity:
     family: str
 
 
-_COUNTS = ("count", "zero_count", "nonfinite_count", "token_count", "unit_count", "sequence_count")
-_FIELD_CHECKS: dict[str, dict[str, Any]] = {
-    **{name: {"bounds": COUNT} for name in (*_COUNTS, "routed_tokens", "output_count")},
-    "thresholds": {"bounds": SIZE},
-    "near_zero": {"bounds": COUNT, "as_long_as": "thresholds"},
-}
-"""Checks of the columns of the fields of LayerStats and ExpertStats and of row statistics, by name."""
+_COUNTS = (
+    *("count", "zero_count", "nonfinite_count", "token_count", "unit_count", "sequence_count"),
+    *("routed_tokens", "output_count"),
+)
+"""Fields of LayerStats and ExpertStats and of row statistics that count."""
 
 
 def _field_column(name: str, kind: pa.DataType, meaning: str, unit: str = "") -> Column:
-    return Column(name, kind, meaning, unit, **_FIELD_CHECKS.get(name, {}))
+    """Return the column of a field of LayerStats or ExpertStats, or of a row statistic."""
+    if name in _COUNTS:
+        return Column(name, kind, meaning, unit, bounds=COUNT)
+    if name == "thresholds":
+        return Column(name, kind, meaning, unit, bounds=SIZE)
+    if name == "near_zero":
+        return Column(name, kind, meaning, unit, bounds=COUNT, as_long_as="thresholds")
+    return Column(name, kind, meaning, unit)
+
+
+def _layer_columns() -> Iterator[Column]:
+    """Yield a column for each field of LayerStats, with two lists in place of the histogram, at the end."""
+    for name, (kind, texts, _) in annotations_of(LayerStats).items():
+        if name != "histogram":
+            yield _field_column(name, _ARROW[kind], *texts)
+    yield Column(
+        "histogram_bin",
+        INT16_LIST,
+        "bins of abs(x) that hold elements: 8 exponent and top 3 mantissa bits",
+        bounds=(0, HISTOGRAM_BINS - 1),
+    )
+    yield Column(
+        "histogram_count", INT64_LIST, "elements in each of those bins", bounds=COUNT, as_long_as="histogram_bin"
+    )
+
+
+def _expert_columns() -> Iterator[Column]:
+    """Yield a column for each field of ExpertStats."""
+    for name, (kind, texts, _) in annotations_of(ExpertStats).items():
+        yield _field_column(name, INT64 if kind is Int64 else FLOAT64, *texts)
 
 
 _SCORES = {name: Column(info.column, FLOAT64, info.definition, info.unit) for name, info in SCORES.items()}
@@ -145,29 +187,12 @@ _PLACE = (
     ),
 )
 _MAP = Column("map", STRING, "module path of the linear map, below the layer")
-_STATS = (
-    *(
-        _field_column(name, _ARROW[kind], *texts)
-        for name, (kind, texts, _) in annotations_of(LayerStats).items()
-        if name != "histogram"
-    ),
-    Column(
-        "histogram_bin",
-        INT16_LIST,
-        "bins of abs(x) that hold elements: 8 exponent and top 3 mantissa bits",
-        bounds=(0, HISTOGRAM_BINS - 1),
-    ),
-    Column("histogram_count", INT64_LIST, "elements in each of those bins", bounds=COUNT, as_long_as="histogram_bin"),
-)
-"""A column for each field of LayerStats, with two lists in place of the histogram, at the end."""
+_STATS = tuple(_layer_columns())
 _SHARD = Column("shard_id", INT64, "index of the shard in the corpus", bounds=COUNT)
 _EXPERT = (
     *_PLACE[:3],
     Column("expert", INT32, "index of the expert in its layer, from 0", bounds=COUNT),
-    *(
-        _field_column(name, INT64 if kind is Int64 else FLOAT64, *texts)
-        for name, (kind, texts, _) in annotations_of(ExpertStats).items()
-    ),
+    *_expert_columns(),
 )
 _EXPERT_REQUIRED = frozenset({column.name for column in _EXPERT} - {"router_entropy_sum"})
 _STRATUM = Column("stratum", STRING, "of paired text, the label of the answers, and whether they follow another prompt")
@@ -527,9 +552,13 @@ class Damage:
         return TABLES[self.table].replaced_by
 
 
-def columns_of(rows: Sequence[Mapping[str, Any]], schema: pa.Schema) -> dict[str, pa.Array]:
+def columns_of(rows: Sequence[TableRow], schema: pa.Schema) -> dict[str, pa.Array]:
     """Return the columns of rows by name. What a row lacks is null, and so is NaN."""
-    return {f.name: pa.array([row.get(f.name) for row in rows], f.type, from_pandas=True) for f in schema}
+    columns = {}
+    for field in schema:
+        values = [row.get(field.name) for row in rows]
+        columns[field.name] = pa.array(values, field.type, from_pandas=True)
+    return columns
 
 
 UNFINISHED = "unfinished"  # in lists, the status of a run that has begun and has no row

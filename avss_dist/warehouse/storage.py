@@ -23,7 +23,8 @@ _ADDRESS_HINT = "Check the address, and who may {} there."
 PLAN = ".plan-"  # before the id of an unfinished run: the name of a file
 COMPACTED = "compacted"  # folder of copies of many files, beside the tables: see `compaction`
 PATCHES = "patches"  # folder of the weights that repair models
-LOCAL_READERS, REMOTE_READERS = 2, 16
+LOCAL_READERS = 2
+REMOTE_READERS = 16  # most of their time is waiting
 _ONE_FILE = r"[0-9a-f]{20}"  # a part of the fingerprint of a cell, an experiment and so on
 FILE_NAMES = {
     "runs": "run",
@@ -61,7 +62,9 @@ class Storage:
 
     def __init__(self, root: str | Path, *, snapshot: bool = False) -> None:
         self.root = RedactedURI(root)
-        self._listings: dict[tuple[str, bool], list[pafs.FileInfo]] | None = {} if snapshot else None
+        self._snapshot = snapshot
+        self._listings: dict[tuple[str, bool], list[pafs.FileInfo]] = {}
+        """Listings of a snapshot, by folder and whether what is below its folders is listed, too."""
         scheme = _SCHEME.match(self.root)
         try:
             if scheme and scheme[1].lower() not in SCHEMES:
@@ -69,7 +72,8 @@ class Storage:
             self.filesystem, path = pafs.FileSystem.from_uri(_uri(self.root.full))
         except (OSError, pa.ArrowException) as error:
             hint = "Give a folder, or an s3://, gs://, hdfs:// or file:// URI."
-            hint = _ADDRESS_HINT.format("read") if isinstance(error, OSError) else hint
+            if isinstance(error, OSError):
+                hint = _ADDRESS_HINT.format("read")
             raise WarehouseError(f"Cannot open {self.root}: {_reason(error)}.", hint) from None
         self.base = path.rstrip("/")
         self.is_local = self.filesystem.type_name == "local"
@@ -105,18 +109,24 @@ class Storage:
         Args:
             run_id: list only the folder of this run.
         """
-        folder = f"{self.base}/{table}"
-        infos = self._list(table if run_id is None else f"{table}/run_id={run_id}", recursive=True)
+        listed = table if run_id is None else f"{table}/run_id={run_id}"
         name = re.compile(rf"/run_id=([\w.-]+)/{FILE_NAMES[table]}\.parquet")
-        matches = ((info, name.fullmatch(info.path, len(folder))) for info in infos)
-        return {info.path: (match[1], f"{info.size} {info.mtime_ns}") for info, match in matches if match}
+        start = len(f"{self.base}/{table}")
+        files = {}
+        for info in self._list(listed, recursive=True):
+            match = name.fullmatch(info.path, start)
+            if match:
+                files[info.path] = (match[1], f"{info.size} {info.mtime_ns}")
+        return files
 
     def folders(self, table: str) -> dict[str, list[pafs.FileInfo]]:
         """Return all files in the folder of each run of a table, also those that `files` ignores, by run id."""
         folder = re.compile(r"/run_id=([\w.-]+)(/.*)?")
         contents: dict[str, list[pafs.FileInfo]] = {}
+        start = len(f"{self.base}/{table}")
         for info in self._list(table, recursive=True):
-            if match := folder.fullmatch(info.path, len(f"{self.base}/{table}")):
+            match = folder.fullmatch(info.path, start)
+            if match:
                 files = contents.setdefault(match[1], [])
                 if info.is_file:
                     files.append(info)
@@ -124,9 +134,12 @@ class Storage:
 
     def patches(self) -> dict[str, pafs.FileInfo]:
         """Return the files of all patches, by key."""
-        files = {info.base_name: info for info in self._list(PATCHES, recursive=False)}
-        matches = ((re.fullmatch(r"([0-9a-f]{64})\.safetensors", name), info) for name, info in files.items())
-        return {match[1]: info for match, info in matches if match}
+        patches = {}
+        for info in self._list(PATCHES, recursive=False):
+            match = re.fullmatch(r"([0-9a-f]{64})\.safetensors", info.base_name)
+            if match:
+                patches[match[1]] = info
+        return patches
 
     def names(self, folder: str) -> set[str]:
         """Return the names of the files and folders right below a folder, such as that of a table."""
@@ -134,13 +147,14 @@ class Storage:
 
     def _list(self, folder: str, *, recursive: bool) -> list[pafs.FileInfo]:
         """Return the files and folders below a folder of the warehouse, or an empty list if it does not exist."""
-        listings = {} if self._listings is None else self._listings
-        if (folder, recursive) not in listings:
-            with self.reading(f"{self.root}/{folder}"):
-                listings[folder, recursive] = self.filesystem.get_file_info(
-                    pafs.FileSelector(f"{self.base}/{folder}", recursive=recursive, allow_not_found=True)
-                )
-        return listings[folder, recursive]
+        if (folder, recursive) in self._listings:
+            return self._listings[folder, recursive]
+        selector = pafs.FileSelector(f"{self.base}/{folder}", recursive=recursive, allow_not_found=True)
+        with self.reading(f"{self.root}/{folder}"):
+            infos: list[pafs.FileInfo] = self.filesystem.get_file_info(selector)
+        if self._snapshot:
+            self._listings[folder, recursive] = infos
+        return infos
 
     def compacted_path(self, table: str, stem: str) -> str:
         """Return the path of a part of a table, see `compaction`."""
@@ -148,8 +162,12 @@ class Storage:
 
     def compacted(self, table: str) -> dict[str, str]:
         """Return the paths of the parts of a table, by the stem of their names."""
-        paths = [PurePosixPath(info.path) for info in self._list(COMPACTED, recursive=True)]
-        return {path.stem: str(path) for path in paths if path.match(f"{COMPACTED}/{table}/*.parquet")}
+        parts = {}
+        for info in self._list(COMPACTED, recursive=True):
+            path = PurePosixPath(info.path)
+            if path.match(f"{COMPACTED}/{table}/*.parquet"):
+                parts[path.stem] = str(path)
+        return parts
 
     def plan_path(self, run_id: str) -> str:
         """Return the path of the file that describes an unfinished run. Readers of tables ignore it."""
@@ -222,11 +240,15 @@ class Storage:
     def _describe_kept(self, path: str) -> str:
         """Describe what is stored of the run that a file belongs to: its shards, if it has any, with the verb."""
         folder, name = path.split("/")[-2:]
-        run_id = name.removeprefix(PLAN) if name.startswith(PLAN) else folder.removeprefix("run_id=")
+        if name.startswith(PLAN):
+            run_id = name.removeprefix(PLAN)
+        else:
+            run_id = folder.removeprefix("run_id=")
         stored = len(self.files("shard_stats", run_id))
         if not stored:
             return "what was measured is"
-        return f"{count_of(stored, 'shard')} {'is' if stored == 1 else 'are'}"
+        verb = "is" if stored == 1 else "are"
+        return f"{count_of(stored, 'shard')} {verb}"
 
     def write_patch(self, data: bytes) -> str:
         """Write weights that repair a model, in safetensors, and return their key: their SHA-256, in hex."""
@@ -246,12 +268,14 @@ class Storage:
         """
         path = self._patch_path(key)
         data = self.read(path)
-        if data is None or hashlib.sha256(data).hexdigest() != key:
-            raise DamagedFile(
-                f"Cannot read {path}: it is {'gone' if data is None else 'not what was written'}.",
-                "Delete it, and run the same command again: it is fitted again.",
-            )
-        return bytes(data)
+        if data is None:
+            problem = "gone"
+        elif hashlib.sha256(data).hexdigest() == key:
+            return bytes(data)
+        else:
+            problem = "not what was written"
+        hint = "Delete it, and run the same command again: it is fitted again."
+        raise DamagedFile(f"Cannot read {path}: it is {problem}.", hint)
 
     def _patch_path(self, key: str) -> str:
         return f"{self.base}/{PATCHES}/{key}.safetensors"
@@ -262,8 +286,11 @@ class Storage:
         Raises:
             WarehouseError: the storage failed, and not the file.
         """
-        unknown = type(error) is pa.ArrowException  # to pyarrow: of the library by which it asks an object store
-        if unknown or (isinstance(error, OSError) and (error.errno is not None or not self.is_local)):
+        # Errors of the library by which pyarrow asks an object store have no class of their own.
+        is_of_object_store = type(error) is pa.ArrowException
+        # On a local disk, errors without a number are of the content of a file.
+        is_of_system = isinstance(error, OSError) and (error.errno is not None or not self.is_local)
+        if is_of_object_store or is_of_system:
             raise WarehouseError(f"Cannot read {path}: {_reason(error)}", _ADDRESS_HINT.format("read")) from error
         return _reason(error)
 
@@ -278,8 +305,10 @@ class Storage:
 
 def _replaced_by(path: str) -> str:
     """Return a sentence with the command that replaces a damaged file of a table."""
-    tables = [TABLES[folder] for folder in path.split("/") if folder in TABLES]
-    return tables[-1].replaced_by if tables else SCORE_AGAIN
+    tables = [folder for folder in path.split("/") if folder in TABLES]
+    if not tables:
+        return SCORE_AGAIN
+    return TABLES[tables[-1]].replaced_by
 
 
 def _uri(root: str) -> str:
@@ -288,7 +317,8 @@ def _uri(root: str) -> str:
         return Path(root).expanduser().absolute().as_uri()
     if not root.startswith("s3:") or "allow_delayed_open=" in root:
         return root
-    return f"{root}{'&' if '?' in root else '?'}allow_delayed_open=true"
+    separator = "&" if "?" in root else "?"
+    return f"{root}{separator}allow_delayed_open=true"
 
 
 def _reason(error: Exception) -> str:

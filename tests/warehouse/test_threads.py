@@ -45,7 +45,7 @@ COMMANDS = (
 )
 ALLOWED = {
     ("reader.py", "runs.filter(~pc.field('run_id').isin(list(damaged)))"),  # a dataset of files
-    ("reader.py", "ds.dataset(table.drop_columns(['__filename']))"),  # columns that Arrow read or computed
+    ("reader.py", "ds.dataset(pa.concat_tables(readable.converted))"),  # columns that Arrow read or computed
 }
 
 
