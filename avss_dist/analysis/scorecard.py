@@ -45,6 +45,7 @@ from avss_dist.core.thresholds import describe_threshold
 from avss_dist.core.values import NewRow, TableRow
 from avss_dist.plans.catalog import ROUNDING_ESTIMATES
 from avss_dist.plans.criteria import (
+    LEAVE_ONE_OUT,
     PUBLISHED,
     LayerValues,
     count_layers,
@@ -139,7 +140,7 @@ def score_cards(store: Warehouse, runs: Sequence[TableRow], own: Sequence[str] =
         for card in _cards_of_run(store, run, own):
             rows.append({"run_id": run["run_id"], "model": run["model"], **card})
     if runs and not rows:
-        raise nothing_measured(store, runs[0], LOSS)
+        raise nothing_measured(store, runs[0], LEAVE_ONE_OUT)
     return pa.table(columns_of(rows, SCHEMA), SCHEMA)
 
 
@@ -163,8 +164,8 @@ def _cards_of_run(store: Warehouse, run: TableRow, own: Sequence[str]) -> Iterat
     measured = {name: truth.by_layer(num_layers) for name, truth in truths.items()}
     if has_ground_truth:
         ceiling = np.nan
-        if LOSS in truths:
-            ceiling = reliability(increases(store, truths[LOSS]))
+        if LEAVE_ONE_OUT in truths:
+            ceiling = reliability(increases(store, truths[LEAVE_ONE_OUT]))
         own_values = {}
         for name, label in own_labels(own).items():
             own_values[label] = own_score(name, store, run).by_layer(num_layers)
@@ -182,8 +183,8 @@ def _removal_cards(scored: Sequence[TableRow], measured: Mapping[str, Float64], 
         ceiling: `reliability` of the measured loss.
     """
     for card, values in _scores(scored, measured):
-        if LOSS in measured and card["score"] != LOSS:
-            card |= _agreement(values, measured[LOSS], ceiling)
+        if LEAVE_ONE_OUT in measured and card["score"] != LEAVE_ONE_OUT:
+            card |= _agreement(values, measured[LEAVE_ONE_OUT], ceiling)
         for name, column in SPEARMAN.items():
             if name in measured:
                 card[column] = spearman(values, measured[name])
@@ -194,7 +195,7 @@ def _agreement(values: Float64, measured: Float64, ceiling: float) -> NewRow:
     """Return the columns of a score, float64[layers], that is compared with a measured loss."""
     rho = spearman(values, measured)
     return {
-        SPEARMAN[LOSS]: rho,
+        SPEARMAN[LEAVE_ONE_OUT]: rho,
         "ceiling": ceiling,
         "share_of_ceiling": rho / ceiling,
         "misranked": misranked(values, measured),
@@ -239,7 +240,7 @@ def _rounding_cards(
         ceiling = reliability(increases(store, truth))
         for card, values in scores:
             score = card["score"]
-            if SCORES[score].task in (SCORES[LOSS].task, DAMAGE_TASK):
+            if SCORES[score].task in (SCORES[LEAVE_ONE_OUT].task, DAMAGE_TASK):
                 score = f"{LEFT_OUT}{score}"
             yield {**card, "score": score, "format": name, **_agreement(values, measured, ceiling)}
         estimates = rounding_estimates(store, run, truth)
@@ -262,7 +263,7 @@ def describe_agreement(
         scores: rows of ``scores`` of the run at one reading of AVSS.
         own: columns of these rows that have scores which people bring.
     """
-    truth = find_measured_values(store, run, LOSS)
+    truth = find_measured_values(store, run, LEAVE_ONE_OUT)
     if truth is None:
         return
     num_layers = run["num_layers"] or 0

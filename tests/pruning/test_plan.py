@@ -30,12 +30,13 @@ from avss_dist.core.yaml_files import MAX_BYTES
 from avss_dist.models.checkpoint.loading import load_model
 from avss_dist.models.checkpoint.locate import resolve
 from avss_dist.models.checkpoint.size import Footprint, footprint
-from avss_dist.planning.criteria import criterion_values, default_score
+from avss_dist.planning.criteria import criterion_values, default_score, read_layers
 from avss_dist.planning.evaluated import evaluated_lines
-from avss_dist.planning.layers import plan_layers
+from avss_dist.planning.layers import LayerRanking, plan_layers
 from avss_dist.plans.choice import Choice, PlanError
 from avss_dist.plans.criteria import (
     PUBLISHED,
+    Criterion,
     LayerValues,
     Reading,
     count_layers,
@@ -341,6 +342,22 @@ def test_the_measured_loss_is_taken_where_there_is_one(scored: Warehouse, tmp_pa
         assert line in result.stdout
     (run,) = (row for row in scored.runs().to_pylist() if row["run_id"] == "b-1")
     assert plan_layers(scored, run, Choice(by="loss")) == made
+
+
+def test_measured_values_tell_the_evaluation_that_they_come_from(scored: Warehouse) -> None:
+    write_losses(scored, "b-1", [9.0, 8.0, 3.1, 7.0, 3.2, 6.0, 5.0, 4.0])
+    (run,) = (row for row in scored.runs().to_pylist() if row["run_id"] == "b-1")
+    values = criterion_values(scored, read_layers(scored, run), Criterion("loss"))
+    assert (values.run_id, values.task) == ("b-1-loss", "ablation:text.txt")
+    (seen,) = values.seen
+    assert (seen.use, seen.by, seen.corpus) == ("ablation", "b-1-loss", "text.txt")
+
+
+def test_values_that_are_read_once_make_plans_of_any_size(scored: Warehouse) -> None:
+    (run,) = (row for row in scored.runs().to_pylist() if row["run_id"] == "a-1")
+    ranking = LayerRanking.of_run(scored, run, Criterion("avss", reading=PUBLISHED))
+    choice = Choice(by="avss", reading=PUBLISHED, last=1)
+    assert [ranking.plan(replace(choice, count=count)).drop for count in (1, 2, 3)] == [(5,), (1, 5), (1, 3, 5)]
 
 
 def test_a_plan_says_what_speaks_against_it(scored: Warehouse, tmp_path: Path) -> None:
