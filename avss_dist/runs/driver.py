@@ -66,7 +66,10 @@ class Driver:
         fresh: bool = False,
         planner: Planner | None = None,
     ) -> None:
-        self._store, self._executor, self._on_event, self._fresh = store, executor, on_event, fresh
+        self._store = store
+        self._executor = executor
+        self._on_event = on_event
+        self._fresh = fresh
         self._planning = planner or Planner(executor, store)
         self._events: SimpleQueue[DriverEvent] = SimpleQueue()
         self._submitted: Submissions[RunShards] = Submissions(lambda shards: self._events.put(Taken(shards)))
@@ -433,9 +436,9 @@ class Driver:
 
     def _add_note(self, interrupt: KeyboardInterrupt) -> None:
         """Add a note to an interrupt: how many of several runs are done, and how many shards of others are stored."""
-        several = len(self._runs) > 1
+        has_several = len(self._runs) > 1
         notes = []
-        if several:
+        if has_several:
             done = sum(tracked.state in (RunState.DONE, RunState.SKIPPED) for tracked in self._runs)
             notes.append(f"{done} of {len(self._runs)} runs are done")
         in_progress = [tracked.progress.result for tracked in self._active if tracked.progress is not None]
@@ -443,6 +446,7 @@ class Driver:
         if total:
             with suppress(AvssError):
                 stored = sum(self._store.reader.num_partials(result.run_id) for result in in_progress)
-                notes.append(f"{stored} of {total} shards {'of the runs in progress ' if several else ''}are kept")
+                which = "of the runs in progress " if has_several else ""
+                notes.append(f"{stored} of {total} shards {which}are kept")
         if notes:
             interrupt.add_note(" and ".join(notes))

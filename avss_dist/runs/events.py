@@ -97,13 +97,18 @@ class Pace:
     """
 
     def __init__(self, total: float = 1.0, done: float = 0, unit: str = "", *, now: float | None = None) -> None:
-        self.total, self.done, self._unit, self._before = total, done, unit, done
-        self._start = self._last = time.monotonic() if now is None else now
+        self.total = total
+        self.done = done
+        self._unit = unit
+        self._before = done
+        self._start = time.monotonic() if now is None else now
+        self._last = self._start
 
     def reach(self, done: float, now: float | None = None) -> None:
         """Count the work up to ``done``, if it is more than before."""
         if done > self.done:
-            self.done, self._last = done, time.monotonic() if now is None else now
+            self.done = done
+            self._last = time.monotonic() if now is None else now
 
     @property
     def rate(self) -> float:
@@ -112,19 +117,24 @@ class Pace:
 
     def seconds_left(self, now: float | None = None) -> float | None:
         """Return the seconds until all is done, or None before anything is."""
-        if not self.rate:
+        rate = self.rate
+        if not rate:
             return None
-        passed = (time.monotonic() if now is None else now) - self._last
-        return max(0.0, (self.total - self.done) / self.rate - passed)
+        if now is None:
+            now = time.monotonic()
+        return max(0.0, (self.total - self.done) / rate - (now - self._last))
 
     def describe(self) -> str:
         """Return the rate, if there is a unit, and the time that is left, after a comma each, or nothing at first."""
         seconds = self.seconds_left()
         if seconds is None:
             return ""
-        rate = self.rate
-        speed = f", {rate:,.0f} {self._unit}/s" if rate >= 1 else f", {60 * rate:.2g} {self._unit}/min"
-        return f"{speed if self._unit else ''}, {describe_seconds(seconds)} left"
+        left = f", {describe_seconds(seconds)} left"
+        if not self._unit:
+            return left
+        if self.rate >= 1:
+            return f", {self.rate:,.0f} {self._unit}/s{left}"
+        return f", {60 * self.rate:.2g} {self._unit}/min{left}"
 
 
 class LogRuns:
@@ -141,7 +151,10 @@ class LogRuns:
     def __init__(
         self, write: Callable[[str], None] = LOGGER.info, num_runs: int | None = None, *, ends: bool = True
     ) -> None:
-        self._write, self._num_runs, self._ends, self._ended = write, num_runs, ends, 0
+        self._write = write
+        self._num_runs = num_runs
+        self._ends = ends
+        self._ended = 0
         self._paces: dict[str, Pace] = {}
         self._logged_at = time.monotonic()
 
@@ -162,12 +175,12 @@ class LogRuns:
                     self._logged_at = time.monotonic()
                     share = pace.done / (pace.total or 1)
                     self._write(f"{name}: {share:.0%} of {pace.total:,} tokens{pace.describe()}")
-            case RunEnded(name, run, repeats):
+            case RunEnded(name, result, repeats):
                 if repeats:
                     self._write(f"{name}: {describe_repeated(repeats)}")
                 self._paces.pop(name, None)
                 self._ended += 1
                 if self._ends:
                     count = f"{self._ended} of {self._num_runs} runs: " if self._num_runs else ""
-                    error = f": {run.error.splitlines()[0]}" if run.error else ""
-                    self._write(f"{count}{name} {run.status}{error}")
+                    error = f": {result.error.splitlines()[0]}" if result.error else ""
+                    self._write(f"{count}{name} {result.status}{error}")

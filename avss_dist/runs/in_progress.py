@@ -150,14 +150,16 @@ class RunInProgress:
             "replicas": self._planned.replicas,
             "wall_seconds": time.perf_counter() - self._start,
             "versions": package_versions(),
-            **_model_columns(checkpoint, settings),
-            **_text_columns(self._planned.corpus, settings),
+        }
+        row |= _model_columns(checkpoint, settings)
+        row |= _text_columns(self._planned.corpus, settings)
+        row |= {
             "batch_size": settings.batch_size,
             "thresholds": list(settings.thresholds),
             "sites": list(settings.sites),
             "settings": json.dumps(settings.as_dict()),
-            **columns,
         }
+        row |= columns
         self._store.write_run(row)
         self._store.finish_plan(self.run_id)
 

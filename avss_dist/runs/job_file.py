@@ -24,9 +24,9 @@ from avss_dist.pruning.repair.registry import split_weight
 from avss_dist.tasks.harness_files import require_task
 
 MAX_REVISIONS = 10_000
-OVERRIDES: dict[str, type] = {
-    **{f.name: Settings for f in fields(Settings) if f.name != "device"},
-    **dict.fromkeys(("partition", "ranks", "gpus_per_replica", "max_memory"), Execution),
+OVERRIDES: dict[str, type[Settings] | type[Execution]] = {
+    **dict.fromkeys([field.name for field in fields(Settings) if field.name != "device"], Settings),
+    **dict.fromkeys(["partition", "ranks", "gpus_per_replica", "max_memory"], Execution),
 }
 """Class of each field that an entry of ``models`` can override, by the field's name."""
 OPTIONS_ONLY = {"address": "Use avss run --address.", "fresh": "Use avss run --fresh."}
@@ -53,7 +53,8 @@ class RevisionRange(_Section):
 
 
 def _short(revisions: RevisionRange) -> RevisionRange:
-    if not 0 < (revisions.last - revisions.first) // revisions.step + 1 <= MAX_REVISIONS:
+    number = (revisions.last - revisions.first) // revisions.step + 1
+    if number < 1 or number > MAX_REVISIONS:
         raise ConfigError(f"invalid range: expected 'from' up to 'to' in at most {MAX_REVISIONS:,} steps.")
     return revisions
 
@@ -64,7 +65,13 @@ Revision = Annotated[
 ]
 
 
+def _as_list(value: Any) -> Any:
+    """Return a single range as a list."""
+    return [value] if isinstance(value, dict) else value
+
+
 Revisions = Annotated[list[Revision], Field(min_length=1)]
+RevisionsOrRange = Annotated[Revisions, BeforeValidator(_as_list, json_schema_input_type=RevisionRange | Revisions)]
 
 
 class ModelKeys(_Section):
@@ -72,16 +79,7 @@ class ModelKeys(_Section):
 
     model: Text
     """Hub id (org/name@revision), folder, .gguf file, or a glob of folders."""
-    revisions: (
-        Annotated[
-            Revisions,
-            BeforeValidator(
-                lambda value: [value] if isinstance(value, dict) else value,
-                json_schema_input_type=RevisionRange | Revisions,
-            ),
-        ]
-        | None
-    ) = None
+    revisions: RevisionsOrRange | None = None
     """Revisions of a hub id: names, patterns (stage1-step*), ranges {prefix: step, from: 0, to: 3000, step: 1000}."""
 
 
@@ -117,13 +115,14 @@ class Job(_Section):
 def job_schema() -> dict[str, Any]:
     """Return the JSON Schema of job files, for editors."""
     schema = Job.model_json_schema()
-    sections: dict[type, Any] = {cls: schema["$defs"][cls.__name__]["properties"] for cls in (Settings, Execution)}
+    classes = schema["$defs"]
     for name in OPTIONS_ONLY:
-        del sections[Execution][name]
-    entry = schema["$defs"][ModelEntry.__name__]
-    entry["properties"] |= {name: sections[cls][name] for name, cls in OVERRIDES.items()}
-    for cls in (Settings, Execution, Experiment):
-        del schema["$defs"][cls.__name__]["description"]  # it is about Python
+        del classes[Execution.__name__]["properties"][name]
+    entry = classes[ModelEntry.__name__]
+    for name, overridden in OVERRIDES.items():
+        entry["properties"][name] = classes[overridden.__name__]["properties"][name]
+    for section in (Settings, Execution, Experiment):
+        del classes[section.__name__]["description"]  # it is about Python
     return {"$schema": "https://json-schema.org/draft/2020-12/schema", **schema}
 
 
@@ -221,25 +220,15 @@ class _Reader:
         job = document.parse(Job, document.value)
         for name in OPTIONS_ONLY.keys() & self.unchecked("execution", dict):
             document.report(("execution", name), f"Unknown key '{name}'. {OPTIONS_ONLY[name]}")
-        corpora: dict[str, int] = {}
-        for index, text in enumerate(self.unchecked("corpora", list)):
-            if isinstance(text, str) and corpora.setdefault(text, index) != index:
-                document.report(("corpora", index), f"'{text}' is named twice")
+        corpora = self.corpora()
         specs = [*islice(self.specs([*corpora]), MAX_RUNS + 1)]
         if len(specs) > MAX_RUNS:
             document.report((), f"more than {MAX_RUNS:,} runs; split them into several jobs")
-        lines: dict[Any, int] = {}
-        for spec in specs:
-            ranks = (spec.execution.partition, spec.execution.ranks) if spec.execution.ranks else None
-            first = lines.setdefault((spec.model, spec.corpus, spec.settings, ranks), spec.line)
-            if first != spec.line:
-                repeated = f"'{spec.model}' is named twice with the same settings, first in line {first}"
-                document.problems.add((spec.line, repeated))
-        problems = corpus_problems([*corpora], {spec.settings.chat_template for spec in specs}) if self.expand else ()
-        for number, error in problems:
-            document.report(("corpora",) if number is None else ("corpora", [*corpora.values()][number]), str(error))
-        if job and job.experiment and self.expand:
-            self.check_experiment(job.experiment)
+        self.check_repeated(specs)
+        if self.expand:
+            self.check_corpora(corpora, specs)
+            if job and job.experiment:
+                self.check_experiment(job.experiment)
         job = document.require_valid(job)
         models: dict[str, int] = {}
         for index, entry in enumerate(job.models):
@@ -254,6 +243,39 @@ class _Reader:
             specs=tuple(specs),
             experiment=job.experiment,
         )
+
+    def corpora(self) -> dict[str, int]:
+        """Return the place of each text in the list of corpora. Report those that are named twice."""
+        corpora: dict[str, int] = {}
+        for index, text in enumerate(self.unchecked("corpora", list)):
+            if not isinstance(text, str):
+                continue
+            if text in corpora:
+                self.document.report(("corpora", index), f"'{text}' is named twice")
+            else:
+                corpora[text] = index
+        return corpora
+
+    def check_repeated(self, specs: Sequence[RunSpec]) -> None:
+        """Report runs that are in the file twice."""
+        lines: dict[tuple[object, ...], int] = {}
+        for spec in specs:
+            ranks = None
+            if spec.execution.ranks:
+                ranks = (spec.execution.partition, spec.execution.ranks)
+            first_line = lines.setdefault((spec.model, spec.corpus, spec.settings, ranks), spec.line)
+            if first_line != spec.line:
+                repeated = f"'{spec.model}' is named twice with the same settings, first in line {first_line}"
+                self.document.problems.add((spec.line, repeated))
+
+    def check_corpora(self, corpora: Mapping[str, int], specs: Sequence[RunSpec]) -> None:
+        """Report texts that cannot be read as the runs read them."""
+        places = [*corpora.values()]
+        for number, error in corpus_problems([*corpora], {spec.settings.chat_template for spec in specs}):
+            location: Location = ("corpora",)
+            if number is not None:
+                location = ("corpora", places[number])
+            self.document.report(location, str(error))
 
     def check_experiment(self, experiment: Experiment) -> None:
         """Report tasks and texts of an experiment that do not exist."""
@@ -279,20 +301,14 @@ class _Reader:
         for index, value in enumerate(map(_as_entry, self.unchecked("models", list))):
             if not isinstance(value, dict):
                 continue
-            at = ("models", index)
-            entry, common = self.document.parse(ModelEntry, value, at), self.settings(value, at)
-            names = self.checkpoints(entry, at) if entry else []
-            if defaults is None or common is None:
+            location = ("models", index)
+            entry = self.document.parse(ModelEntry, value, location)
+            own = self.settings(value, location)
+            names = self.checkpoints(entry, location) if entry else []
+            if defaults is None or own is None:
                 continue
-            settings, execution = common
-            texts = []
-            for changed, usual in zip(common, defaults, strict=True):
-                for name in DISTINGUISHING:
-                    override = getattr(changed, name, None)
-                    if override != getattr(usual, name, None):
-                        words = map(str, override) if isinstance(override, tuple) else [str(override)]
-                        texts.append(f"{name} {' '.join(words)}")
-            difference = ", ".join(texts)
+            settings, execution = own
+            difference = _difference(own, defaults)
             for name, corpus in product(names, corpora):
                 title = f"{name} ({difference})" if difference else name
                 yield RunSpec(
@@ -302,48 +318,71 @@ class _Reader:
                     execution=execution,
                     title=title,
                     name=f"{title} on {RedactedURI(corpus)}" if len(corpora) > 1 else title,
-                    line=self.document.line(at),
+                    line=self.document.line(location),
                 )
 
-    def settings(self, entry: Mapping[str, Any], *at: Location) -> tuple[Settings, Execution] | None:
+    def settings(self, entry: Mapping[str, Any], *location: Location) -> tuple[Settings, Execution] | None:
         """Return the settings of the job with those that an entry of ``models`` overrides, or None if they are invalid.
 
         Args:
             entry: keys and values of the entry; empty for the settings of the job alone.
-            at: location of the entry, if there is one.
+            location: location of the entry, if there is one.
         """
-        values = {cls: {k: v for k, v in entry.items() if OVERRIDES.get(k) is cls} for cls in (Settings, Execution)}
-        settings = self.document.parse(
-            Settings, self.unchecked("settings", dict) | values[Settings], *at, ("settings",)
-        )
-        execution = self.document.parse(
-            Execution, self.unchecked("execution", dict) | values[Execution], *at, ("execution",)
-        )
-        return (settings, execution) if settings and execution else None
+        settings_values = dict(self.unchecked("settings", dict))
+        execution_values = dict(self.unchecked("execution", dict))
+        for name, value in entry.items():
+            if OVERRIDES.get(name) is Settings:
+                settings_values[name] = value
+            if OVERRIDES.get(name) is Execution:
+                execution_values[name] = value
+        settings = self.document.parse(Settings, settings_values, *location, ("settings",))
+        execution = self.document.parse(Execution, execution_values, *location, ("execution",))
+        if settings is None or execution is None:
+            return None
+        return settings, execution
 
-    def checkpoints(self, entry: ModelKeys, at: Location) -> list[str]:
+    def checkpoints(self, entry: ModelKeys, location: Location) -> list[str]:
         """Return the checkpoints of an entry of ``models``: its revisions, the folders of a glob, or its name."""
         name = entry.model
         if entry.revisions:
             if Path(name).expanduser().exists() or glob.has_magic(name):
-                self.document.report((*at, "revisions"), f"'{name}' is a folder or a file; only a hub id has revisions")
+                problem = f"'{name}' is a folder or a file; only a hub id has revisions"
+                self.document.report((*location, "revisions"), problem)
             revisions: list[str] = []
             for index, revision in enumerate(entry.revisions):
-                if isinstance(revision, RevisionRange):
-                    numbers = range(revision.first, revision.last + 1, revision.step)
-                    revisions += [f"{revision.prefix}{number}" for number in numbers]
-                elif self.expand and glob.has_magic(revision):  # which the hub is asked for
-                    try:
-                        revisions += matching_revisions(name, revision)
-                    except ModelError as error:
-                        self.document.report((*at, "revisions", index), str(error))
-                else:
-                    revisions.append(revision)
+                revisions += self.revisions(name, revision, (*location, "revisions", index))
             return [f"{name}@{revision}" for revision in revisions]
-        if not (self.expand and glob.has_magic(name)):
+        if not self.expand or not glob.has_magic(name):
             return [name]
         matches = glob.glob(str(Path(name).expanduser()), recursive=True)
-        folders = sorted(m for m in matches if Path(m).is_dir() or m.endswith(".gguf"))
-        if not folders:
-            self.document.report(at, f"no folder matches '{name}' (relative paths start in {Path.cwd()})")
-        return folders
+        models = sorted(match for match in matches if Path(match).is_dir() or match.endswith(".gguf"))
+        if not models:
+            self.document.report(location, f"no folder matches '{name}' (relative paths start in {Path.cwd()})")
+        return models
+
+    def revisions(self, model: str, revision: str | RevisionRange, location: Location) -> list[str]:
+        """Return the revisions that an item of ``revisions`` names. The hub is asked for those that match a pattern."""
+        if isinstance(revision, RevisionRange):
+            numbers = range(revision.first, revision.last + 1, revision.step)
+            return [f"{revision.prefix}{number}" for number in numbers]
+        if not self.expand or not glob.has_magic(revision):
+            return [revision]
+        try:
+            return [*matching_revisions(model, revision)]
+        except ModelError as error:
+            self.document.report(location, str(error))
+            return []
+
+
+def _difference(own: tuple[Settings, Execution], defaults: tuple[Settings, Execution]) -> str:
+    """Return the settings of a model that differ from those of the job and tell its runs apart: ``dtype float32``."""
+    texts = []
+    for own_values, default_values in zip(own, defaults, strict=True):
+        for name in DISTINGUISHING:
+            value = getattr(own_values, name, None)
+            if value == getattr(default_values, name, None):
+                continue
+            if isinstance(value, tuple):
+                value = " ".join(str(part) for part in value)
+            texts.append(f"{name} {value}")
+    return ", ".join(texts)

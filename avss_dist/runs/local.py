@@ -30,6 +30,7 @@ from avss_dist.core.streams import progress_to, say
 from avss_dist.corpus.shards import Shard
 from avss_dist.measure.observer import Hooks, attached
 from avss_dist.measure.shard import analyze_shard, counter_bytes
+from avss_dist.models.causal_lm import LanguageModel
 from avss_dist.partition.catalog import GANGS, PARTITIONS
 from avss_dist.partition.choose import size_of
 from avss_dist.partition.estimate import batch_bytes
@@ -110,8 +111,8 @@ class LocalExecutor:
                     for run in same:
                         yield run, own_copy(failure)
                     continue
-                sites, experts = spec.settings.sites, spec.settings.experts
-                with closing(replica), attached(replica.layers, sites, experts=experts) as hooks:
+                hooked = attached(replica.layers, spec.settings.sites, experts=spec.settings.experts)
+                with closing(replica), hooked as hooks:
                     for run in same:
                         yield from _measure_run(run, replica, hooks)
 
@@ -126,25 +127,21 @@ class LocalExecutor:
             rounds: rounds of cells. The next one may be submitted after all outcomes of one were taken.
             underway: called now and then in the middle of a cell that takes long.
         """
-        for spec, same in groupby(chain.from_iterable(map(by_model, rounds)), key=itemgetter(0)):
-            cells = (cell for _, group in same for cell in group)
+        groups = chain.from_iterable(map(by_model, rounds))
+        for spec, groups_of_model in groupby(groups, key=itemgetter(0)):
+            cells = chain.from_iterable(group for _, group in groups_of_model)
             with computing_threads(spec.settings.threads):
                 try:
                     replica = spec.open()
                 except Exception as error:
                     failure = as_failure(error)
-                    yield from ((cell, own_copy(failure)) for cell in cells)
+                    for cell in cells:
+                        yield cell, own_copy(failure)
                     continue
                 with closing(replica):
                     assert replica.language_model is not None
                     for cell in cells:
-                        result: CellResult | AvssError
-                        try:
-                            with progress_to(partial(underway, cell)) if underway else nullcontext():
-                                result = measure_cell(replica.language_model, cell)
-                        except Exception as error:
-                            result = as_failure(error)
-                        yield cell, result
+                        yield cell, _measure_cell(replica.language_model, cell, underway)
 
     def apply(self, function: Callable[[S], T], items: Sequence[S]) -> Iterator[T]:
         """Yield the function's value for every item, in order, computed in parallel if there are several machines.
@@ -171,7 +168,9 @@ def shards_at_once(replica: Replica, spec: ReplicaSpec, strata: int = 1) -> int:
         return 1
     settings = spec.settings
     cores = free_cores() // settings.threads
-    size = size_of(spec.checkpoint, settings) if cores > 1 else None
+    if cores <= 1:
+        return 1
+    size = size_of(spec.checkpoint, settings)
     if size is None:
         return 1
     available = int(available_memory() * SPARE_SHARE)
@@ -179,6 +178,15 @@ def shards_at_once(replica: Replica, spec: ReplicaSpec, strata: int = 1) -> int:
     if "cpu" in spec.placement.max_memory:  # limit of weights and of the activations of one batch
         available = min(available, spec.placement.max_memory["cpu"] - size.weight_bytes + activations)
     return max(1, min(cores, available // (activations + counter_bytes(size, settings, strata))))
+
+
+def _measure_cell(model: LanguageModel, cell: Cell, underway: Underway | None) -> CellResult | AvssError:
+    """Return the result of a cell, or the error in its place."""
+    try:
+        with progress_to(partial(underway, cell)) if underway else nullcontext():
+            return measure_cell(model, cell)
+    except Exception as error:
+        return as_failure(error)
 
 
 def _measure_run(run: RunShards, replica: Replica, hooks: Hooks) -> Iterator[Outcome]:
@@ -198,15 +206,22 @@ def _measure_run(run: RunShards, replica: Replica, hooks: Hooks) -> Iterator[Out
     def analyze(shard: Shard) -> ShardResult:
         with ExitStack() as stack:
             stack.enter_context(computing)
-            settings, computed = run.replica_spec.settings, stack.close
-            return analyze_shard(replica, shard, settings, heartbeat=heartbeat, hooks=hooks, computed=computed)
+            return analyze_shard(
+                replica,
+                shard,
+                run.replica_spec.settings,
+                heartbeat=heartbeat,
+                hooks=hooks,
+                computed=stack.close,
+            )
 
     shards = iter(run.shards)
     running: deque[Future[ShardResult]] = deque()
     with ThreadPoolExecutor(threads) as pool:
         try:
             while not run.dropped:
-                running.extend(pool.submit(analyze, shard) for shard in islice(shards, 2 * threads - len(running)))
+                for shard in islice(shards, 2 * threads - len(running)):
+                    running.append(pool.submit(analyze, shard))
                 if not running:
                     return
                 try:
@@ -222,17 +237,26 @@ def _measure_run(run: RunShards, replica: Replica, hooks: Hooks) -> Iterator[Out
             wait(running)
 
 
+def _is_distributed(execution: Execution, settings: Settings) -> bool:
+    """Whether there is a cluster, or more than one process to run."""
+    if execution.address or os.environ.get("RAY_ADDRESS") or execution.node_labels:
+        return True
+    if execution.partition in GANGS:
+        return True
+    if execution.replicas:
+        return execution.replicas.maximum > 1
+    return settings.device != "cpu" and torch.cuda.device_count() > 1
+
+
 def open_executor(execution: Execution, settings: Settings) -> Executor:
     """Open the requested executor. ``auto`` is Ray if there is a cluster, or more than one process to run.
 
     Raises:
         ConfigError: the cluster cannot be reached, or its workers lack this package.
     """
-    gpus = torch.cuda.device_count() if settings.device != "cpu" else 0
-    replicas = execution.replicas.maximum if execution.replicas else gpus
-    has_cluster = execution.address or os.environ.get("RAY_ADDRESS") or execution.node_labels
-    distributed = has_cluster or replicas > 1 or execution.partition in GANGS
-    if execution.executor == "local" or (execution.executor == "auto" and not distributed):
+    if execution.executor == "local":
+        return LocalExecutor(settings)
+    if execution.executor == "auto" and not _is_distributed(execution, settings):
         return LocalExecutor(settings)
     from avss_dist.runs.ray.executor import RayExecutor
 

@@ -34,9 +34,38 @@ MOST_WAITING_BYTES = 4 << 30  # hidden states of a shard, which wait together wh
 FLOPS_OF_A_THREAD = {2: 150e9, 4: 75e9}  # a second, by the bytes of an element, with all that is measured
 FLOPS_OF_A_GPU = {2: 200e12, 4: 20e12}
 
-KEPT_PLANS = 4  # tokenized corpora that are remembered
+KEPT_CORPORA = 4  # tokenized corpora that are remembered
 _TOKENIZER_FILES = (".json", ".model", ".txt", ".jinja")
 _OTHER_FILES = ("config.json", "generation_config.json", "trainer_state.json", "model.safetensors.index.json")
+
+
+@dataclass(frozen=True, kw_only=True)
+class OpenedModel:
+    """What planning knows of the model of a run, of which no weight is loaded.
+
+    Attributes:
+        config: configuration of transformers.
+        settings: pinned settings, without ``auto``.
+        size: size of the model; None if it is not needed.
+    """
+
+    checkpoint: Checkpoint
+    config: Any
+    settings: Settings
+    placement: Placement
+    size: Footprint | None
+
+
+@dataclass(frozen=True)
+class TokenizedCorpus:
+    """A corpus in the tokens of a model.
+
+    Attributes:
+        highest_token: highest id of a token.
+    """
+
+    plan: CorpusPlan
+    highest_token: int
 
 
 @dataclass
@@ -50,8 +79,9 @@ class Planner:
     executor: Executor
     store: Store
     fetch: bool = True
-    _opened: tuple[Any, ...] = ()
-    _plans: OrderedDict[tuple[Any, ...], tuple[CorpusPlan, int]] = field(default_factory=OrderedDict)
+    _last_key: tuple[object, ...] = ()
+    _last_opened: OpenedModel | None = None
+    _corpora: OrderedDict[tuple[object, ...], TokenizedCorpus] = field(default_factory=OrderedDict)
 
     def prepare(self, spec: RunSpec) -> PlannedRun:
         """Plan a run.
@@ -59,25 +89,28 @@ class Planner:
         Raises:
             AvssError: the model, its tokenizer or its size is not one that can be run here.
         """
-        checkpoint, config, settings, placement, size = self._open(spec)
-        corpus = self._plan(spec, checkpoint, config, settings)
+        opened = self._open(spec)
+        settings = opened.settings
+        corpus = self._tokenize(spec, opened)
         if settings.sequences_per_shard is None:
-            rows = rows_per_shard(size, settings, corpus.num_sequences)
-            corpus, settings = corpus.recut(rows), replace(settings, sequences_per_shard=rows)
-        print_ = run_fingerprint(checkpoint, config, corpus, settings, placement)
+            rows = rows_per_shard(opened.size, settings, corpus.num_sequences)
+            corpus = corpus.recut(rows)
+            settings = replace(settings, sequences_per_shard=rows)
+        run_hash = run_fingerprint(opened.checkpoint, opened.config, corpus, settings, opened.placement)
+        result = Run(
+            run_id=f"{opened.checkpoint.slug}-{run_hash[:10]}",
+            model=spec.model,
+            warehouse=self.store.root,
+            status="skipped",
+            num_shards=len(corpus.shards),
+            num_tokens=corpus.num_tokens,
+        )
         return PlannedRun(
-            replica_spec=ReplicaSpec(checkpoint=checkpoint, settings=settings, placement=placement),
+            replica_spec=ReplicaSpec(checkpoint=opened.checkpoint, settings=settings, placement=opened.placement),
             corpus=corpus,
-            fingerprint=print_,
-            result=Run(
-                run_id=f"{checkpoint.slug}-{print_[:10]}",
-                model=spec.model,
-                warehouse=self.store.root,
-                status="skipped",
-                num_shards=len(corpus.shards),
-                num_tokens=corpus.num_tokens,
-            ),
-            replicas=self.executor.replicas(placement),
+            fingerprint=run_hash,
+            result=result,
+            replicas=self.executor.replicas(opened.placement),
         )
 
     def begin(self, planned: PlannedRun, *, fresh: bool, storage_is_full: bool) -> RunInProgress | None:
@@ -104,58 +137,91 @@ class Planner:
         return RunInProgress(planned, self.store, fresh=fresh)
 
     @sharing_skeletons()
-    def _open(self, spec: RunSpec) -> tuple[Checkpoint, Any, Settings, Placement, Footprint | None]:
-        """Return a model's checkpoint, configuration, settings, placement and, if needed, size. Caches the last one."""
-        key = spec.model, spec.settings, spec.execution
-        if not self._opened or self._opened[0] != key:
-            if spec.settings.allow_pickle and self.fetch:
-                convert_pickles(spec.model)
-            checkpoint = resolve(spec.model, trust_remote_code=spec.settings.trust_remote_code, weights=self.fetch)
-            config = text_config(checkpoint)
-            settings = pin(spec.settings, checkpoint, config, self.executor.devices.kind)
-            matters = settings.sequences_per_shard is None or needs_size(spec.execution)
-            size = size_of(checkpoint, settings) if matters else None
-            placement = choose(size, settings, spec.execution, self.executor.devices)
-            require_ranks(checkpoint, settings, placement)
-            self.executor.replicas(placement)  # refuses more than there is before anything is loaded
-            self._opened = key, (checkpoint, config, settings, placement, size)
-        return self._opened[1]
+    def _open(self, spec: RunSpec) -> OpenedModel:
+        """Return what is known of the model of a run. The last one is remembered."""
+        key = (spec.model, spec.settings, spec.execution)
+        if self._last_opened is not None and self._last_key == key:
+            return self._last_opened
+        if spec.settings.allow_pickle and self.fetch:
+            convert_pickles(spec.model)
+        checkpoint = resolve(spec.model, trust_remote_code=spec.settings.trust_remote_code, weights=self.fetch)
+        config = text_config(checkpoint)
+        settings = pin(spec.settings, checkpoint, config, self.executor.devices.kind)
+        size = None
+        if settings.sequences_per_shard is None or needs_size(spec.execution):
+            size = size_of(checkpoint, settings)
+        placement = choose(size, settings, spec.execution, self.executor.devices)
+        require_ranks(checkpoint, settings, placement)
+        self.executor.replicas(placement)  # refuses more than there is before anything is loaded
+        opened = OpenedModel(checkpoint=checkpoint, config=config, settings=settings, placement=placement, size=size)
+        self._last_key = key
+        self._last_opened = opened
+        return opened
 
-    def _plan(self, spec: RunSpec, checkpoint: Checkpoint, config: Any, settings: Settings) -> CorpusPlan:
-        """Return the corpus in the checkpoint's tokens. Raises ModelError for tokens that the model lacks."""
-        how = self._tokens_key(checkpoint, config, settings)
-        key = (spec.corpus, *how)
-        planned_alike = {plan.corpus_fingerprint: key for key, (plan, _) in self._plans.items() if key[1:] == how}
-        if planned_alike and key not in self._plans:  # the same text may have another name
-            key = planned_alike.get(open_source(spec.corpus).fingerprint(), key)
-        if key not in self._plans:
-            planned = tokenize_corpus(spec.corpus, load_tokenizer(checkpoint), settings)
-            rows = (batch.input_ids for shard in planned.shards for batch in shard.batches(settings.batch_size))
-            self._plans[key] = planned, max(int(np.max(ids)) for ids in rows)
-            while len(self._plans) > KEPT_PLANS:
-                self._plans.popitem(last=False)
-        self._plans.move_to_end(key)
-        corpus, highest = self._plans[key]
-        corpus = replace(corpus, source=spec.corpus)
-        size = getattr(config.get_text_config(), "vocab_size", None)
-        if isinstance(size, int) and 0 < size <= highest:
+    def _tokenize(self, spec: RunSpec, opened: OpenedModel) -> CorpusPlan:
+        """Return the corpus of a run in the tokens of its model. The last `KEPT_CORPORA` are remembered.
+
+        Raises:
+            ModelError: there are tokens that the model lacks.
+        """
+        key = self._corpus_key(spec.corpus, self._tokens_key(opened))
+        if key not in self._corpora:
+            plan = tokenize_corpus(spec.corpus, load_tokenizer(opened.checkpoint), opened.settings)
+            highest_token = _highest_token(plan, opened.settings.batch_size)
+            self._corpora[key] = TokenizedCorpus(plan, highest_token)
+            while len(self._corpora) > KEPT_CORPORA:
+                self._corpora.popitem(last=False)
+        self._corpora.move_to_end(key)
+        tokenized = self._corpora[key]
+        vocabulary = getattr(opened.config.get_text_config(), "vocab_size", None)
+        if isinstance(vocabulary, int) and 0 < vocabulary <= tokenized.highest_token:
             raise ModelError(
-                f"The tokenizer of '{checkpoint.name}' returned token {highest}; the model's vocabulary has {size}.",
+                f"The tokenizer of '{opened.checkpoint.name}' returned token {tokenized.highest_token}; "
+                f"the model's vocabulary has {vocabulary}.",
                 "Put the tokenizer that the model was trained with into its folder.",
             )
-        return corpus
+        return replace(tokenized.plan, source=spec.corpus)
+
+    def _corpus_key(self, corpus: str, tokens_key: tuple[object, ...]) -> tuple[object, ...]:
+        """Return the key of a tokenized corpus. It is that of a remembered one with the same text and another name."""
+        key = (corpus, *tokens_key)
+        if key in self._corpora:
+            return key
+        keys_by_text: dict[str, tuple[object, ...]] = {}
+        for remembered_key, remembered in self._corpora.items():
+            if remembered_key[1:] == tokens_key:
+                keys_by_text[remembered.plan.corpus_fingerprint] = remembered_key
+        if not keys_by_text:
+            return key  # The text is not read, as nothing can equal it.
+        return keys_by_text.get(open_source(corpus).fingerprint(), key)
 
     @staticmethod
-    def _tokens_key(checkpoint: Checkpoint, config: Any, settings: Settings) -> tuple[Any, ...]:
+    def _tokens_key(opened: OpenedModel) -> tuple[object, ...]:
         """Return a key of the tokenizer, rows and shards. Equal keys give equal tokens for equal text."""
+        checkpoint = opened.checkpoint
+        settings = opened.settings
         if checkpoint.source == "gguf" or settings.trust_remote_code:
             tokenizer = checkpoint.revision
         else:
-            files = sorted(f for f in checkpoint.folder.iterdir() if f.suffix in _TOKENIZER_FILES)
-            tokenizer = content_hash(checkpoint.folder, [f for f in files if f.name not in _OTHER_FILES])
-        family = config.model_type, getattr(config, "tokenizer_class", None)
-        cut = settings.sequences_per_shard, settings.skip_first_tokens
-        return tokenizer, family, cut, *settings.text_options().values()
+            files = sorted(file for file in checkpoint.folder.iterdir() if file.suffix in _TOKENIZER_FILES)
+            tokenizer = content_hash(checkpoint.folder, [file for file in files if file.name not in _OTHER_FILES])
+        return (
+            tokenizer,
+            opened.config.model_type,
+            getattr(opened.config, "tokenizer_class", None),
+            settings.sequences_per_shard,
+            settings.skip_first_tokens,
+            *settings.text_options().values(),
+        )
+
+
+def _highest_token(corpus: CorpusPlan, batch_size: int) -> int:
+    """Return the highest id of a token in a corpus."""
+    highest = 0
+    for shard in corpus.shards:
+        for batch in shard.batches(batch_size):
+            highest = max(highest, int(np.max(batch.input_ids)))
+    return highest
 
 
 def run_fingerprint(
@@ -181,8 +247,10 @@ def _measured_place(config: Any, settings: Settings) -> dict[str, str]:
 
     Earlier versions measured them before the norm or the multiplication that follows them in some families.
     """
-    measures_sublayers = not {"attention", "mlp"}.isdisjoint(settings.sites)
-    return {"sublayers": "as added"} if measures_sublayers and transforms_outputs(config) else {}
+    measures_sublayers = "attention" in settings.sites or "mlp" in settings.sites
+    if measures_sublayers and transforms_outputs(config):
+        return {"sublayers": "as added"}
+    return {}
 
 
 def rows_per_shard(size: Footprint | None, settings: Settings, num_sequences: int) -> int:
@@ -198,13 +266,20 @@ def rows_per_shard(size: Footprint | None, settings: Settings, num_sequences: in
     """
     limit = float(USUAL_ROWS)
     if size is not None:
-        rates = FLOPS_OF_A_GPU if settings.device == "cuda" else FLOPS_OF_A_THREAD
-        flops = rates[2 if size.element_bytes == 2 else 4] * (1 if settings.device == "cuda" else settings.threads)
-        seconds = size.forward_flops(1, settings.sequence_length) / flops
-        waiting = size.hidden_bytes(1, settings.sequence_length)
-        limit = min(MOST_SECONDS / max(seconds, 1e-9), MOST_WAITING_BYTES / max(waiting, 1))
+        seconds = size.forward_flops(1, settings.sequence_length) / _flops_per_second(size, settings)
+        waiting_bytes = size.hidden_bytes(1, settings.sequence_length)
+        limit = min(MOST_SECONDS / max(seconds, 1e-9), MOST_WAITING_BYTES / max(waiting_bytes, 1))
     enough = num_sequences // FEWEST_SHARDS
     if enough < settings.batch_size:
         return max(1, enough)
-    doublings = int(max(1.0, min(limit, enough) / settings.batch_size)).bit_length() - 1
+    batches = int(max(1.0, min(limit, enough) / settings.batch_size))
+    doublings = batches.bit_length() - 1
     return int(settings.batch_size << doublings)
+
+
+def _flops_per_second(size: Footprint, settings: Settings) -> float:
+    """Return the speed of a typical device of the kind in the settings, with all that is measured."""
+    element_bytes = 2 if size.element_bytes == 2 else 4
+    if settings.device == "cuda":
+        return FLOPS_OF_A_GPU[element_bytes]
+    return FLOPS_OF_A_THREAD[element_bytes] * settings.threads

@@ -47,13 +47,16 @@ def score_models(request: ScoreRequest | ScoreAllRequest, models: Sequence[str],
     Args:
         alone: raise the error of the one model instead of recording it.
     """
-    settings, execution, on_event = request.settings, request.execution, request.on_event or LogRuns()
+    settings = request.settings
+    execution = request.execution
     for _, problem in corpus_problems([request.corpus], {settings.chat_template}):
         raise problem
-    specs = [
-        RunSpec(model=model, corpus=request.corpus, settings=settings, execution=execution, title=model, name=model)
-        for model in models
-    ]
+    specs = []
+    for model in models:
+        specs.append(
+            RunSpec(model=model, corpus=request.corpus, settings=settings, execution=execution, title=model, name=model)
+        )
+    on_event = request.on_event or LogRuns()
     return _run_all(specs, Store(request.warehouse), settings, execution, on_event, alone=alone)
 
 
@@ -98,7 +101,7 @@ def _run_all(
         alone: raise the error of the one run instead of recording it.
     """
     store.storage.create()
-    runs: dict[int, Run] = {}
+    results: dict[int, Run] = {}  # by the identity of the specification, as two may be equal
     with closing(executor_for(specs, settings, execution)) as executor:
         driver = Driver(store, executor, on_event, fresh=execution.fresh)
         with closing(driver.run(specs)) as endings:
@@ -106,31 +109,31 @@ def _run_all(
                 if isinstance(ending, AvssError):
                     if alone:
                         raise ending
-                    run = record_failure(store, spec, ending)
-                    on_event(RunEnded(spec.name, run))
+                    result = record_failure(store, spec, ending)
+                    on_event(RunEnded(spec.name, result))
                 else:
-                    run = ending
-                runs[id(spec)] = run
-    return [runs[id(spec)] for spec in specs]
+                    result = ending
+                results[id(spec)] = result
+    return [results[id(spec)] for spec in specs]
 
 
 def record_failure(store: Store, spec: RunSpec, error: AvssError) -> Run:
     """Return a failed run, after recording it unless it is recorded already, as after its fingerprint was computed."""
-    settings = spec.settings.as_dict()
-    print_ = fingerprint(model=spec.model, corpus=spec.corpus, settings=settings)
-    run_id = error.run_id or f"{slug(Path(spec.model).name)}-{print_[:10]}"
-    if not error.run_id:
+    run_id = error.run_id
+    if not run_id:
+        settings = spec.settings.as_dict()
+        run_hash = fingerprint(model=spec.model, corpus=spec.corpus, settings=settings)
+        run_id = f"{slug(Path(spec.model).name)}-{run_hash[:10]}"
+        run_row = {
+            "run_id": run_id,
+            "fingerprint": run_hash,
+            "status": "failed",
+            "error": str(error),
+            "created_at": datetime.now(UTC),
+            "model": spec.model,
+            "corpus": spec.corpus,
+            "settings": json.dumps(settings),
+        }
         with suppress(StorageFull):  # the error is reported all the same
-            store.write_run(
-                {
-                    "run_id": run_id,
-                    "fingerprint": print_,
-                    "status": "failed",
-                    "error": str(error),
-                    "created_at": datetime.now(UTC),
-                    "model": spec.model,
-                    "corpus": spec.corpus,
-                    "settings": json.dumps(settings),
-                }
-            )
+            store.write_run(run_row)
     return Run(run_id=run_id, model=spec.model, warehouse=store.root, status="failed", error=str(error))

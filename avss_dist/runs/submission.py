@@ -81,7 +81,7 @@ class Cluster:
         for name in [name for name in logging.root.manager.loggerDict if name.startswith("ray")]:
             logging.getLogger(name).setLevel(logging.ERROR)
         self.address = address
-        limits = _seconds("AVSS_CONNECT_SECONDS", 10.0), _seconds("AVSS_ANSWER_SECONDS", 60.0)
+        limits = (_seconds("AVSS_CONNECT_SECONDS", 10.0), _seconds("AVSS_ANSWER_SECONDS", 60.0))
 
         class Client(JobSubmissionClient):
             """Client that waits at most for the time limits, to connect and for each piece of an answer."""
@@ -108,23 +108,21 @@ class Cluster:
         job_id = f"avss-{name}-{secrets.token_hex(3)}"
         with tempfile.TemporaryDirectory() as folder:
             directory, name = _pack(job, Path(folder))
+            environment = {
+                "working_dir": folder,
+                "excludes": SEND_ALL,
+                "env_vars": {UMASK: f"{current_umask():03o}"},
+            }
+            metadata = {"avss_warehouse": without_secrets(job.warehouse), "avss_runs": str(len(job.specs))}
             try:
                 with self._explained():
-                    return str(
-                        self._client.submit_job(
-                            entrypoint=_entrypoint(directory, name, options),
-                            submission_id=job_id,
-                            runtime_env={
-                                "working_dir": folder,
-                                "excludes": SEND_ALL,
-                                "env_vars": {UMASK: f"{current_umask():03o}"},
-                            },
-                            metadata={
-                                "avss_warehouse": without_secrets(job.warehouse),
-                                "avss_runs": str(len(job.specs)),
-                            },
-                        )
+                    submitted_id = self._client.submit_job(
+                        entrypoint=_entrypoint(directory, name, options),
+                        submission_id=job_id,
+                        runtime_env=environment,
+                        metadata=metadata,
                     )
+                    return str(submitted_id)
             except RunFailed as error:  # the server may have the request, and its answer was lost
                 raise RunFailed(
                     error.message,
@@ -151,7 +149,8 @@ class Cluster:
         """Yield the output of a job as it is printed, until the job ends."""
         printed = 0
         while True:
-            job, log = self.job(job_id), self.logs(job_id)
+            job = self.job(job_id)
+            log = self.logs(job_id)
             yield log[printed:]
             printed = len(log)
             if job.exit_code is not None:
@@ -161,14 +160,16 @@ class Cluster:
     def stop(self, job_id: str) -> str:
         """Stop a job, wait for its end for up to a minute, and return its state as a sentence."""
         with self._explained(job_id):
-            if self._client.stop_job(job_id):
-                end = time.monotonic() + STOP_SECONDS
+            if not self._client.stop_job(job_id):
+                return f"it has ended already ({self.job(job_id).status.lower()})."
+            deadline = time.monotonic() + STOP_SECONDS
+            job = self.job(job_id)
+            while job.exit_code is None and time.monotonic() < deadline:
+                time.sleep(STATE_SECONDS)
                 job = self.job(job_id)
-                while job.exit_code is None and time.monotonic() < end:
-                    time.sleep(STATE_SECONDS)
-                    job = self.job(job_id)
-                return f"{job.status.lower()}." if job.exit_code is not None else "it was signalled, and has not ended."
-            return f"it has ended already ({self.job(job_id).status.lower()})."
+            if job.exit_code is None:
+                return "it was signalled, and has not ended."
+            return f"{job.status.lower()}."
 
     def _list_command(self) -> str:
         return command_line("jobs", "list", "--address", self.address)
@@ -240,6 +241,7 @@ def _has_token() -> bool:
 
 
 def _submitted(details: Any) -> Submitted:
+    """Return a job as the job server describes it."""
     started = None
     seconds = 0.0
     if details.start_time:
@@ -282,7 +284,9 @@ def _require_reachable(job: JobFile) -> None:
         problems.append(f"the warehouse '{job.warehouse}' would be lost with the job's working directory")
     for model, line in job.models.items():
         path = Path(model)
-        if not path.is_absolute() and (path.is_dir() or path.is_file() or model.startswith(".") or "*" in model):
+        if path.is_absolute():
+            continue
+        if path.is_dir() or path.is_file() or model.startswith(".") or "*" in model:
             problems.append(f"line {line}: the model '{model}' is a relative path")
     if problems:
         raise ConfigError(
@@ -297,18 +301,22 @@ def _local_files(job: JobFile) -> list[str]:
     Raises:
         ConfigError: a file is missing or cannot be read, or together they are too large.
     """
-    sources: list[tuple[Callable[[str], list[str]], str, str]]
-    sources = [(local_files, text, f"line {line}: ") for text, line in job.corpora.items()]
-    if job.experiment:
-        sources += [(local_files, split_weight(text)[0], "repair_corpora: ") for text in job.experiment.repair_corpora]
-        sources += [(task_files, task, "tasks: ") for task in job.experiment.tasks]
     files: set[str] = set()
     problems: list[str] = []
-    for find, name, where in sources:
+
+    def add_files(find: Callable[[str], list[str]], name: str, where: str) -> None:
         try:
             files.update(find(name))
         except AvssError as error:
-            problems.append(f"{where}{error}".replace("\n", " "))
+            problems.append(f"{where}: {error}".replace("\n", " "))
+
+    for text, line in job.corpora.items():
+        add_files(local_files, text, f"line {line}")
+    if job.experiment:
+        for weighted_text in job.experiment.repair_corpora:
+            add_files(local_files, split_weight(weighted_text)[0], "repair_corpora")
+        for task in job.experiment.tasks:
+            add_files(task_files, task, "tasks")
     if problems:
         raise ConfigError("\n".join([f"{job.path} cannot be submitted.", *problems]))
     size = sum(os.path.getsize(file) for file in files)
@@ -331,14 +339,16 @@ def _pack(job: JobFile, folder: Path) -> tuple[str, str]:
         job file in it.
     """
     files = _local_files(job)
-    here = Path.cwd()
     levels = max((Path(file).parts.count("..") for file in files), default=0)
-    names = [*here.parts[1:]][-levels:] if levels else []
-    root = folder.joinpath(*["_"] * (levels - len(names)), *names)
+    names: list[str] = []  # of the last folders of the path of the working directory, as many as the names go up
+    if levels:
+        names = [*Path.cwd().parts[1:]][-levels:]
+    missing = ["_"] * (levels - len(names))  # The names go up beyond the root of the file system.
+    root = folder.joinpath(*missing, *names)
     for file in files:
         target = Path(os.path.normpath(root / file))
-        for place in ((root / file).parent, target.parent):  # a/../b.txt is found only where a exists
-            place.mkdir(parents=True, exist_ok=True)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        (root / file).parent.mkdir(parents=True, exist_ok=True)  # a/../b.txt is found only where a exists
         shutil.copy(file, target)
     root.mkdir(parents=True, exist_ok=True)
     name = job.path.name
@@ -350,5 +360,8 @@ def _pack(job: JobFile, folder: Path) -> tuple[str, str]:
 
 def _entrypoint(directory: str, name: str, options: Sequence[str]) -> str:
     """Return the shell command that runs a packed job."""
-    command = shlex.join(["avss", "run", f"./{name}" if name.startswith("-") else name, *options])
-    return command if directory == "." else f"cd {shlex.quote(directory)} && exec {command}"
+    path = f"./{name}" if name.startswith("-") else name
+    command = shlex.join(["avss", "run", path, *options])
+    if directory == ".":
+        return command
+    return f"cd {shlex.quote(directory)} && exec {command}"

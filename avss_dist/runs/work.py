@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from typing import Any, TypeAlias
+from typing import TypeAlias
 
 import pyarrow as pa
 
@@ -44,11 +44,14 @@ class ReplicaSpec:
 
 def by_model(cells: Iterable[Cell]) -> list[tuple[ReplicaSpec, list[Cell]]]:
     """Group cells by the replica that measures them, in the order of first appearance."""
-    models: dict[tuple[Any, ...], tuple[ReplicaSpec, list[Cell]]] = {}
+    models: dict[tuple[object, ...], tuple[ReplicaSpec, list[Cell]]] = {}
     for cell in cells:
-        checkpoint, settings, placement = cell.checkpoint, cell.settings, cell.placement
-        spec = ReplicaSpec(checkpoint=checkpoint, settings=settings, placement=placement, head=True)
-        models.setdefault((checkpoint, settings, fingerprint(**asdict(placement))), (spec, []))[1].append(cell)
+        key = (cell.checkpoint, cell.settings, fingerprint(**asdict(cell.placement)))
+        if key not in models:
+            spec = ReplicaSpec(checkpoint=cell.checkpoint, settings=cell.settings, placement=cell.placement, head=True)
+            models[key] = (spec, [])
+        _, group = models[key]
+        group.append(cell)
     return [*models.values()]
 
 

@@ -225,7 +225,7 @@ class SimulatedGang:
         working = any(self._calls) and not self._is_stuck()
         silent = min([self.frozen, *self._lost.values(), clock if working else self._worked])
         age = clock - min(self.frozen, clock)
-        return {name: (clock - silent, age, self.cluster.doing.get(name)) for name in self.names}
+        return {name: Sign(clock - silent, age, self.cluster.doing.get(name)) for name in self.names}
 
 
 class SimulatedCluster:

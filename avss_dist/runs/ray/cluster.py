@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import os
 import socket
 import time
@@ -11,6 +10,7 @@ from typing import Any
 
 import grpc
 import ray
+from ray import ObjectRef
 from ray.exceptions import RayError
 
 from avss_dist.core.errors import RunFailed
@@ -55,11 +55,13 @@ def _connect(address: str) -> str:
     try:
         socket.create_connection((host, int(port)), timeout=CONNECT_SECONDS).close()
     except OSError:
-        here = ray.util.get_node_ip_address()  # for which Ray takes the loopback address
-        if host not in LOOPBACK or here in LOOPBACK:
+        own_address = ray.util.get_node_ip_address()  # for which Ray takes the loopback address
+        if host not in LOOPBACK or own_address in LOOPBACK:
             raise
-        return _connect(f"{here}:{port}")
-    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+        return _connect(f"{own_address}:{port}")
+    if ":" in host:  # of IPv6
+        return f"[{host}]:{port}"
+    return f"{host}:{port}"
 
 
 def has_head() -> bool:
@@ -112,12 +114,12 @@ class RayCluster:
         """Return the monotonic time in seconds."""
         return time.monotonic()
 
-    def wait(self, references: Sequence[Any], *, number: int, seconds: float) -> list[Any]:
+    def wait(self, references: Sequence[ObjectRef], *, number: int, seconds: float) -> list[ObjectRef]:
         """Return at most ``number`` references that are ready. Wait at most ``seconds`` for as many."""
         ready, _ = ray.wait([*references], num_returns=number, timeout=seconds)
         return list(ready)
 
-    def get(self, reference: Any) -> Any:
+    def get(self, reference: ObjectRef) -> Any:
         """Return the value of a reference.
 
         Raises:
@@ -129,7 +131,8 @@ class RayCluster:
     def require_node(self) -> None:
         """Raise RunFailed if the head of the cluster or the node of this process is lost."""
         require_head()
-        if not self.nodes().get(ray.get_runtime_context().get_node_id(), {}).get("Alive"):
+        own_node = self.nodes().get(ray.get_runtime_context().get_node_id(), {})
+        if not own_node.get("Alive"):
             raise node_lost()
 
     def nodes(self) -> dict[str, dict[str, Any]]:
@@ -172,7 +175,8 @@ class Watch:
     """
 
     def __init__(self, cluster: RayCluster, hang_seconds: float) -> None:
-        self._cluster, self._hang_seconds = cluster, hang_seconds
+        self._cluster = cluster
+        self._hang_seconds = hang_seconds
         self._signs: Mapping[str, Sign] = {}
         self._heard = 0.0  # when the signs came
         self._alive: dict[str, float] = {}  # when each rank last made progress, or was seen to have a process
@@ -184,7 +188,8 @@ class Watch:
             return False
         self._signs = signs
         self._heard = self._cluster.now()
-        self._alive |= {name: self._heard - silence for name, (silence, *_) in signs.items()}
+        for name, sign in signs.items():
+            self._alive[name] = self._heard - sign.silence
         return True
 
     def complaint(self, gang: Gang, begun: float) -> str:
@@ -194,12 +199,17 @@ class Watch:
             self._alive.setdefault(name, now)
         silence = {name: now - self._alive[name] for name in gang.names if name in self._alive}
         hanging = late(silence, self._signs, now - begun, self._hang_seconds)
-        return f"rank {hanging[0]} made no progress in {silence[hanging[0]]:.0f} seconds" if hanging else ""
+        if not hanging:
+            return ""
+        return f"rank {hanging[0]} made no progress in {silence[hanging[0]]:.0f} seconds"
 
     def doing(self, gang: Gang, begun: float) -> Doing | None:
         """Return the activity that the first rank of a gang has reported in its round, if any."""
-        _, age, doing = self._signs.get(gang.names[0], (0.0, math.inf, None))
-        return doing if self._heard - age > begun else None
+        sign = self._signs.get(gang.names[0])
+        if sign is None:
+            return None
+        reported_at = self._heard - sign.age
+        return sign.doing if reported_at > begun else None
 
 
 def late(silence: Mapping[str, float], heard: Collection[str], elapsed: float, hang_seconds: float) -> list[str]:
@@ -210,5 +220,11 @@ def late(silence: Mapping[str, float], heard: Collection[str], elapsed: float, h
         heard: the ranks that report; others may still be starting.
         elapsed: seconds since the gang's round began.
     """
-    limits = {name: hang_seconds if name in heard else max(hang_seconds, START_SECONDS) for name in silence}
-    return [name for name in silence if elapsed > hang_seconds and silence[name] > limits[name]]
+    if elapsed <= hang_seconds:
+        return []
+    late_ranks = []
+    for name, seconds in silence.items():
+        limit = hang_seconds if name in heard else max(hang_seconds, START_SECONDS)
+        if seconds > limit:
+            late_ranks.append(name)
+    return late_ranks

@@ -12,6 +12,7 @@ from itertools import count, islice
 from typing import Any, TypeVar
 
 import ray
+from ray import ObjectRef
 from ray.exceptions import LocalRayletDiedError, RayError, RayTaskError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
@@ -59,7 +60,8 @@ class RayExecutor:
     plans_ahead = True
 
     def __init__(self, execution: Execution, settings: Settings) -> None:
-        self._execution, self._settings = execution, settings
+        self._execution = execution
+        self._settings = settings
         self._address = execution.address or os.environ.get("RAY_ADDRESS")
         if execution.node_labels and not self._address:
             raise ConfigError(
@@ -89,23 +91,30 @@ class RayExecutor:
         cluster. A cluster may have room for fewer now, and for more when nodes come.
         """
         devices = self.devices
-        number, room, unit = placement.ranks * self._settings.threads, devices.cpus, "CPUs"
+        cpus = placement.ranks * self._settings.threads
         if self._execution.replicas:
             workers = self._execution.replicas.maximum
         elif devices.kind == "cuda":
             workers = devices.count // max(1, placement.gpus)
         else:
-            workers = devices.nodes_with(number)
+            workers = devices.nodes_with(cpus)
         replicas = max(1, workers // placement.copies)
-        what, options = (f" of {placement.ranks} ranks", " or `ranks`") if placement.ranks > 1 else ("", "")
+        if self._address:
+            return replicas  # There may be room for more when nodes come.
         if devices.kind == "cuda":
-            number, room, unit = placement.gpus, devices.count, "GPUs"
-            what, options = f" of {placement.gpus} GPUs", ", `ranks` or `gpus_per_replica`"
-        if not self._address and replicas * number > room:
-            raise ConfigError(
-                f"{replicas} replicas{what} need {replicas * number} {unit}; there are {room}.",
-                f"Lower `replicas`{options}.",
-            )
+            if replicas * placement.gpus > devices.count:
+                raise ConfigError(
+                    f"{replicas} replicas of {placement.gpus} GPUs need {replicas * placement.gpus} GPUs; "
+                    f"there are {devices.count}.",
+                    "Lower `replicas`, `ranks` or `gpus_per_replica`.",
+                )
+        elif replicas * cpus > devices.cpus:
+            need = f"need {replicas * cpus} CPUs; there are {devices.cpus}."
+            if placement.ranks > 1:
+                raise ConfigError(
+                    f"{replicas} replicas of {placement.ranks} ranks {need}", "Lower `replicas` or `ranks`."
+                )
+            raise ConfigError(f"{replicas} replicas {need}", "Lower `replicas`.")
         return replicas
 
     def describe_default(self) -> str:
@@ -114,7 +123,9 @@ class RayExecutor:
         nodes = devices.nodes_with(1)
         if self._execution.replicas or devices.kind != "cpu" or nodes < 2:
             return ""
-        ranks = (self._execution.ranks or 2) if self._execution.partition in GANGS else 1
+        ranks = 1
+        if self._execution.partition in GANGS:
+            ranks = self._execution.ranks or 2
         cpus = ranks * self._settings.threads
         replicas = max(1, devices.nodes_with(cpus))
         return (
@@ -140,11 +151,14 @@ class RayExecutor:
         if not queues.wait():
             return
         self.connect()
+        minimum = 1
+        if self._execution.replicas:
+            minimum = self._execution.replicas.minimum
         pool = Pool(
             queues,
             new_gang=self._new_gang,
             replicas=self.replicas,
-            minimum=self._execution.replicas.minimum if self._execution.replicas else 1,
+            minimum=minimum,
             cluster=RayCluster(self._monitor),
             placement_seconds=self._execution.placement_seconds,
             hang_seconds=self._execution.hang_seconds,
@@ -193,10 +207,12 @@ class RayExecutor:
             yield from map(function, items)
             return
         task: Any = ray.remote(_call).options(num_cpus=0, scheduling_strategy="SPREAD")
-        pending, running = iter(items), deque[tuple[S, Any]]()
+        pending = iter(items)
+        running: deque[tuple[S, ObjectRef]] = deque()
         at_once = max(2, self.devices.cpus // 2)
         while True:
-            running.extend((item, task.remote(function, item)) for item in islice(pending, at_once - len(running)))
+            for item in islice(pending, at_once - len(running)):
+                running.append((item, task.remote(function, item)))
             if not running:
                 return
             item, reference = running.popleft()
@@ -229,34 +245,38 @@ class RayExecutor:
                         logging_level=logging.ERROR,
                     )
             except (OSError, RayError, RuntimeError, ValueError, AssertionError) as error:
-                where = f"Ray at {self._address}" if self._address else "a local Ray"
-                kind = ConfigError if self._address else RunFailed
-                raise kind(
-                    f"{where} cannot be reached: {str(error).splitlines()[0]}",
-                    "Check `address` (or RAY_ADDRESS), and that this machine has the cluster's token.",
-                ) from error
+                raise self._unreachable(error) from error
             self._started = True
             ray._private.worker._worker_logs_enabled = False  # of lost workers and nodes, on standard output
         if self._monitor is None:
-            here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=True)
+            own_node = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=True)
             monitor: Any = ray.remote(HeartbeatMonitor)
-            self._monitor = monitor.options(num_cpus=0, max_restarts=-1, scheduling_strategy=here).remote()
+            self._monitor = monitor.options(num_cpus=0, max_restarts=-1, scheduling_strategy=own_node).remote()
+
+    def _unreachable(self, error: Exception) -> AvssError:
+        """Return the error for a cluster that cannot be reached, or a local Ray that cannot be started."""
+        reason = str(error).splitlines()[0]
+        hint = "Check `address` (or RAY_ADDRESS), and that this machine has the cluster's token."
+        if self._address:
+            return ConfigError(f"Ray at {self._address} cannot be reached: {reason}", hint)
+        return RunFailed(f"a local Ray cannot be reached: {reason}", hint)
 
     def _new_gang(self, placement: Placement, threads: int | None = None) -> Gang:
+        """Start a gang. It is on one node, if that has room, where ranks exchange parts of a shard in every layer."""
         require_head()
         threads = threads or self._settings.threads
-        info, devices = PARTITIONS[placement.partition], self.devices
-        needed, room = placement.ranks * threads, devices.cpus_of_largest_node
         if placement.gpus:
-            needed, room = placement.gpus, devices.count_of_largest_node
+            has_room = placement.gpus <= self.devices.count_of_largest_node
+        else:
+            has_room = placement.ranks * threads <= self.devices.cpus_of_largest_node
+        info = PARTITIONS[placement.partition]
         return Gang(
             f"{os.getpid()}-{next(self._names)}",
             placement,
             threads=threads,
             monitor=self._monitor,
             labels=self._labels,
-            # Ranks that divide the work of each shard exchange parts in every layer.
-            one_node=info.gang and not info.splits_data and needed <= room,
+            one_node=info.gang and not info.splits_data and has_room,
             spread=self._execution.replicas is None and not placement.gpus,
         )
 
@@ -285,10 +305,12 @@ def run_together(
         AvssError: a rank raised it.
         RunFailed: a rank was lost, hangs or raised another exception, or the ranks were not placed in time.
     """
-    watch, hangs = Watch(cluster, hang_seconds), False
+    watch = Watch(cluster, hang_seconds)
+    hangs = False
     results: dict[int, Any] = {}
-    begun: float | None = None  # when all ranks were placed
-    requested = checked = cluster.now()
+    placed_at: float | None = None
+    requested_at = cluster.now()
+    checked_at = requested_at
     try:
         waiting = {reference: rank for rank, reference in enumerate(gang.run(task))}
         while waiting:
@@ -301,39 +323,48 @@ def run_together(
                 except RayError as error:
                     raise _first_error(cluster, waiting, reference, error) from error
                 del waiting[reference]
-            if cluster.now() - checked <= min(CHECK_SECONDS, hang_seconds / 4):
+            if cluster.now() - checked_at <= min(CHECK_SECONDS, hang_seconds / 4):
                 continue
-            checked = cluster.now()
+            checked_at = cluster.now()
             cluster.require_node()
-            if begun is None and gang.is_placed:
-                begun = checked
-            if begun is None:
-                if checked - requested > placement_seconds:
-                    raise RunFailed(
-                        f"The ranks were not placed in {placement_seconds:.0f} seconds. {shortage()}",
-                        "Free some of it, lower `ranks`, or use another cluster.",
-                    )
-                continue
-            why = watch.complaint(gang, begun) if watch.listen() else ""
-            if why:
-                hangs = True
-                why = why.replace(gang.names[0].removesuffix("0"), "", 1)  # the gang's name, before the rank
-                raise RunFailed(f"{why[0].upper()}{why[1:]}.", "Run the same command again, or raise `hang_seconds`.")
+            if placed_at is None and gang.is_placed:
+                placed_at = checked_at
+            if placed_at is not None:
+                complaint = watch.complaint(gang, placed_at) if watch.listen() else ""
+                if complaint:
+                    hangs = True
+                    raise _hanging(complaint, gang)
+            elif checked_at - requested_at > placement_seconds:
+                raise RunFailed(
+                    f"The ranks were not placed in {placement_seconds:.0f} seconds. {shortage()}",
+                    "Free some of it, lower `ranks`, or use another cluster.",
+                )
     finally:
         gang.stop(hangs=hangs)
     return results[0]
 
 
-def _first_error(cluster: RayCluster, waiting: dict[Any, int], reference: Any, error: RayError) -> AvssError:
+def _hanging(complaint: str, gang: Gang) -> RunFailed:
+    """Return the error for a rank that hangs. A complaint about it names the rank after the name of its gang."""
+    gang_name = gang.names[0].removesuffix("0")
+    complaint = complaint.replace(gang_name, "", 1)
+    return RunFailed(f"{complaint[0].upper()}{complaint[1:]}.", "Run the same command again, or raise `hang_seconds`.")
+
+
+def _first_error(
+    cluster: RayCluster, waiting: dict[ObjectRef, int], reference: ObjectRef, error: RayError
+) -> AvssError:
     """Return the error of the rank that failed first. The other ranks only lose their connection to it."""
     rank = waiting.pop(reference)
     if waiting and isinstance(error, RayTaskError) and lost_rank(error.cause):
         for other in cluster.wait([*waiting], number=1, seconds=PROCESS_SECONDS):
             try:
                 cluster.get(other)
-            except RayError as first:
-                rank, error = waiting[other], first
-    if missing := missing_package(error):
+            except RayError as first_error:
+                rank = waiting[other]
+                error = first_error
+    missing = missing_package(error)
+    if missing is not None:
         return missing
     if not isinstance(error, RayTaskError):
         cluster.require_node()
@@ -351,17 +382,24 @@ def _call(function: Callable[[S], T], item: S) -> T:
 def _shortage(placement: Placement, cpus: int, labels: Mapping[str, str]) -> str:
     """Describe the resources that a placement needs, and how many of them the nodes with these labels have."""
     require_head()
-    need = {"CPU": cpus, "GPU": placement.gpus // placement.ranks}
-    need = {name: number for name, number in need.items() if number}
-    who = f"A replica needs {placement.ranks} workers of" if placement.ranks > 1 else "A worker needs"
+    needed = {"CPU": cpus}
+    gpus = placement.gpus // placement.ranks
+    if gpus:
+        needed["GPU"] = gpus
     nodes = _nodes(labels)
-    resources = [{name: node["Resources"].get(name, 0.0) for name in need} for node in nodes]
-    by_node = ray._private.state.available_resources_per_node()
-    free = [by_node.get(node["NodeID"], {}) for node in nodes]
-    has = ", ".join(f"{_total(free, name):g} of {_total(resources, name):g} {name}s" for name in need)
+    free_by_node = ray._private.state.available_resources_per_node()
+    resources = [node["Resources"] for node in nodes]
+    free = [free_by_node.get(node["NodeID"], {}) for node in nodes]
+    are_free = []
+    largest = {}
+    for name in needed:
+        are_free.append(f"{_total(free, name):g} of {_total(resources, name):g} {name}s")
+        largest[name] = max((node.get(name, 0.0) for node in resources), default=0)
+    who = f"A replica needs {placement.ranks} workers of" if placement.ranks > 1 else "A worker needs"
     where = f"on nodes with {_in_words(labels)}" if labels else "in the cluster"
-    largest = {name: max((node[name] for node in resources), default=0) for name in need}
-    return f"{who} {_numbers(need)}; {has} are free {where}. The largest node has {_numbers(largest)}."
+    return (
+        f"{who} {_numbers(needed)}; {', '.join(are_free)} are free {where}. The largest node has {_numbers(largest)}."
+    )
 
 
 def _total(nodes: Iterable[Mapping[str, float]], name: str) -> float:
@@ -390,27 +428,34 @@ def _devices_of_cluster(device: str, labels: Mapping[str, str]) -> Devices:
     """
     nodes = [node["Resources"] for node in _nodes(labels)]
     if not nodes:
-        every = {f"{name}={value}" for node in ray.nodes() for name, value in node["Labels"].items()}
-        names = sorted(label for label in every if not label.startswith("ray.io/node-id="))
-        raise ConfigError(
-            f"No node of the cluster has `node_labels` {_in_words(labels)}.",
-            f"Labels of its nodes: {', '.join(names)}." if names else "Its nodes have no labels: ray start --labels.",
-        )
-    gpus = int(_total(nodes, "GPU"))
-    kind = ("cuda" if gpus else "cpu") if device == "auto" else device
+        raise _no_labelled_node(labels)
+    gpus = [int(node.get("GPU", 0)) for node in nodes]
+    cpus = [int(node.get("CPU", 0)) for node in nodes]
+    kind = device
+    if kind == "auto":
+        kind = "cuda" if any(gpus) else "cpu"
     on_gpus = kind == "cuda"
-    probed = _devices_of_node(kind, labels, gpus=1 if on_gpus and gpus else 0)
-    largest = {name: int(max(node.get(name, 0) for node in nodes)) for name in ("CPU", "GPU")}
+    probed = _devices_of_node(kind, labels, gpus=1 if on_gpus and any(gpus) else 0)
     return Devices(
         kind=kind,
-        count=gpus if on_gpus else 1,
-        count_of_largest_node=largest["GPU"] if on_gpus else 1,
+        count=int(_total(nodes, "GPU")) if on_gpus else 1,
+        count_of_largest_node=max(gpus) if on_gpus else 1,
         device_bytes=probed.device_bytes,
         host_bytes=probed.host_bytes,
         cpus=int(_total(nodes, "CPU")) or 1,
-        cpus_of_largest_node=largest["CPU"] or 1,
-        cpus_of_nodes=tuple(int(node.get("CPU", 0)) for node in nodes),
+        cpus_of_largest_node=max(cpus) or 1,
+        cpus_of_nodes=tuple(cpus),
     )
+
+
+def _no_labelled_node(labels: Mapping[str, str]) -> ConfigError:
+    """Return the error for labels that no node has. It lists the labels of the nodes, without Ray's ids of nodes."""
+    of_nodes: set[str] = set()
+    for node in ray.nodes():
+        of_nodes.update(f"{name}={value}" for name, value in node["Labels"].items())
+    names = sorted(label for label in of_nodes if not label.startswith("ray.io/node-id="))
+    hint = f"Labels of its nodes: {', '.join(names)}." if names else "Its nodes have no labels: ray start --labels."
+    return ConfigError(f"No node of the cluster has `node_labels` {_in_words(labels)}.", hint)
 
 
 def _devices_of_node(kind: str, labels: Mapping[str, str], *, gpus: int) -> Devices:
@@ -426,7 +471,8 @@ def _devices_of_node(kind: str, labels: Mapping[str, str], *, gpus: int) -> Devi
             devices: Devices = ray.get(probe.remote(kind))
             break
         except RayError as error:
-            if missing := missing_package(error):
+            missing = missing_package(error)
+            if missing is not None:
                 raise missing from error
             if isinstance(error, LocalRayletDiedError):
                 raise node_lost() from error

@@ -12,7 +12,9 @@ from contextlib import suppress
 from typing import Any
 
 import ray
-from ray.util.placement_group import placement_group, remove_placement_group
+from ray import ObjectRef
+from ray.actor import ActorHandle
+from ray.util.placement_group import PlacementGroup, placement_group, remove_placement_group
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy, PlacementGroupSchedulingStrategy
 
 from avss_dist.core.errors import ConfigError
@@ -44,7 +46,7 @@ class Gang:
         placement: Placement,
         *,
         threads: int,
-        monitor: Any,
+        monitor: ActorHandle,
         labels: Mapping[str, str],
         one_node: bool = False,
         spread: bool = False,
@@ -54,7 +56,7 @@ class Gang:
         self.leaves = False
         self.names = [f"{name}.{rank}" for rank in range(placement.ranks)]
         resources = {"num_cpus": threads, "num_gpus": placement.gpus // placement.ranks}
-        self._group: Any = None
+        self._group: PlacementGroup | None = None
         options: dict[str, Any] = {}
         if placement.ranks == 1:
             options["max_concurrency"] = 2 if placement.gpus else 1
@@ -62,7 +64,9 @@ class Gang:
             if spread:
                 options["scheduling_strategy"] = "SPREAD"
         else:
-            bundle = {"CPU": threads, **({"GPU": resources["num_gpus"]} if placement.gpus else {})}
+            bundle = {"CPU": threads}
+            if placement.gpus:
+                bundle["GPU"] = resources["num_gpus"]
             self._group = placement_group(
                 [bundle] * placement.ranks,
                 strategy="STRICT_PACK" if one_node else "PACK",
@@ -71,8 +75,9 @@ class Gang:
             options["scheduling_strategy"] = PlacementGroupSchedulingStrategy(self._group)
         actor: Any = ray.remote(Worker)
         actor = actor.options(max_restarts=0, **resources, **options)
-        self._workers: list[Any] = [actor.remote(worker, threads, monitor, current_umask()) for worker in self.names]
-        self.placed: Any = self._workers[0].address.remote()
+        umask = current_umask()
+        self._workers: list[ActorHandle] = [actor.remote(name, threads, monitor, umask) for name in self.names]
+        self.placed: ObjectRef = self._workers[0].address.remote()
         self._processes: dict[str, tuple[str, int]] = {}  # the node's and the process's id, by rank
 
     @property
@@ -95,20 +100,21 @@ class Gang:
                     self._processes[name] = actor["Address"]["NodeID"], actor["Pid"]
         return self._processes.keys()
 
-    def open(self, spec: ReplicaSpec) -> list[Any]:
+    def open(self, spec: ReplicaSpec) -> list[ObjectRef]:
         """Open a model on every rank. Returns a reference for each."""
         return [worker.open.remote(spec, rank, self.placed) for rank, worker in enumerate(self._workers)]
 
-    def run(self, task: Any) -> list[Any]:
+    def run(self, task: Any) -> list[ObjectRef]:
         """Do a task on all ranks together. Returns a reference for each rank.
 
         Args:
             task: see `RayExecutor.run_ranks`.
         """
-        ranks, shared = len(self._workers), ray.put(task)
+        ranks = len(self._workers)
+        shared = ray.put(task)  # copied once to each node
         return [worker.run.remote(shared, rank, ranks, self.placed) for rank, worker in enumerate(self._workers)]
 
-    def measure(self, parts: Sequence[Sequence[Assignment]]) -> list[Any]:
+    def measure(self, parts: Sequence[Sequence[Assignment]]) -> list[ObjectRef]:
         """Give each rank its assignments in a round. Returns a reference for each rank."""
         return [worker.measure_round.remote(part) for worker, part in zip(self._workers, parts, strict=True)]
 
@@ -116,9 +122,10 @@ class Gang:
         """Stop every worker and release the resources. Workers of a hanging gang are killed by a signal too."""
         for worker in self._workers:
             ray.kill(worker)
-        for node, process in self._processes.values() if hangs else ():
-            there = NodeAffinitySchedulingStrategy(node, soft=False)
-            ray.remote(_kill).options(num_cpus=0, scheduling_strategy=there).remote(process)
+        if hangs:
+            for node_id, process in self._processes.values():
+                on_node = NodeAffinitySchedulingStrategy(node_id, soft=False)
+                ray.remote(_kill).options(num_cpus=0, scheduling_strategy=on_node).remote(process)
         if self._group is not None:
             remove_placement_group(self._group)
 

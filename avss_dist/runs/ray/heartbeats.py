@@ -3,14 +3,40 @@
 from __future__ import annotations
 
 import time
-from typing import Any
+from typing import Any, NamedTuple
 
 Doing = tuple[str, float]
 """A worker's current activity, and the share of it that is done (0 to 1)."""
 
 
-Sign = tuple[float, float, Doing | None]
-"""Seconds since a worker last made progress, and since it last reported, and the activity that it reported, if any."""
+class Sign(NamedTuple):
+    """The latest known state of a worker.
+
+    Attributes:
+        silence: seconds since it last made progress.
+        age: seconds since it last reported.
+        doing: the activity that it reported, if any.
+    """
+
+    silence: float
+    age: float
+    doing: Doing | None
+
+
+class Report(NamedTuple):
+    """What a worker has reported.
+
+    Attributes:
+        progress: the count of layers begun, or of seconds while it opens a model.
+        since: monotonic time when it first reported this progress.
+        reported_at: monotonic time of the last report.
+        doing: its activity, if any.
+    """
+
+    progress: int
+    since: float
+    reported_at: float
+    doing: Doing | None
 
 
 class HeartbeatMonitor:
@@ -18,21 +44,24 @@ class HeartbeatMonitor:
 
     def __init__(self) -> None:
         self._events: dict[str, list[Any]] = {}
-        self._reports: dict[str, tuple[int, float, float, Doing | None]] = {}  # count, since when, report, activity
+        self._reports: dict[str, Report] = {}
 
     def report(self, worker: str, count: int, doing: Doing | None = None) -> None:
         """Record the progress of a worker: a count that grows, and its activity."""
         now = time.monotonic()
-        last, since, *_ = self._reports.get(worker, (count, now))
-        self._reports[worker] = count, since if count == last else now, now, doing
+        last = self._reports.get(worker)
+        since = now
+        if last is not None and last.progress == count:
+            since = last.since
+        self._reports[worker] = Report(progress=count, since=since, reported_at=now, doing=doing)
 
     def signs(self) -> dict[str, Sign]:
         """Return the latest known state of each worker."""
         now = time.monotonic()
-        return {
-            worker: (now - since, now - reported, doing)
-            for worker, (_, since, reported, doing) in self._reports.items()
-        }
+        signs = {}
+        for worker, report in self._reports.items():
+            signs[worker] = Sign(silence=now - report.since, age=now - report.reported_at, doing=report.doing)
+        return signs
 
     def tell(self, worker: str, event: Any) -> None:
         """Keep an event of a worker until it is taken."""

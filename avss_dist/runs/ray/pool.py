@@ -18,6 +18,7 @@ from itertools import chain
 from operator import attrgetter
 from typing import Any, Generic, TypeVar
 
+from ray import ObjectRef
 from ray.exceptions import RayError, RayTaskError
 
 from avss_dist.core.errors import AvssError, BatchTooLarge, RunFailed
@@ -25,7 +26,8 @@ from avss_dist.core.streams import say
 from avss_dist.partition.placement import Placement
 from avss_dist.runs.ray.cluster import RayCluster, Watch
 from avss_dist.runs.ray.gang import Gang, missing_package
-from avss_dist.runs.ray.queue import UnitQueue
+from avss_dist.runs.ray.queue import AnyQueue, OwnedOutcome
+from avss_dist.runs.ray.worker import UnitResult
 from avss_dist.runs.threads import Submissions
 
 T = TypeVar("T")
@@ -42,10 +44,10 @@ class QueueSource(Generic[T]):
         queues_of: returns the queues of one of them.
     """
 
-    def __init__(self, submitted: Submissions[T], queues_of: Callable[[T], Iterable[UnitQueue[Any]]]) -> None:
+    def __init__(self, submitted: Submissions[T], queues_of: Callable[[T], Iterable[AnyQueue]]) -> None:
         self._submitted = submitted
         self._queues_of = queues_of
-        self._ready: deque[UnitQueue[Any]] = deque()
+        self._ready: deque[AnyQueue] = deque()
 
     @property
     def exhausted(self) -> bool:
@@ -67,7 +69,7 @@ class QueueSource(Generic[T]):
         self._ready.extend(self._queues_of(item))
         return True
 
-    def next(self, *, wait: bool) -> UnitQueue[Any] | None:
+    def next(self, *, wait: bool) -> AnyQueue | None:
         """Return the next queue. None at the end or, without ``wait``, if no queue is ready."""
         if wait:
             self.wait()
@@ -90,9 +92,9 @@ class Round:
     """
 
     gang: Gang
-    queue: UnitQueue[Any]
+    queue: AnyQueue
     units: Sequence[int]
-    awaited: dict[Any, Sequence[int]]
+    awaited: dict[ObjectRef, Sequence[int]]
     rows: int
     begun: float
 
@@ -150,14 +152,14 @@ class Pool:
         self._has_measured = minimum == 1  # From the first measurement on, no minimum is waited for.
         self._placement_seconds = placement_seconds
         self._check_seconds = min(POLL_SECONDS, hang_seconds / 4)
-        self._queues: list[UnitQueue[Any]] = []  # in the order in which they came
+        self._queues: list[AnyQueue] = []  # in the order in which they came
         self._gangs: dict[Gang, list[Round]] = {}  # none if it is idle, or the current one, and one that waits for it
-        self._outcomes: list[tuple[Any, Any]] = []
-        self._losses: dict[tuple[UnitQueue[Any], str], Loss] = {}  # by queue and node
+        self._outcomes: list[OwnedOutcome] = []
+        self._losses: dict[tuple[AnyQueue, str], Loss] = {}  # by queue and node
         self._progressed_at = cluster.now()
         self._checked_at = cluster.now()
 
-    def outcomes(self) -> Iterator[tuple[Any, Any]]:
+    def outcomes(self) -> Iterator[OwnedOutcome]:
         """Yield the outcomes of every queue as units are finished.
 
         An error among them is an AvssError of a model or a unit, or RunFailed: no gang was placed in time; a unit, or
@@ -181,7 +183,7 @@ class Pool:
         for gang in self._gangs:
             gang.stop()
 
-    def _take_outcomes(self) -> list[tuple[Any, Any]]:
+    def _take_outcomes(self) -> list[OwnedOutcome]:
         """Return the outcomes since the last call, after a report of lost nodes and of workers whose nodes are alive.
 
         It comes before a run ends, for its row.
@@ -190,11 +192,11 @@ class Pool:
         self._outcomes = []
         return outcomes
 
-    def _report_losses(self) -> list[tuple[Any, Any]]:
+    def _report_losses(self) -> list[OwnedOutcome]:
         """Print which nodes and workers were lost, once it is known which, and return notes for the rows of runs."""
         if not self._losses:
             return []
-        notes: list[tuple[Any, Any]] = []
+        notes: list[OwnedOutcome] = []
         nodes = self._cluster.nodes()
         for (queue, node_id), loss in list(self._losses.items()):
             node = nodes.get(node_id, {})
@@ -239,14 +241,14 @@ class Pool:
             if queue is not None:
                 self._dispatch(gang, queue)
 
-    def _queue_with_work(self, gang: Gang) -> UnitQueue[Any] | None:
+    def _queue_with_work(self, gang: Gang) -> AnyQueue | None:
         """Return the first queue that has work for a gang, or None."""
         for queue in self._queues:
             if queue.shape == gang.shape and self._has_work(queue, gang):
                 return queue
         return None
 
-    def _repeat_late_units(self, gang: Gang) -> UnitQueue[Any] | None:
+    def _repeat_late_units(self, gang: Gang) -> AnyQueue | None:
         """Make the units of the round that is most late pending again, for an idle gang, and return their queue.
 
         Returns None if no round is late.
@@ -258,7 +260,7 @@ class Pool:
                 return round_.queue
         return None
 
-    def _has_work(self, queue: UnitQueue[Any], gang: Gang) -> bool:
+    def _has_work(self, queue: AnyQueue, gang: Gang) -> bool:
         """Whether a gang can take a unit, or open the model first: that need not wait until enough gangs are placed."""
         if not queue.pending:
             return False
@@ -287,7 +289,7 @@ class Pool:
                 gang = self._new_gang(placement)
                 self._begin(gang, queue, [], {gang.placed: ()})
 
-    def _will_be_ready(self, gang: Gang, queue: UnitQueue[Any]) -> bool:
+    def _will_be_ready(self, gang: Gang, queue: AnyQueue) -> bool:
         """Whether a gang takes a pending round of a queue next: it is idle, is coming, or opens the queue's model."""
         rounds = self._gangs[gang]
         if not rounds:
@@ -318,7 +320,7 @@ class Pool:
                 if waiting - {gang.shape}:
                     self._stop(gang)
 
-    def _dispatch(self, gang: Gang, queue: UnitQueue[Any]) -> None:
+    def _dispatch(self, gang: Gang, queue: AnyQueue) -> None:
         """Begin a round: open the queue's model, or measure the next of its units."""
         if gang.spec != queue.spec:
             self._begin(gang, queue, [], dict.fromkeys(gang.open(queue.spec), ()))
@@ -336,14 +338,14 @@ class Pool:
             self._dispatch(gang, first.queue)
 
     def _begin(
-        self, gang: Gang, queue: UnitQueue[Any], units: Sequence[int], awaited: dict[Any, Sequence[int]]
+        self, gang: Gang, queue: AnyQueue, units: Sequence[int], awaited: dict[ObjectRef, Sequence[int]]
     ) -> None:
         round_ = Round(gang=gang, queue=queue, units=units, awaited=awaited, rows=queue.rows, begun=self._cluster.now())
         self._gangs.setdefault(gang, []).append(round_)
 
     def _wait_for_results(self) -> None:
         """Wait for results and take those that have come. Check on gangs from time to time."""
-        rounds: dict[Any, Round] = {}
+        rounds: dict[ObjectRef, Round] = {}
         for round_ in self._rounds:
             rounds |= dict.fromkeys(round_.awaited, round_)
         if not rounds:
@@ -367,7 +369,7 @@ class Pool:
             return SOON_SECONDS
         return self._check_seconds
 
-    def _take_result(self, reference: Any, round_: Round) -> None:
+    def _take_result(self, reference: ObjectRef, round_: Round) -> None:
         """Take what a rank returned, or handle the loss of it."""
         try:
             result = self._cluster.get(reference)
@@ -396,7 +398,7 @@ class Pool:
         else:
             self._stop(gang, why=str(error).splitlines()[0])
 
-    def _finish(self, reference: Any, round_: Round, results: Sequence[Any]) -> None:
+    def _finish(self, reference: ObjectRef, round_: Round, results: Sequence[UnitResult | None]) -> None:
         """Take the results of a rank. After those of all ranks, the gang gets its next round."""
         queue = round_.queue
         for unit, unit_result in zip(round_.awaited.pop(reference), results, strict=False):

@@ -15,9 +15,10 @@ from collections import Counter, defaultdict, deque
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
-from typing import Any, Generic, TypeVar
+from typing import Any, Generic, TypeAlias, TypeVar
 
 import ray
+from ray import ObjectRef
 
 from avss_dist.core.errors import AvssError, RunFailed, own_copy
 from avss_dist.core.intervention import EncodedPatch
@@ -25,7 +26,7 @@ from avss_dist.core.text import count_of
 from avss_dist.corpus.shards import Shard
 from avss_dist.partition.catalog import PARTITIONS
 from avss_dist.partition.placement import Placement
-from avss_dist.runs.ray.worker import Assignment, CellAssignment, ShardAssignment
+from avss_dist.runs.ray.worker import Assignment, CellAssignment, ShardAssignment, UnitResult
 from avss_dist.runs.work import Note, ReplicaSpec, RunShards, Underway
 from avss_dist.tasks.task import Cell
 
@@ -39,9 +40,13 @@ MOST_NAMED = 10  # shards that a line names one by one
 ROUND_FRACTION = 16  # at most this fraction of a gang's part of the pending shards, so that all gangs end together
 
 Unit = TypeVar("Unit", bound=Shard | Cell)
+Owner: TypeAlias = RunShards | Cell
+"""What a unit belongs to: it gets the unit's result, and ends with an error of the unit."""
+OwnedOutcome: TypeAlias = tuple[Any, Any]
+"""An owner and an outcome of it: a `runs.work.Outcome` or a `tasks.task.CellOutcome`."""
 
 
-def _read_shared(patch: Any) -> bytes:
+def _read_shared(patch: ObjectRef) -> bytes:
     """Return the bytes of a patch in the object store, from the copy on the worker's node."""
     return ray.get(patch)
 
@@ -52,14 +57,22 @@ def shape(placement: Placement) -> tuple[int, int]:
 
 
 def _repeated(what: str, number: int) -> str:
-    return f"{what} {'is' if number == 1 else 'are'} measured again" if number else "no measurement was lost"
+    if number == 0:
+        return "no measurement was lost"
+    if number == 1:
+        return f"{what} is measured again"
+    return f"{what} are measured again"
+
+
+def _failed_for_good(what: str, why: str) -> RunFailed:
+    return RunFailed(f"{what} failed {ATTEMPTS} times; the last time: {why}", "Everything measured so far is kept.")
 
 
 class UnitQueue(ABC, Generic[Unit]):
     """Units that are measured with one model. A unit's id is its index.
 
     Args:
-        owners: run or cell that each unit belongs to. It gets the result, and ends with an error of the unit.
+        owners: run or cell that each unit belongs to.
 
     Attributes:
         spec: replica that a gang opens for the units.
@@ -71,11 +84,12 @@ class UnitQueue(ABC, Generic[Unit]):
         clock: returns the monotonic time in seconds; that of the pool.
     """
 
-    def __init__(self, spec: ReplicaSpec, units: Sequence[Unit], owners: Sequence[Any]) -> None:
+    def __init__(self, spec: ReplicaSpec, units: Sequence[Unit], owners: Sequence[Owner]) -> None:
         self.spec = spec
         self.shape = shape(spec.placement)
         self.units: Sequence[Unit] = units
-        self.units_a_round, self.is_batched = 1, False
+        self.units_a_round = 1
+        self.is_batched = False
         self._owners = owners
         self.pending: deque[int] = deque(range(len(units)))
         self.unfinished: set[int] = set(self.pending)
@@ -84,7 +98,8 @@ class UnitQueue(ABC, Generic[Unit]):
         self._seconds: defaultdict[str, list[float]] = defaultdict(list)  # of a unit in finished rounds, by kind
         self._again: set[int] = set()  # units that became pending again: only these can be finished while pending
         self._repeated: set[int] = set()  # of these, the ones that were late
-        self._failures: Counter[int | None] = Counter()
+        self._failures: Counter[int] = Counter()  # by unit
+        self._failures_to_open = 0
         self._failed_to_open = -math.inf  # monotonic time of the last failure to open the model
 
     @abstractmethod
@@ -95,7 +110,7 @@ class UnitQueue(ABC, Generic[Unit]):
     def describe_repeated(self, units: Sequence[int]) -> str:
         """Return a clause that says which units are measured again: ``shards 3, 4 are measured again``."""
 
-    def note(self, text: str) -> list[tuple[Any, Any]]:
+    def note(self, text: str) -> list[OwnedOutcome]:
         """Return the outcomes by which readers of the results learn of something."""
         return []
 
@@ -107,7 +122,7 @@ class UnitQueue(ABC, Generic[Unit]):
     def parts(self, units: Sequence[int]) -> Sequence[Sequence[Assignment]]:
         """Return each rank's assignments in a round of these units."""
 
-    def fail(self, units: Sequence[int], error: AvssError) -> list[tuple[Any, AvssError]]:
+    def fail(self, units: Sequence[int], error: AvssError) -> list[OwnedOutcome]:
         """End the run or the cells of these units with an error, and return it as the outcome of each.
 
         Without units, the model cannot be opened.
@@ -128,7 +143,7 @@ class UnitQueue(ABC, Generic[Unit]):
     @property
     def pending_rounds(self) -> int:
         """Number of rounds that no gang has begun."""
-        return -(-len(self.pending) // self.units_a_round)
+        return math.ceil(len(self.pending) / self.units_a_round)
 
     def next_units(self, gangs: int = 1) -> list[int]:
         """Take the units of one round.
@@ -136,11 +151,16 @@ class UnitQueue(ABC, Generic[Unit]):
         Args:
             gangs: number of gangs that share the pending units.
         """
-        limit = self.units_a_round
-        if self.is_batched and self.pending and self.pending[0] not in self._again:
-            in_time = ROUND_SECONDS / max(self.usual_seconds(self.pending[0]), 1e-9)
-            limit = max(1, int(min(in_time, len(self.pending) / (ROUND_FRACTION * gangs), MOST_IN_ROUND)))
-        return [self.pending.popleft() for _ in range(min(limit, len(self.pending)))]
+        number = min(self._round_limit(gangs), len(self.pending))
+        return [self.pending.popleft() for _ in range(number)]
+
+    def _round_limit(self, gangs: int) -> int:
+        """Return the maximum number of units in the next round. Repeated units are measured alone."""
+        if not self.is_batched or not self.pending or self.pending[0] in self._again:
+            return self.units_a_round
+        in_time = ROUND_SECONDS / max(self.usual_seconds(self.pending[0]), 1e-9)
+        fair_part = len(self.pending) / (ROUND_FRACTION * gangs)
+        return max(1, int(min(in_time, fair_part, MOST_IN_ROUND)))
 
     def runs_ahead(self, gangs: int) -> bool:
         """Whether a measuring gang may have its next round in advance, with this number of gangs to keep busy.
@@ -156,7 +176,7 @@ class UnitQueue(ABC, Generic[Unit]):
             return [units] * ranks
         return [units[rank : rank + 1] for rank in range(ranks)]
 
-    def finish(self, unit: int, result: Any) -> list[tuple[Any, Any]]:
+    def finish(self, unit: int, result: UnitResult | None) -> list[OwnedOutcome]:
         """Return the outcome of a unit's first result. Later results, and None, give an empty list."""
         if result is None or unit not in self.unfinished:
             return []
@@ -167,7 +187,7 @@ class UnitQueue(ABC, Generic[Unit]):
 
     def note_opened(self) -> None:
         """Forget the failures to open the model: a gang has opened it."""
-        del self._failures[None]
+        self._failures_to_open = 0
 
     def note_duration(self, units: Sequence[int], seconds: float) -> None:
         """Remember how long a round of these units took."""
@@ -178,7 +198,9 @@ class UnitQueue(ABC, Generic[Unit]):
 
     def usual_seconds(self, unit: int) -> float:
         """Return the median seconds of units of this kind, or infinity if none is done."""
-        seconds = self._seconds[self.kind(unit)] or [math.inf]
+        seconds = self._seconds.get(self.kind(unit), [])
+        if not seconds:
+            return math.inf
         return seconds[len(seconds) // 2]
 
     def repeat_late(self, units: Sequence[int], seconds: float) -> bool:
@@ -190,16 +212,19 @@ class UnitQueue(ABC, Generic[Unit]):
         Returns:
             Whether they are pending again.
         """
-        if self.units_a_round > 1 or not units or units[0] in self._repeated or units[0] not in self.unfinished:
+        if self.units_a_round > 1 or not units:
             return False
-        if seconds <= max(LATE_SECONDS, LATE_FACTOR * len(units) * self.usual_seconds(units[0])):
+        if units[0] in self._repeated or units[0] not in self.unfinished:
+            return False
+        usual_seconds = len(units) * self.usual_seconds(units[0])
+        if seconds <= max(LATE_SECONDS, LATE_FACTOR * usual_seconds):
             return False
         self._repeated.update(units)
         self._again.update(units)
         self.pending.extendleft(reversed(units))
         return True
 
-    def put_back(self, units: Sequence[int], why: str | None, begun: float = math.inf) -> list[tuple[Any, AvssError]]:
+    def put_back(self, units: Sequence[int], why: str | None, begun: float = math.inf) -> list[OwnedOutcome]:
         """Make the units that a gang did not finish pending again. Without units, the gang did not open the model.
 
         Args:
@@ -211,23 +236,31 @@ class UnitQueue(ABC, Generic[Unit]):
             Outcomes of the units that have failed for good.
         """
         unfinished = [unit for unit in units if unit in self.unfinished]
-        self.pending.extendleft(reversed([unit for unit in unfinished if unit not in self.pending]))
+        missing = [unit for unit in unfinished if unit not in self.pending]
+        self.pending.extendleft(reversed(missing))
         self._again.update(unfinished)
-        if why is None or len(units) > self.units_a_round or (not units and begun < self._failed_to_open):
-            return []  # of several units, the failing one shows when they are measured one by one
+        if why is None:
+            return []
         if not units:
-            self._failed_to_open = self.clock()
-        outcomes: list[tuple[Any, AvssError]] = []
-        failed: list[int | None] = [*unfinished] if units else [None]
-        for unit in failed:
+            return self._count_failure_to_open(why, begun)
+        if len(units) > self.units_a_round:
+            return []  # The failing one shows when they are measured one by one.
+        outcomes: list[OwnedOutcome] = []
+        for unit in unfinished:
             self._failures[unit] += 1
             if self._failures[unit] >= ATTEMPTS:
-                what = "Opening the model" if unit is None else self.describe(unit)
-                error = RunFailed(
-                    f"{what} failed {ATTEMPTS} times; the last time: {why}", "Everything measured so far is kept."
-                )
-                outcomes += self.fail([] if unit is None else [unit], error)
+                outcomes += self.fail([unit], _failed_for_good(self.describe(unit), why))
         return outcomes
+
+    def _count_failure_to_open(self, why: str, begun: float) -> list[OwnedOutcome]:
+        """Count a failure to open the model, unless it is the same as the last one. See `put_back`."""
+        if begun < self._failed_to_open:
+            return []
+        self._failed_to_open = self.clock()
+        self._failures_to_open += 1
+        if self._failures_to_open < ATTEMPTS:
+            return []
+        return self.fail([], _failed_for_good("Opening the model", why))
 
     def _remove(self, units: Sequence[int]) -> None:
         self.unfinished.difference_update(units)
@@ -261,10 +294,15 @@ class ShardQueue(UnitQueue[Shard]):
     def describe_repeated(self, units: Sequence[int]) -> str:
         """Return a clause that says which shards are measured again."""
         ids = [str(self.units[unit].shard_id) for unit in units]
-        names = f"shard{'s' * (len(ids) > 1)} {', '.join(ids)}" if len(ids) <= MOST_NAMED else f"{len(ids)} shards"
+        if len(ids) > MOST_NAMED:
+            names = f"{len(ids)} shards"
+        elif len(ids) > 1:
+            names = f"shards {', '.join(ids)}"
+        else:
+            names = f"shard {', '.join(ids)}"
         return _repeated(names, len(ids))
 
-    def note(self, text: str) -> list[tuple[Any, Any]]:
+    def note(self, text: str) -> list[OwnedOutcome]:
         """Return a note for the run's row."""
         return [(self._run, Note(text))]
 
@@ -272,15 +310,21 @@ class ShardQueue(UnitQueue[Shard]):
         """Return the shards of each rank in a round, or the same shard for all ranks. Ranks without one run along."""
         forwards = 0  # as many as a shard takes
         if self.spec.placement.ranks > 1:
-            forwards = max(-(-self.units[unit].num_sequences // self.rows) for unit in units)
-        assign = partial(
-            ShardAssignment,
+            forwards = max(math.ceil(self.units[unit].num_sequences / self.rows) for unit in units)
+        by_rank: list[Sequence[Assignment]] = []
+        for part in self.by_rank(units):
+            assignments = [self._assignment(self.units[unit], forwards) for unit in part]
+            by_rank.append(assignments or [self._assignment(None, forwards)])
+        return by_rank
+
+    def _assignment(self, shard: Shard | None, forwards: int) -> ShardAssignment:
+        return ShardAssignment(
+            shard=shard,
             rows=self.rows,
             forwards=forwards,
             run_id=self._run.run_id,
             warehouse=self._run.warehouse,
         )
-        return [[assign(shard=self.units[unit]) for unit in part] or [assign()] for part in self.by_rank(units)]
 
 
 class CellQueue(UnitQueue[Cell]):
@@ -289,7 +333,7 @@ class CellQueue(UnitQueue[Cell]):
     def __init__(self, spec: ReplicaSpec, units: Sequence[Cell], underway: Underway | None = None) -> None:
         super().__init__(spec, units, units)
         self._underway = underway
-        self._shared: dict[str, Any] = {}  # references to the last patches in the object store, by key
+        self._shared: dict[str, ObjectRef] = {}  # references to the last patches in the object store, by key
 
     def describe(self, unit: int) -> str:
         """Return ``Part 3 of TASK``."""
@@ -305,15 +349,17 @@ class CellQueue(UnitQueue[Cell]):
 
     def note_progress(self, units: Sequence[int], what: str, share: float) -> None:
         """Report the current activity in these cells, and the share of it that is done."""
-        if self._underway is not None:
-            for unit in units:
-                self._underway(self.units[unit], what, share)
+        if self._underway is None:
+            return
+        for unit in units:
+            self._underway(self.units[unit], what, share)
 
     def parts(self, units: Sequence[int]) -> list[Sequence[Assignment]]:
         """Return the same cell for every rank, with its patch where workers reach it."""
         (unit,) = units
         cell = self.units[unit]
-        if patch := cell.intervention.patch:
+        patch = cell.intervention.patch
+        if patch:
             if patch.key not in self._shared:
                 self._shared[patch.key] = ray.put(patch.read())
                 for old in [*self._shared][:-MOST_SHARED]:
@@ -321,3 +367,6 @@ class CellQueue(UnitQueue[Cell]):
             shared = EncodedPatch(patch.key, partial(_read_shared, self._shared[patch.key]))
             cell = replace(cell, intervention=replace(cell.intervention, patch=shared))
         return [[CellAssignment(cell=cell, rows=self.rows)]] * self.spec.placement.ranks
+
+
+AnyQueue: TypeAlias = ShardQueue | CellQueue

@@ -6,7 +6,7 @@ import os
 import socket
 import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -14,6 +14,8 @@ from typing import Any
 
 import ray
 import torch
+from ray import ObjectRef
+from ray.actor import ActorHandle
 from ray.util import get_node_ip_address
 
 from avss_dist.core.devices import pick_device
@@ -31,6 +33,7 @@ from avss_dist.warehouse.schema import RunIdentity
 from avss_dist.warehouse.shared import OpenShared
 
 BEAT_SECONDS = 1.0
+DRIVER_WRITES = "some workers do not reach the warehouse: the driver wrote for them"
 UnitResult = Receipt | CellResult
 
 
@@ -77,17 +80,21 @@ class ShardAssignment:
         )
         if not model.reports_stats:
             return None
-        checkpoint, family = spec.checkpoint, result.model["family"]
-        run = RunIdentity(run_id=self.run_id, model=checkpoint.name, revision=checkpoint.revision, family=family)
-        files: Mapping[str, Any] = encode_shard(run, result)
+        identity = RunIdentity(
+            run_id=self.run_id,
+            model=spec.checkpoint.name,
+            revision=spec.checkpoint.revision,
+            family=result.model["family"],
+        )
+        files = encode_shard(identity, result)
         # Asked last: the run may have ended while this worker measured a shard that another one had finished.
         store = self.warehouse() if self.warehouse else None
         if store:
-            store.write_shard_files(run.run_id, result.shard_id, files)
-            files = {}
+            store.write_shard_files(self.run_id, result.shard_id, files)
+            files = {}  # The driver has nothing to write.
         elif self.warehouse:
-            notes = [*result.model["notes"], "some workers do not reach the warehouse: the driver wrote for them"]
-            files = encode_shard(run, replace(result, model={**result.model, "notes": notes}))
+            notes = [*result.model["notes"], DRIVER_WRITES]
+            files = encode_shard(identity, replace(result, model={**result.model, "notes": notes}))
         return Receipt(shard_id=result.shard_id, num_tokens=result.num_tokens, seconds=result.seconds, files=files)
 
 
@@ -127,20 +134,23 @@ class Worker:
         umask: that of the driver, as shards are files of whoever runs it. Ray's processes may have another.
     """
 
-    def __init__(self, name: str, threads: int, monitor: Any, umask: int) -> None:
+    def __init__(self, name: str, threads: int, monitor: ActorHandle, umask: int) -> None:
         torch.set_num_threads(threads)
         os.umask(umask)
-        self._name, self._monitor = name, monitor
-        self._count, self._opening = 0, True
+        self._name = name
+        self._monitor = monitor
+        self._count = 0
+        self._opening = True
         self._doing: Doing | None = None
         self._spec: ReplicaSpec | None = None
-        self._model: Any = None
+        self._model: Replica | None = None
         self._computing = threading.Lock()
         threading.Thread(target=self._report, daemon=True).start()
 
     def _report(self) -> None:
         while True:
-            self._count += self._opening
+            if self._opening:
+                self._count += 1
             with suppress(Exception):  # a lost report only makes the worker look slower
                 self._monitor.report.remote(self._name, self._count, self._doing)
             time.sleep(BEAT_SECONDS)
@@ -172,7 +182,8 @@ class Worker:
         if spec != self._spec:
             if self._model is not None:
                 self._model.close()
-            self._spec, self._model = None, None
+            self._spec = None
+            self._model = None
             checkpoint = resolve_on_node(spec.checkpoint, pickles=spec.settings.allow_pickle)
             self._model = replace(spec, checkpoint=checkpoint).open()
             self._spec = spec
@@ -186,7 +197,7 @@ class Worker:
         """
         from avss_dist.partition.group import join
 
-        sent: Any = None
+        sent: ObjectRef | None = None
 
         def tell(event: Any) -> None:
             nonlocal sent
@@ -197,8 +208,9 @@ class Worker:
             return task.run(self._heartbeat, tell)
         finally:
             self._opening = True  # counts as progress while other ranks work
-            with suppress(Exception):
-                ray.get(sent)  # the driver has all events once it has the result
+            if sent is not None:
+                with suppress(Exception):
+                    ray.get(sent)  # the driver has all events once it has the result
 
     def measure_round(self, assignments: Sequence[Assignment]) -> list[UnitResult | None]:
         """Return the results of this rank's assignments in a round, in their order.
@@ -221,6 +233,7 @@ class Worker:
         with ExitStack() as stack:
             stack.enter_context(self._computing)
             assert self._spec is not None
+            assert self._model is not None
             self._heartbeat()
             stack.callback(setattr, self, "_doing", None)
             stack.enter_context(progress_to(self._report_activity))
