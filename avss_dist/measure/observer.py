@@ -12,7 +12,6 @@ from contextlib import ExitStack, contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any
 
 import numpy as np
 import torch
@@ -184,7 +183,7 @@ class Hooks:
         self.layers = layers
         self.sites = sites
 
-    def hand(self, read: Callable[..., None], module: nn.Module, *call: Any) -> None:
+    def hand(self, read: Callable[..., None], module: nn.Module, *call: object) -> None:
         """Hand a call of a module to the observer of the pass in progress in this context, if it uses these hooks.
 
         Args:

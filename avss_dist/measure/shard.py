@@ -7,7 +7,6 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack
 from functools import partial
-from typing import Any
 
 import numpy as np
 import torch
@@ -18,6 +17,7 @@ from avss_dist.core.memory import halve_until_it_fits, peak_memory
 from avss_dist.core.settings import Settings
 from avss_dist.core.sites import INPUT_SITES
 from avss_dist.core.text import describe_layers
+from avss_dist.core.values import NewRow
 from avss_dist.corpus.shards import Batch, Shard
 from avss_dist.measure.kernels.reference import PATTERNS
 from avss_dist.measure.observer import UNIT_SITES, Hooks, Observer, attached
@@ -190,7 +190,7 @@ def counter_bytes(size: Footprint, settings: Settings, strata: int = 1) -> int:
     return strata * size.num_layers * (len(settings.sites) * counts + units)
 
 
-def _describe(replica: Replica, shard: Shard, rows: int, settings: Settings) -> dict[str, Any]:
+def _describe(replica: Replica, shard: Shard, rows: int, settings: Settings) -> NewRow:
     """Return the description of the replica's model, with columns and notes that depend on the measurement."""
     model = dict(replica.model)
     notes = list(model["notes"])

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from functools import cached_property, partial
-from itertools import product
 from traceback import walk_tb
 from typing import Any, TypeVar
 
@@ -38,7 +37,7 @@ from avss_dist.models.change.sparsity import SparsityCounts, sparsity_changes
 from avss_dist.models.change.sublayers import find_obstacles
 from avss_dist.models.checkpoint.loading import Backbone, no_head, predictor, quiet
 from avss_dist.models.checkpoint.locate import Checkpoint
-from avss_dist.models.forward import Change, changing
+from avss_dist.models.forward import Change, Forward, changing
 from avss_dist.models.generation import find_cache_obstacle
 from avss_dist.models.gradients import WatcherT, backpropagate, loss_gradients
 from avss_dist.models.predictions import counted_predictions, probe_batch
@@ -106,7 +105,7 @@ class LanguageModel:
         try:
             with quiet(), torch.no_grad():
                 self.head = Head(self.module, self.layers, device)
-        except (TypeError, ValueError, AttributeError) as error:  # of the model's own code
+        except (TypeError, ValueError, AttributeError) as error:  # These come from the model's own code.
             raise ModelError(
                 f"{type(self.module).__name__} cannot predict from token ids alone: {first_line(error)}"
             ) from error
@@ -174,7 +173,7 @@ class LanguageModel:
             patch, _ = decode_patch(intervention.patch.read())
             changes += self._patch_changes(patch)
         if intervention.rounding:
-            self.require_roundable((), ())
+            self._require_whole_weights()
             changes += rounding_changes(self.layers, intervention.rounding, when_called=not self.weights_stay)
         if intervention.sparsity:
             self._require_sparsifiable(intervention.sparsity)
@@ -217,12 +216,16 @@ class LanguageModel:
         Raises:
             ModelError: a layer, sublayer or expert cannot be removed; the message names the first.
         """
-        if wrong := [layer for layer in map(layer_of, removed) if layer >= len(self.layers)]:
-            raise ModelError(f"There is no layer {wrong[0]}: '{self.checkpoint.name}' has {len(self.layers)}, from 0.")
-        for part in (removal for removal in removed if isinstance(removal, Sublayer)):
-            if part.layer in self.obstacles:
+        number = len(self.layers)
+        for removal in removed:
+            if layer_of(removal) >= number:
                 raise ModelError(
-                    f"{part} cannot be left out alone: {self.obstacles[part.layer]}.",
+                    f"There is no layer {layer_of(removal)}: '{self.checkpoint.name}' has {number}, from 0."
+                )
+        for removal in removed:
+            if isinstance(removal, Sublayer) and removal.layer in self.obstacles:
+                raise ModelError(
+                    f"{removal} cannot be left out alone: {self.obstacles[removal.layer]}.",
                     "Leave out whole layers of this model.",
                 )
         require_experts(self.layers, removed)
@@ -233,16 +236,25 @@ class LanguageModel:
         Raises:
             ModelError: `whole_weights` is not set, a layer is used more than once, or a map has another shape.
         """
+        self._require_whole_weights()
+        every_format = list(formats)
+        for layer in layers:
+            require_single_use(self.layers, layer, "rounded alone")
+            for projection in layer.projections:
+                for target in every_format:
+                    require_fit(self.layers, layer, projection, target)
+
+    def _require_whole_weights(self) -> None:
+        """Refuse to round weights where a rank has a part of each.
+
+        Raises:
+            ModelError: `whole_weights` is not set.
+        """
         if not self.whole_weights:
             raise ModelError(
                 "Each rank has a part of each weight, and the scales of a rounded weight are those of the whole.",
                 "Use single, device_map, streaming, fsdp or zero3.",
             )
-        every = list(formats)
-        for layer in layers:
-            require_single_use(self.layers, layer, "rounded alone")
-            for projection, target in product(layer.projections, every):
-                require_fit(self.layers, layer, projection, target)
 
     def value(self, layer: int, path: str) -> torch.Tensor:
         """Return a parameter of a layer."""
@@ -264,7 +276,7 @@ class LanguageModel:
                 )
 
     @contextmanager
-    def running(self, layer: Layer) -> Iterator[Callable[..., Any]]:
+    def running(self, layer: Layer) -> Iterator[Forward]:
         """Load the weights of a layer inside the context, and yield a function that calls it alone."""
         yield layer.module
 
@@ -322,9 +334,9 @@ class LanguageModel:
 
     def hidden_states(self, batch: Batch) -> torch.Tensor:
         """Return the input of the head, [rows, tokens, units] on the model's device, in the caller's gradient mode."""
-        input_ids = to_device(batch.input_ids, self.device, torch.int64)
-        padded = {} if batch.attention_mask.all() else {"attention_mask": to_device(batch.attention_mask, self.device)}
-        run = partial(self.module, input_ids=input_ids, use_cache=False, **padded)
+        run = partial(self.module, input_ids=to_device(batch.input_ids, self.device, torch.int64), use_cache=False)
+        if not batch.attention_mask.all():
+            run = partial(run, attention_mask=to_device(batch.attention_mask, self.device))
         return self.head.hidden_states(run).to(self.device)
 
     def pieces(self, number: int) -> list[slice]:

@@ -235,7 +235,7 @@ class _ActingForward:
         return run(*args, **kwargs)
 
 
-def _call_inside(block: object, function: Callable[..., Output], _module: nn.Module, *call: Any) -> Output:
+def _call_inside(block: object, function: Callable[..., Output], _module: nn.Module, *call: object) -> Output:
     """Call the function of a hook if the current context is inside of its block."""
     if block in _BLOCKS.get():
         return function(*call)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 import torch
@@ -19,19 +19,24 @@ from numba.extending import overload
 from avss_dist.measure.kernels.reference import PATTERNS, Accumulator, Kernels, limits_on
 from avss_dist.stats.layer_stats import CUT_SHIFT
 
+if TYPE_CHECKING:
+    from numba.core.dispatcher import Dispatcher
 
-def compiled(**options: Any) -> Callable[[Any], Any]:
+Function = TypeVar("Function", bound=Callable[..., Any])
+
+
+def compiled(*, fastmath: bool | set[str]) -> Callable[[Function], Dispatcher[Function]]:
     """Return a decorator that compiles a function with numba, without Python's lock.
 
     The compiled code is cached beside the module or in the user's cache. If neither can be written, each process
     compiles for itself, which takes some seconds.
     """
 
-    def compile_(function: Any) -> Any:
+    def compile_(function: Function) -> Dispatcher[Function]:
         try:
-            return njit(nogil=True, cache=True, error_model="numpy", **options)(function)
+            return njit(nogil=True, cache=True, error_model="numpy", fastmath=fastmath)(function)
         except RuntimeError:  # numba: no locator available
-            return njit(nogil=True, error_model="numpy", **options)(function)
+            return njit(nogil=True, error_model="numpy", fastmath=fastmath)(function)
 
     return compile_
 
@@ -56,9 +61,13 @@ class CpuKernels(Kernels):
         """Add the statistics of a batch to an accumulator, as `kernels.reference.Kernels.add`."""
         into.reserve(x.numel())
         totals = _ABSENT | {name: tensor.numpy() for name, tensor in into.tensors.items()}
-        elements = _named(totals, _ELEMENTS)
         by_sequence = _named(totals, _BY_SEQUENCE)
-        compared = _named(totals, _COMPARED)
+        elements: Arrays = ()
+        if x.dtype == torch.float32:
+            elements = _named(totals, _ELEMENTS)
+        compared: Arrays = ()
+        if before is not None:
+            compared = _named(totals, _COMPARED)
         limits = limits_on(into.thresholds.tobytes(), x.device).numpy().view(np.uint32)
         masks = mask.contiguous().numpy()
         all_inputs = x if before is None else before
@@ -83,9 +92,9 @@ _COMPARED = ("tokens", "geometry", "input_moments")
 _ABSENT = {"unit_count": np.zeros(1, np.int64), "unit_sums": np.zeros((2, 0))}
 
 
-def _named(totals: Mapping[str, np.ndarray], names: Sequence[str]) -> tuple[np.ndarray | None, ...]:
-    """Return some arrays of an accumulator as compiled loops take them, None for those that it does not have."""
-    return tuple(totals.get(name) for name in names)
+def _named(totals: Mapping[str, np.ndarray], names: Sequence[str]) -> Arrays:
+    """Return some arrays of an accumulator as compiled loops take them."""
+    return tuple(totals[name] for name in names)
 
 
 def _patterns(x: torch.Tensor) -> np.ndarray:
@@ -105,25 +114,25 @@ def _array(x: torch.Tensor) -> np.ndarray:
     return np.from_dlpack(x)
 
 
-def value(element: Any) -> float:
+def value(element: float) -> float:
     """Return the value of an element as float64. Only callable from compiled code."""
     raise NotImplementedError
 
 
-def pattern(element: Any) -> np.uint32:
+def pattern(element: float) -> np.uint32:
     """Return the float32 pattern of an element. Only callable from compiled code."""
     raise NotImplementedError
 
 
 @overload(value, strict=False)
-def _value(element: Any) -> Callable[[Any], Any]:
+def _value(element: types.Type) -> Callable[[float], float]:
     if isinstance(element, types.Float):
         return lambda element: np.float64(element)
     return lambda element: np.float64(np.uint32(np.uint32(element) << 16).view(np.float32))
 
 
 @overload(pattern, strict=False)
-def _pattern(element: Any) -> Callable[[Any], Any]:
+def _pattern(element: types.Type) -> Callable[[float], np.uint32]:
     if isinstance(element, types.Float):
         return lambda element: np.float32(element).view(np.uint32)
     return lambda element: np.uint32(np.uint32(element) << 16)
@@ -138,7 +147,7 @@ def merge_patterns(counts: np.ndarray, total: np.ndarray) -> None:
 
 
 @_exact
-def _add_to(total: np.ndarray, added: np.ndarray) -> None:
+def _add_to(total: np.ndarray, added: np.ndarray | tuple[float, ...]) -> None:
     """Add float64 values to those of an accumulator, without the freedom to reorder sums that the loops have."""
     for i in range(len(added)):
         total[i] += added[i]

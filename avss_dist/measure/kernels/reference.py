@@ -13,12 +13,12 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Any
 
 import numpy as np
 import torch
 
 from avss_dist.core.devices import to_host
+from avss_dist.core.values import NewRow
 from avss_dist.stats.layer_stats import (
     CUT_SHIFT,
     CUTS,
@@ -172,7 +172,7 @@ def send_stats(accumulators: Sequence[Accumulator]) -> Callable[[], list[LayerSt
 
 def to_stats(tensors: Mapping[str, np.ndarray], dtype: torch.dtype, thresholds: Float64) -> LayerStats:
     """Return the LayerStats of an accumulator's tensors, which were transferred to the host."""
-    fields: dict[str, Any] = {}
+    fields: NewRow = {}
     for name, values in tensors.items():
         if name in FIELDS:
             _, names = FIELDS[name]

@@ -5,17 +5,18 @@ from __future__ import annotations
 import re
 from collections import defaultdict
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from torch import nn
 
 from avss_dist.core.errors import ModelError, first_names
+from avss_dist.core.values import JsonObject
 from avss_dist.models.checkpoint.locate import Checkpoint, read_config, stored_tensors
 from avss_dist.models.checkpoint.safetensors import DTYPES, TensorInfo
 from avss_dist.models.structure.layers import layer_lists
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedConfig
+    from transformers import PreTrainedConfig, PreTrainedModel
 
 ALWAYS_BUILT = 200
 """Number of layers up to which a model is built without a look at its files."""
@@ -29,7 +30,7 @@ MTP_COUNTS = ("num_mtp_layers", "num_nextn_predict_layers", "mtp_num_hidden_laye
 """Settings with the number of layers of a head that predicts several tokens (MTP)."""
 
 
-def require_layers(checkpoint: Checkpoint, config: Mapping[str, Any]) -> None:
+def require_layers(checkpoint: Checkpoint, config: JsonObject) -> None:
     """Refuse a configuration of far more layers than the files have, before anything of that size is built.
 
     Args:
@@ -59,7 +60,7 @@ def require_layers(checkpoint: Checkpoint, config: Mapping[str, Any]) -> None:
         )
 
 
-def _layer_counts(config: Mapping[str, Any]) -> Iterator[tuple[str, int]]:
+def _layer_counts(config: JsonObject) -> Iterator[tuple[str, int]]:
     """Yield (key, count) of every layer count in a configuration and in those nested in it."""
     for key, value in config.items():
         if isinstance(value, Mapping):
@@ -70,9 +71,9 @@ def _layer_counts(config: Mapping[str, Any]) -> Iterator[tuple[str, int]]:
 
 def require_complete(
     checkpoint: Checkpoint,
-    model: Any,
+    model: PreTrainedModel,
     backbone: nn.Module,
-    report: Mapping[str, Collection[Any]],
+    report: Mapping[str, Collection[str]],
     layers: str | None,
     *,
     head: bool = False,
@@ -169,7 +170,7 @@ def _is_quantized(tensor: TensorInfo, leaf: str) -> bool:
     return tensor.dtype == "I8" and leaf == "weight"
 
 
-def _of_layers(names: Sequence[str], model: Any, backbone: nn.Module, layers: str | None) -> list[str]:
+def _of_layers(names: Sequence[str], model: PreTrainedModel, backbone: nn.Module, layers: str | None) -> list[str]:
     """Return the names of tensors inside of the layer list, at any index.
 
     Layers of a head that predicts several tokens, which may stand behind the others, are not among them.

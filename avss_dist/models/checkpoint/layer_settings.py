@@ -46,9 +46,33 @@ LIST_OF_RULE = {
 DERIVED_LISTS = ("layer_types", "no_rope_layers", "layers_block_type", "indexer_types")
 """Lists that transformers derives from the number of layers where a file has none."""
 UNIFORM_FAMILIES = {
-    *("bloom", "falcon", "gemma", "glm", "glm4", "gpt2", "gpt_bigcode", "gpt_neox", "gptj", "granite", "llama"),
-    *("mistral", "mixtral", "mpt", "nemotron", "olmo", "olmo2", "olmoe", "opt", "phi", "phi3", "qwen2", "qwen3"),
-    *("qwen3_moe", "seed_oss", "stablelm", "starcoder2"),
+    "bloom",
+    "falcon",
+    "gemma",
+    "glm",
+    "glm4",
+    "gpt2",
+    "gpt_bigcode",
+    "gpt_neox",
+    "gptj",
+    "granite",
+    "llama",
+    "mistral",
+    "mixtral",
+    "mpt",
+    "nemotron",
+    "olmo",
+    "olmo2",
+    "olmoe",
+    "opt",
+    "phi",
+    "phi3",
+    "qwen2",
+    "qwen3",
+    "qwen3_moe",
+    "seed_oss",
+    "stablelm",
+    "starcoder2",
 }
 """Model types whose layers are of one kind, unless their file says so."""
 

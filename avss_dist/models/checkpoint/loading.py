@@ -22,6 +22,7 @@ from torch import nn
 from avss_dist.core.errors import ModelError, first_line
 from avss_dist.core.extras import pip_command
 from avss_dist.core.settings import DTYPES, Settings
+from avss_dist.core.values import NewObject, TableRow
 from avss_dist.models.checkpoint.complete import require_complete, require_layers
 from avss_dist.models.checkpoint.locate import Checkpoint, read_config, stored_tensors
 from avss_dist.models.checkpoint.quantization import (
@@ -186,7 +187,7 @@ class Backbone:
     model: PreTrainedModel
     module: nn.Module
     layers: tuple[Layer, ...]
-    columns: Mapping[str, Any]
+    columns: TableRow
 
 
 def load(
@@ -239,7 +240,7 @@ def load_model(checkpoint: Checkpoint, settings: Settings, *, head: bool = False
 def build_model(
     checkpoint: Checkpoint,
     settings: Settings,
-    tensors: Callable[[PreTrainedModel], Mapping[str, Any]],
+    tensors: Callable[[PreTrainedModel], Mapping[str, object]],
     *,
     head: bool = False,
 ) -> Any:
@@ -269,9 +270,9 @@ def build_model(
     return model.eval()
 
 
-def _options(settings: Settings) -> dict[str, Any]:
+def _options(settings: Settings) -> NewObject:
     """Return the settings as options of `from_pretrained`."""
-    options: dict[str, Any] = {"dtype": "auto", "trust_remote_code": settings.trust_remote_code}
+    options: NewObject = {"dtype": "auto", "trust_remote_code": settings.trust_remote_code}
     if settings.dtype != "auto":
         options["dtype"] = getattr(torch, settings.dtype)
     if settings.attention:
@@ -456,7 +457,7 @@ def auto_classes(config: PreTrainedConfig) -> list[AutoClass]:
     from transformers.models.auto import modeling_auto
 
     custom = getattr(config, "auto_map", None) or {}
-    classes: dict[Any, Any] = {}
+    classes: dict[type, AutoClass] = {}
     for name, auto in vars(modeling_auto).items():
         if not name.startswith("AutoModel"):
             continue

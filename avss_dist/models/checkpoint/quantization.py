@@ -17,6 +17,7 @@ import torch
 from avss_dist.core.errors import ModelError, first_line
 from avss_dist.core.extras import pip_command
 from avss_dist.core.settings import Settings
+from avss_dist.core.values import JsonObject, NewObject
 from avss_dist.models.checkpoint.complete import require_scales
 from avss_dist.models.checkpoint.locate import Checkpoint, read_config, stored_tensors
 from avss_dist.models.checkpoint.safetensors import DTYPES
@@ -42,7 +43,7 @@ FLOAT32_BYTES = 4
 _ELSEWHERE = "Use a machine that has what it needs"
 
 
-def quantization_settings(config: PreTrainedConfig) -> dict[str, Any]:
+def quantization_settings(config: PreTrainedConfig) -> NewObject:
     """Return the quantization settings of a configuration or of its text part by name, empty if it has none."""
     settings = getattr(config, "quantization_config", None)
     if not settings:
@@ -62,7 +63,7 @@ def quantization_method(config: PreTrainedConfig) -> str | None:
     return _method(settings)
 
 
-def _method(settings: Mapping[str, Any]) -> str:
+def _method(settings: JsonObject) -> str:
     method = settings.get("quant_method")
     if method:
         return str(getattr(method, "value", method))
@@ -94,7 +95,7 @@ def describe_quantization(checkpoint: Checkpoint, settings: Settings) -> str | N
     return method
 
 
-def _stored_settings(config: Mapping[str, Any]) -> Mapping[str, Any]:
+def _stored_settings(config: JsonObject) -> JsonObject:
     """Return the quantization settings of a ``config.json`` or of a part of it, empty if it has none."""
     parts = [config, *(part for part in config.values() if isinstance(part, dict))]
     for part in parts:
@@ -162,7 +163,7 @@ def require_unquantized(checkpoint: Checkpoint) -> None:
 
 
 def with_quantization(
-    checkpoint: Checkpoint, config: PreTrainedConfig, settings: Settings, placing: Mapping[str, Any]
+    checkpoint: Checkpoint, config: PreTrainedConfig, settings: Settings, placing: Mapping[str, object]
 ) -> PreTrainedConfig:
     """Return a configuration with which transformers loads the weights as stored, or unpacked if `dequantize` is set.
 
@@ -187,7 +188,7 @@ def with_quantization(
 
 
 def ready_quantizer(
-    checkpoint: Checkpoint, config: PreTrainedConfig, settings: Settings, placing: Mapping[str, Any] = {}
+    checkpoint: Checkpoint, config: PreTrainedConfig, settings: Settings, placing: Mapping[str, object] = {}
 ) -> HfQuantizer:
     """Return transformers' quantizer of a quantized checkpoint, once it has found all that it needs here.
 

@@ -12,11 +12,11 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from io import BufferedWriter, FileIO
 from pathlib import Path
-from typing import Any
 
 import torch
 
 from avss_dist.core.errors import ModelError
+from avss_dist.core.values import JsonObject
 
 DTYPES = {
     "F64": torch.float64,
@@ -90,7 +90,7 @@ def tensors_of(file: Path) -> list[StoredTensor]:
         ) from error
 
 
-def _tensor(name: str, file: Path, data: int, entry: Any) -> StoredTensor:
+def _tensor(name: str, file: Path, data: int, entry: JsonObject) -> StoredTensor:
     """Return the tensor of a header's entry, where ``data`` is the offset of the first tensor in the file."""
     first, last = entry["data_offsets"]
     shape = tuple(entry["shape"])

@@ -14,7 +14,6 @@ from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any
 
 import torch
 from torch import nn
@@ -375,7 +374,7 @@ def _router_before(calls: Sequence[Call], tokens: int, number: int) -> Call | No
 
 
 def find_structure(
-    model: nn.Module, forward: Callable[[torch.Tensor], Any], num_layers: int | None, path: str | None = None
+    model: nn.Module, forward: Callable[[torch.Tensor], object], num_layers: int | None, path: str | None = None
 ) -> tuple[tuple[Layer, ...], tuple[str, ...]]:
     """Find layers and sites by one forward pass over ``PROBE_SHAPE`` tokens, and remove all hooks.
 
@@ -432,7 +431,7 @@ def find_structure(
     return tuple(layers), tuple(notes)
 
 
-def _watch(modules: Iterable[nn.Module], forward: Callable[[torch.Tensor], Any]) -> list[Layer]:
+def _watch(modules: Iterable[nn.Module], forward: Callable[[torch.Tensor], object]) -> list[Layer]:
     """Return a layer without a name for each call of these modules in one forward pass, in order."""
     layer_calls: list[Layer] = []
     calls: list[Call] = []  # of one layer at a time

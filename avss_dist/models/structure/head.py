@@ -101,7 +101,7 @@ class Head:
         with changing(changes):
             yield inputs
 
-    def hidden_states(self, run: Callable[[], Any]) -> torch.Tensor:
+    def hidden_states(self, run: Callable[[], Output]) -> torch.Tensor:
         """Return the input of the head in the forward pass of ``run``, [rows, tokens, units], on any device."""
         if self.body is None:
             return run().logits
