@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 Function = TypeVar("Function", bound=Callable[..., Any])
 
 
-def compiled(*, fastmath: bool | set[str]) -> Callable[[Function], Dispatcher[Function]]:
+def compiled(*, fastmath: bool | set[str] = False) -> Callable[[Function], Dispatcher[Function]]:
     """Return a decorator that compiles a function with numba, without Python's lock.
 
     The compiled code is cached beside the module or in the user's cache. If neither can be written, each process

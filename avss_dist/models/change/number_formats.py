@@ -20,7 +20,8 @@ from avss_dist.core.extras import require_package
 if TYPE_CHECKING:
     import torch
 
-SCALE_BITS = 16  # of a scale that is stored in the dtype of the checkpoint
+SCALE_BITS = 16
+"""Number of bits of a scale that is stored in the dtype of the checkpoint."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,11 +59,16 @@ class NumberFormat:
     @property
     def strategy(self) -> str:
         """Name, in compressed-tensors, of the numbers that share a scale."""
-        return "channel" if self.group is None else "tensor_group" if self.tensor_bits else "group"
+        if self.group is None:
+            return "channel"
+        if self.tensor_bits:
+            return "tensor_group"
+        return "group"
 
     def bits(self, outputs: int, inputs: int) -> float:
         """Return the bits per weight of a map, with all scales."""
-        return self.element_bits + self.scale_bits / (self.group or inputs) + self.tensor_bits / (outputs * inputs)
+        numbers_of_scale = self.group or inputs
+        return self.element_bits + self.scale_bits / numbers_of_scale + self.tensor_bits / (outputs * inputs)
 
     def obstacle(self, outputs: int, inputs: int) -> str | None:
         """Return why the format cannot take a weight of this shape, or None if it can."""
@@ -85,18 +91,26 @@ class NumberFormat:
             from gguf.quants import dequantize, quantize
 
             kind = GGMLQuantizationType[self.type]
-            return torch.from_numpy(dequantize(quantize(weight.cpu().numpy(), kind), kind)).to(weight.device)
+            packed = quantize(weight.cpu().numpy(), kind)
+            return torch.from_numpy(dequantize(packed, kind)).to(weight.device)
         from compressed_tensors.quantization import QuantizationArgs
         from compressed_tensors.quantization.lifecycle.forward import fake_quantize
         from compressed_tensors.quantization.utils import calculate_qparams, generate_gparam
 
-        dtypes = {name: getattr(torch, value) for name, value in self.options.items() if name.endswith("_dtype")}
-        args = QuantizationArgs(strategy=self.strategy, group_size=self.group, **{**self.options, **dtypes})
-        groups = weight if self.group is None else weight.unflatten(-1, (-1, self.group))
-        lowest, highest = torch.aminmax(groups, dim=-1, keepdim=self.group is None)
-        whole = generate_gparam(*torch.aminmax(weight)) if self.tensor_bits else None
-        scale, zero_point = calculate_qparams(lowest, highest, args, global_scale=whole)
-        return fake_quantize(weight, scale, zero_point, args, global_scale=whole)
+        options = dict(self.options)
+        for name, value in self.options.items():
+            if name.endswith("_dtype"):
+                options[name] = getattr(torch, value)
+        args = QuantizationArgs(strategy=self.strategy, group_size=self.group, **options)
+        if self.group is None:
+            lowest, highest = torch.aminmax(weight, dim=-1, keepdim=True)
+        else:
+            lowest, highest = torch.aminmax(weight.unflatten(-1, (-1, self.group)), dim=-1)
+        global_scale = None
+        if self.tensor_bits:
+            global_scale = generate_gparam(*torch.aminmax(weight))
+        scale, zero_point = calculate_qparams(lowest, highest, args, global_scale=global_scale)
+        return fake_quantize(weight, scale, zero_point, args, global_scale=global_scale)
 
     def require_package(self) -> None:
         """Refuse a format whose library is not installed.
@@ -108,10 +122,14 @@ class NumberFormat:
 
 
 def _integers(bits: int, group: int | None) -> NumberFormat:
-    shared = "output channel" if group is None else f"group of {group} inputs"
+    name = f"int{bits}"
+    sharing = "output channel"
+    if group is not None:
+        name = f"int{bits}-g{group}"
+        sharing = f"group of {group} inputs"
     return NumberFormat(
-        name=f"int{bits}" if group is None else f"int{bits}-g{group}",
-        summary=f"integers of {bits} bits, a scale for each {shared}",
+        name=name,
+        summary=f"integers of {bits} bits, a scale for each {sharing}",
         element_bits=bits,
         group=group,
         scale_bits=SCALE_BITS,

@@ -17,20 +17,33 @@ def weight_files(folder: Path) -> list[Path]:
     Raises:
         ModelError: the index cannot be read, or names a file outside of the folder.
     """
-    single, index = folder / "model.safetensors", folder / INDEX
+    single = folder / "model.safetensors"
+    index = folder / INDEX
     if single.is_file():
         return [single]
     if not index.is_file():
         return sorted(folder.glob(WEIGHTS))
     try:
         names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
-        paths = [PurePosixPath(name) for name in names]
+        for name in names:
+            _require_inside(index, name)
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        reason = f"no {error}" if isinstance(error, KeyError) else error
+        reason = str(error)
+        if isinstance(error, KeyError):
+            reason = f"no {error}"
         raise ModelError(f"{index} cannot be read: {reason}.", "Download or copy it again.") from error
-    if outside := [name for name, path in zip(names, paths, strict=True) if path.is_absolute() or ".." in path.parts]:
+    return [folder / name for name in names]
+
+
+def _require_inside(index: Path, name: str) -> None:
+    """Refuse a file outside of the folder of an index.
+
+    Raises:
+        ModelError: the path of the file is absolute, or goes up.
+    """
+    file = PurePosixPath(name)
+    if file.is_absolute() or ".." in file.parts:
         raise ModelError(
-            f"{index} names the file '{outside[0]}', which is outside of its folder.",
+            f"{index} names the file '{name}', which is outside of its folder.",
             "Put all weights into the folder, and name them by their paths in it.",
         )
-    return [folder / name for name in names]
