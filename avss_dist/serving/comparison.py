@@ -7,7 +7,7 @@ against the same dtype on the same rows. A position differs if more changes.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 import numpy as np
 from numpy.typing import NDArray
@@ -55,6 +55,21 @@ class Judged:
     losses: Float64
     server_losses: Float64
     differences: Float64
+
+    def part(self, index: slice | NDArray[np.bool_]) -> Judged:
+        """Return some of the positions."""
+        values = {}
+        for column in fields(self):
+            values[column.name] = getattr(self, column.name)[index]
+        return Judged(**values)
+
+    @staticmethod
+    def join(parts: Sequence[Judged]) -> Judged:
+        """Return the positions of several parts."""
+        values = {}
+        for column in fields(Judged):
+            values[column.name] = np.concatenate([getattr(part, column.name) for part in parts])
+        return Judged(**values)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -153,6 +168,25 @@ class Comparison:
         """Largest difference of a position, in nats."""
         return max(group.largest for group in self.groups)
 
+    @property
+    def loss(self) -> float | None:
+        """Mean loss by transformers, or None if the server does not tell its own everywhere."""
+        return self._mean([group.loss for group in self.groups])
+
+    @property
+    def server_loss(self) -> float | None:
+        """Mean loss by the server, or None if it does not tell it everywhere."""
+        return self._mean([group.server_loss for group in self.groups])
+
+    def _mean(self, losses: Sequence[float | None]) -> float | None:
+        """Return the mean over all positions of a loss by group."""
+        total = 0.0
+        for group, loss in zip(self.groups, losses, strict=True):
+            if loss is None:
+                return None
+            total += loss * group.positions
+        return total / self.positions
+
     def different_groups(self, whole: Comparison | None = None) -> list[Group]:
         """Return the groups that differ.
 
@@ -183,17 +217,10 @@ def compare_predictions(
     for written, expected in zip(predictions, reference.expected, strict=True):
         result = _judge(written, expected, tolerance)
         if written.until_difference:
-            result = _first_part(result, _number_counted(written, expected, result, tokenizer))
+            result = result.part(slice(_number_counted(written, expected, result, tokenizer)))
         judged.append(result)
-    together = Judged(
-        positions=np.concatenate([part.positions for part in judged]),
-        equal=np.concatenate([part.equal for part in judged]),
-        differs=np.concatenate([part.differs for part in judged]),
-        losses=np.concatenate([part.losses for part in judged]),
-        server_losses=np.concatenate([part.server_losses for part in judged]),
-        differences=np.concatenate([part.differences for part in judged]),
-    )
-    return Comparison(groups=tuple(_groups(together, windows)), tolerance=tolerance, dtype=dtype)
+    groups = _groups(Judged.join(judged), windows)
+    return Comparison(groups=tuple(groups), tolerance=tolerance, dtype=dtype)
 
 
 def _judge(written: Predictions, expected: Expected, tolerance: float) -> Judged:
@@ -229,18 +256,6 @@ def _number_counted(written: Predictions, expected: Expected, judged: Judged, to
     return len(judged.equal)
 
 
-def _first_part(judged: Judged, number: int) -> Judged:
-    """Return the first positions."""
-    return Judged(
-        positions=judged.positions[:number],
-        equal=judged.equal[:number],
-        differs=judged.differs[:number],
-        losses=judged.losses[:number],
-        server_losses=judged.server_losses[:number],
-        differences=judged.differences[:number],
-    )
-
-
 def _groups(judged: Judged, windows: Sequence[int]) -> list[Group]:
     """Return the positions in groups: those within the first window, beyond it, beyond the second, ..."""
     groups = []
@@ -249,34 +264,33 @@ def _groups(judged: Judged, windows: Sequence[int]) -> list[Group]:
         inside = (judged.positions >= start) & (judged.positions <= window)
         if inside.any():
             name = f"{start:,} to {window:,}" if start else f"to {window:,}"
-            groups.append(_group(judged, inside, name))
+            groups.append(_group(judged.part(inside), name))
         start = window + 1
     inside = judged.positions >= start
     if inside.any():
-        groups.append(_group(judged, inside, f"from {start:,}" if start else EVERYWHERE))
+        name = f"from {start:,}" if start else EVERYWHERE
+        groups.append(_group(judged.part(inside), name))
     return groups
 
 
-def _group(judged: Judged, inside: NDArray[np.bool_], name: str) -> Group:
-    """Return some positions as a group."""
-    equal = judged.equal[inside]
-    differs = judged.differs[inside]
-    positions = judged.positions[inside]
-    server_losses = judged.server_losses[inside]
-    is_known = np.isfinite(server_losses)
+def _group(judged: Judged, name: str) -> Group:
+    """Return positions as a group."""
+    different = judged.positions[judged.differs]
+    ties = ~judged.equal & ~judged.differs
+    is_known = np.isfinite(judged.server_losses)
     loss = None
     server_loss = None
     if is_known.any():
-        loss = float(judged.losses[inside][is_known].mean())
-        server_loss = float(server_losses[is_known].mean())
+        loss = float(judged.losses[is_known].mean())
+        server_loss = float(judged.server_losses[is_known].mean())
     return Group(
         name=name,
-        positions=len(positions),
-        equal=int(equal.sum()),
-        ties=int((~equal & ~differs).sum()),
-        differences=int(differs.sum()),
+        positions=len(judged.positions),
+        equal=int(judged.equal.sum()),
+        ties=int(ties.sum()),
+        differences=len(different),
         loss=loss,
         server_loss=server_loss,
-        largest=float(judged.differences[inside].max()),
-        first=1 + int(positions[differs].min()) if differs.any() else None,
+        largest=float(judged.differences.max()),
+        first=1 + int(different.min()) if len(different) else None,
     )

@@ -8,7 +8,7 @@ from avss_dist.requests import SERVERS
 from avss_dist.serving.client import Client, base_url, server_key
 from avss_dist.serving.llama_cpp import LlamaCppServer
 from avss_dist.serving.ollama import OllamaServer
-from avss_dist.serving.server import Server
+from avss_dist.serving.server import Server, entries
 from avss_dist.serving.sglang import SglangServer
 from avss_dist.serving.vllm import VllmServer
 
@@ -42,8 +42,7 @@ def connect(url: str, kind: str | None, model: str | None, timeout: float, token
 
 def _kind(client: Client) -> str:
     """Return the kind of a server. Ollama is asked last, as others imitate its interface."""
-    listed = (client.probe("/v1/models") or {}).get("data") or []
-    for entry in listed:
+    for entry in entries(client.probe("/v1/models"), "data"):
         owner = entry.get("owned_by")
         if owner in _OWNERS:
             return _OWNERS[owner]

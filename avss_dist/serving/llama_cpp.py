@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 
+from avss_dist.core.streams import tracked
 from avss_dist.core.values import JsonObject
 from avss_dist.serving.client import Client
 from avss_dist.serving.server import (
@@ -23,10 +24,14 @@ from avss_dist.serving.server import (
     Row,
     Server,
     ServerInfo,
+    entries,
+    entry_named,
     integers,
+    known_sizes,
     require_read_whole,
     served_name,
     unexpected,
+    whole_number,
 )
 
 PATH = "/completion"
@@ -66,18 +71,18 @@ class LlamaCppServer(Server):
 
     def __init__(self, client: Client, model: str | None) -> None:
         self._client = client
-        listed = (client.probe("/v1/models") or {}).get("data") or []
+        listed = entries(client.probe("/v1/models"), "data")
         name = served_name([str(entry.get("id")) for entry in listed], model, client.url)
-        about = next((entry.get("meta") or {} for entry in listed if entry.get("id") == name), {})
+        about = entry_named(listed, name).get("meta") or {}
         properties = client.probe("/props") or {}
         settings = properties.get("default_generation_settings") or {}
         self.info = ServerInfo(
             runtime="llama.cpp",
             version=str(properties.get("build_info") or UNKNOWN),
             model=name,
-            limit=settings.get("n_ctx"),
+            limit=whole_number(settings.get("n_ctx")),
             weights=str(properties.get("model_ftype") or about.get("ftype") or ""),
-            sizes={size: about[key] for key, size in _SIZES.items() if type(about.get(key)) is int},
+            sizes=known_sizes(about, _SIZES),
         )
 
     def tokens_of(self, text: str) -> Sequence[int] | None:
@@ -98,7 +103,7 @@ class LlamaCppServer(Server):
         positions: list[int] = []
         best: list[int] = []
         losses: list[float] = []
-        for position in row.positions:
+        for position in tracked(row.positions, "asking", bar=False):
             label = ids[position]
             told = self._told(ids[:position], [[label, BIAS]])
             if told is None:
@@ -109,7 +114,7 @@ class LlamaCppServer(Server):
             try:
                 best.append(int(told["top_logprobs"][0]["id"]))
                 losses.append(_loss(told, label))
-            except (KeyError, IndexError, TypeError, ValueError) as error:
+            except (AttributeError, KeyError, IndexError, TypeError, ValueError) as error:
                 raise unexpected(PATH) from error
             positions.append(position)
         return [Predictions(ids=row.ids, positions=np.array(positions), best=np.array(best), losses=np.array(losses))]

@@ -11,6 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from avss_dist.core.errors import ConfigError, first_names, nearest
+from avss_dist.core.values import JsonObject
 from avss_dist.corpus.tokens import Ids
 from avss_dist.serving.client import Client, ServerFailed
 from avss_dist.stats.layer_stats import Float64
@@ -130,6 +131,41 @@ def served_name(names: Sequence[str], requested: str | None, url: str) -> str:
             "Name the one to compare by `served_model`.",
         )
     return names[0]
+
+
+def entries(answer: JsonObject | None, key: str) -> list[JsonObject]:
+    """Return the objects in a list of an answer. Empty without an answer, or without such a list."""
+    listed = answer.get(key) if answer else None
+    if not isinstance(listed, list):
+        return []
+    return [entry for entry in listed if isinstance(entry, dict)]
+
+
+def whole_number(value: Any) -> int | None:
+    """Return a value of an answer if it is an integer, else None."""
+    return value if type(value) is int else None
+
+
+def known_sizes(about: JsonObject, names: Mapping[str, str]) -> dict[str, int]:
+    """Return the sizes that a server tells.
+
+    Args:
+        names: names of the sizes by the server's own names.
+    """
+    sizes = {}
+    for key, name in names.items():
+        size = whole_number(about.get(key))
+        if size is not None:
+            sizes[name] = size
+    return sizes
+
+
+def entry_named(listed: Sequence[JsonObject], name: str) -> JsonObject:
+    """Return the entry of a model in a list of models, or an empty one."""
+    for entry in listed:
+        if entry.get("id") == name:
+            return entry
+    return {}
 
 
 def tokens_by_interface(client: Client, model: str, text: str) -> list[int] | None:

@@ -13,10 +13,13 @@ from avss_dist.serving.server import (
     Row,
     Server,
     ServerInfo,
+    entries,
+    entry_named,
     require_read_whole,
     served_name,
     tokens_by_interface,
     unexpected,
+    whole_number,
 )
 
 PATH = "/generate"
@@ -43,15 +46,14 @@ class SglangServer(Server):
 
     def __init__(self, client: Client, model: str | None) -> None:
         self._client = client
-        listed = (client.probe("/v1/models") or {}).get("data") or []
+        listed = entries(client.probe("/v1/models"), "data")
         name = served_name([str(entry.get("id")) for entry in listed], model, client.url)
-        limits = [entry.get("max_model_len") for entry in listed if entry.get("id") == name]
         about = client.probe("/get_server_info") or client.probe("/server_info") or {}
         self.info = ServerInfo(
             runtime="SGLang",
             version=str(about.get("version") or UNKNOWN),
             model=name,
-            limit=limits[0] if limits else None,
+            limit=whole_number(entry_named(listed, name).get("max_model_len")),
         )
 
     def tokens_of(self, text: str) -> Sequence[int] | None:
@@ -87,7 +89,7 @@ class SglangServer(Server):
             # An entry is log-probability, token, text. The first token has none.
             best = [int(about["input_top_logprobs"][position][0][1]) for position in row.positions]
             losses = [-float(about["input_token_logprobs"][position][0]) for position in row.positions]
-        except (KeyError, IndexError, TypeError, ValueError) as error:
+        except (AttributeError, KeyError, IndexError, TypeError, ValueError) as error:
             raise unexpected(PATH) from error
         return [
             Predictions(ids=row.ids, positions=np.array(row.positions), best=np.array(best), losses=np.array(losses))

@@ -13,6 +13,8 @@ import transformers
 from avss_dist.core.errors import AvssError, ConfigError
 from avss_dist.core.results import TabularResult
 from avss_dist.core.settings import Settings
+from avss_dist.core.streams import portion, progress_to
+from avss_dist.core.streams import report as report_share
 from avss_dist.core.text import RedactedURI, describe_layers
 from avss_dist.core.values import NewRow
 from avss_dist.corpus.documents import Tokenizer
@@ -139,7 +141,7 @@ def verify(request: VerifyRequest, causes: Sequence[str] = ()) -> Verified:
     original = None
     if request.original is not None:
         base = _base(request, side.checkpoint)
-        original = _open_side(request, base, request.original, None, request.original_model)
+        original = _open_side(request, base, request.original, request.kind, request.original_model)
     execution = Execution(partition=request.partition, max_memory=request.max_memory)
     try:
         rows = _read(request, side, original)
@@ -227,10 +229,15 @@ def _compare(side: _Side, rows: Rows, execution: Execution, report: Callable[[st
     """
     _require_same_sizes(side)
     _require_same_tokens(side, rows)
+
+    def asking(_: str, share: float) -> None:
+        report(f"asking {side.info.runtime}", share)
+
     predictions = []
     for number, row in enumerate(rows.rows):
-        report(f"asking {side.info.runtime}", number / len(rows.rows))
-        predictions += side.server.predict(row)
+        with progress_to(asking), portion(number / len(rows.rows), 1 / len(rows.rows)):
+            report_share("asking", 0.0)
+            predictions += side.server.predict(row)
     if not predictions:
         raise _NotComparable(f"{side.info.name} predicts nothing for the rows of the text.")
     reference = compute_reference(side.checkpoint, predictions, side.settings, execution, report)
@@ -367,13 +374,17 @@ def _receipt(
     groups: Sequence[Group],
 ) -> Receipt:
     """Return the record of a comparison. It does not have the address of the server."""
-    known = [group for group in comparison.groups if group.loss is not None and group.server_loss is not None]
-    loss = None
-    server_loss = None
-    if len(known) == len(comparison.groups):
-        loss = sum((group.loss or 0.0) * group.positions for group in known) / comparison.positions
-        server_loss = sum((group.server_loss or 0.0) * group.positions for group in known) / comparison.positions
     firsts = [group.first for group in groups if group.first is not None]
+    shares: NewRow = {
+        "positions": comparison.positions,
+        "equal": comparison.share_equal,
+        "different": comparison.share_different,
+        "largest": comparison.largest,
+        "loss": comparison.loss,
+        "server_loss": comparison.server_loss,
+        "first": min(firsts, default=None),
+        "whole_different": whole.share_different if whole else None,
+    }
     return Receipt(
         runtime=side.info.runtime,
         version=side.info.version,
@@ -384,15 +395,8 @@ def _receipt(
         rows=rows.fingerprint,
         dtype=comparison.dtype,
         tolerance=comparison.tolerance,
-        positions=comparison.positions,
-        equal=comparison.share_equal,
-        different=comparison.share_different,
-        largest=comparison.largest,
-        loss=loss,
-        server_loss=server_loss,
-        first=min(firsts, default=None),
-        whole_different=whole.share_different if whole else None,
         transformers=transformers.__version__,
+        **shares,
     )
 
 

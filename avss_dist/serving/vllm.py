@@ -14,10 +14,13 @@ from avss_dist.serving.server import (
     Row,
     Server,
     ServerInfo,
+    entries,
+    entry_named,
     require_read_whole,
     served_name,
     tokens_by_interface,
     unexpected,
+    whole_number,
 )
 
 PATH = "/v1/completions"
@@ -47,16 +50,15 @@ class VllmServer(Server):
 
     def __init__(self, client: Client, model: str | None) -> None:
         self._client = client
-        listed = (client.probe("/v1/models") or {}).get("data") or []
+        listed = entries(client.probe("/v1/models"), "data")
         names = [str(entry.get("id")) for entry in listed]
         name = served_name(names, model, client.url)
-        limits = [entry.get("max_model_len") for entry in listed if entry.get("id") == name]
         version = (client.probe("/version") or {}).get("version")
         self.info = ServerInfo(
             runtime="vLLM",
             version=str(version or UNKNOWN),
             model=name,
-            limit=limits[0] if limits else None,
+            limit=whole_number(entry_named(listed, name).get("max_model_len")),
         )
 
     def tokens_of(self, text: str) -> Sequence[int] | None:
@@ -80,7 +82,7 @@ class VllmServer(Server):
             by_token = answer["choices"][0]["prompt_logprobs"]
             best = [most_likely(by_token[position]) for position in row.positions]
             losses = [-float(by_token[position][str(ids[position])]["logprob"]) for position in row.positions]
-        except (KeyError, IndexError, TypeError, ValueError) as error:
+        except (AttributeError, KeyError, IndexError, TypeError, ValueError) as error:
             raise unexpected(PATH) from error
         return [
             Predictions(ids=row.ids, positions=np.array(row.positions), best=np.array(best), losses=np.array(losses))
