@@ -15,7 +15,8 @@ if TYPE_CHECKING:
     from avss_dist.tasks.task import Cell
 
 
-LARGE_BYTES = 1 << 30  # less memory than this need not be said
+LEAST_MENTIONED_BYTES = 1 << 30
+"""Memory of which people are told. Less need not be said."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,8 +38,8 @@ class MemoryNeeded:
 
     @property
     def is_large(self) -> bool:
-        """Whether people should know before it is taken: at least `LARGE_BYTES`, or more than half of what is free."""
-        return self.total >= LARGE_BYTES or self.total > self.free / 2
+        """Whether people should know before it is taken: it is large, or more than half of what is free."""
+        return self.total >= LEAST_MENTIONED_BYTES or self.total > self.free / 2
 
     def describe(self) -> str:
         """Return the total, its parts and the free bytes as a sentence, and what to do if they are too few."""

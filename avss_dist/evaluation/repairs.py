@@ -44,7 +44,7 @@ from avss_dist.tasks.task import Measure, MetricRow, Task
 from avss_dist.warehouse.names import REPAIR
 from avss_dist.warehouse.storage import Storage
 
-MISSING = "missing"
+REMAINING_ERROR = "missing"
 """Metric of a fit: remaining error of the hidden states after each cut, on held-back text."""
 
 
@@ -101,7 +101,7 @@ class FitRepair(Measure):
         about = json.dumps({"record": asdict(repaired.record), "notes": list(repaired.notes)})
         errors = np.array([cut.error_after for cut in repaired.record.cuts])
         patch = encode_patch(repaired.tensors, about)
-        return [MetricRow(metric=MISSING, samples=errors, weights=np.ones(len(errors)), patch=patch)]
+        return [MetricRow(metric=REMAINING_ERROR, samples=errors, weights=np.ones(len(errors)), patch=patch)]
 
 
 def require_changeable(partition: str) -> None:

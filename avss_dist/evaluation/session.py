@@ -33,7 +33,7 @@ from avss_dist.partition.choose import place
 from avss_dist.partition.execution import Execution
 from avss_dist.plans.choice import PlanError
 from avss_dist.plans.map_plans import PrecisionPlan
-from avss_dist.plans.seen import READ
+from avss_dist.plans.seen import READ_TEXTS
 from avss_dist.runs.local import Executor, open_executor
 from avss_dist.runs.threads import Submissions
 from avss_dist.tasks.task import Cell, CellOutcome, CellResult, MetricRow, Result, combine
@@ -173,7 +173,7 @@ class EvaluationSession:
         """
         settings = {**planned.settings.as_dict(), **planned.task.options}
         if planned.task.read:
-            settings[READ] = [text.values() for text in planned.task.read]
+            settings[READ_TEXTS] = [text.values() for text in planned.task.read]
         results = []
         run_ids = dict.fromkeys(planned.run_id(intervention) for intervention in interventions)
         for run_id in run_ids:

@@ -32,8 +32,8 @@ from avss_dist.plans.catalog import PRECISION_METHODS, SPARSITY_METHODS
 from avss_dist.plans.choice import PlanError
 from avss_dist.plans.plan import ModelPlan, Name, seen_lines
 
-MAX_UNITS = 10**9
-TOLERANCE = 1e-3
+MAX_MAP_UNITS = 10**9
+MEAN_TOLERANCE = 1e-3
 """Largest difference between the mean that a plan names and that of its maps, which are written with six decimals."""
 MAP_TOLERANCE = 1e-5
 """Largest error of a map's bits per weight, which are written with six digits."""
@@ -64,9 +64,9 @@ class MapPlan(PlannedMap):
 
     site: Name
     """Site that is its input."""
-    outputs: Annotated[int, Field(ge=1, le=MAX_UNITS)]
+    outputs: Annotated[int, Field(ge=1, le=MAX_MAP_UNITS)]
     """Number of output units."""
-    inputs: Annotated[int, Field(ge=1, le=MAX_UNITS)]
+    inputs: Annotated[int, Field(ge=1, le=MAX_MAP_UNITS)]
     """Number of input units."""
     sparsity: ShareOfZeros
     """Expected share of zeros among its inputs."""
@@ -149,7 +149,7 @@ class LinearMapPlan(ModelPlan):
         if last >= self.num_layers:
             problems.append(PlanError(f"There is no layer {last}: the model has {self.num_layers}, from 0."))
         actual_mean = self.total / self.weights
-        if abs(self.mean - actual_mean) > TOLERANCE:
+        if abs(self.mean - actual_mean) > MEAN_TOLERANCE:
             average = f"{actual_mean:.6g}"
             hint = f"Write {self.budget}: {average}, or change the maps."
             if self.budget == "bits":

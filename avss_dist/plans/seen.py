@@ -15,9 +15,9 @@ from avss_dist.warehouse.checks import settings_of
 from avss_dist.warehouse.names import MEASURED_ONLY, ROUNDED_LOSS, ROUNDING_TASK, SPARSITY_TASK
 from avss_dist.warehouse.names import SEARCH as SEARCH_TASK
 
-FILE = "avss_seen.yaml"
+SEEN_FILE = "avss_seen.yaml"
 """Name of the file. A checkpoint's revision is the hash of files with other suffixes."""
-READ = "read"
+READ_TEXTS = "read"
 """Key of the texts among the settings of an evaluation."""
 _USES = {SEARCH_TASK: SEARCH, ROUNDING_TASK: PRECISION, ROUNDED_LOSS: PRECISION, SPARSITY_TASK: SPARSITY}
 """Uses by the start of a task's name. All other tasks that plans go by are ablations."""
@@ -57,9 +57,9 @@ def seen_by_evaluation(row: TableRow) -> tuple[SeenText, ...]:
         WarehouseError: the row is damaged.
     """
     settings = settings_of(row)
-    if READ in settings:
+    if READ_TEXTS in settings:
         try:
-            return tuple(SeenText(**(values | {"by": row["run_id"]})) for values in settings[READ])
+            return tuple(SeenText(**(values | {"by": row["run_id"]})) for values in settings[READ_TEXTS])
         except (TypeError, ConfigError) as error:
             raise WarehouseError(f"The texts of the evaluation '{row['run_id']}' are damaged: {error}") from error
     prefix, _, corpus = row["task"].partition(":")
@@ -84,7 +84,7 @@ def write_seen(folder: Path, texts: Iterable[SeenText]) -> None:
     """Write the texts of a checkpoint, in place of those that are there. Without texts, write nothing."""
     values = [text.values() for text in distinct(texts)]
     if values:
-        (folder / FILE).write_text(to_yaml({"seen": values}, flow=True), encoding="utf-8")
+        (folder / SEEN_FILE).write_text(to_yaml({"seen": values}, flow=True), encoding="utf-8")
 
 
 def read_seen(folder: Path) -> tuple[SeenText, ...]:
@@ -93,7 +93,7 @@ def read_seen(folder: Path) -> tuple[SeenText, ...]:
     Raises:
         ModelError: the file is damaged.
     """
-    file = folder / FILE
+    file = folder / SEEN_FILE
     if not file.is_file():
         return ()
     document = read_yaml(file, YamlKind(noun="record", hint="Copy the checkpoint again.", error=ModelError))

@@ -37,7 +37,7 @@ from avss_dist.tasks.task import Result
 from avss_dist.warehouse.names import PERPLEXITY
 from avss_dist.warehouse.reader import Warehouse
 
-ROWS = 256
+ROWS_OF_TEXT = 256
 """Number of rows that are read of each text by default."""
 HELD_OUT = 8
 """One of this many rows is scored on, and one is evaluated on."""
@@ -45,7 +45,7 @@ WATCHED_PART = 8
 """One of this many rows is watched in a distillation."""
 WATCHED = 16
 """Maximum number of rows to watch a distillation on."""
-SCORED = 16
+MOST_SCORED = 16
 """Maximum number of rows to score on. More hardly improve the ranks, and the damage takes 8 passes over them."""
 
 
@@ -86,7 +86,7 @@ def split_rows(
     Raises:
         CorpusError: a text cannot be read, is paired, or has too few rows.
     """
-    rows = settings.max_sequences or ROWS
+    rows = settings.max_sequences or ROWS_OF_TEXT
     num_rows: dict[str, int] = {}
     for text in texts:
         plan = plan_text(checkpoint, text, replace(settings, max_sequences=rows))
@@ -108,7 +108,7 @@ def split_rows(
     watched = 0
     if distilled:
         watched = min(available // WATCHED_PART, WATCHED)
-    return TextSplit(scored=min(part, SCORED), evaluated=part, rows=rows, watched=watched)
+    return TextSplit(scored=min(part, MOST_SCORED), evaluated=part, rows=rows, watched=watched)
 
 
 def require_pattern(checkpoint: Checkpoint, request: ShrinkRequest) -> None:

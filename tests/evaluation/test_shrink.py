@@ -56,7 +56,7 @@ from avss_dist.requests import RANKED_BY, ShrinkRequest
 from avss_dist.runs.local import LocalExecutor
 from avss_dist.runs.ray.executor import RayExecutor
 from avss_dist.stats.catalog import BLOCK_DISTANCE, GREEDY, SCORES
-from avss_dist.studies.shrink_trial import SCORED, TextSplit, held_out_tasks, split_rows
+from avss_dist.studies.shrink_trial import MOST_SCORED, TextSplit, held_out_tasks, split_rows
 from avss_dist.studies.shrunk import CandidateResult, Shrunk
 from avss_dist.tasks.text_loss import TextLoss
 from avss_dist.warehouse.reader import Warehouse
@@ -170,7 +170,7 @@ def test_every_criterion_has_a_measurement() -> None:
 
 
 def test_the_parts_of_the_text_are_apart(done: Shrunk, deep: Path) -> None:
-    """An eighth, or `SCORED` rows, is scored on, the next eighth is evaluated on, the repair reads what comes after."""
+    """An eighth, at most `MOST_SCORED` rows, is scored on, the next one is evaluated on, the repair reads the rest."""
     assert done.record is not None
     (run,) = Warehouse(f"{done.folder}-warehouse").runs().to_pylist()
     assert run["num_sequences"] == 10
@@ -179,7 +179,7 @@ def test_the_parts_of_the_text_are_apart(done: Shrunk, deep: Path) -> None:
     assert len(task.results["whole"].samples) == 10
     read = Settings(max_sequences=160, sequence_length=32)
     split = split_rows(resolve(str(deep)), [RedactedURI(TEXT)], read)
-    assert split == TextSplit(scored=SCORED, evaluated=20, rows=160)
+    assert split == TextSplit(scored=MOST_SCORED, evaluated=20, rows=160)
 
 
 def test_the_checkpoint_keeps_the_texts_that_its_layers_were_chosen_on(done: Shrunk) -> None:

@@ -10,7 +10,7 @@ import pytest
 
 from avss_dist.core.errors import ModelError
 from avss_dist.corpus.seen import SeenText
-from avss_dist.plans.seen import FILE, read_seen, seen_by_evaluation, seen_by_run, write_seen
+from avss_dist.plans.seen import SEEN_FILE, read_seen, seen_by_evaluation, seen_by_run, write_seen
 
 SETTINGS = {"max_sequences": 8, "skip_sequences": 4, "sequence_length": 32, "row_start": "none"}
 SEEN = SeenText(use="search", by="m-7", corpus="b.txt", **SETTINGS)
@@ -69,6 +69,6 @@ def test_a_checkpoint_without_texts_has_no_file(tmp_path: Path) -> None:
 
 
 def test_a_damaged_file_is_told(tmp_path: Path) -> None:
-    (tmp_path / FILE).write_text("seen: [{use: reading, corpus: b.txt}]\n")
-    with pytest.raises(ModelError, match=rf"(?s){FILE}:1: Unknown use 'reading'.*Copy the checkpoint again"):
+    (tmp_path / SEEN_FILE).write_text("seen: [{use: reading, corpus: b.txt}]\n")
+    with pytest.raises(ModelError, match=rf"(?s){SEEN_FILE}:1: Unknown use 'reading'.*Copy the checkpoint again"):
         read_seen(tmp_path)
