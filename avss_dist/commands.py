@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import fields, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, replace
 from typing import Any
 
 import pyarrow as pa
@@ -11,7 +11,7 @@ import pyarrow as pa
 from avss_dist import estimation
 from avss_dist.analysis.chosen import ChosenRun
 from avss_dist.core.errors import ConfigError
-from avss_dist.core.intervention import count_removed, removal_names
+from avss_dist.core.intervention import Removal, count_removed, removal_names
 from avss_dist.core.results import Table, TabularResult
 from avss_dist.core.thresholds import parse_threshold
 from avss_dist.core.validation import keywords
@@ -80,7 +80,7 @@ class Runs(list[Run], TabularResult):
 
     def table(self) -> pa.Table:
         """Return a table with a row for each run."""
-        return pa.Table.from_pylist([{f.name: getattr(run, f.name) for f in fields(run)} for run in self])
+        return pa.Table.from_pylist([asdict(result) for result in self])
 
 
 @keywords(RunJobRequest)
@@ -90,10 +90,10 @@ def run(request: RunJobRequest) -> Runs:
     job.refuse_unused(allow_overlap=request.allow_overlap, allow_many=request.allow_many)
     if job.experiment is None:
         return Runs(scoring.run_job(job, request.on_event, **request.replaced))
-    runs, rows = run_experiment(job, request)
-    done = Runs(runs)
-    done.experiment = Table(pa.Table.from_pylist(rows))
-    return done
+    results, rows = run_experiment(job, request)
+    runs = Runs(results)
+    runs.experiment = Table(pa.Table.from_pylist(rows))
+    return runs
 
 
 @keywords(PlanRequest)
@@ -188,21 +188,24 @@ class Pruned(TabularResult):
 
     def __init__(self, plan: Plan, done: Mapping[str, Any]) -> None:
         self.plan = plan
-        self.folder, self.bytes, self.difference = str(done["folder"]), int(done["bytes"]), done["difference"]
-        self.notes, self.repair = done["notes"], done["repair"]
+        self.folder = str(done["folder"])
+        self.bytes = int(done["bytes"])
+        self.difference = done["difference"]
+        self.notes = done["notes"]
+        self.repair = done["repair"]
 
     def table(self) -> pa.Table:
         """Return a table of one row."""
-        experts = removal_names(self.plan.drop[len(self.plan.dropped_layers) :])
         values = {
             "folder": self.folder,
             "bytes": self.bytes,
             "difference": self.difference,
             "drop": [*self.plan.dropped_layers],
-            **({"experts": experts} if self.plan.experts else {}),
-            "notes": self.notes,
-            "repair": self.repair and self.repair.repair,
         }
+        if self.plan.experts:
+            values["experts"] = removal_names(_removed_experts(self.plan))
+        values["notes"] = self.notes
+        values["repair"] = self.repair.repair if self.repair else None
         return pa.Table.from_pylist([values])
 
     def summary(self) -> str:
@@ -212,9 +215,16 @@ class Pruned(TabularResult):
 
 def describe_remaining(plan: Plan) -> str:
     """Return the number of remaining layers and of removed experts as text."""
-    experts = plan.drop[len(plan.dropped_layers) :]
-    without = f" without {count_removed(experts)}" if experts else ""
-    return f"{len(plan.keep)} of {plan.num_layers} layers{without}"
+    text = f"{len(plan.keep)} of {plan.num_layers} layers"
+    experts = _removed_experts(plan)
+    if experts:
+        text += f" without {count_removed(experts)}"
+    return text
+
+
+def _removed_experts(plan: Plan) -> Sequence[Removal]:
+    """Return the ids of the removals of experts. Those of whole layers come before them."""
+    return plan.drop[len(plan.dropped_layers) :]
 
 
 @keywords(PruneRequest)
