@@ -228,7 +228,7 @@ class _ActingForward:
             self.original[name] = vars(module)[name]
         self.users = 0
 
-    def __call__(self, *args: Any, **kwargs: Any) -> Output:
+    def __call__(self, *args: object, **kwargs: object) -> Output:
         run = self._forward
         for action in _ACTIONS.get().get(self._place, ()):
             run = partial(action, run)
@@ -254,7 +254,7 @@ def _replaced_parameter(change: ReplaceParameter) -> Iterator[None]:
         parameter.data = original
 
 
-def _run_with_parameter(change: ReplaceParameter, forward: Forward, *args: Any, **kwargs: Any) -> Output:
+def _run_with_parameter(change: ReplaceParameter, forward: Forward, *args: object, **kwargs: object) -> Output:
     with _replaced_parameter(change):
         return forward(*args, **kwargs)
 

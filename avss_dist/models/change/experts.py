@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import nn
@@ -78,7 +77,7 @@ class ChooseRemaining:
     number: int
     removed: frozenset[int]
 
-    def __call__(self, forward: Forward, *args: Any, **kwargs: Any) -> Output:
+    def __call__(self, forward: Forward, *args: object, **kwargs: object) -> Output:
         actions = [
             action for action in actions_of(self.router, needs_weights=True) if isinstance(action, ChooseRemaining)
         ]
@@ -101,7 +100,7 @@ class ChooseRemaining:
             output = forward(*shortened, **shortened_keywords)
         return self._lengthen(output, keep)
 
-    def _shorten(self, value: Any, keep: torch.Tensor) -> Any:
+    def _shorten(self, value: object, keep: torch.Tensor) -> object:
         """Return an argument without the removed experts, if it is a vector with an element for each expert."""
         if isinstance(value, torch.Tensor) and value.shape == (self.number,):
             return value.index_select(0, keep)

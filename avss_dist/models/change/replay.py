@@ -10,7 +10,6 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any
 
 import torch
 from torch import nn
@@ -38,7 +37,7 @@ class Record:
     calls: dict[nn.Module, LayerCall] = field(default_factory=dict)
     leaf: list[torch.Tensor] = field(default_factory=list)
 
-    def run_without_gradients(self, layer: nn.Module, call: Forward, *args: Any, **kwargs: Any) -> Output:
+    def run_without_gradients(self, layer: nn.Module, call: Forward, *args: object, **kwargs: object) -> Output:
         """Record a layer's call, and run it. After the last layer, gradients are enabled.
 
         All layers are recorded as if their inputs had gradients.
@@ -52,7 +51,7 @@ class Record:
         torch.set_grad_enabled(True)
         return self._cut(hidden)
 
-    def run_with_gradients(self, layer: Layer, call: Forward, *args: Any, **kwargs: Any) -> Output:
+    def run_with_gradients(self, layer: Layer, call: Forward, *args: object, **kwargs: object) -> Output:
         """Record a layer's call, run it as a forward pass with gradients does, and keep none of its activations.
 
         Whether a tensor has a gradient decides which of its kernels torch takes, and so the last digits.

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import nn
@@ -28,7 +27,7 @@ class Skip:
     layer: Layer
     replacement: torch.Tensor | None = None
 
-    def __call__(self, forward: Forward, *args: Any, **kwargs: Any) -> Output:
+    def __call__(self, forward: Forward, *args: object, **kwargs: object) -> Output:
         hidden = self.replacement
         if hidden is None:
             hidden = input_tensor(args, kwargs)

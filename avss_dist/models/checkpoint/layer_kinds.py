@@ -9,10 +9,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING
 
 from avss_dist.core.text import describe_layers
 from avss_dist.models.checkpoint.layer_settings import DERIVED_LISTS, NUM_LAYERS, settings_by_layer
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig
 
 LLAMA_CPP = "llama.cpp"
 Kinds = tuple[Hashable, ...]
@@ -111,7 +114,7 @@ scale of attention of Gemma 2 27B and Gemma 3 27B, the queries of DeepSeek-V2 Li
 _LISTS = {*DERIVED_LISTS, "mlp_layer_types", "moe_layers"}
 
 
-def rules_of(config: Any) -> list[Rule]:
+def rules_of(config: PreTrainedConfig) -> list[Rule]:
     """Return the rules by which programs derive the kinds of a model's layers.
 
     Rules that do not describe the whole model are among them, see `Rule.reads_whole`.
@@ -175,7 +178,7 @@ def _rule_of_sizes(sizes: tuple[int, ...], number: int) -> Rule:
     return Rule(LLAMA_CPP, f"takes a model of {numbers} layers for a variant of its own", derive(number), derive)
 
 
-def _default_rule(text: Any, setting: str, number: int) -> Rule | None:
+def _default_rule(text: PreTrainedConfig, setting: str, number: int) -> Rule | None:
     """Return the rule that transformers goes by where a file lacks a list; None if it has no such list.
 
     Args:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
-from typing import Any
+
+from avss_dist.core.values import JsonObject, NewObject
 
 NUM_LAYERS = "num_hidden_layers"
 COUNTS = (
@@ -77,14 +78,14 @@ UNIFORM_FAMILIES = {
 """Model types whose layers are of one kind, unless their file says so."""
 
 
-def settings_by_layer(config: Mapping[str, Any], num_layers: int, keep: Sequence[int]) -> dict[str, Any]:
+def settings_by_layer(config: JsonObject, num_layers: int, keep: Sequence[int]) -> NewObject:
     """Return the per-layer settings of a configuration, recognized by name, shortened to the remaining layers.
 
     Args:
         num_layers: number of layers of the configuration.
         keep: indices of the remaining layers, ascending.
     """
-    shortened: dict[str, Any] = {}
+    shortened: NewObject = {}
     for name, value in config.items():
         if name in COUNTS:
             if type(value) is int and value < num_layers:
@@ -110,7 +111,7 @@ def settings_by_layer(config: Mapping[str, Any], num_layers: int, keep: Sequence
     return shortened
 
 
-def _remaining_items(name: str, value: list[Any], num_layers: int, keep: Sequence[int]) -> list[Any] | None:
+def _remaining_items(name: str, value: list[object], num_layers: int, keep: Sequence[int]) -> list[object] | None:
     """Return a list of a configuration, shortened to the remaining layers, or None if it is not one of layers.
 
     It has an item for each layer, or it is a list of indices of layers.
@@ -127,7 +128,7 @@ def _remaining_items(name: str, value: list[Any], num_layers: int, keep: Sequenc
     return None
 
 
-def _are_layers(value: list[Any], num_layers: int) -> bool:
+def _are_layers(value: list[object], num_layers: int) -> bool:
     """Whether all items are indices of layers."""
     for item in value:
         if type(item) is not int or not 0 <= item < num_layers:
@@ -135,14 +136,14 @@ def _are_layers(value: list[Any], num_layers: int) -> bool:
     return True
 
 
-def _is_by_layer(value: Mapping[Any, Any], num_layers: int) -> bool:
+def _is_by_layer(value: Mapping[object, object], num_layers: int) -> bool:
     """Whether all keys of a mapping are indices of layers, as numbers or texts."""
     layers = {str(layer) for layer in range(num_layers)}
     keys = {str(key) for key in value}
     return bool(keys) and keys.issubset(layers)
 
 
-def _remaining_entries(value: Mapping[Any, Any], keep: Sequence[int]) -> dict[str, Any]:
+def _remaining_entries(value: Mapping[object, object], keep: Sequence[int]) -> NewObject:
     """Return the entries of the remaining layers, by their new indices as texts."""
     new_indices = {str(old): str(new) for new, old in enumerate(keep)}
     entries = {}
@@ -152,7 +153,7 @@ def _remaining_entries(value: Mapping[Any, Any], keep: Sequence[int]) -> dict[st
     return entries
 
 
-def may_go_by_place(config: Mapping[str, Any]) -> bool:
+def may_go_by_place(config: JsonObject) -> bool:
     """Whether programs may take the kinds of a model's layers from their places, by the content of its ``config.json``.
 
     It is false of models whose layers are certainly of one kind, which are most of those that people prune.

@@ -89,7 +89,7 @@ class Head:
         """Record the inputs of the output embeddings. Unless they run, they return zeros of one logit."""
         inputs: list[torch.Tensor] = []
 
-        def read(forward: Forward, hidden: torch.Tensor, *args: Any, **kwargs: Any) -> Output:
+        def read(forward: Forward, hidden: torch.Tensor, *args: object, **kwargs: object) -> Output:
             inputs.append(hidden)
             if runs:
                 return forward(hidden, *args, **kwargs)
@@ -114,10 +114,10 @@ class Head:
         if self.body is None:
             return hidden
 
-        def return_recorded(_forward: Forward, *_args: Any, **_kwargs: Any) -> Output:
+        def return_recorded(_forward: Forward, *_args: object, **_kwargs: object) -> Output:
             return self._output
 
-        def read_hidden(forward: Forward, _hidden: torch.Tensor, *args: Any, **kwargs: Any) -> Output:
+        def read_hidden(forward: Forward, _hidden: torch.Tensor, *args: object, **kwargs: object) -> Output:
             return forward(hidden[None], *args, **kwargs)
 
         with changing([RunThrough(self.body, return_recorded), RunThrough(self._linear, read_hidden)]):
