@@ -102,19 +102,19 @@ class LocalExecutor:
         """
         # OpenMP gives a new thread the number of the process, and not that of the thread which starts it.
         torch.set_num_threads(self._threads_of_torch)
-        for spec, same in groupby(runs, key=lambda run: run.replica_spec):
+        for spec, same in groupby(runs, key=lambda run_shards: run_shards.replica_spec):
             with computing_threads(spec.settings.threads):
                 try:
                     replica = spec.open()
                 except Exception as error:
                     failure = as_failure(error)
-                    for run in same:
-                        yield run, own_copy(failure)
+                    for run_shards in same:
+                        yield run_shards, own_copy(failure)
                     continue
                 hooked = attached(replica.layers, spec.settings.sites, experts=spec.settings.experts)
                 with closing(replica), hooked as hooks:
-                    for run in same:
-                        yield from _measure_run(run, replica, hooks)
+                    for run_shards in same:
+                        yield from _measure_shards(run_shards, replica, hooks)
 
     def run_cells(
         self, rounds: Submissions[Sequence[Cell]], underway: Underway | None = None
@@ -189,10 +189,10 @@ def _measure_cell(model: LanguageModel, cell: Cell, underway: Underway | None) -
         return as_failure(error)
 
 
-def _measure_run(run: RunShards, replica: Replica, hooks: Hooks) -> Iterator[Outcome]:
+def _measure_shards(run_shards: RunShards, replica: Replica, hooks: Hooks) -> Iterator[Outcome]:
     """Yield the results of a run's shards, in order. Its first error is the last outcome."""
-    strata = max((len(set(shard.pairing.strata)) for shard in run.shards if shard.pairing), default=1)
-    at_once = shards_at_once(replica, run.replica_spec, strata)
+    strata = max((len(set(shard.pairing.strata)) for shard in run_shards.shards if shard.pairing), default=1)
+    at_once = shards_at_once(replica, run_shards.replica_spec, strata)
     threads = at_once
     if replica.device.type != "cpu":
         threads += 1  # It concludes the shards that a GPU has measured.
@@ -200,7 +200,7 @@ def _measure_run(run: RunShards, replica: Replica, hooks: Hooks) -> Iterator[Out
     stopped = Event()
 
     def heartbeat() -> None:
-        if stopped.is_set() or run.dropped:
+        if stopped.is_set() or run_shards.dropped:
             raise CancelledError  # nobody needs the result
 
     def analyze(shard: Shard) -> ShardResult:
@@ -209,17 +209,17 @@ def _measure_run(run: RunShards, replica: Replica, hooks: Hooks) -> Iterator[Out
             return analyze_shard(
                 replica,
                 shard,
-                run.replica_spec.settings,
+                run_shards.replica_spec.settings,
                 heartbeat=heartbeat,
                 hooks=hooks,
                 computed=stack.close,
             )
 
-    shards = iter(run.shards)
+    shards = iter(run_shards.shards)
     running: deque[Future[ShardResult]] = deque()
     with ThreadPoolExecutor(threads) as pool:
         try:
-            while not run.dropped:
+            while not run_shards.dropped:
                 for shard in islice(shards, 2 * threads - len(running)):
                     running.append(pool.submit(analyze, shard))
                 if not running:
@@ -229,9 +229,9 @@ def _measure_run(run: RunShards, replica: Replica, hooks: Hooks) -> Iterator[Out
                 except CancelledError:
                     return
                 except Exception as error:
-                    yield run, as_failure(error)
+                    yield run_shards, as_failure(error)
                     return
-                yield run, result
+                yield run_shards, result
         finally:
             stopped.set()
             wait(running)

@@ -135,7 +135,7 @@ class RayExecutor:
 
     def run(self, runs: Submissions[RunShards]) -> Generator[Outcome, None, None]:
         """Yield results as workers finish them, and notes on the runs. Runs share the workers."""
-        return self._measure(QueueSource(runs, lambda run: [ShardQueue(run)]))
+        return self._measure(QueueSource(runs, lambda run_shards: [ShardQueue(run_shards)]))
 
     def run_cells(
         self, rounds: Submissions[Sequence[Cell]], underway: Underway | None = None

@@ -270,21 +270,21 @@ class UnitQueue(ABC, Generic[Unit]):
 class ShardQueue(UnitQueue[Shard]):
     """The shards of one run. An error of one shard ends the run."""
 
-    def __init__(self, run: RunShards) -> None:
-        super().__init__(run.replica_spec, run.shards, [run] * len(run.shards))
+    def __init__(self, run_shards: RunShards) -> None:
+        super().__init__(run_shards.replica_spec, run_shards.shards, [run_shards] * len(run_shards.shards))
         placement = self.spec.placement
         self.units_a_round = placement.ranks if PARTITIONS[placement.partition].splits_data else 1
         self.is_batched = placement.ranks == 1
-        self._run = run
+        self._run_shards = run_shards
 
     @property
     def is_active(self) -> bool:
         """Whether a result of it is still of use."""
-        return super().is_active and not self._run.dropped
+        return super().is_active and not self._run_shards.dropped
 
     def discard_dropped(self) -> None:
         """Remove the units of a run that was dropped."""
-        if self._run.dropped:
+        if self._run_shards.dropped:
             self._remove([*self.unfinished])
 
     def describe(self, unit: int) -> str:
@@ -304,7 +304,7 @@ class ShardQueue(UnitQueue[Shard]):
 
     def note(self, text: str) -> list[OwnedOutcome]:
         """Return a note for the run's row."""
-        return [(self._run, Note(text))]
+        return [(self._run_shards, Note(text))]
 
     def parts(self, units: Sequence[int]) -> list[Sequence[Assignment]]:
         """Return the shards of each rank in a round, or the same shard for all ranks. Ranks without one run along."""
@@ -322,8 +322,8 @@ class ShardQueue(UnitQueue[Shard]):
             shard=shard,
             rows=self.rows,
             forwards=forwards,
-            run_id=self._run.run_id,
-            warehouse=self._run.warehouse,
+            run_id=self._run_shards.run_id,
+            warehouse=self._run_shards.warehouse,
         )
 
 
