@@ -15,6 +15,7 @@ from avss_dist.core.intervention import Removal, count_removed, removal_names
 from avss_dist.core.results import Table, TabularResult
 from avss_dist.core.thresholds import parse_threshold
 from avss_dist.core.validation import keywords
+from avss_dist.core.values import TableRow
 from avss_dist.distillation import distill as distilling
 from avss_dist.distillation.teacher_text import with_own_text
 from avss_dist.evaluation.planned_tasks import seen_by_plan
@@ -112,7 +113,7 @@ def planned_run(opened: Warehouse, request: PlanRequest) -> ChosenRun:
     return plannable_run(opened, request.run, request.by, experts=request.experts is not None)
 
 
-def choose_layers(opened: Warehouse, run: Mapping[str, Any], request: PlanRequest) -> tuple[Plan, list[SearchStep]]:
+def choose_layers(opened: Warehouse, run: TableRow, request: PlanRequest) -> tuple[Plan, list[SearchStep]]:
     """Return the plan for a row of ``runs``, and the rounds of its search. The plan is written if a file is named."""
     steps: list[SearchStep] = []
     unused = {"corpus": request.corpus, **request.options}
@@ -129,7 +130,7 @@ def choose_layers(opened: Warehouse, run: Mapping[str, Any], request: PlanReques
     return chosen, steps
 
 
-def requested_choice(opened: Warehouse, run: Mapping[str, Any], request: PlanRequest) -> Choice:
+def requested_choice(opened: Warehouse, run: TableRow, request: PlanRequest) -> Choice:
     """Return the choice of layers that a request describes, for a row of ``runs``.
 
     Raises:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import nullcontext
 from dataclasses import asdict, replace
 from inspect import unwrap
 from pathlib import Path
 from typing import Any
+
+from rich.console import RenderableType
 
 from avss_dist.analysis.chosen import ChosenRun
 from avss_dist.analysis.next_commands import describe_headless, repeated_options
@@ -18,6 +20,7 @@ from avss_dist.commands import prune as write_pruned
 from avss_dist.core.streams import console, emit, say
 from avss_dist.core.suggestions import command_line, option_words
 from avss_dist.core.text import describe_bytes
+from avss_dist.core.values import TableRow
 from avss_dist.distillation.distill import Distilled
 from avss_dist.distillation.distill import distill as train
 from avss_dist.planning.precision import plan_precision, predicted_run
@@ -99,7 +102,7 @@ def _emit_plan(output: str | Path | None, lines: list[str]) -> None:
 
 
 def _hint_evaluation(
-    opened: Warehouse, row: Mapping[str, Any], request: PlanRequest | SparsifyRequest | PrecisionRequest
+    opened: Warehouse, row: TableRow, request: PlanRequest | SparsifyRequest | PrecisionRequest
 ) -> None:
     """Print the command that evaluates the plan that a request wrote for a run, or why there is none."""
     if not has_head(row):
@@ -154,7 +157,7 @@ def verify(request: VerifyRequest, format: str) -> int:
     """Compare the checkpoint with the server, and print the outcome. The exit code is 0 if they are the same."""
     with StepProgress() as progress:
         verified = compare_with_server(replace(request, on_event=progress))
-    shown: list[Any] = []
+    shown: list[RenderableType] = []
     if verified.comparison is not None:
         shown.append(FittedTable(verified_table(verified)))
     shown += [spelled(sentence) for sentence in verified.sentences]

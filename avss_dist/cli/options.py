@@ -12,6 +12,7 @@ import typer
 from typer.core import TyperCommand
 
 from avss_dist.core.errors import named_fields, spell_fields
+from avss_dist.core.request import Request
 from avss_dist.core.settings import BatchOptions, ModelOptions, StatisticsOptions, TextOptions
 from avss_dist.core.streams import QUIET, VERBOSE, emit, set_verbosity
 from avss_dist.core.validation import OneOf, Option, default_of, descriptions, ordered
@@ -55,7 +56,7 @@ class CommandWithSections(TyperCommand):
                     formatter.write_dl(sections[title])
 
 
-def parameters(request: Any, formats: Sequence[str]) -> list[inspect.Parameter]:
+def parameters(request: type[Request], formats: Sequence[str]) -> list[inspect.Parameter]:
     """Return the parameters of a command: the fields of its request, and what every command has.
 
     A value that is not given is None. Others are texts, flags, and lists of texts.
@@ -97,7 +98,7 @@ def _show_all(ctx: Any) -> None:
     raise typer.Exit
 
 
-def _flag(name: str, help: str, act: Callable[[Any], None]) -> inspect.Parameter:
+def _flag(name: str, help: str, act: Callable[[typer.Context], None]) -> inspect.Parameter:
     """Return a flag of every command that does something at once."""
 
     def callback(ctx: typer.Context, value: bool) -> None:
@@ -111,7 +112,7 @@ def _flag(name: str, help: str, act: Callable[[Any], None]) -> inspect.Parameter
     return _keyword(f"_{name}", Annotated[bool, option], False)
 
 
-def _parameter(request: Any, name: str, hint: Any, annotation: Any, option: Option) -> inspect.Parameter:
+def _parameter(request: type[Request], name: str, hint: Any, annotation: Any, option: Option) -> inspect.Parameter:
     """Return the parameter of a command for a field of its request."""
     kinds = {*(get_args(hint) or [hint])} - {NoneType}
     is_list = get_origin(hint) in (tuple, Mapping)
@@ -147,7 +148,7 @@ def _parameter(request: Any, name: str, hint: Any, annotation: Any, option: Opti
     return _keyword(name, Annotated[kind | None, parameter], None)
 
 
-def _usual_metavar(kinds: Set[Any], *, is_list: bool) -> str:
+def _usual_metavar(kinds: Set[type], *, is_list: bool) -> str:
     """Return the placeholder of a value of one of these types."""
     if len(kinds) == 1 and not is_list:
         (kind,) = kinds
@@ -155,7 +156,7 @@ def _usual_metavar(kinds: Set[Any], *, is_list: bool) -> str:
     return "TEXT"
 
 
-def section_of(cls: Any, name: str) -> str:
+def section_of(cls: type, name: str) -> str:
     """Return the section of a help to which a field belongs, by the class that declares it."""
     for base in cls.__mro__:
         if name in vars(base).get("__annotations__", {}):

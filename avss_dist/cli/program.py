@@ -33,7 +33,7 @@ T = TypeVar("T")
 _UsageError: Any = typer.BadParameter.__base__
 
 _spelling: ContextVar[Mapping[str, str] | None] = ContextVar("_spelling", default=None)  # of the command that runs
-_running: ContextVar[Any] = ContextVar("_running")  # context of the command line
+_running: ContextVar[typer.Context] = ContextVar("_running")  # context of the command line
 
 
 class Group(TyperGroup):
@@ -185,7 +185,7 @@ app = typer.Typer(
 
 
 @cache
-def load_command(name: str) -> Any:
+def load_command(name: str) -> TyperCommand:
     """Return a command with its options. What it does is imported after its values were checked."""
     from avss_dist.cli.options import CommandWithSections, parameters  # pydantic with it, which --help does not need
     from avss_dist.core.validation import from_texts
@@ -222,10 +222,12 @@ def load_command(name: str) -> Any:
         epilog=declared.epilog,
         context_settings=HELP,
     )(run)
-    return typer.main.get_command(single)
+    command = typer.main.get_command(single)
+    assert isinstance(command, TyperCommand)
+    return command
 
 
-def interrupt_again(unraisable: Any) -> None:
+def interrupt_again(unraisable: sys.UnraisableHookArgs) -> None:
     """Send Ctrl-C or SIGTERM again a moment later, if it came where nothing can be raised, as in ``__del__``."""
     if not issubclass(unraisable.exc_type, KeyboardInterrupt):
         sys.__unraisablehook__(unraisable)
