@@ -20,11 +20,11 @@ import yaml
 from huggingface_hub import metadata_load
 
 from avss_dist.core.devices import available_memory, devices_here, pick_device
-from avss_dist.core.errors import ModelError, explain_unwritable
+from avss_dist.core.errors import AvssError, ConfigError, ModelError, explain_unwritable
 from avss_dist.core.files import staged_folder
 from avss_dist.core.intervention import Removals, count_removed
 from avss_dist.core.settings import Settings
-from avss_dist.core.text import describe_layers, describe_rows, escape_markdown, printable
+from avss_dist.core.text import basename, describe_layers, describe_rows, escape_markdown, printable
 from avss_dist.core.values import JsonObject, NewObject
 from avss_dist.models.change.experts import require_experts
 from avss_dist.models.change.patches import Patch, patch_changes
@@ -406,6 +406,40 @@ def pruned_from(folder: Path) -> tuple[str, str] | None:
     if not isinstance(base, str) or not base or not revision:
         return None
     return base, revision[1]
+
+
+def find_base(checkpoint: Checkpoint, label: str, hint: str) -> Checkpoint | None:
+    """Return the base model that a pruned checkpoint's card names, beside the checkpoint or where the card says.
+
+    Args:
+        label: name of the checkpoint in messages.
+        hint: what to do if the base model is not there.
+
+    Returns:
+        None for a model that `prune` has not written.
+
+    Raises:
+        ConfigError: the base model is not there, or has changed.
+    """
+    folder = checkpoint.folder
+    if not folder.is_dir():
+        return None
+    card = pruned_from(folder)
+    if card is None:
+        return None
+    name, revision = card
+    places = [str(folder.parent / basename(name)), name]
+    if Path(name).is_absolute():
+        places.reverse()
+    base = None
+    for spec in places:
+        with suppress(AvssError):
+            base = resolve(spec, trust_remote_code=checkpoint.trust_remote_code)
+            if base.revision == revision:
+                return base
+    if base is None:
+        raise ConfigError(f"{name}, the base model of {label}, is not found.", hint)
+    raise ConfigError(f"{name} is at {base.revision[:12]}, and {label} was made of it at {revision[:12]}.", hint)
 
 
 def source_license(folder: Path) -> NewObject:

@@ -26,7 +26,7 @@ from avss_dist.models.checkpoint.locate import Checkpoint, resolve
 from avss_dist.models.checkpoint.size import load_skeleton
 from avss_dist.models.structure.layers import count_parameters
 from avss_dist.partition.execution import Execution
-from avss_dist.pruning.checkpoint import pruned_from
+from avss_dist.pruning.checkpoint import find_base
 from avss_dist.requests import VerifyRequest
 from avss_dist.serving.comparison import EVERYWHERE, TOO_DIFFERENT, Comparison, Group, compare_predictions
 from avss_dist.serving.connect import connect
@@ -137,11 +137,11 @@ def verify(request: VerifyRequest, causes: Sequence[str] = ()) -> Verified:
     """
     report = _reporter(request.on_event)
     report("reading the checkpoint", 0.0)
-    side = _open_side(request, str(request.model), request.server, request.kind, request.served_model)
+    checkpoint = resolve(str(request.model), trust_remote_code=request.trust_remote_code)
+    side = _open_side(request, checkpoint, request.server, request.served_model)
     original = None
     if request.original is not None:
-        base = _base(request, side.checkpoint)
-        original = _open_side(request, base, request.original, request.kind, request.original_model)
+        original = _open_side(request, _base(request, checkpoint), request.original, request.original_model)
     execution = Execution(partition=request.partition, max_memory=request.max_memory)
     try:
         rows = _read(request, side, original)
@@ -186,31 +186,29 @@ def _named(report: Callable[[str, float], None], prefix: str) -> Callable[[str, 
     return lambda activity, share: report(f"{prefix}{activity}", share)
 
 
-def _base(request: VerifyRequest, checkpoint: Checkpoint) -> str:
+def _base(request: VerifyRequest, checkpoint: Checkpoint) -> Checkpoint:
     """Return the whole model of a checkpoint.
 
     Raises:
-        ConfigError: neither the request nor the model card names it.
+        ConfigError: neither the request nor the model card names it, or it is not there.
     """
     if request.base is not None:
-        return str(request.base)
-    source = pruned_from(checkpoint.folder)
-    if source is None:
-        raise ConfigError(
-            f"The model card of '{checkpoint.name}' names no model that it was pruned from.", "Name it with `base`."
-        )
-    return source[0]
+        return resolve(str(request.base), trust_remote_code=request.trust_remote_code)
+    hint = "Name the whole model with `base`."
+    base = find_base(checkpoint, checkpoint.name, hint)
+    if base is None:
+        raise ConfigError(f"The model card of '{checkpoint.name}' names no model that it was pruned from.", hint)
+    return base
 
 
-def _open_side(request: VerifyRequest, model: str, url: str, kind: str | None, served_model: str | None) -> _Side:
+def _open_side(request: VerifyRequest, checkpoint: Checkpoint, url: str, served_model: str | None) -> _Side:
     """Return a checkpoint and its server, without weights in memory."""
-    checkpoint = resolve(model, trust_remote_code=request.trust_remote_code)
     config = text_config(checkpoint)
     require_head(checkpoint.name, config)
     tokenizer = load_tokenizer(checkpoint)
     settings = replace(request.settings, batch_size=1, chat_template=False)
     settings = replace(settings, dtype=server_dtype(checkpoint, config, settings))
-    server = connect(url, kind, served_model, request.timeout, tokenizer)
+    server = connect(url, request.kind, served_model, request.timeout, tokenizer)
     return _Side(checkpoint=checkpoint, config=config, tokenizer=tokenizer, server=server, settings=settings)
 
 

@@ -11,11 +11,11 @@ import pyarrow as pa
 from torch import nn
 
 from avss_dist.analysis.verdict import kept_by_guess, primary_metric
-from avss_dist.core.errors import AvssError, ConfigError, ModelError
+from avss_dist.core.errors import ConfigError, ModelError
 from avss_dist.core.intervention import NO_INTERVENTION, Intervention
 from avss_dist.core.results import TabularResult
 from avss_dist.core.settings import Settings
-from avss_dist.core.text import RedactedURI, basename
+from avss_dist.core.text import RedactedURI
 from avss_dist.core.values import NewRow
 from avss_dist.evaluation.events import Remark
 from avss_dist.evaluation.placed import PlannedTask
@@ -29,7 +29,7 @@ from avss_dist.models.structure.layers import is_linear, linear_sizes
 from avss_dist.plans.choice import PlanError
 from avss_dist.plans.map_plans import PrecisionPlan, SparsityPlan
 from avss_dist.plans.plan import ModelPlan, Plan, read_checked_plan, read_plan, read_plan_file
-from avss_dist.pruning.checkpoint import pruned_from
+from avss_dist.pruning.checkpoint import find_base
 from avss_dist.requests import EvaluateRequest
 from avss_dist.stats.metrics import REALIZED, row_start_warning
 from avss_dist.tasks.task import Result, Retention
@@ -508,25 +508,5 @@ def _base_of(subject: Subject) -> Checkpoint | None:
     Raises:
         ConfigError: it is not there, or has changed. This is known before anything is measured.
     """
-    folder = subject.checkpoint.folder
-    if not folder.is_dir():
-        return None
-    card = pruned_from(folder)
-    if card is None:
-        return None
-    name, revision = card
-    places = [str(folder.parent / basename(name)), name]
-    if Path(name).is_absolute():
-        places.reverse()
     hint = f"Name it with `base` to see what {subject.label} keeps; `base` {subject.label} evaluates it alone."
-    base = None
-    for place in places:
-        with suppress(AvssError):
-            base = resolve(place, trust_remote_code=subject.checkpoint.trust_remote_code)
-            if base.revision == revision:
-                return base
-    if base is None:
-        raise ConfigError(f"{name}, the base model of {subject.label}, is not found.", hint)
-    raise ConfigError(
-        f"{name} is at {base.revision[:12]}, and {subject.label} was made of it at {revision[:12]}.", hint
-    )
+    return find_base(subject.checkpoint, subject.label, hint)

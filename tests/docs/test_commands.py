@@ -20,6 +20,7 @@ from avss_dist.cli.declarations import COMMANDS
 
 ONLY_PARSED = {
     "jobs": "needs a cluster",
+    "verify": "needs an inference server; tests/serving has it",
     "doctor": "starts processes for a minute; tests/core runs it",
     "--replicas": "starts Ray; tests/runs has it",
     "--address": "needs a cluster",

@@ -308,6 +308,15 @@ def test_another_json_file_changes_the_revision(checkpoint: Path) -> None:
     assert resolve(str(checkpoint)).revision != before
 
 
+def test_a_receipt_is_not_copied_into_a_smaller_checkpoint(checkpoint: Path, tmp_path: Path) -> None:
+    (checkpoint / VERIFIED).write_text("{}")
+    plan = tmp_path / "plan.yaml"
+    plan.write_text(f"model: {checkpoint}\nnum_layers: 6\nlayers: layers\ndrop: [1]\n")
+    avss_dist.prune(checkpoint, plan, tmp_path / "pruned")
+
+    assert not (tmp_path / "pruned" / VERIFIED).exists()
+
+
 def _receipt(runtime: str) -> Receipt:
     shares: dict[str, Any] = {"positions": 1000, "equal": 0.99, "different": 0.0, "largest": 0.1, "tolerance": 0.2}
     words = {"date": "2026-12-01", "outcome": "same", "revision": "1", "corpus": "a.txt", "rows": "1"}
@@ -361,6 +370,22 @@ def test_a_runtimes_own_difference_is_told_apart(
 
     assert alone.outcome == "different"
     assert beside.outcome != "different"
+
+
+def test_a_streamed_model_is_compared_with_the_same_numbers(checkpoint: Path, model: Any, tokenizer: Any) -> None:
+    whole = _verify(checkpoint, InferenceServer("vllm", model, tokenizer), partition="single")
+    streamed = _verify(checkpoint, InferenceServer("vllm", model, tokenizer), partition="streaming")
+
+    assert whole.receipt is not None
+    assert streamed.receipt is not None
+    assert streamed.receipt.loss == pytest.approx(whole.receipt.loss, abs=1e-6)
+
+
+def test_a_checkpoint_whose_card_names_no_whole_model_needs_its_name(
+    checkpoint: Path, model: Any, tokenizer: Any
+) -> None:
+    with pytest.raises(ConfigError, match="names no model that it was pruned from"):
+        _verify(checkpoint, InferenceServer("vllm", model, tokenizer), original="http://localhost:1")
 
 
 def test_a_server_with_a_short_context_is_told_not_to_show_the_window(
