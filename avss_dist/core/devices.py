@@ -52,11 +52,14 @@ class Devices:
 
 def devices_here(kind: str) -> Devices:
     """Return the devices of this machine that this process may use."""
-    cpus, host = len(os.sched_getaffinity(0)), available_memory()
-    count = torch.cuda.device_count() if kind == "cuda" else 1
-    sizes = [host]
+    cpus = len(os.sched_getaffinity(0))
+    host = available_memory()
     if kind == "cuda":
-        sizes = [torch.cuda.get_device_properties(i).total_memory - CONTEXT_BYTES for i in range(count)]
+        count = torch.cuda.device_count()
+        sizes = [torch.cuda.get_device_properties(index).total_memory - CONTEXT_BYTES for index in range(count)]
+    else:
+        count = 1
+        sizes = [host]
     return Devices(
         kind=kind,
         count=count,
@@ -70,8 +73,11 @@ def devices_here(kind: str) -> Devices:
 
 def available_memory() -> int:
     """Return the bytes of memory that are available to a new process, within the limits of control groups."""
-    available, limit = int(psutil.virtual_memory().available), memory_left()
-    return available if limit is None else min(available, limit)
+    available = int(psutil.virtual_memory().available)
+    limit = memory_left()
+    if limit is None:
+        return available
+    return min(available, limit)
 
 
 def free_memory(device: torch.device) -> int:
@@ -96,16 +102,20 @@ def to_host(groups: Sequence[Mapping[str, torch.Tensor]]) -> Callable[[], list[d
     Returns:
         A function that waits for the copies and returns the groups in order. Devices can do other work meanwhile.
     """
-    tensors = [tensor for group in groups for tensor in group.values()]
-    coming = {
-        device: _block_to_host([tensor for tensor in tensors if tensor.device == device])
-        for device in dict.fromkeys(tensor.device for tensor in tensors)
-    }
-    order = [{name: tensor.device for name, tensor in group.items()} for group in groups]
+    by_device: dict[torch.device, list[torch.Tensor]] = {}
+    order: list[dict[str, torch.device]] = []
+    for group in groups:
+        order.append({name: tensor.device for name, tensor in group.items()})
+        for tensor in group.values():
+            by_device.setdefault(tensor.device, []).append(tensor)
+    blocks = {device: _block_to_host(tensors) for device, tensors in by_device.items()}
 
     def wait() -> list[dict[str, np.ndarray]]:
-        arrays = {device: iter(arrived()) for device, arrived in coming.items()}
-        return [{name: next(arrays[device]) for name, device in group.items()} for group in order]
+        arrays = {device: iter(arrived()) for device, arrived in blocks.items()}
+        copied = []
+        for group in order:
+            copied.append({name: next(arrays[device]) for name, device in group.items()})
+        return copied
 
     return wait
 
@@ -117,12 +127,17 @@ def _block_to_host(tensors: Sequence[torch.Tensor]) -> Callable[[], list[np.ndar
     block = torch.cat([tensor.reshape(-1).view(torch.uint8) for tensor in tensors])
     host = torch.empty(block.shape, dtype=torch.uint8, pin_memory=True).copy_(block, non_blocking=True)
     arrived = torch.cuda.current_stream(block.device).record_event()
-    like = [(tensor.nbytes, tensor.dtype, tensor.shape) for tensor in tensors]
+    # Only what describes the tensors is kept, so that their memory is free meanwhile.
+    sizes = [tensor.nbytes for tensor in tensors]
+    dtypes = [tensor.dtype for tensor in tensors]
+    shapes = [tensor.shape for tensor in tensors]
 
     def wait() -> list[np.ndarray]:
         arrived.synchronize()
-        parts = host.split([size for size, _, _ in like])
-        return [part.clone().view(d).reshape(shape).numpy() for part, (_, d, shape) in zip(parts, like, strict=True)]
+        arrays = []
+        for part, dtype, shape in zip(host.split(sizes), dtypes, shapes, strict=True):
+            arrays.append(part.clone().view(dtype).reshape(shape).numpy())
+        return arrays
 
     return wait
 
@@ -140,8 +155,10 @@ def peak_device_memory() -> int:
 
 def allocator_options(version: str) -> list[str]:
     """Return the allocator options that a version of torch knows. It refuses unknown ones."""
-    exact = ["pinned_max_round_threshold_mb:1"] if TorchVersion(version) >= EXACT_PINNED else []
-    return ["expandable_segments:True", *exact]
+    options = ["expandable_segments:True"]
+    if TorchVersion(version) >= EXACT_PINNED:
+        options.append("pinned_max_round_threshold_mb:1")
+    return options
 
 
 def has_fast_bfloat16(kind: str) -> bool:
@@ -196,4 +213,5 @@ def free_cores() -> int:
         quota, period = (_CGROUP / "cpu.max").read_text(encoding="ascii").split()
         usable = min(usable, int(quota) // int(period))
     total = psutil.cpu_count() or usable
-    return max(1, min(usable, round(total - total * psutil.cpu_percent(interval=SAMPLE_SECONDS) / 100)))
+    idle = round(total - total * psutil.cpu_percent(interval=SAMPLE_SECONDS) / 100)
+    return max(1, min(usable, idle))

@@ -22,9 +22,15 @@ from avss_dist.core.files import cache_folder
 from avss_dist.core.process import PACKAGES, installed_version
 from avss_dist.core.text import describe_bytes
 
-OPTIONAL = {name: name.replace("-", "_") for name in ("datasets", "lm_eval", "gguf", "compressed-tensors", "peft")}
+OPTIONAL = {
+    "datasets": "datasets",
+    "lm_eval": "lm_eval",
+    "gguf": "gguf",
+    "compressed-tensors": "compressed_tensors",
+    "peft": "peft",
+}
 """Modules of optional packages."""
-NEEDED = (*(name for name in PACKAGES if name not in OPTIONAL), "duckdb", "altair", "vl-convert-python")
+NEEDED = (*[name for name in PACKAGES if name not in OPTIONAL], "duckdb", "altair", "vl-convert-python")
 CHECK_TIMEOUT_SECONDS = 180.0
 LEAST_SHARED_BYTES = 1 << 30  # a container has 64 MiB by default
 
@@ -63,7 +69,8 @@ def check_machine() -> Iterator[CheckResult]:
 
 def run_checks(checks: Mapping[str, Check], timeout_seconds: float = CHECK_TIMEOUT_SECONDS) -> list[CheckResult]:
     """Run checks one after the other in another process, and in a new one after a check that ended it."""
-    pending, results = list(checks.items()), []
+    pending = list(checks.items())
+    results: list[CheckResult] = []
     while pending:
         with ProcessPoolExecutor(1, mp_context=get_context("spawn"), initializer=_silence) as pool:
             process = pool.submit(os.getpid).result()
@@ -122,8 +129,10 @@ def _cache_folder() -> str:
 
 def _shared_memory() -> str:
     size = shutil.disk_usage("/dev/shm").total
-    advice = "; Ray and NCCL need more: for a container, docker run --shm-size=8g" if size < LEAST_SHARED_BYTES else ""
-    return f"{describe_bytes(size)}{advice}"
+    text = describe_bytes(size)
+    if size < LEAST_SHARED_BYTES:
+        text += "; Ray and NCCL need more: for a container, docker run --shm-size=8g"
+    return text
 
 
 def _bfloat16() -> str:
@@ -131,27 +140,31 @@ def _bfloat16() -> str:
     x = torch.ones(64, 64, dtype=torch.bfloat16)
     if float((x @ x).sum()) != 64**3:
         raise ArithmeticError("a product of matrices is wrong")
-    native = torch.ops.mkldnn._is_mkldnn_bf16_supported()
-    return "yes" if native else "yes, emulated: on this CPU, --dtype float32 is several times faster"
+    if torch.ops.mkldnn._is_mkldnn_bf16_supported():
+        return "yes"
+    return "yes, emulated: on this CPU, --dtype float32 is several times faster"
 
 
 def _cuda_devices() -> str:
     cuda = import_module("torch").cuda
-    names = [
-        f"{device.name}, {device.total_memory / 2**30:.0f} GiB"
-        for device in map(cuda.get_device_properties, range(cuda.device_count()))
-    ]
-    return "; ".join(names) or "none: models run on the CPU"
+    names = []
+    for index in range(cuda.device_count()):
+        device = cuda.get_device_properties(index)
+        names.append(f"{device.name}, {device.total_memory / 2**30:.0f} GiB")
+    if not names:
+        return "none: models run on the CPU"
+    return "; ".join(names)
 
 
 def _backends() -> str:
     distributed = import_module("torch.distributed")
     available = {"gloo": distributed.is_gloo_available(), "nccl": distributed.is_nccl_available()}
-    return ", ".join(name for name, there in available.items() if there)
+    return ", ".join(name for name, is_available in available.items() if is_available)
 
 
 def _deepspeed() -> str:
-    os.environ.setdefault("DS_ACCELERATOR", "cuda" if import_module("torch").cuda.is_available() else "cpu")
+    accelerator = "cuda" if import_module("torch").cuda.is_available() else "cpu"
+    os.environ.setdefault("DS_ACCELERATOR", accelerator)
     return f"yes, {import_module('deepspeed').__version__}"
 
 
@@ -176,7 +189,9 @@ def _cuda_kernels() -> str:
     stats = reference.to_stats({name: t.cpu().numpy() for name, t in into.tensors.items()}, x.dtype, np.ones(1))
     if (stats.count, stats.mean, stats.cosine_sum) != (1536, 7.0, 6.0):
         raise ArithmeticError("a count is wrong")
-    return "yes" if type(kernels).__name__ == "CudaKernels" else "no: torch counts, which is slower"
+    if type(kernels).__name__ == "CudaKernels":
+        return "yes"
+    return "no: torch counts, which is slower"
 
 
 def _ray() -> str:
@@ -190,7 +205,8 @@ def _ray() -> str:
 
 def _pictures() -> str:
     spec = {"data": {"values": [{"a": 1}]}, "mark": "point", "encoding": {"x": {"field": "a"}}}
-    return f"yes, {len(import_module('vl_convert').vegalite_to_png(spec))} bytes of PNG"
+    picture = import_module("vl_convert").vegalite_to_png(spec)
+    return f"yes, {len(picture)} bytes of PNG"
 
 
 CHECKS: tuple[Mapping[str, Check], ...] = (  # those of a group share a process; groups run at the same time

@@ -42,9 +42,8 @@ def require_ending(endings: Sequence[str], content: str) -> Callable[[Any], Any]
     def check_ending(path: Any) -> Any:
         suffix = Path(str(path)).suffix.lower()
         if suffix in PROMISING and suffix not in endings:
-            raise ConfigError(
-                f"expected a file for {content}, not '{path}'.", f"Name one that ends in {' or '.join(endings[:2])}."
-            )
+            usual = " or ".join(endings[:2])
+            raise ConfigError(f"expected a file for {content}, not '{path}'.", f"Name one that ends in {usual}.")
         return path
 
     return check_ending
@@ -79,5 +78,7 @@ def require_table_file(path: Any, format: str, formats: Sequence[str], *, draws:
         if suffix in TABLES[other]:
             raise QueryError(f"'{path}' is no file of `format` {format}.", f"Add `format` {other}.")
     valid = ", ".join(f"{TABLES[name][0]} (`format` {name})" for name in formats)
-    drawn = f" Pictures of scores end in {', '.join(PICTURES)}." if draws else ""
-    raise QueryError(f"'{path}' is no file of a table.", f"Name one that ends in {valid}.{drawn}")
+    hint = f"Name one that ends in {valid}."
+    if draws:
+        hint += f" Pictures of scores end in {', '.join(PICTURES)}."
+    raise QueryError(f"'{path}' is no file of a table.", hint)

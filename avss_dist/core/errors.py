@@ -51,11 +51,15 @@ class AvssError(Exception):
 
     def __init__(self, message: str, hint: str | None = None) -> None:
         self.message = without_secrets(message)
-        self.hint = hint and without_secrets(hint)
+        self.hint = hint
+        if hint:
+            self.hint = without_secrets(hint)
         super().__init__(self.message, self.hint)
 
     def __str__(self) -> str:
-        return f"{self.message}\n{self.hint}" if self.hint else self.message
+        if not self.hint:
+            return self.message
+        return f"{self.message}\n{self.hint}"
 
 
 class ConfigError(AvssError):
@@ -75,8 +79,11 @@ class ConfigError(AvssError):
         """Return one error for several problems, with a line for each. A single problem is returned unchanged."""
         if len(problems) == 1:
             return problems[0]
-        lines = [" ".join(filter(None, (p.message, p.hint))) for p in problems]
-        combined = cls("\n".join([f"{len(lines)} problems:", *lines]))
+        lines = [f"{len(problems)} problems:"]
+        for problem in problems:
+            parts = [text for text in (problem.message, problem.hint) if text]
+            lines.append(" ".join(parts))
+        combined = cls("\n".join(lines))
         combined._combined = tuple(problems)
         return combined
 
@@ -87,7 +94,8 @@ class ConfigError(AvssError):
         Args:
             checks: a condition that is true of invalid values, a message and a hint each.
         """
-        if problems := [cls(message, hint) for applies, message, hint in checks if applies]:
+        problems = [cls(message, hint) for applies, message, hint in checks if applies]
+        if problems:
             raise cls.combine(problems)
 
 
@@ -151,7 +159,8 @@ def unwritable(path: object, error: OSError, hint: str, kind: type[AvssError] = 
         hint: hint of the error, such as another place to write to.
         kind: type of the error, unless the disk is full.
     """
-    kind = StorageFull if is_full(error) else kind
+    if is_full(error):
+        kind = StorageFull
     return kind(f"{path} cannot be written: {error.strerror}.", hint)
 
 
@@ -171,7 +180,9 @@ def as_failure(error: BaseException) -> AvssError:
     """
     if isinstance(error, AvssError):
         return error
-    hint = "Run the same command again." if isinstance(error, (ConnectionError, TimeoutError, MemoryError)) else None
+    hint = None
+    if isinstance(error, (ConnectionError, TimeoutError, MemoryError)):
+        hint = "Run the same command again."
     if isinstance(error, OSError) and is_full(error):
         hint = "Free some space and run the same command again."
     failure = RunFailed(f"{type(error).__name__}: {error}", hint)
@@ -182,10 +193,12 @@ def as_failure(error: BaseException) -> AvssError:
 def own_copy(error: AvssError) -> AvssError:
     """Return a copy of an error that ends several runs, for one of them: its notes and attributes are its own."""
     copied = copy.copy(error).with_traceback(error.__traceback__)
-    copied.__cause__, copied.__context__ = error.__cause__, error.__context__
+    copied.__cause__ = error.__cause__
+    copied.__context__ = error.__context__
     copied.__suppress_context__ = error.__suppress_context__
-    if notes := getattr(error, "__notes__", None):
-        copied.__notes__ = [*notes]
+    notes = getattr(error, "__notes__", None)
+    if notes:
+        copied.__notes__ = list(notes)
     return copied
 
 
@@ -196,10 +209,15 @@ def first_line(error: BaseException) -> str:
 
 def first_names(names: Sequence[str], maximum: int = 3, separator: str = ", ") -> str:
     """Return the first names of a list and the number of all others, for a message: ``a, b, c and 4 more``."""
-    return separator.join(names[:maximum]) + (f" and {len(names) - maximum:,} more" if len(names) > maximum else "")
+    text = separator.join(names[:maximum])
+    if len(names) > maximum:
+        text += f" and {len(names) - maximum:,} more"
+    return text
 
 
-MAX_SUGGESTED, SHORTEN_ABOVE = 10, 40  # of more names than 40, an error lists 10
+# Of more names than 40, an error lists 10.
+MAX_SUGGESTED = 10
+SHORTEN_ABOVE = 40
 
 
 def nearest(name: str, valid: Iterable[str]) -> str:
@@ -207,12 +225,17 @@ def nearest(name: str, valid: Iterable[str]) -> str:
 
     It is empty without valid names.
     """
-    names = [str(v) for v in valid]
+    names = [str(valid_name) for valid_name in valid]
     if not names:
         return ""
-    match = difflib.get_close_matches(str(name).lower(), names, n=1, cutoff=0.5)
-    valid_names = f"Valid: {first_names(names, MAX_SUGGESTED if len(names) > SHORTEN_ABOVE else len(names))}."
-    return f"Did you mean '{match[0]}'? {valid_names}" if match else valid_names
+    maximum = len(names)
+    if len(names) > SHORTEN_ABOVE:
+        maximum = MAX_SUGGESTED
+    hint = f"Valid: {first_names(names, maximum)}."
+    matches = difflib.get_close_matches(str(name).lower(), names, n=1, cutoff=0.5)
+    if matches:
+        hint = f"Did you mean '{matches[0]}'? {hint}"
+    return hint
 
 
 def require_known(kind: str, name: str, valid: Collection[str], error: type[AvssError] = ConfigError) -> str:

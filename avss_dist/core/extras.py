@@ -8,11 +8,11 @@ import shutil
 import sys
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
 from urllib.parse import urlsplit
 from urllib.request import url2pathname
 
 from avss_dist.core.errors import ConfigError
+from avss_dist.core.values import JsonObject
 
 EXTRAS: dict[str, tuple[str, ...]] = {
     "run": (
@@ -31,8 +31,10 @@ PATH_MEANING = "where PATH is a clone of the repository or a wheel built from it
 
 def install_hint(module: str) -> str:
     """Return the command that installs a module into this environment."""
-    extra = next((extra for extra, modules in EXTRAS.items() if module in modules), None)
-    return package_hint(f"[{extra}]") if extra else f"{pip_command()} install {module}"
+    for extra, modules in EXTRAS.items():
+        if module in modules:
+            return package_hint(f"[{extra}]")
+    return f"{pip_command()} install {module}"
 
 
 def package_hint(extra: str = "") -> str:
@@ -68,7 +70,7 @@ def pip_command() -> str:
     return f"{shlex.quote(sys.executable)} -m pip"
 
 
-def _origin() -> dict[str, Any] | None:
+def _origin() -> JsonObject | None:
     """Return what pip recorded of the origin of this package (PEP 610), or the clone that is imported, if known."""
     from importlib.metadata import PackageNotFoundError, distribution  # takes a tenth of the time of a help
 
@@ -84,10 +86,13 @@ def _origin() -> dict[str, Any] | None:
     return None
 
 
-def _repository(url: str, recorded: dict[str, Any]) -> str:
+def _repository(url: str, recorded: JsonObject) -> str:
     """Return the address of a repository as pip takes it, at the branch, tag or commit that was installed."""
     revision = recorded.get("requested_revision")
-    return f"{recorded['vcs']}+{url}" + (f"@{revision}" if revision else "")
+    address = f"{recorded['vcs']}+{url}"
+    if revision:
+        address += f"@{revision}"
+    return address
 
 
 def require_package(module: str, what: str) -> None:

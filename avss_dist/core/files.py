@@ -63,7 +63,8 @@ def staged_file(path: Path, *, folder: Path | None = None, durable: bool = False
 def write_file(path: Path, data: str | bytes, *, folder: Path | None = None, durable: bool = False) -> None:
     """Write a file whole, text in UTF-8. If that fails, the old file stays. See `staged_file`."""
     with staged_file(path, folder=folder, durable=durable) as staged:
-        staged.write_bytes(data.encode() if isinstance(data, str) else data)
+        content = data.encode() if isinstance(data, str) else data
+        staged.write_bytes(content)
 
 
 def write_output(path: str | Path, data: str | bytes, kind: type[AvssError] = AvssError) -> None:
@@ -153,7 +154,9 @@ def process_mark() -> str:
 def is_running(mark: str) -> bool | None:
     """Whether the process with a `process_mark` runs. None if that cannot be known, as it is of another machine."""
     process = re.fullmatch(_PROCESS, mark)
-    return _is_running(process) if process else None
+    if process is None:
+        return None
+    return _is_running(process)
 
 
 def _is_running(process: re.Match[str]) -> bool | None:
@@ -166,7 +169,9 @@ def _is_running(process: re.Match[str]) -> bool | None:
         except ProcessLookupError:
             return False
     start = _start(pid)
-    return None if start is None else start == int(process["start"])
+    if start is None:
+        return None
+    return start == int(process["start"])  # else another process has its number now
 
 
 def _machine() -> str:
@@ -185,14 +190,17 @@ def _machine() -> str:
 def _start(pid: int) -> int | None:
     """Return when a process started, in clock ticks since the boot, or None if that cannot be read."""
     try:
-        return int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[19])
+        # The name of the program, in brackets, may have spaces. Field 22, the start, is the 20th after it.
+        after_name = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2]
+        return int(after_name.split()[19])
     except (OSError, ValueError, IndexError):
         return None
 
 
 def cache_folder(*parts: str) -> Path:
     """Return a folder in the user's cache, such as ``~/.cache/avss_dist/tables``. It may not exist."""
-    return Path(os.environ.get("XDG_CACHE_HOME", "").strip() or Path.home() / ".cache").joinpath("avss_dist", *parts)
+    folder = os.environ.get("XDG_CACHE_HOME", "").strip() or Path.home() / ".cache"
+    return Path(folder).joinpath("avss_dist", *parts)
 
 
 KEPT_BYTES = 64 << 20  # in memory
@@ -219,7 +227,9 @@ class Spool:
         """Return all rows. Rows in a file are read-only."""
         if len(self._written):
             self._write()
-        return np.concatenate([self._written, *self._waiting]) if self._waiting else self._written
+        if not self._waiting:
+            return self._written
+        return np.concatenate([self._written, *self._waiting])
 
     def _write(self) -> None:
         try:

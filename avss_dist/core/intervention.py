@@ -8,17 +8,18 @@ repair or rounded to a number format, and small activations become zero. Nothing
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable
 from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
-from itertools import groupby
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from avss_dist.core.errors import ConfigError
 from avss_dist.core.fingerprint import fingerprint
 from avss_dist.core.text import count_of, describe_layers
+from avss_dist.core.values import NewRow, TableRow
 
-THRESHOLD, TOP_K = "threshold", "top_k"
+THRESHOLD = "threshold"
+TOP_K = "top_k"
 """Criteria by which inputs of a linear map become zero: see `MapSparsity`."""
 SPARSITY_RULES = ("all", "last-half")
 """Tokens at which activations are sparse: all; decoded tokens; decoded tokens and the last half of a prompt (as TEAL
@@ -120,7 +121,7 @@ def removal_columns(removals: Removals) -> dict[str, list[int] | list[str]]:
     return {"drop": list(whole_layers(removals)), "drop_parts": parts}
 
 
-def stored_removals(row: Mapping[str, Any]) -> Removals:
+def stored_removals(row: TableRow) -> Removals:
     """Return the removals of a stored row with the columns ``drop`` (layers) and ``drop_parts`` (all others)."""
     parts = [parse_removal(name) for name in row["drop_parts"]]
     return (*row["drop"], *parts)
@@ -155,12 +156,18 @@ def removal_names(removals: Iterable[Removal]) -> list[int | str]:
 
 def layer_of(removal: Removal) -> int:
     """Return the index of a layer, or of the layer that a sublayer or an expert is in."""
-    return removal if isinstance(removal, int) else removal.layer
+    if isinstance(removal, int):
+        return removal
+    return removal.layer
 
 
 def sublayers_of(layers: Iterable[int]) -> list[Sublayer]:
     """Return the attention and the MLP of each layer."""
-    return [Sublayer(layer, part) for layer in layers for part in PARTS]
+    sublayers = []
+    for layer in layers:
+        for part in PARTS:
+            sublayers.append(Sublayer(layer, part))
+    return sublayers
 
 
 def whole_layers(removals: Iterable[Removal]) -> tuple[int, ...]:
@@ -170,56 +177,76 @@ def whole_layers(removals: Iterable[Removal]) -> tuple[int, ...]:
 
 def experts_by_layer(removals: Iterable[Removal]) -> dict[int, tuple[int, ...]]:
     """Return the indices of the removed experts of each layer that loses some, ascending."""
-    experts = sorted(removal for removal in removals if isinstance(removal, Expert))
-    return {layer: tuple(expert.index for expert in group) for layer, group in groupby(experts, key=layer_of)}
+    by_layer: dict[int, tuple[int, ...]] = {}
+    for expert in sorted(removal for removal in removals if isinstance(removal, Expert)):
+        by_layer[expert.layer] = (*by_layer.get(expert.layer, ()), expert.index)
+    return by_layer
 
 
 def joined(removals: Iterable[Removal]) -> Removals:
     """Return removals as a set: a layer for both of its sublayers, and nothing inside of what is removed."""
-    every: set[Removal] = {*removals}
-    every |= {layer for layer in map(layer_of, every) if every.issuperset(sublayers_of([layer]))}
-    return tuple(sorted(removal for removal in every if not every.intersection(_around(removal))))
+    every: set[Removal] = set(removals)
+    for layer in {layer_of(removal) for removal in every}:
+        if every.issuperset(sublayers_of([layer])):
+            every.add(layer)
+    outermost = [removal for removal in every if every.isdisjoint(_around(removal))]
+    return tuple(sorted(outermost))
 
 
 def _around(removal: Removal) -> list[Removal]:
     """Return the removals that a sublayer or an expert is a part of: its layer, and the MLP of an expert."""
     if isinstance(removal, int):
         return []
-    return [removal.layer, *([Sublayer(removal.layer, "mlp")] if isinstance(removal, Expert) else [])]
+    if isinstance(removal, Expert):
+        return [removal.layer, Sublayer(removal.layer, "mlp")]
+    return [removal.layer]
 
 
 def can_be_added(removal: Removal, removals: Collection[Removal]) -> bool:
     """Whether a set contains neither the removal nor the layer or sublayers that overlap with it."""
-    overlapping = sublayers_of([removal]) if isinstance(removal, int) else _around(removal)
-    return not any(part in removals for part in (removal, *overlapping))
+    overlapping: list[Removal] = [removal]
+    if isinstance(removal, int):
+        overlapping += sublayers_of([removal])
+    else:
+        overlapping += _around(removal)
+    return not any(part in removals for part in overlapping)
 
 
 def describe_removed(removals: Collection[Removal]) -> str:
     """Return removals as text: ``0-3, 7, attention.5, mlp.8, mlp.9``, or ``64 experts of layers 1-16``."""
+    names = []
     layers = whole_layers(removals)
+    if layers:
+        names.append(describe_layers(layers))
+    names += [str(removal) for removal in removals if isinstance(removal, Sublayer)]
     experts = [str(removal) for removal in removals if isinstance(removal, Expert)]
     if len(experts) > _NAMED_EXPERTS:
         places = tuple(experts_by_layer(removals))
-        experts = [f"{len(experts)} experts of layer{'s' * (len(places) > 1)} {describe_layers(places)}"]
-    return ", ".join(
-        [
-            *([describe_layers(layers)] if layers else []),
-            *(str(removal) for removal in removals if isinstance(removal, Sublayer)),
-            *experts,
-        ]
-    )
+        noun = "layer" if len(places) == 1 else "layers"
+        names.append(f"{len(experts)} experts of {noun} {describe_layers(places)}")
+    else:
+        names += experts
+    return ", ".join(names)
 
 
 def size_removed(removals: Collection[Removal]) -> float:
     """Return the number of removed layers, where a sublayer counts as a half and an expert as nothing."""
-    return (sum(not isinstance(removal, Expert) for removal in removals) + len(whole_layers(removals))) / 2
+    size = 0.0
+    for removal in removals:
+        if isinstance(removal, int):
+            size += 1
+        elif isinstance(removal, Sublayer):
+            size += 0.5
+    return size
 
 
 def count_removed(removals: Collection[Removal]) -> str:
     """Return counts as text: ``8 layers``, ``1 layer``, ``7 layers, 2 sublayers``, or ``32 experts``."""
+    if not removals:
+        return count_of(0, "layer")
     kinds = [type(removal) for removal in removals]
-    counts = {"layer": kinds.count(int), "sublayer": kinds.count(Sublayer), "expert": kinds.count(Expert)}
-    return ", ".join(count_of(n, name) for name, n in counts.items() if n or (name == "layer" and not kinds))
+    numbers = {"layer": kinds.count(int), "sublayer": kinds.count(Sublayer), "expert": kinds.count(Expert)}
+    return ", ".join(count_of(number, noun) for noun, number in numbers.items() if number)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -273,7 +300,9 @@ class RoundedPlace:
     format: str
 
     def __str__(self) -> str:
-        return f"{self.format}@{self.layer}" + (f".{self.path}" if self.path else "")
+        if self.path:
+            return f"{self.format}@{self.layer}.{self.path}"
+        return f"{self.format}@{self.layer}"
 
 
 _PLACE = re.compile(r"([^@]+)@(\d{1,9})(?:\.(.+))?", re.ASCII)
@@ -282,7 +311,9 @@ _PLACE = re.compile(r"([^@]+)@(\d{1,9})(?:\.(.+))?", re.ASCII)
 def parse_rounded(key: str) -> RoundedPlace | None:
     """Return the place of a `Rounding` with one place from its key, or None for the key of several places."""
     match = _PLACE.fullmatch(key)
-    return match and RoundedPlace(format=match[1], layer=int(match[2]), path=match[3])
+    if not match:
+        return None
+    return RoundedPlace(format=match[1], layer=int(match[2]), path=match[3])
 
 
 @dataclass(frozen=True)
@@ -294,8 +325,10 @@ class Rounding:
     @cached_property
     def key(self) -> str:
         """Text of the place if there is one (``int4@7``, ``int4@7.mlp.up_proj``), else SHA-256 of all, in hex."""
-        texts = sorted(map(str, self.places))
-        return texts[0] if len(texts) == 1 else fingerprint(rounded=texts)
+        texts = sorted(str(place) for place in self.places)
+        if len(texts) == 1:
+            return texts[0]
+        return fingerprint(rounded=texts)
 
     @property
     def layers(self) -> frozenset[int]:
@@ -309,8 +342,13 @@ class Rounding:
             paths: paths of all linear maps of the layer.
         """
         of_layer = {place.path: place.format for place in self.places if place.layer == layer}
-        by_path = {path: of_layer.get(path, of_layer.get(None)) for path in paths}
-        return {path: name for path, name in by_path.items() if name is not None}
+        formats = {}
+        for path in paths:
+            if path in of_layer:
+                formats[path] = of_layer[path]
+            elif None in of_layer:
+                formats[path] = of_layer[None]
+        return formats
 
 
 def round_place(name: str, layer: int, path: str | None = None) -> Rounding:
@@ -345,7 +383,7 @@ class InterventionKey(NamedTuple):
     rounding: str | None = None
 
     @classmethod
-    def of_row(cls, row: Mapping[str, Any]) -> InterventionKey:
+    def of_row(cls, row: TableRow) -> InterventionKey:
         """Return the key of a stored row. Columns that older files do not have are null."""
         return cls(
             removed=stored_removals(row),
@@ -354,7 +392,7 @@ class InterventionKey(NamedTuple):
             rounding=row.get("rounding"),
         )
 
-    def row(self) -> dict[str, Any]:
+    def row(self) -> NewRow:
         """Return the columns of a stored row."""
         return {
             **removal_columns(self.removed),
@@ -386,8 +424,12 @@ class Intervention:
     @property
     def key(self) -> InterventionKey:
         """Key of the intervention, which rows of results also have."""
-        changes = (self.patch, self.sparsity, self.rounding)
-        return InterventionKey(self.removed, *(None if change is None else change.key for change in changes))
+        return InterventionKey(
+            removed=self.removed,
+            patch=None if self.patch is None else self.patch.key,
+            sparsity=None if self.sparsity is None else self.sparsity.key,
+            rounding=None if self.rounding is None else self.rounding.key,
+        )
 
     def split(self) -> tuple[Intervention, Intervention]:
         """Return the changes of weights and activations, and the removals, as two interventions."""
@@ -396,8 +438,15 @@ class Intervention:
     def differing_layers(self, other: Intervention) -> set[int]:
         """Return the layers at which two interventions differ, of those that they remove and round."""
         removals = set(self.removed) ^ set(other.removed)
-        places = {*(self.rounding or Rounding(())).places} ^ {*(other.rounding or Rounding(())).places}
-        return {*map(layer_of, removals), *(place.layer for place in places)}
+        layers = {layer_of(removal) for removal in removals}
+        places = set(self._rounded_places()) ^ set(other._rounded_places())
+        layers.update(place.layer for place in places)
+        return layers
+
+    def _rounded_places(self) -> tuple[RoundedPlace, ...]:
+        if self.rounding is None:
+            return ()
+        return self.rounding.places
 
     def without(self, *more: Removal) -> Intervention:
         """Return the intervention with more layers, sublayers or experts removed."""

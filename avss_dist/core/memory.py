@@ -18,7 +18,9 @@ import torch
 
 from avss_dist.core.errors import BatchTooLarge
 
-_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # of mallopt(3)
+# Parameters of mallopt(3)
+_M_TRIM_THRESHOLD = -1
+_M_MMAP_THRESHOLD = -3
 _MADV_POPULATE_READ = 22  # of madvise(2)
 FREED_BYTES = 256 << 20
 MAPPED_BYTES = 32 << 20  # the most that glibc takes
@@ -55,10 +57,13 @@ def populate(address: int, size: int) -> None:
     Raises:
         OSError: the file cannot be read, or has become shorter.
     """
+    if not size:
+        return
     start = address - address % mmap.PAGESIZE
-    pages = ctypes.c_void_p(start), ctypes.c_size_t(address + size - start)
+    length = address + size - start
     # Unlike mmap.madvise, this releases Python's global interpreter lock.
-    failed = size and ctypes.CDLL(None, use_errno=True).madvise(*pages, _MADV_POPULATE_READ)
+    library = ctypes.CDLL(None, use_errno=True)
+    failed = library.madvise(ctypes.c_void_p(start), ctypes.c_size_t(length), _MADV_POPULATE_READ)
     if failed:
         number = ctypes.get_errno()
         if number != errno.EINVAL:
@@ -70,11 +75,15 @@ def peak_memory() -> int:
 
     The ru_maxrss of getrusage(2) is not used: it starts at the value of the parent process. psutil does not report it.
     """
-    lines = Path("/proc/self/status").read_text(encoding="ascii").splitlines()
-    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM"))
+    for line in Path("/proc/self/status").read_text(encoding="ascii").splitlines():
+        if line.startswith("VmHWM"):
+            kibibytes = int(line.split()[1])
+            return kibibytes * 1024
+    raise OSError("/proc/self/status has no VmHWM")
 
 
-_ROOT, _MEMBERSHIP = Path("/sys/fs/cgroup"), Path("/proc/self/cgroup")
+_ROOT = Path("/sys/fs/cgroup")
+_MEMBERSHIP = Path("/proc/self/cgroup")
 _FILES = (  # limit, usage, and the field of memory.stat with file cache that the kernel drops first; versions 2 and 1
     ("memory.max", "memory.current", "inactive_file"),
     ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"),
@@ -91,21 +100,32 @@ def memory_left(root: Path = _ROOT, membership: Path = _MEMBERSHIP) -> int | Non
     sizes = []
     for group, (limit, usage, cache) in product(_groups(root, membership), _FILES):
         with suppress(OSError, ValueError):  # a ValueError means no limit: "max"
-            maximum, used = (int((group / name).read_text(encoding="ascii")) for name in (limit, usage))
-            fields = dict(line.split() for line in (group / "memory.stat").read_text(encoding="ascii").splitlines())
+            maximum = int((group / limit).read_text(encoding="ascii"))
+            used = int((group / usage).read_text(encoding="ascii"))
+            statistics = (group / "memory.stat").read_text(encoding="ascii")
+            fields = dict(line.split() for line in statistics.splitlines())
             sizes.append(max(0, maximum - used + int(fields.get(cache, 0))))
     return min(sizes, default=None)
 
 
 def _groups(root: Path, membership: Path) -> Iterator[Path]:
     """Yield the folders of this process's memory groups and of their parents. Each has a limit of its own."""
-    yield from (root, root / "memory")  # inside a container, its own group is the root
-    lines = membership.read_text(encoding="utf-8").splitlines() if membership.exists() else []
-    for _, controllers, path in (line.split(":", 2) for line in lines):
-        base = root / "memory" if "memory" in controllers.split(",") else root
-        if base != root or not controllers:
-            group = PurePath(path.strip("/"))
-            yield from (base / part for part in (group, *group.parents))
+    # Inside a container, its own group is the root.
+    yield root
+    yield root / "memory"
+    if not membership.exists():
+        return
+    for line in membership.read_text(encoding="utf-8").splitlines():
+        _, controllers, path = line.split(":", 2)
+        if "memory" in controllers.split(","):
+            base = root / "memory"  # version 1 has a hierarchy for each controller
+        elif not controllers:
+            base = root  # version 2 has one for all
+        else:
+            continue
+        group = PurePath(path.strip("/"))
+        for part in (group, *group.parents):
+            yield base / part
 
 
 T = TypeVar("T")

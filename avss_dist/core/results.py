@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Sequence
 from html import escape
 from math import isfinite
 from typing import TYPE_CHECKING, Any
@@ -13,7 +13,11 @@ from avss_dist.core.text import printable
 if TYPE_CHECKING:
     import pyarrow as pa
 
-SHOWN_ROWS, SHOWN_COLUMNS = 12, 10  # in a notebook
+# In a notebook
+SHOWN_ROWS = 12
+SHOWN_COLUMNS = 10
+BAR_WIDTH = 6  # pixels, with the gap to the next bar
+PICTURE_HEIGHT = 60  # pixels
 
 
 class TabularResult:
@@ -55,26 +59,27 @@ class TabularResult:
     def _repr_html_(self) -> str:
         """Return a few rows as HTML, for notebooks. All text is escaped."""
         table = self.table()
-        names, rows = table.column_names[:SHOWN_COLUMNS], table.slice(0, SHOWN_ROWS).to_pylist()
-        lines = [f"<p>{_text(repr(self))}</p>", *self._picture(table), "<table><thead><tr>"]
-        lines += [*(f"<th>{_text(name)}</th>" for name in names), "</tr></thead><tbody>"]
-        lines += [f"<tr>{''.join(f'<td>{_cell(row[name])}</td>' for name in names)}</tr>" for row in rows]
+        names = table.column_names[:SHOWN_COLUMNS]
+        rows = table.slice(0, SHOWN_ROWS).to_pylist()
+        html = f"<p>{_text(repr(self))}</p>{self._picture(table)}<table><thead><tr>"
+        for name in names:
+            html += f"<th>{_text(name)}</th>"
+        html += "</tr></thead><tbody>"
+        for row in rows:
+            cells = [f"<td>{_cell(row[name])}</td>" for name in names]
+            html += f"<tr>{''.join(cells)}</tr>"
+        html += "</tbody></table>"
         more = table.num_rows - len(rows)
-        return "".join([*lines, "</tbody></table>", f"<p>and {more:,} more rows</p>" if more > 0 else ""])
+        if more > 0:
+            html += f"<p>and {more:,} more rows</p>"
+        return html
 
-    def _picture(self, table: pa.Table) -> Iterator[str]:
-        """Yield an SVG of a numeric column, with a bar for each row."""
-        name = next((name for name in self._bars if name in table.column_names), None)
-        values = [value if value and isfinite(value) else 0.0 for value in table[name].to_pylist()] if name else []
-        if not values or max(values) <= 0:
-            return
-        width, height = 6, 60
-        bars = (
-            f'<rect x="{i * width}" y="{height - h:.1f}" width="{width - 1}" height="{h:.1f}" fill="#2a78d6"/>'
-            for i, h in enumerate(max(0.0, value) / max(values) * height for value in values)
-        )
-        size = f'width="{len(values) * width}" height="{height}"'
-        yield f'<svg {size} role="img"><title>{name}</title>{"".join(bars)}</svg>'
+    def _picture(self, table: pa.Table) -> str:
+        """Return an SVG of a numeric column, with a bar for each row. Empty if there is nothing to draw."""
+        for name in self._bars:
+            if name in table.column_names:
+                return _bar_chart(name, table[name].to_pylist())
+        return ""
 
 
 class Table(TabularResult):
@@ -91,9 +96,35 @@ class Table(TabularResult):
         return int(self._table.num_rows)
 
 
+def _bar_chart(title: str, values: Sequence[float | None]) -> str:
+    """Return an SVG with a bar for each value. Empty if no value is positive."""
+    heights = []
+    for value in values:
+        if value and isfinite(value) and value > 0:
+            heights.append(value)
+        else:
+            heights.append(0.0)
+    largest = max(heights, default=0.0)
+    if largest <= 0:
+        return ""
+    bars = ""
+    for place, value in enumerate(heights):
+        height = value / largest * PICTURE_HEIGHT
+        left = place * BAR_WIDTH
+        top = PICTURE_HEIGHT - height
+        size = f'width="{BAR_WIDTH - 1}" height="{height:.1f}"'
+        bars += f'<rect x="{left}" y="{top:.1f}" {size} fill="#2a78d6"/>'
+    size = f'width="{len(heights) * BAR_WIDTH}" height="{PICTURE_HEIGHT}"'
+    return f'<svg {size} role="img"><title>{title}</title>{bars}</svg>'
+
+
 def _text(value: str) -> str:
     return escape(printable(value))
 
 
 def _cell(value: Any) -> str:
-    return _text(f"{value:z.4g}" if isinstance(value, float) else "" if value is None else str(value))
+    if value is None:
+        return ""
+    if isinstance(value, float):
+        return _text(f"{value:z.4g}")
+    return _text(str(value))

@@ -120,6 +120,7 @@ class Settings(StatisticsOptions, BatchOptions, ModelOptions, TextOptions):
         Args:
             statistics: include the settings of statistics inside of layers.
         """
-        of_statistics = () if statistics else ("sites", "thresholds", "experts", "sequences_per_shard")
-        without = {*TEXT_OPTIONS, *of_statistics, "trust_remote_code", "allow_pickle"} - {"sequence_length"}
+        without = {*TEXT_OPTIONS, "trust_remote_code", "allow_pickle"} - {"sequence_length"}
+        if not statistics:
+            without |= {"sites", "thresholds", "experts", "sequences_per_shard"}
         return {name: value for name, value in self.as_dict().items() if name not in without}

@@ -18,7 +18,10 @@ SITE_FAMILIES = {"inputs": INPUTS}
 
 
 def _in_order(sites: tuple[str, ...]) -> tuple[str, ...]:
-    members = {member for site in sites for member in SITE_FAMILIES.get(site, (site,))}
+    """Return sites in the order of `EVERY_SITE`, each once, with the members of families."""
+    members: set[str] = set()
+    for site in sites:
+        members.update(SITE_FAMILIES.get(site, (site,)))
     return tuple(site for site in EVERY_SITE if site in members)
 
 

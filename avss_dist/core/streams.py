@@ -26,7 +26,10 @@ if TYPE_CHECKING:
     from rich.segment import Segment
 
 _UNWRITABLE = (errno.ENOSPC, errno.EIO, errno.EFBIG, errno.EDQUOT, errno.EBADF)
-QUIET, USUAL, VERBOSE = range(3)
+# Verbosities
+QUIET = 0
+USUAL = 1
+VERBOSE = 2
 _verbosity = USUAL  # of the process, as threads report as well
 WIDTH = 132  # of tables if standard output is not a terminal: wide enough for every table
 
@@ -45,8 +48,9 @@ def prepare() -> None:
     sys.stderr = sys.stderr or open(2, "w", closefd=False)  # noqa: SIM115
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
-            utf8 = codecs.lookup(stream.encoding).name == "utf-8"
-            stream.reconfigure(errors="surrogateescape" if utf8 else "replace")
+            is_utf8 = codecs.lookup(stream.encoding).name == "utf-8"
+            errors = "surrogateescape" if is_utf8 else "replace"
+            stream.reconfigure(errors=errors)
 
 
 @contextmanager
@@ -148,13 +152,20 @@ def console(*, stderr: bool = False) -> Console:
 
         def render(self, renderable: Any, options: Any = None) -> Iterator[Segment]:
             for segment in super().render(renderable, options):
-                yield segment if segment.control else segment._replace(text=printable(segment.text))
+                if segment.control:
+                    yield segment
+                else:
+                    yield segment._replace(text=printable(segment.text))
 
     quiet = stderr and _verbosity == QUIET
     terminal = Output(highlight=False, stderr=stderr, quiet=quiet)
+    if terminal.is_terminal:
+        return terminal
+    width = WIDTH
     columns = os.environ.get("COLUMNS", "")
-    width = int(columns) if columns.isdigit() else WIDTH
-    return terminal if terminal.is_terminal else Output(highlight=False, stderr=stderr, width=width, quiet=quiet)
+    if columns.isdigit():
+        width = int(columns)
+    return Output(highlight=False, stderr=stderr, width=width, quiet=quiet)
 
 
 Item = TypeVar("Item")

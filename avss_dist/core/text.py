@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from itertools import groupby
 from pathlib import Path
 
 from avss_dist.core.errors import ConfigError, without_secrets
@@ -43,7 +42,11 @@ def parse_bytes(text: str) -> int:
     match = re.fullmatch(r"\s*([0-9]+\.?[0-9]*|\.[0-9]+)\s*(?:([kmgt])(i?))?b?\s*", text.lower())
     if not match or not float(match[1]):
         raise ConfigError(f"'{text}' is not a size.", "Write 200MB (10^6 bytes), or 20GiB (2^30 bytes).")
-    return int(float(match[1]) * (1024 if match[3] else 1000) ** ("kmgt".find(match[2]) + 1 if match[2] else 0))
+    power = 0
+    if match[2]:
+        power = "kmgt".index(match[2]) + 1
+    base = 1024 if match[3] else 1000
+    return int(float(match[1]) * base**power)
 
 
 def docs_page(name: str) -> str:
@@ -63,17 +66,21 @@ def printable(text: str) -> str:
 
 def escape_markdown(text: object) -> str:
     """Return a text escaped for Markdown and HTML, on one line."""
-    return re.sub(r"([\\`*_{}\[\]<>#|~&])", r"\\\1", " ".join(printable(str(text)).split()))
+    on_one_line = " ".join(printable(str(text)).split())
+    return re.sub(r"([\\`*_{}\[\]<>#|~&])", r"\\\1", on_one_line)
 
 
 def describe_bytes(size: float) -> str:
     """Return a size as text: ``269 MB``."""
+    if int(size) == 1:
+        return "1 Byte"
     if size < 1000:
-        return "1 Byte" if int(size) == 1 else f"{int(size)} Bytes"
+        return f"{int(size)} Bytes"
     power = 1
     while size >= 999.5 * 1000**power and power < 6:
         power += 1
-    return f"{size / 1000**power:.3g} {' kMGTPE'[power]}B"
+    prefix = " kMGTPE"[power]
+    return f"{size / 1000**power:.3g} {prefix}B"
 
 
 def describe_count(number: int | None) -> str:
@@ -83,21 +90,34 @@ def describe_count(number: int | None) -> str:
 
 def count_of(number: int, noun: str) -> str:
     """Return a number and a noun: ``1 run``, ``1,234 runs``."""
-    return f"{number:,} {noun}{'' if number == 1 else 's'}"
+    if number == 1:
+        return f"1 {noun}"
+    return f"{number:,} {noun}s"
 
 
 def describe_rows(skipped: int, number: int) -> str:
     """Return rows of a text in words: ``the first 8 rows``, or ``8 rows after the first 24``."""
-    return (
-        f"{count_of(number, 'row')} after the first {skipped:,}" if skipped else f"the first {count_of(number, 'row')}"
-    )
+    rows = count_of(number, "row")
+    if skipped:
+        return f"{rows} after the first {skipped:,}"
+    return f"the first {rows}"
 
 
 def describe_layers(layers: Sequence[int]) -> str:
     """Return ascending numbers as text: ``0-3, 7``."""
-    runs = groupby(enumerate(layers), key=lambda item: item[1] - item[0])  # the same for neighbours
-    spans = [[layer for _, layer in run] for _, run in runs]
-    return ", ".join(str(span[0]) if len(span) == 1 else f"{span[0]}-{span[-1]}" for span in spans)
+    spans: list[list[int]] = []
+    for layer in layers:
+        if spans and layer == spans[-1][-1] + 1:
+            spans[-1].append(layer)
+        else:
+            spans.append([layer])
+    texts = []
+    for span in spans:
+        if len(span) == 1:
+            texts.append(str(span[0]))
+        else:
+            texts.append(f"{span[0]}-{span[-1]}")
+    return ", ".join(texts)
 
 
 def describe_seconds(seconds: float) -> str:

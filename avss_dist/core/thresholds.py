@@ -35,11 +35,16 @@ def parse_threshold(text: str | float) -> tuple[float, str]:
 
 def describe_threshold(value: float, kind: str) -> str:
     """Return a threshold as text: ``1e-05``, or ``0.1 x RMS``."""
-    return f"{value:g}{' x RMS' if kind == 'rms' else ''}"
+    if kind == "rms":
+        return f"{value:g} x RMS"
+    return f"{value:g}"
 
 
 def _absolute(threshold: Any) -> Any:
-    value, kind = parse_threshold(threshold) if isinstance(threshold, str) else (threshold, "absolute")
+    """Return an absolute threshold that is given as text, as a number."""
+    if not isinstance(threshold, str):
+        return threshold
+    value, kind = parse_threshold(threshold)
     if kind != "absolute":
         raise ConfigError(
             f"{threshold}: expected an absolute threshold. Multiples of the RMS are always scored.",

@@ -63,7 +63,9 @@ def check(function: Callable[[Any], Any], *, before: bool = False) -> AfterValid
         except AvssError as error:  # pydantic collects its own errors only
             raise PydanticCustomError("problem", "{message}", {"message": error.message, "hint": error.hint}) from None
 
-    return BeforeValidator(run) if before else AfterValidator(run)
+    if before:
+        return BeforeValidator(run)
+    return AfterValidator(run)
 
 
 @dataclass(frozen=True)
@@ -90,7 +92,10 @@ class OneOf:
         return core_schema.no_info_after_validator_function(self._run, handler(source))
 
     def __get_pydantic_json_schema__(self, schema: Any, handler: Any) -> Any:
-        return {**handler(schema), **({} if self.accepts else {"enum": list(self.names)})}
+        json_schema = dict(handler(schema))
+        if self.accepts is None:
+            json_schema["enum"] = list(self.names)
+        return json_schema
 
 
 @dataclass(frozen=True)
@@ -109,21 +114,27 @@ def accepted_type(annotation: Any) -> str:
 
     Names are a ``Literal``, and a list or tuple of any length is a ``Sequence``.
     """
-    origin, arguments = get_origin(annotation), get_args(annotation)
+    origin = get_origin(annotation)
+    arguments = get_args(annotation)
     if origin is Annotated:
         for meta in annotation.__metadata__:
             if isinstance(meta, Accepts):
                 return meta.type
             if isinstance(meta, OneOf) and not meta.accepts:
-                return f"Literal[{', '.join(map(repr, meta.names))}]"
+                names = [repr(name) for name in meta.names]
+                return f"Literal[{', '.join(names)}]"
         return accepted_type(arguments[0])
     if origin in (Union, UnionType):
-        return " | ".join(dict.fromkeys(map(accepted_type, arguments)))
+        accepted = [accepted_type(argument) for argument in arguments]
+        return " | ".join(dict.fromkeys(accepted))
     if origin is tuple:
         return f"Sequence[{accepted_type(arguments[0])}]"
     if origin is Mapping:
-        return f"Mapping[{', '.join(map(accepted_type, arguments))}]"
-    return "None" if annotation is NoneType else str(annotation.__name__)
+        key, value = arguments
+        return f"Mapping[{accepted_type(key)}, {accepted_type(value)}]"
+    if annotation is NoneType:
+        return "None"
+    return str(annotation.__name__)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -147,7 +158,8 @@ class Option:
     exists: bool = True
 
 
-RARE, NO_OPTION = Option(rare=True), Option(exists=False)
+RARE = Option(rare=True)
+NO_OPTION = Option(exists=False)
 
 
 def as_text(value: Any) -> str:
@@ -209,7 +221,8 @@ def checked(cls: type[T]) -> type[T]:
         complete = getattr(type(self), "complete", dict)
         _validate(type(self), ArgsKwargs(positional, complete(values)), self_instance=self)
 
-    checks.__init__, checks.__doc__ = initialize, _Documentation(cls.__doc__ or "")
+    checks.__init__ = initialize
+    checks.__doc__ = _Documentation(cls.__doc__ or "")
     return cls
 
 
@@ -217,14 +230,23 @@ class _Documentation(str):
     """Docstring of a checked class, followed by its fields when it is read."""
 
     def __get__(self, instance: object, cls: Any) -> str:
-        hints, lines = get_type_hints(cls, include_extras=True), [inspect.cleandoc(self), "", "Attributes:"]
+        hints = get_type_hints(cls, include_extras=True)
+        lines = [inspect.cleandoc(self), "", "Attributes:"]
         for name, text in descriptions(cls).items():
-            names = next(
-                (meta.names for meta in getattr(hints[name], "__metadata__", ()) if isinstance(meta, OneOf)), ()
-            )
-            valid = f" One of: {', '.join(names)}." if names else ""
-            lines.append(f"    {name}: {text}{valid}")
+            line = f"    {name}: {text}"
+            names = _names_of(hints[name])
+            if names:
+                line += f" One of: {', '.join(names)}."
+            lines.append(line)
         return "\n".join(lines)
+
+
+def _names_of(annotation: Any) -> tuple[str, ...]:
+    """Return the valid names of a field, if its values are names."""
+    for meta in getattr(annotation, "__metadata__", ()):
+        if isinstance(meta, OneOf):
+            return meta.names
+    return ()
 
 
 def from_texts(cls: type[T], values: Mapping[str, Any]) -> T:
@@ -236,7 +258,8 @@ def _validate(cls: Any, values: ArgsKwargs, **options: Any) -> Any:
     try:
         return adapter(cls).validator.validate_python(values, **options)
     except ValidationError as error:
-        raise ConfigError.combine([problem for _, problem in located_problems(cls, error)]) from None
+        problems = [problem for _, problem in located_problems(cls, error)]
+        raise ConfigError.combine(problems) from None
 
 
 @cache
@@ -269,9 +292,10 @@ def _check_all_values(self: Any) -> None:
 
 def ordered(cls: Any) -> list[Field[Any]]:
     """Return the fields of a checked class: positional ones, then its own before those of its bases."""
-    by_name = {f.name: f for f in fields(cls)}
-    names = [name for name, f in by_name.items() if not f.kw_only]
-    names += [name for base in cls.__mro__ for name in vars(base).get("__annotations__", {}) if name in by_name]
+    by_name = {field.name: field for field in fields(cls)}
+    names = [field.name for field in by_name.values() if not field.kw_only]
+    for base in cls.__mro__:
+        names += [name for name in vars(base).get("__annotations__", {}) if name in by_name]
     return [by_name[name] for name in dict.fromkeys(names)]
 
 
@@ -279,10 +303,9 @@ def default_of(field: Field[Any]) -> Any:
     """Return the default of a field, or `inspect.Parameter.empty` if it has none."""
     if field.default_factory is not MISSING:
         return field.default_factory()
-    return inspect.Parameter.empty if field.default is MISSING else field.default
-
-
-_KEYWORD, _ANY = inspect.Parameter.KEYWORD_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD
+    if field.default is MISSING:
+        return inspect.Parameter.empty
+    return field.default
 
 
 def keywords(cls: Callable[P, R]) -> Callable[[Callable[[R], T]], Callable[P, T]]:
@@ -300,15 +323,22 @@ def keywords(cls: Callable[P, R]) -> Callable[[Callable[[R], T]], Callable[P, T]
         annotation = inspect.signature(function).return_annotation
         hints = get_type_hints(cls, include_extras=True)
         parameters = []
-        for f in ordered(cls):
-            kind = _KEYWORD if f.kw_only else _ANY
-            accepted = accepted_type(hints[f.name])
-            parameters.append(inspect.Parameter(f.name, kind, default=default_of(f), annotation=accepted))
+        for option in ordered(cls):
+            accepted = accepted_type(hints[option.name])
+            parameter = inspect.Parameter(
+                option.name,
+                inspect.Parameter.KEYWORD_ONLY if option.kw_only else inspect.Parameter.POSITIONAL_OR_KEYWORD,
+                default=default_of(option),
+                annotation=accepted,
+            )
+            parameters.append(parameter)
         run.__signature__ = inspect.Signature(parameters, return_annotation=annotation)  # type: ignore[attr-defined]
-        lines = [f"    {name}: {' '.join(text.split())}" for name, text in descriptions(cls).items()]
-        run.__doc__ = "\n".join(
-            [f"{function.__doc__}\n", "Args:", *lines, "", "Raises:", "    AvssError: a mistake, or work that failed."]
-        )
+        lines = [f"{function.__doc__}\n", "Args:"]
+        for name, text in descriptions(cls).items():
+            on_one_line = " ".join(text.split())
+            lines.append(f"    {name}: {on_one_line}")
+        lines += ["", "Raises:", "    AvssError: a mistake, or work that failed."]
+        run.__doc__ = "\n".join(lines)
         return run
 
     return decorate
@@ -331,27 +361,35 @@ def _described_schema(cls: Any, schema: Any, handler: Any) -> Any:
 @cache
 def descriptions(cls: Any) -> dict[str, str]:
     """Return the docstring of every field of a checked class, by name."""
-    bases = [_docstrings(base.__module__).get(base.__name__, {}) for base in reversed(cls.__mro__[:-1])]
-    texts = {name: text for docstrings in bases for name, text in docstrings.items()}
-    return {f.name: texts[f.name] for f in fields(cls) if f.name in texts}
+    texts: dict[str, str] = {}
+    for base in reversed(cls.__mro__[:-1]):
+        texts.update(_docstrings(base.__module__).get(base.__name__, {}))
+    return {field.name: texts[field.name] for field in fields(cls) if field.name in texts}
 
 
 @cache
 def _docstrings(module: str) -> dict[str, dict[str, str]]:
     """Return the docstrings below the fields of the classes of a module, by class and field."""
     try:
-        nodes = ast.walk(ast.parse(inspect.getsource(sys.modules[module])))
+        source = inspect.getsource(sys.modules[module])
     except OSError:  # an installation without sources
         return {}
-    return {
-        node.name: {
-            ast.unparse(field.target): inspect.cleandoc(str(text.value.value))
-            for field, text in pairwise(node.body)
-            if isinstance(field, ast.AnnAssign) and isinstance(text, ast.Expr) and isinstance(text.value, ast.Constant)
-        }
-        for node in nodes
-        if isinstance(node, ast.ClassDef)
-    }
+    docstrings = {}
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.ClassDef):
+            docstrings[node.name] = _field_docstrings(node)
+    return docstrings
+
+
+def _field_docstrings(node: ast.ClassDef) -> dict[str, str]:
+    """Return the docstring below each field of a class that has one."""
+    docstrings = {}
+    for statement, below in pairwise(node.body):
+        if not isinstance(statement, ast.AnnAssign):
+            continue
+        if isinstance(below, ast.Expr) and isinstance(below.value, ast.Constant):
+            docstrings[ast.unparse(statement.target)] = inspect.cleandoc(str(below.value.value))
+    return docstrings
 
 
 _EXPECTED = {
@@ -388,18 +426,21 @@ def located_problems(
     """
     for problem in error.errors(include_url=False):
         if problem["type"] == "problems":
-            yield from ((problem["loc"], inner) for inner in problem["ctx"]["problems"])
+            for inner in problem["ctx"]["problems"]:
+                yield problem["loc"], inner
         elif problem["type"] != "too_short" or not problem["input"]:
             yield problem["loc"], _problem(cls, problem, noun)
 
 
 def _problem(cls: Any, error: Any, noun: str) -> ConfigError:
-    kind, value, context = error["type"], error["input"], error.get("ctx") or {}
+    """Return one of pydantic's errors as ConfigError. See `located_problems`."""
+    kind = error["type"]
+    value = error["input"]
+    context = error.get("ctx") or {}
     name, inner = _field_at(cls, _named(cls, error["loc"]))
     if kind in ("unexpected_keyword_argument", "extra_forbidden", "invalid_key"):
-        return ConfigError(
-            f"Unknown {noun} '{error['loc'][-1]}'.", nearest(str(error["loc"][-1]), sorted(_fields(inner)))
-        )
+        unknown = str(error["loc"][-1])
+        return ConfigError(f"Unknown {noun} '{unknown}'.", nearest(unknown, sorted(_fields(inner))))
     if kind == "unexpected_positional_argument":
         names = [field.name for field in fields(cls) if field.kw_only]
         return ConfigError(f"{value!r} needs a name.", f"Write it as a keyword: {', '.join(names)}.")
@@ -407,7 +448,10 @@ def _problem(cls: Any, error: Any, noun: str) -> ConfigError:
         return ConfigError(f"Unknown `{name}` '{value}'.", context["hint"])
     if kind == "problem":
         return ConfigError(f"`{name}`: {context['message']}", context["hint"])
-    return ConfigError(f"`{name}`{_complaint(kind, value, context) or ': ' + error['msg']}.")
+    complaint = _complaint(kind, value, context)
+    if complaint is None:
+        complaint = f": {error['msg']}"
+    return ConfigError(f"`{name}`{complaint}.")
 
 
 def _named(cls: Any, path: Location) -> Location:
@@ -415,7 +459,9 @@ def _named(cls: Any, path: Location) -> Location:
     if not path or not isinstance(path[0], int):
         return path
     positional = [field.name for field in ordered(cls) if not field.kw_only]
-    return (positional[path[0]], *path[1:]) if path[0] < len(positional) else path
+    if path[0] >= len(positional):
+        return path
+    return (positional[path[0]], *path[1:])
 
 
 def _field_at(cls: Any, path: Location) -> tuple[str, Any]:
@@ -431,7 +477,8 @@ def _field_at(cls: Any, path: Location) -> tuple[str, Any]:
 def _fields(cls: Any) -> dict[str, Any]:
     """Return the types of the fields of a checked class or a pydantic model, by key."""
     if is_dataclass(cls):
-        return {name: hint for name, hint in get_type_hints(cls).items() if name in cls.__dataclass_fields__}
+        hints = get_type_hints(cls)
+        return {name: hint for name, hint in hints.items() if name in cls.__dataclass_fields__}
     return {info.alias or name: info.annotation for name, info in cls.model_fields.items()}
 
 
@@ -449,7 +496,11 @@ def _complaint(kind: str, value: Any, context: dict[str, Any]) -> str | None:
     if kind in ("too_short", "string_too_short"):
         return " must not be empty"
     if kind in _BOUNDS:
-        return f" must be {_BOUNDS[kind]} {next(iter(context.values())):g}, not {value}"
-    if expected := _EXPECTED.get(kind.partition("_")[0]):
-        return f" must be {expected}, not {'nothing' if value is None else shorten(repr(value), MAX_SHOWN)}"
-    return None
+        bound = next(iter(context.values()))
+        return f" must be {_BOUNDS[kind]} {bound:g}, not {value}"
+    expected = _EXPECTED.get(kind.partition("_")[0])
+    if not expected:
+        return None
+    if value is None:
+        return f" must be {expected}, not nothing"
+    return f" must be {expected}, not {shorten(repr(value), MAX_SHOWN)}"

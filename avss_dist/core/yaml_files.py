@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from difflib import get_close_matches
 from functools import partial
@@ -86,7 +86,8 @@ class Document:
         text = str(problem)
         if text.startswith("Unknown key"):  # files have many keys
             text = text.partition(" Valid:")[0]
-        plain = spell_fields(text, {name: name for name in named_fields(text)})
+        as_they_are = {name: name for name in named_fields(text)}
+        plain = spell_fields(text, as_they_are)
         self.problems.add((self.line(location), plain.replace("\n", " ")))
 
     def parse(self, cls: Callable[..., T], values: Any, *at: Location) -> T | None:
@@ -99,16 +100,38 @@ class Document:
         try:
             return adapter(cls).validate_python(values, strict=None if self.kind.typed else False)
         except ValidationError as error:
-            problems = [*located_problems(cls, error, noun="key")]
+            problems = list(located_problems(cls, error, noun="key"))
         misspelled = [str(location[-1]) for location, problem in problems if problem.message.startswith("Unknown key")]
         for location, problem in problems:
             if problem.message.endswith(" is missing.") and get_close_matches(str(location[-1]), misspelled, 1, 0.6):
                 continue  # the key is there, misspelled
-            around = [(*place, *location) for place in at or ((),)]
-            around.sort(key=lambda key: key[: len(key) - len(location) + 1] not in self.lines)  # with the field first
-            places = [*((*key, name) for key in around for name in named_fields(problem.message)), *around]
-            self.report(next((place for place in places if place in self.lines), around[0]), problem)
+            self.report(self._place(location, named_fields(problem.message), at or ((),)), problem)
         return None
+
+    def _place(self, location: Location, names: Sequence[str], at: Sequence[Location]) -> Location:
+        """Return the place in the file that a problem is shown at: a field that it names, or the value itself.
+
+        Args:
+            location: location of the value below a mapping.
+            names: fields that the problem names, which are below the value.
+            at: locations of the mappings that the value may come from.
+        """
+        having_the_field = []
+        others = []
+        for mapping in at:
+            if (*mapping, *location[:1]) in self.lines:
+                having_the_field.append((*mapping, *location))
+            else:
+                others.append((*mapping, *location))
+        values = having_the_field + others
+        for value in values:
+            for name in names:
+                if (*value, name) in self.lines:
+                    return (*value, name)
+        for value in values:
+            if value in self.lines:
+                return value
+        return values[0]
 
     def require_valid(self, parsed: T | None) -> T:
         """Return a parsed value.
@@ -118,8 +141,9 @@ class Document:
         """
         if self.problems or parsed is None:
             lines = [f"{self.path}:{line}: {text}" for line, text in sorted(self.problems)]
-            count = [f"{self.path} has {len(lines)} problems:"] if len(lines) > 1 else []
-            raise self.kind.error("\n".join([*count, *lines]), self.kind.hint)
+            if len(lines) > 1:
+                lines.insert(0, f"{self.path} has {len(lines)} problems:")
+            raise self.kind.error("\n".join(lines), self.kind.hint)
         return parsed
 
     def read(self, node: Any, location: Location) -> Any:
@@ -136,24 +160,28 @@ class Document:
         if node.tag in self.kind.tags:
             return self.kind.tags[node.tag](node.value)
         if not self.kind.typed:
-            return None if node.tag == f"{_PREFIX}null" else str(node.value)
+            if node.tag == f"{_PREFIX}null":
+                return None
+            return str(node.value)
         try:
             return self._loader.construct_object(node)
         except (yaml.YAMLError, ValueError, LookupError, AttributeError) as error:  # `!!bool 7`: a KeyError
-            reason = str(error) if type(error) is ValueError else f"'{node.value[:40]}' is not a {_name(node.tag)}"
+            reason = f"'{node.value[:40]}' is not a {_name(node.tag)}"
+            if type(error) is ValueError:
+                reason = str(error)
             raise self._error(node, f"this is not YAML: {reason}.") from None
 
     def _mapping(self, node: Any, location: Location) -> dict[Any, Any]:
-        lines, values = self.lines, dict[Any, Any]()
+        lines = self.lines
+        values: dict[Any, Any] = {}
         for key, value in node.value:
             self._require_plain(key, location)
             if not isinstance(key, yaml.ScalarNode):
                 raise self._error(key, f"a key must be a text, not a {_name(key.tag)}.")
             name = self._scalar(key) if self.kind.typed else str(key.value)
             if name in values:
-                self.problems.add(
-                    (_line(key), f"the key '{key.value}' is repeated; the first is in line {lines[(*location, name)]}.")
-                )
+                first = lines[(*location, name)]
+                self.problems.add((_line(key), f"the key '{key.value}' is repeated; the first is in line {first}."))
                 continue
             lines[(*location, name)] = _line(key)
             values[name] = self.read(value, (*location, name))
@@ -167,8 +195,8 @@ class Document:
             raise self._error(node, f"more than {MAX_VALUES:,} values.", "Split the file, or use fewer aliases.")
         if isinstance(node.value, str) and _HALF.search(node.value):
             raise self._error(node, "a text has half of a surrogate pair.", "Write the character in UTF-8.")
-        of_kind = node.id == "scalar" and node.tag in self.kind.tags
-        if not of_kind and node.tag.removeprefix(_PREFIX) not in TAGS[node.id]:
+        is_of_kind = node.id == "scalar" and node.tag in self.kind.tags
+        if not is_of_kind and node.tag.removeprefix(_PREFIX) not in TAGS[node.id]:
             raise self._error(node, f"the tag {_name(node.tag)} is not plain YAML.", "Leave it out.")
 
     def _error(self, node: Any, problem: str, hint: str | None = None) -> AvssError:
@@ -197,8 +225,10 @@ def read_yaml(path: Path, kind: YamlKind) -> Document:
     try:
         root = yaml.compose(text, Loader=yaml.SafeLoader)
     except yaml.YAMLError as error:
+        where = str(path)
         mark = getattr(error, "problem_mark", None)
-        where = f"{path}:{mark.line + 1}" if mark else str(path)
+        if mark:
+            where = f"{path}:{mark.line + 1}"
         reason = " ".join(str(getattr(error, "problem", None) or error).split())
         raise kind.error(f"{where}: this is not YAML: {reason}.", kind.hint) from None
     except RecursionError:
@@ -212,9 +242,12 @@ def read_yaml(path: Path, kind: YamlKind) -> Document:
 
 def to_yaml(values: Mapping[str, Any], *, flow: bool = False) -> str:
     """Return values as YAML that any terminal can show."""
-    dump = partial(yaml.safe_dump, values, sort_keys=False, default_flow_style=None if flow else False, width=120)
+    flow_style = None if flow else False  # None: lists of plain values alone
+    dump = partial(yaml.safe_dump, values, sort_keys=False, default_flow_style=flow_style, width=120)
     text = str(dump(allow_unicode=True))
-    return text if printable(text) == text else str(dump())  # escaped: it has control characters
+    if printable(text) == text:
+        return text
+    return str(dump())  # control characters are escaped
 
 
 def _name(tag: str) -> str:

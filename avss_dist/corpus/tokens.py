@@ -17,7 +17,9 @@ from avss_dist.corpus.documents import Chat, Document, Tokenizer, render
 
 Ids = NDArray[np.int32]
 
-GROUP_DOCUMENTS, GROUP_CHARACTERS = 64, 1 << 20  # tokenized at once
+# Documents and characters that are tokenized at once.
+GROUP_DOCUMENTS = 64
+GROUP_CHARACTERS = 1 << 20
 FIRST_DOCUMENTS = 4  # as many as a small corpus may need; then twice as many each time
 PIECE_CHARACTERS = 4 << 20  # of a document tokenized at once, which takes over 100 bytes for each
 _WORD = re.compile(r"(?= \S)|(?<=\S\n)(?=\S)")

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch import nn
 from torch.nn.functional import cross_entropy, pad
 
 from avss_dist.models.structure.head import LOGIT_BYTES, WIDENED_BYTES, pieces
@@ -85,7 +86,7 @@ def next_labels(labels: torch.Tensor) -> torch.Tensor:
     return pad(labels[:, 1:], (0, 1), value=NOT_COUNTED).flatten()
 
 
-def logits_of(model: Any) -> Predict:
+def logits_of(model: nn.Module) -> Predict:
     """Return the function from tokens to the logits of a causal language model, without a key-value cache."""
 
     def predict(ids: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:

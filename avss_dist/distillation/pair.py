@@ -32,6 +32,8 @@ from avss_dist.pruning.checkpoint import pruned_from
 from avss_dist.requests import TRAINED
 
 if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
     from avss_dist.requests import DistillRequest
 
 ALL, LORA = TRAINED
@@ -174,7 +176,7 @@ def _first_rows(stored: StoredTensor) -> StoredTensor:
     return replace(stored, shape=(number, *row_shape), size=stored.size // rows * number)
 
 
-def choose_trained(model: Any, train: str, rank: int) -> Any:
+def choose_trained(model: PreTrainedModel, train: str, rank: int) -> Any:
     """Return the model to train. Weights that are not trained require no gradient.
 
     Args:
@@ -210,7 +212,7 @@ def load_trained(models: ModelPair, folder: Path, train: str) -> Any:
     return load_model(student, models.settings, head=True)
 
 
-def round_to_stored_dtype(model: Any, student: Checkpoint) -> torch.dtype:
+def round_to_stored_dtype(model: PreTrainedModel, student: Checkpoint) -> torch.dtype:
     """Round all that a checkpoint of a model holds to the dtype of the student's files, and return this dtype.
 
     The model keeps its own dtype, and its non-persistent buffers (rotary frequencies) their values, so that it computes
@@ -233,7 +235,7 @@ def autocast(predict: Predict, models: ModelPair) -> Predict:
     return run
 
 
-def write_distilled(student: Checkpoint, model: Any, output: Path, record: DistillRecord) -> None:
+def write_distilled(student: Checkpoint, model: PreTrainedModel, output: Path, record: DistillRecord) -> None:
     """Write a checkpoint: the model's weights, the student's other files, a model card and the record.
 
     Args:

@@ -50,6 +50,8 @@ from avss_dist.models.checkpoint.size import find_layers, load_skeleton
 from avss_dist.partition.group import all_gather, share
 
 if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
     from avss_dist.requests import DistillRequest
 
 SAVE_SECONDS = 300.0  # between two checkpoints, at most, beside those of evaluations
@@ -352,7 +354,7 @@ def _sharding_options(request: DistillRequest, models: ModelPair) -> AbstractCon
     )
 
 
-def call_at_layers(model: Any, settings: Settings, heartbeat: Callable[[], None] | None) -> None:
+def call_at_layers(model: PreTrainedModel, settings: Settings, heartbeat: Callable[[], None] | None) -> None:
     """Have a model call a function whenever a layer begins, unless it is None."""
     if heartbeat is not None:
         for layer in find_layers(model, settings):

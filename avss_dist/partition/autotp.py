@@ -9,13 +9,14 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
 
 from avss_dist.core.errors import ConfigError, ModelError
 from avss_dist.core.settings import Settings
+from avss_dist.core.values import NewObject
 from avss_dist.models.checkpoint.loading import (
     Backbone,
     forward_function,
@@ -29,6 +30,9 @@ from avss_dist.models.checkpoint.locate import Checkpoint
 from avss_dist.models.structure.layers import PROBE_SHAPE, Layer, as_rows, probe_tokens
 from avss_dist.partition.group import RowSplit, all_gather, quiet_deepspeed
 from avss_dist.partition.splitting import Probe, exchange_for, head_count, probe, taps_and_block
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 TOLERANCES = {torch.float32: 1e-3, torch.float16: 0.05, torch.bfloat16: 0.2}
 """Maximum difference between the tensors of a whole and of a split model; see `difference`.
@@ -85,7 +89,7 @@ def open_by_autotp(
     return replace(whole, layers=layers)
 
 
-def inference_config(dtype: torch.dtype, world: int) -> dict[str, Any]:
+def inference_config(dtype: torch.dtype, world: int) -> NewObject:
     """Return the configuration of ``deepspeed.init_inference``. ``cluster/deepspeed`` has that for two ranks."""
     return {
         "dtype": str(dtype).removeprefix("torch."),
@@ -115,7 +119,7 @@ def require_autotp(config: Any, world: int) -> None:
         )
 
 
-def apply_autotp(model: Any, world: int, device: torch.device) -> None:
+def apply_autotp(model: PreTrainedModel, world: int, device: torch.device) -> None:
     """Replace the linear maps of the layers by this rank's parts, and move the model to the device.
 
     Tensors of another dtype, such as rotary frequencies in float32, keep it; DeepSpeed would convert them.
@@ -137,11 +141,13 @@ def apply_autotp(model: Any, world: int, device: torch.device) -> None:
     except _REFUSALS as error:
         raise _cannot_split(model, str(error)) from error
     for tensors, name, value in of_other_dtypes:
-        tensors[name].data = value.to(device)
+        tensor = tensors[name]
+        assert tensor is not None
+        tensor.data = value.to(device)
 
 
 @contextmanager
-def without_output_embeddings(model: Any, *, keep: bool) -> Iterator[None]:
+def without_output_embeddings(model: PreTrainedModel, *, keep: bool) -> Iterator[None]:
     """Remove the head of a model inside the context, so that AutoTP does not split it. Put it back if ``keep``."""
     heads = {}
     for name, child in model.named_children():
@@ -156,7 +162,7 @@ def without_output_embeddings(model: Any, *, keep: bool) -> Iterator[None]:
             setattr(model, name, head.to(device))
 
 
-def _logits(model: Any, device: torch.device) -> torch.Tensor:
+def _logits(model: PreTrainedModel, device: torch.device) -> torch.Tensor:
     """Return the logits of ``PROBE_SHAPE`` tokens, [rows, tokens, vocabulary], on the CPU."""
     with torch.no_grad():
         logits: torch.Tensor = model(input_ids=probe_tokens(device), use_cache=False).logits
@@ -193,7 +199,9 @@ def _find_again(layers: Sequence[Layer], names: Mapping[nn.Module, str], model: 
     return layers_again
 
 
-def _check(model: Any, layers: Sequence[Layer], expected: Probe, actual: Probe, split: RowSplit) -> tuple[Layer, ...]:
+def _check(
+    model: PreTrainedModel, layers: Sequence[Layer], expected: Probe, actual: Probe, split: RowSplit
+) -> tuple[Layer, ...]:
     """Return the layers with taps that exchange the parts of the ranks. All ranks come to the same result.
 
     Raises:
@@ -217,14 +225,16 @@ def _check(model: Any, layers: Sequence[Layer], expected: Probe, actual: Probe, 
     return tuple(checked)
 
 
-def _require_equal(model: Any, place: str, expected: torch.Tensor, actual: torch.Tensor, tolerance: float) -> None:
+def _require_equal(
+    model: PreTrainedModel, place: str, expected: torch.Tensor, actual: torch.Tensor, tolerance: float
+) -> None:
     """Refuse a split that changed a tensor on any rank. All ranks call this."""
     error = max(all_gather(difference(expected, actual)))
     if error > tolerance:
         raise _cannot_split(model, f"{place} is off by {error:.2g} of its size after the split")
 
 
-def _cannot_split(model: Any, why: str) -> ModelError:
+def _cannot_split(model: PreTrainedModel, why: str) -> ModelError:
     return ModelError(
         f"DeepSpeed cannot split a {model.config.model_type} model ({type(model).__name__}): {why}.",
         _WITHOUT_SPLIT,

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
@@ -28,6 +28,9 @@ from avss_dist.partition.estimate import MemoryQuery, PartitionEstimate, batch_b
 from avss_dist.partition.offload import offload_folder
 from avss_dist.partition.placement import Placement
 from avss_dist.partition.replica import Replica
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 Device = int | str  # a GPU's index, "cpu" or "disk"
 
@@ -164,7 +167,9 @@ def memory_limits(
     return limits
 
 
-def plan_map(model: Any, stored: Iterable[str], limits: Mapping[Device, int], settings: Settings) -> dict[str, Device]:
+def plan_map(
+    model: PreTrainedModel, stored: Iterable[str], limits: Mapping[Device, int], settings: Settings
+) -> dict[str, Device]:
     """Return the device of each module of a skeleton: the first device with room for it, with whole layers, else disk.
 
     On the first device, room for the largest layer is reserved for offloaded ones. Parameters that no file holds, such
@@ -204,7 +209,9 @@ def spread(
     skeleton, tensors = load_skeleton(checkpoint, settings)
     model = stored_skeleton(checkpoint, skeleton, settings)
     device_map = plan_map(model, [tensor.name for tensor in tensors], limits, settings)
-    device_of: dict[nn.Parameter, Any] = {p: _device_of(name, device_map) for name, p in model.named_parameters()}
+    device_of: dict[nn.Parameter, Any] = {}
+    for name, parameter in model.named_parameters():
+        device_of[parameter] = _device_of(name, device_map)
     held: Counter[Device] = Counter()
     for parameter, device in device_of.items():
         held[device] += parameter_bytes([parameter])

@@ -151,25 +151,20 @@ class Execution(ClusterOptions):
         gangs = f"{', '.join(GANGS[:-1])} and {GANGS[-1]}"
         is_local = self.executor == "local"
         needs_cluster = self.address or (self.replicas and self.replicas.maximum > 1)
-        ConfigError.refuse(
-            (
-                self.ranks and self.partition not in GANGS,
-                f"`ranks` applies to {gangs}, not to `partition` {self.partition}.",
-                "Leave it out.",
-            ),
-            (
-                is_local and self.partition in GANGS,
-                f"`partition` {self.partition} needs several processes; `executor` local is one.",
-                "Use `executor` ray.",
-            ),
-            (
-                is_local and needs_cluster,
-                "`executor` local is one replica in this process; it takes neither `address` nor `replicas` above 1.",
-                "Use `executor` ray.",
-            ),
-            (
-                is_local and self.node_labels,
-                "`node_labels` chooses nodes of a cluster; `executor` local is this process.",
-                "Use `executor` ray, with an `address`.",
-            ),
-        )
+        problems = []
+        if self.ranks and self.partition not in GANGS:
+            message = f"`ranks` applies to {gangs}, not to `partition` {self.partition}."
+            problems.append(ConfigError(message, "Leave it out."))
+        if is_local and self.partition in GANGS:
+            message = f"`partition` {self.partition} needs several processes; `executor` local is one."
+            problems.append(ConfigError(message, "Use `executor` ray."))
+        if is_local and needs_cluster:
+            message = (
+                "`executor` local is one replica in this process; it takes neither `address` nor `replicas` above 1."
+            )
+            problems.append(ConfigError(message, "Use `executor` ray."))
+        if is_local and self.node_labels:
+            message = "`node_labels` chooses nodes of a cluster; `executor` local is this process."
+            problems.append(ConfigError(message, "Use `executor` ray, with an `address`."))
+        if problems:
+            raise ConfigError.combine(problems)

@@ -9,13 +9,14 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Callable, Sequence
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 from torch.distributed.tensor import DTensor
 
 from avss_dist.core.errors import ConfigError, ModelError
 from avss_dist.core.settings import Settings
+from avss_dist.core.values import NewObject
 from avss_dist.corpus.shards import Batch
 from avss_dist.models.checkpoint.loading import (
     Backbone,
@@ -38,6 +39,9 @@ from avss_dist.partition.group import RankedLanguageModel, all_gather, quiet_dee
 from avss_dist.partition.placement import Placement
 from avss_dist.partition.replica import Replica, dummy_batch
 from avss_dist.partition.splitting import generic_name, layer_modules, require_version, scale_obstacle
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 T = TypeVar("T")
 PREFETCHED = 50_000_000  # parameters that are gathered ahead, on GPUs, beside the arithmetic; DeepSpeed's own default
@@ -214,7 +218,7 @@ class FsdpReplica(ShardedReplica):
         return open_module(model, layers=settings.layers, device=self.device)
 
 
-def gathering_plan(model: Any, layers: str | None) -> dict[str, str]:
+def gathering_plan(model: PreTrainedModel, layers: str | None) -> dict[str, str]:
     """Return transformers' plan for FSDP2 in which each layer, and each other module with weights, is gathered alone.
 
     Embeddings that are tied to the head are gathered with the backbone: two modules share their weights, and each part
@@ -225,7 +229,7 @@ def gathering_plan(model: Any, layers: str | None) -> dict[str, str]:
         layers: module path of the layer list in the backbone; None finds it.
     """
     gathered = {*layer_modules(model, layers), without_head(model)}
-    elsewhere: set[Any] = set()  # modules whose weights are gathered with those of another module
+    elsewhere: set[torch.nn.Module] = set()  # modules whose weights are gathered with those of another module
     for layer in layer_modules(model, layers):
         elsewhere.update(module for module in layer.modules() if module is not layer)
     if model.all_tied_weights_keys:
@@ -266,7 +270,7 @@ class Zero3Replica(ShardedReplica):
         super().close()
 
 
-def deepspeed_config(dtype: torch.dtype, device: torch.device) -> dict[str, Any]:
+def deepspeed_config(dtype: torch.dtype, device: torch.device) -> NewObject:
     """Return the DeepSpeed configuration.
 
     ``cluster/deepspeed/zero3.json`` is that for bfloat16 on GPUs, explained by the README beside it.
@@ -284,7 +288,7 @@ def deepspeed_config(dtype: torch.dtype, device: torch.device) -> dict[str, Any]
     }
 
 
-def _load_in_parts(checkpoint: Checkpoint, settings: Settings, config: dict[str, Any], *, head: bool) -> Any:
+def _load_in_parts(checkpoint: Checkpoint, settings: Settings, config: NewObject, *, head: bool) -> PreTrainedModel:
     """Load a model such that a process never holds more than its part and one module. Rank 0 maps the files."""
     from transformers.integrations.deepspeed import HfDeepSpeedConfig, unset_hf_deepspeed_config
 
@@ -300,7 +304,7 @@ def _load_in_parts(checkpoint: Checkpoint, settings: Settings, config: dict[str,
         del reference
 
 
-def _partition(model: Any, settings: Settings, config: dict[str, Any], *, head: bool) -> Any:
+def _partition(model: PreTrainedModel, settings: Settings, config: NewObject, *, head: bool) -> Any:
     """Hook the backbone, or the whole model, so that parameters are gathered when needed. Return the engine.
 
     A layer is gathered as one, because ranks must gather in the same order and routed experts depend on the data.

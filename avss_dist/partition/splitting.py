@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import replace
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -43,11 +43,14 @@ from avss_dist.models.structure.layers import (
 from avss_dist.models.watching import captured
 from avss_dist.partition.group import all_gather, exchange_units_for_rows
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig, PreTrainedModel
+
 Probe = dict[tuple[int, str], torch.Tensor]
 """Tensors of a pass, by layer and site."""
 
 
-def head_count(config: Any) -> tuple[str, int] | None:
+def head_count(config: PreTrainedConfig) -> tuple[str, int] | None:
     """Return the attribute of a configuration with the number of heads that have keys of their own, and its value."""
     for name in ("num_key_value_heads", "num_kv_heads", "num_attention_heads"):
         with suppress(RuntimeError):  # it differs from layer to layer
@@ -113,7 +116,7 @@ def generic_name(path: str) -> str:
     return re.sub(r"\.\d+(?=\.|$)", ".*", path)
 
 
-def layer_modules(model: Any, layers: str | None) -> list[torch.nn.Module]:
+def layer_modules(model: PreTrainedModel, layers: str | None) -> list[torch.nn.Module]:
     """Return the modules of every list that may be the layers of a model.
 
     Args:
@@ -149,7 +152,7 @@ def attention_plan(plan: dict[str, str]) -> dict[str, str]:
     return {name: style for name, style in plan.items() if re.search(r"attn|attention", name)}
 
 
-def layer_plan(model: Any, plan: dict[str, str], layers: str | None) -> dict[str, str]:
+def layer_plan(model: PreTrainedModel, plan: dict[str, str], layers: str | None) -> dict[str, str]:
     """Return the rules of a plan for modules inside of the layers."""
     modules_of_layers = set(layer_modules(model, layers))
     prefixes = {f"{generic_name(path)}." for path, module in model.named_modules() if module in modules_of_layers}
@@ -182,7 +185,7 @@ def part_bytes(checkpoint: Checkpoint, settings: Settings, options: Mapping[str,
     return part
 
 
-def applied_plan(model: Any, options: Mapping[str, Any]) -> dict[str, str]:
+def applied_plan(model: PreTrainedModel, options: Mapping[str, Any]) -> dict[str, str]:
     """Return the rules by which transformers splits a model, by the name of a module or parameter in plans.
 
     Args:

@@ -7,6 +7,7 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
+from avss_dist.core.values import NewObject
 from avss_dist.partition.catalog import SHARDINGS, ShardingInfo
 from avss_dist.partition.group import quiet_deepspeed
 
@@ -57,9 +58,9 @@ def trainer_options(
         AcceleratorState._reset_state(reset_partial_state=True)
 
 
-def _zero_config(info: ShardingInfo, *, rows: int, bfloat16: bool) -> dict[str, Any]:
+def _zero_config(info: ShardingInfo, *, rows: int, bfloat16: bool) -> NewObject:
     """Return the DeepSpeed configuration of the Trainer for a stage of ZeRO."""
-    zero: dict[str, Any] = {
+    zero: NewObject = {
         "stage": info.zero_stage,
         "reduce_bucket_size": BUCKET,
         "allgather_bucket_size": BUCKET,

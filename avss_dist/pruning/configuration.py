@@ -10,7 +10,7 @@ import json
 from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import nn
@@ -30,6 +30,9 @@ from avss_dist.plans.plan import Plan
 from avss_dist.pruning.layer_rules import changed_rules, disagreeing_rules
 from avss_dist.pruning.quantization import renumber_quantization
 from avss_dist.pruning.weights import LayerNames, StoredWeights, list_path, renumbered
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig
 
 EXPERT_COUNTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
 """Settings that give the number of routed experts of a layer."""
@@ -88,9 +91,7 @@ def write_config(checkpoint: Checkpoint, plan: Plan, folder: Path, settings: Set
     _require_same_classes(whole, pruned, plan, settings)
 
 
-def _derived(
-    checkpoint: Checkpoint, raw: Mapping[str, Any], part: Mapping[str, Any], replacement: Mapping[str, Any]
-) -> dict[str, Any]:
+def _derived(checkpoint: Checkpoint, raw: JsonObject, part: JsonObject, replacement: JsonObject) -> NewObject:
     """Return the text model's settings as transformers derives them; empty if it cannot read the configuration.
 
     Args:
@@ -98,10 +99,12 @@ def _derived(
         part: the part of it that describes the text model.
         replacement: other values for this part.
     """
-    if part is raw:
-        values = dict(replacement)
-    else:
-        values = {name: replacement if value is part else value for name, value in raw.items()}
+    values = dict(replacement)
+    if part is not raw:
+        values = dict(raw)
+        for name, value in raw.items():
+            if value is part:
+                values[name] = replacement
     with TemporaryDirectory() as folder:
         (Path(folder) / "config.json").write_text(json.dumps(values), encoding="utf-8")
         try:
@@ -111,7 +114,7 @@ def _derived(
     return _as_json(config.get_text_config().to_dict())
 
 
-def _require_supported(text: Any, plan: Plan) -> None:
+def _require_supported(text: PreTrainedConfig, plan: Plan) -> None:
     """Raise PlanError if a plan is for another number of layers, or a family's layers depend on their places.
 
     Args:
@@ -147,7 +150,7 @@ def _renumber_quantization(part: NewObject, names: LayerNames) -> None:
             part[key] = renumber_quantization(part[key], names)
 
 
-def _expert_counts(whole: Any, plan: Plan, part: JsonObject, settings: Settings) -> dict[str, int]:
+def _expert_counts(whole: PreTrainedConfig, plan: Plan, part: JsonObject, settings: Settings) -> dict[str, int]:
     """Return the settings with the number of routed experts, after those of a plan are dropped.
 
     Args:
@@ -187,7 +190,7 @@ def _expert_counts(whole: Any, plan: Plan, part: JsonObject, settings: Settings)
     return dict.fromkeys(names, remaining)
 
 
-def _write_and_read(checkpoint: Checkpoint, whole: Any, raw: JsonObject, folder: Path) -> Any:
+def _write_and_read(checkpoint: Checkpoint, whole: PreTrainedConfig, raw: JsonObject, folder: Path) -> PreTrainedConfig:
     """Write a configuration, and return it as transformers reads it."""
     (folder / "config.json").write_text(json.dumps(raw, indent=2) + "\n", encoding="utf-8")
     try:
@@ -201,7 +204,7 @@ def _as_json(config: JsonObject) -> NewObject:
     return dict(json.loads(json.dumps(config, default=str)))
 
 
-def _require_same_settings(whole: Any, pruned: Any, changed: set[str]) -> None:
+def _require_same_settings(whole: PreTrainedConfig, pruned: PreTrainedConfig, changed: set[str]) -> None:
     """Require that transformers reads all settings but the per-layer ones as before.
 
     Raises:
@@ -223,7 +226,7 @@ class _Difference(NamedTuple):
     after: object
 
 
-def _differences(before: Any, after: Any, changed: Collection[str] = (), path: str = "") -> Iterator[_Difference]:
+def _differences(before: object, after: object, changed: Collection[str] = (), path: str = "") -> Iterator[_Difference]:
     """Yield each difference of two values, which may be nested mappings, except for the ``changed`` names."""
     if isinstance(before, Mapping) and isinstance(after, Mapping):
         for name in dict.fromkeys([*before, *after]):
@@ -255,7 +258,7 @@ def _layer_properties(layer: nn.Module, index: int, routed: RoutedExperts | None
     return properties
 
 
-def _require_same_classes(whole: Any, pruned: Any, plan: Plan, settings: Settings) -> None:
+def _require_same_classes(whole: PreTrainedConfig, pruned: PreTrainedConfig, plan: Plan, settings: Settings) -> None:
     """Require that each class that opens the original also opens the pruned checkpoint, with the same layers.
 
     Parameters have the names and shapes that they had, and modules of layers the same kinds and attributes.
@@ -300,7 +303,7 @@ def _remaining_shapes(model: nn.Module, names: LayerNames) -> dict[str, tuple[in
     return shapes
 
 
-def _require_same_layers(config: Any, before: nn.Module, after: nn.Module, names: LayerNames) -> None:
+def _require_same_layers(config: PreTrainedConfig, before: nn.Module, after: nn.Module, names: LayerNames) -> None:
     """Raise PlanError if a remaining layer would have modules of another kind, or with other attributes.
 
     Args:
@@ -319,7 +322,7 @@ def _require_same_layers(config: Any, before: nn.Module, after: nn.Module, names
             raise _changed_model_error(config, f"layer {layer} would have {change} as layer {index}")
 
 
-def _no_such_layers(config: Any, plan: Plan, settings: Settings) -> PlanError:
+def _no_such_layers(config: PreTrainedConfig, plan: Plan, settings: Settings) -> PlanError:
     """Return the error that no class that opens a model has the plan's layers."""
     modules = dict(without_head(skeleton(config, settings, torch.float32)).named_modules())
     number = plan.num_layers
@@ -337,7 +340,7 @@ def _shapes(model: nn.Module) -> dict[str, tuple[int, ...]]:
     return {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
 
 
-def _changed_model_error(config: Any, why: str) -> PlanError:
+def _changed_model_error(config: PreTrainedConfig, why: str) -> PlanError:
     return PlanError(
         f"A pruned {config.model_type} would not be what it was: {why}.",
         "Its configuration tells layers apart by their place: drop others, or evaluate the plan without a checkpoint.",

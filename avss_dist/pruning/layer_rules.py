@@ -7,16 +7,16 @@ without a list beside it is changed to describe the remaining layers, if it can.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
 
+from avss_dist.core.values import JsonObject, NewObject
 from avss_dist.models.checkpoint.layer_settings import LIST_OF_RULE
 
 PERIODS = {"attn_layer_period": "attn_layer_offset", "expert_layer_period": "expert_layer_offset"}
 """Setting with the offset of a period, by the setting with the period: special are layers with i % period == offset."""
 
 
-def changed_rules(settings: Mapping[str, Any], num_layers: int, keep: Sequence[int]) -> dict[str, Any]:
+def changed_rules(settings: JsonObject, num_layers: int, keep: Sequence[int]) -> NewObject:
     """Return the rules without a list that must change, with their values for the remaining layers.
 
     A rule that describes the remaining layers as it is, or that no value would make describe them, is not returned.
@@ -26,7 +26,7 @@ def changed_rules(settings: Mapping[str, Any], num_layers: int, keep: Sequence[i
         num_layers: number of layers of the whole model.
         keep: indices of the remaining layers, ascending.
     """
-    changed: dict[str, Any] = {}
+    changed: NewObject = {}
     for period, offset in PERIODS.items():
         has_list = LIST_OF_RULE.get(period) in settings
         if period in settings and offset in settings and not has_list:
@@ -36,7 +36,7 @@ def changed_rules(settings: Mapping[str, Any], num_layers: int, keep: Sequence[i
     return changed
 
 
-def disagreeing_rules(part: Mapping[str, Any], derive: Callable[[Mapping[str, Any]], Mapping[str, Any]]) -> list[str]:
+def disagreeing_rules(part: JsonObject, derive: Callable[[JsonObject], JsonObject]) -> list[str]:
     """Return the rules of a configuration that give other kinds of layers than the lists beside them.
 
     Args:
@@ -51,7 +51,7 @@ def disagreeing_rules(part: Mapping[str, Any], derive: Callable[[Mapping[str, An
     return [rule for rule in rules if derived.get(LIST_OF_RULE[rule]) != part[LIST_OF_RULE[rule]]]
 
 
-def _shifted_period(settings: Mapping[str, Any], period: str, offset: str, keep: Sequence[int]) -> dict[str, int]:
+def _shifted_period(settings: JsonObject, period: str, offset: str, keep: Sequence[int]) -> dict[str, int]:
     """Return period and offset that describe the remaining layers. Empty if the present ones do, or none do.
 
     Of several, the one with the present period is chosen, else the shortest.
@@ -67,7 +67,7 @@ def _shifted_period(settings: Mapping[str, Any], period: str, offset: str, keep:
     return {}
 
 
-def _dense_layers(settings: Mapping[str, Any], keep: Sequence[int]) -> dict[str, Any]:
+def _dense_layers(settings: JsonObject, keep: Sequence[int]) -> NewObject:
     """Return the settings by which Qwen's models with experts list their dense layers, instead of by a step.
 
     Layers whose number from 1 is no multiple of ``decoder_sparse_step`` are dense, and those in ``mlp_only_layers``.
@@ -88,7 +88,7 @@ def _dense_layers(settings: Mapping[str, Any], keep: Sequence[int]) -> dict[str,
     return {"decoder_sparse_step": 1, "mlp_only_layers": dense}
 
 
-def _unrolled_blocks(settings: Mapping[str, Any], num_layers: int, keep: Sequence[int]) -> dict[str, list[str]]:
+def _unrolled_blocks(settings: JsonObject, num_layers: int, keep: Sequence[int]) -> dict[str, list[str]]:
     """Return the kind of each remaining layer where ``block_types`` is repeated until all layers have one."""
     repeated = settings.get("block_types")
     if not isinstance(repeated, list | tuple) or not 0 < len(repeated) < num_layers:

@@ -244,7 +244,10 @@ def renumbered(name: str, prefix: str, plan: Plan) -> str | None:
     layer = int(match[1])
     path = match[2]
     if layer >= plan.num_layers:
-        return None if plan.experts else f"{prefix}.{layer - plan.num_layers + len(plan.keep)}{path}"
+        if plan.experts:
+            return None
+        place_behind_last = layer - plan.num_layers
+        return f"{prefix}.{len(plan.keep) + place_behind_last}{path}"
     if layer not in plan.keep:
         return None
     removed = plan.experts.get(layer, ())

@@ -23,8 +23,12 @@ LOWEST_SHARE = 0.25
 """Default share of the layers, those with the lowest score, that plans drop and comparisons compare."""
 CONTRAST = "contrast"
 """Score of an experiment: contrast of hallucinated and truthful answers by AVSS."""
-LAST, RANDOM = "last", "random"  # controls
-BLOCK_DISTANCE, GREEDY = "block_distance", "greedy"  # scores of sets of layers
+# Controls.
+LAST = "last"
+RANDOM = "random"
+# Scores of sets of layers.
+BLOCK_DISTANCE = "block_distance"
+GREEDY = "greedy"
 DAMAGE_TASK = "damage:"
 _DAMAGE = {"leave_one_out": False, "damage": True}
 
@@ -183,8 +187,13 @@ def metrics_of(score: str) -> tuple[str, ...]:
     """Return the metrics of the table ``evaluations`` that hold a measured score, or the scores that it averages."""
     info = SCORES[score]
     if info.mean_rank_of:
-        return tuple(metric for part in info.mean_rank_of for metric in metrics_of(part))
-    return (score if info.lookahead is None else f"{score}_{info.lookahead}",)
+        metrics: list[str] = []
+        for part in info.mean_rank_of:
+            metrics += metrics_of(part)
+        return tuple(metrics)
+    if info.lookahead is None:
+        return (score,)
+    return (f"{score}_{info.lookahead}",)
 
 
 SCORE_GROUP = "avss_dist.scores"

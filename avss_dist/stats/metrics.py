@@ -30,7 +30,9 @@ NO_INTERVAL = (
 )
 """Note below tables in which a retention has no interval."""
 LOWER_IS_BETTER = ("perplexity", "word_perplexity", "byte_perplexity", "bits_per_byte", "brier_score", "ter")
-AS_READ, OTHER_START = "loss_as_read", "loss_other_start"  # metrics of the task `names.ROW_START`
+# Metrics of the task `names.ROW_START`
+AS_READ = "loss_as_read"
+OTHER_START = "loss_other_start"
 FAR_WORSE = 1.5  # ratio of two perplexities
 
 

@@ -245,8 +245,10 @@ class Retention:
 
     def describe(self) -> str:
         """Return the retention as text, with its interval if it is known."""
-        interval = f" (95% interval {self.low:z.1%} to {self.high:z.1%})" if self.has_interval else ""
-        return f"{self.value:z.1%} kept{interval}"
+        text = f"{self.value:z.1%} kept"
+        if self.has_interval:
+            text += f" (95% interval {self.low:z.1%} to {self.high:z.1%})"
+        return text
 
     @property
     def has_interval(self) -> bool:
@@ -274,15 +276,9 @@ def combine(rows: Iterable[TableRow], num_parts: int) -> list[Result]:
         if len(by_part) < num_parts:
             continue
         in_order = [by_part[part] for part in sorted(by_part)]
-        results.append(
-            Result(
-                metric=metric,
-                intervention=intervention,
-                layer=layer,
-                samples=np.concatenate([np.asarray(row["samples"], np.float64) for row in in_order]),
-                weights=np.concatenate([np.asarray(row["weights"], np.float64) for row in in_order]),
-            )
-        )
+        samples = np.concatenate([np.asarray(row["samples"], np.float64) for row in in_order])
+        weights = np.concatenate([np.asarray(row["weights"], np.float64) for row in in_order])
+        results.append(Result(metric, intervention, layer, samples, weights))
     return results
 
 

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from operator import attrgetter
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -19,6 +19,9 @@ from avss_dist.core.errors import ModelError, first_line
 from avss_dist.models.checkpoint.loading import quiet, renaming
 from avss_dist.models.checkpoint.locate import Checkpoint, read_gguf
 from avss_dist.models.checkpoint.safetensors import DTYPES, StoredTensor
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 ELSEWHERE = (
     "Use `partition` device_map, which has transformers load the whole model."  # hint where streaming is impossible
@@ -43,7 +46,7 @@ class Conversion:
 
     def __init__(
         self,
-        model: Any,
+        model: PreTrainedModel,
         stored: Sequence[StoredTensor],
         quantizer: Any = None,
         names: Mapping[str, str] | None = None,
@@ -159,7 +162,7 @@ class GgufTensors:
             shape = tensor.data.shape
         return StoredTensor(tensor.name, dtype, int(tensor.n_bytes), shape, self._file, int(tensor.data_offset))
 
-    def quantizer(self, model: Any) -> Any:
+    def quantizer(self, model: PreTrainedModel) -> Any:
         """Return transformers' quantizer that unpacks the tensors of this architecture, or None if it has none.
 
         Args:
@@ -180,7 +183,7 @@ class GgufTensors:
         quantizer.dtype = model.dtype
         return quantizer
 
-    def find_names(self, model: Any) -> None:
+    def find_names(self, model: PreTrainedModel) -> None:
         """Find the name of each tensor in a model, which may be on the meta device."""
         if quantizer := self.quantizer(model):
             rename, _, state = renaming(model, quantizer)

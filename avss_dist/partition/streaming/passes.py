@@ -75,8 +75,15 @@ class HiddenStateOffloader:
         Raises:
             RunFailed: the bytes do not fit in memory, and cannot be written to a file.
         """
-        activations = [(x.untyped_storage(), x.nbytes) for x in tensors if not isinstance(x, torch.nn.Parameter)]
-        storages = {s._cdata: s for s, size in activations if s.nbytes() == size > 0}  # that a tensor covers
+        storages: dict[int, torch.UntypedStorage] = {}
+        for tensor in tensors:
+            if isinstance(tensor, torch.nn.Parameter):
+                continue
+            storage = tensor.untyped_storage()
+            # A storage that a tensor does not cover is also that of others, which may be used meanwhile.
+            is_covered = storage.nbytes() == tensor.nbytes
+            if is_covered and tensor.nbytes > 0:
+                storages[storage._cdata] = storage
         self._offloaded[batch] = [self._offload_storage(storage) for storage in storages.values()]
 
     def restore(self, batch: Hashable) -> None:
@@ -142,7 +149,10 @@ class Window:
         device: torch.device,
         buffer: torch.Tensor | None = None,
     ) -> None:
-        self._weights, self._parts, self._device, self._buffer = weights, parts, device, buffer
+        self._weights = weights
+        self._parts = parts
+        self._device = device
+        self._buffer = buffer
         self._coming = list(order)
         self._loaded: int | None = None
         self._present: dict[int, Future[None] | None] = {}  # layers in the model, or on their way to a GPU
@@ -221,7 +231,8 @@ class _Pass(greenlet):
         hidden: hidden states that something else still refers to, such as inputs of earlier layers, as keys.
     """
 
-    calls, layer = 0, -1
+    calls = 0
+    layer = -1
 
     def __init__(self, function: Callable[[], object]) -> None:
         super().__init__(function)
@@ -252,8 +263,13 @@ class Passes:
         device_bytes: int,
         host_bytes: int | None,
     ) -> None:
-        self._weights, self._parts, self._order, self._device = weights, parts, order, device
-        self._device_bytes, self.host_bytes, self.modules = device_bytes, host_bytes, list(modules)
+        self.modules = list(modules)
+        self._weights = weights
+        self._parts = parts
+        self._order = order
+        self._device = device
+        self._device_bytes = device_bytes
+        self.host_bytes = host_bytes
         self._buffer: torch.Tensor | None = None
         if device.type == "cuda":
             size = max(buffer_bytes(part.stored) for part in parts)
@@ -313,7 +329,9 @@ class Passes:
     @contextmanager
     def window(self, *, backwards: bool = False) -> Iterator[Window]:
         """Open a `Window` over the layers, with gradients disabled."""
-        order = self._order[::-1] if backwards else self._order
+        order = self._order
+        if backwards:
+            order = order[::-1]
         with torch.no_grad(), Window(self._weights, self._parts, order, self._device, self._buffer) as window:
             yield window
 
@@ -344,7 +362,9 @@ def _pause(layer: nn.Module, index: int) -> None:
 
 def _arrive(layer: nn.Module, index: int, call: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
     """Wait until the weights of a layer are loaded, and call it."""
-    current, record, skip = getcurrent(), RECORD.get(), skip_of(layer)
+    current = getcurrent()
+    record = RECORD.get()
+    skip = skip_of(layer)
     assert isinstance(current, _Pass) and current.parent, "a layer was called outside of Passes.run"
     current.calls += 1
     hidden = input_tensor(args, kwargs)
@@ -354,7 +374,8 @@ def _arrive(layer: nn.Module, index: int, call: Callable[..., Any], *args: Any, 
         return skip(call, *args, **kwargs)
     current.layer = index
     if hidden is not None:
-        current.forks = [partial(fork, hidden.clone()) for fork in FORKS.get().get(layer, ())]
+        forks = FORKS.get().get(layer, ())
+        current.forks = [partial(fork, hidden.clone()) for fork in forks]
     current.parent.switch()  # until the layer's weights are loaded
     if skip is not None or record is None:
         return call(*args, **kwargs)

@@ -263,33 +263,36 @@ class StreamingLanguageModel(LanguageModel):
 
         A pass that removes more layers forks from the first one where they differ.
         """
-        first, branches = interventions[0], self.branches(interventions)
+        first = interventions[0]
+        branches = self.branches(interventions)
         losses: dict[tuple[Intervention, int], Float64] = {}
 
-        def ask(intervention: Intervention, i: int, hidden: torch.Tensor | None = None) -> None:
+        def ask(intervention: Intervention, index: int, hidden: torch.Tensor | None = None) -> None:
             start: list[Change] = []
             if hidden is not None:
                 start = resumption(self.layers, last_layer_not_run(intervention, branches[intervention]), hidden)
             with self.applying(intervention), changing(start):
-                losses[intervention, i] = self.losses(batches[i])
+                losses[intervention, index] = self.losses(batches[index])
 
-        def ask_first(i: int) -> None:
+        def ask_first(index: int) -> None:
             forks: dict[nn.Module, list[Fork]] = {}
             for branch, layer in branches.items():
-                forks.setdefault(self.layers[layer].module, []).append(partial(ask, branch, i))
+                forks.setdefault(self.layers[layer].module, []).append(partial(ask, branch, index))
             with bound(FORKS, forks):
-                ask(first, i)
+                ask(first, index)
 
-        separate = [other for other in dict.fromkeys(interventions[1:]) if other not in branches and other != first]
+        others = dict.fromkeys(interventions[1:])
+        separate = [other for other in others if other not in branches and other != first]
         for group, part in self._groups(batches, 2 * len(interventions)):
-            passes = [partial(ask_first, i) for i in group]
+            passes = [partial(ask_first, index) for index in group]
             for other in separate:
-                passes += [partial(ask, other, i) for i in group]
+                passes += [partial(ask, other, index) for index in group]
             with part:
                 self.passes.run(passes, activity)
         by_intervention = []
         for intervention in interventions:
-            by_intervention.append(np.concatenate([losses[intervention, i] for i in range(len(batches))]))
+            by_batch = [losses[intervention, index] for index in range(len(batches))]
+            by_intervention.append(np.concatenate(by_batch))
         return by_intervention
 
     def backpropagate(
