@@ -165,6 +165,7 @@ WORKS = {
     "jobs list": [["--address", f"http://127.0.0.1:9/{EVIL}"]],
     "jobs logs": [[EVIL, "--address", "http://127.0.0.1:9"]],
     "jobs stop": [[EVIL, "--address", "http://127.0.0.1:9"]],
+    "verify": [["M", "--server", f"http://127.0.0.1:9/{EVIL}"], [EVIL, "--server", "http://127.0.0.1:9"]],
     "doctor": [["--jsn", EVIL]],
 }
 
