@@ -40,7 +40,8 @@ from avss_dist.stats.rankings import align, count_lowest, spearman
 from avss_dist.warehouse.reader import Warehouse
 from avss_dist.warehouse.store import Store
 
-UP, DOWN = [float(i) for i in range(1, 9)], [float(9 - i) for i in range(1, 9)]
+UP = [float(i) for i in range(1, 9)]
+DOWN = [float(9 - i) for i in range(1, 9)]
 MIXED = [3.0, 1.0, 2.0, 4.0, 8.0, 5.0, 7.0, 6.0]
 
 
@@ -93,7 +94,8 @@ def test_pairs_at_once_are_what_one_by_one_gives() -> None:
     found = correlate_pairs(scores, a, b)
     for pair, (i, j) in enumerate(zip(a, b, strict=True)):
         x, y, interpolated = align(scores[i], scores[j])
-        order_x, order_y = np.argsort(x, kind="stable"), np.argsort(y, kind="stable")
+        order_x = np.argsort(x, kind="stable")
+        order_y = np.argsort(y, kind="stable")
         k = count_lowest(len(x))
         shared = len(set(order_x[:k]) & set(order_y[:k]))
         expected = {
@@ -155,7 +157,8 @@ def test_of_many_pairs_the_most_and_the_least_alike_are_listed(root: Path, monke
     every = pairs(root, allow_mismatch=True)
     monkeypatch.setattr("avss_dist.analysis.comparison.EXTREMES", 1)
     listed = pairs(root, allow_mismatch=True, max_listed=5)
-    assert len(every) == 6 and [row["spearman"] for row in listed] == [every[at]["spearman"] for at in (0, -1)]
+    assert len(every) == 6
+    assert [row["spearman"] for row in listed] == [every[at]["spearman"] for at in (0, -1)]
 
 
 def test_what_is_comparable_is_compared_and_the_rest_is_named(root: Path) -> None:
@@ -297,7 +300,8 @@ def test_a_comparison_tells_only_the_findings_that_concern_it(tmp_path: Path) ->
     every = findings(Warehouse(tmp_path)).to_pylist()
     assert {"dominant_unit", "tracks_depth"} <= {row["kind"] for row in every}
     result = avss("compare", "-w", tmp_path)
-    assert "tracks depth" in result.stdout and "dominant unit" not in result.stdout
+    assert "tracks depth" in result.stdout
+    assert "dominant unit" not in result.stdout
     assert f"avss findings -w {tmp_path} lists what else" in " ".join(result.output.split())
     table = findings(Warehouse(tmp_path))
     kinds = [set(of_rankings(table, score)["kind"].to_pylist()) for score in ("avss", "block_influence")]
@@ -439,4 +443,5 @@ def test_the_run_that_agrees_least_with_its_like_is_named_with_what_it_differs_i
     two = avss("compare", "-w", tmp_path, "--run", "a-0", "--run", "a-1", "--run", "b-0").stdout
     assert "agrees least" not in two
     alike = avss("compare", "-w", tmp_path, "--run", "a-0", "--run", "a-1", "--run", "a-2").stdout
-    assert "3 pairs" in alike and "agrees least" not in alike
+    assert "3 pairs" in alike
+    assert "agrees least" not in alike

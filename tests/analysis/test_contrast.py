@@ -42,7 +42,10 @@ from avss_dist.warehouse.reader import Warehouse
 from avss_dist.warehouse.schema import RunIdentity
 from avss_dist.warehouse.store import Store
 
-PAIRS, LAYERS, PLANTED, THRESHOLDS = 60, 5, 2, [1e-5, 1e-2]
+PAIRS = 60
+LAYERS = 5
+PLANTED = 2
+THRESHOLDS = [1e-5, 1e-2]
 STRATA = ("truthful", "incorrect", f"truthful{AFTER_ANOTHER}", f"incorrect{AFTER_ANOTHER}")
 
 
@@ -107,7 +110,9 @@ def test_a_planted_layer_is_named(tmp_path: Path) -> None:
     assert found.reading["hallucinated"] == "incorrect"
     assert f"Stand after every control: {PLANTED}." in found.findings
     best = max(found.predictions.to_pylist(), key=lambda one: one["auroc"])
-    assert best["layer"] == PLANTED and best["beats_baselines"] and best["auroc"] > 0.8 > 0.6 > best["after_another"]
+    assert best["layer"] == PLANTED
+    assert best["beats_baselines"]
+    assert best["auroc"] > 0.8 > 0.6 > best["after_another"]
     assert left(tmp_path, row, hallucinated="truthful", truthful="incorrect") == [PLANTED]
 
 
@@ -145,7 +150,8 @@ def test_the_command_shows_layers_predictions_and_findings(tmp_path: Path) -> No
     write(tmp_path, planted=1.5)
     shown = avss("contrast", "-w", tmp_path, "--threshold", "1e-2")
     assert shown.exit_code == 0
-    assert "Stand after every control: 2." in shown.stdout and "AUROC" in shown.stdout
+    assert "Stand after every control: 2." in shown.stdout
+    assert "AUROC" in shown.stdout
     lines = avss("contrast", "-w", tmp_path, "--threshold", "1e-2", "--format", "json").stdout.splitlines()
     assert [json.loads(line)["stands"] for line in lines] == [layer == PLANTED for layer in range(LAYERS)]
 
@@ -188,13 +194,15 @@ def planted_llama(ids: dict[str, int]) -> Any:
         embedded[row, ASKED] = {"yes": 1.0, "no": -1.0}.get(word, 0.0)
         embedded[row, SAID] = 1.0 if word.startswith("plus") else -1.0 if word.startswith("minus") else 0.0
     for layer in model.model.layers:
-        attention, mlp = layer.self_attn, layer.mlp
+        attention = layer.self_attn
+        mlp = layer.mlp
         for reads in (attention.q_proj, attention.k_proj, attention.v_proj, mlp.gate_proj, mlp.up_proj):
             reads.weight *= 5
             reads.weight[:, marks] = 0
         for writes in (attention.o_proj, mlp.down_proj):
             writes.weight[marks] = 0
-    first, planted = model.model.layers[0].self_attn, model.model.layers[PLANTED].mlp
+    first = model.model.layers[0].self_attn
+    planted = model.model.layers[PLANTED].mlp
     size = first.head_dim
     first.k_proj.weight[:size] = 0  # the first two heads look at all tokens alike
     first.v_proj.weight[0] = torch.eye(32)[ASKED]
@@ -251,7 +259,8 @@ def test_the_page_shows_it_and_escapes_labels(scored: Warehouse) -> None:
 def test_with_labels_exchanged_inside_pairs_none_is_named(scored: Warehouse) -> None:
     """20 seeds; in 200, 1% name a layer, and 5.5% find one that differs by label."""
     (run,) = scored.runs().to_pylist()
-    rows, place = answer_rows(scored, run, "neuron"), list(run["thresholds"]).index(THRESHOLD)
+    rows = answer_rows(scored, run, "neuron")
+    place = list(run["thresholds"]).index(THRESHOLD)
     own, other = (read_answers(rows, LABELS, after, place) for after in ("", AFTER_ANOTHER))
     alarms = 0
     for labels in contrast_stats.permuted_labels(own, 20, seed=7).astype(bool):
@@ -273,7 +282,8 @@ def test_merged_strata_say_what_single_answers_say_and_more(scored: Warehouse) -
     by_layer = relative.layers.to_pylist()
     assert [row["layer"] for row in by_layer if row["p_holm"] < 0.05] == [PLANTED]
     assert by_layer[PLANTED]["rank"] == 1
-    assert {row["stands"] for row in by_layer} == {None} and len(relative.predictions) == 0
+    assert {row["stands"] for row in by_layer} == {None}
+    assert len(relative.predictions) == 0
     assert any("Lengths are not controlled" in line for line in relative.findings)
     units = contrast(scored, run, site="update", recipe="unit", threshold=THRESHOLD).layers.to_pylist()
     means = [scored.read_stratum_stats(run["run_id"])[0, "update", label] for label in LABELS]
@@ -281,6 +291,7 @@ def test_merged_strata_say_what_single_answers_say_and_more(scored: Warehouse) -
         np.subtract(*((m.unit_sum / m.unit_count).var() for m in means))
     )
     shown = avss("contrast", "-w", scored.root, "--site", "update", "--recipe", "unit", "--threshold", "0.1rms")
-    assert shown.exit_code == 0 and "exchange of labels inside shards" in " ".join(shown.stdout.split())
+    assert shown.exit_code == 0
+    assert "exchange of labels inside shards" in " ".join(shown.stdout.split())
     with pytest.raises(QueryError, match="no statistics for the recipe 'unit'"):
         contrast(scored, run, site="neuron", recipe="unit", threshold=THRESHOLD)

@@ -20,7 +20,8 @@ from avss_dist.reports.page.page import report_page
 from avss_dist.warehouse.reader import Warehouse
 from avss_dist.warehouse.store import Store
 
-OLD, NEW = "1" * 20, "2" * 20
+OLD = "1" * 20
+NEW = "2" * 20
 TIME = datetime(2026, 1, 2, 3, 4, tzinfo=UTC)
 Rows = list[dict[str, Any]]
 

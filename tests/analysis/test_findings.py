@@ -74,7 +74,10 @@ def test_the_first_token_that_carries_the_variance(tmp_path: Path, size: float) 
         return
     (row,) = rows
     assert (row["severity"], row["recipe"]) == ("warning", "element")
-    shares = [((x[:, i, :, 0] - x[:, i].mean()) ** 2).sum() / ((x[:, i] - x[:, i].mean()) ** 2).sum() for i in range(8)]
+    shares = []
+    for layer in range(8):
+        squares = (x[:, layer] - x[:, layer].mean()) ** 2
+        shares.append(squares[:, :, 0].sum() / squares.sum())
     assert row["value"] == pytest.approx(max(shares))
     assert "in 8 of 8 layers" in row["message"]
     assert row["message"].endswith("leave it out: --skip-first-tokens 1.")
@@ -220,7 +223,8 @@ def test_the_same_finding_of_several_runs_is_told_once_and_others_are_counted(tm
     for run_id in ("a", "b"):
         write_measured(tmp_path / "same", run_id, stats_of(activations(scales=np.sort(SCALES))), 8)
     text = in_words(tmp_path / "same")
-    assert text.count("tracks depth") == 1 and "pooled, element, unit" in text
+    assert text.count("tracks depth") == 1
+    assert "pooled, element, unit" in text
     for i in range(1, 6):
         rising = list(range(8, 22))
         rising[:i] = reversed(rising[:i])  # and the correlation with depth is another one of each
@@ -259,4 +263,5 @@ def test_activations_that_are_no_numbers(tmp_path: Path) -> None:
     assert [s["layer"] for s in sql if s["rank"] is None] == [3, 5] * 3
     assert "layers 3, 5: they have no rank" in avss("show", "-w", tmp_path, "--recipe", "element").stdout
     refused = avss("plan", "-w", tmp_path, "--by", "avss", "--recipe", "element", "-o", tmp_path / "plan.yaml")
-    assert refused.exit_code == 2 and "Layers 3, 5 have no score 'avss'" in refused.stderr
+    assert refused.exit_code == 2
+    assert "Layers 3, 5 have no score 'avss'" in refused.stderr

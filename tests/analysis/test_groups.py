@@ -78,21 +78,24 @@ def test_groups_are_what_a_loop_over_pairs_gives(across_models: bool, monkeypatc
     survey = survey_pairs(RankMatrix(scores), members, by="family", across_models=across_models, most=3)
 
     def values(first: str, second: str) -> np.ndarray:
-        chosen = [
-            rho[i, j]
-            for i, j in combinations(range(60), 2)
-            if strata[i] == strata[j]
-            and {families[i], families[j]} == {first, second}
-            and (models[i] != models[j]) == across_models
-        ]
-        return np.array([value for value in chosen if np.isfinite(value)])
+        chosen = []
+        for i, j in combinations(range(60), 2):
+            are_of_groups = {families[i], families[j]} == {first, second}
+            are_of_models = (models[i] != models[j]) == across_models
+            if strata[i] == strata[j] and are_of_groups and are_of_models and np.isfinite(rho[i, j]):
+                chosen.append(rho[i, j])
+        return np.array(chosen)
 
     rows = {(row["a"], row["b"]): row for row in survey.groups.to_pylist()}
     assert set(rows) == ({("x", "x"), ("x", "y"), ("y", "y")} if across_models else {("x", "y")})
     for (first, second), row in rows.items():
         every = values(first, second)
-        assert (row["pairs"], row["spearman"]) == (len(every), pytest.approx(every.mean()))
-    wanted = [rho[i, j] for i, j in combinations(range(60), 2) if strata[i] == strata[j] and labels[i] != labels[j]]
+        assert row["pairs"] == len(every)
+        assert row["spearman"] == pytest.approx(every.mean())
+    wanted = []
+    for i, j in combinations(range(60), 2):
+        if strata[i] == strata[j] and labels[i] != labels[j]:
+            wanted.append(rho[i, j])
     defined = np.sort([value for value in wanted if np.isfinite(value)])
     assert survey.number == len(wanted)
     summary = survey.spearman
@@ -122,7 +125,8 @@ def comparison(warehouse: Warehouse, by: str, **options: Any) -> RankingComparis
 def test_models_of_a_family_agree_more_than_those_of_two(tmp_path: Path) -> None:
     compared = comparison(write_models(tmp_path), "family")
     rows = {(row["a"], row["b"]): row for row in compared.groups.to_pylist()}
-    within, between = rows["llama", "llama"], rows.get(("llama", "gemma")) or rows["gemma", "llama"]
+    within = rows["llama", "llama"]
+    between = rows.get(("llama", "gemma")) or rows["gemma", "llama"]
     assert within["spearman"] > 0.8 > between["spearman"]
     assert (within["pairs"], between["pairs"]) == (45, 100)
     assert within["given_depth"] < within["spearman"], "depth is most of it"
@@ -205,11 +209,14 @@ def test_the_command_draws_the_map(tmp_path: Path) -> None:
         write_scores(tmp_path, f"run-{index}", [float(index % 2 * 7 - layer) ** 2 for layer in range(8)])
     picture = tmp_path / "map.svg"
     result = avss("compare", "-w", tmp_path, "-o", picture)
-    assert result.exit_code == 0 and result.stderr.startswith(f"Map of 4 runs: {picture}\n")
+    assert result.exit_code == 0
+    assert result.stderr.startswith(f"Map of 4 runs: {picture}\n")
     drawn = picture.read_text()
-    assert "Agreement of layer rankings" in drawn and "run-3" in drawn
+    assert "Agreement of layer rankings" in drawn
+    assert "run-3" in drawn
     refused = avss("compare", "-w", tmp_path, "--by", "score", "-o", picture)
-    assert refused.exit_code == 2 and "A map shows runs" in refused.stderr
+    assert refused.exit_code == 2
+    assert "A map shows runs" in refused.stderr
 
 
 @pytest.fixture
@@ -256,7 +263,8 @@ def test_the_command_says_which_runs_are_not_on_the_map(two_texts: Path) -> None
 
 # Along an axis.
 
-EARLY, LATE = [1.0, 2, 3, 4, 5, 6, 7, 8], [8.0, 7, 6, 5, 4, 3, 2, 1]
+EARLY = [1.0, 2, 3, 4, 5, 6, 7, 8]
+LATE = [8.0, 7, 6, 5, 4, 3, 2, 1]
 SERIES = {"series": "org/a@step*", "model": "org/a"}
 
 
@@ -281,7 +289,8 @@ def test_a_training_is_followed_in_its_order(training: Path) -> None:
     result = follow(training, "step")
     (curve,) = result.curves
     assert [run["training_step"] for run in curve.runs] == [1000 * step for step in range(12)]
-    assert curve.points[3] == "3,000" and curve.name == "org/a@step*"
+    assert curve.points[3] == "3,000"
+    assert curve.name == "org/a@step*"
     assert result.left_out == {"b": "its step is not known"}
     expected = [stats.spearmanr(row, curve.values[-1]).statistic for row in curve.values]
     points = [row.values for row in curve_section(curve, "curve").tables[0].rows]
@@ -292,9 +301,11 @@ def test_a_training_is_followed_in_its_order(training: Path) -> None:
         [stats.spearmanr(range(12), ranks).statistic for ranks in curve.ranks.T], nan_ok=True
     )
     table = result.table()
-    assert table.schema.equals(SCHEMA) and len(table) == 12 * 8
+    assert table.schema.equals(SCHEMA)
+    assert len(table) == 12 * 8
     first = table.to_pylist()[:8]
-    assert {row["run_id"] for row in first} == {"a-0"} and [row["is_lowest"] for row in first].count(True) == 2
+    assert {row["run_id"] for row in first} == {"a-0"}
+    assert [row["is_lowest"] for row in first].count(True) == 2
     assert [row["rank"] for row in first] == stats.rankdata([row["score"] for row in first]).tolist()
 
 
@@ -344,12 +355,15 @@ def test_the_command_prints_draws_and_exports(training: Path, tmp_path: Path) ->
     result = avss("compare", "-w", training, "--along", "step", "-o", picture)
     assert result.exit_code == 0, result.stderr
     assert "The lowest 25% are those of the last point from" in result.stdout
-    assert "Ranks along training step" not in result.stdout and "training step" in picture.read_text(encoding="utf-8")
+    assert "Ranks along training step" not in result.stdout
+    assert "training step" in picture.read_text(encoding="utf-8")
     lines = avss("compare", "-w", training, "--along", "step", "--format", "csv").stdout
     rows = list(csv.DictReader(io.StringIO(lines)))
-    assert len(rows) == 96 and rows[-1]["point"] == "11,000"
+    assert len(rows) == 96
+    assert rows[-1]["point"] == "11,000"
     curves = avss_dist.compare(warehouse=training, along="step")
-    assert isinstance(curves, RankingCurves) and curves.table().num_rows == 96
+    assert isinstance(curves, RankingCurves)
+    assert curves.table().num_rows == 96
 
 
 @pytest.mark.nightly
@@ -357,7 +371,9 @@ def test_mistakes_about_an_axis_are_refused(training: Path) -> None:
     with pytest.raises(ConfigError, match="`along` and `by` exclude each other"):
         avss_dist.compare(warehouse=training, along="step", by="family")
     result = avss("compare", "-w", training, "--along", "steps")
-    assert result.exit_code == 2 and "Did you mean 'step'?" in result.stderr
+    assert result.exit_code == 2
+    assert "Did you mean 'step'?" in result.stderr
     nothing = avss("compare", "-w", training, "--along", "size")
-    assert nothing.exit_code == 2 and "No two runs are along size" in nothing.stderr
+    assert nothing.exit_code == 2
+    assert "No two runs are along size" in nothing.stderr
     assert "set --allow-mismatch" in nothing.stderr

@@ -64,13 +64,15 @@ def root(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def test_a_plan_drops_the_lowest_layers(root: Path, by: object) -> None:
     """Rows of other runs do not count."""
     plan = avss_dist.plan(warehouse=root, by=by, count=2)
-    assert plan.dropped_layers == (1, 3) and "evaluation" not in plan.why
+    assert plan.dropped_layers == (1, 3)
+    assert "evaluation" not in plan.why
 
 
 def test_the_command_writes_whose_score_it_is(root: Path) -> None:
     done = avss("plan", "-w", root, "--by", "scores.csv:mine", "--share", "0.25", "-o", "plan.yaml")
     assert done.exit_code == 0, done.stderr
-    assert "by: scores.csv:mine" in Path("plan.yaml").read_text() and "drop: [1]" in Path("plan.yaml").read_text()
+    assert "by: scores.csv:mine" in Path("plan.yaml").read_text()
+    assert "drop: [1]" in Path("plan.yaml").read_text()
 
 
 @pytest.mark.parametrize(
@@ -153,7 +155,8 @@ def test_showing_and_reporting_say_how_well_scores_find_the_measured_loss(tmp_pa
     assert re.search(r"Smoothed AVSS: Spearman 1.00 with .*; resampling the shards keeps \d+% of its", shown)
     assert avss("report", "-w", tmp_path, "--by", f"{file}:mine", "-o", tmp_path / "page.html").exit_code == 0
     page = (tmp_path / "page.html").read_text()
-    assert page.count("with the loss without each layer (95% interval") == 1 and f"{file}:mine" in page
+    assert page.count("with the loss without each layer (95% interval") == 1
+    assert f"{file}:mine" in page
 
 
 @pytest.fixture
@@ -258,7 +261,8 @@ def test_a_name_that_is_no_score_of_your_own_is_answered_with_what_is(several: P
 @pytest.mark.nightly
 def test_a_package_of_its_own_adds_a_score(root: Path, tmp_path: Path) -> None:
     """It is installed by pip, beside the package."""
-    source, site = tmp_path / "source", tmp_path / "site"
+    source = tmp_path / "source"
+    site = tmp_path / "site"
     source.mkdir()
     (source / "pyproject.toml").write_text(PACKAGE)
     (source / "largest.py").write_text(FUNCTION)
@@ -281,7 +285,8 @@ def measured(tmp_path_factory: pytest.TempPathFactory, save_checkpoint: Callable
     """A warehouse of a model of four layers: the loss without each, then predictions for rounded weights."""
     folder = save_checkpoint(llama(num_hidden_layers=4), tmp_path_factory.mktemp("models") / "tiny")
     root = tmp_path_factory.mktemp("measured") / "w"
-    store, about = Store(root), {"model": str(folder), "revision": resolve(str(folder)).revision, "family": "llama"}
+    store = Store(root)
+    about = {"model": str(folder), "revision": resolve(str(folder)).revision, "family": "llama"}
     losses: list[dict[str, Any]] = [{"drop": [], "drop_parts": [], "value": 2.0}]
     losses += [{"drop": [layer], "drop_parts": [], "value": 2.5 - layer / 10} for layer in range(4)]
     loss = {"task": "ablation:t.txt", "metric": "loss", **COMMON}
@@ -301,8 +306,11 @@ def measured(tmp_path_factory: pytest.TempPathFactory, save_checkpoint: Callable
 
 def test_layers_are_chosen_by_what_was_measured(measured: Path) -> None:
     plan = avss_dist.plan(warehouse=measured)
-    assert plan.drop == (3,) and plan.num_layers == 4 and plan.layers == "layers"
-    assert plan.run_id is None and plan.why["evaluation"] == "tiny-1"
+    assert plan.drop == (3,)
+    assert plan.num_layers == 4
+    assert plan.layers == "layers"
+    assert plan.run_id is None
+    assert plan.why["evaluation"] == "tiny-1"
     assert avss_dist.plan(warehouse=measured, run="tiny", by="loss", count=2).drop == (2, 3)
 
 

@@ -82,26 +82,30 @@ def test_reliability_is_what_a_second_measurement_would_agree_by(noise: float) -
 
 def test_few_sequences_have_no_reliability() -> None:
     few = np.arange(8.0) + 0.1 * np.random.default_rng(0).normal(size=(3, 8))
-    assert np.isnan(reliability(few)) and np.isnan(reliability(few[:0]))
+    assert np.isnan(reliability(few))
+    assert np.isnan(reliability(few[:0]))
 
 
 @pytest.mark.parametrize("sequences", [4, 5, 9])
 def test_reliability_is_the_mean_over_halves_stepped_up(sequences: int) -> None:
     """Of an odd number, the first half has one sequence less."""
     samples = 0.3 * np.arange(6.0) + np.random.default_rng(3).normal(size=(sequences, 6))
-    rng, found = np.random.default_rng(0), []
+    rng = np.random.default_rng(0)
+    found = []
     for _ in range(200):
         order = rng.permutation(sequences)
         first, second = np.split(samples[order], [sequences // 2])
         found.append(stats.spearmanr(first.sum(axis=0), second.sum(axis=0)).statistic)
     expected = 2 * np.mean(found) / (1 + np.mean(found))
-    assert 0.5 < expected < 0.99 and reliability(samples) == pytest.approx(expected, rel=1e-12)
+    assert 0.5 < expected < 0.99
+    assert reliability(samples) == pytest.approx(expected, rel=1e-12)
 
 
 def test_halves_that_contradict_each_other_have_no_reliability() -> None:
     up = np.arange(6.0)
     assert np.isnan(reliability(np.array([4 * up, -up, -up, -2 * up])))
-    x, y = np.array([1.0, 2.0, 3.0, 4.0]), np.array([1.0, 2.0, -2.0, -1.0])
+    x = np.array([1.0, 2.0, 3.0, 4.0])
+    y = np.array([1.0, 2.0, -2.0, -1.0])
     assert np.isnan(reliability(np.array([x, x, x, y]))), "the correlation of x and x + y is 0, in every split"
 
 

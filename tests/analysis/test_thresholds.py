@@ -71,7 +71,8 @@ def test_one_site_keeps_its_rivals(tmp_path: Path) -> None:
         found = scores_at(warehouse, rows_of(warehouse), Threshold(value=1e-2, kind="absolute"), sites=[site])
         stored = warehouse.scores(threshold=1e-2, threshold_kind="absolute", site=site)
         assert found.select(stored.column_names).equals(stored)
-        assert not stored["update_variance_ratio"].null_count and not stored["block_influence"].null_count
+        assert not stored["update_variance_ratio"].null_count
+        assert not stored["block_influence"].null_count
 
 
 def test_a_bin_edge_is_exact(warehouse: Warehouse, x: Float64) -> None:
@@ -197,7 +198,8 @@ def test_quantiles_of_zeros_and_of_nothing(warehouse: Warehouse) -> None:
     (stats,) = (s[0, "block"] for s in stats_of(np.where(activations(shards=1)[:, :1] > 0.1, 1.0, 0.0)))
     zeros = stats.zero_count / stats.count
     value, low, high = quantiles_of(stats, [zeros / 2, zeros, (1 + zeros) / 2, 1.0])
-    assert value[:2].tolist() == [0, 0] and low.tolist() == [0, 0, 1, 1]
+    assert value[:2].tolist() == [0, 0]
+    assert low.tolist() == [0, 0, 1, 1]
     assert value[2:].tolist() == high[2:].tolist() == [1, 1]
     assert np.isnan(quantiles_of(LayerStats.zero(GRID), [0.5])[0]).all()
     with pytest.raises(ValueError, match="a share is between 0 and 1, not 2"):

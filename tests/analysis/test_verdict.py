@@ -184,8 +184,10 @@ def test_a_guess_is_known_of_accuracies_and_losses_alone() -> None:
     assert guess("loss", log(10), log(100)) == pytest.approx(0.1)
     assert guess("loss", 2000.0, 1.0) == exp(700)
     assert guess("g/acc", 0.8, 0.2, "g/chance") == 0.25
-    assert guess("g/acc", 0.8, 0.2) is None and guess("f1", 0.8, 0.2) is None
-    assert guess("acc", 0.0, 0.2) is None and guess("acc", 0.8, 0.0) is None
+    assert guess("g/acc", 0.8, 0.2) is None
+    assert guess("f1", 0.8, 0.2) is None
+    assert guess("acc", 0.0, 0.2) is None
+    assert guess("acc", 0.8, 0.0) is None
 
 
 def test_avss_counts_as_it_is_published() -> None:

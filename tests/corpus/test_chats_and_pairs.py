@@ -124,7 +124,8 @@ def test_short_names_are_data_sets_at_a_commit(monkeypatch: pytest.MonkeyPatch) 
         repository, _, revision = place.partition("@")
         assert list(documents(name)) == list(documents(f"{name}:test")) == ["text"]
         where = [repository, config or None, revision]
-        assert asked[-2:] == [[*where, split], [*where, "test"]] and len(revision) == 40
+        assert asked[-2:] == [[*where, split], [*where, "test"]]
+        assert len(revision) == 40
         described = f"`{config}`" if config else ""
         assert f"| `{name}` | {repository} | {described} | `{split}` | `{column}` | `{revision}` |" in page
     with pytest.raises(CorpusError, match=r"'wikitex2' is not a corpus source.*\n.*Did you mean 'wikitext2'"):
@@ -147,7 +148,8 @@ def test_a_seed_draws_rows_from_the_whole_text_and_each_alike(tmp_path: Path) ->
     settings = Settings(sequence_length=4, max_sequences=4, shuffle_seed=7)
     plans = [tokenize_corpus(source, word_tokenizer(), replace(settings, skip_sequences=skip)) for skip in (0, 0, 4)]
     first, again, others = map(words, plans)
-    assert first == again and not any(row in first for row in others)
+    assert first == again
+    assert not any(row in first for row in others)
     assert (
         plans[0].tokens_fingerprint
         != tokenize_corpus(source, word_tokenizer(), Settings(sequence_length=4)).tokens_fingerprint
@@ -155,7 +157,8 @@ def test_a_seed_draws_rows_from_the_whole_text_and_each_alike(tmp_path: Path) ->
 
 
 def test_score_puts_conversations_in_the_template_when_asked(tiny_llama: Path, tmp_path: Path) -> None:
-    chatty, out = tmp_path / "chatty", tmp_path / "w"
+    chatty = tmp_path / "chatty"
+    out = tmp_path / "w"
     shutil.copytree(tiny_llama, chatty)
     tokenizer = AutoTokenizer.from_pretrained(chatty)
     tokenizer.chat_template = TEMPLATE
@@ -173,13 +176,15 @@ def test_score_puts_conversations_in_the_template_when_asked(tiny_llama: Path, t
     done = avss("score", chatty, "--corpus", source, "--chat-template", "--shuffle-seed", 3, *size)
     assert done.exit_code == 0, done.stderr
     (run,) = (row for row in Warehouse(out).runs().to_pylist() if row["status"] == "done")
-    assert run["chat_template"] == hashlib.sha256(TEMPLATE.encode()).hexdigest() and run["shuffle_seed"] == 3
+    assert run["chat_template"] == hashlib.sha256(TEMPLATE.encode()).hexdigest()
+    assert run["shuffle_seed"] == 3
     again = avss("evaluate", chatty, "--tasks", f"perplexity:{source}", "--chat-template", *size)
     assert again.exit_code == 0, again.stderr
 
 
 def test_a_job_says_which_corpus_needs_the_template(tmp_path: Path) -> None:
-    text, chats = write(tmp_path / "t.jsonl", ["w1"], "text"), write(tmp_path / "c.jsonl", CHATS)
+    text = write(tmp_path / "t.jsonl", ["w1"], "text")
+    chats = write(tmp_path / "c.jsonl", CHATS)
     job = tmp_path / "job.yaml"
 
     def told(settings: dict[str, Any], *corpora: str) -> str:
@@ -217,7 +222,8 @@ def test_rows_are_prompts_and_answers_of_which_the_answers_count(tmp_path: Path)
     made = tokenize_corpus(source, TOKENIZER, SMALL)
     assert list(documents(source))[:2] == ["w0 w1 w2", "w3 w4 w5"]
     first, second = made.shards
-    assert first.pairing is not None and second.pairing is not None
+    assert first.pairing is not None
+    assert second.pairing is not None
     assert first.pairing.strata == ("good", "bad", f"good{AFTER_ANOTHER}", f"bad{AFTER_ANOTHER}")
     assert (*first.pairing.pairs, *second.pairing.pairs) == (0,) * 4 + (1,) * 6
     (batch, _) = first.batches(3)

@@ -32,7 +32,9 @@ from avss_dist.corpus.shards import CorpusPlan, tokenize_corpus
 from avss_dist.corpus.sources import documents, open_source
 
 WORDS = [f"w{i}" for i in range(20)]
-EOS, PAD, BOS = 1, 2, 3
+EOS = 1
+PAD = 2
+BOS = 3
 TEXTS = ["w0 w1 w2", "w3", "w4 w5 w6 w7 w8 w9", "w10 w11"]
 
 
@@ -58,7 +60,8 @@ SMALL = Settings(sequence_length=4, sequences_per_shard=2)
 class Watched:
     """The tokenizer, which keeps what it is given at once."""
 
-    eos_token_id, pad_token_id = EOS, PAD
+    eos_token_id = EOS
+    pad_token_id = PAD
 
     def __init__(self) -> None:
         self.given: list[list[str]] = []
@@ -129,7 +132,9 @@ def test_packing_invariants(texts: list[str], length: int, per_shard: int, limit
         try:
             planned = tokenize_corpus(source, TOKENIZER, settings)
         except CorpusError:
-            assert limit and not any(texts[: limit * length])  # only blank texts were read
+            # only blank texts were read
+            assert limit
+            assert not any(texts[: limit * length])
             return
     assert rows_of(planned) == expected
     assert [s.num_sequences for s in planned.shards[:-1]] == [per_shard] * (len(planned.shards) - 1)
@@ -157,9 +162,11 @@ def test_padded_invariants(texts: list[str], length: int, skip: int, batch_size:
     counted = [row[mask].tolist() for b in batches for row, mask in zip(b.input_ids, b.observed, strict=True)]
     assert counted == observed
     for b in batches:
-        assert b.input_ids.dtype == np.int32 and b.attention_mask.dtype == b.observed.dtype == bool
+        assert b.input_ids.dtype == np.int32
+        assert b.attention_mask.dtype == b.observed.dtype == bool
         assert b.input_ids.shape == b.attention_mask.shape == b.observed.shape
-        assert b.attention_mask[:, -1].any() and len(b.input_ids) <= batch_size
+        assert b.attention_mask[:, -1].any()
+        assert len(b.input_ids) <= batch_size
         assert (b.input_ids[~b.attention_mask] == PAD).all()
 
 
@@ -169,7 +176,8 @@ def test_batches_are_as_wide_as_their_longest_row_and_copies(jsonl: str) -> None
     assert [b.input_ids.shape for b in shard.batches(2)] == [(2, 3), (2, 6)]
     (packed, _) = tokenize_corpus(jsonl, TOKENIZER, replace(SMALL, skip_first_tokens=1)).shards
     batch = next(packed.batches(8))
-    assert batch.observed.tolist() == [[False, True, True, True]] * 2 and packed.num_tokens == 6
+    assert batch.observed.tolist() == [[False, True, True, True]] * 2
+    assert packed.num_tokens == 6
     batch.input_ids[:] = 99
     assert not (packed.input_ids == 99).any()
 
@@ -202,7 +210,8 @@ def test_a_packed_row_has_the_special_tokens_of_a_text_around_it(
     options: dict[str, Any], texts: list[str], expected: list[list[int]], tmp_path: Path
 ) -> None:
     """A text ends in one EOS, whether the tokenizer, the text or the package puts it there."""
-    source, settings = write_jsonl(tmp_path / "c.jsonl", texts), Settings(sequence_length=len(expected[0]))
+    source = write_jsonl(tmp_path / "c.jsonl", texts)
+    settings = Settings(sequence_length=len(expected[0]))
     assert rows_of(tokenize_corpus(source, word_tokenizer(**options), settings)) == expected
 
 
@@ -234,7 +243,8 @@ def test_packed_rows_hold_every_token_of_the_text_once(
     source = write_jsonl(tmp_path_factory.mktemp("corpus") / "c.jsonl", ["w0 w1 w2 w3 w4 w5 w6 w7", *texts])
     stream = [token for row in packed_oracle(["w0 w1 w2 w3 w4 w5 w6 w7", *texts], 1) for token in row]
     rows = rows_of(tokenize_corpus(source, word_tokenizer(add="<bos> $A"), Settings(sequence_length=length)))
-    assert {row[0] for row in rows} == {BOS} and {len(row) for row in rows} == {length}
+    assert {row[0] for row in rows} == {BOS}
+    assert {len(row) for row in rows} == {length}
     assert [token for row in rows for token in row[1:]] == stream[: len(stream) // (length - 1) * (length - 1)]
 
 
@@ -285,11 +295,13 @@ def test_plans_are_deterministic_and_independent_of_grouping(jsonl: str, monkeyp
 def test_a_small_plan_has_few_documents_tokenized(tmp_path: Path) -> None:
     """And a large one has many tokenized at once, which is faster."""
     source = write_jsonl(tmp_path / "many.jsonl", ["w0 w1 w2"] * 500)
-    few, many = Watched(), Watched()
+    few = Watched()
+    many = Watched()
     tokenize_corpus(source, few, replace(SMALL, max_sequences=1))
     assert sum(map(len, few.given)) <= 4
     tokenize_corpus(source, many, replace(SMALL, max_sequences=None))
-    assert sum(map(len, many.given)) == 500 and max(map(len, many.given)) == tokens.GROUP_DOCUMENTS
+    assert sum(map(len, many.given)) == 500
+    assert max(map(len, many.given)) == tokens.GROUP_DOCUMENTS
 
 
 def test_a_tokenizer_left_truncating_and_padding_does_not_matter(jsonl: str, caplog: pytest.LogCaptureFixture) -> None:
@@ -398,8 +410,10 @@ def byte_tokenizer(words: Any) -> PreTrainedTokenizerFast:
 def test_a_long_document_has_the_tokens_of_the_whole(tokenizer: PreTrainedTokenizerFast, text: str, size: int) -> None:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(tokens, "PIECE_CHARACTERS", size)
-        pieces, encoded = list(tokens._pieces(text)), tokens._encode_long(text, tokenizer, special=True).tolist()
-    assert "".join(pieces) == text and all(len(piece) >= size for piece in pieces[:-1])
+        pieces = list(tokens._pieces(text))
+        encoded = tokens._encode_long(text, tokenizer, special=True).tolist()
+    assert "".join(pieces) == text
+    assert all(len(piece) >= size for piece in pieces[:-1])
     assert encoded == tokenizer(text)["input_ids"]
 
 
@@ -417,7 +431,8 @@ def test_no_tokenizer_gets_more_than_a_piece(
     monkeypatch.setattr(tokens, "GROUP_CHARACTERS", 8)
     assert signature(tokenize_corpus(str(next(tmp_path.iterdir())), watched, settings)) == whole
     given = list(chain(*watched.given))
-    assert max(map(len, given)) <= 11 + len(" w10") and {"w0 w1", "w2 w3 w4 w5", "w6"} <= set(given)
+    assert max(map(len, given)) <= 11 + len(" w10")
+    assert {"w0 w1", "w2 w3 w4 w5", "w6"} <= set(given)
 
 
 def test_jsonl_lines(tmp_path: Path) -> None:
@@ -441,7 +456,8 @@ def test_parquet_columns(tmp_path: Path, kind: pa.DataType) -> None:
 
 def test_builtin_pydoc() -> None:
     texts = list(documents("builtin:pydoc"))
-    assert len(texts) > 50 and all(texts)
+    assert len(texts) > 50
+    assert all(texts)
     assert texts == list(documents("builtin:pydoc"))
     assert corpus_fingerprint("builtin:pydoc") == corpus_fingerprint("builtin:pydoc")
     assert tokenize_corpus("builtin:pydoc", TOKENIZER, Settings(max_sequences=3)).num_sequences == 3
@@ -560,7 +576,8 @@ def test_memory_stays_bounded(tmp_path: Path) -> None:
     command = [sys.executable, "-c", code, str(tmp_path / "c.jsonl")]
     result = subprocess.run(command, capture_output=True, text=True, check=True)
     count, grown = map(int, result.stdout.split())
-    assert count == 20_000 and grown < 60e6
+    assert count == 20_000
+    assert grown < 60e6
 
 
 # Errors
@@ -675,7 +692,8 @@ def test_too_little_text(texts: list[str], options: dict[str, Any], says: list[s
 
 @pytest.mark.parametrize("name", ["c.jsonl", "c.txt", "c.parquet"])
 def test_a_line_without_an_end_is_refused_before_it_takes_the_memory(name: str, tmp_path: Path) -> None:
-    file, size = tmp_path / name, 32 << 20
+    file = tmp_path / name
+    size = 32 << 20
     if name == "c.parquet":
         parquet.write_table(pa.table({"text": ["short", "x" * size]}), file)
     else:

@@ -51,7 +51,8 @@ def shards(tokenizer: Any, tmp_path: Path) -> Read:
 def test_the_same_text_is_known_however_it_is_wrapped(name: str, length: int, shards: Read, tokenizer: Any) -> None:
     seen, read = (shards(text, sequence_length=length) for text in (TEXT, SAME[name]))
     shared = shared_text(seen, read, tokenizer)
-    assert shared is not None and shared > (0.4 if "reversed" in name else 0.9)
+    assert shared is not None
+    assert shared > (0.4 if "reversed" in name else 0.9)
 
 
 @pytest.mark.parametrize("layout", ["packed", "padded"])
@@ -61,14 +62,16 @@ def test_documents_in_another_order_are_the_same_text(words: int, layout: str, s
     documents = sentences(100, seed=2, words=words)
     length = {"layout": layout, "sequence_length": 96}
     shared = shared_text(shards(documents, **length), shards(documents[::-1], **length), tokenizer)
-    assert shared is not None and shared > 0.9
+    assert shared is not None
+    assert shared > 0.9
 
 
 def test_rows_in_another_order_are_the_same_text(shards: Read, tokenizer: Any) -> None:
     for length in (16, 24, 64):
         mixed = shards(TEXT, sequence_length=length, shuffle_seed=3)
         shared = shared_text(shards(TEXT, sequence_length=length), mixed, tokenizer)
-        assert shared is not None and shared > 0.1
+        assert shared is not None
+        assert shared > 0.1
 
 
 def test_special_tokens_are_no_text(shards: Read, tokenizer: Any) -> None:
@@ -120,7 +123,8 @@ def test_special_tokens_are_no_text(shards: Read, tokenizer: Any) -> None:
 def test_text_of_one_kind_is_not_the_same_text(seen: Any, read: Any, shards: Read, tokenizer: Any) -> None:
     for length in (16, 128):
         shared = shared_text(shards(seen, sequence_length=length), shards(read, sequence_length=length), tokenizer)
-        assert shared is not None and shared < 0.03
+        assert shared is not None
+        assert shared < 0.03
 
 
 def test_a_text_that_repeats_itself_is_known(shards: Read, tokenizer: Any) -> None:
@@ -149,7 +153,8 @@ def test_passages_are_known_across_blocks(shards: Read, tokenizer: Any, monkeypa
     monkeypatch.setattr(overlap, "BLOCK_TOKENS", 1)
     assert len([*overlap._fingerprints(shards(TEXT), tokenizer)]) > 20
     apart = shared_text(shards(TEXT), shards(SAME["wrapped again"]), tokenizer)
-    assert whole is not None and apart == pytest.approx(whole, abs=0.05)
+    assert whole is not None
+    assert apart == pytest.approx(whole, abs=0.05)
 
 
 def test_what_cannot_be_compared_is_not_called_different(shards: Read, tokenizer: Any) -> None:

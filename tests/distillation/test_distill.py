@@ -74,7 +74,8 @@ def weights_of(folder: Path | str) -> dict[str, torch.Tensor]:
 
 def changed(before: Path, after: Path | str) -> set[str]:
     """Names of the tensors that differ between two checkpoints."""
-    old, new = weights_of(before), weights_of(after)
+    old = weights_of(before)
+    new = weights_of(after)
     assert old.keys() == new.keys()
     return {name for name in old if not torch.equal(old[name], new[name])}
 
@@ -98,13 +99,15 @@ def test_the_default_learning_rate_is_in_proportion_to_the_weights(
 
 def test_a_student_comes_closer_to_its_teacher(distilled: Observed, student: Path) -> None:
     done, events = distilled
-    record, folder = done.record, Path(done.folder)
+    record = done.record
+    folder = Path(done.folder)
     assert record.after.loss < 0.95 * record.before.loss
     assert [text.label for text in record.texts] == ["trained.txt", "self", "other.txt"]
     assert [text.weight for text in record.texts] == [3, 1, 0]
     assert [text.trained_rows > 0 for text in record.texts] == [True, True, False]
     assert [point.step for point in record.curve] == [0, 5, 10, 10]
-    assert record.before.train_loss is None and record.curve[1].train_loss is not None
+    assert record.before.train_loss is None
+    assert record.curve[1].train_loss is not None
     for text in record.texts:
         assert record.after.kept[text.label] == pytest.approx(
             text.teacher_perplexity / record.after.perplexity[text.label]
@@ -119,7 +122,8 @@ def test_a_student_comes_closer_to_its_teacher(distilled: Observed, student: Pat
     assert not folder.with_name("out.part").exists()
     assert done.notes == ()
     card = (folder / "README.md").read_text()
-    assert card.startswith((student / "README.md").read_text()[:200]) and "Distilled from" in card
+    assert card.startswith((student / "README.md").read_text()[:200])
+    assert "Distilled from" in card
     assert {"config.json", "tokenizer.json", "avss_distill.json"} <= files(folder).keys()
     assert (folder / "config.json").read_bytes() == (student / "config.json").read_bytes()
 
@@ -149,12 +153,14 @@ def test_what_is_trained_and_the_memory_that_it_takes(
     assert changed(student, done["all"].folder) == layers | {"model.norm.weight"}
     assert changed(student, done["lora"].folder) == {name for name in layers if "_proj." in name}
     record = done["lora"].record
-    assert record.lora_rank == 4 and record.after.loss < record.before.loss
+    assert record.lora_rank == 4
+    assert record.after.loss < record.before.loss
     assert not list((tmp_path / "lora").glob("adapter*"))
     parts = {train: result.memory for train, result in done.items()}
     assert parts["all"].trained > parts["lora"].trained
     for part in parts.values():
-        assert part.parts["gradients"] == 4 * part.trained and part.parts["optimizer"] == 8 * part.trained
+        assert part.parts["gradients"] == 4 * part.trained
+        assert part.parts["optimizer"] == 8 * part.trained
     assert parts["all"].parts["student"] == sum(4 * t.numel() for t in weights_of(done["all"].folder).values())
 
 
@@ -165,7 +171,8 @@ def test_what_is_trained_and_the_memory_that_it_takes(
 def test_a_training_ends_when_held_out_loss_no_longer_falls(distill: Distill, tmp_path: Path) -> None:
     """With few rows, which are learned by heart, the best checkpoint is an early one, and is written."""
     done = distill(max_sequences=7, tokens=200 * 128, evaluations=50, learning_rate=2e-3)
-    assert done.record.ended == "no improvement" and done.record.steps < 200
+    assert done.record.ended == "no improvement"
+    assert done.record.steps < 200
     losses = [point.loss for point in done.record.curve]
     assert losses[-1] == pytest.approx(min(losses), rel=1e-5)
     assert "stopped early" in (tmp_path / "out" / "README.md").read_text()
@@ -184,9 +191,12 @@ def test_a_training_that_diverges_writes_its_best_checkpoint(
     monkeypatch.setattr(trainer, "distillation_loss", fail)
     with pytest.raises(RunFailed, match=r"diverged.*best checkpoint.*of 640 tokens.*out") as caught:
         distill()
-    assert caught.value.exit_code == 1 and len(steps) == 8
+    assert caught.value.exit_code == 1
+    assert len(steps) == 8
     record = read_record(tmp_path / "out")
-    assert record is not None and record.ended == "diverged" and record.steps == 5
+    assert record is not None
+    assert record.ended == "diverged"
+    assert record.steps == 5
     assert record.after.loss < record.before.loss
     assert not (tmp_path / "out.part").exists()
 
@@ -194,7 +204,8 @@ def test_a_training_that_diverges_writes_its_best_checkpoint(
 def test_a_training_that_gains_nothing_writes_nothing(distill: Distill, tmp_path: Path) -> None:
     with pytest.raises(RunFailed, match="Nothing was written") as caught:
         distill(learning_rate=1e4, warmup=0)
-    assert caught.value.exit_code == 1 and "learning_rate" in str(caught.value)
+    assert caught.value.exit_code == 1
+    assert "learning_rate" in str(caught.value)
     assert not (tmp_path / "out").exists()
 
 
@@ -217,7 +228,8 @@ def test_a_full_disk_keeps_what_is_complete_and_the_same_request_resumes(
             distill()
     assert caught.value.exit_code == 1
     complete = trainer.last_checkpoint(tmp_path / "out.part" / "checkpoints")
-    assert complete is not None and complete.name == "checkpoint-5"
+    assert complete is not None
+    assert complete.name == "checkpoint-5"
     resumed: list[Any] = []
     distill(on_event=resumed.append)
     advanced = [event.tokens for event in resumed if isinstance(event, TrainingAdvanced)]
@@ -282,7 +294,8 @@ def test_paired_text_can_only_be_watched(distill: Distill, tmp_path: Path) -> No
 
 
 def test_watched_text_that_is_trained_on_is_refused(distill: Distill, corpus: Path, tmp_path: Path) -> None:
-    lines, same = corpus.read_text().split("\n"), tmp_path / "same.txt"
+    lines = corpus.read_text().split("\n")
+    same = tmp_path / "same.txt"
     same.write_text("\n".join(reversed(lines[100:])))
     told = r"of the held-out rows of .*same.txt is text that is trained on"
     refused(distill, told, watch=[same], held_out=16)
@@ -346,10 +359,13 @@ def test_the_command_prints_a_table_or_json(
     arguments = ["distill", student, "--teacher", teacher, "--corpora", corpus, "--watch", other_corpus]
     arguments += ["--sequence-length", 32, "--tokens", "5e2", "--self-texts", 0, "--held-out", 4, "--device", "cpu"]
     shown = succeed(*arguments, "-o", tmp_path / "table")
-    assert "trained.txt" in shown.stdout and "other.txt, watched" in shown.stdout and "Distilled from" in shown.stdout
+    assert "trained.txt" in shown.stdout
+    assert "other.txt, watched" in shown.stdout
+    assert "Distilled from" in shown.stdout
     assert "tokens: kept" in shown.stderr
     values = json.loads(avss(*arguments, "-o", tmp_path / "json", "--format", "json", "-q").stdout)
-    assert values["curve"][0]["tokens"] == 0 and values["output"] == str(tmp_path / "json")
+    assert values["curve"][0]["tokens"] == 0
+    assert values["output"] == str(tmp_path / "json")
 
 
 def test_the_last_evaluation_is_named_as_that_of_the_written_checkpoint(distilled: Observed) -> None:
@@ -383,7 +399,8 @@ def test_lines_on_a_distillation_say_which_rows_were_trained_on_and_held_out(dis
 def test_the_card_of_a_distilled_model_has_no_value_of_the_student_as_its_own(
     distilled: Observed, tmp_path: Path, evaluated: tuple[str, ...], lines: list[str]
 ) -> None:
-    student, folder = tmp_path / "student", tmp_path / "distilled"
+    student = tmp_path / "student"
+    folder = tmp_path / "distilled"
     student.mkdir()
     folder.mkdir()
     card = "# m\n\n- Finding: f.\n- Evaluated: t: acc 0.5, 0.6 of the whole model.\n\nWritten by avss_dist.\n"
@@ -459,7 +476,8 @@ def test_a_checkpoint_that_keeps_less_of_every_text_or_is_worse_as_written_is_no
 ) -> None:
     """Training lowers the divergence; a metric is worse by a factor after its first measurements."""
     metric, first, factor, message = case
-    measure, factors = trainer.held_out_metrics, iter([1.0] * first)
+    measure = trainer.held_out_metrics
+    factors = iter([1.0] * first)
 
     def worse(*arguments: Any) -> dict[str, float]:
         times = next(factors, factor)
@@ -468,7 +486,8 @@ def test_a_checkpoint_that_keeps_less_of_every_text_or_is_worse_as_written_is_no
     monkeypatch.setattr(trainer, "held_out_metrics", worse)
     with pytest.raises(RunFailed, match=f"(?s){message}"):
         distill()
-    assert not (tmp_path / "out").exists() and [*(tmp_path / "out.part" / "checkpoints").glob("checkpoint-*")]
+    assert not (tmp_path / "out").exists()
+    assert [*(tmp_path / "out.part" / "checkpoints").glob("checkpoint-*")]
 
 
 def test_a_limit_on_the_size_of_files_is_told(

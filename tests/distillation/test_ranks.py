@@ -64,7 +64,8 @@ def pair_of(
     parent = tmp_path_factory.mktemp("pairs")
 
     def pair(family: str) -> dict[str, Any]:
-        teacher, student = parent / f"{family}-teacher", parent / f"{family}-student"
+        teacher = parent / f"{family}-teacher"
+        student = parent / f"{family}-student"
         if not teacher.exists():
             model = lively(tiny_model("causal", family))
             save_checkpoint(model, teacher)
@@ -117,7 +118,8 @@ def distill_here(options: dict[str, Any]) -> tuple[int, int]:
     """Do this rank's part of a distillation, and return the bytes of weights and moments that it held."""
     trainer.DistillationTrainer = MeasuredTrainer  # type: ignore[misc]
     request = DistillRequest(**options)
-    models, output = resolve_pair(request, "cpu"), Path(options["output"])
+    models = resolve_pair(request, "cpu")
+    output = Path(options["output"])
     work = output.with_name("out.part")
     work.mkdir(exist_ok=True)
     texts = read_texts(request, models, work, ignore)
@@ -135,7 +137,8 @@ def assert_near(output: Path, expected: Path) -> None:
 
 def assert_same_curve(record: DistillRecord | None, expected: DistillRecord) -> None:
     """Equal within rounding."""
-    assert record is not None and record.steps == expected.steps == STEPS
+    assert record is not None
+    assert record.steps == expected.steps == STEPS
     for point, other in zip(record.curve, expected.curve, strict=True):
         assert point.loss == pytest.approx(other.loss, rel=1e-4)
         assert (point.train_loss or 0) == pytest.approx(other.train_loss or 0, rel=1e-4)

@@ -14,14 +14,30 @@ from support.commands import Command
 pytestmark = pytest.mark.nightly
 
 STEPS = 24
-MOMENTS: dict[str, Callable[[Path], bool]] = {
-    "the teacher writes": lambda part: bool([*part.glob("self-*.part")]),
-    "a checkpoint is being written": lambda part: (
-        part / "checkpoints" / "checkpoint-6" / "model.safetensors"
-    ).exists(),
-    "a checkpoint is complete": lambda part: (part / "checkpoints" / "checkpoint-12" / "avss_complete").exists(),
-    "the output is being written": lambda part: bool([*part.parent.glob(".out.avss-*")]),
-}
+
+
+def teacher_writes(part: Path) -> bool:
+    return any(part.glob("self-*.part"))
+
+
+def checkpoint_is_being_written(part: Path) -> bool:
+    return (part / "checkpoints" / "checkpoint-6" / "model.safetensors").exists()
+
+
+def checkpoint_is_complete(part: Path) -> bool:
+    return (part / "checkpoints" / "checkpoint-12" / "avss_complete").exists()
+
+
+def output_is_being_written(part: Path) -> bool:
+    return any(part.parent.glob(".out.avss-*"))
+
+
+MOMENTS: list[Callable[[Path], bool]] = [
+    teacher_writes,
+    checkpoint_is_being_written,
+    checkpoint_is_complete,
+    output_is_being_written,
+]
 ARGUMENTS = ["--sequence-length", 32, "--tokens", STEPS * 128, "--held-out", 4, "--evaluations", 4, "--warmup", 2]
 ARGUMENTS += ["--device", "cpu", "--learning-rate", "3e-3", "--self-texts", 300, "-q"]
 
@@ -41,13 +57,14 @@ def test_a_killed_distillation_writes_the_same_bytes(
     caches = {name: {"XDG_CACHE_HOME": str(tmp_path / f"cache-{name}")} for name in outputs}
     code, _, said = Command(*arguments, *outputs["whole"], **caches["whole"]).wait()
     assert code == 0, said
-    kills, folder = [], tmp_path / "killed"
-    for moment, arrived in MOMENTS.items():
+    kills = []
+    folder = tmp_path / "killed"
+    for has_come in MOMENTS:
         command = Command(*arguments, *outputs["killed"], **caches["killed"])
-        while command.running() and not arrived(folder / "out.part"):
+        while command.running() and not has_come(folder / "out.part"):
             time.sleep(0.001)
         if command.running():
-            kills.append(moment)
+            kills.append(has_come.__name__)
             command.kill()
         else:
             assert command.wait()[0] == 0
@@ -57,5 +74,6 @@ def test_a_killed_distillation_writes_the_same_bytes(
         code, _, said = Command(*arguments, *outputs["killed"], **caches["killed"]).wait()
         assert code == 0, said
     assert files(folder / "out") == files(tmp_path / "whole" / "out")
-    assert not [name for name in os.listdir(folder) if name.startswith(".out")] and not (folder / "out.part").exists()
+    assert not [name for name in os.listdir(folder) if name.startswith(".out")]
+    assert not (folder / "out.part").exists()
     assert avss(*arguments, *outputs["killed"]).exit_code == 2

@@ -40,7 +40,9 @@ def test_progress_is_told_after_each_token_and_each_batch(teacher: Path) -> None
         (first, second) = sample(resolve(str(teacher)), replace(SETTINGS, batch_size=8), count=16)
         assert LanguageModel.each(Any, len, ["a", "bc"]) == [1, 2]  # type: ignore[arg-type, list-item]
     assert len(first) + len(second) == 16
-    assert len(shares) > 20 and shares[:-2] == sorted(shares[:-2]) and shares[-2:] == [0.0, 0.5]
+    assert len(shares) > 20
+    assert shares[:-2] == sorted(shares[:-2])
+    assert shares[-2:] == [0.0, 0.5]
 
 
 def test_what_was_begun_goes_on_in_batches_of_the_same_size(
@@ -79,13 +81,16 @@ def test_a_repair_is_fitted_on_text_of_the_model(
     """With its weight, once for all repairs."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     texts = with_own_text([str(corpus), "self=0.5"], resolve(str(teacher)), SETTINGS)
-    assert texts[0] == str(corpus) and texts[1].endswith(".jsonl:text=0.5")
-    assert has_own_text(texts) and not has_own_text([str(corpus)])
+    assert texts[0] == str(corpus)
+    assert texts[1].endswith(".jsonl:text=0.5")
+    assert has_own_text(texts)
+    assert not has_own_text([str(corpus)])
     plan = Plan(model=str(teacher), num_layers=4, layers="layers", drop=(2,))
     monkeypatch.delattr(module, "sample")
     options: dict[str, Any] = {"sequence_length": 16, "dtype": "float32", "device": "cpu", "repair": "channel"}
     done = avss_dist.prune(str(teacher), plan, output=tmp_path / "out", repair_corpora=["self"], **options)
-    assert done.repair.texts[0].corpus == texts[1].removesuffix("=0.5") and done.repair.texts[0].rows > 100
+    assert done.repair.texts[0].corpus == texts[1].removesuffix("=0.5")
+    assert done.repair.texts[0].rows > 100
 
 
 @pytest.mark.nightly

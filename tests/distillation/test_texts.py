@@ -39,7 +39,8 @@ def test_held_out_rows_come_before_those_to_train_on(teacher: Path, corpus: Path
     parts = [
         np.concatenate([shard.input_ids for shard in plan.shards]) for plan in (texts[0].held_out, texts[0].trained)
     ]
-    assert np.array_equal(rows[1:5], parts[0]) and np.array_equal(rows[5:], parts[1])
+    assert np.array_equal(rows[1:5], parts[0])
+    assert np.array_equal(rows[5:], parts[1])
 
 
 def test_a_mix_draws_by_weight_and_every_row_before_any_again(texts: list[DistillText]) -> None:
@@ -62,7 +63,8 @@ def test_a_mix_depends_on_its_seed_alone(texts: list[DistillText]) -> None:
         mix = Mix(texts, 50, seed)
         return torch.stack([mix[i]["input_ids"] for i in range(50)])
 
-    assert torch.equal(order(1), order(1)) and not torch.equal(order(1), order(2))
+    assert torch.equal(order(1), order(1))
+    assert not torch.equal(order(1), order(2))
 
 
 def test_labels_are_the_tokens_that_count(texts: list[DistillText]) -> None:
@@ -118,7 +120,9 @@ def tokenizer(teacher: Path) -> Any:
 
 def test_rows_of_conversations_are_held_out_and_trained(chats: Write, tokenizer: Any) -> None:
     text = read_trained(f"{chats(40)}:messages", "chats", 1.0, tokenizer, CHATS, 4)
-    assert text.trained is not None and text.held_out.num_sequences == 4 and text.trained.num_sequences > 20
+    assert text.trained is not None
+    assert text.held_out.num_sequences == 4
+    assert text.trained.num_sequences > 20
     assert "<|u|>" in tokenizer.decode(text.held_out.shards[0].input_ids.ravel())
 
 
@@ -133,7 +137,8 @@ def test_rows_of_conversations_are_held_out_and_trained(chats: Write, tokenizer:
 def test_a_broken_line_behind_the_held_out_rows_is_named(line: Any, message: str, chats: Write, tokenizer: Any) -> None:
     with pytest.raises(CorpusError, match=message) as told:
         read_trained(f"{chats(40, line)}:messages", "chats", 1.0, tokenizer, CHATS, 4)
-    assert "no row to train on" not in str(told.value) and "longer text" not in str(told.value)
+    assert "no row to train on" not in str(told.value)
+    assert "longer text" not in str(told.value)
 
 
 def test_too_few_conversations_are_told_as_such(chats: Write, tokenizer: Any) -> None:

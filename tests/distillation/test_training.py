@@ -54,7 +54,8 @@ def test_a_loss_that_is_not_finite_is_divergence() -> None:
 
 def test_the_best_evaluation_is_a_trained_one() -> None:
     lowest = best(evaluations(history(0.5, 0.9, 0.8, 0.8)))
-    assert lowest is not None and lowest.step == 20
+    assert lowest is not None
+    assert lowest.step == 20
     assert best(evaluations(history(0.5))) is None
 
 
@@ -88,7 +89,9 @@ def test_the_best_evaluation_keeps_some_text(
 ) -> None:
     before, *_ = curve = [*points(*values)]
     lowest = best(curve)
-    assert lowest is not None and lowest.step == chosen and is_better(lowest, before) is better
+    assert lowest is not None
+    assert lowest.step == chosen
+    assert is_better(lowest, before) is better
 
 
 # Trackers
@@ -132,7 +135,8 @@ def test_value_and_gradient_are_those_of_autograd(
     monkeypatch.setattr(loss, "WIDENED_BYTES", piece_bytes)
     torch.manual_seed(0)
     student = (3 * torch.randn(23, 50)).requires_grad_()
-    teacher, labels = (3 * torch.randn(23, 50)).to(dtype), some_labels(23, 50)
+    teacher = (3 * torch.randn(23, 50)).to(dtype)
+    labels = some_labels(23, 50)
     counted = labels != NOT_COUNTED
     targets = teacher.double().log_softmax(-1)
     divergences = kl_div(student.double().log_softmax(-1), targets, log_target=True, reduction="none").sum(-1)
@@ -141,11 +145,13 @@ def test_value_and_gradient_are_those_of_autograd(
     value = distillation_loss(student, teacher.clone(), labels)
     (gradient,) = torch.autograd.grad(2.5 * value, student)
     assert value.item() == pytest.approx(whole.item(), rel=1e-5)
-    assert torch.allclose(gradient, expected, atol=1e-5) and not gradient[~counted].any()
+    assert torch.allclose(gradient, expected, atol=1e-5)
+    assert not gradient[~counted].any()
 
 
 def test_the_gradient_is_stored_in_the_memory_of_the_teacher() -> None:
-    student, teacher = torch.randn(4, 10, requires_grad=True), torch.randn(4, 10)
+    student = torch.randn(4, 10, requires_grad=True)
+    teacher = torch.randn(4, 10)
     value = distillation_loss(student, teacher, torch.ones(4, dtype=torch.int64))
     (gradient,) = torch.autograd.grad(value, student)
     assert gradient.data_ptr() == teacher.data_ptr()
@@ -153,7 +159,8 @@ def test_the_gradient_is_stored_in_the_memory_of_the_teacher() -> None:
 
 def test_impossible_tokens_count_nothing() -> None:
     """Models mask the logits of padding tokens with minus infinity."""
-    logits, label = torch.tensor([[0.0, 1.0, -torch.inf]]), torch.tensor([1])
+    logits = torch.tensor([[0.0, 1.0, -torch.inf]])
+    label = torch.tensor([1])
     assert distillation_loss(logits.clone(), logits.clone(), label).item() == pytest.approx(0, abs=1e-7)
     assert 0 < distillation_loss(torch.tensor([[0.0, 1.0, -5.0]]), logits.clone(), label).item() < 0.01
 

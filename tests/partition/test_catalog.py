@@ -27,7 +27,9 @@ def test_every_partition_has_a_class_that_opens_replicas_and_a_line_in_the_docs(
     assert list(inspect.signature(opened.forward).parameters) == ["self", "batches", "context"]
     taken = [name.removeprefix("_") for name in inspect.signature(opened).parameters]
     assert taken == ["checkpoint", "settings", "placement", "head"]
-    assert callable(opened.close) and opened.__doc__ and callable(opened.usage)
+    assert callable(opened.close)
+    assert opened.__doc__
+    assert callable(opened.usage)
     page = Path(avss_dist.__file__).parent / "docs" / "reference" / "partitions.md"
     assert f"\n| `{partition}` | " in page.read_text(encoding="utf-8")
 
@@ -42,7 +44,8 @@ def test_a_replica_is_opened_by_its_name(partition: str, tiny_llama: Path) -> No
         return
     replica = open_replica(resolve(str(tiny_llama)), Settings(device="cpu"), placement)
     assert type(replica) is replica_class(partition)
-    assert replica.model["partition"] == partition and len(replica.layers) == 3
+    assert replica.model["partition"] == partition
+    assert len(replica.layers) == 3
     replica.close()
 
 

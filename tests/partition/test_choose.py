@@ -63,12 +63,14 @@ def gpus(count: int, memory: int, on_one_node: int = 8) -> Devices:
 def test_auto_takes_the_simplest_that_fits(billions: float, devices: Devices, partition: str, count: int) -> None:
     placement = choose(llama_like(billions), SETTINGS, Execution(), devices)
     assert (placement.partition, placement.gpus, placement.ranks) == (partition, count, 1)
-    assert "of weights" in placement.why and ("GPU" in placement.why) == (devices.kind == "cuda")
+    assert "of weights" in placement.why
+    assert ("GPU" in placement.why) == (devices.kind == "cuda")
 
 
 def test_a_device_map_has_whole_layers() -> None:
     """Of 24 GB each; with the activations, three do not fit. The first GPU keeps room for one more."""
-    size, devices = llama_like(405), gpus(24, 80 * GB, on_one_node=24)
+    size = llama_like(405)
+    devices = gpus(24, 80 * GB, on_one_node=24)
     room = int(80 * GB * 0.9) - batch_bytes(size, SETTINGS)
     assert size.layer_bytes[0] * 2 < room < size.layer_bytes[0] * 3
     assert gpus_filled(size, room) == choose(size, SETTINGS, Execution(), devices).gpus == 17 > size.weight_bytes / room
@@ -79,7 +81,9 @@ def test_auto_spreads_parts_over_the_gpus_of_several_hosts() -> None:
     """Each holds a part, and two layers while one runs; with one GPU a host, links are slow."""
     size = llama_like(405, layers=126, hidden=16384)
     placement = choose(size, SETTINGS, Execution(), gpus(32, 80 * GB))
-    assert placement.partition == "fsdp" and placement.gpus == placement.ranks and 12 < placement.ranks <= 16
+    assert placement.partition == "fsdp"
+    assert placement.gpus == placement.ranks
+    assert 12 < placement.ranks <= 16
     assert placement.copies == 1
     assert f"need {placement.ranks} times one GPU of 80 GB of several hosts: fsdp, whose ranks read" in placement.why
     for execution, devices in (
@@ -94,7 +98,8 @@ def test_auto_spreads_parts_over_the_gpus_of_several_hosts() -> None:
 def test_auto_takes_zero3_where_transformers_cannot_load_in_parts(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("transformers.distributed.DistributedConfig", object)  # without the fields of later versions
     placement = choose(llama_like(405, layers=126, hidden=16384), SETTINGS, Execution(), gpus(32, 80 * GB))
-    assert placement.partition == "zero3" and "5.23 or newer can" in placement.why
+    assert placement.partition == "zero3"
+    assert "5.23 or newer can" in placement.why
 
 
 def test_auto_counts_activations_replicas_and_limits() -> None:
@@ -114,7 +119,8 @@ def test_auto_counts_activations_replicas_and_limits() -> None:
 
 def test_a_limit_covers_the_process_and_a_batch_as_well_as_weights() -> None:
     """What is left of it for weights and hidden states is what the partition gets; no room is negative."""
-    size, devices = llama_like(8), cpus(64 * GB)
+    size = llama_like(8)
+    devices = cpus(64 * GB)
     beside = bytes_beside_weights(size, SETTINGS, "cpu")
     assert beside == PROCESS_BYTES + batch_bytes(size, SETTINGS)
     enough = least_host_bytes("single", size, SETTINGS, "cpu")
@@ -140,7 +146,8 @@ def test_quantized_weights_that_do_not_fit_unpacked_are_streamed() -> None:
     """With room for a layer and to unpack it; on a GPU, host memory has the layer as it is stored."""
     size = replace(llama_like(70), unpacking_bytes=3 * GB, stored_share=0.5)
     assert choose(size, SETTINGS, Execution(), cpus(24 * GB)).partition == "streaming"
-    beside, layer = bytes_beside_weights(size, SETTINGS, "cpu"), max(size.layer_bytes)
+    beside = bytes_beside_weights(size, SETTINGS, "cpu")
+    layer = max(size.layer_bytes)
     assert least_host_bytes("streaming", size, SETTINGS, "cpu") == beside + layer + size.other_bytes + 3 * GB
     beside = bytes_beside_weights(size, SETTINGS, "cuda")
     assert least_host_bytes("streaming", size, SETTINGS, "cuda") == beside + layer // 2
@@ -164,7 +171,9 @@ def test_weights_that_stay_quantized_are_not_streamed(devices: Devices) -> None:
 def test_ranks_without_room_for_the_layer_that_they_gather_are_refused(partition: str) -> None:
     """Each has its part, the layer twice, and a batch. On CPUs, ranks on one host share its memory."""
     size = replace(llama_like(671, layers=61, hidden=7168), expert_bytes=20 * GB)
-    part, layer, batch = size.weight_bytes // 32, size.layer_bytes[0], batch_bytes(size, SETTINGS)
+    part = size.weight_bytes // 32
+    layer = size.layer_bytes[0]
+    batch = batch_bytes(size, SETTINGS)
     execution = Execution(partition=partition, ranks=32)
     assert needs_size(execution)
     needed = -(-size.weight_bytes // 32) + 2 * layer + batch
@@ -275,7 +284,8 @@ def test_what_is_no_size_is_refused(text: str) -> None:
 
 def test_this_machine_has_devices() -> None:
     here = devices_here("cpu")
-    assert here.cpus >= 1 and 10**8 < here.host_bytes == here.device_bytes
+    assert here.cpus >= 1
+    assert 10**8 < here.host_bytes == here.device_bytes
 
 
 @pytest.fixture(scope="module")
@@ -285,7 +295,9 @@ def gpt2(tmp_path_factory: pytest.TempPathFactory, save_checkpoint: Callable[[An
 
 
 def test_a_family_that_nobody_splits_is_refused_when_it_is_placed(gpt2: Path) -> None:
-    checkpoint, settings, devices = resolve(str(gpt2)), Settings(sequence_length=16), devices_here("cpu")
+    checkpoint = resolve(str(gpt2))
+    settings = Settings(sequence_length=16)
+    devices = devices_here("cpu")
     with pytest.raises(ConfigError, match="Neither transformers nor DeepSpeed can split a gpt2 model") as told:
         place(checkpoint, settings, Execution(partition="tensor_parallel", ranks=2), devices)
     assert "zero3" in str(told.value.hint)

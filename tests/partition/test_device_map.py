@@ -78,7 +78,8 @@ def test_statistics_are_those_of_single(
 
 
 def test_bfloat16_and_a_dtype_that_is_not_stored(tiny_llama: Path) -> None:
-    checkpoint, settings = resolve(str(tiny_llama)), replace(SETTINGS, dtype="bfloat16")
+    checkpoint = resolve(str(tiny_llama))
+    settings = replace(SETTINGS, dtype="bfloat16")
     shard = packed_or_padded()
     expected = measured(Replica(checkpoint, settings), shard, settings)
     assert_same_result(measured(placed(checkpoint, 1, settings=settings), shard, settings), expected)
@@ -89,7 +90,8 @@ def test_layers_are_not_split(tiny_llama: Path) -> None:
     replica = placed(checkpoint, room_for(checkpoint))
     layers = {name: device for name, device in replica.device_map.items() if name.startswith("model.layers.")}
     assert layers.keys() == {f"model.layers.{i}" for i in range(3)}
-    assert layers["model.layers.0"] == "cpu" and layers["model.layers.2"] == "disk"
+    assert layers["model.layers.0"] == "cpu"
+    assert layers["model.layers.2"] == "disk"
     replica.close()
 
 
@@ -103,7 +105,8 @@ def test_weights_on_disk_stay_there_and_activations_do_not(tiny_llama: Path) -> 
     for _ in range(2):
         replica.forward(list(packed_or_padded().batches(2)), lambda batch: torch.no_grad())
         assert all(p.device.type == "meta" for p in layer.parameters())
-    assert len(seen) == 6 and all(t.device == replica.device and t.isfinite().all() for t in seen)
+    assert len(seen) == 6
+    assert all(t.device == replica.device and t.isfinite().all() for t in seen)
     replica.close()
 
 
@@ -113,7 +116,8 @@ def test_what_must_be_rewritten_is_and_is_removed(
     """Experts that are fused when they are loaded go into a folder of the replica's own; Llama needs none."""
     replica = placed(resolve(str(family_folder("causal", "mixtral"))), 1)
     written = [file.name for file in offload.rglob("*.safetensors")]
-    assert written and all("experts" in name for name in written)
+    assert written
+    assert all("experts" in name for name in written)
     replica.close()
     assert list(offload.iterdir()) == []
     replica = placed(resolve(str(tiny_llama)), 1)
@@ -155,7 +159,8 @@ def test_a_device_that_is_not_here_is_refused(name: str, said: str, hint: str, t
     placement = Placement(partition="device_map", max_memory={name: 1000})
     with pytest.raises(ConfigError) as raised:
         DeviceMapReplica(resolve(str(tiny_llama)), SETTINGS, placement)
-    assert said in raised.value.message and hint in (raised.value.hint or "")
+    assert said in raised.value.message
+    assert hint in (raised.value.hint or "")
 
 
 def test_a_full_offload_folder_is_refused(
@@ -200,7 +205,8 @@ def test_the_fewest_gpus_on_which_all_weights_fit(kind: str, family: str, tmp_pa
         for share in (1.0, 1.2, 1.5, 2.0):
             room = int(share * max(size.module_bytes))
             gpus = int(gpus_filled(size, room))
-            assert on_host(gpus, room) == 0 and (gpus == 2 or on_host(gpus - 1, room))
+            assert on_host(gpus, room) == 0
+            assert gpus == 2 or on_host(gpus - 1, room)
 
 
 def test_an_incomplete_map_is_refused() -> None:

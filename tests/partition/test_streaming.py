@@ -36,7 +36,8 @@ from avss_dist.partition.streaming.passes import HiddenStateOffloader, Window
 from avss_dist.partition.streaming.replica import StreamingReplica
 from avss_dist.partition.streaming.weights import buffer_bytes, copied, copied_into, mapped
 
-ROWS, TOKENS = 5, 12
+ROWS = 5
+TOKENS = 12
 SETTINGS = Settings(batch_size=2, sequence_length=TOKENS, device="cpu")
 CLASSES = [
     *(("causal", name) for name in ("llama", "gpt2", "bloom", "mamba")),
@@ -63,7 +64,8 @@ def single(folder: Path, settings: Settings = SETTINGS) -> Replica:
 
 def assert_same(folder: Path, settings: Settings = SETTINGS, **placement: Any) -> tuple[StreamingReplica, Replica]:
     """Packed and padded, a shard after the other through the same two replicas."""
-    got, wanted = streaming(folder, settings, **placement), single(folder, settings)
+    got = streaming(folder, settings, **placement)
+    wanted = single(folder, settings)
     for padded in (False, True):
         one = shard(padded=padded)
         assert_same_result(analyze_shard(got, one, settings), analyze_shard(wanted, one, settings))
@@ -186,7 +188,9 @@ def test_weights_are_where_the_system_has_the_files(tmp_path: Path) -> None:
     replica.forward(list(shard().batches(ROWS)), no_observation)
     look()
     one = stored_bytes(tmp_path, "model.layers.0.")
-    assert len(resident) == 4 and all(one <= size < 1.5 * one for size in resident[:3]) and resident[3] == 0
+    assert len(resident) == 4
+    assert all(one <= size < 1.5 * one for size in resident[:3])
+    assert resident[3] == 0
 
 
 def test_what_a_model_writes_into_its_weights_does_not_reach_the_file(tiny: Path) -> None:
@@ -252,7 +256,8 @@ def test_two_layers_at_most(tmp_path: Path) -> None:
     replica.forward(list(shard().batches(2)), no_observation)
     assert [index for index, _, _ in seen] == [i for i in range(6) for _ in range(3)]
     assert all(set(there) <= {index, index + 1} and index in there for index, there, _ in seen)
-    assert not any(grad for _, _, grad in seen) and torch.is_grad_enabled()
+    assert not any(grad for _, _, grad in seen)
+    assert torch.is_grad_enabled()
     assert all(map(without_numbers, replica.layers))
 
 
@@ -362,7 +367,8 @@ def test_after_an_error_the_replica_is_as_before(
     assert sorted(left) == [1, 2, 2]
     assert list(offload.iterdir()) == []
     assert not [thread for thread in threading.enumerate() if thread.name.startswith("avss-weights")]
-    assert all(map(without_numbers, replica.layers)) and torch.is_grad_enabled()
+    assert all(map(without_numbers, replica.layers))
+    assert torch.is_grad_enabled()
     assert greenlet.getcurrent().parent is None
     assert_same_result(analyze_shard(replica, shard(), SETTINGS), analyze_shard(single(tiny), shard(), SETTINGS))
 
@@ -403,7 +409,8 @@ def test_quantized_weights(
     kind: str, family: str, dtype: str, family_folder: Callable[[str, str], Path], tmp_path: Path
 ) -> None:
     """They are unpacked to the numbers of `single` with `dequantize`, layer by layer."""
-    whole, folder = family_folder("causal", family), tmp_path / "quantized"
+    whole = family_folder("causal", family)
+    folder = tmp_path / "quantized"
     if kind == "mxfp4":
         mxfp4(whole, folder)
     elif kind.startswith("fp8") and "-" not in kind:
@@ -453,7 +460,8 @@ def test_unpacked_blocks_are_the_stored_numbers_times_their_scales(tmp_path: Pat
         for name in ("mlp.up_proj.weight", "mlp.down_proj.weight", "self_attn.k_proj.weight"):
             packed, scale = (stored[f"model.layers.1.{name}{suffix}"] for suffix in ("", "_scale_inv"))
             scales = scale.repeat_interleave(20, 0).repeat_interleave(20, 1)[: len(packed), : packed.shape[1]]
-            assert scale.numel() > 1 and torch.equal(weights[name], packed.float() * scales)
+            assert scale.numel() > 1
+            assert torch.equal(weights[name], packed.float() * scales)
         assert torch.equal(weights["input_layernorm.weight"], stored["model.layers.1.input_layernorm.weight"])
         part.unload()
 
@@ -497,7 +505,8 @@ def test_missing_scales_are_refused(
     tmp_path: Path,
 ) -> None:
     """transformers would take them for 1."""
-    whole, folder = family_folder("causal", "gpt_oss" if kind == "mxfp4" else "llama"), tmp_path / "quantized"
+    whole = family_folder("causal", "gpt_oss" if kind == "mxfp4" else "llama")
+    folder = tmp_path / "quantized"
     {"fp8": block_fp8, "mxfp4": mxfp4}.get(kind, lambda *at: compressed_tensors(*at, kind))(whole, folder)
     tensors = load_file(folder / "model.safetensors")
     stem = "down_proj" if kind == "mxfp4" else "up_proj."
@@ -550,7 +559,8 @@ def test_closing_gives_the_layers_their_classes_back(tiny: Path) -> None:
     modules = [layer.module for layer in replica.layers]
     kinds = {type(module).__mro__[1] for module in modules}
     replica.close()
-    assert {type(module) for module in modules} == kinds and not hasattr(replica, "layers")
+    assert {type(module) for module in modules} == kinds
+    assert not hasattr(replica, "layers")
 
 
 @pytest.mark.gpu

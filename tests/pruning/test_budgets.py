@@ -26,7 +26,8 @@ Float64 = np.ndarray
 
 def linear_program(damage: Float64, levels: Float64, sizes: Float64, target: float) -> float:
     """The optimum of the continuous problem: each map mixes its levels, 0 among them."""
-    grid, rows = np.append(0.0, levels), np.column_stack([np.zeros(len(sizes)), damage])
+    grid = np.append(0.0, levels)
+    rows = np.column_stack([np.zeros(len(sizes)), damage])
     weighted = np.kron(sizes, grid)[None]
     one_each = np.kron(np.eye(len(sizes)), np.ones(len(grid)))
     limits = np.append(target * sizes.sum(), np.ones(len(sizes)))
@@ -43,13 +44,15 @@ def mixed(x: Float64, y: Float64, at: float) -> float:
 def test_the_knapsack_is_the_optimum_of_the_linear_program(target: float) -> None:
     """Of damages that rise, fall, and bend either way."""
     rng = np.random.default_rng(int(100 * target))
-    levels, sizes = np.array([0.2, 0.5, 0.6, 0.9]), np.array([1.0, 2.0, 4.0, 3.0, 0.5])
+    levels = np.array([0.2, 0.5, 0.6, 0.9])
+    sizes = np.array([1.0, 2.0, 4.0, 3.0, 0.5])
     for rising in (True, False) * 5:
         damage = rng.random((5, 4)) - (0.0 if rising else 0.3)
         damage = np.sort(damage, axis=1) if rising else damage
         found = knapsack(damage, levels, sizes, target)
         assert found @ sizes / sizes.sum() == pytest.approx(target, rel=1e-12)
-        assert (found >= 0).all() and (found <= 0.9 + 1e-12).all()
+        assert (found >= 0).all()
+        assert (found <= 0.9 + 1e-12).all()
         grid = np.append(0.0, levels)
         cost = sum(mixed(grid, np.append(0.0, row), min(s, 0.9)) for row, s in zip(damage, found, strict=True))
         assert cost == pytest.approx(linear_program(damage, levels, sizes, target), abs=1e-9)
@@ -64,12 +67,14 @@ def test_steps_cost_what_they_do_for_a_weight() -> None:
 
 
 def test_what_is_cut_off_goes_to_the_others_in_proportion_again_and_again() -> None:
-    ratios, sizes = np.array([1.0, 2.0, 4.0, 8.0]), np.array([1.0, 2.0, 1.0, 4.0])
+    ratios = np.array([1.0, 2.0, 4.0, 8.0])
+    sizes = np.array([1.0, 2.0, 1.0, 4.0])
     assert proportional(ratios, sizes, 0.1).tolist() == pytest.approx((0.1 * 8 / 41 * ratios).tolist())
     for target, cut in ((0.65, 1), (0.75, 1), (0.8, 2), (0.9, 2), (0.95, 3)):
         found = proportional(ratios, sizes, target)
         assert found @ sizes / sizes.sum() == pytest.approx(target, rel=1e-12)
-        assert found[4 - cut :].tolist() == [MAX_SPARSITY] * cut and (found[: 4 - cut] < MAX_SPARSITY).all()
+        assert found[4 - cut :].tolist() == [MAX_SPARSITY] * cut
+        assert (found[: 4 - cut] < MAX_SPARSITY).all()
         assert np.ptp(found[: 4 - cut] / ratios[: 4 - cut]) == pytest.approx(0, abs=1e-12)
     assert proportional(ratios, sizes, MAX_SPARSITY).tolist() == pytest.approx([MAX_SPARSITY] * 4)
 
@@ -127,14 +132,16 @@ def test_the_damage_is_near_the_least_of_all_choices(seed: int) -> None:
 
 
 def test_a_budget_that_ends_a_step_is_optimal_and_bits_that_prevent_no_damage_are_not_spent() -> None:
-    damage, bits = np.array([[4.0, 1.0], [9.0, 0.0], [2.0, 1.9]]), np.array([[4.0, 8.0]] * 3)
+    damage = np.array([[4.0, 1.0], [9.0, 0.0], [2.0, 1.9]])
+    bits = np.array([[4.0, 8.0]] * 3)
     for budget, chosen in {12.0: [0, 0, 0], 16.0: [0, 1, 0], 20.0: [1, 1, 0], 24.0: [1, 1, 1]}.items():
         assert least_damage(damage, bits, budget).tolist() == chosen
     assert least_damage(np.array([[1.0, -0.5, 0.5]]), np.array([[4.0, 8.0, 16.0]]), 16.0).tolist() == [1]
 
 
 def test_of_equal_sizes_the_least_damage_is_taken() -> None:
-    damage, bits = np.array([[3.0, 1.0, 2.0]]), np.array([[4.5, 4.5, 4.5]])
+    damage = np.array([[3.0, 1.0, 2.0]])
+    bits = np.array([[4.5, 4.5, 4.5]])
     assert smallest(damage, bits).tolist() == [1]
     assert least_damage(damage, bits, 100.0).tolist() == [1]
     assert in_order([0], damage, bits, 100.0).tolist() == [1]
@@ -146,6 +153,7 @@ def test_the_same_format_is_the_largest_within_the_budget() -> None:
 
 
 def test_maps_are_raised_in_order_as_far_as_there_is_room() -> None:
-    damage, bits = np.zeros((3, 2)), np.array([[4.0, 8.0], [4.0, 8.0], [1.0, 2.0]])
+    damage = np.zeros((3, 2))
+    bits = np.array([[4.0, 8.0], [4.0, 8.0], [1.0, 2.0]])
     assert in_order([1, 0, 2], damage, bits, 14.0).tolist() == [0, 1, 1]
     assert in_order([2, 0, 1], damage, bits, 14.0).tolist() == [1, 0, 1]

@@ -91,9 +91,11 @@ def test_a_checkpoint_without_experts_computes_what_masking_does(family: str, tm
     before = logits_of(whole)
     drop = [Expert(expert.layer, i % 2) for i, expert in enumerate(experts_of(whole, 0))]
     masked = masked_logits(whole, drop)
-    assert torch.equal(logits_of(whole), before) and float((masked - before).abs().max()) > 0.01
+    assert torch.equal(logits_of(whole), before)
+    assert float((masked - before).abs().max()) > 0.01
     whole.save_pretrained(tmp_path / "whole")
-    file, name = tmp_path / "whole" / "config.json", COUNT.get(family, "num_local_experts")
+    file = tmp_path / "whole" / "config.json"
+    name = COUNT.get(family, "num_local_experts")
     if family == "qwen3_moe":
         file.write_text(file.read_text().replace("num_local_experts", name))
     done = prune(str(tmp_path / "whole"), plan_of(tmp_path / "whole", whole, drop), tmp_path / "less")
@@ -101,7 +103,8 @@ def test_a_checkpoint_without_experts_computes_what_masking_does(family: str, tm
     less = AutoModelForCausalLM.from_pretrained(tmp_path / "less").eval()
     assert float((logits_of(less) - masked).abs().max()) <= 1e-5
     settings, original = (json.loads((tmp_path / name / "config.json").read_text()) for name in ("less", "whole"))
-    assert settings == {**original, name: 3} and original[name] == 4
+    assert settings == {**original, name: 3}
+    assert original[name] == 4
     stored, all_stored = (load_file(tmp_path / name / "model.safetensors") for name in ("less", "whole"))
     assert done["bytes"] == sum(t.nbytes for t in stored.values()) < sum(t.nbytes for t in all_stored.values())
 
@@ -119,11 +122,14 @@ def test_masks_of_passes_may_overlap_and_end_in_any_order() -> None:
     second.__enter__()
     router = layers[1].module.mlp.gate
     given, _, index = router(torch.randn(5, router.hidden_dim))
-    assert torch.isneginf(given[:, 0]).all() and torch.isfinite(given[:, 1:]).all()
+    assert torch.isneginf(given[:, 0]).all()
+    assert torch.isfinite(given[:, 1:]).all()
     assert (index != 0).all()
     second.__exit__(None, None, None)
     first.__exit__(None, None, None)
-    assert "forward" not in vars(router) and router.num_experts == 4 and "weight" not in vars(router)
+    assert "forward" not in vars(router)
+    assert router.num_experts == 4
+    assert "weight" not in vars(router)
 
 
 def test_gradients_reach_the_rows_of_the_remaining_experts() -> None:
@@ -131,7 +137,8 @@ def test_gradients_reach_the_rows_of_the_remaining_experts() -> None:
     with changing(expert_removals(open_module(model).layers, [Expert(0, 3)])):
         model(IDS, use_cache=False).logits.square().sum().backward()
     gradient = model.model.layers[0].mlp.gate.weight.grad
-    assert not gradient[3].any() and gradient[:3].abs().sum(dim=1).all()
+    assert not gradient[3].any()
+    assert gradient[:3].abs().sum(dim=1).all()
     assert not model.model.layers[0].mlp.experts.down_proj.grad[3].any()
 
 
@@ -216,7 +223,8 @@ def test_the_lowest_of_each_layer_are_chosen() -> None:
     assert choose_experts(SCORES, 0.25, 2) == (Expert(1, 1), Expert(1, 2), Expert(4, 0), Expert(4, 7))
     assert choose_experts(SCORES, 0.25, 2, groups=2) == (Expert(1, 1), Expert(1, 4), Expert(4, 0), Expert(4, 7))
     draws = [choose_experts(SCORES, 0.25, 2, seed=seed) for seed in (0, 0, 1)]
-    assert draws[0] == draws[1] != draws[2] and {len(draw) for draw in draws} == {4}
+    assert draws[0] == draws[1] != draws[2]
+    assert {len(draw) for draw in draws} == {4}
     with pytest.raises(
         PlanError, match="would leave 1 of 8 experts in each layer, and each token is sent to 2"
     ) as caught:
@@ -269,7 +277,8 @@ def test_useless_experts_are_found_and_taken_out(planted: Planted, tmp_path: Pat
     assert "drop: [expert.1.2, expert.1.5, expert.2.2, expert.2.5]" in (tmp_path / "reap.yaml").read_text()
     assert any("2 of 16 experts got no token of this text" in line for line in plans["reap"].findings)
     table = plans["reap"].table().to_pylist()
-    assert [row["experts"] for row in table] == [[], [2, 5], [2, 5]] and not any(row["left_out"] for row in table)
+    assert [row["experts"] for row in table] == [[], [2, 5], [2, 5]]
+    assert not any(row["left_out"] for row in table)
 
     idle = planned(warehouse, tmp_path / "idle.yaml", "reap", 0.125)
     assert idle.experts == {1: (5,), 2: (5,)}
@@ -289,11 +298,15 @@ def test_useless_experts_are_found_and_taken_out(planted: Planted, tmp_path: Pat
     assert "3 of 3 layers without 2 experts" in done.stdout
     assert "Outputs are those of the original with the experts masked (largest difference 0)." in done.stdout
     whole, less = (AutoModelForCausalLM.from_pretrained(path).eval() for path in (folder, tmp_path / "less"))
-    assert less.config.n_routed_experts == 7 and less.model.layers[1].mlp.gate.weight.shape[0] == 7
+    assert less.config.n_routed_experts == 7
+    assert less.model.layers[1].mlp.gate.weight.shape[0] == 7
     assert float((logits_of(less) - logits_of(whole)).abs().max()) <= 1e-5
     text = (tmp_path / "less" / "README.md").read_text()
-    assert "without 2 experts" in text and "layer 1: 5; layer 2: 5." in text and "expert-pruning" in text
-    assert "layer-pruning" not in text and "Evaluated: perplexity:builtin:pydoc (" in text
+    assert "without 2 experts" in text
+    assert "layer 1: 5; layer 2: 5." in text
+    assert "expert-pruning" in text
+    assert "layer-pruning" not in text
+    assert "Evaluated: perplexity:builtin:pydoc (" in text
     assert pruned_from(tmp_path / "less") == (str(folder), plans["reap"].revision)
     again = succeed("evaluate", tmp_path / "less", "--base", folder, *task, "--format", "json", *SMALL)
     (row,) = (row for row in map(json.loads, again.stdout.splitlines()) if row["metric"] == "perplexity")
@@ -326,7 +339,8 @@ def test_a_model_without_experts(tiny_llama: Path, tmp_path: Path) -> None:
     Plan(model=str(tiny_llama), num_layers=3, layers="layers", drop=(Expert(1, 0),)).write(tmp_path / "hand.yaml")
     task = ("--tasks", "perplexity:builtin:pydoc", "-w", warehouse, "--allow-overlap")
     evaluated = avss("evaluate", tmp_path / "hand.yaml", *task, *SMALL)
-    assert evaluated.exit_code != 0 and "has no routed experts" in evaluated.stderr
+    assert evaluated.exit_code != 0
+    assert "has no routed experts" in evaluated.stderr
 
 
 # Repair: without some experts, without layers, and without both
@@ -372,7 +386,8 @@ def test_a_repaired_checkpoint_is_the_masked_model_with_its_weights(
     before = masked_logits(whole, drop)
     changed = {name for name, value in less.named_parameters() if value.shape != whole.get_parameter(name).shape}
     for expert in drop:
-        ours, theirs = fused(whole, expert.layer), fused(less, expert.layer)
+        ours = fused(whole, expert.layer)
+        theirs = fused(less, expert.layer)
         names = ["down_proj", *(["down_proj_bias"] if by == "map" and hasattr(ours, "down_proj_bias") else [])]
         for name, value in theirs.named_parameters():
             rows = getattr(ours, name).data[[0, 2, 3]]
@@ -406,13 +421,15 @@ def test_units_are_those_of_the_definition(family: str) -> None:
                     units = torch.nn.functional.silu(gate) * up
                 else:
                     both = hidden[token] @ experts.gate_up_proj[expert] + experts.gate_up_proj_bias[expert]
-                    gate, up = both[::2].clamp(max=experts.limit), both[1::2].clamp(-experts.limit, experts.limit)
+                    gate = both[::2].clamp(max=experts.limit)
+                    up = both[1::2].clamp(-experts.limit, experts.limit)
                     units = (up + 1) * gate * torch.sigmoid(gate * experts.alpha)
                 expected[token, slot] = units
         before = experts.down_proj.clone()
         output = experts(hidden, index, gates)
     torch.testing.assert_close(chosen.hidden, expected, rtol=1e-4, atol=1e-5)
-    assert torch.equal(chosen.index, index) and torch.equal(chosen.gates, gates)
+    assert torch.equal(chosen.index, index)
+    assert torch.equal(chosen.gates, gates)
     assert torch.equal(experts.down_proj, before)
     with torch.no_grad():
         assert down.is_linear((hidden, index, gates), {}, output, 1e-4)
@@ -428,7 +445,8 @@ def test_fits_of_experts_average_to_what_experts_give() -> None:
     down = find_down_projections(layer.experts.module)
     projection = OutputProjection(layer, "mlp.experts", None, 1.0, down=down, remaining=(0, 1, 2, 3), chosen=2)
     call = CapturedCall(torch.zeros(9, 1), torch.zeros(9, 1), chosen)
-    given, shares = torch.zeros(9, 3), torch.zeros(9, 1)
+    given = torch.zeros(9, 3)
+    shares = torch.zeros(9, 1)
     parts = features_of(REPAIRS["refit"], projection, call, call)
     for matrix, (x, tokens, weight) in zip(matrices, parts, strict=True):
         given[tokens] += weight * (x @ matrix)
@@ -455,16 +473,19 @@ def test_removed_layers_of_a_mixture_are_given_back(tmp_path: Path, save_checkpo
     plan = plan_of(folder, whole, [1])
     done = prune(str(folder), plan, tmp_path / "less", repair=repair_of("refit"))
     (cut,) = done["repair"].cuts
-    assert (cut.after, cut.removed, cut.experts) == (0, (1,), ()) and cut.error_after < cut.error_before
+    assert (cut.after, cut.removed, cut.experts) == (0, (1,), ())
+    assert cut.error_after < cut.error_before
     assert "Of the others, the MLP's last map is changed in 0." in (tmp_path / "less" / "README.md").read_text()
     every = prune(str(folder), plan, tmp_path / "every", repair=repair_of("refit_all"))["repair"].cuts
-    assert [(cut.after, cut.removed) for cut in every] == [(0, (1,)), (2, ())] and every[1].changed
+    assert [(cut.after, cut.removed) for cut in every] == [(0, (1,)), (2, ())]
+    assert every[1].changed
 
 
 def test_a_repair_on_workers_is_stored_and_says_what_it_is_for(tmp_path: Path, save_checkpoint: Save) -> None:
     """The command writes the checkpoint that the function does, which is not evaluated on the text of the repair."""
     whole, folder = saved("mixtral", tmp_path / "whole", save_checkpoint)
-    file, warehouse = tmp_path / "plan.yaml", tmp_path / "w"
+    file = tmp_path / "plan.yaml"
+    warehouse = tmp_path / "w"
     plan = plan_of(folder, whole, experts_of(whole, 1))
     plan.write(file)
     rows = 30
@@ -488,16 +509,19 @@ def test_what_is_too_little_for_a_repair(
     """Text for the units of the experts, of which a token reaches some, and memory; fewer unknowns are named."""
     whole, folder = saved("qwen3_moe", tmp_path / "whole", save_checkpoint)
     plan = plan_of(folder, whole, experts_of(whole, 1))
-    units, chosen = whole.config.moe_intermediate_size, whole.config.num_experts_per_tok
+    units = whole.config.moe_intermediate_size
+    chosen = whole.config.num_experts_per_tok
     with pytest.raises(CorpusError, match=f"needs at least {4 * units * 3 // chosen:,} tokens to fit to") as few:
         prune(str(folder), plan, tmp_path / "less", repair=repair_of("refit", max_sequences=2))
-    assert few.value.hint and "(channel)" in few.value.hint
+    assert few.value.hint
+    assert "(channel)" in few.value.hint
     assert tokens_needed(resolve(str(folder)), "refit", Settings()) == 4 * units * 4 // chosen
     assert tokens_needed(resolve(str(folder)), "map", Settings()) == 4 * whole.config.hidden_size
     monkeypatch.setattr("avss_dist.pruning.repair.repair.free_memory", lambda device: 1000)
     with pytest.raises(PlanError, match=f"needs .* of memory for the products of 3 x {units} inputs") as large:
         prune(str(folder), plan, tmp_path / "less", repair=repair_of("refit"))
-    assert large.value.hint and "(channel)" in large.value.hint
+    assert large.value.hint
+    assert "(channel)" in large.value.hint
     assert not (tmp_path / "less").exists()
 
 

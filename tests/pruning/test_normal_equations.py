@@ -33,7 +33,9 @@ def test_sums_of_parts_are_those_of_the_whole(sizes: tuple[int, int, int, int], 
         NormalEquations.from_tokens(x[part], y[part]) for part in (slice(low), slice(low, high), slice(high, None))
     )
     whole = NormalEquations.from_tokens(x, y)
-    assert close((a + b) + c, whole) and close(a + (b + c), whole) and close(c + b + a, whole)
+    assert close((a + b) + c, whole)
+    assert close(a + (b + c), whole)
+    assert close(c + b + a, whole)
     assert close(whole + NormalEquations.empty(x.shape[1], y.shape[1]), whole)
 
 
@@ -55,8 +57,10 @@ def test_a_weight_counts_tokens_so_often(sizes: tuple[int, int, int, int], weigh
     x, y = data(*sizes)
     weighted = NormalEquations.from_tokens(x, y, weight)
     repeated = NormalEquations.from_tokens(x.repeat(weight, 1), y.repeat(weight, 1))
-    assert torch.allclose(weighted.gram, repeated.gram) and torch.allclose(weighted.cross, repeated.cross)
-    assert torch.allclose(weighted.target, repeated.target) and weighted.count == len(x)
+    assert torch.allclose(weighted.gram, repeated.gram)
+    assert torch.allclose(weighted.cross, repeated.cross)
+    assert torch.allclose(weighted.target, repeated.target)
+    assert weighted.count == len(x)
 
 
 @given(SIZES, st.sampled_from(RIDGES))
@@ -65,7 +69,8 @@ def test_numpy_finds_the_same(sizes: tuple[int, int, int, int], ridge: float) ->
     x, y = data(*sizes)
     sums = NormalEquations.from_tokens(x, y)
     more = np.sqrt(ridge * float(sums.gram.diagonal().mean())) * np.eye(x.shape[1])
-    rows, targets = np.vstack([x.numpy(), more]), np.vstack([y.numpy(), np.zeros((x.shape[1], y.shape[1]))])
+    rows = np.vstack([x.numpy(), more])
+    targets = np.vstack([y.numpy(), np.zeros((x.shape[1], y.shape[1]))])
     weights = sums.solve("full", ridge)
     np.testing.assert_allclose(weights.numpy(), np.linalg.lstsq(rows, targets)[0], rtol=1e-6, atol=1e-8)
     np.testing.assert_allclose(sums.error(weights), float((y - x @ weights).square().sum()), rtol=1e-6, atol=1e-9)
@@ -86,12 +91,16 @@ def test_the_ridge_is_the_one_that_unseen_tokens_like() -> None:
     unseen = NormalEquations.from_tokens(*data(500, 20, 3, 1))
     noisy = fit_ridge(NormalEquations.from_tokens(x, noise), unseen, "full")
     assert noisy.ridge in (None, RIDGES[-1])
-    exact, unseen_x = data(20, 3, 1, 2)[0].double(), data(50, 20, 3, 3)[0]
+    exact = data(20, 3, 1, 2)[0].double()
+    unseen_x = data(50, 20, 3, 3)[0]
     seen = NormalEquations.from_tokens(x, x @ exact)
     clean = fit_ridge(seen, NormalEquations.from_tokens(unseen_x, unseen_x @ exact), "full")
-    assert clean.ridge == RIDGES[0] and clean.after < 1e-3 * clean.before
+    assert clean.ridge == RIDGES[0]
+    assert clean.after < 1e-3 * clean.before
     opposite = fit_ridge(seen, NormalEquations.from_tokens(unseen_x, -(unseen_x @ exact)), "full")
-    assert opposite.ridge is None and not opposite.weights.any() and opposite.after == opposite.before
+    assert opposite.ridge is None
+    assert not opposite.weights.any()
+    assert opposite.after == opposite.before
 
 
 @pytest.mark.parametrize("noise", [0.0, 0.5, 2.0, 8.0])
@@ -104,7 +113,8 @@ def test_weaker_ridges_are_tried_as_long_as_they_help(noise: float, monkeypatch:
         for seed, x in enumerate(inputs, 11)
     )
     errors = {ridge: unseen.error(seen.solve("full", ridge)) for ridge in RIDGES}
-    solve, tried = NormalEquations.solve, list[float]()
+    solve = NormalEquations.solve
+    tried = list[float]()
 
     def counted(self: NormalEquations, form: str, ridge: float) -> torch.Tensor:
         tried.append(ridge)
@@ -112,7 +122,8 @@ def test_weaker_ridges_are_tried_as_long_as_they_help(noise: float, monkeypatch:
 
     monkeypatch.setattr(NormalEquations, "solve", counted)
     found = fit_ridge(seen, unseen, "full")
-    assert found.ridge == min(errors, key=lambda ridge: errors[ridge]) and found.after == errors[found.ridge]
+    assert found.ridge == min(errors, key=lambda ridge: errors[ridge])
+    assert found.after == errors[found.ridge]
     assert found.before == unseen.error(torch.zeros(20, 5, dtype=torch.float64))
     place = RIDGES.index(found.ridge)
     assert tried == sorted(RIDGES[max(0, place - 1) :], reverse=True)

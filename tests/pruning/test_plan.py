@@ -75,7 +75,8 @@ def test_the_lowest_that_are_not_protected(scores: list[float], share: float, fi
     dropped = choice.drop(scores)
     free = range(first, len(scores) - last)
     kept = [scores[layer] for layer in free if layer not in dropped]
-    assert set(dropped) <= set(free) and len(dropped) == number
+    assert set(dropped) <= set(free)
+    assert len(dropped) == number
     assert not kept or max(scores[layer] for layer in dropped) <= min(kept)
 
 
@@ -101,7 +102,9 @@ def plan_from(rows: list[dict[str, Any]], choice: Choice, values: LayerValues) -
 def test_random_plans_differ_by_seed() -> None:
     rows = score_rows([float(i) for i in range(30)])
     plans = [plan_from(rows, Choice(by="random", seed=seed), random_values(30, seed)) for seed in (0, 0, 1)]
-    assert plans[0] == plans[1] and plans[0].drop != plans[2].drop and len(plans[0].drop) == 8
+    assert plans[0] == plans[1]
+    assert plans[0].drop != plans[2].drop
+    assert len(plans[0].drop) == 8
     assert plans[2].why == {"by": "random", "seed": 1, "share": 0.25}
 
 
@@ -153,11 +156,13 @@ def test_a_plan_names_sublayers(tmp_path: Path) -> None:
     file.write_text(yaml.safe_dump(PLAIN | {"drop": SUBLAYERS}))
     plan = read_plan(file)
     assert plan.drop == (1, 3, *(sublayers_of([i])[0] for i in (2, 5)), sublayers_of([4])[1])
-    assert plan.dropped_layers == (1, 3) and plan.keep == (0, 2, 4, 5)
+    assert plan.dropped_layers == (1, 3)
+    assert plan.keep == (0, 2, 4, 5)
     assert plan.table()["left_out"].to_pylist() == [None, "layer", "attention", "layer", "mlp", "attention"]
     plan.write(file)
     assert "\ndrop: [1, 3, attention.2, attention.5, mlp.4]\nkeep: [0, 2, 4, 5]\n" in file.read_text()
-    assert "\nattention" not in file.read_text() and read_plan(file) == plan
+    assert "\nattention" not in file.read_text()
+    assert read_plan(file) == plan
     assert plan.describe()[0] == "Drops 2 layers, 3 sublayers of 6: 1, 3, attention.2, attention.5, mlp.4."
     assert Plan(model="m", num_layers=1, layers="layers", drop=("mlp.0",)).keep == (0,)
     experts = Plan(model="m", num_layers=3, layers="layers", drop=(Expert(1, 0), Expert(1, 2)))
@@ -304,7 +309,8 @@ def write_damage(store: Warehouse, run_id: str, propagated: list[float], predict
 
 
 def test_damage_is_the_mean_of_two_ranks_and_the_default_without_a_loss(scored: Warehouse, tmp_path: Path) -> None:
-    propagated, predicted = [8.0, 7.0, 6.0, 5.0, 4.0, 3.0, 2.0, 1.0], [0.8, 0.2, 0.5, -0.1, 0.9, 0.6, 0.7, 0.65]
+    propagated = [8.0, 7.0, 6.0, 5.0, 4.0, 3.0, 2.0, 1.0]
+    predicted = [0.8, 0.2, 0.5, -0.1, 0.9, 0.6, 0.7, 0.65]
     write_damage(scored, "b-1", propagated, predicted)
     (run,) = (row for row in scored.runs().to_pylist() if row["run_id"] == "b-1")
     # ranks 8 7 6 5 4 3 2 1 and 7 2 3 1 8 4 6 5: sums 15 9 9 6 12 7 8 6
@@ -313,7 +319,9 @@ def test_damage_is_the_mean_of_two_ranks_and_the_default_without_a_loss(scored: 
     assert plan_layers(scored, run, Choice(by="propagated", count=1)).drop == (7,)
     succeed("plan", "-w", scored.root, "--run", "b-1", "-o", tmp_path / "plan.yaml")
     made = read_plan(tmp_path / "plan.yaml")
-    assert made.drop == (3, 7) and made.why["by"] == "damage" and made.why["evaluation"] == "b-1-damage"
+    assert made.drop == (3, 7)
+    assert made.why["by"] == "damage"
+    assert made.why["evaluation"] == "b-1-damage"
     write_losses(scored, "b-1", [9.0, 8.0, 3.1, 7.0, 3.2, 6.0, 5.0, 4.0])
     assert default_score(scored, run) == "loss"
 
@@ -335,9 +343,12 @@ def test_the_measured_loss_is_taken_where_there_is_one(scored: Warehouse, tmp_pa
     write_losses(scored, "b-1", [9.0, 8.0, 3.1, 7.0, 3.2, 6.0, 5.0, 4.0])
     result = succeed("plan", "-w", scored.root, "--run", "b-1", "-o", tmp_path / "plan.yaml")
     made = read_plan(tmp_path / "plan.yaml")
-    assert made.drop == (2, 4) and made.why["by"] == "loss" and made.why["evaluation"] == "b-1-loss"
+    assert made.drop == (2, 4)
+    assert made.why["by"] == "loss"
+    assert made.why["evaluation"] == "b-1-loss"
     assert "No --by was given: loss is measured" in result.stdout
-    assert "Not evaluated yet" in result.stdout and "Finding" not in result.stdout
+    assert "Not evaluated yet" in result.stdout
+    assert "Finding" not in result.stdout
     for line in ("Drops 2 of 8 layers: 2, 4.", "Model: org/b-1 at main. Run: b-1."):
         assert line in result.stdout
     (run,) = (row for row in scored.runs().to_pylist() if row["run_id"] == "b-1")
@@ -397,7 +408,8 @@ def test_a_plan_says_what_speaks_against_it(scored: Warehouse, tmp_path: Path) -
 
 def test_a_plan_says_on_which_rows_it_was_evaluated_and_what_is_kept(scored: Warehouse) -> None:
     """Where the warehouse has the cells, with an interval over the rows."""
-    task, run = "perplexity:x", identity_of("b-1", "-rows")
+    task = "perplexity:x"
+    run = identity_of("b-1", "-rows")
     about = {"task": task, "metric": "loss", "created_at": CREATED, "settings": '{"skip_sequences": 24}'}
     losses = np.linspace(2.0, 3.0, 16)
     samples = {(): losses, (0, 1): losses + np.linspace(0.1, 0.2, 16)}
@@ -568,7 +580,8 @@ def test_a_block_without_a_distance_is_named(gap: dict[tuple[int, ...], float]) 
 
 def test_how_many_are_dropped() -> None:
     assert [Choice(by="avss").number(n) for n in (4, 6, 30)] == [1, 2, 8]
-    assert Choice(by="avss", share=0.9).number(10) == 9 and Choice(by="avss", count=2, first=1, last=1).number(4) == 2
+    assert Choice(by="avss", share=0.9).number(10) == 9
+    assert Choice(by="avss", count=2, first=1, last=1).number(4) == 2
     with pytest.raises(PlanError, match="3 layers would be dropped, but only 2 of 4"):
         Choice(by="avss", count=3, first=1, last=1).number(4)
     with pytest.raises(PlanError, match="only 0 of 8 are not protected"):

@@ -51,9 +51,12 @@ def second_order(plan: PrecisionPlan) -> float:
 
 @pytest.mark.parametrize("by", ["second_order", "random", "uniform"])
 def test_every_method_keeps_the_budget_and_none_predicts_less(by: str, predicted: Path) -> None:
-    plan, best = chosen(predicted, by=by), chosen(predicted)
-    assert len(plan.rounded) == 21 and plan.weights == 3 * (2 * 64 * 64 + 2 * 64 * 32 + 3 * 64 * 128)
-    assert plan.bits <= 5.0 and plan.bits == pytest.approx(plan.total / plan.weights)
+    plan = chosen(predicted, by=by)
+    best = chosen(predicted)
+    assert len(plan.rounded) == 21
+    assert plan.weights == 3 * (2 * 64 * 64 + 2 * 64 * 32 + 3 * 64 * 128)
+    assert plan.bits <= 5.0
+    assert plan.bits == pytest.approx(plan.total / plan.weights)
     assert second_order(plan) >= second_order(best)
     assert {entry.format for entry in plan.rounded} == ({"int4-g32"} if by == "uniform" else {*PAIR})
     for entry in plan.rounded:
@@ -63,7 +66,8 @@ def test_every_method_keeps_the_budget_and_none_predicts_less(by: str, predicted
 @pytest.mark.parametrize("by", ["predicted", "output_error"])
 def test_other_estimates_choose_too(by: str, predicted: Path) -> None:
     plan = chosen(predicted, by=by)
-    assert plan.bits <= 5.0 and float(str(plan.why[f"sum_of_{by}"])) > 0
+    assert plan.bits <= 5.0
+    assert float(str(plan.why[f"sum_of_{by}"])) > 0
     assert plan.rounded != chosen(predicted).rounded
 
 
@@ -102,7 +106,8 @@ def test_a_plan_is_read_as_it_was_written(predicted: Path, tmp_path: Path) -> No
     plan = chosen(predicted, quantize=())
     plan.write(tmp_path / "bits.yaml")
     again = read_checked_plan(PrecisionPlan, tmp_path / "bits.yaml")
-    assert again.rounded == plan.rounded and again.evaluation == plan.evaluation
+    assert again.rounded == plan.rounded
+    assert again.evaluation == plan.evaluation
     assert again.intervention.key == plan.intervention.key
     assert again.why["formats"] == "int4-g32, q4_0, int8, bf16"
 
@@ -138,7 +143,8 @@ def test_the_text_of_the_prediction_is_not_held_out(predicted: Path, tmp_path: P
 
 def test_the_command_prints_the_plan(predicted: Path, tmp_path: Path) -> None:
     done = succeed("quantize", "--bits", 5, "-w", predicted, "-o", tmp_path / "bits.yaml")
-    assert "bits per weight of 21 linear maps: " in done.stdout and "avss evaluate" in done.stderr
+    assert "bits per weight of 21 linear maps: " in done.stdout
+    assert "avss evaluate" in done.stderr
     assert len(yaml.safe_load((tmp_path / "bits.yaml").read_text())["rounded"]) == 21
 
 
@@ -157,7 +163,8 @@ def test_the_command_prints_the_plan(predicted: Path, tmp_path: Path) -> None:
 def test_mistakes(options: dict[str, Any], kind: type[Exception], message: str, predicted: Path) -> None:
     with pytest.raises(kind, match=message) as caught:
         chosen(predicted, **options)
-    assert isinstance(caught.value, AvssError) and caught.value.exit_code == 2
+    assert isinstance(caught.value, AvssError)
+    assert caught.value.exit_code == 2
 
 
 @pytest.fixture
@@ -241,7 +248,8 @@ def modules_of(plan: PrecisionPlan, *formats: str) -> set[str]:
 def test_llama_cpp_has_a_type_for_each_tensor(predicted: Path, tmp_path: Path) -> None:
     plan, file = exported(predicted, tmp_path, "llama-cpp", 8, "q4_0", "bf16")
     types = dict(line.split("=") for line in file.read_text().splitlines())
-    assert len(types) == 21 and {*types.values()} == {"q4_0", "bf16"}
+    assert len(types) == 21
+    assert {*types.values()} == {"q4_0", "bf16"}
     formats = {(entry.layer, entry.map): entry.format for entry in plan.rounded}
     for (layer, path), tensor in {
         (0, "self_attn.q_proj"): r"blk\.0\.attn_q\.weight",
@@ -320,7 +328,8 @@ def test_bits_that_the_format_does_not_have_are_refused(format: str, bits: str, 
     (tmp_path / "plan.yaml").write_text(text.replace("int4-g32", format))
     with pytest.raises(PlanError, match=bits) as told:
         read_checked_plan(PrecisionPlan, tmp_path / "plan.yaml")
-    assert "'mlp.up_proj' of layer 0, has bits 4.5" in told.value.message and "and 1 other map" in told.value.message
+    assert "'mlp.up_proj' of layer 0, has bits 4.5" in told.value.message
+    assert "and 1 other map" in told.value.message
 
 
 @pytest.mark.parametrize(

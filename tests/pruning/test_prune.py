@@ -74,7 +74,8 @@ def test_skipped_layers_leave_no_trace() -> None:
         model.model.layers = torch.nn.ModuleList([model.model.layers[1], model.model.layers[2]])
         model.config.num_hidden_layers = 2
         expected = first_tensor(run(IDS, None))
-    assert torch.equal(before, after) and not torch.equal(before, skipped[0])
+    assert torch.equal(before, after)
+    assert not torch.equal(before, skipped[0])
     assert all(torch.equal(one, expected) for one in skipped)
 
 
@@ -189,12 +190,14 @@ def test_families_that_are_refused(family: str, drop: int, told: str, tmp_path: 
     path = layers[0].name.rpartition(".")[0]
     with pytest.raises(PlanError, match=told):
         prune(str(tmp_path / "whole"), plan_of(tmp_path, drop, number=len(layers), layers=path), tmp_path / "less")
-    assert not (tmp_path / "less").exists() and not list(tmp_path.glob(".*"))
+    assert not (tmp_path / "less").exists()
+    assert not list(tmp_path.glob(".*"))
 
 
 def test_sharded_weights_and_everything_beside(tiny_llama: Path, tmp_path: Path) -> None:
     """Files keep their names, those that hold only dropped layers are gone, and the index tells what there is."""
-    whole, less = tmp_path / "whole", tmp_path / "less"
+    whole = tmp_path / "whole"
+    less = tmp_path / "less"
     shutil.copytree(tiny_llama, whole)
     (whole / "model.safetensors").unlink()
     llama().save_pretrained(whole, max_shard_size="20KB")
@@ -217,7 +220,9 @@ def test_the_model_card_says_what_and_why(tiny_llama: Path) -> None:
         model="m", revision="r", num_layers=3, layers="layers", drop=(1,), why={"by": "<script>"}, run_id="llama-1"
     )
     card = model_card(resolve(str(tiny_llama)), plan)
-    assert "without 1 of its 3 layers" in card and "counted from 0: 1." in card and "llama-1" in card
+    assert "without 1 of its 3 layers" in card
+    assert "counted from 0: 1." in card
+    assert "llama-1" in card
     assert "<script>" not in card.split("---")[2]
     assert yaml.safe_load(card.split("---")[1])["base_model"] == str(tiny_llama)
     assert f"# {tiny_llama.name} without 1 of its 3 layers" in card.replace("\\", "")
@@ -242,7 +247,8 @@ def test_folders_that_hold_something_are_left_alone(
     tiny_llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Even one with the name of a checkpoint that is being written; and the current folder is not replaced."""
-    part, here = tmp_path / ".less.part", tmp_path / "here"
+    part = tmp_path / ".less.part"
+    here = tmp_path / "here"
     part.mkdir()
     (part / "notes.txt").write_text("mine")
     with pytest.raises(PlanError, match="not empty"):
@@ -260,14 +266,16 @@ def test_folders_that_hold_something_are_left_alone(
 @pytest.mark.parametrize("name", ["notes.txt", "config.json", "model.safetensors"])
 def test_a_link_out_of_the_checkpoint_is_refused(name: str, tiny_llama: Path, tmp_path: Path) -> None:
     """Its content would be in the new folder, and on the hub with it."""
-    whole, secret = tmp_path / "whole", tmp_path / "secret"
+    whole = tmp_path / "whole"
+    secret = tmp_path / "secret"
     shutil.copytree(tiny_llama, whole)
     (whole / "notes.txt").write_text("A note.")
     (whole / name).rename(secret)
     (whole / name).symlink_to("../secret")
     with pytest.raises(PlanError, match=f"{name} of .* is a link to {secret}, outside of the checkpoint"):
         prune(str(whole), plan_of(whole, 1), tmp_path / "less")
-    assert not (tmp_path / "less").exists() and not list(tmp_path.glob(".*"))
+    assert not (tmp_path / "less").exists()
+    assert not list(tmp_path.glob(".*"))
 
 
 def test_links_inside_the_checkpoint_and_the_cache_of_the_hub_are_followed(tiny_llama: Path, tmp_path: Path) -> None:
@@ -303,16 +311,20 @@ def test_from_scores_to_a_checkpoint(tiny_llama: Path, tmp_path: Path) -> None:
     out = tmp_path / "warehouse"
     options: dict[str, Any] = {"max_sequences": 8, "sequence_length": 32, "sequences_per_shard": 4}
     run = avss_dist.score(tiny_llama, corpus="builtin:pydoc", warehouse=out, executor="local", **options)
-    plan, less = tmp_path / "plan.yaml", tmp_path / "less"
+    plan = tmp_path / "plan.yaml"
+    less = tmp_path / "less"
     done = succeed("plan", "-w", out, "--by", "block_influence", "--count", 1, "--last", "1", "-o", plan)
     made = read_plan(plan)
     rows = Warehouse(out).scores(site="block", recipe="pooled", threshold=1e-5).to_pylist()
     lowest = min(rows[:2], key=lambda row: row["block_influence"])
-    assert made.drop == (lowest["layer"],) and made.run_id == run.run_id and made.why["by"] == "block_influence"
+    assert made.drop == (lowest["layer"],)
+    assert made.run_id == run.run_id
+    assert made.why["by"] == "block_influence"
     size = ["--max-sequences", 2, "--sequence-length", 32, "--executor", "local", "--allow-overlap"]
     done = succeed("evaluate", plan, "--tasks", "perplexity:builtin:pydoc", "-w", out, *size)
     done = succeed("prune", tiny_llama, plan, "-o", less, "-w", out)
-    assert "2 of 3 layers" in done.stdout and "(largest difference 0)" in done.stdout
+    assert "2 of 3 layers" in done.stdout
+    assert "(largest difference 0)" in done.stdout
     card = (less / "README.md").read_text()
     assert re.search(
         r"Evaluated: perplexity:builtin:pydoc \(the first 2 rows\): perplexity [\d.,]+, .* of the whole model: "
@@ -320,7 +332,8 @@ def test_from_scores_to_a_checkpoint(tiny_llama: Path, tmp_path: Path) -> None:
         card,
     )
     again = avss_dist.score(less, corpus="builtin:pydoc", warehouse=out, executor="local", **options)
-    assert again.status == "done" and len(again.scores(site="block", recipe="pooled", threshold=1e-5)) == 2
+    assert again.status == "done"
+    assert len(again.scores(site="block", recipe="pooled", threshold=1e-5)) == 2
     assert "not empty" in mistake("prune", tiny_llama, plan, "-o", less)
     assert "Did you mean 'block_influence'" in mistake("plan", "-w", out, "--by", "block_influense", "-o", plan)
 
@@ -339,7 +352,8 @@ def fp8(tiny_llama: Path, tmp_path: Path) -> Path:
 
 
 def test_a_skip_list_is_renumbered_and_every_module_is_quantized_as_it_was(fp8: Path, tmp_path: Path) -> None:
-    plan, less = tmp_path / "plan.yaml", tmp_path / "less"
+    plan = tmp_path / "plan.yaml"
+    less = tmp_path / "less"
     PLAN.write(plan)
     done = succeed("prune", fp8, plan, "-o", less)
     config = json.loads((less / "config.json").read_text())
@@ -353,7 +367,8 @@ def test_a_skip_list_is_renumbered_and_every_module_is_quantized_as_it_was(fp8: 
     assert stored["model.layers.1.mlp.down_proj.weight"].dtype == torch.float32
     assert stored["model.layers.1.self_attn.q_proj.weight"].dtype == torch.float8_e4m3fn
     for note in ("have the names and shapes of the tensors in the files", "compared with the weights dequantized"):
-        assert note in done.stdout and note in (less / "README.md").read_text()
+        assert note in done.stdout
+        assert note in (less / "README.md").read_text()
     assert "(largest difference 0)" in done.stdout
 
 
@@ -408,7 +423,8 @@ def test_a_pattern_becomes_the_modules_that_it_matches(tiny_llama: Path, tmp_pat
         load(resolve(str(whole)), Settings(dtype="float32"), torch.device("cpu"))
     with quiet():
         model, report = AutoModelForCausalLM.from_pretrained(tmp_path / "less", output_loading_info=True)
-    assert not report["missing_keys"] and not report["unexpected_keys"]
+    assert not report["missing_keys"]
+    assert not report["unexpected_keys"]
     last = model.model.layers[-1]
     assert last.self_attn.q_proj.weight.dtype == torch.float8_e4m3fn  # as it is stored
     assert last.mlp.down_proj.weight.dtype == torch.float32
@@ -488,7 +504,8 @@ def test_what_no_device_here_computes_with_is_unpacked_only_on_request(fp8: Path
     assert (row["quantization"], row["dtype"]) == ("fp8, dequantized", "float32")
     succeed("score", fp8, *options, "-w", tmp_path / "streamed", "--dequantize", "--partition", "streaming")
     tables = [Warehouse(tmp_path / folder).scores() for folder in ("w", "streamed")]
-    assert tables[0].num_rows and tables[0].equals(tables[1])
+    assert tables[0].num_rows
+    assert tables[0].equals(tables[1])
 
 
 def test_dequantized_weights_are_the_stored_ones_times_their_scales(fp8: Path) -> None:
@@ -525,7 +542,8 @@ def test_what_cannot_be_compared_here_is_pruned_and_says_so(tiny_llama: Path, tm
     change_quantization(folder, quant_method="gptq", bits=4, group_size=128)
     done = prune(str(folder), PLAN, tmp_path / "less")
     assert done["difference"] is None
-    assert "could not be seen here" in done["notes"][0] and "Outputs could not be compared" in done["notes"][1]
+    assert "could not be seen here" in done["notes"][0]
+    assert "Outputs could not be compared" in done["notes"][1]
 
 
 # The card

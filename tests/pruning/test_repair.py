@@ -94,11 +94,14 @@ def test_a_repaired_checkpoint_is_the_model_repaired_in_place(
     done = prune(str(folder), plan, tmp_path / "less", repair=repair_of(by))
     (cut,) = done["repair"].cuts
     assert (cut.after, cut.removed) == (0, (1,))
-    assert cut.error_after < cut.error_before and cut.ridges[0] is not None
+    assert cut.error_after < cut.error_before
+    assert cut.ridges[0] is not None
     less = AutoModelForCausalLM.from_pretrained(tmp_path / "less").eval()
-    stored, before = load_file(tmp_path / "less" / "model.safetensors"), load_file(folder / "model.safetensors")
+    stored = load_file(tmp_path / "less" / "model.safetensors")
+    before = load_file(folder / "model.safetensors")
     changed = [n for n, t in stored.items() if ".2." not in n and ".1." not in n and not torch.equal(t, before[n])]
-    assert changed and all(".0." in name for name in changed)
+    assert changed
+    assert all(".0." in name for name in changed)
     assert ("lm_head.weight" in stored) == ("lm_head.weight" in before)
     parameters = dict(whole.named_parameters())
     with torch.no_grad(), changing(skips(open_module(whole).layers, {1})):
@@ -111,10 +114,12 @@ def test_a_repaired_checkpoint_is_the_model_repaired_in_place(
             ids = torch.cat([ids, whole(ids, use_cache=False).logits[:, -1:].argmax(-1)], dim=1)
     with torch.no_grad():
         repaired = less(IDS, use_cache=False).logits
-    assert torch.equal(repaired, expected) and not torch.equal(repaired, unrepaired)
+    assert torch.equal(repaired, expected)
+    assert not torch.equal(repaired, unrepaired)
     if by == "refit":
         generated = less.generate(IDS, max_new_tokens=3, do_sample=False, pad_token_id=0, eos_token_id=None)
-        assert less.generation_config.use_cache and torch.equal(generated, ids)
+        assert less.generation_config.use_cache
+        assert torch.equal(generated, ids)
     tied = [model.get_output_embeddings().weight is model.get_input_embeddings().weight for model in (whole, less)]
     assert tied == [family in TIED] * 2
 
@@ -137,7 +142,10 @@ def projection(norm: str | None = None, factor: float = 1.0) -> OutputProjection
 @pytest.mark.parametrize("by", ["map", "refit"])
 def test_an_exact_map_is_recovered(by: str, factor: float) -> None:
     """Where what is missing is a linear map of what the MLP adds, the folded weights add it."""
-    hidden, linear, bias, missing = normal(200, 9), normal(9, 6), normal(6), normal(6, 6)
+    hidden = normal(200, 9)
+    linear = normal(9, 6)
+    bias = normal(6)
+    missing = normal(6, 6)
     added = hidden @ linear + (bias if by == "map" else 0)
     (step,) = fit_steps(REPAIRS[by], projection(factor=factor))
     read = factor * (hidden if by == "refit" else added)
@@ -152,7 +160,10 @@ def test_an_exact_map_is_recovered(by: str, factor: float) -> None:
 @pytest.mark.parametrize("by", ["map", "refit"])
 def test_behind_a_norm_every_token_gets_its_direction(by: str) -> None:
     """The new gain and weights give each token the direction that is wanted, and on average its size."""
-    hidden, linear, gain, factor = normal(400, 9), normal(9, 6), normal(6).abs() + 0.5, 0.5
+    hidden = normal(400, 9)
+    linear = normal(9, 6)
+    gain = normal(6).abs() + 0.5
+    factor = 0.5
     first, second = fit_steps(REPAIRS[by], projection("post_norm", factor))
     assert (first, second) == (REPAIRS[by], REPAIRS["channel"])
 
@@ -189,7 +200,8 @@ def test_what_is_still_missing_is_given_back_by_later_layers(tmp_path: Path, sav
     text = tokenize_corpus(TEXT, load_tokenizer(resolve(str(folder))), Settings(**READ, skip_sequences=60))
     ids = torch.from_numpy(np.concatenate([shard.input_ids for shard in text.shards])).long()
     for drop in ((1,), (0, 1)):
-        plan, errors = Plan(model=str(folder), num_layers=5, layers="layers", drop=drop, why={}), []
+        plan = Plan(model=str(folder), num_layers=5, layers="layers", drop=drop, why={})
+        errors = []
         for by in ("refit", "refit_all"):
             out = tmp_path / f"{by}{drop}"
             repair = None if drop == (0, 1) and by == "refit" else repair_of(by)
@@ -255,7 +267,8 @@ def assert_streaming_writes_the_same_bytes(folder: Path, plan: Plan, by: str, pa
         }
     one, other = done.values()
     assert one["repair"] == other["repair"]
-    assert other["difference"] is not None and other["difference"] <= 1e-5
+    assert other["difference"] is not None
+    assert other["difference"] <= 1e-5
     assert files(parent / "whole-in-memory") == files(parent / "streamed")
     record: RepairRecord = one["repair"]
     return record
@@ -274,7 +287,8 @@ def test_the_ends(tmp_path: Path, save_checkpoint: Save) -> None:
     plan = Plan(model=str(folder), num_layers=5, layers="layers", drop=(0, 1, 3, 4), why={})
     done = prune(str(folder), plan, tmp_path / "less", repair=repair_of("refit"))
     (cut,) = done["repair"].cuts
-    assert (cut.after, cut.removed) == (2, (3, 4)) and cut.error_after < cut.error_before
+    assert (cut.after, cut.removed) == (2, (3, 4))
+    assert cut.error_after < cut.error_before
     assert done["notes"] == ["Nothing stands before layers 0-1: what they did is not given back."]
     first = Plan(model=str(folder), num_layers=5, layers="layers", drop=(0, 1), why={})
     with pytest.raises(PlanError, match="Layers 0-1 are the first"):
@@ -289,7 +303,8 @@ def test_tokens_that_are_padding_take_no_part(tmp_path: Path, save_checkpoint: S
         repair = repair_of("map", layout="padded", batch_size=batch_size)
         cuts.append(prune(str(folder), plan, tmp_path / str(batch_size), repair=repair)["repair"].cuts[0])
     one, many = cuts
-    assert one.ridges == many.ridges and one.error_after == pytest.approx(many.error_after, rel=1e-4)
+    assert one.ridges == many.ridges
+    assert one.error_after == pytest.approx(many.error_after, rel=1e-4)
 
 
 def test_the_checkpoint_keeps_its_dtype(tmp_path: Path, save_checkpoint: Save) -> None:
@@ -311,7 +326,8 @@ def test_weights_in_several_files(tmp_path: Path, save_checkpoint: Save) -> None
     one = load_file(tmp_path / "less-whole" / "model.safetensors")
     several = {file.name: load_file(file) for file in (tmp_path / "less-cut").glob("*.safetensors")}
     index = json.loads((tmp_path / "less-cut" / "model.safetensors.index.json").read_text())
-    assert len(several) > 2 and set(index["weight_map"]) == set(one)
+    assert len(several) > 2
+    assert set(index["weight_map"]) == set(one)
     assert all(torch.equal(several[file][name], one[name]) for name, file in index["weight_map"].items())
 
 
@@ -329,7 +345,8 @@ def test_families_that_are_refused(kind: str, family: str, told: str, tmp_path: 
     folder, plan = whole_of(lively(tiny_model(kind, family)), tmp_path / "whole", save_checkpoint)
     with pytest.raises(PlanError, match=told):
         prune(str(folder), plan, tmp_path / "less", repair=repair_of())
-    assert not (tmp_path / "less").exists() and not list(tmp_path.glob(".*"))
+    assert not (tmp_path / "less").exists()
+    assert not list(tmp_path.glob(".*"))
 
 
 def test_too_little_text(tiny_llama: Path, tmp_path: Path) -> None:
@@ -392,11 +409,14 @@ def test_a_weight_stands_at_the_end_of_a_text_that_is_no_file(tmp_path: Path) ->
 
 def test_a_repaired_checkpoint_is_not_evaluated_on_its_text(tiny_llama: Path, tmp_path: Path) -> None:
     plan = Plan(model=str(tiny_llama), num_layers=3, layers="layers", drop=(1,), why={})
-    less, text = tmp_path / "less", tmp_path / "text.txt"
+    less = tmp_path / "less"
+    text = tmp_path / "text.txt"
     text.write_text("\n".join(f"line {i} of a text that has {i * i} words and {i % 7} ideas" for i in range(400)))
     prune(str(tiny_llama), plan, less, repair=repair_of("map", str(text), max_sequences=20))
     (record,) = read_repairs(less)
-    assert record.texts[0].rows == 20 and record.removed == (1,) and record.repair == "map"
+    assert record.texts[0].rows == 20
+    assert record.removed == (1,)
+    assert record.repair == "map"
     options: dict[str, Any] = {"warehouse": tmp_path / "w", **READ | {"max_sequences": 8}}
     with pytest.raises(ConfigError, match=r"is text that the repair of .* was fitted on") as refused:
         evaluate([str(less)], tasks=[f"perplexity:{text}"], **options)
@@ -419,7 +439,8 @@ def test_a_second_repair_keeps_the_record_of_the_first(tmp_path: Path, save_chec
         folder = tmp_path / name
     assert [record.removed for record in read_repairs(folder)] == [(2,), (2,)]
     card = (folder / "README.md").read_text()
-    assert "last map is changed in 1" in card and "fitted on builtin:pydoc" in card
+    assert "last map is changed in 1" in card
+    assert "fitted on builtin:pydoc" in card
     record = read_repairs(folder)[-1]
     vain = replace(record, cuts=tuple(replace(cut, ridges=(None,)) for cut in record.cuts))
     assert "The others are unchanged" in model_card(resolve(str(folder)), plan, repair=vain)
@@ -429,12 +450,14 @@ def test_a_second_repair_keeps_the_record_of_the_first(tmp_path: Path, save_chec
 
 
 def test_the_command(tiny_llama: Path, tmp_path: Path) -> None:
-    plan, less = tmp_path / "plan.yaml", tmp_path / "less"
+    plan = tmp_path / "plan.yaml"
+    less = tmp_path / "less"
     Plan(model=str(tiny_llama), num_layers=3, layers="layers", drop=(1,), why={}).write(plan)
     read = ["--max-sequences", 40, "--sequence-length", 48]
     done = succeed("prune", tiny_llama, plan, "-o", less, "--repair-corpora", TEXT, *read)
     assert "Repaired by refit, fitted on builtin:pydoc (1,692 tokens of the first 40 rows)" in done.stdout
-    assert "Repaired without 1, after 0: error" in done.stdout and "and the repaired weights (largest" in done.stdout
+    assert "Repaired without 1, after 0: error" in done.stdout
+    assert "and the repaired weights (largest" in done.stdout
     assert json.loads((less / FILE).read_text())["repairs"][0]["repair"] == "refit"
     for arguments, told in (
         (["--repair", "map"], "--repair map needs text to be fitted on"),
@@ -462,7 +485,8 @@ def test_constant_text_and_units_that_repeat_give_weights_that_are_numbers(
             weight[1::2] = weight[::2]
         weight = model.model.layers[0].mlp.down_proj.weight
         weight[1::2] = weight[::2]
-    folder, text = save_checkpoint(model, tmp_path / "whole"), tmp_path / "text.txt"
+    folder = save_checkpoint(model, tmp_path / "whole")
+    text = tmp_path / "text.txt"
     text.write_text("again and " * 2000)
     done = prune(str(folder), PLAN, tmp_path / "less", repair=repair_of(by, str(text), **FEW))
     assert all(cut.error_after <= cut.error_before for cut in done["repair"].cuts)
@@ -530,7 +554,8 @@ def test_a_record_of_a_repair_that_no_longer_exists_is_read(tmp_path: Path) -> N
     }
     (tmp_path / FILE).write_text(json.dumps({"repairs": [record]}))
     (read,) = read_repairs(tmp_path)
-    assert read.repair == "refit_around" and read.describe() == [
+    assert read.repair == "refit_around"
+    assert read.describe() == [
         "Repaired by refit_around, fitted on a.txt (99 tokens of the first 9 rows); evaluate on other rows or text.",
         "Repaired after 2: error 0.5 -> 0.25 on held-back text (ridge 0.01, none helps).",
         "Repaired in 2: error 0.5 -> 0.25 on held-back text (ridge 0.01, none helps).",

@@ -58,8 +58,10 @@ def scored(tiny_llama: Path, tmp_path_factory: pytest.TempPathFactory, dtype: st
 
 def captured(tiny_llama: Path, dtype: str) -> dict[tuple[int, str], np.ndarray]:
     """What each linear map read of the run's text."""
-    settings, checkpoint = Settings(**SMALL, dtype=dtype), resolve(str(tiny_llama))
-    model, found = open_whole(checkpoint, settings), {}
+    settings = Settings(**SMALL, dtype=dtype)
+    checkpoint = resolve(str(tiny_llama))
+    model = open_whole(checkpoint, settings)
+    found = {}
     with ExitStack() as stack, torch.no_grad():
         for layer in model.layers:
             for one in layer.projections:
@@ -80,7 +82,8 @@ def test_thresholds_are_the_quantiles_of_what_maps_read(
 ) -> None:
     path = tmp_path / "sparse.yaml"
     succeed("sparsify", target, "-w", scored, "-o", path)
-    made, read = read_checked_plan(SparsityPlan, path), captured(tiny_llama, dtype)
+    made = read_checked_plan(SparsityPlan, path)
+    read = captured(tiny_llama, dtype)
     assert len(made.projections) == 21
     assert (made.why["by"], made.rule) == ("uniform", "all")
     for one in made.projections:
@@ -101,72 +104,138 @@ def test_thresholds_are_the_quantiles_of_what_maps_read(
 def test_a_plan_is_evaluated_beside_the_dense_model_alone_and_on_top_of_another(
     scored: Path, tmp_path: Path, dtype: str
 ) -> None:
-    sparse, layers, warehouse = tmp_path / "sparse.yaml", tmp_path / "layers.yaml", tmp_path / "w"
+    sparse = tmp_path / "sparse.yaml"
+    layers = tmp_path / "layers.yaml"
+    warehouse = tmp_path / "w"
     avss("sparsify", 0.5, "-w", scored, "-o", sparse)
     avss("plan", "-w", scored, "--by", "random", "--count", 1, "-o", layers)
     options = {"warehouse": warehouse, "skip_sequences": 8, "dtype": dtype, **SMALL}
     task = f"perplexity:{TEXT}"
     with pytest.raises(Exception, match="is text that the scores of"):
         evaluate([str(sparse)], tasks=[task], **options | {"skip_sequences": 0, "warehouse": scored})
-    found = evaluate([str(sparse), str(layers)], tasks=[task], sparse=str(sparse), **options)
-    labels = [(one.subject.label, one.result.metric, one.retained is None) for one in found]
+    evaluations = evaluate([str(sparse), str(layers)], tasks=[task], sparse=str(sparse), **options)
     both = f"{layers} + {sparse}"
-    assert labels == [
-        *((str(sparse), "loss", False), (str(sparse), "sparsity", True)),
-        *((f"{sparse} + {sparse}", "loss", False), (f"{sparse} + {sparse}", "sparsity", True)),
-        *((str(layers), "loss", False), (both, "loss", False), (both, "sparsity", True)),
+    assert [(one.subject.label, one.result.metric, one.retained is None) for one in evaluations] == [
+        (str(sparse), "loss", False),
+        (str(sparse), "sparsity", True),
+        (f"{sparse} + {sparse}", "loss", False),
+        (f"{sparse} + {sparse}", "sparsity", True),
+        (str(layers), "loss", False),
+        (both, "loss", False),
+        (both, "sparsity", True),
     ]
-    value = {(label, metric): one.result.value for (label, metric, _), one in zip(labels, found, strict=True)}
+    value = {}
+    for evaluation in evaluations:
+        value[evaluation.subject.label, evaluation.result.metric] = evaluation.result.value
     assert value[str(sparse), "sparsity"] == pytest.approx(0.5, abs=0.05)
     assert len({value[label, "loss"] for label in (str(sparse), str(layers), both)}) == 3
     rows = [row for row in Warehouse(warehouse).table("evaluations").to_pylist() if row["task"] == task]
     realized = [row for row in rows if row["metric"].startswith("realized:") and not row["drop"]]
-    assert len(realized) == 21 and all(0.4 < row["value"] < 0.6 for row in realized)
+    assert len(realized) == 21
+    assert all(0.4 < row["value"] < 0.6 for row in realized)
     (dense,) = {row["run_id"] for row in rows if row["sparsity_plan"] is None}
     assert all((row["sparsity_plan"] is None) == (row["run_id"] == dense) for row in rows)
 
 
-def test_what_cannot_be_planned_is_refused_with_the_reason(
-    scored: Path, tiny_llama: Path, tmp_path: Path, dtype: str, save_checkpoint: Any
-) -> None:
+@pytest.fixture(scope="module")
+def sparse_plan(scored: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("sparse") / "sparse.yaml"
+    succeed("sparsify", 0.5, "-w", scored, "-o", path)
+    return path
+
+
+def refused(plan: dict[str, Any], folder: Path) -> str:
+    """Return the message of `avss evaluate` on a plan, which measures nothing."""
+    broken = folder / "broken.yaml"
+    broken.write_text(yaml.safe_dump(plan))
+    warehouse = folder / "w"
+    message = mistake("evaluate", broken, "--tasks", f"perplexity:{TEXT}", "--warehouse", warehouse)
+    assert not list(warehouse.rglob("*.parquet"))
+    return message
+
+
+@pytest.mark.parametrize(
+    ("share", "message"),
+    [(1, "SHARE must be less than 1, not 1."), (0, "SHARE must be greater than 0, not 0.")],
+)
+def test_a_share_that_is_none_or_all_is_refused(scored: Path, tmp_path: Path, share: int, message: str) -> None:
     out = tmp_path / "sparse.yaml"
-    for options, message in (
-        ([1], "SHARE must be less than 1, not 1."),
-        ([0], "SHARE must be greater than 0, not 0."),
-    ):
-        result = avss("sparsify", *options, "-w", scored, "-o", out)
-        assert result.exit_code != 0 and message in " ".join(result.stderr.split()), result.stderr
+    result = avss("sparsify", share, "-w", scored, "-o", out)
+    assert result.exit_code != 0
+    assert message in " ".join(result.stderr.split()), result.stderr
     assert not out.exists()
-    avss("sparsify", 0.5, "-w", scored, "-o", out)
-    made = yaml.safe_load(out.read_text())
-    one = made["projections"][0]
-    broken = tmp_path / "broken.yaml"
-    for changes, message in (
-        ({"projections": [one, one]}, "names a linear map twice"),
-        ({"projections": [one | {"by": "top_k", "value": 1.0}]}, "leaves none of the 32 units of a token"),
-        ({"projections": [one | {"sparsity": 1.0}]}, "sparsity must be less than 1, not 1.0"),
-        ({"projections": [one | {"layr": 1}]}, "Unknown key 'layr'. Did you mean 'layer'"),
-        ({"projections": one}, "projections must be a list, not {"),
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
         ({"sparsity": 0.9}, "sparsity is 0.9, and the maps of projections have 0.5"),
         ({"num_layers": 40}, "the key 'num_layers' is 40, and"),
-        ({"projections": [one | {"layer": 3}]}, "There is no layer 3: the model has 3, from 0."),
         ({"rule": "prefill"}, "Unknown rule 'prefill'"),
         ({"revision": "0" * 40}, "it is at"),
-        (
-            {"projections": [made["projections"][0], made["projections"][6] | {"inputs": 47}]},
-            f"{broken}: map 2 of the key 'projections', 'mlp.down_proj' of layer 0, has 47 inputs and 32 outputs, and "
-            f"in {tiny_llama} 48 and 32.",
-        ),
-        ({"projections": [one | {"map": "mlp.up"}]}, f"{broken}: map 1 of the key 'projections', 'mlp.up' of layer 0,"),
-    ):
-        broken.write_text(yaml.safe_dump(made | changes))
-        assert message in mistake("evaluate", broken, "--tasks", f"perplexity:{TEXT}", "--warehouse", tmp_path / "w")
-        assert not list((tmp_path / "w").rglob("*.parquet"))
-    broken.write_text(f"{out.read_text()}rule: last-half\n")
+    ],
+)
+def test_a_plan_with_a_wrong_key_is_refused(
+    sparse_plan: Path, tmp_path: Path, changes: dict[str, Any], message: str
+) -> None:
+    plan = yaml.safe_load(sparse_plan.read_text())
+    assert message in refused(plan | changes, tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"by": "top_k", "value": 1.0}, "leaves none of the 32 units of a token"),
+        ({"sparsity": 1.0}, "sparsity must be less than 1, not 1.0"),
+        ({"layr": 1}, "Unknown key 'layr'. Did you mean 'layer'"),
+        ({"layer": 3}, "There is no layer 3: the model has 3, from 0."),
+        ({"map": "mlp.up"}, "broken.yaml: map 1 of the key 'projections', 'mlp.up' of layer 0,"),
+    ],
+)
+def test_a_plan_with_a_wrong_map_is_refused(
+    sparse_plan: Path, tmp_path: Path, changes: dict[str, Any], message: str
+) -> None:
+    plan = yaml.safe_load(sparse_plan.read_text())
+    first_map = plan["projections"][0]
+    plan["projections"] = [first_map | changes]
+    assert message in refused(plan, tmp_path)
+
+
+def test_a_plan_that_names_a_map_twice_is_refused(sparse_plan: Path, tmp_path: Path) -> None:
+    plan = yaml.safe_load(sparse_plan.read_text())
+    first_map = plan["projections"][0]
+    plan["projections"] = [first_map, first_map]
+    assert "names a linear map twice" in refused(plan, tmp_path)
+
+
+def test_a_plan_whose_maps_are_no_list_is_refused(sparse_plan: Path, tmp_path: Path) -> None:
+    plan = yaml.safe_load(sparse_plan.read_text())
+    plan["projections"] = plan["projections"][0]
+    assert "projections must be a list, not {" in refused(plan, tmp_path)
+
+
+def test_a_plan_for_maps_of_another_size_is_refused(sparse_plan: Path, tiny_llama: Path, tmp_path: Path) -> None:
+    plan = yaml.safe_load(sparse_plan.read_text())
+    maps = plan["projections"]
+    plan["projections"] = [maps[0], maps[6] | {"inputs": 47}]
+    message = (
+        f"{tmp_path / 'broken.yaml'}: map 2 of the key 'projections', 'mlp.down_proj' of layer 0, has 47 inputs and "
+        f"32 outputs, and in {tiny_llama} 48 and 32."
+    )
+    assert message in refused(plan, tmp_path)
+
+
+def test_a_plan_that_repeats_a_key_is_refused(sparse_plan: Path, tmp_path: Path) -> None:
+    broken = tmp_path / "broken.yaml"
+    broken.write_text(f"{sparse_plan.read_text()}rule: last-half\n")
     with pytest.raises(PlanError, match=r"yaml:\d+: the key 'rule' is repeated; the first is in line \d\."):
         read_checked_plan(SparsityPlan, broken)
+
+
+def test_a_plan_of_another_model_is_refused(sparse_plan: Path, tmp_path: Path, save_checkpoint: Any) -> None:
     other = save_checkpoint(llama(seed=3), tmp_path / "other")
-    result = avss("evaluate", other, "--sparse", out, "--tasks", f"perplexity:{TEXT}", "--warehouse", tmp_path / "w")
+    task = f"perplexity:{TEXT}"
+    result = avss("evaluate", other, "--sparse", sparse_plan, "--tasks", task, "--warehouse", tmp_path / "w")
     assert "is another model" in result.stderr
 
 
@@ -175,7 +244,8 @@ def test_a_run_that_did_not_measure_the_inputs_says_which_command_does(tiny_llam
     result = avss("sparsify", 0.5, "-w", tmp_path / "w", "-o", tmp_path / "sparse.yaml")
     assert result.exit_code != 0
     told = " ".join(result.stderr.split())
-    assert f"avss score {tiny_llama} --corpus {TEXT}" in told and told.endswith("--sites inputs")
+    assert f"avss score {tiny_llama} --corpus {TEXT}" in told
+    assert told.endswith("--sites inputs")
 
 
 def test_a_family_whose_experts_are_fused_keeps_its_mlp_dense(save_checkpoint: Any, tmp_path: Path) -> None:
@@ -210,7 +280,8 @@ def test_damage_is_that_of_autograd(model: LanguageModel) -> None:
         (row.metric, row.layer): row.samples
         for row in MapDamage(shard=shard, thresholds=dict.fromkeys(keys, edges), seed=4)(model)
     }
-    first, second = np.zeros((3, 3)), np.zeros((3, 3))
+    first = np.zeros((3, 3))
+    second = np.zeros((3, 3))
     for batch in shard.batches(1):
         given: dict[int, torch.Tensor] = {}
         handles = []
@@ -311,7 +382,8 @@ def test_every_method_meets_the_budget(measured: Path, tmp_path: Path, method: s
     made = read_checked_plan(SparsityPlan, out)
     assert made.sparsity == pytest.approx(0.6, abs=0.03)
     assert len({round(one.sparsity, 3) for one in made.projections}) > 3
-    assert made.why["by"] == method and str(made.why["evaluation"]).startswith("tiny-llama-")
+    assert made.why["by"] == method
+    assert str(made.why["evaluation"]).startswith("tiny-llama-")
     times = cell_times(measured)
     assert sparsify(0.3, **options).sparsity == pytest.approx(0.3, abs=0.03)
     assert cell_times(measured) == times  # another target measures nothing
@@ -354,7 +426,9 @@ def cell(model: LanguageModel, sparsity: Sparsity | None, drop: tuple[int, ...] 
 
 def plainly(model: LanguageModel, keeps: Any, rule: str, drop: tuple[int, ...] = ()) -> tuple[list[float], float]:
     """Losses of every row alone, without padding, with inputs of maps replaced by a test's own hooks; zeros counted."""
-    shard, losses, zeros = random_shard(), [], 0
+    shard = random_shard()
+    losses = []
+    zeros = 0
     for row, length in enumerate(shard.lengths):
         tokens = int(length)
         sparse = torch.zeros(tokens, dtype=torch.bool)
@@ -390,7 +464,8 @@ def test_small_inputs_are_zero_at_the_tokens_of_a_rule(model: LanguageModel, rul
     assert found["loss", None].samples == pytest.approx(losses, rel=1e-4)
     realized = [row for (metric, _), row in found.items() if metric.startswith("realized:")]
     assert sum(row.samples[0] for row in realized) == zeros
-    assert zeros and len(realized) == 7 * (3 - len(drop))
+    assert zeros
+    assert len(realized) == 7 * (3 - len(drop))
     saved = found["sparsity", None]
     assert 0 < saved.samples[0] < saved.weights[0]
     assert np.array_equal(model.losses_under(list(random_shard().batches(2)), [NO_INTERVENTION])[0], before)

@@ -55,7 +55,8 @@ def test_data_is_the_scores_as_they_are(root: Path, kind: str, tmp_path: Path) -
     assert [(row["run_id"], int(row["layer"])) for row in rows] == sorted(want)
     for row in rows:
         stored = want[row["run_id"], int(row["layer"])]
-        assert float(row["avss_smoothed"]) == stored["avss_smoothed"] and row["exactness"] == "exact"
+        assert float(row["avss_smoothed"]) == stored["avss_smoothed"]
+        assert row["exactness"] == "exact"
         assert float(row["near_zero_low"]) == float(row["near_zero_high"]) == stored["near_zero_count"]
 
 
@@ -66,7 +67,8 @@ def test_names_are_no_formulas_in_a_spreadsheet(tmp_path: Path) -> None:
     texts = [exported(tmp_path, "csv", "--run", run) for run in ("a", "b")]
     first, indented = (next(csv.DictReader(io.StringIO(text))) for text in texts)
     assert (first["model"], first["family"], first["revision"]) == ("'=HYPERLINK(0)", "'@x", "'-1+1")
-    assert (indented["model"], indented["family"]) == ("' =1+1", "'\n=1+1") and "\ufffd=1" in texts[1]
+    assert (indented["model"], indented["family"]) == ("' =1+1", "'\n=1+1")
+    assert "\ufffd=1" in texts[1]
     assert json.loads(exported(tmp_path, "json", "--run", "b").splitlines()[0])["model"] == " =1+1"
 
 
@@ -85,8 +87,10 @@ def test_an_old_file_outlives_a_write_that_fails(root: Path, tmp_path: Path, mon
         with file.open("w") as stream:
             stream.write("old")
         result = avss(*args, "-o", file, "--run", "tiny-1")
-        assert result.exit_code == 1 and "cannot be written: No space left on device" in result.stderr
-        assert file.read_text() == "old" and list(tmp_path.glob(".*")) == []
+        assert result.exit_code == 1
+        assert "cannot be written: No space left on device" in result.stderr
+        assert file.read_text() == "old"
+        assert list(tmp_path.glob(".*")) == []
 
 
 @pytest.mark.parametrize("layers", [2, 3, 6])
@@ -103,29 +107,35 @@ def test_a_chart_of_very_many_runs_is_refused(root: Path, monkeypatch: pytest.Mo
     """Of 10,000 runs, the library that draws takes all memory and ends the process."""
     monkeypatch.setattr("avss_dist.reports.chart.MAX_RUNS", 1)
     result = avss("show", "-w", root, "--run", "*", "-o", root / "chart.svg")
-    assert result.exit_code == 2 and "are too many for one chart: the maximum is 1" in result.stderr
-    assert "Name fewer with --run" in result.stderr and not (root / "chart.svg").exists()
+    assert result.exit_code == 2
+    assert "are too many for one chart: the maximum is 1" in result.stderr
+    assert "Name fewer with --run" in result.stderr
+    assert not (root / "chart.svg").exists()
 
 
 def test_what_is_shown_and_drawn_is_named_as_smoothed(root: Path, tmp_path: Path) -> None:
     """The column `avss` is the score as published; tables and pictures have `avss_smoothed`."""
     shown = avss("show", "-w", root, "--run", "tiny-1").stdout.lower()
     words = shown.replace("smoothed avss", "")
-    assert words != shown and "avss" not in words.replace("avss_dist", "").replace("avss ls", "")
+    assert words != shown
+    assert "avss" not in words.replace("avss_dist", "").replace("avss ls", "")
     assert avss("show", "-w", root, "--run", "tiny-1", "-o", tmp_path / "layers.svg").exit_code == 0
     text = (tmp_path / "layers.svg").read_text().lower()
-    assert "smoothed avss (log)" in text and ">avss" not in text
+    assert "smoothed avss (log)" in text
+    assert ">avss" not in text
 
 
 def test_what_is_published_is_what_the_warehouse_says(tmp_path: Path) -> None:
-    root, folder = tmp_path / "warehouse", tmp_path / "published"
+    root = tmp_path / "warehouse"
+    folder = tmp_path / "published"
     for i, name in enumerate(("b", "a")):
         x = activations(seed=i, shards=2, scales=np.array([1.0, 3.0]))
         write_measured(root, name, stats_of(x), 2)
     Store(root).write_run(run_row("broken", status="failed"))
     warehouse = Warehouse(root)
     rows = publish(warehouse, folder)
-    assert {*rows} == {"runs", "scores", "layer_stats"} and rows["runs"] == 2
+    assert {*rows} == {"runs", "scores", "layer_stats"}
+    assert rows["runs"] == 2
     stored = pq.read_table(folder / "data" / "scores.parquet")
     assert stored["run_id"].to_pylist() == sorted(stored["run_id"].to_pylist())
     order = [(name, "ascending") for name in ("run_id", "layer", "site", "recipe", "threshold", "threshold_kind")]
@@ -169,4 +179,5 @@ def test_what_cannot_be_published_to(tmp_path: Path) -> None:
     with pytest.raises(WarehouseError, match="cannot be written: Directory not empty"):
         publish(Warehouse(root), tmp_path)
     refused = avss("publish", "hf://datasets/lab/scores", "-w", root)
-    assert refused.exit_code == 2 and "expected a folder of this machine" in refused.stderr
+    assert refused.exit_code == 2
+    assert "expected a folder of this machine" in refused.stderr

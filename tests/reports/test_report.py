@@ -148,7 +148,8 @@ def test_the_scores_are_the_warehouses_and_the_published_reading_comes_first(pag
     names["near_zero"] = "near_zero_count"
     seen = 0
     for run, choice, start, end, lowest in data["blocks"]:
-        about, at = data["runs"][run], data["choices"][choice]
+        about = data["runs"][run]
+        at = data["choices"][choice]
         assert lowest == max(1, round((end - start) / 4))
         for i in range(start, end):
             layer = data["columns"]["layer"][i]
@@ -180,7 +181,8 @@ def test_charts_are_vega_lite_with_names_for_people(page: Page) -> None:
     pictures = ["scorecard-2"]
     assert list(page.data["pictures"]) == pictures
     for picture in page.data["pictures"].values():
-        assert "config" not in picture["spec"] and picture["rows"]
+        assert "config" not in picture["spec"]
+        assert picture["rows"]
         alt.TopLevelSpec.validate(picture["spec"])
     figures = {a["data-chart"] for _, a in page.elements if "data-chart" in a}
     assert figures == {*pictures} | EVERY_CHART
@@ -208,7 +210,8 @@ def test_every_run_is_in_the_overview_and_failures_say_why(page: Page) -> None:
 
 def test_the_page_says_what_compare_says(tmp_path: Path) -> None:
     """Of four runs, three alike: half of the six pairs agree wholly, and the median is between the halves."""
-    up, mixed = [1.0, 2.0, 3.0, 4.0, 5.0, 6.0], [3.0, 4.0, 5.0, 6.0, 1.0, 2.0]
+    up = [1.0, 2.0, 3.0, 4.0, 5.0, 6.0]
+    mixed = [3.0, 4.0, 5.0, 6.0, 1.0, 2.0]
     for name, scores in (("a", up), ("b", up), ("c", up), ("d", mixed)):
         write_scores(tmp_path, name, scores)
     warehouse = Warehouse(tmp_path)
@@ -234,7 +237,8 @@ def test_a_correlation_of_nearly_zero_has_no_sign() -> None:
     close = int(np.argmin(np.where(rho < 0, -rho, 1))) + 1
     assert -0.0005 < rho[close - 1] < 0
     text = run_agreement({0: scores[0], 1: scores[close]})
-    assert "of 1 pair is 0.000" in text["summary"] and "-0.000" not in str(text)
+    assert "of 1 pair is 0.000" in text["summary"]
+    assert "-0.000" not in str(text)
     assert json.dumps(text["pairs"][-1]) == "[0, 1, 0.0, 0.0]"
 
 
@@ -251,7 +255,8 @@ def test_what_is_known_without_layers_is_the_warehouses(page: Page, store: Wareh
         layers = range(block["start"], block["start"] + block["length"])
         assert rows.pop(tuple(layers)) == pytest.approx(block["distance"], rel=1e-3)
     assert not rows
-    plain, repaired = "perplexity: a.txt", "perplexity: a.txt, repaired by refit"
+    plain = "perplexity: a.txt"
+    repaired = "perplexity: a.txt, repaired by refit"
     assert [(one["series"], one["dropped"], one["share"]) for one in known["kept"]] == [
         *((plain, "2", 0.1667), (plain, "1-2", 0.3333)),
         *((repaired, "2", 0.1667), (repaired, "1-2", 0.3333)),
@@ -269,7 +274,8 @@ def test_it_begins_with_what_can_be_believed_what_can_go_and_what_is_kept(page: 
     }
     assert all(kind.replace("_", " ") in first for kind in kinds)
     alpha = next(part for part in re.split(r" (?=\d\. )", first) if "a.txt" in part)
-    assert "alpha" in alpha and "wiki" not in alpha
+    assert "alpha" in alpha
+    assert "wiki" not in alpha
     for line in (
         "perplexity: a.txt: no set that was evaluated; without 2, 82% is kept.",
         "perplexity: a.txt, repaired by refit: 2 layers (1-2), 90% kept.",
@@ -304,7 +310,8 @@ def test_the_score_card_is_a_picture_a_sentence_and_a_table(page: Page, store: W
     assert f"block influence {cards['block_influence']:.2f}" in card
     picture = page.data["pictures"]["scorecard-2"]
     drawn = {row["score"]: row["correlation"] for row in picture["rows"]}
-    assert drawn["block influence"] == cards["block_influence"] and "AVSS as published" in drawn
+    assert drawn["block influence"] == cards["block_influence"]
+    assert "AVSS as published" in drawn
     (table,) = (a for tag, a in page.elements if tag == "table" and a["data-name"] == "scorecard-2")
     assert "sortable" in (table["class"] or "")
     assert "avss block / pooled / 1e-05" in card
@@ -469,10 +476,12 @@ def test_every_chart_of_a_section_can_be_drawn() -> None:
 
 def test_no_name_of_a_section_is_markup_or_steers_a_terminal() -> None:
     text = printed(rendered(*sections(MARKUP)))
-    assert "\x1b" not in text and "\ufffd[31m" in text
+    assert "\x1b" not in text
+    assert "\ufffd[31m" in text
     for section in sections(MARKUP):
         page = "".join(html_table(table, section.label) for table in section.tables)
-        assert "<img" not in page and "\x1b" not in page
+        assert "<img" not in page
+        assert "\x1b" not in page
     assert "<img" in unescape(page_tables(tuple(sections(MARKUP)[0].tables))[0][2][0])
 
 
@@ -480,7 +489,8 @@ def test_the_page_has_every_chart_and_table_of_its_sections(tmp_path: Path) -> N
     warehouse = Warehouse(unpack_released(tmp_path))
     page = report_page(warehouse)
     named = re.findall(r'data-chart="(experiment[^"]*)"', page)
-    assert named and len(set(named)) == len(named)
+    assert named
+    assert len(set(named)) == len(named)
     rows = warehouse.table("experiments").sort_by("created_at").to_pylist()
     (section,) = experiment_sections([one for one in rows if one["run_id"] == rows[0]["run_id"]])
     shown = next(table for table in Page(page).tables if table[0][:1] == ["layers chosen by"])

@@ -42,7 +42,9 @@ DRAWN_IN = (
     """theme => [...document.querySelectorAll(".sections [data-chart]")].every((f) => f.look?.startsWith(theme))"""
 )
 ROWS = "figure => figure.rows"
-ALPHA, BETA, NOISE = "2. alpha", "1. beta", "3. noise"
+ALPHA = "2. alpha"
+BETA = "1. beta"
+NOISE = "3. noise"
 
 
 @pytest.fixture(scope="module")
@@ -82,7 +84,8 @@ def browser() -> Iterator[Any]:
 @pytest.fixture
 def visit(browser: Any) -> Iterator[Callable[..., Any]]:
     """Open a file in a new profile; in the end, nothing was complained of, asked for or run that should not be."""
-    opened, troubles = [], []
+    opened = []
+    troubles = []
 
     def visit(file: Path, width: int = 1280, **options: Any) -> Any:
         context = browser.new_context(viewport={"width": width, "height": 900}, **options)
@@ -233,7 +236,9 @@ def test_another_run_and_two_runs_side_by_side(visit: Callable[..., Any], file: 
         run: sum(row["lowest"] for row in drawn(page, "heat") if row["run"] == run) for run in (ALPHA, BETA, NOISE)
     }
     assert lowest == {ALPHA: 2, BETA: 3, NOISE: 2}
-    assert len(places) == 8 and sum(row["share"] for row in places) == pytest.approx(2)  # of 8 places, 25%
+    # of 8 places, 25%
+    assert len(places) == 8
+    assert sum(row["share"] for row in places) == pytest.approx(2)
 
 
 def test_a_heading_sorts_up_and_down_with_the_keyboard(visit: Callable[..., Any], file: Path) -> None:
@@ -305,7 +310,8 @@ def test_every_chart_downloads(visit: Callable[..., Any], file: Path, tmp_path: 
         page = page if number % 6 else visit(file)  # chromium asks before a page saves more than ten files
         for kind, start in (*(() if number % 3 else pictures), ("csv", b"site,recipe,threshold,")):
             file_saved = saved(page, f"[data-chart={chart}] [data-save={kind}]", tmp_path)
-            assert file_saved.name == f"{chart}.{kind}" and file_saved.read_bytes().startswith(start)
+            assert file_saved.name == f"{chart}.{kind}"
+            assert file_saved.read_bytes().startswith(start)
         rows = list(csv.DictReader(file_saved.open(encoding="utf-8")))
         assert {(row["site"], row["recipe"], row["threshold"]) for row in rows} == {("block", "pooled", "1e-05")}
         assert [row.get("run") for row in rows] == [row.get("run") for row in drawn(page, chart)]
@@ -319,13 +325,15 @@ def test_what_is_known_without_layers_follows_the_run(visit: Callable[..., Any],
     assert said(page, "kept") == "Nothing was left out and evaluated."
     page.locator("#run").select_option(label=ALPHA)
     blocks = drawn(page, "blocks")
-    assert len(blocks) == 36 and sum(row["nearest"] for row in blocks) == 8
+    assert len(blocks) == 36
+    assert sum(row["nearest"] for row in blocks) == 8
     least = min((row for row in blocks if row["length"] == 2), key=lambda row: row["distance"])
     assert f"Nearest of 2: from layer {least['start']} (" in said(page, "blocks")
     assert said(page, "kept") == "90% is kept up to 25.0% of the layers (perplexity: a.txt, repaired by refit)."
     for chart in WITHOUT:
         rows = saved_rows(page, f"[data-chart={chart}] [data-save=csv]", tmp_path)
-        assert len(rows) == len(drawn(page, chart)) and rows[0]["run"] == ALPHA
+        assert len(rows) == len(drawn(page, chart))
+        assert rows[0]["run"] == ALPHA
 
 
 def said(page: Any, chart: str) -> str:
@@ -369,7 +377,9 @@ def test_the_charts_of_sections_are_drawn_in_the_colors_and_width_of_the_page(
         chart = charts.nth(place)
         chart.locator("svg").wait_for()
         box = chart.locator("svg").bounding_box()
-        assert box["x"] >= 0 and box["x"] + box["width"] <= width and box["width"] > 280
+        assert box["x"] >= 0
+        assert box["x"] + box["width"] <= width
+        assert box["width"] > 280
         assert "The CSV file has the numbers." in chart.locator(".view").get_attribute("aria-label")
     page.wait_for_function(DRAWN_IN, arg="light")
     assert page.evaluate("document.documentElement.scrollWidth") == width
@@ -377,7 +387,8 @@ def test_the_charts_of_sections_are_drawn_in_the_colors_and_width_of_the_page(
     page.wait_for_function(DRAWN_IN, arg="dark")
     assert charts.first.evaluate("figure => figure.view.background()") == "#161b22"
     rows = saved_rows(page, charts.first.locator("[data-save=csv]"), tmp_path)
-    assert rows and {"low", "high"} <= rows[0].keys()
+    assert rows
+    assert {"low", "high"} <= rows[0].keys()
     assert [row["low"] == "" for row in rows] == [row["low"] is None for row in charts.first.evaluate(ROWS)]
 
 
@@ -392,7 +403,8 @@ def test_a_table_of_a_section_sorts_and_downloads_whole_intervals(
     column = heading.evaluate("cell => cell.cellIndex")
     lows = table.evaluate(f"table => [...table.tBodies[0].rows].map(r => r.cells[{column}].dataset.value)")
     known = [float(low) for low in lows if low]
-    assert known == sorted(known) and lows[: len(known)] == [low for low in lows if low]
+    assert known == sorted(known)
+    assert lows[: len(known)] == [low for low in lows if low]
     rows = saved_rows(page, f"[data-csv={table.get_attribute('data-name')}]", tmp_path)
     assert sum(" to " in [*row.values()][column] for row in rows) == len(known)
 

@@ -122,7 +122,8 @@ def test_a_long_error_hides_no_row(warehouse: Warehouse) -> None:
 
 @pytest.mark.parametrize("ending", all_of(["svg", "png", "html"], default=["svg"]))
 def test_no_name_aborts_a_picture_or_steers(tmp_path: Path, ending: str) -> None:
-    values, file = [1.0, 2.0, 3.0, 4.0], tmp_path / f"layers.{ending}"
+    values = [1.0, 2.0, 3.0, 4.0]
+    file = tmp_path / f"layers.{ending}"
     write_scores(tmp_path, "hostile", values, model=f"org/{STEERING}", corpus=f"{STEERING}.txt", notes=[STEERING])
     write_scores(tmp_path, "other", values, family=STEERING)
     done = avss("show", "-w", tmp_path, "--run", "hostile", "--run", "other", "-o", file)
@@ -141,7 +142,8 @@ def test_scores_that_are_not_a_number_are_shown_as_none(tmp_path: Path) -> None:
     table = table.set_column(table.schema.get_field_index("avss_smoothed"), "avss_smoothed", values)
     rewrite_file(file, table)
     done = avss("show", "-w", tmp_path)
-    assert done.exit_code == 0 and "nan" not in done.stdout
+    assert done.exit_code == 0
+    assert "nan" not in done.stdout
     assert avss("show", "-w", tmp_path, "-o", tmp_path / "a.svg").exit_code == 0
 
 
@@ -214,10 +216,12 @@ def test_a_row_of_a_long_table_in_a_pipe_is_one_line(
     write_table(table, "table", Console(file=io.StringIO(), force_terminal=False))
     lines = capsys.readouterr().out.splitlines()
     assert len(lines) == 2 + 301
-    assert lines[0].split() == ["text", "number", "list"] and set(lines[1]) == {"-", " "}
+    assert lines[0].split() == ["text", "number", "list"]
+    assert set(lines[1]) == {"-", " "}
     assert lines[2].split() == ["a", "b", "0.5", "[1,", "2]"]
     assert {line.index(" [1, 2]") for line in lines[2:-2]} == {200 + 2 + 6 + 1}
-    assert lines[-2].startswith(str(texts[-2])) and lines[-1].split() == ["299", "[1,", "2]"]
+    assert lines[-2].startswith(str(texts[-2]))
+    assert lines[-1].split() == ["299", "[1,", "2]"]
 
 
 Lines = Callable[[], list[str]]
@@ -299,7 +303,8 @@ def test_shrinking_tells_how_far_each_step_is(lines: Lines) -> None:
         progress(CellDone(CELL))
     said = lines()
     assert any(re.fullmatch(r"scoring layers: 80%, .* left", line) for line in said)
-    assert "repairing cut 1 of 2, 25%" in said and any(line.startswith("evaluating: 10%, ") for line in said)
+    assert "repairing cut 1 of 2, 25%" in said
+    assert any(line.startswith("evaluating: 10%, ") for line in said)
 
 
 def test_the_teachers_writing_tells_how_far_it_is(lines: Lines) -> None:
@@ -307,7 +312,8 @@ def test_the_teachers_writing_tells_how_far_it_is(lines: Lines) -> None:
         for tenth in range(10):
             progress(Preparing("the teacher writes text", tenth / 10))
     said = lines()
-    assert said[0] == "the teacher writes text" and said[1].startswith("the teacher writes text, 10%, ")
+    assert said[0] == "the teacher writes text"
+    assert said[1].startswith("the teacher writes text, 10%, ")
     assert re.fullmatch(r"the teacher writes text, 90%, .* left", said[-1])
 
 
@@ -317,7 +323,8 @@ def test_lines_are_half_a_minute_apart(monkeypatch: pytest.MonkeyPatch, lines: L
     with StepProgress() as progress:
         for part in range(100):
             progress(Preparing("the teacher writes text", part / 100))
-    assert progress_module.LOG_SECONDS == 30 and 2 <= len(lines()) <= 10
+    assert progress_module.LOG_SECONDS == 30
+    assert 2 <= len(lines()) <= 10
 
 
 @pytest.mark.usefixtures("lines")
@@ -358,7 +365,8 @@ def test_a_list_of_runs_tells_model_text_and_run_first(width: int) -> None:
     assert table["model"].to_pylist() == ["SmolLM2-135M-Instruct"] * 2
     assert table["corpus"].to_pylist() == ["your.txt", "heldout.txt"]
     lines = drawn(plain_table(table.column_names, table.to_pylist()), width)
-    assert len(lines) == 6 and max(map(len, lines)) <= width
+    assert len(lines) == 6
+    assert max(map(len, lines)) <= width
 
 
 def test_a_narrow_list_of_runs_has_dates_and_the_ends_of_ids() -> None:

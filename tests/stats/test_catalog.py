@@ -23,22 +23,27 @@ def test_every_score_from_activations_is_computed_stored_and_drawn() -> None:
     for name in FROM_ACTIVATIONS:
         info = SCORES[name]
         assert (columns[info.column].meaning, columns[info.column].unit) == (info.definition, info.unit)
-        assert info.caption.endswith(".") and f"{name}:layer:log" in page_charts()
+        assert info.caption.endswith(".")
+        assert f"{name}:layer:log" in page_charts()
 
 
 @pytest.mark.parametrize("name", MEASURED)
 def test_every_measured_score_has_options_of_ablate(name: str) -> None:
     options = inspect.signature(ablate).parameters
-    assert set(SCORES[name].ablate) <= set(options) and SCORES[name].task.endswith(":")
+    assert set(SCORES[name].ablate) <= set(options)
+    assert SCORES[name].task.endswith(":")
 
 
 def test_damage_is_the_mean_of_two_ranks_that_its_task_measures() -> None:
     assert metrics_of("damage") == (*metrics_of("propagated"), *metrics_of("predicted"))
     measured = [int(metric.rpartition("_")[2]) for metric in metrics_of("damage")]
-    assert max(measured) == LOOKAHEAD and min(measured) >= 0
+    assert max(measured) == LOOKAHEAD
+    assert min(measured) >= 0
     assert set(GROUND_TRUTH) < set(MEASURED)
 
 
 @pytest.mark.parametrize("name", SCORES)
 def test_every_score_has_a_title_and_a_meaning(name: str) -> None:
-    assert SCORES[name].title and SCORES[name].meaning and not re.search(r"\.$", SCORES[name].meaning)
+    assert SCORES[name].title
+    assert SCORES[name].meaning
+    assert not re.search(r"\.$", SCORES[name].meaning)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Any
 
 import numpy as np
 import pytest
@@ -14,7 +13,9 @@ from avss_dist.stats import contrast as contrast_stats
 from avss_dist.stats.contrast import Answers
 from avss_dist.stats.intervals import bootstrap_weights, left_out_weights
 
-LAYERS, UNITS, THRESHOLD = 5, 6, 0.3
+LAYERS = 5
+UNITS = 6
+THRESHOLD = 0.3
 Float64 = np.ndarray
 
 
@@ -37,19 +38,23 @@ class Sample:
         self.x[3][-1] = np.zeros((0, UNITS))
 
     def answers(self) -> Answers:
-        def table(value: Any) -> Float64:
-            return np.array([[float(value(v)) if v.size else np.nan for v in row] for row in self.x])
-
-        def sums(value: Any) -> Float64:
-            return np.array([[float(value(v)) for v in row] for row in self.x])
-
+        shape = (len(self.x), LAYERS)
         stats = {
-            "pooled_variance": table(lambda v: v.mean(axis=0).var(ddof=1)),
-            "count": sums(np.size),
-            "mean": table(np.mean),
-            "m2": sums(lambda v: v.size * v.var() if v.size else 0.0),
-            "near_zero": sums(lambda v: (np.abs(v) < THRESHOLD).sum()),
+            "pooled_variance": np.full(shape, np.nan),
+            "count": np.zeros(shape),
+            "mean": np.full(shape, np.nan),
+            "m2": np.zeros(shape),
+            "near_zero": np.zeros(shape),
         }
+        for row, layers in enumerate(self.x):
+            for layer, values in enumerate(layers):
+                if not values.size:
+                    continue
+                stats["pooled_variance"][row, layer] = values.mean(axis=0).var(ddof=1)
+                stats["count"][row, layer] = values.size
+                stats["mean"][row, layer] = values.mean()
+                stats["m2"][row, layer] = values.size * values.var()
+                stats["near_zero"][row, layer] = (np.abs(values) < THRESHOLD).sum()
         return Answers(pair=self.pair, hallucinated=self.hallucinated, tokens=self.tokens, stats=stats)
 
     def parts(self, times: Sequence[float], recipe: str) -> tuple[Float64, Float64, Float64]:
@@ -111,7 +116,8 @@ def test_an_answer_of_one_element_counts() -> None:
 
 def test_deviations_are_log_ratios_of_avss_less_the_median(recipe: str) -> None:
     sample = Sample()
-    labels, ones = sample.hallucinated.astype(np.float64), np.ones(len(sample.pair))
+    labels = sample.hallucinated.astype(np.float64)
+    ones = np.ones(len(sample.pair))
     assert contrast_stats.observed(sample.answers(), recipe) == pytest.approx(
         sample.deviation(ones, labels, recipe), rel=1e-9
     )
@@ -137,7 +143,8 @@ def test_what_is_not_defined_is_not_a_number(recwarn: pytest.WarningsRecorder) -
 def test_labels_are_exchanged_inside_pairs() -> None:
     a = Sample().answers()
     labels = contrast_stats.permuted_labels(a, 2000)
-    assert labels.shape == (2000, len(a.pair)) and set(np.unique(labels)) == {0.0, 1.0}
+    assert labels.shape == (2000, len(a.pair))
+    assert set(np.unique(labels)) == {0.0, 1.0}
     for pair in a.pairs:
         inside = labels[:, a.pair == pair]
         assert (inside.sum(axis=1) == a.hallucinated[a.pair == pair].sum()).all()
@@ -172,7 +179,8 @@ def test_the_permutation_test_is_over_exchanged_labels(recipe: str) -> None:
 
 def test_holms_correction() -> None:
     p = np.array([0.01, np.nan, 0.04, 0.03, 0.005, 0.5, 0.9])
-    expected, largest = {}, 0.0
+    expected = {}
+    largest = 0.0
     for rank, i in enumerate(sorted((i for i in range(7) if not np.isnan(p[i])), key=lambda i: p[i])):
         largest = max(largest, p[i] * (6 - rank))
         expected[i] = min(largest, 1.0)
@@ -185,7 +193,8 @@ def test_the_noise_floor_is_of_random_halves_of_the_truthful_answers(recipe: str
     rows = np.flatnonzero(~sample.hallucinated)
     rng = np.random.default_rng(0)
     halves = rng.permuted(np.tile(np.arange(7) < 3, (1000, 1)), axis=1)
-    ones, far = np.zeros(len(sample.pair)), []
+    ones = np.zeros(len(sample.pair))
+    far = []
     ones[rows] = 1
     distinct, which = np.unique(halves, axis=0, return_inverse=True)
     for half in distinct:
@@ -201,7 +210,8 @@ def test_pairs_of_about_the_same_length() -> None:
     tokens = {0: [8, 10], 1: [10, 8, 11], 2: [8, 11], 3: [5, 5], 4: [3, 9, 3], 5: [3, 9], 6: [16, 21], 7: [3, 9, 3]}
     other = Answers(**{**vars(a), "tokens": np.concatenate([*tokens.values()])})
     matched = contrast_stats.length_matched(other, 0.25)
-    assert matched.pairs.tolist() == [0, 30] and matched.tokens.tolist() == [8, 10, 5, 5]
+    assert matched.pairs.tolist() == [0, 30]
+    assert matched.tokens.tolist() == [8, 10, 5, 5]
     assert matched.stats["near_zero"].tolist() == a.stats["near_zero"][np.isin(a.pair, [0, 30])].tolist()
 
 
@@ -212,16 +222,22 @@ def test_the_prone_layers_are_the_highest_quarter() -> None:
 
 def test_columns_of_layers(recipe: str) -> None:
     sample = Sample()
-    labels, ones = sample.hallucinated.astype(np.float64), np.ones(len(sample.pair))
-    a = sample.answers()
-    again = contrast_stats.both_sides(a, bootstrap_weights(8)[:, sample.pair // 10], labels, recipe)
-    without = contrast_stats.both_sides(a, left_out_weights(8)[:, sample.pair // 10], labels, recipe)
-    found = contrast_stats.contrast_columns(contrast_stats.both_sides(a, ones, labels, recipe), again, without)
-    (hsav, near_zero, count), (variance, fewer, less) = (sample.parts(side, recipe) for side in (labels, 1 - labels))
-    hss, other = (near_zero + 0.5) / (count + 1), (fewer + 0.5) / (less + 1)
+    labels = sample.hallucinated.astype(np.float64)
+    ones = np.ones(len(sample.pair))
+    answers = sample.answers()
+    number_of_pair = sample.pair // 10
+    whole = contrast_stats.both_sides(answers, ones, labels, recipe)
+    again = contrast_stats.both_sides(answers, bootstrap_weights(8)[:, number_of_pair], labels, recipe)
+    without = contrast_stats.both_sides(answers, left_out_weights(8)[:, number_of_pair], labels, recipe)
+    found = contrast_stats.contrast_columns(whole, again, without)
+    hsav, near_zero, count = sample.parts(labels, recipe)
+    variance, truthful_near_zero, truthful_count = sample.parts(1 - labels, recipe)
+    hss = (near_zero + 0.5) / (count + 1)
+    other = (truthful_near_zero + 0.5) / (truthful_count + 1)
     ratio = hsav / hsav.sum() / (hss / hss.sum())
+    truthful_ratio = variance / variance.sum() / (other / other.sum())
     deviation = sample.deviation(ones, labels, recipe)
-    contrast = np.log(ratio / (variance / variance.sum() / (other / other.sum())))
+    contrast = np.log(ratio / truthful_ratio)
     expected = {
         "eavss_contrast": contrast,
         "eavss_ratio": ratio,
@@ -241,7 +257,8 @@ def test_columns_of_layers(recipe: str) -> None:
 
 def concordance(scores: Float64, positive: Float64, weights: Float64) -> float:
     """Over all pairs of a positive and a negative."""
-    up, all_ = 0.0, 0.0
+    up = 0.0
+    all_ = 0.0
     for i in np.flatnonzero(positive):
         for j in np.flatnonzero(~positive):
             weight = weights[i] * weights[j]
@@ -252,7 +269,8 @@ def concordance(scores: Float64, positive: Float64, weights: Float64) -> float:
 
 def test_auroc_is_the_share_of_concordant_pairs() -> None:
     rng = np.random.default_rng(0)
-    scores, positive = rng.integers(0, 6, 20).astype(np.float64), rng.random(20) < 0.4
+    scores = rng.integers(0, 6, 20).astype(np.float64)
+    positive = rng.random(20) < 0.4
     weights = rng.integers(0, 3, (5, 20)).astype(np.float64)
     weights[4] = ~positive
     expected = [concordance(scores, positive, row) for row in weights]
@@ -264,7 +282,8 @@ def test_auroc_is_the_share_of_concordant_pairs() -> None:
 def test_a_classifier_says_of_a_fold_what_it_learned_on_the_others(pairs: int, alone: bool) -> None:
     """Nothing where they have one label: the hallucinated answers are in the first fold alone."""
     sample = Sample(pairs)
-    a, values = sample.answers(), np.random.default_rng(2).normal(2.0, 3.0, len(sample.pair)) + sample.hallucinated
+    a = sample.answers()
+    values = np.random.default_rng(2).normal(2.0, 3.0, len(sample.pair)) + sample.hallucinated
     folds = dict(zip(a.pairs, np.random.default_rng(0).permutation(pairs) % 5, strict=True))
     if alone:
         a = Answers(**{**vars(a), "hallucinated": np.array([folds[pair] == 0 for pair in a.pair])})
@@ -286,4 +305,5 @@ def test_nothing_can_be_learned_of_one_label_or_of_a_constant() -> None:
         )
     odd = np.where(a.pair == 20, 5.0, 1.0)
     scores = contrast_stats.out_of_fold(a, odd)
-    assert np.isfinite(scores).all() and (scores[a.pair == 20] == 0).all()
+    assert np.isfinite(scores).all()
+    assert (scores[a.pair == 20] == 0).all()

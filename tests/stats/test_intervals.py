@@ -47,10 +47,13 @@ def test_halls_transformation_of_the_ends_has_students_quantiles(number: int, si
 )
 def test_a_scale_transforms_the_values_and_the_ends(scale: str, transform: Callable[[Float64], Float64]) -> None:
     rng = np.random.default_rng(3)
-    value, left_out = rng.uniform(0.4, 0.6, 5), rng.uniform(0.4, 0.6, (9, 5))
+    value = rng.uniform(0.4, 0.6, 5)
+    left_out = rng.uniform(0.4, 0.6, (9, 5))
     ends = jackknife_interval(value, left_out, scale=scale)
     np.testing.assert_allclose(transform(ends), jackknife_interval(transform(value), transform(left_out)), rtol=1e-9)
-    assert (ends > 0).all() and (ends[0] < value).all() and (value < ends[1]).all()
+    assert (ends > 0).all()
+    assert (ends[0] < value).all()
+    assert (value < ends[1]).all()
 
 
 def test_fewer_than_eight_units_have_no_interval_and_alike_ones_one_without_width() -> None:
@@ -59,23 +62,27 @@ def test_fewer_than_eight_units_have_no_interval_and_alike_ones_one_without_widt
     assert np.isnan(interval_of_mean(samples[:7])).all()
     assert jackknife_interval(np.array(0.0), np.zeros((0,))).shape == (2,)
     np.testing.assert_array_equal(jackknife_interval(np.array(0.5), np.full(8, 0.5), scale="log"), [0.5, 0.5])
-    assert why_no_interval(8) is None and why_no_interval(9) is None
+    assert why_no_interval(8) is None
+    assert why_no_interval(9) is None
     for shards, counted in ((1, "1 shard, 8"), (7, "7 shards, 8")):
         assert (why_no_interval(shards) or "").startswith(f"No interval: {counted} are needed")
 
 
 @pytest.mark.parametrize("bad", [np.nan, np.inf, 0.0, -1.0])
 def test_a_value_without_logarithm_takes_the_interval_of_its_column_alone(bad: float) -> None:
-    value, left_out = np.full(2, 0.5), np.random.default_rng(1).uniform(0.4, 0.6, (8, 2))
+    value = np.full(2, 0.5)
+    left_out = np.random.default_rng(1).uniform(0.4, 0.6, (8, 2))
     left_out[3, 0] = bad
     low, high = jackknife_interval(value, left_out, scale="log")
-    assert np.isnan([low[0], high[0]]).all() and low[1] < 0.5 < high[1]
+    assert np.isnan([low[0], high[0]]).all()
+    assert low[1] < 0.5 < high[1]
 
 
 @pytest.mark.parametrize("number", [101, 250, 1000])
 def test_many_units_are_left_out_in_a_hundred_groups(number: int) -> None:
     weights = left_out_weights(number)
-    assert weights.shape == (100, number) and ((weights == 0).sum(axis=0) == 1).all()
+    assert weights.shape == (100, number)
+    assert ((weights == 0).sum(axis=0) == 1).all()
     assert np.ptp((weights == 0).sum(axis=1)) <= 1
     samples = np.random.default_rng(number).normal(size=number)
     low, high = jackknife_interval(samples.mean(), weights @ samples / weights.sum(axis=1))
@@ -85,7 +92,8 @@ def test_many_units_are_left_out_in_a_hundred_groups(number: int) -> None:
 
 def test_a_bootstrap_draws_as_many_as_there_are_and_the_same_every_time() -> None:
     weights = bootstrap_weights(7)
-    assert weights.shape == (1000, 7) and (weights.sum(axis=1) == 7).all()
+    assert weights.shape == (1000, 7)
+    assert (weights.sum(axis=1) == 7).all()
     np.testing.assert_array_equal(weights, bootstrap_weights(7))
 
 
@@ -103,7 +111,8 @@ def test_intervals_of_ratios_cover_from_eight_units_on(number: int) -> None:
     assert number > 8 or np.mean((percentiles[0] <= 1) & (percentiles[1] >= 1)) < 0.91
 
 
-BEFORE, AFTER = np.array([2.0, 0.5, 0.0]), np.array([4.0, 0.25, 1.0])
+BEFORE = np.array([2.0, 0.5, 0.0])
+AFTER = np.array([4.0, 0.25, 1.0])
 
 
 def test_of_a_loss_the_perplexities_are_compared() -> None:
@@ -120,8 +129,7 @@ def test_less_is_better_for_some_metrics_of_the_harness_and_more_for_the_others(
 
 def test_nothing_of_nothing_is_not_a_number_and_no_warning(recwarn: pytest.WarningsRecorder) -> None:
     nothing = np.zeros(1)
-    assert (
-        np.isnan(retention_of("acc", nothing, nothing)).all() and np.isnan(retention_of("ter", nothing, nothing)).all()
-    )
+    assert np.isnan(retention_of("acc", nothing, nothing)).all()
+    assert np.isnan(retention_of("ter", nothing, nothing)).all()
     assert retention_of(LOSS, np.array([1e4]), nothing) == np.inf
     assert not recwarn.list

@@ -40,9 +40,12 @@ def test_a_correlation_needs_three_layers_that_differ() -> None:
     missing = np.array([1.0, np.nan, 3.0, 2.0])
     assert spearman(missing, np.arange(4.0)) == pytest.approx(0.5)
     assert np.isnan(spearman(missing[:3], np.arange(3.0)))
-    assert np.isnan(spearman(np.ones(5), np.arange(5.0))) and np.isnan(spearman(np.arange(5.0), np.ones(5)))
-    unit, other = np.array([0.0, 1.0, 0.5]), np.array([10.0, 30.0, 20.0])
-    assert spearman(unit, other) == pytest.approx(1) and spearman(other, unit) == pytest.approx(1)
+    assert np.isnan(spearman(np.ones(5), np.arange(5.0)))
+    assert np.isnan(spearman(np.arange(5.0), np.ones(5)))
+    unit = np.array([0.0, 1.0, 0.5])
+    other = np.array([10.0, 30.0, 20.0])
+    assert spearman(unit, other) == pytest.approx(1)
+    assert spearman(other, unit) == pytest.approx(1)
 
 
 def test_the_correlation_with_depth() -> None:
@@ -58,8 +61,10 @@ def test_the_interval_of_a_correlation_is_normal_in_fishers_z() -> None:
         error = math.sqrt((1 + rho * rho / 2) / (number - 3))
         bounds = [math.tanh(math.atanh(rho) + quantile * error) for quantile in stats.norm.ppf([0.025, 0.975])]
         assert spearman_interval(rho, number) == pytest.approx(bounds, rel=1e-6)
-    assert np.isnan(spearman_interval(0.5, 3)).all() and np.isnan(spearman_interval(0.5, 0)).all()
-    assert spearman_interval(1.0, 8) == (1, 1) and spearman_interval(-1.0, 8) == (-1, -1)
+    assert np.isnan(spearman_interval(0.5, 3)).all()
+    assert np.isnan(spearman_interval(0.5, 0)).all()
+    assert spearman_interval(1.0, 8) == (1, 1)
+    assert spearman_interval(-1.0, 8) == (-1, -1)
 
 
 def test_compare_and_findings_and_show_agree_about_ties(tmp_path: Path) -> None:
@@ -84,11 +89,15 @@ def test_models_of_other_depth_meet_at_relative_depths() -> None:
     depth, values = layers(np.arange(40.0) ** 2)
     shallow = layers([5.0, 1.0, 3.0, 2.0])
     x, y, interpolated = align((depth, values), shallow)
-    assert interpolated and y.tolist() == [5, 1, 3, 2]
+    assert interpolated
+    assert y.tolist() == [5, 1, 3, 2]
     assert x == pytest.approx([np.interp(d, depth, values) for d in (0.125, 0.375, 0.625, 0.875)])
     y, x, interpolated = align(shallow, (depth, values))
-    assert interpolated and len(x) == len(y) == 4
+    assert interpolated
+    assert len(x) == len(y) == 4
     assert align(shallow, shallow)[2] is False
     shifted = (np.array([0.0, 0.25, 0.5, 1.0]), np.array([0.0, 1.0, 2.0, 4.0]))
     x, y, interpolated = align(shallow, shifted)
-    assert interpolated and x.tolist() == [5, 1, 3, 2] and y == pytest.approx([0.5, 1.5, 2.5, 3.5])
+    assert interpolated
+    assert x.tolist() == [5, 1, 3, 2]
+    assert y == pytest.approx([0.5, 1.5, 2.5, 3.5])

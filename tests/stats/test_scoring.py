@@ -66,7 +66,8 @@ def table_of(
 
 def paper_avss(variance: Float64, sparsity: Float64) -> dict[str, Float64]:
     """arXiv 2411.02117, section 3."""
-    nav, nas = variance / variance.sum(), sparsity / sparsity.sum()
+    nav = variance / variance.sum()
+    nas = sparsity / sparsity.sum()
     return {"variance": variance, "sparsity": sparsity, "nav": nav, "nas": nas, "avss": nav / nas}
 
 
@@ -121,7 +122,8 @@ def test_one_element_is_enough_for_a_share() -> None:
 
 
 def test_shares_of_nothing_are_not_a_number_and_no_warning(recwarn: pytest.WarningsRecorder) -> None:
-    assert np.isnan(share(np.zeros((2, 3)))).all() and np.isnan(share(np.array([np.nan, np.nan]))).all()
+    assert np.isnan(share(np.zeros((2, 3)))).all()
+    assert np.isnan(share(np.array([np.nan, np.nan]))).all()
     assert share(np.array([1.0, np.nan, 3.0])).tolist() == pytest.approx([0.25, np.nan, 0.75], nan_ok=True)
     assert not recwarn.list
 
@@ -215,7 +217,8 @@ def test_lowest_set_probabilities_sum_to_the_size_of_the_set(recipe: str) -> Non
     rows = score_run(merge_stats(shards), [str(i) for i in range(9)], shards)
     probabilities = column(rows, "lowest_set_probability", recipe)
     assert sum(probabilities) == pytest.approx(count_lowest(9), rel=1e-12)
-    assert 0 <= min(probabilities) < max(probabilities) <= 1 and any(0 < p < 1 for p in probabilities)
+    assert 0 <= min(probabilities) < max(probabilities) <= 1
+    assert any(0 < p < 1 for p in probabilities)
 
 
 @pytest.mark.parametrize("offset", [0.0, 1e4], ids=["centered", "large offset"])
@@ -226,7 +229,8 @@ def test_intervals_equal_merging_the_shards_again(monkeypatch: pytest.MonkeyPatc
         monkeypatch.setattr(module, "BOOTSTRAP_RESAMPLES", 6)
     shards = stats_of(activations(4, shards=8, offset=offset, last=0.5))
     table = SiteTable(list(merge_stats(shards).values()), [list(shard.values()) for shard in shards])
-    assert table.weights is not None and (table.weights.sum(1) == [8] * 6 + [7] * 8).all()
+    assert table.weights is not None
+    assert (table.weights.sum(1) == [8] * 6 + [7] * 8).all()
     threshold = Threshold(value=1e-1, kind="absolute")
     columns = table.score(recipe, threshold)
     drawn = [[s for s, times in enumerate(weights) for _ in range(int(times))] for weights in table.weights]
@@ -313,19 +317,25 @@ def compared(seed: int = 0) -> tuple[Float64, Float64, Stats]:
     rng = np.random.default_rng(seed)
     before = rng.normal(size=(2, 5, 8))
     update = 0.3 * rng.normal(size=(2, 5, 8))
-    after, mask = before + update, np.ones((2, 5), bool)
+    after = before + update
+    mask = np.ones((2, 5), bool)
     block = oracle_stats(after, mask, GRID, units=True, before=before)
     return before, after, {(0, "block"): block, (0, "update"): oracle_stats(update, mask, GRID, units=True)}
 
 
 def test_rivals_are_their_papers_formulas() -> None:
     before, after, stats = compared()
-    pairs = [(a, b) for rows in zip(before, after, strict=True) for a, b in zip(*rows, strict=True)]
-    cosines = [float(a @ b) / math.sqrt(float(a @ a) * float(b @ b)) for a, b in pairs]
+    cosines = []
+    magnitudes = []
+    for token_before, token_after in zip(before.reshape(-1, 8), after.reshape(-1, 8), strict=True):
+        norms = np.linalg.norm(token_before) * np.linalg.norm(token_after)
+        cosines.append(token_before @ token_after / norms)
+        magnitudes.append(np.linalg.norm(token_after - token_before) / np.linalg.norm(token_before))
+    angles = [math.acos(cosine) / math.pi for cosine in cosines]
     want = {
         "block_influence": 1 - np.mean(cosines),
-        "angular_distance": np.mean([math.acos(c) / math.pi for c in cosines]),
-        "relative_magnitude": np.mean([np.linalg.norm(b - a) / np.linalg.norm(a) for a, b in pairs]),
+        "angular_distance": np.mean(angles),
+        "relative_magnitude": np.mean(magnitudes),
         "update_variance_ratio": (after - before).var() / before.var(),
     }
     for row in score_run(stats, LAYERS[:1]):

@@ -42,7 +42,8 @@ from avss_dist.stats.layer_stats import (
 
 GRID = np.array(THRESHOLDS)
 UNITS = 3
-TINIEST, LARGEST = np.float32(1e-45), np.finfo(np.float32).max
+TINIEST = np.float32(1e-45)
+LARGEST = np.finfo(np.float32).max
 ODDITIES = np.array([0.0, -0.0, np.nan, np.inf, -np.inf, 1e-5, 1e4, TINIEST, -LARGEST])
 laws = settings(max_examples=30, derandomize=True)
 
@@ -98,7 +99,8 @@ def test_merge_leaves_its_inputs_alone(a: LayerStats, b: LayerStats) -> None:
     merged = a.merge(b)
     merged.near_zero[:] += 1
     merged.histogram[:] += 1
-    assert a.equals(kept[0]) and b.equals(kept[1])
+    assert a.equals(kept[0])
+    assert b.equals(kept[1])
 
 
 @laws
@@ -123,8 +125,10 @@ def test_merge_counts_exactly_beyond_float_and_int32() -> None:
     huge = 2**60 + 1
     stats = replace(LayerStats.zero(THRESHOLDS), count=huge, mean=1.0, m2=2.0, near_zero=np.full(len(GRID), huge))
     merged = stats.merge(replace(stats, mean=3.0))
-    assert merged.count == 2 * huge and (merged.near_zero == 2 * huge).all()
-    assert merged.mean == 2.0 and merged.m2 == pytest.approx(2.0 * huge, rel=1e-12)
+    assert merged.count == 2 * huge
+    assert (merged.near_zero == 2 * huge).all()
+    assert merged.mean == 2.0
+    assert merged.m2 == pytest.approx(2.0 * huge, rel=1e-12)
 
 
 @pytest.mark.parametrize("sizes", [(0, 0), (0, 1), (1, 0), (1, 1), (1, 2), (2, 1), (3, 4)])
@@ -142,7 +146,8 @@ def test_equals_sees_every_field() -> None:
     for name, value in vars(stats).items():
         assert not replace(stats, **{name: value + 1}).equals(stats), name
     unknown = replace(stats, mean=np.nan)
-    assert unknown.equals(replace(stats, mean=np.nan)) and not unknown.equals(stats)
+    assert unknown.equals(replace(stats, mean=np.nan))
+    assert not unknown.equals(stats)
 
 
 def test_variance_and_rms_are_those_of_the_elements() -> None:
@@ -151,7 +156,8 @@ def test_variance_and_rms_are_those_of_the_elements() -> None:
     assert sample.stats().variance == pytest.approx(elements.var(), rel=1e-12)
     assert sample.stats().rms == pytest.approx(np.sqrt((elements**2).mean()), rel=1e-12)
     zero = LayerStats.zero(THRESHOLDS)
-    assert np.isnan(zero.variance) and np.isnan(zero.rms)
+    assert np.isnan(zero.variance)
+    assert np.isnan(zero.rms)
 
 
 def test_bins_change_exactly_at_their_edges() -> None:
@@ -214,8 +220,11 @@ def test_cuts_are_eight_significant_bits_of_every_size() -> None:
     np.add.at(counts, patterns >> 16, 1)
     values, often = values_of_cuts(counts)
     want, wanted_often = np.unique(oracle_cuts(patterns.view(np.float32).astype(np.float64)), return_counts=True)
-    assert values.dtype == np.float32 and np.array_equal(values, want) and np.array_equal(often, wanted_often)
-    assert (next_cut(values)[:-1] <= values[1:]).all() and next_cut(values)[-1] == np.inf
+    assert values.dtype == np.float32
+    assert np.array_equal(values, want)
+    assert np.array_equal(often, wanted_often)
+    assert (next_cut(values)[:-1] <= values[1:]).all()
+    assert next_cut(values)[-1] == np.inf
     widths = np.unique(
         np.log2(next_cut(values[:-1]) - values[:-1]) - np.floor(np.log2(np.maximum(values[:-1], 2.0**-126)))
     )
@@ -260,7 +269,8 @@ def test_below_is_linear_between_the_bounds_of_the_value_that_is_cut(
     threshold: float, expected: tuple[float, float, float]
 ) -> None:
     """The cuts 1, 2 and 3 hold 4, 2 and 8 elements. They end at 1 + 1/128, 2 + 1/64 and 3 + 1/64."""
-    values, counts = np.array([1, 2, 3], np.float32), np.array([4, 2, 8])
+    values = np.array([1, 2, 3], np.float32)
+    counts = np.array([4, 2, 8])
     zero = LayerStats.zero((7.0,))
     stats = replace(zero, abs_value=values, abs_value_count=counts, abs_value_cut=True, count=14)
     assert stats.below(threshold) == expected
@@ -310,7 +320,8 @@ def test_pattern_counts_may_exceed_int32_and_thresholds_are_strict() -> None:
 def test_blocks_are_bounded_and_merge_into_the_run(num_shards: int, most: int) -> None:
     shards = [make_shard(i) for i in range(num_shards)]
     found = merge_blocks(shards, most)
-    merged, blocks = found.stats, found.blocks
+    merged = found.stats
+    blocks = found.blocks
     size = -(-num_shards // most)
     assert len(blocks) <= most
     assert num_shards > most or len(blocks) == num_shards, "few shards are a block each"
@@ -346,7 +357,8 @@ def test_paired_text_is_merged_by_stratum_and_its_own_answers_by_layer() -> None
     for key, stats in merged.strata.items():
         expected = merge_stats({key: shard.strata[key]} for shard in shards if key in shard.strata)[key]
         assert_close(stats, expected)
-        assert stats.abs_value_count.sum() == stats.count and np.array_equal(stats.abs_value, expected.abs_value)
+        assert stats.abs_value_count.sum() == stats.count
+        assert np.array_equal(stats.abs_value, expected.abs_value)
     assert list(merged.stats) == [(0, "mlp"), (1, "mlp")]
     for (layer, site), stats in merged.stats.items():
         both = [merged.strata[layer, site, label] for label in LABELS]

@@ -60,7 +60,8 @@ def traced(model: LanguageModel, batch: Batch) -> tuple[torch.Tensor, list[torch
 @pytest.fixture(scope="module", params=[0, 4], ids=["every token", "skipped tokens"])
 def seen(request: pytest.FixtureRequest, tiny_llama: Path) -> Seen:
     """What damage says of rows in batches of two, and the same rows one by one."""
-    model, shard = opened(tiny_llama, dtype="float32"), random_shard(skip=request.param)
+    model = opened(tiny_llama, dtype="float32")
+    shard = random_shard(skip=request.param)
     found = by_metric(Damage(shard=shard, lookahead=1, draws=3, seed=5)(model))
     return model, found, list(shard.batches(1))
 
@@ -78,11 +79,13 @@ def test_distances_are_those_of_passes_without_a_layer(seen: Seen) -> None:
     model, found, batches = seen
     for row, batch in enumerate(batches):
         observed = torch.from_numpy(batch.observed[0])
-        whole, changed = traced(model, batch)[1], without(model, batch)
+        whole = traced(model, batch)[1]
+        changed = without(model, batch)
         for layer in range(3):
             for m in (0, 1):
                 at = min(layer + m, 2) + 1
-                x, other = whole[at][0], changed[layer][at][0]
+                x = whole[at][0]
+                other = changed[layer][at][0]
                 relative = (other - x).norm(dim=-1) / x.norm(dim=-1)
                 cosine = 1 - torch.cosine_similarity(other, x, dim=-1)
                 for metric, values in {f"propagated_{m}": relative, f"propagated_cosine_{m}": cosine}.items():
@@ -97,7 +100,8 @@ def test_blocks_are_all_that_layers_can_form(seen: Seen) -> None:
     blocks = [key for key in found if key[0] == "block_distance"]
     assert len(blocks) == 6
     for row, batch in enumerate(batches):
-        whole, observed = traced(model, batch)[1], torch.from_numpy(batch.observed[0])
+        whole = traced(model, batch)[1]
+        observed = torch.from_numpy(batch.observed[0])
         for start, end in combinations(range(4), 2):
             cosine = torch.cosine_similarity(whole[start][0], whole[end][0], dim=-1)[observed].double()
             key = start, tuple(range(start, end))
@@ -137,7 +141,8 @@ def test_the_gradients_are_those_of_the_loss(tiny_llama: Path) -> None:
     for batch in random_shard(skip=2).batches(2):
         hidden = model.hidden_states(batch).detach().requires_grad_()
         logits = model.module.lm_head(hidden)[:, :-1].transpose(1, 2)
-        labels, counted = torch.from_numpy(batch.input_ids[:, 1:]).long(), torch.from_numpy(predicted(batch))
+        labels = torch.from_numpy(batch.input_ids[:, 1:]).long()
+        counted = torch.from_numpy(predicted(batch))
         (cross_entropy(logits, labels, reduction="none") * counted).sum().backward()
         (gradient,) = model.loss_gradients(hidden.detach(), batch)
         assert hidden.grad is not None
@@ -171,7 +176,8 @@ def test_draws_depend_on_the_row_and_the_seed_alone() -> None:
 
 
 def test_layers_that_are_left_out_take_no_part(tiny_llama: Path) -> None:
-    model, shard = opened(tiny_llama, dtype="float32"), random_shard()
+    model = opened(tiny_llama, dtype="float32")
+    shard = random_shard()
     assert {row.layer for row in Gradients(shard)(model, NO_INTERVENTION.without(1))} == {0, 2}
     found = by_metric(Damage(shard=shard, lookahead=1, draws=1)(model, NO_INTERVENTION.without(1)))
     assert {layer for _, layer, _ in found} == {0, 2}
@@ -187,7 +193,8 @@ def test_layers_that_are_left_out_take_no_part(tiny_llama: Path) -> None:
 
 def test_the_prediction_is_the_loss_of_a_small_change(tiny_llama: Path) -> None:
     """A layer that hardly does anything: its removal is what the first and second order say."""
-    model, shard = opened(tiny_llama, dtype="float32"), random_shard()
+    model = opened(tiny_llama, dtype="float32")
+    shard = random_shard()
     layer = model.layers[1].module
     with torch.no_grad():
         layer.self_attn.o_proj.weight.mul_(1e-2)
@@ -199,11 +206,13 @@ def test_the_prediction_is_the_loss_of_a_small_change(tiny_llama: Path) -> None:
 
 
 def test_the_estimate_is_that_of_plain_autograd(tiny_llama: Path) -> None:
-    model, shard = opened(tiny_llama), random_shard()
+    model = opened(tiny_llama)
+    shard = random_shard()
     found = by_metric(Gradients(shard)(model))
     for row, batch in enumerate(shard.batches(1)):
         last, states = traced(model, batch)
-        logits, labels = model.module.lm_head(last)[0, :-1], torch.from_numpy(batch.input_ids[0, 1:]).long()
+        logits = model.module.lm_head(last)[0, :-1]
+        labels = torch.from_numpy(batch.input_ids[0, 1:]).long()
         loss = cross_entropy(logits, labels, reduction="sum")
         gradients = torch.autograd.grad(loss, states[1:])
         for layer, gradient in enumerate(gradients):
@@ -214,7 +223,8 @@ def test_the_estimate_is_that_of_plain_autograd(tiny_llama: Path) -> None:
 
 
 def test_norms_are_those_of_the_mean_loss(tiny_llama: Path) -> None:
-    model, shard = opened(tiny_llama), random_shard(rows=2)
+    model = opened(tiny_llama)
+    shard = random_shard(rows=2)
     found = by_metric(Gradients(shard)(model))
     ids = torch.from_numpy(shard.input_ids).long()
     model.module(input_ids=ids, labels=ids).loss.backward()
@@ -265,7 +275,8 @@ def assert_no_trace(model: LanguageModel, required: dict[str, bool], weights: di
 
 @pytest.mark.parametrize("name", FAMILIES)
 def test_any_family_and_no_trace(name: str, save_checkpoint: Callable[[Any, Path], Path], tmp_path: Path) -> None:
-    model, shard = opened(save_checkpoint(tiny_model("causal", name), tmp_path / name)), random_shard()
+    model = opened(save_checkpoint(tiny_model("causal", name), tmp_path / name))
+    shard = random_shard()
     next(model.module.parameters()).requires_grad_(False)
     required = {key: parameter.requires_grad for key, parameter in model.module.named_parameters()}
     weights = {key: value.clone() for key, value in model.module.state_dict().items()}

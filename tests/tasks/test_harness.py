@@ -11,6 +11,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -50,12 +51,9 @@ CHOICE = DATA | {
     "doc_to_choice": "choices",
     "doc_to_target": "answer",
     "metric_list": [
-        {"metric": name, "aggregation": aggregation, "higher_is_better": better}
-        for name, aggregation, better in [
-            ("acc", "mean", True),
-            ("acc_norm", "mean", True),
-            ("brier_score", "brier_score", False),
-        ]
+        {"metric": "acc", "aggregation": "mean", "higher_is_better": True},
+        {"metric": "acc_norm", "aggregation": "mean", "higher_is_better": True},
+        {"metric": "brier_score", "aggregation": "brier_score", "higher_is_better": False},
     ],
 }
 GENERATE = DATA | {
@@ -66,16 +64,15 @@ GENERATE = DATA | {
     "generation_kwargs": {"until": [], "max_gen_toks": 12, "do_sample": False},
     "metric_list": [{"metric": "exact_match", "aggregation": "mean", "higher_is_better": True}],
 }
-QUESTIONS = [
-    {
-        "question": f"What is the {what} of {country}?",
-        "choices": [what, country, f"the {what} {country}", "nothing"],
-        "answer": number % 4,
-    }
-    for number, (what, country) in enumerate(
-        (what, country) for what in ("capital", "river", "coast") for country in ("France", "Peru", "Mali", "Chad")
-    )
-]
+SUBJECTS = list(product(("capital", "river", "coast"), ("France", "Peru", "Mali", "Chad")))
+
+
+def question(number: int, what: str, country: str) -> dict[str, Any]:
+    choices = [what, country, f"the {what} {country}", "nothing"]
+    return {"question": f"What is the {what} of {country}?", "choices": choices, "answer": number % 4}
+
+
+QUESTIONS = [question(number, *subject) for number, subject in enumerate(SUBJECTS)]
 
 
 def write_task(folder: Path, config: dict[str, Any], documents: list[dict[str, Any]], **changes: Any) -> Path:
@@ -162,7 +159,9 @@ def test_layers_left_out_are_those_that_a_pruned_checkpoint_lacks(
     whole: LanguageModel, pruned: LanguageModel, tmp_path: Path
 ) -> None:
     task = write_task(tmp_path, CHOICE, QUESTIONS)
-    before, skipped, cut = ask(task, whole), ask(task, whole, DROP), ask(task, pruned)
+    before = ask(task, whole)
+    skipped = ask(task, whole, DROP)
+    cut = ask(task, pruned)
     assert abs(before["brier_score"].samples - skipped["brier_score"].samples) > 1e-3
     for metric, row in skipped.items():
         assert row.samples == pytest.approx(cut[metric].samples, abs=1e-6)
@@ -187,7 +186,8 @@ def test_a_limit_asks_the_first_questions_and_examples_are_the_same_each_time(
     whole: LanguageModel, tmp_path: Path
 ) -> None:
     task = write_task(tmp_path, CHOICE, QUESTIONS)
-    none, limited = ask(task, whole), ask(task, whole, limit=5)
+    none = ask(task, whole)
+    limited = ask(task, whole, limit=5)
     assert np.array_equal(limited["acc"].samples, none["acc"].samples[:5])
     two, again = (ask(task, whole, num_fewshot=2)["brier_score"].samples for _ in range(2))
     assert none["brier_score"].samples != two
@@ -201,7 +201,11 @@ def test_the_key_tells_what_is_asked(tmp_path: Path) -> None:
     same = key()
     assert key(place="b") == same
     keys = [
-        *(same, key(limit=3), key(num_fewshot=2), key(template="0"), key(template="1")),
+        same,
+        key(limit=3),
+        key(num_fewshot=2),
+        key(template="0"),
+        key(template="1"),
         key(CHOICE | {"doc_to_text": "{{question}}"}),
         key(documents=[*QUESTIONS[:-1], {**QUESTIONS[-1], "answer": 0}]),
     ]
@@ -245,7 +249,8 @@ def test_what_was_asked_is_not_asked_again(folder: Path, tmp_path: Path, monkeyp
     evaluations = evaluate([str(plan)], **options)
     found = {one.result.metric: one for one in evaluations}
     chance, whole = (found[metric].whole for metric in ("chance", "acc_norm"))
-    assert chance is not None and whole is not None
+    assert chance is not None
+    assert whole is not None
     assert evaluations.findings == (
         f"{task}: a guess keeps {chance.value / whole.value:.1%} of the acc_norm of {folder}.",
     )
@@ -283,11 +288,10 @@ def test_the_command_says_nothing_but_results_and_needs_no_network(folder: Path,
         "from avss_dist.cli import main\n"
         "main()\n"
     )
+    command = [sys.executable, "-c", script, "evaluate", str(folder), "--tasks", str(task), "--format", "csv", "-q"]
+    command += ["--warehouse", str(tmp_path / "w"), "--executor", "local", "--sequence-length", "64"]
     done = subprocess.run(
-        [
-            *(sys.executable, "-c", script, "evaluate", str(folder), "--tasks", str(task), "--format", "csv", "-q"),
-            *("--warehouse", str(tmp_path / "w"), "--executor", "local", "--sequence-length", "64"),
-        ],
+        command,
         env={**os.environ, "HF_HUB_OFFLINE": "0", "HF_HOME": str(tmp_path / "home")},
         capture_output=True,
         text=True,
@@ -353,7 +357,8 @@ def test_task_files_with_mistakes(changes: dict[str, Any], told: str, tmp_path: 
     (tmp_path / "capitals.yaml").write_text(yaml.safe_dump(CHOICE | changes))
     with pytest.raises(TaskError, match=told) as caught:
         harness_task(str(tmp_path / "capitals.yaml"))
-    assert "capitals" in str(caught.value) and caught.value.exit_code == 2
+    assert "capitals" in str(caught.value)
+    assert caught.value.exit_code == 2
 
 
 @pytest.mark.nightly
@@ -457,7 +462,8 @@ def test_questions_stand_in_the_chat_template(folder: Path, tmp_path: Path) -> N
         "{% if add_generation_prompt %}[assistant]{% endif %}"
     )
     tokenizer.save_pretrained(chatty)
-    model, task = open_model(chatty), write_task(tmp_path / "task", CHOICE, QUESTIONS[:4], fewshot_split="test")
+    model = open_model(chatty)
+    task = write_task(tmp_path / "task", CHOICE, QUESTIONS[:4], fewshot_split="test")
     template = hashlib.sha256(tokenizer.chat_template.encode()).hexdigest()
     found = ask(task, model, template=template)["acc"].samples
     right = []

@@ -28,7 +28,8 @@ from avss_dist.tasks.text_loss import TextLoss
 Save = Callable[[Any, Path], Path]
 Found = dict[tuple[str, str | None], MetricRow]
 Seen = tuple[LanguageModel, Found, list[Batch]]
-DRAWS, SEED = 3, 5
+DRAWS = 3
+SEED = 5
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -56,7 +57,8 @@ def maps_of(model: LanguageModel) -> list[tuple[int, str, Any]]:
 @pytest.fixture(scope="module", params=[0, 4], ids=["every token", "skipped tokens"])
 def seen(request: pytest.FixtureRequest, grouped: Path) -> Seen:
     """Predictions for rows in batches of two, and the same rows one by one."""
-    model, shard = opened(grouped, dtype="float32"), random_shard(skip=request.param)
+    model = opened(grouped, dtype="float32")
+    shard = random_shard(skip=request.param)
     measure = RoundingDamage(shard=shard, formats=("int4", "q4_0"), draws=DRAWS, seed=SEED)
     return model, by_place(measure(model)), list(shard.batches(1))
 
@@ -101,7 +103,8 @@ def test_orders_are_those_of_autograd_token_by_token(name: str, seen: Seen) -> N
         by_map = products(model, batch, name)
         for (layer, path), values in by_map.items():
             key = str(RoundedPlace(layer=layer, path=path, format=name))
-            first, second = values[0].sum().item(), values[1:].square().sum().item() / (2 * DRAWS)
+            first = values[0].sum().item()
+            second = values[1:].square().sum().item() / (2 * DRAWS)
             assert found["first_order", key].samples[row] == pytest.approx(first, rel=1e-3, abs=1e-5)
             assert found["second_order", key].samples[row] == pytest.approx(second, rel=1e-3)
             assert found["predicted", key].samples[row] == pytest.approx(first + second, rel=1e-3, abs=1e-5)
@@ -152,7 +155,8 @@ def test_changes_that_find_no_room_are_computed_again(grouped: Path, monkeypatch
 
 
 def test_losses_are_those_of_replaced_weights(grouped: Path) -> None:
-    model, shard = opened(grouped, dtype="float32"), random_shard()
+    model = opened(grouped, dtype="float32")
+    shard = random_shard()
     whole = TextLoss(shard)(model)[0].samples
     original = {name: value.clone() for name, value in model.module.state_dict().items()}
     found = by_place(RoundedLosses(shard, "int4-g32")(model))
@@ -161,7 +165,8 @@ def test_losses_are_those_of_replaced_weights(grouped: Path) -> None:
     assert all(torch.equal(value, original[name]) for name, value in model.module.state_dict().items())
     for key, row in ((key, row) for (_, key), row in found.items() if key):
         place = parse_rounded(key)
-        assert place is not None and place.path is None
+        assert place is not None
+        assert place.path is None
         with torch.no_grad():
             for module in (m for layer, _, m in maps_of(model) if layer == place.layer):
                 module.weight.copy_(FORMATS["int4-g32"].round(module.weight))
@@ -207,16 +212,19 @@ def test_weights_that_were_rounded_before_are_noted(grouped: Path) -> None:
 def test_a_rounding_of_several_places(grouped: Path) -> None:
     """The format of a map overrides that of its layer, in any order."""
     model = opened(grouped, dtype="float32")
-    layer, path = RoundedPlace(layer=1, format="int4"), RoundedPlace(layer=1, path="mlp.up_proj", format="q8_0")
+    layer = RoundedPlace(layer=1, format="int4")
+    path = RoundedPlace(layer=1, path="mlp.up_proj", format="q8_0")
     both = Rounding((layer, path))
-    assert both.key == Rounding((path, layer)).key and len(both.key) == 64
+    assert both.key == Rounding((path, layer)).key
+    assert len(both.key) == 64
     assert (Rounding((layer,)).key, Rounding((path,)).key) == ("int4@1", "q8_0@1.mlp.up_proj")
     assert parse_rounded(both.key) is None
     assert [parse_rounded(str(place)) for place in (layer, path)] == [layer, path]
     mlp = model.layers[1].module.mlp
     wanted = FORMATS["q8_0"].round(mlp.up_proj.weight), FORMATS["int4"].round(mlp.down_proj.weight)
     with model.applying(Intervention(rounding=both)):
-        assert torch.equal(mlp.up_proj.weight, wanted[0]) and torch.equal(mlp.down_proj.weight, wanted[1])
+        assert torch.equal(mlp.up_proj.weight, wanted[0])
+        assert torch.equal(mlp.down_proj.weight, wanted[1])
 
 
 @pytest.mark.parametrize(
@@ -238,4 +246,5 @@ def test_a_format_that_no_map_takes_names_others(tiny_llama: Path) -> None:
     for measure in (RoundedLosses(random_shard(), "tq1_0"), RoundingDamage(shard=random_shard(), formats=("tq1_0",))):
         with pytest.raises(ModelError, match="tq1_0 cannot take") as caught:
             measure(model)
-        assert "int4, " in str(caught.value.hint) and "tq1_0" not in str(caught.value.hint)
+        assert "int4, " in str(caught.value.hint)
+        assert "tq1_0" not in str(caught.value.hint)

@@ -26,7 +26,8 @@ QUESTIONS = [
 
 def test_choices_and_entropies_are_those_of_transformers(tiny_llama: Path, tmp_path: Path) -> None:
     """Whatever rows are padded to, and in whichever order they are: there, each row is alone."""
-    file, backwards = tmp_path / "t.jsonl", tmp_path / "backwards.jsonl"
+    file = tmp_path / "t.jsonl"
+    backwards = tmp_path / "backwards.jsonl"
     for path, lines in ((file, QUESTIONS), (backwards, QUESTIONS[::-1])):
         path.write_text("".join(f"{json.dumps(line)}\n" for line in lines), encoding="utf-8")
     tasks = [f"truthfulqa:{file}", f"perplexity:truthfulqa:{file}", f"truthfulqa:{backwards}"]
@@ -34,7 +35,8 @@ def test_choices_and_entropies_are_those_of_transformers(tiny_llama: Path, tmp_p
     with one_thread():
         found = evaluate([str(tiny_llama)], tasks=tasks, warehouse=tmp_path / "w", **options)
         few = evaluate([str(tiny_llama)], tasks=[f"truthfulqa:{file}"], warehouse=tmp_path / "w", limit=1, **options)
-    model, tokenizer = AutoModelForCausalLM.from_pretrained(tiny_llama), AutoTokenizer.from_pretrained(tiny_llama)
+    model = AutoModelForCausalLM.from_pretrained(tiny_llama)
+    tokenizer = AutoTokenizer.from_pretrained(tiny_llama)
 
     def predicted(question: str, answer: str) -> tuple[torch.Tensor, list[int]]:
         """Log-probabilities, [tokens, vocabulary], of the answer's tokens; and which they are."""
@@ -47,7 +49,8 @@ def test_choices_and_entropies_are_those_of_transformers(tiny_llama: Path, tmp_p
         logs, text = predicted(question, answer)
         return float(logs[torch.arange(len(text)), text].sum())
 
-    mc1, mc2 = [], []
+    mc1 = []
+    mc2 = []
     for question, (best_answer, correct, incorrect) in ANSWERS.items():
         right, wrong = ([likelihood(question, text) for text in texts] for texts in (correct, incorrect))
         best = likelihood(question, best_answer)
