@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 import pyarrow as pa
 import pyarrow.compute as pc
@@ -132,7 +131,7 @@ def _numbers(table: pa.Table, column: str, kind: pa.DataType, file: str) -> pa.C
         raise QueryError(f"The column '{column}' of {file} has other values than {expected}: {error}") from error
 
 
-def _by_index(values: Mapping[Any, float]) -> dict[int, float]:
+def _by_index(values: Mapping[int | str, float]) -> dict[int, float]:
     return {int(layer): float(value) for layer, value in values.items()}
 
 

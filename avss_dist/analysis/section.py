@@ -82,21 +82,21 @@ class ReportColumn:
     style: Callable[[Any], str] | None = None
     name: str = ""
 
-    def is_missing(self, value: Any) -> bool:
+    def is_missing(self, value: object) -> bool:
         """Whether a value is missing."""
         return value is None or (isinstance(value, float) and math.isnan(value))
 
-    def is_interval(self, value: Any) -> bool:
+    def is_interval(self, value: object) -> bool:
         """Whether a value is an interval."""
         return self.number and isinstance(value, tuple)
 
-    def text(self, value: Any) -> str:
+    def text(self, value: object) -> str:
         """Return the printable text of a value. Empty if it is missing."""
         if self.is_missing(value):
             return ""
         return printable(self.format(value))
 
-    def full_text(self, value: Any) -> str:
+    def full_text(self, value: object) -> str:
         """Return a value if it is text, which the format may shorten, and otherwise its formatted text."""
         if isinstance(value, str):
             return printable(value)

@@ -21,7 +21,7 @@ from avss_dist.core.text import escape_markdown, printable
 from avss_dist.core.values import TableRow
 
 if TYPE_CHECKING:
-    from rich.console import Console
+    from rich.console import Console, RenderableType
 
 ROWS_AT_ONCE = 10_000  # of a table, as Python objects
 MAX_ROWS = 40  # of a table on a terminal
@@ -48,7 +48,9 @@ def printed_to(path: Path) -> Iterator[None]:
     emit(path)
 
 
-def print_result(format: str, shown: Iterable[Any], rows: Callable[[], pa.Table | Iterable[TableRow]]) -> None:
+def print_result(
+    format: str, shown: Iterable[str | RenderableType], rows: Callable[[], pa.Table | Iterable[TableRow]]
+) -> None:
     """Print a result: what people read in the formats ``table`` and ``text``, its rows in the others.
 
     Args:
@@ -189,7 +191,7 @@ def _aligned(texts: Sequence[str], widths: Sequence[int], numbers: Sequence[bool
 _FORMULA = ("=", "+", "-", "@", "\t", "\r")  # what a formula begins with
 
 
-def csv_cell(value: Any) -> Any:
+def csv_cell(value: object) -> object:
     """Return a value as a cell of CSV. An apostrophe precedes text that a spreadsheet would take for a formula."""
     if not isinstance(value, str):
         return value
@@ -198,7 +200,7 @@ def csv_cell(value: Any) -> Any:
     return f"'{text}" if is_formula else text
 
 
-def map_leaves(value: Any, change: Callable[[Any], Any]) -> Any:
+def map_leaves(value: Any, change: Callable[[object], object]) -> Any:
     """Return a copy of nested dicts and lists with ``change`` applied to every other value in them."""
     if isinstance(value, dict):
         return {key: map_leaves(part, change) for key, part in value.items()}
@@ -207,7 +209,7 @@ def map_leaves(value: Any, change: Callable[[Any], Any]) -> Any:
     return change(value)
 
 
-def as_json(value: Any) -> Any:
+def as_json(value: object) -> object:
     """Return a value that JSON can hold: null for NaN and infinities, a number for a decimal of SQL."""
     if isinstance(value, Decimal) and value == value.to_integral_value():
         return int(value)

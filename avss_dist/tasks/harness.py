@@ -16,7 +16,7 @@ from importlib.metadata import version
 from itertools import chain, islice
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 from unittest.mock import patch
 
 import numpy as np
@@ -45,6 +45,12 @@ from avss_dist.tasks.harness_files import (
     resolve_data_files,
 )
 from avss_dist.tasks.task import Measure, MetricRow, Task
+
+if TYPE_CHECKING:
+    from lm_eval.api.group import Group
+    from lm_eval.api.task import Task as HarnessTask
+    from lm_eval.models.huggingface import HFLM
+    from lm_eval.tasks import TaskManager
 
 _SAME_MEAN = 1e-9  # difference of a metric and the mean of its samples that rounding may make
 MODEL_NOTE = "The model raised it, not the task."
@@ -175,7 +181,7 @@ def _unknown_task(name: str) -> TaskError:
     return TaskError(f"There is no task '{name}'.", f"{hint}`lm-eval ls tasks` lists those of the harness.")
 
 
-def _require_meaning(name: str, task: Any, limit: int | None) -> None:
+def _require_meaning(name: str, task: HarnessTask, limit: int | None) -> None:
     """Refuse mistakes of a task file with which the harness would measure something else without a word.
 
     Args:
@@ -200,7 +206,7 @@ def _require_meaning(name: str, task: Any, limit: int | None) -> None:
 
 
 @lru_cache(maxsize=1)
-def _catalogue() -> Any:
+def _catalogue() -> TaskManager:
     """Return the tasks that the harness ships. Building them takes seconds."""
     from lm_eval.tasks import TaskManager
 
@@ -251,8 +257,8 @@ class _Loaded:
         groups: groups of tasks by name.
     """
 
-    tasks: Mapping[str, Any]
-    groups: Mapping[str, Any]
+    tasks: Mapping[str, HarnessTask]
+    groups: Mapping[str, Group]
 
 
 def _load(part: HarnessPart) -> _Loaded:
@@ -298,7 +304,7 @@ def _key(part: HarnessPart, loaded: _Loaded) -> str:
     return fingerprint(**identity)
 
 
-def _task_identity(task: Any, limit: int | None) -> list[str]:
+def _task_identity(task: HarnessTask, limit: int | None) -> list[str]:
     """Return the configuration of a task, its version, and the hash of its questions and examples."""
     config = task.dump_config()
     examples = task.fewshot_docs() if config.get("num_fewshot") else ()
@@ -424,7 +430,7 @@ class Likelihood(NamedTuple):
     is_greedy: bool
 
 
-def harness_model(model: LanguageModel, *, chat: bool = False) -> Any:
+def harness_model(model: LanguageModel, *, chat: bool = False) -> HFLM:
     """Return a language model as a model of the harness.
 
     Args:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import pyarrow as pa
@@ -141,7 +141,7 @@ def _choices(blocks: Sequence[ScoreBlock]) -> list[ScoreChoice]:
     return sorted({block.choice for block in blocks}, key=ScoreChoice.order)
 
 
-def _columns(table: pa.Table) -> dict[str, list[Any]]:
+def _columns(table: pa.Table) -> dict[str, list[object]]:
     """Return the columns of scores by their names on the page, rounded."""
     columns = {}
     for name, column in COLUMNS.items():
@@ -208,7 +208,7 @@ def _described(runs: Sequence[TableRow], table: pa.Table) -> list[NewObject]:
     return described
 
 
-def rounded(column: pa.ChunkedArray, digits: int = DIGITS) -> list[Any]:
+def rounded(column: pa.ChunkedArray, digits: int = DIGITS) -> list[object]:
     """Return the values of a column, with floats rounded to ``digits`` significant digits.
 
     NaN and infinity become None.
@@ -218,7 +218,7 @@ def rounded(column: pa.ChunkedArray, digits: int = DIGITS) -> list[Any]:
     return [_round(value, digits) for value in column.to_numpy().tolist()]
 
 
-def _printable(value: Any) -> Any:
+def _printable(value: object) -> object:
     """Return a value, and a text without characters that change the direction of others."""
     if isinstance(value, str):
         return printable(value)

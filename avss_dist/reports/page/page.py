@@ -11,7 +11,7 @@ from datetime import UTC, datetime
 from functools import cache
 from importlib.resources import files
 from operator import itemgetter
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jinja2
 import pyarrow as pa
@@ -248,7 +248,7 @@ def _pictures(chapters: Mapping[str, Sequence[Section]]) -> NewObject:
     return pictures
 
 
-def _as_json_text(leaf: Any) -> Any:
+def _as_json_text(leaf: object) -> object:
     """Return a value ready for JSON, and a text without characters that change the direction of others."""
     if isinstance(leaf, str):
         return printable(leaf)
@@ -305,7 +305,7 @@ def _with_damaged(rows: Sequence[TableRow], warehouse: Warehouse, run_ids: Colle
     return overview
 
 
-def _by_model(run: TableRow) -> tuple[Any, ...]:
+def _by_model(run: TableRow) -> tuple[bool, str, str, int, int, str, str]:
     """Return the sort key of a run: finished before failed, then family, model, and position in its training."""
     return (
         run["status"] != "done",
@@ -329,7 +329,7 @@ def templates() -> jinja2.Environment:
     )
 
 
-def _plain(value: Any) -> Any:
+def _plain(value: object) -> object:
     """Return a text as it is shown: no name changes the direction of the text after it, or is in backticks."""
     if not isinstance(value, str) or isinstance(value, Markup):
         return value

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from datetime import datetime
-from typing import Any
 
 from rich.bar import Bar
 from rich.cells import cell_len
@@ -189,7 +188,7 @@ def plain_table(names: Sequence[str], rows: Sequence[TableRow]) -> FittedTable:
     return FittedTable(ReportTable(columns=columns, rows=lines))
 
 
-def _plain_column(name: str, values: Sequence[Any]) -> ReportColumn:
+def _plain_column(name: str, values: Sequence[object]) -> ReportColumn:
     """Return the column of a result with some values: numbers are aligned to the right, texts with spaces wrap."""
     present = [value for value in values if value is not None]
     return ReportColumn(
@@ -200,11 +199,11 @@ def _plain_column(name: str, values: Sequence[Any]) -> ReportColumn:
     )
 
 
-def _is_prose(value: Any) -> bool:
+def _is_prose(value: object) -> bool:
     return isinstance(value, (str, list, dict)) and " " in describe_value(value)
 
 
-def describe_value(value: Any) -> str:
+def describe_value(value: object) -> str:
     """Return a value as text for people."""
     if value is None:
         return ""
