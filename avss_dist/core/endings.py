@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from itertools import chain
 from pathlib import Path
-from typing import Any
 
 from avss_dist.core.errors import ConfigError, QueryError, nearest
 
@@ -28,7 +27,7 @@ PROMISING = frozenset(chain(PICTURES, PAGES, PLAN_FILES, *TABLES.values(), _OTHE
 """Endings that promise some content. Any content may be in a file with another ending, or without one."""
 
 
-def require_ending(endings: Sequence[str], content: str) -> Callable[[Any], Any]:
+def require_ending(endings: Sequence[str], content: str) -> Callable[[str | Path], str | Path]:
     """Return a check of the name of a file for some content, which returns the name.
 
     Args:
@@ -39,7 +38,7 @@ def require_ending(endings: Sequence[str], content: str) -> Callable[[Any], Any]
         ConfigError: the name ends like a file of other content.
     """
 
-    def check_ending(path: Any) -> Any:
+    def check_ending(path: str | Path) -> str | Path:
         suffix = Path(str(path)).suffix.lower()
         if suffix in PROMISING and suffix not in endings:
             usual = " or ".join(endings[:2])
@@ -49,7 +48,7 @@ def require_ending(endings: Sequence[str], content: str) -> Callable[[Any], Any]
     return check_ending
 
 
-def require_picture(path: Any) -> None:
+def require_picture(path: str | Path) -> None:
     """Check the name of a picture.
 
     Raises:
@@ -60,7 +59,7 @@ def require_picture(path: Any) -> None:
         raise QueryError(f"'{path}' does not say what to draw.", nearest(suffix, PICTURES))
 
 
-def require_table_file(path: Any, format: str, formats: Sequence[str], *, draws: bool = False) -> None:
+def require_table_file(path: str | Path, format: str, formats: Sequence[str], *, draws: bool = False) -> None:
     """Check the name of a file for a table.
 
     Args:

@@ -11,7 +11,8 @@ from contextlib import contextmanager
 from contextvars import ContextVar
 from pathlib import Path
 from platform import python_version
-from typing import Any, TypeVar
+from types import FrameType
+from typing import TypeVar
 
 _terminated = False  # whether SIGTERM has been received
 
@@ -39,7 +40,7 @@ def arm() -> None:
     """Make the next SIGTERM raise KeyboardInterrupt in the main thread of this process."""
     owner = os.getpid()
 
-    def stop(_number: int, _frame: Any) -> None:
+    def stop(_number: int, _frame: FrameType | None) -> None:
         global _terminated
         if os.getpid() != owner:  # a process that was forked since
             signal.signal(signal.SIGTERM, signal.SIG_DFL)

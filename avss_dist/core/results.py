@@ -122,7 +122,7 @@ def _text(value: str) -> str:
     return escape(printable(value))
 
 
-def _cell(value: Any) -> str:
+def _cell(value: object) -> str:
     if value is None:
         return ""
     if isinstance(value, float):

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import fields
-from typing import Annotated, Any, Self
+from typing import Annotated, Self
 
 from avss_dist.core.errors import ConfigError
 from avss_dist.core.sites import SITES, Sites
 from avss_dist.core.thresholds import THRESHOLDS, Thresholds
 from avss_dist.core.validation import RARE, Count, OneOf, Positive, checked
+from avss_dist.core.values import JsonObject, NewObject
 
 ROW_STARTS = ("auto", "none")
 DTYPES = ("auto", "float32", "bfloat16", "float16")
@@ -40,12 +40,12 @@ class TextOptions:
     """Put the tokenizer's own special tokens, such as BOS, around the text of each packed row (auto), or not (none)."""
 
     @classmethod
-    def from_stored(cls, values: Mapping[str, Any]) -> Self:
+    def from_stored(cls, values: JsonObject) -> Self:
         """Make an instance from stored values by name, without names that it does not have."""
         values = {"row_start": "none", **values}  # default of what was stored before this option existed
         return cls(**{f.name: values[f.name] for f in fields(cls) if f.name in values})
 
-    def text_options(self) -> dict[str, Any]:
+    def text_options(self) -> NewObject:
         """Return the values of the fields of `TextOptions` by name."""
         return {name: getattr(self, name) for name in TEXT_OPTIONS}
 
@@ -110,11 +110,11 @@ class Settings(StatisticsOptions, BatchOptions, ModelOptions, TextOptions):
                 "It must be smaller than `sequence_length`.",
             )
 
-    def as_dict(self) -> dict[str, Any]:
+    def as_dict(self) -> NewObject:
         """Return the settings as JSON-ready values, `skip_sequences` only if rows are skipped, as it is newer."""
         return {name: value for name, value in vars(self).items() if name != "skip_sequences" or value}
 
-    def numbers(self, *, statistics: bool) -> dict[str, Any]:
+    def numbers(self, *, statistics: bool) -> NewObject:
         """Return the settings that can change a number, except those of the text, whose tokens are hashed.
 
         Args:

@@ -16,13 +16,13 @@ import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, suppress
 from contextvars import ContextVar
-from typing import IO, TYPE_CHECKING, Any, TextIO, TypeVar
+from typing import IO, TYPE_CHECKING, TextIO, TypeVar
 
 from avss_dist.core.process import bound
 from avss_dist.core.text import printable
 
 if TYPE_CHECKING:
-    from rich.console import Console
+    from rich.console import Console, ConsoleOptions, RenderableType
     from rich.segment import Segment
 
 _UNWRITABLE = (errno.ENOSPC, errno.EIO, errno.EFBIG, errno.EDQUOT, errno.EBADF)
@@ -97,7 +97,7 @@ def emit(text: object, *, end: str = "\n", flush: bool = False) -> None:
     print(printable(str(text)), end=end, flush=flush)
 
 
-def emit_json(value: Any, *, indent: int | None = None) -> None:
+def emit_json(value: object, *, indent: int | None = None) -> None:
     """Print a value as JSON. Characters that are not ASCII, and control characters, are escaped."""
     emit(json.dumps(value, default=str, indent=indent).replace("\x7f", "\\u007f"))
 
@@ -150,7 +150,7 @@ def console(*, stderr: bool = False) -> Console:
         def on_broken_pipe(self) -> None:
             raise BrokenPipeError  # to `complete_output`
 
-        def render(self, renderable: Any, options: Any = None) -> Iterator[Segment]:
+        def render(self, renderable: RenderableType, options: ConsoleOptions | None = None) -> Iterator[Segment]:
             for segment in super().render(renderable, options):
                 if segment.control:
                     yield segment

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import shlex
 from collections.abc import Mapping
-from typing import Any
 
 
 def command_line(*words: object) -> str:
@@ -12,7 +11,7 @@ def command_line(*words: object) -> str:
     return shlex.join(["avss", *map(str, words)])
 
 
-def option_words(values: Mapping[str, Any]) -> list[str]:
+def option_words(values: Mapping[str, object]) -> list[str]:
     """Return the words of options by field: ``--NAME`` or ``--no-NAME`` of a flag, else ``--NAME VALUE``.
 
     Args:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import Annotated, Any
+from typing import Annotated
 
 from pydantic import Field
 
@@ -40,7 +40,7 @@ def describe_threshold(value: float, kind: str) -> str:
     return f"{value:g}"
 
 
-def _absolute(threshold: Any) -> Any:
+def _absolute(threshold: float | str) -> float:
     """Return an absolute threshold that is given as text, as a number."""
     if not isinstance(threshold, str):
         return threshold

@@ -16,6 +16,7 @@ from pydantic import ValidationError
 from avss_dist.core.errors import AvssError, ConfigError, named_fields, spell_fields
 from avss_dist.core.text import printable
 from avss_dist.core.validation import Location, adapter, located_problems
+from avss_dist.core.values import JsonObject
 
 MAX_BYTES = 1_000_000
 MAX_DEPTH = 20
@@ -71,7 +72,7 @@ class Document:
     lines: dict[Location, int] = field(default_factory=lambda: {(): 1})
     problems: set[tuple[int, str]] = field(default_factory=set)
     count: int = 0
-    _loader: Any = field(default_factory=lambda: yaml.SafeLoader(""), repr=False)
+    _loader: yaml.SafeLoader = field(default_factory=lambda: yaml.SafeLoader(""), repr=False)
 
     def line(self, location: Location) -> int:
         """Return the line of a value or, if the file does not have the value, of the nearest mapping or list around."""
@@ -146,7 +147,7 @@ class Document:
             raise self.kind.error("\n".join(lines), self.kind.hint)
         return parsed
 
-    def read(self, node: Any, location: Location) -> Any:
+    def read(self, node: yaml.Node, location: Location) -> Any:
         """Return the value of a node of the file, and note its line."""
         self._require_plain(node, location)
         self.lines.setdefault(location, _line(node))
@@ -156,7 +157,7 @@ class Document:
             return self._mapping(node, location)
         return self._scalar(node)
 
-    def _scalar(self, node: Any) -> Any:
+    def _scalar(self, node: yaml.Node) -> Any:
         if node.tag in self.kind.tags:
             return self.kind.tags[node.tag](node.value)
         if not self.kind.typed:
@@ -171,7 +172,7 @@ class Document:
                 reason = str(error)
             raise self._error(node, f"this is not YAML: {reason}.") from None
 
-    def _mapping(self, node: Any, location: Location) -> dict[Any, Any]:
+    def _mapping(self, node: yaml.Node, location: Location) -> dict[Any, Any]:
         lines = self.lines
         values: dict[Any, Any] = {}
         for key, value in node.value:
@@ -187,7 +188,7 @@ class Document:
             values[name] = self.read(value, (*location, name))
         return values
 
-    def _require_plain(self, node: Any, location: Location) -> None:
+    def _require_plain(self, node: yaml.Node, location: Location) -> None:
         self.count += 1
         if len(location) > MAX_DEPTH:
             raise self._error(node, "nested too deeply.", f"A {self.kind.noun} has at most {MAX_DEPTH} levels.")
@@ -199,7 +200,7 @@ class Document:
         if not is_of_kind and node.tag.removeprefix(_PREFIX) not in TAGS[node.id]:
             raise self._error(node, f"the tag {_name(node.tag)} is not plain YAML.", "Leave it out.")
 
-    def _error(self, node: Any, problem: str, hint: str | None = None) -> AvssError:
+    def _error(self, node: yaml.Node, problem: str, hint: str | None = None) -> AvssError:
         return self.kind.error(f"{self.path}:{_line(node)}: {problem}", hint or self.kind.hint)
 
 
@@ -240,7 +241,7 @@ def read_yaml(path: Path, kind: YamlKind) -> Document:
     return document
 
 
-def to_yaml(values: Mapping[str, Any], *, flow: bool = False) -> str:
+def to_yaml(values: JsonObject, *, flow: bool = False) -> str:
     """Return values as YAML that any terminal can show."""
     flow_style = None if flow else False  # None: lists of plain values alone
     dump = partial(yaml.safe_dump, values, sort_keys=False, default_flow_style=flow_style, width=120)
@@ -254,5 +255,5 @@ def _name(tag: str) -> str:
     return tag.replace(_PREFIX, "!!")
 
 
-def _line(node: Any) -> int:
+def _line(node: yaml.Node) -> int:
     return int(node.start_mark.line) + 1

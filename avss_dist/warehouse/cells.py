@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence, Set
+from collections.abc import Sequence, Set
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import pyarrow as pa
 
 from avss_dist.core.errors import DamagedFile
+from avss_dist.core.values import TableRow
 from avss_dist.warehouse.checks import checked_rows
 from avss_dist.warehouse.encoding import encode_rows, parse
 from avss_dist.warehouse.reader import Warehouse
@@ -35,7 +35,7 @@ class Cells:
         self._unreadable: dict[str, set[str]] = {}
         """Ids of cells whose file cannot be read, by evaluation."""
 
-    def write(self, run: RunIdentity, cell_id: str, rows: Sequence[Mapping[str, Any]]) -> None:
+    def write(self, run: RunIdentity, cell_id: str, rows: Sequence[TableRow]) -> None:
         """Write the measurements of one cell of an evaluation. Rows lack the columns of RunIdentity."""
         data = encode_rows("cells", asdict(run), rows)
         storage = self._reader.storage

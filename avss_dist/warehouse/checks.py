@@ -6,7 +6,6 @@ import json
 import re
 from collections.abc import Iterator
 from functools import lru_cache
-from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -15,7 +14,7 @@ from numpy.typing import NDArray
 
 from avss_dist.core.errors import ConfigError, WarehouseError
 from avss_dist.core.settings import Settings
-from avss_dist.core.values import TableRow
+from avss_dist.core.values import NewObject, TableRow
 from avss_dist.warehouse.encoding import conform
 from avss_dist.warehouse.schema import SCHEMAS, SCORE_AGAIN, TABLES, Column
 
@@ -110,7 +109,7 @@ def has_head(run: TableRow) -> bool:
     return not _HEADLESS.search(run["architecture"] or "")
 
 
-def settings_of(run: TableRow) -> dict[str, Any]:
+def settings_of(run: TableRow) -> NewObject:
     """Return the settings of a row of ``runs`` by name. Empty if it has none.
 
     Raises:
@@ -123,7 +122,7 @@ def settings_of(run: TableRow) -> dict[str, Any]:
 
 
 @lru_cache(maxsize=10_000)
-def _settings(text: str | None) -> dict[str, Any] | None:
+def _settings(text: str | None) -> NewObject | None:
     """Return settings from their JSON, None if it is damaged. Settings of other versions are returned too."""
     try:
         values = dict(json.loads(text or "{}").items())

@@ -17,6 +17,7 @@ import pyarrow.parquet as pq
 
 from avss_dist.core.errors import WarehouseError, require_known
 from avss_dist.core.extras import package_hint
+from avss_dist.core.values import JsonObject, TableRow
 from avss_dist.stats.layer_stats import (
     EXPERT_FIELDS,
     HISTOGRAM_BINS,
@@ -38,6 +39,8 @@ _PREFIX = b"sha256:"
 _UNSIGNED = _PREFIX + b"0" * 64
 _SIGNATURE = re.compile(_CHECKSUM + rb"..(" + _PREFIX + rb"[0-9a-f]{64})", re.DOTALL)  # in a footer
 UNSIGNED_METADATA = {_CHECKSUM: _UNSIGNED}
+Columns = Mapping[str, Any]
+"""Values of all rows by column: lists, or arrays of numpy or Arrow."""
 _STATE = [f.name for f in fields(LayerStats) if f.name != "histogram"]
 _HEADER_FIELDS = [f.name for f in fields(ShardResult) if f.name not in ("strata", "rows", "experts")]
 
@@ -62,7 +65,7 @@ def _options_of_statistics() -> dict[str, Any]:
 _STATS_OPTIONS = _options_of_statistics()
 
 
-def encode(name: str, run: Mapping[str, Any], columns: Mapping[str, Any], shard: Mapping[str, Any] = {}) -> pa.Buffer:
+def encode(name: str, run: TableRow, columns: Columns, shard: JsonObject | None = None) -> pa.Buffer:
     """Return a file of a table as bytes.
 
     Args:
@@ -73,9 +76,10 @@ def encode(name: str, run: Mapping[str, Any], columns: Mapping[str, Any], shard:
     columns = dict(columns)
     for column, value in run.items():
         columns[column] = [value] * size
+    about = {"run_id": run["run_id"], **(shard or {})}
     header = {
         _VERSION: str(SCHEMA_VERSION),
-        _HEADER: json.dumps({"run_id": run["run_id"], **shard}),
+        _HEADER: json.dumps(about),
         **UNSIGNED_METADATA,
     }
     fields = []
@@ -89,7 +93,7 @@ def encode(name: str, run: Mapping[str, Any], columns: Mapping[str, Any], shard:
     return to_file(table)
 
 
-def encode_rows(name: str, run: Mapping[str, Any], rows: Sequence[Mapping[str, Any]]) -> pa.Buffer:
+def encode_rows(name: str, run: TableRow, rows: Sequence[TableRow]) -> pa.Buffer:
     """Return a file of a table as bytes. None, NaN and missing values become null.
 
     Args:
@@ -266,7 +270,7 @@ def encode_shard(run: RunIdentity, result: ShardResult) -> dict[str, pa.Buffer]:
 
 def to_columns(
     layers: Sequence[str], stats: Mapping[LayerKey, LayerStats] | Mapping[StratumKey, LayerStats]
-) -> dict[str, Any]:
+) -> Columns:
     """Return a row for each (layer, site, stratum) in order, by column."""
     every: Mapping[Any, LayerStats] = stats
     rows = []
@@ -340,7 +344,7 @@ def decode_shard(data: pa.Buffer, run_id: str) -> ShardResult | None:
         return None
 
 
-def expert_columns(layers: Sequence[str], experts: Mapping[int, ExpertStats]) -> dict[str, Any]:
+def expert_columns(layers: Sequence[str], experts: Mapping[int, ExpertStats]) -> Columns:
     """Return a row for each layer and expert in order, by column.
 
     Args:

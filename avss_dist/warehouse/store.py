@@ -16,6 +16,7 @@ from avss_dist.core.errors import RunFailed, without_secrets
 from avss_dist.core.files import process_mark
 from avss_dist.core.fingerprint import NUMBERS_VERSION, fingerprint
 from avss_dist.core.text import RedactedURI
+from avss_dist.core.values import NewRow, TableRow
 from avss_dist.stats.layer_stats import ExpertStats, LayerKey, LayerStats, StratumKey, merge_stats
 from avss_dist.warehouse.cells import Cells
 from avss_dist.warehouse.encoding import encode, encode_rows, expert_columns, to_columns, to_experts
@@ -107,7 +108,7 @@ class Store:
             )
         return experts
 
-    def write_run(self, row: Mapping[str, Any]) -> None:
+    def write_run(self, row: TableRow) -> None:
         """Write the row that makes a run exist, after all its other files.
 
         A failed run never replaces a done one. A damaged row is replaced.
@@ -118,7 +119,7 @@ class Store:
             stored = self.reader.readable_run(row["run_id"])
             if stored and stored["status"] == "done":
                 return
-        columns: dict[str, Any] = {}
+        columns: NewRow = {}
         for name, value in row.items():
             if isinstance(value, str):
                 columns[name] = without_secrets(value)
@@ -129,9 +130,7 @@ class Store:
         self._write_readme()
         self._write("runs", row["run_id"], encode_rows("runs", {"run_id": row["run_id"]}, [columns]), "run")
 
-    def write_rows(
-        self, table: str, run: RunIdentity, rows: Sequence[Mapping[str, Any]], name: str | None = None
-    ) -> None:
+    def write_rows(self, table: str, run: RunIdentity, rows: Sequence[TableRow], name: str | None = None) -> None:
         """Write rows of ``scores``, ``evaluations``, ``experiments``, ``sparsity`` or ``precision``.
 
         Rows lack the columns of RunIdentity. None, NaN and missing values become null.
