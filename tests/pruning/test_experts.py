@@ -295,7 +295,7 @@ def test_useless_experts_are_found_and_taken_out(planted: Planted, tmp_path: Pat
     assert rows[str(files[1])]["value"] != rows[str(files[1])]["whole"] != rows[str(files[2])]["value"]
     listed = avss("ls", "plans", "-w", warehouse, "--format", "json").stdout.splitlines()
     assert ["expert.1.5", "expert.2.5"] in [json.loads(line)["drop"] for line in listed]
-    query = "SELECT DISTINCT removals(drop, drop_parts) AS n FROM evaluations WHERE len(drop) = 2"
+    query = "SELECT DISTINCT removals(drop, drop_parts) AS n FROM evaluations WHERE len(drop_parts) = 2"
     names = avss("query", query, "-w", warehouse)
     assert "expert.1.5" in names.stdout and "expert.2.5" in names.stdout, names.stderr
 
