@@ -170,7 +170,7 @@ def test_the_package_has_no_call_that_unpickles_evaluates_or_trusts() -> None:
         for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
             if isinstance(node, ast.Call):
                 called = ast.unparse(node.func)
-                tensors_alone = called == "torch.load" and file.name == "checkpoints.py"
+                tensors_alone = called == "torch.load" and file.name == "locate.py"
                 assert called not in forbidden or tensors_alone, f"{file}:{node.lineno}"
                 assert called != "yaml.load", f"{file}:{node.lineno}"
                 if called == "yaml.compose":

@@ -32,6 +32,8 @@ ALLOWANCE = 2.0
 """Multiple of the share in which the whole model differs on its server that its cut may differ, in addition."""
 TOO_DIFFERENT = 0.2
 """Share of positions in which the whole model differs, above which nothing can be said about its cut."""
+ENOUGH = 20
+"""Number of positions below which nothing is said: a server may write nothing, or parts of characters alone."""
 EVERYWHERE = "all"
 
 
@@ -77,7 +79,7 @@ class Group:
     """Positions that are judged together: all, or those within or beyond a window of the model's attention.
 
     Attributes:
-        name: number of tokens before the predicted ones: ``all``, ``to 512`` or ``from 513``.
+        name: number of tokens before the predicted ones: ``all``, ``up to 512`` or ``513 or more``.
         positions: number of positions.
         equal: number of equal next tokens.
         ties: number of other next tokens that rounding explains.
@@ -263,12 +265,12 @@ def _groups(judged: Judged, windows: Sequence[int]) -> list[Group]:
     for window in windows:
         inside = (judged.positions >= start) & (judged.positions <= window)
         if inside.any():
-            name = f"{start:,} to {window:,}" if start else f"to {window:,}"
+            name = f"{start:,} to {window:,}" if start else f"up to {window:,}"
             groups.append(_group(judged.part(inside), name))
         start = window + 1
     inside = judged.positions >= start
     if inside.any():
-        name = f"from {start:,}" if start else EVERYWHERE
+        name = f"{start:,} or more" if start else EVERYWHERE
         groups.append(_group(judged.part(inside), name))
     return groups
 

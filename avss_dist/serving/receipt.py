@@ -120,5 +120,7 @@ def _with_line(card: str, receipt: Receipt) -> str:
         return earlier.sub(lambda _: line, card, count=1)
     place = card.rfind(_END)
     if place < 0:
-        return f"{card.rstrip()}\n\n{line}"
+        text = card.rstrip()
+        is_list = text.rpartition("\n")[2].startswith("- ")
+        return f"{text}\n{line}" if is_list else f"{text}\n\n{line}"
     return f"{card[:place].rstrip()}\n{line}\n{card[place:]}"

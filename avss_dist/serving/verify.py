@@ -28,7 +28,7 @@ from avss_dist.models.structure.layers import count_parameters
 from avss_dist.partition.execution import Execution
 from avss_dist.pruning.checkpoint import find_base
 from avss_dist.requests import VerifyRequest
-from avss_dist.serving.comparison import EVERYWHERE, TOO_DIFFERENT, Comparison, Group, compare_predictions
+from avss_dist.serving.comparison import ENOUGH, EVERYWHERE, TOO_DIFFERENT, Comparison, Group, compare_predictions
 from avss_dist.serving.connect import connect
 from avss_dist.serving.receipt import Receipt, write_receipt
 from avss_dist.serving.reference import compute_reference, server_dtype
@@ -150,9 +150,11 @@ def verify(request: VerifyRequest, causes: Sequence[str] = ()) -> Verified:
             whole = _compare(original, rows, execution, _named(report, "the whole model: "))
             _require_fit(original, whole)
         comparison = _compare(side, rows, execution, report)
+        groups = comparison.different_groups(whole)
+        if not groups:
+            _require_enough(side, comparison)
     except (_NotComparable, TokensDiffer) as error:
         return Verified(NOT_COMPARABLE, [f"Not comparable: {error}"], side.info.name)
-    groups = comparison.different_groups(whole)
     if groups:
         outcome = DIFFERENT
         sentences = [
@@ -294,6 +296,15 @@ def _require_fit(side: _Side, whole: Comparison) -> None:
         )
 
 
+def _require_enough(side: _Side, comparison: Comparison) -> None:
+    """Raise _NotComparable if too few tokens were compared to call a server the same."""
+    if comparison.positions < ENOUGH:
+        raise _NotComparable(
+            f"only {comparison.positions} of the next tokens of {side.info.name} could be compared. Raise "
+            "`max_sequences`, or name another text with `corpus`."
+        )
+
+
 def _describe_same(side: _Side, comparison: Comparison) -> str:
     """Return the sentence of a checkpoint that is computed as transformers does."""
     return (
@@ -326,8 +337,8 @@ def _describe_difference(side: _Side, comparison: Comparison, groups: Sequence[G
     if len(groups) < len(comparison.groups):
         others = [group.name for group in comparison.groups if group not in groups]
         sentences.append(
-            f"Predictions with {', '.join(others)} tokens before are the same: windows of attention, or the positions "
-            "of late tokens, are read differently."
+            f"Predictions with {' and '.join(others)} tokens before are the same: windows of attention, or the "
+            "positions of late tokens, are read differently."
         )
     if equal < OTHER_MODEL and first <= 3:
         sentences.append("So much differs that it may be another model.")
@@ -342,8 +353,8 @@ def _describe_causes(side: _Side, groups: Sequence[Group]) -> list[str]:
         places = rule.misread(range(len(rule.whole)))
         if rule.reader == reader and places:
             sentences.append(
-                f"Likely cause: {reader} {rule.meaning}, and so takes {describe_layers(places)} for another kind than "
-                "config.json says."
+                f"Likely cause: {reader} {rule.meaning}, and so takes others than config.json says for such "
+                f"layers: {describe_layers(places)}, counted from 0, are read as another kind."
             )
     if side.info.weights and not side.info.weights.startswith(_FULL_WEIGHTS):
         sentences.append(

@@ -119,7 +119,7 @@ def test_all_predictions_are_equal_to_those_of_the_same_model(agreement: Agreeme
 def test_positions_beyond_the_window_are_compared(agreement: Agreement) -> None:
     assert agreement.done.comparison is not None
     names = [group.name for group in agreement.done.comparison.groups]
-    assert names == [f"to {WINDOW}", f"from {WINDOW + 1}"]
+    assert names == [f"up to {WINDOW}", f"{WINDOW + 1} or more"]
 
 
 def test_losses_of_servers_that_tell_them_are_those_of_the_model(agreement: Agreement) -> None:
@@ -386,6 +386,13 @@ def test_a_checkpoint_whose_card_names_no_whole_model_needs_its_name(
 ) -> None:
     with pytest.raises(ConfigError, match="names no model that it was pruned from"):
         _verify(checkpoint, InferenceServer("vllm", model, tokenizer), original="http://localhost:1")
+
+
+def test_a_server_that_writes_nothing_is_not_the_same(checkpoint: Path, model: Any, tokenizer: Any) -> None:
+    server = InferenceServer("ollama", model, tokenizer)
+    server.writes = 0
+
+    assert _verify(checkpoint, server).outcome == "not comparable"
 
 
 def test_a_server_with_a_short_context_is_told_not_to_show_the_window(

@@ -47,6 +47,7 @@ class InferenceServer:
         self.url = ""
         self.bodies: list[Mapping[str, Any]] = []
         self.lock = Lock()
+        self.writes = 1 << 60  # most tokens that Ollama writes
 
     def answer(self, path: str, body: Mapping[str, Any] | None) -> Answer:
         """Return status and object for a request."""
@@ -176,7 +177,7 @@ class InferenceServer:
         ids = self._encode(body["prompt"])
         count = len(ids)
         written: list[int] = []
-        for _ in range(body["options"]["num_predict"]):
+        for _ in range(min(body["options"]["num_predict"], self.writes)):
             token = int(self.logs(ids)[-1].argmax())
             ids.append(token)
             written.append(token)
