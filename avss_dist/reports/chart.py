@@ -225,6 +225,8 @@ def depth_chart(
         ends: columns of the ends of intervals, of which at least one is known, or None to draw none.
     """
     marked = alt.when(f"datum.{lowest}")
+    shape = marked.then(alt.value("triangle-down")).otherwise(alt.value("circle"))
+    size = marked.then(alt.value(80)).otherwise(alt.value(32))
     axis: dict[str, Any] = {"title": title, "scale": linear}
     if log:
         axis = {"title": f"{title} (log)", "scale": alt.Scale(type="log")}
@@ -232,8 +234,8 @@ def depth_chart(
     points = base.mark_point(filled=True, opacity=1).encode(
         y=alt.Y(f"{name}:Q", **axis),
         color=color_of_point,
-        shape=marked.then(alt.value("triangle-down")).otherwise(alt.value("circle")),
-        size=marked.then(alt.value(80)).otherwise(alt.value(32)),
+        shape=shape,
+        size=size,
         tooltip=list(tooltip),
     )
     line = base.mark_line(strokeWidth=1.5).encode(y=alt.Y(f"{name}:Q", **axis), color=color)

@@ -156,15 +156,14 @@ def _best_sets() -> ChartType:
         y=kept.axis(format="%"),
         color=alt.Color("series:N", sort=None, legend=legend, scale=alt.Scale(scheme="tableau10")),
     )
-    points = base.mark_point(filled=True, size=45, opacity=1).encode(
-        shape=alt.Shape("series:N", sort=None, legend=None),
-        tooltip=[
-            alt.Tooltip("series:N", title="task"),
-            alt.Tooltip("dropped:N", title="without"),
-            alt.Tooltip("share:Q", format=".1%"),
-            alt.Tooltip("kept:Q", format=".1%"),
-        ],
-    )
+    tooltip = [
+        alt.Tooltip("series:N", title="task"),
+        alt.Tooltip("dropped:N", title="without"),
+        alt.Tooltip("share:Q", format=".1%"),
+        alt.Tooltip("kept:Q", format=".1%"),
+    ]
+    points = base.mark_point(filled=True, size=45, opacity=1)
+    points = points.encode(shape=alt.Shape("series:N", sort=None, legend=None), tooltip=tooltip)
     return alt.layer(base.mark_line(strokeWidth=1.5), points, data=ROWS).properties(height=HEIGHTS["kept"])
 
 

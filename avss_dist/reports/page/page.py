@@ -167,6 +167,7 @@ def report_page(warehouse: Warehouse, run_ids: Collection[str] | None = None, ow
         "summary": _summary(len(done), len(rows) - len(done)),
     }
     conditions = [with_conditions(run) for run in drawn]
+    all_rows = _with_damaged(rows, warehouse, run_ids)
     contents = {
         "has_scores": bool(data["choices"]),
         "matrix": bool(matrix),
@@ -175,7 +176,7 @@ def report_page(warehouse: Warehouse, run_ids: Collection[str] | None = None, ow
         "short": short,
         "findings": _findings(rows_of_findings, label_of_run),
         "chapters": _chapters(sections),
-        "overview": _overview(_with_damaged(rows, warehouse, run_ids), label_of_run),
+        "overview": _overview(all_rows, label_of_run),
         "labels": labels,
         "not_drawn": len(done) - len(drawn),
         "differing": differing(conditions),
