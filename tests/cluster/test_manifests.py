@@ -133,7 +133,8 @@ def test_kuberay_groups_agree_with_themselves(path: Path) -> None:
             assert {mount["name"] for mount in container["volumeMounts"]} == set(volumes)
             assert not any("TOKEN" in variable["name"] and "value" in variable for variable in container["env"])
     gpus = [pod["containers"][0]["resources"]["limits"].get("nvidia.com/gpu", 0) for pod in pods]
-    assert gpus[0] == 0 and all(gpus[1:])
+    assert gpus[0] == 0
+    assert all(gpus[1:])
     assert len({container["image"] for pod in pods for container in pod["containers"]}) == 1
 
 
@@ -177,7 +178,8 @@ def test_scripts_are_sound(path: Path) -> None:
     assert shellcheck, "pip install -e '.[test]' has it"
     found = subprocess.run([shellcheck, "--shell=bash", path], capture_output=True, text=True)
     assert found.returncode == 0, found.stdout
-    assert path.read_text().startswith("#!/usr/bin/env bash\n") and "set -euo pipefail" in path.read_text()
+    assert path.read_text().startswith("#!/usr/bin/env bash\n")
+    assert "set -euo pipefail" in path.read_text()
     assert path.stat().st_mode & stat.S_IXUSR
 
 
@@ -203,14 +205,16 @@ def test_the_image_is_pinned_and_runs_without_rights() -> None:
     (base,) = [rest for step, rest in steps if step == "FROM"]
     assert re.fullmatch(r"[\w./-]+:\d[\w.-]+", base), "a version, not 'latest'"
     users = [rest for step, rest in steps if step == "USER"]
-    assert users and re.fullmatch(r"[1-9]\d*:[1-9]\d*", users[-1])
+    assert users
+    assert re.fullmatch(r"[1-9]\d*:[1-9]\d*", users[-1])
     last = max(i for i, (step, _) in enumerate(steps) if step == "USER")
     assert not any(step in ("RUN", "USER") and "sudo" in rest for step, rest in steps)
     assert [step for step, _ in steps[last:]].count("RUN") == 1, "pip installs as the user"
     copied = [source for step, rest in steps if step == "COPY" for source in rest.split()[1:-1]]
     allowed = (CLUSTER / "docker" / "Dockerfile.dockerignore").read_text().splitlines()
     for source in copied:
-        assert (CLUSTER.parent / source).exists() and f"!{source}" in allowed
+        assert (CLUSTER.parent / source).exists()
+        assert f"!{source}" in allowed
     assert not re.search(r"(TOKEN|SECRET|PASSWORD|KEY)\s*=", text)
 
 
@@ -341,8 +345,10 @@ def test_who_has_no_token_or_a_wrong_one_is_refused(
     cluster: tuple[Cluster, dict[str, str]], tiny_llama: Path, tmp_path: Path, run_avss: Callable
 ) -> None:
     _, client = cluster
-    server, token = client["RAY_API_SERVER_ADDRESS"], Path(client["RAY_AUTH_TOKEN_PATH"])
-    assert stat.S_IMODE(token.stat().st_mode) == 0o600 and stat.S_IMODE(token.parent.stat().st_mode) == 0o700
+    server = client["RAY_API_SERVER_ADDRESS"]
+    token = Path(client["RAY_AUTH_TOKEN_PATH"])
+    assert stat.S_IMODE(token.stat().st_mode) == 0o600
+    assert stat.S_IMODE(token.parent.stat().st_mode) == 0o700
     assert [answer(server, t) for t in (token.read_text(), None, "0" * 64)] == [200, 401, 403]
 
     wrong = tmp_path / "wrong"
@@ -350,8 +356,11 @@ def test_who_has_no_token_or_a_wrong_one_is_refused(
     for path in (wrong, tmp_path / "none"):
         env = {**client, "RAY_AUTH_TOKEN_PATH": str(path), "RAY_NUM_REDIS_GET_RETRIES": "2"}
         done = run_avss("score", tiny_llama, "--corpus", "builtin:pydoc", "-w", tmp_path / "w", env=env)
-        assert done.returncode == 2 and "cannot be reached" in done.stderr and "token" in done.stderr, done.stderr
-        assert "Traceback" not in done.stderr and token.read_text() not in done.stdout + done.stderr
+        assert done.returncode == 2, done.stderr
+        assert "cannot be reached" in done.stderr, done.stderr
+        assert "token" in done.stderr, done.stderr
+        assert "Traceback" not in done.stderr
+        assert token.read_text() not in done.stdout + done.stderr
 
 
 @pytest.mark.nightly
@@ -368,7 +377,8 @@ def test_started_again_it_says_the_same_and_never_becomes_another(cluster: tuple
     again = local.start(2)
     assert again.items() <= client.items()
     other = local.script(3)
-    assert other.returncode == 2 and "local.sh stop" in other.stderr
+    assert other.returncode == 2
+    assert "local.sh stop" in other.stderr
 
 
 @pytest.mark.nightly
@@ -382,7 +392,8 @@ def test_stop_ends_one_cluster_and_no_other(cluster: tuple[Cluster, dict[str, st
     assert answer(exports["RAY_API_SERVER_ADDRESS"], Path(exports["RAY_AUTH_TOKEN_PATH"]).read_text()) == 200
     assert other.script("stop").returncode == 0
     assert other.processes() == []
-    assert not temp.exists() and not (tmp_path / "state/avss_dist/cluster").exists()
+    assert not temp.exists()
+    assert not (tmp_path / "state/avss_dist/cluster").exists()
     assert other.script("stop").returncode == 0, "stopping nothing is no mistake"
     assert answer(client["RAY_API_SERVER_ADDRESS"], Path(client["RAY_AUTH_TOKEN_PATH"]).read_text()) == 200
 
@@ -391,5 +402,8 @@ def test_stop_ends_one_cluster_and_no_other(cluster: tuple[Cluster, dict[str, st
 def test_a_mistake_starts_nothing(arguments: tuple[object, ...], tmp_path: Path) -> None:
     local = Cluster(tmp_path)
     done = local.script(*arguments)
-    assert done.returncode == 2 and done.stderr.startswith("Error: ") and not done.stdout
-    assert local.processes() == [] and list(tmp_path.iterdir()) == []
+    assert done.returncode == 2
+    assert done.stderr.startswith("Error: ")
+    assert not done.stdout
+    assert local.processes() == []
+    assert list(tmp_path.iterdir()) == []

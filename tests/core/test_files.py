@@ -23,8 +23,10 @@ def test_a_file_is_replaced_when_the_block_ends(tmp_path: Path) -> None:
     target.chmod(0o640)
     with staged_file(target, durable=True) as staged:
         staged.write_text("new")
-        assert target.read_text() == "old" and staged.parent == tmp_path
-    assert target.read_text() == "new" and target.stat().st_mode & 0o777 == 0o640
+        assert target.read_text() == "old"
+        assert staged.parent == tmp_path
+    assert target.read_text() == "new"
+    assert target.stat().st_mode & 0o777 == 0o640
     assert list(tmp_path.iterdir()) == [target]
 
 
@@ -40,12 +42,14 @@ def test_a_failed_block_leaves_the_old_file(tmp_path: Path) -> None:
 
 def test_a_link_stays_a_link(tmp_path: Path) -> None:
     (tmp_path / "kept").mkdir()
-    target, link = tmp_path / "kept" / "page.html", tmp_path / "latest.html"
+    target = tmp_path / "kept" / "page.html"
+    link = tmp_path / "latest.html"
     target.write_text("old")
     link.symlink_to(target)
     with staged_file(link) as staged:
         staged.write_text("new")
-    assert link.is_symlink() and target.read_text() == "new"
+    assert link.is_symlink()
+    assert target.read_text() == "new"
 
 
 def test_a_pipe_is_written_to_and_stays_one(tmp_path: Path) -> None:
@@ -57,7 +61,8 @@ def test_a_pipe_is_written_to_and_stays_one(tmp_path: Path) -> None:
     with staged_file(pipe) as staged:
         staged.write_text("new")
     reader.join()
-    assert read == ["new"] and pipe.is_fifo()
+    assert read == ["new"]
+    assert pipe.is_fifo()
 
 
 def test_a_folder_in_place_of_a_file(tmp_path: Path) -> None:
@@ -90,7 +95,8 @@ def test_a_folder_with_files_is_not_replaced(tmp_path: Path) -> None:
     (target / "file").write_text("old")
     with pytest.raises(OSError), staged_folder(target) as staged:
         (staged / "file").write_text("new")
-    assert (target / "file").read_text() == "old" and list(tmp_path.iterdir()) == [target]
+    assert (target / "file").read_text() == "old"
+    assert list(tmp_path.iterdir()) == [target]
 
 
 def test_leftovers_of_killed_writers_are_deleted_and_nothing_else(tmp_path: Path) -> None:
@@ -145,7 +151,8 @@ def test_a_process_of_the_same_number_is_not_the_writer(tmp_path: Path) -> None:
     left.mkdir()
     with staged_folder(tmp_path / "new") as staged:
         remove_leftovers(tmp_path)
-        assert staged.is_dir() and not left.exists()
+        assert staged.is_dir()
+        assert not left.exists()
 
 
 @pytest.mark.parametrize("machine", ["89abcdef", files._UNKNOWN])
@@ -181,7 +188,8 @@ def test_a_link_in_place_of_a_leftover_is_left_alone(tmp_path: Path) -> None:
     link = tmp_path / f".out.avss-{files._machine()}-{os.getpid()}-1-0123abcd.tmp"
     link.symlink_to(tmp_path / "mine")
     remove_leftovers(tmp_path)
-    assert link.is_symlink() and (tmp_path / "mine").is_dir()
+    assert link.is_symlink()
+    assert (tmp_path / "mine").is_dir()
 
 
 PIECES = np.split(np.arange(400_000, dtype=np.int32).reshape(-1, 4), [0, 1, 5_000, 60_000])
@@ -198,7 +206,8 @@ def spooled(kept_bytes: int, monkeypatch: pytest.MonkeyPatch) -> np.ndarray:
 @pytest.mark.parametrize("kept_bytes", [1 << 30, 100_000, 0])
 def test_rows_come_back_from_memory_or_from_a_file(kept_bytes: int, monkeypatch: pytest.MonkeyPatch) -> None:
     rows = spooled(kept_bytes, monkeypatch)
-    assert np.array_equal(rows, np.concatenate(PIECES)) and rows.dtype == np.int32
+    assert np.array_equal(rows, np.concatenate(PIECES))
+    assert rows.dtype == np.int32
     assert rows.flags.writeable == (kept_bytes == 1 << 30), "a file is mapped, and read only"
     assert files.Spool(4).array().shape == (0, 4)
 

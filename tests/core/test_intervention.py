@@ -78,7 +78,8 @@ def test_sublayers_come_after_layers_and_attentions_before_mlps() -> None:
 def test_both_sublayers_of_a_layer_are_the_layer() -> None:
     assert joined([*sublayers_of([4]), Sublayer(5, "mlp")]) == (4, Sublayer(5, "mlp"))
     assert joined([4, Sublayer(4, "mlp")]) == (4,)
-    assert not can_be_added(Sublayer(4, "mlp"), (4,)) and not can_be_added(4, (Sublayer(4, "mlp"),))
+    assert not can_be_added(Sublayer(4, "mlp"), (4,))
+    assert not can_be_added(4, (Sublayer(4, "mlp"),))
     assert can_be_added(Sublayer(4, "mlp"), (Sublayer(4, "attention"),))
 
 
@@ -106,14 +107,18 @@ def test_experts_come_last_and_go_with_what_they_are_in() -> None:
     assert joined([*reversed(removals)]) == removals
     assert joined([*removals, 1, Sublayer(2, "mlp")]) == (1, 4, Sublayer(0, "mlp"), Sublayer(2, "mlp"), experts[-1])
     assert joined([*sublayers_of([2]), *experts]) == (2, experts[0], experts[-1])
-    assert not can_be_added(Expert(2, 5), (2,)) and not can_be_added(Expert(2, 5), (Sublayer(2, "mlp"),))
+    assert not can_be_added(Expert(2, 5), (2,))
+    assert not can_be_added(Expert(2, 5), (Sublayer(2, "mlp"),))
     assert can_be_added(Expert(2, 5), (Sublayer(2, "attention"), Expert(2, 4)))
     assert experts_by_layer(removals) == {1: (7,), 2: (0, 5), 9_999: (9_999,)}
     numbers = [4, 20_000, 1_010_007, 1_020_000, 1_020_005, 1_000_000 + 99_999_999]
-    assert removal_numbers(removals) == numbers and tuple(map(numbered_removal, numbers)) == removals
+    assert removal_numbers(removals) == numbers
+    assert tuple(map(numbered_removal, numbers)) == removals
     names = [4, "mlp.0", "expert.1.7", "expert.2.0", "expert.2.5", "expert.9999.9999"]
-    assert removal_names(removals) == names and tuple(map(parse_removal, names)) == removals
-    assert (size_removed(removals), count_removed(removals)) == (1.5, "1 layer, 1 sublayer, 4 experts")
+    assert removal_names(removals) == names
+    assert tuple(map(parse_removal, names)) == removals
+    assert size_removed(removals) == 1.5
+    assert count_removed(removals) == "1 layer, 1 sublayer, 4 experts"
     assert describe_removed(experts[:2]) == "expert.1.7, expert.2.0"
     many = [Expert(layer, expert) for layer in (1, 2) for expert in range(16)]
     assert describe_removed(many) == "32 experts of layers 1-2"
@@ -145,19 +150,24 @@ def test_the_key_of_an_intervention_is_that_of_its_rows() -> None:
     assert (
         InterventionKey.of_row({"drop": [1], "drop_parts": ["mlp.2"]}) == Intervention(removed=intervention.removed).key
     )
-    assert pickle.loads(pickle.dumps(intervention)) == intervention and hash(intervention) == hash(
-        replace(intervention, patch=Patch("p"))
-    )
+    assert pickle.loads(pickle.dumps(intervention)) == intervention
+    assert hash(intervention) == hash(replace(intervention, patch=Patch("p")))
     changes, removals = intervention.split()
-    assert (changes.removed, removals.patch, removals.sparsity) == ((), None, None)
+    assert changes.removed == ()
+    assert removals.patch is None
+    assert removals.sparsity is None
     assert removals.rounding is None
-    assert (removals.key[:1], changes.key[1:]) == (intervention.key[:1], intervention.key[1:])
-    assert intervention and not NO_INTERVENTION and Intervention(sparsity=SPARSITY)
+    assert removals.key[:1] == intervention.key[:1]
+    assert changes.key[1:] == intervention.key[1:]
+    assert intervention
+    assert not NO_INTERVENTION
+    assert Intervention(sparsity=SPARSITY)
 
 
 def test_evaluations_and_cells_have_the_ids_that_warehouses_know(checkpoint: Checkpoint) -> None:
     """Sparsity makes another evaluation, removals and a patch another cell; by these very values."""
-    settings, task = Settings(), Task(name="t", parts=(Measure(),))
+    settings = Settings()
+    task = Task(name="t", parts=(Measure(),))
     planned = PlannedTask(checkpoint=checkpoint, settings=settings, task=task, placement=Placement())
     whole = {"schema": NUMBERS_VERSION, "checkpoint": checkpoint.revision, "task": task.key}
     whole["settings"] = settings.numbers(statistics=False)
@@ -191,7 +201,9 @@ def test_an_evaluation_is_hashed_once(checkpoint: Checkpoint, monkeypatch: pytes
     monkeypatch.setattr("avss_dist.evaluation.placed.fingerprint", counted)
     without = NO_INTERVENTION.without(1)
     cells = planned.cells([NO_INTERVENTION, without, replace(without, sparsity=SPARSITY)])
-    assert (len(cells), len({cell.run_id for cell in cells}), len(hashed)) == (15, 2, 2)
+    assert len(cells) == 15
+    assert len({cell.run_id for cell in cells}) == 2
+    assert len(hashed) == 2
 
 
 def test_plans_are_interventions_without_torch() -> None:

@@ -57,7 +57,8 @@ def test_a_record_of_a_repair_has_no_keys() -> None:
 def test_a_record_of_a_distillation_has_no_keys() -> None:
     numbers: dict[str, Any] = {"weight": 1.0, "trained_rows": 1, "held_out_rows": 1, "teacher_perplexity": 1.0}
     text = RecordedText(corpus=URI, label=URI, fingerprint="", **numbers)
-    assert (text.corpus, text.label) == (PLAIN, PLAIN)
+    assert text.corpus == PLAIN
+    assert text.label == PLAIN
 
 
 def test_a_task_has_no_keys_in_its_name() -> None:
@@ -74,9 +75,11 @@ def test_a_tokenized_text_has_no_keys() -> None:
 def test_a_score_of_ones_own_is_shown_without_keys_and_read_with_them(request_of: Callable[..., Any]) -> None:
     options = {"truth": True} if request_of is FindingsRequest else {}
     (name,) = request_of(by=[f"{URI}:mine"], **options).by
-    assert (f"{name}", name.full) == (f"{PLAIN}:mine", f"{URI}:mine")
+    assert f"{name}" == f"{PLAIN}:mine"
+    assert name.full == f"{URI}:mine"
 
 
 def test_a_plan_by_a_score_of_ones_own_reads_it_with_keys() -> None:
     name: Any = PlanRequest(by=f"{URI}:mine").by
-    assert (f"{name}", name.full) == (f"{PLAIN}:mine", f"{URI}:mine")
+    assert f"{name}" == f"{PLAIN}:mine"
+    assert name.full == f"{URI}:mine"

@@ -45,7 +45,8 @@ def test_a_signal_while_a_checkpoint_is_written_leaves_nothing(
     remove = shutil.rmtree
 
     def interrupted_copy(_checkpoint: Any, _names: Any, staged: Path) -> None:
-        assert any(staged.iterdir()) and not (plan.parent / "out").exists()
+        assert any(staged.iterdir())
+        assert not (plan.parent / "out").exists()
         signal.raise_signal(number)
 
     def interrupted_remove(*args: Any, **options: Any) -> None:
@@ -57,7 +58,9 @@ def test_a_signal_while_a_checkpoint_is_written_leaves_nothing(
     monkeypatch.setattr("avss_dist.core.files.shutil.rmtree", interrupted_remove)
     raise_on_sigterm()
     done = avss("prune", tiny_llama, plan, "-o", plan.parent / "out")
-    assert done.exit_code == code and "Stopped." in done.stderr and "Traceback" not in done.stderr
+    assert done.exit_code == code
+    assert "Stopped." in done.stderr
+    assert "Traceback" not in done.stderr
     assert [path.name for path in plan.parent.iterdir()] == ["plan.yaml"]
 
 
@@ -78,7 +81,8 @@ def test_a_signal_while_commands_are_imported_is_no_traceback(
     monkeypatch.setitem(sys.modules, "avss_dist.cli", module)
     with pytest.raises(SystemExit) as end:
         main()
-    assert (end.value.code, capsys.readouterr().err) == (code, "Stopped.\n")
+    assert end.value.code == code
+    assert capsys.readouterr().err == "Stopped.\n"
 
 
 def test_a_signal_while_checks_are_prepared_is_one(monkeypatch: pytest.MonkeyPatch) -> None:

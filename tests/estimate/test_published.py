@@ -125,7 +125,8 @@ GPU_GB = {
 @pytest.mark.parametrize("cluster", range(2))
 @pytest.mark.parametrize("model", WEIGHTS)
 def test_what_fits_and_what_auto_takes(model: str, cluster: int) -> None:
-    found, (fits, further, automatic) = paper(model, list(NODES)[cluster]), FITS[model]
+    found = paper(model, list(NODES)[cluster])
+    (fits, further, automatic) = FITS[model]
     fits = fits | further if cluster else fits
     assert [row.partition for row in found.rows] == list(PARTITIONS)
     assert {row.partition: row.gpus for row in found.rows if row.fits} == fits
@@ -141,7 +142,8 @@ def test_reasons() -> None:
     reasons = {model: {row.partition: row.why for row in paper(model, ranks=8).rows} for model in WEIGHTS}
     assert "8 ranks do not divide 4 heads" in reasons[QWEN]["tensor_parallel"]
     assert "has no plan that spreads experts of LlamaForCausalLM" in reasons[LLAMA70]["expert_parallel"]
-    assert "cannot gather them" in reasons[OSS]["fsdp"] and "cannot gather them" in reasons[OSS]["zero3"]
+    assert "cannot gather them" in reasons[OSS]["fsdp"]
+    assert "cannot gather them" in reasons[OSS]["zero3"]
     assert "needs the setting dequantize" in reasons[QWEN]["streaming"]
     assert "transformers cannot unpack these" in reasons[LLAMA405]["streaming"]
     assert "weights are unpacked to bfloat16" in reasons[QWEN]["streaming"]
@@ -153,10 +155,12 @@ def test_reasons() -> None:
 def test_unpacked_weights() -> None:
     """Twice the bytes; of a model that streams with them, auto takes what it said before."""
     found = paper(DEEPSEEK, dequantize=True)
-    assert found.weight_bytes == pytest.approx(2 * found.num_parameters, rel=1e-3) and not found.quantized
+    assert found.weight_bytes == pytest.approx(2 * found.num_parameters, rel=1e-3)
+    assert not found.quantized
     assert found.auto == "streaming"
     row = {row.partition: row for row in found.rows}["streaming"]
-    assert row.fits and row.device_bytes == rows(DEEPSEEK)["streaming"].device_bytes
+    assert row.fits
+    assert row.device_bytes == rows(DEEPSEEK)["streaming"].device_bytes
     why = {row.partition: row.why for row in paper(QWEN, ranks=8, dequantize=True).rows}["fsdp"]
     assert "8 ranks do not divide the 512 rows of model.layers.*.self_attn.k_proj.weight" in why
 

@@ -76,7 +76,9 @@ def batch_of(kind: str, shape: tuple[int, int, int], dtype: torch.dtype) -> Batc
         patterns = np.array([*edges, *(edge + (1 << 15) for edge in edges)]) << (16 if dtype == torch.float32 else 0)
         x = torch.from_numpy(rng.choice(patterns, shape)).to(signed).view(dtype)
     elif kind == "nonfinite":
-        x[0, 2, shape[2] // 2], before[-1, 5, 0], x[-1, :3, -1] = torch.nan, torch.inf, -torch.inf
+        x[0, 2, shape[2] // 2] = torch.nan
+        before[-1, 5, 0] = torch.inf
+        x[-1, :3, -1] = -torch.inf
     mask = torch.from_numpy(rng.random(shape[:2]) < 0.9)
     mask[-1, : shape[1] // 2] = False
     return x, before, mask
@@ -115,9 +117,11 @@ def differences(got: dict[str, np.ndarray], expected: dict[str, np.ndarray], dty
     """The tensors whose integers differ, or whose floats differ by more than 1e-12."""
     wrong = []
     for name, want in expected.items():
-        ours, theirs = got[name], want
+        ours = got[name]
+        theirs = want
         if name.endswith("patterns"):
-            ours, theirs = without_payloads(ours, dtype), without_payloads(theirs, dtype)
+            ours = without_payloads(ours, dtype)
+            theirs = without_payloads(theirs, dtype)
         if theirs.dtype.kind == "i":
             same = np.array_equal(ours, theirs)
         else:
@@ -173,7 +177,8 @@ def test_an_input_of_another_dtype_is_compared_by_torch() -> None:
     kernels = CudaKernels(emulator)
     into = Accumulator(x, GRID, units=True, geometry=True)
     kernels.add(into, x, mask, before.float())
-    assert emulator.launches == [] and into.tensors["tokens"][0] > 0
+    assert emulator.launches == []
+    assert into.tensors["tokens"][0] > 0
 
 
 ARCHITECTURES = {"sm_80": 163, "sm_89": 99, "sm_90": 227, "sm_100": 227, "sm_120": 99}  # KB of shared memory of a block
@@ -229,7 +234,8 @@ def test_windows_fit_into_every_card(dtype: torch.dtype) -> None:
     for shared in (64, 99, 163, 227):
         low, span = window(dtype, shared << 10)
         assert shared_bytes(dtype, span, 14) <= shared << 10
-        assert low > 0 and low + span <= 1 << 15
+        assert low > 0
+        assert low + span <= 1 << 15
 
 
 def moved(shape: tuple[int, int, int], size: int, squared: bool, inputs: int = 1) -> int:
@@ -241,7 +247,8 @@ def moved(shape: tuple[int, int, int], size: int, squared: bool, inputs: int = 1
 
 def layer_moved(rows: int, tokens: int, hidden: int, inner: int, size: int) -> tuple[int, int]:
     """Bytes that a layer moves at five sites, and the bytes of the five tensors."""
-    block, neuron = (rows, tokens, hidden), (rows, tokens, inner)
+    block = (rows, tokens, hidden)
+    neuron = (rows, tokens, inner)
     comparison = 2 * rows * tokens * hidden * size + rows * -(-tokens // 8) * 7 * 8
     sites = 2 * moved(block, size, False) + moved(neuron, size, False) + moved(block, size, True)
     return sites + moved(block, size, True, 2) + comparison, rows * tokens * (4 * hidden + inner) * size
@@ -252,7 +259,8 @@ def test_launches_and_bytes_of_a_layer(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(observing, "kernels_for", lambda device: CudaKernels(emulator))
     backbone = open_module(llama().eval().to(torch.bfloat16))
     layers = backbone.layers
-    ids, everything = torch.arange(3 * 24).reshape(3, 24) % 32, np.ones((3, 24), bool)
+    ids = torch.arange(3 * 24).reshape(3, 24) % 32
+    everything = np.ones((3, 24), bool)
 
     def run() -> Any:
         with observe(layers, SITES, THRESHOLDS) as observer, torch.no_grad(), observer.batch(everything):
@@ -263,7 +271,8 @@ def test_launches_and_bytes_of_a_layer(monkeypatch: pytest.MonkeyPatch) -> None:
     assert len(emulator.launches) == 7 * len(layers)
     expected = ["compare", *["count"] * 3, "count_squared", "count_update", "finish"]
     assert sorted(emulator.launches[:7]) == expected
-    hidden, inner = backbone.columns["hidden_size"], backbone.model.config.intermediate_size
+    hidden = backbone.columns["hidden_size"]
+    inner = backbone.model.config.intermediate_size
     assert emulator.traffic == len(layers) * layer_moved(3, 24, hidden, inner, 2)[0]
     monkeypatch.undo()
     theirs = run()

@@ -98,7 +98,8 @@ def test_counts_are_those_of_what_the_router_gave(family: str) -> None:
     ids = tiny_batch()
     seen = captured(backbone, ids)
     stats = observed(backbone, ids, MASK)
-    assert list(stats) == list(seen) and stats
+    assert list(stats) == list(seen)
+    assert stats
     for layer, (router, hidden) in seen.items():
         experts = backbone.layers[layer].experts
         assert experts is not None
@@ -115,13 +116,16 @@ def test_rows_merge_and_a_router_that_gives_probabilities_is_seen(monkeypatch: p
     backbone = open_module(model)
     ids = tiny_batch()
     rows = [observed(backbone, ids[i : i + 1], MASK[i : i + 1]) for i in range(2)]
-    whole, merged = observed(backbone, ids, MASK), merge_stats(rows)
+    whole = observed(backbone, ids, MASK)
+    merged = merge_stats(rows)
     for layer, stats in whole.items():
         assert stats.routed_tokens.tolist() == merged[layer].routed_tokens.tolist()
         for name in EXPERT_FIELDS:
             assert_allclose(getattr(merged[layer], name), getattr(stats, name), rtol=1e-4, atol=1e-7)
     for layer in backbone.layers:
-        assert layer.experts and layer.experts.router and not layer.experts.normalized
+        assert layer.experts
+        assert layer.experts.router
+        assert not layer.experts.normalized
         router = layer.experts.router
         given = router.forward
         monkeypatch.setattr(router, "forward", lambda x, given=given: _with_probabilities(given(x)))
@@ -167,12 +171,14 @@ def test_the_warehouse_has_a_row_for_each_expert_and_the_sums_of_its_shards(scor
         (one,) = [one for one in require_experts(warehouse, run["run_id"]) if one.layer == layer]
         shares = stats.routed_tokens[1:] / stats.routed_tokens.sum()
         assert_allclose(one.balance, -(shares * np.log(shares)).sum() / np.log(4))
-        assert one.idle == [0] and 0 < one.router_entropy < 1
+        assert one.idle == [0]
+        assert 0 < one.router_entropy < 1
 
 
 def test_experts_are_shown_and_found(scored: Path) -> None:
     shown = avss("show", "-w", scored, "--experts")
-    assert shown.exit_code == 0 and "least salient" in shown.stdout, shown.stderr
+    assert shown.exit_code == 0, shown.stderr
+    assert "least salient" in shown.stdout, shown.stderr
     kinds = {row["kind"]: row["message"] for row in findings(Warehouse(str(scored))).to_pylist()}
     assert "2 of 8 experts got no token of this text, in layers 1-2 (layer 1: 0; layer 2: 0)" in kinds["idle_experts"]
     assert (
@@ -188,7 +194,8 @@ def test_a_run_without_experts_says_how_to_get_them(tiny_llama: Path, tmp_path: 
     (run,) = Warehouse(str(out)).runs().to_pylist()
     assert any("no layer has routed experts" in note for note in run["notes"])
     refused = avss("show", "-w", out, "--experts")
-    assert refused.exit_code == 2 and "has no statistics of routed experts" in refused.stderr
+    assert refused.exit_code == 2
+    assert "has no statistics of routed experts" in refused.stderr
 
 
 INDEX = torch.tensor([[0, 2], [2, 1], [2, 0]])
@@ -208,7 +215,8 @@ def test_sums_by_expert_and_outputs_that_are_not_finite_count_as_routed_alone() 
     routing = Routing(hidden=torch.zeros(3, 2), index=INDEX, gates=GATES)
     counter.add(7, experts(), routing, OUTPUTS)
     ((layer, found),) = counter.send()().items()
-    assert layer == 7 and found.token_count.tolist() == [3] * 4
+    assert layer == 7
+    assert found.token_count.tolist() == [3] * 4
     assert found.routed_tokens.tolist() == [2, 1, 3, 0]
     assert found.gate_sum.tolist() == [0.75, 0.5, 2.0, 0]
     assert found.gated_norm_sum.tolist() == [0.5 * 5, 0.5 * 13, 0.25 * 10 + 1.0 * 1, 0]
@@ -243,7 +251,8 @@ def test_only_routers_that_are_modules_are_hooked(router: bool, hooks: int) -> N
 
 
 def test_nothing_counts_outside_of_a_pass_of_a_layer_and_where_no_token_does() -> None:
-    found, tokens = experts(), torch.zeros(2, 4)
+    found = experts()
+    tokens = torch.zeros(2, 4)
     assert found.router is not None
     with attached([layer_of(found)], (), experts=True) as hooks:
         observer = Observer(hooks, ())
@@ -256,7 +265,8 @@ def test_nothing_counts_outside_of_a_pass_of_a_layer_and_where_no_token_does() -
 
 
 def test_experts_that_see_other_tokens_than_the_batch_are_refused() -> None:
-    found, mask = experts(), torch.ones((1, 3), dtype=torch.bool)
+    found = experts()
+    mask = torch.ones((1, 3), dtype=torch.bool)
     assert found.router is not None
     with attached([layer_of(found)], (), experts=True) as hooks:
         observer = Observer(hooks, ())

@@ -35,7 +35,8 @@ PAIRED = Pairing(rows=np.arange(3), pairs=np.arange(3), strata=("good", "bad", "
 class Launches:
     """See `cuda.Device`: a card that is only told what to do."""
 
-    blocks, threads = 132, 1024
+    blocks = 132
+    threads = 1024
 
     def __init__(self) -> None:
         self.kernels: list[str] = []
@@ -86,7 +87,8 @@ def test_experts_are_measured_without_waiting() -> None:
     """What a model's own experts do aside."""
     counter = ExpertCounter()
     experts = Experts(module=torch.nn.Identity(), number=4, router=torch.nn.Identity(), normalized=False)
-    index, gates = torch.zeros(5, 2, dtype=torch.int64, device=META), torch.zeros(5, 2, device=META)
+    index = torch.zeros(5, 2, dtype=torch.int64, device=META)
+    gates = torch.zeros(5, 2, device=META)
     routing = Routing(torch.zeros(5, 8, device=META), index, gates)
     with NoWaiting() as guard:
         counter.add(0, experts, routing, [routing.hidden] * 2)
@@ -122,7 +124,8 @@ def test_counters_of_a_site_are_one_allocation(dtype: torch.dtype) -> None:
     like = torch.empty((1, 1, 96), dtype=dtype, device=META)
     with NoWaiting() as mode:
         into = Accumulator(like, np.ones(9), units=True, geometry=True)
-    assert mode.allocations == ["zeros"] and not mode.copies
+    assert mode.allocations == ["zeros"]
+    assert not mode.copies
     assert len({tensor.untyped_storage()._cdata for tensor in into.tensors.values()}) == 1
 
 

@@ -24,7 +24,8 @@ from avss_dist.models.structure.layers import Layer
 from avss_dist.stats.layer_stats import LayerKey, LayerStats, merge_strata, share_of_m2
 
 GRID = np.array(THRESHOLDS)
-ROWS, TOKENS = 3, 11
+ROWS = 3
+TOKENS = 11
 FULL = torch.ones(ROWS, TOKENS, dtype=torch.bool)
 
 
@@ -135,10 +136,12 @@ def test_first_tokens_are_the_first_that_count_in_each_row_of_each_batch() -> No
         x = [captured(backbone, ids, mask, *FAMILIES["llama"])[layer, "block"]["x"] for ids, mask in batches]
         first = np.concatenate([x[0][0, 2], x[0][1, 5], *x[1][:, 0]])
         block = stats[layer, "block"]
-        assert (block.first_count, block.first_mean) == (first.size, pytest.approx(first.mean(), rel=1e-6))
+        assert block.first_count == first.size
+        assert block.first_mean == pytest.approx(first.mean(), rel=1e-6)
         share = ((first - block.mean) ** 2).sum() / block.m2
         part = block.first_count, block.first_mean, block.first_m2
-        assert share_of_m2(part, block.mean, block.m2) == pytest.approx(share, rel=1e-6) and 0 < share < 1
+        assert share_of_m2(part, block.mean, block.m2) == pytest.approx(share, rel=1e-6)
+        assert 0 < share < 1
 
 
 @pytest.mark.parametrize("side", ["left", "right"])
@@ -148,7 +151,8 @@ def test_padding_counts_for_nothing(side: str) -> None:
     mask = FULL.clone()
     mask[1, : TOKENS // 2] = mask[2, : TOKENS - 2] = False
     mask = mask if side == "left" else mask.flip(1)
-    first, second = token_ids(), torch.where(mask, token_ids(), token_ids(1))
+    first = token_ids()
+    second = torch.where(mask, token_ids(), token_ids(1))
     stats = observed(backbone, [(first, mask)])
     assert all(stats[key].equals(s) for key, s in observed(backbone, [(second, mask)]).items())
     assert stats[0, "block"].count == int(mask.sum()) * 32
@@ -217,7 +221,8 @@ def test_hooks_of_others_stay() -> None:
     layer = backbone.layers[0].module
     layer.register_forward_hook(lambda *_: calls.append("theirs"))
     observed(backbone, [(token_ids(), FULL)])
-    assert calls == ["theirs"] and len(layer._forward_hooks) == 1
+    assert calls == ["theirs"]
+    assert len(layer._forward_hooks) == 1
 
 
 def test_observers_nest() -> None:
@@ -242,7 +247,8 @@ def test_a_layer_is_concluded_after_its_last_pass() -> None:
     assert kept == [3 * len(SITES), 0]
     expected = observed(backbone, [(token_ids(seed), FULL) for seed in range(2)])
     got = merge_strata(observer.strata())
-    assert list(got) == list(expected) and all(got[key].equals(expected[key]) for key in expected)
+    assert list(got) == list(expected)
+    assert all(got[key].equals(expected[key]) for key in expected)
 
 
 def test_only_the_wanted_sites_are_measured() -> None:
@@ -296,7 +302,8 @@ def misbehave(how: str) -> dict[LayerKey, LayerStats]:
         with observe([layer], SITES, THRESHOLDS) as observer, observer.batch(np.ones((2, 3), bool)):
             layer.module(torch.ones(2, 3, 4, dtype=torch.float64 if how == "float64" else None))
     finally:
-        assert not layer.module._forward_hooks and not layer.module._forward_pre_hooks
+        assert not layer.module._forward_hooks
+        assert not layer.module._forward_pre_hooks
     return merge_strata(observer.strata())
 
 
@@ -317,7 +324,9 @@ def test_a_layer_that_cannot_be_counted_is_named(how: str, said: str) -> None:
 
 def test_a_layer_that_widens_its_input_has_no_update() -> None:
     ((key, stats),) = misbehave("widens").items()
-    assert (key, stats.count, stats.token_count) == ((0, "block"), 2 * 3 * 8, 0)
+    assert key == (0, "block")
+    assert stats.count == 2 * 3 * 8
+    assert stats.token_count == 0
 
 
 def test_nonfinite_activations_are_counted_apart() -> None:
@@ -328,6 +337,9 @@ def test_nonfinite_activations_are_counted_apart() -> None:
     stats = observed(opened(model), [(token_ids(), FULL)])
     assert stats[0, "block"].nonfinite_count == 0
     broken = stats[1, "mlp"]
-    assert broken.nonfinite_count == ROWS * TOKENS and broken.count == ROWS * TOKENS * 31
-    assert broken.sequence_count == 0 and np.isfinite([broken.mean, broken.m2, broken.max_abs]).all()
-    assert stats[1, "block"].token_count == 0 and stats[2, "neuron"].count == 0
+    assert broken.nonfinite_count == ROWS * TOKENS
+    assert broken.count == ROWS * TOKENS * 31
+    assert broken.sequence_count == 0
+    assert np.isfinite([broken.mean, broken.m2, broken.max_abs]).all()
+    assert stats[1, "block"].token_count == 0
+    assert stats[2, "neuron"].count == 0

@@ -68,7 +68,8 @@ def test_a_model_without_any_of_the_sites_is_refused(tmp_path: Path) -> None:
 def test_layers_without_experts_are_noted(tmp_path: Path) -> None:
     settings = replace(SETTINGS, experts=True)
     result = analyze_shard(opened("deepseek_v3", tmp_path, settings), random_shard(), settings)
-    assert result.experts is not None and list(result.experts) == [1, 2]
+    assert result.experts is not None
+    assert list(result.experts) == [1, 2]
     assert "layers 0 have no routed experts" in result.model["notes"]
 
 
@@ -86,12 +87,14 @@ def test_padding_changes_the_tokens_of_some_families_alone_and_they_have_a_note(
             if parameter.dim() == 2:
                 parameter *= 4  # or layers add next to nothing
     model.save_pretrained(tmp_path)
-    replica, shard = Replica(resolve(str(tmp_path)), SETTINGS), random_shard()
+    replica = Replica(resolve(str(tmp_path)), SETTINGS)
+    shard = random_shard()
     padded, alone = (analyze_shard(replica, shard, SETTINGS, rows=rows) for rows in (5, 1))
     sums = [result.stats[len(result.layers) - 1, "block"].unit_sum for result in (padded, alone)]
     ignored = np.allclose(*sums, rtol=0, atol=1e-4 * np.abs(sums[0]).max())
     noted = any("padding changes the tokens of a row" in note for note in padded.model["notes"])
-    assert (ignored, noted) == (family not in SEE_PADDING, family in SEE_PADDING)
+    assert ignored == (family not in SEE_PADDING)
+    assert noted == (family in SEE_PADDING)
 
 
 def test_every_token_of_padded_rows_counts_once_and_only_what_is_asked_is_told(tiny_llama: Path) -> None:
@@ -99,7 +102,9 @@ def test_every_token_of_padded_rows_counts_once_and_only_what_is_asked_is_told(t
     result = analyze_shard(Replica(resolve(str(tiny_llama)), SETTINGS), shard, SETTINGS)
     tokens = int(shard.lengths.sum())
     assert {stats.count for key, stats in result.stats.items() if key[1] == "block"} == {tokens * 32}
-    assert result.num_tokens == tokens and result.rows is None and result.experts is None
+    assert result.num_tokens == tokens
+    assert result.rows is None
+    assert result.experts is None
     assert "projections" not in result.model
 
 
@@ -166,7 +171,8 @@ def test_a_batch_that_does_not_fit_is_halved(
     whole = analyze_shard(replica, shard, BATCHES_OF_8)
     monkeypatch.setattr(replica, "most", most)
     halved = analyze_shard(replica, shard, BATCHES_OF_8)
-    assert halved.stats.keys() == whole.stats.keys() and len(whole.stats) == 5 * len(replica.layers)
+    assert halved.stats.keys() == whole.stats.keys()
+    assert len(whole.stats) == 5 * len(replica.layers)
     for key, stats in whole.stats.items():
         seen = halved.stats[key]
         for name in ("count", "sequence_count", "token_count", "unit_count", "nonfinite_count"):
@@ -209,7 +215,9 @@ def test_a_shard_is_concluded_while_the_next_one_is_computed(
     monkeypatch.setattr(worker, "_model", replica)
     outside = SimpleNamespace(is_canceled=lambda: False)
     monkeypatch.setattr(ray, "get_runtime_context", lambda: outside)  # Ray's own would start a Ray here
-    strata, first, second = Observer.strata, threading.Event(), threading.Event()
+    strata = Observer.strata
+    first = threading.Event()
+    second = threading.Event()
 
     def conclude(self: Observer) -> Any:
         if not first.is_set():
@@ -233,7 +241,8 @@ def test_a_shard_is_concluded_while_the_next_one_is_computed(
     assert "it cannot be concluded" in str(failing.exception())
     assert isinstance(result, Receipt)
     stored = decode_shard(result.files["shard_stats"], "run")
-    assert stored is not None and len(stored.stats) == len(expected.stats)
+    assert stored is not None
+    assert len(stored.stats) == len(expected.stats)
     assert all(stored.stats[key].equals(stats) for key, stats in expected.stats.items())
 
 
@@ -251,12 +260,14 @@ def test_a_late_worker_writes_no_shard_of_a_run_that_has_ended(
         return assignment.run(spec, replica, lambda: None, lambda: None)
 
     in_time = measure()
-    assert in_time is not None and not in_time.files
+    assert in_time is not None
+    assert not in_time.files
     assert store.reader.num_partials("run") == 1
     shutil.rmtree(tmp_path / "shard_stats")
     store.finish_plan("run")
     late = measure()
-    assert late is not None and late.files
+    assert late is not None
+    assert late.files
     assert not (tmp_path / "shard_stats").exists()
 
 
@@ -267,7 +278,8 @@ def test_fillers_count_for_nothing(replica: SmallDevice, shard: Shard) -> None:
     assert all(filled.stats[key].equals(stats) for key, stats in alone.stats.items())
     assert len(beats) == 5 * len(replica.layers), "two batches and three dummy batches, each through every layer"
     follow(replica, 2)
-    assert not dummy_batch().observed.any() and dummy_batch().attention_mask.all()
+    assert not dummy_batch().observed.any()
+    assert dummy_batch().attention_mask.all()
 
 
 GRID = np.array([0.25, 1.0])
@@ -285,7 +297,8 @@ def matrices(x: torch.Tensor, tokens: CountedTokens, before: torch.Tensor | None
 def expected(x: np.ndarray, before: np.ndarray | None) -> dict[str, Any]:
     """Of the tokens of one row, [tokens, units]."""
     finite = x[np.isfinite(x)]
-    centers, norms = x.mean(axis=0) if len(x) else np.array([np.nan]), np.linalg.norm(x, axis=1)
+    centers = x.mean(axis=0) if len(x) else np.array([np.nan])
+    norms = np.linalg.norm(x, axis=1)
     pooled = centers.var(ddof=1) if x.shape[1] > 1 and len(x) else 0 * centers[0]
     known = {"norm": norms, "relative_magnitude": np.full(1, np.nan)}
     if before is not None:
@@ -309,9 +322,15 @@ def test_rows_are_those_of_numpy(measure: Measure, geometry: bool, units: int) -
     rng = np.random.default_rng(units)
     x, before = rng.normal(size=(2, 7, 6, units)).astype(np.float32)
     x[0, 1:4, 0] = 0.25, -1.0, 100.0
-    x[1, 2, 0], x[2, 3, -1], before[3, 1], x[5] = np.inf, np.nan, 0, np.nan
+    x[1, 2, 0] = np.inf
+    x[2, 3, -1] = np.nan
+    before[3, 1] = 0
+    x[5] = np.nan
     mask = rng.random((7, 6)) < 0.6
-    mask[:4, 1:4], mask[4], mask[5], mask[6] = True, False, True, np.arange(6) == 2
+    mask[:4, 1:4] = True
+    mask[4] = False
+    mask[5] = True
+    mask[6] = np.arange(6) == 2
     tokens = CountedTokens(torch.from_numpy(mask), torch.device("cpu"), slice(None))
     found = measure(torch.from_numpy(x), tokens, torch.from_numpy(before) if geometry else None)
     assert set(found) == set(ROW_FIELDS)
@@ -324,13 +343,15 @@ def test_rows_are_those_of_numpy(measure: Measure, geometry: bool, units: int) -
 def test_masks_are_apart_by_stratum_and_only_those_with_a_token() -> None:
     mask = torch.tensor([[True, False], [True, True], [False, False], [False, True]])
     (whole,) = masks_by_stratum(mask, None).values()
-    assert list(masks_by_stratum(mask, None)) == [""] and torch.equal(whole, mask)
+    assert list(masks_by_stratum(mask, None)) == [""]
+    assert torch.equal(whole, mask)
     assert masks_by_stratum(torch.zeros((2, 3), dtype=torch.bool), None) == {}
     zeros = np.zeros(4, np.int64)
     pairing = Pairing(rows=zeros, pairs=zeros, strata=("b", "a", "c", "b"), starts=zeros)
     masks = masks_by_stratum(mask, pairing)
     assert list(masks) == ["a", "b"]
-    assert masks["a"].nonzero().tolist() == [[1, 0], [1, 1]] and masks["b"].nonzero().tolist() == [[0, 0], [3, 1]]
+    assert masks["a"].nonzero().tolist() == [[1, 0], [1, 1]]
+    assert masks["b"].nonzero().tolist() == [[0, 0], [3, 1]]
 
 
 def test_answers_after_another_prompt_are_not_own() -> None:
@@ -397,7 +418,8 @@ def test_a_threshold_without_a_rerun_equals_a_rerun(smollm2: Path, dtype: str) -
     stored, counted = (analyze_shard(replica, shard, settings).stats for settings in (kept, rerun))
     for key, stats in counted.items():
         found = np.array([stored[key].below(t) for t in stats.thresholds])
-        assert (found[:, 1] <= stats.near_zero).all() and (stats.near_zero <= found[:, 2]).all(), key
+        assert (found[:, 1] <= stats.near_zero).all(), key
+        assert (stats.near_zero <= found[:, 2]).all(), key
         if dtype == "bfloat16":
             assert np.array_equal(found[:, 0], stats.near_zero), key
         many = stats.near_zero > 10_000

@@ -64,11 +64,13 @@ def loaded_bytes(module: torch.nn.Module) -> int:
 def test_it_is_what_single_loads(kind: str, family: str, dtype: str, folder_of: Callable[[str, str], Path]) -> None:
     folder = folder_of(kind, family)
     settings = Settings(device="cpu", dtype=dtype)
-    size, checkpoint = footprint(str(folder), settings), resolve(str(folder))
+    size = footprint(str(folder), settings)
+    checkpoint = resolve(str(folder))
     replica = Replica(checkpoint, settings)
     backbone = load(checkpoint, settings, CPU)
     assert size.num_parameters == replica.model["num_parameters"]
-    assert size.hidden_size == replica.model["hidden_size"] and size.dtype == replica.model["dtype"]
+    assert size.hidden_size == replica.model["hidden_size"]
+    assert size.dtype == replica.model["dtype"]
     assert size.attention == replica.model["attention_implementation"]
     assert size.num_layers == len(replica.layers) == len(size.layer_bytes)
     assert size.layer_bytes == tuple(loaded_bytes(layer.module) for layer in replica.layers)
@@ -81,9 +83,11 @@ def test_operations_are_those_that_torch_counts(kind: str, family: str, folder_o
     """In the layers, and with an attention that the counter sees."""
     folder = folder_of(kind, family)
     settings = Settings(device="cpu", attention=None if family == "mamba" else "eager")
-    size, backbone = footprint(str(folder), settings), load(resolve(str(folder)), settings, CPU)
+    size = footprint(str(folder), settings)
+    backbone = load(resolve(str(folder)), settings, CPU)
     backbone.module.config._experts_implementation = "eager"  # the counter knows no grouped multiplication
-    rows, tokens = 2, 32
+    rows = 2
+    tokens = 32
     ids = torch.arange(rows * tokens).reshape(rows, tokens)
     with FlopCounterMode(display=False) as counter, torch.no_grad():
         backbone.module(input_ids=ids)
@@ -100,7 +104,8 @@ def test_an_untied_head_counts_as_weights_and_not_as_what_runs(tmp_path: Path, s
     head = VOCABULARY * 32
     assert free.num_parameters - tied.num_parameters == head
     assert free.weight_bytes - tied.weight_bytes == 4 * head
-    assert free.other_bytes == tied.other_bytes and free.layer_bytes == tied.layer_bytes
+    assert free.other_bytes == tied.other_bytes
+    assert free.layer_bytes == tied.layer_bytes
 
 
 def test_only_headers_are_read(tiny_llama: Path, tmp_path: Path) -> None:
@@ -115,15 +120,20 @@ def test_only_headers_are_read(tiny_llama: Path, tmp_path: Path) -> None:
 def test_quantized_weights(tiny_llama: Path, tmp_path: Path) -> None:
     """Unpacked, they have the bytes of the whole model; kept as stored, those of the files."""
     folder = block_fp8(tiny_llama, tmp_path / "fp8")
-    whole, size = footprint(str(tiny_llama), SETTINGS), footprint(str(folder), replace(SETTINGS, dequantize=True))
+    whole = footprint(str(tiny_llama), SETTINGS)
+    size = footprint(str(folder), replace(SETTINGS, dequantize=True))
     stored = sum(tensor.nbytes for tensor in load_file(folder / "model.safetensors").values())
     unpacking = {"unpacking_bytes": 2 * 4 * 32 * 48, "stored_share": stored / whole.weight_bytes}
     assert size == replace(whole, **unpacking)
     kept = footprint(str(folder), SETTINGS)
-    assert (kept.weight_bytes, kept.unpacking_bytes, kept.stored_share) == (stored, 0, 1.0)
-    assert kept.quantized and not size.quantized
+    assert kept.weight_bytes == stored
+    assert kept.unpacking_bytes == 0
+    assert kept.stored_share == 1.0
+    assert kept.quantized
+    assert not size.quantized
     experts = torch.empty(4, 64, 32, dtype=torch.bfloat16, device="meta")
-    assert unpacking_bytes(experts) == 2 * experts.nbytes and unpacking_bytes(experts[0]) == 4 * experts[0].nbytes
+    assert unpacking_bytes(experts) == 2 * experts.nbytes
+    assert unpacking_bytes(experts[0]) == 4 * experts[0].nbytes
 
 
 def test_a_gguf_file(tmp_path: Path) -> None:

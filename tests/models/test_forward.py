@@ -100,15 +100,18 @@ def test_another_context_does_not_see_actions_hooks_and_variables() -> None:
         BindVariable(variable, 1),
     ]
     with changing(changes):
-        assert (module(ONES).item(), variable.get()) == (201, 1)
-        assert (other.run(module, ONES).item(), other.run(variable.get)) == (2, 0)
+        assert module(ONES).item() == 201
+        assert variable.get() == 1
+        assert other.run(module, ONES).item() == 2
+        assert other.run(variable.get) == 0
 
 
 def test_contexts_of_several_passes_end_in_any_order() -> None:
     module = linear()
     first = changing([RunThrough(module, lambda forward, x: forward(x) * 10)])
     second = changing([RunThrough(module, lambda forward, x: forward(x) * 100)])
-    one_pass, another = copy_context(), copy_context()
+    one_pass = copy_context()
+    another = copy_context()
     one_pass.run(first.__enter__)
     another.run(second.__enter__)
     one_pass.run(first.__exit__, None, None, None)

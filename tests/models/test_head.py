@@ -68,7 +68,8 @@ def test_pieces_give_what_the_whole_gives(
     family: str, save_checkpoint: Save, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Every question of one family, and of the others the losses and gradients that their logits change."""
-    model, shard = model_of(family, save_checkpoint, tmp_path / family), random_shard()
+    model = model_of(family, save_checkpoint, tmp_path / family)
+    shard = random_shard()
     assert model.head.body is not None
     others = () if family == "gemma2" else ("sublayers", "propagated", "rounded", "gradients of")
     skip = ("shapley", "leave", *COMPOSED, *others)

@@ -79,17 +79,24 @@ def test_a_folder_is_found_by_any_path_and_hashed(folder: Path, monkeypatch: pyt
     monkeypatch.chdir(folder.parent)
     monkeypatch.setenv("HOME", str(folder.parent))
     absolute = resolve(str(folder))
-    assert (absolute.source, absolute.folder, absolute.gguf, len(absolute.revision)) == ("folder", folder, {}, 64)
+    assert absolute.source == "folder"
+    assert absolute.folder == folder
+    assert absolute.gguf == {}
+    assert len(absolute.revision) == 64
     for spec in (str(folder), "copy", "./copy", "copy/", "~/copy"):
         checkpoint = resolve(spec)
-        assert (checkpoint.name, checkpoint.path) == (spec, str(folder))
-        assert (checkpoint.revision, checkpoint.slug) == (absolute.revision, "copy")
+        assert checkpoint.name == spec
+        assert checkpoint.path == str(folder)
+        assert checkpoint.revision == absolute.revision
+        assert checkpoint.slug == "copy"
 
 
 @pytest.mark.parametrize("spec", ["org/tiny", "org/tiny@main", "org/tiny@v1", f"org/tiny@{COMMIT}"])
 def test_a_hub_id_is_found_in_the_cache_and_pinned_to_its_commit(hub: Path, spec: str) -> None:
     checkpoint = resolve(spec)
-    assert (checkpoint.name, checkpoint.source, checkpoint.revision) == ("org/tiny", "hub", COMMIT)
+    assert checkpoint.name == "org/tiny"
+    assert checkpoint.source == "hub"
+    assert checkpoint.revision == COMMIT
     assert Path(checkpoint.path) == hub / "snapshots" / COMMIT
     assert checkpoint.slug == "org-tiny"
     assert len(load_tokenizer(checkpoint)) == 320
@@ -119,7 +126,8 @@ def test_what_is_missing_is_named(hub: Path, spec: str, message: str) -> None:
         resolve(spec)
     assert caught.value.message.startswith(message)
     hint = "Name the checkpoint's folder" if spec == __file__ else "Check the"
-    assert caught.value.hint and caught.value.hint.startswith(hint)
+    assert caught.value.hint
+    assert caught.value.hint.startswith(hint)
 
 
 def test_the_revision_is_that_of_what_is_read(folder: Path, tiny_llama: Path) -> None:
@@ -173,13 +181,16 @@ LONGEST = "a" * (255 - len("run_id=") - len("-0123456789"))
     ],
 )
 def test_a_slug_is_a_plain_file_name(name: str, expected: str) -> None:
-    assert re.fullmatch(expected, slug(name)) and slug(name) != slug(f"{name}/x")
+    assert re.fullmatch(expected, slug(name))
+    assert slug(name) != slug(f"{name}/x")
 
 
 def test_the_slug_of_a_gguf_file_is_its_stem(tmp_path: Path) -> None:
     (tmp_path / "tiny-Q8_0.gguf").write_bytes(b"GGUF")
     checkpoint = resolve(str(tmp_path / "tiny-Q8_0.gguf"))
-    assert (checkpoint.source, checkpoint.slug, checkpoint.folder) == ("gguf", "tiny-Q8_0", tmp_path)
+    assert checkpoint.source == "gguf"
+    assert checkpoint.slug == "tiny-Q8_0"
+    assert checkpoint.folder == tmp_path
 
 
 @pytest.mark.parametrize("fixture", ["tiny_llama", "tiny_bert"])
@@ -199,7 +210,8 @@ def test_a_checkpoint_for_sequence_classification_loads_as_a_backbone(tmp_path: 
     config = transformers.DistilBertConfig(vocab_size=320, dim=32, n_layers=2, n_heads=2, hidden_dim=48)
     model = transformers.DistilBertForSequenceClassification(config).eval()
     backbone = load(resolve(str(save_checkpoint(model, tmp_path / "classifier"))), Settings(), CPU)
-    assert (type(backbone.module).__name__, backbone.columns["family"]) == ("DistilBertModel", "distilbert")
+    assert type(backbone.module).__name__ == "DistilBertModel"
+    assert backbone.columns["family"] == "distilbert"
     ids = torch.arange(24).reshape(2, 12)
     with torch.no_grad():
         assert torch.equal(forward_function(backbone.module)(ids, None)[0], model.distilbert(input_ids=ids)[0])
@@ -237,7 +249,8 @@ def test_a_pass_keeps_no_cache_and_leaves_out_the_head(rows_padded: bool, monkey
     backbone = open_module(model)
     mask = torch.ones(2, 12, dtype=torch.int64) if rows_padded else None
     output = forward_function(backbone.module)(torch.arange(24).reshape(2, 12), mask)
-    assert output[0].shape == (2, 12, 32) and output.past_key_values is None
+    assert output[0].shape == (2, 12, 32)
+    assert output.past_key_values is None
     assert "lm_head" not in dict(backbone.module.named_modules())
 
 
@@ -268,7 +281,9 @@ def test_the_sites_of_a_family(family: str, layers: str, points: tuple[str | Non
     wanted = dict(zip(("attention", "mlp", "neuron"), points, strict=True))
     assert [layer.name for layer in backbone.layers] == [f"{layers}.{i}" for i in range(LAYERS)]
     for index, layer in enumerate(backbone.layers):
-        assert (layer.index, names[layer.module], layer.call) == (index, layer.name, 0)
+        assert layer.index == index
+        assert names[layer.module] == layer.name
+        assert layer.call == 0
         taps = {site: tap for site, tap in layer.taps.items() if site not in INPUT_SITES}
         found = {site: f"{names[p.module].removeprefix(layer.name)[1:]}.{p.reads}" for site, p in taps.items()}
         assert found == {site: point for site, point in wanted.items() if point}
@@ -388,7 +403,8 @@ def test_a_pickle_is_converted_once_and_noted(folder: Path, tiny_llama: Path, tm
     found = resolve(str(folder))  # without being allowed to: nothing is unpickled any more
     kept = {name: t for file in Path(found.path).glob("*.safetensors") for name, t in load_file(file).items()}
     original = load_file(tiny_llama / "model.safetensors")
-    assert kept.keys() == original.keys() and all(torch.equal(kept[name], original[name]) for name in kept)
+    assert kept.keys() == original.keys()
+    assert all(torch.equal(kept[name], original[name]) for name in kept)
     weights = folder / "pytorch_model-00001-of-00002.bin"
     torch.save({name: t + 1 for name, t in torch.load(weights, weights_only=True).items()}, weights)
     with pytest.raises(ModelError, match="has pickled weights only"):  # of other content

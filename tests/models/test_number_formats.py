@@ -41,8 +41,10 @@ def test_rounded_weights_are_float32_of_the_same_shape_and_their_own_rounding(
     before = weight.clone()
     rounded = known.round(weight.bfloat16())
     assert torch.equal(weight, before)
-    assert (rounded.dtype, rounded.shape) == (torch.float32, weight.shape)
-    assert not rounded[5].any() and not rounded[3, :256].any()
+    assert rounded.dtype == torch.float32
+    assert rounded.shape == weight.shape
+    assert not rounded[5].any()
+    assert not rounded[3, :256].any()
     error = (rounded - weight).norm() / weight.norm()
     assert error < (1 if known.element_bits < 3 else 0.3 if known.element_bits < 4 else 0.2)
     assert error > 1e-5
@@ -102,8 +104,11 @@ def test_scales_count_as_bits() -> None:
     bits = {name: known.bits(1000, 512) for name, known in FORMATS.items()}
     assert bits["int4-g128"] == 4 + 16 / 128
     assert bits["int8"] == bits["fp8"] == 8 + 16 / 512
-    assert (bits["mxfp4"], bits["nvfp4"]) == (4.25, 4.5 + 32 / 512_000)
-    assert (bits["q4_0"], bits["q5_1"], bits["tq1_0"]) == (4.5, 6, 1.6875)
+    assert bits["mxfp4"] == 4.25
+    assert bits["nvfp4"] == 4.5 + 32 / 512_000
+    assert bits["q4_0"] == 4.5
+    assert bits["q5_1"] == 6
+    assert bits["tq1_0"] == 1.6875
 
 
 def test_the_page_lists_every_format() -> None:
@@ -122,7 +127,8 @@ def test_shapes_are_refused_with_the_reason() -> None:
     assert FORMATS["int4-g128"].obstacle(64, 576) == "576 inputs are not a multiple of 128, which share a scale"
     assert FORMATS["int4"].obstacle(64, 577) is None
     able = fitting([(64, 576), (576, 1536)])
-    assert "int4-g64" in able and "q4_0" in able
+    assert "int4-g64" in able
+    assert "q4_0" in able
     assert not {"int4-g128", "tq2_0"} & {*able}
 
 

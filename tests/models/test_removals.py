@@ -87,7 +87,8 @@ def described(model: LanguageModel) -> Any:
 @pytest.mark.parametrize("family", all_of(CACHED, OF_EACH_KIND))
 def test_the_tokens_are_those_of_skipped_layers_without_a_cache(family: str, model_of: ModelOf) -> None:
     model = model_of(family)
-    whole, before = generate(model), described(model)
+    whole = generate(model)
+    before = described(model)
     assert torch.equal(whole, generate(model, use_cache=False))
     for removed in REMOVED:
         if model.obstacles and any(isinstance(one, Sublayer) for one in removed):
@@ -135,8 +136,10 @@ def test_a_patch_and_sparse_activations_stay_at_their_layers(model_of: ModelOf) 
     with model.without((0,)):
         plain = generate(model)
     with model.patched(patch), model.without((0,)):
-        repaired, expected = generate(model), generate(model, use_cache=False)
-    assert torch.equal(repaired, expected) and not torch.equal(repaired, plain)
+        repaired = generate(model)
+        expected = generate(model, use_cache=False)
+    assert torch.equal(repaired, expected)
+    assert not torch.equal(repaired, plain)
     intervention = Intervention(removed=(0,), sparsity=Sparsity(maps=(cut,), rule="all"))
     with model.applying(intervention) as counts:
         assert counts is not None
@@ -161,7 +164,8 @@ def test_decoded_tokens_are_sparse_and_half_of_the_prompt(model_of: ModelOf) -> 
 
 def test_everything_is_restored_after_an_exception(model_of: ModelOf) -> None:
     model = model_of("gemma3_text")
-    before, whole = described(model), generate(model)
+    before = described(model)
+    whole = generate(model)
     with pytest.raises(KeyboardInterrupt), changing(remaining_modules(model.module, model.layers, {0})):
         assert model.module.config.layer_types == tiny_config("gemma3_text").layer_types[1:]
         assert [layer.self_attn.layer_idx for layer in model.module.model.layers] == [0, 1]
@@ -252,7 +256,8 @@ def nothing(_module: Any, _args: Any, output: Any) -> Any:
 @pytest.mark.parametrize("family", all_of(SEQUENTIAL, ["llama", "gemma3_text", "opt", "qwen3_moe", "bloom"]))
 def test_the_branch_adds_nothing(family: str, model_of: ModelOf) -> None:
     """As if its last module gave zeros, to the bit; both are the whole layer; and no trace is left."""
-    model, shard = model_of(family), random_shard()
+    model = model_of(family)
+    shard = random_shard()
     whole, without_layer = (TextLoss(shard)(model, NO_INTERVENTION.without(*drop))[0].samples for drop in ((), (1,)))
     assert not model.obstacles
     for removed, path in zip((ATTENTION, MLP), SEQUENTIAL[family], strict=True):
@@ -260,19 +265,24 @@ def test_the_branch_adds_nothing(family: str, model_of: ModelOf) -> None:
         expected = TextLoss(shard)(model)[0].samples
         hook.remove()
         found = TextLoss(shard)(model, NO_INTERVENTION.without(removed))[0].samples
-        assert (found == expected).all() and (found != whole).any() and (found != without_layer).any()
+        assert (found == expected).all()
+        assert (found != whole).any()
+        assert (found != without_layer).any()
     both = TextLoss(shard)(model, Intervention(removed=(ATTENTION, MLP)))[0].samples
-    assert (both == without_layer).all() and (TextLoss(shard)(model)[0].samples == whole).all()
+    assert (both == without_layer).all()
+    assert (TextLoss(shard)(model)[0].samples == whole).all()
 
 
 @pytest.mark.parametrize("family", ["llama", "bloom", *nightly("gemma2")])
 def test_each_in_turn_is_what_leaving_it_out_is(family: str, model_of: ModelOf) -> None:
     """From kept hidden states, where the family has no more than them, and beside others that are left out."""
-    model, shard = model_of(family), random_shard()
+    model = model_of(family)
+    shard = random_shard()
     assert model.resumes == (family != "bloom")
     for drop in ((), (ATTENTION,), (0, MLP)):
         for row in LeaveOneOut(shard, sublayers=True)(model, NO_INTERVENTION.without(*drop)):
-            assert row.removed is not None and set(drop) <= {*row.removed, *sublayers_of(map(layer_of, row.removed))}
+            assert row.removed is not None
+            assert set(drop) <= {*row.removed, *sublayers_of(map(layer_of, row.removed))}
             expected = TextLoss(shard)(model, Intervention(removed=row.removed))[0].samples
             assert (row.samples == expected).all(), (drop, row.removed)
     assert joined([ATTENTION, MLP]) in [

@@ -319,7 +319,8 @@ def test_a_callback_that_raises_ends_the_run_of_its_event() -> None:
 
     driven = drive([Fate("a"), Fate("b")], on_event=raise_once)
     first = driven.ending(0)
-    assert isinstance(first, RunFailed) and first.message == "ValueError: a bug of the callback"
+    assert isinstance(first, RunFailed)
+    assert first.message == "ValueError: a bug of the callback"
     assert isinstance(driven.ending(1), Run)
 
 

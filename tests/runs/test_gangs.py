@@ -54,7 +54,8 @@ from avss_dist.tasks.text_loss import TextLoss
 
 SETTINGS = Settings(batch_size=2, dtype="float32", device="cpu")
 CONFIGS = Path(__file__).parents[2] / "cluster" / "deepspeed"
-SHARING, SPLITTING = ("fsdp", "zero3"), ("tensor_parallel", "expert_parallel")
+SHARING = ("fsdp", "zero3")
+SPLITTING = ("tensor_parallel", "expert_parallel")
 
 
 def cases(
@@ -182,7 +183,8 @@ def ask(partition: str, folder: Path, skip: tuple[str, ...] = (), tasks: Sequenc
     """Ask the language model of this rank everything but the questions of some names; generate where it has tasks."""
     replica = opened(partition, folder, SETTINGS, head=True)
     model = replica.language_model
-    batches, losses = [], model.losses
+    batches = []
+    losses = model.losses
 
     def counted(batch: Any) -> Any:
         if batch.observed.any():
@@ -228,7 +230,8 @@ def losses_of(model: LanguageModel, removed: Sequence[Removal]) -> list[float]:
 
 
 def rejoin(port: int, seconds: float = SECONDS) -> None:
-    rank, world = torch.distributed.get_rank(), torch.distributed.get_world_size()
+    rank = torch.distributed.get_rank()
+    world = torch.distributed.get_world_size()
     leave()
     assert not torch.distributed.is_initialized()
     join(rank, world, "127.0.0.1", port, device=torch.device("cpu"), timeout_seconds=seconds)
@@ -369,13 +372,16 @@ def test_ranks_that_share_shards_give_the_bytes_of_one_process(
 ) -> None:
     """Shards of unequal sizes: in every round some rank runs dummy batches, in the last one most have nothing."""
     number = 2 * world + 1 if world > 2 else 3
-    folder, shards = folder_of(family), make_shards(number, rows=(4, 1, 3))
+    folder = folder_of(family)
+    shards = make_shards(number, rows=(4, 1, 3))
     per_rank = gang(world).run(measure, partition, folder, shards, SETTINGS)
     expected, model = single(folder, shards)
     assert_equal(per_rank, expected)
     for rank, (results, of_rank, held) in enumerate(per_rank):
         assert [r.shard_id for r in results] == list(range(rank, number, world))
-        assert (of_rank["data"], of_rank["reports_stats"], of_rank["partition"]) == ((rank, world), True, partition)
+        assert of_rank["data"] == (rank, world)
+        assert of_rank["reports_stats"] is True
+        assert of_rank["partition"] == partition
         assert partitioned(of_rank) == partitioned(model)
         parts = (-(-len(p) // world) * p[0].numel() + world for p in build(family).parameters())
         assert held <= 4 * sum(parts)
@@ -409,12 +415,16 @@ def test_ranks_that_split_matrices_give_the_numbers_of_one_process(
     gang: Callable[[int], Gang], folder_of: Callable[[str], Path], partition: str, world: int, family: str
 ) -> None:
     """The head is split too, unless DeepSpeed does it. Every token is counted once for its experts."""
-    folder, shards, settings = folder_of(family), make_shards(2, rows=(4, 3)), replace(SETTINGS, experts=True)
+    folder = folder_of(family)
+    shards = make_shards(2, rows=(4, 3))
+    settings = replace(SETTINGS, experts=True)
     first, *others = gang(world).run(measure, partition, folder, shards, settings)
     expected, model = single(folder, shards, settings)
     for got, want in zip(first[0], expected, strict=True):
         assert_near(got.stats, want.stats, rtol=1e-4)
-        assert got.experts is not None and want.experts is not None and got.experts.keys() == want.experts.keys()
+        assert got.experts is not None
+        assert want.experts is not None
+        assert got.experts.keys() == want.experts.keys()
         for layer, sums in want.experts.items():
             for name in ("routed_tokens", "output_count", "token_count"):
                 assert np.array_equal(getattr(got.experts[layer], name), getattr(sums, name)), (layer, name)
@@ -428,7 +438,8 @@ def test_ranks_that_split_matrices_give_the_numbers_of_one_process(
 
 def test_ranks_measure_paired_text(two_ranks: Gang, folder_of: Callable[[str], Path]) -> None:
     """Ranks that split matrices measure the answers of some rows each, and the first one has all, in their order."""
-    folder, (shard,) = folder_of("llama"), make_shards(1)
+    folder = folder_of("llama")
+    (shard,) = make_shards(1)
     strata = ("good", "bad", "good", "bad")
     pairing = Pairing(rows=np.arange(7, 11), pairs=np.arange(4) // 2, strata=strata, starts=np.zeros(4, np.int32))
     paired = [replace(shard, pairing=pairing)]
@@ -439,7 +450,9 @@ def test_ranks_measure_paired_text(two_ranks: Gang, folder_of: Callable[[str], P
     assert {key: one.count for key, one in got.strata.items()} == {key: one.count for key, one in want.strata.items()}
     assert alone.strata.keys() == want.strata.keys()
     assert all(alone.strata[key].equals(stats) for key, stats in want.strata.items())
-    assert got.rows and want.rows and got.rows["row"].tolist() == [7, 8, 9, 10] * len(want.stats)
+    assert got.rows
+    assert want.rows
+    assert got.rows["row"].tolist() == [7, 8, 9, 10] * len(want.stats)
     for name in ("layer", "site", "row", "pair", "stratum", "prompt_tokens", "answer_tokens"):
         np.testing.assert_array_equal(got.rows[name], want.rows[name])
     for name in ("count", "norm", "m2", "pooled_variance"):
@@ -447,7 +460,9 @@ def test_ranks_measure_paired_text(two_ranks: Gang, folder_of: Callable[[str], P
 
 
 def test_zero3_in_bfloat16(two_ranks: Gang, folder_of: Callable[[str], Path]) -> None:
-    settings, shards, folder = replace(SETTINGS, dtype="bfloat16"), make_shards(3), folder_of("mixtral")
+    settings = replace(SETTINGS, dtype="bfloat16")
+    shards = make_shards(3)
+    folder = folder_of("mixtral")
     per_rank = two_ranks.run(measure, "zero3", folder, shards, settings)
     expected, model = single(folder, shards, settings)
     assert_equal(per_rank, expected)
@@ -456,7 +471,9 @@ def test_zero3_in_bfloat16(two_ranks: Gang, folder_of: Callable[[str], Path]) ->
 
 def test_tensor_parallel_in_bfloat16(two_ranks: Gang, folder_of: Callable[[str], Path]) -> None:
     """Sums of 8 significant bits; but rotary frequencies stay in float32, for positions far apart need more."""
-    settings, shards, folder = replace(SETTINGS, dtype="bfloat16"), make_shards(1), folder_of("llama")
+    settings = replace(SETTINGS, dtype="bfloat16")
+    shards = make_shards(1)
+    folder = folder_of("llama")
     (((result,), _, _), _) = two_ranks.run(measure, "tensor_parallel", folder, shards, settings)
     (want,), _ = single(folder, shards, settings)
     assert result.stats.keys() == want.stats.keys()
@@ -472,7 +489,8 @@ def test_tensor_parallel_in_bfloat16(two_ranks: Gang, folder_of: Callable[[str],
 @pytest.mark.parametrize("partition", [*SHARING, *SPLITTING])
 def test_unpacked_weights(two_ranks: Gang, folder_of: Callable[[str], Path], partition: str) -> None:
     """Block FP8 of which every rank reads whole blocks, or all: the numbers of one process that unpacks it."""
-    folder, settings = folder_of("qwen3_moe in FP8"), replace(SETTINGS, dequantize=True)
+    folder = folder_of("qwen3_moe in FP8")
+    settings = replace(SETTINGS, dequantize=True)
     shards = make_shards(2, rows=(4, 4))
     per_rank = two_ranks.run(measure, partition, folder, shards, settings)
     expected, _ = single(folder, shards, settings)
@@ -543,14 +561,18 @@ def test_ranks_answer_the_harness_and_generate_as_one_process_does(
     model = build(family)
     model.resize_token_embeddings(VOCABULARY)
     model.save_pretrained(folder)
-    tasks, whole = harness_task(write_questions(tmp_path)).parts, open_whole(resolve(str(folder)), SETTINGS)
-    expected, tokens = reply(whole, ("",), tasks), generated(whole)[0].tolist()
+    tasks = harness_task(write_questions(tmp_path)).parts
+    whole = open_whole(resolve(str(folder)), SETTINGS)
+    expected = reply(whole, ("",), tasks)
+    tokens = generated(whole)[0].tolist()
     for found in two_ranks.run(ask, partition, folder, ("",), tasks):
         assert_same(found.rows, expected, rtol=1e-6)
-        assert (found.tokens, found.notes) == (tokens, [])
+        assert found.tokens == tokens
+        assert found.notes == []
 
 
-LAYER, EXPERTS = [2], [Expert(1, 0), Expert(2, 1)]
+LAYER = [2]
+EXPERTS = [Expert(1, 0), Expert(2, 1)]
 
 
 @pytest.mark.parametrize(
@@ -626,7 +648,8 @@ def test_models_that_ranks_cannot_share_are_refused(
     outcomes = two_ranks.outcomes(measure, partition, folder_of(family), make_shards(1), replace(SETTINGS, **change))
     for error in outcomes:
         assert isinstance(error, kind)
-        assert message in error.message and hint in str(error.hint)
+        assert message in error.message
+        assert hint in str(error.hint)
 
 
 ALL_BUT_GRADIENTS = ("loss", "leave", "sublayers", "shapley", "propagated")
@@ -648,7 +671,8 @@ def test_ranks_that_split_matrices_refuse_questions(
     message: str,
 ) -> None:
     for error in two_ranks.outcomes(ask, "tensor_parallel", folder_of(family), skip, tasks):
-        assert isinstance(error, ModelError) and message in error.message
+        assert isinstance(error, ModelError)
+        assert message in error.message
 
 
 @pytest.mark.parametrize("partition", SHARING)
@@ -677,16 +701,19 @@ def test_heads_are_counted_by_what_the_configuration_calls_them() -> None:
 
 def test_a_process_that_has_left_zero3_measures_alone(two_ranks: Gang, folder_of: Callable[[str], Path]) -> None:
     """It holds nothing of the last model, and loads the next one whole."""
-    folder, (shard,) = folder_of("gpt2"), make_shards(1)
+    folder = folder_of("gpt2")
+    (shard,) = make_shards(1)
     (expected,), _ = single(folder, [shard])
     for before, after, result in two_ranks.run(measure_alone_after_zero3, folder, shard):
-        assert before > 0 and after == 0
+        assert before > 0
+        assert after == 0
         assert_same_result(result, expected)
 
 
 def test_a_process_can_join_another_group(own_gang: Gang, folder_of: Callable[[str], Path]) -> None:
     """Nothing is printed on stdout meanwhile, by DeepSpeed for example, also where it refuses a model."""
-    folder, shards = folder_of("llama"), make_shards(2)
+    folder = folder_of("llama")
+    shards = make_shards(2)
     own_gang.outcomes(measure, "tensor_parallel", folder_of("gpt2"), shards, SETTINGS)
     own_gang.run(rejoin, free_port())
     expected, _ = single(folder, shards)
@@ -705,7 +732,8 @@ def test_a_lost_rank_is_no_mistake_of_the_user(
     own_gang.run(os.getpid)
     own_gang.lose(1)
     (error,) = own_gang.outcomes(measure, partition, folder_of("llama"), make_shards(1), SETTINGS)
-    assert isinstance(error, RuntimeError) and "gloo/" in str(error)
+    assert isinstance(error, RuntimeError)
+    assert "gloo/" in str(error)
 
 
 @pytest.mark.nightly

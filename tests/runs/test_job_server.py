@@ -52,7 +52,8 @@ def job(path: str = "job.yaml", **keys: Any) -> JobFile:
 
 def refused(done: Any, *says: str) -> None:
     assert done.exit_code == 2, done.stderr
-    assert done.stderr.startswith("Error: ") and "Traceback" not in done.stderr
+    assert done.stderr.startswith("Error: ")
+    assert "Traceback" not in done.stderr
     for part in says:
         assert part in done.stderr
 
@@ -81,13 +82,16 @@ def test_what_is_sent_is_a_command_without_a_key(server: JobServer) -> None:
     Path("a.txt").write_text("text")
     job = write_job(warehouse="s3://SOMEKEY:SOMESECRET@bucket/w", corpora=["a.txt"])
     done = avss("jobs", "submit", job, "--replicas", 2, "--address", server.address)
-    assert (done.exit_code, done.stdout) == (0, "avss-a\n"), done.stderr
+    assert done.exit_code == 0, done.stderr
+    assert done.stdout == "avss-a\n", done.stderr
     sent = json.loads(server.received[JOBS])
     assert sent["entrypoint"] == "avss run job.yaml --replicas 2"
-    assert sent["metadata"]["avss_warehouse"] == "s3://bucket/w" and sent["metadata"]["avss_runs"] == "1"
+    assert sent["metadata"]["avss_warehouse"] == "s3://bucket/w"
+    assert sent["metadata"]["avss_runs"] == "1"
     assert "SOMESECRET" not in json.dumps(sent)
     (package,) = (body for path, body in server.received.items() if path.startswith("/api/packages"))
-    assert b"a.txt" in package and b"job.yaml" in package
+    assert b"a.txt" in package
+    assert b"job.yaml" in package
 
 
 def test_the_umask_of_who_submits_a_job_is_sent(server: JobServer) -> None:
@@ -162,7 +166,8 @@ def test_a_refused_address_leaves_the_environment_as_it_was(monkeypatch: pytest.
     monkeypatch.delenv("RAY_AUTH_MODE", raising=False)
     with pytest.raises(ConfigError, match="No job server answers"):
         Cluster(NOBODY)
-    assert {name: os.environ.get(name) for name in given} == given and "RAY_AUTH_MODE" not in os.environ
+    assert {name: os.environ.get(name) for name in given} == given
+    assert "RAY_AUTH_MODE" not in os.environ
 
 
 # What answers.
@@ -182,15 +187,18 @@ def test_another_server_is_an_error_without_a_traceback(answers: dict[str, Any],
     server.answers = answers
     done = avss("jobs", "list", "--address", server.address)
     assert done.exit_code in (1, 2)
-    assert done.stderr.startswith("Error: ") and "Traceback" not in done.stderr
+    assert done.stderr.startswith("Error: ")
+    assert "Traceback" not in done.stderr
 
 
 def test_a_terminal_obeys_no_job(server: JobServer) -> None:
     job = {"type": "SUBMISSION", "submission_id": f"avss-{HOSTILE}", "status": "SUCCEEDED", "entrypoint": f"x{HOSTILE}"}
     server.answers[JOBS] = json.dumps([job]).encode()
     done = avss("jobs", "list", "--address", server.address)
-    assert (done.exit_code, done.stderr) == (0, "")
-    assert "owned" in done.stdout and not set(HOSTILE) & {"\x1b", "\x07", "\u202e"} & set(done.stdout)
+    assert done.exit_code == 0
+    assert done.stderr == ""
+    assert "owned" in done.stdout
+    assert not set(HOSTILE) & {"\x1b", "\x07", "\u202e"} & set(done.stdout)
 
 
 REASON = "'nowhere' is no folder."
@@ -215,7 +223,8 @@ def test_a_failed_job_is_listed_with_the_first_error_of_its_message(
     server.answers[JOBS] = json.dumps([job]).encode()
     done = avss("jobs", "list", "--address", server.address, "--format", "json")
     listed = json.loads(done.stdout)
-    assert (listed["message"], listed["seconds"]) == (shown, 42)
+    assert listed["message"] == shown
+    assert listed["seconds"] == 42
 
 
 def test_a_job_of_a_cluster_whose_clock_is_ahead_has_run_for_no_time(server: JobServer) -> None:
@@ -270,7 +279,8 @@ def test_a_log_is_followed_until_its_job_ends(server: JobServer, monkeypatch: py
 def test_a_server_that_is_lost_while_a_log_is_followed_leaves_what_to_do(server: JobServer) -> None:
     server.answers |= {f"{JOBS}/avss-a": [json.dumps(JOB).encode(), SILENCE], f"{JOBS}/avss-a/logs": b'{"logs": ""}'}
     done = avss("jobs", "logs", "avss-a", "--address", server.address, "--follow")
-    assert done.exit_code == 1 and "did not answer in time" in done.stderr
+    assert done.exit_code == 1
+    assert "did not answer in time" in done.stderr
     assert f"avss jobs logs avss-a --address {server.address} --follow" in done.stderr
     assert "not what it has stored: submit it again to resume" in done.stderr
 
@@ -282,7 +292,8 @@ def test_a_job_whose_submission_got_no_answer_is_named(answer: bytes | Answer, s
     server.answers |= {"*": b"{}", JOBS: answer}
     with pytest.raises(RunFailed) as caught:
         Cluster(server.address).submit(job())
-    assert caught.value.hint and "The job may have started as avss-job-" in caught.value.hint
+    assert caught.value.hint
+    assert "The job may have started as avss-job-" in caught.value.hint
     assert f"avss jobs list --address {server.address}" in caught.value.hint
 
 
@@ -361,7 +372,8 @@ def test_no_file_takes_the_place_of_the_job_file(tmp_path: Path) -> None:
     Path("job.yaml").write_text("task: t\ndataset_path: json\ndataset_kwargs: {data_files: {test: questions.jsonl}}\n")
     made = job("jobs/job.yaml", experiment={"tasks": ["job.yaml"]})
     directory, name = _pack(made, tmp_path / "package")
-    assert (directory, name) == (".", "job-job.yaml")
+    assert directory == "."
+    assert name == "job-job.yaml"
     assert (tmp_path / "package" / name).read_text() == made.path.read_text()
     assert (tmp_path / "package" / "job.yaml").read_text() == Path("job.yaml").read_text()
 
@@ -385,7 +397,8 @@ def test_files_that_are_missing_are_named_before_anything_is_sent() -> None:
         "tasks: gone.txt: no such file.",
         "tasks: There is no task file no.yaml.",
     ]
-    assert len(lines) == len(told) and all(line.startswith(said) for line, said in zip(lines, told, strict=True))
+    assert len(lines) == len(told)
+    assert all(line.startswith(said) for line, said in zip(lines, told, strict=True))
 
 
 def test_too_many_bytes_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -210,7 +210,8 @@ def test_a_device_without_end_is_no_job_file() -> None:
 def test_aliases_and_texts_stay_what_the_file_says(tmp_path: Path) -> None:
     text = "models: [{model: no, max_memory: &sizes {0: 1kB}}, {model: 1e5, max_memory: *sizes}]\n"
     job = read(tmp_path, "warehouse: 2026-11-25\ncorpora: [builtin:pydoc]\n" + text)
-    assert (job.warehouse, [*job.models]) == ("2026-11-25", ["no", "1e5"])
+    assert job.warehouse == "2026-11-25"
+    assert [*job.models] == ["no", "1e5"]
     assert [spec.execution.max_memory for spec in job.specs] == [{"0": 1000}] * 2
     assert [spec.name for spec in job.specs] == ["no", "1e5"]
 
@@ -259,7 +260,8 @@ experiment:
 def test_the_shipped_schema_is_that_of_job_files() -> None:
     code, output = avss("run", "--schema")
     schema = json.loads((JOBS / "job.schema.json").read_text())
-    assert code == 0 and json.loads(output) == schema == json.loads(json.dumps(job_schema()))
+    assert code == 0
+    assert json.loads(output) == schema == json.loads(json.dumps(job_schema()))
 
 
 @pytest.mark.parametrize("file", SHIPPED, ids=lambda file: file.stem)
@@ -300,7 +302,8 @@ def test_keys_of_addresses_are_kept_to_open_them_and_shown_nowhere(tmp_path: Pat
         corpora: ["s3://KEY:SECRET@bucket/a.txt", builtin:pydoc]
     """
     job = read(tmp_path, text, expand=False)
-    assert (job.warehouse, job.specs[0].corpus) == ("s3://bucket/w", "s3://bucket/a.txt")
+    assert job.warehouse == "s3://bucket/w"
+    assert job.specs[0].corpus == "s3://bucket/a.txt"
     assert job.specs[0].name == "org/a on s3://bucket/a.txt"
     assert "SECRET" not in repr(job)
     assert getattr(job.warehouse, "full", "") == "s3://KEY:SECRET@bucket/w"
@@ -337,11 +340,15 @@ execution:
     assert [spec.model for spec in specs] == [*folders, *(f"org/name@{r}" for r in revisions)]
     assert [spec.corpus for spec in job.specs[:2]] == ["builtin:pydoc", f"{tmp_path}/text.txt"]
     assert job.specs[1].name == f"{tmp_path}/step-1 on {tmp_path}/text.txt"
-    first, last = specs[0], specs[-1]
-    assert (first.settings.dtype, first.execution.partition) == ("float32", "auto")
+    first = specs[0]
+    last = specs[-1]
+    assert first.settings.dtype == "float32"
+    assert first.execution.partition == "auto"
     assert first.execution.replicas == Replicas(2, 3)
-    assert (last.settings.dtype, last.settings.thresholds) == ("bfloat16", (1e-5, 1e-3))
-    assert (last.execution.partition, last.execution.max_memory) == ("streaming", {"cpu": 2_000_000_000})
+    assert last.settings.dtype == "bfloat16"
+    assert last.settings.thresholds == (1e-5, 1e-3)
+    assert last.execution.partition == "streaming"
+    assert last.execution.max_memory == {"cpu": 2_000_000_000}
     elsewhere = read(tmp_path, text, expand=False)
     assert elsewhere.specs[0].model == f"{tmp_path}/**/step-*"
 
@@ -361,9 +368,11 @@ def test_shipped_jobs_can_be_run(name: str, tiny_llama: Path, tmp_path: Path, mo
     file = job_file(tmp_path, text)
     code, output = avss("run", file, "--executor", "local")
     runs = len(read(tmp_path, text).specs)
-    assert code == 0 and f"{runs} runs: {runs} done." in output, output
+    assert code == 0, output
+    assert f"{runs} runs: {runs} done." in output, output
     code, output = avss("run", file, "--dry-run")
-    assert code == 0 and f"{runs} done." in output, output
+    assert code == 0, output
+    assert f"{runs} done." in output, output
 
 
 # Running them in this process.
@@ -376,7 +385,8 @@ def test_a_job_is_run_once_and_a_model_that_fails_does_not_stop_it(
     file = job_file(tmp_path, text + "corpora: [builtin:pydoc]\n" + SETTINGS + LOCAL)
     code, output = avss("run", file)
     assert code == 1
-    assert "3 runs: 2 done, 1 failed." in output and "There is no folder" in output
+    assert "3 runs: 2 done, 1 failed." in output
+    assert "There is no folder" in output
     options: dict[str, Any] = {"max_sequences": 12, "sequence_length": 32, "sequences_per_shard": 4, "batch_size": 2}
     for model in (tiny_llama, tiny_bert):
         avss_dist.score(model, corpus="builtin:pydoc", warehouse=tmp_path / "alone", executor="local", **options)
@@ -399,16 +409,20 @@ def test_runs_that_differ_in_a_setting_have_names_of_their_own(tiny_llama: Path,
     assert {spec.title for spec in read_job(file).specs} == names
     assert len({spec.name for spec in read_job(file).specs}) == 4
     code, output = avss("run", file)
-    assert code == 0 and "4 runs: 4 done." in output
+    assert code == 0
+    assert "4 runs: 4 done." in output
     assert all(f"{name} on builtin:pydoc done" in output for name in names)
     assert {preview.model for preview in preview_job(read_job(file))} == names
 
 
 def test_a_mistake_ends_a_command_with_two(tiny_llama: Path, tmp_path: Path) -> None:
     code, output = avss("run", job_file(tmp_path, "warehouse: w\nmodel: a\n"))
-    assert code == 2 and "Did you mean 'models'?" in output
+    assert code == 2
+    assert "Did you mean 'models'?" in output
     code, output = avss("score", tiny_llama, tiny_llama, "--corpus", "builtin:pydoc", "-w", tmp_path / "w")
-    assert code == 2 and "is named twice." in output and not (tmp_path / "w").exists()
+    assert code == 2
+    assert "is named twice." in output
+    assert not (tmp_path / "w").exists()
 
 
 def test_the_plan_runs_no_model_and_takes_the_speed_of_a_run_like_it(
@@ -417,28 +431,35 @@ def test_the_plan_runs_no_model_and_takes_the_speed_of_a_run_like_it(
     """Without such a run, the time is unknown."""
     text = f"warehouse: {tmp_path}/w\nmodels: [{tiny_llama}]\ncorpora: [builtin:pydoc]\n" + SETTINGS + LOCAL
     longer = text.replace("max_sequences: 12", "max_sequences: 120")
-    first, second = read(tmp_path, text), read(tmp_path, longer)
+    first = read(tmp_path, text)
+    second = read(tmp_path, longer)
     with monkeypatch.context() as patch:
         for module in ("avss_dist.partition.replica", "avss_dist.runs.work"):
             patch.setattr(f"{module}.open_replica", lambda *_, **__: pytest.fail("a model was opened"))
         (preview,) = preview_job(first)
-    assert (preview.status, preview.reference_run, preview.warning) == ("missing", "", "")
+    assert preview.status == "missing"
+    assert preview.reference_run == ""
+    assert preview.warning == ""
     assert preview.seconds is None
     code, output = avss("run", tmp_path / "job.yaml", "--dry-run")
-    assert code == 0 and "1 run of unknown time: no finished run has the shape of the model" in output
+    assert code == 0
+    assert "1 run of unknown time: no finished run has the shape of the model" in output
     (run,) = run_job(first)
     (preview,) = preview_job(second)
     speed = Warehouse(tmp_path / "w").runs()["tokens_per_second"][0].as_py()
     assert preview.reference_run == run.run_id
     assert preview.seconds == pytest.approx(preview.num_tokens / speed)
     code, output = avss("run", tmp_path / "job.yaml", "--dry-run")
-    assert code == 0 and "of measuring, at the speed of earlier runs." in output
+    assert code == 0
+    assert "of measuring, at the speed of earlier runs." in output
     (tmp_path / "w" / "runs" / f"run_id={run.run_id}" / "run.parquet").unlink()
     next((tmp_path / "w" / "shard_stats").rglob("shard-00001.parquet")).unlink()
     code, output = avss("run", job_file(tmp_path, text), "--dry-run")
-    assert code == 0 and "partial 2/3" in output
+    assert code == 0
+    assert "partial 2/3" in output
     (run,) = run_job(first)
-    assert (run.status, run.resumed_shards) == ("done", 2)
+    assert run.status == "done"
+    assert run.resumed_shards == 2
 
 
 def test_the_plan_warns_of_a_model_that_does_not_fit(
@@ -479,7 +500,9 @@ def test_one_tokenizer_reads_a_text_once_whatever_their_names(
     planning = planner.Planner(LocalExecutor(Settings()), Store(tmp_path / "w"))
     ids = [planning.prepare(spec).run_id for spec in job.specs]
     assert sources == [str(tmp_path / name) for name in ("a.txt", "c.txt", "a.txt", "c.txt")]
-    assert ids[0::3] == ids[1::3] and ids[:3] == ids[9:] and len(set(ids)) == 6
+    assert ids[0::3] == ids[1::3]
+    assert ids[:3] == ids[9:]
+    assert len(set(ids)) == 6
 
 
 def test_a_repeated_run_is_told_and_measured_once(tiny_llama: Path, tmp_path: Path) -> None:
@@ -490,10 +513,14 @@ def test_a_repeated_run_is_told_and_measured_once(tiny_llama: Path, tmp_path: Pa
     first, second = (spec.name for spec in read_job(file).specs)
     code, output = avss("run", file, "--dry-run")
     said = f"{second} is the same model, text and settings as {first}; measured once."
-    assert code == 0 and said in " ".join(output.split()) and "1 missing, 1 repeated." in output
+    assert code == 0
+    assert said in " ".join(output.split())
+    assert "1 missing, 1 repeated." in output
     code, output = avss("run", file)
-    assert code == 0 and f"{second}: the same model, text and settings as {first}; measured once." in output
-    assert "2 runs: 1 done, 1 skipped." in output and Warehouse(tmp_path / "w").runs().num_rows == 1
+    assert code == 0
+    assert f"{second}: the same model, text and settings as {first}; measured once." in output
+    assert "2 runs: 1 done, 1 skipped." in output
+    assert Warehouse(tmp_path / "w").runs().num_rows == 1
 
 
 @pytest.mark.parametrize("text", ["models: [a]\nsetings: {}\n", None, b"\xff"])

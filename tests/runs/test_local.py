@@ -84,7 +84,8 @@ def test_shards_at_once_give_the_same_bytes(
 ) -> None:
     """As many run at once as there are cores: the first ones wait for each other."""
     monkeypatch.setattr(local, "free_cores", lambda: 3)
-    together, analyze = threading.Barrier(3), local.analyze_shard
+    together = threading.Barrier(3)
+    analyze = local.analyze_shard
 
     def meet(replica: Any, shard: Any, *args: Any, **options: Any) -> Any:
         if shard.shard_id < 3:
@@ -109,10 +110,12 @@ def test_every_shard_computes_with_the_threads_of_the_settings(
 ) -> None:
     monkeypatch.setattr(local, "free_cores", lambda: cores_free)
     run = score(tiny_llama, tmp_path, threads=threads)
-    assert len(seen) == 6 and {count for count, _ in seen} == {threads}
+    assert len(seen) == 6
+    assert {count for count, _ in seen} == {threads}
     assert len({name for _, name in seen}) <= cores_free // threads
     (row,) = Warehouse(tmp_path).runs().to_pylist()
-    assert (row["run_id"], row["threads"]) == (run.run_id, threads)
+    assert row["run_id"] == run.run_id
+    assert row["threads"] == threads
     (other,) = Warehouse(undisturbed).runs().to_pylist()
     assert (other["run_id"] == run.run_id) == (threads == 1), "threads are part of a run"
     assert torch.get_num_threads() == 2, "the caller's number is as it was"
@@ -139,7 +142,8 @@ def test_ray_workers_compute_with_the_threads_of_the_settings(
     monkeypatch.setenv("OMP_NUM_THREADS", "2")
     run = score(tiny_llama, tmp_path, executor="ray", replicas=1)
     (row,) = Warehouse(tmp_path).runs().to_pylist()
-    assert (row["run_id"], row["threads"]) == (run.run_id, 1)
+    assert row["run_id"] == run.run_id
+    assert row["threads"] == 1
     assert_same_tables(tmp_path, undisturbed)
 
 
@@ -159,7 +163,8 @@ def test_tasks_compute_with_the_threads_of_the_settings(
 
     options = {name: value for name, value in OPTIONS.items() if name != "corpus"}
     evaluate([str(tiny_llama)], tasks=["perplexity:builtin:pydoc"], warehouse=tmp_path, executor="local", **options)
-    assert counts and set(counts) == {1}
+    assert counts
+    assert set(counts) == {1}
     assert torch.get_num_threads() == 2
 
 
@@ -180,7 +185,8 @@ def run_one(model: Path, analyze: Callable[..., Any], monkeypatch: pytest.Monkey
 
 def test_an_error_of_one_shard_ends_the_others(tiny_llama: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Those that run meanwhile are stopped at their next layer, and do not keep the process waiting."""
-    analyze, begun = local.analyze_shard, threading.Event()
+    analyze = local.analyze_shard
+    begun = threading.Event()
 
     def go_wrong(
         replica: Any, shard: Any, settings: Any, *, heartbeat: Callable[[], None], hooks: Any, **_: Any
@@ -193,7 +199,9 @@ def test_an_error_of_one_shard_ends_the_others(tiny_llama: Path, monkeypatch: py
             analyze(replica, shard, settings, heartbeat=heartbeat, hooks=hooks)
 
     ((work, error),) = run_one(tiny_llama, go_wrong, monkeypatch)
-    assert work.run_id == "run" and isinstance(error, AvssError) and "the first shard is broken" in str(error)
+    assert work.run_id == "run"
+    assert isinstance(error, AvssError)
+    assert "the first shard is broken" in str(error)
 
 
 def test_results_come_in_the_order_of_the_shards(tiny_llama: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -293,7 +301,8 @@ def outcomes(executor: Executor, asked: Sequence[Cell]) -> dict[int, Any]:
     found: dict[int, Any] = {}
     with closing(executor):
         for cell, result in executor.run_cells(Submissions.of([asked])):
-            assert cell in asked and cell.part not in found
+            assert cell in asked
+            assert cell.part not in found
             found[cell.part] = result if isinstance(result, AvssError) else result.rows[0].samples.tobytes()
     return found
 
@@ -305,7 +314,8 @@ def test_a_cell_that_does_not_fit_is_measured_with_half_the_rows(tiny_llama: Pat
     model = opened(tiny_llama, batch_size=1)
     (alone,) = Loss(shard)(model)
     assert found[0] == alone.samples.tobytes()
-    assert isinstance(found[1], BatchTooLarge) and "1 x 32 tokens do not fit in memory" in str(found[1])
+    assert isinstance(found[1], BatchTooLarge)
+    assert "1 x 32 tokens do not fit in memory" in str(found[1])
     assert isinstance(found[2], bytes)
 
 
@@ -317,7 +327,8 @@ def test_an_error_is_of_its_cell_or_of_its_model(tiny_llama: Path, tmp_path: Pat
     ]
     (good,) = (cell for cell in cells(tiny_llama, losses(4)) if cell.part == 3)
     found = outcomes(LocalExecutor(SETTINGS), [bad, *gone, good])
-    assert isinstance(found[0], ModelError) and "There is no layer 99" in str(found[0])
+    assert isinstance(found[0], ModelError)
+    assert "There is no layer 99" in str(found[0])
     assert all(isinstance(found[part], ModelError) and "gone" in str(found[part]) for part in (1, 2))
     assert isinstance(found[3], bytes)
 

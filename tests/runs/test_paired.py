@@ -75,7 +75,8 @@ def padded(raw: Raw, shard: Shard) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     assert shard.pairing is not None
     before, after = (np.zeros((len(raw), 48, raw[0][0].shape[1])) for _ in range(2))
     for i, (old, new) in enumerate(raw):
-        before[i, : len(old)], after[i, : len(new)] = old, new
+        before[i, : len(old)] = old
+        after[i, : len(new)] = new
     positions = np.arange(48)
     return before, after, (positions >= shard.pairing.starts[:, None]) & (positions < shard.lengths[:, None])
 
@@ -100,7 +101,8 @@ def test_rows_are_those_of_numpy_and_add_up_to_their_strata(measured: tuple[Shar
     columns = result.rows
     rows = {name: values[(columns["layer"] == 1) & (columns["site"] == "block")] for name, values in columns.items()}
     for i, own in enumerate(mask):
-        x, old = after[i, own], before[i, own]
+        x = after[i, own]
+        old = before[i, own]
         assert rows["count"][i] == x.size
         assert rows["near_zero"][i].tolist() == [(np.abs(x) < t).sum() for t in SETTINGS.thresholds]
         change = np.linalg.norm(x - old, axis=1) / np.linalg.norm(old, axis=1)
@@ -120,10 +122,13 @@ def test_rows_are_those_of_numpy_and_add_up_to_their_strata(measured: tuple[Shar
 def test_rows_are_the_same_on_every_device(dtype: torch.dtype) -> None:
     """What GPUs do, beside what is compiled for CPUs; where something is not finite, or no token counts, too."""
     x, before = torch.randn((2, 5, 9, 33), generator=torch.Generator().manual_seed(0)).to(dtype)
-    x[0, 3, 3], x[1, 4, 9], before[2, 5] = torch.inf, torch.nan, 0
+    x[0, 3, 3] = torch.inf
+    x[1, 4, 9] = torch.nan
+    before[2, 5] = 0
     mask = torch.zeros((5, 9), dtype=torch.bool)
     mask[:4, 2:7] = True
-    tokens, thresholds = CountedTokens(mask, x.device, slice(None)), np.array([1e-3, 0.1])
+    tokens = CountedTokens(mask, x.device, slice(None))
+    thresholds = np.array([1e-3, 0.1])
     found = row_tensors(x, tokens, thresholds, before)
     expected = by_matrices(tokens.select(x), tokens, thresholds, tokens.select(before))
     assert found.keys() == expected.keys()
@@ -174,5 +179,6 @@ def test_a_resumed_run_and_a_streamed_one_are_the_same(tiny_llama: Path, source:
     assert_same_tables(tmp_path / "again", tmp_path / "once")
     warehouse = Warehouse(tmp_path / "once")
     assert warehouse.table("row_stats").num_rows == 4 * PAIRS * 3 * 5
-    whole, strata = warehouse.read_layer_stats(run_id), warehouse.read_stratum_stats(run_id)
+    whole = warehouse.read_layer_stats(run_id)
+    strata = warehouse.read_stratum_stats(run_id)
     assert whole[0, "mlp"].count == strata[0, "mlp", "good"].count + strata[0, "mlp", "bad"].count

@@ -39,7 +39,8 @@ from avss_dist.runs.ray.queue import ATTEMPTS, LATE_SECONDS, ShardQueue, UnitQue
 from avss_dist.runs.ray.worker import resolve_on_node
 from avss_dist.runs.work import Note, RunShards
 
-HANG_SECONDS, PLACEMENT_SECONDS = 30.0, 60.0
+HANG_SECONDS = 30.0
+PLACEMENT_SECONDS = 60.0
 
 
 def pool_of(cluster: SimulatedCluster, *queues: UnitQueue[Any], minimum: int = 1, planned: Any = ()) -> Pool:
@@ -127,7 +128,8 @@ def test_gangs_share_the_shards_and_each_counts_once() -> None:
     cluster = SimulatedCluster(limit=3)
     queue, _ = shard_queue(20)
     assert shard_ids(outcomes(pool_of(cluster, queue))) == [*range(20)]
-    assert set(times_measured(cluster).values()) == {1} and len(cluster.gangs) == 3
+    assert set(times_measured(cluster).values()) == {1}
+    assert len(cluster.gangs) == 3
     assert all(gang.measured for gang in cluster.gangs)
     assert cluster.clock < 1 + 20 / 3 + 3, "none of them was idle"
 
@@ -144,7 +146,8 @@ def test_a_lost_gang_is_replaced_and_its_shards_are_measured_again(what: str) ->
 
     notes: list[tuple[Any, str]] = []
     assert shard_ids(outcomes(pool_of(cluster, queue), {3: lose}, notes)) == [*range(10)]
-    assert len(cluster.gangs) == 3 and cluster.gangs[2].measured
+    assert len(cluster.gangs) == 3
+    assert cluster.gangs[2].measured
     lost = "a worker on the node (node0) was lost" if what == "worker" else "the node (node0) was lost"
     ((noted, note),) = notes
     assert noted is run
@@ -170,7 +173,8 @@ def test_a_frozen_gang_is_killed_by_a_signal_and_replaced(reports: bool) -> None
         pool._new_gang = first_one_is_frozen  # type: ignore[assignment]
     received = outcomes(pool, {2: lambda: cluster.gangs[0].freeze()} if reports else None)
     assert shard_ids(received) == [*range(4)]
-    assert cluster.gangs[0].killed_by_signal and len(cluster.gangs) == 2
+    assert cluster.gangs[0].killed_by_signal
+    assert len(cluster.gangs) == 2
     patience = HANG_SECONDS if reports else START_SECONDS
     assert patience < cluster.clock < patience + 20
 
@@ -182,7 +186,8 @@ def test_a_slow_gang_that_makes_progress_is_not_stopped(has_monitor: bool) -> No
     cluster.has_monitor = has_monitor
     queue, _ = shard_queue(3)
     received = outcomes(pool_of(cluster, queue), {1: lambda: cluster.gangs[0].slow_down(100)})
-    assert shard_ids(received) == [*range(3)] and len(cluster.gangs) == 1
+    assert shard_ids(received) == [*range(3)]
+    assert len(cluster.gangs) == 1
     assert cluster.clock > 3 * HANG_SECONDS
 
 
@@ -191,7 +196,8 @@ def test_a_slow_gang_that_makes_progress_is_not_stopped(has_monitor: bool) -> No
 )
 def test_a_shard_that_fails_again_and_again_fails_its_run_alone(error: Exception, words: str) -> None:
     cluster = SimulatedCluster(limit=1)
-    (bad, bad_run), (good, good_run) = shard_queue(5, run_id="bad"), shard_queue(5, "other", run_id="good")
+    bad, bad_run = shard_queue(5, run_id="bad")
+    good, good_run = shard_queue(5, "other", run_id="good")
     measure = failing(2, error)
     cluster.on_measure = lambda gang, assignment, rank: (
         measure(gang, assignment, rank) if gang.spec == bad.spec else result_of(assignment)
@@ -259,7 +265,8 @@ def test_batches_are_halved_until_they_fit() -> None:
 
     cluster.on_measure = one_row_fits
     assert shard_ids(outcomes(pool_of(cluster, queue))) == [*range(6)]
-    assert {assignment.rows for gang in cluster.gangs for assignment in gang.measured} == {1} and queue.rows == 1
+    assert {assignment.rows for gang in cluster.gangs for assignment in gang.measured} == {1}
+    assert queue.rows == 1
     queue, run = shard_queue(6)
     error = BatchTooLarge("not even one row fits")
     cluster.on_measure = failing(0, error)
@@ -269,7 +276,8 @@ def test_batches_are_halved_until_they_fit() -> None:
 
 def test_a_model_that_cannot_be_opened_fails_its_runs_and_the_gang_opens_the_next() -> None:
     cluster = SimulatedCluster(limit=1)
-    (bad, bad_run), (good, good_run) = shard_queue(3, "bad"), shard_queue(3, "good")
+    bad, bad_run = shard_queue(3, "bad")
+    good, good_run = shard_queue(3, "good")
     error = ModelError("no such model")
     cluster.on_open = failing_to_open(error, lambda gang, spec: spec == bad.spec)
     received = outcomes(pool_of(cluster, bad, good))
@@ -285,8 +293,10 @@ def test_opening_a_model_is_tried_some_times(error: Exception) -> None:
     queue, run = shard_queue(3)
     cluster.on_open = failing_to_open(error)
     ((source, failure),) = outcomes(pool_of(cluster, queue))
-    assert source is run and f"Opening the model failed {ATTEMPTS} times; the last time: " in str(failure)
-    assert "out of memory" in str(failure) and len(cluster.gangs) == ATTEMPTS
+    assert source is run
+    assert f"Opening the model failed {ATTEMPTS} times; the last time: " in str(failure)
+    assert "out of memory" in str(failure)
+    assert len(cluster.gangs) == ATTEMPTS
 
 
 def test_a_node_on_which_no_model_can_be_opened_ends_no_run_while_others_have_it_open() -> None:
@@ -312,7 +322,9 @@ def test_workers_without_the_package_are_a_mistake_of_the_user() -> None:
     queue, run = shard_queue(3)
     cluster.on_open = failing_to_open(Dies("ModuleNotFoundError: No module named 'avss_dist'"))
     ((source, error),) = outcomes(pool_of(cluster, queue))
-    assert source is run and isinstance(error, ConfigError) and "cannot import avss_dist" in str(error)
+    assert source is run
+    assert isinstance(error, ConfigError)
+    assert "cannot import avss_dist" in str(error)
 
 
 def test_a_draining_node_finishes_its_rounds_and_takes_no_other() -> None:
@@ -328,7 +340,9 @@ def test_a_draining_node_finishes_its_rounds_and_takes_no_other() -> None:
     assert shard_ids(outcomes(pool_of(cluster, queue), {4: drain})) == [*range(20)]
     assert set(times_measured(cluster).values()) == {1}
     leaving = cluster.gangs[0]
-    assert leaving.stopped and leaving.leaves and len(leaving.measured) <= measured_then[0] + 5
+    assert leaving.stopped
+    assert leaving.leaves
+    assert len(leaving.measured) <= measured_then[0] + 5
     assert len(cluster.gangs) == 3
     assert "node0" in {node.name for node in cluster.dead_nodes}, "nothing holds it"
 
@@ -369,7 +383,8 @@ def test_a_run_begins_when_as_many_gangs_are_placed_as_it_waits_for() -> None:
     def grow() -> None:
         if cluster.clock >= 20 and len(cluster.alive) == 1:
             assert [gang.opened for gang in cluster.placed] == [[queue.spec]] * 2
-            assert not times_measured(cluster) and len(cluster.working) == 5
+            assert not times_measured(cluster)
+            assert len(cluster.working) == 5
             cluster.add_node()
 
     cluster.on_wait = grow
@@ -391,7 +406,9 @@ def test_a_place_is_waited_for_no_longer_than_said(nodes: int, minimum: int, wor
     cluster = SimulatedCluster(nodes, limit=5)
     queue, run = shard_queue(20)
     ((source, error),) = outcomes(pool_of(cluster, queue, minimum=minimum))
-    assert source is run and isinstance(error, RunFailed) and f"{words}. Nothing is free." in str(error)
+    assert source is run
+    assert isinstance(error, RunFailed)
+    assert f"{words}. Nothing is free." in str(error)
     assert PLACEMENT_SECONDS < cluster.clock < PLACEMENT_SECONDS + 10
     assert not [gang for gang in cluster.working if not gang.is_placed]
 
@@ -423,7 +440,8 @@ def test_models_share_the_gangs_and_other_shapes_get_their_resources() -> None:
     ]
     assert len(outcomes(pool_of(cluster, *queues))) == 12
     singles = [gang for gang in cluster.gangs if len(gang.names) == 1]
-    assert len(singles) == 2 and all(gang.stopped for gang in singles)
+    assert len(singles) == 2
+    assert all(gang.stopped for gang in singles)
     assert {len(gang.opened) for gang in singles} == {2}
     assert next(gang.opened for gang in cluster.gangs if len(gang.names) == 2) == [queues[2].spec]
 
@@ -431,14 +449,17 @@ def test_models_share_the_gangs_and_other_shapes_get_their_resources() -> None:
 def test_the_next_queue_may_take_its_time() -> None:
     """Gangs that are idle meanwhile stay, and open its model at once."""
     cluster = SimulatedCluster(limit=2)
-    (first, _), (second, _) = shard_queue(3), shard_queue(3, "other")
+    first, _ = shard_queue(3)
+    second, _ = shard_queue(3, "other")
     assert len(outcomes(pool_of(cluster, first, second, planned=(0.0, 500.0)))) == 6
-    assert 500 < cluster.clock < 510 and len(cluster.gangs) == 2
+    assert 500 < cluster.clock < 510
+    assert len(cluster.gangs) == 2
 
 
 def test_a_dropped_run_ends_and_the_next_one_goes_on() -> None:
     cluster = SimulatedCluster(limit=2)
-    (first, run), (second, other) = shard_queue(30), shard_queue(3, "other")
+    first, run = shard_queue(30)
+    second, other = shard_queue(3, "other")
     received = outcomes(pool_of(cluster, first, second), {3: lambda: setattr(run, "dropped", True)})
     assert shard_ids(received, other) == [*range(3)]
     assert len(shard_ids(received, run)) < 12
@@ -478,7 +499,8 @@ def test_a_round_ends_before_its_first_failing_shard() -> None:
     queue.note_duration([0], 0.01)
     cluster.on_measure = failing(5, *[OSError("a passing fault")] * 2, None)  # type: ignore[arg-type]
     assert shard_ids(outcomes(pool_of(cluster, queue))) == [*range(60)]
-    assert len(cluster.gangs) == 2 and set(times_measured(cluster).values()) == {1}
+    assert len(cluster.gangs) == 2
+    assert set(times_measured(cluster).values()) == {1}
 
 
 @pytest.fixture(autouse=True)
@@ -551,7 +573,8 @@ def test_gangs_that_open_a_model_at_once_fail_at_once() -> None:
         assert queue.put_back([], "it died", time.monotonic()) == [], "it can be opened: what was before counts no more"
     assert queue.put_back([], None) == [], "no failure of the model"
     ((source, error),) = queue.put_back([], "it died", time.monotonic())
-    assert source is run and "Opening the model failed 3 times; the last time: it died" in str(error)
+    assert source is run
+    assert "Opening the model failed 3 times; the last time: it died" in str(error)
 
 
 def test_a_unit_that_fails_is_no_model_that_cannot_be_opened(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -569,10 +592,12 @@ def test_a_unit_that_fails_is_no_model_that_cannot_be_opened(monkeypatch: pytest
 def test_what_was_measured_meanwhile_is_not_put_back() -> None:
     queue, _ = shard_queue(4)
     queue.note_duration([0], 0.01)
-    assert queue.next_units() == [0] and queue.next_units() == [1]
+    assert queue.next_units() == [0]
+    assert queue.next_units() == [1]
     queue.finish(0, "a result")
     assert queue.put_back([0, 1], None) == []
-    assert list(queue.pending) == [1, 2, 3] and queue.unfinished == {1, 2, 3}
+    assert list(queue.pending) == [1, 2, 3]
+    assert queue.unfinished == {1, 2, 3}
     assert shard_queue(1)[0].next_units() == [0]
 
 
@@ -582,7 +607,8 @@ def test_every_rank_takes_the_cell_with_its_patch() -> None:
     assert [(one.cell, one.rows) for one in parts] == [(cells[0], SETTINGS.batch_size)] * 2
     queue, cells = cell_queue(["loss", "loss"], patch_of("k"))
     ((assignment,),) = queue.parts([1])
-    assert assignment.cell.part == 1 and assignment.cell.intervention.patch.read() == b"k"
+    assert assignment.cell.part == 1
+    assert assignment.cell.intervention.patch.read() == b"k"
     assert cells[1].intervention.patch == patch_of("k")
 
 
@@ -615,7 +641,8 @@ def test_only_units_of_one_kind_say_what_is_late() -> None:
 def test_a_round_is_late_after_twice_the_time_of_its_units() -> None:
     queue, _ = shard_queue(9)
     queue.note_duration([0, 1, 2], 1.5)
-    assert not queue.repeat_late([4, 5, 6], 2.9) and queue.repeat_late([4, 5, 6], 3.1)
+    assert not queue.repeat_late([4, 5, 6], 2.9)
+    assert queue.repeat_late([4, 5, 6], 3.1)
 
 
 def test_ranks_share_a_shard_or_take_one_each() -> None:
@@ -624,7 +651,8 @@ def test_ranks_share_a_shard_or_take_one_each() -> None:
     assert queue.pending_rounds == 2
     queue.next_units()
     last = queue.next_units()
-    assert last == [3, 4] and queue.by_rank(last) == [[3], [4], []]
+    assert last == [3, 4]
+    assert queue.by_rank(last) == [[3], [4], []]
     parts = assignments(queue, last)
     assert [part.shard for part in parts] == [run.shards[3], run.shards[4], None]
     assert {part.forwards for part in parts} == {2}  # 5 rows, 4 in a batch
@@ -636,7 +664,8 @@ def test_ranks_share_a_shard_or_take_one_each() -> None:
 def test_a_gang_has_its_next_round_beforehand_while_there_are_enough() -> None:
     queue, _ = shard_queue(5)
     queue.next_units()
-    assert queue.runs_ahead(3) and not queue.runs_ahead(4), "others would have none"
+    assert queue.runs_ahead(3), "others would have none"
+    assert not queue.runs_ahead(4), "others would have none"
     queue.put_back([0], None)
     assert not queue.runs_ahead(3), "what is measured again is measured alone"
     queue.finish(*queue.next_units(), "a result")
@@ -661,7 +690,8 @@ def test_short_shards_share_a_round_until_one_of_them_fails() -> None:
     assert [queue.next_units(2), queue.next_units(2), queue.next_units(2)] == [[4], [5], [6, 7]]
     assert queue.put_back([4], "it died") == queue.put_back([4], "it died") == []
     ((source, error),) = queue.put_back([4], "it died")
-    assert source is run and "Shard 4 failed 3 times" in str(error)
+    assert source is run
+    assert "Shard 4 failed 3 times" in str(error)
 
 
 def test_a_patch_is_shared_once_for_all_of_its_cells(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -826,25 +856,33 @@ def test_a_rank_that_makes_no_progress_hangs(
 
 def test_a_monitor_tells_progress_activity_and_events(monkeypatch: pytest.MonkeyPatch) -> None:
     """A gang's activity is that of its current round: what its first rank reported before is not."""
-    cluster, monitor = SimulatedCluster(), HeartbeatMonitor()
+    cluster = SimulatedCluster()
+    monitor = HeartbeatMonitor()
     monkeypatch.setattr("avss_dist.runs.ray.heartbeats.time.monotonic", cluster.now)
     monkeypatch.setattr(cluster, "signs", monitor.signs)
     gang: Any = SimpleNamespace(names=["g.0"], find_processes=lambda: ["g.0"])
     watch = Watch(cluster, 30.0)  # type: ignore[arg-type]
-    assert watch.listen() and watch.doing(gang, -1.0) is None
+    assert watch.listen()
+    assert watch.doing(gang, -1.0) is None
     cluster.clock = 10.0
     monitor.report("g.0", 1, ("Repairing", 0.25))
     cluster.clock = 25.0
     monitor.report("g.0", 1, ("Repairing", 0.5))
-    assert watch.listen() and watch.doing(gang, 20.0) == ("Repairing", 0.5) and watch.doing(gang, 25.0) is None
+    assert watch.listen()
+    assert watch.doing(gang, 20.0) == ("Repairing", 0.5)
+    assert watch.doing(gang, 25.0) is None
     assert monitor.signs()["g.0"] == (15.0, 0.0, ("Repairing", 0.5)), "its count has not grown"
     cluster.clock = 41.0
-    assert watch.listen() and watch.complaint(gang, 0.0) == "rank g.0 made no progress in 31 seconds"
+    assert watch.listen()
+    assert watch.complaint(gang, 0.0) == "rank g.0 made no progress in 31 seconds"
     assert watch.complaint(gang, 20.0) == "", "a round of 21 seconds"
     monitor.report("g.0", 2)
-    assert watch.listen() and watch.complaint(gang, 0.0) == "" and watch.doing(gang, 0.0) is None
+    assert watch.listen()
+    assert watch.complaint(gang, 0.0) == ""
+    assert watch.doing(gang, 0.0) is None
     monitor.tell("g.0", "an event")
-    assert monitor.take_events("g.0") == ["an event"] and monitor.take_events("g.0") == []
+    assert monitor.take_events("g.0") == ["an event"]
+    assert monitor.take_events("g.0") == []
     monkeypatch.setattr(cluster, "signs", lambda: None)
     assert not watch.listen(), "the monitor was lost with its node"
 
@@ -859,7 +897,8 @@ def test_a_node_fetches_what_only_the_head_has(
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
     of_the_head = Checkpoint(name="org/tiny", source="hub", path="/head/cache/org--tiny", revision=revision)
     here = resolve_on_node(of_the_head)
-    assert (here.path, here.revision) == (str(cached), revision)
+    assert here.path == str(cached)
+    assert here.revision == revision
     assert resolve_on_node(here) is here
     with pytest.raises(ModelError, match=r"'/head/tiny' does not exist on the worker node"):
         resolve_on_node(Checkpoint(name="tiny", source="folder", path="/head/tiny", revision="0"))

@@ -86,7 +86,10 @@ def score(model: Path, out: Path, **changes: Any) -> avss_dist.Run:
 def undisturbed(tiny_llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("undisturbed")
     run = score(tiny_llama, out)
-    assert (run.status, run.num_shards, run.resumed_shards, run.num_tokens) == ("done", 6, 0, 22 * 16)
+    assert run.status == "done"
+    assert run.num_shards == 6
+    assert run.resumed_shards == 0
+    assert run.num_tokens == 22 * 16
     return out
 
 
@@ -105,7 +108,9 @@ def test_a_model_with_a_long_name_is_scored_and_found(tiny_llama: Path, tmp_path
     name = "long-" + "n" * 245
     model = shutil.copytree(tiny_llama, tmp_path / name)
     run = score(model, tmp_path / "w", max_sequences=4)
-    assert (run.status, run.run_id.startswith(name[:80]), len(run.run_id)) == ("done", True, 80 + 17 + 11)
+    assert run.status == "done"
+    assert run.run_id.startswith(name[:80])
+    assert len(run.run_id) == 80 + 17 + 11
     assert score(model, tmp_path / "w", max_sequences=4).run_id == run.run_id
     warehouse = Warehouse(tmp_path / "w")
     assert warehouse.runs()["run_id"].to_pylist() == [run.run_id]
@@ -113,7 +118,8 @@ def test_a_model_with_a_long_name_is_scored_and_found(tiny_llama: Path, tmp_path
     assert warehouse.table("scores", run_ids=[run.run_id]).num_rows > 0
     missing = tmp_path / ("gone-" + "n" * 245)
     (failed,) = avss_dist.score_all([str(missing)], warehouse=tmp_path / "w", **SMALL)
-    assert failed.status == "failed" and len(failed.run_id) == 80 + 17 + 11
+    assert failed.status == "failed"
+    assert len(failed.run_id) == 80 + 17 + 11
 
 
 def test_documents_without_a_token_that_counts_are_shards_without_statistics(tiny_llama: Path, tmp_path: Path) -> None:
@@ -229,13 +235,15 @@ def test_a_damaged_row_of_a_failure_is_replaced_by_that_of_the_next_attempt(
         (failed, _) = score_twice(tiny_llama, tmp_path)
     damage_row(tmp_path / "w", failed.run_id)
     run = score(tiny_llama, tmp_path / "w", fresh=fresh)
-    assert (run.run_id, run.status) == (failed.run_id, "done")
+    assert run.run_id == failed.run_id
+    assert run.status == "done"
     assert Warehouse(tmp_path / "w").runs()["status"].to_pylist() == ["done"]
 
 
 @pytest.mark.parametrize("fresh", [False, True])
 def test_a_damaged_row_of_a_failure_stops_no_other_run(fresh: bool, tiny_llama: Path, tmp_path: Path) -> None:
-    models, out = [str(tmp_path / "gone"), str(tiny_llama)], tmp_path / "w"
+    models = [str(tmp_path / "gone"), str(tiny_llama)]
+    out = tmp_path / "w"
     sizes = {**SMALL, "max_sequences": 4}
     failed, _ = avss_dist.score_all(models, warehouse=out, **sizes)
     damage_row(out, failed.run_id)
@@ -248,7 +256,8 @@ def test_a_damaged_row_of_a_done_run_is_made_again_from_its_shards(tiny_llama: P
     done = score(tiny_llama, tmp_path)
     damage_row(tmp_path, done.run_id)
     again = score(tiny_llama, tmp_path)
-    assert (again.status, again.resumed_shards) == ("done", done.num_shards)
+    assert again.status == "done"
+    assert again.resumed_shards == done.num_shards
 
 
 @pytest.mark.parametrize("how", ["backwards", "twice"])
@@ -272,7 +281,8 @@ def test_a_broken_run_goes_on_where_it_stopped(
     assert all("on fire" in row["error"] for row in rows)
     executor = Interfering("plain")
     run = drive(tiny_llama, tmp_path, executor)
-    assert (run.resumed_shards, executor.asked) == (3, missing)
+    assert run.resumed_shards == 3
+    assert executor.asked == missing
     assert_same_tables(tmp_path, undisturbed)
     assert [row["status"] for row in Warehouse(tmp_path).runs().to_pylist()] == ["done"]
 
@@ -281,7 +291,8 @@ def test_a_done_run_is_not_repeated(tiny_llama: Path, undisturbed: Path) -> None
     before = measured_files(undisturbed)
     executor = Interfering("plain")
     assert drive(tiny_llama, undisturbed, executor).status == "skipped"
-    assert executor.asked == [] and measured_files(undisturbed) == before
+    assert executor.asked == []
+    assert measured_files(undisturbed) == before
 
 
 def test_all_measured_but_not_committed_needs_no_model(
@@ -335,7 +346,8 @@ def test_what_cannot_change_a_number_is_the_same_run(
     for file in files:
         file.write_text("In the beginning was the word. " * 200)
     same = {plan(tiny_llama, tmp_path, **{**SMALL, "corpus": str(file)}).run_id for file in files}
-    assert len(same) == 1 and usual not in same
+    assert len(same) == 1
+    assert usual not in same
 
 
 @pytest.mark.parametrize(
@@ -386,7 +398,8 @@ def test_shards_are_merged_in_blocks_when_there_are_many(
     monkeypatch.setattr("avss_dist.runs.merging.BOOTSTRAP_BLOCKS", 4)
     score(tiny_llama, tmp_path / "coarse", sequences_per_shard=1)
     fine, coarse = (Warehouse(tmp_path / name).scores().to_pydict() for name in ("fine", "coarse"))
-    assert fine["count"] == coarse["count"] and fine["rank"] == coarse["rank"]
+    assert fine["count"] == coarse["count"]
+    assert fine["rank"] == coarse["rank"]
     for name in ("near_zero_count", "variance", "avss_smoothed"):
         np.testing.assert_allclose(np.array(fine[name], float), np.array(coarse[name], float), rtol=1e-12)
     assert fine["avss_low"] != coarse["avss_low"]
@@ -414,8 +427,11 @@ def test_the_run_row_says_what_ran(tiny_llama: Path, undisturbed: Path) -> None:
         "notes": [],
     }
     assert {name: row[name] for name in told} == told
-    assert row["versions"]["avss_dist"] == avss_dist.__version__ and row["versions"]["torch"]
-    assert row["tokens_per_second"] > 0 and row["peak_memory_bytes"] > 1e8 and row["threads"] >= 1
+    assert row["versions"]["avss_dist"] == avss_dist.__version__
+    assert row["versions"]["torch"]
+    assert row["tokens_per_second"] > 0
+    assert row["peak_memory_bytes"] > 1e8
+    assert row["threads"] >= 1
     assert row["fingerprint"].startswith(row["run_id"][-10:])
 
 
@@ -468,7 +484,8 @@ OPTIONS: dict[str, Any] = {"corpus": "builtin:pydoc", "sequence_length": 64, "ba
 @pytest.mark.parametrize("billions", [0.1, 0.5, 1.5, 8, 70])
 def test_a_shard_is_about_a_minute_of_a_usual_device(billions: float, length: int, device: str) -> None:
     """It is a batch if that is longer, and has hidden states of at most four GiB."""
-    settings, size = Settings(sequence_length=length, device=device), llama_like(billions)
+    settings = Settings(sequence_length=length, device=device)
+    size = llama_like(billions)
     rows = rows_per_shard(size, settings, 1 << 30)
     speed = (FLOPS_OF_A_GPU if device == "cuda" else FLOPS_OF_A_THREAD)[2]
     seconds = size.forward_flops(rows, length) / speed
@@ -483,7 +500,8 @@ def test_a_shard_is_about_a_minute_of_a_usual_device(billions: float, length: in
 def test_a_text_gives_enough_shards_for_intervals(num_sequences: int, batch_size: int) -> None:
     for size in (None, llama_like(0.1), llama_like(70)):
         rows = rows_per_shard(size, Settings(batch_size=batch_size, device="cpu"), num_sequences)
-        assert rows >= 1 and -(-num_sequences // rows) >= min(num_sequences, FEWEST_SHARDS)
+        assert rows >= 1
+        assert -(-num_sequences // rows) >= min(num_sequences, FEWEST_SHARDS)
         assert rows < batch_size or rows % batch_size == 0
         assert rows >= min(batch_size, num_sequences // FEWEST_SHARDS)
 
@@ -492,11 +510,13 @@ def test_a_run_keeps_its_shards_however_it_is_made(tiny_llama: Path, tmp_path: P
     """The partition does not matter, nor whether the size is given."""
     options = {**OPTIONS, "max_sequences": 100}
     planned = plan(tiny_llama, tmp_path, **options)
-    assert (planned.result.num_shards, planned.replica_spec.settings.sequences_per_shard) == (25, 4)
+    assert planned.result.num_shards == 25
+    assert planned.replica_spec.settings.sequences_per_shard == 4
     for changes in ({"partition": "streaming"}, {"sequences_per_shard": 4}, {"partition": "auto"}):
         assert plan(tiny_llama, tmp_path, **{**options, **changes}).run_id == planned.run_id
     other = plan(tiny_llama, tmp_path, **options, sequences_per_shard=32).result
-    assert other.num_shards == 4 and other.run_id != planned.run_id
+    assert other.num_shards == 4
+    assert other.run_id != planned.run_id
 
 
 def test_models_of_one_tokenizer_share_the_tokens_and_not_the_shards(
@@ -516,13 +536,15 @@ def test_models_of_one_tokenizer_share_the_tokens_and_not_the_shards(
     monkeypatch.setattr(planner, "tokenize_corpus", spy)
     planning = planner.Planner(LocalExecutor(small), Store(tmp_path))
     specs = [run_spec(model, **OPTIONS, max_sequences=320) for model in (tiny_llama, wide)]
-    assert [planning.prepare(spec).result.num_shards for spec in specs] == [40, 160] and read == ["builtin:pydoc"]
+    assert [planning.prepare(spec).result.num_shards for spec in specs] == [40, 160]
+    assert read == ["builtin:pydoc"]
 
 
 def test_the_log_of_runs_has_a_line_for_each_step_and_one_in_half_a_minute(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    clock, run = SimpleNamespace(now=100.0), Run(run_id="r", model="m", warehouse="w", status="done")
+    clock = SimpleNamespace(now=100.0)
+    run = Run(run_id="r", model="m", warehouse="w", status="done")
     seen: list[events.RunEvent] = []
     monkeypatch.setattr(events, "time", SimpleNamespace(monotonic=lambda: clock.now))
     placement: Any = SimpleNamespace(partition="streaming", why="it does not fit")
@@ -537,7 +559,8 @@ def test_the_log_of_runs_has_a_line_for_each_step_and_one_in_half_a_minute(
     lines = ["m: streaming; it does not fit."]
     lines += ["m: 60% of 10 tokens, 10 tokens/min, 24 s left", "m: 80% of 10 tokens, 7 tokens/min, 17 s left"]
     lines += ["n: the same model, text and settings as m; measured once.", "n done", "m failed: no memory"]
-    assert [record.getMessage() for record in caplog.records] == lines and len(seen) == 8
+    assert [record.getMessage() for record in caplog.records] == lines
+    assert len(seen) == 8
 
 
 RUN = RunIdentity(run_id="r", model="m", revision="main", family="llama")
@@ -575,10 +598,12 @@ def store(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Store:
 
 def assert_whole(merged: Merged, summary: ShardSummary) -> None:
     expected = merge_blocks([shard(i) for i in range(NUMBER)], 3)
-    assert merged.stats.keys() == expected.stats.keys() and len(merged.blocks) == len(expected.blocks) == 3
+    assert merged.stats.keys() == expected.stats.keys()
+    assert len(merged.blocks) == len(expected.blocks) == 3
     assert all(merged.stats[key].equals(stats) for key, stats in expected.stats.items())
     for block, wanted in zip(merged.blocks, expected.blocks, strict=True):
-        assert block.keys() == wanted.keys() and all(block[key].equals(wanted[key]) for key in wanted)
+        assert block.keys() == wanted.keys()
+        assert all(block[key].equals(wanted[key]) for key in wanted)
     assert summary == ShardSummary(
         layers=layer_names(4),
         model={"family": "llama", "notes": ["note 0", "note 1", "note 2"], "last": 4},
@@ -592,7 +617,9 @@ class Elsewhere:
     """Applies pickled functions to pickled items, as workers do; those that do not see the warehouse return None."""
 
     def __init__(self, blind: Sequence[int] = ()) -> None:
-        self.blind, self.items, self.merged = blind, 0, 0
+        self.blind = blind
+        self.items = 0
+        self.merged = 0
 
     def __call__(self, function: Callable[[Any], Any], items: Sequence[Any]) -> Iterable[Any]:
         for i, item in enumerate(items):
@@ -607,7 +634,8 @@ def test_partials_are_merged_in_blocks(store: Store) -> None:
     assert_whole(*merge_partials(store, "r", HASHES, share(store, "r"), map))
     first = ShardSummary()
     first.add(shard(1))
-    assert (first.seconds, first.peak_memory_bytes) == (1.5, 50)
+    assert first.seconds == 1.5
+    assert first.peak_memory_bytes == 50
 
 
 @pytest.mark.parametrize("blind", [(), (1,), (0, 2)])
@@ -616,7 +644,8 @@ def test_who_merges_changes_nothing(store: Store, monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr(merging, "MERGED_HERE", NUMBER - 1)
     apply = Elsewhere(blind)
     assert_whole(*merge_partials(store, "r", HASHES, share(store, "r"), apply))
-    assert apply.items == 3 and apply.merged == 3 - len(blind)
+    assert apply.items == 3
+    assert apply.merged == 3 - len(blind)
 
 
 def test_blocks_are_merged_here_where_workers_see_no_warehouse_or_shards_are_few(
@@ -629,7 +658,8 @@ def test_blocks_are_merged_here_where_workers_see_no_warehouse_or_shards_are_few
         monkeypatch.setattr(merging, "MERGED_HERE", few)
         apply = Elsewhere()
         assert_whole(*merge_partials(store, "r", HASHES, place, apply))
-        assert (apply.items, apply.merged) == (number, 0)
+        assert apply.items == number
+        assert apply.merged == 0
 
 
 @pytest.mark.parametrize("gone", range(NUMBER))

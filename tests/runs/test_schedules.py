@@ -55,7 +55,8 @@ class Schedules(RuleBasedStateMachine):
         super().__init__()
         self.cluster = SimulatedCluster(0)
         self.received: list[tuple[str, int, Any]] = []
-        self.harms, self.has_ended = 0, False
+        self.harms = 0
+        self.has_ended = False
 
     @initialize(
         runs=st.lists(
@@ -103,7 +104,8 @@ class Schedules(RuleBasedStateMachine):
 
     def check(self) -> None:
         """Check the laws that hold whenever the pool waits."""
-        rounds, idle = self.pool._rounds, {gang for gang, own in self.pool._gangs.items() if not own}
+        rounds = self.pool._rounds
+        idle = {gang for gang, own in self.pool._gangs.items() if not own}
         for queue in self.pool._queues:
             held = {unit for round_ in rounds if round_.queue is queue for unit in round_.units}
             assert queue.unfinished <= held | {*queue.pending}, "a unit is lost"

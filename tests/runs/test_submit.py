@@ -103,7 +103,8 @@ def job_file(folder: Path, models: list[Any], corpus: str = "builtin:pydoc") -> 
 
 def refused(done: subprocess.CompletedProcess[str], *says: str) -> None:
     assert done.returncode == 2, done.stderr
-    assert done.stderr.startswith("Error: ") and "Traceback" not in done.stderr
+    assert done.stderr.startswith("Error: ")
+    assert "Traceback" not in done.stderr
     for part in says:
         assert part in done.stderr
 
@@ -128,7 +129,8 @@ def test_a_submitted_job_gives_the_tables_of_one_by_one(
     job = job_file(tmp_path, [*models, "/absent"], corpus="../mine.txt")
     done = run_avss("jobs", "submit", job, "--follow", "--replicas", "1", env=cluster)
     assert done.returncode == 1, done.stderr
-    assert "3 runs: 2 done, 1 failed." in done.stdout and "There is no folder '/absent'" in done.stdout
+    assert "3 runs: 2 done, 1 failed." in done.stdout
+    assert "There is no folder '/absent'" in done.stdout
     assert re.search(r"\d of 3 runs: .*step-1 done", done.stdout)
     assert_same_as_alone(tmp_path, models, str(text))
     assert {row["status"] for row in Warehouse(tmp_path / "w").runs().to_pylist()} == {"done", "failed"}
@@ -139,12 +141,16 @@ def test_a_submitted_job_gives_the_tables_of_one_by_one(
     job_id = again.stdout.strip()
     assert re.fullmatch(r"avss-job-[0-9a-f]{6}", job_id)
     followed = run_avss("jobs", "logs", job_id, "--follow", env=cluster)
-    assert followed.returncode == 0 and "2 runs: 2 skipped." in followed.stdout
+    assert followed.returncode == 0
+    assert "2 runs: 2 skipped." in followed.stdout
     assert "2 runs: 2 skipped." in run_avss("jobs", "logs", job_id, env=cluster).stdout
     listed = run_avss("jobs", "list", env=cluster).stdout
-    assert listed.count("avss-job-") == 2 and "SUCCEEDED" in listed and "FAILED" in listed
+    assert listed.count("avss-job-") == 2
+    assert "SUCCEEDED" in listed
+    assert "FAILED" in listed
     stopped = run_avss("jobs", "stop", job_id, env=cluster)
-    assert (stopped.returncode, stopped.stdout) == (0, f"{job_id}: it has ended already (succeeded).\n")
+    assert stopped.returncode == 0
+    assert stopped.stdout == f"{job_id}: it has ended already (succeeded).\n"
     refused(run_avss("jobs", "stop", "avss-expired-000000", env=cluster), "has no job 'avss-expired-000000'")
 
 
@@ -174,14 +180,20 @@ def test_a_job_is_stopped_and_goes_on_when_it_is_submitted_again(
     for worker in ray_processes():
         worker.send_signal(signal.SIGSTOP)  # or it may have ended before it is stopped
     stopped = run_avss("jobs", "stop", job_id, env=cluster)
-    assert (stopped.returncode, stopped.stdout) == (0, f"{job_id}: stopped.\n")
+    assert stopped.returncode == 0
+    assert stopped.stdout == f"{job_id}: stopped.\n"
     followed = run_avss("jobs", "logs", job_id, "--follow", env=cluster)
     kept = len(list(partials.rglob("*.parquet")))
-    assert followed.returncode == 1 and "***" not in followed.stdout and "Traceback" not in followed.stdout
+    assert followed.returncode == 1
+    assert "***" not in followed.stdout
+    assert "Traceback" not in followed.stdout
     assert f"Stopped, {kept} of 160 shards are kept; run the same command again to finish." in followed.stdout
-    assert kept >= 3 and not list((tmp_path / "w" / "runs").rglob("*.parquet"))
+    assert kept >= 3
+    assert not list((tmp_path / "w" / "runs").rglob("*.parquet"))
     (run,) = run_job(read_job(job), executor="local")
-    assert (run.status, run.num_shards, run.resumed_shards) == ("done", 160, kept)
+    assert run.status == "done"
+    assert run.num_shards == 160
+    assert run.resumed_shards == kept
 
 
 @pytest.mark.nightly
@@ -282,7 +294,8 @@ def test_a_sweep_gives_the_tables_of_one_by_one_with_two_processes(
     assert len(hired) == 2
     failed = Warehouse(tmp_path / "w").sql("SELECT model, error FROM runs WHERE status = 'failed'").to_pylist()
     errors = {Path(row["model"]).name: row["error"] for row in failed}
-    assert "There is no folder" in errors["absent"] and "are damaged" in errors["broken"]
+    assert "There is no folder" in errors["absent"]
+    assert "are damaged" in errors["broken"]
     order = [(type(event), event.name) for event in events if isinstance(event, (RunReading, RunEnded))]
     assert order.index((RunReading, str(models[1]))) < order.index((RunEnded, str(models[0])))
     again = run_job(read_job(job_file(tmp_path, models)), executor="ray", replicas=2)

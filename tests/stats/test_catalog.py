@@ -22,7 +22,8 @@ def test_every_score_from_activations_is_computed_stored_and_drawn() -> None:
     columns = {column.name: column for column in TABLES["scores"].columns}
     for name in FROM_ACTIVATIONS:
         info = SCORES[name]
-        assert (columns[info.column].meaning, columns[info.column].unit) == (info.definition, info.unit)
+        assert columns[info.column].meaning == info.definition
+        assert columns[info.column].unit == info.unit
         assert info.caption.endswith(".")
         assert f"{name}:layer:log" in page_charts()
 

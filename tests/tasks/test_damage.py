@@ -152,7 +152,8 @@ def test_the_gradients_are_those_of_the_loss(tiny_llama: Path) -> None:
 def test_labels_are_drawn_from_the_prediction() -> None:
     """Of a model that knows two tokens alone."""
     logits = torch.full((1, 100), -30.0)
-    logits[0, 7], logits[0, 50] = np.log(0.25), np.log(0.75)
+    logits[0, 7] = np.log(0.25)
+    logits[0, 50] = np.log(0.75)
     batch = Batch(
         input_ids=np.array([[1, 2]], np.int32),
         attention_mask=np.ones((1, 2), np.bool_),

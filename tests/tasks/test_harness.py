@@ -479,4 +479,5 @@ def test_questions_stand_in_the_chat_template(folder: Path, tmp_path: Path) -> N
     (settings,) = {row["settings"] for row in Warehouse(out).table("evaluations").to_pylist()}
     assert json.loads(settings)["harness_chat_template"] == template
     plain = avss("evaluate", folder, "--tasks", task, *options)
-    assert plain.exit_code == 2 and "has no chat template of its own" in plain.stderr, plain.stderr
+    assert plain.exit_code == 2, plain.stderr
+    assert "has no chat template of its own" in plain.stderr, plain.stderr
