@@ -27,14 +27,19 @@ class Sample:
 
     def __init__(self, pairs: int = 8, offset: float = 0.0, seed: int = 0) -> None:
         rng = np.random.default_rng(seed)
-        self.pair = np.concatenate([np.full(2 + (p % 3 == 1), 10 * p) for p in range(pairs)])
-        self.hallucinated = np.concatenate([[False, True, True][: 2 + (p % 3 == 1)] for p in range(pairs)])
+        pair_of_row: list[int] = []
+        hallucinated: list[bool] = []
+        for pair in range(pairs):
+            rows = 3 if pair % 3 == 1 else 2
+            pair_of_row += [10 * pair] * rows
+            hallucinated += [False, True, True][:rows]
+        self.pair = np.array(pair_of_row)
+        self.hallucinated = np.array(hallucinated)
         self.tokens = rng.integers(3, 9, len(self.pair))
-        scales = 1 + np.arange(LAYERS) + self.hallucinated[:, None]
-        self.x = [
-            [offset + scale * rng.normal(size=(n, UNITS)) for scale in row]
-            for n, row in zip(self.tokens, scales, strict=True)
-        ]
+        self.x: list[list[Float64]] = []
+        for tokens, is_hallucinated in zip(self.tokens, self.hallucinated, strict=True):
+            scales = 1 + np.arange(LAYERS) + is_hallucinated
+            self.x.append([offset + scale * rng.normal(size=(tokens, UNITS)) for scale in scales])
         self.x[3][-1] = np.zeros((0, UNITS))
 
     def answers(self) -> Answers:
@@ -58,15 +63,23 @@ class Sample:
         return Answers(pair=self.pair, hallucinated=self.hallucinated, tokens=self.tokens, stats=stats)
 
     def parts(self, times: Sequence[float], recipe: str) -> tuple[Float64, Float64, Float64]:
-        """Of the activations, each answer repeated."""
-        drawn = [row for row, n in zip(self.x, times, strict=True) for _ in range(int(n))]
-        layers = [[row[layer] for row in drawn if row[layer].size] for layer in range(LAYERS)]
-        if recipe == "pooled":
-            variance = [np.mean([v.mean(axis=0).var(ddof=1) for v in values]) for values in layers]
-        else:
-            variance = [np.concatenate(values).var() for values in layers]
-        near_zero = [sum((np.abs(v) < THRESHOLD).sum() for v in values) for values in layers]
-        return np.array(variance), np.array(near_zero), np.array([sum(v.size for v in values) for values in layers])
+        """Return variance, number near zero and number of the activations by layer, each answer repeated."""
+        drawn: list[list[Float64]] = []
+        for row, repeats in zip(self.x, times, strict=True):
+            drawn += [row] * int(repeats)
+        variance = []
+        near_zero = []
+        count = []
+        for layer in range(LAYERS):
+            answers = [row[layer] for row in drawn if row[layer].size]
+            elements = np.concatenate(answers)
+            if recipe == "pooled":
+                variance.append(np.mean([answer.mean(axis=0).var(ddof=1) for answer in answers]))
+            else:
+                variance.append(elements.var())
+            near_zero.append((np.abs(elements) < THRESHOLD).sum())
+            count.append(elements.size)
+        return np.array(variance), np.array(near_zero), np.array(count)
 
     def deviation(self, times: Sequence[float], labels: Float64, recipe: str) -> Float64:
         """log(AVSS of hallucinated / AVSS of truthful answers), less its median over layers."""
@@ -75,8 +88,8 @@ class Sample:
             variance, near_zero, count = self.parts(np.asarray(times) * side, recipe)
             sparsity = (near_zero + 0.5) / (count + 1)
             scores.append(variance / variance.sum() / (sparsity / sparsity.sum()))
-        found = np.log(scores[0] / scores[1])
-        return found - np.median(found)
+        log_ratios = np.log(scores[0] / scores[1])
+        return log_ratios - np.median(log_ratios)
 
 
 @pytest.fixture(params=["pooled", "element"])
@@ -88,46 +101,46 @@ def recipe(request: pytest.FixtureRequest) -> str:
 def test_parts_are_those_of_the_repeated_activations(recipe: str, offset: float) -> None:
     sample = Sample(offset=offset)
     weights = np.random.default_rng(1).integers(0, 4, (3, len(sample.pair))).astype(np.float64)
-    found = contrast_stats.parts(sample.answers(), weights, recipe)
+    parts_by_weights = contrast_stats.parts(sample.answers(), weights, recipe)
+    tolerance = 1e-6 if offset else 1e-12
     for i, times in enumerate(weights):
-        for part, expected in zip(found, sample.parts(times, recipe), strict=True):
-            assert part[i] == pytest.approx(expected, rel=1e-6 if offset else 1e-12)
+        for part, expected in zip(parts_by_weights, sample.parts(times, recipe), strict=True):
+            assert part[i] == pytest.approx(expected, rel=tolerance)
     sides = contrast_stats.both_sides(sample.answers(), weights, sample.hallucinated.astype(np.float64), recipe)
     for side, labels in zip(sides, (sample.hallucinated, ~sample.hallucinated), strict=True):
         for part, expected in zip(side, sample.parts(weights[0] * labels, recipe), strict=True):
-            assert part[0] == pytest.approx(expected, rel=1e-6 if offset else 1e-12)
+            assert part[0] == pytest.approx(expected, rel=tolerance)
 
 
 def test_an_answer_of_one_element_counts() -> None:
-    values = [np.array([5.0]), np.array([1.0, 2.0, 3.0]), np.zeros(0)]
-    fields = {
-        "count": [v.size for v in values],
-        "mean": [v.mean() if v.size else np.nan for v in values],
-        "m2": [v.size * v.var() if v.size else 0.0 for v in values],
+    stats_of_answers = {
+        "count": np.array([[1.0], [3.0], [0.0]]),
+        "mean": np.array([[5.0], [2.0], [np.nan]]),
+        "m2": np.array([[0.0], [2.0], [0.0]]),
+        "pooled_variance": np.zeros((3, 1)),
+        "near_zero": np.zeros((3, 1)),
     }
-    columns = {name: np.array(column, np.float64)[:, None] for name, column in fields.items()}
-    nothing = dict.fromkeys(("pooled_variance", "near_zero"), np.zeros((3, 1)))
-    numbers = {name: np.arange(3) for name in ("pair", "tokens")}
-    a = Answers(**numbers, stats=columns | nothing, hallucinated=np.zeros(3, bool))
-    assert contrast_stats.parts(a, np.ones((1, 3)), "element")[0] == pytest.approx(
-        np.var([5.0, 1.0, 2.0, 3.0]), rel=1e-12
+    answers = Answers(
+        pair=np.arange(3), tokens=np.arange(3), stats=stats_of_answers, hallucinated=np.zeros(3, dtype=bool)
     )
+    variance = contrast_stats.parts(answers, np.ones((1, 3)), "element")[0]
+    assert variance == pytest.approx(np.var([5.0, 1.0, 2.0, 3.0]), rel=1e-12)
 
 
 def test_deviations_are_log_ratios_of_avss_less_the_median(recipe: str) -> None:
     sample = Sample()
     labels = sample.hallucinated.astype(np.float64)
     ones = np.ones(len(sample.pair))
-    assert contrast_stats.observed(sample.answers(), recipe) == pytest.approx(
-        sample.deviation(ones, labels, recipe), rel=1e-9
-    )
+    expected = sample.deviation(ones, labels, recipe)
+    assert contrast_stats.observed(sample.answers(), recipe) == pytest.approx(expected, rel=1e-9)
     pairs = sample.answers().pairs
     assert pairs.tolist() == [10 * p for p in range(8)]
     weights = bootstrap_weights(8)
     drawn = weights[:, sample.pair // 10]
-    found = contrast_stats.deviation(*contrast_stats.both_sides(sample.answers(), drawn, labels, recipe))
+    sides = contrast_stats.both_sides(sample.answers(), drawn, labels, recipe)
+    deviations = contrast_stats.deviation(*sides)
     for i in (0, 7, 500):
-        assert found[i] == pytest.approx(sample.deviation(drawn[i], labels, recipe), rel=1e-9)
+        assert deviations[i] == pytest.approx(sample.deviation(drawn[i], labels, recipe), rel=1e-9)
 
 
 def test_what_is_not_defined_is_not_a_number(recwarn: pytest.WarningsRecorder) -> None:
@@ -160,9 +173,9 @@ def test_labels_are_exchanged_inside_pairs() -> None:
 
 
 def test_p_values_count_what_is_as_far_away() -> None:
-    found = np.array([1.0, -2.0, 0.5, np.nan])
+    observed = np.array([1.0, -2.0, 0.5, np.nan])
     null = np.array([[1.0, 2.0, 0.1, 1.0], [-3.0, -2.0 * (1 + 1e-14), 0.2, 1.0], [0.5, 1.9, -0.6, 1.0]])
-    assert contrast_stats.p_values(found, null).tolist() == pytest.approx([3 / 4, 3 / 4, 2 / 4, np.nan], nan_ok=True)
+    assert contrast_stats.p_values(observed, null).tolist() == pytest.approx([3 / 4, 3 / 4, 2 / 4, np.nan], nan_ok=True)
     assert [contrast_stats.num_permutations(layers) for layers in (1, 25, 26, 80)] == [1000, 1000, 1040, 3200]
 
 
@@ -173,7 +186,9 @@ def test_the_permutation_test_is_over_exchanged_labels(recipe: str) -> None:
     observed = sample.deviation(ones, sample.hallucinated.astype(np.float64), recipe)
     null = np.array([sample.deviation(ones, row, recipe) for row in np.unique(labels, axis=0)])
     often = np.unique(labels, axis=0, return_counts=True)[1]
-    expected = (1 + ((np.abs(null) >= np.abs(observed) * (1 - 1e-9)) * often[:, None]).sum(axis=0)) / 1001
+    as_far_away = np.abs(null) >= np.abs(observed) * (1 - 1e-9)
+    times_as_far_away = (as_far_away * often[:, None]).sum(axis=0)
+    expected = (1 + times_as_far_away) / 1001
     assert contrast_stats.permutation_p(sample.answers(), recipe, 5) == pytest.approx(expected, abs=1e-9)
 
 
@@ -181,7 +196,8 @@ def test_holms_correction() -> None:
     p = np.array([0.01, np.nan, 0.04, 0.03, 0.005, 0.5, 0.9])
     expected = {}
     largest = 0.0
-    for rank, i in enumerate(sorted((i for i in range(7) if not np.isnan(p[i])), key=lambda i: p[i])):
+    ascending = [4, 0, 3, 2, 5, 6]
+    for rank, i in enumerate(ascending):
         largest = max(largest, p[i] * (6 - rank))
         expected[i] = min(largest, 1.0)
     assert contrast_stats.holm(p).tolist() == pytest.approx([expected.get(i, np.nan) for i in range(7)], nan_ok=True)
@@ -229,7 +245,7 @@ def test_columns_of_layers(recipe: str) -> None:
     whole = contrast_stats.both_sides(answers, ones, labels, recipe)
     again = contrast_stats.both_sides(answers, bootstrap_weights(8)[:, number_of_pair], labels, recipe)
     without = contrast_stats.both_sides(answers, left_out_weights(8)[:, number_of_pair], labels, recipe)
-    found = contrast_stats.contrast_columns(whole, again, without)
+    columns = contrast_stats.contrast_columns(whole, again, without)
     hsav, near_zero, count = sample.parts(labels, recipe)
     variance, truthful_near_zero, truthful_count = sample.parts(1 - labels, recipe)
     hss = (near_zero + 0.5) / (count + 1)
@@ -252,7 +268,7 @@ def test_columns_of_layers(recipe: str) -> None:
         "prone_probability": contrast_stats.prone_probability(contrast_stats.contrast(*again)),
     }
     for name, values in expected.items():
-        assert found[name] == pytest.approx(values, rel=1e-9), name
+        assert columns[name] == pytest.approx(values, rel=1e-9), name
 
 
 def concordance(scores: Float64, positive: Float64, weights: Float64) -> float:

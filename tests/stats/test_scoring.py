@@ -9,6 +9,7 @@ import subprocess
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
@@ -48,9 +49,9 @@ def column(
 ) -> list[Any]:
     """One column over layers."""
     key = {"site": site, "recipe": recipe, "threshold": threshold, "threshold_kind": kind}
-    found = [row[name] for row in rows if key.items() <= row.items()]
-    assert found
-    return found
+    values = [row[name] for row in rows if key.items() <= row.items()]
+    assert values
+    return values
 
 
 def table_of(
@@ -113,12 +114,10 @@ def test_avss_is_of_shares_of_elements_also_where_layers_have_other_numbers() ->
 
 
 def test_one_element_is_enough_for_a_share() -> None:
-    found = avss(np.array([1.0, 3.0]), np.array([1.0, 5.0]), np.array([1.0, 10.0]), smoothed=False)
-    assert found == pytest.approx([0.25 / (1 / 1.5), 0.75 / (0.5 / 1.5)], rel=1e-12)
-    assert np.isnan(avss(np.ones(2), np.array([0.0, 5.0]), np.array([0.0, 10.0]), smoothed=True)).tolist() == [
-        True,
-        False,
-    ]
+    scores_of_layers = avss(np.array([1.0, 3.0]), np.array([1.0, 5.0]), np.array([1.0, 10.0]), smoothed=False)
+    assert scores_of_layers == pytest.approx([0.25 / (1 / 1.5), 0.75 / (0.5 / 1.5)], rel=1e-12)
+    smoothed = avss(np.ones(2), np.array([0.0, 5.0]), np.array([0.0, 10.0]), smoothed=True)
+    assert np.isnan(smoothed).tolist() == [True, False]
 
 
 def test_shares_of_nothing_are_not_a_number_and_no_warning(recwarn: pytest.WarningsRecorder) -> None:
@@ -147,12 +146,20 @@ def test_quality_says_how_many_were_near_zero() -> None:
     assert columns["quality"] == ["zero_sparsity", "noisy_sparsity", "noisy_sparsity", "ok", "ok"]
 
 
+def ranks_of_twenty_ties() -> list[int]:
+    """Return the ranks where a high score and a low one take turns, twenty times."""
+    ranks = []
+    for i in range(20):
+        ranks += [21 + i, 1 + i]
+    return ranks
+
+
 @pytest.mark.parametrize(
     ("scores", "ranks"),
     [
         ([3.0, 1.0, 2.0], [3, 1, 2]),
         ([1.0, 1.0, 0.5, 1.0], [2, 3, 1, 4]),
-        ([1.0, 0.0] * 20, [*(n for i in range(20) for n in (21 + i, 1 + i))]),
+        ([1.0, 0.0] * 20, ranks_of_twenty_ties()),
         ([math.nan, 2.0, math.nan, 1.0], [math.nan, 2, math.nan, 1]),
     ],
     ids=["plain", "ties to the earlier layer", "many ties", "undefined is unranked"],
@@ -177,9 +184,9 @@ def test_the_lowest_quarter_is_rounded_half_to_even_and_never_nothing() -> None:
 @pytest.mark.parametrize("recipe", MEASURES)
 def test_normalized_scores_sum_to_one_and_cumulate(recipe: str) -> None:
     rows = score_run(merge_stats(stats_of(activations())), LAYERS)
-    scores, normalized, cumulative = (
-        np.array(column(rows, name, recipe)) for name in ("avss", "avss_normalized", "avss_cumulative")
-    )
+    scores = np.array(column(rows, "avss", recipe))
+    normalized = np.array(column(rows, "avss_normalized", recipe))
+    cumulative = np.array(column(rows, "avss_cumulative", recipe))
     np.testing.assert_allclose(normalized, scores / scores.sum(), rtol=1e-12)
     np.testing.assert_allclose(cumulative, [normalized[: i + 1].sum() for i in range(4)], rtol=1e-12)
     assert cumulative[-1] == pytest.approx(1.0, rel=1e-12)
@@ -191,9 +198,12 @@ def test_one_row_for_each_layer_site_recipe_and_threshold() -> None:
     rows = score_run(merged, LAYERS)
     thresholds = [(t, "absolute") for t in GRID] + [(t, "rms") for t in RELATIVE_THRESHOLDS]
     recipes = [("block", "pooled"), ("block", "element"), ("block", "unit"), ("mlp", "pooled"), ("mlp", "element")]
-    want = [(i, site, recipe, *t) for site, recipe in recipes for t in thresholds for i in range(4)]
-    got = [tuple(row[n] for n in ("layer", "site", "recipe", "threshold", "threshold_kind")) for row in rows]
-    assert sorted(got) == sorted(want)
+    want = []
+    for site, recipe in recipes:
+        for threshold, kind in thresholds:
+            want += [(layer, site, recipe, threshold, kind) for layer in range(4)]
+    place = itemgetter("layer", "site", "recipe", "threshold", "threshold_kind")
+    assert sorted(place(row) for row in rows) == sorted(want)
     assert [row["depth"] for row in rows[:4]] == [0.125, 0.375, 0.625, 0.875]
     assert [row["layer_name"] for row in rows[:4]] == list(LAYERS)
     schema = pa.schema([field for field in SCHEMAS["scores"] if field.name not in IDENTITY])
@@ -205,10 +215,14 @@ def test_one_row_for_each_layer_site_recipe_and_threshold() -> None:
 
 @pytest.mark.parametrize("multiple", RELATIVE_THRESHOLDS)
 def test_relative_thresholds_count_within_a_percent(multiple: float) -> None:
-    x = np.random.default_rng(0).normal(0.5, 1.0, (1, 3, 16, 128, 128)) * np.array([0.01, 1, 300])[:, None, None, None]
+    scales = np.array([0.01, 1, 300])[:, None, None, None]
+    x = np.random.default_rng(0).normal(0.5, 1.0, (1, 3, 16, 128, 128)) * scales
     x = x.astype(np.float32).astype(np.float64)
     rows = score_run(stats_of(x)[0], LAYERS[:3])
-    direct = [(np.abs(v) < multiple * np.sqrt((v**2).mean())).mean() for v in x[0]]
+    direct = []
+    for layer in x[0]:
+        rms = np.sqrt((layer**2).mean())
+        direct.append((np.abs(layer) < multiple * rms).mean())
     assert column(rows, "sparsity", threshold=multiple, kind="rms") == pytest.approx(direct, rel=0.01)
 
 
@@ -234,20 +248,31 @@ def test_intervals_equal_merging_the_shards_again(monkeypatch: pytest.MonkeyPatc
     assert (table.weights.sum(1) == [8] * 6 + [7] * 8).all()
     threshold = Threshold(value=1e-1, kind="absolute")
     columns = table.score(recipe, threshold)
-    drawn = [[s for s, times in enumerate(weights) for _ in range(int(times))] for weights in table.weights]
-    merged = [SiteTable(list(merge_stats(shards[s] for s in sample).values())) for sample in drawn]
-    found = np.array([m.score(recipe, threshold)["avss_smoothed"] for m in merged])
-    low, high = jackknife_interval(columns["avss_smoothed"], found[6:], scale="log")
+    scores_of_draws = []
+    for weights in table.weights:
+        drawn: list[Mapping[LayerKey, LayerStats]] = []
+        for shard, times in zip(shards, weights, strict=True):
+            drawn += [shard] * int(times)
+        merged = SiteTable(list(merge_stats(drawn).values()))
+        scores_of_draws.append(merged.score(recipe, threshold)["avss_smoothed"])
+    scores_of_merged = np.array(scores_of_draws)
+    low, high = jackknife_interval(columns["avss_smoothed"], scores_of_merged[6:], scale="log")
     if recipe != "unit":
-        low, high = (np.where(np.array(columns["near_zero_count"]) >= 5, ends, np.nan) for ends in (low, high))
+        enough = np.array(columns["near_zero_count"]) >= 5
+        low = np.where(enough, low, np.nan)
+        high = np.where(enough, high, np.nan)
     np.testing.assert_allclose(columns["avss_low"], low, rtol=1e-7)
     np.testing.assert_allclose(columns["avss_high"], high, rtol=1e-7)
-    lowest = [(found[:6].argmin(1) == layer).mean() for layer in range(4)]
+    lowest = [(scores_of_merged[:6].argmin(1) == layer).mean() for layer in range(4)]
     assert columns["lowest_set_probability"] == pytest.approx(lowest)
 
 
 def without_place(rows: Rows, layer: int) -> list[dict[str, Any]]:
-    return [{k: v for k, v in row.items() if k not in PLACE} for row in rows if row["layer"] == layer]
+    rest_of_rows = []
+    for row in rows:
+        if row["layer"] == layer:
+            rest_of_rows.append({name: value for name, value in row.items() if name not in PLACE})
+    return rest_of_rows
 
 
 def test_a_site_that_only_some_layers_have_is_scored_over_those() -> None:
@@ -266,12 +291,16 @@ def test_a_site_that_only_some_layers_have_is_scored_over_those() -> None:
 def test_a_layer_that_some_shards_lack_counts_in_the_others() -> None:
     shards: list[Mapping[LayerKey, LayerStats]] = list(stats_of(activations(6, shards=12)))
     zero = LayerStats.zero(GRID)
-    holes = [{k: s for k, s in shard.items() if k[0] != 2 or i % 2} for i, shard in enumerate(shards)]
-    zeros = [{k: s if k[0] != 2 or i % 2 else zero for k, s in shard.items()} for i, shard in enumerate(shards)]
+    holes = [dict(shard) for shard in shards]
+    zeros = [dict(shard) for shard in shards]
+    for even in range(0, 12, 2):
+        del holes[even][2, "block"]
+        zeros[even][2, "block"] = zero
     merged = merge_stats(holes)
     rows = score_run(merged, LAYERS, holes)
     assert repr(rows) == repr(score_run(merged, LAYERS, zeros))
-    assert np.isfinite([[row["avss_low"], row["avss_high"]] for row in rows if row["threshold"] == 1e-1]).all()
+    intervals_of_rows = [(row["avss_low"], row["avss_high"]) for row in rows if row["threshold"] == 1e-1]
+    assert np.isfinite(intervals_of_rows).all()
 
 
 def empty_layer(kind: str) -> LayerStats:
@@ -290,9 +319,9 @@ def test_an_empty_layer_is_unscored_and_leaves_the_others_alone(kind: str, recip
     want = score_run(merge_stats(alone), LAYERS[:3], alone)
     rows = score_run(merge_stats(beside), LAYERS, beside)
     assert list(dict.fromkeys(row["recipe"] for row in rows)) == recipes
-    kept = set(want[0]) - PLACE - {"lowest_set_probability"}
+    unchanged = set(want[0]) - PLACE - {"lowest_set_probability"}
     for recipe in recipes:
-        for name in kept:
+        for name in unchanged:
             *others, empty = column(rows, name, recipe)
             assert repr(others) == repr(column(want, name, recipe)), (recipe, name)
             if name.startswith(("avss", "na")):
@@ -367,7 +396,9 @@ def test_rivals_are_undefined_without_their_site_or_what_they_divide_by(change: 
 def test_whatever_the_counts_columns_are_finite_or_nan_and_ranks_a_permutation(layers: list[tuple[int, float]]) -> None:
     near_zero, variance = zip(*layers, strict=True)
     columns = table_of(near_zero, 200, variance).score("element", PUBLISHED)
-    assert not any(math.isinf(v) for name, values in columns.items() if name.startswith("avss") for v in values)
+    for name, values in columns.items():
+        if name.startswith("avss"):
+            assert not any(math.isinf(value) for value in values)
     ranked = sorted(rank for rank in columns["rank"] if rank is not None)
     assert ranked == list(range(1, len(ranked) + 1))
 
