@@ -31,30 +31,30 @@ from avss_dist.tasks.map_damage import RoundedLosses, RoundingDamage
 from avss_dist.tasks.task import MetricRow
 from avss_dist.tasks.text_loss import TextLoss
 
-Found = dict[tuple[Any, ...], MetricRow]
-Seen = tuple[LanguageModel, Found, list[Batch]]
+RowsByMetric = dict[tuple[Any, ...], MetricRow]
+Seen = tuple[LanguageModel, RowsByMetric, list[Batch]]
 
 
-def by_metric(rows: list[MetricRow]) -> Found:
+def by_metric(rows: list[MetricRow]) -> RowsByMetric:
     return {(row.metric, row.layer, row.removed): row for row in rows}
 
 
 def traced(model: LanguageModel, batch: Batch) -> tuple[torch.Tensor, list[torch.Tensor]]:
     """What the head is given, and the hidden states before the first layer and after each, with autograd's graph."""
-    found: list[torch.Tensor] = []
+    states: list[torch.Tensor] = []
 
     def enter(module: Any, args: Any, kwargs: Any) -> None:
-        found.append(input_tensor(args, kwargs))
+        states.append(input_tensor(args, kwargs))
 
     def leave(module: Any, args: Any, output: Any) -> None:
-        found.append(first_tensor(output))
+        states.append(first_tensor(output))
 
     hooks = [model.layers[0].module.register_forward_pre_hook(enter, with_kwargs=True)]
     hooks += [layer.module.register_forward_hook(leave) for layer in model.layers]
     last = model.hidden_states(batch)
     for hook in hooks:
         hook.remove()
-    return last, found
+    return last, states
 
 
 @pytest.fixture(scope="module", params=[0, 4], ids=["every token", "skipped tokens"])
@@ -62,21 +62,21 @@ def seen(request: pytest.FixtureRequest, tiny_llama: Path) -> Seen:
     """What damage says of rows in batches of two, and the same rows one by one."""
     model = opened(tiny_llama, dtype="float32")
     shard = random_shard(skip=request.param)
-    found = by_metric(Damage(shard=shard, lookahead=1, draws=3, seed=5)(model))
-    return model, found, list(shard.batches(1))
+    rows = by_metric(Damage(shard=shard, lookahead=1, draws=3, seed=5)(model))
+    return model, rows, list(shard.batches(1))
 
 
 def without(model: LanguageModel, batch: Batch) -> dict[int, list[torch.Tensor]]:
-    found = {}
+    states = {}
     for layer in range(3):
         with model.without((layer,)):
-            found[layer] = traced(model, batch)[1]
-    return found
+            states[layer] = traced(model, batch)[1]
+    return states
 
 
 @torch.no_grad()
 def test_distances_are_those_of_passes_without_a_layer(seen: Seen) -> None:
-    model, found, batches = seen
+    model, rows, batches = seen
     for row, batch in enumerate(batches):
         observed = torch.from_numpy(batch.observed[0])
         whole = traced(model, batch)[1]
@@ -86,32 +86,35 @@ def test_distances_are_those_of_passes_without_a_layer(seen: Seen) -> None:
                 at = min(layer + m, 2) + 1
                 x = whole[at][0]
                 other = changed[layer][at][0]
-                relative = (other - x).norm(dim=-1) / x.norm(dim=-1)
-                cosine = 1 - torch.cosine_similarity(other, x, dim=-1)
-                for metric, values in {f"propagated_{m}": relative, f"propagated_cosine_{m}": cosine}.items():
-                    one = found[metric, layer, None]
-                    assert one.samples[row] == pytest.approx(values[observed].sum().item(), rel=1e-3)
-                    assert one.weights[row] == observed.sum()
+                distances = {
+                    f"propagated_{m}": (other - x).norm(dim=-1) / x.norm(dim=-1),
+                    f"propagated_cosine_{m}": 1 - torch.cosine_similarity(other, x, dim=-1),
+                }
+                for metric, values in distances.items():
+                    measured = rows[metric, layer, None]
+                    assert measured.samples[row] == pytest.approx(values[observed].sum().item(), rel=1e-3)
+                    assert measured.weights[row] == observed.sum()
 
 
 @torch.no_grad()
 def test_blocks_are_all_that_layers_can_form(seen: Seen) -> None:
-    model, found, batches = seen
-    blocks = [key for key in found if key[0] == "block_distance"]
+    model, rows, batches = seen
+    blocks = [key for key in rows if key[0] == "block_distance"]
     assert len(blocks) == 6
     for row, batch in enumerate(batches):
         whole = traced(model, batch)[1]
         observed = torch.from_numpy(batch.observed[0])
         for start, end in combinations(range(4), 2):
             cosine = torch.cosine_similarity(whole[start][0], whole[end][0], dim=-1)[observed].double()
-            key = start, tuple(range(start, end))
-            assert found["block_cosine", *key].samples[row] == pytest.approx((1 - cosine).sum().item(), abs=1e-4)
-            distance = (cosine.arccos() / torch.pi).sum().item()
-            assert found["block_distance", *key].samples[row] == pytest.approx(distance, rel=1e-3)
+            cosine_distance = (1 - cosine).sum().item()
+            angle = (cosine.arccos() / torch.pi).sum().item()
+            block = tuple(range(start, end))
+            assert rows["block_cosine", start, block].samples[row] == pytest.approx(cosine_distance, abs=1e-4)
+            assert rows["block_distance", start, block].samples[row] == pytest.approx(angle, rel=1e-3)
 
 
 def test_projections_are_those_of_autograd(seen: Seen) -> None:
-    model, found, batches = seen
+    model, rows, batches = seen
     for row, batch in enumerate(batches):
         with torch.no_grad():
             changed = without(model, batch)
@@ -121,7 +124,8 @@ def test_projections_are_those_of_autograd(seen: Seen) -> None:
         for layer in range(3):
             for m in (0, 1):
                 at = min(layer + m, 2) + 1
-                products = [(of[at] * (changed[layer][at] - whole[at]))[0].sum(dim=-1).double() for of in gradients]
+                change = changed[layer][at] - whole[at]
+                products = [(gradient[at] * change)[0].sum(dim=-1).double() for gradient in gradients]
                 second = sum(product.square().sum().item() for product in products[1:]) / 6
                 expected = {
                     "taylor": products[0].abs().sum().item(),
@@ -131,9 +135,9 @@ def test_projections_are_those_of_autograd(seen: Seen) -> None:
                 }
                 size = expected["taylor"]
                 for metric, value in expected.items():
-                    one = found[f"{metric}_{m}", layer, None]
-                    assert one.samples[row] == pytest.approx(value, rel=1e-3, abs=1e-3 * size)
-                    assert one.weights[row] == predicted(batch).sum()
+                    measured = rows[f"{metric}_{m}", layer, None]
+                    assert measured.samples[row] == pytest.approx(value, rel=1e-3, abs=1e-3 * size)
+                    assert measured.weights[row] == predicted(batch).sum()
 
 
 def test_the_gradients_are_those_of_the_loss(tiny_llama: Path) -> None:
@@ -169,9 +173,9 @@ def test_draws_depend_on_the_row_and_the_seed_alone() -> None:
     shard = random_shard()
     alone = [uniform_numbers(batch, 2, 9) for batch in shard.batches(1)]
     (together,) = [uniform_numbers(batch, 2, 9) for batch in shard.batches(5)]
-    for row, one in enumerate(alone):
-        assert np.array_equal(together[:, row, : one.shape[2]], one[:, 0])
-        assert not together[:, row, one.shape[2] :].any()
+    for row, numbers in enumerate(alone):
+        assert np.array_equal(together[:, row, : numbers.shape[2]], numbers[:, 0])
+        assert not together[:, row, numbers.shape[2] :].any()
     assert not np.array_equal(together, uniform_numbers(next(shard.batches(5)), 2, 10))
     assert not np.array_equal(together[0], together[1])
 
@@ -180,16 +184,16 @@ def test_layers_that_are_left_out_take_no_part(tiny_llama: Path) -> None:
     model = opened(tiny_llama, dtype="float32")
     shard = random_shard()
     assert {row.layer for row in Gradients(shard)(model, NO_INTERVENTION.without(1))} == {0, 2}
-    found = by_metric(Damage(shard=shard, lookahead=1, draws=1)(model, NO_INTERVENTION.without(1)))
-    assert {layer for _, layer, _ in found} == {0, 2}
-    assert {block for metric, _, block in found if metric == "block_distance"} == {(0,), (2,), (0, 2)}
+    rows = by_metric(Damage(shard=shard, lookahead=1, draws=1)(model, NO_INTERVENTION.without(1)))
+    assert {layer for _, layer, _ in rows} == {0, 2}
+    assert {block for metric, _, block in rows if metric == "block_distance"} == {(0,), (2,), (0, 2)}
     (batch, *_) = shard.batches(2)
     with torch.no_grad(), model.without((1,)):
         whole = traced(model, batch)[1]
         with model.without((0,)):
             changed = traced(model, batch)[1]
     relative = (changed[3] - whole[3]).norm(dim=-1) / whole[3].norm(dim=-1)
-    assert found["propagated_1", 0, None].samples[:2] == pytest.approx(relative.sum(dim=1).tolist(), rel=1e-3)
+    assert rows["propagated_1", 0, None].samples[:2] == pytest.approx(relative.sum(dim=1).tolist(), rel=1e-3)
 
 
 def test_the_prediction_is_the_loss_of_a_small_change(tiny_llama: Path) -> None:
@@ -200,16 +204,17 @@ def test_the_prediction_is_the_loss_of_a_small_change(tiny_llama: Path) -> None:
     with torch.no_grad():
         layer.self_attn.o_proj.weight.mul_(1e-2)
         layer.mlp.down_proj.weight.mul_(1e-2)
-    found = by_metric(Damage(shard=shard, draws=4)(model))
-    whole, left_out = (TextLoss(shard)(model, NO_INTERVENTION.without(*drop))[0].samples for drop in ((), (1,)))
-    predicted_nats = found["predicted_0", 1, None].samples
+    rows = by_metric(Damage(shard=shard, draws=4)(model))
+    whole = TextLoss(shard)(model)[0].samples
+    left_out = TextLoss(shard)(model, NO_INTERVENTION.without(1))[0].samples
+    predicted_nats = rows["predicted_0", 1, None].samples
     assert predicted_nats.sum() == pytest.approx((left_out - whole).sum(), rel=0.1, abs=1e-4)
 
 
 def test_the_estimate_is_that_of_plain_autograd(tiny_llama: Path) -> None:
     model = opened(tiny_llama)
     shard = random_shard()
-    found = by_metric(Gradients(shard)(model))
+    rows = by_metric(Gradients(shard)(model))
     for row, batch in enumerate(shard.batches(1)):
         last, states = traced(model, batch)
         logits = model.module.lm_head(last)[0, :-1]
@@ -219,26 +224,27 @@ def test_the_estimate_is_that_of_plain_autograd(tiny_llama: Path) -> None:
         for layer, gradient in enumerate(gradients):
             update = states[layer + 1] - states[layer]
             expected = (gradient * update).sum(dim=-1).abs().sum().item()
-            assert found["taylor", layer, None].samples[row] == pytest.approx(expected, rel=1e-4)
-            assert found["taylor", layer, None].weights[row] == len(labels)
+            assert rows["taylor", layer, None].samples[row] == pytest.approx(expected, rel=1e-4)
+            assert rows["taylor", layer, None].weights[row] == len(labels)
 
 
 def test_norms_are_those_of_the_mean_loss(tiny_llama: Path) -> None:
     model = opened(tiny_llama)
     shard = random_shard(rows=2)
-    found = by_metric(Gradients(shard)(model))
+    rows = by_metric(Gradients(shard)(model))
     ids = torch.from_numpy(shard.input_ids).long()
     model.module(input_ids=ids, labels=ids).loss.backward()
     for layer in model.layers:
         weights = [weight for weight in layer.module.parameters() if weight.dim() == 2]
         gradients = [weight.grad for weight in weights if weight.grad is not None]
         assert len(gradients) == len(weights) == len(matrices(layer.module)) == 7
-        for metric, values in {
+        norms = {
             "gradient_l1": [gradient.abs().sum() for gradient in gradients],
             "gradient_l2": [gradient.square().sum().sqrt() for gradient in gradients],
             "weight_frobenius": [torch.linalg.matrix_norm(weight) for weight in weights],
-        }.items():
-            row = found[metric, layer.index, None]
+        }
+        for metric, values in norms.items():
+            row = rows[metric, layer.index, None]
             assert row.samples == pytest.approx([sum(value.item() for value in values)], rel=1e-4)
             assert row.weights.tolist() == [1]
 
@@ -271,7 +277,8 @@ def assert_no_trace(model: LanguageModel, required: dict[str, bool], weights: di
     for module in model.module.modules():
         assert not module._forward_hooks
         assert not module._forward_pre_hooks
-        assert module is model.module.get_output_embeddings() or "forward" not in vars(module)
+        if module is not model.module.get_output_embeddings():
+            assert "forward" not in vars(module)
 
 
 @pytest.mark.parametrize("name", FAMILIES)
@@ -286,11 +293,12 @@ def test_any_family_and_no_trace(name: str, save_checkpoint: Callable[[Any, Path
     blocks = layers * (layers + 1) // 2
     rounded = [layer for layer in model.layers if layer.projections]
     places = len(rounded) + sum(len(layer.projections) for layer in rounded)
-    for measure, number in (
+    measures_and_rows = (
         (Damage(shard=shard, lookahead=2, draws=1), layers * 3 * 6 + 2 * blocks),
         (Gradients(shard), 4 * layers),
         (RoundedLosses(shard, "int4"), 1 + len(rounded)),
-    ):
+    )
+    for measure, number in measures_and_rows:
         rows = measure(model)
         assert len(rows) == number
         assert all(np.isfinite(row.samples).all() for row in rows)

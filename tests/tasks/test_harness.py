@@ -139,20 +139,29 @@ def likelihood(model: LanguageModel, prompt: str, answer: str) -> float:
 
 def test_samples_of_multiple_choice_are_those_of_plain_transformers(whole: LanguageModel, tmp_path: Path) -> None:
     rows = ask(write_task(tmp_path, CHOICE, QUESTIONS), whole)
-    found = [likelihoods(whole, document) for document in QUESTIONS]
-    answers = [document["answer"] for document in QUESTIONS]
-    lengths = [np.array([len(choice) for choice in document["choices"]]) for document in QUESTIONS]
-    right = [float(np.argmax(f) == a) for f, a in zip(found, answers, strict=True)]
-    right_for_length = [float(np.argmax(f / n) == a) for f, n, a in zip(found, lengths, answers, strict=True)]
+    right = []
+    right_for_length = []
+    chances = []
+    squares = []
+    for document in QUESTIONS:
+        choices = document["choices"]
+        answer = document["answer"]
+        scores = likelihoods(whole, document)
+        lengths = np.array([len(choice) for choice in choices])
+        shares = np.exp(scores - scores.max())
+        shares /= shares.sum()
+        right.append(float(np.argmax(scores) == answer))
+        right_for_length.append(float(np.argmax(scores / lengths) == answer))
+        chances.append(1 / len(choices))
+        squares.append(np.square(np.eye(4)[answer] - shares).sum())
     assert list(rows) == ["acc", "acc_norm", "brier_score", "chance"]
-    assert rows["chance"].samples.tolist() == [1 / len(choices) for choices in (q["choices"] for q in QUESTIONS)]
+    assert rows["chance"].samples.tolist() == chances
     assert rows["acc"].samples.tolist() == right
     assert 0 < sum(right) < len(right)
     assert rows["acc_norm"].samples.tolist() == right_for_length
     assert rows["acc"].weights.tolist() == [1.0] * len(QUESTIONS)
-    shares = [np.exp(f - f.max()) / np.exp(f - f.max()).sum() for f in found]
-    brier = np.mean([np.square(np.eye(4)[a] - s).sum() for s, a in zip(shares, answers, strict=True)])
-    assert rows["brier_score"].samples == pytest.approx([brier], rel=1e-5)  # of all documents: one sample
+    # The Brier score is of all documents: one sample.
+    assert rows["brier_score"].samples == pytest.approx([np.mean(squares)], rel=1e-5)
 
 
 def test_layers_left_out_are_those_that_a_pruned_checkpoint_lacks(
@@ -189,7 +198,8 @@ def test_a_limit_asks_the_first_questions_and_examples_are_the_same_each_time(
     none = ask(task, whole)
     limited = ask(task, whole, limit=5)
     assert np.array_equal(limited["acc"].samples, none["acc"].samples[:5])
-    two, again = (ask(task, whole, num_fewshot=2)["brier_score"].samples for _ in range(2))
+    two = ask(task, whole, num_fewshot=2)["brier_score"].samples
+    again = ask(task, whole, num_fewshot=2)["brier_score"].samples
     assert none["brier_score"].samples != two
     assert two == again
 
@@ -233,10 +243,11 @@ def test_a_group_has_rows_of_its_own_and_of_its_tasks(
     catalogue = TaskManager(include_path=str(tmp_path / "tasks"), include_defaults=False)
     monkeypatch.setattr(harness, "_catalogue", lambda: catalogue)
     rows = {metric: row.samples.tolist() for metric, row in ask(Path("all"), whole).items()}
-    assert set(rows) == {
-        *(f"{task}/{metric}" for task in ("one", "two") for metric in ("acc", "acc_norm", "brier_score", "chance")),
-        *("three/exact_match,strict", "acc"),
-    }
+    metrics_of_choice = ("acc", "acc_norm", "brier_score", "chance")
+    expected = {"three/exact_match,strict", "acc"}
+    expected |= {f"one/{metric}" for metric in metrics_of_choice}
+    expected |= {f"two/{metric}" for metric in metrics_of_choice}
+    assert set(rows) == expected
     assert rows["acc"] == rows["one/acc"] + rows["two/acc"]
     assert rows["acc"] == ask(write_task(tmp_path, CHOICE, QUESTIONS), whole)["acc"].samples.tolist()
 
@@ -247,33 +258,34 @@ def test_what_was_asked_is_not_asked_again(folder: Path, tmp_path: Path, monkeyp
     Plan(model=str(folder), revision=None, num_layers=3, layers="layers", drop=DROP, why={}).write(plan)
     options: dict[str, Any] = {"tasks": [task], "warehouse": tmp_path / "w", "sequence_length": 64, "limit": 8}
     evaluations = evaluate([str(plan)], **options)
-    found = {one.result.metric: one for one in evaluations}
-    chance, whole = (found[metric].whole for metric in ("chance", "acc_norm"))
+    evaluation_of = {evaluation.result.metric: evaluation for evaluation in evaluations}
+    chance = evaluation_of["chance"].whole
+    whole = evaluation_of["acc_norm"].whole
     assert chance is not None
     assert whole is not None
     assert evaluations.findings == (
         f"{task}: a guess keeps {chance.value / whole.value:.1%} of the acc_norm of {folder}.",
     )
-    worse, before, after = found["brier_score"].retained, *brier_scores(tmp_path / "w")
+    worse = evaluation_of["brier_score"].retained
+    before, after = brier_scores(tmp_path / "w")
     assert worse is not None
     assert worse.value == pytest.approx(before / after)  # less is better
-    assert len(found["acc"].result.samples) == 8
+    assert len(evaluation_of["acc"].result.samples) == 8
 
     def refuse(*_: object) -> None:
         raise AssertionError("asked again")
 
     monkeypatch.setattr(HarnessPart, "__call__", refuse)
-    again = {one.result.metric: one for one in evaluate([str(plan)], **options)}
-    assert {metric: one.result.value for metric, one in again.items()} == {
-        metric: one.result.value for metric, one in found.items()
-    }
+    again = evaluate([str(plan)], **options)
+    values = {metric: evaluation.result.value for metric, evaluation in evaluation_of.items()}
+    assert {evaluation.result.metric: evaluation.result.value for evaluation in again} == values
 
 
 def brier_scores(warehouse: Path) -> tuple[float, float]:
     rows = Warehouse(warehouse).table("evaluations").to_pylist()
     assert {json.loads(row["settings"])["limit"] for row in rows} == {8}
-    found = {len(row["drop"]): row["value"] for row in rows if row["metric"] == "brier_score"}
-    return found[0], found[1]
+    score_by_number_removed = {len(row["drop"]): row["value"] for row in rows if row["metric"] == "brier_score"}
+    return score_by_number_removed[0], score_by_number_removed[1]
 
 
 @pytest.mark.nightly
@@ -427,8 +439,8 @@ def test_data_files_that_are_broken(text: str, told: str, tmp_path: Path) -> Non
 @pytest.mark.parametrize("tag", ["!function", "!%66unction"])
 def test_functions_run_only_where_they_are_trusted(tag: str, whole: LanguageModel, tmp_path: Path) -> None:
     task = write_task(tmp_path, CHOICE, QUESTIONS)
-    kept = {key: value for key, value in CHOICE.items() if key not in ("task", "metric_list", "dataset_kwargs")}
-    (tmp_path / "base.yaml").write_text(yaml.safe_dump(kept) + f"process_results: {tag} odd.long_answer\n")
+    base = {key: value for key, value in CHOICE.items() if key not in ("task", "metric_list", "dataset_kwargs")}
+    (tmp_path / "base.yaml").write_text(yaml.safe_dump(base) + f"process_results: {tag} odd.long_answer\n")
     data = {"data_files": {"test": str(tmp_path / "questions.jsonl")}}
     metrics = [{"metric": "long", "aggregation": "mean", "higher_is_better": True}]
     task.write_text(
@@ -465,13 +477,13 @@ def test_questions_stand_in_the_chat_template(folder: Path, tmp_path: Path) -> N
     model = open_model(chatty)
     task = write_task(tmp_path / "task", CHOICE, QUESTIONS[:4], fewshot_split="test")
     template = hashlib.sha256(tokenizer.chat_template.encode()).hexdigest()
-    found = ask(task, model, template=template)["acc"].samples
+    correct = ask(task, model, template=template)["acc"].samples
     right = []
     for document in QUESTIONS[:4]:
         prompt = f"2024[user]Question: {document['question']}\nAnswer:[assistant]"
         scores = [likelihood(model, prompt, choice) for choice in document["choices"]]
         right.append(float(np.argmax(scores) == document["answer"]))
-    assert found.tolist() == right
+    assert correct.tolist() == right
     out = tmp_path / "w"
     options = ["--chat-template", "--sequence-length", 64, "--executor", "local", "-w", out]
     done = avss("evaluate", chatty, "--tasks", task, *options)

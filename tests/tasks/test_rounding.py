@@ -26,8 +26,8 @@ from avss_dist.tasks.task import MetricRow
 from avss_dist.tasks.text_loss import TextLoss
 
 Save = Callable[[Any, Path], Path]
-Found = dict[tuple[str, str | None], MetricRow]
-Seen = tuple[LanguageModel, Found, list[Batch]]
+RowsByPlace = dict[tuple[str, str | None], MetricRow]
+Seen = tuple[LanguageModel, RowsByPlace, list[Batch]]
 DRAWS = 3
 SEED = 5
 
@@ -46,12 +46,15 @@ def grouped(tmp_path_factory: pytest.TempPathFactory, save_checkpoint: Save) -> 
     )
 
 
-def by_place(rows: list[MetricRow]) -> Found:
+def by_place(rows: list[MetricRow]) -> RowsByPlace:
     return {(row.metric, row.rounding): row for row in rows}
 
 
 def maps_of(model: LanguageModel) -> list[tuple[int, str, Any]]:
-    return [(layer.index, maps.path, maps.module) for layer in model.layers for maps in layer.projections]
+    maps = []
+    for layer in model.layers:
+        maps += [(layer.index, projection.path, projection.module) for projection in layer.projections]
+    return maps
 
 
 @pytest.fixture(scope="module", params=[0, 4], ids=["every token", "skipped tokens"])
@@ -84,44 +87,45 @@ def products(model: LanguageModel, batch: Batch, name: str) -> dict[tuple[int, s
         handle.remove()
     chosen = torch.from_numpy(predicted(batch)[0])
     labels = torch.from_numpy(batch.input_ids[0, 1:]).long()[chosen]
-    drawn = draw_labels(
-        logits.detach()[chosen].float(), torch.from_numpy(uniform_numbers(batch, DRAWS, SEED)[:, predicted(batch)])
-    )
-    found: dict[tuple[int, str], list[torch.Tensor]] = {key: [] for key in zeros}
-    for of_labels in (labels, *drawn):
-        loss = cross_entropy(logits[chosen].float(), of_labels, reduction="sum")
+    uniform = torch.from_numpy(uniform_numbers(batch, DRAWS, SEED)[:, predicted(batch)])
+    drawn = draw_labels(logits.detach()[chosen].float(), uniform)
+    products_by_map: dict[tuple[int, str], list[torch.Tensor]] = {key: [] for key in zeros}
+    for targets in (labels, *drawn):
+        loss = cross_entropy(logits[chosen].float(), targets, reduction="sum")
         gradients = torch.autograd.grad(loss, list(zeros.values()), retain_graph=True)
         for key, gradient in zip(zeros, gradients, strict=True):
-            found[key].append((gradient[0] * changes[key]).sum(-1))
-    return {key: torch.stack(values) for key, values in found.items()}
+            products_by_map[key].append((gradient[0] * changes[key]).sum(-1))
+    return {key: torch.stack(values) for key, values in products_by_map.items()}
 
 
 @pytest.mark.parametrize("name", ["int4", "q4_0"])
 def test_orders_are_those_of_autograd_token_by_token(name: str, seen: Seen) -> None:
-    model, found, batches = seen
+    model, rows, batches = seen
     for row, batch in enumerate(batches):
         by_map = products(model, batch, name)
         for (layer, path), values in by_map.items():
             key = str(RoundedPlace(layer=layer, path=path, format=name))
             first = values[0].sum().item()
             second = values[1:].square().sum().item() / (2 * DRAWS)
-            assert found["first_order", key].samples[row] == pytest.approx(first, rel=1e-3, abs=1e-5)
-            assert found["second_order", key].samples[row] == pytest.approx(second, rel=1e-3)
-            assert found["predicted", key].samples[row] == pytest.approx(first + second, rel=1e-3, abs=1e-5)
+            assert rows["first_order", key].samples[row] == pytest.approx(first, rel=1e-3, abs=1e-5)
+            assert rows["second_order", key].samples[row] == pytest.approx(second, rel=1e-3)
+            assert rows["predicted", key].samples[row] == pytest.approx(first + second, rel=1e-3, abs=1e-5)
         for layer in range(3):
-            of_layer = [values for (at, _), values in by_map.items() if at == layer]
-            assert len(of_layer) == 7
+            products_of_layer = [values for (at, _), values in by_map.items() if at == layer]
+            assert len(products_of_layer) == 7
             key = f"{name}@{layer}"
-            first = sum(values[0].sum().item() for values in of_layer)
-            apart = sum(values[1:].square().sum().item() for values in of_layer) / (2 * DRAWS)
-            assert found["first_order", key].samples[row] == pytest.approx(first, rel=1e-3, abs=1e-5)
-            assert found["second_order", key].samples[row] == pytest.approx(apart, rel=1e-3)
+            first = sum(values[0].sum().item() for values in products_of_layer)
+            apart = sum(values[1:].square().sum().item() for values in products_of_layer) / (2 * DRAWS)
+            assert rows["first_order", key].samples[row] == pytest.approx(first, rel=1e-3, abs=1e-5)
+            assert rows["second_order", key].samples[row] == pytest.approx(apart, rel=1e-3)
     weights = [predicted(batch).sum() for batch in batches]
-    assert all(row.weights.tolist() == weights for (metric, _), row in found.items() if "order" in metric)
+    for (metric, _), measured in rows.items():
+        if "order" in metric:
+            assert measured.weights.tolist() == weights
 
 
 def test_errors_of_outputs_and_sizes(seen: Seen) -> None:
-    model, found, batches = seen
+    model, rows, batches = seen
     module = model.layers[2].module.mlp.down_proj
     difference = FORMATS["q4_0"].round(module.weight) - module.weight.detach()
     inputs: list[torch.Tensor] = []
@@ -131,11 +135,13 @@ def test_errors_of_outputs_and_sizes(seen: Seen) -> None:
     handle.remove()
     key = "q4_0@2.mlp.down_proj"
     for row, (x, batch) in enumerate(zip(inputs, batches, strict=True)):
-        relative = (x @ difference.T).square().sum(-1) / (x @ module.weight.detach().T).square().sum(-1)
+        error = (x @ difference.T).square().sum(-1)
+        size = (x @ module.weight.detach().T).square().sum(-1)
+        relative = error / size
         expected = relative[torch.from_numpy(batch.observed[0])].sum().item()
-        assert found["output_error", key].samples[row] == pytest.approx(expected, rel=1e-3)
-    assert found["num_weights", key].samples == [module.weight.numel()]
-    bits = found["bits_per_weight", key]
+        assert rows["output_error", key].samples[row] == pytest.approx(expected, rel=1e-3)
+    assert rows["num_weights", key].samples == [module.weight.numel()]
+    bits = rows["bits_per_weight", key]
     assert bits.samples / bits.weights == 4.5
 
 
@@ -145,13 +151,19 @@ def test_changes_that_find_no_room_are_computed_again(grouped: Path, monkeypatch
     expected = measure(model)
     calls: list[Any] = []
     own = map_damage._output_change
-    monkeypatch.setattr(map_damage, "_output_change", lambda *args: (calls.append(args), own(*args))[1])
+
+    def counted(*args: Any) -> Any:
+        calls.append(args)
+        return own(*args)
+
+    monkeypatch.setattr(map_damage, "_output_change", counted)
     for room, times in ((2 << 30, 1), (0, 3)):
         calls.clear()
         monkeypatch.setattr(map_damage, "MAX_KEPT_BYTES", room)
-        found = measure(model)
+        rows = measure(model)
         assert len(calls) == times * 3 * 2 * 21  # passes, batches, formats, maps
-        assert all(np.array_equal(a.samples, b.samples) for a, b in zip(found, expected, strict=True))
+        for row, expected_row in zip(rows, expected, strict=True):
+            assert np.array_equal(row.samples, expected_row.samples)
 
 
 def test_losses_are_those_of_replaced_weights(grouped: Path) -> None:
@@ -159,17 +171,20 @@ def test_losses_are_those_of_replaced_weights(grouped: Path) -> None:
     shard = random_shard()
     whole = TextLoss(shard)(model)[0].samples
     original = {name: value.clone() for name, value in model.module.state_dict().items()}
-    found = by_place(RoundedLosses(shard, "int4-g32")(model))
-    assert np.array_equal(found["loss", None].samples, whole)
-    assert len(found) == 1 + 3
+    rows = by_place(RoundedLosses(shard, "int4-g32")(model))
+    assert np.array_equal(rows["loss", None].samples, whole)
+    assert len(rows) == 1 + 3
     assert all(torch.equal(value, original[name]) for name, value in model.module.state_dict().items())
-    for key, row in ((key, row) for (_, key), row in found.items() if key):
+    for (_, key), row in rows.items():
+        if key is None:
+            continue
         place = parse_rounded(key)
         assert place is not None
         assert place.path is None
         with torch.no_grad():
-            for module in (m for layer, _, m in maps_of(model) if layer == place.layer):
-                module.weight.copy_(FORMATS["int4-g32"].round(module.weight))
+            for layer, _, module in maps_of(model):
+                if layer == place.layer:
+                    module.weight.copy_(FORMATS["int4-g32"].round(module.weight))
             assert np.array_equal(TextLoss(shard)(model)[0].samples, row.samples)
             model.module.load_state_dict(original)
         assert not np.array_equal(row.samples, whole)
@@ -223,10 +238,11 @@ def test_a_rounding_of_several_places(grouped: Path) -> None:
     assert parse_rounded(both.key) is None
     assert [parse_rounded(str(place)) for place in (layer, path)] == [layer, path]
     mlp = model.layers[1].module.mlp
-    wanted = FORMATS["q8_0"].round(mlp.up_proj.weight), FORMATS["int4"].round(mlp.down_proj.weight)
+    wanted_up = FORMATS["q8_0"].round(mlp.up_proj.weight)
+    wanted_down = FORMATS["int4"].round(mlp.down_proj.weight)
     with model.applying(Intervention(rounding=both)):
-        assert torch.equal(mlp.up_proj.weight, wanted[0])
-        assert torch.equal(mlp.down_proj.weight, wanted[1])
+        assert torch.equal(mlp.up_proj.weight, wanted_up)
+        assert torch.equal(mlp.down_proj.weight, wanted_down)
 
 
 @pytest.mark.parametrize(
