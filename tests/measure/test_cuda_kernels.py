@@ -63,7 +63,8 @@ Batch = tuple[torch.Tensor, torch.Tensor, torch.Tensor]  # output, input, mask
 
 def batch_of(kind: str, shape: tuple[int, int, int], dtype: torch.dtype) -> Batch:
     rng = np.random.default_rng(sum(shape))
-    x, before = (torch.from_numpy(rng.normal(size=shape)).to(dtype) for _ in range(2))
+    x = torch.from_numpy(rng.normal(size=shape)).to(dtype)
+    before = torch.from_numpy(rng.normal(size=shape)).to(dtype)
     signed = torch.int32 if dtype == torch.float32 else torch.int16
     if kind == "sizes":
         x *= torch.from_numpy(10.0 ** rng.integers(-12, 6, shape)).to(dtype)
@@ -73,7 +74,10 @@ def batch_of(kind: str, shape: tuple[int, int, int], dtype: torch.dtype) -> Batc
     elif kind == "edges":
         low, span = window(dtype, SHARED)
         edges = [low - 1, low, low + 1, low + span - 1, low + span, 0, 1]
-        patterns = np.array([*edges, *(edge + (1 << 15) for edge in edges)]) << (16 if dtype == torch.float32 else 0)
+        negative_edges = [edge + (1 << 15) for edge in edges]
+        patterns = np.array(edges + negative_edges)
+        if dtype == torch.float32:
+            patterns <<= 16
         x = torch.from_numpy(rng.choice(patterns, shape)).to(signed).view(dtype)
     elif kind == "nonfinite":
         x[0, 2, shape[2] // 2] = torch.nan
@@ -97,14 +101,20 @@ BATCHES = (
 def counted(kernels: Any, batch: Batch, times: int = 2) -> dict[str, np.ndarray]:
     """Every tensor of the accumulators of three sites, to which a layer is added some times."""
     x, before, mask = batch
-    block, update, plain = (Accumulator(x, GRID, units=i < 2, geometry=i == 0) for i in range(3))
+    block = Accumulator(x, GRID, units=True, geometry=True)
+    update = Accumulator(x, GRID, units=True, geometry=False)
+    plain = Accumulator(x, GRID, units=False, geometry=False)
     for _ in range(times):
         kernels.add(plain, x, mask)
         kernels.add(block, x, mask, before)
         kernels.add_update(update, x, before, mask)
         kernels.finish()
     sites = {"block": block, "update": update, "plain": plain}
-    return {f"{site} {name}": t.numpy() for site, into in sites.items() for name, t in into.tensors.items()}
+    tensors = {}
+    for site, into in sites.items():
+        for name, tensor in into.tensors.items():
+            tensors[f"{site} {name}"] = tensor.numpy()
+    return tensors
 
 
 def without_payloads(patterns: np.ndarray, dtype: torch.dtype) -> np.ndarray:
@@ -138,7 +148,7 @@ def test_whatever_the_schedule_counts_are_equal_and_floats_the_same_bits(
     dtype: torch.dtype, kind: str, shape: tuple[int, int, int]
 ) -> None:
     batch = batch_of(kind, shape, dtype)
-    first, *others = (counted(CudaKernels(Emulator(*schedule), chunk=16), batch) for schedule in SCHEDULES)
+    first, *others = [counted(CudaKernels(Emulator(*schedule), chunk=16), batch) for schedule in SCHEDULES]
     assert differences(first, counted(CpuKernels(), batch), dtype) == []
     for other in others:
         assert [name for name in first if first[name].tobytes() != other[name].tobytes()] == []
@@ -154,7 +164,8 @@ def test_layers_of_other_shapes_leave_nothing_behind() -> None:
 def test_calls_for_one_accumulator_do_not_meet() -> None:
     """A shared layer, or more sites than one launch finishes: what waits is finished first."""
     x, before, mask = batch_of("sizes", (2, 9, 70), torch.bfloat16)
-    ours, theirs = (Accumulator(x, GRID, units=True, geometry=True) for _ in range(2))
+    ours = Accumulator(x, GRID, units=True, geometry=True)
+    theirs = Accumulator(x, GRID, units=True, geometry=True)
     emulator = Emulator()
     kernels = CudaKernels(emulator)
     for _ in range(3):
@@ -199,23 +210,29 @@ needs_nvrtc = pytest.mark.skipif(not installed(NVRTC), reason="needs NVRTC (nvid
 
 @needs_nvrtc
 def test_nvrtc_compiles_for_every_architecture_without_spills(capsys: pytest.CaptureFixture[str]) -> None:
-    cases = [*((architecture, torch.bfloat16) for architecture in ARCHITECTURES), ("sm_90", torch.float32)]
+    cases = [(architecture, torch.bfloat16) for architecture in ARCHITECTURES]
+    cases.append(("sm_90", torch.float32))
 
     def compiled(case: tuple[str, torch.dtype]) -> str:
-        return compile_for(case[1], case[0], ARCHITECTURES[case[0]] << 10, NVRTC, "--ptxas-options=-v")[1]
+        architecture, dtype = case
+        return compile_for(dtype, architecture, ARCHITECTURES[architecture] << 10, NVRTC, "--ptxas-options=-v")[1]
 
     with ThreadPoolExecutor(2) as pool:
         logs = dict(zip(cases, pool.map(compiled, cases), strict=True))
     lines = []
     for (architecture, dtype), log in logs.items():
-        found = re.findall(r"entry function '(\w+)'.*?(\d+) bytes spill stores.*?Used (\d+) registers", log, re.DOTALL)
+        kernels = re.findall(
+            r"entry function '(\w+)'.*?(\d+) bytes spill stores.*?Used (\d+) registers", log, re.DOTALL
+        )
         span = window(dtype, ARCHITECTURES[architecture] << 10)[1]
         shared = shared_bytes(dtype, span, len(THRESHOLDS))
-        registers = ", ".join(f"{name} {used}" for name, _, used in sorted(found))
+        registers = ", ".join(f"{name} {used}" for name, _, used in sorted(kernels))
         lines.append(f"{architecture:6} {str(dtype)[6:]:8} {shared:6} B shared; registers: {registers}")
-        assert {name for name, _, _ in found} == {"count", "count_squared", "count_update", "compare", "finish"}
-        assert {spilled for _, spilled, _ in found} == {"0"}, (architecture, dtype)
-        assert all(int(used) <= (64 if name.startswith("count") else 128) for name, _, used in found)
+        assert {name for name, _, _ in kernels} == {"count", "count_squared", "count_update", "compare", "finish"}
+        assert {spilled for _, spilled, _ in kernels} == {"0"}, (architecture, dtype)
+        for name, _, used in kernels:
+            most = 64 if name.startswith("count") else 128
+            assert int(used) <= most, name
         assert shared <= ARCHITECTURES[architecture] << 10
     with capsys.disabled():
         print("", *lines, sep="\n")

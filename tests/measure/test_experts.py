@@ -48,17 +48,17 @@ def observed(backbone: Backbone, ids: torch.Tensor, mask: np.ndarray) -> dict[in
 
 def captured(backbone: Backbone, ids: torch.Tensor) -> dict[int, tuple[Any, ...]]:
     """By layer, what its router returned, and what its experts read."""
-    found: dict[int, list[Any]] = {}
+    captures: dict[int, list[Any]] = {}
     handles = []
     for layer in backbone.layers:
         if experts := layer.experts:
-            kept = found.setdefault(layer.index, [None, None])
+            capture = captures.setdefault(layer.index, [None, None])
 
-            def router(_module: Any, _args: Any, output: Any, kept: list[Any] = kept) -> None:
-                kept[0] = [t.clone() for t in output]
+            def router(_module: Any, _args: Any, output: Any, capture: list[Any] = capture) -> None:
+                capture[0] = [t.clone() for t in output]
 
-            def read(_module: Any, args: Any, _output: Any, kept: list[Any] = kept) -> None:
-                kept[1] = args[0].clone()
+            def read(_module: Any, args: Any, _output: Any, capture: list[Any] = capture) -> None:
+                capture[1] = args[0].clone()
 
             assert experts.router is not None
             handles += [experts.router.register_forward_hook(router), experts.module.register_forward_hook(read)]
@@ -67,29 +67,29 @@ def captured(backbone: Backbone, ids: torch.Tensor) -> dict[int, tuple[Any, ...]
     for handle in handles:
         handle.remove()
     assert before is not None
-    return {layer: tuple(kept) for layer, kept in found.items()}
+    return {layer: tuple(capture) for layer, capture in captures.items()}
 
 
 def recount(module: Any, number: int, router: Any, hidden: torch.Tensor, mask: np.ndarray) -> dict[str, np.ndarray]:
     """Every field, token by token, in numpy; an expert runs on one token at a time."""
-    logits, gates, index = (t.reshape(hidden.shape[0], -1).double().numpy() for t in router)
-    found = {name: np.zeros(number) for name in EXPERT_FIELDS}
+    logits, gates, index = [t.reshape(hidden.shape[0], -1).double().numpy() for t in router]
+    fields = {name: np.zeros(number) for name in EXPERT_FIELDS}
     for token in np.flatnonzero(mask.reshape(-1)):
         exponents = np.exp(logits[token] - logits[token].max())
         shares = exponents / exponents.sum()
-        found["router_entropy_sum"] += -(shares * np.log(shares)).sum()
-        found["token_count"] += 1
+        fields["router_entropy_sum"] += -(shares * np.log(shares)).sum()
+        fields["token_count"] += 1
         for gate, expert in zip(gates[token], index[token].astype(int), strict=True):
-            one = torch.tensor([[expert]])
+            chosen = torch.tensor([[expert]])
             with torch.no_grad():
-                x = module(hidden[token : token + 1], one, torch.ones(1, 1)).double().numpy()
-            found["routed_tokens"][expert] += 1
-            found["gate_sum"][expert] += gate
-            found["gated_norm_sum"][expert] += gate * np.linalg.norm(x)
-            found["output_count"][expert] += x.size
-            found["output_sum"][expert] += x.sum()
-            found["output_sum_sq"][expert] += (x**2).sum()
-    return found
+                x = module(hidden[token : token + 1], chosen, torch.ones(1, 1)).double().numpy()
+            fields["routed_tokens"][expert] += 1
+            fields["gate_sum"][expert] += gate
+            fields["gated_norm_sum"][expert] += gate * np.linalg.norm(x)
+            fields["output_count"][expert] += x.size
+            fields["output_sum"][expert] += x.sum()
+            fields["output_sum_sq"][expert] += (x**2).sum()
+    return fields
 
 
 @pytest.mark.parametrize("family", all_of(FAMILIES, ["mixtral", "deepseek_v3", "gpt_oss"]))
@@ -108,7 +108,9 @@ def test_counts_are_those_of_what_the_router_gave(family: str) -> None:
             assert getattr(stats[layer], name).tolist() == expected[name].astype(int).tolist(), (family, layer, name)
         for name in EXPERT_FIELDS:
             assert_allclose(getattr(stats[layer], name), expected[name], rtol=1e-4, atol=1e-7)
-    assert not any(m._forward_hooks or m._forward_pre_hooks for m in backbone.module.modules())
+    for module in backbone.module.modules():
+        assert not module._forward_hooks
+        assert not module._forward_pre_hooks
 
 
 def test_rows_merge_and_a_router_that_gives_probabilities_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -166,13 +168,13 @@ def test_the_warehouse_has_a_row_for_each_expert_and_the_sums_of_its_shards(scor
         assert stats.routed_tokens.sum() == 2 * run["num_tokens"] == 2 * stats.token_count[0]
         for expert, tokens in enumerate(stats.routed_tokens.tolist()):
             assert (tokens == 0) == (expert == 0)
-            mine = [r for r in shards if (r["layer"], r["expert"]) == (layer, expert)]
-            assert tokens == sum(r["routed_tokens"] for r in mine)
-        (one,) = [one for one in require_experts(warehouse, run["run_id"]) if one.layer == layer]
+            own_rows = [row for row in shards if (row["layer"], row["expert"]) == (layer, expert)]
+            assert tokens == sum(row["routed_tokens"] for row in own_rows)
+        (shown,) = [shown for shown in require_experts(warehouse, run["run_id"]) if shown.layer == layer]
         shares = stats.routed_tokens[1:] / stats.routed_tokens.sum()
-        assert_allclose(one.balance, -(shares * np.log(shares)).sum() / np.log(4))
-        assert one.idle == [0]
-        assert 0 < one.router_entropy < 1
+        assert_allclose(shown.balance, -(shares * np.log(shares)).sum() / np.log(4))
+        assert shown.idle == [0]
+        assert 0 < shown.router_entropy < 1
 
 
 def test_experts_are_shown_and_found(scored: Path) -> None:
@@ -181,10 +183,8 @@ def test_experts_are_shown_and_found(scored: Path) -> None:
     assert "least salient" in shown.stdout, shown.stderr
     kinds = {row["kind"]: row["message"] for row in findings(Warehouse(str(scored))).to_pylist()}
     assert "2 of 8 experts got no token of this text, in layers 1-2 (layer 1: 0; layer 2: 0)" in kinds["idle_experts"]
-    assert (
-        "more than half of what all experts add, in layer 2 (expert 1 gives 100% in layer 2)"
-        in kinds["dominant_expert"]
-    )
+    dominant = "more than half of what all experts add, in layer 2 (expert 1 gives 100% in layer 2)"
+    assert dominant in kinds["dominant_expert"]
 
 
 def test_a_run_without_experts_says_how_to_get_them(tiny_llama: Path, tmp_path: Path) -> None:
@@ -214,15 +214,15 @@ def test_sums_by_expert_and_outputs_that_are_not_finite_count_as_routed_alone() 
     counter = ExpertCounter()
     routing = Routing(hidden=torch.zeros(3, 2), index=INDEX, gates=GATES)
     counter.add(7, experts(), routing, OUTPUTS)
-    ((layer, found),) = counter.send()().items()
+    ((layer, stats),) = counter.send()().items()
     assert layer == 7
-    assert found.token_count.tolist() == [3] * 4
-    assert found.routed_tokens.tolist() == [2, 1, 3, 0]
-    assert found.gate_sum.tolist() == [0.75, 0.5, 2.0, 0]
-    assert found.gated_norm_sum.tolist() == [0.5 * 5, 0.5 * 13, 0.25 * 10 + 1.0 * 1, 0]
-    assert found.output_count.tolist() == [2, 2, 4, 0]
-    assert found.output_sum.tolist() == [7, 17, 15, 0]
-    assert found.output_sum_sq.tolist() == [25, 169, 101, 0]
+    assert stats.token_count.tolist() == [3] * 4
+    assert stats.routed_tokens.tolist() == [2, 1, 3, 0]
+    assert stats.gate_sum.tolist() == [0.75, 0.5, 2.0, 0]
+    assert stats.gated_norm_sum.tolist() == [0.5 * 5, 0.5 * 13, 0.25 * 10 + 1.0 * 1, 0]
+    assert stats.output_count.tolist() == [2, 2, 4, 0]
+    assert stats.output_sum.tolist() == [7, 17, 15, 0]
+    assert stats.output_sum_sq.tolist() == [25, 169, 101, 0]
 
 
 @pytest.mark.parametrize("normalized", [True, False])
@@ -232,49 +232,53 @@ def test_the_entropy_of_routers_that_give_probabilities_or_logits(normalized: bo
     counter = ExpertCounter()
     counter.add_entropy(0, experts(normalized=normalized), given)
     wide = given.double().numpy()
-    shares = (wide if normalized else np.exp(wide)) / (wide if normalized else np.exp(wide)).sum(axis=1, keepdims=True)
+    weights = wide if normalized else np.exp(wide)
+    shares = weights / weights.sum(axis=1, keepdims=True)
     expected = -(shares * np.log(np.where(shares > 0, shares, 1))).sum()
     assert counter.send()()[0].router_entropy_sum == pytest.approx([expected] * 4, rel=1e-12)
 
 
-def layer_of(found: Experts | None) -> Any:
+def layer_of(own_experts: Experts | None) -> Any:
     """A layer of an index, with these experts alone."""
-    return SimpleNamespace(index=5, module=nn.Identity(), call=0, taps={}, experts=found)
+    return SimpleNamespace(index=5, module=nn.Identity(), call=0, taps={}, experts=own_experts)
 
 
-@pytest.mark.parametrize(("router", "hooks"), [(True, 2), (False, 1)])
-def test_only_routers_that_are_modules_are_hooked(router: bool, hooks: int) -> None:
-    found = experts(router=router)
-    with attached([layer_of(found), layer_of(None), layer_of(found)], (), experts=True):
-        assert len(found.module._forward_pre_hooks) + (len(found.router._forward_hooks) if found.router else 0) == hooks
-    assert not found.module._forward_pre_hooks
+@pytest.mark.parametrize("router", [True, False])
+def test_only_routers_that_are_modules_are_hooked(router: bool) -> None:
+    own_experts = experts(router=router)
+    with attached([layer_of(own_experts), layer_of(None), layer_of(own_experts)], (), experts=True):
+        assert len(own_experts.module._forward_pre_hooks) == 1
+        if own_experts.router:
+            assert len(own_experts.router._forward_hooks) == 1
+    assert not own_experts.module._forward_pre_hooks
 
 
 def test_nothing_counts_outside_of_a_pass_of_a_layer_and_where_no_token_does() -> None:
-    found = experts()
+    own_experts = experts()
     tokens = torch.zeros(2, 4)
-    assert found.router is not None
-    with attached([layer_of(found)], (), experts=True) as hooks:
+    assert own_experts.router is not None
+    with attached([layer_of(own_experts)], (), experts=True) as hooks:
         observer = Observer(hooks, ())
-        for mask in (torch.zeros((2, 1), dtype=torch.bool), torch.ones((2, 1), dtype=torch.bool)):
+        for counted in (False, True):
+            mask = torch.full((2, 1), counted)
             for passes in ((), (Pass(observer, mask, slice(None), None),)):
                 with bound(PASSES, passes):
-                    found.router(tokens)
-                    found.module(tokens)
+                    own_experts.router(tokens)
+                    own_experts.module(tokens)
         assert observer.experts.send()() == {}
 
 
 def test_experts_that_see_other_tokens_than_the_batch_are_refused() -> None:
-    found = experts()
+    own_experts = experts()
     mask = torch.ones((1, 3), dtype=torch.bool)
-    assert found.router is not None
-    with attached([layer_of(found)], (), experts=True) as hooks:
+    assert own_experts.router is not None
+    with attached([layer_of(own_experts)], (), experts=True) as hooks:
         observer = Observer(hooks, ())
-        now = Pass(observer, mask, slice(None), None, entered=EnteredLayer(layer_of(found), None, 0))
-        with bound(PASSES, (now,)):
-            found.router(torch.zeros(3, 4))
+        current = Pass(observer, mask, slice(None), None, entered=EnteredLayer(layer_of(own_experts), None, 0))
+        with bound(PASSES, (current,)):
+            own_experts.router(torch.zeros(3, 4))
             with pytest.raises(ModelError, match="The experts of layer 5 see 2 tokens in a batch of 3"):
-                found.router(torch.zeros(2, 4))
+                own_experts.router(torch.zeros(2, 4))
         assert observer.experts.send()()[5].router_entropy_sum == pytest.approx([3 * np.log(4)] * 4)
 
 

@@ -69,8 +69,7 @@ def dtype(request: pytest.FixtureRequest) -> torch.dtype:
 def accumulate(kernels: Kernels, batches: Sequence[Batch], thresholds: Float64, device: str = "cpu") -> Accumulator:
     into = Accumulator(batches[0].x.to(device), thresholds, units=True, geometry=True)
     for batch in batches:
-        x, before, mask = (t.to(device) for t in (batch.x, batch.before, batch.mask))
-        kernels.add(into, x, mask, before)
+        kernels.add(into, batch.x.to(device), batch.mask.to(device), batch.before.to(device))
     kernels.finish()
     return into
 
@@ -125,7 +124,8 @@ def any_batch(
     seed: int, shape: tuple[int, int, int], dtype: torch.dtype, mask: str = "random", oddities: float = 0.02
 ) -> Batch:
     rng = np.random.default_rng(seed)
-    x, before = (any_values(rng, shape, dtype, oddities) for _ in range(2))
+    x = any_values(rng, shape, dtype, oddities)
+    before = any_values(rng, shape, dtype, oddities)
     return Batch(x, before, any_mask(rng, mask, *shape[:2]))
 
 
@@ -177,7 +177,8 @@ def test_an_update_that_its_dtype_cannot_hold_has_a_size(kernels: Kernels, dtype
 
 def test_a_small_update_is_that_of_the_values_not_of_their_rounding(kernels: Kernels) -> None:
     """bfloat16 rounds 1.0078125 - 0.00390625 to 1.0: the update is off by 0.4%, its size is not."""
-    after, before = (torch.full((1, 2, 8), v, dtype=torch.bfloat16) for v in (1.0078125, 0.00390625))
+    after = torch.full((1, 2, 8), 1.0078125, dtype=torch.bfloat16)
+    before = torch.full((1, 2, 8), 0.00390625, dtype=torch.bfloat16)
     stats = measured(kernels, Batch(after, before, torch.ones(1, 2, dtype=torch.bool)))
     assert (after - before)[0, 0, 0] == 1.0
     assert stats.relative_magnitude_sum == pytest.approx(2 * (1.0078125 - 0.00390625) / 0.00390625, rel=1e-14)
@@ -344,7 +345,8 @@ def test_cuda_equals_the_oracle_and_repeats_to_the_bit(
     dtype: torch.dtype, mask: str, backend: Callable[[], Kernels]
 ) -> None:
     batch = any_batch(15, (4, 64, 300), dtype, mask, oddities=0.001)
-    first, second = (measured(backend(), batch, device="cuda") for _ in range(2))
+    first = measured(backend(), batch, device="cuda")
+    second = measured(backend(), batch, device="cuda")
     assert_close(first, expected(batch), angle_atol=1e-8)
     assert first.equals(second)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Sequence
 from contextlib import ExitStack
+from itertools import product
 from typing import Any
 
 import numpy as np
@@ -83,13 +84,14 @@ def captured(backbone: Backbone, ids: torch.Tensor, mask: torch.Tensor, *paths: 
         return hook
 
     for i, layer in enumerate(layers):
-        for module, site, part, which in (
+        points = (
             (layer, "block", "before", "input"),
             (layer, "block", "x", "output"),
             (layer.get_submodule(attention), "attention", "x", "output"),
             (layer.get_submodule(mlp), "mlp", "x", "output"),
             (layer.get_submodule(down), "neuron", "x", "input"),
-        ):
+        )
+        for module, site, part, which in points:
             handles.append(module.register_forward_hook(take((i, site), part, which), with_kwargs=True))
     with torch.no_grad():
         forward_function(backbone.module)(ids, mask.long())
@@ -98,7 +100,10 @@ def captured(backbone: Backbone, ids: torch.Tensor, mask: torch.Tensor, *paths: 
     for i in range(len(layers)):
         update = taken[i, "block"]["x"] - taken[i, "block"]["before"]
         taken[i, "update"] = {"x": update}
-    return {key: {name: t.double().numpy() for name, t in parts.items()} for key, parts in taken.items()}
+    arrays = {}
+    for key, parts in taken.items():
+        arrays[key] = {name: tensor.double().numpy() for name, tensor in parts.items()}
+    return arrays
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
@@ -182,7 +187,8 @@ def test_batches_add_up() -> None:
     """Two batches in one observation are the two observations merged."""
     backbone = opened(llama(), torch.bfloat16)
     both = observed(backbone, [(token_ids(0), FULL), (token_ids(1), FULL)])
-    first, second = (observed(backbone, [(token_ids(i), FULL)]) for i in (0, 1))
+    first = observed(backbone, [(token_ids(0), FULL)])
+    second = observed(backbone, [(token_ids(1), FULL)])
     for key, stats in both.items():
         assert_close(stats, first[key].merge(second[key]), rtol=1e-12)
 
@@ -238,13 +244,13 @@ def test_a_layer_is_concluded_after_its_last_pass() -> None:
     """Its accumulators are given up when no pass is to come, and its statistics are what they are without."""
     backbone = opened(llama())
     run = forward_function(backbone.module)
-    kept = []
+    accumulators_left = []
     with observe(backbone.layers, SITES, THRESHOLDS, passes=2) as observer, torch.no_grad():
         for seed in range(2):
             with observer.batch(FULL.numpy()):
                 run(token_ids(seed), FULL.long())
-            kept.append(len(observer._accumulators))
-    assert kept == [3 * len(SITES), 0]
+            accumulators_left.append(len(observer._accumulators))
+    assert accumulators_left == [3 * len(SITES), 0]
     expected = observed(backbone, [(token_ids(seed), FULL) for seed in range(2)])
     got = merge_strata(observer.strata())
     assert list(got) == list(expected)
@@ -271,9 +277,9 @@ def test_the_inputs_of_linear_maps_are_counted_and_summed_by_unit() -> None:
                 stack.callback(layer.module.get_submodule(path).register_forward_pre_hook(hook).remove)
         mask = FULL.clone()
         mask[0, 9:] = False
-        found = observed(backbone, [(token_ids(), mask)], INPUTS)
-    assert set(found) == {(layer, site) for layer in range(3) for site in INPUTS}
-    for key, stats in found.items():
+        stats_of_inputs = observed(backbone, [(token_ids(), mask)], INPUTS)
+    assert set(stats_of_inputs) == set(product(range(3), INPUTS))
+    for key, stats in stats_of_inputs.items():
         x = taken[key][mask].double().numpy()
         assert stats.count == x.size
         assert stats.unit_sum_sq == pytest.approx((x**2).sum(axis=0), rel=1e-6)
@@ -284,23 +290,23 @@ def test_the_inputs_of_linear_maps_are_counted_and_summed_by_unit() -> None:
 class Misbehaving(nn.Module):
     """A stand-in layer that misbehaves in a chosen way."""
 
-    def __init__(self, how: str) -> None:
+    def __init__(self, misbehaviour: str) -> None:
         super().__init__()
-        self.how = how
+        self.misbehaviour = misbehaviour
 
     def forward(self, x: torch.Tensor) -> Any:
-        if self.how == "in place":
+        if self.misbehaviour == "in place":
             x.add_(1)
         changed = {"pads": torch.cat([x, x], 1), "widens": torch.cat([x, x], 2), "nothing": "text"}
-        return changed.get(self.how, x + 1)
+        return changed.get(self.misbehaviour, x + 1)
 
 
-def misbehave(how: str) -> dict[LayerKey, LayerStats]:
+def misbehave(misbehaviour: str) -> dict[LayerKey, LayerStats]:
     """Statistics of a layer that misbehaves; no hook stays."""
-    layer = Layer(0, "layers.0", Misbehaving(how), 0, "rows", {})
+    layer = Layer(0, "layers.0", Misbehaving(misbehaviour), 0, "rows", {})
     try:
         with observe([layer], SITES, THRESHOLDS) as observer, observer.batch(np.ones((2, 3), bool)):
-            layer.module(torch.ones(2, 3, 4, dtype=torch.float64 if how == "float64" else None))
+            layer.module(torch.ones(2, 3, 4, dtype=torch.float64 if misbehaviour == "float64" else None))
     finally:
         assert not layer.module._forward_hooks
         assert not layer.module._forward_pre_hooks
@@ -308,7 +314,7 @@ def misbehave(how: str) -> dict[LayerKey, LayerStats]:
 
 
 @pytest.mark.parametrize(
-    ("how", "said"),
+    ("misbehaviour", "said"),
     [
         ("in place", "changes its input in place"),
         ("pads", "pads, pools or extends its rows"),
@@ -316,9 +322,9 @@ def misbehave(how: str) -> dict[LayerKey, LayerStats]:
         ("float64", "computes in torch.float64"),
     ],
 )
-def test_a_layer_that_cannot_be_counted_is_named(how: str, said: str) -> None:
+def test_a_layer_that_cannot_be_counted_is_named(misbehaviour: str, said: str) -> None:
     with pytest.raises(ModelError, match=said) as raised:
-        misbehave(how)
+        misbehave(misbehaviour)
     assert "layers.0" in str(raised.value)
 
 

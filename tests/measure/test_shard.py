@@ -5,12 +5,14 @@ Single rows are those of numpy. On SmolLM2-135M, the published formula holds, an
 
 from __future__ import annotations
 
+import math
 import os
 import shutil
 import threading
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from operator import itemgetter
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -89,9 +91,12 @@ def test_padding_changes_the_tokens_of_some_families_alone_and_they_have_a_note(
     model.save_pretrained(tmp_path)
     replica = Replica(resolve(str(tmp_path)), SETTINGS)
     shard = random_shard()
-    padded, alone = (analyze_shard(replica, shard, SETTINGS, rows=rows) for rows in (5, 1))
-    sums = [result.stats[len(result.layers) - 1, "block"].unit_sum for result in (padded, alone)]
-    ignored = np.allclose(*sums, rtol=0, atol=1e-4 * np.abs(sums[0]).max())
+    padded = analyze_shard(replica, shard, SETTINGS, rows=5)
+    alone = analyze_shard(replica, shard, SETTINGS, rows=1)
+    last = len(padded.layers) - 1
+    padded_sum = padded.stats[last, "block"].unit_sum
+    alone_sum = alone.stats[last, "block"].unit_sum
+    ignored = np.allclose(padded_sum, alone_sum, rtol=0, atol=1e-4 * np.abs(padded_sum).max())
     noted = any("padding changes the tokens of a row" in note for note in padded.model["notes"])
     assert ignored == (family not in SEE_PADDING)
     assert noted == (family in SEE_PADDING)
@@ -294,23 +299,41 @@ def matrices(x: torch.Tensor, tokens: CountedTokens, before: torch.Tensor | None
     return dict(by_matrices(tokens.select(x), tokens, GRID, None if before is None else tokens.select(before)))
 
 
+def mean_of_finite(values: np.ndarray) -> float:
+    """Return the mean, or NaN of nothing and where a value is not finite."""
+    if not len(values) or not np.isfinite(values).all():
+        return math.nan
+    return float(values.mean())
+
+
+def pooled_variance(x: np.ndarray) -> float:
+    """Return the variance over units of their means over tokens; NaN without tokens and where it is not finite."""
+    if not len(x) or not np.isfinite(x).all():
+        return math.nan
+    if x.shape[1] == 1:
+        return 0.0
+    return float(x.mean(axis=0).var(ddof=1))
+
+
 def expected(x: np.ndarray, before: np.ndarray | None) -> dict[str, Any]:
-    """Of the tokens of one row, [tokens, units]."""
+    """Return the fields of the tokens of one row, [tokens, units]."""
     finite = x[np.isfinite(x)]
-    centers = x.mean(axis=0) if len(x) else np.array([np.nan])
-    norms = np.linalg.norm(x, axis=1)
-    pooled = centers.var(ddof=1) if x.shape[1] > 1 and len(x) else 0 * centers[0]
-    known = {"norm": norms, "relative_magnitude": np.full(1, np.nan)}
-    if before is not None:
-        known["relative_magnitude"] = np.linalg.norm(x - before, axis=1) / np.linalg.norm(before, axis=1)
-    return {
+    fields: dict[str, Any] = {
         "count": finite.size,
         "near_zero": [(np.abs(finite) < limit).sum() for limit in GRID],
-        "mean": finite.mean() if finite.size else np.nan,
-        "m2": ((finite - finite.mean()) ** 2).sum() if finite.size else 0.0,
-        "pooled_variance": pooled if np.isfinite(pooled) else np.nan,
-        **{name: v.mean() if len(v) and np.isfinite(v).all() else np.nan for name, v in known.items()},
+        "mean": math.nan,
+        "m2": 0.0,
+        "pooled_variance": pooled_variance(x),
+        "norm": mean_of_finite(np.linalg.norm(x, axis=1)),
+        "relative_magnitude": math.nan,
     }
+    if finite.size:
+        fields["mean"] = finite.mean()
+        fields["m2"] = ((finite - finite.mean()) ** 2).sum()
+    if before is not None:
+        relative = np.linalg.norm(x - before, axis=1) / np.linalg.norm(before, axis=1)
+        fields["relative_magnitude"] = mean_of_finite(relative)
+    return fields
 
 
 @pytest.mark.filterwarnings("ignore::RuntimeWarning")
@@ -332,12 +355,12 @@ def test_rows_are_those_of_numpy(measure: Measure, geometry: bool, units: int) -
     mask[5] = True
     mask[6] = np.arange(6) == 2
     tokens = CountedTokens(torch.from_numpy(mask), torch.device("cpu"), slice(None))
-    found = measure(torch.from_numpy(x), tokens, torch.from_numpy(before) if geometry else None)
-    assert set(found) == set(ROW_FIELDS)
+    fields = measure(torch.from_numpy(x), tokens, torch.from_numpy(before) if geometry else None)
+    assert set(fields) == set(ROW_FIELDS)
     for i, own in enumerate(mask):
         old = before[i, own].astype(np.float64) if geometry else None
         for name, value in expected(x[i, own].astype(np.float64), old).items():
-            np.testing.assert_allclose(found[name][i].numpy(), value, rtol=1e-10, atol=1e-12, err_msg=f"{name} of {i}")
+            np.testing.assert_allclose(fields[name][i].numpy(), value, rtol=1e-10, atol=1e-12, err_msg=f"{name} of {i}")
 
 
 def test_masks_are_apart_by_stratum_and_only_those_with_a_token() -> None:
@@ -372,7 +395,9 @@ def test_rows_come_in_the_order_of_their_places() -> None:
 
     parts = []
     for places in ([7, 5, 1], [0, 9]):
-        fields = {k: np.array([p + int(v[0]) for p in places]) for k, v in batch(0, 1).items()}
+        fields = {}
+        for name, first in batch(0, 1).items():
+            fields[name] = np.array(places) + int(first[0])
         parts.append((np.array(places), fields))
     merged = in_order(parts)
     for i, name in enumerate(ROW_FIELDS):
@@ -390,9 +415,8 @@ def test_the_released_reading_of_avss(smollm2: Path) -> None:
     shard = tokenize_corpus(CORPUS, load_tokenizer(checkpoint), settings).shards[0]
     replica = Replica(checkpoint, settings)
     rows = score_run(analyze_shard(replica, shard, settings).stats, [layer.name for layer in replica.layers])
-    ours = [
-        r["avss"] for r in rows if (r["recipe"], r["threshold"], r["threshold_kind"]) == ("pooled", 1e-5, "absolute")
-    ]
+    place = itemgetter("recipe", "threshold", "threshold_kind")
+    ours = [row["avss"] for row in rows if place(row) == ("pooled", 1e-5, "absolute")]
 
     outputs: list[torch.Tensor] = []
     for layer in replica.layers:
@@ -410,19 +434,20 @@ def test_the_released_reading_of_avss(smollm2: Path) -> None:
 def test_a_threshold_without_a_rerun_equals_a_rerun(smollm2: Path, dtype: str) -> None:
     """At 40 others: to the element in bfloat16; in float32 within 1%, and to the element at the edge of a bin."""
     drawn = np.exp(np.random.default_rng(0).uniform(np.log(1e-4), np.log(3.0), 40))
-    kept = Settings(max_sequences=2, sequence_length=48, batch_size=2, dtype=dtype)
-    rerun = replace(kept, thresholds=(*drawn, 0.6875))
+    settings = Settings(max_sequences=2, sequence_length=48, batch_size=2, dtype=dtype)
+    rerun = replace(settings, thresholds=(*drawn, 0.6875))
     checkpoint = resolve(str(smollm2))
-    shard = tokenize_corpus(CORPUS, load_tokenizer(checkpoint), kept).shards[0]
-    replica = Replica(checkpoint, kept)
-    stored, counted = (analyze_shard(replica, shard, settings).stats for settings in (kept, rerun))
+    shard = tokenize_corpus(CORPUS, load_tokenizer(checkpoint), settings).shards[0]
+    replica = Replica(checkpoint, settings)
+    stored = analyze_shard(replica, shard, settings).stats
+    counted = analyze_shard(replica, shard, rerun).stats
     for key, stats in counted.items():
-        found = np.array([stored[key].below(t) for t in stats.thresholds])
-        assert (found[:, 1] <= stats.near_zero).all(), key
-        assert (stats.near_zero <= found[:, 2]).all(), key
+        below = np.array([stored[key].below(t) for t in stats.thresholds])
+        assert (below[:, 1] <= stats.near_zero).all(), key
+        assert (stats.near_zero <= below[:, 2]).all(), key
         if dtype == "bfloat16":
-            assert np.array_equal(found[:, 0], stats.near_zero), key
+            assert np.array_equal(below[:, 0], stats.near_zero), key
         many = stats.near_zero > 10_000
-        assert found[many, 0] == pytest.approx(stats.near_zero[many], rel=0.01), key
+        assert below[many, 0] == pytest.approx(stats.near_zero[many], rel=0.01), key
         at = stats.thresholds.searchsorted(0.6875)
-        assert found[at, 0] == stats.near_zero[at], key
+        assert below[at, 0] == stats.near_zero[at], key
