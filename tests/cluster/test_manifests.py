@@ -135,7 +135,10 @@ def test_kuberay_groups_agree_with_themselves(path: Path) -> None:
     gpus = [pod["containers"][0]["resources"]["limits"].get("nvidia.com/gpu", 0) for pod in pods]
     assert gpus[0] == 0
     assert all(gpus[1:])
-    assert len({container["image"] for pod in pods for container in pod["containers"]}) == 1
+    images: set[str] = set()
+    for pod in pods:
+        images |= {container["image"] for container in pod["containers"]}
+    assert len(images) == 1
 
 
 def test_the_manifests_name_the_ray_of_the_image() -> None:
@@ -176,8 +179,8 @@ def test_scripts_are_sound(path: Path) -> None:
     subprocess.run(["bash", "-n", path], check=True)
     shellcheck = installed("shellcheck")
     assert shellcheck, "pip install -e '.[test]' has it"
-    found = subprocess.run([shellcheck, "--shell=bash", path], capture_output=True, text=True)
-    assert found.returncode == 0, found.stdout
+    checked = subprocess.run([shellcheck, "--shell=bash", path], capture_output=True, text=True)
+    assert checked.returncode == 0, checked.stdout
     assert path.read_text().startswith("#!/usr/bin/env bash\n")
     assert "set -euo pipefail" in path.read_text()
     assert path.stat().st_mode & stat.S_IXUSR
@@ -210,7 +213,10 @@ def test_the_image_is_pinned_and_runs_without_rights() -> None:
     last = max(i for i, (step, _) in enumerate(steps) if step == "USER")
     assert not any(step in ("RUN", "USER") and "sudo" in rest for step, rest in steps)
     assert [step for step, _ in steps[last:]].count("RUN") == 1, "pip installs as the user"
-    copied = [source for step, rest in steps if step == "COPY" for source in rest.split()[1:-1]]
+    copied: list[str] = []
+    for step, rest in steps:
+        if step == "COPY":
+            copied += rest.split()[1:-1]
     allowed = (CLUSTER / "docker" / "Dockerfile.dockerignore").read_text().splitlines()
     for source in copied:
         assert (CLUSTER.parent / source).exists()
@@ -222,8 +228,8 @@ def test_the_recipe_of_the_image_has_no_fault() -> None:
     hadolint = installed("hadolint")
     if hadolint is None:
         pytest.skip("hadolint is not installed; pip install -e '.[test]' has it")
-    found = subprocess.run([hadolint, CLUSTER / "docker" / "Dockerfile"], capture_output=True, text=True)
-    assert found.returncode == 0, found.stdout
+    checked = subprocess.run([hadolint, CLUSTER / "docker" / "Dockerfile"], capture_output=True, text=True)
+    assert checked.returncode == 0, checked.stdout
 
 
 def alone(*command: str, env: dict[str, str]) -> subprocess.CompletedProcess[str]:
@@ -293,14 +299,14 @@ class Cluster:
 
     def processes(self) -> list[psutil.Process]:
         """All that carry this cluster's mark."""
-        found = []
+        marked = []
         for process in psutil.process_iter():
             try:
                 if process.environ().get("AVSS_LOCAL_CLUSTER", "").startswith(str(self.home)):
-                    found.append(process)
+                    marked.append(process)
             except psutil.Error:
                 continue
-        return found
+        return marked
 
 
 @pytest.fixture(scope="module")
@@ -366,8 +372,10 @@ def test_who_has_no_token_or_a_wrong_one_is_refused(
 @pytest.mark.nightly
 def test_its_processes_have_the_umask_of_who_started_it(cluster: tuple[Cluster, dict[str, str]]) -> None:
     local, _ = cluster
-    tables = [Path(f"/proc/{process.pid}/status").read_text() for process in local.processes()]
-    masks = {line.split()[1] for table in tables for line in table.splitlines() if line.startswith("Umask:")}
+    masks: set[str] = set()
+    for process in local.processes():
+        status = Path(f"/proc/{process.pid}/status").read_text()
+        masks |= set(re.findall(r"^Umask:\s*(\S+)", status, re.MULTILINE))
     assert masks == {f"{current_umask():04o}"}
 
 

@@ -9,6 +9,7 @@ import sys
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import replace
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -141,32 +142,34 @@ def test_no_process_takes_more(tmp_path: Path, save_checkpoint: Save) -> None:
     settings = Settings(max_sequences=4, sequence_length=128, batch_size=4, device="cpu")
     guess = estimated(folder, settings)
     assert guess.weight_bytes > 300e6
-    for found in (found for found in guess.rows if found.partition in ("single", "streaming")):
-        command = [sys.executable, "-c", MEASURE, str(folder), found.partition, json.dumps(settings.as_dict())]
+    row_of = {row.partition: row for row in guess.rows}
+    for row in (row_of["single"], row_of["streaming"]):
+        command = [sys.executable, "-c", MEASURE, str(folder), row.partition, json.dumps(settings.as_dict())]
         done = subprocess.run(command, capture_output=True, text=True, check=True)
         peak = int(done.stdout.split()[-1])
-        assert found.device_bytes - PROCESS_BYTES < peak < 1.05 * found.device_bytes, found.partition
+        assert row.device_bytes - PROCESS_BYTES < peak < 1.05 * row.device_bytes, row.partition
 
 
 def test_layers_that_have_no_room_are_on_disk(tiny_llama: Path) -> None:
-    found = rows(tiny_llama, devices_of("cpu", GB), max_memory={"cpu": 1})
-    assert not found["device_map"].fits
-    assert "3 of 3 layers on disk" in found["device_map"].why
+    row_of = rows(tiny_llama, devices_of("cpu", GB), max_memory={"cpu": 1})
+    assert not row_of["device_map"].fits
+    assert "3 of 3 layers on disk" in row_of["device_map"].why
 
 
 def test_weights_that_stay_quantized_are_not_streamed(tiny_llama: Path) -> None:
-    found = rows(tiny_llama, devices_of("cpu", 2 * GB), quantized=True)
-    assert found["single"].fits
-    assert not found["streaming"].fits
-    assert "needs the setting dequantize, which unpacks the weights" in found["streaming"].why
+    row_of = rows(tiny_llama, devices_of("cpu", 2 * GB), quantized=True)
+    assert row_of["single"].fits
+    assert not row_of["streaming"].fits
+    assert "needs the setting dequantize, which unpacks the weights" in row_of["streaming"].why
 
 
 def test_a_gguf_file_is_unpacked_layer_by_layer(tmp_path: Path) -> None:
-    found = {row.partition: row for row in estimated(write_gguf(llama(), tmp_path / "tiny.gguf")).rows}
-    assert found["streaming"].fits
-    assert "unpacked in" in found["streaming"].why
-    assert not found["fsdp"].fits
-    assert "is a .gguf file" in found["fsdp"].why
+    guess = estimated(write_gguf(llama(), tmp_path / "tiny.gguf"))
+    row_of = {row.partition: row for row in guess.rows}
+    assert row_of["streaming"].fits
+    assert "unpacked in" in row_of["streaming"].why
+    assert not row_of["fsdp"].fits
+    assert "is a .gguf file" in row_of["fsdp"].why
 
 
 def test_only_mixtures_fit_expert_parallel(tiny_llama: Path, tmp_path: Path, save_checkpoint: Save) -> None:
@@ -174,7 +177,8 @@ def test_only_mixtures_fit_expert_parallel(tiny_llama: Path, tmp_path: Path, sav
 
     mixture = save_checkpoint(tiny_model("causal", "mixtral"), tmp_path / "mixtral")
     host = devices_of("cpu", 99 * GB)
-    dense, fits = (rows(folder, host)["expert_parallel"] for folder in (tiny_llama, mixture))
+    dense = rows(tiny_llama, host)["expert_parallel"]
+    fits = rows(mixture, host)["expert_parallel"]
     assert fits.fits
     assert not dense.fits
     assert "no plan that spreads experts of LlamaForCausalLM" in dense.why
@@ -199,7 +203,9 @@ def test_what_auto_takes_is_part_of_the_estimate(guess: Estimate) -> None:
 def test_a_model_that_deepspeed_splits_fits_too(tmp_path: Path, save_checkpoint: Save) -> None:
     """As three ranks do not divide its heads, transformers does not split it; each rank maps the whole model then."""
     folder = save_checkpoint(llama(num_attention_heads=4, num_key_value_heads=4), tmp_path / "four-heads")
-    whole, part = (rows(folder, devices_of("cpu", 9 * GB), n)["tensor_parallel"] for n in (3, None))
+    devices = devices_of("cpu", 9 * GB)
+    whole = rows(folder, devices, 3)["tensor_parallel"]
+    part = rows(folder, devices)["tensor_parallel"]
     assert whole.fits
     assert whole.why.startswith("every rank loads the whole model first")
     assert part.fits
@@ -211,11 +217,14 @@ def test_unpacking_takes_memory_beside_a_layer(tiny_llama: Path) -> None:
     """The weights of a GPU are two layers as they are computed with, and of the host as they are stored."""
     layer = footprint(str(tiny_llama), SETTINGS).layer_bytes[0]
     packed = {"unpacking_bytes": 10**6, "stored_share": 0.25}
-    for kind, device_more, host_more in (
-        ("cpu", 10**6 + int(layer * 0.25) - layer, 10**6 + int(layer * 0.25) - layer),
-        ("cuda", 10**6, 2 * int(layer * 0.25) - 2 * layer),
-    ):
-        plain, unpacked = (rows(tiny_llama, devices_of(kind, GB), **sizes)["streaming"] for sizes in ({}, packed))
+    stored_layer = int(layer * 0.25)
+    more_of_kind = (
+        ("cpu", 10**6 + stored_layer - layer, 10**6 + stored_layer - layer),
+        ("cuda", 10**6, 2 * stored_layer - 2 * layer),
+    )
+    for kind, device_more, host_more in more_of_kind:
+        plain = rows(tiny_llama, devices_of(kind, GB))["streaming"]
+        unpacked = rows(tiny_llama, devices_of(kind, GB), **packed)["streaming"]
         assert unpacked.device_bytes - plain.device_bytes == device_more
         assert unpacked.host_bytes - plain.host_bytes == host_more
         assert "unpacked in 1 MB" in unpacked.why
@@ -224,25 +233,25 @@ def test_unpacking_takes_memory_beside_a_layer(tiny_llama: Path) -> None:
 
 def test_what_fits_is_what_is_there(tiny_llama: Path) -> None:
     """One process fits into 1.5 GB, two do not; the reason says what is missing."""
-    found = rows(tiny_llama, devices_of("cpu", 1_500_000_000))
-    assert found["single"].fits
-    assert found["streaming"].fits
-    assert not found["zero3"].fits
-    assert found["zero3"].host_bytes > 1_500_000_000
-    missing = found["zero3"].host_bytes - 1_500_000_000
-    assert f"lacks {missing / 1e6:.3g} MB of host memory" in found["zero3"].why
+    row_of = rows(tiny_llama, devices_of("cpu", 1_500_000_000))
+    assert row_of["single"].fits
+    assert row_of["streaming"].fits
+    assert not row_of["zero3"].fits
+    assert row_of["zero3"].host_bytes > 1_500_000_000
+    missing = row_of["zero3"].host_bytes - 1_500_000_000
+    assert f"lacks {missing / 1e6:.3g} MB of host memory" in row_of["zero3"].why
     full = rows(tiny_llama, devices_of("cpu", 10_000_000))
     assert not any(row.fits for row in full.values())
 
 
 def test_a_gpu_holds_weights_and_the_host_the_process(tiny_llama: Path) -> None:
-    found = rows(tiny_llama, devices_of("cuda", GB, host_bytes=9 * GB))
+    row_of = rows(tiny_llama, devices_of("cuda", GB, host_bytes=9 * GB))
     size = footprint(str(tiny_llama), SETTINGS)
-    assert found["single"].device_bytes == size.weight_bytes + batch_bytes(size, SETTINGS)
-    assert found["single"].host_bytes == PROCESS_BYTES
-    assert found["zero3"].ranks == 2
-    assert not found["zero3"].fits
-    assert "2 GPUs are needed, 1 are here" in found["zero3"].why
+    assert row_of["single"].device_bytes == size.weight_bytes + batch_bytes(size, SETTINGS)
+    assert row_of["single"].host_bytes == PROCESS_BYTES
+    assert row_of["zero3"].ranks == 2
+    assert not row_of["zero3"].fits
+    assert "2 GPUs are needed, 1 are here" in row_of["zero3"].why
     tight = rows(tiny_llama, devices_of("cuda", 100_000, host_bytes=9 * GB))
     assert not tight["single"].fits
     assert "of GPU memory" in tight["single"].why
@@ -260,9 +269,10 @@ def test_limits_are_of_the_memory_that_is_here(header_only: Path, monkeypatch: p
     """A limit that no process keeps fits nothing."""
     monkeypatch.setattr(avss_dist.estimation, "devices_here", lambda kind: devices_of(kind, 50_000_000))
     for limits, free in (({}, 50_000_000), ({"cpu": "20MB"}, 20_000_000), ({"cpu": "90MB"}, 50_000_000)):
-        found = estimated(header_only, max_memory=limits)
-        assert found.host_bytes == found.device_bytes == free
-        assert not any(row.fits for row in found.rows)
+        guess = estimated(header_only, max_memory=limits)
+        assert guess.host_bytes == free
+        assert guess.device_bytes == free
+        assert not any(row.fits for row in guess.rows)
 
 
 def test_what_fits_a_limit_is_what_a_run_accepts(tiny_llama: Path) -> None:
@@ -272,9 +282,9 @@ def test_what_fits_a_limit_is_what_a_run_accepts(tiny_llama: Path) -> None:
         least = least_host_bytes(partition, size, SETTINGS, "cpu")
         for limit, fits in ((least, True), (least - 1, False)):
             execution = Execution(partition=partition, max_memory={"cpu": limit})
-            found = rows(tiny_llama, devices_of("cpu", limit), max_memory={"cpu": limit})[partition]
-            assert found.fits == fits
-            assert ("of host memory" in found.why) == (not fits)
+            row = rows(tiny_llama, devices_of("cpu", limit), max_memory={"cpu": limit})[partition]
+            assert row.fits == fits
+            assert ("of host memory" in row.why) == (not fits)
             with nullcontext() if fits else pytest.raises(ConfigError, match="`max_memory` allows"):
                 choose(size, SETTINGS, execution, devices)
     least = least_host_bytes("single", size, SETTINGS, "cpu")
@@ -301,12 +311,14 @@ def test_each_way_has_a_row(student: Path, tiny_llama: Path) -> None:
     """What is divided is less with more ranks; on a CPU all ranks need their memory on one host."""
     devices = devices_of("cpu", 2 * LIBRARIES)
     rows = {(row.train, row.sharding): row for row in rows_of(student, tiny_llama, devices)}
-    assert list(rows) == [(train, name) for train in ("all", "lora") for name in ("", *SHARDINGS)]
-    assert all(
-        row.ranks == (2 if sharding else 1) and row.fits != bool(sharding) for (_, sharding), row in rows.items()
-    )
-    trained = [rows[train, ""].trained for train in ("all", "lora")]
-    assert trained[0] > trained[1] > 0
+    assert list(rows) == list(product(("all", "lora"), ("", *SHARDINGS)))
+    for train in ("all", "lora"):
+        assert rows[train, ""].ranks == 1
+        assert rows[train, ""].fits
+        for sharding in SHARDINGS:
+            assert rows[train, sharding].ranks == 2
+            assert not rows[train, sharding].fits
+    assert rows["all", ""].trained > rows["lora", ""].trained > 0
     eight = {row.sharding: row for row in rows_of(student, tiny_llama, devices, ranks=8) if row.train == "all"}
     assert eight["zero3"].device_bytes < eight["zero2"].device_bytes < eight["zero1"].device_bytes
     assert eight["fsdp"].device_bytes < eight["ddp"].device_bytes < rows["all", "ddp"].device_bytes

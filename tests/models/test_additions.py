@@ -18,14 +18,33 @@ from avss_dist.models.watching import captured
 
 SCALE = 0.22
 TRANSFORMING = [
-    *(("causal", name) for name in ("afmoe", "exaone4", "flex_olmo", "gemma2", "gemma3_text", "gemma4_text", "glm4")),
-    *(("causal", name) for name in ("inkling_text", "kolibri1", "lfm3", "minicpm3", "olmo2", "olmo3", "olmo_hybrid")),
-    *(("image-text", name) for name in ("exaone4_5", "gemma3", "glm4v", "glm_ocr", "granite_docling", "muse_glimmer")),
+    ("causal", "afmoe"),
+    ("causal", "exaone4"),
+    ("causal", "flex_olmo"),
+    ("causal", "gemma2"),
+    ("causal", "gemma3_text"),
+    ("causal", "gemma4_text"),
+    ("causal", "glm4"),
+    ("causal", "inkling_text"),
+    ("causal", "kolibri1"),
+    ("causal", "lfm3"),
+    ("causal", "minicpm3"),
+    ("causal", "olmo2"),
+    ("causal", "olmo3"),
+    ("causal", "olmo_hybrid"),
+    ("image-text", "exaone4_5"),
+    ("image-text", "gemma3"),
+    ("image-text", "glm4v"),
+    ("image-text", "glm_ocr"),
+    ("image-text", "granite_docling"),
+    ("image-text", "muse_glimmer"),
     ("masked", "esmc"),
 ]
 """Families that add the transformed outputs of one attention and one MLP, and nothing else."""
 CONFIGURED: list[tuple[str, str, dict[str, Any]]] = [
-    *(("causal", name, {"residual_multiplier": SCALE}) for name in ("granite", "granitemoe", "hyperclovax")),
+    ("causal", "granite", {"residual_multiplier": SCALE}),
+    ("causal", "granitemoe", {"residual_multiplier": SCALE}),
+    ("causal", "hyperclovax", {"residual_multiplier": SCALE}),
     ("causal", "hyperclovax", {"use_post_norm": False}),
     ("image-text", "chameleon", {"swin_norm": True}),
     ("image-text", "granite4_vision", {"residual_multiplier": SCALE}),
@@ -33,11 +52,10 @@ CONFIGURED: list[tuple[str, str, dict[str, Any]]] = [
     ("masked", "esmc", {"num_hidden_layers": 36}),
 ]
 """Settings of families that transform outputs by some of them, or by others do not."""
-CASES = [*((kind, family, {}) for kind, family in TRANSFORMING), *CONFIGURED]
-DEFAULT_CASES = [
-    *((kind, family, {}) for kind, family in TRANSFORMING if family in ("gemma2", "olmo2", "minicpm3", "esmc")),
-    *CONFIGURED[:1],
-]
+TRANSFORMING_CASES: list[tuple[str, str, dict[str, Any]]] = [(kind, family, {}) for kind, family in TRANSFORMING]
+CASES = TRANSFORMING_CASES + CONFIGURED
+IN_THE_DEFAULT_TIER = ("gemma2", "olmo2", "minicpm3", "esmc")
+DEFAULT_CASES = [case for case in TRANSFORMING_CASES if case[1] in IN_THE_DEFAULT_TIER] + CONFIGURED[:1]
 
 
 def opened(kind: str, family: str, **changes: Any) -> Backbone:

@@ -285,8 +285,11 @@ def test_the_sites_of_a_family(family: str, layers: str, points: tuple[str | Non
         assert names[layer.module] == layer.name
         assert layer.call == 0
         taps = {site: tap for site, tap in layer.taps.items() if site not in INPUT_SITES}
-        found = {site: f"{names[p.module].removeprefix(layer.name)[1:]}.{p.reads}" for site, p in taps.items()}
-        assert found == {site: point for site, point in wanted.items() if point}
+        points_of_layer = {}
+        for site, tap in taps.items():
+            path = names[tap.module].removeprefix(f"{layer.name}.")
+            points_of_layer[site] = f"{path}.{tap.reads}"
+        assert points_of_layer == {site: point for site, point in wanted.items() if point}
     notes = backbone.columns["notes"]
     assert [note.split("'")[1] for note in notes] == [site for site, point in wanted.items() if not point]
     assert all("is absent" in note for note in notes)
@@ -330,13 +333,11 @@ QUERIES = {"self_attn.q_proj": (64, 64), "self_attn.k_proj": (32, 64), "self_att
 )
 def test_the_linear_maps_of_a_family_and_what_they_read(family: str, wanted: dict[str, Any]) -> None:
     for layer in open_module(tiny_model("masked" if family == "bert" else "causal", family)).layers:
-        found: dict[str, Any] = {}
-        for one in layer.projections:
-            assert layer.module.get_submodule(one.path) is one.module
-            found.setdefault(one.site, {})[one.path] = (one.outputs, one.inputs)
-        assert {site: dict(sorted(maps.items())) for site, maps in found.items()} == {
-            site: dict(sorted(maps.items())) for site, maps in wanted.items()
-        }
+        shapes: dict[str, Any] = {}
+        for projection in layer.projections:
+            assert layer.module.get_submodule(projection.path) is projection.module
+            shapes.setdefault(projection.site, {})[projection.path] = (projection.outputs, projection.inputs)
+        assert shapes == wanted
         for site, maps in wanted.items():
             tap = layer.taps[site]
             assert tap.reads == "input"
@@ -400,11 +401,15 @@ def test_a_pickle_is_converted_once_and_noted(folder: Path, tiny_llama: Path, tm
     assert done.exit_code == 0, done.stderr
     (run,) = Warehouse(str(out)).runs().to_pylist()
     assert any("stored as pickles" in note for note in run["notes"])
-    found = resolve(str(folder))  # without being allowed to: nothing is unpickled any more
-    kept = {name: t for file in Path(found.path).glob("*.safetensors") for name, t in load_file(file).items()}
+    # Without being allowed to: nothing is unpickled any more.
+    converted = resolve(str(folder))
+    tensors: dict[str, torch.Tensor] = {}
+    for file in Path(converted.path).glob("*.safetensors"):
+        tensors |= load_file(file)
     original = load_file(tiny_llama / "model.safetensors")
-    assert kept.keys() == original.keys()
-    assert all(torch.equal(kept[name], original[name]) for name in kept)
+    assert tensors.keys() == original.keys()
+    for name, tensor in tensors.items():
+        assert torch.equal(tensor, original[name])
     weights = folder / "pytorch_model-00001-of-00002.bin"
     torch.save({name: t + 1 for name, t in torch.load(weights, weights_only=True).items()}, weights)
     with pytest.raises(ModelError, match="has pickled weights only"):  # of other content
@@ -486,8 +491,8 @@ def test_folders_beside_each_other_are_a_series() -> None:
         return Checkpoint(name=path.removeprefix("/data/"), source="folder", path=path, revision="")
 
     saved = [training_point(saved_in(f"/data/run7/checkpoint-{n}")) for n in (500, 1000)]
-    assert [one[1] for one in saved] == [500, 1000]
-    assert {one[0] for one in saved} == {"/data/run7/checkpoint-*"}
+    assert [point[1] for point in saved] == [500, 1000]
+    assert {point[0] for point in saved} == {"/data/run7/checkpoint-*"}
     assert training_point(saved_in("/data/models/llama")) == ("models/llama", None, None)
 
 
@@ -512,13 +517,17 @@ def hub_server(monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
 
     class Refs(BaseHTTPRequestHandler):
         def do_GET(self) -> None:
-            found = self.path.startswith("/api/models/org/a/refs")
-            refs = {"branches": [{"name": b, "ref": f"refs/heads/{b}", "targetCommit": "0"} for b in BRANCHES]}
-            body = json.dumps(refs | {"converts": [], "tags": []} if found else {"error": "not found"}).encode()
-            self.send_response(200 if found else 404)
-            headers = {"Content-Type": "application/json", "Content-Length": str(len(body))}
-            for header, value in (headers if found else headers | {"X-Error-Code": "RepoNotFound"}).items():
-                self.send_header(header, value)
+            is_known = self.path.startswith("/api/models/org/a/refs")
+            branches = [{"name": b, "ref": f"refs/heads/{b}", "targetCommit": "0"} for b in BRANCHES]
+            if is_known:
+                body = json.dumps({"branches": branches, "converts": [], "tags": []}).encode()
+                self.send_response(200)
+            else:
+                body = json.dumps({"error": "not found"}).encode()
+                self.send_response(404)
+                self.send_header("X-Error-Code", "RepoNotFound")
+            self.send_header("Content-Type", "application/json")
+            self.send_header("Content-Length", str(len(body)))
             self.end_headers()
             self.wfile.write(body)
 

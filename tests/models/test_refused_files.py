@@ -176,13 +176,12 @@ def without(pattern: str) -> Callable[[Tensors], Tensors]:
 
 def packed(tensors: Tensors) -> Tensors:
     """Every matrix of the layers in eight bits, with a scale."""
-    return {
-        part: value
-        for name, t in tensors.items()
-        for part, value in (
-            {name: t.to(torch.float8_e4m3fn), f"{name}_scale": torch.ones(1)} if "_proj" in name else {name: t}
-        ).items()
-    }
+    packed_tensors = dict(tensors)
+    for name, tensor in tensors.items():
+        if "_proj" in name:
+            packed_tensors[name] = tensor.to(torch.float8_e4m3fn)
+            packed_tensors[f"{name}_scale"] = torch.ones(1)
+    return packed_tensors
 
 
 @pytest.mark.parametrize("way", PARTITIONS)
@@ -240,7 +239,10 @@ def test_a_pooler_need_not_be_stored_and_other_heads_are_left_alone(tmp_path: Pa
 
 def _mixed(tensors: Tensors) -> Tensors:
     """The first tensor of the file and of its names in bfloat16, the others in float32."""
-    return {name: t.bfloat16() if i == 0 else t for i, (name, t) in enumerate(sorted(tensors.items()))}
+    mixed = dict(sorted(tensors.items()))
+    first = min(mixed)
+    mixed[first] = mixed[first].bfloat16()
+    return mixed
 
 
 def test_mixed_weights_without_a_dtype_compute_alike_in_every_partition(copy: Path) -> None:

@@ -71,17 +71,12 @@ def generate(model: LanguageModel, **options: Any) -> torch.Tensor:
 
 def described(model: LanguageModel) -> Any:
     """All that an intervention could leave behind."""
-    config = model.module.config
-    return (
-        [(name, id(module)) for name, module in model.module.named_modules()],
-        config.to_dict(),
-        [
-            (name, value)
-            for name, module in model.module.named_modules()
-            for name, value in vars(module).items()
-            if type(value) is int
-        ],
-    )
+    modules = []
+    integers: list[tuple[str, int]] = []
+    for path, module in model.module.named_modules():
+        modules.append((path, id(module)))
+        integers += [(name, value) for name, value in vars(module).items() if type(value) is int]
+    return modules, model.module.config.to_dict(), integers
 
 
 @pytest.mark.parametrize("family", all_of(CACHED, OF_EACH_KIND))
@@ -91,7 +86,7 @@ def test_the_tokens_are_those_of_skipped_layers_without_a_cache(family: str, mod
     before = described(model)
     assert torch.equal(whole, generate(model, use_cache=False))
     for removed in REMOVED:
-        if model.obstacles and any(isinstance(one, Sublayer) for one in removed):
+        if model.obstacles and any(isinstance(part, Sublayer) for part in removed):
             continue
         with model.without(removed):
             expected = generate(model, use_cache=False)
@@ -230,7 +225,8 @@ def test_layers_that_share_a_module_are_refused(model_of: ModelOf) -> None:
     ],
 )
 def test_settings_by_layer_are_told_by_their_names(name: str, value: Any, shortened: Any) -> None:
-    assert settings_by_layer({name: value}, 4, [0, 2, 3]) == ({} if shortened is None else {name: shortened})
+    expected = {} if shortened is None else {name: shortened}
+    assert settings_by_layer({name: value}, 4, [0, 2, 3]) == expected
 
 
 ATTENTION, MLP = sublayers_of([1])
@@ -258,16 +254,17 @@ def test_the_branch_adds_nothing(family: str, model_of: ModelOf) -> None:
     """As if its last module gave zeros, to the bit; both are the whole layer; and no trace is left."""
     model = model_of(family)
     shard = random_shard()
-    whole, without_layer = (TextLoss(shard)(model, NO_INTERVENTION.without(*drop))[0].samples for drop in ((), (1,)))
+    whole = TextLoss(shard)(model)[0].samples
+    without_layer = TextLoss(shard)(model, NO_INTERVENTION.without(1))[0].samples
     assert not model.obstacles
     for removed, path in zip((ATTENTION, MLP), SEQUENTIAL[family], strict=True):
         hook = model.layers[1].module.get_submodule(path).register_forward_hook(nothing)
         expected = TextLoss(shard)(model)[0].samples
         hook.remove()
-        found = TextLoss(shard)(model, NO_INTERVENTION.without(removed))[0].samples
-        assert (found == expected).all()
-        assert (found != whole).any()
-        assert (found != without_layer).any()
+        losses = TextLoss(shard)(model, NO_INTERVENTION.without(removed))[0].samples
+        assert (losses == expected).all()
+        assert (losses != whole).any()
+        assert (losses != without_layer).any()
     both = TextLoss(shard)(model, Intervention(removed=(ATTENTION, MLP)))[0].samples
     assert (both == without_layer).all()
     assert (TextLoss(shard)(model)[0].samples == whole).all()
