@@ -12,6 +12,7 @@ import io
 import json
 import logging
 import os
+import select
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, suppress
@@ -69,9 +70,12 @@ def complete_output() -> Iterator[None]:
             raise
         sys.stdout.flush()
     except (BrokenPipeError, SystemExit) as end:
-        if not isinstance(end, BrokenPipeError) and not isinstance(end.__context__, BrokenPipeError):
+        # The framework that prints help turns a broken pipe into an exit of its own.
+        is_broken_pipe = isinstance(end, BrokenPipeError) or isinstance(end.__context__, BrokenPipeError)
+        # A connection to a server breaks with the same error.
+        if not is_broken_pipe or _has_reader(sys.stdout):
             raise
-        raise SystemExit(0) from None  # the framework that prints help turns a broken pipe into an exit of its own
+        raise SystemExit(0) from None
     except OSError as error:
         if error.filename is not None or error.errno not in _UNWRITABLE:
             raise
@@ -81,6 +85,16 @@ def complete_output() -> Iterator[None]:
     finally:
         _discard_unwritable(sys.stdout)
         _discard_unwritable(sys.stderr)
+
+
+def _has_reader(stream: TextIO) -> bool:
+    """Whether what is written to a stream still arrives: false of a pipe whose other end is closed."""
+    poll = select.poll()
+    try:
+        poll.register(stream, 0)
+    except (OSError, ValueError):  # a stream without a descriptor is no pipe
+        return True
+    return not any(event & select.POLLERR for _, event in poll.poll(0))
 
 
 def _discard_unwritable(stream: TextIO) -> None:

@@ -18,7 +18,7 @@ from avss_dist.plans.criteria import PUBLISHED, Criterion, CriterionValues, Laye
 from avss_dist.plans.pattern import Pattern
 from avss_dist.plans.plan import Plan
 from avss_dist.plans.run_layers import RunLayers, plan_choice
-from avss_dist.stats.catalog import LAST, MEASURED, RANDOM, SCORES
+from avss_dist.stats.catalog import FROM_ACTIVATIONS, LAST, RANDOM
 from avss_dist.stats.rankings import depth_correlation
 from avss_dist.stats.scores import Threshold
 from avss_dist.warehouse.reader import Warehouse
@@ -93,8 +93,7 @@ def _findings(warehouse: Warehouse, layers: RunLayers, choice: Choice, values: L
     depth = describe_depth(choice.by, depth_correlation(by_layer), len(by_layer))
     if depth:
         yield depth
-    is_from_activations = choice.by in SCORES and choice.by not in MEASURED
-    if not is_from_activations:
+    if choice.by not in FROM_ACTIVATIONS:
         return
     run_id = layers.run["run_id"]
     # A finding without a site and a recipe is of the whole run.

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import csv
 import io
+import os
 import re
 import shutil
 import signal
@@ -24,6 +25,7 @@ from support.tiers import nightly
 from support.warehouses import activations, stats_of, write_measured, write_scores
 
 import avss_dist
+from avss_dist.core.streams import complete_output
 from avss_dist.core.text import printable
 from avss_dist.warehouse.schema import RunIdentity
 from avss_dist.warehouse.store import Store
@@ -252,3 +254,18 @@ def test_no_command_that_works_steers(
         run(command, args, place, tmp_path)
     for card in tmp_path.rglob("README.md"):
         assert not OBEYED.search(card.read_text())
+
+
+@pytest.mark.parametrize("is_read", [True, False])
+def test_a_broken_connection_is_no_closed_standard_output(is_read: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Both are a BrokenPipeError: one of a server ended a command with exit code 0 and without a message."""
+    reader, writer = os.pipe()
+    monkeypatch.setattr(sys, "stdout", os.fdopen(writer, "w"))
+    if not is_read:
+        os.close(reader)
+    with pytest.raises(BrokenPipeError if is_read else SystemExit) as caught, complete_output():
+        raise BrokenPipeError("a server hung up")
+    if is_read:
+        os.close(reader)
+    else:
+        assert caught.value.code == 0
