@@ -552,7 +552,7 @@ def _name(card: TableRow) -> str:
 
 
 def _kind(score: str) -> str:
-    """Return where a score comes from, of `KINDS`."""
+    """Return where a score comes from, of `KINDS`: scores that people bring, and all other names, are their own."""
     if score == LAST:
         return CONTROL
     if score in MEASURED:

@@ -227,7 +227,11 @@ def _tokenize_group(texts: list[str], tokenizer: Tokenizer, *, special: bool) ->
 
 
 def encode(texts: list[str], tokenizer: Tokenizer, *, special: bool) -> list[list[int]]:
-    """Return the tokens of texts, with or without the special tokens that the tokenizer puts around them."""
+    """Return the tokens of texts, with or without the special tokens that the tokenizer puts around them.
+
+    Args:
+        texts: at least one, as tokenizers refuse an empty list.
+    """
     return list(
         tokenizer(
             texts,

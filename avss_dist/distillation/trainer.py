@@ -178,7 +178,10 @@ class DistillationTrainer(Trainer):
 def held_out_metrics(
     student: Predict, teacher: Teacher, texts: Sequence[DistillText], batch_size: int, device: torch.device
 ) -> dict[str, float]:
-    """Return the metrics of the held-out rows of all texts, by the names of `curve`."""
+    """Return the metrics of the held-out rows of all texts, by the names of `curve`.
+
+    The weighted loss is always among them; without texts it is 0.
+    """
     metrics = {LOSS: 0.0}
     sum_of_weights = sum(text.weight for text in texts)
     for text, teacher_loss in zip(texts, teacher.losses, strict=True):

@@ -161,7 +161,7 @@ class RunInProgress:
         }
         row |= columns
         self._store.write_run(row)
-        self._store.finish_plan(self.run_id)
+        self._store.delete_unfinished_run(self.run_id)
 
 
 def _model_columns(checkpoint: Checkpoint, settings: Settings) -> dict[str, Any]:

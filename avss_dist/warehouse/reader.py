@@ -241,7 +241,7 @@ class Warehouse:
         return pa.Table.from_pylist(rows, UNFINISHED_RUNS)
 
     def plan(self, run_id: str) -> NewObject:
-        """Return the description of an unfinished run, as `Store.write_plan` wrote it. Empty without one."""
+        """Return the description of an unfinished run, as `Store.write_unfinished_run` wrote it. Empty without one."""
         data = self.storage.read(self.storage.plan_path(run_id))
         if not data:
             return {}
@@ -701,7 +701,7 @@ def _has_other_types(stored: pa.Schema, schema: pa.Schema) -> bool:
 
 
 def _read_plan(data: bytes) -> NewObject:
-    """Return what `Store.write_plan` has written of an unfinished run. Empty if it is damaged."""
+    """Return what `Store.write_unfinished_run` has written of an unfinished run. Empty if it is damaged."""
     try:
         plan = dict(json.loads(data))
         checksum = plan.pop(PLAN_CHECKSUM, None)  # earlier versions wrote none

@@ -21,9 +21,9 @@ def share(store: Store, run_id: str, **plan: Any) -> OpenShared:
     It opens the warehouse in those processes alone that see this very description.
 
     Args:
-        plan: as for `Store.write_plan`.
+        plan: as for `Store.write_unfinished_run`.
     """
-    data = store.write_plan(run_id, **plan)
+    data = store.write_unfinished_run(run_id, **plan)
     root = store.root
     if store.storage.is_local:
         root = RedactedURI(store.storage.base)  # absolute, since a worker may have another working directory

@@ -55,10 +55,10 @@ class Store:
         for table, data in files.items():
             self.storage.write(self.storage.shard_path(run_id, shard_id, table), data)
 
-    def write_plan(self, run_id: str, **plan: Any) -> bytes:
+    def write_unfinished_run(self, run_id: str, **plan: Any) -> bytes:
         """Write a description of an unfinished run for `Warehouse.unfinished`, and return the content of the file.
 
-        `finish_plan` deletes it. Each description differs from all others.
+        `delete_unfinished_run` deletes it. Each description differs from all others.
 
         Args:
             plan: the columns of `schema.UNFINISHED_RUNS`; ``run_id`` and ``kept_shards`` are added when it is read.
@@ -68,8 +68,8 @@ class Store:
         self.storage.write(self.storage.plan_path(run_id), data)
         return data
 
-    def finish_plan(self, run_id: str) -> None:
-        """Delete the file of `write_plan`, once the run has its row."""
+    def delete_unfinished_run(self, run_id: str) -> None:
+        """Delete the file of `write_unfinished_run`, once the run has its row."""
         self.storage.delete(self.storage.plan_path(run_id))
 
     def write_layer_stats(

@@ -653,7 +653,7 @@ def test_blocks_are_merged_here_where_workers_see_no_warehouse_or_shards_are_few
 ) -> None:
     """Workers may see another file, or none, where the driver has written the plan of the run."""
     other, gone, seen = (share(store, run_id) for run_id in ("r", "x", "r"))
-    store.finish_plan("x")
+    store.delete_unfinished_run("x")
     for place, few, number in ((other, 0, 3), (gone, 0, 3), (seen, NUMBER, 0)):
         monkeypatch.setattr(merging, "MERGED_HERE", few)
         apply = Elsewhere()

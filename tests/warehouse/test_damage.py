@@ -366,7 +366,9 @@ def test_a_flipped_byte_of_any_table_leaves_its_run_or_evaluation_out(table: str
 def test_a_flipped_byte_of_an_unfinished_run_tells_nothing_wrong(tmp_path: Path) -> None:
     """It is listed all the same. Where a name is damaged, its value is missing."""
     store = Store(tmp_path)
-    store.write_plan("r", model="org/m", num_tokens=1285, num_shards=87, started_at="2026-01-01T00:00:08+00:00")
+    store.write_unfinished_run(
+        "r", model="org/m", num_tokens=1285, num_shards=87, started_at="2026-01-01T00:00:08+00:00"
+    )
     (whole,) = store.reader.unfinished().to_pylist()
     for offset in flips(tmp_path / "runs" / ".plan-r", 400):
         (row,) = Warehouse(tmp_path).unfinished().to_pylist()

@@ -468,7 +468,7 @@ def test_a_full_disk_tells_the_shards_of_the_run_that_is_written(full_disk: Stor
 
 def test_a_full_disk_tells_the_shards_of_a_run_that_is_begun_again(full_disk: Store) -> None:
     with pytest.raises(StorageFull) as caught:
-        full_disk.write_plan(RUN.run_id)
+        full_disk.write_unfinished_run(RUN.run_id)
     assert caught.value.hint == f"{AGAIN}1 shard is kept."
 
 
@@ -480,7 +480,7 @@ def test_a_full_disk_before_any_work_counts_no_shards(full_disk: Store) -> None:
 
 def test_what_drivers_left_long_ago_is_deleted_and_plans_of_others_stay(tmp_path: Path) -> None:
     store = Store(tmp_path)
-    store.write_plan("r")
+    store.write_unfinished_run("r")
     leftover = tmp_path / ".compacted.avss-89abcdef-4711-12-0123abcd.tmp"
     leftover.write_bytes(b"half")
     os.utime(leftover, (0, 0))
