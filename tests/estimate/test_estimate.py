@@ -83,7 +83,8 @@ def test_no_weight_is_read(guess: Estimate) -> None:
     assert guess.num_parameters == sum(p.numel() for p in llama().parameters())
     assert [row.partition for row in guess.rows] == list(PARTITIONS)
     assert [row.ranks for row in guess.rows] == [1, 1, 1, 2, 2, 2, 2]
-    assert all(row.device_bytes > PROCESS_BYTES for row in guess.rows)
+    for row in guess.rows:
+        assert row.device_bytes > PROCESS_BYTES
 
 
 def test_it_is_json(guess: Estimate) -> None:
@@ -104,7 +105,8 @@ def test_the_table_has_every_partition(guess: Estimate) -> None:
     console = Console(width=160, record=True, file=io.StringIO())
     console.print(estimate_table(guess))
     text = console.export_text()
-    assert all(row.partition in text for row in guess.rows)
+    for row in guess.rows:
+        assert row.partition in text
     assert "auto takes single: 175 kB of weights" in text
     assert "in 3 layers, 175 kB in float32" in text
 
@@ -241,7 +243,8 @@ def test_what_fits_is_what_is_there(tiny_llama: Path) -> None:
     missing = row_of["zero3"].host_bytes - 1_500_000_000
     assert f"lacks {missing / 1e6:.3g} MB of host memory" in row_of["zero3"].why
     full = rows(tiny_llama, devices_of("cpu", 10_000_000))
-    assert not any(row.fits for row in full.values())
+    for row in full.values():
+        assert not row.fits
 
 
 def test_a_gpu_holds_weights_and_the_host_the_process(tiny_llama: Path) -> None:
@@ -272,7 +275,8 @@ def test_limits_are_of_the_memory_that_is_here(header_only: Path, monkeypatch: p
         guess = estimated(header_only, max_memory=limits)
         assert guess.host_bytes == free
         assert guess.device_bytes == free
-        assert not any(row.fits for row in guess.rows)
+        for row in guess.rows:
+            assert not row.fits
 
 
 def test_what_fits_a_limit_is_what_a_run_accepts(tiny_llama: Path) -> None:

@@ -132,7 +132,9 @@ def test_rows_merge_and_a_router_that_gives_probabilities_is_seen(monkeypatch: p
         given = router.forward
         monkeypatch.setattr(router, "forward", lambda x, given=given: _with_probabilities(given(x)))
     again = open_module(model)
-    assert all(layer.experts and layer.experts.normalized for layer in again.layers)
+    for layer in again.layers:
+        assert layer.experts
+        assert layer.experts.normalized
     for layer, stats in observed(again, ids, MASK).items():
         assert_allclose(stats.router_entropy_sum, whole[layer].router_entropy_sum, rtol=1e-4, atol=1e-7)
 

@@ -292,7 +292,8 @@ def test_shards_in_threads_of_their_own_give_the_same_bytes(dtype: torch.dtype) 
 
     with ThreadPoolExecutor(4) as pool:
         first, *others = pool.map(bytes_of, range(8))
-    assert all(other == first for other in others)
+    for other in others:
+        assert other == first
 
 
 def test_counts_of_a_batch_cannot_overflow() -> None:

@@ -159,7 +159,8 @@ def test_padding_counts_for_nothing(side: str) -> None:
     first = token_ids()
     second = torch.where(mask, token_ids(), token_ids(1))
     stats = observed(backbone, [(first, mask)])
-    assert all(stats[key].equals(s) for key, s in observed(backbone, [(second, mask)]).items())
+    for key, expected in observed(backbone, [(second, mask)]).items():
+        assert stats[key].equals(expected)
     assert stats[0, "block"].count == int(mask.sum()) * 32
     raw = captured(backbone, first, mask, *FAMILIES["llama"])
     expected = oracle_stats(mask=mask.numpy(), thresholds=GRID, units=True, first_tokens=True, **raw[1, "block"])
@@ -179,7 +180,8 @@ def test_a_fully_masked_batch_and_passes_outside_add_nothing() -> None:
             run(token_ids(), FULL.long())
             backbone.layers[0].taps["mlp"].module(torch.ones(ROWS, TOKENS, 32))
         run(token_ids(3), None)
-    assert all(once[key].equals(stats) for key, stats in merge_strata(observer.strata()).items())
+    for key, stats in merge_strata(observer.strata()).items():
+        assert once[key].equals(stats)
     assert observed(backbone, [(token_ids(), empty)]) == {}
 
 
@@ -216,9 +218,13 @@ def test_hooks_leave_no_trace(family: str) -> None:
         output()
         raise RuntimeError("on purpose")
     assert torch.equal(output(), before)
-    assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
-    assert all(p.grad is None for p in model.parameters())
-    assert all(torch.equal(value, weights[name]) for name, value in model.state_dict().items())
+    for module in model.modules():
+        assert not module._forward_hooks
+        assert not module._forward_pre_hooks
+    for parameter in model.parameters():
+        assert parameter.grad is None
+    for name, value in model.state_dict().items():
+        assert torch.equal(value, weights[name])
 
 
 def test_hooks_of_others_stay() -> None:
@@ -236,8 +242,10 @@ def test_observers_nest() -> None:
     alone = observed(backbone, [(token_ids(), FULL)])
     with observe(backbone.layers, SITES, THRESHOLDS) as outer, outer.batch(FULL.numpy()):
         inner = observed(backbone, [(token_ids(), FULL)])
-    assert all(stats.equals(inner[key]) for key, stats in alone.items())
-    assert all(stats.equals(merge_strata(outer.strata())[key]) for key, stats in alone.items())
+    for key, stats in alone.items():
+        assert stats.equals(inner[key])
+    for key, stats in alone.items():
+        assert stats.equals(merge_strata(outer.strata())[key])
 
 
 def test_a_layer_is_concluded_after_its_last_pass() -> None:
@@ -254,7 +262,8 @@ def test_a_layer_is_concluded_after_its_last_pass() -> None:
     expected = observed(backbone, [(token_ids(seed), FULL) for seed in range(2)])
     got = merge_strata(observer.strata())
     assert list(got) == list(expected)
-    assert all(got[key].equals(expected[key]) for key in expected)
+    for key in expected:
+        assert got[key].equals(expected[key])
 
 
 def test_only_the_wanted_sites_are_measured() -> None:
@@ -263,7 +272,8 @@ def test_only_the_wanted_sites_are_measured() -> None:
     for site in SITES:
         alone = observed(backbone, [(token_ids(), FULL)], [site])
         assert set(alone) == {(layer, site) for layer in range(3)}
-        assert all(stats.equals(everything[key]) for key, stats in alone.items())
+        for key, stats in alone.items():
+            assert stats.equals(everything[key])
 
 
 def test_the_inputs_of_linear_maps_are_counted_and_summed_by_unit() -> None:

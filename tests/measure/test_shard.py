@@ -248,7 +248,8 @@ def test_a_shard_is_concluded_while_the_next_one_is_computed(
     stored = decode_shard(result.files["shard_stats"], "run")
     assert stored is not None
     assert len(stored.stats) == len(expected.stats)
-    assert all(stored.stats[key].equals(stats) for key, stats in expected.stats.items())
+    for key, stats in expected.stats.items():
+        assert stored.stats[key].equals(stats)
 
 
 def test_a_late_worker_writes_no_shard_of_a_run_that_has_ended(
@@ -280,7 +281,8 @@ def test_fillers_count_for_nothing(replica: SmallDevice, shard: Shard) -> None:
     alone = analyze_shard(replica, shard, BATCHES_OF_8)
     beats: list[int] = []
     filled = analyze_shard(replica, shard, BATCHES_OF_8, forwards=5, heartbeat=lambda: beats.append(1))
-    assert all(filled.stats[key].equals(stats) for key, stats in alone.stats.items())
+    for key, stats in alone.stats.items():
+        assert filled.stats[key].equals(stats)
     assert len(beats) == 5 * len(replica.layers), "two batches and three dummy batches, each through every layer"
     follow(replica, 2)
     assert not dummy_batch().observed.any()

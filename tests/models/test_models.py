@@ -258,8 +258,11 @@ def test_opening_a_module_leaves_no_hook_and_changes_no_weight() -> None:
     model = llama()
     before = {name: value.clone() for name, value in model.state_dict().items()}
     assert open_module(model).columns["num_parameters"] == sum(p.numel() for p in model.parameters())
-    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
-    assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
+    for name, value in model.state_dict().items():
+        assert torch.equal(value, before[name])
+    for module in model.modules():
+        assert not module._forward_hooks
+        assert not module._forward_pre_hooks
 
 
 @pytest.mark.parametrize(
@@ -292,7 +295,8 @@ def test_the_sites_of_a_family(family: str, layers: str, points: tuple[str | Non
         assert points_of_layer == {site: point for site, point in wanted.items() if point}
     notes = backbone.columns["notes"]
     assert [note.split("'")[1] for note in notes] == [site for site, point in wanted.items() if not point]
-    assert all("is absent" in note for note in notes)
+    for note in notes:
+        assert "is absent" in note
 
 
 QUERIES = {"self_attn.q_proj": (64, 64), "self_attn.k_proj": (32, 64), "self_attn.v_proj": (32, 64)}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -108,7 +109,8 @@ def test_parts_are_those_of_the_repeated_activations(recipe: str, offset: float)
             assert part[i] == pytest.approx(expected, rel=tolerance)
     sides = contrast_stats.both_sides(sample.answers(), weights, sample.hallucinated.astype(np.float64), recipe)
     for side, labels in zip(sides, (sample.hallucinated, ~sample.hallucinated), strict=True):
-        for part, expected in zip(side, sample.parts(weights[0] * labels, recipe), strict=True):
+        parts_of_side = sample.parts(weights[0] * labels, recipe)
+        for part, expected in zip(side, parts_of_side, strict=True):
             assert part[0] == pytest.approx(expected, rel=tolerance)
 
 
@@ -174,9 +176,15 @@ def test_labels_are_exchanged_inside_pairs() -> None:
 
 def test_p_values_count_what_is_as_far_away() -> None:
     observed = np.array([1.0, -2.0, 0.5, np.nan])
-    null = np.array([[1.0, 2.0, 0.1, 1.0], [-3.0, -2.0 * (1 + 1e-14), 0.2, 1.0], [0.5, 1.9, -0.6, 1.0]])
-    assert contrast_stats.p_values(observed, null).tolist() == pytest.approx([3 / 4, 3 / 4, 2 / 4, np.nan], nan_ok=True)
-    assert [contrast_stats.num_permutations(layers) for layers in (1, 25, 26, 80)] == [1000, 1000, 1040, 3200]
+    nearly_two = 2.0 * (1 + 1e-14)
+    null = np.array([[1.0, 2.0, 0.1, 1.0], [-3.0, -nearly_two, 0.2, 1.0], [0.5, 1.9, -0.6, 1.0]])
+    p = contrast_stats.p_values(observed, null)
+    assert p.tolist() == pytest.approx([3 / 4, 3 / 4, 2 / 4, np.nan], nan_ok=True)
+
+
+@pytest.mark.parametrize(("layers", "number"), [(1, 1000), (25, 1000), (26, 1040), (80, 3200)])
+def test_many_layers_take_more_permutations(layers: int, number: int) -> None:
+    assert contrast_stats.num_permutations(layers) == number
 
 
 def test_the_permutation_test_is_over_exchanged_labels(recipe: str) -> None:
@@ -223,12 +231,22 @@ def test_the_noise_floor_is_of_random_halves_of_the_truthful_answers(recipe: str
 
 def test_pairs_of_about_the_same_length() -> None:
     a = Sample().answers()
-    tokens = {0: [8, 10], 1: [10, 8, 11], 2: [8, 11], 3: [5, 5], 4: [3, 9, 3], 5: [3, 9], 6: [16, 21], 7: [3, 9, 3]}
-    other = Answers(**{**vars(a), "tokens": np.concatenate([*tokens.values()])})
+    tokens_of_pairs = (
+        [8, 10],
+        [10, 8, 11],
+        [8, 11],
+        [5, 5],
+        [3, 9, 3],
+        [3, 9],
+        [16, 21],
+        [3, 9, 3],
+    )
+    other = replace(a, tokens=np.concatenate(tokens_of_pairs))
     matched = contrast_stats.length_matched(other, 0.25)
     assert matched.pairs.tolist() == [0, 30]
     assert matched.tokens.tolist() == [8, 10, 5, 5]
-    assert matched.stats["near_zero"].tolist() == a.stats["near_zero"][np.isin(a.pair, [0, 30])].tolist()
+    near_zero = a.stats["near_zero"][np.isin(a.pair, [0, 30])]
+    assert matched.stats["near_zero"].tolist() == near_zero.tolist()
 
 
 def test_the_prone_layers_are_the_highest_quarter() -> None:
@@ -243,27 +261,30 @@ def test_columns_of_layers(recipe: str) -> None:
     answers = sample.answers()
     number_of_pair = sample.pair // 10
     whole = contrast_stats.both_sides(answers, ones, labels, recipe)
-    again = contrast_stats.both_sides(answers, bootstrap_weights(8)[:, number_of_pair], labels, recipe)
-    without = contrast_stats.both_sides(answers, left_out_weights(8)[:, number_of_pair], labels, recipe)
+    drawn = bootstrap_weights(8)[:, number_of_pair]
+    again = contrast_stats.both_sides(answers, drawn, labels, recipe)
+    left_out = left_out_weights(8)[:, number_of_pair]
+    without = contrast_stats.both_sides(answers, left_out, labels, recipe)
     columns = contrast_stats.contrast_columns(whole, again, without)
     hsav, near_zero, count = sample.parts(labels, recipe)
     variance, truthful_near_zero, truthful_count = sample.parts(1 - labels, recipe)
     hss = (near_zero + 0.5) / (count + 1)
     other = (truthful_near_zero + 0.5) / (truthful_count + 1)
-    ratio = hsav / hsav.sum() / (hss / hss.sum())
+    hsav_share = hsav / hsav.sum()
+    hss_share = hss / hss.sum()
+    ratio = hsav_share / hss_share
     truthful_ratio = variance / variance.sum() / (other / other.sum())
-    deviation = sample.deviation(ones, labels, recipe)
     contrast = np.log(ratio / truthful_ratio)
     expected = {
         "eavss_contrast": contrast,
         "eavss_ratio": ratio,
         "hsav": hsav,
         "hss": hss,
-        "hsav_share": hsav / hsav.sum(),
-        "hss_share": hss / hss.sum(),
+        "hsav_share": hsav_share,
+        "hss_share": hss_share,
         "hsav_difference": hsav - variance,
         "hss_difference": hss - other,
-        "deviation": deviation,
+        "deviation": sample.deviation(ones, labels, recipe),
         "rank": LAYERS + 1 - stats.rankdata(contrast),
         "prone_probability": contrast_stats.prone_probability(contrast_stats.contrast(*again)),
     }
@@ -302,7 +323,7 @@ def test_a_classifier_says_of_a_fold_what_it_learned_on_the_others(pairs: int, a
     values = np.random.default_rng(2).normal(2.0, 3.0, len(sample.pair)) + sample.hallucinated
     folds = dict(zip(a.pairs, np.random.default_rng(0).permutation(pairs) % 5, strict=True))
     if alone:
-        a = Answers(**{**vars(a), "hallucinated": np.array([folds[pair] == 0 for pair in a.pair])})
+        a = replace(a, hallucinated=np.array([folds[pair] == 0 for pair in a.pair]))
     expected = []
     for pair, value in zip(a.pair, values, strict=True):
         train = np.array([folds[p] != folds[pair] for p in a.pair])

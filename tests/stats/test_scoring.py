@@ -60,9 +60,10 @@ def table_of(
     """A table of layers with nothing but these counts at a threshold of 1e-5."""
     layers = np.broadcast_arrays(near_zero, count, variance)
     zero = LayerStats.zero((1e-5,))
-    return SiteTable(
-        [replace(zero, near_zero=np.array([k]), count=int(n), m2=float(n * v)) for k, n, v in zip(*layers, strict=True)]
-    )
+    stats = []
+    for below, number, spread in zip(*layers, strict=True):
+        stats.append(replace(zero, near_zero=np.array([below]), count=int(number), m2=float(number * spread)))
+    return SiteTable(stats)
 
 
 def paper_avss(variance: Float64, sparsity: Float64) -> dict[str, Float64]:
@@ -172,7 +173,8 @@ def test_rank_one_is_the_lowest(scores: list[float], ranks: list[float]) -> None
 def test_ranks_follow_the_smoothed_score_and_are_integers() -> None:
     columns = table_of([0, 5, 10], variance=[1.0, 2.0, 0.1]).score("element", PUBLISHED)
     assert columns["rank"] == [3, 2, 1]
-    assert all(type(rank) is int for rank in columns["rank"])
+    for rank in columns["rank"]:
+        assert type(rank) is int
     assert np.isnan([columns["avss_normalized"], columns["avss_cumulative"]]).all(), "one layer has nothing near zero"
     assert [SCORES[name].column for name in FROM_ACTIVATIONS] == ["avss_smoothed", *BASELINES]
 
@@ -207,7 +209,8 @@ def test_one_row_for_each_layer_site_recipe_and_threshold() -> None:
     assert [row["depth"] for row in rows[:4]] == [0.125, 0.375, 0.625, 0.875]
     assert [row["layer_name"] for row in rows[:4]] == list(LAYERS)
     schema = pa.schema([field for field in SCHEMAS["scores"] if field.name not in IDENTITY])
-    assert all(row.keys() == set(schema.names) for row in rows)
+    for row in rows:
+        assert row.keys() == set(schema.names)
     assert pa.Table.from_pylist(rows, schema).num_rows == len(rows)
     for sites, chosen in ((None, {"block", "mlp"}), (["mlp"], {"mlp"}), (["mlp", "update"], {"mlp"}), ([], set())):
         assert {row["site"] for row in score_run(merged, LAYERS, sites=sites)} == chosen
@@ -358,9 +361,10 @@ def test_rivals_are_their_papers_formulas() -> None:
     cosines = []
     magnitudes = []
     for token_before, token_after in zip(before.reshape(-1, 8), after.reshape(-1, 8), strict=True):
-        norms = np.linalg.norm(token_before) * np.linalg.norm(token_after)
-        cosines.append(token_before @ token_after / norms)
-        magnitudes.append(np.linalg.norm(token_after - token_before) / np.linalg.norm(token_before))
+        norm_before = np.linalg.norm(token_before)
+        norm_after = np.linalg.norm(token_after)
+        cosines.append(token_before @ token_after / (norm_before * norm_after))
+        magnitudes.append(np.linalg.norm(token_after - token_before) / norm_before)
     angles = [math.acos(cosine) / math.pi for cosine in cosines]
     want = {
         "block_influence": 1 - np.mean(cosines),
@@ -398,7 +402,8 @@ def test_whatever_the_counts_columns_are_finite_or_nan_and_ranks_a_permutation(l
     columns = table_of(near_zero, 200, variance).score("element", PUBLISHED)
     for name, values in columns.items():
         if name.startswith("avss"):
-            assert not any(math.isinf(value) for value in values)
+            for value in values:
+                assert not math.isinf(value)
     ranked = sorted(rank for rank in columns["rank"] if rank is not None)
     assert ranked == list(range(1, len(ranked) + 1))
 

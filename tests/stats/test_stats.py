@@ -148,7 +148,9 @@ def test_moments_of_few_elements_are_those_of_all_and_of_a_trillion_are_exact(si
     b = np.random.default_rng(sizes[1]).normal(5.0, 2.0, sizes[1])
     expected = moments_of(np.append(a, b))
     assert merge_moments(moments_of(a), moments_of(b)) == pytest.approx(expected, rel=1e-12)
-    assert merge_moments((2**40, 5.0, 2.0**40), (2**40, 7.0, 3 * 2.0**40)) == (2**41, 6.0, 6 * 2.0**40)
+    trillion = 2**40
+    merged = merge_moments((trillion, 5.0, 1.0 * trillion), (trillion, 7.0, 3.0 * trillion))
+    assert merged == (2 * trillion, 6.0, 6.0 * trillion)
 
 
 def test_equals_sees_every_field() -> None:
@@ -322,9 +324,9 @@ def test_pattern_counts_of_nonfinite_values_alone_are_empty_statistics() -> None
 
 
 def test_pattern_counts_may_exceed_int32_and_thresholds_are_strict() -> None:
-    fields = stats_from_pattern_counts(
-        np.array([0, 2**40, 2**40, 0]), np.array([1.0, 3.0, -1.0, -3.0]), np.array([1.0, 3.0])
-    )
+    counts = np.array([0, 2**40, 2**40, 0])
+    values = np.array([1.0, 3.0, -1.0, -3.0])
+    fields = stats_from_pattern_counts(counts, values, thresholds=np.array([1.0, 3.0]))
     assert fields["count"] == 2**41
     assert fields["mean"] == 1.0
     assert fields["m2"] == 4.0 * 2**41

@@ -174,7 +174,8 @@ def test_losses_are_those_of_replaced_weights(grouped: Path) -> None:
     rows = by_place(RoundedLosses(shard, "int4-g32")(model))
     assert np.array_equal(rows["loss", None].samples, whole)
     assert len(rows) == 1 + 3
-    assert all(torch.equal(value, original[name]) for name, value in model.module.state_dict().items())
+    for name, value in model.module.state_dict().items():
+        assert torch.equal(value, original[name])
     for (_, key), row in rows.items():
         if key is None:
             continue
