@@ -53,15 +53,16 @@ def hangs() -> str:
 
 def test_checks_reach_neither_this_process_nor_each_other(capfd: pytest.CaptureFixture[str]) -> None:
     checks = {"works": works, "fails": fails, "leaves": leaves, "dies": dies, "again": works}
-    found = {finding.what: finding for finding in run_checks(checks)}
-    assert list(found) == list(checks)
-    assert found["fails"] == CheckResult("fails", False, "OSError: no such thing")
-    assert found["leaves"] == CheckResult("leaves", False, "SystemExit: never mind")
-    assert found["dies"] == CheckResult("dies", False, "the process that tried it died")
-    processes = [re.fullmatch(r"yes, in (\d+)", found[name].detail) for name in ("works", "again")]
-    assert all(processes)
-    assert len({match[1] for match in processes if match}) == 2
-    assert str(os.getpid()) not in {match[1] for match in processes if match}
+    results = {finding.what: finding for finding in run_checks(checks)}
+    assert list(results) == list(checks)
+    assert results["fails"] == CheckResult("fails", False, "OSError: no such thing")
+    assert results["leaves"] == CheckResult("leaves", False, "SystemExit: never mind")
+    assert results["dies"] == CheckResult("dies", False, "the process that tried it died")
+    first = re.fullmatch(r"yes, in (\d+)", results["works"].detail)
+    second = re.fullmatch(r"yes, in (\d+)", results["again"].detail)
+    assert first
+    assert second
+    assert len({first[1], second[1], str(os.getpid())}) == 3
     assert capfd.readouterr() == ("", "")
 
 
@@ -70,9 +71,8 @@ def test_a_check_that_hangs_ends_with_the_processes_it_started() -> None:
     (result,) = run_checks({"hangs": hangs}, timeout_seconds=3)
     assert result == CheckResult("hangs", False, "no answer in 3 seconds")
     left = [child for child in psutil.Process().children(recursive=True) if child.pid not in before]
-    assert [
-        child.cmdline() for child in left if child.status() != psutil.STATUS_ZOMBIE and "sleep" in child.name()
-    ] == []
+    alive = [child for child in left if child.status() != psutil.STATUS_ZOMBIE]
+    assert [child.cmdline() for child in alive if "sleep" in child.name()] == []
 
 
 @pytest.mark.nightly
@@ -80,9 +80,11 @@ def test_this_machine() -> None:
     """All that is checked works where these tests run."""
     import torch
 
-    found = list(check_machine())
-    checks = [what for group in CHECKS for what in group]
-    assert [finding.what for finding in found] == [
+    results = list(check_machine())
+    checks: list[str] = []
+    for group in CHECKS:
+        checks += group
+    assert [finding.what for finding in results] == [
         "Python",
         *NEEDED,
         *OPTIONAL,
@@ -90,19 +92,20 @@ def test_this_machine() -> None:
         "shared memory",
         *checks,
     ]
-    assert [finding for finding in found if not finding.works] == []
-    details = {finding.what: finding.detail for finding in found}
+    assert [finding for finding in results if not finding.works] == []
+    details = {finding.what: finding.detail for finding in results}
     assert details["CPU kernels compile"] == "yes"
     assert "gloo" in details["torch.distributed"]
-    assert details["CUDA kernels compile"] == ("yes" if torch.cuda.is_available() else "not tried: there is no GPU")
+    cuda = "yes" if torch.cuda.is_available() else "not tried: there is no GPU"
+    assert details["CUDA kernels compile"] == cuda
     assert re.fullmatch(r"yes, \d+ bytes of PNG", details["pictures"])
 
 
 def test_a_machine_without_a_home_for_the_cache(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", "/proc/nothing")
-    found = next(finding for finding in check_machine() if finding.what == "cache folder")
-    assert not found.works
-    assert "/proc/nothing" in found.detail
+    cache_folder = next(finding for finding in check_machine() if finding.what == "cache folder")
+    assert not cache_folder.works
+    assert "/proc/nothing" in cache_folder.detail
 
 
 MB = 10**6

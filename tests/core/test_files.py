@@ -125,10 +125,8 @@ with staged_folder(Path(sys.argv[1])) as staged:
 
 def test_the_folder_of_a_killed_writer_is_deleted_and_that_of_a_live_one_is_not(tmp_path: Path) -> None:
     """By the next writer beside it, whatever it writes."""
-    writers = [
-        subprocess.Popen([sys.executable, "-c", HOLD, str(tmp_path / "out")], stdout=subprocess.PIPE, text=True)
-        for _ in range(2)
-    ]
+    command = [sys.executable, "-c", HOLD, str(tmp_path / "out")]
+    writers = [subprocess.Popen(command, stdout=subprocess.PIPE, text=True) for _ in range(2)]
     names = [writer.stdout.readline().strip() for writer in writers if writer.stdout]
     try:
         writers[0].kill()

@@ -25,16 +25,26 @@ KEYS = "KEY:SECRET"
 URI = f"s3://{KEYS}@bucket/a.txt"
 PLAIN = "s3://bucket/a.txt"
 MAP: dict[str, Any] = {"layer": 0, "map": "mlp.up_proj"}
+
+
+def layers_plan(**about: Any) -> ModelPlan:
+    return Plan(layers="layers", drop=(1,), evaluated=(f"perplexity:{URI}: 7",), **about)
+
+
+def sparsity_plan(**about: Any) -> ModelPlan:
+    sparse_map = MapPlan(**MAP, site="block", outputs=4, inputs=4, sparsity=0.5, by=THRESHOLD, value=1.0)
+    return SparsityPlan(sparsity=0.5, projections=(sparse_map,), **about)
+
+
+def precision_plan(**about: Any) -> ModelPlan:
+    rounded_map = MapPrecision(**MAP, format="bf16", weights=16, bits=16.0)
+    return PrecisionPlan(bits=16.0, rounded=(rounded_map,), **about)
+
+
 PLANS: dict[str, Callable[..., ModelPlan]] = {
-    "layers": lambda **about: Plan(layers="layers", drop=(1,), evaluated=(f"perplexity:{URI}: 7",), **about),
-    "sparsity": lambda **about: SparsityPlan(
-        sparsity=0.5,
-        projections=(MapPlan(**MAP, site="block", outputs=4, inputs=4, sparsity=0.5, by=THRESHOLD, value=1.0),),
-        **about,
-    ),
-    "precision": lambda **about: PrecisionPlan(
-        bits=16.0, rounded=(MapPrecision(**MAP, format="bf16", weights=16, bits=16.0),), **about
-    ),
+    "layers": layers_plan,
+    "sparsity": sparsity_plan,
+    "precision": precision_plan,
 }
 
 

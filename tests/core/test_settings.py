@@ -52,15 +52,15 @@ def problems(**values: Any) -> list[str]:
 
 
 def test_a_checked_class_is_a_dataclass() -> None:
-    made = Example(shares=[0.5], size="2kB")
-    assert made.shares == (0.5,)
-    assert made.size == 2000
-    assert made == Example(shares=(0.5,), size=2000)
-    assert replace(made, count=4).count == 4
-    assert asdict(made)["count"] == 3
+    example = Example(shares=[0.5], size="2kB")
+    assert example.shares == (0.5,)
+    assert example.size == 2000
+    assert example == Example(shares=(0.5,), size=2000)
+    assert replace(example, count=4).count == 4
+    assert asdict(example)["count"] == 3
     assert [f.name for f in fields(Example)] == ["count", "shares", "name", "size"]
     with pytest.raises(ConfigError):
-        replace(made, count=0)
+        replace(example, count=0)
 
 
 def test_every_problem_is_reported_at_once_and_names_its_field() -> None:
@@ -76,10 +76,10 @@ def test_every_problem_is_reported_at_once_and_names_its_field() -> None:
 
 
 def test_one_problem_is_itself_and_several_are_lines() -> None:
-    with pytest.raises(ConfigError) as one:
+    with pytest.raises(ConfigError) as single:
         Example(name="blok")
-    assert one.value.message == "Unknown `name` 'blok'."
-    assert one.value.hint == "Did you mean 'block'? Valid: block, mlp."
+    assert single.value.message == "Unknown `name` 'blok'."
+    assert single.value.hint == "Did you mean 'block'? Valid: block, mlp."
     with pytest.raises(ConfigError) as two:
         Example(name="blok", count=0)
     assert two.value.message.splitlines()[:2] == ["2 problems:", "`count` must be at least 1, not 0."]
@@ -159,10 +159,10 @@ def test_lists_and_sizes_in_words_make_the_same_settings() -> None:
     ],
 )
 def test_replicas_are_a_number_or_a_range(written: Any, replicas: Replicas, text: str) -> None:
-    made = Execution(replicas=written)
-    assert made.replicas == replicas
-    assert str(made.replicas) == text
-    assert Execution(replicas=text) == made
+    execution = Execution(replicas=written)
+    assert execution.replicas == replicas
+    assert str(execution.replicas) == text
+    assert Execution(replicas=text) == execution
 
 
 @pytest.mark.parametrize(
@@ -212,11 +212,11 @@ def test_the_checks_of_every_base_run_and_texts_are_converted() -> None:
         "`count` 7 is for nobody.",
     ]
     texts = {"count": "4", "shares": ["0.5"], "size": "2kB", "max_memory": ["cpu=20GB", "0=3"], "replicas": "4..8"}
-    made = from_texts(Both, texts)
-    assert made.count == 4
-    assert made.shares == (0.5,)
-    assert made.size == 2000
-    assert made.max_memory == {"cpu": 20_000_000_000, "0": 3}
-    assert str(made.replicas) == "4..8"
+    both = from_texts(Both, texts)
+    assert both.count == 4
+    assert both.shares == (0.5,)
+    assert both.size == 2000
+    assert both.max_memory == {"cpu": 20_000_000_000, "0": 3}
+    assert str(both.replicas) == "4..8"
     with pytest.raises(ConfigError, match="20GB names no device"):
         from_texts(Both, {"max_memory": ["20GB"]})

@@ -108,7 +108,8 @@ def test_sigterm_is_raised_once() -> None:
 @pytest.mark.usefixtures("default_sigterm")
 def test_a_child_that_was_forked_ends_as_usual() -> None:
     raise_on_sigterm()
-    if (child := os.fork()) == 0:
+    child = os.fork()
+    if child == 0:
         os.kill(os.getpid(), signal.SIGTERM)
         os._exit(1)
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGTERM

@@ -83,7 +83,7 @@ def check_what_was_measured_is_stored(driven: Driven) -> None:
 def check_an_interrupt_reads_what_is_stored(driven: Driven) -> None:
     assert isinstance(driven.raised, KeyboardInterrupt)
     (note,) = driven.raised.__notes__
-    done, kept = re.fullmatch(
+    done, kept_shards = re.fullmatch(
         r"(\d+) of \d+ runs are done(?: and (\d+) of \d+ shards of the runs in progress are kept)?", note
     ).groups()  # type: ignore[union-attr]
     stored = driven.warehouse.state()
@@ -91,7 +91,7 @@ def check_an_interrupt_reads_what_is_stored(driven: Driven) -> None:
     before = [fate for fate in driven.fates if fate.was_done]
     assert int(done) <= len(ended) + len(before), "a run counts that is not stored"
     in_progress = sum(len(shards) for run_id, shards in stored[0].items() if not stored[1].get(run_id))
-    assert int(kept or 0) <= in_progress, "a shard counts that is not stored"
+    assert int(kept_shards or 0) <= in_progress, "a shard counts that is not stored"
     time.sleep(GONE_SECONDS)
     assert driven.warehouse.state() == stored, "something is stored after the command has ended"
 
@@ -282,7 +282,8 @@ def test_every_state_but_an_end_leads_to_an_end() -> None:
     for state in RunState:
         reached = {state}
         for _ in RunState:
-            reached |= {following for before in reached for following in NEXT_STATES[before]}
+            for before in tuple(reached):
+                reached |= set(NEXT_STATES[before])
         assert reached & {RunState.DONE, RunState.FAILED, RunState.SKIPPED}
 
 

@@ -64,7 +64,10 @@ def cases(
     """Return rows (partition, ranks, family): two ranks and the default families; the others are nightly."""
 
     def of_two(families_of: Mapping[str, Sequence[str]]) -> list[tuple[str, int, str]]:
-        return [(partition, 2, family) for partition, families in families_of.items() for family in families]
+        rows = []
+        for partition, families in families_of.items():
+            rows += [(partition, 2, family) for family in families]
+        return rows
 
     return [*of_two(default), *nightly(*of_two(others), *larger)]
 
@@ -112,17 +115,17 @@ def measure(
 ) -> tuple[list[ShardResult], Mapping[str, Any], int]:
     """Return the results of this rank's shards, the replica's description, and the parameter bytes that it keeps."""
     replica = opened(partition, folder, settings)
-    rank, step = (
-        (torch.distributed.get_rank(), torch.distributed.get_world_size())
-        if PARTITIONS[partition].splits_data
-        else (0, 1)
-    )
+    rank = 0
+    step = 1
+    if PARTITIONS[partition].splits_data:
+        rank = torch.distributed.get_rank()
+        step = torch.distributed.get_world_size()
     results = []
     for start in range(0, len(shards), step):
-        now = shards[start : start + step]
-        forwards = max(math.ceil(shard.num_sequences / settings.batch_size) for shard in now)
-        if rank < len(now):
-            results.append(analyze_shard(replica, now[rank], settings, forwards=forwards))
+        round_shards = shards[start : start + step]
+        forwards = max(math.ceil(shard.num_sequences / settings.batch_size) for shard in round_shards)
+        if rank < len(round_shards):
+            results.append(analyze_shard(replica, round_shards[rank], settings, forwards=forwards))
         else:
             follow(replica, forwards)
     held = resident_parameter_bytes(module_of(replica))
@@ -139,9 +142,17 @@ def module_of(replica: Any) -> torch.nn.Module:
 
 def resident_parameter_bytes(module: torch.nn.Module) -> int:
     """Return the bytes of parameters that this process holds now: its part, and what is gathered."""
-    here = [p.to_local() if isinstance(p, DTensor) else p.data for p in module.parameters()]
-    held = [*here, *(getattr(p, "ds_tensor", None) for p in module.parameters())]
-    return sum(tensor.numel() * tensor.element_size() for tensor in held if tensor is not None)
+    held = []
+    for parameter in module.parameters():
+        if isinstance(parameter, DTensor):
+            held.append(parameter.to_local())
+        else:
+            held.append(parameter.data)
+        # The part of a parameter that DeepSpeed has split.
+        part = getattr(parameter, "ds_tensor", None)
+        if part is not None:
+            held.append(part)
+    return sum(tensor.numel() * tensor.element_size() for tensor in held)
 
 
 def measure_alone_after_zero3(folder: Path, shard: Shard) -> tuple[int, int, ShardResult]:
@@ -156,9 +167,9 @@ def measure_alone_after_zero3(folder: Path, shard: Shard) -> tuple[int, int, Sha
 
 def floating_buffers(folder: Path, settings: Settings) -> list[torch.Tensor]:
     replica = opened("tensor_parallel", folder, settings)
-    found = [buffer.clone() for buffer in module_of(replica).buffers() if buffer.is_floating_point()]
+    buffers = [buffer.clone() for buffer in module_of(replica).buffers() if buffer.is_floating_point()]
     replica.close()
-    return found
+    return buffers
 
 
 @dataclass(frozen=True)
@@ -226,7 +237,10 @@ def fitted_by(model: LanguageModel, fit: FitRepair, removed: Sequence[Removal]) 
 
 def losses_of(model: LanguageModel, removed: Sequence[Removal]) -> list[float]:
     rows = TextLoss(random_shard())(model, NO_INTERVENTION.without(*removed))
-    return [float(value) for row in rows for value in row.samples]
+    losses = []
+    for row in rows:
+        losses += [float(value) for value in row.samples]
+    return losses
 
 
 def rejoin(port: int, seconds: float = SECONDS) -> None:
@@ -246,15 +260,14 @@ def make_shards(number: int, rows: Sequence[int] = (4,)) -> list[Shard]:
     shards = []
     for index in range(number):
         count = rows[index % len(rows)]
-        shards.append(
-            Shard(
-                shard_id=index,
-                input_ids=random.integers(3, 120, (count, 16)).astype(np.int32),
-                lengths=random.integers(9, 17, count).astype(np.int32),
-                skip_first_tokens=0,
-                content_hash=f"shard {index}",
-            )
+        shard = Shard(
+            shard_id=index,
+            input_ids=random.integers(3, 120, (count, 16)).astype(np.int32),
+            lengths=random.integers(9, 17, count).astype(np.int32),
+            skip_first_tokens=0,
+            content_hash=f"shard {index}",
         )
+        shards.append(shard)
     return shards
 
 
@@ -315,7 +328,10 @@ def single(folder: Path, shards: Sequence[Shard], settings: Settings = SETTINGS)
 
 def assert_equal(per_rank: Sequence[tuple[list[ShardResult], Any, int]], expected: Sequence[ShardResult]) -> None:
     """The results of all ranks, in the order of the shards, are equal to the bit."""
-    results = sorted((r for results, _, _ in per_rank for r in results), key=lambda result: result.shard_id)
+    results: list[ShardResult] = []
+    for results_of_rank, _, _ in per_rank:
+        results += results_of_rank
+    results.sort(key=lambda result: result.shard_id)
     for actual, wanted in zip(results, expected, strict=True):
         assert_same_result(actual, wanted)
 
@@ -430,9 +446,12 @@ def test_ranks_that_split_matrices_give_the_numbers_of_one_process(
                 assert np.array_equal(getattr(got.experts[layer], name), getattr(sums, name)), (layer, name)
             for name in EXPERT_SUMS:
                 np.testing.assert_allclose(getattr(got.experts[layer], name), getattr(sums, name), rtol=1e-4, atol=1e-4)
-    assert not any(result.stats for results, *_ in others for result in results)
-    assert [of_rank["reports_stats"] for _, of_rank, _ in (first, *others)] == [True, *[False] * (world - 1)]
-    assert all(of_rank["data"] == (0, 1) for _, of_rank, _ in (first, *others))
+    assert first[1]["reports_stats"] is True
+    assert first[1]["data"] == (0, 1)
+    for results, model_of_rank, _ in others:
+        assert not any(result.stats for result in results)
+        assert model_of_rank["reports_stats"] is False
+        assert model_of_rank["data"] == (0, 1)
     assert partitioned(first[1]) == partitioned(model)
 
 
@@ -447,7 +466,9 @@ def test_ranks_measure_paired_text(two_ranks: Gang, folder_of: Callable[[str], P
     (((alone,), _, _), _) = two_ranks.run(measure, "zero3", folder, paired, SETTINGS)
     (want,), _ = single(folder, paired)
     assert_near(got.stats, want.stats, rtol=1e-4)
-    assert {key: one.count for key, one in got.strata.items()} == {key: one.count for key, one in want.strata.items()}
+    assert got.strata.keys() == want.strata.keys()
+    for key, stats in want.strata.items():
+        assert got.strata[key].count == stats.count
     assert alone.strata.keys() == want.strata.keys()
     assert all(alone.strata[key].equals(stats) for key, stats in want.strata.items())
     assert got.rows
@@ -481,9 +502,11 @@ def test_tensor_parallel_in_bfloat16(two_ranks: Gang, folder_of: Callable[[str],
         assert result.stats[key].count == stats.count
         assert result.stats[key].rms == pytest.approx(stats.rms, rel=0.02)
     buffers = [b for b in build("llama").buffers() if b.is_floating_point()]
-    for found in two_ranks.run(floating_buffers, folder, settings):
-        assert len(found) == len(buffers) > 0
-        assert all(torch.equal(a, b) and a.dtype == b.dtype for a, b in zip(found, buffers, strict=True))
+    for buffers_of_rank in two_ranks.run(floating_buffers, folder, settings):
+        assert len(buffers_of_rank) == len(buffers) > 0
+        for actual, wanted in zip(buffers_of_rank, buffers, strict=True):
+            assert torch.equal(actual, wanted)
+            assert actual.dtype == wanted.dtype
 
 
 @pytest.mark.parametrize("partition", [*SHARING, *SPLITTING])
@@ -497,8 +520,8 @@ def test_unpacked_weights(two_ranks: Gang, folder_of: Callable[[str], Path], par
     if partition in SHARING:
         assert_equal(per_rank, expected)
         return
-    for found, wanted in zip(per_rank[0][0], expected, strict=True):
-        assert_near(found.stats, wanted.stats, rtol=1e-4)
+    for actual, wanted in zip(per_rank[0][0], expected, strict=True):
+        assert_near(actual.stats, wanted.stats, rtol=1e-4)
 
 
 # Answers.
@@ -509,7 +532,9 @@ def unanswered(partition: str, family: str) -> tuple[str, ...]:
     skip = composed(family, partition)
     if partition in SPLITTING:
         skip = (*skip, "rounded", "gradients of rounded")
-    return (*skip, "gradients") if (partition, family) == ("tensor_parallel", "opt") else skip
+    if (partition, family) == ("tensor_parallel", "opt"):
+        skip = (*skip, "gradients")
+    return skip
 
 
 @pytest.mark.parametrize(
@@ -565,10 +590,10 @@ def test_ranks_answer_the_harness_and_generate_as_one_process_does(
     whole = open_whole(resolve(str(folder)), SETTINGS)
     expected = reply(whole, ("",), tasks)
     tokens = generated(whole)[0].tolist()
-    for found in two_ranks.run(ask, partition, folder, ("",), tasks):
-        assert_same(found.rows, expected, rtol=1e-6)
-        assert found.tokens == tokens
-        assert found.notes == []
+    for answered in two_ranks.run(ask, partition, folder, ("",), tasks):
+        assert_same(answered.rows, expected, rtol=1e-6)
+        assert answered.tokens == tokens
+        assert answered.notes == []
 
 
 LAYER = [2]
@@ -600,16 +625,18 @@ def test_ranks_that_share_batches_fit_the_repair_of_one_process(
     assert all(cut["error_after"] < cut["error_before"] for cut in cuts)
     if removed == EXPERTS:
         assert [cut["experts"] for cut in cuts] == [[0], [1]]
-    for found, found_cuts, (before, repaired, after) in gang(world).run(fit_and_ask, partition, tmp_path, fit, removed):
-        for ours, theirs in zip(found_cuts, cuts, strict=True):
+    for fitted, fitted_cuts, (before, repaired, after) in gang(world).run(
+        fit_and_ask, partition, tmp_path, fit, removed
+    ):
+        for ours, theirs in zip(fitted_cuts, cuts, strict=True):
             assert ours["ridges"] == theirs["ridges"]
             assert ours["error_before"] == pytest.approx(theirs["error_before"], rel=1e-5)
             assert ours["error_after"] == pytest.approx(theirs["error_after"], rel=1e-4)
-        assert found.keys() == patch.keys()
+        assert fitted.keys() == patch.keys()
         for name, weights in patch.items():
-            torch.testing.assert_close(found[name], weights, rtol=1e-3, atol=1e-5)
+            torch.testing.assert_close(fitted[name], weights, rtol=1e-3, atol=1e-5)
         whole = open_whole(checkpoint, settings)
-        with whole.patched(found):
+        with whole.patched(fitted):
             assert repaired == losses_of(whole, removed)
         assert before == after != repaired
 

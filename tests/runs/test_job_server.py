@@ -33,9 +33,9 @@ JOBS = "/api/jobs"
 
 @pytest.fixture
 def server() -> Iterator[JobServer]:
-    with job_server() as made:
-        made.answers = {"/api/version": VERSION_ANSWER}
-        yield made
+    with job_server() as started:
+        started.answers = {"/api/version": VERSION_ANSWER}
+        yield started
 
 
 def write_job(path: str = "job.yaml", **keys: Any) -> str:
@@ -89,7 +89,7 @@ def test_what_is_sent_is_a_command_without_a_key(server: JobServer) -> None:
     assert sent["metadata"]["avss_warehouse"] == "s3://bucket/w"
     assert sent["metadata"]["avss_runs"] == "1"
     assert "SOMESECRET" not in json.dumps(sent)
-    (package,) = (body for path, body in server.received.items() if path.startswith("/api/packages"))
+    (package,) = [body for path, body in server.received.items() if path.startswith("/api/packages")]
     assert b"a.txt" in package
     assert b"job.yaml" in package
 
@@ -347,12 +347,12 @@ def test_names_that_lead_out_of_the_folder_mean_the_same_in_the_package(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     repair = {"repairs": ["map"], "repair_corpora": ["texts/b.jsonl.gz"]}
-    made = job(
+    packed_job = job(
         "jobs/job.yaml",
         corpora=["texts/a.csv", "../other/*.txt"],
         experiment={"tasks": ["truthfulqa:questions.jsonl"], **repair},
     )
-    directory, name = _pack(made, tmp_path / "package")
+    directory, name = _pack(packed_job, tmp_path / "package")
     assert _entrypoint(directory, name, ["--replicas=2"]) == "cd project && exec avss run job.yaml --replicas=2"
     monkeypatch.chdir(tmp_path / "package" / directory)
     assert [*documents("../other/*.txt"), *documents("texts/a.csv")] == ["beside", "one"]
@@ -370,11 +370,11 @@ def test_a_name_that_goes_above_the_root_stays_in_the_package(tmp_path: Path) ->
 def test_no_file_takes_the_place_of_the_job_file(tmp_path: Path) -> None:
     """A task file has its name."""
     Path("job.yaml").write_text("task: t\ndataset_path: json\ndataset_kwargs: {data_files: {test: questions.jsonl}}\n")
-    made = job("jobs/job.yaml", experiment={"tasks": ["job.yaml"]})
-    directory, name = _pack(made, tmp_path / "package")
+    packed_job = job("jobs/job.yaml", experiment={"tasks": ["job.yaml"]})
+    directory, name = _pack(packed_job, tmp_path / "package")
     assert directory == "."
     assert name == "job-job.yaml"
-    assert (tmp_path / "package" / name).read_text() == made.path.read_text()
+    assert (tmp_path / "package" / name).read_text() == packed_job.path.read_text()
     assert (tmp_path / "package" / "job.yaml").read_text() == Path("job.yaml").read_text()
 
 
@@ -386,9 +386,9 @@ def test_a_job_file_with_a_hyphen_is_no_option(tmp_path: Path) -> None:
 def test_files_that_are_missing_are_named_before_anything_is_sent() -> None:
     """They are named together."""
     corpora = ["absent.txt", "texts/a.csv", "../other/absent-*.csv"]
-    made = job(corpora=corpora, experiment={"tasks": ["perplexity:gone.txt", "no.yaml"]})
+    refused_job = job(corpora=corpora, experiment={"tasks": ["perplexity:gone.txt", "no.yaml"]})
     with pytest.raises(ConfigError) as caught:
-        _local_files(made)
+        _local_files(refused_job)
     lines = caught.value.message.splitlines()
     told = [
         "job.yaml cannot be submitted.",

@@ -171,9 +171,9 @@ RANKS = "ranks applies to fsdp, zero3, tensor_parallel and expert_parallel, not 
     ids=lambda value: value.removeprefix(GIVEN).replace("\n", " ")[:40] if isinstance(value, str) else "",
 )
 def test_mistakes(text: str, says: list[str], tmp_path: Path) -> None:
-    found = problems(tmp_path, text)
-    assert len(found) == len(says)
-    for line, said in zip(found, says, strict=True):
+    told = problems(tmp_path, text)
+    assert len(told) == len(says)
+    for line, said in zip(told, says, strict=True):
         assert line.startswith(said)
 
 
@@ -187,7 +187,7 @@ def test_mistakes(text: str, says: list[str], tmp_path: Path) -> None:
         ("a: &a [*a]\n", r"job.yaml:1: nested too deeply"),
         (
             "a0: &a0 [x, x, x, x, x, x, x, x, x, x]\n"
-            + "".join(f"a{n}: &a{n} [{', '.join(f'*a{n - 1}' for _ in range(10))}]\n" for n in range(1, 9)),
+            + "".join(f"a{n}: &a{n} [" + f"*a{n - 1}, " * 10 + "]\n" for n in range(1, 9)),
             r"job.yaml:\d: more than 100,000 values",
         ),
         (GIVEN + "# " + "x" * 1_000_000, "at most 1,000,000 bytes"),
@@ -487,7 +487,8 @@ def test_one_tokenizer_reads_a_text_once_whatever_their_names(
         return tokenize(source, *args)
 
     monkeypatch.setattr(planner, "tokenize_corpus", spy)
-    first, second = (save_checkpoint(llama(seed), tmp_path / f"seed-{seed}") for seed in (1, 2))
+    first = save_checkpoint(llama(1), tmp_path / "seed-1")
+    second = save_checkpoint(llama(2), tmp_path / "seed-2")
     other = shutil.copytree(second, tmp_path / "other-tokens")
     (other / "tokenizer_config.json").write_text((other / "tokenizer_config.json").read_text() + " ")
     models = ", ".join(map(str, [first, second, other, shutil.copytree(first, tmp_path / "copy" / first.name)]))
@@ -510,7 +511,7 @@ def test_a_repeated_run_is_told_and_measured_once(tiny_llama: Path, tmp_path: Pa
         (tmp_path / name).write_text("One word after the other, and another one. " * 200)
     corpora = f"corpora: [{tmp_path}/a.txt, {tmp_path}/b.txt]\n"
     file = job_file(tmp_path, f"warehouse: {tmp_path}/w\nmodels: [{tiny_llama}]\n{corpora}{SETTINGS}{LOCAL}")
-    first, second = (spec.name for spec in read_job(file).specs)
+    first, second = [spec.name for spec in read_job(file).specs]
     code, output = avss("run", file, "--dry-run")
     said = f"{second} is the same model, text and settings as {first}; measured once."
     assert code == 0

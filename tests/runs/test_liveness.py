@@ -150,7 +150,7 @@ def test_a_terminated_command_says_what_is_kept_and_the_run_is_listed(tiny_llama
     wait_until(lambda: len([*(tmp_path / "shard_stats").rglob("*.parquet")]) >= 2 or driver.poll() is not None)
     driver.send_signal(signal.SIGTERM)
     printed, said = driver.communicate()
-    kept = len([*(tmp_path / "shard_stats").rglob("*.parquet")])
+    kept_shards = len([*(tmp_path / "shard_stats").rglob("*.parquet")])
     assert driver.returncode == 143, said
     assert printed == "", said
     stopped = re.fullmatch(
@@ -158,16 +158,16 @@ def test_a_terminated_command_says_what_is_kept_and_the_run_is_listed(tiny_llama
     )
     assert stopped, said
     # Workers may have written more since the last message.
-    assert 2 <= int(stopped[1]) <= kept, said
+    assert 2 <= int(stopped[1]) <= kept_shards, said
     assert "***" not in said
     assert "Traceback" not in said
     assert "Error" not in said
     listed = avss("ls", "-w", tmp_path)
     assert listed.exit_code == 0
-    assert f"unfinished, {kept} of 200 shards" in " ".join(listed.stdout.split())
+    assert f"unfinished, {kept_shards} of 200 shards" in " ".join(listed.stdout.split())
     row = json.loads(avss("ls", "-w", tmp_path, "--format", "json").stdout)
     assert row["status"] == "unfinished"
-    assert row["kept_shards"] == kept
+    assert row["kept_shards"] == kept_shards
     assert row["num_shards"] == 200
     assert row["model"] == str(tiny_llama)
     assert row["corpus"] == "builtin:pydoc"

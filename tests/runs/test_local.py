@@ -298,25 +298,30 @@ def losses(number: int = PARTS) -> list[Loss]:
 
 def outcomes(executor: Executor, asked: Sequence[Cell]) -> dict[int, Any]:
     """What each part gave: its samples as bytes, or an error; no part comes twice."""
-    found: dict[int, Any] = {}
+    outcome_of: dict[int, Any] = {}
     with closing(executor):
         for cell, result in executor.run_cells(Submissions.of([asked])):
             assert cell in asked
-            assert cell.part not in found
-            found[cell.part] = result if isinstance(result, AvssError) else result.rows[0].samples.tobytes()
-    return found
+            assert cell.part not in outcome_of
+            if isinstance(result, AvssError):
+                outcome_of[cell.part] = result
+            else:
+                outcome_of[cell.part] = result.rows[0].samples.tobytes()
+    return outcome_of
 
 
 def test_a_cell_that_does_not_fit_is_measured_with_half_the_rows(tiny_llama: Path) -> None:
     """Four rows, two, one; where one does not fit either, that cell fails. The next has four again."""
     shard = random_shard()
-    found = outcomes(LocalExecutor(SETTINGS), cells(tiny_llama, [FitsWithOneRow(shard), FitsNever(shard), Loss(shard)]))
+    outcome_of = outcomes(
+        LocalExecutor(SETTINGS), cells(tiny_llama, [FitsWithOneRow(shard), FitsNever(shard), Loss(shard)])
+    )
     model = opened(tiny_llama, batch_size=1)
     (alone,) = Loss(shard)(model)
-    assert found[0] == alone.samples.tobytes()
-    assert isinstance(found[1], BatchTooLarge)
-    assert "1 x 32 tokens do not fit in memory" in str(found[1])
-    assert isinstance(found[2], bytes)
+    assert outcome_of[0] == alone.samples.tobytes()
+    assert isinstance(outcome_of[1], BatchTooLarge)
+    assert "1 x 32 tokens do not fit in memory" in str(outcome_of[1])
+    assert isinstance(outcome_of[2], bytes)
 
 
 def test_an_error_is_of_its_cell_or_of_its_model(tiny_llama: Path, tmp_path: Path) -> None:
@@ -325,12 +330,15 @@ def test_an_error_is_of_its_cell_or_of_its_model(tiny_llama: Path, tmp_path: Pat
         Cell(run_id="e", checkpoint=absent(tmp_path), settings=SETTINGS, task="loss", part=i, measure=bad.measure)
         for i in (1, 2)
     ]
-    (good,) = (cell for cell in cells(tiny_llama, losses(4)) if cell.part == 3)
-    found = outcomes(LocalExecutor(SETTINGS), [bad, *gone, good])
-    assert isinstance(found[0], ModelError)
-    assert "There is no layer 99" in str(found[0])
-    assert all(isinstance(found[part], ModelError) and "gone" in str(found[part]) for part in (1, 2))
-    assert isinstance(found[3], bytes)
+    good = cells(tiny_llama, losses(4))[3]
+    assert good.part == 3
+    outcome_of = outcomes(LocalExecutor(SETTINGS), [bad, *gone, good])
+    assert isinstance(outcome_of[0], ModelError)
+    assert "There is no layer 99" in str(outcome_of[0])
+    for part in (1, 2):
+        assert isinstance(outcome_of[part], ModelError)
+        assert "gone" in str(outcome_of[part])
+    assert isinstance(outcome_of[3], bytes)
 
 
 def absent(tmp_path: Path) -> Checkpoint:

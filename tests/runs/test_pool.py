@@ -89,9 +89,10 @@ def shard_ids(received: list[tuple[Any, Any]], run: RunShards | None = None) -> 
 
 def times_measured(cluster: SimulatedCluster) -> Counter[int]:
     """Return how often each shard was measured to its end."""
-    return Counter(
-        assignment.shard.shard_id for gang in cluster.gangs for assignment in gang.measured if assignment.shard
-    )
+    times: Counter[int] = Counter()
+    for gang in cluster.gangs:
+        times.update(assignment.shard.shard_id for assignment in gang.measured if assignment.shard)
+    return times
 
 
 def failing(unit: int, *errors: Exception) -> Callable[[SimulatedGang, Any, int], Any]:
@@ -265,7 +266,10 @@ def test_batches_are_halved_until_they_fit() -> None:
 
     cluster.on_measure = one_row_fits
     assert shard_ids(outcomes(pool_of(cluster, queue))) == [*range(6)]
-    assert {assignment.rows for gang in cluster.gangs for assignment in gang.measured} == {1}
+    rows_of_assignments: set[int] = set()
+    for gang in cluster.gangs:
+        rows_of_assignments |= {assignment.rows for assignment in gang.measured}
+    assert rows_of_assignments == {1}
     assert queue.rows == 1
     queue, run = shard_queue(6)
     error = BatchTooLarge("not even one row fits")
@@ -512,7 +516,10 @@ def no_object_store(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def assignments(queue: ShardQueue, units: Sequence[int]) -> list[Any]:
     """What the workers of a gang do in a round, one after the other."""
-    return [assignment for part in queue.parts(units) for assignment in part]
+    round_assignments: list[Any] = []
+    for part in queue.parts(units):
+        round_assignments += part
+    return round_assignments
 
 
 def patch_of(key: str) -> EncodedPatch:
@@ -603,8 +610,11 @@ def test_what_was_measured_meanwhile_is_not_put_back() -> None:
 
 def test_every_rank_takes_the_cell_with_its_patch() -> None:
     queue, cells = cell_queue(["loss"], partition="tensor_parallel", ranks=2)
-    parts = [assignment for part in queue.parts([0]) for assignment in part]
-    assert [(one.cell, one.rows) for one in parts] == [(cells[0], SETTINGS.batch_size)] * 2
+    parts = assignments(queue, [0])
+    assert len(parts) == 2
+    for part in parts:
+        assert part.cell == cells[0]
+        assert part.rows == SETTINGS.batch_size
     queue, cells = cell_queue(["loss", "loss"], patch_of("k"))
     ((assignment,),) = queue.parts([1])
     assert assignment.cell.part == 1
@@ -896,9 +906,9 @@ def test_a_node_fetches_what_only_the_head_has(
     shutil.copytree(tiny_llama, cached)
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
     of_the_head = Checkpoint(name="org/tiny", source="hub", path="/head/cache/org--tiny", revision=revision)
-    here = resolve_on_node(of_the_head)
-    assert here.path == str(cached)
-    assert here.revision == revision
-    assert resolve_on_node(here) is here
+    on_node = resolve_on_node(of_the_head)
+    assert on_node.path == str(cached)
+    assert on_node.revision == revision
+    assert resolve_on_node(on_node) is on_node
     with pytest.raises(ModelError, match=r"'/head/tiny' does not exist on the worker node"):
         resolve_on_node(Checkpoint(name="tiny", source="folder", path="/head/tiny", revision="0"))

@@ -151,12 +151,12 @@ def test_a_stopped_driver_is_resumed(shared_ray: Cluster, tiny_llama: Path, undi
     assert code == 143, said
     assert "run the same command again" in said
     assert "Traceback" not in said
-    kept = len(list(partials.rglob("*.parquet")))
-    assert 1 <= kept < 20
+    kept_shards = len(list(partials.rglob("*.parquet")))
+    assert 1 <= kept_shards < 20
     assert not list((tmp_path / "scores").rglob("*.parquet"))
     run = score(tiny_llama, tmp_path, executor="local")
     assert run.status == "done"
-    assert run.resumed_shards == kept
+    assert run.resumed_shards == kept_shards
     assert_same_tables(tmp_path, undisturbed)
 
 
@@ -331,15 +331,19 @@ def test_ranks_evaluate(partition: str, shared_ray: Cluster, tiny_llama: Path, t
     if partition == "fsdp":
         assert_same_evaluations(tmp_path / "ranks", tmp_path / "single")
         return
-    near, wanted = (
-        {
-            (row["task"], row["metric"], tuple(row["drop"]), row["layer"]): row["value"]
-            for row in Warehouse(tmp_path / name).table("evaluations").to_pylist()
-        }
-        for name in ("ranks", "single")
-    )
+    near = evaluated_values(tmp_path / "ranks")
+    wanted = evaluated_values(tmp_path / "single")
     assert near.keys() == wanted.keys()
-    assert all(abs(near[k] - wanted[k]) <= 1e-4 * max(1.0, abs(wanted[k])) for k in near)
+    for key, value in wanted.items():
+        assert abs(near[key] - value) <= 1e-4 * max(1.0, abs(value))
+
+
+def evaluated_values(warehouse: Path) -> dict[tuple[Any, ...], float]:
+    """Return the values of all evaluations by task, metric, removed layers and layer."""
+    values = {}
+    for row in Warehouse(warehouse).table("evaluations").to_pylist():
+        values[row["task"], row["metric"], tuple(row["drop"]), row["layer"]] = row["value"]
+    return values
 
 
 @pytest.fixture

@@ -130,7 +130,7 @@ def test_documents_without_a_token_that_counts_are_shards_without_statistics(tin
         file = tmp_path / f"{name}.jsonl"
         file.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
         runs.append(score(tiny_llama, tmp_path / name, corpus=str(file), **options))
-    everything, long = (Warehouse(run.warehouse).read_layer_stats(run.run_id) for run in runs)
+    everything, long = [Warehouse(run.warehouse).read_layer_stats(run.run_id) for run in runs]
     assert [run.num_shards for run in runs] == [3, 2]
     assert everything.keys() == long.keys()
     assert all(everything[key].equals(long[key]) for key in long)
@@ -139,26 +139,26 @@ def test_documents_without_a_token_that_counts_are_shards_without_statistics(tin
 class Interfering(LocalExecutor):
     """An executor whose results are real, and arrive in an unusual way."""
 
-    def __init__(self, how: str) -> None:
+    def __init__(self, interference: str) -> None:
         super().__init__(Settings())
-        self.how = how
+        self.interference = interference
         self.asked: list[int] = []
 
     def run(self, runs: Submissions[RunShards]) -> Iterator[Outcome]:  # type: ignore[override]
         for run in runs:
             self.asked = [shard.shard_id for shard in run.shards]
             results = list(super().run(Submissions.of([run])))
-            if self.how == "backwards":
+            if self.interference == "backwards":
                 yield from reversed(results)
-            elif self.how == "twice":
+            elif self.interference == "twice":
                 for result in results:
                     yield result
                     yield results[0]
                     yield result
-            elif self.how == "crash":
+            elif self.interference == "crash":
                 yield from results[1:4]
                 raise RuntimeError("the machine is on fire")
-            elif self.how == "interrupt":
+            elif self.interference == "interrupt":
                 yield from results[2:5]
                 raise KeyboardInterrupt
             else:
@@ -260,24 +260,31 @@ def test_a_damaged_row_of_a_done_run_is_made_again_from_its_shards(tiny_llama: P
     assert again.resumed_shards == done.num_shards
 
 
-@pytest.mark.parametrize("how", ["backwards", "twice"])
-def test_order_and_duplicates_do_not_matter(how: str, tiny_llama: Path, undisturbed: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("interference", ["backwards", "twice"])
+def test_order_and_duplicates_do_not_matter(
+    interference: str, tiny_llama: Path, undisturbed: Path, tmp_path: Path
+) -> None:
     events: list[RunEvent] = []
-    drive(tiny_llama, tmp_path, Interfering(how), events.append)
+    drive(tiny_llama, tmp_path, Interfering(interference), events.append)
     assert_same_tables(tmp_path, undisturbed)
     assert sum(isinstance(event, ShardMeasured) for event in events) == 6
 
 
 @pytest.mark.parametrize(
-    ("how", "error", "missing"), [("crash", RunFailed, [0, 4, 5]), ("interrupt", KeyboardInterrupt, [0, 1, 5])]
+    ("interference", "error", "missing"), [("crash", RunFailed, [0, 4, 5]), ("interrupt", KeyboardInterrupt, [0, 1, 5])]
 )
 def test_a_broken_run_goes_on_where_it_stopped(
-    how: str, error: type[BaseException], missing: list[int], tiny_llama: Path, undisturbed: Path, tmp_path: Path
+    interference: str,
+    error: type[BaseException],
+    missing: list[int],
+    tiny_llama: Path,
+    undisturbed: Path,
+    tmp_path: Path,
 ) -> None:
     with pytest.raises(error):
-        drive(tiny_llama, tmp_path, Interfering(how))
-    rows = Warehouse(tmp_path).runs().to_pylist() if how == "crash" else []
-    assert [row["status"] for row in rows] == (["failed"] if how == "crash" else [])
+        drive(tiny_llama, tmp_path, Interfering(interference))
+    rows = Warehouse(tmp_path).runs().to_pylist() if interference == "crash" else []
+    assert [row["status"] for row in rows] == (["failed"] if interference == "crash" else [])
     assert all("on fire" in row["error"] for row in rows)
     executor = Interfering("plain")
     run = drive(tiny_llama, tmp_path, executor)
@@ -326,7 +333,8 @@ def test_all_measured_but_not_committed_needs_no_model(
     ids=lambda change: next(iter(change)),
 )
 def test_what_changes_a_number_is_another_run(change: dict[str, Any], tiny_llama: Path, tmp_path: Path) -> None:
-    usual, changed = (plan(tiny_llama, tmp_path, **{**SMALL, **options}) for options in ({}, change))
+    usual = plan(tiny_llama, tmp_path, **SMALL)
+    changed = plan(tiny_llama, tmp_path, **{**SMALL, **change})
     assert usual.run_id != changed.run_id
 
 
@@ -397,7 +405,8 @@ def test_shards_are_merged_in_blocks_when_there_are_many(
     score(tiny_llama, tmp_path / "fine", sequences_per_shard=1)
     monkeypatch.setattr("avss_dist.runs.merging.BOOTSTRAP_BLOCKS", 4)
     score(tiny_llama, tmp_path / "coarse", sequences_per_shard=1)
-    fine, coarse = (Warehouse(tmp_path / name).scores().to_pydict() for name in ("fine", "coarse"))
+    fine = Warehouse(tmp_path / "fine").scores().to_pydict()
+    coarse = Warehouse(tmp_path / "coarse").scores().to_pydict()
     assert fine["count"] == coarse["count"]
     assert fine["rank"] == coarse["rank"]
     for name in ("near_zero_count", "variance", "avss_smoothed"):
@@ -574,11 +583,12 @@ def layer_names(i: int) -> tuple[str, ...]:
 
 def shard(i: int) -> ShardResult:
     model = {"family": "llama", "notes": [f"note {i // 2}"], "last": i}
+    (stats_of_shard,) = stats_of(activations(i, shards=1))
     return ShardResult(
         shard_id=i,
         content_hash=HASHES[i],
         layers=layer_names(i),
-        strata={(*key, ""): stats for key, stats in stats_of(activations(i, shards=1))[0].items()},
+        strata={(*key, ""): stats for key, stats in stats_of_shard.items()},
         seconds=1.5,
         device=f"device {i}",
         model=model,
@@ -590,16 +600,17 @@ def shard(i: int) -> ShardResult:
 def store(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Store:
     """Five partials, in blocks of two."""
     monkeypatch.setattr(merging, "BOOTSTRAP_BLOCKS", 3)
-    found = Store(tmp_path / "w")
+    empty_store = Store(tmp_path / "w")
     for i in range(NUMBER):
-        write_shard(found, RUN, shard(i))
-    return found
+        write_shard(empty_store, RUN, shard(i))
+    return empty_store
 
 
 def assert_whole(merged: Merged, summary: ShardSummary) -> None:
     expected = merge_blocks([shard(i) for i in range(NUMBER)], 3)
     assert merged.stats.keys() == expected.stats.keys()
-    assert len(merged.blocks) == len(expected.blocks) == 3
+    assert len(merged.blocks) == 3
+    assert len(expected.blocks) == 3
     assert all(merged.stats[key].equals(stats) for key, stats in expected.stats.items())
     for block, wanted in zip(merged.blocks, expected.blocks, strict=True):
         assert block.keys() == wanted.keys()
@@ -652,7 +663,9 @@ def test_blocks_are_merged_here_where_workers_see_no_warehouse_or_shards_are_few
     store: Store, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Workers may see another file, or none, where the driver has written the plan of the run."""
-    other, gone, seen = (share(store, run_id) for run_id in ("r", "x", "r"))
+    other = share(store, "r")
+    gone = share(store, "x")
+    seen = share(store, "r")
     store.delete_unfinished_run("x")
     for place, few, number in ((other, 0, 3), (gone, 0, 3), (seen, NUMBER, 0)):
         monkeypatch.setattr(merging, "MERGED_HERE", few)

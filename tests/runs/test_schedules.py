@@ -73,10 +73,10 @@ class Schedules(RuleBasedStateMachine):
         self.cluster = SimulatedCluster(nodes, limit=limit)
         self.cluster.on_measure = measured
         self.numbers = {f"run{i}": number for i, (number, _, _) in enumerate(runs)}
-        queues = [
-            shard_queue(number, model, f"run{i}", **PLACEMENTS[placement])[0]
-            for i, (number, placement, model) in enumerate(runs)
-        ]
+        queues = []
+        for i, (number, placement, model) in enumerate(runs):
+            queue, _ = shard_queue(number, model, f"run{i}", **PLACEMENTS[placement])
+            queues.append(queue)
         self.queues = queues
         self.pool = Pool(
             PlannedQueues(self.cluster, deque(queues), deque(planned * i for i in range(len(queues)))),  # type: ignore
@@ -88,8 +88,13 @@ class Schedules(RuleBasedStateMachine):
             hang_seconds=HANG_SECONDS,
             shortage=lambda placement: "",
         )
-        here = getcurrent()
-        self.cluster.on_wait = lambda: (self.check(), here.switch())
+        disturber = getcurrent()
+
+        def on_wait() -> None:
+            self.check()
+            disturber.switch()
+
+        self.cluster.on_wait = on_wait
         self.running = greenlet(self.receive)
         self.running.switch()
 
@@ -107,7 +112,10 @@ class Schedules(RuleBasedStateMachine):
         rounds = self.pool._rounds
         idle = {gang for gang, own in self.pool._gangs.items() if not own}
         for queue in self.pool._queues:
-            held = {unit for round_ in rounds if round_.queue is queue for unit in round_.units}
+            held: set[int] = set()
+            for round_ in rounds:
+                if round_.queue is queue:
+                    held |= set(round_.units)
             assert queue.unfinished <= held | {*queue.pending}, "a unit is lost"
             if not queue.pending:
                 continue
@@ -132,7 +140,8 @@ class Schedules(RuleBasedStateMachine):
 
     @rule(choice=st.integers(0, 5), rank=st.integers(0, 1), number=st.integers(1, 6))
     def kill(self, choice: int, rank: int, number: int) -> None:
-        if (gang := self.gang(choice)) and gang.is_placed:
+        gang = self.gang(choice)
+        if gang and gang.is_placed:
             self.harms += 1
             gang.kill(rank % len(gang.names))
         self.step(number)
@@ -146,7 +155,8 @@ class Schedules(RuleBasedStateMachine):
 
     @rule(choice=st.integers(0, 5), factor=st.sampled_from([3.0, 30.0]), number=st.integers(1, 6))
     def slow_down(self, choice: int, factor: float, number: int) -> None:
-        if (gang := self.gang(choice)) and gang.slowness == 1:
+        gang = self.gang(choice)
+        if gang and gang.slowness == 1:
             gang.slow_down(factor)
         self.step(number)
 

@@ -183,17 +183,17 @@ def test_a_job_is_stopped_and_goes_on_when_it_is_submitted_again(
     assert stopped.returncode == 0
     assert stopped.stdout == f"{job_id}: stopped.\n"
     followed = run_avss("jobs", "logs", job_id, "--follow", env=cluster)
-    kept = len(list(partials.rglob("*.parquet")))
+    kept_shards = len(list(partials.rglob("*.parquet")))
     assert followed.returncode == 1
     assert "***" not in followed.stdout
     assert "Traceback" not in followed.stdout
-    assert f"Stopped, {kept} of 160 shards are kept; run the same command again to finish." in followed.stdout
-    assert kept >= 3
+    assert f"Stopped, {kept_shards} of 160 shards are kept; run the same command again to finish." in followed.stdout
+    assert kept_shards >= 3
     assert not list((tmp_path / "w" / "runs").rglob("*.parquet"))
     (run,) = run_job(read_job(job), executor="local")
     assert run.status == "done"
     assert run.num_shards == 160
-    assert run.resumed_shards == kept
+    assert run.resumed_shards == kept_shards
 
 
 @pytest.mark.nightly
