@@ -125,9 +125,13 @@ def test_a_plan_without_layers_to_drop_makes_no_checkpoint(tmp_path: Path) -> No
 def test_a_request_keeps_texts_with_secrets_and_takes_paths() -> None:
     corpus = RedactedURI("s3://KEY:SECRET@bucket/a.txt")
     request = ScoreRequest(Path("folder"), corpus=corpus, max_sequences=3)
-    assert request.corpus is corpus and request.model == "folder" and "SECRET" not in repr(request)
-    assert request.settings == Settings(max_sequences=3) and request.execution == Execution()
-    assert request.options["max_sequences"] == 3 and replace(request, on_event=print) == request
+    assert request.corpus is corpus
+    assert request.model == "folder"
+    assert "SECRET" not in repr(request)
+    assert request.settings == Settings(max_sequences=3)
+    assert request.execution == Execution()
+    assert request.options["max_sequences"] == 3
+    assert replace(request, on_event=print) == request
 
 
 def test_public_names_are_there_and_shown() -> None:
@@ -135,7 +139,8 @@ def test_public_names_are_there_and_shown() -> None:
     for name in avss.__all__:
         assert getattr(avss, name) is not None
     for name in ("score", "ablate", "evaluate", "shrink", "plan", "prune", "sparsify", "quantize", "compare"):
-        assert inspect.signature(getattr(avss, name)).parameters and getattr(avss, name).__doc__
+        assert inspect.signature(getattr(avss, name)).parameters
+        assert getattr(avss, name).__doc__
 
 
 @pytest.fixture
@@ -150,19 +155,21 @@ def test_runs_and_thresholds_have_names(root: str) -> None:
     run = Run(run_id="alpha-0123456789", model="org/alpha", warehouse=root, status="done")
     names = ("alpha", "org/alpha", "alpha*", run, [run])
     found = [avss.compare(warehouse=root, run=name, by="recipe").table() for name in names]
-    assert all(table == found[0] for table in found) and set(found[0]["a_run_id"].to_pylist()) == {run.run_id}
+    assert all(table == found[0] for table in found)
+    assert set(found[0]["a_run_id"].to_pylist()) == {run.run_id}
     assert avss.findings(warehouse=root, run=run).table().num_rows == 0
     by_text = avss.compare(warehouse=root, threshold="1e-5", by="recipe").table()
-    assert by_text == avss.compare(warehouse=root, by="recipe").table() and by_text.num_rows
+    assert by_text == avss.compare(warehouse=root, by="recipe").table()
+    assert by_text.num_rows
     with pytest.raises(QueryError, match="matches 2 runs"):
         avss.plan(warehouse=root, run="*", by="avss")
     plan = avss.plan(warehouse=root, run=run, by="avss", count=2)
-    assert plan.run_id == run.run_id and plan.table()["left_out"].to_pylist().count("layer") == 2
+    assert plan.run_id == run.run_id
+    assert plan.table()["left_out"].to_pylist().count("layer") == 2
     assert plan == avss.plan(warehouse=root, run="alpha", by="avss", count=2, threshold="1e-5")
     scores = Warehouse(root).scores(run_id=run.run_id)
-    assert scores.num_rows and scores == Warehouse(root).scores(model="alpha") == Warehouse(root).scores(
-        model="org/alpha"
-    )
+    assert scores.num_rows
+    assert scores == Warehouse(root).scores(model="alpha") == Warehouse(root).scores(model="org/alpha")
 
 
 @pytest.mark.parametrize(
@@ -181,12 +188,15 @@ def test_a_function_returns_what_the_command_prints(root: str, command: str, key
     words = [keywords["sql"]] if "sql" in keywords else options
     printed = succeed(command, *words, "-w", root, "--format", "json", "-q").stdout
     rows = function(command)(warehouse=root, **keywords).table().to_pylist()
-    assert rows and [json.loads(line) for line in printed.splitlines()] == json.loads(json.dumps(rows, default=str))
+    assert rows
+    assert [json.loads(line) for line in printed.splitlines()] == json.loads(json.dumps(rows, default=str))
 
 
 def test_files_are_written_by_functions(root: str, tmp_path: Path) -> None:
     page = avss.report(warehouse=root, run="alpha", output=tmp_path / "page.html")
-    assert page.is_file() and "alpha-0123456789" in page.read_text() and "beta-0123456789" not in page.read_text()
+    assert page.is_file()
+    assert "alpha-0123456789" in page.read_text()
+    assert "beta-0123456789" not in page.read_text()
     rows = avss.publish(tmp_path / "published", warehouse=root).table().to_pylist()
     assert {"table": "runs", "rows": 2} in rows
     assert (tmp_path / "published" / "data" / "runs.parquet").is_file()
@@ -194,15 +204,20 @@ def test_files_are_written_by_functions(root: str, tmp_path: Path) -> None:
     own = tmp_path / "own.csv"
     own.write_text("layer,mine\n" + "".join(f"{layer},{layer + 1.5}\n" for layer in range(8)))
     shown = avss.show(run="alpha", warehouse=root, by=[f"{own}:mine"], output=tmp_path / "layers.svg").table()
-    assert shown[f"{own}:mine"].to_pylist()[:2] == [1.5, 2.5] and (tmp_path / "layers.svg").is_file()
+    assert shown[f"{own}:mine"].to_pylist()[:2] == [1.5, 2.5]
+    assert (tmp_path / "layers.svg").is_file()
 
 
 def test_a_result_is_a_table_a_line_and_a_page() -> None:
     hostile = "<script>\x1b[31m"
     table = Table(pa.table({"name": [hostile] * 20, "value": [0.5] * 20}))
-    assert repr(table) == "<Table: 20 rows>" and len(table) == 20
+    assert repr(table) == "<Table: 20 rows>"
+    assert len(table) == 20
     assert table.to_pandas().shape == table.to_polars().shape == (20, 2)
     page = table._repr_html_()
-    assert "<script>" not in page and "&lt;script&gt;" in page and "\x1b" not in page and "and 8 more rows" in page
+    assert "<script>" not in page
+    assert "&lt;script&gt;" in page
+    assert "\x1b" not in page
+    assert "and 8 more rows" in page
     run = Run(run_id="r", model="m", warehouse="w", status="done", num_tokens=1000)
     assert repr(run) == "<Run: r, done, 1,000 tokens>"

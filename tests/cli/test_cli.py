@@ -81,7 +81,8 @@ def scored(tiny_llama: Path, tiny_bert: Path, tmp_path_factory: pytest.TempPathF
     warehouse = tmp_path_factory.mktemp("scored") / "warehouse"
     for model in (tiny_bert, tiny_llama):
         result = avss("score", model, *SCORE, "-w", warehouse)
-        assert (result.exit_code, result.stderr) == (0, "")
+        assert result.exit_code == 0
+        assert result.stderr == ""
     return warehouse
 
 
@@ -98,19 +99,30 @@ def run_ids(warehouse: Path) -> dict[str, str]:
 
 def test_nothing_that_is_refused_is_recommended_to_an_encoder(scored: Path, tmp_path: Path) -> None:
     """Takes over 5 seconds where it draws the first page of its process, which imports what draws."""
-    plan, run = tmp_path / "plan.yaml", ("--run", run_ids(scored)["bert"])
+    plan = tmp_path / "plan.yaml"
+    run = ("--run", run_ids(scored)["bert"])
     told = avss("plan", "-w", scored, *run, "-o", plan)
-    assert told.exit_code == 2 and "predicts no next token" in told.stderr and "block_influence:" in told.stderr
-    assert "shapley" not in told.stderr and "avss ablate /" not in told.stderr
+    assert told.exit_code == 2
+    assert "predicts no next token" in told.stderr
+    assert "block_influence:" in told.stderr
+    assert "shapley" not in told.stderr
+    assert "avss ablate /" not in told.stderr
     told = avss("plan", "-w", scored, *run, "--by", "damage", "-o", plan)
-    assert told.exit_code == 2 and "predicts no next token" in told.stderr and "--damage" not in told.stderr
+    assert told.exit_code == 2
+    assert "predicts no next token" in told.stderr
+    assert "--damage" not in told.stderr
     told = avss("plan", "-w", scored, *run, "--by", "block_influence", "-o", plan)
-    assert told.exit_code == 0 and "predicts no next token" in told.output and "Evaluate it" not in told.output
+    assert told.exit_code == 0
+    assert "predicts no next token" in told.output
+    assert "Evaluate it" not in told.output
     llama = avss("plan", "-w", scored, "--by", "block_influence", "-o", plan)
-    assert "Evaluate it: avss evaluate" in llama.output and "predicts no next token" not in llama.output
+    assert "Evaluate it: avss evaluate" in llama.output
+    assert "predicts no next token" not in llama.output
     told = avss("report", "-w", scored, "-o", tmp_path / "page.html")
     page = (tmp_path / "page.html").read_text(encoding="utf-8")
-    assert told.exit_code == 0 and page.count(NOTHING) == 1 and page.count(HEADLESS) == 1
+    assert told.exit_code == 0
+    assert page.count(NOTHING) == 1
+    assert page.count(HEADLESS) == 1
 
 
 @pytest.mark.parametrize(
@@ -165,10 +177,12 @@ def test_helps_fit_on_a_screen_and_rare_options_are_shown_on_request() -> None:
     number = 0
     for name, command in commands().items():
         shown = help_of(name, "--help")
-        assert "Examples:" in shown and LISTED[name].summary in " ".join(shown.split())
+        assert "Examples:" in shown
+        assert LISTED[name].summary in " ".join(shown.split())
         options = {max(p.opts, key=len): p for p in command.params if p.param_type_name == "option"}
         visible = {option for option, parameter in options.items() if not parameter.hidden}
-        assert len(visible) <= 28 and len(shown.splitlines()) <= 50, name
+        assert len(visible) <= 28, name
+        assert len(shown.splitlines()) <= 50, name
         listed = {*re.findall(r"--(?:\[no-\])?[a-z-]+", shown.partition("Examples:")[0])}
         assert {f"--[no-]{o[2:]}" if options[o].secondary_opts else o for o in visible} <= listed
         everything = help_of(name, "--help-all")
@@ -200,16 +214,20 @@ def test_a_removed_command_or_option_says_what_to_type(name: str) -> None:
 def test_a_run_is_named_by_a_part_that_only_it_has(scored: Path) -> None:
     run_id = run_ids(scored)["llama"]
     result = avss("plan", "-w", scored, "--run", "*", "--by", "last", "-o", scored.parent / "plan.yaml")
-    assert result.exit_code == 2 and "'*' matches 2 runs of several models." in result.stderr
+    assert result.exit_code == 2
+    assert "'*' matches 2 runs of several models." in result.stderr
     for name in ("llama", run_id[-10:], "*LLAMA*", run_id):
         result = avss("show", "-w", scored, "--run", name)
-        assert result.exit_code == 0 and run_id in result.stdout
+        assert result.exit_code == 0
+        assert run_id in result.stdout
         assert (f"Run {run_id} is the one" in result.stderr) is (name in ("llama", run_id[-10:]))
     assert "Unknown run 'lama'" in avss("show", "-w", scored, "--run", "lama").stderr  # no word begins there
     result = avss("show", "-w", scored, "--run", "tiny")
-    assert result.exit_code == 2 and "'tiny' is part of 2 runs." in result.stderr
+    assert result.exit_code == 2
+    assert "'tiny' is part of 2 runs." in result.stderr
     result = avss("report", "-w", scored, "--run", "nothing", "-o", scored.parent / "r.html")
-    assert result.exit_code == 2 and "Unknown run 'nothing'" in result.stderr
+    assert result.exit_code == 2
+    assert "Unknown run 'nothing'" in result.stderr
 
 
 def test_names_are_listed_in_help_and_completed() -> None:
@@ -245,7 +263,8 @@ def test_version() -> None:
 
 def test_show_draws_the_newest_run(scored: Path) -> None:
     result = avss("show", "-w", scored)
-    assert (result.exit_code, result.stderr) == (0, "")
+    assert result.exit_code == 0
+    assert result.stderr == ""
     assert "tiny-llama block / pooled / |x| < 1e-05" in " ".join(result.stdout.split())
     lines = [line for line in result.stdout.splitlines() if line.startswith("│")]
     assert len(lines) == LAYERS
@@ -257,7 +276,8 @@ def test_show_draws_the_newest_run(scored: Path) -> None:
 
 def test_a_query_without_an_answer_says_so(scored: Path) -> None:
     result = avss("query", "-w", scored, "@drift")
-    assert result.exit_code == 0 and "No row. @drift: How does" in result.stderr
+    assert result.exit_code == 0
+    assert "No row. @drift: How does" in result.stderr
     assert "It takes two revisions of a series" in result.stderr
     assert avss("query", "-w", scored, "FROM runs WHERE false", "--format", "csv").stderr == "No row.\n"
 
@@ -272,7 +292,8 @@ def test_a_picture_is_of_the_kind_that_its_ending_says(
 ) -> None:
     file = tmp_path / f"scores{ending}"
     result = avss("show", "-w", scored, "-o", file)
-    assert (result.exit_code, result.stderr) == (0, "")
+    assert result.exit_code == 0
+    assert result.stderr == ""
     assert result.stdout == f"{file}\n1 more in {scored}: avss ls -w {scored}\n"
     data = file.read_bytes()
     assert data.startswith(signature)
@@ -312,7 +333,8 @@ def answer(warehouse: Path, query: str, kind: str) -> list[dict[str, Any]]:
 
 @pytest.mark.parametrize("kind", ["csv", "json", "parquet", "table"])
 def test_a_query_prints_every_row_and_column(scored: Path, kind: str) -> None:
-    found, expected = answer(scored, QUERY, kind), rows(scored, QUERY)
+    found = answer(scored, QUERY, kind)
+    expected = rows(scored, QUERY)
     if kind == "csv":
         expected = [{name: "" if value is None else str(value) for name, value in row.items()} for row in expected]
     if kind == "table":
@@ -327,7 +349,8 @@ def test_a_name_of_markup_is_shown_as_it_is(tmp_path: Path) -> None:
     name = "[red]<script>alert(1)<"
     write_scores(tmp_path, "hostile-1", [1.0, 2.0], model=f"org/{name}", corpus="[link=x]<script>alert(3)")
     shown = avss("show", "-w", tmp_path).stdout
-    assert f"org/{name}" in shown and "[link=x]<script>alert(3)" in shown
+    assert f"org/{name}" in shown
+    assert "[link=x]<script>alert(3)" in shown
     assert f"org/{name}" in avss("query", "-w", tmp_path, "SELECT model FROM runs").stdout
     assert "[red]a" in avss("query", "-w", tmp_path, "SELECT 1 AS \"[red]a\", '[/]' AS b").stdout
 
@@ -342,16 +365,19 @@ def test_json_has_no_number_that_json_lacks(scored: Path) -> None:
 
 
 def test_one_missing_model_does_not_stop_the_others(warehouse: Path, tiny_llama: Path, tmp_path: Path) -> None:
-    missing, before = tmp_path / "missing", rows(warehouse, "FROM runs WHERE family = 'llama'")[0]
+    missing = tmp_path / "missing"
+    before = rows(warehouse, "FROM runs WHERE family = 'llama'")[0]
     result = avss("score", missing, tiny_llama, *SCORE, "-w", warehouse)
     assert result.exit_code == 1
     assert result.stderr == f"There is no folder '{missing}'. This run will fail, and the others go on.\n"
     assert f"failed. There is no folder '{missing}'." in result.stdout
     assert f"{before['run_id']}: done before, nothing to do" in result.stdout
     (failed,) = rows(warehouse, "FROM runs WHERE status = 'failed'")
-    assert failed["model"] == str(missing) and failed["error"].startswith(f"There is no folder '{missing}'.")
+    assert failed["model"] == str(missing)
+    assert failed["error"].startswith(f"There is no folder '{missing}'.")
     shown = avss("show", "-w", warehouse, "--run", failed["run_id"])
-    assert shown.exit_code == 2 and f"Run '{failed['run_id']}' failed: There is no folder" in shown.stderr
+    assert shown.exit_code == 2
+    assert f"Run '{failed['run_id']}' failed: There is no folder" in shown.stderr
     fresh = avss("score", tiny_llama, *SCORE, "-w", warehouse, "--fresh")
     assert f"{before['run_id']}: 384 tokens in " in fresh.stdout
     assert rows(warehouse, "FROM runs WHERE family = 'llama'")[0]["created_at"] > before["created_at"]
@@ -429,10 +455,15 @@ def test_the_options_of_score_reach_the_run(tiny_llama: Path, tmp_path: Path) ->
     result = avss("score", tiny_llama, *SCORE, *options, "--device", "cpu", "-w", tmp_path)
     assert result.exit_code == 0
     (run,) = rows(tmp_path, "FROM runs")
-    assert (run["sites"], run["thresholds"]) == (["block", "mlp"], [1e-5, 0.5])
-    assert (run["dtype"], run["batch_size"], run["attention_implementation"]) == ("bfloat16", 3, "eager")
+    assert run["sites"] == ["block", "mlp"]
+    assert run["thresholds"] == [1e-5, 0.5]
+    assert run["dtype"] == "bfloat16"
+    assert run["batch_size"] == 3
+    assert run["attention_implementation"] == "eager"
     settings = json.loads(run["settings"])
-    assert (settings["layout"], settings["skip_first_tokens"], settings["layers"]) == ("padded", 2, "layers")
+    assert settings["layout"] == "padded"
+    assert settings["skip_first_tokens"] == 2
+    assert settings["layers"] == "layers"
     assert run["num_tokens"] == 12 * 30
 
 
@@ -443,7 +474,8 @@ def test_reading_loads_nothing_heavy_and_scoring_here_no_ray(scored: Path, tiny_
     """It takes a new process that imports torch and transformers."""
     command = [sys.executable, "-c", PROBE, tiny_llama, scored, tmp_path, *SCORE]
     done = subprocess.run([*map(str, command)], capture_output=True, text=True, check=False)
-    assert (done.returncode, done.stderr) == (0, "")
+    assert done.returncode == 0
+    assert done.stderr == ""
     read, _, said = done.stdout.partition("SCORED\n")
     assert "tiny-llama" in read
     assert re.fullmatch(r"tiny-llama-[0-9a-f]{10}: 384 tokens in [\d.]+ s\.\n", said)
@@ -455,7 +487,8 @@ def test_stopping_says_that_the_work_is_kept(tiny_llama: Path, tmp_path: Path, m
 
     monkeypatch.setattr("avss_dist.runs.planner.resolve", stop)
     result = avss("score", tiny_llama, *SCORE, "-w", tmp_path)
-    assert (result.exit_code, result.stdout) == (130, "")
+    assert result.exit_code == 130
+    assert result.stdout == ""
     assert "run the same command again to finish" in result.stderr
 
 
@@ -467,7 +500,8 @@ def test_doctor_says_what_works(works: bool, shown: str, monkeypatch: pytest.Mon
     assert done.exit_code == (0 if works else 1)
     first, second = done.stdout.splitlines()
     assert re.fullmatch(r"ok  torch +2\.9\.1", first)
-    assert second.startswith(f"{shown} pictures ") and second.endswith("[red]no\ufffd[2J")
+    assert second.startswith(f"{shown} pictures ")
+    assert second.endswith("[red]no\ufffd[2J")
 
 
 # The Python API.

@@ -228,14 +228,16 @@ def leave_room(disk: Path, undisturbed: Path) -> Path:
 def test_a_full_disk_keeps_shards_and_the_same_command_finishes(
     tiny_llama: Path, small_disk: Path, undisturbed: Path
 ) -> None:
-    out, ballast = small_disk / "warehouse", leave_room(small_disk, undisturbed)
+    out = small_disk / "warehouse"
+    ballast = leave_room(small_disk, undisturbed)
     command = ["score", tiny_llama, *SCORE, "-w", out]
     code, output = avss(*command)
     kept = shards(out)
     assert code == 1
     assert "Traceback" not in output
     assert f"Error: No space left on {out}." in output
-    assert f"Free some and run the same command again: {len(kept)} shard" in output and "kept." in output
+    assert f"Free some and run the same command again: {len(kept)} shard" in output
+    assert "kept." in output
     assert 1 <= len(kept) < 3
     ballast.unlink()
     code, output = avss(*command)
@@ -262,17 +264,24 @@ def test_a_full_disk_ends_a_sweep_and_the_same_command_finishes(
         file.write_text(yaml.safe_dump({**what, "execution": {"executor": "local"}}))
         return file
 
-    whole, out, ballast = tmp_path / "whole" / "w", small_disk / "w", leave_room(small_disk, undisturbed)
+    whole = tmp_path / "whole" / "w"
+    out = small_disk / "w"
+    ballast = leave_room(small_disk, undisturbed)
     assert avss("run", job(whole))[0] == 0
     code, output = avss("run", job(out))
-    assert code == 1 and "Traceback" not in output
+    assert code == 1
+    assert "Traceback" not in output
     begun, not_begun = (output.count(f"failed. {says}o space left on {out}.\n") for says in ("N", "Not begun: n"))
-    assert begun >= 1 and not_begun >= 1 and begun + not_begun == 4 and ": 1 shard is kept." in output
+    assert begun >= 1
+    assert not_begun >= 1
+    assert begun + not_begun == 4
+    assert ": 1 shard is kept." in output
     kept = shards(out)
     assert 1 <= len(kept) < 3
     ballast.unlink()
     code, output = avss("run", job(out))
-    assert code == 0 and "4 done" in output
+    assert code == 0
+    assert "4 done" in output
     assert_same_tables(out, whole)
 
 
@@ -328,7 +337,8 @@ def test_a_full_disk_is_a_failed_run(
         disk.free()
         assert files(tmp_path) == before  # no half of a file either
     assert code == 1, output
-    assert "o space left" in output and "Traceback" not in output
+    assert "o space left" in output
+    assert "Traceback" not in output
     assert output.count("Error: ") <= 1
 
 
@@ -354,4 +364,5 @@ def test_a_wrong_value_is_refused_without_torch(arguments: list[str]) -> None:
     done = subprocess.run(
         [sys.executable, "-c", REFUSED.format(arguments=arguments)], capture_output=True, text=True, check=False
     )
-    assert done.stdout == "2 []\n" and "Unknown --dtype 'q'" in done.stderr
+    assert done.stdout == "2 []\n"
+    assert "Unknown --dtype 'q'" in done.stderr

@@ -70,7 +70,8 @@ def test_the_streams_of_a_process(line: str, code: int, errors: str) -> None:
     """Full, closed, of another encoding, or with a reader that has had enough."""
     words = line.replace("AVSS", f"{sys.executable} -m avss_dist")
     done = subprocess.run(["bash", "-o", "pipefail", "-c", words], capture_output=True, text=True, check=False)
-    assert (done.returncode, done.stderr) == (code, errors)
+    assert done.returncode == code
+    assert done.stderr == errors
 
 
 def test_ctrl_c_ends_a_query_at_once(folder: Path) -> None:
@@ -88,7 +89,9 @@ def test_ctrl_c_ends_a_query_at_once(folder: Path) -> None:
         output, errors = process.communicate()
     finally:
         process.kill()
-    assert (process.returncode, output, errors) == (130, "", "Stopped.\n")
+    assert process.returncode == 130
+    assert output == ""
+    assert errors == "Stopped.\n"
 
 
 def test_one_place_writes_what_people_see() -> None:
@@ -179,7 +182,9 @@ def test_every_command_is_here() -> None:
 @pytest.mark.parametrize("args", [[EVIL], [f"--{EVIL}"], ["show", f"--{EVIL}"]])
 def test_no_mistake_of_a_command_line_steers(args: list[str]) -> None:
     done = avss(*args)
-    assert done.exit_code == 2 and done.stderr and not OBEYED.search(done.stderr)
+    assert done.exit_code == 2
+    assert done.stderr
+    assert not OBEYED.search(done.stderr)
 
 
 @pytest.fixture(scope="module")
@@ -188,11 +193,13 @@ def place(tmp_path_factory: pytest.TempPathFactory, tiny_llama: Path) -> Path:
     root = tmp_path_factory.mktemp("place")
     names = {name: f"{name}{EVIL}" for name in ("family", "revision", "dtype", "corpus", "device")}
     for seed, run_id in enumerate(("a-0123456789", "b-0123456789")):
-        model, notes = f"=HYPERLINK({EVIL})/{EVIL}{seed}", [EVIL]
+        model = f"=HYPERLINK({EVIL})/{EVIL}{seed}"
+        notes = [EVIL]
         versions = {EVIL: EVIL}
         shards = stats_of(activations(seed))
         write_measured(root / "w", run_id, shards, 8, model=model, notes=notes, versions=versions, **names)
-    store, now = Store(root / "w"), datetime(2026, 1, 1, tzinfo=UTC)
+    store = Store(root / "w")
+    now = datetime(2026, 1, 1, tzinfo=UTC)
     store.write_run({"run_id": "c", "status": "failed", "error": EVIL, "model": f"m{EVIL}", "created_at": now})
     run = RunIdentity(run_id="a-0123456789", model=f"m{EVIL}", revision=names["revision"], family="f")
     about = {
@@ -227,7 +234,8 @@ def run(command: str, args: list[str], place: Path, folder: Path) -> str:
     done = avss(*command.split(), *(str(named.get(arg, arg)).replace("O/", f"{folder}/") for arg in args))
     text = done.stdout + done.stderr
     assert done.exit_code in (0, 1, 2), text
-    assert text and not OBEYED.search(text), (args, text)
+    assert text, (args, text)
+    assert not OBEYED.search(text), (args, text)
     for file in folder.iterdir():
         if file.suffix in (".svg", ".yaml", ".csv"):
             assert not OBEYED.search(file.read_text()), file

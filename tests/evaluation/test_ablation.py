@@ -92,14 +92,16 @@ def assert_same_rows(
 ) -> None:
     assert [row.removed for row in found] == [*drops]
     for row, other in zip(found, expected, strict=True):
-        assert (row.metric, row.layer) == (other.metric, other.layer)
+        assert row.metric == other.metric
+        assert row.layer == other.layer
         assert np.array_equal(row.samples, other.samples)
         assert np.array_equal(row.weights, other.weights)
 
 
 @pytest.mark.parametrize("name", all_of(RESUMED + NOT_RESUMED, default=["llama", "gemma3_text", "mamba", "falcon"]))
 def test_each_loss_is_that_of_the_plan(name: str, save_checkpoint: Save, tmp_path: Path) -> None:
-    model, shard = opened(save_checkpoint(tiny_model("causal", name), tmp_path / name)), random_shard()
+    model = opened(save_checkpoint(tiny_model("causal", name), tmp_path / name))
+    shard = random_shard()
     try:
         expected = losses_without(model, shard)
     except Exception as error:  # a family that cannot be run without a layer
@@ -113,13 +115,15 @@ def test_each_loss_is_that_of_the_plan(name: str, save_checkpoint: Save, tmp_pat
 
 
 def test_half_precision_resumes_too(tiny_llama: Path) -> None:
-    model, shard = opened(tiny_llama, dtype="bfloat16"), random_shard()
+    model = opened(tiny_llama, dtype="bfloat16")
+    shard = random_shard()
     assert_same_rows(LeaveOneOut(shard)(model), losses_without(model, shard))
     assert model.resumes
 
 
 def test_one_more_layer_left_out(four_layers: Path) -> None:
-    model, shard = opened(four_layers), random_shard()
+    model = opened(four_layers)
+    shard = random_shard()
     drops = [(1,), (0, 1), (1, 2), (1, 3)]
     found = LeaveOneOut(shard)(model, NO_INTERVENTION.without(1))
     assert_same_rows(found, losses_without(model, shard, drops), drops)
@@ -140,7 +144,8 @@ def count_layer_passes(model: LanguageModel, monkeypatch: pytest.MonkeyPatch) ->
 
 
 def test_half_of_the_layers_run(four_layers: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    model, shard = opened(four_layers), random_shard(rows=2)
+    model = opened(four_layers)
+    shard = random_shard(rows=2)
     assert model.resumes  # which tries every layer
     passes = count_layer_passes(model, monkeypatch)
     LeaveOneOut(shard)(model)
@@ -152,9 +157,11 @@ def test_a_layer_may_change_its_input_but_not_hand_more_than_hidden_states_on(
     resumes: bool, tiny_llama: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A resumed pass would not have what an earlier layer left elsewhere, or something stale."""
-    model, shard = opened(tiny_llama), random_shard()
+    model = opened(tiny_llama)
+    shard = random_shard()
     kind = type(model.layers[0].module)
-    forward, left = kind.forward, {}
+    forward = kind.forward
+    left = {}
 
     def changed(self: Any, hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
         if resumes:
@@ -183,7 +190,8 @@ def test_of_many_layers_some_of_each_kind_are_tried(tmp_path: Path, save_checkpo
 
 
 def test_resuming_leaves_no_trace(tiny_llama: Path) -> None:
-    model, shard = opened(tiny_llama), random_shard()
+    model = opened(tiny_llama)
+    shard = random_shard()
     (batch, *_) = shard.batches(2)
     before = model.losses(batch)
     with recording(model.layers) as inputs:
@@ -227,7 +235,8 @@ def test_a_permutation_stops_where_the_model_only_guesses(trained: Path) -> None
     full, cut = (Shapley(shards=(shard,), seeds=seeds, truncation=t)(model) for t in (False, True))
     assert [(row.metric, row.layer) for row in cut[4:]] == [(SHARED, layer) for layer in range(4)]
     losses, _ = enumerated(model, shard)
-    bound, empty = math.log(model.module.config.vocab_size), losses[frozenset(range(4))]
+    bound = math.log(model.module.config.vocab_size)
+    empty = losses[frozenset(range(4))]
     assert losses[frozenset()] < bound
     truncated = 0
     for index, seed in enumerate(seeds):
@@ -267,7 +276,8 @@ def test_values_of_a_model_that_only_guesses_are_those_of_all_permutations(
         patch.setattr(np.random, "default_rng", Ordered)
         rows = Shapley(shards=(shard,), seeds=tuple(range(6)))(model)
     found = [row.samples.mean() for row in rows if row.metric == SHAPLEY]
-    assert found == pytest.approx(values, abs=1e-12) and min(map(abs, values)) > 1e-6
+    assert found == pytest.approx(values, abs=1e-12)
+    assert min(map(abs, values)) > 1e-6
     assert sum(found) == pytest.approx(losses[frozenset(range(3))] - losses[frozenset()], abs=1e-12)
     assert not any(row.samples.any() for row in rows if row.metric == SHARED)
 
@@ -283,13 +293,16 @@ def test_truncated_permutations_are_counted(trained: Path, tmp_path: Path) -> No
     found = ablate(trained, shapley=6, **text)
     truncated, number = found.permutations
     shared = np.array([row["shapley_shared"] for row in found.table().to_pylist()])
-    assert number == 6 and 0 < truncated <= 6 and shared.max() <= truncated / 6 + 1e-12
+    assert number == 6
+    assert 0 < truncated <= 6
+    assert shared.max() <= truncated / 6 + 1e-12
     told = shown(found)
     assert f"{truncated} of 6 permutations were truncated where the model only guessed" in told
     rows = Warehouse(tmp_path / "w").table("evaluations").to_pylist()
     assert [row["value"] for row in rows if row["metric"] == SHARED] == pytest.approx(shared.tolist())
     whole = ablate(trained, shapley=6, truncation=False, **text)
-    assert whole.permutations == (0, 6) and whole.table().to_pylist()[0]["shapley_shared"] is None
+    assert whole.permutations == (0, 6)
+    assert whole.table().to_pylist()[0]["shapley_shared"] is None
     assert "truncated" not in shown(whole)
     totals = [sum(row["shapley"] for row in one.table().to_pylist()) for one in (found, whole)]
     assert totals[0] == pytest.approx(totals[1], abs=1e-9)
@@ -300,7 +313,8 @@ def test_resumed_or_not_the_contributions_are_the_same(four_layers: Path, monkey
     assert model.resumes
     passes = count_layer_passes(model, monkeypatch)
     measure = Shapley(shards=(random_shard(), random_shard(rows=3)), seeds=(0, 1, 2), truncation=False)
-    resumed, number = measure(model), len(passes)
+    resumed = measure(model)
+    number = len(passes)
     passes.clear()
     monkeypatch.setattr(ablation, "MAX_RECORDED_BYTES", 0)
     for row, other in zip(resumed, measure(model), strict=True):
@@ -315,7 +329,8 @@ def test_resumed_or_not_the_contributions_are_the_same(four_layers: Path, monkey
 
 
 def test_plans_need_the_ablation_and_evaluate_to_its_losses(tiny_llama: Path, tmp_path: Path) -> None:
-    warehouse, plan = tmp_path / "w", tmp_path / "plan.yaml"
+    warehouse = tmp_path / "w"
+    plan = tmp_path / "plan.yaml"
     run = score(tiny_llama, corpus=TEXT, warehouse=warehouse, **SMALL)
     refused = mistake("plan", "-w", warehouse, "--by", "shapley", "-o", plan)
     assert f"avss ablate {tiny_llama} --corpus {TEXT} --warehouse {warehouse}" in refused
@@ -436,7 +451,8 @@ def test_more_permutations_than_can_be_listed_are_refused(
     for more in ([], ["--allow-many"]):
         done = avss("ablate", tiny_llama, *options, *more)
         said = "Error: 1,000,000,000 permutations are more than one command takes: 1,000,000.\nLower --shapley.\n"
-        assert (done.exit_code, done.stderr) == (2, said)
+        assert done.exit_code == 2
+        assert done.stderr == said
     with pytest.raises(ConfigError, match="1,000,000,000 permutations"):
         ablate(tiny_llama, corpus=TEXT, warehouse=tmp_path / "w", shapley=10**9, allow_many=True)
     assert not (tmp_path / "w").exists()
@@ -479,7 +495,8 @@ def test_ablate_shows_what_is_measured_and_predicted(model: Path, tmp_path: Path
         assert words in told, told
     times = cell_times(tmp_path)
     table = avss(*options, "--format", "csv")
-    assert len(times) == 2 * 3 and cell_times(tmp_path) == times  # by shard: predicted, and measured by format
+    assert len(times) == 2 * 3
+    assert cell_times(tmp_path) == times  # by shard: predicted, and measured by format
     rows = [*csv.DictReader(io.StringIO(table.stdout))]
     assert len(rows) == 2 * 4 * (1 + 7)
     for name in ("int4", "q4_0"):
@@ -488,8 +505,10 @@ def test_ablate_shows_what_is_measured_and_predicted(model: Path, tmp_path: Path
         maps = [row for row in of_layer if row["map"]]
         for column in ("first_order", "second_order", "predicted", "output_error", "num_weights"):
             assert float(layer[column]) == pytest.approx(sum(float(row[column]) for row in maps))
-        assert f"{float(layer['increase']):.5f}" in told and f"{float(layer['predicted']):.5f}" in told
-        assert float(layer["increase_stderr"]) > 0 and float(layer["loss"])
+        assert f"{float(layer['increase']):.5f}" in told
+        assert f"{float(layer['predicted']):.5f}" in told
+        assert float(layer["increase_stderr"]) > 0
+        assert float(layer["loss"])
         assert {row["map"] for row in maps} == {
             *(f"self_attn.{part}_proj" for part in "qkvo"),
             *(f"mlp.{part}_proj" for part in ("gate", "up", "down")),
@@ -499,7 +518,8 @@ def test_ablate_shows_what_is_measured_and_predicted(model: Path, tmp_path: Path
 def test_rows_of_the_warehouse_name_what_is_rounded(measured: Path) -> None:
     rows = Warehouse(measured).table("evaluations").to_pylist()
     places = {row["rounding"] for row in rows if row["task"] == f"rounding:{TEXT}"}
-    assert {"int4@0", "q4_0@3", "int4@2.mlp.up_proj"} <= places and None not in places
+    assert {"int4@0", "q4_0@3", "int4@2.mlp.up_proj"} <= places
+    assert None not in places
     losses = {row["rounding"]: row for row in rows if row["task"] == f"rounded:int4:{TEXT}" and row["metric"] == "loss"}
     assert losses.keys() == {None, *(f"int4@{layer}" for layer in range(4))}
     whole = {
@@ -557,7 +577,8 @@ def test_the_page_shows_removed_layers_alone(measured: Path) -> None:
     table = section.tables[0]
     (names, *_) = table.value_columns
     shown = [row.values[names.key] for row in table.rows]
-    assert "block influence" in shown and "error of outputs" not in shown
+    assert "block influence" in shown
+    assert "error of outputs" not in shown
     assert len(shown) == len({*shown})
 
 
@@ -582,4 +603,5 @@ def test_a_quantized_checkpoint_is_refused(model: Path, tmp_path: Path) -> None:
     folder = block_fp8(model, tmp_path / "fp8")
     for more in ((), ("--dequantize",)):
         done = mistake(*options_of(folder, tmp_path / "w", "int4"), *more)
-        assert "is quantized already (fp8" in done and "Name the checkpoint that it was made of" in done
+        assert "is quantized already (fp8" in done
+        assert "Name the checkpoint that it was made of" in done

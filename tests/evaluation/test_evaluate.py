@@ -88,12 +88,16 @@ def test_a_plan_that_contradicts_its_model_is_refused(
     key: str, value: Any, message: str, tiny_llama: Path, tmp_path: Path
 ) -> None:
     """With the key of the file, whatever an option of the command is called."""
-    plan, keys = tmp_path / "plan.yaml", {"model": str(tiny_llama), "num_layers": 3, "layers": "layers", "drop": [1]}
+    plan = tmp_path / "plan.yaml"
+    keys = {"model": str(tiny_llama), "num_layers": 3, "layers": "layers", "drop": [1]}
     plan.write_text(yaml.safe_dump({**keys, key: value}))
     result = avss("evaluate", plan, "--tasks", TASK, "-w", tmp_path / "w", "--executor", "local")
     said = result.stderr.replace("\n", " ")
-    assert result.exit_code == 2 and f"Error: {plan}" in said and message.format(model=tiny_llama) in said
-    assert "`" not in said and "layers-path is missing" not in said
+    assert result.exit_code == 2
+    assert f"Error: {plan}" in said
+    assert message.format(model=tiny_llama) in said
+    assert "`" not in said
+    assert "layers-path is missing" not in said
     assert not [file for file in files(tmp_path) if file.startswith("w/cells")]
 
 
@@ -166,7 +170,9 @@ def test_the_base_model_of_the_card_is_evaluated_too(pruned: Path, tmp_path: Pat
     warehouse = tmp_path / "w"
     subjects = [str(pruned / "smaller"), str(pruned / "plan.yaml")]
     written, planned = evaluate(subjects, tasks=[TASK], warehouse=warehouse, **SIZES)
-    assert written.whole is not None and written.retained is not None and planned.retained is not None
+    assert written.whole is not None
+    assert written.retained is not None
+    assert planned.retained is not None
     assert written.whole.value == planned.whole.value  # type: ignore[union-attr]
     assert np.array_equal(written.result.samples, planned.result.samples)
     assert written.retained.value == planned.retained.value
@@ -338,7 +344,9 @@ def test_the_perplexity_of_a_text_is_that_of_transformers(added: str, text: Path
     (evaluation,) = evaluate([str(folder)], tasks=[f"perplexity:{text}"], warehouse=tmp_path / "w", **SHORT_ROWS)
     model = AutoModelForCausalLM.from_pretrained(folder).eval()
     tokenizer = AutoTokenizer.from_pretrained(folder)
-    words, losses, weights = text.read_text().split(), [], []
+    words = text.read_text().split()
+    losses = []
+    weights = []
     length = SHORT_ROWS["sequence_length"] - added.startswith("<bos>")
     for row in range(SHORT_ROWS["max_sequences"]):
         ids = torch.tensor([tokenizer(" ".join(words[row * length : (row + 1) * length]))["input_ids"]])
@@ -372,21 +380,26 @@ def expecting_bos() -> Any:
 
 
 def test_a_model_that_expects_another_start_is_found_out(text: Path, tmp_path: Path) -> None:
-    folder, warehouse = save_with_words(tmp_path / "model", expecting_bos(), "<bos> $A"), tmp_path / "w"
+    folder = save_with_words(tmp_path / "model", expecting_bos(), "<bos> $A")
+    warehouse = tmp_path / "w"
     wrong = SHORT_ROWS | {"row_start": "none"}
     score(str(folder), corpus=str(text), warehouse=warehouse, **SHORT_ROWS)
     score(str(folder), corpus=str(text), warehouse=warehouse, **wrong)
     right = evaluate([str(folder)], tasks=[f"perplexity:{text}"], warehouse=warehouse, **SHORT_ROWS)
-    assert right[0].result.value == pytest.approx(np.log(WORDS), rel=1e-3) and not right.findings
+    assert right[0].result.value == pytest.approx(np.log(WORDS), rel=1e-3)
+    assert not right.findings
     assert not [row for row in findings(Warehouse(warehouse)).to_pylist() if row["kind"] == "row_start"]
     found = evaluate([str(folder)], tasks=[f"perplexity:{text}"], warehouse=warehouse, **wrong)
-    (sentence,), wrong_losses = found.findings, found[0].result.samples / found[0].result.weights
+    (sentence,) = found.findings
+    wrong_losses = found[0].result.samples / found[0].result.weights
     assert f"model has a perplexity of {np.exp(wrong_losses[:4].mean()):,.1f} on the first rows of {text}" in sentence
     assert sentence.endswith(
         "Write --row-start auto if it is none; else see whether its tokenizer lacks add_bos_token."
     )
     (row,) = [row for row in findings(Warehouse(warehouse)).to_pylist() if row["kind"] == "row_start"]
-    assert row["severity"] == "warning" and "model has a perplexity of" in row["message"] and row["value"] > 1000
+    assert row["severity"] == "warning"
+    assert "model has a perplexity of" in row["message"]
+    assert row["value"] > 1000
 
 
 def test_a_tokenizer_that_does_not_add_the_bos_that_its_model_expects_is_found_out(text: Path, tmp_path: Path) -> None:

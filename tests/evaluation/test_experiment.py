@@ -68,10 +68,12 @@ def done(deep_llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Done:
 def test_every_method_is_compared_with_the_whole_model(done: Done) -> None:
     _, rows = done
     (guess,) = (row for row in rows if row["metric"] == "chance")
-    assert guess["value"] == pytest.approx(np.log(VOCABULARY)) and guess["drop"] == []
+    assert guess["value"] == pytest.approx(np.log(VOCABULARY))
+    assert guess["drop"] == []
     of = {(row["method"], row["share"]): row for row in rows if row is not guess}
     whole = of["whole model", 0.0]
-    assert whole["metric"] == "loss" and whole["retention"] == 1.0
+    assert whole["metric"] == "loss"
+    assert whole["retention"] == 1.0
     expected = {"avss", "block influence", "angular distance", "relative magnitude", "update variance ratio"}
     searches = {"greedy search", "greedy search, ends kept"}
     expected |= {"leave one out"}
@@ -260,7 +262,8 @@ def test_a_large_experiment_is_run_if_it_is_wanted(tmp_path: Path) -> None:
     text = JOB.format(warehouse=tmp_path / "w", model="nowhere")
     job.write_text(text.replace("random: 2", "random: 3000") + "  allow_many: true\n")
     runs, rows = experiment_of(job)
-    assert [run.status for run in runs] == ["failed"] and not rows
+    assert [run.status for run in runs] == ["failed"]
+    assert not rows
 
 
 @pytest.mark.parametrize("scores", [("avss", "block_influence"), ("avss:all",), ("avss:all", "avss")])
@@ -328,7 +331,9 @@ def test_a_plan_is_not_asked_the_questions_that_its_layers_were_scored_on(
     asked: Done, questions: Path, tmp_path: Path
 ) -> None:
     job, rows = asked
-    warehouse, plan, task = read_job(job).warehouse, tmp_path / "plan.yaml", f"truthfulqa:{questions}"
+    warehouse = read_job(job).warehouse
+    plan = tmp_path / "plan.yaml"
+    task = f"truthfulqa:{questions}"
     succeed("plan", "-w", warehouse, "--by", "avss", "--share", 0.34, "-o", plan)
     options = ["-w", warehouse, "--sequence-length", 48, "--batch-size", 4, "--sequences-per-shard", 4,
                "--dtype", "float32", "--device", "cpu"]  # fmt: skip
@@ -382,7 +387,8 @@ class Part(Measure):
 def trial(*, run_id: str = "a-1", text: str = "text", dtype: str = "float32", **options: Any) -> Trial:
     """A trial of a model that is nowhere."""
     checkpoint = Checkpoint(name="org/a", source="hub", path="/a", revision="0" * 40)
-    settings, placement = Settings(dtype=dtype, device="cpu"), Placement()
+    settings = Settings(dtype=dtype, device="cpu")
+    placement = Placement()
     task = Task(name="t", parts=(Part(text),))
     planned = PlannedTask(checkpoint=checkpoint, settings=settings, task=task, placement=placement)
     experiment = Experiment(tasks=("t",), repair_corpora=("other.txt",), **options)

@@ -114,8 +114,10 @@ def test_a_patch_in_place_is_the_repaired_checkpoint(
     model = lively(tiny_model("causal", family))
     folder = save_checkpoint(model, tmp_path / "whole")
     layers = open_module(model).layers[0].name.rpartition(".")[0]
-    checkpoint, settings = resolve(str(folder)), Settings(**READ, max_sequences=60, dtype="float32")
-    placement, repair = Placement(partition=partition), Repair(by="map", corpora=(TEXT,), settings=settings)
+    checkpoint = resolve(str(folder))
+    settings = Settings(**READ, max_sequences=60, dtype="float32")
+    placement = Placement(partition=partition)
+    repair = Repair(by="map", corpora=(TEXT,), settings=settings)
     text = Settings(**READ, skip_sequences=72, max_sequences=8, dtype="float32")
     task = plan_text_task(PlacedModel(checkpoint=checkpoint, settings=text, placement=placement), TEXT)
     with closing(LocalExecutor(settings)) as executor:
@@ -145,7 +147,8 @@ def test_a_patch_is_the_same_bytes_and_leaves_no_trace() -> None:
     data = encode_patch(patch, "about")
     assert data == encode_patch(dict(reversed(patch.items())), "about")
     back, about = decode_patch(data)
-    assert about == "about" and back.keys() == patch.keys()
+    assert about == "about"
+    assert back.keys() == patch.keys()
     assert all(torch.equal(back[key], patch[key]) for key in patch)
     with pytest.raises(KeyError), changing(patch_changes(layers, back)):
         assert torch.equal(layers[1].module.get_parameter(path), before + 1)
@@ -175,12 +178,14 @@ def test_no_more_copies_share_a_fit_than_its_text_has_batches(deep: Path) -> Non
 @pytest.mark.usefixtures("warm_workers")
 def test_copies_share_the_text_of_a_fit(deep: Path, tmp_path: Path) -> None:
     """Two workers, each with a part of the text, find what one does."""
-    fits, drop = [fit_by_copies(deep, copies) for copies in (1, 2)], (2, 3, 5)
+    fits = [fit_by_copies(deep, copies) for copies in (1, 2)]
+    drop = (2, 3, 5)
     with closing(RayExecutor(Execution(executor="ray", replicas=2), fits[0].settings)) as executor:
         session = EvaluationSession(Store(tmp_path / "w"), executor)
         found = fit_repairs(session, [(fit, [drop]) for fit in fits])
     alone, together = (read_repaired(found[fit, drop]) for fit in fits)
-    assert alone.tensors.keys() == together.tensors.keys() and len(alone.record.cuts) >= 2
+    assert alone.tensors.keys() == together.tensors.keys()
+    assert len(alone.record.cuts) >= 2
     for ours, theirs in zip(together.record.cuts, alone.record.cuts, strict=True):
         assert ours.ridges == theirs.ridges
         assert ours.error_before == pytest.approx(theirs.error_before, rel=1e-6)
@@ -191,21 +196,24 @@ def test_copies_share_the_text_of_a_fit(deep: Path, tmp_path: Path) -> None:
 
 def test_each_batch_is_of_one_copy(deep: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     settings = Settings(**READ, dtype="float32")
-    placement, taken = with_copies(Placement(), 3), []
+    placement = with_copies(Placement(), 3)
+    taken = []
     for rank in range(3):
         monkeypatch.setattr(group, "rank_and_size", lambda rank=rank: (rank, 3))
         with closing(open_replica(resolve(str(deep)), settings, placement, head=True)) as replica:
             assert replica.language_model is not None
             assert replica.language_model.reports == (rank == 0)
             taken.append([*replica.language_model.local_indices(7)])
-    assert [*chain(*taken)] == [*range(7)] and all(taken)
+    assert [*chain(*taken)] == [*range(7)]
+    assert all(taken)
 
 
 def test_a_fit_says_how_far_it_is(
     deep: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """On a terminal in the bar, elsewhere in a line now and then; one cell may take many minutes."""
-    fit, events = fit_by_copies(deep, 1), list[Event]()
+    fit = fit_by_copies(deep, 1)
+    events = list[Event]()
     session = EvaluationSession(Store(tmp_path), LocalExecutor(fit.settings), on_event=events.append)
     fit_repairs(session, [(fit, [(2, 3, 5)])])
     shares: dict[str, list[float]] = {}
@@ -227,9 +235,11 @@ def test_a_fit_says_how_far_it_is(
             if terminal:
                 bar(CellUnderway(fit.cells([NO_INTERVENTION.without(2, 3, 5)])[0], "Repairing cut 2 of 4", 0.4))
         shown.append(output.getvalue())
-    assert "deep without 3 layers: Repairing cut 2 of 4, 40%" in shown[0] and not shown[1]
+    assert "deep without 3 layers: Repairing cut 2 of 4, 40%" in shown[0]
+    assert not shown[1]
     lines = capsys.readouterr().err
-    assert "deep: Repairing cut 1 of 4, 0%" in lines and "deep: 1 of 1 evaluated" in lines
+    assert "deep: Repairing cut 1 of 4, 0%" in lines
+    assert "deep: 1 of 1 evaluated" in lines
 
 
 # As an axis of an experiment
@@ -274,7 +284,8 @@ def test_a_row_is_what_the_pruned_checkpoint_gives(repair: str, done: Done, deep
     assert pruned(deep, plan, here, repair).exit_code == 0
     read = {**READ, "skip_sequences": 72, "max_sequences": 8, "dtype": "float32"}
     (found,) = evaluate([str(here)], tasks=[TASK], warehouse=tmp_path / "w", **read)
-    assert (found.result.value, found.result.stderr) == (row["value"], row["stderr"])
+    assert found.result.value == row["value"]
+    assert found.result.stderr == row["stderr"]
     tensors, _ = decode_patch(Storage(warehouse).read_patch(row["patch"]))
     assert {layer for layer, _ in tensors} == {4}
     times = cell_times(warehouse)
@@ -287,7 +298,8 @@ def test_a_row_is_what_the_pruned_checkpoint_gives(repair: str, done: Done, deep
 
 def test_a_repaired_checkpoint_is_not_asked_what_it_was_fitted_on(deep: Path, tmp_path: Path) -> None:
     """Questions, of a file of them; those behind are asked."""
-    file, plan = tmp_path / "questions.jsonl", tmp_path / "plan.yaml"
+    file = tmp_path / "questions.jsonl"
+    plan = tmp_path / "plan.yaml"
     questions = [{**QUESTIONS[i % 3], "question": f"{i}: {QUESTIONS[i % 3]['question']}"} for i in range(20)]
     file.write_text("".join(f"{json.dumps(line)}\n" for line in questions), encoding="utf-8")
     Plan(model=str(deep), num_layers=8, layers="layers", drop=(2,)).write(plan)
@@ -303,13 +315,15 @@ def test_a_repaired_checkpoint_is_not_asked_what_it_was_fitted_on(deep: Path, tm
 def test_nothing_is_fitted_twice_and_what_is_lost_is_fitted_again(done: Done) -> None:
     job, rows = done
     warehouse = Path(read_job(job).warehouse)
-    patches, times = sorted((warehouse / "patches").iterdir()), cell_times(warehouse)
+    patches = sorted((warehouse / "patches").iterdir())
+    times = cell_times(warehouse)
     written = {patch: patch.stat().st_mtime_ns for patch in patches}
     assert {patch.stem for patch in patches} == {row["patch"] for row in rows if row["patch"]}
     patches[0].unlink()
     _, again = experiment_of(job)
     now = cell_times(warehouse)
-    assert now.keys() == times.keys() and sum(now[file] != times[file] for file in times) == 1  # the cell of its fit
+    assert now.keys() == times.keys()
+    assert sum(now[file] != times[file] for file in times) == 1  # the cell of its fit
     assert [patch for patch in patches if patch.stat().st_mtime_ns != written[patch]] == patches[:1]
     assert comparable(again) == comparable(rows)
 
@@ -317,7 +331,8 @@ def test_nothing_is_fitted_twice_and_what_is_lost_is_fitted_again(done: Done) ->
 def test_a_patch_that_is_damaged_is_no_patch(tmp_path: Path) -> None:
     storage = Storage(tmp_path)
     key = storage.write_patch(b"weights")
-    assert storage.patch_keys() == {key} and storage.read_patch(key) == b"weights"
+    assert storage.patch_keys() == {key}
+    assert storage.read_patch(key) == b"weights"
     (tmp_path / "patches" / f"{key}.safetensors").write_bytes(b"other")
     with pytest.raises(DamagedFile, match="not what was written"):
         storage.read_patch(key)
@@ -352,9 +367,12 @@ def test_the_table_and_the_verdict_tell_of_repairs(done: Done) -> None:
     job, _ = done
     told = succeed("run", job)
     words = " ".join(told.stdout.split())
-    assert "block influence + map" in words and "last + channel" in words
-    assert "(25%), repaired by map" in words and "(25%), repaired by channel" in words
+    assert "block influence + map" in words
+    assert "last + channel" in words
+    assert "(25%), repaired by map" in words
+    assert "(25%), repaired by channel" in words
     assert "Of 2 random choices of as many layers, repaired by map," in words
     report = job.parent / "report.html"
     succeed("report", "-w", read_job(job).warehouse, "-o", report)
-    assert "last + map" in report.read_text() and "repaired by map" in report.read_text()
+    assert "last + map" in report.read_text()
+    assert "repaired by map" in report.read_text()

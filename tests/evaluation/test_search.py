@@ -78,7 +78,8 @@ class Truth:
 
     def __init__(self, model: LanguageModel) -> None:
         text = plan_text(model.checkpoint, TEXT, Settings(**SMALL, skip_sequences=6))
-        self._model, self._parts = model, [TextLoss(shard) for shard in text.shards]
+        self._model = model
+        self._parts = [TextLoss(shard) for shard in text.shards]
 
     def __call__(self, drop: Removals) -> float:
         rows = [part(self._model, Intervention(removed=drop))[0] for part in self._parts]
@@ -98,8 +99,11 @@ def test_greedy_drops_what_costs_least_at_each_step(scored: Scored, model: Path)
         assert step.best.removed == drop
         assert step.best.value == truth(drop)
         assert step.sets == [5, 9, 12][number]
-    assert plan.drop == drop and steps[-1].best.value == truth(drop) and whole.best.value == truth(())
-    assert plan.why["by"] == "greedy" and plan.why["sets"] == 12
+    assert plan.drop == drop
+    assert steps[-1].best.value == truth(drop)
+    assert whole.best.value == truth(())
+    assert plan.why["by"] == "greedy"
+    assert plan.why["sets"] == 12
 
 
 def test_a_search_measures_what_it_does_not_know(scored: Scored) -> None:
@@ -165,7 +169,9 @@ def test_a_search_shows_its_steps_and_its_plan_prunes(scored: Scored, model: Pat
 
 def test_sublayers_are_measured_evaluated_and_not_pruned(scored: Scored, model: Path, tmp_path: Path) -> None:
     """A checkpoint cannot be without them, an evaluation can."""
-    warehouse, plan, truth = scored[0], tmp_path / "plan.yaml", Truth(opened(model, batch_size=4))
+    warehouse = scored[0]
+    plan = tmp_path / "plan.yaml"
+    truth = Truth(opened(model, batch_size=4))
     text = ("--corpus", TEXT, "--skip-sequences", 6, *OPTIONS)
     shown = succeed("ablate", model, *text, "--warehouse", warehouse, "--no-leave-one-out", "--sublayers")
     assert "attention alone" in shown.stdout, shown.stderr
@@ -204,4 +210,5 @@ def rows_of(warehouse: Path, task: str) -> list[dict[str, Any]]:
 )
 def test_a_mistake_is_named(words: list[str], said: str, scored: Scored, tmp_path: Path) -> None:
     assert said in mistake("plan", "-w", scored[0], "-o", tmp_path / "plan.yaml", *words)
-    assert not (tmp_path / "plan.yaml").exists() and not (scored[0] / "cells").exists()
+    assert not (tmp_path / "plan.yaml").exists()
+    assert not (scored[0] / "cells").exists()

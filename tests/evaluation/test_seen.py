@@ -92,7 +92,9 @@ def test_a_plan_has_the_texts_that_it_was_made_from(kind: str, plans: dict[str, 
 @pytest.mark.parametrize("kind", PLANS)
 def test_the_rows_and_the_hashes_of_each_text_are_kept(kind: str, plans: dict[str, Any]) -> None:
     for text in plans[kind].seen:
-        assert (text.skip_sequences, text.max_sequences, text.sequence_length) == (0, 6, 32)
+        assert text.skip_sequences == 0
+        assert text.max_sequences == 6
+        assert text.sequence_length == 32
         assert len(text.corpus_fingerprint) == len(text.tokens_fingerprint) == 64
 
 

@@ -70,7 +70,8 @@ class Events(list[Event]):
 def session_of(
     folder: Path, executor: LocalExecutor, events: Events | None = None, **execution: Any
 ) -> tuple[EvaluationSession, Events]:
-    events, store = Events() if events is None else events, Store(folder)
+    events = Events() if events is None else events
+    store = Store(folder)
     store.storage.create()
     return EvaluationSession(store, executor, Execution(**execution), events), events
 
@@ -115,7 +116,8 @@ def test_nothing_is_measured_twice(tiny_llama: Path, tmp_path: Path) -> None:
         assert events.counts() == [(4, 2, 2)]
     for intervention in (NO_INTERVENTION, WITHOUT):
         (one,), (two,), (three,) = (results_under(results, intervention.key) for results in (first, again, more))
-        assert one.samples.tolist() == two.samples.tolist() == three.samples.tolist() and len(one.samples) == 8
+        assert one.samples.tolist() == two.samples.tolist() == three.samples.tolist()
+        assert len(one.samples) == 8
     assert len(more) == 3
 
 
@@ -123,7 +125,8 @@ def test_a_session_that_was_stopped_goes_on_and_what_is_lost_is_measured_again(
     tiny_llama: Path, tmp_path: Path
 ) -> None:
     """After each of four cells: only the others are measured, and the results are those of a session of its own."""
-    results, interventions = [], [NO_INTERVENTION, WITHOUT]
+    results = []
+    interventions = [NO_INTERVENTION, WITHOUT]
     with closing(LocalExecutor(SETTINGS)) as executor:
         for number in (1, 2, 3, 4):
             stopped, _ = session_of(tmp_path / str(number), executor, Events(stop_after=number))
@@ -217,17 +220,20 @@ def test_what_is_kept_of_a_loss_has_the_interval_of_the_mean_of_paired_changes(n
     low, high = jackknife_interval(change.mean(), (change.sum() - change) / (number - 1))
     assert (kept.value, kept.low, kept.high) == pytest.approx((*np.exp([change.mean(), low, high]),))
     few = Retention.of(result(before[:7]), result(after[:7]))
-    assert 0 < few.value < 1 and not few.has_interval
+    assert 0 < few.value < 1
+    assert not few.has_interval
 
 
 @pytest.mark.parametrize(("lost", "known"), [(0, False), (7, False), (8, True), (30, True)])
 def test_an_accuracy_needs_eight_answers_that_change(lost: int, known: bool) -> None:
-    before, after = np.ones(100), np.ones(100)
+    before = np.ones(100)
+    after = np.ones(100)
     before[80:] = 0
     after[80:] = 0
     after[:lost] = 0
     kept = Retention.of(result(before, "acc"), result(after, "acc"))
-    assert kept.value == pytest.approx((80 - lost) / 80) and kept.has_interval == known
+    assert kept.value == pytest.approx((80 - lost) / 80)
+    assert kept.has_interval == known
     assert not known or kept.low < kept.value < kept.high < 1
 
 
@@ -239,8 +245,11 @@ def test_what_has_no_logarithm_has_no_interval(after: Float64) -> None:
 def test_without_an_interval_the_claim_is_undecided() -> None:
     none = {"score": "avss", "retention": 0.95, "retention_low": math.nan, "retention_high": math.nan}
     known = none | {"retention_low": 0.93, "retention_high": 0.97}
-    assert "undecided" in judgement(none) and "8 samples differ" in judgement(none) and lacks_interval([none])
-    assert judgement(known) == "the claim holds" and not lacks_interval([known])
+    assert "undecided" in judgement(none)
+    assert "8 samples differ" in judgement(none)
+    assert lacks_interval([none])
+    assert judgement(known) == "the claim holds"
+    assert not lacks_interval([known])
     assert "nothing is kept" in judgement(none | {"retention": 0.0})
 
 
@@ -257,7 +266,8 @@ CELL: Any = SimpleNamespace(
 )
 def test_a_mistake_of_the_code_or_the_plan_stays_one(error: Exception) -> None:
     told = failure([(CELL, as_failure(error))])
-    assert told.hint is None and "perplexity:text.txt of model without layers 7" in told.message
+    assert told.hint is None
+    assert "perplexity:text.txt of model without layers 7" in told.message
 
 
 @pytest.mark.parametrize(

@@ -101,10 +101,14 @@ def warehouse(done: Shrunk, tmp_path: Path) -> Path:
 
 def test_a_quarter_goes_and_is_repaired(done: Shrunk, deep: Path) -> None:
     """What is said of the written checkpoint is what evaluating it gives, to the bit."""
-    plan, (task,) = done.best.plan, done.best.tasks
-    assert (len(plan.drop), plan.why["by"], done.record and done.record.repair) == (2, "damage", "refit")
+    plan = done.best.plan
+    (task,) = done.best.tasks
+    assert len(plan.drop) == 2
+    assert plan.why["by"] == "damage"
+    assert (done.record and done.record.repair) == "refit"
     whole, pruned, repaired = task.results.values()
-    assert task.task == TASK and [*task.results] == ["whole", "pruned", "repaired"]
+    assert task.task == TASK
+    assert [*task.results] == ["whole", "pruned", "repaired"]
     assert whole.value < repaired.value < pruned.value
     assert done.best.kept == task.retentions["repaired"].value > task.retentions["pruned"].value
     assert [len(one.plan.drop) for one in done.curve] == [2]
@@ -115,7 +119,9 @@ def test_a_quarter_goes_and_is_repaired(done: Shrunk, deep: Path) -> None:
     assert [one.result.value for one in again] == [whole.value, repaired.value]
     assert read_repairs(Path(done.folder)) == [done.record]
     card = (Path(done.folder) / "README.md").read_text()
-    assert "repaired, " in card and "without these layers, " in card and "Repaired by refit" in card
+    assert "repaired, " in card
+    assert "without these layers, " in card
+    assert "Repaired by refit" in card
 
 
 def greedy(folder: str | Path, prompt: str, number: int) -> str:
@@ -149,7 +155,8 @@ def test_markup_in_a_text_is_shown_as_text() -> None:
     console = Console(file=StringIO(), width=80)
     console.print(FittedTable(table))
     shown = " ".join(console.file.getvalue().split())  # type: ignore[attr-defined]
-    assert "Greedy continuation of: [red]A list" in shown and "[/red] b" in shown
+    assert "Greedy continuation of: [red]A list" in shown
+    assert "[/red] b" in shown
 
 
 def test_a_model_that_generates_no_text_is_shrunk_all_the_same(
@@ -161,7 +168,8 @@ def test_a_model_that_generates_no_text_is_shrunk_all_the_same(
     monkeypatch.setattr(continuations, "NEW_TOKENS", 5)  # which are not in the warehouse
     monkeypatch.setattr(LanguageModel, "generate", refuse)
     made = shrunk(deep, tmp_path / "out", warehouse=warehouse)
-    assert not made.continuations and content(made.folder) == content(done.folder)
+    assert not made.continuations
+    assert content(made.folder) == content(done.folder)
     assert any("generates no text: no generation here" in note for note in made.notes)
 
 
@@ -174,7 +182,9 @@ def test_the_parts_of_the_text_are_apart(done: Shrunk, deep: Path) -> None:
     assert done.record is not None
     (run,) = Warehouse(f"{done.folder}-warehouse").runs().to_pylist()
     assert run["num_sequences"] == 10
-    assert (done.record.skip_sequences, done.record.max_sequences, done.record.texts[0].rows) == (20, 60, 60)
+    assert done.record.skip_sequences == 20
+    assert done.record.max_sequences == 60
+    assert done.record.texts[0].rows == 60
     (task,) = done.best.tasks
     assert len(task.results["whole"].samples) == 10
     read = Settings(max_sequences=160, sequence_length=32)
@@ -184,7 +194,10 @@ def test_the_parts_of_the_text_are_apart(done: Shrunk, deep: Path) -> None:
 
 def test_the_checkpoint_keeps_the_texts_that_its_layers_were_chosen_on(done: Shrunk) -> None:
     (text,) = read_seen(Path(done.folder))
-    assert (text.use, text.corpus, text.skip_sequences, text.max_sequences) == ("scores", TEXT, 0, 10)
+    assert text.use == "scores"
+    assert text.corpus == TEXT
+    assert text.skip_sequences == 0
+    assert text.max_sequences == 10
 
 
 def test_the_checkpoint_is_not_evaluated_on_the_rows_of_its_scores(done: Shrunk, tmp_path: Path) -> None:
@@ -226,11 +239,14 @@ def test_two_workers_do_what_one_process_does(
     done: Shrunk, deep: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """With one Ray for all steps. Both fit the repair together, so that its last digits are others."""
-    init, starts = ray.init, list[dict[str, Any]]()
+    init = ray.init
+    starts = list[dict[str, Any]]()
     monkeypatch.setattr(ray, "init", lambda **options: (starts.append(options), init(**options))[1])
     made = shrunk(deep, tmp_path / "out", executor="ray", replicas=2)
-    assert len(starts) == 1 and not ray.is_initialized()
-    assert (made.best.plan.drop, made.best.plan.why) == (done.best.plan.drop, done.best.plan.why)
+    assert len(starts) == 1
+    assert not ray.is_initialized()
+    assert made.best.plan.drop == done.best.plan.drop
+    assert made.best.plan.why == done.best.plan.why
     assert made.best.tasks[0].results["pruned"].value == done.best.tasks[0].results["pruned"].value
     assert made.best.kept == pytest.approx(done.best.kept, rel=1e-4)
 
@@ -252,7 +268,8 @@ def test_all_workers_that_there_is_room_for_share_the_fit(tmp_path: Path) -> Non
         )
         return copies_of(placement, Settings(threads=2), EvaluationSession(Store(tmp_path), executor, execution))
 
-    one, on_gpu = Placement(), Placement(gpus=1)
+    one = Placement()
+    on_gpu = Placement(gpus=1)
     assert at_once(one, cpus=16, gpus=0, replicas=None) == 1
     assert at_once(one, cpus=16, gpus=0, replicas=4) == 4
     assert at_once(one, cpus=6, gpus=0, replicas="2..64") == 3
@@ -276,7 +293,8 @@ def test_as_many_layers_go_as_can(repair: str, warehouse: Path, deep: Path, tmp_
 
     for made, keep in ((tight, 0.9), (loose, 0.3)):
         kept = {gone(attempt): attempt.kept for attempt in made.curve}
-        assert list(kept) == sorted(kept) and kept[gone(made.best)] >= keep
+        assert list(kept) == sorted(kept)
+        assert kept[gone(made.best)] >= keep
         assert all(share < keep for count, share in kept.items() if count > gone(made.best))
         assert gone(made.best) + 1 in kept or gone(made.best) == 7
     assert gone(tight.best) <= gone(loose.best)
@@ -303,9 +321,12 @@ def test_layers_are_chosen_by_a_score_and_repaired_if_others_stand_before_them(
 def test_a_search_repairs_on_enough_text(deep: Path, tmp_path: Path) -> None:
     """Where the rows that scores use are too few for the equations."""
     made = shrunk(deep, tmp_path / "out", by="greedy", repair="map", max_sequences=24)
-    assert made.best.plan.why["sequences"] == 3 and made.record is not None
+    assert made.best.plan.why["sequences"] == 3
+    assert made.record is not None
     rows = {json.loads(row["settings"])["max_sequences"] for row in rows_of_fits(tmp_path / "out-warehouse")}
-    assert len(rows) == 2 and min(rows) > 3 and max(rows) == 18
+    assert len(rows) == 2
+    assert min(rows) > 3
+    assert max(rows) == 18
 
 
 def rows_of_fits(warehouse: Path) -> list[dict[str, Any]]:
@@ -323,18 +344,22 @@ def test_greedy_goes_by_what_is_lost_after_the_repair(warehouse: Path, deep: Pat
     rows = [row for row in Warehouse(warehouse).table("evaluations").to_pylist() if row["run_id"] == why["evaluation"]]
     losses = {tuple(row["drop"]): row["value"] for row in rows if row["metric"] == "loss"}
     repaired = {tuple(row["drop"]) for row in rows if row["patch"]}
-    assert len(losses) == why["sets"] == 4 + 3 and repaired == {drop for drop in losses if drop != (0,)}
+    assert len(losses) == why["sets"] == 4 + 3
+    assert repaired == {drop for drop in losses if drop != (0,)}
     first = min((drop for drop in losses if len(drop) == 1), key=losses.__getitem__)
     pairs = [drop for drop in losses if len(drop) == 2]
     best = min(pairs, key=losses.__getitem__)
     assert all({*first} < {*drop} for drop in pairs)
-    assert made.best.plan.drop == best and why["loss"] == round(losses[best], 6)
+    assert made.best.plan.drop == best
+    assert why["loss"] == round(losses[best], 6)
     fitted = {row["settings"] for row in rows_of_fits(warehouse)}
     assert {json.loads(settings)["skip_sequences"] for settings in fitted} == {20}  # after those that are measured
-    assert made.record is not None and made.record.removed == made.best.plan.drop
+    assert made.record is not None
+    assert made.record.removed == made.best.plan.drop
     times = cell_times(warehouse)
     again = shrunk(deep, tmp_path / "again", by="greedy", repair="channel", warehouse=warehouse)
-    assert content(again.folder) == content(made.folder) and cell_times(warehouse) == times
+    assert content(again.folder) == content(made.folder)
+    assert cell_times(warehouse) == times
 
 
 def test_every_domain_is_evaluated(warehouse: Path, deep: Path, tmp_path: Path) -> None:
@@ -350,13 +375,16 @@ def test_every_domain_is_evaluated(warehouse: Path, deep: Path, tmp_path: Path) 
     (record,) = read_repairs(out)
     assert [text.corpus for text in record.texts] == [TEXT, str(other)]
     only = succeed(*command, "-o", tmp_path / "only", "--tasks", f"perplexity:{other}", "--repair", "none")
-    assert "other.txt" in only.stdout and "perplexity:builtin" not in only.stdout
+    assert "other.txt" in only.stdout
+    assert "perplexity:builtin" not in only.stdout
 
 
 def test_the_command_prints_the_curve(warehouse: Path, deep: Path, tmp_path: Path) -> None:
     options = ("--keep", "0.4", "--repair", "none", "--first", 1, "--last", 1, "-w", warehouse)
     told = succeed("shrink", deep, "--corpus", TEXT, "-o", tmp_path / "out", *options, *OPTIONS)
-    assert "layers dropped" in told.stdout and "█" in told.stdout and "repaired" not in told.stdout
+    assert "layers dropped" in told.stdout
+    assert "█" in told.stdout
+    assert "repaired" not in told.stdout
 
 
 @pytest.mark.parametrize(
@@ -395,7 +423,8 @@ def test_text_that_is_fitted_on_is_not_evaluated_on(
 ) -> None:
     """Under another name too, where rows are long enough to hold a window that begins elsewhere."""
     sentences = [f"Line {i}: {i * 7919 % 6131} and {i * 104729 % 7001} make a pair of numbers." for i in range(900)]
-    text, same = tmp_path / "text.txt", tmp_path / "same.txt"
+    text = tmp_path / "text.txt"
+    same = tmp_path / "same.txt"
     text.write_text("\n\n".join(sentences))
     same.write_text("\n\n".join(sentences[40:]))
     rows = {"max_sequences": 40, "sequence_length": 128, "tasks": [f"perplexity:{same}"]}
@@ -405,10 +434,12 @@ def test_text_that_is_fitted_on_is_not_evaluated_on(
 
 def test_too_little_text_is_refused_before_anything_is_scored(deep: Path, tmp_path: Path) -> None:
     told = mistake("shrink", deep, "--corpus", TEXT, "-o", tmp_path / "out", *OPTIONS, "--max-sequences", "9")
-    assert "needs at least 192 tokens to fit to, not 186" in told and "Raise --max-sequences" in told
+    assert "needs at least 192 tokens to fit to, not 186" in told
+    assert "Raise --max-sequences" in told
     assert not list(tmp_path.iterdir())
     made = shrunk(deep, tmp_path / "out", max_sequences=10, by="last")
-    assert made.record is not None and made.record.texts[0].tokens == 217
+    assert made.record is not None
+    assert made.record.texts[0].tokens == 217
     short = tmp_path / "short.txt"
     short.write_text("\n\n".join(f"Line {i}: {i * 7919 % 6131} and {i * 104729 % 7001}." for i in range(15)))
     with pytest.raises(CorpusError, match="give longer texts, or choose a `repair` of fewer unknowns"):
@@ -448,7 +479,8 @@ def test_paired_text_has_no_parts(deep: Path, tmp_path: Path) -> None:
     file.write_text("".join(f"{json.dumps(line)}\n" for line in QUESTIONS * 5), encoding="utf-8")
     for corpora in (("--corpus", f"truthfulqa:{file}"), ("--corpus", TEXT, "--repair-corpora", f"truthfulqa:{file}")):
         done = mistake("shrink", deep, *corpora, "-o", tmp_path / "out", *OPTIONS)
-        assert "is paired text" in done and "scoring" not in done
+        assert "is paired text" in done
+        assert "scoring" not in done
     assert not (tmp_path / "out").exists()
 
 
@@ -466,7 +498,8 @@ def test_a_folder_that_is_not_empty_is_refused_first(deep: Path, tmp_path: Path)
 @pytest.fixture(scope="module")
 def distilled(done: Shrunk, deep: Path, tmp_path_factory: pytest.TempPathFactory) -> Observed:
     """The same with a distillation, in a copy of the warehouse, and its events."""
-    out, events = tmp_path_factory.mktemp("distilled") / "out", list[Any]()
+    out = tmp_path_factory.mktemp("distilled") / "out"
+    events = list[Any]()
     shutil.copytree(f"{done.folder}-warehouse", f"{out}-warehouse")
     return shrunk(deep, out, distill_tokens=TOKENS, on_event=events.append), events
 
@@ -479,15 +512,20 @@ def test_the_distilled_checkpoint_is_the_output_and_is_evaluated(
     Takes more than 5 seconds, because the first test of this part waits for the one training of the default tier.
     """
     made, events = distilled
-    (task,), record, folder = made.best.tasks, made.distillation, Path(made.folder)
-    assert record is not None and record == read_record(folder) and record.after.tokens <= TOKENS
+    (task,) = made.best.tasks
+    record = made.distillation
+    folder = Path(made.folder)
+    assert record is not None
+    assert record == read_record(folder)
+    assert record.after.tokens <= TOKENS
     assert [*task.results] == ["whole", "pruned", "repaired", "distilled"]
     assert record.after.loss < record.before.loss
     assert (
         made.best.kept == task.retentions["distilled"].value != made.curve[0].kept == task.retentions["repaired"].value
     )
     assert {path.name for path in folder.parent.iterdir()} == {"out", "out-warehouse"}
-    assert made.record is not None and read_repairs(folder) == [made.record]
+    assert made.record is not None
+    assert read_repairs(folder) == [made.record]
     again = evaluate(
         [made.folder], tasks=[TASK], warehouse=tmp_path, skip_sequences=10, base=deep, **READ | {"max_sequences": 10}
     )
@@ -495,10 +533,14 @@ def test_the_distilled_checkpoint_is_the_output_and_is_evaluated(
     assert {TrainingAdvanced, CurvePoint} <= {type(event) for event in events}
     evaluated = Warehouse(f"{folder}-warehouse").table("evaluations").to_pylist()
     assert {row["model"] for row in evaluated} == {str(deep), made.folder}
-    assert (made.record.skip_sequences, made.record.texts[0].rows) == (30, 50)
+    assert made.record.skip_sequences == 30
+    assert made.record.texts[0].rows == 50
     text, own = record.texts
-    assert (record.settings.skip_sequences, text.held_out_rows, text.trained_rows) == (20, 10, 50)
-    assert own.corpus == "self" and own.trained_rows > 0
+    assert record.settings.skip_sequences == 20
+    assert text.held_out_rows == 10
+    assert text.trained_rows == 50
+    assert own.corpus == "self"
+    assert own.trained_rows > 0
 
 
 def test_the_table_the_card_and_the_texts_are_those_of_the_distilled_model(distilled: Observed) -> None:
@@ -508,7 +550,8 @@ def test_the_table_the_card_and_the_texts_are_those_of_the_distilled_model(disti
     texts = [(one["model"], one["prompt"]) for one in made.continuations]
     assert texts == [(model, prompt) for model in (*MODELS, last) for prompt in dict.fromkeys(p for _, p in texts)]
     (row,) = made.table().to_pylist()
-    assert row["distilled"] == made.best.kept and row["kept"] == made.curve[0].kept
+    assert row["distilled"] == made.best.kept
+    assert row["kept"] == made.curve[0].kept
     assert "distilled on " in made.summary()
     card = (Path(made.folder) / "README.md").read_text()
     for words in ("Repaired by refit", "Distilled from", " distilled, ", "Kept of the whole model on", "% distilled"):
@@ -547,8 +590,10 @@ def test_stopped_in_the_training_it_goes_on_and_writes_the_same_bytes(
     told = succeed("shrink", deep, "--corpus", TEXT, "-o", out, "-w", warehouse, *OPTIONS, "--distill-tokens", TOKENS)
     for words in ("repaired by refit", "distilled on ", "Distilled from"):
         assert words in " ".join(told.stdout.split()), words
-    assert "evaluating" not in told.stdout and "━" not in told.stderr
-    same, other = content(distilled[0].folder), content(out)
+    assert "evaluating" not in told.stdout
+    assert "━" not in told.stderr
+    same = content(distilled[0].folder)
+    other = content(out)
     assert same.keys() == other.keys()
     assert {name for name in same if same[name] != other[name]} <= {"avss_distill.json"}  # it names the folder
     assert {path.name for path in tmp_path.iterdir()} == {"out", "w"}
@@ -587,7 +632,8 @@ def test_a_failed_training_leaves_the_repaired_checkpoint(
     with pytest.raises(RunFailed, match=r"checkpoint before distillation is in .*student") as raised:
         shrunk(deep, tmp_path / "out", warehouse=warehouse, repair="channel", distill_tokens=TOKENS)
     assert "avss distill" in str(raised.value.hint)
-    assert read_repairs(tmp_path / "out.part" / "student") and not (tmp_path / "out").exists()
+    assert read_repairs(tmp_path / "out.part" / "student")
+    assert not (tmp_path / "out").exists()
 
 
 def test_too_little_memory_is_refused_before_any_work(

@@ -501,7 +501,8 @@ def test_what_no_device_here_computes_with_is_unpacked_only_on_request(fp8: Path
     assert "--dequantize" in refused
     succeed("score", fp8, *options, "-w", tmp_path / "w", "--dequantize")
     (row,) = [row for row in Warehouse(tmp_path / "w").runs().to_pylist() if row["status"] == "done"]
-    assert (row["quantization"], row["dtype"]) == ("fp8, dequantized", "float32")
+    assert row["quantization"] == "fp8, dequantized"
+    assert row["dtype"] == "float32"
     succeed("score", fp8, *options, "-w", tmp_path / "streamed", "--dequantize", "--partition", "streaming")
     tables = [Warehouse(tmp_path / folder).scores() for folder in ("w", "streamed")]
     assert tables[0].num_rows

@@ -36,7 +36,8 @@ def test_a_model_that_was_not_scored_has_read_nothing() -> None:
 def test_an_evaluation_has_read_what_it_says() -> None:
     text = {**SEEN.values(), "by": "", "corpus_fingerprint": "c"}
     (seen,) = seen_by_evaluation(evaluation("search:b.txt", read=[text]))
-    assert (seen.by, seen.corpus_fingerprint) == ("m-7", "c")
+    assert seen.by == "m-7"
+    assert seen.corpus_fingerprint == "c"
 
 
 @pytest.mark.parametrize(

@@ -31,7 +31,8 @@ def peak_of_saved_bytes(model: nn.Module, run: Callable[[], object]) -> int:
 
     def pack(tensor: torch.Tensor) -> Saved:
         nonlocal peak
-        saved, storage = Saved(tensor), tensor.untyped_storage()
+        saved = Saved(tensor)
+        storage = tensor.untyped_storage()
         if storage.data_ptr() not in weights:
             users[storage.data_ptr()] += 1
             sizes[storage.data_ptr()] = storage.nbytes()

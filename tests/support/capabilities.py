@@ -179,7 +179,8 @@ def observe_twice(backbone: Backbone, run: Callable, input_ids: torch.Tensor) ->
     assert torch.equal(before, during) or not is_deterministic(run, input_ids)
     assert not any(m._forward_hooks or m._forward_pre_hooks for m in backbone.module.modules())
     for (_, site), s in stats.items():
-        assert s.count + s.nonfinite_count > 0 and (s.count + s.nonfinite_count) % input_ids.numel() == 0, site
+        assert s.count + s.nonfinite_count > 0, site
+        assert (s.count + s.nonfinite_count) % input_ids.numel() == 0, site
         assert s.sequence_count == len(input_ids)
     return stats
 

@@ -49,7 +49,8 @@ def succeed(*args: object) -> Any:
 def mistake(*args: object) -> str:
     """Run a command that ends with exit code 2, and return what it said in one line."""
     result = avss(*args)
-    assert result.exit_code == 2 and "Traceback" not in result.stderr, result.stderr
+    assert result.exit_code == 2, result.stderr
+    assert "Traceback" not in result.stderr, result.stderr
     return " ".join(result.stderr.split())
 
 

@@ -20,7 +20,8 @@ class Command:
     """
 
     def __init__(self, *arguments: object, program: str = "avss", **environment: str) -> None:
-        self._printed, self._said = TemporaryFile("w+"), TemporaryFile("w+")  # noqa: SIM115
+        self._printed = TemporaryFile("w+")  # noqa: SIM115
+        self._said = TemporaryFile("w+")  # noqa: SIM115
         given = {**os.environ, **environment}
         with open(os.devnull) as nothing:
             files = [nothing.fileno(), self._printed.fileno(), self._said.fileno()]

@@ -10,7 +10,8 @@ class SmallDisk:
     """A file system of so many megabytes, for a ``with`` block."""
 
     def __init__(self, folder: Path, megabytes: int) -> None:
-        self.folder, self._size = folder, f"size={megabytes}m"
+        self.folder = folder
+        self._size = f"size={megabytes}m"
         self._filler = folder / "filler"
 
     def __enter__(self) -> SmallDisk:

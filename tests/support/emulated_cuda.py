@@ -51,9 +51,11 @@ def _compile(folder: Path, dtype: torch.dtype) -> None:
 
 
 def _library(file: Path) -> Any:
-    library, number = ctypes.CDLL(str(file)), ctypes.c_uint
+    library = ctypes.CDLL(str(file))
+    number = ctypes.c_uint
     library.launch.argtypes = [ctypes.c_char_p, number, number, ctypes.c_ulong, number, ctypes.c_char_p]
-    library.sizes.restype, library.take_traffic.restype = ctypes.c_ulong, ctypes.c_ulonglong
+    library.sizes.restype = ctypes.c_ulong
+    library.take_traffic.restype = ctypes.c_ulonglong
     assert library.sizes(0) == 8 * len(fields())
     return library
 
@@ -66,10 +68,12 @@ class Emulator:
     """
 
     def __init__(self, blocks: int = 3, threads: int = 64, seed: int = 0) -> None:
-        self.blocks, self.threads = blocks, threads
+        self.blocks = blocks
+        self.threads = threads
         self.launches: list[str] = []
         self.traffic = 0
-        self._libraries, self._seed = libraries(), seed
+        self._libraries = libraries()
+        self._seed = seed
 
     def span(self, dtype: torch.dtype) -> int:
         """See `cuda.Device`."""
@@ -77,7 +81,8 @@ class Emulator:
 
     def launch(self, dtype: torch.dtype, kernel: str, grid: int, block: int, shared: int, arguments: bytes) -> None:
         """See `cuda.Device`."""
-        assert shared <= SHARED and len(arguments) == self._libraries[dtype].sizes(kernel == "finish")
+        assert shared <= SHARED
+        assert len(arguments) == self._libraries[dtype].sizes(kernel == "finish")
         self.launches.append(kernel)
         self._seed += 1
         library = self._libraries[dtype]

@@ -62,7 +62,8 @@ def hold(*args: object) -> tuple[int, str]:
 def hold_with_one_error(*args: object) -> None:
     """As `hold`, of a command that nobody interrupts: it says one error at most."""
     code, text = hold(*args)
-    assert code in (0, 1, 2) and sum(line.startswith("Error: ") for line in text.splitlines()) <= 1, text
+    assert code in (0, 1, 2), text
+    assert sum(line.startswith("Error: ") for line in text.splitlines()) <= 1, text
 
 
 def texts() -> st.SearchStrategy[str]:
@@ -90,10 +91,8 @@ def mutated(value: Any) -> st.SearchStrategy[Any]:
 
 def _changed(draw: Any, value: Any) -> Any:
     if isinstance(value, dict) and value and draw(st.booleans()):
-        key, kind = (
-            draw(st.sampled_from(sorted(value, key=str))),
-            draw(st.sampled_from(["deeper", "drop", "add", "rename"])),
-        )
+        key = draw(st.sampled_from(sorted(value, key=str)))
+        kind = draw(st.sampled_from(["deeper", "drop", "add", "rename"]))
         if kind == "drop":
             return {k: v for k, v in value.items() if k != key}
         if kind == "add":
@@ -102,7 +101,8 @@ def _changed(draw: Any, value: Any) -> Any:
             return {(draw(texts()) if k == key else k): v for k, v in value.items()}
         return value | {key: _changed(draw, value[key])}
     if isinstance(value, list) and value and draw(st.booleans()):
-        i, kind = draw(st.integers(0, len(value) - 1)), draw(st.sampled_from(["deeper", "drop", "twice"]))
+        i = draw(st.integers(0, len(value) - 1))
+        kind = draw(st.sampled_from(["deeper", "drop", "twice"]))
         if kind == "drop":
             return value[:i] + value[i + 1 :]
         return [*value[:i], _changed(draw, value[i]), *value[i + (kind == "deeper") :]]

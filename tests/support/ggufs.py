@@ -28,7 +28,8 @@ def write_gguf(
         block_count: number of layers in the metadata; None is the true one.
         kind: format of the matrices whose rows have whole blocks; others are float32.
     """
-    config, writer = model.config, GGUFWriter(file, architecture)
+    config = model.config
+    writer = GGUFWriter(file, architecture)
     writer.add_block_count(config.num_hidden_layers if block_count is None else block_count)
     writer.add_embedding_length(config.hidden_size)
     writer.add_feed_forward_length(config.intermediate_size)

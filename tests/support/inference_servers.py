@@ -42,8 +42,15 @@ class InferenceServer:
         sizes: Mapping[str, Any] = {},
         name: str = "checkpoint",
     ) -> None:
-        self.kind, self.model, self.tokenizer, self.key, self.name = kind, model, tokenizer, key, name
-        self.start, self.dies_after, self.limit, self.sizes = [*start], dies_after, limit, dict(sizes)
+        self.kind = kind
+        self.model = model
+        self.tokenizer = tokenizer
+        self.key = key
+        self.name = name
+        self.start = [*start]
+        self.dies_after = dies_after
+        self.limit = limit
+        self.sizes = dict(sizes)
         self.url = ""
         self.bodies: list[Mapping[str, Any]] = []
         self.lock = Lock()
@@ -201,7 +208,8 @@ def serving(server: InferenceServer) -> Iterator[InferenceServer]:
         def _reply(self, body: Mapping[str, Any] | None) -> None:
             if server.key and self.headers.get("Authorization") != f"Bearer {server.key}":
                 message = f"Invalid key {self.headers.get('Authorization')}"
-                status, answer = 401, {"error": {"message": message, "code": 401}}
+                status = 401
+                answer = {"error": {"message": message, "code": 401}}
             else:
                 try:
                     status, answer = server.answer(self.path, body)

@@ -52,7 +52,8 @@ class LlamaCppLibrary(InferenceServer):
                 known = 0
             self.llama._eval_tokens(ids[known:], known)
             self._computed = list(ids)
-            library, interface = self.llama._lib, self.llama._ffi
+            library = self.llama._lib
+            interface = self.llama._ffi
             pointer = library.llama_get_logits_ith(self.llama._ctx, -1)
             values = np.frombuffer(interface.buffer(pointer, 4 * self.llama.n_vocab), np.float32).copy()
         return torch.from_numpy(values).log_softmax(dim=-1)[None]

@@ -85,7 +85,8 @@ class Notes:
 def noting(folder: Path, gates: Mapping[int, str]) -> Iterator[Notes]:
     """All workers that are started meanwhile take notes."""
     module = __import__(__name__, fromlist=["NotingWorker"])
-    NotingWorker.folder, NotingWorker.gates = folder, gates
+    NotingWorker.folder = folder
+    NotingWorker.gates = gates
     cloudpickle.register_pickle_by_value(module)  # workers cannot import it
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(gang, "Worker", NotingWorker)

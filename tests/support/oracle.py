@@ -99,7 +99,8 @@ def _oracle_first_tokens(x: Float64, mask: NDArray[np.bool_]) -> dict[str, Any]:
 def _oracle_geometry(before: Float64, after: Float64) -> dict[str, Any]:
     sizes = np.linalg.norm(before, axis=1), np.linalg.norm(after, axis=1)
     kept = (sizes[0] > 0) & (sizes[1] > 0)
-    before_size, after_size = sizes[0][kept], sizes[1][kept]
+    before_size = sizes[0][kept]
+    after_size = sizes[1][kept]
     cosine = np.clip((before[kept] * after[kept]).sum(1) / (before_size * after_size), -1, 1)
     return {
         "token_count": int(kept.sum()),
@@ -132,7 +133,8 @@ def assert_close(actual: LayerStats, expected: LayerStats, rtol: float = 1e-12, 
     }
     roots = {"m2": rms, "input_m2": input_rms, "first_m2": first_rms, "pooled_variance_sum": expected.max_abs}
     for name in FLOAT_FIELDS:
-        got, want = np.asarray(getattr(actual, name)), np.asarray(getattr(expected, name))
+        got = np.asarray(getattr(actual, name))
+        want = np.asarray(getattr(expected, name))
         if name in roots:  # sums of squares of differences: as deviations, beside the size of what was subtracted
             got, want = np.sqrt(got), np.sqrt(want)
             slack[name] = 1e-14 * roots[name] * np.sqrt(max(expected.count, expected.input_count, 1))
@@ -142,7 +144,9 @@ def assert_close(actual: LayerStats, expected: LayerStats, rtol: float = 1e-12, 
 
 def assert_same_result(actual: ShardResult, expected: ShardResult) -> None:
     """Every statistic is equal to the bit, and so is what is said of the model, but for its partition."""
-    assert (actual.shard_id, actual.num_tokens) == (expected.shard_id, expected.num_tokens)
-    assert actual.layers == expected.layers and actual.stats.keys() == expected.stats.keys()
+    assert actual.shard_id == expected.shard_id
+    assert actual.num_tokens == expected.num_tokens
+    assert actual.layers == expected.layers
+    assert actual.stats.keys() == expected.stats.keys()
     assert [key for key, stats in expected.stats.items() if not actual.stats[key].equals(stats)] == []
     assert {**actual.model, "partition": ""} == {**expected.model, "partition": ""}

@@ -19,7 +19,9 @@ from avss_dist.warehouse.store import Store
 from support.oracle import oracle_stats
 from support.warehouses import identity_of, run_row, write_measured
 
-UNITS, SHARDS, SHAPE = 16, 8, (2, 8)  # sequences and tokens of a shard
+UNITS = 16
+SHARDS = 8
+SHAPE = (2, 8)  # sequences and tokens of a shard
 
 
 def measured(
@@ -79,7 +81,8 @@ def write_run(
 
 def write_removals(warehouse: Warehouse, run_id: str, revision: str, layers: int) -> None:
     """Write what `avss ablate --damage`, `avss ablate` and `avss shrink --keep` find out about a run's checkpoint."""
-    store, rng = Store(warehouse.root), np.random.default_rng(5)
+    store = Store(warehouse.root)
+    rng = np.random.default_rng(5)
     common = {"created_at": datetime(2026, 1, 3, tzinfo=UTC), "settings": "{}", "num_samples": 4, "stderr": 0.0}
     common |= {"layer": None, "patch": None, "versions": {}, "seconds": 1.0}
     blocks = [tuple(range(i, j)) for i in range(layers) for j in range(i + 1, layers + 1)]

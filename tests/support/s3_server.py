@@ -37,13 +37,15 @@ class Server:
             time.sleep(0.1)
         known: dict[str, Any] = {"endpoint_url": f"http://127.0.0.1:{self.port}", "region_name": "us-east-1"}
         known |= {"aws_access_key_id": "nobody", "aws_secret_access_key": "nothing"}
-        iam, self.client = boto3.client("iam", **known), boto3.client("s3", **known)
+        iam = boto3.client("iam", **known)
+        self.client = boto3.client("s3", **known)
         self.client.create_bucket(Bucket="lab")
         allowed = {"Version": "2012-10-17", "Statement": {"Effect": "Allow", "Action": "s3:*", "Resource": "*"}}
         iam.create_user(UserName="avss")
         iam.put_user_policy(UserName="avss", PolicyName="s3", PolicyDocument=json.dumps(allowed))
         key = iam.create_access_key(UserName="avss")["AccessKey"]
-        self.key, self.secret = key["AccessKeyId"], key["SecretAccessKey"]
+        self.key = key["AccessKeyId"]
+        self.secret = key["SecretAccessKey"]
 
     @contextmanager
     def asking_for_keys(self) -> Iterator[None]:
@@ -53,7 +55,8 @@ class Server:
         self._reset("inf")
 
     def _reset(self, unasked: str) -> None:
-        url, plain = f"http://127.0.0.1:{self.port}/moto-api/reset-auth", {"Content-Type": "text/plain"}
+        url = f"http://127.0.0.1:{self.port}/moto-api/reset-auth"
+        plain = {"Content-Type": "text/plain"}
         urlopen(Request(url, data=unasked.encode(), headers=plain, method="POST")).read()
 
     def close(self) -> None:

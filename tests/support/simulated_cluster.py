@@ -21,7 +21,8 @@ from avss_dist.runs.ray.heartbeats import Doing, Sign
 from avss_dist.runs.ray.queue import UnitQueue, shape
 from avss_dist.runs.work import ReplicaSpec
 
-OPEN_SECONDS, UNIT_SECONDS = 1.0, 1.0
+OPEN_SECONDS = 1.0
+UNIT_SECONDS = 1.0
 SPINS = 500  # of the scheduler without waiting, after which it counts as endless
 
 
@@ -75,13 +76,18 @@ class SimulatedGang:
     """Ranks that are placed, open models and measure units in virtual time. See `runs.ray.gang.Gang`."""
 
     def __init__(self, cluster: SimulatedCluster, name: str, placement: Placement) -> None:
-        self.cluster, self.placement = cluster, placement
-        self.shape, self.spec, self.leaves = shape(placement), None, False
+        self.cluster = cluster
+        self.placement = placement
+        self.shape = shape(placement)
+        self.spec = None
+        self.leaves = False
         self.names = [f"{name}.{rank}" for rank in range(placement.ranks)]
         self.placed = Reference()
         self.slowness = 1.0
-        self.frozen, self.reports = math.inf, True
-        self.stopped, self.killed_by_signal = False, False
+        self.frozen = math.inf
+        self.reports = True
+        self.stopped = False
+        self.killed_by_signal = False
         self.opened: list[ReplicaSpec] = []
         self.measured: list[Any] = []  # assignments that a rank has finished
         self._nodes: list[Node] = []
@@ -111,7 +117,8 @@ class SimulatedGang:
         if self.frozen == math.inf:
             self.placed.due = clock
         for call in [call for calls in self._calls for call in calls]:  # a task is given before there is a place
-            call.begins, call.ends = clock, clock + UNIT_SECONDS
+            call.begins = clock
+            call.ends = clock + UNIT_SECONDS
 
     def open(self, spec: ReplicaSpec) -> list[Reference]:
         self.opened.append(spec)
@@ -201,18 +208,21 @@ class SimulatedGang:
 
     def slow_down(self, factor: float) -> None:
         """Have everything take longer from now on."""
-        clock, self.slowness = self.cluster.clock, factor
+        clock = self.cluster.clock
+        self.slowness = factor
         for calls in self._calls:
             for call in calls:
                 call.ends = clock + (call.ends - clock) * factor
 
     def _fail(self, rank: int, why: str = "the process died") -> None:
         for call in self._calls[rank]:
-            call.reference.due, call.reference.error = self.cluster.clock, RayActorError(error_msg=why)
+            call.reference.due = self.cluster.clock
+            call.reference.error = RayActorError(error_msg=why)
         self._calls[rank] = []
 
     def stop(self, *, hangs: bool = False) -> None:
-        self.stopped, self.killed_by_signal = True, hangs
+        self.stopped = True
+        self.killed_by_signal = hangs
         self._nodes = []
         for rank in range(len(self.names)):
             self._fail(rank)
@@ -244,7 +254,8 @@ class SimulatedCluster:
 
     def __init__(self, nodes: int = 2, *, slots: int = 2, limit: int = 2) -> None:
         self.clock = 0.0
-        self.limit, self.slots = limit, slots
+        self.limit = limit
+        self.slots = slots
         self.gangs: list[SimulatedGang] = []
         self.dead_nodes: list[Node] = []
         self.alive: list[Node] = []

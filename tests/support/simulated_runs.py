@@ -86,10 +86,12 @@ class SimulatedWarehouse:
 class SimulatedProgress:
     """Writer of one run, in place of `runs.in_progress.RunInProgress`."""
 
-    placement, done_tokens = None, 0
+    placement = None
+    done_tokens = 0
 
     def __init__(self, fate: Fate, warehouse: SimulatedWarehouse) -> None:
-        self._fate, self._warehouse = fate, warehouse
+        self._fate = fate
+        self._warehouse = warehouse
         self.result = run_of(fate)
         self.run_id = fate.run_id
         self.shards = RunShards(run_id=fate.run_id, replica_spec=spec_of("model"), shards=SHARDS[: fate.shards])
@@ -175,7 +177,8 @@ class SimulatedExecutor:
         return map(function, items)
 
     def _answer(self, gang: SimulatedGang, assignment: Any, rank: int) -> Any:
-        fate, shard = self._fates[assignment.run_id], assignment.shard
+        fate = self._fates[assignment.run_id]
+        shard = assignment.shard
         if fate.fails_in == "measure" and shard.shard_id == fate.fails_at:
             raise fate.failure()
         if fate.dies and fate.run_id not in self._died:

@@ -26,7 +26,8 @@ def all_of(cases: Iterable[Any], default: Iterable[Any]) -> list[Any]:
     Raises:
         ValueError: ``default`` holds a value that is not among the cases.
     """
-    every, first = list(cases), list(default)
+    every = list(cases)
+    first = list(default)
     if unknown := [case for case in first if case not in every]:
         raise ValueError(f"No case: {unknown}")
     return [*first, *nightly(*(case for case in every if case not in first))]

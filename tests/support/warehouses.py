@@ -165,7 +165,9 @@ def write_measured(root: Path, run_id: str, shards: Sequence[Stats], layers: int
     """A run as the driver leaves it: partials, merged statistics, scores, and its row."""
     row = run_row(run_id, num_layers=layers, num_shards=len(shards), **columns)
     names = tuple(f"layers.{i}" for i in range(layers))
-    store, identity, merged = Store(root), identity_of(row), merge_stats(shards)
+    store = Store(root)
+    identity = identity_of(row)
+    merged = merge_stats(shards)
     for i, shard in enumerate(shards):
         strata = {(*key, ""): stats for key, stats in shard.items()}
         write_shard(store, identity, ShardResult(shard_id=i, content_hash=f"hash{i}", layers=names, strata=strata))

@@ -146,7 +146,8 @@ def load_kernels() -> None:
     from avss_dist.measure.kernels.reference import Accumulator
 
     for dtype in (torch.float32, torch.bfloat16):
-        x, mask = torch.zeros(1, 2, 4, dtype=dtype), torch.ones(1, 2, dtype=torch.bool)
+        x = torch.zeros(1, 2, 4, dtype=dtype)
+        mask = torch.ones(1, 2, dtype=torch.bool)
         CpuKernels().add(Accumulator(x, np.array(THRESHOLDS), units=True, geometry=True), x, mask, x)
 
 
@@ -216,7 +217,8 @@ def become(
     os.chdir(folder)
     os.environ.clear()
     os.environ.update(environment)
-    sys.stdin, sys.stdout = open(0, closefd=False), open(1, "w", closefd=False)  # noqa: SIM115
+    sys.stdin = open(0, closefd=False)  # noqa: SIM115
+    sys.stdout = open(1, "w", closefd=False)  # noqa: SIM115
     sys.stderr = open(2, "w", buffering=1, errors="backslashreplace", closefd=False)  # noqa: SIM115
     if program == "avss":
         sys.argv = [program, *arguments]
@@ -242,7 +244,8 @@ def become_ray_worker(arguments: list[str]) -> None:
     update_envs(context.env_vars)
     for folder in shlex.split(" ".join(context.command_prefix))[1::3]:  # cd FOLDER &&
         os.chdir(folder)
-    sys.argv, sys.path[0] = program, str(Path(program[0]).parent)
+    sys.argv = program
+    sys.path[0] = str(Path(program[0]).parent)
     sys.path[1:1] = filter(None, os.environ.get("PYTHONPATH", "").split(os.pathsep))
     runpy.run_path(program[0], run_name="__main__")
 
