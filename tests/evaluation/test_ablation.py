@@ -66,8 +66,8 @@ def trained(tmp_path_factory: pytest.TempPathFactory, save_checkpoint: Save) -> 
     folder = tmp_path_factory.mktemp("ablation") / "trained"
     model = llama(num_hidden_layers=4, initializer_range=0.3)
     save_checkpoint(model, folder)
-    batches = [batch for shard in text_shards(opened(folder)) for batch in shard.batches(8)]
-    rows = torch.from_numpy(np.concatenate([batch.input_ids for batch in batches])).long()
+    ids = [shard.input_ids for shard in text_shards(opened(folder))]
+    rows = torch.from_numpy(np.concatenate(ids)).long()
     optimizer = torch.optim.Adam(model.parameters(), 0.01)
     for _ in range(40):
         optimizer.zero_grad()
@@ -88,10 +88,10 @@ def losses_without(
 
 
 def assert_same_rows(
-    found: list[MetricRow], expected: list[MetricRow], drops: Sequence[tuple[int, ...]] = EACH_LAYER
+    rows: list[MetricRow], expected: list[MetricRow], drops: Sequence[tuple[int, ...]] = EACH_LAYER
 ) -> None:
-    assert [row.removed for row in found] == [*drops]
-    for row, other in zip(found, expected, strict=True):
+    assert [row.removed for row in rows] == [*drops]
+    for row, other in zip(rows, expected, strict=True):
         assert row.metric == other.metric
         assert row.layer == other.layer
         assert np.array_equal(row.samples, other.samples)
@@ -125,8 +125,8 @@ def test_one_more_layer_left_out(four_layers: Path) -> None:
     model = opened(four_layers)
     shard = random_shard()
     drops = [(1,), (0, 1), (1, 2), (1, 3)]
-    found = LeaveOneOut(shard)(model, NO_INTERVENTION.without(1))
-    assert_same_rows(found, losses_without(model, shard, drops), drops)
+    rows = LeaveOneOut(shard)(model, NO_INTERVENTION.without(1))
+    assert_same_rows(rows, losses_without(model, shard, drops), drops)
 
 
 def count_layer_passes(model: LanguageModel, monkeypatch: pytest.MonkeyPatch) -> list[Any]:
@@ -232,7 +232,8 @@ def test_a_permutation_stops_where_the_model_only_guesses(trained: Path) -> None
     model = opened(trained)
     (shard,) = text_shards(model)
     seeds = (0, 1, 2)
-    full, cut = (Shapley(shards=(shard,), seeds=seeds, truncation=t)(model) for t in (False, True))
+    full = Shapley(shards=(shard,), seeds=seeds, truncation=False)(model)
+    cut = Shapley(shards=(shard,), seeds=seeds, truncation=True)(model)
     assert [(row.metric, row.layer) for row in cut[4:]] == [(SHARED, layer) for layer in range(4)]
     losses, _ = enumerated(model, shard)
     bound = math.log(model.module.config.vocab_size)
@@ -275,28 +276,30 @@ def test_values_of_a_model_that_only_guesses_are_those_of_all_permutations(
     with monkeypatch.context() as patch:
         patch.setattr(np.random, "default_rng", Ordered)
         rows = Shapley(shards=(shard,), seeds=tuple(range(6)))(model)
-    found = [row.samples.mean() for row in rows if row.metric == SHAPLEY]
-    assert found == pytest.approx(values, abs=1e-12)
+    measured = [row.samples.mean() for row in rows if row.metric == SHAPLEY]
+    assert measured == pytest.approx(values, abs=1e-12)
     assert min(map(abs, values)) > 1e-6
-    assert sum(found) == pytest.approx(losses[frozenset(range(3))] - losses[frozenset()], abs=1e-12)
-    assert not any(row.samples.any() for row in rows if row.metric == SHARED)
+    assert sum(measured) == pytest.approx(losses[frozenset(range(3))] - losses[frozenset()], abs=1e-12)
+    for row in rows:
+        if row.metric == SHARED:
+            assert not row.samples.any()
 
 
-def shown(found: Ablation) -> str:
+def shown(ablation: Ablation) -> str:
     console = Console(width=300, file=StringIO())
-    console.print(ablation_table(found))
+    console.print(ablation_table(ablation))
     return " ".join(console.file.getvalue().split())  # type: ignore[attr-defined]
 
 
 def test_truncated_permutations_are_counted(trained: Path, tmp_path: Path) -> None:
     text = {"corpus": TEXT, "warehouse": tmp_path / "w", "leave_one_out": False, **SMALL}
-    found = ablate(trained, shapley=6, **text)
-    truncated, number = found.permutations
-    shared = np.array([row["shapley_shared"] for row in found.table().to_pylist()])
+    truncating = ablate(trained, shapley=6, **text)
+    truncated, number = truncating.permutations
+    shared = np.array([row["shapley_shared"] for row in truncating.table().to_pylist()])
     assert number == 6
     assert 0 < truncated <= 6
     assert shared.max() <= truncated / 6 + 1e-12
-    told = shown(found)
+    told = shown(truncating)
     assert f"{truncated} of 6 permutations were truncated where the model only guessed" in told
     rows = Warehouse(tmp_path / "w").table("evaluations").to_pylist()
     assert [row["value"] for row in rows if row["metric"] == SHARED] == pytest.approx(shared.tolist())
@@ -304,8 +307,11 @@ def test_truncated_permutations_are_counted(trained: Path, tmp_path: Path) -> No
     assert whole.permutations == (0, 6)
     assert whole.table().to_pylist()[0]["shapley_shared"] is None
     assert "truncated" not in shown(whole)
-    totals = [sum(row["shapley"] for row in one.table().to_pylist()) for one in (found, whole)]
-    assert totals[0] == pytest.approx(totals[1], abs=1e-9)
+    assert total_shapley(truncating) == pytest.approx(total_shapley(whole), abs=1e-9)
+
+
+def total_shapley(ablation: Ablation) -> float:
+    return sum(row["shapley"] for row in ablation.table().to_pylist())
 
 
 def test_resumed_or_not_the_contributions_are_the_same(four_layers: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -335,8 +341,8 @@ def test_plans_need_the_ablation_and_evaluate_to_its_losses(tiny_llama: Path, tm
     refused = mistake("plan", "-w", warehouse, "--by", "shapley", "-o", plan)
     assert f"avss ablate {tiny_llama} --corpus {TEXT} --warehouse {warehouse}" in refused
     text = {"corpus": TEXT, "warehouse": warehouse, "skip_sequences": 6, **SMALL}
-    found = ablate(tiny_llama, gradients=True, shapley=2, **text)
-    assert found.whole is not None
+    ablated = ablate(tiny_llama, gradients=True, shapley=2, **text)
+    assert ablated.whole is not None
     for by, task in (("loss", "ablation"), ("shapley", "shapley"), ("taylor", "gradients")):
         done = succeed("plan", "-w", warehouse, "--run", run.run_id, "--by", by, "--count", 1, "-o", plan)
         assert f"task: {task}:{TEXT}" in plan.read_text(), done.stderr
@@ -350,13 +356,14 @@ def test_plans_need_the_ablation_and_evaluate_to_its_losses(tiny_llama: Path, tm
         )
         (dropped,) = evaluated.subject.intervention.removed
         name = "increase" if by == "loss" else by
-        assert dropped == int(np.argmin([results[name].value for results in found.layers.values()]))
-        assert np.array_equal(evaluated.result.samples, found.layers[dropped]["loss"].samples)
-    loss, increase = (found.layers[1][name] for name in ("loss", "increase"))
-    assert increase.value == pytest.approx(loss.value - found.whole.value)
-    difference = loss.samples / loss.weights - found.whole.samples / found.whole.weights
+        assert dropped == int(np.argmin([results[name].value for results in ablated.layers.values()]))
+        assert np.array_equal(evaluated.result.samples, ablated.layers[dropped]["loss"].samples)
+    loss = ablated.layers[1]["loss"]
+    increase = ablated.layers[1]["increase"]
+    assert increase.value == pytest.approx(loss.value - ablated.whole.value)
+    difference = loss.samples / loss.weights - ablated.whole.samples / ablated.whole.weights
     assert increase.stderr == pytest.approx(difference.std(ddof=1) / math.sqrt(len(difference)))
-    rows = [row for row in Warehouse(warehouse).table("evaluations").to_pylist() if row["task"] == f"gradients:{TEXT}"]
+    rows = rows_of_task(warehouse, f"gradients:{TEXT}")
     assert {row["metric"] for row in rows} == {"taylor", "gradient_l1", "gradient_l2", "weight_frobenius"}
     assert {row["num_samples"] for row in rows if row["metric"] == "taylor"} == {6}
 
@@ -364,15 +371,20 @@ def test_plans_need_the_ablation_and_evaluate_to_its_losses(tiny_llama: Path, tm
 @pytest.mark.nightly
 @pytest.mark.usefixtures("warm_workers")
 def test_workers_give_what_one_process_gives(tiny_llama: Path, tmp_path: Path) -> None:
-    found = {}
+    printed = {}
     for name, options in {"one": ["--executor", "local"], "two": ["--replicas", "2"]}.items():
         done = succeed(
             *("ablate", tiny_llama, "--corpus", TEXT, "--warehouse", tmp_path / name, "--max-sequences", 6),
             *("--sequence-length", 32, "--sequences-per-shard", 2, "--shapley", 8, "--gradients"),
             *("--quantize", "int4", "--quantize", "int8", "--format", "csv", *options),
         )
-        found[name] = done.stdout
-    assert found["one"] == found["two"]
+        printed[name] = done.stdout
+    assert printed["one"] == printed["two"]
+
+
+def rows_of_task(warehouse: Path, task: str) -> list[dict[str, Any]]:
+    rows = Warehouse(warehouse).table("evaluations").to_pylist()
+    return [row for row in rows if row["task"] == task]
 
 
 # The command line
@@ -388,8 +400,10 @@ def test_ablate_shows_a_table(tiny_llama: Path, tmp_path: Path) -> None:
     assert "Taylor" not in done.stdout
     rows = ablate(tiny_llama, **text).table().to_pylist()
     assert [row["layer"] for row in rows] == [0, 1, 2]
-    assert all(row["shapley_low"] <= row["shapley"] <= row["shapley_high"] for row in rows)
-    assert all(f"{row['loss']:.4f}" in done.stdout and f"{row['shapley']:.4f}" in done.stdout for row in rows)
+    for row in rows:
+        assert row["shapley_low"] <= row["shapley"] <= row["shapley_high"]
+        assert f"{row['loss']:.4f}" in done.stdout
+        assert f"{row['shapley']:.4f}" in done.stdout
     assert rows[0]["taylor"] is None
 
 
@@ -401,14 +415,13 @@ def test_damage_is_kept_and_shown(tiny_llama: Path, tmp_path: Path) -> None:
     done = succeed("ablate", *options)
     for words in ("damage", "predicted", "propagated", "the layer with the lowest damage"):
         assert words in " ".join(done.stdout.split())
-    rows = [row for row in Warehouse(warehouse).table("evaluations").to_pylist() if row["task"] == f"damage:{TEXT}"]
+    rows = rows_of_task(warehouse, f"damage:{TEXT}")
     layers = {(row["metric"], row["layer"]): row for row in rows if not row["drop"]}
-    named = {f"{name}_{m}" for name in ("propagated", "propagated_cosine", "taylor", "fisher") for m in range(4)}
-    assert named <= {metric for metric, _ in layers}
-    assert {tuple(row["drop"]) for row in rows if row["metric"] == "block_distance"} == {
-        *((0,), (1,), (2,)),
-        *((0, 1), (1, 2), (0, 1, 2)),
-    }
+    metrics = {metric for metric, _ in layers}
+    for name in ("propagated", "propagated_cosine", "taylor", "fisher"):
+        assert {f"{name}_{lookahead}" for lookahead in range(4)} <= metrics
+    blocks = {tuple(row["drop"]) for row in rows if row["metric"] == "block_distance"}
+    assert blocks == {(0,), (1,), (2,), (0, 1), (1, 2), (0, 1, 2)}
     assert layers["predicted_3", 1]["stderr"] > 0
     table = [json.loads(line) for line in succeed("ablate", *options, "--format", "json").stdout.splitlines()]
     assert [row["predicted_3"] for row in table] == [layers["predicted_3", i]["value"] for i in range(3)]
@@ -417,9 +430,9 @@ def test_damage_is_kept_and_shown(tiny_llama: Path, tmp_path: Path) -> None:
 
 def test_numbers_that_cannot_be_had_are_shown(tiny_llama: Path, tmp_path: Path) -> None:
     """One sequence has no standard error, one permutation no interval."""
-    found = ablate(tiny_llama, corpus=TEXT, warehouse=tmp_path / "w", shapley=1, **SMALL | {"max_sequences": 1})
-    assert "nan" not in shown(found)
-    assert found.table().to_pylist()[0]["shapley_low"] is None
+    ablated = ablate(tiny_llama, corpus=TEXT, warehouse=tmp_path / "w", shapley=1, **SMALL | {"max_sequences": 1})
+    assert "nan" not in shown(ablated)
+    assert ablated.table().to_pylist()[0]["shapley_low"] is None
 
 
 def test_mistakes(tiny_llama: Path, tmp_path: Path) -> None:
@@ -483,8 +496,10 @@ def measured(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def options_of(model: Path, warehouse: Path, *formats: str) -> tuple[Any, ...]:
-    named = [word for name in formats for word in ("--quantize", name)]
-    return ("ablate", model, "--corpus", TEXT, "-w", warehouse, *SIZES, "--no-leave-one-out", *named)
+    words = []
+    for name in formats:
+        words += ["--quantize", name]
+    return ("ablate", model, "--corpus", TEXT, "-w", warehouse, *SIZES, "--no-leave-one-out", *words)
 
 
 def test_ablate_shows_what_is_measured_and_predicted(model: Path, tmp_path: Path) -> None:
@@ -509,10 +524,9 @@ def test_ablate_shows_what_is_measured_and_predicted(model: Path, tmp_path: Path
         assert f"{float(layer['predicted']):.5f}" in told
         assert float(layer["increase_stderr"]) > 0
         assert float(layer["loss"])
-        assert {row["map"] for row in maps} == {
-            *(f"self_attn.{part}_proj" for part in "qkvo"),
-            *(f"mlp.{part}_proj" for part in ("gate", "up", "down")),
-        }
+        attention = {f"self_attn.{part}_proj" for part in "qkvo"}
+        mlp = {"mlp.gate_proj", "mlp.up_proj", "mlp.down_proj"}
+        assert {row["map"] for row in maps} == attention | mlp
 
 
 def test_rows_of_the_warehouse_name_what_is_rounded(measured: Path) -> None:
@@ -520,13 +534,10 @@ def test_rows_of_the_warehouse_name_what_is_rounded(measured: Path) -> None:
     places = {row["rounding"] for row in rows if row["task"] == f"rounding:{TEXT}"}
     assert {"int4@0", "q4_0@3", "int4@2.mlp.up_proj"} <= places
     assert None not in places
-    losses = {row["rounding"]: row for row in rows if row["task"] == f"rounded:int4:{TEXT}" and row["metric"] == "loss"}
+    loss_rows = [row for row in rows if row["metric"] == "loss"]
+    losses = {row["rounding"]: row for row in loss_rows if row["task"] == f"rounded:int4:{TEXT}"}
     assert losses.keys() == {None, *(f"int4@{layer}" for layer in range(4))}
-    whole = {
-        row["value"]
-        for row in rows
-        if row["task"] == f"ablation:{TEXT}" and row["metric"] == "loss" and not row["drop"]
-    }
+    whole = {row["value"] for row in loss_rows if row["task"] == f"ablation:{TEXT}" and not row["drop"]}
     assert {losses[None]["value"]} == whole
     joined = Warehouse(measured).sql(
         """SELECT p.layer, m.value - w.value AS measured, p.value AS predicted

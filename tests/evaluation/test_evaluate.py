@@ -60,16 +60,16 @@ def test_a_plan_is_compared_with_its_whole_model_and_no_cell_is_measured_twice(
     assert avss("plan", "-w", warehouse, "--by", "avss", "--count", 1, "-o", plan).exit_code == 0
     with pytest.raises(ConfigError, match="`skip_sequences` 12"):
         evaluate([str(plan)], tasks=[TASK], warehouse=warehouse, **SMALL)
-    (found,) = evaluate([str(plan)], tasks=[TASK], warehouse=warehouse, skip_sequences=12, **SMALL)
-    assert found.retained is not None
+    (evaluation,) = evaluate([str(plan)], tasks=[TASK], warehouse=warehouse, skip_sequences=12, **SMALL)
+    assert evaluation.retained is not None
     store = Warehouse(warehouse)
     rows = [row for row in store.table("evaluations").to_pylist() if row["task"] == TASK]
     assert sorted((row["metric"], len(row["drop"])) for row in rows) == [
         *(("loss", 0), ("loss", 1), ("perplexity", 0), ("perplexity", 1))
     ]
     value = {(row["metric"], len(row["drop"])): row["value"] for row in rows}
-    assert found.retained.value == pytest.approx(value["perplexity", 0] / value["perplexity", 1])
-    assert found.retained.low <= found.retained.value <= found.retained.high
+    assert evaluation.retained.value == pytest.approx(value["perplexity", 0] / value["perplexity", 1])
+    assert evaluation.retained.low <= evaluation.retained.value <= evaluation.retained.high
     before = cell_times(warehouse)
     assert len(before) == 5  # two shards, whole and without a layer; and the first rows with another start
     evaluate([str(plan)], tasks=[TASK], warehouse=warehouse, skip_sequences=12, **SMALL)
@@ -159,9 +159,9 @@ def pruned(tiny_llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with a copy of the model, and the model without layer 1 beside it."""
     folder = tmp_path_factory.mktemp("pruned")
     shutil.copytree(tiny_llama, folder / "whole")
-    made = Plan(model=str(folder / "whole"), num_layers=3, layers="layers", drop=(1,), why={})
-    made.write(folder / "plan.yaml")
-    prune(str(folder / "whole"), made, folder / "smaller")
+    plan = Plan(model=str(folder / "whole"), num_layers=3, layers="layers", drop=(1,), why={})
+    plan.write(folder / "plan.yaml")
+    prune(str(folder / "whole"), plan, folder / "smaller")
     return folder
 
 
@@ -389,9 +389,9 @@ def test_a_model_that_expects_another_start_is_found_out(text: Path, tmp_path: P
     assert right[0].result.value == pytest.approx(np.log(WORDS), rel=1e-3)
     assert not right.findings
     assert not [row for row in findings(Warehouse(warehouse)).to_pylist() if row["kind"] == "row_start"]
-    found = evaluate([str(folder)], tasks=[f"perplexity:{text}"], warehouse=warehouse, **wrong)
-    (sentence,) = found.findings
-    wrong_losses = found[0].result.samples / found[0].result.weights
+    evaluations = evaluate([str(folder)], tasks=[f"perplexity:{text}"], warehouse=warehouse, **wrong)
+    (sentence,) = evaluations.findings
+    wrong_losses = evaluations[0].result.samples / evaluations[0].result.weights
     assert f"model has a perplexity of {np.exp(wrong_losses[:4].mean()):,.1f} on the first rows of {text}" in sentence
     assert sentence.endswith(
         "Write --row-start auto if it is none; else see whether its tokenizer lacks add_bos_token."

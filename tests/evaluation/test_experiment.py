@@ -6,6 +6,7 @@ import json
 import shutil
 from collections.abc import Callable
 from dataclasses import fields, replace
+from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
@@ -67,36 +68,36 @@ def done(deep_llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Done:
 
 def test_every_method_is_compared_with_the_whole_model(done: Done) -> None:
     _, rows = done
-    (guess,) = (row for row in rows if row["metric"] == "chance")
+    (guess,) = [row for row in rows if row["metric"] == "chance"]
     assert guess["value"] == pytest.approx(np.log(VOCABULARY))
     assert guess["drop"] == []
-    of = {(row["method"], row["share"]): row for row in rows if row is not guess}
-    whole = of["whole model", 0.0]
+    by_choice = {(row["method"], row["share"]): row for row in rows if row is not guess}
+    whole = by_choice["whole model", 0.0]
     assert whole["metric"] == "loss"
     assert whole["retention"] == 1.0
     expected = {"avss", "block influence", "angular distance", "relative magnitude", "update variance ratio"}
     searches = {"greedy search", "greedy search, ends kept"}
     expected |= {"leave one out"}
-    controls = {f"{name}, {control}" for name in expected for control in ("reversed", "ends kept")}
-    chances = {f"random {seed}{control}" for seed in (0, 1) for control in ("", ", ends kept")}
-    assert {method for method, _ in of} == {"whole model", "last"} | searches | expected | controls | chances
-    for (method, share), row in of.items():
+    controls = {f"{name}, reversed" for name in expected} | {f"{name}, ends kept" for name in expected}
+    chances = {"random 0", "random 0, ends kept", "random 1", "random 1, ends kept"}
+    assert {method for method, _ in by_choice} == {"whole model", "last"} | searches | expected | controls | chances
+    for (method, share), row in by_choice.items():
         if share:
             assert len(row["drop"]) == round(6 * share), method
             assert row["retention"] == pytest.approx(np.exp(whole["value"] - row["value"]))
             assert row["retention_low"] <= row["retention"] <= row["retention_high"]
         if "ends kept" in method:
             assert not {0, 5} & set(row["drop"])
-    up, down = (set(of[method, 0.5]["drop"]) for method in ("avss", "avss, reversed"))
-    assert up | down == set(range(6))
+    lowest = set(by_choice["avss", 0.5]["drop"])
+    highest = set(by_choice["avss, reversed", 0.5]["drop"])
+    assert lowest | highest == set(range(6))
 
 
 def test_the_reading_of_avss_has_columns_of_its_own(done: Done) -> None:
     job, _ = done
     rows = Warehouse(read_job(job).warehouse).table("experiments").to_pylist()
-    readings = {
-        (row["score"], *(row[name] for name in ("site", "recipe", "threshold", "threshold_kind"))) for row in rows
-    }
+    reading = itemgetter("score", "site", "recipe", "threshold", "threshold_kind")
+    readings = {reading(row) for row in rows}
     assert ("avss", "block", "pooled", 1e-5, "absolute") in readings
     assert {reading[1:] for reading in readings if reading[0] != "avss"} == {(None, None, None, None)}
 
@@ -104,13 +105,18 @@ def test_the_reading_of_avss_has_columns_of_its_own(done: Done) -> None:
 def test_leave_one_out_drops_the_layers_without_which_the_loss_is_least(done: Done) -> None:
     job, rows = done
     store = Warehouse(read_job(job).warehouse)
-    losses = {
-        row["drop"][0]: row["value"]
-        for row in store.table("evaluations").to_pylist()
-        if row["task"] == "ablation:builtin:pydoc" and len(row["drop"]) == 1 and row["metric"] == "loss"
-    }
-    (row,) = (row for row in rows if row["method"] == "leave one out" and row["share"] == 0.5)
+    losses = {}
+    for row in store.table("evaluations").to_pylist():
+        if row["task"] == "ablation:builtin:pydoc" and row["metric"] == "loss" and len(row["drop"]) == 1:
+            losses[row["drop"][0]] = row["value"]
+    row = row_of_half(rows, "leave one out")
     assert set(row["drop"]) == set(sorted(losses, key=lambda layer: losses[layer])[:3])
+
+
+def row_of_half(rows: list[dict[str, Any]], method: str) -> dict[str, Any]:
+    """Return the row of a method that drops half of the layers."""
+    (row,) = [row for row in rows if (row["method"], row["share"]) == (method, 0.5)]
+    return row
 
 
 def test_a_search_finds_what_a_plan_finds(done: Done) -> None:
@@ -124,8 +130,7 @@ def test_a_search_finds_what_a_plan_finds(done: Done) -> None:
         request = PlanRequest(warehouse=warehouse, by="greedy", corpus=run["corpus"], **sizes)
         plan, _ = search(request, run, Choice(by="greedy", share=0.5, first=ends, last=ends))
         name = "greedy search, ends kept" if ends else "greedy search"
-        (row,) = (row for row in rows if (row["method"], row["share"]) == (name, 0.5))
-        assert tuple(row["drop"]) == plan.drop
+        assert tuple(row_of_half(rows, name)["drop"]) == plan.drop
     assert cell_times(warehouse) == cells
 
 
@@ -137,9 +142,9 @@ def test_what_is_lost_is_measured_again_and_each_cell_is_measured_once(done: Don
     for file in lost:
         file.unlink()
     _, again = experiment_of(job)
-    now = cell_times(warehouse)
-    assert now.keys() == times.keys()
-    assert {file for file in times if now[file] != times[file]} == set(lost)
+    times_after = cell_times(warehouse)
+    assert times_after.keys() == times.keys()
+    assert {file for file in times if times_after[file] != times[file]} == set(lost)
     assert comparable(again) == comparable(rows)
 
 
@@ -147,17 +152,17 @@ def test_sets_with_sublayers_are_beside_the_point_of_a_score_card(done: Done, tm
     """Scores are of layers: the same card, with such a set in the very evaluation that it reads."""
     store = Warehouse(read_job(done[0]).warehouse)
     copy = Warehouse(shutil.copytree(store.root.full, tmp_path / "w"))
-    (of,) = {row["run_id"] for row in store.table("evaluations").to_pylist() if row["task"] == TASK}
-    rows = [row for row in copy.table("evaluations").to_pylist() if row["run_id"] == of]
+    (run_id,) = {row["run_id"] for row in store.table("evaluations").to_pylist() if row["task"] == TASK}
+    rows = [row for row in copy.table("evaluations").to_pylist() if row["run_id"] == run_id]
     identity = {name: rows[0][name] for name in ("run_id", "model", "revision", "family")}
     whole = next(row for row in rows if not row["drop"] and row["metric"] == "loss")
     another = _row(whole) | {"drop": [1], "drop_parts": ["attention.0"]}
     Store(copy.root).write_rows("evaluations", RunIdentity(**identity), [*map(_row, rows), another])
-    assert (of,) == tuple(
-        {row["run_id"] for row in copy.table("evaluations").to_pylist() if "attention.0" in row["drop_parts"]}
-    )
-    cards = [score_cards(one, one.runs().to_pylist()).to_pylist() for one in (store, copy)]
-    assert json.dumps(cards[0]) == json.dumps(cards[1])
+    copied = copy.table("evaluations").to_pylist()
+    assert {row["run_id"] for row in copied if "attention.0" in row["drop_parts"]} == {run_id}
+    cards = score_cards(store, store.runs().to_pylist()).to_pylist()
+    cards_of_copy = score_cards(copy, copy.runs().to_pylist()).to_pylist()
+    assert json.dumps(cards) == json.dumps(cards_of_copy)
 
 
 def _row(row: dict[str, Any]) -> dict[str, Any]:
@@ -168,7 +173,7 @@ def test_the_score_card_has_the_truth(done: Done) -> None:
     job, _ = done
     store = Warehouse(read_job(job).warehouse)
     cards = score_cards(store, store.runs().to_pylist())
-    (own,) = (row for row in cards.to_pylist() if row["score"] == "loss")
+    (own,) = [row for row in cards.to_pylist() if row["score"] == "loss"]
     assert own["spearman_loss"] == pytest.approx(1.0)
     others = [row for row in cards.to_pylist() if row["score"] != "loss"]
     assert len({row["ceiling"] for row in others}) == 1
@@ -193,17 +198,13 @@ def test_the_command_line_tells_the_verdict(done: Done) -> None:
 
 
 def test_methods_of_every_reading() -> None:
-    scores = [
-        {"layer": layer, "site": site, "recipe": "pooled", "threshold": 1e-5, "threshold_kind": "absolute"}
-        for site in ("block", "update")
-        for layer in range(3)
-    ]
+    scores = []
+    for site in ("block", "update"):
+        reading = {"site": site, "recipe": "pooled", "threshold": 1e-5, "threshold_kind": "absolute"}
+        scores += [{"layer": layer, **reading} for layer in range(3)]
     wanted = Experiment(tasks=("x",), scores=("avss:all",), random=0, leave_one_out=False, reversed=False, keep_ends=0)
-    assert [describe_method(choice) for choice in choices(wanted, scores)] == [
-        "avss",
-        "avss (update, pooled, 1e-05)",
-        "last",
-    ]
+    methods = [describe_method(choice) for choice in choices(wanted, scores)]
+    assert methods == ["avss", "avss (update, pooled, 1e-05)", "last"]
     assert parse_score("avss:update:unit:0.1rms")[1] == ("update", "unit", 0.1, "rms")
 
 
@@ -253,7 +254,9 @@ def test_a_huge_experiment_says_its_size_first(number: str, options: list[str], 
     job.write_text(text.replace("random: 2", f"random: {number}"))
     done = mistake("run", job, *options)
     assert told in done
-    assert options or ("Lower `random`" in done and "More than 10,000 need --allow-many." in done)
+    if not options:
+        assert "Lower `random`" in done
+        assert "More than 10,000 need --allow-many." in done
     assert not (tmp_path / "w").exists()
 
 
@@ -272,8 +275,8 @@ def test_choices_are_counted_as_methods_make_them(scores: tuple[str, ...], keep_
     row = {"layer": 0, "site": "block", "recipe": "pooled", "threshold_kind": "absolute"}
     rows = [{**row, "threshold": threshold} for threshold in (1e-5, 1e-4, 1e-3)]
     experiment = Experiment(tasks=(TASK,), scores=scores, shares=(0.25, 0.5), random=3, keep_ends=keep_ends)
-    made = len(choices(experiment, rows))
-    assert made <= experiment.count_choices(3) <= made + 2 * 3  # a reading that is named twice counts once
+    number = len(choices(experiment, rows))
+    assert number <= experiment.count_choices(3) <= number + 2 * 3  # a reading that is named twice counts once
 
 
 # Layers that a contrast names, beside as many others
@@ -321,7 +324,7 @@ def test_named_layers_are_beside_as_many_others(asked: Done) -> None:
     assert {metric for _, metric in by} == {"mc1", "mc2", "chance"}
     assert {len(row["drop"]) for row in rows if row["share"]} == {1}
     ranks = contrast(warehouse, run).layers.to_pylist()
-    (named,) = (row["layer"] for row in ranks if row["rank"] == 1)
+    (named,) = [row["layer"] for row in ranks if row["rank"] == 1]
     assert by["contrast", "mc2"]["drop"] == [named]
     assert by["whole model", "chance"]["value"] == pytest.approx(np.mean([2 / 3, 1 / 3, 2 / 4]))
 
@@ -342,9 +345,12 @@ def test_a_plan_is_not_asked_the_questions_that_its_layers_were_scored_on(
     assert "Ask others: with --skip-questions 2" in refused
     with one_thread():
         shown = avss("evaluate", plan, "--tasks", task, "--skip-questions", 2, "--format", "json", *options)
-    (same,) = (row for row in rows if (row["method"], row["metric"]) == ("avss", "mc2"))
-    found = {(one["subject"], one["metric"]): one["value"] for one in map(json.loads, shown.stdout.splitlines())}
-    assert found[str(plan), "mc2"] == same["value"]
+    (same,) = [row for row in rows if (row["method"], row["metric"]) == ("avss", "mc2")]
+    values = {}
+    for line in shown.stdout.splitlines():
+        printed = json.loads(line)
+        values[printed["subject"], printed["metric"]] = printed["value"]
+    assert values[str(plan), "mc2"] == same["value"]
 
 
 def test_a_reading_of_a_contrast_is_refused() -> None:

@@ -70,14 +70,14 @@ def is_read_as_it_is(folder: Path, keep: Sequence[int]) -> bool:
 @pytest.mark.parametrize("by", ["loss", "avss", "random", "last", "greedy"])
 def test_plans_of_every_score_keep_the_pattern(by: str, gemma: Path, measured: str) -> None:
     options = OPTIONS if by == "greedy" else {}
-    made = plan(warehouse=measured, by=by, count=2, keep_pattern=True, **options)
-    assert is_read_as_it_is(gemma, made.keep)
-    assert made.why["keep_pattern"] is True
+    pattern_plan = plan(warehouse=measured, by=by, count=2, keep_pattern=True, **options)
+    assert is_read_as_it_is(gemma, pattern_plan.keep)
+    assert pattern_plan.why["keep_pattern"] is True
 
 
 def test_a_plan_that_breaks_the_pattern_says_so(gemma: Path, measured: str) -> None:
-    made = plan(warehouse=measured, by="loss", count=1)
-    assert made.findings[0].startswith("llama.cpp would read")
+    loss_plan = plan(warehouse=measured, by="loss", count=1)
+    assert loss_plan.findings[0].startswith("llama.cpp would read")
 
 
 def test_an_odd_number_from_the_middle_is_refused_with_the_nearest_ones(measured: str) -> None:

@@ -10,6 +10,7 @@ from collections.abc import Callable, Sequence
 from contextlib import closing
 from dataclasses import replace
 from itertools import chain
+from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
@@ -90,11 +91,11 @@ def done(deep: Path, tmp_path_factory: pytest.TempPathFactory) -> Done:
 
 def total_losses(executor: Executor, cells: Sequence[Cell]) -> dict[InterventionKey, float]:
     """Measure cells of a text, and return the sum of the losses of its tokens under each intervention."""
-    found: defaultdict[InterventionKey, float] = defaultdict(float)
+    losses: defaultdict[InterventionKey, float] = defaultdict(float)
     for cell, result in executor.run_cells(Submissions.of([cells])):
         assert not isinstance(result, AvssError)
-        found[cell.intervention.key] += float(result.rows[0].samples.sum())
-    return found
+        losses[cell.intervention.key] += float(result.rows[0].samples.sum())
+    return losses
 
 
 # In place, and as a checkpoint
@@ -123,8 +124,8 @@ def test_a_patch_in_place_is_the_repaired_checkpoint(
     with closing(LocalExecutor(settings)) as executor:
         placed = PlacedModel(checkpoint=checkpoint, settings=settings, placement=placement)
         (fit,) = plan_fits(placed, layers, ["map"], (TEXT,)).values()
-        found = fit_repairs(EvaluationSession(Store(tmp_path / "w"), executor), [(fit, [(1,)])])
-        patch = found[fit, (1,)]
+        patches = fit_repairs(EvaluationSession(Store(tmp_path / "w"), executor), [(fit, [(1,)])])
+        patch = patches[fit, (1,)]
         without = NO_INTERVENTION.without(1)
         repaired = replace(without, patch=patch)
         losses = total_losses(executor, task.cells([without, repaired, NO_INTERVENTION]))
@@ -167,9 +168,9 @@ def fit_by_copies(model: Path, copies: int, partition: str = "single", rows: int
 
 
 def test_no_more_copies_share_a_fit_than_its_text_has_batches(deep: Path) -> None:
-    one, two, many = (fit_by_copies(deep, copies) for copies in (1, 2, 99))
-    assert [fit.placement.ranks for fit in (one, two, many)] == [1, 2, MAX_COPIES]
-    assert len({one.run_id(), two.run_id(), many.run_id()}) == 3
+    fits = [fit_by_copies(deep, copies) for copies in (1, 2, 99)]
+    assert [fit.placement.ranks for fit in fits] == [1, 2, MAX_COPIES]
+    assert len({fit.run_id() for fit in fits}) == 3
     assert fit_by_copies(deep, 99, rows=12).placement.ranks == 3
     assert fit_by_copies(deep, 2, "streaming").placement.ranks == 1
 
@@ -178,12 +179,14 @@ def test_no_more_copies_share_a_fit_than_its_text_has_batches(deep: Path) -> Non
 @pytest.mark.usefixtures("warm_workers")
 def test_copies_share_the_text_of_a_fit(deep: Path, tmp_path: Path) -> None:
     """Two workers, each with a part of the text, find what one does."""
-    fits = [fit_by_copies(deep, copies) for copies in (1, 2)]
+    fit_alone = fit_by_copies(deep, 1)
+    fit_together = fit_by_copies(deep, 2)
     drop = (2, 3, 5)
-    with closing(RayExecutor(Execution(executor="ray", replicas=2), fits[0].settings)) as executor:
+    with closing(RayExecutor(Execution(executor="ray", replicas=2), fit_alone.settings)) as executor:
         session = EvaluationSession(Store(tmp_path / "w"), executor)
-        found = fit_repairs(session, [(fit, [drop]) for fit in fits])
-    alone, together = (read_repaired(found[fit, drop]) for fit in fits)
+        patches = fit_repairs(session, [(fit_alone, [drop]), (fit_together, [drop])])
+    alone = read_repaired(patches[fit_alone, drop])
+    together = read_repaired(patches[fit_together, drop])
     assert alone.tensors.keys() == together.tensors.keys()
     assert len(alone.record.cuts) >= 2
     for ours, theirs in zip(together.record.cuts, alone.record.cuts, strict=True):
@@ -222,7 +225,9 @@ def test_a_fit_says_how_far_it_is(
             assert event.cell.intervention.removed == (2, 3, 5)
             shares.setdefault(event.step, []).append(event.share)
     assert [*shares] == [f"Repairing cut {number} of 4" for number in (1, 2, 3, 4)]
-    assert all(of_cut[0] == 0 and all(0 <= share < 1 for share in of_cut) for of_cut in shares.values())
+    for shares_of_cut in shares.values():
+        assert shares_of_cut[0] == 0
+        assert all(0 <= share < 1 for share in shares_of_cut)
     monkeypatch.setattr(avss_progress, "LOG_SECONDS", -1.0)
     shown = []
     for terminal in (True, False):
@@ -247,21 +252,24 @@ def test_a_fit_says_how_far_it_is(
 
 def test_every_choice_is_evaluated_with_every_repair(done: Done) -> None:
     job, rows = done
-    of = {(row["method"], row["repair"]): row for row in rows if row["metric"] == "loss"}
+    by_choice = {(row["method"], row["repair"]): row for row in rows if row["metric"] == "loss"}
     chosen = {"avss", "block influence", "last", "random 0", "random 1"}
-    assert of.keys() == {("whole model", None)} | {(m, r) for m in chosen for r in (None, "channel", "map")}
-    for (method, repair), row in of.items():
+    expected = {("whole model", None)}
+    for method in chosen:
+        expected |= {(method, None), (method, "channel"), (method, "map")}
+    assert by_choice.keys() == expected
+    for (method, repair), row in by_choice.items():
         first = row["drop"] == [*range(len(row["drop"]))]
         assert (row["patch"] is not None) == (repair is not None and not first), method
-        assert row["retention"] == pytest.approx(np.exp(of["whole model", None]["value"] - row["value"]))
+        assert row["retention"] == pytest.approx(np.exp(by_choice["whole model", None]["value"] - row["value"]))
         if first and method != "whole model":
-            assert row["value"] == of[method, None]["value"]
-    assert of["last", None]["drop"] == [5, 6]
-    assert sum(of[m, "map"]["value"] < of[m, None]["value"] for m in chosen) >= 3
+            assert row["value"] == by_choice[method, None]["value"]
+    assert by_choice["last", None]["drop"] == [5, 6]
+    better = [method for method in chosen if by_choice[method, "map"]["value"] < by_choice[method, None]["value"]]
+    assert len(better) >= 3
     stored = Warehouse(read_job(job).warehouse).table("experiments").to_pylist()
-    assert {(row["method"], row["repair"], row["patch"]) for row in stored} == {
-        (row["method"], row["repair"], row["patch"]) for row in rows
-    }
+    patch_of_row = itemgetter("method", "repair", "patch")
+    assert {patch_of_row(row) for row in stored} == {patch_of_row(row) for row in rows}
 
 
 def pruned(model: Path, plan: Path, output: Path, repair: str, *more: Any) -> Any:
@@ -278,30 +286,35 @@ def test_a_row_is_what_the_pruned_checkpoint_gives(repair: str, done: Done, deep
     """`avss prune --repair` gives the same loss to the bit, and the same bytes with the fit of the experiment."""
     job, rows = done
     warehouse = read_job(job).warehouse
-    (row,) = (r for r in rows if (r["method"], r["repair"], r["metric"]) == ("last", repair, "loss"))
-    plan, here, kept = (tmp_path / name for name in ("plan.yaml", "here", "kept"))
+    (row,) = [r for r in rows if (r["method"], r["repair"], r["metric"]) == ("last", repair, "loss")]
+    plan = tmp_path / "plan.yaml"
+    fitted_here = tmp_path / "here"
+    from_warehouse = tmp_path / "kept"
     Plan(model=str(deep), num_layers=8, layers="layers", drop=tuple(row["drop"])).write(plan)
-    assert pruned(deep, plan, here, repair).exit_code == 0
+    assert pruned(deep, plan, fitted_here, repair).exit_code == 0
     read = {**READ, "skip_sequences": 72, "max_sequences": 8, "dtype": "float32"}
-    (found,) = evaluate([str(here)], tasks=[TASK], warehouse=tmp_path / "w", **read)
-    assert found.result.value == row["value"]
-    assert found.result.stderr == row["stderr"]
+    (evaluation,) = evaluate([str(fitted_here)], tasks=[TASK], warehouse=tmp_path / "w", **read)
+    assert evaluation.result.value == row["value"]
+    assert evaluation.result.stderr == row["stderr"]
     tensors, _ = decode_patch(Storage(warehouse).read_patch(row["patch"]))
     assert {layer for layer, _ in tensors} == {4}
     times = cell_times(warehouse)
-    done_again = pruned(deep, plan, kept, repair, "-w", warehouse, "--replicas", 1)
+    done_again = pruned(deep, plan, from_warehouse, repair, "-w", warehouse, "--replicas", 1)
     assert done_again.exit_code == 0, done_again.stderr
     assert cell_times(warehouse) == times
     assert "the repaired weights (largest difference 0)" in done_again.stdout
-    assert (kept / "model.safetensors").read_bytes() == (here / "model.safetensors").read_bytes()
+    assert (from_warehouse / "model.safetensors").read_bytes() == (fitted_here / "model.safetensors").read_bytes()
 
 
 def test_a_repaired_checkpoint_is_not_asked_what_it_was_fitted_on(deep: Path, tmp_path: Path) -> None:
     """Questions, of a file of them; those behind are asked."""
     file = tmp_path / "questions.jsonl"
     plan = tmp_path / "plan.yaml"
-    questions = [{**QUESTIONS[i % 3], "question": f"{i}: {QUESTIONS[i % 3]['question']}"} for i in range(20)]
-    file.write_text("".join(f"{json.dumps(line)}\n" for line in questions), encoding="utf-8")
+    lines = []
+    for number in range(20):
+        question = QUESTIONS[number % 3]
+        lines.append(json.dumps({**question, "question": f"{number}: {question['question']}"}) + "\n")
+    file.write_text("".join(lines), encoding="utf-8")
     Plan(model=str(deep), num_layers=8, layers="layers", drop=(2,)).write(plan)
     read = ("--sequence-length", 64, "--batch-size", 4, "--dtype", "float32", "--device", "cpu")
     text = ("--repair", "channel", "--repair-corpora", f"truthfulqa:{file}", "--max-sequences", 8)
@@ -321,9 +334,10 @@ def test_nothing_is_fitted_twice_and_what_is_lost_is_fitted_again(done: Done) ->
     assert {patch.stem for patch in patches} == {row["patch"] for row in rows if row["patch"]}
     patches[0].unlink()
     _, again = experiment_of(job)
-    now = cell_times(warehouse)
-    assert now.keys() == times.keys()
-    assert sum(now[file] != times[file] for file in times) == 1  # the cell of its fit
+    times_after = cell_times(warehouse)
+    assert times_after.keys() == times.keys()
+    measured_again = [file for file in times if times_after[file] != times[file]]
+    assert len(measured_again) == 1  # the cell of its fit
     assert [patch for patch in patches if patch.stat().st_mtime_ns != written[patch]] == patches[:1]
     assert comparable(again) == comparable(rows)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Mapping
 from dataclasses import replace
+from itertools import product
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -106,7 +107,7 @@ def test_the_file_of_a_plan_keeps_them(kind: str, plans: dict[str, Any], tmp_pat
     assert written.seen == plans[kind].seen
 
 
-@pytest.mark.parametrize(("kind", "text"), [(kind, text) for kind in PLANS for text in TEXTS])
+@pytest.mark.parametrize(("kind", "text"), [*product(PLANS, TEXTS)])
 def test_a_plan_is_evaluated_on_no_text_that_it_was_made_from(
     kind: str, text: str, folder: Path, plans: dict[str, Any]
 ) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import math
 import textwrap
+from collections.abc import Iterable
 from contextlib import closing
 from pathlib import Path
 from types import SimpleNamespace
@@ -115,9 +116,12 @@ def test_nothing_is_measured_twice(tiny_llama: Path, tmp_path: Path) -> None:
         more = later.measure({task: [WITHOUT, NO_INTERVENTION.without(2)]})[task]
         assert events.counts() == [(4, 2, 2)]
     for intervention in (NO_INTERVENTION, WITHOUT):
-        (one,), (two,), (three,) = (results_under(results, intervention.key) for results in (first, again, more))
-        assert one.samples.tolist() == two.samples.tolist() == three.samples.tolist()
-        assert len(one.samples) == 8
+        (measured,) = results_under(first, intervention.key)
+        (of_session,) = results_under(again, intervention.key)
+        (of_warehouse,) = results_under(more, intervention.key)
+        assert of_session.samples.tolist() == measured.samples.tolist()
+        assert of_warehouse.samples.tolist() == measured.samples.tolist()
+        assert len(measured.samples) == 8
     assert len(more) == 3
 
 
@@ -141,8 +145,13 @@ def test_a_session_that_was_stopped_goes_on_and_what_is_lost_is_measured_again(
         later, events = session_of(tmp_path / "4", executor)
         results.append(later.measure({task: interventions})[task])
         assert events.counts() == [(4, 3, 1)]
-    samples = [[result.samples.tolist() for result in found] for found in results]
-    assert all(found == samples[0] for found in samples)
+    expected = samples_of(results[0])
+    for measured in results[1:]:
+        assert samples_of(measured) == expected
+
+
+def samples_of(results: Iterable[Result]) -> list[list[float]]:
+    return [result.samples.tolist() for result in results]
 
 
 def truncate(file: Path) -> None:
@@ -215,10 +224,10 @@ def losses(number: int) -> tuple[Float64, Float64]:
 @pytest.mark.parametrize("number", [8, 50])
 def test_what_is_kept_of_a_loss_has_the_interval_of_the_mean_of_paired_changes(number: int) -> None:
     before, after = losses(number)
-    kept = Retention.of(result(before, weight=255), result(after, weight=255))
+    retention = Retention.of(result(before, weight=255), result(after, weight=255))
     change = before - after
     low, high = jackknife_interval(change.mean(), (change.sum() - change) / (number - 1))
-    assert (kept.value, kept.low, kept.high) == pytest.approx((*np.exp([change.mean(), low, high]),))
+    assert (retention.value, retention.low, retention.high) == pytest.approx((*np.exp([change.mean(), low, high]),))
     few = Retention.of(result(before[:7]), result(after[:7]))
     assert 0 < few.value < 1
     assert not few.has_interval
@@ -231,10 +240,10 @@ def test_an_accuracy_needs_eight_answers_that_change(lost: int, known: bool) -> 
     before[80:] = 0
     after[80:] = 0
     after[:lost] = 0
-    kept = Retention.of(result(before, "acc"), result(after, "acc"))
-    assert kept.value == pytest.approx((80 - lost) / 80)
-    assert kept.has_interval == known
-    assert not known or kept.low < kept.value < kept.high < 1
+    retention = Retention.of(result(before, "acc"), result(after, "acc"))
+    assert retention.value == pytest.approx((80 - lost) / 80)
+    assert retention.has_interval == known
+    assert not known or retention.low < retention.value < retention.high < 1
 
 
 @pytest.mark.parametrize("after", [np.zeros(40), np.full(40, np.nan), np.ones(39)], ids=["nothing", "NaN", "fewer"])

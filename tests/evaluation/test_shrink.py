@@ -11,6 +11,7 @@ import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from io import StringIO
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -111,12 +112,12 @@ def test_a_quarter_goes_and_is_repaired(done: Shrunk, deep: Path) -> None:
     assert [*task.results] == ["whole", "pruned", "repaired"]
     assert whole.value < repaired.value < pruned.value
     assert done.best.kept == task.retentions["repaired"].value > task.retentions["pruned"].value
-    assert [len(one.plan.drop) for one in done.curve] == [2]
+    assert [len(candidate.plan.drop) for candidate in done.curve] == [2]
     read = {**READ, "max_sequences": 10}
     again = evaluate(
         [str(deep), done.folder], tasks=[TASK], warehouse=f"{done.folder}-again", skip_sequences=10, **read
     )
-    assert [one.result.value for one in again] == [whole.value, repaired.value]
+    assert [evaluation.result.value for evaluation in again] == [whole.value, repaired.value]
     assert read_repairs(Path(done.folder)) == [done.record]
     card = (Path(done.folder) / "README.md").read_text()
     assert "repaired, " in card
@@ -136,14 +137,19 @@ def greedy(folder: str | Path, prompt: str, number: int) -> str:
 MODELS = ("whole model", "2 layers dropped", "2 layers dropped, repaired by refit")
 
 
+def texts_of(shrunken: Shrunk) -> list[tuple[str, str]]:
+    """Return the model and the prompt of every continuation, in order."""
+    return [(row["model"], row["prompt"]) for row in shrunken.continuations]
+
+
 def test_models_continue_held_out_text_as_plain_transformers_does(done: Shrunk, deep: Path) -> None:
     """The start of three rows that are evaluated on, by the whole and the written model, and by the pruned one."""
     tokenizer = AutoTokenizer.from_pretrained(deep)
     read = Settings(**ROWS | {"max_sequences": 3, "skip_sequences": 10})
     rows = plan_text(resolve(str(deep)), TEXT, read).shards[0].input_ids
     prompts = [tokenizer.decode(row[:16]) for row in rows]
-    assert [(one["prompt"], one["model"]) for one in done.continuations] == [(p, m) for m in MODELS for p in prompts]
-    texts = {(one["prompt"], one["model"]): one["text"] for one in done.continuations}
+    assert texts_of(done) == [*product(MODELS, prompts)]
+    texts = {(row["prompt"], row["model"]): row["text"] for row in done.continuations}
     for prompt in prompts:
         assert texts[prompt, MODELS[0]] == greedy(deep, prompt, 6)
         assert texts[prompt, MODELS[2]] == greedy(done.folder, prompt, 6)
@@ -167,10 +173,10 @@ def test_a_model_that_generates_no_text_is_shrunk_all_the_same(
 
     monkeypatch.setattr(continuations, "NEW_TOKENS", 5)  # which are not in the warehouse
     monkeypatch.setattr(LanguageModel, "generate", refuse)
-    made = shrunk(deep, tmp_path / "out", warehouse=warehouse)
-    assert not made.continuations
-    assert content(made.folder) == content(done.folder)
-    assert any("generates no text: no generation here" in note for note in made.notes)
+    shrunken = shrunk(deep, tmp_path / "out", warehouse=warehouse)
+    assert not shrunken.continuations
+    assert content(shrunken.folder) == content(done.folder)
+    assert any("generates no text: no generation here" in note for note in shrunken.notes)
 
 
 def test_every_criterion_has_a_measurement() -> None:
@@ -216,14 +222,16 @@ def rows_of(model: Path, task: str, split: TextSplit, **options: Any) -> np.ndar
 
 def test_rows_of_an_independent_text_are_not_skipped(tiny_llama: Path, tmp_path: Path) -> None:
     """One of as few rows as are scored on can be evaluated on, and is from its first row on."""
-    (other := tmp_path / "other.txt").write_text("\n".join(sentences(12, seed=7)))
+    other = tmp_path / "other.txt"
+    other.write_text("\n".join(sentences(12, seed=7)))
     rows = rows_of(tiny_llama, f"perplexity:{other}", TextSplit(scored=16, evaluated=8, rows=256))
     first = tokenize_corpus(str(other), load_tokenizer(resolve(str(tiny_llama))), Settings(**ROWS))
     assert np.array_equal(rows, np.concatenate([shard.input_ids for shard in first.shards])[:8])
 
 
 def test_rows_of_the_scored_text_are_skipped_under_another_name(tiny_llama: Path, tmp_path: Path) -> None:
-    (text := tmp_path / "text.txt").write_text("\n".join(sentences(60, seed=8)))
+    text = tmp_path / "text.txt"
+    text.write_text("\n".join(sentences(60, seed=8)))
     shutil.copy(text, tmp_path / "copy.txt")
     split = TextSplit(scored=4, evaluated=8, rows=60)
     plain = rows_of(tiny_llama, f"perplexity:{text}", split, repair_corpora=[str(text)])
@@ -242,13 +250,13 @@ def test_two_workers_do_what_one_process_does(
     init = ray.init
     starts = list[dict[str, Any]]()
     monkeypatch.setattr(ray, "init", lambda **options: (starts.append(options), init(**options))[1])
-    made = shrunk(deep, tmp_path / "out", executor="ray", replicas=2)
+    shrunken = shrunk(deep, tmp_path / "out", executor="ray", replicas=2)
     assert len(starts) == 1
     assert not ray.is_initialized()
-    assert made.best.plan.drop == done.best.plan.drop
-    assert made.best.plan.why == done.best.plan.why
-    assert made.best.tasks[0].results["pruned"].value == done.best.tasks[0].results["pruned"].value
-    assert made.best.kept == pytest.approx(done.best.kept, rel=1e-4)
+    assert shrunken.best.plan.drop == done.best.plan.drop
+    assert shrunken.best.plan.why == done.best.plan.why
+    assert shrunken.best.tasks[0].results["pruned"].value == done.best.tasks[0].results["pruned"].value
+    assert shrunken.best.kept == pytest.approx(done.best.kept, rel=1e-4)
 
 
 def test_all_workers_that_there_is_room_for_share_the_fit(tmp_path: Path) -> None:
@@ -268,16 +276,16 @@ def test_all_workers_that_there_is_room_for_share_the_fit(tmp_path: Path) -> Non
         )
         return copies_of(placement, Settings(threads=2), EvaluationSession(Store(tmp_path), executor, execution))
 
-    one = Placement()
+    one_process = Placement()
     on_gpu = Placement(gpus=1)
-    assert at_once(one, cpus=16, gpus=0, replicas=None) == 1
-    assert at_once(one, cpus=16, gpus=0, replicas=4) == 4
-    assert at_once(one, cpus=6, gpus=0, replicas="2..64") == 3
+    assert at_once(one_process, cpus=16, gpus=0, replicas=None) == 1
+    assert at_once(one_process, cpus=16, gpus=0, replicas=4) == 4
+    assert at_once(one_process, cpus=6, gpus=0, replicas="2..64") == 3
     assert at_once(on_gpu, cpus=64, gpus=8, replicas=None) == 8
     assert at_once(replace(on_gpu, gpus=2), cpus=64, gpus=8, replicas=16) == 4
-    assert at_once(one, cpus=1, gpus=0, replicas=2) == 1
-    here = EvaluationSession(Store(tmp_path), LocalExecutor(Settings(device="cpu")))
-    assert copies_of(one, Settings(), here) == 1
+    assert at_once(one_process, cpus=1, gpus=0, replicas=2) == 1
+    local = EvaluationSession(Store(tmp_path), LocalExecutor(Settings(device="cpu")))
+    assert copies_of(one_process, Settings(), local) == 1
 
 
 @pytest.mark.parametrize("repair", ["none", *nightly("map")])
@@ -291,12 +299,14 @@ def test_as_many_layers_go_as_can(repair: str, warehouse: Path, deep: Path, tmp_
     def gone(attempt: CandidateResult) -> int:
         return len(attempt.plan.drop)
 
-    for made, keep in ((tight, 0.9), (loose, 0.3)):
-        kept = {gone(attempt): attempt.kept for attempt in made.curve}
-        assert list(kept) == sorted(kept)
-        assert kept[gone(made.best)] >= keep
-        assert all(share < keep for count, share in kept.items() if count > gone(made.best))
-        assert gone(made.best) + 1 in kept or gone(made.best) == 7
+    for shrunken, keep in ((tight, 0.9), (loose, 0.3)):
+        kept_without = {gone(attempt): attempt.kept for attempt in shrunken.curve}
+        assert list(kept_without) == sorted(kept_without)
+        assert kept_without[gone(shrunken.best)] >= keep
+        for count, share in kept_without.items():
+            if count > gone(shrunken.best):
+                assert share < keep
+        assert gone(shrunken.best) + 1 in kept_without or gone(shrunken.best) == 7
     assert gone(tight.best) <= gone(loose.best)
     with pytest.raises(PlanError, match=r"Without layer \d, the first to go, .* is kept, under 99.9%"):
         shrunk(deep, tmp_path / "none", keep=0.999, repair="none", warehouse=warehouse)
@@ -310,19 +320,19 @@ def test_layers_are_chosen_by_a_score_and_repaired_if_others_stand_before_them(
     by: str, repaired: bool, warehouse: Path, deep: Path, tmp_path: Path
 ) -> None:
     """Where none does, nothing is repaired, and that is no mistake."""
-    how = {"last": 6} if by == "avss" else {}
-    made = shrunk(deep, tmp_path / "out", by=by, repair="channel", warehouse=warehouse, **how)
-    assert made.best.plan.why["by"] == by
-    assert (made.record is not None) == repaired == ("repaired" in made.best.tasks[0].results)
-    assert repaired or made.best.plan.drop == (0, 1)
+    options = {"last": 6} if by == "avss" else {}
+    shrunken = shrunk(deep, tmp_path / "out", by=by, repair="channel", warehouse=warehouse, **options)
+    assert shrunken.best.plan.why["by"] == by
+    assert (shrunken.record is not None) == repaired == ("repaired" in shrunken.best.tasks[0].results)
+    assert repaired or shrunken.best.plan.drop == (0, 1)
 
 
 @pytest.mark.nightly
 def test_a_search_repairs_on_enough_text(deep: Path, tmp_path: Path) -> None:
     """Where the rows that scores use are too few for the equations."""
-    made = shrunk(deep, tmp_path / "out", by="greedy", repair="map", max_sequences=24)
-    assert made.best.plan.why["sequences"] == 3
-    assert made.record is not None
+    shrunken = shrunk(deep, tmp_path / "out", by="greedy", repair="map", max_sequences=24)
+    assert shrunken.best.plan.why["sequences"] == 3
+    assert shrunken.record is not None
     rows = {json.loads(row["settings"])["max_sequences"] for row in rows_of_fits(tmp_path / "out-warehouse")}
     assert len(rows) == 2
     assert min(rows) > 3
@@ -339,8 +349,8 @@ def test_greedy_goes_by_what_is_lost_after_the_repair(warehouse: Path, deep: Pat
 
     Takes over 5 seconds: a search repairs and measures each of its sets.
     """
-    made = shrunk(deep, tmp_path / "out", by="greedy", repair="channel", warehouse=warehouse)
-    why = made.best.plan.why
+    shrunken = shrunk(deep, tmp_path / "out", by="greedy", repair="channel", warehouse=warehouse)
+    why = shrunken.best.plan.why
     rows = [row for row in Warehouse(warehouse).table("evaluations").to_pylist() if row["run_id"] == why["evaluation"]]
     losses = {tuple(row["drop"]): row["value"] for row in rows if row["metric"] == "loss"}
     repaired = {tuple(row["drop"]) for row in rows if row["patch"]}
@@ -350,15 +360,15 @@ def test_greedy_goes_by_what_is_lost_after_the_repair(warehouse: Path, deep: Pat
     pairs = [drop for drop in losses if len(drop) == 2]
     best = min(pairs, key=losses.__getitem__)
     assert all({*first} < {*drop} for drop in pairs)
-    assert made.best.plan.drop == best
+    assert shrunken.best.plan.drop == best
     assert why["loss"] == round(losses[best], 6)
     fitted = {row["settings"] for row in rows_of_fits(warehouse)}
     assert {json.loads(settings)["skip_sequences"] for settings in fitted} == {20}  # after those that are measured
-    assert made.record is not None
-    assert made.record.removed == made.best.plan.drop
+    assert shrunken.record is not None
+    assert shrunken.record.removed == shrunken.best.plan.drop
     times = cell_times(warehouse)
     again = shrunk(deep, tmp_path / "again", by="greedy", repair="channel", warehouse=warehouse)
-    assert content(again.folder) == content(made.folder)
+    assert content(again.folder) == content(shrunken.folder)
     assert cell_times(warehouse) == times
 
 
@@ -437,9 +447,9 @@ def test_too_little_text_is_refused_before_anything_is_scored(deep: Path, tmp_pa
     assert "needs at least 192 tokens to fit to, not 186" in told
     assert "Raise --max-sequences" in told
     assert not list(tmp_path.iterdir())
-    made = shrunk(deep, tmp_path / "out", max_sequences=10, by="last")
-    assert made.record is not None
-    assert made.record.texts[0].tokens == 217
+    shrunken = shrunk(deep, tmp_path / "out", max_sequences=10, by="last")
+    assert shrunken.record is not None
+    assert shrunken.record.texts[0].tokens == 217
     short = tmp_path / "short.txt"
     short.write_text("\n\n".join(f"Line {i}: {i * 7919 % 6131} and {i * 104729 % 7001}." for i in range(15)))
     with pytest.raises(CorpusError, match="give longer texts, or choose a `repair` of fewer unknowns"):
@@ -511,30 +521,38 @@ def test_the_distilled_checkpoint_is_the_output_and_is_evaluated(
 
     Takes more than 5 seconds, because the first test of this part waits for the one training of the default tier.
     """
-    made, events = distilled
-    (task,) = made.best.tasks
-    record = made.distillation
-    folder = Path(made.folder)
+    shrunken, events = distilled
+    (task,) = shrunken.best.tasks
+    record = shrunken.distillation
+    folder = Path(shrunken.folder)
     assert record is not None
     assert record == read_record(folder)
     assert record.after.tokens <= TOKENS
     assert [*task.results] == ["whole", "pruned", "repaired", "distilled"]
     assert record.after.loss < record.before.loss
     assert (
-        made.best.kept == task.retentions["distilled"].value != made.curve[0].kept == task.retentions["repaired"].value
+        shrunken.best.kept
+        == task.retentions["distilled"].value
+        != shrunken.curve[0].kept
+        == task.retentions["repaired"].value
     )
     assert {path.name for path in folder.parent.iterdir()} == {"out", "out-warehouse"}
-    assert made.record is not None
-    assert read_repairs(folder) == [made.record]
+    assert shrunken.record is not None
+    assert read_repairs(folder) == [shrunken.record]
     again = evaluate(
-        [made.folder], tasks=[TASK], warehouse=tmp_path, skip_sequences=10, base=deep, **READ | {"max_sequences": 10}
+        [shrunken.folder],
+        tasks=[TASK],
+        warehouse=tmp_path,
+        skip_sequences=10,
+        base=deep,
+        **READ | {"max_sequences": 10},
     )
-    assert [one.result.value for one in again] == [task.results["distilled"].value]
+    assert [evaluation.result.value for evaluation in again] == [task.results["distilled"].value]
     assert {TrainingAdvanced, CurvePoint} <= {type(event) for event in events}
     evaluated = Warehouse(f"{folder}-warehouse").table("evaluations").to_pylist()
-    assert {row["model"] for row in evaluated} == {str(deep), made.folder}
-    assert made.record.skip_sequences == 30
-    assert made.record.texts[0].rows == 50
+    assert {row["model"] for row in evaluated} == {str(deep), shrunken.folder}
+    assert shrunken.record.skip_sequences == 30
+    assert shrunken.record.texts[0].rows == 50
     text, own = record.texts
     assert record.settings.skip_sequences == 20
     assert text.held_out_rows == 10
@@ -544,16 +562,17 @@ def test_the_distilled_checkpoint_is_the_output_and_is_evaluated(
 
 
 def test_the_table_the_card_and_the_texts_are_those_of_the_distilled_model(distilled: Observed) -> None:
-    made, _ = distilled
-    assert made.distillation is not None
-    last = f"2 layers dropped, distilled on {made.distillation.after.tokens:,} tokens"
-    texts = [(one["model"], one["prompt"]) for one in made.continuations]
-    assert texts == [(model, prompt) for model in (*MODELS, last) for prompt in dict.fromkeys(p for _, p in texts)]
-    (row,) = made.table().to_pylist()
-    assert row["distilled"] == made.best.kept
-    assert row["kept"] == made.curve[0].kept
-    assert "distilled on " in made.summary()
-    card = (Path(made.folder) / "README.md").read_text()
+    shrunken, _ = distilled
+    assert shrunken.distillation is not None
+    last = f"2 layers dropped, distilled on {shrunken.distillation.after.tokens:,} tokens"
+    texts = texts_of(shrunken)
+    prompts = dict.fromkeys(prompt for _, prompt in texts)
+    assert texts == [*product((*MODELS, last), prompts)]
+    (row,) = shrunken.table().to_pylist()
+    assert row["distilled"] == shrunken.best.kept
+    assert row["kept"] == shrunken.curve[0].kept
+    assert "distilled on " in shrunken.summary()
+    card = (Path(shrunken.folder) / "README.md").read_text()
     for words in ("Repaired by refit", "Distilled from", " distilled, ", "Kept of the whole model on", "% distilled"):
         assert words in card, words
 
@@ -607,9 +626,9 @@ def test_without_a_repair_the_pruned_model_is_distilled(warehouse: Path, deep: P
     options = ["--repair", "none", "-w", warehouse, "--distill-tokens", 640, "--format", "json"]
     told = succeed("shrink", deep, "--corpus", TEXT, "-o", tmp_path / "out", *options, *OPTIONS)
     values = json.loads(told.stdout)
-    (kept,) = values["distilled"]
-    assert kept["kept"] == values["kept"] != values["curve"][0]["kept"]
-    assert kept["low"] < kept["kept"] < kept["high"]
+    (distilled,) = values["distilled"]
+    assert distilled["kept"] == values["kept"] != values["curve"][0]["kept"]
+    assert distilled["low"] < distilled["kept"] < distilled["high"]
     assert [path.name for path in (tmp_path / "out.part").iterdir()] == ["mine"]
 
 
