@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from itertools import product
+from itertools import combinations, product
 
 import numpy as np
 import pytest
@@ -36,8 +36,11 @@ def linear_program(damage: Float64, levels: Float64, sizes: Float64, target: flo
 
 def mixed(x: Float64, y: Float64, at: float) -> float:
     """The least damage of one map at a sparsity, mixed of any two of its levels."""
-    pairs = [(i, j) for i in range(len(x)) for j in range(i, len(x)) if x[i] <= at <= x[j]]
-    return min(float(np.interp(at, x[[i, j]], y[[i, j]])) if i < j else float(y[i]) for i, j in pairs)
+    damages = [float(damage) for level, damage in zip(x, y, strict=True) if level == at]
+    for i, j in combinations(range(len(x)), 2):
+        if x[i] <= at <= x[j]:
+            damages.append(float(np.interp(at, x[[i, j]], y[[i, j]])))
+    return min(damages)
 
 
 @pytest.mark.parametrize("target", [0.05, 0.3, 0.5, 0.7])
@@ -49,12 +52,14 @@ def test_the_knapsack_is_the_optimum_of_the_linear_program(target: float) -> Non
     for rising in (True, False) * 5:
         damage = rng.random((5, 4)) - (0.0 if rising else 0.3)
         damage = np.sort(damage, axis=1) if rising else damage
-        found = knapsack(damage, levels, sizes, target)
-        assert found @ sizes / sizes.sum() == pytest.approx(target, rel=1e-12)
-        assert (found >= 0).all()
-        assert (found <= 0.9 + 1e-12).all()
+        chosen = knapsack(damage, levels, sizes, target)
+        assert chosen @ sizes / sizes.sum() == pytest.approx(target, rel=1e-12)
+        assert (chosen >= 0).all()
+        assert (chosen <= 0.9 + 1e-12).all()
         grid = np.append(0.0, levels)
-        cost = sum(mixed(grid, np.append(0.0, row), min(s, 0.9)) for row, s in zip(damage, found, strict=True))
+        cost = 0.0
+        for row, sparsity in zip(damage, chosen, strict=True):
+            cost += mixed(grid, np.append(0.0, row), min(sparsity, 0.9))
         assert cost == pytest.approx(linear_program(damage, levels, sizes, target), abs=1e-9)
 
 
@@ -62,8 +67,8 @@ def test_steps_cost_what_they_do_for_a_weight() -> None:
     """The larger map has more damage, and less for each weight; of its second step, a part is left."""
     damage = np.array([[1.0, 3.0], [3.0, 12.0]])
     for target, chosen in {0.2: [0.0, 0.25], 0.3: [0.5, 0.25], 0.5: [0.5, 0.5]}.items():
-        found = knapsack(damage, np.array([0.25, 0.5]), np.array([1.0, 4.0]), target)
-        assert found.tolist() == pytest.approx(chosen)
+        sparsities = knapsack(damage, np.array([0.25, 0.5]), np.array([1.0, 4.0]), target)
+        assert sparsities.tolist() == pytest.approx(chosen)
 
 
 def test_what_is_cut_off_goes_to_the_others_in_proportion_again_and_again() -> None:
@@ -71,11 +76,11 @@ def test_what_is_cut_off_goes_to_the_others_in_proportion_again_and_again() -> N
     sizes = np.array([1.0, 2.0, 1.0, 4.0])
     assert proportional(ratios, sizes, 0.1).tolist() == pytest.approx((0.1 * 8 / 41 * ratios).tolist())
     for target, cut in ((0.65, 1), (0.75, 1), (0.8, 2), (0.9, 2), (0.95, 3)):
-        found = proportional(ratios, sizes, target)
-        assert found @ sizes / sizes.sum() == pytest.approx(target, rel=1e-12)
-        assert found[4 - cut :].tolist() == [MAX_SPARSITY] * cut
-        assert (found[: 4 - cut] < MAX_SPARSITY).all()
-        assert np.ptp(found[: 4 - cut] / ratios[: 4 - cut]) == pytest.approx(0, abs=1e-12)
+        chosen = proportional(ratios, sizes, target)
+        assert chosen @ sizes / sizes.sum() == pytest.approx(target, rel=1e-12)
+        assert chosen[4 - cut :].tolist() == [MAX_SPARSITY] * cut
+        assert (chosen[: 4 - cut] < MAX_SPARSITY).all()
+        assert np.ptp(chosen[: 4 - cut] / ratios[: 4 - cut]) == pytest.approx(0, abs=1e-12)
     assert proportional(ratios, sizes, MAX_SPARSITY).tolist() == pytest.approx([MAX_SPARSITY] * 4)
 
 

@@ -81,7 +81,10 @@ def masked_logits(model: Any, drop: Sequence[Expert]) -> torch.Tensor:
 def experts_of(model: Any, *indices: int) -> list[Expert]:
     """These experts of each layer that has any."""
     layers = [layer for layer in open_module(model).layers if find_routed_experts(layer.module)]
-    return [Expert(layer.index, expert) for layer in layers for expert in indices]
+    experts = []
+    for layer in layers:
+        experts += [Expert(layer.index, expert) for expert in indices]
+    return experts
 
 
 @pytest.mark.parametrize("family", all_of(FAMILIES, default=["mixtral", "qwen3_moe", "deepseek_v3", "gpt_oss"]))
@@ -102,15 +105,18 @@ def test_a_checkpoint_without_experts_computes_what_masking_does(family: str, tm
     assert done["difference"] <= 1e-5
     less = AutoModelForCausalLM.from_pretrained(tmp_path / "less").eval()
     assert float((logits_of(less) - masked).abs().max()) <= 1e-5
-    settings, original = (json.loads((tmp_path / name / "config.json").read_text()) for name in ("less", "whole"))
+    settings = json.loads((tmp_path / "less" / "config.json").read_text())
+    original = json.loads((tmp_path / "whole" / "config.json").read_text())
     expected = {**original, name: 3}
     if original.get("num_nextn_predict_layers"):
         # The head that predicts several tokens has experts, too, and is left out.
         expected["num_nextn_predict_layers"] = 0
     assert settings == expected
     assert original[name] == 4
-    stored, all_stored = (load_file(tmp_path / name / "model.safetensors") for name in ("less", "whole"))
-    assert done["bytes"] == sum(t.nbytes for t in stored.values()) < sum(t.nbytes for t in all_stored.values())
+    stored = load_file(tmp_path / "less" / "model.safetensors")
+    all_stored = load_file(tmp_path / "whole" / "model.safetensors")
+    assert done["bytes"] == sum(tensor.nbytes for tensor in stored.values())
+    assert done["bytes"] < sum(tensor.nbytes for tensor in all_stored.values())
 
 
 def test_masks_of_passes_may_overlap_and_end_in_any_order() -> None:
@@ -169,7 +175,8 @@ def test_experts_of_a_quantized_checkpoint_are_copied_as_they_are_stored(tmp_pat
     whole.save_pretrained(tmp_path / "whole")
     fp8 = block_fp8(tmp_path / "whole", tmp_path / "fp8", 128)
     done = prune(str(fp8), plan_of(fp8, whole, experts_of(whole, 1)), tmp_path / "less")
-    less, stored = (load_file(folder / "model.safetensors") for folder in (tmp_path / "less", fp8))
+    less = load_file(tmp_path / "less" / "model.safetensors")
+    stored = load_file(fp8 / "model.safetensors")
     for name in ("down_proj.weight", "down_proj.weight_scale_inv", "up_proj.weight"):
         expert = "model.layers.2.mlp.experts.{}." + name
         for new, old in enumerate((0, 2, 3)):
@@ -286,13 +293,17 @@ def test_useless_experts_are_found_and_taken_out(planted: Planted, tmp_path: Pat
 
     idle = planned(warehouse, tmp_path / "idle.yaml", "reap", 0.125)
     assert idle.experts == {1: (5,), 2: (5,)}
-    files = [tmp_path / f"{name}.yaml" for name in ("idle", "reap", "random")]
+    files = [tmp_path / "idle.yaml", tmp_path / "reap.yaml", tmp_path / "random.yaml"]
     task = ("--tasks", "perplexity:builtin:pydoc", "--skip-sequences", 4, "-w", warehouse)
     shown = succeed("evaluate", *files, *task, "--format", "json", *SMALL)
-    rows = {row["subject"]: row for row in map(json.loads, shown.stdout.splitlines()) if row["metric"] == "perplexity"}
-    assert rows[str(files[0])]["value"] == pytest.approx(rows[str(files[0])]["whole"], rel=1e-6)
-    assert rows[str(files[1])]["dropped"] == ["expert.1.2", "expert.1.5", "expert.2.2", "expert.2.5"]
-    assert rows[str(files[1])]["value"] != rows[str(files[1])]["whole"] != rows[str(files[2])]["value"]
+    perplexities = {row["subject"]: row for row in perplexity_rows(shown.stdout)}
+    of_idle = perplexities[str(files[0])]
+    of_reap = perplexities[str(files[1])]
+    of_random = perplexities[str(files[2])]
+    assert of_idle["value"] == pytest.approx(of_idle["whole"], rel=1e-6)
+    assert of_reap["dropped"] == ["expert.1.2", "expert.1.5", "expert.2.2", "expert.2.5"]
+    assert of_reap["value"] != of_reap["whole"]
+    assert of_random["value"] != of_reap["whole"]
     listed = avss("ls", "plans", "-w", warehouse, "--format", "json").stdout.splitlines()
     assert ["expert.1.5", "expert.2.5"] in [json.loads(line)["drop"] for line in listed]
     query = "SELECT DISTINCT removals(drop, drop_parts) AS n FROM evaluations WHERE len(drop_parts) = 2"
@@ -303,7 +314,8 @@ def test_useless_experts_are_found_and_taken_out(planted: Planted, tmp_path: Pat
     done = succeed("prune", folder, files[0], "-o", tmp_path / "less", "-w", warehouse)
     assert "3 of 3 layers without 2 experts" in done.stdout
     assert "Outputs are those of the original with the experts masked (largest difference 0)." in done.stdout
-    whole, less = (AutoModelForCausalLM.from_pretrained(path).eval() for path in (folder, tmp_path / "less"))
+    whole = AutoModelForCausalLM.from_pretrained(folder).eval()
+    less = AutoModelForCausalLM.from_pretrained(tmp_path / "less").eval()
     assert less.config.n_routed_experts == 7
     assert less.model.layers[1].mlp.gate.weight.shape[0] == 7
     assert float((logits_of(less) - logits_of(whole)).abs().max()) <= 1e-5
@@ -315,8 +327,13 @@ def test_useless_experts_are_found_and_taken_out(planted: Planted, tmp_path: Pat
     assert "Evaluated: perplexity:builtin:pydoc (" in text
     assert pruned_from(tmp_path / "less") == (str(folder), plans["reap"].revision)
     again = succeed("evaluate", tmp_path / "less", "--base", folder, *task, "--format", "json", *SMALL)
-    (row,) = (row for row in map(json.loads, again.stdout.splitlines()) if row["metric"] == "perplexity")
-    assert row["value"] == pytest.approx(rows[str(files[0])]["value"], rel=1e-6)
+    (row,) = perplexity_rows(again.stdout)
+    assert row["value"] == pytest.approx(of_idle["value"], rel=1e-6)
+
+
+def perplexity_rows(printed: str) -> list[dict[str, Any]]:
+    rows = [json.loads(line) for line in printed.splitlines()]
+    return [row for row in rows if row["metric"] == "perplexity"]
 
 
 @pytest.mark.parametrize(
@@ -538,8 +555,10 @@ def test_experts_whose_weights_are_unknown_are_refused(tmp_path: Path, save_chec
     """One of them is stored in another format than the others."""
     whole, folder = saved("qwen3_moe", tmp_path / "whole", save_checkpoint)
     weights = load_file(folder / "model.safetensors")
-    stored = {name: t.to(torch.float8_e4m3fn) if "experts.0.down_proj" in name else t for name, t in weights.items()}
-    save_file(stored, folder / "model.safetensors", {"format": "pt"})
+    for name in weights:
+        if "experts.0.down_proj" in name:
+            weights[name] = weights[name].to(torch.float8_e4m3fn)
+    save_file(weights, folder / "model.safetensors", {"format": "pt"})
     plan = plan_of(folder, whole, experts_of(whole, 1))
     with pytest.raises(PlanError, match="nothing can be added to it"):
         prune(str(folder), plan, tmp_path / "less", repair=repair_of("refit"))

@@ -41,7 +41,9 @@ NOT_OF_LAYERS = {
 
 def every_nth(number: int, special: str, usual: str, count: int) -> list[str]:
     """Kinds of ``count`` layers of which every ``number``-th is special, counted from 1."""
-    return [usual if (layer + 1) % number else special for layer in range(count)]
+    kinds = [usual] * count
+    kinds[number - 1 :: number] = [special] * (count // number)
+    return kinds
 
 
 def sliding(config: dict[str, Any], rule: str) -> list[str]:

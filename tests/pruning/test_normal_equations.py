@@ -29,9 +29,9 @@ def test_sums_of_parts_are_those_of_the_whole(sizes: tuple[int, int, int, int], 
     """Addition is associative and commutative, nothing is its zero, and how tokens are cut does not matter."""
     x, y = data(*sizes)
     low, high = sorted((first, second))
-    a, b, c = (
-        NormalEquations.from_tokens(x[part], y[part]) for part in (slice(low), slice(low, high), slice(high, None))
-    )
+    a = NormalEquations.from_tokens(x[:low], y[:low])
+    b = NormalEquations.from_tokens(x[low:high], y[low:high])
+    c = NormalEquations.from_tokens(x[high:], y[high:])
     whole = NormalEquations.from_tokens(x, y)
     assert close((a + b) + c, whole)
     assert close(a + (b + c), whole)
@@ -41,15 +41,15 @@ def test_sums_of_parts_are_those_of_the_whole(sizes: tuple[int, int, int, int], 
 
 def test_batches_in_float32_are_added_up_in_float64() -> None:
     x, y = data(4096, 8, 3, 0)
-    x, y = x.float(), y.float()
+    x = x.float()
+    y = y.float()
     exact = NormalEquations.from_tokens(x.double(), y.double())
-    found = sum(
-        (NormalEquations.from_tokens(x[part : part + 64], y[part : part + 64]) for part in range(0, len(x), 64)),
-        NormalEquations.empty(8, 3),
-    )
-    assert {found.gram.dtype, found.cross.dtype, found.target.dtype} == {torch.float64}
-    torch.testing.assert_close(found.gram, exact.gram, rtol=1e-6, atol=1e-4)
-    torch.testing.assert_close(found.solve("full", 0.001), exact.solve("full", 0.001), rtol=1e-5, atol=1e-7)
+    added = NormalEquations.empty(8, 3)
+    for inputs, targets in zip(x.split(64), y.split(64), strict=True):
+        added = added + NormalEquations.from_tokens(inputs, targets)
+    assert {added.gram.dtype, added.cross.dtype, added.target.dtype} == {torch.float64}
+    torch.testing.assert_close(added.gram, exact.gram, rtol=1e-6, atol=1e-4)
+    torch.testing.assert_close(added.solve("full", 0.001), exact.solve("full", 0.001), rtol=1e-5, atol=1e-7)
 
 
 @given(SIZES, st.integers(1, 4))
@@ -81,7 +81,10 @@ def test_the_diagonal_form(tokens: int, width: int, seed: int) -> None:
     """Each channel by itself, as numpy fits it."""
     x, y = data(tokens, width, width, seed)
     sums = NormalEquations.from_tokens(x, y)
-    each = [np.linalg.lstsq(x[:, i : i + 1].numpy(), y[:, i].numpy())[0].item() for i in range(width)]
+    each = []
+    for channel in range(width):
+        solution, *_ = np.linalg.lstsq(x[:, channel : channel + 1].numpy(), y[:, channel].numpy())
+        each.append(solution.item())
     np.testing.assert_allclose(sums.solve("channel", 0.0).numpy(), np.diag(each), atol=1e-9)
 
 
@@ -107,11 +110,13 @@ def test_the_ridge_is_the_one_that_unseen_tokens_like() -> None:
 def test_weaker_ridges_are_tried_as_long_as_they_help(noise: float, monkeypatch: pytest.MonkeyPatch) -> None:
     """The best of all is found, and only the one behind it is tried in vain."""
     true = data(20, 5, 1, 0)[0]
-    inputs = [data(tokens, 20, 5, seed)[0] for tokens, seed in ((60, 1), (400, 2))]
-    seen, unseen = (
-        NormalEquations.from_tokens(x, x @ true + noise * data(len(x), 5, 5, seed)[0])
-        for seed, x in enumerate(inputs, 11)
-    )
+
+    def equations(tokens: int, seed: int) -> NormalEquations:
+        x = data(tokens, 20, 5, seed)[0]
+        return NormalEquations.from_tokens(x, x @ true + noise * data(tokens, 5, 5, 10 + seed)[0])
+
+    seen = equations(60, 1)
+    unseen = equations(400, 2)
     errors = {ridge: unseen.error(seen.solve("full", ridge)) for ridge in RIDGES}
     solve = NormalEquations.solve
     tried = list[float]()
@@ -121,11 +126,11 @@ def test_weaker_ridges_are_tried_as_long_as_they_help(noise: float, monkeypatch:
         return solve(self, form, ridge)
 
     monkeypatch.setattr(NormalEquations, "solve", counted)
-    found = fit_ridge(seen, unseen, "full")
-    assert found.ridge == min(errors, key=lambda ridge: errors[ridge])
-    assert found.after == errors[found.ridge]
-    assert found.before == unseen.error(torch.zeros(20, 5, dtype=torch.float64))
-    place = RIDGES.index(found.ridge)
+    chosen = fit_ridge(seen, unseen, "full")
+    assert chosen.ridge == min(errors, key=lambda ridge: errors[ridge])
+    assert chosen.after == errors[chosen.ridge]
+    assert chosen.before == unseen.error(torch.zeros(20, 5, dtype=torch.float64))
+    place = RIDGES.index(chosen.ridge)
     assert tried == sorted(RIDGES[max(0, place - 1) :], reverse=True)
 
 
@@ -145,8 +150,8 @@ def test_singular_equations() -> None:
         NormalEquations.from_tokens(x, x).solve("full", 0.0)
     assert torch.isfinite(NormalEquations.from_tokens(x, x).solve("full", RIDGES[0])).all()
     dead = data(100, 6, 1, 3)[0] * torch.tensor([1.0, 0.0, 1.0, 1.0, 0.0, 1.0])
-    found = NormalEquations.from_tokens(dead, dead).solve("full", 0.0)
-    torch.testing.assert_close(found, torch.diag(torch.tensor([1.0, 0.0, 1.0, 1.0, 0.0, 1.0]).double()))
+    weights = NormalEquations.from_tokens(dead, dead).solve("full", 0.0)
+    torch.testing.assert_close(weights, torch.diag(torch.tensor([1.0, 0.0, 1.0, 1.0, 0.0, 1.0]).double()))
     scales = torch.logspace(-9, 3, 20, dtype=torch.float64)  # of large and small units, no less apart for it
     x = data(100, 20, 1, 2)[0] * scales
     solved = NormalEquations.from_tokens(x, x).solve("full", 0.0)

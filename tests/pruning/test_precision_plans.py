@@ -31,11 +31,19 @@ READ: dict[str, Any] = {"max_sequences": 8, "sequence_length": 32, "executor": "
 PAIR = ("int4-g32", "int8")
 
 
+def as_formats(*names: str) -> list[str]:
+    """Return the words of a command line that name number formats."""
+    words = []
+    for name in names:
+        words += ["--quantize", name]
+    return words
+
+
 @pytest.fixture(scope="module")
 def predicted(wide: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A warehouse with a run, and with predictions for four formats."""
     folder = tmp_path_factory.mktemp("predicted") / "w"
-    formats = [word for name in (*PAIR, "q4_0", "bf16") for word in ("--quantize", name)]
+    formats = as_formats(*PAIR, "q4_0", "bf16")
     for command, options in (("score", []), ("ablate", [*formats, "--no-leave-one-out", "--no-rounded-layers"])):
         succeed(command, wide, "--corpus", "builtin:pydoc", *as_words(READ), *options, "-w", folder)
     return folder
@@ -90,8 +98,9 @@ def test_gains_on_the_text_of_the_prediction_are_a_finding(predicted: Path) -> N
 
 
 def test_a_random_choice_is_that_of_its_seed(predicted: Path) -> None:
-    first, again, other = (chosen(predicted, by="random", seed=seed).rounded for seed in (1, 1, 2))
-    assert first == again != other
+    first = chosen(predicted, by="random", seed=1).rounded
+    assert chosen(predicted, by="random", seed=1).rounded == first
+    assert chosen(predicted, by="random", seed=2).rounded != first
 
 
 def test_memory_is_that_of_the_whole_model(predicted: Path, wide: Path) -> None:
@@ -118,9 +127,12 @@ def test_a_plan_is_evaluated_as_the_rounded_model(predicted: Path, wide: Path, t
         chosen(predicted, by=by).write(tmp_path / f"{by}.yaml")
     plans = [tmp_path / "predicted.yaml", tmp_path / "uniform.yaml"]
     options = {"tasks": [TASK], "skip_sequences": 30, "dtype": "float32", **READ}
-    found = avss_dist.evaluate(plans, warehouse=predicted, **options)
-    losses = {one.subject.label: one.result.value for one in found if one.result.metric == "loss"}
-    assert any("4.986 bits per weight of 21 linear maps" in finding for finding in found.findings)
+    evaluations = avss_dist.evaluate(plans, warehouse=predicted, **options)
+    losses = {}
+    for evaluation in evaluations:
+        if evaluation.result.metric == "loss":
+            losses[evaluation.subject.label] = evaluation.result.value
+    assert any("4.986 bits per weight of 21 linear maps" in finding for finding in evaluations.findings)
     model = AutoModelForCausalLM.from_pretrained(wide)
     with torch.no_grad():
         for entry in read_checked_plan(PrecisionPlan, plans[0]).rounded:
@@ -130,8 +142,8 @@ def test_a_plan_is_evaluated_as_the_rounded_model(predicted: Path, wide: Path, t
     for file in wide.glob("token*"):
         (tmp_path / "rounded" / file.name).write_bytes(file.read_bytes())
     alone = avss_dist.evaluate([tmp_path / "rounded"], warehouse=tmp_path / "w", **options)
-    (whole,) = (one.result.value for one in alone if one.result.metric == "loss")
-    assert losses[str(plans[0])] == pytest.approx(whole, rel=1e-6)
+    (whole,) = [evaluation.result for evaluation in alone if evaluation.result.metric == "loss"]
+    assert losses[str(plans[0])] == pytest.approx(whole.value, rel=1e-6)
     assert losses[str(plans[0])] != losses[str(plans[1])]
 
 
@@ -235,7 +247,7 @@ def test_a_plan_that_is_wrong_is_refused(
 
 def exported(folder: Path, tmp_path: Path, name: str, bits: float, *formats: str) -> tuple[PrecisionPlan, Path]:
     """Write a plan, and the same plan for another program."""
-    words = ["quantize", "--bits", bits, "-w", folder, *(word for f in formats for word in ("--quantize", f))]
+    words = ["quantize", "--bits", bits, "-w", folder, *as_formats(*formats)]
     for kind in ("plan", name):
         succeed(*words, "--format", kind, "-o", tmp_path / kind)
     return read_checked_plan(PrecisionPlan, tmp_path / "plan"), tmp_path / name
@@ -290,9 +302,11 @@ def test_a_recipe_has_a_scheme_for_each_format(predicted: Path, tmp_path: Path) 
 def test_what_a_program_lacks_is_refused(
     name: str, formats: tuple[str, ...], message: str, predicted: Path, tmp_path: Path
 ) -> None:
-    options = [word for f in formats for word in ("--quantize", f)]
-    done = mistake("quantize", "--bits", 8.1, "-w", predicted, *options, "--format", name, "-o", tmp_path / "x")
-    assert message in done or name == "awq"
+    done = mistake(
+        "quantize", "--bits", 8.1, "-w", predicted, *as_formats(*formats), "--format", name, "-o", tmp_path / "x"
+    )
+    if name != "awq":
+        assert message in done
     assert not (tmp_path / "x").exists()
 
 

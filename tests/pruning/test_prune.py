@@ -76,7 +76,7 @@ def test_skipped_layers_leave_no_trace() -> None:
         expected = first_tensor(run(IDS, None))
     assert torch.equal(before, after)
     assert not torch.equal(before, skipped[0])
-    assert all(torch.equal(one, expected) for one in skipped)
+    assert all(torch.equal(output, expected) for output in skipped)
 
 
 # Pruned checkpoints
@@ -118,7 +118,8 @@ def test_a_pruned_checkpoint_of_a_family(kind: str, family: str, tmp_path: Path)
             assert without_numbers(after[names]) == without_numbers(before[names]), names
         assert original.num_parameters() > less.num_parameters()
     assert len(opened) == len(set(opened)) > 1
-    ours, theirs = (json.loads((tmp_path / name / "config.json").read_text()) for name in ("less", "whole"))
+    ours = json.loads((tmp_path / "less" / "config.json").read_text())
+    theirs = json.loads((tmp_path / "whole" / "config.json").read_text())
     assert ours.keys() - theirs.keys() == set()
     assert theirs.keys() - ours.keys() <= LIST_OF_RULE.keys()
     if kind == "causal":
@@ -166,7 +167,8 @@ def test_settings_by_layer_are_cut_or_added_where_layers_would_change(tmp_path: 
 
 
 def test_a_setting_that_would_change_is_refused(tmp_path: Path) -> None:
-    whole, less = (LlamaConfig(num_hidden_layers=n, num_labels=n) for n in (3, 2))
+    whole = LlamaConfig(num_hidden_layers=3, num_labels=3)
+    less = LlamaConfig(num_hidden_layers=2, num_labels=2)
     with pytest.raises(PlanError, match=r"its setting `id2label.2` would be None for 'LABEL_2'"):
         configuration._require_same_settings(whole, less, {"num_hidden_layers"})
     with pytest.raises(PlanError, match=r"in AutoModelFor\w+, score.weight would have the shape \(2, 4096\) for \(3,"):
@@ -205,9 +207,16 @@ def test_sharded_weights_and_everything_beside(tiny_llama: Path, tmp_path: Path)
     prune(str(whole), plan_of(whole, 1), less)
     index = json.loads((less / "model.safetensors.index.json").read_text())
     files = {file.name: load_file(file) for file in less.glob("*.safetensors")}
-    assert index["weight_map"] == {name: file for file, tensors in files.items() for name in tensors}
-    assert index["metadata"]["total_size"] == sum(t.nbytes for tensors in files.values() for t in tensors.values())
-    originals = {name: tensor for file in whole.glob("*.safetensors") for name, tensor in load_file(file).items()}
+    originals = {}
+    for file in whole.glob("*.safetensors"):
+        originals |= load_file(file)
+    file_of_tensor = {}
+    total_size = 0
+    for file_name, tensors in files.items():
+        file_of_tensor |= dict.fromkeys(tensors, file_name)
+        total_size += sum(tensor.nbytes for tensor in tensors.values())
+    assert index["weight_map"] == file_of_tensor
+    assert index["metadata"]["total_size"] == total_size
     for tensors in files.values():
         for name, tensor in tensors.items():
             assert torch.equal(tensor, originals[name.replace("layers.1.", "layers.2.")])
@@ -248,7 +257,7 @@ def test_folders_that_hold_something_are_left_alone(
 ) -> None:
     """Even one with the name of a checkpoint that is being written; and the current folder is not replaced."""
     part = tmp_path / ".less.part"
-    here = tmp_path / "here"
+    current = tmp_path / "here"
     part.mkdir()
     (part / "notes.txt").write_text("mine")
     with pytest.raises(PlanError, match="not empty"):
@@ -256,9 +265,9 @@ def test_folders_that_hold_something_are_left_alone(
     prune(str(tiny_llama), plan_of(tiny_llama, 1), tmp_path / "less")
     assert [file.name for file in part.iterdir()] == ["notes.txt"]
     assert sorted(path.name for path in tmp_path.iterdir()) == [".less.part", "less"]
-    here.mkdir()
-    monkeypatch.chdir(here)
-    for out in (".", "../here", here):
+    current.mkdir()
+    monkeypatch.chdir(current)
+    for out in (".", "../here", current):
         with pytest.raises(PlanError, match="the folder that you are in"):
             prune(str(tiny_llama), plan_of(tiny_llama, 1), out)
 
@@ -314,12 +323,12 @@ def test_from_scores_to_a_checkpoint(tiny_llama: Path, tmp_path: Path) -> None:
     plan = tmp_path / "plan.yaml"
     less = tmp_path / "less"
     done = succeed("plan", "-w", out, "--by", "block_influence", "--count", 1, "--last", "1", "-o", plan)
-    made = read_plan(plan)
+    written_plan = read_plan(plan)
     rows = Warehouse(out).scores(site="block", recipe="pooled", threshold=1e-5).to_pylist()
     lowest = min(rows[:2], key=lambda row: row["block_influence"])
-    assert made.drop == (lowest["layer"],)
-    assert made.run_id == run.run_id
-    assert made.why["by"] == "block_influence"
+    assert written_plan.drop == (lowest["layer"],)
+    assert written_plan.run_id == run.run_id
+    assert written_plan.why["by"] == "block_influence"
     size = ["--max-sequences", 2, "--sequence-length", 32, "--executor", "local", "--allow-overlap"]
     done = succeed("evaluate", plan, "--tasks", "perplexity:builtin:pydoc", "-w", out, *size)
     done = succeed("prune", tiny_llama, plan, "-o", less, "-w", out)
@@ -472,7 +481,9 @@ def test_the_quantized_tower_of_a_multimodal_model(
     ],
 )
 def test_names_of_layers_wherever_they_stand(config: dict[str, Any], expected: dict[str, Any] | None) -> None:
-    modules = [f"model.layers.{layer}.mlp.{part}" for layer in range(LAYERS) for part in ("up", "down")]
+    modules = []
+    for layer in range(LAYERS):
+        modules += [f"model.layers.{layer}.mlp.up", f"model.layers.{layer}.mlp.down"]
     assert renumber_quantization(config, LayerNames(PLAN, ("model.layers",), modules)) == config | (expected or {})
 
 
@@ -572,5 +583,5 @@ def test_the_license_is_kept(card: str | None, config: Any, expected: Any, tiny_
     given = json.loads((whole / "config.json").read_text()) | config
     (whole / "config.json").write_text(json.dumps(given))
     assert source_license(whole) == expected
-    kept = yaml.safe_load(model_card(resolve(str(whole)), PLAN).split("---")[1])
-    assert {key: value for key, value in kept.items() if key.startswith("license")} == expected
+    front_matter = yaml.safe_load(model_card(resolve(str(whole)), PLAN).split("---")[1])
+    assert {key: value for key, value in front_matter.items() if key.startswith("license")} == expected

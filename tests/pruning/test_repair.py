@@ -100,7 +100,10 @@ def test_a_repaired_checkpoint_is_the_model_repaired_in_place(
     less = AutoModelForCausalLM.from_pretrained(tmp_path / "less").eval()
     stored = load_file(tmp_path / "less" / "model.safetensors")
     before = load_file(folder / "model.safetensors")
-    changed = [n for n, t in stored.items() if ".2." not in n and ".1." not in n and not torch.equal(t, before[n])]
+    changed = []
+    for name, tensor in stored.items():
+        if ".2." not in name and ".1." not in name and not torch.equal(tensor, before[name]):
+            changed.append(name)
     assert changed
     assert all(".0." in name for name in changed)
     assert ("lm_head.weight" in stored) == ("lm_head.weight" in before)
@@ -189,8 +192,8 @@ def test_cuts_are_runs_of_removed_layers_and_on_request_all_layers_behind_the_fi
     plan = Plan(model="m", num_layers=12, layers="layers", drop=(0, 1, 4, 6, 7, 11), why={})
     assert [(cut.after, cut.removed) for cut in find_cuts(plan)] == [(3, (4,)), (5, (6, 7)), (10, (11,))]
     plan = Plan(model="m", num_layers=10, layers="layers", drop=(2, 5, 6), why={})
-    found = [(cut.after, cut.removed, cut.last) for cut in find_cuts(plan, every_layer=True)]
-    assert found == [(1, (2,), 2), (3, (), 3), (4, (5, 6), 6), (7, (), 7), (8, (), 8), (9, (), 9)]
+    cuts = [(cut.after, cut.removed, cut.last) for cut in find_cuts(plan, every_layer=True)]
+    assert cuts == [(1, (2,), 2), (3, (), 3), (4, (5, 6), 6), (7, (), 7), (8, (), 8), (9, (), 9)]
     first = replace(plan, drop=(0, 1, 5))
     assert [cut.after for cut in find_cuts(first, every_layer=True)] == [2, 3, 4, 6, 7, 8, 9]
 
@@ -229,10 +232,9 @@ def test_each_cut_sees_the_repairs_before_it(tmp_path: Path, save_checkpoint: Sa
     first = AutoModelForCausalLM.from_pretrained(tmp_path / "less")
     first.model.layers[2].mlp.down_proj.weight.data = whole.model.layers[3].mlp.down_proj.weight.data
     with torch.no_grad():
-        wanted, before, after = (
-            model(ids, output_hidden_states=True).hidden_states[layer + 1]
-            for model, layer in ((whole, 4), (first, 2), (both, 2))
-        )
+        wanted = whole(ids, output_hidden_states=True).hidden_states[5]
+        before = first(ids, output_hidden_states=True).hidden_states[3]
+        after = both(ids, output_hidden_states=True).hidden_states[3]
     lengths = wanted.norm(dim=-1)
     scale = torch.ones_like(lengths)
     scale[:, 0] = lengths[:, 1:].mean(1) / lengths[:, 0]
@@ -263,16 +265,19 @@ def assert_streaming_writes_the_same_bytes(folder: Path, plan: Plan, by: str, pa
     room = size.weight_bytes - sum(size.layer_bytes) + 2 * (max(size.layer_bytes) + 512)
     streamed = Execution(partition="streaming", max_memory={"cpu": host_limit(folder, room, dtype="float32")})
     with one_thread():
-        done = {
-            name: prune(str(folder), plan, parent / name, repair=repair_of(by), execution=how)
-            for name, how in {"whole-in-memory": Execution(partition="single"), "streamed": streamed}.items()
-        }
-    one, other = done.values()
-    assert one["repair"] == other["repair"]
-    assert other["difference"] is not None
-    assert other["difference"] <= 1e-5
+        in_memory = prune(
+            str(folder),
+            plan,
+            parent / "whole-in-memory",
+            repair=repair_of(by),
+            execution=Execution(partition="single"),
+        )
+        by_streaming = prune(str(folder), plan, parent / "streamed", repair=repair_of(by), execution=streamed)
+    assert in_memory["repair"] == by_streaming["repair"]
+    assert by_streaming["difference"] is not None
+    assert by_streaming["difference"] <= 1e-5
     assert files(parent / "whole-in-memory") == files(parent / "streamed")
-    record: RepairRecord = one["repair"]
+    record: RepairRecord = in_memory["repair"]
     return record
 
 
@@ -305,9 +310,9 @@ def test_tokens_that_are_padding_take_no_part(tmp_path: Path, save_checkpoint: S
     for batch_size in (1, 8):
         repair = repair_of("map", layout="padded", batch_size=batch_size)
         cuts.append(prune(str(folder), plan, tmp_path / str(batch_size), repair=repair)["repair"].cuts[0])
-    one, many = cuts
-    assert one.ridges == many.ridges
-    assert one.error_after == pytest.approx(many.error_after, rel=1e-4)
+    row_by_row, in_batches = cuts
+    assert row_by_row.ridges == in_batches.ridges
+    assert row_by_row.error_after == pytest.approx(in_batches.error_after, rel=1e-4)
 
 
 def test_the_checkpoint_keeps_its_dtype(tmp_path: Path, save_checkpoint: Save) -> None:
@@ -326,12 +331,12 @@ def test_weights_in_several_files(tmp_path: Path, save_checkpoint: Save) -> None
     model.save_pretrained(tmp_path / "cut", max_shard_size="20KB")
     for name in ("whole", "cut"):
         prune(str(tmp_path / name), plan, tmp_path / f"less-{name}", repair=repair_of("refit"))
-    one = load_file(tmp_path / "less-whole" / "model.safetensors")
+    in_one_file = load_file(tmp_path / "less-whole" / "model.safetensors")
     several = {file.name: load_file(file) for file in (tmp_path / "less-cut").glob("*.safetensors")}
     index = json.loads((tmp_path / "less-cut" / "model.safetensors.index.json").read_text())
     assert len(several) > 2
-    assert set(index["weight_map"]) == set(one)
-    assert all(torch.equal(several[file][name], one[name]) for name, file in index["weight_map"].items())
+    assert set(index["weight_map"]) == set(in_one_file)
+    assert all(torch.equal(several[file][name], in_one_file[name]) for name, file in index["weight_map"].items())
 
 
 # Refusals

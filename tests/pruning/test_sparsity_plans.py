@@ -61,19 +61,19 @@ def captured(tiny_llama: Path, dtype: str) -> dict[tuple[int, str], np.ndarray]:
     settings = Settings(**SMALL, dtype=dtype)
     checkpoint = resolve(str(tiny_llama))
     model = open_whole(checkpoint, settings)
-    found = {}
+    inputs = {}
     with ExitStack() as stack, torch.no_grad():
         for layer in model.layers:
-            for one in layer.projections:
+            for projection in layer.projections:
 
-                def keep(_m: Any, args: Any, key: tuple[int, str] = (layer.index, one.path)) -> None:
-                    found.setdefault(key, []).append(args[0].abs().double().numpy().ravel())
+                def keep(_m: Any, args: Any, key: tuple[int, str] = (layer.index, projection.path)) -> None:
+                    inputs.setdefault(key, []).append(args[0].abs().double().numpy().ravel())
 
-                stack.callback(one.module.register_forward_pre_hook(keep).remove)
+                stack.callback(projection.module.register_forward_pre_hook(keep).remove)
         for shard in tokenize_corpus(TEXT, load_tokenizer(checkpoint), settings).shards:
             for batch in shard.batches(4):
                 model.losses(batch)
-    return {key: np.concatenate(parts) for key, parts in found.items()}
+    return {key: np.concatenate(parts) for key, parts in inputs.items()}
 
 
 @pytest.mark.parametrize("target", [0.25, 0.65])
@@ -82,24 +82,23 @@ def test_thresholds_are_the_quantiles_of_what_maps_read(
 ) -> None:
     path = tmp_path / "sparse.yaml"
     succeed("sparsify", target, "-w", scored, "-o", path)
-    made = read_checked_plan(SparsityPlan, path)
+    plan = read_checked_plan(SparsityPlan, path)
     read = captured(tiny_llama, dtype)
-    assert len(made.projections) == 21
-    assert made.why["by"] == "uniform"
-    assert made.rule == "all"
-    for one in made.projections:
-        sizes = np.sort(read[one.layer, one.map])
+    assert len(plan.projections) == 21
+    assert plan.why["by"] == "uniform"
+    assert plan.rule == "all"
+    for projection in plan.projections:
+        sizes = np.sort(read[projection.layer, projection.map])
         exact = sizes[int(np.ceil(target * len(sizes) - 1e-9)) - 1]
         if dtype == "bfloat16":
-            assert one.value == exact
-            assert one.sparsity == pytest.approx((sizes <= exact).mean(), abs=1e-6)
+            assert projection.value == exact
+            assert projection.sparsity == pytest.approx((sizes <= exact).mean(), abs=1e-6)
         else:
-            assert one.value == pytest.approx(exact, rel=2**-7)
-    assert made.sparsity == pytest.approx(target, abs=0.01)
+            assert projection.value == pytest.approx(exact, rel=2**-7)
+    assert plan.sparsity == pytest.approx(target, abs=0.01)
     rows = [row for row in Warehouse(scored).table("sparsity").to_pylist() if row["target"] == target]
-    assert {(row["layer"], row["map"]): row["value"] for row in rows} == {
-        (one.layer, one.map): one.value for one in made.projections
-    }
+    stored = {(row["layer"], row["map"]): row["value"] for row in rows}
+    assert stored == {(projection.layer, projection.map): projection.value for projection in plan.projections}
 
 
 def test_a_plan_is_evaluated_beside_the_dense_model_alone_and_on_top_of_another(
@@ -116,15 +115,17 @@ def test_a_plan_is_evaluated_beside_the_dense_model_alone_and_on_top_of_another(
         evaluate([str(sparse)], tasks=[task], **options | {"skip_sequences": 0, "warehouse": scored})
     evaluations = evaluate([str(sparse), str(layers)], tasks=[task], sparse=str(sparse), **options)
     both = f"{layers} + {sparse}"
-    assert [(one.subject.label, one.result.metric, one.retained is None) for one in evaluations] == [
-        (str(sparse), "loss", False),
-        (str(sparse), "sparsity", True),
-        (f"{sparse} + {sparse}", "loss", False),
-        (f"{sparse} + {sparse}", "sparsity", True),
-        (str(layers), "loss", False),
-        (both, "loss", False),
-        (both, "sparsity", True),
+    assert [(evaluation.subject.label, evaluation.result.metric) for evaluation in evaluations] == [
+        (str(sparse), "loss"),
+        (str(sparse), "sparsity"),
+        (f"{sparse} + {sparse}", "loss"),
+        (f"{sparse} + {sparse}", "sparsity"),
+        (str(layers), "loss"),
+        (both, "loss"),
+        (both, "sparsity"),
     ]
+    for evaluation in evaluations:
+        assert (evaluation.retained is None) == (evaluation.result.metric == "sparsity")
     value = {}
     for evaluation in evaluations:
         value[evaluation.subject.label, evaluation.result.metric] = evaluation.result.value
@@ -256,7 +257,7 @@ def test_a_family_whose_experts_are_fused_keeps_its_mlp_dense(save_checkpoint: A
     row = warehouse.run(run.run_id)
     assert row is not None
     assert any("'up_input' is absent" in note for note in row["notes"])
-    assert {one.site for one in measured_maps(warehouse, row)} == {"query_input", "output_input"}
+    assert {measured_map.site for measured_map in measured_maps(warehouse, row)} == {"query_input", "output_input"}
     result = avss("sparsify", 0.5, "-w", tmp_path / "w", "-o", tmp_path / "sparse.yaml")
     assert "The MLP of 3 of 3 layers stays dense: its maps are fused." in result.stdout
 
@@ -277,10 +278,8 @@ def test_damage_is_that_of_autograd(model: LanguageModel) -> None:
     shard = random_shard()
     keys = [(0, "self_attn.k_proj"), (1, "mlp.up_proj"), (2, "mlp.down_proj")]
     edges = (0.05, 0.4, 1.0)
-    found = {
-        (row.metric, row.layer): row.samples
-        for row in MapDamage(shard=shard, thresholds=dict.fromkeys(keys, edges), seed=4)(model)
-    }
+    measured_rows = MapDamage(shard=shard, thresholds=dict.fromkeys(keys, edges), seed=4)(model)
+    damage = {(row.metric, row.layer): row.samples for row in measured_rows}
     first = np.zeros((3, 3))
     second = np.zeros((3, 3))
     for batch in shard.batches(1):
@@ -303,8 +302,8 @@ def test_damage_is_that_of_autograd(model: LanguageModel) -> None:
         for handle in handles:
             handle.remove()
     for i, (layer, path) in enumerate(keys):
-        assert found[f"first_order:{path}", layer] == pytest.approx(first[i], rel=1e-3, abs=1e-6)
-        assert found[f"second_order:{path}", layer] == pytest.approx(second[i], rel=1e-3)
+        assert damage[f"first_order:{path}", layer] == pytest.approx(first[i], rel=1e-3, abs=1e-6)
+        assert damage[f"second_order:{path}", layer] == pytest.approx(second[i], rel=1e-3)
 
 
 def test_greedy_takes_the_step_that_changes_the_block_least(model: LanguageModel) -> None:
@@ -313,16 +312,16 @@ def test_greedy_takes_the_step_that_changes_the_block_least(model: LanguageModel
     thresholds = {"self_attn.o_proj": (0.1, 0.3), "mlp.gate_proj": (0.3, 0.8), "mlp.down_proj": (0.2, 0.6)}
     measure = GreedyBlock(layer=1, shards=(shard,), thresholds=thresholds, steps=dict.fromkeys(names, 0.4),
                           sizes=dict.fromkeys(names, 1))  # fmt: skip
-    found = {row.metric: row.samples for row in measure(model)}
+    greedy_samples = {row.metric: row.samples for row in measure(model)}
     batch = next(iter(shard.batches(2)))
     ids = torch.from_numpy(batch.input_ids).long()
 
     def output(cuts: dict[str, float]) -> torch.Tensor:
-        kept: list[torch.Tensor] = []
+        outputs: list[torch.Tensor] = []
         layer = model.layers[1].module
         handles = [
             layer.register_forward_hook(
-                lambda _m, _a, out: kept.append(out if isinstance(out, torch.Tensor) else out[0])
+                lambda _m, _a, out: outputs.append(out if isinstance(out, torch.Tensor) else out[0])
             )
         ]
         for name, edge in cuts.items():
@@ -332,39 +331,40 @@ def test_greedy_takes_the_step_that_changes_the_block_least(model: LanguageModel
             model.module(input_ids=ids)
         for handle in handles:
             handle.remove()
-        return kept[0][:, 18:].double()
+        return outputs[0][:, 18:].double()
 
     taken = dict.fromkeys(names, 0)
     dense = output({})
-    for round_ in range(1, len(found["greedy_error"])):
+    for round_ in range(1, len(greedy_samples["greedy_error"])):
         errors = {}
         for name in names:
             if taken[name] < 2:
                 trial = taken | {name: taken[name] + 1}
-                cuts = {one: thresholds[one][n - 1] for one, n in trial.items() if n}
+                cuts = {path: thresholds[path][steps - 1] for path, steps in trial.items() if steps}
                 errors[name] = float((output(cuts) - dense).norm())
         best = min(errors, key=lambda name: errors[name])
         taken[best] += 1
-        assert found["greedy_error"][round_] == pytest.approx(errors[best], rel=1e-4)
-        assert {name: found[f"greedy:{name}"][round_] for name in names} == pytest.approx(
-            {name: 0.4 * n for name, n in taken.items()}
-        )
+        assert greedy_samples["greedy_error"][round_] == pytest.approx(errors[best], rel=1e-4)
+        for name in names:
+            assert greedy_samples[f"greedy:{name}"][round_] == pytest.approx(0.4 * taken[name])
     assert sum(taken.values()) == 6  # 0.8 of all, and no step more below 1
 
 
 def test_spectra_are_those_of_the_weights(model: LanguageModel) -> None:
-    found = {row.metric: row.samples[0] for row in Spectra(1)(model)}
+    spectra = {row.metric: row.samples[0] for row in Spectra(1)(model)}
     weight = model.layers[1].module.mlp.up_proj.weight.detach().double().numpy()
     eigenvalues = np.linalg.eigvalsh(weight.T @ weight)
-    assert found["hill:mlp.up_proj"] == pytest.approx(hill_exponent(eigenvalues), rel=1e-6)
+    assert spectra["hill:mlp.up_proj"] == pytest.approx(hill_exponent(eigenvalues), rel=1e-6)
 
 
 @pytest.mark.parametrize("n", [2, 3, 12, 13])
 def test_hills_estimate_is_of_the_larger_half_of_what_is_positive(n: int) -> None:
     values = np.random.default_rng(n).pareto(1.5, n) + 1
     tail = sorted(values)[-max(2, n // 2) :]
-    expected = pytest.approx(1 + len(tail) / sum(math.log(x / tail[0]) for x in tail), rel=1e-12)
-    assert hill_exponent(values) == hill_exponent([*values, *[0.0] * n, -1.0]) == expected
+    excess = sum(math.log(value / tail[0]) for value in tail)
+    expected = pytest.approx(1 + len(tail) / excess, rel=1e-12)
+    assert hill_exponent(values) == expected
+    assert hill_exponent([*values, *[0.0] * n, -1.0]) == hill_exponent(values)
     assert hill_exponent([3.0] * n) == math.inf
 
 
@@ -380,11 +380,11 @@ def test_every_method_meets_the_budget(measured: Path, tmp_path: Path, method: s
     out = tmp_path / "sparse.yaml"
     options = {**FEW, "warehouse": measured, "method": method}
     succeed("sparsify", 0.6, *as_words(options), "-o", out)
-    made = read_checked_plan(SparsityPlan, out)
-    assert made.sparsity == pytest.approx(0.6, abs=0.03)
-    assert len({round(one.sparsity, 3) for one in made.projections}) > 3
-    assert made.why["by"] == method
-    assert str(made.why["evaluation"]).startswith("tiny-llama-")
+    plan = read_checked_plan(SparsityPlan, out)
+    assert plan.sparsity == pytest.approx(0.6, abs=0.03)
+    assert len({round(projection.sparsity, 3) for projection in plan.projections}) > 3
+    assert plan.why["by"] == method
+    assert str(plan.why["evaluation"]).startswith("tiny-llama-")
     times = cell_times(measured)
     assert sparsify(0.3, **options).sparsity == pytest.approx(0.3, abs=0.03)
     assert cell_times(measured) == times  # another target measures nothing
@@ -408,14 +408,15 @@ def test_a_partition_without_whole_weights_is_refused(measured: Path) -> None:
 RULES = ("all", "last-half")
 
 
-def cuts_of(model: LanguageModel, **how: Any) -> tuple[MapSparsity, ...]:
+def cuts_of(model: LanguageModel, **cut: Any) -> tuple[MapSparsity, ...]:
     """The same cut of every linear map."""
-    how = {"by": "threshold", "value": 0.4} | how
-    return tuple(
-        MapSparsity(layer=layer.index, path=one.path, outputs=one.outputs, inputs=one.inputs, **how)
-        for layer in model.layers
-        for one in layer.projections
-    )
+    cut = {"by": "threshold", "value": 0.4} | cut
+    cuts = []
+    for layer in model.layers:
+        for linear in layer.projections:
+            place = {"layer": layer.index, "path": linear.path, "outputs": linear.outputs, "inputs": linear.inputs}
+            cuts.append(MapSparsity(**place, **cut))
+    return tuple(cuts)
 
 
 def cell(model: LanguageModel, sparsity: Sparsity | None, drop: tuple[int, ...] = ()) -> Cell:
@@ -460,14 +461,14 @@ def by_metric(rows: list[MetricRow]) -> dict[Any, MetricRow]:
 @pytest.mark.parametrize("drop", [(), (1,)])
 def test_small_inputs_are_zero_at_the_tokens_of_a_rule(model: LanguageModel, rule: str, drop: tuple[int, ...]) -> None:
     before = model.losses_under(list(random_shard().batches(2)), [NO_INTERVENTION])[0]
-    found = by_metric(list(measure_cell(model, cell(model, Sparsity(maps=cuts_of(model), rule=rule), drop)).rows))
+    rows = by_metric(list(measure_cell(model, cell(model, Sparsity(maps=cuts_of(model), rule=rule), drop)).rows))
     losses, zeros = plainly(model, lambda _module, x: x.abs() > 0.4, rule, drop)
-    assert found["loss", None].samples == pytest.approx(losses, rel=1e-4)
-    realized = [row for (metric, _), row in found.items() if metric.startswith("realized:")]
+    assert rows["loss", None].samples == pytest.approx(losses, rel=1e-4)
+    realized = [row for (metric, _), row in rows.items() if metric.startswith("realized:")]
     assert sum(row.samples[0] for row in realized) == zeros
     assert zeros
     assert len(realized) == 7 * (3 - len(drop))
-    saved = found["sparsity", None]
+    saved = rows["sparsity", None]
     assert 0 < saved.samples[0] < saved.weights[0]
     assert np.array_equal(model.losses_under(list(random_shard().batches(2)), [NO_INTERVENTION])[0], before)
     assert not model.module._forward_pre_hooks
@@ -479,16 +480,16 @@ def test_the_largest_of_a_token_stay(model: LanguageModel) -> None:
         sizes = x.abs() * (module.weight.norm(dim=0) if weighted else 1)
         return sizes >= sizes.sort(dim=-1, descending=True).values[..., number - 1 : number]
 
-    for how, keeps in (
+    for cut, keeps in (
         ({"by": "top_k", "value": 0.3}, top),
         ({"by": "top_k", "value": 0.3, "weighted": True}, lambda m, x: top(m, x, weighted=True)),
     ):
-        sparsity = Sparsity(maps=cuts_of(model, **how), rule="all")
-        found = by_metric(list(measure_cell(model, cell(model, sparsity)).rows))
+        sparsity = Sparsity(maps=cuts_of(model, **cut), rule="all")
+        rows = by_metric(list(measure_cell(model, cell(model, sparsity)).rows))
         losses, zeros = plainly(model, keeps, "all")
-        assert found["loss", None].samples == pytest.approx(losses, rel=2e-3), how  # near ties
-        counted = sum(row.samples[0] for (name, _), row in found.items() if name.startswith("realized:"))
-        assert counted == pytest.approx(zeros, rel=2e-3), how
+        assert rows["loss", None].samples == pytest.approx(losses, rel=2e-3), cut  # near ties
+        counted = sum(row.samples[0] for (name, _), row in rows.items() if name.startswith("realized:"))
+        assert counted == pytest.approx(zeros, rel=2e-3), cut
 
 
 def test_streaming_computes_the_same(model: LanguageModel, tiny_llama: Path) -> None:
@@ -498,11 +499,14 @@ def test_streaming_computes_the_same(model: LanguageModel, tiny_llama: Path) -> 
     try:
         streamed = replica.language_model
         assert streamed is not None
-        for how in ({}, {"by": "top_k", "value": 0.5, "weighted": True}):
-            sparsity = Sparsity(maps=cuts_of(model, **how), rule="last-half")
-            rows, wanted = (measure_cell(one, cell(one, sparsity, (1,))).rows for one in (streamed, model))
-            assert [(r.metric, r.layer) for r in rows] == [(r.metric, r.layer) for r in wanted]
-            assert all(np.array_equal(a.samples, b.samples) for a, b in zip(rows, wanted, strict=True))
+        for cut in ({}, {"by": "top_k", "value": 0.5, "weighted": True}):
+            sparsity = Sparsity(maps=cuts_of(model, **cut), rule="last-half")
+            rows = measure_cell(streamed, cell(streamed, sparsity, (1,))).rows
+            wanted = measure_cell(model, cell(model, sparsity, (1,))).rows
+            for row, expected in zip(rows, wanted, strict=True):
+                assert row.metric == expected.metric
+                assert row.layer == expected.layer
+                assert np.array_equal(row.samples, expected.samples)
     finally:
         replica.close()
 
@@ -516,7 +520,7 @@ def test_streaming_computes_the_same(model: LanguageModel, tiny_llama: Path) -> 
     ],
 )
 def test_a_plan_for_another_model_is_refused(model: LanguageModel, changed: dict[str, Any], message: str) -> None:
-    one = {"layer": 0, "path": "self_attn.q_proj", "outputs": 32, "inputs": 32, "by": "threshold", "value": 0.1}
-    sparsity = Sparsity(maps=(MapSparsity(**one | changed),), rule="all")
+    threshold = {"layer": 0, "path": "self_attn.q_proj", "outputs": 32, "inputs": 32, "by": "threshold", "value": 0.1}
+    sparsity = Sparsity(maps=(MapSparsity(**threshold | changed),), rule="all")
     with pytest.raises(ModelError, match=message), model.applying(Intervention(sparsity=sparsity)):
         pass
