@@ -154,9 +154,10 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> str:
 def test_runs_and_thresholds_have_names(root: str) -> None:
     run = Run(run_id="alpha-0123456789", model="org/alpha", warehouse=root, status="done")
     names = ("alpha", "org/alpha", "alpha*", run, [run])
-    found = [avss.compare(warehouse=root, run=name, by="recipe").table() for name in names]
-    assert all(table == found[0] for table in found)
-    assert set(found[0]["a_run_id"].to_pylist()) == {run.run_id}
+    tables = [avss.compare(warehouse=root, run=name, by="recipe").table() for name in names]
+    for table in tables[1:]:
+        assert table == tables[0]
+    assert set(tables[0]["a_run_id"].to_pylist()) == {run.run_id}
     assert avss.findings(warehouse=root, run=run).table().num_rows == 0
     by_text = avss.compare(warehouse=root, threshold="1e-5", by="recipe").table()
     assert by_text == avss.compare(warehouse=root, by="recipe").table()
@@ -169,7 +170,8 @@ def test_runs_and_thresholds_have_names(root: str) -> None:
     assert plan == avss.plan(warehouse=root, run="alpha", by="avss", count=2, threshold="1e-5")
     scores = Warehouse(root).scores(run_id=run.run_id)
     assert scores.num_rows
-    assert scores == Warehouse(root).scores(model="alpha") == Warehouse(root).scores(model="org/alpha")
+    assert Warehouse(root).scores(model="alpha") == scores
+    assert Warehouse(root).scores(model="org/alpha") == scores
 
 
 @pytest.mark.parametrize(
@@ -184,8 +186,14 @@ def test_runs_and_thresholds_have_names(root: str) -> None:
     ],
 )
 def test_a_function_returns_what_the_command_prints(root: str, command: str, keywords: dict[str, Any]) -> None:
-    options = [f"--{name}={value}" if value is not True else f"--{name}" for name, value in keywords.items()]
-    words = [keywords["sql"]] if "sql" in keywords else options
+    words = []
+    for name, value in keywords.items():
+        if name == "sql":
+            words.append(value)
+        elif value is True:
+            words.append(f"--{name}")
+        else:
+            words.append(f"--{name}={value}")
     printed = succeed(command, *words, "-w", root, "--format", "json", "-q").stdout
     rows = function(command)(warehouse=root, **keywords).table().to_pylist()
     assert rows
@@ -202,7 +210,8 @@ def test_files_are_written_by_functions(root: str, tmp_path: Path) -> None:
     assert (tmp_path / "published" / "data" / "runs.parquet").is_file()
     assert {row["runs"] for row in avss.compact(warehouse=root).table().to_pylist()} == {0, 2}
     own = tmp_path / "own.csv"
-    own.write_text("layer,mine\n" + "".join(f"{layer},{layer + 1.5}\n" for layer in range(8)))
+    lines = [f"{layer},{layer + 1.5}\n" for layer in range(8)]
+    own.write_text("".join(["layer,mine\n", *lines]))
     shown = avss.show(run="alpha", warehouse=root, by=[f"{own}:mine"], output=tmp_path / "layers.svg").table()
     assert shown[f"{own}:mine"].to_pylist()[:2] == [1.5, 2.5]
     assert (tmp_path / "layers.svg").is_file()

@@ -16,7 +16,7 @@ from typing import Any
 import pyarrow.parquet as pq
 import pytest
 from support.checkpoints import LAYERS
-from support.command_line import avss, commands
+from support.command_line import as_words, avss, commands
 from support.warehouses import write_scores
 from typer.testing import CliRunner
 
@@ -39,8 +39,8 @@ from avss_dist.warehouse.checks import has_head
 from avss_dist.warehouse.reader import Warehouse
 from avss_dist.warehouse.schema import TABLES
 
-TEXT = {"--corpus": "builtin:pydoc", "--max-sequences": 12, "--sequence-length": 32, "--sequences-per-shard": 4}
-SCORE = [str(part) for option in TEXT.items() for part in option] + ["--executor", "local", "--quiet"]
+TEXT = {"corpus": "builtin:pydoc", "max_sequences": 12, "sequence_length": 32, "sequences_per_shard": 4}
+SCORE = [*as_words(TEXT), "--executor", "local", "--quiet"]
 PROBE = """
 import sys
 from avss_dist.cli import app
@@ -180,14 +180,20 @@ def test_helps_fit_on_a_screen_and_rare_options_are_shown_on_request() -> None:
         assert "Examples:" in shown
         assert LISTED[name].summary in " ".join(shown.split())
         options = {max(p.opts, key=len): p for p in command.params if p.param_type_name == "option"}
-        visible = {option for option, parameter in options.items() if not parameter.hidden}
+        visible = {option: parameter for option, parameter in options.items() if not parameter.hidden}
         assert len(visible) <= 28, name
         assert len(shown.splitlines()) <= 50, name
         listed = {*re.findall(r"--(?:\[no-\])?[a-z-]+", shown.partition("Examples:")[0])}
-        assert {f"--[no-]{o[2:]}" if options[o].secondary_opts else o for o in visible} <= listed
+        for option, parameter in visible.items():
+            if parameter.secondary_opts:
+                assert f"--[no-]{option[2:]}" in listed
+            else:
+                assert option in listed
         everything = help_of(name, "--help-all")
-        assert all(re.search(rf"--(\[no-\])?{option[2:]}\b", everything) for option in options)
-        assert all(parameter.help for parameter in command.params)
+        for option in options:
+            assert re.search(rf"--(\[no-\])?{option[2:]}\b", everything)
+        for parameter in command.params:
+            assert parameter.help
         for parameter in options.values():
             parameter.hidden = max(parameter.opts, key=len) not in visible
         number += len(visible)
@@ -207,8 +213,10 @@ def test_a_removed_command_or_option_says_what_to_type(name: str) -> None:
     for line in re.findall(r"`avss ([^`]+)`", REMOVED[name]):
         words = line.split()
         name = " ".join(words[: 2 if words[0] == "jobs" else 1])
-        opts = {spelling for parameter in commands()[name].params for spelling in parameter.opts}
-        assert {word for word in words if word.startswith("-")} <= opts
+        spellings: set[str] = set()
+        for parameter in commands()[name].params:
+            spellings.update(parameter.opts)
+        assert {word for word in words if word.startswith("-")} <= spellings
 
 
 def test_a_run_is_named_by_a_part_that_only_it_has(scored: Path) -> None:
@@ -240,10 +248,11 @@ def test_names_are_listed_in_help_and_completed() -> None:
         ("query", "--format", ("table", "csv", "json", "markdown", "parquet")),
     ):
         parameter = _parameters(command)[option]
-        listed = f"[{'|'.join(names)}]"
-        assert parameter.metavar == listed or (
-            parameter.metavar == "NAME" and all(name in parameter.help for name in names)
-        )
+        if parameter.metavar == "NAME":
+            for name in names:
+                assert name in parameter.help
+        else:
+            assert parameter.metavar == f"[{'|'.join(names)}]"
         completed = parameter.shell_complete(None, names[-1][:3])  # type: ignore[arg-type]
         assert names[-1] in [item.value for item in completed]
 
@@ -303,7 +312,9 @@ def test_a_picture_is_of_the_kind_that_its_ending_says(
 @pytest.mark.nightly
 def test_a_page_needs_no_network_and_holds_every_run(scored: Path, tmp_path: Path) -> None:
     file = tmp_path / "scores.html"
-    runs = [part for run_id in run_ids(scored).values() for part in ("--run", run_id)]
+    runs = []
+    for run_id in run_ids(scored).values():
+        runs += ["--run", run_id]
     assert avss("show", "-w", scored, *runs, "-o", file).exit_code == 0
     page = file.read_text(encoding="utf-8")
     skeleton = re.sub(r"(<script[^>]*>).*?</script>", r"\1", page, flags=re.DOTALL)
@@ -311,7 +322,8 @@ def test_a_page_needs_no_network_and_holds_every_run(scored: Path, tmp_path: Pat
     assert not re.search(r"\s(src|href)=", skeleton)
     spec = re.search(r'<script type="application/json" id="spec">(.*?)</script>', page, re.DOTALL)
     assert spec is not None
-    assert all(run_id[-10:] in spec[1] for run_id in run_ids(scored).values())
+    for run_id in run_ids(scored).values():
+        assert run_id[-10:] in spec[1]
     assert json.loads(spec[1])["$schema"].startswith("https://vega.github.io/schema/vega-lite/")
 
 
@@ -327,20 +339,32 @@ def answer(warehouse: Path, query: str, kind: str) -> list[dict[str, Any]]:
         return [*csv.DictReader(io.StringIO(result.stdout))]
     if kind == "json":
         return [json.loads(line) for line in result.stdout.splitlines()]
-    names, *values = (re.findall(r"[\w.-]+", line) for line in result.stdout.splitlines() if re.search(r"\w", line))
+    lines = [line for line in result.stdout.splitlines() if re.search(r"\w", line)]
+    names, *values = [re.findall(r"[\w.-]+", line) for line in lines]
     return [dict(zip(names, line, strict=False)) for line in values]
+
+
+def as_texts(row: dict[str, Any]) -> dict[str, str]:
+    """Return a row as CSV gives it."""
+    texts = {}
+    for name, value in row.items():
+        if value is None:
+            texts[name] = ""
+        else:
+            texts[name] = str(value)
+    return texts
 
 
 @pytest.mark.parametrize("kind", ["csv", "json", "parquet", "table"])
 def test_a_query_prints_every_row_and_column(scored: Path, kind: str) -> None:
-    found = answer(scored, QUERY, kind)
+    printed = answer(scored, QUERY, kind)
     expected = rows(scored, QUERY)
     if kind == "csv":
-        expected = [{name: "" if value is None else str(value) for name, value in row.items()} for row in expected]
+        expected = [as_texts(row) for row in expected]
     if kind == "table":
-        assert [row["site"] for row in found] == [row["site"] for row in expected]
+        assert [row["site"] for row in printed] == [row["site"] for row in expected]
     else:
-        assert found == expected
+        assert printed == expected
     (row,) = answer(scored, "SELECT 1 AS a, 2 AS a, 3 AS a_1, 4 AS a", kind)
     assert [int(value) for value in row.values()] == [1, 2, 3, 4]
 
@@ -401,7 +425,7 @@ def test_a_job_names_runs_that_were_done_before_and_cannot_be_read(
     shutil.rmtree(warehouse / "scores" / f"run_id={run_id}")
     job = tmp_path / "job.yaml"
     settings = {"max_sequences": 12, "sequence_length": 32, "sequences_per_shard": 4}
-    values = {"warehouse": str(warehouse), "models": [str(tiny_llama)], "corpora": [TEXT["--corpus"]]}
+    values = {"warehouse": str(warehouse), "models": [str(tiny_llama)], "corpora": [TEXT["corpus"]]}
     job.write_text(json.dumps({**values, "settings": settings, "execution": {"executor": "local"}}))
     assert f"{run_id}: done before, but it cannot be read" in avss("run", job).stdout
 
@@ -440,9 +464,9 @@ def test_any_exception_of_a_models_code_is_a_failed_run(
     monkeypatch.setattr(LlamaModel, "forward", breaks)
     result = avss("score", tiny_llama, tiny_bert, *SCORE, "-w", tmp_path)
     assert result.exit_code == 1
-    found = rows(tmp_path, "SELECT family, status, error FROM runs ORDER BY status")
-    assert [row["status"] for row in found] == ["done", "failed"]
-    assert found[1]["error"] == "ZeroDivisionError: in the model"
+    run_rows = rows(tmp_path, "SELECT family, status, error FROM runs ORDER BY status")
+    assert [row["status"] for row in run_rows] == ["done", "failed"]
+    assert run_rows[1]["error"] == "ZeroDivisionError: in the model"
     alone = avss("score", tiny_llama, *SCORE, "-w", tmp_path)
     assert alone.exit_code == 1
     assert alone.stderr == "Error: ZeroDivisionError: in the model\n"
@@ -494,8 +518,8 @@ def test_stopping_says_that_the_work_is_kept(tiny_llama: Path, tmp_path: Path, m
 
 @pytest.mark.parametrize(("works", "shown"), [(True, "ok "), (False, "NO ")])
 def test_doctor_says_what_works(works: bool, shown: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    found = [CheckResult("torch", True, "2.9.1"), CheckResult("pictures", works, "[red]no\u001b[2J")]
-    monkeypatch.setattr("avss_dist.core.doctor.check_machine", lambda: iter(found))
+    checks = [CheckResult("torch", True, "2.9.1"), CheckResult("pictures", works, "[red]no\u001b[2J")]
+    monkeypatch.setattr("avss_dist.core.doctor.check_machine", lambda: iter(checks))
     done = avss("doctor")
     assert done.exit_code == (0 if works else 1)
     first, second = done.stdout.splitlines()

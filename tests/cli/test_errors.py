@@ -28,8 +28,7 @@ from avss_dist.warehouse.reader import Warehouse
 from avss_dist.warehouse.schema import SCHEMA_VERSION
 
 SIZES: dict[str, Any] = {"max_sequences": 12, "sequence_length": 32, "sequences_per_shard": 4}
-SCORE = ["--corpus", "builtin:pydoc", "--executor", "local"]
-SCORE += [word for name, value in SIZES.items() for word in (f"--{name.replace('_', '-')}", str(value))]
+SCORE = ["--corpus", "builtin:pydoc", "--executor", "local", *command_line.as_words(SIZES)]
 AS_ROOT = pytest.mark.skipif(os.geteuid() != 0, reason="mounting a small disk needs root")
 
 
@@ -232,17 +231,17 @@ def test_a_full_disk_keeps_shards_and_the_same_command_finishes(
     ballast = leave_room(small_disk, undisturbed)
     command = ["score", tiny_llama, *SCORE, "-w", out]
     code, output = avss(*command)
-    kept = shards(out)
+    shards_before = shards(out)
     assert code == 1
     assert "Traceback" not in output
     assert f"Error: No space left on {out}." in output
-    assert f"Free some and run the same command again: {len(kept)} shard" in output
+    assert f"Free some and run the same command again: {len(shards_before)} shard" in output
     assert "kept." in output
-    assert 1 <= len(kept) < 3
+    assert 1 <= len(shards_before) < 3
     ballast.unlink()
     code, output = avss(*command)
     assert code == 0
-    assert f"{len(kept)} of 3 shards from before" in output
+    assert f"{len(shards_before)} of 3 shards from before" in output
     assert_same_tables(out, undisturbed)
 
 
@@ -271,13 +270,14 @@ def test_a_full_disk_ends_a_sweep_and_the_same_command_finishes(
     code, output = avss("run", job(out))
     assert code == 1
     assert "Traceback" not in output
-    begun, not_begun = (output.count(f"failed. {says}o space left on {out}.\n") for says in ("N", "Not begun: n"))
+    begun = output.count(f"failed. No space left on {out}.\n")
+    not_begun = output.count(f"failed. Not begun: no space left on {out}.\n")
     assert begun >= 1
     assert not_begun >= 1
     assert begun + not_begun == 4
     assert ": 1 shard is kept." in output
-    kept = shards(out)
-    assert 1 <= len(kept) < 3
+    shards_before = shards(out)
+    assert 1 <= len(shards_before) < 3
     ballast.unlink()
     code, output = avss("run", job(out))
     assert code == 0
@@ -318,6 +318,17 @@ COMMANDS = [
 ]
 
 
+def with_model(command: list[str], model: Path) -> list[str]:
+    """Return a command with the folder of a model in place of the word MODEL."""
+    words = []
+    for word in command:
+        if word == "MODEL":
+            words.append(str(model))
+        else:
+            words.append(word)
+    return words
+
+
 @AS_ROOT
 @pytest.mark.parametrize("command", COMMANDS, ids=lambda command: command[0])
 def test_a_full_disk_is_a_failed_run(
@@ -333,7 +344,7 @@ def test_a_full_disk_is_a_failed_run(
     before = files(tmp_path)
     with SmallDisk(tmp_path / "disk", megabytes=1) as disk:
         disk.fill()
-        code, output = avss(*(str(tiny_llama) if arg == "MODEL" else arg for arg in command))
+        code, output = avss(*with_model(command, tiny_llama))
         disk.free()
         assert files(tmp_path) == before  # no half of a file either
     assert code == 1, output

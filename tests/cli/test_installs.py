@@ -61,7 +61,9 @@ def test_reading_needs_none_of_the_packages_that_measure(tmp_path: Path) -> None
     for name in ("a", "b"):
         write_scores(tmp_path / "w", name, [1.0, 2.0, 3.0])
     (tmp_path / "text.txt").write_text("Some text.")
-    reading = [[*(word.replace("~", " ") for word in line.split()), "-w", "w"] for line in READING]
+    reading = []
+    for line in READING:
+        reading.append([word.replace("~", " ") for word in line.split()] + ["-w", "w"])
     helps = [[line.split()[0], "--help"] for line in MEASURING]
     lines = [*reading, *helps, *(line.split() for line in MEASURING)]
     words = [sys.executable, "-c", WITHOUT_EXTRAS, json.dumps(lines)]

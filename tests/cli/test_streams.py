@@ -13,6 +13,7 @@ import shutil
 import signal
 import subprocess
 import sys
+from collections.abc import Iterator, Mapping
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -98,14 +99,14 @@ def test_one_place_writes_what_people_see() -> None:
     """No other file of the package prints, or has a stream or a console of its own."""
     package = Path(avss_dist.__file__).parent
     writes = re.compile(r"(?<![\w.])print\(|sys\.(stdout|stderr)(?!\.isatty\(\))|\bConsole\(|\.echo\(|sys\.__std")
-    found = {
-        str(file.relative_to(package))
-        for file in package.rglob("*.py")
-        if any(writes.search(line.partition("#")[0]) for line in file.read_text().splitlines() if '"""' not in line)
-    }
+    writers = set()
+    for file in package.rglob("*.py"):
+        for line in file.read_text().splitlines():
+            if '"""' not in line and writes.search(line.partition("#")[0]):
+                writers.add(str(file.relative_to(package)))
     # `group` sends what libraries log to standard error; `__main__` speaks while nothing is imported; `readme` has
     # examples for others.
-    assert found == {"core/streams.py", "partition/group.py", "__main__.py", "warehouse/readme.py"}
+    assert writers == {"core/streams.py", "partition/group.py", "__main__.py", "warehouse/readme.py"}
 
 
 def test_a_terminal_obeys_no_text() -> None:
@@ -199,15 +200,15 @@ def place(tmp_path_factory: pytest.TempPathFactory, tiny_llama: Path) -> Path:
         shards = stats_of(activations(seed))
         write_measured(root / "w", run_id, shards, 8, model=model, notes=notes, versions=versions, **names)
     store = Store(root / "w")
-    now = datetime(2026, 1, 1, tzinfo=UTC)
-    store.write_run({"run_id": "c", "status": "failed", "error": EVIL, "model": f"m{EVIL}", "created_at": now})
+    created_at = datetime(2026, 1, 1, tzinfo=UTC)
+    store.write_run({"run_id": "c", "status": "failed", "error": EVIL, "model": f"m{EVIL}", "created_at": created_at})
     run = RunIdentity(run_id="a-0123456789", model=f"m{EVIL}", revision=names["revision"], family="f")
     about = {
         "task": f"ablation:{EVIL}",
         "metric": "loss",
         "drop": [],
         "drop_parts": [],
-        "created_at": now,
+        "created_at": created_at,
         "value": 2.0,
     }
     store.write_rows("evaluations", run, [about, *({**about, "layer": i, "value": 2.0 + i / 8} for i in range(8))])
@@ -216,7 +217,7 @@ def place(tmp_path_factory: pytest.TempPathFactory, tiny_llama: Path) -> Path:
         "experiments", run, [tried, {**tried, "method": "whole model", "share": 0.0, "drop": []}], "1" * 20
     )
     zero = {"sparsity_plan": EVIL, "method": EVIL, "rule": EVIL, "target": 0.5, "layer": 0, "map": EVIL, "by": EVIL}
-    zero |= {"site": "neuron", "outputs": 1, "inputs": 2, "value": 0.5, "sparsity": 0.5, "created_at": now}
+    zero |= {"site": "neuron", "outputs": 1, "inputs": 2, "value": 0.5, "sparsity": 0.5, "created_at": created_at}
     store.write_rows("sparsity", run, [zero], "2" * 20)
     shutil.copytree(tiny_llama, root / f"model{EVIL}")
     (root / "text.txt").write_text("Some words that are long enough to be read. " * 200)
@@ -231,7 +232,8 @@ def place(tmp_path_factory: pytest.TempPathFactory, tiny_llama: Path) -> Path:
 
 def run(command: str, args: list[str], place: Path, folder: Path) -> str:
     named = {"W": place / "w", "M": place / f"model{EVIL}", "J": place / f"job{EVIL}.yaml", "P": place / "plan.yaml"}
-    done = avss(*command.split(), *(str(named.get(arg, arg)).replace("O/", f"{folder}/") for arg in args))
+    words = [str(named.get(arg, arg)).replace("O/", f"{folder}/") for arg in args]
+    done = avss(*command.split(), *words)
     text = done.stdout + done.stderr
     assert done.exit_code in (0, 1, 2), text
     assert text, (args, text)
@@ -242,12 +244,21 @@ def run(command: str, args: list[str], place: Path, folder: Path) -> str:
         elif file.suffix == ".html":
             assert not OBEYED.search(re.sub(r"<script.*?</script>", "", file.read_text(), flags=re.DOTALL)), file
     if "csv" in args and done.exit_code == 0:
-        cells = [cell for row in csv.reader(io.StringIO(done.stdout)) for cell in row]
-        assert not [cell for cell in cells if cell.startswith(("=", "+", "@")) or re.match(r"-[^\d.]", cell)], cells
+        for row in csv.reader(io.StringIO(done.stdout)):
+            for cell in row:
+                assert not cell.startswith(("=", "+", "@")), row
+                assert not re.match(r"-[^\d.]", cell), row
     return text
 
 
-@pytest.mark.parametrize(("command", "args"), [(name, args) for name, every in READS.items() for args in every])
+def cases(commands: Mapping[str, list[list[str]]]) -> Iterator[tuple[str, list[str]]]:
+    """Yield each command with each of its lists of arguments."""
+    for command, lists in commands.items():
+        for args in lists:
+            yield command, args
+
+
+@pytest.mark.parametrize(("command", "args"), [*cases(READS)])
 def test_no_command_that_reads_steers(command: str, args: list[str], place: Path, tmp_path: Path) -> None:
     assert run(command, args, place, tmp_path)
 

@@ -11,6 +11,7 @@ import re
 import shlex
 from collections.abc import Callable, Mapping
 from datetime import UTC, datetime
+from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
@@ -239,9 +240,14 @@ def test_results_by_layer_are_a_row_for_each_metric_and_internal_tasks_are_none(
         }
         Store(tmp_path).write_rows("evaluations", run, [{**about, **row} for row in rows])
 
-    write("damage:a.txt", [{"metric": f"taylor_{k}", "layer": i, "value": 1.0} for k in range(4) for i in range(3)], 1)
-    maps = [(layer, path) for layer in range(3) for path in ("mlp.up", "mlp.down")]
-    rounded = [{"metric": f"predicted:{p}", "layer": i, "rounding": f"int4@{i}.{p}", "value": 1.0} for i, p in maps]
+    damage = []
+    rounded = []
+    for layer in range(3):
+        of_layer = {"layer": layer, "value": 1.0}
+        damage += [{**of_layer, "metric": f"taylor_{lookahead}"} for lookahead in range(4)]
+        for path in ("mlp.up", "mlp.down"):
+            rounded.append({**of_layer, "metric": f"predicted:{path}", "rounding": f"int4@{layer}.{path}"})
+    write("damage:a.txt", damage, 1)
     write("rounding:a.txt", rounded, 2)
     write("perplexity:a.txt", [{"metric": "loss", "value": 2.5}, {"metric": "loss", "drop": [1], "value": 3.0}], 3)
     write("row-start:a.txt", [{"metric": "loss_as_read", "value": 2.5}], 4)
@@ -249,9 +255,9 @@ def test_results_by_layer_are_a_row_for_each_metric_and_internal_tasks_are_none(
 
     listed = avss("ls", "evaluations", "-w", tmp_path, "--format", "json")
     assert listed.exit_code == 0, listed.stderr
-    columns = ("task", "metric", "drop", "rounding", "layers", "value")
-    rows = [tuple(json.loads(line)[name] for name in columns) for line in listed.stdout.splitlines()]
-    assert rows == [
+    cells = itemgetter("task", "metric", "drop", "rounding", "layers", "value")
+    rows = [json.loads(line) for line in listed.stdout.splitlines()]
+    assert [cells(row) for row in rows] == [
         ("perplexity:a.txt", "loss", [], None, None, 2.5),
         ("perplexity:a.txt", "loss", ["1"], None, None, 3.0),
         ("rounding:a.txt", "predicted", [], "int4", 3, None),

@@ -71,9 +71,12 @@ def write_table(rows: Iterable[Row]) -> None:
 
 def counts(rows: Iterable[Row]) -> Counter[tuple[str, str]]:
     """By kind, how many families are ``known`` to transformers, ``built`` here, and have each capability."""
-    return Counter(
-        (row.kind, name) for row in rows for name in ("known", "built", *CAPABILITIES) if getattr(row, name, YES) == YES
-    )
+    numbers: Counter[tuple[str, str]] = Counter()
+    for row in rows:
+        for name in ("known", "built", *CAPABILITIES):
+            if getattr(row, name, YES) == YES:
+                numbers[row.kind, name] += 1
+    return numbers
 
 
 def families_markdown(rows: Iterable[Row]) -> str:
@@ -163,7 +166,8 @@ def score(model: Any) -> tuple[str, ...]:
     assert len(block) == len(layers)
     assert all(np.isfinite(r["avss_smoothed"]) for r in block)
     assert sorted(r["rank"] for r in block) == list(range(1, len(layers) + 1))
-    return tuple(site for site in SITES if any(site == found for _, found in stats))
+    observed = {site for _, site in stats}
+    return tuple(site for site in SITES if site in observed)
 
 
 def observe_twice(backbone: Backbone, run: Callable, input_ids: torch.Tensor) -> dict:

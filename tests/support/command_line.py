@@ -23,7 +23,10 @@ def commands() -> dict[str, Any]:
 
 def as_words(options: Mapping[str, object]) -> list[str]:
     """Return options of the Python interface as words of a command line: ``batch_size=4`` is ``--batch-size 4``."""
-    return [word for name, value in options.items() for word in (f"--{name.replace('_', '-')}", str(value))]
+    words = []
+    for name, value in options.items():
+        words += [f"--{name.replace('_', '-')}", str(value)]
+    return words
 
 
 def avss(*args: object) -> Any:

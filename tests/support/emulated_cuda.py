@@ -33,21 +33,21 @@ def libraries() -> Mapping[torch.dtype, Any]:
     folder = Path(tempfile.gettempdir()) / f"emulated_cuda_{hashlib.sha256(everything.encode()).hexdigest()[:16]}"
     if not folder.is_dir():
         with tempfile.TemporaryDirectory() as other:
-            made = Path(other) / "made"
-            made.mkdir()
-            (made / "kernels.cpp").write_text("\n".join(parts), encoding="utf-8")
+            compiled = Path(other) / "made"
+            compiled.mkdir()
+            (compiled / "kernels.cpp").write_text("\n".join(parts), encoding="utf-8")
             with ThreadPoolExecutor(2) as pool:
-                list(pool.map(lambda dtype: _compile(made, dtype), NUMBERS))
+                list(pool.map(lambda dtype: _compile(compiled, dtype), NUMBERS))
             if not folder.is_dir():
-                shutil.copytree(made, folder, dirs_exist_ok=True)
+                shutil.copytree(compiled, folder, dirs_exist_ok=True)
     return {dtype: _library(folder / f"{NUMBERS[dtype]}.so") for dtype in NUMBERS}
 
 
 def _compile(folder: Path, dtype: torch.dtype) -> None:
     low, span = window(dtype, SHARED)
     defines = (f"-DDTYPE={NUMBERS[dtype]}", f"-DLOW={low}u", f"-DSPAN={span}u", f"-I{HERE}")
-    made = str(folder / f"{NUMBERS[dtype]}.so")
-    subprocess.run([str(COMPILER), *OPTIONS, *defines, str(folder / "kernels.cpp"), "-o", made], check=True)
+    library = str(folder / f"{NUMBERS[dtype]}.so")
+    subprocess.run([str(COMPILER), *OPTIONS, *defines, str(folder / "kernels.cpp"), "-o", library], check=True)
 
 
 def _library(file: Path) -> Any:

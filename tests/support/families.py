@@ -72,7 +72,9 @@ _GENERIC: dict[int | float | bool, str] = {
     "shared_experts_intermediate_size moe_shared_expert_intermediate_size expert_ffn_hidden_size intra_bottleneck_size "
     "image_size crop_size audio_chunk_size",
 }
-_VALUES: dict[str, Any] = {name: value for value, names in _GENERIC.items() for name in names.split()}
+_VALUES: dict[str, Any] = {}
+for _value, _names in _GENERIC.items():
+    _VALUES |= dict.fromkeys(_names.split(), _value)
 
 # Attribute values that one family needs to build or run at this size.
 _HYBRID: dict[str, Any] = {"layer_types": ["linear_attention", "full_attention", "linear_attention"]}
@@ -158,7 +160,10 @@ _OVERRIDES: dict[str, dict[str, Any]] = {
 
 def model_types(*kinds: str) -> list[tuple[str, str]]:
     """Every (kind, model_type) that the auto classes of some kinds, or of all, know, sorted."""
-    return sorted((kind, name) for kind in kinds or _FAMILIES for name in _FAMILIES[kind])
+    types = []
+    for kind in kinds or _FAMILIES:
+        types += [(kind, name) for name in _FAMILIES[kind]]
+    return sorted(types)
 
 
 def tiny_config(model_type: str, *, overrides: bool = True) -> PretrainedConfig:
@@ -206,21 +211,20 @@ def _parts(config_class: type[PretrainedConfig]) -> dict[str, type[PretrainedCon
     """The classes of the nested configs: the declared ones, or the default's class where AutoConfig is declared."""
     declared = {name: part for name, part in config_class.sub_configs.items() if getattr(part, "model_type", "")}
     try:
-        found = {
-            name: type(value) for name, value in vars(config_class()).items() if isinstance(value, PretrainedConfig)
-        }
+        defaults = vars(config_class())
     except Exception:  # the class's own defaults do not build (gemma4_assistant)
-        found = {}
-    return found | declared
+        return declared
+    return {name: type(value) for name, value in defaults.items() if isinstance(value, PretrainedConfig)} | declared
 
 
 def _special_ids(names: Any) -> dict[str, int]:
     """Ids inside the vocabulary for every token id attribute: pad 0, bos 1, eos 2, the others from 3 on."""
     known = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2, "decoder_start_token_id": 1}
     others = [name for name in names if name.endswith(("_token_id", "_token_index")) and name not in known]
-    return {name: value for name, value in known.items() if name in names} | {
-        name: 3 + index % 6 for index, name in enumerate(others)
-    }
+    ids = {name: value for name, value in known.items() if name in names}
+    for index, name in enumerate(others):
+        ids[name] = 3 + index % 6
+    return ids
 
 
 def lively(model: Any) -> Any:

@@ -98,7 +98,13 @@ def _changed(draw: Any, value: Any) -> Any:
         if kind == "add":
             return value | {draw(texts()): draw(values())}
         if kind == "rename":
-            return {(draw(texts()) if k == key else k): v for k, v in value.items()}
+            renamed = {}
+            for name, content in value.items():
+                if name == key:
+                    renamed[draw(texts())] = content
+                else:
+                    renamed[name] = content
+            return renamed
         return value | {key: _changed(draw, value[key])}
     if isinstance(value, list) and value and draw(st.booleans()):
         i = draw(st.integers(0, len(value) - 1))
@@ -113,14 +119,18 @@ def damaged_bytes(draw: Any, data: bytes) -> bytes:
     """Bytes with a few flipped, cut off, repeated or inserted, most often near the beginning."""
     changed = bytearray(data)
     for _ in range(draw(st.integers(1, 3))):
-        at = draw(st.integers(0, max(0, len(changed) - 1)) | st.integers(0, min(400, max(0, len(changed) - 1))))
+        last = max(0, len(changed) - 1)
+        at = draw(st.integers(0, last) | st.integers(0, min(400, last)))
         kind = draw(st.sampled_from(["flip", "byte", "cut", "insert", "number"]))
         if kind == "cut":
             del changed[at:]
         elif kind == "insert":
             changed[at:at] = draw(st.binary(max_size=16))
         elif kind == "number":
-            changed[at : at + 8] = draw(st.sampled_from([0, 1, 2**31, 2**32, 2**63, 2**64 - 1])).to_bytes(8, "little")
+            number = draw(st.sampled_from([0, 1, 2**31, 2**32, 2**63, 2**64 - 1]))
+            changed[at : at + 8] = number.to_bytes(8, "little")
+        elif changed[at:] and kind == "flip":
+            changed[at] ^= 1 << draw(st.integers(0, 7))
         elif changed[at:]:
-            changed[at] = changed[at] ^ (1 << draw(st.integers(0, 7))) if kind == "flip" else draw(st.integers(0, 255))
+            changed[at] = draw(st.integers(0, 255))
     return bytes(changed)

@@ -60,31 +60,34 @@ def oracle_stats(
     elements = x[mask].ravel()
     finite = elements[np.isfinite(elements)]
     sizes = np.abs(finite)
-    found: dict[str, Any] = {
+    fields: dict[str, Any] = {
         "near_zero": np.array([(sizes < t).sum() for t in thresholds], np.int64),
         "count": finite.size,
         "zero_count": int((finite == 0).sum()),
         "nonfinite_count": elements.size - finite.size,
         "histogram": np.bincount(oracle_bins(sizes), minlength=HISTOGRAM_BINS),
     }
-    values, found["abs_value_count"] = np.unique(sizes if by == "value" else oracle_cuts(sizes), return_counts=True)
-    found |= {"abs_value": values.astype(np.float32), "abs_value_cut": by == "cut"}
+    values, fields["abs_value_count"] = np.unique(sizes if by == "value" else oracle_cuts(sizes), return_counts=True)
+    fields |= {"abs_value": values.astype(np.float32), "abs_value_cut": by == "cut"}
     if finite.size:
-        found |= {"mean": finite.mean(), "m2": ((finite - finite.mean()) ** 2).sum()}
-        found |= {"min": finite.min(), "max": finite.max(), "max_abs": sizes.max()}
-    whole = [rows[valid] for rows, valid in zip(x, mask, strict=True) if valid.any() and np.isfinite(rows[valid]).all()]
-    found["sequence_count"] = len(whole)
+        fields |= {"mean": finite.mean(), "m2": ((finite - finite.mean()) ** 2).sum()}
+        fields |= {"min": finite.min(), "max": finite.max(), "max_abs": sizes.max()}
+    whole = []
+    for rows, valid in zip(x, mask, strict=True):
+        if valid.any() and np.isfinite(rows[valid]).all():
+            whole.append(rows[valid])
+    fields["sequence_count"] = len(whole)
     if x.shape[2] > 1:  # one unit has no variance over units
-        found["pooled_variance_sum"] = sum(float(rows.mean(0).var(ddof=1)) for rows in whole)
+        fields["pooled_variance_sum"] = sum(float(rows.mean(0).var(ddof=1)) for rows in whole)
     if units:
         tokens = x[mask & np.isfinite(x).all(-1)]
-        found |= {"unit_count": len(tokens), "unit_sum": tokens.sum(0), "unit_sum_sq": (tokens**2).sum(0)}
+        fields |= {"unit_count": len(tokens), "unit_sum": tokens.sum(0), "unit_sum_sq": (tokens**2).sum(0)}
     if before is not None:
-        kept = mask & np.isfinite(before).all(-1) & np.isfinite(x).all(-1)
-        found |= _oracle_geometry(before[kept], x[kept])
+        is_finite = mask & np.isfinite(before).all(-1) & np.isfinite(x).all(-1)
+        fields |= _oracle_geometry(before[is_finite], x[is_finite])
     if first_tokens:
-        found |= _oracle_first_tokens(x, mask)
-    return LayerStats(thresholds=thresholds, **found)
+        fields |= _oracle_first_tokens(x, mask)
+    return LayerStats(thresholds=thresholds, **fields)
 
 
 def _oracle_first_tokens(x: Float64, mask: NDArray[np.bool_]) -> dict[str, Any]:
@@ -97,16 +100,17 @@ def _oracle_first_tokens(x: Float64, mask: NDArray[np.bool_]) -> dict[str, Any]:
 
 
 def _oracle_geometry(before: Float64, after: Float64) -> dict[str, Any]:
-    sizes = np.linalg.norm(before, axis=1), np.linalg.norm(after, axis=1)
-    kept = (sizes[0] > 0) & (sizes[1] > 0)
-    before_size = sizes[0][kept]
-    after_size = sizes[1][kept]
-    cosine = np.clip((before[kept] * after[kept]).sum(1) / (before_size * after_size), -1, 1)
+    before_size = np.linalg.norm(before, axis=1)
+    after_size = np.linalg.norm(after, axis=1)
+    is_nonzero = (before_size > 0) & (after_size > 0)
+    before_size = before_size[is_nonzero]
+    after_size = after_size[is_nonzero]
+    cosine = np.clip((before[is_nonzero] * after[is_nonzero]).sum(1) / (before_size * after_size), -1, 1)
     return {
-        "token_count": int(kept.sum()),
+        "token_count": int(is_nonzero.sum()),
         "cosine_sum": cosine.sum(),
         "angular_sum": (np.arccos(cosine) / np.pi).sum(),
-        "relative_magnitude_sum": (np.linalg.norm((after - before)[kept], axis=1) / before_size).sum(),
+        "relative_magnitude_sum": (np.linalg.norm((after - before)[is_nonzero], axis=1) / before_size).sum(),
         "input_count": before.size,
         "input_mean": before.mean() if before.size else 0.0,
         "input_m2": ((before - before.mean()) ** 2).sum() if before.size else 0.0,
@@ -136,10 +140,12 @@ def assert_close(actual: LayerStats, expected: LayerStats, rtol: float = 1e-12, 
         got = np.asarray(getattr(actual, name))
         want = np.asarray(getattr(expected, name))
         if name in roots:  # sums of squares of differences: as deviations, beside the size of what was subtracted
-            got, want = np.sqrt(got), np.sqrt(want)
+            got = np.sqrt(got)
+            want = np.sqrt(want)
             slack[name] = 1e-14 * roots[name] * np.sqrt(max(expected.count, expected.input_count, 1))
         assert got.shape == want.shape, name
-        assert (np.abs(got - want) <= rtol * np.abs(want) + slack.get(name, 0.0)).all(), (name, got, want)
+        limit = rtol * np.abs(want) + slack.get(name, 0.0)
+        assert (np.abs(got - want) <= limit).all(), (name, got, want)
 
 
 def assert_same_result(actual: ShardResult, expected: ShardResult) -> None:

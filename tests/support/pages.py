@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from datetime import UTC, datetime, timedelta
+from itertools import combinations
 from pathlib import Path
 from typing import Any
 
@@ -31,22 +32,26 @@ def measured(
     rng = np.random.default_rng(seed)
     mask = np.ones(SHAPE, bool)
     grid = np.array(THRESHOLDS)
-    found = []
+    stats_of_shards = []
     for _ in range(shards):
         x = rng.normal(size=(*SHAPE, UNITS))
         stats = {}
         for layer in range(layers):
-            update = rng.normal(scale=0.1 + 0.1 * rng.random() + (layer == layers // 2), size=x.shape) * (
-                layer != still
-            )
-            before, x = x, x + update
+            scale = 0.1 + 0.1 * rng.random()
+            if layer == layers // 2:
+                scale += 1
+            update = rng.normal(scale=scale, size=x.shape)
+            if layer == still:
+                update = update * 0.0
+            before = x
+            x = before + update
             stats[layer, "block"] = oracle_stats(x, mask, grid, units=True, before=before)
             stats[layer, "update"] = oracle_stats(update, mask, grid, units=True)
             stats[layer, "attention"] = oracle_stats(update * rng.random(x.shape), mask, grid)
             stats[layer, "mlp"] = oracle_stats(update * rng.random(x.shape) ** 3, mask, grid)
             stats[layer, "neuron"] = oracle_stats(np.maximum(update, 0), mask, grid)
-        found.append({key: state for key, state in stats.items() if key[1] in sites})
-    return found
+        stats_of_shards.append({key: state for key, state in stats.items() if key[1] in sites})
+    return stats_of_shards
 
 
 ABOUT: dict[str, Any] = {
@@ -84,58 +89,29 @@ def write_removals(warehouse: Warehouse, run_id: str, revision: str, layers: int
     store = Store(warehouse.root)
     rng = np.random.default_rng(5)
     common = {"created_at": datetime(2026, 1, 3, tzinfo=UTC), "settings": "{}", "num_samples": 4, "stderr": 0.0}
-    common |= {"layer": None, "patch": None, "versions": {}, "seconds": 1.0}
-    blocks = [tuple(range(i, j)) for i in range(layers) for j in range(i + 1, layers + 1)]
-    rows = [
-        {
-            "task": "damage:a.txt",
-            "metric": "block_distance",
-            "drop": [*block],
-            "drop_parts": [],
-            "layer": block[0],
-            "value": value,
-        }
-        for block, value in zip(blocks, rng.random(len(blocks)).tolist(), strict=True)
+    common |= {"layer": None, "patch": None, "drop_parts": [], "versions": {}, "seconds": 1.0}
+    damage = []
+    for start, stop in combinations(range(layers + 1), 2):
+        place = {"drop": [*range(start, stop)], "layer": start}
+        damage.append({"task": "damage:a.txt", "metric": "block_distance", **place, "value": rng.random()})
+    loss = {"task": "ablation:a.txt", "metric": "loss"}
+    losses = [{**loss, "drop": [], "value": 3.0}]
+    for layer in range(layers):
+        losses.append({**loss, "drop": [layer], "layer": layer, "value": 3.0 + 0.1 * layer})
+    fit = {"task": "repair:refit:a.txt", "metric": "missing", "value": 0.1}
+    fits = [{**fit, "drop": [2], "patch": "hash1"}, {**fit, "drop": [1, 2], "patch": "hash2"}]
+    held_out = {"task": "perplexity:texts/a.txt", "metric": "loss"}
+    evaluated = [
+        {**held_out, "drop": [], "value": 3.0},
+        {**held_out, "drop": [2], "value": 3.2},
+        {**held_out, "drop": [1], "value": 3.3},
+        {**held_out, "drop": [1, 2], "value": 3.5},
+        {**held_out, "drop": [2], "patch": "hash1", "value": 3.02},
+        {**held_out, "drop": [1, 2], "patch": "hash2", "value": 3.1},
     ]
-    losses = [
-        {
-            "task": "ablation:a.txt",
-            "metric": "loss",
-            "drop": drop,
-            "drop_parts": [],
-            "layer": drop[0] if drop else None,
-            "value": 3.0 + rise,
-        }
-        for drop, rise in (([], 0.0), *(([layer], 0.1 * layer) for layer in range(layers)))
-    ]
-    fits = [
-        {
-            "task": "repair:refit:a.txt",
-            "metric": "missing",
-            "drop": drop,
-            "drop_parts": [],
-            "patch": f"hash{len(drop)}",
-            "value": 0.1,
-        }
-        for drop in ([2], [1, 2])
-    ]
-    kept = [
-        {
-            "task": "perplexity:texts/a.txt",
-            "metric": "loss",
-            "drop": drop,
-            "drop_parts": [],
-            "patch": patch,
-            "value": 3.0 + rise,
-        }
-        for drop, patch, rise in (
-            *(([], None, 0.0), ([2], None, 0.2), ([1], None, 0.3), ([1, 2], None, 0.5)),
-            *(([2], "hash1", 0.02), ([1, 2], "hash2", 0.1)),
-        )
-    ]
-    for name, some in (("damage", rows), ("losses", losses), ("fits", fits), ("kept", kept)):
-        of = RunIdentity(run_id=f"{run_id}-{name}", model="org/alpha", revision=revision, family="llama")
-        store.write_rows("evaluations", of, [common | row for row in some])
+    for name, rows in (("damage", damage), ("losses", losses), ("fits", fits), ("kept", evaluated)):
+        identity = RunIdentity(run_id=f"{run_id}-{name}", model="org/alpha", revision=revision, family="llama")
+        store.write_rows("evaluations", identity, [common | row for row in rows])
 
 
 def write_failed(warehouse: Warehouse, name: str, error: str) -> str:
@@ -158,9 +134,11 @@ def write_many(root: Path, runs: int, layers: int) -> Warehouse:
         scores = []
         for row in rows:
             scale = factors[row["layer"], SITES.index(row["site"])]
-            scores.append(
-                row | {name: row[name] and row[name] * f for name, f in zip(scaled, scale.tolist(), strict=True)}
-            )
+            changed = {}
+            for name, factor in zip(scaled, scale.tolist(), strict=True):
+                if row[name]:
+                    changed[name] = row[name] * factor
+            scores.append(row | changed)
         about = run_row(f"model-{run:02d}-0123456789", num_layers=layers, **ABOUT)
         Store(root).write_rows("scores", identity_of(about), scores)
         Store(root).write_run(about)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -23,12 +24,14 @@ from avss_dist.warehouse.store import Store
 
 def run_spec(model: Path, *, corpus: str = "builtin:pydoc", **options: Any) -> RunSpec:
     """Return the specification of a run with options of `avss_dist.score`."""
-    settings, execution = (
-        cls(**{field.name: options[field.name] for field in fields(cls) if field.name in options})
-        for cls in (Settings, Execution)
-    )
+    settings = Settings(**_options_of(Settings, options))
+    execution = Execution(**_options_of(Execution, options))
     name = str(model)
     return RunSpec(model=name, corpus=corpus, settings=settings, execution=execution, title=name, name=name)
+
+
+def _options_of(section: type[Settings] | type[Execution], options: Mapping[str, Any]) -> dict[str, Any]:
+    return {field.name: options[field.name] for field in fields(section) if field.name in options}
 
 
 def plan(model: Path, warehouse: Path, **options: Any) -> PlannedRun:

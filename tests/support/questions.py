@@ -123,18 +123,18 @@ def generated(model: LanguageModel) -> torch.Tensor:
     """[1, tokens]: a greedy continuation without a layer, with a cache and without one."""
     ids = torch.arange(10, 16, device=model.device)[None]
     with model.without((1,)):
-        found: torch.Tensor = model.generate(inputs=ids, max_new_tokens=4, do_sample=False, use_cache=False)
-        assert torch.equal(model.generate(inputs=ids, max_new_tokens=4, do_sample=False), found)
-    return found.cpu()
+        continuation: torch.Tensor = model.generate(inputs=ids, max_new_tokens=4, do_sample=False, use_cache=False)
+        assert torch.equal(model.generate(inputs=ids, max_new_tokens=4, do_sample=False), continuation)
+    return continuation.cpu()
 
 
-def assert_same(found: dict[str, list[MetricRow]], expected: dict[str, list[MetricRow]], rtol: float = 0.0) -> None:
+def assert_same(actual: dict[str, list[MetricRow]], expected: dict[str, list[MetricRow]], rtol: float = 0.0) -> None:
     """The same rows, their samples to the bit, or so near relative to the largest."""
-    assert found.keys() == expected.keys()
+    assert actual.keys() == expected.keys()
     for name, rows in expected.items():
         key = [(row.metric, row.removed, row.rounding, row.layer) for row in rows]
-        assert [(row.metric, row.removed, row.rounding, row.layer) for row in found[name]] == key, name
-        for row, wanted in zip(found[name], rows, strict=True):
+        assert [(row.metric, row.removed, row.rounding, row.layer) for row in actual[name]] == key, name
+        for row, wanted in zip(actual[name], rows, strict=True):
             assert np.array_equal(row.weights, wanted.weights), name
             size = float(np.abs(wanted.samples).max(initial=0.0))
             near = 100 * rtol if row.metric == "entropy" else rtol  # its sums are of float32

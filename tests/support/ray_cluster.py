@@ -106,11 +106,17 @@ class Cluster:
 
     def workers(self) -> list[psutil.Process]:
         """The processes of all `runs.ray.worker.Worker`."""
-        return [process for node in self.nodes for process in children(node, "ray::Worker")]
+        processes = []
+        for node in self.nodes:
+            processes += children(node, "ray::Worker")
+        return processes
 
     def services(self, name: str) -> list[psutil.Process]:
         """Every ``raylet``, or the ``gcs_server``, that runs."""
-        return [process for node in self.nodes for process in _running(node, name)]
+        processes = []
+        for node in self.nodes:
+            processes += _running(node, name)
+        return processes
 
     def stop(self) -> None:
         """Kill all of it."""
@@ -127,13 +133,16 @@ def _running(node: Any, name: str) -> list[psutil.Process]:
 
 def children(node: Any, name: str) -> list[psutil.Process]:
     """The processes that a node's raylet started, by the beginning of their names; the oldest first."""
-    found = []
+    started = []
     with suppress(psutil.NoSuchProcess):
-        for child in [child for raylet in _running(node, "raylet") for child in raylet.children()]:
+        candidates: list[psutil.Process] = []
+        for raylet in _running(node, "raylet"):
+            candidates += raylet.children()
+        for child in candidates:
             with suppress(psutil.NoSuchProcess):
                 if child.name().startswith(name) and child.status() != psutil.STATUS_ZOMBIE:
-                    found.append(child)
-    return sorted(found, key=lambda child: child.pid)
+                    started.append(child)
+    return sorted(started, key=lambda child: child.pid)
 
 
 def _has_agent(node: Any) -> bool:

@@ -116,9 +116,10 @@ class SimulatedGang:
         self._worked = clock = self.cluster.clock
         if self.frozen == math.inf:
             self.placed.due = clock
-        for call in [call for calls in self._calls for call in calls]:  # a task is given before there is a place
-            call.begins = clock
-            call.ends = clock + UNIT_SECONDS
+        for calls in self._calls:
+            for call in calls:  # a task is given before there is a place
+                call.begins = clock
+                call.ends = clock + UNIT_SECONDS
 
     def open(self, spec: ReplicaSpec) -> list[Reference]:
         self.opened.append(spec)
@@ -336,7 +337,10 @@ class SimulatedCluster:
                     free[node] -= 1
         for gang in self.working:
             if not gang.is_placed:
-                nodes = [node for node, slots in free.items() for _ in range(slots)][: len(gang.names)]
+                slots: list[Node] = []
+                for node, number in free.items():
+                    slots += [node] * number
+                nodes = slots[: len(gang.names)]
                 if len(nodes) == len(gang.names):
                     gang.place(nodes)
                     for node in nodes:
@@ -363,7 +367,10 @@ class SimulatedCluster:
     def signs(self) -> dict[str, Sign] | None:
         if not self.has_monitor:
             return None
-        return {name: sign for gang in self.working for name, sign in gang.signs().items()}
+        signs: dict[str, Sign] = {}
+        for gang in self.working:
+            signs |= gang.signs()
+        return signs
 
     def events(self, worker: str) -> list[Any]:
         return self.told.pop(worker, [])

@@ -33,7 +33,9 @@ def stub() -> str:
     """Return the stub file."""
     public = {name: getattr(avss_dist, name) for name in sorted(avss_dist.__all__) if name != "__version__"}
     functions = {name: value for name, value in public.items() if _takes_keywords(value)}
-    definitions = [line for name, function in functions.items() for line in _definition(name, function)]
+    definitions: list[str] = []
+    for name, function in functions.items():
+        definitions += _definition(name, function)
     others = {name: value for name, value in public.items() if name not in functions}
     exported = [_import(value.__module__, name, exported=True) for name, value in others.items()]
     named = {*re.findall(r"\w+", "\n".join(definitions))}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import pyarrow as pa
 import pyarrow.parquet as pq
 
 MEASURED = ("layer_stats", "scores", "stratum_stats")
@@ -37,10 +38,18 @@ def assert_same_evaluations(actual: Path, expected: Path) -> None:
     files = _files(expected, *EVALUATED)
     assert files == _files(actual, *EVALUATED)
     for file in files:
-        tables = [pq.ParquetFile(warehouse / file).read() for warehouse in (actual, expected)]
-        ours, theirs = (table.drop_columns(sorted(CIRCUMSTANCES.intersection(table.schema.names))) for table in tables)
+        ours = _without_circumstances(actual / file)
+        theirs = _without_circumstances(expected / file)
         assert ours.equals(theirs), file
 
 
+def _without_circumstances(file: Path) -> pa.Table:
+    table = pq.ParquetFile(file).read()
+    return table.drop_columns(sorted(CIRCUMSTANCES.intersection(table.schema.names)))
+
+
 def _files(warehouse: Path, *tables: str) -> list[str]:
-    return sorted(str(file.relative_to(warehouse)) for name in tables for file in (warehouse / name).rglob("*.parquet"))
+    files = []
+    for name in tables:
+        files += [str(file.relative_to(warehouse)) for file in (warehouse / name).rglob("*.parquet")]
+    return sorted(files)

@@ -10,10 +10,15 @@ LETTERS = "abcdefghiklmnoprstuvw"
 def sentences(number: int, seed: int, words: int = 12) -> list[str]:
     """Sentences of random words, no two alike."""
     rng = random.Random(seed)
-    return [
-        " ".join("".join(rng.choice(LETTERS) for _ in range(rng.randint(2, 8))) for _ in range(words)) + "."
-        for _ in range(number)
-    ]
+    return [_sentence(rng, words) for _ in range(number)]
+
+
+def _sentence(rng: random.Random, words: int) -> str:
+    return " ".join(_word(rng) for _ in range(words)) + "."
+
+
+def _word(rng: random.Random) -> str:
+    return "".join(rng.choice(LETTERS) for _ in range(rng.randint(2, 8)))
 
 
 TEXT = "\n".join(sentences(60, seed=1))

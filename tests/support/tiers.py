@@ -17,7 +17,11 @@ def nightly(*cases: Any) -> list[Any]:
 
     A case of several arguments is a tuple.
     """
-    return [pytest.param(*(case if isinstance(case, tuple) else (case,)), marks=pytest.mark.nightly) for case in cases]
+    marked = []
+    for case in cases:
+        values = case if isinstance(case, tuple) else (case,)
+        marked.append(pytest.param(*values, marks=pytest.mark.nightly))
+    return marked
 
 
 def all_of(cases: Iterable[Any], default: Iterable[Any]) -> list[Any]:

@@ -113,9 +113,9 @@ def write_profiles(
         for i, score in enumerate(scores):
             place = {"layer": i, "layer_name": f"layers.{i}", "depth": (i + 0.5) / len(scores), "site": site}
             at = {"recipe": recipe, "threshold": threshold, "threshold_kind": "absolute", "quality": "ok"}
-            found = {name: values[i] for name, values in rivals.items()}
+            rival_values = {name: values[i] for name, values in rivals.items()}
             rank = None if np.isnan(ranks[i]) else int(ranks[i])
-            rows.append({**place, **at, "avss_smoothed": score, "rank": rank, "near_zero_count": 500.0, **found})
+            rows.append({**place, **at, "avss_smoothed": score, "rank": rank, "near_zero_count": 500.0, **rival_values})
     store = Store(root)
     store.write_rows("scores", identity_of(row), rows)
     store.write_run({"num_layers": len(scores), **row})
@@ -199,7 +199,7 @@ def stats_of(
     Counted ``by``: see `oracle_stats`.
     """
     mask = np.ones(x.shape[2:4], bool)
-    found: list[Stats] = []
+    stats_of_shards: list[Stats] = []
     for s, shard in enumerate(x):
         stats: Stats = {}
         for i, values in enumerate(shard):
@@ -209,5 +209,5 @@ def stats_of(
                 update = values - before[s, i]
                 stats[i, site] = oracle_stats(values, mask, GRID, units=True, before=before[s, i])
                 stats[i, "update"] = oracle_stats(update, mask, GRID, units=True)
-        found.append(stats)
-    return found
+        stats_of_shards.append(stats)
+    return stats_of_shards

@@ -73,8 +73,10 @@ def warm_server(folder: Path) -> Iterator[None]:
     server = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, start_new_session=True)
     assert server.stdout is not None
     with server.stdout as said:
-        while (line := said.readline()) != READY:  # libraries may print before
+        line = said.readline()
+        while line != READY:  # libraries may print before
             assert line, "the server ended"
+            line = said.readline()
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("AVSS_TEST_WORKERS", str(path))
         yield
@@ -127,7 +129,10 @@ def serve(path: str, process: int) -> None:
         selector.register(ended, selectors.EVENT_READ)
         os.write(1, READY)
         os.dup2(2, 1)  # who reads the former one may end first
-        while (key := selector.select()[0][0]).fileobj != ended:
+        while True:
+            key, _ = selector.select()[0]
+            if key.fileobj == ended:
+                return
             if key.fileobj is not listener:
                 key.data()
                 continue
@@ -157,7 +162,8 @@ def answer(selector: selectors.BaseSelector, launcher: socket.socket) -> None:
     asked = launcher.recv(int.from_bytes(size, "big"), socket.MSG_WAITALL)
     if not asked:
         return
-    if (worker := os.fork()) == 0:
+    worker = os.fork()
+    if worker == 0:
         try:
             become(descriptors, **json.loads(asked))
         except SystemExit as end:
