@@ -135,7 +135,8 @@ def test_a_patch_in_place_is_the_repaired_checkpoint(
         pruned_task = plan_text_task(PlacedModel(checkpoint=less, settings=text, placement=Placement()), TEXT)
         expected = total_losses(executor, pruned_task.cells())
         again = total_losses(executor, task.cells())
-    assert losses[repaired.key] == expected[NO_INTERVENTION.key] != losses[without.key]
+    assert losses[repaired.key] == expected[NO_INTERVENTION.key]
+    assert expected[NO_INTERVENTION.key] != losses[without.key]
     assert again == {NO_INTERVENTION.key: losses[NO_INTERVENTION.key]}
     assert [read_repaired(patch).record] == read_repairs(tmp_path / "less")
 
@@ -150,7 +151,8 @@ def test_a_patch_is_the_same_bytes_and_leaves_no_trace() -> None:
     back, about = decode_patch(data)
     assert about == "about"
     assert back.keys() == patch.keys()
-    assert all(torch.equal(back[key], patch[key]) for key in patch)
+    for key in patch:
+        assert torch.equal(back[key], patch[key])
     with pytest.raises(KeyError), changing(patch_changes(layers, back)):
         assert torch.equal(layers[1].module.get_parameter(path), before + 1)
         raise KeyError
@@ -227,7 +229,8 @@ def test_a_fit_says_how_far_it_is(
     assert [*shares] == [f"Repairing cut {number} of 4" for number in (1, 2, 3, 4)]
     for shares_of_cut in shares.values():
         assert shares_of_cut[0] == 0
-        assert all(0 <= share < 1 for share in shares_of_cut)
+        for share in shares_of_cut:
+            assert 0 <= share < 1
     monkeypatch.setattr(avss_progress, "LOG_SECONDS", -1.0)
     shown = []
     for terminal in (True, False):

@@ -215,7 +215,8 @@ def test_what_is_still_missing_is_given_back_by_later_layers(tmp_path: Path, sav
             with torch.no_grad():
                 errors.append(float((whole(ids).logits - less(ids).logits).norm()))
         assert errors[1] < 0.98 * errors[0]
-        assert not any("not given back" in note for note in done["notes"])
+        for note in done["notes"]:
+            assert "not given back" not in note
     assert [cut.after for cut in read_repairs(out)[0].cuts] == [2, 3, 4]
     assert "Repaired after 2: error" in "\n".join(read_repairs(out)[0].describe())
 
@@ -497,8 +498,10 @@ def test_constant_text_and_units_that_repeat_give_weights_that_are_numbers(
     text = tmp_path / "text.txt"
     text.write_text("again and " * 2000)
     done = prune(str(folder), PLAN, tmp_path / "less", repair=repair_of(by, str(text), **FEW))
-    assert all(cut.error_after <= cut.error_before for cut in done["repair"].cuts)
-    assert all(torch.isfinite(tensor).all() for tensor in load_file(tmp_path / "less" / "model.safetensors").values())
+    for cut in done["repair"].cuts:
+        assert cut.error_after <= cut.error_before
+    for tensor in load_file(tmp_path / "less" / "model.safetensors").values():
+        assert torch.isfinite(tensor).all()
 
 
 @pytest.mark.parametrize("by", ["channel", "refit"])

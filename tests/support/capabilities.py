@@ -164,7 +164,8 @@ def score(model: Any) -> tuple[str, ...]:
     rows = score_run(stats, layers)
     block = [r for r in rows if (r["site"], r["recipe"], r["threshold"]) == ("block", "pooled", 1e-5)]
     assert len(block) == len(layers)
-    assert all(np.isfinite(r["avss_smoothed"]) for r in block)
+    for r in block:
+        assert np.isfinite(r["avss_smoothed"])
     assert sorted(r["rank"] for r in block) == list(range(1, len(layers) + 1))
     observed = {site for _, site in stats}
     return tuple(site for site in SITES if site in observed)
@@ -181,7 +182,9 @@ def observe_twice(backbone: Backbone, run: Callable, input_ids: torch.Tensor) ->
             during = last_hidden(run(input_ids, None))
     stats = merge_strata(observer.strata())
     assert torch.equal(before, during) or not is_deterministic(run, input_ids)
-    assert not any(m._forward_hooks or m._forward_pre_hooks for m in backbone.module.modules())
+    for m in backbone.module.modules():
+        assert not m._forward_hooks
+        assert not m._forward_pre_hooks
     for (_, site), s in stats.items():
         assert s.count + s.nonfinite_count > 0, site
         assert (s.count + s.nonfinite_count) % input_ids.numel() == 0, site

@@ -27,7 +27,8 @@ class NoWaiting(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         name = func.name().removeprefix("aten::")
-        assert not any(f"aten.{op}" in f"aten.{name}" for op in SYNCHRONIZING), f"{name} waits for its result"
+        for op in SYNCHRONIZING:
+            assert f"aten.{op}" not in f"aten.{name}", f"{name} waits for its result"
         out = func(*args, **kwargs or {})
         tensors = [leaf for leaf in tree_leaves((args, kwargs, out)) if isinstance(leaf, torch.Tensor)]
         scalars = all(t.device.type != "cpu" or t.dim() == 0 for t in tensors) and "copy" not in name
