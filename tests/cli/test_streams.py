@@ -211,11 +211,11 @@ def place(tmp_path_factory: pytest.TempPathFactory, tiny_llama: Path) -> Path:
         "created_at": created_at,
         "value": 2.0,
     }
-    store.write_rows("evaluations", run, [about, *({**about, "layer": i, "value": 2.0 + i / 8} for i in range(8))])
+    without_layer = [{**about, "layer": layer, "value": 2.0 + layer / 8} for layer in range(8)]
+    store.write_rows("evaluations", run, [about, *without_layer])
     tried = {**about, "method": f"avss{EVIL}", "share": 0.25, "retention": 0.5, "drop": [1, 2]}
-    store.write_rows(
-        "experiments", run, [tried, {**tried, "method": "whole model", "share": 0.0, "drop": []}], "1" * 20
-    )
+    whole = {**tried, "method": "whole model", "share": 0.0, "drop": []}
+    store.write_rows("experiments", run, [tried, whole], "1" * 20)
     zero = {"sparsity_plan": EVIL, "method": EVIL, "rule": EVIL, "target": 0.5, "layer": 0, "map": EVIL, "by": EVIL}
     zero |= {"site": "neuron", "outputs": 1, "inputs": 2, "value": 0.5, "sparsity": 0.5, "created_at": created_at}
     store.write_rows("sparsity", run, [zero], "2" * 20)

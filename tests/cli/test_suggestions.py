@@ -77,7 +77,8 @@ def test_after_scores_of_two_models(desk: Path) -> None:
     save_tokenizer(desk / "second")
     suggestions = suggested("score", "model", "second", "--corpus", "text.txt", *ROWS)
     follow(suggestions, "show", "compare")
-    follow(suggested(*suggestions[1]), *["findings"] * len(suggested(*suggestions[1])))
+    of_comparison = suggested(*suggestions[1])
+    follow(of_comparison, *["findings"] * len(of_comparison))
 
 
 @pytest.mark.parametrize(

@@ -154,7 +154,9 @@ def test_of_equal_sizes_the_least_damage_is_taken() -> None:
 
 def test_the_same_format_is_the_largest_within_the_budget() -> None:
     bits = np.array([[4.0, 5.0, 8.0], [40.0, 50.0, 80.0]])
-    assert [same_format(bits, budget).tolist() for budget in (44.0, 60.0, 88.0)] == [[0, 0], [1, 1], [2, 2]]
+    assert same_format(bits, 44.0).tolist() == [0, 0]
+    assert same_format(bits, 60.0).tolist() == [1, 1]
+    assert same_format(bits, 88.0).tolist() == [2, 2]
 
 
 def test_maps_are_raised_in_order_as_far_as_there_is_room() -> None:

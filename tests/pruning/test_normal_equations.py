@@ -16,7 +16,9 @@ SIZES = st.tuples(st.integers(1, 40), st.integers(1, 6), st.integers(1, 5), st.i
 
 def data(tokens: int, inputs: int, outputs: int, seed: int) -> tuple[torch.Tensor, torch.Tensor]:
     rng = np.random.default_rng(seed)
-    return torch.from_numpy(rng.normal(size=(tokens, inputs))), torch.from_numpy(rng.normal(size=(tokens, outputs)))
+    x = torch.from_numpy(rng.normal(size=(tokens, inputs)))
+    y = torch.from_numpy(rng.normal(size=(tokens, outputs)))
+    return x, y
 
 
 def close(a: NormalEquations, b: NormalEquations) -> bool:

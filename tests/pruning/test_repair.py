@@ -70,6 +70,11 @@ def repair_of(by: str = "map", *corpora: str, **options: Any) -> Repair:
     return Repair(by=by, corpora=corpora or (TEXT,), settings=Settings(**READ | options))
 
 
+def plan_of(model: object, number: int, *drop: int) -> Plan:
+    """A plan without some layers of a Llama of so many."""
+    return Plan(model=str(model), num_layers=number, layers="layers", drop=drop)
+
+
 def whole_of(model: Any, folder: Path, save: Save) -> tuple[Path, Plan]:
     """A saved model, and a plan without its second layer."""
     layers = open_module(model).layers
@@ -105,7 +110,8 @@ def test_a_repaired_checkpoint_is_the_model_repaired_in_place(
         if ".2." not in name and ".1." not in name and not torch.equal(tensor, before[name]):
             changed.append(name)
     assert changed
-    assert all(".0." in name for name in changed)
+    for tensor_name in changed:
+        assert ".0." in tensor_name
     assert ("lm_head.weight" in stored) == ("lm_head.weight" in before)
     parameters = dict(whole.named_parameters())
     with torch.no_grad(), changing(skips(open_module(whole).layers, {1})):
@@ -115,7 +121,8 @@ def test_a_repaired_checkpoint_is_the_model_repaired_in_place(
         expected = whole(IDS, use_cache=False).logits
         ids = IDS
         for _ in range(3 if by == "refit" else 0):
-            ids = torch.cat([ids, whole(ids, use_cache=False).logits[:, -1:].argmax(-1)], dim=1)
+            following = whole(ids, use_cache=False).logits[:, -1:].argmax(-1)
+            ids = torch.cat([ids, following], dim=1)
     with torch.no_grad():
         repaired = less(IDS, use_cache=False).logits
     assert torch.equal(repaired, expected)
@@ -189,9 +196,9 @@ def test_behind_a_norm_every_token_gets_its_direction(by: str) -> None:
 
 def test_cuts_are_runs_of_removed_layers_and_on_request_all_layers_behind_the_first() -> None:
     """Each with the run of removed layers after it; before the first cut there is nothing to give back."""
-    plan = Plan(model="m", num_layers=12, layers="layers", drop=(0, 1, 4, 6, 7, 11), why={})
+    plan = plan_of("m", 12, 0, 1, 4, 6, 7, 11)
     assert [(cut.after, cut.removed) for cut in find_cuts(plan)] == [(3, (4,)), (5, (6, 7)), (10, (11,))]
-    plan = Plan(model="m", num_layers=10, layers="layers", drop=(2, 5, 6), why={})
+    plan = plan_of("m", 10, 2, 5, 6)
     cuts = [(cut.after, cut.removed, cut.last) for cut in find_cuts(plan, every_layer=True)]
     assert cuts == [(1, (2,), 2), (3, (), 3), (4, (5, 6), 6), (7, (), 7), (8, (), 8), (9, (), 9)]
     first = replace(plan, drop=(0, 1, 5))
@@ -205,7 +212,7 @@ def test_what_is_still_missing_is_given_back_by_later_layers(tmp_path: Path, sav
     text = tokenize_corpus(TEXT, load_tokenizer(resolve(str(folder))), Settings(**READ, skip_sequences=60))
     ids = torch.from_numpy(np.concatenate([shard.input_ids for shard in text.shards])).long()
     for drop in ((1,), (0, 1)):
-        plan = Plan(model=str(folder), num_layers=5, layers="layers", drop=drop, why={})
+        plan = plan_of(folder, 5, *drop)
         errors = []
         for by in ("refit", "refit_all"):
             out = tmp_path / f"{by}{drop}"
@@ -225,7 +232,7 @@ def test_each_cut_sees_the_repairs_before_it(tmp_path: Path, save_checkpoint: Sa
     """The errors of the second cut are those of plain transformers with the first repair alone, and with both."""
     whole = lively(llama(num_hidden_layers=6))
     folder = save_checkpoint(whole, tmp_path / "whole")
-    drops = Plan(model=str(folder), num_layers=6, layers="layers", drop=(1, 4), why={})
+    drops = plan_of(folder, 6, 1, 4)
     second = prune(str(folder), drops, tmp_path / "less", repair=repair_of("refit"))["repair"].cuts[1]
     text = tokenize_corpus(TEXT, load_tokenizer(resolve(str(folder))), Settings(**READ))
     ids = torch.from_numpy(np.concatenate([shard.input_ids for shard in text.shards])).long()[-6:]  # a tenth of 60 rows
@@ -249,7 +256,7 @@ def test_passes_that_begin_at_the_last_cut_change_nothing(
 ) -> None:
     """With room for the streams of all batches, of some, or of none: the same weights to the bit."""
     folder = save_checkpoint(lively(llama(num_hidden_layers=8)), tmp_path / "whole")
-    plan = Plan(model=str(folder), num_layers=8, layers="layers", drop=(1, 3, 6, 7), why={})
+    plan = plan_of(folder, 8, 1, 3, 6, 7)
     some = 2 * MEMORY_SHARE * 3 * 8 * 48 * 32 * 4  # three batches of each model
     written = []
     for name, room in (("all", 1 << 30), ("some", some), ("none", 0)):
@@ -257,7 +264,8 @@ def test_passes_that_begin_at_the_last_cut_change_nothing(
         prune(str(folder), plan, tmp_path / name, repair=repair_of("refit_all"))
         written.append(load_file(tmp_path / name / "model.safetensors"))
     for others in written[1:]:
-        assert all(torch.equal(tensor, others[name]) for name, tensor in written[0].items())
+        for path, tensor in written[0].items():
+            assert torch.equal(tensor, others[path])
 
 
 def assert_streaming_writes_the_same_bytes(folder: Path, plan: Plan, by: str, parent: Path) -> RepairRecord:
@@ -292,14 +300,14 @@ def test_the_ends(tmp_path: Path, save_checkpoint: Save) -> None:
     """The last layers are given back before the final norm; before the first layer nothing can give anything back."""
     model = lively(llama(num_hidden_layers=5))
     folder = save_checkpoint(model, tmp_path / "whole")
-    plan = Plan(model=str(folder), num_layers=5, layers="layers", drop=(0, 1, 3, 4), why={})
+    plan = plan_of(folder, 5, 0, 1, 3, 4)
     done = prune(str(folder), plan, tmp_path / "less", repair=repair_of("refit"))
     (cut,) = done["repair"].cuts
     assert cut.after == 2
     assert cut.removed == (3, 4)
     assert cut.error_after < cut.error_before
     assert done["notes"] == ["Nothing stands before layers 0-1: what they did is not given back."]
-    first = Plan(model=str(folder), num_layers=5, layers="layers", drop=(0, 1), why={})
+    first = plan_of(folder, 5, 0, 1)
     with pytest.raises(PlanError, match="Layers 0-1 are the first"):
         prune(str(folder), first, tmp_path / "first", repair=repair_of())
 
@@ -337,7 +345,8 @@ def test_weights_in_several_files(tmp_path: Path, save_checkpoint: Save) -> None
     index = json.loads((tmp_path / "less-cut" / "model.safetensors.index.json").read_text())
     assert len(several) > 2
     assert set(index["weight_map"]) == set(in_one_file)
-    assert all(torch.equal(several[file][name], in_one_file[name]) for name, file in index["weight_map"].items())
+    for path, file in index["weight_map"].items():
+        assert torch.equal(several[file][path], in_one_file[path])
 
 
 # Refusals
@@ -417,7 +426,7 @@ def test_a_weight_stands_at_the_end_of_a_text_that_is_no_file(tmp_path: Path) ->
 
 
 def test_a_repaired_checkpoint_is_not_evaluated_on_its_text(tiny_llama: Path, tmp_path: Path) -> None:
-    plan = Plan(model=str(tiny_llama), num_layers=3, layers="layers", drop=(1,), why={})
+    plan = plan_of(tiny_llama, 3, 1)
     less = tmp_path / "less"
     text = tmp_path / "text.txt"
     text.write_text("\n".join(f"line {i} of a text that has {i * i} words and {i % 7} ideas" for i in range(400)))
@@ -443,7 +452,7 @@ def test_a_repaired_checkpoint_is_not_evaluated_on_its_text(tiny_llama: Path, tm
 def test_a_second_repair_keeps_the_record_of_the_first(tmp_path: Path, save_checkpoint: Save) -> None:
     folder = save_checkpoint(lively(llama(num_hidden_layers=4)), tmp_path / "whole")
     for number, name in ((4, "once"), (3, "twice")):
-        plan = Plan(model="m", num_layers=number, layers="layers", drop=(2,), why={})
+        plan = plan_of("m", number, 2)
         prune(str(folder), plan, tmp_path / name, repair=repair_of("channel"))
         folder = tmp_path / name
     assert [record.removed for record in read_repairs(folder)] == [(2,), (2,)]
@@ -461,7 +470,7 @@ def test_a_second_repair_keeps_the_record_of_the_first(tmp_path: Path, save_chec
 def test_the_command(tiny_llama: Path, tmp_path: Path) -> None:
     plan = tmp_path / "plan.yaml"
     less = tmp_path / "less"
-    Plan(model=str(tiny_llama), num_layers=3, layers="layers", drop=(1,), why={}).write(plan)
+    plan_of(tiny_llama, 3, 1).write(plan)
     read = ["--max-sequences", 40, "--sequence-length", 48]
     done = succeed("prune", tiny_llama, plan, "-o", less, "--repair-corpora", TEXT, *read)
     assert "Repaired by refit, fitted on builtin:pydoc (1,692 tokens of the first 40 rows)" in done.stdout
@@ -478,7 +487,7 @@ def test_the_command(tiny_llama: Path, tmp_path: Path) -> None:
 # What is hard to repair
 
 
-PLAN = Plan(model="m", num_layers=3, layers="layers", drop=(1,))
+PLAN = plan_of("m", 3, 1)
 FEW: dict[str, Any] = {"max_sequences": 20, "sequence_length": 32}
 
 
