@@ -11,7 +11,7 @@ from typing import Any
 
 import pyarrow as pa
 import pytest
-from support.command_line import commands, succeed
+from support.command_line import commands, json_rows, succeed
 from support.warehouses import activations, stats_of, write_measured
 
 import avss_dist as avss
@@ -197,7 +197,7 @@ def test_a_function_returns_what_the_command_prints(root: str, command: str, key
     printed = succeed(command, *words, "-w", root, "--format", "json", "-q").stdout
     rows = function(command)(warehouse=root, **keywords).table().to_pylist()
     assert rows
-    assert [json.loads(line) for line in printed.splitlines()] == json.loads(json.dumps(rows, default=str))
+    assert json_rows(printed) == json.loads(json.dumps(rows, default=str))
 
 
 def test_files_are_written_by_functions(root: str, tmp_path: Path) -> None:

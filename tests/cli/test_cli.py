@@ -16,7 +16,7 @@ from typing import Any
 import pyarrow.parquet as pq
 import pytest
 from support.checkpoints import LAYERS
-from support.command_line import as_words, avss, commands
+from support.command_line import as_words, avss, commands, json_rows
 from support.warehouses import write_scores
 from typer.testing import CliRunner
 
@@ -351,7 +351,7 @@ def answer(warehouse: Path, query: str, kind: str) -> list[dict[str, Any]]:
     if kind == "csv":
         return [*csv.DictReader(io.StringIO(result.stdout))]
     if kind == "json":
-        return [json.loads(line) for line in result.stdout.splitlines()]
+        return json_rows(result.stdout)
     lines = [line for line in result.stdout.splitlines() if re.search(r"\w", line)]
     names, *values = [re.findall(r"[\w.-]+", line) for line in lines]
     return [dict(zip(names, line, strict=False)) for line in values]

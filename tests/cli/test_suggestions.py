@@ -17,7 +17,7 @@ from typing import Any
 
 import pytest
 from support.checkpoints import llama, save_tokenizer
-from support.command_line import avss, succeed
+from support.command_line import avss, json_rows, succeed
 from support.warehouses import run_row, write_scores
 
 from avss_dist import ablate, plan, score, sparsify
@@ -257,8 +257,7 @@ def test_results_by_layer_are_a_row_for_each_metric_and_internal_tasks_are_none(
     listed = avss("ls", "evaluations", "-w", tmp_path, "--format", "json")
     assert listed.exit_code == 0, listed.stderr
     cells = itemgetter("task", "metric", "drop", "rounding", "layers", "value")
-    rows = [json.loads(line) for line in listed.stdout.splitlines()]
-    assert [cells(row) for row in rows] == [
+    assert [cells(row) for row in json_rows(listed.stdout)] == [
         ("perplexity:a.txt", "loss", [], None, None, 2.5),
         ("perplexity:a.txt", "loss", ["1"], None, None, 3.0),
         ("rounding:a.txt", "predicted", [], "int4", 3, None),

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import csv
 import io
-import json
 import math
 from collections.abc import Callable, Sequence
 from io import StringIO
@@ -18,10 +17,11 @@ import torch
 from rich.console import Console
 from support.causal_lm import SMALL, opened, random_shard
 from support.checkpoints import VOCABULARY, llama
-from support.command_line import as_words, avss, mistake, succeed
+from support.command_line import as_words, avss, json_rows, mistake, succeed
 from support.experiments import cell_times
 from support.families import tiny_model
 from support.quantized import block_fp8
+from support.tables import evaluation_rows
 from support.tiers import all_of
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
@@ -363,7 +363,7 @@ def test_plans_need_the_ablation_and_evaluate_to_its_losses(tiny_llama: Path, tm
     assert increase.value == pytest.approx(loss.value - ablated.whole.value)
     difference = loss.samples / loss.weights - ablated.whole.samples / ablated.whole.weights
     assert increase.stderr == pytest.approx(difference.std(ddof=1) / math.sqrt(len(difference)))
-    rows = rows_of_task(warehouse, f"gradients:{TEXT}")
+    rows = evaluation_rows(warehouse, f"gradients:{TEXT}")
     assert {row["metric"] for row in rows} == {"taylor", "gradient_l1", "gradient_l2", "weight_frobenius"}
     assert {row["num_samples"] for row in rows if row["metric"] == "taylor"} == {6}
 
@@ -380,11 +380,6 @@ def test_workers_give_what_one_process_gives(tiny_llama: Path, tmp_path: Path) -
         )
         printed[name] = done.stdout
     assert printed["one"] == printed["two"]
-
-
-def rows_of_task(warehouse: Path, task: str) -> list[dict[str, Any]]:
-    rows = Warehouse(warehouse).table("evaluations").to_pylist()
-    return [row for row in rows if row["task"] == task]
 
 
 # The command line
@@ -415,7 +410,7 @@ def test_damage_is_kept_and_shown(tiny_llama: Path, tmp_path: Path) -> None:
     done = succeed("ablate", *options)
     for words in ("damage", "predicted", "propagated", "the layer with the lowest damage"):
         assert words in " ".join(done.stdout.split())
-    rows = rows_of_task(warehouse, f"damage:{TEXT}")
+    rows = evaluation_rows(warehouse, f"damage:{TEXT}")
     layers = {(row["metric"], row["layer"]): row for row in rows if not row["drop"]}
     metrics = {metric for metric, _ in layers}
     for name in ("propagated", "propagated_cosine", "taylor", "fisher"):
@@ -423,7 +418,7 @@ def test_damage_is_kept_and_shown(tiny_llama: Path, tmp_path: Path) -> None:
     blocks = {tuple(row["drop"]) for row in rows if row["metric"] == "block_distance"}
     assert blocks == {(0,), (1,), (2,), (0, 1), (1, 2), (0, 1, 2)}
     assert layers["predicted_3", 1]["stderr"] > 0
-    table = [json.loads(line) for line in succeed("ablate", *options, "--format", "json").stdout.splitlines()]
+    table = json_rows(succeed("ablate", *options, "--format", "json").stdout)
     assert [row["predicted_3"] for row in table] == [layers["predicted_3", i]["value"] for i in range(3)]
     assert sum(row["damage"] for row in table) == 6
 
@@ -561,11 +556,10 @@ def test_the_scorecard_compares_with_rounded_layers(measured: Path) -> None:
     for row in rows:
         if row["spearman_loss"] is not None:
             assert -1 <= row["spearman_loss"] <= 1
-    evaluations = store.table("evaluations").to_pylist()
     ranks = []
     for name in ("int4", "q4_0"):
-        of_format = [row for row in evaluations if row["task"] == f"rounded:{name}:{TEXT}" and row["metric"] == "loss"]
-        losses = {row["rounding"]: row["value"] for row in of_format}
+        of_format = evaluation_rows(measured, f"rounded:{name}:{TEXT}")
+        losses = {row["rounding"]: row["value"] for row in of_format if row["metric"] == "loss"}
         ranks.append(np.argsort(np.argsort([losses[f"{name}@{layer}"] for layer in range(4)])))
     assert scores["rounded:q4_0"]["spearman_loss"] == pytest.approx(np.corrcoef(*ranks)[0, 1])
     done = succeed("findings", "--truth", "-w", measured)

@@ -15,7 +15,7 @@ import yaml
 from support.checkpoints import host_limit, llama
 from support.command_line import as_words, avss, files, mistake, succeed
 from support.experiments import cell_times
-from support.tables import assert_same_evaluations
+from support.tables import assert_same_evaluations, evaluation_rows
 from support.texts import SAME, TEXT, sentences
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
@@ -62,12 +62,10 @@ def test_a_plan_is_compared_with_its_whole_model_and_no_cell_is_measured_twice(
         evaluate([str(plan)], tasks=[TASK], warehouse=warehouse, **SMALL)
     (evaluation,) = evaluate([str(plan)], tasks=[TASK], warehouse=warehouse, skip_sequences=12, **SMALL)
     assert evaluation.retained is not None
-    store = Warehouse(warehouse)
-    rows = [row for row in store.table("evaluations").to_pylist() if row["task"] == TASK]
-    assert sorted((row["metric"], len(row["drop"])) for row in rows) == [
-        *(("loss", 0), ("loss", 1), ("perplexity", 0), ("perplexity", 1))
-    ]
+    rows = evaluation_rows(warehouse, TASK)
     value = {(row["metric"], len(row["drop"])): row["value"] for row in rows}
+    assert sorted(value) == [("loss", 0), ("loss", 1), ("perplexity", 0), ("perplexity", 1)]
+    assert len(rows) == 4
     assert evaluation.retained.value == pytest.approx(value["perplexity", 0] / value["perplexity", 1])
     assert evaluation.retained.low <= evaluation.retained.value <= evaluation.retained.high
     before = cell_times(warehouse)
@@ -349,7 +347,8 @@ def test_the_perplexity_of_a_text_is_that_of_transformers(added: str, text: Path
     weights = []
     length = SHORT_ROWS["sequence_length"] - added.startswith("<bos>")
     for row in range(SHORT_ROWS["max_sequences"]):
-        ids = torch.tensor([tokenizer(" ".join(words[row * length : (row + 1) * length]))["input_ids"]])
+        words_of_row = words[row * length : (row + 1) * length]
+        ids = torch.tensor([tokenizer(" ".join(words_of_row))["input_ids"]])
         ids = ids[:, : SHORT_ROWS["sequence_length"]]  # an EOS ends a text, and a row does not
         with torch.no_grad():
             losses.append(float(model(input_ids=ids, labels=ids, use_cache=False).loss))
@@ -407,8 +406,8 @@ def test_a_tokenizer_that_does_not_add_the_bos_that_its_model_expects_is_found_o
     task = f"perplexity:{text}"
     (sentence,) = evaluate([str(folder)], tasks=[task], warehouse=tmp_path / "w", **SHORT_ROWS).findings
     assert "with another start of each row, which it seems to expect" in sentence
-    rows = Warehouse(tmp_path / "w").table("evaluations").to_pylist()
-    losses = {row["metric"]: row["value"] for row in rows if row["task"] == f"{ROW_START}{text}"}
+    rows = evaluation_rows(tmp_path / "w", f"{ROW_START}{text}")
+    losses = {row["metric"]: row["value"] for row in rows}
     assert losses["loss_other_start"] == pytest.approx(np.log(WORDS), rel=1e-3)
     again = succeed("evaluate", folder, "--tasks", task, "-w", tmp_path / "w", *as_words(SHORT_ROWS))
     assert "which it seems to expect" in again.output

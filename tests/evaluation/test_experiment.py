@@ -13,8 +13,10 @@ from typing import Any
 import numpy as np
 import pytest
 from support.checkpoints import VOCABULARY, llama, one_thread
-from support.command_line import avss, mistake, succeed
+from support.command_line import avss, json_rows, mistake, succeed
 from support.experiments import cell_times, comparable, experiment_of, run_job_in
+from support.tables import evaluation_rows
+from support.texts import write_json_lines
 from tasks.test_truthfulqa import QUESTIONS
 
 from avss_dist.analysis.contrast import contrast
@@ -104,10 +106,9 @@ def test_the_reading_of_avss_has_columns_of_its_own(done: Done) -> None:
 
 def test_leave_one_out_drops_the_layers_without_which_the_loss_is_least(done: Done) -> None:
     job, rows = done
-    store = Warehouse(read_job(job).warehouse)
     losses = {}
-    for row in store.table("evaluations").to_pylist():
-        if row["task"] == "ablation:builtin:pydoc" and row["metric"] == "loss" and len(row["drop"]) == 1:
+    for row in evaluation_rows(read_job(job).warehouse, "ablation:builtin:pydoc"):
+        if row["metric"] == "loss" and len(row["drop"]) == 1:
             losses[row["drop"][0]] = row["value"]
     row = row_of_half(rows, "leave one out")
     assert set(row["drop"]) == set(sorted(losses, key=lambda layer: losses[layer])[:3])
@@ -152,7 +153,7 @@ def test_sets_with_sublayers_are_beside_the_point_of_a_score_card(done: Done, tm
     """Scores are of layers: the same card, with such a set in the very evaluation that it reads."""
     store = Warehouse(read_job(done[0]).warehouse)
     copy = Warehouse(shutil.copytree(store.root.full, tmp_path / "w"))
-    (run_id,) = {row["run_id"] for row in store.table("evaluations").to_pylist() if row["task"] == TASK}
+    (run_id,) = {row["run_id"] for row in evaluation_rows(read_job(done[0]).warehouse, TASK)}
     rows = [row for row in copy.table("evaluations").to_pylist() if row["run_id"] == run_id]
     identity = {name: rows[0][name] for name in ("run_id", "model", "revision", "family")}
     whole = next(row for row in rows if not row["drop"] and row["metric"] == "loss")
@@ -183,8 +184,9 @@ def test_the_score_card_has_the_truth(done: Done) -> None:
             assert 0 <= row["misranked"] <= 1
     best = best_readings(cards).to_pylist()
     for site in ("update", "mlp"):
-        mine = [row["spearman_loss"] for row in cards.to_pylist() if row["site"] == site and row["spearman_loss"]]
-        assert [row["spearman_loss"] for row in best if row["site"] == site] == [max(mine)]
+        of_site = [row for row in cards.to_pylist() if row["site"] == site]
+        (best_of_site,) = [row for row in best if row["site"] == site]
+        assert best_of_site["spearman_loss"] == max(row["spearman_loss"] for row in of_site if row["spearman_loss"])
 
 
 def test_the_command_line_tells_the_verdict(done: Done) -> None:
@@ -304,7 +306,7 @@ def questions(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Five questions; the first two are contrasted."""
     file = tmp_path_factory.mktemp("text") / "t.jsonl"
     more = [{**question, "question": f"Again: {question['question']}"} for question in QUESTIONS[:2]]
-    file.write_text("".join(f"{json.dumps(line)}\n" for line in (*more, *QUESTIONS)), encoding="utf-8")
+    write_json_lines(file, [*more, *QUESTIONS])
     return file
 
 
@@ -347,9 +349,8 @@ def test_a_plan_is_not_asked_the_questions_that_its_layers_were_scored_on(
         shown = avss("evaluate", plan, "--tasks", task, "--skip-questions", 2, "--format", "json", *options)
     (same,) = [row for row in rows if (row["method"], row["metric"]) == ("avss", "mc2")]
     values = {}
-    for line in shown.stdout.splitlines():
-        printed = json.loads(line)
-        values[printed["subject"], printed["metric"]] = printed["value"]
+    for row in json_rows(shown.stdout):
+        values[row["subject"], row["metric"]] = row["value"]
     assert values[str(plan), "mc2"] == same["value"]
 
 

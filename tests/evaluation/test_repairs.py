@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import io
-import json
 import re
 from collections import defaultdict
 from collections.abc import Callable, Sequence
@@ -23,6 +22,7 @@ from support.command_line import avss, mistake, succeed
 from support.experiments import cell_times, comparable, experiment_of, run_job_in
 from support.families import lively, tiny_model
 from support.planning import prune
+from support.texts import write_json_lines
 from support.tiers import nightly
 from tasks.test_truthfulqa import QUESTIONS
 
@@ -210,7 +210,8 @@ def test_each_batch_is_of_one_copy(deep: Path, monkeypatch: pytest.MonkeyPatch) 
             assert replica.language_model.reports == (rank == 0)
             taken.append([*replica.language_model.local_indices(7)])
     assert [*chain(*taken)] == [*range(7)]
-    assert all(taken)
+    for batches in taken:
+        assert batches
 
 
 def test_a_fit_says_how_far_it_is(
@@ -313,11 +314,11 @@ def test_a_repaired_checkpoint_is_not_asked_what_it_was_fitted_on(deep: Path, tm
     """Questions, of a file of them; those behind are asked."""
     file = tmp_path / "questions.jsonl"
     plan = tmp_path / "plan.yaml"
-    lines = []
+    questions = []
     for number in range(20):
         question = QUESTIONS[number % 3]
-        lines.append(json.dumps({**question, "question": f"{number}: {question['question']}"}) + "\n")
-    file.write_text("".join(lines), encoding="utf-8")
+        questions.append({**question, "question": f"{number}: {question['question']}"})
+    write_json_lines(file, questions)
     Plan(model=str(deep), num_layers=8, layers="layers", drop=(2,)).write(plan)
     read = ("--sequence-length", 64, "--batch-size", 4, "--dtype", "float32", "--device", "cpu")
     text = ("--repair", "channel", "--repair-corpora", f"truthfulqa:{file}", "--max-sequences", 8)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 from collections.abc import Callable, Mapping
 from datetime import datetime, timedelta
@@ -13,8 +12,9 @@ from typing import Any
 import pytest
 from support.causal_lm import SMALL, opened
 from support.checkpoints import llama
-from support.command_line import as_words, avss, mistake, succeed
+from support.command_line import as_words, avss, json_rows, mistake, succeed
 from support.experiments import cell_times
+from support.tables import evaluation_rows
 
 from avss_dist import ablate
 from avss_dist.core.intervention import (
@@ -183,19 +183,15 @@ def test_sublayers_are_measured_evaluated_and_not_pruned(scored: Scored, model: 
     written.write(plan)
     task = ("--tasks", f"perplexity:{TEXT}", "--skip-sequences", 12, "--warehouse", warehouse, *OPTIONS)
     succeed("evaluate", plan, *task, "--format", "json")
-    assert {stored_removals(row) for row in rows_of(warehouse, f"perplexity:{TEXT}")} == {(), written.drop}
+    assert {stored_removals(row) for row in evaluation_rows(warehouse, f"perplexity:{TEXT}")} == {(), written.drop}
     assert "2 sublayers" in avss("evaluate", plan, *task).stdout
     listed = avss("ls", "plans", "--warehouse", warehouse, "--format", "json")
-    assert ["attention.2", "mlp.0"] in [json.loads(line)["drop"] for line in listed.stdout.splitlines()]
+    assert ["attention.2", "mlp.0"] in [row["drop"] for row in json_rows(listed.stdout)]
     named = Warehouse(warehouse).sql("SELECT DISTINCT drop, drop_parts, removals(drop, drop_parts) AS names FROM cells")
     for row in named.to_pylist():
         assert row["names"] == [*map(str, row["drop"]), *row["drop_parts"]]
     assert "drops attention.2, mlp.0 alone" in mistake("prune", model, plan, "-o", tmp_path / "less")
     assert not (tmp_path / "less").exists()
-
-
-def rows_of(warehouse: Path, task: str) -> list[dict[str, Any]]:
-    return [row for row in Warehouse(warehouse).table("evaluations").to_pylist() if row["task"] == task]
 
 
 @pytest.mark.parametrize(

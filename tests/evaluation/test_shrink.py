@@ -23,7 +23,7 @@ from support.command_line import as_words, avss, mistake, succeed
 from support.experiments import cell_times
 from support.families import tiny_model
 from support.quantized import block_fp8
-from support.texts import sentences
+from support.texts import sentences, write_json_lines
 from support.tiers import nightly
 from tasks.test_truthfulqa import QUESTIONS
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -352,7 +352,8 @@ def test_greedy_goes_by_what_is_lost_after_the_repair(warehouse: Path, deep: Pat
     """
     shrunken = shrunk(deep, tmp_path / "out", by="greedy", repair="channel", warehouse=warehouse)
     why = shrunken.best.plan.why
-    rows = [row for row in Warehouse(warehouse).table("evaluations").to_pylist() if row["run_id"] == why["evaluation"]]
+    evaluations = Warehouse(warehouse).table("evaluations").to_pylist()
+    rows = [row for row in evaluations if row["run_id"] == why["evaluation"]]
     losses = {tuple(row["drop"]): row["value"] for row in rows if row["metric"] == "loss"}
     repaired = {tuple(row["drop"]) for row in rows if row["patch"]}
     assert len(losses) == why["sets"] == 4 + 3
@@ -488,7 +489,7 @@ def test_what_cannot_be_shrunk_is_refused_before_anything_is_scored(
 
 def test_paired_text_has_no_parts(deep: Path, tmp_path: Path) -> None:
     file = tmp_path / "questions.jsonl"
-    file.write_text("".join(f"{json.dumps(line)}\n" for line in QUESTIONS * 5), encoding="utf-8")
+    write_json_lines(file, QUESTIONS * 5)
     for corpora in (("--corpus", f"truthfulqa:{file}"), ("--corpus", TEXT, "--repair-corpora", f"truthfulqa:{file}")):
         done = mistake("shrink", deep, *corpora, "-o", tmp_path / "out", *OPTIONS)
         assert "is paired text" in done

@@ -14,7 +14,7 @@ import torch
 from pruning.test_repair import READ, TEXT, assert_streaming_writes_the_same_bytes, repair_of
 from safetensors.torch import load_file, save_file
 from support.checkpoints import VOCABULARY, one_thread
-from support.command_line import as_words, avss, mistake, succeed
+from support.command_line import as_words, avss, json_rows, mistake, succeed
 from support.families import tiny_config, tiny_model
 from support.planning import prune
 from support.quantized import block_fp8
@@ -308,8 +308,8 @@ def test_useless_experts_are_found_and_taken_out(planted: Planted, tmp_path: Pat
     assert of_reap["dropped"] == ["expert.1.2", "expert.1.5", "expert.2.2", "expert.2.5"]
     assert of_reap["value"] != of_reap["whole"]
     assert of_random["value"] != of_reap["whole"]
-    listed = avss("ls", "plans", "-w", warehouse, "--format", "json").stdout.splitlines()
-    assert ["expert.1.5", "expert.2.5"] in [json.loads(line)["drop"] for line in listed]
+    listed = json_rows(avss("ls", "plans", "-w", warehouse, "--format", "json").stdout)
+    assert ["expert.1.5", "expert.2.5"] in [row["drop"] for row in listed]
     query = "SELECT DISTINCT removals(drop, drop_parts) AS n FROM evaluations WHERE len(drop_parts) = 2"
     names = avss("query", query, "-w", warehouse)
     assert "expert.1.5" in names.stdout, names.stderr
@@ -336,8 +336,7 @@ def test_useless_experts_are_found_and_taken_out(planted: Planted, tmp_path: Pat
 
 
 def perplexity_rows(printed: str) -> list[dict[str, Any]]:
-    rows = [json.loads(line) for line in printed.splitlines()]
-    return [row for row in rows if row["metric"] == "perplexity"]
+    return [row for row in json_rows(printed) if row["metric"] == "perplexity"]
 
 
 @pytest.mark.parametrize(

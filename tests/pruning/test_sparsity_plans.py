@@ -17,6 +17,7 @@ from support.checkpoints import llama
 from support.command_line import as_words, avss, mistake, succeed
 from support.experiments import cell_times
 from support.families import lively, tiny_model
+from support.tables import evaluation_rows
 from support.tiers import nightly
 
 from avss_dist import evaluate, sparsify
@@ -131,7 +132,7 @@ def test_a_plan_is_evaluated_beside_the_dense_model_alone_and_on_top_of_another(
         value[evaluation.subject.label, evaluation.result.metric] = evaluation.result.value
     assert value[str(sparse), "sparsity"] == pytest.approx(0.5, abs=0.05)
     assert len({value[label, "loss"] for label in (str(sparse), str(layers), both)}) == 3
-    rows = [row for row in Warehouse(warehouse).table("evaluations").to_pylist() if row["task"] == task]
+    rows = evaluation_rows(warehouse, task)
     realized = [row for row in rows if row["metric"].startswith("realized:") and not row["drop"]]
     assert len(realized) == 21
     for row in realized:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import json
 import signal
 from collections.abc import Mapping
 from pathlib import Path
@@ -27,6 +28,11 @@ def as_words(options: Mapping[str, object]) -> list[str]:
     for name, value in options.items():
         words += [f"--{name.replace('_', '-')}", str(value)]
     return words
+
+
+def json_rows(printed: str) -> list[dict[str, Any]]:
+    """Return the rows that a command printed with ``--format json``."""
+    return [json.loads(line) for line in printed.splitlines()]
 
 
 def avss(*args: object) -> Any:

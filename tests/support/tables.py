@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
+
+from avss_dist.warehouse.reader import Warehouse
 
 MEASURED = ("layer_stats", "scores", "stratum_stats")
 PARTIALS = ("shard_stats", "row_stats")
@@ -41,6 +44,12 @@ def assert_same_evaluations(actual: Path, expected: Path) -> None:
         ours = _without_circumstances(actual / file)
         theirs = _without_circumstances(expected / file)
         assert ours.equals(theirs), file
+
+
+def evaluation_rows(warehouse: str | Path, task: str) -> list[dict[str, Any]]:
+    """Return the rows of ``evaluations`` of a task."""
+    rows = Warehouse(warehouse).table("evaluations").to_pylist()
+    return [row for row in rows if row["task"] == task]
 
 
 def _without_circumstances(file: Path) -> pa.Table:
