@@ -369,6 +369,7 @@ OPTIONS: dict[str, Any] = {
     "reversed": False,
     "keep_ends": 2,
     "last": False,
+    "keep_pattern": True,
     "leave_one_out": False,
     "search_max_sequences": 8,
     "repairs": ("map",),
