@@ -61,6 +61,7 @@ def complete_output() -> Iterator[None]:
     Raises:
         SystemExit: it cannot be written: code 1 after a message, or code 0 if the reader has closed the pipe.
     """
+    output = _duplicate(sys.stdout)
     try:
         try:
             yield
@@ -73,7 +74,7 @@ def complete_output() -> Iterator[None]:
         # The framework that prints help turns a broken pipe into an exit of its own.
         is_broken_pipe = isinstance(end, BrokenPipeError) or isinstance(end.__context__, BrokenPipeError)
         # A connection to a server breaks with the same error.
-        if not is_broken_pipe or _has_reader(sys.stdout):
+        if not is_broken_pipe or _has_reader(output):
             raise
         raise SystemExit(0) from None
     except OSError as error:
@@ -83,17 +84,29 @@ def complete_output() -> Iterator[None]:
         complain(f"Error: standard output cannot be written: {reason}.")
         raise SystemExit(1) from None
     finally:
+        if output is not None:
+            os.close(output)
         _discard_unwritable(sys.stdout)
         _discard_unwritable(sys.stderr)
 
 
-def _has_reader(stream: TextIO) -> bool:
-    """Whether what is written to a stream still arrives: false of a pipe whose other end is closed."""
-    poll = select.poll()
+def _duplicate(stream: TextIO) -> int | None:
+    """Return another descriptor of what a stream writes to; None if it has none.
+
+    The framework that prints help replaces the stream's own descriptor once its pipe is closed.
+    """
     try:
-        poll.register(stream, 0)
-    except (OSError, ValueError):  # a stream without a descriptor is no pipe
+        return os.dup(stream.fileno())
+    except (OSError, ValueError):
+        return None
+
+
+def _has_reader(descriptor: int | None) -> bool:
+    """Whether what is written to a descriptor still arrives: false of a pipe whose other end is closed."""
+    if descriptor is None:
         return True
+    poll = select.poll()
+    poll.register(descriptor, 0)
     return not any(event & select.POLLERR for _, event in poll.poll(0))
 
 
