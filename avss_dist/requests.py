@@ -144,7 +144,7 @@ Subject = Annotated[Any, check(_model_or_plan, before=True), Accepts(f"str | Pat
 Subjects = Annotated[tuple[Subject, ...], Field(strict=False), Option(argument=True, metavar="SUBJECT")]
 SparsityFile = Annotated[Any, check(_plan, before=True), Accepts("str | Path | SparsityPlan")]
 Criterion = Annotated[str, OneOf(tuple(SCORES | EXPERT_SCORES), accepts=is_own), check(RedactedURI)]
-"""What layers or experts are chosen by: the name of a score, or of a file of people's own scores."""
+"""Criterion by which layers or experts are chosen: the name of a score, or of a file of people's own scores."""
 
 
 @checked

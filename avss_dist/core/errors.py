@@ -8,6 +8,7 @@ import errno
 import re
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 
 _USERINFO = re.compile(  # a bucket has no port, so that digits before a slash are a secret
     r"(?<=s3://)[^\s/?#@:]*:(?=\S)[^@'\"\n]*@|(?<=://)[^\s/?#@:]*:(?=\S)(?!\d+[/?#])[^@'\"\n]*@"
@@ -188,6 +189,20 @@ def as_failure(error: BaseException) -> AvssError:
     failure = RunFailed(f"{type(error).__name__}: {error}", hint)
     failure.__cause__ = error
     return failure
+
+
+@contextmanager
+def explain_damaged_record(file: Path, problem: str, hint: str) -> Iterator[None]:
+    """Raise ModelError in place of an error by which a JSON record beside a checkpoint's weights cannot be read.
+
+    Args:
+        problem: clause of the message: ``is not a valid record of a repair``.
+    """
+    try:
+        yield
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError, ConfigError) as error:
+        why = error.message if isinstance(error, ConfigError) else str(error)
+        raise ModelError(f"{file} {problem}: {why}", hint) from error
 
 
 def own_copy(error: AvssError) -> AvssError:

@@ -11,7 +11,7 @@ from typing import Annotated
 
 from pydantic import Field
 
-from avss_dist.core.errors import ConfigError, ModelError
+from avss_dist.core.errors import explain_damaged_record
 from avss_dist.core.settings import Settings
 from avss_dist.core.text import describe_rows, escape_markdown
 from avss_dist.core.validation import Count, Positive, RedactedText, checked
@@ -182,7 +182,7 @@ def read_record(folder: Path) -> DistillRecord | None:
     file = folder / FILE
     if not file.is_file():
         return None
-    try:
+    with explain_damaged_record(file, "is no record of a distillation", "Copy the checkpoint again."):
         values = json.loads(file.read_text(encoding="utf-8"))
         for part in (values, *values["texts"], *values["curve"]):
             for name in _REMOVED:
@@ -190,9 +190,6 @@ def read_record(folder: Path) -> DistillRecord | None:
         if "skip_sequences" in values:  # where earlier versions had it
             values["reading"]["skip_sequences"] = values.pop("skip_sequences")
         return DistillRecord(**values)
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError, ConfigError) as error:
-        why = error.message if isinstance(error, ConfigError) else str(error)
-        raise ModelError(f"{file} is no record of a distillation: {why}", "Copy the checkpoint again.") from error
 
 
 def write_card(student: Path, folder: Path, record: DistillRecord, evaluated: Sequence[str] = ()) -> None:

@@ -8,6 +8,7 @@ from avss_dist.analysis.experts import require_experts
 from avss_dist.analysis.findings import expert_findings
 from avss_dist.core.errors import ModelError
 from avss_dist.core.values import NewObject, TableRow
+from avss_dist.planning.checkpoints import configured_checkpoint
 from avss_dist.planning.criteria import read_layers
 from avss_dist.planning.evaluated import evaluated_lines
 from avss_dist.plans.choice import choose_experts
@@ -55,10 +56,10 @@ def plan_experts(warehouse: Warehouse, run: TableRow, by: str, share: float, see
 
 def _routing_groups(run: TableRow) -> int:
     """Return the number of groups that routers divide experts into, or 1 if the configuration gives none."""
-    from avss_dist.models.checkpoint.locate import fetch_files, locate, read_config
+    from avss_dist.models.checkpoint.locate import read_config
 
     try:
-        checkpoint = locate(run["model"]) or fetch_files(f"{run['model']}@{run['revision']}", ["config.json"])
+        checkpoint = configured_checkpoint(run)
         config = read_config(checkpoint.folder, checkpoint.name)
     except ModelError:
         return 1

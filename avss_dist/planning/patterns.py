@@ -8,6 +8,7 @@ from avss_dist.core.errors import ModelError
 from avss_dist.core.values import TableRow
 from avss_dist.models.checkpoint.layer_kinds import Rule, rules_of
 from avss_dist.models.checkpoint.layer_settings import may_go_by_place
+from avss_dist.planning.checkpoints import configured_checkpoint
 from avss_dist.plans.pattern import Pattern
 
 
@@ -17,10 +18,10 @@ def rules_of_run(run: TableRow) -> list[Rule]:
     Args:
         run: a row of ``runs``.
     """
-    from avss_dist.models.checkpoint.locate import fetch_files, locate, read_config
+    from avss_dist.models.checkpoint.locate import read_config
 
     try:
-        checkpoint = locate(run["model"]) or fetch_files(f"{run['model']}@{run['revision']}", ["config.json"])
+        checkpoint = configured_checkpoint(run)
         if checkpoint.gguf or not may_go_by_place(read_config(checkpoint.folder, checkpoint.name)):
             return []
         # transformers takes seconds to import, and most models have layers of one kind.

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from math import inf, isnan
 from typing import TYPE_CHECKING
 
-from avss_dist.plans.choice import require_size
+from avss_dist.plans.choice import require_pattern_size
 from avss_dist.plans.criteria import Layers
 from avss_dist.plans.pattern import Pattern
 
@@ -63,7 +63,7 @@ def greedy_search(
         PlanError: no set of so many candidates keeps the pattern.
     """
     if pattern is not None:
-        require_size(pattern, count, candidates)
+        require_pattern_size(pattern, count, candidates)
     chosen: Layers = ()
     steps: list[SearchStep] = []
     num_sets = 0

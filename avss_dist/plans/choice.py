@@ -94,7 +94,7 @@ class Choice:
         """
         number = self.number(num_layers)
         candidates = self.unprotected(num_layers)
-        require_size(pattern, number, candidates)
+        require_pattern_size(pattern, number, candidates)
         if isinstance(values, BlockValues):
             return self._block_in_pattern(values.values, num_layers, pattern)
         scores = values.by_layer(num_layers)
@@ -201,7 +201,7 @@ class Choice:
         return number
 
 
-def require_size(pattern: Pattern, number: int, candidates: Collection[int]) -> None:
+def require_pattern_size(pattern: Pattern, number: int, candidates: Collection[int]) -> None:
     """Raise PlanError if no set of so many layers can be dropped so that the others keep a pattern.
 
     The message has the nearest numbers of layers that can.
@@ -209,9 +209,10 @@ def require_size(pattern: Pattern, number: int, candidates: Collection[int]) -> 
     Args:
         candidates: layers that may be dropped.
     """
-    sizes = pattern.sizes(candidates)
-    if number in sizes:
+    # The numbers that can go take much longer to find than whether one of them can.
+    if pattern.can_complete((), number, candidates):
         return
+    sizes = pattern.sizes(candidates)
     message = f"Without {number} of {len(pattern.kinds)} layers, no set of the others keeps the pattern."
     if not sizes:
         raise PlanError(message, "No other number does: choose without `keep_pattern`, or protect fewer layers.")

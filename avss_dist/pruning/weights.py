@@ -160,8 +160,9 @@ class StoredWeights:
         stored: dict[str, StoredTensor] = {}
         for file in weight_files(checkpoint.folder):
             stored |= {tensor.name: tensor for tensor in tensors_of(file)}
-        model = skeleton(text_config(checkpoint), settings, torch.float32)
-        prefix = _stored_prefix(checkpoint, plan, stored, model)
+        config = text_config(checkpoint)
+        model = skeleton(config, settings, torch.float32)
+        prefix = _stored_prefix(checkpoint, plan, stored, model, num_mtp_layers(config.get_text_config()))
         layers = LayerNames.of_model(model, plan, prefix)
         tensors = _tensors_of_layers(layers, stored, model)
         rows = _rows_of_experts(checkpoint, layers, stored, tensors)
@@ -198,11 +199,14 @@ class StoredWeights:
         return torch.stack([read_tensor(tensor) for tensor in stored])
 
 
-def _stored_prefix(checkpoint: Checkpoint, plan: Plan, names: Iterable[str], model: nn.Module) -> str:
+def _stored_prefix(checkpoint: Checkpoint, plan: Plan, names: Iterable[str], model: nn.Module, num_mtp: int) -> str:
     """Return the name of the layer list in the files. Transformers may rename tensors when it loads them.
 
     It is the only part of names before the index of a layer that stands with the index of every layer. Layers of a head
     that predicts several tokens may stand behind these, as in DeepSeek-V3.
+
+    Args:
+        num_mtp: number of layers of such a head.
 
     Raises:
         PlanError: it is unclear.
@@ -215,7 +219,7 @@ def _stored_prefix(checkpoint: Checkpoint, plan: Plan, names: Iterable[str], mod
             index = match[1]
             for place in re.finditer(rf"\.{index}\.", name):
                 indices[name[: place.start()]].add(int(index))
-    most = plan.num_layers + num_mtp_layers(text_config(checkpoint).get_text_config())
+    most = plan.num_layers + num_mtp
     expected = [set(range(number)) for number in range(plan.num_layers, most + 1)]
     prefixes = [prefix for prefix, layers in indices.items() if layers in expected]
     if len(prefixes) != 1:

@@ -41,7 +41,7 @@ _OTHER_FILES = ("config.json", "generation_config.json", "trainer_state.json", "
 
 @dataclass(frozen=True, kw_only=True)
 class OpenedModel:
-    """What planning knows of the model of a run, of which no weight is loaded.
+    """Model of a run as it is known while it is planned, before a weight is loaded.
 
     Attributes:
         config: configuration of transformers.

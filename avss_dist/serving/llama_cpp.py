@@ -10,8 +10,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-import numpy as np
-
 from avss_dist.core.streams import tracked
 from avss_dist.core.values import JsonObject
 from avss_dist.serving.client import Client
@@ -117,7 +115,7 @@ class LlamaCppServer(Server):
             except (AttributeError, KeyError, IndexError, TypeError, ValueError) as error:
                 raise unexpected(PATH) from error
             positions.append(position)
-        return [Predictions(ids=row.ids, positions=np.array(positions), best=np.array(best), losses=np.array(losses))]
+        return [Predictions.of_scored(row.ids, positions, best, losses)]
 
     def _told(self, prompt: list[int], bias: list[Any]) -> JsonObject | None:
         """Return what the server tells about the token after a prompt, or None if it writes no token."""

@@ -10,7 +10,7 @@ from typing import Annotated
 
 from pydantic import Field
 
-from avss_dist.core.errors import ConfigError, ModelError
+from avss_dist.core.errors import explain_damaged_record
 from avss_dist.core.files import write_file
 from avss_dist.core.text import escape_markdown
 from avss_dist.core.validation import Count, RedactedText, checked
@@ -88,12 +88,9 @@ def read_receipts(folder: Path) -> list[Receipt]:
     file = folder / VERIFIED
     if not file.is_file():
         return []
-    try:
+    with explain_damaged_record(file, "is not a valid record of comparisons", f"Delete {VERIFIED}."):
         content = json.loads(file.read_text(encoding="utf-8"))
         return [Receipt(**values) for values in content["receipts"]]
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError, ConfigError) as error:
-        why = error.message if isinstance(error, ConfigError) else str(error)
-        raise ModelError(f"{file} is not a valid record of comparisons: {why}", f"Delete {VERIFIED}.") from error
 
 
 def write_receipt(folder: Path, receipt: Receipt) -> None:

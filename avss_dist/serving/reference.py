@@ -47,7 +47,7 @@ class Expected:
 
 @dataclass(frozen=True, eq=False, kw_only=True)
 class Reference:
-    """What transformers computes for predictions.
+    """Predictions of transformers for the tokens that a server predicted.
 
     Attributes:
         expected: log-probabilities in float32, by prediction.

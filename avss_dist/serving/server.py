@@ -26,7 +26,7 @@ UNKNOWN = "of unknown version"
 
 @dataclass(frozen=True, kw_only=True)
 class ServerInfo:
-    """What a server says about itself and its model.
+    """Description of a server and its model, by itself.
 
     Attributes:
         runtime: name of the program.
@@ -81,6 +81,11 @@ class Predictions:
     losses: Float64
     until_difference: bool = False
 
+    @classmethod
+    def of_scored(cls, ids: Ids, positions: Sequence[int], best: Sequence[int], losses: Sequence[float]) -> Predictions:
+        """Return the predictions for given tokens, of the same fields as numbers."""
+        return cls(ids=ids, positions=np.array(positions), best=np.array(best), losses=np.array(losses))
+
 
 class Server(ABC):
     """Adapter of one kind of server.
@@ -107,6 +112,38 @@ class Server(ABC):
     @abstractmethod
     def predict(self, row: Row) -> list[Predictions]:
         """Return predictions for a row: one object for all positions, or one for each part that was asked for."""
+
+
+class ListingServer(Server):
+    """A server with the interface of vLLM, which SGLang has, too: models at ``/v1/models``, tokens at ``/tokenize``.
+
+    Args:
+        model: name of the model that the user gave.
+        runtime: name of the program.
+        version: version that the server tells, if it does.
+    """
+
+    can_score = True
+
+    def __init__(self, client: Client, model: str | None, *, runtime: str, version: object) -> None:
+        self._client = client
+        listed = entries(client.probe("/v1/models"), "data")
+        name = served_name([str(entry.get("id")) for entry in listed], model, client.url)
+        self.info = ServerInfo(
+            runtime=runtime,
+            version=str(version or UNKNOWN),
+            model=name,
+            limit=whole_number(entry_named(listed, name).get("max_model_len")),
+        )
+
+    def tokens_of(self, text: str) -> Sequence[int] | None:
+        """Return the tokens as which the server reads a text, or None if it does not tell."""
+        answer = self._client.probe_with(
+            "/tokenize", {"model": self.info.model, "prompt": text, "add_special_tokens": True}
+        )
+        if answer is None:
+            return None
+        return integers(answer.get("tokens"), "/tokenize")
 
 
 def served_name(names: Sequence[str], requested: str | None, url: str) -> str:
@@ -166,14 +203,6 @@ def entry_named(listed: Sequence[JsonObject], name: str) -> JsonObject:
         if entry.get("id") == name:
             return entry
     return {}
-
-
-def tokens_by_interface(client: Client, model: str, text: str) -> list[int] | None:
-    """Return the tokens of a text by ``/tokenize`` as vLLM and SGLang have it, or None if the server lacks it."""
-    answer = client.probe_with("/tokenize", {"model": model, "prompt": text, "add_special_tokens": True})
-    if answer is None:
-        return None
-    return integers(answer.get("tokens"), "/tokenize")
 
 
 def integers(values: Any, path: str) -> list[int]:

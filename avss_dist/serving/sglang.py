@@ -2,25 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
-import numpy as np
-
 from avss_dist.serving.client import Client
-from avss_dist.serving.server import (
-    UNKNOWN,
-    Predictions,
-    Row,
-    Server,
-    ServerInfo,
-    entries,
-    entry_named,
-    require_read_whole,
-    served_name,
-    tokens_by_interface,
-    unexpected,
-    whole_number,
-)
+from avss_dist.serving.server import ListingServer, Predictions, Row, require_read_whole, unexpected
 
 PATH = "/generate"
 GREEDY = {
@@ -39,26 +22,12 @@ GREEDY = {
 """Every parameter of sampling, as a server takes defaults from the checkpoint's ``generation_config.json``."""
 
 
-class SglangServer(Server):
+class SglangServer(ListingServer):
     """A server of SGLang."""
 
-    can_score = True
-
     def __init__(self, client: Client, model: str | None) -> None:
-        self._client = client
-        listed = entries(client.probe("/v1/models"), "data")
-        name = served_name([str(entry.get("id")) for entry in listed], model, client.url)
         about = client.probe("/get_server_info") or client.probe("/server_info") or {}
-        self.info = ServerInfo(
-            runtime="SGLang",
-            version=str(about.get("version") or UNKNOWN),
-            model=name,
-            limit=whole_number(entry_named(listed, name).get("max_model_len")),
-        )
-
-    def tokens_of(self, text: str) -> Sequence[int] | None:
-        """Return the tokens as which the server reads a text, or None if it does not tell."""
-        return tokens_by_interface(self._client, self.info.model, text)
+        super().__init__(client, model, runtime="SGLang", version=about.get("version"))
 
     def count_tokens(self, text: str) -> int:
         """Return the number of tokens as which the server reads a text."""
@@ -91,6 +60,4 @@ class SglangServer(Server):
             losses = [-float(about["input_token_logprobs"][position][0]) for position in row.positions]
         except (AttributeError, KeyError, IndexError, TypeError, ValueError) as error:
             raise unexpected(PATH) from error
-        return [
-            Predictions(ids=row.ids, positions=np.array(row.positions), best=np.array(best), losses=np.array(losses))
-        ]
+        return [Predictions.of_scored(row.ids, row.positions, best, losses)]

@@ -118,7 +118,7 @@ class _Side:
 
     @property
     def info(self) -> ServerInfo:
-        """What the server says about itself."""
+        """Description of the server and its model, by itself."""
         return self.server.info
 
 

@@ -2,26 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
-import numpy as np
-
 from avss_dist.serving.client import Client
-from avss_dist.serving.server import (
-    UNKNOWN,
-    Predictions,
-    Row,
-    Server,
-    ServerInfo,
-    entries,
-    entry_named,
-    require_read_whole,
-    served_name,
-    tokens_by_interface,
-    unexpected,
-    whole_number,
-)
+from avss_dist.serving.server import ListingServer, Predictions, Row, require_read_whole, unexpected
 
 PATH = "/v1/completions"
 GREEDY = {
@@ -43,27 +28,12 @@ GREEDY = {
 """Every parameter of sampling, as a server takes defaults from the checkpoint's ``generation_config.json``."""
 
 
-class VllmServer(Server):
+class VllmServer(ListingServer):
     """A server of vLLM."""
 
-    can_score = True
-
     def __init__(self, client: Client, model: str | None) -> None:
-        self._client = client
-        listed = entries(client.probe("/v1/models"), "data")
-        names = [str(entry.get("id")) for entry in listed]
-        name = served_name(names, model, client.url)
         version = (client.probe("/version") or {}).get("version")
-        self.info = ServerInfo(
-            runtime="vLLM",
-            version=str(version or UNKNOWN),
-            model=name,
-            limit=whole_number(entry_named(listed, name).get("max_model_len")),
-        )
-
-    def tokens_of(self, text: str) -> Sequence[int] | None:
-        """Return the tokens as which the server reads a text, or None if it does not tell."""
-        return tokens_by_interface(self._client, self.info.model, text)
+        super().__init__(client, model, runtime="vLLM", version=version)
 
     def count_tokens(self, text: str) -> int:
         """Return the number of tokens as which the server reads a text."""
@@ -84,9 +54,7 @@ class VllmServer(Server):
             losses = [-float(by_token[position][str(ids[position])]["logprob"]) for position in row.positions]
         except (AttributeError, KeyError, IndexError, TypeError, ValueError) as error:
             raise unexpected(PATH) from error
-        return [
-            Predictions(ids=row.ids, positions=np.array(row.positions), best=np.array(best), losses=np.array(losses))
-        ]
+        return [Predictions.of_scored(row.ids, row.positions, best, losses)]
 
 
 def most_likely(candidates: Mapping[str, Mapping[str, Any]]) -> int:

@@ -25,7 +25,7 @@ from avss_dist.planning.evaluated import evaluated_lines
 from avss_dist.planning.layers import LayerRanking
 from avss_dist.planning.patterns import pattern_of, rules_of_run
 from avss_dist.planning.search import CHOSEN_HERE, Losses, SearchStep, expand, greedy_search
-from avss_dist.plans.choice import Choice, require_size
+from avss_dist.plans.choice import Choice, require_pattern_size
 from avss_dist.plans.criteria import Layers
 from avss_dist.plans.plan import Plan
 from avss_dist.plans.run_layers import plan_removal, reasons
@@ -70,7 +70,7 @@ def search(request: PlanRequest, run: TableRow, choice: Choice) -> tuple[Plan, l
     pattern = None
     if choice.keep_pattern:
         pattern = pattern_of(rules, layers.number)
-        require_size(pattern, count, choice.unprotected(layers.number))
+        require_pattern_size(pattern, count, choice.unprotected(layers.number))
     checkpoint = checkpoint_of_run(run, trust_remote_code=settings.trust_remote_code)
     with EvaluationSession.open(request.warehouse, settings, request.execution, request.on_event) as session:
         model = session.place(checkpoint, settings)

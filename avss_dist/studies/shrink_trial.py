@@ -21,7 +21,7 @@ from avss_dist.models.checkpoint.loading import text_config
 from avss_dist.models.checkpoint.locate import Checkpoint
 from avss_dist.planning.layers import LayerRanking
 from avss_dist.planning.patterns import pattern_of
-from avss_dist.plans.choice import Choice, PlanError, require_size
+from avss_dist.plans.choice import Choice, PlanError, require_pattern_size
 from avss_dist.plans.criteria import PUBLISHED, Criterion
 from avss_dist.plans.plan import Plan
 from avss_dist.pruning.repair.registry import NO_REPAIR
@@ -115,7 +115,7 @@ def require_pattern(checkpoint: Checkpoint, request: ShrinkRequest) -> None:
     """Refuse a number of layers without which no set of the others keeps the pattern, before anything is measured.
 
     Raises:
-        PlanError: see `require_size`; or no number of layers can be dropped.
+        PlanError: see `require_pattern_size`; or no number of layers can be dropped.
     """
     rules = rules_of(text_config(checkpoint))
     if not rules:
@@ -125,9 +125,9 @@ def require_pattern(checkpoint: Checkpoint, request: ShrinkRequest) -> None:
     pattern = pattern_of(rules, num_layers)
     if request.keep:
         if not pattern.sizes(candidates):
-            require_size(pattern, 1, candidates)
+            require_pattern_size(pattern, 1, candidates)
         return
-    require_size(pattern, count_lowest(num_layers, request.share or LOWEST_SHARE), candidates)
+    require_pattern_size(pattern, count_lowest(num_layers, request.share or LOWEST_SHARE), candidates)
 
 
 def require_tokens(checkpoint: Checkpoint, request: ShrinkRequest, split: TextSplit) -> None:

@@ -112,6 +112,8 @@ _SIZES: Mapping[str, tuple[int, ...]] = {
 """Numbers of layers by which llama.cpp knows a variant of a family that it computes in another way (same source): the
 scale of attention of Gemma 2 27B and Gemma 3 27B, the queries of DeepSeek-V2 Lite."""
 _LISTS = {*DERIVED_LISTS, "mlp_layer_types", "moe_layers"}
+_REFUSALS = (ArithmeticError, AttributeError, LookupError, TypeError, ValueError)
+"""Errors by which classes of configurations refuse values without their lists, beside that of their own checks."""
 
 
 def rules_of(config: PreTrainedConfig) -> list[Rule]:
@@ -186,6 +188,8 @@ def _default_rule(text: PreTrainedConfig, setting: str, number: int) -> Rule | N
         setting: name of the list.
         number: number of layers of the whole model.
     """
+    from huggingface_hub.errors import StrictDataclassError
+
     listed = getattr(text, setting, None)
     depends_on_counts = getattr(text, "use_sliding_window", False) and hasattr(text, "max_window_layers")
     if not isinstance(listed, list) or len(listed) != number or depends_on_counts:
@@ -200,7 +204,7 @@ def _default_rule(text: PreTrainedConfig, setting: str, number: int) -> Rule | N
 
     try:
         lengths = [len(derive(remaining)) for remaining in (number, 1)]
-    except Exception:  # a class refuses values without its lists as it likes
+    except (StrictDataclassError, *_REFUSALS):
         return None
     if lengths != [number, 1]:
         return None

@@ -19,7 +19,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from avss_dist.core.errors import ConfigError, ModelError
+from avss_dist.core.errors import ConfigError, explain_damaged_record
 from avss_dist.core.settings import DTYPES, ROW_STARTS, TextOptions
 from avss_dist.core.text import RedactedURI, describe_layers, describe_rows
 from avss_dist.core.validation import Count, OneOf, RedactedText, checked
@@ -274,9 +274,6 @@ def read_repairs(folder: Path) -> list[RepairRecord]:
     file = folder / FILE
     if not file.is_file():
         return []
-    try:
+    with explain_damaged_record(file, "is not a valid record of a repair", "Copy the checkpoint again."):
         content = json.loads(file.read_text(encoding="utf-8"))
         return [RepairRecord(**values) for values in content["repairs"]]
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError, ConfigError) as error:
-        why = error.message if isinstance(error, ConfigError) else str(error)
-        raise ModelError(f"{file} is not a valid record of a repair: {why}", "Copy the checkpoint again.") from error

@@ -24,7 +24,7 @@ class Sign(NamedTuple):
 
 
 class Report(NamedTuple):
-    """What a worker has reported.
+    """Signs of life of a worker, as it has reported them.
 
     Attributes:
         progress: the count of layers begun, or of seconds while it opens a model.

@@ -41,7 +41,7 @@ ROUND_FRACTION = 16  # at most this fraction of a gang's part of the pending sha
 
 Unit = TypeVar("Unit", bound=Shard | Cell)
 Owner: TypeAlias = RunShards | Cell
-"""What a unit belongs to: it gets the unit's result, and ends with an error of the unit."""
+"""Owner of a unit, which gets the unit's result and ends with an error of the unit: shards of a run, or a cell."""
 OwnedOutcome: TypeAlias = tuple[Any, Any]
 """An owner and an outcome of it: a `runs.work.Outcome` or a `tasks.task.CellOutcome`."""
 
