@@ -55,6 +55,7 @@ from avss_dist.stats.layer_stats import Float64, Int64, LayerStats, merge_stats,
 from avss_dist.stats.metrics import ENTROPY, LOSS
 from avss_dist.stats.rankings import depth_correlation
 from avss_dist.stats.scores import Parts, SiteTable, Threshold
+from avss_dist.tasks.results import combine
 from avss_dist.warehouse.names import PERPLEXITY
 from avss_dist.warehouse.reader import Warehouse, grouped
 from avss_dist.warehouse.schema import TABLES
@@ -420,9 +421,6 @@ def _evaluated(warehouse: Warehouse, run: TableRow, rows: pa.Table, labels: tupl
 
     Only evaluations on the same rows count.
     """
-    # It imports torch, which pages of other runs need not wait for.
-    from avss_dist.tasks.task import combine
-
     where = (pc.field("task") == f"{PERPLEXITY}{run['corpus']}") & (pc.field("revision") == run["revision"])
     cells = warehouse.table("cells", where=where).to_pylist()
     of_whole_model = [cell for cell in cells if not stored_removals(cell) and cell["patch"] is None]

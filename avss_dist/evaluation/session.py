@@ -36,7 +36,8 @@ from avss_dist.plans.map_plans import PrecisionPlan
 from avss_dist.plans.seen import READ_TEXTS
 from avss_dist.runs.local import Executor, open_executor
 from avss_dist.runs.threads import Submissions
-from avss_dist.tasks.task import Cell, CellOutcome, CellResult, MetricRow, Result, combine
+from avss_dist.tasks.results import Result, combine
+from avss_dist.tasks.task import Cell, CellOutcome, CellResult, MetricRow
 from avss_dist.warehouse.schema import RunIdentity
 from avss_dist.warehouse.store import Store
 

@@ -3,19 +3,16 @@
 from __future__ import annotations
 
 from operator import itemgetter
-from typing import TYPE_CHECKING
 
 import pyarrow.compute as pc
 
 from avss_dist.analysis.verdict import describe_metric, primary_metric, shown_value
 from avss_dist.core.intervention import InterventionKey, Removals, stored_removals
 from avss_dist.core.values import TableRow
+from avss_dist.tasks.results import Retention, combine
 from avss_dist.warehouse.checks import settings_of
 from avss_dist.warehouse.names import SEARCH, describe_task
 from avss_dist.warehouse.reader import Warehouse, grouped
-
-if TYPE_CHECKING:
-    from avss_dist.tasks.task import Retention
 
 OTHER_CHANGES = ("layer", "patch", "sparsity_plan", "factor", "rounding")
 """Columns of ``evaluations`` that tell changes of a model besides layers that are left out."""
@@ -64,8 +61,6 @@ def _evaluated_line(warehouse: Warehouse, row: TableRow, whole: TableRow | None)
 
 def _retention(warehouse: Warehouse, evaluation: TableRow) -> Retention | None:
     """Return what is kept of a metric without the layers of an evaluation, from its cells; None without cells."""
-    from avss_dist.tasks.task import Retention, combine  # torch with it
-
     of_run = pc.field("run_id") == evaluation["run_id"]
     of_task = pc.field("task") == evaluation["task"]
     of_metric = pc.field("metric") == evaluation["metric"]

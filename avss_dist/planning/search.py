@@ -15,7 +15,7 @@ from avss_dist.plans.criteria import Layers
 from avss_dist.plans.pattern import Pattern
 
 if TYPE_CHECKING:
-    from avss_dist.tasks.task import Result
+    from avss_dist.tasks.results import Result
 
 CHOSEN_HERE = "The set was chosen for its loss on this very text: on other text, its loss will be higher."
 """Finding that speaks against a set of layers that a search has chosen."""

@@ -47,8 +47,9 @@ from avss_dist.stats.metrics import BITS_PER_WEIGHT, LOSS, NUM_WEIGHTS
 from avss_dist.tasks.backward import Gradients
 from avss_dist.tasks.damage import Damage
 from avss_dist.tasks.map_damage import RoundedLosses, RoundingDamage
+from avss_dist.tasks.results import Result
 from avss_dist.tasks.shapley import SHAPLEY, SHARED, Shapley
-from avss_dist.tasks.task import Measure, Result, Task
+from avss_dist.tasks.task import Measure, Task
 from avss_dist.tasks.text_loss import LeaveOneOut
 from avss_dist.warehouse.names import ROUNDED_LOSS, ROUNDING_TASK, SUBLAYER_LOSS
 

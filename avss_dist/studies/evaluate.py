@@ -32,7 +32,7 @@ from avss_dist.plans.plan import ModelPlan, Plan, read_checked_plan, read_plan, 
 from avss_dist.pruning.checkpoint import find_base
 from avss_dist.requests import EvaluateRequest
 from avss_dist.stats.metrics import REALIZED, row_start_warning
-from avss_dist.tasks.task import Result, Retention
+from avss_dist.tasks.results import Result, Retention
 from avss_dist.warehouse.names import PERPLEXITY, ROW_START
 from avss_dist.warehouse.reader import Warehouse
 

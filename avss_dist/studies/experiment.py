@@ -48,7 +48,7 @@ from avss_dist.stats.metrics import LOSS
 from avss_dist.studies.experiment_rows import WHOLE_MODEL, Candidate, candidate_rows
 from avss_dist.studies.experiment_size import require_size
 from avss_dist.studies.search import searching
-from avss_dist.tasks.task import Result
+from avss_dist.tasks.results import Result
 from avss_dist.tasks.text_loss import LeaveOneOut
 from avss_dist.warehouse.reader import Warehouse
 from avss_dist.warehouse.store import Store

@@ -13,7 +13,7 @@ from avss_dist.evaluation.session import results_under
 from avss_dist.plans.choice import Choice
 from avss_dist.stats.catalog import RANDOM, READING
 from avss_dist.stats.metrics import CHANCE, LOSS
-from avss_dist.tasks.task import Result, Retention
+from avss_dist.tasks.results import Result, Retention
 
 
 @dataclass(frozen=True)

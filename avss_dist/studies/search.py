@@ -33,7 +33,7 @@ from avss_dist.pruning.repair.registry import REPAIRS, searched_repair
 from avss_dist.pruning.repair.repair import HELD_BACK, SINK_TOKENS
 from avss_dist.requests import PlanRequest, ShrinkRequest
 from avss_dist.stats.metrics import LOSS
-from avss_dist.tasks.task import Result, combine
+from avss_dist.tasks.results import Result, combine
 from avss_dist.tasks.text_loss import LeaveOneOut
 from avss_dist.warehouse.names import SEARCH
 from avss_dist.warehouse.reader import Warehouse

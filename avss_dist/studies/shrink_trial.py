@@ -33,7 +33,7 @@ from avss_dist.stats.rankings import count_lowest
 from avss_dist.studies.ablate import ablate
 from avss_dist.studies.search import RepairedSearch
 from avss_dist.studies.shrunk import WHOLE_RESULT, CandidateResult, TaskRetention
-from avss_dist.tasks.task import Result
+from avss_dist.tasks.results import Result
 from avss_dist.warehouse.names import PERPLEXITY
 from avss_dist.warehouse.reader import Warehouse
 

@@ -15,7 +15,7 @@ from avss_dist.distillation.record import DistillRecord
 from avss_dist.evaluation.continuations import Continuation
 from avss_dist.plans.plan import Plan
 from avss_dist.pruning.repair.registry import RepairRecord
-from avss_dist.tasks.task import Result, Retention
+from avss_dist.tasks.results import Result, Retention
 from avss_dist.warehouse.names import describe_task
 
 WHOLE_RESULT = "whole"

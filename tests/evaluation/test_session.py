@@ -33,7 +33,7 @@ from avss_dist.runs.work import ReplicaSpec
 from avss_dist.stats.intervals import jackknife_interval
 from avss_dist.stats.layer_stats import Float64
 from avss_dist.stats.metrics import LOSS
-from avss_dist.tasks.task import Result, Retention
+from avss_dist.tasks.results import Result, Retention
 from avss_dist.warehouse.store import Store
 
 TEXT = "builtin:pydoc"

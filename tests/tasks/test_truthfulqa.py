@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from avss_dist import evaluate
 from avss_dist.studies.evaluate import Evaluations
-from avss_dist.tasks.task import Result
+from avss_dist.tasks.results import Result
 
 ANSWERS = {
     "What is 2?": ("a number", ["a number", "two"], ["no"]),
