@@ -7,6 +7,7 @@ options.
 from __future__ import annotations
 
 from dataclasses import field
+from pathlib import Path
 from typing import Annotated, Any
 
 from pydantic import Field
@@ -39,7 +40,7 @@ COMPARED_OTHERWISE = {"model": "`by` run compares runs of any two models, and `b
 """Hints by name, for properties by which nothing is compared."""
 
 
-def require_warehouse(name: Any) -> Any:
+def require_warehouse(name: str | Path) -> str | Path:
     """Return the name of a warehouse.
 
     Raises:
@@ -65,12 +66,12 @@ def _own_score(name: str) -> RedactedURI:
     return RedactedURI(name)
 
 
-def _require_threshold(value: Any) -> Any:
+def _require_threshold(value: str | float) -> str | float:
     parse_threshold(value)
     return value
 
 
-def _run_name(run: Any) -> str | None:
+def _run_name(run: object) -> str | None:
     """Return the id of a `runs.result.Run`, or the name as it is."""
     name = getattr(run, "run_id", run)
     if name is not None and not isinstance(name, str):
@@ -78,18 +79,18 @@ def _run_name(run: Any) -> str | None:
     return name
 
 
-def _run_names(runs: Any) -> tuple[str, ...]:
+def _run_names(runs: object) -> tuple[str, ...]:
     return tuple(str(_run_name(run)) for run in _listed(runs))
 
 
-def _listed(runs: Any) -> list[Any]:
+def _listed(runs: object) -> list[Any]:
     """Return runs or their names as a list, which may be given as one."""
     if runs is None:
         return []
     return [*runs] if isinstance(runs, list | tuple | set) else [runs]
 
 
-def _with_warehouse_of_runs(values: dict[str, Any]) -> dict[str, Any]:
+def _with_warehouse_of_runs(values: dict[str, object]) -> dict[str, object]:
     """Return keywords with the warehouse of the `runs.result.Run` of ``run``, unless they name a warehouse.
 
     Raises:

@@ -77,7 +77,7 @@ JobId = Annotated[str, Option(argument=True, metavar="JOB_ID")]
 Tokens = Annotated[float, Field(ge=1, allow_inf_nan=False)]
 
 
-def _path_or(value: Any, attribute: str, expected: str) -> Any:
+def _path_or(value: object, attribute: str, expected: str) -> object:
     """Return a path as text, and an object that has an attribute as it is.
 
     Classes of plans and jobs are not imported here, so that wrong values of other options are refused sooner.
@@ -89,25 +89,25 @@ def _path_or(value: Any, attribute: str, expected: str) -> Any:
     return as_text(value)
 
 
-def _model_or_plan(value: Any) -> Any:
+def _model_or_plan(value: object) -> object:
     return _path_or(value, "intervention", "a model, a plan, or the file of a plan")
 
 
-def _plan(value: Any) -> Any:
+def _plan(value: object) -> object:
     return _path_or(value, "intervention", "a plan, or its file")
 
 
-def _job(value: Any) -> Any:
+def _job(value: object) -> object:
     return _path_or(value, "specs", "a job file")
 
 
-def group_values(request: Any, cls: type) -> dict[str, Any]:
+def group_values(request: Request, cls: type) -> dict[str, Any]:
     """Return the values of the groups of options that a request shares with a class."""
     groups = [base for base in type(request).__mro__ if base is not object and issubclass(cls, base)]
     return {f.name: getattr(request, f.name) for group in groups for f in fields(group)}
 
 
-def refuse_unused(values: Mapping[str, Any], reason: str, hint: str) -> None:
+def refuse_unused(values: Mapping[str, object], reason: str, hint: str) -> None:
     """Raise ConfigError if an option without effect has another value than its default.
 
     Args:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-from typing import Any
 
 NUMBERS_VERSION = 3
 """Version of the numbers, hashed into the ids of runs, evaluations and experiments.
@@ -13,6 +12,6 @@ A change after which the same request gives other numbers raises it. A new colum
 """
 
 
-def fingerprint(**parts: Any) -> str:
+def fingerprint(**parts: object) -> str:
     """Return the SHA-256, in hex, of the canonical JSON of ``parts``."""
     return hashlib.sha256(json.dumps(parts, sort_keys=True, separators=(",", ":")).encode()).hexdigest()

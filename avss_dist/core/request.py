@@ -17,6 +17,6 @@ class Request:
     )
     """Function that receives the events of the work."""
 
-    def __getstate__(self) -> dict[str, Any]:
+    def __getstate__(self) -> dict[str, object]:
         """Return the values without the function, which stays in its process."""
         return vars(self) | {"on_event": None}

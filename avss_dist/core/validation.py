@@ -13,6 +13,7 @@ from pathlib import Path
 from textwrap import shorten
 from types import NoneType, UnionType
 from typing import (
+    TYPE_CHECKING,
     Annotated,
     Any,
     ParamSpec,
@@ -39,17 +40,23 @@ from pydantic_core import ArgsKwargs, PydanticCustomError, PydanticKnownError, S
 from avss_dist.core.errors import AvssError, ConfigError, nearest, without_secrets
 from avss_dist.core.text import parse_bytes
 
+if TYPE_CHECKING:
+    from _typeshed import DataclassInstance
+    from pydantic import GetCoreSchemaHandler, GetJsonSchemaHandler
+    from pydantic.json_schema import JsonSchemaValue
+    from pydantic_core import CoreSchema, ErrorDetails
+
 P = ParamSpec("P")
 R = TypeVar("R")
 T = TypeVar("T")
-Location = tuple[int | str, ...]
+Location = tuple[object, ...]
 """Keys and indices on the way to a value: ``("models", 0, "dtype")``."""
 Share = Annotated[float, Range(gt=0, lt=1)]
 Count = Annotated[int, Range(ge=0)]
 Positive = Annotated[int, Range(ge=1)]
 
 
-def check(function: Callable[[Any], Any], *, before: bool = False) -> AfterValidator | BeforeValidator:
+def check(function: Callable[[T], object], *, before: bool = False) -> AfterValidator | BeforeValidator:
     """Return metadata of a field that checks its values: ``Annotated[float, check(require_share)]``.
 
     Args:
@@ -57,7 +64,7 @@ def check(function: Callable[[Any], Any], *, before: bool = False) -> AfterValid
         before: run before the type is checked; ``function`` may then return a value of another type.
     """
 
-    def run(value: Any) -> Any:
+    def run(value: T) -> object:
         try:
             return function(value)
         except AvssError as error:  # pydantic collects its own errors only
@@ -88,10 +95,10 @@ class OneOf:
             raise PydanticCustomError("unknown_name", "{value}", {"value": value, "hint": hint})
         return value
 
-    def __get_pydantic_core_schema__(self, source: Any, handler: Any) -> Any:
+    def __get_pydantic_core_schema__(self, source: object, handler: GetCoreSchemaHandler) -> CoreSchema:
         return core_schema.no_info_after_validator_function(self._run, handler(source))
 
-    def __get_pydantic_json_schema__(self, schema: Any, handler: Any) -> Any:
+    def __get_pydantic_json_schema__(self, schema: CoreSchema, handler: GetJsonSchemaHandler) -> JsonSchemaValue:
         json_schema = dict(handler(schema))
         if self.accepts is None:
             json_schema["enum"] = list(self.names)
@@ -117,7 +124,7 @@ def accepted_type(annotation: Any) -> str:
     origin = get_origin(annotation)
     arguments = get_args(annotation)
     if origin is Annotated:
-        for meta in annotation.__metadata__:
+        for meta in arguments[1:]:
             if isinstance(meta, Accepts):
                 return meta.type
             if isinstance(meta, OneOf) and not meta.accepts:
@@ -162,7 +169,7 @@ RARE = Option(rare=True)
 NO_OPTION = Option(exists=False)
 
 
-def as_text(value: Any) -> str:
+def as_text(value: object) -> str:
     """Return a text that may be a path. It keeps its class, such as `RedactedURI`."""
     if isinstance(value, Path):
         return str(value)
@@ -175,7 +182,7 @@ def _redacted(text: str) -> str:
     return str(without_secrets(text))  # not of a class that knows the secrets
 
 
-def _as_bytes(size: Any) -> Any:
+def _as_bytes(size: object) -> object:
     """Return a size that is given as text, such as ``20GB``, as a number of bytes."""
     if isinstance(size, str):
         return parse_bytes(size)
@@ -217,7 +224,7 @@ def checked(cls: type[T]) -> type[T]:
     dataclass(frozen=True, kw_only=True)(cls)
 
     @wraps(checks.__init__)
-    def initialize(self: Any, *positional: Any, **values: Any) -> None:
+    def initialize(self: object, *positional: object, **values: object) -> None:
         complete = getattr(type(self), "complete", dict)
         _validate(type(self), ArgsKwargs(positional, complete(values)), self_instance=self)
 
@@ -229,7 +236,7 @@ def checked(cls: type[T]) -> type[T]:
 class _Documentation(str):
     """Docstring of a checked class, followed by its fields when it is read."""
 
-    def __get__(self, instance: object, cls: Any) -> str:
+    def __get__(self, instance: object, cls: type[DataclassInstance]) -> str:
         hints = get_type_hints(cls, include_extras=True)
         lines = [inspect.cleandoc(self), "", "Attributes:"]
         for name, text in descriptions(cls).items():
@@ -241,7 +248,7 @@ class _Documentation(str):
         return "\n".join(lines)
 
 
-def _names_of(annotation: Any) -> tuple[str, ...]:
+def _names_of(annotation: object) -> tuple[str, ...]:
     """Return the valid names of a field, if its values are names."""
     for meta in getattr(annotation, "__metadata__", ()):
         if isinstance(meta, OneOf):
@@ -249,14 +256,16 @@ def _names_of(annotation: Any) -> tuple[str, ...]:
     return ()
 
 
-def from_texts(cls: type[T], values: Mapping[str, Any]) -> T:
+def from_texts(cls: type[T], values: Mapping[str, object]) -> T:
     """Return an instance of a checked class from texts, such as those of a command line, which are converted."""
     return _validate(cls, ArgsKwargs((), dict(values)), strict=False)
 
 
-def _validate(cls: Any, values: ArgsKwargs, **options: Any) -> Any:
+def _validate(
+    cls: Callable[..., T], values: ArgsKwargs, *, strict: bool | None = None, self_instance: object = None
+) -> T:
     try:
-        return adapter(cls).validator.validate_python(values, **options)
+        return adapter(cls).validator.validate_python(values, strict=strict, self_instance=self_instance)
     except ValidationError as error:
         problems = [problem for _, problem in located_problems(cls, error)]
         raise ConfigError.combine(problems) from None
@@ -273,7 +282,7 @@ def adapter(cls: Any) -> TypeAdapter[Any]:
         raise
 
 
-def _check_all_values(self: Any) -> None:
+def _check_all_values(self: object) -> None:
     """Run the check of each base class, and make pydantic collect their problems together with those of other values.
 
     Raises:
@@ -290,7 +299,7 @@ def _check_all_values(self: Any) -> None:
         raise PydanticCustomError("problems", "{problems}", {"problems": problems})
 
 
-def ordered(cls: Any) -> list[Field[Any]]:
+def ordered(cls: Any) -> list[Field[object]]:
     """Return the fields of a checked class: positional ones, then its own before those of its bases."""
     by_name = {field.name: field for field in fields(cls)}
     names = [field.name for field in by_name.values() if not field.kw_only]
@@ -299,7 +308,7 @@ def ordered(cls: Any) -> list[Field[Any]]:
     return [by_name[name] for name in dict.fromkeys(names)]
 
 
-def default_of(field: Field[Any]) -> Any:
+def default_of(field: Field[object]) -> object:
     """Return the default of a field, or `inspect.Parameter.empty` if it has none."""
     if field.default_factory is not MISSING:
         return field.default_factory()
@@ -344,12 +353,14 @@ def keywords(cls: Callable[P, R]) -> Callable[[Callable[[R], T]], Callable[P, T]
     return decorate
 
 
-def _schema_that_accepts_mappings(cls: Any, source: Any, handler: Any) -> Any:
+def _schema_that_accepts_mappings(cls: type, source: object, handler: GetCoreSchemaHandler) -> Mapping[str, object]:
     """Return pydantic's schema of a strict dataclass, whose fields stay strict."""
     return {**handler(source), "strict": False}
 
 
-def _described_schema(cls: Any, schema: Any, handler: Any) -> Any:
+def _described_schema(
+    cls: type[DataclassInstance], schema: CoreSchema, handler: GetJsonSchemaHandler
+) -> JsonSchemaValue:
     """Return the JSON schema of a class with the descriptions of its fields."""
     json_schema = handler(schema)
     properties = handler.resolve_ref_schema(json_schema)["properties"]
@@ -359,7 +370,7 @@ def _described_schema(cls: Any, schema: Any, handler: Any) -> Any:
 
 
 @cache
-def descriptions(cls: Any) -> dict[str, str]:
+def descriptions(cls: type[DataclassInstance]) -> dict[str, str]:
     """Return the docstring of every field of a checked class, by name."""
     texts: dict[str, str] = {}
     for base in reversed(cls.__mro__[:-1]):
@@ -432,7 +443,7 @@ def located_problems(
             yield problem["loc"], _problem(cls, problem, noun)
 
 
-def _problem(cls: Any, error: Any, noun: str) -> ConfigError:
+def _problem(cls: type, error: ErrorDetails, noun: str) -> ConfigError:
     """Return one of pydantic's errors as ConfigError. See `located_problems`."""
     kind = error["type"]
     value = error["input"]
@@ -454,7 +465,7 @@ def _problem(cls: Any, error: Any, noun: str) -> ConfigError:
     return ConfigError(f"`{name}`{complaint}.")
 
 
-def _named(cls: Any, path: Location) -> Location:
+def _named(cls: type, path: Location) -> Location:
     """Return a path whose first part is the name of a field, where it was the index of a positional argument."""
     if not path or not isinstance(path[0], int):
         return path
@@ -464,7 +475,7 @@ def _named(cls: Any, path: Location) -> Location:
     return (positional[path[0]], *path[1:])
 
 
-def _field_at(cls: Any, path: Location) -> tuple[str, Any]:
+def _field_at(cls: type, path: Location) -> tuple[str, type]:
     """Return the last field of a path, and the class of its value or, if that is a plain value, of the field."""
     name = ""
     for part in path:
@@ -474,7 +485,7 @@ def _field_at(cls: Any, path: Location) -> tuple[str, Any]:
     return name, cls
 
 
-def _fields(cls: Any) -> dict[str, Any]:
+def _fields(cls: Any) -> dict[str, object]:
     """Return the types of the fields of a checked class or a pydantic model, by key."""
     if is_dataclass(cls):
         hints = get_type_hints(cls)
@@ -482,14 +493,14 @@ def _fields(cls: Any) -> dict[str, Any]:
     return {info.alias or name: info.annotation for name, info in cls.model_fields.items()}
 
 
-def _classes_in(annotation: Any) -> Iterator[Any]:
+def _classes_in(annotation: object) -> Iterator[type]:
     if isinstance(annotation, type) and hasattr(annotation, "__get_pydantic_core_schema__"):
         yield annotation
     for part in get_args(annotation):
         yield from _classes_in(part)
 
 
-def _complaint(kind: str, value: Any, context: dict[str, Any]) -> str | None:
+def _complaint(kind: str, value: object, context: Mapping[str, object]) -> str | None:
     """Return the predicate of the message for a type of pydantic's errors, or None for an unexpected type."""
     if kind.startswith("missing"):
         return " is missing"

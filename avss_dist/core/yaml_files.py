@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from difflib import get_close_matches
 from functools import partial
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import yaml
 from pydantic import ValidationError
@@ -50,7 +50,7 @@ class YamlKind:
     hint: str
     error: type[AvssError]
     typed: bool = True
-    tags: Mapping[str, Callable[[str], Any]] = field(default_factory=dict)
+    tags: Mapping[str, Callable[[str], object]] = field(default_factory=dict)
 
 
 @dataclass
@@ -68,7 +68,7 @@ class Document:
 
     path: Path
     kind: YamlKind
-    value: dict[Any, Any] = field(default_factory=dict)
+    value: dict[object, object] = field(default_factory=dict)
     lines: dict[Location, int] = field(default_factory=lambda: {(): 1})
     problems: set[tuple[int, str]] = field(default_factory=set)
     count: int = 0
@@ -91,7 +91,7 @@ class Document:
         plain = spell_fields(text, as_they_are)
         self.problems.add((self.line(location), plain.replace("\n", " ")))
 
-    def parse(self, cls: Callable[..., T], values: Any, *at: Location) -> T | None:
+    def parse(self, cls: Callable[..., T], values: object, *at: Location) -> T | None:
         """Return values of the file as an instance of a class. If they are invalid, add the problems and return None.
 
         Args:
@@ -147,7 +147,7 @@ class Document:
             raise self.kind.error("\n".join(lines), self.kind.hint)
         return parsed
 
-    def read(self, node: yaml.Node, location: Location) -> Any:
+    def read(self, node: yaml.Node, location: Location) -> object:
         """Return the value of a node of the file, and note its line."""
         self._require_plain(node, location)
         self.lines.setdefault(location, _line(node))
@@ -157,7 +157,7 @@ class Document:
             return self._mapping(node, location)
         return self._scalar(node)
 
-    def _scalar(self, node: yaml.Node) -> Any:
+    def _scalar(self, node: yaml.Node) -> object:
         if node.tag in self.kind.tags:
             return self.kind.tags[node.tag](node.value)
         if not self.kind.typed:
@@ -172,9 +172,9 @@ class Document:
                 reason = str(error)
             raise self._error(node, f"this is not YAML: {reason}.") from None
 
-    def _mapping(self, node: yaml.Node, location: Location) -> dict[Any, Any]:
+    def _mapping(self, node: yaml.Node, location: Location) -> dict[object, object]:
         lines = self.lines
-        values: dict[Any, Any] = {}
+        values: dict[object, object] = {}
         for key, value in node.value:
             self._require_plain(key, location)
             if not isinstance(key, yaml.ScalarNode):
@@ -237,7 +237,9 @@ def read_yaml(path: Path, kind: YamlKind) -> Document:
     if not isinstance(root, yaml.MappingNode):
         raise kind.error(f"{path} is not a {kind.noun}: expected a mapping with keys.", kind.hint)
     document = Document(path, kind)
-    document.value = document.read(root, ())
+    value = document.read(root, ())
+    assert isinstance(value, dict)
+    document.value = value
     return document
 
 

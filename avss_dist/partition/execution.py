@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
-from typing import Annotated, Any
+from typing import Annotated
 
 from pydantic import Field, WithJsonSchema
 from pydantic_core import PydanticKnownError
@@ -26,7 +26,7 @@ def _device_name(name: str) -> str:
     return name
 
 
-def _by_device(sizes: Any) -> Any:
+def _by_device(sizes: Iterable[object] | Mapping[str, object]) -> Mapping[str, object]:
     """Return sizes by device from texts such as ``cpu=20GB``."""
     if isinstance(sizes, Mapping):
         return sizes
@@ -62,7 +62,7 @@ class Replicas:
         return f"{self.minimum}..{self.maximum}"
 
 
-def _replicas(value: Any) -> Any:
+def _replicas(value: object) -> Replicas:
     """Return replicas from a number, from text such as ``4..64``, or from replicas, which may be out of range."""
     match = _REPLICAS.fullmatch(str(value).strip())
     if not match:

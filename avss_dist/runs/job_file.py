@@ -65,7 +65,7 @@ Revision = Annotated[
 ]
 
 
-def _as_list(value: Any) -> Any:
+def _as_list(value: object) -> object:
     """Return a single range as a list."""
     return [value] if isinstance(value, dict) else value
 
@@ -87,7 +87,7 @@ _OVERRIDDEN: dict[str, Any] = dict.fromkeys(OVERRIDES, (Any, None))  # checked t
 ModelEntry: type[ModelKeys] = create_model("ModelEntry", __base__=ModelKeys, **_OVERRIDDEN)
 
 
-def _as_entry(value: Any) -> Any:
+def _as_entry(value: object) -> object:
     """Return the long form of an entry of ``models``."""
     return {"model": value} if isinstance(value, str) else value
 
@@ -127,7 +127,7 @@ def job_schema() -> dict[str, Any]:
 
 
 MAX_RUNS = 10_000
-T = TypeVar("T", dict[str, Any], list[Any])
+T = TypeVar("T", dict[str, object], list[object])
 DISTINGUISHING = tuple(name for name, cls in OVERRIDES.items() if cls is Settings or name in ("partition", "ranks"))
 """Fields that tell two runs of one model apart."""
 
@@ -321,7 +321,7 @@ class _Reader:
                     line=self.document.line(location),
                 )
 
-    def settings(self, entry: Mapping[str, Any], *location: Location) -> tuple[Settings, Execution] | None:
+    def settings(self, entry: Mapping[str, object], *location: Location) -> tuple[Settings, Execution] | None:
         """Return the settings of the job with those that an entry of ``models`` overrides, or None if they are invalid.
 
         Args:
