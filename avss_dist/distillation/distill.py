@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, closing, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import pyarrow as pa
 from safetensors import SafetensorError
@@ -63,6 +63,8 @@ from avss_dist.pruning.repair.registry import split_weight
 from avss_dist.requests import refuse_unused
 
 if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
     from avss_dist.distillation.trainer import Teacher
     from avss_dist.requests import DistillRequest
     from avss_dist.runs.ray.executor import RayExecutor
@@ -290,7 +292,7 @@ def _differing(file: Path, values: JsonObject) -> list[str]:
 class DistillTask:
     """Training and writing of a student, in one process or on every rank.
 
-    See `RayExecutor.run_ranks`.
+    See `runs.work.RankTask`.
 
     Attributes:
         work: folder of the work so far. All ranks reach it.
@@ -308,7 +310,7 @@ class DistillTask:
         """Kind of device."""
         return self.models.device.type
 
-    def run(self, heartbeat: Callable[[], None], on_event: Callable[[Any], None]) -> None:
+    def run(self, heartbeat: Callable[[], None], on_event: OnEvent) -> None:
         """Do the part of this process's rank."""
         from avss_dist.runs.ray.worker import resolve_on_node
 
@@ -340,7 +342,9 @@ class DistillTask:
                 write_distilled(self.models.student, model, self.output, record)
 
 
-def _trained(task: DistillTask, on_event: OnEvent, heartbeat: Callable[[], None] | None) -> tuple[DistillRecord, Any]:
+def _trained(
+    task: DistillTask, on_event: OnEvent, heartbeat: Callable[[], None] | None
+) -> tuple[DistillRecord, PreTrainedModel]:
     """Return the record of the training, and the model at its best in the dtype of the student's files.
 
     The ranks of a group all call this, and return the same.

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import nn
+from torch.autograd.function import BackwardCFunction, FunctionCtx
 from torch.nn.functional import cross_entropy, pad
 
 from avss_dist.models.structure.head import LOGIT_BYTES, WIDENED_BYTES, pieces
@@ -28,7 +28,7 @@ class _Loss(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, student: torch.Tensor, teacher: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    def forward(ctx: FunctionCtx, student: torch.Tensor, teacher: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
         gradient = teacher if teacher.dtype == student.dtype else torch.empty_like(student)
         total = torch.zeros((), dtype=torch.float64, device=student.device)
         for piece in _pieces(student):
@@ -43,7 +43,7 @@ class _Loss(torch.autograd.Function):
         return total.float()
 
     @staticmethod
-    def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor, None, None]:
+    def backward(ctx: BackwardCFunction, *gradients: torch.Tensor) -> tuple[torch.Tensor, None, None]:
         (gradient,) = ctx.saved_tensors
         return gradient.mul_(gradients[0].to(gradient.dtype)), None, None
 

@@ -32,7 +32,7 @@ from avss_dist.pruning.checkpoint import pruned_from
 from avss_dist.requests import TRAINED
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel
+    from transformers import PreTrainedConfig, PreTrainedModel
 
     from avss_dist.requests import DistillRequest
 
@@ -105,7 +105,7 @@ def resolve_pair(request: DistillRequest, kind: str | None = None) -> ModelPair:
 
 
 def _vocabulary_problems(
-    student: Checkpoint, teacher: Checkpoint, student_config: Any, teacher_config: Any
+    student: Checkpoint, teacher: Checkpoint, student_config: PreTrainedConfig, teacher_config: PreTrainedConfig
 ) -> Iterator[ConfigError]:
     """Yield an error if a token has another meaning, or another place among the logits, in one of the models.
 
@@ -176,7 +176,7 @@ def _first_rows(stored: StoredTensor) -> StoredTensor:
     return replace(stored, shape=(number, *row_shape), size=stored.size // rows * number)
 
 
-def choose_trained(model: PreTrainedModel, train: str, rank: int) -> Any:
+def choose_trained(model: PreTrainedModel, train: str, rank: int) -> nn.Module:
     """Return the model to train. Weights that are not trained require no gradient.
 
     Args:

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import chain
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -210,14 +209,14 @@ def _first_id(*candidates: int | None) -> int | None:
 
 
 def _report(
-    ids: torch.Tensor, _scores: Any, *, first: int, batch: int, batches: int, settings: Settings, **_: Any
+    ids: torch.Tensor, _scores: object, *, first: int, batch: int, batches: int, settings: Settings, **_: object
 ) -> torch.Tensor:
     """Report the progress of a batch after each token, as a stopping criterion that stops no text."""
     report("Sampling", (batch + (ids.shape[1] - first) / settings.sequence_length) / batches)
     return torch.zeros(len(ids), dtype=torch.bool, device=ids.device)
 
 
-_AS_PREDICTED: dict[str, Any] = {  # whatever the checkpoint's own generation_config.json says
+_AS_PREDICTED: Mapping[str, object] = {  # whatever the checkpoint's own generation_config.json says
     "do_sample": True,
     "num_beams": 1,
     "temperature": 1.0,

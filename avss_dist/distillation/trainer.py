@@ -68,7 +68,7 @@ class _Arguments(TrainingArguments):
         return min(1, int(super().n_gpu))
 
 
-OPTIMIZER: Mapping[str, Any] = {
+OPTIMIZER: Mapping[str, object] = {
     "optim": "adamw_torch",
     "adam_beta1": 0.9,
     "adam_beta2": 0.98,
@@ -78,7 +78,7 @@ OPTIMIZER: Mapping[str, Any] = {
     "lr_scheduler_kwargs": {"min_lr_rate": 0.1},
 }
 """Arguments of the Trainer that are the same for every distillation: those of the optimizer and its schedule."""
-UNATTENDED: Mapping[str, Any] = {
+UNATTENDED: Mapping[str, object] = {
     "train_sampling_strategy": "sequential",
     "remove_unused_columns": False,
     "logging_nan_inf_filter": False,
@@ -91,7 +91,7 @@ UNATTENDED: Mapping[str, Any] = {
 
 
 def arguments(
-    request: DistillRequest, models: ModelPair, schedule: Schedule, folder: Path, more: Mapping[str, Any]
+    request: DistillRequest, models: ModelPair, schedule: Schedule, folder: Path, more: Mapping[str, object]
 ) -> TrainingArguments:
     """Return the arguments of the Trainer.
 
@@ -160,7 +160,7 @@ class DistillationTrainer(Trainer):
         total = distillation_loss(predictions(logits_of(model), ids, mask), expected, labels)
         return total * self.accelerator.num_processes / num_items_in_batch
 
-    def evaluate(self, *_: Any, **__: Any) -> dict[str, float]:
+    def evaluate(self, *_: object, **__: object) -> dict[str, float]:
         """Measure the held-out rows of all texts, and log the result."""
         self.model_wrapped.eval()
         metrics = held_out_metrics(
@@ -234,7 +234,7 @@ class ScheduleCallback(TrainerCallback):
         self._on_event = on_event
         self._saved = time.monotonic()
 
-    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: object) -> None:
         """Evaluate and save at regular intervals and at the end. Save also at times."""
         step = state.global_step
         steps_between = math.ceil(self._schedule.steps / self._schedule.evaluations)
@@ -252,7 +252,7 @@ class ScheduleCallback(TrainerCallback):
         state: TrainerState,
         control: TrainerControl,
         logs: Mapping[str, float] | None = None,
-        **_: Any,
+        **_: object,
     ) -> None:
         """Report a step, and end the training if its loss is not finite."""
         if logs and "loss" in logs:
@@ -263,7 +263,7 @@ class ScheduleCallback(TrainerCallback):
             if not math.isfinite(loss):
                 control.should_training_stop = True
 
-    def on_evaluate(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+    def on_evaluate(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: object) -> None:
         """Report an evaluation, and end the training if a rule says so."""
         point = evaluations(state.log_history, self._schedule.step_tokens)[-1]
         if not point.step:
@@ -272,7 +272,7 @@ class ScheduleCallback(TrainerCallback):
         if ending(state.log_history, self._schedule.steps):
             control.should_training_stop = True
 
-    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: object) -> None:
         """Mark a checkpoint as complete, and delete all but it and the best one."""
         all_gather(0)  # returns when every rank has written its part
         self._saved = time.monotonic()
@@ -301,7 +301,7 @@ class TrackerCallback(TrainerCallback):
     def __init__(self, callback: TrainerCallback) -> None:
         self._callback: TrainerCallback | None = callback
 
-    def _pass(self, event: str, *state: Any, **more: Any) -> None:
+    def _pass(self, event: str, *state: object, **more: object) -> None:
         if self._callback is None:
             return
         try:
@@ -340,7 +340,7 @@ def _step_of_checkpoint(folder: Path) -> int:
     return int(step)
 
 
-def _sharding_options(request: DistillRequest, models: ModelPair) -> AbstractContextManager[dict[str, Any]]:
+def _sharding_options(request: DistillRequest, models: ModelPair) -> AbstractContextManager[Mapping[str, object]]:
     """Return a context manager that gives the arguments of the Trainer for the ranks, or none for one process."""
     if request.ranks == 1:
         return nullcontext({})

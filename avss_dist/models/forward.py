@@ -20,9 +20,9 @@ from torch import nn
 
 from avss_dist.core.process import bound
 
-Arguments = Sequence[Any]
+Arguments = Sequence[object]
 """Positional arguments of a call of a module. Families differ in their number and types."""
-Keywords = Mapping[str, Any]
+Keywords = Mapping[str, object]
 """Keyword arguments of a call of a module."""
 Output = Any
 """Output of a module: a tensor, or a tuple or ModelOutput of tensors and others."""

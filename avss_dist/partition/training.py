@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any
 
 from avss_dist.core.values import NewObject
 from avss_dist.partition.catalog import SHARDINGS, ShardingInfo
@@ -17,7 +16,7 @@ BUCKET = 12_500_000  # gradients or weights that DeepSpeed exchanges at once: 50
 @contextmanager
 def trainer_options(
     sharding: str, kind: str, *, rows: int, bfloat16: bool, layers: Iterable[str]
-) -> Iterator[dict[str, Any]]:
+) -> Iterator[Mapping[str, object]]:
     """Yield the arguments of the Trainer for a sharding. Inside the context, Accelerate is configured for it.
 
     On CPUs, Accelerate 1.15 ignores DeepSpeed and FSDP if it is told to use CPUs (its AcceleratorState), and has no
@@ -34,7 +33,7 @@ def trainer_options(
     from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
     info = SHARDINGS[sharding]
-    options: dict[str, Any] = {"per_device_train_batch_size": rows}
+    options: dict[str, object] = {"per_device_train_batch_size": rows}
     if info.zero_stage:
         options["deepspeed"] = _zero_config(info, rows=rows, bfloat16=bfloat16)
         options["bf16"] = False  # weights stay in float32, and autocast is PyTorch's

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
 import pyarrow as pa
 
@@ -54,6 +53,6 @@ class Run(TabularResult):
         """Return the run id, status and number of tokens, in a line."""
         return f"{self.run_id}, {self.status}, {self.num_tokens:,} tokens"
 
-    def scores(self, **equals: Any) -> pa.Table:
+    def scores(self, **equals: object) -> pa.Table:
         """Return this run's rows of ``scores`` whose columns equal the given values: ``run.scores(site="block")``."""
         return Warehouse(self.warehouse).scores(run_id=self.run_id, **equals)

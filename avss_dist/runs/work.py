@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from typing import TypeAlias
+from typing import Protocol, TypeAlias, TypeVar
 
 import pyarrow as pa
 
@@ -16,8 +16,11 @@ from avss_dist.models.checkpoint.locate import Checkpoint
 from avss_dist.partition.placement import Placement
 from avss_dist.partition.replica import Replica, open_replica
 from avss_dist.stats.layer_stats import ShardResult
-from avss_dist.tasks.task import Cell
+from avss_dist.tasks.task import Cell, Heartbeat
 from avss_dist.warehouse.shared import OpenShared
+
+Event = TypeVar("Event", covariant=True)
+Result = TypeVar("Result", covariant=True)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,6 +56,22 @@ def by_model(cells: Iterable[Cell]) -> list[tuple[ReplicaSpec, list[Cell]]]:
         _, group = models[key]
         group.append(cell)
     return [*models.values()]
+
+
+class RankTask(Protocol[Event, Result]):
+    """A task that ranks do together. It is pickled."""
+
+    @property
+    def device(self) -> str:
+        """Kind of device, ``cpu`` or ``cuda``."""
+
+    def run(self, heartbeat: Heartbeat, on_event: Callable[[Event], None]) -> Result:
+        """Do the part of this process's rank, and return its result.
+
+        Args:
+            heartbeat: to be called whenever a layer begins.
+            on_event: sends an event to the driver.
+        """
 
 
 @dataclass(eq=False, kw_only=True)

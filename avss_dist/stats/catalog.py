@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from importlib.metadata import EntryPoint
@@ -63,7 +63,7 @@ class ScoreInfo:
     lookahead: int | None = None
     mean_rank_of: tuple[str, ...] = ()
     of_sets: bool = False
-    ablate: Mapping[str, Any] = field(default_factory=dict)
+    ablate: Mapping[str, object] = field(default_factory=dict)
 
 
 SCORES = {
@@ -218,7 +218,7 @@ def is_own(name: str) -> bool:
     return ":" in name or name.endswith(OWN_FILES) or name in score_functions()
 
 
-def name_values(value: Any) -> Any:
+def name_values(value: object) -> object:
     """Return a name that holds the values of a mapping from layer to value, and any other value unchanged."""
     if not isinstance(value, Mapping):
         return value

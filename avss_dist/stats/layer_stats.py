@@ -303,7 +303,7 @@ class FieldAnnotation(NamedTuple):
 
     type: type
     texts: tuple[str, ...]
-    operation: Callable[..., Iterable[Any]] | None
+    operation: Callable[..., Iterable[object]] | None
 
 
 @cache
@@ -318,8 +318,8 @@ def annotations_of(cls: type) -> dict[str, FieldAnnotation]:
     return annotations
 
 
-def _fields_by_operation() -> dict[Callable[..., Iterable[Any]], list[str]]:
-    by_operation: dict[Callable[..., Iterable[Any]], list[str]] = {}
+def _fields_by_operation() -> dict[Callable[..., Iterable[object]], list[str]]:
+    by_operation: dict[Callable[..., Iterable[object]], list[str]] = {}
     for name, annotation in annotations_of(LayerStats).items():
         if annotation.operation:
             by_operation.setdefault(annotation.operation, []).append(name)
@@ -469,7 +469,7 @@ class ShardResult:
     device: str = "cpu"
     model: TableRow = field(default_factory=dict)
     peak_memory_bytes: int = 0
-    rows: Mapping[str, NDArray[Any]] | None = None
+    rows: RowStats | None = None
     experts: Mapping[int, ExpertStats] | None = None
 
     @property

@@ -17,7 +17,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 
@@ -234,7 +234,7 @@ class SiteTable:
             return tuple(RECIPES)
         return tuple(recipe for recipe in RECIPES if recipe != "unit")
 
-    def score(self, recipe: str, threshold: Threshold) -> dict[str, list[Any]]:
+    def score(self, recipe: str, threshold: Threshold) -> dict[str, list[object]]:
         """Return columns of the ``scores`` table as lists over layers. A layer with NaN or infinities has no rank."""
         merged_parts, weighted_parts = self.parts(recipe, threshold)
         variance, near_zero, count = merged_parts
@@ -274,7 +274,7 @@ class SiteTable:
             "lowest_set_probability": lowest,
         }
         ranks_of_run = rank_lowest(np.where(finite, score, np.nan))
-        table: dict[str, list[Any]] = {
+        table: dict[str, list[object]] = {
             "count": [int(number) for number in count],
             "near_zero_count": near_zero.tolist(),
             "rank": [_as_rank(rank) for rank in ranks_of_run],

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, replace
@@ -21,7 +21,7 @@ from avss_dist.core.intervention import NO_INTERVENTION, Intervention, Removals
 from avss_dist.core.process import bound
 from avss_dist.corpus.shards import Batch, Shard
 from avss_dist.models.causal_lm import LanguageModel
-from avss_dist.models.forward import Change, RunThrough, changing
+from avss_dist.models.forward import Arguments, Change, Forward, Keywords, Output, RunThrough, changing
 from avss_dist.models.predictions import predicted
 from avss_dist.models.structure.layers import Layer, LayerCall, as_rows, output_tensor
 from avss_dist.stats.layer_stats import Float64
@@ -38,8 +38,6 @@ DRAWS = 2
 
 CURRENT: ContextVar[BackwardPass | None] = ContextVar("pass", default=None)
 """The pass that hooks report to."""
-Forward = Callable[..., Any]
-"""Forward of a layer's module, with the arguments and the output of its family."""
 
 
 class RowKey(NamedTuple):
@@ -92,7 +90,7 @@ class BackwardPass:
         with bound(CURRENT, self):
             yield
 
-    def call(self, uses: Sequence[Layer], forward: Forward, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
+    def call(self, uses: Sequence[Layer], forward: Forward, args: Arguments, kwargs: Keywords) -> Output:
         """Run a layer. Passes that read or change what goes through layers do more.
 
         Args:
@@ -215,7 +213,7 @@ def through_passes(layers: Sequence[Layer]) -> Iterator[None]:
     Its arguments are the layers that are the same module, ``forward`` of the module, and the arguments of that.
     """
 
-    def call(uses: Sequence[Layer], forward: Forward, *args: Any, **kwargs: Any) -> Any:
+    def call(uses: Sequence[Layer], forward: Forward, *args: object, **kwargs: object) -> Output:
         current = CURRENT.get()
         if current is None:
             return forward(*args, **kwargs)
@@ -260,7 +258,7 @@ class LayerGradients(BackwardPass):
         with super().watch(), ExitStack() as self._hooks:
             yield
 
-    def call(self, uses: Sequence[Layer], forward: Forward, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
+    def call(self, uses: Sequence[Layer], forward: Forward, args: Arguments, kwargs: Keywords) -> Output:
         """Run a layer, and listen to the gradients of its output and of its weights."""
         if not torch.is_grad_enabled():
             return forward(*args, **kwargs)

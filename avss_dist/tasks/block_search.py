@@ -6,7 +6,6 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any
 
 import numpy as np
 import torch
@@ -16,7 +15,7 @@ from avss_dist.core.intervention import NO_INTERVENTION, Intervention
 from avss_dist.core.values import NewObject
 from avss_dist.corpus.shards import Batch, Shard
 from avss_dist.models.causal_lm import LanguageModel
-from avss_dist.models.forward import CallBefore, changing
+from avss_dist.models.forward import Arguments, CallBefore, Keywords, changing
 from avss_dist.models.structure.layers import Layer, LayerCall, as_rows, output_tensor
 from avss_dist.models.structure.linear_maps import weight_of
 from avss_dist.stats.layer_stats import Float64
@@ -161,7 +160,7 @@ def _last_tokens(real: NDArray[np.bool_]) -> NDArray[np.bool_]:
 def dense_calls(model: LanguageModel, layer: Layer, batches: Sequence[Batch]) -> list[LayerCall]:
     """Return the arguments of a layer's call in the whole model, for each batch, without running later layers."""
 
-    def keep(calls: list[LayerCall], args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
+    def keep(calls: list[LayerCall], args: Arguments, kwargs: Keywords) -> None:
         call = LayerCall(args, kwargs)
         calls.append(call.with_hidden(call.hidden.detach().clone()))
 
@@ -180,8 +179,9 @@ def dense_calls(model: LanguageModel, layer: Layer, batches: Sequence[Batch]) ->
 def _zeroing_inputs(layer: Layer, cuts: Mapping[str, float]) -> Iterator[None]:
     """Zero the inputs of the layer's maps up to the thresholds in ``cuts`` inside the context."""
 
-    def cut(threshold: float, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
+    def cut(threshold: float, args: Arguments, kwargs: Keywords) -> tuple[Arguments, Keywords]:
         x, *others = args
+        assert isinstance(x, torch.Tensor)
         is_small = x.abs() <= threshold
         return (x.masked_fill(is_small, 0), *others), kwargs
 

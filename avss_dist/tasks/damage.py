@@ -6,18 +6,19 @@ one of the layers before it. Each of these models is followed for ``lookahead`` 
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import product
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 
 from avss_dist.corpus.shards import Batch
+from avss_dist.models.forward import Arguments, Forward, Keywords, Output
 from avss_dist.models.structure.layers import Layer, LayerCall, output_tensor
 from avss_dist.stats.catalog import BLOCK_DISTANCE, SCORES
-from avss_dist.tasks.backward import DRAWS, TAYLOR, BackwardMeasure, BackwardPass, Forward, RowKey
+from avss_dist.tasks.backward import DRAWS, TAYLOR, BackwardMeasure, BackwardPass, RowKey
 
 LOOKAHEAD = max(info.lookahead for info in SCORES.values() if info.lookahead is not None)  # layers
 PROPAGATED = "propagated"
@@ -54,7 +55,7 @@ class _DamagePass(BackwardPass):
         self._streams: list[torch.Tensor] = []  # [rows, tokens, units] before each layer, and the last
         self._displaced: dict[int, list[Displacement]] = {}  # by the layer after which it is measured
 
-    def call(self, uses: Sequence[Layer], forward: Forward, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
+    def call(self, uses: Sequence[Layer], forward: Forward, args: Arguments, kwargs: Keywords) -> Output:
         """Run a layer on the whole model's hidden states and on those of the models without an earlier layer.
 
         When a layer runs again for its gradients, it runs on the whole model's hidden states alone.

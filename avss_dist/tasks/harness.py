@@ -442,7 +442,10 @@ def harness_model(model: LanguageModel, *, chat: bool = False) -> HFLM:
         """The harness's model with another way to batch log-likelihoods: all batches of a task run together."""
 
         def _loglikelihood_tokens(
-            self, requests: Sequence[Any], disable_tqdm: bool = False, override_bs: int | None = None
+            self,
+            requests: Sequence[tuple[object, list[int], list[int]]],
+            disable_tqdm: bool = False,
+            override_bs: int | None = None,
         ) -> list[Likelihood]:
             questions = [Question.of_tokens(before, after, self.max_length) for _, before, after in requests]
             batches = _batches(questions, self.batch_size)
@@ -541,7 +544,7 @@ def _silence() -> Iterator[None]:
     templates = SandboxedEnvironment(undefined=utils.env.undefined, keep_trailing_newline=True)
     templates.filters.update(utils.env.filters)
 
-    def start_disabled(self: Any, *args: Any, **kwargs: Any) -> None:
+    def start_disabled(self: tqdm, *args: object, **kwargs: object) -> None:
         start(self, *args, **{**kwargs, "disable": True})
 
     with (

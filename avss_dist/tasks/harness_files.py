@@ -178,7 +178,7 @@ def resolve_data_files(config: JsonObject, *folders: Path) -> NewObject:
     return {**config, "dataset_kwargs": {**options, "data_files": files}}
 
 
-def _resolve_paths(files: Any, folders: tuple[Path, ...], task: str) -> Any:
+def _resolve_paths(files: Any, folders: tuple[Path, ...], task: str) -> object:
     if isinstance(files, Mapping):
         return {split: _resolve_paths(file, folders, task) for split, file in files.items()}
     if isinstance(files, list):

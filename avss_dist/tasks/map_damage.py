@@ -6,7 +6,6 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field, replace
 from functools import partial
-from typing import Any
 
 import numpy as np
 import torch
@@ -19,7 +18,7 @@ from avss_dist.corpus.shards import Batch, Shard
 from avss_dist.models.causal_lm import LanguageModel
 from avss_dist.models.change.number_formats import NumberFormat, number_format
 from avss_dist.models.change.rounding import rounded_before, rounded_weight
-from avss_dist.models.forward import CallAfter, changing
+from avss_dist.models.forward import Arguments, CallAfter, Keywords, changing
 from avss_dist.models.structure.layers import Layer, Projection, as_rows
 from avss_dist.models.structure.linear_maps import weight_of
 from avss_dist.stats.layer_stats import Float64
@@ -43,9 +42,7 @@ See = Callable[[BackwardPass, Layer, Projection, torch.Tensor, torch.Tensor], No
 def reporting_maps(maps: Iterable[tuple[Layer, Projection]], see: See) -> Iterator[None]:
     """Report linear maps to a function inside the context whenever one has run while gradients are enabled."""
 
-    def report(
-        layer: Layer, projection: Projection, args: Sequence[Any], kwargs: Mapping[str, Any], output: torch.Tensor
-    ) -> None:
+    def report(layer: Layer, projection: Projection, args: Arguments, kwargs: Keywords, output: torch.Tensor) -> None:
         current = CURRENT.get()
         if torch.is_grad_enabled() and current is not None:
             see(current, layer, projection, _first_tensor(*args, *kwargs.values()), output)

@@ -45,7 +45,7 @@ _STATE = [f.name for f in fields(LayerStats) if f.name != "histogram"]
 _HEADER_FIELDS = [f.name for f in fields(ShardResult) if f.name not in ("strata", "rows", "experts")]
 
 
-def _options_of_statistics() -> dict[str, Any]:
+def _options_of_statistics() -> Mapping[str, object]:
     """Return options of the Parquet writer for tables of statistics.
 
     Floats seldom repeat, so a dictionary of them only costs time. Their bytes, split by significance, shrink well.
@@ -111,7 +111,7 @@ def encode_rows(name: str, run: TableRow, rows: Sequence[TableRow]) -> pa.Buffer
     return encode(name, run, columns_of(rows, SCHEMAS[name]))
 
 
-def to_file(table: pa.Table, **options: Any) -> pa.Buffer:
+def to_file(table: pa.Table, **options: object) -> pa.Buffer:
     """Return a table as the bytes of a Parquet file with a checksum, in place of any checksum in its metadata.
 
     Args:
@@ -253,7 +253,7 @@ def encode_shard(run: RunIdentity, result: ShardResult) -> dict[str, pa.Buffer]:
     every_row = {**asdict(run), "shard_id": result.shard_id, "content_hash": result.content_hash}
     files = {}
     if result.rows:
-        row_columns: dict[str, Any] = {}
+        row_columns: dict[str, list[object] | pa.Array] = {}
         for name, values in result.rows.items():
             if values.ndim > 1:
                 row_columns[name] = list(values)
@@ -319,7 +319,7 @@ def to_strata(table: pa.Table) -> dict[StratumKey, LayerStats]:
     return stats
 
 
-def _cells_by_column(table: pa.Table) -> dict[str, list[Any]]:
+def _cells_by_column(table: pa.Table) -> Mapping[str, list[Any]]:
     """Return the values of columns, lists as arrays. Columns that an older file lacks, so all null, are left out."""
     cells: dict[str, list[Any]] = {}
     for name, column in zip(table.column_names, table.columns, strict=True):

@@ -247,7 +247,7 @@ class Warehouse:
             return {}
         return _read_plan(data.to_pybytes())
 
-    def scores(self, **equals: Any) -> pa.Table:
+    def scores(self, **equals: object) -> pa.Table:
         """Read scores of whole runs whose columns equal the given values: ``scores(site="block", layer=[0, 1])``.
 
         Args:

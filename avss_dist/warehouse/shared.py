@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import lru_cache, partial
-from typing import Any
 
 from avss_dist.core.errors import AvssError
 from avss_dist.core.text import RedactedURI
@@ -15,7 +14,7 @@ OpenShared = Callable[[], Store | None]
 ended. It is pickled."""
 
 
-def share(store: Store, run_id: str, **plan: Any) -> OpenShared:
+def share(store: Store, run_id: str, **plan: object) -> OpenShared:
     """Write the description of an unfinished run, and return what opens the warehouse in its workers.
 
     It opens the warehouse in those processes alone that see this very description.

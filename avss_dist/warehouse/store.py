@@ -8,7 +8,6 @@ from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
 
 import pyarrow as pa
 
@@ -55,7 +54,7 @@ class Store:
         for table, data in files.items():
             self.storage.write(self.storage.shard_path(run_id, shard_id, table), data)
 
-    def write_unfinished_run(self, run_id: str, **plan: Any) -> bytes:
+    def write_unfinished_run(self, run_id: str, **plan: object) -> bytes:
         """Write a description of an unfinished run for `Warehouse.unfinished`, and return the content of the file.
 
         `delete_unfinished_run` deletes it. Each description differs from all others.

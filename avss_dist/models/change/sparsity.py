@@ -121,7 +121,9 @@ class _PassStart:
     def __call__(self, args: Arguments, kwargs: Keywords) -> None:
         inputs = _model_input(args, kwargs)
         rows, tokens = inputs.shape[:2]
-        sparse = sparse_tokens(self.rule, rows, tokens, kwargs.get("attention_mask"), inputs.device)
+        attention_mask = kwargs.get("attention_mask")
+        assert attention_mask is None or isinstance(attention_mask, torch.Tensor)
+        sparse = sparse_tokens(self.rule, rows, tokens, attention_mask, inputs.device)
         _PASS.set(_SparsePass(sparse))
 
 

@@ -9,11 +9,12 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import nn
 
+from avss_dist.models.forward import Arguments, Keywords, Output
 from avss_dist.models.structure.down_projections import DownProjections, find_down_projections
 from avss_dist.models.structure.layers import PROBE_SHAPE, Experts, Layer, as_rows
 from avss_dist.models.watching import captured
@@ -170,7 +171,7 @@ def _experts_projection(
     linearity: list[bool] = []
     chosen: list[int] = []
 
-    def check(_module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
+    def check(_module: nn.Module, args: Arguments, kwargs: Keywords, output: Output) -> None:
         linearity.append(down.is_linear(args, kwargs, output, _TOLERANCE))
         chosen.append(down.routing(args, kwargs).index.shape[1])
 
@@ -229,7 +230,7 @@ def _residual_multiple(
     return 1.0 if abs(last - 1) < _ONE else last
 
 
-def _displace(push: torch.Tensor, _module: nn.Module, _args: Any, output: torch.Tensor) -> torch.Tensor:
+def _displace(push: torch.Tensor, _module: nn.Module, _args: object, output: torch.Tensor) -> torch.Tensor:
     if output.numel() != push.numel():
         return output
     return output + push.reshape(output.shape).to(output.dtype)

@@ -11,6 +11,7 @@ from typing import Any
 import grpc
 import ray
 from ray import ObjectRef
+from ray.actor import ActorHandle
 from ray.exceptions import RayError
 
 from avss_dist.core.errors import RunFailed
@@ -107,7 +108,7 @@ class RayCluster:
         monitor: the `HeartbeatMonitor` actor.
     """
 
-    def __init__(self, monitor: Any) -> None:
+    def __init__(self, monitor: ActorHandle) -> None:
         self._monitor = monitor
 
     def now(self) -> float:
@@ -135,7 +136,7 @@ class RayCluster:
         if not own_node.get("Alive"):
             raise node_lost()
 
-    def nodes(self) -> dict[str, dict[str, Any]]:
+    def nodes(self) -> dict[str, Mapping[str, Any]]:
         """Return the nodes of the cluster as ``ray.nodes`` describes them, by id."""
         return {node["NodeID"]: node for node in ray.nodes()}
 

@@ -38,9 +38,10 @@ from avss_dist.runs.ray.heartbeats import HeartbeatMonitor
 from avss_dist.runs.ray.pool import Pool, QueueSource
 from avss_dist.runs.ray.queue import ATTEMPTS, CellQueue, ShardQueue
 from avss_dist.runs.threads import Submissions
-from avss_dist.runs.work import Outcome, RunShards, Underway, by_model
+from avss_dist.runs.work import Outcome, RankTask, RunShards, Underway, by_model
 from avss_dist.tasks.task import Cell, CellOutcome
 
+Event = TypeVar("Event")
 S = TypeVar("S")
 T = TypeVar("T")
 EVENT_SECONDS = 0.5  # between two looks at the events of ranks
@@ -173,13 +174,10 @@ class RayExecutor:
                 if has_head():  # else the cluster ends its workers itself
                     pool.close()
 
-    def run_ranks(self, task: Any, ranks: int, *, threads: int, on_event: Callable[[Any], None]) -> Any:
+    def run_ranks(self, task: RankTask[Event, T], ranks: int, *, threads: int, on_event: Callable[[Event], None]) -> T:
         """Have ranks do a task together, and return what the first one returns. See `run_together`.
 
         Args:
-            task: has a ``device``, ``cpu`` or ``cuda``, and a method ``run``, which returns the result of a
-                rank. It takes ``heartbeat``, to be called whenever a layer begins, and ``on_event``, which sends an
-                event to the driver. Tasks are pickled.
             threads: CPU threads of each rank.
             on_event: receives the events of the first rank.
         """
@@ -284,18 +282,17 @@ class RayExecutor:
 def run_together(
     gang: Gang,
     cluster: RayCluster,
-    task: Any,
+    task: RankTask[Event, T],
     *,
     placement_seconds: float,
     hang_seconds: float,
     shortage: Callable[[], str],
-    on_event: Callable[[Any], None],
-) -> Any:
+    on_event: Callable[[Event], None],
+) -> T:
     """Have the ranks of a gang do a task, and return what the first one returns. The workers are stopped in any case.
 
     Args:
         cluster: the Ray cluster of the gang.
-        task: see `RayExecutor.run_ranks`.
         placement_seconds: how long to wait for a place for all ranks.
         hang_seconds: how long a rank may begin no layer.
         shortage: describes the resources that the cluster lacks.
@@ -307,7 +304,7 @@ def run_together(
     """
     watch = Watch(cluster, hang_seconds)
     hangs = False
-    results: dict[int, Any] = {}
+    results: dict[int, T] = {}
     placed_at: float | None = None
     requested_at = cluster.now()
     checked_at = requested_at
@@ -407,7 +404,7 @@ def _total(nodes: Iterable[Mapping[str, float]], name: str) -> float:
     return sum(node.get(name, 0.0) for node in nodes)
 
 
-def _nodes(labels: Mapping[str, str]) -> list[dict[str, Any]]:
+def _nodes(labels: Mapping[str, str]) -> list[Mapping[str, Any]]:
     """Return the alive nodes of the cluster with these labels, as ``ray.nodes`` does."""
     return [node for node in ray.nodes() if node["Alive"] and labels.items() <= node["Labels"].items()]
 
@@ -460,7 +457,7 @@ def _no_labelled_node(labels: Mapping[str, str]) -> ConfigError:
 
 def _devices_of_node(kind: str, labels: Mapping[str, str], *, gpus: int) -> Devices:
     """Return the devices of a node with these labels that has the given number of free GPUs."""
-    probe: Any = ray.remote(devices_here).options(
+    probe = ray.remote(devices_here).options(
         num_cpus=0,
         num_gpus=gpus,
         max_retries=0,  # Ray prints them

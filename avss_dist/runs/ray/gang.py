@@ -23,7 +23,7 @@ from avss_dist.core.process import current_umask
 from avss_dist.partition.placement import Placement
 from avss_dist.runs.ray.queue import shape
 from avss_dist.runs.ray.worker import Assignment, Worker
-from avss_dist.runs.work import ReplicaSpec
+from avss_dist.runs.work import RankTask, ReplicaSpec
 
 
 class Gang:
@@ -57,7 +57,7 @@ class Gang:
         self.names = [f"{name}.{rank}" for rank in range(placement.ranks)]
         resources = {"num_cpus": threads, "num_gpus": placement.gpus // placement.ranks}
         self._group: PlacementGroup | None = None
-        options: dict[str, Any] = {}
+        options: dict[str, object] = {}
         if placement.ranks == 1:
             options["max_concurrency"] = 2 if placement.gpus else 1
             options["label_selector"] = dict(labels)
@@ -104,12 +104,8 @@ class Gang:
         """Open a model on every rank. Returns a reference for each."""
         return [worker.open.remote(spec, rank, self.placed) for rank, worker in enumerate(self._workers)]
 
-    def run(self, task: Any) -> list[ObjectRef]:
-        """Do a task on all ranks together. Returns a reference for each rank.
-
-        Args:
-            task: see `RayExecutor.run_ranks`.
-        """
+    def run(self, task: RankTask[object, object]) -> list[ObjectRef]:
+        """Do a task on all ranks together. Returns a reference for each rank."""
         ranks = len(self._workers)
         shared = ray.put(task)  # copied once to each node
         return [worker.run.remote(shared, rank, ranks, self.placed) for rank, worker in enumerate(self._workers)]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 Doing = tuple[str, float]
 """A worker's current activity, and the share of it that is done (0 to 1)."""
@@ -43,7 +43,7 @@ class HeartbeatMonitor:
     """Actor that records each worker's last progress and its activity, and passes their events on."""
 
     def __init__(self) -> None:
-        self._events: dict[str, list[Any]] = {}
+        self._events: dict[str, list[object]] = {}
         self._reports: dict[str, Report] = {}
 
     def report(self, worker: str, count: int, doing: Doing | None = None) -> None:
@@ -63,10 +63,10 @@ class HeartbeatMonitor:
             signs[worker] = Sign(silence=now - report.since, age=now - report.reported_at, doing=report.doing)
         return signs
 
-    def tell(self, worker: str, event: Any) -> None:
+    def tell(self, worker: str, event: object) -> None:
         """Keep an event of a worker until it is taken."""
         self._events.setdefault(worker, []).append(event)
 
-    def take_events(self, worker: str) -> list[Any]:
+    def take_events(self, worker: str) -> list[object]:
         """Return the events of a worker since the last call, in order."""
         return self._events.pop(worker, [])

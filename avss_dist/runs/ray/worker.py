@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import TypeVar
 
 import ray
 import torch
@@ -26,7 +26,7 @@ from avss_dist.measure.shard import analyze_shard, follow
 from avss_dist.models.checkpoint.locate import Checkpoint, convert_pickles, resolve
 from avss_dist.partition.replica import Replica
 from avss_dist.runs.ray.heartbeats import Doing
-from avss_dist.runs.work import Receipt, ReplicaSpec
+from avss_dist.runs.work import RankTask, Receipt, ReplicaSpec
 from avss_dist.tasks.task import Cell, CellResult, Heartbeat, measure_cell
 from avss_dist.warehouse.encoding import encode_shard
 from avss_dist.warehouse.schema import RunIdentity
@@ -35,6 +35,8 @@ from avss_dist.warehouse.shared import OpenShared
 BEAT_SECONDS = 1.0
 DRIVER_WRITES = "some workers do not reach the warehouse: the driver wrote for them"
 UnitResult = Receipt | CellResult
+Event = TypeVar("Event")
+T = TypeVar("T")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -189,7 +191,7 @@ class Worker:
             self._spec = spec
         self._opening = False
 
-    def run(self, task: Any, rank: int, ranks: int, first: tuple[str, int]) -> Any:
+    def run(self, task: RankTask[Event, T], rank: int, ranks: int, first: tuple[str, int]) -> T:
         """Do a task together with the other ranks, and return this rank's result.
 
         Args:
@@ -199,7 +201,7 @@ class Worker:
 
         sent: ObjectRef | None = None
 
-        def tell(event: Any) -> None:
+        def tell(event: Event) -> None:
             nonlocal sent
             sent = self._monitor.tell.remote(self._name, event)
 
