@@ -16,7 +16,9 @@ from typing import (
     TYPE_CHECKING,
     Annotated,
     Any,
+    ClassVar,
     ParamSpec,
+    Protocol,
     TypeVar,
     Union,
     dataclass_transform,
@@ -41,7 +43,6 @@ from avss_dist.core.errors import AvssError, ConfigError, nearest, without_secre
 from avss_dist.core.text import parse_bytes
 
 if TYPE_CHECKING:
-    from _typeshed import DataclassInstance
     from pydantic import GetCoreSchemaHandler, GetJsonSchemaHandler
     from pydantic.json_schema import JsonSchemaValue
     from pydantic_core import CoreSchema, ErrorDetails
@@ -49,6 +50,14 @@ if TYPE_CHECKING:
 P = ParamSpec("P")
 R = TypeVar("R")
 T = TypeVar("T")
+
+
+class Fielded(Protocol):
+    """A class of the standard library's ``dataclass``, such as a checked one."""
+
+    __dataclass_fields__: ClassVar[dict[str, Field[object]]]
+
+
 Location = tuple[object, ...]
 """Keys and indices on the way to a value: ``("models", 0, "dtype")``."""
 Share = Annotated[float, Range(gt=0, lt=1)]
@@ -236,7 +245,7 @@ def checked(cls: type[T]) -> type[T]:
 class _Documentation(str):
     """Docstring of a checked class, followed by its fields when it is read."""
 
-    def __get__(self, instance: object, cls: type[DataclassInstance]) -> str:
+    def __get__(self, instance: object, cls: type[Fielded]) -> str:
         hints = get_type_hints(cls, include_extras=True)
         lines = [inspect.cleandoc(self), "", "Attributes:"]
         for name, text in descriptions(cls).items():
@@ -358,9 +367,7 @@ def _schema_that_accepts_mappings(cls: type, source: object, handler: GetCoreSch
     return {**handler(source), "strict": False}
 
 
-def _described_schema(
-    cls: type[DataclassInstance], schema: CoreSchema, handler: GetJsonSchemaHandler
-) -> JsonSchemaValue:
+def _described_schema(cls: type[Fielded], schema: CoreSchema, handler: GetJsonSchemaHandler) -> JsonSchemaValue:
     """Return the JSON schema of a class with the descriptions of its fields."""
     json_schema = handler(schema)
     properties = handler.resolve_ref_schema(json_schema)["properties"]
@@ -370,7 +377,7 @@ def _described_schema(
 
 
 @cache
-def descriptions(cls: type[DataclassInstance]) -> dict[str, str]:
+def descriptions(cls: type[Fielded]) -> dict[str, str]:
     """Return the docstring of every field of a checked class, by name."""
     texts: dict[str, str] = {}
     for base in reversed(cls.__mro__[:-1]):

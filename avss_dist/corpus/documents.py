@@ -5,15 +5,18 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
-from typing import Any
+from typing import TYPE_CHECKING, Literal, Protocol
 
 from avss_dist.core.errors import CorpusError, first_line, nearest
 from avss_dist.core.text import describe_bytes, docs_page
 from avss_dist.core.values import JsonObject
 from avss_dist.corpus.labels import AFTER_ANOTHER, BEST, INCORRECT, TRUTHFUL
+
+if TYPE_CHECKING:
+    import torch
 
 MAX_LINE_BYTES = 16 << 20  # maximum of a line; a text may have as many characters
 _HALF_CHARACTER = re.compile("[\ud800-\udfff]")
@@ -172,8 +175,54 @@ TODAY = datetime(2024, 7, 26)
 _NOW = re.compile(r"""strftime_now\(\s*(?P<quote>["'])(?P<format>[^"']*)(?P=quote)\s*\)""")
 
 
-Tokenizer = Any
-"""A tokenizer of transformers."""
+class Tokenizer(Protocol):
+    """A tokenizer, as those of transformers are: what of it is used. Special tokens that it lacks are None."""
+
+    chat_template: str | None
+    bos_token_id: int | None
+    eos_token_id: int | None
+    pad_token_id: int | None
+
+    def __call__(
+        self,
+        text: list[str],
+        *,
+        add_special_tokens: bool,
+        truncation: bool,
+        padding: bool,
+        verbose: bool,
+        return_attention_mask: bool,
+        return_token_type_ids: bool,
+    ) -> Mapping[str, list[list[int]]]:
+        """Return the tokens of texts as ``input_ids``."""
+
+    def __len__(self) -> int:
+        """Return the number of tokens in the vocabulary."""
+
+    def get_vocab(self) -> Mapping[str, int]:
+        """Return the number of each token."""
+
+    def decode(
+        self, token_ids: list[int], *, skip_special_tokens: bool = ..., clean_up_tokenization_spaces: bool = ...
+    ) -> str:
+        """Return the text of tokens."""
+
+    def batch_decode(
+        self,
+        sequences: list[list[int]] | torch.Tensor,
+        *,
+        skip_special_tokens: bool = ...,
+        clean_up_tokenization_spaces: bool = ...,
+    ) -> list[str]:
+        """Return the text of each sequence of tokens."""
+
+    def get_chat_template(self) -> str:
+        """Return the template of conversations, and raise ValueError without one."""
+
+    def apply_chat_template(
+        self, conversation: list[JsonObject], *, chat_template: str, tokenize: Literal[False]
+    ) -> str:
+        """Return the text of a conversation in a template."""
 
 
 @dataclass(frozen=True)
@@ -230,11 +279,15 @@ def without_today(template: str) -> str:
     return _NOW.sub(lambda call: json.dumps(TODAY.strftime(call["format"])), template)
 
 
-def render(document: Document, tokenizer: Tokenizer, *, chats: bool) -> str:
+def render(document: Document, tokenizer: Tokenizer | None, *, chats: bool) -> str:
     """Return a text as it is, and a conversation in the tokenizer's chat template, special tokens included.
 
+    Args:
+        tokenizer: None will do unless conversations are read.
+        chats: whether conversations are read.
+
     Raises:
-        CorpusError: conversations are not read (``chats``), the template refuses this one, or the text is too long. The
+        CorpusError: conversations are not read, the template refuses this one, or the text is too long. The
             message names the place.
     """
     if isinstance(document, str):
@@ -246,6 +299,7 @@ def render(document: Document, tokenizer: Tokenizer, *, chats: bool) -> str:
         )
     from jinja2 import TemplateError
 
+    assert tokenizer is not None
     template = without_today(tokenizer.get_chat_template())
     try:
         text = tokenizer.apply_chat_template(list(document.messages), chat_template=template, tokenize=False)

@@ -5,12 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from functools import cache, lru_cache, partial
-from typing import Any
 
 from avss_dist.core.errors import ConfigError, CorpusError
 from avss_dist.core.settings import Settings
 from avss_dist.core.text import RedactedURI
-from avss_dist.corpus.documents import chat_template
+from avss_dist.corpus.documents import Tokenizer, chat_template
 from avss_dist.corpus.overlap import MAX_SHARED, SHORTEST, plain_text, read_again, shared_text
 from avss_dist.corpus.seen import SeenText, distinct, seen_text
 from avss_dist.corpus.shards import CorpusPlan, Shard, tokenize_choices, tokenize_corpus, with_other_start
@@ -308,7 +307,7 @@ def refuse_overlaps(
     refuse_overlap(fits, [replace(text, skip_option=skip_option) for text in chosen_on])
 
 
-def _prompts(shards: Iterable[Shard], tokenizer: Any) -> set[str]:
+def _prompts(shards: Iterable[Shard], tokenizer: Tokenizer) -> set[str]:
     """Return the prompts of paired text, each once, without whitespace."""
     prompts: set[str] = set()
     for shard in shards:

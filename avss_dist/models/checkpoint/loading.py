@@ -23,6 +23,7 @@ from avss_dist.core.errors import ModelError, first_line
 from avss_dist.core.extras import pip_command
 from avss_dist.core.settings import DTYPES, Settings
 from avss_dist.core.values import NewObject, TableRow
+from avss_dist.corpus.documents import Tokenizer
 from avss_dist.models.checkpoint.complete import require_complete, require_layers
 from avss_dist.models.checkpoint.locate import Checkpoint, read_config, stored_tensors
 from avss_dist.models.checkpoint.quantization import (
@@ -96,7 +97,7 @@ def quiet(*silenced: str) -> Iterator[None]:
 
 
 @quiet()
-def load_tokenizer(checkpoint: Checkpoint) -> Any:
+def load_tokenizer(checkpoint: Checkpoint) -> Tokenizer:
     """Load the checkpoint's tokenizer.
 
     Raises:
@@ -105,7 +106,7 @@ def load_tokenizer(checkpoint: Checkpoint) -> Any:
     from transformers import AutoTokenizer
 
     try:
-        tokenizer = AutoTokenizer.from_pretrained(
+        tokenizer: Any = AutoTokenizer.from_pretrained(
             checkpoint.folder, trust_remote_code=checkpoint.trust_remote_code, **checkpoint.gguf
         )
     except _REFUSALS as error:
