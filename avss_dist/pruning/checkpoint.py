@@ -383,8 +383,11 @@ def _describe_changes(plan: Plan, repair: RepairRecord | None) -> str:
             by_layer.append(f"layer {layer}: {', '.join(str(expert) for expert in experts)}")
         sentences.append(f"Removed routed experts, both counted from 0: {'; '.join(by_layer)}.")
     changed = [cut.after for cut in repair.cuts if cut.changed] if repair else []
+    borrowing = [cut.after for cut in repair.cuts if cut.borrowed] if repair else []
     if changed:
         sentences.append(f"Of the others, the MLP's last map is changed in {describe_layers(changed)}.")
+        if borrowing:
+            sentences.append(f"Neurons of removed layers took the place of some in {describe_layers(borrowing)}.")
     else:
         sentences.append("The others are unchanged.")
     return " ".join(sentences)

@@ -137,6 +137,28 @@ class NormalEquations:
         if form == "channel":
             factors = self.cross.diagonal() / (diagonal * (1 + ridge))
             return torch.diag(torch.where(diagonal > 0, factors, 0.0))
+        return torch.cholesky_solve(self.cross, self._factor(ridge))
+
+    def removal_errors(self, weights: torch.Tensor, ridge: float) -> torch.Tensor:
+        """Return by how much the ridged error grows without each input if the other weights are fitted again.
+
+        Args:
+            weights: float64[inputs, outputs], the fitted ones.
+            ridge: ridge of their fit, as for `solve`.
+
+        Returns:
+            float64[inputs].
+        """
+        inverse = torch.cholesky_inverse(self._factor(ridge))
+        return weights.square().sum(1) / inverse.diagonal()
+
+    def _factor(self, ridge: float) -> torch.Tensor:
+        """Return the lower Cholesky factor of G with a ridge.
+
+        Raises:
+            AvssError: the equations are singular.
+        """
+        diagonal = self.gram.diagonal()
         # Inputs that are always zero get a weight of zero: a diagonal of one keeps their equations regular.
         dead = (diagonal == 0).double()
         ridged = self.gram + torch.diag(ridge * diagonal.mean() + dead)
@@ -145,7 +167,7 @@ class NormalEquations:
         unexplained = factor.diagonal().square() / ridged.diagonal()
         if failed or unexplained.min() <= len(unexplained) * torch.finfo(torch.float64).eps:
             raise AvssError(f"The equations of the fit are singular (tokens: {self.count:,}).", "Fit on more text.")
-        return torch.cholesky_solve(self.cross, factor)
+        return factor
 
     def error(self, weights: torch.Tensor) -> float:
         """Return the sum of |y - x W|^2 over the tokens for any W, float64[inputs, outputs]."""
@@ -219,7 +241,11 @@ class Features(NamedTuple):
 
 
 def features_of(
-    step: RepairMethod, projection: OutputProjection, linear: CapturedCall, last: CapturedCall
+    step: RepairMethod,
+    projection: OutputProjection,
+    linear: CapturedCall,
+    last: CapturedCall,
+    borrowed: torch.Tensor | None = None,
 ) -> list[Features]:
     """Return the features of each matrix of a fit: of each remaining expert, or of one linear map.
 
@@ -227,13 +253,20 @@ def features_of(
 
     Args:
         linear, last: calls of the projection's linear map and of its last module.
+        borrowed: values of borrowed neurons, [rows, tokens, neurons], which are features like the inputs of the linear
+            map. Behind them is a feature that is always 1 if the map has a bias. None if the repair borrows none.
     """
     if linear.units is not None:
         return _features_of_experts(projection, linear.units)
     if step.features == "output":
         hidden = projection.factor * last.output.float()
     else:
-        hidden = projection.factor * linear.input.float()
+        inputs = linear.input.float()
+        if borrowed is not None:
+            inputs = torch.cat([inputs, borrowed.float()], dim=-1)
+            if "bias" in projection.paths:
+                inputs = torch.cat([inputs, torch.ones_like(inputs[..., :1])], dim=-1)
+        hidden = projection.factor * inputs
         if projection.norm is not None:
             hidden = hidden * inverse_rms(linear.output, projection.eps)
     return [Features(hidden.flatten(0, 1), tokens=slice(None), weights=1.0)]

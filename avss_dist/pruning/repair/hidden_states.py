@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from typing import NamedTuple
 
 import torch
+from torch import nn
 
 from avss_dist.core.devices import available_memory, to_device
 from avss_dist.core.intervention import Removal, experts_by_layer, layer_of
@@ -17,9 +18,10 @@ from avss_dist.models.causal_lm import LanguageModel
 from avss_dist.models.change.patches import Parameter
 from avss_dist.models.change.skipping import resumption
 from avss_dist.models.checkpoint.loading import forward_function
-from avss_dist.models.forward import changing
-from avss_dist.models.structure.layers import Layer, as_rows, probe_tokens
+from avss_dist.models.forward import Change, Forward, Output, RunThrough, changing
+from avss_dist.models.structure.layers import Layer, LayerCall, as_rows, probe_tokens
 from avss_dist.models.watching import CapturedCall, captured, recording
+from avss_dist.pruning.repair.neurons import BorrowedNeurons, MlpNeurons, NeuronBank, Recipient, find_neurons
 from avss_dist.pruning.repair.projection import OutputProjection, find_output_projection
 
 MEMORY_SHARE = 4
@@ -35,12 +37,14 @@ class CutStates:
         pruned: those of the pruned model after the last layer before the cut.
         linear: call of the projection's linear map in the pruned model.
         last: call of the projection's last module in the pruned model.
+        borrowed: values of borrowed neurons in the pruned model, which has them beside its own; None without any.
     """
 
     whole: torch.Tensor
     pruned: torch.Tensor
     linear: CapturedCall
     last: CapturedCall
+    borrowed: torch.Tensor | None = None
 
 
 class LayerOutput(NamedTuple):
@@ -87,6 +91,23 @@ class HiddenStateSource:
         Raises:
             PlanError: it has none.
         """
+        removed = experts_by_layer(self._drop).get(layer, ())
+        with self._probing(layer) as run:
+            return find_output_projection(self._layers[layer], run, partial(self._model.value, layer), removed)
+
+    def neurons(self, layer: int) -> MlpNeurons | None:
+        """Return the neurons of a layer's MLP, or None if they have no rows of their own."""
+        with self._probing(layer) as run:
+            return find_neurons(self._layers[layer], run, partial(self._model.value, layer), self._model.patched)
+
+    def have_the_same_values(self, recipient: Recipient, donor: MlpNeurons, borrowed: BorrowedNeurons) -> bool:
+        """Whether borrowed neurons have the values of their own layer, see `Recipient.has_the_values_of`."""
+        with self._probing(recipient.neurons.layer.index) as run:
+            return recipient.has_the_values_of(donor, borrowed, run, self._model.patched)
+
+    @contextmanager
+    def _probing(self, layer: int) -> Iterator[Callable[[], None]]:
+        """Yield a function that runs a pass of the whole model over the probe's tokens up to a layer."""
         start: LayerOutput | None = None
         # A pass that begins at the layer reads fewer weights.
         if layer > 0 and self._model.resumes:
@@ -96,10 +117,8 @@ class HiddenStateSource:
             with self._resuming(start):
                 self._probe()
 
-        value = partial(self._model.value, layer)
-        removed = experts_by_layer(self._drop).get(layer, ())
         with torch.no_grad(), self._model.without(self._after(layer)):
-            return find_output_projection(self._layers[layer], run, value, removed)
+            yield run
 
     @cached_property
     def _probe_inputs(self) -> dict[int, torch.Tensor]:
@@ -116,6 +135,7 @@ class HiddenStateSource:
         numbers: Iterable[int],
         *,
         units: bool = False,
+        banks: Sequence[NeuronBank] = (),
     ) -> None:
         """Compute the hidden states of batches, in order, and pass them to ``visit``.
 
@@ -125,30 +145,34 @@ class HiddenStateSource:
             visit: takes a batch's number and its hidden states.
             numbers: indices of the batches.
             units: also read the units of routed experts.
+            banks: borrowed neurons whose values are computed, too.
         """
+        states = partial(self._pruned, projection=projection, units=units, banks=banks)
         with torch.no_grad():
             if self._interleaves:
-                self._visit_together(projection, last, visit, list(numbers), units=units)
+                self._visit_together(states, last, visit, list(numbers))
                 return
             for number in numbers:
-                visit(number, self._pruned(number, projection, self._whole(number, last), units=units))
+                visit(number, states(number, whole=self._whole(number, last)))
 
     def _visit_together(
         self,
-        projection: OutputProjection,
+        states: Callable[..., CutStates],
         last: int,
         visit: Callable[[int, CutStates], None],
         numbers: Sequence[int],
-        *,
-        units: bool,
     ) -> None:
-        """Do as `visit`, with the passes of all batches interleaved: first the whole model's, then the pruned one's."""
+        """Do as `visit`, with the passes of all batches interleaved: first the whole model's, then the pruned one's.
+
+        Args:
+            states: `_pruned` of a batch.
+        """
         passes = [partial(self._whole, number, last) for number in numbers]
         wholes = dict(zip(numbers, self._model.together(passes), strict=True))
 
         def visit_pruned(number: int) -> None:
             whole = wholes.pop(number)  # Its memory is free once the batch has been visited.
-            visit(number, self._pruned(number, projection, whole, units=units))
+            visit(number, states(number, whole=whole))
 
         self._model.together([partial(visit_pruned, number) for number in numbers])
 
@@ -168,7 +192,15 @@ class HiddenStateSource:
             return rows.cpu()
         return rows
 
-    def _pruned(self, number: int, projection: OutputProjection, whole: torch.Tensor, *, units: bool) -> CutStates:
+    def _pruned(
+        self,
+        number: int,
+        *,
+        projection: OutputProjection,
+        whole: torch.Tensor,
+        units: bool,
+        banks: Sequence[NeuronBank],
+    ) -> CutStates:
         """Return the states of the pruned model, with all changes so far, beside those of the whole model."""
         layer = projection.layer
         behind = self._after(layer.index)
@@ -181,15 +213,47 @@ class HiddenStateSource:
         read = {}
         if units and projection.down:
             read[projection.linear] = projection.down.units
-        with self._model.patched(self.changed), captured(modules, read) as calls:
+        values: list[torch.Tensor] = []
+        changes: list[Change] = []
+        if banks:
+            linear = modules[projection.linear]
+            changes.append(RunThrough(layer.module, partial(self._run_with_banks, banks, linear, values)))
+        with self._model.patched(self.changed), captured(modules, read) as calls, changing(changes):
             self._run(number, skipped, self._stored.get(("pruned", number)))
         self._store("pruned", number, layer.index - 1, calls["layer"].input)
+        borrowed = None
+        if banks:
+            borrowed = torch.cat([self._rows(part, layer, number, "rows") for part in values], dim=-1)
         return CutStates(
             whole=whole,
             pruned=self._rows(calls["layer"].output, layer, number),
             linear=self._call_rows(calls[projection.linear], layer, number),
             last=self._call_rows(calls[projection.last], layer, number),
+            borrowed=borrowed,
         )
+
+    def _run_with_banks(
+        self,
+        banks: Sequence[NeuronBank],
+        linear: nn.Module,
+        values: list[torch.Tensor],
+        forward: Forward,
+        *args: object,
+        **kwargs: object,
+    ) -> Output:
+        """Run a layer with each bank of borrowed neurons, and then as it is.
+
+        Args:
+            linear: linear map whose inputs are the neurons.
+            values: list to which the values of the borrowed neurons are added.
+        """
+        call = LayerCall(args, kwargs)
+        for bank in banks:
+            copied = call.with_hidden(call.hidden.clone())  # The layer may change the original.
+            with self._model.patched(bank.patch), captured({"linear": linear}) as calls:
+                forward(*copied.args, **copied.kwargs)
+            values.append(calls["linear"].input[..., : bank.number])
+        return forward(*args, **kwargs)
 
     def _call_rows(self, call: CapturedCall, layer: Layer, number: int) -> CapturedCall:
         """Return a call of a module below a layer with its input and its output as [rows, tokens, units]."""

@@ -24,11 +24,11 @@ PUSHES = (1.0, 4.0)
 """Sizes of pushes, as multiples of the size of the layer's output. An output that is added is added at any size."""
 _PLAIN_KINDS = ("Conv1D", "FalconLinear")
 """GPT-2's and Falcon's names for an ordinary linear map."""
-_TOLERANCE = 0.03
+TOLERANCE = 0.03
 """Largest error of a move, as a share of the move. Numbers in bfloat16 are rounded by up to 0.004."""
 _ONE = 0.005
 """A factor that differs from 1 by less is 1 up to rounding."""
-_OFFSETS = (0.0, 1.0)
+OFFSETS = (0.0, 1.0)
 """Numbers that families add to the weight of a norm to get its gain."""
 
 
@@ -138,9 +138,7 @@ def find_output_projection(
     if tap is None:
         raise _refusal(layer, "has no MLP that ends in one linear map of its own")
     linear = tap.module
-    weight = getattr(linear, "weight", None)
-    is_plain = type(linear) is nn.Linear or type(linear).__name__ in _PLAIN_KINDS
-    if not is_plain or not isinstance(weight, nn.Parameter) or not weight.is_floating_point():
+    if not is_plain_linear(linear):
         raise _refusal(
             layer,
             f"ends its MLP in a {type(linear).__name__}, whose weights are not plain numbers",
@@ -172,7 +170,7 @@ def _experts_projection(
     chosen: list[int] = []
 
     def check(_module: nn.Module, args: Arguments, kwargs: Keywords, output: Output) -> None:
-        linearity.append(down.is_linear(args, kwargs, output, _TOLERANCE))
+        linearity.append(down.is_linear(args, kwargs, output, TOLERANCE))
         chosen.append(down.routing(args, kwargs).index.shape[1])
 
     with experts.module.register_forward_hook(check, with_kwargs=True):
@@ -191,6 +189,23 @@ def _experts_projection(
         remaining=tuple(expert for expert in range(experts.number) if expert not in removed),
         chosen=chosen[-1],
     )
+
+
+def is_plain_linear(module: nn.Module) -> bool:
+    """Whether a module is a linear map whose weights are plain numbers."""
+    weight = getattr(module, "weight", None)
+    is_plain = type(module) is nn.Linear or type(module).__name__ in _PLAIN_KINDS
+    return is_plain and isinstance(weight, nn.Parameter) and weight.is_floating_point()
+
+
+def is_norm(module: nn.Module) -> bool:
+    """Whether a module is a norm by the name of its class."""
+    return "norm" in type(module).__name__.lower() and not any(module.children())
+
+
+def eps_of(norm: nn.Module) -> float:
+    """Return the number that a norm adds to the mean square."""
+    return float(getattr(norm, "eps", None) or getattr(norm, "variance_epsilon", None) or 0.0)
 
 
 def inverse_rms(x: torch.Tensor, eps: float) -> torch.Tensor:
@@ -219,12 +234,12 @@ def _residual_multiple(
         factor = float((move * push).sum() / push.square().sum())
         rest = float((move - factor * push).norm())
         # NaN is no multiple, nor is an output that does not move at all.
-        is_multiple = rest < _TOLERANCE * float(move.norm())
+        is_multiple = rest < TOLERANCE * float(move.norm())
         if not is_multiple:
             return None
         factors.append(factor)
     first, last = factors
-    is_constant = abs(first - last) <= _TOLERANCE * abs(last)
+    is_constant = abs(first - last) <= TOLERANCE * abs(last)
     if not is_constant:
         return None
     return 1.0 if abs(last - 1) < _ONE else last
@@ -257,7 +272,7 @@ def _norms_after(
     """Yield each RMS norm that takes the output of a linear map."""
     norms = {}
     for path, module in layer.module.named_modules():
-        if "norm" in type(module).__name__.lower() and not any(module.children()):
+        if is_norm(module):
             norms[module] = path
     with captured({module: module for module in (linear, *norms)}) as calls:
         run()
@@ -268,11 +283,11 @@ def _norms_after(
             continue
         if getattr(norm, "weight", None) is None or getattr(norm, "bias", None) is not None:
             continue
-        eps = float(getattr(norm, "eps", None) or getattr(norm, "variance_epsilon", None) or 0.0)
+        eps = eps_of(norm)
         weight = value(f"{path}.weight").to(output.device).float()
         unit = output.float() * inverse_rms(output, eps)
         expected = call.output.float()
-        errors = {offset: float((unit * (weight + offset) - expected).norm()) for offset in _OFFSETS}
+        errors = {offset: float((unit * (weight + offset) - expected).norm()) for offset in OFFSETS}
         offset = min(errors, key=lambda offset: errors[offset])
-        if errors[offset] <= _TOLERANCE * float(expected.norm()):
+        if errors[offset] <= TOLERANCE * float(expected.norm()):
             yield _RmsNorm(norm, offset, eps)

@@ -3,7 +3,8 @@
 An entry says what the repair fits, at which layers, and how much text it needs. A record is a small file beside the
 weights of a repaired checkpoint.
 
-A new repair is one entry of `REPAIRS`. A fit of another form than ``channel`` and ``full`` also needs that form there,
+A new repair is one entry of `REPAIRS`. One that borrows neurons chooses them by `borrow` and writes their rows by
+`neurons`. A fit of another form than ``channel`` and ``full`` also needs that form there,
 its solution in `fits.NormalEquations.solve`, and the way in which it becomes weights in `fits.fold`. Nothing here
 imports torch.
 """
@@ -42,12 +43,14 @@ class RepairMethod:
             ``inputs`` of its last linear map.
         form: form of the fitted matrix, ``channel`` (a diagonal) or ``full``.
         every_layer: fit every remaining layer behind the first cut, not only the last one before each cut.
+        borrows: neurons of the removed layers may take the place of neurons of the layer before a cut.
     """
 
     meaning: str
     features: Literal["inputs", "output"]
     form: Literal["channel", "full"]
     every_layer: bool = False
+    borrows: bool = False
 
     def unknowns(self, inputs: int, outputs: int) -> int:
         """Return the number of unknowns for each output of the fit.
@@ -78,6 +81,12 @@ REPAIRS: Mapping[str, RepairMethod] = {
     ),
     "map": RepairMethod(meaning="a matrix applied to the output of the MLP", features="output", form="full"),
     "refit": RepairMethod(meaning="the last linear map of the MLP", features="inputs", form="full"),
+    "borrow": RepairMethod(
+        meaning="the last linear map of the MLP, whose least useful neurons give way to neurons of the removed layers",
+        features="inputs",
+        form="full",
+        borrows=True,
+    ),
     "refit_all": RepairMethod(
         meaning="the last linear map of the MLP, of every layer behind the first cut too",
         features="inputs",
@@ -176,6 +185,8 @@ class RepairedCut:
     """Error with the repair of this cut."""
     experts: LayerIndices = ()
     """Removed experts of ``after``, of which the remaining ones were changed."""
+    borrowed: Count = 0
+    """Neurons of ``removed`` that took the place of neurons of ``after``."""
     maps: Annotated[tuple[str, ...], Field(strict=False)] = ()
     """Linear maps that were fitted in ``after``; only repairs of earlier versions fitted others than the MLP's last."""
 
@@ -189,6 +200,8 @@ class RepairedCut:
         line = f"{self._describe_place()}: error {self.error_before:.3g} -> {self.error_after:.3g} on held-back text"
         if self.ridges:
             line += f" (ridge {self._describe_ridges()})"
+        if self.borrowed:
+            line += f"; {self.borrowed:,} of its neurons are borrowed from removed layers"
         return line
 
     def _describe_ridges(self) -> str:

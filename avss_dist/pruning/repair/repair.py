@@ -16,7 +16,7 @@ that does not help is undone.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from itertools import pairwise
@@ -46,8 +46,16 @@ from avss_dist.models.structure.find import find_down_projection
 from avss_dist.models.structure.layers import linear_sizes
 from avss_dist.plans.choice import PlanError
 from avss_dist.plans.plan import Plan
+from avss_dist.pruning.repair.borrow import (
+    NeuronFit,
+    choose_neurons,
+    largest,
+    removal_errors,
+    spare_columns,
+)
 from avss_dist.pruning.repair.fits import NormalEquations, RidgeFit, features_of, fit_ridge, fit_steps, fold
 from avss_dist.pruning.repair.hidden_states import CutStates, HiddenStateSource
+from avss_dist.pruning.repair.neurons import BorrowedNeurons, NeuronBank, NotBorrowed, Recipient
 from avss_dist.pruning.repair.projection import OutputProjection
 from avss_dist.pruning.repair.registry import (
     DEFAULT_REPAIR,
@@ -64,6 +72,8 @@ HELD_BACK = 10
 """One row of this many is held back, the last ones of each text."""
 SINK_TOKENS = 1
 """Leading tokens of every row that are attention sinks, whose hidden states are unlike all others."""
+ROUNDS_BEFORE_NORM = 3
+"""Maximum number of rounds in which weights before a norm and its gain are fitted in turn."""
 PLAIN_HINT = (
     "Repair the checkpoint that it was quantized from, and quantize the result; or save it again with transformers' "
     "save_pretrained, if it is not quantized."
@@ -288,7 +298,7 @@ class StepSums:
         missing = (scale * (target - states.pruned.float())).flatten(0, 1)
         fitted = torch.from_numpy(split.fitted).to(target.device)
         held_back = torch.from_numpy(split.held_back).to(target.device)
-        features = features_of(self._step, self._projection, states.linear, states.last)
+        features = features_of(self._step, self._projection, states.linear, states.last, states.borrowed)
         if not self.matrices:
             self.matrices = [_no_sums(part.inputs.shape[1], missing) for part in features]
         for matrix, part in zip(self.matrices, features, strict=True):
@@ -348,6 +358,28 @@ def _no_sums(inputs: int, missing: torch.Tensor) -> MatrixSums:
     )
 
 
+@dataclass(frozen=True)
+class CutFit:
+    """Fit of one cut.
+
+    Attributes:
+        ridges: see `RepairedCut`.
+        before, after: sums of squares of what is missing on held-back tokens, without the fit and with it.
+        whole_size: see `StepSums`.
+        borrowed: see `RepairedCut`.
+    """
+
+    ridges: tuple[float | None, ...]
+    before: float
+    after: float
+    whole_size: float
+    borrowed: int = 0
+
+    def undone(self) -> CutFit:
+        """Return the same fit without an effect."""
+        return CutFit((None,) * len(self.ridges), self.before, self.before, self.whole_size)
+
+
 class RepairFitter:
     """Fits a repair to cuts in order of depth. Each fit sees the changes of the earlier ones.
 
@@ -356,6 +388,9 @@ class RepairFitter:
         stored: weights of the checkpoint's files.
         splits: calibration text.
         model: several copies of it, or ranks that hold it together, share the batches.
+
+    Attributes:
+        notes: remarks for people on what was fitted.
     """
 
     def __init__(
@@ -365,6 +400,7 @@ class RepairFitter:
         self._stored = stored
         self._splits = splits
         self._model = model
+        self.notes: list[str] = []
 
     def fit_all(self, cuts: Sequence[RepairCut], repair: str) -> list[RepairedCut]:
         """Fit a repair to cuts, in order. Cuts that cannot be fitted are refused before the first fit.
@@ -388,7 +424,7 @@ class RepairFitter:
         return repaired
 
     def fit(self, cut: RepairCut, projection: OutputProjection, repair: str, description: str) -> RepairedCut:
-        """Fit a repair to one cut and change the weights of its projection.
+        """Fit a repair to one cut and change the weights of its layer.
 
         The weights stay as they are if the fit does not help on held-back tokens.
 
@@ -397,9 +433,35 @@ class RepairFitter:
         """
         layer = projection.layer.index
         old = {path: self._parameter(layer, path) for path in projection.paths.values()}
+        before_fit = dict(self._source.changed)
+        fit = None
+        if REPAIRS[repair].borrows:
+            fit = self._borrow(cut, projection, repair, description)
+        if fit is None:
+            fit = self._fit_steps(cut, projection, fit_steps(REPAIRS[repair], projection), description)
+        if fit.after > fit.before:
+            # Before a norm, a fit is folded approximately, and may do harm. It is undone.
+            fit = fit.undone()
+            self._restore(before_fit)
+            for path, value in old.items():
+                self._source.changed[layer, path] = value
+        return RepairedCut(
+            after=cut.after,
+            removed=cut.removed,
+            experts=cut.experts,
+            ridges=fit.ridges,
+            error_before=(fit.before / fit.whole_size) ** 0.5,
+            error_after=(fit.after / fit.whole_size) ** 0.5,
+            borrowed=fit.borrowed,
+        )
+
+    def _fit_steps(
+        self, cut: RepairCut, projection: OutputProjection, steps: Sequence[RepairMethod], description: str
+    ) -> CutFit:
+        """Fit one step after the other, and change the weights of the projection."""
         fits_by_step: list[list[RidgeFit]] = []
         ridges: list[float | None] = []
-        for step in fit_steps(REPAIRS[repair], projection):
+        for step in steps:
             sums = self._sums(cut, projection, step, description)
             fits = [fit_ridge(matrix.fitted, matrix.held_back, step.form) for matrix in sums.matrices]
             if any(fit.ridge is not None for fit in fits):
@@ -412,20 +474,7 @@ class RepairFitter:
             # Experts are fitted one by one. What is missing once all are changed is less than the sum of their errors.
             changed_sums = self._sums(cut, projection, REPAIRS["channel"], description)
             after = float(changed_sums.matrices[0].held_back.target)
-        if after > before:
-            # Before a norm, a fit is folded approximately, and may do harm. It is undone.
-            after = before
-            ridges = [None] * len(ridges)
-            for path, value in old.items():
-                self._source.changed[layer, path] = value
-        return RepairedCut(
-            after=cut.after,
-            removed=cut.removed,
-            experts=cut.experts,
-            ridges=tuple(ridges),
-            error_before=(before / sums.whole_size) ** 0.5,
-            error_after=(after / sums.whole_size) ** 0.5,
-        )
+        return CutFit(tuple(ridges), before, after, sums.whole_size)
 
     def _require_enough(self, projection: OutputProjection, repair: str) -> None:
         """Raise an error if there are too few tokens to fit to, or there is too little memory to fit in.
@@ -465,11 +514,208 @@ class RepairFitter:
                 f"Use a machine with more memory{alternative}.",
             )
 
-    def _sums(self, cut: RepairCut, projection: OutputProjection, step: RepairMethod, description: str) -> StepSums:
+    def _borrow(self, cut: RepairCut, projection: OutputProjection, repair: str, description: str) -> CutFit | None:
+        """Fit the layer before a cut with neurons of the removed layers in place of its least useful ones.
+
+        Returns:
+            None if there are none that it could borrow, or if none helps before a norm.
+        """
+        recipient, pool = self._find_neurons(cut, projection)
+        if recipient is None or pool is None:
+            return None
+        unchanged = dict(self._source.changed)
+        self._source.changed.update(recipient.changed)
+        pool, sums = self._preselect(cut, projection, REPAIRS[repair], recipient, pool, description)
+        (matrix,) = sums.matrices
+        number = recipient.neurons.number
+        start = self._start(projection, len(pool), matrix.fitted.gram.device)
+        constants = len(start) - number - len(pool)
+        choice = choose_neurons(matrix.fitted, matrix.held_back, start, number, constants)
+        before = float(matrix.held_back.target)
+        borrowed = 0
+        if choice.fit.ridge is not None:
+            borrowed = self._fold_neurons(projection, REPAIRS[repair], recipient, pool, choice, sums.moment)
+        if not borrowed:
+            for parameter in recipient.changed:
+                del self._source.changed[parameter]
+            if projection.norm is not None:
+                self._restore(unchanged)
+                return None
+        fit = CutFit((choice.fit.ridge,), before, choice.fit.after, sums.whole_size, borrowed)
+        if borrowed and projection.norm is not None:
+            return self._borrow_before_norm(cut, projection, fit, unchanged, description)
+        return fit
+
+    def _borrow_before_norm(
+        self,
+        cut: RepairCut,
+        projection: OutputProjection,
+        fit: CutFit,
+        unchanged: Patch,
+        description: str,
+    ) -> CutFit:
+        """Fit the gain of the norm after an MLP with borrowed neurons, and then weights and gain in turn.
+
+        A fit to weights takes the length of each token for that of the last round. A round that does not help on
+        held-back tokens is undone. Without borrowed neurons, the length changes less: the better of both fits stays.
+
+        Args:
+            fit: fit of the neurons, whose weights are those of the model.
+            unchanged: changed parameters before this fit.
+        """
+        ridges = fit.ridges
+        gain = self._fit_steps(cut, projection, [REPAIRS["channel"]], description)
+        ridges += gain.ridges
+        after = gain.after
+        steps = [REPAIRS["refit"], REPAIRS["channel"]]
+        for _ in range(ROUNDS_BEFORE_NORM):
+            last = dict(self._source.changed)
+            turn = self._fit_steps(cut, projection, steps, description)
+            if turn.after >= after:
+                self._restore(last)
+                break
+            after = turn.after
+            ridges += turn.ridges
+        borrowing = dict(self._source.changed)
+        self._restore(unchanged)
+        refit = self._fit_steps(cut, projection, steps, description)
+        if refit.after <= after:
+            return refit
+        self._restore(borrowing)
+        return replace(fit, ridges=ridges, after=after)
+
+    def _restore(self, changed: Patch) -> None:
+        """Make changed parameters of the pruned model those of an earlier time."""
+        self._source.changed.clear()
+        self._source.changed.update(changed)
+
+    def _find_neurons(
+        self, cut: RepairCut, projection: OutputProjection
+    ) -> tuple[Recipient | None, BorrowedNeurons | None]:
+        """Return the MLP before a cut and the neurons of the removed layers that it could borrow, and note others."""
+        layer = projection.layer
+        if not cut.removed:
+            return None, None
+        neurons = None
+        if projection.down is None:
+            neurons = self._source.neurons(layer.index)
+        if neurons is None:
+            self.notes.append(f"{layer} borrows no neurons: its MLP has none with rows of their own.")
+            return None, None
+        recipient = Recipient(neurons, self._parameter)
+        parts = []
+        for removed in cut.removed:
+            try:
+                parts.append(self._borrow_from(recipient, removed))
+            except NotBorrowed as error:
+                self.notes.append(f"{layer} borrows no neurons of layer {removed}: {error}.")
+        if not parts:
+            return recipient, None
+        return recipient, BorrowedNeurons.joined(parts)
+
+    def _borrow_from(self, recipient: Recipient, removed: int) -> BorrowedNeurons:
+        """Return the neurons of a removed layer as rows of another one.
+
+        Raises:
+            NotBorrowed: they would be others there.
+        """
+        donor = self._source.neurons(removed)
+        if donor is None:
+            raise NotBorrowed("its MLP has none with rows of their own")
+        borrowed = recipient.borrowed_from(donor)
+        if not self._source.have_the_same_values(recipient, donor, borrowed):
+            raise NotBorrowed("its activation function or its norm is another one")
+        return borrowed
+
+    def _start(self, projection: OutputProjection, borrowed: int, device: torch.device) -> torch.Tensor:
+        """Return what each feature of a fit with borrowed neurons adds before the fit, float64[features, channels]."""
+        weights = self._weights(projection, device)
+        linear = weights["linear"]
+        start = [linear, linear.new_zeros(borrowed, linear.shape[1])]
+        if "bias" in weights:
+            start.append(weights["bias"][None])
+        gain = weights.get("gain")
+        if gain is None:
+            return torch.cat(start)
+        return torch.cat(start) * gain
+
+    def _preselect(
+        self,
+        cut: RepairCut,
+        projection: OutputProjection,
+        step: RepairMethod,
+        recipient: Recipient,
+        pool: BorrowedNeurons,
+        description: str,
+    ) -> tuple[BorrowedNeurons, StepSums]:
+        """Return the neurons of a pool whose products fit into memory, and the sums with them.
+
+        They are compared in pieces. The best ones of a piece are compared with the next piece.
+        """
+        number = recipient.neurons.number
+        spare = spare_columns(number, recipient.neurons.width)
+        best = pool[:0]
+        while True:
+            room = spare - len(best)
+            piece = BorrowedNeurons.joined([best, pool[:room]])
+            pool = pool[room:]
+            sums = self._sums(cut, projection, step, description, recipient.banks(piece))
+            if not len(pool):
+                return piece, sums
+            (matrix,) = sums.matrices
+            start = self._start(projection, len(piece), matrix.fitted.gram.device)
+            errors = removal_errors(matrix.fitted, matrix.held_back, start)
+            best = piece[largest(errors[number : number + len(piece)], spare // 2).cpu()]
+
+    def _fold_neurons(
+        self,
+        projection: OutputProjection,
+        step: RepairMethod,
+        recipient: Recipient,
+        pool: BorrowedNeurons,
+        choice: NeuronFit,
+        moment: torch.Tensor,
+    ) -> int:
+        """Change the rows of the neurons that are replaced, and the weights of all. Return the number of borrowed ones.
+
+        Args:
+            choice: neurons that stay, of the recipient's own and those of the pool.
+            moment: that of `fold`, of all features.
+        """
+        device = moment.device
+        number = recipient.neurons.number
+        features = choice.features(number)
+        replaced = torch.where(features[:number] >= number)[0]
+        borrowed = features[replaced] - number
+        weights = self._weights(projection, device)
+        start = torch.cat([weights["linear"], weights["linear"].new_zeros(len(pool), weights["linear"].shape[1])])
+        if "bias" in weights:
+            start = torch.cat([start, weights["bias"][None]])
+        folding = {"linear": start[features]}
+        if "gain" in weights:
+            folding["gain"] = weights["gain"]
+        fitted = choice.fit.weights[torch.searchsorted(choice.columns, features)]
+        values = fold(step, folding, fitted, moment[features[:, None], features], projection.factor)
+        if "bias" in weights:
+            values["bias"] = values["linear"][number]
+            values["linear"] = values["linear"][:number]
+        self._write(projection, values)
+        if len(replaced):
+            self._source.changed.update(recipient.patch(pool[borrowed.cpu()], replaced.cpu()))
+        return len(replaced)
+
+    def _sums(
+        self,
+        cut: RepairCut,
+        projection: OutputProjection,
+        step: RepairMethod,
+        description: str,
+        banks: Sequence[NeuronBank] = (),
+    ) -> StepSums:
         """Return the sums over the text that a step is fitted from, the same on all copies of the model."""
         sums = StepSums(projection, step, self._splits)
         numbers = tracked(self._model.local_indices(len(self._splits)), description)
-        self._source.visit(projection, cut.last, sums.add, numbers, units=step.features == "inputs")
+        self._source.visit(projection, cut.last, sums.add, numbers, units=step.features == "inputs", banks=banks)
         sums.all_reduce(self._model)
         return sums
 
@@ -485,12 +731,28 @@ class RepairFitter:
             fitted = fits[0].weights
         else:
             fitted = torch.stack([fit.weights for fit in fits])
+        weights = self._weights(projection, fitted.device)
+        self._write(projection, fold(step, weights, fitted, moment, projection.factor))
+
+    def _weights(self, projection: OutputProjection, device: torch.device | None = None) -> dict[str, torch.Tensor]:
+        """Return the weights of a projection as `fold` takes them."""
+        weights = {}
+        for field, path in projection.paths.items():
+            stored = self._parameter(projection.layer.index, path)
+            weights[field] = projection.values(field, stored.to(device, torch.float64))
+        return weights
+
+    def _write(self, projection: OutputProjection, values: Mapping[str, torch.Tensor]) -> None:
+        """Change the weights of a projection. ``values`` are those that `fold` returns.
+
+        Raises:
+            PlanError: values do not fit into the dtype in which the files hold the parameter.
+        """
         layer = projection.layer.index
-        stored = {field: self._parameter(layer, path) for field, path in projection.paths.items()}
-        old = {field: tensor.to(fitted.device, torch.float64) for field, tensor in stored.items()}
-        weights = {field: projection.values(field, tensor) for field, tensor in old.items()}
-        for field, value in fold(step, weights, fitted, moment, projection.factor).items():
-            new = projection.stored(field, value, old[field]).to(stored[field].dtype).cpu().contiguous()
+        for field, value in values.items():
+            stored = self._parameter(layer, projection.paths[field])
+            old = stored.to(value.device, torch.float64)
+            new = projection.stored(field, value, old).to(stored.dtype).cpu().contiguous()
             if not torch.isfinite(new).all():
                 raise PlanError(f"The repair of layer {layer} does not fit into {new.dtype}.", "Use another `repair`.")
             self._source.changed[layer, projection.paths[field]] = new
@@ -571,7 +833,8 @@ def fit_repair(
     num_added = -len(splits) % model.lockstep
     splits += [splits[0].uncounted()] * num_added
     source = HiddenStateSource(model, [split.batch for split in splits], plan.drop)
-    repaired_cuts = RepairFitter(source, stored, splits, model).fit_all(cuts, repair.by)
+    fitter = RepairFitter(source, stored, splits, model)
+    repaired_cuts = fitter.fit_all(cuts, repair.by)
     record = RepairRecord(
         repair=repair.by,
         model=checkpoint.name,
@@ -582,7 +845,7 @@ def fit_repair(
         **settings.text_options(),
         dtype=settings.dtype,
     )
-    notes = []
+    notes = fitter.notes
     first = [layer for layer in plan.dropped_layers if layer < plan.keep[0]]
     if first and not every_layer:
         notes.append(f"Nothing stands before layers {describe_layers(first)}: what they did is not given back.")
