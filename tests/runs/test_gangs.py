@@ -604,8 +604,10 @@ EXPERTS = [Expert(1, 0), Expert(2, 1)]
     ("partition", "world", "by", "removed"),
     [
         *(("fsdp", 2, "refit_all", LAYER), ("zero3", 2, "map", EXPERTS)),
-        *nightly(*product(("fsdp",), (2,), ("channel", "map", "refit"), (LAYER,)), ("fsdp", 2, "map", EXPERTS)),
-        *nightly(*product(("zero3",), (2,), ("channel", "map", "refit", "refit_all"), (LAYER,))),
+        *nightly(
+            *product(("fsdp",), (2,), ("channel", "map", "refit", "borrow"), (LAYER,)), ("fsdp", 2, "map", EXPERTS)
+        ),
+        *nightly(*product(("zero3",), (2,), ("channel", "map", "refit", "borrow", "refit_all"), (LAYER,))),
         *nightly(("fsdp", 3, "map", LAYER), ("zero3", 3, "refit_all", LAYER)),
     ],
 )
