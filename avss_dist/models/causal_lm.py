@@ -37,7 +37,7 @@ from avss_dist.models.change.sparsity import SparsityCounts, sparsity_changes
 from avss_dist.models.change.sublayers import find_obstacles
 from avss_dist.models.checkpoint.loading import Backbone, no_head, predictor, quiet
 from avss_dist.models.checkpoint.locate import Checkpoint
-from avss_dist.models.forward import Change, Forward, changing
+from avss_dist.models.forward import Change, Forward, Output, changing
 from avss_dist.models.generation import find_cache_obstacle
 from avss_dist.models.gradients import WatcherT, backpropagate, loss_gradients
 from avss_dist.models.predictions import counted_predictions, probe_batch
@@ -294,7 +294,7 @@ class LanguageModel:
     def all_reduce(self, tensors: Sequence[torch.Tensor]) -> None:
         """Sum tensors over the copies that share work, in place. A collective: all copies call it."""
 
-    def generate(self, **kwargs: Any) -> Any:
+    def generate(self, **kwargs: object) -> Output:
         """Call the module's ``generate``.
 
         Where layers are left out, it runs on the remaining layers alone, with a key-value cache. If that is not known

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
@@ -32,7 +32,7 @@ from avss_dist.partition.group import RowSplit, all_gather, quiet_deepspeed
 from avss_dist.partition.splitting import Probe, exchange_for, head_count, probe, taps_and_block
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel
+    from transformers import PreTrainedConfig, PreTrainedModel
 
 TOLERANCES = {torch.float32: 1e-3, torch.float16: 0.05, torch.bfloat16: 0.2}
 """Maximum difference between the tensors of a whole and of a split model; see `difference`.
@@ -98,7 +98,7 @@ def inference_config(dtype: torch.dtype, world: int) -> NewObject:
     }
 
 
-def require_autotp(config: Any, world: int) -> None:
+def require_autotp(config: PreTrainedConfig, world: int) -> None:
     """Refuse a family that DeepSpeed refuses, and more ranks than heads: a head's keys and values are not split.
 
     Raises:

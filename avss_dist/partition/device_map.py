@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
+from torch.utils.hooks import RemovableHandle
 
 from avss_dist.core.devices import SPARE_SHARE, available_memory
 from avss_dist.core.errors import ConfigError, nearest
@@ -209,9 +210,9 @@ def spread(
     skeleton, tensors = load_skeleton(checkpoint, settings)
     model = stored_skeleton(checkpoint, skeleton, settings)
     device_map = plan_map(model, [tensor.name for tensor in tensors], limits, settings)
-    device_of: dict[nn.Parameter, Any] = {}
+    device_of: dict[nn.Parameter, Device] = {}
     for name, parameter in model.named_parameters():
-        device_of[parameter] = _device_of(name, device_map)
+        device_of[parameter] = device_map[_entry_of(name, device_map)]
     held: Counter[Device] = Counter()
     for parameter, device in device_of.items():
         held[device] += parameter_bytes([parameter])
@@ -270,11 +271,13 @@ def _without_prefix(name: str) -> str:
     return remainder
 
 
-def _move_inputs(layer: nn.Module) -> Any:
+def _move_inputs(layer: nn.Module) -> RemovableHandle:
     """Register a hook that moves a layer's inputs to its device before any other hook. Return its handle."""
     from accelerate.utils import send_to_device
 
-    def move(module: Any, args: Any, kwargs: Any) -> Any:
+    def move(
+        module: Any, args: tuple[object, ...], kwargs: dict[str, object]
+    ) -> tuple[tuple[object, ...], dict[str, object]]:
         device = module._hf_hook.execution_device
         return send_to_device(args, device), send_to_device(kwargs, device)
 

@@ -11,14 +11,17 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, redirect_stdout
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import torch
 from torch import distributed
 
 from avss_dist.core.errors import AvssError, ConfigError
+from avss_dist.core.settings import Settings
 from avss_dist.models.causal_lm import LanguageModel
 from avss_dist.models.change.sparsity import dense
+from avss_dist.models.checkpoint.loading import Backbone
+from avss_dist.models.checkpoint.locate import Checkpoint
 
 S = TypeVar("S")
 T = TypeVar("T")
@@ -158,8 +161,8 @@ class RankedLanguageModel(LanguageModel):
     Ranks take different batches of one task. Those that split matrices, without `whole_weights`, take the same.
     """
 
-    def __init__(self, *args: Any) -> None:
-        super().__init__(*args)
+    def __init__(self, checkpoint: Checkpoint, settings: Settings, backbone: Backbone, device: torch.device) -> None:
+        super().__init__(checkpoint, settings, backbone, device)
         self._split = RowSplit(*rank_and_size())
         self.reports = self._split.rank == 0
 
@@ -217,7 +220,7 @@ def all_gather(value: T) -> list[T]:
     """Return the objects of all ranks, in rank order. All ranks call this. Outside of a group there is one."""
     if not distributed.is_initialized():
         return [value]
-    every: list[Any] = [None] * distributed.get_world_size()
+    every = [value] * distributed.get_world_size()  # Every entry is replaced.
     distributed.all_gather_object(every, value)
     return every
 

@@ -55,8 +55,8 @@ class ShardedLanguageModel(RankedLanguageModel):
 
     weights_stay = False
 
-    def __init__(self, *args: Any) -> None:
-        super().__init__(*args)
+    def __init__(self, checkpoint: Checkpoint, settings: Settings, backbone: Backbone, device: torch.device) -> None:
+        super().__init__(checkpoint, settings, backbone, device)
         self.lockstep = self._split.ranks
         self._dummy = dummy_batch()  # the same in all passes: functions may look up what they recorded of a batch
 

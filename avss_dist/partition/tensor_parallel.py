@@ -98,7 +98,7 @@ class TensorParallelReplica(Replica):
         if not self.reports_stats:
             distributed.gather_object(counted, None)
             return []
-        every: list[Any] = [None] * self.split.ranks
+        every = [counted] * self.split.ranks  # Every entry is replaced.
         distributed.gather_object(counted, every)
         return every
 

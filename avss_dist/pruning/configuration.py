@@ -32,7 +32,7 @@ from avss_dist.pruning.quantization import renumber_quantization
 from avss_dist.pruning.weights import LayerNames, StoredWeights, list_path, renumbered
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedConfig
+    from transformers import PreTrainedConfig, PreTrainedModel
 
 EXPERT_COUNTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
 """Settings that give the number of routed experts of a layer."""
@@ -286,7 +286,7 @@ def _require_same_classes(whole: PreTrainedConfig, pruned: PreTrainedConfig, pla
         raise _no_such_layers(whole, plan, settings)
 
 
-def _has_layers(model: nn.Module, plan: Plan) -> bool:
+def _has_layers(model: PreTrainedModel, plan: Plan) -> bool:
     """Whether a model has the plan's list of layers, with as many of them."""
     layers = dict(model.named_modules()).get(list_path(model, plan))
     return isinstance(layers, nn.ModuleList) and len(layers) == plan.num_layers

@@ -11,7 +11,7 @@ from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import nn
@@ -33,6 +33,9 @@ from avss_dist.models.structure.experts import RoutedExperts, require_routed_exp
 from avss_dist.plans.choice import PlanError
 from avss_dist.plans.plan import Plan
 from avss_dist.warehouse.reader import grouped
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 _EXPERT = re.compile(r"((?:.*\.)?experts)\.(\d+)(|\..*)")
 _FUSED = re.compile(r"(?:.*\.)?experts\.[^.]+")
@@ -71,7 +74,7 @@ class LayerNames:
     routed: Mapping[int, RoutedExperts] = field(default_factory=dict)
 
     @classmethod
-    def of_model(cls, model: nn.Module, plan: Plan, *stored: str) -> LayerNames:
+    def of_model(cls, model: PreTrainedModel, plan: Plan, *stored: str) -> LayerNames:
         """Return the names in a model, which may be on the meta device, and in files.
 
         Args:
@@ -199,7 +202,9 @@ class StoredWeights:
         return torch.stack([read_tensor(tensor) for tensor in stored])
 
 
-def _stored_prefix(checkpoint: Checkpoint, plan: Plan, names: Iterable[str], model: nn.Module, num_mtp: int) -> str:
+def _stored_prefix(
+    checkpoint: Checkpoint, plan: Plan, names: Iterable[str], model: PreTrainedModel, num_mtp: int
+) -> str:
     """Return the name of the layer list in the files. Transformers may rename tensors when it loads them.
 
     It is the only part of names before the index of a layer that stands with the index of every layer. Layers of a head
@@ -282,7 +287,7 @@ class _TensorOfLayer:
     expert: int | None
 
 
-def _tensors_of_layers(layers: LayerNames, stored: Iterable[str], model: nn.Module) -> list[_TensorOfLayer]:
+def _tensors_of_layers(layers: LayerNames, stored: Iterable[str], model: PreTrainedModel) -> list[_TensorOfLayer]:
     """Return the stored tensors of layers, by the names of all tensors."""
     path_in_model, prefix = layers.lists
     in_files = re.compile(rf"{re.escape(prefix)}\.(\d+)\.(.*)")
@@ -358,7 +363,7 @@ def _unknown_experts(problem: str, checkpoint: Checkpoint, layer: int, experts: 
     )
 
 
-def list_path(model: nn.Module, plan: Plan) -> str:
+def list_path(model: PreTrainedModel, plan: Plan) -> str:
     """Return the path of a plan's layer list in the whole model."""
     backbone = without_head(model)
     for path, module in model.named_modules():

@@ -38,13 +38,16 @@ from avss_dist.models.structure.layers import Layer, count_parameters, layer_lis
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
+    from transformers.core_model_loading import WeightTransform
+    from transformers.models.auto.auto_factory import _BaseAutoModelClass
     from transformers.quantizers import HfQuantizer
+
+    AutoClass = type[_BaseAutoModelClass]
+    """An auto class of transformers, such as ``AutoModelForCausalLM``."""
 
 Forward = Callable[[torch.Tensor, torch.Tensor | None], Output]
 """Function of token ids and an attention mask, or None."""
 
-AutoClass = Any
-"""An auto class of transformers, such as ``AutoModelForCausalLM``."""
 _TOKENIZERS = ("tokenizer*", "vocab*", "*.model")
 """Patterns of the names of a tokenizer's files."""
 _REFUSALS: tuple[type[Exception], ...] = (
@@ -400,7 +403,7 @@ def candidate_layers(model: PreTrainedModel, path: str | None) -> dict[str, nn.M
     return layer_lists(without_head(model), num_layers, path)
 
 
-def without_head(model: Any) -> nn.Module:
+def without_head(model: PreTrainedModel) -> nn.Module:
     """Return the model below its head.
 
     This is the decoder of a model that is its own base.
@@ -578,11 +581,11 @@ class NameConversion(NamedTuple):
     """
 
     rename: Callable[[str], str]
-    conversions: list[Any]
+    conversions: list[WeightTransform]
     weights: dict[str, torch.Tensor]
 
 
-def renaming(model: Any, quantizer: HfQuantizer | None = None) -> NameConversion:
+def renaming(model: PreTrainedModel, quantizer: HfQuantizer | None = None) -> NameConversion:
     """Return the conversion of the names of a checkpoint's tensors.
 
     It uses private interfaces of transformers, which may change: expect ImportError, TypeError, AttributeError,

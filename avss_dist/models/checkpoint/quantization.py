@@ -240,7 +240,7 @@ def unpack_partial_blocks() -> None:
     if getattr(whole, "unpacks_partial_blocks", False):
         return
 
-    def unpack(self: Any, quantized: torch.Tensor, scales: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+    def unpack(self: Any, quantized: torch.Tensor, scales: torch.Tensor, *args: object, **kwargs: object) -> object:
         block = getattr(self.hf_quantizer.quantization_config, "weight_block_size", None)
         if not block or scales.dim() < 2 or not quantized.is_floating_point():
             return whole(self, quantized, scales, *args, **kwargs)

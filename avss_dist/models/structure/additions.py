@@ -6,15 +6,15 @@ before it is added. Names and values do not tell these apart from others, so `Tr
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any, TypeGuard
+from typing import TYPE_CHECKING, TypeGuard
 
 import torch
 from torch import nn
 from torch.overrides import TorchFunctionMode
 
-from avss_dist.models.forward import Arguments
+from avss_dist.models.forward import Arguments, Keywords, Output
 from avss_dist.models.structure.layers import PROBE_SHAPE, Scale, Tap, axes_of, is_linear
 
 if TYPE_CHECKING:
@@ -125,8 +125,8 @@ class Trace(TorchFunctionMode):
         self.output: torch.Tensor | None = None
 
     def __torch_function__(
-        self, func: Callable[..., Any], types: Any, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
-    ) -> Any:
+        self, func: Callable[..., Output], types: object, args: Arguments = (), kwargs: Keywords | None = None
+    ) -> Output:
         """Run a function of torch, and record it."""
         kwargs = kwargs or {}
         result = func(*args, **kwargs)

@@ -10,7 +10,7 @@ import hashlib
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -20,6 +20,9 @@ from avss_dist.corpus.shards import Batch
 from avss_dist.models.forward import Arguments, CallAfter, Change, Forward, Keywords, Output, RunThrough, changing
 from avss_dist.models.structure.layers import PROBE_SHAPE, Layer, probe_tokens
 from avss_dist.stats.layer_stats import Float64
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 TOLERANCES = {torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 5e-2}
 """Maximum difference between the logits of pieces and of all tokens, relative to the largest logit, by dtype."""
@@ -43,7 +46,7 @@ class Head:
         body: the module that runs the layers, whose output is recorded; None if the head is not split.
     """
 
-    def __init__(self, module: Any, layers: Sequence[Layer], device: torch.device) -> None:
+    def __init__(self, module: PreTrainedModel, layers: Sequence[Layer], device: torch.device) -> None:
         self._module = module
         self._linear = module.get_output_embeddings()
         self._ids = probe_tokens(device)

@@ -21,7 +21,9 @@ from avss_dist.models.checkpoint.locate import Checkpoint, read_gguf
 from avss_dist.models.checkpoint.safetensors import DTYPES, StoredTensor
 
 if TYPE_CHECKING:
+    from gguf import ReaderTensor
     from transformers import PreTrainedModel
+    from transformers.quantizers import HfQuantizer
 
 ELSEWHERE = (
     "Use `partition` device_map, which has transformers load the whole model."  # hint where streaming is impossible
@@ -48,7 +50,7 @@ class Conversion:
         self,
         model: PreTrainedModel,
         stored: Sequence[StoredTensor],
-        quantizer: Any = None,
+        quantizer: HfQuantizer | None = None,
         names: Mapping[str, str] | None = None,
         unpack: Callable[[Mapping[str, torch.Tensor]], dict[str, torch.Tensor]] | None = None,
     ) -> None:
@@ -153,7 +155,7 @@ class GgufTensors:
         self._processor: Any = None
         self._weights: dict[str, str] = {}
 
-    def _stored(self, tensor: Any) -> StoredTensor:
+    def _stored(self, tensor: ReaderTensor) -> StoredTensor:
         dtype = tensor.tensor_type.name
         if dtype in DTYPES:
             shape = tuple(int(size) for size in reversed(tensor.shape))
@@ -162,7 +164,7 @@ class GgufTensors:
             shape = tensor.data.shape
         return StoredTensor(tensor.name, dtype, int(tensor.n_bytes), shape, self._file, int(tensor.data_offset))
 
-    def quantizer(self, model: PreTrainedModel) -> Any:
+    def quantizer(self, model: PreTrainedModel) -> HfQuantizer | None:
         """Return transformers' quantizer that unpacks the tensors of this architecture, or None if it has none.
 
         Args:

@@ -29,6 +29,7 @@ from avss_dist.core.memory import release_freed_memory
 from avss_dist.core.streams import report
 from avss_dist.models.change.replay import Record
 from avss_dist.models.change.skipping import skip_of
+from avss_dist.models.forward import Forward, Output
 from avss_dist.models.structure.layers import input_tensor
 from avss_dist.partition.offload import offload_folder
 from avss_dist.partition.streaming.weights import Part, StreamedWeights, buffer_bytes, copied_into, mapped, readahead
@@ -206,7 +207,7 @@ class Window:
         future = self._present[index] = self._thread.submit(self._copy, index, mark)
         return future
 
-    def _copy(self, index: int, mark: Any) -> None:
+    def _copy(self, index: int, mark: torch.cuda.Event) -> None:
         """Load a layer's weights on a GPU, through the buffer."""
         assert self._stream and self._buffer is not None
         with torch.no_grad(), torch.cuda.stream(self._stream):
@@ -335,7 +336,7 @@ class Passes:
         with torch.no_grad(), Window(self._weights, self._parts, order, self._device, self._buffer) as window:
             yield window
 
-    def call(self, layer: nn.Module, *args: Any, **kwargs: Any) -> Any:
+    def call(self, layer: nn.Module, *args: object, **kwargs: object) -> Output:
         """Call a layer whose weights are loaded, without pausing."""
         kind: Any = type(layer).__bases__[0]  # the class that it had before it was paused
         return kind.__call__(layer, *args, **kwargs)
@@ -353,14 +354,14 @@ def _pause(layer: nn.Module, index: int) -> None:
     """
     kind = type(layer)
 
-    def call(layer: nn.Module, *args: Any, **kwargs: Any) -> Any:
+    def call(layer: nn.Module, *args: object, **kwargs: object) -> Output:
         return _arrive(layer, index, partial(kind.__call__, layer), *args, **kwargs)
 
     names = {name: getattr(kind, name) for name in ("__module__", "__qualname__", "__doc__")}
     layer.__class__ = type(kind.__name__, (kind,), {**names, "__call__": call})
 
 
-def _arrive(layer: nn.Module, index: int, call: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+def _arrive(layer: nn.Module, index: int, call: Forward, *args: object, **kwargs: object) -> Output:
     """Wait until the weights of a layer are loaded, and call it."""
     current = getcurrent()
     record = RECORD.get()

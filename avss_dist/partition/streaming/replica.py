@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import replace
 from functools import partial
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import numpy as np
 import torch
@@ -29,7 +29,7 @@ from avss_dist.models.change.skipping import resumption, skip_of
 from avss_dist.models.checkpoint.loading import Backbone, open_module, without_head
 from avss_dist.models.checkpoint.locate import Checkpoint
 from avss_dist.models.checkpoint.size import Footprint, footprint
-from avss_dist.models.forward import Change, changing
+from avss_dist.models.forward import Change, Forward, Output, changing
 from avss_dist.models.gradients import Watcher, WatcherT
 from avss_dist.models.structure.layers import Layer
 from avss_dist.partition.estimate import MemoryQuery, PartitionEstimate, batch_bytes
@@ -203,8 +203,8 @@ class StreamingLanguageModel(LanguageModel):
     weights_stay = False
     passes: Passes
 
-    def __init__(self, *args: Any) -> None:
-        super().__init__(*args)
+    def __init__(self, checkpoint: Checkpoint, settings: Settings, backbone: Backbone, device: torch.device) -> None:
+        super().__init__(checkpoint, settings, backbone, device)
         # These are found by running the model, while its layers have numbers.
         self.resumes, self.obstacles  # noqa: B018
 
@@ -221,7 +221,7 @@ class StreamingLanguageModel(LanguageModel):
             yield range(start, end), portion(start / len(batches), (end - start) / len(batches))
 
     @contextmanager
-    def running(self, layer: Layer) -> Iterator[Callable[..., Any]]:
+    def running(self, layer: Layer) -> Iterator[Forward]:
         """Load the weights of a layer inside the context, and yield a function that calls it alone."""
         with self.passes.window() as window:
             window.load(self.passes.modules.index(layer.module))
@@ -236,7 +236,7 @@ class StreamingLanguageModel(LanguageModel):
         """Return the input of the head, and load each layer while the module runs."""
         return self._alone(partial(super().hidden_states, batch))
 
-    def generate(self, **kwargs: Any) -> Any:
+    def generate(self, **kwargs: object) -> Output:
         """Call the module's ``generate``, and read the weights for every token."""
         return self._alone(partial(super().generate, **kwargs))
 

@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Set
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -29,6 +29,9 @@ from avss_dist.models.checkpoint.quantization import quantization_method, ready_
 from avss_dist.models.checkpoint.safetensors import DTYPES, StoredTensor, explaining_reads, tensors_of
 from avss_dist.models.checkpoint.weight_files import weight_files
 from avss_dist.partition.streaming.conversion import ELSEWHERE, Conversion, GgufTensors, Group, refusing
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 Read = Callable[[Sequence[StoredTensor]], Iterator[torch.Tensor]]
 """Function that yields stored tensors in memory: `copied`, `mapped`, or `copied_into` a buffer."""
@@ -264,7 +267,7 @@ class StreamedWeights:
     def _open_gguf(self, checkpoint: Checkpoint, settings: Settings, *, head: bool) -> None:
         file = GgufTensors(checkpoint)
 
-        def stand_ins(empty: Any) -> Mapping[str, _Placeholder]:
+        def stand_ins(empty: PreTrainedModel) -> Mapping[str, _Placeholder]:
             with refusing(f"The weights of '{checkpoint.name}'"):
                 file.find_names(empty)
             targets = set(file.names.values())
@@ -418,10 +421,10 @@ class _Placeholder:
     def is_floating_point(self) -> bool:
         return self.dtype.is_floating_point
 
-    def __getitem__(self, _everything: Any) -> _Placeholder:
+    def __getitem__(self, _everything: object) -> _Placeholder:
         return self
 
-    def to(self, device: Any = None, dtype: torch.dtype | None = None) -> torch.Tensor:
+    def to(self, device: object = None, dtype: torch.dtype | None = None) -> torch.Tensor:
         self.placed = torch.empty(self.shape, dtype=dtype or self.dtype, device="meta")
         return self.placed
 
