@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, replace
-from typing import Any
 
 import pyarrow as pa
 
@@ -15,7 +14,7 @@ from avss_dist.core.intervention import Removal, count_removed, removal_names
 from avss_dist.core.results import Table, TabularResult
 from avss_dist.core.thresholds import parse_threshold
 from avss_dist.core.validation import keywords
-from avss_dist.core.values import TableRow
+from avss_dist.core.values import JsonObject, TableRow
 from avss_dist.distillation import distill as distilling
 from avss_dist.distillation.teacher_text import with_own_text
 from avss_dist.evaluation.planned_tasks import seen_by_plan
@@ -187,7 +186,7 @@ class Pruned(TabularResult):
         folder, bytes, difference, notes, repair: values that `pruning.checkpoint.prune` returns.
     """
 
-    def __init__(self, plan: Plan, done: Mapping[str, Any]) -> None:
+    def __init__(self, plan: Plan, done: JsonObject) -> None:
         self.plan = plan
         self.folder = str(done["folder"])
         self.bytes = int(done["bytes"])

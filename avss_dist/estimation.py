@@ -6,7 +6,6 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import asdict, dataclass, replace
 from importlib.util import find_spec
-from typing import Any
 
 import pyarrow as pa
 import pyarrow.compute as pc
@@ -16,7 +15,7 @@ from avss_dist.core.errors import ConfigError, WarehouseError, as_failure
 from avss_dist.core.results import TabularResult
 from avss_dist.core.settings import Settings
 from avss_dist.core.text import describe_bytes
-from avss_dist.core.values import TableRow
+from avss_dist.core.values import NewObject, TableRow
 from avss_dist.distillation.memory import LIBRARIES, estimate_memory
 from avss_dist.distillation.pair import LORA, computes_in_bfloat16
 from avss_dist.models.checkpoint.locate import Checkpoint, find_checkpoint
@@ -173,7 +172,7 @@ class Estimate(TabularResult):
         """Return the model and its layers in a line."""
         return f"{self.model}, {self.num_layers} layers"
 
-    def as_dict(self) -> dict[str, Any]:
+    def as_dict(self) -> NewObject:
         """Return the estimate as JSON-ready values."""
         return asdict(self)
 
@@ -327,7 +326,7 @@ class Preview:
     error: str | None = None
 
 
-def preview_job(job: JobFile, on_event: OnRunEvent | None = None, **options: Any) -> list[Preview]:
+def preview_job(job: JobFile, on_event: OnRunEvent | None = None, **options: object) -> list[Preview]:
     """Return what `run_job` would do, from configurations, headers and texts. Nothing is written, no model is run.
 
     Times are those of the newest finished run of the warehouse with a model of the same shape.

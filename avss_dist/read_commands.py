@@ -22,6 +22,7 @@ from avss_dist.core.results import Table
 from avss_dist.core.suggestions import command_line
 from avss_dist.core.thresholds import parse_threshold
 from avss_dist.core.validation import keywords
+from avss_dist.core.values import NewRow
 from avss_dist.read_requests import (
     CompactRequest,
     CompareRequest,
@@ -165,7 +166,7 @@ def show(opened: Warehouse, request: ShowRequest) -> Table:
     return Table(scores)
 
 
-def score_rows(scores: pa.Table) -> list[dict[str, Any]]:
+def score_rows(scores: pa.Table) -> list[NewRow]:
     """Return rows of scores, with None for NaN."""
     rows = scores.to_pylist()
     for row in rows:

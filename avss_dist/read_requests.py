@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from dataclasses import field
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 from pydantic import Field
 
@@ -83,7 +83,7 @@ def _run_names(runs: object) -> tuple[str, ...]:
     return tuple(str(_run_name(run)) for run in _listed(runs))
 
 
-def _listed(runs: object) -> list[Any]:
+def _listed(runs: object) -> list[object]:
     """Return runs or their names as a list, which may be given as one."""
     if runs is None:
         return []
@@ -109,7 +109,7 @@ def _with_warehouse_of_runs(values: dict[str, object]) -> dict[str, object]:
 
 WAREHOUSE = Option(short="-w", environment="AVSS_WAREHOUSE")
 OUTPUT = Option(short="-o")
-RunName = Annotated[Any, check(_run_name, before=True), Accepts("str | Run | None")]
+RunName = Annotated[str | None, check(_run_name, before=True), Accepts("str | Run | None")]
 RunNames = Annotated[tuple[str, ...], check(_run_names, before=True), Accepts("str | Run | Sequence[str | Run] | None")]
 Output = Annotated[PathOrText, OUTPUT]
 OptionalOutput = Annotated[PathOrText | None, OUTPUT]

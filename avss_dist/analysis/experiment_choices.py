@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from itertools import product
-from typing import Annotated, Any
+from typing import Annotated
 
 from pydantic import Field
 
@@ -215,7 +215,7 @@ def _scores_to_compare(experiment: Experiment, rows: Sequence[TableRow]) -> Iter
 
 def _score_methods(experiment: Experiment, score: str, reading: Reading | None) -> list[NewRow]:
     """Return the fields of the choices by a score: by itself, and its controls unless it is another reading of AVSS."""
-    method: dict[str, Any] = {"by": score, "reading": reading}
+    method: dict[str, object] = {"by": score, "reading": reading}
     methods = [method]
     if reading not in (None, PUBLISHED):
         return methods

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 from avss_dist.core.settings import TEXT_OPTIONS, Settings
 from avss_dist.core.suggestions import command_line, option_words
@@ -31,7 +30,7 @@ def ablate_command(store: Warehouse, run: TableRow, by: str = LEAVE_ONE_OUT) -> 
     return repeated_command("ablate", store, run, SCORES[by].ablate)
 
 
-def repeated_command(verb: str, store: Warehouse, run: TableRow, measures: Mapping[str, Any] | None = None) -> str:
+def repeated_command(verb: str, store: Warehouse, run: TableRow, measures: Mapping[str, object] | None = None) -> str:
     """Return the `avss` command of a verb that measures more of a run's checkpoint, opened and on rows as in the run.
 
     Args:
@@ -47,7 +46,7 @@ def repeated_command(verb: str, store: Warehouse, run: TableRow, measures: Mappi
     return command_line(verb, model, "--corpus", run["corpus"], "--warehouse", store.root, *options)
 
 
-def repeated_options(run: TableRow, request: object = None) -> dict[str, Any]:
+def repeated_options(run: TableRow, request: object = None) -> dict[str, object]:
     """Return the options by field that read rows and open the model as a run did, without those at their defaults.
 
     Args:
@@ -62,7 +61,7 @@ def repeated_options(run: TableRow, request: object = None) -> dict[str, Any]:
     return options
 
 
-def _set_options(run: TableRow, names: Sequence[str]) -> dict[str, Any]:
+def _set_options(run: TableRow, names: Sequence[str]) -> dict[str, object]:
     """Return those settings of a run that differ from their defaults, by name.
 
     A run always stores the device that it used. It is repeated if it was a CPU, which all machines have.

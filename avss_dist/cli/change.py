@@ -7,7 +7,6 @@ from contextlib import nullcontext
 from dataclasses import asdict, replace
 from inspect import unwrap
 from pathlib import Path
-from typing import Any
 
 from rich.console import RenderableType
 
@@ -20,7 +19,7 @@ from avss_dist.commands import prune as write_pruned
 from avss_dist.core.streams import console, emit, say
 from avss_dist.core.suggestions import command_line, option_words
 from avss_dist.core.text import describe_bytes
-from avss_dist.core.values import TableRow
+from avss_dist.core.values import NewObject, TableRow
 from avss_dist.distillation.distill import Distilled
 from avss_dist.distillation.distill import distill as train
 from avss_dist.planning.precision import plan_precision, predicted_run
@@ -147,7 +146,7 @@ def distill(request: DistillRequest, format: str) -> None:
     print_result(format, [FittedTable(distilled_table(distilled)), *lines], lambda: [_distilled_values(distilled)])
 
 
-def _distilled_values(distilled: Distilled) -> dict[str, Any]:
+def _distilled_values(distilled: Distilled) -> NewObject:
     """Return a distillation as values that are printed as JSON."""
     values = {"output": distilled.folder, "bytes": distilled.bytes, "notes": [*distilled.notes]}
     return values | asdict(distilled.record)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TypeVar
 
 from avss_dist.core.errors import AvssError, ConfigError
 from avss_dist.core.request import Request
@@ -67,7 +67,7 @@ def require_inputs(request: RequestType) -> RequestType:
 class _Problems(list[AvssError]):
     """Errors of several checks."""
 
-    def note(self, check: Callable[..., object], value: str, **options: Any) -> None:
+    def note(self, check: Callable[..., object], value: str, **options: object) -> None:
         """Run a check of a value, and keep its error."""
         try:
             check(value, **options)

@@ -31,7 +31,7 @@ OWN, OUTPUT, COMMON = "Options", "Output", "Every command"
 TITLES = ("Arguments", OWN, *dict.fromkeys(SECTIONS.values()), OUTPUT, COMMON)
 """All sections, in order."""
 MAX_LISTED = 16  # characters of a list of names beside an option
-METAVARS = {int: "N", float: "X"}
+METAVARS: Mapping[object, str] = {int: "N", float: "X"}
 _BOTH = re.compile(r"--([a-z-]+) / --no-\1")
 M = TypeVar("M")
 
@@ -112,7 +112,9 @@ def _flag(name: str, help: str, act: Callable[[typer.Context], None]) -> inspect
     return _keyword(f"_{name}", Annotated[bool, option], False)
 
 
-def _parameter(request: type[Request], name: str, hint: Any, annotation: Any, option: Option) -> inspect.Parameter:
+def _parameter(
+    request: type[Request], name: str, hint: object, annotation: object, option: Option
+) -> inspect.Parameter:
     """Return the parameter of a command for a field of its request."""
     kinds = {*(get_args(hint) or [hint])} - {NoneType}
     is_list = get_origin(hint) in (tuple, Mapping)
@@ -148,7 +150,7 @@ def _parameter(request: type[Request], name: str, hint: Any, annotation: Any, op
     return _keyword(name, Annotated[kind | None, parameter], None)
 
 
-def _usual_metavar(kinds: Set[type], *, is_list: bool) -> str:
+def _usual_metavar(kinds: Set[object], *, is_list: bool) -> str:
     """Return the placeholder of a value of one of these types."""
     if len(kinds) == 1 and not is_list:
         (kind,) = kinds
@@ -200,7 +202,7 @@ def option_help(request: Any, name: str, more: str = "") -> str:
     return spell_fields(text, {field: option_name(field) for field in named_fields(text)})
 
 
-def _keyword(name: str, annotation: Any, default: Any) -> inspect.Parameter:
+def _keyword(name: str, annotation: object, default: object) -> inspect.Parameter:
     return inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=annotation)
 
 
@@ -210,7 +212,7 @@ def option_name(name: str, *, is_on: bool = False) -> str:
     return f"--{words}/--no-{words}" if is_on else f"--{words}"
 
 
-def _metadata(annotation: Any, kind: type[M]) -> Iterator[M]:
+def _metadata(annotation: object, kind: type[M]) -> Iterator[M]:
     """Yield the metadata of one kind in an annotation, the outermost first."""
     for metadata in getattr(annotation, "__metadata__", ()):
         if isinstance(metadata, kind):

@@ -82,8 +82,14 @@ class Commands(Group):
 
     def __init__(self, **options: Any) -> None:
         super().__init__(**options)
-        shown: dict[str, Any] = {"help": JOBS, "rich_help_panel": ELSEWHERE.title, "context_settings": HELP}
-        self.commands["jobs"] = Group(prefix="jobs", name="jobs", no_args_is_help=True, **shown)
+        self.commands["jobs"] = Group(
+            prefix="jobs",
+            name="jobs",
+            no_args_is_help=True,
+            help=JOBS,
+            rich_help_panel=ELSEWHERE.title,
+            context_settings=HELP,
+        )
 
     def make_context(self, *args: Any, **options: Any) -> Any:
         with _printable_mistakes():
@@ -257,7 +263,7 @@ def main() -> None:
 def _hide_pandas_from_pyarrow() -> None:
     """Make pyarrow work without pandas, which it would import with its first array. That takes as long as a listing."""
 
-    def find_spec(name: str, *_: Any) -> None:
+    def find_spec(name: str, *_: object) -> None:
         if name == "pandas":
             raise ModuleNotFoundError(name)
 

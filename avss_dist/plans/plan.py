@@ -59,7 +59,7 @@ def _run_id(text: str) -> str:
     return text
 
 
-def _reason(value: Any) -> Any:
+def _reason(value: object) -> object:
     if not isinstance(value, str | int | float | bool | None):
         raise PlanError("A reason must be a text or a number.")
     if isinstance(value, str):

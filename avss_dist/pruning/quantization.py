@@ -11,7 +11,6 @@ import copy
 import re
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -36,7 +35,7 @@ Tensors = frozenset[tuple[str, tuple[int, ...]]]
 """Names and shapes of tensors."""
 
 
-def renumber_quantization(config: Any, names: LayerNames) -> Any:
+def renumber_quantization(config: object, names: LayerNames) -> object:
     """Return quantization settings, JSON values, with the new numbers of the remaining layers.
 
     A pattern with numbers is replaced by the names of the modules that it matches. Patterns match from the start of a
@@ -52,7 +51,7 @@ def renumber_quantization(config: Any, names: LayerNames) -> Any:
                 settings[name] = renumber_quantization(part, names)
         return settings
     if isinstance(config, list):
-        parts = []
+        parts: list[object] = []
         for part in config:
             if isinstance(part, str):
                 parts += _new_names(part, names)

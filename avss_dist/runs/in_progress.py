@@ -7,11 +7,11 @@ import time
 from collections.abc import Sequence
 from dataclasses import replace
 from datetime import UTC, datetime
-from typing import Any
 
 from avss_dist.core.errors import AvssError
 from avss_dist.core.process import package_versions
 from avss_dist.core.settings import Settings
+from avss_dist.core.values import NewRow
 from avss_dist.corpus.shards import CorpusPlan
 from avss_dist.models.checkpoint.locate import CONVERTED, Checkpoint, training_point
 from avss_dist.models.checkpoint.quantization import describe_quantization
@@ -138,7 +138,7 @@ class RunInProgress:
         checkpoint = self._planned.replica_spec.checkpoint
         return RunIdentity(run_id=self.run_id, model=checkpoint.name, revision=checkpoint.revision, family=family)
 
-    def record(self, *, status: str, **columns: Any) -> None:
+    def record(self, *, status: str, **columns: object) -> None:
         """Write the run's row."""
         checkpoint = self._planned.replica_spec.checkpoint
         settings = self._planned.replica_spec.settings
@@ -164,7 +164,7 @@ class RunInProgress:
         self._store.delete_unfinished_run(self.run_id)
 
 
-def _model_columns(checkpoint: Checkpoint, settings: Settings) -> dict[str, Any]:
+def _model_columns(checkpoint: Checkpoint, settings: Settings) -> NewRow:
     """Return the columns of ``runs`` that tell which model was measured."""
     series, step, tokens = training_point(checkpoint)
     return {
@@ -178,7 +178,7 @@ def _model_columns(checkpoint: Checkpoint, settings: Settings) -> dict[str, Any]
     }
 
 
-def _text_columns(corpus: CorpusPlan, settings: Settings) -> dict[str, Any]:
+def _text_columns(corpus: CorpusPlan, settings: Settings) -> NewRow:
     """Return the columns of ``runs`` that tell which text was read, and how it was divided."""
     return {
         "corpus": corpus.source,

@@ -9,6 +9,7 @@ from itertools import zip_longest
 from typing import Any, TypeAlias
 
 from avss_dist.core.errors import RunFailed
+from avss_dist.core.values import TableRow
 from avss_dist.stats.intervals import BOOTSTRAP_BLOCKS
 from avss_dist.stats.layer_stats import (
     LayerStats,
@@ -41,7 +42,7 @@ class ShardSummary:
     """
 
     layers: tuple[str, ...] = ()
-    model: dict[str, Any] = field(default_factory=dict)
+    model: TableRow = field(default_factory=dict)
     device: str = ""
     peak_memory_bytes: int = 0
     seconds: float = 0.0

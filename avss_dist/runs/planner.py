@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -26,6 +26,9 @@ from avss_dist.runs.planned import PlannedRun
 from avss_dist.runs.result import Run
 from avss_dist.runs.work import ReplicaSpec
 from avss_dist.warehouse.store import Store
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig
 
 # Changing one of these changes the shards, and so the id, of every run without an explicit size.
 MOST_SECONDS = 60  # of a shard on a typical device; at least half of that, as sizes are doubled
@@ -50,7 +53,7 @@ class OpenedModel:
     """
 
     checkpoint: Checkpoint
-    config: Any
+    config: PreTrainedConfig
     settings: Settings
     placement: Placement
     size: Footprint | None
@@ -225,7 +228,7 @@ def _highest_token(corpus: CorpusPlan, batch_size: int) -> int:
 
 
 def run_fingerprint(
-    checkpoint: Checkpoint, config: Any, corpus: CorpusPlan, settings: Settings, placement: Placement
+    checkpoint: Checkpoint, config: PreTrainedConfig, corpus: CorpusPlan, settings: Settings, placement: Placement
 ) -> str:
     """Return the SHA-256 of all inputs that can change a number: weights, tokens, settings, kind of device, version.
 
@@ -242,7 +245,7 @@ def run_fingerprint(
     )
 
 
-def _measured_place(config: Any, settings: Settings) -> dict[str, str]:
+def _measured_place(config: PreTrainedConfig, settings: Settings) -> dict[str, str]:
     """Return the part of a fingerprint that tells where sublayers are measured, where that once was elsewhere.
 
     Earlier versions measured them before the norm or the multiplication that follows them in some families.

@@ -60,7 +60,7 @@ def score_models(request: ScoreRequest | ScoreAllRequest, models: Sequence[str],
     return _run_all(specs, Store(request.warehouse), settings, execution, on_event, alone=alone)
 
 
-def run_job(job: JobFile, on_event: OnRunEvent | None = None, **options: Any) -> list[Run]:
+def run_job(job: JobFile, on_event: OnRunEvent | None = None, **options: object) -> list[Run]:
     """Execute the runs of a job file that are not done. A failing run is recorded and does not stop the others.
 
     Args:

@@ -16,7 +16,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from avss_dist.core.errors import AvssError, ConfigError, RunFailed, without_secrets
 from avss_dist.core.process import UMASK, current_umask
@@ -25,6 +25,9 @@ from avss_dist.corpus.sources import local_files
 from avss_dist.pruning.repair.registry import split_weight
 from avss_dist.runs.job_file import JobFile
 from avss_dist.tasks.harness_files import task_files
+
+if TYPE_CHECKING:
+    from ray.job_submission import JobDetails
 
 TOKEN_HINT = (
     "Give this machine the cluster's token: RAY_AUTH_TOKEN, RAY_AUTH_TOKEN_PATH, or ~/.ray/auth_token; "
@@ -240,7 +243,7 @@ def _has_token() -> bool:
     return bool(token) or (Path.home() / ".ray" / "auth_token").is_file()
 
 
-def _submitted(details: Any) -> Submitted:
+def _submitted(details: JobDetails) -> Submitted:
     """Return a job as the job server describes it."""
     started = None
     seconds = 0.0
@@ -257,7 +260,7 @@ def _submitted(details: Any) -> Submitted:
     else:
         exit_code = code if code in (1, 2) else 1
     return Submitted(
-        job_id=details.submission_id or details.job_id,
+        job_id=str(details.submission_id or details.job_id),
         status=str(details.status.value),
         started=started,
         seconds=seconds,

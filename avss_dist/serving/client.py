@@ -7,7 +7,6 @@ import os
 from dataclasses import dataclass, field
 from functools import cached_property
 from http.client import HTTPException
-from typing import Any
 from urllib.error import HTTPError, URLError
 from urllib.parse import urlsplit
 from urllib.request import HTTPRedirectHandler, OpenerDirector, Request, build_opener
@@ -31,7 +30,7 @@ class ServerFailed(RunFailed):
 class _NoRedirects(HTTPRedirectHandler):
     """Handler that leaves a redirect to the caller, as it would send the API key to another address."""
 
-    def redirect_request(self, *_: Any) -> None:
+    def redirect_request(self, *_: object) -> None:
         return None
 
 
@@ -173,7 +172,7 @@ def _reason(body: bytes) -> str:
     """Return the message in the body of a refusal, on one line."""
     text = body.decode("utf-8", "replace")
     try:
-        message: Any = json.loads(text)
+        message: object = json.loads(text)
     except (ValueError, RecursionError):
         message = text
     while isinstance(message, dict):

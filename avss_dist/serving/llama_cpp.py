@@ -8,7 +8,6 @@ the token of the row, and that of the token that the model itself would have cho
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 from avss_dist.core.streams import tracked
 from avss_dist.core.values import JsonObject
@@ -117,7 +116,7 @@ class LlamaCppServer(Server):
             positions.append(position)
         return [Predictions.of_scored(row.ids, positions, best, losses)]
 
-    def _told(self, prompt: list[int], bias: list[Any]) -> JsonObject | None:
+    def _told(self, prompt: list[int], bias: list[object]) -> JsonObject | None:
         """Return what the server tells about the token after a prompt, or None if it writes no token."""
         answer = self._client.post(PATH, {**GREEDY, "prompt": prompt, "logit_bias": bias})
         require_read_whole(answer.get("tokens_evaluated"), len(prompt), self._client.url + PATH)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from contextlib import closing
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -23,6 +23,9 @@ from avss_dist.partition.execution import Execution
 from avss_dist.partition.replica import open_replica
 from avss_dist.serving.server import Int64, Predictions
 from avss_dist.stats.layer_stats import Float64
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig
 
 Report = Callable[[str, float], None]
 """Receives an activity, and the share of it that is done."""
@@ -59,7 +62,7 @@ class Reference:
     deviations: Float64
 
 
-def server_dtype(checkpoint: Checkpoint, config: Any, settings: Settings) -> str:
+def server_dtype(checkpoint: Checkpoint, config: PreTrainedConfig, settings: Settings) -> str:
     """Return the dtype in which servers compute a checkpoint: that of the settings, else its own one of 16 bits.
 
     A checkpoint of 32 bits is computed in float16, as vLLM and converters to GGUF do.

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -14,6 +14,9 @@ from avss_dist.corpus.documents import Tokenizer
 from avss_dist.corpus.shards import CorpusPlan, tokenize_corpus
 from avss_dist.corpus.tokens import Ids
 from avss_dist.serving.server import Row
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig
 
 BEYOND = 128
 """Tokens of the long row that are beyond the longest window."""
@@ -40,7 +43,7 @@ class Rows:
     notes: tuple[str, ...]
 
 
-def attention_windows(config: Any) -> tuple[int, ...]:
+def attention_windows(config: PreTrainedConfig) -> tuple[int, ...]:
     """Return how many tokens layers see that do not see all before, ascending. Empty if all layers see all.
 
     Args:
@@ -57,7 +60,9 @@ def attention_windows(config: Any) -> tuple[int, ...]:
     return tuple(sorted(window for window in windows if isinstance(window, int) and window > 0))
 
 
-def read_rows(corpus: str, tokenizer: Tokenizer, settings: Settings, config: Any, limit: int | None) -> Rows:
+def read_rows(
+    corpus: str, tokenizer: Tokenizer, settings: Settings, config: PreTrainedConfig, limit: int | None
+) -> Rows:
     """Read the rows to compare: the long one from the start of the text, and the others behind it.
 
     Args:
@@ -121,7 +126,7 @@ def read_rows(corpus: str, tokenizer: Tokenizer, settings: Settings, config: Any
     )
 
 
-def _room(config: Any, limit: int | None) -> int | None:
+def _room(config: PreTrainedConfig, limit: int | None) -> int | None:
     """Return the most tokens of a row that both a model and its server take. The server writes one more."""
     rooms = []
     longest = getattr(config.get_text_config(), "max_position_embeddings", None)

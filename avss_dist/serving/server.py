@@ -5,7 +5,6 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -178,7 +177,7 @@ def entries(answer: JsonObject | None, key: str) -> list[JsonObject]:
     return [entry for entry in listed if isinstance(entry, dict)]
 
 
-def whole_number(value: Any) -> int | None:
+def whole_number(value: object) -> int | None:
     """Return a value of an answer if it is an integer, else None."""
     return value if type(value) is int else None
 
@@ -205,7 +204,7 @@ def entry_named(listed: Sequence[JsonObject], name: str) -> JsonObject:
     return {}
 
 
-def integers(values: Any, path: str) -> list[int]:
+def integers(values: object, path: str) -> list[int]:
     """Return a list of integers of an answer.
 
     Raises:
@@ -227,7 +226,7 @@ class TokensDiffer(ServerFailed):
     """A server reads other tokens than it is given."""
 
 
-def require_read_whole(read: Any, sent: int, path: str) -> None:
+def require_read_whole(read: object, sent: int, path: str) -> None:
     """Raise TokensDiffer unless a server read as many tokens as were sent.
 
     Args:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pyarrow as pa
 import transformers
@@ -34,6 +34,9 @@ from avss_dist.serving.receipt import Receipt, write_receipt
 from avss_dist.serving.reference import compute_reference, server_dtype
 from avss_dist.serving.rows import TEXTS, Rows, read_rows
 from avss_dist.serving.server import HIDDEN_SIZE, LAYERS, PARAMETERS, Server, ServerInfo, TokensDiffer
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig
 
 SAME = "same"
 DIFFERENT = "different"
@@ -111,7 +114,7 @@ class _Side:
     """
 
     checkpoint: Checkpoint
-    config: Any
+    config: PreTrainedConfig
     tokenizer: Tokenizer
     server: Server
     settings: Settings

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
 
+from avss_dist.core.values import JsonObject
 from avss_dist.serving.client import Client
 from avss_dist.serving.server import ListingServer, Predictions, Row, require_read_whole, unexpected
 
@@ -57,6 +57,6 @@ class VllmServer(ListingServer):
         return [Predictions.of_scored(row.ids, row.positions, best, losses)]
 
 
-def most_likely(candidates: Mapping[str, Mapping[str, Any]]) -> int:
+def most_likely(candidates: Mapping[str, JsonObject]) -> int:
     """Return the token with the highest log-probability of a position."""
     return int(max(candidates, key=lambda token: float(candidates[token]["logprob"])))

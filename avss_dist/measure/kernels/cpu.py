@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
 import numpy as np
 import torch
@@ -22,7 +22,7 @@ from avss_dist.stats.layer_stats import CUT_SHIFT
 if TYPE_CHECKING:
     from numba.core.dispatcher import Dispatcher
 
-Function = TypeVar("Function", bound=Callable[..., Any])
+Function = TypeVar("Function", bound=Callable[..., object])
 
 
 def compiled(*, fastmath: bool | set[str] = False) -> Callable[[Function], Dispatcher[Function]]:

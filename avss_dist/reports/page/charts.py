@@ -17,7 +17,7 @@ from avss_dist.stats.catalog import FROM_ACTIVATIONS, SCORES
 if TYPE_CHECKING:
     from altair.typing import ChartType
 
-ChartSpec = dict[str, Any]
+ChartSpec = dict[str, object]
 """Specification of a chart in Vega-Lite's JSON, by key."""
 
 HEIGHTS = {"avss": 280, "blocks": 340, "kept": 280, "lowest": 280}
