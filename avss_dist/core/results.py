@@ -5,12 +5,14 @@ from __future__ import annotations
 from collections.abc import Sequence
 from html import escape
 from math import isfinite
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from avss_dist.core.extras import require_package
 from avss_dist.core.text import printable
 
 if TYPE_CHECKING:
+    import pandas as pd
+    import polars as pl
     import pyarrow as pa
 
 # In a notebook
@@ -29,7 +31,7 @@ class TabularResult:
         """Return the result as a pyarrow table."""
         raise NotImplementedError
 
-    def to_pandas(self) -> Any:
+    def to_pandas(self) -> pd.DataFrame:
         """Return the table as a pandas data frame.
 
         Raises:
@@ -38,7 +40,7 @@ class TabularResult:
         require_package("pandas", "`to_pandas`")
         return self.table().to_pandas()
 
-    def to_polars(self) -> Any:
+    def to_polars(self) -> pl.DataFrame:
         """Return the table as a Polars data frame.
 
         Raises:
@@ -47,7 +49,9 @@ class TabularResult:
         require_package("polars", "`to_polars`")
         import polars
 
-        return polars.from_arrow(self.table())
+        frame = polars.from_arrow(self.table())
+        assert isinstance(frame, polars.DataFrame)
+        return frame
 
     def summary(self) -> str:
         """Return a description of the result, in a line."""

@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import replace
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, TypedDict, Unpack
 
 import torch
 
@@ -48,6 +48,22 @@ if TYPE_CHECKING:
 
 Probe = dict[tuple[int, str], torch.Tensor]
 """Tensors of a pass, by layer and site."""
+
+
+class SplitOptions(TypedDict, total=False):
+    """How ranks split a model: fields of transformers' ``DistributedConfig``.
+
+    Attributes:
+        tp_size: number of ranks that divide matrices.
+        ep_size: number of ranks that divide experts.
+        fsdp_size: number of ranks that divide all weights.
+        tp_plan: rules for modules, in place of those of the model's own plan.
+    """
+
+    tp_size: int
+    ep_size: int
+    fsdp_size: int
+    tp_plan: dict[str, str] | None
 
 
 def head_count(config: PreTrainedConfig) -> tuple[str, int] | None:
@@ -159,11 +175,11 @@ def layer_plan(model: PreTrainedModel, plan: dict[str, str], layers: str | None)
     return {name: style for name, style in plan.items() if name.startswith(tuple(prefixes))}
 
 
-def part_bytes(checkpoint: Checkpoint, settings: Settings, options: Mapping[str, Any]) -> int:
+def part_bytes(checkpoint: Checkpoint, settings: Settings, options: SplitOptions) -> int:
     """Return the bytes of the weights that each rank holds, from the configuration and headers of a model.
 
     Args:
-        options: fields of transformers' ``DistributedConfig``: see `open_by_plan`.
+        options: how ranks split the model.
 
     Raises:
         ModelError: the model cannot be built.
@@ -185,11 +201,11 @@ def part_bytes(checkpoint: Checkpoint, settings: Settings, options: Mapping[str,
     return part
 
 
-def applied_plan(model: PreTrainedModel, options: Mapping[str, Any]) -> dict[str, str]:
+def applied_plan(model: PreTrainedModel, options: SplitOptions) -> dict[str, str]:
     """Return the rules by which transformers splits a model, by the name of a module or parameter in plans.
 
     Args:
-        options: fields of transformers' ``DistributedConfig``.
+        options: how ranks split the model.
     """
     experts = model.ep_plan if "ep_size" in options else {}
     return {**model.tp_plan, **(options.get("tp_plan") or {}), **experts}
@@ -201,14 +217,14 @@ def _style(name: str, plan: Mapping[str, str]) -> str:
     return plan.get(generic) or plan.get(generic.rpartition(".")[0], "")
 
 
-def scale_obstacle(checkpoint: Checkpoint, settings: Settings, options: Mapping[str, Any]) -> str | None:
+def scale_obstacle(checkpoint: Checkpoint, settings: Settings, options: SplitOptions) -> str | None:
     """Return why ranks cannot divide weights in block FP8 among them, or None if they can.
 
     transformers 5.24 divides weights and scales evenly, each by itself. A rank whose part is not whole blocks has the
     scales of other blocks, and computes or unpacks wrong numbers, or fails.
 
     Args:
-        options: fields of transformers' ``DistributedConfig``.
+        options: how ranks split the model.
     """
     settings = replace(settings, attention=None)
     model, _ = load_skeleton(checkpoint, settings)
@@ -246,12 +262,12 @@ def scale_obstacle(checkpoint: Checkpoint, settings: Settings, options: Mapping[
 
 
 def open_by_plan(
-    checkpoint: Checkpoint, settings: Settings, device: torch.device, *, head: bool, **options: Any
+    checkpoint: Checkpoint, settings: Settings, device: torch.device, *, head: bool, **options: Unpack[SplitOptions]
 ) -> Backbone:
     """Open this rank's part of a model whose matrices are split. All ranks of the group call this.
 
     Args:
-        options: fields of transformers' ``DistributedConfig``.
+        options: how ranks split the model.
 
     Returns:
         The model, whose taps exchange the units of the ranks, and whose linear maps have the sizes of all ranks.

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from contextlib import suppress
 from dataclasses import replace
-from typing import Any, TypeVar
+from typing import TypeVar
 
 from torch import distributed
 
@@ -25,6 +25,7 @@ from avss_dist.partition.group import RankedLanguageModel
 from avss_dist.partition.placement import Placement
 from avss_dist.partition.replica import Replica
 from avss_dist.partition.splitting import (
+    SplitOptions,
     attention_plan,
     generic_name,
     layer_plan,
@@ -127,7 +128,7 @@ class ExpertParallelReplica(TensorParallelReplica):
     @classmethod
     def usage(cls, query: MemoryQuery) -> PartitionEstimate:
         """Return the memory of a replica. If no plan spreads the experts, parts are those of ``tensor_parallel``."""
-        options: dict[str, Any] = {"tp_size": query.ranks}
+        options: SplitOptions = {"tp_size": query.ranks}
         with suppress(ConfigError):
             options = expert_options(query.checkpoint, query.settings, query.ranks)
         part = part_bytes(query.checkpoint, query.settings, options)
@@ -142,7 +143,7 @@ class ExpertParallelReplica(TensorParallelReplica):
         return open_by_plan(checkpoint, settings, self.device, head=head, **options)
 
 
-def expert_options(checkpoint: Checkpoint, settings: Settings, ranks: int) -> dict[str, Any]:
+def expert_options(checkpoint: Checkpoint, settings: Settings, ranks: int) -> SplitOptions:
     """Return the fields of transformers' ``DistributedConfig`` that spread the experts of a model over ranks.
 
     Raises:
@@ -161,7 +162,7 @@ def expert_options(checkpoint: Checkpoint, settings: Settings, ranks: int) -> di
                 f"{ranks} ranks do not divide the {number} experts of a layer of {type(model).__name__}.",
                 f"Set `ranks` to a divisor of {number}. {_WITHOUT_EXPERT_PLAN}",
             )
-    options: dict[str, Any] = {"tp_size": ranks, "ep_size": ranks}
+    options: SplitOptions = {"tp_size": ranks, "ep_size": ranks}
     if tensor_plan_obstacle(checkpoint, settings, ranks):
         attention = attention_plan(layer_plan(model, model.tp_plan, settings.layers))
         options["tp_plan"] = dict.fromkeys(attention, "replicate") or None

@@ -16,6 +16,7 @@ from avss_dist.core.errors import AvssError, ConfigError, ModelError
 from avss_dist.core.settings import Settings
 from avss_dist.core.text import RedactedURI, docs_page
 from avss_dist.core.validation import Location, check
+from avss_dist.core.values import NewObject
 from avss_dist.core.yaml_files import Document, YamlKind, read_yaml
 from avss_dist.corpus.sources import corpus_problems, require_files
 from avss_dist.models.checkpoint.locate import matching_revisions
@@ -112,7 +113,7 @@ class Job(_Section):
     """Experiment with every run: choices of layers that are evaluated."""
 
 
-def job_schema() -> dict[str, Any]:
+def job_schema() -> NewObject:
     """Return the JSON Schema of job files, for editors."""
     schema = Job.model_json_schema()
     classes = schema["$defs"]

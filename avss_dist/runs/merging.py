@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from itertools import zip_longest
-from typing import Any, TypeAlias
+from typing import Protocol, TypeAlias, TypeVar
 
 from avss_dist.core.errors import RunFailed
 from avss_dist.core.values import TableRow
@@ -23,12 +23,19 @@ from avss_dist.stats.layer_stats import (
 from avss_dist.warehouse.shared import OpenShared
 from avss_dist.warehouse.store import Store
 
+S = TypeVar("S")
+T = TypeVar("T")
 MERGED_HERE = 400  # shards; merging more is distributed to workers
 
 Expected = Mapping[int, str]
 """Content hashes of shards by id, in order."""
-Apply = Callable[[Callable[[Expected], Any], Sequence[Expected]], Iterable[Any]]
-"""Applies a function to every item, in order. See `runs.local.LocalExecutor.apply`."""
+
+
+class Apply(Protocol):
+    """Applies a function to every item, in order. See `runs.local.LocalExecutor.apply`."""
+
+    def __call__(self, function: Callable[[S], T], items: Sequence[S]) -> Iterable[T]:
+        """Return the function's values."""
 
 
 @dataclass

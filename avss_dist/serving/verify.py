@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import pyarrow as pa
 import transformers
@@ -176,7 +176,7 @@ def verify(request: VerifyRequest, causes: Sequence[str] = ()) -> Verified:
     return Verified(outcome, sentences, side.info.name, comparison, whole, receipt)
 
 
-def _reporter(on_event: Callable[[Any], object] | None) -> Callable[[str, float], None]:
+def _reporter(on_event: Callable[[Preparing], object] | None) -> Callable[[str, float], None]:
     """Return a function that passes an activity and the share of it that is done to the callback of a request."""
 
     def report(activity: str, share: float) -> None:

@@ -6,7 +6,7 @@ import glob
 import os
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 from avss_dist.core.errors import TaskError, nearest
 from avss_dist.core.values import JsonObject, NewObject
@@ -14,6 +14,8 @@ from avss_dist.core.yaml_files import YamlKind, read_yaml
 from avss_dist.corpus.sources import local_files, require_files
 from avss_dist.warehouse.names import PERPLEXITY, TRUTHFULQA
 
+DataFiles: TypeAlias = "str | list[DataFiles] | Mapping[str, DataFiles]"
+"""Paths of the data of a task: one, several, or those of each split."""
 BUILDERS = ("json", "csv", "parquet", "text", "arrow")  # builders of `datasets` that read local files
 
 KINDS = (PERPLEXITY.removesuffix(":"), TRUTHFULQA.removesuffix(":"))
@@ -178,7 +180,7 @@ def resolve_data_files(config: JsonObject, *folders: Path) -> NewObject:
     return {**config, "dataset_kwargs": {**options, "data_files": files}}
 
 
-def _resolve_paths(files: Any, folders: tuple[Path, ...], task: str) -> object:
+def _resolve_paths(files: DataFiles, folders: tuple[Path, ...], task: str) -> DataFiles:
     if isinstance(files, Mapping):
         return {split: _resolve_paths(file, folders, task) for split, file in files.items()}
     if isinstance(files, list):

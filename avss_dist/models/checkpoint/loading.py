@@ -195,7 +195,7 @@ class Backbone:
 
 
 def load(
-    checkpoint: Checkpoint, settings: Settings, device: torch.device, *, head: bool = False, **placing: Any
+    checkpoint: Checkpoint, settings: Settings, device: torch.device, *, head: bool = False, **placing: object
 ) -> Backbone:
     """Load the weights (safetensors or gguf only) and find the layers.
 
@@ -213,7 +213,7 @@ def load(
     return open_module(load_model(checkpoint, settings, head=head, **placing), layers=settings.layers, device=device)
 
 
-def load_model(checkpoint: Checkpoint, settings: Settings, *, head: bool = False, **placing: Any) -> Any:
+def load_model(checkpoint: Checkpoint, settings: Settings, *, head: bool = False, **placing: object) -> Any:
     """Load the checkpoint as a transformers model with its head in evaluation mode, on the CPU or as ``placing`` says.
 
     Args:

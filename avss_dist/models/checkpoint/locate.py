@@ -22,6 +22,7 @@ from avss_dist.core.errors import ModelError, explain_unwritable, first_line, fi
 from avss_dist.core.extras import require_package
 from avss_dist.core.files import cache_folder, staged_folder, write_file
 from avss_dist.core.streams import say
+from avss_dist.core.values import JsonObject
 from avss_dist.models.checkpoint.weight_files import INDEX, WEIGHTS, weight_files
 
 if TYPE_CHECKING:
@@ -362,7 +363,7 @@ def _check_folder(folder: Path, spec: str, *, weights: bool = True) -> None:
         raise ModelError(f"'{spec}' has no weights (*.safetensors).", "Is the download complete?")
 
 
-def read_config(folder: Path, spec: str) -> dict[str, Any]:
+def read_config(folder: Path, spec: str) -> JsonObject:
     """Read the checkpoint's ``config.json``.
 
     Raises:

@@ -426,7 +426,7 @@ def _number(config: PreTrainedConfig, *names: str, layer: int | None = None) -> 
     return 0
 
 
-def _attribute(config: PreTrainedConfig, name: str) -> Any:
+def _attribute(config: PreTrainedConfig, name: str) -> object:
     """Return an attribute of a configuration, a list of those of its layers if they differ, or None."""
     try:
         return getattr(config, name, None)

@@ -15,7 +15,7 @@ from collections import Counter, defaultdict, deque
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
-from typing import Any, Generic, TypeAlias, TypeVar
+from typing import Generic, TypeAlias, TypeVar
 
 import ray
 from ray import ObjectRef
@@ -42,7 +42,7 @@ ROUND_FRACTION = 16  # at most this fraction of a gang's part of the pending sha
 Unit = TypeVar("Unit", bound=Shard | Cell)
 Owner: TypeAlias = RunShards | Cell
 """Owner of a unit, which gets the unit's result and ends with an error of the unit: shards of a run, or a cell."""
-OwnedOutcome: TypeAlias = tuple[Any, Any]
+OwnedOutcome: TypeAlias = tuple[Owner, UnitResult | Note | AvssError]
 """An owner and an outcome of it: a `runs.work.Outcome` or a `tasks.task.CellOutcome`."""
 
 
