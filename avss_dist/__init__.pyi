@@ -167,6 +167,7 @@ def estimate(
     *,
     ranks: int | None = None,
     teacher: str | Path | None = None,
+    repair: Literal['none', 'channel', 'map', 'refit', 'borrow', 'refit_all'] = 'none',
     max_memory: Mapping[str, int | str] = ...,
     on_event: Callable[[Any], object] | None = None,
     batch_size: int = 8,

@@ -25,6 +25,8 @@ from avss_dist.partition.choose import choose, size_of
 from avss_dist.partition.estimate import MemoryQuery, PartitionEstimate, batch_bytes
 from avss_dist.partition.execution import Execution
 from avss_dist.partition.replica import replica_class
+from avss_dist.pruning.repair.registry import NO_REPAIR
+from avss_dist.pruning.repair.repair import RepairCost, repair_cost
 from avss_dist.requests import TRAINED, DistillRequest, EstimateRequest, require_divisible
 from avss_dist.runs.events import OnRunEvent, RunReading, describe_repeated
 from avss_dist.runs.job_file import JobFile, RunSpec
@@ -148,6 +150,7 @@ class Estimate(TabularResult):
         auto: partition that a run chooses with ``auto``; empty if it is refused.
         auto_why: reason of the choice or of the refusal, for people.
         distillation: a row for each way to distill the model; empty without a teacher.
+        repair: text and memory of the fit of a repair; None without one.
     """
 
     model: str
@@ -163,6 +166,7 @@ class Estimate(TabularResult):
     auto_why: str
     quantized: bool
     distillation: tuple[DistillRow, ...] = ()
+    repair: RepairCost | None = None
 
     def table(self) -> pa.Table:
         """Return a table with a row for each partition."""
@@ -200,6 +204,9 @@ def estimate(request: EstimateRequest) -> Estimate:
     distillation: list[DistillRow] = []
     if request.teacher:
         distillation = list(distillation_rows(checkpoint, request, settings, devices))
+    repair = None
+    if request.repair != NO_REPAIR:
+        repair = repair_cost(checkpoint, request.repair, settings)
     return Estimate(
         model=str(request.model),
         num_parameters=size.num_parameters,
@@ -214,6 +221,7 @@ def estimate(request: EstimateRequest) -> Estimate:
         auto=auto,
         auto_why=auto_why,
         distillation=tuple(distillation),
+        repair=repair,
     )
 
 

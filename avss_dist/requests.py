@@ -194,6 +194,8 @@ class EstimateRequest(ModelRequest, BatchOptions, ModelOptions, TextOptions):
     """Processes of a replica, where a partition has several, and of a distillation; by default as few as have room."""
     teacher: Annotated[PathOrText | None, Option(metavar="MODEL")] = None
     """Also estimate the memory of distilling MODEL from this model; `batch_size` is then that of a training step."""
+    repair: OptionalRepairName = NO_REPAIR
+    """Also estimate the text and the memory that the fit of this repair takes."""
     max_memory: Sizes = field(default_factory=dict)
     """Maximum memory of a replica on a device: cpu=20GB, 0=40GB, ..."""
 

@@ -35,6 +35,7 @@ from avss_dist.partition.estimate import PROCESS_BYTES, PartitionEstimate, batch
 from avss_dist.partition.execution import Execution
 from avss_dist.plans.plan import Plan
 from avss_dist.pruning.checkpoint import prune
+from avss_dist.pruning.repair.fits import NormalEquations
 from avss_dist.reports.terminal.evaluation import automatic, estimate_table
 from avss_dist.requests import EstimateRequest
 
@@ -99,6 +100,19 @@ def test_it_is_json(guess: Estimate) -> None:
         "why": "175 kB of weights stay in memory",
     }
     assert read["distillation"] == []  # of a teacher, which is not named here
+    assert read["repair"] is None
+
+
+@pytest.mark.parametrize(("by", "inputs"), [("map", 32), ("refit", 48), ("borrow", 3 * 48)])
+def test_the_text_and_the_memory_of_a_repair(by: str, inputs: int, tiny_llama: Path) -> None:
+    """Of three layers with 48 neurons: two may be removed after the first one."""
+    guess = estimate(EstimateRequest(tiny_llama, repair=by, device="cpu"))
+    assert guess.repair is not None
+    assert guess.repair.tokens == 4 * min(inputs, 48)
+    assert guess.repair.num_bytes == NormalEquations.peak_bytes(inputs, 32)
+    console = Console(width=160, record=True, file=io.StringIO())
+    console.print(estimate_table(guess))
+    assert f"for the products of 1 x {inputs} inputs" in console.export_text()
 
 
 def test_the_table_has_every_partition(guess: Estimate) -> None:

@@ -29,7 +29,7 @@ from avss_dist.pruning.repair.borrow import (
     NeuronFit,
     choose_neurons,
     fit_columns,
-    largest,
+    largest_errors,
     removal_errors,
     restricted,
     spare_columns,
@@ -149,7 +149,7 @@ def test_of_two_neurons_that_do_the_same_one_stays() -> None:
     start = torch.zeros(6, 4, dtype=torch.float64)
     start[:3] = normal(3, 4, seed=3)
     sums = sums_of(features, features @ wanted, start)
-    at_once = largest(removal_errors(sums, sums, start), 3)
+    at_once = largest_errors(removal_errors(sums, sums, start), 3)
     assert not {4, 5} & set(at_once.tolist())
     choice = choose_neurons(sums, sums, start, number=3)
     assert len({4, 5} & set(choice.columns.tolist())) == 1
@@ -158,7 +158,7 @@ def test_of_two_neurons_that_do_the_same_one_stays() -> None:
 
 def test_a_constant_feature_stays() -> None:
     errors = torch.tensor([3.0, 1.0, 2.0, 0.0])
-    assert largest(errors, 2, constants=1).tolist() == [0, 2, 3]
+    assert largest_errors(errors, 2, constants=1).tolist() == [0, 2, 3]
 
 
 def test_borrowed_neurons_take_the_places_of_dropped_ones() -> None:

@@ -161,7 +161,7 @@ def _dropped_in_rounds(
     """
     columns = torch.arange(len(errors), device=errors.device)
     for size in _sizes(len(errors) - constants, number, rounds):
-        columns = columns[largest(errors, size, constants)]
+        columns = columns[largest_errors(errors, size, constants)]
         if size > number:
             errors = _removal_errors(restricted(fitted, columns, start), start[columns], ridge)
     return columns
@@ -175,7 +175,7 @@ def _sizes(total: int, number: int, rounds: int) -> Iterator[int]:
     yield number
 
 
-def largest(errors: torch.Tensor, number: int, constants: int = 0) -> torch.Tensor:
+def largest_errors(errors: torch.Tensor, number: int, constants: int = 0) -> torch.Tensor:
     """Return the neurons with the largest errors and the constants behind all neurons, in ascending order."""
     neurons = len(errors) - constants
     chosen = errors[:neurons].topk(number).indices

@@ -20,7 +20,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from itertools import pairwise
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import numpy as np
 import torch
@@ -49,7 +49,7 @@ from avss_dist.plans.plan import Plan
 from avss_dist.pruning.repair.borrow import (
     NeuronFit,
     choose_neurons,
-    largest,
+    largest_errors,
     removal_errors,
     spare_columns,
 )
@@ -67,6 +67,9 @@ from avss_dist.pruning.repair.registry import (
     split_weight,
 )
 from avss_dist.pruning.weights import StoredWeights
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 HELD_BACK = 10
 """One row of this many is held back, the last ones of each text."""
@@ -380,6 +383,55 @@ class CutFit:
         return CutFit((None,) * len(self.ridges), self.before, self.before, self.whole_size)
 
 
+@dataclass(frozen=True)
+class Products:
+    """Products that the fit of a step adds up over tokens.
+
+    Attributes:
+        fits: number of matrices that are fitted.
+        features: features of each.
+        outputs: outputs of each.
+    """
+
+    fits: int
+    features: int
+    outputs: int
+
+    def __str__(self) -> str:
+        """Return their shape in words."""
+        return f"{self.fits} x {self.features:,} inputs"
+
+    @property
+    def num_bytes(self) -> int:
+        """Memory at the peak of a fit."""
+        return NormalEquations.peak_bytes(self.features, self.outputs, self.fits)
+
+
+def products_of(method: RepairMethod, inputs: int, outputs: int, *, experts: int, lenders: int) -> Products:
+    """Return the products of a repair at a layer.
+
+    Args:
+        inputs, outputs: sizes of the MLP's last linear map, or of that of each expert.
+        experts: number of remaining routed experts; 0 for a linear map.
+        lenders: number of removed layers whose neurons the layer could borrow.
+    """
+    if method.features == "output":
+        return Products(1, outputs, outputs)
+    if experts:
+        return Products(experts, inputs, outputs)
+    features = inputs
+    if method.borrows:
+        features += min(lenders * inputs, spare_columns(inputs, outputs))
+    return Products(1, features, outputs)
+
+
+def _alternative(repairs: Sequence[str]) -> str:
+    """Return the end of a hint with repairs that take less, from the most unknowns to the fewest."""
+    if not repairs:
+        return ""
+    return f", or choose a `repair` of fewer unknowns ({', '.join(reversed(repairs))})"
+
+
 class RepairFitter:
     """Fits a repair to cuts in order of depth. Each fit sees the changes of the earlier ones.
 
@@ -413,8 +465,8 @@ class RepairFitter:
             CorpusError: there are too few tokens to fit to.
         """
         projections = [self._source.output_projection(cut.after) for cut in cuts]
-        for projection in projections:
-            self._require_enough(projection, repair)
+        for cut, projection in zip(cuts, projections, strict=True):
+            self._require_enough(cut, projection, repair)
             for path in projection.paths.values():
                 self._parameter(projection.layer.index, path)
         repaired: list[RepairedCut] = []
@@ -476,7 +528,7 @@ class RepairFitter:
             after = float(changed_sums.matrices[0].held_back.target)
         return CutFit(tuple(ridges), before, after, sums.whole_size)
 
-    def _require_enough(self, projection: OutputProjection, repair: str) -> None:
+    def _require_enough(self, cut: RepairCut, projection: OutputProjection, repair: str) -> None:
         """Raise an error if there are too few tokens to fit to, or there is too little memory to fit in.
 
         Raises:
@@ -490,27 +542,22 @@ class RepairFitter:
         method = REPAIRS[repair]
         needed = method.tokens_needed(inputs, outputs, chances)
         fewer = [name for name, other in REPAIRS.items() if other.tokens_needed(inputs, outputs, chances) < needed]
-        alternative = ""
-        if fewer:
-            alternative = f", or choose a `repair` of fewer unknowns ({', '.join(reversed(fewer))})"
+        alternative = _alternative(fewer)
         num_tokens = sum(split.num_fitted for split in self._splits)
         if num_tokens < needed:
             raise CorpusError(
                 f"The repair {repair} of this model needs at least {needed:,} tokens to fit to, not {num_tokens:,}.",
                 f"Give more text, raise `max_sequences`{alternative}.",
             )
-        if method.features == "inputs":
-            features = inputs
-            fits = math.prod(shape[:-2])
-        else:
-            features = outputs
-            fits = 1
-        size = NormalEquations.peak_bytes(features, outputs, fits)
+        experts = shape[0] if projection.down else 0
+        products = products_of(method, inputs, outputs, experts=experts, lenders=len(cut.removed))
+        if method.borrows:
+            alternative = _alternative([*fewer, "refit"])
         room = free_memory(value.device)
-        if size > room:
+        if products.num_bytes > room:
             raise PlanError(
-                f"The repair {repair} of layer {projection.layer.index} needs {describe_bytes(size)} of memory for the "
-                f"products of {fits} x {features:,} inputs; {describe_bytes(room)} are free.",
+                f"The repair {repair} of layer {projection.layer.index} needs {describe_bytes(products.num_bytes)} of "
+                f"memory for the products of {products}; {describe_bytes(room)} are free.",
                 f"Use a machine with more memory{alternative}.",
             )
 
@@ -665,7 +712,7 @@ class RepairFitter:
             (matrix,) = sums.matrices
             start = self._start(projection, len(piece), matrix.fitted.gram.device)
             errors = removal_errors(matrix.fitted, matrix.held_back, start)
-            best = piece[largest(errors[number : number + len(piece)], spare // 2).cpu()]
+            best = piece[largest_errors(errors[number : number + len(piece)], spare // 2).cpu()]
 
     def _fold_neurons(
         self,
@@ -882,17 +929,7 @@ def tokens_needed(checkpoint: Checkpoint, repair: str, settings: Settings) -> in
     if len(lists) != 1:
         return 0
     ((path, layers),) = lists.items()
-    width = model.config.get_text_config().hidden_size
-    changed: dict[int, ChangedWeight] = {}
-    for index, layer in enumerate(layers):
-        if weight := _changed_weight(layer, width):
-            changed[index] = weight
-    if not changed:
-        raise PlanError(
-            f"No layer of '{checkpoint.name}' has an MLP that ends in one linear map, or in those of its routed "
-            "experts: what is missing after it cannot be given back.",
-            "Set `repair` to none.",
-        )
+    changed = _changed_weights(checkpoint, model, layers)
     plan = Plan(model=checkpoint.name, num_layers=len(layers), layers=path, drop=(0,))
     weights = StoredWeights.of_checkpoint(checkpoint, plan, settings)
     names = [weights.names((layer, weight.path))[0] for layer, weight in changed.items()]
@@ -909,6 +946,67 @@ def tokens_needed(checkpoint: Checkpoint, repair: str, settings: Settings) -> in
     return min(method.tokens_needed(weight.inputs, weight.outputs, weight.chances) for weight in changed.values())
 
 
+@dataclass(frozen=True, kw_only=True)
+class RepairCost:
+    """Text and memory that the fit of a repair takes, beside the model and its hidden states.
+
+    Attributes:
+        repair: its name.
+        tokens: minimum number of tokens to fit to, at the layer that needs the fewest.
+        num_bytes: memory of the products at the largest layer, after which as many layers are removed as possible.
+        why: the products in words.
+    """
+
+    repair: str
+    tokens: int
+    num_bytes: int
+    why: str
+
+
+def repair_cost(checkpoint: Checkpoint, repair: str, settings: Settings) -> RepairCost:
+    """Return the cost of a repair from the configuration of a checkpoint.
+
+    Raises:
+        PlanError: no layer can hold the repair, or only a pass over tokens can tell which modules are the layers.
+        ModelError: the checkpoint cannot be read, or its model cannot be built.
+    """
+    model, _ = load_skeleton(checkpoint, settings)
+    lists = candidate_layers(model, settings.layers)
+    if len(lists) != 1:
+        raise PlanError(f"'{checkpoint.name}' has several lists of layers: {', '.join(lists)}.", "Set `layers`.")
+    ((_, layers),) = lists.items()
+    method = REPAIRS[repair]
+    lenders = len(layers) - 1
+    tokens = []
+    largest = Products(0, 0, 0)
+    for weight in _changed_weights(checkpoint, model, layers).values():
+        tokens.append(method.tokens_needed(weight.inputs, weight.outputs, weight.chances))
+        products = products_of(method, weight.inputs, weight.outputs, experts=weight.experts, lenders=lenders)
+        if products.num_bytes > largest.num_bytes:
+            largest = products
+    return RepairCost(repair=repair, tokens=min(tokens), num_bytes=largest.num_bytes, why=str(largest))
+
+
+def _changed_weights(checkpoint: Checkpoint, model: PreTrainedModel, layers: nn.ModuleList) -> dict[int, ChangedWeight]:
+    """Return the weight of each layer that a repair changes.
+
+    Raises:
+        PlanError: there is none.
+    """
+    width = model.config.get_text_config().hidden_size
+    changed: dict[int, ChangedWeight] = {}
+    for index, layer in enumerate(layers):
+        if weight := _changed_weight(layer, width):
+            changed[index] = weight
+    if not changed:
+        raise PlanError(
+            f"No layer of '{checkpoint.name}' has an MLP that ends in one linear map, or in those of its routed "
+            "experts: what is missing after it cannot be given back.",
+            "Set `repair` to none.",
+        )
+    return changed
+
+
 @dataclass(frozen=True)
 class ChangedWeight:
     """The weight of a layer that a repair changes.
@@ -917,12 +1015,14 @@ class ChangedWeight:
         path: path below the layer.
         inputs, outputs: sizes of the linear map, or of that of each expert.
         chances: share of the tokens that reach a linear map.
+        experts: number of routed experts; 0 for a linear map.
     """
 
     path: str
     inputs: int
     outputs: int
     chances: float = 1.0
+    experts: int = 0
 
 
 def _changed_weight(layer: nn.Module, width: int) -> ChangedWeight | None:
@@ -956,4 +1056,4 @@ def _experts_weight(layer: nn.Module) -> ChangedWeight | None:
     if down is None:
         return None
     experts, units, outputs = down.as_rows(down.module.get_parameter(down.WEIGHT)).shape
-    return ChangedWeight(f"{routed.experts}.{down.WEIGHT}", units, outputs, routed.top_k / experts)
+    return ChangedWeight(f"{routed.experts}.{down.WEIGHT}", units, outputs, routed.top_k / experts, experts)

@@ -36,6 +36,7 @@ if TYPE_CHECKING:
     from avss_dist.estimation import DistillRow, Estimate, Preview
     from avss_dist.evaluation.events import SearchStep
     from avss_dist.plans.plan import Plan
+    from avss_dist.pruning.repair.repair import RepairCost
     from avss_dist.studies.ablate import Ablation
     from avss_dist.studies.evaluate import Evaluation, Evaluations
 
@@ -405,7 +406,17 @@ def estimate_table(estimate: Estimate) -> RenderableType:
             mark="failed",
         )
         parts.append(FittedTable(ways))
+    if estimate.repair:
+        parts.append(Text(_describe_repair(estimate.repair), style="bold"))
     return Group(*parts)
+
+
+def _describe_repair(cost: RepairCost) -> str:
+    """Return the text and the memory of the fit of a repair as a line."""
+    return (
+        f"Repair {cost.repair}: at least {cost.tokens:,} tokens of text, and up to {describe_bytes(cost.num_bytes)} "
+        f"for the products of {cost.why}, beside the model."
+    )
 
 
 def _distillation_row(way: DistillRow) -> ReportRow:
