@@ -25,8 +25,8 @@ from avss_dist.partition.choose import choose, size_of
 from avss_dist.partition.estimate import MemoryQuery, PartitionEstimate, batch_bytes
 from avss_dist.partition.execution import Execution
 from avss_dist.partition.replica import replica_class
+from avss_dist.pruning.repair.costs import RepairCost, repair_cost
 from avss_dist.pruning.repair.registry import NO_REPAIR
-from avss_dist.pruning.repair.repair import RepairCost, repair_cost
 from avss_dist.requests import TRAINED, DistillRequest, EstimateRequest, require_divisible
 from avss_dist.runs.events import OnRunEvent, RunReading, describe_repeated
 from avss_dist.runs.job_file import JobFile, RunSpec

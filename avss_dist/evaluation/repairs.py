@@ -36,8 +36,9 @@ from avss_dist.partition.placement import Placement, with_copies
 from avss_dist.plans.choice import PlanError
 from avss_dist.plans.plan import Plan
 from avss_dist.pruning.checkpoint import require_free, require_prunable
+from avss_dist.pruning.repair.cuts import find_cuts
 from avss_dist.pruning.repair.registry import REPAIRS, RepairRecord, split_weight
-from avss_dist.pruning.repair.repair import Repair, Repaired, find_cuts, fit_repair
+from avss_dist.pruning.repair.repair import Repair, Repaired, fit_repair
 from avss_dist.pruning.weights import StoredWeights
 from avss_dist.requests import PruneRequest
 from avss_dist.tasks.task import Measure, MetricRow, Task

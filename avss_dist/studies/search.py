@@ -30,7 +30,7 @@ from avss_dist.plans.criteria import Layers
 from avss_dist.plans.plan import Plan
 from avss_dist.plans.run_layers import plan_removal, reasons
 from avss_dist.pruning.repair.registry import REPAIRS, searched_repair
-from avss_dist.pruning.repair.repair import HELD_BACK, SINK_TOKENS
+from avss_dist.pruning.repair.splits import HELD_BACK, SINK_TOKENS
 from avss_dist.requests import PlanRequest, ShrinkRequest
 from avss_dist.stats.metrics import LOSS
 from avss_dist.tasks.results import Result, combine

@@ -24,8 +24,9 @@ from avss_dist.planning.patterns import pattern_of
 from avss_dist.plans.choice import Choice, PlanError, require_pattern_size
 from avss_dist.plans.criteria import PUBLISHED, Criterion
 from avss_dist.plans.plan import Plan
+from avss_dist.pruning.repair.costs import tokens_needed
 from avss_dist.pruning.repair.registry import NO_REPAIR
-from avss_dist.pruning.repair.repair import count_fitted, split_texts, tokens_needed
+from avss_dist.pruning.repair.splits import count_fitted, split_texts
 from avss_dist.requests import AblateRequest, ShrinkRequest
 from avss_dist.runs.scoring import score
 from avss_dist.stats.catalog import GREEDY, LOWEST_SHARE, SCORES

@@ -47,9 +47,11 @@ from avss_dist.models.forward import replace_tensor
 from avss_dist.models.structure.layers import first_tensor
 from avss_dist.models.watching import captured
 from avss_dist.plans.plan import Plan
+from avss_dist.pruning.repair.cuts import find_cuts
 from avss_dist.pruning.repair.hidden_states import HiddenStateSource
 from avss_dist.pruning.repair.registry import REPAIRS
-from avss_dist.pruning.repair.repair import SINK_TOKENS, FitSplit, Repair, find_cuts, fit_repair, split_texts
+from avss_dist.pruning.repair.repair import Repair, fit_repair
+from avss_dist.pruning.repair.splits import SINK_TOKENS, FitSplit, split_texts
 from avss_dist.pruning.weights import StoredWeights
 from avss_dist.tasks.text_loss import TextLoss
 

@@ -25,7 +25,9 @@ from avss_dist.models.checkpoint.locate import resolve
 from avss_dist.models.forward import changing
 from avss_dist.plans.plan import Plan
 from avss_dist.pruning.checkpoint import model_card
-from avss_dist.pruning.repair.borrow import (
+from avss_dist.pruning.repair.fits import NormalEquations, RidgeFit
+from avss_dist.pruning.repair.hidden_states import HiddenStateSource
+from avss_dist.pruning.repair.neuron_choice import (
     NeuronFit,
     choose_neurons,
     fit_columns,
@@ -34,8 +36,6 @@ from avss_dist.pruning.repair.borrow import (
     restricted,
     spare_columns,
 )
-from avss_dist.pruning.repair.fits import NormalEquations, RidgeFit
-from avss_dist.pruning.repair.hidden_states import HiddenStateSource
 from avss_dist.pruning.repair.neurons import MlpNeurons, NotBorrowed, Recipient
 from avss_dist.pruning.repair.registry import RepairRecord
 from avss_dist.pruning.repair.repair import Repair

@@ -35,10 +35,10 @@ from avss_dist.models.watching import CapturedCall
 from avss_dist.plans.choice import PlanError, choose_experts
 from avss_dist.plans.plan import Plan, read_plan
 from avss_dist.pruning.checkpoint import pruned_from
+from avss_dist.pruning.repair.costs import tokens_needed
 from avss_dist.pruning.repair.fits import features_of
 from avss_dist.pruning.repair.projection import OutputProjection
 from avss_dist.pruning.repair.registry import REPAIRS, read_repairs
-from avss_dist.pruning.repair.repair import tokens_needed
 
 Save = Callable[[Any, Path], Path]
 Planted = tuple[Path, Path]
@@ -552,7 +552,7 @@ def test_what_is_too_little_for_a_repair(
     assert "(channel)" in few.value.hint
     assert tokens_needed(resolve(str(folder)), "refit", Settings()) == 4 * units * 4 // chosen
     assert tokens_needed(resolve(str(folder)), "map", Settings()) == 4 * whole.config.hidden_size
-    monkeypatch.setattr("avss_dist.pruning.repair.repair.free_memory", lambda device: 1000)
+    monkeypatch.setattr("avss_dist.pruning.repair.fitter.free_memory", lambda device: 1000)
     with pytest.raises(PlanError, match=f"needs .* of memory for the products of 3 x {units} inputs") as large:
         prune(str(folder), plan, tmp_path / "less", repair=repair_of("refit"))
     assert large.value.hint

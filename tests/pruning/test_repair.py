@@ -36,6 +36,7 @@ from avss_dist.partition.execution import Execution
 from avss_dist.plans.choice import PlanError
 from avss_dist.plans.plan import Plan
 from avss_dist.pruning.checkpoint import model_card
+from avss_dist.pruning.repair.cuts import find_cuts
 from avss_dist.pruning.repair.fits import NormalEquations, fit_ridge, fit_steps, fold
 from avss_dist.pruning.repair.hidden_states import MEMORY_SHARE, HiddenStateSource
 from avss_dist.pruning.repair.projection import OutputProjection
@@ -49,7 +50,7 @@ from avss_dist.pruning.repair.registry import (
     searched_repair,
     split_weight,
 )
-from avss_dist.pruning.repair.repair import Repair, find_cuts
+from avss_dist.pruning.repair.repair import Repair
 
 Save = Callable[[Any, Path], Path]
 TEXT = "builtin:pydoc"

@@ -1,183 +1,227 @@
-"""Which neurons an MLP has after a cut: its own, or neurons of removed layers in their place.
+"""The repair by borrowed neurons: neurons of removed layers take the places of a layer's least useful ones.
 
-Let F be the values of a layer's own neurons and of those that it could borrow, W0 its last linear map with zeros for
-the borrowed ones, and T what the MLP should add to the hidden states: what it adds, and what is missing after it.
-``|T - F W|^2 + r |W - W0|^2`` is minimized over W, with the ridge r that is best on held-back tokens. Without neuron
-j, the minimum grows by ``|W_j|^2 / [(F'F + rI)^-1]_jj``. The neurons for which this is largest stay, as many as the
-layer has, and W is fitted to them again.
-
-The growth is exact for one neuron at a time. Of two neurons that do the same, each seems to be useless, so they are
-dropped in a few rounds where that is better on held-back tokens.
+`neurons` has their rows, and `neuron_choice` decides which ones stay.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import replace
 
 import torch
 
-from avss_dist.pruning.repair.fits import RIDGES, NormalEquations, RidgeFit, fit_ridge
+from avss_dist.models.change.patches import Patch
+from avss_dist.pruning.repair.cuts import RepairCut
+from avss_dist.pruning.repair.fits import fold
+from avss_dist.pruning.repair.fitter import CutFit, RepairFitter
+from avss_dist.pruning.repair.neuron_choice import (
+    NeuronFit,
+    choose_neurons,
+    largest_errors,
+    removal_errors,
+    spare_columns,
+)
+from avss_dist.pruning.repair.neurons import BorrowedNeurons, NotBorrowed, Recipient
+from avss_dist.pruning.repair.projection import OutputProjection
+from avss_dist.pruning.repair.registry import REPAIRS, RepairMethod
+from avss_dist.pruning.repair.sums import StepSums
 
-MOST_ROUNDS = 3
-"""Maximum number of rounds in which neurons are dropped."""
-PRODUCT_BYTES = 4_000_000_000
-"""Memory that the products of neurons may take. More neurons are compared in pieces.
-
-It is a constant, and not a part of the free memory, so that a repair is the same on every machine."""
-_MINIMUM_SPARE = 0.5
-"""Borrowed neurons of a piece, at least, as a share of the neurons of the layer."""
-_FORM = "full"
+ROUNDS_BEFORE_NORM = 3
+"""Maximum number of rounds in which weights before a norm and its gain are fitted in turn."""
 
 
-@dataclass(frozen=True, eq=False)
-class NeuronFit:
-    """Neurons that stay, and the fit to them.
+class BorrowFitter(RepairFitter):
+    """Fits repairs that borrow neurons of removed layers. See `RepairFitter`."""
 
-    Attributes:
-        columns: int64[number], their features, in ascending order.
-        fit: fitted change of their weights. Its errors are those without and with this change, on held-back tokens.
-    """
+    def _fit(self, cut: RepairCut, projection: OutputProjection, method: RepairMethod, description: str) -> CutFit:
+        """Fit the layer before a cut with borrowed neurons, or as `refit` does if none helps."""
+        fit = self._borrow(cut, projection, method, description)
+        if fit is None:
+            return super()._fit(cut, projection, method, description)
+        return fit
 
-    columns: torch.Tensor
-    fit: RidgeFit
+    def _borrow(
+        self, cut: RepairCut, projection: OutputProjection, method: RepairMethod, description: str
+    ) -> CutFit | None:
+        """Fit the layer before a cut with neurons of the removed layers in place of its least useful ones.
 
-    def features(self, number: int) -> torch.Tensor:
-        """Return the features in the order of a layer's neurons, with borrowed ones in the places of dropped ones.
+        Returns:
+            None if there are none that it could borrow, or if none helps before a norm.
+        """
+        recipient, pool = self._find_neurons(cut, projection)
+        if recipient is None or pool is None:
+            return None
+        unchanged = dict(self._source.changed)
+        self._source.changed.update(recipient.changed)
+        pool, sums = self._preselect(cut, projection, method, recipient, pool, description)
+        (matrix,) = sums.matrices
+        number = recipient.neurons.number
+        start = self._start(projection, len(pool), matrix.fitted.gram.device)
+        constants = len(start) - number - len(pool)
+        choice = choose_neurons(matrix.fitted, matrix.held_back, start, number, constants)
+        before = float(matrix.held_back.target)
+        borrowed = 0
+        if choice.fit.ridge is not None:
+            borrowed = self._fold_neurons(projection, method, recipient, pool, choice, sums.moment)
+        if not borrowed:
+            for parameter in recipient.changed:
+                del self._source.changed[parameter]
+            if projection.norm is not None:
+                self._restore(unchanged)
+                return None
+        fit = CutFit((choice.fit.ridge,), before, choice.fit.after, sums.whole_size, borrowed)
+        if borrowed and projection.norm is not None:
+            return self._borrow_before_norm(cut, projection, fit, unchanged, description)
+        return fit
+
+    def _borrow_before_norm(
+        self,
+        cut: RepairCut,
+        projection: OutputProjection,
+        fit: CutFit,
+        unchanged: Patch,
+        description: str,
+    ) -> CutFit:
+        """Fit the gain of the norm after an MLP with borrowed neurons, and then weights and gain in turn.
+
+        A fit to weights takes the length of each token for that of the last round. A round that does not help on
+        held-back tokens is undone. Without borrowed neurons, the length changes less: the better of both fits stays.
 
         Args:
-            number: neurons of the layer, which are the first features.
+            fit: fit of the neurons, whose weights are those of the model.
+            unchanged: changed parameters before this fit.
         """
-        own = self.columns[self.columns < number]
-        is_replaced = torch.ones(number, dtype=torch.bool, device=own.device)
-        is_replaced[own] = False
-        others = self.columns[len(own) :]
-        num_replaced = number - len(own)
-        features = torch.arange(number, device=own.device)
-        features[is_replaced] = others[:num_replaced]
-        return torch.cat([features, others[num_replaced:]])
+        ridges = fit.ridges
+        gain = self._fit_steps(cut, projection, [REPAIRS["channel"]], description)
+        ridges += gain.ridges
+        after = gain.after
+        steps = [REPAIRS["refit"], REPAIRS["channel"]]
+        for _ in range(ROUNDS_BEFORE_NORM):
+            last = dict(self._source.changed)
+            turn = self._fit_steps(cut, projection, steps, description)
+            if turn.after >= after:
+                self._restore(last)
+                break
+            after = turn.after
+            ridges += turn.ridges
+        borrowing = dict(self._source.changed)
+        self._restore(unchanged)
+        refit = self._fit_steps(cut, projection, steps, description)
+        if refit.after <= after:
+            return refit
+        self._restore(borrowing)
+        return replace(fit, ridges=ridges, after=after)
 
+    def _find_neurons(
+        self, cut: RepairCut, projection: OutputProjection
+    ) -> tuple[Recipient | None, BorrowedNeurons | None]:
+        """Return the MLP before a cut and the neurons of the removed layers that it could borrow, and note others."""
+        layer = projection.layer
+        if not cut.removed:
+            return None, None
+        neurons = None
+        if projection.down is None:
+            neurons = self._source.neurons(layer.index)
+        if neurons is None:
+            self.notes.append(f"{layer} borrows no neurons: its MLP has none with rows of their own.")
+            return None, None
+        recipient = Recipient(neurons, self._parameter)
+        parts = []
+        for removed in cut.removed:
+            try:
+                parts.append(self._borrow_from(recipient, removed))
+            except NotBorrowed as error:
+                self.notes.append(f"{layer} borrows no neurons of layer {removed}: {error}.")
+        if not parts:
+            return recipient, None
+        return recipient, BorrowedNeurons.joined(parts)
 
-def spare_columns(neurons: int, outputs: int) -> int:
-    """Return the number of borrowed neurons whose products fit into `PRODUCT_BYTES` beside those of a layer's own.
+    def _borrow_from(self, recipient: Recipient, removed: int) -> BorrowedNeurons:
+        """Return the neurons of a removed layer as rows of another one.
 
-    Args:
-        neurons: neurons of the layer.
-        outputs: channels of the hidden states.
-    """
-    minimum = max(1, round(_MINIMUM_SPARE * neurons))
-    most = neurons + minimum
-    while NormalEquations.peak_bytes(most + minimum, outputs) <= PRODUCT_BYTES:
-        most += minimum
-    return most - neurons
+        Raises:
+            NotBorrowed: they would be others there.
+        """
+        donor = self._source.neurons(removed)
+        if donor is None:
+            raise NotBorrowed("its MLP has none with rows of their own")
+        borrowed = recipient.borrowed_from(donor)
+        if not self._source.have_the_same_values(recipient, donor, borrowed):
+            raise NotBorrowed("its activation function or its norm is another one")
+        return borrowed
 
+    def _start(self, projection: OutputProjection, borrowed: int, device: torch.device) -> torch.Tensor:
+        """Return what each feature of a fit with borrowed neurons adds before the fit, float64[features, channels]."""
+        weights = self._weights(projection, device)
+        linear = weights["linear"]
+        start = [linear, linear.new_zeros(borrowed, linear.shape[1])]
+        if "bias" in weights:
+            start.append(weights["bias"][None])
+        gain = weights.get("gain")
+        if gain is None:
+            return torch.cat(start)
+        return torch.cat(start) * gain
 
-def restricted(sums: NormalEquations, columns: torch.Tensor, start: torch.Tensor) -> NormalEquations:
-    """Return the sums of some features. What the others give becomes part of what is missing.
+    def _preselect(
+        self,
+        cut: RepairCut,
+        projection: OutputProjection,
+        step: RepairMethod,
+        recipient: Recipient,
+        pool: BorrowedNeurons,
+        description: str,
+    ) -> tuple[BorrowedNeurons, StepSums]:
+        """Return the neurons of a pool whose products fit into memory, and the sums with them.
 
-    Args:
-        columns: int64[number], the features.
-        start: float64[inputs, outputs], weights of all features; the target is what they leave missing.
-    """
-    is_dropped = start.any(1)
-    is_dropped[columns] = False
-    dropped = torch.where(is_dropped)[0]
-    given = start[dropped]
-    to_dropped = sums.gram[columns[:, None], dropped]
-    among_dropped = sums.gram[dropped[:, None], dropped]
-    added = 2 * (given * sums.cross[dropped]).sum() + (given * (among_dropped @ given)).sum()
-    return NormalEquations(
-        gram=sums.gram[columns[:, None], columns],
-        cross=sums.cross[columns] + to_dropped @ given,
-        target=sums.target + added,
-        count=sums.count,
-    )
+        They are compared in pieces. The best ones of a piece are compared with the next piece.
+        """
+        number = recipient.neurons.number
+        spare = spare_columns(number, recipient.neurons.width)
+        best = pool[:0]
+        while True:
+            room = spare - len(best)
+            piece = BorrowedNeurons.joined([best, pool[:room]])
+            pool = pool[room:]
+            sums = self._sums(cut, projection, step, description, recipient.banks(piece))
+            if not len(pool):
+                return piece, sums
+            (matrix,) = sums.matrices
+            start = self._start(projection, len(piece), matrix.fitted.gram.device)
+            errors = removal_errors(matrix.fitted, matrix.held_back, start)
+            best = piece[largest_errors(errors[number : number + len(piece)], spare // 2).cpu()]
 
+    def _fold_neurons(
+        self,
+        projection: OutputProjection,
+        step: RepairMethod,
+        recipient: Recipient,
+        pool: BorrowedNeurons,
+        choice: NeuronFit,
+        moment: torch.Tensor,
+    ) -> int:
+        """Change the rows of the neurons that are replaced, and the weights of all. Return the number of borrowed ones.
 
-def fit_columns(
-    fitted: NormalEquations, held_back: NormalEquations, columns: torch.Tensor, start: torch.Tensor
-) -> NeuronFit:
-    """Fit the weights of some features, starting from those that they have.
-
-    Args:
-        columns, start: see `restricted`.
-    """
-    fit = fit_ridge(restricted(fitted, columns, start), restricted(held_back, columns, start), _FORM)
-    return NeuronFit(columns, fit)
-
-
-def removal_errors(fitted: NormalEquations, held_back: NormalEquations, start: torch.Tensor) -> torch.Tensor:
-    """Return by how much the error grows without each feature, float64[inputs].
-
-    Args:
-        start: see `restricted`.
-    """
-    ridge = fit_ridge(fitted, held_back, _FORM).ridge
-    return _removal_errors(fitted, start, max(RIDGES) if ridge is None else ridge)
-
-
-def _removal_errors(fitted: NormalEquations, start: torch.Tensor, ridge: float) -> torch.Tensor:
-    return fitted.removal_errors(start + fitted.solve(_FORM, ridge), ridge)
-
-
-def choose_neurons(
-    fitted: NormalEquations, held_back: NormalEquations, start: torch.Tensor, number: int, constants: int = 0
-) -> NeuronFit:
-    """Choose the neurons that stay, and fit their weights. They are the layer's own if these have the least error.
-
-    Args:
-        start: see `restricted`.
-        number: number of neurons that stay, and of the layer's own, which are the first features.
-        constants: number of features at the end that are no neurons, and stay.
-    """
-    own = torch.arange(len(start), device=start.device)
-    own = torch.cat([own[:number], own[len(own) - constants :]])
-    best = fit_columns(fitted, held_back, own, start)
-    ridge = fit_ridge(fitted, held_back, _FORM).ridge
-    if ridge is None:
-        return best
-    errors = _removal_errors(fitted, start, ridge)
-    for rounds in range(1, MOST_ROUNDS + 1):
-        columns = _dropped_in_rounds(fitted, start, ridge, errors, number, constants, rounds)
-        candidate = fit_columns(fitted, held_back, columns, start)
-        if candidate.fit.ridge is not None and candidate.fit.after < best.fit.after:
-            best = candidate
-    return best
-
-
-def _dropped_in_rounds(
-    fitted: NormalEquations,
-    start: torch.Tensor,
-    ridge: float,
-    errors: torch.Tensor,
-    number: int,
-    constants: int,
-    rounds: int,
-) -> torch.Tensor:
-    """Return the features that stay if the others are dropped in several rounds, int64[number + constants].
-
-    Args:
-        errors: those of `removal_errors` with all features.
-    """
-    columns = torch.arange(len(errors), device=errors.device)
-    for size in _sizes(len(errors) - constants, number, rounds):
-        columns = columns[largest_errors(errors, size, constants)]
-        if size > number:
-            errors = _removal_errors(restricted(fitted, columns, start), start[columns], ridge)
-    return columns
-
-
-def _sizes(total: int, number: int, rounds: int) -> Iterator[int]:
-    """Yield the number of neurons that stay after each round. Every round drops the same share."""
-    share = (number / total) ** (1 / rounds)
-    for done in range(1, rounds):
-        yield max(number, round(total * share**done))
-    yield number
-
-
-def largest_errors(errors: torch.Tensor, number: int, constants: int = 0) -> torch.Tensor:
-    """Return the neurons with the largest errors and the constants behind all neurons, in ascending order."""
-    neurons = len(errors) - constants
-    chosen = errors[:neurons].topk(number).indices
-    constant = torch.arange(neurons, len(errors), device=errors.device)
-    return torch.cat([chosen.sort().values, constant])
+        Args:
+            choice: neurons that stay, of the recipient's own and those of the pool.
+            moment: that of `fold`, of all features.
+        """
+        device = moment.device
+        number = recipient.neurons.number
+        features = choice.features(number)
+        replaced = torch.where(features[:number] >= number)[0]
+        borrowed = features[replaced] - number
+        weights = self._weights(projection, device)
+        start = torch.cat([weights["linear"], weights["linear"].new_zeros(len(pool), weights["linear"].shape[1])])
+        if "bias" in weights:
+            start = torch.cat([start, weights["bias"][None]])
+        folding = {"linear": start[features]}
+        if "gain" in weights:
+            folding["gain"] = weights["gain"]
+        fitted = choice.fit.weights[torch.searchsorted(choice.columns, features)]
+        values = fold(step, folding, fitted, moment[features[:, None], features], projection.factor)
+        if "bias" in weights:
+            values["bias"] = values["linear"][number]
+            values["linear"] = values["linear"][:number]
+        self._write(projection, values)
+        if len(replaced):
+            self._source.changed.update(recipient.patch(pool[borrowed.cpu()], replaced.cpu()))
+        return len(replaced)

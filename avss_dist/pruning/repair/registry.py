@@ -3,9 +3,9 @@
 An entry says what the repair fits, at which layers, and how much text it needs. A record is a small file beside the
 weights of a repaired checkpoint.
 
-A new repair is one entry of `REPAIRS`. One that borrows neurons chooses them by `borrow` and writes their rows by
-`neurons`. A fit of another form than ``channel`` and ``full`` also needs that form there,
-its solution in `fits.NormalEquations.solve`, and the way in which it becomes weights in `fits.fold`. Nothing here
+A new repair is one entry of `REPAIRS`. A fit of another form than ``channel`` and ``full`` also needs that form there,
+its solution in `fits.NormalEquations.solve`, and the way in which it becomes weights in `fits.fold`. A repair that
+changes more than one linear map is a subclass of `fitter.RepairFitter`, as `borrow.BorrowFitter` is. Nothing here
 imports torch.
 """
 

@@ -36,7 +36,7 @@ if TYPE_CHECKING:
     from avss_dist.estimation import DistillRow, Estimate, Preview
     from avss_dist.evaluation.events import SearchStep
     from avss_dist.plans.plan import Plan
-    from avss_dist.pruning.repair.repair import RepairCost
+    from avss_dist.pruning.repair.costs import RepairCost
     from avss_dist.studies.ablate import Ablation
     from avss_dist.studies.evaluate import Evaluation, Evaluations
 
