@@ -260,6 +260,8 @@ class EvaluateRequest(WorkRequest, WarehouseRequest, EvaluationOptions):
     """A sparsity plan, SPARSE.yaml, to evaluate every subject with as well."""
     base: Annotated[PathOrText | None, Option(metavar="MODEL", rare=True)] = None
     """The model that a pruned checkpoint was made of, to compare with; by default that of its model card."""
+    speed: bool = False
+    """Also measure how fast smaller models generate on this machine, in turn with their whole model, and their size."""
     allow_overlap: Annotated[bool, RARE] = False
     """Allow evaluation on text that scores or repairs were made on."""
 
@@ -298,6 +300,8 @@ class ShrinkRequest(ModelRequest, EvaluationOptions):
     """Allow evaluation on text that scores or repairs were made on."""
     distill_tokens: Tokens | None = None
     """Also distill the model from the whole one on so many tokens: 1e6."""
+    speed: bool = True
+    """Measure how fast it generates on this machine, in turn with the whole model."""
 
     def __post_init__(self) -> None:
         problems = []

@@ -13,6 +13,7 @@ from avss_dist.analysis.verdict import experiment_sections
 from avss_dist.cli.program import spelled
 from avss_dist.commands import Runs
 from avss_dist.commands import run as run_job
+from avss_dist.core.errors import ConfigError
 from avss_dist.core.sites import SITES
 from avss_dist.core.streams import complain, console, emit_json, say
 from avss_dist.core.suggestions import command_line, option_words
@@ -29,6 +30,7 @@ from avss_dist.reports.terminal.evaluation import (
 )
 from avss_dist.reports.terminal.progress import CellProgress, StepProgress, run_progress
 from avss_dist.reports.terminal.shrink import shrunk_lines, shrunk_tables, shrunk_values
+from avss_dist.reports.terminal.speed import speed_table
 from avss_dist.reports.terminal.tables import FittedTable, rendered
 from avss_dist.requests import (
     AblateRequest,
@@ -130,9 +132,15 @@ def _ablation_tables(ablation: Ablation) -> Iterator[FittedTable]:
 
 def evaluate(request: EvaluateRequest, format: str) -> None:
     """Evaluate models and plans, and print the results."""
+    if request.speed and format == "csv":
+        raise ConfigError("Speed has rows of its own, which a CSV file has no place for.", "Set `format` to json.")
     with CellProgress() as progress:
         evaluations = measure_tasks(replace(request, on_event=progress))
-    print_result(format, map(evaluation_table, [evaluations]), evaluations.table)
+    shown = [evaluation_table(evaluations), *map(speed_table, evaluations.speed)]
+    print_result(format, shown, evaluations.table)
+    if format == "json":
+        for speed in evaluations.speed:
+            print_result(format, [], speed.table)
 
 
 def shrink(request: ShrinkRequest, format: str) -> None:

@@ -300,17 +300,27 @@ class LanguageModel:
         Where layers are left out, it runs on the remaining layers alone, with a key-value cache. If that is not known
         to compute the same, the layers are skipped, no cache is used, and `notes` has the reason.
         """
-        skipped = frozenset(layer.index for layer in self.layers if skip_of(layer.module))
+        skipped = self._skipped
         if not skipped or kwargs.get("use_cache") is False:
             return self.module.generate(**kwargs)
-        if skipped not in self._cache_obstacles:
-            self._cache_obstacles[skipped] = self._find_cache_obstacle(skipped)
-        if obstacle := self._cache_obstacles[skipped]:
+        if obstacle := self.cache_obstacle():
             note = f"{self.checkpoint.name} generates without a key-value cache, which is slow: {obstacle}."
             self.notes[note] = None
             return self.module.generate(**kwargs | {"use_cache": False})
         with changing(remaining_modules(self.module, self.layers, skipped)):
             return self.module.generate(**kwargs)
+
+    @property
+    def _skipped(self) -> frozenset[int]:
+        """Layers that are left out in this context."""
+        return frozenset(layer.index for layer in self.layers if skip_of(layer.module))
+
+    def cache_obstacle(self) -> str | None:
+        """Return why the layers that are not left out here cannot generate with a key-value cache, or None."""
+        skipped = self._skipped
+        if skipped not in self._cache_obstacles:
+            self._cache_obstacles[skipped] = self._find_cache_obstacle(skipped)
+        return self._cache_obstacles[skipped]
 
     def _find_cache_obstacle(self, skipped: frozenset[int]) -> str | None:
         return find_cache_obstacle(self.module, self.layers, skipped, self.device)

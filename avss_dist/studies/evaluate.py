@@ -11,16 +11,17 @@ import pyarrow as pa
 from torch import nn
 
 from avss_dist.analysis.verdict import kept_by_guess, primary_metric
-from avss_dist.core.errors import ConfigError, ModelError
+from avss_dist.core.errors import AvssError, ConfigError, ModelError
 from avss_dist.core.intervention import NO_INTERVENTION, Intervention
 from avss_dist.core.results import TabularResult
 from avss_dist.core.settings import Settings
 from avss_dist.core.text import RedactedURI
 from avss_dist.core.values import NewRow
-from avss_dist.evaluation.events import Remark
-from avss_dist.evaluation.placed import PlannedTask
+from avss_dist.evaluation.events import OnEvent, Remark
+from avss_dist.evaluation.placed import PlacedModel, PlannedTask
 from avss_dist.evaluation.planned_tasks import plan_task, refuse_seen, row_start_task
 from avss_dist.evaluation.session import EvaluationSession, results_under
+from avss_dist.evaluation.speed import Speed, SpeedSubject, measure_speed, removed_layers
 from avss_dist.models.checkpoint.layer_kinds import describe_misread, rules_of
 from avss_dist.models.checkpoint.loading import candidate_layers, text_config
 from avss_dist.models.checkpoint.locate import Checkpoint, resolve
@@ -65,6 +66,11 @@ class Subject:
     def whole(self) -> Checkpoint:
         """Checkpoint of the whole model that the subject is compared with."""
         return self.base or self.checkpoint
+
+    @property
+    def is_changed(self) -> bool:
+        """Whether the subject is compared with a whole model, which it is not itself."""
+        return bool(self.intervention) or self.base is not None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -111,14 +117,18 @@ class Evaluations(list[Evaluation], TabularResult):
 
     Attributes:
         findings: sentences for people, on realized sparsities, guesses and starts of rows.
+        speed: speed and memory of each smaller model beside its whole one, where they were asked for and measured.
     """
 
     _bars = ("retention",)
     __repr__ = TabularResult.__repr__
 
-    def __init__(self, evaluations: Iterable[Evaluation], *, findings: Iterable[str] = ()) -> None:
+    def __init__(
+        self, evaluations: Iterable[Evaluation], *, findings: Iterable[str] = (), speed: Iterable[Speed] = ()
+    ) -> None:
         super().__init__(evaluations)
         self.findings = tuple(findings)
+        self.speed = tuple(speed)
 
     def table(self) -> pa.Table:
         """Return a table with a row for each subject, task and metric."""
@@ -140,6 +150,8 @@ def evaluate(request: EvaluateRequest) -> Evaluations:
     settings = request.settings
     tasks = [RedactedURI(task) for task in request.tasks]
     subjects = _with_bases(_read_subjects(request.subjects, request.sparse, settings), request.base)
+    if request.speed:
+        _require_smaller(subjects)
     with EvaluationSession.open(request.warehouse, settings, request.execution, request.on_event) as session:
         planned = _plan_tasks(request, session, subjects, tasks)
         _require_same_tokens(subjects, tasks, planned)
@@ -168,7 +180,60 @@ def evaluate(request: EvaluateRequest) -> Evaluations:
     ]
     for task in row_starts:
         findings += _row_start_findings(task, measured[task])
-    return Evaluations(evaluations, findings=findings)
+    speed: list[Speed] = []
+    if request.speed:
+        models = {task.checkpoint.revision: task for task in planned.values()}
+        speed, obstacles = _measure_speed(subjects, models, session.on_event)
+        findings += obstacles
+    return Evaluations(evaluations, findings=findings, speed=speed)
+
+
+def _require_smaller(subjects: Sequence[Subject]) -> None:
+    """Refuse to compare speeds if no subject is a changed or pruned model.
+
+    Raises:
+        ConfigError: all subjects are whole models.
+    """
+    for subject in subjects:
+        if subject.is_changed:
+            return
+    raise ConfigError(
+        "`speed` compares smaller models with their whole ones, and none of these is smaller.",
+        "Name a plan, or the whole model of a checkpoint with `base`.",
+    )
+
+
+def _measure_speed(
+    subjects: Sequence[Subject], models: Mapping[str, PlacedModel], on_event: OnEvent
+) -> tuple[list[Speed], list[str]]:
+    """Return the speed of each smaller model beside its whole one, and a sentence for each that was not measured.
+
+    Args:
+        models: placed models by revision.
+    """
+    obstacles: list[str] = []
+    smaller: dict[str, list[SpeedSubject]] = {}
+    for subject in subjects:
+        if not subject.is_changed:
+            continue
+        removed = removed_layers(subject.intervention)
+        if removed is None:
+            obstacles.append(
+                f"{subject.label}: its speed is not measured, because sparsity, rounding and the removal of experts "
+                "or sublayers take as long here as the whole model."
+            )
+            continue
+        model = models[subject.checkpoint.revision]
+        beside = smaller.setdefault(subject.whole.revision, [])
+        beside.append(SpeedSubject(label=subject.label, model=model, removed=removed))
+    speed: list[Speed] = []
+    for revision, beside in smaller.items():
+        whole = models[revision]
+        try:
+            speed += measure_speed(SpeedSubject(label=whole.checkpoint.name, model=whole), beside, on_event)
+        except AvssError as error:
+            obstacles.append(f"Speed was not measured. {error.message}")
+    return speed, obstacles
 
 
 def _plan_tasks(
@@ -266,9 +331,8 @@ def _refuse_overlaps(
 
 def _compare(subject: Subject, task: str, results: Mapping[_Key, Sequence[Result]]) -> Iterator[Evaluation]:
     """Yield the metrics of a subject on a task, each compared with that of the whole model."""
-    is_changed = bool(subject.intervention) or subject.base is not None
     whole: dict[str, Result] = {}
-    if is_changed:
+    if subject.is_changed:
         whole = {result.metric: result for result in results_under(results[subject.whole.revision, task])}
     for result in results_under(results[subject.checkpoint.revision, task], subject.intervention.key):
         before = whole.get(result.metric)

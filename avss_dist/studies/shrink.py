@@ -13,13 +13,16 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from avss_dist.analysis.verdict import WHOLE
+from avss_dist.core.errors import AvssError
 from avss_dist.core.intervention import NO_INTERVENTION, count_removed
 from avss_dist.distillation.curve import Preparing, ignore
 from avss_dist.distillation.teacher_text import with_own_text
 from avss_dist.evaluation.continuations import Continuation, Prompt, continue_prompts, held_out_prompts
 from avss_dist.evaluation.events import OnEvent
+from avss_dist.evaluation.placed import PlacedModel
 from avss_dist.evaluation.repairs import read_repaired, require_changeable
 from avss_dist.evaluation.session import EvaluationSession
+from avss_dist.evaluation.speed import Speed, SpeedSubject, measure_speed
 from avss_dist.models.checkpoint.loading import require_head, text_config
 from avss_dist.models.checkpoint.locate import Checkpoint, resolve
 from avss_dist.models.checkpoint.weight_files import weight_files
@@ -48,10 +51,12 @@ class _Chosen:
 
     Attributes:
         best: the plan, with its results.
+        model: the whole model.
         curve: every plan that was evaluated.
         prompts: prompts that the models continue; none if they cannot generate text.
         continuations: their continuations by the whole, the pruned and the repaired model.
-        notes: remarks on them.
+        notes: remarks on them, and why the speed was not measured.
+        speed: speed of the model without the layers beside the whole one; None if it was not measured.
     """
 
     best: CandidateResult
@@ -59,6 +64,8 @@ class _Chosen:
     prompts: Sequence[Prompt]
     continuations: Sequence[Continuation]
     notes: Sequence[str]
+    model: PlacedModel
+    speed: Speed | None = None
 
 
 def shrink(request: ShrinkRequest) -> Shrunk:
@@ -82,6 +89,9 @@ def shrink(request: ShrinkRequest) -> Shrunk:
     if request.repair != NO_REPAIR:
         require_tokens(checkpoint, request, split)
     chosen = _choose(request, checkpoint, split, on_event)
+    if request.speed:
+        # Before the checkpoint is written, so that a command that is interrupted here can be repeated.
+        chosen = _with_speed(chosen, on_event)
     on_event(Preparing("writing"))
     if not distills:
         return _write(request, chosen, Path(request.output))
@@ -138,7 +148,23 @@ def _choose(request: ShrinkRequest, checkpoint: Checkpoint, split: TextSplit, on
         if best.patch:
             variants[f"{label}, repaired by {request.repair}"] = replace(pruned, patch=best.patch)
         continuations, notes = continue_prompts(session, model, prompts, variants)
-    return _Chosen(best=best, curve=curve, prompts=prompts, continuations=continuations, notes=notes)
+    return _Chosen(best=best, model=model, curve=curve, prompts=prompts, continuations=continuations, notes=notes)
+
+
+def _with_speed(chosen: _Chosen, on_event: OnEvent) -> _Chosen:
+    """Measure the speed of the model without the chosen layers, which its checkpoint has, beside the whole model.
+
+    Neither a repair nor distillation changes it, as they change no shapes. A model whose speed cannot be measured is
+    written all the same.
+    """
+    plan = chosen.best.plan
+    whole = SpeedSubject(label=WHOLE, model=chosen.model)
+    smaller = SpeedSubject(label=f"{count_removed(plan.drop)} dropped", model=chosen.model, removed=plan.dropped_layers)
+    try:
+        (speed,) = measure_speed(whole, [smaller], on_event)
+    except AvssError as error:
+        return replace(chosen, notes=[*chosen.notes, f"Speed was not measured. {error.message}"])
+    return replace(chosen, speed=speed)
 
 
 def _write(request: ShrinkRequest, chosen: _Chosen, folder: Path) -> Shrunk:
@@ -158,6 +184,7 @@ def _write(request: ShrinkRequest, chosen: _Chosen, folder: Path) -> Shrunk:
         difference=written["difference"],
         notes=[*written["notes"], *chosen.notes],
         continuations=chosen.continuations,
+        speed=chosen.speed,
     )
 
 

@@ -13,6 +13,7 @@ from avss_dist.core.results import TabularResult
 from avss_dist.core.values import NewRow
 from avss_dist.distillation.record import DistillRecord
 from avss_dist.evaluation.continuations import Continuation
+from avss_dist.evaluation.speed import Speed
 from avss_dist.plans.plan import Plan
 from avss_dist.pruning.repair.registry import RepairRecord
 from avss_dist.tasks.results import Result, Retention
@@ -113,6 +114,7 @@ class Shrunk(TabularResult):
         notes: remarks on the checkpoint.
         distillation: record of the distillation; None without one.
         continuations: continuations of the prompts by the whole model and by the smaller ones.
+        speed: speed and memory beside the whole model; None if they were not measured.
     """
 
     folder: str
@@ -124,6 +126,7 @@ class Shrunk(TabularResult):
     notes: Sequence[str]
     distillation: DistillRecord | None = None
     continuations: Sequence[Continuation] = ()
+    speed: Speed | None = None
 
     _bars = ("kept",)
 

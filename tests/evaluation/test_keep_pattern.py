@@ -109,7 +109,7 @@ def test_evaluate_says_what_is_misread_before_it_measures(gemma: Path, tmp_path:
 @pytest.mark.parametrize("by", ["damage", "greedy"])
 @pytest.mark.parametrize("size", [{"share": 0.33}, {"keep": 0.01}], ids=str)
 def test_shrink_keeps_the_pattern(by: str, size: dict[str, float], gemma: Path, tmp_path: Path) -> None:
-    options = {**OPTIONS, "max_sequences": 32}
+    options = {**OPTIONS, "max_sequences": 32, "speed": False}
     done = shrink(
         str(gemma),
         output=str(tmp_path / "less"),

@@ -69,12 +69,12 @@ TEXT = "builtin:pydoc"
 TASK = f"perplexity:{TEXT}"
 ROWS = {"max_sequences": 80, "sequence_length": 32, "batch_size": 4, "sequences_per_shard": 4}
 READ: dict[str, Any] = {**ROWS, "dtype": "float32", "device": "cpu"}
-OPTIONS = as_words(READ)
+OPTIONS = [*as_words(READ), "--no-speed"]
 TOKENS = 12 * 4 * 32
 
 
 def shrunk(model: Path, out: Path, **options: Any) -> Shrunk:
-    return avss_dist.shrink(model, output=out, **{"corpus": TEXT, **READ, **options})
+    return avss_dist.shrink(model, output=out, **{"corpus": TEXT, "speed": False, **READ, **options})
 
 
 @pytest.fixture(scope="module", autouse=True)

@@ -19,6 +19,7 @@ from avss_dist.analysis.section import (
 from avss_dist.core.intervention import count_removed, describe_removed
 from avss_dist.core.text import basename, describe_bytes
 from avss_dist.core.values import NewRow
+from avss_dist.reports.terminal.speed import speed_table
 from avss_dist.reports.terminal.tables import FittedTable
 from avss_dist.stats.metrics import NO_INTERVAL
 from avss_dist.warehouse.names import PERPLEXITY
@@ -46,12 +47,15 @@ _CONTINUATION_COLUMNS = (
 
 
 def shrunk_tables(done: Shrunk) -> RenderableType:
-    """Return tables of the metrics of the models, of the curve of several plans, and of continuations."""
+    """Return tables of the metrics of the models, the curve of several plans, continuations, and speed."""
     tables = [_models_table(done)]
     if len(done.curve) > 1:
         tables.append(_curve_table(done))
     tables += continuation_tables(done.continuations)
-    return Group(*[FittedTable(table) for table in tables])
+    shown: list[RenderableType] = [FittedTable(table) for table in tables]
+    if done.speed:
+        shown.append(speed_table(done.speed))
+    return Group(*shown)
 
 
 def _models_table(done: Shrunk) -> ReportTable:
@@ -151,6 +155,8 @@ def shrunk_values(done: Shrunk) -> NewRow:
         values["continuations"] = [*done.continuations]
     if done.distillation:
         values["distilled"] = [_final_values(task) for task in done.best.tasks]
+    if done.speed:
+        values["speed"] = done.speed.table().to_pylist()
     return values
 
 
