@@ -21,7 +21,8 @@ from avss_dist.evaluation.events import OnEvent, Remark
 from avss_dist.evaluation.placed import PlacedModel, PlannedTask
 from avss_dist.evaluation.planned_tasks import plan_task, refuse_seen, row_start_task
 from avss_dist.evaluation.session import EvaluationSession, results_under
-from avss_dist.evaluation.speed import Speed, SpeedSubject, measure_speed, removed_layers
+from avss_dist.evaluation.speed import Speed
+from avss_dist.evaluation.timing import SpeedSubject, measure_speed, removed_layers
 from avss_dist.models.checkpoint.layer_kinds import describe_misread, rules_of
 from avss_dist.models.checkpoint.loading import candidate_layers, text_config
 from avss_dist.models.checkpoint.locate import Checkpoint, resolve

@@ -22,7 +22,8 @@ from avss_dist.evaluation.events import OnEvent
 from avss_dist.evaluation.placed import PlacedModel
 from avss_dist.evaluation.repairs import read_repaired, require_changeable
 from avss_dist.evaluation.session import EvaluationSession
-from avss_dist.evaluation.speed import Speed, SpeedSubject, measure_speed
+from avss_dist.evaluation.speed import Speed
+from avss_dist.evaluation.timing import SpeedSubject, measure_speed
 from avss_dist.models.checkpoint.loading import require_head, text_config
 from avss_dist.models.checkpoint.locate import Checkpoint, resolve
 from avss_dist.models.checkpoint.weight_files import weight_files

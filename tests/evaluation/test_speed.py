@@ -25,9 +25,10 @@ from avss_dist.core.errors import ConfigError, ModelError
 from avss_dist.core.intervention import Intervention, Sublayer
 from avss_dist.core.settings import Settings
 from avss_dist.distillation.curve import ignore
-from avss_dist.evaluation import speed
+from avss_dist.evaluation import speed, timing
 from avss_dist.evaluation.placed import PlacedModel
-from avss_dist.evaluation.speed import Speed, SpeedSubject, measure_speed, removed_layers
+from avss_dist.evaluation.speed import Speed
+from avss_dist.evaluation.timing import SpeedSubject, measure_speed, removed_layers
 from avss_dist.models.checkpoint.locate import resolve
 from avss_dist.partition.placement import SINGLE
 from avss_dist.plans.plan import read_plan
@@ -50,7 +51,7 @@ LAYER_CACHE = KEY_VALUE_HEADS * HEAD_SIZE * 2 * FLOAT32
 def few_tokens(monkeypatch: pytest.MonkeyPatch) -> None:
     """Two rounds of a few tokens."""
     for name, number in {"PROMPT_TOKENS": 24, "BATCH_PROMPT_TOKENS": 4, "NEW_TOKENS": 4, "MOST_ROUNDS": 2}.items():
-        monkeypatch.setattr(speed, name, number)
+        monkeypatch.setattr(timing, name, number)
 
 
 def placed(folder: Path, **settings: Any) -> PlacedModel:
@@ -119,13 +120,13 @@ def test_tied_weights_count_once(save_checkpoint: Save, tmp_path: Path) -> None:
 def noted(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """Return a list that gets the label of each model that generates in a round."""
     labels = []
-    measure = speed._Generator.measure
+    measure = timing._Generator.measure
 
     def noting(generator: Any) -> Any:
         labels.append(generator._subject.label)
         return measure(generator)
 
-    monkeypatch.setattr(speed._Generator, "measure", noting)
+    monkeypatch.setattr(timing._Generator, "measure", noting)
     return labels
 
 
@@ -139,7 +140,7 @@ def test_models_without_room_for_both_are_opened_one_after_the_other(
     tiny_llama: Path, pruned: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     labels = noted(monkeypatch)
-    monkeypatch.setattr(speed, "free_memory", lambda device: 1000)
+    monkeypatch.setattr(timing, "free_memory", lambda device: 1000)
     (result,) = measured(tiny_llama, SpeedSubject(label="smaller", model=placed(pruned)))
     assert labels == ["whole", "whole", "smaller", "smaller"]
     assert result.notes == (
@@ -148,18 +149,18 @@ def test_models_without_room_for_both_are_opened_one_after_the_other(
 
 
 def test_ratios_are_those_of_each_round() -> None:
-    ratio = speed._timed("decoding", speed.TOKENS_PER_SECOND, [20.0, 40.0, 33.0], [10.0, 40.0, 22.0]).ratio
+    ratio = timing._timed("decoding", speed.TOKENS_PER_SECOND, [20.0, 40.0, 33.0], [10.0, 40.0, 22.0]).ratio
     assert ratio == speed.Spread(median=1.5, low=1.0, high=2.0)
 
 
 def test_less_time_to_the_first_token_is_faster() -> None:
-    assert speed._timed("first token", speed.SECONDS, [1.0], [3.0]).ratio.median == 3.0
+    assert timing._timed("first token", speed.SECONDS, [1.0], [3.0]).ratio.median == 3.0
 
 
 def test_a_short_context_has_a_shorter_prompt(tiny_llama: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(speed, "PROMPT_TOKENS", 512)
+    monkeypatch.setattr(timing, "PROMPT_TOKENS", 512)
     (result,) = measured(tiny_llama, without(tiny_llama, 1))
-    assert result.prompt_tokens == 128 - speed.NEW_TOKENS
+    assert result.prompt_tokens == 128 - timing.NEW_TOKENS
     assert result.notes == ("The prompt has 124 tokens, as the context has room for no more.",)
 
 
@@ -187,7 +188,7 @@ def test_states_of_a_recurrence_are_a_cache(save_checkpoint: Save, tmp_path: Pat
 
 def test_counters_and_settings_of_a_cache_take_no_memory() -> None:
     keys = torch.zeros(1, 2, 5, 8)
-    assert speed.cache_tensors({"keys": [keys, keys], "length": torch.tensor(5), "name": "cache"}) == [keys]
+    assert timing.cache_tensors({"keys": [keys, keys], "length": torch.tensor(5), "name": "cache"}) == [keys]
 
 
 class Event:
@@ -210,7 +211,7 @@ class Event:
 def test_a_gpu_is_timed_by_its_events(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "Event", Event)
     monkeypatch.setattr(torch.cuda, "synchronize", ignore)
-    clock = speed._Clock(torch.device("cuda"))
+    clock = timing._Clock(torch.device("cuda"))
     for _ in range(4):
         clock.mark()
     assert clock.seconds(1, 3) == 2.0
