@@ -247,7 +247,7 @@ class EvaluateRequest(WorkRequest, WarehouseRequest, EvaluationOptions):
     """Evaluate models and plans; a plan skips its layers in place and is compared with the whole model."""
 
     subjects: Subjects = field(kw_only=False)
-    """Models, or plans (PLAN.yaml)."""
+    """Models, or plans (PLAN.yaml); the others are also compared with the first."""
     tasks: Texts
     """perplexity:CORPUS, or a task of lm-evaluation-harness by name or YAML file."""
     skip_questions: Annotated[Count, RARE] = 0

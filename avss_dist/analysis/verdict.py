@@ -379,11 +379,8 @@ def _blocks(rows: Sequence[TableRow]) -> list[NewRow]:
 
 def _best_sets(rows: Sequence[TableRow]) -> list[NewRow]:
     """Return the best removed set of each size, for every task and repair."""
-    repairs: dict[str, str] = {}
-    for row in rows:
-        if row["patch"] and row["task"].startswith(REPAIR):
-            repairs[row["patch"]] = row["task"].split(":")[1]
-    evaluated = [row for row in rows if _is_evaluation_of_removals(row)]
+    repairs = repair_names(rows)
+    evaluated = [row for row in rows if evaluates_removals(row)]
     best_sets: list[NewRow] = []
     for of_task in grouped(evaluated, itemgetter("task")).values():
         # The run with the most results tried the most sets.
@@ -395,7 +392,20 @@ def _best_sets(rows: Sequence[TableRow]) -> list[NewRow]:
     return best_sets
 
 
-def _is_evaluation_of_removals(row: TableRow) -> bool:
+def repair_names(rows: Sequence[TableRow]) -> dict[str, str]:
+    """Return the name of the repair of each patch that evaluations have fitted.
+
+    Args:
+        rows: rows of ``evaluations``.
+    """
+    repairs: dict[str, str] = {}
+    for row in rows:
+        if row["patch"] and row["task"].startswith(REPAIR):
+            repairs[row["patch"]] = row["task"].split(":")[1]
+    return repairs
+
+
+def evaluates_removals(row: TableRow) -> bool:
     """Whether a row evaluates a model from which whole layers or sublayers were removed, or nothing."""
     if row["factor"]:
         return False

@@ -41,11 +41,16 @@ def retention_of(metric: str, before: Float64, after: Float64) -> Float64:
     with np.errstate(divide="ignore", invalid="ignore", over="ignore"):
         if metric == LOSS:
             return np.exp(before - after)
-        _, _, without_subtask = metric.rpartition("/")  # of SUBTASK/METRIC,FILTER
-        name, _, _ = without_subtask.partition(",")
-        if name in LOWER_IS_BETTER:
+        if is_better_lower(metric):
             return before / after
         return after / before
+
+
+def is_better_lower(metric: str) -> bool:
+    """Whether lower values of a metric are better."""
+    _, _, without_subtask = metric.rpartition("/")  # of SUBTASK/METRIC,FILTER
+    name, _, _ = without_subtask.partition(",")
+    return metric == LOSS or name in LOWER_IS_BETTER
 
 
 def row_start_warning(losses: Mapping[str, float], model: str, corpus: str) -> tuple[float, str] | None:

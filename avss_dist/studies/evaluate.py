@@ -10,6 +10,7 @@ from pathlib import Path
 import pyarrow as pa
 from torch import nn
 
+from avss_dist.analysis.differences import NO_COLUMNS, PairedComparison, compare_results, describe_differences
 from avss_dist.analysis.verdict import kept_by_guess, primary_metric
 from avss_dist.core.errors import AvssError, ConfigError, ModelError
 from avss_dist.core.intervention import NO_INTERVENTION, Intervention
@@ -81,6 +82,8 @@ class Evaluation:
     Attributes:
         whole: metric of the whole model; None for the whole model itself.
         retained: retention of the metric; None for the whole model itself.
+        compared: difference from the same metric of the first subject, over the same samples; None for the first
+            subject and for a whole model.
     """
 
     subject: Subject
@@ -88,6 +91,7 @@ class Evaluation:
     result: Result
     whole: Result | None
     retained: Retention | None
+    compared: PairedComparison | None = None
 
     def rows(self) -> Iterator[NewRow]:
         """Yield a row of the table of `Evaluations` for the metric, and one for the perplexity of a loss."""
@@ -101,6 +105,9 @@ class Evaluation:
             retained["retention_high"] = self.retained.high
         dropped = [str(removed) for removed in self.subject.intervention.removed]
         for metric, value, stderr in self.result.metrics():
+            compared = NO_COLUMNS
+            if self.compared is not None:
+                compared = self.compared.columns(metric)
             yield {
                 "subject": self.subject.label,
                 "dropped": dropped,
@@ -110,6 +117,8 @@ class Evaluation:
                 "stderr": stderr,
                 "whole": whole_values.get(metric),
                 **retained,
+                "num_samples": len(self.result.samples),
+                **compared,
             }
 
 
@@ -117,7 +126,8 @@ class Evaluations(list[Evaluation], TabularResult):
     """Evaluations of several subjects, in their order and that of the tasks.
 
     Attributes:
-        findings: sentences for people, on realized sparsities, guesses and starts of rows.
+        findings: sentences for people, on differences between subjects, realized sparsities, guesses and starts of
+            rows.
         speed: speed and memory of each smaller model beside its whole one, where they were asked for and measured.
     """
 
@@ -130,6 +140,11 @@ class Evaluations(list[Evaluation], TabularResult):
         super().__init__(evaluations)
         self.findings = tuple(findings)
         self.speed = tuple(speed)
+
+    @property
+    def comparisons(self) -> list[PairedComparison]:
+        """Comparisons of the other subjects with the first one, in the order of the evaluations."""
+        return [evaluation.compared for evaluation in self if evaluation.compared is not None]
 
     def table(self) -> pa.Table:
         """Return a table with a row for each subject, task and metric."""
@@ -144,6 +159,11 @@ def evaluate(request: EvaluateRequest) -> Evaluations:
 
     A plan is a plan object, or a file that ends in ``.yaml`` or ``.yml``. Its whole model is evaluated, too, and so is
     the base model of a pruned checkpoint.
+
+    Every subject is also compared with the first one (``Evaluation.compared``), in each metric of each task, over the
+    same samples: the difference of the metric, in its unit, and that of its retention, as a share, both that of the
+    subject less that of the first one, with 95% intervals. Subjects that are the whole model of others are not
+    compared so. Where the samples are not the same, ``problem`` of the comparison says why there is no difference.
 
     Raises:
         AvssError: a mistake, or a cell that failed (`RunFailed`). Measured cells remain in the warehouse.
@@ -174,7 +194,9 @@ def evaluate(request: EvaluateRequest) -> Evaluations:
     for subject in subjects:
         for name in tasks:
             evaluations += _compare(subject, name, results)
+    evaluations = _with_differences(evaluations, subjects, planned)
     findings = [
+        *describe_differences([evaluation.compared for evaluation in evaluations if evaluation.compared]),
         *_sparsity_findings(subjects, tasks, results),
         *_precision_findings(subjects),
         *_guess_findings(evaluations),
@@ -341,6 +363,59 @@ def _compare(subject: Subject, task: str, results: Mapping[_Key, Sequence[Result
         if before is not None:
             retained = Retention.of(before, result)
         yield Evaluation(subject=subject, task=task, result=result, whole=before, retained=retained)
+
+
+def _with_differences(
+    evaluations: Sequence[Evaluation], subjects: Sequence[Subject], planned: Mapping[_Key, PlannedTask]
+) -> list[Evaluation]:
+    """Return evaluations with the comparison of each with the first subject that is no whole model of another."""
+    wholes = {subject.whole.revision for subject in subjects if subject.is_changed}
+    candidates = [subject for subject in subjects if subject.is_changed or subject.checkpoint.revision not in wholes]
+    of_first: dict[tuple[str, str], Evaluation] = {}
+    for evaluation in evaluations:
+        if candidates and evaluation.subject is candidates[0]:
+            of_first[evaluation.task, evaluation.result.metric] = evaluation
+    compared = []
+    for evaluation in evaluations:
+        is_compared = any(evaluation.subject is subject for subject in candidates[1:])
+        if is_compared:
+            other = of_first.get((evaluation.task, evaluation.result.metric))
+            evaluation = replace(evaluation, compared=_compare_with(evaluation, candidates[0], other, planned))
+        compared.append(evaluation)
+    return compared
+
+
+def _compare_with(
+    evaluation: Evaluation, reference: Subject, other: Evaluation | None, planned: Mapping[_Key, PlannedTask]
+) -> PairedComparison:
+    """Return the comparison of an evaluation with that of another subject on the same task.
+
+    Args:
+        reference: the other subject.
+        other: its evaluation; None if it has none in this metric.
+    """
+    subject = evaluation.subject
+    own_task = planned[subject.checkpoint.revision, evaluation.task].task
+    other_task = planned[reference.checkpoint.revision, evaluation.task].task
+    if own_task.key != other_task.key:
+        return PairedComparison(
+            label=subject.label,
+            reference=reference.label,
+            task=evaluation.task,
+            metric=evaluation.result.metric,
+            problem="their samples are not the same, as their tokenizers or chat templates differ",
+        )
+    whole = None
+    if reference.is_changed and subject.whole.revision == reference.whole.revision:
+        whole = evaluation.whole
+    return compare_results(
+        evaluation.result,
+        None if other is None else other.result,
+        whole,
+        label=subject.label,
+        reference=reference.label,
+        task=evaluation.task,
+    )
 
 
 def _sparsity_findings(

@@ -89,13 +89,13 @@ class Retention:
     @classmethod
     def of(cls, before: Result, after: Result) -> Retention:
         """Return the retention between two results of one metric on the same samples."""
-        value = retention_of(before.metric, np.array(before.value), np.array(after.value))
+        value = _retention(before, after)
         # Most samples of an accuracy may be equal, and equal samples say nothing about its variation.
         if _num_differing(before, after) < MINIMUM_UNITS:
-            return cls(value=float(value), low=nan, high=nan)
+            return cls(value=value, low=nan, high=nan)
         left_out = retention_of(before.metric, before.left_out, after.left_out)
-        low, high = jackknife_interval(value, left_out, scale="log")
-        return cls(value=float(value), low=float(low), high=float(high))
+        low, high = jackknife_interval(np.array(value), left_out, scale="log")
+        return cls(value=value, low=float(low), high=float(high))
 
     def describe(self) -> str:
         """Return the retention as text, with its interval if it is known."""
@@ -108,6 +108,91 @@ class Retention:
     def has_interval(self) -> bool:
         """Whether both ends of the interval are known."""
         return isfinite(self.low) and isfinite(self.high)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Difference:
+    """Difference of a statistic between two models: that of one less that of the other, over the same samples.
+
+    Attributes:
+        value: the difference. Positive where the first model's statistic is larger.
+        low, high: ends of the 95% interval over paired samples; NaN where the difference is not finite, or where fewer
+            than ``MINIMUM_UNITS`` samples differ.
+        num_samples: number of samples that both models have.
+        num_differing: number of samples that are not equal.
+    """
+
+    value: float
+    low: float
+    high: float
+    num_samples: int
+    num_differing: int
+
+    @classmethod
+    def of_metric(cls, own: Result, other: Result) -> Difference:
+        """Return the difference of a metric between two results on the same samples, in the unit of the metric."""
+        return cls._paired(own, other, own.value - other.value, own.left_out - other.left_out)
+
+    @classmethod
+    def of_perplexity(cls, own: Result, other: Result) -> Difference:
+        """Return the difference of the perplexity between two losses on the same samples."""
+        with np.errstate(over="ignore", invalid="ignore"):
+            value = np.exp(own.value) - np.exp(other.value)
+            left_out = np.exp(own.left_out) - np.exp(other.left_out)
+        return cls._paired(own, other, float(value), left_out)
+
+    @classmethod
+    def of_retention(cls, own: Result, other: Result, whole: Result) -> Difference:
+        """Return the difference of the retention of a metric, as a share (0.01 is a percentage point).
+
+        Args:
+            whole: the result of the whole model of both, on the same samples.
+        """
+        own_retention = _retention(whole, own)
+        other_retention = _retention(whole, other)
+        own_left_out = retention_of(whole.metric, whole.left_out, own.left_out)
+        other_left_out = retention_of(whole.metric, whole.left_out, other.left_out)
+        with np.errstate(invalid="ignore"):
+            return cls._paired(own, other, own_retention - other_retention, own_left_out - other_left_out)
+
+    @classmethod
+    def _paired(cls, own: Result, other: Result, value: float, left_out: Float64) -> Difference:
+        """Return a difference with its jackknife interval.
+
+        Args:
+            value: the difference over all samples.
+            left_out: the difference without each sample, float64[n].
+        """
+        num_differing = _num_differing(own, other)
+        low = high = nan
+        if num_differing >= MINIMUM_UNITS:
+            ends = jackknife_interval(np.array(value), left_out)
+            low = float(ends[0])
+            high = float(ends[1])
+        return cls(value=value, low=low, high=high, num_samples=len(own.samples), num_differing=num_differing)
+
+    @property
+    def has_interval(self) -> bool:
+        """Whether both ends of the interval are known."""
+        return isfinite(self.low) and isfinite(self.high)
+
+    @property
+    def may_be_chance(self) -> bool:
+        """Whether the interval contains zero. False without an interval."""
+        return self.has_interval and self.low <= 0 <= self.high
+
+
+def metric_differences(own: Result, other: Result) -> list[tuple[str, Difference]]:
+    """Return the name and the difference of each of `Result.metrics`: the metric, and the perplexity of a loss."""
+    differences = [(own.metric, Difference.of_metric(own, other))]
+    if own.metric == LOSS:
+        differences.append(("perplexity", Difference.of_perplexity(own, other)))
+    return differences
+
+
+def _retention(before: Result, after: Result) -> float:
+    """Return the retention of a metric between two results."""
+    return float(retention_of(before.metric, np.array(before.value), np.array(after.value)))
 
 
 def _num_differing(before: Result, after: Result) -> int:

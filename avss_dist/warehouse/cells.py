@@ -87,6 +87,14 @@ class Cells:
                 tables.append(rows)
         return pa.concat_tables(tables)
 
+    def read_each(self, run_id: str) -> dict[str, pa.Table]:
+        """Read the rows of each measured cell of an evaluation, by cell id. See `read`.
+
+        Cells of two models or evaluations that have the same id and no change of the model read the same samples.
+        """
+        self.read(run_id)
+        return {cell_id: rows for cell_id, rows in self._rows[run_id].items() if rows is not None}
+
     def _list(self, run_id: str) -> None:
         """Add the cells that are in the folder of an evaluation, and whose file was not found to be unreadable."""
         self._listed.add(run_id)

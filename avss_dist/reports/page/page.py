@@ -20,6 +20,7 @@ from markupsafe import Markup
 
 from avss_dist import __version__
 from avss_dist.analysis.chosen import run_labels
+from avss_dist.analysis.compared import compared_sections
 from avss_dist.analysis.comparison import differing, profiles, with_conditions
 from avss_dist.analysis.contrast import contrast, contrast_section
 from avss_dist.analysis.curves import AXES, Curve, curve_section, curves_of
@@ -91,6 +92,15 @@ CHAPTERS = {
             "of a perplexity, the whole model's over it. Dashed: what the paper claims; dotted: what a guess keeps."
         ),
     ),
+    "compared": Chapter(
+        title="Models against each other",
+        heading="Models against each other",
+        lead=(
+            "Models that were evaluated with the same samples, best first. Samples that are hard for one are hard for "
+            "the other, too, so that their difference is known better than either value. If its interval contains 0, "
+            "the order of the two may be chance."
+        ),
+    ),
     "scorecard": Chapter(
         title="Score card",
         heading="Score card",
@@ -149,6 +159,7 @@ def report_page(warehouse: Warehouse, run_ids: Collection[str] | None = None, ow
     sections = {
         "curves": _curve_sections(warehouse, drawn),
         "experiments": experiment_sections(experiments, label_of_run),
+        "compared": compared_sections(warehouse, None if run_ids is None else {row["revision"] for row in rows}),
         "scorecard": list(_scorecards(warehouse, drawn, label_of_run, own)),
         "contrasts": list(_contrasts(warehouse, drawn, label_of_run)),
     }

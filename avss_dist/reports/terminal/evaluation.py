@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 from rich.console import Group, RenderableType
 from rich.text import Text
 
+from avss_dist.analysis.differences import DIFFERENCE_COLUMNS, difference_row
 from avss_dist.analysis.section import (
     BarColumn,
     ReportColumn,
@@ -72,6 +73,12 @@ _EVALUATION_COLUMNS = (
     ReportColumn("retention", "retention", "{:z.1%}".format),
     ReportColumn("95% interval", "interval", interval("{:z.1%}".format, " .. "), priority=1),
 )
+_DIFFERENCE_SUBJECT = (
+    ReportColumn("", "subject", number=False, wraps=True),
+    ReportColumn("task", "task", number=False, wraps=True),
+    ReportColumn("metric", "metric", number=False),
+)
+"""Columns that name the rows of a table of differences."""
 _ABLATION_COLUMNS = (
     ReportColumn("loss without", "loss", "{:z.4f}".format, priority=4),
     ReportColumn("increase", "increase"),
@@ -126,7 +133,10 @@ _PREVIEW_COLUMNS = (
 
 
 def evaluation_table(evaluations: Evaluations) -> RenderableType:
-    """Return a table with a row for each subject and task, and the findings below. Losses are shown as perplexities."""
+    """Return a table with a row for each subject and task, one of their differences, and the findings below.
+
+    Losses are shown as perplexities.
+    """
     caption = (
         "Retention: the metric without the layers over that with them (of a perplexity: with over without), "
         "and its 95% interval over the same samples."
@@ -136,7 +146,25 @@ def evaluation_table(evaluations: Evaluations) -> RenderableType:
     rows = [_evaluation_row(evaluation) for evaluation in evaluations]
     table = ReportTable(columns=_EVALUATION_COLUMNS, rows=rows, caption=caption)
     findings = [Text(printable(finding)) for finding in evaluations.findings]
-    return Group(FittedTable(table), *findings)
+    return Group(FittedTable(table), *_difference_tables(evaluations), *findings)
+
+
+def _difference_tables(evaluations: Evaluations) -> Iterator[FittedTable]:
+    """Yield a table of the differences from the first subject, if there are several."""
+    comparisons = evaluations.comparisons
+    if not comparisons:
+        return
+    rows = []
+    for comparison in comparisons:
+        labels = {"subject": comparison.label, "task": comparison.task}
+        rows.append(ReportRow({**difference_row(comparison), **labels}))
+    caption = (
+        f"Each model's value less that of {comparisons[0].reference}, over the same samples. Kept: the difference of "
+        f"the retentions, in percentage points. No interval where fewer than {MINIMUM_UNITS} samples differ."
+    )
+    columns = [*_DIFFERENCE_SUBJECT, *DIFFERENCE_COLUMNS]
+    title = f"Compared with {comparisons[0].reference}"
+    yield FittedTable(ReportTable(columns=columns, rows=rows, title=title, caption=caption))
 
 
 def _evaluation_row(evaluation: Evaluation) -> ReportRow:
