@@ -74,6 +74,19 @@ KEYS: dict[str, Sequence[str]] = {
 OF_ROWS = {*chain(*KEYS.values()), "depth", "pair", "prompt_tokens", "answer_tokens"}
 NO_VALUES = {"run_id", "model", "revision", "family", "layer_name", "a_run_id", "b_run_id"}
 """Columns that tell whose a row is."""
+OF_EVALUATIONS = [
+    "subject",
+    "dropped",
+    "task",
+    "metric",
+    "value",
+    "stderr",
+    "whole",
+    "retention",
+    "retention_low",
+    "retention_high",
+]
+"""Columns of evaluations that compare each model with its whole model alone."""
 STATISTICS = {
     "counts": "thresholds near_zero count zero_count nonfinite_count token_count unit_count sequence_count",
     "moments": "mean m2 min max max_abs pooled_variance_sum unit_sum unit_sum_sq",
@@ -359,8 +372,9 @@ def sparsity(goldens: Goldens, folder: Path) -> None:
         maps = [{name: getattr(entry, name) for name in columns} for entry in plan.projections]
         goldens.add_table(method, pa.Table.from_pylist(maps))
         plan.write(folder / f"{method}.yaml")
-    done = evaluate(warehouse, folder / "teal.yaml", folder / "wina.yaml")
-    goldens.add_table("table", done.table())
+    table = evaluate(warehouse, folder / "teal.yaml", folder / "wina.yaml").table()
+    goldens.add_table("table", table.select(OF_EVALUATIONS))
+    goldens.add_table("differences", table.drop_columns(OF_EVALUATIONS))
     goldens.add_warehouse(warehouse)
 
 
