@@ -190,10 +190,10 @@ def _points(share: float) -> str:
 
 
 DIFFERENCE_COLUMNS = (
-    ReportColumn("difference", "difference", "{:+z.4g}".format),
-    ReportColumn("95% interval", "interval", interval("{:+z.4g}".format, " .. "), priority=2),
-    ReportColumn("kept, points", "retention_difference", _points),
-    ReportColumn("95% interval", "retention_interval", interval(_points, " .. "), priority=1),
+    ReportColumn("value", "difference", "{:+z.4g}".format, group="difference"),
+    ReportColumn("95% interval", "interval", interval("{:+z.4g}".format, " .. "), group="difference", priority=2),
+    ReportColumn("points", "retention_difference", _points, group="kept"),
+    ReportColumn("95% interval", "retention_interval", interval(_points, " .. "), group="kept", priority=1),
     ReportColumn("samples", "num_samples", "{:,}".format, priority=3),
 )
 """Columns of a table of differences, beside those that name the models, the task and the metric."""
