@@ -11,7 +11,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from support.causal_lm import opened
-from support.checkpoints import llama
+from support.checkpoints import llama, one_thread
+from support.command_line import files
 from support.families import lively, tiny_model
 from support.planning import prune
 from support.tiers import all_of
@@ -23,6 +24,8 @@ from avss_dist.models.change.skipping import skips
 from avss_dist.models.checkpoint.loading import load_tokenizer, open_module
 from avss_dist.models.checkpoint.locate import resolve
 from avss_dist.models.forward import changing
+from avss_dist.partition.execution import Execution
+from avss_dist.plans.choice import PlanError
 from avss_dist.plans.plan import Plan
 from avss_dist.pruning.checkpoint import model_card
 from avss_dist.pruning.repair.fits import NormalEquations, RidgeFit
@@ -453,3 +456,76 @@ def test_the_card_names_layers_with_borrowed_neurons(
     plan = Plan(model=str(tiny_llama), num_layers=3, layers="layers", drop=(1,), why={})
     card = model_card(resolve(str(tiny_llama)), plan, repair=record)
     assert "Neurons of removed layers took the place of some in 0." in card
+
+
+@pytest.mark.parametrize(
+    ("dense_layers", "drop", "told"),
+    [
+        ([0, 1], 1, None),
+        ([0, 1], 2, "Layer 1 (layers.1) borrows no neurons of layer 2: its MLP has none with rows of their own."),
+        ([1, 2], 1, "Layer 0 (layers.0) borrows no neurons: its MLP has none with rows of their own."),
+    ],
+)
+def test_in_a_mixture_dense_layers_borrow_from_dense_ones(
+    dense_layers: list[int], drop: int, told: str | None, tmp_path: Path, save_checkpoint: Save
+) -> None:
+    """The others are repaired as by `refit`."""
+    whole = lively(tiny_model("causal", "qwen3_moe", mlp_only_layers=dense_layers))
+    folder, plan = whole_of(whole, tmp_path / "whole", save_checkpoint, drop)
+    done = prune(str(folder), plan, tmp_path / "less", repair=repair_of())
+    notes = [note for note in done["notes"] if "borrows" in note]
+    assert notes == ([] if told is None else [told])
+    assert done["repair"].cuts[0].error_after < done["repair"].cuts[0].error_before
+
+
+# Memory
+
+
+def test_neurons_that_do_not_fit_at_once_are_compared_in_pieces(
+    tmp_path: Path, save_checkpoint: Save, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of two removed layers with 48 neurons each, 40 at a time beside the layer's own: no worse than without them."""
+    monkeypatch.setattr("avss_dist.pruning.repair.borrow.spare_columns", lambda neurons, outputs: 40)
+    folder, plan = whole_of(lively(llama(num_hidden_layers=4)), tmp_path / "whole", save_checkpoint, 1, 2)
+    pieces: list[int] = []
+    visit = HiddenStateSource.visit
+
+    def counted(*args: Any, banks: Any = (), **kwargs: Any) -> None:
+        pieces.append(sum(bank.number for bank in banks))
+        visit(*args, banks=banks, **kwargs)
+
+    monkeypatch.setattr(HiddenStateSource, "visit", counted)
+    done = prune(str(folder), plan, tmp_path / "less", repair=repair_of())
+    assert pieces == [40, 40, 40, 36]
+    (cut,) = done["repair"].cuts
+    assert cut.borrowed > 0
+    refit = prune(str(folder), plan, tmp_path / "refit", repair=repair_of("refit"))["repair"].cuts[0]
+    assert cut.error_after < refit.error_after
+
+
+def test_too_little_memory_is_refused_with_a_repair_that_takes_less(
+    tiny_llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("avss_dist.pruning.repair.fitter.free_memory", lambda device: 1000)
+    plan = Plan(model=str(tiny_llama), num_layers=3, layers="layers", drop=(1,), why={})
+    with pytest.raises(PlanError, match="for the products of 1 x 96 inputs") as refused:
+        prune(str(tiny_llama), plan, tmp_path / "less", repair=repair_of())
+    assert "(refit, map, channel)" in str(refused.value.hint)
+
+
+# Partitions
+
+
+@pytest.mark.nightly
+@pytest.mark.parametrize("family", ["llama", "gemma3_text"])
+def test_streaming_writes_the_same_bytes(family: str, tmp_path: Path, save_checkpoint: Save) -> None:
+    whole = lively(tiny_model("causal", family))
+    folder, plan = whole_of(whole, tmp_path / "whole", save_checkpoint, 1)
+    written = []
+    with one_thread():
+        for partition in ("single", "streaming"):
+            execution = Execution(partition=partition)
+            done = prune(str(folder), plan, tmp_path / partition, repair=repair_of(), execution=execution)
+            assert any(cut.borrowed for cut in done["repair"].cuts)
+            written.append(files(tmp_path / partition))
+    assert written[0] == written[1]
