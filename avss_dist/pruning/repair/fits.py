@@ -139,18 +139,19 @@ class NormalEquations:
             return torch.diag(torch.where(diagonal > 0, factors, 0.0))
         return torch.cholesky_solve(self.cross, self._factor(ridge))
 
-    def removal_errors(self, weights: torch.Tensor, ridge: float) -> torch.Tensor:
+    def removal_errors(self, start: torch.Tensor, ridge: float) -> torch.Tensor:
         """Return by how much the ridged error grows without each input if the other weights are fitted again.
 
         Args:
-            weights: float64[inputs, outputs], the fitted ones.
-            ridge: ridge of their fit, as for `solve`.
+            start: float64[inputs, outputs], weights to which the W of least error is added.
+            ridge: as for `solve`.
 
         Returns:
             float64[inputs].
         """
-        inverse = torch.cholesky_inverse(self._factor(ridge))
-        return weights.square().sum(1) / inverse.diagonal()
+        factor = self._factor(ridge)
+        weights = start + torch.cholesky_solve(self.cross, factor)
+        return weights.square().sum(1) / torch.cholesky_inverse(factor).diagonal()
 
     def _factor(self, ridge: float) -> torch.Tensor:
         """Return the lower Cholesky factor of G with a ridge.

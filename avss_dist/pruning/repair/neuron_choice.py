@@ -113,11 +113,7 @@ def removal_errors(fitted: NormalEquations, held_back: NormalEquations, start: t
         start: see `restricted`.
     """
     ridge = fit_ridge(fitted, held_back, _FORM).ridge
-    return _removal_errors(fitted, start, max(RIDGES) if ridge is None else ridge)
-
-
-def _removal_errors(fitted: NormalEquations, start: torch.Tensor, ridge: float) -> torch.Tensor:
-    return fitted.removal_errors(start + fitted.solve(_FORM, ridge), ridge)
+    return fitted.removal_errors(start, max(RIDGES) if ridge is None else ridge)
 
 
 def choose_neurons(
@@ -136,7 +132,7 @@ def choose_neurons(
     ridge = fit_ridge(fitted, held_back, _FORM).ridge
     if ridge is None:
         return best
-    errors = _removal_errors(fitted, start, ridge)
+    errors = fitted.removal_errors(start, ridge)
     for rounds in range(1, MOST_ROUNDS + 1):
         columns = _dropped_in_rounds(fitted, start, ridge, errors, number, constants, rounds)
         candidate = fit_columns(fitted, held_back, columns, start)
@@ -163,7 +159,7 @@ def _dropped_in_rounds(
     for size in _sizes(len(errors) - constants, number, rounds):
         columns = columns[largest_errors(errors, size, constants)]
         if size > number:
-            errors = _removal_errors(restricted(fitted, columns, start), start[columns], ridge)
+            errors = restricted(fitted, columns, start).removal_errors(start[columns], ridge)
     return columns
 
 
