@@ -174,7 +174,7 @@ def test_borrowed_neurons_take_the_places_of_dropped_ones() -> None:
 def test_more_neurons_than_fit_into_memory_are_compared_in_pieces() -> None:
     """A piece has at least half as many borrowed neurons as the layer has of its own, whatever they take."""
     assert spare_columns(1536, 576) >= 5 * 1536
-    assert spare_columns(4864, 896) < 5 * 4864
+    assert spare_columns(4864, 896) == 4864
     assert spare_columns(28672, 8192) == 14336
 
 

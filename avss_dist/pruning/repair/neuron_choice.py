@@ -21,7 +21,7 @@ from avss_dist.pruning.repair.fits import RIDGES, NormalEquations, RidgeFit, fit
 
 MOST_ROUNDS = 3
 """Maximum number of rounds in which neurons are dropped."""
-PRODUCT_BYTES = 4_000_000_000
+PRODUCT_BYTES = 5_000_000_000
 """Memory that the products of neurons may take. More neurons are compared in pieces.
 
 It is a constant, and not a part of the free memory, so that a repair is the same on every machine."""
