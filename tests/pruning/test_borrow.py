@@ -15,6 +15,7 @@ from support.checkpoints import llama, one_thread
 from support.command_line import files
 from support.families import lively, tiny_model
 from support.planning import prune
+from support.quantized import block_fp8
 from support.tiers import all_of
 from transformers import AutoModelForCausalLM
 
@@ -529,3 +530,14 @@ def test_streaming_writes_the_same_bytes(family: str, tmp_path: Path, save_check
             assert any(cut.borrowed for cut in done["repair"].cuts)
             written.append(files(tmp_path / partition))
     assert written[0] == written[1]
+
+
+def test_quantized_rows_are_refused_before_a_text_is_seen(
+    tiny_llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where only the down projection of the layer before a cut is in plain numbers."""
+    folder = block_fp8(tiny_llama, tmp_path / "fp8", skipped=["model.layers.0.mlp.down_proj", "lm_head"])
+    monkeypatch.setattr(HiddenStateSource, "visit", lambda *_, **__: pytest.fail("text was read"))
+    plan = Plan(model=str(folder), num_layers=3, layers="layers", drop=(1,), why={})
+    with pytest.raises(PlanError, match=r"'mlp.gate_proj.weight' of layer 1 as float8_e4m3fn, quantized"):
+        prune(str(folder), plan, tmp_path / "less", repair=repair_of(dequantize=True))
