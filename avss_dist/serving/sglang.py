@@ -26,7 +26,7 @@ class SglangServer(ListingServer):
     """A server of SGLang."""
 
     def __init__(self, client: Client, model: str | None) -> None:
-        about = client.probe("/get_server_info") or client.probe("/server_info") or {}
+        about = client.probe("/server_info") or client.probe("/get_server_info") or {}
         super().__init__(client, model, runtime="SGLang", version=about.get("version"))
 
     def count_tokens(self, text: str) -> int:
