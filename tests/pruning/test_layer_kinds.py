@@ -12,9 +12,11 @@ from transformers import (
     DeepseekV2Config,
     Exaone4Config,
     Gemma2Config,
+    Gemma3nTextConfig,
     Gemma3TextConfig,
     GptOssConfig,
     LlamaConfig,
+    Olmo3Config,
     Qwen3NextConfig,
     SmolLM3Config,
 )
@@ -73,9 +75,19 @@ def test_llama_cpp_knows_variants_by_their_number_of_layers(
 
 
 def test_exaone_has_windows_at_64_layers_only() -> None:
-    """Of another number, llama.cpp takes all layers for full attention with positions."""
+    """Of another number, llama.cpp takes all layers for full attention with positions, which none of them is."""
     config = Exaone4Config(num_hidden_layers=64, sliding_window_pattern=4)
-    assert rule(config, "llama.cpp").misread(without(64, 0, 1, 2, 3)) == list(range(3, 60, 4))
+    assert rule(config, "llama.cpp").misread(without(64, 0, 1, 2, 3)) == list(range(60))
+
+
+def test_exaone_is_misread_without_its_layers_of_full_attention() -> None:
+    config = Exaone4Config(num_hidden_layers=64, sliding_window_pattern=4)
+    assert rule(config, "llama.cpp").misread(without(64, *range(3, 64, 4))) == list(range(48))
+
+
+@pytest.mark.parametrize("config", [Olmo3Config(num_hidden_layers=8), Gemma3nTextConfig()], ids=["olmo3", "gemma3n"])
+def test_llama_cpp_reads_a_list_that_its_converter_writes(config: Any) -> None:
+    assert [rule for rule in rules_of(config) if rule.reader == "llama.cpp"] == []
 
 
 def test_a_default_that_transformers_derives_is_a_rule() -> None:

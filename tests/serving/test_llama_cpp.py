@@ -1,4 +1,4 @@
-"""`avss verify` against llama.cpp's own library, if it is installed (`pip install llama-cpp-py-sync`)."""
+"""`avss verify` against llama.cpp's own library, where there is a wheel of it (`pip install llama-cpp-py-sync`)."""
 
 from __future__ import annotations
 

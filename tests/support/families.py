@@ -166,10 +166,13 @@ def model_types(*kinds: str) -> list[tuple[str, str]]:
     return sorted(types)
 
 
-def tiny_config(model_type: str, *, overrides: bool = True) -> PretrainedConfig:
-    """The generic small config in a family's config class; overrides=False leaves out the family's own values."""
+def tiny_config(model_type: str, *, overrides: bool = True, **changes: Any) -> PretrainedConfig:
+    """The generic small config in a family's config class; overrides=False leaves out the family's own values.
+
+    ``changes`` are other values, from which the class derives its own.
+    """
     extra = _OVERRIDES.get(model_type, {}) if overrides else {}
-    return _build(CONFIG_MAPPING[model_type], extra)
+    return _build(CONFIG_MAPPING[model_type], extra | changes)
 
 
 def tiny_model(kind: str, model_type: str, *, overrides: bool = True, **changes: Any) -> PreTrainedModel:

@@ -62,7 +62,7 @@ class Period:
         period: number of layers from one special layer to the next.
         special: what the list has for these.
         meaning: name of that kind.
-        only: number of layers of the only models with special layers; others have none. None is any number.
+        only: number of layers of the only models with both kinds; others have a third. None is any number.
     """
 
     setting: str
@@ -72,9 +72,12 @@ class Period:
     only: int | None = None
 
     def derive(self, number: int) -> Kinds:
-        """Return whether the layer at each place is special, of a model with so many layers."""
+        """Return whether the layer at each place is special, of a model with so many layers.
+
+        Where only models of another number have special layers, the layers are of neither kind, and it is None.
+        """
         if self.only is not None and number != self.only:
-            return (False,) * number
+            return (None,) * number
         return tuple((place + 1) % self.period == 0 for place in range(number))
 
     def describe(self) -> str:
@@ -93,17 +96,16 @@ _PERIODS: Mapping[str, tuple[Period, ...]] = {
     "exaone4": (Period("layer_types", 4, "full_attention", "full attention without positions", only=64),),
     "gemma2": (Period("layer_types", 2, "full_attention", "full attention"),),
     "gemma3_text": (Period("layer_types", 6, "full_attention", "full attention"),),
-    "gemma3n_text": (Period("layer_types", 5, "full_attention", "full attention"),),
     "gpt_oss": (Period("layer_types", 2, "full_attention", "full attention"),),
     "llama4_text": (
         Period("layer_types", 4, "full_attention", "full attention"),
         Period("no_rope_layers", 4, 0, "no positions"),
     ),
-    "olmo3": (Period("layer_types", 4, "full_attention", "full attention"),),
     "smollm3": (Period("no_rope_layers", 4, 0, "no positions"),),
 }
 """Fixed rules of llama.cpp by model type. In its ``src/models/NAME.cpp`` (October 2026), ``load_arch_hparams`` sets a
-period; ``get_key_or_arr`` leaves it where the file has a list."""
+period, unless the file has a list. The converter writes no list for these families, except EXAONE 4, whose windows go by
+the number of layers. It does for OLMo 3, Gemma 3n and others, whose list is read: measured with OLMo 3."""
 _SIZES: Mapping[str, tuple[int, ...]] = {
     "deepseek_v2": (26, 27),
     "gemma2": (46,),
