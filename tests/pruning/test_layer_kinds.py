@@ -8,12 +8,15 @@ from typing import Any
 import pytest
 from support.families import tiny_model
 from transformers import (
+    AfmoeConfig,
     Cohere2Config,
     DeepseekV2Config,
+    DeepseekV3Config,
     Exaone4Config,
     Gemma2Config,
     Gemma3nTextConfig,
     Gemma3TextConfig,
+    Glm4MoeLiteConfig,
     GptOssConfig,
     LlamaConfig,
     Olmo3Config,
@@ -47,6 +50,7 @@ def rule(config: Any, reader: str, meaning: str = "") -> Rule:
         (Gemma2Config(num_hidden_layers=4), "every second", (0, 1), []),
         (GptOssConfig(num_hidden_layers=4), "every second", (1,), [1, 2]),
         (Cohere2Config(num_hidden_layers=8), "every 4th", (3,), [3, 6]),
+        (AfmoeConfig(num_hidden_layers=8), "every 4th", (3,), [3, 6]),
         (SmolLM3Config(num_hidden_layers=8), "no positions", (0,), [2, 3, 6]),
     ],
     ids=str,
@@ -64,6 +68,8 @@ def test_llama_cpp_goes_by_a_period(config: Any, meaning: str, dropped: tuple[in
         (Gemma2Config(num_hidden_layers=42), (0, 1), []),
         (DeepseekV2Config(num_hidden_layers=27), (3,), []),
         (DeepseekV2Config(num_hidden_layers=27), (3, 4), list(range(25))),
+        (DeepseekV3Config(num_hidden_layers=27), (3, 4), list(range(25))),  # is refused: it has no low rank of queries
+        (Glm4MoeLiteConfig(num_hidden_layers=47), (3,), list(range(46))),  # its routers get a softmax for a sigmoid
     ],
     ids=lambda value: getattr(value, "num_hidden_layers", None) and f"{value.model_type}-{value.num_hidden_layers}",
 )

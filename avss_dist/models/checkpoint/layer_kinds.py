@@ -92,6 +92,7 @@ class Period:
 
 
 _PERIODS: Mapping[str, tuple[Period, ...]] = {
+    "afmoe": (Period("layer_types", 4, "full_attention", "full attention"),),
     "cohere2": (Period("layer_types", 4, "full_attention", "full attention"),),
     "exaone4": (Period("layer_types", 4, "full_attention", "full attention without positions", only=64),),
     "gemma2": (Period("layer_types", 2, "full_attention", "full attention"),),
@@ -108,11 +109,14 @@ period, unless the file has a list. The converter writes no list for these famil
 the number of layers. It does for OLMo 3, Gemma 3n and others, whose list is read: measured with OLMo 3."""
 _SIZES: Mapping[str, tuple[int, ...]] = {
     "deepseek_v2": (26, 27),
+    "deepseek_v3": (26, 27),
     "gemma2": (46,),
     "gemma3_text": (62,),
+    "glm4_moe_lite": (47, 48),
 }
 """Numbers of layers by which llama.cpp knows a variant of a family that it computes in another way (same source): the
-scale of attention of Gemma 2 27B and Gemma 3 27B, the queries of DeepSeek-V2 Lite."""
+scale of attention of Gemma 2 27B and Gemma 3 27B, the queries of DeepSeek-V2 Lite and of small models of DeepSeek-V3's
+kind such as Moonlight, and the sigmoid in the routers of GLM-4.7-Flash."""
 _LISTS = {*DERIVED_LISTS, "mlp_layer_types", "moe_layers"}
 _REFUSALS = (ArithmeticError, AttributeError, LookupError, TypeError, ValueError)
 """Errors by which classes of configurations refuse values without their lists, beside that of their own checks."""
