@@ -51,7 +51,6 @@ class Family:
         cut: layers to leave out. If llama.cpp has a rule for the kinds of layers, the others break it.
         settings: settings of the tiny model, beside the usual ones.
         file: keys that published files of the family have in their config.json, and transformers no longer writes.
-        whole_differs: reason why llama.cpp does not compute the whole tiny model as transformers does.
     """
 
     name: str
@@ -59,7 +58,6 @@ class Family:
     cut: tuple[int, ...]
     settings: dict[str, Any] = field(default_factory=dict, hash=False)
     file: dict[str, Any] = field(default_factory=dict, hash=False)
-    whole_differs: str = ""
 
     def config(self) -> PreTrainedConfig:
         """Return the configuration of the tiny model."""
@@ -98,8 +96,8 @@ class Family:
         return folder
 
 
-SLIDING, FULL = "sliding_attention", "full_attention"
-CONVOLUTION, MAMBA = "conv", "linear_attention"
+FULL = "full_attention"
+MAMBA = "linear_attention"
 DEFAULT_ROPE = {"rope_type": "default", "rope_theta": 10000.0}
 FAMILIES = (
     Family("Llama", "llama", (1, 4)),
@@ -112,23 +110,21 @@ FAMILIES = (
     Family("SmolLM3", "smollm3", (1, 2)),
     Family("Cohere 2", "cohere2", (1, 2), file={"rotary_pct": 1.0}),
     Family("gpt-oss", "gpt_oss", (1, 4, 5), {"rope_parameters": DEFAULT_ROPE}),
-    Family("AFMoE", "afmoe", (1, 2), {"mup_enabled": True}),
+    Family("AFMoE", "afmoe", (1, 2), {"mup_enabled": True}, file={"route_norm": True}),
     Family("OLMo 2", "olmo2", (0, 6)),
     Family("OLMo 3", "olmo3", (1, 2)),
     Family("Phi-3", "phi3", (1, 4), {"sliding_window": None}),
     Family("Granite", "granite", (1, 4)),
-    Family("GPT-NeoX", "gpt_neox", (1, 4), file={"rotary_pct": 0.25}),
     Family("StarCoder2", "starcoder2", (1, 4), {"sliding_window": None}),
     Family("DeepSeek-V2", "deepseek_v2", (1, 4)),
-    Family(
-        "Nemotron-H",
-        "nemotron_h",
-        (1, 4),
-        {"layers_block_type": [MAMBA, "mlp", MAMBA, FULL, "mlp", MAMBA, FULL, "mlp"]},
-    ),
-    Family("LFM2", "lfm2", (1, 4), {"layer_types": [CONVOLUTION, CONVOLUTION, FULL, CONVOLUTION] * 2}),
     Family("Falcon-H1", "falcon_h1", (1, 4), file={"head_dim": 16}),
-    Family("Granite 4", "granitemoehybrid", (1, 4), {"layer_types": [MAMBA, MAMBA, FULL, MAMBA] * 2}),
+    Family(
+        "Granite 4",
+        "granitemoehybrid",
+        (1, 4),
+        {"layer_types": [MAMBA, MAMBA, FULL, MAMBA] * 2},
+        file={"layer_types": ["mamba", "mamba", "attention", "mamba"] * 2},
+    ),
     Family("EXAONE 4", "exaone4", (1, 4), {"sliding_window": None, "layer_types": [FULL] * LAYERS}),
 )
 
