@@ -105,8 +105,8 @@ _PERIODS: Mapping[str, tuple[Period, ...]] = {
     "smollm3": (Period("no_rope_layers", 4, 0, "no positions"),),
 }
 """Fixed rules of llama.cpp by model type. In its ``src/models/NAME.cpp`` (October 2026), ``load_arch_hparams`` sets a
-period, unless the file has a list. The converter writes no list for these families, except EXAONE 4, whose windows go by
-the number of layers. It does for OLMo 3, Gemma 3n and others, whose list is read: measured with OLMo 3."""
+period, unless the file has a list. The converter writes no list for these families, except for EXAONE 4, whose windows
+go by the number of layers. It writes one for OLMo 3, Gemma 3n and others, which is read: measured with OLMo 3."""
 _SIZES: Mapping[str, tuple[int, ...]] = {
     "deepseek_v2": (26, 27),
     "deepseek_v3": (26, 27),
