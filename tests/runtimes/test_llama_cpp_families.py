@@ -12,7 +12,15 @@ import pytest
 
 pytest.importorskip("llama_cpp_py_sync")
 
-from runtimes.llama_cpp_families import FAMILIES, Comparison, Family, FamilyOutcomes, compare_family, rows_of_text
+from runtimes.llama_cpp_families import (
+    FAMILIES,
+    LAYERS,
+    Comparison,
+    Family,
+    FamilyOutcomes,
+    compare_family,
+    rows_of_text,
+)
 from safetensors.torch import load_file, save_file
 from support.llama_cpp_converter import Converter, converting, fetch
 
@@ -97,10 +105,14 @@ def widen_window(checkpoint: Path) -> None:
     change_setting(checkpoint, "sliding_window", 32)
 
 
+def change_kinds(checkpoint: Path) -> None:
+    change_setting(checkpoint, "layer_types", ["full_attention", *["sliding_attention"] * (LAYERS - 1)])
+
+
 @pytest.mark.parametrize(
     ("model_type", "plant"),
-    [("llama", swap_layers), ("llama", shift_rope), ("gemma2", widen_window)],
-    ids=["swapped layers", "another base of rope", "another window"],
+    [("llama", swap_layers), ("llama", shift_rope), ("gemma2", widen_window), ("olmo3", change_kinds)],
+    ids=["swapped layers", "another base of rope", "another window", "another kind"],
 )
 def test_a_planted_error_is_seen(
     model_type: str, plant: Callable[[Path], None], converter: Converter, tmp_path: Path
