@@ -167,7 +167,7 @@ class CompareRequest(PlaceRequest, RunsRequest):
     by: Annotated[str, OneOf(COMPARED, COMPARED_OTHERWISE)] = "run"
     """Property in which the two runs or readings of each pair differ."""
     along: Annotated[str, OneOf(tuple(AXES))] | None = None
-    """Follow each layer's rank along this property instead."""
+    """Follow each layer's rank along this property instead; step and tokens also tell which changes are real."""
     score: Annotated[RankingScore, check(name_values, before=True), Accepts("str | Mapping[int, float]")] = "avss"
     """Score that ranks the layers; FILE.csv:COLUMN is one of your own."""
     share: Annotated[float, Field(ge=0, le=1)] = LOWEST_SHARE

@@ -58,6 +58,7 @@ def test_every_script_is_run_by_a_test() -> None:
 @pytest.mark.parametrize(
     ("script", "options", "printed"),
     [
+        ("benchmarks/changes.py", "--series 4 --units 8 16", r"neighbours alike +16 units .*refused"),
         ("benchmarks/damage.py", "WIDE builtin:pydoc --sequences 2 --draws 1", "damage"),
         ("benchmarks/repair.py", "WIDE builtin:pydoc --drop 1 --rows 40 --sequence-length 32", "linear_patch"),
         ("benchmarks/throughput.py", "WIDE --rounds 1 --sequences 4", r"(?s)AVSS authors' recipe.*peak memory beyond"),

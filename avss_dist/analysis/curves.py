@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from typing import TYPE_CHECKING
 
@@ -11,6 +11,7 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
+from avss_dist.analysis.changes import Reading, SeriesChanges, series_changes
 from avss_dist.analysis.comparison import (
     CONDITIONS,
     Profile,
@@ -20,7 +21,15 @@ from avss_dist.analysis.comparison import (
     profiles,
     runs_with_conditions,
 )
-from avss_dist.analysis.section import Chart, ReportColumn, ReportRow, ReportTable, Section
+from avss_dist.analysis.section import (
+    Chart,
+    ReportColumn,
+    ReportRow,
+    ReportTable,
+    Section,
+    interval,
+    known_interval,
+)
 from avss_dist.core.errors import QueryError, require_known
 from avss_dist.core.results import TabularResult
 from avss_dist.core.text import basename, count_of, describe_count, printable
@@ -38,6 +47,10 @@ if TYPE_CHECKING:
 MIN_POINTS = 2  # of a curve
 MAX_DRAWN = 12  # curves in a picture
 MIN_TREND = 4  # points from which the correlation of a rank with the axis is told
+MAX_SHARDS = 10_000  # shards that are read to test changes; a hundred are read in about a second
+SETTLED = 0.95  # share of resamples from which on the lowest layers are said to be those of the last point
+TRAINING = ("step", "tokens")
+"""Axes whose curves are trainings."""
 
 SCHEMA = pa.schema(
     [
@@ -51,12 +64,25 @@ SCHEMA = pa.schema(
         ("score", pa.float64()),
         ("rank", pa.float64()),
         ("is_lowest", pa.bool_()),
+        ("change", pa.float64()),
+        ("change_p", pa.float64()),
+        ("is_changed", pa.bool_()),
+        ("rank_moved", pa.bool_()),
+        ("spearman", pa.float64()),
+        ("spearman_low", pa.float64()),
+        ("spearman_high", pa.float64()),
+        ("lowest_as_last", pa.float64()),
+        ("no_claim", pa.string()),
     ]
 )
 """Columns of a layer at a point of a curve.
 
 ``value`` is the place on the axis. ``rank`` is 1 for the lowest score, and the mean rank of tied ones.
 ``is_lowest`` layers are among the lowest 25%.
+
+The others are of trainings, where changes can be tested, and else null: see `SeriesChanges`. ``change`` and the three
+columns after it compare the layer with the point before, ``spearman`` and its interval the point with the one before.
+``lowest_as_last`` is of the point. ``no_claim`` says why nothing is claimed about changes.
 """
 
 
@@ -83,6 +109,8 @@ class Curve:
         layers: numbers of the layers, of the model with the fewest.
         depth: their relative depth, float64[layers].
         values: the score, float64[points, layers].
+        changes: changes of a training that are beyond the choice of text; None if nothing is claimed about them.
+        no_claim: the reason why nothing is claimed; empty if it is, or if nobody asked for it.
     """
 
     along: str
@@ -91,6 +119,8 @@ class Curve:
     layers: Sequence[int]
     depth: Float64
     values: Float64
+    changes: SeriesChanges | None = None
+    no_claim: str = ""
 
     @property
     def points(self) -> list[str]:
@@ -133,6 +163,7 @@ class Curve:
         is_lowest = self.is_lowest.tolist()
         for place, (run, point) in enumerate(zip(self.runs, self.points, strict=True)):
             value_on_axis = float(run[AXES[self.along]])
+            of_changes = _change_columns(self.changes, place)
             for column, layer in enumerate(self.layers):
                 yield {
                     "along": self.along,
@@ -145,7 +176,32 @@ class Curve:
                     "score": values[place][column],
                     "rank": ranks[place][column],
                     "is_lowest": is_lowest[place][column],
+                    "no_claim": self.no_claim or None,
+                    **of_changes.get(layer, {}),
                 }
+
+
+def _change_columns(changes: SeriesChanges | None, place: int) -> dict[int, NewRow]:
+    """Return the columns of `SCHEMA` about changes of each layer at a point. Empty if nothing is claimed."""
+    if changes is None:
+        return {}
+    columns: dict[int, NewRow] = {}
+    for column, layer in enumerate(changes.layers):
+        columns[layer] = {"lowest_as_last": changes.lowest_as_last[place].item()}
+        if place == 0:
+            continue
+        before = place - 1
+        rho, low, high = changes.agreement[:, before].tolist()
+        columns[layer] |= {
+            "change": changes.change[before, column].item(),
+            "change_p": changes.p[before, column].item(),
+            "is_changed": bool(changes.is_changed[before, column]),
+            "rank_moved": bool(changes.rank_moved[before, column]),
+            "spearman": rho,
+            "spearman_low": low,
+            "spearman_high": high,
+        }
+    return columns
 
 
 @dataclass(frozen=True, kw_only=True, repr=False)
@@ -187,7 +243,8 @@ def ranking_curves(
     """Follow the layer scores of runs along an axis.
 
     A curve consists of runs of one training (``step``, ``tokens``), of one family (``size``), or of one checkpoint. Of
-    several runs at one place, the newest is taken.
+    several runs at one place, the newest is taken. Of a training, the shards of its runs say which layers changed
+    beyond the choice of text.
 
     Args:
         warehouse: warehouse of the runs.
@@ -219,7 +276,28 @@ def ranking_curves(
             f"No two runs are along {along}: {reasons}.",
             f"Score runs of the same {same} that differ in {along}{mismatch}. Axes: {', '.join(AXES)}.",
         )
+    if along in TRAINING:
+        reading = Reading(site=site, recipe=recipe, threshold=threshold, score=score)
+        curves = _with_changes(warehouse, curves, reading)
     return RankingCurves(curves=curves, left_out=left_out)
+
+
+def _with_changes(warehouse: Warehouse, curves: Sequence[Curve], reading: Reading) -> list[Curve]:
+    """Return curves of trainings with their changes, or the reason why nothing is claimed about them."""
+    tested = []
+    num_shards = 0
+    for curve in curves:
+        of_curve = sum(run["num_shards"] or 0 for run in curve.runs)
+        if num_shards + of_curve > MAX_SHARDS:
+            no_claim = f"Its runs have {of_curve:,} shards, and {MAX_SHARDS:,} are read for all trainings together."
+            tested.append(replace(curve, no_claim=f"{no_claim} Choose fewer runs with `run`."))
+            continue
+        try:
+            tested.append(replace(curve, changes=series_changes(warehouse, curve.runs, reading)))
+            num_shards += of_curve
+        except QueryError as error:
+            tested.append(replace(curve, no_claim=" ".join(filter(None, (error.message, error.hint)))))
+    return tested
 
 
 def _reasons_left_out(
@@ -316,8 +394,14 @@ _POINT_COLUMNS = (
     ReportColumn("run", "run", number=False, priority=5),
     ReportColumn("with the one before", "with_previous", _COEFFICIENT, group="Spearman"),
     ReportColumn("with the last", "with_last", _COEFFICIENT, group="Spearman"),
-    ReportColumn("lowest 25%", "lowest", number=False, priority=2, wraps=True),
 )
+_INTERVAL_COLUMN = ReportColumn("95%", "interval", interval(_COEFFICIENT), priority=3, group="Spearman")
+_CHANGE_COLUMNS = (
+    ReportColumn("changed", "changed", number=False, priority=1, wraps=True),
+    ReportColumn("by rank", "moved", number=False, priority=1, wraps=True),
+    ReportColumn("as the last", "lowest_as_last", "{:z.0%}".format, priority=1),
+)
+_LOWEST_COLUMN = ReportColumn("lowest 25%", "lowest", number=False, priority=2, wraps=True)
 _LAYER_COLUMNS = (
     ReportColumn("layer", "layer"),
     ReportColumn("depth", "depth", "{:z.2f}".format, priority=4),
@@ -338,10 +422,6 @@ def curve_section(curve: Curve, name: str) -> Section:
     """
     axis = AXIS_TITLES[curve.along]
     lowest = _lowest_layers(curve)
-    settled = 0
-    for place, layers in enumerate(lowest):
-        if layers != lowest[-1]:
-            settled = place + 1
     chart = Chart(
         name=name,
         title=f"Ranks along {axis}",
@@ -356,7 +436,7 @@ def curve_section(curve: Curve, name: str) -> Section:
     points = ReportTable(
         name=f"{name}-points",
         title="Points",
-        columns=[ReportColumn(axis, "point"), *_POINT_COLUMNS],
+        columns=_point_columns(curve),
         rows=_point_rows(curve, lowest),
     )
     layers_table = ReportTable(
@@ -369,10 +449,44 @@ def curve_section(curve: Curve, name: str) -> Section:
     )
     return Section(
         label=f"{curve.name} along {axis}",
-        sentences=[f"The lowest 25% are those of the last point from {curve.points[settled]} on."],
+        sentences=_sentences(curve, lowest),
         charts=[chart],
         tables=[points, layers_table],
     )
+
+
+def _sentences(curve: Curve, lowest: Sequence[str]) -> list[str]:
+    """Return from where on the lowest layers are those of the last point, and which changes are real, in sentences.
+
+    Args:
+        lowest: as returned by `_lowest_layers`.
+    """
+    settled = 0
+    for place, layers in enumerate(lowest):
+        if layers != lowest[-1]:
+            settled = place + 1
+    points = curve.points
+    sentence = f"The lowest 25% are those of the last point from {points[settled]} on"
+    if curve.changes is None:
+        sentences = [f"{sentence}."]
+        if curve.no_claim:
+            sentences.append(f"Nothing is claimed about changes. {curve.no_claim}")
+        return sentences
+    shares = curve.changes.lowest_as_last
+    sentence += f", so in {shares[settled]:.0%} of the joint resamples of the text"
+    surely_settled = int(np.argmax(shares >= SETTLED))
+    if surely_settled > settled:
+        sentence += f"; in {SETTLED:.0%} of them from {points[surely_settled]} on"
+    return [f"{sentence}.", *curve.changes.sentences(points)]
+
+
+def _point_columns(curve: Curve) -> list[ReportColumn]:
+    """Return the columns of the table of points."""
+    run, with_previous, with_last = _POINT_COLUMNS
+    columns = [ReportColumn(AXIS_TITLES[curve.along], "point"), run, with_previous]
+    if curve.changes is None:
+        return [*columns, with_last, _LOWEST_COLUMN]
+    return [*columns, _INTERVAL_COLUMN, with_last, *_CHANGE_COLUMNS, _LOWEST_COLUMN]
 
 
 def _lowest_layers(curve: Curve) -> list[str]:
@@ -402,8 +516,23 @@ def _point_rows(curve: Curve, lowest: Sequence[str]) -> list[ReportRow]:
             "with_last": with_last[place],
             "lowest": lowest[place],
         }
+        if curve.changes is not None:
+            row |= _change_cells(curve.changes, place)
         rows.append(ReportRow(row))
     return rows
+
+
+def _change_cells(changes: SeriesChanges, place: int) -> NewRow:
+    """Return the cells of a point about its changes from the point before. The first point has none."""
+    cells: NewRow = {"lowest_as_last": changes.lowest_as_last[place].item()}
+    if place > 0:
+        _, low, high = changes.agreement[:, place - 1].tolist()
+        cells["interval"] = known_interval(low, high)
+        cells["changed"] = changes.changed_layers(place - 1)
+        cells["moved"] = changes.moved_layers(place - 1)
+    else:
+        cells |= {"interval": None, "changed": None, "moved": None}
+    return cells
 
 
 def _layer_rows(curve: Curve) -> list[ReportRow]:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from avss_dist import read_commands
 from avss_dist.cli.declarations import COMMANDS
-from avss_dist.cli.program import at_end, interruptible
+from avss_dist.cli.program import at_end, interruptible, spelled
 from avss_dist.core.endings import PICTURES, require_table_file
 from avss_dist.core.errors import ConfigError, QueryError, first_names
 from avss_dist.core.streams import ask, can_ask, console, emit, say
@@ -211,9 +211,7 @@ MAX_TABLED = 20_000  # pairs of which all are compared in full for a table on a 
 def compare(request: CompareRequest, format: str) -> None:
     """Print the pairs of runs with their agreement, or the curves of ranks."""
     from avss_dist.analysis.comparison import MAX_PAIRS, RankingComparison
-    from avss_dist.analysis.curves import curve_section
     from avss_dist.reports.output import print_result
-    from avss_dist.reports.terminal.tables import rendered
     from avss_dist.warehouse.reader import grouped
 
     opened = open_for(request)
@@ -230,11 +228,22 @@ def compare(request: CompareRequest, format: str) -> None:
         for line in _describe_picture(result, request):
             say(line)
     if not isinstance(result, RankingComparison):
-        print_result(format, (rendered(curve_section(curve, "curve")) for curve in result.curves), result.table)
+        print_result(format, _describe_curves(result), result.table)
         return
     if format != "table" and len(result.pairs) < result.number:
         say(f"Of {result.number:,} pairs, the {len(result.pairs):,} most and least alike are listed.")
     print_result(format, _describe_pairs(opened, result, request), result.table)
+
+
+def _describe_curves(result: RankingCurves) -> Iterator[RenderableType]:
+    """Yield the tables and sentences of curves."""
+    from avss_dist.analysis.curves import curve_section
+    from avss_dist.reports.terminal.tables import rendered
+
+    for curve in result.curves:
+        section = curve_section(curve, "curve")
+        sentences = [spelled(sentence) for sentence in section.sentences]
+        yield rendered(replace(section, sentences=sentences))
 
 
 def _describe_picture(result: RankingComparison | RankingCurves, request: CompareRequest) -> Iterator[str]:

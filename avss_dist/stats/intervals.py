@@ -52,6 +52,7 @@ SCALES = {
     "linear": Scale(_unchanged, _unchanged),
     "log": Scale(np.log, np.exp),
     "logit": Scale(_log_odds, _probabilities),
+    "fisher": Scale(np.arctanh, np.tanh),
 }
 """Scales by name."""
 SKEWNESS_COST = 2.0
@@ -104,8 +105,8 @@ def jackknife_interval(
     Args:
         value: the statistic of all units, float64[...].
         left_out: the statistic without each unit (or group of units), float64[units, ...].
-        scale: ``log`` for positive statistics such as ratios, ``logit`` for probabilities, ``linear`` for means and
-            differences.
+        scale: ``log`` for positive statistics such as ratios, ``logit`` for probabilities, ``fisher`` for correlations,
+            ``linear`` for means and differences.
         confidence: the nominal coverage.
     """
     from scipy.special import stdtrit

@@ -186,6 +186,30 @@ def layer_baselines(stats: Mapping[LayerKey, LayerStats], layer: int) -> dict[st
     return baselines
 
 
+def weighted_baseline(name: str, block: SiteTable, update: SiteTable) -> Float64:
+    """Return one of ``stats.catalog.BASELINES`` for each row of weights, float64[weights, layers].
+
+    Where its site was not measured, it is NaN.
+
+    Args:
+        block, update: statistics of these sites with the same layers and weights.
+    """
+    if name == "update_variance_ratio":
+        _, variance = update.element_variance
+        _, input_variance = block.input_variance
+        return _ratio(variance, input_variance)
+    sum_of_tokens = {
+        "block_influence": "cosine_sum",
+        "angular_distance": "angular_sum",
+        "relative_magnitude": "relative_magnitude_sum",
+    }[name]
+    total = block.weighted(lambda _, stats: getattr(stats, sum_of_tokens))
+    mean = _ratio(total, block.weighted(lambda _, stats: stats.token_count))
+    if name == "block_influence":
+        return 1 - mean
+    return mean
+
+
 @dataclass(frozen=True, eq=False, kw_only=True)
 class UnitReductions:
     """Reductions of the unit means of one layer over its units.
@@ -379,16 +403,32 @@ class SiteTable:
 
     @cached_property
     def element_variance(self) -> tuple[Float64, Float64]:
-        """Variance over elements, merged and weighted.
+        """Variance over elements, merged and weighted."""
+        return self._variance("count", "mean", "m2")
+
+    @cached_property
+    def input_variance(self) -> tuple[Float64, Float64]:
+        """Variance over elements of the block's input, merged and weighted."""
+        return self._variance("input_count", "input_mean", "input_m2")
+
+    def _variance(self, count: str, mean: str, m2: str) -> tuple[Float64, Float64]:
+        """Return the variance of a sample whose moments are the given fields, merged and weighted.
 
         Weighted moments are taken about the merged mean, which avoids cancellation.
         """
-        center = self.column("mean")
-        count = self.weighted(lambda _, stats: stats.count)
-        first = self.weighted(lambda layer, stats: stats.count * (stats.mean - center[layer]))
-        second = self.weighted(lambda layer, stats: stats.m2 + stats.count * (stats.mean - center[layer]) ** 2)
-        merged = _ratio(self.column("m2"), self.column("count"))
-        return merged, _ratio(second, count) - _ratio(first, count) ** 2
+        center = self.column(mean)
+
+        def shifted_sum(layer: int, stats: LayerStats) -> float:
+            return float(getattr(stats, count) * (getattr(stats, mean) - center[layer]))
+
+        def shifted_squares(layer: int, stats: LayerStats) -> float:
+            return float(getattr(stats, m2) + getattr(stats, count) * (getattr(stats, mean) - center[layer]) ** 2)
+
+        number = self.weighted(lambda _, stats: getattr(stats, count))
+        first = self.weighted(shifted_sum)
+        second = self.weighted(shifted_squares)
+        merged = _ratio(self.column(m2), self.column(count))
+        return merged, _ratio(second, number) - _ratio(first, number) ** 2
 
 
 def default_thresholds(stats: LayerStats) -> list[Threshold]:

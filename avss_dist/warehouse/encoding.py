@@ -6,13 +6,14 @@ import hashlib
 import json
 import os
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from avss_dist.core.errors import WarehouseError, require_known
@@ -42,6 +43,7 @@ UNSIGNED_METADATA = {_CHECKSUM: _UNSIGNED}
 Columns = Mapping[str, Any]
 """Values of all rows by column: lists, or arrays of numpy or Arrow."""
 _STATE = [f.name for f in fields(LayerStats) if f.name != "histogram"]
+_COUNTS_BY_VALUE = ("abs_value", "abs_value_count")
 _HEADER_FIELDS = [f.name for f in fields(ShardResult) if f.name not in ("strata", "rows", "experts")]
 
 
@@ -332,13 +334,20 @@ def _cells_by_column(table: pa.Table) -> Mapping[str, list[Any]]:
     return cells
 
 
-def decode_shard(data: pa.Buffer, run_id: str) -> ShardResult | None:
-    """Return a partial, or None when it is damaged or not of this run."""
+def decode_shard(data: pa.Buffer, run_id: str, sites: Collection[str] | None = None) -> ShardResult | None:
+    """Return a partial, or None when it is damaged or not of this run.
+
+    Args:
+        sites: sites whose statistics are read, without their counts by value. By default, all is read.
+    """
     try:
         table = parse(data)
         header = json.loads((table.schema.metadata or {}).get(_HEADER, b"{}"))
         if header.pop("run_id", None) != run_id or "layers" not in header:
             return None
+        if sites is not None:
+            table = table.filter(pc.is_in(table["site"], pa.array(sites, pa.string())))
+            table = table.select([name for name in table.column_names if name not in _COUNTS_BY_VALUE])
         return ShardResult(**header | {"layers": tuple(header["layers"]), "strata": to_strata(table)})
     except (OSError, pa.ArrowException):
         return None

@@ -392,17 +392,19 @@ class Warehouse:
         """Return the number of stored shards of a run, by the names of their files."""
         return len(self.storage.files("shard_stats", run_id))
 
-    def each_shard(self, run_id: str, expected: Mapping[int, str | None]) -> Iterator[ShardResult]:
+    def each_shard(
+        self, run_id: str, expected: Mapping[int, str | None], sites: Collection[str] | None = None
+    ) -> Iterator[ShardResult]:
         """Yield the undamaged partials of a run, in the order of ``expected``: content hash or None by shard id.
 
-        A few are in memory at a time.
+        A few are in memory at a time. With ``sites``, only these are read, without counts by value.
         """
 
         def read(shard_id: int) -> ShardResult | None:
             data = self.storage.read(self.storage.shard_path(run_id, shard_id))
             if not data:
                 return None
-            shard = decode_shard(data, run_id)
+            shard = decode_shard(data, run_id, sites)
             if shard is None or shard.shard_id != shard_id:
                 return None
             if expected[shard_id] not in (None, shard.content_hash):
@@ -416,14 +418,14 @@ class Warehouse:
                     if shard is not None:
                         yield shard
 
-    def read_partials(self, run: TableRow) -> list[ShardResult]:
+    def read_partials(self, run: TableRow, sites: Collection[str] | None = None) -> list[ShardResult]:
         """Read all partials of a row of ``runs``, in order. Empty if one is missing or damaged.
 
-        A damaged one is noted in `damaged`.
+        A damaged one is noted in `damaged`. With ``sites``, only these are read, without counts by value.
         """
         run_id = run["run_id"]
         number = run["num_shards"] or 0
-        shards = list(self.each_shard(run_id, dict.fromkeys(range(number))))
+        shards = list(self.each_shard(run_id, dict.fromkeys(range(number)), sites))
         if len(shards) == number:
             return shards
         if self.num_partials(run_id) >= number:

@@ -161,8 +161,14 @@ def _allowed_value(column: Column) -> Any:
     return [value] if is_list else value
 
 
-def write_measured(root: Path, run_id: str, shards: Sequence[Stats], layers: int, **columns: Any) -> None:
-    """A run as the driver leaves it: partials, merged statistics, scores, and its row."""
+def write_measured(
+    root: Path, run_id: str, shards: Sequence[Stats], layers: int, shard_tokens: int = 0, **columns: Any
+) -> None:
+    """A run as the driver leaves it: partials, merged statistics, scores, and its row.
+
+    Args:
+        shard_tokens: number of tokens of each shard.
+    """
     row = run_row(run_id, num_layers=layers, num_shards=len(shards), **columns)
     names = tuple(f"layers.{i}" for i in range(layers))
     store = Store(root)
@@ -170,7 +176,8 @@ def write_measured(root: Path, run_id: str, shards: Sequence[Stats], layers: int
     merged = merge_stats(shards)
     for i, shard in enumerate(shards):
         strata = {(*key, ""): stats for key, stats in shard.items()}
-        write_shard(store, identity, ShardResult(shard_id=i, content_hash=f"hash{i}", layers=names, strata=strata))
+        result = ShardResult(shard_id=i, content_hash=f"hash{i}", layers=names, strata=strata, num_tokens=shard_tokens)
+        write_shard(store, identity, result)
     store.write_layer_stats(identity, names, merged)
     store.write_rows("scores", identity, score_run(merged, names, shards))
     store.write_run(row)

@@ -1,0 +1,221 @@
+"""Changes between checkpoints of simulated trainings: how often one is found where none is, and where one is planted.
+
+    python tests/benchmarks/changes.py [--series 200] [--units 8 12 16 32 64] [--points 6] [--layers 12]
+
+A unit (shard) s of the text has at point t and layer l the score mu_l + a_{s,l} + e_{t,s,l}, and all of it the mean
+over units. The text's own part a has a standard deviation of 2, the noise e one of 1, and is drawn anew at each point:
+
+- normal;
+- skewed: an exponential distribution about its mean, whose skewness is 2;
+- skewed at every other point, and normal at the others: differences of neighbours are then skewed, too;
+- neighbours alike: normal, and that of neighbouring units correlates by 0.5.
+
+A planted change moves one layer from one point on. Its size is in standard errors of a change, sqrt(2 / units).
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable
+
+import numpy as np
+
+from avss_dist.stats import changes
+from avss_dist.stats.intervals import MINIMUM_UNITS
+from avss_dist.stats.layer_stats import Float64
+
+SPREAD_OF_TEXT = 2.0
+CORRELATION = 0.5
+SIZES = (3.0, 4.0, 5.0, 6.0, 8.0)
+DRIFT = 0.3  # standard deviation of the true change of each layer, where rank correlations are simulated
+Noise = Callable[[np.random.Generator, tuple[int, int, int]], Float64]
+
+
+def normal(random: np.random.Generator, shape: tuple[int, int, int]) -> Float64:
+    """Return e of shape [points, units, layers]."""
+    return random.normal(size=shape)
+
+
+def skewed(random: np.random.Generator, shape: tuple[int, int, int]) -> Float64:
+    """Return e of an exponential distribution about its mean."""
+    return random.exponential(size=shape) - 1
+
+
+def unlike(random: np.random.Generator, shape: tuple[int, int, int]) -> Float64:
+    """Return e that is skewed at every other point."""
+    noise = normal(random, shape)
+    noise[1::2] = skewed(random, shape)[1::2]
+    return noise
+
+
+def neighbours_alike(random: np.random.Generator, shape: tuple[int, int, int]) -> Float64:
+    """Return e that is an autoregressive process over units."""
+    noise = normal(random, shape)
+    for unit in range(1, shape[1]):
+        new = np.sqrt(1 - CORRELATION**2) * noise[:, unit]
+        noise[:, unit] = CORRELATION * noise[:, unit - 1] + new
+    return noise
+
+
+NOISES: dict[str, Noise] = {
+    "normal": normal,
+    "skewed": skewed,
+    "skewed at every other point": unlike,
+    "neighbours alike": neighbours_alike,
+}
+
+
+def scores(random: np.random.Generator, noise: Noise, mu: Float64, units: int) -> Float64:
+    """Return scores by unit, float64[units, points, layers].
+
+    Args:
+        mu: float64[points, layers].
+    """
+    points, layers = mu.shape
+    text = SPREAD_OF_TEXT * random.normal(size=(units, layers))
+    by_unit = mu[:, None] + text + noise(random, (points, units, layers))
+    return by_unit.swapaxes(0, 1)
+
+
+def in_blocks(by_unit: Float64, size: int) -> Float64:
+    """Return means over blocks of neighbouring units, float64[blocks, points, layers]."""
+    block = changes.block_of_units(len(by_unit), size)
+    return np.array([by_unit[block == number].mean(axis=0) for number in range(block[-1] + 1)])
+
+
+def left_out(by_unit: Float64) -> Float64:
+    """Return the means without each unit, float64[units, points, layers]."""
+    units = len(by_unit)
+    return (by_unit.sum(axis=0) - by_unit) / (units - 1)
+
+
+def passed(mu: Float64) -> changes.Bools:
+    """Return whether a layer passes another one after a point, bool[points - 1, layers]."""
+    is_above = mu[:, :, None] > mu[:, None, :]
+    is_other: changes.Bools = (is_above[1:] != is_above[:-1]).any(axis=2)
+    return is_other
+
+
+def tested(by_unit: Float64, *, blocks: bool = True) -> Float64 | None:
+    """Return adjusted p-values, float64[points - 1, layers]. None if nothing is claimed.
+
+    Args:
+        blocks: whether units are taken in blocks where they correlate.
+    """
+    if blocks:
+        pseudo = changes.change_values(by_unit.mean(axis=0), left_out(by_unit))
+        size = changes.independent_block_size(pseudo)
+        if size is None:
+            return None
+        if size > 1:
+            by_unit = in_blocks(by_unit, size)
+    return changes.adjusted_p(changes.change_values(by_unit.mean(axis=0), left_out(by_unit)))
+
+
+def print_without_change(options: argparse.Namespace) -> None:
+    """Print in how many series without a change there is a finding."""
+    print(f"Findings in {options.series} series without a change; in brackets, without blocks; refused")
+    for name, noise in NOISES.items():
+        for units in options.units:
+            random = np.random.default_rng(units)
+            found = 0
+            found_without_blocks = 0
+            refused = 0
+            for _ in range(options.series):
+                mu = np.tile(random.normal(size=options.layers), (options.points, 1))
+                by_unit = scores(random, noise, mu, units)
+                p = tested(by_unit)
+                plain = tested(by_unit, blocks=False)
+                assert plain is not None
+                found_without_blocks += bool((plain <= changes.LEVEL).any())
+                if p is None:
+                    refused += 1
+                else:
+                    found += bool((p <= changes.LEVEL).any())
+            print(f"{name:30}{units:5} units {found:4} ({found_without_blocks:3}){refused:5} refused", flush=True)
+
+
+def print_planted(options: argparse.Namespace) -> None:
+    """Print how often a planted change is found, how close its size is, and what else is found."""
+    print(f"Of {options.series} series with one planted change: found, error of its size, findings elsewhere")
+    middle = options.points // 2
+    for name in ("normal", "skewed"):
+        for units in options.units:
+            for size in SIZES:
+                random = np.random.default_rng(units)
+                error = np.sqrt(2 / units)
+                found = 0
+                passes = 0
+                ranks = 0
+                wrong_ranks = 0
+                other_layers = 0
+                other_points = 0
+                estimates = []
+                for _ in range(options.series):
+                    mu = np.tile(random.normal(size=options.layers), (options.points, 1))
+                    mu[middle:, 0] += size * error
+                    by_unit = scores(random, NOISES[name], mu, units)
+                    p = tested(by_unit)
+                    if p is None:
+                        continue
+                    is_changed = p <= changes.LEVEL
+                    found += bool(is_changed[middle - 1, 0])
+                    other_layers += bool(is_changed[middle - 1, 1:].any())
+                    other_points += bool(np.delete(is_changed, middle - 1, axis=0).any())
+                    # Without blocks, of which units without correlation need none.
+                    moved = changes.moved_ranks(by_unit.mean(axis=0), left_out(by_unit), is_changed)
+                    is_passed = passed(mu)
+                    passes += bool(is_passed[middle - 1, 0])
+                    ranks += bool(is_passed[middle - 1, 0] & moved[middle - 1, 0])
+                    wrong_ranks += bool((moved & ~is_passed).any())
+                    true = size * error * (1 - 1 / options.layers)
+                    estimates.append(changes.differences(by_unit.mean(axis=0))[middle - 1, 0] / true - 1)
+                deviation = float(np.sqrt(np.square(estimates).mean())) if estimates else np.nan
+                print(
+                    f"{name:10}{units:5} units{size:5.0f} standard errors: {found / options.series:5.0%}"
+                    f"{deviation:7.0%}{other_layers:5} other layers{other_points:5} other points"
+                    f"{ranks:5} of {passes:3} ranks{wrong_ranks:5} wrong ranks",
+                    flush=True,
+                )
+
+
+def print_correlations(options: argparse.Namespace) -> None:
+    """Print how often the interval of the rank correlation of neighbours covers the true one."""
+    print("Intervals of the rank correlation of neighbours: covers, too high, too low, none")
+    for units in options.units:
+        random = np.random.default_rng(units)
+        covered = 0
+        above = 0
+        below = 0
+        none = 0
+        for _ in range(options.series):
+            first = random.normal(size=options.layers)
+            mu = np.stack([first, first + DRIFT * random.normal(size=options.layers)])
+            by_unit = scores(random, normal, mu, units)
+            true = changes.spearman_rows(mu[:1], mu[1:])[0]
+            _, low, high = changes.neighbour_agreement(by_unit.mean(axis=0), left_out(by_unit))[:, 0]
+            if np.isnan(low):
+                none += 1
+            elif true < low:
+                above += 1
+            elif true > high:
+                below += 1
+            else:
+                covered += 1
+        print(f"{units:5} units {covered:5}{above:5}{below:5}{none:5}", flush=True)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--series", type=int, default=200)
+    parser.add_argument("--units", type=int, nargs="+", default=[MINIMUM_UNITS, 12, 16, 32, 64])
+    parser.add_argument("--points", type=int, default=6)
+    parser.add_argument("--layers", type=int, default=12)
+    options = parser.parse_args()
+    print_without_change(options)
+    print_planted(options)
+    print_correlations(options)
+
+
+if __name__ == "__main__":
+    main()
