@@ -217,8 +217,8 @@ def compare(
     """Compare the layer rankings of runs, by default of all finished ones, by pairs or ``along`` an axis.
 
     Curves of trainings have `changes`, the layers that changed beyond the choice of text, or the reason why nothing is
-    claimed, ``no_claim``. A picture is saved to ``output``. All pairs are listed if there are at most ``max_listed``, by default
-    `comparison.MAX_PAIRS`.
+    claimed, ``no_claim``. A picture is saved to ``output``. All pairs are listed if there are at most ``max_listed``,
+    by default `comparison.MAX_PAIRS`.
     """
     from avss_dist.analysis import comparison as comparing
     from avss_dist.analysis.curves import AXIS_TITLES, curves_chart, ranking_curves

@@ -47,7 +47,7 @@ if TYPE_CHECKING:
 MIN_POINTS = 2  # of a curve
 MAX_DRAWN = 12  # curves in a picture
 MIN_TREND = 4  # points from which the correlation of a rank with the axis is told
-MAX_SHARDS = 10_000  # shards that are read to test changes; a hundred are read in about a second
+MAX_SHARDS = 5_000  # shards that are read to test changes; one takes about 15 ms of processor time
 SETTLED = 0.95  # share of resamples from which on the lowest layers are said to be those of the last point
 TRAINING = ("step", "tokens")
 """Axes whose curves are trainings."""

@@ -10,7 +10,8 @@ over units. The text's own part a has a standard deviation of 2, the noise e one
 - skewed at every other point, and normal at the others: differences of neighbours are then skewed, too;
 - neighbours alike: normal, and that of neighbouring units correlates by 0.5.
 
-A planted change moves one layer from one point on. Its size is in standard errors of a change, sqrt(2 / units).
+A planted change moves one layer from one point on. Its size is in standard errors of a change, sqrt(2 / units). The
+distance of two layers that exchange places is in those of the difference of two layers at a point, sqrt(10 / units).
 """
 
 from __future__ import annotations
@@ -89,13 +90,6 @@ def left_out(by_unit: Float64) -> Float64:
     return (by_unit.sum(axis=0) - by_unit) / (units - 1)
 
 
-def passed(mu: Float64) -> changes.Bools:
-    """Return whether a layer passes another one after a point, bool[points - 1, layers]."""
-    is_above = mu[:, :, None] > mu[:, None, :]
-    is_other: changes.Bools = (is_above[1:] != is_above[:-1]).any(axis=2)
-    return is_other
-
-
 def tested(by_unit: Float64, *, blocks: bool = True) -> Float64 | None:
     """Return adjusted p-values, float64[points - 1, layers]. None if nothing is claimed.
 
@@ -145,9 +139,6 @@ def print_planted(options: argparse.Namespace) -> None:
                 random = np.random.default_rng(units)
                 error = np.sqrt(2 / units)
                 found = 0
-                passes = 0
-                ranks = 0
-                wrong_ranks = 0
                 other_layers = 0
                 other_points = 0
                 estimates = []
@@ -162,21 +153,48 @@ def print_planted(options: argparse.Namespace) -> None:
                     found += bool(is_changed[middle - 1, 0])
                     other_layers += bool(is_changed[middle - 1, 1:].any())
                     other_points += bool(np.delete(is_changed, middle - 1, axis=0).any())
-                    # Without blocks, of which units without correlation need none.
-                    moved = changes.moved_ranks(by_unit.mean(axis=0), left_out(by_unit), is_changed)
-                    is_passed = passed(mu)
-                    passes += bool(is_passed[middle - 1, 0])
-                    ranks += bool(is_passed[middle - 1, 0] & moved[middle - 1, 0])
-                    wrong_ranks += bool((moved & ~is_passed).any())
                     true = size * error * (1 - 1 / options.layers)
                     estimates.append(changes.differences(by_unit.mean(axis=0))[middle - 1, 0] / true - 1)
                 deviation = float(np.sqrt(np.square(estimates).mean())) if estimates else np.nan
                 print(
                     f"{name:10}{units:5} units{size:5.0f} standard errors: {found / options.series:5.0%}"
-                    f"{deviation:7.0%}{other_layers:5} other layers{other_points:5} other points"
-                    f"{ranks:5} of {passes:3} ranks{wrong_ranks:5} wrong ranks",
+                    f"{deviation:7.0%}{other_layers:5} other layers{other_points:5} other points",
                     flush=True,
                 )
+
+
+def print_ranks(options: argparse.Namespace) -> None:
+    """Print how often the ranks of two layers that exchange their scores are marked, and of layers that do not."""
+    print(f"Of {options.series} series: marked ranks of two layers that exchange places; of one that leaves its equal")
+    middle = options.points // 2
+    for units in options.units:
+        for size in SIZES:
+            random = np.random.default_rng(units)
+            distance = size * np.sqrt(2 * (SPREAD_OF_TEXT**2 + 1) / units)
+            exchanged = 0
+            wrong = 0
+            for _ in range(options.series):
+                # The other layers are far from the two.
+                mu = np.tile(100 * np.arange(options.layers, dtype=float), (options.points, 1))
+                mu[:, 1] = mu[:, 0]
+                leaving = mu.copy()
+                leaving[middle:, 0] += distance
+                mu[:middle, 0] += distance
+                mu[middle:, 1] += distance
+                exchanged += bool(marked_ranks(scores(random, normal, mu, units))[middle - 1, :2].all())
+                wrong += bool(marked_ranks(scores(random, normal, leaving, units)).any())
+            print(
+                f"{units:5} units, distance of {size:2.0f} standard errors: {exchanged / options.series:5.0%}"
+                f"{wrong:5} wrong",
+                flush=True,
+            )
+
+
+def marked_ranks(by_unit: Float64) -> changes.Bools:
+    """Return the ranks that moved, bool[points - 1, layers], without blocks, which independent units do not need."""
+    p = tested(by_unit, blocks=False)
+    assert p is not None
+    return changes.moved_ranks(by_unit.mean(axis=0), left_out(by_unit), p <= changes.LEVEL)
 
 
 def print_correlations(options: argparse.Namespace) -> None:
@@ -214,6 +232,7 @@ def main() -> None:
     options = parser.parse_args()
     print_without_change(options)
     print_planted(options)
+    print_ranks(options)
     print_correlations(options)
 
 
