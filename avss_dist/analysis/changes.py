@@ -32,6 +32,8 @@ CAVEAT = (
     "A change is that of a layer relative to the mean layer. It is beyond the choice of text, which says nothing of "
     "another seed of the training."
 )
+COMPUTATION = ("device", "attention_implementation", "quantization")
+"""Columns of ``runs`` that change numbers by rounding."""
 SMALL_UNIT = 0.5  # tokens of a last unit, relative to the median, below which it is joined to the one before
 MAX_LINES = 6  # points whose changes are told; the table has all
 
@@ -74,7 +76,7 @@ class SeriesChanges:
             points: name of each point.
         """
         places = np.flatnonzero(self.is_changed.any(axis=1)).tolist()
-        tested = f"{count_of(self.units, 'unit')} of text, 5% for all layers and points together"
+        tested = f"{count_of(self.units, 'part')} of the text, 5% for all layers and points together"
         if not places:
             return [
                 f"No layer changed between neighbouring points beyond the choice of text ({tested}): the smallest "
@@ -149,6 +151,7 @@ def series_changes(warehouse: Warehouse, runs: Sequence[TableRow], reading: Read
     if is_own(reading.score):
         raise QueryError("A score of your own has no shards, so that the noise of the text is not known.")
     require_series(runs)
+    _require_counted_alike(runs, reading)
     unit_of_shard = _common_units(warehouse, runs)
     units = int(unit_of_shard[0][-1]) + 1
     weighted = _weighted_scores(warehouse, runs, reading, unit_of_shard, change_stats.block_of_units(units, 1))
@@ -161,11 +164,15 @@ def series_changes(warehouse: Warehouse, runs: Sequence[TableRow], reading: Read
             "Score a longer text, or its rows in a random order: avss score --shuffle-seed 0.",
         )
     notes = []
+    computed_otherwise = differing(runs, COMPUTATION)
+    if computed_otherwise:
+        values = _values_of(runs, computed_otherwise)
+        notes.append(f"The runs differ in {values}: what this does to rounding counts as a change.")
     if size > 1:
         block = change_stats.block_of_units(units, size)
         weighted = _weighted_scores(warehouse, runs, reading, unit_of_shard, block)
         pseudo = change_stats.change_values(weighted.theta, weighted.left_out)
-        notes.append(f"Neighbouring shards are alike, so that units are blocks of {size} or more of them.")
+        notes.append(f"Neighbouring shards are alike, so that these parts are blocks of {size} or more of them.")
     return _tested(weighted, pseudo, notes)
 
 
@@ -204,6 +211,19 @@ def require_series(runs: Sequence[TableRow]) -> None:
     too_few = why_no_interval(fewest)
     if too_few:
         raise QueryError(too_few)
+
+
+def _require_counted_alike(runs: Sequence[TableRow], reading: Reading) -> None:
+    """Raise QueryError if some runs counted the elements below an absolute threshold, and others interpolate them."""
+    threshold = reading.threshold
+    if reading.score != FROM_ACTIVATIONS[0] or threshold.kind != "absolute":
+        return
+    counted = {threshold.value in (run["thresholds"] or ()) for run in runs}
+    if len(counted) > 1:
+        raise QueryError(
+            f"Some of the runs counted the elements below {threshold.value:g}, and others did not.",
+            "Choose a threshold that all of them counted.",
+        )
 
 
 def _values_of(runs: Sequence[TableRow], names: Sequence[str]) -> str:
@@ -415,7 +435,7 @@ def _tested(weighted: _WeightedScores, pseudo: Float64, notes: Sequence[str]) ->
     all_notes = list(notes)
     if units <= change_stats.ALL_SIGNS:
         smallest_p = change_stats.smallest_p(units)
-        all_notes.append(f"{count_of(units, 'unit')} of text give no p below 1/{1 / smallest_p:,.0f}.")
+        all_notes.append(f"{count_of(units, 'part')} of the text give no p below 1/{1 / smallest_p:,.0f}.")
     if is_skewed.any():
         all_notes.append(
             f"The shards of {count_of(int(is_skewed.sum()), 'change')} among {int(is_changed.sum())} are skewed "

@@ -30,7 +30,7 @@ from avss_dist.analysis.section import (
     interval,
     known_interval,
 )
-from avss_dist.core.errors import QueryError, require_known
+from avss_dist.core.errors import QueryError, WarehouseError, require_known
 from avss_dist.core.results import TabularResult
 from avss_dist.core.text import basename, count_of, describe_count, printable
 from avss_dist.core.values import NewRow, TableRow
@@ -295,7 +295,7 @@ def _with_changes(warehouse: Warehouse, curves: Sequence[Curve], reading: Readin
         try:
             tested.append(replace(curve, changes=series_changes(warehouse, curve.runs, reading)))
             num_shards += of_curve
-        except QueryError as error:
+        except (QueryError, WarehouseError) as error:
             tested.append(replace(curve, no_claim=" ".join(filter(None, (error.message, error.hint)))))
     return tested
 
@@ -395,7 +395,7 @@ _POINT_COLUMNS = (
     ReportColumn("with the one before", "with_previous", _COEFFICIENT, group="Spearman"),
     ReportColumn("with the last", "with_last", _COEFFICIENT, group="Spearman"),
 )
-_INTERVAL_COLUMN = ReportColumn("95%", "interval", interval(_COEFFICIENT), priority=3, group="Spearman")
+_INTERVAL_COLUMN = ReportColumn("95%", "interval", interval(_COEFFICIENT), priority=1, group="Spearman")
 _CHANGE_COLUMNS = (
     ReportColumn("changed", "changed", number=False, priority=1, wraps=True),
     ReportColumn("by rank", "moved", number=False, priority=1, wraps=True),

@@ -153,6 +153,26 @@ def test_a_damaged_shard_is_a_reason_to_claim_nothing(tmp_path: Path) -> None:
     assert curve_of(tmp_path).no_claim.startswith("Shards of run a-200 are missing or damaged")
 
 
+def test_damaged_statistics_are_a_reason_to_claim_nothing(tmp_path: Path) -> None:
+    for step in (100, 200):
+        write_step(tmp_path, step, shards_of(100, SCALES, 8))
+    next(tmp_path.glob("layer_stats/run_id=a-200/*")).unlink()
+    assert "has no layer statistics of run 'a-200'" in curve_of(tmp_path).no_claim
+
+
+def test_a_threshold_that_some_runs_counted_is_refused(tmp_path: Path) -> None:
+    for step, thresholds in ((100, [PUBLISHED.value]), (200, [1e-3])):
+        write_step(tmp_path, step, shards_of(100, SCALES, 8), thresholds=thresholds)
+    with pytest.raises(QueryError, match="Some of the runs counted the elements below 1e-05, and others did not"):
+        changes_of(tmp_path)
+
+
+def test_runs_of_other_devices_have_a_note(tmp_path: Path) -> None:
+    for step, device in ((100, "cpu"), (200, "NVIDIA H100")):
+        write_step(tmp_path, step, shards_of(100, SCALES, 8), device=device)
+    assert changes_of(tmp_path).notes[0].startswith("The runs differ in device (NVIDIA H100, cpu)")
+
+
 def test_a_score_of_ones_own_has_no_noise(training: Path) -> None:
     curve = curve_of(training, score={layer: float(layer) for layer in range(LAYERS)})
     assert curve.no_claim.startswith("A score of your own has no shards")
@@ -195,8 +215,14 @@ def test_the_sentences_tell_which_layers_changed_between_which_points(training: 
     assert re.search(r"most layer 1 \(\+1\.\d+, p 0\.00024\); in rank 1", line)
 
 
+def test_few_shards_have_a_note_about_the_smallest_p(tmp_path: Path) -> None:
+    for step in (100, 200):
+        write_step(tmp_path, step, shards_of(100, SCALES, 8))
+    assert "8 parts of the text give no p below 1/128." in changes_of(tmp_path).notes
+
+
 @pytest.mark.nightly
 def test_the_command_prints_what_changed(training: Path) -> None:
     result = avss("compare", "-w", training, "--along", "step")
     assert result.exit_code == 0, result.stderr
-    assert "Changed beyond the choice of text (16 units of text" in result.stdout
+    assert "Changed beyond the choice of text (16 parts of the text" in result.stdout
