@@ -17,7 +17,8 @@ import pyarrow.parquet as pq
 import pytest
 from rich.console import Console
 from scipy import stats
-from support.command_line import avss
+from support.command_line import avss, succeed
+from support.rows import column, mapping
 from support.warehouses import (
     PUBLISHED,
     Terminal,
@@ -68,10 +69,14 @@ def correlate(a: Scores, b: Scores, **options: float) -> dict[str, Any]:
 @pytest.mark.parametrize(("n", "k"), [(8, 2), (6, 3), (5, 5), (4, 1)])
 def test_chance_is_that_of_two_random_sets(n: int, k: int) -> None:
     rng = np.random.default_rng(n)
-    found = correlate(layers(rng.permutation(n) + 1.0), layers(rng.permutation(n) + 1.0), share=k / n)
-    shared = [len(set(range(k)) & set(other)) for other in combinations(range(n), k)]
-    assert found["jaccard_by_chance"] == pytest.approx(np.mean([s / (2 * k - s) for s in shared]))
-    assert found["p_by_chance"] == pytest.approx(np.mean([s >= found["shared"] for s in shared]))
+    a = layers(rng.permutation(n) + 1.0)
+    b = layers(rng.permutation(n) + 1.0)
+    pair = correlate(a, b, share=k / n)
+    shared = np.array([len(set(range(k)) & set(other)) for other in combinations(range(n), k)])
+    jaccard = shared / (2 * k - shared)
+    assert pair["jaccard_by_chance"] == pytest.approx(jaccard.mean())
+    is_as_many = shared >= pair["shared"]
+    assert pair["p_by_chance"] == pytest.approx(is_as_many.mean())
 
 
 def given_depth(x: np.ndarray, y: np.ndarray) -> float:
@@ -79,36 +84,50 @@ def given_depth(x: np.ndarray, y: np.ndarray) -> float:
     both = np.isfinite(x) & np.isfinite(y)
     if both.sum() < 3 or np.ptp(x[both]) == 0 or np.ptp(y[both]) == 0:
         return np.nan
-    depth = np.arange(both.sum())
-    ranks = [stats.rankdata(values[both]) for values in (x, y)]
-    left = [values - np.polyval(np.polyfit(depth, values, 1), depth) for values in ranks]
-    return np.nan if min(map(np.ptp, left)) < 1e-6 else float(np.corrcoef(*left)[0, 1])
+    rest_of_x = without_trend(stats.rankdata(x[both]))
+    rest_of_y = without_trend(stats.rankdata(y[both]))
+    if np.ptp(rest_of_x) < 1e-6 or np.ptp(rest_of_y) < 1e-6:
+        return np.nan
+    return float(np.corrcoef(rest_of_x, rest_of_y)[0, 1])
+
+
+def without_trend(values: np.ndarray) -> np.ndarray:
+    """Return values less the straight line through them."""
+    depth = np.arange(len(values))
+    line = np.polyfit(depth, values, 1)
+    return values - np.polyval(line, depth)
+
+
+def one_by_one(first: Scores, second: Scores) -> dict[str, Any]:
+    """Return the columns of a pair as one at a time gives them."""
+    x, y, interpolated = align(first, second)
+    k = count_lowest(len(x))
+    lowest_of_x = np.argsort(x, kind="stable")[:k]
+    lowest_of_y = np.argsort(y, kind="stable")[:k]
+    shared = len(np.intersect1d(lowest_of_x, lowest_of_y))
+    return {
+        "layers": len(x),
+        "interpolated": interpolated,
+        "spearman": spearman(x, y),
+        "given_depth": given_depth(x, y),
+        "k": k,
+        "shared": shared,
+        "jaccard": shared / (2 * k - shared),
+    }
 
 
 def test_pairs_at_once_are_what_one_by_one_gives() -> None:
     """Against scipy: ties, constants, other depths, NaN, infinities."""
     rng = np.random.default_rng(0)
-    scores = [layers(rng.integers(0, 9, size).astype(float)) for size in (8, 8, 8, 8, 12, 12, 30, 2, 1)]
+    scores = []
+    for size in (8, 8, 8, 8, 12, 12, 30, 2, 1):
+        scores.append(layers(rng.integers(0, 9, size).astype(float)))
     scores += [layers([1.0] * 8), layers([*UP[:7], np.nan]), layers([*UP[:7], np.inf])]
-    a, b = np.array(list(combinations(range(len(scores)), 2))).T
-    found = correlate_pairs(scores, a, b)
+    a, b = np.triu_indices(len(scores), 1)
+    at_once = correlate_pairs(scores, a, b)
     for pair, (i, j) in enumerate(zip(a, b, strict=True)):
-        x, y, interpolated = align(scores[i], scores[j])
-        order_x = np.argsort(x, kind="stable")
-        order_y = np.argsort(y, kind="stable")
-        k = count_lowest(len(x))
-        shared = len(set(order_x[:k]) & set(order_y[:k]))
-        expected = {
-            "layers": len(x),
-            "interpolated": interpolated,
-            "spearman": spearman(x, y),
-            "given_depth": given_depth(x, y),
-            "k": k,
-            "shared": shared,
-            "jaccard": shared / (2 * k - shared),
-        }
-        for name, value in expected.items():
-            assert found[name][pair] == pytest.approx(value, nan_ok=True, rel=1e-9, abs=1e-9), (name, i, j)
+        for name, value in one_by_one(scores[i], scores[j]).items():
+            assert at_once[name][pair] == pytest.approx(value, nan_ok=True, rel=1e-9, abs=1e-9), (name, i, j)
 
 
 # Which pairs.
@@ -124,13 +143,28 @@ def root(tmp_path: Path) -> Path:
     return tmp_path
 
 
+def sides(pair: dict[str, Any]) -> set[str]:
+    """Return what differs between the two sides of a pair."""
+    return {pair["a"], pair["b"]}
+
+
+def runs_of(pair: dict[str, Any]) -> set[str]:
+    """Return the runs of a pair."""
+    return {pair["a_run_id"], pair["b_run_id"]}
+
+
 def test_runs_under_the_same_conditions(root: Path) -> None:
     (pair,) = pairs(root, "llama-1", "bert-1")
-    assert (pair["by"], {pair["a"], pair["b"]}) == ("run", {"llama-1", "bert-1"})
-    assert (pair["layers"], pair["interpolated"]) == (4, True)
-    (family,) = pairs(root, "llama-1", "bert-1", by="family")
-    assert {family["a"], family["b"]} == {"llama", "bert"}
-    assert {family["a_run_id"], family["b_run_id"]} == {"llama-1", "bert-1"}
+    assert pair["by"] == "run"
+    assert sides(pair) == {"llama-1", "bert-1"}
+    assert pair["layers"] == 4
+    assert pair["interpolated"] is True
+
+
+def test_families_under_the_same_conditions(root: Path) -> None:
+    (pair,) = pairs(root, "llama-1", "bert-1", by="family")
+    assert sides(pair) == {"llama", "bert"}
+    assert runs_of(pair) == {"llama-1", "bert-1"}
 
 
 @pytest.mark.parametrize(
@@ -154,32 +188,41 @@ def test_what_is_not_comparable_is_refused_by_name(tmp_path: Path, columns: dict
 
 
 def test_of_many_pairs_the_most_and_the_least_alike_are_listed(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    every = pairs(root, allow_mismatch=True)
+    most, *_, least = column(pairs(root, allow_mismatch=True), "spearman")
     monkeypatch.setattr("avss_dist.analysis.comparison.EXTREMES", 1)
     listed = pairs(root, allow_mismatch=True, max_listed=5)
-    assert len(every) == 6
-    assert [row["spearman"] for row in listed] == [every[at]["spearman"] for at in (0, -1)]
+    assert column(listed, "spearman") == [most, least]
 
 
-def test_what_is_comparable_is_compared_and_the_rest_is_named(root: Path) -> None:
+def compare_five(root: Path, **options: Any) -> RankingComparison:
+    """Compare two runs that are comparable and three that are not comparable with them."""
     write_profiles(root, "gpt-1", {("mlp", "pooled", PUBLISHED_THRESHOLD): UP})
-    warehouse = Warehouse(root)
     run_ids = ["gpt-1", "llama-1", "llama-2", "llama-3", "bert-1"]
-    for by in ("run", "family"):
-        comparison = compare(warehouse, run_ids, by=by, threshold=PUBLISHED)
-        (pair,) = comparison.table().to_pylist()
-        assert {pair["a_run_id"], pair["b_run_id"]} == {"llama-1", "bert-1"}
-        assert comparison.left_out == {
-            "gpt-1": "no scores at this site, recipe and threshold",
-            "llama-2": "dtype bfloat16 instead of float32",
-            "llama-3": "corpus other.txt instead of text.txt",
-        }
-        assert comparison.conditions == ("corpus", "dtype")
+    return compare(Warehouse(root), run_ids, threshold=PUBLISHED, **options)
+
+
+@pytest.mark.parametrize("by", ["run", "family"])
+def test_what_is_comparable_is_compared_and_the_rest_is_named(root: Path, by: str) -> None:
+    comparison = compare_five(root, by=by)
+    (pair,) = comparison.table().to_pylist()
+    assert runs_of(pair) == {"llama-1", "bert-1"}
+    assert comparison.left_out == {
+        "gpt-1": "no scores at this site, recipe and threshold",
+        "llama-2": "dtype bfloat16 instead of float32",
+        "llama-3": "corpus other.txt instead of text.txt",
+    }
+    assert comparison.conditions == ("corpus", "dtype")
     assert repr(comparison) == "<RankingComparison: 1 pair, 3 runs left out>"
-    assert compare(warehouse, run_ids, threshold=PUBLISHED, allow_mismatch=True).left_out.keys() == {"gpt-1"}
-    by_dtype = compare(warehouse, run_ids, by="dtype", threshold=PUBLISHED)
-    assert by_dtype.left_out["llama-3"] == "corpus other.txt instead of text.txt"
-    assert by_dtype.left_out["bert-1"] == "nothing comparable that differs in dtype alone"
+
+
+def test_runs_that_differ_are_left_out_unless_that_is_allowed(root: Path) -> None:
+    assert compare_five(root, allow_mismatch=True).left_out.keys() == {"gpt-1"}
+
+
+def test_a_run_without_a_counterpart_is_named(root: Path) -> None:
+    left_out = compare_five(root, by="dtype").left_out
+    assert left_out["llama-3"] == "corpus other.txt instead of text.txt"
+    assert left_out["bert-1"] == "nothing comparable that differs in dtype alone"
 
 
 def test_alike_runs_are_compared_within_each_group(tmp_path: Path) -> None:
@@ -187,8 +230,10 @@ def test_alike_runs_are_compared_within_each_group(tmp_path: Path) -> None:
     for name, dtype in (("a", "float32"), ("b", "float32"), ("c", "bfloat16"), ("d", "bfloat16")):
         write_scores(tmp_path, name, UP, dtype=dtype)
     comparison = compare(Warehouse(tmp_path), ["a", "b", "c", "d"], threshold=PUBLISHED)
-    assert sorted(sorted((pair["a"], pair["b"])) for pair in comparison.table().to_pylist()) == [["a", "b"], ["c", "d"]]
-    assert (comparison.conditions, comparison.left_out) == (("dtype",), {})
+    first, second = comparison.table().to_pylist()
+    assert {frozenset(sides(first)), frozenset(sides(second))} == {frozenset("ab"), frozenset("cd")}
+    assert comparison.conditions == ("dtype",)
+    assert comparison.left_out == {}
 
 
 def test_texts_are_known_by_their_content(tmp_path: Path) -> None:
@@ -209,7 +254,8 @@ def write_versions(root: Path, run_id: str, **versions: int) -> None:
     table = pq.ParquetFile(file).read()
     for name in ("schema_version", "numbers_version"):
         place = table.column_names.index(name)
-        table = table.set_column(place, name, pa.array([versions.get(name)], pa.int32()))
+        version = pa.array([versions.get(name)], pa.int32())
+        table = table.set_column(place, name, version)
     rewrite_file(file, table)
 
 
@@ -226,14 +272,15 @@ def test_runs_whose_numbers_have_another_version_are_not_compared(tmp_path: Path
         pairs(tmp_path)
 
 
-def test_corpora_and_dtypes_are_compared_for_the_same_model(root: Path) -> None:
+def test_dtypes_are_compared_for_the_same_model(root: Path) -> None:
     (pair,) = pairs(root, by="dtype")
-    assert ({pair["a"], pair["b"]}, {pair["a_run_id"], pair["b_run_id"]}) == (
-        {"float32", "bfloat16"},
-        {"llama-1", "llama-2"},
-    )
+    assert sides(pair) == {"float32", "bfloat16"}
+    assert runs_of(pair) == {"llama-1", "llama-2"}
+
+
+def test_corpora_are_compared_for_the_same_model(root: Path) -> None:
     (pair,) = pairs(root, by="corpus")
-    assert {pair["a"], pair["b"]} == {"text.txt", "other.txt"}
+    assert sides(pair) == {"text.txt", "other.txt"}
     assert pair["spearman"] == pytest.approx(-1)
 
 
@@ -241,22 +288,41 @@ def test_revisions_of_a_model(tmp_path: Path) -> None:
     for i, scores in enumerate((UP, MIXED, DOWN)):
         write_scores(tmp_path, f"step-{i}", scores, model="org/llama", revision=f"step{i}")
     write_scores(tmp_path, "other", UP, model="org/other", revision="step9")
-    found = pairs(tmp_path, by="revision")
-    assert [{p["a"], p["b"]} for p in found] == [{"step0", "step1"}, {"step1", "step2"}, {"step0", "step2"}]
-    assert [p["spearman"] for p in found] == sorted((p["spearman"] for p in found), reverse=True)
+    revisions = pairs(tmp_path, by="revision")
+    assert [sides(pair) for pair in revisions] == [{"step0", "step1"}, {"step1", "step2"}, {"step0", "step2"}]
+    correlations = column(revisions, "spearman")
+    assert correlations == sorted(correlations, reverse=True)
 
 
-def test_what_varies_within_a_run(tmp_path: Path) -> None:
-    keys = [("block", "pooled", 1e-5), ("block", "element", 1e-5), ("mlp", "pooled", 1e-5), ("block", "pooled", 0.1)]
+@pytest.fixture
+def several_profiles(tmp_path: Path) -> Path:
+    """A run with profiles of two sites, two recipes and two thresholds, and with other scores."""
+    profiles = {
+        ("block", "pooled", 1e-5): UP,
+        ("block", "element", 1e-5): MIXED,
+        ("mlp", "pooled", 1e-5): DOWN,
+        ("block", "pooled", 0.1): UP,
+    }
     rivals = {"block_influence": DOWN, "angular_distance": UP, "relative_magnitude": MIXED}
-    write_profiles(tmp_path, "a", dict(zip(keys, (UP, MIXED, DOWN, UP), strict=True)), rivals=rivals)
-    for by, names in (("recipe", {"pooled", "element"}), ("site", {"block", "mlp"}), ("threshold", {"1e-05", "0.1"})):
-        (pair,) = pairs(tmp_path, by=by)
-        assert {pair["a"], pair["b"]} == names
-    scores = pairs(tmp_path, by="score")
-    found = {(p["a"], p["b"]): p["spearman"] for p in scores}
-    assert set(found) == {("avss", name) for name in rivals}
-    assert found["avss", "block_influence"] == pytest.approx(-1)
+    write_profiles(tmp_path, "a", profiles, rivals=rivals)
+    return tmp_path
+
+
+@pytest.mark.parametrize(
+    ("by", "names"),
+    [("recipe", {"pooled", "element"}), ("site", {"block", "mlp"}), ("threshold", {"1e-05", "0.1"})],
+)
+def test_what_varies_within_a_run(several_profiles: Path, by: str, names: set[str]) -> None:
+    (pair,) = pairs(several_profiles, by=by)
+    assert sides(pair) == names
+
+
+def test_the_other_scores_of_a_run_are_compared_with_avss(several_profiles: Path) -> None:
+    scores = pairs(several_profiles, by="score")
+    assert column(scores, "a") == ["avss"] * 3
+    correlations = mapping(scores, "b", "spearman")
+    assert correlations.keys() == {"block_influence", "angular_distance", "relative_magnitude"}
+    assert correlations["block_influence"] == pytest.approx(-1)
 
 
 def test_nothing_to_compare(root: Path) -> None:
@@ -272,48 +338,61 @@ def test_nothing_to_compare(root: Path) -> None:
 def test_the_size_of_the_lowest_set(tmp_path: Path, options: dict[str, Any], k: int) -> None:
     write_scores(tmp_path, "a", UP)
     write_scores(tmp_path, "b", UP)
-    assert {(p["k"], p["shared"], p["jaccard"]) for p in pairs(tmp_path, **options)} == {(k, k, 1.0)}
+    (pair,) = pairs(tmp_path, **options)
+    assert pair["k"] == k
+    assert pair["shared"] == k
+    assert pair["jaccard"] == 1.0
 
 
 # The command.
 
 
 def test_the_table_says_it_in_words(root: Path) -> None:
-    result = avss("compare", "-w", root, "--run", "llama-1", "--run", "bert*")
-    assert result.exit_code == 0
-    assert "One pair: Spearman 0.8" in result.stdout
-    assert "~ models of different depth" in result.stdout
-    assert "tracks depth" in result.stdout
+    printed = succeed("compare", "-w", root, "--run", "llama-1", "--run", "bert*").stdout
+    assert "One pair: Spearman 0.8" in printed
+    assert "~ models of different depth" in printed
+    assert "tracks depth" in printed
 
 
 def test_a_run_without_a_finding_is_told_as_such(tmp_path: Path) -> None:
-    write_measured(tmp_path, "plain", stats_of(activations(scales=np.array([3.0, 1.0, 2.0, 4.0]))), 8)
+    x = activations(scales=np.array([3.0, 1.0, 2.0, 4.0]))
+    write_measured(tmp_path, "plain", stats_of(x), 8)
     assert "Nothing to warn of" in avss("findings", "-w", tmp_path).stdout
 
 
-def test_a_comparison_tells_only_the_findings_that_concern_it(tmp_path: Path) -> None:
-    """A unit that carries the variance is of one run; that a score follows depth changes what its correlations mean."""
+@pytest.fixture
+def rising(tmp_path: Path) -> Path:
+    """A warehouse of two runs whose scores follow depth, and in which one unit carries the variance."""
     x = activations(scales=np.arange(1.0, 9.0))
     x[..., 0] *= 300
     for name in ("a", "b"):
         write_measured(tmp_path, name, stats_of(x), 8)
-    every = findings(Warehouse(tmp_path)).to_pylist()
-    assert {"dominant_unit", "tracks_depth"} <= {row["kind"] for row in every}
-    result = avss("compare", "-w", tmp_path)
-    assert "tracks depth" in result.stdout
-    assert "dominant unit" not in result.stdout
-    assert f"avss findings -w {tmp_path} lists what else" in " ".join(result.output.split())
-    table = findings(Warehouse(tmp_path))
-    kinds = [set(of_rankings(table, score)["kind"].to_pylist()) for score in ("avss", "block_influence")]
-    assert kinds[0] == {row["kind"] for row in every} & set(OF_RANKINGS)
-    assert kinds[1] == {row["kind"] for row in every} & {"nonfinite"}
+    return tmp_path
+
+
+def test_a_comparison_tells_only_the_findings_that_concern_it(rising: Path) -> None:
+    """A unit that carries the variance is of one run; that a score follows depth changes what its correlations mean."""
+    printed = avss("compare", "-w", rising).output
+    assert "tracks depth" in printed
+    assert "dominant unit" not in printed
+    assert f"avss findings -w {rising} lists what else" in " ".join(printed.split())
+
+
+def test_the_findings_that_concern_a_comparison_depend_on_its_score(rising: Path) -> None:
+    every = findings(Warehouse(rising))
+    kinds = set(every["kind"].to_pylist())
+    assert kinds >= {"dominant_unit", "tracks_depth"}
+    of_avss = of_rankings(every, "avss")["kind"].to_pylist()
+    assert set(of_avss) == kinds & set(OF_RANKINGS)
+    of_block_influence = of_rankings(every, "block_influence")["kind"].to_pylist()
+    assert set(of_block_influence) == kinds & {"nonfinite"}
 
 
 @pytest.mark.parametrize("by", ["run", "family"])
 def test_the_command_says_what_it_left_out(root: Path, by: str) -> None:
-    result = avss("compare", "-w", root, "--by", by, "--format", "csv")
-    assert (result.exit_code, len(result.stdout.splitlines())) == (0, 2)
-    assert result.stdout.splitlines()[0] == ",".join(SCHEMA.names)
+    result = succeed("compare", "-w", root, "--by", by, "--format", "csv")
+    heading, _ = result.stdout.splitlines()
+    assert heading == ",".join(SCHEMA.names)
     assert result.stderr == (
         "Only runs with the same corpus, dtype are compared with each other; --allow-mismatch compares all.\n"
         "Left out: llama-2: dtype bfloat16 instead of float32.\n"
@@ -353,21 +432,25 @@ def test_one_verdict_on_rankings_and_their_depth(rho: float, given: float, verdi
     assert said(rho, given).count("the rankings") == 1
 
 
-def test_a_median_is_between_the_middle_two_and_zero_has_no_sign() -> None:
+def test_a_median_is_between_the_middle_two() -> None:
     rho = np.array([1.0, -1.0, np.nan, -0.0002, -0.0003])
     assert summarize(rho) == CorrelationSummary(count=4, median=pytest.approx(-0.00025), lowest=-1, highest=1)
     assert summarize(np.array([np.nan])).count == 0
+
+
+def test_a_correlation_that_is_rounded_to_zero_has_no_sign() -> None:
     row = {"by": "run", "a": "a", "b": "b", "a_run_id": "a", "b_run_id": "b", "layers": 8, "interpolated": False}
     row |= {"k": 2, "shared": 1, "jaccard": 0.3, "jaccard_by_chance": 0.2, "p_by_chance": 0.5}
-    rows = [row | dict.fromkeys(("spearman", "given_depth"), value) for value in (-0.0002, -0.0003)]
+    first = row | {"spearman": -0.0002, "given_depth": -0.0002}
+    second = row | {"spearman": -0.0003, "given_depth": -0.0003}
+    pairs = pa.Table.from_pylist([first, second], SCHEMA)
     rho = summarize(np.array([-0.0002, -0.0003]))
-    comparison = RankingComparison(
-        pairs=pa.Table.from_pylist(rows, SCHEMA), number=2, spearman=rho, given_depth=rho, left_out={}
-    )
-    console = Console(file=(output := io.StringIO()), width=132)
+    comparison = RankingComparison(pairs=pairs, number=2, spearman=rho, given_depth=rho, left_out={})
+    console = Console(file=io.StringIO(), width=132, record=True)
     console.print(comparison_tables(comparison, "title"))
-    assert "0.000 at the median, from 0.000 to 0.000" in output.getvalue()
-    assert "-0.0" not in output.getvalue()
+    printed = console.export_text()
+    assert "0.000 at the median, from 0.000 to 0.000" in printed
+    assert "-0.0" not in printed
 
 
 @pytest.mark.parametrize(
@@ -381,7 +464,8 @@ def test_a_median_is_between_the_middle_two_and_zero_has_no_sign() -> None:
 )
 def test_mistakes(root: Path, args: list[str], text: str) -> None:
     result = avss("compare", "-w", root, *args)
-    assert (result.exit_code, result.stdout) == (2, "")
+    assert result.exit_code == 2
+    assert result.stdout == ""
     assert text in result.stderr
 
 
@@ -390,7 +474,8 @@ def test_a_warehouse_without_finished_runs(tmp_path: Path, command: str) -> None
     assert "is not a warehouse" in avss(command, "-w", tmp_path).stderr
     Store(tmp_path).write_run({**run_row("broken"), "status": "failed", "error": "no memory"})
     result = avss(command, "-w", tmp_path)
-    assert (result.exit_code, result.stdout) == (2, "")
+    assert result.exit_code == 2
+    assert result.stdout == ""
     assert f"has no finished run: its only run failed.\navss ls -w {tmp_path} says why." in result.stderr
     assert "Run 'broken' failed: no memory" in avss(command, "-w", tmp_path, "--run", "broken").stderr
 
@@ -398,25 +483,27 @@ def test_a_warehouse_without_finished_runs(tmp_path: Path, command: str) -> None
 def test_a_threshold_that_no_run_counted(tmp_path: Path) -> None:
     for seed in range(2):
         write_measured(tmp_path, f"tiny-{seed}", stats_of(activations(seed)), 8)
-    result = avss("compare", "-w", tmp_path, "--threshold", 0.3, "--site", "block", "--recipe", "element")
-    assert result.exit_code == 0
-    assert "by run  avss / block / element / |x| < 0.3" in result.stdout
+    printed = succeed("compare", "-w", tmp_path, "--threshold", 0.3, "--site", "block", "--recipe", "element").stdout
+    assert "by run  avss / block / element / |x| < 0.3" in printed
 
 
 def test_of_many_runs_few_are_told(tmp_path: Path) -> None:
     for i in range(41):
         write_scores(tmp_path, f"tiny-{i:02d}", UP)
     result = avss("compare", "-w", tmp_path, "--run", "tiny-007")
-    told = ", ".join(f"tiny-{i:02d}" for i in range(10))
     assert result.exit_code == 2
-    assert result.stderr == f"Error: Unknown run 'tiny-007'.\nDid you mean 'tiny-07'? Valid: {told} and 31 more.\n"
+    unknown, valid = result.stderr.splitlines()
+    assert unknown == "Error: Unknown run 'tiny-007'."
+    told = ", ".join(f"tiny-{i:02d}" for i in range(10))
+    assert valid == f"Did you mean 'tiny-07'? Valid: {told} and 31 more."
 
 
 def test_progress_is_shown_where_somebody_looks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TERM", "xterm")
     for run_id in ("a", "b", "c"):
         write_measured(tmp_path, run_id, stats_of(activations()), 8)
-    monkeypatch.setattr(sys, "stderr", terminal := Terminal())
+    terminal = Terminal()
+    monkeypatch.setattr(sys, "stderr", terminal)
     pairs(tmp_path)
     assert "Comparing 3 pairs" in terminal.getvalue()
 
@@ -424,24 +511,38 @@ def test_progress_is_shown_where_somebody_looks(tmp_path: Path, monkeypatch: pyt
 def test_many_pairs_are_shown_from_both_ends(tmp_path: Path) -> None:
     rng = np.random.default_rng(0)
     for i in range(12):
-        write_scores(tmp_path, f"run-{i:02d}", list(rng.permutation(8) + 1.0))
+        scores = rng.permutation(8) + 1.0
+        write_scores(tmp_path, f"run-{i:02d}", scores.tolist())
     result = avss("compare", "-w", tmp_path)
     assert "26 pairs between the most and the least alike are not shown" in result.stdout
-    assert len(avss("compare", "-w", tmp_path, "--format", "csv").stdout.splitlines()) == 67
+    exported = avss("compare", "-w", tmp_path, "--format", "csv").stdout
+    assert len(exported.splitlines()) == 67
 
 
-def test_the_run_that_agrees_least_with_its_like_is_named_with_what_it_differs_in(tmp_path: Path) -> None:
-    """Runs of other families have no part in it. With two runs, or runs that all agree alike, none is odd."""
-    for i in range(4):
-        scores = [1.0, 2.0, 3.0, 4.0] if i < 3 else [4.0, 3.0, 2.0, 1.0]
-        write_scores(tmp_path, f"a-{i}", scores, model="org/a", dtype="float32" if i < 3 else "bfloat16")
+@pytest.fixture
+def one_odd_run(tmp_path: Path) -> Path:
+    """Three runs of a model that agree, one in another dtype that does not, and a run of another family."""
+    for run_id in ("a-0", "a-1", "a-2"):
+        write_scores(tmp_path, run_id, [1.0, 2.0, 3.0, 4.0], model="org/a")
+    write_scores(tmp_path, "a-3", [4.0, 3.0, 2.0, 1.0], model="org/a", dtype="bfloat16")
     write_scores(tmp_path, "b-0", [2.0, 4.0, 1.0, 3.0], model="org/b", family="bert")
-    shown = avss("compare", "-w", tmp_path, "--allow-mismatch").stdout
+    return tmp_path
+
+
+def test_the_run_that_agrees_least_with_its_like_is_named_with_what_it_differs_in(one_odd_run: Path) -> None:
+    """Runs of other families have no part in it."""
+    shown = avss("compare", "-w", one_odd_run, "--allow-mismatch").stdout
     text = " ".join(shown.split())
     assert "a · bfloat16 (a-3) agrees least with the other runs of its model: Spearman -1.000 on average" in text
     assert "that of the others 0.333. It differs in dtype (bfloat16, not float32)." in text
-    two = avss("compare", "-w", tmp_path, "--run", "a-0", "--run", "a-1", "--run", "b-0").stdout
-    assert "agrees least" not in two
-    alike = avss("compare", "-w", tmp_path, "--run", "a-0", "--run", "a-1", "--run", "a-2").stdout
-    assert "3 pairs" in alike
-    assert "agrees least" not in alike
+
+
+def test_of_two_runs_none_is_odd(one_odd_run: Path) -> None:
+    shown = succeed("compare", "-w", one_odd_run, "--run", "a-0", "--run", "a-1", "--run", "b-0").stdout
+    assert "agrees least" not in shown
+
+
+def test_of_runs_that_all_agree_alike_none_is_odd(one_odd_run: Path) -> None:
+    shown = avss("compare", "-w", one_odd_run, "--run", "a-0", "--run", "a-1", "--run", "a-2").stdout
+    assert "3 pairs" in shown
+    assert "agrees least" not in shown

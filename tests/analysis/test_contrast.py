@@ -20,6 +20,7 @@ import pytest
 import torch
 from support.checkpoints import llama, one_thread
 from support.command_line import avss
+from support.rows import column
 from support.warehouses import run_row, write_scores, write_shard
 
 import avss_dist
@@ -104,7 +105,8 @@ def test_a_planted_layer_is_named(tmp_path: Path) -> None:
     layers = found.layers.to_pylist()
     assert [one["layer"] for one in layers if one["stands"]] == [PLANTED]
     planted = layers[PLANTED]
-    assert (planted["rank"], planted["prone_probability"] > 0.99) == (1, True)
+    assert planted["rank"] == 1
+    assert planted["prone_probability"] > 0.99
     assert planted["eavss_contrast_low"] < planted["eavss_contrast"] < planted["eavss_contrast_high"]
     assert planted["deviation"] == pytest.approx(np.log(1.5), abs=0.1)
     assert found.reading["hallucinated"] == "incorrect"
@@ -253,7 +255,7 @@ def test_the_page_shows_it_and_escapes_labels(scored: Warehouse) -> None:
     (run,) = scored.runs().to_pylist()
     (chart,) = contrast_section("1. model", contrast(scored, run)).charts
     assert f'data-chart="{chart.name}"' in page
-    assert {row["answers"] for row in chart.rows} >= {"after their own prompts", "after another prompt"}
+    assert set(column(chart.rows, "answers")) >= {"after their own prompts", "after another prompt"}
 
 
 def test_with_labels_exchanged_inside_pairs_none_is_named(scored: Warehouse) -> None:
@@ -277,12 +279,12 @@ def test_merged_strata_say_what_single_answers_say_and_more(scored: Warehouse) -
         threshold = Threshold(value=THRESHOLD, kind="absolute")
         (merged,) = contrast_stats.contrast(*strata.both_sides(recipe, threshold))
         rows = contrast(scored, run, site="neuron", recipe=recipe, threshold=THRESHOLD).layers.to_pylist()
-        np.testing.assert_allclose(merged, [row["eavss_contrast"] for row in rows], rtol=1e-6)
+        np.testing.assert_allclose(merged, column(rows, "eavss_contrast"), rtol=1e-6)
     relative = contrast(scored, run, site="neuron", threshold=0.1, threshold_kind="rms")
     by_layer = relative.layers.to_pylist()
     assert [row["layer"] for row in by_layer if row["p_holm"] < 0.05] == [PLANTED]
     assert by_layer[PLANTED]["rank"] == 1
-    assert {row["stands"] for row in by_layer} == {None}
+    assert set(column(by_layer, "stands")) == {None}
     assert len(relative.predictions) == 0
     assert any("Lengths are not controlled" in line for line in relative.findings)
     units = contrast(scored, run, site="update", recipe="unit", threshold=THRESHOLD).layers.to_pylist()

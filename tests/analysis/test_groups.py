@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import csv
 import io
+from collections.abc import Iterable
 from itertools import combinations
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 import pytest
 from scipy import stats
-from support.command_line import avss
+from support.command_line import avss, mistake, succeed
+from support.rows import column, columns
 from support.warehouses import PUBLISHED, write_profiles, write_scores
 
 import avss_dist
@@ -44,7 +47,8 @@ def draw_scores(number: int = 40) -> list[Scores]:
         if index == 6:
             values[0] = np.inf
         if index == 7:
-            depth, values = np.delete(depth, 3), np.delete(values, 3)
+            depth = np.delete(depth, 3)
+            values = np.delete(values, 3)
         if index == 10:
             values[:] = 1.0
         scores.append((depth, values))
@@ -55,66 +59,108 @@ def test_products_are_what_pair_by_pair_gives() -> None:
     scores = draw_scores()
     every = np.arange(len(scores))
     rho, partial = RankMatrix(scores).correlations(every, every)
-    pairs = np.array([*combinations(range(len(scores)), 2)]).T
-    expected = correlate_pairs(scores, *pairs)
-    np.testing.assert_array_equal(rho[tuple(pairs)], expected["spearman"])
-    np.testing.assert_allclose(partial[tuple(pairs)], expected["given_depth"], rtol=1e-12)
+    i, j = np.triu_indices(len(scores), 1)
+    expected = correlate_pairs(scores, i, j)
+    np.testing.assert_array_equal(rho[i, j], expected["spearman"])
+    np.testing.assert_allclose(partial[i, j], expected["given_depth"], rtol=1e-12)
     np.testing.assert_array_equal(rho, rho.T)
+
+
+NUMBER = 60
+
+
+def draw_properties(across_models: bool) -> list[ScoreProperties]:
+    """Properties of scores of 15 models, four for each: two strata, and two values that are compared."""
+    members = []
+    for index in range(NUMBER):
+        value = "xy"[index % 4 // 2]
+        model = index // 4
+        stratum: Any = index % 2
+        group = "xy"[model % 2]
+        if not across_models:
+            stratum = (index % 2, model)
+            group = value
+        members.append(ScoreProperties(stratum=stratum, value=value, model=str(model), group=group))
+    return members
+
+
+def defined_pairs_of_groups(
+    members: list[ScoreProperties], rho: np.ndarray, across_models: bool
+) -> dict[tuple[str, str], list[float]]:
+    """Return the correlations of pairs in a stratum, by the groups of both."""
+    correlations: dict[tuple[str, str], list[float]] = {}
+    for i, j in combinations(range(NUMBER), 2):
+        a = members[i]
+        b = members[j]
+        if a.stratum != b.stratum or (a.model != b.model) != across_models:
+            continue
+        if np.isfinite(rho[i, j]):
+            first, second = sorted((a.group, b.group))
+            correlations.setdefault((first, second), []).append(rho[i, j])
+    return correlations
+
+
+def pairs_of_other_values(members: list[ScoreProperties], rho: np.ndarray) -> list[float]:
+    """Return the correlations of pairs in a stratum whose values differ."""
+    correlations = []
+    for i, j in combinations(range(NUMBER), 2):
+        if members[i].stratum == members[j].stratum and members[i].value != members[j].value:
+            correlations.append(rho[i, j])
+    return correlations
 
 
 @pytest.mark.parametrize("across_models", [True, False])
 def test_groups_are_what_a_loop_over_pairs_gives(across_models: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(agreement, "BLOCK_ROWS", 7)
-    scores = draw_scores(60)
-    strata = [index % 2 if across_models else (index % 2, index // 4) for index in range(60)]
-    labels = ["xy"[index % 4 // 2] for index in range(60)]
-    models = [str(index // 4) for index in range(60)]
-    families = ["xy"[index // 4 % 2] for index in range(60)] if across_models else labels
-    members = [
-        ScoreProperties(stratum=stratum, value=value, model=model, group=group)
-        for stratum, value, model, group in zip(strata, labels, models, families, strict=True)
-    ]
-    rho, _ = RankMatrix(scores).correlations(np.arange(60), np.arange(60))
-    survey = survey_pairs(RankMatrix(scores), members, by="family", across_models=across_models, most=3)
+    matrix = RankMatrix(draw_scores(NUMBER))
+    members = draw_properties(across_models)
+    survey = survey_pairs(matrix, members, by="family", across_models=across_models, most=3)
+    rho, _ = matrix.correlations(np.arange(NUMBER), np.arange(NUMBER))
 
-    def values(first: str, second: str) -> np.ndarray:
-        chosen = []
-        for i, j in combinations(range(60), 2):
-            are_of_groups = {families[i], families[j]} == {first, second}
-            are_of_models = (models[i] != models[j]) == across_models
-            if strata[i] == strata[j] and are_of_groups and are_of_models and np.isfinite(rho[i, j]):
-                chosen.append(rho[i, j])
-        return np.array(chosen)
+    pairs_of_groups = columns(survey.groups.to_pylist(), "a", "b")
+    if across_models:
+        assert set(pairs_of_groups) == {("x", "x"), ("x", "y"), ("y", "y")}
+    else:
+        assert pairs_of_groups == [("x", "y")]
+    of_groups = defined_pairs_of_groups(members, rho, across_models)
+    for groups, row in rows_of_groups(survey.groups).items():
+        assert row["pairs"] == len(of_groups[groups])
+        assert row["spearman"] == pytest.approx(np.mean(of_groups[groups]))
 
-    rows = {(row["a"], row["b"]): row for row in survey.groups.to_pylist()}
-    assert set(rows) == ({("x", "x"), ("x", "y"), ("y", "y")} if across_models else {("x", "y")})
-    for (first, second), row in rows.items():
-        every = values(first, second)
-        assert row["pairs"] == len(every)
-        assert row["spearman"] == pytest.approx(every.mean())
-    wanted = []
-    for i, j in combinations(range(60), 2):
-        if strata[i] == strata[j] and labels[i] != labels[j]:
-            wanted.append(rho[i, j])
-    defined = np.sort([value for value in wanted if np.isfinite(value)])
-    assert survey.number == len(wanted)
+    of_values = pairs_of_other_values(members, rho)
+    assert survey.number == len(of_values)
+    defined = np.sort(of_values)[: np.isfinite(of_values).sum()]  # NaN comes last
     summary = survey.spearman
     assert summary.count == len(defined)
-    expected = np.median(defined), defined[0], defined[-1]
-    assert (summary.median, summary.lowest, summary.highest) == pytest.approx(expected, abs=2e-5)
-    extremes = np.sort([rho[i, j] for i, j in survey.extremes.T])
+    assert summary.median == pytest.approx(np.median(defined), abs=2e-5)
+    assert summary.lowest == pytest.approx(defined[0], abs=2e-5)
+    assert summary.highest == pytest.approx(defined[-1], abs=2e-5)
+    extremes = np.sort(rho[tuple(survey.extremes)])
     np.testing.assert_array_equal(extremes, [*defined[:3], *defined[-3:]])
+
+
+def rows_of_groups(groups: pa.Table) -> dict[tuple[str, str], dict[str, Any]]:
+    """Return the rows of a table of pairs of groups, by the names of both in order."""
+    rows = {}
+    for row in groups.to_pylist():
+        first, second = sorted((row["a"], row["b"]))
+        rows[first, second] = row
+    assert len(rows) == len(groups)
+    return rows
+
+
+SHAPES = {"llama": np.arange(12.0), "gemma": 4 * np.sin(np.arange(12.0))}
 
 
 def write_models(root: Path) -> Warehouse:
     """Ten models of two families, alike within a family, and of two sizes."""
     rng = np.random.default_rng(0)
-    shape = {"llama": np.arange(12.0), "gemma": 4 * np.sin(np.arange(12.0))}
     for index in range(20):
         family = ("llama", "gemma")[index % 2]
-        values = (shape[family] + rng.normal(0, 1, 12) + 20).tolist()
-        columns: dict[str, Any] = {"num_parameters": (1, 7)[index // 10] * 10**9}
-        write_scores(root, f"run-{index}", values, model=f"org/{family}-{index}", family=family, **columns)
+        billions = (1, 7)[index // 10]
+        scores = SHAPES[family] + rng.normal(0, 1, 12) + 20
+        columns: dict[str, Any] = {"num_parameters": billions * 10**9, "family": family}
+        write_scores(root, f"run-{index}", scores.tolist(), model=f"org/{family}-{index}", **columns)
     return Warehouse(root)
 
 
@@ -124,29 +170,35 @@ def comparison(warehouse: Warehouse, by: str, **options: Any) -> RankingComparis
 
 def test_models_of_a_family_agree_more_than_those_of_two(tmp_path: Path) -> None:
     compared = comparison(write_models(tmp_path), "family")
-    rows = {(row["a"], row["b"]): row for row in compared.groups.to_pylist()}
+    rows = rows_of_groups(compared.groups)
     within = rows["llama", "llama"]
-    between = rows.get(("llama", "gemma")) or rows["gemma", "llama"]
-    assert within["spearman"] > 0.8 > between["spearman"]
-    assert (within["pairs"], between["pairs"]) == (45, 100)
+    between = rows["gemma", "llama"]
+    assert within["spearman"] > 0.8
+    assert between["spearman"] < 0.8
+    assert within["pairs"] == 45
+    assert between["pairs"] == 100
     assert within["given_depth"] < within["spearman"], "depth is most of it"
-    assert compared.number == len(compared.pairs) == 100
+    assert compared.number == 100
+    assert len(compared.pairs) == 100
+
+
+@pytest.mark.parametrize(
+    ("parameters", "label"),
+    [(10**8, "under 0.5B"), (10**9, "0.5B to 1.5B"), (200 * 10**9, "150B and more"), (None, "unknown")],
+)
+def test_a_size_has_a_label(parameters: int | None, label: str) -> None:
+    assert size_label(parameters) == label
+
+
+SMALL = "0.5B to 1.5B"
+LARGE = "4B to 10B"
 
 
 def test_models_are_grouped_by_size(tmp_path: Path) -> None:
-    assert [size_label(n) for n in (10**8, 10**9, 200 * 10**9, None)] == [
-        "under 0.5B",
-        "0.5B to 1.5B",
-        "150B and more",
-        "unknown",
-    ]
     compared = comparison(write_models(tmp_path), "size")
     assert compared.number == 100
-    assert {(row["a"], row["b"]) for row in compared.groups.to_pylist()} == {
-        ("0.5B to 1.5B", "0.5B to 1.5B"),
-        ("0.5B to 1.5B", "4B to 10B"),
-        ("4B to 10B", "4B to 10B"),
-    }
+    pairs = columns(compared.groups.to_pylist(), "a", "b")
+    assert set(pairs) == {(SMALL, SMALL), (SMALL, LARGE), (LARGE, LARGE)}
 
 
 # Maps: alike ones stand beside each other, and a cell is a mean.
@@ -157,19 +209,29 @@ def draw_families(number: int, seed: int = 0) -> tuple[RankMatrix, list[str]]:
     rng = np.random.default_rng(seed)
     shapes = [rng.normal(0, 1, size) for size in (16, 20, 24)]
     scores = []
+    labels = []
     for index in range(number):
         shape = shapes[index % 3]
-        scores.append(((np.arange(len(shape)) + 0.5) / len(shape), shape + rng.normal(0, 0.2, len(shape))))
-    return RankMatrix(scores), [f"{'abc'[index % 3]}-{index}" for index in range(number)]
+        depth = (np.arange(len(shape)) + 0.5) / len(shape)
+        scores.append((depth, shape + rng.normal(0, 0.2, len(shape))))
+        labels.append(f"{'abc'[index % 3]}-{index}")
+    return RankMatrix(scores), labels
+
+
+def initials(labels: Iterable[str]) -> str:
+    """Return the first letters of labels."""
+    return "".join(label[0] for label in labels)
 
 
 def test_alike_rankings_stand_beside_each_other() -> None:
     matrix, labels = draw_families(30)
-    shown = similarity_map(matrix, labels, [label[0] for label in labels])
-    assert "".join(shown.groups).count("a" * 10) == "".join(shown.groups).count("b" * 10) == 1
-    assert [label[0] for label in shown.labels] == list(shown.groups)
-    order = [labels.index(label) for label in shown.labels]
-    expected, _ = matrix.correlations(np.array(order), np.array(order))
+    shown = similarity_map(matrix, labels, [*initials(labels)])
+    groups = "".join(shown.groups)
+    assert groups.count("a" * 10) == 1
+    assert groups.count("b" * 10) == 1
+    assert initials(shown.labels) == groups
+    order = np.array([labels.index(label) for label in shown.labels])
+    expected, _ = matrix.correlations(order, order)
     np.testing.assert_array_equal(shown.rho, expected)
 
 
@@ -178,15 +240,19 @@ def test_of_many_rankings_a_cell_is_the_mean_of_its_pairs(monkeypatch: pytest.Mo
     every = similarity_map(matrix, labels, labels)
     monkeypatch.setattr(agreement, "CELLS", 10)
     few = similarity_map(matrix, labels, labels)
-    np.testing.assert_allclose(few.rho, every.rho.reshape(10, 3, 10, 3).mean(axis=(1, 3)))
-    assert (few.scores, few.left_out, few.labels[0]) == (30, 0, f"{every.labels[0]} and 2 more")
+    blocks = every.rho.reshape(10, 3, 10, 3)
+    np.testing.assert_allclose(few.rho, blocks.mean(axis=(1, 3)))
+    assert few.scores == 30
+    assert few.left_out == 0
+    assert few.labels[0] == f"{every.labels[0]} and 2 more"
 
 
 def test_the_oldest_are_left_out_of_too_many(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(agreement, "MAX_SCORES", 12)
     matrix, labels = draw_families(30)
     shown = similarity_map(matrix, labels, labels)
-    assert (shown.scores, shown.left_out) == (12, 18)
+    assert shown.scores == 12
+    assert shown.left_out == 18
     assert set(shown.labels) == set(labels[18:])
 
 
@@ -200,32 +266,38 @@ def test_a_constant_ranking_is_like_none() -> None:
     rising = np.arange(8.0)
     scores = [(rising, np.ones(8)), (rising, rising), (rising, rising + 1)]
     shown = similarity_map(RankMatrix(scores), ["constant", "up", "also up"], ["x"] * 3)
-    assert np.isnan(shown.rho[shown.labels.index("constant")]).all()
-    assert abs(shown.labels.index("up") - shown.labels.index("also up")) == 1
+    place = shown.labels.index
+    assert np.isnan(shown.rho[place("constant")]).all()
+    assert abs(place("up") - place("also up")) == 1
 
 
 def test_the_command_draws_the_map(tmp_path: Path) -> None:
     for index in range(4):
-        write_scores(tmp_path, f"run-{index}", [float(index % 2 * 7 - layer) ** 2 for layer in range(8)])
+        distances = np.arange(8.0) - index % 2 * 7
+        write_scores(tmp_path, f"run-{index}", (distances**2).tolist())
     picture = tmp_path / "map.svg"
-    result = avss("compare", "-w", tmp_path, "-o", picture)
-    assert result.exit_code == 0
+    result = succeed("compare", "-w", tmp_path, "-o", picture)
     assert result.stderr.startswith(f"Map of 4 runs: {picture}\n")
     drawn = picture.read_text()
     assert "Agreement of layer rankings" in drawn
     assert "run-3" in drawn
-    refused = avss("compare", "-w", tmp_path, "--by", "score", "-o", picture)
-    assert refused.exit_code == 2
-    assert "A map shows runs" in refused.stderr
+
+
+def test_the_command_draws_no_map_of_scores(tmp_path: Path) -> None:
+    for index in range(4):
+        write_scores(tmp_path, f"run-{index}", EARLY)
+    refused = mistake("compare", "-w", tmp_path, "--by", "score", "-o", tmp_path / "map.svg")
+    assert "A map shows runs" in refused
 
 
 @pytest.fixture
 def two_texts(tmp_path: Path) -> Path:
     """Two models, each measured on the same two texts."""
     for model in "ab":
+        columns = {"model": f"org/{model}", "revision": model}
         for text in ("x.txt", "y.txt"):
-            scores = np.random.default_rng(len(text) + ord(model)).random(8).tolist()
-            write_scores(tmp_path, f"{model}-{text[0]}", scores, model=f"org/{model}", revision=model, corpus=text)
+            rng = np.random.default_rng(len(text) + ord(model))
+            write_scores(tmp_path, f"{model}-{text[0]}", rng.random(8).tolist(), corpus=text, **columns)
     return tmp_path
 
 
@@ -238,17 +310,20 @@ def map_of(root: Path, **options: Any) -> SimilarityMap:
 
 def test_a_map_by_text_has_the_runs_of_every_text_and_model(two_texts: Path) -> None:
     similarity = map_of(two_texts, by="corpus")
-    assert (similarity.scores, sorted(similarity.groups)) == (4, ["x.txt", "x.txt", "y.txt", "y.txt"])
+    assert similarity.scores == 4
+    assert sorted(similarity.groups) == ["x.txt", "x.txt", "y.txt", "y.txt"]
 
 
 def test_a_map_by_run_has_the_runs_of_one_text_and_counts_the_others(two_texts: Path) -> None:
     similarity = map_of(two_texts)
-    assert (similarity.scores, similarity.mismatched) == (2, 2)
+    assert similarity.scores == 2
+    assert similarity.mismatched == 2
 
 
 def test_a_map_of_different_conditions_has_every_run(two_texts: Path) -> None:
     similarity = map_of(two_texts, allow_mismatch=True)
-    assert (similarity.scores, similarity.mismatched) == (4, 0)
+    assert similarity.scores == 4
+    assert similarity.mismatched == 0
 
 
 def test_a_run_that_is_in_no_pair_is_not_on_a_map(two_texts: Path) -> None:
@@ -278,9 +353,16 @@ def training(tmp_path: Path) -> Path:
     """A training of 12 checkpoints whose ranking turns round at step 6,000, written in another order."""
     random = np.random.default_rng(0)
     for step in random.permutation(12).tolist():
-        scores = (np.array(EARLY if step < 6 else LATE) + random.uniform(-0.9, 0.9, 8)).tolist()
-        write_scores(tmp_path, f"a-{step}", scores, **SERIES, training_step=1000 * step, revision=f"r{step}")
+        ranking = np.array(EARLY if step < 6 else LATE)
+        scores = ranking + random.uniform(-0.9, 0.9, 8)
+        columns = {**SERIES, "training_step": 1000 * step, "revision": f"r{step}"}
+        write_scores(tmp_path, f"a-{step}", scores.tolist(), **columns)
     return tmp_path
+
+
+def agreement_with(values: np.ndarray, profiles: Iterable[np.ndarray]) -> list[float]:
+    """Return the rank correlation of values with each of several profiles."""
+    return [stats.spearmanr(values, profile).statistic for profile in profiles]
 
 
 @pytest.mark.nightly
@@ -288,36 +370,47 @@ def test_a_training_is_followed_in_its_order(training: Path) -> None:
     write_scores(training, "b", EARLY, model="org/b")
     result = follow(training, "step")
     (curve,) = result.curves
-    assert [run["training_step"] for run in curve.runs] == [1000 * step for step in range(12)]
+    assert column(curve.runs, "training_step") == [*range(0, 12_000, 1000)]
     assert curve.points[3] == "3,000"
     assert curve.name == "org/a@step*"
     assert result.left_out == {"b": "its step is not known"}
-    expected = [stats.spearmanr(row, curve.values[-1]).statistic for row in curve.values]
-    points = [row.values for row in curve_section(curve, "curve").tables[0].rows]
-    assert [point["with_last"] for point in points] == pytest.approx(expected)
-    before = [stats.spearmanr(*curve.values[at - 1 : at + 1]).statistic for at in range(1, 12)]
-    assert [point["with_previous"] for point in points] == pytest.approx([np.nan, *before], nan_ok=True)
-    assert curve.trend == pytest.approx(
-        [stats.spearmanr(range(12), ranks).statistic for ranks in curve.ranks.T], nan_ok=True
-    )
-    table = result.table()
+
+
+@pytest.mark.nightly
+def test_a_training_is_compared_with_its_end_its_last_point_and_its_order(training: Path) -> None:
+    (curve,) = follow(training, "step").curves
+    table, _ = curve_section(curve, "curve").tables
+    points = [row.values for row in table.rows]
+    assert column(points, "with_last") == pytest.approx(agreement_with(curve.values[-1], curve.values))
+    assert np.isnan(points[0]["with_previous"])
+    for i in range(1, 12):
+        with_previous = stats.spearmanr(curve.values[i - 1], curve.values[i]).statistic
+        assert points[i]["with_previous"] == pytest.approx(with_previous)
+    order = np.arange(12)
+    assert curve.trend == pytest.approx(agreement_with(order, curve.ranks.T), nan_ok=True)
+
+
+@pytest.mark.nightly
+def test_a_training_is_a_table_of_ranks(training: Path) -> None:
+    table = follow(training, "step").table()
     assert table.schema.equals(SCHEMA)
     assert len(table) == 12 * 8
-    first = table.to_pylist()[:8]
-    assert {row["run_id"] for row in first} == {"a-0"}
-    assert [row["is_lowest"] for row in first].count(True) == 2
-    assert [row["rank"] for row in first] == stats.rankdata([row["score"] for row in first]).tolist()
+    first = table.slice(0, 8)
+    assert set(first["run_id"].to_pylist()) == {"a-0"}
+    assert first["is_lowest"].to_pylist().count(True) == 2
+    assert first["rank"].to_pylist() == stats.rankdata(first["score"]).tolist()
 
 
 @pytest.mark.nightly
 def test_models_of_a_family_are_followed_by_size_at_equal_depth(tmp_path: Path) -> None:
     for name, layers in (("large", 12), ("small", 4), ("middle", 8)):
-        scores = ((np.arange(layers) + 0.5) / layers).tolist()
-        write_scores(tmp_path, name, scores, model=f"org/{name}", family="f", num_parameters=layers * 10**9)
+        depth = (np.arange(layers) + 0.5) / layers
+        columns: dict[str, Any] = {"family": "f", "num_parameters": layers * 10**9}
+        write_scores(tmp_path, name, depth.tolist(), model=f"org/{name}", **columns)
     write_scores(tmp_path, "other", EARLY, family="g", num_parameters=5)
     result = follow(tmp_path, "size")
     (curve,) = result.curves
-    assert [run["run_id"] for run in curve.runs] == ["small", "middle", "large"]
+    assert column(curve.runs, "run_id") == ["small", "middle", "large"]
     assert curve.depth == pytest.approx([1 / 8, 3 / 8, 5 / 8, 7 / 8])
     assert curve.values == pytest.approx(np.tile(curve.depth, (3, 1)))
     assert result.left_out["other"].startswith("no other run differs from it in size alone")
@@ -325,15 +418,20 @@ def test_models_of_a_family_are_followed_by_size_at_equal_depth(tmp_path: Path) 
 
 @pytest.mark.nightly
 def test_other_conditions_make_other_curves_and_the_newest_run_of_a_place_counts(tmp_path: Path) -> None:
-    for corpus in ("x.txt", "y.txt"):
-        for length in (128, 256):
-            columns: dict[str, Any] = {"corpus": corpus, "corpus_fingerprint": corpus, "sequence_length": length}
-            columns["model"] = "org/m"
-            write_scores(tmp_path, f"{corpus[0]}-{length}", EARLY, **columns)
-    write_scores(tmp_path, "x-again", LATE, **{**columns, "corpus": "x.txt", "corpus_fingerprint": "x.txt"})
+    def write(run_id: str, scores: list[float], corpus: str, length: int) -> None:
+        text: dict[str, Any] = {"corpus": corpus, "corpus_fingerprint": corpus, "sequence_length": length}
+        write_scores(tmp_path, run_id, scores, model="org/m", **text)
+
+    write("x-128", EARLY, "x.txt", 128)
+    write("x-256", EARLY, "x.txt", 256)
+    write("y-128", EARLY, "y.txt", 128)
+    write("y-256", EARLY, "y.txt", 256)
+    write("x-again", LATE, "x.txt", 256)
     by_length = follow(tmp_path, "sequence_length")
-    assert [curve.name.rpartition(", ")[2] for curve in by_length.curves] == ["corpus x.txt", "corpus y.txt"]
-    assert [run["run_id"] for run in by_length.curves[0].runs] == ["x-128", "x-again"]
+    on_x, on_y = by_length.curves
+    assert on_x.name.endswith(", corpus x.txt")
+    assert on_y.name.endswith(", corpus y.txt")
+    assert column(on_x.runs, "run_id") == ["x-128", "x-again"]
     assert set(by_length.left_out) == {"x-256"}
 
 
@@ -341,8 +439,10 @@ def test_other_conditions_make_other_curves_and_the_newest_run_of_a_place_counts
 def test_scores_of_other_sites_and_layers_without_a_score(tmp_path: Path) -> None:
     for step, last in ((1, 4.0), (2, float("nan"))):
         profiles = {("block", "pooled", 1e-5): EARLY, ("mlp", "pooled", 1e-5): [3.0, 1.0, 2.0, last]}
-        write_profiles(tmp_path, f"a-{step}", profiles, **SERIES, training_step=step, revision=f"r{step}")
-    assert len(follow(tmp_path, "step").curves[0].depth) == 8
+        columns = {**SERIES, "training_step": step, "revision": f"r{step}"}
+        write_profiles(tmp_path, f"a-{step}", profiles, **columns)
+    (curve,) = follow(tmp_path, "step").curves
+    assert len(curve.depth) == 8
     (curve,) = follow(tmp_path, "step", site="mlp").curves
     assert curve.layers == [0, 1, 2], "the layer without a score at one point is left out"
     with pytest.raises(QueryError, match="No two runs are along step: it has no such scores"):
@@ -352,12 +452,11 @@ def test_scores_of_other_sites_and_layers_without_a_score(tmp_path: Path) -> Non
 @pytest.mark.nightly
 def test_the_command_prints_draws_and_exports(training: Path, tmp_path: Path) -> None:
     picture = tmp_path / "ranks.svg"
-    result = avss("compare", "-w", training, "--along", "step", "-o", picture)
-    assert result.exit_code == 0, result.stderr
-    assert "The lowest 25% are those of the last point from" in result.stdout
-    assert "Ranks along training step" not in result.stdout
+    printed = succeed("compare", "-w", training, "--along", "step", "-o", picture).stdout
+    assert "The lowest 25% are those of the last point from" in printed
+    assert "Ranks along training step" not in printed
     assert "training step" in picture.read_text(encoding="utf-8")
-    lines = avss("compare", "-w", training, "--along", "step", "--format", "csv").stdout
+    lines = succeed("compare", "-w", training, "--along", "step", "--format", "csv").stdout
     rows = list(csv.DictReader(io.StringIO(lines)))
     assert len(rows) == 96
     assert rows[-1]["point"] == "11,000"
@@ -370,10 +469,7 @@ def test_the_command_prints_draws_and_exports(training: Path, tmp_path: Path) ->
 def test_mistakes_about_an_axis_are_refused(training: Path) -> None:
     with pytest.raises(ConfigError, match="`along` and `by` exclude each other"):
         avss_dist.compare(warehouse=training, along="step", by="family")
-    result = avss("compare", "-w", training, "--along", "steps")
-    assert result.exit_code == 2
-    assert "Did you mean 'step'?" in result.stderr
-    nothing = avss("compare", "-w", training, "--along", "size")
-    assert nothing.exit_code == 2
-    assert "No two runs are along size" in nothing.stderr
-    assert "set --allow-mismatch" in nothing.stderr
+    assert "Did you mean 'step'?" in mistake("compare", "-w", training, "--along", "steps")
+    nothing = mistake("compare", "-w", training, "--along", "size")
+    assert "No two runs are along size" in nothing
+    assert "set --allow-mismatch" in nothing

@@ -18,6 +18,7 @@ import pytest
 from support.checkpoints import llama
 from support.command_line import avss, succeed
 from support.pages import write_removals, write_run
+from support.rows import column, where
 from support.warehouses import activations, stats_of, write_measured, write_scores
 
 import avss_dist
@@ -202,7 +203,7 @@ def test_the_command_names_the_score_alone_that_ranks_the_layers(several: Path) 
 
 def test_the_ranks_of_a_score_of_your_own_are_followed(several: Path) -> None:
     followed = avss_dist.compare(warehouse=several, along="step", score="mine.csv:mine").table()
-    ranks = [row["rank"] for row in followed.to_pylist() if row["layer"] == 0]
+    ranks = column(where(followed.to_pylist(), layer=0), "rank")
     assert ranks == [4.0, 1.0]
 
 
@@ -235,7 +236,7 @@ def test_a_score_of_your_own_is_drawn_beside_the_others(several: Path) -> None:
     row |= {SCORES[name].column: 1.0 for name in FROM_ACTIVATIONS}
     rows = [row | {"layer": layer, "depth": layer / 4, "a[0].csv:b.c": -layer} for layer in range(4)]
     chart = layers_chart([Warehouse(several).run("a-0") or {}], rows, ["a[0].csv:b.c"]).to_dict()
-    (drawn,) = (panel for panel in chart["concat"] if panel["title"] == "a[0].csv:b.c")
+    (drawn,) = where(chart["concat"], title="a[0].csv:b.c")
     field = drawn["layer"][0]["encoding"]["y"]["field"]
     (values,) = chart["datasets"].values()
     assert [row[field] for row in values] == [0, -1, -2, -3]
@@ -316,7 +317,9 @@ def test_layers_are_chosen_by_what_was_measured(measured: Path) -> None:
 
 def test_formats_are_chosen_by_what_was_predicted(measured: Path) -> None:
     plan = avss_dist.quantize(warehouse=measured, bits=12.5)
-    assert (plan.num_layers, plan.run_id, plan.evaluation) == (4, None, "tiny-2")
+    assert plan.num_layers == 4
+    assert plan.run_id is None
+    assert plan.evaluation == "tiny-2"
     assert [entry.format for entry in plan.rounded].count("bf16") == 2
 
 

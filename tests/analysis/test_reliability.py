@@ -24,47 +24,61 @@ Losses = Mapping[tuple[int, ...], Sequence[Sequence[float]]]
 def written(root: Path, losses: Losses, *, run_id: str = "e", task: str = TASK, metric: str = "loss") -> None:
     """Cells of an evaluation: the losses of the sequences of each part, by layers left out, the last part first."""
     identity = RunIdentity(run_id=run_id, model="m", revision="main", family="llama")
+    cells = Store(root).cells
     for drop, parts in losses.items():
-        for part, samples in reversed([*enumerate(parts)]):
+        for part in reversed(range(len(parts))):
             row = {
                 "task": task,
                 "metric": metric,
                 "drop": list(drop),
                 "drop_parts": [],
                 "part": part,
-                "samples": list(samples),
+                "samples": list(parts[part]),
+                "weights": [1.0] * len(parts[part]),
             }
-            cell = sha256(repr((99 - part, drop, task, metric)).encode()).hexdigest()[:20]
-            Store(root).cells.write(identity, cell, [{**row, "weights": [1.0] * len(samples)}])
+            content = repr((99 - part, drop, task, metric)).encode()
+            cells.write(identity, sha256(content).hexdigest()[:20], [row])
 
 
 def read(root: Path, *layers: int) -> np.ndarray:
-    truth = LayerValues(values=dict.fromkeys(reversed(layers), 1.0), run_id="e", task=TASK)
-    return increases(Warehouse(root), truth)
+    values = dict.fromkeys(reversed(layers), 1.0)
+    return increases(Warehouse(root), LayerValues(values=values, run_id="e", task=TASK))
 
 
 LOSSES: Losses = {(): [[1.0, 2.0], [3.0]], (0,): [[1.5, 2.0], [3.25]], (1,): [[2.0, 3.0], [4.5]]}
+OTHER_LOSSES: Losses = {layers: [[9.0, 9.0], [9.0]] for layers in LOSSES}
+WITHOUT_LAYERS: Losses = {(0,): LOSSES[0,], (1,): LOSSES[1,]}
 
 
 def test_increases_are_those_of_each_sequence_in_the_order_of_the_text(tmp_path: Path) -> None:
     written(tmp_path, LOSSES)
-    other = {drop: [[9.0] * len(part) for part in parts] for drop, parts in LOSSES.items()}
-    written(tmp_path, other, run_id="f")
-    written(tmp_path, other, task=TASK + "2")
-    written(tmp_path, other, metric="chance")
+    written(tmp_path, OTHER_LOSSES, run_id="f")
+    written(tmp_path, OTHER_LOSSES, task=TASK + "2")
+    written(tmp_path, OTHER_LOSSES, metric="chance")
     assert read(tmp_path, 0, 1).tolist() == [[0.5, 1.0], [0.0, 1.0], [0.25, 1.5]]
 
 
-def test_increases_need_the_cells_of_every_layer_on_the_same_text(tmp_path: Path) -> None:
+def test_increases_need_an_evaluation_of_their_own(tmp_path: Path) -> None:
+    written(tmp_path, {(): [[1.0]]}, run_id="f")
+    assert read(tmp_path, 0).shape == (0, 1)
+
+
+@pytest.mark.parametrize(
+    ("losses", "layers"),
+    [
+        pytest.param(LOSSES, [0], id="a layer that is not asked for"),
+        pytest.param(LOSSES, [0, 1, 2], id="a layer that is missing"),
+        pytest.param(WITHOUT_LAYERS, [0, 1], id="no whole model"),
+        pytest.param({**LOSSES, (0, 1): LOSSES[0,]}, [0, 1], id="a set of layers"),
+        pytest.param({**LOSSES, (1,): [[2.0, 3.0]]}, [0, 1], id="a shorter text"),
+    ],
+)
+def test_increases_need_the_cells_of_every_layer_on_the_same_text(
+    tmp_path: Path, losses: Losses, layers: list[int]
+) -> None:
     """Those of layers that are not asked for, or of sets, are of another evaluation."""
-    written(tmp_path / "nothing", {(): [[1.0]]}, run_id="f")
-    written(tmp_path / "all", LOSSES)
-    written(tmp_path / "whole", {drop: parts for drop, parts in LOSSES.items() if drop})
-    written(tmp_path / "sets", {**LOSSES, (0, 1): LOSSES[0,]})
-    written(tmp_path / "shorter", {**LOSSES, (1,): [[2.0, 3.0]]})
-    for name, layers in (("nothing", [0]), ("all", [0]), ("all", [0, 1, 2]), ("whole", [0, 1]), ("sets", [0, 1])):
-        assert read(tmp_path / name, *layers).shape == (0, len(layers)), name
-    assert read(tmp_path / "shorter", 0, 1).shape == (0, 2)
+    written(tmp_path, losses)
+    assert read(tmp_path, *layers).shape == (0, len(layers))
 
 
 @pytest.mark.parametrize("noise", [0.5, 2.0])
@@ -75,46 +89,73 @@ def test_reliability_is_what_a_second_measurement_would_agree_by(noise: float) -
     measured = damage + noise * rng.normal(size=(400, 16, 30))
     stepped_up = [reliability(samples) for samples in measured[:40]]
     sums = measured.sum(axis=1)
-    again = [spearman(a, b) for a, b in zip(sums[0::2], sums[1::2], strict=True)]
+    again = []
+    for i in range(0, len(sums), 2):
+        again.append(spearman(sums[i], sums[i + 1]))
     assert np.mean(stepped_up) == pytest.approx(np.mean(again), abs=0.03)
     assert reliability(measured[0]) == reliability(measured[0])
 
 
 def test_few_sequences_have_no_reliability() -> None:
-    few = np.arange(8.0) + 0.1 * np.random.default_rng(0).normal(size=(3, 8))
+    rng = np.random.default_rng(0)
+    few = np.arange(8.0) + 0.1 * rng.normal(size=(3, 8))
     assert np.isnan(reliability(few))
     assert np.isnan(reliability(few[:0]))
+
+
+def halves_agree_by(first: np.ndarray, second: np.ndarray) -> float:
+    """Return the rank correlation of the sums of two halves, by another program."""
+    return stats.spearmanr(first.sum(axis=0), second.sum(axis=0)).statistic
 
 
 @pytest.mark.parametrize("sequences", [4, 5, 9])
 def test_reliability_is_the_mean_over_halves_stepped_up(sequences: int) -> None:
     """Of an odd number, the first half has one sequence less."""
-    samples = 0.3 * np.arange(6.0) + np.random.default_rng(3).normal(size=(sequences, 6))
+    noise = np.random.default_rng(3).normal(size=(sequences, 6))
+    samples = 0.3 * np.arange(6.0) + noise
     rng = np.random.default_rng(0)
-    found = []
+    correlations = []
     for _ in range(200):
         order = rng.permutation(sequences)
         first, second = np.split(samples[order], [sequences // 2])
-        found.append(stats.spearmanr(first.sum(axis=0), second.sum(axis=0)).statistic)
-    expected = 2 * np.mean(found) / (1 + np.mean(found))
+        correlations.append(halves_agree_by(first, second))
+    agreement = np.mean(correlations)
+    expected = 2 * agreement / (1 + agreement)
     assert 0.5 < expected < 0.99
     assert reliability(samples) == pytest.approx(expected, rel=1e-12)
 
 
 def test_halves_that_contradict_each_other_have_no_reliability() -> None:
     up = np.arange(6.0)
-    assert np.isnan(reliability(np.array([4 * up, -up, -up, -2 * up])))
-    x = np.array([1.0, 2.0, 3.0, 4.0])
-    y = np.array([1.0, 2.0, -2.0, -1.0])
-    assert np.isnan(reliability(np.array([x, x, x, y]))), "the correlation of x and x + y is 0, in every split"
+    samples = np.array([4 * up, -up, -up, -2 * up])
+    assert np.isnan(reliability(samples))
 
 
-def test_pairs_in_the_wrong_order_are_counted() -> None:
-    truth = np.array([1.0, 2.0, 3.0, 4.0, np.nan])
-    assert misranked(np.array([1.0, 2.0, 3.0, 4.0, 0.0]), truth) == 0
-    assert misranked(np.array([4.0, 3.0, 2.0, 1.0, 0.0]), truth) == 1
-    assert misranked(np.array([2.0, 1.0, 3.0, 4.0, 0.0]), truth) == pytest.approx(1 / 6)
-    assert misranked(np.array([1.0, 1.0, 3.0, 4.0, 0.0]), truth) == 0  # a tie orders nothing
-    assert misranked(np.array([1.0, 1.0, 1.0, 1.0, 0.0]), truth) is None
-    assert misranked(np.array([2.0, 1.0, np.nan, 4.0, 0.0]), truth) == pytest.approx(1 / 3)
-    assert misranked(np.array([2.0, 1.0, 3.0, np.inf, 0.0]), truth) == pytest.approx(1 / 3)
+def test_halves_without_any_correlation_have_no_reliability() -> None:
+    """The correlation of x and x + y is 0, in every split."""
+    x = [1.0, 2.0, 3.0, 4.0]
+    y = [1.0, 2.0, -2.0, -1.0]
+    samples = np.array([x, x, x, y])
+    assert np.isnan(reliability(samples))
+
+
+TRUTH = np.array([1.0, 2.0, 3.0, 4.0, np.nan])
+
+
+@pytest.mark.parametrize(
+    ("scores", "wrong"),
+    [
+        pytest.param([1.0, 2.0, 3.0, 4.0, 0.0], 0, id="same order"),
+        pytest.param([4.0, 3.0, 2.0, 1.0, 0.0], 1, id="reverse order"),
+        pytest.param([2.0, 1.0, 3.0, 4.0, 0.0], 1 / 6, id="one pair of six"),
+        pytest.param([1.0, 1.0, 3.0, 4.0, 0.0], 0, id="a tie orders nothing"),
+        pytest.param([2.0, 1.0, np.nan, 4.0, 0.0], 1 / 3, id="one of three pairs of numbers"),
+        pytest.param([2.0, 1.0, 3.0, np.inf, 0.0], 1 / 3, id="one of three finite pairs"),
+    ],
+)
+def test_pairs_in_the_wrong_order_are_counted(scores: list[float], wrong: float) -> None:
+    assert misranked(np.array(scores), TRUTH) == pytest.approx(wrong, abs=0)
+
+
+def test_scores_that_are_all_equal_order_nothing() -> None:
+    assert misranked(np.array([1.0, 1.0, 1.0, 1.0, 0.0]), TRUTH) is None

@@ -9,9 +9,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 import pytest
-from support.command_line import avss
+from support.command_line import avss, succeed
 from support.oracle import Float64
+from support.rows import column, where
 from support.warehouses import GRID, activations, stats_of, write_measured
 
 from avss_dist.analysis.thresholds import SCORES, quantiles, quantiles_of, scores_at
@@ -46,63 +48,91 @@ def warehouse(root: Path) -> Warehouse:
 
 
 def rows_of(warehouse: Warehouse, run_id: str = "tiny-1") -> list[dict[str, Any]]:
-    return [row for row in warehouse.runs().to_pylist() if row["run_id"] == run_id]
+    return where(warehouse.runs().to_pylist(), run_id=run_id)
 
 
-def column(rows: list[dict[str, Any]], name: str, recipe: str) -> list[Any]:
-    return [row[name] for row in rows if row["recipe"] == recipe]
+def scored(warehouse: Warehouse, value: float, kind: str = "absolute", **options: Any) -> pa.Table:
+    """Return the scores of a run at a threshold."""
+    threshold = Threshold(value=float(value), kind=kind)
+    return scores_at(warehouse, rows_of(warehouse), threshold, **options)
 
 
-def test_a_stored_threshold_gives_the_stored_scores_to_the_bit(warehouse: Warehouse) -> None:
-    for value in (*GRID, 0.01, 0.1):
-        for kind in ("absolute", "rms"):
-            stored = warehouse.scores(run_id="tiny-1", threshold=value, threshold_kind=kind)
-            if stored.num_rows:
-                found = scores_at(warehouse, rows_of(warehouse), Threshold(value=float(value), kind=kind))
-                assert found.schema.equals(SCORES)
-                assert found.select(stored.column_names).equals(stored)
+def scored_rows(warehouse: Warehouse, value: float, kind: str, recipe: str) -> list[dict[str, Any]]:
+    """Return a row of scores for each layer of a run, at a threshold."""
+    return where(scored(warehouse, value, kind).to_pylist(), recipe=recipe)
 
 
-def test_one_site_keeps_its_rivals(tmp_path: Path) -> None:
+def threshold_of(layer: Float64, value: float, kind: str) -> float:
+    """Return the absolute threshold of a layer, from its raw activations."""
+    if kind == "rms":
+        return value * root_mean_square(layer)
+    return value
+
+
+def root_mean_square(layer: Float64) -> float:
+    return np.sqrt((layer**2).mean())
+
+
+@pytest.mark.parametrize("kind", ["absolute", "rms"])
+@pytest.mark.parametrize("value", [*GRID, 0.01, 0.1])
+def test_a_stored_threshold_gives_the_stored_scores_to_the_bit(warehouse: Warehouse, value: float, kind: str) -> None:
+    stored = warehouse.scores(run_id="tiny-1", threshold=value, threshold_kind=kind)
+    if stored.num_rows:
+        computed = scored(warehouse, value, kind)
+        assert computed.schema.equals(SCORES)
+        assert computed.select(stored.column_names).equals(stored)
+
+
+@pytest.mark.parametrize("site", ["block", "update"])
+def test_one_site_keeps_its_rivals(tmp_path: Path, site: str) -> None:
     x = activations()
     write_measured(tmp_path, "tiny-1", stats_of(x, before=0.7 * x), 8)
     warehouse = Warehouse(tmp_path)
-    for site in ("block", "update"):
-        found = scores_at(warehouse, rows_of(warehouse), Threshold(value=1e-2, kind="absolute"), sites=[site])
-        stored = warehouse.scores(threshold=1e-2, threshold_kind="absolute", site=site)
-        assert found.select(stored.column_names).equals(stored)
-        assert not stored["update_variance_ratio"].null_count
-        assert not stored["block_influence"].null_count
+    computed = scored(warehouse, 1e-2, sites=[site])
+    stored = warehouse.scores(threshold=1e-2, threshold_kind="absolute", site=site)
+    assert computed.select(stored.column_names).equals(stored)
+    assert not stored["update_variance_ratio"].null_count
+    assert not stored["block_influence"].null_count
 
 
 def test_a_bin_edge_is_exact(warehouse: Warehouse, x: Float64) -> None:
     assert EDGE in HISTOGRAM_EDGES
-    rows = scores_at(warehouse, rows_of(warehouse), Threshold(value=EDGE, kind="absolute")).to_pylist()
-    assert set(column(rows, "exactness", "element")) == {"exact"}
-    assert column(rows, "near_zero_count", "element") == [(np.abs(x[:, i]) < EDGE).sum() for i in range(4)]
+    rows = scored_rows(warehouse, EDGE, "absolute", "element")
+    assert set(column(rows, "exactness")) == {"exact"}
+    for i, row in enumerate(rows):
+        assert row["near_zero_count"] == (np.abs(x[:, i]) < EDGE).sum()
 
 
-@pytest.mark.parametrize(("value", "kind"), [(0.0301, "absolute"), (0.3, "absolute"), (1.7, "absolute"), (0.05, "rms")])
+OFF_THE_GRID = [(0.0301, "absolute"), (0.3, "absolute"), (1.7, "absolute"), (0.05, "rms")]
+
+
+@pytest.mark.parametrize(("value", "kind"), OFF_THE_GRID)
 def test_elsewhere_it_is_within_a_percent(warehouse: Warehouse, x: Float64, value: float, kind: str) -> None:
-    rows = scores_at(warehouse, rows_of(warehouse), Threshold(value=value, kind=kind)).to_pylist()
-    layers = [x[:, i] for i in range(4)]
-    at = [value * (np.sqrt((layer**2).mean()) if kind == "rms" else 1) for layer in layers]
-    direct = [(np.abs(layer) < t).mean() for layer, t in zip(layers, at, strict=True)]
-    assert column(rows, "sparsity", "element") == pytest.approx(direct, rel=0.01)
-    assert set(column(rows, "exactness", "element")) == {"interpolated"}
-    for row, true in zip((row for row in rows if row["recipe"] == "element"), direct, strict=True):
-        assert row["near_zero_low"] <= true * row["count"] <= row["near_zero_high"] < 1.01 * row["near_zero_low"]
-    assert set(column(rows, "exactness", "unit")) == {"exact"}
-    units = [(np.abs(layer.mean((0, 1, 2))) < t).mean() for layer, t in zip(layers, at, strict=True)]
-    assert column(rows, "sparsity", "unit") == pytest.approx(units)
+    rows = scored_rows(warehouse, value, kind, "element")
+    assert set(column(rows, "exactness")) == {"interpolated"}
+    for i, row in enumerate(rows):
+        is_small = np.abs(x[:, i]) < threshold_of(x[:, i], value, kind)
+        sparsity = is_small.mean()
+        assert row["sparsity"] == pytest.approx(sparsity, rel=0.01)
+        assert row["near_zero_low"] <= sparsity * row["count"] <= row["near_zero_high"]
+        assert row["near_zero_high"] < 1.01 * row["near_zero_low"]
+
+
+@pytest.mark.parametrize(("value", "kind"), OFF_THE_GRID)
+def test_means_of_units_are_exact_at_any_threshold(warehouse: Warehouse, x: Float64, value: float, kind: str) -> None:
+    rows = scored_rows(warehouse, value, kind, "unit")
+    assert set(column(rows, "exactness")) == {"exact"}
+    for i, row in enumerate(rows):
+        means = x[:, i].mean((0, 1, 2))
+        is_small = np.abs(means) < threshold_of(x[:, i], value, kind)
+        assert row["sparsity"] == pytest.approx(is_small.mean())
 
 
 def test_intervals_need_the_partials(root: Path, tmp_path: Path) -> None:
     warehouse = Warehouse(shutil.copytree(root, tmp_path / "w"))
-    at = Threshold(value=0.3, kind="absolute")
-    assert not scores_at(warehouse, rows_of(warehouse), at)["avss_low"].null_count
+    assert not scored(warehouse, 0.3)["avss_low"].null_count
     (tmp_path / "w/shard_stats/run_id=tiny-1/shard-00002.parquet").unlink()
-    without = scores_at(warehouse, rows_of(warehouse), at)
+    without = scored(warehouse, 0.3)
     assert without["avss_low"].null_count == without.num_rows
     assert not without["avss_smoothed"].null_count
 
@@ -113,34 +143,51 @@ def test_intervals_need_the_partials(root: Path, tmp_path: Path) -> None:
 )
 def test_sql_gives_the_same(warehouse: Warehouse, value: float, kind: str) -> None:
     runs = rows_of(warehouse) + rows_of(warehouse, "tiny-2")
-    want = scores_at(warehouse, runs, Threshold(value=value, kind=kind)).to_pylist()
-    found = warehouse.sql(f"FROM scores_at({value!r}, kind := '{kind}')").to_pylist()
-    key = ("run_id", "site", "recipe", "layer")
-    for rows in (want, found):
-        rows.sort(key=lambda row: tuple(row[name] for name in key))
-    assert len(found) == len(want) == 3 * (4 + 8)
-    for a, b in zip(found, want, strict=True):
-        for name, got in a.items():
-            expected = pytest.approx(b[name], rel=1e-12) if isinstance(b[name], float) else b[name]
-            assert got == expected, (name, a, b)
+    in_python = scores_at(warehouse, runs, Threshold(value=value, kind=kind)).to_pylist()
+    in_sql = warehouse.sql(f"FROM scores_at({value!r}, kind := '{kind}')").to_pylist()
+    in_python.sort(key=place_of)
+    in_sql.sort(key=place_of)
+    assert len(in_python) == 3 * (4 + 8)
+    assert len(in_sql) == len(in_python)
+    for actual, expected in zip(in_sql, in_python, strict=True):
+        for name, value_in_sql in actual.items():
+            if isinstance(expected[name], float):
+                assert value_in_sql == pytest.approx(expected[name], rel=1e-12), (name, actual, expected)
+            else:
+                assert value_in_sql == expected[name], (name, actual, expected)
+
+
+def place_of(row: dict[str, Any]) -> tuple[str, str, str, int]:
+    """Return what a row is the score of."""
+    return (row["run_id"], row["site"], row["recipe"], row["layer"])
 
 
 def test_sparsity_in_sql(warehouse: Warehouse, x: Float64) -> None:
     query = f"FROM sparsity_at({EDGE}) WHERE run_id = 'tiny-1' ORDER BY layer"
     rows = warehouse.sql(query).to_pylist()
-    assert [row["sparsity"] for row in rows] == [(np.abs(x[:, i]) < EDGE).mean() for i in range(4)]
-    assert {(row["exactness"], row["absolute_threshold"]) for row in rows} == {("exact", EDGE)}
+    assert len(rows) == 4
+    for i, row in enumerate(rows):
+        assert row["sparsity"] == (np.abs(x[:, i]) < EDGE).mean()
+        assert row["exactness"] == "exact"
+        assert row["absolute_threshold"] == EDGE
+
+
+def test_an_unknown_kind_of_threshold_in_sql(warehouse: Warehouse) -> None:
     with pytest.raises(QueryError, match="kind is absolute or rms, not relative"):
         warehouse.sql("FROM sparsity_at(0.1, kind := 'relative')")
-    edges = warehouse.sql("SELECT bin_edge(b) AS edge FROM range(2040) AS t(b) ORDER BY b")["edge"].to_pylist()
-    assert edges == HISTOGRAM_EDGES[:-1].tolist()
+
+
+def test_edges_of_bins_in_sql(warehouse: Warehouse) -> None:
+    query = "SELECT bin_edge(b) AS edge FROM range(2040) AS t(b) ORDER BY b"
+    assert warehouse.sql(query)["edge"].to_pylist() == HISTOGRAM_EDGES[:-1].tolist()
 
 
 @pytest.fixture(scope="module")
 def coarse() -> Float64:
     """Sums of bfloat16 numbers, which lie on a grid of 1/32, less so in deeper layers; 3 shards of 4 layers."""
     x = np.random.default_rng(1).normal(size=(8, 4, 2, 32, 48))
-    return np.round(x * 32) / 32 * np.array([1.0, 1.0, 0.25, 4.0])[:, None, None, None]
+    scales = np.array([1.0, 1.0, 0.25, 4.0])
+    return np.round(x * 32) / 32 * scales[:, None, None, None]
 
 
 @pytest.fixture(scope="module")
@@ -156,27 +203,32 @@ def narrow(coarse: Float64, tmp_path_factory: pytest.TempPathFactory) -> Warehou
 def test_16_bit_activations_are_exact_at_any_threshold(
     narrow: Warehouse, coarse: Float64, value: float, kind: str
 ) -> None:
-    layers = [np.abs(coarse[:, i]).ravel() for i in range(4)]
-    at = [value * (np.sqrt((layer**2).mean()) if kind == "rms" else 1) for layer in layers]
-    exact = [(layer < t).sum() for layer, t in zip(layers, at, strict=True)]
-    rows = scores_at(narrow, rows_of(narrow), Threshold(value=value, kind=kind)).to_pylist()
-    for name in ("near_zero_count", "near_zero_low", "near_zero_high"):
-        assert column(rows, name, "element") == exact
-    assert {row["exactness"] for row in rows} == {"exact"}
-    found = narrow.sql(f"FROM sparsity_at({value}, kind := '{kind}') ORDER BY layer").to_pylist()
-    for name in ("near_zero_count", "near_zero_low", "near_zero_high"):
-        assert [row[name] for row in found] == exact
-    assert {row["exactness"] for row in found} == {"exact"}
-    low, high = (np.array(column(rows, f"avss_{name}", "element")) for name in ("low", "high"))
-    scores = np.array(column(rows, "avss_smoothed", "element"))
-    assert ((low < scores) & (scores < high)).all()
+    rows = scored_rows(narrow, value, kind, "element")
+    rows_in_sql = narrow.sql(f"FROM sparsity_at({value}, kind := '{kind}') ORDER BY layer").to_pylist()
+    assert len(rows) == len(rows_in_sql) == 4
+    for i in range(4):
+        is_small = np.abs(coarse[:, i]) < threshold_of(coarse[:, i], value, kind)
+        assert rows[i]["avss_low"] < rows[i]["avss_smoothed"] < rows[i]["avss_high"]
+        for row in (rows[i], rows_in_sql[i]):
+            assert row["near_zero_count"] == is_small.sum()
+            assert row["near_zero_low"] == row["near_zero_count"]
+            assert row["near_zero_high"] == row["near_zero_count"]
+            assert row["exactness"] == "exact"
+
+
+def true_quantile(layer: Float64, share: float) -> float:
+    """Return the smallest size that this share of the elements of a layer do not exceed."""
+    return np.quantile(np.abs(layer), share, method="inverted_cdf")
 
 
 def test_quantiles_of_16_bit_activations_are_exact(narrow: Warehouse, coarse: Float64) -> None:
-    for row in quantiles(narrow, rows_of(narrow), [0.01, 0.1, 0.5, 0.77, 1.0]).to_pylist():
-        true = np.quantile(np.abs(coarse[:, row["layer"]]), row["share"], method="inverted_cdf")
-        assert row["value"] == row["low"] == row["high"] == true
-    assert "Every one is exact: each value was counted." in avss("show", "--quantiles", "-w", narrow.root).stdout
+    rows = quantiles(narrow, rows_of(narrow), [0.01, 0.1, 0.5, 0.77, 1.0]).to_pylist()
+    for row in rows:
+        assert row["value"] == true_quantile(coarse[:, row["layer"]], row["share"])
+        assert row["low"] == row["value"]
+        assert row["high"] == row["value"]
+    shown = succeed("show", "--quantiles", "-w", narrow.root).stdout
+    assert "Every one is exact: each value was counted." in shown
 
 
 SHARES = (0.0, 0.1, 0.5, 0.9, 0.999, 1.0)
@@ -186,22 +238,34 @@ def test_quantiles_lie_in_the_bin_of_the_true_ones(warehouse: Warehouse, x: Floa
     rows = quantiles(warehouse, rows_of(warehouse), SHARES).to_pylist()
     assert len(rows) == 4 * len(SHARES)
     for row in rows:
-        layer = np.abs(x[:, row["layer"]]).ravel()
-        true = np.quantile(layer, row["share"], method="inverted_cdf") if row["share"] else 0.0
-        assert row["low"] <= true <= row["high"] or row["share"] == 0
-        assert row["value"] == pytest.approx(true, rel=0.02, abs=1e-12) or row["share"] in (0.0, 0.1)
-        assert row["rms_multiple"] == pytest.approx(row["value"] / np.sqrt((layer**2).mean()))
-    assert [row["value"] for row in rows if row["share"] == 1] == [np.abs(x[:, i]).max() for i in range(4)]
+        layer = x[:, row["layer"]]
+        true = true_quantile(layer, row["share"])
+        if row["share"] > 0:
+            assert row["low"] <= true <= row["high"]
+        if row["share"] > 0.1:
+            assert row["value"] == pytest.approx(true, rel=0.02, abs=1e-12)
+        if row["share"] == 1:
+            assert row["value"] == true
+        assert row["rms_multiple"] == pytest.approx(row["value"] / root_mean_square(layer))
 
 
-def test_quantiles_of_zeros_and_of_nothing(warehouse: Warehouse) -> None:
-    (stats,) = (s[0, "block"] for s in stats_of(np.where(activations(shards=1)[:, :1] > 0.1, 1.0, 0.0)))
+def test_quantiles_of_zeros() -> None:
+    is_large = activations(shards=1)[:, :1] > 0.1
+    (shard,) = stats_of(np.where(is_large, 1.0, 0.0))
+    stats = shard[0, "block"]
     zeros = stats.zero_count / stats.count
     value, low, high = quantiles_of(stats, [zeros / 2, zeros, (1 + zeros) / 2, 1.0])
-    assert value[:2].tolist() == [0, 0]
+    assert value.tolist() == [0, 0, 1, 1]
     assert low.tolist() == [0, 0, 1, 1]
-    assert value[2:].tolist() == high[2:].tolist() == [1, 1]
-    assert np.isnan(quantiles_of(LayerStats.zero(GRID), [0.5])[0]).all()
+    assert high[2:].tolist() == [1, 1]
+
+
+def test_quantiles_of_nothing() -> None:
+    value, _, _ = quantiles_of(LayerStats.zero(GRID), [0.5])
+    assert np.isnan(value).all()
+
+
+def test_a_share_is_at_most_1(warehouse: Warehouse) -> None:
     with pytest.raises(ValueError, match="a share is between 0 and 1, not 2"):
         quantiles(warehouse, rows_of(warehouse), [2])
 
@@ -209,14 +273,23 @@ def test_quantiles_of_zeros_and_of_nothing(warehouse: Warehouse) -> None:
 # The commands.
 
 
+def show(root: Path, threshold: float | str, *args: str) -> str:
+    """Return what ``avss show`` prints at a threshold."""
+    result = succeed("show", "-w", root, "--threshold", threshold, *args)
+    assert result.stderr == ""
+    return result.stdout
+
+
 def test_scores_command(root: Path) -> None:
-    result = avss("show", "-w", root, "--run", "tiny-1", "--threshold", "0.05rms", "--recipe", "element")
-    assert (result.exit_code, result.stderr) == (0, "")
-    assert "block / element / |x| < 0.05 x RMS" in result.stdout
-    assert "4 of 4 near-zero counts are interpolated from stored counts, and off by" in result.stdout
-    assert "Exact: 0.28125 and 0.3125." in avss("show", "-w", root, "--threshold", 0.3).stdout
-    assert "interpolated" not in avss("show", "-w", root, "--threshold", EDGE).stdout
-    text = avss("show", "-w", root, "--run", "tiny-1", "--threshold", "0.05rms", "--format", "csv").stdout
+    shown = show(root, "0.05rms", "--run", "tiny-1", "--recipe", "element")
+    assert "block / element / |x| < 0.05 x RMS" in shown
+    assert "4 of 4 near-zero counts are interpolated from stored counts, and off by" in shown
+    assert "Exact: 0.28125 and 0.3125." in show(root, 0.3)
+    assert "interpolated" not in show(root, EDGE)
+
+
+def test_scores_at_a_threshold_as_csv(root: Path) -> None:
+    text = show(root, "0.05rms", "--run", "tiny-1", "--format", "csv")
     assert len(list(csv.DictReader(io.StringIO(text)))) == 4
 
 
@@ -230,5 +303,6 @@ def test_scores_command(root: Path) -> None:
 )
 def test_mistakes(root: Path, args: list[str], text: str) -> None:
     result = avss(*args, "-w", root)
-    assert (result.exit_code, result.stdout) == (2, "")
+    assert result.exit_code == 2
+    assert result.stdout == ""
     assert text in result.stderr

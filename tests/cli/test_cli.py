@@ -17,6 +17,7 @@ import pyarrow.parquet as pq
 import pytest
 from support.checkpoints import LAYERS
 from support.command_line import as_words, avss, commands, json_rows
+from support.rows import column, mapping
 from support.warehouses import write_scores
 from typer.testing import CliRunner
 
@@ -94,7 +95,7 @@ def warehouse(scored: Path, tmp_path: Path) -> Path:
 
 def run_ids(warehouse: Path) -> dict[str, str]:
     """Run id by family."""
-    return {row["family"]: row["run_id"] for row in rows(warehouse, "SELECT family, run_id FROM runs")}
+    return mapping(rows(warehouse, "SELECT family, run_id FROM runs"), "family", "run_id")
 
 
 def test_nothing_that_is_refused_is_recommended_to_an_encoder(scored: Path, tmp_path: Path) -> None:
@@ -375,7 +376,7 @@ def test_a_query_prints_every_row_and_column(scored: Path, kind: str) -> None:
     if kind == "csv":
         expected = [as_texts(row) for row in expected]
     if kind == "table":
-        assert [row["site"] for row in printed] == [row["site"] for row in expected]
+        assert column(printed, "site") == column(expected, "site")
     else:
         assert printed == expected
     (row,) = answer(scored, "SELECT 1 AS a, 2 AS a, 3 AS a_1, 4 AS a", kind)
@@ -478,7 +479,7 @@ def test_any_exception_of_a_models_code_is_a_failed_run(
     result = avss("score", tiny_llama, tiny_bert, *SCORE, "-w", tmp_path)
     assert result.exit_code == 1
     run_rows = rows(tmp_path, "SELECT family, status, error FROM runs ORDER BY status")
-    assert [row["status"] for row in run_rows] == ["done", "failed"]
+    assert column(run_rows, "status") == ["done", "failed"]
     assert run_rows[1]["error"] == "ZeroDivisionError: in the model"
     alone = avss("score", tiny_llama, *SCORE, "-w", tmp_path)
     assert alone.exit_code == 1

@@ -14,6 +14,7 @@ import pyarrow.parquet as pq
 import pytest
 import yaml
 from support.command_line import avss
+from support.rows import column
 from support.warehouses import activations, run_row, stats_of, write_every_table, write_measured, write_scores
 
 from avss_dist.core.errors import QueryError, WarehouseError
@@ -36,7 +37,8 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def exported(root: Path, kind: str, *args: object) -> str:
     result = avss("show", "-w", root, "--format", kind, *args)
-    assert (result.exit_code, result.stderr) == (0, "")
+    assert result.exit_code == 0
+    assert result.stderr == ""
     return str(result.stdout)
 
 
@@ -66,8 +68,11 @@ def test_names_are_no_formulas_in_a_spreadsheet(tmp_path: Path) -> None:
     write_scores(tmp_path, "b", [1.0, 2.0, 3.0, 4.0], model=" =1+1", family="\n=1+1", revision="\x1b=1")
     texts = [exported(tmp_path, "csv", "--run", run) for run in ("a", "b")]
     first, indented = (next(csv.DictReader(io.StringIO(text))) for text in texts)
-    assert (first["model"], first["family"], first["revision"]) == ("'=HYPERLINK(0)", "'@x", "'-1+1")
-    assert (indented["model"], indented["family"]) == ("' =1+1", "'\n=1+1")
+    assert first["model"] == "'=HYPERLINK(0)"
+    assert first["family"] == "'@x"
+    assert first["revision"] == "'-1+1"
+    assert indented["model"] == "' =1+1"
+    assert indented["family"] == "'\n=1+1"
     assert "\ufffd=1" in texts[1]
     assert json.loads(exported(tmp_path, "json", "--run", "b").splitlines()[0])["model"] == " =1+1"
 
@@ -141,7 +146,7 @@ def test_what_is_published_is_what_the_warehouse_says(tmp_path: Path) -> None:
     order = [(name, "ascending") for name in ("run_id", "layer", "site", "recipe", "threshold", "threshold_kind")]
     assert stored.sort_by(order).equals(warehouse.table("scores").sort_by(order).select(stored.column_names))
     card = yaml.safe_load((folder / "README.md").read_text().split("---\n")[1])
-    assert [config["data_files"] for config in card["configs"]] == [f"data/{name}.parquet" for name in rows]
+    assert column(card["configs"], "data_files") == [f"data/{name}.parquet" for name in rows]
     assert (folder / "index.html").read_text().startswith("<!doctype html>")
 
 

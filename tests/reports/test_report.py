@@ -20,6 +20,7 @@ import vl_convert
 from rich.console import Console
 from support.command_line import avss
 from support.pages import write_failed, write_many, write_removals, write_run
+from support.rows import column, columns, mapping, where
 from support.warehouses import PUBLISHED, unpack_released, write_scores
 
 from avss_dist.analysis.agreement import correlate_pairs
@@ -134,7 +135,7 @@ def test_nothing_is_loaded_from_anywhere_and_the_policy_allows_this_page_and_no_
 def test_the_scores_are_the_warehouses_and_the_published_reading_comes_first(page: Page, store: Warehouse) -> None:
     data = page.data
     assert data["choices"][data["first"]] == {"site": "block", "recipe": "pooled", "threshold": "1e-05"}
-    done = [row for row in store.runs().to_pylist(maps_as_pydicts="lossy") if row["status"] == "done"]
+    done = where(store.runs().to_pylist(maps_as_pydicts="lossy"), status="done")
     ids = {label.partition(". ")[2]: run["run_id"] for run in done for label in [_label(data, run)]}
     assert len(ids) == 3
     expected = {
@@ -191,7 +192,7 @@ def test_charts_are_vega_lite_with_names_for_people(page: Page) -> None:
 def test_findings_come_first_and_in_words(page: Page, store: Warehouse) -> None:
     rows = sorted(findings(store).to_pylist(), key=lambda row: not is_published(row))
     text = re.sub(r"\s+", " ", " ".join(page.words))
-    kinds = [kind.replace("_", " ").capitalize() for kind in dict.fromkeys(row["kind"] for row in rows)]
+    kinds = [kind.replace("_", " ").capitalize() for kind in dict.fromkeys(column(rows, "kind"))]
     places = [text.index(f" {kind} ") for kind in kinds]
     assert len(kinds) > 2
     assert places == sorted(places)
@@ -217,7 +218,7 @@ def test_the_page_says_what_compare_says(tmp_path: Path) -> None:
     warehouse = Warehouse(tmp_path)
     runs = warehouse.runs().to_pylist(maps_as_pydicts="lossy")
     (agreement,) = page_data(warehouse, runs, [{"blocks": [], "sets": []}] * 4)["correlations"]
-    comparison = compare(warehouse, [run["run_id"] for run in runs], threshold=PUBLISHED)
+    comparison = compare(warehouse, column(runs, "run_id"), threshold=PUBLISHED)
     rho = sorted(comparison.pairs["spearman"].to_pylist())
     median = (rho[2] + rho[3]) / 2
     assert rho[2] < median < rho[3] == pytest.approx(1)
@@ -257,11 +258,11 @@ def test_what_is_known_without_layers_is_the_warehouses(page: Page, store: Wareh
     assert not rows
     plain = "perplexity: a.txt"
     repaired = "perplexity: a.txt, repaired by refit"
-    assert [(one["series"], one["dropped"], one["share"]) for one in known["kept"]] == [
+    assert columns(known["kept"], "series", "dropped", "share") == [
         *((plain, "2", 0.1667), (plain, "1-2", 0.3333)),
         *((repaired, "2", 0.1667), (repaired, "1-2", 0.3333)),
     ]
-    assert [one["kept"] for one in known["kept"]] == pytest.approx(np.exp([-0.2, -0.5, -0.02, -0.1]), rel=1e-3)
+    assert column(known["kept"], "kept") == pytest.approx(np.exp([-0.2, -0.5, -0.02, -0.1]), rel=1e-3)
 
 
 def test_it_begins_with_what_can_be_believed_what_can_go_and_what_is_kept(page: Page, store: Warehouse) -> None:
@@ -291,7 +292,7 @@ def test_scores_of_people_are_drawn_as_their_own(store: Warehouse, tmp_path: Pat
     file.write_text("layer,guess\n" + "".join(f"{layer},{layer % 3}\n" for layer in range(6)))
     own = f"{file}:guess"
     picture = Page(report_page(store, own=[own])).data["pictures"]["scorecard-2"]
-    kinds = {row["score"]: row["kind"] for row in picture["rows"]}
+    kinds = mapping(picture["rows"], "score", "kind")
     assert {kinds[own], kinds["block influence"]} == {"of your own", "from the scoring pass"}
     legend = picture["spec"]["layer"][-1]["encoding"]["color"]["scale"]["domain"]
     assert legend == [kind for kind in KINDS if kind in kinds.values()]
@@ -299,7 +300,7 @@ def test_scores_of_people_are_drawn_as_their_own(store: Warehouse, tmp_path: Pat
 
 def test_the_score_card_is_a_picture_a_sentence_and_a_table(page: Page, store: Warehouse) -> None:
     """Of the run whose layers were left out one by one: here the loss rises from layer to layer."""
-    runs = [run for run in store.runs().to_pylist() if run["revision"] == "r1"]
+    runs = where(store.runs().to_pylist(), revision="r1")
     cards = {
         row["score"]: row["spearman_loss"] for row in score_cards(store, runs).to_pylist() if row["score"] != "avss"
     }
@@ -309,7 +310,7 @@ def test_the_score_card_is_a_picture_a_sentence_and_a_table(page: Page, store: W
     assert f"The place alone: {cards['last']:.2f}" in card
     assert f"block influence {cards['block_influence']:.2f}" in card
     picture = page.data["pictures"]["scorecard-2"]
-    drawn = {row["score"]: row["correlation"] for row in picture["rows"]}
+    drawn = mapping(picture["rows"], "score", "correlation")
     assert drawn["block influence"] == cards["block_influence"]
     assert "AVSS as published" in drawn
     (table,) = (a for tag, a in page.elements if tag == "table" and a["data-name"] == "scorecard-2")
@@ -348,7 +349,7 @@ def test_of_more_runs_than_a_page_can_draw_the_newest_are_drawn(
     monkeypatch.setattr("avss_dist.reports.page.page.MAX_RUNS", 2)
     page = Page(report_page(store))
     assert "the 2 newest runs; 1 more are in the table of runs" in " ".join(page.words)
-    assert [run["label"] for run in page.data["runs"]] == ["1. beta", "2. alpha"]
+    assert column(page.data["runs"], "label") == ["1. beta", "2. alpha"]
     assert len([a for tag, a in page.elements if tag == "td" and a.get("class") == "run_id"]) == 4
 
 
@@ -393,7 +394,9 @@ def test_labels_tell_runs_apart_with_as_little_as_will_do(changes: list[dict[str
 def test_the_command_writes_the_runs_that_are_named(store: Warehouse, tmp_path: Path) -> None:
     file = tmp_path / "page.html"
     done = avss("report", "-w", store.root, "-o", file, "--run", "alpha*", "--run", "gone-0123456789")
-    assert (done.exit_code, done.stdout, done.stderr) == (0, f"{file}\n", "")
+    assert done.exit_code == 0
+    assert done.stdout == f"{file}\n"
+    assert done.stderr == ""
     page = Page(file.read_text(encoding="utf-8"))
     assert [len(run["layer_name"]) for run in page.data["runs"]] == [6, 6]
     assert "2 runs and 1 that failed" in " ".join(page.words)
@@ -492,7 +495,7 @@ def test_the_page_has_every_chart_and_table_of_its_sections(tmp_path: Path) -> N
     assert named
     assert len(set(named)) == len(named)
     rows = warehouse.table("experiments").sort_by("created_at").to_pylist()
-    (section,) = experiment_sections([one for one in rows if one["run_id"] == rows[0]["run_id"]])
+    (section,) = experiment_sections(where(rows, run_id=rows[0]["run_id"]))
     shown = next(table for table in Page(page).tables if table[0][:1] == ["layers chosen by"])
     assert [line[0] for line in shown[1:]] == [row.values["method"] for row in section.tables[0].rows]
 
@@ -500,9 +503,11 @@ def test_the_page_has_every_chart_and_table_of_its_sections(tmp_path: Path) -> N
 def test_columns_format_missing_values_intervals_and_booleans() -> None:
     ends = ReportColumn("x", "x", interval("{:z.0%}".format))
     known = known_interval(0.1, 0.2)
-    assert (ends.text(known), ends.sort_key(known)) == ("10% to 20%", 0.1)
+    assert ends.text(known) == "10% to 20%"
+    assert ends.sort_key(known) == 0.1
     unknown = known_interval(None, 1)
-    assert (ends.text(unknown), ends.sort_key(unknown)) == ("", "")
+    assert ends.text(unknown) == ""
+    assert ends.sort_key(unknown) == ""
     assert known_interval(0.0, float("nan")) is None
     numbers = ReportColumn("y", "y", "{:z.3f}".format)
     assert [numbers.text(value) for value in (-0.0001, float("nan"), None)] == ["0.000", "", ""]

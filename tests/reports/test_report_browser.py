@@ -14,6 +14,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import pytest
 from support.pages import write_failed, write_removals, write_run
+from support.rows import column, columns, where
 from support.warehouses import rewrite_file, unpack_released
 
 from avss_dist.core.thresholds import describe_threshold
@@ -172,10 +173,10 @@ def test_site_recipe_and_threshold_drive_every_chart_and_the_table(
 def assert_chosen(page: Any, every: list[dict[str, Any]], site: str, recipe: str, position: int) -> None:
     """The controls, every chart and the table show these scores."""
     rows = [r for r in every if (r["site"], r["recipe"]) == (site, recipe)]
-    thresholds = sorted({(r["threshold_kind"], r["threshold"]) for r in rows})
+    thresholds = sorted(set(columns(rows, "threshold_kind", "threshold")))
     kind, value = thresholds[position]
     rows = [r for r in rows if (r["threshold_kind"], r["threshold"]) == (kind, value)]
-    mine = sorted((r for r in rows if r["model"] == "org/alpha"), key=lambda r: r["layer"])
+    mine = sorted(where(rows, model="org/alpha"), key=lambda r: r["layer"])
     written = f"{site} site, {recipe} recipe, |x| < {describe_threshold(value, kind)}"
     assert page.locator("#threshold-text").inner_text() == f"|x| < {describe_threshold(value, kind)}"
     assert page.locator("#threshold").get_attribute("aria-valuetext") == f"below {describe_threshold(value, kind)}"
@@ -188,15 +189,15 @@ def assert_chosen(page: Any, every: list[dict[str, Any]], site: str, recipe: str
         ends = [row["avss_smoothed"] if row[theirs] is None else row[theirs] for row in mine]
         close([row[ours] for row in shown], ends, 3)
     assert all(row["low"] <= row["avss"] <= row["high"] for row in shown)
-    assert [row["lowest"] for row in shown] == [row["rank"] <= 2 for row in mine]
+    assert column(shown, "lowest") == [row["rank"] <= 2 for row in mine]
     heat = drawn(page, "heat")
     assert len(heat) == 8 + 12 + 8
-    close([r["share"] for r in heat if r["run"] == ALPHA], [(row["rank"] - 1) / 7 for row in mine])
-    close([float(row["variance"]) for row in table(page)], [row["variance"] for row in mine])
-    close([float(row["smoothed AVSS"]) for row in table(page)], [row["avss_smoothed"] for row in mine])
+    close(column(where(heat, run=ALPHA), "share"), [(row["rank"] - 1) / 7 for row in mine])
+    close([float(row["variance"]) for row in table(page)], column(mine, "variance"))
+    close([float(row["smoothed AVSS"]) for row in table(page)], column(mine, "avss_smoothed"))
     assert written in page.locator("#table caption").inner_text()
     with_order = [r["correlation"] for r in drawn(page, "correlation") if r["run"] == r["other"] == ALPHA]
-    close(with_order, [depth_correlation([row["avss_smoothed"] for row in mine])], 3)
+    close(with_order, [depth_correlation(column(mine, "avss_smoothed"))], 3)
     for chart in CHARTS:
         assert written in str(page.locator(f"[data-chart={chart}] .view").get_attribute("aria-label"))
         assert written in page.locator(f"[data-chart={chart}] svg").inner_html().replace("&lt;", "<")
@@ -213,32 +214,30 @@ def test_a_recipe_that_a_site_lacks_cannot_be_chosen(visit: Callable[..., Any], 
 
 def test_another_run_and_two_runs_side_by_side(visit: Callable[..., Any], file: Path, store: Warehouse) -> None:
     page = visit(file)
-    assert {row["run"] for row in drawn(page, "avss")} == {BETA}
+    assert set(column(drawn(page, "avss"), "run")) == {BETA}
     page.select_option("#run", label=ALPHA)
-    assert {row["run"] for row in drawn(page, "avss")} == {ALPHA}
+    assert set(column(drawn(page, "avss"), "run")) == {ALPHA}
     assert "layer (from 0)" in page.locator("[data-chart=avss] svg").inner_html()
     page.select_option("#other", label=BETA)
-    assert {(row["run"], row["which"]) for row in drawn(page, "avss")} == {(ALPHA, 0), (BETA, 1)}
+    assert set(columns(drawn(page, "avss"), "run", "which")) == {(ALPHA, 0), (BETA, 1)}
     svg = page.locator("[data-chart=avss] svg").inner_html()
     assert "relative depth" in svg
     assert ALPHA in svg
     assert BETA in svg
-    assert [row["run"] for row in table(page)] == [ALPHA] * 8 + [BETA] * 12
-    influence = [r["block_influence"] for r in store.scores(model="org/beta", site="block").to_pylist()[:1]]
-    close([row["block_influence"] for row in drawn(page, "block_influence") if row["run"] == BETA][:1], influence)
+    assert column(table(page), "run") == [ALPHA] * 8 + [BETA] * 12
+    influence = column(store.scores(model="org/beta", site="block").to_pylist()[:1], "block_influence")
+    close(column(where(drawn(page, "block_influence"), run=BETA), "block_influence")[:1], influence)
 
     page.locator("input[name=score][value=block_influence]").check(force=True)
-    heat = [row for row in drawn(page, "heat") if row["run"] == BETA]
+    heat = where(drawn(page, "heat"), run=BETA)
     assert heat[0]["value"] == heat[0]["block_influence"]
-    assert [row["rank"] for row in sorted(heat, key=lambda row: row["value"])] == [*range(1, 13)]
+    assert column(sorted(heat, key=lambda row: row["value"]), "rank") == [*range(1, 13)]
     places = drawn(page, "lowest")
-    lowest = {
-        run: sum(row["lowest"] for row in drawn(page, "heat") if row["run"] == run) for run in (ALPHA, BETA, NOISE)
-    }
+    lowest = {run: sum(column(where(drawn(page, "heat"), run=run), "lowest")) for run in (ALPHA, BETA, NOISE)}
     assert lowest == {ALPHA: 2, BETA: 3, NOISE: 2}
     # of 8 places, 25%
     assert len(places) == 8
-    assert sum(row["share"] for row in places) == pytest.approx(2)
+    assert sum(column(places, "share")) == pytest.approx(2)
 
 
 def test_a_heading_sorts_up_and_down_with_the_keyboard(visit: Callable[..., Any], file: Path) -> None:
@@ -296,7 +295,8 @@ def test_dark_and_light_follow_the_system_the_button_and_the_memory(visit: Calla
     assert page.locator("#theme").get_attribute("aria-pressed") == "false"
     light = background(), chart()
     assert light[0] != dark[0]
-    assert (light[1], dark[1]) == ("#ffffff", "#161b22")
+    assert light[1] == "#ffffff"
+    assert dark[1] == "#161b22"
     page.reload()
     page.wait_for_selector(IDLE)
     assert background() == light[0]
@@ -313,7 +313,7 @@ def test_every_chart_downloads(visit: Callable[..., Any], file: Path, tmp_path: 
             assert file_saved.name == f"{chart}.{kind}"
             assert file_saved.read_bytes().startswith(start)
         rows = list(csv.DictReader(file_saved.open(encoding="utf-8")))
-        assert {(row["site"], row["recipe"], row["threshold"]) for row in rows} == {("block", "pooled", "1e-05")}
+        assert set(columns(rows, "site", "recipe", "threshold")) == {("block", "pooled", "1e-05")}
         assert [row.get("run") for row in rows] == [row.get("run") for row in drawn(page, chart)]
 
 
@@ -326,8 +326,8 @@ def test_what_is_known_without_layers_follows_the_run(visit: Callable[..., Any],
     page.locator("#run").select_option(label=ALPHA)
     blocks = drawn(page, "blocks")
     assert len(blocks) == 36
-    assert sum(row["nearest"] for row in blocks) == 8
-    least = min((row for row in blocks if row["length"] == 2), key=lambda row: row["distance"])
+    assert sum(column(blocks, "nearest")) == 8
+    least = min(where(blocks, length=2), key=lambda row: row["distance"])
     assert f"Nearest of 2: from layer {least['start']} (" in said(page, "blocks")
     assert said(page, "kept") == "90% is kept up to 25.0% of the layers (perplexity: a.txt, repaired by refit)."
     for chart in WITHOUT:
@@ -349,7 +349,7 @@ def test_axe_finds_nothing_serious(visit: Callable[..., Any], file: Path, scheme
     page.wait_for_selector(IDLE)
     page.evaluate("document.querySelectorAll('details').forEach(d => { d.open = true; })")
     found = axe.run(page).response["violations"]
-    assert [(v["id"], [n["html"] for n in v["nodes"]]) for v in found] == []
+    assert [(v["id"], column(v["nodes"], "html")) for v in found] == []
 
 
 def test_a_phone_shows_all_of_it_without_scrolling_sideways(visit: Callable[..., Any], file: Path) -> None:
@@ -423,7 +423,7 @@ def test_a_hostile_name_does_nothing(visit: Callable[..., Any], tmp_path: Path) 
     page.locator("[data-chart=avss] svg .mark-symbol path[aria-label*=hacked]").last.hover(force=True)
     page.wait_for_selector("#vg-tooltip-element.visible")
     assert page.locator("#vg-tooltip-element img, #vg-tooltip-element script").count() == 0
-    models = [row["model"] for row in saved_rows(page, "[data-csv=runs]", tmp_path)]
+    models = column(saved_rows(page, "[data-csv=runs]", tmp_path), "model")
     assert HOSTILE in models
     assert "'=SUM(1, 2)" in models  # no formula to a spreadsheet
     picture = saved(page, "[data-chart=heat] [data-save=svg]", tmp_path)
@@ -445,12 +445,12 @@ def test_odd_runs_are_drawn_as_far_as_they_go(visit: Callable[..., Any], tmp_pat
     page = visit(tmp_path / "report.html", 360)
     assert page.evaluate("document.documentElement.scrollWidth") == 360
     ranks = drawn(page, "curve-1")
-    assert list(dict.fromkeys(row["point"] for row in ranks)) == ["1", "2", "3"]
-    assert sorted(row["rank"] for row in ranks[:4]) == [1, 2, 3, 4]
+    assert list(dict.fromkeys(column(ranks, "point"))) == ["1", "2", "3"]
+    assert sorted(column(ranks[:4], "rank")) == [1, 2, 3, 4]
     training = page.locator("#curves").inner_text()
     assert "org/e@step* along training step" in training
     assert "The lowest 25% are those of the last point from" in training
-    assert [row["low"] for row in page.evaluate("document.querySelector('[data-chart=avss]').rows")] == [None] * 4
+    assert column(page.evaluate("document.querySelector('[data-chart=avss]').rows"), "low") == [None] * 4
     page.select_option("#run", index=1)
     assert drawn(page, "relative_magnitude")[2]["relative_magnitude"] == 0
     assert "relative magnitude (log)" not in page.locator("[data-chart=relative_magnitude] svg").inner_html()
@@ -474,10 +474,10 @@ def test_a_layer_without_an_interval_or_a_score_is_a_gap(visit: Callable[..., An
     write_run(Warehouse(root), "a", layers=8)
     (scores,) = (root / "scores").rglob("*.parquet")
     rows = pq.read_table(scores)
-    for column, factor, gaps in (("avss_low", 0.8, [2, 5]), ("avss_high", 1.2, [2, 5]), ("avss_smoothed", 1.0, [5])):
+    for name, factor, gaps in (("avss_low", 0.8, [2, 5]), ("avss_high", 1.2, [2, 5]), ("avss_smoothed", 1.0, [5])):
         is_gap = pc.is_in(rows["layer"], pa.array(gaps))
         cells = pc.if_else(is_gap, None, pc.multiply(rows["avss_smoothed"], factor))
-        rows = rows.set_column(rows.column_names.index(column), column, cells)
+        rows = rows.set_column(rows.column_names.index(name), name, cells)
     rewrite_file(scores, rows)
     (tmp_path / "report.html").write_text(report_page(Warehouse(root)), encoding="utf-8")
     page = visit(tmp_path / "report.html")

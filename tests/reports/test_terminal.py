@@ -17,6 +17,7 @@ import pytest
 from rich import progress as rich_progress
 from rich.console import Console
 from support.command_line import avss
+from support.rows import column, where
 from support.tiers import all_of
 from support.warehouses import PUBLISHED, activations, rewrite_file, stats_of, write_measured, write_scores
 
@@ -57,7 +58,7 @@ def drawn(renderable: Any, width: int) -> list[str]:
 
 def scores(warehouse: Warehouse) -> tuple[dict[str, Any], list[dict[str, Any]]]:
     rows = warehouse.scores(run_id=RUNS[0], site="block", recipe="pooled", threshold=1e-5).sort_by("layer").to_pylist()
-    return next(row for row in warehouse.runs().to_pylist() if row["run_id"] == RUNS[0]), rows
+    return where(warehouse.runs().to_pylist(), run_id=RUNS[0])[0], rows
 
 
 @pytest.mark.parametrize("width", [50, 80, 100, 132])
@@ -127,7 +128,8 @@ def test_no_name_aborts_a_picture_or_steers(tmp_path: Path, ending: str) -> None
     write_scores(tmp_path, "hostile", values, model=f"org/{STEERING}", corpus=f"{STEERING}.txt", notes=[STEERING])
     write_scores(tmp_path, "other", values, family=STEERING)
     done = avss("show", "-w", tmp_path, "--run", "hostile", "--run", "other", "-o", file)
-    assert (done.exit_code, done.stderr) == (0, "")
+    assert done.exit_code == 0
+    assert done.stderr == ""
     assert file.stat().st_size > 1000
     if ending == "svg":
         assert not {c for c in STEERING if not c.isascii() or not c.isprintable()} & set(file.read_text())
@@ -173,11 +175,15 @@ def test_a_bar_says_how_long_it_has_taken_and_how_long_it_will() -> None:
 
 def test_the_pace_is_that_since_the_beginning() -> None:
     pace = Pace(1000.0, 100.0, now=0.0)
-    assert (pace.rate, pace.seconds_left(50.0)) == (0, None)
+    assert pace.rate == 0
+    assert pace.seconds_left(50.0) is None
     pace.reach(200.0, 10.0)
     pace.reach(300.0, 20.0)
     pace.reach(250.0, 30.0)  # no step back
-    assert (pace.done, pace.rate, pace.seconds_left(20.0), pace.seconds_left(25.0)) == (300.0, 10.0, 70.0, 65.0)
+    assert pace.done == 300.0
+    assert pace.rate == 10.0
+    assert pace.seconds_left(20.0) == 70.0
+    assert pace.seconds_left(25.0) == 65.0
 
 
 def test_units_that_come_together_make_one_pace() -> None:
@@ -380,7 +386,7 @@ def test_names_that_would_be_the_same_are_not_shortened() -> None:
     rows = run_rows().to_pylist()
     rows[1]["model"] = "other/SmolLM2-135M-Instruct"
     table, _ = runs_list(pa.Table.from_pylist(rows), 130)
-    assert table["model"].to_pylist() == [row["model"] for row in rows]
+    assert table["model"].to_pylist() == column(rows, "model")
 
 
 def test_an_unfinished_run_has_its_stored_shards() -> None:

@@ -11,6 +11,7 @@ import pytest
 from hypothesis import given, strategies
 from scipy import stats
 from support.command_line import avss
+from support.rows import column, where
 from support.warehouses import PUBLISHED, write_profiles, write_scores
 
 from avss_dist.analysis.comparison import compare
@@ -77,12 +78,12 @@ def test_compare_and_findings_and_show_agree_about_ties(tmp_path: Path) -> None:
     (pair,) = compare(store, ["tied", "rising"], threshold=PUBLISHED).table().to_pylist()
     assert pair["spearman"] == pytest.approx(0.577, abs=1e-3)
     found_rows = findings(store).to_pylist()
-    tracking_depth = {row["run_id"] for row in found_rows if row["kind"] == "tracks_depth"}
+    tracking_depth = set(column(where(found_rows, kind="tracks_depth"), "run_id"))
     assert tracking_depth - {"apart"} == {"rising"}
     assert "tracks depth" in avss("show", "-w", tmp_path, "--run", "rising").stdout
     assert "tracks depth" not in avss("show", "-w", tmp_path, "--run", "tied").stdout
     (pair,) = compare(store, ["apart"], by="recipe", threshold=PUBLISHED).table().to_pylist()
-    (disagreement,) = [row for row in found_rows if row["kind"] == "recipes_disagree"]
+    (disagreement,) = where(found_rows, kind="recipes_disagree")
     assert disagreement["value"] == pytest.approx(pair["spearman"]) == pytest.approx(-0.577, abs=1e-3)
 
 

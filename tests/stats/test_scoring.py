@@ -19,6 +19,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from support.oracle import Float64, oracle_stats
+from support.rows import column, columns, where
 from support.warehouses import GRID, PUBLISHED, Stats, stats_of
 
 from avss_dist.stats import intervals, scores
@@ -44,7 +45,7 @@ def activations(seed: int = 0, shards: int = 6, layers: int = 4, offset: float =
     return values.astype(np.float32).astype(np.float64)
 
 
-def column(
+def layer_values(
     rows: Rows, name: str, recipe: str = "pooled", threshold: float = 1e-1, kind: str = "absolute", site: str = "block"
 ) -> list[Any]:
     """One column over layers."""
@@ -97,7 +98,7 @@ def test_avss_is_the_papers_formula_on_the_activations(recipe: str, seed: int) -
     sequences = x.swapaxes(0, 1).reshape(4, -1, *x.shape[3:])
     variance, sparsity = np.array([MEASURES[recipe](layer, 1e-1) for layer in sequences]).T
     for name, want in paper_avss(variance, sparsity).items():
-        np.testing.assert_allclose(column(rows, name, recipe), want, rtol=1e-10, err_msg=name)
+        np.testing.assert_allclose(layer_values(rows, name, recipe), want, rtol=1e-10, err_msg=name)
 
 
 def test_literal_avss_is_undefined_exactly_where_nothing_is_near_zero() -> None:
@@ -186,9 +187,9 @@ def test_the_lowest_quarter_is_rounded_half_to_even_and_never_nothing() -> None:
 @pytest.mark.parametrize("recipe", MEASURES)
 def test_normalized_scores_sum_to_one_and_cumulate(recipe: str) -> None:
     rows = score_run(merge_stats(stats_of(activations())), LAYERS)
-    scores = np.array(column(rows, "avss", recipe))
-    normalized = np.array(column(rows, "avss_normalized", recipe))
-    cumulative = np.array(column(rows, "avss_cumulative", recipe))
+    scores = np.array(layer_values(rows, "avss", recipe))
+    normalized = np.array(layer_values(rows, "avss_normalized", recipe))
+    cumulative = np.array(layer_values(rows, "avss_cumulative", recipe))
     np.testing.assert_allclose(normalized, scores / scores.sum(), rtol=1e-12)
     np.testing.assert_allclose(cumulative, [normalized[: i + 1].sum() for i in range(4)], rtol=1e-12)
     assert cumulative[-1] == pytest.approx(1.0, rel=1e-12)
@@ -206,14 +207,14 @@ def test_one_row_for_each_layer_site_recipe_and_threshold() -> None:
             want += [(layer, site, recipe, threshold, kind) for layer in range(4)]
     place = itemgetter("layer", "site", "recipe", "threshold", "threshold_kind")
     assert sorted(place(row) for row in rows) == sorted(want)
-    assert [row["depth"] for row in rows[:4]] == [0.125, 0.375, 0.625, 0.875]
-    assert [row["layer_name"] for row in rows[:4]] == list(LAYERS)
+    assert column(rows[:4], "depth") == [0.125, 0.375, 0.625, 0.875]
+    assert column(rows[:4], "layer_name") == list(LAYERS)
     schema = pa.schema([field for field in SCHEMAS["scores"] if field.name not in IDENTITY])
     for row in rows:
         assert row.keys() == set(schema.names)
     assert pa.Table.from_pylist(rows, schema).num_rows == len(rows)
     for sites, chosen in ((None, {"block", "mlp"}), (["mlp"], {"mlp"}), (["mlp", "update"], {"mlp"}), ([], set())):
-        assert {row["site"] for row in score_run(merged, LAYERS, sites=sites)} == chosen
+        assert set(column(score_run(merged, LAYERS, sites=sites), "site")) == chosen
 
 
 @pytest.mark.parametrize("multiple", RELATIVE_THRESHOLDS)
@@ -226,14 +227,14 @@ def test_relative_thresholds_count_within_a_percent(multiple: float) -> None:
     for layer in x[0]:
         rms = np.sqrt((layer**2).mean())
         direct.append((np.abs(layer) < multiple * rms).mean())
-    assert column(rows, "sparsity", threshold=multiple, kind="rms") == pytest.approx(direct, rel=0.01)
+    assert layer_values(rows, "sparsity", threshold=multiple, kind="rms") == pytest.approx(direct, rel=0.01)
 
 
 @pytest.mark.parametrize("recipe", MEASURES)
 def test_lowest_set_probabilities_sum_to_the_size_of_the_set(recipe: str) -> None:
     shards = stats_of(activations(3, shards=8, layers=9, last=0.51))
     rows = score_run(merge_stats(shards), [str(i) for i in range(9)], shards)
-    probabilities = column(rows, "lowest_set_probability", recipe)
+    probabilities = layer_values(rows, "lowest_set_probability", recipe)
     assert sum(probabilities) == pytest.approx(count_lowest(9), rel=1e-12)
     assert 0 <= min(probabilities) < max(probabilities) <= 1
     assert any(0 < p < 1 for p in probabilities)
@@ -283,7 +284,7 @@ def test_a_site_that_only_some_layers_have_is_scored_over_those() -> None:
     sparse = [{(1, "neuron"): shard[0, "neuron"], (3, "neuron"): shard[1, "neuron"]} for shard in shards]
     dense_rows = score_run(merge_stats(shards), LAYERS[:2], shards)
     sparse_rows = score_run(merge_stats(sparse), LAYERS, sparse)
-    assert {(r["layer"], r["layer_name"], r["depth"]) for r in sparse_rows} == {
+    assert set(columns(sparse_rows, "layer", "layer_name", "depth")) == {
         (1, LAYERS[1], 0.375),
         (3, LAYERS[3], 0.875),
     }
@@ -302,7 +303,7 @@ def test_a_layer_that_some_shards_lack_counts_in_the_others() -> None:
     merged = merge_stats(holes)
     rows = score_run(merged, LAYERS, holes)
     assert repr(rows) == repr(score_run(merged, LAYERS, zeros))
-    intervals_of_rows = [(row["avss_low"], row["avss_high"]) for row in rows if row["threshold"] == 1e-1]
+    intervals_of_rows = columns(where(rows, threshold=1e-1), "avss_low", "avss_high")
     assert np.isfinite(intervals_of_rows).all()
 
 
@@ -321,28 +322,28 @@ def test_an_empty_layer_is_unscored_and_leaves_the_others_alone(kind: str, recip
     beside = [shard | {(3, "block"): empty_layer(kind)} for shard in alone]
     want = score_run(merge_stats(alone), LAYERS[:3], alone)
     rows = score_run(merge_stats(beside), LAYERS, beside)
-    assert list(dict.fromkeys(row["recipe"] for row in rows)) == recipes
+    assert list(dict.fromkeys(column(rows, "recipe"))) == recipes
     unchanged = set(want[0]) - PLACE - {"lowest_set_probability"}
     for recipe in recipes:
         for name in unchanged:
-            *others, empty = column(rows, name, recipe)
-            assert repr(others) == repr(column(want, name, recipe)), (recipe, name)
+            *others, empty = layer_values(rows, name, recipe)
+            assert repr(others) == repr(layer_values(want, name, recipe)), (recipe, name)
             if name.startswith(("avss", "na")):
                 assert math.isnan(empty), (recipe, name)
-        assert column(rows, "rank", recipe)[3] is None
-        assert column(rows, "quality", recipe)[3] == "zero_sparsity"
-        assert column(rows, "lowest_set_probability", recipe)[3] == 0
+        assert layer_values(rows, "rank", recipe)[3] is None
+        assert layer_values(rows, "quality", recipe)[3] == "zero_sparsity"
+        assert layer_values(rows, "lowest_set_probability", recipe)[3] == 0
 
 
 def test_a_layer_with_no_whole_sequence_leaves_normalized_scores_to_the_others() -> None:
     x = activations(8)[0]
     x[1, :, 0, 0] = np.nan
     rows = score_run(stats_of(x[None])[0], LAYERS)
-    assert np.isnan(column(rows, "avss_normalized")).tolist() == [False, True, False, False]
-    assert np.isnan(column(rows, "avss_cumulative")).tolist() == [False, True, False, False]
-    assert np.nansum(column(rows, "avss_normalized")) == pytest.approx(1.0)
-    assert column(rows, "avss_cumulative")[3] == pytest.approx(1.0)
-    assert sum(column(rows, "avss_normalized", "element")) == pytest.approx(1.0)
+    assert np.isnan(layer_values(rows, "avss_normalized")).tolist() == [False, True, False, False]
+    assert np.isnan(layer_values(rows, "avss_cumulative")).tolist() == [False, True, False, False]
+    assert np.nansum(layer_values(rows, "avss_normalized")) == pytest.approx(1.0)
+    assert layer_values(rows, "avss_cumulative")[3] == pytest.approx(1.0)
+    assert sum(layer_values(rows, "avss_normalized", "element")) == pytest.approx(1.0)
 
 
 def compared(seed: int = 0) -> tuple[Float64, Float64, Stats]:

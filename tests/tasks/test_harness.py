@@ -488,7 +488,7 @@ def test_questions_stand_in_the_chat_template(folder: Path, tmp_path: Path) -> N
     options = ["--chat-template", "--sequence-length", 64, "--executor", "local", "-w", out]
     done = avss("evaluate", chatty, "--tasks", task, *options)
     assert done.exit_code == 0, done.stderr
-    (settings,) = {row["settings"] for row in Warehouse(out).table("evaluations").to_pylist()}
+    (settings,) = set(Warehouse(out).table("evaluations")["settings"].to_pylist())
     assert json.loads(settings)["harness_chat_template"] == template
     plain = avss("evaluate", folder, "--tasks", task, *options)
     assert plain.exit_code == 2, plain.stderr

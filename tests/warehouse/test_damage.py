@@ -14,6 +14,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from support.command_line import avss, mistake, succeed
+from support.rows import column, where
 from support.warehouses import activations, rewrite_file, stats_of, write_every_table, write_measured
 
 from avss_dist.analysis.findings import findings
@@ -114,8 +115,8 @@ def test_one_damaged_run_stops_no_other(table: str, damage: Callable[[Path], Non
     assert list(warehouse.damaged) == ["beta-2"]
     if table == "scores":
         warehouse.sql(f"SELECT count(*), max(avss_smoothed) FROM {table}")
-    found = [row for row in findings(Warehouse(root)).to_pylist() if row["kind"] == "unreadable"]
-    assert [row["run_id"] for row in found] == ["beta-2"]
+    found = where(findings(Warehouse(root)).to_pylist(), kind="unreadable")
+    assert column(found, "run_id") == ["beta-2"]
     assert found[0]["message"].startswith("This run cannot be read: ")
 
 
@@ -173,7 +174,7 @@ def test_damaged_scores_of_an_ablated_run_are_named(command: list[str], ablated:
 
 def test_what_was_measured_of_a_run_with_damaged_scores_is_on_its_score_card(ablated: Path) -> None:
     warehouse = Warehouse(ablated)
-    runs = [run for run in warehouse.runs().to_pylist() if run["run_id"] == "beta-2"]
+    runs = where(warehouse.runs().to_pylist(), run_id="beta-2")
     assert score_cards(warehouse, runs)["score"].to_pylist() == ["loss"]
 
 

@@ -18,6 +18,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from support.command_line import avss
+from support.rows import column, where
 from support.warehouses import activations, identity_of, run_row, stats_of, write_measured, write_profiles
 
 import avss_dist
@@ -167,13 +168,16 @@ def test_a_command_that_reads_loads_no_pandas_and_no_requests_of_others(root: Pa
 def test_every_column_is_described_once() -> None:
     meanings: dict[str, set[str]] = {}
     for name, table in TABLES.items():
-        names = [column.name for column in table.columns]
-        assert len(set(names)) == len(names), name
-        for column in table.columns:
-            text = column.meaning
-            assert text and "\n" not in text and text.rstrip(".") in (text, text[:-3]), column
-            meanings.setdefault(text, set()).add(column.name)
-    assert {text: names for text, names in meanings.items() if len(names) > 1} == {}
+        names = {declared.name for declared in table.columns}
+        assert len(names) == len(table.columns), name
+        for declared in table.columns:
+            text = declared.meaning
+            assert text
+            assert "\n" not in text
+            assert text.rstrip(".") in (text, text[:-3]), declared
+            meanings.setdefault(text, set()).add(declared.name)
+    for text, names in meanings.items():
+        assert len(names) == 1, text
 
 
 def test_the_documentation_has_every_column_as_it_is_declared() -> None:
@@ -183,13 +187,17 @@ def test_the_documentation_has_every_column_as_it_is_declared() -> None:
 
 def test_the_schema_needs_no_warehouse() -> None:
     result = avss("query", "--schema")
-    assert (result.exit_code, result.stderr) == (0, "")
+    assert result.exit_code == 0
+    assert result.stderr == ""
     lines = result.stdout.splitlines()
     for table in TABLES.values():
-        for column in table.columns:
-            assert any(line.split()[:1] == [column.name] and column.meaning[:40] in line for line in lines), column
-    assert all(f"@{name}" in result.stdout for name in ready_queries())
-    assert all(name in result.stdout for name in FUNCTIONS)
+        for declared in table.columns:
+            lines_of_column = [line for line in lines if line.split()[:1] == [declared.name]]
+            assert any(declared.meaning[:40] in line for line in lines_of_column), declared
+    for name in ready_queries():
+        assert f"@{name}" in result.stdout
+    for name in FUNCTIONS:
+        assert name in result.stdout
     rows = avss("query", "--schema", "--format", "csv").stdout.splitlines()
     assert rows[0] == "table,column,type,unit,meaning"
     assert len(rows) == 1 + sum(map(len, SCHEMAS.values()))
@@ -292,17 +300,17 @@ def test_the_lowest_quartile_by_family(scored: Path) -> None:
 
 def test_drift_follows_the_revisions_in_order(scored: Path) -> None:
     rows = Warehouse(scored).sql("@drift").to_pylist()
-    assert {row["series"] for row in rows} == {"org/llama@step*"}
+    assert set(column(rows, "series")) == {"org/llama@step*"}
     for layer in range(8):
-        found = [row for row in rows if row["layer"] == layer]
-        assert [row["revision_name"] for row in found] == ["step0", "step1", "step2"]
+        found = where(rows, layer=layer)
+        assert column(found, "revision_name") == ["step0", "step1", "step2"]
         assert found[0]["rank_change"] is None
-        assert [row["rank_change"] for row in found[1:]] == [b["rank"] - a["rank"] for a, b in pairwise(found)]
+        assert column(found[1:], "rank_change") == [b["rank"] - a["rank"] for a, b in pairwise(found)]
 
 
 def test_recipes_of_each_run_and_the_cost_of_each_model(scored: Path) -> None:
     rows = Warehouse(scored).sql("@recipe_disagreement").to_pylist()
-    assert {row["run_id"] for row in rows} == {"llama-0", "llama-1", "llama-2", "bert-0"}
+    assert set(column(rows, "run_id")) == {"llama-0", "llama-1", "llama-2", "bert-0"}
     assert all(row["pooled_element"] == 1 for row in rows)
     costs = {row["model"]: row for row in Warehouse(scored).sql("@cost").to_pylist()}
     assert [costs["org/llama"][name] for name in ("runs", "wall_seconds", "num_tokens")] == [3, 6, 384]
@@ -343,14 +351,16 @@ def test_only_what_a_query_mentions_is_opened(scored: Path, monkeypatch: pytest.
 )
 def test_mistakes_are_told_without_a_traceback(root: Path, query: str | None, text: str) -> None:
     result = avss("query", "-w", root, *([query] if query else []))
-    assert (result.exit_code, result.stdout) == (2, "")
+    assert result.exit_code == 2
+    assert result.stdout == ""
     assert text in result.stderr and "Traceback" not in result.stderr
 
 
 @pytest.mark.parametrize("value", ["INTERVAL 1 DAY", "[INTERVAL 1 DAY]", "union_value(a := 1)"])
 def test_what_parquet_cannot_hold_is_named(value: str, root: Path) -> None:
     result = avss("query", "-w", root, f"SELECT 1 AS a, {value} AS waited", "--format", "parquet")
-    assert (result.exit_code, result.stdout_bytes) == (2, b"")
+    assert result.exit_code == 2
+    assert result.stdout_bytes == b""
     assert result.stderr.startswith("Error: Parquet has no type for column 'waited' (")
     assert "SELECT column::VARCHAR" in result.stderr
 

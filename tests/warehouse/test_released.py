@@ -15,6 +15,7 @@ from typing import Any
 
 import pytest
 from support.command_line import avss
+from support.rows import column
 from support.warehouses import unpack_released
 
 from avss_dist.pruning.repair.registry import REPAIRS
@@ -57,7 +58,7 @@ def json_lines(*command: object) -> list[dict[str, Any]]:
 
 def test_every_table_was_written() -> None:
     assert EXPECTED["digests"].keys() == TABLES.keys() - LATER
-    assert all(table["rows"] for table in EXPECTED["digests"].values())
+    assert all(column(EXPECTED["digests"].values(), "rows"))
 
 
 @pytest.mark.parametrize("name", EXPECTED["digests"])
@@ -92,14 +93,14 @@ def test_statistics_partials_cells_and_patches_are_read(root: Path) -> None:
 def test_commands_read_it(root: Path, tmp_path: Path) -> None:
     """The listing, the scores, the comparison and the page, which shows the repair that no longer exists."""
     runs = {row[0]: row for row in EXPECTED["values"]["runs"]["rows"]}
-    assert {row["run_id"] for row in json_lines("ls", "-w", root)} == runs.keys()
+    assert set(column(json_lines("ls", "-w", root), "run_id")) == runs.keys()
     plans = avss("ls", "plans", "-w", root).stdout
     assert "attention.3" in plans and "mlp.0" in plans
     paired, plain = (run for run in runs if run.startswith("tiny"))
     for run in runs:
         scores = json_lines("show", "-w", root, "--run", run, "--threshold", "0.1")
         expected = [row[4] for row in EXPECTED["values"]["scores"]["rows"] if row[0] == run]
-        assert [row["avss_smoothed"] for row in scores] == expected
+        assert column(scores, "avss_smoothed") == expected
     (pair,) = json_lines("compare", "-w", root, "--run", paired, "--run", plain, "--allow-mismatch")
     assert {pair["a_run_id"], pair["b_run_id"]} == {paired, plain}
     assert "rotated" not in REPAIRS

@@ -17,6 +17,7 @@ from typing import Any
 
 import pytest
 from support.command_line import avss, files, mistake, succeed
+from support.rows import columns
 from support.warehouses import Stats, activations, stats_of, write_measured, write_scores
 from typer.testing import CliRunner
 
@@ -104,7 +105,7 @@ def age(root: Path, seconds: float) -> None:
 def removed(root: Path, *names: str, **options: Any) -> set[tuple[str, str]]:
     """Remove runs, and return the kind and the id of all that was removed."""
     rows = avss_dist.rm(list(names), warehouse=root, **options).table().to_pylist()
-    return {(row["kind"], row["run_id"]) for row in rows}
+    return set(columns(rows, "kind", "run_id"))
 
 
 def test_a_run_goes_from_every_table_and_other_runs_stay_as_they_are(root: Path) -> None:
@@ -123,7 +124,8 @@ def test_evaluations_and_repairs_go_with_the_last_run_of_their_checkpoint(root: 
 def test_the_table_counts_files_rows_and_bytes(root: Path) -> None:
     rows = avss_dist.rm(RUN, warehouse=root, dry_run=True).table().to_pylist()
     stored = {row["table"]: row for row in rows if row["run_id"] == RUN}
-    assert (stored["shard_stats"]["files"], stored["shard_stats"]["rows"]) == (2, 2 * 8)
+    assert stored["shard_stats"]["files"] == 2
+    assert stored["shard_stats"]["rows"] == 2 * 8
     sizes = [path.stat().st_size for path in (root / "shard_stats").rglob("*.parquet")]
     assert stored["shard_stats"]["bytes"] == sum(sizes)
 
@@ -467,7 +469,8 @@ def test_a_dry_run_shows_what_would_go(root: Path) -> None:
 def test_nothing_but_a_yes_removes(answer: str, root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     before = files(root)
     done = answered(answer, monkeypatch, "rm", OTHER, "-w", root)
-    assert (done.exit_code, files(root)) == (0, before)
+    assert done.exit_code == 0
+    assert files(root) == before
     assert "Nothing was removed." in done.stderr
 
 

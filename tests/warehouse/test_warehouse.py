@@ -113,7 +113,9 @@ def assert_same_stats(a: dict[LayerKey, LayerStats], b: dict[LayerKey, LayerStat
     for key, stats in a.items():
         for f in fields(LayerStats):
             x, y = np.asarray(getattr(stats, f.name)), np.asarray(getattr(b[key], f.name))
-            assert (x.dtype, x.shape, x.tobytes()) == (y.dtype, y.shape, y.tobytes()), f.name
+            assert x.dtype == y.dtype, f.name
+            assert x.shape == y.shape, f.name
+            assert x.tobytes() == y.tobytes(), f.name
 
 
 def shard_path(root: Path, shard_id: int) -> Path:
@@ -228,8 +230,13 @@ def test_tables_have_their_schema(tmp_path: Path) -> None:
         assert metadata.metadata[b"avss_schema_version"] == str(SCHEMA_VERSION).encode()
         assert "run_id" not in pq.ParquetFile(file).schema_arrow.names
     row = store.reader.table("scores").to_pylist()[2]
-    assert (row["avss"], row["nav"], row["avss_low"]) == (None, None, None)
-    assert (row["avss_smoothed"], row["rank"], row["count"], row["model"]) == (2.5, 3, 2**40, "org/tiny")
+    assert row["avss"] is None
+    assert row["nav"] is None
+    assert row["avss_low"] is None
+    assert row["avss_smoothed"] == 2.5
+    assert row["rank"] == 3
+    assert row["count"] == 2**40
+    assert row["model"] == "org/tiny"
     with pytest.raises(WarehouseError, match=r"Unknown column 'avs'.\nDid you mean 'avss'"):
         store.write_rows("scores", RUN, [{"avs": 1.0}])
 
@@ -527,7 +534,8 @@ def test_other_readers_open_the_files(tmp_path: Path) -> None:
             assert frame.height == rows
             assert frame["run_id"].unique().sort().to_list() == ["a-1", "b-2"]
         pandas = pd.read_parquet(folder)
-        assert (len(pandas), sorted(pandas["run_id"].unique())) == (rows, ["a-1", "b-2"])
+        assert len(pandas) == rows
+        assert sorted(pandas["run_id"].unique()) == ["a-1", "b-2"]
 
 
 OTHER = RunIdentity(run_id="other-2", model="other", revision=None, family="llama")
