@@ -9,19 +9,20 @@ reads them. So the activations of all other layers are of the same distribution 
 
 from __future__ import annotations
 
-import json
 from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 import pytest
 import torch
 from support.checkpoints import llama, one_thread
-from support.command_line import avss
-from support.rows import column
-from support.warehouses import run_row, write_scores, write_shard
+from support.command_line import json_rows, succeed
+from support.rows import column, where
+from support.texts import write_json_lines
+from support.warehouses import identity_of, run_row, write_scores, write_shard
 
 import avss_dist
 from avss_dist.analysis.contrast import (
@@ -40,11 +41,12 @@ from avss_dist.stats import contrast as contrast_stats
 from avss_dist.stats.layer_stats import ShardResult
 from avss_dist.stats.scores import Threshold
 from avss_dist.warehouse.reader import Warehouse
-from avss_dist.warehouse.schema import RunIdentity
 from avss_dist.warehouse.store import Store
 
 PAIRS = 60
+ANSWERS = 4 * PAIRS
 LAYERS = 5
+UNITS = 8
 PLANTED = 2
 THRESHOLDS = [1e-5, 1e-2]
 STRATA = ("truthful", "incorrect", f"truthful{AFTER_ANOTHER}", f"incorrect{AFTER_ANOTHER}")
@@ -56,66 +58,87 @@ def write(root: Path, *, planted: float, elsewhere: float = 1.0, longer: int = 0
     After another prompt it is ``elsewhere`` times. The variance of an answer goes with its length.
     """
     rng = np.random.default_rng(seed)
-    n = 4 * PAIRS
-    strata = STRATA * PAIRS
     tokens = np.repeat(rng.integers(10, 20, PAIRS), 4)
-    tokens = tokens + longer * np.array([s.startswith("incorrect") for s in strata])
-    layers = []
+    tokens += np.tile([0, longer, 0, longer], PAIRS)
+    factors = np.ones((LAYERS, ANSWERS))
+    factors[PLANTED] = np.tile([1.0, planted, 1.0, elsewhere], PAIRS)
+    factors[1] = tokens / 10
+    rows: dict[str, list[np.ndarray]] = {}
     for layer in range(LAYERS):
-        factor = {"incorrect": planted, STRATA[3]: elsewhere} if layer == PLANTED else {}
-        own = np.array([factor.get(s, 1.0) for s in strata])
-        variance = own * np.exp(0.2 * rng.normal(size=n)) * (layer + 1) * (tokens / 10 if layer == 1 else 1)
-        count = tokens * 8
-        near_zero = np.stack([np.zeros(n, np.int64), rng.binomial(count, 0.2)], axis=1)
-        layers.append(
-            {
-                "layer": np.full(n, layer),
-                "site": np.full(n, "block"),
-                "row": np.arange(n),
-                "pair": np.repeat(np.arange(PAIRS), 4),
-                "stratum": np.array(strata),
-                "prompt_tokens": np.full(n, 9),
-                "answer_tokens": tokens,
-                "count": count,
-                "near_zero": near_zero,
-                "mean": np.zeros(n),
-                "m2": variance * count,
-                "pooled_variance": variance,
-                "norm": np.sqrt(variance * 8),
-                "relative_magnitude": np.ones(n),
-            }
-        )
-    rows = {name: np.concatenate([columns[name] for columns in layers]) for name in layers[0]}
-    row = run_row("paired", num_layers=LAYERS, num_sequences=n, num_shards=1, thresholds=THRESHOLDS, sites=["block"])
-    identity = RunIdentity(**{name: row[name] for name in ("run_id", "model", "revision", "family")})
+        noise = np.exp(0.2 * rng.normal(size=ANSWERS))
+        near_zero = rng.binomial(tokens * UNITS, 0.2)
+        for name, values in answers_of(layer, tokens, factors[layer] * noise * (layer + 1), near_zero).items():
+            rows.setdefault(name, []).append(values)
+    return write_answers(root, {name: np.concatenate(values) for name, values in rows.items()})
+
+
+def answers_of(layer: int, tokens: np.ndarray, variance: np.ndarray, near_zero: np.ndarray) -> dict[str, np.ndarray]:
+    """Return the columns of a layer's answers, of which none counts elements at the first threshold."""
+    columns = {
+        "layer": np.full(ANSWERS, layer),
+        "site": np.full(ANSWERS, "block"),
+        "row": np.arange(ANSWERS),
+        "pair": np.repeat(np.arange(PAIRS), 4),
+        "stratum": np.tile(STRATA, PAIRS),
+        "prompt_tokens": np.full(ANSWERS, 9),
+        "answer_tokens": tokens,
+    }
+    count = tokens * UNITS
+    return columns | {
+        "count": count,
+        "near_zero": np.stack([np.zeros_like(near_zero), near_zero], axis=1),
+        "mean": np.zeros(ANSWERS),
+        "m2": variance * count,
+        "pooled_variance": variance,
+        "norm": np.sqrt(variance * UNITS),
+        "relative_magnitude": np.ones(ANSWERS),
+    }
+
+
+def write_answers(root: Path, rows: dict[str, np.ndarray]) -> dict[str, Any]:
+    """Write a run of one shard with statistics by answer; its row."""
+    row = run_row("paired", num_layers=LAYERS, num_sequences=ANSWERS, num_shards=1)
+    row |= {"thresholds": THRESHOLDS, "sites": ["block"]}
+    result = ShardResult(shard_id=0, content_hash="", layers=("a",) * LAYERS, strata={}, rows=rows)
     store = Store(root)
-    write_shard(store, identity, ShardResult(shard_id=0, content_hash="", layers=("a",) * LAYERS, strata={}, rows=rows))
+    write_shard(store, identity_of(row), result)
     store.write_run(row)
     return row
 
 
-def left(root: Path, row: dict[str, Any], **options: Any) -> list[int]:
-    found = contrast(Warehouse(root), row, threshold=1e-2, **options)
-    return [one["layer"] for one in found.layers.to_pylist() if one["stands"]]
+def standing(layers: pa.Table) -> list[int]:
+    """Return the layers that stand after every control."""
+    return column(where(layers.to_pylist(), stands=True), "layer")
 
 
 def test_a_planted_layer_is_named(tmp_path: Path) -> None:
     row = write(tmp_path, planted=1.5)
-    found = contrast(Warehouse(tmp_path), row, threshold=1e-2)
-    layers = found.layers.to_pylist()
-    assert [one["layer"] for one in layers if one["stands"]] == [PLANTED]
-    planted = layers[PLANTED]
+    contrasted = contrast(Warehouse(tmp_path), row, threshold=1e-2)
+    assert standing(contrasted.layers) == [PLANTED]
+    planted = contrasted.layers.to_pylist()[PLANTED]
     assert planted["rank"] == 1
     assert planted["prone_probability"] > 0.99
     assert planted["eavss_contrast_low"] < planted["eavss_contrast"] < planted["eavss_contrast_high"]
     assert planted["deviation"] == pytest.approx(np.log(1.5), abs=0.1)
-    assert found.reading["hallucinated"] == "incorrect"
-    assert f"Stand after every control: {PLANTED}." in found.findings
-    best = max(found.predictions.to_pylist(), key=lambda one: one["auroc"])
+    assert contrasted.reading["hallucinated"] == "incorrect"
+    assert f"Stand after every control: {PLANTED}." in contrasted.findings
+
+
+def test_a_planted_layer_predicts_answers_best(tmp_path: Path) -> None:
+    row = write(tmp_path, planted=1.5)
+    predictions = contrast(Warehouse(tmp_path), row, threshold=1e-2).predictions.to_pylist()
+    best = max(predictions, key=lambda prediction: prediction["auroc"])
     assert best["layer"] == PLANTED
     assert best["beats_baselines"]
-    assert best["auroc"] > 0.8 > 0.6 > best["after_another"]
-    assert left(tmp_path, row, hallucinated="truthful", truthful="incorrect") == [PLANTED]
+    assert best["auroc"] > 0.8
+    assert best["after_another"] < 0.6
+
+
+def test_a_planted_layer_is_named_with_labels_exchanged(tmp_path: Path) -> None:
+    row = write(tmp_path, planted=1.5)
+    labels = {"hallucinated": "truthful", "truthful": "incorrect"}
+    contrasted = contrast(Warehouse(tmp_path), row, threshold=1e-2, **labels)
+    assert standing(contrasted.layers) == [PLANTED]
 
 
 @pytest.mark.parametrize(
@@ -131,31 +154,34 @@ def test_a_planted_layer_is_named(tmp_path: Path) -> None:
 )
 def test_controls_take_away_what_they_should(changes: dict[str, Any], words: str, tmp_path: Path) -> None:
     row = write(tmp_path, **changes)
-    found = contrast(Warehouse(tmp_path), row, threshold=1e-2)
-    assert words in found.findings
-    assert "Stand after every control: none." in found.findings
+    findings = contrast(Warehouse(tmp_path), row, threshold=1e-2).findings
+    assert words in findings
+    assert "Stand after every control: none." in findings
 
 
-def test_mistakes(tmp_path: Path) -> None:
-    row = write(tmp_path, planted=1.0)
-    for options, message in (
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
         ({"threshold": 0.5}, "did not count elements below 0.5"),
         ({"site": "mlp"}, "mlp"),
         ({"truthful": "right"}, "right"),
         ({"hallucinated": "truthful", "truthful": "truthful"}, "Labels: incorrect, truthful."),
-    ):
-        with pytest.raises(QueryError, match=message):
-            contrast(Warehouse(tmp_path), row, **options)
+    ],
+)
+def test_mistakes(tmp_path: Path, options: dict[str, Any], message: str) -> None:
+    row = write(tmp_path, planted=1.0)
+    with pytest.raises(QueryError, match=message):
+        contrast(Warehouse(tmp_path), row, **options)
 
 
 def test_the_command_shows_layers_predictions_and_findings(tmp_path: Path) -> None:
     write(tmp_path, planted=1.5)
-    shown = avss("contrast", "-w", tmp_path, "--threshold", "1e-2")
-    assert shown.exit_code == 0
-    assert "Stand after every control: 2." in shown.stdout
-    assert "AUROC" in shown.stdout
-    lines = avss("contrast", "-w", tmp_path, "--threshold", "1e-2", "--format", "json").stdout.splitlines()
-    assert [json.loads(line)["stands"] for line in lines] == [layer == PLANTED for layer in range(LAYERS)]
+    shown = succeed("contrast", "-w", tmp_path, "--threshold", "1e-2").stdout
+    assert "Stand after every control: 2." in shown
+    assert "AUROC" in shown
+    printed = succeed("contrast", "-w", tmp_path, "--threshold", "1e-2", "--format", "json").stdout
+    rows = json_rows(printed)
+    assert column(rows, "stands") == [False, False, True, False, False]
 
 
 def test_a_newer_run_without_answers_is_passed_over(tmp_path: Path) -> None:
@@ -175,11 +201,14 @@ def save_tokenizer(folder: Path) -> dict[str, int]:
     from tokenizers import Tokenizer, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 
-    words = ["<pad>", "yes", "no", *(f"{sign}{i}" for sign in ("plus", "minus") for i in range(WORDS))]
+    words = ["<pad>", "yes", "no"]
+    words += [f"plus{i}" for i in range(WORDS)]
+    words += [f"minus{i}" for i in range(WORDS)]
     ids = {word: i for i, word in enumerate(words)}
     tokenizer = Tokenizer(models.WordLevel(ids, unk_token="<pad>"))
     tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
-    PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<pad>", unk_token="<pad>").save_pretrained(folder)
+    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<pad>", unk_token="<pad>")
+    fast.save_pretrained(folder)
     return ids
 
 
@@ -192,9 +221,13 @@ def planted_llama(ids: dict[str, int]) -> Any:
     embedded.normal_(generator=torch.Generator().manual_seed(1))
     embedded[:, marks] = 0
     embedded[:, CONSTANT] = 1
+    embedded[ids["yes"], ASKED] = 1.0
+    embedded[ids["no"], ASKED] = -1.0
     for word, row in ids.items():
-        embedded[row, ASKED] = {"yes": 1.0, "no": -1.0}.get(word, 0.0)
-        embedded[row, SAID] = 1.0 if word.startswith("plus") else -1.0 if word.startswith("minus") else 0.0
+        if word.startswith("plus"):
+            embedded[row, SAID] = 1.0
+        if word.startswith("minus"):
+            embedded[row, SAID] = -1.0
     for layer in model.model.layers:
         attention = layer.self_attn
         mlp = layer.mlp
@@ -221,79 +254,104 @@ def planted_llama(ids: dict[str, int]) -> Any:
 def scored(tmp_path_factory: pytest.TempPathFactory) -> Warehouse:
     folder = tmp_path_factory.mktemp("planted")
     planted_llama(save_tokenizer(folder / "model")).save_pretrained(folder / "model")
-    rng = np.random.default_rng(0)
-    lines = []
-    for i in range(PAIRS):
-        asked = int(rng.integers(2))
-        question = f"{('yes', 'no')[asked]} {i % WORDS} " * 3
-        for label, fits in zip(LABELS, (False, True), strict=True):
-            sign = ("plus", "minus")[asked if fits else 1 - asked]
-            answer = " ".join(f"{sign}{word}" for word in rng.integers(0, WORDS, 4))
-            lines.append({"q": question.replace(str(i % WORDS), f"plus{i % WORDS}"), "a": answer, "kind": label})
     file = folder / "pairs.jsonl"
-    file.write_text("".join(f"{json.dumps(line)}\n" for line in lines), encoding="utf-8")
+    write_json_lines(file, questions_and_answers())
     options: dict[str, Any] = {"sequence_length": 16, "batch_size": 32, "dtype": "float32", "executor": "local"}
+    options |= {"corpus": f"{file}:q+a:kind", "warehouse": folder / "w", "thresholds": (THRESHOLD,)}
     with one_thread():
-        avss_dist.score(
-            str(folder / "model"), corpus=f"{file}:q+a:kind", warehouse=folder / "w", thresholds=(THRESHOLD,), **options
-        )
+        avss_dist.score(str(folder / "model"), **options)
     return Warehouse(folder / "w")
 
 
-def test_the_planted_layer_is_named_and_no_other_site_of_any(scored: Warehouse) -> None:
+def questions_and_answers() -> list[dict[str, str]]:
+    """Return each question with an answer that does not fit it, and with one that does."""
+    rng = np.random.default_rng(0)
+    lines = []
+    for i in range(PAIRS):
+        asks_yes = rng.integers(2) == 0
+        question = f"{'yes' if asks_yes else 'no'} plus{i % WORDS} " * 3
+        for label, fits in zip(LABELS, (False, True), strict=True):
+            sign = "plus" if asks_yes == fits else "minus"
+            answer = " ".join(f"{sign}{word}" for word in rng.integers(0, WORDS, 4))
+            lines.append({"q": question, "a": answer, "kind": label})
+    return lines
+
+
+@pytest.fixture
+def run(scored: Warehouse) -> dict[str, Any]:
     (run,) = scored.runs().to_pylist()
-    for site, named in (("neuron", [PLANTED]), ("block", []), ("update", [])):
-        layers = contrast(scored, run, site=site, threshold=THRESHOLD).layers
-        assert layers.filter(layers["stands"])["layer"].to_pylist() == named, site
+    return run
 
 
-def test_the_page_shows_it_and_escapes_labels(scored: Warehouse) -> None:
+@pytest.mark.parametrize(("site", "named"), [("neuron", [PLANTED]), ("block", []), ("update", [])])
+def test_the_planted_layer_is_named_and_no_other_site_of_any(
+    scored: Warehouse, run: dict[str, Any], site: str, named: list[int]
+) -> None:
+    contrasted = contrast(scored, run, site=site, threshold=THRESHOLD)
+    assert standing(contrasted.layers) == named
+
+
+def test_the_page_shows_it_and_escapes_labels(scored: Warehouse, run: dict[str, Any]) -> None:
     page = report_page(scored)
     assert "<b>right" not in page
     assert f"incorrect against &lt;b&gt;right&lt;/b&gt; answers, {PAIRS} pairs" in page
     assert "Stand after every control: none." in page
-    (run,) = scored.runs().to_pylist()
     (chart,) = contrast_section("1. model", contrast(scored, run)).charts
     assert f'data-chart="{chart.name}"' in page
     assert set(column(chart.rows, "answers")) >= {"after their own prompts", "after another prompt"}
 
 
-def test_with_labels_exchanged_inside_pairs_none_is_named(scored: Warehouse) -> None:
+def test_with_labels_exchanged_inside_pairs_none_is_named(scored: Warehouse, run: dict[str, Any]) -> None:
     """20 seeds; in 200, 1% name a layer, and 5.5% find one that differs by label."""
-    (run,) = scored.runs().to_pylist()
     rows = answer_rows(scored, run, "neuron")
     place = list(run["thresholds"]).index(THRESHOLD)
-    own, other = (read_answers(rows, LABELS, after, place) for after in ("", AFTER_ANOTHER))
+    own = read_answers(rows, LABELS, "", place)
+    other = read_answers(rows, LABELS, AFTER_ANOTHER, place)
     alarms = 0
     for labels in contrast_stats.permuted_labels(own, 20, seed=7).astype(bool):
         assert (np.bincount(own.pair, labels) == 1).all()
-        found = layer_table(replace(own, hallucinated=labels), replace(other, hallucinated=labels), "pooled")
-        alarms += any(found["stands"].to_pylist())
+        exchanged = layer_table(replace(own, hallucinated=labels), replace(other, hallucinated=labels), "pooled")
+        alarms += len(standing(exchanged)) > 0
     assert alarms <= 1
 
 
-def test_merged_strata_say_what_single_answers_say_and_more(scored: Warehouse) -> None:
-    (run,) = scored.runs().to_pylist()
+@pytest.mark.parametrize("recipe", ["pooled", "element"])
+def test_merged_strata_say_what_single_answers_say(scored: Warehouse, run: dict[str, Any], recipe: str) -> None:
     strata = Strata.of_run(scored, run, "neuron")
-    for recipe in ("pooled", "element"):
-        threshold = Threshold(value=THRESHOLD, kind="absolute")
-        (merged,) = contrast_stats.contrast(*strata.both_sides(recipe, threshold))
-        rows = contrast(scored, run, site="neuron", recipe=recipe, threshold=THRESHOLD).layers.to_pylist()
-        np.testing.assert_allclose(merged, column(rows, "eavss_contrast"), rtol=1e-6)
-    relative = contrast(scored, run, site="neuron", threshold=0.1, threshold_kind="rms")
-    by_layer = relative.layers.to_pylist()
-    assert [row["layer"] for row in by_layer if row["p_holm"] < 0.05] == [PLANTED]
-    assert by_layer[PLANTED]["rank"] == 1
-    assert set(column(by_layer, "stands")) == {None}
-    assert len(relative.predictions) == 0
-    assert any("Lengths are not controlled" in line for line in relative.findings)
-    units = contrast(scored, run, site="update", recipe="unit", threshold=THRESHOLD).layers.to_pylist()
-    means = [scored.read_stratum_stats(run["run_id"])[0, "update", label] for label in LABELS]
-    assert units[0]["hsav_difference"] == pytest.approx(
-        np.subtract(*((m.unit_sum / m.unit_count).var() for m in means))
-    )
-    shown = avss("contrast", "-w", scored.root, "--site", "update", "--recipe", "unit", "--threshold", "0.1rms")
-    assert shown.exit_code == 0
-    assert "exchange of labels inside shards" in " ".join(shown.stdout.split())
+    threshold = Threshold(value=THRESHOLD, kind="absolute")
+    (merged,) = contrast_stats.contrast(*strata.both_sides(recipe, threshold))
+    layers = contrast(scored, run, site="neuron", recipe=recipe, threshold=THRESHOLD).layers
+    np.testing.assert_allclose(merged, layers["eavss_contrast"], rtol=1e-6)
+
+
+def test_merged_strata_have_relative_thresholds_without_controls(scored: Warehouse, run: dict[str, Any]) -> None:
+    contrasted = contrast(scored, run, site="neuron", threshold=0.1, threshold_kind="rms")
+    layers = contrasted.layers.to_pylist()
+    differing = [row["layer"] for row in layers if row["p_holm"] < 0.05]
+    assert differing == [PLANTED]
+    assert layers[PLANTED]["rank"] == 1
+    assert set(column(layers, "stands")) == {None}
+    assert len(contrasted.predictions) == 0
+    assert "Lengths are not controlled" in " ".join(contrasted.findings)
+
+
+def test_merged_strata_have_means_of_units(scored: Warehouse, run: dict[str, Any]) -> None:
+    layers = contrast(scored, run, site="update", recipe="unit", threshold=THRESHOLD).layers.to_pylist()
+    stats = scored.read_stratum_stats(run["run_id"])
+    variances = []
+    for label in LABELS:
+        of_label = stats[0, "update", label]
+        means = of_label.unit_sum / of_label.unit_count
+        variances.append(means.var())
+    assert layers[0]["hsav_difference"] == pytest.approx(variances[0] - variances[1])
+
+
+def test_the_command_shows_means_of_units(scored: Warehouse) -> None:
+    options = ("--site", "update", "--recipe", "unit", "--threshold", "0.1rms")
+    shown = succeed("contrast", "-w", scored.root, *options).stdout
+    assert "exchange of labels inside shards" in " ".join(shown.split())
+
+
+def test_a_site_without_means_of_units_is_refused(scored: Warehouse, run: dict[str, Any]) -> None:
     with pytest.raises(QueryError, match="no statistics for the recipe 'unit'"):
         contrast(scored, run, site="neuron", recipe="unit", threshold=THRESHOLD)

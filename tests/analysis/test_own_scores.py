@@ -6,17 +6,18 @@ import os
 import re
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from datetime import UTC, datetime, timedelta
 from importlib.metadata import EntryPoint
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from support.checkpoints import llama
-from support.command_line import avss, succeed
+from support.command_line import succeed
 from support.pages import write_removals, write_run
 from support.rows import column, where
 from support.warehouses import activations, stats_of, write_measured, write_scores
@@ -52,12 +53,30 @@ def score(stats):
 """
 
 
+def write_table(file: Path, values: Iterable[float]) -> Path:
+    """Write a table of a score of each layer, called ``mine``, and return its path."""
+    rows = [f"{layer},{value}\n" for layer, value in enumerate(values)]
+    file.write_text("layer,mine\n" + "".join(rows))
+    return file
+
+
 @pytest.fixture
 def root(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    write_measured(tmp_path / "w", "a-1", stats_of(activations(0)[:, :4]), 4)
+    x = activations(0)[:, :4]
+    write_measured(tmp_path / "w", "a-1", stats_of(x), 4)
     (tmp_path / "scores.csv").write_text(CSV)
-    pq.write_table(pa.table({"layer": [3, 2, 1, 0], "mine": [2, 9, 1, 5]}), tmp_path / "scores.parquet")
+    table = pa.table({"layer": [3, 2, 1, 0], "mine": [2, 9, 1, 5]})
+    pq.write_table(table, tmp_path / "scores.parquet")
     monkeypatch.chdir(tmp_path)
+    return tmp_path / "w"
+
+
+@pytest.fixture
+def with_truth(tmp_path: Path) -> Path:
+    """A warehouse of a run of six layers, with the loss without each, which rises with depth."""
+    warehouse = Warehouse(tmp_path / "w")
+    run_id = write_run(warehouse, "alpha", 6, revision="main")
+    write_removals(warehouse, run_id, "main", 6)
     return tmp_path / "w"
 
 
@@ -70,10 +89,22 @@ def test_a_plan_drops_the_lowest_layers(root: Path, by: object) -> None:
 
 
 def test_the_command_writes_whose_score_it_is(root: Path) -> None:
-    done = avss("plan", "-w", root, "--by", "scores.csv:mine", "--share", "0.25", "-o", "plan.yaml")
-    assert done.exit_code == 0, done.stderr
-    assert "by: scores.csv:mine" in Path("plan.yaml").read_text()
-    assert "drop: [1]" in Path("plan.yaml").read_text()
+    succeed("plan", "-w", root, "--by", "scores.csv:mine", "--share", "0.25", "-o", "plan.yaml")
+    plan = Path("plan.yaml").read_text()
+    assert "by: scores.csv:mine" in plan
+    assert "drop: [1]" in plan
+
+
+UNUSABLE = {
+    "twice": "layer,mine\n0,1\n0,2\n",
+    "few": "layer,mine\n0,1\n",
+    "gaps": "layer,mine\n0,1\n1,\n2,\n3,4\n",
+    "shifted": "layer,mine\n1,1\n2,2\n3,3\n4,4\n",
+    "nameless": "layer,mine\n0,1\n,2\n2,2\n3,3\n",
+    "letters": "layer,mine\n0,a\n1,b\n2,c\n3,d\n",
+    "words": "layer,mine\nh.0,1\nh.1,2\n",
+}
+"""Tables that hold no score of four layers."""
 
 
 @pytest.mark.parametrize(
@@ -94,44 +125,42 @@ def test_the_command_writes_whose_score_it_is(root: Path) -> None:
     ],
 )
 def test_a_score_that_cannot_be_used_is_named(root: Path, by: object, says: str) -> None:
-    files = {
-        "twice": "layer,mine\n0,1\n0,2\n",
-        "few": "layer,mine\n0,1\n",
-        "gaps": "layer,mine\n0,1\n1,\n2,\n3,4\n",
-        "many": "layer,mine\n" + "".join(f"{layer},{layer}\n" for layer in range(30)),
-        "shifted": "layer,mine\n1,1\n2,2\n3,3\n4,4\n",
-        "nameless": "layer,mine\n0,1\n,2\n2,2\n3,3\n",
-        "letters": "layer,mine\n0,a\n1,b\n2,c\n3,d\n",
-        "words": "layer,mine\nh.0,1\nh.1,2\n",
-    }
-    for name, text in files.items():
+    for name, text in UNUSABLE.items():
         Path(f"{name}.csv").write_text(text)
+    write_table(Path("many.csv"), range(30))
     with pytest.raises((QueryError, avss_dist.ConfigError), match=f"(?s){says}"):
         avss_dist.plan(warehouse=root, by=by, count=1)
 
 
-@pytest.mark.parametrize("command", ["show", "findings", "report"])
-def test_a_score_of_another_model_is_refused_wherever_scores_are_read(tmp_path: Path, command: str) -> None:
-    run_id = write_run(Warehouse(tmp_path), "alpha", 6, revision="main")
-    write_removals(Warehouse(tmp_path), run_id, "main", 6)
-    (tmp_path / "other.csv").write_text("layer,mine\n" + "".join(f"{layer},1\n" for layer in range(8)))
-    options = {"findings": {"truth": True}, "report": {"output": tmp_path / "page.html"}}
+@pytest.mark.parametrize(
+    ("command", "options"),
+    [
+        (avss_dist.show, {}),
+        (avss_dist.findings, {"truth": True}),
+        (avss_dist.report, {"output": "page.html"}),
+    ],
+)
+def test_a_score_of_another_model_is_refused_wherever_scores_are_read(
+    with_truth: Path, monkeypatch: pytest.MonkeyPatch, command: Callable[..., object], options: dict[str, Any]
+) -> None:
+    monkeypatch.chdir(with_truth.parent)
+    write_table(Path("other.csv"), [1] * 8)
     with pytest.raises(QueryError, match=r"other.csv:mine has values of 8 layers, not of the 6 of"):
-        getattr(avss_dist, command)(warehouse=tmp_path, by=[f"{tmp_path}/other.csv:mine"], **options.get(command, {}))
+        command(warehouse=with_truth, by=["other.csv:mine"], **options)
 
 
-def test_a_mapping_of_scores_is_compared_with_the_ground_truth(tmp_path: Path) -> None:
-    run_id = write_run(Warehouse(tmp_path), "alpha", 6, revision="main")
-    write_removals(Warehouse(tmp_path), run_id, "main", 6)
-    values = {layer: float(layer) for layer in range(6)}
-    cards = avss_dist.findings(warehouse=tmp_path, truth=True, by=[values])
+def test_a_mapping_of_scores_is_compared_with_the_ground_truth(with_truth: Path) -> None:
+    values = {0: 0.0, 1: 1.0, 2: 2.0, 3: 3.0, 4: 4.0, 5: 5.0}
+    cards = avss_dist.findings(warehouse=with_truth, truth=True, by=[values])
     assert "values" in cards.table()["score"].to_pylist()
 
 
 def test_a_table_of_another_model_alone_says_nothing_about_a_run(root: Path) -> None:
     """It may be one of several models that are shown or reported together."""
-    Path("other.csv").write_text("layer,mine,model\n" + "".join(f"{layer},1,other\n" for layer in range(8)))
-    assert avss_dist.show(warehouse=root, by=["other.csv:mine"]).table()["other.csv:mine"].null_count == 4
+    rows = [f"{layer},1,other\n" for layer in range(8)]
+    Path("other.csv").write_text("layer,mine,model\n" + "".join(rows))
+    shown = avss_dist.show(warehouse=root, by=["other.csv:mine"]).table()
+    assert shown["other.csv:mine"].null_count == 4
 
 
 def first(_stats: object) -> dict[int, float]:
@@ -140,41 +169,48 @@ def first(_stats: object) -> dict[int, float]:
 
 def test_a_function_may_leave_out_layers(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The statistics that it is given are those of the run, of which a kind of layer may lack a site."""
-    monkeypatch.setattr(own_scores, "score_functions", lambda: {"first": EntryPoint("first", f"{__name__}:first", "")})
-    assert own_scores.own_score("first", Warehouse(root), Warehouse(root).run("a-1") or {}).values == {0: 1.0}
+    functions = {"first": EntryPoint("first", f"{__name__}:first", "")}
+    monkeypatch.setattr(own_scores, "score_functions", lambda: functions)
+    warehouse = Warehouse(root)
+    score = own_scores.own_score("first", warehouse, warehouse.run("a-1") or {})
+    assert score.values == {0: 1.0}
 
 
-def test_showing_and_reporting_say_how_well_scores_find_the_measured_loss(tmp_path: Path) -> None:
-    """The measured loss rises with depth, and so does the own score. Shards differ, so the ranking is not sure."""
-    run_id = write_run(Warehouse(tmp_path), "alpha", 6, revision="main")
-    write_removals(Warehouse(tmp_path), run_id, "main", 6)
-    file = tmp_path / "scores.csv"
-    file.write_text("layer,mine\n" + "".join(f"{layer},{layer * layer}\n" for layer in range(6)))
-    shown = avss("show", "-w", tmp_path, "--by", f"{file}:mine").stdout
-    found = "Spearman {} with the loss without each layer (95% interval {})"
-    assert f"{file}:mine: {found.format('1.00', '1.00 to 1.00')}." in " ".join(shown.split())
+@pytest.fixture
+def squares(tmp_path: Path) -> str:
+    """A score that rises with depth, as the measured loss does, named by its file and its column."""
+    file = write_table(tmp_path / "scores.csv", [0, 1, 4, 9, 16, 25])
+    return f"{file}:mine"
+
+
+def test_showing_says_how_well_scores_find_the_measured_loss(with_truth: Path, squares: str) -> None:
+    """Shards differ, so the ranking is not sure."""
+    shown = succeed("show", "-w", with_truth, "--by", squares).stdout
+    agreement = "Spearman 1.00 with the loss without each layer (95% interval 1.00 to 1.00)"
+    assert f"{squares}: {agreement}." in " ".join(shown.split())
     assert re.search(r"Smoothed AVSS: Spearman 1.00 with .*; resampling the shards keeps \d+% of its", shown)
-    assert avss("report", "-w", tmp_path, "--by", f"{file}:mine", "-o", tmp_path / "page.html").exit_code == 0
-    page = (tmp_path / "page.html").read_text()
+
+
+def test_reporting_says_how_well_scores_find_the_measured_loss(with_truth: Path, squares: str, tmp_path: Path) -> None:
+    file = tmp_path / "page.html"
+    succeed("report", "-w", with_truth, "--by", squares, "-o", file)
+    page = file.read_text()
     assert page.count("with the loss without each layer (95% interval") == 1
-    assert f"{file}:mine" in page
+    assert squares in page
 
 
 @pytest.fixture
 def several(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A warehouse of three runs of one training, and a table of scores of two of them, one the reverse of the other."""
+    series = {"model": "org/a", "series": "org/a@step*"}
     for step in range(3):
-        write_scores(
-            tmp_path / "w",
-            f"a-{step}",
-            [1.0, 2.0, 3.0, 4.0],
-            model="org/a",
-            series="org/a@step*",
-            training_step=step,
-            revision=f"r{step}",
-        )
-    rows = [f"{layer},{layer if step else -layer},a-{step}" for step in range(2) for layer in range(4)]
-    (tmp_path / "mine.csv").write_text("\n".join(["layer,mine,run_id", *rows]))
+        columns = {**series, "training_step": step, "revision": f"r{step}"}
+        write_scores(tmp_path / "w", f"a-{step}", [1.0, 2.0, 3.0, 4.0], **columns)
+    lines = ["layer,mine,run_id"]
+    for layer in range(4):
+        lines.append(f"{layer},{-layer},a-0")
+        lines.append(f"{layer},{layer},a-1")
+    (tmp_path / "mine.csv").write_text("\n".join(lines))
     monkeypatch.chdir(tmp_path)
     return tmp_path / "w"
 
@@ -191,8 +227,11 @@ def test_a_mapping_ranks_the_layers_of_each_run(several: Path) -> None:
 
 
 def test_avss_is_compared_with_a_score_of_your_own(several: Path) -> None:
-    table = avss_dist.compare(warehouse=several, run="a-0", by="score", score="mine.csv:mine").table()
-    assert {"a": "avss", "b": "mine.csv:mine", "spearman": -1.0}.items() <= table.to_pylist()[-1].items()
+    compared = avss_dist.compare(warehouse=several, run="a-0", by="score", score="mine.csv:mine")
+    pair = compared.table().to_pylist()[-1]
+    assert pair["a"] == "avss"
+    assert pair["b"] == "mine.csv:mine"
+    assert pair["spearman"] == -1.0
 
 
 def test_the_command_names_the_score_alone_that_ranks_the_layers(several: Path) -> None:
@@ -235,17 +274,19 @@ def test_a_score_of_your_own_is_drawn_beside_the_others(several: Path) -> None:
     row |= {"threshold_kind": "absolute", "site": "block", "recipe": "pooled", "run_id": "a-0"}
     row |= {SCORES[name].column: 1.0 for name in FROM_ACTIVATIONS}
     rows = [row | {"layer": layer, "depth": layer / 4, "a[0].csv:b.c": -layer} for layer in range(4)]
-    chart = layers_chart([Warehouse(several).run("a-0") or {}], rows, ["a[0].csv:b.c"]).to_dict()
+    run = Warehouse(several).run("a-0") or {}
+    chart = layers_chart([run], rows, ["a[0].csv:b.c"]).to_dict()
     (drawn,) = where(chart["concat"], title="a[0].csv:b.c")
     field = drawn["layer"][0]["encoding"]["y"]["field"]
     (values,) = chart["datasets"].values()
-    assert [row[field] for row in values] == [0, -1, -2, -3]
+    assert column(values, field) == [0, -1, -2, -3]
 
 
 def test_mappings_have_a_column_each(several: Path) -> None:
     by = [dict.fromkeys(range(4), 1.0), dict.fromkeys(range(4), 2.0)]
     shown = avss_dist.show(run="a-0", warehouse=several, by=by).table()
-    assert [shown["values 1"][0].as_py(), shown["values 2"][0].as_py()] == [1.0, 2.0]
+    assert shown["values 1"].to_pylist() == [1.0] * 4
+    assert shown["values 2"].to_pylist() == [2.0] * 4
 
 
 def test_a_file_without_a_column_is_answered_with_its_columns(several: Path) -> None:
@@ -260,7 +301,7 @@ def test_a_name_that_is_no_score_of_your_own_is_answered_with_what_is(several: P
 
 
 @pytest.mark.nightly
-def test_a_package_of_its_own_adds_a_score(root: Path, tmp_path: Path) -> None:
+def test_a_package_of_its_own_adds_a_score(root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """It is installed by pip, beside the package."""
     source = tmp_path / "source"
     site = tmp_path / "site"
@@ -269,12 +310,13 @@ def test_a_package_of_its_own_adds_a_score(root: Path, tmp_path: Path) -> None:
     (source / "largest.py").write_text(FUNCTION)
     quietly = ("--no-deps", "--no-build-isolation", "--no-index", "--quiet", "--target", site)
     subprocess.run([sys.executable, "-m", "pip", "install", *quietly, source], check=True)
-    path = os.pathsep.join((str(site), *filter(None, [os.environ.get("PYTHONPATH")])))
+    monkeypatch.setenv("PYTHONPATH", str(site), prepend=os.pathsep)
     words = ("-m", "avss_dist", "plan", "--by", "largest", "--count", "1", "-o", "plan.yaml", "-w", root)
-    subprocess.run([sys.executable, *words], env=os.environ | {"PYTHONPATH": path}, cwd=tmp_path, check=True)
+    subprocess.run([sys.executable, *words], cwd=tmp_path, check=True)
     stats = avss_dist.Warehouse(root).read_layer_stats("a-1")
-    largest = {layer: measured.max_abs for (layer, site), measured in stats.items() if site == "block"}
-    assert f"drop: [{min(largest, key=largest.__getitem__)}]" in (tmp_path / "plan.yaml").read_text()
+    largest = [stats[layer, "block"].max_abs for layer in range(4)]
+    plan = (tmp_path / "plan.yaml").read_text()
+    assert f"drop: [{np.argmin(largest)}]" in plan
 
 
 NOW = datetime(2026, 1, 1, tzinfo=UTC)
@@ -288,21 +330,34 @@ def measured(tmp_path_factory: pytest.TempPathFactory, save_checkpoint: Callable
     root = tmp_path_factory.mktemp("measured") / "w"
     store = Store(root)
     about = {"model": str(folder), "revision": resolve(str(folder)).revision, "family": "llama"}
-    losses: list[dict[str, Any]] = [{"drop": [], "drop_parts": [], "value": 2.0}]
-    losses += [{"drop": [layer], "drop_parts": [], "value": 2.5 - layer / 10} for layer in range(4)]
-    loss = {"task": "ablation:t.txt", "metric": "loss", **COMMON}
-    store.write_rows("evaluations", RunIdentity(run_id="tiny-1", **about), [loss | row for row in losses])
-    rows = []
-    for layer in range(4):
-        for name, damage in (("int8", 0.01), ("bf16", 0.0)):
-            values = {"second_order": damage, "bits_per_weight": FORMATS[name].bits(16, 32), "num_weights": 512.0}
-            place = {"drop": [], "drop_parts": [], "rounding": f"{name}@{layer}.mlp.up_proj"}
-            rows += [{"metric": metric, "value": value} | place for metric, value in values.items()]
-    later = {"task": "rounding:t.txt", **COMMON, "created_at": NOW + timedelta(hours=1)}
-    store.write_rows("evaluations", RunIdentity(run_id="tiny-2", **about), [later | row for row in rows])
+    store.write_rows("evaluations", RunIdentity(run_id="tiny-1", **about), loss_rows())
+    store.write_rows("evaluations", RunIdentity(run_id="tiny-2", **about), rounding_rows())
     for run_id in ("tiny-1", "tiny-2"):
         (root / "cells" / f"run_id={run_id}").mkdir(parents=True)
     return root
+
+
+def loss_rows() -> list[dict[str, Any]]:
+    """Return the loss of the whole model and without each layer, which falls with depth."""
+    loss = {"task": "ablation:t.txt", "metric": "loss", "drop_parts": [], **COMMON}
+    rows = [{**loss, "drop": [], "value": 2.0}]
+    for layer in range(4):
+        rows.append({**loss, "drop": [layer], "value": 2.5 - layer / 10})
+    return rows
+
+
+def rounding_rows() -> list[dict[str, Any]]:
+    """Return what one matrix of each layer loses in two formats, measured an hour later."""
+    common = {"task": "rounding:t.txt", "drop": [], "drop_parts": [], **COMMON}
+    common["created_at"] = NOW + timedelta(hours=1)
+    rows = []
+    for layer in range(4):
+        for name, damage in (("int8", 0.01), ("bf16", 0.0)):
+            place = {**common, "rounding": f"{name}@{layer}.mlp.up_proj"}
+            rows.append({**place, "metric": "second_order", "value": damage})
+            rows.append({**place, "metric": "bits_per_weight", "value": FORMATS[name].bits(16, 32)})
+            rows.append({**place, "metric": "num_weights", "value": 512.0})
+    return rows
 
 
 def test_layers_are_chosen_by_what_was_measured(measured: Path) -> None:
@@ -312,7 +367,11 @@ def test_layers_are_chosen_by_what_was_measured(measured: Path) -> None:
     assert plan.layers == "layers"
     assert plan.run_id is None
     assert plan.why["evaluation"] == "tiny-1"
-    assert avss_dist.plan(warehouse=measured, run="tiny", by="loss", count=2).drop == (2, 3)
+
+
+def test_several_layers_are_chosen_by_what_was_measured(measured: Path) -> None:
+    plan = avss_dist.plan(warehouse=measured, run="tiny", by="loss", count=2)
+    assert plan.drop == (2, 3)
 
 
 def test_formats_are_chosen_by_what_was_predicted(measured: Path) -> None:
@@ -320,7 +379,8 @@ def test_formats_are_chosen_by_what_was_predicted(measured: Path) -> None:
     assert plan.num_layers == 4
     assert plan.run_id is None
     assert plan.evaluation == "tiny-2"
-    assert [entry.format for entry in plan.rounded].count("bf16") == 2
+    formats = [entry.format for entry in plan.rounded]
+    assert formats.count("bf16") == 2
 
 
 def test_a_score_of_activations_is_still_needed_for_itself(measured: Path) -> None:
@@ -331,5 +391,6 @@ def test_a_score_of_activations_is_still_needed_for_itself(measured: Path) -> No
 
 
 def test_a_file_may_be_named_by_a_uri(tmp_path: Path) -> None:
-    pq.write_table(pa.table({"layer": [0], "mine": [1.0]}), tmp_path / "mine.parquet")
-    assert own_scores._read_table((tmp_path / "mine.parquet").as_uri()).num_rows == 1
+    file = tmp_path / "mine.parquet"
+    pq.write_table(pa.table({"layer": [0], "mine": [1.0]}), file)
+    assert own_scores._read_table(file.as_uri()).num_rows == 1

@@ -16,7 +16,7 @@ import pyarrow.parquet as pq
 import pytest
 from rich import progress as rich_progress
 from rich.console import Console
-from support.command_line import avss
+from support.command_line import avss, succeed
 from support.rows import column, where
 from support.tiers import all_of
 from support.warehouses import PUBLISHED, activations, rewrite_file, stats_of, write_measured, write_scores
@@ -57,8 +57,9 @@ def drawn(renderable: Any, width: int) -> list[str]:
 
 
 def scores(warehouse: Warehouse) -> tuple[dict[str, Any], list[dict[str, Any]]]:
-    rows = warehouse.scores(run_id=RUNS[0], site="block", recipe="pooled", threshold=1e-5).sort_by("layer").to_pylist()
-    return where(warehouse.runs().to_pylist(), run_id=RUNS[0])[0], rows
+    (run,) = where(warehouse.runs().to_pylist(), run_id=RUNS[0])
+    table = warehouse.scores(run_id=RUNS[0], site="block", recipe="pooled", threshold=1e-5)
+    return run, table.sort_by("layer").to_pylist()
 
 
 @pytest.mark.parametrize("width", [50, 80, 100, 132])
@@ -69,54 +70,61 @@ def test_the_layers_fit_and_every_number_is_whole(warehouse: Warehouse, width: i
         (line,) = [line for line in lines if re.match(rf"│ +{row['layer']} ", line)]
         assert f" {row['avss_smoothed']:.4g} " in line
         assert f" {row['rank']} " in line
-    hidden = " ".join(lines).partition("No room for: ")[2]
+    _, _, hidden = " ".join(lines).partition("No room for: ")
     assert ("variance" in hidden) == (width <= 100)
-    assert ("rank" in hidden) is False
+    assert "rank" not in hidden
 
 
 def test_what_computed_with_quantized_weights_is_told(warehouse: Warehouse) -> None:
     run, rows = scores(warehouse)
-    assert "Weights:" not in " ".join(drawn(layer_table(run, rows), 132))
-    quantized = {**run, "quantization": "fp8", "quantized_modules": "FP8Linear x 7 of transformers"}
-    assert "Weights: fp8, computed by FP8Linear x 7 of transformers." in " ".join(
-        drawn(layer_table(quantized, rows), 132)
-    )
+    lines = drawn(layer_table(run, rows), 132)
+    assert "Weights:" not in " ".join(lines)
+    run |= {"quantization": "fp8", "quantized_modules": "FP8Linear x 7 of transformers"}
+    lines = drawn(layer_table(run, rows), 132)
+    assert "Weights: fp8, computed by FP8Linear x 7 of transformers." in " ".join(lines)
 
 
 @pytest.mark.parametrize("width", [60, 80, 132])
 def test_pairs_show_whole_ids_at_any_width(warehouse: Warehouse, width: int) -> None:
     comparison = compare(warehouse, RUNS, threshold=PUBLISHED)
-    lines = drawn(comparison_tables(comparison, "by run", width=width), width)
-    assert all(any(f" {run} " in line for line in lines) for run in RUNS)
-    assert any(f" {comparison.pairs['spearman'][0].as_py():.3f} " in line for line in lines)
+    text = "\n".join(drawn(comparison_tables(comparison, "by run", width=width), width))
+    for run in RUNS:
+        assert f" {run} " in text
+    (correlation,) = comparison.pairs["spearman"].to_pylist()
+    assert f" {correlation:.3f} " in text
 
 
 def test_a_wide_query_is_a_block_for_each_record(warehouse: Warehouse) -> None:
     table = warehouse.sql("FROM runs")
     lines = drawn(plain_table(table.column_names, table.to_pylist()), 80)
+    words = [line.split() for line in lines]
     for run in RUNS:
-        assert f"run_id {run}" in [" ".join(line.split()) for line in lines]
-    assert sum(line.startswith("tokens_per_second") for line in lines) == len(RUNS)
+        assert ["run_id", run] in words
+    headings = [line_words[0] for line_words in words if line_words]
+    assert headings.count("tokens_per_second") == len(RUNS)
 
 
 def test_a_narrow_query_is_a_table_of_rounded_numbers_to_the_right() -> None:
-    names = ["name", "share", "n"]
-    values = [("a", 1 / 3, 2), ("bb", 1234567.0, 10), (None, None, None)]
-    rows = [dict(zip(names, row, strict=True)) for row in values]
-    lines = drawn(plain_table(names, rows), 80)
-    assert [line[1:-1].split("│") for line in lines[3:6]] == [
-        [" a    ", "    0.333333 ", "  2 "],
-        [" bb   ", " 1.23457e+06 ", " 10 "],
-        ["      ", "             ", "    "],
-    ]
+    rows: list[dict[str, Any]] = [{"name": "a", "share": 1 / 3, "n": 2}]
+    rows.append({"name": "bb", "share": 1234567.0, "n": 10})
+    rows.append({"name": None, "share": None, "n": None})
+    lines = drawn(plain_table(["name", "share", "n"], rows), 80)
+    assert lines[3] == "│ a    │    0.333333 │  2 │"
+    assert lines[4] == "│ bb   │ 1.23457e+06 │ 10 │"
+    assert lines[5] == "│      │             │    │"
 
 
 def test_a_long_error_hides_no_row(warehouse: Warehouse) -> None:
     error = "CUDA out of memory. " * 40
     rows = [{"run_id": run, "status": "failed", "error": error} for run in RUNS]
     lines = drawn(plain_table(["run_id", "status", "error"], rows), 80)
-    assert all(any(run in line for line in lines) for run in RUNS)
     assert len(lines) < 80
+    text = "\n".join(lines)
+    for run in RUNS:
+        assert run in text
+
+
+def test_a_bar_in_a_cell_is_no_column_of_markdown(warehouse: Warehouse) -> None:
     done = avss("query", "-w", warehouse.root, "SELECT 'a|b' AS x, 1/3 AS y", "--format", "markdown")
     assert done.stdout == "| x | y |\n| --- | --- |\n| a\\|b | 0.333333 |\n"
 
@@ -127,12 +135,12 @@ def test_no_name_aborts_a_picture_or_steers(tmp_path: Path, ending: str) -> None
     file = tmp_path / f"layers.{ending}"
     write_scores(tmp_path, "hostile", values, model=f"org/{STEERING}", corpus=f"{STEERING}.txt", notes=[STEERING])
     write_scores(tmp_path, "other", values, family=STEERING)
-    done = avss("show", "-w", tmp_path, "--run", "hostile", "--run", "other", "-o", file)
-    assert done.exit_code == 0
+    done = succeed("show", "-w", tmp_path, "--run", "hostile", "--run", "other", "-o", file)
     assert done.stderr == ""
     assert file.stat().st_size > 1000
     if ending == "svg":
-        assert not {c for c in STEERING if not c.isascii() or not c.isprintable()} & set(file.read_text())
+        steering = [letter for letter in STEERING if not letter.isascii() or not letter.isprintable()]
+        assert not set(steering) & set(file.read_text())
 
 
 def test_scores_that_are_not_a_number_are_shown_as_none(tmp_path: Path) -> None:
@@ -141,12 +149,10 @@ def test_scores_that_are_not_a_number_are_shown_as_none(tmp_path: Path) -> None:
     (file,) = (tmp_path / "scores").rglob("*.parquet")
     table = pq.ParquetFile(file).read()
     values = pa.array(np.array([np.nan, 2.0, 3.0, 4.0]))
-    table = table.set_column(table.schema.get_field_index("avss_smoothed"), "avss_smoothed", values)
-    rewrite_file(file, table)
-    done = avss("show", "-w", tmp_path)
-    assert done.exit_code == 0
-    assert "nan" not in done.stdout
-    assert avss("show", "-w", tmp_path, "-o", tmp_path / "a.svg").exit_code == 0
+    place = table.column_names.index("avss_smoothed")
+    rewrite_file(file, table.set_column(place, "avss_smoothed", values))
+    assert "nan" not in succeed("show", "-w", tmp_path).stdout
+    succeed("show", "-w", tmp_path, "-o", tmp_path / "a.svg")
 
 
 def test_a_bar_says_how_long_it_has_taken_and_how_long_it_will() -> None:
@@ -154,10 +160,11 @@ def test_a_bar_says_how_long_it_has_taken_and_how_long_it_will() -> None:
     now = 0.0
     shown = rich_progress.Progress(get_time=lambda: now)
     shown.add_task("fitting", total=10)
-    (task,), column = shown.tasks, TimeColumn()
+    (task,) = shown.tasks
+    time_column = TimeColumn()
 
     def text() -> str:
-        return column.render(task).plain
+        return time_column.render(task).plain
 
     assert text() == "0:00:00"
     now = 75.0
@@ -195,22 +202,33 @@ def test_units_that_come_together_make_one_pace() -> None:
         assert pace.seconds_left(round_ + 1.0) == pytest.approx(left, rel=0.02)
 
 
+THOUSAND_ROWS = pa.table({"row": range(1000, 2000)})
+NUMBERS = [str(number) for number in range(1000, 2000)]
+
+
 @pytest.mark.parametrize("newest_first", [False, True])
-def test_a_terminal_shows_the_ends_of_a_long_table_and_a_pipe_all(
-    capsys: pytest.CaptureFixture[str], newest_first: bool
-) -> None:
-    table = pa.table({"row": range(1000, 2000)})
-    output = Console(file=(written := io.StringIO()), force_terminal=True, color_system=None)
-    write_table(table, "table", output, newest_first=newest_first)
-    first = 40 if newest_first else 20
-    shown = [int(number) for number in re.findall(r"[12]\d{3}", written.getvalue())]
-    assert shown == [*range(1000, 1000 + first), *range(2000 - (40 - first), 2000)]
-    hidden = "older rows" if newest_first else "rows between the first and the last 20"
-    assert (
-        capsys.readouterr().out == f"960 {hidden} are not shown; a file or a pipe gets all: --format csv > FILE.csv.\n"
-    )
-    write_table(table, "table", Console(file=io.StringIO(), force_terminal=False), newest_first=newest_first)
-    assert capsys.readouterr().out.split() == ["row", "----", *map(str, range(1000, 2000))]
+def test_a_terminal_shows_the_ends_of_a_long_table(capsys: pytest.CaptureFixture[str], newest_first: bool) -> None:
+    """Of a table whose newest rows come first, the first ones alone."""
+    written = io.StringIO()
+    terminal = Console(file=written, force_terminal=True, color_system=None)
+    write_table(THOUSAND_ROWS, "table", terminal, newest_first=newest_first)
+    shown = re.findall(r"[12]\d{3}", written.getvalue())
+    if newest_first:
+        expected = NUMBERS[:40]
+        hidden = "older rows"
+    else:
+        expected = NUMBERS[:20] + NUMBERS[-20:]
+        hidden = "rows between the first and the last 20"
+    assert shown == expected
+    said = capsys.readouterr().out
+    assert said == f"960 {hidden} are not shown; a file or a pipe gets all: --format csv > FILE.csv.\n"
+
+
+@pytest.mark.parametrize("newest_first", [False, True])
+def test_a_pipe_gets_all_of_a_long_table(capsys: pytest.CaptureFixture[str], newest_first: bool) -> None:
+    pipe = Console(file=io.StringIO(), force_terminal=False)
+    write_table(THOUSAND_ROWS, "table", pipe, newest_first=newest_first)
+    assert capsys.readouterr().out.split() == ["row", "----", *NUMBERS]
 
 
 def test_a_row_of_a_long_table_in_a_pipe_is_one_line(
@@ -225,7 +243,8 @@ def test_a_row_of_a_long_table_in_a_pipe_is_one_line(
     assert lines[0].split() == ["text", "number", "list"]
     assert set(lines[1]) == {"-", " "}
     assert lines[2].split() == ["a", "b", "0.5", "[1,", "2]"]
-    assert {line.index(" [1, 2]") for line in lines[2:-2]} == {200 + 2 + 6 + 1}
+    for line in lines[2:-2]:
+        assert line.index(" [1, 2]") == 200 + 2 + 6 + 1
     assert lines[-2].startswith(str(texts[-2]))
     assert lines[-1].split() == ["299", "[1,", "2]"]
 

@@ -6,6 +6,7 @@ import json
 import shutil
 from collections.abc import Callable, Iterator
 from datetime import UTC, datetime, timedelta
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +14,8 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from support.command_line import avss, mistake, succeed
-from support.rows import column, where
+from support.command_line import avss, files, mistake, succeed
+from support.rows import where
 from support.warehouses import activations, rewrite_file, stats_of, write_every_table, write_measured
 
 from avss_dist.analysis.findings import findings
@@ -72,15 +73,14 @@ def empty(file: Path) -> None:
     file.write_bytes(b"")
 
 
-def changed(column: str, *cells: Any, kind: pa.DataType | None = None) -> Callable[[Path], None]:
-    """Put cells into a column, the last one in all other rows too."""
+def changed(name: str, cell: Any, kind: pa.DataType | None = None) -> Callable[[Path], None]:
+    """Put a cell into all rows of a column."""
 
     def change(file: Path) -> None:
         table = pq.ParquetFile(file).read()
-        filled = [*cells, *[cells[-1]] * (len(table) - len(cells))]
-        made = pa.array(filled, kind or table.schema.field(column).type)
-        table = table.set_column(table.column_names.index(column), column, made)
-        rewrite_file(file, table)
+        cells = pa.array([cell] * len(table), kind or table.schema.field(name).type)
+        place = table.column_names.index(name)
+        rewrite_file(file, table.set_column(place, name, cells))
 
     return change
 
@@ -115,61 +115,85 @@ def test_one_damaged_run_stops_no_other(table: str, damage: Callable[[Path], Non
     assert list(warehouse.damaged) == ["beta-2"]
     if table == "scores":
         warehouse.sql(f"SELECT count(*), max(avss_smoothed) FROM {table}")
-    found = where(findings(Warehouse(root)).to_pylist(), kind="unreadable")
-    assert column(found, "run_id") == ["beta-2"]
-    assert found[0]["message"].startswith("This run cannot be read: ")
+    (finding,) = where(findings(Warehouse(root)).to_pylist(), kind="unreadable")
+    assert finding["run_id"] == "beta-2"
+    assert finding["message"].startswith("This run cannot be read: ")
+
+
+LEFT_OUT = "1 run cannot be read: beta-2 ("
+
+
+@pytest.mark.parametrize(
+    ("table", "command"),
+    [
+        ("runs", "show --run alpha"),
+        ("scores", "show --run beta"),
+        *product(
+            ["runs", "scores"],
+            [
+                "show -o x.svg --run *",
+                "compare --allow-mismatch",
+                "findings",
+                "show --format csv --run *",
+                "report -o x.html",
+            ],
+        ),
+    ],
+)
+def test_every_command_names_what_it_left_out(
+    table: str, command: str, root: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(root.parent)
+    truncate(file_of(root, table))
+    done = succeed(*command.split(), "-w", root)
+    assert LEFT_OUT in done.stderr
 
 
 @pytest.mark.parametrize("table", ["runs", "scores"])
-def test_every_command_names_what_it_left_out(table: str, root: Path, tmp_path: Path) -> None:
+def test_a_query_names_what_it_left_out(table: str, root: Path) -> None:
     truncate(file_of(root, table))
-    for args in (
-        ["show", "-w", root, "--run", "alpha"] if table == "runs" else ["show", "-w", root, "--run", "beta"],
-        ["show", "-w", root, "-o", tmp_path / "x.svg", "--run", "*"],
-        ["query", "-w", root, f"SELECT DISTINCT run_id FROM {table}"],
-        ["compare", "-w", root, "--allow-mismatch"],
-        ["findings", "-w", root],
-        ["show", "-w", root, "--format", "csv", "--run", "*"],
-        ["report", "-w", root, "-o", tmp_path / "x.html"],
-    ):
-        done = avss(*args)
-        assert "1 run cannot be read: beta-2 (" in done.stderr, args
-        assert done.exit_code == 0, (args, done.stderr)
+    done = succeed("query", "-w", root, f"SELECT DISTINCT run_id FROM {table}")
+    assert LEFT_OUT in done.stderr
+
+
+@pytest.mark.parametrize("table", ["runs", "scores"])
+def test_a_page_names_what_it_left_out(table: str, root: Path) -> None:
+    truncate(file_of(root, table))
     assert "unreadable" in report_page(Warehouse(root))
 
 
-def test_statistics_that_are_damaged_leave_the_others_to_be_scored(root: Path) -> None:
-    changed("histogram_bin", [5000])(file_of(root, "layer_stats"))
-    for command in (["show", "-w", root, "--threshold", "0.2"], ["show", "--quantiles", "-w", root]):
-        done = avss(*command, "--run", "*", "--format", "csv")
-        assert done.exit_code == 0 and "1 run cannot be read: beta-2 (" in done.stderr
-        assert "alpha-1," in done.stdout and "gamma-3," in done.stdout and "beta-2," not in done.stdout
+@pytest.mark.parametrize("options", [("--threshold", "0.2"), ("--quantiles",)])
+def test_statistics_that_are_damaged_leave_the_others_to_be_scored(options: tuple[str, ...], root: Path) -> None:
+    change = changed("histogram_bin", [5000])
+    change(file_of(root, "layer_stats"))
+    done = succeed("show", "-w", root, *options, "--run", "*", "--format", "csv")
+    assert LEFT_OUT in done.stderr
+    assert "alpha-1," in done.stdout
+    assert "gamma-3," in done.stdout
+    assert "beta-2," not in done.stdout
 
 
 @pytest.fixture
 def ablated(root: Path) -> Path:
     """A copy whose damaged run has the loss without each layer, of which the scores are damaged."""
-    whole = {
-        "task": "ablation:text.txt",
-        "metric": "loss",
-        "drop": [],
-        "drop_parts": [],
-        "value": 2.0,
-        "settings": "{}",
-    }
-    rows = [whole, *({**whole, "drop": [layer], "value": 2.0 + (3 * layer % 8) / 8} for layer in range(8))]
-    created = [row | {"created_at": datetime(2026, 1, 1, tzinfo=UTC)} for row in rows]
-    run = {"run_id": "beta-2-loss", "model": "org/beta-2", "revision": "main", "family": "llama"}
-    Store(root).write_rows("evaluations", RunIdentity(**run), created)
+    loss = {"task": "ablation:text.txt", "metric": "loss", "drop_parts": [], "settings": "{}"}
+    loss["created_at"] = datetime(2026, 1, 1, tzinfo=UTC)
+    rows = [{**loss, "drop": [], "value": 2.0}]
+    for layer in range(8):
+        rows.append({**loss, "drop": [layer], "value": 2.0 + (3 * layer % 8) / 8})
+    identity = RunIdentity(run_id="beta-2-loss", model="org/beta-2", revision="main", family="llama")
+    Store(root).write_rows("evaluations", identity, rows)
     truncate(file_of(root, "scores"))
     return root
 
 
-@pytest.mark.parametrize("command", [["findings", "--truth", "--run", "*"], ["report"], ["publish"]])
-def test_damaged_scores_of_an_ablated_run_are_named(command: list[str], ablated: Path, tmp_path: Path) -> None:
-    output = {"report": ["-o", tmp_path / "x.html"], "publish": [tmp_path / "site"]}
-    done = succeed(*command, *output.get(command[0], []), "-w", ablated)
-    assert "1 run cannot be read: beta-2 (scores: " in done.stderr
+@pytest.mark.parametrize("command", ["findings --truth --run *", "report -o x.html", "publish site"])
+def test_damaged_scores_of_an_ablated_run_are_named(
+    command: str, ablated: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(ablated.parent)
+    done = succeed(*command.split(), "-w", ablated)
+    assert f"{LEFT_OUT}scores: " in done.stderr
 
 
 def test_what_was_measured_of_a_run_with_damaged_scores_is_on_its_score_card(ablated: Path) -> None:
@@ -185,10 +209,11 @@ def test_a_plan_for_a_run_with_damaged_scores_names_their_file(by: str, ablated:
 
 
 def test_a_plan_passes_over_a_newer_run_with_damaged_scores(root: Path, tmp_path: Path) -> None:
-    times = Warehouse(root).runs().sort_by([("created_at", "descending")])["run_id"].to_pylist()
-    truncate(root / "scores" / f"run_id={times[0]}" / "scores.parquet")
+    runs = Warehouse(root).runs().sort_by([("created_at", "descending")])
+    newest, next_newest, _ = runs["run_id"].to_pylist()
+    truncate(root / "scores" / f"run_id={newest}" / "scores.parquet")
     succeed("plan", "-w", root, "--by", "avss", "-o", tmp_path / "plan.yaml")
-    assert read_plan(tmp_path / "plan.yaml").run_id == times[1]
+    assert read_plan(tmp_path / "plan.yaml").run_id == next_newest
 
 
 @pytest.mark.parametrize(
@@ -211,12 +236,11 @@ def test_the_command_that_replaces_a_damaged_file_is_that_of_its_table(table: st
 
 def test_damaged_runs_and_evaluations_are_told_with_their_commands(ablated: Path) -> None:
     truncate(ablated / "evaluations" / "run_id=beta-2-loss" / "evaluations.parquet")
-    said = avss("query", "-w", ablated, "SELECT count(*) FROM scores, evaluations").stderr.splitlines()
-    assert [line.partition(" (")[0] for line in said] == [
-        "1 run cannot be read: beta-2",
-        "1 evaluation cannot be read: beta-2-loss",
-    ]
-    assert said[1].endswith(TABLES["evaluations"].replaced_by)
+    said = avss("query", "-w", ablated, "SELECT count(*) FROM scores, evaluations").stderr
+    of_run, of_evaluation = said.splitlines()
+    assert of_run.startswith(LEFT_OUT)
+    assert of_evaluation.startswith("1 evaluation cannot be read: beta-2-loss (")
+    assert of_evaluation.endswith(TABLES["evaluations"].replaced_by)
 
 
 @pytest.mark.parametrize("compacted", [False, True])
@@ -228,7 +252,8 @@ def test_a_finished_run_without_its_file_is_noted(table: str, compacted: bool, c
     warehouse = Warehouse(copied)
     rows = warehouse.table(table, columns=["run_id"])
     assert set(rows["run_id"].to_pylist()) == {"alpha-1", "gamma-3"}
-    assert {name: str(damage) for name, damage in warehouse.damaged.items()} == {"beta-2": f"{table}: its file is gone"}
+    assert list(warehouse.damaged) == ["beta-2"]
+    assert str(warehouse.damaged["beta-2"]) == f"{table}: its file is gone"
 
 
 def test_digests_note_a_run_without_its_statistics(root: Path) -> None:
@@ -298,33 +323,50 @@ def test_storage_that_fails_is_no_damage(root: Path, monkeypatch: pytest.MonkeyP
     assert caught.value.hint == "Check the address, and who may read there."
 
 
-def test_every_column_may_be_null_where_it_is_not_required(tmp_path: Path) -> None:
-    """Rows of earlier versions lack columns; commands show what there is."""
-    write_measured(tmp_path, "old", stats_of(activations()), 8, created_at=datetime(2026, 1, 1, tzinfo=UTC))
-    missing = {
-        "scores": ["quality", "avss_low", "lowest_set_probability", "update_variance_ratio"],
-        "layer_stats": ["unit_sum", "unit_sum_sq", "relative_magnitude_sum", "input_m2", "zero_count"],
-    }
-    for name, columns in missing.items():
-        (file,) = (tmp_path / name).rglob("*.parquet")
-        rewrite_file(file, pq.ParquetFile(file).read().drop_columns(columns))
-    (run,) = (tmp_path / "runs").rglob("*.parquet")
-    table = pq.ParquetFile(run).read().select(["status", "model"])
-    rewrite_file(run, table)
-    assert Warehouse(tmp_path).runs().schema.equals(SCHEMAS["runs"])
-    commands: list[list[object]] = [
-        ["show"],
-        ["show", "-o", tmp_path / "x.svg"],
-        ["findings", "--every"],
-        ["compare", "--by", "recipe"],
-        ["show", "--threshold", "0.2"],
-        ["show", "--format", "csv"],
-        ["report", "-o", tmp_path / "x.html"],
-        ["plan", "--by", "avss", "-o", tmp_path / "plan.yaml"],
-    ]
-    for args in commands:
-        done = avss(*args, "-w", tmp_path)
-        assert done.exit_code == 0 and "cannot be read" not in done.stderr, args
+LATER_COLUMNS = {
+    "scores": ["quality", "avss_low", "lowest_set_probability", "update_variance_ratio"],
+    "layer_stats": ["unit_sum", "unit_sum_sq", "relative_magnitude_sum", "input_m2", "zero_count"],
+}
+
+
+@pytest.fixture
+def without_columns(tmp_path: Path) -> Path:
+    """A warehouse of a run whose rows lack columns, as those of earlier versions do."""
+    root = tmp_path / "old"
+    write_measured(root, "old", stats_of(activations()), 8, created_at=datetime(2026, 1, 1, tzinfo=UTC))
+    for name, names in LATER_COLUMNS.items():
+        (file,) = (root / name).rglob("*.parquet")
+        table = pq.ParquetFile(file).read()
+        rewrite_file(file, table.drop_columns(names))
+    (file,) = (root / "runs").rglob("*.parquet")
+    table = pq.ParquetFile(file).read()
+    rewrite_file(file, table.select(["status", "model"]))
+    return root
+
+
+def test_every_column_may_be_null_where_it_is_not_required(without_columns: Path) -> None:
+    assert Warehouse(without_columns).runs().schema.equals(SCHEMAS["runs"])
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        "show",
+        "show -o x.svg",
+        "findings --every",
+        "compare --by recipe",
+        "show --threshold 0.2",
+        "show --format csv",
+        "report -o x.html",
+        "plan --by avss -o plan.yaml",
+    ],
+)
+def test_commands_show_the_columns_that_there_are(
+    command: str, without_columns: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(without_columns.parent)
+    done = succeed(*command.split(), "-w", without_columns)
+    assert "cannot be read" not in done.stderr
 
 
 # A byte that changes, as on a failing disk
@@ -334,90 +376,106 @@ def flips(file: Path, number: int) -> Iterator[int]:
     """Flip bits of one byte after the other, at evenly spaced offsets, and yield the offset."""
     data = file.read_bytes()
     for offset in np.linspace(0, len(data) - 1, number).astype(int).tolist():
-        file.write_bytes(data[:offset] + bytes([data[offset] ^ 0x15]) + data[offset + 1 :])
+        flipped = bytearray(data)
+        flipped[offset] ^= 0x15
+        file.write_bytes(flipped)
         yield offset
     file.write_bytes(data)
 
 
 @pytest.mark.parametrize("table", DAMAGED_TABLES)
 def test_a_flipped_byte_leaves_its_run_out(table: str, root: Path) -> None:
-    """Of a table, and of some offsets of a query too."""
-    rows, query = Warehouse(root).table(table), SUM.format(table)
-    rows = rows.filter(pa.compute.not_equal(rows["run_id"], "beta-2"))
-    expected = Warehouse(root).sql(f"{query} WHERE run_id <> 'beta-2'")
-    for number, offset in enumerate(flips(file_of(root, table), 15)):
+    others = Warehouse(root).table(table, run_ids=["alpha-1", "gamma-3"])
+    for offset in flips(file_of(root, table), 15):
         warehouse = Warehouse(root)
-        assert warehouse.table(table).equals(rows), offset
-        assert number % 4 or Warehouse(root).sql(query).equals(expected), offset
+        assert warehouse.table(table).equals(others), offset
         assert list(warehouse.damaged) == ["beta-2"], offset
+
+
+@pytest.mark.parametrize("table", DAMAGED_TABLES)
+def test_a_flipped_byte_leaves_its_run_out_of_a_query(table: str, root: Path) -> None:
+    query = SUM.format(table)
+    others = Warehouse(root).sql(f"{query} WHERE run_id <> 'beta-2'")
+    for offset in flips(file_of(root, table), 4):
+        assert Warehouse(root).sql(query).equals(others), offset
 
 
 @pytest.mark.parametrize("table", sorted(TABLES.keys() - {*DAMAGED_TABLES}))
 def test_a_flipped_byte_of_any_table_leaves_its_run_or_evaluation_out(table: str, tmp_path: Path) -> None:
     write_every_table(tmp_path)
-    damaged_id, other = ("e", "f") if table in EVALUATION_TABLES else ("a", "b")
-    rows = Warehouse(tmp_path).table(table, run_ids=[other])
-    (file,) = (tmp_path / table / f"run_id={damaged_id}").iterdir()
+    first, second = ("e", "f") if table in EVALUATION_TABLES else ("a", "b")
+    rows = Warehouse(tmp_path).table(table, run_ids=[second])
+    (file,) = (tmp_path / table / f"run_id={first}").iterdir()
     for offset in flips(file, 5):
         warehouse = Warehouse(tmp_path)
         assert warehouse.table(table).equals(rows), offset
-        assert list(warehouse.damaged) == [damaged_id], offset
+        assert list(warehouse.damaged) == [first], offset
 
 
 def test_a_flipped_byte_of_an_unfinished_run_tells_nothing_wrong(tmp_path: Path) -> None:
     """It is listed all the same. Where a name is damaged, its value is missing."""
     store = Store(tmp_path)
-    store.write_unfinished_run(
-        "r", model="org/m", num_tokens=1285, num_shards=87, started_at="2026-01-01T00:00:08+00:00"
-    )
+    about = {"model": "org/m", "num_tokens": 1285, "num_shards": 87, "started_at": "2026-01-01T00:00:08+00:00"}
+    store.write_unfinished_run("r", **about)
     (whole,) = store.reader.unfinished().to_pylist()
     for offset in flips(tmp_path / "runs" / ".plan-r", 400):
         (row,) = Warehouse(tmp_path).unfinished().to_pylist()
-        assert all(value in (None, whole[name]) for name, value in row.items()), offset
+        for name, value in row.items():
+            assert value in (None, whole[name]), offset
 
 
 @pytest.mark.parametrize("text", ["", "[1]", "5", '{"started_at": 5}', '{"started_at": "2026-01-01"}', '{"model": 1}'])
 def test_a_description_of_an_unfinished_run_that_is_none_tells_nothing(text: str, tmp_path: Path) -> None:
     (tmp_path / "runs").mkdir()
     (tmp_path / "runs" / ".plan-r").write_text(text)
-    assert ls(warehouse=tmp_path).table().to_pylist()[0]["status"] == "unfinished"
+    listed = ls(warehouse=tmp_path).table()
+    assert listed["status"].to_pylist() == ["unfinished"]
     (row,) = Warehouse(tmp_path).unfinished().to_pylist()
     assert row == dict.fromkeys(row) | {"run_id": "r", "kept_shards": 0}
 
 
-@pytest.mark.parametrize("compact", [True, False])
-def test_a_flipped_byte_of_a_part_changes_no_row(compact: bool, copied: Path, tmp_path: Path) -> None:
-    if compact:
-        Warehouse(copied).compact()
-    expected = {name: Warehouse(copied).sql(SUM.format(name)) for name in ("runs", "scores")}
-    for name, whole in expected.items():
-        folder = copied / "compacted" / name if compact else next(tmp_path.glob(f"cache/**/{name}"))
-        (part,) = folder.glob("*.parquet")
-        for offset in flips(part, 4):
-            warehouse = Warehouse(copied)
-            assert warehouse.sql(SUM.format(name)).equals(whole), (name, offset)
-            assert not warehouse.damaged
+@pytest.mark.parametrize("table", ["runs", "scores"])
+def test_a_flipped_byte_of_a_part_changes_no_row(table: str, copied: Path) -> None:
+    query = SUM.format(table)
+    Warehouse(copied).compact()
+    expected = Warehouse(copied).sql(query)
+    (part,) = (copied / "compacted" / table).glob("*.parquet")
+    for offset in flips(part, 4):
+        warehouse = Warehouse(copied)
+        assert warehouse.sql(query).equals(expected), offset
+        assert not warehouse.damaged
 
 
-@pytest.mark.parametrize("table", DAMAGED_TABLES)
-def test_compaction_copies_no_damaged_run_and_names_it(table: str, copied: Path) -> None:
+@pytest.mark.parametrize("table", ["runs", "scores"])
+def test_a_flipped_byte_of_a_part_in_the_cache_changes_no_row(table: str, copied: Path, tmp_path: Path) -> None:
+    query = SUM.format(table)
+    expected = Warehouse(copied).sql(query)
+    (part,) = tmp_path.glob(f"cache/**/{table}/*.parquet")
+    for offset in flips(part, 4):
+        warehouse = Warehouse(copied)
+        assert warehouse.sql(query).equals(expected), offset
+        assert not warehouse.damaged
+
+
+@pytest.mark.parametrize(("table", "copy"), [("runs", "runs"), ("scores", "scores"), ("layer_stats", "digests")])
+def test_compaction_copies_no_damaged_run_and_names_it(table: str, copy: str, copied: Path) -> None:
     for _ in flips(file_of(copied, table), 3):
-        done = avss("compact", "-w", copied)
-        assert done.exit_code == 0 and "1 run cannot be read: beta-2 (" in done.stderr
-        parts = (copied / "compacted" / (table if table != "layer_stats" else "digests")).glob("*.parquet")
-        copies = [json.loads(pq.read_metadata(part).metadata[b"avss_files"]) for part in parts]
-        assert [run for runs in copies for run in runs] == ["alpha-1", "gamma-3"]
+        done = succeed("compact", "-w", copied)
+        assert LEFT_OUT in done.stderr
+        (part,) = (copied / "compacted" / copy).glob("*.parquet")
+        copied_runs = json.loads(pq.read_metadata(part).metadata[b"avss_files"])
+        assert list(copied_runs) == ["alpha-1", "gamma-3"]
         shutil.rmtree(copied / "compacted")
 
 
 def test_compaction_beside_a_damaged_run_keeps_its_part_however_often(copied: Path) -> None:
     truncate(file_of(copied, "scores"))
     Warehouse(copied).compact()
-    parts = {file.name: file.read_bytes() for file in (copied / "compacted" / "scores").iterdir()}
+    parts = files(copied / "compacted" / "scores")
     assert parts
     for _ in range(3):
         Warehouse(copied).compact()
-        assert {file.name: file.read_bytes() for file in (copied / "compacted" / "scores").iterdir()} == parts
+        assert files(copied / "compacted" / "scores") == parts
 
 
 def test_copies_in_the_cache_beside_a_damaged_run_stay_however_often(
@@ -427,13 +485,14 @@ def test_copies_in_the_cache_beside_a_damaged_run_stay_however_often(
     truncate(file_of(copied, "scores"))
     for _ in range(4):
         assert Warehouse(copied).table("scores")
-        assert len([*tmp_path.glob("cache/**/scores/*.parquet")]) == 1
+        (_,) = tmp_path.glob("cache/**/scores/*.parquet")
 
 
 @pytest.mark.parametrize("table", DAMAGED_TABLES)
 def test_a_damaged_run_is_not_published(table: str, root: Path, tmp_path: Path) -> None:
     next(flips(file_of(root, table), 2))
-    publish(warehouse := Warehouse(root), tmp_path / "site")
+    warehouse = Warehouse(root)
+    publish(warehouse, tmp_path / "site")
     assert list(warehouse.damaged) == ["beta-2"]
     for file in (tmp_path / "site" / "data").glob("*.parquet"):
         assert set(pq.read_table(file)["run_id"].to_pylist()) == {"alpha-1", "gamma-3"}, file.name
@@ -442,16 +501,15 @@ def test_a_damaged_run_is_not_published(table: str, root: Path, tmp_path: Path) 
 CANNOT = "has a value that it cannot have"
 
 
-def reasons(name: str, **columns: list[Any]) -> dict[str, str]:
-    """Of a table of runs r0, r1, ..., a row for each, of some columns."""
-    length = len(next(iter(columns.values())))
-    ids = columns.pop("run_id", [f"r{i}" for i in range(length)])
-    types = {column: SCHEMAS[name].field(column).type for column in columns}
-    return damaged_runs(name, pa.table({"run_id": ids} | {c: pa.array(v, types[c]) for c, v in columns.items()}))
+def reasons(table: str, name: str, values: list[Any]) -> dict[str, str]:
+    """Return what is damaged of a table of runs r0, r1, ..., with a row of one column for each."""
+    ids = [f"r{i}" for i in range(len(values))]
+    cells = pa.array(values, SCHEMAS[table].field(name).type)
+    return damaged_runs(table, pa.table({"run_id": ids, name: cells}))
 
 
 @pytest.mark.parametrize(
-    ("name", "column", "good", "bad"),
+    ("table", "name", "good", "bad"),
     [
         ("scores", "layer", [0, MAX_INDEX], [-1, MAX_INDEX + 1]),
         ("scores", "rank", [0, MAX_INDEX, None], [-1, MAX_INDEX + 1]),
@@ -481,53 +539,65 @@ def reasons(name: str, **columns: list[Any]) -> dict[str, str]:
         ("runs", "status", ["done", "failed"], ["dancing"]),
     ],
 )
-def test_values_up_to_their_bounds_are_good(name: str, column: str, good: list[Any], bad: list[Any]) -> None:
-    assert reasons(name, **{column: good}) == {}
-    mixed = [value for wrong in bad for value in (good[0], wrong)]
-    expected = {f"r{2 * i + 1}": f"'{column}' {CANNOT}" for i in range(len(bad))}
-    assert reasons(name, **{column: mixed}) == expected
+def test_values_up_to_their_bounds_are_good(table: str, name: str, good: list[Any], bad: list[Any]) -> None:
+    assert reasons(table, name, good) == {}
+    mixed = []
+    expected = {}
+    for value in bad:
+        mixed += [good[0], value]
+        expected[f"r{len(mixed) - 1}"] = f"'{name}' {CANNOT}"
+    assert reasons(table, name, mixed) == expected
 
 
-def test_times_are_those_that_python_has() -> None:
-    good = [datetime(1, 1, 1, tzinfo=UTC), datetime(9999, 12, 31, 23, 59, 59, 999_999, tzinfo=UTC), None]
-    assert reasons("runs", created_at=good) == {}
-    first, last = ((moment - datetime(1970, 1, 1, tzinfo=UTC)) // timedelta(microseconds=1) for moment in good[:2])
-    bad = pa.array([first - 1, 0, last + 1], pa.int64()).cast(SCHEMAS["runs"].field("created_at").type)
-    found = damaged_runs("runs", pa.table({"run_id": ["a", "b", "c"], "created_at": bad}))
-    assert found == dict.fromkeys("ac", f"'created_at' {CANNOT}")
+FIRST_TIME = datetime(1, 1, 1, tzinfo=UTC)
+LAST_TIME = datetime(9999, 12, 31, 23, 59, 59, 999_999, tzinfo=UTC)
 
 
-@pytest.mark.parametrize(
-    ("text", "good"),
-    [
-        (None, True),
-        ("", True),
-        ("{}", True),
-        ('{"layout": "packed"}', True),
-        ('{"of_a_later_version": 5}', True),
-        ("[1]", False),
-        ("{", False),
-        ('{"batch_size": -1}', False),
-        ('{"dtype": "int3"}', False),
-        ("[" * 100_000, False),
-    ],
-)
-def test_settings_are_a_json_object_of_values_that_settings_can_have(text: str | None, good: bool) -> None:
+def microseconds(moment: datetime) -> int:
+    """Return a moment as Parquet has it, in microseconds since 1970."""
+    return (moment - datetime(1970, 1, 1, tzinfo=UTC)) // timedelta(microseconds=1)
+
+
+def test_times_that_python_has_are_good() -> None:
+    assert reasons("runs", "created_at", [FIRST_TIME, LAST_TIME, None]) == {}
+
+
+def test_times_that_python_does_not_have_are_damage() -> None:
+    numbers = pa.array([microseconds(FIRST_TIME) - 1, 0, microseconds(LAST_TIME) + 1], pa.int64())
+    times = numbers.cast(SCHEMAS["runs"].field("created_at").type)
+    damaged = damaged_runs("runs", pa.table({"run_id": ["a", "b", "c"], "created_at": times}))
+    assert damaged == dict.fromkeys("ac", f"'created_at' {CANNOT}")
+
+
+@pytest.mark.parametrize("text", [None, "", "{}", '{"layout": "packed"}', '{"of_a_later_version": 5}'])
+def test_settings_are_a_json_object_of_values_that_settings_can_have(text: str | None) -> None:
+    assert reasons("runs", "settings", [text]) == {}
     row = {"run_id": "r", "settings": text}
-    assert (reasons("runs", settings=[text]) == {}) == good
-    if not good:
-        with pytest.raises(WarehouseError, match="The settings of run 'r' are damaged"):
-            settings_of(row)
-        return
     first = dict(settings_of(row))
     assert first.keys() <= {"layout", "of_a_later_version"}
     settings_of(row)["layout"] = "changed by who asks"
     assert settings_of(row) == first
 
 
-def test_only_some_columns_may_be_empty() -> None:
-    assert reasons("runs", status=["done", None, "done"], family=[None] * 3) == {"r1": "'status' has no value"}
-    assert reasons("cells", task=["t", None], device=[None, None]) == {"r1": "'task' has no value"}
+@pytest.mark.parametrize(
+    "text",
+    ["[1]", "{", '{"batch_size": -1}', '{"dtype": "int3"}', "[" * 100_000],
+    ids=["list", "half", "batch size", "dtype", "deep"],
+)
+def test_settings_that_no_run_can_have_are_damage(text: str) -> None:
+    assert reasons("runs", "settings", [text]) == {"r0": f"'settings' {CANNOT}"}
+    with pytest.raises(WarehouseError, match="The settings of run 'r' are damaged"):
+        settings_of({"run_id": "r", "settings": text})
+
+
+@pytest.mark.parametrize(("table", "name"), [("runs", "status"), ("cells", "task")])
+def test_a_required_column_may_not_be_empty(table: str, name: str) -> None:
+    assert reasons(table, name, ["done", None, "done"]) == {"r1": f"'{name}' has no value"}
+
+
+@pytest.mark.parametrize(("table", "name"), [("runs", "family"), ("cells", "device")])
+def test_other_columns_may_be_empty(table: str, name: str) -> None:
+    assert reasons(table, name, [None, None]) == {}
 
 
 def test_lists_of_one_row_are_of_one_length() -> None:

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from support.command_line import avss
+from support.command_line import avss, json_rows, succeed
 from support.rows import column
 from support.warehouses import unpack_released
 
@@ -41,19 +41,32 @@ def canonical(value: Any) -> str:
 def read_rows(root: Path, name: str) -> list[dict[str, Any]]:
     """Return the rows of a table in the order of the keys in ``expected.json``, with removals by name."""
     warehouse = Warehouse(root)
-    columns = [column for column in EXPECTED["digests"][name]["columns"] if column not in REMOVED.get(name, ())]
-    split = ["drop_parts"] if "drop" in columns else []
-    rows = warehouse.table(name, columns=[*columns, *split]).to_pylist()
+    removed = REMOVED.get(name, set())
+    names = [stored for stored in EXPECTED["digests"][name]["columns"] if stored not in removed]
+    has_parts = "drop" in names
+    if has_parts:
+        names.append("drop_parts")
+    rows = warehouse.table(name, columns=names).to_pylist()
     assert not warehouse.damaged
-    for row in rows if split else ():
-        row["drop"] = [*map(str, row["drop"]), *row.pop("drop_parts")]
-    keys = [key for key in EXPECTED["order"] if key in columns]
-    return sorted(rows, key=lambda row: canonical([row[key] for key in keys]))
+    for row in rows:
+        if has_parts:
+            row["drop"] = [str(layer) for layer in row["drop"]] + row.pop("drop_parts")
+    return sorted(rows, key=place_of)
 
 
-def json_lines(*command: object) -> list[dict[str, Any]]:
-    """Return the objects that a command prints with ``--format json``, one for each line."""
-    return list(map(json.loads, avss(*command, "--format", "json").stdout.splitlines()))
+def place_of(row: dict[str, Any]) -> str:
+    """Return what rows are sorted by: the keys that their table has."""
+    return canonical([row[key] for key in EXPECTED["order"] if key in row])
+
+
+def digest_of(values: list[Any]) -> str:
+    """Return the digest of a column as ``expected.json`` has it."""
+    return hashlib.sha256(canonical(values).encode()).hexdigest()[:16]
+
+
+def printed_rows(*command: object) -> list[dict[str, Any]]:
+    """Return the rows that a command prints with ``--format json``."""
+    return json_rows(avss(*command, "--format", "json").stdout)
 
 
 def test_every_table_was_written() -> None:
@@ -66,44 +79,62 @@ def test_every_column_has_its_values(root: Path, name: str) -> None:
     expected = EXPECTED["digests"][name]
     rows = read_rows(root, name)
     assert len(rows) == expected["rows"]
-    digests = {
-        column: hashlib.sha256(canonical([row[column] for row in rows]).encode()).hexdigest()[:16] for column in rows[0]
-    }
-    assert digests == {column: digest for column, digest in expected["columns"].items() if column in digests}
+    for stored in rows[0]:
+        assert digest_of(column(rows, stored)) == expected["columns"][stored], stored
 
 
 def test_sublayers_are_read_by_name(root: Path) -> None:
-    query = "SELECT removals(drop, drop_parts) AS removed FROM evaluations"
-    rows = Warehouse(root).sql(f"{query} WHERE task LIKE 'sublayers:%' AND metric = 'loss'")
-    removed = sorted(name for row in rows["removed"].to_pylist() for name in row)
-    assert removed == [f"{part}.{layer}" for part in ("attention", "mlp") for layer in range(4)]
+    query = "SELECT unnest(removals(drop, drop_parts)) AS removed FROM evaluations"
+    rows = Warehouse(root).sql(f"{query} WHERE task LIKE 'sublayers:%' AND metric = 'loss' ORDER BY removed")
+    attention = [f"attention.{layer}" for layer in range(4)]
+    assert rows["removed"].to_pylist() == attention + [f"mlp.{layer}" for layer in range(4)]
 
 
-def test_statistics_partials_cells_and_patches_are_read(root: Path) -> None:
-    store = Store(root)
-    for run in store.reader.runs().to_pylist():
+def test_statistics_and_partials_are_read(root: Path) -> None:
+    reader = Warehouse(root)
+    for run in reader.runs().to_pylist():
         assert run["status"] == "done"
-        assert len(store.reader.read_layer_stats(run["run_id"])) == run["num_layers"] * len(run["sites"])
-        assert len(store.reader.read_partials(run)) == run["num_shards"]
-    cells = store.reader.table("cells", columns=["patch"])["patch"].drop_null().unique().to_pylist()
-    assert set(cells) == store.storage.patch_keys() and len(cells) == 3
-    assert all(store.storage.read_patch(key) for key in cells)
+        stats = reader.read_layer_stats(run["run_id"])
+        assert len(stats) == run["num_layers"] * len(run["sites"])
+        assert len(reader.read_partials(run)) == run["num_shards"]
 
 
-def test_commands_read_it(root: Path, tmp_path: Path) -> None:
-    """The listing, the scores, the comparison and the page, which shows the repair that no longer exists."""
-    runs = {row[0]: row for row in EXPECTED["values"]["runs"]["rows"]}
-    assert set(column(json_lines("ls", "-w", root), "run_id")) == runs.keys()
+def test_cells_and_patches_are_read(root: Path) -> None:
+    store = Store(root)
+    cells = store.reader.table("cells", columns=["patch"])
+    patches = cells["patch"].drop_null().unique().to_pylist()
+    assert len(patches) == 3
+    assert set(patches) == store.storage.patch_keys()
+    for key in patches:
+        assert store.storage.read_patch(key)
+
+
+RUNS = [row[0] for row in EXPECTED["values"]["runs"]["rows"]]
+
+
+def test_commands_list_it(root: Path) -> None:
+    assert set(column(printed_rows("ls", "-w", root), "run_id")) == set(RUNS)
     plans = avss("ls", "plans", "-w", root).stdout
-    assert "attention.3" in plans and "mlp.0" in plans
-    paired, plain = (run for run in runs if run.startswith("tiny"))
-    for run in runs:
-        scores = json_lines("show", "-w", root, "--run", run, "--threshold", "0.1")
-        expected = [row[4] for row in EXPECTED["values"]["scores"]["rows"] if row[0] == run]
-        assert column(scores, "avss_smoothed") == expected
-    (pair,) = json_lines("compare", "-w", root, "--run", paired, "--run", plain, "--allow-mismatch")
+    assert "attention.3" in plans
+    assert "mlp.0" in plans
+
+
+@pytest.mark.parametrize("run", RUNS)
+def test_commands_show_its_scores(root: Path, run: str) -> None:
+    scores = printed_rows("show", "-w", root, "--run", run, "--threshold", "0.1")
+    expected = [row[4] for row in EXPECTED["values"]["scores"]["rows"] if row[0] == run]
+    assert column(scores, "avss_smoothed") == expected
+
+
+def test_commands_compare_its_runs(root: Path) -> None:
+    paired, plain = (run for run in RUNS if run.startswith("tiny"))
+    (pair,) = printed_rows("compare", "-w", root, "--run", paired, "--run", plain, "--allow-mismatch")
     assert {pair["a_run_id"], pair["b_run_id"]} == {paired, plain}
+
+
+def test_a_report_on_it_shows_the_repair_that_no_longer_exists(root: Path, tmp_path: Path) -> None:
     assert "rotated" not in REPAIRS
-    assert avss("report", "-w", root, "-o", tmp_path / "report.html").exit_code == 0
+    succeed("report", "-w", root, "-o", tmp_path / "report.html")
     page = (tmp_path / "report.html").read_text(encoding="utf-8")
-    assert all(text in page for text in (*runs, "rotated"))
+    for text in (*RUNS, "rotated"):
+        assert text in page

@@ -6,6 +6,7 @@ import errno
 import os
 import pickle
 import shutil
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import fields, replace
 from datetime import UTC, datetime
@@ -22,6 +23,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from support import warehouses
+from support.rows import column, where
 from support.warehouses import rewrite_file, write_shard
 
 from avss_dist.core.errors import StorageFull, WarehouseError
@@ -41,7 +43,8 @@ THRESHOLDS = np.array([1e-5, 1e-2])
 def make_stats(seed: int = 0, units: int = 6) -> LayerStats:
     rng = np.random.default_rng(seed)
     histogram = np.zeros(HISTOGRAM_BINS, np.int64)
-    histogram[rng.choice(HISTOGRAM_BINS, 200, replace=False)] = rng.integers(1, 2**40, 200)
+    bins = rng.choice(HISTOGRAM_BINS, 200, replace=False)
+    histogram[bins] = rng.integers(1, 2**40, 200)
     scalars: dict[str, Any] = {"mean": rng.normal(), "m2": rng.random(), "min": -3.0, "max": 4.0, "max_abs": 4.0}
     return LayerStats(
         thresholds=THRESHOLDS,
@@ -56,7 +59,10 @@ def make_stats(seed: int = 0, units: int = 6) -> LayerStats:
 
 
 def make_shard(shard_id: int, layers: tuple[str, ...] = LAYERS, units: int = 6) -> ShardResult:
-    strata = {(i, site, ""): make_stats(shard_id * 100 + i, units) for i in range(len(layers)) for site in SITES}
+    strata = {}
+    for layer in range(len(layers)):
+        for site in SITES:
+            strata[layer, site, ""] = make_stats(shard_id * 100 + layer, units)
     return ShardResult(
         shard_id=shard_id,
         content_hash=f"hash{shard_id}",
@@ -74,21 +80,15 @@ def run_row(status: str = "done", run_id: str = RUN.run_id, **more: Any) -> dict
 
 
 def score_rows() -> list[dict[str, Any]]:
-    return [
-        {
-            "layer": i,
-            "layer_name": f"layers.{i}",
-            "depth": (i + 0.5) / 3,
-            "site": "block",
-            "recipe": "pooled",
-            "threshold": 1e-5,
-            "threshold_kind": "absolute",
-            "avss": float("nan"),
-            "avss_smoothed": i + 0.5,
-        }
-        | {"nav": None, "rank": np.int64(i + 1), "quality": "ok", "count": 2**40, "variance": np.float64(i)}
-        for i in range(3)
-    ]
+    """Return rows with numbers of NumPy, with NaN and with None."""
+    reading = {"site": "block", "recipe": "pooled", "threshold": 1e-5, "threshold_kind": "absolute"}
+    rows: list[dict[str, Any]] = []
+    for i in range(3):
+        place = {"layer": i, "layer_name": f"layers.{i}", "depth": (i + 0.5) / 3}
+        scores = {"avss": float("nan"), "avss_smoothed": i + 0.5, "nav": None, "rank": np.int64(i + 1)}
+        counts = {"quality": "ok", "count": 2**40, "variance": np.float64(i)}
+        rows.append({**place, **reading, **scores, **counts})
+    return rows
 
 
 def whole_run(store: Store, run_id: str = RUN.run_id, **more: Any) -> None:
@@ -112,7 +112,8 @@ def assert_same_stats(a: dict[LayerKey, LayerStats], b: dict[LayerKey, LayerStat
     assert a.keys() == b.keys()
     for key, stats in a.items():
         for f in fields(LayerStats):
-            x, y = np.asarray(getattr(stats, f.name)), np.asarray(getattr(b[key], f.name))
+            x = np.asarray(getattr(stats, f.name))
+            y = np.asarray(getattr(b[key], f.name))
             assert x.dtype == y.dtype, f.name
             assert x.shape == y.shape, f.name
             assert x.tobytes() == y.tobytes(), f.name
@@ -128,6 +129,7 @@ def temporaries(root: Path) -> list[Path]:
 
 FLOATS = st.floats(allow_nan=True, allow_infinity=True).map(lambda x: float("nan") if np.isnan(x) else x)
 COUNTS = st.integers(0, 2**40)
+BIN_COUNTS = st.dictionaries(st.sampled_from([0, 1, 1000, 2047]), COUNTS)
 
 
 @st.composite
@@ -146,10 +148,10 @@ def layer_stats(draw: st.DrawFn) -> LayerStats:
     for name in ("unit_sum", "unit_sum_sq"):
         values[name] = np.array(draw(st.lists(FLOATS, min_size=units, max_size=units)), np.float64)
     histogram = np.zeros(HISTOGRAM_BINS, np.int64)
-    for index, count in draw(st.dictionaries(st.sampled_from([0, 1, 1000, 2047]), COUNTS)).items():
+    for index, count in draw(BIN_COUNTS).items():
         histogram[index] = count
-    near_zero = np.array(draw(st.lists(COUNTS, min_size=2, max_size=2)), np.int64)
-    return LayerStats(thresholds=THRESHOLDS, near_zero=near_zero, histogram=histogram, **values)
+    values["near_zero"] = np.array(draw(st.lists(COUNTS, min_size=2, max_size=2)), np.int64)
+    return LayerStats(thresholds=THRESHOLDS, histogram=histogram, **values)
 
 
 KEYS = st.tuples(st.integers(0, 2), st.sampled_from(SITES))
@@ -182,9 +184,11 @@ def test_files_that_were_encoded_by_a_worker_are_kept_as_the_same_bytes(tmp_path
     buffers: list[pickle.PickleBuffer] = []
     sent = pickle.dumps(encode_shard(RUN, plain), 5, buffer_callback=buffers.append)
     files = pickle.loads(sent, buffers=buffers)
-    assert len(sent) < 1000 and len(buffers) == 1
+    assert len(sent) < 1000
+    assert len(buffers) == 1
 
-    here, there = (Store(tmp_path / name) for name in ("here", "there"))
+    here = Store(tmp_path / "here")
+    there = Store(tmp_path / "there")
     write_shard(here, RUN, plain)
     there.write_shard_files(RUN.run_id, 3, files)
     assert shard_path(tmp_path / "here", 3).read_bytes() == shard_path(tmp_path / "there", 3).read_bytes()
@@ -209,26 +213,45 @@ def test_schemas_are_the_contract() -> None:
     assert SCHEMAS["runs"].field("versions").type == pa.map_(pa.string(), pa.string())
     assert SCHEMAS["runs"].field("created_at").type == pa.timestamp("us", "UTC")
     assert SCHEMAS["scores"].field("rank").type == pa.int32()
-    assert all(schema.field("run_id").type == pa.string() for schema in SCHEMAS.values())
+    for schema in SCHEMAS.values():
+        assert schema.field("run_id").type == pa.string()
 
 
-def test_tables_have_their_schema(tmp_path: Path) -> None:
-    """NaN and None are null."""
+OF_RUNS = ["runs", "scores", "layer_stats", "shard_stats"]
+
+
+@pytest.mark.parametrize("name", OF_RUNS)
+def test_tables_have_their_schema(tmp_path: Path, name: str) -> None:
+    store = Store(tmp_path)
+    whole_run(store)
+    table = store.reader.table(name)
+    assert table.schema.equals(SCHEMAS[name])
+    assert set(table["run_id"].to_pylist()) == {RUN.run_id}
+    chosen = ["model", "run_id"]
+    empty = store.reader.table(name, run_ids=["other"], columns=chosen)
+    assert empty.schema.names == chosen
+
+
+@pytest.mark.parametrize("name", OF_RUNS)
+def test_files_are_compressed_and_have_the_version_of_their_schema(tmp_path: Path, name: str) -> None:
+    whole_run(Store(tmp_path))
+    (file,) = (tmp_path / name).rglob("*.parquet")
+    metadata = pq.read_metadata(file)
+    assert metadata.num_row_groups == 1
+    assert metadata.row_group(0).column(0).compression == "ZSTD"
+    assert metadata.metadata[b"avss_schema_version"] == str(SCHEMA_VERSION).encode()
+    assert "run_id" not in pq.ParquetFile(file).schema_arrow.names
+
+
+def test_a_table_that_was_not_written_is_empty(tmp_path: Path) -> None:
     store = Store(tmp_path)
     whole_run(store)
     assert store.reader.table("evaluations").num_rows == 0
-    for name in list(TABLES)[:4]:
-        table = store.reader.table(name)
-        assert table.schema.equals(SCHEMAS[name])
-        assert set(table["run_id"].to_pylist()) == {RUN.run_id}
-        columns = ["model", "run_id"]
-        assert store.reader.table(name, run_ids=["other"], columns=columns).schema.names == columns
-        (file,) = (tmp_path / name).rglob("*.parquet")
-        metadata = pq.read_metadata(file)
-        assert metadata.num_row_groups == 1
-        assert metadata.row_group(0).column(0).compression == "ZSTD"
-        assert metadata.metadata[b"avss_schema_version"] == str(SCHEMA_VERSION).encode()
-        assert "run_id" not in pq.ParquetFile(file).schema_arrow.names
+
+
+def test_nan_and_none_are_null(tmp_path: Path) -> None:
+    store = Store(tmp_path)
+    whole_run(store)
     row = store.reader.table("scores").to_pylist()[2]
     assert row["avss"] is None
     assert row["nav"] is None
@@ -237,8 +260,11 @@ def test_tables_have_their_schema(tmp_path: Path) -> None:
     assert row["rank"] == 3
     assert row["count"] == 2**40
     assert row["model"] == "org/tiny"
+
+
+def test_a_row_with_an_unknown_column_is_refused(tmp_path: Path) -> None:
     with pytest.raises(WarehouseError, match=r"Unknown column 'avs'.\nDid you mean 'avss'"):
-        store.write_rows("scores", RUN, [{"avs": 1.0}])
+        Store(tmp_path).write_rows("scores", RUN, [{"avs": 1.0}])
 
 
 def test_run_row_comes_back(tmp_path: Path) -> None:
@@ -253,11 +279,19 @@ def test_run_row_comes_back(tmp_path: Path) -> None:
     assert row["created_at"] == datetime(2025, 1, 2, tzinfo=UTC)
     assert row["error"] is None
     assert set(row) == set(SCHEMAS["runs"].names)
+
+
+def test_a_run_has_a_known_status(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="status"):
-        store.write_run(run_row("finished"))
-    for run_id, status, expected in [("new", "failed", "failed"), ("new", "done", "done"), ("new", "failed", "done")]:
-        store.write_run(run_row(status, run_id))
-        assert (store.reader.run(run_id) or {})["status"] == expected
+        Store(tmp_path).write_run(run_row("finished"))
+
+
+def test_a_failure_is_replaced_by_success_and_not_the_other_way_round(tmp_path: Path) -> None:
+    store = Store(tmp_path)
+    for status, expected in [("failed", "failed"), ("done", "done"), ("failed", "done")]:
+        store.write_run(run_row(status, "new"))
+        (stored,) = store.reader.runs()["status"].to_pylist()
+        assert stored == expected
 
 
 @pytest.mark.parametrize("run_id", ["../x", "a/b", "", "a b", "a%2Fb", "é"])
@@ -285,12 +319,19 @@ def test_a_damaged_partial_is_left_out(tmp_path: Path, damage: Any) -> None:
     for i in range(3):
         write_shard(store, RUN, make_shard(i))
     damage(shard_path(tmp_path, 1))
-    back = [*store.reader.each_shard(RUN.run_id, {i: f"hash{i}" for i in range(3)})]
-    assert [shard.shard_id for shard in back] == [0, 2]
-    assert_same(back[1], make_shard(2))
-    assert [*store.reader.each_shard(RUN.run_id, {0: "of another plan"})] == []
+    hashes = {0: "hash0", 1: "hash1", 2: "hash2"}
+    first, last = store.reader.each_shard(RUN.run_id, hashes)
+    assert first.shard_id == 0
+    assert last.shard_id == 2
+    assert_same(last, make_shard(2))
+
+
+def test_a_partial_of_another_plan_or_run_is_left_out(tmp_path: Path) -> None:
+    store = Store(tmp_path)
+    write_shard(store, RUN, make_shard(0))
+    assert list(store.reader.each_shard(RUN.run_id, {0: "of another plan"})) == []
     shutil.copytree(shard_path(tmp_path, 0).parent, tmp_path / "shard_stats/run_id=another")
-    assert [*store.reader.each_shard("another", {0: "hash0"})] == []
+    assert list(store.reader.each_shard("another", {0: "hash0"})) == []
 
 
 def test_any_flipped_bit_of_a_partial_is_seen(tmp_path: Path) -> None:
@@ -301,13 +342,16 @@ def test_any_flipped_bit_of_a_partial_is_seen(tmp_path: Path) -> None:
     data = path.read_bytes()
     footer = int.from_bytes(data[-8:-4], "little") + 8
     rng = np.random.default_rng(0)
-    for byte in [*rng.integers(len(data), size=100), *rng.integers(len(data) - footer, len(data), size=300)]:
+    anywhere = rng.integers(len(data), size=100)
+    in_footer = rng.integers(len(data) - footer, len(data), size=300)
+    for byte in [*anywhere, *in_footer]:
         flipped = bytearray(data)
         flipped[byte] ^= 1 << rng.integers(8)
         path.write_bytes(flipped)
-        assert [*store.reader.each_shard(RUN.run_id, {0: "hash0"})] == [], byte
+        assert list(store.reader.each_shard(RUN.run_id, {0: "hash0"})) == [], byte
     path.write_bytes(data)
-    assert_same(next(store.reader.each_shard(RUN.run_id, {0: "hash0"})), make_shard(0))
+    (read,) = store.reader.each_shard(RUN.run_id, {0: "hash0"})
+    assert_same(read, make_shard(0))
 
 
 def without_checksum(table: pa.Table, path: Path) -> None:
@@ -343,19 +387,26 @@ def test_files_of_other_names_do_not_count(tmp_path: Path) -> None:
     """Crashes leave hidden files, a tool that synchronizes folders leaves copies, and people make backups."""
     store = Store(tmp_path)
     whole_run(store)
-    rows = {name: store.reader.table(name).num_rows for name in TABLES}
-    assert list(rows.values()) == [1, 3, 15, 15] + [0] * (len(TABLES) - 4)
-    for name in list(TABLES)[:4]:
-        for file in list((tmp_path / name).rglob("*.parquet")):
-            file.with_name(".scores.parquet.99-abcd.tmp").write_bytes(b"half")
-            file.with_name(".hidden.parquet").write_bytes(b"half")
-            for copy in (f"{file.stem} (1)", f"{file.stem}.sync-conflict-20260101", f"Copy of {file.stem}"):
-                file.with_name(f"{copy}.parquet").write_bytes(file.read_bytes())
-            backup = tmp_path / name / "backup" / file.parent.name
-            backup.mkdir(parents=True, exist_ok=True)
-            (backup / file.name).write_bytes(file.read_bytes())
+    rows = dict.fromkeys(TABLES, 0)
+    rows |= {"runs": 1, "scores": 3, "layer_stats": 15, "shard_stats": 15}
     assert {name: store.reader.table(name).num_rows for name in TABLES} == rows
-    assert Warehouse(tmp_path).sql("SELECT count(*) FROM scores").column(0).to_pylist() == [rows["scores"]]
+    for file in list(tmp_path.rglob("*.parquet")):
+        add_files_of_other_names(file)
+    assert {name: store.reader.table(name).num_rows for name in TABLES} == rows
+    counted = Warehouse(tmp_path).sql("SELECT count(*) FROM scores")
+    assert counted.column(0).to_pylist() == [3]
+
+
+def add_files_of_other_names(file: Path) -> None:
+    """Put unfinished files, copies and a backup beside a file of a run."""
+    for name in (".scores.parquet.99-abcd.tmp", ".hidden.parquet"):
+        file.with_name(name).write_bytes(b"half")
+    for copy in (f"{file.stem} (1)", f"{file.stem}.sync-conflict-20260101", f"Copy of {file.stem}"):
+        shutil.copyfile(file, file.with_name(f"{copy}.parquet"))
+    table = file.parents[1]
+    backup = table / "backup" / file.parent.name
+    backup.mkdir(parents=True)
+    shutil.copyfile(file, backup / file.name)
 
 
 def test_only_whole_runs_are_seen(tmp_path: Path) -> None:
@@ -387,10 +438,12 @@ def test_a_newer_schema_is_refused(tmp_path: Path) -> None:
     for name in TABLES:
         with pytest.raises(WarehouseError, match=text):
             store.reader.table(name)
-    reader = store.reader
-    for read in (reader.run, reader.read_layer_stats, lambda run_id: [*reader.each_shard(run_id, {0: "hash0"})]):
-        with pytest.raises(WarehouseError, match=text):
-            read(RUN.run_id)
+    with pytest.raises(WarehouseError, match=text):
+        store.reader.run(RUN.run_id)
+    with pytest.raises(WarehouseError, match=text):
+        store.reader.read_layer_stats(RUN.run_id)
+    with pytest.raises(WarehouseError, match=text):
+        list(store.reader.each_shard(RUN.run_id, {0: "hash0"}))
 
 
 @pytest.mark.parametrize("version", [1, 2])
@@ -413,11 +466,13 @@ def test_columns_that_a_file_lacks_are_null(tmp_path: Path) -> None:
     store = Store(tmp_path)
     whole_run(store, "new")
     whole_run(store, "old")
-    for name, columns in {"scores": ["quality", "rank"], "runs": ["notes"], "layer_stats": ["input_mean"]}.items():
-        (file,) = (tmp_path / name / "run_id=old").iterdir()
-        rewrite(file, columns)
-    assert [store.reader.table("scores", run_ids=[run])["quality"].null_count for run in ("old", "new")] == [3, 0]
-    assert store.reader.table("scores").num_rows == 6
+    old = "run_id=old"
+    rewrite(tmp_path / "scores" / old / "scores.parquet", ["quality", "rank"])
+    rewrite(tmp_path / "runs" / old / "run.parquet", ["notes"])
+    rewrite(tmp_path / "layer_stats" / old / "layer_stats.parquet", ["input_mean"])
+    scores = store.reader.table("scores").to_pylist()
+    assert column(where(scores, run_id="old"), "quality") == [None, None, None]
+    assert column(where(scores, run_id="new"), "quality") == ["ok", "ok", "ok"]
     assert (store.reader.run("old") or {})["notes"] is None
     assert store.reader.read_layer_stats("old")[0, "block"].input_mean == 0.0
 
@@ -492,7 +547,9 @@ def test_what_drivers_left_long_ago_is_deleted_and_plans_of_others_stay(tmp_path
     leftover.write_bytes(b"half")
     os.utime(leftover, (0, 0))
     store.storage.create()
-    assert not leftover.exists() and [file.name for file in (tmp_path / "runs").iterdir()] == [".plan-r"]
+    assert not leftover.exists()
+    (plan,) = (tmp_path / "runs").iterdir()
+    assert plan.name == ".plan-r"
 
 
 @pytest.mark.parametrize("name", ["plain", "with space", "percent%20", "é"])
@@ -500,7 +557,8 @@ def test_folders_and_file_uris_are_the_same_place_also_of_a_pickled_store(tmp_pa
     root = tmp_path / name
     whole_run(Store(root.as_uri()))
     assert root.is_dir()
-    assert pickle.loads(pickle.dumps(Store(str(root)))).reader.table("scores").num_rows == 3
+    copy = pickle.loads(pickle.dumps(Store(str(root))))
+    assert copy.reader.table("scores").num_rows == 3
 
 
 def test_two_drivers_write_the_same_run(tmp_path: Path) -> None:
@@ -518,24 +576,34 @@ def test_two_drivers_write_the_same_run(tmp_path: Path) -> None:
                 assert store.reader.table("scores").num_rows == 3
         assert [driver.result() for driver in drivers] == [None, None]
     assert temporaries(tmp_path) == []
-    assert_same(next(store.reader.each_shard(RUN.run_id, {0: "hash0"})), make_shard(0))
+    (read,) = store.reader.each_shard(RUN.run_id, {0: "hash0"})
+    assert_same(read, make_shard(0))
 
 
-def test_other_readers_open_the_files(tmp_path: Path) -> None:
+def read_with_duckdb(folder: Path) -> list[str]:
+    scan = f"read_parquet('{folder}/**/*.parquet', hive_partitioning = true)"
+    return duckdb.execute(f"SELECT run_id FROM {scan}").df()["run_id"].tolist()
+
+
+def read_with_polars(folder: Path) -> list[str]:
+    return pl.read_parquet(folder)["run_id"].to_list()
+
+
+def read_with_polars_by_pattern(folder: Path) -> list[str]:
+    return pl.read_parquet(folder / "**/*.parquet", hive_partitioning=True)["run_id"].to_list()
+
+
+def read_with_pandas(folder: Path) -> list[str]:
+    return pd.read_parquet(folder)["run_id"].tolist()
+
+
+@pytest.mark.parametrize("read", [read_with_duckdb, read_with_polars, read_with_polars_by_pattern, read_with_pandas])
+@pytest.mark.parametrize(("name", "rows"), [("runs", 1), ("scores", 3), ("layer_stats", 15), ("shard_stats", 15)])
+def test_other_readers_open_the_files(read: Callable[[Path], list[str]], name: str, rows: int, tmp_path: Path) -> None:
     store = Store(tmp_path)
     whole_run(store, "a-1")
     whole_run(store, "b-2")
-    for name, rows in [("runs", 2), ("scores", 6), ("layer_stats", 30), ("shard_stats", 30)]:
-        folder = tmp_path / name
-        scan = f"read_parquet('{folder}/**/*.parquet', hive_partitioning = true)"
-        found = duckdb.execute(f"SELECT count(*), min(run_id), max(run_id) FROM {scan}").fetchall()
-        assert found == [(rows, "a-1", "b-2")]
-        for frame in (pl.read_parquet(folder), pl.read_parquet(folder / "**/*.parquet", hive_partitioning=True)):
-            assert frame.height == rows
-            assert frame["run_id"].unique().sort().to_list() == ["a-1", "b-2"]
-        pandas = pd.read_parquet(folder)
-        assert len(pandas) == rows
-        assert sorted(pandas["run_id"].unique()) == ["a-1", "b-2"]
+    assert sorted(read(tmp_path / name)) == ["a-1"] * rows + ["b-2"] * rows
 
 
 OTHER = RunIdentity(run_id="other-2", model="other", revision=None, family="llama")
@@ -583,7 +651,8 @@ def test_an_evaluation_is_listed_once_and_its_own_cells_are_not_read(store: Stor
         store.cells.write(RUN, cell_id, [cell_row()])
         assert cell_id in store.cells.ids(RUN.run_id)
     assert noted(store).listed == [RUN.run_id]
-    assert store.cells.read(RUN.run_id).num_rows == 2 and store.cells.read(OTHER.run_id).num_rows == 1
+    assert store.cells.read(RUN.run_id).num_rows == 2
+    assert store.cells.read(OTHER.run_id).num_rows == 1
     assert noted(store).opened == []
 
 
@@ -591,10 +660,12 @@ def test_kept_rows_are_the_rows_of_the_files(store: Store, tmp_path: Path) -> No
     """Null and NaN among them, in the order of cell ids, whatever the order of writing."""
     store.cells.ids(RUN.run_id)
     for cell_id, seconds in ((IDS[2], float("nan")), (IDS[0], None)):
-        store.cells.write(RUN, cell_id, [cell_row(seconds=seconds, samples=[1.0, 2.5], weights=[0.0, 1.0]), cell_row()])
+        measured = cell_row(seconds=seconds, samples=[1.0, 2.5], weights=[0.0, 1.0])
+        store.cells.write(RUN, cell_id, [measured, cell_row()])
     read = Store(tmp_path / "w").cells.read(RUN.run_id)
     kept = store.cells.read(RUN.run_id)
-    assert kept.schema.equals(read.schema) and read.schema.equals(SCHEMAS["cells"])
+    assert kept.schema.equals(read.schema)
+    assert read.schema.equals(SCHEMAS["cells"])
     assert repr(kept.to_pylist()) == repr(read.to_pylist())
     assert read["seconds"].null_count == 4
     table = Store(tmp_path / "w").reader.table("cells")
