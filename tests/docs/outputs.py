@@ -70,7 +70,14 @@ def printed_by(words: list[str], folder: Path) -> str:
     )
     if done.returncode:
         raise SystemExit(f"{done.stdout}\navss {' '.join(words)} has failed.")
-    lines = [part for line in _PROGRESS.sub("", done.stdout).splitlines() for part in wrapped(line.rstrip())]
+    lines: list[str] = []
+    for line in _PROGRESS.sub("", done.stdout).splitlines():
+        lines += wrapped(line.rstrip())
+    return with_line_ends(lines)
+
+
+def with_line_ends(lines: list[str]) -> str:
+    """Return a text of lines."""
     return "".join(f"{line}\n" for line in lines)
 
 
@@ -86,7 +93,8 @@ def run(example: Example, folder: Path) -> str:
     """Return what the commands of an example print."""
     for job in example.jobs:
         (folder / JOB).write_text(job, encoding="utf-8")
-    return "".join(printed_by(words, folder) for words in commands(f"```bash\n{example.block}```"))
+    outputs = [printed_by(words, folder) for words in commands(f"```bash\n{example.block}```")]
+    return "".join(outputs)
 
 
 def shown(example: Example, output: str) -> str:
@@ -100,14 +108,16 @@ def shown(example: Example, output: str) -> str:
 
 def record() -> dict[str, str]:
     """Return the outputs that are kept, by the commands that print them."""
-    return {block: "".join(f"{line}\n" for line in lines) for block, lines in json.loads(read(RECORD)).items()}
+    lines_of_blocks = json.loads(read(RECORD))
+    return {block: with_line_ends(lines) for block, lines in lines_of_blocks.items()}
 
 
 def write(outputs: dict[str, str]) -> None:
     """Keep the outputs, and show them in the guides."""
     lines = {block: output.splitlines() for block, output in outputs.items()}
     RECORD.write_text(json.dumps(lines, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
-    for page in map(guide, GUIDES):
+    for name in GUIDES:
+        page = guide(name)
         for example in examples(read(page)):
             before = f"{example.block}```\n\n```text\n{example.output}```"
             after = f"{example.block}```\n\n```text\n{shown(example, outputs[example.block])}```"
@@ -117,7 +127,8 @@ def write(outputs: dict[str, str]) -> None:
 def differences(before: dict[str, str], after: dict[str, str]) -> Iterable[str]:
     """Yield the lines in which outputs differ, durations apart."""
     for block, output in after.items():
-        kept, printed = _without_durations(before.get(block, "")), _without_durations(output)
+        kept = _without_durations(before.get(block, ""))
+        printed = _without_durations(output)
         yield from difflib.unified_diff(kept, printed, "kept", block, lineterm="", n=0)
 
 
@@ -135,8 +146,8 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
         prepare(folder, arguments.text)
-        for page in map(guide, GUIDES):
-            for example in examples(read(page)):
+        for name in GUIDES:
+            for example in examples(read(guide(name))):
                 outputs[example.block] = run(example, folder)
         if not arguments.check:
             shutil.copy(folder / PICTURE, DOCS / "images")

@@ -29,10 +29,6 @@ import avss_dist
 from avss_dist.core.results import TabularResult
 from avss_dist.warehouse.reader import Warehouse
 
-OPTIONS = {
-    name: {option for p in command.params for option in (*p.opts, *p.secondary_opts)}
-    for name, command in registered().items()
-}
 each_page = pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
 
 
@@ -54,9 +50,18 @@ def test_every_link_leads_somewhere(page: Path) -> None:
             assert anchor in anchors(read(there)), target
 
 
+def known_options() -> set[str]:
+    """Return the options of every command."""
+    options = {"--install-completion", "--help", "--version"}
+    for command in registered().values():
+        for parameter in command.params:
+            options.update(parameter.opts, parameter.secondary_opts)
+    return options
+
+
 @pytest.mark.parametrize("page", OWN, ids=lambda page: str(page.relative_to(ROOT)))
 def test_every_option_in_a_sentence_exists(page: Path) -> None:
-    known = set().union(*OPTIONS.values()) | {"--install-completion", "--help", "--version"}
+    known = known_options()
     prose = re.sub(r"```.*?```|^    .*$", "", read(page), flags=re.DOTALL | re.MULTILINE)
     for code in re.findall(r"`([^`\n]+)`", prose):
         if code.split()[0] in ("pip", "ray", "python"):
@@ -70,22 +75,37 @@ def test_every_option_is_documented() -> None:
 
 
 def test_every_page_is_in_the_index() -> None:
-    linked = set(re.findall(r"\]\(([\w/-]+\.md)\)", read(DOCS / "index.md")))
-    assert linked == {page.relative_to(DOCS).as_posix() for page in DOCS.rglob("*.md")} - {"index.md"}
+    linked = re.findall(r"\]\(([\w/-]+\.md)\)", read(DOCS / "index.md"))
+    pages = {page.relative_to(DOCS).as_posix() for page in DOCS.rglob("*.md")}
+    assert {"index.md", *linked} == pages
+
+
+def sources() -> Iterator[str]:
+    """Yield the text of each file of the project that may name a page."""
+    for folder in ("avss_dist", "cluster", "jobs", "tests"):
+        for path in (ROOT / folder).rglob("*.*"):
+            if path.suffix in (".ipynb", ".md", ".py", ".sh", ".yaml"):
+                yield read(path)
 
 
 def test_every_page_that_the_sources_name_is_there() -> None:
-    sources = [path for folder in ("avss_dist", "cluster", "jobs", "tests") for path in (ROOT / folder).rglob("*.*")]
-    texts = [read(path) for path in sources if path.suffix in (".ipynb", ".md", ".py", ".sh", ".yaml")]
-    named = {name for text in texts for name in re.findall(r"(?<![\w.])(?:avss_dist/)?docs/([\w/-]+\.md)", text)}
-    named |= {f"{name}.md" for text in texts for name in re.findall(r"""docs_page\(["']([\w/-]+)["']\)""", text)}
+    named = set()
+    for text in sources():
+        named.update(re.findall(r"(?<![\w.])(?:avss_dist/)?docs/([\w/-]+\.md)", text))
+        for name in re.findall(r"""docs_page\(["']([\w/-]+)["']\)""", text):
+            named.add(f"{name}.md")
     assert "reference/commands.md" in named
-    assert not [name for name in sorted(named) if not (DOCS / name).is_file()]
+    for name in named:
+        assert (DOCS / name).is_file(), name
 
 
 def test_every_page_is_of_one_kind() -> None:
-    folders = {page.parent.relative_to(DOCS).as_posix() for page in DOCS.rglob("*.md")}
+    pages = [page.relative_to(DOCS) for page in DOCS.rglob("*.md")]
+    folders = {page.parent.as_posix() for page in pages}
     assert folders == {".", "guides", "reference", "explanations", "results"}
+
+
+def test_two_pages_are_of_no_kind() -> None:
     assert {page.name for page in DOCS.glob("*.md")} == {"index.md", "architecture.md"}
 
 
@@ -114,20 +134,25 @@ def test_only_guides_that_the_script_knows_show_outputs() -> None:
 
 @pytest.mark.parametrize("name", GUIDES)
 def test_every_output_is_of_the_run_that_the_script_has_kept(name: str) -> None:
-    text, outputs = read(guide(name)), record()
-    shown = [*examples(text)]
+    text = read(guide(name))
+    outputs = record()
+    shown = list(examples(text))
     assert [example.output for example in shown] == code_blocks(text, "text")
     for example in shown:
         assert example.output == abridged(example.output, outputs[example.block]), example.block
 
 
 def test_no_output_is_kept_that_no_guide_shows() -> None:
-    assert record().keys() == {example.block for name in GUIDES for example in examples(read(guide(name)))}
+    shown = set()
+    for name in GUIDES:
+        shown.update(example.block for example in examples(read(guide(name))))
+    assert record().keys() == shown
 
 
 def test_outputs_fit_a_terminal() -> None:
     for block, output in record().items():
-        assert not [line for line in output.splitlines() if len(line) > WIDTH and ": avss " not in line], block
+        for line in output.splitlines():
+            assert len(line) <= WIDTH or ": avss " in line, block
 
 
 def test_prose_names_only_runs_of_the_outputs() -> None:
@@ -140,11 +165,13 @@ def test_prose_names_only_runs_of_the_outputs() -> None:
 def test_a_run_of_another_speed_has_the_same_outputs() -> None:
     slow = {"avss run": "┏━━━━━━━━━━━━┓\n│ 1 min 39 s │\n└────────────┘\n"}
     fast = {"avss run": "┏━━━━━━━━┓\n│ 40.0 s │\n└────────┘\n"}
-    assert not [*differences(slow, fast)]
+    assert list(differences(slow, fast)) == []
 
 
 def test_other_numbers_of_an_output_differ() -> None:
-    assert [*differences({"avss show": "rank 1\n"}, {"avss show": "rank 2\n"})][-2:] == ["-rank 1", "+rank 2"]
+    *_, before, after = differences({"avss show": "rank 1\n"}, {"avss show": "rank 2\n"})
+    assert before == "-rank 1"
+    assert after == "+rank 2"
 
 
 PRINTED = """before
@@ -248,22 +275,31 @@ def names_by_owner() -> dict[str, set[str]]:
         parts = ("avss_dist", *path.with_suffix("").parts)
         for parent, child in itertools.pairwise(parts):
             owners.setdefault(parent, set()).add(child)
-        owners.setdefault(parts[-2 if parts[-1] == "__init__" else -1], set()).update(inside(tree))
+        owner = parts[-2] if parts[-1] == "__init__" else parts[-1]
+        owners.setdefault(owner, set()).update(inside(tree))
         for node in ast.walk(tree):
             if isinstance(node, ast.ClassDef):
                 owners.setdefault(node.name, set()).update(inside(node))
-                bases.setdefault(node.name, set()).update(ast.unparse(base).partition("[")[0] for base in node.bases)
+                names_of_bases = [ast.unparse(base).partition("[")[0] for base in node.bases]
+                bases.setdefault(node.name, set()).update(names_of_bases)
     for _ in range(4):  # levels of inheritance
         for name, parents in bases.items():
-            owners[name].update(*(owners.get(parent, ()) for parent in parents))
+            for parent in parents:
+                owners[name].update(owners.get(parent, ()))
     return owners
 
 
 def exists(name: str) -> bool:
     """Return whether each part of a name is inside of the part before it. An argument may stand for its class."""
-    parts, owners = name.split("."), names_by_owner()
-    titled = [parts[0].title().replace("_", ""), *parts[1:]]
-    return any(all(b in owners.get(a, ()) for a, b in itertools.pairwise(x)) for x in (parts, titled))
+    first, *others = name.split(".")
+    class_name = first.title().replace("_", "")
+    return are_nested([first, *others]) or are_nested([class_name, *others])
+
+
+def are_nested(parts: list[str]) -> bool:
+    """Return whether each name is inside of the one before it."""
+    owners = names_by_owner()
+    return all(part in owners.get(owner, ()) for owner, part in itertools.pairwise(parts))
 
 
 def references(tree: ast.Module) -> Iterator[tuple[int, str]]:
@@ -271,7 +307,8 @@ def references(tree: ast.Module) -> Iterator[tuple[int, str]]:
     for node in ast.walk(tree):
         if isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant) and isinstance(node.value.value, str):
             for double, single in QUOTED.findall(node.value.value):
-                if DOTTED.fullmatch(name := double or single) and not name.endswith(FILES):
+                name = double or single
+                if DOTTED.fullmatch(name) and not name.endswith(FILES):
                     yield node.lineno, name
 
 
@@ -282,12 +319,12 @@ def is_elsewhere(name: str) -> bool:
 
 
 def test_every_dotted_name_in_a_docstring_exists() -> None:
-    missing = [
-        f"{path}:{line}: {name}"
-        for path, tree in TREES.items()
-        for line, name in references(tree)
-        if not exists(name) and not (is_elsewhere(name) and not name.startswith("avss_dist."))
-    ]
+    missing = []
+    for path, tree in TREES.items():
+        for line, name in references(tree):
+            is_own = name.startswith("avss_dist.") or not is_elsewhere(name)
+            if is_own and not exists(name):
+                missing.append(f"{path}:{line}: {name}")
     assert not missing, "\n".join(["These names do not exist:", *missing])
 
 
@@ -332,7 +369,8 @@ def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The site, built strictly: a broken link or anchor, or a page that the navigation lacks, is an error."""
     pytest.importorskip("material", reason="no mkdocs-material: pip install -e '.[docs]'")
     folder = tmp_path_factory.mktemp("site")
-    words = [sys.executable, "-m", "mkdocs", "build", "--strict", "--quiet", "-f", ROOT / ".mkdocs.yml", "-d", folder]
+    words = [sys.executable, "-m", "mkdocs", "build", "--strict", "--quiet"]
+    words += ["-f", str(ROOT / ".mkdocs.yml"), "-d", str(folder)]
     done = subprocess.run(words, env=os.environ | NO_NETWORK, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
     return folder
@@ -340,15 +378,19 @@ def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.mark.nightly
 def test_every_page_is_built(site: Path) -> None:
-    pages = {page.relative_to(DOCS).with_suffix(".html").as_posix() for page in DOCS.rglob("*.md")}
-    assert pages | {"404.html"} == {page.relative_to(site).as_posix() for page in site.rglob("*.html")}
+    sources = [page.relative_to(DOCS) for page in DOCS.rglob("*.md")]
+    expected = {page.with_suffix(".html") for page in sources}
+    built = {page.relative_to(site) for page in site.rglob("*.html")}
+    assert built == expected | {Path("404.html")}
 
 
 @pytest.mark.nightly
 def test_pages_load_nothing_from_elsewhere(site: Path) -> None:
     for page in site.rglob("*.html"):
         addresses = Fetched(read(page)).addresses
-        assert addresses and not [address for address in addresses if re.match(r"(https?:)?//", address)], page
+        assert addresses, page
+        for address in addresses:
+            assert not re.match(r"(https?:)?//", address), page
     for sheet in site.rglob("*.css"):
         assert not re.search(r"url\([\"']?(https?:)?//|@import", read(sheet)), sheet
 
@@ -357,8 +399,8 @@ def test_pages_load_nothing_from_elsewhere(site: Path) -> None:
 def test_tables_and_lists_are_no_paragraphs(site: Path) -> None:
     """A table or a list that follows a line without an empty one between is text in the site, though not on GitHub."""
     for page in site.rglob("*.html"):
-        paragraphs = re.findall(r"<p>(.*?)</p>", read(page), re.DOTALL)
-        assert not [text for text in paragraphs if re.search(r"^(\||- |\d+\. )", text, re.MULTILINE)], page
+        for paragraph in re.findall(r"<p>(.*?)</p>", read(page), re.DOTALL):
+            assert not re.search(r"^(\||- |\d+\. )", paragraph, re.MULTILINE), page
 
 
 NOTEBOOK = json.loads(read(ROOT / "jobs" / "tutorial.ipynb"))
@@ -388,5 +430,6 @@ def test_the_tutorial_runs(tiny_llama: Path, tmp_path: Path, monkeypatch: pytest
                 names["READ"] |= {"executor": "local", "sequences_per_shard": 2}
     results = [value for value in shown if isinstance(value, TabularResult)]
     assert [type(value).__name__ for value in results] == ["Run", "Table", "Ablation", "Evaluations"]
-    assert all("<table>" in value._repr_html_() for value in results)
+    for value in results:
+        assert "<table>" in value._repr_html_()
     assert set(names["kept"].table()["subject"].to_pylist()) >= {"damage.yaml", "avss.yaml"}

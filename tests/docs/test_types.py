@@ -41,7 +41,8 @@ def test_the_stub_file_is_made_of_the_requests() -> None:
 
 def test_an_editable_installation_is_a_path(tmp_path: Path) -> None:
     """Type checkers do not run a finder, which setuptools installs for other layouts."""
-    project, wheels = tmp_path / "project", tmp_path / "wheels"
+    project = tmp_path / "project"
+    wheels = tmp_path / "wheels"
     (project / "avss_dist").mkdir(parents=True)
     wheels.mkdir()
     for name in ("pyproject.toml", "README.md", "LICENSE", "avss_dist/__init__.py"):
@@ -49,8 +50,9 @@ def test_an_editable_installation_is_a_path(tmp_path: Path) -> None:
     build = f"from setuptools import build_meta; build_meta.build_editable({str(wheels)!r})"
     done = subprocess.run([sys.executable, "-c", build], cwd=project, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
-    with zipfile.ZipFile(next(wheels.glob("*.whl"))) as wheel:
-        (path,) = (name for name in wheel.namelist() if name.endswith(".pth"))
+    (file,) = wheels.glob("*.whl")
+    with zipfile.ZipFile(file) as wheel:
+        (path,) = [name for name in wheel.namelist() if name.endswith(".pth")]
         assert wheel.read(path).decode().strip() == str(project)
 
 
@@ -58,8 +60,10 @@ def test_an_editable_installation_is_a_path(tmp_path: Path) -> None:
 @pytest.mark.timeout(1800)  # mypy reads torch and transformers, too: a minute alone
 def test_documented_calls_pass_strict_type_checks(tmp_path: Path) -> None:
     """Functions that people write themselves, such as scores, need no annotations."""
-    blocks = [block for page in PAGES for block in code_blocks(read(page), "python")]
-    for number, block in enumerate([CALLS, *blocks]):
+    blocks = [CALLS]
+    for page in PAGES:
+        blocks += code_blocks(read(page), "python")
+    for number, block in enumerate(blocks):
         (tmp_path / f"block_{number}.py").write_text(block)
     words = [sys.executable, "-m", "mypy", "--config-file=", "--strict", "--allow-untyped-defs"]
     words += ["--follow-imports=silent", f"--cache-dir={tmp_path / 'cache'}", *map(str, tmp_path.glob("*.py"))]

@@ -65,7 +65,8 @@ class Sample:
     @staticmethod
     def _values(rng: np.random.Generator, shape: tuple[int, ...], oddities: float) -> np.ndarray:
         values = rng.normal(size=shape) * 10.0 ** rng.integers(-6, 4, shape)
-        return np.where(rng.random(shape) < oddities, rng.choice(ODDITIES, shape), values).astype(np.float32)
+        is_odd = rng.random(shape) < oddities
+        return np.where(is_odd, rng.choice(ODDITIES, shape), values).astype(np.float32)
 
     def stats(self, rows: Sequence[int] | slice = slice(None)) -> LayerStats:
         x = self.x[rows].astype(np.float64)
@@ -143,11 +144,15 @@ def moments_of(values: Float64) -> tuple[int, float, float]:
 
 
 @pytest.mark.parametrize("sizes", [(0, 0), (0, 1), (1, 0), (1, 1), (1, 2), (2, 1), (3, 4)])
-def test_moments_of_few_elements_are_those_of_all_and_of_a_trillion_are_exact(sizes: tuple[int, int]) -> None:
-    a = np.random.default_rng(sizes[0]).normal(5.0, 2.0, sizes[0])
-    b = np.random.default_rng(sizes[1]).normal(5.0, 2.0, sizes[1])
+def test_moments_of_few_elements_are_those_of_all(sizes: tuple[int, int]) -> None:
+    first, second = sizes
+    a = np.random.default_rng(first).normal(5.0, 2.0, first)
+    b = np.random.default_rng(second).normal(5.0, 2.0, second)
     expected = moments_of(np.append(a, b))
     assert merge_moments(moments_of(a), moments_of(b)) == pytest.approx(expected, rel=1e-12)
+
+
+def test_moments_of_a_trillion_elements_are_exact() -> None:
     trillion = 2**40
     merged = merge_moments((trillion, 5.0, 1.0 * trillion), (trillion, 7.0, 3.0 * trillion))
     assert merged == (2 * trillion, 6.0, 6.0 * trillion)
@@ -156,7 +161,12 @@ def test_moments_of_few_elements_are_those_of_all_and_of_a_trillion_are_exact(si
 def test_equals_sees_every_field() -> None:
     stats = Sample(8).stats()
     for name, value in vars(stats).items():
-        assert not replace(stats, **{name: value + 1}).equals(stats), name
+        changed = replace(stats, **{name: value + 1})
+        assert not changed.equals(stats), name
+
+
+def test_nan_equals_nan_alone() -> None:
+    stats = Sample(8).stats()
     unknown = replace(stats, mean=np.nan)
     assert unknown.equals(replace(stats, mean=np.nan))
     assert not unknown.equals(stats)
@@ -165,8 +175,12 @@ def test_equals_sees_every_field() -> None:
 def test_variance_and_rms_are_those_of_the_elements() -> None:
     sample = Sample(3, oddities=0)
     elements = sample.x[sample.mask].astype(np.float64)
-    assert sample.stats().variance == pytest.approx(elements.var(), rel=1e-12)
-    assert sample.stats().rms == pytest.approx(np.sqrt((elements**2).mean()), rel=1e-12)
+    stats = sample.stats()
+    assert stats.variance == pytest.approx(elements.var(), rel=1e-12)
+    assert stats.rms == pytest.approx(np.sqrt((elements**2).mean()), rel=1e-12)
+
+
+def test_variance_and_rms_of_nothing_are_no_numbers() -> None:
     zero = LayerStats.zero(THRESHOLDS)
     assert np.isnan(zero.variance)
     assert np.isnan(zero.rms)
@@ -175,92 +189,138 @@ def test_variance_and_rms_are_those_of_the_elements() -> None:
 def test_bins_change_exactly_at_their_edges() -> None:
     edges = HISTOGRAM_EDGES[:-1].astype(np.float32)
     assert np.array_equal(edges.astype(np.float64), HISTOGRAM_EDGES[:-1])
-    assert np.array_equal(histogram_bin(edges), np.arange(len(edges)))
-    assert np.array_equal(histogram_bin(-edges), np.arange(len(edges)))
-    assert np.array_equal(histogram_bin(np.nextafter(edges[1:], np.float32(0))), np.arange(len(edges) - 1))
+    bins = np.arange(len(edges))
+    assert np.array_equal(histogram_bin(edges), bins)
+    assert np.array_equal(histogram_bin(-edges), bins)
+    below_edges = np.nextafter(edges[1:], np.float32(0))
+    assert np.array_equal(histogram_bin(below_edges), bins[:-1])
+
+
+def random_patterns() -> np.ndarray:
+    """Return the bits of float32 numbers of every size."""
+    return np.random.default_rng(0).integers(0, 0x7F800000, 10_000, dtype=np.uint32)
 
 
 def test_bins_equal_eight_an_octave() -> None:
-    values = np.random.default_rng(0).integers(0, 0x7F800000, 10_000, dtype=np.uint32).view(np.float32)
+    values = random_patterns().view(np.float32)
     assert np.array_equal(histogram_bin(values), oracle_bins(values.astype(np.float64)))
 
 
 def random_histogram(*shape: int) -> np.ndarray:
+    rng = np.random.default_rng(0)
     histogram = np.zeros((*shape, HISTOGRAM_BINS), np.int64)
-    histogram[..., : len(HISTOGRAM_EDGES) - 1] = np.random.default_rng(0).integers(1, 1000, (*shape, 2040))
+    histogram[..., :2040] = rng.integers(1, 1000, (*shape, 2040))
     return histogram
 
 
-def test_histogram_below_is_exact_at_every_edge_and_nothing_is_below_what_is_not_positive() -> None:
+def test_histogram_below_is_exact_at_every_edge() -> None:
     histogram = random_histogram()
-    below = np.array([histogram_below(histogram, edge) for edge in HISTOGRAM_EDGES])
+    below = [histogram_below(histogram, edge) for edge in HISTOGRAM_EDGES]
     assert np.array_equal(below, np.append(0, histogram[:2040].cumsum()))
-    for threshold in (0.0, -1.0, np.nan):
-        assert histogram_below(histogram, threshold, 0.5) == 0
-        assert histogram_below(random_histogram(2, 3), threshold).shape == (2, 3)
+
+
+@pytest.mark.parametrize("threshold", [0.0, -1.0, np.nan])
+def test_nothing_is_below_what_is_not_positive(threshold: float) -> None:
+    assert histogram_below(random_histogram(), threshold, 0.5) == 0
+    assert histogram_below(random_histogram(2, 3), threshold).shape == (2, 3)
+
+
+@pytest.mark.parametrize("position", [0, 7, 8, 1016, 2038])
+@pytest.mark.parametrize("share", [0.125, 0.5, 0.75])
+def test_histogram_below_takes_a_given_share_of_a_bin(position: int, share: float) -> None:
+    histogram = random_histogram()
+    low, high = HISTOGRAM_EDGES[position : position + 2]
+    threshold = low + share * (high - low)
+    expected = histogram[:position].sum() + share * histogram[position]
+    assert histogram_below(histogram, threshold, share) == pytest.approx(expected, rel=1e-12)
 
 
 @pytest.mark.parametrize("position", [0, 7, 8, 1016, 2038, 2039])
-def test_histogram_below_takes_a_given_share_of_a_bin(position: int) -> None:
+def test_a_threshold_inside_a_bin_lies_between_its_edges(position: int) -> None:
     histogram = random_histogram()
     low, high = HISTOGRAM_EDGES[position : position + 2]
-    below_bin = histogram[:position].sum()
-    if np.isfinite(high):
-        for share in (0.125, 0.5, 0.75):
-            expected = below_bin + share * histogram[position]
-            assert histogram_below(histogram, low + share * (high - low), share) == pytest.approx(expected, rel=1e-12)
     inside = np.nextafter(low, np.inf) * 1.01
     lowest_inside = low if position else 0.0
     assert bin_edges(inside) == (low, high)
     assert bin_edges(lowest_inside) == (low, high)
-    assert histogram_below(histogram, inside, 0.25) == below_bin + 0.25 * histogram[position]
+    expected = histogram[:position].sum() + 0.25 * histogram[position]
+    assert histogram_below(histogram, inside, 0.25) == expected
     assert histogram_below(histogram, np.inf, 0.25) == histogram.sum()
 
 
 def of_values(values: Float64, by: By, thresholds: Float64 = GRID) -> LayerStats:
-    return oracle_stats(values[None, :, None], np.ones((1, len(values)), bool), thresholds, by=by)
+    mask = np.ones((1, len(values)), bool)
+    return oracle_stats(values[None, :, None], mask, thresholds, by=by)
+
+
+def coarse_values() -> Float64:
+    """Return sums on a coarse grid, as those of 16-bit numbers are, 0.03125 apart."""
+    return np.round(np.random.default_rng(0).normal(size=5000) * 32) / 32
 
 
 @pytest.mark.parametrize("threshold", [0.0, 1e-45, 1e-3, 0.0301, 0.6875, 0.7, 40.0, 1e300, np.inf, np.nan, -1.0])
 def test_below_any_threshold_is_exact_where_values_are_counted(threshold: float) -> None:
-    """Sums on a coarse grid, as those of 16-bit numbers are, 0.03125 apart: bins of 0.0301 and 0.7 hold little else."""
-    values = np.round(np.random.default_rng(0).normal(size=5000) * 32) / 32
-    exact = (np.abs(values) < threshold).sum()
+    """Bins of 0.0301 and 0.7 hold little else than one value of the coarse grid."""
+    values = coarse_values()
+    is_below = np.abs(values) < threshold
+    exact = is_below.sum()
     assert of_values(values, "value").below(threshold) == (exact, exact, exact)
 
 
-def test_cuts_are_eight_significant_bits_of_every_size() -> None:
-    counts = np.zeros(CUTS, np.int64)
-    patterns = np.random.default_rng(0).integers(0, 0x7F800000, 10_000, dtype=np.uint32)
+@pytest.fixture
+def patterns() -> np.ndarray:
+    """Bits of float32 numbers of every size, the smallest and the largest among them."""
+    patterns = random_patterns()
     patterns[:3] = 0, 1, 0x7F7FFFFF
+    return patterns
+
+
+def cuts_of(patterns: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Return the cuts of numbers, and the times that each occurs."""
+    counts = np.zeros(CUTS, np.int64)
     np.add.at(counts, patterns >> 16, 1)
-    values, often = values_of_cuts(counts)
-    want, wanted_often = np.unique(oracle_cuts(patterns.view(np.float32).astype(np.float64)), return_counts=True)
-    assert values.dtype == np.float32
-    assert np.array_equal(values, want)
-    assert np.array_equal(often, wanted_often)
-    assert (next_cut(values)[:-1] <= values[1:]).all()
-    assert next_cut(values)[-1] == np.inf
-    widths = np.log2(next_cut(values[:-1]) - values[:-1])
-    exponents = np.floor(np.log2(np.maximum(values[:-1], 2.0**-126)))
+    return values_of_cuts(counts)
+
+
+def test_cuts_are_counted_by_their_pattern(patterns: np.ndarray) -> None:
+    cuts, times = cuts_of(patterns)
+    values = patterns.view(np.float32).astype(np.float64)
+    expected, expected_times = np.unique(oracle_cuts(values), return_counts=True)
+    assert cuts.dtype == np.float32
+    assert np.array_equal(cuts, expected)
+    assert np.array_equal(times, expected_times)
+
+
+def test_cuts_are_eight_significant_bits_of_every_size(patterns: np.ndarray) -> None:
+    cuts, _ = cuts_of(patterns)
+    *ends, last = next_cut(cuts)
+    assert (ends <= cuts[1:]).all()
+    assert last == np.inf
+    starts = cuts[:-1]
+    widths = np.log2(next_cut(starts) - starts)
+    exponents = np.floor(np.log2(np.maximum(starts, 2.0**-126)))
     assert np.unique(widths - exponents).tolist() == [-7]
 
 
-def test_below_a_counted_threshold_is_what_was_counted() -> None:
+@pytest.mark.parametrize("threshold", [0.0301, 0.7])
+def test_below_a_counted_threshold_is_what_was_counted(threshold: float) -> None:
     values = np.random.default_rng(0).normal(size=5000)
     counted = of_values(values, "cut", thresholds=np.array([0.0301, 0.7]))
-    for threshold in (0.0301, 0.7):
-        exact = (np.abs(values) < threshold).sum()
-        assert counted.below(threshold) == (exact, exact, exact)
+    is_below = np.abs(values) < threshold
+    exact = is_below.sum()
+    assert counted.below(threshold) == (exact, exact, exact)
 
 
 @pytest.mark.parametrize("by", ["value", "cut"])
-def test_shares_below_a_cut_add_up_to_the_whole(by: By) -> None:
-    values = np.round(np.random.default_rng(0).normal(size=5000) * 32) / 32
-    stats = of_values(values, by)
-    for threshold in (1e-3, 0.0301, 0.6875, 0.7, 100.0):
-        below = histogram_below(stats.histogram, threshold, stats.share_below(threshold))
-        assert below == pytest.approx(stats.below(threshold)[0], rel=1e-12)
+@pytest.mark.parametrize("threshold", [1e-3, 0.0301, 0.6875, 0.7, 100.0])
+def test_shares_below_a_cut_add_up_to_the_whole(by: By, threshold: float) -> None:
+    stats = of_values(coarse_values(), by)
+    below, _, _ = stats.below(threshold)
+    share = stats.share_below(threshold)
+    assert histogram_below(stats.histogram, threshold, share) == pytest.approx(below, rel=1e-12)
+
+
+def test_the_share_of_nothing_below_a_cut_is_zero() -> None:
     assert LayerStats.zero(THRESHOLDS).share_below(0.3) == 0
 
 
