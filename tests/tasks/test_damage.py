@@ -57,6 +57,17 @@ def traced(model: LanguageModel, batch: Batch) -> tuple[torch.Tensor, list[torch
     return last, states
 
 
+def states_of(model: LanguageModel, batch: Batch) -> list[torch.Tensor]:
+    """Return the hidden states before the first layer and after each."""
+    _, states = traced(model, batch)
+    return states
+
+
+def reached_by(layer: int, lookahead: int) -> int:
+    """Return the state in which the removal of a layer is looked at: some layers later, or after the last one."""
+    return min(layer + lookahead, 2) + 1
+
+
 @pytest.fixture(scope="module", params=[0, 4], ids=["every token", "skipped tokens"])
 def seen(request: pytest.FixtureRequest, tiny_llama: Path) -> Seen:
     """What damage says of rows in batches of two, and the same rows one by one."""
@@ -68,9 +79,10 @@ def seen(request: pytest.FixtureRequest, tiny_llama: Path) -> Seen:
 
 def without(model: LanguageModel, batch: Batch) -> dict[int, list[torch.Tensor]]:
     states = {}
+    """Return the hidden states without each layer."""
     for layer in range(3):
         with model.without((layer,)):
-            states[layer] = traced(model, batch)[1]
+            states[layer] = states_of(model, batch)
     return states
 
 
@@ -79,21 +91,21 @@ def test_distances_are_those_of_passes_without_a_layer(seen: Seen) -> None:
     model, rows, batches = seen
     for row, batch in enumerate(batches):
         observed = torch.from_numpy(batch.observed[0])
-        whole = traced(model, batch)[1]
+        whole = states_of(model, batch)
         changed = without(model, batch)
         for layer in range(3):
-            for m in (0, 1):
-                at = min(layer + m, 2) + 1
-                x = whole[at][0]
-                other = changed[layer][at][0]
-                distances = {
-                    f"propagated_{m}": (other - x).norm(dim=-1) / x.norm(dim=-1),
-                    f"propagated_cosine_{m}": 1 - torch.cosine_similarity(other, x, dim=-1),
-                }
-                for metric, values in distances.items():
-                    measured = rows[metric, layer, None]
-                    assert measured.samples[row] == pytest.approx(values[observed].sum().item(), rel=1e-3)
-                    assert measured.weights[row] == observed.sum()
+            for lookahead in (0, 1):
+                state = reached_by(layer, lookahead)
+                x = whole[state][0, observed]
+                other = changed[layer][state][0, observed]
+                relative = (other - x).norm(dim=-1) / x.norm(dim=-1)
+                similarity = torch.cosine_similarity(other, x, dim=-1)
+                propagated = rows[f"propagated_{lookahead}", layer, None]
+                propagated_cosine = rows[f"propagated_cosine_{lookahead}", layer, None]
+                assert propagated.samples[row] == pytest.approx(relative.sum().item(), rel=1e-3)
+                assert propagated_cosine.samples[row] == pytest.approx((1 - similarity).sum().item(), rel=1e-3)
+                assert propagated.weights[row] == observed.sum()
+                assert propagated_cosine.weights[row] == observed.sum()
 
 
 @torch.no_grad()
@@ -102,15 +114,17 @@ def test_blocks_are_all_that_layers_can_form(seen: Seen) -> None:
     blocks = [key for key in rows if key[0] == "block_distance"]
     assert len(blocks) == 6
     for row, batch in enumerate(batches):
-        whole = traced(model, batch)[1]
         observed = torch.from_numpy(batch.observed[0])
+        whole = [state[0, observed] for state in states_of(model, batch)]
         for start, end in combinations(range(4), 2):
-            cosine = torch.cosine_similarity(whole[start][0], whole[end][0], dim=-1)[observed].double()
-            cosine_distance = (1 - cosine).sum().item()
-            angle = (cosine.arccos() / torch.pi).sum().item()
+            cosine = torch.cosine_similarity(whole[start], whole[end], dim=-1).double()
+            cosine_distance = (1 - cosine).sum()
+            angle = cosine.arccos().sum() / torch.pi
             block = tuple(range(start, end))
-            assert rows["block_cosine", start, block].samples[row] == pytest.approx(cosine_distance, abs=1e-4)
-            assert rows["block_distance", start, block].samples[row] == pytest.approx(angle, rel=1e-3)
+            block_cosine = rows["block_cosine", start, block]
+            block_distance = rows["block_distance", start, block]
+            assert block_cosine.samples[row] == pytest.approx(cosine_distance.item(), abs=1e-4)
+            assert block_distance.samples[row] == pytest.approx(angle.item(), rel=1e-3)
 
 
 def test_projections_are_those_of_autograd(seen: Seen) -> None:
@@ -122,20 +136,16 @@ def test_projections_are_those_of_autograd(seen: Seen) -> None:
         seeds = model.loss_gradients(last.detach(), batch, draws=3, seed=5)
         gradients = [torch.autograd.grad(last, whole, seed, retain_graph=True) for seed in seeds]
         for layer in range(3):
-            for m in (0, 1):
-                at = min(layer + m, 2) + 1
-                change = changed[layer][at] - whole[at]
-                products = [(gradient[at] * change)[0].sum(dim=-1).double() for gradient in gradients]
-                second = sum(product.square().sum().item() for product in products[1:]) / 6
-                expected = {
-                    "taylor": products[0].abs().sum().item(),
-                    "taylor_signed": products[0].sum().item(),
-                    "fisher": second,
-                    "predicted": products[0].sum().item() + second,
-                }
-                size = expected["taylor"]
+            for lookahead in (0, 1):
+                state = reached_by(layer, lookahead)
+                change = changed[layer][state] - whole[state]
+                of_loss, *of_draws = [(gradient[state] * change)[0].sum(dim=-1).double() for gradient in gradients]
+                first = of_loss.sum().item()
+                second = torch.stack(of_draws).square().sum().item() / 6
+                size = of_loss.abs().sum().item()
+                expected = {"taylor": size, "taylor_signed": first, "fisher": second, "predicted": first + second}
                 for metric, value in expected.items():
-                    measured = rows[f"{metric}_{m}", layer, None]
+                    measured = rows[f"{metric}_{lookahead}", layer, None]
                     assert measured.samples[row] == pytest.approx(value, rel=1e-3, abs=1e-3 * size)
                     assert measured.weights[row] == predicted(batch).sum()
 
@@ -146,8 +156,9 @@ def test_the_gradients_are_those_of_the_loss(tiny_llama: Path) -> None:
         hidden = model.hidden_states(batch).detach().requires_grad_()
         logits = model.module.lm_head(hidden)[:, :-1].transpose(1, 2)
         labels = torch.from_numpy(batch.input_ids[:, 1:]).long()
-        counted = torch.from_numpy(predicted(batch))
-        (cross_entropy(logits, labels, reduction="none") * counted).sum().backward()
+        is_predicted = torch.from_numpy(predicted(batch))
+        losses = cross_entropy(logits, labels, reduction="none")
+        (losses * is_predicted).sum().backward()
         (gradient,) = model.loss_gradients(hidden.detach(), batch)
         assert hidden.grad is not None
         torch.testing.assert_close(gradient, hidden.grad)
@@ -158,15 +169,13 @@ def test_labels_are_drawn_from_the_prediction() -> None:
     logits = torch.full((1, 100), -30.0)
     logits[0, 7] = np.log(0.25)
     logits[0, 50] = np.log(0.75)
-    batch = Batch(
-        input_ids=np.array([[1, 2]], np.int32),
-        attention_mask=np.ones((1, 2), np.bool_),
-        observed=np.ones((1, 2), np.bool_),
-    )
-    drawn = draw_labels(logits, torch.from_numpy(uniform_numbers(batch, 2000, seed=0))[:, 0])
-    share = (drawn == 50).double().mean().item()
+    every_token = np.ones((1, 2), np.bool_)
+    batch = Batch(input_ids=np.array([[1, 2]], np.int32), attention_mask=every_token, observed=every_token)
+    numbers = torch.from_numpy(uniform_numbers(batch, 2000, seed=0))
+    drawn = draw_labels(logits, numbers[:, 0]).flatten().tolist()
+    share = drawn.count(50) / len(drawn)
     assert share == pytest.approx(0.75, abs=0.05)  # 5 standard errors
-    assert (drawn == 7).double().mean().item() == pytest.approx(1 - share)
+    assert drawn.count(7) == len(drawn) - drawn.count(50)
 
 
 def test_draws_depend_on_the_row_and_the_seed_alone() -> None:
@@ -176,23 +185,26 @@ def test_draws_depend_on_the_row_and_the_seed_alone() -> None:
     for row, numbers in enumerate(alone):
         assert np.array_equal(together[:, row, : numbers.shape[2]], numbers[:, 0])
         assert not together[:, row, numbers.shape[2] :].any()
-    assert not np.array_equal(together, uniform_numbers(next(shard.batches(5)), 2, 10))
+    (of_another_seed,) = [uniform_numbers(batch, 2, 10) for batch in shard.batches(5)]
+    assert not np.array_equal(together, of_another_seed)
     assert not np.array_equal(together[0], together[1])
 
 
 def test_layers_that_are_left_out_take_no_part(tiny_llama: Path) -> None:
     model = opened(tiny_llama, dtype="float32")
     shard = random_shard()
-    assert {row.layer for row in Gradients(shard)(model, NO_INTERVENTION.without(1))} == {0, 2}
-    rows = by_metric(Damage(shard=shard, lookahead=1, draws=1)(model, NO_INTERVENTION.without(1)))
+    without_one = NO_INTERVENTION.without(1)
+    gradients = Gradients(shard)(model, without_one)
+    assert {row.layer for row in gradients} == {0, 2}
+    rows = by_metric(Damage(shard=shard, lookahead=1, draws=1)(model, without_one))
     assert {layer for _, layer, _ in rows} == {0, 2}
     assert {block for metric, _, block in rows if metric == "block_distance"} == {(0,), (2,), (0, 2)}
     (batch, *_) = shard.batches(2)
     with torch.no_grad(), model.without((1,)):
-        whole = traced(model, batch)[1]
+        *_, whole = states_of(model, batch)
         with model.without((0,)):
-            changed = traced(model, batch)[1]
-    relative = (changed[3] - whole[3]).norm(dim=-1) / whole[3].norm(dim=-1)
+            *_, changed = states_of(model, batch)
+    relative = (changed - whole).norm(dim=-1) / whole.norm(dim=-1)
     assert rows["propagated_1", 0, None].samples[:2] == pytest.approx(relative.sum(dim=1).tolist(), rel=1e-3)
 
 
@@ -205,10 +217,10 @@ def test_the_prediction_is_the_loss_of_a_small_change(tiny_llama: Path) -> None:
         layer.self_attn.o_proj.weight.mul_(1e-2)
         layer.mlp.down_proj.weight.mul_(1e-2)
     rows = by_metric(Damage(shard=shard, draws=4)(model))
-    whole = TextLoss(shard)(model)[0].samples
-    left_out = TextLoss(shard)(model, NO_INTERVENTION.without(1))[0].samples
-    predicted_nats = rows["predicted_0", 1, None].samples
-    assert predicted_nats.sum() == pytest.approx((left_out - whole).sum(), rel=0.1, abs=1e-4)
+    whole, *_ = TextLoss(shard)(model)
+    left_out, *_ = TextLoss(shard)(model, NO_INTERVENTION.without(1))
+    increase = (left_out.samples - whole.samples).sum()
+    assert rows["predicted_0", 1, None].samples.sum() == pytest.approx(increase, rel=0.1, abs=1e-4)
 
 
 def test_the_estimate_is_that_of_plain_autograd(tiny_llama: Path) -> None:
@@ -223,9 +235,10 @@ def test_the_estimate_is_that_of_plain_autograd(tiny_llama: Path) -> None:
         gradients = torch.autograd.grad(loss, states[1:])
         for layer, gradient in enumerate(gradients):
             update = states[layer + 1] - states[layer]
-            expected = (gradient * update).sum(dim=-1).abs().sum().item()
-            assert rows["taylor", layer, None].samples[row] == pytest.approx(expected, rel=1e-4)
-            assert rows["taylor", layer, None].weights[row] == len(labels)
+            products = (gradient * update).sum(dim=-1)
+            measured = rows["taylor", layer, None]
+            assert measured.samples[row] == pytest.approx(products.abs().sum().item(), rel=1e-4)
+            assert measured.weights[row] == len(labels)
 
 
 def test_norms_are_those_of_the_mean_loss(tiny_llama: Path) -> None:
@@ -237,21 +250,23 @@ def test_norms_are_those_of_the_mean_loss(tiny_llama: Path) -> None:
     for layer in model.layers:
         weights = [weight for weight in layer.module.parameters() if weight.dim() == 2]
         gradients = [weight.grad for weight in weights if weight.grad is not None]
-        assert len(gradients) == len(weights) == len(matrices(layer.module)) == 7
-        norms = {
-            "gradient_l1": [gradient.abs().sum() for gradient in gradients],
-            "gradient_l2": [gradient.square().sum().sqrt() for gradient in gradients],
-            "weight_frobenius": [torch.linalg.matrix_norm(weight) for weight in weights],
+        assert len(gradients) == 7
+        assert len(weights) == 7
+        assert len(matrices(layer.module)) == 7
+        sums = {
+            "gradient_l1": sum(gradient.abs().sum().item() for gradient in gradients),
+            "gradient_l2": sum(gradient.norm().item() for gradient in gradients),
+            "weight_frobenius": sum(weight.norm().item() for weight in weights),
         }
-        for metric, values in norms.items():
+        for metric, expected in sums.items():
             row = rows[metric, layer.index, None]
-            assert row.samples == pytest.approx([sum(value.item() for value in values)], rel=1e-4)
+            assert row.samples == pytest.approx([expected], rel=1e-4)
             assert row.weights.tolist() == [1]
 
 
 def test_hooks_of_both_passes_ask_no_device_for_a_value(tiny_llama: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A value for each matrix would be hundreds of waits a batch."""
-    expected = [row.samples.tolist() for row in Gradients(random_shard())(opened(tiny_llama))]
+    expected = samples_of_gradients(opened(tiny_llama))
     for name in ("call", "_remove", "accumulate"):
         hook = getattr(gradient_pass.LayerGradients, name)
 
@@ -260,7 +275,12 @@ def test_hooks_of_both_passes_ask_no_device_for_a_value(tiny_llama: Path, monkey
                 return _hook(*args)
 
         monkeypatch.setattr(gradient_pass.LayerGradients, name, guarded)
-    assert [row.samples.tolist() for row in Gradients(random_shard())(opened(tiny_llama))] == expected
+    assert samples_of_gradients(opened(tiny_llama)) == expected
+
+
+def samples_of_gradients(model: LanguageModel) -> list[list[float]]:
+    """Return what gradients say of each row of a shard."""
+    return [row.samples.tolist() for row in Gradients(random_shard())(model)]
 
 
 FAMILIES = ("llama", "gemma3_text", "qwen2_moe", "gpt2", "falcon", "opt", "mamba", "bloom")

@@ -23,6 +23,8 @@ from support.causal_lm import open_whole
 from support.checkpoints import llama
 from support.command_line import avss
 from support.documentation import DOCS, read
+from support.rows import where
+from support.texts import write_json_lines
 from transformers import AutoTokenizer
 
 from avss_dist import evaluate
@@ -77,7 +79,7 @@ QUESTIONS = [question(number, *subject) for number, subject in enumerate(SUBJECT
 
 def write_task(folder: Path, config: dict[str, Any], documents: list[dict[str, Any]], **changes: Any) -> Path:
     folder.mkdir(exist_ok=True)
-    (folder / "questions.jsonl").write_text("".join(json.dumps(document) + "\n" for document in documents))
+    write_json_lines(folder / "questions.jsonl", documents)
     file = folder / f"{config['task']}.yaml"
     file.write_text(yaml.safe_dump(config | changes))
     return file
@@ -117,8 +119,21 @@ def open_model(folder: Path) -> LanguageModel:
 
 def ask(task: Path, model: LanguageModel, drop: tuple[int, ...] = (), **options: Any) -> dict[str, MetricRow]:
     (part,) = harness_task(str(task), **options).parts
-    rows = pickle.loads(pickle.dumps(part))(model, NO_INTERVENTION.without(*drop))  # as a worker is asked
+    sent_to_worker = pickle.loads(pickle.dumps(part))
+    rows = sent_to_worker(model, NO_INTERVENTION.without(*drop))
     return {row.metric: row for row in rows}
+
+
+def correct_answers(task: Path, model: LanguageModel, drop: tuple[int, ...] = (), **options: Any) -> list[float]:
+    """Return for each question whether it is answered correctly."""
+    rows = ask(task, model, drop, **options)
+    return rows["acc"].samples.tolist()
+
+
+def exact_matches(task: Path, model: LanguageModel, drop: tuple[int, ...] = ()) -> list[float]:
+    """Return for each question whether the text that is written is the one expected."""
+    rows = ask(task, model, drop)
+    return rows["exact_match"].samples.tolist()
 
 
 def likelihoods(model: LanguageModel, document: dict[str, Any]) -> np.ndarray:
@@ -133,8 +148,9 @@ def likelihood(model: LanguageModel, prompt: str, answer: str) -> float:
     start = len(tokenizer(prompt).input_ids)
     ids = torch.tensor([tokenizer(prompt + answer).input_ids])
     with torch.no_grad():
-        tokens = model.module(input_ids=ids).logits[0, :-1].float().log_softmax(-1)
-    return float(tokens.gather(1, ids[0, 1:, None])[start - 1 :].double().sum())
+        logs = model.module(input_ids=ids).logits[0, :-1].float().log_softmax(-1)
+    of_tokens = logs.gather(1, ids[0, 1:, None])
+    return float(of_tokens[start - 1 :].double().sum())
 
 
 def test_samples_of_multiple_choice_are_those_of_plain_transformers(whole: LanguageModel, tmp_path: Path) -> None:
@@ -183,43 +199,40 @@ def test_generation_without_layers_is_that_of_a_pruned_checkpoint_with_its_cache
     documents = []
     for document in QUESTIONS:
         ids = tokenizer(document["question"], return_tensors="pt").input_ids
-        after = pruned.module.generate(ids, max_new_tokens=12, do_sample=False, use_cache=True)[0, ids.shape[1] :]
+        written = pruned.module.generate(ids, max_new_tokens=12, do_sample=False, use_cache=True)
+        after = written[0, ids.shape[1] :]
         documents.append({**document, "target": tokenizer.decode(after, skip_special_tokens=True)})
     task = write_task(tmp_path, GENERATE, documents)
-    assert ask(task, whole, DROP)["exact_match"].samples.tolist() == [1.0] * len(QUESTIONS)
-    assert ask(task, pruned)["exact_match"].samples.tolist() == [1.0] * len(QUESTIONS)
-    assert ask(task, whole)["exact_match"].samples.sum() < len(QUESTIONS) / 2
+    assert exact_matches(task, whole, DROP) == [1.0] * len(QUESTIONS)
+    assert exact_matches(task, pruned) == [1.0] * len(QUESTIONS)
+    assert sum(exact_matches(task, whole)) < len(QUESTIONS) / 2
 
 
-def test_a_limit_asks_the_first_questions_and_examples_are_the_same_each_time(
-    whole: LanguageModel, tmp_path: Path
-) -> None:
+def test_a_limit_asks_the_first_questions(whole: LanguageModel, tmp_path: Path) -> None:
     task = write_task(tmp_path, CHOICE, QUESTIONS)
-    none = ask(task, whole)
-    limited = ask(task, whole, limit=5)
-    assert np.array_equal(limited["acc"].samples, none["acc"].samples[:5])
-    two = ask(task, whole, num_fewshot=2)["brier_score"].samples
+    assert correct_answers(task, whole, limit=5) == correct_answers(task, whole)[:5]
+
+
+def test_examples_are_the_same_each_time(whole: LanguageModel, tmp_path: Path) -> None:
+    task = write_task(tmp_path, CHOICE, QUESTIONS)
+    without_examples = ask(task, whole)["brier_score"].samples
+    with_two = ask(task, whole, num_fewshot=2)["brier_score"].samples
     again = ask(task, whole, num_fewshot=2)["brier_score"].samples
-    assert none["brier_score"].samples != two
-    assert two == again
+    assert without_examples != with_two
+    assert with_two == again
 
 
 def test_the_key_tells_what_is_asked(tmp_path: Path) -> None:
     def key(config: dict[str, Any] = CHOICE, documents: list = QUESTIONS, place: str = "a", **options: Any) -> str:
-        return harness_task(str(write_task(tmp_path / place, config, documents)), **options).key
+        task = write_task(tmp_path / place, config, documents)
+        return harness_task(str(task), **options).key
 
-    same = key()
-    assert key(place="b") == same
-    keys = [
-        same,
-        key(limit=3),
-        key(num_fewshot=2),
-        key(template="0"),
-        key(template="1"),
-        key(CHOICE | {"doc_to_text": "{{question}}"}),
-        key(documents=[*QUESTIONS[:-1], {**QUESTIONS[-1], "answer": 0}]),
-    ]
-    assert len(set(keys)) == len(keys)
+    keys = [key(), key(limit=3), key(num_fewshot=2), key(template="0"), key(template="1")]
+    keys.append(key(CHOICE | {"doc_to_text": "{{question}}"}))
+    *others, last = QUESTIONS
+    keys.append(key(documents=[*others, last | {"answer": 0}]))
+    assert len(set(keys)) == 7
+    assert key(place="b") == keys[0]
 
 
 def test_a_group_has_rows_of_its_own_and_of_its_tasks(
@@ -243,13 +256,12 @@ def test_a_group_has_rows_of_its_own_and_of_its_tasks(
     catalogue = TaskManager(include_path=str(tmp_path / "tasks"), include_defaults=False)
     monkeypatch.setattr(harness, "_catalogue", lambda: catalogue)
     rows = {metric: row.samples.tolist() for metric, row in ask(Path("all"), whole).items()}
-    metrics_of_choice = ("acc", "acc_norm", "brier_score", "chance")
     expected = {"three/exact_match,strict", "acc"}
-    expected |= {f"one/{metric}" for metric in metrics_of_choice}
-    expected |= {f"two/{metric}" for metric in metrics_of_choice}
-    assert set(rows) == expected
+    for metric in ("acc", "acc_norm", "brier_score", "chance"):
+        expected |= {f"one/{metric}", f"two/{metric}"}
+    assert rows.keys() == expected
     assert rows["acc"] == rows["one/acc"] + rows["two/acc"]
-    assert rows["acc"] == ask(write_task(tmp_path, CHOICE, QUESTIONS), whole)["acc"].samples.tolist()
+    assert rows["acc"] == correct_answers(write_task(tmp_path, CHOICE, QUESTIONS), whole)
 
 
 def test_what_was_asked_is_not_asked_again(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -263,9 +275,8 @@ def test_what_was_asked_is_not_asked_again(folder: Path, tmp_path: Path, monkeyp
     whole = evaluation_of["acc_norm"].whole
     assert chance is not None
     assert whole is not None
-    assert evaluations.findings == (
-        f"{task}: a guess keeps {chance.value / whole.value:.1%} of the acc_norm of {folder}.",
-    )
+    (finding,) = evaluations.findings
+    assert finding == f"{task}: a guess keeps {chance.value / whole.value:.1%} of the acc_norm of {folder}."
     worse = evaluation_of["brier_score"].retained
     before, after = brier_scores(tmp_path / "w")
     assert worse is not None
@@ -282,10 +293,13 @@ def test_what_was_asked_is_not_asked_again(folder: Path, tmp_path: Path, monkeyp
 
 
 def brier_scores(warehouse: Path) -> tuple[float, float]:
+    """Return the scores of the whole model, and of the model without layers."""
     rows = Warehouse(warehouse).table("evaluations").to_pylist()
-    assert {json.loads(row["settings"])["limit"] for row in rows} == {8}
-    score_by_number_removed = {len(row["drop"]): row["value"] for row in rows if row["metric"] == "brier_score"}
-    return score_by_number_removed[0], score_by_number_removed[1]
+    for row in rows:
+        assert json.loads(row["settings"])["limit"] == 8
+    (whole,) = where(rows, metric="brier_score", drop=[])
+    (pruned,) = where(rows, metric="brier_score", drop=list(DROP))
+    return whole["value"], pruned["value"]
 
 
 @pytest.mark.nightly
@@ -320,7 +334,7 @@ def test_the_example_of_the_documentation_can_be_asked(whole: LanguageModel, tmp
     (example,) = re.findall(r"```yaml\n(task: .*?)```", text, re.DOTALL)
     (tmp_path / "reviews.yaml").write_text(example)
     (tmp_path / "reviews.jsonl").write_text('{"text": "a gem", "label": 1}\n{"text": "a bore", "label": 0}\n')
-    assert len(ask(tmp_path / "reviews.yaml", whole)["acc"].samples) == 2
+    assert len(correct_answers(tmp_path / "reviews.yaml", whole)) == 2
 
 
 # Refusals
@@ -378,9 +392,11 @@ def test_a_key_of_a_task_file_is_not_repeated(tmp_path: Path) -> None:
     """Not in one file; a file may change what it includes."""
     task = write_task(tmp_path, CHOICE, QUESTIONS)
     whole = harness_task(str(task)).key
-    task.write_text(task.read_text() + "doc_to_target: 0\n")
-    lines = [n for n, line in enumerate(task.read_text().splitlines(), 1) if line.startswith("doc_to_target")]
-    with pytest.raises(TaskError, match=rf"yaml:{lines[1]}: the key 'doc_to_target' is repeated; .* line {lines[0]}\."):
+    lines = [*task.read_text().splitlines(), "doc_to_target: 0"]
+    task.write_text("\n".join(lines))
+    (first,) = [number for number, line in enumerate(lines[:-1], 1) if line.startswith("doc_to_target")]
+    repeated = rf"yaml:{len(lines)}: the key 'doc_to_target' is repeated; .* line {first}\."
+    with pytest.raises(TaskError, match=repeated):
         harness_task(str(task))
     (tmp_path / "base.yaml").write_text(yaml.safe_dump(CHOICE | {"doc_to_target": 0}))
     task.write_text("include: base.yaml\ndoc_to_target: answer\n")
@@ -439,13 +455,14 @@ def test_data_files_that_are_broken(text: str, told: str, tmp_path: Path) -> Non
 @pytest.mark.parametrize("tag", ["!function", "!%66unction"])
 def test_functions_run_only_where_they_are_trusted(tag: str, whole: LanguageModel, tmp_path: Path) -> None:
     task = write_task(tmp_path, CHOICE, QUESTIONS)
-    base = {key: value for key, value in CHOICE.items() if key not in ("task", "metric_list", "dataset_kwargs")}
+    base = dict(CHOICE)
+    for name in ("task", "metric_list", "dataset_kwargs"):
+        del base[name]
     (tmp_path / "base.yaml").write_text(yaml.safe_dump(base) + f"process_results: {tag} odd.long_answer\n")
     data = {"data_files": {"test": str(tmp_path / "questions.jsonl")}}
     metrics = [{"metric": "long", "aggregation": "mean", "higher_is_better": True}]
-    task.write_text(
-        yaml.safe_dump({"task": "odd", "include": "base.yaml", "dataset_kwargs": data, "metric_list": metrics})
-    )
+    config = {"task": "odd", "include": "base.yaml", "dataset_kwargs": data, "metric_list": metrics}
+    task.write_text(yaml.safe_dump(config))
     (tmp_path / "odd.py").write_text(
         "from pathlib import Path\n"
         "Path(__file__).with_suffix('.ran').touch()\n"
@@ -477,13 +494,12 @@ def test_questions_stand_in_the_chat_template(folder: Path, tmp_path: Path) -> N
     model = open_model(chatty)
     task = write_task(tmp_path / "task", CHOICE, QUESTIONS[:4], fewshot_split="test")
     template = hashlib.sha256(tokenizer.chat_template.encode()).hexdigest()
-    correct = ask(task, model, template=template)["acc"].samples
     right = []
     for document in QUESTIONS[:4]:
         prompt = f"2024[user]Question: {document['question']}\nAnswer:[assistant]"
         scores = [likelihood(model, prompt, choice) for choice in document["choices"]]
         right.append(float(np.argmax(scores) == document["answer"]))
-    assert correct.tolist() == right
+    assert correct_answers(task, model, template=template) == right
     out = tmp_path / "w"
     options = ["--chat-template", "--sequence-length", 64, "--executor", "local", "-w", out]
     done = avss("evaluate", chatty, "--tasks", task, *options)

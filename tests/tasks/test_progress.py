@@ -37,9 +37,14 @@ MEASURES = {
 def progress_of(model: LanguageModel, measure: Measure) -> list[tuple[str, float]]:
     """The activities and shares that a measure reports, without the trial that precedes the first one."""
     reports: list[tuple[str, float]] = []
-    with progress_to(lambda activity, share: reports.append((activity, share))):
+
+    def hear(activity: str, share: float) -> None:
+        if activity != PROBING:
+            reports.append((activity, share))
+
+    with progress_to(hear):
         measure(model)
-    return [(activity, share) for activity, share in reports if activity != PROBING]
+    return reports
 
 
 @pytest.fixture

@@ -41,9 +41,8 @@ def same_bytes() -> Iterator[None]:
 @pytest.fixture(scope="module")
 def grouped(tmp_path_factory: pytest.TempPathFactory, save_checkpoint: Save) -> Path:
     """Maps of 32 and 64 inputs, which formats with groups can take."""
-    return save_checkpoint(
-        llama(intermediate_size=64, initializer_range=0.2), tmp_path_factory.mktemp("rounding") / "grouped"
-    )
+    model = llama(intermediate_size=64, initializer_range=0.2)
+    return save_checkpoint(model, tmp_path_factory.mktemp("rounding") / "grouped")
 
 
 def by_place(rows: list[MetricRow]) -> RowsByPlace:
@@ -81,12 +80,13 @@ def products(model: LanguageModel, batch: Batch, name: str) -> dict[tuple[int, s
         module.register_forward_hook(lambda m, a, o, key=(layer, path): add(key, m, a, o))
         for layer, path, module in maps_of(model)
     ]
+    ids = torch.from_numpy(batch.input_ids).long()
     with torch.enable_grad():
-        logits = model.module(input_ids=torch.from_numpy(batch.input_ids).long(), use_cache=False).logits[0, :-1]
+        logits = model.module(input_ids=ids, use_cache=False).logits[0, :-1]
     for handle in handles:
         handle.remove()
     chosen = torch.from_numpy(predicted(batch)[0])
-    labels = torch.from_numpy(batch.input_ids[0, 1:]).long()[chosen]
+    labels = ids[0, 1:][chosen]
     uniform = torch.from_numpy(uniform_numbers(batch, DRAWS, SEED)[:, predicted(batch)])
     drawn = draw_labels(logits.detach()[chosen].float(), uniform)
     products_by_map: dict[tuple[int, str], list[torch.Tensor]] = {key: [] for key in zeros}
@@ -111,11 +111,11 @@ def test_orders_are_those_of_autograd_token_by_token(name: str, seen: Seen) -> N
             assert rows["second_order", key].samples[row] == pytest.approx(second, rel=1e-3)
             assert rows["predicted", key].samples[row] == pytest.approx(first + second, rel=1e-3, abs=1e-5)
         for layer in range(3):
-            products_of_layer = [values for (at, _), values in by_map.items() if at == layer]
-            assert len(products_of_layer) == 7
+            of_layer = torch.stack([values for (at, _), values in by_map.items() if at == layer])
+            assert len(of_layer) == 7
             key = f"{name}@{layer}"
-            first = sum(values[0].sum().item() for values in products_of_layer)
-            apart = sum(values[1:].square().sum().item() for values in products_of_layer) / (2 * DRAWS)
+            first = of_layer[:, 0].sum().item()
+            apart = of_layer[:, 1:].square().sum().item() / (2 * DRAWS)
             assert rows["first_order", key].samples[row] == pytest.approx(first, rel=1e-3, abs=1e-5)
             assert rows["second_order", key].samples[row] == pytest.approx(apart, rel=1e-3)
     weights = [predicted(batch).sum() for batch in batches]
@@ -127,7 +127,8 @@ def test_orders_are_those_of_autograd_token_by_token(name: str, seen: Seen) -> N
 def test_errors_of_outputs_and_sizes(seen: Seen) -> None:
     model, rows, batches = seen
     module = model.layers[2].module.mlp.down_proj
-    difference = FORMATS["q4_0"].round(module.weight) - module.weight.detach()
+    weight = module.weight.detach()
+    difference = FORMATS["q4_0"].round(weight) - weight
     inputs: list[torch.Tensor] = []
     handle = module.register_forward_hook(lambda _m, args, _o: inputs.append(args[0][0]))
     for batch in batches:
@@ -136,11 +137,11 @@ def test_errors_of_outputs_and_sizes(seen: Seen) -> None:
     key = "q4_0@2.mlp.down_proj"
     for row, (x, batch) in enumerate(zip(inputs, batches, strict=True)):
         error = (x @ difference.T).square().sum(-1)
-        size = (x @ module.weight.detach().T).square().sum(-1)
+        size = (x @ weight.T).square().sum(-1)
         relative = error / size
-        expected = relative[torch.from_numpy(batch.observed[0])].sum().item()
-        assert rows["output_error", key].samples[row] == pytest.approx(expected, rel=1e-3)
-    assert rows["num_weights", key].samples == [module.weight.numel()]
+        observed = relative[torch.from_numpy(batch.observed[0])]
+        assert rows["output_error", key].samples[row] == pytest.approx(observed.sum().item(), rel=1e-3)
+    assert rows["num_weights", key].samples == [weight.numel()]
     bits = rows["bits_per_weight", key]
     assert bits.samples / bits.weights == 4.5
 
@@ -237,7 +238,8 @@ def test_a_rounding_of_several_places(grouped: Path) -> None:
     assert Rounding((layer,)).key == "int4@1"
     assert Rounding((path,)).key == "q8_0@1.mlp.up_proj"
     assert parse_rounded(both.key) is None
-    assert [parse_rounded(str(place)) for place in (layer, path)] == [layer, path]
+    assert parse_rounded(str(layer)) == layer
+    assert parse_rounded(str(path)) == path
     mlp = model.layers[1].module.mlp
     wanted_up = FORMATS["q8_0"].round(mlp.up_proj.weight)
     wanted_down = FORMATS["int4"].round(mlp.down_proj.weight)

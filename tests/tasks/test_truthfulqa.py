@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from support.checkpoints import one_thread
+from support.texts import write_json_lines
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from avss_dist import evaluate
-from avss_dist.studies.evaluate import Evaluations
 from avss_dist.tasks.results import Result
 
 ANSWERS = {
@@ -20,66 +20,101 @@ ANSWERS = {
     "Who am I?": ("you", ["you"], ["me", "nobody at all"]),
     "Where is it?": ("not here", ["away"], ["here", "it"]),
 }
-QUESTIONS = [
-    {"question": question, "best_answer": best, "correct_answers": correct, "incorrect_answers": incorrect}
-    for question, (best, correct, incorrect) in ANSWERS.items()
-]
+OPTIONS: dict[str, Any] = {"sequence_length": 48, "batch_size": 4, "sequences_per_shard": 4, "executor": "local"}
 
 
-def rows_of(evaluations: Evaluations, task: str) -> dict[str, Result]:
-    """Return the results of one task by their metric."""
-    return {row.result.metric: row.result for row in evaluations if row.task == task}
+def write_questions(file: Path, *, backwards: bool = False) -> Path:
+    """Write the questions and their answers into a file, and return its path."""
+    rows = []
+    for question, (best, correct, incorrect) in ANSWERS.items():
+        answers = {"best_answer": best, "correct_answers": correct, "incorrect_answers": incorrect}
+        rows.append({"question": question, **answers})
+    if backwards:
+        rows.reverse()
+    write_json_lines(file, rows)
+    return file
 
 
-def test_choices_and_entropies_are_those_of_transformers(tiny_llama: Path, tmp_path: Path) -> None:
-    """Whatever rows are padded to, and in whichever order they are: there, each row is alone."""
-    file = tmp_path / "t.jsonl"
-    backwards = tmp_path / "backwards.jsonl"
-    for path, lines in ((file, QUESTIONS), (backwards, QUESTIONS[::-1])):
-        path.write_text("".join(f"{json.dumps(line)}\n" for line in lines), encoding="utf-8")
-    tasks = [f"truthfulqa:{file}", f"perplexity:truthfulqa:{file}", f"truthfulqa:{backwards}"]
-    options = {"sequence_length": 48, "batch_size": 4, "sequences_per_shard": 4, "executor": "local"}
+@pytest.fixture
+def file(tmp_path: Path) -> Path:
+    return write_questions(tmp_path / "t.jsonl")
+
+
+def results_of(model: Path, task: str, folder: Path, **options: Any) -> dict[str, Result]:
+    """Return the results of a task by their metric."""
     with one_thread():
-        evaluations = evaluate([str(tiny_llama)], tasks=tasks, warehouse=tmp_path / "w", **options)
-        limited = evaluate(
-            [str(tiny_llama)], tasks=[f"truthfulqa:{file}"], warehouse=tmp_path / "w", limit=1, **options
-        )
-    model = AutoModelForCausalLM.from_pretrained(tiny_llama)
-    tokenizer = AutoTokenizer.from_pretrained(tiny_llama)
+        evaluations = evaluate([str(model)], tasks=[task], warehouse=folder / "w", **OPTIONS, **options)
+    return {evaluation.result.metric: evaluation.result for evaluation in evaluations}
 
-    def predicted(question: str, answer: str) -> tuple[torch.Tensor, list[int]]:
-        """Log-probabilities, [tokens, vocabulary], of the answer's tokens; and which they are."""
-        prompt = tokenizer(f"Q: {question}\nA:").input_ids
-        text = tokenizer(f" {answer}").input_ids
+
+class Reference:
+    """A model of plain transformers, which is asked a question with one answer at a time."""
+
+    def __init__(self, folder: Path) -> None:
+        self.model = AutoModelForCausalLM.from_pretrained(folder)
+        self.tokenizer = AutoTokenizer.from_pretrained(folder)
+
+    def predicted(self, question: str, answer: str) -> tuple[torch.Tensor, list[int]]:
+        """Return log-probabilities, [tokens, vocabulary], of the answer's tokens, and the tokens."""
+        prompt = self.tokenizer(f"Q: {question}\nA:").input_ids
+        tokens = self.tokenizer(f" {answer}").input_ids
         with torch.no_grad():
-            logits = model(torch.tensor([prompt + text])).logits[0].double().log_softmax(-1)
-        return logits[len(prompt) - 1 : -1], text
+            logits = self.model(torch.tensor([prompt + tokens])).logits[0]
+        return logits.double().log_softmax(-1)[len(prompt) - 1 : -1], tokens
 
-    def likelihood(question: str, answer: str) -> float:
-        logs, text = predicted(question, answer)
-        return float(logs[torch.arange(len(text)), text].sum())
+    def likelihood(self, question: str, answer: str) -> float:
+        """Return the log-likelihood of an answer."""
+        logs, tokens = self.predicted(question, answer)
+        return float(logs[torch.arange(len(tokens)), tokens].sum())
 
-    mc1 = []
-    mc2 = []
-    for question, (best_answer, correct, incorrect) in ANSWERS.items():
-        right = [likelihood(question, text) for text in correct]
-        wrong = [likelihood(question, text) for text in incorrect]
-        best = likelihood(question, best_answer)
-        if best_answer not in correct:
-            right.append(best)
-        mc1.append(float(best > max(wrong)))
-        mc2.append(np.exp(right).sum() / (np.exp(right).sum() + np.exp(wrong).sum()))
-    results = rows_of(evaluations, tasks[0])
-    rows = rows_of(evaluations, tasks[1])
-    reverse = rows_of(evaluations, tasks[2])
-    assert results["mc1"].samples.tolist() == mc1
+    def probability(self, question: str, answers: list[str]) -> float:
+        """Return the probability of one of several answers."""
+        likelihoods = [self.likelihood(question, answer) for answer in answers]
+        return np.exp(likelihoods).sum()
+
+
+@pytest.fixture(scope="module")
+def reference(tiny_llama: Path) -> Reference:
+    return Reference(tiny_llama)
+
+
+def test_choices_are_those_of_transformers(tiny_llama: Path, reference: Reference, file: Path, tmp_path: Path) -> None:
+    """Whatever rows are padded to: there, each row is alone."""
+    results = results_of(tiny_llama, f"truthfulqa:{file}", tmp_path)
+    for i, (question, (best_answer, correct, incorrect)) in enumerate(ANSWERS.items()):
+        best = reference.likelihood(question, best_answer)
+        largest_of_wrong = max(reference.likelihood(question, answer) for answer in incorrect)
+        assert results["mc1"].samples[i] == float(best > largest_of_wrong)
+        right = reference.probability(question, list({*correct, best_answer}))
+        wrong = reference.probability(question, incorrect)
+        assert results["mc2"].samples[i] == pytest.approx(right / (right + wrong), rel=1e-4)
     np.testing.assert_allclose(results["chance"].samples, [2 / 3, 1 / 3, 2 / 4])
-    for metric in ("mc1", "mc2", "chance"):
-        np.testing.assert_allclose(reverse[metric].samples[::-1], results[metric].samples, rtol=1e-5)
-    for i, (question, (best_answer, _, _)) in enumerate(ANSWERS.items()):  # four rows each: two answers, two prompts
-        logs, text = predicted(question, best_answer)
-        assert rows["entropy"].samples[4 * i] == pytest.approx(float(-(logs.exp() * logs).sum()), rel=1e-4)
-        assert rows["loss"].samples[4 * i] == pytest.approx(-likelihood(question, best_answer), rel=1e-4)
-        assert rows["entropy"].weights[4 * i] == len(text)
-    assert {len(evaluation.result.samples) for evaluation in limited} == {1}
-    np.testing.assert_allclose(results["mc2"].samples, mc2, rtol=1e-4)
+
+
+@pytest.mark.parametrize("metric", ["mc1", "mc2", "chance"])
+def test_choices_do_not_depend_on_the_order_of_the_questions(
+    metric: str, tiny_llama: Path, file: Path, tmp_path: Path
+) -> None:
+    backwards = write_questions(tmp_path / "backwards.jsonl", backwards=True)
+    results = results_of(tiny_llama, f"truthfulqa:{file}", tmp_path)
+    reverse = results_of(tiny_llama, f"truthfulqa:{backwards}", tmp_path)
+    np.testing.assert_allclose(reverse[metric].samples[::-1], results[metric].samples, rtol=1e-5)
+
+
+def test_entropies_and_losses_are_those_of_transformers(
+    tiny_llama: Path, reference: Reference, file: Path, tmp_path: Path
+) -> None:
+    results = results_of(tiny_llama, f"perplexity:truthfulqa:{file}", tmp_path)
+    for i, (question, (best_answer, _, _)) in enumerate(ANSWERS.items()):
+        row = 4 * i  # four rows each: two answers, two prompts
+        logs, tokens = reference.predicted(question, best_answer)
+        entropies = -(logs.exp() * logs).sum(dim=-1)
+        assert results["entropy"].samples[row] == pytest.approx(entropies.sum().item(), rel=1e-4)
+        assert results["loss"].samples[row] == pytest.approx(-reference.likelihood(question, best_answer), rel=1e-4)
+        assert results["entropy"].weights[row] == len(tokens)
+
+
+def test_a_limit_asks_the_first_questions(tiny_llama: Path, file: Path, tmp_path: Path) -> None:
+    results = results_of(tiny_llama, f"truthfulqa:{file}", tmp_path, limit=1)
+    for result in results.values():
+        assert len(result.samples) == 1
