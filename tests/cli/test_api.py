@@ -44,35 +44,52 @@ def function(command: str) -> Any:
 
 @pytest.mark.parametrize("command", NAMES)
 def test_a_command_is_a_function_with_the_same_name_and_keywords(command: str) -> None:
-    keywords = {*inspect.signature(function(command)).parameters} - {"on_event"}
-    options = {parameter.name for parameter in commands()[command].params if parameter.name[0] != "_"}
+    keywords = keywords_of(command) - {"on_event"}
+    parameters = [parameter for parameter in commands()[command].params if parameter.name[0] != "_"]
+    options = {parameter.name for parameter in parameters}
     assert options - PRINTED - PRINTED_BY.get(command, set()) == keywords - PRINTED
-    for parameter in commands()[command].params:
-        if parameter.param_type_name == "option" and parameter.name[0] != "_":
-            assert f"--{parameter.name.replace('_', '-')}" in parameter.opts
+    for parameter in parameters:
+        if parameter.param_type_name == "option":
+            name = parameter.name.replace("_", "-")
+            assert f"--{name}" in parameter.opts
+
+
+def keywords_of(command: str) -> set[str]:
+    """Return the keywords of a command's function."""
+    return set(inspect.signature(function(command)).parameters)
 
 
 @pytest.mark.parametrize("command", NAMES)
 def test_the_docstring_explains_every_keyword_of_the_request(command: str) -> None:
     doc = inspect.getdoc(function(command)) or ""
-    explained = [line.strip().partition(":")[0] for line in doc.partition("Args:")[2].splitlines()]
-    assert {*inspect.signature(function(command)).parameters} <= {*explained}
-    assert doc.partition("\n")[0].endswith((".", ";"))
+    first, *_ = doc.splitlines()
+    assert first.endswith((".", ";"))
+    _, _, arguments = doc.partition("Args:")
+    explained = {line.strip().partition(":")[0] for line in arguments.splitlines()}
+    assert keywords_of(command) <= explained
 
 
 def test_mistakes_of_a_request_and_of_its_settings_are_reported_together() -> None:
     with pytest.raises(ConfigError) as caught:
         avss.plan(by="gredy", coutn=2, share=2.0, sequence_length=0)
-    assert [str(problem).replace("\n", " ").partition(" Valid")[0] for problem in caught.value.problems] == [
-        "`sequence_length` must be at least 1, not 0.",
-        "Unknown `by` 'gredy'. Did you mean 'greedy'?",
-        "`share` must be less than 1, not 2.0.",
-        "Unknown option 'coutn'. Did you mean 'count'?",
-    ]
+    of_length, of_score, of_share, of_option = [str(problem) for problem in caught.value.problems]
+    assert of_length == "`sequence_length` must be at least 1, not 0."
+    assert of_score.startswith("Unknown `by` 'gredy'.\nDid you mean 'greedy'?")
+    assert of_share == "`share` must be less than 1, not 2.0."
+    assert of_option.startswith("Unknown option 'coutn'.\nDid you mean 'count'?")
+
+
+def test_an_option_of_another_function_is_refused() -> None:
     with pytest.raises(ConfigError, match="Unknown option 'sites'"):
         avss.evaluate(["m"], tasks=["t"], sites=("mlp",))
+
+
+def test_a_value_without_a_name_is_refused() -> None:
     with pytest.raises(ConfigError, match=r"'text\.txt' needs a name"):
         avss.ablate("m", "text.txt")  # type: ignore[call-arg, misc]
+
+
+def test_a_missing_model_is_named() -> None:
     with pytest.raises(ConfigError, match="`model` is missing"):
         avss.ablate(corpus="text.txt")  # type: ignore[call-arg]
 
@@ -116,8 +133,9 @@ def test_runs_of_several_warehouses_are_refused() -> None:
 
 
 def test_a_plan_without_layers_to_drop_makes_no_checkpoint(tmp_path: Path) -> None:
-    entry = MapPrecision(layer=0, map="mlp.up_proj", format="int8", weights=64, bits=FORMATS["int8"].bits(8, 8))
-    plan = PrecisionPlan(model="model", num_layers=1, bits=entry.bits, rounded=(entry,))
+    bits = FORMATS["int8"].bits(8, 8)
+    entry = MapPrecision(layer=0, map="mlp.up_proj", format="int8", weights=64, bits=bits)
+    plan = PrecisionPlan(model="model", num_layers=1, bits=bits, rounded=(entry,))
     with pytest.raises(ConfigError, match="`plan` drops neither layers nor experts"):
         avss.prune("model", plan, output=tmp_path / "less")
 
@@ -211,9 +229,10 @@ def test_files_are_written_by_functions(root: str, tmp_path: Path) -> None:
     assert set(avss.compact(warehouse=root).table()["runs"].to_pylist()) == {0, 2}
     own = tmp_path / "own.csv"
     lines = [f"{layer},{layer + 1.5}\n" for layer in range(8)]
-    own.write_text("".join(["layer,mine\n", *lines]))
-    shown = avss.show(run="alpha", warehouse=root, by=[f"{own}:mine"], output=tmp_path / "layers.svg").table()
-    assert shown[f"{own}:mine"].to_pylist()[:2] == [1.5, 2.5]
+    own.write_text("layer,mine\n" + "".join(lines))
+    name = f"{own}:mine"
+    shown = avss.show(run="alpha", warehouse=root, by=[name], output=tmp_path / "layers.svg").table()
+    assert shown[name].to_pylist()[:2] == [1.5, 2.5]
     assert (tmp_path / "layers.svg").is_file()
 
 
@@ -222,7 +241,8 @@ def test_a_result_is_a_table_a_line_and_a_page() -> None:
     table = Table(pa.table({"name": [hostile] * 20, "value": [0.5] * 20}))
     assert repr(table) == "<Table: 20 rows>"
     assert len(table) == 20
-    assert table.to_pandas().shape == table.to_polars().shape == (20, 2)
+    assert table.to_pandas().shape == (20, 2)
+    assert table.to_polars().shape == (20, 2)
     page = table._repr_html_()
     assert "<script>" not in page
     assert "&lt;script&gt;" in page

@@ -9,11 +9,12 @@ import csv
 import io
 import os
 import re
+import shlex
 import shutil
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -84,8 +85,13 @@ def test_ctrl_c_ends_a_query_at_once(folder: Path) -> None:
         text=True,
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a shell's background jobs ignore it
     )
+
+    def is_querying_or_over() -> bool:
+        times = psutil.Process(process.pid).cpu_times()
+        return times.user + times.system > 3 or process.poll() is not None
+
     try:
-        wait_until(lambda: sum(psutil.Process(process.pid).cpu_times()[:2]) > 3 or process.poll() is not None)
+        wait_until(is_querying_or_over)
         process.send_signal(signal.SIGINT)
         output, errors = process.communicate()
     finally:
@@ -116,64 +122,124 @@ def test_a_terminal_obeys_no_text() -> None:
 
 EVIL = "\x1b]0;owned\x07\x1b[31m\u202eevil\u2066\x85\x7f\r"
 OBEYED = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u200e\u200f\u2028\u2029\u202a-\u202e\u2066-\u2069]")
-TEXT = ["--corpus", "text.txt", "--max-sequences", "4", "--sequence-length", "16", "--executor", "local"]
-W = ("-w", "W")
+TEXT = "--corpus text.txt --max-sequences 4 --sequence-length 16 --executor local"
+ROWS = "--max-sequences 4 --sequence-length 16 --executor local"
 READS = {
-    "show": [
-        *([*W, "--format", kind, "--threshold", "0.2"] for kind in ("table", "csv", "json")),
-        [*W, "--run", "a"],
-        [*W, "x", EVIL],
-        [*W, f"--{EVIL}"],
-        [*W, "--site", EVIL],
-        *([*W, "-o", "O/x.svg"], [*W, "-o", "O/x.html", "--run", "*"]),
-        *([*W, "--quantiles"], [*W, "--quantiles", "--format", "csv"]),
-    ],
-    "query": [
-        *([*W, "FROM runs", "--format", kind] for kind in ("table", "csv", "json", "markdown")),
-        [*W, f"SELECT '{EVIL}' AS \"{EVIL}\", ['{EVIL}'] AS l, {{'{EVIL}': 1}} AS s"],
-        [*W, f"SELECT '=1' AS \"=1+1\", '{EVIL}' AS \"|\"", "--format", "markdown"],
-        [*W, f"SELECT {EVIL}"],
-    ],
-    "compare": [[*W], [*W, "--format", "csv"]],
-    "findings": [[*W, "--every"], [*W, "--format", "csv"], [*W, "--truth"], [*W, "--truth", "--format", "csv"]],
-    "ls": [[*W], ["plans", *W], ["evaluations", *W, "--format", "csv"]],
-    "publish": [["O/x", *W], [f"O/{EVIL}", *W], [f"hf://{EVIL}", *W]],
-    "compact": [[*W]],
-    "rm": [
-        *([*W, "--dry-run", "--format", kind, "*"] for kind in ("table", "csv", "json")),
-        [*W, EVIL],
-        [*W, "--dry-run", EVIL],
-        [*W, "--dry-run", "--unused"],
-    ],
-    "report": [[*W, "-o", "O/x.html"]],
-    "plan": [[*W, "-o", "O/x.yaml", "--by", "avss"], [*W, "-o", f"O/{EVIL}.yaml", "--by", "avss"]],
-    "sparsify": [["0.5", *W, "-o", "O/x.yaml"], ["0.5", *W, "--run", EVIL, "-o", f"O/{EVIL}.yaml"]],
-    "quantize": [["--bits", "5", *W, "-o", "O/x.yaml"], ["--bits", "5", *W, "--run", EVIL, "-o", f"O/{EVIL}.yaml"]],
-    "contrast": [[*W], [*W, "--run", EVIL]],
+    "show": """
+        -w W --format table --threshold 0.2
+        -w W --format csv --threshold 0.2
+        -w W --format json --threshold 0.2
+        -w W --run a
+        -w W x EVIL
+        -w W --EVIL
+        -w W --site EVIL
+        -w W -o O/x.svg
+        -w W -o O/x.html --run '*'
+        -w W --quantiles
+        -w W --quantiles --format csv
+    """,
+    "query": """
+        -w W 'FROM runs' --format table
+        -w W 'FROM runs' --format csv
+        -w W 'FROM runs' --format json
+        -w W 'FROM runs' --format markdown
+        -w W "SELECT 'EVIL' AS \\"EVIL\\", ['EVIL'] AS l, {'EVIL': 1} AS s"
+        -w W "SELECT '=1' AS \\"=1+1\\", 'EVIL' AS \\"|\\"" --format markdown
+        -w W 'SELECT EVIL'
+    """,
+    "compare": """
+        -w W
+        -w W --format csv
+    """,
+    "findings": """
+        -w W --every
+        -w W --format csv
+        -w W --truth
+        -w W --truth --format csv
+    """,
+    "ls": """
+        -w W
+        plans -w W
+        evaluations -w W --format csv
+    """,
+    "publish": """
+        O/x -w W
+        O/EVIL -w W
+        hf://EVIL -w W
+    """,
+    "compact": "-w W",
+    "rm": """
+        -w W --dry-run --format table '*'
+        -w W --dry-run --format csv '*'
+        -w W --dry-run --format json '*'
+        -w W EVIL
+        -w W --dry-run EVIL
+        -w W --dry-run --unused
+    """,
+    "report": "-w W -o O/x.html",
+    "plan": """
+        -w W -o O/x.yaml --by avss
+        -w W -o O/EVIL.yaml --by avss
+    """,
+    "sparsify": """
+        0.5 -w W -o O/x.yaml
+        0.5 -w W --run EVIL -o O/EVIL.yaml
+    """,
+    "quantize": """
+        --bits 5 -w W -o O/x.yaml
+        --bits 5 -w W --run EVIL -o O/EVIL.yaml
+    """,
+    "contrast": """
+        -w W
+        -w W --run EVIL
+    """,
 }
-SMALL_TRAINING = "--tokens 64 --self-texts 0 --held-out 2 --sequence-length 16 --max-sequences 8"
+"""Arguments of commands that read, line by line. A warehouse is W, an empty folder O, and a hostile text EVIL."""
+TRAINING = "--tokens 64 --self-texts 0 --held-out 2 --sequence-length 16 --max-sequences 8"
 WORKS = {
-    "score": [["M", *TEXT, "-w", "O/w"], ["M", *TEXT, "--corpus", f"{EVIL}.txt", "-w", "O/w"]],
-    "estimate": [[EVIL, "--corpus", "text.txt"]],
-    "evaluate": [
-        ["M", "--tasks", "perplexity:text.txt", *TEXT[2:], "--warehouse", "O/e"],
-        ["M", "--tasks", EVIL, *TEXT[2:], "--warehouse", "O/e"],
-    ],
-    "ablate": [["M", *TEXT, "--warehouse", "O/e"]],
-    "run": [["J"], ["J", "--dry-run"], [f"{EVIL}.yaml"]],
-    "prune": [["M", "P", "-o", "O/pruned"], ["M", f"{EVIL}.yaml", "-o", "O/p"]],
-    "shrink": [["M", *TEXT, "-o", "O/s"], ["M", *TEXT, "-o", "O/s", "--tasks", EVIL]],
-    "distill": [
-        ["M", "--teacher", "M", "--corpus", "text.txt", *SMALL_TRAINING.split(), "-o", "O/d"],
-        ["M", "--teacher", EVIL, "--corpus", f"{EVIL}.txt", *SMALL_TRAINING.split(), "-o", "O/d2"],
-    ],
-    "jobs submit": [["J", "--address", f"http://127.0.0.1:9/{EVIL}"]],
-    "jobs list": [["--address", f"http://127.0.0.1:9/{EVIL}"]],
-    "jobs logs": [[EVIL, "--address", "http://127.0.0.1:9"]],
-    "jobs stop": [[EVIL, "--address", "http://127.0.0.1:9"]],
-    "verify": [["M", "--server", f"http://127.0.0.1:9/{EVIL}"], [EVIL, "--server", "http://127.0.0.1:9"]],
-    "doctor": [["--jsn", EVIL]],
+    "score": f"""
+        M {TEXT} -w O/w
+        M {TEXT} --corpus EVIL.txt -w O/w
+    """,
+    "estimate": "EVIL --corpus text.txt",
+    "evaluate": f"""
+        M --tasks perplexity:text.txt {ROWS} --warehouse O/e
+        M --tasks EVIL {ROWS} --warehouse O/e
+    """,
+    "ablate": f"M {TEXT} --warehouse O/e",
+    "run": """
+        J
+        J --dry-run
+        EVIL.yaml
+    """,
+    "prune": """
+        M P -o O/pruned
+        M EVIL.yaml -o O/p
+    """,
+    "shrink": f"""
+        M {TEXT} -o O/s
+        M {TEXT} -o O/s --tasks EVIL
+    """,
+    "distill": f"""
+        M --teacher M --corpus text.txt {TRAINING} -o O/d
+        M --teacher EVIL --corpus EVIL.txt {TRAINING} -o O/d2
+    """,
+    "jobs submit": "J --address http://127.0.0.1:9/EVIL",
+    "jobs list": "--address http://127.0.0.1:9/EVIL",
+    "jobs logs": "EVIL --address http://127.0.0.1:9",
+    "jobs stop": "EVIL --address http://127.0.0.1:9",
+    "verify": """
+        M --server http://127.0.0.1:9/EVIL
+        EVIL --server http://127.0.0.1:9
+    """,
+    "doctor": "--jsn EVIL",
 }
+"""Arguments of commands that work. A model is M, a job J, and a plan P."""
+
+
+def arguments(lines: str) -> list[list[str]]:
+    """Return the arguments of each line."""
+    return [shlex.split(line) for line in lines.strip().splitlines()]
 
 
 def test_every_command_is_here() -> None:
@@ -203,14 +269,8 @@ def place(tmp_path_factory: pytest.TempPathFactory, tiny_llama: Path) -> Path:
     created_at = datetime(2026, 1, 1, tzinfo=UTC)
     store.write_run({"run_id": "c", "status": "failed", "error": EVIL, "model": f"m{EVIL}", "created_at": created_at})
     run = RunIdentity(run_id="a-0123456789", model=f"m{EVIL}", revision=names["revision"], family="f")
-    about = {
-        "task": f"ablation:{EVIL}",
-        "metric": "loss",
-        "drop": [],
-        "drop_parts": [],
-        "created_at": created_at,
-        "value": 2.0,
-    }
+    about = {"task": f"ablation:{EVIL}", "metric": "loss", "drop": [], "drop_parts": [], "value": 2.0}
+    about["created_at"] = created_at
     without_layer = [{**about, "layer": layer, "value": 2.0 + layer / 8} for layer in range(8)]
     store.write_rows("evaluations", run, [about, *without_layer])
     tried = {**about, "method": f"avss{EVIL}", "share": 0.25, "retention": 0.5, "drop": [1, 2]}
@@ -231,8 +291,12 @@ def place(tmp_path_factory: pytest.TempPathFactory, tiny_llama: Path) -> Path:
 
 
 def run(command: str, args: list[str], place: Path, folder: Path) -> str:
+    """Run a command, and return what it prints and says, which steers no terminal."""
     named = {"W": place / "w", "M": place / f"model{EVIL}", "J": place / f"job{EVIL}.yaml", "P": place / "plan.yaml"}
-    words = [str(named.get(arg, arg)).replace("O/", f"{folder}/") for arg in args]
+    words = []
+    for arg in args:
+        word = str(named.get(arg, arg))
+        words.append(word.replace("EVIL", EVIL).replace("O/", f"{folder}/"))
     done = avss(*command.split(), *words)
     text = done.stdout + done.stderr
     assert done.exit_code in (0, 1, 2), text
@@ -242,7 +306,8 @@ def run(command: str, args: list[str], place: Path, folder: Path) -> str:
         if file.suffix in (".svg", ".yaml", ".csv"):
             assert not OBEYED.search(file.read_text()), file
         elif file.suffix == ".html":
-            assert not OBEYED.search(re.sub(r"<script.*?</script>", "", file.read_text(), flags=re.DOTALL)), file
+            without_scripts = re.sub(r"<script.*?</script>", "", file.read_text(), flags=re.DOTALL)
+            assert not OBEYED.search(without_scripts), file
     if "csv" in args and done.exit_code == 0:
         for row in csv.reader(io.StringIO(done.stdout)):
             for cell in row:
@@ -251,14 +316,14 @@ def run(command: str, args: list[str], place: Path, folder: Path) -> str:
     return text
 
 
-def cases(commands: Mapping[str, list[list[str]]]) -> Iterator[tuple[str, list[str]]]:
-    """Yield each command with each of its lists of arguments."""
-    for command, lists in commands.items():
-        for args in lists:
+def cases() -> Iterator[tuple[str, list[str]]]:
+    """Yield each command that reads with each of its lists of arguments."""
+    for command, lines in READS.items():
+        for args in arguments(lines):
             yield command, args
 
 
-@pytest.mark.parametrize(("command", "args"), [*cases(READS)])
+@pytest.mark.parametrize(("command", "args"), [*cases()])
 def test_no_command_that_reads_steers(command: str, args: list[str], place: Path, tmp_path: Path) -> None:
     assert run(command, args, place, tmp_path)
 
@@ -269,7 +334,7 @@ def test_no_command_that_works_steers(
     command: str, place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(place)
-    for args in WORKS[command]:
+    for args in arguments(WORKS[command]):
         run(command, args, place, tmp_path)
     for card in tmp_path.rglob("README.md"):
         assert not OBEYED.search(card.read_text())

@@ -42,9 +42,8 @@ from avss_dist.models.checkpoint.locate import Checkpoint, resolve
 from avss_dist.partition.placement import Placement
 from avss_dist.tasks.task import Task
 
-SPARSITY = Sparsity(
-    maps=(MapSparsity(layer=0, path="mlp.up_proj", outputs=4, inputs=2, by="threshold", value=0.5),), rule="all"
-)
+SPARSE_MAP = MapSparsity(layer=0, path="mlp.up_proj", outputs=4, inputs=2, by="threshold", value=0.5)
+SPARSITY = Sparsity(maps=(SPARSE_MAP,), rule="all")
 
 
 @dataclass(frozen=True)
@@ -70,9 +69,17 @@ class Measure:
 def test_sublayers_come_after_layers_and_attentions_before_mlps() -> None:
     removals = [Sublayer(0, "mlp"), Sublayer(2, "attention"), 7, Sublayer(1, "attention"), 3]
     assert joined(removals) == (3, 7, Sublayer(1, "attention"), Sublayer(2, "attention"), Sublayer(0, "mlp"))
-    assert max((5, (3,), 1), (5, (Sublayer(0, "mlp"),), 1)) == (5, (Sublayer(0, "mlp"),), 1)
-    assert list(map(str, joined(removals))) == ["3", "7", "attention.1", "attention.2", "mlp.0"]
     assert describe_removed(joined(removals)) == "3, 7, attention.1, attention.2, mlp.0"
+
+
+def test_sublayers_are_larger_than_layers() -> None:
+    of_sublayer = (5, (Sublayer(0, "mlp"),), 1)
+    assert max((5, (3,), 1), of_sublayer) == of_sublayer
+
+
+def test_sublayers_are_named_by_their_part() -> None:
+    assert str(Sublayer(1, "attention")) == "attention.1"
+    assert str(Sublayer(0, "mlp")) == "mlp.0"
 
 
 def test_both_sublayers_of_a_layer_are_the_layer() -> None:
@@ -101,15 +108,29 @@ def test_columns_of_a_row_say_what_was_removed() -> None:
     assert stored_removals(row) == removals
 
 
-def test_experts_come_last_and_go_with_what_they_are_in() -> None:
-    experts = (Expert(1, 7), Expert(2, 0), Expert(2, 5), Expert(9_999, 9_999))
-    removals = (4, Sublayer(0, "mlp"), *experts)
-    assert joined([*reversed(removals)]) == removals
-    assert joined([*removals, 1, Sublayer(2, "mlp")]) == (1, 4, Sublayer(0, "mlp"), Sublayer(2, "mlp"), experts[-1])
-    assert joined([*sublayers_of([2]), *experts]) == (2, experts[0], experts[-1])
+EXPERTS = (Expert(1, 7), Expert(2, 0), Expert(2, 5), Expert(9_999, 9_999))
+
+
+def test_experts_come_last() -> None:
+    removals = (4, Sublayer(0, "mlp"), *EXPERTS)
+    assert joined(removals[::-1]) == removals
+
+
+def test_experts_go_with_what_they_are_in() -> None:
+    of_first, _, _, of_last = EXPERTS
+    holders = (1, Sublayer(2, "mlp"))
+    assert joined([*EXPERTS, *holders]) == (*holders, of_last)
+    assert joined([*sublayers_of([2]), *EXPERTS]) == (2, of_first, of_last)
+
+
+def test_an_expert_can_be_added_to_what_it_is_not_in() -> None:
     assert not can_be_added(Expert(2, 5), (2,))
     assert not can_be_added(Expert(2, 5), (Sublayer(2, "mlp"),))
     assert can_be_added(Expert(2, 5), (Sublayer(2, "attention"), Expert(2, 4)))
+
+
+def test_experts_have_numbers_and_layers() -> None:
+    removals = (4, Sublayer(0, "mlp"), *EXPERTS)
     assert experts_by_layer(removals) == {1: (7,), 2: (0, 5), 9_999: (9_999,)}
     numbers = [4, 20_000, 1_010_007, 1_020_000, 1_020_005, 1_000_000 + 99_999_999]
     assert removal_numbers(removals) == numbers
@@ -119,7 +140,7 @@ def test_experts_come_last_and_go_with_what_they_are_in() -> None:
     assert tuple(map(parse_removal, names)) == removals
     assert size_removed(removals) == 1.5
     assert count_removed(removals) == "1 layer, 1 sublayer, 4 experts"
-    assert describe_removed(experts[:2]) == "expert.1.7, expert.2.0"
+    assert describe_removed(EXPERTS[:2]) == "expert.1.7, expert.2.0"
     many = [Expert(1, expert) for expert in range(16)]
     many += [Expert(2, expert) for expert in range(16)]
     assert describe_removed(many) == "32 experts of layers 1-2"
