@@ -501,11 +501,13 @@ def test_a_damaged_run_is_not_published(table: str, root: Path, tmp_path: Path) 
 CANNOT = "has a value that it cannot have"
 
 
-def reasons(table: str, name: str, values: list[Any]) -> dict[str, str]:
-    """Return what is damaged of a table of runs r0, r1, ..., with a row of one column for each."""
-    ids = [f"r{i}" for i in range(len(values))]
-    cells = pa.array(values, SCHEMAS[table].field(name).type)
-    return damaged_runs(table, pa.table({"run_id": ids, name: cells}))
+def reasons(table: str, **columns: list[Any]) -> dict[str, str]:
+    """Return what is damaged of a table of runs r0, r1, ..., with a row of some columns for each."""
+    first, *_ = columns.values()
+    arrays = {"run_id": pa.array([f"r{i}" for i in range(len(first))])}
+    for name, values in columns.items():
+        arrays[name] = pa.array(values, SCHEMAS[table].field(name).type)
+    return damaged_runs(table, pa.table(arrays))
 
 
 @pytest.mark.parametrize(
@@ -540,13 +542,13 @@ def reasons(table: str, name: str, values: list[Any]) -> dict[str, str]:
     ],
 )
 def test_values_up_to_their_bounds_are_good(table: str, name: str, good: list[Any], bad: list[Any]) -> None:
-    assert reasons(table, name, good) == {}
+    assert reasons(table, **{name: good}) == {}
     mixed = []
     expected = {}
     for value in bad:
         mixed += [good[0], value]
         expected[f"r{len(mixed) - 1}"] = f"'{name}' {CANNOT}"
-    assert reasons(table, name, mixed) == expected
+    assert reasons(table, **{name: mixed}) == expected
 
 
 FIRST_TIME = datetime(1, 1, 1, tzinfo=UTC)
@@ -559,7 +561,7 @@ def microseconds(moment: datetime) -> int:
 
 
 def test_times_that_python_has_are_good() -> None:
-    assert reasons("runs", "created_at", [FIRST_TIME, LAST_TIME, None]) == {}
+    assert reasons("runs", created_at=[FIRST_TIME, LAST_TIME, None]) == {}
 
 
 def test_times_that_python_does_not_have_are_damage() -> None:
@@ -571,7 +573,7 @@ def test_times_that_python_does_not_have_are_damage() -> None:
 
 @pytest.mark.parametrize("text", [None, "", "{}", '{"layout": "packed"}', '{"of_a_later_version": 5}'])
 def test_settings_are_a_json_object_of_values_that_settings_can_have(text: str | None) -> None:
-    assert reasons("runs", "settings", [text]) == {}
+    assert reasons("runs", settings=[text]) == {}
     row = {"run_id": "r", "settings": text}
     first = dict(settings_of(row))
     assert first.keys() <= {"layout", "of_a_later_version"}
@@ -585,45 +587,53 @@ def test_settings_are_a_json_object_of_values_that_settings_can_have(text: str |
     ids=["list", "half", "batch size", "dtype", "deep"],
 )
 def test_settings_that_no_run_can_have_are_damage(text: str) -> None:
-    assert reasons("runs", "settings", [text]) == {"r0": f"'settings' {CANNOT}"}
+    assert reasons("runs", settings=[text]) == {"r0": f"'settings' {CANNOT}"}
     with pytest.raises(WarehouseError, match="The settings of run 'r' are damaged"):
         settings_of({"run_id": "r", "settings": text})
 
 
 @pytest.mark.parametrize(("table", "name"), [("runs", "status"), ("cells", "task")])
 def test_a_required_column_may_not_be_empty(table: str, name: str) -> None:
-    assert reasons(table, name, ["done", None, "done"]) == {"r1": f"'{name}' has no value"}
+    assert reasons(table, **{name: ["done", None, "done"]}) == {"r1": f"'{name}' has no value"}
 
 
 @pytest.mark.parametrize(("table", "name"), [("runs", "family"), ("cells", "device")])
 def test_other_columns_may_be_empty(table: str, name: str) -> None:
-    assert reasons(table, name, [None, None]) == {}
+    assert reasons(table, **{name: [None, None]}) == {}
 
 
 def test_lists_of_one_row_are_of_one_length() -> None:
-    found = reasons(
-        "layer_stats",
-        thresholds=[[1.0, 2.0], [1.0], [1.0, 2.0], []],
-        near_zero=[[1, 2], [1, 2], [1], []],
-        histogram_bin=[[1], [1], [], []],
-        histogram_count=[[1], [1], [], [5]],
-    )
-    assert found == {
+    columns: dict[str, Any] = {"thresholds": [[1.0, 2.0], [1.0], [1.0, 2.0], []]}
+    columns["near_zero"] = [[1, 2], [1, 2], [1], []]
+    columns["histogram_bin"] = [[1], [1], [], []]
+    columns["histogram_count"] = [[1], [1], [], [5]]
+    assert reasons("layer_stats", **columns) == {
         "r1": "'near_zero' is not as long as 'thresholds'",
         "r2": "'near_zero' is not as long as 'thresholds'",
         "r3": "'histogram_count' is not as long as 'histogram_bin'",
     }
-    assert reasons("layer_stats", near_zero=[[1, 2]]) == {}, "what it is as long as was not read"
-    assert reasons("cells", samples=[[1.0], [1.0]], weights=[[1.0], [1.0, 2.0]]) == {
-        "r1": "'weights' is not as long as 'samples'"
-    }
+
+
+def test_a_cell_has_a_weight_for_each_sample() -> None:
+    damage = reasons("cells", samples=[[1.0], [1.0]], weights=[[1.0], [1.0, 2.0]])
+    assert damage == {"r1": "'weights' is not as long as 'samples'"}
+
+
+def test_a_list_may_have_any_length_where_the_other_one_was_not_read() -> None:
+    assert reasons("layer_stats", near_zero=[[1, 2]]) == {}
 
 
 def test_a_run_has_one_row_and_its_first_problem_is_told() -> None:
-    several = "it has several rows; a run has one"
-    found = reasons("runs", run_id=["a", "b", "a", "c"], status=["done", None, "x", "x"], num_layers=[1, 0, 1, 1])
-    assert found == {"a": several, "b": "'status' has no value", "c": f"'status' {CANNOT}"}
-    assert reasons("scores", run_id=["a", "a", "b", "b"], layer=[0, 1, 0, -1]) == {"b": f"'layer' {CANNOT}"}
+    damage = reasons("runs", run_id=["a", "b", "a", "c"], status=["done", None, "x", "x"], num_layers=[1, 0, 1, 1])
+    assert damage["a"] == "it has several rows; a run has one"
+    assert damage["b"] == "'status' has no value"
+    assert damage["c"] == f"'status' {CANNOT}"
+    assert len(damage) == 3
+
+
+def test_a_run_has_several_rows_of_scores() -> None:
+    damage = reasons("scores", run_id=["a", "a", "b", "b"], layer=[0, 1, 0, -1])
+    assert damage == {"b": f"'layer' {CANNOT}"}
 
 
 def test_the_rows_of_a_file_get_the_schema_of_their_table() -> None:
