@@ -8,10 +8,9 @@ from dataclasses import asdict, dataclass, replace
 from importlib.util import find_spec
 
 import pyarrow as pa
-import pyarrow.compute as pc
 
 from avss_dist.core.devices import Devices, devices_here, pick_device
-from avss_dist.core.errors import ConfigError, WarehouseError, as_failure
+from avss_dist.core.errors import ConfigError, as_failure
 from avss_dist.core.results import TabularResult
 from avss_dist.core.settings import Settings
 from avss_dist.core.text import describe_bytes
@@ -21,7 +20,7 @@ from avss_dist.distillation.pair import LORA, computes_in_bfloat16
 from avss_dist.models.checkpoint.locate import Checkpoint, find_checkpoint
 from avss_dist.models.checkpoint.size import Footprint, footprint, sharing_skeletons
 from avss_dist.partition.catalog import PARTITIONS, SHARDINGS
-from avss_dist.partition.choose import choose, size_of
+from avss_dist.partition.choose import choose
 from avss_dist.partition.estimate import MemoryQuery, PartitionEstimate, batch_bytes
 from avss_dist.partition.execution import Execution
 from avss_dist.partition.replica import replica_class
@@ -30,9 +29,11 @@ from avss_dist.pruning.repair.registry import NO_REPAIR
 from avss_dist.requests import TRAINED, DistillRequest, EstimateRequest, require_divisible
 from avss_dist.runs.events import OnRunEvent, RunReading, describe_repeated
 from avss_dist.runs.job_file import JobFile, RunSpec
+from avss_dist.runs.past_speed import finished_rows, replica_speed, run_of_shape
 from avss_dist.runs.planned import PlannedRun
 from avss_dist.runs.planner import Planner, rows_per_shard
 from avss_dist.runs.scoring import executor_for, overridden
+from avss_dist.runs.stored import StoredRun, look_up_run
 from avss_dist.warehouse.store import Store
 
 
@@ -297,10 +298,6 @@ def _possible_ranks(partition: str, request: EstimateRequest, devices: Devices) 
     return RANKS[:1]
 
 
-_SHAPE = ("num_layers", "hidden_size", "num_parameters", "dtype")
-_SPEED = ("run_id", "partition", "device", "replicas", "tokens_per_second", "created_at")
-
-
 @dataclass(frozen=True, kw_only=True)
 class Preview:
     """Preview of a run.
@@ -348,7 +345,7 @@ def preview_job(job: JobFile, on_event: OnRunEvent | None = None, **options: obj
     """
     specs, execution = overridden(job, options)
     store = Store(job.warehouse)
-    finished = _finished_rows(store)
+    finished = finished_rows(store.reader)
     previews: list[Preview] = []
     first_names: dict[str, str] = {}  # name of the first run with an id, by that
     with closing(executor_for(specs, job.settings, execution)) as executor:
@@ -357,7 +354,7 @@ def preview_job(job: JobFile, on_event: OnRunEvent | None = None, **options: obj
             if on_event is not None:
                 on_event(RunReading(spec.name))
             try:
-                stored = _look_up(planner, store, spec)
+                stored = look_up_run(planner, store, spec)
             except Exception as error:
                 message = as_failure(error).message
                 previews.append(Preview(model=spec.title, corpus=spec.corpus, status="refused", error=message))
@@ -373,49 +370,6 @@ def preview_job(job: JobFile, on_event: OnRunEvent | None = None, **options: obj
                     preview = _with_time(preview, stored.planned, stored.size, executor.devices, finished)
             previews.append(preview)
     return previews
-
-
-def _finished_rows(store: Store) -> list[TableRow]:
-    """Return the rows of finished ``runs`` with a speed, the newest first."""
-    try:
-        measured = (pc.field("status") == "done") & (pc.field("tokens_per_second") > 0)
-        finished = store.reader.table("runs", columns=[*_SHAPE, *_SPEED], where=measured)
-    except WarehouseError:  # there is none yet
-        return []
-    rows: list[TableRow] = finished.sort_by([("created_at", "descending")]).to_pylist()
-    return rows
-
-
-@dataclass(frozen=True, kw_only=True)
-class StoredRun:
-    """A planned run, and what is stored of it.
-
-    Attributes:
-        size: size of the model; None if unknown.
-        is_done: whether the run is stored with its scores.
-        num_kept: number of stored shards of a run that is not done.
-    """
-
-    planned: PlannedRun
-    size: Footprint | None
-    is_done: bool
-    num_kept: int
-
-
-def _look_up(planner: Planner, store: Store, spec: RunSpec) -> StoredRun:
-    """Plan a run, and look up what is stored of it.
-
-    Raises:
-        AvssError: it cannot be run.
-    """
-    planned = planner.prepare(spec)
-    size = size_of(planned.replica_spec.checkpoint, planned.replica_spec.settings)
-    run_row = store.reader.readable_run(planned.run_id)
-    is_done = run_row is not None and run_row.get("status") == "done"
-    num_kept = 0
-    if not is_done:
-        num_kept = sum(1 for _ in store.reader.each_shard(planned.run_id, planned.expected))
-    return StoredRun(planned=planned, size=size, is_done=is_done, num_kept=num_kept)
 
 
 def _preview(spec: RunSpec, stored: StoredRun) -> Preview:
@@ -450,15 +404,11 @@ def _with_time(
     replicas = planned.replicas
     if devices.kind == "cpu":
         replicas = min(replicas, max(1, devices.cpus // planned.replica_spec.settings.threads))
-    shape = {name: getattr(size, name) for name in _SHAPE}
-    for run_row in finished:
-        is_same_device = (run_row["device"] == "cpu") == (devices.kind == "cpu")
-        if is_same_device and run_row["partition"] == preview.partition and shape.items() <= run_row.items():
-            missing_share = 1 - preview.kept_shards / preview.num_shards
-            replica_speed = run_row["tokens_per_second"] / (run_row["replicas"] or 1)
-            seconds = missing_share * preview.num_tokens / replica_speed / replicas
-            preview = replace(preview, seconds=seconds, reference_run=run_row["run_id"])
-            break
+    run_row = run_of_shape(finished, size, preview.partition, devices.kind)
+    if run_row is not None:
+        missing_share = 1 - preview.kept_shards / preview.num_shards
+        seconds = missing_share * preview.num_tokens / replica_speed(run_row) / replicas
+        preview = replace(preview, seconds=seconds, reference_run=run_row["run_id"])
     needed = size.weight_bytes + batch_bytes(size, planned.replica_spec.settings)
     if needed <= devices.device_bytes or not PARTITIONS[preview.partition].whole:
         return preview

@@ -243,6 +243,17 @@ class AblateRequest(ModelRequest, CorpusRequest, WarehouseRequest, EvaluationOpt
 
 
 @checked
+class AblateCommandRequest(AblateRequest):
+    """Leave layers out, or round their weights, and measure the loss: the ground truth for scores.
+
+    With --quantize, csv and json have a row for each number format, layer and linear map.
+    """
+
+    dry_run: bool = False
+    """Only show what would be done, and how long it takes by the speeds in the warehouse."""
+
+
+@checked
 class EvaluateRequest(WorkRequest, WarehouseRequest, EvaluationOptions):
     """Evaluate models and plans; a plan skips its layers in place and is compared with the whole model."""
 
@@ -264,6 +275,14 @@ class EvaluateRequest(WorkRequest, WarehouseRequest, EvaluationOptions):
     """Also measure how fast smaller models generate on this machine, in turn with their whole model, and their size."""
     allow_overlap: Annotated[bool, RARE] = False
     """Allow evaluation on text that scores or repairs were made on."""
+
+
+@checked
+class EvaluateCommandRequest(EvaluateRequest):
+    """Evaluate models and plans; a plan skips its layers in place and is compared with the whole model."""
+
+    dry_run: bool = False
+    """Only show what would be done, and how long it takes by the speeds in the warehouse."""
 
 
 @checked
@@ -333,6 +352,14 @@ class ShrinkRequest(ModelRequest, EvaluationOptions):
     def texts(self) -> list[RedactedURI]:
         """All texts, each once."""
         return list(dict.fromkeys([RedactedURI(self.corpus), *self.repair_texts]))
+
+
+@checked
+class ShrinkCommandRequest(ShrinkRequest):
+    """Score a model, drop layers, repair and evaluate the rest, and write it; resumes if stopped."""
+
+    dry_run: bool = False
+    """Only show what would be done, and how long it takes by the speeds in the warehouse."""
 
 
 @checked
@@ -527,6 +554,14 @@ class DistillRequest(ModelOptions, TextOptions, ClusterOptions, WorkRequest):
     def rows(self) -> int:
         """Rows of a training step on each rank."""
         return self.batch_size // self.ranks
+
+
+@checked
+class DistillCommandRequest(DistillRequest):
+    """Train a smaller model on the predictions of the whole one, and write it; resumes if stopped."""
+
+    dry_run: bool = False
+    """Only show what would be done, and the memory that it takes."""
 
 
 @checked

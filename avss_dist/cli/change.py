@@ -12,6 +12,7 @@ from rich.console import RenderableType
 
 from avss_dist.analysis.chosen import ChosenRun
 from avss_dist.analysis.next_commands import describe_headless, repeated_options
+from avss_dist.cli.forecasts import print_forecast
 from avss_dist.cli.program import spelled
 from avss_dist.cli.read import open_for
 from avss_dist.commands import Pruned, choose_layers, describe_remaining, planned_run
@@ -34,7 +35,7 @@ from avss_dist.reports.terminal.shrink import distilled_table
 from avss_dist.reports.terminal.tables import FittedTable
 from avss_dist.reports.terminal.verified import verified_table
 from avss_dist.requests import (
-    DistillRequest,
+    DistillCommandRequest,
     PlanRequest,
     PrecisionRequest,
     PruneRequest,
@@ -43,6 +44,7 @@ from avss_dist.requests import (
 )
 from avss_dist.serving.verify import verify as compare_with_server
 from avss_dist.stats.catalog import GREEDY
+from avss_dist.studies.distill_forecast import forecast_distillation
 from avss_dist.studies.sparsify import sparsify as choose_thresholds
 from avss_dist.warehouse.checks import has_head
 from avss_dist.warehouse.reader import Warehouse
@@ -136,8 +138,11 @@ def _pruned_lines(pruned: Pruned) -> Iterator[str]:
     yield from pruned.notes
 
 
-def distill(request: DistillRequest, format: str) -> None:
-    """Train and write the model, and print its divergences and losses."""
+def distill(request: DistillCommandRequest, format: str) -> None:
+    """Train and write the model, and print its divergences and losses; or print what that would take."""
+    if request.dry_run:
+        print_forecast(forecast_distillation(request), format)
+        return
     with StepProgress() as progress:
         distilled = train(replace(request, on_event=progress))
     lines = [f"{distilled.folder}: {describe_bytes(distilled.bytes)} of weights."]

@@ -125,7 +125,7 @@ _DECLARED = (
     Command(
         "ablate",
         MEASURE,
-        "requests.AblateRequest",
+        "requests.AblateCommandRequest",
         formats=TABLES,
         examples=(
             "avss ablate org/name --corpus your.txt",
@@ -135,14 +135,14 @@ _DECLARED = (
     Command(
         "evaluate",
         MEASURE,
-        "requests.EvaluateRequest",
+        "requests.EvaluateCommandRequest",
         formats=TABLES,
         examples=("avss evaluate org/name plan.yaml --tasks perplexity:heldout.txt --tasks hellaswag --limit 200",),
     ),
     Command(
         "shrink",
         MEASURE,
-        "requests.ShrinkRequest",
+        "requests.ShrinkCommandRequest",
         formats=TEXT,
         examples=(
             "avss shrink org/name --corpus your.txt --share 0.25 -o smaller",
@@ -294,7 +294,7 @@ _DECLARED = (
     Command(
         "distill",
         CHANGE,
-        "requests.DistillRequest",
+        "requests.DistillCommandRequest",
         formats=TEXT,
         examples=(
             "avss distill smaller --teacher org/name --corpora your.txt --tokens 1e6 -o distilled",

@@ -10,6 +10,7 @@ import pyarrow as pa
 from rich.console import RenderableType
 
 from avss_dist.analysis.verdict import experiment_sections
+from avss_dist.cli.forecasts import print_forecast
 from avss_dist.cli.program import spelled
 from avss_dist.commands import Runs
 from avss_dist.commands import run as run_job
@@ -33,22 +34,24 @@ from avss_dist.reports.terminal.shrink import shrunk_lines, shrunk_tables, shrun
 from avss_dist.reports.terminal.speed import speed_table
 from avss_dist.reports.terminal.tables import FittedTable, rendered
 from avss_dist.requests import (
-    AblateRequest,
+    AblateCommandRequest,
     EstimateRequest,
-    EvaluateRequest,
+    EvaluateCommandRequest,
     RunCommandRequest,
     ScoreAllRequest,
-    ShrinkRequest,
+    ShrinkCommandRequest,
 )
 from avss_dist.runs.events import both, describe_repeated
 from avss_dist.runs.job_file import JobFile, job_schema, read_job
 from avss_dist.runs.result import Run
 from avss_dist.runs.scoring import score_models
-from avss_dist.studies.ablate import Ablation
+from avss_dist.studies.ablate import Ablation, forecast_ablation
 from avss_dist.studies.ablate import ablate as measure_ablation
 from avss_dist.studies.evaluate import evaluate as measure_tasks
+from avss_dist.studies.evaluate import forecast_evaluation
 from avss_dist.studies.experiment_size import describe_size
 from avss_dist.studies.shrink import shrink as write_smaller
+from avss_dist.studies.shrink_forecast import forecast_shrinking
 from avss_dist.warehouse.reader import Warehouse
 from avss_dist.warehouse.schema import Damage
 
@@ -117,8 +120,11 @@ def _outcome(result: Run, damage: Damage | None = None) -> str:
     return f"{line}."
 
 
-def ablate(request: AblateRequest, format: str) -> None:
-    """Measure what layers do to the loss, and print it."""
+def ablate(request: AblateCommandRequest, format: str) -> None:
+    """Measure what layers do to the loss, and print it; or print what that would take."""
+    if request.dry_run:
+        print_forecast(forecast_ablation(request), format)
+        return
     with CellProgress() as progress:
         ablation = measure_ablation(replace(request, on_event=progress))
     print_result(format, _ablation_tables(ablation), (ablation.sensitivity or ablation).table)
@@ -130,8 +136,11 @@ def _ablation_tables(ablation: Ablation) -> Iterator[FittedTable]:
     yield from sensitivity_tables(ablation)
 
 
-def evaluate(request: EvaluateRequest, format: str) -> None:
-    """Evaluate models and plans, and print the results."""
+def evaluate(request: EvaluateCommandRequest, format: str) -> None:
+    """Evaluate models and plans, and print the results; or print what that would take."""
+    if request.dry_run:
+        print_forecast(forecast_evaluation(request), format)
+        return
     if request.speed and format == "csv":
         raise ConfigError("Speed has rows of its own, which a CSV file has no place for.", "Set `format` to json.")
     with CellProgress() as progress:
@@ -143,8 +152,11 @@ def evaluate(request: EvaluateRequest, format: str) -> None:
             print_result(format, [], speed.table)
 
 
-def shrink(request: ShrinkRequest, format: str) -> None:
-    """Write a smaller checkpoint, and print how it compares."""
+def shrink(request: ShrinkCommandRequest, format: str) -> None:
+    """Write a smaller checkpoint, and print how it compares; or print what that would take."""
+    if request.dry_run:
+        print_forecast(forecast_shrinking(request), format)
+        return
     with StepProgress() as progress:
         shrunk = write_smaller(replace(request, on_event=progress))
     print_result(format, [shrunk_tables(shrunk), *shrunk_lines(shrunk)], lambda: [shrunk_values(shrunk)])

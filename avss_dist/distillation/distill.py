@@ -144,12 +144,12 @@ def distill(request: DistillRequest) -> Distilled:
         RunFailed: training diverged, or made the student no better.
         StorageFull: there is no space left.
     """
-    with quiet(), warnings.catch_warnings(), _open_ranks(request) as executor:
+    with quiet(), warnings.catch_warnings(), open_ranks(request) as executor:
         warnings.simplefilter("ignore", FutureWarning)  # of transformers, about its own names
         return _distill(request, executor, Path(request.output), request.on_event or ignore)
 
 
-def _open_ranks(request: DistillRequest) -> AbstractContextManager[RayExecutor | None]:
+def open_ranks(request: DistillRequest) -> AbstractContextManager[RayExecutor | None]:
     """Return the context of the executor of the ranks of a distillation, or of None for one process.
 
     Raises:
@@ -166,26 +166,9 @@ def _open_ranks(request: DistillRequest) -> AbstractContextManager[RayExecutor |
 
 
 def _distill(request: DistillRequest, executor: RayExecutor | None, output: Path, on_event: OnEvent) -> Distilled:
-    work = output.with_name(output.name + ".part")
-    # A distillation may have been stopped after its last step.
-    is_written = (work / _REQUEST).is_file() and (output / FILE).is_file()
-    if not is_written:
-        require_free(output)
-    models = resolve_pair(request, executor.devices.kind if executor else None)
-    memory = estimate_memory(
-        models.student,
-        models.teacher,
-        models.settings,
-        models.teacher_settings,
-        train=request.train,
-        rank=request.lora_rank,
-        sharding=request.sharding,
-        ranks=request.ranks,
-    )
-    if executor:
-        require_room(request, executor.devices, memory, models)
-    else:
-        require_memory(memory, models.device.type, request.train)
+    work = work_folder(output)
+    is_written = was_written(output)
+    models, memory = require_possible(request, executor)
     notes = ancestry(models)
     with explain_unwritable(output, "Name another folder with `output`, or free some space."):
         _begin_work(work, request, models)
@@ -208,6 +191,69 @@ def _distill(request: DistillRequest, executor: RayExecutor | None, output: Path
     return Distilled(output, record, memory, notes)
 
 
+def work_folder(output: Path) -> Path:
+    """Return the folder of the work so far."""
+    return output.with_name(output.name + ".part")
+
+
+def was_written(output: Path) -> bool:
+    """Whether a distillation was stopped after its last step, which wrote the output."""
+    return (work_folder(output) / _REQUEST).is_file() and (output / FILE).is_file()
+
+
+def require_possible(request: DistillRequest, executor: RayExecutor | None) -> tuple[ModelPair, Memory]:
+    """Return the models and the memory of a distillation. Refuse one that cannot be done, before texts are read.
+
+    Raises:
+        AvssError: the output is not free, the models do not fit each other, or there is too little memory.
+    """
+    output = Path(request.output)
+    if not was_written(output):
+        require_free(output)
+    models = resolve_pair(request, executor.devices.kind if executor else None)
+    memory = estimate_memory(
+        models.student,
+        models.teacher,
+        models.settings,
+        models.teacher_settings,
+        train=request.train,
+        rank=request.lora_rank,
+        sharding=request.sharding,
+        ranks=request.ranks,
+    )
+    if executor:
+        require_room(request, executor.devices, memory, models)
+    else:
+        require_memory(memory, models.device.type, request.train)
+    return models, memory
+
+
+def require_same_request(request: DistillRequest, models: ModelPair) -> bool:
+    """Refuse to go on from the work of another request. Nothing is written.
+
+    Returns:
+        Whether there is work of this request to go on from.
+
+    Raises:
+        ConfigError: the work was begun with other values.
+    """
+    work = work_folder(Path(request.output))
+    file = work / _REQUEST
+    if not file.is_file() or [*work.iterdir()] == [file]:
+        return False
+    _refuse_differing(work, _differing(file, _identity(request, models)))
+    return True
+
+
+def _refuse_differing(work: Path, differing: Sequence[str]) -> None:
+    """Refuse a folder of work that was begun with other values of some options."""
+    if differing:
+        raise ConfigError(
+            f"{work} was begun with other values of {', '.join(differing)}.",
+            "Use the same ones to continue, delete the folder, or name another `output`.",
+        )
+
+
 def _begin_work(work: Path, request: DistillRequest, models: ModelPair) -> None:
     """Make the folder of the work so far, or refuse that of another request.
 
@@ -218,12 +264,7 @@ def _begin_work(work: Path, request: DistillRequest, models: ModelPair) -> None:
     if [*work.iterdir()] == [work / _REQUEST]:
         # It is of a request that was refused.
         (work / _REQUEST).unlink()
-    differing = _differing(work / _REQUEST, _identity(request, models))
-    if differing:
-        raise ConfigError(
-            f"{work} was begun with other values of {', '.join(differing)}.",
-            "Use the same ones to continue, delete the folder, or name another `output`.",
-        )
+    _refuse_differing(work, _differing(work / _REQUEST, _identity(request, models)))
 
 
 def _require_same_texts(work: Path, texts: Sequence[DistillText]) -> None:
@@ -356,7 +397,7 @@ def _trained(
 
     request = task.request
     models = task.models
-    schedule = _schedule(request, models)
+    schedule = schedule_of(request, models)
     teacher_model = load_model(models.teacher, models.teacher_settings, head=True).to(models.device)
     trainer.call_at_layers(teacher_model, models.teacher_settings, heartbeat)
     predict = logits_of(teacher_model)
@@ -384,7 +425,7 @@ def _trained(
     return record, model.to(dtype)
 
 
-def _schedule(request: DistillRequest, models: ModelPair) -> Schedule:
+def schedule_of(request: DistillRequest, models: ModelPair) -> Schedule:
     """Return the length and the course of a training."""
     step_tokens = request.batch_size * models.settings.sequence_length
     return Schedule(

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 
 from avss_dist.core.errors import ModelError
 from avss_dist.core.intervention import Intervention, InterventionKey
-from avss_dist.evaluation.placed import PlacedModel
+from avss_dist.evaluation.placed import PlacedModel, PlannedTask
 from avss_dist.evaluation.planned_tasks import plan_text
 from avss_dist.evaluation.session import EvaluationSession
 from avss_dist.models.checkpoint.loading import load_tokenizer
@@ -52,6 +52,12 @@ def held_out_prompts(model: PlacedModel, texts: Sequence[str], *, skip_sequences
     return in_turn[:PROMPTS]
 
 
+def plan_continuations(model: PlacedModel, prompts: Sequence[Prompt]) -> PlannedTask:
+    """Return the task of continuing prompts."""
+    parts = tuple(ContinuePrompt(ids, NEW_TOKENS) for ids in prompts)
+    return model.plan(Task(name=CONTINUATION, parts=parts))
+
+
 def continue_prompts(
     session: EvaluationSession, model: PlacedModel, prompts: Sequence[Prompt], variants: Mapping[str, Intervention]
 ) -> tuple[list[Continuation], list[str]]:
@@ -65,8 +71,7 @@ def continue_prompts(
     Raises:
         AvssError: a failure of workers or of the warehouse.
     """
-    parts = tuple(ContinuePrompt(ids, NEW_TOKENS) for ids in prompts)
-    planned = model.plan(Task(name=CONTINUATION, parts=parts))
+    planned = plan_continuations(model, prompts)
     try:
         session.run(planned.cells(variants.values()))
     except ModelError as error:

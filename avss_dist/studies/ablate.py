@@ -29,14 +29,15 @@ from avss_dist.core.text import RedactedURI
 from avss_dist.core.values import NewRow, TableRow
 from avss_dist.corpus.seen import ABLATION, PRECISION, seen_text
 from avss_dist.corpus.shards import CorpusPlan, Shard
-from avss_dist.distillation.curve import Preparing, ignore
+from avss_dist.distillation.curve import Preparing
+from avss_dist.evaluation.forecast import Forecast, forecast_memory, forecast_step, forecasting, past_speed
 from avss_dist.evaluation.limits import require_intended, require_listable, require_partition
 from avss_dist.evaluation.memory import estimate_memory
 from avss_dist.evaluation.placed import PlacedModel, PlannedTask
 from avss_dist.evaluation.planned_tasks import plan_text
 from avss_dist.evaluation.session import EvaluationSession
 from avss_dist.models.checkpoint.loading import text_config
-from avss_dist.models.checkpoint.locate import resolve
+from avss_dist.models.checkpoint.locate import Checkpoint, resolve
 from avss_dist.models.checkpoint.quantization import require_unquantized
 from avss_dist.plans.catalog import ROUNDING_ESTIMATES
 from avss_dist.plans.criteria import LEAVE_ONE_OUT
@@ -181,29 +182,12 @@ def ablate(request: AblateRequest) -> Ablation:
     Raises:
         AvssError: a mistake, or a cell that failed (`RunFailed`). Measured cells remain in the warehouse.
     """
-    if request.formats:
-        require_partition(
-            request.execution.partition,
-            lambda partition: not partition.splits_matrices,
-            "has a part of each weight in a process, and a rounded weight needs scales of the whole.",
-        )
-    require_listable(request.shapley, "permutations", "Lower `shapley`.")
-    corpus = RedactedURI(request.corpus)
-    on_event = request.on_event or ignore
-    on_event(Preparing("reading the checkpoint"))
-    checkpoint = resolve(str(request.model), trust_remote_code=request.settings.trust_remote_code)
-    if request.formats:
-        require_unquantized(checkpoint)
+    checkpoint = _ablated(request)
     with EvaluationSession.open(request.warehouse, request.settings, request.execution, request.on_event) as session:
-        model = session.place(checkpoint, request.settings)
-        on_event(Preparing("reading the text"))
-        text = plan_text(checkpoint, corpus, model.settings)
-        _require_intended(request, model, text)
-        planned = [model.plan(task) for task in _tasks(request, corpus, text, model.settings)]
-        missing = _missing(session, planned)
-        needed = estimate_memory(model, missing, session.executor.devices)
+        planned = plan_ablation(request, session, checkpoint)
+        needed = estimate_memory(planned[0], _missing(session, planned), session.executor.devices)
         if needed:
-            on_event(needed)
+            session.on_event(needed)
         results = session.measure({task: [NO_INTERVENTION] for task in planned})
     removed: list[Result] = []
     rounded: list[Result] = []
@@ -212,7 +196,55 @@ def ablate(request: AblateRequest) -> Ablation:
             rounded += measured
         else:
             removed += measured
+    corpus = RedactedURI(request.corpus)
     return _ablation(str(request.model), corpus, removed, _sensitivity(request.formats, rounded))
+
+
+def forecast_ablation(request: AblateRequest) -> Forecast:
+    """Return what `ablate` would do. Nothing is measured or written.
+
+    Raises:
+        AvssError: a mistake, as in `ablate`.
+    """
+    checkpoint = _ablated(request)
+    with forecasting(request.warehouse, request.settings, request.execution, request.on_event) as session:
+        planned = plan_ablation(request, session, checkpoint)
+        speed = past_speed(session, planned[0])
+        steps = []
+        cells = []
+        for task in planned:
+            of_task = task.cells()
+            steps.append(forecast_step(session, task.task.name, of_task, task, speed))
+            cells += of_task
+        memory = forecast_memory(session, planned[0], cells)
+    return Forecast(steps=steps, memory=memory)
+
+
+def _ablated(request: AblateRequest) -> Checkpoint:
+    """Return the checkpoint of a request. Refuse what is known before its text is read."""
+    if request.formats:
+        require_partition(
+            request.execution.partition,
+            lambda partition: not partition.splits_matrices,
+            "has a part of each weight in a process, and a rounded weight needs scales of the whole.",
+        )
+    require_listable(request.shapley, "permutations", "Lower `shapley`.")
+    if request.on_event:
+        request.on_event(Preparing("reading the checkpoint"))
+    checkpoint = resolve(str(request.model), trust_remote_code=request.settings.trust_remote_code)
+    if request.formats:
+        require_unquantized(checkpoint)
+    return checkpoint
+
+
+def plan_ablation(request: AblateRequest, session: EvaluationSession, checkpoint: Checkpoint) -> list[PlannedTask]:
+    """Return the task of each requested measurement, one at least."""
+    model = session.place(checkpoint, request.settings)
+    session.on_event(Preparing("reading the text"))
+    corpus = RedactedURI(request.corpus)
+    text = plan_text(checkpoint, corpus, model.settings)
+    _require_intended(request, model, text)
+    return [model.plan(task) for task in _tasks(request, corpus, text, model.settings)]
 
 
 def _missing(session: EvaluationSession, planned: Iterable[PlannedTask]) -> list[Measure]:

@@ -16,9 +16,10 @@ from avss_dist.core.errors import AvssError, ConfigError, ModelError
 from avss_dist.core.intervention import NO_INTERVENTION, Intervention
 from avss_dist.core.results import TabularResult
 from avss_dist.core.settings import Settings
-from avss_dist.core.text import RedactedURI
+from avss_dist.core.text import RedactedURI, basename
 from avss_dist.core.values import NewRow
 from avss_dist.evaluation.events import OnEvent, Remark
+from avss_dist.evaluation.forecast import Forecast, forecast_memory, forecast_step, forecasting, larger, past_speed
 from avss_dist.evaluation.placed import PlacedModel, PlannedTask
 from avss_dist.evaluation.planned_tasks import plan_task, refuse_seen, row_start_task
 from avss_dist.evaluation.session import EvaluationSession, results_under
@@ -168,27 +169,14 @@ def evaluate(request: EvaluateRequest) -> Evaluations:
     Raises:
         AvssError: a mistake, or a cell that failed (`RunFailed`). Measured cells remain in the warehouse.
     """
-    settings = request.settings
-    tasks = [RedactedURI(task) for task in request.tasks]
-    subjects = _with_bases(_read_subjects(request.subjects, request.sparse, settings), request.base)
-    if request.speed:
-        _require_smaller(subjects)
-    with EvaluationSession.open(request.warehouse, settings, request.execution, request.on_event) as session:
-        planned = _plan_tasks(request, session, subjects, tasks)
-        _require_same_tokens(subjects, tasks, planned)
-        if not request.allow_overlap:
-            _refuse_overlaps(subjects, planned, tasks, Warehouse(request.warehouse))
-        for sentence in _misread_layers(subjects):
-            session.on_event(Remark(sentence))
-        row_starts = _row_start_tasks(planned)
-        work: dict[PlannedTask, list[Intervention]] = {}
-        for (revision, _), task in planned.items():
-            changes = [subject.intervention for subject in subjects if subject.checkpoint.revision == revision]
-            work[task] = [NO_INTERVENTION, *changes]
-        for task in row_starts:
-            work[task] = [NO_INTERVENTION]
-        measured = session.measure(work)
-        _keep_precision(session, subjects, tasks, planned)
+    subjects = _subjects(request)
+    with EvaluationSession.open(request.warehouse, request.settings, request.execution, request.on_event) as session:
+        plan = _plan_evaluations(request, session, subjects)
+        measured = session.measure(plan.work)
+        _keep_precision(session, subjects, plan.names, plan.tasks)
+    tasks = plan.names
+    planned = plan.tasks
+    row_starts = plan.row_starts
     results = {key: measured[task] for key, task in planned.items()}
     evaluations: list[Evaluation] = []
     for subject in subjects:
@@ -209,6 +197,74 @@ def evaluate(request: EvaluateRequest) -> Evaluations:
         speed, obstacles = _measure_speed(subjects, models, session.on_event)
         findings += obstacles
     return Evaluations(evaluations, findings=findings, speed=speed)
+
+
+def forecast_evaluation(request: EvaluateRequest) -> Forecast:
+    """Return what `evaluate` would do. Nothing is measured or written.
+
+    Raises:
+        AvssError: a mistake, as in `evaluate`.
+    """
+    subjects = _subjects(request)
+    with forecasting(request.warehouse, request.settings, request.execution, request.on_event) as session:
+        plan = _plan_evaluations(request, session, subjects)
+        steps = []
+        memory = None
+        for task, interventions in plan.work.items():
+            cells = task.cells(interventions)
+            step = f"{task.task.name} of {basename(task.checkpoint.name)}"
+            steps.append(forecast_step(session, step, cells, task, past_speed(session, task)))
+            memory = larger(memory, forecast_memory(session, task, cells))
+    notes = []
+    if request.speed:
+        notes.append("Speed is measured afterwards, which is not part of the time.")
+    return Forecast(steps=steps, memory=memory, notes=notes)
+
+
+def _subjects(request: EvaluateRequest) -> list[Subject]:
+    """Return the subjects of a request, with their base models."""
+    subjects = _with_bases(_read_subjects(request.subjects, request.sparse, request.settings), request.base)
+    if request.speed:
+        _require_smaller(subjects)
+    return subjects
+
+
+@dataclass(frozen=True, kw_only=True)
+class _PlannedEvaluations:
+    """Tasks of the checkpoints of all subjects.
+
+    Attributes:
+        names: names of the tasks.
+        tasks: each task of each checkpoint.
+        row_starts: tasks that read texts with another start of their rows.
+        work: all of them, each with its interventions.
+    """
+
+    names: list[RedactedURI]
+    tasks: dict[_Key, PlannedTask]
+    row_starts: list[PlannedTask]
+    work: dict[PlannedTask, list[Intervention]]
+
+
+def _plan_evaluations(
+    request: EvaluateRequest, session: EvaluationSession, subjects: Sequence[Subject]
+) -> _PlannedEvaluations:
+    """Return all that is measured for subjects, before it is. Text that was read on the way to them is refused."""
+    tasks = [RedactedURI(task) for task in request.tasks]
+    planned = _plan_tasks(request, session, subjects, tasks)
+    _require_same_tokens(subjects, tasks, planned)
+    if not request.allow_overlap:
+        _refuse_overlaps(subjects, planned, tasks, Warehouse(request.warehouse))
+    for sentence in _misread_layers(subjects):
+        session.on_event(Remark(sentence))
+    row_starts = _row_start_tasks(planned)
+    work: dict[PlannedTask, list[Intervention]] = {}
+    for (revision, _), task in planned.items():
+        changes = [subject.intervention for subject in subjects if subject.checkpoint.revision == revision]
+        work[task] = [NO_INTERVENTION, *changes]
+    for task in row_starts:
+        work[task] = [NO_INTERVENTION]
+    return _PlannedEvaluations(names=tasks, tasks=planned, row_starts=row_starts, work=work)
 
 
 def _require_smaller(subjects: Sequence[Subject]) -> None:

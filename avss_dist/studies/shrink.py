@@ -80,7 +80,7 @@ def shrink(request: ShrinkRequest) -> Shrunk:
     """
     on_event = request.on_event or ignore
     distills = request.distill_tokens is not None
-    checkpoint = _require_shrinkable(request)
+    checkpoint = require_shrinkable(request)
     request = replace(
         request,
         repair_corpora=with_own_text(request.repair_corpora, checkpoint, request.settings, on_event),
@@ -106,7 +106,7 @@ def shrink(request: ShrinkRequest) -> Shrunk:
     return _distill(request, split, student, pruned, prompts, on_event)
 
 
-def _require_shrinkable(request: ShrinkRequest) -> Checkpoint:
+def require_shrinkable(request: ShrinkRequest) -> Checkpoint:
     """Return the checkpoint of a request. Refuse what is known before anything is measured.
 
     Raises:

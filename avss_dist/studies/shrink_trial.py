@@ -10,6 +10,7 @@ from avss_dist.core.errors import CorpusError
 from avss_dist.core.intervention import NO_INTERVENTION, Intervention, count_removed
 from avss_dist.core.settings import Settings
 from avss_dist.core.text import RedactedURI
+from avss_dist.core.values import NewObject
 from avss_dist.corpus.shards import CorpusPlan
 from avss_dist.corpus.sources import open_source
 from avss_dist.evaluation.placed import PlacedModel, PlannedTask
@@ -46,6 +47,7 @@ WATCHED_PART = 8
 """One of this many rows is watched in a distillation."""
 WATCHED = 16
 """Maximum number of rows to watch a distillation on."""
+SCORED_SITES = ("block",)
 MOST_SCORED = 16
 """Maximum number of rows to score on. More hardly improve the ranks, and the damage takes 8 passes over them."""
 
@@ -152,18 +154,11 @@ def require_tokens(checkpoint: Checkpoint, request: ShrinkRequest, split: TextSp
 
 def rank_layers(request: ShrinkRequest, session: EvaluationSession, split: TextSplit) -> LayerRanking:
     """Measure the score by which layers are chosen, or from which a search begins, and return its values."""
-    options = {
-        **request.options,
-        "max_sequences": split.scored,
-        "corpus": request.corpus,
-        "warehouse": session.store.root.full,
-        "on_event": session.on_event,
-    }
-    run = score(str(request.model), sites=("block",), **options)
-    ranked_by = SCORES[request.ranked_by]
-    if ranked_by.task:
-        measuring = options | dict(ranked_by.ablate)
-        ablate(AblateRequest(str(request.model), **measuring))
+    options = scoring_options(request, session, split)
+    run = score(str(request.model), sites=SCORED_SITES, **options)
+    measuring = ablation_of_score(request, options)
+    if measuring is not None:
+        ablate(measuring)
     opened = Warehouse(session.store.root.full)
     row = opened.run(run.run_id)
     assert row is not None
@@ -171,6 +166,30 @@ def rank_layers(request: ShrinkRequest, session: EvaluationSession, split: TextS
     if request.ranked_by == "avss":
         criterion = Criterion(request.ranked_by, reading=PUBLISHED)
     return LayerRanking.of_run(opened, row, criterion)
+
+
+def scoring_options(request: ShrinkRequest, session: EvaluationSession, split: TextSplit) -> NewObject:
+    """Return the options of the commands that measure the score."""
+    return {
+        **request.options,
+        "max_sequences": split.scored,
+        "corpus": request.corpus,
+        "warehouse": session.store.root.full,
+        "on_event": session.on_event,
+    }
+
+
+def ablation_of_score(request: ShrinkRequest, options: NewObject) -> AblateRequest | None:
+    """Return the request of the ablation that the score takes, or None if it is part of the scores of a run.
+
+    Args:
+        options: see `scoring_options`.
+    """
+    ranked_by = SCORES[request.ranked_by]
+    if not ranked_by.task:
+        return None
+    measuring = options | dict(ranked_by.ablate)
+    return AblateRequest(str(request.model), **measuring)
 
 
 def protected_choice(

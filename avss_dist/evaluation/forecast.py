@@ -1,0 +1,298 @@
+"""Forecast of what a command would do: evaluations, passes, tokens, memory and time, and what is stored already.
+
+Nothing is measured or written. Times are those of the warehouse: of losses of the same checkpoint that it has, or else
+of a finished run of a model of the same shape.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import closing, contextmanager
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from avss_dist.core.errors import WarehouseError
+from avss_dist.core.results import TabularResult
+from avss_dist.core.settings import Settings
+from avss_dist.corpus.shards import Shard
+from avss_dist.evaluation.events import MemoryNeeded, OnEvent
+from avss_dist.evaluation.memory import estimate_memory
+from avss_dist.evaluation.placed import PlacedModel
+from avss_dist.evaluation.repairs import FitRepair
+from avss_dist.evaluation.session import EvaluationSession
+from avss_dist.models.checkpoint.loading import text_config
+from avss_dist.partition.choose import size_of
+from avss_dist.partition.execution import Execution
+from avss_dist.runs.local import open_executor
+from avss_dist.runs.past_speed import finished_rows, replica_speed, run_of_shape
+from avss_dist.stats.metrics import LOSS
+from avss_dist.tasks.backward import BackwardMeasure
+from avss_dist.tasks.map_damage import RoundedLosses
+from avss_dist.tasks.shapley import Shapley
+from avss_dist.tasks.task import Cell, Measure
+from avss_dist.tasks.text_loss import ContinuePrompt, LeaveOneOut
+from avss_dist.warehouse.names import PERPLEXITY
+from avss_dist.warehouse.reader import Warehouse
+from avss_dist.warehouse.store import Store
+
+BACKWARD = 2
+"""Forward passes that take as long as a backward pass."""
+PASSES_OF_FIT = 2
+"""Passes of a fit over its text: one of the whole model, and one for the cuts, of which each runs a part."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ForecastStep:
+    """A step of a command.
+
+    Attributes:
+        step: what is done, in words.
+        evaluations: parts of the work that are measured and stored alone.
+        stored: evaluations that are stored already.
+        passes: forward passes of a batch that are missing, where a backward pass counts as two. None if unknown.
+        tokens: tokens that these passes read. None if unknown.
+        seconds: time of the missing work. None if no speed is known.
+        reference: what the speed was measured by: an evaluation or a run.
+    """
+
+    step: str
+    evaluations: int
+    stored: int = 0
+    passes: int | None = None
+    tokens: int | None = None
+    seconds: float | None = None
+    reference: str = ""
+
+
+@dataclass(frozen=True, kw_only=True, repr=False)
+class Forecast(TabularResult):
+    """What a command would do.
+
+    Attributes:
+        steps: its steps, in order.
+        memory: memory of each process; None if unknown, or if nothing is missing.
+        notes: sentences for people.
+    """
+
+    steps: Sequence[ForecastStep]
+    memory: MemoryNeeded | None = None
+    notes: Sequence[str] = field(default=())
+
+    @property
+    def seconds(self) -> float | None:
+        """Time of all steps; None if that of one with missing work is not known."""
+        total = 0.0
+        for step in self.steps:
+            if step.stored == step.evaluations:
+                continue
+            if step.seconds is None:
+                return None
+            total += step.seconds
+        return total
+
+    def table(self) -> pa.Table:
+        """Return a table with a row for each step, and the memory and the notes of the whole command in each."""
+        rows = []
+        memory = None if self.memory is None else self.memory.total
+        for step in self.steps:
+            rows.append({**asdict(step), "memory": memory, "notes": list(self.notes)})
+        return pa.Table.from_pylist(rows)
+
+    def summary(self) -> str:
+        """Return the number of missing evaluations, in a line."""
+        missing = sum(step.evaluations - step.stored for step in self.steps)
+        return f"{missing:,} evaluations are missing"
+
+
+@contextmanager
+def forecasting(
+    warehouse: str | Path, settings: Settings, execution: Execution, on_event: OnEvent | None
+) -> Iterator[EvaluationSession]:
+    """Open a session that plans, and neither creates the warehouse nor measures anything."""
+    with closing(open_executor(execution, settings)) as executor:
+        yield EvaluationSession(Store(warehouse), executor, execution, on_event, settings)
+
+
+@dataclass(frozen=True)
+class PastSpeed:
+    """Tokens per second of one forward pass of a model, and what they were measured by."""
+
+    tokens_per_second: float
+    reference: str
+
+
+def past_speed(session: EvaluationSession, model: PlacedModel) -> PastSpeed | None:
+    """Return the speed of a model by what a warehouse has: stored losses of it, or else a run of the same shape."""
+    warehouse = Warehouse(session.store.root.full)
+    kind = session.executor.devices.kind
+    speed = _speed_of_losses(warehouse, model, kind)
+    if speed is not None:
+        return speed
+    size = size_of(model.checkpoint, model.settings)
+    if size is None:
+        return None
+    run = run_of_shape(finished_rows(warehouse), size, model.placement.partition, kind)
+    if run is None:
+        return None
+    return PastSpeed(replica_speed(run), run["run_id"])
+
+
+def _speed_of_losses(warehouse: Warehouse, model: PlacedModel, kind: str) -> PastSpeed | None:
+    """Return the speed of the stored losses of a checkpoint on a kind of device, or None without any."""
+    columns = ["run_id", "task", "metric", "device", "seconds", "weights"]
+    try:
+        of_model = pc.field("revision") == model.checkpoint.revision
+        rows = warehouse.table("cells", columns=columns, where=of_model).to_pylist()
+    except WarehouseError:  # there is none yet
+        return None
+    tokens = 0.0
+    seconds = 0.0
+    reference = ""
+    for row in rows:
+        is_loss = row["metric"] == LOSS and row["task"].startswith(PERPLEXITY)
+        is_same_device = (row["device"] == "cpu") == (kind == "cpu")
+        if is_loss and is_same_device and row["seconds"]:
+            tokens += sum(row["weights"])
+            seconds += row["seconds"]
+            reference = row["run_id"]
+    if not seconds:
+        return None
+    return PastSpeed(tokens / seconds, reference)
+
+
+def forecast_step(
+    session: EvaluationSession,
+    step: str,
+    cells: Iterable[Cell],
+    model: PlacedModel,
+    speed: PastSpeed | None,
+    *,
+    stored: bool = True,
+) -> ForecastStep:
+    """Return what measuring cells of a model would take.
+
+    Args:
+        speed: see `past_speed`.
+        stored: look up which cells are stored; otherwise all are missing.
+    """
+    distinct = {(cell.run_id, cell.cell_id): cell for cell in cells}
+    missing = list(distinct.values())
+    if stored:
+        missing = [cell for cell in missing if not session.is_known(cell)]
+    num_layers = getattr(text_config(model.checkpoint).get_text_config(), "num_hidden_layers", None) or 1
+    passes: int | None = 0
+    tokens: int | None = 0
+    for cell in missing:
+        work = _work(cell.measure, num_layers, model.settings.batch_size)
+        if work is None or passes is None or tokens is None:
+            passes = None
+            tokens = None
+            continue
+        passes += work.passes
+        tokens += work.tokens
+    seconds = None
+    reference = ""
+    if speed is not None and tokens is not None:
+        replicas = session.executor.replicas(model.placement)
+        seconds = tokens / speed.tokens_per_second / replicas
+        reference = speed.reference
+    return ForecastStep(
+        step=step,
+        evaluations=len(distinct),
+        stored=len(distinct) - len(missing),
+        passes=passes,
+        tokens=tokens,
+        seconds=seconds,
+        reference=reference,
+    )
+
+
+@dataclass(frozen=True)
+class _Work:
+    """Forward passes of a batch, and the tokens that they read."""
+
+    passes: int
+    tokens: int
+
+
+def _work(measure: Measure, num_layers: int, batch_size: int) -> _Work | None:
+    """Return the passes of a measure, or None for one whose text is not known before it is read in a worker."""
+    if isinstance(measure, ContinuePrompt):
+        return _Work(measure.tokens, len(measure.prompt) + measure.tokens)
+    shards = _shards(measure)
+    if not shards:
+        return None
+    times = _passes_over_text(measure, num_layers)
+    batches = sum(-(-shard.num_sequences // batch_size) for shard in shards)
+    tokens = sum(shard.num_tokens for shard in shards)
+    return _Work(times * batches, times * tokens)
+
+
+def _shards(measure: Measure) -> list[Shard]:
+    """Return the text that a measure reads. Empty if it is not known."""
+    if isinstance(measure, FitRepair):
+        shards: list[Shard] = []
+        for text in measure.texts:
+            shards += text.shards
+        return shards
+    shard = getattr(measure, "shard", None)
+    if shard is not None:
+        return [shard]
+    return list(getattr(measure, "shards", ()))
+
+
+def _passes_over_text(measure: Measure, num_layers: int) -> int:
+    """Return how often a measure reads its text, at most."""
+    if isinstance(measure, LeaveOneOut):
+        removed = num_layers
+        if measure.layers is not None:
+            removed = len(measure.layers)
+        elif measure.sublayers:
+            removed = 2 * num_layers
+        return 1 + removed
+    if isinstance(measure, Shapley):
+        return len(measure.seeds) * (num_layers + 1)
+    if isinstance(measure, RoundedLosses):
+        return 1 + num_layers
+    if isinstance(measure, BackwardMeasure):
+        return 1 + BACKWARD * (1 + measure.draws)
+    if isinstance(measure, FitRepair):
+        return PASSES_OF_FIT
+    return 1
+
+
+def forecast_passes(step: str, passes: int, tokens: int, speed: PastSpeed | None) -> ForecastStep:
+    """Return a step of work that is not in cells, such as training, all of which is missing."""
+    if speed is None:
+        return ForecastStep(step=step, evaluations=1, passes=passes, tokens=tokens)
+    seconds = tokens / speed.tokens_per_second
+    return ForecastStep(
+        step=step, evaluations=1, passes=passes, tokens=tokens, seconds=seconds, reference=speed.reference
+    )
+
+
+def repeated(step: ForecastStep, name: str, times: int) -> ForecastStep:
+    """Return a step that does the missing work of another one so many times, under another name."""
+    missing = step.evaluations - step.stored
+    passes = None if step.passes is None else times * step.passes
+    tokens = None if step.tokens is None else times * step.tokens
+    seconds = None if step.seconds is None else times * step.seconds
+    return replace(
+        step, step=name, evaluations=times * missing, stored=0, passes=passes, tokens=tokens, seconds=seconds
+    )
+
+
+def forecast_memory(session: EvaluationSession, model: PlacedModel, cells: Iterable[Cell]) -> MemoryNeeded | None:
+    """Return the memory that each process needs for the missing cells of a model. See `estimate_memory`."""
+    missing = [cell.measure for cell in cells if not session.is_known(cell)]
+    return estimate_memory(model, missing, session.executor.devices)
+
+
+def larger(first: MemoryNeeded | None, second: MemoryNeeded | None) -> MemoryNeeded | None:
+    """Return the larger of two needs of memory, of steps that follow each other."""
+    if first is None or (second is not None and second.total > first.total):
+        return second
+    return first

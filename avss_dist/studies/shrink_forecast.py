@@ -1,0 +1,183 @@
+"""Forecast of shrinking: its steps, passes and time, before anything is measured."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import replace
+
+from avss_dist.core.intervention import NO_INTERVENTION
+from avss_dist.distillation.teacher_text import SELF
+from avss_dist.evaluation.continuations import held_out_prompts, plan_continuations
+from avss_dist.evaluation.forecast import (
+    BACKWARD,
+    PASSES_OF_FIT,
+    Forecast,
+    ForecastStep,
+    PastSpeed,
+    forecast_memory,
+    forecast_passes,
+    forecast_step,
+    forecasting,
+    past_speed,
+    repeated,
+)
+from avss_dist.evaluation.placed import PlacedModel
+from avss_dist.evaluation.planned_tasks import plan_text
+from avss_dist.evaluation.session import EvaluationSession
+from avss_dist.models.checkpoint.size import footprint
+from avss_dist.pruning.repair.registry import NO_REPAIR, split_weight
+from avss_dist.requests import ShrinkRequest
+from avss_dist.runs.job_file import RunSpec
+from avss_dist.runs.planner import Planner
+from avss_dist.runs.stored import look_up_run
+from avss_dist.stats.catalog import GREEDY, LOWEST_SHARE
+from avss_dist.stats.rankings import count_lowest
+from avss_dist.studies.ablate import plan_ablation
+from avss_dist.studies.shrink import require_shrinkable
+from avss_dist.studies.shrink_trial import (
+    SCORED_SITES,
+    TextSplit,
+    ablation_of_score,
+    held_out_tasks,
+    require_tokens,
+    scoring_options,
+    split_rows,
+)
+
+TRAINING_PASSES = 2 + BACKWARD
+"""Forward passes of a training step: of the teacher, of the student, and as many as its backward pass takes."""
+
+
+def forecast_shrinking(request: ShrinkRequest) -> Forecast:
+    """Return what `shrink` would do. Nothing is measured or written.
+
+    Which layers go is known after the scores, so that evaluations without layers and repairs are taken to be missing.
+
+    Raises:
+        AvssError: a mistake, as in `shrink`.
+    """
+    checkpoint = require_shrinkable(request)
+    notes = ["Which layers go is known after the scores: what is stored without layers is not looked up."]
+    corpora = [corpus for corpus in request.repair_corpora if split_weight(corpus)[0] != SELF]
+    if len(corpora) < len(request.repair_corpora):
+        notes.append("The text that the model writes itself is not part of this.")
+    request = replace(
+        request, repair_corpora=tuple(corpora), warehouse=request.warehouse or f"{request.output}-warehouse"
+    )
+    split = split_rows(checkpoint, request.texts, request.settings, distilled=request.distill_tokens is not None)
+    if request.repair != NO_REPAIR:
+        require_tokens(checkpoint, request, split)
+    num_layers = footprint(checkpoint, request.settings).num_layers
+    with forecasting(str(request.warehouse), request.settings, request.execution, None) as session:
+        model = session.place(checkpoint, request.settings)
+        speed = past_speed(session, model)
+        options = scoring_options(request, session, split)
+        steps = [_scoring(request, session, split, speed)]
+        cells = []
+        measuring = ablation_of_score(request, options)
+        if measuring is not None:
+            for task in plan_ablation(measuring, session, checkpoint):
+                of_task = task.cells()
+                steps.append(forecast_step(session, task.task.name, of_task, task, speed))
+                cells += of_task
+        if request.by == GREEDY:
+            steps.append(_search(request, model, split, num_layers, speed))
+        steps += _candidates(request, session, model, split, num_layers, speed)
+        memory = forecast_memory(session, model, cells)
+    if request.distill_tokens is not None:
+        tokens = int(TRAINING_PASSES * request.distill_tokens)
+        passes = math.ceil(tokens / (request.batch_size * request.sequence_length))
+        steps.append(forecast_passes("distillation", passes, tokens, speed))
+    if request.speed:
+        notes.append("Speed is measured at the end, which is not part of the time.")
+    return Forecast(steps=steps, memory=memory, notes=notes)
+
+
+def _scoring(
+    request: ShrinkRequest, session: EvaluationSession, split: TextSplit, speed: PastSpeed | None
+) -> ForecastStep:
+    """Return the step that scores the layers."""
+    settings = replace(request.settings, max_sequences=split.scored, sites=SCORED_SITES)
+    name = str(request.model)
+    spec = RunSpec(
+        model=name, corpus=request.corpus, settings=settings, execution=request.execution, title=name, name=name
+    )
+    planner = Planner(session.executor, session.store, fetch=False)
+    stored = look_up_run(planner, session.store, spec)
+    corpus = stored.planned.corpus
+    kept = len(corpus.shards) if stored.is_done else stored.num_kept
+    missing_share = 1 - kept / len(corpus.shards)
+    tokens = round(missing_share * corpus.num_tokens)
+    passes = round(missing_share * corpus.num_batches(settings.batch_size))
+    step = forecast_passes("scores", passes, tokens, speed)
+    return replace(step, evaluations=len(corpus.shards), stored=kept)
+
+
+def _num_dropped(request: ShrinkRequest, num_layers: int) -> int:
+    """Return the number of layers that are dropped, at most."""
+    if request.keep:
+        return max(0, min(num_layers - 1, num_layers - request.first - request.last))
+    return count_lowest(num_layers, request.share or LOWEST_SHARE)
+
+
+def _fitted(request: ShrinkRequest, model: PlacedModel, skipped: int, rows: int) -> tuple[int, int]:
+    """Return the passes and the tokens of one fit of a repair."""
+    reading = replace(model.settings, max_sequences=rows, skip_sequences=skipped)
+    texts = [plan_text(model.checkpoint, text, reading) for text in request.repair_texts]
+    passes = PASSES_OF_FIT * sum(text.num_batches(model.settings.batch_size) for text in texts)
+    tokens = PASSES_OF_FIT * sum(text.num_tokens for text in texts)
+    return passes, tokens
+
+
+def _search(
+    request: ShrinkRequest, model: PlacedModel, split: TextSplit, num_layers: int, speed: PastSpeed | None
+) -> ForecastStep:
+    """Return the step of a greedy search: of the 2k layers with least damage, each set that it tries.
+
+    A set is fitted to as many rows as its loss is measured on.
+    """
+    dropped = _num_dropped(request, num_layers)
+    sets = dropped * (3 * dropped + 1) // 2
+    text = plan_text(model.checkpoint, request.corpus, replace(model.settings, max_sequences=split.scored))
+    passes = text.num_batches(model.settings.batch_size)
+    tokens = text.num_tokens
+    if request.repair != NO_REPAIR:
+        fit_passes, fit_tokens = _fitted(request, model, split.held_out, split.scored)
+        passes += fit_passes
+        tokens += fit_tokens
+    step = forecast_passes(f"greedy search, {sets:,} sets at most", sets * passes, sets * tokens, speed)
+    return replace(step, evaluations=sets)
+
+
+def _candidates(
+    request: ShrinkRequest,
+    session: EvaluationSession,
+    model: PlacedModel,
+    split: TextSplit,
+    num_layers: int,
+    speed: PastSpeed | None,
+) -> Sequence[ForecastStep]:
+    """Return the steps that repair, evaluate and continue prompts by the whole and the smaller models."""
+    plans = 1
+    if request.keep:
+        plans = math.ceil(math.log2(_num_dropped(request, num_layers) + 1))
+    kinds = 1
+    if request.repair != NO_REPAIR:
+        kinds = 2
+    steps = []
+    if request.repair != NO_REPAIR:
+        passes, tokens = _fitted(request, model, split.held_out, split.rows - split.held_out)
+        fits = forecast_passes(f"repair {request.repair}", plans * passes, plans * tokens, speed)
+        steps.append(replace(fits, evaluations=plans))
+    for name, task in held_out_tasks(model, request, split).items():
+        cells = task.cells()
+        steps.append(forecast_step(session, f"{name}, whole model", cells, task, speed))
+        missing = forecast_step(session, name, cells, task, speed, stored=False)
+        steps.append(repeated(missing, f"{name}, without layers", plans * kinds))
+    prompts = held_out_prompts(model, request.texts, skip_sequences=split.scored)
+    if prompts:
+        continued = plan_continuations(model, prompts).cells([NO_INTERVENTION])
+        missing = forecast_step(session, "continuations", continued, model, speed, stored=False)
+        steps.append(repeated(missing, "continued prompts", 1 + kinds))
+    return steps
