@@ -183,21 +183,17 @@ def forecast_step(
     if stored:
         missing = [cell for cell in missing if not session.is_known(cell)]
     num_layers = getattr(text_config(model.checkpoint).get_text_config(), "num_hidden_layers", None) or 1
-    passes: int | None = 0
-    tokens: int | None = 0
-    for cell in missing:
-        work = _work(cell.measure, num_layers, model.settings.batch_size)
-        if work is None or passes is None or tokens is None:
-            passes = None
-            tokens = None
-            continue
-        passes += work.passes
-        tokens += work.tokens
+    work = _total_work(missing, num_layers, model.settings.batch_size)
+    passes = None
+    tokens = None
+    if work is not None:
+        passes = work.passes
+        tokens = work.tokens
     seconds = None
     reference = ""
-    if speed is not None and tokens is not None:
+    if speed is not None and work is not None:
         replicas = session.executor.replicas(model.placement)
-        seconds = tokens / speed.tokens_per_second / replicas
+        seconds = work.computed_tokens / speed.tokens_per_second / replicas
         reference = speed.reference
     return ForecastStep(
         step=step,
@@ -212,23 +208,49 @@ def forecast_step(
 
 @dataclass(frozen=True)
 class _Work:
-    """Forward passes of a batch, and the tokens that they read."""
+    """Forward passes of a batch.
+
+    Attributes:
+        tokens: tokens that the passes read.
+        computed_tokens: tokens that whole passes of the same time would read. Passes that resume take less.
+    """
 
     passes: int
     tokens: int
+    computed_tokens: float
+
+
+def _total_work(cells: Iterable[Cell], num_layers: int, batch_size: int) -> _Work | None:
+    """Return the work of cells together. None if that of one is not known."""
+    passes = 0
+    tokens = 0
+    computed_tokens = 0.0
+    for cell in cells:
+        work = _work(cell.measure, num_layers, batch_size)
+        if work is None:
+            return None
+        passes += work.passes
+        tokens += work.tokens
+        computed_tokens += work.computed_tokens
+    return _Work(passes, tokens, computed_tokens)
 
 
 def _work(measure: Measure, num_layers: int, batch_size: int) -> _Work | None:
-    """Return the passes of a measure, or None for one whose text is not known before it is read in a worker."""
+    """Return the work of a measure, or None for one whose text is not known before it is read in a worker."""
     if isinstance(measure, ContinuePrompt):
-        return _Work(measure.tokens, len(measure.prompt) + measure.tokens)
+        tokens = len(measure.prompt) + measure.tokens
+        return _Work(measure.tokens, tokens, tokens)
     shards = _shards(measure)
     if not shards:
         return None
     times = _passes_over_text(measure, num_layers)
+    computed_times: float = times
+    if isinstance(measure, LeaveOneOut | RoundedLosses):
+        # The first pass is whole. The others resume at the layer that changes, in the middle on average.
+        computed_times = 1 + (times - 1) / 2
     batches = sum(-(-shard.num_sequences // batch_size) for shard in shards)
     tokens = sum(shard.num_tokens for shard in shards)
-    return _Work(times * batches, times * tokens)
+    return _Work(times * batches, times * tokens, computed_times * tokens)
 
 
 def _shards(measure: Measure) -> list[Shard]:

@@ -51,6 +51,8 @@ NEW_TOKENS = 17
 WARM_UP_TOKENS = 3
 LEAST_ROUNDS = 3
 MOST_ROUNDS = 10
+MOST_SPREAD = 2.0
+"""Highest ratio of a measure over its lowest, beyond which people are told that the rounds differ."""
 ENOUGH_SECONDS = 20.0
 """Time after which no round begins, once there are `LEAST_ROUNDS`."""
 
@@ -458,8 +460,16 @@ def _compare(whole: _Measured, smaller: _Measured, prompt_tokens: int, threads: 
         rounds=len(whole.rounds),
         prompt_tokens=prompt_tokens,
         cache_tokens=cache_tokens(prompt_tokens),
-        notes=tuple(notes),
+        notes=(*notes, *_unsteady(measures)),
     )
+
+
+def _unsteady(measures: Iterable[SpeedMeasure]) -> Iterator[str]:
+    """Yield a sentence if the rounds differ so much that their median says little."""
+    for measure in measures:
+        if measure.ratio.high > MOST_SPREAD * measure.ratio.low:
+            yield "The rounds differ widely, as other work takes this machine's time: measure again when it is idle."
+            return
 
 
 def _timed(name: str, unit: str, smaller: Sequence[float], whole: Sequence[float]) -> SpeedMeasure:

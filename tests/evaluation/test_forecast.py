@@ -127,7 +127,8 @@ def test_a_dry_run_leaves_the_folder_as_it_is(command: str, plan: Path, tiny_lla
     assert "to measure; the time is not known." in told.stdout
 
 
-SHRINK: dict[str, Any] = {**READ, "max_sequences": 32, "repair": "channel", "corpus": TEXT, "speed": False}
+SHRINK: dict[str, Any] = {**READ, "max_sequences": 32, "repair": "channel", "corpus": TEXT, "speed": False, "first": 1}
+"""With the first layer protected: a cut before it has nothing to repair, and fewer evaluations than are forecast."""
 
 
 def test_shrinking_measures_what_was_forecast(tiny_llama: Path, tmp_path: Path) -> None:

@@ -143,14 +143,20 @@ def test_models_without_room_for_both_are_opened_one_after_the_other(
     monkeypatch.setattr(timing, "free_memory", lambda device: 1000)
     (result,) = measured(tiny_llama, SpeedSubject(label="smaller", model=placed(pruned)))
     assert labels == ["whole", "whole", "smaller", "smaller"]
-    assert result.notes == (
-        "The models were measured one after the other, not in turn: they do not fit into memory together.",
+    assert result.notes[0] == (
+        "The models were measured one after the other, not in turn: they do not fit into memory together."
     )
 
 
 def test_ratios_are_those_of_each_round() -> None:
     ratio = timing._timed("decoding", speed.TOKENS_PER_SECOND, [20.0, 40.0, 33.0], [10.0, 40.0, 22.0]).ratio
     assert ratio == speed.Spread(median=1.5, low=1.0, high=2.0)
+
+
+@pytest.mark.parametrize(("ratios", "notes"), [([1.0, 1.9], 0), ([1.0, 2.1], 1)])
+def test_people_are_told_of_rounds_that_differ_widely(ratios: list[float], notes: int) -> None:
+    measure = timing._timed("decoding", speed.TOKENS_PER_SECOND, ratios, [1.0, 1.0])
+    assert len(list(timing._unsteady([measure, measure]))) == notes
 
 
 def test_less_time_to_the_first_token_is_faster() -> None:
@@ -161,7 +167,7 @@ def test_a_short_context_has_a_shorter_prompt(tiny_llama: Path, monkeypatch: pyt
     monkeypatch.setattr(timing, "PROMPT_TOKENS", 512)
     (result,) = measured(tiny_llama, without(tiny_llama, 1))
     assert result.prompt_tokens == 128 - timing.NEW_TOKENS
-    assert result.notes == ("The prompt has 124 tokens, as the context has room for no more.",)
+    assert result.notes[0] == "The prompt has 124 tokens, as the context has room for no more."
 
 
 def test_a_context_without_room_for_a_prompt_is_refused(save_checkpoint: Save, tmp_path: Path) -> None:
