@@ -400,13 +400,13 @@ def test_a_table_of_a_section_sorts_and_downloads_whole_intervals(
     table = page.locator("table[data-name^=experiment]").first
     heading = table.locator("thead th", has_text="95% interval").first
     heading.locator("button").click()
-    column = heading.evaluate("cell => cell.cellIndex")
-    lows = table.evaluate(f"table => [...table.tBodies[0].rows].map(r => r.cells[{column}].dataset.value)")
+    place = heading.evaluate("cell => cell.cellIndex")
+    lows = table.evaluate(f"table => [...table.tBodies[0].rows].map(r => r.cells[{place}].dataset.value)")
     known = [float(low) for low in lows if low]
     assert known == sorted(known)
     assert lows[: len(known)] == [low for low in lows if low]
     rows = saved_rows(page, f"[data-csv={table.get_attribute('data-name')}]", tmp_path)
-    assert sum(" to " in [*row.values()][column] for row in rows) == len(known)
+    assert sum(" to " in [*row.values()][place] for row in rows) == len(known)
 
 
 def test_a_hostile_name_does_nothing(visit: Callable[..., Any], tmp_path: Path) -> None:

@@ -32,12 +32,19 @@ def test_the_interval_of_a_symmetric_samples_mean_is_students(number: int, confi
 def test_halls_transformation_of_the_ends_has_students_quantiles(number: int, sign: int) -> None:
     samples = sign * np.random.default_rng(number).lognormal(size=number)
     low, high = interval_of_mean(samples)
+    degrees = (number - 1) / (1 + 2 * abs(skew(samples)))
+    quantile = t.ppf(0.975, degrees)
+    assert halls_transformation(samples, low) == pytest.approx(quantile, rel=1e-6)
+    assert halls_transformation(samples, high) == pytest.approx(-quantile, rel=1e-6)
+
+
+def halls_transformation(samples: Float64, end: float) -> float:
+    """Return the distance of the mean from an end of its interval, corrected for the skew of the samples."""
+    number = len(samples)
     c = skew(samples, bias=False) / 3
-    quantile = t.ppf(0.975, (number - 1) / (1 + 2 * abs(skew(samples))))
-    for end, want in ((low, quantile), (high, -quantile)):
-        u = (samples.mean() - end) / samples.std(ddof=1)
-        transformed = number**0.5 * (u + c * u**2 + c**2 * u**3 / 3 + c / (2 * number))
-        assert transformed == pytest.approx(want, rel=1e-6)
+    u = (samples.mean() - end) / samples.std(ddof=1)
+    cubic = u + c * u**2 + c**2 * u**3 / 3
+    return number**0.5 * (cubic + c / (2 * number))
 
 
 @pytest.mark.parametrize(
@@ -49,25 +56,40 @@ def test_a_scale_transforms_the_values_and_the_ends(scale: str, transform: Calla
     rng = np.random.default_rng(3)
     value = rng.uniform(0.4, 0.6, 5)
     left_out = rng.uniform(0.4, 0.6, (9, 5))
-    ends = jackknife_interval(value, left_out, scale=scale)
-    np.testing.assert_allclose(transform(ends), jackknife_interval(transform(value), transform(left_out)), rtol=1e-9)
-    assert (ends > 0).all()
-    assert (ends[0] < value).all()
-    assert (value < ends[1]).all()
+    low, high = jackknife_interval(value, left_out, scale=scale)
+    expected = jackknife_interval(transform(value), transform(left_out))
+    np.testing.assert_allclose([transform(low), transform(high)], expected, rtol=1e-9)
+    assert (low > 0).all()
+    assert (low < value).all()
+    assert (value < high).all()
 
 
-def test_fewer_than_eight_units_have_no_interval_and_alike_ones_one_without_width() -> None:
+def test_fewer_than_eight_units_have_no_interval() -> None:
     samples = np.random.default_rng(0).normal(size=(8, 2))
-    assert np.isfinite(interval_of_mean(samples)).all()
-    assert np.isnan(interval_of_mean(samples[:7])).all()
-    assert jackknife_interval(np.array(0.0), np.zeros((0,))).shape == (2,)
-    np.testing.assert_array_equal(jackknife_interval(np.array(0.5), np.full(8, 0.5), scale="log"), [0.5, 0.5])
-    assert why_no_interval(8) is None
-    assert why_no_interval(9) is None
-    for shards, counted in ((1, "1 shard, 8"), (7, "7 shards, 8")):
-        reason = why_no_interval(shards)
-        assert reason is not None
-        assert reason.startswith(f"No interval: {counted} are needed")
+    of_eight = interval_of_mean(samples)
+    assert np.isfinite(of_eight).all()
+    of_seven = interval_of_mean(samples[:7])
+    assert np.isnan(of_seven).all()
+    of_none = jackknife_interval(np.array(0.0), np.zeros((0,)))
+    assert of_none.shape == (2,)
+
+
+def test_units_that_are_alike_have_an_interval_without_width() -> None:
+    low, high = jackknife_interval(np.array(0.5), np.full(8, 0.5), scale="log")
+    assert low == 0.5
+    assert high == 0.5
+
+
+@pytest.mark.parametrize("shards", [8, 9])
+def test_there_is_no_reason_where_shards_are_enough(shards: int) -> None:
+    assert why_no_interval(shards) is None
+
+
+@pytest.mark.parametrize(("shards", "counted"), [(1, "1 shard, 8"), (7, "7 shards, 8")])
+def test_the_reason_for_no_interval_has_the_number_of_shards(shards: int, counted: str) -> None:
+    reason = why_no_interval(shards)
+    assert reason is not None
+    assert reason.startswith(f"No interval: {counted} are needed")
 
 
 @pytest.mark.parametrize("bad", [np.nan, np.inf, 0.0, -1.0])
@@ -76,7 +98,8 @@ def test_a_value_without_logarithm_takes_the_interval_of_its_column_alone(bad: f
     left_out = np.random.default_rng(1).uniform(0.4, 0.6, (8, 2))
     left_out[3, 0] = bad
     low, high = jackknife_interval(value, left_out, scale="log")
-    assert np.isnan([low[0], high[0]]).all()
+    assert np.isnan(low[0])
+    assert np.isnan(high[0])
     assert low[1] < 0.5 < high[1]
 
 
@@ -84,12 +107,21 @@ def test_a_value_without_logarithm_takes_the_interval_of_its_column_alone(bad: f
 def test_many_units_are_left_out_in_a_hundred_groups(number: int) -> None:
     weights = left_out_weights(number)
     assert weights.shape == (100, number)
-    assert ((weights == 0).sum(axis=0) == 1).all()
-    assert np.ptp((weights == 0).sum(axis=1)) <= 1
+    is_left_out = weights == 0
+    times_left_out = is_left_out.sum(axis=0)
+    assert (times_left_out == 1).all()
+    sizes = is_left_out.sum(axis=1)
+    assert np.ptp(sizes) <= 1
+
+
+@pytest.mark.parametrize("number", [101, 250, 1000])
+def test_a_hundred_groups_have_about_the_interval_of_single_units(number: int) -> None:
+    weights = left_out_weights(number)
     samples = np.random.default_rng(number).normal(size=number)
-    low, high = jackknife_interval(samples.mean(), weights @ samples / weights.sum(axis=1))
-    want = t.interval(0.95, number - 1, samples.mean(), sem(samples))
-    assert high - low == pytest.approx(want[1] - want[0], rel=0.25)
+    means = weights @ samples / weights.sum(axis=1)
+    low, high = jackknife_interval(samples.mean(), means)
+    students_low, students_high = t.interval(0.95, number - 1, samples.mean(), sem(samples))
+    assert high - low == pytest.approx(students_high - students_low, rel=0.25)
 
 
 def test_a_bootstrap_draws_as_many_as_there_are_and_the_same_every_time() -> None:
@@ -110,15 +142,24 @@ def test_intervals_of_ratios_cover_from_eight_units_on(number: int) -> None:
         rest_of_denominator = np.delete(denominator, i, axis=1).sum(axis=1)
         ratios_without.append(rest_of_numerator / rest_of_denominator)
     without = np.stack(ratios_without)
-    low, high = jackknife_interval(numerator.sum(1) / denominator.sum(1), without, scale="log")
-    covered = np.mean((low <= 1) & (high >= 1))
-    assert 0.92 <= covered <= 0.99
-    weights = bootstrap_weights(number)
+    ratios = numerator.sum(1) / denominator.sum(1)
+    low, high = jackknife_interval(ratios, without, scale="log")
+    assert 0.92 <= share_that_covers_one(low, high) <= 0.99
+
+
+def test_percentiles_of_the_bootstrap_of_ratios_cover_less() -> None:
+    rng = np.random.default_rng(0)
+    numerator, denominator = rng.lognormal(sigma=0.5, size=(2, 400, 8))
+    weights = bootstrap_weights(8)
     resampled = (weights @ numerator.T) / (weights @ denominator.T)
     low, high = np.quantile(resampled, [0.025, 0.975], axis=0)
-    covered_by_percentiles = np.mean((low <= 1) & (high >= 1))
-    if number == 8:
-        assert covered_by_percentiles < 0.91
+    assert share_that_covers_one(low, high) < 0.91
+
+
+def share_that_covers_one(low: Float64, high: Float64) -> float:
+    """Return the share of intervals that cover the true ratio, which is 1."""
+    is_covered = (low <= 1) & (high >= 1)
+    return is_covered.mean()
 
 
 BEFORE = np.array([2.0, 0.5, 0.0])

@@ -29,7 +29,9 @@ TIED = [1.0] * 7 + [2.0]  # in layer order their ranks are 1 to 8, as depth's
 
 
 def layers(values: Sequence[float]) -> tuple[np.ndarray, np.ndarray]:
-    return (np.arange(len(values)) + 0.5) / len(values), np.array(values)
+    """Return relative depths and scores of layers."""
+    depth = (np.arange(len(values)) + 0.5) / len(values)
+    return depth, np.array(values)
 
 
 @given(strategies.lists(strategies.integers(0, 5).map(float), min_size=1, max_size=30))
@@ -39,10 +41,15 @@ def test_average_ranks_are_those_of_scipy(values: list[float]) -> None:
 
 def test_a_correlation_needs_three_layers_that_differ() -> None:
     missing = np.array([1.0, np.nan, 3.0, 2.0])
-    assert spearman(missing, np.arange(4.0)) == pytest.approx(0.5)
-    assert np.isnan(spearman(missing[:3], np.arange(3.0)))
-    assert np.isnan(spearman(np.ones(5), np.arange(5.0)))
-    assert np.isnan(spearman(np.arange(5.0), np.ones(5)))
+    rising = np.arange(4.0)
+    same = np.ones(4)
+    assert spearman(missing, rising) == pytest.approx(0.5)
+    assert np.isnan(spearman(missing[:3], rising[:3]))
+    assert np.isnan(spearman(same, rising))
+    assert np.isnan(spearman(rising, same))
+
+
+def test_a_correlation_is_of_ranks() -> None:
     unit = np.array([0.0, 1.0, 0.5])
     other = np.array([10.0, 30.0, 20.0])
     assert spearman(unit, other) == pytest.approx(1)
@@ -53,17 +60,26 @@ def test_the_correlation_with_depth() -> None:
     assert depth_correlation([1, 2, 3, 4]) == pytest.approx(1)
     assert depth_correlation([4, 3, None, 2, 1]) == pytest.approx(-1)
     assert depth_correlation([2, 4, 1, 3]) == pytest.approx(0)
-    assert depth_correlation(TIED) == pytest.approx(stats.spearmanr(TIED, np.arange(8.0)).statistic)
+    of_ties = stats.spearmanr(TIED, np.arange(8.0))
+    assert depth_correlation(TIED) == pytest.approx(of_ties.statistic)
     assert np.isnan(depth_correlation([1, 2]))
 
 
-def test_the_interval_of_a_correlation_is_normal_in_fishers_z() -> None:
-    for rho, number in ((0.5, 28), (-0.9, 4), (0.0, 10), (0.7, 5)):
-        error = math.sqrt((1 + rho * rho / 2) / (number - 3))
-        bounds = [math.tanh(math.atanh(rho) + quantile * error) for quantile in stats.norm.ppf([0.025, 0.975])]
-        assert spearman_interval(rho, number) == pytest.approx(bounds, rel=1e-6)
-    assert np.isnan(spearman_interval(0.5, 3)).all()
-    assert np.isnan(spearman_interval(0.5, 0)).all()
+@pytest.mark.parametrize(("rho", "number"), [(0.5, 28), (-0.9, 4), (0.0, 10), (0.7, 5)])
+def test_the_interval_of_a_correlation_is_normal_in_fishers_z(rho: float, number: int) -> None:
+    error = math.sqrt((1 + rho * rho / 2) / (number - 3))
+    reach = stats.norm.ppf(0.975) * error
+    low, high = spearman_interval(rho, number)
+    assert low == pytest.approx(math.tanh(math.atanh(rho) - reach), rel=1e-6)
+    assert high == pytest.approx(math.tanh(math.atanh(rho) + reach), rel=1e-6)
+
+
+@pytest.mark.parametrize("number", [3, 0])
+def test_the_correlation_of_few_layers_has_no_interval(number: int) -> None:
+    assert np.isnan(spearman_interval(0.5, number)).all()
+
+
+def test_the_interval_of_a_whole_correlation_is_a_point() -> None:
     assert spearman_interval(1.0, 8) == (1, 1)
     assert spearman_interval(-1.0, 8) == (-1, -1)
 
@@ -75,16 +91,17 @@ def test_compare_and_findings_and_show_agree_about_ties(tmp_path: Path) -> None:
     apart = {("block", "pooled", 1e-5): TIED, ("block", "element", 1e-5): [8.0, 7.0, 6.0, 5.0, 4.0, 3.0, 2.0, 1.0]}
     write_profiles(tmp_path, "apart", apart)
     store = Warehouse(tmp_path)
-    (pair,) = compare(store, ["tied", "rising"], threshold=PUBLISHED).table().to_pylist()
-    assert pair["spearman"] == pytest.approx(0.577, abs=1e-3)
+    compared = compare(store, ["tied", "rising"], threshold=PUBLISHED).table()
+    assert compared["spearman"].to_pylist() == pytest.approx([0.577], abs=1e-3)
     found_rows = findings(store).to_pylist()
     tracking_depth = set(column(where(found_rows, kind="tracks_depth"), "run_id"))
     assert tracking_depth - {"apart"} == {"rising"}
     assert "tracks depth" in avss("show", "-w", tmp_path, "--run", "rising").stdout
     assert "tracks depth" not in avss("show", "-w", tmp_path, "--run", "tied").stdout
-    (pair,) = compare(store, ["apart"], by="recipe", threshold=PUBLISHED).table().to_pylist()
+    compared = compare(store, ["apart"], by="recipe", threshold=PUBLISHED).table()
     (disagreement,) = where(found_rows, kind="recipes_disagree")
-    assert disagreement["value"] == pytest.approx(pair["spearman"]) == pytest.approx(-0.577, abs=1e-3)
+    assert disagreement["value"] == pytest.approx(-0.577, abs=1e-3)
+    assert compared["spearman"].to_pylist() == pytest.approx([disagreement["value"]])
 
 
 def test_models_of_other_depth_meet_at_relative_depths() -> None:
@@ -93,11 +110,21 @@ def test_models_of_other_depth_meet_at_relative_depths() -> None:
     x, y, interpolated = align((depth, values), shallow)
     assert interpolated
     assert y.tolist() == [5, 1, 3, 2]
-    assert x == pytest.approx([np.interp(d, depth, values) for d in (0.125, 0.375, 0.625, 0.875)])
+    assert x == pytest.approx(np.interp([0.125, 0.375, 0.625, 0.875], depth, values))
     y, x, interpolated = align(shallow, (depth, values))
     assert interpolated
-    assert len(x) == len(y) == 4
-    assert align(shallow, shallow)[2] is False
+    assert len(x) == 4
+    assert len(y) == 4
+
+
+def test_models_of_the_same_depth_are_not_interpolated() -> None:
+    shallow = layers([5.0, 1.0, 3.0, 2.0])
+    _, _, interpolated = align(shallow, shallow)
+    assert interpolated is False
+
+
+def test_models_of_as_many_layers_at_other_depths_are_interpolated() -> None:
+    shallow = layers([5.0, 1.0, 3.0, 2.0])
     shifted = (np.array([0.0, 0.25, 0.5, 1.0]), np.array([0.0, 1.0, 2.0, 4.0]))
     x, y, interpolated = align(shallow, shifted)
     assert interpolated

@@ -312,7 +312,8 @@ def test_any_family_and_no_trace(name: str, save_checkpoint: Callable[[Any, Path
     layers = len(model.layers)
     blocks = layers * (layers + 1) // 2
     rounded = [layer for layer in model.layers if layer.projections]
-    places = len(rounded) + sum(len(layer.projections) for layer in rounded)
+    maps = sum(len(layer.projections) for layer in rounded)
+    places = len(rounded) + maps
     measures_and_rows = (
         (Damage(shard=shard, lookahead=2, draws=1), layers * 3 * 6 + 2 * blocks),
         (Gradients(shard), 4 * layers),
