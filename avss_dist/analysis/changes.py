@@ -164,6 +164,8 @@ def series_changes(warehouse: Warehouse, runs: Sequence[TableRow], reading: Read
             "Score a longer text, or its rows in a random order: avss score --shuffle-seed 0.",
         )
     notes = []
+    if len({run["num_shards"] for run in runs}) > 1:
+        notes.append(f"The runs divide the text differently: shards were merged to {count_of(units, 'part')}.")
     computed_otherwise = differing(runs, COMPUTATION)
     if computed_otherwise:
         values = _values_of(runs, computed_otherwise)

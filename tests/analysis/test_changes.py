@@ -93,6 +93,7 @@ def test_shards_that_are_cut_otherwise_are_merged_to_common_ones(training: Path,
     merged = changes_of(mixed)
     expected = changes_of(alike)
     assert merged.units == 8
+    assert merged.notes[0] == "The runs divide the text differently: shards were merged to 8 parts."
     np.testing.assert_allclose(merged.change, expected.change, rtol=1e-9)
     np.testing.assert_array_equal(merged.p, expected.p)
 
