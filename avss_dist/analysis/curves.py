@@ -47,7 +47,8 @@ if TYPE_CHECKING:
 MIN_POINTS = 2  # of a curve
 MAX_DRAWN = 12  # curves in a picture
 MIN_TREND = 4  # points from which the correlation of a rank with the axis is told
-MAX_SHARDS = 5_000  # shards that are read to test changes; one takes about 15 ms of processor time
+MAX_SHARDS = 5_000  # shards that are read to test changes of one training; one takes about 15 ms of processor time
+MAX_SHARDS_OF_SEVERAL = 500  # of several trainings together, so that a look at a whole warehouse stays fast
 SETTLED = 0.95  # share of resamples from which on the lowest layers are said to be those of the last point
 TRAINING = ("step", "tokens")
 """Axes whose curves are trainings."""
@@ -284,13 +285,13 @@ def ranking_curves(
 
 def _with_changes(warehouse: Warehouse, curves: Sequence[Curve], reading: Reading) -> list[Curve]:
     """Return curves of trainings with their changes, or the reason why nothing is claimed about them."""
+    limit = MAX_SHARDS if len(curves) == 1 else MAX_SHARDS_OF_SEVERAL
     tested = []
     num_shards = 0
     for curve in curves:
         of_curve = sum(run["num_shards"] or 0 for run in curve.runs)
-        if num_shards + of_curve > MAX_SHARDS:
-            no_claim = f"Its runs have {of_curve:,} shards, and {MAX_SHARDS:,} are read for all trainings together."
-            tested.append(replace(curve, no_claim=f"{no_claim} Choose fewer runs with `run`."))
+        if num_shards + of_curve > limit:
+            tested.append(replace(curve, no_claim=_describe_limit(of_curve, limit, len(curves))))
             continue
         try:
             tested.append(replace(curve, changes=series_changes(warehouse, curve.runs, reading)))
@@ -298,6 +299,16 @@ def _with_changes(warehouse: Warehouse, curves: Sequence[Curve], reading: Readin
         except (QueryError, WarehouseError) as error:
             tested.append(replace(curve, no_claim=" ".join(filter(None, (error.message, error.hint)))))
     return tested
+
+
+def _describe_limit(shards: int, limit: int, trainings: int) -> str:
+    """Return the reason why the changes of a training with many shards are not tested."""
+    if trainings == 1:
+        return f"Its runs have {shards:,} shards, and {limit:,} are read. Choose fewer runs with `run`."
+    return (
+        f"Its runs have {shards:,} shards, and {limit:,} are read where several trainings are compared. Compare it "
+        "alone: choose its runs with `run`."
+    )
 
 
 def _reasons_left_out(

@@ -15,6 +15,7 @@ from support.tiers import nightly
 from support.warehouses import PUBLISHED, Stats, stats_of, write_measured
 
 import avss_dist
+from avss_dist.analysis import curves
 from avss_dist.analysis.changes import Reading, SeriesChanges, series_changes
 from avss_dist.analysis.comparison import runs_with_conditions
 from avss_dist.analysis.curves import Curve, RankingCurves, curve_section
@@ -220,6 +221,24 @@ def test_few_shards_have_a_note_about_the_smallest_p(tmp_path: Path) -> None:
     for step in (100, 200):
         write_step(tmp_path, step, shards_of(100, SCALES, 8))
     assert "8 parts of the text give no p below 1/128." in changes_of(tmp_path).notes
+
+
+@pytest.mark.parametrize(
+    ("limit", "series"),
+    [("MAX_SHARDS", ["org/a@step*"]), ("MAX_SHARDS_OF_SEVERAL", ["org/a@step*", "org/b@step*"])],
+    ids=["one-training", "several-trainings"],
+)
+def test_nothing_is_claimed_where_there_is_too_much_to_read(
+    limit: str, series: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for number, name in enumerate(series):
+        for step in (100, 200):
+            columns = {**SERIES, "series": name, "training_step": step, "revision": f"r{step}"}
+            write_measured(tmp_path, f"{number}-{step}", shards_of(step, SCALES), LAYERS, 8, **columns)
+    monkeypatch.setattr(curves, limit, 31)
+    compared = avss_dist.compare(warehouse=tmp_path, along="step", threshold=1e-5)
+    reasons = {curve.no_claim.partition(" are read")[0] for curve in compared.curves}
+    assert reasons == {"Its runs have 32 shards, and 31"}
 
 
 @pytest.mark.nightly
