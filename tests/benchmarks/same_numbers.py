@@ -415,8 +415,9 @@ def precision(goldens: Goldens, folder: Path) -> None:
     plan = avss_dist.quantize(bits=5.5, warehouse=warehouse, quantize=formats)
     maps = [{name: getattr(entry, name) for name in ("layer", "map", "format", "bits")} for entry in plan.rounded]
     goldens.add_table("plan", pa.Table.from_pylist(maps))
-    plan.write(folder / "plan.yaml")
-    evaluate(warehouse, folder / "plan.yaml")
+    plan_file = folder / "plan.yaml"
+    plan.write(plan_file)
+    evaluate(warehouse, plan_file)
     goldens.add_warehouse(warehouse)
 
 

@@ -108,7 +108,8 @@ def measure(warehouse: str, arguments: list[str], folder: Path, log: Path) -> Ro
     environment = {**os.environ, "XDG_CACHE_HOME": str(folder.resolve() / "cache")}
     environment.pop("PYTHONDONTWRITEBYTECODE", None)  # bytecode is stored, as when pip installs the package
     before = _requests(log)
-    with open(folder / "output", "wb") as output:
+    printed_file = folder / "output"
+    with open(printed_file, "wb") as output:
         start = time.perf_counter()
         process = subprocess.Popen(command, stdout=output, stderr=subprocess.PIPE, cwd=folder, env=environment)
         assert process.stderr is not None
@@ -117,7 +118,7 @@ def measure(warehouse: str, arguments: list[str], folder: Path, log: Path) -> Ro
         seconds = time.perf_counter() - start
         if status:
             raise SystemExit(f"avss {' '.join(arguments)} failed:\n{message.decode()}")
-    printed = (folder / "output").stat().st_size
+    printed = printed_file.stat().st_size
     of_cores = usage.ru_utime + usage.ru_stime
     return Round(seconds, of_cores, usage.ru_maxrss / 1024, printed, _requests(log) - before)
 

@@ -251,19 +251,21 @@ def test_a_slurm_node_starts_ray_runs_the_job_and_stops(tiny_llama: Path, tmp_pa
         pytest.skip("needs unprivileged namespaces: symmetric-run ends with 'ray stop'")
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]
+    warehouse = tmp_path / "warehouse"
     job = {
-        "warehouse": str(tmp_path / "warehouse"),
+        "warehouse": str(warehouse),
         "models": [str(tiny_llama)],
         "corpora": ["builtin:pydoc"],
         "settings": {"max_sequences": 8, "sequence_length": 64},
     }
-    (tmp_path / "job.yaml").write_text(json.dumps(job))
+    job_file = tmp_path / "job.yaml"
+    job_file.write_text(json.dumps(job))
     token = tmp_path / "token"
     token.write_text("0123456789abcdef" * 4)
     clean = {name: value for name, value in os.environ.items() if not name.startswith(("RAY_", "SLURM_"))}
     env = clean | {
         "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
-        "AVSS_JOB": str(tmp_path / "job.yaml"),
+        "AVSS_JOB": str(job_file),
         "AVSS_HEAD": "127.0.0.1",
         "AVSS_PORT": str(port),
         "SLURM_JOB_NUM_NODES": "1",
@@ -274,7 +276,7 @@ def test_a_slurm_node_starts_ray_runs_the_job_and_stops(tiny_llama: Path, tmp_pa
     }
     done = alone("bash", str(CLUSTER / "slurm" / "node.sh"), env=env)
     assert done.returncode == 0, done.stdout + done.stderr
-    assert list((tmp_path / "warehouse" / "runs").rglob("*.parquet")), done.stdout + done.stderr
+    assert list((warehouse / "runs").rglob("*.parquet")), done.stdout + done.stderr
 
 
 SCRIPT = Path(__file__).parents[2] / "cluster" / "local.sh"

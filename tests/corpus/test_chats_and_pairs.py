@@ -266,11 +266,12 @@ def test_whole_pairs_are_read_up_to_the_most_rows(tmp_path: Path) -> None:
 def test_truthfulqa_draws_an_incorrect_answer_by_its_seed(tmp_path: Path) -> None:
     answers = {"best_answer": "w1.", "correct_answers": [], "incorrect_answers": ["w2", "w3", "w4"]}
     lines = [{"question": f"w{i}", **answers} for i in range(8)]
-    write_pairs(tmp_path / "t.jsonl", lines)
+    pairs_file = tmp_path / "t.jsonl"
+    write_pairs(pairs_file, lines)
     first, same, other = (list(documents(f"truthfulqa:{tmp_path}/t.jsonl{seed}")) for seed in ("", ":0", ":1"))
     assert first == same != other
     assert first[0] == "Q: w0\nA: w1."
-    write_pairs(tmp_path / "t.jsonl", list(reversed(lines)))
+    write_pairs(pairs_file, list(reversed(lines)))
     assert sorted(documents(f"truthfulqa:{tmp_path}/t.jsonl")) == sorted(first)
 
 

@@ -148,14 +148,15 @@ def test_what_is_trained_and_the_memory_that_it_takes(
 ) -> None:
     """The tied embedding stays as it is."""
     layers = {name for name in weights_of(student) if ".layers." in name}
-    lora = distill(train="lora", lora_rank=4, tokens=8 * TOKENS, learning_rate=1e-2, output=tmp_path / "lora")
+    lora_folder = tmp_path / "lora"
+    lora = distill(train="lora", lora_rank=4, tokens=8 * TOKENS, learning_rate=1e-2, output=lora_folder)
     done = {"all": distilled[0], "lora": lora}
     assert changed(student, done["all"].folder) == layers | {"model.norm.weight"}
     assert changed(student, done["lora"].folder) == {name for name in layers if "_proj." in name}
     record = done["lora"].record
     assert record.lora_rank == 4
     assert record.after.loss < record.before.loss
-    assert not list((tmp_path / "lora").glob("adapter*"))
+    assert not list(lora_folder.glob("adapter*"))
     parts = {train: result.memory for train, result in done.items()}
     assert parts["all"].trained > parts["lora"].trained
     for part in parts.values():
@@ -234,8 +235,9 @@ def test_a_full_disk_keeps_what_is_complete_and_the_same_request_resumes(
     distill(on_event=resumed.append)
     advanced = [event.tokens for event in resumed if isinstance(event, TrainingAdvanced)]
     assert advanced == [TOKENS * step for step in range(6, 11)]
-    distill(output=tmp_path / "whole")
-    assert files(tmp_path / "out") == files(tmp_path / "whole")
+    whole = tmp_path / "whole"
+    distill(output=whole)
+    assert files(tmp_path / "out") == files(whole)
 
 
 # Refusals
@@ -309,9 +311,10 @@ def test_a_student_without_a_common_ancestor_is_distilled_and_noted(distill: Dis
 
 
 def test_a_folder_of_another_request_is_not_resumed(distill: Distill, tmp_path: Path) -> None:
-    (tmp_path / "out.part").mkdir()
-    (tmp_path / "out.part" / "checkpoints").mkdir()
-    (tmp_path / "out.part" / "request.json").write_text(json.dumps({"seed": 3, "train": "lora"}))
+    unfinished = tmp_path / "out.part"
+    unfinished.mkdir()
+    (unfinished / "checkpoints").mkdir()
+    (unfinished / "request.json").write_text(json.dumps({"seed": 3, "train": "lora"}))
     refused(distill, r"out.part was begun with other values of .*seed")
 
 
@@ -349,8 +352,9 @@ def test_a_student_keeps_what_was_read_for_it(distilled: Observed, tmp_path: Pat
     folder = Path(shutil.copytree(distilled[0].folder, tmp_path / "student"))
     write_seen(folder, [SeenText(use="scores", by="a-1", corpus="scored.txt")])
     model = AutoModelForCausalLM.from_pretrained(folder)
-    write_distilled(resolve(str(folder)), model, tmp_path / "out", distilled[0].record)
-    assert [text.use for text in read_seen(tmp_path / "out")] == ["scores", "distillation"]
+    output = tmp_path / "out"
+    write_distilled(resolve(str(folder)), model, output, distilled[0].record)
+    assert [text.use for text in read_seen(output)] == ["scores", "distillation"]
 
 
 def test_the_command_prints_a_table_or_json(

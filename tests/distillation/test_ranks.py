@@ -162,11 +162,12 @@ def test_two_ranks_give_the_weights_of_one_process(
     train: str,
 ) -> None:
     """Each rank holds the part that the estimate says, and PyTorch or DeepSpeed has really divided it."""
-    options = {**pair_of(family), "output": tmp_path / "out", "ranks": 2, "sharding": sharding, "train": train}
+    output = tmp_path / "out"
+    options = {**pair_of(family), "output": output, "ranks": 2, "sharding": sharding, "train": train}
     held = ranks.run(distill_here, options)
     expected, record = by_one(family, train)
-    assert_near(tmp_path / "out", expected)
-    assert_same_curve(read_record(tmp_path / "out"), record)
+    assert_near(output, expected)
+    assert_same_curve(read_record(output), record)
     files = [path.name for path in (tmp_path / "out.part" / "checkpoints" / f"checkpoint-{STEPS}").rglob("*")]
     info = SHARDINGS[sharding]
     assert any("zero_pp_rank_1" in name for name in files) == bool(info.zero_stage)
@@ -204,14 +205,17 @@ def test_a_killed_rank_ends_the_training_which_then_goes_on(pair_of: PairOf, tmp
     """A rank is killed after the first of eight checkpoints. The driver hears of every step, once."""
     options = {**pair_of("llama"), "evaluations": 8, "tokens": 8 * STEPS * 128}
     avss_dist.distill(**options, output=tmp_path / "one")
-    options |= {"output": tmp_path / "out", "ranks": 2, "sharding": "zero2"}
+    output = tmp_path / "out"
+    options |= {"output": output, "ranks": 2, "sharding": "zero2"}
     events: list[Any] = []
     before = ray_processes()
+
+    unfinished = tmp_path / "out.part"
 
     def kill(event: Any) -> None:
         events.append(event)
         if isinstance(event, CurvePoint) and event.tokens == STEPS * 128:
-            wait_until(lambda: trainer.last_checkpoint(tmp_path / "out.part" / "checkpoints") is not None)
+            wait_until(lambda: trainer.last_checkpoint(unfinished / "checkpoints") is not None)
             started = [process for process in ray_processes() if process not in before]
             max(started, key=lambda process: process.create_time()).send_signal(signal.SIGKILL)
 
@@ -223,14 +227,14 @@ def test_a_killed_rank_ends_the_training_which_then_goes_on(pair_of: PairOf, tmp
         avss_dist.distill(**{**options, "ranks": 1, "sharding": "ddp"})
     resumed: list[Any] = []
     avss_dist.distill(**options, on_event=resumed.append)
-    assert_near(tmp_path / "out", tmp_path / "one")
+    assert_near(output, tmp_path / "one")
     tokens = [event.tokens for event in resumed if isinstance(event, TrainingAdvanced)]
     first = 8 * STEPS - len(tokens)
     assert first in range(STEPS, 8 * STEPS, STEPS)
     assert tokens == [128 * step for step in range(first + 1, 8 * STEPS + 1)]
     heard = [event.tokens for event in events if isinstance(event, TrainingAdvanced)]
     assert heard[:STEPS] == [128 * step for step in range(1, STEPS + 1)]
-    assert not (tmp_path / "out.part").exists()
+    assert not unfinished.exists()
 
 
 @pytest.mark.usefixtures("warm_workers")

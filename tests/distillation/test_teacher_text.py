@@ -68,10 +68,11 @@ def test_what_was_begun_goes_on_in_batches_of_the_same_size(
     file = teacher_text(resolve(str(teacher)), SETTINGS, **options)
     assert teacher_text(resolve(str(teacher)), SETTINGS, **options) == file
     assert not [*tmp_path.glob("*.part")]
-    (tmp_path / "whole").mkdir()
+    whole_folder = tmp_path / "whole"
+    whole_folder.mkdir()
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "another"))
     monkeypatch.setattr(module, "free_memory", lambda _: 1 << 30)
-    whole = teacher_text(resolve(str(teacher)), SETTINGS, **options | {"work": tmp_path / "whole"})
+    whole = teacher_text(resolve(str(teacher)), SETTINGS, **options | {"work": whole_folder})
     assert whole.read_bytes() == file.read_bytes()
 
 

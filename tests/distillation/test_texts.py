@@ -101,12 +101,14 @@ CHATS = Settings(sequence_length=32, chat_template=True)
 def chats(tmp_path: Path) -> Write:
     """Write conversations, with other lines between them."""
 
+    chats_file = tmp_path / "chats.jsonl"
+
     def write(count: int, *others: Any) -> Path:
         said = sentences(2 * count, seed=3)
         turns = [[{"role": role, "content": said[2 * i + n]} for n, role in enumerate("ua")] for i in range(count)]
         lines = [{"messages": messages} for messages in turns]
-        (tmp_path / "chats.jsonl").write_text("".join(json.dumps(line) + "\n" for line in [*lines, *others]))
-        return tmp_path / "chats.jsonl"
+        chats_file.write_text("".join(json.dumps(line) + "\n" for line in [*lines, *others]))
+        return chats_file
 
     return write
 

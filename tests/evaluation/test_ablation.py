@@ -292,7 +292,8 @@ def shown(ablation: Ablation) -> str:
 
 
 def test_truncated_permutations_are_counted(trained: Path, tmp_path: Path) -> None:
-    text = {"corpus": TEXT, "warehouse": tmp_path / "w", "leave_one_out": False, **SMALL}
+    warehouse = tmp_path / "w"
+    text = {"corpus": TEXT, "warehouse": warehouse, "leave_one_out": False, **SMALL}
     truncating = ablate(trained, shapley=6, **text)
     truncated, number = truncating.permutations
     shared = np.array([row["shapley_shared"] for row in truncating.table().to_pylist()])
@@ -301,7 +302,7 @@ def test_truncated_permutations_are_counted(trained: Path, tmp_path: Path) -> No
     assert shared.max() <= truncated / 6 + 1e-12
     told = shown(truncating)
     assert f"{truncated} of 6 permutations were truncated where the model only guessed" in told
-    rows = Warehouse(tmp_path / "w").table("evaluations").to_pylist()
+    rows = Warehouse(warehouse).table("evaluations").to_pylist()
     assert [row["value"] for row in rows if row["metric"] == SHARED] == pytest.approx(shared.tolist())
     whole = ablate(trained, shapley=6, truncation=False, **text)
     assert whole.permutations == (0, 6)
@@ -455,15 +456,16 @@ def test_more_permutations_than_can_be_listed_are_refused(
 ) -> None:
     """Of 10^9, the seeds alone would fill the memory."""
     monkeypatch.setattr(np.random, "SeedSequence", lambda *_: pytest.fail("seeds were made"))
-    options = ["--corpus", TEXT, "--warehouse", tmp_path / "w", "--shapley", 10**9]
+    warehouse = tmp_path / "w"
+    options = ["--corpus", TEXT, "--warehouse", warehouse, "--shapley", 10**9]
     for more in ([], ["--allow-many"]):
         done = avss("ablate", tiny_llama, *options, *more)
         said = "Error: 1,000,000,000 permutations are more than one command takes: 1,000,000.\nLower --shapley.\n"
         assert done.exit_code == 2
         assert done.stderr == said
     with pytest.raises(ConfigError, match="1,000,000,000 permutations"):
-        ablate(tiny_llama, corpus=TEXT, warehouse=tmp_path / "w", shapley=10**9, allow_many=True)
-    assert not (tmp_path / "w").exists()
+        ablate(tiny_llama, corpus=TEXT, warehouse=warehouse, shapley=10**9, allow_many=True)
+    assert not warehouse.exists()
 
 
 # Sensitivity to rounding: what is printed, kept, measured once, compared with scores, and refused

@@ -44,8 +44,9 @@ def test_padding_counts_for_nothing(tiny_llama: Path, tmp_path: Path) -> None:
     text = tmp_path / "two.jsonl"
     text.write_text('{"text": "a rather long line of words, and more words"}\n{"text": "short one"}\n')
     padded = {"tasks": [f"perplexity:{text}"], "layout": "padded", "sequence_length": 64}
-    together = evaluate([str(tiny_llama)], warehouse=tmp_path / "w", **padded)
-    rows = Warehouse(tmp_path / "w").table("cells").to_pylist()
+    warehouse = tmp_path / "w"
+    together = evaluate([str(tiny_llama)], warehouse=warehouse, **padded)
+    rows = Warehouse(warehouse).table("cells").to_pylist()
     alone = evaluate([str(tiny_llama)], warehouse=tmp_path / "v", skip_sequences=1, **padded)
     assert together[0].result.samples[1] == pytest.approx(alone[0].result.samples[0], rel=1e-6)
     assert rows[0]["weights"][1] < rows[0]["weights"][0]
@@ -166,7 +167,8 @@ def pruned(tiny_llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_the_base_model_of_the_card_is_evaluated_too(pruned: Path, tmp_path: Path) -> None:
     """Its losses, and what is kept, are those of the plan that the checkpoint was made by."""
     warehouse = tmp_path / "w"
-    subjects = [str(pruned / "smaller"), str(pruned / "plan.yaml")]
+    smaller = pruned / "smaller"
+    subjects = [str(smaller), str(pruned / "plan.yaml")]
     written, planned = evaluate(subjects, tasks=[TASK], warehouse=warehouse, **SIZES)
     assert written.whole is not None
     assert written.retained is not None
@@ -175,7 +177,7 @@ def test_the_base_model_of_the_card_is_evaluated_too(pruned: Path, tmp_path: Pat
     assert np.array_equal(written.result.samples, planned.result.samples)
     assert written.retained.value == planned.retained.value
     cells = Warehouse(warehouse).table("cells").num_rows
-    evaluate([str(pruned / "smaller")], tasks=[TASK], warehouse=warehouse, **SIZES)
+    evaluate([str(smaller)], tasks=[TASK], warehouse=warehouse, **SIZES)
     assert Warehouse(warehouse).table("cells").num_rows == cells
 
 
@@ -190,9 +192,10 @@ def moved(pruned: Path, tmp_path: Path) -> Path:
 
 
 def test_a_base_model_that_is_not_found_is_refused_before_work(moved: Path, tmp_path: Path) -> None:
+    warehouse = tmp_path / "w"
     with pytest.raises(ConfigError, match=r"whole, the base model of .*smaller, is not found"):
-        evaluate([str(moved)], tasks=[TASK], warehouse=tmp_path / "w", **SIZES)
-    assert not (tmp_path / "w").exists()
+        evaluate([str(moved)], tasks=[TASK], warehouse=warehouse, **SIZES)
+    assert not warehouse.exists()
 
 
 def test_a_base_model_that_has_changed_is_refused_before_work(moved: Path, save_checkpoint: Save) -> None:
@@ -220,8 +223,9 @@ def test_a_pruned_checkpoint_that_is_its_own_base_is_evaluated_alone(moved: Path
 
 
 def test_a_plan_is_evaluated_as_its_file_is(pruned: Path, tmp_path: Path) -> None:
-    plan = read_plan(pruned / "plan.yaml")
-    subjects = [plan, str(pruned / "plan.yaml")]
+    plan_file = pruned / "plan.yaml"
+    plan = read_plan(plan_file)
+    subjects = [plan, str(plan_file)]
     planned, from_file = evaluate(subjects, tasks=[TASK], warehouse=tmp_path / "w", **SIZES)
     assert planned.subject.label == "whole without 1"
     assert planned.retained is not None
@@ -230,10 +234,11 @@ def test_a_plan_is_evaluated_as_its_file_is(pruned: Path, tmp_path: Path) -> Non
 
 
 def test_models_that_were_not_pruned_have_no_base(pruned: Path, tmp_path: Path) -> None:
-    assert pruned_from(pruned / "whole") is None
+    whole = pruned / "whole"
+    assert pruned_from(whole) is None
     (tmp_path / "README.md").write_text("---\nbase_model: org/name\n---\n\nA fine-tuned model.\n")
     assert pruned_from(tmp_path) is None
-    (alone,) = evaluate([str(pruned / "whole")], tasks=[TASK], warehouse=tmp_path / "w", **SIZES)
+    (alone,) = evaluate([str(whole)], tasks=[TASK], warehouse=tmp_path / "w", **SIZES)
     assert alone.retained is None
 
 
@@ -404,10 +409,11 @@ def test_a_model_that_expects_another_start_is_found_out(text: Path, tmp_path: P
 def test_a_tokenizer_that_does_not_add_the_bos_that_its_model_expects_is_found_out(text: Path, tmp_path: Path) -> None:
     folder = save_with_words(tmp_path / "model", expecting_bos(), "$A")
     task = f"perplexity:{text}"
-    (sentence,) = evaluate([str(folder)], tasks=[task], warehouse=tmp_path / "w", **SHORT_ROWS).findings
+    warehouse = tmp_path / "w"
+    (sentence,) = evaluate([str(folder)], tasks=[task], warehouse=warehouse, **SHORT_ROWS).findings
     assert "with another start of each row, which it seems to expect" in sentence
-    rows = evaluation_rows(tmp_path / "w", f"{ROW_START}{text}")
+    rows = evaluation_rows(warehouse, f"{ROW_START}{text}")
     losses = {row["metric"]: row["value"] for row in rows}
     assert losses["loss_other_start"] == pytest.approx(np.log(WORDS), rel=1e-3)
-    again = succeed("evaluate", folder, "--tasks", task, "-w", tmp_path / "w", *as_words(SHORT_ROWS))
+    again = succeed("evaluate", folder, "--tasks", task, "-w", warehouse, *as_words(SHORT_ROWS))
     assert "which it seems to expect" in again.output

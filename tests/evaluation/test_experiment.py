@@ -252,14 +252,15 @@ def test_a_job_without_an_experiment_is_a_mistake(tmp_path: Path) -> None:
 def test_a_huge_experiment_says_its_size_first(number: str, options: list[str], told: str, tmp_path: Path) -> None:
     """The choices are neither made nor counted one by one; scoring has not begun."""
     job = tmp_path / "job.yaml"
-    text = JOB.format(warehouse=tmp_path / "w", model="nowhere")
+    warehouse = tmp_path / "w"
+    text = JOB.format(warehouse=warehouse, model="nowhere")
     job.write_text(text.replace("random: 2", f"random: {number}"))
     done = mistake("run", job, *options)
     assert told in done
     if not options:
         assert "Lower `random`" in done
         assert "More than 10,000 need --allow-many." in done
-    assert not (tmp_path / "w").exists()
+    assert not warehouse.exists()
 
 
 def test_a_large_experiment_is_run_if_it_is_wanted(tmp_path: Path) -> None:

@@ -110,9 +110,10 @@ def test_evaluate_says_what_is_misread_before_it_measures(gemma: Path, tmp_path:
 @pytest.mark.parametrize("size", [{"share": 0.33}, {"keep": 0.01}], ids=str)
 def test_shrink_keeps_the_pattern(by: str, size: dict[str, float], gemma: Path, tmp_path: Path) -> None:
     options = {**OPTIONS, "max_sequences": 32, "speed": False}
+    less = tmp_path / "less"
     done = shrink(
         str(gemma),
-        output=str(tmp_path / "less"),
+        output=str(less),
         by=by,
         repair="none",
         keep_pattern=True,
@@ -122,7 +123,7 @@ def test_shrink_keeps_the_pattern(by: str, size: dict[str, float], gemma: Path, 
         **options,
     )
     assert is_read_as_it_is(gemma, done.best.plan.keep)
-    assert "llama.cpp" not in (tmp_path / "less" / "README.md").read_text()
+    assert "llama.cpp" not in (less / "README.md").read_text()
 
 
 def test_shrink_refuses_a_size_that_breaks_the_pattern_before_it_measures(gemma: Path, tmp_path: Path) -> None:

@@ -121,6 +121,7 @@ def test_a_patch_in_place_is_the_repaired_checkpoint(
     repair = Repair(by="map", corpora=(TEXT,), settings=settings)
     text = Settings(**READ, skip_sequences=72, max_sequences=8, dtype="float32")
     task = plan_text_task(PlacedModel(checkpoint=checkpoint, settings=text, placement=placement), TEXT)
+    less_folder = tmp_path / "less"
     with closing(LocalExecutor(settings)) as executor:
         placed = PlacedModel(checkpoint=checkpoint, settings=settings, placement=placement)
         (fit,) = plan_fits(placed, layers, ["map"], (TEXT,)).values()
@@ -130,15 +131,15 @@ def test_a_patch_in_place_is_the_repaired_checkpoint(
         repaired = replace(without, patch=patch)
         losses = total_losses(executor, task.cells([without, repaired, NO_INTERVENTION]))
         plan = Plan(model=str(folder), num_layers=3, layers=layers, drop=(1,))
-        prune(str(folder), plan, tmp_path / "less", repair=repair)
-        less = resolve(str(tmp_path / "less"))
+        prune(str(folder), plan, less_folder, repair=repair)
+        less = resolve(str(less_folder))
         pruned_task = plan_text_task(PlacedModel(checkpoint=less, settings=text, placement=Placement()), TEXT)
         expected = total_losses(executor, pruned_task.cells())
         again = total_losses(executor, task.cells())
     assert losses[repaired.key] == expected[NO_INTERVENTION.key]
     assert expected[NO_INTERVENTION.key] != losses[without.key]
     assert again == {NO_INTERVENTION.key: losses[NO_INTERVENTION.key]}
-    assert [read_repaired(patch).record] == read_repairs(tmp_path / "less")
+    assert [read_repaired(patch).record] == read_repairs(less_folder)
 
 
 def test_a_patch_is_the_same_bytes_and_leaves_no_trace() -> None:
@@ -322,8 +323,9 @@ def test_a_repaired_checkpoint_is_not_asked_what_it_was_fitted_on(deep: Path, tm
     Plan(model=str(deep), num_layers=8, layers="layers", drop=(2,)).write(plan)
     read = ("--sequence-length", 64, "--batch-size", 4, "--dtype", "float32", "--device", "cpu")
     text = ("--repair", "channel", "--repair-corpora", f"truthfulqa:{file}", "--max-sequences", 8)
-    succeed("prune", deep, plan, "-o", tmp_path / "less", *text, *read)
-    asked = ("evaluate", tmp_path / "less", "--tasks", f"truthfulqa:{file}", "-w", tmp_path / "w", *read)
+    less = tmp_path / "less"
+    succeed("prune", deep, plan, "-o", less, *text, *read)
+    asked = ("evaluate", less, "--tasks", f"truthfulqa:{file}", "-w", tmp_path / "w", *read)
     refused = mistake(*asked)
     assert re.search(r"2 of the 20 questions of truthfulqa:\S+ are prompts that the repair of", refused)
     assert avss(*asked, "--skip-questions", 8).exit_code == 0

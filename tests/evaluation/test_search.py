@@ -163,8 +163,9 @@ def test_a_search_shows_its_steps_and_its_plan_prunes(scored: Scored, model: Pat
     for words in ("dropped", "perplexity", "sets", "Chosen by greedy (a search: removes the layer"):
         assert words in done.stdout
     assert "Finding: The set was chosen for its loss on this very text" in done.stdout
-    assert avss("prune", model, plan, "-o", tmp_path / "pruned").exit_code == 0
-    assert len(opened(tmp_path / "pruned").layers) == LAYERS - 2
+    pruned = tmp_path / "pruned"
+    assert avss("prune", model, plan, "-o", pruned).exit_code == 0
+    assert len(opened(pruned).layers) == LAYERS - 2
 
 
 def test_sublayers_are_measured_evaluated_and_not_pruned(scored: Scored, model: Path, tmp_path: Path) -> None:
@@ -190,8 +191,9 @@ def test_sublayers_are_measured_evaluated_and_not_pruned(scored: Scored, model: 
     named = Warehouse(warehouse).sql("SELECT DISTINCT drop, drop_parts, removals(drop, drop_parts) AS names FROM cells")
     for row in named.to_pylist():
         assert row["names"] == [*map(str, row["drop"]), *row["drop_parts"]]
-    assert "drops attention.2, mlp.0 alone" in mistake("prune", model, plan, "-o", tmp_path / "less")
-    assert not (tmp_path / "less").exists()
+    less = tmp_path / "less"
+    assert "drops attention.2, mlp.0 alone" in mistake("prune", model, plan, "-o", less)
+    assert not less.exists()
 
 
 @pytest.mark.parametrize(
@@ -205,6 +207,7 @@ def test_sublayers_are_measured_evaluated_and_not_pruned(scored: Scored, model: 
     ],
 )
 def test_a_mistake_is_named(words: list[str], said: str, scored: Scored, tmp_path: Path) -> None:
-    assert said in mistake("plan", "-w", scored[0], "-o", tmp_path / "plan.yaml", *words)
-    assert not (tmp_path / "plan.yaml").exists()
+    plan_file = tmp_path / "plan.yaml"
+    assert said in mistake("plan", "-w", scored[0], "-o", plan_file, *words)
+    assert not plan_file.exists()
     assert not (scored[0] / "cells").exists()

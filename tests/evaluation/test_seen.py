@@ -101,9 +101,10 @@ def test_the_rows_and_the_hashes_of_each_text_are_kept(kind: str, plans: dict[st
 
 @pytest.mark.parametrize("kind", PLANS)
 def test_the_file_of_a_plan_keeps_them(kind: str, plans: dict[str, Any], tmp_path: Path) -> None:
-    plans[kind].write(tmp_path / "plan.yaml")
+    plan_file = tmp_path / "plan.yaml"
+    plans[kind].write(plan_file)
     cls = type(plans[kind])
-    written = read_plan(tmp_path / "plan.yaml") if cls is Plan else read_checked_plan(cls, tmp_path / "plan.yaml")
+    written = read_plan(plan_file) if cls is Plan else read_checked_plan(cls, plan_file)
     assert written.seen == plans[kind].seen
 
 
@@ -165,27 +166,33 @@ def test_keys_of_the_task_read_the_text_again(folder: Path, plans: dict[str, Any
 
 def test_a_pruned_checkpoint_keeps_them(folder: Path, plans: dict[str, Any], tmp_path: Path) -> None:
     """One that was pruned again, too."""
-    avss_dist.prune(folder / "model", plans["loss"], tmp_path / "pruned")
-    hand = Plan(model=str(tmp_path / "pruned"), num_layers=2, layers="layers", drop=(0,))
-    avss_dist.prune(tmp_path / "pruned", hand, tmp_path / "again")
-    assert read_seen(tmp_path / "pruned") == read_seen(tmp_path / "again") == plans["loss"].seen
+    pruned = tmp_path / "pruned"
+    avss_dist.prune(folder / "model", plans["loss"], pruned)
+    hand = Plan(model=str(pruned), num_layers=2, layers="layers", drop=(0,))
+    again = tmp_path / "again"
+    avss_dist.prune(pruned, hand, again)
+    assert read_seen(pruned) == read_seen(again) == plans["loss"].seen
 
 
 def test_the_revision_of_a_checkpoint_does_not_depend_on_them(
     folder: Path, plans: dict[str, Any], tmp_path: Path
 ) -> None:
-    avss_dist.prune(folder / "model", plans["loss"], tmp_path / "pruned")
-    avss_dist.prune(folder / "model", without_seen(plans["loss"]), tmp_path / "other" / "pruned")
-    assert resolve(str(tmp_path / "pruned")).revision == resolve(str(tmp_path / "other" / "pruned")).revision
+    pruned = tmp_path / "pruned"
+    model = folder / "model"
+    avss_dist.prune(model, plans["loss"], pruned)
+    other = tmp_path / "other"
+    avss_dist.prune(model, without_seen(plans["loss"]), other / "pruned")
+    assert resolve(str(pruned)).revision == resolve(str(other / "pruned")).revision
 
 
 def test_a_pruned_checkpoint_is_evaluated_on_no_text_of_its_plan(
     folder: Path, plans: dict[str, Any], tmp_path: Path
 ) -> None:
-    avss_dist.prune(folder / "model", plans["loss"], tmp_path / "pruned")
+    pruned = tmp_path / "pruned"
+    avss_dist.prune(folder / "model", plans["loss"], pruned)
     there: dict[str, Any] = {"warehouse": tmp_path / "w", **READ, **LOCAL}
     with pytest.raises(ConfigError, match=r"measured.txt is text that the ablation model-\w+ was measured on"):
-        avss_dist.evaluate([str(tmp_path / "pruned")], tasks=[f"perplexity:{folder}/measured.txt"], **there)
+        avss_dist.evaluate([str(pruned)], tasks=[f"perplexity:{folder}/measured.txt"], **there)
 
 
 def test_an_experiment_is_on_no_text_of_its_measurements(folder: Path, tmp_path: Path) -> None:
@@ -197,6 +204,7 @@ def test_an_experiment_is_on_no_text_of_its_measurements(folder: Path, tmp_path:
         "settings": {**settings, "sites": ["block", "inputs"]},
         "experiment": {"tasks": [f"perplexity:{folder}/measured.txt"], "scores": ["loss"], "leave_one_out": False},
     }
-    (tmp_path / "job.yaml").write_text(json.dumps(job))
+    job_file = tmp_path / "job.yaml"
+    job_file.write_text(json.dumps(job))
     with pytest.raises(ConfigError, match=r"measured.txt is text that the ablation model-\w+ was measured on"):
-        avss_dist.run(tmp_path / "job.yaml", executor="local")
+        avss_dist.run(job_file, executor="local")

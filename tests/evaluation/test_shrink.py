@@ -309,9 +309,10 @@ def test_as_many_layers_go_as_can(repair: str, warehouse: Path, deep: Path, tmp_
                 assert share < keep
         assert gone(shrunken.best) + 1 in kept_without or gone(shrunken.best) == 7
     assert gone(tight.best) <= gone(loose.best)
+    unwritten = tmp_path / "none"
     with pytest.raises(PlanError, match=r"Without layer \d, the first to go, .* is kept, under 99.9%"):
-        shrunk(deep, tmp_path / "none", keep=0.999, repair="none", warehouse=warehouse)
-    assert not (tmp_path / "none").exists()
+        shrunk(deep, unwritten, keep=0.999, repair="none", warehouse=warehouse)
+    assert not unwritten.exists()
 
 
 @pytest.mark.parametrize(
@@ -416,9 +417,10 @@ def test_the_command_prints_the_curve(warehouse: Path, deep: Path, tmp_path: Pat
     ],
 )
 def test_mistakes(options: dict[str, Any], told: str, deep: Path, tmp_path: Path) -> None:
+    output = tmp_path / "out"
     with pytest.raises((ConfigError, CorpusError), match=told):
-        shrunk(deep, tmp_path / "out", **options)
-    assert not (tmp_path / "out").exists()
+        shrunk(deep, output, **options)
+    assert not output.exists()
 
 
 @pytest.mark.parametrize(
@@ -446,11 +448,12 @@ def test_text_that_is_fitted_on_is_not_evaluated_on(
 
 
 def test_too_little_text_is_refused_before_anything_is_scored(deep: Path, tmp_path: Path) -> None:
-    told = mistake("shrink", deep, "--corpus", TEXT, "-o", tmp_path / "out", *OPTIONS, "--max-sequences", "9")
+    output = tmp_path / "out"
+    told = mistake("shrink", deep, "--corpus", TEXT, "-o", output, *OPTIONS, "--max-sequences", "9")
     assert "needs at least 192 tokens to fit to, not 186" in told
     assert "Raise --max-sequences" in told
     assert not list(tmp_path.iterdir())
-    shrunken = shrunk(deep, tmp_path / "out", max_sequences=10, by="last")
+    shrunken = shrunk(deep, output, max_sequences=10, by="last")
     assert shrunken.record is not None
     assert shrunken.record.texts[0].tokens == 217
     short = tmp_path / "short.txt"
@@ -490,18 +493,20 @@ def test_what_cannot_be_shrunk_is_refused_before_anything_is_scored(
 def test_paired_text_has_no_parts(deep: Path, tmp_path: Path) -> None:
     file = tmp_path / "questions.jsonl"
     write_json_lines(file, QUESTIONS * 5)
+    output = tmp_path / "out"
     for corpora in (("--corpus", f"truthfulqa:{file}"), ("--corpus", TEXT, "--repair-corpora", f"truthfulqa:{file}")):
-        done = mistake("shrink", deep, *corpora, "-o", tmp_path / "out", *OPTIONS)
+        done = mistake("shrink", deep, *corpora, "-o", output, *OPTIONS)
         assert "is paired text" in done
         assert "scoring" not in done
-    assert not (tmp_path / "out").exists()
+    assert not output.exists()
 
 
 def test_a_folder_that_is_not_empty_is_refused_first(deep: Path, tmp_path: Path) -> None:
-    (tmp_path / "out").mkdir()
-    (tmp_path / "out" / "mine").write_text("x")
+    output = tmp_path / "out"
+    output.mkdir()
+    (output / "mine").write_text("x")
     with pytest.raises(PlanError, match="not empty"):
-        shrunk(deep, tmp_path / "out")
+        shrunk(deep, output)
     assert not (tmp_path / "out-warehouse").exists()
 
 
@@ -621,8 +626,9 @@ def test_stopped_in_the_training_it_goes_on_and_writes_the_same_bytes(
 @pytest.mark.nightly
 def test_without_a_repair_the_pruned_model_is_distilled(warehouse: Path, deep: Path, tmp_path: Path) -> None:
     """Results as JSON. Files of the user in the folder of the work remain."""
-    (tmp_path / "out.part").mkdir()
-    (tmp_path / "out.part" / "mine").touch()
+    unfinished = tmp_path / "out.part"
+    unfinished.mkdir()
+    (unfinished / "mine").touch()
     options = ["--repair", "none", "-w", warehouse, "--distill-tokens", 640, "--format", "json"]
     told = succeed("shrink", deep, "--corpus", TEXT, "-o", tmp_path / "out", *options, *OPTIONS)
     values = json.loads(told.stdout)
@@ -630,15 +636,16 @@ def test_without_a_repair_the_pruned_model_is_distilled(warehouse: Path, deep: P
     assert distilled["kept"] == values["kept"]
     assert values["kept"] != values["curve"][0]["kept"]
     assert distilled["low"] < distilled["kept"] < distilled["high"]
-    assert [path.name for path in (tmp_path / "out.part").iterdir()] == ["mine"]
+    assert [path.name for path in unfinished.iterdir()] == ["mine"]
 
 
 def test_without_the_option_nothing_is_distilled(warehouse: Path, deep: Path, tmp_path: Path) -> None:
     options = ["--repair", "none", "-w", warehouse, "--format", "json"]
-    told = avss("shrink", deep, "--corpus", TEXT, "-o", tmp_path / "out", *options, *OPTIONS)
+    output = tmp_path / "out"
+    told = avss("shrink", deep, "--corpus", TEXT, "-o", output, *options, *OPTIONS)
     values = json.loads(told.stdout)
     assert [*values] == ["output", "bytes", "drop", "kept", "tasks", "curve", "difference", "notes", "continuations"]
-    assert "avss_distill.json" not in content(tmp_path / "out")
+    assert "avss_distill.json" not in content(output)
     assert {path.name for path in tmp_path.iterdir()} == {"out", "w"}
 
 
@@ -649,11 +656,12 @@ def test_a_failed_training_leaves_the_repaired_checkpoint(
         raise RunFailed("Training diverged.")
 
     monkeypatch.setattr("avss_dist.distillation.trainer.train", fail)
+    output = tmp_path / "out"
     with pytest.raises(RunFailed, match=r"checkpoint before distillation is in .*student") as raised:
-        shrunk(deep, tmp_path / "out", warehouse=warehouse, repair="channel", distill_tokens=TOKENS)
+        shrunk(deep, output, warehouse=warehouse, repair="channel", distill_tokens=TOKENS)
     assert "avss distill" in str(raised.value.hint)
     assert read_repairs(tmp_path / "out.part" / "student")
-    assert not (tmp_path / "out").exists()
+    assert not output.exists()
 
 
 def test_too_little_memory_is_refused_before_any_work(

@@ -91,12 +91,13 @@ def test_a_safetensors_header_is_read_or_refused(data: Any, checkpoints: Path, t
 @fuzzed(40)
 @given(data=st.data())
 def test_an_index_is_read_or_refused(data: Any, checkpoints: Path, tmp_path: Path) -> None:
-    for file in (checkpoints / "several").iterdir():
+    several = checkpoints / "several"
+    for file in several.iterdir():
         if not (tmp_path / file.name).exists():
             (tmp_path / file.name).symlink_to(file)
     index = tmp_path / "model.safetensors.index.json"
     index.unlink()
-    value = data.draw(mutated(json.loads((checkpoints / "several" / index.name).read_text())))
+    value = data.draw(mutated(json.loads((several / index.name).read_text())))
     index.write_text(json.dumps(value, default=str))
     headers_are_read_or_refused(tmp_path)
 

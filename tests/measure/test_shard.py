@@ -269,12 +269,13 @@ def test_a_late_worker_writes_no_shard_of_a_run_that_has_ended(
     assert in_time is not None
     assert not in_time.files
     assert store.reader.num_partials("run") == 1
-    shutil.rmtree(tmp_path / "shard_stats")
+    shard_stats = tmp_path / "shard_stats"
+    shutil.rmtree(shard_stats)
     store.delete_unfinished_run("run")
     late = measure()
     assert late is not None
     assert late.files
-    assert not (tmp_path / "shard_stats").exists()
+    assert not shard_stats.exists()
 
 
 def test_fillers_count_for_nothing(replica: SmallDevice, shard: Shard) -> None:

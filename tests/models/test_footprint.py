@@ -160,9 +160,10 @@ def test_a_gguf_file(tmp_path: Path) -> None:
     assert size.num_parameters == Replica(resolve(str(file)), SETTINGS).model["num_parameters"]
     assert size.weight_bytes == 4 * size.num_parameters
     assert size.unpacking_bytes == max(2 * 4 * 320 * 32 - size.layer_bytes[0], 2 * 4 * 32 * 48)  # embeddings, MLP
-    (tmp_path / "bad.gguf").write_bytes(b"GGUF")
+    bad_file = tmp_path / "bad.gguf"
+    bad_file.write_bytes(b"GGUF")
     with pytest.raises(ModelError, match=r"bad\.gguf"):
-        footprint(str(tmp_path / "bad.gguf"), SETTINGS)
+        footprint(str(bad_file), SETTINGS)
 
 
 @pytest.mark.parametrize("dtype", ["float99", {"a": 1}, ["float32"], "nn", 7])

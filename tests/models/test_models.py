@@ -65,12 +65,13 @@ def folder(tiny_llama: Path, tmp_path: Path) -> Path:
 @pytest.fixture
 def hub(tiny_llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     """A local hub cache with ``org/tiny``: a branch ``main``, a tag ``v1``, one commit."""
-    repository = tmp_path / "hub" / "models--org--tiny"
+    hub_folder = tmp_path / "hub"
+    repository = hub_folder / "models--org--tiny"
     shutil.copytree(tiny_llama, repository / "snapshots" / COMMIT)
     (repository / "refs").mkdir()
     for name in ("main", "v1"):
         (repository / "refs" / name).write_text(COMMIT)
-    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(hub_folder))
     assert huggingface_hub.constants.HF_HUB_OFFLINE
     return repository
 
@@ -134,8 +135,9 @@ def test_the_revision_is_that_of_what_is_read(folder: Path, tiny_llama: Path) ->
     """Not of the path or of unrelated files, and of shipped code only where it runs."""
     before = resolve(str(folder)).revision
     (folder / "README.md").write_text("Changed.")
-    (folder / "logs").mkdir()
-    (folder / "logs" / "training.json").write_text("{}")
+    logs = folder / "logs"
+    logs.mkdir()
+    (logs / "training.json").write_text("{}")
     trusted = []
     for number in (3, 4):
         (folder / "modeling.py").write_text(f"layers = {number}\n")
@@ -186,8 +188,9 @@ def test_a_slug_is_a_plain_file_name(name: str, expected: str) -> None:
 
 
 def test_the_slug_of_a_gguf_file_is_its_stem(tmp_path: Path) -> None:
-    (tmp_path / "tiny-Q8_0.gguf").write_bytes(b"GGUF")
-    checkpoint = resolve(str(tmp_path / "tiny-Q8_0.gguf"))
+    gguf_file = tmp_path / "tiny-Q8_0.gguf"
+    gguf_file.write_bytes(b"GGUF")
+    checkpoint = resolve(str(gguf_file))
     assert checkpoint.source == "gguf"
     assert checkpoint.slug == "tiny-Q8_0"
     assert checkpoint.folder == tmp_path
@@ -389,8 +392,9 @@ SMALL = ("--sequence-length", "32", "--max-sequences", "2", "--executor", "local
 
 def pickle_weights(copy: Path) -> None:
     """Keep the weights in two pickles and an index, as older checkpoints do."""
-    tensors = load_file(copy / "model.safetensors")
-    (copy / "model.safetensors").unlink()
+    weights_file = copy / "model.safetensors"
+    tensors = load_file(weights_file)
+    weights_file.unlink()
     places = {name: f"pytorch_model-0000{1 + i % 2}-of-00002.bin" for i, name in enumerate(sorted(tensors))}
     for file in set(places.values()):
         torch.save({name: tensors[name] for name in tensors if places[name] == file}, copy / file)
@@ -449,8 +453,9 @@ def test_modules_that_compute_with_quantized_weights_are_named_with_where_they_c
     family: str, quantize: Callable[[Path, Path], Path], expected: str, tmp_path: Path
 ) -> None:
     """The modules that transformers builds for the stored weights, and none once weights are unpacked."""
-    tiny_model("causal", family).save_pretrained(tmp_path / "whole")
-    checkpoint = resolve(str(quantize(tmp_path / "whole", tmp_path / "quantized")))
+    whole = tmp_path / "whole"
+    tiny_model("causal", family).save_pretrained(whole)
+    checkpoint = resolve(str(quantize(whole, tmp_path / "quantized")))
     config = text_config(checkpoint)
     model = skeleton(config, Settings(), torch.float32)
     assert describe_computing(model) is None
@@ -508,9 +513,10 @@ def test_a_series_of_folders_drifts_in_the_order_of_its_steps(tiny_llama: Path, 
         doubled = {name: tensor * (1 + seed) for name, tensor in tensors.items()}
         save_file(doubled, folder / "model.safetensors", metadata={"format": "pt"})
     options = ("--max-sequences", 4, "--sequence-length", 16, "--sites", "block", "--executor", "local")
-    done = avss("score", *folders, "--corpus", "builtin:pydoc", "-w", tmp_path / "w", *options)
+    warehouse = tmp_path / "w"
+    done = avss("score", *folders, "--corpus", "builtin:pydoc", "-w", warehouse, *options)
     assert done.exit_code == 0, done.stderr
-    rows = Warehouse(tmp_path / "w").sql("@drift").to_pylist()
+    rows = Warehouse(warehouse).sql("@drift").to_pylist()
     assert {row["series"] for row in rows} == {f"{tmp_path}/run7/checkpoint-*"}
     assert [row["training_step"] for row in rows if row["layer"] == 0] == [500, 1000]
 

@@ -123,9 +123,10 @@ if __name__ == "__main__":
 def test_a_sixth_partition_works_everywhere(tiny_llama: Path, tmp_path: Path) -> None:
     """In a process of its own, which registers it before anything reads the catalog, as a line there would."""
     (tmp_path / "sixth.py").write_text(SIXTH)
-    (tmp_path / "use.py").write_text(USE)
+    use_file = tmp_path / "use.py"
+    use_file.write_text(USE)
     path = os.pathsep.join([str(tmp_path), *sys.path])
-    command = [sys.executable, tmp_path / "use.py", tiny_llama, tmp_path]
+    command = [sys.executable, use_file, tiny_llama, tmp_path]
     done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "PYTHONPATH": path})
     assert done.returncode == 0, done.stderr
     said = json.loads(done.stdout.splitlines()[-1])

@@ -101,8 +101,9 @@ def stored_bytes(folder: Path, *names: str) -> int:
 
 @pytest.fixture
 def tiny(tmp_path: Path) -> Path:
-    llama().save_pretrained(tmp_path / "llama")
-    return tmp_path / "llama"
+    llama_folder = tmp_path / "llama"
+    llama().save_pretrained(llama_folder)
+    return llama_folder
 
 
 @pytest.mark.parametrize(
@@ -138,22 +139,25 @@ def test_half_precision_files(tmp_path: Path) -> None:
 def test_heads(ties: str, tmp_path: Path) -> None:
     """The head is not read where it is no embedding; it counts as a parameter as `single` counts it."""
     llama(tie_word_embeddings=ties != "untied").save_pretrained(tmp_path)
+    weights_file = tmp_path / "model.safetensors"
     if ties.startswith("stored twice"):
-        tensors = load_file(tmp_path / "model.safetensors")
+        tensors = load_file(weights_file)
         head = tensors["model.embed_tokens.weight"].clone()
         tensors["lm_head.weight"] = head * 2 if ties.endswith("unequal") else head
-        save_file(tensors, tmp_path / "model.safetensors", {"format": "pt"})
+        save_file(tensors, weights_file, {"format": "pt"})
     replica, _ = assert_same(tmp_path)
     head = replica._weights.model.lm_head.weight
     assert head.is_meta == (ties in ("untied", "stored twice, unequal"))
 
 
 def test_several_files_and_a_backbone_without_prefix(tmp_path: Path) -> None:
-    llama().save_pretrained(tmp_path / "several", max_shard_size="20KB")
-    assert len(list((tmp_path / "several").glob("*.safetensors"))) > 3
-    replica, _ = assert_same(tmp_path / "several")
-    llama().model.save_pretrained(tmp_path / "backbone")
-    other, _ = assert_same(tmp_path / "backbone")
+    several = tmp_path / "several"
+    llama().save_pretrained(several, max_shard_size="20KB")
+    assert len(list(several.glob("*.safetensors"))) > 3
+    replica, _ = assert_same(several)
+    backbone = tmp_path / "backbone"
+    llama().model.save_pretrained(backbone)
+    other, _ = assert_same(backbone)
     assert [layer.name for layer in other.layers] == [layer.name for layer in replica.layers]
 
 
@@ -195,7 +199,8 @@ def test_weights_are_where_the_system_has_the_files(tmp_path: Path) -> None:
 
 def test_what_a_model_writes_into_its_weights_does_not_reach_the_file(tiny: Path) -> None:
     replica = streaming(tiny)
-    before = (tiny / "model.safetensors").read_bytes()
+    weights_file = tiny / "model.safetensors"
+    before = weights_file.read_bytes()
 
     def scribble(module: Any, *_: Any) -> None:
         with torch.no_grad():
@@ -204,7 +209,7 @@ def test_what_a_model_writes_into_its_weights_does_not_reach_the_file(tiny: Path
     handle = replica.layers[1].module.register_forward_pre_hook(scribble)
     replica.forward(list(shard().batches(ROWS)), no_observation)
     handle.remove()
-    assert (tiny / "model.safetensors").read_bytes() == before
+    assert weights_file.read_bytes() == before
     assert_same_result(analyze_shard(replica, shard(), SETTINGS), analyze_shard(single(tiny), shard(), SETTINGS))
 
 
@@ -229,10 +234,11 @@ def test_code_of_the_checkpoint_itself(tiny: Path, tmp_path: Path, monkeypatch: 
         "class OwnForCausalLM(LlamaForCausalLM):\n    config_class = OwnConfig\n",
         encoding="utf-8",
     )
-    config = json.loads((tiny / "config.json").read_text(encoding="utf-8"))
+    config_file = tiny / "config.json"
+    config = json.loads(config_file.read_text(encoding="utf-8"))
     code = {"AutoConfig": "own.OwnConfig", "AutoModelForCausalLM": "own.OwnForCausalLM"}
     config |= {"model_type": "own", "architectures": ["OwnForCausalLM"], "auto_map": code}
-    (tiny / "config.json").write_text(json.dumps(config), encoding="utf-8")
+    config_file.write_text(json.dumps(config), encoding="utf-8")
     checkpoint = resolve(str(tiny), trust_remote_code=True)
     settings = replace(SETTINGS, trust_remote_code=True)
     got = StreamingReplica(checkpoint, settings, Placement(partition="streaming"))
@@ -448,8 +454,9 @@ def test_gguf(architecture: str, kind: str, dtype: str, tmp_path: Path) -> None:
 
 def test_unpacked_blocks_are_the_stored_numbers_times_their_scales(tmp_path: Path) -> None:
     """Also in a last block of fewer rows or columns: of 48 in blocks of 20, or of 32."""
-    llama().save_pretrained(tmp_path / "whole")
-    folder = block_fp8(tmp_path / "whole", tmp_path / "fp8", 20)
+    whole = tmp_path / "whole"
+    llama().save_pretrained(whole)
+    folder = block_fp8(whole, tmp_path / "fp8", 20)
     stored = load_file(folder / "model.safetensors")
     replica = streaming(folder, DEQUANTIZED)
     part = replica._parts[1]
@@ -529,12 +536,14 @@ def test_missing_scales_are_refused(
 def test_quantizations_that_cannot_be_streamed(
     quantization: dict[str, str] | None, dequantize: bool, message: str, tiny: Path
 ) -> None:
+    weights_file = tiny / "model.safetensors"
     if quantization is None:
-        tensors = load_file(tiny / "model.safetensors")
+        tensors = load_file(weights_file)
         tensors["model.norm.weight"] = tensors["model.norm.weight"].to(torch.float8_e4m3fn)
-        save_file(tensors, tiny / "model.safetensors", {"format": "pt"})
-    config = json.loads((tiny / "config.json").read_text(encoding="utf-8"))
-    (tiny / "config.json").write_text(json.dumps(config | {"quantization_config": quantization}))
+        save_file(tensors, weights_file, {"format": "pt"})
+    config_file = tiny / "config.json"
+    config = json.loads(config_file.read_text(encoding="utf-8"))
+    config_file.write_text(json.dumps(config | {"quantization_config": quantization}))
     with pytest.raises(ModelError, match=message):
         streaming(tiny, replace(SETTINGS, dequantize=dequantize))
 

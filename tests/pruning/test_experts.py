@@ -96,25 +96,27 @@ def test_a_checkpoint_without_experts_computes_what_masking_does(family: str, tm
     masked = masked_logits(whole, drop)
     assert torch.equal(logits_of(whole), before)
     assert float((masked - before).abs().max()) > 0.01
-    whole.save_pretrained(tmp_path / "whole")
-    file = tmp_path / "whole" / "config.json"
+    whole_folder = tmp_path / "whole"
+    whole.save_pretrained(whole_folder)
+    file = whole_folder / "config.json"
     name = COUNT.get(family, "num_local_experts")
     if family == "qwen3_moe":
         file.write_text(file.read_text().replace("num_local_experts", name))
-    done = prune(str(tmp_path / "whole"), plan_of(tmp_path / "whole", whole, drop), tmp_path / "less")
+    less_folder = tmp_path / "less"
+    done = prune(str(whole_folder), plan_of(whole_folder, whole, drop), less_folder)
     assert done["difference"] <= 1e-5
-    less = AutoModelForCausalLM.from_pretrained(tmp_path / "less").eval()
+    less = AutoModelForCausalLM.from_pretrained(less_folder).eval()
     assert float((logits_of(less) - masked).abs().max()) <= 1e-5
-    settings = json.loads((tmp_path / "less" / "config.json").read_text())
-    original = json.loads((tmp_path / "whole" / "config.json").read_text())
+    settings = json.loads((less_folder / "config.json").read_text())
+    original = json.loads((whole_folder / "config.json").read_text())
     expected = {**original, name: 3}
     if original.get("num_nextn_predict_layers"):
         # The head that predicts several tokens has experts, too, and is left out.
         expected["num_nextn_predict_layers"] = 0
     assert settings == expected
     assert original[name] == 4
-    stored = load_file(tmp_path / "less" / "model.safetensors")
-    all_stored = load_file(tmp_path / "whole" / "model.safetensors")
+    stored = load_file(less_folder / "model.safetensors")
+    all_stored = load_file(whole_folder / "model.safetensors")
     assert done["bytes"] == sum(tensor.nbytes for tensor in stored.values())
     assert done["bytes"] < sum(tensor.nbytes for tensor in all_stored.values())
 
@@ -156,9 +158,11 @@ def test_groups_of_a_router_stay_of_equal_size(tmp_path: Path) -> None:
     """Of two groups of four, one is chosen; each loses an expert."""
     whole = mixture("deepseek_v3", 8, n_group=2, topk_group=1)
     drop = experts_of(whole, 1, 6)
-    whole.save_pretrained(tmp_path / "whole")
-    assert prune(str(tmp_path / "whole"), plan_of(tmp_path, whole, drop), tmp_path / "less")["difference"] <= 1e-5
-    less = AutoModelForCausalLM.from_pretrained(tmp_path / "less").eval()
+    whole_folder = tmp_path / "whole"
+    whole.save_pretrained(whole_folder)
+    less_folder = tmp_path / "less"
+    assert prune(str(whole_folder), plan_of(tmp_path, whole, drop), less_folder)["difference"] <= 1e-5
+    less = AutoModelForCausalLM.from_pretrained(less_folder).eval()
     assert float((logits_of(less) - masked_logits(whole, drop)).abs().max()) <= 1e-5
     layers = open_module(whole).layers
     with pytest.raises(ModelError, match="2 groups of 4 experts each, of which 2 to 4 would remain"):
@@ -166,16 +170,18 @@ def test_groups_of_a_router_stay_of_equal_size(tmp_path: Path) -> None:
     with pytest.raises(ModelError, match="1 expert would remain in each of the 2 groups"):
         require_experts(layers, experts_of(whole, 1, 2, 3, 5, 6, 7))
     with pytest.raises(PlanError, match="2 groups of 4 experts each"):
-        prune(str(tmp_path / "whole"), plan_of(tmp_path, whole, experts_of(whole, 1, 2)), tmp_path / "uneven")
+        prune(str(whole_folder), plan_of(tmp_path, whole, experts_of(whole, 1, 2)), tmp_path / "uneven")
 
 
 def test_experts_of_a_quantized_checkpoint_are_copied_as_they_are_stored(tmp_path: Path) -> None:
     """Each in tensors of its own, with a scale for each matrix."""
     whole = mixture("qwen3_moe")
-    whole.save_pretrained(tmp_path / "whole")
-    fp8 = block_fp8(tmp_path / "whole", tmp_path / "fp8", 128)
-    done = prune(str(fp8), plan_of(fp8, whole, experts_of(whole, 1)), tmp_path / "less")
-    less = load_file(tmp_path / "less" / "model.safetensors")
+    whole_folder = tmp_path / "whole"
+    whole.save_pretrained(whole_folder)
+    fp8 = block_fp8(whole_folder, tmp_path / "fp8", 128)
+    less_folder = tmp_path / "less"
+    done = prune(str(fp8), plan_of(fp8, whole, experts_of(whole, 1)), less_folder)
+    less = load_file(less_folder / "model.safetensors")
     stored = load_file(fp8 / "model.safetensors")
     for name in ("down_proj.weight", "down_proj.weight_scale_inv", "up_proj.weight"):
         expert = "model.layers.2.mlp.experts.{}." + name
@@ -201,10 +207,12 @@ def test_families_whose_routers_are_not_understood_are_refused(family: str, told
     layers = open_module(model).layers
     with pytest.raises(ModelError, match=told):
         require_experts(layers, [Expert(1, 0)])
-    model.save_pretrained(tmp_path / "whole")
+    whole = tmp_path / "whole"
+    model.save_pretrained(whole)
+    less = tmp_path / "less"
     with pytest.raises(PlanError, match=told):
-        prune(str(tmp_path / "whole"), plan_of(tmp_path, model, [Expert(1, 0)]), tmp_path / "less")
-    assert not (tmp_path / "less").exists()
+        prune(str(whole), plan_of(tmp_path, model, [Expert(1, 0)]), less)
+    assert not less.exists()
 
 
 def test_experts_that_cannot_go(tmp_path: Path) -> None:
@@ -216,12 +224,14 @@ def test_experts_that_cannot_go(tmp_path: Path) -> None:
         ModelError, match="1 of 4 experts would remain in layer 2, and its router sends each token to 2"
     ):
         require_experts(layers, [Expert(2, i) for i in range(3)])
-    model.save_pretrained(tmp_path / "whole")
+    whole = tmp_path / "whole"
+    model.save_pretrained(whole)
     uneven = plan_of(tmp_path, model, [Expert(1, 0)])
+    less = tmp_path / "less"
     with pytest.raises(PlanError, match="Layer 1 would have 3 routed experts and layer 0 4, and a qwen3_moe has one"):
-        prune(str(tmp_path / "whole"), uneven, tmp_path / "less")
+        prune(str(whole), uneven, less)
     both = plan_of(tmp_path, model, [0, *(Expert(layer, 0) for layer in (1, 2))])
-    assert prune(str(tmp_path / "whole"), both, tmp_path / "less")["difference"] <= 1e-5  # a layer and experts at once
+    assert prune(str(whole), both, less)["difference"] <= 1e-5  # a layer and experts at once
     with pytest.raises(ConfigError, match=r"`drop` has expert\.0\.1 and the whole layer 0"):
         plan_of(tmp_path, model, [0, Expert(0, 1)])
 
@@ -289,15 +299,17 @@ def test_useless_experts_are_found_and_taken_out(planted: Planted, tmp_path: Pat
     for experts in plans["gate"].experts.values():
         assert 5 in experts
     assert planned(warehouse, tmp_path / "again.yaml", "random", 0.25, "--seed", 1).experts != plans["random"].experts
-    assert "drop: [expert.1.2, expert.1.5, expert.2.2, expert.2.5]" in (tmp_path / "reap.yaml").read_text()
+    reap_plan = tmp_path / "reap.yaml"
+    assert "drop: [expert.1.2, expert.1.5, expert.2.2, expert.2.5]" in reap_plan.read_text()
     assert any("2 of 16 experts got no token of this text" in line for line in plans["reap"].findings)
     table = plans["reap"].table().to_pylist()
     assert [row["experts"] for row in table] == [[], [2, 5], [2, 5]]
     assert not any(row["left_out"] for row in table)
 
-    idle = planned(warehouse, tmp_path / "idle.yaml", "reap", 0.125)
+    idle_plan = tmp_path / "idle.yaml"
+    idle = planned(warehouse, idle_plan, "reap", 0.125)
     assert idle.experts == {1: (5,), 2: (5,)}
-    files = [tmp_path / "idle.yaml", tmp_path / "reap.yaml", tmp_path / "random.yaml"]
+    files = [idle_plan, reap_plan, tmp_path / "random.yaml"]
     task = ("--tasks", "perplexity:builtin:pydoc", "--skip-sequences", 4, "-w", warehouse)
     shown = succeed("evaluate", *files, *task, "--format", "json", *SMALL)
     perplexities = {row["subject"]: row for row in perplexity_rows(shown.stdout)}
@@ -315,22 +327,23 @@ def test_useless_experts_are_found_and_taken_out(planted: Planted, tmp_path: Pat
     assert "expert.1.5" in names.stdout, names.stderr
     assert "expert.2.5" in names.stdout, names.stderr
 
-    done = succeed("prune", folder, files[0], "-o", tmp_path / "less", "-w", warehouse)
+    less_folder = tmp_path / "less"
+    done = succeed("prune", folder, files[0], "-o", less_folder, "-w", warehouse)
     assert "3 of 3 layers without 2 experts" in done.stdout
     assert "Outputs are those of the original with the experts masked (largest difference 0)." in done.stdout
     whole = AutoModelForCausalLM.from_pretrained(folder).eval()
-    less = AutoModelForCausalLM.from_pretrained(tmp_path / "less").eval()
+    less = AutoModelForCausalLM.from_pretrained(less_folder).eval()
     assert less.config.n_routed_experts == 7
     assert less.model.layers[1].mlp.gate.weight.shape[0] == 7
     assert float((logits_of(less) - logits_of(whole)).abs().max()) <= 1e-5
-    text = (tmp_path / "less" / "README.md").read_text()
+    text = (less_folder / "README.md").read_text()
     assert "without 2 experts" in text
     assert "layer 1: 5; layer 2: 5." in text
     assert "expert-pruning" in text
     assert "layer-pruning" not in text
     assert "Evaluated: perplexity:builtin:pydoc (" in text
-    assert pruned_from(tmp_path / "less") == (str(folder), plans["reap"].revision)
-    again = succeed("evaluate", tmp_path / "less", "--base", folder, *task, "--format", "json", *SMALL)
+    assert pruned_from(less_folder) == (str(folder), plans["reap"].revision)
+    again = succeed("evaluate", less_folder, "--base", folder, *task, "--format", "json", *SMALL)
     (row,) = perplexity_rows(again.stdout)
     assert row["value"] == pytest.approx(of_idle["value"], rel=1e-6)
 
@@ -353,8 +366,9 @@ def perplexity_rows(printed: str) -> list[dict[str, Any]]:
     ],
 )
 def test_mistakes(options: Sequence[object], told: str, planted: Planted, tmp_path: Path) -> None:
-    assert told in mistake("plan", "-w", planted[1], *options, "-o", tmp_path / "plan.yaml")
-    assert not (tmp_path / "plan.yaml").exists()
+    plan_file = tmp_path / "plan.yaml"
+    assert told in mistake("plan", "-w", planted[1], *options, "-o", plan_file)
+    assert not plan_file.exists()
 
 
 def test_a_model_without_experts(tiny_llama: Path, tmp_path: Path) -> None:
@@ -362,9 +376,10 @@ def test_a_model_without_experts(tiny_llama: Path, tmp_path: Path) -> None:
     succeed("score", tiny_llama, "--corpus", "builtin:pydoc", "-w", warehouse, *SMALL)
     refused = mistake("plan", "-w", warehouse, "--experts", 0.25, "--by", "reap", "-o", tmp_path / "plan.yaml")
     assert "has no statistics of routed experts" in refused
-    Plan(model=str(tiny_llama), num_layers=3, layers="layers", drop=(Expert(1, 0),)).write(tmp_path / "hand.yaml")
+    hand_plan = tmp_path / "hand.yaml"
+    Plan(model=str(tiny_llama), num_layers=3, layers="layers", drop=(Expert(1, 0),)).write(hand_plan)
     task = ("--tasks", "perplexity:builtin:pydoc", "-w", warehouse, "--allow-overlap")
-    evaluated = avss("evaluate", tmp_path / "hand.yaml", *task, *SMALL)
+    evaluated = avss("evaluate", hand_plan, *task, *SMALL)
     assert evaluated.exit_code != 0
     assert "has no routed experts" in evaluated.stderr
 
@@ -402,15 +417,16 @@ def test_a_repaired_checkpoint_is_the_masked_model_with_its_weights(
     """Stored one by one or in one tensor: the remaining down projections are changed, and nothing else."""
     whole, folder = saved(family, tmp_path / "whole", save_checkpoint)
     drop = experts_of(whole, 1)
-    done = prune(str(folder), plan_of(folder, whole, drop), tmp_path / "less", repair=repair_of(by))
+    less_folder = tmp_path / "less"
+    done = prune(str(folder), plan_of(folder, whole, drop), less_folder, repair=repair_of(by))
     assert done["difference"] <= 1e-5
     cuts = done["repair"].cuts
     assert [(cut.after, cut.removed, cut.experts) for cut in cuts] == [(expert.layer, (), (1,)) for expert in drop]
     for cut in cuts:
         assert cut.error_after < cut.error_before
         assert cut.changed
-    assert read_repairs(tmp_path / "less") == [done["repair"]]
-    less = AutoModelForCausalLM.from_pretrained(tmp_path / "less").eval()
+    assert read_repairs(less_folder) == [done["repair"]]
+    less = AutoModelForCausalLM.from_pretrained(less_folder).eval()
     before = masked_logits(whole, drop)
     changed = {name for name, value in less.named_parameters() if value.shape != whole.get_parameter(name).shape}
     for expert in drop:
@@ -504,13 +520,14 @@ def test_removed_layers_of_a_mixture_are_given_back(tmp_path: Path, save_checkpo
     """By all experts of the layer before them; of every layer behind the first that loses any, on request."""
     whole, folder = saved("qwen3_moe", tmp_path / "whole", save_checkpoint)
     plan = plan_of(folder, whole, [1])
-    done = prune(str(folder), plan, tmp_path / "less", repair=repair_of("refit"))
+    less = tmp_path / "less"
+    done = prune(str(folder), plan, less, repair=repair_of("refit"))
     (cut,) = done["repair"].cuts
     assert cut.after == 0
     assert cut.removed == (1,)
     assert cut.experts == ()
     assert cut.error_after < cut.error_before
-    assert "Of the others, the MLP's last map is changed in 0." in (tmp_path / "less" / "README.md").read_text()
+    assert "Of the others, the MLP's last map is changed in 0." in (less / "README.md").read_text()
     every = prune(str(folder), plan, tmp_path / "every", repair=repair_of("refit_all"))["repair"].cuts
     assert [(cut.after, cut.removed) for cut in every] == [(0, (1,)), (2, ())]
     assert every[1].changed
@@ -526,7 +543,8 @@ def test_a_repair_on_workers_is_stored_and_says_what_it_is_for(tmp_path: Path, s
     rows = 30
     read = as_words(READ | {"max_sequences": rows})
     repair = ("--repair", "refit", "--repair-corpora", TEXT, *read)
-    done = succeed("prune", folder, file, "-o", tmp_path / "less", "-w", warehouse, "--executor", "local", *repair)
+    less = tmp_path / "less"
+    done = succeed("prune", folder, file, "-o", less, "-w", warehouse, "--executor", "local", *repair)
     assert "without experts 1 of layer 0: error" in " ".join(done.stdout.split())
     assert len(list((warehouse / "patches").iterdir())) == 1
     with one_thread():
@@ -535,7 +553,7 @@ def test_a_repair_on_workers_is_stored_and_says_what_it_is_for(tmp_path: Path, s
     for name, value in weights[0].items():
         torch.testing.assert_close(value, weights[1][name], rtol=1e-4, atol=1e-6)
     task = ("--tasks", f"perplexity:{TEXT}", "-w", warehouse)
-    assert "is text that the repair of" in mistake("evaluate", tmp_path / "less", "--base", folder, *task, *SMALL)
+    assert "is text that the repair of" in mistake("evaluate", less, "--base", folder, *task, *SMALL)
 
 
 def test_what_is_too_little_for_a_repair(
@@ -546,18 +564,19 @@ def test_what_is_too_little_for_a_repair(
     plan = plan_of(folder, whole, experts_of(whole, 1))
     units = whole.config.moe_intermediate_size
     chosen = whole.config.num_experts_per_tok
+    less = tmp_path / "less"
     with pytest.raises(CorpusError, match=f"needs at least {4 * units * 3 // chosen:,} tokens to fit to") as few:
-        prune(str(folder), plan, tmp_path / "less", repair=repair_of("refit", max_sequences=2))
+        prune(str(folder), plan, less, repair=repair_of("refit", max_sequences=2))
     assert few.value.hint
     assert "(channel)" in few.value.hint
     assert tokens_needed(resolve(str(folder)), "refit", Settings()) == 4 * units * 4 // chosen
     assert tokens_needed(resolve(str(folder)), "map", Settings()) == 4 * whole.config.hidden_size
     monkeypatch.setattr("avss_dist.pruning.repair.fitter.free_memory", lambda device: 1000)
     with pytest.raises(PlanError, match=f"needs .* of memory for the products of 3 x {units} inputs") as large:
-        prune(str(folder), plan, tmp_path / "less", repair=repair_of("refit"))
+        prune(str(folder), plan, less, repair=repair_of("refit"))
     assert large.value.hint
     assert "(channel)" in large.value.hint
-    assert not (tmp_path / "less").exists()
+    assert not less.exists()
 
 
 def test_experts_whose_weights_are_unknown_are_refused(tmp_path: Path, save_checkpoint: Save) -> None:
@@ -569,6 +588,7 @@ def test_experts_whose_weights_are_unknown_are_refused(tmp_path: Path, save_chec
             weights[name] = weights[name].to(torch.float8_e4m3fn)
     save_file(weights, folder / "model.safetensors", {"format": "pt"})
     plan = plan_of(folder, whole, experts_of(whole, 1))
+    less = tmp_path / "less"
     with pytest.raises(PlanError, match="nothing can be added to it"):
-        prune(str(folder), plan, tmp_path / "less", repair=repair_of("refit"))
-    assert not (tmp_path / "less").exists()
+        prune(str(folder), plan, less, repair=repair_of("refit"))
+    assert not less.exists()

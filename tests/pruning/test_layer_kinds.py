@@ -122,8 +122,10 @@ def test_nothing_is_said_of_a_model_that_is_misread_as_it_is() -> None:
 
 def test_the_card_of_a_pruned_model_says_it(tmp_path: Path) -> None:
     whole = tiny_model("causal", "gemma2")
-    whole.save_pretrained(tmp_path / "whole")
-    plan = Plan(model=str(tmp_path / "whole"), num_layers=3, layers="layers", drop=(0,))
-    done = prune(str(tmp_path / "whole"), plan, tmp_path / "less")
+    whole_folder = tmp_path / "whole"
+    whole.save_pretrained(whole_folder)
+    plan = Plan(model=str(whole_folder), num_layers=3, layers="layers", drop=(0,))
+    less = tmp_path / "less"
+    done = prune(str(whole_folder), plan, less)
     assert any(note.startswith("llama.cpp would read 2 of the 2 remaining layers") for note in done["notes"])
-    assert "llama.cpp would read 2 of the 2" in (tmp_path / "less" / "README.md").read_text()
+    assert "llama.cpp would read 2 of the 2" in (less / "README.md").read_text()

@@ -130,9 +130,10 @@ CASES: dict[str, tuple[str, str, dict[str, Any]]] = {
 @pytest.mark.parametrize("case", CASES)
 def test_a_rule_goes_where_it_would_give_other_kinds(case: str, drop: tuple[int, ...], tmp_path: Path) -> None:
     family, name, rule = CASES[case]
-    whole = whole_config(tmp_path / "whole", family, rule)
+    whole_folder = tmp_path / "whole"
+    whole = whole_config(whole_folder, family, rule)
     before = kinds_of(whole, tmp_path / "read", name)
-    written = pruned_config(tmp_path / "whole", *drop)
+    written = pruned_config(whole_folder, *drop)
     removed = [key for key in rule if key in whole and key not in written]
     assert removed, "the rule still stands beside the list"
     after = kinds_of(written, tmp_path / "again", name)
@@ -146,77 +147,88 @@ def test_a_rule_goes_where_it_would_give_other_kinds(case: str, drop: tuple[int,
 @pytest.mark.parametrize("case", CASES)
 def test_a_rule_stays_where_it_still_holds(case: str, tmp_path: Path) -> None:
     family, _, rule = CASES[case]
-    whole = whole_config(tmp_path / "whole", family, rule)
-    written = pruned_config(tmp_path / "whole", NUM_LAYERS - 1)
+    whole_folder = tmp_path / "whole"
+    whole = whole_config(whole_folder, family, rule)
+    written = pruned_config(whole_folder, NUM_LAYERS - 1)
     assert written.keys() == whole.keys()
 
 
 @pytest.mark.parametrize("drop", [(1,), (3,)], ids=str)
 def test_qwen3_next_can_lose_any_layer(drop: tuple[int, ...], tmp_path: Path) -> None:
     """A configuration with only an interval was refused: "its setting would be 4 for None"."""
-    whole_config(tmp_path / "whole", "qwen3_next", {"full_attention_interval": 4})
-    assert "full_attention_interval" not in pruned_config(tmp_path / "whole", *drop)
+    whole = tmp_path / "whole"
+    whole_config(whole, "qwen3_next", {"full_attention_interval": 4})
+    assert "full_attention_interval" not in pruned_config(whole, *drop)
 
 
 def test_a_pattern_loses_the_characters_of_dropped_layers(tmp_path: Path) -> None:
     pattern = "M-M*M-M*"
     changes = {"hybrid_override_pattern": pattern, "num_hidden_layers": len(pattern)}
-    whole_config(tmp_path / "whole", "nemotron_h", changes)
-    written = pruned_config(tmp_path / "whole", 1, 4)
+    whole = tmp_path / "whole"
+    whole_config(whole, "nemotron_h", changes)
+    written = pruned_config(whole, 1, 4)
     assert written["hybrid_override_pattern"] == "MM*-M*"
 
 
 @pytest.mark.parametrize(("drop", "dense"), [((0,), [1, 3, 5]), ((3,), [0, 2, 3, 5]), ((0, 1, 4), [0, 3])], ids=str)
 def test_dense_layers_of_qwen_are_listed(drop: tuple[int, ...], dense: list[int], tmp_path: Path) -> None:
     """With a step of 2, layers 0, 2, 4 and 6 are dense."""
-    whole_config(tmp_path / "whole", "qwen3_moe", {"decoder_sparse_step": 2})
-    written = pruned_config(tmp_path / "whole", *drop)
+    whole = tmp_path / "whole"
+    whole_config(whole, "qwen3_moe", {"decoder_sparse_step": 2})
+    written = pruned_config(whole, *drop)
     assert written["decoder_sparse_step"] == 1
     assert written["mlp_only_layers"] == dense
 
 
 def test_a_step_stays_where_it_still_holds(tmp_path: Path) -> None:
-    whole_config(tmp_path / "whole", "qwen3_moe", {"decoder_sparse_step": 2})
-    assert pruned_config(tmp_path / "whole", 7)["decoder_sparse_step"] == 2
+    whole = tmp_path / "whole"
+    whole_config(whole, "qwen3_moe", {"decoder_sparse_step": 2})
+    assert pruned_config(whole, 7)["decoder_sparse_step"] == 2
 
 
 def test_layers_that_are_listed_as_dense_stay_dense(tmp_path: Path) -> None:
-    whole_config(tmp_path / "whole", "qwen2_moe", {"decoder_sparse_step": 2, "mlp_only_layers": [1]})
-    assert pruned_config(tmp_path / "whole", 0)["mlp_only_layers"] == [0, 1, 3, 5]
+    whole = tmp_path / "whole"
+    whole_config(whole, "qwen2_moe", {"decoder_sparse_step": 2, "mlp_only_layers": [1]})
+    assert pruned_config(whole, 0)["mlp_only_layers"] == [0, 1, 3, 5]
 
 
 def test_repeated_blocks_are_written_out(tmp_path: Path) -> None:
-    whole_config(tmp_path / "whole", "recurrent_gemma", {"block_types": ["recurrent", "recurrent", "attention"]})
-    written = pruned_config(tmp_path / "whole", 0, 4)
+    whole = tmp_path / "whole"
+    whole_config(whole, "recurrent_gemma", {"block_types": ["recurrent", "recurrent", "attention"]})
+    written = pruned_config(whole, 0, 4)
     assert written["block_types"] == ["recurrent", "attention", "recurrent", "attention", "recurrent", "recurrent"]
 
 
 def test_a_period_is_shifted(tmp_path: Path) -> None:
     periods = {"attn_layer_period": 2, "attn_layer_offset": 1, "expert_layer_period": 2, "expert_layer_offset": 1}
-    whole_config(tmp_path / "whole", "jamba", periods)
-    written = pruned_config(tmp_path / "whole", 0)
+    whole = tmp_path / "whole"
+    whole_config(whole, "jamba", periods)
+    written = pruned_config(whole, 0)
     assert {key: written[key] for key in periods} == {**periods, "attn_layer_offset": 0, "expert_layer_offset": 0}
 
 
 def test_a_period_that_no_layer_fits_is_refused(tmp_path: Path) -> None:
     periods = {"attn_layer_period": 2, "attn_layer_offset": 1, "expert_layer_period": 2, "expert_layer_offset": 1}
-    whole_config(tmp_path / "whole", "jamba", periods)
+    whole = tmp_path / "whole"
+    whole_config(whole, "jamba", periods)
     with pytest.raises(PlanError, match="tells layers apart by their place"):
-        pruned_config(tmp_path / "whole", 2)
+        pruned_config(whole, 2)
 
 
 @pytest.mark.parametrize(("drop", "start", "end"), [((0,), 0, 6), ((3,), 1, 6), ((0, 7), 0, 5)], ids=str)
 def test_first_and_last_layers_with_experts_move(drop: tuple[int, ...], start: int, end: int, tmp_path: Path) -> None:
-    whole_config(tmp_path / "whole", "ernie4_5_moe", {"moe_layer_start_index": 1, "moe_layer_end_index": 7})
-    written = pruned_config(tmp_path / "whole", *drop)
+    whole = tmp_path / "whole"
+    whole_config(whole, "ernie4_5_moe", {"moe_layer_start_index": 1, "moe_layer_end_index": 7})
+    written = pruned_config(whole, *drop)
     assert written["moe_layer_start_index"] == start
     assert written["moe_layer_end_index"] == end
 
 
 def test_two_rules_for_one_list_go_together(tmp_path: Path) -> None:
     """Only transformers' older files have both, and it reads them only where there is no list."""
-    whole_config(tmp_path / "whole", "axk1", {"first_k_dense_replace": 1, "moe_layer_freq": 2})
-    written = pruned_config(tmp_path / "whole", 2)
+    whole = tmp_path / "whole"
+    whole_config(whole, "axk1", {"first_k_dense_replace": 1, "moe_layer_freq": 2})
+    written = pruned_config(whole, 2)
     assert not {"first_k_dense_replace", "moe_layer_freq"} & written.keys()
     assert written["mlp_layer_types"] == ["dense", "dense", "dense", "sparse", "dense", "sparse", "dense"]
 
@@ -239,15 +251,16 @@ def test_every_setting_with_the_name_of_a_rule_is_known() -> None:
 @pytest.mark.parametrize("family", [family for _, family in model_types("causal")])
 def test_files_of_all_families_say_one_thing(family: str, tmp_path: Path) -> None:
     """Wherever a rule stands beside a list, it gives that list, whichever layer is dropped."""
+    whole_folder = tmp_path / "whole"
     try:
-        whole = whole_config(tmp_path / "whole", family, {})
-        pruned_config(tmp_path / "whole", NUM_LAYERS - 1)
+        whole = whole_config(whole_folder, family, {})
+        pruned_config(whole_folder, NUM_LAYERS - 1)
     except (AvssError, ValueError, AssertionError, StrictDataclassError) as error:
         pytest.skip(f"not built at this size, or refused: {error}")
     layers = range(NUM_LAYERS - 1) if READINGS.keys() & whole.keys() else (0, 3)
     for layer in layers:
         try:
-            written = pruned_config(tmp_path / "whole", layer)
+            written = pruned_config(whole_folder, layer)
         except PlanError:
             continue
         for rule, name in LIST_OF_RULE.items():

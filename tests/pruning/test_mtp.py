@@ -33,17 +33,19 @@ def add_layers(folder: Path, num_mtp_layers: int, *, declared: int | None = None
                 added[prefix + name.split(".", 3)[3]] = tensor + 1 + number
         added[f"{prefix}eh_proj.weight"] = torch.full((4, 8), float(number))
     save_file(tensors | added, file, {"format": "pt"})
-    config = json.loads((folder / "config.json").read_text())
+    config_file = folder / "config.json"
+    config = json.loads(config_file.read_text())
     config["num_nextn_predict_layers"] = num_mtp_layers if declared is None else declared
-    (folder / "config.json").write_text(json.dumps(config))
+    config_file.write_text(json.dumps(config))
     return added
 
 
 @pytest.fixture(params=["deepseek_v3", "glm4_moe"])
 def whole(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
     """A model with four layers, of which one is dense."""
-    tiny_model("causal", request.param, num_hidden_layers=NUM_LAYERS).save_pretrained(tmp_path / "whole")
-    return tmp_path / "whole"
+    whole_folder = tmp_path / "whole"
+    tiny_model("causal", request.param, num_hidden_layers=NUM_LAYERS).save_pretrained(whole_folder)
+    return whole_folder
 
 
 def plan(folder: Path, *drop: object) -> Plan:
@@ -53,27 +55,30 @@ def plan(folder: Path, *drop: object) -> Plan:
 @pytest.mark.parametrize("number", [1, 2])
 def test_the_head_stands_behind_the_remaining_layers(whole: Path, number: int, tmp_path: Path) -> None:
     head = add_layers(whole, number)
-    done = prune(str(whole), plan(whole, 1), tmp_path / "less")
-    written = load_file(tmp_path / "less" / "model.safetensors")
+    less = tmp_path / "less"
+    done = prune(str(whole), plan(whole, 1), less)
+    written = load_file(less / "model.safetensors")
     for name, tensor in head.items():
         layer, path = name.removeprefix("model.layers.").split(".", 1)
         assert torch.equal(written[f"model.layers.{int(layer) - 1}.{path}"], tensor)
     assert f"model.layers.{NUM_LAYERS + number - 1}.eh_proj.weight" not in written
-    assert json.loads((tmp_path / "less" / "config.json").read_text())["num_nextn_predict_layers"] == number
+    assert json.loads((less / "config.json").read_text())["num_nextn_predict_layers"] == number
     assert done["difference"] == 0
 
 
 def test_the_card_says_that_the_head_is_kept(whole: Path, tmp_path: Path) -> None:
     add_layers(whole, 1)
-    prune(str(whole), plan(whole, 1), tmp_path / "less")
-    assert "(MTP) is kept" in (tmp_path / "less" / "README.md").read_text()
+    less = tmp_path / "less"
+    prune(str(whole), plan(whole, 1), less)
+    assert "(MTP) is kept" in (less / "README.md").read_text()
 
 
 def test_models_with_a_head_are_opened_before_and_after(whole: Path, tmp_path: Path) -> None:
     add_layers(whole, 1)
-    prune(str(whole), plan(whole, 2), tmp_path / "less")
+    less = tmp_path / "less"
+    prune(str(whole), plan(whole, 2), less)
     numbers = []
-    for folder in (whole, tmp_path / "less"):
+    for folder in (whole, less):
         checkpoint = resolve(str(folder))
         numbers.append(len(open_module(load_model(checkpoint, SETTINGS)).layers))
     assert numbers == [NUM_LAYERS, NUM_LAYERS - 1]
@@ -83,12 +88,11 @@ def test_the_head_is_left_out_where_experts_are_dropped(whole: Path, tmp_path: P
     """Its router has a row for each expert of the whole model, and the configuration has one number of experts."""
     add_layers(whole, 1)
     experts = [f"expert.{layer}.0" for layer in range(1, NUM_LAYERS)]
-    prune(str(whole), plan(whole, *experts), tmp_path / "less")
-    assert not [
-        name for name in load_file(tmp_path / "less" / "model.safetensors") if name.startswith("model.layers.4.")
-    ]
-    assert json.loads((tmp_path / "less" / "config.json").read_text())["num_nextn_predict_layers"] == 0
-    assert "(MTP) is left out" in (tmp_path / "less" / "README.md").read_text()
+    less = tmp_path / "less"
+    prune(str(whole), plan(whole, *experts), less)
+    assert not [name for name in load_file(less / "model.safetensors") if name.startswith("model.layers.4.")]
+    assert json.loads((less / "config.json").read_text())["num_nextn_predict_layers"] == 0
+    assert "(MTP) is left out" in (less / "README.md").read_text()
 
 
 def test_layers_that_no_setting_declares_are_refused(whole: Path, tmp_path: Path) -> None:
@@ -104,6 +108,7 @@ def test_a_head_with_names_of_its_own(drop: tuple[object, ...], is_kept: bool, t
     tiny_model("causal", "qwen3_next").save_pretrained(whole)
     file = whole / "model.safetensors"
     save_file(load_file(file) | {"mtp.layers.0.mlp.gate.weight": torch.zeros(4, 64)}, file, {"format": "pt"})
-    prune(str(whole), Plan(model=str(whole), num_layers=3, layers="layers", drop=drop), tmp_path / "less")
-    names = load_file(tmp_path / "less" / "model.safetensors")
+    less = tmp_path / "less"
+    prune(str(whole), Plan(model=str(whole), num_layers=3, layers="layers", drop=drop), less)
+    names = load_file(less / "model.safetensors")
     assert ("mtp.layers.0.mlp.gate.weight" in names) == is_kept

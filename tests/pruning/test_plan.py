@@ -140,13 +140,14 @@ def test_a_plan_through_its_file(tmp_path: Path) -> None:
         findings=("it rises: with depth", "#2"),
         evaluated=("perplexity 3.2",),
     )
-    plan.write(tmp_path / "plan.yaml")
-    assert read_plan(tmp_path / "plan.yaml") == plan
-    assert "drop: [1, 4]\nkeep: [0, 2, 3, 5, 6]\n" in (tmp_path / "plan.yaml").read_text()
+    plan_file = tmp_path / "plan.yaml"
+    plan.write(plan_file)
+    assert read_plan(plan_file) == plan
+    assert "drop: [1, 4]\nkeep: [0, 2, 3, 5, 6]\n" in plan_file.read_text()
     assert plan.keep == (0, 2, 3, 5, 6)
     chosen = "Chosen by loss (rise of the loss without the layer, measured): share 0.25, first 1."
     assert chosen in plan.describe()
-    assert "attention" not in (tmp_path / "plan.yaml").read_text()
+    assert "attention" not in plan_file.read_text()
 
 
 SUBLAYERS = ["mlp.4", "attention.5", "attention.2", 1, "attention.3", "mlp.3"]
@@ -210,25 +211,28 @@ def test_files_that_are_no_plans(given: dict[Any, Any] | str, message: str, tmp_
     """A plain plan with changes, or another text."""
     if not isinstance(given, str):
         given = yaml.safe_dump(PLAIN | given)
-    (tmp_path / "plan.yaml").write_text(given)
+    plan_file = tmp_path / "plan.yaml"
+    plan_file.write_text(given)
     with pytest.raises(PlanError, match=message):
-        read_plan(tmp_path / "plan.yaml")
+        read_plan(plan_file)
 
 
 def test_paths_that_are_no_plans(tmp_path: Path) -> None:
     for path in (tmp_path / "none.yaml", tmp_path):
         with pytest.raises(PlanError, match="cannot be read"):
             read_plan(path)
-    (tmp_path / "plan.yaml").write_bytes(os.urandom(8) + b"\xff")
+    plan_file = tmp_path / "plan.yaml"
+    plan_file.write_bytes(os.urandom(8) + b"\xff")
     with pytest.raises(PlanError, match="it is not UTF-8 text"):
-        read_plan(tmp_path / "plan.yaml")
+        read_plan(plan_file)
 
 
 def test_a_file_that_is_too_large_is_told_as_such(tmp_path: Path) -> None:
     """Wherever the part that is read ends: here in the middle of a character."""
-    (tmp_path / "plan.yaml").write_text("é" * MAX_BYTES, encoding="utf-8")
+    plan_file = tmp_path / "plan.yaml"
+    plan_file.write_text("é" * MAX_BYTES, encoding="utf-8")
     with pytest.raises(PlanError, match="is too large"):
-        read_plan(tmp_path / "plan.yaml")
+        read_plan(plan_file)
 
 
 def test_a_plan_has_a_schema_for_editors(tmp_path: Path) -> None:
@@ -236,8 +240,9 @@ def test_a_plan_has_a_schema_for_editors(tmp_path: Path) -> None:
     for part in schema["properties"].values():
         assert part["description"]
     plan = Plan(**PLAIN | {"why": {"by": "loss"}})
-    plan.write(tmp_path / "plan.yaml")
-    written = yaml.safe_load((tmp_path / "plan.yaml").read_text())
+    plan_file = tmp_path / "plan.yaml"
+    plan.write(plan_file)
+    written = yaml.safe_load(plan_file.read_text())
     written.pop("keep")
     jsonschema.validate(written, schema)
     jsonschema.validate(written | {"drop": [1, "attention.2"]}, schema)
@@ -321,8 +326,9 @@ def test_damage_is_the_mean_of_two_ranks_and_the_default_without_a_loss(scored: 
     assert plan_layers(scored, run, Choice(by="damage", count=2)).drop == (3, 7)
     assert plan_layers(scored, run, Choice(by="predicted", count=1)).drop == (3,)
     assert plan_layers(scored, run, Choice(by="propagated", count=1)).drop == (7,)
-    succeed("plan", "-w", scored.root, "--run", "b-1", "-o", tmp_path / "plan.yaml")
-    plan = read_plan(tmp_path / "plan.yaml")
+    plan_file = tmp_path / "plan.yaml"
+    succeed("plan", "-w", scored.root, "--run", "b-1", "-o", plan_file)
+    plan = read_plan(plan_file)
     assert plan.drop == (3, 7)
     assert plan.why["by"] == "damage"
     assert plan.why["evaluation"] == "b-1-damage"
@@ -331,15 +337,16 @@ def test_damage_is_the_mean_of_two_ranks_and_the_default_without_a_loss(scored: 
 
 
 def test_a_block_is_chosen_by_its_own_distance(scored: Warehouse, tmp_path: Path) -> None:
-    options = ("plan", "-w", scored.root, "--run", "b-1", "--by", "block_distance", "-o", tmp_path / "plan.yaml")
+    plan_file = tmp_path / "plan.yaml"
+    options = ("plan", "-w", scored.root, "--run", "b-1", "--by", "block_distance", "-o", plan_file)
     result = avss(*options, "--count", 2)
     assert result.exit_code == 2
     assert "--no-leave-one-out --damage" in result.stderr
     write_damage(scored, "b-1", [1.0] * 8, [1.0] * 8)
     result = succeed(*options, "--count", 2)
-    assert read_plan(tmp_path / "plan.yaml").drop == (4, 5)
+    assert read_plan(plan_file).drop == (4, 5)
     result = avss(*options, "--count", 2, "--first", 1, "--last", 3)
-    assert read_plan(tmp_path / "plan.yaml").drop == (1, 2)
+    assert read_plan(plan_file).drop == (1, 2)
     result = avss(*options, "--count", 7, "--first", 1, "--last", 1)
     assert result.exit_code == 2
     assert "6 of 8 are not protected" in result.stderr
@@ -347,8 +354,9 @@ def test_a_block_is_chosen_by_its_own_distance(scored: Warehouse, tmp_path: Path
 
 def test_the_measured_loss_is_taken_where_there_is_one(scored: Warehouse, tmp_path: Path) -> None:
     write_losses(scored, "b-1", [9.0, 8.0, 3.1, 7.0, 3.2, 6.0, 5.0, 4.0])
-    result = succeed("plan", "-w", scored.root, "--run", "b-1", "-o", tmp_path / "plan.yaml")
-    plan = read_plan(tmp_path / "plan.yaml")
+    plan_file = tmp_path / "plan.yaml"
+    result = succeed("plan", "-w", scored.root, "--run", "b-1", "-o", plan_file)
+    plan = read_plan(plan_file)
     assert plan.drop == (2, 4)
     assert plan.why["by"] == "loss"
     assert plan.why["evaluation"] == "b-1-loss"
@@ -397,8 +405,9 @@ def test_a_plan_says_what_speaks_against_it(scored: Warehouse, tmp_path: Path) -
     loss = {"task": "perplexity:x", "metric": "loss", "drop_parts": [], "created_at": CREATED}
     rows = [{**loss, "drop": [], "value": np.log(20.0)}, {**loss, "drop": [0, 1], "value": np.log(49020.0)}]
     Store(scored.root).write_rows("evaluations", identity_of("b-1", "-text"), rows)
-    result = succeed("plan", "-w", scored.root, "--run", "b-1", "--by", "avss", "-o", tmp_path / "plan.yaml")
-    plan = read_plan(tmp_path / "plan.yaml")
+    plan_file = tmp_path / "plan.yaml"
+    result = succeed("plan", "-w", scored.root, "--run", "b-1", "--by", "avss", "-o", plan_file)
+    plan = read_plan(plan_file)
     assert any("rises with depth" in line for line in plan.findings)
     assert any("the claim does not hold" in line for line in plan.findings)
     assert plan.evaluated == ("perplexity:x: perplexity 4.902e+04, 20 of the whole model.",)
@@ -437,9 +446,10 @@ def test_a_reading_that_was_not_scored_is_refused_with_what_was(scored: Warehous
 
 
 def test_of_several_runs_the_newest_is_named(scored: Warehouse, tmp_path: Path) -> None:
-    result = avss("plan", "-w", scored.root, "--by", "random", "-o", tmp_path / "plan.yaml")
+    plan_file = tmp_path / "plan.yaml"
+    result = avss("plan", "-w", scored.root, "--by", "random", "-o", plan_file)
     assert "This is the newest of 2 runs" in result.stdout
-    result = mistake("plan", "-w", scored.root, "--by", "random", "--first", "some", "-o", tmp_path / "plan.yaml")
+    result = mistake("plan", "-w", scored.root, "--by", "random", "--first", "some", "-o", plan_file)
     assert "--first must be a whole number" in result
 
 
@@ -453,9 +463,10 @@ def size(tiny_llama: Path) -> Footprint:
 
 def test_what_is_said_to_be_saved_is_missing_in_the_files(size: Footprint, tiny_llama: Path, tmp_path: Path) -> None:
     plan = Plan(model=str(tiny_llama), num_layers=TINY_LAYERS, layers="layers", drop=(0, 2))
-    done = prune(str(tiny_llama), plan, tmp_path / "less")
+    less = tmp_path / "less"
+    done = prune(str(tiny_llama), plan, less)
     before = load_file(tiny_llama / "model.safetensors").values()
-    after = load_file(tmp_path / "less" / "model.safetensors").values()
+    after = load_file(less / "model.safetensors").values()
     fewer = sum(tensor.numel() for tensor in before) - sum(tensor.numel() for tensor in after)
     saved = sum(tensor.nbytes for tensor in before) - done["bytes"]
     said = describe_savings(plan, size)

@@ -118,8 +118,9 @@ def test_memory_is_that_of_the_whole_model(predicted: Path, wide: Path) -> None:
 
 def test_a_plan_is_read_as_it_was_written(predicted: Path, tmp_path: Path) -> None:
     plan = chosen(predicted, quantize=())
-    plan.write(tmp_path / "bits.yaml")
-    again = read_checked_plan(PrecisionPlan, tmp_path / "bits.yaml")
+    bits_plan = tmp_path / "bits.yaml"
+    plan.write(bits_plan)
+    again = read_checked_plan(PrecisionPlan, bits_plan)
     assert again.rounded == plan.rounded
     assert again.evaluation == plan.evaluation
     assert again.intervention.key == plan.intervention.key
@@ -143,26 +144,29 @@ def test_a_plan_is_evaluated_as_the_rounded_model(predicted: Path, wide: Path, t
         for entry in read_checked_plan(PrecisionPlan, plans[0]).rounded:
             weight = model.model.layers[entry.layer].get_submodule(entry.map).weight
             weight.copy_(FORMATS[entry.format].round(weight))
-    model.save_pretrained(tmp_path / "rounded")
+    rounded = tmp_path / "rounded"
+    model.save_pretrained(rounded)
     for file in wide.glob("token*"):
-        (tmp_path / "rounded" / file.name).write_bytes(file.read_bytes())
-    alone = avss_dist.evaluate([tmp_path / "rounded"], warehouse=tmp_path / "w", **options)
+        (rounded / file.name).write_bytes(file.read_bytes())
+    alone = avss_dist.evaluate([rounded], warehouse=tmp_path / "w", **options)
     (whole,) = [evaluation.result for evaluation in alone if evaluation.result.metric == "loss"]
     assert losses[str(plans[0])] == pytest.approx(whole.value, rel=1e-6)
     assert losses[str(plans[0])] != losses[str(plans[1])]
 
 
 def test_the_text_of_the_prediction_is_not_held_out(predicted: Path, tmp_path: Path) -> None:
-    chosen(predicted).write(tmp_path / "bits.yaml")
+    bits_plan = tmp_path / "bits.yaml"
+    chosen(predicted).write(bits_plan)
     with pytest.raises(AvssError, match="is text that number formats of a plan were predicted on"):
-        avss_dist.evaluate([tmp_path / "bits.yaml"], tasks=[TASK], warehouse=predicted, **READ)
+        avss_dist.evaluate([bits_plan], tasks=[TASK], warehouse=predicted, **READ)
 
 
 def test_the_command_prints_the_plan(predicted: Path, tmp_path: Path) -> None:
-    done = succeed("quantize", "--bits", 5, "-w", predicted, "-o", tmp_path / "bits.yaml")
+    bits_plan = tmp_path / "bits.yaml"
+    done = succeed("quantize", "--bits", 5, "-w", predicted, "-o", bits_plan)
     assert "bits per weight of 21 linear maps: " in done.stdout
     assert "avss evaluate" in done.stderr
-    assert len(yaml.safe_load((tmp_path / "bits.yaml").read_text())["rounded"]) == 21
+    assert len(yaml.safe_load(bits_plan.read_text())["rounded"]) == 21
 
 
 @pytest.mark.parametrize(
@@ -188,10 +192,13 @@ def test_mistakes(options: dict[str, Any], kind: type[Exception], message: str, 
 def narrow(tmp_path: Path) -> Callable[..., Path]:
     """Writes a warehouse with a run, without predictions, of a model with the given sizes."""
 
+    narrow_folder = tmp_path / "narrow"
+    warehouse = tmp_path / "w"
+
     def write(**sizes: int) -> Path:
-        llama(**sizes).save_pretrained(tmp_path / "narrow")
-        write_scores(tmp_path / "w", "a", [1.0, 2.0, 3.0], model=str(tmp_path / "narrow"), revision="x")
-        return tmp_path / "w"
+        llama(**sizes).save_pretrained(narrow_folder)
+        write_scores(warehouse, "a", [1.0, 2.0, 3.0], model=str(narrow_folder), revision="x")
+        return warehouse
 
     return write
 
@@ -213,9 +220,10 @@ def test_formats_that_every_map_can_take_are_suggested(
 
 
 def test_of_a_model_that_is_gone_formats_without_groups_are_suggested(tmp_path: Path) -> None:
-    write_scores(tmp_path / "w", "a", [1.0, 2.0, 3.0], model=str(tmp_path / "gone"), revision="x")
+    warehouse = tmp_path / "w"
+    write_scores(warehouse, "a", [1.0, 2.0, 3.0], model=str(tmp_path / "gone"), revision="x")
     with pytest.raises(QueryError) as caught:
-        avss_dist.quantize(warehouse=tmp_path / "w", bits=5.0)
+        avss_dist.quantize(warehouse=warehouse, bits=5.0)
     assert "--quantize int4 --quantize int8" in str(caught.value)
 
 
@@ -239,11 +247,12 @@ def test_formats_that_a_map_cannot_take_are_refused_before_they_are_suggested(na
 def test_a_plan_that_is_wrong_is_refused(
     change: tuple[str, str], message: str, predicted: Path, tmp_path: Path
 ) -> None:
-    chosen(predicted).write(tmp_path / "bits.yaml")
-    text = (tmp_path / "bits.yaml").read_text()
+    bits_plan = tmp_path / "bits.yaml"
+    chosen(predicted).write(bits_plan)
+    text = bits_plan.read_text()
     assert change[0] in text
-    (tmp_path / "bits.yaml").write_text(text.replace(*change))
-    done = mistake("evaluate", tmp_path / "bits.yaml", "--tasks", TASK, "-w", predicted)
+    bits_plan.write_text(text.replace(*change))
+    done = mistake("evaluate", bits_plan, "--tasks", TASK, "-w", predicted)
     assert message in done
 
 
@@ -343,11 +352,12 @@ def test_every_format_has_the_bits_of_any_shape(name: str) -> None:
 @pytest.mark.parametrize(("format", "bits"), [("bf16", "has 16 bits"), ("int8", "int8 has 8.00195 to 24 bits")])
 def test_bits_that_the_format_does_not_have_are_refused(format: str, bits: str, wide: Path, tmp_path: Path) -> None:
     """As after a search and replace in the file."""
-    plan_of(wide, rounded_map("int4-g32"), rounded_map("int4-g32", layer=1)).write(tmp_path / "plan.yaml")
-    text = (tmp_path / "plan.yaml").read_text()
-    (tmp_path / "plan.yaml").write_text(text.replace("int4-g32", format))
+    plan_file = tmp_path / "plan.yaml"
+    plan_of(wide, rounded_map("int4-g32"), rounded_map("int4-g32", layer=1)).write(plan_file)
+    text = plan_file.read_text()
+    plan_file.write_text(text.replace("int4-g32", format))
     with pytest.raises(PlanError, match=bits) as told:
-        read_checked_plan(PrecisionPlan, tmp_path / "plan.yaml")
+        read_checked_plan(PrecisionPlan, plan_file)
     assert "'mlp.up_proj' of layer 0, has bits 4.5" in told.value.message
     assert "and 1 other map" in told.value.message
 
@@ -363,6 +373,7 @@ def test_bits_that_the_format_does_not_have_are_refused(format: str, bits: str, 
 def test_sizes_that_the_model_does_not_have_are_refused(
     change: dict[str, Any], message: str, wide: Path, tmp_path: Path
 ) -> None:
-    plan_of(wide, rounded_map("int8", layer=1), replace(rounded_map("int8"), **change)).write(tmp_path / "plan.yaml")
+    plan_file = tmp_path / "plan.yaml"
+    plan_of(wide, rounded_map("int8", layer=1), replace(rounded_map("int8"), **change)).write(plan_file)
     with pytest.raises(PlanError, match=f"plan.yaml: map 2 of the key 'rounded', .*{message}"):
-        avss_dist.evaluate((str(tmp_path / "plan.yaml"),), tasks=(TASK,), warehouse=tmp_path / "w")
+        avss_dist.evaluate((str(plan_file),), tasks=(TASK,), warehouse=tmp_path / "w")

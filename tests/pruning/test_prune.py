@@ -98,20 +98,22 @@ def test_a_pruned_checkpoint_of_a_family(kind: str, family: str, tmp_path: Path)
     whole.config.label2id = {"negative": 0, "neutral": 1, "positive": 2}
     whole.config.problem_type = "single_label_classification"
     whole.config.task_specific_params = {"1": {"prefix": "1: "}}
-    whole.save_pretrained(tmp_path / "whole")
+    whole_folder = tmp_path / "whole"
+    whole.save_pretrained(whole_folder)
     layers = open_module(whole).layers
     path = layers[0].name.rpartition(".")[0]
     drop = len(layers) - 1 if family == "deepseek_v3" else 1
     plan = plan_of(tmp_path, drop, number=len(layers), layers=path)
-    done = prune(str(tmp_path / "whole"), plan, tmp_path / "less")
+    less_folder = tmp_path / "less"
+    done = prune(str(whole_folder), plan, less_folder)
     opened = []
-    for auto in auto_classes(AutoConfig.from_pretrained(tmp_path / "whole")):
+    for auto in auto_classes(AutoConfig.from_pretrained(whole_folder)):
         with quiet():
             try:
-                original, before = auto.from_pretrained(tmp_path / "whole", output_loading_info=True)
+                original, before = auto.from_pretrained(whole_folder, output_loading_info=True)
             except Exception:
                 continue
-            less, after = auto.from_pretrained(tmp_path / "less", output_loading_info=True)
+            less, after = auto.from_pretrained(less_folder, output_loading_info=True)
         opened.append(type(less).__name__)
         for name in TASK_SETTINGS:
             assert getattr(less.config, name, None) == getattr(original.config, name, None), name
@@ -119,13 +121,13 @@ def test_a_pruned_checkpoint_of_a_family(kind: str, family: str, tmp_path: Path)
             assert without_numbers(after[names]) == without_numbers(before[names]), names
         assert original.num_parameters() > less.num_parameters()
     assert len(opened) == len(set(opened)) > 1
-    ours = json.loads((tmp_path / "less" / "config.json").read_text())
-    theirs = json.loads((tmp_path / "whole" / "config.json").read_text())
+    ours = json.loads((less_folder / "config.json").read_text())
+    theirs = json.loads((whole_folder / "config.json").read_text())
     assert ours.keys() - theirs.keys() == set()
     assert theirs.keys() - ours.keys() <= LIST_OF_RULE.keys()
     if kind == "causal":
         assert done["difference"] == 0
-        less = AutoModelForCausalLM.from_pretrained(tmp_path / "less").eval()
+        less = AutoModelForCausalLM.from_pretrained(less_folder).eval()
         assert less.config.get_text_config().num_hidden_layers == len(layers) - 1
         with torch.no_grad(), changing(skips(layers, {drop})):
             expected = whole(IDS, use_cache=False).logits
@@ -145,25 +147,29 @@ def test_settings_by_layer_are_cut_or_added_where_layers_would_change(tmp_path: 
     An old Gemma 3 says which layers attend to all tokens by a pattern. Where it no longer holds, a list replaces it.
     """
     whole = tiny_model("causal", "gemma3_text")
-    whole.save_pretrained(tmp_path / "whole")
-    file = tmp_path / "whole" / "config.json"
+    whole_folder = tmp_path / "whole"
+    whole.save_pretrained(whole_folder)
+    file = whole_folder / "config.json"
     config = json.loads(file.read_text())
     kinds = ["sliding_attention", "full_attention", "sliding_attention"]
     file.write_text(json.dumps({**config, "layer_types": kinds}))
-    prune(str(tmp_path / "whole"), plan_of(tmp_path, 0), tmp_path / "cut")
-    assert json.loads((tmp_path / "cut" / "config.json").read_text())["layer_types"] == kinds[1:]
-    assert "lm_head.weight" not in load_file(tmp_path / "cut" / "model.safetensors")
+    cut = tmp_path / "cut"
+    prune(str(whole_folder), plan_of(tmp_path, 0), cut)
+    assert json.loads((cut / "config.json").read_text())["layer_types"] == kinds[1:]
+    assert "lm_head.weight" not in load_file(cut / "model.safetensors")
 
     del config["layer_types"]
     config["sliding_window_pattern"] = 2
     file.write_text(json.dumps(config))
-    assert AutoConfig.from_pretrained(tmp_path / "whole").layer_types == kinds
+    assert AutoConfig.from_pretrained(whole_folder).layer_types == kinds
     expected = config | {"num_hidden_layers": 2}
-    prune(str(tmp_path / "whole"), plan_of(tmp_path, 2), tmp_path / "less-2")
-    assert json.loads((tmp_path / "less-2" / "config.json").read_text()) == expected
+    less_2 = tmp_path / "less-2"
+    prune(str(whole_folder), plan_of(tmp_path, 2), less_2)
+    assert json.loads((less_2 / "config.json").read_text()) == expected
     del expected["sliding_window_pattern"], expected["_sliding_window_pattern"]
-    prune(str(tmp_path / "whole"), plan_of(tmp_path, 1), tmp_path / "less-1")
-    written = json.loads((tmp_path / "less-1" / "config.json").read_text())
+    less_1 = tmp_path / "less-1"
+    prune(str(whole_folder), plan_of(tmp_path, 1), less_1)
+    written = json.loads((less_1 / "config.json").read_text())
     assert written == expected | {"layer_types": ["sliding_attention"] * 2}
 
 
@@ -188,12 +194,14 @@ def test_families_that_are_refused(family: str, drop: int, told: str, tmp_path: 
     model = tiny_model("causal", family)
     if family == "gpt2":
         model.config.scale_attn_by_inverse_layer_idx = True
-    model.save_pretrained(tmp_path / "whole")
+    whole = tmp_path / "whole"
+    model.save_pretrained(whole)
     layers = open_module(model.eval()).layers
     path = layers[0].name.rpartition(".")[0]
+    less = tmp_path / "less"
     with pytest.raises(PlanError, match=told):
-        prune(str(tmp_path / "whole"), plan_of(tmp_path, drop, number=len(layers), layers=path), tmp_path / "less")
-    assert not (tmp_path / "less").exists()
+        prune(str(whole), plan_of(tmp_path, drop, number=len(layers), layers=path), less)
+    assert not less.exists()
     assert not list(tmp_path.glob(".*"))
 
 
@@ -282,15 +290,17 @@ def test_a_link_out_of_the_checkpoint_is_refused(name: str, tiny_llama: Path, tm
     (whole / "notes.txt").write_text("A note.")
     (whole / name).rename(secret)
     (whole / name).symlink_to("../secret")
+    less = tmp_path / "less"
     with pytest.raises(PlanError, match=f"{name} of .* is a link to {secret}, outside of the checkpoint"):
-        prune(str(whole), plan_of(whole, 1), tmp_path / "less")
-    assert not (tmp_path / "less").exists()
+        prune(str(whole), plan_of(whole, 1), less)
+    assert not less.exists()
     assert not list(tmp_path.glob(".*"))
 
 
 def test_links_inside_the_checkpoint_and_the_cache_of_the_hub_are_followed(tiny_llama: Path, tmp_path: Path) -> None:
     """A snapshot consists of links to blobs, in a cache that may itself be behind a link."""
-    snapshot = tmp_path / "disk" / "models--lab--tiny" / "snapshots" / ("0" * 40)
+    disk = tmp_path / "disk"
+    snapshot = disk / "models--lab--tiny" / "snapshots" / ("0" * 40)
     blobs = snapshot.parents[1] / "blobs"
     blobs.mkdir(parents=True)
     snapshot.mkdir(parents=True)
@@ -298,9 +308,11 @@ def test_links_inside_the_checkpoint_and_the_cache_of_the_hub_are_followed(tiny_
         shutil.copyfile(file, blobs / f"blob-of-{file.name}")
         (snapshot / file.name).symlink_to(f"../../blobs/blob-of-{file.name}")
     (snapshot / "vocabulary.json").symlink_to("tokenizer.json")
-    (tmp_path / "cache").symlink_to(tmp_path / "disk")
-    prune(str(tmp_path / "cache" / snapshot.relative_to(tmp_path / "disk")), plan_of(snapshot, 1), tmp_path / "less")
-    written = {file.name: file for file in (tmp_path / "less").iterdir()}
+    cache = tmp_path / "cache"
+    cache.symlink_to(disk)
+    less = tmp_path / "less"
+    prune(str(cache / snapshot.relative_to(disk)), plan_of(snapshot, 1), less)
+    written = {file.name: file for file in less.iterdir()}
     for path in written.values():
         assert not path.is_symlink()
     for name in ("tokenizer.json", "vocabulary.json"):
@@ -309,12 +321,13 @@ def test_links_inside_the_checkpoint_and_the_cache_of_the_hub_are_followed(tiny_
 
 def test_a_plan_of_another_model(tiny_llama: Path, tmp_path: Path) -> None:
     plan = Plan(model="other", revision="f" * 40, num_layers=3, layers="layers", drop=(1,), why={})
+    less = tmp_path / "less"
     with pytest.raises(PlanError, match="The plan is for other at ffffffffffff"):
-        prune(str(tiny_llama), plan, tmp_path / "less")
+        prune(str(tiny_llama), plan, less)
     with pytest.raises(PlanError, match="The plan is for 5 layers; the model has 3"):
-        prune(str(tiny_llama), plan_of(tiny_llama, 1, number=5), tmp_path / "less")
+        prune(str(tiny_llama), plan_of(tiny_llama, 1, number=5), less)
     with pytest.raises(PlanError, match=r"not the 3 modules of 'blocks', each on its own\.\nSet `layers: layers` in"):
-        prune(str(tiny_llama), plan_of(tiny_llama, 1, layers="blocks"), tmp_path / "less")
+        prune(str(tiny_llama), plan_of(tiny_llama, 1, layers="blocks"), less)
 
 
 def test_from_scores_to_a_checkpoint(tiny_llama: Path, tmp_path: Path) -> None:
@@ -384,13 +397,14 @@ def test_a_skip_list_is_renumbered_and_every_module_is_quantized_as_it_was(fp8: 
 
 
 def test_settings_that_fit_another_layer_are_seen(fp8: Path, tmp_path: Path) -> None:
-    prune(str(fp8), PLAN, tmp_path / "less")
+    less = tmp_path / "less"
+    prune(str(fp8), PLAN, less)
     stale = json.loads((fp8 / "config.json").read_text())["quantization_config"]
-    config = json.loads((tmp_path / "less" / "config.json").read_text())
-    (tmp_path / "less" / "config.json").write_text(json.dumps(config | {"quantization_config": stale}))
+    config = json.loads((less / "config.json").read_text())
+    (less / "config.json").write_text(json.dumps(config | {"quantization_config": stale}))
     names = StoredWeights.of_checkpoint(resolve(str(fp8)), PLAN, Settings()).layers
     with pytest.raises(PlanError, match=r"as what they are not once layers are dropped: model\.layers\.1\.") as wrong:
-        require_same_modules(resolve(str(fp8)), names, tmp_path / "less", Settings())
+        require_same_modules(resolve(str(fp8)), names, less, Settings())
     assert "weight_scale_inv" in wrong.value.message
 
 
@@ -421,8 +435,9 @@ def compressed(folder: Path, source: Path, ignore: list[str]) -> Path:
 
 def test_a_pattern_becomes_the_modules_that_it_matches(tiny_llama: Path, tmp_path: Path) -> None:
     whole = compressed(tmp_path / "whole", tiny_llama, ["lm_head", r"re:.*layers\.[02]\.mlp\.down_proj"])
-    done = prune(str(whole), PLAN, tmp_path / "less")
-    config = json.loads((tmp_path / "less" / "config.json").read_text())
+    less = tmp_path / "less"
+    done = prune(str(whole), PLAN, less)
+    config = json.loads((less / "config.json").read_text())
     assert config["quantization_config"]["ignore"] == [
         "lm_head",
         "model.layers.0.mlp.down_proj",
@@ -433,7 +448,7 @@ def test_a_pattern_becomes_the_modules_that_it_matches(tiny_llama: Path, tmp_pat
     with pytest.raises(ModelError, match=r"is quantized \(compressed-tensors\), and does not run here as it is stored"):
         load(resolve(str(whole)), Settings(dtype="float32"), torch.device("cpu"))
     with quiet():
-        model, report = AutoModelForCausalLM.from_pretrained(tmp_path / "less", output_loading_info=True)
+        model, report = AutoModelForCausalLM.from_pretrained(less, output_loading_info=True)
     assert not report["missing_keys"]
     assert not report["unexpected_keys"]
     last = model.model.layers[-1]
@@ -445,14 +460,14 @@ def test_the_quantized_tower_of_a_multimodal_model(
     tmp_path: Path, save_checkpoint: Callable[[Any, Path], Path]
 ) -> None:
     """Its files call the tower otherwise than its modules are called, by which the settings name layers."""
-    tiny_model("image-text", "gemma3").save_pretrained(tmp_path / "source")
+    source = tmp_path / "source"
+    tiny_model("image-text", "gemma3").save_pretrained(source)
     others = ["lm_head", "re:.*vision_tower.*", "re:.*projector.*"]
-    whole = compressed(
-        tmp_path / "whole", tmp_path / "source", [*others, r"re:.*language_model\.layers\.[02]\.mlp\.down_proj"]
-    )
+    whole = compressed(tmp_path / "whole", source, [*others, r"re:.*language_model\.layers\.[02]\.mlp\.down_proj"])
     plan = replace(PLAN, layers="language_model.layers")
-    done = prune(str(whole), plan, tmp_path / "less")
-    config = json.loads((tmp_path / "less" / "config.json").read_text())
+    less = tmp_path / "less"
+    done = prune(str(whole), plan, less)
+    config = json.loads((less / "config.json").read_text())
     down = [f"model.language_model.layers.{layer}.mlp.down_proj" for layer in (0, 1)]
     assert config["quantization_config"]["ignore"] == [*others, *down]
     assert done["difference"] == 0
@@ -491,15 +506,17 @@ def test_names_of_layers_wherever_they_stand(config: dict[str, Any], expected: d
 
 def test_a_pattern_that_cannot_be_read_is_refused(fp8: Path, tmp_path: Path) -> None:
     change_quantization(fp8, modules_to_not_convert=["re:model.layers.[0-1.mlp"])
+    less = tmp_path / "less"
     with pytest.raises(PlanError, match=r"by 're:model\.layers\.\[0-1\.mlp', which is not a valid pattern"):
-        prune(str(fp8), PLAN, tmp_path / "less")
-    assert not (tmp_path / "less").exists()
+        prune(str(fp8), PLAN, less)
+    assert not less.exists()
 
 
 def change_quantization(folder: Path, **changed: Any) -> None:
-    config = json.loads((folder / "config.json").read_text())
+    config_file = folder / "config.json"
+    config = json.loads(config_file.read_text())
     config["quantization_config"] = config.get("quantization_config", {}) | changed
-    (folder / "config.json").write_text(json.dumps(config))
+    config_file.write_text(json.dumps(config))
 
 
 # What they are computed with
@@ -509,11 +526,12 @@ def test_what_no_device_here_computes_with_is_unpacked_only_on_request(fp8: Path
     text = tmp_path / "text.txt"
     text.write_text("one two three four five six seven eight " * 20)
     options = ("--corpus", text, "--sequence-length", "8", "--sites", "block", "--executor", "local")
-    refused = mistake("score", fp8, *options, "-w", tmp_path / "w")
+    warehouse = tmp_path / "w"
+    refused = mistake("score", fp8, *options, "-w", warehouse)
     assert "is quantized (fp8), and no device here computes with that" in refused
     assert "--dequantize" in refused
-    succeed("score", fp8, *options, "-w", tmp_path / "w", "--dequantize")
-    (row,) = [row for row in Warehouse(tmp_path / "w").runs().to_pylist() if row["status"] == "done"]
+    succeed("score", fp8, *options, "-w", warehouse, "--dequantize")
+    (row,) = [row for row in Warehouse(warehouse).runs().to_pylist() if row["status"] == "done"]
     assert row["quantization"] == "fp8, dequantized"
     assert row["dtype"] == "float32"
     succeed("score", fp8, *options, "-w", tmp_path / "streamed", "--dequantize", "--partition", "streaming")

@@ -97,14 +97,15 @@ def test_a_repaired_checkpoint_is_the_model_repaired_in_place(
     """
     whole = lively(tiny_model("causal", family))
     folder, plan = whole_of(whole, tmp_path / "whole", save_checkpoint)
-    done = prune(str(folder), plan, tmp_path / "less", repair=repair_of(by))
+    less_folder = tmp_path / "less"
+    done = prune(str(folder), plan, less_folder, repair=repair_of(by))
     (cut,) = done["repair"].cuts
     assert cut.after == 0
     assert cut.removed == (1,)
     assert cut.error_after < cut.error_before
     assert cut.ridges[0] is not None
-    less = AutoModelForCausalLM.from_pretrained(tmp_path / "less").eval()
-    stored = load_file(tmp_path / "less" / "model.safetensors")
+    less = AutoModelForCausalLM.from_pretrained(less_folder).eval()
+    stored = load_file(less_folder / "model.safetensors")
     before = load_file(folder / "model.safetensors")
     changed = []
     for name, tensor in stored.items():
@@ -234,11 +235,12 @@ def test_each_cut_sees_the_repairs_before_it(tmp_path: Path, save_checkpoint: Sa
     whole = lively(llama(num_hidden_layers=6))
     folder = save_checkpoint(whole, tmp_path / "whole")
     drops = plan_of(folder, 6, 1, 4)
-    second = prune(str(folder), drops, tmp_path / "less", repair=repair_of("refit"))["repair"].cuts[1]
+    less = tmp_path / "less"
+    second = prune(str(folder), drops, less, repair=repair_of("refit"))["repair"].cuts[1]
     text = tokenize_corpus(TEXT, load_tokenizer(resolve(str(folder))), Settings(**READ))
     ids = torch.from_numpy(np.concatenate([shard.input_ids for shard in text.shards])).long()[-6:]  # a tenth of 60 rows
-    both = AutoModelForCausalLM.from_pretrained(tmp_path / "less")
-    first = AutoModelForCausalLM.from_pretrained(tmp_path / "less")
+    both = AutoModelForCausalLM.from_pretrained(less)
+    first = AutoModelForCausalLM.from_pretrained(less)
     first.model.layers[2].mlp.down_proj.weight.data = whole.model.layers[3].mlp.down_proj.weight.data
     with torch.no_grad():
         wanted = whole(ids, output_hidden_states=True).hidden_states[5]
@@ -274,19 +276,21 @@ def assert_streaming_writes_the_same_bytes(folder: Path, plan: Plan, by: str, pa
     size = footprint(resolve(str(folder)), Settings(dtype="float32"))
     room = size.weight_bytes - sum(size.layer_bytes) + 2 * (max(size.layer_bytes) + 512)
     streamed = Execution(partition="streaming", max_memory={"cpu": host_limit(folder, room, dtype="float32")})
+    streamed_folder = parent / "streamed"
+    whole_in_memory = parent / "whole-in-memory"
     with one_thread():
         in_memory = prune(
             str(folder),
             plan,
-            parent / "whole-in-memory",
+            whole_in_memory,
             repair=repair_of(by),
             execution=Execution(partition="single"),
         )
-        by_streaming = prune(str(folder), plan, parent / "streamed", repair=repair_of(by), execution=streamed)
+        by_streaming = prune(str(folder), plan, streamed_folder, repair=repair_of(by), execution=streamed)
     assert in_memory["repair"] == by_streaming["repair"]
     assert by_streaming["difference"] is not None
     assert by_streaming["difference"] <= 1e-5
-    assert files(parent / "whole-in-memory") == files(parent / "streamed")
+    assert files(whole_in_memory) == files(streamed_folder)
     record: RepairRecord = in_memory["repair"]
     return record
 
@@ -327,8 +331,9 @@ def test_tokens_that_are_padding_take_no_part(tmp_path: Path, save_checkpoint: S
 
 def test_the_checkpoint_keeps_its_dtype(tmp_path: Path, save_checkpoint: Save) -> None:
     folder, plan = whole_of(lively(llama()).to(torch.bfloat16), tmp_path / "whole", save_checkpoint)
-    done = prune(str(folder), plan, tmp_path / "less", repair=repair_of("refit", dtype="float32"))
-    assert {tensor.dtype for tensor in load_file(tmp_path / "less" / "model.safetensors").values()} == {torch.bfloat16}
+    less = tmp_path / "less"
+    done = prune(str(folder), plan, less, repair=repair_of("refit", dtype="float32"))
+    assert {tensor.dtype for tensor in load_file(less / "model.safetensors").values()} == {torch.bfloat16}
     assert done["repair"].cuts[0].error_after < done["repair"].cuts[0].error_before
 
 
@@ -336,14 +341,16 @@ def test_weights_in_several_files(tmp_path: Path, save_checkpoint: Save) -> None
     """The same tensors as in one file, each in the file that it was in."""
     model = lively(llama())
     folder, plan = whole_of(model, tmp_path / "whole", save_checkpoint)
-    shutil.copytree(folder, tmp_path / "cut")
-    (tmp_path / "cut" / "model.safetensors").unlink()
-    model.save_pretrained(tmp_path / "cut", max_shard_size="20KB")
+    cut = tmp_path / "cut"
+    shutil.copytree(folder, cut)
+    (cut / "model.safetensors").unlink()
+    model.save_pretrained(cut, max_shard_size="20KB")
     for name in ("whole", "cut"):
         prune(str(tmp_path / name), plan, tmp_path / f"less-{name}", repair=repair_of("refit"))
     in_one_file = load_file(tmp_path / "less-whole" / "model.safetensors")
-    several = {file.name: load_file(file) for file in (tmp_path / "less-cut").glob("*.safetensors")}
-    index = json.loads((tmp_path / "less-cut" / "model.safetensors.index.json").read_text())
+    less_cut = tmp_path / "less-cut"
+    several = {file.name: load_file(file) for file in less_cut.glob("*.safetensors")}
+    index = json.loads((less_cut / "model.safetensors.index.json").read_text())
     assert len(several) > 2
     assert set(index["weight_map"]) == set(in_one_file)
     for path, file in index["weight_map"].items():
@@ -362,21 +369,23 @@ def test_weights_in_several_files(tmp_path: Path, save_checkpoint: Save) -> None
 )
 def test_families_that_are_refused(kind: str, family: str, told: str, tmp_path: Path, save_checkpoint: Save) -> None:
     folder, plan = whole_of(lively(tiny_model(kind, family)), tmp_path / "whole", save_checkpoint)
+    less = tmp_path / "less"
     with pytest.raises(PlanError, match=told):
-        prune(str(folder), plan, tmp_path / "less", repair=repair_of())
-    assert not (tmp_path / "less").exists()
+        prune(str(folder), plan, less, repair=repair_of())
+    assert not less.exists()
     assert not list(tmp_path.glob(".*"))
 
 
 def test_too_little_text(tiny_llama: Path, tmp_path: Path) -> None:
     """What is needed and what is given: four tokens for each unknown of an output."""
     few = {"max_sequences": 5, "sequence_length": 32}
+    less = tmp_path / "less"
     with pytest.raises(CorpusError, match="refit of this model needs at least 192 tokens to fit to, not 124"):
-        prune(str(tiny_llama), PLAN, tmp_path / "less", repair=repair_of("refit", **few))
+        prune(str(tiny_llama), PLAN, less, repair=repair_of("refit", **few))
     with pytest.raises(CorpusError, match="map of this model needs at least 128 tokens to fit to, not 124"):
-        prune(str(tiny_llama), PLAN, tmp_path / "less", repair=repair_of("map", **few))
+        prune(str(tiny_llama), PLAN, less, repair=repair_of("map", **few))
     with pytest.raises(CorpusError, match="has no token to fit to"):
-        prune(str(tiny_llama), PLAN, tmp_path / "less", repair=repair_of("channel", max_sequences=1))
+        prune(str(tiny_llama), PLAN, less, repair=repair_of("channel", max_sequences=1))
     with pytest.raises(ConfigError, match="`corpora` must not be empty"):
         Repair(corpora=())
 
@@ -507,10 +516,11 @@ def test_constant_text_and_units_that_repeat_give_weights_that_are_numbers(
     folder = save_checkpoint(model, tmp_path / "whole")
     text = tmp_path / "text.txt"
     text.write_text("again and " * 2000)
-    done = prune(str(folder), PLAN, tmp_path / "less", repair=repair_of(by, str(text), **FEW))
+    less = tmp_path / "less"
+    done = prune(str(folder), PLAN, less, repair=repair_of(by, str(text), **FEW))
     for cut in done["repair"].cuts:
         assert cut.error_after <= cut.error_before
-    for tensor in load_file(tmp_path / "less" / "model.safetensors").values():
+    for tensor in load_file(less / "model.safetensors").values():
         assert torch.isfinite(tensor).all()
 
 
@@ -520,9 +530,10 @@ def test_an_mlp_that_adds_nothing_gives_nothing_back(by: str, tmp_path: Path, sa
     with torch.no_grad():
         model.model.layers[0].mlp.up_proj.weight.zero_()
     folder = save_checkpoint(model, tmp_path / "whole")
+    less = tmp_path / "less"
     with pytest.raises(AvssError, match="the inputs of the fit are zero"):
-        prune(str(folder), PLAN, tmp_path / "less", repair=repair_of(by, **FEW))
-    assert not (tmp_path / "less").exists()
+        prune(str(folder), PLAN, less, repair=repair_of(by, **FEW))
+    assert not less.exists()
 
 
 def test_quantized_weights_are_refused_before_a_text_is_seen(
@@ -534,10 +545,11 @@ def test_quantized_weights_are_refused_before_a_text_is_seen(
     done = prune(str(folder), PLAN, tmp_path / "less", repair=repair)
     assert done["repair"].cuts[0].error_after < done["repair"].cuts[0].error_before
     monkeypatch.setattr(HiddenStateSource, "visit", lambda *_, **__: pytest.fail("text was read"))
+    unwritten = tmp_path / "no"
     with pytest.raises(PlanError, match=r"'mlp.down_proj.weight' of layer 1 as float8_e4m3fn, quantized") as refused:
-        prune(str(folder), replace(PLAN, drop=(2,)), tmp_path / "no", repair=repair)
+        prune(str(folder), replace(PLAN, drop=(2,)), unwritten, repair=repair)
     assert "Repair the checkpoint that it was quantized from" in str(refused.value)
-    assert not (tmp_path / "no").exists()
+    assert not unwritten.exists()
 
 
 # The registry

@@ -245,8 +245,9 @@ def test_a_plan_of_another_model_is_refused(sparse_plan: Path, tmp_path: Path, s
 
 
 def test_a_run_that_did_not_measure_the_inputs_says_which_command_does(tiny_llama: Path, tmp_path: Path) -> None:
-    score(tiny_llama, corpus=TEXT, warehouse=tmp_path / "w", **SMALL)
-    result = avss("sparsify", 0.5, "-w", tmp_path / "w", "-o", tmp_path / "sparse.yaml")
+    warehouse = tmp_path / "w"
+    score(tiny_llama, corpus=TEXT, warehouse=warehouse, **SMALL)
+    result = avss("sparsify", 0.5, "-w", warehouse, "-o", tmp_path / "sparse.yaml")
     assert result.exit_code != 0
     told = " ".join(result.stderr.split())
     assert f"avss score {tiny_llama} --corpus {TEXT}" in told
@@ -255,13 +256,14 @@ def test_a_run_that_did_not_measure_the_inputs_says_which_command_does(tiny_llam
 
 def test_a_family_whose_experts_are_fused_keeps_its_mlp_dense(save_checkpoint: Any, tmp_path: Path) -> None:
     folder = save_checkpoint(lively(tiny_model("causal", "mixtral")), tmp_path / "mixtral")
-    run = score(folder, corpus=TEXT, warehouse=tmp_path / "w", sites=("inputs",), **SMALL)
-    warehouse = Warehouse(tmp_path / "w")
+    warehouse_folder = tmp_path / "w"
+    run = score(folder, corpus=TEXT, warehouse=warehouse_folder, sites=("inputs",), **SMALL)
+    warehouse = Warehouse(warehouse_folder)
     row = warehouse.run(run.run_id)
     assert row is not None
     assert any("'up_input' is absent" in note for note in row["notes"])
     assert {measured_map.site for measured_map in measured_maps(warehouse, row)} == {"query_input", "output_input"}
-    result = avss("sparsify", 0.5, "-w", tmp_path / "w", "-o", tmp_path / "sparse.yaml")
+    result = avss("sparsify", 0.5, "-w", warehouse_folder, "-o", tmp_path / "sparse.yaml")
     assert "The MLP of 3 of 3 layers stays dense: its maps are fused." in result.stdout
 
 

@@ -63,8 +63,9 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A working directory with files of every kind, and a text beside it."""
     folder = tmp_path / "project"
     (folder / "texts").mkdir(parents=True)
-    (tmp_path / "other").mkdir()
-    (tmp_path / "other" / "u.txt").write_text("beside")
+    other = tmp_path / "other"
+    other.mkdir()
+    (other / "u.txt").write_text("beside")
     (folder / "texts" / "a.csv").write_text("text\none\n")
     (folder / "texts" / "b.jsonl.gz").write_bytes(gzip.compress(b'{"text": "two"}\n'))
     (folder / "texts" / "c.txt.zst").write_bytes(b"")
@@ -352,9 +353,10 @@ def test_names_that_lead_out_of_the_folder_mean_the_same_in_the_package(
         corpora=["texts/a.csv", "../other/*.txt"],
         experiment={"tasks": ["truthfulqa:questions.jsonl"], **repair},
     )
-    directory, name = _pack(packed_job, tmp_path / "package")
+    package = tmp_path / "package"
+    directory, name = _pack(packed_job, package)
     assert _entrypoint(directory, name, ["--replicas=2"]) == "cd project && exec avss run job.yaml --replicas=2"
-    monkeypatch.chdir(tmp_path / "package" / directory)
+    monkeypatch.chdir(package / directory)
     assert [*documents("../other/*.txt"), *documents("texts/a.csv")] == ["beside", "one"]
     files = ["../other/u.txt", "questions.jsonl", "texts/a.csv", "texts/b.jsonl.gz"]
     assert _local_files(read_job(name, expand=False)) == files
@@ -371,11 +373,12 @@ def test_no_file_takes_the_place_of_the_job_file(tmp_path: Path) -> None:
     """A task file has its name."""
     Path("job.yaml").write_text("task: t\ndataset_path: json\ndataset_kwargs: {data_files: {test: questions.jsonl}}\n")
     packed_job = job("jobs/job.yaml", experiment={"tasks": ["job.yaml"]})
-    directory, name = _pack(packed_job, tmp_path / "package")
+    package = tmp_path / "package"
+    directory, name = _pack(packed_job, package)
     assert directory == "."
     assert name == "job-job.yaml"
-    assert (tmp_path / "package" / name).read_text() == packed_job.path.read_text()
-    assert (tmp_path / "package" / "job.yaml").read_text() == Path("job.yaml").read_text()
+    assert (package / name).read_text() == packed_job.path.read_text()
+    assert (package / "job.yaml").read_text() == Path("job.yaml").read_text()
 
 
 def test_a_job_file_with_a_hyphen_is_no_option(tmp_path: Path) -> None:

@@ -388,9 +388,10 @@ def test_a_job_is_run_once_and_a_model_that_fails_does_not_stop_it(
     assert "3 runs: 2 done, 1 failed." in output
     assert "There is no folder" in output
     options: dict[str, Any] = {"max_sequences": 12, "sequence_length": 32, "sequences_per_shard": 4, "batch_size": 2}
+    alone = tmp_path / "alone"
     for model in (tiny_llama, tiny_bert):
-        avss_dist.score(model, corpus="builtin:pydoc", warehouse=tmp_path / "alone", executor="local", **options)
-    assert_same_tables(tmp_path / "w", tmp_path / "alone")
+        avss_dist.score(model, corpus="builtin:pydoc", warehouse=alone, executor="local", **options)
+    assert_same_tables(tmp_path / "w", alone)
     code, output = avss("run", file)
     assert code == 1
     assert "3 runs: 2 skipped, 1 failed." in output
@@ -419,10 +420,11 @@ def test_a_mistake_ends_a_command_with_two(tiny_llama: Path, tmp_path: Path) -> 
     code, output = avss("run", job_file(tmp_path, "warehouse: w\nmodel: a\n"))
     assert code == 2
     assert "Did you mean 'models'?" in output
-    code, output = avss("score", tiny_llama, tiny_llama, "--corpus", "builtin:pydoc", "-w", tmp_path / "w")
+    warehouse = tmp_path / "w"
+    code, output = avss("score", tiny_llama, tiny_llama, "--corpus", "builtin:pydoc", "-w", warehouse)
     assert code == 2
     assert "is named twice." in output
-    assert not (tmp_path / "w").exists()
+    assert not warehouse.exists()
 
 
 def test_the_plan_runs_no_model_and_takes_the_speed_of_a_run_like_it(
@@ -441,19 +443,21 @@ def test_the_plan_runs_no_model_and_takes_the_speed_of_a_run_like_it(
     assert preview.reference_run == ""
     assert preview.warning == ""
     assert preview.seconds is None
-    code, output = avss("run", tmp_path / "job.yaml", "--dry-run")
+    job_file_path = tmp_path / "job.yaml"
+    code, output = avss("run", job_file_path, "--dry-run")
     assert code == 0
     assert "1 run of unknown time: no finished run has the shape of the model" in output
     (run,) = run_job(first)
     (preview,) = preview_job(second)
-    speed = Warehouse(tmp_path / "w").runs()["tokens_per_second"][0].as_py()
+    warehouse = tmp_path / "w"
+    speed = Warehouse(warehouse).runs()["tokens_per_second"][0].as_py()
     assert preview.reference_run == run.run_id
     assert preview.seconds == pytest.approx(preview.num_tokens / speed)
-    code, output = avss("run", tmp_path / "job.yaml", "--dry-run")
+    code, output = avss("run", job_file_path, "--dry-run")
     assert code == 0
     assert "of measuring, at the speed of earlier runs." in output
-    (tmp_path / "w" / "runs" / f"run_id={run.run_id}" / "run.parquet").unlink()
-    next((tmp_path / "w" / "shard_stats").rglob("shard-00001.parquet")).unlink()
+    (warehouse / "runs" / f"run_id={run.run_id}" / "run.parquet").unlink()
+    next((warehouse / "shard_stats").rglob("shard-00001.parquet")).unlink()
     code, output = avss("run", job_file(tmp_path, text), "--dry-run")
     assert code == 0
     assert "partial 2/3" in output

@@ -147,10 +147,11 @@ def test_a_terminated_command_says_what_is_kept_and_the_run_is_listed(tiny_llama
     """SIGTERM, as a cluster stops a job: no stack trace. `test_ray` stops a driver of workers."""
     many = ["--max-sequences", "800", "--sequence-length", "64", "--sequences-per-shard", "4"]
     driver = score(tiny_llama, tmp_path, "local", *many, forked=True)
-    wait_until(lambda: len([*(tmp_path / "shard_stats").rglob("*.parquet")]) >= 2 or driver.poll() is not None)
+    shard_stats = tmp_path / "shard_stats"
+    wait_until(lambda: len([*shard_stats.rglob("*.parquet")]) >= 2 or driver.poll() is not None)
     driver.send_signal(signal.SIGTERM)
     printed, said = driver.communicate()
-    kept_shards = len([*(tmp_path / "shard_stats").rglob("*.parquet")])
+    kept_shards = len([*shard_stats.rglob("*.parquet")])
     assert driver.returncode == 143, said
     assert printed == "", said
     stopped = re.fullmatch(

@@ -175,15 +175,17 @@ def test_a_resumed_run_and_a_streamed_one_are_the_same(tiny_llama: Path, source:
         for name, options in (("once", {}), ("again", {"partition": "streaming"}))
     ]
     assert runs[0].run_id == runs[1].run_id
-    assert_same_tables(tmp_path / "again", tmp_path / "once")
+    once = tmp_path / "once"
+    again = tmp_path / "again"
+    assert_same_tables(again, once)
     run_id = runs[0].run_id
     for table in ("runs", "stratum_stats"):
-        (next((tmp_path / "again" / table).rglob("*.parquet"))).unlink()
+        (next((again / table).rglob("*.parquet"))).unlink()
     for table in ("shard_stats", "row_stats"):
-        (tmp_path / "again" / table / f"run_id={run_id}" / "shard-00001.parquet").unlink()
-    assert avss_dist.score(tiny_llama, corpus=source, warehouse=tmp_path / "again", **OPTIONS).resumed_shards == 2
-    assert_same_tables(tmp_path / "again", tmp_path / "once")
-    warehouse = Warehouse(tmp_path / "once")
+        (again / table / f"run_id={run_id}" / "shard-00001.parquet").unlink()
+    assert avss_dist.score(tiny_llama, corpus=source, warehouse=again, **OPTIONS).resumed_shards == 2
+    assert_same_tables(again, once)
+    warehouse = Warehouse(once)
     assert warehouse.table("row_stats").num_rows == 4 * PAIRS * 3 * 5
     whole = warehouse.read_layer_stats(run_id)
     strata = warehouse.read_stratum_stats(run_id)

@@ -902,9 +902,10 @@ def test_a_node_fetches_what_only_the_head_has(
 ) -> None:
     """A hub checkpoint is found in the node's own cache; a folder must be on a disk that the node sees."""
     revision = "0123456789abcdef0123456789abcdef01234567"
-    cached = tmp_path / "hub" / "models--org--tiny" / "snapshots" / revision
+    hub = tmp_path / "hub"
+    cached = hub / "models--org--tiny" / "snapshots" / revision
     shutil.copytree(tiny_llama, cached)
-    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(hub))
     of_the_head = Checkpoint(name="org/tiny", source="hub", path="/head/cache/org--tiny", revision=revision)
     on_node = resolve_on_node(of_the_head)
     assert on_node.path == str(cached)

@@ -194,9 +194,10 @@ def test_a_warehouse_that_workers_do_not_see_is_written_by_the_driver(
     inside = f"mount -t tmpfs none {folder} && {shlex.join(command)} && cp -r {folder} {tmp_path}/copy"
     subprocess.run(["unshare", "--mount", "sh", "-c", inside], check=True)
     assert list(folder.iterdir()) == []
-    (run,) = Warehouse(tmp_path / "copy").runs().to_pylist()
+    copy = tmp_path / "copy"
+    (run,) = Warehouse(copy).runs().to_pylist()
     assert "some workers do not reach the warehouse: the driver wrote for them" in run["notes"]
-    assert measured_files(tmp_path / "copy") == measured_files(undisturbed)
+    assert measured_files(copy) == measured_files(undisturbed)
 
 
 @pytest.mark.nightly
@@ -214,11 +215,13 @@ def test_tasks_merge_to_the_same_bytes(
         return own(self, function, items)
 
     monkeypatch.setattr(RayExecutor, "apply", spy)
-    score(tiny_llama, tmp_path / "whole", executor="ray", replicas=1)
+    whole = tmp_path / "whole"
+    score(tiny_llama, whole, executor="ray", replicas=1)
     assert len(applied) == 20
-    assert_same_tables(tmp_path / "whole", undisturbed)
+    assert_same_tables(whole, undisturbed)
+    damaged = tmp_path / "damaged"
     with pytest.raises(RunFailed, match="is damaged or missing"):
-        score(tiny_llama, tmp_path / "damaged", executor="ray", on_event=Damaging(tmp_path / "damaged"))
+        score(tiny_llama, damaged, executor="ray", on_event=Damaging(damaged))
 
 
 class Damaging:
@@ -328,11 +331,13 @@ def test_ranks_evaluate(partition: str, shared_ray: Cluster, tiny_llama: Path, t
         given = {**options, **place, "warehouse": tmp_path / name}
         evaluate([str(tiny_llama)], tasks=["perplexity:builtin:pydoc"], **given)
         ablate(str(tiny_llama), corpus="builtin:pydoc", shapley=1, gradients=True, **given)
+    single = tmp_path / "single"
+    ranks = tmp_path / "ranks"
     if partition == "fsdp":
-        assert_same_evaluations(tmp_path / "ranks", tmp_path / "single")
+        assert_same_evaluations(ranks, single)
         return
-    near = evaluated_values(tmp_path / "ranks")
-    wanted = evaluated_values(tmp_path / "single")
+    near = evaluated_values(ranks)
+    wanted = evaluated_values(single)
     assert near.keys() == wanted.keys()
     for key, value in wanted.items():
         assert abs(near[key] - value) <= 1e-4 * max(1.0, abs(value))
@@ -361,8 +366,9 @@ def three_nodes(ray_cluster: Cluster) -> Cluster:
 def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """For notes; no worker is helped because it is late."""
     monkeypatch.setattr(queue, "LATE_SECONDS", 3600.0)
-    (tmp_path / "notes").mkdir()
-    return tmp_path / "notes"
+    notes = tmp_path / "notes"
+    notes.mkdir()
+    return notes
 
 
 @pytest.mark.nightly
@@ -379,6 +385,7 @@ def test_three_nodes_grow_to_five_and_lose_two_in_one_run(
     A line for each lost node says which, on standard error and among the notes of the run.
     """
     lost: list[str] = []
+    warehouse = tmp_path / "w"
     with noting(folder, {8: "grown", 13: "shrunk"}) as notes:
 
         def happens() -> None:
@@ -395,11 +402,11 @@ def test_three_nodes_grow_to_five_and_lose_two_in_one_run(
 
         meanwhile = threading.Thread(target=happens, daemon=True)
         meanwhile.start()
-        run = score(tiny_llama, tmp_path / "w", executor="ray", address=three_nodes.address, replicas="2..5")
+        run = score(tiny_llama, warehouse, executor="ray", address=three_nodes.address, replicas="2..5")
         meanwhile.join()
     assert run.status == "done"
     assert run.resumed_shards == 0
-    assert_same_tables(tmp_path / "w", undisturbed)
+    assert_same_tables(warehouse, undisturbed)
     begun = Counter(note.what for note in notes.shards)
     in_flight = {note.what for note in notes.shards if note.node in lost and int(note.what) >= 13}
     assert len(in_flight) == 2
@@ -407,7 +414,7 @@ def test_three_nodes_grow_to_five_and_lose_two_in_one_run(
     assert {shard for shard, times in begun.items() if times > 1} == in_flight
     told = re.compile(r"he node [\d.]+ \((\w{8})\) was lost; shard (\d+) is measured again")
     had = {note.node[:8]: note.what for note in notes.shards if note.node in lost and int(note.what) >= 13}
-    row = Warehouse(tmp_path / "w").run(run.run_id)
+    row = Warehouse(warehouse).run(run.run_id)
     assert row is not None
     assert dict(told.findall("\n".join(row["notes"]))) == had
     assert dict(told.findall(capsys.readouterr().err)) == had
@@ -423,14 +430,15 @@ def test_by_default_each_node_holds_a_replica(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     """That is said before anything else."""
+    warehouse = tmp_path / "w"
     with noting(folder, {}) as notes:
-        run = score(tiny_llama, tmp_path / "w", executor="ray", address=three_nodes.address)
+        run = score(tiny_llama, warehouse, executor="ray", address=three_nodes.address)
     assert {note.node for note in notes.opens} == {node.node_id for node in three_nodes.nodes}
-    row = Warehouse(tmp_path / "w").run(run.run_id)
+    row = Warehouse(warehouse).run(run.run_id)
     assert row is not None
     assert row["replicas"] == NODES
     assert " 3 replicas will work, one on each node with 1 CPU;" in capsys.readouterr().err.splitlines()[0]
-    assert_same_tables(tmp_path / "w", undisturbed)
+    assert_same_tables(warehouse, undisturbed)
 
 
 @pytest.mark.nightly

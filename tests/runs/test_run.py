@@ -107,17 +107,18 @@ def test_a_model_with_a_long_name_is_scored_and_found(tiny_llama: Path, tmp_path
     """250 characters, beside which a folder's name has no room for more; failures are recorded too."""
     name = "long-" + "n" * 245
     model = shutil.copytree(tiny_llama, tmp_path / name)
-    run = score(model, tmp_path / "w", max_sequences=4)
+    warehouse_folder = tmp_path / "w"
+    run = score(model, warehouse_folder, max_sequences=4)
     assert run.status == "done"
     assert run.run_id.startswith(name[:80])
     assert len(run.run_id) == 80 + 17 + 11
-    assert score(model, tmp_path / "w", max_sequences=4).run_id == run.run_id
-    warehouse = Warehouse(tmp_path / "w")
+    assert score(model, warehouse_folder, max_sequences=4).run_id == run.run_id
+    warehouse = Warehouse(warehouse_folder)
     assert warehouse.runs()["run_id"].to_pylist() == [run.run_id]
     assert choose_runs(warehouse, [name])[0]["model"] == str(model)
     assert warehouse.table("scores", run_ids=[run.run_id]).num_rows > 0
     missing = tmp_path / ("gone-" + "n" * 245)
-    (failed,) = avss_dist.score_all([str(missing)], warehouse=tmp_path / "w", **SMALL)
+    (failed,) = avss_dist.score_all([str(missing)], warehouse=warehouse_folder, **SMALL)
     assert failed.status == "failed"
     assert len(failed.run_id) == 80 + 17 + 11
 
@@ -233,11 +234,12 @@ def test_a_damaged_row_of_a_failure_is_replaced_by_that_of_the_next_attempt(
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("avss_dist.runs.scoring.open_executor", lambda *_: Failing(Settings()))
         (failed, _) = score_twice(tiny_llama, tmp_path)
-    damage_row(tmp_path / "w", failed.run_id)
-    run = score(tiny_llama, tmp_path / "w", fresh=fresh)
+    warehouse = tmp_path / "w"
+    damage_row(warehouse, failed.run_id)
+    run = score(tiny_llama, warehouse, fresh=fresh)
     assert run.run_id == failed.run_id
     assert run.status == "done"
-    assert Warehouse(tmp_path / "w").runs()["status"].to_pylist() == ["done"]
+    assert Warehouse(warehouse).runs()["status"].to_pylist() == ["done"]
 
 
 @pytest.mark.parametrize("fresh", [False, True])
@@ -402,11 +404,13 @@ def test_shards_are_merged_in_blocks_when_there_are_many(
     tiny_llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """More shards than blocks: the totals stay, only the units of intervals are coarser."""
-    score(tiny_llama, tmp_path / "fine", sequences_per_shard=1)
+    fine_folder = tmp_path / "fine"
+    score(tiny_llama, fine_folder, sequences_per_shard=1)
     monkeypatch.setattr("avss_dist.runs.merging.BOOTSTRAP_BLOCKS", 4)
-    score(tiny_llama, tmp_path / "coarse", sequences_per_shard=1)
-    fine = Warehouse(tmp_path / "fine").scores().to_pydict()
-    coarse = Warehouse(tmp_path / "coarse").scores().to_pydict()
+    coarse_folder = tmp_path / "coarse"
+    score(tiny_llama, coarse_folder, sequences_per_shard=1)
+    fine = Warehouse(fine_folder).scores().to_pydict()
+    coarse = Warehouse(coarse_folder).scores().to_pydict()
     assert fine["count"] == coarse["count"]
     assert fine["rank"] == coarse["rank"]
     for name in ("near_zero_count", "variance", "avss_smoothed"):
@@ -461,8 +465,9 @@ GOLDEN = [(1.245596e-04, 11264, 0.714326), (1.558122e-04, 11264, 0.893554), (2.4
 def test_golden_scores(tiny_llama: Path, tmp_path: Path) -> None:
     text = tmp_path / "text.txt"
     text.write_text(" ".join(f"{i * i % 1009}" for i in range(400)), encoding="utf-8")
-    score(tiny_llama, tmp_path / "w", corpus=str(text))
-    rows = Warehouse(tmp_path / "w").sql(
+    warehouse = tmp_path / "w"
+    score(tiny_llama, warehouse, corpus=str(text))
+    rows = Warehouse(warehouse).sql(
         "SELECT variance, near_zero_count, avss_smoothed FROM scores WHERE site = 'block' AND recipe = 'pooled'"
         " AND threshold = 0.1 AND threshold_kind = 'absolute' ORDER BY layer"
     )

@@ -111,10 +111,11 @@ def refused(done: subprocess.CompletedProcess[str], *says: str) -> None:
 
 def assert_same_as_alone(folder: Path, models: list[Path], corpus: str = "builtin:pydoc") -> None:
     """Compare the tables of a job with what `avss score` makes of each model, one after the other in one process."""
+    alone = folder / "alone"
     with one_thread():
         for model in models:
-            avss_dist.score(model, corpus=corpus, warehouse=folder / "alone", executor="local", **SETTINGS)
-    assert_same_tables(folder / "w", folder / "alone")
+            avss_dist.score(model, corpus=corpus, warehouse=alone, executor="local", **SETTINGS)
+    assert_same_tables(folder / "w", alone)
 
 
 @pytest.mark.nightly
@@ -162,7 +163,8 @@ def test_the_files_of_a_job_have_the_rights_that_its_user_gives(
     env = {**cluster, UMASK: "027"}  # `run_avss` forks the command from a process with another umask
     done = run_avss("jobs", "submit", job_file(tmp_path, models[:1]), "--follow", env=env)
     assert done.returncode == 0, done.stderr
-    paths = [tmp_path / "w", *(tmp_path / "w").rglob("*")]
+    warehouse = tmp_path / "w"
+    paths = [warehouse, *warehouse.rglob("*")]
     assert {stat.S_IMODE(path.stat().st_mode) for path in paths if path.is_dir()} == {0o750}
     assert {stat.S_IMODE(path.stat().st_mode) for path in paths if path.is_file()} == {0o640}
 
@@ -175,7 +177,8 @@ def test_a_job_is_stopped_and_goes_on_when_it_is_submitted_again(
     text = (tmp_path / job).read_text().replace("max_sequences: 48", "max_sequences: 320")
     (tmp_path / job).write_text(text.replace("sequences_per_shard: 8", "sequences_per_shard: 2"))
     job_id = run_avss("jobs", "submit", job, env=cluster).stdout.strip()
-    partials = tmp_path / "w" / "shard_stats"
+    warehouse = tmp_path / "w"
+    partials = warehouse / "shard_stats"
     wait_until(lambda: len(list(partials.rglob("*.parquet"))) >= 3)
     for worker in ray_processes():
         worker.send_signal(signal.SIGSTOP)  # or it may have ended before it is stopped
@@ -189,7 +192,7 @@ def test_a_job_is_stopped_and_goes_on_when_it_is_submitted_again(
     assert "Traceback" not in followed.stdout
     assert f"Stopped, {kept_shards} of 160 shards are kept; run the same command again to finish." in followed.stdout
     assert kept_shards >= 3
-    assert not list((tmp_path / "w" / "runs").rglob("*.parquet"))
+    assert not list((warehouse / "runs").rglob("*.parquet"))
     (run,) = run_job(read_job(job), executor="local")
     assert run.status == "done"
     assert run.num_shards == 160

@@ -137,21 +137,23 @@ def try_family(kind: str, family: str, folder: Path) -> Row:
     if isinstance(model, str):
         return Row(kind, family, built=model)
 
+    whole = folder / "whole"
+
     def tried(action: Callable[[], object]) -> str:
         try:
             action()
         except AvssError as error:
-            return str(error.message).replace(str(folder / "whole"), family)
+            return str(error.message).replace(str(whole), family)
         return YES
 
     scored = tried(lambda: score(model))
     if scored != YES:
         return Row(kind, family, YES, scored, scored, scored)
     with quiet():
-        model.save_pretrained(folder / "whole")
+        model.save_pretrained(whole)
     return Row(
         *(kind, family, YES, scored),
-        evaluated=tried(lambda: evaluate(model, folder / "whole")),
+        evaluated=tried(lambda: evaluate(model, whole)),
         pruned=tried(lambda: prune_a_layer(model, folder)),
     )
 
@@ -241,12 +243,11 @@ def prune_a_layer(model: Any, folder: Path) -> None:
     """Write ``less`` beside ``whole``, without layer 1, or another if the family keeps that."""
     names = [layer.name.partition("#")[0] for layer in open_module(model).layers]
     refusals = []
+    whole = folder / "whole"
     for drop in (1, 0, 2):
-        plan = Plan(
-            model=str(folder / "whole"), num_layers=len(names), layers=names[0].rpartition(".")[0], drop=(drop,)
-        )
+        plan = Plan(model=str(whole), num_layers=len(names), layers=names[0].rpartition(".")[0], drop=(drop,))
         try:
-            done = prune(str(folder / "whole"), plan, folder / "less")
+            done = prune(str(whole), plan, folder / "less")
         except AvssError as error:
             refusals.append(error)
             continue

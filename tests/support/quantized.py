@@ -25,14 +25,16 @@ def rewrite(
     """Copy a checkpoint, with the projections of its layers replaced and its quantization settings added."""
     shutil.copytree(whole, folder)
     tensors: dict[str, torch.Tensor] = {}
-    for name, tensor in load_file(folder / "model.safetensors").items():
+    weights_file = folder / "model.safetensors"
+    for name, tensor in load_file(weights_file).items():
         if tensor.dim() > 1 and _QUANTIZED.search(name):
             tensors.update(quantize(name, tensor))
         else:
             tensors[name] = tensor
-    save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, folder / "model.safetensors")
-    config = json.loads((folder / "config.json").read_text())
-    (folder / "config.json").write_text(json.dumps(config | {"quantization_config": quantization}))
+    save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, weights_file)
+    config_file = folder / "config.json"
+    config = json.loads(config_file.read_text())
+    config_file.write_text(json.dumps(config | {"quantization_config": quantization}))
     return folder
 
 

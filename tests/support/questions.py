@@ -61,8 +61,9 @@ def write_questions(folder: Path) -> str:
     """A task of multiple choice for the harness: the path of its file."""
     data = folder / "questions.jsonl"
     data.write_text("".join(json.dumps(question) + "\n" for question in QUESTIONS))
-    (folder / "questions.yaml").write_text(HARNESS.format(data=data))
-    return str(folder / "questions.yaml")
+    questions_file = folder / "questions.yaml"
+    questions_file.write_text(HARNESS.format(data=data))
+    return str(questions_file)
 
 
 def questions() -> dict[str, Any]:
