@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from support.checkpoints import llama
+from support.checkpoints import checkpoint_at, llama
 from support.command_line import avss, files, mistake, succeed
 from support.distilling import SMALL
 from support.pairs import write_pairs
@@ -29,7 +29,6 @@ from avss_dist.distillation.distill import Distilled
 from avss_dist.distillation.loss import distillation_loss
 from avss_dist.distillation.pair import default_learning_rate, write_distilled
 from avss_dist.distillation.record import read_record, write_card
-from avss_dist.models.checkpoint.locate import resolve
 from avss_dist.plans.seen import read_seen, write_seen
 from avss_dist.reports.terminal.shrink import distilled_table
 
@@ -87,12 +86,12 @@ def test_the_default_learning_rate_is_in_proportion_to_the_weights(
     distill: Distill, student: Path, tmp_path: Path
 ) -> None:
     sizes = [w.square().mean().sqrt().item() for w in weights_of(student).values() if w.ndim > 1]
-    rate = default_learning_rate(resolve(str(student)), "all")
+    rate = default_learning_rate(checkpoint_at(student), "all")
     assert rate == pytest.approx(1e-3 * float(np.median(sizes)), rel=0.05)
 
     larger = changed_copy(student, tmp_path / "larger", lambda _, value: value * 8)
-    assert default_learning_rate(resolve(str(larger)), "all") == pytest.approx(8 * rate, rel=0.05)
-    assert default_learning_rate(resolve(str(larger)), "lora") == pytest.approx(40 * rate, rel=0.05)
+    assert default_learning_rate(checkpoint_at(larger), "all") == pytest.approx(8 * rate, rel=0.05)
+    assert default_learning_rate(checkpoint_at(larger), "lora") == pytest.approx(40 * rate, rel=0.05)
 
     assert distill(learning_rate=None).record.learning_rate == rate
 
@@ -353,7 +352,7 @@ def test_a_student_keeps_what_was_read_for_it(distilled: Observed, tmp_path: Pat
     write_seen(folder, [SeenText(use="scores", by="a-1", corpus="scored.txt")])
     model = AutoModelForCausalLM.from_pretrained(folder)
     output = tmp_path / "out"
-    write_distilled(resolve(str(folder)), model, output, distilled[0].record)
+    write_distilled(checkpoint_at(folder), model, output, distilled[0].record)
     assert [text.use for text in read_seen(output)] == ["scores", "distillation"]
 
 

@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from support.checkpoints import checkpoint_at
 from transformers import AutoModelForCausalLM
 
 import avss_dist
@@ -22,7 +23,6 @@ from avss_dist.distillation import teacher_text as module
 from avss_dist.distillation.teacher_text import ROWS, has_own_text, rows_at_once, sample, teacher_text, with_own_text
 from avss_dist.models.causal_lm import LanguageModel
 from avss_dist.models.checkpoint.loading import load_tokenizer
-from avss_dist.models.checkpoint.locate import resolve
 from avss_dist.plans.plan import Plan
 
 SETTINGS = Settings(sequence_length=16, dtype="float32", device="cpu")
@@ -31,13 +31,13 @@ SETTINGS = Settings(sequence_length=16, dtype="float32", device="cpu")
 @pytest.mark.parametrize(("free", "rows"), [(1 << 30, ROWS[0]), (1 << 20, ROWS[-1])])
 def test_rows_follow_the_memory(free: int, rows: int, teacher: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "free_memory", lambda _: free)
-    assert rows_at_once(resolve(str(teacher)), SETTINGS) == rows
+    assert rows_at_once(checkpoint_at(teacher), SETTINGS) == rows
 
 
 def test_progress_is_told_after_each_token_and_each_batch(teacher: Path) -> None:
     shares: list[float] = []
     with progress_to(lambda _, share: shares.append(share)):
-        (first, second) = sample(resolve(str(teacher)), replace(SETTINGS, batch_size=8), count=16)
+        (first, second) = sample(checkpoint_at(teacher), replace(SETTINGS, batch_size=8), count=16)
         assert LanguageModel.each(Any, len, ["a", "bc"]) == [1, 2]  # type: ignore[arg-type, list-item]
     assert len(first) + len(second) == 16
     assert len(shares) > 20
@@ -62,17 +62,17 @@ def test_what_was_begun_goes_on_in_batches_of_the_same_size(
 
     monkeypatch.setattr(module, "sample", stopped)
     with pytest.raises(KeyboardInterrupt):
-        teacher_text(resolve(str(teacher)), SETTINGS, **options)
+        teacher_text(checkpoint_at(teacher), SETTINGS, **options)
     monkeypatch.setattr(module, "sample", sampled)
     monkeypatch.setattr(module, "free_memory", lambda _: 1 << 20)
-    file = teacher_text(resolve(str(teacher)), SETTINGS, **options)
-    assert teacher_text(resolve(str(teacher)), SETTINGS, **options) == file
+    file = teacher_text(checkpoint_at(teacher), SETTINGS, **options)
+    assert teacher_text(checkpoint_at(teacher), SETTINGS, **options) == file
     assert not [*tmp_path.glob("*.part")]
     whole_folder = tmp_path / "whole"
     whole_folder.mkdir()
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "another"))
     monkeypatch.setattr(module, "free_memory", lambda _: 1 << 30)
-    whole = teacher_text(resolve(str(teacher)), SETTINGS, **options | {"work": whole_folder})
+    whole = teacher_text(checkpoint_at(teacher), SETTINGS, **options | {"work": whole_folder})
     assert whole.read_bytes() == file.read_bytes()
 
 
@@ -81,7 +81,7 @@ def test_a_repair_is_fitted_on_text_of_the_model(
 ) -> None:
     """With its weight, once for all repairs."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    texts = with_own_text([str(corpus), "self=0.5"], resolve(str(teacher)), SETTINGS)
+    texts = with_own_text([str(corpus), "self=0.5"], checkpoint_at(teacher), SETTINGS)
     assert texts[0] == str(corpus)
     assert texts[1].endswith(".jsonl:text=0.5")
     assert has_own_text(texts)
@@ -101,14 +101,14 @@ def test_tokens_are_drawn_as_the_model_predicts_them(tiny_llama: Path, tmp_path:
     shutil.copytree(tiny_llama, folder)
     (folder / "generation_config.json").write_text('{"do_sample": true, "top_k": 1, "temperature": 0.01}')
     model = AutoModelForCausalLM.from_pretrained(tiny_llama)
-    tokenizer = load_tokenizer(resolve(str(tiny_llama)))
+    tokenizer = load_tokenizer(checkpoint_at(tiny_llama))
     start = special_tokens_around(tokenizer).prefix.tolist() or [tokenizer.bos_token_id or tokenizer.eos_token_id]
     with torch.no_grad():
         expected = model(torch.tensor([start])).logits[0, -1].softmax(-1)
     words = [tokenizer.decode([token], skip_special_tokens=True) for token in range(len(expected))]
     one = Settings(sequence_length=1, batch_size=1000, device="cpu")
     count = 4000
-    seen = Counter(chain.from_iterable(sample(resolve(str(folder)), one, count=count)))
+    seen = Counter(chain.from_iterable(sample(checkpoint_at(folder), one, count=count)))
     share = {word: sum(float(p) for p, w in zip(expected, words, strict=True) if w == word) for word in set(words)}
     for word, wanted in share.items():
         if word.strip():
@@ -119,4 +119,4 @@ def test_tokens_are_drawn_as_the_model_predicts_them(tiny_llama: Path, tmp_path:
 @pytest.mark.nightly
 def test_an_encoder_writes_nothing(tiny_bert: Path) -> None:
     with pytest.raises(ModelError, match="predicts no next token"):
-        next(sample(resolve(str(tiny_bert)), Settings(device="cpu", sequence_length=4), count=1))
+        next(sample(checkpoint_at(tiny_bert), Settings(device="cpu", sequence_length=4), count=1))

@@ -348,7 +348,7 @@ def test_plans_need_the_ablation_and_evaluate_to_its_losses(tiny_llama: Path, tm
         done = succeed("plan", "-w", warehouse, "--run", run.run_id, "--by", by, "--count", 1, "-o", plan)
         assert f"task: {task}:{TEXT}" in plan.read_text(), done.stderr
         (evaluated,) = evaluate(
-            [str(plan)],
+            [plan],
             tasks=[f"perplexity:{TEXT}"],
             warehouse=warehouse,
             skip_sequences=6,

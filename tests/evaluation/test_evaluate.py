@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 import yaml
-from support.checkpoints import host_limit, llama
+from support.checkpoints import checkpoint_at, host_limit, llama
 from support.command_line import as_words, avss, files, mistake, succeed
 from support.experiments import cell_times
 from support.tables import assert_same_evaluations, evaluation_rows
@@ -26,7 +26,6 @@ from avss_dist.core.errors import AvssError, ConfigError, CorpusError
 from avss_dist.core.settings import Settings
 from avss_dist.evaluation.placed import PlacedModel
 from avss_dist.evaluation.planned_tasks import earlier_texts, plan_task, refuse_overlap
-from avss_dist.models.checkpoint.locate import resolve
 from avss_dist.partition.placement import Placement
 from avss_dist.plans.plan import Plan, read_plan
 from avss_dist.plans.seen import seen_by_run
@@ -45,9 +44,9 @@ def test_padding_counts_for_nothing(tiny_llama: Path, tmp_path: Path) -> None:
     text.write_text('{"text": "a rather long line of words, and more words"}\n{"text": "short one"}\n')
     padded = {"tasks": [f"perplexity:{text}"], "layout": "padded", "sequence_length": 64}
     warehouse = tmp_path / "w"
-    together = evaluate([str(tiny_llama)], warehouse=warehouse, **padded)
+    together = evaluate([tiny_llama], warehouse=warehouse, **padded)
     rows = Warehouse(warehouse).table("cells").to_pylist()
-    alone = evaluate([str(tiny_llama)], warehouse=tmp_path / "v", skip_sequences=1, **padded)
+    alone = evaluate([tiny_llama], warehouse=tmp_path / "v", skip_sequences=1, **padded)
     assert together[0].result.samples[1] == pytest.approx(alone[0].result.samples[0], rel=1e-6)
     assert rows[0]["weights"][1] < rows[0]["weights"][0]
 
@@ -60,8 +59,8 @@ def test_a_plan_is_compared_with_its_whole_model_and_no_cell_is_measured_twice(
     plan = tmp_path / "plan.yaml"
     assert avss("plan", "-w", warehouse, "--by", "avss", "--count", 1, "-o", plan).exit_code == 0
     with pytest.raises(ConfigError, match="`skip_sequences` 12"):
-        evaluate([str(plan)], tasks=[TASK], warehouse=warehouse, **SMALL)
-    (evaluation,) = evaluate([str(plan)], tasks=[TASK], warehouse=warehouse, skip_sequences=12, **SMALL)
+        evaluate([plan], tasks=[TASK], warehouse=warehouse, **SMALL)
+    (evaluation,) = evaluate([plan], tasks=[TASK], warehouse=warehouse, skip_sequences=12, **SMALL)
     assert evaluation.retained is not None
     rows = evaluation_rows(warehouse, TASK)
     value = {(row["metric"], len(row["drop"])): row["value"] for row in rows}
@@ -71,7 +70,7 @@ def test_a_plan_is_compared_with_its_whole_model_and_no_cell_is_measured_twice(
     assert evaluation.retained.low <= evaluation.retained.value <= evaluation.retained.high
     before = cell_times(warehouse)
     assert len(before) == 5  # two shards, whole and without a layer; and the first rows with another start
-    evaluate([str(plan)], tasks=[TASK], warehouse=warehouse, skip_sequences=12, **SMALL)
+    evaluate([plan], tasks=[TASK], warehouse=warehouse, skip_sequences=12, **SMALL)
     assert cell_times(warehouse) == before
 
 
@@ -112,7 +111,7 @@ def test_a_model_without_a_head_is_refused_before_it_is_loaded(
 
 def refused_by_both(model: Path, error: type[Exception], says: str, **options: Any) -> None:
     with pytest.raises(error, match=says):
-        evaluate([str(model)], tasks=[TASK], **SMALL | options)
+        evaluate([model], tasks=[TASK], **SMALL | options)
     with pytest.raises(error, match=says):
         ablate(model, corpus="builtin:pydoc", **SMALL | options)
 
@@ -137,7 +136,7 @@ def test_streaming_evaluates_what_has_no_room(tiny_llama: Path, tmp_path: Path) 
     limited = {"max_memory": {"cpu": host_limit(tiny_llama, 200_000, **SMALL)}}
     for name, options in {"whole": {}, "streamed": limited}.items():
         common: dict[str, Any] = {**SMALL, **options, "executor": "local", "warehouse": tmp_path / name}
-        evaluate([str(tiny_llama)], tasks=[TASK], **common)
+        evaluate([tiny_llama], tasks=[TASK], **common)
         ablate(tiny_llama, corpus="builtin:pydoc", shapley=1, gradients=True, **common)
     assert_same_evaluations(tmp_path / "streamed", tmp_path / "whole")
 
@@ -177,7 +176,7 @@ def test_the_base_model_of_the_card_is_evaluated_too(pruned: Path, tmp_path: Pat
     assert np.array_equal(written.result.samples, planned.result.samples)
     assert written.retained.value == planned.retained.value
     cells = Warehouse(warehouse).table("cells").num_rows
-    evaluate([str(smaller)], tasks=[TASK], warehouse=warehouse, **SIZES)
+    evaluate([smaller], tasks=[TASK], warehouse=warehouse, **SIZES)
     assert Warehouse(warehouse).table("cells").num_rows == cells
 
 
@@ -194,31 +193,29 @@ def moved(pruned: Path, tmp_path: Path) -> Path:
 def test_a_base_model_that_is_not_found_is_refused_before_work(moved: Path, tmp_path: Path) -> None:
     warehouse = tmp_path / "w"
     with pytest.raises(ConfigError, match=r"whole, the base model of .*smaller, is not found"):
-        evaluate([str(moved)], tasks=[TASK], warehouse=warehouse, **SIZES)
+        evaluate([moved], tasks=[TASK], warehouse=warehouse, **SIZES)
     assert not warehouse.exists()
 
 
 def test_a_base_model_that_has_changed_is_refused_before_work(moved: Path, save_checkpoint: Save) -> None:
     save_checkpoint(llama(seed=9), moved.parent / "whole")
     with pytest.raises(ConfigError, match="was made of it at"):
-        evaluate([str(moved)], tasks=[TASK], warehouse=moved.parent / "w", **SIZES)
+        evaluate([moved], tasks=[TASK], warehouse=moved.parent / "w", **SIZES)
 
 
 def test_a_base_model_beside_the_checkpoint_is_found(moved: Path, pruned: Path) -> None:
     shutil.copytree(pruned / "whole", moved.parent / "whole")
-    (evaluation,) = evaluate([str(moved)], tasks=[TASK], warehouse=moved.parent / "w", **SIZES)
+    (evaluation,) = evaluate([moved], tasks=[TASK], warehouse=moved.parent / "w", **SIZES)
     assert evaluation.retained is not None
 
 
 def test_a_base_model_can_be_named(moved: Path, pruned: Path) -> None:
-    (evaluation,) = evaluate(
-        [str(moved)], tasks=[TASK], base=str(pruned / "whole"), warehouse=moved.parent / "w", **SIZES
-    )
+    (evaluation,) = evaluate([moved], tasks=[TASK], base=str(pruned / "whole"), warehouse=moved.parent / "w", **SIZES)
     assert evaluation.retained is not None
 
 
 def test_a_pruned_checkpoint_that_is_its_own_base_is_evaluated_alone(moved: Path) -> None:
-    (evaluation,) = evaluate([str(moved)], tasks=[TASK], base=str(moved), warehouse=moved.parent / "w", **SIZES)
+    (evaluation,) = evaluate([moved], tasks=[TASK], base=str(moved), warehouse=moved.parent / "w", **SIZES)
     assert evaluation.retained is None
 
 
@@ -238,16 +235,16 @@ def test_models_that_were_not_pruned_have_no_base(pruned: Path, tmp_path: Path) 
     assert pruned_from(whole) is None
     (tmp_path / "README.md").write_text("---\nbase_model: org/name\n---\n\nA fine-tuned model.\n")
     assert pruned_from(tmp_path) is None
-    (alone,) = evaluate([str(whole)], tasks=[TASK], warehouse=tmp_path / "w", **SIZES)
+    (alone,) = evaluate([whole], tasks=[TASK], warehouse=tmp_path / "w", **SIZES)
     assert alone.retained is None
 
 
 def test_a_base_that_cannot_be(pruned: Path, tmp_path: Path) -> None:
     common: dict[str, Any] = {"tasks": [TASK], "warehouse": tmp_path / "w", **SIZES}
     with pytest.raises(ConfigError, match="`base` has no effect on plans"):
-        evaluate([str(pruned / "plan.yaml")], base=str(pruned / "whole"), **common)
+        evaluate([pruned / "plan.yaml"], base=str(pruned / "whole"), **common)
     with pytest.raises(AvssError, match="nowhere"):
-        evaluate([str(pruned / "smaller")], base=str(tmp_path / "nowhere"), **common)
+        evaluate([pruned / "smaller"], base=str(tmp_path / "nowhere"), **common)
 
 
 # Text that scores have seen is refused, however it is written; other text is not
@@ -277,14 +274,14 @@ def seen(tiny_llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Seen:
 def refuse(seen: Seen, model: Path, task: Task) -> None:
     run = Warehouse(seen[0]).run(seen[1])
     assert run is not None
-    refuse_overlap([task], earlier_texts(seen_by_run(run), resolve(str(model))))
+    refuse_overlap([task], earlier_texts(seen_by_run(run), checkpoint_at(model)))
 
 
 def task_on(text: str, model: Path, folder: Path, name: str = "read.txt", **changes: Any) -> Task:
     file = folder / name
     file.write_bytes(text.encode())
     read: dict[str, Any] = {"settings": Settings(**SHORT | changes), "placement": Placement()}
-    return plan_task(PlacedModel(checkpoint=resolve(str(model)), **read), f"perplexity:{file}").task
+    return plan_task(PlacedModel(checkpoint=checkpoint_at(model), **read), f"perplexity:{file}").task
 
 
 @pytest.mark.parametrize("name", SAME)
@@ -344,7 +341,7 @@ def text(tmp_path: Path) -> Path:
 @pytest.mark.parametrize("added", ["$A", "<bos> $A", "<bos> $A <eos>"])
 def test_the_perplexity_of_a_text_is_that_of_transformers(added: str, text: Path, tmp_path: Path) -> None:
     folder = save_with_words(tmp_path / "model", llama(), added)
-    (evaluation,) = evaluate([str(folder)], tasks=[f"perplexity:{text}"], warehouse=tmp_path / "w", **SHORT_ROWS)
+    (evaluation,) = evaluate([folder], tasks=[f"perplexity:{text}"], warehouse=tmp_path / "w", **SHORT_ROWS)
     model = AutoModelForCausalLM.from_pretrained(folder).eval()
     tokenizer = AutoTokenizer.from_pretrained(folder)
     words = text.read_text().split()
@@ -389,11 +386,11 @@ def test_a_model_that_expects_another_start_is_found_out(text: Path, tmp_path: P
     wrong = SHORT_ROWS | {"row_start": "none"}
     score(str(folder), corpus=str(text), warehouse=warehouse, **SHORT_ROWS)
     score(str(folder), corpus=str(text), warehouse=warehouse, **wrong)
-    right = evaluate([str(folder)], tasks=[f"perplexity:{text}"], warehouse=warehouse, **SHORT_ROWS)
+    right = evaluate([folder], tasks=[f"perplexity:{text}"], warehouse=warehouse, **SHORT_ROWS)
     assert right[0].result.value == pytest.approx(np.log(WORDS), rel=1e-3)
     assert not right.findings
     assert not [row for row in findings(Warehouse(warehouse)).to_pylist() if row["kind"] == "row_start"]
-    evaluations = evaluate([str(folder)], tasks=[f"perplexity:{text}"], warehouse=warehouse, **wrong)
+    evaluations = evaluate([folder], tasks=[f"perplexity:{text}"], warehouse=warehouse, **wrong)
     (sentence,) = evaluations.findings
     wrong_losses = evaluations[0].result.samples / evaluations[0].result.weights
     assert f"model has a perplexity of {np.exp(wrong_losses[:4].mean()):,.1f} on the first rows of {text}" in sentence
@@ -410,7 +407,7 @@ def test_a_tokenizer_that_does_not_add_the_bos_that_its_model_expects_is_found_o
     folder = save_with_words(tmp_path / "model", expecting_bos(), "$A")
     task = f"perplexity:{text}"
     warehouse = tmp_path / "w"
-    (sentence,) = evaluate([str(folder)], tasks=[task], warehouse=warehouse, **SHORT_ROWS).findings
+    (sentence,) = evaluate([folder], tasks=[task], warehouse=warehouse, **SHORT_ROWS).findings
     assert "with another start of each row, which it seems to expect" in sentence
     rows = evaluation_rows(warehouse, f"{ROW_START}{text}")
     losses = {row["metric"]: row["value"] for row in rows}

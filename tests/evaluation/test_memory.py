@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from support.activations import peak_of_saved_bytes
 from support.causal_lm import SMALL, opened, packed_or_padded, random_shard
-from support.checkpoints import llama
+from support.checkpoints import checkpoint_at, llama
 from support.devices import devices_of
 from support.planning import llama_like
 
@@ -19,7 +19,6 @@ from avss_dist.evaluation.events import CellsStarted, MemoryNeeded
 from avss_dist.evaluation.memory import activations_of, estimate_memory, measure_bytes
 from avss_dist.evaluation.placed import PlacedModel
 from avss_dist.models.causal_lm import LanguageModel
-from avss_dist.models.checkpoint.locate import resolve
 from avss_dist.models.checkpoint.size import footprint
 from avss_dist.partition.placement import Placement
 from avss_dist.tasks.backward import Gradients
@@ -67,12 +66,12 @@ def test_activations_are_about_as_large_as_estimated(kind: str, layers: int, mod
 
 def test_nothing_is_estimated_where_a_model_is_divided(tiny_llama: Path) -> None:
     placement = Placement(partition="streaming")
-    placed = PlacedModel(checkpoint=resolve(str(tiny_llama)), settings=Settings(**SMALL), placement=placement)
+    placed = PlacedModel(checkpoint=checkpoint_at(tiny_llama), settings=Settings(**SMALL), placement=placement)
     assert estimate_memory(placed, [LeaveOneOut(random_shard())], devices_of("cpu", 1 << 30)) is None
 
 
 def test_the_largest_measure_counts(tiny_llama: Path) -> None:
-    placed = PlacedModel(checkpoint=resolve(str(tiny_llama)), settings=Settings(**SMALL), placement=Placement())
+    placed = PlacedModel(checkpoint=checkpoint_at(tiny_llama), settings=Settings(**SMALL), placement=Placement())
     measures = [Gradients(random_shard()), LeaveOneOut(random_shard())]
     alone = estimate_memory(placed, measures[:1], devices_of("cpu", 1 << 30))
     assert alone == estimate_memory(placed, measures, devices_of("cpu", 1 << 30))

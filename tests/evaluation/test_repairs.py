@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 import torch
 from rich.console import Console
-from support.checkpoints import llama
+from support.checkpoints import checkpoint_at, llama
 from support.command_line import avss, mistake, succeed
 from support.experiments import cell_times, comparable, experiment_of, run_job_in
 from support.families import lively, tiny_model
@@ -37,7 +37,6 @@ from avss_dist.evaluation.repairs import fit_repairs, plan_fits, read_repaired
 from avss_dist.evaluation.session import EvaluationSession
 from avss_dist.models.change.patches import decode_patch, encode_patch, patch_changes
 from avss_dist.models.checkpoint.loading import open_module
-from avss_dist.models.checkpoint.locate import resolve
 from avss_dist.models.forward import changing
 from avss_dist.partition import group
 from avss_dist.partition.execution import Execution
@@ -115,7 +114,7 @@ def test_a_patch_in_place_is_the_repaired_checkpoint(
     model = lively(tiny_model("causal", family))
     folder = save_checkpoint(model, tmp_path / "whole")
     layers = open_module(model).layers[0].name.rpartition(".")[0]
-    checkpoint = resolve(str(folder))
+    checkpoint = checkpoint_at(folder)
     settings = Settings(**READ, max_sequences=60, dtype="float32")
     placement = Placement(partition=partition)
     repair = Repair(by="map", corpora=(TEXT,), settings=settings)
@@ -131,8 +130,8 @@ def test_a_patch_in_place_is_the_repaired_checkpoint(
         repaired = replace(without, patch=patch)
         losses = total_losses(executor, task.cells([without, repaired, NO_INTERVENTION]))
         plan = Plan(model=str(folder), num_layers=3, layers=layers, drop=(1,))
-        prune(str(folder), plan, less_folder, repair=repair)
-        less = resolve(str(less_folder))
+        prune(folder, plan, less_folder, repair=repair)
+        less = checkpoint_at(less_folder)
         pruned_task = plan_text_task(PlacedModel(checkpoint=less, settings=text, placement=Placement()), TEXT)
         expected = total_losses(executor, pruned_task.cells())
         again = total_losses(executor, task.cells())
@@ -166,7 +165,7 @@ def test_a_patch_is_the_same_bytes_and_leaves_no_trace() -> None:
 def fit_by_copies(model: Path, copies: int, partition: str = "single", rows: int = 60) -> PlannedTask:
     """Return the fit of a repair that so many copies of a model share."""
     settings = Settings(**READ, max_sequences=rows, dtype="float32")
-    placed = PlacedModel(checkpoint=resolve(str(model)), settings=settings, placement=Placement(partition=partition))
+    placed = PlacedModel(checkpoint=checkpoint_at(model), settings=settings, placement=Placement(partition=partition))
     return plan_fits(placed, "layers", ["refit_all"], (TEXT,), copies)["refit_all"]
 
 
@@ -206,7 +205,7 @@ def test_each_batch_is_of_one_copy(deep: Path, monkeypatch: pytest.MonkeyPatch) 
     taken = []
     for rank in range(3):
         monkeypatch.setattr(group, "rank_and_size", lambda rank=rank: (rank, 3))
-        with closing(open_replica(resolve(str(deep)), settings, placement, head=True)) as replica:
+        with closing(open_replica(checkpoint_at(deep), settings, placement, head=True)) as replica:
             assert replica.language_model is not None
             assert replica.language_model.reports == (rank == 0)
             taken.append([*replica.language_model.local_indices(7)])
@@ -298,7 +297,7 @@ def test_a_row_is_what_the_pruned_checkpoint_gives(repair: str, done: Done, deep
     Plan(model=str(deep), num_layers=8, layers="layers", drop=tuple(row["drop"])).write(plan)
     assert pruned(deep, plan, fitted_here, repair).exit_code == 0
     read = {**READ, "skip_sequences": 72, "max_sequences": 8, "dtype": "float32"}
-    (evaluation,) = evaluate([str(fitted_here)], tasks=[TASK], warehouse=tmp_path / "w", **read)
+    (evaluation,) = evaluate([fitted_here], tasks=[TASK], warehouse=tmp_path / "w", **read)
     assert evaluation.result.value == row["value"]
     assert evaluation.result.stderr == row["stderr"]
     tensors, _ = decode_patch(Storage(warehouse).read_patch(row["patch"]))

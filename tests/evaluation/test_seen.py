@@ -11,7 +11,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from support.checkpoints import llama
+from support.checkpoints import checkpoint_at, llama
 from support.texts import sentences
 
 import avss_dist
@@ -21,7 +21,6 @@ from avss_dist.corpus.seen import SeenText
 from avss_dist.evaluation import planned_tasks
 from avss_dist.evaluation.placed import PlacedModel
 from avss_dist.evaluation.planned_tasks import plan_task, refuse_seen
-from avss_dist.models.checkpoint.locate import resolve
 from avss_dist.partition.placement import Placement
 from avss_dist.plans.plan import ModelPlan, Plan, read_checked_plan, read_plan
 from avss_dist.plans.seen import read_seen
@@ -74,7 +73,7 @@ def plans(folder: Path) -> dict[str, Any]:
 
 def refuse(folder: Path, text: str, *plans: ModelPlan, **changes: Any) -> None:
     """Refuse to evaluate plans on a text, if it was read on the way to them."""
-    checkpoint = resolve(str(folder / "model"))
+    checkpoint = checkpoint_at(folder / "model")
     placed = PlacedModel(checkpoint=checkpoint, settings=Settings(**READ | changes), placement=Placement())
     task = plan_task(placed, f"perplexity:{folder / text}.txt").task
     refuse_seen([task], checkpoint, plans, Warehouse(folder / "w"), [])
@@ -158,7 +157,7 @@ def test_keys_of_the_task_read_the_text_again(folder: Path, plans: dict[str, Any
     monkeypatch.setattr(planned_tasks, "read_again", read)
     uri = "s3://KEY:SECRET@bucket/a.txt"
     seen = SeenText(use="scores", by="a-1", corpus=uri)
-    checkpoint = resolve(str(folder / "model"))
+    checkpoint = checkpoint_at(folder / "model")
     (text,) = planned_tasks.earlier_texts([seen], checkpoint, [uri])
     text.read()
     assert opened == [uri]
@@ -182,7 +181,7 @@ def test_the_revision_of_a_checkpoint_does_not_depend_on_them(
     avss_dist.prune(model, plans["loss"], pruned)
     other = tmp_path / "other"
     avss_dist.prune(model, without_seen(plans["loss"]), other / "pruned")
-    assert resolve(str(pruned)).revision == resolve(str(other / "pruned")).revision
+    assert checkpoint_at(pruned).revision == checkpoint_at(other / "pruned").revision
 
 
 def test_a_pruned_checkpoint_is_evaluated_on_no_text_of_its_plan(

@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 import pytest
 from support.causal_lm import SMALL
+from support.checkpoints import checkpoint_at
 from support.documentation import DOCS, code_blocks, read
 
 from avss_dist.analysis.verdict import judgement, lacks_interval
@@ -24,7 +25,6 @@ from avss_dist.evaluation.events import CellDone, CellsStarted, Event
 from avss_dist.evaluation.placed import PlannedTask
 from avss_dist.evaluation.planned_tasks import plan_text_task
 from avss_dist.evaluation.session import EvaluationSession, failure, results_under
-from avss_dist.models.checkpoint.locate import resolve
 from avss_dist.partition.execution import Execution
 from avss_dist.partition.replica import Replica
 from avss_dist.runs import work
@@ -78,7 +78,7 @@ def session_of(
 
 
 def task_of(session: EvaluationSession, model: Path) -> PlannedTask:
-    return plan_text_task(session.place(resolve(str(model)), SETTINGS), TEXT)
+    return plan_text_task(session.place(checkpoint_at(model), SETTINGS), TEXT)
 
 
 def test_the_example_of_the_guide_measures_two_things_on_one_loaded_model(

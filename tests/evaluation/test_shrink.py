@@ -19,6 +19,7 @@ import numpy as np
 import pytest
 import ray
 from rich.console import Console
+from support.checkpoints import checkpoint_at
 from support.command_line import as_words, avss, mistake, succeed
 from support.experiments import cell_times
 from support.families import tiny_model
@@ -45,7 +46,6 @@ from avss_dist.evaluation.repairs import copies_of
 from avss_dist.evaluation.session import EvaluationSession
 from avss_dist.models.causal_lm import LanguageModel
 from avss_dist.models.checkpoint.loading import load_tokenizer
-from avss_dist.models.checkpoint.locate import resolve
 from avss_dist.partition.execution import Execution
 from avss_dist.partition.placement import Placement
 from avss_dist.plans.choice import PlanError
@@ -115,9 +115,7 @@ def test_a_quarter_goes_and_is_repaired(done: Shrunk, deep: Path) -> None:
     assert task.retentions["repaired"].value > task.retentions["pruned"].value
     assert [len(candidate.plan.drop) for candidate in done.curve] == [2]
     read = {**READ, "max_sequences": 10}
-    again = evaluate(
-        [str(deep), done.folder], tasks=[TASK], warehouse=f"{done.folder}-again", skip_sequences=10, **read
-    )
+    again = evaluate([deep, done.folder], tasks=[TASK], warehouse=f"{done.folder}-again", skip_sequences=10, **read)
     assert [evaluation.result.value for evaluation in again] == [whole.value, repaired.value]
     assert read_repairs(Path(done.folder)) == [done.record]
     card = (Path(done.folder) / "README.md").read_text()
@@ -147,7 +145,7 @@ def test_models_continue_held_out_text_as_plain_transformers_does(done: Shrunk, 
     """The start of three rows that are evaluated on, by the whole and the written model, and by the pruned one."""
     tokenizer = AutoTokenizer.from_pretrained(deep)
     read = Settings(**ROWS | {"max_sequences": 3, "skip_sequences": 10})
-    rows = plan_text(resolve(str(deep)), TEXT, read).shards[0].input_ids
+    rows = plan_text(checkpoint_at(deep), TEXT, read).shards[0].input_ids
     prompts = [tokenizer.decode(row[:16]) for row in rows]
     assert texts_of(done) == [*product(MODELS, prompts)]
     texts = {(row["prompt"], row["model"]): row["text"] for row in done.continuations}
@@ -195,7 +193,7 @@ def test_the_parts_of_the_text_are_apart(done: Shrunk, deep: Path) -> None:
     (task,) = done.best.tasks
     assert len(task.results["whole"].samples) == 10
     read = Settings(max_sequences=160, sequence_length=32)
-    split = split_rows(resolve(str(deep)), [RedactedURI(TEXT)], read)
+    split = split_rows(checkpoint_at(deep), [RedactedURI(TEXT)], read)
     assert split == TextSplit(scored=MOST_SCORED, evaluated=20, rows=160)
 
 
@@ -216,7 +214,7 @@ def test_the_checkpoint_is_not_evaluated_on_the_rows_of_its_scores(done: Shrunk,
 def rows_of(model: Path, task: str, split: TextSplit, **options: Any) -> np.ndarray:
     """Return the rows of a task of a model that is shrunk on `TEXT`."""
     request = ShrinkRequest(model, output="out", corpus=TEXT, tasks=[task], **READ, **options)
-    placed = PlacedModel(checkpoint=resolve(str(model)), settings=request.settings, placement=Placement())
+    placed = PlacedModel(checkpoint=checkpoint_at(model), settings=request.settings, placement=Placement())
     (planned,) = held_out_tasks(placed, request, split).values()
     return np.concatenate([part.shard.input_ids for part in planned.task.parts if isinstance(part, TextLoss)])
 
@@ -226,7 +224,7 @@ def test_rows_of_an_independent_text_are_not_skipped(tiny_llama: Path, tmp_path:
     other = tmp_path / "other.txt"
     other.write_text("\n".join(sentences(12, seed=7)))
     rows = rows_of(tiny_llama, f"perplexity:{other}", TextSplit(scored=16, evaluated=8, rows=256))
-    first = tokenize_corpus(str(other), load_tokenizer(resolve(str(tiny_llama))), Settings(**ROWS))
+    first = tokenize_corpus(str(other), load_tokenizer(checkpoint_at(tiny_llama)), Settings(**ROWS))
     assert np.array_equal(rows, np.concatenate([shard.input_ids for shard in first.shards])[:8])
 
 

@@ -22,6 +22,7 @@ import pytest
 import ray
 import torch
 from support.causal_lm import random_shard
+from support.checkpoints import checkpoint_at
 from support.families import tiny_model
 from support.oracle import FLOAT_FIELDS
 from support.tiers import all_of
@@ -39,7 +40,6 @@ from avss_dist.measure.observer import Observer
 from avss_dist.measure.rows import CountedTokens, by_matrices, in_order, masks_by_stratum, row_tensors
 from avss_dist.measure.shard import SEE_PADDING, UNIT_SITES, analyze_shard, counter_bytes, follow
 from avss_dist.models.checkpoint.loading import load_tokenizer
-from avss_dist.models.checkpoint.locate import resolve
 from avss_dist.models.checkpoint.size import footprint
 from avss_dist.models.structure.layers import first_tensor
 from avss_dist.partition.placement import Placement
@@ -57,7 +57,7 @@ SETTINGS = Settings(batch_size=2, device="cpu")
 
 def opened(family: str, folder: Path, settings: Settings) -> Replica:
     tiny_model("causal", family).save_pretrained(folder)
-    return Replica(resolve(str(folder)), settings)
+    return Replica(checkpoint_at(folder), settings)
 
 
 def test_a_model_without_any_of_the_sites_is_refused(tmp_path: Path) -> None:
@@ -89,7 +89,7 @@ def test_padding_changes_the_tokens_of_some_families_alone_and_they_have_a_note(
             if parameter.dim() == 2:
                 parameter *= 4  # or layers add next to nothing
     model.save_pretrained(tmp_path)
-    replica = Replica(resolve(str(tmp_path)), SETTINGS)
+    replica = Replica(checkpoint_at(tmp_path), SETTINGS)
     shard = random_shard()
     padded = analyze_shard(replica, shard, SETTINGS, rows=5)
     alone = analyze_shard(replica, shard, SETTINGS, rows=1)
@@ -104,7 +104,7 @@ def test_padding_changes_the_tokens_of_some_families_alone_and_they_have_a_note(
 
 def test_every_token_of_padded_rows_counts_once_and_only_what_is_asked_is_told(tiny_llama: Path) -> None:
     shard = random_shard()
-    result = analyze_shard(Replica(resolve(str(tiny_llama)), SETTINGS), shard, SETTINGS)
+    result = analyze_shard(Replica(checkpoint_at(tiny_llama), SETTINGS), shard, SETTINGS)
     tokens = int(shard.lengths.sum())
     assert {stats.count for key, stats in result.stats.items() if key[1] == "block"} == {tokens * 32}
     assert result.num_tokens == tokens
@@ -118,7 +118,7 @@ def test_rows_of_answers_have_the_tokens_of_prompts_and_answers(tiny_llama: Path
     shard = random_shard()
     starts = np.array([3, 0, 9, 23, 20], np.int32)
     pairing = Pairing(rows=np.arange(5), pairs=np.arange(5) // 2, strata=("good", "bad") * 2 + ("good",), starts=starts)
-    result = analyze_shard(Replica(resolve(str(tiny_llama)), SETTINGS), replace(shard, pairing=pairing), SETTINGS)
+    result = analyze_shard(Replica(checkpoint_at(tiny_llama), SETTINGS), replace(shard, pairing=pairing), SETTINGS)
     assert result.rows is not None
     assert shard.lengths.tolist() == [24, 24, 9, 24, 17]
     for name, expected in (("prompt_tokens", starts.tolist()), ("answer_tokens", [21, 24, 0, 1, 0])):
@@ -161,12 +161,12 @@ class SmallDevice(Replica):
 
 @pytest.fixture(scope="module")
 def replica(tiny_llama: Path) -> SmallDevice:
-    return SmallDevice(resolve(str(tiny_llama)), BATCHES_OF_8)
+    return SmallDevice(checkpoint_at(tiny_llama), BATCHES_OF_8)
 
 
 @pytest.fixture(scope="module")
 def shard(tiny_llama: Path) -> Shard:
-    return tokenize_corpus("builtin:pydoc", load_tokenizer(resolve(str(tiny_llama))), BATCHES_OF_8).shards[0]
+    return tokenize_corpus("builtin:pydoc", load_tokenizer(checkpoint_at(tiny_llama)), BATCHES_OF_8).shards[0]
 
 
 @pytest.mark.parametrize("most", [7, 3, 1])
@@ -214,7 +214,7 @@ def test_a_shard_is_concluded_while_the_next_one_is_computed(
 ) -> None:
     """As a worker with a GPU does it, in two threads: an error of the first one is its own, and the other's comes."""
     expected = analyze_shard(replica, shard, BATCHES_OF_8)
-    spec = ReplicaSpec(checkpoint=resolve(str(tiny_llama)), settings=BATCHES_OF_8, placement=Placement())
+    spec = ReplicaSpec(checkpoint=checkpoint_at(tiny_llama), settings=BATCHES_OF_8, placement=Placement())
     worker = Worker("rank 0", BATCHES_OF_8.threads, None, current_umask())
     monkeypatch.setattr(worker, "_spec", spec)
     monkeypatch.setattr(worker, "_model", replica)
@@ -258,7 +258,7 @@ def test_a_late_worker_writes_no_shard_of_a_run_that_has_ended(
     """It gives the shard to the driver, which needs it no more."""
     store = Store(tmp_path)
     shared = share(store, "run")
-    spec = ReplicaSpec(checkpoint=resolve(str(tiny_llama)), settings=BATCHES_OF_8, placement=Placement())
+    spec = ReplicaSpec(checkpoint=checkpoint_at(tiny_llama), settings=BATCHES_OF_8, placement=Placement())
     rows = BATCHES_OF_8.batch_size
     assignment = ShardAssignment(shard=shard, rows=rows, forwards=0, run_id="run", warehouse=shared)
 
@@ -414,7 +414,7 @@ CORPUS = os.environ.get("AVSS_TEST_CORPUS", "builtin:pydoc")
 def test_the_released_reading_of_avss(smollm2: Path) -> None:
     """``pooled`` at 1e-5 against the formula over hidden states, in a few lines of torch."""
     settings = Settings(max_sequences=2, sequence_length=64, batch_size=1, dtype="bfloat16", sites=("block",))
-    checkpoint = resolve(str(smollm2))
+    checkpoint = checkpoint_at(smollm2)
     shard = tokenize_corpus(CORPUS, load_tokenizer(checkpoint), settings).shards[0]
     replica = Replica(checkpoint, settings)
     rows = score_run(analyze_shard(replica, shard, settings).stats, [layer.name for layer in replica.layers])
@@ -439,7 +439,7 @@ def test_a_threshold_without_a_rerun_equals_a_rerun(smollm2: Path, dtype: str) -
     drawn = np.exp(np.random.default_rng(0).uniform(np.log(1e-4), np.log(3.0), 40))
     settings = Settings(max_sequences=2, sequence_length=48, batch_size=2, dtype=dtype)
     rerun = replace(settings, thresholds=(*drawn, 0.6875))
-    checkpoint = resolve(str(smollm2))
+    checkpoint = checkpoint_at(smollm2)
     shard = tokenize_corpus(CORPUS, load_tokenizer(checkpoint), settings).shards[0]
     replica = Replica(checkpoint, settings)
     stored = analyze_shard(replica, shard, settings).stats

@@ -15,7 +15,7 @@ import torch
 from huggingface_hub.utils import SafetensorsFileMetadata, SafetensorsRepoMetadata
 from huggingface_hub.utils._safetensors import TensorInfo
 from safetensors.torch import load_file
-from support.checkpoints import VOCABULARY, llama
+from support.checkpoints import VOCABULARY, checkpoint_at, llama
 from support.families import tiny_model
 from support.ggufs import write_gguf
 from support.quantized import block_fp8
@@ -26,7 +26,6 @@ from transformers import AutoModelForCausalLM
 from avss_dist.core.errors import ModelError
 from avss_dist.core.settings import Settings
 from avss_dist.models.checkpoint.loading import load
-from avss_dist.models.checkpoint.locate import resolve
 from avss_dist.models.checkpoint.quantization import unpacking_bytes
 from avss_dist.models.checkpoint.size import footprint
 from avss_dist.partition.replica import Replica
@@ -83,7 +82,7 @@ def test_it_is_what_single_loads(kind: str, family: str, dtype: str, folder_of: 
     folder = folder_of(kind, family)
     settings = Settings(device="cpu", dtype=dtype)
     size = footprint(str(folder), settings)
-    checkpoint = resolve(str(folder))
+    checkpoint = checkpoint_at(folder)
     replica = Replica(checkpoint, settings)
     backbone = load(checkpoint, settings, CPU)
     assert size.num_parameters == replica.model["num_parameters"]
@@ -102,7 +101,7 @@ def test_operations_are_those_that_torch_counts(kind: str, family: str, folder_o
     folder = folder_of(kind, family)
     settings = Settings(device="cpu", attention=None if family == "mamba" else "eager")
     size = footprint(str(folder), settings)
-    backbone = load(resolve(str(folder)), settings, CPU)
+    backbone = load(checkpoint_at(folder), settings, CPU)
     backbone.module.config._experts_implementation = "eager"  # the counter knows no grouped multiplication
     rows = 2
     tokens = 32
@@ -157,7 +156,7 @@ def test_quantized_weights(tiny_llama: Path, tmp_path: Path) -> None:
 def test_a_gguf_file(tmp_path: Path) -> None:
     file = write_gguf(llama(), tmp_path / "tiny.gguf")
     size = footprint(str(file), SETTINGS)
-    assert size.num_parameters == Replica(resolve(str(file)), SETTINGS).model["num_parameters"]
+    assert size.num_parameters == Replica(checkpoint_at(file), SETTINGS).model["num_parameters"]
     assert size.weight_bytes == 4 * size.num_parameters
     assert size.unpacking_bytes == max(2 * 4 * 320 * 32 - size.layer_bytes[0], 2 * 4 * 32 * 48)  # embeddings, MLP
     bad_file = tmp_path / "bad.gguf"

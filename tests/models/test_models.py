@@ -22,7 +22,7 @@ import pytest
 import torch
 import transformers
 from safetensors.torch import load_file, save_file
-from support.checkpoints import LAYERS, llama
+from support.checkpoints import LAYERS, checkpoint_at, llama
 from support.command_line import avss
 from support.families import tiny_model
 from support.quantized import block_fp8, compressed_tensors
@@ -79,7 +79,7 @@ def hub(tiny_llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> It
 def test_a_folder_is_found_by_any_path_and_hashed(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(folder.parent)
     monkeypatch.setenv("HOME", str(folder.parent))
-    absolute = resolve(str(folder))
+    absolute = checkpoint_at(folder)
     assert absolute.source == "folder"
     assert absolute.folder == folder
     assert absolute.gguf == {}
@@ -133,7 +133,7 @@ def test_what_is_missing_is_named(hub: Path, spec: str, message: str) -> None:
 
 def test_the_revision_is_that_of_what_is_read(folder: Path, tiny_llama: Path) -> None:
     """Not of the path or of unrelated files, and of shipped code only where it runs."""
-    before = resolve(str(folder)).revision
+    before = checkpoint_at(folder).revision
     (folder / "README.md").write_text("Changed.")
     logs = folder / "logs"
     logs.mkdir()
@@ -143,12 +143,12 @@ def test_the_revision_is_that_of_what_is_read(folder: Path, tiny_llama: Path) ->
         (folder / "modeling.py").write_text(f"layers = {number}\n")
         trusted.append(resolve(str(folder), trust_remote_code=True).revision)
     moved = folder.rename(folder.parent / "moved")
-    assert resolve(str(moved)).revision == resolve(str(tiny_llama)).revision == before
+    assert checkpoint_at(moved).revision == checkpoint_at(tiny_llama).revision == before
     llama(seed=7).save_pretrained(moved)
-    weights = resolve(str(moved)).revision
+    weights = checkpoint_at(moved).revision
     config = json.loads((moved / "config.json").read_text())
     (moved / "config.json").write_text(json.dumps(config | {"rms_norm_eps": 0.1}))
-    assert len({before, *trusted, weights, resolve(str(moved)).revision}) == 5
+    assert len({before, *trusted, weights, checkpoint_at(moved).revision}) == 5
 
 
 def test_a_large_file_is_hashed_once_and_again_when_it_changes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -190,7 +190,7 @@ def test_a_slug_is_a_plain_file_name(name: str, expected: str) -> None:
 def test_the_slug_of_a_gguf_file_is_its_stem(tmp_path: Path) -> None:
     gguf_file = tmp_path / "tiny-Q8_0.gguf"
     gguf_file.write_bytes(b"GGUF")
-    checkpoint = resolve(str(gguf_file))
+    checkpoint = checkpoint_at(gguf_file)
     assert checkpoint.source == "gguf"
     assert checkpoint.slug == "tiny-Q8_0"
     assert checkpoint.folder == tmp_path
@@ -198,7 +198,7 @@ def test_the_slug_of_a_gguf_file_is_its_stem(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("fixture", ["tiny_llama", "tiny_bert"])
 def test_a_decoder_and_an_encoder_load_as_backbones(fixture: str, request: pytest.FixtureRequest) -> None:
-    backbone = load(resolve(str(request.getfixturevalue(fixture))), Settings(), CPU)
+    backbone = load(checkpoint_at(request.getfixturevalue(fixture)), Settings(), CPU)
     names = type(backbone.module).__name__, backbone.columns["architecture"], backbone.columns["family"]
     assert names == ("LlamaModel", "LlamaForCausalLM", "llama") or names == ("BertModel", "BertModel", "bert")
     expected = {"hidden_size": 32, "dtype": "float32", "attention_implementation": "sdpa"}
@@ -212,7 +212,7 @@ def test_a_checkpoint_for_sequence_classification_loads_as_a_backbone(tmp_path: 
     torch.manual_seed(0)
     config = transformers.DistilBertConfig(vocab_size=320, dim=32, n_layers=2, n_heads=2, hidden_dim=48)
     model = transformers.DistilBertForSequenceClassification(config).eval()
-    backbone = load(resolve(str(save_checkpoint(model, tmp_path / "classifier"))), Settings(), CPU)
+    backbone = load(checkpoint_at(save_checkpoint(model, tmp_path / "classifier")), Settings(), CPU)
     assert type(backbone.module).__name__ == "DistilBertModel"
     assert backbone.columns["family"] == "distilbert"
     ids = torch.arange(24).reshape(2, 12)
@@ -234,14 +234,14 @@ def test_the_dtype_is_the_checkpoints_unless_asked(
     stored: str, asked: str, computed: str, tmp_path: Path, save_checkpoint: Save
 ) -> None:
     folder = save_checkpoint(llama().to(getattr(torch, stored)), tmp_path / "model")
-    backbone = load(resolve(str(folder)), Settings(dtype=asked), CPU)
+    backbone = load(checkpoint_at(folder), Settings(dtype=asked), CPU)
     assert backbone.columns["dtype"] == computed
     assert {p.dtype for p in backbone.module.parameters()} == {getattr(torch, computed)}
 
 
 def test_the_attention_implementation_is_the_one_asked_for(tiny_llama: Path) -> None:
     assert (
-        load(resolve(str(tiny_llama)), Settings(attention="eager"), CPU).columns["attention_implementation"] == "eager"
+        load(checkpoint_at(tiny_llama), Settings(attention="eager"), CPU).columns["attention_implementation"] == "eager"
     )
 
 
@@ -410,7 +410,7 @@ def test_a_pickle_is_converted_once_and_noted(folder: Path, tiny_llama: Path, tm
     (run,) = Warehouse(str(out)).runs().to_pylist()
     assert any("stored as pickles" in note for note in run["notes"])
     # Without being allowed to: nothing is unpickled any more.
-    converted = resolve(str(folder))
+    converted = checkpoint_at(folder)
     tensors: dict[str, torch.Tensor] = {}
     for file in Path(converted.path).glob("*.safetensors"):
         tensors |= load_file(file)
@@ -421,7 +421,7 @@ def test_a_pickle_is_converted_once_and_noted(folder: Path, tiny_llama: Path, tm
     weights = folder / "pytorch_model-00001-of-00002.bin"
     torch.save({name: t + 1 for name, t in torch.load(weights, weights_only=True).items()}, weights)
     with pytest.raises(ModelError, match="has pickled weights only"):  # of other content
-        resolve(str(folder))
+        checkpoint_at(folder)
 
 
 def test_what_is_no_table_of_tensors_is_refused(folder: Path) -> None:
@@ -455,7 +455,7 @@ def test_modules_that_compute_with_quantized_weights_are_named_with_where_they_c
     """The modules that transformers builds for the stored weights, and none once weights are unpacked."""
     whole = tmp_path / "whole"
     tiny_model("causal", family).save_pretrained(whole)
-    checkpoint = resolve(str(quantize(whole, tmp_path / "quantized")))
+    checkpoint = checkpoint_at(quantize(whole, tmp_path / "quantized"))
     config = text_config(checkpoint)
     model = skeleton(config, Settings(), torch.float32)
     assert describe_computing(model) is None

@@ -18,7 +18,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from support.causal_lm import open_whole
-from support.checkpoints import llama
+from support.checkpoints import checkpoint_at, llama
 from support.families import tiny_model
 from support.ggufs import write_gguf
 from transformers import AutoConfig
@@ -26,7 +26,6 @@ from transformers import AutoConfig
 from avss_dist.core.errors import ModelError
 from avss_dist.core.settings import Settings
 from avss_dist.models.checkpoint.loading import load, load_model, load_tokenizer, pin, text_config
-from avss_dist.models.checkpoint.locate import resolve
 from avss_dist.models.checkpoint.safetensors import tensors_of
 from avss_dist.models.checkpoint.size import footprint
 from avss_dist.partition.placement import Placement
@@ -55,7 +54,7 @@ def configure(folder: Path, **values: Any) -> None:
 @pytest.mark.parametrize("layers", [1_000, 10**7, 10**12])
 def test_more_layers_than_the_files_have_are_refused(layers: int, way: Callable[[Any], Any], copy: Path) -> None:
     """Of 10 million layers, a skeleton without memory takes a day; ten to the twelve fill it with their names."""
-    checkpoint = resolve(str(copy))
+    checkpoint = checkpoint_at(copy)
     configure(copy, num_hidden_layers=layers, model_type="qwen2")
     message = rf'copy\' describes {layers:,} layers \("num_hidden_layers"\), and its files have weights of 3 at most'
     with pytest.raises(ModelError, match=message):
@@ -71,13 +70,13 @@ def test_more_layers_than_a_gguf_file_has_are_refused(
     layers: int, way: Callable[[Any], Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(AutoConfig, "for_model", lambda **_: pytest.fail("a configuration of that size was made"))
-    checkpoint = resolve(str(write_gguf(llama(), tmp_path / "model.gguf", block_count=layers)))
+    checkpoint = checkpoint_at(write_gguf(llama(), tmp_path / "model.gguf", block_count=layers))
     with pytest.raises(ModelError, match=rf"The metadata of .*\.gguf' describes {layers:,} layers .* of 3 at most"):
         way(checkpoint)
 
 
 def test_a_gguf_file_is_configured_as_transformers_does(tmp_path: Path) -> None:
-    checkpoint = resolve(str(write_gguf(llama(), tmp_path / "model.gguf")))
+    checkpoint = checkpoint_at(write_gguf(llama(), tmp_path / "model.gguf"))
     config = AutoConfig.from_pretrained(checkpoint.folder, **checkpoint.gguf)
     assert text_config(checkpoint).to_dict() | {"_name_or_path": config.name_or_path} == config.to_dict()
 
@@ -138,7 +137,7 @@ def test_what_is_no_file_is_never_opened(name: str, device: bool, copy: Path) ->
     else:
         os.mkfifo(copy / name)
     try:
-        checkpoint = resolve(str(copy))
+        checkpoint = checkpoint_at(copy)
         load_tokenizer(checkpoint)
         load_model(checkpoint, SETTINGS)
     except ModelError as error:
@@ -162,9 +161,9 @@ def change(folder: Path, tensors: Callable[[Tensors], Mapping[str, torch.Tensor]
 
 def open_as(way: str, folder: Path) -> None:
     if way == "evaluated":
-        open_whole(resolve(str(folder)), SETTINGS)
+        open_whole(checkpoint_at(folder), SETTINGS)
     else:
-        open_replica(resolve(str(folder)), SETTINGS, Placement(partition=way))
+        open_replica(checkpoint_at(folder), SETTINGS, Placement(partition=way))
 
 
 PARTITIONS = ("single", "streaming", "device_map", "evaluated")
@@ -246,7 +245,7 @@ def _mixed(tensors: Tensors) -> Tensors:
 
 
 def test_mixed_weights_without_a_dtype_compute_alike_in_every_partition(copy: Path) -> None:
-    checkpoint = resolve(str(change(copy, _mixed, dtype=None)))
+    checkpoint = checkpoint_at(change(copy, _mixed, dtype=None))
     settings = pin(Settings(sequence_length=64), checkpoint, text_config(checkpoint), "cpu")
     assert settings.dtype == "float32"
     for partition in ("single", "streaming", "device_map"):

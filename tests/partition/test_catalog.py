@@ -10,11 +10,11 @@ import sys
 from pathlib import Path
 
 import pytest
+from support.checkpoints import checkpoint_at
 
 import avss_dist
 from avss_dist.core.errors import ConfigError
 from avss_dist.core.settings import Settings
-from avss_dist.models.checkpoint.locate import resolve
 from avss_dist.partition.catalog import PARTITIONS
 from avss_dist.partition.execution import Execution
 from avss_dist.partition.placement import Placement
@@ -40,9 +40,9 @@ def test_a_replica_is_opened_by_its_name(partition: str, tiny_llama: Path) -> No
     placement = Placement(partition=partition, ranks=2 if PARTITIONS[partition].gang else 1)
     if PARTITIONS[partition].gang:
         with pytest.raises(ConfigError, match=f"`partition` {partition} needs a group of 2 processes"):
-            open_replica(resolve(str(tiny_llama)), Settings(device="cpu"), placement)
+            open_replica(checkpoint_at(tiny_llama), Settings(device="cpu"), placement)
         return
-    replica = open_replica(resolve(str(tiny_llama)), Settings(device="cpu"), placement)
+    replica = open_replica(checkpoint_at(tiny_llama), Settings(device="cpu"), placement)
     assert type(replica) is replica_class(partition)
     assert replica.model["partition"] == partition
     assert len(replica.layers) == 3

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from support.checkpoints import checkpoint_at
 from support.devices import devices_of
 from support.planning import llama_like
 from transformers import GPT2Config, GPT2LMHeadModel
@@ -17,7 +18,6 @@ from avss_dist.core.devices import Devices, devices_here
 from avss_dist.core.errors import ConfigError
 from avss_dist.core.settings import Settings
 from avss_dist.core.text import describe_bytes, parse_bytes
-from avss_dist.models.checkpoint.locate import resolve
 from avss_dist.partition.autotp import UNSUPPORTED
 from avss_dist.partition.choose import (
     PROCESS_BYTES,
@@ -295,7 +295,7 @@ def gpt2(tmp_path_factory: pytest.TempPathFactory, save_checkpoint: Callable[[An
 
 
 def test_a_family_that_nobody_splits_is_refused_when_it_is_placed(gpt2: Path) -> None:
-    checkpoint = resolve(str(gpt2))
+    checkpoint = checkpoint_at(gpt2)
     settings = Settings(sequence_length=16)
     devices = devices_here("cpu")
     with pytest.raises(ConfigError, match="Neither transformers nor DeepSpeed can split a gpt2 model") as told:

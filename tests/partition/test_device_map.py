@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 from support.causal_lm import packed_or_padded
-from support.checkpoints import llama
+from support.checkpoints import checkpoint_at, llama
 from support.families import tiny_model
 from support.ggufs import write_gguf
 from support.oracle import assert_same_result
@@ -22,7 +22,7 @@ from avss_dist.core.errors import ConfigError, ModelError
 from avss_dist.core.settings import Settings
 from avss_dist.corpus.shards import Shard
 from avss_dist.measure.shard import analyze_shard
-from avss_dist.models.checkpoint.locate import Checkpoint, resolve
+from avss_dist.models.checkpoint.locate import Checkpoint
 from avss_dist.models.checkpoint.size import footprint, sharing_skeletons
 from avss_dist.partition.choose import gpus_filled
 from avss_dist.partition.device_map import DeviceMapReplica, require_complete, spread
@@ -63,7 +63,7 @@ def test_statistics_are_those_of_single(
     kind: str, family: str, family_folder: Callable[[str, str], Path], offload: Path
 ) -> None:
     """A packed and a padded shard through the same replica; of Llama also where all is in memory."""
-    checkpoint = resolve(str(family_folder(kind, family)))
+    checkpoint = checkpoint_at(family_folder(kind, family))
     shards = [packed_or_padded(padded=padded) for padded in (False, True)]
     single = Replica(checkpoint, SETTINGS)
     expected = [analyze_shard(single, shard, SETTINGS) for shard in shards]
@@ -78,7 +78,7 @@ def test_statistics_are_those_of_single(
 
 
 def test_bfloat16_and_a_dtype_that_is_not_stored(tiny_llama: Path) -> None:
-    checkpoint = resolve(str(tiny_llama))
+    checkpoint = checkpoint_at(tiny_llama)
     settings = replace(SETTINGS, dtype="bfloat16")
     shard = packed_or_padded()
     expected = measured(Replica(checkpoint, settings), shard, settings)
@@ -86,7 +86,7 @@ def test_bfloat16_and_a_dtype_that_is_not_stored(tiny_llama: Path) -> None:
 
 
 def test_layers_are_not_split(tiny_llama: Path) -> None:
-    checkpoint = resolve(str(tiny_llama))
+    checkpoint = checkpoint_at(tiny_llama)
     replica = placed(checkpoint, room_for(checkpoint))
     layers = {name: device for name, device in replica.device_map.items() if name.startswith("model.layers.")}
     assert layers.keys() == {f"model.layers.{i}" for i in range(3)}
@@ -97,7 +97,7 @@ def test_layers_are_not_split(tiny_llama: Path) -> None:
 
 def test_weights_on_disk_stay_there_and_activations_do_not(tiny_llama: Path) -> None:
     """Between batches nothing of an offloaded layer is in memory; its output is where the model computes."""
-    checkpoint = resolve(str(tiny_llama))
+    checkpoint = checkpoint_at(tiny_llama)
     replica = placed(checkpoint, 1)
     layer = replica.layers[1].module
     seen: list[torch.Tensor] = []
@@ -114,13 +114,13 @@ def test_what_must_be_rewritten_is_and_is_removed(
     family_folder: Callable[[str, str], Path], offload: Path, tiny_llama: Path
 ) -> None:
     """Experts that are fused when they are loaded go into a folder of the replica's own; Llama needs none."""
-    replica = placed(resolve(str(family_folder("causal", "mixtral"))), 1)
+    replica = placed(checkpoint_at(family_folder("causal", "mixtral")), 1)
     written = [file.name for file in offload.rglob("*.safetensors")]
     assert written
     assert all("experts" in name for name in written)
     replica.close()
     assert list(offload.iterdir()) == []
-    replica = placed(resolve(str(tiny_llama)), 1)
+    replica = placed(checkpoint_at(tiny_llama), 1)
     assert not list(offload.rglob("*.safetensors"))
     replica.close()
 
@@ -129,7 +129,7 @@ def test_close_frees_the_weights(tiny_llama: Path) -> None:
     import gc
     import weakref
 
-    checkpoint = resolve(str(tiny_llama))
+    checkpoint = checkpoint_at(tiny_llama)
     replica = placed(checkpoint, room_for(checkpoint))
     module = weakref.ref(replica.layers[0].module)
     assert module() is not None
@@ -143,7 +143,7 @@ def test_a_model_that_does_not_open_leaves_nothing(tmp_path: Path, offload: Path
     weights = folder / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-200])
     with pytest.raises(ModelError):
-        placed(resolve(str(folder)), 1)
+        placed(checkpoint_at(folder), 1)
     assert list(offload.iterdir()) == []
 
 
@@ -158,7 +158,7 @@ def test_a_model_that_does_not_open_leaves_nothing(tmp_path: Path, offload: Path
 def test_a_device_that_is_not_here_is_refused(name: str, said: str, hint: str, tiny_llama: Path) -> None:
     placement = Placement(partition="device_map", max_memory={name: 1000})
     with pytest.raises(ConfigError) as raised:
-        DeviceMapReplica(resolve(str(tiny_llama)), SETTINGS, placement)
+        DeviceMapReplica(checkpoint_at(tiny_llama), SETTINGS, placement)
     assert said in raised.value.message
     assert hint in (raised.value.hint or "")
 
@@ -169,7 +169,7 @@ def test_a_full_offload_folder_is_refused(
     """The disk is said to be nearly full; the fused experts of Mixtral need more than that."""
     usage = namedtuple("usage", "total used free")
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage(2000, 1000, 1000))
-    checkpoint = resolve(str(family_folder("causal", "mixtral")))
+    checkpoint = checkpoint_at(family_folder("causal", "mixtral"))
     with pytest.raises(ConfigError, match=r"needs 1\.18 MB and has 1 kB free: 1\.18 MB of weights have no place"):
         placed(checkpoint, 1)
     assert list(offload.iterdir()) == []
@@ -177,7 +177,7 @@ def test_a_full_offload_folder_is_refused(
 
 
 def test_a_gguf_file_stays_in_memory(tmp_path: Path) -> None:
-    checkpoint = resolve(str(write_gguf(llama(), tmp_path / "tiny.gguf")))
+    checkpoint = checkpoint_at(write_gguf(llama(), tmp_path / "tiny.gguf"))
     shard = packed_or_padded()
     expected = measured(Replica(checkpoint, SETTINGS), shard)
     assert_same_result(measured(placed(checkpoint, 1 << 40), shard), expected)
@@ -188,7 +188,7 @@ def test_a_gguf_file_stays_in_memory(tmp_path: Path) -> None:
 def test_a_folder_that_cannot_be_written_is_refused(offload: Path, tiny_llama: Path) -> None:
     offload.rmdir()
     with pytest.raises(ConfigError, match="cannot be written"):
-        placed(resolve(str(tiny_llama)), 1)
+        placed(checkpoint_at(tiny_llama), 1)
 
 
 @pytest.mark.parametrize(("kind", "family"), [("causal", "llama"), *nightly(("image-text", "gemma3"))])
@@ -199,7 +199,7 @@ def test_the_fewest_gpus_on_which_all_weights_fit(kind: str, family: str, tmp_pa
 
     def on_host(gpus: int, room: int) -> int:
         limits = {**dict.fromkeys(range(gpus), room), "cpu": 1 << 40}
-        return spread(resolve(str(tmp_path)), SETTINGS, limits)[0].get("cpu", 0)
+        return spread(checkpoint_at(tmp_path), SETTINGS, limits)[0].get("cpu", 0)
 
     with sharing_skeletons():
         for share in (1.0, 1.2, 1.5, 2.0):

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from support.causal_lm import random_shard
+from support.checkpoints import checkpoint_at
 from support.questions import WHOLLY_ASKED, answers, assert_same, composed, generated, write_questions
 from support.tiers import all_of
 
@@ -16,7 +17,6 @@ from avss_dist.core.errors import ModelError
 from avss_dist.core.intervention import NO_INTERVENTION
 from avss_dist.core.settings import Settings
 from avss_dist.models.causal_lm import LanguageModel
-from avss_dist.models.checkpoint.locate import resolve
 from avss_dist.models.checkpoint.size import footprint
 from avss_dist.partition.placement import Placement
 from avss_dist.partition.replica import Replica, open_replica
@@ -36,7 +36,7 @@ def folder_of(family_folder: Callable[[str, str], Path]) -> Callable[[str], Path
 
 
 def opened(folder: Path, partition: str, settings: Settings = SETTINGS, **placement: Any) -> Replica:
-    return open_replica(resolve(str(folder)), settings, Placement(partition=partition, **placement), head=True)
+    return open_replica(checkpoint_at(folder), settings, Placement(partition=partition, **placement), head=True)
 
 
 def model_of(replica: Replica) -> LanguageModel:
@@ -46,7 +46,7 @@ def model_of(replica: Replica) -> LanguageModel:
 
 def room(folder: Path, layers: int) -> dict[str, int]:
     """Memory for what is no layer, and so many layers."""
-    size = footprint(resolve(str(folder)), SETTINGS)
+    size = footprint(checkpoint_at(folder), SETTINGS)
     return {"cpu": size.weight_bytes - sum(size.layer_bytes) + layers * (max(size.layer_bytes) + 512)}
 
 
@@ -97,14 +97,14 @@ def test_the_harness_is_answered_as_by_one_device(partition: str, tiny_llama: Pa
     found = measure(model_of(replica), NO_INTERVENTION.without(1))
     assert [row.samples.tolist() for row in found] == [row.samples.tolist() for row in expected]
     if isinstance(replica, StreamingReplica):
-        layers = sum(footprint(resolve(str(tiny_llama)), SETTINGS).layer_bytes)
+        layers = sum(footprint(checkpoint_at(tiny_llama), SETTINGS).layer_bytes)
         assert replica._weights.bytes_read - before == layers * 2 // 3  # of three layers two
 
 
 def test_leave_one_out_reads_each_weight_once(folder_of: Callable[[str], Path]) -> None:
     """However many layers are left out in turn; and once more for each group of batches that has no room."""
     folder = folder_of("llama")
-    layers = sum(footprint(resolve(str(folder)), SETTINGS).layer_bytes)
+    layers = sum(footprint(checkpoint_at(folder), SETTINGS).layer_bytes)
     for limit, groups in (({}, 1), (room(folder, 2), 3)):
         replica = opened(folder, "streaming", max_memory=limit)
         assert isinstance(replica, StreamingReplica)

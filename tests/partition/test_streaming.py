@@ -17,7 +17,7 @@ from gguf import GGMLQuantizationType
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from support.causal_lm import packed_or_padded as shard
-from support.checkpoints import llama
+from support.checkpoints import checkpoint_at, llama
 from support.ggufs import write_gguf
 from support.oracle import assert_same_result
 from support.quantized import block_fp8, compressed_tensors, mxfp4
@@ -55,11 +55,11 @@ IN_BFLOAT16 = [("causal", name) for name in ("gpt2", "mamba", "gemma3n_text", "j
 
 
 def streaming(folder: Path, settings: Settings = SETTINGS, **placement: Any) -> StreamingReplica:
-    return StreamingReplica(resolve(str(folder)), settings, Placement(partition="streaming", **placement))
+    return StreamingReplica(checkpoint_at(folder), settings, Placement(partition="streaming", **placement))
 
 
 def single(folder: Path, settings: Settings = SETTINGS) -> Replica:
-    return Replica(resolve(str(folder)), settings)
+    return Replica(checkpoint_at(folder), settings)
 
 
 def assert_same(folder: Path, settings: Settings = SETTINGS, **placement: Any) -> tuple[StreamingReplica, Replica]:

@@ -13,7 +13,7 @@ import pytest
 import torch
 from pruning.test_repair import READ, TEXT, assert_streaming_writes_the_same_bytes, repair_of
 from safetensors.torch import load_file, save_file
-from support.checkpoints import VOCABULARY, one_thread
+from support.checkpoints import VOCABULARY, checkpoint_at, one_thread
 from support.command_line import as_words, avss, json_rows, mistake, succeed
 from support.families import tiny_config, tiny_model
 from support.planning import prune
@@ -26,7 +26,6 @@ from avss_dist.core.intervention import Expert
 from avss_dist.core.settings import Settings
 from avss_dist.models.change.experts import expert_removals, require_experts
 from avss_dist.models.checkpoint.loading import open_module
-from avss_dist.models.checkpoint.locate import resolve
 from avss_dist.models.forward import changing
 from avss_dist.models.structure.down_projections import find_down_projections
 from avss_dist.models.structure.experts import find_routed_experts
@@ -103,7 +102,7 @@ def test_a_checkpoint_without_experts_computes_what_masking_does(family: str, tm
     if family == "qwen3_moe":
         file.write_text(file.read_text().replace("num_local_experts", name))
     less_folder = tmp_path / "less"
-    done = prune(str(whole_folder), plan_of(whole_folder, whole, drop), less_folder)
+    done = prune(whole_folder, plan_of(whole_folder, whole, drop), less_folder)
     assert done["difference"] <= 1e-5
     less = AutoModelForCausalLM.from_pretrained(less_folder).eval()
     assert float((logits_of(less) - masked).abs().max()) <= 1e-5
@@ -161,7 +160,7 @@ def test_groups_of_a_router_stay_of_equal_size(tmp_path: Path) -> None:
     whole_folder = tmp_path / "whole"
     whole.save_pretrained(whole_folder)
     less_folder = tmp_path / "less"
-    assert prune(str(whole_folder), plan_of(tmp_path, whole, drop), less_folder)["difference"] <= 1e-5
+    assert prune(whole_folder, plan_of(tmp_path, whole, drop), less_folder)["difference"] <= 1e-5
     less = AutoModelForCausalLM.from_pretrained(less_folder).eval()
     assert float((logits_of(less) - masked_logits(whole, drop)).abs().max()) <= 1e-5
     layers = open_module(whole).layers
@@ -170,7 +169,7 @@ def test_groups_of_a_router_stay_of_equal_size(tmp_path: Path) -> None:
     with pytest.raises(ModelError, match="1 expert would remain in each of the 2 groups"):
         require_experts(layers, experts_of(whole, 1, 2, 3, 5, 6, 7))
     with pytest.raises(PlanError, match="2 groups of 4 experts each"):
-        prune(str(whole_folder), plan_of(tmp_path, whole, experts_of(whole, 1, 2)), tmp_path / "uneven")
+        prune(whole_folder, plan_of(tmp_path, whole, experts_of(whole, 1, 2)), tmp_path / "uneven")
 
 
 def test_experts_of_a_quantized_checkpoint_are_copied_as_they_are_stored(tmp_path: Path) -> None:
@@ -180,7 +179,7 @@ def test_experts_of_a_quantized_checkpoint_are_copied_as_they_are_stored(tmp_pat
     whole.save_pretrained(whole_folder)
     fp8 = block_fp8(whole_folder, tmp_path / "fp8", 128)
     less_folder = tmp_path / "less"
-    done = prune(str(fp8), plan_of(fp8, whole, experts_of(whole, 1)), less_folder)
+    done = prune(fp8, plan_of(fp8, whole, experts_of(whole, 1)), less_folder)
     less = load_file(less_folder / "model.safetensors")
     stored = load_file(fp8 / "model.safetensors")
     for name in ("down_proj.weight", "down_proj.weight_scale_inv", "up_proj.weight"):
@@ -211,7 +210,7 @@ def test_families_whose_routers_are_not_understood_are_refused(family: str, told
     model.save_pretrained(whole)
     less = tmp_path / "less"
     with pytest.raises(PlanError, match=told):
-        prune(str(whole), plan_of(tmp_path, model, [Expert(1, 0)]), less)
+        prune(whole, plan_of(tmp_path, model, [Expert(1, 0)]), less)
     assert not less.exists()
 
 
@@ -229,9 +228,9 @@ def test_experts_that_cannot_go(tmp_path: Path) -> None:
     uneven = plan_of(tmp_path, model, [Expert(1, 0)])
     less = tmp_path / "less"
     with pytest.raises(PlanError, match="Layer 1 would have 3 routed experts and layer 0 4, and a qwen3_moe has one"):
-        prune(str(whole), uneven, less)
+        prune(whole, uneven, less)
     both = plan_of(tmp_path, model, [0, *(Expert(layer, 0) for layer in (1, 2))])
-    assert prune(str(whole), both, less)["difference"] <= 1e-5  # a layer and experts at once
+    assert prune(whole, both, less)["difference"] <= 1e-5  # a layer and experts at once
     with pytest.raises(ConfigError, match=r"`drop` has expert\.0\.1 and the whole layer 0"):
         plan_of(tmp_path, model, [0, Expert(0, 1)])
 
@@ -418,7 +417,7 @@ def test_a_repaired_checkpoint_is_the_masked_model_with_its_weights(
     whole, folder = saved(family, tmp_path / "whole", save_checkpoint)
     drop = experts_of(whole, 1)
     less_folder = tmp_path / "less"
-    done = prune(str(folder), plan_of(folder, whole, drop), less_folder, repair=repair_of(by))
+    done = prune(folder, plan_of(folder, whole, drop), less_folder, repair=repair_of(by))
     assert done["difference"] <= 1e-5
     cuts = done["repair"].cuts
     assert [(cut.after, cut.removed, cut.experts) for cut in cuts] == [(expert.layer, (), (1,)) for expert in drop]
@@ -521,14 +520,14 @@ def test_removed_layers_of_a_mixture_are_given_back(tmp_path: Path, save_checkpo
     whole, folder = saved("qwen3_moe", tmp_path / "whole", save_checkpoint)
     plan = plan_of(folder, whole, [1])
     less = tmp_path / "less"
-    done = prune(str(folder), plan, less, repair=repair_of("refit"))
+    done = prune(folder, plan, less, repair=repair_of("refit"))
     (cut,) = done["repair"].cuts
     assert cut.after == 0
     assert cut.removed == (1,)
     assert cut.experts == ()
     assert cut.error_after < cut.error_before
     assert "Of the others, the MLP's last map is changed in 0." in (less / "README.md").read_text()
-    every = prune(str(folder), plan, tmp_path / "every", repair=repair_of("refit_all"))["repair"].cuts
+    every = prune(folder, plan, tmp_path / "every", repair=repair_of("refit_all"))["repair"].cuts
     assert [(cut.after, cut.removed) for cut in every] == [(0, (1,)), (2, ())]
     assert every[1].changed
 
@@ -548,7 +547,7 @@ def test_a_repair_on_workers_is_stored_and_says_what_it_is_for(tmp_path: Path, s
     assert "without experts 1 of layer 0: error" in " ".join(done.stdout.split())
     assert len(list((warehouse / "patches").iterdir())) == 1
     with one_thread():
-        prune(str(folder), plan, tmp_path / "here", repair=repair_of("refit", max_sequences=rows))
+        prune(folder, plan, tmp_path / "here", repair=repair_of("refit", max_sequences=rows))
     weights = [AutoModelForCausalLM.from_pretrained(tmp_path / name).state_dict() for name in ("less", "here")]
     for name, value in weights[0].items():
         torch.testing.assert_close(value, weights[1][name], rtol=1e-4, atol=1e-6)
@@ -566,14 +565,14 @@ def test_what_is_too_little_for_a_repair(
     chosen = whole.config.num_experts_per_tok
     less = tmp_path / "less"
     with pytest.raises(CorpusError, match=f"needs at least {4 * units * 3 // chosen:,} tokens to fit to") as few:
-        prune(str(folder), plan, less, repair=repair_of("refit", max_sequences=2))
+        prune(folder, plan, less, repair=repair_of("refit", max_sequences=2))
     assert few.value.hint
     assert "(channel)" in few.value.hint
-    assert tokens_needed(resolve(str(folder)), "refit", Settings()) == 4 * units * 4 // chosen
-    assert tokens_needed(resolve(str(folder)), "map", Settings()) == 4 * whole.config.hidden_size
+    assert tokens_needed(checkpoint_at(folder), "refit", Settings()) == 4 * units * 4 // chosen
+    assert tokens_needed(checkpoint_at(folder), "map", Settings()) == 4 * whole.config.hidden_size
     monkeypatch.setattr("avss_dist.pruning.repair.fitter.free_memory", lambda device: 1000)
     with pytest.raises(PlanError, match=f"needs .* of memory for the products of 3 x {units} inputs") as large:
-        prune(str(folder), plan, less, repair=repair_of("refit"))
+        prune(folder, plan, less, repair=repair_of("refit"))
     assert large.value.hint
     assert "(channel)" in large.value.hint
     assert not less.exists()
@@ -590,5 +589,5 @@ def test_experts_whose_weights_are_unknown_are_refused(tmp_path: Path, save_chec
     plan = plan_of(folder, whole, experts_of(whole, 1))
     less = tmp_path / "less"
     with pytest.raises(PlanError, match="nothing can be added to it"):
-        prune(str(folder), plan, less, repair=repair_of("refit"))
+        prune(folder, plan, less, repair=repair_of("refit"))
     assert not less.exists()

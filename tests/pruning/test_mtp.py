@@ -8,11 +8,11 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from support.checkpoints import checkpoint_at
 from support.families import tiny_model
 
 from avss_dist.core.settings import Settings
 from avss_dist.models.checkpoint.loading import load_model, open_module
-from avss_dist.models.checkpoint.locate import resolve
 from avss_dist.plans.choice import PlanError
 from avss_dist.plans.plan import Plan
 from avss_dist.pruning.checkpoint import prune
@@ -79,7 +79,7 @@ def test_models_with_a_head_are_opened_before_and_after(whole: Path, tmp_path: P
     prune(str(whole), plan(whole, 2), less)
     numbers = []
     for folder in (whole, less):
-        checkpoint = resolve(str(folder))
+        checkpoint = checkpoint_at(folder)
         numbers.append(len(open_module(load_model(checkpoint, SETTINGS)).layers))
     assert numbers == [NUM_LAYERS, NUM_LAYERS - 1]
 

@@ -19,6 +19,7 @@ from hypothesis import given, strategies
 from pydantic import TypeAdapter
 from safetensors.torch import load_file
 from support.checkpoints import LAYERS as TINY_LAYERS
+from support.checkpoints import checkpoint_at
 from support.command_line import avss, mistake, succeed
 from support.warehouses import run_row, write_scores
 
@@ -28,7 +29,6 @@ from avss_dist.core.settings import Settings
 from avss_dist.core.text import describe_bytes
 from avss_dist.core.yaml_files import MAX_BYTES
 from avss_dist.models.checkpoint.loading import load_model
-from avss_dist.models.checkpoint.locate import resolve
 from avss_dist.models.checkpoint.size import Footprint, footprint
 from avss_dist.planning.criteria import criterion_values, default_score, read_layers
 from avss_dist.planning.evaluated import evaluated_lines
@@ -475,7 +475,7 @@ def test_what_is_said_to_be_saved_is_missing_in_the_files(size: Footprint, tiny_
 
 
 def test_keys_and_values_take_what_a_cache_takes(size: Footprint, tiny_llama: Path) -> None:
-    model = load_model(resolve(str(tiny_llama)), Settings(device="cpu"), head=True)
+    model = load_model(checkpoint_at(tiny_llama), Settings(device="cpu"), head=True)
     with torch.no_grad():
         cache = model(input_ids=torch.arange(7)[None], use_cache=True).past_key_values
     held = [layer.keys.nbytes + layer.values.nbytes for layer in cache.layers]

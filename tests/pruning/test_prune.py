@@ -14,7 +14,7 @@ import pytest
 import torch
 import yaml
 from safetensors.torch import load_file
-from support.checkpoints import LAYERS, llama
+from support.checkpoints import LAYERS, checkpoint_at, llama
 from support.command_line import mistake, succeed
 from support.families import tiny_model
 from support.quantized import block_fp8, rewrite
@@ -237,7 +237,7 @@ def test_the_model_card_says_what_and_why(tiny_llama: Path) -> None:
     plan = Plan(
         model="m", revision="r", num_layers=3, layers="layers", drop=(1,), why={"by": "<script>"}, run_id="llama-1"
     )
-    card = model_card(resolve(str(tiny_llama)), plan)
+    card = model_card(checkpoint_at(tiny_llama), plan)
     assert "without 1 of its 3 layers" in card
     assert "counted from 0: 1." in card
     assert "llama-1" in card
@@ -249,7 +249,7 @@ def test_the_model_card_says_what_and_why(tiny_llama: Path) -> None:
 def test_the_model_card_says_on_which_rows_the_layers_were_chosen(tiny_llama: Path) -> None:
     seen = SeenText(use=SCORES, by="llama-1", corpus="text.txt", max_sequences=16, skip_sequences=8)
     plan = Plan(model="m", num_layers=3, layers="layers", drop=(1,), seen=(seen,))
-    assert "- Chosen on text.txt (16 rows after the first 8).\n" in model_card(resolve(str(tiny_llama)), plan)
+    assert "- Chosen on text.txt (16 rows after the first 8).\n" in model_card(checkpoint_at(tiny_llama), plan)
 
 
 def test_the_base_model_of_a_card_is_found_from_other_folders(
@@ -402,9 +402,9 @@ def test_settings_that_fit_another_layer_are_seen(fp8: Path, tmp_path: Path) -> 
     stale = json.loads((fp8 / "config.json").read_text())["quantization_config"]
     config = json.loads((less / "config.json").read_text())
     (less / "config.json").write_text(json.dumps(config | {"quantization_config": stale}))
-    names = StoredWeights.of_checkpoint(resolve(str(fp8)), PLAN, Settings()).layers
+    names = StoredWeights.of_checkpoint(checkpoint_at(fp8), PLAN, Settings()).layers
     with pytest.raises(PlanError, match=r"as what they are not once layers are dropped: model\.layers\.1\.") as wrong:
-        require_same_modules(resolve(str(fp8)), names, less, Settings())
+        require_same_modules(checkpoint_at(fp8), names, less, Settings())
     assert "weight_scale_inv" in wrong.value.message
 
 
@@ -446,7 +446,7 @@ def test_a_pattern_becomes_the_modules_that_it_matches(tiny_llama: Path, tmp_pat
     assert done["difference"] == 0
     assert "have the names and shapes" in done["notes"][0]
     with pytest.raises(ModelError, match=r"is quantized \(compressed-tensors\), and does not run here as it is stored"):
-        load(resolve(str(whole)), Settings(dtype="float32"), torch.device("cpu"))
+        load(checkpoint_at(whole), Settings(dtype="float32"), torch.device("cpu"))
     with quiet():
         model, report = AutoModelForCausalLM.from_pretrained(less, output_loading_info=True)
     assert not report["missing_keys"]
@@ -541,7 +541,7 @@ def test_what_no_device_here_computes_with_is_unpacked_only_on_request(fp8: Path
 
 
 def test_dequantized_weights_are_the_stored_ones_times_their_scales(fp8: Path) -> None:
-    model = load_model(resolve(str(fp8)), Settings(dequantize=True, dtype="float32"))
+    model = load_model(checkpoint_at(fp8), Settings(dequantize=True, dtype="float32"))
     stored = load_file(fp8 / "model.safetensors")
     name = "model.layers.1.mlp.up_proj.weight"
     expected = stored[name].to(torch.float32) * stored[f"{name}_scale_inv"]
@@ -565,7 +565,7 @@ def test_what_cannot_be_computed_with_is_refused(
     if quantization:
         change_quantization(folder, **quantization)
     with pytest.raises(ModelError, match=message):
-        load_model(resolve(str(folder)), settings)
+        load_model(checkpoint_at(folder), settings)
 
 
 def test_what_cannot_be_compared_here_is_pruned_and_says_so(tiny_llama: Path, tmp_path: Path) -> None:
@@ -603,5 +603,5 @@ def test_the_license_is_kept(card: str | None, config: Any, expected: Any, tiny_
     given = json.loads((whole / "config.json").read_text()) | config
     (whole / "config.json").write_text(json.dumps(given))
     assert source_license(whole) == expected
-    front_matter = yaml.safe_load(model_card(resolve(str(whole)), PLAN).split("---")[1])
+    front_matter = yaml.safe_load(model_card(checkpoint_at(whole), PLAN).split("---")[1])
     assert {key: value for key, value in front_matter.items() if key.startswith("license")} == expected

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
-from support.checkpoints import host_limit, llama, one_thread
+from support.checkpoints import checkpoint_at, host_limit, llama, one_thread
 from support.command_line import files, mistake, succeed
 from support.families import lively, tiny_model
 from support.planning import prune
@@ -29,7 +29,6 @@ from avss_dist.core.settings import Settings
 from avss_dist.corpus.shards import tokenize_corpus
 from avss_dist.models.change.skipping import skips
 from avss_dist.models.checkpoint.loading import load_tokenizer, open_module
-from avss_dist.models.checkpoint.locate import resolve
 from avss_dist.models.checkpoint.size import footprint
 from avss_dist.models.forward import changing
 from avss_dist.partition.execution import Execution
@@ -98,7 +97,7 @@ def test_a_repaired_checkpoint_is_the_model_repaired_in_place(
     whole = lively(tiny_model("causal", family))
     folder, plan = whole_of(whole, tmp_path / "whole", save_checkpoint)
     less_folder = tmp_path / "less"
-    done = prune(str(folder), plan, less_folder, repair=repair_of(by))
+    done = prune(folder, plan, less_folder, repair=repair_of(by))
     (cut,) = done["repair"].cuts
     assert cut.after == 0
     assert cut.removed == (1,)
@@ -211,7 +210,7 @@ def test_what_is_still_missing_is_given_back_by_later_layers(tmp_path: Path, sav
     """The last layer's stream is nearer to the whole model's than after a repair of the cut alone, on other text."""
     whole = lively(llama(num_hidden_layers=5))
     folder = save_checkpoint(whole, tmp_path / "whole")
-    text = tokenize_corpus(TEXT, load_tokenizer(resolve(str(folder))), Settings(**READ, skip_sequences=60))
+    text = tokenize_corpus(TEXT, load_tokenizer(checkpoint_at(folder)), Settings(**READ, skip_sequences=60))
     ids = torch.from_numpy(np.concatenate([shard.input_ids for shard in text.shards])).long()
     for drop in ((1,), (0, 1)):
         plan = plan_of(folder, 5, *drop)
@@ -219,7 +218,7 @@ def test_what_is_still_missing_is_given_back_by_later_layers(tmp_path: Path, sav
         for by in ("refit", "refit_all"):
             out = tmp_path / f"{by}{drop}"
             repair = None if drop == (0, 1) and by == "refit" else repair_of(by)
-            done = prune(str(folder), plan, out, repair=repair)
+            done = prune(folder, plan, out, repair=repair)
             less = AutoModelForCausalLM.from_pretrained(out)
             with torch.no_grad():
                 errors.append(float((whole(ids).logits - less(ids).logits).norm()))
@@ -236,8 +235,8 @@ def test_each_cut_sees_the_repairs_before_it(tmp_path: Path, save_checkpoint: Sa
     folder = save_checkpoint(whole, tmp_path / "whole")
     drops = plan_of(folder, 6, 1, 4)
     less = tmp_path / "less"
-    second = prune(str(folder), drops, less, repair=repair_of("refit"))["repair"].cuts[1]
-    text = tokenize_corpus(TEXT, load_tokenizer(resolve(str(folder))), Settings(**READ))
+    second = prune(folder, drops, less, repair=repair_of("refit"))["repair"].cuts[1]
+    text = tokenize_corpus(TEXT, load_tokenizer(checkpoint_at(folder)), Settings(**READ))
     ids = torch.from_numpy(np.concatenate([shard.input_ids for shard in text.shards])).long()[-6:]  # a tenth of 60 rows
     both = AutoModelForCausalLM.from_pretrained(less)
     first = AutoModelForCausalLM.from_pretrained(less)
@@ -264,7 +263,7 @@ def test_passes_that_begin_at_the_last_cut_change_nothing(
     written = []
     for name, room in (("all", 1 << 30), ("some", some), ("none", 0)):
         monkeypatch.setattr("avss_dist.pruning.repair.hidden_states.available_memory", lambda room=room: room)
-        prune(str(folder), plan, tmp_path / name, repair=repair_of("refit_all"))
+        prune(folder, plan, tmp_path / name, repair=repair_of("refit_all"))
         written.append(load_file(tmp_path / name / "model.safetensors"))
     for others in written[1:]:
         for path, tensor in written[0].items():
@@ -273,20 +272,20 @@ def test_passes_that_begin_at_the_last_cut_change_nothing(
 
 def assert_streaming_writes_the_same_bytes(folder: Path, plan: Plan, by: str, parent: Path) -> RepairRecord:
     """With room for one layer and for no hidden state; and the comparison of both models by streaming too."""
-    size = footprint(resolve(str(folder)), Settings(dtype="float32"))
+    size = footprint(checkpoint_at(folder), Settings(dtype="float32"))
     room = size.weight_bytes - sum(size.layer_bytes) + 2 * (max(size.layer_bytes) + 512)
     streamed = Execution(partition="streaming", max_memory={"cpu": host_limit(folder, room, dtype="float32")})
     streamed_folder = parent / "streamed"
     whole_in_memory = parent / "whole-in-memory"
     with one_thread():
         in_memory = prune(
-            str(folder),
+            folder,
             plan,
             whole_in_memory,
             repair=repair_of(by),
             execution=Execution(partition="single"),
         )
-        by_streaming = prune(str(folder), plan, streamed_folder, repair=repair_of(by), execution=streamed)
+        by_streaming = prune(folder, plan, streamed_folder, repair=repair_of(by), execution=streamed)
     assert in_memory["repair"] == by_streaming["repair"]
     assert by_streaming["difference"] is not None
     assert by_streaming["difference"] <= 1e-5
@@ -306,7 +305,7 @@ def test_the_ends(tmp_path: Path, save_checkpoint: Save) -> None:
     model = lively(llama(num_hidden_layers=5))
     folder = save_checkpoint(model, tmp_path / "whole")
     plan = plan_of(folder, 5, 0, 1, 3, 4)
-    done = prune(str(folder), plan, tmp_path / "less", repair=repair_of("refit"))
+    done = prune(folder, plan, tmp_path / "less", repair=repair_of("refit"))
     (cut,) = done["repair"].cuts
     assert cut.after == 2
     assert cut.removed == (3, 4)
@@ -314,7 +313,7 @@ def test_the_ends(tmp_path: Path, save_checkpoint: Save) -> None:
     assert done["notes"] == ["Nothing stands before layers 0-1: what they did is not given back."]
     first = plan_of(folder, 5, 0, 1)
     with pytest.raises(PlanError, match="Layers 0-1 are the first"):
-        prune(str(folder), first, tmp_path / "first", repair=repair_of())
+        prune(folder, first, tmp_path / "first", repair=repair_of())
 
 
 def test_tokens_that_are_padding_take_no_part(tmp_path: Path, save_checkpoint: Save) -> None:
@@ -323,7 +322,7 @@ def test_tokens_that_are_padding_take_no_part(tmp_path: Path, save_checkpoint: S
     cuts = []
     for batch_size in (1, 8):
         repair = repair_of("map", layout="padded", batch_size=batch_size)
-        cuts.append(prune(str(folder), plan, tmp_path / str(batch_size), repair=repair)["repair"].cuts[0])
+        cuts.append(prune(folder, plan, tmp_path / str(batch_size), repair=repair)["repair"].cuts[0])
     row_by_row, in_batches = cuts
     assert row_by_row.ridges == in_batches.ridges
     assert row_by_row.error_after == pytest.approx(in_batches.error_after, rel=1e-4)
@@ -332,7 +331,7 @@ def test_tokens_that_are_padding_take_no_part(tmp_path: Path, save_checkpoint: S
 def test_the_checkpoint_keeps_its_dtype(tmp_path: Path, save_checkpoint: Save) -> None:
     folder, plan = whole_of(lively(llama()).to(torch.bfloat16), tmp_path / "whole", save_checkpoint)
     less = tmp_path / "less"
-    done = prune(str(folder), plan, less, repair=repair_of("refit", dtype="float32"))
+    done = prune(folder, plan, less, repair=repair_of("refit", dtype="float32"))
     assert {tensor.dtype for tensor in load_file(less / "model.safetensors").values()} == {torch.bfloat16}
     assert done["repair"].cuts[0].error_after < done["repair"].cuts[0].error_before
 
@@ -346,7 +345,7 @@ def test_weights_in_several_files(tmp_path: Path, save_checkpoint: Save) -> None
     (cut / "model.safetensors").unlink()
     model.save_pretrained(cut, max_shard_size="20KB")
     for name in ("whole", "cut"):
-        prune(str(tmp_path / name), plan, tmp_path / f"less-{name}", repair=repair_of("refit"))
+        prune(tmp_path / name, plan, tmp_path / f"less-{name}", repair=repair_of("refit"))
     in_one_file = load_file(tmp_path / "less-whole" / "model.safetensors")
     less_cut = tmp_path / "less-cut"
     several = {file.name: load_file(file) for file in less_cut.glob("*.safetensors")}
@@ -371,7 +370,7 @@ def test_families_that_are_refused(kind: str, family: str, told: str, tmp_path: 
     folder, plan = whole_of(lively(tiny_model(kind, family)), tmp_path / "whole", save_checkpoint)
     less = tmp_path / "less"
     with pytest.raises(PlanError, match=told):
-        prune(str(folder), plan, less, repair=repair_of())
+        prune(folder, plan, less, repair=repair_of())
     assert not less.exists()
     assert not list(tmp_path.glob(".*"))
 
@@ -381,11 +380,11 @@ def test_too_little_text(tiny_llama: Path, tmp_path: Path) -> None:
     few = {"max_sequences": 5, "sequence_length": 32}
     less = tmp_path / "less"
     with pytest.raises(CorpusError, match="refit of this model needs at least 192 tokens to fit to, not 124"):
-        prune(str(tiny_llama), PLAN, less, repair=repair_of("refit", **few))
+        prune(tiny_llama, PLAN, less, repair=repair_of("refit", **few))
     with pytest.raises(CorpusError, match="map of this model needs at least 128 tokens to fit to, not 124"):
-        prune(str(tiny_llama), PLAN, less, repair=repair_of("map", **few))
+        prune(tiny_llama, PLAN, less, repair=repair_of("map", **few))
     with pytest.raises(CorpusError, match="has no token to fit to"):
-        prune(str(tiny_llama), PLAN, less, repair=repair_of("channel", max_sequences=1))
+        prune(tiny_llama, PLAN, less, repair=repair_of("channel", max_sequences=1))
     with pytest.raises(ConfigError, match="`corpora` must not be empty"):
         Repair(corpora=())
 
@@ -406,7 +405,7 @@ def test_every_text_counts_alike_or_by_its_weight(tiny_llama: Path, tmp_path: Pa
     }
     errors = {}
     for name, corpora in texts.items():
-        done = prune(str(tiny_llama), PLAN, tmp_path / name, repair=repair_of("map", *corpora))
+        done = prune(tiny_llama, PLAN, tmp_path / name, repair=repair_of("map", *corpora))
         errors[name] = done["repair"].cuts[0].error_after
         assert [text.corpus for text in done["repair"].texts] == [corpus.removesuffix("=2") for corpus in corpora]
     assert errors["one twice"] == pytest.approx(errors["one"], rel=1e-6)
@@ -440,30 +439,30 @@ def test_a_repaired_checkpoint_is_not_evaluated_on_its_text(tiny_llama: Path, tm
     less = tmp_path / "less"
     text = tmp_path / "text.txt"
     text.write_text("\n".join(f"line {i} of a text that has {i * i} words and {i % 7} ideas" for i in range(400)))
-    prune(str(tiny_llama), plan, less, repair=repair_of("map", str(text), max_sequences=20))
+    prune(tiny_llama, plan, less, repair=repair_of("map", str(text), max_sequences=20))
     (record,) = read_repairs(less)
     assert record.texts[0].rows == 20
     assert record.removed == (1,)
     assert record.repair == "map"
     options: dict[str, Any] = {"warehouse": tmp_path / "w", **READ | {"max_sequences": 8}}
     with pytest.raises(ConfigError, match=r"is text that the repair of .* was fitted on") as refused:
-        evaluate([str(less)], tasks=[f"perplexity:{text}"], **options)
+        evaluate([less], tasks=[f"perplexity:{text}"], **options)
     assert "`skip_sequences` 20" in str(refused.value)
-    evaluate([str(less)], tasks=[f"perplexity:{text}"], skip_sequences=20, **options)
-    evaluate([str(less)], tasks=[f"perplexity:{text}"], allow_overlap=True, **options)
+    evaluate([less], tasks=[f"perplexity:{text}"], skip_sequences=20, **options)
+    evaluate([less], tasks=[f"perplexity:{text}"], allow_overlap=True, **options)
     text.unlink()
     with pytest.raises(ConfigError, match=r"text of the repair of .* cannot be read again"):
-        evaluate([str(less)], tasks=["perplexity:builtin:pydoc"], **options)
+        evaluate([less], tasks=["perplexity:builtin:pydoc"], **options)
     (less / FILE).write_text('{"repairs": [{"repair": "magic"}]}')
     with pytest.raises(ModelError, match="is not a valid record of a repair"):
-        evaluate([str(less)], tasks=["perplexity:builtin:pydoc"], **options)
+        evaluate([less], tasks=["perplexity:builtin:pydoc"], **options)
 
 
 def test_a_second_repair_keeps_the_record_of_the_first(tmp_path: Path, save_checkpoint: Save) -> None:
     folder = save_checkpoint(lively(llama(num_hidden_layers=4)), tmp_path / "whole")
     for number, name in ((4, "once"), (3, "twice")):
         plan = plan_of("m", number, 2)
-        prune(str(folder), plan, tmp_path / name, repair=repair_of("channel"))
+        prune(folder, plan, tmp_path / name, repair=repair_of("channel"))
         folder = tmp_path / name
     assert [record.removed for record in read_repairs(folder)] == [(2,), (2,)]
     card = (folder / "README.md").read_text()
@@ -471,7 +470,7 @@ def test_a_second_repair_keeps_the_record_of_the_first(tmp_path: Path, save_chec
     assert "fitted on builtin:pydoc" in card
     record = read_repairs(folder)[-1]
     vain = replace(record, cuts=tuple(replace(cut, ridges=(None,)) for cut in record.cuts))
-    assert "The others are unchanged" in model_card(resolve(str(folder)), plan, repair=vain)
+    assert "The others are unchanged" in model_card(checkpoint_at(folder), plan, repair=vain)
 
 
 # The command
@@ -517,7 +516,7 @@ def test_constant_text_and_units_that_repeat_give_weights_that_are_numbers(
     text = tmp_path / "text.txt"
     text.write_text("again and " * 2000)
     less = tmp_path / "less"
-    done = prune(str(folder), PLAN, less, repair=repair_of(by, str(text), **FEW))
+    done = prune(folder, PLAN, less, repair=repair_of(by, str(text), **FEW))
     for cut in done["repair"].cuts:
         assert cut.error_after <= cut.error_before
     for tensor in load_file(less / "model.safetensors").values():
@@ -532,7 +531,7 @@ def test_an_mlp_that_adds_nothing_gives_nothing_back(by: str, tmp_path: Path, sa
     folder = save_checkpoint(model, tmp_path / "whole")
     less = tmp_path / "less"
     with pytest.raises(AvssError, match="the inputs of the fit are zero"):
-        prune(str(folder), PLAN, less, repair=repair_of(by, **FEW))
+        prune(folder, PLAN, less, repair=repair_of(by, **FEW))
     assert not less.exists()
 
 
@@ -542,12 +541,12 @@ def test_quantized_weights_are_refused_before_a_text_is_seen(
     """Of the layer before a cut: where it keeps its down projection in plain numbers, others may be quantized."""
     folder = block_fp8(tiny_llama, tmp_path / "fp8", skipped=["model.layers.0.mlp.down_proj", "lm_head"])
     repair = repair_of(dequantize=True, **FEW)
-    done = prune(str(folder), PLAN, tmp_path / "less", repair=repair)
+    done = prune(folder, PLAN, tmp_path / "less", repair=repair)
     assert done["repair"].cuts[0].error_after < done["repair"].cuts[0].error_before
     monkeypatch.setattr(HiddenStateSource, "visit", lambda *_, **__: pytest.fail("text was read"))
     unwritten = tmp_path / "no"
     with pytest.raises(PlanError, match=r"'mlp.down_proj.weight' of layer 1 as float8_e4m3fn, quantized") as refused:
-        prune(str(folder), replace(PLAN, drop=(2,)), unwritten, repair=repair)
+        prune(folder, replace(PLAN, drop=(2,)), unwritten, repair=repair)
     assert "Repair the checkpoint that it was quantized from" in str(refused.value)
     assert not unwritten.exists()
 

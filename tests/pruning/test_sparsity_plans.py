@@ -13,7 +13,7 @@ import pytest
 import torch
 import yaml
 from support.causal_lm import open_whole, random_shard
-from support.checkpoints import llama
+from support.checkpoints import checkpoint_at, llama
 from support.command_line import as_words, avss, mistake, succeed
 from support.experiments import cell_times
 from support.families import lively, tiny_model
@@ -27,7 +27,6 @@ from avss_dist.core.settings import Settings
 from avss_dist.corpus.shards import tokenize_corpus
 from avss_dist.models.causal_lm import LanguageModel
 from avss_dist.models.checkpoint.loading import load_tokenizer
-from avss_dist.models.checkpoint.locate import resolve
 from avss_dist.partition.placement import Placement
 from avss_dist.partition.streaming.replica import StreamingReplica
 from avss_dist.planning.sparsity import measured_maps
@@ -60,7 +59,7 @@ def scored(tiny_llama: Path, tmp_path_factory: pytest.TempPathFactory, dtype: st
 def captured(tiny_llama: Path, dtype: str) -> dict[tuple[int, str], np.ndarray]:
     """What each linear map read of the run's text."""
     settings = Settings(**SMALL, dtype=dtype)
-    checkpoint = resolve(str(tiny_llama))
+    checkpoint = checkpoint_at(tiny_llama)
     model = open_whole(checkpoint, settings)
     inputs = {}
     with ExitStack() as stack, torch.no_grad():
@@ -113,8 +112,8 @@ def test_a_plan_is_evaluated_beside_the_dense_model_alone_and_on_top_of_another(
     options = {"warehouse": warehouse, "skip_sequences": 8, "dtype": dtype, **SMALL}
     task = f"perplexity:{TEXT}"
     with pytest.raises(Exception, match="is text that the scores of"):
-        evaluate([str(sparse)], tasks=[task], **options | {"skip_sequences": 0, "warehouse": scored})
-    evaluations = evaluate([str(sparse), str(layers)], tasks=[task], sparse=str(sparse), **options)
+        evaluate([sparse], tasks=[task], **options | {"skip_sequences": 0, "warehouse": scored})
+    evaluations = evaluate([sparse, layers], tasks=[task], sparse=str(sparse), **options)
     both = f"{layers} + {sparse}"
     assert [(evaluation.subject.label, evaluation.result.metric) for evaluation in evaluations] == [
         (str(sparse), "loss"),
@@ -499,7 +498,7 @@ def test_the_largest_of_a_token_stay(model: LanguageModel) -> None:
 
 def test_streaming_computes_the_same(model: LanguageModel, tiny_llama: Path) -> None:
     replica = StreamingReplica(
-        resolve(str(tiny_llama)), Settings(**SMALL | {"batch_size": 2, "dtype": "float32"}), Placement(), head=True
+        checkpoint_at(tiny_llama), Settings(**SMALL | {"batch_size": 2, "dtype": "float32"}), Placement(), head=True
     )
     try:
         streamed = replica.language_model

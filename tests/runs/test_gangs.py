@@ -19,7 +19,7 @@ import numpy as np
 import pytest
 import torch
 from support.causal_lm import open_whole, random_shard
-from support.checkpoints import VOCABULARY, llama, one_thread, save_tokenizer
+from support.checkpoints import VOCABULARY, checkpoint_at, llama, one_thread, save_tokenizer
 from support.families import lively, tiny_config, tiny_model
 from support.oracle import assert_close, assert_same_result
 from support.quantized import block_fp8, mxfp4
@@ -38,7 +38,7 @@ from avss_dist.measure.shard import analyze_shard, follow
 from avss_dist.models.causal_lm import LanguageModel
 from avss_dist.models.change.patches import Patch, decode_patch
 from avss_dist.models.checkpoint.loading import load_tokenizer
-from avss_dist.models.checkpoint.locate import Checkpoint, resolve
+from avss_dist.models.checkpoint.locate import Checkpoint
 from avss_dist.partition.autotp import difference, inference_config, require_autotp
 from avss_dist.partition.catalog import PARTITIONS
 from avss_dist.partition.group import join, leave
@@ -107,7 +107,7 @@ def same_sums() -> Iterator[None]:
 
 def opened(partition: str, folder: Path, settings: Settings, *, head: bool = False) -> Any:
     world = torch.distributed.get_world_size()
-    return open_replica(resolve(str(folder)), settings, Placement(partition=partition, ranks=world), head=head)
+    return open_replica(checkpoint_at(folder), settings, Placement(partition=partition, ranks=world), head=head)
 
 
 def measure(
@@ -319,7 +319,7 @@ def folder_of(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]
 
 
 def single(folder: Path, shards: Sequence[Shard], settings: Settings = SETTINGS) -> tuple[list[ShardResult], Any]:
-    replica = open_replica(resolve(str(folder)), settings, Placement())
+    replica = open_replica(checkpoint_at(folder), settings, Placement())
     results = [analyze_shard(replica, shard, settings) for shard in shards]
     model = replica.model
     replica.close()
@@ -564,7 +564,7 @@ def test_ranks_answer_as_one_process_does(
     """Ranks that share batches give the same bits; of three batches, one has a dummy. All ranks have all answers."""
     skip = unanswered(partition, family)
     asked = gang(world).run(ask, partition, folder_of(family), skip)
-    expected = reply(open_whole(resolve(str(folder_of(family))), SETTINGS), skip, ())
+    expected = reply(open_whole(checkpoint_at(folder_of(family)), SETTINGS), skip, ())
     assert [of_rank.reports for of_rank in asked] == [True, *[False] * (world - 1)]
     for of_rank in asked:
         assert_same(of_rank.rows, expected, rtol=0.0 if partition in SHARING else 1e-4)
@@ -587,7 +587,7 @@ def test_ranks_answer_the_harness_and_generate_as_one_process_does(
     model.resize_token_embeddings(VOCABULARY)
     model.save_pretrained(folder)
     tasks = harness_task(write_questions(tmp_path)).parts
-    whole = open_whole(resolve(str(folder)), SETTINGS)
+    whole = open_whole(checkpoint_at(folder), SETTINGS)
     expected = reply(whole, ("",), tasks)
     tokens = generated(whole)[0].tolist()
     for answered in two_ranks.run(ask, partition, folder, ("",), tasks):
@@ -618,7 +618,7 @@ def test_ranks_that_share_batches_fit_the_repair_of_one_process(
     lively(build("qwen3_moe") if removed == EXPERTS else llama(num_hidden_layers=5)).save_pretrained(tmp_path)
     save_tokenizer(tmp_path)
     settings = replace(SETTINGS, max_sequences=20, sequence_length=32, batch_size=4)
-    checkpoint = resolve(str(tmp_path))
+    checkpoint = checkpoint_at(tmp_path)
     text = tokenize_corpus("builtin:pydoc", load_tokenizer(checkpoint), settings)
     repair = Repair(by=by, corpora=("builtin:pydoc",), settings=settings)
     fit = FitRepair(repair=repair, layers="layers", texts=(text,))
@@ -713,7 +713,7 @@ def test_a_gguf_file_is_not_opened_in_parts(partition: str) -> None:
 
 def test_one_rank_is_refused(tiny_llama: Path) -> None:
     with pytest.raises(ConfigError, match="`partition` zero3 with one rank spreads nothing"):
-        open_replica(resolve(str(tiny_llama)), SETTINGS, Placement(partition="zero3"))
+        open_replica(checkpoint_at(tiny_llama), SETTINGS, Placement(partition="zero3"))
 
 
 def test_heads_are_counted_by_what_the_configuration_calls_them() -> None:

@@ -13,6 +13,7 @@ import psutil
 import pytest
 import torch
 from support.causal_lm import SMALL, opened, random_shard
+from support.checkpoints import checkpoint_at
 from support.tables import assert_same_tables
 
 import avss_dist
@@ -22,7 +23,7 @@ from avss_dist.core.intervention import NO_INTERVENTION, Intervention
 from avss_dist.core.settings import Settings
 from avss_dist.measure import shard as measuring
 from avss_dist.models.causal_lm import LanguageModel
-from avss_dist.models.checkpoint.locate import Checkpoint, resolve
+from avss_dist.models.checkpoint.locate import Checkpoint
 from avss_dist.partition.placement import Placement
 from avss_dist.runs import local
 from avss_dist.runs.local import Executor, LocalExecutor
@@ -162,7 +163,7 @@ def test_tasks_compute_with_the_threads_of_the_settings(
     from avss_dist import evaluate
 
     options = {name: value for name, value in OPTIONS.items() if name != "corpus"}
-    evaluate([str(tiny_llama)], tasks=["perplexity:builtin:pydoc"], warehouse=tmp_path, executor="local", **options)
+    evaluate([tiny_llama], tasks=["perplexity:builtin:pydoc"], warehouse=tmp_path, executor="local", **options)
     assert counts
     assert set(counts) == {1}
     assert torch.get_num_threads() == 2
@@ -173,7 +174,7 @@ def run_one(model: Path, analyze: Callable[..., Any], monkeypatch: pytest.Monkey
     from avss_dist.corpus.shards import tokenize_corpus
     from avss_dist.models.checkpoint.loading import load_tokenizer
 
-    checkpoint = resolve(str(model))
+    checkpoint = checkpoint_at(model)
     settings = Settings(**{name: value for name, value in OPTIONS.items() if name != "corpus"})
     shards = tokenize_corpus("builtin:pydoc", load_tokenizer(checkpoint), settings).shards
     monkeypatch.setattr(local, "free_cores", lambda: 3)
@@ -219,7 +220,7 @@ def test_shards_at_once_fit_into_memory(
     from avss_dist.partition.replica import open_replica
 
     settings = Settings(device="cpu", sequence_length=64)
-    spec = ReplicaSpec(checkpoint=resolve(str(tiny_llama)), settings=settings, placement=Placement())
+    spec = ReplicaSpec(checkpoint=checkpoint_at(tiny_llama), settings=settings, placement=Placement())
     size = footprint(spec.checkpoint, settings)
     shard = size.activation_bytes(settings.batch_size, 64) + local.counter_bytes(size, settings)
     monkeypatch.setattr(local, "free_cores", lambda: 8)
@@ -284,7 +285,7 @@ class FitsNever(Loss):
 
 
 def cells(folder: Path, measures: Sequence[Measure], drop: tuple[int, ...] = ()) -> list[Cell]:
-    checkpoint = resolve(str(folder))
+    checkpoint = checkpoint_at(folder)
     shared: dict[str, Any] = {"run_id": "e", "checkpoint": checkpoint, "settings": SETTINGS, "task": "loss"}
     return [
         Cell(**shared, part=part, measure=measure, intervention=Intervention(removed=drop))

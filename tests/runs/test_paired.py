@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from support.checkpoints import checkpoint_at
 from support.oracle import EXACT_FIELDS, assert_close, oracle_stats
 from support.pairs import write_pairs
 from support.tables import assert_same_tables
@@ -23,7 +24,6 @@ from avss_dist.corpus.shards import Shard, tokenize_corpus
 from avss_dist.measure.rows import CountedTokens, by_matrices, row_tensors
 from avss_dist.measure.shard import analyze_shard
 from avss_dist.models.checkpoint.loading import load_tokenizer
-from avss_dist.models.checkpoint.locate import resolve
 from avss_dist.partition.placement import Placement
 from avss_dist.partition.replica import Replica, open_replica
 from avss_dist.stats.layer_stats import ShardResult, merge_stats
@@ -45,14 +45,14 @@ def source(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 @pytest.fixture(scope="module")
 def opened(tiny_llama: Path) -> Iterator[Replica]:
-    replica = open_replica(resolve(str(tiny_llama)), SETTINGS, Placement())
+    replica = open_replica(checkpoint_at(tiny_llama), SETTINGS, Placement())
     yield replica
     replica.close()
 
 
 @pytest.fixture(scope="module")
 def shard(tiny_llama: Path, source: str) -> Shard:
-    return tokenize_corpus(source, load_tokenizer(resolve(str(tiny_llama))), SETTINGS).shards[0]
+    return tokenize_corpus(source, load_tokenizer(checkpoint_at(tiny_llama)), SETTINGS).shards[0]
 
 
 @pytest.fixture(scope="module")

@@ -26,6 +26,7 @@ import pytest
 import ray
 from ray.util import placement_group_table
 from support.causal_lm import SMALL, random_shard
+from support.checkpoints import checkpoint_at
 from support.commands import Command
 from support.noting import noting
 from support.planning import run_spec
@@ -39,7 +40,6 @@ from avss_dist.core.errors import ConfigError, RunFailed
 from avss_dist.core.intervention import NO_INTERVENTION, Intervention
 from avss_dist.core.settings import Settings
 from avss_dist.models.causal_lm import LanguageModel
-from avss_dist.models.checkpoint.locate import resolve
 from avss_dist.partition.execution import Execution
 from avss_dist.partition.placement import Placement
 from avss_dist.runs import merging
@@ -122,7 +122,7 @@ class DisturbedOnce(TextLoss):
 @pytest.mark.usefixtures("shared_ray", "this_module_travels")
 def test_cells_give_what_one_process_gives_whoever_is_lost(tiny_llama: Path, tmp_path: Path) -> None:
     settings = Settings(**SMALL)
-    shared: dict[str, Any] = {"run_id": "e", "checkpoint": resolve(str(tiny_llama)), "settings": settings}
+    shared: dict[str, Any] = {"run_id": "e", "checkpoint": checkpoint_at(tiny_llama), "settings": settings}
     cells = [
         Cell(**shared, task="loss", part=i, measure=DisturbedOnce(random_shard(1 + i % 5), mark=tmp_path / str(i)))
         for i in range(6)
@@ -329,7 +329,7 @@ def test_ranks_evaluate(partition: str, shared_ray: Cluster, tiny_llama: Path, t
         ("ranks", {"address": shared_ray.address, "partition": partition, "ranks": 2}),
     ):
         given = {**options, **place, "warehouse": tmp_path / name}
-        evaluate([str(tiny_llama)], tasks=["perplexity:builtin:pydoc"], **given)
+        evaluate([tiny_llama], tasks=["perplexity:builtin:pydoc"], **given)
         ablate(str(tiny_llama), corpus="builtin:pydoc", shapley=1, gradients=True, **given)
     single = tmp_path / "single"
     ranks = tmp_path / "ranks"

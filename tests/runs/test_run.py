@@ -19,7 +19,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from support.checkpoints import llama
+from support.checkpoints import checkpoint_at, llama
 from support.planning import llama_like, plan, run_spec
 from support.processes import threads_of_drivers
 from support.tables import assert_same_tables, measured_files
@@ -34,7 +34,7 @@ from avss_dist.core.settings import Settings
 from avss_dist.corpus.shards import CorpusPlan
 from avss_dist.distillation.curve import ignore
 from avss_dist.evaluation.placed import PlannedTask
-from avss_dist.models.checkpoint.locate import Checkpoint, resolve
+from avss_dist.models.checkpoint.locate import Checkpoint
 from avss_dist.models.checkpoint.size import footprint
 from avss_dist.partition.placement import Placement
 from avss_dist.runs import events, merging, planner, work
@@ -538,7 +538,7 @@ def test_models_of_one_tokenizer_share_the_tokens_and_not_the_shards(
 ) -> None:
     wide = save_checkpoint(llama(hidden_size=64, intermediate_size=512), tmp_path / "wide")
     small = Settings(sequence_length=64, batch_size=2, device="cpu")
-    flops = footprint(resolve(str(tiny_llama)), small).forward_flops(9, 64)
+    flops = footprint(checkpoint_at(tiny_llama), small).forward_flops(9, 64)
     monkeypatch.setattr(planner, "FLOPS_OF_A_THREAD", {4: flops / MOST_SECONDS})  # nine rows of the small model
     read: list[str] = []
     tokenize = planner.tokenize_corpus

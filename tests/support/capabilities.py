@@ -20,13 +20,13 @@ from avss_dist.core.sites import SITES
 from avss_dist.core.thresholds import THRESHOLDS
 from avss_dist.corpus.shards import Batch
 from avss_dist.models.checkpoint.loading import Backbone, forward_function, open_module, quiet
-from avss_dist.models.checkpoint.locate import resolve
 from avss_dist.partition.placement import Placement
 from avss_dist.partition.replica import open_replica
 from avss_dist.plans.plan import Plan
 from avss_dist.pruning.checkpoint import prune
 from avss_dist.stats.layer_stats import merge_strata
 from avss_dist.stats.scores import score_run
+from support.checkpoints import checkpoint_at
 from support.families import tiny_batch, tiny_model
 from support.observing import observe
 
@@ -204,7 +204,7 @@ def last_hidden(output: object) -> torch.Tensor:
 
 def evaluate(model: Any, folder: Path) -> np.ndarray:
     """The summed losses of rows of `text_batch`, whole and without layer 1: as transformers alone has them, whole."""
-    with closing(open_replica(resolve(str(folder)), Settings(device="cpu"), Placement(), head=True)) as replica:
+    with closing(open_replica(checkpoint_at(folder), Settings(device="cpu"), Placement(), head=True)) as replica:
         assert replica.language_model is not None
         whole, without = replica.language_model.losses_under(
             [text_batch()], [NO_INTERVENTION, NO_INTERVENTION.without(1)]

@@ -10,8 +10,9 @@ import numpy as np
 from avss_dist.core.settings import Settings
 from avss_dist.corpus.shards import Shard
 from avss_dist.models.causal_lm import LanguageModel
-from avss_dist.models.checkpoint.locate import Checkpoint, resolve
+from avss_dist.models.checkpoint.locate import Checkpoint
 from avss_dist.partition.replica import Replica
+from support.checkpoints import checkpoint_at
 
 SMALL = {"max_sequences": 6, "sequence_length": 32, "batch_size": 4, "sequences_per_shard": 3, "device": "cpu"}
 
@@ -45,4 +46,4 @@ def open_whole(checkpoint: Checkpoint, settings: Settings) -> LanguageModel:
 
 
 def opened(folder: Path, **changes: Any) -> LanguageModel:
-    return open_whole(resolve(str(folder)), Settings(**SMALL | {"batch_size": 2} | changes))
+    return open_whole(checkpoint_at(folder), Settings(**SMALL | {"batch_size": 2} | changes))

@@ -6,11 +6,14 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import fields
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pytest
 
 from avss_dist.core.settings import Settings
+
+if TYPE_CHECKING:
+    from avss_dist.models.checkpoint.locate import Checkpoint
 
 VOCABULARY = 320
 
@@ -79,6 +82,13 @@ def llama(seed: int = 0, **changes: Any) -> Any:
         "eos_token_id": 2,
     }
     return LlamaForCausalLM(LlamaConfig(**sizes | changes))
+
+
+def checkpoint_at(path: object) -> Checkpoint:
+    """Return the checkpoint in a folder, or in a GGUF file."""
+    from avss_dist.models.checkpoint.locate import resolve
+
+    return resolve(str(path))
 
 
 def host_limit(folder: object, weights: int, *, head: bool = True, **settings: Any) -> int:

@@ -40,12 +40,13 @@ def plan(model: Path, warehouse: Path, **options: Any) -> PlannedRun:
 
 
 def prune(
-    model: str, plan: Plan, output: Path, *, repair: Repair | None = None, execution: Execution | None = None
+    model: str | Path, plan: Plan, output: Path, *, repair: Repair | None = None, execution: Execution | None = None
 ) -> dict[str, Any]:
     """Write a pruned checkpoint, with a repair that is fitted in this process."""
-    request = PruneRequest(model, plan=plan, output=output, **vars(execution or Execution()))
+    name = str(model)
+    request = PruneRequest(name, plan=plan, output=output, **vars(execution or Execution()))
     fitted = repair and fit_plan(request, plan, repair)
-    return checkpoint.prune(model, plan, output, repair=fitted, execution=execution)
+    return checkpoint.prune(name, plan, output, repair=fitted, execution=execution)
 
 
 def llama_like(billions: float, layers: int = 32, hidden: int = 4096) -> Footprint:
