@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import argparse
 import sys
-from functools import partial
 from pathlib import Path
 
 if __name__ == "__main__":
@@ -43,19 +42,23 @@ def main() -> None:
     checkpoint, settings = open_checkpoint(args.model, wanted)
     text, other = tokenize_corpus(args.corpus, load_tokenizer(checkpoint), settings).shards
     model = open_whole(checkpoint, settings)
-    _, once = cpu_timed(partial(TextLoss(text), model))
-    found, cost = cpu_timed(partial(Damage(shard=text, draws=args.draws), model))
+    loss = TextLoss(text)
+    _, once = cpu_timed(lambda: loss(model))
+    measure = Damage(shard=text, draws=args.draws)
+    damages, cost = cpu_timed(lambda: measure(model))
     print(f"with gradients and {args.draws} draws: {cost / once:.1f} forwards")
     whole, *without = LeaveOneOut(other)(model)
     samples = np.stack([row.samples - whole.samples for row in without], axis=1)
     truth = samples.sum(axis=0) / whole.weights.sum()
     ceiling = reliability(samples)
     print(f"ceiling, by split halves of {rows} sequences: {ceiling:.3f}")
-    scores = {row.metric: {} for row in found}
-    for row in found:
+    scores = {row.metric: {} for row in damages}
+    measured = []
+    for row in damages:
         if row.removed is None:
-            scores[row.metric][row.layer] = row.samples.sum() / row.weights.sum()
-    measured = [(name, layer, value) for name, values in scores.items() for layer, value in values.items()]
+            value = row.samples.sum() / row.weights.sum()
+            scores[row.metric][row.layer] = value
+            measured.append((row.metric, row.layer, value))
     scores["damage"] = mean_ranks("damage", measured)
     for name, values in sorted(scores.items()):
         if not values:
@@ -64,8 +67,10 @@ def main() -> None:
         rho = spearman(score, truth)
         wrong = misranked(score, truth)
         print(f"{name:22s} Spearman {rho:6.3f} = {rho / ceiling:6.1%} of the ceiling, misranked {wrong:.1%}")
-    predicted = np.array([scores[metrics_of("predicted")[0]][layer] for layer in range(len(truth))])
-    near = np.mean((predicted / truth > 0.5) & (predicted / truth < 2))
+    (metric,) = metrics_of("predicted")
+    predicted = np.array([scores[metric][layer] for layer in range(len(truth))])
+    ratio = predicted / truth
+    near = np.mean((ratio > 0.5) & (ratio < 2))
     print(f"predicted nats within a factor of two of the truth: {near:.0%} of {len(truth)} layers")
 
 

@@ -54,7 +54,9 @@ from avss_dist.warehouse.encoding import encode_shard
 from avss_dist.warehouse.schema import RunIdentity
 from avss_dist.warehouse.store import Store
 
-ROWS, LENGTH = 32, 2048
+ROWS = 32
+LENGTH = 2048
+VALUES = 2400  # different ones among the activations of a site
 MADE = 32  # results that are made beforehand
 MOST_RUNS = 1000  # more than are measured in the time
 RUN = RunIdentity(run_id="virtual-0000000000", model="virtual", revision="0", family="virtual")
@@ -63,12 +65,15 @@ VIRTUAL: Any = SimpleNamespace(name=RUN.model)  # the specification of a run, of
 
 def layer_stats(rng: np.random.Generator, site: str, units: int) -> LayerStats:
     """Statistics as large as real ones; sums have float32's precision, as those of 16-bit activations about have."""
-    patterns = np.arange(0x3000, 0x3000 + 2400, dtype=np.uint32) << 16  # of bfloat16: some 19 octaves
-    abs_value, abs_value_count = patterns.view(np.float32), 1 + rng.poisson(rng.exponential(1e4, 2400))
+    patterns = np.arange(0x3000, 0x3000 + VALUES, dtype=np.uint32) << 16  # of bfloat16: some 19 octaves
+    abs_value = patterns.view(np.float32)
+    expected_counts = rng.exponential(1e4, VALUES)
+    abs_value_count = 1 + rng.poisson(expected_counts)
     histogram = np.zeros(HISTOGRAM_BINS, np.int64)
     np.add.at(histogram, histogram_bin(abs_value), abs_value_count)
     kept = units if site in ("block", "update") else 0
-    sums = 50 * rng.standard_normal(kept, np.float32).astype(np.float64)
+    normal = rng.standard_normal(kept, np.float32)
+    sums = 50 * normal.astype(np.float64)
     return LayerStats(
         thresholds=np.array(THRESHOLDS),
         near_zero=rng.integers(0, 1 << 30, len(THRESHOLDS)),
@@ -96,22 +101,27 @@ def shards(count: int) -> list[Shard]:
     spool = Spool(LENGTH)
     for _ in range(count):
         spool.add(rng.integers(0, 1 << 17, (ROWS, LENGTH), np.int32))
-    ids = spool.array().reshape(count, ROWS, LENGTH)
-    return [
-        Shard(shard_id=i, input_ids=ids[i], lengths=lengths, skip_first_tokens=0, content_hash=f"{i:064x}")
-        for i in range(count)
-    ]
+    shards = []
+    for number, ids in enumerate(spool.array().reshape(count, ROWS, LENGTH)):
+        content_hash = f"{number:064x}"
+        shard = Shard(shard_id=number, input_ids=ids, lengths=lengths, skip_first_tokens=0, content_hash=content_hash)
+        shards.append(shard)
+    return shards
 
 
 def prepare(folder: Path, shards: Sequence[Shard], layers: int, units: int) -> int:
     """Keep the partial of every shard in a folder, and return the bytes of a partial."""
     rng = np.random.default_rng(1)
-    strata = {(layer, site, ""): layer_stats(rng, site, units) for layer in range(layers) for site in SITES}
+    strata = {}
+    for layer in range(layers):
+        for site in SITES:
+            strata[layer, site, ""] = layer_stats(rng, site, units)
+    names = tuple(f"model.layers.{layer}" for layer in range(layers))
     for shard in shards[:MADE]:
         result = ShardResult(
             shard_id=shard.shard_id,
             content_hash=shard.content_hash,
-            layers=tuple(f"model.layers.{i}" for i in range(layers)),
+            layers=names,
             strata=strata,
             num_tokens=shard.num_tokens,
             seconds=1.0,
@@ -140,7 +150,8 @@ class VirtualWorker:
     by: str
 
     def __init__(self, name: str, threads: int, monitor: Any, umask: int) -> None:
-        self._name, self._monitor = name, monitor
+        self._name = name
+        self._monitor = monitor
 
     def address(self) -> tuple[str, int, str, int]:
         return "127.0.0.1", 0, ray.get_runtime_context().get_node_id(), os.getpid()
@@ -152,9 +163,11 @@ class VirtualWorker:
         return [self.measure(assignment) for assignment in assignments]
 
     def measure(self, assignment: Any) -> Receipt:
-        shard, files = assignment.shard, {}
+        shard = assignment.shard
+        files = {}
         if self.by != "receipts":
-            files["shard_stats"] = pa.memory_map(str(self.folder / str(shard.shard_id % MADE))).read_buffer()
+            partial = self.folder / str(shard.shard_id % MADE)
+            files["shard_stats"] = pa.memory_map(str(partial)).read_buffer()
         return Receipt(shard_id=shard.shard_id, num_tokens=shard.num_tokens, seconds=1.0, files=files)
 
 
@@ -176,7 +189,8 @@ class Times:
     """Wall clock and CPU time of this process at every commit, from the tenth result of a worker on average."""
 
     def __init__(self, workers: int, seconds: float) -> None:
-        self._before, self._seconds = 10 * workers, seconds
+        self._before = 10 * workers
+        self._seconds = seconds
         self.times: list[tuple[float, float]] = []
 
     def note_commit(self) -> None:
@@ -188,7 +202,11 @@ class Times:
 
     def require_time(self) -> None:
         """Raise Enough if the time is over."""
-        if self.times and self.times[-1][0] - self.times[0][0] > self._seconds:
+        if not self.times:
+            return
+        first, _ = self.times[0]
+        last, _ = self.times[-1]
+        if last - first > self._seconds:
             raise Enough("The time is over.")
 
 
@@ -214,13 +232,17 @@ class OneRunPlanner:
     """Plans the same run again and again, under a new id."""
 
     def __init__(self, planned: PlannedRun, store: Store, times: Times) -> None:
-        self._planned, self._store, self._times = planned, store, times
+        self._planned = planned
+        self._store = store
+        self._times = times
         self._numbers = count()
 
     def prepare(self, _: RunSpec) -> PlannedRun:
         """Return the run with its next id."""
         self._times.require_time()
-        return replace(self._planned, result=replace(self._planned.result, run_id=f"virtual-{next(self._numbers):010}"))
+        run_id = f"virtual-{next(self._numbers):010}"
+        result = replace(self._planned.result, run_id=run_id)
+        return replace(self._planned, result=result)
 
     def begin(self, planned: PlannedRun, **_: Any) -> RunInProgress:
         """Return the run, none of whose shards counts as stored. All ids write the same files."""
@@ -232,7 +254,7 @@ class OneRunPlanner:
 def drive(out: Path, workers: int, shards: list[Shard], seconds: float) -> list[tuple[float, float]]:
     """Hand out all shards for so long; the clock and the driver's CPU time at every commit."""
     settings = Settings(device="cpu")
-    job: Any = Job(Placement(), settings)
+    job: Any = Job(Placement(), settings, checkpoint=RUN_CHECKPOINT)
     tokens = sum(shard.num_tokens for shard in shards)
     corpus = CorpusPlan(
         source="virtual",
@@ -242,7 +264,6 @@ def drive(out: Path, workers: int, shards: list[Shard], seconds: float) -> list[
         num_sequences=ROWS * len(shards),
         num_tokens=tokens,
     )
-    job = job._replace(checkpoint=RUN_CHECKPOINT)
     result = Run(run_id=RUN.run_id, model=RUN.model, warehouse=str(out), status="skipped")
     planned = PlannedRun(replica_spec=job, corpus=corpus, fingerprint="0" * 64, result=result, replicas=workers)
     store = Store(out)
@@ -259,14 +280,21 @@ def drive(out: Path, workers: int, shards: list[Shard], seconds: float) -> list[
 class RUN_CHECKPOINT:  # noqa: N801
     """What `RunInProgress` reads of a checkpoint."""
 
-    name, revision = RUN.model, RUN.revision
+    name = RUN.model
+    revision = RUN.revision
 
 
 def memory() -> tuple[float, float]:
     """The driver's highest resident memory, the object store's pages that it has read in it, and its own, in MB."""
-    status = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
-    peak, own = (int(status[name].split()[0]) / 1e3 for name in ("VmHWM", "RssAnon"))
-    return peak, own
+    status = Path("/proc/self/status").read_text()
+    values = dict(line.split(":", 1) for line in status.splitlines())
+    return megabytes(values["VmHWM"]), megabytes(values["RssAnon"])
+
+
+def megabytes(value: str) -> float:
+    """Return a value of a process's status, which is in KiB, in MB."""
+    number, _unit = value.split()
+    return int(number) / 1e3
 
 
 def main() -> None:
@@ -286,19 +314,22 @@ def main() -> None:
         queue.ROUND_SECONDS = 0.0
     queue.ShardAssignment = SimpleNamespace  # type: ignore[misc,assignment]  # the real one brings torch into 64 processes
     with tempfile.TemporaryDirectory(dir="/dev/shm") as planned, tempfile.TemporaryDirectory(dir=arguments.out) as out:
-        VirtualWorker.folder, VirtualWorker.by = Path(planned), arguments.by
-        work = shards(arguments.shards or (4000 if arguments.by == "receipts" else MADE))
+        VirtualWorker.folder = Path(planned)
+        VirtualWorker.by = arguments.by
+        usual = 4000 if arguments.by == "receipts" else MADE
+        work = shards(arguments.shards or usual)
         on_disk = prepare(Path(planned), work, arguments.layers, arguments.units)
         print(f"{arguments.layers} layers, {len(SITES)} sites, {arguments.units} units", end=": ")
         print(f"{on_disk / 1e6:.2f} MB a result; runs of {len(work)} shards")
         print(f"{'workers':>8}{'results/s':>11}{'MB/s':>8}{'driver CPU ms/result':>22}{'peak MB':>9}{'own MB':>8}")
         for workers in arguments.workers:
             Path("/proc/self/clear_refs").write_text("5")  # of the peak memory
-            times = drive(Path(out) / str(workers), workers, work, arguments.seconds)
+            warehouse = Path(out) / str(workers)
+            times = drive(warehouse, workers, work, arguments.seconds)
             clock, cpu = np.subtract(times[-1], times[0]) / (len(times) - 1)
-            speed = f"{workers:>8}{1 / clock:>11.1f}{on_disk / clock / 1e6:>8.0f}"
             peak, own = memory()
-            print(f"{speed}{1e3 * cpu:>22.1f}{peak:>9.0f}{own:>8.0f}", flush=True)
+            print(f"{workers:>8}{1 / clock:>11.1f}{on_disk / clock / 1e6:>8.0f}", end="")
+            print(f"{1e3 * cpu:>22.1f}{peak:>9.0f}{own:>8.0f}", flush=True)
 
 
 if __name__ == "__main__":

@@ -55,6 +55,9 @@ from avss_dist.pruning.repair.splits import SINK_TOKENS, FitSplit, split_texts
 from avss_dist.pruning.weights import StoredWeights
 from avss_dist.tasks.text_loss import TextLoss
 
+PAIR = torch.tensor([[1.0, 1.0], [1.0, -1.0]], dtype=torch.float64)
+"""The smallest of Sylvester's matrices."""
+
 
 def hadamard(size: int) -> torch.Tensor:
     """Return an orthogonal matrix, float64[size, size], each of whose columns mixes a block of neighbours equally.
@@ -63,24 +66,33 @@ def hadamard(size: int) -> torch.Tensor:
     """
     block = torch.ones((1, 1), dtype=torch.float64)
     while size % (2 * len(block)) == 0:
-        block = torch.kron(torch.tensor([[1.0, 1.0], [1.0, -1.0]], dtype=torch.float64), block)
-    return torch.kron(torch.eye(size // len(block), dtype=torch.float64), block / len(block) ** 0.5)
+        block = torch.kron(PAIR, block)
+    blocks = torch.eye(size // len(block), dtype=torch.float64)
+    return torch.kron(blocks, block / len(block) ** 0.5)
+
+
+def identity(hidden: torch.Tensor) -> torch.Tensor:
+    """Return the identity, float64[units, units], of hidden states [tokens, units]."""
+    return torch.eye(hidden.shape[-1]).double()
 
 
 def prune_comp(hidden: torch.Tensor, wanted: torch.Tensor) -> torch.Tensor:
     """Return the matrix of Prune&Comp, float64[units, units], from hidden states [tokens, units]."""
-    return wanted.norm(dim=-1).mean() / hidden.norm(dim=-1).mean() * torch.eye(hidden.shape[-1]).double()
+    factor = wanted.norm(dim=-1).mean() / hidden.norm(dim=-1).mean()
+    return factor * identity(hidden)
 
 
 def linear_patch(hidden: torch.Tensor, wanted: torch.Tensor) -> torch.Tensor:
     """Return the matrix of LinearPatch, float64[units, units], from hidden states [tokens, units]."""
     basis = hadamard(hidden.shape[-1])
-    return (basis * ((wanted @ basis).abs().mean(0) / (hidden @ basis).abs().mean(0))) @ basis.T
+    wanted_sizes = (wanted @ basis).abs().mean(0)
+    sizes = (hidden @ basis).abs().mean(0)
+    return (basis * (wanted_sizes / sizes)) @ basis.T
 
 
 def replace_me(mlp: torch.Tensor, missing: torch.Tensor) -> torch.Tensor:
     """Return the transform I + W of ReplaceMe, float64[units, units], from [tokens, units]."""
-    return torch.eye(mlp.shape[-1]).double() + torch.linalg.solve(mlp.T @ mlp, mlp.T @ missing)
+    return identity(mlp) + torch.linalg.solve(mlp.T @ mlp, mlp.T @ missing)
 
 
 BASELINES = ("replace_me", "prune_comp", "linear_patch")
@@ -94,13 +106,15 @@ def applied(matrices: Mapping[nn.Module, torch.Tensor]) -> Iterator[None]:
         def multiply(_module: nn.Module, _args: object, output: object) -> object:
             hidden = first_tensor(output)
             assert hidden is not None
-            return replace_tensor(output, hidden, (hidden.float() @ matrix.float()).to(hidden.dtype))
+            product = hidden.float() @ matrix.float()
+            return replace_tensor(output, hidden, product.to(hidden.dtype))
 
         return multiply
 
     with ExitStack() as stack:
         for module, matrix in matrices.items():
-            stack.callback(module.register_forward_hook(hook(matrix)).remove)
+            handle = module.register_forward_hook(hook(matrix))
+            stack.callback(handle.remove)
         yield
 
 
@@ -108,15 +122,16 @@ def outputs(
     model: LanguageModel, splits: Sequence[FitSplit], modules: Sequence[nn.Module], drop: tuple[int, ...] = ()
 ) -> list[torch.Tensor]:
     """Return the outputs of modules over the tokens to fit to, each float64[tokens, units]."""
-    found: list[list[torch.Tensor]] = [[] for _ in modules]
+    by_module: list[list[torch.Tensor]] = [[] for _ in modules]
     for split in splits:
         with model.without(drop), captured(dict(enumerate(modules))) as calls:
             model.hidden_states(split.batch)
-        for number, parts in enumerate(found):
-            shape = (*split.fitted.shape, -1)  # OPT's MLP has rows and tokens in one axis
-            output, fitted = calls[number].output.reshape(shape), torch.from_numpy(split.fitted)
-            parts.append(output[:, SINK_TOKENS:][fitted[:, SINK_TOKENS:]].double())
-    return [torch.cat(parts) for parts in found]
+        shape = (*split.fitted.shape, -1)  # OPT's MLP has rows and tokens in one axis
+        fitted = torch.from_numpy(split.fitted)[:, SINK_TOKENS:]
+        for number, parts in enumerate(by_module):
+            output = calls[number].output.reshape(shape)[:, SINK_TOKENS:]
+            parts.append(output[fitted].double())
+    return [torch.cat(parts) for parts in by_module]
 
 
 @torch.no_grad()
@@ -124,26 +139,38 @@ def fit_baseline(
     baseline: str, model: LanguageModel, plan: Plan, text: CorpusPlan, batch_size: int
 ) -> dict[nn.Module, torch.Tensor]:
     """Return the matrices of a baseline, by the module whose output each multiplies. Each fit sees the earlier ones."""
-    splits, matrices = split_texts([text], batch_size), dict[nn.Module, torch.Tensor]()
+    splits = split_texts([text], batch_size)
+    matrices = dict[nn.Module, torch.Tensor]()
     source = HiddenStateSource(model, [split.batch for split in splits], plan.drop)
     for cut in find_cuts(plan):
-        projection, layer = source.output_projection(cut.after), model.layers[cut.after].module
+        projection = source.output_projection(cut.after)
+        layer = model.layers[cut.after].module
         added = layer.get_submodule(projection.last)
-        (wanted,) = outputs(model, splits, [model.layers[cut.last].module])
+        last_removed = model.layers[cut.last].module
+        (wanted,) = outputs(model, splits, [last_removed])
         with applied(matrices):
             hidden, mlp = outputs(model, splits, [layer, added], plan.drop)
         if baseline == "replace_me":
             matrices[added] = replace_me(projection.factor * mlp, wanted - hidden)
+        elif baseline == "prune_comp":
+            matrices[layer] = prune_comp(hidden, wanted)
         else:
-            matrices[layer] = {"prune_comp": prune_comp, "linear_patch": linear_patch}[baseline](hidden, wanted)
+            matrices[layer] = linear_patch(hidden, wanted)
     return matrices
 
 
 def perplexity(model: LanguageModel, text: CorpusPlan, drop: tuple[int, ...] = (), patch: Patch | None = None) -> float:
     """Return the perplexity of a text without some layers and with other weights."""
+    intervention = NO_INTERVENTION.without(*drop)
+    loss = 0.0
+    tokens = 0.0
     with model.patched(patch or {}):
-        rows = [row for shard in text.shards for row in TextLoss(shard)(model, NO_INTERVENTION.without(*drop))]
-    return float(np.exp(sum(row.samples.sum() for row in rows) / sum(row.weights.sum() for row in rows)))
+        for shard in text.shards:
+            measure = TextLoss(shard)
+            for row in measure(model, intervention):
+                loss += row.samples.sum()
+                tokens += row.weights.sum()
+    return float(np.exp(loss / tokens))
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -162,17 +189,20 @@ def main(arguments: Sequence[str] | None = None) -> None:
     given = Settings(max_sequences=args.rows, sequence_length=args.sequence_length, dtype=args.dtype, device="cpu")
     checkpoint, settings = open_checkpoint(args.model, given)
     tokenizer = load_tokenizer(checkpoint)
-    held_out = tokenize_corpus(
-        args.corpus, tokenizer, Settings(max_sequences=args.held_out, sequence_length=args.sequence_length)
-    )
-    text = tokenize_corpus(args.corpus, tokenizer, dataclasses.replace(settings, skip_sequences=args.held_out))
+    first_rows = Settings(max_sequences=args.held_out, sequence_length=args.sequence_length)
+    held_out = tokenize_corpus(args.corpus, tokenizer, first_rows)
+    later_rows = dataclasses.replace(settings, skip_sequences=args.held_out)
+    text = tokenize_corpus(args.corpus, tokenizer, later_rows)
     model = open_whole(checkpoint, settings)
     layers = len(model.layers)
-    drop = tuple(int(layer) for layer in args.drop.split(",")) if args.drop else tuple(range(3, layers, 4))
+    drop = tuple(range(3, layers, 4))
+    if args.drop:
+        drop = tuple(int(layer) for layer in args.drop.split(","))
     path = model.layers[0].name.rpartition(".")[0]
     plan = Plan(model=checkpoint.name, num_layers=layers, layers=path, drop=drop)
     stored = StoredWeights.of_checkpoint(checkpoint, plan, settings)
-    whole, pruned = perplexity(model, held_out), perplexity(model, held_out, drop)
+    whole = perplexity(model, held_out)
+    pruned = perplexity(model, held_out, drop)
     _, once = cpu_timed(lambda: perplexity(model, text))
     print(f"{checkpoint.name} without {len(drop)} of {layers} layers, fitted on {args.rows} rows")
     print(f"{'whole model':14s} perplexity {whole:10.2f}")
@@ -191,10 +221,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
     names: Collection[str] = args.repair or (*REPAIRS, *BASELINES)
     for name in names:
         repaired, cost = fit(name)
-        title = "published baseline" if name in BASELINES else REPAIRS[name].meaning
-        print(
-            f"{name:14s} perplexity {repaired:10.2f}, kept {whole / repaired:6.1%}, {cost / once:6.1f} passes: {title}"
-        )
+        title = "published baseline"
+        if name in REPAIRS:
+            title = REPAIRS[name].meaning
+        print(f"{name:14s} perplexity {repaired:10.2f}, kept {whole / repaired:6.1%}", end=", ")
+        print(f"{cost / once:6.1f} passes: {title}")
 
 
 if __name__ == "__main__":

@@ -30,10 +30,11 @@ import time
 import traceback
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from html.parser import HTMLParser
 from itertools import chain
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 if __name__ == "__main__":  # the package beside this file, whichever is installed
     sys.path[:1] = [str(Path(__file__).parents[1]), str(Path(__file__).parents[2])]
@@ -44,7 +45,7 @@ import pyarrow.compute as pc
 import torch
 from safetensors.torch import load_file
 from support.checkpoints import llama, save_tokenizer
-from support.command_line import avss
+from support.command_line import json_rows, succeed
 from support.families import lively, tiny_model
 from support.pairs import write_pairs
 from transformers.utils.logging import disable_progress_bar, set_verbosity_error
@@ -135,7 +136,9 @@ class Goldens:
     """
 
     def __init__(self, folder: Path, case: str) -> None:
-        self._root, self._case, self.lines = folder, case, dict[str, str]()
+        self._root = folder
+        self._case = case
+        self.lines = dict[str, str]()
 
     def add(self, name: str, values: Any) -> None:
         """Add the line of a class, unless it has no values."""
@@ -148,18 +151,24 @@ class Goldens:
 
     def add_table(self, name: str, table: pa.Table) -> None:
         """Add the line of a table, whose rows are in a stable order."""
-        columns = [column for column in with_values(table) if column not in NO_VALUES]
-        self.add(name, {column: table[column].to_pylist() for column in columns})
+        self.add(name, {column: table[column].to_pylist() for column in value_columns(table)})
+
+    def add_rows(self, name: str, rows: list[dict[str, Any]]) -> None:
+        """Add the line of rows that are no table yet, unless there are none."""
+        if rows:
+            self.add_table(name, pa.Table.from_pylist(rows))
 
     def add_warehouse(self, warehouse: Path) -> None:
         """Add the lines of all tables of measurements and evaluations, for each model."""
         opened = Warehouse(warehouse)
         for table, keys in KEYS.items():
+            order = [(key, "ascending") for key in keys]
             for model, rows in by_model(opened.table(table)).items():
-                ordered = rows.sort_by([(key, "ascending") for key in keys])
+                ordered = rows.sort_by(order)
                 for kind, names in classes_of(table, with_values(rows)).items():
                     self.add_table(f"{model}.{table}.{kind}", ordered.select(names))
-        for model, rows in by_model(opened.table("evaluations")).items():
+        evaluations = opened.table("evaluations")
+        for model, rows in by_model(evaluations).items():
             self._add_evaluations(model, rows.to_pylist())
 
     def _add_evaluations(self, model: str, rows: Iterable[Mapping[str, Any]]) -> None:
@@ -169,23 +178,28 @@ class Goldens:
         """
         values = defaultdict[str, list[Any]](list)
         for row in rows:
-            about = [removed_parts(row), *(row.get(name) for name in ("layer", "factor", "rounding", "sparsity_plan"))]
-            task, metric = row["task"].partition(":")[0], row["metric"].partition(":")[0]
-            value = [row["metric"], about, row["value"], row["stderr"], row["num_samples"]]
+            task = kind_of(row["task"])
+            metric = kind_of(row["metric"])
+            about = [removed_parts(row), *values_of(row, "layer", "factor", "rounding", "sparsity_plan")]
+            value = [row["metric"], about, *values_of(row, "value", "stderr", "num_samples")]
             values[f"{task}.{metric}"].append(value)
-        for name, metric_values in values.items():
-            self.add(f"{model}.{name}", sorted(metric_values, key=json.dumps))
+        self._add_sorted(f"{model}.", values)
 
     def add_experiments(self, warehouse: Path) -> None:
         """Add a line for the rows of each task and metric of an experiment, by method, share and repair."""
         values = defaultdict[str, list[Any]](list)
-        for row in Warehouse(warehouse).table("experiments").to_pylist():
-            task = row["task"].partition(":")[0]
-            about = [row.get(name) for name in ("method", "share", "control", "seed", "repair")]
-            value = [row[name] for name in ("value", "stderr", "retention", "retention_low", "retention_high")]
+        rows = Warehouse(warehouse).table("experiments")
+        for row in rows.to_pylist():
+            task = kind_of(row["task"])
+            about = values_of(row, "method", "share", "control", "seed", "repair")
+            value = values_of(row, "value", "stderr", "retention", "retention_low", "retention_high")
             values[f"experiments.{task}.{row['metric']}"].append([about, removed_parts(row), value])
-        for name, metric_values in values.items():
-            self.add(name, sorted(metric_values, key=json.dumps))
+        self._add_sorted("", values)
+
+    def _add_sorted(self, prefix: str, values: Mapping[str, list[Any]]) -> None:
+        """Add a line for the values of each name, in an order that does not depend on that of the rows."""
+        for name, unordered in values.items():
+            self.add(f"{prefix}{name}", sorted(unordered, key=json.dumps))
 
     def add_page(self, warehouse: Path) -> None:
         """Add lines for the texts of the report page of a warehouse, and for the data that its charts draw.
@@ -196,14 +210,16 @@ class Goldens:
         reader = PageReader()
         reader.feed(page)
         self.add("page.texts", [text for text in reader.texts if not PASSING.search(text)])
-        data = json.loads(gzip.decompress(base64.b64decode(reader.data)))
+        packed = base64.b64decode(reader.data)
+        data = json.loads(gzip.decompress(packed))
         for name, values in data.items():
             self.add(f"page.data.{name}", [values])
 
     def add_checkpoint(self, name: str, folder: Path) -> None:
         """Add a line for the weights of a checkpoint, as numbers of 8 bits."""
         tensors: dict[str, torch.Tensor] = {}
-        for file in sorted(folder.glob("*.safetensors")):
+        files = sorted(folder.glob("*.safetensors"))
+        for file in files:
             tensors |= load_file(file)
         self.add(name, {key: tensor.view(torch.uint8).tolist() for key, tensor in tensors.items()})
 
@@ -215,6 +231,20 @@ class Goldens:
             model.save_pretrained(folder)
             save_tokenizer(folder)
         return str(folder)
+
+    def models(self, *names: str) -> list[str]:
+        """Return the folders of several tiny checkpoints."""
+        return [self.model(name) for name in names]
+
+
+class Inside(NamedTuple):
+    """The element of a page that a text is in."""
+
+    tag: str
+    id: str
+
+
+OUTSIDE = Inside("", "")
 
 
 class PageReader(HTMLParser):
@@ -229,22 +259,26 @@ class PageReader(HTMLParser):
         super().__init__()
         self.texts = list[str]()
         self.data = ""
-        self._inside = "", ""
+        self._inside = OUTSIDE
 
     def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
         """Note which element, of which id, the next text is in."""
-        self._inside = tag, dict(attrs).get("id") or ""
+        name = dict(attrs).get("id")
+        self._inside = Inside(tag, name or "")
 
     def handle_endtag(self, tag: str) -> None:
         """Note that the next text is in no script or style."""
-        self._inside = "", ""
+        self._inside = OUTSIDE
 
     def handle_data(self, data: str) -> None:
         """Take a text, unless it is a program or a style."""
-        tag, name = self._inside
-        if name == "data":
+        if self._inside.id == "data":
             self.data = data
-        elif tag not in ("script", "style") and (text := " ".join(data.split())):
+            return
+        if self._inside.tag in ("script", "style"):
+            return
+        text = " ".join(data.split())
+        if text:
             self.texts.append(text)
 
 
@@ -260,19 +294,56 @@ def with_values(table: pa.Table) -> list[str]:
     return [name for name in sorted(table.column_names) if table[name].null_count < len(table)]
 
 
+def value_columns(table: pa.Table) -> list[str]:
+    """Return the names of the columns with values, but those that tell whose a row is."""
+    return [column for column in with_values(table) if column not in NO_VALUES]
+
+
+def values_of(row: Mapping[str, Any], *columns: str) -> list[Any]:
+    """Return the values of a row in some columns; None where the table lacks one."""
+    return [row.get(column) for column in columns]
+
+
+def fields_of(entry: object, *names: str) -> dict[str, Any]:
+    """Return some fields of an entry of a plan by name."""
+    return {name: getattr(entry, name) for name in names}
+
+
+def names_of(removals: Iterable[object]) -> list[str]:
+    """Return the layers, sublayers and experts that a plan drops as texts."""
+    return [str(removal) for removal in removals]
+
+
+def kind_of(name: str) -> str:
+    """Return the part of a task's or a metric's name that says of which kind it is."""
+    return name.partition(":")[0]
+
+
+def class_of(table: str, column: str) -> str:
+    """Return the name of the class that a column of a table belongs to: its own, if it belongs to no other."""
+    if column in OF_ROWS:
+        return "rows"
+    for kind, names in CLASSES[table].items():
+        if column in names.split():
+            return kind
+    return column
+
+
 def classes_of(table: str, columns: Iterable[str]) -> dict[str, list[str]]:
     """Return the columns of a table that have a line together, by the name of their class."""
     classes = defaultdict[str, list[str]](list)
     for column in columns:
-        together = (kind for kind, names in CLASSES[table].items() if column in names.split())
-        classes["rows" if column in OF_ROWS else next(together, column)].append(column)
+        classes[class_of(table, column)].append(column)
     return {kind: columns for kind, columns in classes.items() if not NO_VALUES.issuperset(columns)}
 
 
 def by_model(table: pa.Table) -> dict[str, pa.Table]:
     """Return the rows of each model by the last part of its name."""
-    names = table["model"].to_pylist() if len(table) else []
-    return {Path(name).name: table.filter(pa.array([other == name for other in names])) for name in sorted(set(names))}
+    rows = {}
+    if len(table):
+        for name in sorted(set(table["model"].to_pylist())):
+            rows[Path(name).name] = table.filter(pc.equal(table["model"], name))
+    return rows
 
 
 MODELS: dict[str, Callable[[], Any]] = {
@@ -300,8 +371,10 @@ def smollm2(goldens: Goldens, folder: Path) -> None:
     script = REPOSITORY / "jobs" / "fetch_smollm2.py"
     fetched = subprocess.run([sys.executable, script], capture_output=True, text=True)
     if fetched.returncode:
-        raise NotMadeError(f"there is no checkpoint: {fetched.stderr.strip()[-200:]}")
-    model = fetched.stdout.strip().splitlines()[-1]
+        reason = fetched.stderr.strip()[-200:]
+        raise NotMadeError(f"there is no checkpoint: {reason}")
+    printed = fetched.stdout.strip()
+    model = printed.splitlines()[-1]
     rows = {"max_sequences": 16, "sequence_length": 128, "batch_size": 2, "sequences_per_shard": 2, **CPU}
     avss_dist.score(model, corpus=TEXT, warehouse=folder, **rows, **LOCAL)
     goldens.add_warehouse(folder)
@@ -309,18 +382,28 @@ def smollm2(goldens: Goldens, folder: Path) -> None:
 
 def measure(goldens: Goldens, folder: Path, *models: str, **place: Any) -> None:
     """Score models, and ask the first one for losses without layers, Shapley values and gradients."""
-    names, options = [goldens.model(name) for name in models], {**SHARDS, **place, "experts": "mixture" in models}
-    for run in avss_dist.score_all(names, corpus=TEXT, warehouse=folder, **options):
-        assert run.status == "done", run.error
+    names = goldens.models(*models)
+    score_all(names, folder, experts="mixture" in models, **SHARDS, **place)
     options = {**FEW, "sequences_per_shard": 3, **place}
     avss_dist.ablate(names[0], corpus=TEXT, warehouse=folder, shapley=1, gradients=True, **options)
     goldens.add_warehouse(folder)
 
 
+def score_all(models: Sequence[str], warehouse: Path, **options: Any) -> None:
+    """Score models, none of which may fail."""
+    for run in avss_dist.score_all(models, corpus=TEXT, warehouse=warehouse, **options):
+        assert run.status == "done", run.error
+
+
+def score(model: str, warehouse: Path, **options: Any) -> None:
+    """Score a model in this process, in nine shards."""
+    avss_dist.score(model, corpus=TEXT, warehouse=warehouse, **options, **SHARDS, **LOCAL)
+
+
 def evaluate(warehouse: Path, *subjects: str | Path) -> avss_dist.Evaluations:
     """Evaluate models and plans on text that nothing was scored on."""
-    names, tasks = [str(subject) for subject in subjects], [f"perplexity:{TEXT}"]
-    return avss_dist.evaluate(names, tasks=tasks, warehouse=warehouse, skip_sequences=30, **FEW, **LOCAL)
+    tasks = [f"perplexity:{TEXT}"]
+    return avss_dist.evaluate(subjects, tasks=tasks, warehouse=warehouse, skip_sequences=30, **FEW, **LOCAL)
 
 
 def local(goldens: Goldens, folder: Path) -> None:
@@ -335,42 +418,47 @@ def streaming(goldens: Goldens, folder: Path) -> None:
 
 def contrast(goldens: Goldens, folder: Path) -> None:
     """Contrast two labels of paired text, in each reading."""
-    pairs, warehouse = write_pairs(folder, 12), folder / "w"
+    pairs = write_pairs(folder, 12)
+    warehouse = folder / "w"
     options = {**SHARDS, "max_sequences": None, "sequence_length": 64, "sequences_per_shard": 4}
     avss_dist.score(goldens.model("llama"), corpus=pairs, warehouse=warehouse, **options, **LOCAL)
     goldens.add_warehouse(warehouse)
     labels = ("--hallucinated", "bad", "--truthful", "good", "--format", "json")
     for recipe in ("pooled", "element", "unit"):
-        for what, option in (("layers", []), ("predictions", ["--predictions"])):
-            done = avss("contrast", "-w", warehouse, "--recipe", recipe, "--threshold", "1e-2", *labels, *option)
-            assert done.exit_code == 0, done.stderr
-            if rows := [json.loads(line) for line in done.stdout.splitlines()]:
-                goldens.add_table(f"{recipe}.{what}", pa.Table.from_pylist(rows))
+        command = ("contrast", "-w", warehouse, "--recipe", recipe, "--threshold", "1e-2", *labels)
+        goldens.add_rows(f"{recipe}.layers", printed_rows(*command))
+        goldens.add_rows(f"{recipe}.predictions", printed_rows(*command, "--predictions"))
+
+
+def printed_rows(*command: object) -> list[dict[str, Any]]:
+    """Return the rows that a command prints as JSON."""
+    done = succeed(*command)
+    return json_rows(done.stdout)
 
 
 def ablation(goldens: Goldens, folder: Path) -> None:
     """Ablate each layer and sublayer, with Shapley values, gradients and damage; choose layers by them."""
     model = goldens.model("llama")
-    avss_dist.score(model, corpus=TEXT, warehouse=folder, **SHARDS, **LOCAL)
+    score(model, folder)
     measured = {"sublayers": True, "shapley": 4, "gradients": True, "damage": True}
     done = avss_dist.ablate(model, corpus=TEXT, warehouse=folder, **measured, **FEW, **LOCAL)
     goldens.add_table("table", done.table())
     goldens.add_warehouse(folder)
-    for score in ("avss", "block_influence", "loss", "shapley", "damage"):
-        goldens.add(f"plan.{score}", [str(drop) for drop in avss_dist.plan(warehouse=folder, by=score, count=2).drop])
-    found = avss_dist.plan(warehouse=folder, by="greedy", count=2, corpus=TEXT, **FEW, **LOCAL)
-    goldens.add("plan.greedy", [str(drop) for drop in found.drop])
+    for name in ("avss", "block_influence", "loss", "shapley", "damage"):
+        plan = avss_dist.plan(warehouse=folder, by=name, count=2)
+        goldens.add(f"plan.{name}", names_of(plan.drop))
+    greedy = avss_dist.plan(warehouse=folder, by="greedy", count=2, corpus=TEXT, **FEW, **LOCAL)
+    goldens.add("plan.greedy", names_of(greedy.drop))
 
 
 def sparsity(goldens: Goldens, folder: Path) -> None:
     """Make sparsity plans by four methods, and evaluate two of them."""
-    model, warehouse = goldens.model("llama"), folder / "w"
-    avss_dist.score(model, corpus=TEXT, warehouse=warehouse, sites=("block", "inputs"), **SHARDS, **LOCAL)
+    warehouse = folder / "w"
+    score(goldens.model("llama"), warehouse, sites=("block", "inputs"))
     for method in ("loss", "teal", "acttail", "wina"):
         plan = avss_dist.sparsify(0.5, warehouse=warehouse, method=method, **FEW, **LOCAL)
-        columns = ("layer", "map", "site", "by", "value", "sparsity")
-        maps = [{name: getattr(entry, name) for name in columns} for entry in plan.projections]
-        goldens.add_table(method, pa.Table.from_pylist(maps))
+        maps = [fields_of(entry, "layer", "map", "site", "by", "value", "sparsity") for entry in plan.projections]
+        goldens.add_rows(method, maps)
         plan.write(folder / f"{method}.yaml")
     table = evaluate(warehouse, folder / "teal.yaml", folder / "wina.yaml").table()
     goldens.add_table("table", table.select(OF_EVALUATIONS))
@@ -380,23 +468,30 @@ def sparsity(goldens: Goldens, folder: Path) -> None:
 
 def repair(goldens: Goldens, folder: Path) -> None:
     """Prune a layer, repair the rest in two ways, and evaluate what is left."""
-    model, warehouse = goldens.model("llama-wide"), folder / "w"
-    plan = avss_dist.Plan(model=model, num_layers=4, layers="layers", drop=(2,))
+    model = goldens.model("llama-wide")
+    warehouse = folder / "w"
+    plan = plan_without_the_third(model)
+    texts: dict[str, Any] = {"repair_corpora": [TEXT], "warehouse": warehouse, **ROWS, **LOCAL}
     written = []
     for name in ("none", "map", "refit"):
-        texts = {} if name == "none" else {"repair_corpora": [TEXT], "warehouse": warehouse, **ROWS, **LOCAL}
-        done = avss_dist.prune(model, plan, folder / f"pruned-{name}", repair=name, **texts)
+        options = {} if name == "none" else texts
+        done = avss_dist.prune(model, plan, folder / f"pruned-{name}", repair=name, **options)
         goldens.add_checkpoint(f"weights.{name}", Path(done.folder))
         written.append(done.folder)
     evaluate(warehouse, model, *written)
     goldens.add_warehouse(warehouse)
 
 
+def plan_without_the_third(model: str) -> avss_dist.Plan:
+    """Return a plan that drops the third of four layers."""
+    return avss_dist.Plan(model=model, num_layers=4, layers="layers", drop=(2,))
+
+
 def distillation(goldens: Goldens, folder: Path) -> None:
     """Distill a pruned model in eight steps."""
-    teacher, student = goldens.model("llama-wide"), folder / "student"
-    plan = avss_dist.Plan(model=teacher, num_layers=4, layers="layers", drop=(2,))
-    avss_dist.prune(teacher, plan, student)
+    teacher = goldens.model("llama-wide")
+    student = folder / "student"
+    avss_dist.prune(teacher, plan_without_the_third(teacher), student)
     options = {"tokens": 8 * 4 * 32, "sequence_length": 32, "batch_size": 4, "max_sequences": 64, "held_out": 4}
     options |= {"self_texts": 0, "learning_rate": 3e-4, "warmup": 2, "evaluations": 2, **CPU}
     for train in ("all", "lora"):
@@ -408,13 +503,14 @@ def distillation(goldens: Goldens, folder: Path) -> None:
 
 def precision(goldens: Goldens, folder: Path) -> None:
     """Predict the losses of rounded weights, choose formats under a budget, and evaluate the choice."""
-    model, warehouse = goldens.model("llama-wide"), folder / "w"
-    avss_dist.score(model, corpus=TEXT, warehouse=warehouse, **SHARDS, **LOCAL)
+    model = goldens.model("llama-wide")
+    warehouse = folder / "w"
+    score(model, warehouse)
     formats = ("int4-g32", "int8")
     avss_dist.ablate(model, corpus=TEXT, warehouse=warehouse, quantize=formats, **FEW, **LOCAL)
     plan = avss_dist.quantize(bits=5.5, warehouse=warehouse, quantize=formats)
-    maps = [{name: getattr(entry, name) for name in ("layer", "map", "format", "bits")} for entry in plan.rounded]
-    goldens.add_table("plan", pa.Table.from_pylist(maps))
+    maps = [fields_of(entry, "layer", "map", "format", "bits") for entry in plan.rounded]
+    goldens.add_rows("plan", maps)
     plan_file = folder / "plan.yaml"
     plan.write(plan_file)
     evaluate(warehouse, plan_file)
@@ -423,24 +519,25 @@ def precision(goldens: Goldens, folder: Path) -> None:
 
 def experts(goldens: Goldens, folder: Path) -> None:
     """Choose routed experts to remove, and write the mixture without them."""
-    model, warehouse = goldens.model("mixture"), folder / "w"
-    avss_dist.score(model, corpus=TEXT, warehouse=warehouse, experts=True, **SHARDS, **LOCAL)
-    for score in ("reap", "tokens", "gate"):
-        plan = avss_dist.plan(warehouse=warehouse, by=score, experts=0.25)
-        goldens.add(f"plan.{score}", [str(drop) for drop in plan.drop])
-        done = avss_dist.prune(model, plan, folder / score, repair="refit", repair_corpora=[TEXT], **ROWS, **LOCAL)
-        goldens.add_checkpoint(f"weights.{score}", Path(done.folder))
+    model = goldens.model("mixture")
+    warehouse = folder / "w"
+    score(model, warehouse, experts=True)
+    for name in ("reap", "tokens", "gate"):
+        plan = avss_dist.plan(warehouse=warehouse, by=name, experts=0.25)
+        goldens.add(f"plan.{name}", names_of(plan.drop))
+        done = avss_dist.prune(model, plan, folder / name, repair="refit", repair_corpora=[TEXT], **ROWS, **LOCAL)
+        goldens.add_checkpoint(f"weights.{name}", Path(done.folder))
 
 
 def sixteen_bits(goldens: Goldens, folder: Path) -> None:
     """Measure models in bfloat16 and float16, whose activations are counted by their bit patterns."""
+    names = goldens.models("llama", "mixture")
     for dtype in ("bfloat16", "float16"):
         warehouse = folder / dtype
-        names = [goldens.model(name) for name in ("llama", "mixture")]
-        options = {**SHARDS, "dtype": dtype, "experts": True}
-        for run in avss_dist.score_all(names, corpus=TEXT, warehouse=warehouse, **options, **LOCAL):
-            assert run.status == "done", run.error
-        avss_dist.ablate(names[0], corpus=TEXT, warehouse=warehouse, damage=True, **{**FEW, "dtype": dtype}, **LOCAL)
+        shards = {**SHARDS, "dtype": dtype}
+        score_all(names, warehouse, experts=True, **shards, **LOCAL)
+        rows = {**FEW, "dtype": dtype}
+        avss_dist.ablate(names[0], corpus=TEXT, warehouse=warehouse, damage=True, **rows, **LOCAL)
         part = Goldens(folder, f"sixteen_bits.{dtype}")
         part.add_warehouse(warehouse)
         goldens.lines |= part.lines
@@ -448,7 +545,8 @@ def sixteen_bits(goldens: Goldens, folder: Path) -> None:
 
 def experiment(goldens: Goldens, folder: Path) -> None:
     """Run a job with an experiment: every kind of method, control and repair; then write the page of its warehouse."""
-    job, warehouse = folder / "job.yaml", folder / "w"
+    job_file = folder / "job.yaml"
+    warehouse = folder / "w"
     scored = {"max_sequences": 16, "sequence_length": 32, "batch_size": 2, "sequences_per_shard": 2, **CPU}
     asked = {
         "tasks": [f"perplexity:{TEXT}"],
@@ -463,10 +561,10 @@ def experiment(goldens: Goldens, folder: Path) -> None:
         "skip_sequences": 20,
         "max_sequences": 8,
     }
-    models = [goldens.model("llama-wide"), goldens.model("llama")]
-    text = {"warehouse": str(warehouse), "models": models, "corpora": [TEXT], "settings": scored, "experiment": asked}
-    job.write_text(json.dumps(text), encoding="utf-8")
-    avss_dist.run(str(job), executor="local")
+    models = goldens.models("llama-wide", "llama")
+    job = {"warehouse": str(warehouse), "models": models, "corpora": [TEXT], "settings": scored, "experiment": asked}
+    job_file.write_text(json.dumps(job), encoding="utf-8")
+    avss_dist.run(job_file, executor="local")
     goldens.add_experiments(warehouse)
     goldens.add_warehouse(warehouse)
     goldens.add_page(warehouse)
@@ -482,8 +580,9 @@ def shrink(goldens: Goldens, folder: Path) -> None:
         "quality": {"keep": 0.5, "repair": "map"},
     }
     for name, choice in choices.items():
-        warehouse, output = folder / name / "w", folder / name / "smaller"
-        done = avss_dist.shrink(model, corpus=TEXT, output=str(output), warehouse=warehouse, **choice, **rows, **LOCAL)
+        output = folder / name / "smaller"
+        options = {"warehouse": folder / name / "w", **choice, **rows, **LOCAL}
+        done = avss_dist.shrink(model, corpus=TEXT, output=output, **options)
         goldens.add_checkpoint(f"{name}.weights", output)
         goldens.add(f"{name}.drop", removal_names(done.best.plan.drop))
         goldens.add(f"{name}.plans", [[removal_names(result.plan.drop), result.kept] for result in done.curve])
@@ -499,16 +598,23 @@ def describe_results(task: Any) -> list[Any]:
 
 def compare(goldens: Goldens, folder: Path) -> None:
     """Compare the rankings of several models, and list the findings against them."""
-    names = [goldens.model(name) for name in ("deep", "deep-other", "gpt2", "bert")]
-    avss_dist.score_all(names, corpus=TEXT, warehouse=folder, **SHARDS, **LOCAL)
+    models = goldens.models("deep", "deep-other", "gpt2", "bert")
+    avss_dist.score_all(models, corpus=TEXT, warehouse=folder, **SHARDS, **LOCAL)
     for recipe in ("pooled", "unit"):
         pairs = avss_dist.compare(warehouse=folder, recipe=recipe, threshold=1e-2).table()
-        rows = sorted(pairs.to_pylist(), key=lambda row: RUN_ID.sub("", json.dumps(row, sort_keys=True, default=str)))
-        for column in (column for column in with_values(pairs) if column not in NO_VALUES):
+        rows = sorted(pairs.to_pylist(), key=text_without_run_ids)
+        for column in value_columns(pairs):
             goldens.add(f"{recipe}.{column}", [row[column] for row in rows])
-    found = avss_dist.findings(warehouse=folder, every=True).table()
-    for kind in sorted(set(found["kind"].to_pylist())):
-        goldens.add_table(f"findings.{kind}", found.filter(pc.equal(found["kind"], kind)))
+    findings = avss_dist.findings(warehouse=folder, every=True).table()
+    kinds = findings["kind"]
+    for kind in sorted(set(kinds.to_pylist())):
+        goldens.add_table(f"findings.{kind}", findings.filter(pc.equal(kinds, kind)))
+
+
+def text_without_run_ids(row: Mapping[str, Any]) -> str:
+    """Return a row as text that is the same in every run of this script."""
+    text = json.dumps(row, sort_keys=True, default=str)
+    return RUN_ID.sub("", text)
 
 
 def start_ray() -> None:
@@ -519,7 +625,8 @@ def start_ray() -> None:
         return
     logs = {"log_to_driver": False, "logging_level": logging.ERROR}
     os.environ["RAY_prestart_worker_first_driver"] = "0"  # noqa: SIM112  (processes that no case uses)
-    os.environ["PYTHONPATH"] = f"{REPOSITORY}{os.pathsep}{os.environ.get('PYTHONPATH', '')}"
+    given = os.environ.get("PYTHONPATH", "")
+    os.environ["PYTHONPATH"] = f"{REPOSITORY}{os.pathsep}{given}"
     ray.init(address="local", num_cpus=4, include_dashboard=False, **logs)
     os.environ["RAY_ADDRESS"] = ray.get_runtime_context().gcs_address
 
@@ -549,37 +656,64 @@ CASES: dict[str, Case] = {case.__name__: case for case in IN_PROCESS} | ON_RAY
 SLOW = {"smollm2", *ON_RAY}
 
 
-def make(names: Sequence[str]) -> tuple[Outcomes, Outcomes, Outcomes]:
-    """Make cases, one after the other. A failure ends its case alone.
+@dataclass(frozen=True)
+class Made:
+    """What cases gave.
 
-    Returns:
-        The lines by class, the reasons of cases that cannot be made here, and the errors of those that failed.
+    Attributes:
+        lines: number of values and digest, by class.
+        absent: reasons of cases that cannot be made here.
+        failed: errors of cases that failed.
     """
+
+    lines: Outcomes = field(default_factory=Outcomes)
+    absent: Outcomes = field(default_factory=Outcomes)
+    failed: Outcomes = field(default_factory=Outcomes)
+
+
+def make(names: Sequence[str]) -> Made:
+    """Make cases, one after the other. A failure ends its case alone."""
     torch.set_num_threads(1)
     disable_progress_bar()
     set_verbosity_error()
-    lines, absent, failed = Outcomes(), Outcomes(), Outcomes()
+    made = Made()
     with tempfile.TemporaryDirectory() as folder:
         for name in names:
-            began, goldens, own = time.monotonic(), Goldens(Path(folder), name), Path(folder, name)
-            own.mkdir()
+            start = time.monotonic()
+            goldens = Goldens(Path(folder), name)
+            case_folder = Path(folder, name)
+            case_folder.mkdir()
             try:
-                CASES[name](goldens, own)
+                CASES[name](goldens, case_folder)
             except NotMadeError as reason:
-                absent[name] = str(reason)
+                made.absent[name] = str(reason)
             except Exception as error:
                 traceback.print_exc()
-                failed[name] = f"{type(error).__name__}: {error}"
-            lines |= goldens.lines
-            print(f"{name}: {time.monotonic() - began:.0f} s", file=sys.stderr, flush=True)
-    return lines, absent, failed
+                made.failed[name] = f"{type(error).__name__}: {error}"
+            made.lines |= goldens.lines
+            seconds = time.monotonic() - start
+            print(f"{name}: {seconds:.0f} s", file=sys.stderr, flush=True)
+    return made
 
 
-def differences(before: Mapping[str, str], now: Mapping[str, str]) -> list[str]:
+def differences(before: Mapping[str, str], after: Mapping[str, str]) -> list[str]:
     """Return a line for each class that differs, or that one side lacks."""
-    names = sorted(name for name in before.keys() | now.keys() if before.get(name) != now.get(name))
-    absent = "no values"
-    return [f"# differs: {name}: {before.get(name, absent)} before, {now.get(name, absent)} now" for name in names]
+    notes = []
+    for name in sorted(before.keys() | after.keys()):
+        old = before.get(name, "no values")
+        new = after.get(name, "no values")
+        if old != new:
+            notes.append(f"# differs: {name}: {old} before, {new} now")
+    return notes
+
+
+def notes_of(outcome: str, reasons: Mapping[str, str]) -> list[str]:
+    """Return a line for each case that has an outcome, with the reason on one line."""
+    notes = []
+    for name, reason in reasons.items():
+        one_line = " ".join(reason.split())
+        notes.append(f"# {outcome}: {name}: {one_line}")
+    return notes
 
 
 def read_lines(file: Path) -> dict[str, str]:
@@ -599,20 +733,21 @@ def main() -> int:
     parser.add_argument("--only", nargs="+", choices=CASES, metavar="NAME", help=", ".join(CASES))
     options = parser.parse_args()
     before = read_lines(options.compare) if options.compare else {}
-    chosen = set(options.only or CASES) - (SLOW if options.quick else set())
+    chosen = set(options.only or CASES)
+    if options.quick:
+        chosen -= SLOW
     names = [name for name in CASES if name in chosen]
-    lines, absent, failed = make(names)
-    print(*(f"{name:<56} {lines[name]}" for name in sorted(lines)), sep="\n")
-    notes = [f"# not made: {name}: {' '.join(reason.split())}" for name, reason in absent.items()]
-    notes += [f"# failed: {name}: {' '.join(reason.split())}" for name, reason in failed.items()]
+    made = make(names)
+    for name, line in sorted(made.lines.items()):
+        print(f"{name:<56} {line}")
     different = []
     if options.compare:
-        made = set(names) - absent.keys()
-        before = {name: line for name, line in before.items() if name.partition(".")[0] in made}
-        different = differences(before, lines)
-    for note in (*notes, *different):
+        compared = chosen - made.absent.keys()
+        before = {name: line for name, line in before.items() if name.partition(".")[0] in compared}
+        different = differences(before, made.lines)
+    for note in (*notes_of("not made", made.absent), *notes_of("failed", made.failed), *different):
         print(note)
-    return 1 if different or failed else 0
+    return 1 if different or made.failed else 0
 
 
 if __name__ == "__main__":

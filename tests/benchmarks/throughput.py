@@ -18,6 +18,7 @@ import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 if __name__ == "__main__":
     sys.path[0] = str(Path(__file__).parent.parent)
@@ -28,31 +29,34 @@ from transformers import AutoModelForCausalLM
 
 from avss_dist.core.settings import Settings
 from avss_dist.core.sites import SITES
-from avss_dist.corpus.shards import tokenize_corpus
+from avss_dist.corpus.shards import Shard, tokenize_corpus
 from avss_dist.measure.shard import analyze_shard
 from avss_dist.models.checkpoint.loading import load_tokenizer
-from avss_dist.models.checkpoint.locate import resolve
+from avss_dist.models.checkpoint.locate import Checkpoint, resolve
 from avss_dist.partition.replica import Replica, no_observation
 
-BARE, PLAIN, AUTHORS = "bare backbone forward", "plain CausalLM forward", "AVSS authors' recipe"
+BARE = "bare backbone forward"
+PLAIN = "plain CausalLM forward"
+AUTHORS = "AVSS authors' recipe"
 
 
 def authors_recipe(model: torch.nn.Module, layers: list[torch.nn.Module], input_ids: torch.Tensor) -> None:
     """What the released script measures of each layer, one batch: variance, sparsity, norms of gradients, weights."""
     seen: list[torch.Tensor] = []
-    handles = [
-        layer.register_forward_hook(
-            lambda m, a, out: seen.append((out[0] if isinstance(out, tuple) else out).detach().cpu())
-        )
-        for layer in layers
-    ]
+
+    def copy_output(_layer: torch.nn.Module, _args: object, output: Any) -> None:
+        hidden = output[0] if isinstance(output, tuple) else output
+        seen.append(hidden.detach().cpu())
+
+    handles = [layer.register_forward_hook(copy_output) for layer in layers]
     loss = model(input_ids, labels=input_ids).loss
     loss.backward()
     for hidden, layer in zip(seen, layers, strict=True):
         hidden.mean(dim=1).var(dim=1).mean().item()
         (hidden.abs() < 1e-5).float().mean().item()
-        for weight in (p for p in layer.parameters() if p.ndim == 2 and p.grad is not None):
-            assert weight.grad is not None
+        for weight in layer.parameters():
+            if weight.ndim != 2 or weight.grad is None:
+                continue
             weight.grad.abs().sum().item()
             weight.grad.pow(2).sum().sqrt().item()
             torch.norm(weight, p="fro").item()
@@ -75,13 +79,14 @@ def main() -> None:
 
     settings = Settings(max_sequences=options.sequences, dtype="bfloat16")
     checkpoint = resolve(options.model)
-    shard = tokenize_corpus(options.corpus, load_tokenizer(checkpoint), settings).shards[0]
+    shard = first_shard(options.corpus, checkpoint, settings)
     batches = list(shard.batches(settings.batch_size))
     replica = Replica(checkpoint, settings)
     inputs = [torch.from_numpy(batch.input_ids).to(torch.int64) for batch in batches]
     causal = AutoModelForCausalLM.from_pretrained(checkpoint.folder, dtype=torch.bfloat16).eval()
     exact = AutoModelForCausalLM.from_pretrained(checkpoint.folder, dtype=torch.float32).eval()
-    exact_layers = [exact.get_submodule(f"{exact.base_model_prefix}.{layer.name}") for layer in replica.layers]
+    backbone = exact.get_submodule(exact.base_model_prefix)
+    exact_layers = [backbone.get_submodule(layer.name) for layer in replica.layers]
 
     def bare() -> None:
         replica.forward(batches, no_observation)
@@ -93,7 +98,8 @@ def main() -> None:
 
     def ours(*sites: str) -> Callable[[], None]:
         def run() -> None:
-            analyze_shard(replica, shard, replace(settings, sites=sites))
+            observed = replace(settings, sites=sites)
+            analyze_shard(replica, shard, observed)
 
         return run
 
@@ -111,33 +117,50 @@ def main() -> None:
         for name, run in variants.items():
             if name == AUTHORS and round_ >= 2:
                 continue  # it takes longer than all the others together
-            seconds[name].append(timed(run)[1] / (1 if name == AUTHORS else len(batches)))
+            _, duration = timed(run)
+            measured_batches = 1 if name == AUTHORS else len(batches)
+            seconds[name].append(duration / measured_batches)
 
     tokens = inputs[0].numel()
     shape = f"{len(batches)} x {tuple(inputs[0].shape)}"
     print(f"{Path(options.model).name}, bfloat16, {shape}, {torch.get_num_threads()} threads")
     print(f"{'':<26}{'tokens/s':>10}{'of bare':>10}{'of plain':>10}{'of authors':>12}")
     for name, times in seconds.items():
-        ratios = [
-            statistics.median(b / a for a, b in zip(times, seconds[o], strict=False)) for o in (BARE, PLAIN, AUTHORS)
-        ]
-        print("{:<26}{:>10,.0f}{:>10.3f}{:>10.3f}{:>12.1f}".format(name, tokens / statistics.median(times), *ratios))
-    alone, observed = (
-        peak_memory(options.model, options.corpus, options.sequences, what) for what in ("bare", "observed")
-    )
+        speed = tokens / statistics.median(times)
+        of_bare = median_ratio(seconds[BARE], times)
+        of_plain = median_ratio(seconds[PLAIN], times)
+        of_authors = median_ratio(seconds[AUTHORS], times)
+        print(f"{name:<26}{speed:>10,.0f}{of_bare:>10.3f}{of_plain:>10.3f}{of_authors:>12.1f}")
+    alone = peak_memory(options.model, options.corpus, options.sequences, "bare")
+    observed = peak_memory(options.model, options.corpus, options.sequences, "observed")
     print(f"peak memory beyond the bare forward's, each in a process of its own: {(observed - alone) / 1e6:.0f} MB")
+
+
+def median_ratio(seconds: list[float], others: list[float]) -> float:
+    """Return the median over rounds of the ratio of two times. The variant with fewer rounds decides their number."""
+    ratios = []
+    for ours, theirs in zip(seconds, others, strict=False):
+        ratios.append(ours / theirs)
+    return statistics.median(ratios)
+
+
+def first_shard(corpus: str, checkpoint: Checkpoint, settings: Settings) -> Shard:
+    """Return the first shard of a corpus in the tokens of a checkpoint."""
+    tokenizer = load_tokenizer(checkpoint)
+    return tokenize_corpus(corpus, tokenizer, settings).shards[0]
 
 
 def peak_memory(model: str, corpus: str, sequences: int, what: str) -> int:
     """Highest resident memory, in bytes, while a fresh process measures a shard, or only runs it."""
     command = [sys.executable, __file__, model, "--corpus", corpus, "--sequences", str(sequences), "--peak", what]
-    return int(subprocess.run(command, check=True, capture_output=True, text=True).stdout.split()[-1])
+    done = subprocess.run(command, check=True, capture_output=True, text=True)
+    return int(done.stdout.split()[-1])
 
 
 def print_peak_memory(model: str, corpus: str, sequences: int, what: str) -> None:
     settings = Settings(max_sequences=sequences, dtype="bfloat16")
     checkpoint = resolve(model)
-    shard = tokenize_corpus(corpus, load_tokenizer(checkpoint), settings).shards[0]
+    shard = first_shard(corpus, checkpoint, settings)
     replica = Replica(checkpoint, settings)
     if what == "observed":
         analyze_shard(replica, shard, settings)

@@ -23,7 +23,7 @@ import tempfile
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -53,7 +53,9 @@ def write_warehouse(root: Path, runs: int, layers: int, seed: int = 0) -> None:
     rng = np.random.default_rng(seed)
     with tempfile.TemporaryDirectory() as folder:
         write_run(Warehouse(folder), "measured", layers, sites=("block", "update"))
-        tables = {file: pq.ParquetFile(file).read() for file in sorted(Path(folder).rglob("*.parquet"))}
+        files = sorted(Path(folder).rglob("*.parquet"))
+        tables = {file: pq.ParquetFile(file).read() for file in files}
+    start = datetime(2026, 1, 1, tzinfo=UTC)
     for run in range(runs):
         model = run // 20
         family = FAMILIES[model % len(FAMILIES)]
@@ -61,7 +63,7 @@ def write_warehouse(root: Path, runs: int, layers: int, seed: int = 0) -> None:
             "model": f"org/{family}-{model}",
             "revision": f"step{run % 20:02d}",
             "family": family,
-            "created_at": datetime(2026, 1, 1, tzinfo=UTC) + timedelta(hours=run),
+            "created_at": start + timedelta(hours=run),
         }
         factors = np.exp(rng.normal(0, 1, layers))
         for file, table in tables.items():
@@ -69,10 +71,11 @@ def write_warehouse(root: Path, runs: int, layers: int, seed: int = 0) -> None:
             if "avss_smoothed" in table.column_names:
                 scale = factors[table["layer"].to_numpy()]
                 columns |= {name: pa.array(table[name].to_numpy() * scale) for name in SCALED}
-            for at, name in enumerate(table.column_names):
-                if name in columns:
-                    table = table.set_column(at, table.schema.field(name), columns[name].cast(table.schema.types[at]))
-            path = root / file.parent.parent.name / f"run_id={family}-{model}-{run:05d}" / file.name
+            for at, field in enumerate(table.schema):
+                if field.name in columns:
+                    table = table.set_column(at, field, columns[field.name].cast(field.type))
+            partition = f"run_id={family}-{model}-{run:05d}"
+            path = root / file.parent.parent.name / partition / file.name
             path.parent.mkdir(parents=True, exist_ok=True)
             path.write_bytes(to_file(table))
 
@@ -105,7 +108,8 @@ def measure(warehouse: str, arguments: list[str], folder: Path, log: Path) -> Ro
     """Run a command in a process of its own, with its cache in ``folder``."""
     command = [sys.executable, "-m", "avss_dist", *arguments]
     command += [] if arguments == ["--version"] else ["-w", warehouse]
-    environment = {**os.environ, "XDG_CACHE_HOME": str(folder.resolve() / "cache")}
+    cache = folder.resolve() / "cache"
+    environment = {**os.environ, "XDG_CACHE_HOME": str(cache)}
     environment.pop("PYTHONDONTWRITEBYTECODE", None)  # bytecode is stored, as when pip installs the package
     before = _requests(log)
     printed_file = folder / "output"
@@ -119,8 +123,13 @@ def measure(warehouse: str, arguments: list[str], folder: Path, log: Path) -> Ro
         if status:
             raise SystemExit(f"avss {' '.join(arguments)} failed:\n{message.decode()}")
     printed = printed_file.stat().st_size
-    of_cores = usage.ru_utime + usage.ru_stime
-    return Round(seconds, of_cores, usage.ru_maxrss / 1024, printed, _requests(log) - before)
+    return Round(
+        seconds=seconds,
+        of_cores=usage.ru_utime + usage.ru_stime,
+        peak=usage.ru_maxrss / 1024,
+        printed=printed,
+        requests=_requests(log) - before,
+    )
 
 
 def _requests(log: Path) -> int:
@@ -137,7 +146,8 @@ def in_bucket(root: Path, log: Path) -> Iterator[str]:
         files = list(root.rglob("*.parquet"))
 
         def put(path: Path) -> None:
-            key = f"copy/{path.relative_to(root).as_posix()}"
+            place = path.relative_to(root).as_posix()
+            key = f"copy/{place}"
             server.client.put_object(Bucket="lab", Key=key, Body=path.read_bytes())
 
         with ThreadPoolExecutor(8) as pool:
@@ -150,32 +160,43 @@ def in_bucket(root: Path, log: Path) -> Iterator[str]:
 def main(arguments: list[str] | None = None) -> None:
     from avss_dist.warehouse.query import ready_queries
 
-    commands = COMMANDS | {f"query @{name}": ["query", f"@{name}"] for name in ready_queries()}
+    commands = dict(COMMANDS)
+    for name in ready_queries():
+        commands[f"query @{name}"] = ["query", f"@{name}"]
+    usual = [name for name in commands if name != "compact"]
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path)
     parser.add_argument("--runs", type=int, default=2000)
     parser.add_argument("--layers", type=int, default=80)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--s3", action="store_true")
-    parser.add_argument("--only", nargs="+", choices=commands, default=[name for name in commands if name != "compact"])
+    parser.add_argument("--only", nargs="+", choices=commands, default=usual)
     options = parser.parse_args(arguments)
     if not options.folder.exists():
         start = time.perf_counter()
         write_warehouse(options.folder, options.runs, options.layers)
-        print(f"written in {time.perf_counter() - start:.0f} s")
+        seconds = time.perf_counter() - start
+        print(f"written in {seconds:.0f} s")
     print(f"{'command':28} {'first':>8} {'of CPU':>8} {'seconds':>8} {'MiB':>6} {'printed':>12} {'requests':>16}")
     with tempfile.TemporaryDirectory() as folder:
         log = Path(folder) / "requests"
-        with in_bucket(options.folder, log) if options.s3 else nullcontext(str(options.folder.resolve())) as warehouse:
+        opened: AbstractContextManager[str] = nullcontext(str(options.folder.resolve()))
+        if options.s3:
+            opened = in_bucket(options.folder, log)
+        with opened as warehouse:
             for name in options.only:
                 rounds = [measure(warehouse, commands[name], Path(folder), log) for _ in range(options.rounds)]
-                first, best = rounds[0], min(rounds[1:] or rounds, key=lambda cost: cost.of_cores)
-                peak = max(cost.peak for cost in rounds)
-                print(
-                    f"{name:28} {first.of_cores:8.2f} {best.of_cores:8.2f} {best.seconds:8.2f} {peak:6.0f} "
-                    f"{best.printed:12,} {f'{first.requests}, {best.requests}':>16}",
-                    flush=True,
-                )
+                print_costs(name, rounds)
+
+
+def print_costs(name: str, rounds: list[Round]) -> None:
+    """Print the row of a command: its first round, and the best one of the later ones."""
+    first = rounds[0]
+    best = min(rounds[1:] or rounds, key=lambda cost: cost.of_cores)
+    peak = max(cost.peak for cost in rounds)
+    requests = f"{first.requests}, {best.requests}"
+    print(f"{name:28} {first.of_cores:8.2f} {best.of_cores:8.2f} {best.seconds:8.2f}", end=" ")
+    print(f"{peak:6.0f} {best.printed:12,} {requests:>16}", flush=True)
 
 
 if __name__ == "__main__":
