@@ -690,7 +690,7 @@ def make(names: Sequence[str]) -> Made:
             except Exception as error:
                 traceback.print_exc()
                 made.failed[name] = f"{type(error).__name__}: {error}"
-            made.lines |= goldens.lines
+            made.lines.update(goldens.lines)
             seconds = time.monotonic() - start
             print(f"{name}: {seconds:.0f} s", file=sys.stderr, flush=True)
     return made

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import re
 import shlex
@@ -21,6 +20,7 @@ import jsonschema
 import psutil
 import pytest
 import yaml
+from support.json_files import write_json
 from support.processes import wait_until
 from support.warm_workers import ray_start_environment
 
@@ -259,7 +259,7 @@ def test_a_slurm_node_starts_ray_runs_the_job_and_stops(tiny_llama: Path, tmp_pa
         "settings": {"max_sequences": 8, "sequence_length": 64},
     }
     job_file = tmp_path / "job.yaml"
-    job_file.write_text(json.dumps(job))
+    write_json(job_file, job)
     token = tmp_path / "token"
     token.write_text("0123456789abcdef" * 4)
     clean = {name: value for name, value in os.environ.items() if not name.startswith(("RAY_", "SLURM_"))}

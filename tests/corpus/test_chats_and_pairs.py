@@ -19,6 +19,7 @@ from corpus.test_corpus import TOKENIZER, word_ids
 from pyarrow import parquet
 from support.command_line import avss
 from support.documentation import DOCS
+from support.json_files import write_json
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
@@ -188,7 +189,7 @@ def test_a_job_says_which_corpus_needs_the_template(tmp_path: Path) -> None:
     job = tmp_path / "job.yaml"
 
     def told(settings: dict[str, Any], *corpora: str) -> str:
-        job.write_text(json.dumps({"warehouse": "w", "models": ["a"], "corpora": corpora, "settings": settings}))
+        write_json(job, {"warehouse": "w", "models": ["a"], "corpora": corpora, "settings": settings})
         try:
             return str(len(read_job(job).specs))
         except ConfigError as error:

@@ -12,10 +12,11 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
-from support.checkpoints import checkpoint_at, llama
+from safetensors.torch import save_file
+from support.checkpoints import checkpoint_at, config_in, llama, weights_in
 from support.command_line import avss, files, mistake, succeed
 from support.distilling import SMALL
+from support.json_files import write_json
 from support.pairs import write_pairs
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -68,7 +69,7 @@ def distilled(
 
 
 def weights_of(folder: Path | str) -> dict[str, torch.Tensor]:
-    return load_file(Path(folder) / "model.safetensors")
+    return weights_in(Path(folder))
 
 
 def changed(before: Path, after: Path | str) -> set[str]:
@@ -313,7 +314,7 @@ def test_a_folder_of_another_request_is_not_resumed(distill: Distill, tmp_path: 
     unfinished = tmp_path / "out.part"
     unfinished.mkdir()
     (unfinished / "checkpoints").mkdir()
-    (unfinished / "request.json").write_text(json.dumps({"seed": 3, "train": "lora"}))
+    write_json(unfinished / "request.json", {"seed": 3, "train": "lora"})
     refused(distill, r"out.part was begun with other values of .*seed")
 
 
@@ -430,8 +431,8 @@ def test_the_record_is_of_the_file_as_it_is_loaded(
 ) -> None:
     """Files of 16 bits: rotary frequencies, which are not in them, are not rounded."""
     stored = changed_copy(student, tmp_path / "stored", lambda _, value: value.to(getattr(torch, dtype)))
-    config = json.loads((stored / "config.json").read_text())
-    (stored / "config.json").write_text(json.dumps(config | {"dtype": dtype}))
+    config = config_in(stored)
+    write_json(stored / "config.json", config | {"dtype": dtype})
     done = distill(student=stored, watch=[other_corpus])
     assert {value.dtype for value in weights_of(done.folder).values()} == {getattr(torch, dtype)}
     tokenizer = AutoTokenizer.from_pretrained(done.folder)
@@ -450,8 +451,8 @@ def test_a_student_that_predicts_what_its_teacher_does_is_refused(
     distill: Distill, teacher: Path, tmp_path: Path
 ) -> None:
     same = changed_copy(teacher, tmp_path / "same", lambda _, value: value)
-    config = json.loads((same / "config.json").read_text())
-    (same / "config.json").write_text(json.dumps(config | {"bos_token_id": 3}))  # another revision
+    config = config_in(same)
+    write_json(same / "config.json", config | {"bos_token_id": 3})  # another revision
     refused(distill, r"predicts what the teacher does.*before training", student=same, on_event=no_steps)
 
 

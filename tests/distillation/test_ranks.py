@@ -12,8 +12,7 @@ import psutil
 import pytest
 import ray
 import torch
-from safetensors.torch import load_file
-from support.checkpoints import one_thread
+from support.checkpoints import one_thread, weights_in
 from support.commands import Command
 from support.distilling import SMALL
 from support.families import lively, tiny_model
@@ -130,7 +129,7 @@ def distill_here(options: dict[str, Any]) -> tuple[int, int]:
 
 def assert_near(output: Path, expected: Path) -> None:
     """Equal weights within 1e-5."""
-    weights, wanted = (load_file(folder / "model.safetensors") for folder in (output, expected))
+    weights, wanted = (weights_in(folder) for folder in (output, expected))
     assert weights.keys() == wanted.keys()
     assert max(float((weights[name] - wanted[name]).abs().max()) for name in wanted) < 1e-5
 

@@ -15,8 +15,8 @@ import pytest
 from support.checkpoints import VOCABULARY, llama, one_thread
 from support.command_line import avss, json_rows, mistake, succeed
 from support.experiments import cell_times, comparable, experiment_of, run_job_in
+from support.json_files import write_json_lines
 from support.tables import evaluation_rows
-from support.texts import write_json_lines
 from tasks.test_truthfulqa import QUESTIONS
 
 from avss_dist.analysis.contrast import contrast

@@ -21,8 +21,8 @@ from support.checkpoints import checkpoint_at, llama
 from support.command_line import avss, mistake, succeed
 from support.experiments import cell_times, comparable, experiment_of, run_job_in
 from support.families import lively, tiny_model
+from support.json_files import write_json_lines
 from support.planning import prune
-from support.texts import write_json_lines
 from support.tiers import nightly
 from tasks.test_truthfulqa import QUESTIONS
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from itertools import product
@@ -12,6 +11,7 @@ from typing import Any
 
 import pytest
 from support.checkpoints import checkpoint_at, llama
+from support.json_files import write_json
 from support.texts import sentences
 
 import avss_dist
@@ -204,6 +204,6 @@ def test_an_experiment_is_on_no_text_of_its_measurements(folder: Path, tmp_path:
         "experiment": {"tasks": [f"perplexity:{folder}/measured.txt"], "scores": ["loss"], "leave_one_out": False},
     }
     job_file = tmp_path / "job.yaml"
-    job_file.write_text(json.dumps(job))
+    write_json(job_file, job)
     with pytest.raises(ConfigError, match=r"measured.txt is text that the ablation model-\w+ was measured on"):
         avss_dist.run(job_file, executor="local")

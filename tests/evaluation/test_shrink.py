@@ -23,8 +23,9 @@ from support.checkpoints import checkpoint_at
 from support.command_line import as_words, avss, mistake, succeed
 from support.experiments import cell_times
 from support.families import tiny_model
+from support.json_files import write_json_lines
 from support.quantized import block_fp8
-from support.texts import sentences, write_json_lines
+from support.texts import sentences
 from support.tiers import nightly
 from tasks.test_truthfulqa import QUESTIONS
 from transformers import AutoModelForCausalLM, AutoTokenizer

@@ -18,6 +18,7 @@ from support.command_line import files
 from support.families import tiny_model
 from support.fuzzing import damaged_bytes, fuzzed, hold, hold_with_one_error, mutated, values
 from support.ggufs import write_gguf
+from support.json_files import read_json, write_json
 
 from avss_dist.core.errors import AvssError
 from avss_dist.models.checkpoint.locate import locate, stored_tensors
@@ -97,7 +98,7 @@ def test_an_index_is_read_or_refused(data: Any, checkpoints: Path, tmp_path: Pat
             (tmp_path / file.name).symlink_to(file)
     index = tmp_path / "model.safetensors.index.json"
     index.unlink()
-    value = data.draw(mutated(json.loads((several / index.name).read_text())))
+    value = data.draw(mutated(read_json(several / index.name)))
     index.write_text(json.dumps(value, default=str))
     headers_are_read_or_refused(tmp_path)
 
@@ -148,7 +149,7 @@ def test_a_command_takes_or_refuses_a_configuration(
     monkeypatch.chdir(tmp_path)
     Path(data.draw(st.sampled_from(FAMILIES))).rename("model")
     config = Path("model/config.json")
-    config.write_text(json.dumps(data.draw(configurations(json.loads(config.read_text()))), default=str))
+    config.write_text(json.dumps(data.draw(configurations(read_json(config))), default=str))
     hold_with_one_error(*data.draw(st.sampled_from(COMMANDS)))
 
 
@@ -168,7 +169,7 @@ PLANS: dict[str, dict[str, Any]] = {
 @pytest.mark.parametrize("file", PLANS)
 def test_a_whole_plan_is_evaluated(file: str, place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(place)
-    (tmp_path / file).write_text(json.dumps(PLANS[file]))
+    write_json(tmp_path / file, PLANS[file])
     code, said = hold(*evaluated(tmp_path / file))
     assert code == 0, said
 

@@ -12,8 +12,8 @@ from pathlib import Path
 import pytest
 import torch
 import transformers
-from safetensors.torch import load_file
 from support.capabilities import AGAIN, VERSION, YES, Row, families_markdown, read_table, try_family, try_scoring
+from support.checkpoints import weights_in
 from support.documentation import DOCS, read
 from support.families import model_types, tiny_model
 from support.tiers import all_of
@@ -82,8 +82,8 @@ def test_what_the_table_says_of_a_family(family: str, table: dict[tuple[str, str
     row = try_family("image-text", family, tmp_path)
     assert row == table["image-text", family], AGAIN
     if row.pruned == YES:
-        before = load_file(tmp_path / "whole" / "model.safetensors")
-        after = load_file(tmp_path / "less" / "model.safetensors")
+        before = weights_in(tmp_path / "whole")
+        after = weights_in(tmp_path / "less")
         unchanged = {name for name in before if re.search("vision|project|connector|visual", name)}
         assert unchanged
         for name in unchanged:

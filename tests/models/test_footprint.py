@@ -14,10 +14,10 @@ import pytest
 import torch
 from huggingface_hub.utils import SafetensorsFileMetadata, SafetensorsRepoMetadata
 from huggingface_hub.utils._safetensors import TensorInfo
-from safetensors.torch import load_file
-from support.checkpoints import VOCABULARY, checkpoint_at, llama
+from support.checkpoints import VOCABULARY, checkpoint_at, config_in, llama, weights_in
 from support.families import tiny_model
 from support.ggufs import write_gguf
+from support.json_files import write_json
 from support.quantized import block_fp8
 from support.tiers import all_of
 from torch.utils.flop_counter import FlopCounterMode
@@ -139,7 +139,7 @@ def test_quantized_weights(tiny_llama: Path, tmp_path: Path) -> None:
     folder = block_fp8(tiny_llama, tmp_path / "fp8")
     whole = footprint(str(tiny_llama), SETTINGS)
     size = footprint(str(folder), replace(SETTINGS, dequantize=True))
-    stored = sum(tensor.nbytes for tensor in load_file(folder / "model.safetensors").values())
+    stored = sum(tensor.nbytes for tensor in weights_in(folder).values())
     unpacking = {"unpacking_bytes": 2 * 4 * 32 * 48, "stored_share": stored / whole.weight_bytes}
     assert size == replace(whole, **unpacking)
     as_stored = footprint(str(folder), SETTINGS)
@@ -167,8 +167,8 @@ def test_a_gguf_file(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("dtype", ["float99", {"a": 1}, ["float32"], "nn", 7])
 def test_a_dtype_that_torch_lacks_is_an_error(dtype: Any, tiny_llama: Path, tmp_path: Path) -> None:
-    config = json.loads((tiny_llama / "config.json").read_text())
-    (tmp_path / "config.json").write_text(json.dumps(config | {"dtype": dtype}))
+    config = config_in(tiny_llama)
+    write_json(tmp_path / "config.json", config | {"dtype": dtype})
     (tmp_path / "model.safetensors").symlink_to(tiny_llama / "model.safetensors")
     with pytest.raises(ModelError):
         footprint(str(tmp_path), SETTINGS)

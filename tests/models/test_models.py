@@ -22,9 +22,10 @@ import pytest
 import torch
 import transformers
 from safetensors.torch import load_file, save_file
-from support.checkpoints import LAYERS, checkpoint_at, llama
+from support.checkpoints import LAYERS, checkpoint_at, config_in, llama, weights_in
 from support.command_line import avss
 from support.families import tiny_model
+from support.json_files import write_json
 from support.quantized import block_fp8, compressed_tensors
 
 from avss_dist.core.errors import ConfigError, ModelError
@@ -146,8 +147,8 @@ def test_the_revision_is_that_of_what_is_read(folder: Path, tiny_llama: Path) ->
     assert checkpoint_at(moved).revision == checkpoint_at(tiny_llama).revision == before
     llama(seed=7).save_pretrained(moved)
     weights = checkpoint_at(moved).revision
-    config = json.loads((moved / "config.json").read_text())
-    (moved / "config.json").write_text(json.dumps(config | {"rms_norm_eps": 0.1}))
+    config = config_in(moved)
+    write_json(moved / "config.json", config | {"rms_norm_eps": 0.1})
     assert len({before, *trusted, weights, checkpoint_at(moved).revision}) == 5
 
 
@@ -398,7 +399,7 @@ def pickle_weights(copy: Path) -> None:
     places = {name: f"pytorch_model-0000{1 + i % 2}-of-00002.bin" for i, name in enumerate(sorted(tensors))}
     for file in set(places.values()):
         torch.save({name: tensors[name] for name in tensors if places[name] == file}, copy / file)
-    (copy / "pytorch_model.bin.index.json").write_text(json.dumps({"metadata": {}, "weight_map": places}))
+    write_json(copy / "pytorch_model.bin.index.json", {"metadata": {}, "weight_map": places})
 
 
 def test_a_pickle_is_converted_once_and_noted(folder: Path, tiny_llama: Path, tmp_path: Path) -> None:
@@ -414,7 +415,7 @@ def test_a_pickle_is_converted_once_and_noted(folder: Path, tiny_llama: Path, tm
     tensors: dict[str, torch.Tensor] = {}
     for file in Path(converted.path).glob("*.safetensors"):
         tensors |= load_file(file)
-    original = load_file(tiny_llama / "model.safetensors")
+    original = weights_in(tiny_llama)
     assert tensors.keys() == original.keys()
     for name, tensor in tensors.items():
         assert torch.equal(tensor, original[name])
@@ -509,7 +510,7 @@ def test_a_series_of_folders_drifts_in_the_order_of_its_steps(tiny_llama: Path, 
     folders = [tmp_path / "run7" / f"checkpoint-{step}" for step in (1000, 500)]
     for seed, folder in enumerate(folders):
         shutil.copytree(tiny_llama, folder)
-        tensors = load_file(folder / "model.safetensors")
+        tensors = weights_in(folder)
         doubled = {name: tensor * (1 + seed) for name, tensor in tensors.items()}
         save_file(doubled, folder / "model.safetensors", metadata={"format": "pt"})
     options = ("--max-sequences", 4, "--sequence-length", 16, "--sites", "block", "--executor", "local")

@@ -18,9 +18,10 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from support.causal_lm import open_whole
-from support.checkpoints import checkpoint_at, llama
+from support.checkpoints import checkpoint_at, llama, weights_in
 from support.families import tiny_model
 from support.ggufs import write_gguf
+from support.json_files import read_json, write_json
 from transformers import AutoConfig
 
 from avss_dist.core.errors import ModelError
@@ -46,8 +47,8 @@ def copy(tiny_llama: Path, tmp_path: Path) -> Path:
 def configure(folder: Path, **values: Any) -> None:
     """Set values of the checkpoint's config.json; None removes one."""
     file = folder / "config.json"
-    config = json.loads(file.read_text()) | values
-    file.write_text(json.dumps({name: value for name, value in config.items() if value is not None}))
+    config = read_json(file) | values
+    write_json(file, {name: value for name, value in config.items() if value is not None})
 
 
 @pytest.mark.parametrize("way", OPENINGS)
@@ -224,14 +225,14 @@ def test_a_head_is_needed_to_evaluate_and_not_to_score(tmp_path: Path, save_chec
 
 def test_a_head_that_is_tied_need_not_be_stored(tmp_path: Path, save_checkpoint: Save) -> None:
     folder = save_checkpoint(llama(tie_word_embeddings=True), tmp_path / "model")
-    assert "lm_head.weight" not in load_file(folder / "model.safetensors")
+    assert "lm_head.weight" not in weights_in(folder)
     for way in PARTITIONS:
         open_as(way, folder)
 
 
 def test_a_pooler_need_not_be_stored_and_other_heads_are_left_alone(tmp_path: Path, save_checkpoint: Save) -> None:
     folder = save_checkpoint(tiny_model("masked", "bert"), tmp_path / "bert")
-    assert any(name.startswith("cls.") for name in load_file(folder / "model.safetensors"))
+    assert any(name.startswith("cls.") for name in weights_in(folder))
     open_as("single", folder)
     open_as("streaming", folder)
 

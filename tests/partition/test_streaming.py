@@ -17,8 +17,9 @@ from gguf import GGMLQuantizationType
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from support.causal_lm import packed_or_padded as shard
-from support.checkpoints import checkpoint_at, llama
+from support.checkpoints import checkpoint_at, llama, weights_in
 from support.ggufs import write_gguf
+from support.json_files import read_json, write_json
 from support.oracle import assert_same_result
 from support.quantized import block_fp8, compressed_tensors, mxfp4
 from support.tiers import nightly
@@ -216,7 +217,7 @@ def test_what_a_model_writes_into_its_weights_does_not_reach_the_file(tiny: Path
 def test_layers_in_another_order_than_expected(tiny: Path) -> None:
     """What was read ahead for nothing is taken away."""
     replica = streaming(tiny)
-    stored = load_file(tiny / "model.safetensors")
+    stored = weights_in(tiny)
     with Window(replica._weights, replica._parts, [0, 1, 2], replica.device) as window:
         for index in (2, 0, 1, 1, 0):
             window.load(index)
@@ -235,7 +236,7 @@ def test_code_of_the_checkpoint_itself(tiny: Path, tmp_path: Path, monkeypatch: 
         encoding="utf-8",
     )
     config_file = tiny / "config.json"
-    config = json.loads(config_file.read_text(encoding="utf-8"))
+    config = read_json(config_file)
     code = {"AutoConfig": "own.OwnConfig", "AutoModelForCausalLM": "own.OwnForCausalLM"}
     config |= {"model_type": "own", "architectures": ["OwnForCausalLM"], "auto_map": code}
     config_file.write_text(json.dumps(config), encoding="utf-8")
@@ -457,7 +458,7 @@ def test_unpacked_blocks_are_the_stored_numbers_times_their_scales(tmp_path: Pat
     whole = tmp_path / "whole"
     llama().save_pretrained(whole)
     folder = block_fp8(whole, tmp_path / "fp8", 20)
-    stored = load_file(folder / "model.safetensors")
+    stored = weights_in(folder)
     replica = streaming(folder, DEQUANTIZED)
     part = replica._parts[1]
     buffer = torch.empty(buffer_bytes(part.stored), dtype=torch.uint8)
@@ -515,7 +516,7 @@ def test_missing_scales_are_refused(
     whole = family_folder("causal", "gpt_oss" if kind == "mxfp4" else "llama")
     folder = tmp_path / "quantized"
     {"fp8": block_fp8, "mxfp4": mxfp4}.get(kind, lambda *at: compressed_tensors(*at, kind))(whole, folder)
-    tensors = load_file(folder / "model.safetensors")
+    tensors = weights_in(folder)
     stem = "down_proj" if kind == "mxfp4" else "up_proj."
     lacking = {name for name in tensors if name.endswith(f"{stem}{suffix}") and ".1." in name}
     assert len(lacking) == 1
@@ -542,8 +543,8 @@ def test_quantizations_that_cannot_be_streamed(
         tensors["model.norm.weight"] = tensors["model.norm.weight"].to(torch.float8_e4m3fn)
         save_file(tensors, weights_file, {"format": "pt"})
     config_file = tiny / "config.json"
-    config = json.loads(config_file.read_text(encoding="utf-8"))
-    config_file.write_text(json.dumps(config | {"quantization_config": quantization}))
+    config = read_json(config_file)
+    write_json(config_file, config | {"quantization_config": quantization})
     with pytest.raises(ModelError, match=message):
         streaming(tiny, replace(SETTINGS, dequantize=dequantize))
 
@@ -554,7 +555,7 @@ def test_experts_of_another_layer_are_refused(family_folder: Callable[[str, str]
     (tmp_path / "config.json").write_bytes((folder / "config.json").read_bytes())
     tensors = {
         name: tensor
-        for name, tensor in load_file(folder / "model.safetensors").items()
+        for name, tensor in weights_in(folder).items()
         if not (name.startswith("model.layers.1.") and name.endswith("experts.3.w2.weight"))
     }
     save_file(tensors, tmp_path / "model.safetensors", {"format": "pt"})

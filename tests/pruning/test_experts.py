@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Sequence
 from itertools import product
 from pathlib import Path
@@ -12,8 +11,8 @@ import numpy as np
 import pytest
 import torch
 from pruning.test_repair import READ, TEXT, assert_streaming_writes_the_same_bytes, repair_of
-from safetensors.torch import load_file, save_file
-from support.checkpoints import VOCABULARY, checkpoint_at, one_thread
+from safetensors.torch import save_file
+from support.checkpoints import VOCABULARY, checkpoint_at, config_in, one_thread, weights_in
 from support.command_line import as_words, avss, json_rows, mistake, succeed
 from support.families import tiny_config, tiny_model
 from support.planning import prune
@@ -106,16 +105,16 @@ def test_a_checkpoint_without_experts_computes_what_masking_does(family: str, tm
     assert done["difference"] <= 1e-5
     less = AutoModelForCausalLM.from_pretrained(less_folder).eval()
     assert float((logits_of(less) - masked).abs().max()) <= 1e-5
-    settings = json.loads((less_folder / "config.json").read_text())
-    original = json.loads((whole_folder / "config.json").read_text())
+    settings = config_in(less_folder)
+    original = config_in(whole_folder)
     expected = {**original, name: 3}
     if original.get("num_nextn_predict_layers"):
         # The head that predicts several tokens has experts, too, and is left out.
         expected["num_nextn_predict_layers"] = 0
     assert settings == expected
     assert original[name] == 4
-    stored = load_file(less_folder / "model.safetensors")
-    all_stored = load_file(whole_folder / "model.safetensors")
+    stored = weights_in(less_folder)
+    all_stored = weights_in(whole_folder)
     assert done["bytes"] == sum(tensor.nbytes for tensor in stored.values())
     assert done["bytes"] < sum(tensor.nbytes for tensor in all_stored.values())
 
@@ -180,8 +179,8 @@ def test_experts_of_a_quantized_checkpoint_are_copied_as_they_are_stored(tmp_pat
     fp8 = block_fp8(whole_folder, tmp_path / "fp8", 128)
     less_folder = tmp_path / "less"
     done = prune(fp8, plan_of(fp8, whole, experts_of(whole, 1)), less_folder)
-    less = load_file(less_folder / "model.safetensors")
-    stored = load_file(fp8 / "model.safetensors")
+    less = weights_in(less_folder)
+    stored = weights_in(fp8)
     for name in ("down_proj.weight", "down_proj.weight_scale_inv", "up_proj.weight"):
         expert = "model.layers.2.mlp.experts.{}." + name
         for new, old in enumerate((0, 2, 3)):
@@ -581,7 +580,7 @@ def test_what_is_too_little_for_a_repair(
 def test_experts_whose_weights_are_unknown_are_refused(tmp_path: Path, save_checkpoint: Save) -> None:
     """One of them is stored in another format than the others."""
     whole, folder = saved("qwen3_moe", tmp_path / "whole", save_checkpoint)
-    weights = load_file(folder / "model.safetensors")
+    weights = weights_in(folder)
     for name in weights:
         if "experts.0.down_proj" in name:
             weights[name] = weights[name].to(torch.float8_e4m3fn)

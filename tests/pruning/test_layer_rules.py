@@ -12,7 +12,9 @@ from typing import Any
 import pytest
 import torch
 from huggingface_hub.errors import StrictDataclassError
+from support.checkpoints import config_in
 from support.families import model_types, tiny_config
+from support.json_files import write_json
 from transformers import AutoConfig
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
@@ -101,14 +103,14 @@ def pruned_config(folder: Path, *drop: int) -> dict[str, Any]:
     output = folder / "-".join(["without", *map(str, drop)])
     output.mkdir()
     write_config(checkpoint, plan, output, SETTINGS)
-    written: dict[str, Any] = json.loads((output / "config.json").read_text())
+    written: dict[str, Any] = config_in(output)
     return written
 
 
 def kinds_of(config: dict[str, Any], folder: Path, name: str) -> list[Any]:
     """Return a list of a configuration as transformers reads its file anew."""
     folder.mkdir()
-    (folder / "config.json").write_text(json.dumps(config))
+    write_json(folder / "config.json", config)
     value: list[Any] = getattr(AutoConfig.from_pretrained(folder), name)
     return value
 

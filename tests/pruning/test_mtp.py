@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from support.checkpoints import checkpoint_at
+from support.checkpoints import checkpoint_at, config_in, weights_in
 from support.families import tiny_model
+from support.json_files import read_json, write_json
 
 from avss_dist.core.settings import Settings
 from avss_dist.models.checkpoint.loading import load_model, open_module
@@ -34,9 +34,9 @@ def add_layers(folder: Path, num_mtp_layers: int, *, declared: int | None = None
         added[f"{prefix}eh_proj.weight"] = torch.full((4, 8), float(number))
     save_file(tensors | added, file, {"format": "pt"})
     config_file = folder / "config.json"
-    config = json.loads(config_file.read_text())
+    config = read_json(config_file)
     config["num_nextn_predict_layers"] = num_mtp_layers if declared is None else declared
-    config_file.write_text(json.dumps(config))
+    write_json(config_file, config)
     return added
 
 
@@ -57,12 +57,12 @@ def test_the_head_stands_behind_the_remaining_layers(whole: Path, number: int, t
     head = add_layers(whole, number)
     less = tmp_path / "less"
     done = prune(str(whole), plan(whole, 1), less)
-    written = load_file(less / "model.safetensors")
+    written = weights_in(less)
     for name, tensor in head.items():
         layer, path = name.removeprefix("model.layers.").split(".", 1)
         assert torch.equal(written[f"model.layers.{int(layer) - 1}.{path}"], tensor)
     assert f"model.layers.{NUM_LAYERS + number - 1}.eh_proj.weight" not in written
-    assert json.loads((less / "config.json").read_text())["num_nextn_predict_layers"] == number
+    assert config_in(less)["num_nextn_predict_layers"] == number
     assert done["difference"] == 0
 
 
@@ -90,8 +90,8 @@ def test_the_head_is_left_out_where_experts_are_dropped(whole: Path, tmp_path: P
     experts = [f"expert.{layer}.0" for layer in range(1, NUM_LAYERS)]
     less = tmp_path / "less"
     prune(str(whole), plan(whole, *experts), less)
-    assert not [name for name in load_file(less / "model.safetensors") if name.startswith("model.layers.4.")]
-    assert json.loads((less / "config.json").read_text())["num_nextn_predict_layers"] == 0
+    assert not [name for name in weights_in(less) if name.startswith("model.layers.4.")]
+    assert config_in(less)["num_nextn_predict_layers"] == 0
     assert "(MTP) is left out" in (less / "README.md").read_text()
 
 
@@ -110,5 +110,5 @@ def test_a_head_with_names_of_its_own(drop: tuple[object, ...], is_kept: bool, t
     save_file(load_file(file) | {"mtp.layers.0.mlp.gate.weight": torch.zeros(4, 64)}, file, {"format": "pt"})
     less = tmp_path / "less"
     prune(str(whole), Plan(model=str(whole), num_layers=3, layers="layers", drop=drop), less)
-    names = load_file(less / "model.safetensors")
+    names = weights_in(less)
     assert ("mtp.layers.0.mlp.gate.weight" in names) == is_kept

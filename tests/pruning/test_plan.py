@@ -17,9 +17,8 @@ import torch
 import yaml
 from hypothesis import given, strategies
 from pydantic import TypeAdapter
-from safetensors.torch import load_file
 from support.checkpoints import LAYERS as TINY_LAYERS
-from support.checkpoints import checkpoint_at
+from support.checkpoints import checkpoint_at, weights_in
 from support.command_line import avss, mistake, succeed
 from support.warehouses import run_row, write_scores
 
@@ -465,8 +464,8 @@ def test_what_is_said_to_be_saved_is_missing_in_the_files(size: Footprint, tiny_
     plan = Plan(model=str(tiny_llama), num_layers=TINY_LAYERS, layers="layers", drop=(0, 2))
     less = tmp_path / "less"
     done = prune(str(tiny_llama), plan, less)
-    before = load_file(tiny_llama / "model.safetensors").values()
-    after = load_file(less / "model.safetensors").values()
+    before = weights_in(tiny_llama).values()
+    after = weights_in(less).values()
     fewer = sum(tensor.numel() for tensor in before) - sum(tensor.numel() for tensor in after)
     saved = sum(tensor.nbytes for tensor in before) - done["bytes"]
     said = describe_savings(plan, size)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 import shutil
 from collections.abc import Callable, Iterable, Iterator
@@ -14,9 +13,10 @@ import pytest
 import torch
 import yaml
 from safetensors.torch import load_file
-from support.checkpoints import LAYERS, checkpoint_at, llama
+from support.checkpoints import LAYERS, checkpoint_at, config_in, llama, weights_in
 from support.command_line import mistake, succeed
 from support.families import tiny_model
+from support.json_files import read_json, write_json
 from support.quantized import block_fp8, rewrite
 from support.tiers import all_of
 from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig
@@ -121,8 +121,8 @@ def test_a_pruned_checkpoint_of_a_family(kind: str, family: str, tmp_path: Path)
             assert without_numbers(after[names]) == without_numbers(before[names]), names
         assert original.num_parameters() > less.num_parameters()
     assert len(opened) == len(set(opened)) > 1
-    ours = json.loads((less_folder / "config.json").read_text())
-    theirs = json.loads((whole_folder / "config.json").read_text())
+    ours = config_in(less_folder)
+    theirs = config_in(whole_folder)
     assert ours.keys() - theirs.keys() == set()
     assert theirs.keys() - ours.keys() <= LIST_OF_RULE.keys()
     if kind == "causal":
@@ -150,26 +150,26 @@ def test_settings_by_layer_are_cut_or_added_where_layers_would_change(tmp_path: 
     whole_folder = tmp_path / "whole"
     whole.save_pretrained(whole_folder)
     file = whole_folder / "config.json"
-    config = json.loads(file.read_text())
+    config = read_json(file)
     kinds = ["sliding_attention", "full_attention", "sliding_attention"]
-    file.write_text(json.dumps({**config, "layer_types": kinds}))
+    write_json(file, {**config, "layer_types": kinds})
     cut = tmp_path / "cut"
     prune(str(whole_folder), plan_of(tmp_path, 0), cut)
-    assert json.loads((cut / "config.json").read_text())["layer_types"] == kinds[1:]
-    assert "lm_head.weight" not in load_file(cut / "model.safetensors")
+    assert config_in(cut)["layer_types"] == kinds[1:]
+    assert "lm_head.weight" not in weights_in(cut)
 
     del config["layer_types"]
     config["sliding_window_pattern"] = 2
-    file.write_text(json.dumps(config))
+    write_json(file, config)
     assert AutoConfig.from_pretrained(whole_folder).layer_types == kinds
     expected = config | {"num_hidden_layers": 2}
     less_2 = tmp_path / "less-2"
     prune(str(whole_folder), plan_of(tmp_path, 2), less_2)
-    assert json.loads((less_2 / "config.json").read_text()) == expected
+    assert config_in(less_2) == expected
     del expected["sliding_window_pattern"], expected["_sliding_window_pattern"]
     less_1 = tmp_path / "less-1"
     prune(str(whole_folder), plan_of(tmp_path, 1), less_1)
-    written = json.loads((less_1 / "config.json").read_text())
+    written = config_in(less_1)
     assert written == expected | {"layer_types": ["sliding_attention"] * 2}
 
 
@@ -214,7 +214,7 @@ def test_sharded_weights_and_everything_beside(tiny_llama: Path, tmp_path: Path)
     llama().save_pretrained(whole, max_shard_size="20KB")
     (whole / "chat_template.jinja").write_text("{{ messages }}")
     prune(str(whole), plan_of(whole, 1), less)
-    index = json.loads((less / "model.safetensors.index.json").read_text())
+    index = read_json(less / "model.safetensors.index.json")
     files = {file.name: load_file(file) for file in less.glob("*.safetensors")}
     originals = {}
     for file in whole.glob("*.safetensors"):
@@ -380,13 +380,13 @@ def test_a_skip_list_is_renumbered_and_every_module_is_quantized_as_it_was(fp8: 
     less = tmp_path / "less"
     PLAN.write(plan)
     done = succeed("prune", fp8, plan, "-o", less)
-    config = json.loads((less / "config.json").read_text())
+    config = config_in(less)
     assert config["quantization_config"]["modules_to_not_convert"] == [
         "model.layers.0.mlp.down_proj",
         "model.layers.1.mlp.down_proj",
         "lm_head",
     ]
-    stored = load_file(less / "model.safetensors")
+    stored = weights_in(less)
     assert "model.layers.1.mlp.down_proj.weight_scale_inv" not in stored
     assert stored["model.layers.1.mlp.down_proj.weight"].dtype == torch.float32
     assert stored["model.layers.1.self_attn.q_proj.weight"].dtype == torch.float8_e4m3fn
@@ -399,9 +399,9 @@ def test_a_skip_list_is_renumbered_and_every_module_is_quantized_as_it_was(fp8: 
 def test_settings_that_fit_another_layer_are_seen(fp8: Path, tmp_path: Path) -> None:
     less = tmp_path / "less"
     prune(str(fp8), PLAN, less)
-    stale = json.loads((fp8 / "config.json").read_text())["quantization_config"]
-    config = json.loads((less / "config.json").read_text())
-    (less / "config.json").write_text(json.dumps(config | {"quantization_config": stale}))
+    stale = config_in(fp8)["quantization_config"]
+    config = config_in(less)
+    write_json(less / "config.json", config | {"quantization_config": stale})
     names = StoredWeights.of_checkpoint(checkpoint_at(fp8), PLAN, Settings()).layers
     with pytest.raises(PlanError, match=r"as what they are not once layers are dropped: model\.layers\.1\.") as wrong:
         require_same_modules(checkpoint_at(fp8), names, less, Settings())
@@ -437,7 +437,7 @@ def test_a_pattern_becomes_the_modules_that_it_matches(tiny_llama: Path, tmp_pat
     whole = compressed(tmp_path / "whole", tiny_llama, ["lm_head", r"re:.*layers\.[02]\.mlp\.down_proj"])
     less = tmp_path / "less"
     done = prune(str(whole), PLAN, less)
-    config = json.loads((less / "config.json").read_text())
+    config = config_in(less)
     assert config["quantization_config"]["ignore"] == [
         "lm_head",
         "model.layers.0.mlp.down_proj",
@@ -467,7 +467,7 @@ def test_the_quantized_tower_of_a_multimodal_model(
     plan = replace(PLAN, layers="language_model.layers")
     less = tmp_path / "less"
     done = prune(str(whole), plan, less)
-    config = json.loads((less / "config.json").read_text())
+    config = config_in(less)
     down = [f"model.language_model.layers.{layer}.mlp.down_proj" for layer in (0, 1)]
     assert config["quantization_config"]["ignore"] == [*others, *down]
     assert done["difference"] == 0
@@ -514,9 +514,9 @@ def test_a_pattern_that_cannot_be_read_is_refused(fp8: Path, tmp_path: Path) -> 
 
 def change_quantization(folder: Path, **changed: Any) -> None:
     config_file = folder / "config.json"
-    config = json.loads(config_file.read_text())
+    config = read_json(config_file)
     config["quantization_config"] = config.get("quantization_config", {}) | changed
-    config_file.write_text(json.dumps(config))
+    write_json(config_file, config)
 
 
 # What they are computed with
@@ -542,7 +542,7 @@ def test_what_no_device_here_computes_with_is_unpacked_only_on_request(fp8: Path
 
 def test_dequantized_weights_are_the_stored_ones_times_their_scales(fp8: Path) -> None:
     model = load_model(checkpoint_at(fp8), Settings(dequantize=True, dtype="float32"))
-    stored = load_file(fp8 / "model.safetensors")
+    stored = weights_in(fp8)
     name = "model.layers.1.mlp.up_proj.weight"
     expected = stored[name].to(torch.float32) * stored[f"{name}_scale_inv"]
     assert torch.equal(model.state_dict()[name], expected)
@@ -600,8 +600,8 @@ def test_the_license_is_kept(card: str | None, config: Any, expected: Any, tiny_
     shutil.copytree(tiny_llama, whole)
     if card is not None:
         (whole / "README.md").write_text(card)
-    given = json.loads((whole / "config.json").read_text()) | config
-    (whole / "config.json").write_text(json.dumps(given))
+    given = config_in(whole) | config
+    write_json(whole / "config.json", given)
     assert source_license(whole) == expected
     front_matter = yaml.safe_load(model_card(checkpoint_at(whole), PLAN).split("---")[1])
     assert {key: value for key, value in front_matter.items() if key.startswith("license")} == expected

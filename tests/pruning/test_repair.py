@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 from collections.abc import Callable
 from dataclasses import replace
@@ -14,9 +13,10 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
-from support.checkpoints import checkpoint_at, host_limit, llama, one_thread
+from support.checkpoints import checkpoint_at, host_limit, llama, one_thread, weights_in
 from support.command_line import files, mistake, succeed
 from support.families import lively, tiny_model
+from support.json_files import read_json, write_json
 from support.planning import prune
 from support.quantized import block_fp8
 from support.tiers import all_of
@@ -104,8 +104,8 @@ def test_a_repaired_checkpoint_is_the_model_repaired_in_place(
     assert cut.error_after < cut.error_before
     assert cut.ridges[0] is not None
     less = AutoModelForCausalLM.from_pretrained(less_folder).eval()
-    stored = load_file(less_folder / "model.safetensors")
-    before = load_file(folder / "model.safetensors")
+    stored = weights_in(less_folder)
+    before = weights_in(folder)
     changed = []
     for name, tensor in stored.items():
         if ".2." not in name and ".1." not in name and not torch.equal(tensor, before[name]):
@@ -264,7 +264,7 @@ def test_passes_that_begin_at_the_last_cut_change_nothing(
     for name, room in (("all", 1 << 30), ("some", some), ("none", 0)):
         monkeypatch.setattr("avss_dist.pruning.repair.hidden_states.available_memory", lambda room=room: room)
         prune(folder, plan, tmp_path / name, repair=repair_of("refit_all"))
-        written.append(load_file(tmp_path / name / "model.safetensors"))
+        written.append(weights_in(tmp_path / name))
     for others in written[1:]:
         for path, tensor in written[0].items():
             assert torch.equal(tensor, others[path])
@@ -332,7 +332,7 @@ def test_the_checkpoint_keeps_its_dtype(tmp_path: Path, save_checkpoint: Save) -
     folder, plan = whole_of(lively(llama()).to(torch.bfloat16), tmp_path / "whole", save_checkpoint)
     less = tmp_path / "less"
     done = prune(folder, plan, less, repair=repair_of("refit", dtype="float32"))
-    assert {tensor.dtype for tensor in load_file(less / "model.safetensors").values()} == {torch.bfloat16}
+    assert {tensor.dtype for tensor in weights_in(less).values()} == {torch.bfloat16}
     assert done["repair"].cuts[0].error_after < done["repair"].cuts[0].error_before
 
 
@@ -346,10 +346,10 @@ def test_weights_in_several_files(tmp_path: Path, save_checkpoint: Save) -> None
     model.save_pretrained(cut, max_shard_size="20KB")
     for name in ("whole", "cut"):
         prune(tmp_path / name, plan, tmp_path / f"less-{name}", repair=repair_of("refit"))
-    in_one_file = load_file(tmp_path / "less-whole" / "model.safetensors")
+    in_one_file = weights_in(tmp_path / "less-whole")
     less_cut = tmp_path / "less-cut"
     several = {file.name: load_file(file) for file in less_cut.glob("*.safetensors")}
-    index = json.loads((less_cut / "model.safetensors.index.json").read_text())
+    index = read_json(less_cut / "model.safetensors.index.json")
     assert len(several) > 2
     assert set(index["weight_map"]) == set(in_one_file)
     for path, file in index["weight_map"].items():
@@ -485,7 +485,7 @@ def test_the_command(tiny_llama: Path, tmp_path: Path) -> None:
     assert "Repaired by refit, fitted on builtin:pydoc (1,692 tokens of the first 40 rows)" in done.stdout
     assert "Repaired without 1, after 0: error" in done.stdout
     assert "and the repaired weights (largest" in done.stdout
-    assert json.loads((less / FILE).read_text())["repairs"][0]["repair"] == "refit"
+    assert read_json(less / FILE)["repairs"][0]["repair"] == "refit"
     for arguments, told in (
         (["--repair", "map"], "--repair map needs text to be fitted on"),
         (["--repair", "mapp", "--repair-corpora", TEXT], "Did you mean 'map'"),
@@ -519,7 +519,7 @@ def test_constant_text_and_units_that_repeat_give_weights_that_are_numbers(
     done = prune(folder, PLAN, less, repair=repair_of(by, str(text), **FEW))
     for cut in done["repair"].cuts:
         assert cut.error_after <= cut.error_before
-    for tensor in load_file(less / "model.safetensors").values():
+    for tensor in weights_in(less).values():
         assert torch.isfinite(tensor).all()
 
 
@@ -585,7 +585,7 @@ def test_a_record_of_a_repair_that_no_longer_exists_is_read(tmp_path: Path) -> N
         "row_start": "auto",
         "dtype": "float32",
     }
-    (tmp_path / FILE).write_text(json.dumps({"repairs": [record]}))
+    write_json(tmp_path / FILE, {"repairs": [record]})
     (read,) = read_repairs(tmp_path)
     assert read.repair == "refit_around"
     assert read.describe() == [

@@ -21,6 +21,7 @@ import torch
 from support.causal_lm import open_whole, random_shard
 from support.checkpoints import VOCABULARY, checkpoint_at, llama, one_thread, save_tokenizer
 from support.families import lively, tiny_config, tiny_model
+from support.json_files import read_json
 from support.oracle import assert_close, assert_same_result
 from support.quantized import block_fp8, mxfp4
 from support.questions import answers, assert_same, composed, generated, write_questions
@@ -788,5 +789,5 @@ def test_difference_is_of_the_median_token() -> None:
 
 
 def test_the_documented_configurations_are_those_in_use() -> None:
-    assert json.loads((CONFIGS / "zero3.json").read_text()) == deepspeed_config(torch.bfloat16, torch.device("cuda"))
-    assert json.loads((CONFIGS / "tensor_parallel.json").read_text()) == inference_config(torch.bfloat16, 2)
+    assert read_json(CONFIGS / "zero3.json") == deepspeed_config(torch.bfloat16, torch.device("cuda"))
+    assert read_json(CONFIGS / "tensor_parallel.json") == inference_config(torch.bfloat16, 2)

@@ -17,6 +17,7 @@ import pytest
 import ray  # noqa: F401  (before a test sets a token: Ray looks for it when it is imported)
 from support.command_line import avss
 from support.job_server import JOB, SILENCE, VERSION_ANSWER, Answer, JobServer, job_server
+from support.json_files import write_json
 
 from avss_dist.core.errors import ConfigError, CorpusError, RunFailed
 from avss_dist.core.process import UMASK
@@ -42,7 +43,7 @@ def write_job(path: str = "job.yaml", **keys: Any) -> str:
     """Write a job file, by default into the working directory."""
     job = {"warehouse": "/w", "models": ["/m"], "corpora": ["builtin:pydoc"], **keys}
     Path(path).parent.mkdir(exist_ok=True)
-    Path(path).write_text(json.dumps(job))
+    write_json(Path(path), job)
     return path
 
 

@@ -15,6 +15,7 @@ import pytest
 import yaml
 from support import command_line
 from support.checkpoints import llama
+from support.json_files import read_json
 from support.tables import assert_same_tables
 
 import avss_dist
@@ -259,7 +260,7 @@ experiment:
 
 def test_the_shipped_schema_is_that_of_job_files() -> None:
     code, output = avss("run", "--schema")
-    schema = json.loads((JOBS / "job.schema.json").read_text())
+    schema = read_json(JOBS / "job.schema.json")
     assert code == 0
     assert json.loads(output) == schema == json.loads(json.dumps(job_schema()))
 

@@ -11,8 +11,11 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from avss_dist.core.settings import Settings
+from support.json_files import read_json
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from avss_dist.models.checkpoint.locate import Checkpoint
 
 VOCABULARY = 320
@@ -89,6 +92,19 @@ def checkpoint_at(path: object) -> Checkpoint:
     from avss_dist.models.checkpoint.locate import resolve
 
     return resolve(str(path))
+
+
+def weights_in(folder: Path) -> dict[str, Tensor]:
+    """Return the tensors of a checkpoint that has one file of weights, by name."""
+    from safetensors.torch import load_file
+
+    return load_file(folder / "model.safetensors")
+
+
+def config_in(folder: Path) -> dict[str, Any]:
+    """Return the configuration of a checkpoint, as its file has it."""
+    config: dict[str, Any] = read_json(folder / "config.json")
+    return config
 
 
 def host_limit(folder: object, weights: int, *, head: bool = True, **settings: Any) -> int:

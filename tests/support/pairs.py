@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from support.texts import write_json_lines
+from support.json_files import write_json_lines
 
 
 def write_pairs(folder: Path, prompts: int) -> str:

@@ -2,11 +2,7 @@
 
 from __future__ import annotations
 
-import json
 import random
-from collections.abc import Iterable, Mapping
-from pathlib import Path
-from typing import Any
 
 LETTERS = "abcdefghiklmnoprstuvw"
 
@@ -15,11 +11,6 @@ def sentences(number: int, seed: int, words: int = 12) -> list[str]:
     """Sentences of random words, no two alike."""
     rng = random.Random(seed)
     return [_sentence(rng, words) for _ in range(number)]
-
-
-def write_json_lines(file: Path, rows: Iterable[Mapping[str, Any]]) -> None:
-    lines = [json.dumps(row) + "\n" for row in rows]
-    file.write_text("".join(lines), encoding="utf-8")
 
 
 def _sentence(rng: random.Random, words: int) -> str:
