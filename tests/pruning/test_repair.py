@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import replace
 from itertools import product
 from pathlib import Path
@@ -35,7 +35,7 @@ from avss_dist.partition.execution import Execution
 from avss_dist.plans.choice import PlanError
 from avss_dist.plans.plan import Plan
 from avss_dist.pruning.checkpoint import model_card
-from avss_dist.pruning.repair.cuts import find_cuts
+from avss_dist.pruning.repair.cuts import RepairCut, find_cuts
 from avss_dist.pruning.repair.fits import NormalEquations, fit_ridge, fit_steps, fold
 from avss_dist.pruning.repair.hidden_states import MEMORY_SHARE, HiddenStateSource
 from avss_dist.pruning.repair.projection import OutputProjection
@@ -44,6 +44,7 @@ from avss_dist.pruning.repair.registry import (
     FILE,
     NO_REPAIR,
     REPAIRS,
+    RepairedCut,
     RepairRecord,
     read_repairs,
     searched_repair,
@@ -67,7 +68,22 @@ TIED = ("gemma3_text", "gpt2", "opt", "cohere2", "gemma2", "falcon")
 
 
 def repair_of(by: str = "map", *corpora: str, **options: Any) -> Repair:
-    return Repair(by=by, corpora=corpora or (TEXT,), settings=Settings(**READ | options))
+    settings = Settings(**READ | options)
+    return Repair(by=by, corpora=corpora or (TEXT,), settings=settings)
+
+
+def tokens_of(folder: Path, **options: Any) -> torch.Tensor:
+    """The rows of the text that repairs are fitted on, in the tokens of a checkpoint."""
+    tokenizer = load_tokenizer(checkpoint_at(folder))
+    text = tokenize_corpus(TEXT, tokenizer, Settings(**READ, **options))
+    rows = np.concatenate([shard.input_ids for shard in text.shards])
+    return torch.from_numpy(rows).long()
+
+
+def only_cut(done: dict[str, Any]) -> RepairedCut:
+    """The cut of a checkpoint that was pruned and repaired at one place."""
+    (cut,) = done["repair"].cuts
+    return cut
 
 
 def plan_of(model: object, number: int, *drop: int) -> Plan:
@@ -79,8 +95,24 @@ def whole_of(model: Any, folder: Path, save: Save) -> tuple[Path, Plan]:
     """A saved model, and a plan without its second layer."""
     layers = open_module(model).layers
     path = layers[0].name.rpartition(".")[0]
-    plan = Plan(model=str(folder), num_layers=len(layers), layers=path, drop=(1,), why={})
+    plan = Plan(model=str(folder), num_layers=len(layers), layers=path, drop=(1,))
     return save(model, folder), plan
+
+
+@pytest.fixture
+def whole_llama(tmp_path: Path, save_checkpoint: Save) -> tuple[Path, Plan]:
+    """A saved Llama of three layers, and a plan without its second layer."""
+    return whole_of(lively(llama()), tmp_path / "whole", save_checkpoint)
+
+
+def has_tied_weights(model: Any) -> bool:
+    return model.get_output_embeddings().weight is model.get_input_embeddings().weight
+
+
+def next_tokens(model: Any, ids: torch.Tensor) -> torch.Tensor:
+    """The most likely token after each row of ids."""
+    logits = model(ids, use_cache=False).logits[:, -1:]
+    return logits.argmax(-1)
 
 
 # Families
@@ -98,7 +130,7 @@ def test_a_repaired_checkpoint_is_the_model_repaired_in_place(
     folder, plan = whole_of(whole, tmp_path / "whole", save_checkpoint)
     less_folder = tmp_path / "less"
     done = prune(folder, plan, less_folder, repair=repair_of(by))
-    (cut,) = done["repair"].cuts
+    cut = only_cut(done)
     assert cut.after == 0
     assert cut.removed == (1,)
     assert cut.error_after < cut.error_before
@@ -108,22 +140,24 @@ def test_a_repaired_checkpoint_is_the_model_repaired_in_place(
     before = weights_in(folder)
     changed = []
     for name, tensor in stored.items():
-        if ".2." not in name and ".1." not in name and not torch.equal(tensor, before[name]):
+        is_later = ".1." in name or ".2." in name
+        if not is_later and not torch.equal(tensor, before[name]):
             changed.append(name)
     assert changed
     for tensor_name in changed:
         assert ".0." in tensor_name
     assert ("lm_head.weight" in stored) == ("lm_head.weight" in before)
-    parameters = dict(whole.named_parameters())
-    with torch.no_grad(), changing(skips(open_module(whole).layers, {1})):
+    without_second = skips(open_module(whole).layers, {1})
+    with torch.no_grad(), changing(without_second):
         unrepaired = whole(IDS, use_cache=False).logits
-        for name in changed:
-            parameters[next(n for n in parameters if n.endswith(name))].copy_(stored[name])
+        for path, parameter in whole.named_parameters():
+            for name in changed:
+                if path.endswith(name):
+                    parameter.copy_(stored[name])
         expected = whole(IDS, use_cache=False).logits
         ids = IDS
         for _ in range(3 if by == "refit" else 0):
-            following = whole(ids, use_cache=False).logits[:, -1:].argmax(-1)
-            ids = torch.cat([ids, following], dim=1)
+            ids = torch.cat([ids, next_tokens(whole, ids)], dim=1)
     with torch.no_grad():
         repaired = less(IDS, use_cache=False).logits
     assert torch.equal(repaired, expected)
@@ -132,8 +166,8 @@ def test_a_repaired_checkpoint_is_the_model_repaired_in_place(
         generated = less.generate(IDS, max_new_tokens=3, do_sample=False, pad_token_id=0, eos_token_id=None)
         assert less.generation_config.use_cache
         assert torch.equal(generated, ids)
-    tied = [model.get_output_embeddings().weight is model.get_input_embeddings().weight for model in (whole, less)]
-    assert tied == [family in TIED] * 2
+    assert has_tied_weights(whole) == (family in TIED)
+    assert has_tied_weights(less) == (family in TIED)
 
 
 # What is fitted, and folded
@@ -163,8 +197,11 @@ def test_an_exact_map_is_recovered(by: str, factor: float) -> None:
     read = factor * (hidden if by == "refit" else added)
     sums = NormalEquations.from_tokens(read, factor * added @ missing)
     fitted = fit_ridge(sums, sums, "full", [1e-12])
-    weights = {"linear": linear} | ({"bias": bias} if by == "map" else {})
-    new = fold(step, weights, fitted.weights, sums.gram / sums.count, factor)
+    weights = {"linear": linear}
+    if by == "map":
+        weights["bias"] = bias
+    covariance = sums.gram / sums.count
+    new = fold(step, weights, fitted.weights, covariance, factor)
     again = hidden @ new["linear"] + new.get("bias", 0)
     torch.testing.assert_close(again, added + added @ missing)
 
@@ -180,53 +217,70 @@ def test_behind_a_norm_every_token_gets_its_direction(by: str) -> None:
     assert first == REPAIRS[by]
     assert second == REPAIRS["channel"]
 
-    def norm(m: torch.Tensor, gain: torch.Tensor) -> torch.Tensor:
-        return gain * m / m.square().mean(-1, keepdim=True).sqrt()
+    def size(output: torch.Tensor) -> torch.Tensor:
+        return output.square().mean(-1, keepdim=True).sqrt()
 
-    m = hidden @ linear
-    scaled = hidden / m.square().mean(-1, keepdim=True).sqrt()
-    read = factor * (scaled if by == "refit" else norm(m, gain))
+    def norm(output: torch.Tensor, gain: torch.Tensor) -> torch.Tensor:
+        return gain * output / size(output)
+
+    output = hidden @ linear
+    normed = norm(output, gain)
+    read = factor * normed
+    if by == "refit":
+        read = factor * (hidden / size(output))
     fitted = 0.3 * normal(read.shape[1], 6)
-    wanted = norm(m, gain) + read @ fitted / factor
-    new = fold(first, {"linear": linear, "gain": gain}, fitted, read.T @ read / len(read), factor)
+    wanted = normed + read @ fitted / factor
+    covariance = read.T @ read / len(read)
+    new = fold(first, {"linear": linear, "gain": gain}, fitted, covariance, factor)
     given = norm(hidden @ new["linear"], new["gain"])
     cosines = torch.nn.functional.cosine_similarity(given, wanted)
     torch.testing.assert_close(cosines, torch.ones_like(cosines))
-    assert float((wanted / new["gain"]).square().mean()) == pytest.approx(1.0)
+    relative = wanted / new["gain"]
+    assert float(relative.square().mean()) == pytest.approx(1.0)
+
+
+def places_of(cuts: Iterable[RepairCut | RepairedCut]) -> list[int]:
+    """The layers behind which cuts are."""
+    return [cut.after for cut in cuts]
 
 
 def test_cuts_are_runs_of_removed_layers_and_on_request_all_layers_behind_the_first() -> None:
     """Each with the run of removed layers after it; before the first cut there is nothing to give back."""
-    plan = plan_of("m", 12, 0, 1, 4, 6, 7, 11)
-    assert [(cut.after, cut.removed) for cut in find_cuts(plan)] == [(3, (4,)), (5, (6, 7)), (10, (11,))]
+    cuts = find_cuts(plan_of("m", 12, 0, 1, 4, 6, 7, 11))
+    assert {cut.after: cut.removed for cut in cuts} == {3: (4,), 5: (6, 7), 10: (11,)}
     plan = plan_of("m", 10, 2, 5, 6)
-    cuts = [(cut.after, cut.removed, cut.last) for cut in find_cuts(plan, every_layer=True)]
-    assert cuts == [(1, (2,), 2), (3, (), 3), (4, (5, 6), 6), (7, (), 7), (8, (), 8), (9, (), 9)]
+    cuts = find_cuts(plan, every_layer=True)
+    assert {cut.after: cut.removed for cut in cuts} == {1: (2,), 3: (), 4: (5, 6), 7: (), 8: (), 9: ()}
+    assert [cut.last for cut in cuts] == [2, 3, 6, 7, 8, 9]
     first = replace(plan, drop=(0, 1, 5))
-    assert [cut.after for cut in find_cuts(first, every_layer=True)] == [2, 3, 4, 6, 7, 8, 9]
+    cuts = find_cuts(first, every_layer=True)
+    assert places_of(cuts) == [2, 3, 4, 6, 7, 8, 9]
 
 
 def test_what_is_still_missing_is_given_back_by_later_layers(tmp_path: Path, save_checkpoint: Save) -> None:
     """The last layer's stream is nearer to the whole model's than after a repair of the cut alone, on other text."""
     whole = lively(llama(num_hidden_layers=5))
     folder = save_checkpoint(whole, tmp_path / "whole")
-    text = tokenize_corpus(TEXT, load_tokenizer(checkpoint_at(folder)), Settings(**READ, skip_sequences=60))
-    ids = torch.from_numpy(np.concatenate([shard.input_ids for shard in text.shards])).long()
+    ids = tokens_of(folder, skip_sequences=60)
     for drop in ((1,), (0, 1)):
         plan = plan_of(folder, 5, *drop)
         errors = []
         for by in ("refit", "refit_all"):
             out = tmp_path / f"{by}{drop}"
-            repair = None if drop == (0, 1) and by == "refit" else repair_of(by)
+            repair = repair_of(by)
+            if drop == (0, 1) and by == "refit":
+                repair = None
             done = prune(folder, plan, out, repair=repair)
             less = AutoModelForCausalLM.from_pretrained(out)
             with torch.no_grad():
-                errors.append(float((whole(ids).logits - less(ids).logits).norm()))
+                difference = whole(ids).logits - less(ids).logits
+            errors.append(float(difference.norm()))
         assert errors[1] < 0.98 * errors[0]
         for note in done["notes"]:
             assert "not given back" not in note
-    assert [cut.after for cut in read_repairs(out)[0].cuts] == [2, 3, 4]
-    assert "Repaired after 2: error" in "\n".join(read_repairs(out)[0].describe())
+    (record,) = read_repairs(out)
+    assert places_of(record.cuts) == [2, 3, 4]
+    assert "Repaired after 2: error" in "\n".join(record.describe())
 
 
 def test_each_cut_sees_the_repairs_before_it(tmp_path: Path, save_checkpoint: Save) -> None:
@@ -235,22 +289,29 @@ def test_each_cut_sees_the_repairs_before_it(tmp_path: Path, save_checkpoint: Sa
     folder = save_checkpoint(whole, tmp_path / "whole")
     drops = plan_of(folder, 6, 1, 4)
     less = tmp_path / "less"
-    second = prune(folder, drops, less, repair=repair_of("refit"))["repair"].cuts[1]
-    text = tokenize_corpus(TEXT, load_tokenizer(checkpoint_at(folder)), Settings(**READ))
-    ids = torch.from_numpy(np.concatenate([shard.input_ids for shard in text.shards])).long()[-6:]  # a tenth of 60 rows
+    done = prune(folder, drops, less, repair=repair_of("refit"))
+    _, second = done["repair"].cuts
+    ids = tokens_of(folder)[-6:]  # a tenth of 60 rows
     both = AutoModelForCausalLM.from_pretrained(less)
     first = AutoModelForCausalLM.from_pretrained(less)
-    first.model.layers[2].mlp.down_proj.weight.data = whole.model.layers[3].mlp.down_proj.weight.data
+    unrepaired = whole.model.layers[3].mlp.down_proj.weight.data
+    first.model.layers[2].mlp.down_proj.weight.data = unrepaired
     with torch.no_grad():
         wanted = whole(ids, output_hidden_states=True).hidden_states[5]
         before = first(ids, output_hidden_states=True).hidden_states[3]
         after = both(ids, output_hidden_states=True).hidden_states[3]
     lengths = wanted.norm(dim=-1)
+    later_length = lengths[:, 1:].mean(1)
     scale = torch.ones_like(lengths)
-    scale[:, 0] = lengths[:, 1:].mean(1) / lengths[:, 0]
-    for error, stream in ((second.error_before, before), (second.error_after, after)):
+    scale[:, 0] = later_length / lengths[:, 0]
+
+    def relative_error(stream: torch.Tensor) -> float:
         missing = scale * (wanted - stream).norm(dim=-1)
-        assert error == pytest.approx(float(missing.norm() / (scale * lengths).norm()), rel=1e-4)
+        size = (scale * lengths).norm()
+        return float(missing.norm() / size)
+
+    assert second.error_before == pytest.approx(relative_error(before), rel=1e-4)
+    assert second.error_after == pytest.approx(relative_error(after), rel=1e-4)
 
 
 def test_passes_that_begin_at_the_last_cut_change_nothing(
@@ -259,9 +320,10 @@ def test_passes_that_begin_at_the_last_cut_change_nothing(
     """With room for the streams of all batches, of some, or of none: the same weights to the bit."""
     folder = save_checkpoint(lively(llama(num_hidden_layers=8)), tmp_path / "whole")
     plan = plan_of(folder, 8, 1, 3, 6, 7)
-    some = 2 * MEMORY_SHARE * 3 * 8 * 48 * 32 * 4  # three batches of each model
+    batch_bytes = 8 * 48 * 32 * 4
+    rooms = {"all": 1 << 30, "some": 2 * 3 * MEMORY_SHARE * batch_bytes, "none": 0}  # some: three of each model
     written = []
-    for name, room in (("all", 1 << 30), ("some", some), ("none", 0)):
+    for name, room in rooms.items():
         monkeypatch.setattr("avss_dist.pruning.repair.hidden_states.available_memory", lambda room=room: room)
         prune(folder, plan, tmp_path / name, repair=repair_of("refit_all"))
         written.append(weights_in(tmp_path / name))
@@ -273,8 +335,11 @@ def test_passes_that_begin_at_the_last_cut_change_nothing(
 def assert_streaming_writes_the_same_bytes(folder: Path, plan: Plan, by: str, parent: Path) -> RepairRecord:
     """With room for one layer and for no hidden state; and the comparison of both models by streaming too."""
     size = footprint(checkpoint_at(folder), Settings(dtype="float32"))
-    room = size.weight_bytes - sum(size.layer_bytes) + 2 * (max(size.layer_bytes) + 512)
-    streamed = Execution(partition="streaming", max_memory={"cpu": host_limit(folder, room, dtype="float32")})
+    two_layers = 2 * (max(size.layer_bytes) + 512)
+    room = size.weight_bytes - sum(size.layer_bytes) + two_layers
+    limit = host_limit(folder, room, dtype="float32")
+    streamed = Execution(partition="streaming", max_memory={"cpu": limit})
+    single = Execution(partition="single")
     streamed_folder = parent / "streamed"
     whole_in_memory = parent / "whole-in-memory"
     with one_thread():
@@ -283,7 +348,7 @@ def assert_streaming_writes_the_same_bytes(folder: Path, plan: Plan, by: str, pa
             plan,
             whole_in_memory,
             repair=repair_of(by),
-            execution=Execution(partition="single"),
+            execution=single,
         )
         by_streaming = prune(folder, plan, streamed_folder, repair=repair_of(by), execution=streamed)
     assert in_memory["repair"] == by_streaming["repair"]
@@ -295,9 +360,11 @@ def assert_streaming_writes_the_same_bytes(folder: Path, plan: Plan, by: str, pa
 
 
 def test_streaming_writes_the_same_bytes(tmp_path: Path, save_checkpoint: Save) -> None:
-    folder, plan = whole_of(lively(llama(num_hidden_layers=6)), tmp_path / "whole", save_checkpoint)
+    model = lively(llama(num_hidden_layers=6))
+    folder, plan = whole_of(model, tmp_path / "whole", save_checkpoint)
     plan = replace(plan, num_layers=6, drop=(2, 4))
-    assert len(assert_streaming_writes_the_same_bytes(folder, plan, "refit_all", tmp_path).cuts) == 3
+    record = assert_streaming_writes_the_same_bytes(folder, plan, "refit_all", tmp_path)
+    assert len(record.cuts) == 3
 
 
 def test_the_ends(tmp_path: Path, save_checkpoint: Save) -> None:
@@ -316,24 +383,28 @@ def test_the_ends(tmp_path: Path, save_checkpoint: Save) -> None:
         prune(folder, first, tmp_path / "first", repair=repair_of())
 
 
-def test_tokens_that_are_padding_take_no_part(tmp_path: Path, save_checkpoint: Save) -> None:
+def test_tokens_that_are_padding_take_no_part(tmp_path: Path, whole_llama: tuple[Path, Plan]) -> None:
     """Rows of one document each, in batches of any size: the same repair."""
-    folder, plan = whole_of(lively(llama()), tmp_path / "whole", save_checkpoint)
+    folder, plan = whole_llama
     cuts = []
     for batch_size in (1, 8):
         repair = repair_of("map", layout="padded", batch_size=batch_size)
-        cuts.append(prune(folder, plan, tmp_path / str(batch_size), repair=repair)["repair"].cuts[0])
+        done = prune(folder, plan, tmp_path / str(batch_size), repair=repair)
+        cuts.append(only_cut(done))
     row_by_row, in_batches = cuts
     assert row_by_row.ridges == in_batches.ridges
     assert row_by_row.error_after == pytest.approx(in_batches.error_after, rel=1e-4)
 
 
 def test_the_checkpoint_keeps_its_dtype(tmp_path: Path, save_checkpoint: Save) -> None:
-    folder, plan = whole_of(lively(llama()).to(torch.bfloat16), tmp_path / "whole", save_checkpoint)
+    model = lively(llama()).to(torch.bfloat16)
+    folder, plan = whole_of(model, tmp_path / "whole", save_checkpoint)
     less = tmp_path / "less"
     done = prune(folder, plan, less, repair=repair_of("refit", dtype="float32"))
-    assert {tensor.dtype for tensor in weights_in(less).values()} == {torch.bfloat16}
-    assert done["repair"].cuts[0].error_after < done["repair"].cuts[0].error_before
+    for tensor in weights_in(less).values():
+        assert tensor.dtype == torch.bfloat16
+    cut = only_cut(done)
+    assert cut.error_after < cut.error_before
 
 
 def test_weights_in_several_files(tmp_path: Path, save_checkpoint: Save) -> None:
@@ -344,15 +415,18 @@ def test_weights_in_several_files(tmp_path: Path, save_checkpoint: Save) -> None
     shutil.copytree(folder, cut)
     (cut / "model.safetensors").unlink()
     model.save_pretrained(cut, max_shard_size="20KB")
-    for name in ("whole", "cut"):
-        prune(tmp_path / name, plan, tmp_path / f"less-{name}", repair=repair_of("refit"))
-    in_one_file = weights_in(tmp_path / "less-whole")
+    repair = repair_of("refit")
+    less = tmp_path / "less-whole"
     less_cut = tmp_path / "less-cut"
+    prune(folder, plan, less, repair=repair)
+    prune(cut, plan, less_cut, repair=repair)
+    in_one_file = weights_in(less)
     several = {file.name: load_file(file) for file in less_cut.glob("*.safetensors")}
     index = read_json(less_cut / "model.safetensors.index.json")
+    files_of_weights = index["weight_map"]
     assert len(several) > 2
-    assert set(index["weight_map"]) == set(in_one_file)
-    for path, file in index["weight_map"].items():
+    assert set(files_of_weights) == set(in_one_file)
+    for path, file in files_of_weights.items():
         assert torch.equal(several[file][path], in_one_file[path])
 
 
@@ -367,7 +441,8 @@ def test_weights_in_several_files(tmp_path: Path, save_checkpoint: Save) -> None
     ],
 )
 def test_families_that_are_refused(kind: str, family: str, told: str, tmp_path: Path, save_checkpoint: Save) -> None:
-    folder, plan = whole_of(lively(tiny_model(kind, family)), tmp_path / "whole", save_checkpoint)
+    model = lively(tiny_model(kind, family))
+    folder, plan = whole_of(model, tmp_path / "whole", save_checkpoint)
     less = tmp_path / "less"
     with pytest.raises(PlanError, match=told):
         prune(folder, plan, less, repair=repair_of())
@@ -396,24 +471,25 @@ def test_every_text_counts_alike_or_by_its_weight(tiny_llama: Path, tmp_path: Pa
     """A text given twice changes nothing; beside another, it counts as with twice the weight. The record says it."""
     other = tmp_path / "other.txt"
     other.write_text("words of another kind, and again other words " * 400)
-    texts = {
-        "one": (TEXT,),
-        "one twice": (TEXT, TEXT),
-        "alike": (TEXT, str(other)),
-        "first twice": (TEXT, TEXT, str(other)),
-        "by weight": (f"{TEXT}=2", str(other)),
-    }
-    errors = {}
-    for name, corpora in texts.items():
-        done = prune(tiny_llama, PLAN, tmp_path / name, repair=repair_of("map", *corpora))
-        errors[name] = done["repair"].cuts[0].error_after
-        assert [text.corpus for text in done["repair"].texts] == [corpus.removesuffix("=2") for corpus in corpora]
-    assert errors["one twice"] == pytest.approx(errors["one"], rel=1e-6)
-    assert errors["alike"] != pytest.approx(errors["one"], rel=1e-3)
-    assert errors["by weight"] == pytest.approx(errors["first twice"], rel=1e-6)
-    assert errors["by weight"] != pytest.approx(errors["alike"], rel=1e-4)
+
+    def error(name: str, *corpora: str) -> float:
+        """The error of a repair that is fitted on texts, which its record names without their weights."""
+        repair = repair_of("map", *corpora)
+        done = prune(tiny_llama, PLAN, tmp_path / name, repair=repair)
+        named = [text.corpus for text in done["repair"].texts]
+        assert named == [corpus.removesuffix("=2") for corpus in corpora]
+        return only_cut(done).error_after
+
+    once = error("once", TEXT)
+    assert error("twice", TEXT, TEXT) == pytest.approx(once, rel=1e-6)
+    alike = error("alike", TEXT, str(other))
+    assert alike != pytest.approx(once, rel=1e-3)
+    first_twice = error("first twice", TEXT, TEXT, str(other))
+    by_weight = error("by weight", f"{TEXT}=2", str(other))
+    assert by_weight == pytest.approx(first_twice, rel=1e-6)
+    assert by_weight != pytest.approx(alike, rel=1e-4)
     (record,) = read_repairs(tmp_path / "by weight")
-    assert [(text.corpus, text.weight) for text in record.texts] == [(TEXT, 2.0), (str(other), 1.0)]
+    assert {text.corpus: text.weight for text in record.texts} == {TEXT: 2.0, str(other): 1.0}
     assert "builtin:pydoc (2,538 tokens of the first 60 rows, weight 2)" in record.describe()[0]
 
 
@@ -421,15 +497,12 @@ def test_a_weight_stands_at_the_end_of_a_text_that_is_no_file(tmp_path: Path) ->
     file = tmp_path / "step=100"
     file.write_text("text")
     remote = "s3://bucket/a.txt?region=us-east-1&retries=3"
-    for text, expected in {
-        "a.txt": ("a.txt", 1.0),
-        "a.txt=0.5": ("a.txt", 0.5),
-        "a.jsonl:text=3": ("a.jsonl:text", 3.0),
-        remote: (remote, 1.0),
-        "a=b.txt": ("a=b.txt", 1.0),
-        str(file): (str(file), 1.0),
-    }.items():
-        assert split_weight(text) == expected
+    assert split_weight("a.txt") == ("a.txt", 1.0)
+    assert split_weight("a.txt=0.5") == ("a.txt", 0.5)
+    assert split_weight("a.jsonl:text=3") == ("a.jsonl:text", 3.0)
+    assert split_weight("a=b.txt") == ("a=b.txt", 1.0)
+    for text in (remote, str(file)):
+        assert split_weight(text) == (text, 1.0)
     with pytest.raises(ConfigError, match=r"weight of 'a.txt=0' is 0"):
         Repair(corpora=("a.txt=0",))
 
@@ -438,18 +511,20 @@ def test_a_repaired_checkpoint_is_not_evaluated_on_its_text(tiny_llama: Path, tm
     plan = plan_of(tiny_llama, 3, 1)
     less = tmp_path / "less"
     text = tmp_path / "text.txt"
-    text.write_text("\n".join(f"line {i} of a text that has {i * i} words and {i % 7} ideas" for i in range(400)))
+    lines = [f"line {i} of a text that has {i * i} words and {i % 7} ideas" for i in range(400)]
+    text.write_text("\n".join(lines))
     prune(tiny_llama, plan, less, repair=repair_of("map", str(text), max_sequences=20))
     (record,) = read_repairs(less)
     assert record.texts[0].rows == 20
     assert record.removed == (1,)
     assert record.repair == "map"
-    options: dict[str, Any] = {"warehouse": tmp_path / "w", **READ | {"max_sequences": 8}}
+    options: dict[str, Any] = {**READ, "max_sequences": 8, "warehouse": tmp_path / "w"}
+    tasks = [f"perplexity:{text}"]
     with pytest.raises(ConfigError, match=r"is text that the repair of .* was fitted on") as refused:
-        evaluate([less], tasks=[f"perplexity:{text}"], **options)
+        evaluate([less], tasks=tasks, **options)
     assert "`skip_sequences` 20" in str(refused.value)
-    evaluate([less], tasks=[f"perplexity:{text}"], skip_sequences=20, **options)
-    evaluate([less], tasks=[f"perplexity:{text}"], allow_overlap=True, **options)
+    evaluate([less], tasks=tasks, skip_sequences=20, **options)
+    evaluate([less], tasks=tasks, allow_overlap=True, **options)
     text.unlink()
     with pytest.raises(ConfigError, match=r"text of the repair of .* cannot be read again"):
         evaluate([less], tasks=["perplexity:builtin:pydoc"], **options)
@@ -464,12 +539,14 @@ def test_a_second_repair_keeps_the_record_of_the_first(tmp_path: Path, save_chec
         plan = plan_of("m", number, 2)
         prune(folder, plan, tmp_path / name, repair=repair_of("channel"))
         folder = tmp_path / name
-    assert [record.removed for record in read_repairs(folder)] == [(2,), (2,)]
+    first, second = read_repairs(folder)
+    assert first.removed == (2,)
+    assert second.removed == (2,)
     card = (folder / "README.md").read_text()
     assert "last map is changed in 1" in card
     assert "fitted on builtin:pydoc" in card
-    record = read_repairs(folder)[-1]
-    vain = replace(record, cuts=tuple(replace(cut, ridges=(None,)) for cut in record.cuts))
+    unhelped = [replace(cut, ridges=(None,)) for cut in second.cuts]
+    vain = replace(second, cuts=tuple(unhelped))
     assert "The others are unchanged" in model_card(checkpoint_at(folder), plan, repair=vain)
 
 
@@ -485,12 +562,21 @@ def test_the_command(tiny_llama: Path, tmp_path: Path) -> None:
     assert "Repaired by refit, fitted on builtin:pydoc (1,692 tokens of the first 40 rows)" in done.stdout
     assert "Repaired without 1, after 0: error" in done.stdout
     assert "and the repaired weights (largest" in done.stdout
-    assert read_json(less / FILE)["repairs"][0]["repair"] == "refit"
-    for arguments, told in (
+    (record,) = read_repairs(less)
+    assert record.repair == "refit"
+
+
+@pytest.mark.parametrize(
+    ("options", "told"),
+    [
         (["--repair", "map"], "--repair map needs text to be fitted on"),
         (["--repair", "mapp", "--repair-corpora", TEXT], "Did you mean 'map'"),
-    ):
-        assert told in mistake("prune", tiny_llama, plan, "-o", tmp_path / "no", *arguments)
+    ],
+)
+def test_mistakes(options: list[str], told: str, tiny_llama: Path, tmp_path: Path) -> None:
+    plan = tmp_path / "plan.yaml"
+    plan_of(tiny_llama, 3, 1).write(plan)
+    assert told in mistake("prune", tiny_llama, plan, "-o", tmp_path / "no", *options)
 
 
 # What is hard to repair
@@ -542,7 +628,8 @@ def test_quantized_weights_are_refused_before_a_text_is_seen(
     folder = block_fp8(tiny_llama, tmp_path / "fp8", skipped=["model.layers.0.mlp.down_proj", "lm_head"])
     repair = repair_of(dequantize=True, **FEW)
     done = prune(folder, PLAN, tmp_path / "less", repair=repair)
-    assert done["repair"].cuts[0].error_after < done["repair"].cuts[0].error_before
+    cut = only_cut(done)
+    assert cut.error_after < cut.error_before
     monkeypatch.setattr(HiddenStateSource, "visit", lambda *_, **__: pytest.fail("text was read"))
     unwritten = tmp_path / "no"
     with pytest.raises(PlanError, match=r"'mlp.down_proj.weight' of layer 1 as float8_e4m3fn, quantized") as refused:
@@ -555,16 +642,16 @@ def test_quantized_weights_are_refused_before_a_text_is_seen(
 
 
 def test_a_matrix_has_an_unknown_for_each_input_of_its_fit() -> None:
-    unknowns = {name: method.unknowns(inputs=1536, outputs=576) for name, method in REPAIRS.items()}
-    assert unknowns == {"channel": 1, "map": 576, "refit": 1536, "borrow": 1536, "refit_all": 1536}
+    unknowns = [method.unknowns(inputs=1536, outputs=576) for method in REPAIRS.values()]
+    assert list(REPAIRS) == ["channel", "map", "refit", "borrow", "refit_all"]
+    assert unknowns == [1, 576, 1536, 1536, 1536]
     assert REPAIRS["map"].tokens_needed(1536, 576) == 4 * 576
-    assert list(unknowns.values()) == sorted(unknowns.values())
 
 
 def test_a_search_fits_no_repair_that_needs_more_text_than_a_map() -> None:
     searched = {name: searched_repair(name) for name in (NO_REPAIR, *REPAIRS)}
-    of_few_unknowns = {name: name for name in ("none", "channel", "map")}
-    assert searched == of_few_unknowns | dict.fromkeys(("refit", "borrow", "refit_all"), "map")
+    of_few_unknowns = {"none": "none", "channel": "channel", "map": "map"}
+    assert searched == of_few_unknowns | {"refit": "map", "borrow": "map", "refit_all": "map"}
     assert DEFAULT_REPAIR in REPAIRS
 
 
@@ -597,6 +684,5 @@ def test_a_record_of_a_repair_that_no_longer_exists_is_read(tmp_path: Path) -> N
 
 @pytest.mark.parametrize("name", REPAIRS)
 def test_the_docs_name_every_repair(name: str) -> None:
-    assert f"`{name}`" in (Path(avss_dist.__file__).parent / "docs" / "explanations" / "repair.md").read_text(
-        encoding="utf-8"
-    )
+    page = Path(avss_dist.__file__).parent / "docs" / "explanations" / "repair.md"
+    assert f"`{name}`" in page.read_text(encoding="utf-8")
