@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from datetime import UTC, datetime
 from itertools import combinations
@@ -20,10 +21,11 @@ from pydantic import TypeAdapter
 from support.checkpoints import LAYERS as TINY_LAYERS
 from support.checkpoints import checkpoint_at, weights_in
 from support.command_line import avss, mistake, succeed
+from support.warehouses import identity_of as row_identity
 from support.warehouses import run_row, write_scores
 
 from avss_dist.core.errors import ConfigError, QueryError
-from avss_dist.core.intervention import Expert, sublayers_of
+from avss_dist.core.intervention import Expert, Removals, sublayers_of
 from avss_dist.core.settings import Settings
 from avss_dist.core.text import describe_bytes
 from avss_dist.core.yaml_files import MAX_BYTES
@@ -67,16 +69,18 @@ LAYERS = [5.0, 1.0, 4.0, 2.0, 3.0, 0.5, 6.0, 7.0]
 def test_the_lowest_that_are_not_protected(scores: list[float], share: float, first: int, last: int) -> None:
     choice = Choice(by="avss", share=share, first=first, last=last)
     number = max(1, round(share * len(scores)))
-    if number > max(0, len(scores) - first - last) or number >= len(scores):
+    unprotected = max(0, len(scores) - first - last)
+    if number > unprotected or number >= len(scores):
         with pytest.raises(PlanError):
             choice.drop(scores)
         return
     dropped = choice.drop(scores)
     free = range(first, len(scores) - last)
-    remaining = [scores[layer] for layer in free if layer not in dropped]
     assert set(dropped) <= set(free)
     assert len(dropped) == number
-    assert not remaining or max(scores[layer] for layer in dropped) <= min(remaining)
+    highest = max(scores[layer] for layer in dropped)
+    for layer in set(free) - set(dropped):
+        assert highest <= scores[layer]
 
 
 PLACE = ("site", "recipe", "threshold", "threshold_kind")
@@ -86,12 +90,24 @@ RUN = {"model": "m", "revision": "r", "run_id": "m-1", **READ}
 
 def rows_of(reading: tuple[Any, ...], values: list[float | None], **more: Any) -> list[dict[str, Any]]:
     """Rows of `scores`, the last layer first."""
-    row = {"rank": 1, **dict(zip(PLACE, reading, strict=True)), **more}
-    return [{"layer": i, "layer_name": f"layers.{i}", "avss_smoothed": v, **row} for i, v in enumerate(values)][::-1]
+    columns = {"rank": 1, **named(reading), **more}
+    rows = []
+    for layer, value in enumerate(values):
+        rows.append({"layer": layer, "layer_name": f"layers.{layer}", "avss_smoothed": value, **columns})
+    rows.reverse()
+    return rows
+
+
+def named(reading: tuple[Any, ...]) -> dict[str, Any]:
+    """A reading by the names of its columns."""
+    return dict(zip(PLACE, reading, strict=True))
 
 
 def score_rows(values: list[float]) -> list[dict[str, Any]]:
-    return [row | {"block_influence": -row["avss_smoothed"]} for row in rows_of(PUBLISHED, [*values])]
+    rows = rows_of(PUBLISHED, [*values])
+    for row in rows:
+        row["block_influence"] = -row["avss_smoothed"]
+    return rows
 
 
 def plan_from(rows: list[dict[str, Any]], choice: Choice, values: LayerValues) -> Plan:
@@ -100,10 +116,13 @@ def plan_from(rows: list[dict[str, Any]], choice: Choice, values: LayerValues) -
 
 def test_random_plans_differ_by_seed() -> None:
     rows = score_rows([float(i) for i in range(30)])
-    plan = plan_from(rows, Choice(by="random", seed=0), random_values(30, 0))
-    again = plan_from(rows, Choice(by="random", seed=0), random_values(30, 0))
-    other = plan_from(rows, Choice(by="random", seed=1), random_values(30, 1))
-    assert plan == again
+
+    def random_plan(seed: int) -> Plan:
+        return plan_from(rows, Choice(by="random", seed=seed), random_values(30, seed))
+
+    plan = random_plan(0)
+    other = random_plan(1)
+    assert plan == random_plan(0)
     assert plan.drop != other.drop
     assert len(plan.drop) == 8
     assert other.why == {"by": "random", "seed": 1, "share": 0.25}
@@ -111,14 +130,17 @@ def test_random_plans_differ_by_seed() -> None:
 
 def test_a_plan_has_its_reading_as_a_reason() -> None:
     rows = score_rows(LAYERS[:4])
-    plan = plan_from(rows, Choice(by="avss", count=1, seed=3, reading=PUBLISHED), stored_values(rows, "avss"))
-    assert plan.why == {"by": "avss", "count": 1, **dict(zip(PLACE, PUBLISHED, strict=True))}
+    choice = Choice(by="avss", count=1, seed=3, reading=PUBLISHED)
+    plan = plan_from(rows, choice, stored_values(rows, "avss"))
+    assert plan.why == {"by": "avss", "count": 1, **named(PUBLISHED)}
 
 
 def test_layers_that_are_not_one_list() -> None:
-    rows = [{"layer": i, "layer_name": name} for i, name in enumerate(("a.0", "shared", "a.1"))]
+    names = ("a.0", "shared", "a.1")
+    rows = [{"layer": layer, "layer_name": name} for layer, name in enumerate(names)]
+    values = LayerValues(values={0: 1.0, 1: 2.0, 2: 3.0})
     with pytest.raises(PlanError, match="not one list of modules"):
-        plan_from(rows, Choice(by="avss"), LayerValues(values=dict(enumerate([1.0, 2.0, 3.0]))))
+        plan_from(rows, Choice(by="avss"), values)
 
 
 # Plan files
@@ -157,18 +179,27 @@ def test_a_plan_names_sublayers(tmp_path: Path) -> None:
     file = tmp_path / "plan.yaml"
     file.write_text(yaml.safe_dump(PLAIN | {"drop": SUBLAYERS}))
     plan = read_plan(file)
-    assert plan.drop == (1, 3, *(sublayers_of([i])[0] for i in (2, 5)), sublayers_of([4])[1])
+    attention_2, _ = sublayers_of([2])
+    attention_5, _ = sublayers_of([5])
+    _, mlp_4 = sublayers_of([4])
+    assert plan.drop == (1, 3, attention_2, attention_5, mlp_4)
     assert plan.dropped_layers == (1, 3)
     assert plan.keep == (0, 2, 4, 5)
-    assert plan.table()["left_out"].to_pylist() == [None, "layer", "attention", "layer", "mlp", "attention"]
+    left_out = plan.table()["left_out"]
+    assert left_out.to_pylist() == [None, "layer", "attention", "layer", "mlp", "attention"]
     plan.write(file)
     assert "\ndrop: [1, 3, attention.2, attention.5, mlp.4]\nkeep: [0, 2, 4, 5]\n" in file.read_text()
     assert "\nattention" not in file.read_text()
     assert read_plan(file) == plan
     assert plan.describe()[0] == "Drops 2 layers, 3 sublayers of 6: 1, 3, attention.2, attention.5, mlp.4."
-    assert Plan(model="m", num_layers=1, layers="layers", drop=("mlp.0",)).keep == (0,)
-    experts = Plan(model="m", num_layers=3, layers="layers", drop=(Expert(1, 0), Expert(1, 2)))
-    assert experts.describe()[0] == "Drops 2 experts in 1 of 3 layers: expert.1.0, expert.1.2."
+    only_layer = Plan(model="m", num_layers=1, layers="layers", drop=("mlp.0",))
+    assert only_layer.keep == (0,)
+
+
+def test_a_plan_names_experts() -> None:
+    plan = Plan(model="m", num_layers=3, layers="layers", drop=("expert.1.0", "expert.1.2"))
+    assert plan.drop == (Expert(1, 0), Expert(1, 2))
+    assert plan.describe()[0] == "Drops 2 experts in 1 of 3 layers: expert.1.0, expert.1.2."
 
 
 @pytest.mark.parametrize(
@@ -262,21 +293,26 @@ def scored(tmp_path: Path) -> Warehouse:
 
 def write_losses(store: Warehouse, run_id: str, losses: list[float], whole: float = 3.0) -> None:
     """What `avss ablate` leaves: the loss of the whole model and without each layer."""
-    drops = [([], whole), *(([i], loss) for i, loss in enumerate(losses))]
-    common = {"task": "ablation:text.txt", "metric": "loss", "created_at": CREATED}
-    Store(store.root).write_rows(
-        "evaluations",
-        identity_of(run_id, "-loss"),
-        [{**common, "drop": drop, "drop_parts": [], "value": loss} for drop, loss in drops],
-    )
+    common = {"task": "ablation:text.txt", "metric": "loss", **COMMON}
+    rows = [{**common, "drop": [], "value": whole}]
+    for layer, loss in enumerate(losses):
+        rows.append({**common, "drop": [layer], "value": loss})
+    write_evaluations(store, run_id, "loss", rows)
+
+
+def write_evaluations(store: Warehouse, run_id: str, kind: str, rows: list[dict[str, Any]]) -> None:
+    """Write rows of the evaluation of a run, whose id ends in its kind."""
+    Store(store.root).write_rows("evaluations", identity_of(run_id, f"-{kind}"), rows)
 
 
 def identity_of(run_id: str, suffix: str = "") -> RunIdentity:
     row = run_row(run_id)
-    return RunIdentity(run_id=f"{run_id}{suffix}", **{name: row[name] for name in ("model", "revision", "family")})
+    return replace(row_identity(row), run_id=f"{run_id}{suffix}")
 
 
-CREATED = datetime(2026, 2, 1, tzinfo=UTC)
+COMMON = {"created_at": datetime(2026, 2, 1, tzinfo=UTC), "drop_parts": []}
+"""Columns of a row of an evaluation that are the same in each of these tests."""
+LOSSES = [9.0, 8.0, 3.1, 7.0, 3.2, 6.0, 5.0, 4.0]
 
 
 def test_no_score_is_a_default(scored: Warehouse, tmp_path: Path) -> None:
@@ -292,47 +328,59 @@ def test_no_score_is_a_default(scored: Warehouse, tmp_path: Path) -> None:
     for name, score in SCORES.items():
         assert f"  {name}: {score.meaning}" in result.stderr
     assert "with --by" in result.stderr
+    first_run = scored.runs().to_pylist()[0]
     with pytest.raises(QueryError, match="neither the damage of the layers of org/a-1 nor"):
-        default_score(scored, scored.runs().to_pylist()[0])
+        default_score(scored, first_run)
 
 
 def write_damage(store: Warehouse, run_id: str, propagated: list[float], predicted: list[float]) -> None:
     """What `avss ablate --damage` leaves, of what plans read."""
     number = len(propagated)
     rows: list[dict[str, Any]] = []
-    for metric, values in (("propagated_2", propagated), ("predicted_3", predicted)):
-        rows += [{"metric": metric, "layer": layer, "drop": [], "value": value} for layer, value in enumerate(values)]
+
+    def add(metric: str, layer: int, value: float, drop: Sequence[int] = ()) -> None:
+        place = {"metric": metric, "layer": layer, "drop": [*drop]}
+        rows.append({"task": "damage:text.txt", **place, "value": value, **COMMON})
+
+    for layer in range(number):
+        add("propagated_2", layer, propagated[layer])
+        add("predicted_3", layer, predicted[layer])
     for start, stop in combinations(range(number + 1), 2):
         distance = 0.2
         if (start, stop) == (4, 6):
             distance = 0.1
-        rows.append({"metric": "block_distance", "layer": start, "drop": [*range(start, stop)], "value": distance})
-    common = {"task": "damage:text.txt", "created_at": CREATED, "drop_parts": []}
-    Store(store.root).write_rows("evaluations", identity_of(run_id, "-damage"), [common | row for row in rows])
+        add("block_distance", start, distance, range(start, stop))
+    write_evaluations(store, run_id, "damage", rows)
 
 
 def row_of_run(store: Warehouse, run_id: str) -> dict[str, Any]:
-    (row,) = [row for row in store.runs().to_pylist() if row["run_id"] == run_id]
+    row = store.run(run_id)
+    assert row is not None
     return row
+
+
+def dropped(store: Warehouse, run_id: str, **options: Any) -> Removals:
+    """What a choice drops of a run."""
+    plan = plan_layers(store, row_of_run(store, run_id), Choice(**options))
+    return plan.drop
 
 
 def test_damage_is_the_mean_of_two_ranks_and_the_default_without_a_loss(scored: Warehouse, tmp_path: Path) -> None:
     propagated = [8.0, 7.0, 6.0, 5.0, 4.0, 3.0, 2.0, 1.0]
     predicted = [0.8, 0.2, 0.5, -0.1, 0.9, 0.6, 0.7, 0.65]
     write_damage(scored, "b-1", propagated, predicted)
-    run = row_of_run(scored, "b-1")
     # ranks 8 7 6 5 4 3 2 1 and 7 2 3 1 8 4 6 5: sums 15 9 9 6 12 7 8 6
-    assert plan_layers(scored, run, Choice(by="damage", count=2)).drop == (3, 7)
-    assert plan_layers(scored, run, Choice(by="predicted", count=1)).drop == (3,)
-    assert plan_layers(scored, run, Choice(by="propagated", count=1)).drop == (7,)
+    assert dropped(scored, "b-1", by="damage", count=2) == (3, 7)
+    assert dropped(scored, "b-1", by="predicted", count=1) == (3,)
+    assert dropped(scored, "b-1", by="propagated", count=1) == (7,)
     plan_file = tmp_path / "plan.yaml"
     succeed("plan", "-w", scored.root, "--run", "b-1", "-o", plan_file)
     plan = read_plan(plan_file)
     assert plan.drop == (3, 7)
     assert plan.why["by"] == "damage"
     assert plan.why["evaluation"] == "b-1-damage"
-    write_losses(scored, "b-1", [9.0, 8.0, 3.1, 7.0, 3.2, 6.0, 5.0, 4.0])
-    assert default_score(scored, run) == "loss"
+    write_losses(scored, "b-1", LOSSES)
+    assert default_score(scored, row_of_run(scored, "b-1")) == "loss"
 
 
 def test_a_block_is_chosen_by_its_own_distance(scored: Warehouse, tmp_path: Path) -> None:
@@ -352,7 +400,7 @@ def test_a_block_is_chosen_by_its_own_distance(scored: Warehouse, tmp_path: Path
 
 
 def test_the_measured_loss_is_taken_where_there_is_one(scored: Warehouse, tmp_path: Path) -> None:
-    write_losses(scored, "b-1", [9.0, 8.0, 3.1, 7.0, 3.2, 6.0, 5.0, 4.0])
+    write_losses(scored, "b-1", LOSSES)
     plan_file = tmp_path / "plan.yaml"
     result = succeed("plan", "-w", scored.root, "--run", "b-1", "-o", plan_file)
     plan = read_plan(plan_file)
@@ -369,7 +417,7 @@ def test_the_measured_loss_is_taken_where_there_is_one(scored: Warehouse, tmp_pa
 
 
 def test_measured_values_tell_the_evaluation_that_they_come_from(scored: Warehouse) -> None:
-    write_losses(scored, "b-1", [9.0, 8.0, 3.1, 7.0, 3.2, 6.0, 5.0, 4.0])
+    write_losses(scored, "b-1", LOSSES)
     run = row_of_run(scored, "b-1")
     values = criterion_values(scored, read_layers(scored, run), Criterion("loss"))
     assert values.run_id == "b-1-loss"
@@ -390,25 +438,19 @@ def test_values_that_are_read_once_make_plans_of_any_size(scored: Warehouse) -> 
 
 def test_a_plan_says_what_speaks_against_it(scored: Warehouse, tmp_path: Path) -> None:
     """Scores that track depth, what experiments said of them, and what the model without these layers is worth."""
-    common = {
-        "task": "t",
-        "metric": "acc",
-        "drop": [0, 1],
-        "drop_parts": [],
-        "created_at": CREATED,
-        "score": "avss",
-        "value": 0.4,
-    }
+    without_two = {"task": "t", "metric": "acc", "drop": [0, 1], "score": "avss", "value": 0.4, **COMMON}
     retention = {"retention": 0.5, "retention_low": 0.4, "retention_high": 0.6, "method": "avss", "share": 0.25}
-    Store(scored.root).write_rows("experiments", identity_of("b-1"), [common | retention], "0" * 20)
-    loss = {"task": "perplexity:x", "metric": "loss", "drop_parts": [], "created_at": CREATED}
-    rows = [{**loss, "drop": [], "value": np.log(20.0)}, {**loss, "drop": [0, 1], "value": np.log(49020.0)}]
-    Store(scored.root).write_rows("evaluations", identity_of("b-1", "-text"), rows)
+    Store(scored.root).write_rows("experiments", identity_of("b-1"), [without_two | retention], "0" * 20)
+    loss = {"task": "perplexity:x", "metric": "loss", **COMMON}
+    whole = {**loss, "drop": [], "value": np.log(20.0)}
+    pruned = {**loss, "drop": [0, 1], "value": np.log(49020.0)}
+    write_evaluations(scored, "b-1", "text", [whole, pruned])
     plan_file = tmp_path / "plan.yaml"
     result = succeed("plan", "-w", scored.root, "--run", "b-1", "--by", "avss", "-o", plan_file)
     plan = read_plan(plan_file)
-    assert any("rises with depth" in line for line in plan.findings)
-    assert any("the claim does not hold" in line for line in plan.findings)
+    findings = "\n".join(plan.findings)
+    assert "rises with depth" in findings
+    assert "the claim does not hold" in findings
     assert plan.evaluated == ("perplexity:x: perplexity 4.902e+04, 20 of the whole model.",)
     for line in (*plan.findings, *plan.evaluated):
         assert line in result.stdout
@@ -417,20 +459,20 @@ def test_a_plan_says_what_speaks_against_it(scored: Warehouse, tmp_path: Path) -
 
 def test_a_plan_says_on_which_rows_it_was_evaluated_and_what_is_kept(scored: Warehouse) -> None:
     """Where the warehouse has the cells, with an interval over the rows."""
-    task = "perplexity:x"
-    run = identity_of("b-1", "-rows")
-    common = {"task": task, "metric": "loss", "created_at": CREATED, "drop_parts": []}
+    common = {"task": "perplexity:x", "metric": "loss", **COMMON}
     about = {**common, "settings": '{"skip_sequences": 24}', "num_samples": 16}
     of_cell = {**common, "part": 0, "weights": np.ones(16)}
     losses = np.linspace(2.0, 3.0, 16)
-    samples = {(): losses, (0, 1): losses + np.linspace(0.1, 0.2, 16)}
-    evaluations = [{**about, "drop": drop, "value": values.mean()} for drop, values in samples.items()]
-    cells = [{**of_cell, "drop": drop, "samples": values} for drop, values in samples.items()]
-    store = Store(scored.root)
-    store.write_rows("evaluations", run, evaluations)
-    store.write_rows("cells", run, cells, "0" * 20)
+    rises = np.linspace(0.1, 0.2, 16)
+    evaluations = []
+    cells = []
+    for drop, samples in (((), losses), ((0, 1), losses + rises)):
+        evaluations.append({**about, "drop": drop, "value": samples.mean()})
+        cells.append({**of_cell, "drop": drop, "samples": samples})
+    write_evaluations(scored, "b-1", "rows", evaluations)
+    Store(scored.root).write_rows("cells", identity_of("b-1", "-rows"), cells, "0" * 20)
     lines = evaluated_lines(scored, row_of_run(scored, "b-1"), (0, 1))
-    (line,) = [line for line in lines if line.startswith(f"{task} (")]
+    (line,) = [line for line in lines if line.startswith("perplexity:x (")]
     assert re.fullmatch(
         r"perplexity:x \(16 rows after the first 24\): perplexity 14\.15, 12\.18 of the whole model: "
         r"86\.1% kept \(95% interval 8\d\.\d% to 8\d\.\d%\)\.",
@@ -439,7 +481,8 @@ def test_a_plan_says_on_which_rows_it_was_evaluated_and_what_is_kept(scored: War
 
 
 def test_a_reading_that_was_not_scored_is_refused_with_what_was(scored: Warehouse, tmp_path: Path) -> None:
-    result = mistake("plan", "-w", scored.root, "--by", "avss", "--site", "mlp", "-o", tmp_path / "plan.yaml")
+    plan_file = tmp_path / "plan.yaml"
+    result = mistake("plan", "-w", scored.root, "--by", "avss", "--site", "mlp", "-o", plan_file)
     assert "No scores of site mlp, recipe pooled, threshold 1e-05." in result
     assert "There are: site block, recipe pooled, threshold 1e-05." in result
 
@@ -466,19 +509,24 @@ def test_what_is_said_to_be_saved_is_missing_in_the_files(size: Footprint, tiny_
     done = prune(str(tiny_llama), plan, less)
     before = weights_in(tiny_llama).values()
     after = weights_in(less).values()
-    fewer = sum(tensor.numel() for tensor in before) - sum(tensor.numel() for tensor in after)
+    fewer = count_numbers(before) - count_numbers(after)
     saved = sum(tensor.nbytes for tensor in before) - done["bytes"]
+    share = saved / size.weight_bytes
     said = describe_savings(plan, size)
     assert f"Saves 2 of 3 layers, {fewer:,} of" in said
-    assert f" parameters ({saved / size.weight_bytes:.1%}), {describe_bytes(saved)} of" in said
+    assert f" parameters ({share:.1%}), {describe_bytes(saved)} of" in said
+
+
+def count_numbers(tensors: Iterable[torch.Tensor]) -> int:
+    return sum(tensor.numel() for tensor in tensors)
 
 
 def test_keys_and_values_take_what_a_cache_takes(size: Footprint, tiny_llama: Path) -> None:
     model = load_model(checkpoint_at(tiny_llama), Settings(device="cpu"), head=True)
     with torch.no_grad():
         cache = model(input_ids=torch.arange(7)[None], use_cache=True).past_key_values
-    held = [layer.keys.nbytes + layer.values.nbytes for layer in cache.layers]
-    assert [7 * of_token for of_token in size.cache_bytes] == held
+    for layer, token_bytes in zip(cache.layers, size.cache_bytes, strict=True):
+        assert layer.keys.nbytes + layer.values.nbytes == 7 * token_bytes
 
 
 @pytest.mark.parametrize(("memory", "count"), [(91, 1), (90, 2), (70, 2), (69, 3)])  # 90: the smallest is not enough
@@ -490,7 +538,8 @@ def test_any_layers_of_that_number_leave_so_much(memory: int, count: int, size: 
 def test_memory_that_suffices_or_cannot(size: Footprint) -> None:
     with pytest.raises(PlanError, match="as it is, which meets `memory`"):
         count_for_memory(size, size.weight_bytes)
-    least = describe_bytes(size.weight_bytes - size.layer_bytes[0] - size.layer_bytes[1])
+    first, second, _ = size.layer_bytes
+    least = describe_bytes(size.weight_bytes - first - second)
     with pytest.raises(PlanError, match=f"cannot be met: with one layer left, {least} of"):
         count_for_memory(size, 1)
 
@@ -521,11 +570,13 @@ def stored(rows: list[dict[str, Any]], by: str, reading: Reading | None = None) 
 
 def test_scores_are_those_of_one_reading_in_the_order_of_layers() -> None:
     other = ("mlp", *PUBLISHED[1:])
-    rows = [*rows_of(PUBLISHED, [3.0, None, 1.0, 2.0]), *rows_of(other, [7.0, 8.0, 9.0, 6.0])]
-    np.testing.assert_array_equal(stored(rows, "avss"), [3, np.nan, 1, 2])
-    np.testing.assert_array_equal(stored(rows, "avss", other), [7, 8, 9, 6])
-    np.testing.assert_array_equal(stored(rows[4:], "avss"), [7, 8, 9, 6])
-    np.testing.assert_array_equal(stored([rows[0], *rows[4:], *rows[1:4]], "avss"), [3, np.nan, 1, 2])
+    published_rows = rows_of(PUBLISHED, [3.0, None, 1.0, 2.0])
+    other_rows = rows_of(other, [7.0, 8.0, 9.0, 6.0])
+    first, *later = published_rows
+    for rows in ([*published_rows, *other_rows], [first, *other_rows, *later]):
+        np.testing.assert_array_equal(stored(rows, "avss"), [3, np.nan, 1, 2])
+        assert stored(rows, "avss", other) == [7, 8, 9, 6]
+    assert stored(other_rows, "avss") == [7, 8, 9, 6]
 
 
 def test_a_layer_without_a_rank_has_no_avss_and_its_other_scores() -> None:
@@ -537,15 +588,20 @@ def test_a_layer_without_a_rank_has_no_avss_and_its_other_scores() -> None:
 
 @pytest.mark.parametrize("by", [RANDOM, LAST])
 def test_controls_need_no_scores(by: str, tmp_path: Path) -> None:
-    layers = RunLayers(run=RUN, rows=[{"layer": layer, "layer_name": f"layers.{layer}"} for layer in range(5)])
-    values = criterion_values(Warehouse(tmp_path), layers, Choice(by=by, seed=4).criterion)
-    expected = {RANDOM: np.random.default_rng(4).permutation(5).tolist(), LAST: [5, 4, 3, 2, 6]}
+    rows = [{"layer": layer, "layer_name": f"layers.{layer}"} for layer in range(5)]
+    layers = RunLayers(run=RUN, rows=rows)
+    choice = Choice(by=by, seed=4)
+    values = criterion_values(Warehouse(tmp_path), layers, choice.criterion)
+    expected = [5, 4, 3, 2, 6]
+    if by == RANDOM:
+        expected = np.random.default_rng(4).permutation(5).tolist()
     assert isinstance(values, LayerValues)
-    assert values.by_layer(5).tolist() == expected[by]
+    assert values.by_layer(5).tolist() == expected
 
 
 def test_the_last_layers_go_first_and_the_final_one_stays() -> None:
-    assert Choice(by=LAST, count=2).choose(values_from_the_end(5), 5) == (2, 3)
+    choice = Choice(by=LAST, count=2)
+    assert choice.choose(values_from_the_end(5), 5) == (2, 3)
 
 
 @pytest.mark.parametrize(
@@ -562,7 +618,9 @@ def test_the_last_layers_go_first_and_the_final_one_stays() -> None:
 def test_the_block_with_the_least_distance(options: dict[str, Any], dropped: tuple[int, ...]) -> None:
     """Ties go to the earlier block."""
     costs = np.array([9.0, 3.0, 3.0, 2.0, 1.0, 0.5])
-    distances = {tuple(range(a, b)): float(costs[a:b].sum()) for a, b in combinations(range(7), 2)}
+    distances = {}
+    for start, stop in combinations(range(7), 2):
+        distances[tuple(range(start, stop))] = float(costs[start:stop].sum())
     distances[4, 5] += 3
     choice = Choice(by=BLOCK_DISTANCE, **options)
     assert choice.drop_block(distances, 6) == dropped
@@ -572,19 +630,42 @@ def test_the_block_with_the_least_distance(options: dict[str, Any], dropped: tup
 
 @pytest.mark.parametrize("gap", [{}, {(3, 4): np.nan}, {(3, 4): np.inf}])
 def test_a_block_without_a_distance_is_named(gap: dict[tuple[int, ...], float]) -> None:
-    distances = {(i, i + 1): 1.0 for i in (0, 1, 2, 4)} | gap
+    distances = {(0, 1): 1.0, (1, 2): 1.0, (2, 3): 1.0, (4, 5): 1.0} | gap
+    choice = Choice(by=BLOCK_DISTANCE, count=2)
     with pytest.raises(PlanError, match=f"Layers 3 to 4 have no measurement '{BLOCK_DISTANCE}'"):
-        Choice(by=BLOCK_DISTANCE, count=2).drop_block(distances, 6)
-    assert Choice(by=BLOCK_DISTANCE, count=2, last=2).drop_block(distances, 6) == (0, 1)
+        choice.drop_block(distances, 6)
+    protected = replace(choice, last=2)
+    assert protected.drop_block(distances, 6) == (0, 1)
 
 
-def test_how_many_are_dropped() -> None:
-    assert [Choice(by="avss").number(n) for n in (4, 6, 30)] == [1, 2, 8]
-    assert Choice(by="avss", share=0.9).number(10) == 9
-    assert Choice(by="avss", count=2, first=1, last=1).number(4) == 2
-    with pytest.raises(PlanError, match="3 layers would be dropped, but only 2 of 4"):
-        Choice(by="avss", count=3, first=1, last=1).number(4)
-    with pytest.raises(PlanError, match="only 0 of 8 are not protected"):
-        Choice(by="avss", first=10**20).number(8)
-    assert Choice(by="avss", first=1, last=2).unprotected(6) == range(1, 4)
-    assert len(Choice(by="avss", first=3, last=2).unprotected(4)) == 0
+@pytest.mark.parametrize(
+    ("options", "layers", "number"),
+    [
+        ({}, 4, 1),
+        ({}, 6, 2),
+        ({}, 30, 8),
+        ({"share": 0.9}, 10, 9),
+        ({"count": 2, "first": 1, "last": 1}, 4, 2),
+    ],
+)
+def test_how_many_are_dropped(options: dict[str, Any], layers: int, number: int) -> None:
+    assert Choice(by="avss", **options).number(layers) == number
+
+
+@pytest.mark.parametrize(
+    ("options", "layers", "message"),
+    [
+        ({"count": 3, "first": 1, "last": 1}, 4, "3 layers would be dropped, but only 2 of 4"),
+        ({"first": 10**20}, 8, "only 0 of 8 are not protected"),
+    ],
+)
+def test_more_than_are_not_protected_are_refused(options: dict[str, Any], layers: int, message: str) -> None:
+    choice = Choice(by="avss", **options)
+    with pytest.raises(PlanError, match=message):
+        choice.number(layers)
+
+
+@pytest.mark.parametrize(("first", "last", "layers", "expected"), [(1, 2, 6, range(1, 4)), (3, 2, 4, range(0))])
+def test_layers_at_both_ends_are_protected(first: int, last: int, layers: int, expected: range) -> None:
+    choice = Choice(by="avss", first=first, last=last)
+    assert choice.unprotected(layers) == expected
