@@ -27,61 +27,85 @@ Float64 = np.ndarray
 def linear_program(damage: Float64, levels: Float64, sizes: Float64, target: float) -> float:
     """The optimum of the continuous problem: each map mixes its levels, 0 among them."""
     grid = np.append(0.0, levels)
-    rows = np.column_stack([np.zeros(len(sizes)), damage])
+    number = len(sizes)
+    rows = np.column_stack([np.zeros(number), damage])
     weighted = np.kron(sizes, grid)[None]
-    one_each = np.kron(np.eye(len(sizes)), np.ones(len(grid)))
-    limits = np.append(target * sizes.sum(), np.ones(len(sizes)))
-    return float(linprog(rows.ravel(), A_eq=np.vstack([weighted, one_each]), b_eq=limits).fun)
+    one_each = np.kron(np.eye(number), np.ones(len(grid)))
+    equations = np.vstack([weighted, one_each])
+    limits = np.append(target * sizes.sum(), np.ones(number))
+    optimum = linprog(rows.ravel(), A_eq=equations, b_eq=limits)
+    return float(optimum.fun)
 
 
 def mixed(x: Float64, y: Float64, at: float) -> float:
     """The least damage of one map at a sparsity, mixed of any two of its levels."""
-    damages = [float(damage) for level, damage in zip(x, y, strict=True) if level == at]
+    damages = y[x == at].tolist()
     for i, j in combinations(range(len(x)), 2):
         if x[i] <= at <= x[j]:
-            damages.append(float(np.interp(at, x[[i, j]], y[[i, j]])))
+            both = [i, j]
+            damages.append(float(np.interp(at, x[both], y[both])))
     return min(damages)
 
 
+@pytest.mark.parametrize("rising", [True, False])
 @pytest.mark.parametrize("target", [0.05, 0.3, 0.5, 0.7])
-def test_the_knapsack_is_the_optimum_of_the_linear_program(target: float) -> None:
+def test_the_knapsack_is_the_optimum_of_the_linear_program(target: float, rising: bool) -> None:
     """Of damages that rise, fall, and bend either way."""
     rng = np.random.default_rng(int(100 * target))
     levels = np.array([0.2, 0.5, 0.6, 0.9])
+    grid = np.append(0.0, levels)
     sizes = np.array([1.0, 2.0, 4.0, 3.0, 0.5])
-    for rising in (True, False) * 5:
-        damage = rng.random((5, 4)) - (0.0 if rising else 0.3)
-        damage = np.sort(damage, axis=1) if rising else damage
+    for _ in range(5):
+        damage = rng.random((5, 4))
+        if rising:
+            damage = np.sort(damage, axis=1)
+        else:
+            damage -= 0.3
         chosen = knapsack(damage, levels, sizes, target)
-        assert chosen @ sizes / sizes.sum() == pytest.approx(target, rel=1e-12)
+        assert weighted_mean(chosen, sizes) == pytest.approx(target, rel=1e-12)
         assert (chosen >= 0).all()
         assert (chosen <= 0.9 + 1e-12).all()
-        grid = np.append(0.0, levels)
         cost = 0.0
         for row, sparsity in zip(damage, chosen, strict=True):
             cost += mixed(grid, np.append(0.0, row), min(sparsity, 0.9))
-        assert cost == pytest.approx(linear_program(damage, levels, sizes, target), abs=1e-9)
+        least = linear_program(damage, levels, sizes, target)
+        assert cost == pytest.approx(least, abs=1e-9)
 
 
-def test_steps_cost_what_they_do_for_a_weight() -> None:
+def weighted_mean(sparsities: Float64, sizes: Float64) -> float:
+    return float(sparsities @ sizes / sizes.sum())
+
+
+@pytest.mark.parametrize(("target", "expected"), [(0.2, [0.0, 0.25]), (0.3, [0.5, 0.25]), (0.5, [0.5, 0.5])])
+def test_steps_cost_what_they_do_for_a_weight(target: float, expected: list[float]) -> None:
     """The larger map has more damage, and less for each weight; of its second step, a part is left."""
     damage = np.array([[1.0, 3.0], [3.0, 12.0]])
-    for target, chosen in {0.2: [0.0, 0.25], 0.3: [0.5, 0.25], 0.5: [0.5, 0.5]}.items():
-        sparsities = knapsack(damage, np.array([0.25, 0.5]), np.array([1.0, 4.0]), target)
-        assert sparsities.tolist() == pytest.approx(chosen)
+    levels = np.array([0.25, 0.5])
+    sizes = np.array([1.0, 4.0])
+    assert knapsack(damage, levels, sizes, target).tolist() == pytest.approx(expected)
 
 
-def test_what_is_cut_off_goes_to_the_others_in_proportion_again_and_again() -> None:
-    ratios = np.array([1.0, 2.0, 4.0, 8.0])
-    sizes = np.array([1.0, 2.0, 1.0, 4.0])
-    assert proportional(ratios, sizes, 0.1).tolist() == pytest.approx((0.1 * 8 / 41 * ratios).tolist())
-    for target, cut in ((0.65, 1), (0.75, 1), (0.8, 2), (0.9, 2), (0.95, 3)):
-        chosen = proportional(ratios, sizes, target)
-        assert chosen @ sizes / sizes.sum() == pytest.approx(target, rel=1e-12)
-        assert chosen[4 - cut :].tolist() == [MAX_SPARSITY] * cut
-        assert (chosen[: 4 - cut] < MAX_SPARSITY).all()
-        assert np.ptp(chosen[: 4 - cut] / ratios[: 4 - cut]) == pytest.approx(0, abs=1e-12)
-    assert proportional(ratios, sizes, MAX_SPARSITY).tolist() == pytest.approx([MAX_SPARSITY] * 4)
+RATIOS = np.array([1.0, 2.0, 4.0, 8.0])
+SIZES = np.array([1.0, 2.0, 1.0, 4.0])
+
+
+@pytest.mark.parametrize(("target", "number_cut"), [(0.65, 1), (0.75, 1), (0.8, 2), (0.9, 2), (0.95, 3)])
+def test_what_is_cut_off_goes_to_the_others_in_proportion_again_and_again(target: float, number_cut: int) -> None:
+    chosen = proportional(RATIOS, SIZES, target)
+    others = chosen[:-number_cut]
+    assert weighted_mean(chosen, SIZES) == pytest.approx(target, rel=1e-12)
+    assert chosen[-number_cut:].tolist() == [MAX_SPARSITY] * number_cut
+    assert (others < MAX_SPARSITY).all()
+    assert np.ptp(others / RATIOS[:-number_cut]) == pytest.approx(0, abs=1e-12)
+
+
+def test_nothing_is_cut_off_of_small_sparsities() -> None:
+    expected = 0.1 * 8 / 41 * RATIOS
+    assert proportional(RATIOS, SIZES, 0.1).tolist() == pytest.approx(expected.tolist())
+
+
+def test_the_largest_target_makes_all_maps_as_sparse_as_can_be() -> None:
+    assert proportional(RATIOS, SIZES, MAX_SPARSITY).tolist() == pytest.approx([MAX_SPARSITY] * 4)
 
 
 PATH = np.array([[0.1, 0.0], [0.4, 0.0], [0.4, 0.2], [0.8, 0.2]])
@@ -102,7 +126,8 @@ PATH = np.array([[0.1, 0.0], [0.4, 0.0], [0.4, 0.2], [0.8, 0.2]])
     ],
 )
 def test_a_path_is_left_where_the_target_is_reached_or_at_its_end(target: float, expected: list[float]) -> None:
-    assert interpolate_path(PATH, np.array([1.0, 2.0]), target).tolist() == pytest.approx(expected)
+    sizes = np.array([1.0, 2.0])
+    assert interpolate_path(PATH, sizes, target).tolist() == pytest.approx(expected)
 
 
 def test_the_heaviest_tail_bears_least_and_equal_ones_the_same() -> None:
@@ -118,30 +143,45 @@ def test_the_heaviest_tail_bears_least_and_equal_ones_the_same() -> None:
 def random_maps(seed: int, maps: int = 6, formats: int = 3) -> tuple[np.ndarray, np.ndarray]:
     """Damage that falls with the bits, of maps of different sizes."""
     rng = np.random.default_rng(seed)
-    damage = -np.sort(-rng.exponential(size=(maps, formats)), axis=1)
-    bits = np.sort(rng.uniform(2, 9, formats)) * rng.integers(1, 5, maps)[:, None]
-    return damage, bits
+    random = rng.exponential(size=(maps, formats))
+    damage = -np.sort(-random, axis=1)
+    bits_of_a_weight = np.sort(rng.uniform(2, 9, formats))
+    weights = rng.integers(1, 5, maps)
+    return damage, bits_of_a_weight * weights[:, None]
 
 
 @pytest.mark.parametrize("seed", range(20))
 def test_the_damage_is_near_the_least_of_all_choices(seed: int) -> None:
     """Not above the best choice by more than the step that had no room, and below every control."""
     damage, bits = random_maps(seed)
-    budget = 0.5 * (bits.min(axis=1).sum() + bits.max(axis=1).sum())
+    least_bits = bits.min(axis=1).sum()
+    most_bits = bits.max(axis=1).sum()
+    budget = 0.5 * (least_bits + most_bits)
     chosen = least_damage(damage, bits, budget)
     assert total(bits, chosen) <= budget
-    choices = [np.array(choice) for choice in product(range(3), repeat=len(damage))]
-    best = min(total(damage, choice) for choice in choices if total(bits, choice) <= budget)
-    assert total(damage, chosen) <= best + (damage.max(axis=1) - damage.min(axis=1)).max()
+    damages = []
+    for formats in product(range(3), repeat=len(damage)):
+        choice = np.array(formats)
+        if total(bits, choice) <= budget:
+            damages.append(total(damage, choice))
+    largest_step = np.ptp(damage, axis=1).max()
+    assert total(damage, chosen) <= min(damages) + largest_step
     assert total(damage, chosen) < total(damage, smallest(damage, bits))
 
 
-def test_a_budget_that_ends_a_step_is_optimal_and_bits_that_prevent_no_damage_are_not_spent() -> None:
+@pytest.mark.parametrize(
+    ("budget", "expected"), [(12.0, [0, 0, 0]), (16.0, [0, 1, 0]), (20.0, [1, 1, 0]), (24.0, [1, 1, 1])]
+)
+def test_a_budget_that_ends_a_step_is_optimal(budget: float, expected: list[int]) -> None:
     damage = np.array([[4.0, 1.0], [9.0, 0.0], [2.0, 1.9]])
     bits = np.array([[4.0, 8.0]] * 3)
-    for budget, chosen in {12.0: [0, 0, 0], 16.0: [0, 1, 0], 20.0: [1, 1, 0], 24.0: [1, 1, 1]}.items():
-        assert least_damage(damage, bits, budget).tolist() == chosen
-    assert least_damage(np.array([[1.0, -0.5, 0.5]]), np.array([[4.0, 8.0, 16.0]]), 16.0).tolist() == [1]
+    assert least_damage(damage, bits, budget).tolist() == expected
+
+
+def test_bits_that_prevent_no_damage_are_not_spent() -> None:
+    damage = np.array([[1.0, -0.5, 0.5]])
+    bits = np.array([[4.0, 8.0, 16.0]])
+    assert least_damage(damage, bits, 16.0).tolist() == [1]
 
 
 def test_of_equal_sizes_the_least_damage_is_taken() -> None:
