@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow.compute as pc
 import pytest
 import torch
 import yaml
@@ -27,11 +29,12 @@ from avss_dist.core.settings import Settings
 from avss_dist.corpus.shards import tokenize_corpus
 from avss_dist.models.causal_lm import LanguageModel
 from avss_dist.models.checkpoint.loading import load_tokenizer
+from avss_dist.models.structure.layers import first_tensor
 from avss_dist.partition.placement import Placement
 from avss_dist.partition.streaming.replica import StreamingReplica
 from avss_dist.planning.sparsity import measured_maps
 from avss_dist.plans.choice import PlanError
-from avss_dist.plans.map_plans import SparsityPlan
+from avss_dist.plans.map_plans import MapPlan, SparsityPlan
 from avss_dist.plans.plan import read_checked_plan
 from avss_dist.runs.scoring import score
 from avss_dist.tasks.block_search import GreedyBlock, Spectra, hill_exponent
@@ -67,13 +70,21 @@ def captured(tiny_llama: Path, dtype: str) -> dict[tuple[int, str], np.ndarray]:
             for projection in layer.projections:
 
                 def keep(_m: Any, args: Any, key: tuple[int, str] = (layer.index, projection.path)) -> None:
-                    inputs.setdefault(key, []).append(args[0].abs().double().numpy().ravel())
+                    sizes = args[0].abs().double().numpy()
+                    inputs.setdefault(key, []).append(sizes.ravel())
 
-                stack.callback(projection.module.register_forward_pre_hook(keep).remove)
-        for shard in tokenize_corpus(TEXT, load_tokenizer(checkpoint), settings).shards:
+                handle = projection.module.register_forward_pre_hook(keep)
+                stack.callback(handle.remove)
+        tokenizer = load_tokenizer(checkpoint)
+        for shard in tokenize_corpus(TEXT, tokenizer, settings).shards:
             for batch in shard.batches(4):
                 model.losses(batch)
     return {key: np.concatenate(parts) for key, parts in inputs.items()}
+
+
+def by_map(plan: SparsityPlan) -> dict[tuple[int, str], MapPlan]:
+    """What a plan does at each linear map, by layer and path."""
+    return {(cut.layer, cut.map): cut for cut in plan.projections}
 
 
 @pytest.mark.parametrize("target", [0.25, 0.65])
@@ -87,18 +98,28 @@ def test_thresholds_are_the_quantiles_of_what_maps_read(
     assert len(plan.projections) == 21
     assert plan.why["by"] == "uniform"
     assert plan.rule == "all"
-    for projection in plan.projections:
-        sizes = np.sort(read[projection.layer, projection.map])
-        exact = sizes[int(np.ceil(target * len(sizes) - 1e-9)) - 1]
+    for place, cut in by_map(plan).items():
+        sizes = np.sort(read[place])
+        rank = int(np.ceil(target * len(sizes) - 1e-9))
+        exact = sizes[rank - 1]
         if dtype == "bfloat16":
-            assert projection.value == exact
-            assert projection.sparsity == pytest.approx((sizes <= exact).mean(), abs=1e-6)
+            share = (sizes <= exact).mean()
+            assert cut.value == exact
+            assert cut.sparsity == pytest.approx(share, abs=1e-6)
         else:
-            assert projection.value == pytest.approx(exact, rel=2**-7)
+            assert cut.value == pytest.approx(exact, rel=2**-7)
     assert plan.sparsity == pytest.approx(target, abs=0.01)
-    rows = [row for row in Warehouse(scored).table("sparsity").to_pylist() if row["target"] == target]
-    stored = {(row["layer"], row["map"]): row["value"] for row in rows}
-    assert stored == {(projection.layer, projection.map): projection.value for projection in plan.projections}
+
+
+@pytest.mark.parametrize("target", [0.25, 0.65])
+def test_the_warehouse_has_the_thresholds_of_a_plan(scored: Path, tmp_path: Path, target: float) -> None:
+    path = tmp_path / "sparse.yaml"
+    succeed("sparsify", target, "-w", scored, "-o", path)
+    planned = by_map(read_checked_plan(SparsityPlan, path))
+    rows = Warehouse(scored).table("sparsity", where=pc.field("target") == target)
+    assert len(rows) == len(planned)
+    for row in rows.to_pylist():
+        assert row["value"] == planned[row["layer"], row["map"]].value
 
 
 def test_a_plan_is_evaluated_beside_the_dense_model_alone_and_on_top_of_another(
@@ -111,26 +132,32 @@ def test_a_plan_is_evaluated_beside_the_dense_model_alone_and_on_top_of_another(
     avss("plan", "-w", scored, "--by", "random", "--count", 1, "-o", layers)
     options = {"warehouse": warehouse, "skip_sequences": 8, "dtype": dtype, **SMALL}
     task = f"perplexity:{TEXT}"
+    seen = options | {"skip_sequences": 0, "warehouse": scored}
     with pytest.raises(Exception, match="is text that the scores of"):
-        evaluate([sparse], tasks=[task], **options | {"skip_sequences": 0, "warehouse": scored})
+        evaluate([sparse], tasks=[task], **seen)
     evaluations = evaluate([sparse, layers], tasks=[task], sparse=str(sparse), **options)
+    alone = str(sparse)
+    dropped = str(layers)
+    twice = f"{sparse} + {sparse}"
     both = f"{layers} + {sparse}"
-    assert [(evaluation.subject.label, evaluation.result.metric) for evaluation in evaluations] == [
-        (str(sparse), "loss"),
-        (str(sparse), "sparsity"),
-        (f"{sparse} + {sparse}", "loss"),
-        (f"{sparse} + {sparse}", "sparsity"),
-        (str(layers), "loss"),
+    values = {}
+    for evaluation in evaluations:
+        result = evaluation.result
+        values[evaluation.subject.label, result.metric] = result.value
+        assert (evaluation.retained is None) == (result.metric == "sparsity")
+    assert list(values) == [
+        (alone, "loss"),
+        (alone, "sparsity"),
+        (twice, "loss"),
+        (twice, "sparsity"),
+        (dropped, "loss"),
         (both, "loss"),
         (both, "sparsity"),
     ]
-    for evaluation in evaluations:
-        assert (evaluation.retained is None) == (evaluation.result.metric == "sparsity")
-    value = {}
-    for evaluation in evaluations:
-        value[evaluation.subject.label, evaluation.result.metric] = evaluation.result.value
-    assert value[str(sparse), "sparsity"] == pytest.approx(0.5, abs=0.05)
-    assert len({value[label, "loss"] for label in (str(sparse), str(layers), both)}) == 3
+    assert len(evaluations) == len(values)
+    assert values[alone, "sparsity"] == pytest.approx(0.5, abs=0.05)
+    losses = {values[alone, "loss"], values[dropped, "loss"], values[both, "loss"]}
+    assert len(losses) == 3
     rows = evaluation_rows(warehouse, task)
     realized = [row for row in rows if row["metric"].startswith("realized:") and not row["drop"]]
     assert len(realized) == 21
@@ -222,11 +249,9 @@ def test_a_plan_for_maps_of_another_size_is_refused(sparse_plan: Path, tiny_llam
     plan = yaml.safe_load(sparse_plan.read_text())
     maps = plan["projections"]
     plan["projections"] = [maps[0], maps[6] | {"inputs": 47}]
-    message = (
-        f"{tmp_path / 'broken.yaml'}: map 2 of the key 'projections', 'mlp.down_proj' of layer 0, has 47 inputs and "
-        f"32 outputs, and in {tiny_llama} 48 and 32."
-    )
-    assert message in refused(plan, tmp_path)
+    message = refused(plan, tmp_path)
+    assert "broken.yaml: map 2 of the key 'projections', 'mlp.down_proj' of layer 0, has 47 inputs" in message
+    assert f" and 32 outputs, and in {tiny_llama} 48 and 32." in message
 
 
 def test_a_plan_that_repeats_a_key_is_refused(sparse_plan: Path, tmp_path: Path) -> None:
@@ -239,7 +264,8 @@ def test_a_plan_that_repeats_a_key_is_refused(sparse_plan: Path, tmp_path: Path)
 def test_a_plan_of_another_model_is_refused(sparse_plan: Path, tmp_path: Path, save_checkpoint: Any) -> None:
     other = save_checkpoint(llama(seed=3), tmp_path / "other")
     task = f"perplexity:{TEXT}"
-    result = avss("evaluate", other, "--sparse", sparse_plan, "--tasks", task, "--warehouse", tmp_path / "w")
+    warehouse = tmp_path / "w"
+    result = avss("evaluate", other, "--sparse", sparse_plan, "--tasks", task, "--warehouse", warehouse)
     assert "is another model" in result.stderr
 
 
@@ -254,14 +280,16 @@ def test_a_run_that_did_not_measure_the_inputs_says_which_command_does(tiny_llam
 
 
 def test_a_family_whose_experts_are_fused_keeps_its_mlp_dense(save_checkpoint: Any, tmp_path: Path) -> None:
-    folder = save_checkpoint(lively(tiny_model("causal", "mixtral")), tmp_path / "mixtral")
+    mixtral = lively(tiny_model("causal", "mixtral"))
+    folder = save_checkpoint(mixtral, tmp_path / "mixtral")
     warehouse_folder = tmp_path / "w"
     run = score(folder, corpus=TEXT, warehouse=warehouse_folder, sites=("inputs",), **SMALL)
     warehouse = Warehouse(warehouse_folder)
     row = warehouse.run(run.run_id)
     assert row is not None
-    assert any("'up_input' is absent" in note for note in row["notes"])
-    assert {measured_map.site for measured_map in measured_maps(warehouse, row)} == {"query_input", "output_input"}
+    assert "'up_input' is absent" in "\n".join(row["notes"])
+    sites = {measured_map.site for measured_map in measured_maps(warehouse, row)}
+    assert sites == {"query_input", "output_input"}
     result = avss("sparsify", 0.5, "-w", warehouse_folder, "-o", tmp_path / "sparse.yaml")
     assert "The MLP of 3 of 3 layers stays dense: its maps are fused." in result.stdout
 
@@ -274,31 +302,37 @@ FEW = {"max_sequences": 2, "sequence_length": 32, "batch_size": 2, "sequences_pe
 
 def split(given: dict[int, torch.Tensor], number: int, _module: object, args: tuple[torch.Tensor]) -> Any:
     """Have the gradient of what goes through one map alone."""
-    given[number] = args[0].detach().clone().requires_grad_()
-    return (args[0] + given[number] - given[number].detach(),)
+    copy = args[0].detach().clone().requires_grad_()
+    given[number] = copy
+    return (args[0] + copy - copy.detach(),)
 
 
 def test_damage_is_that_of_autograd(model: LanguageModel) -> None:
     shard = random_shard()
     keys = [(0, "self_attn.k_proj"), (1, "mlp.up_proj"), (2, "mlp.down_proj")]
     edges = (0.05, 0.4, 1.0)
-    measured_rows = MapDamage(shard=shard, thresholds=dict.fromkeys(keys, edges), seed=4)(model)
-    damage = {(row.metric, row.layer): row.samples for row in measured_rows}
+    measure = MapDamage(shard=shard, thresholds=dict.fromkeys(keys, edges), seed=4)
+    damage = by_metric(measure(model))
     first = np.zeros((3, 3))
     second = np.zeros((3, 3))
     for batch in shard.batches(1):
         given: dict[int, torch.Tensor] = {}
         handles = []
         for number, (layer, path) in enumerate(keys):
+            linear_map = model.layers[layer].module.get_submodule(path)
             hook = partial(split, given, number)
-            handles.append(model.layers[layer].module.get_submodule(path).register_forward_pre_hook(hook))
+            handles.append(linear_map.register_forward_pre_hook(hook))
         hidden = model.hidden_states(batch)
         seeds = model.loss_gradients(hidden.detach(), batch, 2, 4)
+        inputs = [given[0], given[1], given[2]]
         for number, seed in enumerate(seeds):
-            gradients = torch.autograd.grad(hidden, [given[i] for i in range(3)], seed, retain_graph=True)
+            gradients = torch.autograd.grad(hidden, inputs, seed, retain_graph=True)
             for i, gradient in enumerate(gradients):
+                products = gradient * inputs[i]
+                sizes = inputs[i].abs()
                 for k, edge in enumerate(edges):
-                    change = -(gradient * given[i] * (given[i].abs() <= edge))[0].sum(dim=-1).double()
+                    cut = products * (sizes <= edge)
+                    change = -cut[0].sum(dim=-1).double()
                     if number == 0:
                         first[i, k] += float(change.sum().detach())
                     else:
@@ -306,31 +340,40 @@ def test_damage_is_that_of_autograd(model: LanguageModel) -> None:
         for handle in handles:
             handle.remove()
     for i, (layer, path) in enumerate(keys):
-        assert damage[f"first_order:{path}", layer] == pytest.approx(first[i], rel=1e-3, abs=1e-6)
-        assert damage[f"second_order:{path}", layer] == pytest.approx(second[i], rel=1e-3)
+        first_order = damage[f"first_order:{path}", layer]
+        second_order = damage[f"second_order:{path}", layer]
+        assert first_order.samples == pytest.approx(first[i], rel=1e-3, abs=1e-6)
+        assert second_order.samples == pytest.approx(second[i], rel=1e-3)
 
 
 def test_greedy_takes_the_step_that_changes_the_block_least(model: LanguageModel) -> None:
     shard = random_shard(rows=2)
     names = ("self_attn.o_proj", "mlp.gate_proj", "mlp.down_proj")
     thresholds = {"self_attn.o_proj": (0.1, 0.3), "mlp.gate_proj": (0.3, 0.8), "mlp.down_proj": (0.2, 0.6)}
-    measure = GreedyBlock(layer=1, shards=(shard,), thresholds=thresholds, steps=dict.fromkeys(names, 0.4),
-                          sizes=dict.fromkeys(names, 1))  # fmt: skip
+    steps = dict.fromkeys(names, 0.4)
+    sizes = dict.fromkeys(names, 1)
+    measure = GreedyBlock(layer=1, shards=(shard,), thresholds=thresholds, steps=steps, sizes=sizes)
     greedy_samples = {row.metric: row.samples for row in measure(model)}
+    greedy_errors = greedy_samples["greedy_error"]
     batch = next(iter(shard.batches(2)))
     ids = torch.from_numpy(batch.input_ids).long()
 
     def output(cuts: dict[str, float]) -> torch.Tensor:
         outputs: list[torch.Tensor] = []
         layer = model.layers[1].module
-        handles = [
-            layer.register_forward_hook(
-                lambda _m, _a, out: outputs.append(out if isinstance(out, torch.Tensor) else out[0])
-            )
-        ]
+
+        def keep(_module: object, _args: object, out: Any) -> None:
+            outputs.append(first_tensor(out))
+
+        handles = [layer.register_forward_hook(keep)]
         for name, edge in cuts.items():
-            hook = lambda _m, args, edge=edge: (args[0].where(args[0].abs() > edge, 0.0),)  # noqa: E731
-            handles.append(layer.get_submodule(name).register_forward_pre_hook(hook))
+            linear_map = layer.get_submodule(name)
+
+            def cut(_module: object, args: Any, edge: float = edge) -> Any:
+                (inputs,) = args
+                return (inputs.where(inputs.abs() > edge, 0.0),)
+
+            handles.append(linear_map.register_forward_pre_hook(cut))
         with torch.no_grad():
             model.module(input_ids=ids)
         for handle in handles:
@@ -339,16 +382,17 @@ def test_greedy_takes_the_step_that_changes_the_block_least(model: LanguageModel
 
     taken = dict.fromkeys(names, 0)
     dense = output({})
-    for round_ in range(1, len(greedy_samples["greedy_error"])):
+    for round_ in range(1, len(greedy_errors)):
         errors = {}
         for name in names:
             if taken[name] < 2:
                 trial = taken | {name: taken[name] + 1}
-                cuts = {path: thresholds[path][steps - 1] for path, steps in trial.items() if steps}
-                errors[name] = float((output(cuts) - dense).norm())
+                cuts = {path: thresholds[path][number - 1] for path, number in trial.items() if number}
+                change = output(cuts) - dense
+                errors[name] = float(change.norm())
         best = min(errors, key=lambda name: errors[name])
         taken[best] += 1
-        assert greedy_samples["greedy_error"][round_] == pytest.approx(errors[best], rel=1e-4)
+        assert greedy_errors[round_] == pytest.approx(errors[best], rel=1e-4)
         for name in names:
             assert greedy_samples[f"greedy:{name}"][round_] == pytest.approx(0.4 * taken[name])
     assert sum(taken.values()) == 6  # 0.8 of all, and no step more below 1
@@ -363,12 +407,15 @@ def test_spectra_are_those_of_the_weights(model: LanguageModel) -> None:
 
 @pytest.mark.parametrize("n", [2, 3, 12, 13])
 def test_hills_estimate_is_of_the_larger_half_of_what_is_positive(n: int) -> None:
-    values = np.random.default_rng(n).pareto(1.5, n) + 1
-    tail = sorted(values)[-max(2, n // 2) :]
+    rng = np.random.default_rng(n)
+    values = rng.pareto(1.5, n) + 1
+    number = max(2, n // 2)
+    tail = sorted(values)[-number:]
     excess = sum(math.log(value / tail[0]) for value in tail)
-    expected = pytest.approx(1 + len(tail) / excess, rel=1e-12)
-    assert hill_exponent(values) == expected
-    assert hill_exponent([*values, *[0.0] * n, -1.0]) == hill_exponent(values)
+    exponent = hill_exponent(values)
+    assert exponent == pytest.approx(1 + number / excess, rel=1e-12)
+    with_others = [*values, *[0.0] * n, -1.0]
+    assert hill_exponent(with_others) == exponent
     assert hill_exponent([3.0] * n) == math.inf
 
 
@@ -386,7 +433,8 @@ def test_every_method_meets_the_budget(measured: Path, tmp_path: Path, method: s
     succeed("sparsify", 0.6, *as_words(options), "-o", out)
     plan = read_checked_plan(SparsityPlan, out)
     assert plan.sparsity == pytest.approx(0.6, abs=0.03)
-    assert len({round(projection.sparsity, 3) for projection in plan.projections}) > 3
+    sparsities = {round(cut.sparsity, 3) for cut in plan.projections}
+    assert len(sparsities) > 3
     assert plan.why["by"] == method
     assert str(plan.why["evaluation"]).startswith("tiny-llama-")
     times = cell_times(measured)
@@ -397,8 +445,9 @@ def test_every_method_meets_the_budget(measured: Path, tmp_path: Path, method: s
 @pytest.mark.parametrize("method", ["loss", *nightly("teal", "acttail")])
 def test_streaming_makes_the_same_plan(measured: Path, method: str) -> None:
     options = {**FEW, "warehouse": measured, "method": method, "fresh": True}
-    plans = [sparsify(0.6, partition=partition, **options) for partition in ("single", "streaming")]
-    assert plans[0] == plans[1]
+    single = sparsify(0.6, partition="single", **options)
+    streamed = sparsify(0.6, partition="streaming", **options)
+    assert single == streamed
 
 
 def test_a_partition_without_whole_weights_is_refused(measured: Path) -> None:
@@ -424,10 +473,26 @@ def cuts_of(model: LanguageModel, **cut: Any) -> tuple[MapSparsity, ...]:
 
 
 def cell(model: LanguageModel, sparsity: Sparsity | None, drop: tuple[int, ...] = ()) -> Cell:
-    measure = TextLoss(random_shard())
-    settings = model.settings
-    return Cell(run_id="r", checkpoint=model.checkpoint, settings=settings, task="t", part=0, measure=measure,
-                intervention=Intervention(removed=drop, sparsity=sparsity))  # fmt: skip
+    return Cell(
+        run_id="r",
+        checkpoint=model.checkpoint,
+        settings=model.settings,
+        task="t",
+        part=0,
+        measure=TextLoss(random_shard()),
+        intervention=Intervention(removed=drop, sparsity=sparsity),
+    )
+
+
+def rows_of(model: LanguageModel, sparsity: Sparsity, drop: tuple[int, ...] = ()) -> list[MetricRow]:
+    """The rows of a text, under a sparsity and without some layers."""
+    measured = measure_cell(model, cell(model, sparsity, drop))
+    return list(measured.rows)
+
+
+def realized_zeros(rows: Iterable[MetricRow]) -> list[int]:
+    """The number of inputs that were made zero, by linear map."""
+    return [row.samples[0] for row in rows if row.metric.startswith("realized:")]
 
 
 def plainly(model: LanguageModel, keeps: Any, rule: str, drop: tuple[int, ...] = ()) -> tuple[list[float], float]:
@@ -437,8 +502,9 @@ def plainly(model: LanguageModel, keeps: Any, rule: str, drop: tuple[int, ...] =
     zeros = 0
     for row, length in enumerate(shard.lengths):
         tokens = int(length)
+        first_sparse = 0 if rule == "all" else tokens // 2
         sparse = torch.zeros(tokens, dtype=torch.bool)
-        sparse[{"all": 0, "last-half": tokens // 2}[rule] :] = True
+        sparse[first_sparse:] = True
 
         def replace(module: Any, args: Any, sparse: torch.Tensor = sparse) -> Any:
             nonlocal zeros
@@ -451,62 +517,68 @@ def plainly(model: LanguageModel, keeps: Any, rule: str, drop: tuple[int, ...] =
             for layer in model.layers:
                 for name, module in layer.module.named_modules():
                     if name.endswith("_proj"):
-                        stack.callback(module.register_forward_pre_hook(replace).remove)
+                        handle = module.register_forward_pre_hook(replace)
+                        stack.callback(handle.remove)
             ids = torch.from_numpy(shard.input_ids[row : row + 1, :tokens]).long()
-            losses.append(float(model.module(input_ids=ids, labels=ids).loss) * (tokens - 1))
+            loss = model.module(input_ids=ids, labels=ids).loss
+            losses.append(float(loss) * (tokens - 1))
     return losses, zeros
 
 
-def by_metric(rows: list[MetricRow]) -> dict[Any, MetricRow]:
+def by_metric(rows: Iterable[MetricRow]) -> dict[Any, MetricRow]:
     return {(row.metric, row.layer): row for row in rows}
 
 
 @pytest.mark.parametrize("rule", RULES)
 @pytest.mark.parametrize("drop", [(), (1,)])
 def test_small_inputs_are_zero_at_the_tokens_of_a_rule(model: LanguageModel, rule: str, drop: tuple[int, ...]) -> None:
-    before = model.losses_under(list(random_shard().batches(2)), [NO_INTERVENTION])[0]
-    rows = by_metric(list(measure_cell(model, cell(model, Sparsity(maps=cuts_of(model), rule=rule), drop)).rows))
+    batches = list(random_shard().batches(2))
+    (before,) = model.losses_under(batches, [NO_INTERVENTION])
+    sparsity = Sparsity(maps=cuts_of(model), rule=rule)
+    rows = rows_of(model, sparsity, drop)
     losses, zeros = plainly(model, lambda _module, x: x.abs() > 0.4, rule, drop)
-    assert rows["loss", None].samples == pytest.approx(losses, rel=1e-4)
-    realized = [row for (metric, _), row in rows.items() if metric.startswith("realized:")]
-    assert sum(row.samples[0] for row in realized) == zeros
+    measured = by_metric(rows)
+    assert measured["loss", None].samples == pytest.approx(losses, rel=1e-4)
+    realized = realized_zeros(rows)
+    assert sum(realized) == zeros
     assert zeros
     assert len(realized) == 7 * (3 - len(drop))
-    saved = rows["sparsity", None]
+    saved = measured["sparsity", None]
     assert 0 < saved.samples[0] < saved.weights[0]
-    assert np.array_equal(model.losses_under(list(random_shard().batches(2)), [NO_INTERVENTION])[0], before)
+    (after,) = model.losses_under(batches, [NO_INTERVENTION])
+    assert np.array_equal(after, before)
     assert not model.module._forward_pre_hooks
 
 
-def test_the_largest_of_a_token_stay(model: LanguageModel) -> None:
-    def top(module: Any, x: torch.Tensor, weighted: bool = False) -> torch.Tensor:
-        number = x.shape[-1] - int(0.3 * x.shape[-1])
-        sizes = x.abs() * (module.weight.norm(dim=0) if weighted else 1)
-        return sizes >= sizes.sort(dim=-1, descending=True).values[..., number - 1 : number]
+@pytest.mark.parametrize("weighted", [False, True])
+def test_the_largest_of_a_token_stay(model: LanguageModel, weighted: bool) -> None:
+    def top(module: Any, inputs: torch.Tensor) -> torch.Tensor:
+        units = inputs.shape[-1]
+        number = units - int(0.3 * units)
+        sizes = inputs.abs()
+        if weighted:
+            sizes = sizes * module.weight.norm(dim=0)
+        descending = sizes.sort(dim=-1, descending=True).values
+        return sizes >= descending[..., number - 1 : number]
 
-    for cut, keeps in (
-        ({"by": "top_k", "value": 0.3}, top),
-        ({"by": "top_k", "value": 0.3, "weighted": True}, lambda m, x: top(m, x, weighted=True)),
-    ):
-        sparsity = Sparsity(maps=cuts_of(model, **cut), rule="all")
-        rows = by_metric(list(measure_cell(model, cell(model, sparsity)).rows))
-        losses, zeros = plainly(model, keeps, "all")
-        assert rows["loss", None].samples == pytest.approx(losses, rel=2e-3), cut  # near ties
-        counted = sum(row.samples[0] for (name, _), row in rows.items() if name.startswith("realized:"))
-        assert counted == pytest.approx(zeros, rel=2e-3), cut
+    cuts = cuts_of(model, by="top_k", value=0.3, weighted=weighted)
+    rows = rows_of(model, Sparsity(maps=cuts, rule="all"))
+    losses, zeros = plainly(model, top, "all")
+    measured = by_metric(rows)
+    assert measured["loss", None].samples == pytest.approx(losses, rel=2e-3)  # near ties
+    assert sum(realized_zeros(rows)) == pytest.approx(zeros, rel=2e-3)
 
 
 def test_streaming_computes_the_same(model: LanguageModel, tiny_llama: Path) -> None:
-    replica = StreamingReplica(
-        checkpoint_at(tiny_llama), Settings(**SMALL | {"batch_size": 2, "dtype": "float32"}), Placement(), head=True
-    )
+    settings = Settings(**SMALL | {"batch_size": 2, "dtype": "float32"})
+    replica = StreamingReplica(checkpoint_at(tiny_llama), settings, Placement(), head=True)
     try:
         streamed = replica.language_model
         assert streamed is not None
         for cut in ({}, {"by": "top_k", "value": 0.5, "weighted": True}):
             sparsity = Sparsity(maps=cuts_of(model, **cut), rule="last-half")
-            rows = measure_cell(streamed, cell(streamed, sparsity, (1,))).rows
-            wanted = measure_cell(model, cell(model, sparsity, (1,))).rows
+            rows = rows_of(streamed, sparsity, (1,))
+            wanted = rows_of(model, sparsity, (1,))
             for row, expected in zip(rows, wanted, strict=True):
                 assert row.metric == expected.metric
                 assert row.layer == expected.layer
@@ -525,6 +597,7 @@ def test_streaming_computes_the_same(model: LanguageModel, tiny_llama: Path) -> 
 )
 def test_a_plan_for_another_model_is_refused(model: LanguageModel, changed: dict[str, Any], message: str) -> None:
     threshold = {"layer": 0, "path": "self_attn.q_proj", "outputs": 32, "inputs": 32, "by": "threshold", "value": 0.1}
-    sparsity = Sparsity(maps=(MapSparsity(**threshold | changed),), rule="all")
+    cut = MapSparsity(**threshold | changed)
+    sparsity = Sparsity(maps=(cut,), rule="all")
     with pytest.raises(ModelError, match=message), model.applying(Intervention(sparsity=sparsity)):
         pass
