@@ -24,11 +24,14 @@ from avss_dist.plans.choice import PlanError
 from avss_dist.plans.map_plans import MapPrecision, PrecisionPlan
 from avss_dist.plans.plan import read_checked_plan
 from avss_dist.plans.precision_files import EXPORTS
+from avss_dist.studies.evaluate import Evaluations
 from avss_dist.warehouse.reader import Warehouse
 
 TASK = "perplexity:builtin:pydoc"
 READ: dict[str, Any] = {"max_sequences": 8, "sequence_length": 32, "executor": "local"}
 PAIR = ("int4-g32", "int8")
+WEIGHTS = 3 * (2 * 64 * 64 + 2 * 64 * 32 + 3 * 64 * 128)
+"""Number of weights of the linear maps of three layers: two of 64 x 64, two of 64 x 32, and three of the MLP."""
 
 
 def as_formats(*names: str) -> list[str]:
@@ -44,8 +47,9 @@ def predicted(wide: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A warehouse with a run, and with predictions for four formats."""
     folder = tmp_path_factory.mktemp("predicted") / "w"
     formats = as_formats(*PAIR, "q4_0", "bf16")
-    for command, options in (("score", []), ("ablate", [*formats, "--no-leave-one-out", "--no-rounded-layers"])):
-        succeed(command, wide, "--corpus", "builtin:pydoc", *as_words(READ), *options, "-w", folder)
+    text = ("--corpus", "builtin:pydoc", *as_words(READ), "-w", folder)
+    succeed("score", wide, *text)
+    succeed("ablate", wide, *text, *formats, "--no-leave-one-out", "--no-rounded-layers")
     return folder
 
 
@@ -53,8 +57,9 @@ def chosen(folder: Path, **options: Any) -> PrecisionPlan:
     return avss_dist.quantize(warehouse=folder, **{"bits": 5.0, "quantize": PAIR, **options})
 
 
-def second_order(plan: PrecisionPlan) -> float:
-    return float(str(plan.why["sum_of_second_order"]))
+def predicted_sum(plan: PrecisionPlan, by: str) -> float:
+    """The sum of an estimate over the maps of a plan."""
+    return float(str(plan.why[f"sum_of_{by}"]))
 
 
 @pytest.mark.parametrize("by", ["second_order", "random", "uniform"])
@@ -62,14 +67,15 @@ def test_every_method_keeps_the_budget_and_none_predicts_less(by: str, predicted
     plan = chosen(predicted, by=by)
     best = chosen(predicted)
     assert len(plan.rounded) == 21
-    assert plan.weights == 3 * (2 * 64 * 64 + 2 * 64 * 32 + 3 * 64 * 128)
+    assert plan.weights == WEIGHTS
     assert plan.bits <= 5.0
     assert plan.bits == pytest.approx(plan.total / plan.weights)
-    assert second_order(plan) >= second_order(best)
+    assert predicted_sum(plan, "second_order") >= predicted_sum(best, "second_order")
     formats = {*PAIR}
     if by == "uniform":
         formats = {"int4-g32"}
-    assert {entry.format for entry in plan.rounded} == formats
+    used = {entry.format for entry in plan.rounded}
+    assert used == formats
     for entry in plan.rounded:
         inputs = 128 if entry.map == "mlp.down_proj" else 64
         assert entry.bits == FORMATS[entry.format].bits(1, inputs)
@@ -79,7 +85,7 @@ def test_every_method_keeps_the_budget_and_none_predicts_less(by: str, predicted
 def test_other_estimates_choose_too(by: str, predicted: Path) -> None:
     plan = chosen(predicted, by=by)
     assert plan.bits <= 5.0
-    assert float(str(plan.why[f"sum_of_{by}"])) > 0
+    assert predicted_sum(plan, by) > 0
     assert plan.rounded != chosen(predicted).rounded
 
 
@@ -93,11 +99,14 @@ def test_a_format_that_costs_much_is_a_finding(predicted: Path) -> None:
 def test_gains_on_the_text_of_the_prediction_are_a_finding(predicted: Path) -> None:
     """The sum of what maps gain is that of the estimates in the warehouse; second orders are never negative."""
     plan = chosen(predicted, by="predicted")
-    rows = Warehouse(predicted).table("evaluations", where=pc.field("metric") == "predicted").to_pylist()
-    rises = {row["rounding"]: row["value"] for row in rows}
-    falls = [min(0.0, rises[f"{entry.format}@{entry.layer}.{entry.map}"]) for entry in plan.rounded]
-    assert sum(falls) < -0.01
-    assert f"lower the loss when they are rounded, by {-sum(falls):.2g} nats per token together" in plan.findings[-1]
+    rows = Warehouse(predicted).table("evaluations", where=pc.field("metric") == "predicted")
+    rises = {row["rounding"]: row["value"] for row in rows.to_pylist()}
+    gain = 0.0
+    for entry in plan.rounded:
+        rise = rises[f"{entry.format}@{entry.layer}.{entry.map}"]
+        gain += max(0.0, -rise)
+    assert gain > 0.01
+    assert f"lower the loss when they are rounded, by {gain:.2g} nats per token together" in plan.findings[-1]
     for finding in chosen(predicted).findings:
         assert "lower the loss" not in finding
 
@@ -110,9 +119,10 @@ def test_a_random_choice_is_that_of_its_seed(predicted: Path) -> None:
 
 def test_memory_is_that_of_the_whole_model(predicted: Path, wide: Path) -> None:
     whole = AutoModelForCausalLM.from_pretrained(wide)
-    others = sum(p.numel() for p in whole.parameters()) - chosen(predicted).weights
+    others = whole.num_parameters() - WEIGHTS
     plan = chosen(predicted, bits=None, memory=4 * others + 70_000)
-    assert plan.total / 8 <= 70_000 < plan.total / 8 + 8 * 128 * 64
+    used = plan.total / 8
+    assert used <= 70_000 < used + 8 * 128 * 64
     assert plan.why["memory"] == "236 kB"
 
 
@@ -129,19 +139,18 @@ def test_a_plan_is_read_as_it_was_written(predicted: Path, tmp_path: Path) -> No
 
 def test_a_plan_is_evaluated_as_the_rounded_model(predicted: Path, wide: Path, tmp_path: Path) -> None:
     """In place, beside a control: as plain transformers with the weights of the plan."""
-    for by in ("predicted", "uniform"):
-        chosen(predicted, by=by).write(tmp_path / f"{by}.yaml")
-    plans = [tmp_path / "predicted.yaml", tmp_path / "uniform.yaml"]
+    plan_file = tmp_path / "predicted.yaml"
+    control_file = tmp_path / "uniform.yaml"
+    plan = chosen(predicted, by="predicted")
+    plan.write(plan_file)
+    chosen(predicted, by="uniform").write(control_file)
     options = {"tasks": [TASK], "skip_sequences": 30, "dtype": "float32", **READ}
-    evaluations = avss_dist.evaluate(plans, warehouse=predicted, **options)
-    losses = {}
-    for evaluation in evaluations:
-        if evaluation.result.metric == "loss":
-            losses[evaluation.subject.label] = evaluation.result.value
-    assert any("4.986 bits per weight of 21 linear maps" in finding for finding in evaluations.findings)
+    evaluations = avss_dist.evaluate([plan_file, control_file], warehouse=predicted, **options)
+    losses = losses_of(evaluations)
+    assert "4.986 bits per weight of 21 linear maps" in "\n".join(evaluations.findings)
     model = AutoModelForCausalLM.from_pretrained(wide)
     with torch.no_grad():
-        for entry in read_checked_plan(PrecisionPlan, plans[0]).rounded:
+        for entry in plan.rounded:
             weight = model.model.layers[entry.layer].get_submodule(entry.map).weight
             weight.copy_(FORMATS[entry.format].round(weight))
     rounded = tmp_path / "rounded"
@@ -149,9 +158,19 @@ def test_a_plan_is_evaluated_as_the_rounded_model(predicted: Path, wide: Path, t
     for file in wide.glob("token*"):
         (rounded / file.name).write_bytes(file.read_bytes())
     alone = avss_dist.evaluate([rounded], warehouse=tmp_path / "w", **options)
-    (whole,) = [evaluation.result for evaluation in alone if evaluation.result.metric == "loss"]
-    assert losses[str(plans[0])] == pytest.approx(whole.value, rel=1e-6)
-    assert losses[str(plans[0])] != losses[str(plans[1])]
+    (expected,) = losses_of(alone).values()
+    loss = losses[str(plan_file)]
+    assert loss == pytest.approx(expected, rel=1e-6)
+    assert loss != losses[str(control_file)]
+
+
+def losses_of(evaluations: Evaluations) -> dict[str, float]:
+    """The losses of the subjects of evaluations."""
+    losses = {}
+    for evaluation in evaluations:
+        if evaluation.result.metric == "loss":
+            losses[evaluation.subject.label] = evaluation.result.value
+    return losses
 
 
 def test_the_text_of_the_prediction_is_not_held_out(predicted: Path, tmp_path: Path) -> None:
@@ -273,16 +292,14 @@ def modules_of(plan: PrecisionPlan, *formats: str) -> set[str]:
 
 def test_llama_cpp_has_a_type_for_each_tensor(predicted: Path, tmp_path: Path) -> None:
     plan, file = exported(predicted, tmp_path, "llama-cpp", 8, "q4_0", "bf16")
-    types = dict(line.split("=") for line in file.read_text().splitlines())
+    lines = file.read_text().splitlines()
+    types = dict(line.split("=") for line in lines)
     assert len(types) == 21
     assert {*types.values()} == {"q4_0", "bf16"}
     formats = {(entry.layer, entry.map): entry.format for entry in plan.rounded}
-    for (layer, path), tensor in {
-        (0, "self_attn.q_proj"): r"blk\.0\.attn_q\.weight",
-        (1, "self_attn.o_proj"): r"blk\.1\.attn_output\.weight",
-        (2, "mlp.down_proj"): r"blk\.2\.ffn_down\.weight",
-    }.items():
-        assert types[tensor] == formats[layer, path]
+    assert types[r"blk\.0\.attn_q\.weight"] == formats[0, "self_attn.q_proj"]
+    assert types[r"blk\.1\.attn_output\.weight"] == formats[1, "self_attn.o_proj"]
+    assert types[r"blk\.2\.ffn_down\.weight"] == formats[2, "mlp.down_proj"]
 
 
 def test_a_recipe_has_a_scheme_for_each_format(predicted: Path, tmp_path: Path) -> None:
@@ -317,12 +334,12 @@ def test_a_recipe_has_a_scheme_for_each_format(predicted: Path, tmp_path: Path) 
 def test_what_a_program_lacks_is_refused(
     name: str, formats: tuple[str, ...], message: str, predicted: Path, tmp_path: Path
 ) -> None:
-    done = mistake(
-        "quantize", "--bits", 8.1, "-w", predicted, *as_formats(*formats), "--format", name, "-o", tmp_path / "x"
-    )
+    output = tmp_path / "x"
+    command = ("quantize", "--bits", 8.1, "-w", predicted, *as_formats(*formats))
+    done = mistake(*command, "--format", name, "-o", output)
     if name != "awq":
         assert message in done
-    assert not (tmp_path / "x").exists()
+    assert not output.exists()
 
 
 def test_every_export_is_an_option() -> None:
@@ -333,8 +350,9 @@ def test_every_export_is_an_option() -> None:
 
 
 def plan_of(model: Path, *maps: MapPrecision) -> PrecisionPlan:
-    bits = sum(entry.bits * entry.weights for entry in maps) / sum(entry.weights for entry in maps)
-    return PrecisionPlan(model=str(model), num_layers=3, bits=bits, rounded=maps)
+    total = sum(entry.bits * entry.weights for entry in maps)
+    weights = sum(entry.weights for entry in maps)
+    return PrecisionPlan(model=str(model), num_layers=3, bits=total / weights, rounded=maps)
 
 
 def rounded_map(format: str, layer: int = 0, outputs: int = 128, inputs: int = 64) -> MapPrecision:
@@ -344,16 +362,18 @@ def rounded_map(format: str, layer: int = 0, outputs: int = 128, inputs: int = 6
 
 @pytest.mark.parametrize("name", FORMATS)
 def test_every_format_has_the_bits_of_any_shape(name: str) -> None:
-    for shape in ((1, 256), (256, 256), (1000, 4096)):
-        assert rounded_map(name, outputs=shape[0], inputs=shape[1]).wrong_bits(shape) is None
-        plan_of(Path("org/a"), rounded_map(name, outputs=shape[0], inputs=shape[1]))
+    for outputs, inputs in ((1, 256), (256, 256), (1000, 4096)):
+        entry = rounded_map(name, outputs=outputs, inputs=inputs)
+        assert entry.wrong_bits((outputs, inputs)) is None
+        plan_of(Path("org/a"), entry)
 
 
 @pytest.mark.parametrize(("format", "bits"), [("bf16", "has 16 bits"), ("int8", "int8 has 8.00195 to 24 bits")])
 def test_bits_that_the_format_does_not_have_are_refused(format: str, bits: str, wide: Path, tmp_path: Path) -> None:
     """As after a search and replace in the file."""
     plan_file = tmp_path / "plan.yaml"
-    plan_of(wide, rounded_map("int4-g32"), rounded_map("int4-g32", layer=1)).write(plan_file)
+    maps = [rounded_map("int4-g32", layer=layer) for layer in (0, 1)]
+    plan_of(wide, *maps).write(plan_file)
     text = plan_file.read_text()
     plan_file.write_text(text.replace("int4-g32", format))
     with pytest.raises(PlanError, match=bits) as told:
@@ -374,6 +394,7 @@ def test_sizes_that_the_model_does_not_have_are_refused(
     change: dict[str, Any], message: str, wide: Path, tmp_path: Path
 ) -> None:
     plan_file = tmp_path / "plan.yaml"
-    plan_of(wide, rounded_map("int8", layer=1), replace(rounded_map("int8"), **change)).write(plan_file)
+    changed = replace(rounded_map("int8"), **change)
+    plan_of(wide, rounded_map("int8", layer=1), changed).write(plan_file)
     with pytest.raises(PlanError, match=f"plan.yaml: map 2 of the key 'rounded', .*{message}"):
         avss_dist.evaluate((str(plan_file),), tasks=(TASK,), warehouse=tmp_path / "w")
