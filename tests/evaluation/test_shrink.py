@@ -8,7 +8,7 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
 from io import StringIO
 from itertools import product
@@ -20,7 +20,8 @@ import pytest
 import ray
 from rich.console import Console
 from support.checkpoints import checkpoint_at
-from support.command_line import as_words, avss, mistake, succeed
+from support.command_line import as_words, avss, mistake, names_in, succeed
+from support.corpora import rows_of, tokenized
 from support.experiments import cell_times
 from support.families import tiny_model
 from support.json_files import write_json_lines
@@ -36,7 +37,6 @@ from avss_dist.core.devices import Devices
 from avss_dist.core.errors import ConfigError, CorpusError, ModelError, RunFailed
 from avss_dist.core.settings import Settings
 from avss_dist.core.text import RedactedURI
-from avss_dist.corpus.shards import tokenize_corpus
 from avss_dist.distillation import memory
 from avss_dist.distillation.curve import CurvePoint, TrainingAdvanced
 from avss_dist.distillation.record import read_record
@@ -46,7 +46,6 @@ from avss_dist.evaluation.planned_tasks import plan_text
 from avss_dist.evaluation.repairs import copies_of
 from avss_dist.evaluation.session import EvaluationSession
 from avss_dist.models.causal_lm import LanguageModel
-from avss_dist.models.checkpoint.loading import load_tokenizer
 from avss_dist.partition.execution import Execution
 from avss_dist.partition.placement import Placement
 from avss_dist.plans.choice import PlanError
@@ -58,6 +57,7 @@ from avss_dist.requests import RANKED_BY, ShrinkRequest
 from avss_dist.runs.local import LocalExecutor
 from avss_dist.runs.ray.executor import RayExecutor
 from avss_dist.stats.catalog import BLOCK_DISTANCE, GREEDY, SCORES
+from avss_dist.studies.evaluate import Evaluation
 from avss_dist.studies.shrink_trial import MOST_SCORED, TextSplit, held_out_tasks, split_rows
 from avss_dist.studies.shrunk import CandidateResult, Shrunk
 from avss_dist.tasks.text_loss import TextLoss
@@ -78,6 +78,15 @@ def shrunk(model: Path, out: Path, **options: Any) -> Shrunk:
     return avss_dist.shrink(model, output=out, **{"corpus": TEXT, "speed": False, **READ, **options})
 
 
+def shrink_command(model: Path, out: Path, *options: object) -> tuple[object, ...]:
+    """The words of `avss shrink` that do as `shrunk`."""
+    return ("shrink", model, "--corpus", TEXT, "-o", out, *OPTIONS, *options)
+
+
+def in_one_line(text: str) -> str:
+    return " ".join(text.split())
+
+
 @pytest.fixture(scope="module", autouse=True)
 def short_texts() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
@@ -92,7 +101,22 @@ def done(deep: Path, tmp_path_factory: pytest.TempPathFactory) -> Shrunk:
 
 
 def content(folder: str | Path) -> dict[str, str]:
-    return {file.name: hashlib.sha256(file.read_bytes()).hexdigest() for file in Path(folder).iterdir()}
+    """The hash of every file in a folder, by name."""
+    hashes = {}
+    for file in Path(folder).iterdir():
+        digest = hashlib.sha256(file.read_bytes())
+        hashes[file.name] = digest.hexdigest()
+    return hashes
+
+
+def evaluations_of(warehouse: str | Path) -> list[dict[str, Any]]:
+    """The rows of `evaluations` of a warehouse."""
+    rows = Warehouse(warehouse).table("evaluations")
+    return rows.to_pylist()
+
+
+def values_of(evaluations: Iterable[Evaluation]) -> list[float]:
+    return [evaluation.result.value for evaluation in evaluations]
 
 
 @pytest.fixture
@@ -114,15 +138,20 @@ def test_a_quarter_goes_and_is_repaired(done: Shrunk, deep: Path) -> None:
     assert whole.value < repaired.value < pruned.value
     assert done.best.kept == task.retentions["repaired"].value
     assert task.retentions["repaired"].value > task.retentions["pruned"].value
-    assert [len(candidate.plan.drop) for candidate in done.curve] == [2]
+    (candidate,) = done.curve
+    assert len(candidate.plan.drop) == 2
     read = {**READ, "max_sequences": 10}
     again = evaluate([deep, done.folder], tasks=[TASK], warehouse=f"{done.folder}-again", skip_sequences=10, **read)
-    assert [evaluation.result.value for evaluation in again] == [whole.value, repaired.value]
+    assert values_of(again) == [whole.value, repaired.value]
     assert read_repairs(Path(done.folder)) == [done.record]
-    card = (Path(done.folder) / "README.md").read_text()
+    card = card_of(done)
     assert "repaired, " in card
     assert "without these layers, " in card
     assert "Repaired by refit" in card
+
+
+def card_of(shrunken: Shrunk) -> str:
+    return Path(shrunken.folder, "README.md").read_text()
 
 
 def greedy(folder: str | Path, prompt: str, number: int) -> str:
@@ -130,8 +159,9 @@ def greedy(folder: str | Path, prompt: str, number: int) -> str:
     tokenizer = AutoTokenizer.from_pretrained(folder)
     ids = tokenizer(prompt, return_tensors="pt").input_ids
     model = AutoModelForCausalLM.from_pretrained(folder).eval()
-    tokens = model.generate(ids, max_new_tokens=number, do_sample=False)[0, ids.shape[1] :]
-    return str(tokenizer.decode(tokens, skip_special_tokens=True))
+    (tokens,) = model.generate(ids, max_new_tokens=number, do_sample=False)
+    following = tokens[ids.shape[1] :]
+    return str(tokenizer.decode(following, skip_special_tokens=True))
 
 
 MODELS = ("whole model", "2 layers dropped", "2 layers dropped, repaired by refit")
@@ -146,21 +176,24 @@ def test_models_continue_held_out_text_as_plain_transformers_does(done: Shrunk, 
     """The start of three rows that are evaluated on, by the whole and the written model, and by the pruned one."""
     tokenizer = AutoTokenizer.from_pretrained(deep)
     read = Settings(**ROWS | {"max_sequences": 3, "skip_sequences": 10})
-    rows = plan_text(checkpoint_at(deep), TEXT, read).shards[0].input_ids
-    prompts = [tokenizer.decode(row[:16]) for row in rows]
+    held_out = plan_text(checkpoint_at(deep), TEXT, read)
+    prompts = [tokenizer.decode(row[:16]) for row in rows_of(held_out)]
     assert texts_of(done) == [*product(MODELS, prompts)]
+    whole, _, repaired = MODELS
     texts = {(row["prompt"], row["model"]): row["text"] for row in done.continuations}
     for prompt in prompts:
-        assert texts[prompt, MODELS[0]] == greedy(deep, prompt, 6)
-        assert texts[prompt, MODELS[2]] == greedy(done.folder, prompt, 6)
+        assert texts[prompt, whole] == greedy(deep, prompt, 6)
+        assert texts[prompt, repaired] == greedy(done.folder, prompt, 6)
     assert len(set(texts.values())) > len(prompts)
 
 
 def test_markup_in_a_text_is_shown_as_text() -> None:
-    (table,) = continuation_tables([{"model": "whole", "prompt": "[red]A\nlist", "text": "[/red] b"}])
-    console = Console(file=StringIO(), width=80)
+    continuation = {"model": "whole", "prompt": "[red]A\nlist", "text": "[/red] b"}
+    (table,) = continuation_tables([continuation])
+    printed = StringIO()
+    console = Console(file=printed, width=80)
     console.print(FittedTable(table))
-    shown = " ".join(console.file.getvalue().split())  # type: ignore[attr-defined]
+    shown = in_one_line(printed.getvalue())
     assert "Greedy continuation of: [red]A list" in shown
     assert "[/red] b" in shown
 
@@ -176,7 +209,7 @@ def test_a_model_that_generates_no_text_is_shrunk_all_the_same(
     shrunken = shrunk(deep, tmp_path / "out", warehouse=warehouse)
     assert not shrunken.continuations
     assert content(shrunken.folder) == content(done.folder)
-    assert any("generates no text: no generation here" in note for note in shrunken.notes)
+    assert "generates no text: no generation here" in "\n".join(shrunken.notes)
 
 
 def test_every_criterion_has_a_measurement() -> None:
@@ -212,33 +245,37 @@ def test_the_checkpoint_is_not_evaluated_on_the_rows_of_its_scores(done: Shrunk,
         evaluate([done.folder], tasks=[TASK], warehouse=tmp_path, **rows)
 
 
-def rows_of(model: Path, task: str, split: TextSplit, **options: Any) -> np.ndarray:
-    """Return the rows of a task of a model that is shrunk on `TEXT`."""
-    request = ShrinkRequest(model, output="out", corpus=TEXT, tasks=[task], **READ, **options)
+def task_rows(model: Path, text: Path, split: TextSplit, **options: Any) -> np.ndarray:
+    """Return the rows of a task of a model that is shrunk on `TEXT`: the perplexity of a text."""
+    request = ShrinkRequest(model, output="out", corpus=TEXT, tasks=[f"perplexity:{text}"], **READ, **options)
     placed = PlacedModel(checkpoint=checkpoint_at(model), settings=request.settings, placement=Placement())
     (planned,) = held_out_tasks(placed, request, split).values()
-    return np.concatenate([part.shard.input_ids for part in planned.task.parts if isinstance(part, TextLoss)])
+    rows = [part.shard.input_ids for part in planned.task.parts if isinstance(part, TextLoss)]
+    return np.concatenate(rows)
 
 
 def test_rows_of_an_independent_text_are_not_skipped(tiny_llama: Path, tmp_path: Path) -> None:
     """One of as few rows as are scored on can be evaluated on, and is from its first row on."""
     other = tmp_path / "other.txt"
     other.write_text("\n".join(sentences(12, seed=7)))
-    rows = rows_of(tiny_llama, f"perplexity:{other}", TextSplit(scored=16, evaluated=8, rows=256))
-    first = tokenize_corpus(str(other), load_tokenizer(checkpoint_at(tiny_llama)), Settings(**ROWS))
-    assert np.array_equal(rows, np.concatenate([shard.input_ids for shard in first.shards])[:8])
+    split = TextSplit(scored=16, evaluated=8, rows=256)
+    rows = task_rows(tiny_llama, other, split)
+    whole = rows_of(tokenized(tiny_llama, other, **ROWS))
+    assert np.array_equal(rows, whole[:8])
 
 
 def test_rows_of_the_scored_text_are_skipped_under_another_name(tiny_llama: Path, tmp_path: Path) -> None:
     text = tmp_path / "text.txt"
     text.write_text("\n".join(sentences(60, seed=8)))
-    shutil.copy(text, tmp_path / "copy.txt")
+    copy = tmp_path / "copy.txt"
+    shutil.copy(text, copy)
     split = TextSplit(scored=4, evaluated=8, rows=60)
-    plain = rows_of(tiny_llama, f"perplexity:{text}", split, repair_corpora=[str(text)])
-    assert np.array_equal(
-        rows_of(tiny_llama, f"perplexity:{tmp_path}/copy.txt", split, repair_corpora=[str(text)]), plain
-    )
-    assert not np.array_equal(rows_of(tiny_llama, f"perplexity:{text}", split), plain)
+    repaired_on = {"repair_corpora": [str(text)]}
+    plain = task_rows(tiny_llama, text, split, **repaired_on)
+    copied = task_rows(tiny_llama, copy, split, **repaired_on)
+    unskipped = task_rows(tiny_llama, text, split)
+    assert np.array_equal(copied, plain)
+    assert not np.array_equal(unskipped, plain)
 
 
 @pytest.mark.nightly
@@ -249,19 +286,27 @@ def test_two_workers_do_what_one_process_does(
     """With one Ray for all steps. Both fit the repair together, so that its last digits are others."""
     init = ray.init
     starts = list[dict[str, Any]]()
-    monkeypatch.setattr(ray, "init", lambda **options: (starts.append(options), init(**options))[1])
+
+    def counted(**options: Any) -> Any:
+        starts.append(options)
+        return init(**options)
+
+    monkeypatch.setattr(ray, "init", counted)
     shrunken = shrunk(deep, tmp_path / "out", executor="ray", replicas=2)
     assert len(starts) == 1
     assert not ray.is_initialized()
+    (task,) = shrunken.best.tasks
+    (expected,) = done.best.tasks
     assert shrunken.best.plan.drop == done.best.plan.drop
     assert shrunken.best.plan.why == done.best.plan.why
-    assert shrunken.best.tasks[0].results["pruned"].value == done.best.tasks[0].results["pruned"].value
+    assert task.results["pruned"].value == expected.results["pruned"].value
     assert shrunken.best.kept == pytest.approx(done.best.kept, rel=1e-4)
 
 
 def test_all_workers_that_there_is_room_for_share_the_fit(tmp_path: Path) -> None:
     def at_once(placement: Placement, *, cpus: int, gpus: int, replicas: int | str | None) -> int:
-        kind, count = ("cuda", gpus) if gpus else ("cpu", 1)
+        kind = "cuda" if gpus else "cpu"
+        count = gpus or 1
         execution = Execution(executor="ray", replicas=replicas, address="ray://head")
         executor = RayExecutor(execution, Settings(threads=2))
         executor.devices = Devices(
@@ -274,7 +319,8 @@ def test_all_workers_that_there_is_room_for_share_the_fit(tmp_path: Path) -> Non
             cpus_of_largest_node=cpus,
             cpus_of_nodes=(cpus, cpus),
         )
-        return copies_of(placement, Settings(threads=2), EvaluationSession(Store(tmp_path), executor, execution))
+        session = EvaluationSession(Store(tmp_path), executor, execution)
+        return copies_of(placement, Settings(threads=2), session)
 
     one_process = Placement()
     on_gpu = Placement(gpus=1)
@@ -301,12 +347,13 @@ def test_as_many_layers_go_as_can(repair: str, warehouse: Path, deep: Path, tmp_
 
     for shrunken, keep in ((tight, 0.9), (loose, 0.3)):
         kept_without = {gone(attempt): attempt.kept for attempt in shrunken.curve}
+        most = gone(shrunken.best)
         assert list(kept_without) == sorted(kept_without)
-        assert kept_without[gone(shrunken.best)] >= keep
+        assert kept_without[most] >= keep
         for count, share in kept_without.items():
-            if count > gone(shrunken.best):
+            if count > most:
                 assert share < keep
-        assert gone(shrunken.best) + 1 in kept_without or gone(shrunken.best) == 7
+        assert most == 7 or most + 1 in kept_without
     assert gone(tight.best) <= gone(loose.best)
     unwritten = tmp_path / "none"
     with pytest.raises(PlanError, match=r"Without layer \d, the first to go, .* is kept, under 99.9%"):
@@ -323,9 +370,12 @@ def test_layers_are_chosen_by_a_score_and_repaired_if_others_stand_before_them(
     """Where none does, nothing is repaired, and that is no mistake."""
     options = {"last": 6} if by == "avss" else {}
     shrunken = shrunk(deep, tmp_path / "out", by=by, repair="channel", warehouse=warehouse, **options)
+    (task,) = shrunken.best.tasks
     assert shrunken.best.plan.why["by"] == by
-    assert (shrunken.record is not None) == repaired == ("repaired" in shrunken.best.tasks[0].results)
-    assert repaired or shrunken.best.plan.drop == (0, 1)
+    assert (shrunken.record is not None) == repaired
+    assert ("repaired" in task.results) == repaired
+    if not repaired:
+        assert shrunken.best.plan.drop == (0, 1)
 
 
 @pytest.mark.nightly
@@ -334,15 +384,19 @@ def test_a_search_repairs_on_enough_text(deep: Path, tmp_path: Path) -> None:
     shrunken = shrunk(deep, tmp_path / "out", by="greedy", repair="map", max_sequences=24)
     assert shrunken.best.plan.why["sequences"] == 3
     assert shrunken.record is not None
-    rows = {json.loads(row["settings"])["max_sequences"] for row in rows_of_fits(tmp_path / "out-warehouse")}
+    rows = {settings["max_sequences"] for settings in settings_of_fits(tmp_path / "out-warehouse")}
     assert len(rows) == 2
     assert min(rows) > 3
     assert max(rows) == 18
 
 
-def rows_of_fits(warehouse: Path) -> list[dict[str, Any]]:
-    rows = Warehouse(warehouse).table("evaluations").to_pylist()
-    return [row for row in rows if row["patch"] and row["metric"] == "missing"]
+def settings_of_fits(warehouse: Path) -> list[dict[str, Any]]:
+    """The settings of the text that each repair was fitted on."""
+    settings = []
+    for row in evaluations_of(warehouse):
+        if row["patch"] and row["metric"] == "missing":
+            settings.append(json.loads(row["settings"]))
+    return settings
 
 
 def test_greedy_goes_by_what_is_lost_after_the_repair(warehouse: Path, deep: Path, tmp_path: Path) -> None:
@@ -352,21 +406,22 @@ def test_greedy_goes_by_what_is_lost_after_the_repair(warehouse: Path, deep: Pat
     """
     shrunken = shrunk(deep, tmp_path / "out", by="greedy", repair="channel", warehouse=warehouse)
     why = shrunken.best.plan.why
-    evaluations = Warehouse(warehouse).table("evaluations").to_pylist()
-    rows = [row for row in evaluations if row["run_id"] == why["evaluation"]]
+    rows = [row for row in evaluations_of(warehouse) if row["run_id"] == why["evaluation"]]
     losses = {tuple(row["drop"]): row["value"] for row in rows if row["metric"] == "loss"}
     repaired = {tuple(row["drop"]) for row in rows if row["patch"]}
-    assert len(losses) == why["sets"] == 4 + 3
-    assert repaired == {drop for drop in losses if drop != (0,)}
-    first = min((drop for drop in losses if len(drop) == 1), key=losses.__getitem__)
+    assert why["sets"] == 4 + 3
+    assert len(losses) == 4 + 3
+    assert repaired == losses.keys() - {(0,)}
+    singles = [drop for drop in losses if len(drop) == 1]
+    (first,) = min(singles, key=losses.__getitem__)
     pairs = [drop for drop in losses if len(drop) == 2]
     best = min(pairs, key=losses.__getitem__)
     for drop in pairs:
-        assert {*first} < {*drop}
+        assert first in drop
     assert shrunken.best.plan.drop == best
     assert why["loss"] == round(losses[best], 6)
-    fitted = {row["settings"] for row in rows_of_fits(warehouse)}
-    assert {json.loads(settings)["skip_sequences"] for settings in fitted} == {20}  # after those that are measured
+    for settings in settings_of_fits(warehouse):
+        assert settings["skip_sequences"] == 20  # after those that are measured
     assert shrunken.record is not None
     assert shrunken.record.removed == shrunken.best.plan.drop
     times = cell_times(warehouse)
@@ -378,15 +433,18 @@ def test_greedy_goes_by_what_is_lost_after_the_repair(warehouse: Path, deep: Pat
 def test_every_domain_is_evaluated(warehouse: Path, deep: Path, tmp_path: Path) -> None:
     """Takes over 5 seconds: two whole shrinks by the command line."""
     other = tmp_path / "other.txt"
-    other.write_text("\n\n".join(f"On day {i} the {i * 7919 % 613} ships of {i * 31 % 97} sailed." for i in range(700)))
+    lines = [f"On day {i} the {i * 7919 % 613} ships of {i * 31 % 97} sailed." for i in range(700)]
+    other.write_text("\n\n".join(lines))
     out = tmp_path / "out"
     command = ("shrink", deep, "--corpus", TEXT, "-w", warehouse, *OPTIONS)
     told = succeed(*command, "-o", out, "--repair-corpora", TEXT, "--repair-corpora", other, "--repair", "channel")
-    words = " ".join(told.stdout.split())
+    printed = in_one_line(told.stdout)
     for text in ("whole model", "2 layers dropped", "repaired by channel", "other.txt", "6 of 8 layers", "kept", "%"):
-        assert text in words, text
+        assert text in printed
     (record,) = read_repairs(out)
-    assert [text.corpus for text in record.texts] == [TEXT, str(other)]
+    first, second = record.texts
+    assert first.corpus == TEXT
+    assert second.corpus == str(other)
     only = succeed(*command, "-o", tmp_path / "only", "--tasks", f"perplexity:{other}", "--repair", "none")
     assert "other.txt" in only.stdout
     assert "perplexity:builtin" not in only.stdout
@@ -394,7 +452,7 @@ def test_every_domain_is_evaluated(warehouse: Path, deep: Path, tmp_path: Path) 
 
 def test_the_command_prints_the_curve(warehouse: Path, deep: Path, tmp_path: Path) -> None:
     options = ("--keep", "0.4", "--repair", "none", "--first", 1, "--last", 1, "-w", warehouse)
-    told = succeed("shrink", deep, "--corpus", TEXT, "-o", tmp_path / "out", *options, *OPTIONS)
+    told = succeed(*shrink_command(deep, tmp_path / "out", *options))
     assert "layers dropped" in told.stdout
     assert "█" in told.stdout
     assert "repaired" not in told.stdout
@@ -448,15 +506,17 @@ def test_text_that_is_fitted_on_is_not_evaluated_on(
 
 def test_too_little_text_is_refused_before_anything_is_scored(deep: Path, tmp_path: Path) -> None:
     output = tmp_path / "out"
-    told = mistake("shrink", deep, "--corpus", TEXT, "-o", output, *OPTIONS, "--max-sequences", "9")
+    told = mistake(*shrink_command(deep, output, "--max-sequences", "9"))
     assert "needs at least 192 tokens to fit to, not 186" in told
     assert "Raise --max-sequences" in told
     assert not list(tmp_path.iterdir())
     shrunken = shrunk(deep, output, max_sequences=10, by="last")
     assert shrunken.record is not None
-    assert shrunken.record.texts[0].tokens == 217
+    (text,) = shrunken.record.texts
+    assert text.tokens == 217
     short = tmp_path / "short.txt"
-    short.write_text("\n\n".join(f"Line {i}: {i * 7919 % 6131} and {i * 104729 % 7001}." for i in range(15)))
+    lines = [f"Line {i}: {i * 7919 % 6131} and {i * 104729 % 7001}." for i in range(15)]
+    short.write_text("\n\n".join(lines))
     with pytest.raises(CorpusError, match="give longer texts, or choose a `repair` of fewer unknowns"):
         avss_dist.shrink(deep, corpus=str(short), output=tmp_path / "none", **READ)
     assert not list(tmp_path.glob("none*"))
@@ -493,7 +553,8 @@ def test_paired_text_has_no_parts(deep: Path, tmp_path: Path) -> None:
     file = tmp_path / "questions.jsonl"
     write_json_lines(file, QUESTIONS * 5)
     output = tmp_path / "out"
-    for corpora in (("--corpus", f"truthfulqa:{file}"), ("--corpus", TEXT, "--repair-corpora", f"truthfulqa:{file}")):
+    paired = f"truthfulqa:{file}"
+    for corpora in (("--corpus", paired), ("--corpus", TEXT, "--repair-corpora", paired)):
         done = mistake("shrink", deep, *corpora, "-o", output, *OPTIONS)
         assert "is paired text" in done
         assert "scoring" not in done
@@ -537,26 +598,24 @@ def test_the_distilled_checkpoint_is_the_output_and_is_evaluated(
     assert record.after.tokens <= TOKENS
     assert [*task.results] == ["whole", "pruned", "repaired", "distilled"]
     assert record.after.loss < record.before.loss
+    (candidate,) = shrunken.curve
     assert shrunken.best.kept == task.retentions["distilled"].value
-    assert task.retentions["distilled"].value != shrunken.curve[0].kept
-    assert shrunken.curve[0].kept == task.retentions["repaired"].value
-    assert {path.name for path in folder.parent.iterdir()} == {"out", "out-warehouse"}
+    assert shrunken.best.kept != candidate.kept
+    assert candidate.kept == task.retentions["repaired"].value
+    assert names_in(folder.parent) == ["out", "out-warehouse"]
     assert shrunken.record is not None
     assert read_repairs(folder) == [shrunken.record]
-    again = evaluate(
-        [shrunken.folder],
-        tasks=[TASK],
-        warehouse=tmp_path,
-        skip_sequences=10,
-        base=deep,
-        **READ | {"max_sequences": 10},
-    )
-    assert [evaluation.result.value for evaluation in again] == [task.results["distilled"].value]
-    assert {TrainingAdvanced, CurvePoint} <= {type(event) for event in events}
-    evaluated = Warehouse(f"{folder}-warehouse").table("evaluations").to_pylist()
-    assert {row["model"] for row in evaluated} == {str(deep), shrunken.folder}
+    rows = {**READ, "max_sequences": 10, "skip_sequences": 10}
+    again = evaluate([shrunken.folder], tasks=[TASK], warehouse=tmp_path, base=deep, **rows)
+    assert values_of(again) == [task.results["distilled"].value]
+    kinds = {type(event) for event in events}
+    assert TrainingAdvanced in kinds
+    assert CurvePoint in kinds
+    evaluated = {row["model"] for row in evaluations_of(f"{folder}-warehouse")}
+    assert evaluated == {str(deep), shrunken.folder}
+    (fitted,) = shrunken.record.texts
     assert shrunken.record.skip_sequences == 30
-    assert shrunken.record.texts[0].rows == 50
+    assert fitted.rows == 50
     text, own = record.texts
     assert record.settings.skip_sequences == 20
     assert text.held_out_rows == 10
@@ -576,20 +635,21 @@ def test_the_table_the_card_and_the_texts_are_those_of_the_distilled_model(disti
     assert row["distilled"] == shrunken.best.kept
     assert row["kept"] == shrunken.curve[0].kept
     assert "distilled on " in shrunken.summary()
-    card = (Path(shrunken.folder) / "README.md").read_text()
+    card = card_of(shrunken)
     for words in ("Repaired by refit", "Distilled from", " distilled, ", "Kept of the whole model on", "% distilled"):
         assert words in card, words
 
 
 def test_the_card_says_which_rows_were_fitted_and_which_were_evaluated(distilled: Observed) -> None:
-    card = (Path(distilled[0].folder) / "README.md").read_text()
+    shrunken, _ = distilled
+    card = card_of(shrunken)
     for words in ("50 rows after the first 30", "50 rows after the first 30, weight", "10 rows after the first 10"):
         assert words in card, words
 
 
 def test_the_card_has_the_value_of_the_distilled_model_alone(distilled: Observed) -> None:
-    card = (Path(distilled[0].folder) / "README.md").read_text()
-    assert card.count("Evaluated: ") == len(distilled[0].best.tasks)
+    shrunken, _ = distilled
+    assert card_of(shrunken).count("Evaluated: ") == len(shrunken.best.tasks)
 
 
 class Stopped(Exception):
@@ -603,23 +663,28 @@ def test_stopped_in_the_training_it_goes_on_and_writes_the_same_bytes(
     """After its first checkpoint. Without a terminal, there are lines and no bars."""
 
     def stop(event: Any) -> None:
-        if isinstance(event, TrainingAdvanced) and [*tmp_path.glob("out.part/*/out.part/checkpoints/*/avss_complete")]:
+        complete = list(tmp_path.glob("out.part/*/out.part/checkpoints/*/avss_complete"))
+        if complete and isinstance(event, TrainingAdvanced):
             raise Stopped
 
     out = tmp_path / "out"
     with pytest.raises(Stopped):
         shrunk(deep, out, warehouse=warehouse, distill_tokens=TOKENS, on_event=stop)
     assert not out.exists()
-    told = succeed("shrink", deep, "--corpus", TEXT, "-o", out, "-w", warehouse, *OPTIONS, "--distill-tokens", TOKENS)
+    told = succeed(*shrink_command(deep, out, "-w", warehouse, "--distill-tokens", TOKENS))
+    printed = in_one_line(told.stdout)
     for words in ("repaired by refit", "distilled on ", "Distilled from"):
-        assert words in " ".join(told.stdout.split()), words
+        assert words in printed
     assert "evaluating" not in told.stdout
     assert "━" not in told.stderr
-    same = content(distilled[0].folder)
-    other = content(out)
-    assert same.keys() == other.keys()
-    assert {name for name in same if same[name] != other[name]} <= {"avss_distill.json"}  # it names the folder
-    assert {path.name for path in tmp_path.iterdir()} == {"out", "w"}
+    shrunken, _ = distilled
+    expected = content(shrunken.folder)
+    written = content(out)
+    assert written.keys() == expected.keys()
+    for name, digest in written.items():
+        if name != "avss_distill.json":  # it names the folder
+            assert digest == expected[name], name
+    assert names_in(tmp_path) == ["out", "w"]
 
 
 @pytest.mark.nightly
@@ -628,24 +693,25 @@ def test_without_a_repair_the_pruned_model_is_distilled(warehouse: Path, deep: P
     unfinished = tmp_path / "out.part"
     unfinished.mkdir()
     (unfinished / "mine").touch()
-    options = ["--repair", "none", "-w", warehouse, "--distill-tokens", 640, "--format", "json"]
-    told = succeed("shrink", deep, "--corpus", TEXT, "-o", tmp_path / "out", *options, *OPTIONS)
+    options = ("--repair", "none", "-w", warehouse, "--distill-tokens", 640, "--format", "json")
+    told = succeed(*shrink_command(deep, tmp_path / "out", *options))
     values = json.loads(told.stdout)
+    (candidate,) = values["curve"]
     (distilled,) = values["distilled"]
     assert distilled["kept"] == values["kept"]
-    assert values["kept"] != values["curve"][0]["kept"]
+    assert values["kept"] != candidate["kept"]
     assert distilled["low"] < distilled["kept"] < distilled["high"]
-    assert [path.name for path in unfinished.iterdir()] == ["mine"]
+    assert names_in(unfinished) == ["mine"]
 
 
 def test_without_the_option_nothing_is_distilled(warehouse: Path, deep: Path, tmp_path: Path) -> None:
-    options = ["--repair", "none", "-w", warehouse, "--format", "json"]
+    options = ("--repair", "none", "-w", warehouse, "--format", "json")
     output = tmp_path / "out"
-    told = avss("shrink", deep, "--corpus", TEXT, "-o", output, *options, *OPTIONS)
+    told = avss(*shrink_command(deep, output, *options))
     values = json.loads(told.stdout)
     assert [*values] == ["output", "bytes", "drop", "kept", "tasks", "curve", "difference", "notes", "continuations"]
     assert "avss_distill.json" not in content(output)
-    assert {path.name for path in tmp_path.iterdir()} == {"out", "w"}
+    assert names_in(tmp_path) == ["out", "w"]
 
 
 def test_a_failed_training_leaves_the_repaired_checkpoint(

@@ -15,6 +15,7 @@ import torch
 from safetensors.torch import load_file
 from support.checkpoints import checkpoint_at, host_limit, llama, one_thread, weights_in
 from support.command_line import files, mistake, succeed
+from support.corpora import rows_of, tokenized
 from support.families import lively, tiny_model
 from support.json_files import read_json, write_json
 from support.planning import prune
@@ -26,9 +27,8 @@ import avss_dist
 from avss_dist import evaluate
 from avss_dist.core.errors import AvssError, ConfigError, CorpusError, ModelError
 from avss_dist.core.settings import Settings
-from avss_dist.corpus.shards import tokenize_corpus
 from avss_dist.models.change.skipping import skips
-from avss_dist.models.checkpoint.loading import load_tokenizer, open_module
+from avss_dist.models.checkpoint.loading import open_module
 from avss_dist.models.checkpoint.size import footprint
 from avss_dist.models.forward import changing
 from avss_dist.partition.execution import Execution
@@ -74,10 +74,8 @@ def repair_of(by: str = "map", *corpora: str, **options: Any) -> Repair:
 
 def tokens_of(folder: Path, **options: Any) -> torch.Tensor:
     """The rows of the text that repairs are fitted on, in the tokens of a checkpoint."""
-    tokenizer = load_tokenizer(checkpoint_at(folder))
-    text = tokenize_corpus(TEXT, tokenizer, Settings(**READ, **options))
-    rows = np.concatenate([shard.input_ids for shard in text.shards])
-    return torch.from_numpy(rows).long()
+    text = tokenized(folder, TEXT, **READ, **options)
+    return torch.from_numpy(rows_of(text)).long()
 
 
 def only_cut(done: dict[str, Any]) -> RepairedCut:

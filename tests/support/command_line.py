@@ -66,3 +66,8 @@ def mistake(*args: object) -> str:
 def files(root: Path) -> dict[str, bytes]:
     """The bytes of every file below a folder, by path."""
     return {str(p.relative_to(root)): p.read_bytes() for p in sorted(root.rglob("*")) if p.is_file()}
+
+
+def names_in(folder: Path) -> list[str]:
+    """Return the names of the files and folders in a folder, in alphabetical order."""
+    return sorted(path.name for path in folder.iterdir())
