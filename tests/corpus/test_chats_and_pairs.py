@@ -20,6 +20,7 @@ from pyarrow import parquet
 from support.command_line import avss
 from support.documentation import DOCS
 from support.json_files import write_json
+from support.tables import run_rows
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
@@ -30,7 +31,6 @@ from avss_dist.corpus.shards import CorpusPlan, tokenize_corpus
 from avss_dist.corpus.sources import NAMED, documents
 from avss_dist.corpus.tokens import shuffled
 from avss_dist.runs.job_file import read_job
-from avss_dist.warehouse.reader import Warehouse
 
 WORDS = ["<eos>", "<user>", "<assistant>", "<end>", *(f"w{i}" for i in range(60)), "26", "Jul"]
 TEMPLATE = "{% for m in messages %}<{{ m.role }}> {{ m.content }} <end> {% endfor %}"
@@ -176,7 +176,7 @@ def test_score_puts_conversations_in_the_template_when_asked(tiny_llama: Path, t
         assert done.exit_code == 2 and says in done.stderr, done.stderr
     done = avss("score", chatty, "--corpus", source, "--chat-template", "--shuffle-seed", 3, *size)
     assert done.exit_code == 0, done.stderr
-    (run,) = (row for row in Warehouse(out).runs().to_pylist() if row["status"] == "done")
+    (run,) = (row for row in run_rows(out) if row["status"] == "done")
     assert run["chat_template"] == hashlib.sha256(TEMPLATE.encode()).hexdigest()
     assert run["shuffle_seed"] == 3
     again = avss("evaluate", chatty, "--tasks", f"perplexity:{source}", "--chat-template", *size)

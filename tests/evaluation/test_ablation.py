@@ -17,11 +17,11 @@ import torch
 from rich.console import Console
 from support.causal_lm import SMALL, opened, random_shard
 from support.checkpoints import VOCABULARY, llama
-from support.command_line import as_words, avss, json_rows, mistake, succeed
+from support.command_line import as_words, avss, in_one_line, json_rows, mistake, succeed
 from support.experiments import cell_times
 from support.families import tiny_model
 from support.quantized import block_fp8
-from support.tables import evaluation_rows
+from support.tables import evaluation_rows, table_rows
 from support.tiers import all_of
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
@@ -288,7 +288,7 @@ def test_values_of_a_model_that_only_guesses_are_those_of_all_permutations(
 def shown(ablation: Ablation) -> str:
     console = Console(width=300, file=StringIO())
     console.print(ablation_table(ablation))
-    return " ".join(console.file.getvalue().split())  # type: ignore[attr-defined]
+    return in_one_line(console.file.getvalue())  # type: ignore[attr-defined]
 
 
 def test_truncated_permutations_are_counted(trained: Path, tmp_path: Path) -> None:
@@ -302,7 +302,7 @@ def test_truncated_permutations_are_counted(trained: Path, tmp_path: Path) -> No
     assert shared.max() <= truncated / 6 + 1e-12
     told = shown(truncating)
     assert f"{truncated} of 6 permutations were truncated where the model only guessed" in told
-    rows = Warehouse(warehouse).table("evaluations").to_pylist()
+    rows = table_rows(warehouse, "evaluations")
     assert [row["value"] for row in rows if row["metric"] == SHARED] == pytest.approx(shared.tolist())
     whole = ablate(trained, shapley=6, truncation=False, **text)
     assert whole.permutations == (0, 6)
@@ -390,9 +390,9 @@ def test_ablate_shows_a_table(tiny_llama: Path, tmp_path: Path) -> None:
     sizes = {"max_sequences": 4, "sequence_length": 32}
     text = {"corpus": TEXT, "warehouse": tmp_path / "w", "shapley": 8, **sizes}
     done = succeed("ablate", tiny_llama, *as_words(text))
-    assert "order the layers as this one does to" in " ".join(done.stdout.split())
+    assert "order the layers as this one does to" in in_one_line(done.stdout)
     for words in ("loss without", "increase", "Shapley", "95% interval", "Loss of the whole model"):
-        assert words in " ".join(done.stdout.split())
+        assert words in in_one_line(done.stdout)
     assert "Taylor" not in done.stdout
     rows = ablate(tiny_llama, **text).table().to_pylist()
     assert [row["layer"] for row in rows] == [0, 1, 2]
@@ -410,7 +410,7 @@ def test_damage_is_kept_and_shown(tiny_llama: Path, tmp_path: Path) -> None:
     options = (tiny_llama, "--corpus", TEXT, "--warehouse", warehouse, *sizes, "--no-leave-one-out", "--damage")
     done = succeed("ablate", *options)
     for words in ("damage", "predicted", "propagated", "the layer with the lowest damage"):
-        assert words in " ".join(done.stdout.split())
+        assert words in in_one_line(done.stdout)
     rows = evaluation_rows(warehouse, f"damage:{TEXT}")
     layers = {(row["metric"], row["layer"]): row for row in rows if not row["drop"]}
     metrics = {metric for metric, _ in layers}
@@ -502,7 +502,7 @@ def options_of(model: Path, warehouse: Path, *formats: str) -> tuple[Any, ...]:
 def test_ablate_shows_what_is_measured_and_predicted(model: Path, tmp_path: Path) -> None:
     options = options_of(model, tmp_path, "int4", "q4_0")
     done = succeed(*options)
-    told = " ".join(done.stdout.split())
+    told = in_one_line(done.stdout)
     for words in ("int4, 4.", "q4_0, 4.5 bits: increase", "predicted", "mlp.down_proj", "order the layers as this"):
         assert words in told, told
     times = cell_times(tmp_path)
@@ -527,7 +527,7 @@ def test_ablate_shows_what_is_measured_and_predicted(model: Path, tmp_path: Path
 
 
 def test_rows_of_the_warehouse_name_what_is_rounded(measured: Path) -> None:
-    rows = Warehouse(measured).table("evaluations").to_pylist()
+    rows = table_rows(measured, "evaluations")
     places = {row["rounding"] for row in rows if row["task"] == f"rounding:{TEXT}"}
     assert {"int4@0", "q4_0@3", "int4@2.mlp.up_proj"} <= places
     assert None not in places
@@ -565,7 +565,7 @@ def test_the_scorecard_compares_with_rounded_layers(measured: Path) -> None:
         ranks.append(np.argsort(np.argsort([losses[f"{name}@{layer}"] for layer in range(4)])))
     assert scores["rounded:q4_0"]["spearman_loss"] == pytest.approx(np.corrcoef(*ranks)[0, 1])
     done = succeed("findings", "--truth", "-w", measured)
-    told = " ".join(done.stdout.split())
+    told = in_one_line(done.stdout)
     for words in (
         "weights rounded to int4",
         "weights rounded to q4_0",

@@ -15,7 +15,7 @@ import yaml
 from support.checkpoints import checkpoint_at, host_limit, llama
 from support.command_line import as_words, avss, files, mistake, succeed
 from support.experiments import cell_times
-from support.tables import assert_same_evaluations, evaluation_rows
+from support.tables import assert_same_evaluations, evaluation_rows, table_rows
 from support.texts import SAME, TEXT, sentences
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
@@ -45,7 +45,7 @@ def test_padding_counts_for_nothing(tiny_llama: Path, tmp_path: Path) -> None:
     padded = {"tasks": [f"perplexity:{text}"], "layout": "padded", "sequence_length": 64}
     warehouse = tmp_path / "w"
     together = evaluate([tiny_llama], warehouse=warehouse, **padded)
-    rows = Warehouse(warehouse).table("cells").to_pylist()
+    rows = table_rows(warehouse, "cells")
     alone = evaluate([tiny_llama], warehouse=tmp_path / "v", skip_sequences=1, **padded)
     assert together[0].result.samples[1] == pytest.approx(alone[0].result.samples[0], rel=1e-6)
     assert rows[0]["weights"][1] < rows[0]["weights"][0]

@@ -13,10 +13,10 @@ from typing import Any
 import numpy as np
 import pytest
 from support.checkpoints import VOCABULARY, llama, one_thread
-from support.command_line import avss, json_rows, mistake, succeed
+from support.command_line import avss, in_one_line, json_rows, mistake, succeed
 from support.experiments import cell_times, comparable, experiment_of, run_job_in
 from support.json_files import write_json_lines
-from support.tables import evaluation_rows
+from support.tables import evaluation_rows, run_rows, table_rows
 from tasks.test_truthfulqa import QUESTIONS
 
 from avss_dist.analysis.contrast import contrast
@@ -97,7 +97,7 @@ def test_every_method_is_compared_with_the_whole_model(done: Done) -> None:
 
 def test_the_reading_of_avss_has_columns_of_its_own(done: Done) -> None:
     job, _ = done
-    rows = Warehouse(read_job(job).warehouse).table("experiments").to_pylist()
+    rows = table_rows(read_job(job).warehouse, "experiments")
     reading = itemgetter("score", "site", "recipe", "threshold", "threshold_kind")
     readings = {reading(row) for row in rows}
     assert ("avss", "block", "pooled", 1e-5, "absolute") in readings
@@ -124,7 +124,7 @@ def test_a_search_finds_what_a_plan_finds(done: Done) -> None:
     """And measures nothing for it: their losses are the same."""
     job, rows = done
     warehouse = read_job(job).warehouse
-    (run,) = Warehouse(warehouse).runs().to_pylist()
+    (run,) = run_rows(warehouse)
     cells = cell_times(warehouse)
     sizes = {"sequence_length": 32, "batch_size": 4, "sequences_per_shard": 4, "device": "cpu", "max_sequences": 8}
     for ends in (0, 1):
@@ -192,7 +192,7 @@ def test_the_score_card_has_the_truth(done: Done) -> None:
 def test_the_command_line_tells_the_verdict(done: Done) -> None:
     job, _ = done
     told = succeed("run", job)
-    words = " ".join(told.stdout.split())
+    words = in_one_line(told.stdout)
     assert "without the 2 layers of the lowest AVSS (25%)" in words
     assert "Of 2 random choices" in words
     card = succeed("findings", "--truth", "-w", read_job(job).warehouse, "--format", "csv")

@@ -18,11 +18,12 @@ import pytest
 import torch
 from rich.console import Console
 from support.checkpoints import checkpoint_at, llama
-from support.command_line import avss, mistake, succeed
+from support.command_line import avss, in_one_line, mistake, succeed
 from support.experiments import cell_times, comparable, experiment_of, run_job_in
 from support.families import lively, tiny_model
 from support.json_files import write_json_lines
 from support.planning import prune
+from support.tables import table_rows
 from support.tiers import nightly
 from tasks.test_truthfulqa import QUESTIONS
 
@@ -52,7 +53,6 @@ from avss_dist.runs.local import Executor, LocalExecutor
 from avss_dist.runs.ray.executor import RayExecutor
 from avss_dist.runs.threads import Submissions
 from avss_dist.tasks.task import Cell
-from avss_dist.warehouse.reader import Warehouse
 from avss_dist.warehouse.storage import Storage
 from avss_dist.warehouse.store import Store
 
@@ -271,7 +271,7 @@ def test_every_choice_is_evaluated_with_every_repair(done: Done) -> None:
     assert by_choice["last", None]["drop"] == [5, 6]
     better = [method for method in chosen if by_choice[method, "map"]["value"] < by_choice[method, None]["value"]]
     assert len(better) >= 3
-    stored = Warehouse(read_job(job).warehouse).table("experiments").to_pylist()
+    stored = table_rows(read_job(job).warehouse, "experiments")
     patch_of_row = itemgetter("method", "repair", "patch")
     assert {patch_of_row(row) for row in stored} == {patch_of_row(row) for row in rows}
 
@@ -385,7 +385,7 @@ def test_the_three_texts_are_apart(
 def test_the_table_and_the_verdict_tell_of_repairs(done: Done) -> None:
     job, _ = done
     told = succeed("run", job)
-    words = " ".join(told.stdout.split())
+    words = in_one_line(told.stdout)
     assert "block influence + map" in words
     assert "last + channel" in words
     assert "(25%), repaired by map" in words

@@ -14,7 +14,7 @@ from support.causal_lm import SMALL, opened
 from support.checkpoints import llama
 from support.command_line import as_words, avss, json_rows, mistake, succeed
 from support.experiments import cell_times
-from support.tables import evaluation_rows
+from support.tables import evaluation_rows, run_rows
 
 from avss_dist import ablate
 from avss_dist.core.intervention import (
@@ -63,7 +63,7 @@ def warehouse(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 def scored(warehouse: Path, tmp_path: Path) -> Scored:
     """A copy of the warehouse, to change, and the row of its run."""
     folder = Path(shutil.copytree(warehouse, tmp_path / "w"))
-    (row,) = Warehouse(folder).runs().to_pylist()
+    (row,) = run_rows(folder)
     return folder, row
 
 

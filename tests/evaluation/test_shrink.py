@@ -20,12 +20,13 @@ import pytest
 import ray
 from rich.console import Console
 from support.checkpoints import checkpoint_at
-from support.command_line import as_words, avss, mistake, names_in, succeed
+from support.command_line import as_words, avss, in_one_line, mistake, names_in, succeed
 from support.corpora import rows_of, tokenized
 from support.experiments import cell_times
 from support.families import tiny_model
 from support.json_files import write_json_lines
 from support.quantized import block_fp8
+from support.tables import run_rows, table_rows
 from support.texts import sentences
 from support.tiers import nightly
 from tasks.test_truthfulqa import QUESTIONS
@@ -61,7 +62,6 @@ from avss_dist.studies.evaluate import Evaluation
 from avss_dist.studies.shrink_trial import MOST_SCORED, TextSplit, held_out_tasks, split_rows
 from avss_dist.studies.shrunk import CandidateResult, Shrunk
 from avss_dist.tasks.text_loss import TextLoss
-from avss_dist.warehouse.reader import Warehouse
 from avss_dist.warehouse.store import Store
 
 Observed = tuple[Shrunk, list[Any]]
@@ -81,10 +81,6 @@ def shrunk(model: Path, out: Path, **options: Any) -> Shrunk:
 def shrink_command(model: Path, out: Path, *options: object) -> tuple[object, ...]:
     """The words of `avss shrink` that do as `shrunk`."""
     return ("shrink", model, "--corpus", TEXT, "-o", out, *OPTIONS, *options)
-
-
-def in_one_line(text: str) -> str:
-    return " ".join(text.split())
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -107,12 +103,6 @@ def content(folder: str | Path) -> dict[str, str]:
         digest = hashlib.sha256(file.read_bytes())
         hashes[file.name] = digest.hexdigest()
     return hashes
-
-
-def evaluations_of(warehouse: str | Path) -> list[dict[str, Any]]:
-    """The rows of `evaluations` of a warehouse."""
-    rows = Warehouse(warehouse).table("evaluations")
-    return rows.to_pylist()
 
 
 def values_of(evaluations: Iterable[Evaluation]) -> list[float]:
@@ -219,7 +209,7 @@ def test_every_criterion_has_a_measurement() -> None:
 def test_the_parts_of_the_text_are_apart(done: Shrunk, deep: Path) -> None:
     """An eighth, at most `MOST_SCORED` rows, is scored on, the next one is evaluated on, the repair reads the rest."""
     assert done.record is not None
-    (run,) = Warehouse(f"{done.folder}-warehouse").runs().to_pylist()
+    (run,) = run_rows(f"{done.folder}-warehouse")
     assert run["num_sequences"] == 10
     assert done.record.skip_sequences == 20
     assert done.record.max_sequences == 60
@@ -393,7 +383,7 @@ def test_a_search_repairs_on_enough_text(deep: Path, tmp_path: Path) -> None:
 def settings_of_fits(warehouse: Path) -> list[dict[str, Any]]:
     """The settings of the text that each repair was fitted on."""
     settings = []
-    for row in evaluations_of(warehouse):
+    for row in table_rows(warehouse, "evaluations"):
         if row["patch"] and row["metric"] == "missing":
             settings.append(json.loads(row["settings"]))
     return settings
@@ -406,7 +396,7 @@ def test_greedy_goes_by_what_is_lost_after_the_repair(warehouse: Path, deep: Pat
     """
     shrunken = shrunk(deep, tmp_path / "out", by="greedy", repair="channel", warehouse=warehouse)
     why = shrunken.best.plan.why
-    rows = [row for row in evaluations_of(warehouse) if row["run_id"] == why["evaluation"]]
+    rows = [row for row in table_rows(warehouse, "evaluations") if row["run_id"] == why["evaluation"]]
     losses = {tuple(row["drop"]): row["value"] for row in rows if row["metric"] == "loss"}
     repaired = {tuple(row["drop"]) for row in rows if row["patch"]}
     assert why["sets"] == 4 + 3
@@ -611,7 +601,7 @@ def test_the_distilled_checkpoint_is_the_output_and_is_evaluated(
     kinds = {type(event) for event in events}
     assert TrainingAdvanced in kinds
     assert CurvePoint in kinds
-    evaluated = {row["model"] for row in evaluations_of(f"{folder}-warehouse")}
+    evaluated = {row["model"] for row in table_rows(f"{folder}-warehouse", "evaluations")}
     assert evaluated == {str(deep), shrunken.folder}
     (fitted,) = shrunken.record.texts
     assert shrunken.record.skip_sequences == 30

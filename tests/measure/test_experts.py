@@ -17,6 +17,7 @@ from numpy.testing import assert_allclose
 from support.checkpoints import VOCABULARY
 from support.command_line import avss
 from support.families import tiny_batch, tiny_model
+from support.tables import run_rows
 from support.tiers import all_of
 from torch import nn
 
@@ -193,7 +194,7 @@ def test_a_run_without_experts_says_how_to_get_them(tiny_llama: Path, tmp_path: 
     small = ("--sequence-length", "32", "--max-sequences", "2", "--executor", "local")
     out = tmp_path / "warehouse"
     assert avss("score", tiny_llama, "--corpus", "builtin:pydoc", "-w", out, "--experts", *small).exit_code == 0
-    (run,) = Warehouse(str(out)).runs().to_pylist()
+    (run,) = run_rows(str(out))
     assert any("no layer has routed experts" in note for note in run["notes"])
     refused = avss("show", "-w", out, "--experts")
     assert refused.exit_code == 2

@@ -27,6 +27,7 @@ from support.command_line import avss
 from support.families import tiny_model
 from support.json_files import write_json
 from support.quantized import block_fp8, compressed_tensors
+from support.tables import run_rows
 
 from avss_dist.core.errors import ConfigError, ModelError
 from avss_dist.core.settings import Settings
@@ -408,7 +409,7 @@ def test_a_pickle_is_converted_once_and_noted(folder: Path, tiny_llama: Path, tm
     out = tmp_path / "warehouse"
     done = avss("score", folder, "--corpus", "builtin:pydoc", "-w", out, "--allow-pickle", *SMALL)
     assert done.exit_code == 0, done.stderr
-    (run,) = Warehouse(str(out)).runs().to_pylist()
+    (run,) = run_rows(str(out))
     assert any("stored as pickles" in note for note in run["notes"])
     # Without being allowed to: nothing is unpickled any more.
     converted = checkpoint_at(folder)

@@ -14,7 +14,7 @@ import torch
 from pruning.test_repair import READ, TEXT, assert_streaming_writes_the_same_bytes, repair_of
 from safetensors.torch import save_file
 from support.checkpoints import VOCABULARY, checkpoint_at, config_in, one_thread, weights_in
-from support.command_line import as_words, avss, json_rows, mistake, succeed
+from support.command_line import as_words, avss, in_one_line, json_rows, mistake, succeed
 from support.families import tiny_config, tiny_model
 from support.planning import prune
 from support.quantized import block_fp8
@@ -601,7 +601,7 @@ def test_a_repair_on_workers_is_stored_and_says_what_it_is_for(tmp_path: Path, s
     repair = ("--repair", "refit", "--repair-corpora", TEXT, *read)
     less = tmp_path / "less"
     done = succeed("prune", folder, file, "-o", less, "-w", warehouse, "--executor", "local", *repair)
-    assert "without experts 1 of layer 0: error" in " ".join(done.stdout.split())
+    assert "without experts 1 of layer 0: error" in in_one_line(done.stdout)
     assert len(list((warehouse / "patches").iterdir())) == 1
     in_process = tmp_path / "in process"
     with one_thread():

@@ -18,6 +18,7 @@ from support.command_line import mistake, succeed
 from support.families import tiny_model
 from support.json_files import read_json, write_json
 from support.quantized import block_fp8, rewrite
+from support.tables import run_rows
 from support.tiers import all_of
 from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig
 
@@ -531,7 +532,7 @@ def test_what_no_device_here_computes_with_is_unpacked_only_on_request(fp8: Path
     assert "is quantized (fp8), and no device here computes with that" in refused
     assert "--dequantize" in refused
     succeed("score", fp8, *options, "-w", warehouse, "--dequantize")
-    (row,) = [row for row in Warehouse(warehouse).runs().to_pylist() if row["status"] == "done"]
+    (row,) = [row for row in run_rows(warehouse) if row["status"] == "done"]
     assert row["quantization"] == "fp8, dequantized"
     assert row["dtype"] == "float32"
     succeed("score", fp8, *options, "-w", tmp_path / "streamed", "--dequantize", "--partition", "streaming")

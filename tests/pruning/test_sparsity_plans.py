@@ -16,7 +16,7 @@ import torch
 import yaml
 from support.causal_lm import open_whole, random_shard
 from support.checkpoints import checkpoint_at, llama
-from support.command_line import as_words, avss, mistake, succeed
+from support.command_line import as_words, avss, in_one_line, mistake, succeed
 from support.experiments import cell_times
 from support.families import lively, tiny_model
 from support.tables import evaluation_rows
@@ -193,7 +193,7 @@ def test_a_share_that_is_none_or_all_is_refused(scored: Path, tmp_path: Path, sh
     out = tmp_path / "sparse.yaml"
     result = avss("sparsify", share, "-w", scored, "-o", out)
     assert result.exit_code != 0
-    assert message in " ".join(result.stderr.split()), result.stderr
+    assert message in in_one_line(result.stderr), result.stderr
     assert not out.exists()
 
 
@@ -274,7 +274,7 @@ def test_a_run_that_did_not_measure_the_inputs_says_which_command_does(tiny_llam
     score(tiny_llama, corpus=TEXT, warehouse=warehouse, **SMALL)
     result = avss("sparsify", 0.5, "-w", warehouse, "-o", tmp_path / "sparse.yaml")
     assert result.exit_code != 0
-    told = " ".join(result.stderr.split())
+    told = in_one_line(result.stderr)
     assert f"avss score {tiny_llama} --corpus {TEXT}" in told
     assert told.endswith("--sites inputs")
 

@@ -15,6 +15,7 @@ import pytest
 import yaml
 from support import command_line
 from support.checkpoints import llama
+from support.command_line import in_one_line
 from support.json_files import read_json
 from support.tables import assert_same_tables
 
@@ -520,7 +521,7 @@ def test_a_repeated_run_is_told_and_measured_once(tiny_llama: Path, tmp_path: Pa
     code, output = avss("run", file, "--dry-run")
     said = f"{second} is the same model, text and settings as {first}; measured once."
     assert code == 0
-    assert said in " ".join(output.split())
+    assert said in in_one_line(output)
     assert "1 missing, 1 repeated." in output
     code, output = avss("run", file)
     assert code == 0

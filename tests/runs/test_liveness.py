@@ -17,7 +17,7 @@ from typing import Any
 
 import psutil
 import pytest
-from support.command_line import avss
+from support.command_line import avss, in_one_line
 from support.processes import wait_until
 from support.ray_cluster import Cluster, children
 from support.warm_workers import own_workers, ray_start_environment
@@ -165,7 +165,7 @@ def test_a_terminated_command_says_what_is_kept_and_the_run_is_listed(tiny_llama
     assert "Error" not in said
     listed = avss("ls", "-w", tmp_path)
     assert listed.exit_code == 0
-    assert f"unfinished, {kept_shards} of 200 shards" in " ".join(listed.stdout.split())
+    assert f"unfinished, {kept_shards} of 200 shards" in in_one_line(listed.stdout)
     row = json.loads(avss("ls", "-w", tmp_path, "--format", "json").stdout)
     assert row["status"] == "unfinished"
     assert row["kept_shards"] == kept_shards

@@ -14,7 +14,7 @@ import pytest
 import torch
 from support.causal_lm import SMALL, opened, random_shard
 from support.checkpoints import checkpoint_at
-from support.tables import assert_same_tables
+from support.tables import assert_same_tables, run_rows
 
 import avss_dist
 from avss_dist.core import devices
@@ -31,7 +31,6 @@ from avss_dist.runs.threads import Submissions
 from avss_dist.runs.work import ReplicaSpec, RunShards
 from avss_dist.tasks.task import Cell, Measure, MetricRow, measure_cell
 from avss_dist.tasks.text_loss import TextLoss
-from avss_dist.warehouse.reader import Warehouse
 
 OPTIONS: dict[str, Any] = {
     "corpus": "builtin:pydoc",
@@ -114,10 +113,10 @@ def test_every_shard_computes_with_the_threads_of_the_settings(
     assert len(seen) == 6
     assert {count for count, _ in seen} == {threads}
     assert len({name for _, name in seen}) <= cores_free // threads
-    (row,) = Warehouse(tmp_path).runs().to_pylist()
+    (row,) = run_rows(tmp_path)
     assert row["run_id"] == run.run_id
     assert row["threads"] == threads
-    (other,) = Warehouse(undisturbed).runs().to_pylist()
+    (other,) = run_rows(undisturbed)
     assert (other["run_id"] == run.run_id) == (threads == 1), "threads are part of a run"
     assert torch.get_num_threads() == 2, "the caller's number is as it was"
 
@@ -142,7 +141,7 @@ def test_ray_workers_compute_with_the_threads_of_the_settings(
     """A worker that imports torch itself, with the variable that torch reads then."""
     monkeypatch.setenv("OMP_NUM_THREADS", "2")
     run = score(tiny_llama, tmp_path, executor="ray", replicas=1)
-    (row,) = Warehouse(tmp_path).runs().to_pylist()
+    (row,) = run_rows(tmp_path)
     assert row["run_id"] == run.run_id
     assert row["threads"] == 1
     assert_same_tables(tmp_path, undisturbed)

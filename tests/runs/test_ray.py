@@ -32,7 +32,7 @@ from support.noting import noting
 from support.planning import run_spec
 from support.processes import Harming, ray_processes, wait_until
 from support.ray_cluster import NODES, TWENTY_SHARDS, Cluster
-from support.tables import assert_same_evaluations, assert_same_tables, measured_files
+from support.tables import assert_same_evaluations, assert_same_tables, measured_files, run_rows, table_rows
 
 import avss_dist
 from avss_dist import ablate, evaluate
@@ -76,7 +76,7 @@ def test_any_number_of_workers_gives_the_same_bytes(tiny_llama: Path, undisturbe
     run = score(tiny_llama, tmp_path, executor="ray", replicas=2)
     assert run.status == "done"
     assert_same_tables(tmp_path, undisturbed)
-    (row,) = Warehouse(tmp_path).runs().to_pylist()
+    (row,) = run_rows(tmp_path)
     assert row["replicas"] == 2
     assert row["threads"] == 1
 
@@ -195,7 +195,7 @@ def test_a_warehouse_that_workers_do_not_see_is_written_by_the_driver(
     subprocess.run(["unshare", "--mount", "sh", "-c", inside], check=True)
     assert list(folder.iterdir()) == []
     copy = tmp_path / "copy"
-    (run,) = Warehouse(copy).runs().to_pylist()
+    (run,) = run_rows(copy)
     assert "some workers do not reach the warehouse: the driver wrote for them" in run["notes"]
     assert measured_files(copy) == measured_files(undisturbed)
 
@@ -289,7 +289,7 @@ def test_a_run_ends_with_its_cluster_and_says_so(
         score(tiny_llama, tmp_path, executor="ray", replicas=2, placement_seconds=3600, on_event=kill)
     assert not ray.is_initialized()
     assert "(raylet)" not in capsys.readouterr().out
-    (row,) = Warehouse(tmp_path).runs().to_pylist()
+    (row,) = run_rows(tmp_path)
     assert row["status"] == "failed"
     assert re.search(message, row["error"])
     run = score(tiny_llama, tmp_path, executor="local")
@@ -346,7 +346,7 @@ def test_ranks_evaluate(partition: str, shared_ray: Cluster, tiny_llama: Path, t
 def evaluated_values(warehouse: Path) -> dict[tuple[Any, ...], float]:
     """Return the values of all evaluations by task, metric, removed layers and layer."""
     values = {}
-    for row in Warehouse(warehouse).table("evaluations").to_pylist():
+    for row in table_rows(warehouse, "evaluations"):
         values[row["task"], row["metric"], tuple(row["drop"]), row["layer"]] = row["value"]
     return values
 

@@ -22,7 +22,7 @@ import pytest
 from support.checkpoints import checkpoint_at, llama
 from support.planning import llama_like, plan, run_spec
 from support.processes import threads_of_drivers
-from support.tables import assert_same_tables, measured_files
+from support.tables import assert_same_tables, measured_files, run_rows
 from support.warehouses import SCALES, activations, stats_of, write_shard
 from transformers import Gemma2Config, LlamaConfig
 
@@ -285,7 +285,7 @@ def test_a_broken_run_goes_on_where_it_stopped(
 ) -> None:
     with pytest.raises(error):
         drive(tiny_llama, tmp_path, Interfering(interference))
-    rows = Warehouse(tmp_path).runs().to_pylist() if interference == "crash" else []
+    rows = run_rows(tmp_path) if interference == "crash" else []
     assert [row["status"] for row in rows] == (["failed"] if interference == "crash" else [])
     assert all("on fire" in row["error"] for row in rows)
     executor = Interfering("plain")
@@ -293,7 +293,7 @@ def test_a_broken_run_goes_on_where_it_stopped(
     assert run.resumed_shards == 3
     assert executor.asked == missing
     assert_same_tables(tmp_path, undisturbed)
-    assert [row["status"] for row in Warehouse(tmp_path).runs().to_pylist()] == ["done"]
+    assert [row["status"] for row in run_rows(tmp_path)] == ["done"]
 
 
 def test_a_done_run_is_not_repeated(tiny_llama: Path, undisturbed: Path) -> None:

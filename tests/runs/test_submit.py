@@ -22,7 +22,7 @@ from support.checkpoints import llama, one_thread
 from support.processes import ray_processes, wait_until
 from support.ray_cluster import Cluster as RayCluster
 from support.s3_server import Server
-from support.tables import assert_same_tables
+from support.tables import assert_same_tables, run_rows
 from support.texts import sentences
 from support.warm_workers import own_workers, ray_start_environment
 
@@ -134,7 +134,7 @@ def test_a_submitted_job_gives_the_tables_of_one_by_one(
     assert "There is no folder '/absent'" in done.stdout
     assert re.search(r"\d of 3 runs: .*step-1 done", done.stdout)
     assert_same_as_alone(tmp_path, models, str(text))
-    assert {row["status"] for row in Warehouse(tmp_path / "w").runs().to_pylist()} == {"done", "failed"}
+    assert {row["status"] for row in run_rows(tmp_path / "w")} == {"done", "failed"}
 
     job = job_file(tmp_path, models, corpus="../mine.txt")
     again = run_avss("jobs", "submit", job, env=cluster)

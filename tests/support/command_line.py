@@ -35,6 +35,11 @@ def json_rows(printed: str) -> list[dict[str, Any]]:
     return [json.loads(line) for line in printed.splitlines()]
 
 
+def in_one_line(printed: str) -> str:
+    """Return what a command printed without its line breaks, which depend on the width."""
+    return " ".join(printed.split())
+
+
 def avss(*args: object) -> Any:
     """Run a command; an unexpected exception is raised, not hidden in the result."""
     handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
@@ -60,7 +65,7 @@ def mistake(*args: object) -> str:
     result = avss(*args)
     assert result.exit_code == 2, result.stderr
     assert "Traceback" not in result.stderr, result.stderr
-    return " ".join(result.stderr.split())
+    return in_one_line(result.stderr)
 
 
 def files(root: Path) -> dict[str, bytes]:

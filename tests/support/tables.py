@@ -48,8 +48,19 @@ def assert_same_evaluations(actual: Path, expected: Path) -> None:
 
 def evaluation_rows(warehouse: str | Path, task: str) -> list[dict[str, Any]]:
     """Return the rows of ``evaluations`` of a task."""
-    rows = Warehouse(warehouse).table("evaluations").to_pylist()
-    return [row for row in rows if row["task"] == task]
+    return [row for row in table_rows(warehouse, "evaluations") if row["task"] == task]
+
+
+def table_rows(warehouse: str | Path, table: str) -> list[dict[str, Any]]:
+    """Return all rows of a table."""
+    rows: list[dict[str, Any]] = Warehouse(warehouse).table(table).to_pylist()
+    return rows
+
+
+def run_rows(warehouse: str | Path) -> list[dict[str, Any]]:
+    """Return the row of every run, failed ones too."""
+    rows: list[dict[str, Any]] = Warehouse(warehouse).runs().to_pylist()
+    return rows
 
 
 def _without_circumstances(file: Path) -> pa.Table:
