@@ -6,6 +6,7 @@ import csv
 import io
 import math
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from io import StringIO
 from itertools import combinations, permutations
 from pathlib import Path
@@ -18,10 +19,11 @@ from rich.console import Console
 from support.causal_lm import SMALL, opened, random_shard
 from support.checkpoints import VOCABULARY, llama
 from support.command_line import as_words, avss, in_one_line, json_rows, mistake, succeed
+from support.corpora import rows_of
 from support.experiments import cell_times
 from support.families import tiny_model
 from support.quantized import block_fp8
-from support.tables import evaluation_rows, table_rows
+from support.tables import column_of, evaluation_rows, only_row, rows_with, table_rows, values_in
 from support.tiers import all_of
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
@@ -30,7 +32,7 @@ from avss_dist.analysis.scorecard import best_readings, score_cards
 from avss_dist.core.errors import ConfigError
 from avss_dist.core.intervention import NO_INTERVENTION
 from avss_dist.core.settings import Settings
-from avss_dist.corpus.shards import Shard
+from avss_dist.corpus.shards import CorpusPlan, Shard
 from avss_dist.evaluation.planned_tasks import plan_text
 from avss_dist.models.causal_lm import LanguageModel
 from avss_dist.models.change.skipping import resumption
@@ -66,8 +68,8 @@ def trained(tmp_path_factory: pytest.TempPathFactory, save_checkpoint: Save) -> 
     folder = tmp_path_factory.mktemp("ablation") / "trained"
     model = llama(num_hidden_layers=4, initializer_range=0.3)
     save_checkpoint(model, folder)
-    ids = [shard.input_ids for shard in text_shards(opened(folder))]
-    rows = torch.from_numpy(np.concatenate(ids)).long()
+    text = text_of(opened(folder))
+    rows = torch.from_numpy(rows_of(text)).long()
     optimizer = torch.optim.Adam(model.parameters(), 0.01)
     for _ in range(40):
         optimizer.zero_grad()
@@ -76,15 +78,21 @@ def trained(tmp_path_factory: pytest.TempPathFactory, save_checkpoint: Save) -> 
     return save_checkpoint(model, folder)
 
 
-def text_shards(model: LanguageModel) -> tuple[Shard, ...]:
-    return plan_text(model.checkpoint, TEXT, Settings(**SMALL | {"sequences_per_shard": 6})).shards
+def text_of(model: LanguageModel) -> CorpusPlan:
+    """The text that is ablated on, in the tokens of a model and in one shard."""
+    settings = Settings(**SMALL | {"sequences_per_shard": 6})
+    return plan_text(model.checkpoint, TEXT, settings)
 
 
 def losses_without(
     model: LanguageModel, shard: Shard, drops: Sequence[tuple[int, ...]] = EACH_LAYER
 ) -> list[MetricRow]:
     """Return the losses without each set of layers, each by a pass of its own."""
-    return [TextLoss(shard)(model, NO_INTERVENTION.without(*drop))[0] for drop in drops]
+    measure = TextLoss(shard)
+    losses = []
+    for drop in drops:
+        losses += measure(model, NO_INTERVENTION.without(*drop))
+    return losses
 
 
 def assert_same_rows(
@@ -111,7 +119,8 @@ def test_each_loss_is_that_of_the_plan(name: str, save_checkpoint: Save, tmp_pat
         return
     assert_same_rows(LeaveOneOut(shard)(model), expected)
     assert model.resumes == (name in RESUMED)
-    assert not math.isclose(expected[0].samples[0], expected[1].samples[0], rel_tol=1e-9)
+    whole, without_first, *_ = expected
+    assert not math.isclose(whole.samples[0], without_first.samples[0], rel_tol=1e-9)
 
 
 def test_half_precision_resumes_too(tiny_llama: Path) -> None:
@@ -166,7 +175,7 @@ def test_a_layer_may_change_its_input_but_not_hand_more_than_hidden_states_on(
     def changed(self: Any, hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
         if resumes:
             return hidden_states.add_(forward(self, hidden_states, *args, **kwargs))
-        layer = next(layer.index for layer in model.layers if layer.module is self)
+        (layer,) = [layer.index for layer in model.layers if layer.module is self]
         left[layer] = hidden_states.mean()
         output = forward(self, hidden_states, *args, **kwargs)
         return output + left.pop(0, 0.5) if layer == 2 else output
@@ -196,7 +205,8 @@ def test_resuming_leaves_no_trace(tiny_llama: Path) -> None:
     before = model.losses(batch)
     with recording(model.layers) as inputs:
         model.losses(batch)
-    with pytest.raises(KeyboardInterrupt), changing(resumption(model.layers, 1, inputs[1])):
+    resumed = resumption(model.layers, 1, inputs[1])
+    with pytest.raises(KeyboardInterrupt), changing(resumed):
         raise KeyboardInterrupt
     for layer in model.layers:
         assert "forward" not in vars(layer.module)
@@ -221,39 +231,55 @@ def enumerated(model: LanguageModel, shard: Shard) -> tuple[dict[frozenset[int],
         total = 0.0
         for removed in losses:
             if layer not in removed:
-                share = math.factorial(len(removed)) * math.factorial(len(players) - len(removed) - 1)
-                total += share / math.factorial(len(players)) * (losses[removed | {layer}] - losses[removed])
+                change = losses[removed | {layer}] - losses[removed]
+                total += share_of_orders(len(removed), len(players)) * change
         values.append(total)
     return losses, values
+
+
+def share_of_orders(before: int, players: int) -> float:
+    """The share of all orders in which a given player comes right after a given set of so many."""
+    after = players - before - 1
+    return math.factorial(before) * math.factorial(after) / math.factorial(players)
 
 
 def test_a_permutation_stops_where_the_model_only_guesses(trained: Path) -> None:
     """The layers that are left share the rest of the loss, so that contributions add up as they do without."""
     model = opened(trained)
-    (shard,) = text_shards(model)
+    (shard,) = text_of(model).shards
     seeds = (0, 1, 2)
-    full = Shapley(shards=(shard,), seeds=seeds, truncation=False)(model)
-    cut = Shapley(shards=(shard,), seeds=seeds, truncation=True)(model)
-    assert [(row.metric, row.layer) for row in cut[4:]] == [(SHARED, layer) for layer in range(4)]
+    whole_passes = Shapley(shards=(shard,), seeds=seeds, truncation=False)
+    full = whole_passes(model)
+    truncating = replace(whole_passes, truncation=True)
+    rows = truncating(model)
+    cut = rows[:4]
+    shared = rows[4:]
+    for layer, row in enumerate(shared):
+        assert row.metric == SHARED
+        assert row.layer == layer
     losses, _ = enumerated(model, shard)
     bound = math.log(model.module.config.vocab_size)
     empty = losses[frozenset(range(4))]
-    assert losses[frozenset()] < bound
+    whole = losses[frozenset()]
+    assert whole < bound
     truncated = 0
     for index, seed in enumerate(seeds):
         order = np.random.default_rng(seed).permutation(4).tolist()
-        removed = [losses[frozenset(order[:k])] for k in range(5)]
-        stop = next((place for place in range(4) if removed[place] >= bound), 4)
+        removed = [losses[frozenset(order[:number])] for number in range(5)]
+        worse_than_guesses = [place for place in range(4) if removed[place] >= bound]
+        stop = min(worse_than_guesses, default=4)
         truncated += stop < 3
         for place, layer in enumerate(order):
             measured = removed[place + 1] - removed[place]
             assert full[layer].samples[index] == measured
-            expected = measured if place < stop else (empty - removed[stop]) / (4 - stop)
+            expected = measured
+            if place >= stop:
+                expected = (empty - removed[stop]) / (4 - stop)
             assert cut[layer].samples[index] == pytest.approx(expected, abs=1e-12)
-            assert cut[4 + layer].samples[index] == (place >= stop and stop < 3)
+            assert shared[layer].samples[index] == (place >= stop and stop < 3)
     assert truncated > 0
-    sums = sum(row.samples for row in cut[:4])
-    assert sums == pytest.approx(np.full(3, empty - losses[frozenset()]), abs=1e-12)
+    sums = sum(row.samples for row in cut)
+    assert sums == pytest.approx(np.full(3, empty - whole), abs=1e-12)
 
 
 def test_values_of_a_model_that_only_guesses_are_those_of_all_permutations(
@@ -263,7 +289,9 @@ def test_values_of_a_model_that_only_guesses_are_those_of_all_permutations(
     model = opened(tiny_llama)
     shard = random_shard()
     losses, values = enumerated(model, shard)
-    assert losses[frozenset()] > math.log(model.module.config.vocab_size)
+    whole = losses[frozenset()]
+    empty = losses[frozenset(range(3))]
+    assert whole > math.log(model.module.config.vocab_size)
     orders = [*permutations(range(3))]
 
     class Ordered:
@@ -273,13 +301,14 @@ def test_values_of_a_model_that_only_guesses_are_those_of_all_permutations(
         def permutation(self, players: Any) -> Any:
             return np.array(orders[self.seed])
 
+    measure = Shapley(shards=(shard,), seeds=tuple(range(6)))
     with monkeypatch.context() as patch:
         patch.setattr(np.random, "default_rng", Ordered)
-        rows = Shapley(shards=(shard,), seeds=tuple(range(6)))(model)
+        rows = measure(model)
     measured = [row.samples.mean() for row in rows if row.metric == SHAPLEY]
     assert measured == pytest.approx(values, abs=1e-12)
     assert min(map(abs, values)) > 1e-6
-    assert sum(measured) == pytest.approx(losses[frozenset(range(3))] - losses[frozenset()], abs=1e-12)
+    assert sum(measured) == pytest.approx(empty - whole, abs=1e-12)
     for row in rows:
         if row.metric == SHARED:
             assert not row.samples.any()
@@ -296,30 +325,32 @@ def test_truncated_permutations_are_counted(trained: Path, tmp_path: Path) -> No
     text = {"corpus": TEXT, "warehouse": warehouse, "leave_one_out": False, **SMALL}
     truncating = ablate(trained, shapley=6, **text)
     truncated, number = truncating.permutations
-    shared = np.array([row["shapley_shared"] for row in truncating.table().to_pylist()])
+    shared = truncating.table()["shapley_shared"].to_numpy()
     assert number == 6
     assert 0 < truncated <= 6
     assert shared.max() <= truncated / 6 + 1e-12
     told = shown(truncating)
     assert f"{truncated} of 6 permutations were truncated where the model only guessed" in told
-    rows = table_rows(warehouse, "evaluations")
-    assert [row["value"] for row in rows if row["metric"] == SHARED] == pytest.approx(shared.tolist())
+    rows = rows_with(table_rows(warehouse, "evaluations"), metric=SHARED)
+    assert column_of(rows, "value") == pytest.approx(shared.tolist())
     whole = ablate(trained, shapley=6, truncation=False, **text)
     assert whole.permutations == (0, 6)
-    assert whole.table().to_pylist()[0]["shapley_shared"] is None
+    (first, *_) = whole.table().to_pylist()
+    assert first["shapley_shared"] is None
     assert "truncated" not in shown(whole)
     assert total_shapley(truncating) == pytest.approx(total_shapley(whole), abs=1e-9)
 
 
 def total_shapley(ablation: Ablation) -> float:
-    return sum(row["shapley"] for row in ablation.table().to_pylist())
+    return sum(ablation.table()["shapley"].to_pylist())
 
 
 def test_resumed_or_not_the_contributions_are_the_same(four_layers: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     model = opened(four_layers)
     assert model.resumes
     passes = count_layer_passes(model, monkeypatch)
-    measure = Shapley(shards=(random_shard(), random_shard(rows=3)), seeds=(0, 1, 2), truncation=False)
+    shards = (random_shard(), random_shard(rows=3))
+    measure = Shapley(shards=shards, seeds=(0, 1, 2), truncation=False)
     resumed = measure(model)
     number = len(passes)
     passes.clear()
@@ -344,43 +375,39 @@ def test_plans_need_the_ablation_and_evaluate_to_its_losses(tiny_llama: Path, tm
     text = {"corpus": TEXT, "warehouse": warehouse, "skip_sequences": 6, **SMALL}
     ablated = ablate(tiny_llama, gradients=True, shapley=2, **text)
     assert ablated.whole is not None
+    # The text is that of the ablation, whose losses are those of the evaluation.
+    same_text = {"tasks": [f"perplexity:{TEXT}"], "warehouse": warehouse, "skip_sequences": 6, "allow_overlap": True}
     for by, task in (("loss", "ablation"), ("shapley", "shapley"), ("taylor", "gradients")):
         done = succeed("plan", "-w", warehouse, "--run", run.run_id, "--by", by, "--count", 1, "-o", plan)
         assert f"task: {task}:{TEXT}" in plan.read_text(), done.stderr
-        (evaluated,) = evaluate(
-            [plan],
-            tasks=[f"perplexity:{TEXT}"],
-            warehouse=warehouse,
-            skip_sequences=6,
-            allow_overlap=True,  # with the text of the ablation, whose losses are those of the evaluation
-            **SMALL,
-        )
+        (evaluated,) = evaluate([plan], **same_text, **SMALL)
         (dropped,) = evaluated.subject.intervention.removed
         name = "increase" if by == "loss" else by
-        assert dropped == int(np.argmin([results[name].value for results in ablated.layers.values()]))
+        values = {layer: results[name].value for layer, results in ablated.layers.items()}
+        assert dropped == min(values, key=lambda layer: values[layer])
         assert np.array_equal(evaluated.result.samples, ablated.layers[dropped]["loss"].samples)
+    whole = ablated.whole
     loss = ablated.layers[1]["loss"]
     increase = ablated.layers[1]["increase"]
-    assert increase.value == pytest.approx(loss.value - ablated.whole.value)
-    difference = loss.samples / loss.weights - ablated.whole.samples / ablated.whole.weights
-    assert increase.stderr == pytest.approx(difference.std(ddof=1) / math.sqrt(len(difference)))
+    assert increase.value == pytest.approx(loss.value - whole.value)
+    difference = loss.samples / loss.weights - whole.samples / whole.weights
+    stderr = difference.std(ddof=1) / math.sqrt(len(difference))
+    assert increase.stderr == pytest.approx(stderr)
     rows = evaluation_rows(warehouse, f"gradients:{TEXT}")
-    assert {row["metric"] for row in rows} == {"taylor", "gradient_l1", "gradient_l2", "weight_frobenius"}
-    assert {row["num_samples"] for row in rows if row["metric"] == "taylor"} == {6}
+    assert values_in(rows, "metric") == {"taylor", "gradient_l1", "gradient_l2", "weight_frobenius"}
+    for row in rows_with(rows, metric="taylor"):
+        assert row["num_samples"] == 6
 
 
 @pytest.mark.nightly
 @pytest.mark.usefixtures("warm_workers")
 def test_workers_give_what_one_process_gives(tiny_llama: Path, tmp_path: Path) -> None:
-    printed = {}
-    for name, options in {"one": ["--executor", "local"], "two": ["--replicas", "2"]}.items():
-        done = succeed(
-            *("ablate", tiny_llama, "--corpus", TEXT, "--warehouse", tmp_path / name, "--max-sequences", 6),
-            *("--sequence-length", 32, "--sequences-per-shard", 2, "--shapley", 8, "--gradients"),
-            *("--quantize", "int4", "--quantize", "int8", "--format", "csv", *options),
-        )
-        printed[name] = done.stdout
-    assert printed["one"] == printed["two"]
+    sizes = ("--max-sequences", 6, "--sequence-length", 32, "--sequences-per-shard", 2)
+    measured = ("--shapley", 8, "--gradients", "--quantize", "int4", "--quantize", "int8")
+    command = ("ablate", tiny_llama, "--corpus", TEXT, *sizes, *measured, "--format", "csv")
+    one = succeed(*command, "--warehouse", tmp_path / "one", "--executor", "local")
+    two = succeed(*command, "--warehouse", tmp_path / "two", "--replicas", "2")
+    assert one.stdout == two.stdout
 
 
 # The command line
@@ -395,7 +422,7 @@ def test_ablate_shows_a_table(tiny_llama: Path, tmp_path: Path) -> None:
         assert words in in_one_line(done.stdout)
     assert "Taylor" not in done.stdout
     rows = ablate(tiny_llama, **text).table().to_pylist()
-    assert [row["layer"] for row in rows] == [0, 1, 2]
+    assert column_of(rows, "layer") == [0, 1, 2]
     for row in rows:
         assert row["shapley_low"] <= row["shapley"] <= row["shapley_high"]
         assert f"{row['loss']:.4f}" in done.stdout
@@ -412,23 +439,32 @@ def test_damage_is_kept_and_shown(tiny_llama: Path, tmp_path: Path) -> None:
     for words in ("damage", "predicted", "propagated", "the layer with the lowest damage"):
         assert words in in_one_line(done.stdout)
     rows = evaluation_rows(warehouse, f"damage:{TEXT}")
-    layers = {(row["metric"], row["layer"]): row for row in rows if not row["drop"]}
-    metrics = {metric for metric, _ in layers}
+    of_layers = rows_with(rows, drop=[])
+    metrics = values_in(of_layers, "metric")
     for name in ("propagated", "propagated_cosine", "taylor", "fisher"):
-        assert {f"{name}_{lookahead}" for lookahead in range(4)} <= metrics
-    blocks = {tuple(row["drop"]) for row in rows if row["metric"] == "block_distance"}
-    assert blocks == {(0,), (1,), (2,), (0, 1), (1, 2), (0, 1, 2)}
-    assert layers["predicted_3", 1]["stderr"] > 0
-    table = json_rows(succeed("ablate", *options, "--format", "json").stdout)
-    assert [row["predicted_3"] for row in table] == [layers["predicted_3", i]["value"] for i in range(3)]
-    assert sum(row["damage"] for row in table) == 6
+        for lookahead in range(4):
+            assert f"{name}_{lookahead}" in metrics
+    blocks = column_of(rows_with(rows, metric="block_distance"), "drop")
+    assert sorted(blocks) == [[0], [0, 1], [0, 1, 2], [1], [1, 2], [2]]
+    predicted = rows_with(of_layers, metric="predicted_3")
+    second = only_row(predicted, layer=1)
+    assert second["stderr"] > 0
+    printed = succeed("ablate", *options, "--format", "json")
+    table = json_rows(printed.stdout)
+    for row in table:
+        in_warehouse = only_row(predicted, layer=row["layer"])
+        assert row["predicted_3"] == in_warehouse["value"]
+    assert column_of(table, "layer") == [0, 1, 2]
+    assert sum(column_of(table, "damage")) == 6
 
 
 def test_numbers_that_cannot_be_had_are_shown(tiny_llama: Path, tmp_path: Path) -> None:
     """One sequence has no standard error, one permutation no interval."""
-    ablated = ablate(tiny_llama, corpus=TEXT, warehouse=tmp_path / "w", shapley=1, **SMALL | {"max_sequences": 1})
+    one_row = {**SMALL, "max_sequences": 1}
+    ablated = ablate(tiny_llama, corpus=TEXT, warehouse=tmp_path / "w", shapley=1, **one_row)
     assert "nan" not in shown(ablated)
-    assert ablated.table().to_pylist()[0]["shapley_low"] is None
+    (first, *_) = ablated.table().to_pylist()
+    assert first["shapley_low"] is None
 
 
 def test_mistakes(tiny_llama: Path, tmp_path: Path) -> None:
@@ -512,30 +548,31 @@ def test_ablate_shows_what_is_measured_and_predicted(model: Path, tmp_path: Path
     rows = [*csv.DictReader(io.StringIO(table.stdout))]
     assert len(rows) == 2 * 4 * (1 + 7)
     for name in ("int4", "q4_0"):
-        of_layer = [row for row in rows if (row["format"], row["layer"]) == (name, "2")]
-        (layer,) = [row for row in of_layer if not row["map"]]
+        of_layer = rows_with(rows, format=name, layer="2")
+        layer = only_row(of_layer, map="")
         maps = [row for row in of_layer if row["map"]]
         for column in ("first_order", "second_order", "predicted", "output_error", "num_weights"):
-            assert float(layer[column]) == pytest.approx(sum(float(row[column]) for row in maps))
+            parts = [float(row[column]) for row in maps]
+            assert float(layer[column]) == pytest.approx(sum(parts))
         assert f"{float(layer['increase']):.5f}" in told
         assert f"{float(layer['predicted']):.5f}" in told
         assert float(layer["increase_stderr"]) > 0
         assert float(layer["loss"])
         attention = {f"self_attn.{part}_proj" for part in "qkvo"}
         mlp = {"mlp.gate_proj", "mlp.up_proj", "mlp.down_proj"}
-        assert {row["map"] for row in maps} == attention | mlp
+        assert values_in(maps, "map") == attention | mlp
 
 
 def test_rows_of_the_warehouse_name_what_is_rounded(measured: Path) -> None:
     rows = table_rows(measured, "evaluations")
-    places = {row["rounding"] for row in rows if row["task"] == f"rounding:{TEXT}"}
+    places = values_in(rows_with(rows, task=f"rounding:{TEXT}"), "rounding")
     assert {"int4@0", "q4_0@3", "int4@2.mlp.up_proj"} <= places
     assert None not in places
-    loss_rows = [row for row in rows if row["metric"] == "loss"]
-    losses = {row["rounding"]: row for row in loss_rows if row["task"] == f"rounded:int4:{TEXT}"}
-    assert losses.keys() == {None, *(f"int4@{layer}" for layer in range(4))}
-    whole = {row["value"] for row in loss_rows if row["task"] == f"ablation:{TEXT}" and not row["drop"]}
-    assert {losses[None]["value"]} == whole
+    losses = rows_with(rows, metric="loss", task=f"rounded:int4:{TEXT}")
+    assert values_in(losses, "rounding") == {None, "int4@0", "int4@1", "int4@2", "int4@3"}
+    unrounded = only_row(losses, rounding=None)
+    whole = rows_with(rows, metric="loss", task=f"ablation:{TEXT}", drop=[])
+    assert values_in(whole, "value") == {unrounded["value"]}
     joined = Warehouse(measured).sql(
         """SELECT p.layer, m.value - w.value AS measured, p.value AS predicted
         FROM evaluations p JOIN evaluations m USING (rounding) JOIN evaluations w ON m.run_id = w.run_id
@@ -548,7 +585,7 @@ def test_rows_of_the_warehouse_name_what_is_rounded(measured: Path) -> None:
 def test_the_scorecard_compares_with_rounded_layers(measured: Path) -> None:
     store = Warehouse(measured)
     cards = score_cards(store, store.runs().to_pylist())
-    rows = [row for row in best_readings(cards).to_pylist() if row["format"] == "int4"]
+    rows = rows_with(best_readings(cards).to_pylist(), format="int4")
     scores = {row["score"]: row for row in rows}
     expected = {"avss", "block_influence", "left_out:loss", "last", "predicted", "output_error"}
     assert expected <= {*scores}
@@ -558,12 +595,8 @@ def test_the_scorecard_compares_with_rounded_layers(measured: Path) -> None:
     for row in rows:
         if row["spearman_loss"] is not None:
             assert -1 <= row["spearman_loss"] <= 1
-    ranks = []
-    for name in ("int4", "q4_0"):
-        of_format = evaluation_rows(measured, f"rounded:{name}:{TEXT}")
-        losses = {row["rounding"]: row["value"] for row in of_format if row["metric"] == "loss"}
-        ranks.append(np.argsort(np.argsort([losses[f"{name}@{layer}"] for layer in range(4)])))
-    assert scores["rounded:q4_0"]["spearman_loss"] == pytest.approx(np.corrcoef(*ranks)[0, 1])
+    expected = spearman(rounded_losses(measured, "int4"), rounded_losses(measured, "q4_0"))
+    assert scores["rounded:q4_0"]["spearman_loss"] == pytest.approx(expected)
     done = succeed("findings", "--truth", "-w", measured)
     told = in_one_line(done.stdout)
     for words in (
@@ -574,15 +607,28 @@ def test_the_scorecard_compares_with_rounded_layers(measured: Path) -> None:
         "of other text",
     ):
         assert words in told, told
-    removals = [row for row in cards.to_pylist() if row["format"] is None]
-    assert {"loss"} <= {row["score"] for row in removals}
-    assert "output_error" not in {row["score"] for row in removals}
+    removals = rows_with(cards.to_pylist(), format=None)
+    assert "loss" in column_of(removals, "score")
+    assert "output_error" not in column_of(removals, "score")
+
+
+def rounded_losses(warehouse: Path, name: str) -> np.ndarray:
+    """The losses with each of the four layers rounded to a number format."""
+    rows = rows_with(evaluation_rows(warehouse, f"rounded:{name}:{TEXT}"), metric="loss")
+    losses = [only_row(rows, rounding=f"{name}@{layer}")["value"] for layer in range(4)]
+    return np.array(losses)
+
+
+def spearman(first: np.ndarray, second: np.ndarray) -> float:
+    """The correlation of the ranks of values of which no two are alike."""
+    ranks = [np.argsort(np.argsort(values)) for values in (first, second)]
+    return float(np.corrcoef(*ranks)[0, 1])
 
 
 def test_the_page_shows_removed_layers_alone(measured: Path) -> None:
     store = Warehouse(measured)
     runs = store.runs().to_pylist()
-    (section,) = _scorecards(store, runs, {run["run_id"]: "model" for run in runs})
+    (section,) = _scorecards(store, runs, dict.fromkeys(column_of(runs, "run_id"), "model"))
     table = section.tables[0]
     (names, *_) = table.value_columns
     shown = [row.values[names.key] for row in table.rows]
@@ -603,7 +649,7 @@ def test_the_page_shows_removed_layers_alone(measured: Path) -> None:
     ],
 )
 def test_mistakes_are_explained(options: tuple[Any, ...], words: tuple[str, ...], model: Path, tmp_path: Path) -> None:
-    told = mistake("ablate", model, "--corpus", TEXT, "-w", tmp_path / "w", *SIZES, "--no-leave-one-out", *options)
+    told = mistake(*options_of(model, tmp_path / "w"), *options)
     for part in words:
         assert part in told, told
     assert "Traceback" not in told
@@ -611,7 +657,8 @@ def test_mistakes_are_explained(options: tuple[Any, ...], words: tuple[str, ...]
 
 def test_a_quantized_checkpoint_is_refused(model: Path, tmp_path: Path) -> None:
     folder = block_fp8(model, tmp_path / "fp8")
+    command = options_of(folder, tmp_path / "w", "int4")
     for more in ((), ("--dequantize",)):
-        done = mistake(*options_of(folder, tmp_path / "w", "int4"), *more)
+        done = mistake(*command, *more)
         assert "is quantized already (fp8" in done
         assert "Name the checkpoint that it was made of" in done

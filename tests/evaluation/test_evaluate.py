@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import pytest
@@ -15,7 +14,7 @@ import yaml
 from support.checkpoints import checkpoint_at, host_limit, llama
 from support.command_line import as_words, avss, files, mistake, succeed
 from support.experiments import cell_times
-from support.tables import assert_same_evaluations, evaluation_rows, table_rows
+from support.tables import assert_same_evaluations, evaluation_rows, only_row, rows_with, table_rows
 from support.texts import SAME, TEXT, sentences
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
@@ -30,6 +29,7 @@ from avss_dist.partition.placement import Placement
 from avss_dist.plans.plan import Plan, read_plan
 from avss_dist.plans.seen import seen_by_run
 from avss_dist.pruning.checkpoint import prune, pruned_from
+from avss_dist.studies.evaluate import Evaluation
 from avss_dist.tasks.task import Task
 from avss_dist.warehouse.names import ROW_START
 from avss_dist.warehouse.reader import Warehouse
@@ -44,11 +44,13 @@ def test_padding_counts_for_nothing(tiny_llama: Path, tmp_path: Path) -> None:
     text.write_text('{"text": "a rather long line of words, and more words"}\n{"text": "short one"}\n')
     padded = {"tasks": [f"perplexity:{text}"], "layout": "padded", "sequence_length": 64}
     warehouse = tmp_path / "w"
-    together = evaluate([tiny_llama], warehouse=warehouse, **padded)
-    rows = table_rows(warehouse, "cells")
-    alone = evaluate([tiny_llama], warehouse=tmp_path / "v", skip_sequences=1, **padded)
-    assert together[0].result.samples[1] == pytest.approx(alone[0].result.samples[0], rel=1e-6)
-    assert rows[0]["weights"][1] < rows[0]["weights"][0]
+    (together, *_) = evaluate([tiny_llama], warehouse=warehouse, **padded)
+    (cell, *_) = table_rows(warehouse, "cells")
+    (alone, *_) = evaluate([tiny_llama], warehouse=tmp_path / "v", skip_sequences=1, **padded)
+    _, second = together.result.samples
+    assert second == pytest.approx(alone.result.samples[0], rel=1e-6)
+    long_weight, short_weight = cell["weights"]
+    assert short_weight < long_weight
 
 
 def test_a_plan_is_compared_with_its_whole_model_and_no_cell_is_measured_twice(
@@ -57,16 +59,18 @@ def test_a_plan_is_compared_with_its_whole_model_and_no_cell_is_measured_twice(
     warehouse = tmp_path / "w"
     score(tiny_llama, corpus="builtin:pydoc", warehouse=warehouse, **SMALL)
     plan = tmp_path / "plan.yaml"
-    assert avss("plan", "-w", warehouse, "--by", "avss", "--count", 1, "-o", plan).exit_code == 0
+    succeed("plan", "-w", warehouse, "--by", "avss", "--count", 1, "-o", plan)
     with pytest.raises(ConfigError, match="`skip_sequences` 12"):
         evaluate([plan], tasks=[TASK], warehouse=warehouse, **SMALL)
     (evaluation,) = evaluate([plan], tasks=[TASK], warehouse=warehouse, skip_sequences=12, **SMALL)
     assert evaluation.retained is not None
     rows = evaluation_rows(warehouse, TASK)
-    value = {(row["metric"], len(row["drop"])): row["value"] for row in rows}
-    assert sorted(value) == [("loss", 0), ("loss", 1), ("perplexity", 0), ("perplexity", 1)]
+    whole, without = rows_with(rows, metric="perplexity")
+    assert len(rows_with(rows, metric="loss")) == 2
     assert len(rows) == 4
-    assert evaluation.retained.value == pytest.approx(value["perplexity", 0] / value["perplexity", 1])
+    assert whole["drop"] == []
+    assert len(without["drop"]) == 1
+    assert evaluation.retained.value == pytest.approx(whole["value"] / without["value"])
     assert evaluation.retained.low <= evaluation.retained.value <= evaluation.retained.high
     before = cell_times(warehouse)
     assert len(before) == 5  # two shards, whole and without a layer; and the first rows with another start
@@ -96,7 +100,7 @@ def test_a_plan_that_contradicts_its_model_is_refused(
     assert message.format(model=tiny_llama) in said
     assert "`" not in said
     assert "layers-path is missing" not in said
-    assert not [file for file in files(tmp_path) if file.startswith("w/cells")]
+    assert not (tmp_path / "w" / "cells").exists()
 
 
 @pytest.mark.parametrize("command", [("evaluate", "--tasks", TASK), ("ablate", "--corpus", "builtin:pydoc")])
@@ -133,12 +137,14 @@ def test_partitions_refuse_what_they_would_not_honour(
 
 def test_streaming_evaluates_what_has_no_room(tiny_llama: Path, tmp_path: Path) -> None:
     """The same rows as of a whole model; `auto` chooses it where memory is limited."""
-    limited = {"max_memory": {"cpu": host_limit(tiny_llama, 200_000, **SMALL)}}
-    for name, options in {"whole": {}, "streamed": limited}.items():
-        common: dict[str, Any] = {**SMALL, **options, "executor": "local", "warehouse": tmp_path / name}
-        evaluate([tiny_llama], tasks=[TASK], **common)
-        ablate(tiny_llama, corpus="builtin:pydoc", shapley=1, gradients=True, **common)
-    assert_same_evaluations(tmp_path / "streamed", tmp_path / "whole")
+    limit = host_limit(tiny_llama, 200_000, **SMALL)
+    whole = tmp_path / "whole"
+    streamed = tmp_path / "streamed"
+    for warehouse, memory in ((whole, None), (streamed, {"cpu": limit})):
+        options = {**SMALL, "max_memory": memory, "executor": "local", "warehouse": warehouse}
+        evaluate([tiny_llama], tasks=[TASK], **options)
+        ablate(tiny_llama, corpus="builtin:pydoc", shapley=1, gradients=True, **options)
+    assert_same_evaluations(streamed, whole)
 
 
 def test_rows_without_a_token_to_predict_are_refused(tiny_llama: Path, tmp_path: Path) -> None:
@@ -156,10 +162,11 @@ SIZES: dict[str, Any] = {"max_sequences": 4, "sequence_length": 32, "device": "c
 def pruned(tiny_llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with a copy of the model, and the model without layer 1 beside it."""
     folder = tmp_path_factory.mktemp("pruned")
-    shutil.copytree(tiny_llama, folder / "whole")
-    plan = Plan(model=str(folder / "whole"), num_layers=3, layers="layers", drop=(1,), why={})
+    whole = folder / "whole"
+    shutil.copytree(tiny_llama, whole)
+    plan = Plan(model=str(whole), num_layers=3, layers="layers", drop=(1,))
     plan.write(folder / "plan.yaml")
-    prune(str(folder / "whole"), plan, folder / "smaller")
+    prune(str(whole), plan, folder / "smaller")
     return folder
 
 
@@ -186,8 +193,16 @@ def moved(pruned: Path, tmp_path: Path) -> Path:
     folder = tmp_path / "smaller"
     shutil.copytree(pruned / "smaller", folder)
     card = folder / "README.md"
-    card.write_text(card.read_text().replace(str(pruned / "whole"), str(tmp_path / "gone" / "whole")))
+    text = card.read_text()
+    gone = tmp_path / "gone" / "whole"
+    card.write_text(text.replace(str(pruned / "whole"), str(gone)))
     return folder
+
+
+def evaluate_moved(moved: Path, **options: Any) -> Evaluation:
+    """Evaluate the moved checkpoint, in a warehouse beside it."""
+    (evaluation,) = evaluate([moved], tasks=[TASK], warehouse=moved.parent / "w", **SIZES, **options)
+    return evaluation
 
 
 def test_a_base_model_that_is_not_found_is_refused_before_work(moved: Path, tmp_path: Path) -> None:
@@ -200,23 +215,20 @@ def test_a_base_model_that_is_not_found_is_refused_before_work(moved: Path, tmp_
 def test_a_base_model_that_has_changed_is_refused_before_work(moved: Path, save_checkpoint: Save) -> None:
     save_checkpoint(llama(seed=9), moved.parent / "whole")
     with pytest.raises(ConfigError, match="was made of it at"):
-        evaluate([moved], tasks=[TASK], warehouse=moved.parent / "w", **SIZES)
+        evaluate_moved(moved)
 
 
 def test_a_base_model_beside_the_checkpoint_is_found(moved: Path, pruned: Path) -> None:
     shutil.copytree(pruned / "whole", moved.parent / "whole")
-    (evaluation,) = evaluate([moved], tasks=[TASK], warehouse=moved.parent / "w", **SIZES)
-    assert evaluation.retained is not None
+    assert evaluate_moved(moved).retained is not None
 
 
 def test_a_base_model_can_be_named(moved: Path, pruned: Path) -> None:
-    (evaluation,) = evaluate([moved], tasks=[TASK], base=str(pruned / "whole"), warehouse=moved.parent / "w", **SIZES)
-    assert evaluation.retained is not None
+    assert evaluate_moved(moved, base=pruned / "whole").retained is not None
 
 
 def test_a_pruned_checkpoint_that_is_its_own_base_is_evaluated_alone(moved: Path) -> None:
-    (evaluation,) = evaluate([moved], tasks=[TASK], base=str(moved), warehouse=moved.parent / "w", **SIZES)
-    assert evaluation.retained is None
+    assert evaluate_moved(moved, base=moved).retained is None
 
 
 def test_a_plan_is_evaluated_as_its_file_is(pruned: Path, tmp_path: Path) -> None:
@@ -242,57 +254,66 @@ def test_models_that_were_not_pruned_have_no_base(pruned: Path, tmp_path: Path) 
 def test_a_base_that_cannot_be(pruned: Path, tmp_path: Path) -> None:
     common: dict[str, Any] = {"tasks": [TASK], "warehouse": tmp_path / "w", **SIZES}
     with pytest.raises(ConfigError, match="`base` has no effect on plans"):
-        evaluate([pruned / "plan.yaml"], base=str(pruned / "whole"), **common)
+        evaluate([pruned / "plan.yaml"], base=pruned / "whole", **common)
     with pytest.raises(AvssError, match="nowhere"):
-        evaluate([pruned / "smaller"], base=str(tmp_path / "nowhere"), **common)
+        evaluate([pruned / "smaller"], base=tmp_path / "nowhere", **common)
 
 
 # Text that scores have seen is refused, however it is written; other text is not
 
-Seen = tuple[Path, str, Path]
+
+class Seen(NamedTuple):
+    """A run, and the text that it has read."""
+
+    warehouse: Path
+    run_id: str
+    text: Path
+
+
 SHORT: dict[str, Any] = {"sequence_length": 16, "device": "cpu", "sequences_per_shard": 100}
 
 
 @pytest.fixture(scope="module")
 def seen(tiny_llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Seen:
-    """A warehouse, a run in it, and the text of that run."""
     folder = tmp_path_factory.mktemp("seen")
     text = folder / "text.txt"
     text.write_text(TEXT)
-    run = score(
-        str(tiny_llama),
-        corpus=str(text),
-        warehouse=folder / "w",
-        sites=("block",),
-        executor="local",
-        batch_size=100,
-        **SHORT,
-    )
-    return folder / "w", run.run_id, text
+    warehouse = folder / "w"
+    options = {"sites": ("block",), "executor": "local", "batch_size": 100}
+    run = score(tiny_llama, corpus=text, warehouse=warehouse, **options, **SHORT)
+    return Seen(warehouse, run.run_id, text)
 
 
 def refuse(seen: Seen, model: Path, task: Task) -> None:
-    run = Warehouse(seen[0]).run(seen[1])
+    run = Warehouse(seen.warehouse).run(seen.run_id)
     assert run is not None
-    refuse_overlap([task], earlier_texts(seen_by_run(run), checkpoint_at(model)))
+    earlier = earlier_texts(seen_by_run(run), checkpoint_at(model))
+    refuse_overlap([task], earlier)
 
 
 def task_on(text: str, model: Path, folder: Path, name: str = "read.txt", **changes: Any) -> Task:
     file = folder / name
     file.write_bytes(text.encode())
-    read: dict[str, Any] = {"settings": Settings(**SHORT | changes), "placement": Placement()}
-    return plan_task(PlacedModel(checkpoint=checkpoint_at(model), **read), f"perplexity:{file}").task
+    settings = Settings(**SHORT | changes)
+    placed = PlacedModel(checkpoint=checkpoint_at(model), settings=settings, placement=Placement())
+    return plan_task(placed, f"perplexity:{file}").task
+
+
+def text_of(seed: int) -> str:
+    return "\n".join(sentences(60, seed=seed))
 
 
 @pytest.mark.parametrize("name", SAME)
 def test_seen_text_in_short_rows_is_refused(name: str, seen: Seen, tiny_llama: Path, tmp_path: Path) -> None:
+    same = task_on(SAME[name], tiny_llama, tmp_path)
     with pytest.raises(ConfigError, match=r"% of perplexity:.* is text that the scores of .* were measured on"):
-        refuse(seen, tiny_llama, task_on(SAME[name], tiny_llama, tmp_path))
-    refuse(seen, tiny_llama, task_on("\n".join(sentences(60, seed=40)), tiny_llama, tmp_path))
+        refuse(seen, tiny_llama, same)
+    other = task_on(text_of(seed=40), tiny_llama, tmp_path)
+    refuse(seen, tiny_llama, other)
 
 
 def test_text_that_cannot_be_compared_is_refused(seen: Seen, tiny_llama: Path, tmp_path: Path) -> None:
-    text = "".join(json.dumps({"text": word}) + "\n" for word in ("yes", "no", "perhaps"))
+    text = '{"text": "yes"}\n{"text": "no"}\n{"text": "perhaps"}\n'
     task = task_on(text, tiny_llama, tmp_path, name="words.jsonl", layout="padded")
     with pytest.raises(
         ConfigError, match=r"cannot be compared with the text that the scores of .*: one of them has no 16"
@@ -301,13 +322,13 @@ def test_text_that_cannot_be_compared_is_refused(seen: Seen, tiny_llama: Path, t
 
 
 def test_text_that_has_changed_cannot_be_compared(seen: Seen, tiny_llama: Path, tmp_path: Path) -> None:
-    other = task_on("\n".join(sentences(60, seed=41)), tiny_llama, tmp_path)
-    seen[2].write_text("\n".join(sentences(60, seed=42)))
+    other = task_on(text_of(seed=41), tiny_llama, tmp_path)
+    seen.text.write_text(text_of(seed=42))
     try:
         with pytest.raises(ConfigError, match=r"text of run .* has changed since it was read: .*text\.txt"):
             refuse(seen, tiny_llama, other)
     finally:
-        seen[2].write_text(TEXT)
+        seen.text.write_text(TEXT)
     refuse(seen, tiny_llama, other)
 
 
@@ -320,8 +341,9 @@ WORDS = 100
 def save_with_words(folder: Path, model: Any, added: str) -> Path:
     """Save a model with a tokenizer of whole words, which puts special tokens around a text as ``added`` says."""
     model.save_pretrained(folder)
-    names = ["<pad>", "<bos>", "<eos>", *(f"w{i}" for i in range(WORDS))]
-    inner = Tokenizer(models.WordLevel({name: i for i, name in enumerate(names)}, unk_token="<pad>"))
+    words = [f"w{i}" for i in range(WORDS)]
+    vocabulary = {name: i for i, name in enumerate(["<pad>", "<bos>", "<eos>", *words])}
+    inner = Tokenizer(models.WordLevel(vocabulary, unk_token="<pad>"))
     inner.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     inner.post_processor = processors.TemplateProcessing(single=added, special_tokens=[("<bos>", 1), ("<eos>", 2)])
     special = {"pad_token": "<pad>", "bos_token": "<bos>", "eos_token": "<eos>"}
@@ -334,7 +356,8 @@ def text(tmp_path: Path) -> Path:
     """One document of random words."""
     path = tmp_path / "text.txt"
     rng = np.random.default_rng(0)
-    path.write_text(" ".join(f"w{i}" for i in rng.integers(0, WORDS, 400)), encoding="utf-8")
+    words = [f"w{i}" for i in rng.integers(0, WORDS, 400)]
+    path.write_text(" ".join(words), encoding="utf-8")
     return path
 
 
@@ -350,10 +373,11 @@ def test_the_perplexity_of_a_text_is_that_of_transformers(added: str, text: Path
     length = SHORT_ROWS["sequence_length"] - added.startswith("<bos>")
     for row in range(SHORT_ROWS["max_sequences"]):
         words_of_row = words[row * length : (row + 1) * length]
-        ids = torch.tensor([tokenizer(" ".join(words_of_row))["input_ids"]])
+        ids = tokenizer(" ".join(words_of_row), return_tensors="pt").input_ids
         ids = ids[:, : SHORT_ROWS["sequence_length"]]  # an EOS ends a text, and a row does not
         with torch.no_grad():
-            losses.append(float(model(input_ids=ids, labels=ids, use_cache=False).loss))
+            loss = model(input_ids=ids, labels=ids, use_cache=False).loss
+        losses.append(float(loss))
         weights.append(ids.shape[1] - 1)
     assert evaluation.result.weights.tolist() == weights
     assert evaluation.result.samples / weights == pytest.approx(losses, rel=1e-5)
@@ -380,24 +404,34 @@ def expecting_bos() -> Any:
     return model
 
 
+def findings_on_starts(warehouse: Path) -> list[dict[str, Any]]:
+    """The findings of a warehouse on the starts of rows."""
+    table = findings(Warehouse(warehouse))
+    return rows_with(table.to_pylist(), kind="row_start")
+
+
 def test_a_model_that_expects_another_start_is_found_out(text: Path, tmp_path: Path) -> None:
     folder = save_with_words(tmp_path / "model", expecting_bos(), "<bos> $A")
     warehouse = tmp_path / "w"
+    tasks = [f"perplexity:{text}"]
     wrong = SHORT_ROWS | {"row_start": "none"}
-    score(str(folder), corpus=str(text), warehouse=warehouse, **SHORT_ROWS)
-    score(str(folder), corpus=str(text), warehouse=warehouse, **wrong)
-    right = evaluate([folder], tasks=[f"perplexity:{text}"], warehouse=warehouse, **SHORT_ROWS)
-    assert right[0].result.value == pytest.approx(np.log(WORDS), rel=1e-3)
-    assert not right.findings
-    assert not [row for row in findings(Warehouse(warehouse)).to_pylist() if row["kind"] == "row_start"]
-    evaluations = evaluate([folder], tasks=[f"perplexity:{text}"], warehouse=warehouse, **wrong)
+    score(folder, corpus=text, warehouse=warehouse, **SHORT_ROWS)
+    score(folder, corpus=text, warehouse=warehouse, **wrong)
+    evaluations = evaluate([folder], tasks=tasks, warehouse=warehouse, **SHORT_ROWS)
+    (right, *_) = evaluations
+    assert right.result.value == pytest.approx(np.log(WORDS), rel=1e-3)
+    assert not evaluations.findings
+    assert not findings_on_starts(warehouse)
+    evaluations = evaluate([folder], tasks=tasks, warehouse=warehouse, **wrong)
+    (other, *_) = evaluations
     (sentence,) = evaluations.findings
-    wrong_losses = evaluations[0].result.samples / evaluations[0].result.weights
-    assert f"model has a perplexity of {np.exp(wrong_losses[:4].mean()):,.1f} on the first rows of {text}" in sentence
+    first_losses = (other.result.samples / other.result.weights)[:4]
+    perplexity = np.exp(first_losses.mean())
+    assert f"model has a perplexity of {perplexity:,.1f} on the first rows of {text}" in sentence
     assert sentence.endswith(
         "Write --row-start auto if it is none; else see whether its tokenizer lacks add_bos_token."
     )
-    (row,) = [row for row in findings(Warehouse(warehouse)).to_pylist() if row["kind"] == "row_start"]
+    (row,) = findings_on_starts(warehouse)
     assert row["severity"] == "warning"
     assert "model has a perplexity of" in row["message"]
     assert row["value"] > 1000
@@ -407,10 +441,11 @@ def test_a_tokenizer_that_does_not_add_the_bos_that_its_model_expects_is_found_o
     folder = save_with_words(tmp_path / "model", expecting_bos(), "$A")
     task = f"perplexity:{text}"
     warehouse = tmp_path / "w"
-    (sentence,) = evaluate([folder], tasks=[task], warehouse=warehouse, **SHORT_ROWS).findings
+    evaluations = evaluate([folder], tasks=[task], warehouse=warehouse, **SHORT_ROWS)
+    (sentence,) = evaluations.findings
     assert "with another start of each row, which it seems to expect" in sentence
     rows = evaluation_rows(warehouse, f"{ROW_START}{text}")
-    losses = {row["metric"]: row["value"] for row in rows}
-    assert losses["loss_other_start"] == pytest.approx(np.log(WORDS), rel=1e-3)
+    other_start = only_row(rows, metric="loss_other_start")
+    assert other_start["value"] == pytest.approx(np.log(WORDS), rel=1e-3)
     again = succeed("evaluate", folder, "--tasks", task, "-w", warehouse, *as_words(SHORT_ROWS))
     assert "which it seems to expect" in again.output

@@ -16,7 +16,8 @@ from support.checkpoints import VOCABULARY, llama, one_thread
 from support.command_line import avss, in_one_line, json_rows, mistake, succeed
 from support.experiments import cell_times, comparable, experiment_of, run_job_in
 from support.json_files import write_json_lines
-from support.tables import evaluation_rows, run_rows, table_rows
+from support.tables import evaluation_rows, only_row, rows_with, run_rows, table_rows, values_in
+from support.warehouses import identity_of
 from tasks.test_truthfulqa import QUESTIONS
 
 from avss_dist.analysis.contrast import contrast
@@ -36,7 +37,6 @@ from avss_dist.studies.experiment import NOT_HASHED, Trial
 from avss_dist.studies.search import search
 from avss_dist.tasks.task import Measure, Task
 from avss_dist.warehouse.reader import Warehouse
-from avss_dist.warehouse.schema import RunIdentity
 from avss_dist.warehouse.store import Store
 
 Done = tuple[Path, list[dict[str, Any]]]
@@ -70,26 +70,31 @@ def done(deep_llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Done:
 
 def test_every_method_is_compared_with_the_whole_model(done: Done) -> None:
     _, rows = done
-    (guess,) = [row for row in rows if row["metric"] == "chance"]
+    guess = only_row(rows, metric="chance")
     assert guess["value"] == pytest.approx(np.log(VOCABULARY))
     assert guess["drop"] == []
-    by_choice = {(row["method"], row["share"]): row for row in rows if row is not guess}
+    losses = rows_with(rows, metric="loss")
+    assert len(losses) == len(rows) - 1
+    by_choice = {(row["method"], row["share"]): row for row in losses}
     whole = by_choice["whole model", 0.0]
-    assert whole["metric"] == "loss"
     assert whole["retention"] == 1.0
     expected = {"avss", "block influence", "angular distance", "relative magnitude", "update variance ratio"}
     searches = {"greedy search", "greedy search, ends kept"}
     expected |= {"leave one out"}
-    controls = {f"{name}, reversed" for name in expected} | {f"{name}, ends kept" for name in expected}
+    reversed_controls = {f"{name}, reversed" for name in expected}
+    with_ends = {f"{name}, ends kept" for name in expected}
     chances = {"random 0", "random 0, ends kept", "random 1", "random 1, ends kept"}
-    assert {method for method, _ in by_choice} == {"whole model", "last"} | searches | expected | controls | chances
+    controls = {"whole model", "last"} | reversed_controls | with_ends | chances
+    assert values_in(losses, "method") == searches | expected | controls
     for (method, share), row in by_choice.items():
         if share:
+            rise = row["value"] - whole["value"]
             assert len(row["drop"]) == round(6 * share), method
-            assert row["retention"] == pytest.approx(np.exp(whole["value"] - row["value"]))
+            assert row["retention"] == pytest.approx(np.exp(-rise))
             assert row["retention_low"] <= row["retention"] <= row["retention_high"]
         if "ends kept" in method:
-            assert not {0, 5} & set(row["drop"])
+            assert 0 not in row["drop"]
+            assert 5 not in row["drop"]
     lowest = set(by_choice["avss", 0.5]["drop"])
     highest = set(by_choice["avss, reversed", 0.5]["drop"])
     assert lowest | highest == set(range(6))
@@ -101,23 +106,19 @@ def test_the_reading_of_avss_has_columns_of_its_own(done: Done) -> None:
     reading = itemgetter("score", "site", "recipe", "threshold", "threshold_kind")
     readings = {reading(row) for row in rows}
     assert ("avss", "block", "pooled", 1e-5, "absolute") in readings
-    assert {reading[1:] for reading in readings if reading[0] != "avss"} == {(None, None, None, None)}
+    for score, *columns in readings:
+        if score != "avss":
+            assert columns == [None, None, None, None]
 
 
 def test_leave_one_out_drops_the_layers_without_which_the_loss_is_least(done: Done) -> None:
     job, rows = done
-    losses = {}
-    for row in evaluation_rows(read_job(job).warehouse, "ablation:builtin:pydoc"):
-        if row["metric"] == "loss" and len(row["drop"]) == 1:
-            losses[row["drop"][0]] = row["value"]
-    row = row_of_half(rows, "leave one out")
-    assert set(row["drop"]) == set(sorted(losses, key=lambda layer: losses[layer])[:3])
-
-
-def row_of_half(rows: list[dict[str, Any]], method: str) -> dict[str, Any]:
-    """Return the row of a method that drops half of the layers."""
-    (row,) = [row for row in rows if (row["method"], row["share"]) == (method, 0.5)]
-    return row
+    ablation = evaluation_rows(read_job(job).warehouse, "ablation:builtin:pydoc")
+    losses = {tuple(row["drop"]): row["value"] for row in rows_with(ablation, metric="loss")}
+    losses.pop(())
+    lowest = sorted(losses, key=lambda drop: losses[drop])[:3]
+    row = only_row(rows, method="leave one out", share=0.5)
+    assert {(layer,) for layer in row["drop"]} == set(lowest)
 
 
 def test_a_search_finds_what_a_plan_finds(done: Done) -> None:
@@ -127,11 +128,12 @@ def test_a_search_finds_what_a_plan_finds(done: Done) -> None:
     (run,) = run_rows(warehouse)
     cells = cell_times(warehouse)
     sizes = {"sequence_length": 32, "batch_size": 4, "sequences_per_shard": 4, "device": "cpu", "max_sequences": 8}
-    for ends in (0, 1):
-        request = PlanRequest(warehouse=warehouse, by="greedy", corpus=run["corpus"], **sizes)
-        plan, _ = search(request, run, Choice(by="greedy", share=0.5, first=ends, last=ends))
-        name = "greedy search, ends kept" if ends else "greedy search"
-        assert tuple(row_of_half(rows, name)["drop"]) == plan.drop
+    request = PlanRequest(warehouse=warehouse, by="greedy", corpus=run["corpus"], **sizes)
+    for name, ends in (("greedy search", 0), ("greedy search, ends kept", 1)):
+        choice = Choice(by="greedy", share=0.5, first=ends, last=ends)
+        plan, _ = search(request, run, choice)
+        row = only_row(rows, method=name, share=0.5)
+        assert tuple(row["drop"]) == plan.drop
     assert cell_times(warehouse) == cells
 
 
@@ -145,48 +147,55 @@ def test_what_is_lost_is_measured_again_and_each_cell_is_measured_once(done: Don
     _, again = experiment_of(job)
     times_after = cell_times(warehouse)
     assert times_after.keys() == times.keys()
-    assert {file for file in times if times_after[file] != times[file]} == set(lost)
+    for file, time in times.items():
+        assert (times_after[file] != time) == (file in lost)
     assert comparable(again) == comparable(rows)
 
 
 def test_sets_with_sublayers_are_beside_the_point_of_a_score_card(done: Done, tmp_path: Path) -> None:
     """Scores are of layers: the same card, with such a set in the very evaluation that it reads."""
-    store = Warehouse(read_job(done[0]).warehouse)
-    copy = Warehouse(shutil.copytree(store.root.full, tmp_path / "w"))
-    (run_id,) = {row["run_id"] for row in evaluation_rows(read_job(done[0]).warehouse, TASK)}
-    rows = [row for row in copy.table("evaluations").to_pylist() if row["run_id"] == run_id]
-    identity = {name: rows[0][name] for name in ("run_id", "model", "revision", "family")}
-    whole = next(row for row in rows if not row["drop"] and row["metric"] == "loss")
-    another = _row(whole) | {"drop": [1], "drop_parts": ["attention.0"]}
-    Store(copy.root).write_rows("evaluations", RunIdentity(**identity), [*map(_row, rows), another])
-    copied = copy.table("evaluations").to_pylist()
-    assert {row["run_id"] for row in copied if "attention.0" in row["drop_parts"]} == {run_id}
-    cards = score_cards(store, store.runs().to_pylist()).to_pylist()
-    cards_of_copy = score_cards(copy, copy.runs().to_pylist()).to_pylist()
-    assert json.dumps(cards) == json.dumps(cards_of_copy)
+    job, _ = done
+    warehouse = read_job(job).warehouse
+    copy = shutil.copytree(warehouse, tmp_path / "w")
+    (run_id,) = values_in(evaluation_rows(warehouse, TASK), "run_id")
+    rows = rows_with(table_rows(copy, "evaluations"), run_id=run_id)
+    identity = identity_of(rows[0])
+    for row in rows:
+        for name in vars(identity):
+            row.pop(name)
+    whole = only_row(rows, metric="loss", drop=[])
+    another = whole | {"drop": [1], "drop_parts": ["attention.0"]}
+    Store(copy).write_rows("evaluations", identity, [*rows, another])
+    (copied,) = rows_with(table_rows(copy, "evaluations"), drop_parts=["attention.0"])
+    assert copied["run_id"] == run_id
+    assert json.dumps(cards_of(copy)) == json.dumps(cards_of(warehouse))
 
 
-def _row(row: dict[str, Any]) -> dict[str, Any]:
-    return {name: value for name, value in row.items() if name not in ("run_id", "model", "revision", "family")}
+def cards_of(warehouse: str | Path) -> list[dict[str, Any]]:
+    """The score cards of all runs of a warehouse."""
+    cards = score_cards(Warehouse(warehouse), run_rows(warehouse))
+    return cards.to_pylist()
 
 
 def test_the_score_card_has_the_truth(done: Done) -> None:
     job, _ = done
     store = Warehouse(read_job(job).warehouse)
     cards = score_cards(store, store.runs().to_pylist())
-    (own,) = [row for row in cards.to_pylist() if row["score"] == "loss"]
+    rows = cards.to_pylist()
+    own = only_row(rows, score="loss")
     assert own["spearman_loss"] == pytest.approx(1.0)
-    others = [row for row in cards.to_pylist() if row["score"] != "loss"]
-    assert len({row["ceiling"] for row in others}) == 1
+    others = [row for row in rows if row["score"] != "loss"]
+    assert len(values_in(others, "ceiling")) == 1
     for row in others:
-        if row["spearman_loss"] is not None and row["ceiling"] is not None:
-            assert row["share_of_ceiling"] == pytest.approx(row["spearman_loss"] / row["ceiling"])
+        spearman = row["spearman_loss"]
+        if spearman is not None and row["ceiling"] is not None:
+            assert row["share_of_ceiling"] == pytest.approx(spearman / row["ceiling"])
             assert 0 <= row["misranked"] <= 1
     best = best_readings(cards).to_pylist()
     for site in ("update", "mlp"):
-        of_site = [row for row in cards.to_pylist() if row["site"] == site]
-        (best_of_site,) = [row for row in best if row["site"] == site]
-        assert best_of_site["spearman_loss"] == max(row["spearman_loss"] for row in of_site if row["spearman_loss"])
+        spearmans = values_in(rows_with(rows, site=site), "spearman_loss")
+        best_of_site = only_row(best, site=site)
+        assert best_of_site["spearman_loss"] == max(spearmans - {None})
 
 
 def test_the_command_line_tells_the_verdict(done: Done) -> None:
@@ -204,10 +213,12 @@ def test_methods_of_every_reading() -> None:
     for site in ("block", "update"):
         reading = {"site": site, "recipe": "pooled", "threshold": 1e-5, "threshold_kind": "absolute"}
         scores += [{"layer": layer, **reading} for layer in range(3)]
-    wanted = Experiment(tasks=("x",), scores=("avss:all",), random=0, leave_one_out=False, reversed=False, keep_ends=0)
+    no_controls = {"random": 0, "leave_one_out": False, "reversed": False, "keep_ends": 0}
+    wanted = Experiment(tasks=("x",), scores=("avss:all",), **no_controls)
     methods = [describe_method(choice) for choice in choices(wanted, scores)]
     assert methods == ["avss", "avss (update, pooled, 1e-05)", "last"]
-    assert parse_score("avss:update:unit:0.1rms")[1] == ("update", "unit", 0.1, "rms")
+    _, reading = parse_score("avss:update:unit:0.1rms")
+    assert reading == ("update", "unit", 0.1, "rms")
 
 
 @pytest.mark.parametrize(
@@ -268,7 +279,8 @@ def test_a_large_experiment_is_run_if_it_is_wanted(tmp_path: Path) -> None:
     text = JOB.format(warehouse=tmp_path / "w", model="nowhere")
     job.write_text(text.replace("random: 2", "random: 3000") + "  allow_many: true\n")
     runs, rows = experiment_of(job)
-    assert [run.status for run in runs] == ["failed"]
+    (run,) = runs
+    assert run.status == "failed"
     assert not rows
 
 
@@ -298,7 +310,7 @@ experiment:
   keep_ends: 0
   last: false
   leave_one_out: false
-  skip_questions: {skip}
+  skip_questions: 2
 """
 
 
@@ -306,7 +318,10 @@ experiment:
 def questions(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Five questions; the first two are contrasted."""
     file = tmp_path_factory.mktemp("text") / "t.jsonl"
-    more = [{**question, "question": f"Again: {question['question']}"} for question in QUESTIONS[:2]]
+    more = []
+    for question in QUESTIONS[:2]:
+        text = f"Again: {question['question']}"
+        more.append({**question, "question": text})
     write_json_lines(file, [*more, *QUESTIONS])
     return file
 
@@ -314,7 +329,8 @@ def questions(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def asked(tiny_llama: Path, questions: Path, tmp_path_factory: pytest.TempPathFactory) -> Done:
     folder = tmp_path_factory.mktemp("interventions")
-    return run_job_in(folder, ASKING_JOB.replace("{questions}", str(questions)).replace("{skip}", "2"), tiny_llama)
+    job = ASKING_JOB.replace("{questions}", str(questions))
+    return run_job_in(folder, job, tiny_llama)
 
 
 @pytest.mark.nightly
@@ -322,14 +338,17 @@ def test_named_layers_are_beside_as_many_others(asked: Done) -> None:
     job, rows = asked
     warehouse = Warehouse(read_job(job).warehouse)
     (run,) = warehouse.runs().to_pylist()
-    by = {(row["method"], row["metric"]): row for row in rows}
-    assert {method for method, _ in by} == {"whole model", "avss", "contrast", "random 0", "random 1"}
-    assert {metric for _, metric in by} == {"mc1", "mc2", "chance"}
-    assert {len(row["drop"]) for row in rows if row["share"]} == {1}
+    assert values_in(rows, "method") == {"whole model", "avss", "contrast", "random 0", "random 1"}
+    assert values_in(rows, "metric") == {"mc1", "mc2", "chance"}
+    for row in rows:
+        if row["share"]:
+            assert len(row["drop"]) == 1
     ranks = contrast(warehouse, run).layers.to_pylist()
-    (named,) = [row["layer"] for row in ranks if row["rank"] == 1]
-    assert by["contrast", "mc2"]["drop"] == [named]
-    assert by["whole model", "chance"]["value"] == pytest.approx(np.mean([2 / 3, 1 / 3, 2 / 4]))
+    named = only_row(ranks, rank=1)
+    by_contrast = only_row(rows, method="contrast", metric="mc2")
+    assert by_contrast["drop"] == [named["layer"]]
+    guess = only_row(rows, method="whole model", metric="chance")
+    assert guess["value"] == pytest.approx(np.mean([2 / 3, 1 / 3, 2 / 4]))
 
 
 @pytest.mark.nightly
@@ -348,11 +367,9 @@ def test_a_plan_is_not_asked_the_questions_that_its_layers_were_scored_on(
     assert "Ask others: with --skip-questions 2" in refused
     with one_thread():
         shown = avss("evaluate", plan, "--tasks", task, "--skip-questions", 2, "--format", "json", *options)
-    (same,) = [row for row in rows if (row["method"], row["metric"]) == ("avss", "mc2")]
-    values = {}
-    for row in json_rows(shown.stdout):
-        values[row["subject"], row["metric"]] = row["value"]
-    assert values[str(plan), "mc2"] == same["value"]
+    in_experiment = only_row(rows, method="avss", metric="mc2")
+    of_plan = only_row(json_rows(shown.stdout), subject=str(plan), metric="mc2")
+    assert of_plan["value"] == in_experiment["value"]
 
 
 def test_a_reading_of_a_contrast_is_refused() -> None:
@@ -412,11 +429,13 @@ def test_an_experiment_has_the_id_that_warehouses_know() -> None:
 
 @pytest.mark.parametrize("option", OPTIONS)
 def test_an_option_of_an_experiment_changes_its_id(option: str) -> None:
-    assert trial(**{option: OPTIONS[option]}).experiment_id != trial().experiment_id
+    changed = {option: OPTIONS[option]}
+    assert trial(**changed).experiment_id != trial().experiment_id
 
 
 def test_every_option_of_an_experiment_that_can_change_a_number_is_tried() -> None:
-    assert OPTIONS.keys() == {f.name for f in fields(Experiment)} - {*NOT_HASHED}
+    options = {field.name for field in fields(Experiment)}
+    assert OPTIONS.keys() == options - {*NOT_HASHED}
 
 
 @pytest.mark.parametrize("change", [{"run_id": "a-2"}, {"text": "other"}, {"dtype": "bfloat16"}])
