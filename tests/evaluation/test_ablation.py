@@ -315,9 +315,10 @@ def test_values_of_a_model_that_only_guesses_are_those_of_all_permutations(
 
 
 def shown(ablation: Ablation) -> str:
-    console = Console(width=300, file=StringIO())
+    printed = StringIO()
+    console = Console(width=300, file=printed)
     console.print(ablation_table(ablation))
-    return in_one_line(console.file.getvalue())  # type: ignore[attr-defined]
+    return in_one_line(printed.getvalue())
 
 
 def test_truncated_permutations_are_counted(trained: Path, tmp_path: Path) -> None:
