@@ -4,24 +4,22 @@ from __future__ import annotations
 
 import csv
 import hashlib
-import json
 import shutil
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import pytest
-from corpus.test_corpus import TOKENIZER, word_ids
+from corpus.test_corpus import TOKENIZER, masked_rows, rows_of, texts_of, word_ids
 from pyarrow import parquet
-from support.command_line import avss
+from support.command_line import mistake, succeed
 from support.documentation import DOCS
-from support.json_files import write_json
-from support.tables import run_rows
-from tokenizers import Tokenizer, models, pre_tokenizers
+from support.json_files import write_json, write_json_lines
+from support.tables import only_row, run_rows
+from support.word_tokenizers import word_tokenizer as tokenizer_of
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from avss_dist.core.errors import ConfigError, CorpusError
@@ -32,29 +30,33 @@ from avss_dist.corpus.sources import NAMED, documents
 from avss_dist.corpus.tokens import shuffled
 from avss_dist.runs.job_file import read_job
 
-WORDS = ["<eos>", "<user>", "<assistant>", "<end>", *(f"w{i}" for i in range(60)), "26", "Jul"]
+NUMBERED = [f"w{i}" for i in range(60)]
+WORDS = ["<eos>", "<user>", "<assistant>", "<end>", *NUMBERED, "26", "Jul"]
 TEMPLATE = "{% for m in messages %}<{{ m.role }}> {{ m.content }} <end> {% endfor %}"
-CHATS = [
-    [{"role": "user", "content": f"w{i} w{i + 1}"}, {"role": "assistant", "content": f"w{i + 2}"}] for i in range(9)
-]
+
+
+def conversation(question: str, answer: str) -> list[dict[str, str]]:
+    return [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
+
+
+CHATS = [conversation(f"w{i} w{i + 1}", f"w{i + 2}") for i in range(9)]
 
 
 def word_tokenizer(template: str | None = TEMPLATE) -> PreTrainedTokenizerFast:
-    inner = Tokenizer(models.WordLevel({word: i for i, word in enumerate(WORDS)}, unk_token="<eos>"))
-    inner.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    return PreTrainedTokenizerFast(tokenizer_object=inner, eos_token="<eos>", chat_template=template)
+    return tokenizer_of(WORDS, unknown="<eos>", eos_token="<eos>", chat_template=template)
 
 
 def write(path: Path, values: list[Any], column: str = "messages") -> str:
     if path.suffix == ".parquet":
         parquet.write_table(pa.table({column: values}), path)
     else:
-        path.write_text("".join(json.dumps({column: value}) + "\n" for value in values))
+        write_json_lines(path, [{column: value} for value in values])
     return f"{path}:{column}"
 
 
 def words(planned: CorpusPlan) -> list[list[str]]:
-    return [[WORDS[i] for i in row[:n]] for s in planned.shards for row, n in zip(s.input_ids, s.lengths, strict=True)]
+    """The words of every row, without padding."""
+    return [[WORDS[number] for number in row] for row in rows_of(planned)]
 
 
 CHAT = Settings(sequence_length=12, chat_template=True, layout="padded")
@@ -62,11 +64,13 @@ CHAT = Settings(sequence_length=12, chat_template=True, layout="padded")
 
 @pytest.mark.parametrize("kind", ["jsonl", "parquet", "hf"])
 def test_a_conversation_has_the_tokens_of_its_template_alone(kind: str, tmp_path: Path) -> None:
-    source = write(tmp_path / f"chats.{'jsonl' if kind == 'hf' else kind}", CHATS)
-    source = f"hf:{tmp_path}:::messages" if kind == "hf" else source
+    ending = "parquet" if kind == "parquet" else "jsonl"
+    source = write(tmp_path / f"chats.{ending}", CHATS)
+    if kind == "hf":
+        source = f"hf:{tmp_path}:::messages"
     tokenizer = word_tokenizer()
     planned = tokenize_corpus(source, tokenizer, CHAT)
-    rows = [["<user>", f"w{i}", f"w{i + 1}", "<end>", "<assistant>", f"w{i + 2}", "<end>"] for i in range(9)]
+    rows = [f"<user> w{i} w{i + 1} <end> <assistant> w{i + 2} <end>".split() for i in range(9)]
     assert words(planned) == rows
     assert planned.chat_template == hashlib.sha256(TEMPLATE.encode()).hexdigest()
     packed = tokenize_corpus(source, tokenizer, Settings(sequence_length=7, chat_template=True))
@@ -75,15 +79,16 @@ def test_a_conversation_has_the_tokens_of_its_template_alone(kind: str, tmp_path
 
 def test_text_beside_conversations_stays_text(tmp_path: Path) -> None:
     source = write(tmp_path / "mixed.jsonl", ["w1 w2", CHATS[0], "w3"])
-    (row,) = words(tokenize_corpus(source, word_tokenizer(), Settings(sequence_length=12, chat_template=True)))
+    planned = tokenize_corpus(source, word_tokenizer(), Settings(sequence_length=12, chat_template=True))
+    (row,) = words(planned)
     assert row == ["w1", "w2", "<eos>", "<user>", "w0", "w1", "<end>", "<assistant>", "w2", "<end>", "w3", "<eos>"]
 
 
 def test_a_template_is_told_the_same_date_every_day(tmp_path: Path) -> None:
     tokenizer = word_tokenizer("{{ strftime_now('%d %b') }} {{ messages[0].content }}")
-    assert words(tokenize_corpus(write(tmp_path / "c.jsonl", CHATS[:1]), tokenizer, CHAT)) == [
-        ["26", "Jul", "w0", "w1"]
-    ]
+    source = write(tmp_path / "c.jsonl", CHATS[:1])
+    (row,) = words(tokenize_corpus(source, tokenizer, CHAT))
+    assert row == ["26", "Jul", "w0", "w1"]
 
 
 @pytest.mark.parametrize(
@@ -100,7 +105,9 @@ def test_a_template_is_told_the_same_date_every_day(tmp_path: Path) -> None:
 def test_conversations_that_cannot_be_read(
     values: Any, template: str | None, settings: dict[str, bool], says: str, tmp_path: Path
 ) -> None:
-    source = f"{tmp_path}/none.jsonl:messages" if values is None else write(tmp_path / "c.jsonl", values)
+    source = f"{tmp_path}/none.jsonl:messages"
+    if values is not None:
+        source = write(tmp_path / "c.jsonl", values)
     with pytest.raises(CorpusError, match=says):
         tokenize_corpus(source, word_tokenizer(template), Settings(sequence_length=4, **settings))
 
@@ -123,12 +130,16 @@ def test_short_names_are_data_sets_at_a_commit(monkeypatch: pytest.MonkeyPatch) 
     page = (DOCS / "reference/inputs.md").read_text(encoding="utf-8")
     for name, (place, config, split, column) in NAMED.items():
         repository, _, revision = place.partition("@")
-        assert list(documents(name)) == list(documents(f"{name}:test")) == ["text"]
+        assert texts_of(name) == ["text"]
+        assert texts_of(f"{name}:test") == ["text"]
         where = [repository, config or None, revision]
-        assert asked[-2:] == [[*where, split], [*where, "test"]]
+        *_, of_usual_split, of_test = asked
+        assert of_usual_split == [*where, split]
+        assert of_test == [*where, "test"]
         assert len(revision) == 40
         described = f"`{config}`" if config else ""
-        assert f"| `{name}` | {repository} | {described} | `{split}` | `{column}` | `{revision}` |" in page
+        line = f"| `{name}` | {repository} | {described} | `{split}` | `{column}` | `{revision}` |"
+        assert line in page
     with pytest.raises(CorpusError, match=r"'wikitex2' is not a corpus source.*\n.*Did you mean 'wikitext2'"):
         documents("wikitex2")
 
@@ -140,21 +151,30 @@ def test_a_seed_draws_rows_from_the_whole_text_and_each_alike(tmp_path: Path) ->
         return [int(row[0]) for row in shuffled(iter(rows), seed, most)]
 
     whole = drawn(0, None)
-    assert sorted(whole) == list(range(20)) != whole
-    assert [drawn(0, n) for n in (5, 12, 30)] == [whole[:5], whole[:12], whole]
-    counts = Counter(row for seed in range(2000) for row in drawn(seed, 5))
+    assert whole != list(range(20))
+    assert sorted(whole) == list(range(20))
+    for number in (5, 12, 30):
+        assert drawn(0, number) == whole[:number]
+    counts: Counter[int] = Counter()
+    for seed in range(2000):
+        counts.update(drawn(seed, 5))
     expected = 2000 * 5 / 20  # a row's count is binomial; of 20 of them, squared and scaled, the sum is near 19
-    assert sum((counts[row] - expected) ** 2 for row in range(20)) / (expected * 0.75) < 43.8  # 1 in 1000 is above
-    source = write(tmp_path / "t.jsonl", [" ".join(f"w{i}" for i in range(40))], "text")
-    settings = Settings(sequence_length=4, max_sequences=4, shuffle_seed=7)
-    plans = [tokenize_corpus(source, word_tokenizer(), replace(settings, skip_sequences=skip)) for skip in (0, 0, 4)]
-    first, again, others = map(words, plans)
-    assert first == again
-    assert not any(row in first for row in others)
-    assert (
-        plans[0].tokens_fingerprint
-        != tokenize_corpus(source, word_tokenizer(), Settings(sequence_length=4)).tokens_fingerprint
-    )
+    deviations = [(counts[row] - expected) ** 2 for row in range(20)]
+    assert sum(deviations) / (expected * 0.75) < 43.8  # 1 in 1000 is above
+
+
+def test_a_seed_changes_the_order_of_rows_and_skipped_ones_are_others(tmp_path: Path) -> None:
+    source = write(tmp_path / "t.jsonl", [" ".join(NUMBERED[:40])], "text")
+
+    def planned(**options: Any) -> CorpusPlan:
+        return tokenize_corpus(source, word_tokenizer(), Settings(sequence_length=4, **options))
+
+    shuffled_rows = {"max_sequences": 4, "shuffle_seed": 7}
+    first = planned(**shuffled_rows)
+    assert words(planned(**shuffled_rows)) == words(first)
+    for row in words(planned(**shuffled_rows, skip_sequences=4)):
+        assert row not in words(first)
+    assert planned().tokens_fingerprint != first.tokens_fingerprint
 
 
 def test_score_puts_conversations_in_the_template_when_asked(tiny_llama: Path, tmp_path: Path) -> None:
@@ -167,20 +187,17 @@ def test_score_puts_conversations_in_the_template_when_asked(tiny_llama: Path, t
     source = write(tmp_path / "chats.jsonl", CHATS * 3)
     text = write(tmp_path / "text.jsonl", ["some text"], "text")
     size = ["--sequence-length", 16, "--max-sequences", 4, "--executor", "local", "-w", out]
-    refused = {
-        "--chat-template": avss("score", chatty, "--corpus", source, *size),
-        "has no chat template of its own": avss("score", tiny_llama, "--corpus", source, "--chat-template", *size),
-        "--chat-template has no effect": avss("score", chatty, "--corpus", text, "--chat-template", *size),
-    }
-    for says, done in refused.items():
-        assert done.exit_code == 2 and says in done.stderr, done.stderr
-    done = avss("score", chatty, "--corpus", source, "--chat-template", "--shuffle-seed", 3, *size)
-    assert done.exit_code == 0, done.stderr
-    (run,) = (row for row in run_rows(out) if row["status"] == "done")
+    without_option = mistake("score", chatty, "--corpus", source, *size)
+    assert "--chat-template" in without_option
+    without_template = mistake("score", tiny_llama, "--corpus", source, "--chat-template", *size)
+    assert "has no chat template of its own" in without_template
+    on_text = mistake("score", chatty, "--corpus", text, "--chat-template", *size)
+    assert "--chat-template has no effect" in on_text
+    succeed("score", chatty, "--corpus", source, "--chat-template", "--shuffle-seed", 3, *size)
+    run = only_row(run_rows(out), status="done")
     assert run["chat_template"] == hashlib.sha256(TEMPLATE.encode()).hexdigest()
     assert run["shuffle_seed"] == 3
-    again = avss("evaluate", chatty, "--tasks", f"perplexity:{source}", "--chat-template", *size)
-    assert again.exit_code == 0, again.stderr
+    succeed("evaluate", chatty, "--tasks", f"perplexity:{source}", "--chat-template", *size)
 
 
 def test_a_job_says_which_corpus_needs_the_template(tmp_path: Path) -> None:
@@ -214,27 +231,35 @@ LINES = [
 
 
 def write_pairs(path: Path, lines: Sequence[Any]) -> str:
-    path.write_text("".join(f"{json.dumps(line)}\n" for line in lines), encoding="utf-8")
+    write_json_lines(path, lines)
     return f"{path}:q+a"
+
+
+def planned_pairs(path: Path, lines: Sequence[Any], settings: Settings = SMALL) -> CorpusPlan:
+    """Write pairs, and tokenize them."""
+    return tokenize_corpus(write_pairs(path, lines), TOKENIZER, settings)
 
 
 def test_rows_are_prompts_and_answers_of_which_the_answers_count(tmp_path: Path) -> None:
     source = write_pairs(tmp_path / "p.jsonl", LINES)
     made = tokenize_corpus(source, TOKENIZER, SMALL)
-    assert list(documents(source))[:2] == ["w0 w1 w2", "w3 w4 w5"]
+    assert texts_of(source)[:2] == ["w0 w1 w2", "w3 w4 w5"]
     first, second = made.shards
     assert first.pairing is not None
     assert second.pairing is not None
     assert first.pairing.strata == ("good", "bad", f"good{AFTER_ANOTHER}", f"bad{AFTER_ANOTHER}")
-    assert (*first.pairing.pairs, *second.pairing.pairs) == (0,) * 4 + (1,) * 6
+    pairs = [*first.pairing.pairs, *second.pairing.pairs]
+    assert pairs == [0] * 4 + [1] * 6
     (batch, _) = first.batches(3)
-    rows = [ids[real].tolist() for ids, real in zip(batch.input_ids, batch.attention_mask, strict=True)]
+    rows = masked_rows(batch.input_ids, batch.attention_mask)
     assert rows == [word_ids("w0 w1 w2"), word_ids("w0 w1 w6 w7 w8"), word_ids("w3 w2")]
-    counted = [ids[seen].tolist() for ids, seen in zip(batch.input_ids, batch.observed, strict=True)]
+    counted = masked_rows(batch.input_ids, batch.observed)
     assert counted == [word_ids("w2"), word_ids("w6 w7 w8"), word_ids("w2")]
-    assert made.num_tokens == 2 * sum(len(line["a"].split()) for line in LINES)
+    answers = " ".join(line["a"] for line in LINES)
+    assert made.num_tokens == 2 * len(answers.split())
     again = made.recut(100)
-    assert [shard.num_sequences for shard in again.shards] == [10]
+    (shard,) = again.shards
+    assert shard.num_sequences == 10
     assert again.recut(3).tokens_fingerprint == made.tokens_fingerprint
 
 
@@ -243,24 +268,25 @@ def test_a_table_has_the_fingerprint_of_its_lines_and_labels_count(tmp_path: Pat
         table = csv.DictWriter(file, ["label", "a", "q"])
         table.writeheader()
         table.writerows(LINES)
-    other = [{**line, "label": {"good": "bad", "bad": "good"}[line["label"]]} for line in LINES]
-    sources = [
-        write_pairs(tmp_path / "p.jsonl", LINES),
-        f"{tmp_path}/p.csv:q+a",
-        write_pairs(tmp_path / "other.jsonl", other),
-    ]
-    lines, rows, swapped = (tokenize_corpus(source, TOKENIZER, SMALL).tokens_fingerprint for source in sources)
-    assert lines == rows != swapped
+    opposite = {"good": "bad", "bad": "good"}
+    other = [{**line, "label": opposite[line["label"]]} for line in LINES]
+    plan = planned_pairs(tmp_path / "p.jsonl", LINES)
+    from_table = tokenize_corpus(f"{tmp_path}/p.csv:q+a", TOKENIZER, SMALL)
+    swapped = planned_pairs(tmp_path / "other.jsonl", other)
+    assert from_table.tokens_fingerprint == plan.tokens_fingerprint
+    assert swapped.tokens_fingerprint != plan.tokens_fingerprint
 
 
 def test_whole_pairs_are_read_up_to_the_most_rows(tmp_path: Path) -> None:
-    lines = [{"q": f"w{i}", "a": f"w1{label}", "label": label} for i in range(9) for label in "ab"]
-    source = write_pairs(tmp_path / "p.jsonl", lines)
-    made = tokenize_corpus(source, TOKENIZER, Settings(sequence_length=8, max_sequences=15))
+    lines = []
+    for number in range(9):
+        for label in "ab":
+            lines.append({"q": f"w{number}", "a": f"w1{label}", "label": label})
+    made = planned_pairs(tmp_path / "p.jsonl", lines, Settings(sequence_length=8, max_sequences=15))
     assert made.num_sequences == 12
     for shard in made.shards:
         assert shard.pairing is not None
-        prompts = shard.input_ids[np.arange(12), 0].reshape(3, 4)
+        prompts = shard.input_ids[:12, 0].reshape(3, 4)
         assert (prompts[:, 0] != prompts[:, 2]).all()
 
 
@@ -269,7 +295,7 @@ def test_truthfulqa_draws_an_incorrect_answer_by_its_seed(tmp_path: Path) -> Non
     lines = [{"question": f"w{i}", **answers} for i in range(8)]
     pairs_file = tmp_path / "t.jsonl"
     write_pairs(pairs_file, lines)
-    first, same, other = (list(documents(f"truthfulqa:{tmp_path}/t.jsonl{seed}")) for seed in ("", ":0", ":1"))
+    first, same, other = (texts_of(f"truthfulqa:{tmp_path}/t.jsonl{seed}") for seed in ("", ":0", ":1"))
     assert first == same != other
     assert first[0] == "Q: w0\nA: w1."
     write_pairs(pairs_file, list(reversed(lines)))
@@ -309,15 +335,15 @@ def test_a_mistake_in_a_file(
 
 
 def test_a_repeated_answer_counts_once(tmp_path: Path) -> None:
-    once = tokenize_corpus(write_pairs(tmp_path / "once.jsonl", LINES), TOKENIZER, SMALL)
-    twice = tokenize_corpus(write_pairs(tmp_path / "twice.jsonl", [*LINES, *LINES]), TOKENIZER, SMALL)
+    once = planned_pairs(tmp_path / "once.jsonl", LINES)
+    twice = planned_pairs(tmp_path / "twice.jsonl", [*LINES, *LINES])
     assert twice.tokens_fingerprint == once.tokens_fingerprint
 
 
 def test_blanks_around_a_label_make_no_other_label(tmp_path: Path) -> None:
-    lines = [{**line, "label": f"{line['label']}{' ' * (i % 2)}"} for i, line in enumerate(LINES)]
-    blank, plain = (
-        tokenize_corpus(write_pairs(tmp_path / f"{i}.jsonl", rows), TOKENIZER, SMALL)
-        for i, rows in enumerate((lines, LINES))
-    )
+    lines = [dict(line) for line in LINES]
+    for line in lines[1::2]:
+        line["label"] += " "
+    plain = planned_pairs(tmp_path / "plain.jsonl", LINES)
+    blank = planned_pairs(tmp_path / "blank.jsonl", lines)
     assert blank.tokens_fingerprint == plain.tokens_fingerprint  # of which the labels are a part

@@ -22,6 +22,8 @@ from hypothesis import given
 from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 from pyarrow import fs, parquet
+from support.json_files import write_json_lines
+from support.word_tokenizers import word_tokenizer as tokenizer_of
 from tokenizers import Regex, Tokenizer, models, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
 
@@ -41,16 +43,16 @@ TEXTS = ["w0 w1 w2", "w3", "w4 w5 w6 w7 w8 w9", "w10 w11"]
 def word_tokenizer(
     *, eos: bool = True, pad: bool = True, add: str = "$A", sep: bool = False
 ) -> PreTrainedTokenizerFast:
+    special = {"unk_token": "<unk>"}
+    if eos:
+        special["eos_token"] = "<eos>"
+    if pad:
+        special["pad_token"] = "<pad>"
+    if sep:
+        special["sep_token"] = "<eos>"
     names = ["<unk>", "<eos>", "<pad>", "<bos>", *WORDS]
-    inner = Tokenizer(models.WordLevel({name: i for i, name in enumerate(names)}, unk_token="<unk>"))
-    inner.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    inner.post_processor = processors.TemplateProcessing(
-        single=add, special_tokens=[("<bos>", BOS), ("<eos>", EOS), ("<pad>", PAD)]
-    )
-    special = {"eos_token": "<eos>"} if eos else {}
-    special |= {"pad_token": "<pad>"} if pad else {}
-    special |= {"sep_token": "<eos>"} if sep else {}
-    return PreTrainedTokenizerFast(tokenizer_object=inner, unk_token="<unk>", model_max_length=4, **special)
+    markers = ("<bos>", "<eos>", "<pad>")
+    return tokenizer_of(names, unknown="<unk>", added=add, markers=markers, model_max_length=4, **special)
 
 
 TOKENIZER = word_tokenizer()
@@ -77,25 +79,36 @@ def word_ids(text: str) -> list[int]:
 
 
 def packed_oracle(texts: list[str], length: int) -> list[list[int]]:
-    stream = [token for text in texts for token in [*word_ids(text), EOS]]
-    return [stream[i : i + length] for i in range(0, len(stream) - length + 1, length)]
+    """The rows of texts, which are cut from one stream of tokens; a rest that fills no row is left out."""
+    stream = []
+    for text in texts:
+        stream += [*word_ids(text), EOS]
+    rows = len(stream) // length
+    return np.reshape(stream[: rows * length], (rows, length)).tolist()
 
 
 def rows_of(planned: CorpusPlan) -> list[list[int]]:
-    return [
-        row[:length].tolist()
-        for shard in planned.shards
-        for row, length in zip(shard.input_ids, shard.lengths, strict=True)
-    ]
+    """The tokens of every row, without padding."""
+    rows = []
+    for shard in planned.shards:
+        for row, length in zip(shard.input_ids, shard.lengths, strict=True):
+            rows.append(row[:length].tolist())
+    return rows
+
+
+def planned_with(source: str, settings: Settings = SMALL, **options: Any) -> CorpusPlan:
+    """Tokenize a source, with options of `word_tokenizer`."""
+    return tokenize_corpus(source, word_tokenizer(**options), settings)
 
 
 def write_jsonl(path: Path, texts: list[str], field: str = "text") -> str:
-    path.write_text("".join(json.dumps({field: text}) + "\n" for text in texts))
+    write_json_lines(path, [{field: text} for text in texts])
     return str(path)
 
 
 def write_parquet(path: Path, texts: list[Any], column: str = "text") -> str:
-    parquet.write_table(pa.table({column: texts, "n": range(len(texts))}), path, row_group_size=2)
+    table = pa.table({column: texts, "n": range(len(texts))})
+    parquet.write_table(table, path, row_group_size=2)
     return str(path)
 
 
@@ -106,6 +119,16 @@ def fails(call: Any, *parts: str) -> CorpusError:
     for part in parts:
         assert part in str(caught.value)
     return caught.value
+
+
+def texts_of(source: str | Path) -> list[str]:
+    """The texts that a source has."""
+    return list(documents(str(source)))
+
+
+def cannot_be_read(source: str | Path, *parts: str) -> CorpusError:
+    """Expect that the texts of a source cannot be read, with a message that holds every part."""
+    return fails(lambda: texts_of(source), *parts)
 
 
 @pytest.fixture
@@ -127,17 +150,19 @@ def test_packing_invariants(texts: list[str], length: int, per_shard: int, limit
     with tempfile.TemporaryDirectory() as folder:
         source = write_jsonl(Path(folder) / "c.jsonl", texts)
         if not expected or not any(texts):
-            fails(lambda: tokenize_corpus(source, TOKENIZER, settings))
+            fails(lambda: planned_with(source, settings))
             return
         try:
-            planned = tokenize_corpus(source, TOKENIZER, settings)
+            planned = planned_with(source, settings)
         except CorpusError:
             # only blank texts were read
             assert limit
             assert not any(texts[: limit * length])
             return
     assert rows_of(planned) == expected
-    assert [s.num_sequences for s in planned.shards[:-1]] == [per_shard] * (len(planned.shards) - 1)
+    *full, _ = planned.shards
+    for shard in full:
+        assert shard.num_sequences == per_shard
     assert planned.num_tokens == len(expected) * length
 
 
@@ -151,30 +176,41 @@ def test_padded_invariants(texts: list[str], length: int, skip: int, batch_size:
     with tempfile.TemporaryDirectory() as folder:
         source = write_jsonl(Path(folder) / "c.jsonl", texts)
         if not any(observed):
-            fails(lambda: tokenize_corpus(source, TOKENIZER, settings))
+            fails(lambda: planned_with(source, settings))
             return
-        planned = tokenize_corpus(source, TOKENIZER, settings)
+        planned = planned_with(source, settings)
     assert rows_of(planned) == expected
     assert planned.num_tokens == sum(map(len, observed))
-    batches = [batch for shard in planned.shards for batch in shard.batches(batch_size)]
-    seen = [(row, mask) for b in batches for row, mask in zip(b.input_ids, b.attention_mask, strict=True)]
-    assert [row[mask].tolist() for row, mask in seen] == expected
-    counted = [row[mask].tolist() for b in batches for row, mask in zip(b.input_ids, b.observed, strict=True)]
+    read = []
+    counted = []
+    for shard in planned.shards:
+        for batch in shard.batches(batch_size):
+            ids = batch.input_ids
+            read += masked_rows(ids, batch.attention_mask)
+            counted += masked_rows(ids, batch.observed)
+            assert ids.dtype == np.int32
+            assert batch.attention_mask.dtype == bool
+            assert batch.observed.dtype == bool
+            assert batch.attention_mask[:, -1].any()
+            assert len(ids) <= batch_size
+            assert (ids[~batch.attention_mask] == PAD).all()
+    assert read == expected
     assert counted == observed
-    for b in batches:
-        assert b.input_ids.dtype == np.int32
-        assert b.attention_mask.dtype == b.observed.dtype == bool
-        assert b.input_ids.shape == b.attention_mask.shape == b.observed.shape
-        assert b.attention_mask[:, -1].any()
-        assert len(b.input_ids) <= batch_size
-        assert (b.input_ids[~b.attention_mask] == PAD).all()
+
+
+def masked_rows(ids: np.ndarray, mask: np.ndarray) -> list[list[int]]:
+    """The tokens of each row at which a mask of the same shape is true."""
+    assert ids.shape == mask.shape
+    return [row[places].tolist() for row, places in zip(ids, mask, strict=True)]
 
 
 def test_batches_are_as_wide_as_their_longest_row_and_copies(jsonl: str) -> None:
-    (shard,) = tokenize_corpus(jsonl, TOKENIZER, Settings(sequence_length=32, layout="padded")).shards
+    (shard,) = planned_with(jsonl, Settings(sequence_length=32, layout="padded")).shards
     assert shard.input_ids.shape == (4, 32)
-    assert [b.input_ids.shape for b in shard.batches(2)] == [(2, 3), (2, 6)]
-    (packed, _) = tokenize_corpus(jsonl, TOKENIZER, replace(SMALL, skip_first_tokens=1)).shards
+    narrow, wide = shard.batches(2)
+    assert narrow.input_ids.shape == (2, 3)
+    assert wide.input_ids.shape == (2, 6)
+    (packed, _) = planned_with(jsonl, replace(SMALL, skip_first_tokens=1)).shards
     batch = next(packed.batches(8))
     assert batch.observed.tolist() == [[False, True, True, True]] * 2
     assert packed.num_tokens == 6
@@ -212,7 +248,7 @@ def test_a_packed_row_has_the_special_tokens_of_a_text_around_it(
     """A text ends in one EOS, whether the tokenizer, the text or the package puts it there."""
     source = write_jsonl(tmp_path / "c.jsonl", texts)
     settings = Settings(sequence_length=len(expected[0]))
-    assert rows_of(tokenize_corpus(source, word_tokenizer(**options), settings)) == expected
+    assert rows_of(planned_with(source, settings, **options)) == expected
 
 
 def test_row_start_none_cuts_documents_with_their_special_tokens(tmp_path: Path) -> None:
@@ -220,10 +256,9 @@ def test_row_start_none_cuts_documents_with_their_special_tokens(tmp_path: Path)
     settings = Settings(sequence_length=4, row_start="none")
     planned = tokenize_corpus(source, word_tokenizer(add="<bos> $A"), settings)
     assert rows_of(planned) == [[BOS, 4, 5, 6], [EOS, BOS, 7, 8]]
-    same = [
-        tokenize_corpus(source, TOKENIZER, Settings(sequence_length=4, row_start=start)) for start in ("auto", "none")
-    ]
-    assert same[0].tokens_fingerprint == same[1].tokens_fingerprint  # of a tokenizer that adds nothing
+    without_specials = planned_with(source, settings)
+    auto = planned_with(source, replace(settings, row_start="auto"))
+    assert without_specials.tokens_fingerprint == auto.tokens_fingerprint
 
 
 def test_rows_without_room_for_text_are_refused(jsonl: str) -> None:
@@ -240,17 +275,19 @@ def test_rows_without_room_for_text_are_refused(jsonl: str) -> None:
 def test_packed_rows_hold_every_token_of_the_text_once(
     texts: list[str], length: int, tmp_path_factory: pytest.TempPathFactory
 ) -> None:
-    source = write_jsonl(tmp_path_factory.mktemp("corpus") / "c.jsonl", ["w0 w1 w2 w3 w4 w5 w6 w7", *texts])
-    stream = [token for row in packed_oracle(["w0 w1 w2 w3 w4 w5 w6 w7", *texts], 1) for token in row]
-    rows = rows_of(tokenize_corpus(source, word_tokenizer(add="<bos> $A"), Settings(sequence_length=length)))
-    assert {row[0] for row in rows} == {BOS}
-    assert {len(row) for row in rows} == {length}
-    assert [token for row in rows for token in row[1:]] == stream[: len(stream) // (length - 1) * (length - 1)]
+    texts = ["w0 w1 w2 w3 w4 w5 w6 w7", *texts]
+    source = write_jsonl(tmp_path_factory.mktemp("corpus") / "c.jsonl", texts)
+    planned = planned_with(source, Settings(sequence_length=length), add="<bos> $A")
+    rest = []
+    for first, *others in rows_of(planned):
+        assert first == BOS
+        rest.append(others)
+    assert rest == packed_oracle(texts, length - 1)
 
 
 @pytest.mark.parametrize(("options", "pad"), [({}, PAD), ({"pad": False}, EOS), ({"pad": False, "eos": False}, 0)])
 def test_pad_id_falls_back_to_eos_then_zero(jsonl: str, options: dict[str, bool], pad: int) -> None:
-    (shard,) = tokenize_corpus(jsonl, word_tokenizer(**options), Settings(sequence_length=3, layout="padded")).shards
+    (shard,) = planned_with(jsonl, Settings(sequence_length=3, layout="padded"), **options).shards
     assert shard.input_ids[1].tolist() == [7, pad, pad]
 
 
@@ -258,12 +295,16 @@ def test_content_hash_ignores_padding_and_sees_tokens_lengths_and_skip(jsonl: st
     padded = Settings(sequence_length=8, layout="padded")
 
     def hash_of(source: str, settings: Settings = padded, **options: bool) -> str:
-        return tokenize_corpus(source, word_tokenizer(**options), settings).shards[0].content_hash
+        (shard, *_) = planned_with(source, settings, **options).shards
+        return shard.content_hash
 
-    assert hash_of(jsonl) == hash_of(jsonl, pad=False)
-    assert len(hash_of(jsonl)) == 64
-    other = write_jsonl(tmp_path / "o.jsonl", ["w0 w1", "w2 w3", *TEXTS[2:]])  # same tokens, cut elsewhere
-    assert len({hash_of(jsonl), hash_of(other), hash_of(jsonl, replace(padded, skip_first_tokens=1))}) == 3
+    content_hash = hash_of(jsonl)
+    assert hash_of(jsonl, pad=False) == content_hash
+    assert len(content_hash) == 64
+    cut_elsewhere = write_jsonl(tmp_path / "o.jsonl", ["w0 w1", "w2 w3", *TEXTS[2:]])
+    other = hash_of(cut_elsewhere)
+    skipping = hash_of(jsonl, replace(padded, skip_first_tokens=1))
+    assert len({content_hash, other, skipping}) == 3
 
 
 # Determinism
@@ -279,17 +320,20 @@ def signature(planned: CorpusPlan) -> tuple[Any, ...]:
 
 def test_plans_are_deterministic_and_independent_of_grouping(jsonl: str, monkeypatch: pytest.MonkeyPatch) -> None:
     limited = replace(SMALL, max_sequences=2)
-    plans = [tokenize_corpus(jsonl, TOKENIZER, settings) for settings in (SMALL, limited)]
-    assert {plan.corpus_fingerprint for plan in plans} == {corpus_fingerprint(jsonl)}
-    assert len({plan.shards[0].content_hash for plan in plans}) == 1
-    assert len({plan.tokens_fingerprint for plan in plans}) == 2
-    whole, part = map(signature, plans)
-    assert signature(tokenize_corpus(jsonl, TOKENIZER, SMALL)) == whole
+    large = planned_with(jsonl)
+    small = planned_with(jsonl, limited)
+    for plan in (large, small):
+        assert plan.corpus_fingerprint == corpus_fingerprint(jsonl)
+    assert large.shards[0].content_hash == small.shards[0].content_hash
+    assert large.tokens_fingerprint != small.tokens_fingerprint
+    whole = signature(large)
+    part = signature(small)
+    assert signature(planned_with(jsonl)) == whole
     for documents_, characters in [(1, 1 << 20), (2, 1 << 20), (64, 1), (64, 9)]:
         monkeypatch.setattr(tokens, "GROUP_DOCUMENTS", documents_)
         monkeypatch.setattr(tokens, "GROUP_CHARACTERS", characters)
-        assert signature(tokenize_corpus(jsonl, TOKENIZER, SMALL)) == whole
-        assert signature(tokenize_corpus(jsonl, TOKENIZER, limited)) == part
+        assert signature(planned_with(jsonl)) == whole
+        assert signature(planned_with(jsonl, limited)) == part
 
 
 def test_a_small_plan_has_few_documents_tokenized(tmp_path: Path) -> None:
@@ -308,7 +352,7 @@ def test_a_tokenizer_left_truncating_and_padding_does_not_matter(jsonl: str, cap
     """It does not warn of long sequences either, although its model_max_length is 4."""
     configured = word_tokenizer()
     configured(["w0 w1 w2"], truncation=True, max_length=2, padding="max_length")
-    assert signature(tokenize_corpus(jsonl, configured, SMALL)) == signature(tokenize_corpus(jsonl, TOKENIZER, SMALL))
+    assert signature(tokenize_corpus(jsonl, configured, SMALL)) == signature(planned_with(jsonl))
     assert not caplog.records
 
 
@@ -326,7 +370,7 @@ def test_files_local_and_by_uri(tmp_path: Path, scheme: str, glob: bool) -> None
     (folder / "dir.jsonl").mkdir()
     path = f"{folder}/{'*.jsonl' if glob else 'b c.jsonl'}"
     uri = scheme + path.replace(" ", "%20")
-    assert list(documents(f"{uri if scheme else path}:body")) == (["a1", "b1", "b2"] if glob else ["b1", "b2"])
+    assert texts_of(f"{uri if scheme else path}:body") == (["a1", "b1", "b2"] if glob else ["b1", "b2"])
 
 
 def test_globs_cross_folders_and_are_sorted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -336,25 +380,25 @@ def test_globs_cross_folders_and_are_sorted(tmp_path: Path, monkeypatch: pytest.
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_text(name)
     for pattern in (f"{tmp_path}/*/?.txt", f"file://{tmp_path}/**/*.txt", "*/*.txt", "~/*/*.txt"):
-        assert list(documents(pattern)) == ["a/1.txt", "a/2.txt", "z/1.txt"]
+        assert texts_of(pattern) == ["a/1.txt", "a/2.txt", "z/1.txt"]
     write_jsonl(tmp_path / "c[1].jsonl", ["x"])  # its name looks like a pattern
     for path in (f"{tmp_path}/c[1].jsonl", "c[1].jsonl", "~/c[1].jsonl"):
-        assert list(documents(path)) == ["x"]
+        assert texts_of(path) == ["x"]
 
 
 def test_text_is_one_document_as_it_stands(tmp_path: Path) -> None:
     path = tmp_path / "c.TXT"
     path.write_bytes(b"\xef\xbb\xbfone\r\ntwo\n\n\xc3\xa9 end")
-    assert list(documents(str(path))) == ["one\r\ntwo\n\n\u00e9 end"]
+    assert texts_of(path) == ["one\r\ntwo\n\n\u00e9 end"]
 
 
 def test_a_long_text_is_read_in_pieces_at_line_ends(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sources, "TEXT_PIECE_BYTES", 7)
     path = tmp_path / "c.txt"
     path.write_text("\u00e9\u00e9\u00e9\u00e9 1\nw2\nlong line w3\nw4")
-    assert list(documents(str(path))) == ["\u00e9\u00e9\u00e9\u00e9 1\n", "w2\nlong line w3\n", "w4"]
+    assert texts_of(path) == ["\u00e9\u00e9\u00e9\u00e9 1\n", "w2\nlong line w3\n", "w4"]
     path.write_bytes(b"line 1\nline 2\nbad \xff\n")
-    fails(lambda: list(documents(str(path))), f"{path}: byte 18 is not UTF-8.")
+    cannot_be_read(path, f"{path}: byte 18 is not UTF-8.")
 
 
 def test_a_long_line_is_read_in_pieces_at_whitespace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -367,9 +411,9 @@ def test_a_long_line_is_read_in_pieces_at_whitespace(tmp_path: Path, monkeypatch
         "a 0123456789012345 b\n": ["a", " 0123456789012345 b\n"],
     }.items():
         path.write_text(text)
-        assert list(documents(str(path))) == expected
+        assert texts_of(path) == expected
     path.write_bytes(b"word one two bad\xff two")
-    fails(lambda: list(documents(str(path))), f"{path}: byte 16 is not UTF-8.")
+    cannot_be_read(path, f"{path}: byte 16 is not UTF-8.")
 
 
 GPT_2 = pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -425,11 +469,13 @@ def test_no_tokenizer_gets_more_than_a_piece(
     """Of 16 MB at once, it takes over 2 GB of memory. Documents no longer than a piece are given whole."""
     texts = ["w0 w1", " ".join(WORDS * 4), "w2 w3 w4 w5", "w6"]
     settings = replace(SMALL, layout=layout)
-    whole = signature(tokenize_corpus(write(tmp_path / f"c.{write.__name__[6:]}", texts), TOKENIZER, settings))
+    kind = write.__name__.removeprefix("write_")
+    source = write(tmp_path / f"c.{kind}", texts)
+    whole = signature(planned_with(source, settings))
     watched = Watched()
     monkeypatch.setattr(tokens, "PIECE_CHARACTERS", 11)
     monkeypatch.setattr(tokens, "GROUP_CHARACTERS", 8)
-    assert signature(tokenize_corpus(str(next(tmp_path.iterdir())), watched, settings)) == whole
+    assert signature(tokenize_corpus(source, watched, settings)) == whole
     given = list(chain(*watched.given))
     assert max(map(len, given)) <= 11 + len(" w10")
     assert {"w0 w1", "w2 w3 w4 w5", "w6"} <= set(given)
@@ -440,8 +486,8 @@ def test_jsonl_lines(tmp_path: Path) -> None:
     path.write_bytes(
         b'\xef\xbb\xbf{"text": "a\\u2028b\xe2\x80\xa8c"}\r\n\n  \n{"text": "", "other": 1}\n{"text":"last"}'
     )
-    assert list(documents(str(path))) == ["a\u2028b\u2028c", "", "last"]
-    assert list(documents(f"{path}:")) == list(documents(f"{path}:text"))
+    assert texts_of(path) == ["a\u2028b\u2028c", "", "last"]
+    assert texts_of(f"{path}:") == texts_of(f"{path}:text")
 
 
 @pytest.mark.parametrize(
@@ -450,15 +496,15 @@ def test_jsonl_lines(tmp_path: Path) -> None:
 def test_parquet_columns(tmp_path: Path, kind: pa.DataType) -> None:
     column = pa.array(TEXTS, pa.string()).cast(kind)
     source = write_parquet(tmp_path / "c.parquet", column, "body")
-    assert list(documents(f"{source}:body")) == TEXTS
-    assert list(documents(f"file://{source}:body")) == TEXTS
+    assert texts_of(f"{source}:body") == TEXTS
+    assert texts_of(f"file://{source}:body") == TEXTS
 
 
 def test_builtin_pydoc() -> None:
-    texts = list(documents("builtin:pydoc"))
+    texts = texts_of("builtin:pydoc")
     assert len(texts) > 50
     assert all(texts)
-    assert texts == list(documents("builtin:pydoc"))
+    assert texts == texts_of("builtin:pydoc")
     assert corpus_fingerprint("builtin:pydoc") == corpus_fingerprint("builtin:pydoc")
     assert tokenize_corpus("builtin:pydoc", TOKENIZER, Settings(max_sequences=3)).num_sequences == 3
 
@@ -474,9 +520,9 @@ def hub(tmp_path: Path) -> str:
 
 
 def test_hf_streams_a_dataset(hub: str) -> None:
-    assert list(documents(f"hf:{hub}")) == TEXTS
-    assert list(documents(f"hf:{hub}::test")) == list(documents(f"hf:{hub}:default:test:text")) == ["t1", "t2"]
-    assert rows_of(tokenize_corpus(f"hf:{hub}", TOKENIZER, SMALL)) == packed_oracle(TEXTS, 4)
+    assert texts_of(f"hf:{hub}") == TEXTS
+    assert texts_of(f"hf:{hub}::test") == texts_of(f"hf:{hub}:default:test:text") == ["t1", "t2"]
+    assert rows_of(planned_with(f"hf:{hub}")) == packed_oracle(TEXTS, 4)
 
 
 def test_hf_fingerprint_follows_content_and_split(hub: str) -> None:
@@ -487,11 +533,11 @@ def test_hf_fingerprint_follows_content_and_split(hub: str) -> None:
 
 
 def test_hf_errors(hub: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    fails(lambda: list(documents(f"hf:{hub}::dev")), "Bad split: dev", "'train'", "Check the name")
-    fails(lambda: list(documents(f"hf:{hub}:nope")), "'nope' not found. Available: ['default']")
-    fails(lambda: list(documents(f"hf:{hub}:::txt")), "row 1: no field 'txt'.", "Did you mean 'text'?")
+    cannot_be_read(f"hf:{hub}::dev", "Bad split: dev", "'train'", "Check the name")
+    cannot_be_read(f"hf:{hub}:nope", "'nope' not found. Available: ['default']")
+    cannot_be_read(f"hf:{hub}:::txt", "row 1: no field 'txt'.", "Did you mean 'text'?")
     write_jsonl(Path(hub) / "train.jsonl", [5])  # type: ignore[list-item]
-    fails(lambda: list(documents(f"hf:{hub}")), "row 1: 'text' is not text but 5.")
+    cannot_be_read(f"hf:{hub}", "row 1: 'text' is not text but 5.")
 
     def offline(*_: Any, **__: Any) -> None:
         raise ConnectionError("no network")
@@ -600,7 +646,7 @@ def test_memory_stays_bounded(tmp_path: Path) -> None:
 def test_bad_jsonl_lines(tmp_path: Path, line: bytes, message: str) -> None:
     path = tmp_path / "c.jsonl"
     path.write_bytes(b'{"text": "good"}\n\n' + line + b"\n")
-    fails(lambda: list(documents(str(path))), f"{path}, line 3{'' if message.startswith(':') else ' '}{message}")
+    cannot_be_read(path, f"{path}, line 3{'' if message.startswith(':') else ' '}{message}")
 
 
 def test_packed_files_and_tables_have_the_same_texts(tmp_path: Path) -> None:
@@ -609,28 +655,26 @@ def test_packed_files_and_tables_have_the_same_texts(tmp_path: Path) -> None:
     table = tmp_path / "c.csv"
     with table.open("w", newline="", encoding="utf-8") as file:
         csv.writer(file).writerows([("n", "text"), *enumerate(texts)])
-    assert list(documents(str(table))) == list(documents(plain)) == texts
+    assert texts_of(table) == texts_of(plain) == texts
     for path in (Path(plain), table):
         for ending, codec in (("gz", "gzip"), ("zst", "zstd")):
             with pa.output_stream(f"{path}.{ending}", compression=codec) as stream:
                 stream.write(path.read_bytes())
-            assert list(documents(f"{path}.{ending}:text")) == texts
-    fails(lambda: list(documents(f"{table}:txt")), f"{table}, line 2: no field 'txt'.", "Did you mean 'text'?")
+            assert texts_of(f"{path}.{ending}:text") == texts
+    cannot_be_read(f"{table}:txt", f"{table}, line 2: no field 'txt'.", "Did you mean 'text'?")
     table.write_text("text,n\na\nb,1,2\n")
-    fails(lambda: list(documents(f"{table}:n")), f"{table}, line 2: 'n' is not text but None.")
+    cannot_be_read(f"{table}:n", f"{table}, line 2: 'n' is not text but None.")
     Path(f"{plain}.gz").write_bytes(b"not packed")
-    fails(lambda: list(documents(f"{plain}.gz")), f"{plain}.gz cannot be read: ", "Check that the file exists")
+    cannot_be_read(f"{plain}.gz", f"{plain}.gz cannot be read: ", "Check that the file exists")
 
 
 def test_bad_parquet(tmp_path: Path) -> None:
     source = write_parquet(tmp_path / "c.parquet", ["a", None])
-    fails(
-        lambda: list(documents(f"{source}:txt")), f"{source}: no column 'txt'.", "Did you mean 'text'? Valid: text, n."
-    )
-    fails(lambda: list(documents(source)), f"{source}, row 2: 'text' is not text but None.")
-    fails(lambda: list(documents(f"{source}:n")), f"{source}, row 1: 'n' is not text but 0.")
+    cannot_be_read(f"{source}:txt", f"{source}: no column 'txt'.", "Did you mean 'text'? Valid: text, n.")
+    cannot_be_read(source, f"{source}, row 2: 'text' is not text but None.")
+    cannot_be_read(f"{source}:n", f"{source}, row 1: 'n' is not text but 0.")
     Path(source).write_bytes(b"not parquet at all")
-    fails(lambda: list(documents(source)), f"{source} cannot be read: ", "Check that the file exists, is complete")
+    cannot_be_read(source, f"{source} cannot be read: ", "Check that the file exists, is complete")
 
 
 @pytest.mark.parametrize(
@@ -661,7 +705,7 @@ def test_unknown_sources(source: str, parts: list[str], tmp_path: Path, monkeypa
 def test_a_file_that_cannot_be_read(jsonl: str) -> None:
     os.chmod(jsonl, 0)
     if not os.access(jsonl, os.R_OK):  # of root, it can be read all the same
-        fails(lambda: list(documents(jsonl)), f"{jsonl} cannot be read: ", "Permission denied", "readable")
+        cannot_be_read(jsonl, f"{jsonl} cannot be read: ", "Permission denied", "readable")
     os.chmod(jsonl, 0o600)
     reading = documents(jsonl)
     os.remove(jsonl)
@@ -687,7 +731,7 @@ def test_a_file_that_cannot_be_read(jsonl: str) -> None:
 )
 def test_too_little_text(texts: list[str], options: dict[str, Any], says: list[str], tmp_path: Path) -> None:
     source = write_jsonl(tmp_path / "c.jsonl", texts)
-    fails(lambda: tokenize_corpus(source, TOKENIZER, Settings(sequence_length=6, **options)), *says)
+    fails(lambda: planned_with(source, Settings(sequence_length=6, **options)), *says)
 
 
 @pytest.mark.parametrize("name", ["c.jsonl", "c.txt", "c.parquet"])
@@ -700,7 +744,7 @@ def test_a_line_without_an_end_is_refused_before_it_takes_the_memory(name: str, 
         first, rest = (b'{"text": "short"}\n{"text": "', b'"}\n') if name == "c.jsonl" else (b"short\n", b"")
         file.write_bytes(first + b"x" * size + rest)
     with pytest.raises(CorpusError, match=f"{name}, .*is longer than") as caught:
-        list(documents(str(file)))
+        texts_of(file)
     assert caught.value.hint == "Split it into several documents."
     if name == "c.jsonl":
         assert next(documents(str(file))) == "short"

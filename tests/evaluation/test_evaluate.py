@@ -16,8 +16,8 @@ from support.command_line import as_words, avss, files, mistake, succeed
 from support.experiments import cell_times
 from support.tables import assert_same_evaluations, evaluation_rows, only_row, rows_with, table_rows
 from support.texts import SAME, TEXT, sentences
-from tokenizers import Tokenizer, models, pre_tokenizers, processors
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
+from support.word_tokenizers import word_tokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from avss_dist import ablate, evaluate, score
 from avss_dist.analysis.findings import findings
@@ -342,12 +342,11 @@ def save_with_words(folder: Path, model: Any, added: str) -> Path:
     """Save a model with a tokenizer of whole words, which puts special tokens around a text as ``added`` says."""
     model.save_pretrained(folder)
     words = [f"w{i}" for i in range(WORDS)]
-    vocabulary = {name: i for i, name in enumerate(["<pad>", "<bos>", "<eos>", *words])}
-    inner = Tokenizer(models.WordLevel(vocabulary, unk_token="<pad>"))
-    inner.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    inner.post_processor = processors.TemplateProcessing(single=added, special_tokens=[("<bos>", 1), ("<eos>", 2)])
     special = {"pad_token": "<pad>", "bos_token": "<bos>", "eos_token": "<eos>"}
-    PreTrainedTokenizerFast(tokenizer_object=inner, **special).save_pretrained(folder)
+    names = [*special.values(), *words]
+    markers = ("<bos>", "<eos>")
+    tokenizer = word_tokenizer(names, unknown="<pad>", added=added, markers=markers, **special)
+    tokenizer.save_pretrained(folder)
     return folder
 
 
