@@ -295,11 +295,14 @@ def test_truthfulqa_draws_an_incorrect_answer_by_its_seed(tmp_path: Path) -> Non
     lines = [{"question": f"w{i}", **answers} for i in range(8)]
     pairs_file = tmp_path / "t.jsonl"
     write_pairs(pairs_file, lines)
-    first, same, other = (texts_of(f"truthfulqa:{tmp_path}/t.jsonl{seed}") for seed in ("", ":0", ":1"))
-    assert first == same != other
-    assert first[0] == "Q: w0\nA: w1."
-    write_pairs(pairs_file, list(reversed(lines)))
-    assert sorted(documents(f"truthfulqa:{tmp_path}/t.jsonl")) == sorted(first)
+    source = f"truthfulqa:{pairs_file}"
+    texts = texts_of(source)
+    assert texts_of(f"{source}:0") == texts
+    assert texts_of(f"{source}:1") != texts
+    assert texts[0] == "Q: w0\nA: w1."
+    lines.reverse()
+    write_pairs(pairs_file, lines)
+    assert sorted(texts_of(source)) == sorted(texts)
 
 
 PAIR = LINES[:1] + LINES[2:3]

@@ -16,6 +16,7 @@ from safetensors.torch import save_file
 from support.checkpoints import checkpoint_at, config_in, llama, weights_in
 from support.command_line import avss, files, mistake, succeed
 from support.distilling import SMALL
+from support.events import events_of
 from support.json_files import write_json
 from support.pairs import write_pairs
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -72,6 +73,15 @@ def weights_of(folder: Path | str) -> dict[str, torch.Tensor]:
     return weights_in(Path(folder))
 
 
+def advanced(events: list[Any]) -> list[int]:
+    """The tokens of a training that events tell of, step by step."""
+    return [event.tokens for event in events_of(TrainingAdvanced, events)]
+
+
+def tokens_after(*steps: int) -> list[int]:
+    return [TOKENS * step for step in steps]
+
+
 def changed(before: Path, after: Path | str) -> set[str]:
     """Names of the tensors that differ between two checkpoints."""
     old = weights_of(before)
@@ -86,15 +96,17 @@ def changed(before: Path, after: Path | str) -> set[str]:
 def test_the_default_learning_rate_is_in_proportion_to_the_weights(
     distill: Distill, student: Path, tmp_path: Path
 ) -> None:
-    sizes = [w.square().mean().sqrt().item() for w in weights_of(student).values() if w.ndim > 1]
+    matrices = [tensor for tensor in weights_of(student).values() if tensor.ndim > 1]
+    sizes = [matrix.square().mean().sqrt().item() for matrix in matrices]
     rate = default_learning_rate(checkpoint_at(student), "all")
     assert rate == pytest.approx(1e-3 * float(np.median(sizes)), rel=0.05)
 
-    larger = changed_copy(student, tmp_path / "larger", lambda _, value: value * 8)
-    assert default_learning_rate(checkpoint_at(larger), "all") == pytest.approx(8 * rate, rel=0.05)
-    assert default_learning_rate(checkpoint_at(larger), "lora") == pytest.approx(40 * rate, rel=0.05)
+    larger = checkpoint_at(changed_copy(student, tmp_path / "larger", lambda _, value: value * 8))
+    assert default_learning_rate(larger, "all") == pytest.approx(8 * rate, rel=0.05)
+    assert default_learning_rate(larger, "lora") == pytest.approx(40 * rate, rel=0.05)
 
-    assert distill(learning_rate=None).record.learning_rate == rate
+    done = distill(learning_rate=None)
+    assert done.record.learning_rate == rate
 
 
 def test_a_student_comes_closer_to_its_teacher(distilled: Observed, student: Path) -> None:
@@ -102,27 +114,26 @@ def test_a_student_comes_closer_to_its_teacher(distilled: Observed, student: Pat
     record = done.record
     folder = Path(done.folder)
     assert record.after.loss < 0.95 * record.before.loss
-    assert [text.label for text in record.texts] == ["trained.txt", "self", "other.txt"]
-    assert [text.weight for text in record.texts] == [3, 1, 0]
-    assert [text.trained_rows > 0 for text in record.texts] == [True, True, False]
+    assert {text.label: text.weight for text in record.texts} == {"trained.txt": 3, "self": 1, "other.txt": 0}
+    for text in record.texts:
+        assert (text.trained_rows > 0) == (text.weight > 0)
     assert [point.step for point in record.curve] == [0, 5, 10, 10]
     assert record.before.train_loss is None
     assert record.curve[1].train_loss is not None
     for text in record.texts:
-        assert record.after.kept[text.label] == pytest.approx(
-            text.teacher_perplexity / record.after.perplexity[text.label]
-        )
+        kept = text.teacher_perplexity / record.after.perplexity[text.label]
+        assert record.after.kept[text.label] == pytest.approx(kept)
     weighted = 0.75 * record.after.divergence["trained.txt"] + 0.25 * record.after.divergence["self"]
     assert record.after.loss == pytest.approx(weighted)
     assert read_record(folder) == record
     assert done.table().num_rows == len(record.curve) * 3
-    advanced = [event.tokens for event in events if isinstance(event, TrainingAdvanced)]
-    assert advanced == [TOKENS * step for step in range(1, 11)]
-    assert len([event for event in events if isinstance(event, CurvePoint)]) == 3
+    assert advanced(events) == tokens_after(*range(1, 11))
+    assert len(events_of(CurvePoint, events)) == 3
     assert not folder.with_name("out.part").exists()
     assert done.notes == ()
     card = (folder / "README.md").read_text()
-    assert card.startswith((student / "README.md").read_text()[:200])
+    card_of_student = (student / "README.md").read_text()
+    assert card.startswith(card_of_student[:200])
     assert "Distilled from" in card
     assert {"config.json", "tokenizer.json", "avss_distill.json"} <= files(folder).keys()
     assert (folder / "config.json").read_bytes() == (student / "config.json").read_bytes()
@@ -133,14 +144,20 @@ def test_the_written_checkpoint_is_what_the_last_point_measured(
 ) -> None:
     """Plain transformers opens it, and finds the divergence from the teacher that the record has."""
     done, _ = distilled
-    student, whole = (AutoModelForCausalLM.from_pretrained(folder).eval() for folder in (done.folder, teacher))
     tokenizer = AutoTokenizer.from_pretrained(done.folder)
-    ids = torch.tensor(tokenizer(other_corpus.read_text(), add_special_tokens=False)["input_ids"])
-    rows = ids[: 4 * 32].reshape(4, 32)
-    with torch.no_grad():
-        losses = [model(input_ids=rows, labels=rows).loss.item() for model in (student, whole)]
-    assert done.record.after.perplexity["other.txt"] == pytest.approx(math.exp(losses[0]), rel=1e-4)
-    assert done.record.after.kept["other.txt"] == pytest.approx(math.exp(losses[1] - losses[0]), rel=1e-4)
+    ids = tokenizer(other_corpus.read_text(), add_special_tokens=False, return_tensors="pt").input_ids
+    rows = ids[0, : 4 * 32].reshape(4, 32)
+
+    def loss_of(folder: Path | str) -> float:
+        model = AutoModelForCausalLM.from_pretrained(folder).eval()
+        with torch.no_grad():
+            return float(model(input_ids=rows, labels=rows).loss)
+
+    student = loss_of(done.folder)
+    rise = student - loss_of(teacher)
+    after = done.record.after
+    assert after.perplexity["other.txt"] == pytest.approx(math.exp(student), rel=1e-4)
+    assert after.kept["other.txt"] == pytest.approx(math.exp(-rise), rel=1e-4)
 
 
 def test_what_is_trained_and_the_memory_that_it_takes(
@@ -150,19 +167,19 @@ def test_what_is_trained_and_the_memory_that_it_takes(
     layers = {name for name in weights_of(student) if ".layers." in name}
     lora_folder = tmp_path / "lora"
     lora = distill(train="lora", lora_rank=4, tokens=8 * TOKENS, learning_rate=1e-2, output=lora_folder)
-    done = {"all": distilled[0], "lora": lora}
-    assert changed(student, done["all"].folder) == layers | {"model.norm.weight"}
-    assert changed(student, done["lora"].folder) == {name for name in layers if "_proj." in name}
-    record = done["lora"].record
+    whole, _ = distilled
+    assert changed(student, whole.folder) == layers | {"model.norm.weight"}
+    assert changed(student, lora.folder) == {name for name in layers if "_proj." in name}
+    record = lora.record
     assert record.lora_rank == 4
     assert record.after.loss < record.before.loss
     assert not list(lora_folder.glob("adapter*"))
-    parts = {train: result.memory for train, result in done.items()}
-    assert parts["all"].trained > parts["lora"].trained
-    for part in parts.values():
-        assert part.parts["gradients"] == 4 * part.trained
-        assert part.parts["optimizer"] == 8 * part.trained
-    assert parts["all"].parts["student"] == sum(4 * t.numel() for t in weights_of(done["all"].folder).values())
+    assert whole.memory.trained > lora.memory.trained
+    for estimate in (whole.memory, lora.memory):
+        assert estimate.parts["gradients"] == 4 * estimate.trained
+        assert estimate.parts["optimizer"] == 8 * estimate.trained
+    numbers = [tensor.numel() for tensor in weights_of(whole.folder).values()]
+    assert whole.memory.parts["student"] == 4 * sum(numbers)
 
 
 # Endings
@@ -186,8 +203,11 @@ def test_a_training_that_diverges_writes_its_best_checkpoint(
     steps = []
 
     def fail(*arguments: Any) -> torch.Tensor:
-        steps.append(loss := distillation_loss(*arguments))
-        return loss * torch.nan if len(steps) >= 8 else loss
+        loss = distillation_loss(*arguments)
+        steps.append(loss)
+        if len(steps) >= 8:
+            return loss * torch.nan
+        return loss
 
     monkeypatch.setattr(trainer, "distillation_loss", fail)
     with pytest.raises(RunFailed, match=r"diverged.*best checkpoint.*of 640 tokens.*out") as caught:
@@ -233,8 +253,7 @@ def test_a_full_disk_keeps_what_is_complete_and_the_same_request_resumes(
     assert complete.name == "checkpoint-5"
     resumed: list[Any] = []
     distill(on_event=resumed.append)
-    advanced = [event.tokens for event in resumed if isinstance(event, TrainingAdvanced)]
-    assert advanced == [TOKENS * step for step in range(6, 11)]
+    assert advanced(resumed) == tokens_after(6, 7, 8, 9, 10)
     whole = tmp_path / "whole"
     distill(output=whole)
     assert files(tmp_path / "out") == files(whole)

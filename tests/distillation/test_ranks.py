@@ -13,8 +13,10 @@ import pytest
 import ray
 import torch
 from support.checkpoints import one_thread, weights_in
+from support.command_line import as_words
 from support.commands import Command
 from support.distilling import SMALL
+from support.events import events_of
 from support.families import lively, tiny_model
 from support.processes import ray_processes, wait_until
 from support.rank_processes import Gang
@@ -68,7 +70,8 @@ def pair_of(
         if not teacher.exists():
             model = lively(tiny_model("causal", family))
             save_checkpoint(model, teacher)
-            prune(str(teacher), Plan(model=str(teacher), num_layers=3, layers="layers", drop=(1,)), student)
+            plan = Plan(model=str(teacher), num_layers=3, layers="layers", drop=(1,))
+            prune(str(teacher), plan, student)
         return {"student": student, "teacher": teacher, "corpora": [corpus], **OPTIONS}
 
     return pair
@@ -96,21 +99,27 @@ class MeasuredTrainer(trainer.DistillationTrainer):
 
     def train(self, *args: Any, **options: Any) -> Any:
         result = super().train(*args, **options)
-        states = getattr(self.optimizer, "optimizer", self.optimizer).state.values()
-        moments = [tensor for state in states for name, tensor in state.items() if name != "step"]
-        parameters = [
-            tensor for p in self.model.parameters() for tensor in (local(p.data), getattr(p, "ds_tensor", None))
-        ]
-        MeasuredTrainer.held = sum_bytes(parameters), sum_bytes(moments)
+        optimizer = getattr(self.optimizer, "optimizer", self.optimizer)
+        moments = 0
+        for state in optimizer.state.values():
+            for name, tensor in state.items():
+                if name != "step":
+                    moments += bytes_of(tensor)
+        weights = 0
+        for parameter in self.model.parameters():
+            weights += bytes_of(parameter.data)
+            weights += bytes_of(getattr(parameter, "ds_tensor", None))
+        MeasuredTrainer.held = weights, moments
         return result
 
 
-def local(tensor: torch.Tensor) -> torch.Tensor:
-    return tensor.to_local() if hasattr(tensor, "to_local") else tensor
-
-
-def sum_bytes(tensors: list[Any]) -> int:
-    return sum(local(tensor).numel() * 4 for tensor in tensors if tensor is not None)
+def bytes_of(tensor: torch.Tensor | None) -> int:
+    """The bytes in float32 of the part of a tensor that this process holds."""
+    if tensor is None:
+        return 0
+    if hasattr(tensor, "to_local"):
+        tensor = tensor.to_local()
+    return 4 * tensor.numel()
 
 
 def distill_here(options: dict[str, Any]) -> tuple[int, int]:
@@ -129,9 +138,12 @@ def distill_here(options: dict[str, Any]) -> tuple[int, int]:
 
 def assert_near(output: Path, expected: Path) -> None:
     """Equal weights within 1e-5."""
-    weights, wanted = (weights_in(folder) for folder in (output, expected))
+    weights = weights_in(output)
+    wanted = weights_in(expected)
     assert weights.keys() == wanted.keys()
-    assert max(float((weights[name] - wanted[name]).abs().max()) for name in wanted) < 1e-5
+    for name, tensor in weights.items():
+        difference = (tensor - wanted[name]).abs()
+        assert float(difference.max()) < 1e-5
 
 
 def assert_same_curve(record: DistillRecord | None, expected: DistillRecord) -> None:
@@ -167,11 +179,12 @@ def test_two_ranks_give_the_weights_of_one_process(
     expected, record = by_one(family, train)
     assert_near(output, expected)
     assert_same_curve(read_record(output), record)
-    files = [path.name for path in (tmp_path / "out.part" / "checkpoints" / f"checkpoint-{STEPS}").rglob("*")]
+    checkpoint = tmp_path / "out.part" / "checkpoints" / f"checkpoint-{STEPS}"
     info = SHARDINGS[sharding]
-    assert any("zero_pp_rank_1" in name for name in files) == bool(info.zero_stage)
-    assert ("pytorch_model_fsdp.bin" in files) == (sharding == "fsdp")
-    models = resolve_pair(request := DistillRequest(**options), "cpu")
+    assert bool(list(checkpoint.rglob("*zero_pp_rank_1*"))) == bool(info.zero_stage)
+    assert bool(list(checkpoint.rglob("pytorch_model_fsdp.bin"))) == (sharding == "fsdp")
+    request = DistillRequest(**options)
+    models = resolve_pair(request, "cpu")
     memory = estimate_memory(
         models.student,
         models.teacher,
@@ -184,8 +197,10 @@ def test_two_ranks_give_the_weights_of_one_process(
     )
     for weights, moments in held:
         assert moments == pytest.approx(memory.parts["optimizer"], rel=0.03)
-        copy = 2 * memory.trained if info.zero_stage else 0
-        assert weights == pytest.approx(memory.parts["student"] - copy, rel=0.03)
+        expected_weights = memory.parts["student"]
+        if info.zero_stage:
+            expected_weights -= 2 * memory.trained
+        assert weights == pytest.approx(expected_weights, rel=0.03)
 
 
 # Through Ray.
@@ -216,40 +231,47 @@ def test_a_killed_rank_ends_the_training_which_then_goes_on(pair_of: PairOf, tmp
         if isinstance(event, CurvePoint) and event.tokens == STEPS * 128:
             wait_until(lambda: trainer.last_checkpoint(unfinished / "checkpoints") is not None)
             started = [process for process in ray_processes() if process not in before]
-            max(started, key=lambda process: process.create_time()).send_signal(signal.SIGKILL)
+            newest = max(started, key=lambda process: process.create_time())
+            newest.send_signal(signal.SIGKILL)
 
     with pytest.raises(RunFailed, match=r"Rank [01] (was lost|failed)") as caught:  # on a loaded machine Ray tells late
         avss_dist.distill(**options, on_event=kill)
     assert caught.value.exit_code == 1
-    wait_until(lambda: all(process in before for process in ray_processes()))
+    wait_until(lambda: set(ray_processes()) <= set(before))
     with pytest.raises(ConfigError, match="was begun with other values of ranks, settings, sharding"):
-        avss_dist.distill(**{**options, "ranks": 1, "sharding": "ddp"})
+        avss_dist.distill(**options | {"ranks": 1, "sharding": "ddp"})
     resumed: list[Any] = []
     avss_dist.distill(**options, on_event=resumed.append)
     assert_near(output, tmp_path / "one")
-    tokens = [event.tokens for event in resumed if isinstance(event, TrainingAdvanced)]
-    first = 8 * STEPS - len(tokens)
+    steps = steps_of(resumed)
+    first = 8 * STEPS - len(steps)
     assert first in range(STEPS, 8 * STEPS, STEPS)
-    assert tokens == [128 * step for step in range(first + 1, 8 * STEPS + 1)]
-    heard = [event.tokens for event in events if isinstance(event, TrainingAdvanced)]
-    assert heard[:STEPS] == [128 * step for step in range(1, STEPS + 1)]
+    assert steps == list(range(first + 1, 8 * STEPS + 1))
+    assert steps_of(events)[:STEPS] == list(range(1, STEPS + 1))
     assert not unfinished.exists()
+
+
+def steps_of(events: list[Any]) -> list[float]:
+    """The steps of a training that events tell of; one has 128 tokens."""
+    return [event.tokens / 128 for event in events_of(TrainingAdvanced, events)]
 
 
 @pytest.mark.usefixtures("warm_workers")
 def test_a_signal_ends_all_ranks(pair_of: PairOf, tmp_path: Path) -> None:
     """Ctrl-C, in the middle of the training."""
-    options = {name.replace("_", "-"): value for name, value in pair_of("llama").items() if name != "student"}
-    arguments = [part for name, value in options.items() if name != "corpora" for part in (f"--{name}", value)]
-    more = ["--corpora", *options["corpora"], "--ranks", 2, "--tokens", 1e6, "--evaluations", 1000]
-    command = Command("distill", pair_of("llama")["student"], *arguments, *more, "-o", tmp_path / "out")
+    options = pair_of("llama")
+    student = options.pop("student")
+    corpora = options.pop("corpora")
+    more = ["--corpora", *corpora, "--ranks", 2, "--tokens", 1e6, "--evaluations", 1000]
+    command = Command("distill", student, *as_words(options), *more, "-o", tmp_path / "out")
     running = psutil.Process(command.pid)
     wait_until(lambda: trainer.last_checkpoint(tmp_path / "out.part" / "checkpoints") is not None)
     started = running.children(recursive=True)
     command.send(signal.SIGINT)
     code, _, said = command.wait()
     assert code == 130, said
-    wait_until(lambda: not any(process.is_running() for process in started))
+    for process in started:
+        wait_until(lambda process=process: not process.is_running())
 
 
 @pytest.mark.usefixtures("cluster")
@@ -257,5 +279,6 @@ def test_an_error_of_a_rank_is_that_of_the_command(pair_of: PairOf, tmp_path: Pa
     """Nothing is left running."""
     before = ray_processes()
     with pytest.raises(RunFailed, match=r"the student no better.*Nothing was written"):
-        avss_dist.distill(**{**pair_of("llama"), "learning_rate": 1e4, "warmup": 0}, ranks=2, output=tmp_path / "out")
-    wait_until(lambda: all(process in before for process in ray_processes()))
+        options = pair_of("llama") | {"learning_rate": 1e4, "warmup": 0}
+        avss_dist.distill(**options, ranks=2, output=tmp_path / "out")
+    wait_until(lambda: set(ray_processes()) <= set(before))

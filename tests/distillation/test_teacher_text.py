@@ -5,7 +5,6 @@ from __future__ import annotations
 import shutil
 from collections import Counter
 from dataclasses import replace
-from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -82,16 +81,18 @@ def test_a_repair_is_fitted_on_text_of_the_model(
     """With its weight, once for all repairs."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     texts = with_own_text([str(corpus), "self=0.5"], checkpoint_at(teacher), SETTINGS)
-    assert texts[0] == str(corpus)
-    assert texts[1].endswith(".jsonl:text=0.5")
+    first, own = texts
+    assert first == str(corpus)
+    assert own.endswith(".jsonl:text=0.5")
     assert has_own_text(texts)
     assert not has_own_text([str(corpus)])
     plan = Plan(model=str(teacher), num_layers=4, layers="layers", drop=(2,))
     monkeypatch.delattr(module, "sample")
     options: dict[str, Any] = {"sequence_length": 16, "dtype": "float32", "device": "cpu", "repair": "channel"}
-    done = avss_dist.prune(str(teacher), plan, output=tmp_path / "out", repair_corpora=["self"], **options)
-    assert done.repair.texts[0].corpus == texts[1].removesuffix("=0.5")
-    assert done.repair.texts[0].rows > 100
+    done = avss_dist.prune(teacher, plan, output=tmp_path / "out", repair_corpora=["self"], **options)
+    (fitted,) = done.repair.texts
+    assert fitted.corpus == own.removesuffix("=0.5")
+    assert fitted.rows > 100
 
 
 @pytest.mark.nightly
@@ -102,21 +103,29 @@ def test_tokens_are_drawn_as_the_model_predicts_them(tiny_llama: Path, tmp_path:
     (folder / "generation_config.json").write_text('{"do_sample": true, "top_k": 1, "temperature": 0.01}')
     model = AutoModelForCausalLM.from_pretrained(tiny_llama)
     tokenizer = load_tokenizer(checkpoint_at(tiny_llama))
-    start = special_tokens_around(tokenizer).prefix.tolist() or [tokenizer.bos_token_id or tokenizer.eos_token_id]
+    start = special_tokens_around(tokenizer).prefix.tolist()
+    if not start:
+        start = [tokenizer.bos_token_id or tokenizer.eos_token_id]
     with torch.no_grad():
         expected = model(torch.tensor([start])).logits[0, -1].softmax(-1)
-    words = [tokenizer.decode([token], skip_special_tokens=True) for token in range(len(expected))]
+    share: Counter[str] = Counter()
+    for token, probability in enumerate(expected.tolist()):
+        word = tokenizer.decode([token], skip_special_tokens=True)
+        share[word] += probability
     one = Settings(sequence_length=1, batch_size=1000, device="cpu")
     count = 4000
-    seen = Counter(chain.from_iterable(sample(checkpoint_at(folder), one, count=count)))
-    share = {word: sum(float(p) for p, w in zip(expected, words, strict=True) if w == word) for word in set(words)}
+    seen: Counter[str] = Counter()
+    for batch in sample(checkpoint_at(folder), one, count=count):
+        seen.update(batch)
     for word, wanted in share.items():
         if word.strip():
-            assert abs(seen[word] / count - wanted) < 5 * (wanted / count) ** 0.5 + 1e-3
+            difference = abs(seen[word] / count - wanted)
+            assert difference < 5 * (wanted / count) ** 0.5 + 1e-3
     assert len(seen) > 20
 
 
 @pytest.mark.nightly
 def test_an_encoder_writes_nothing(tiny_bert: Path) -> None:
     with pytest.raises(ModelError, match="predicts no next token"):
-        next(sample(checkpoint_at(tiny_bert), Settings(device="cpu", sequence_length=4), count=1))
+        settings = Settings(device="cpu", sequence_length=4)
+        next(sample(checkpoint_at(tiny_bert), settings, count=1))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -11,6 +10,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from support.corpora import rows_of
+from support.json_files import write_json_lines
 from support.texts import sentences
 from transformers import AutoTokenizer
 
@@ -26,36 +27,36 @@ SETTINGS = Settings(sequence_length=32)
 @pytest.fixture(scope="module")
 def texts(teacher: Path, corpus: Path, other_corpus: Path) -> list[DistillText]:
     tokenizer = AutoTokenizer.from_pretrained(teacher)
+    settings = replace(SETTINGS, skip_sequences=1)
+    first = str(corpus)
+    second = str(other_corpus)
     return [
-        read_trained(str(file), str(file), weight, tokenizer, replace(SETTINGS, skip_sequences=1), 4)
-        for file, weight in ((corpus, 1.0), (other_corpus, 3.0))
+        read_trained(first, first, 1.0, tokenizer, settings, 4),
+        read_trained(second, second, 3.0, tokenizer, settings, 4),
     ]
 
 
 def test_held_out_rows_come_before_those_to_train_on(teacher: Path, corpus: Path, texts: list[DistillText]) -> None:
-    everything = read_watched(str(corpus), AutoTokenizer.from_pretrained(teacher), SETTINGS, 10_000).held_out
-    rows = np.concatenate([shard.input_ids for shard in everything.shards])
-    assert texts[0].trained is not None
-    parts = [
-        np.concatenate([shard.input_ids for shard in plan.shards]) for plan in (texts[0].held_out, texts[0].trained)
-    ]
-    assert np.array_equal(rows[1:5], parts[0])
-    assert np.array_equal(rows[5:], parts[1])
+    tokenizer = AutoTokenizer.from_pretrained(teacher)
+    watched = read_watched(str(corpus), tokenizer, SETTINGS, 10_000)
+    rows = rows_of(watched.held_out)
+    text, _ = texts
+    assert text.trained is not None
+    assert np.array_equal(rows[1:5], rows_of(text.held_out))
+    assert np.array_equal(rows[5:], rows_of(text.trained))
 
 
 def test_a_mix_draws_by_weight_and_every_row_before_any_again(texts: list[DistillText]) -> None:
     mix = Mix(texts, 2000, seed=3)
-    drawn = [tuple(mix[i]["input_ids"].tolist()) for i in range(len(mix))]
-    own = [
-        {tuple(row) for shard in text.trained.shards for row in shard.input_ids.tolist()}
-        for text in texts
-        if text.trained
-    ]
-    assert 0.7 < np.mean([row in own[1] for row in drawn]) < 0.8
-    for rows in own:
+    drawn = [tuple(mix[number]["input_ids"].tolist()) for number in range(len(mix))]
+    for text, low, high in zip(texts, (0.2, 0.7), (0.3, 0.8), strict=True):
+        assert text.trained is not None
+        rows = set(map(tuple, rows_of(text.trained).tolist()))
         order = [row for row in drawn if row in rows]
+        assert low < len(order) / len(drawn) < high
         for start in range(0, len(order) - len(rows) + 1, len(rows)):
-            assert set(order[start : start + len(rows)]) == rows
+            round_ = order[start : start + len(rows)]
+            assert set(round_) == rows
 
 
 def test_a_mix_depends_on_its_seed_alone(texts: list[DistillText]) -> None:
@@ -77,7 +78,7 @@ def test_padding_and_skipped_tokens_have_no_label(teacher: Path, corpus: Path) -
     settings = Settings(sequence_length=64, layout="padded", skip_first_tokens=3)
     tokenizer = AutoTokenizer.from_pretrained(teacher)
     lines = corpus.with_suffix(".jsonl")
-    lines.write_text("\n".join(f'{{"text": "{line[:20]}"}}' for line in corpus.read_text().split("\n")))
+    write_json_lines(lines, [{"text": line[:20]} for line in corpus.read_text().split("\n")])
     text = read_trained(f"{lines}:text", "lines", 1.0, tokenizer, settings, 4)
     example = Mix([text], 1, 0)[0]
     real = int(example["attention_mask"].sum())
@@ -87,7 +88,9 @@ def test_padding_and_skipped_tokens_have_no_label(teacher: Path, corpus: Path) -
 
 
 def test_labels_of_texts_are_distinct(texts: list[DistillText]) -> None:
-    assert [text.label for text in with_labels([*texts, texts[0]])] == ["trained.txt", "other.txt", "trained.txt (2)"]
+    first, second = texts
+    labels = [text.label for text in with_labels([first, second, first])]
+    assert labels == ["trained.txt", "other.txt", "trained.txt (2)"]
 
 
 # Conversations
@@ -104,10 +107,13 @@ def chats(tmp_path: Path) -> Write:
     chats_file = tmp_path / "chats.jsonl"
 
     def write(count: int, *others: Any) -> Path:
-        said = sentences(2 * count, seed=3)
-        turns = [[{"role": role, "content": said[2 * i + n]} for n, role in enumerate("ua")] for i in range(count)]
-        lines = [{"messages": messages} for messages in turns]
-        chats_file.write_text("".join(json.dumps(line) + "\n" for line in [*lines, *others]))
+        questions = sentences(count, seed=3)
+        answers = sentences(count, seed=4)
+        lines = []
+        for question, answer in zip(questions, answers, strict=True):
+            messages = [{"role": "u", "content": question}, {"role": "a", "content": answer}]
+            lines.append({"messages": messages})
+        write_json_lines(chats_file, [*lines, *others])
         return chats_file
 
     return write
@@ -125,7 +131,8 @@ def test_rows_of_conversations_are_held_out_and_trained(chats: Write, tokenizer:
     assert text.trained is not None
     assert text.held_out.num_sequences == 4
     assert text.trained.num_sequences > 20
-    assert "<|u|>" in tokenizer.decode(text.held_out.shards[0].input_ids.ravel())
+    held_out = rows_of(text.held_out)
+    assert "<|u|>" in tokenizer.decode(held_out.ravel())
 
 
 @pytest.mark.parametrize(
