@@ -22,11 +22,13 @@ import pytest
 import yaml
 from support.json_files import write_json
 from support.processes import wait_until
+from support.tables import values_in
 from support.warm_workers import ray_start_environment
 
 from avss_dist.core.process import current_umask
 
 CLUSTER = Path(__file__).parents[2] / "cluster"
+DOCKERFILE = CLUSTER / "docker" / "Dockerfile"
 SCRIPTS = sorted([*CLUSTER.rglob("*.sh"), *CLUSTER.rglob("*.sbatch")])
 MANIFESTS = sorted((CLUSTER / "kuberay").glob("*.yaml"))
 RAY_UP = sorted(CLUSTER.glob("*/cluster.yaml"))
@@ -35,50 +37,56 @@ QUANTITY = {"anyOf": [{"type": "integer", "minimum": 0}, {"type": "string", "pat
 RESOURCES = {"type": "object", "required": ["cpu", "memory"], "additionalProperties": QUANTITY}
 
 
+def list_of(items: dict[str, Any], **limits: int) -> dict[str, Any]:
+    """The schema of a list."""
+    return {"type": "array", "items": items, **limits}
+
+
 def strict(required: str, optional: str = "", **properties: Any) -> dict[str, Any]:
     """The schema of an object that has these keys and no others."""
-    known = {name: properties.get(name, {}) for name in f"{required} {optional}".split()}
-    return {"type": "object", "required": required.split(), "properties": known, "additionalProperties": False}
+    keys = required.split()
+    known = {name: properties.get(name, {}) for name in [*keys, *optional.split()]}
+    return {"type": "object", "required": keys, "properties": known, "additionalProperties": False}
 
 
+VARIABLE = strict("name", "value valueFrom", value={"type": "string"})
+PORT = strict("containerPort name", containerPort={"type": "integer"}, name=NAME)
 CONTAINER = strict(
     "name image resources",
     "ports env volumeMounts",
     name=NAME,
     resources=strict("requests limits", requests=RESOURCES, limits=RESOURCES),
-    env={"type": "array", "items": strict("name", "value valueFrom", value={"type": "string"})},
-    volumeMounts={"type": "array", "items": strict("name mountPath", "readOnly")},
-    ports={"type": "array", "items": strict("containerPort name", containerPort={"type": "integer"}, name=NAME)},
+    env=list_of(VARIABLE),
+    volumeMounts=list_of(strict("name mountPath", "readOnly")),
+    ports=list_of(PORT),
 )
+NOT_ROOT = {"properties": {"runAsNonRoot": {"const": True}}, "required": ["runAsNonRoot", "runAsUser"]}
 POD = strict(
     "spec",
     spec=strict(
         "containers securityContext",
         "serviceAccountName tolerations volumes",
-        containers={"type": "array", "items": CONTAINER, "minItems": 1},
-        securityContext={"properties": {"runAsNonRoot": {"const": True}}, "required": ["runAsNonRoot", "runAsUser"]},
+        containers=list_of(CONTAINER, minItems=1),
+        securityContext=NOT_ROOT,
     ),
 )
 STRINGS = {"type": "object", "additionalProperties": {"type": "string"}}
 COUNT = {"type": "integer", "minimum": 0}
+WORKERS = strict(
+    "groupName replicas minReplicas maxReplicas rayStartParams template",
+    groupName=NAME,
+    replicas=COUNT,
+    minReplicas=COUNT,
+    maxReplicas=COUNT,
+    rayStartParams=STRINGS,
+    template=POD,
+)
 RAY_CLUSTER = strict(
     "rayVersion authOptions headGroupSpec workerGroupSpecs",
     rayVersion={"type": "string", "pattern": r"^\d+\.\d+\.\d+$"},
     authOptions=strict("mode", mode={"const": "token"}),
     headGroupSpec=strict("rayStartParams template", rayStartParams=STRINGS, template=POD),
-    workerGroupSpecs={
-        "type": "array",
-        "minItems": 1,
-        "items": strict(
-            "groupName replicas minReplicas maxReplicas rayStartParams template",
-            groupName=NAME,
-            replicas=COUNT,
-            minReplicas=COUNT,
-            maxReplicas=COUNT,
-            rayStartParams=STRINGS,
-            template=POD,
-        ),
-    },
+    workerGroupSpecs=list_of(WORKERS, minItems=1),
 )
 RAY_JOB = strict(
     "entrypoint rayClusterSpec",
@@ -110,43 +118,52 @@ def test_kuberay_manifests_have_the_keys_of_their_kind(path: Path) -> None:
     """The keys are KubeRay's (ray.io/v1) that are used here; another one is a slip."""
     manifest = load(path)
     spec = KINDS[manifest["kind"]]
-    jsonschema.validate(
-        manifest,
-        strict("apiVersion kind metadata spec", apiVersion={"const": "ray.io/v1"}, metadata=METADATA, spec=spec),
-    )
+    version = {"const": "ray.io/v1"}
+    schema = strict("apiVersion kind metadata spec", apiVersion=version, metadata=METADATA, spec=spec)
+    jsonschema.validate(manifest, schema)
 
 
 @pytest.mark.parametrize("path", MANIFESTS, ids=lambda p: p.name)
 def test_kuberay_groups_agree_with_themselves(path: Path) -> None:
-    spec = load(path)["spec"]
-    spec = spec.get("rayClusterSpec", spec)
+    spec = cluster_spec(path)
+    head = spec["headGroupSpec"]
     groups = spec["workerGroupSpecs"]
-    pods = [spec["headGroupSpec"]["template"]["spec"], *(group["template"]["spec"] for group in groups)]
-    assert spec["headGroupSpec"]["rayStartParams"]["num-cpus"] == "0", "no worker beside the driver"
-    assert len({group["groupName"] for group in groups}) == len(groups)
+    assert head["rayStartParams"]["num-cpus"] == "0", "no worker beside the driver"
+    assert len(values_in(groups, "groupName")) == len(groups)
     for group in groups:
         assert group["minReplicas"] <= group["replicas"] <= group["maxReplicas"]
-    for pod in pods:
-        volumes = [volume["name"] for volume in pod["volumes"]]
-        for container in pod["containers"]:
-            assert container["resources"]["requests"] == container["resources"]["limits"], "nothing is taken away later"
-            assert {mount["name"] for mount in container["volumeMounts"]} == set(volumes)
-            for variable in container["env"]:
-                assert not ("TOKEN" in variable["name"] and "value" in variable)
-    gpus = [pod["containers"][0]["resources"]["limits"].get("nvidia.com/gpu", 0) for pod in pods]
-    assert gpus[0] == 0
-    assert all(gpus[1:])
+        assert gpus_of(group) > 0
+    assert gpus_of(head) == 0
     images: set[str] = set()
-    for pod in pods:
-        images |= {container["image"] for container in pod["containers"]}
+    for group in (head, *groups):
+        pod = group["template"]["spec"]
+        volumes = values_in(pod["volumes"], "name")
+        images |= values_in(pod["containers"], "image")
+        for container in pod["containers"]:
+            resources = container["resources"]
+            assert resources["requests"] == resources["limits"], "nothing is taken away later"
+            assert values_in(container["volumeMounts"], "name") == volumes
+            for variable in container["env"]:
+                assert "TOKEN" not in variable["name"] or "value" not in variable
     assert len(images) == 1
 
 
+def cluster_spec(manifest: Path) -> dict[str, Any]:
+    """The specification of the Ray cluster of a manifest, or of its job."""
+    spec = load(manifest)["spec"]
+    return spec.get("rayClusterSpec", spec)
+
+
+def gpus_of(group: dict[str, Any]) -> int:
+    """The GPUs of the first container of a group of nodes."""
+    first, *_ = group["template"]["spec"]["containers"]
+    return first["resources"]["limits"].get("nvidia.com/gpu", 0)
+
+
 def test_the_manifests_name_the_ray_of_the_image() -> None:
-    (version,) = re.findall(r"^ARG RAY_VERSION=(\S+)$", (CLUSTER / "docker" / "Dockerfile").read_text(), re.MULTILINE)
+    (version,) = re.findall(r"^ARG RAY_VERSION=(\S+)$", DOCKERFILE.read_text(), re.MULTILINE)
     for path in MANIFESTS:
-        spec = load(path)["spec"]
-        assert spec.get("rayClusterSpec", spec)["rayVersion"] == version
+        assert cluster_spec(path)["rayVersion"] == version
 
 
 @pytest.mark.nightly
@@ -171,7 +188,13 @@ def test_ray_up_takes_the_configuration(path: Path) -> None:
 
 def installed(program: str) -> str | None:
     """Where a program is, of this Python's environment first."""
-    return shutil.which(program, path=os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]]))
+    return shutil.which(program, path=path_of_this_python())
+
+
+def path_of_this_python() -> str:
+    """The search path of programs, with the folder of this Python first."""
+    folder = Path(sys.executable).parent
+    return f"{folder}{os.pathsep}{os.environ['PATH']}"
 
 
 @pytest.mark.parametrize("path", SCRIPTS, ids=lambda p: p.name)
@@ -182,8 +205,9 @@ def test_scripts_are_sound(path: Path) -> None:
     assert shellcheck, "pip install -e '.[test]' has it"
     checked = subprocess.run([shellcheck, "--shell=bash", path], capture_output=True, text=True)
     assert checked.returncode == 0, checked.stdout
-    assert path.read_text().startswith("#!/usr/bin/env bash\n")
-    assert "set -euo pipefail" in path.read_text()
+    script = path.read_text()
+    assert script.startswith("#!/usr/bin/env bash\n")
+    assert "set -euo pipefail" in script
     assert path.stat().st_mode & stat.S_IXUSR
 
 
@@ -204,21 +228,25 @@ def test_the_recipe_of_skypilot_is_one_and_its_shell_is_sound() -> None:
 
 
 def test_the_image_is_pinned_and_runs_without_rights() -> None:
-    text = re.sub(r"\\\n", " ", (CLUSTER / "docker" / "Dockerfile").read_text())
+    text = re.sub(r"\\\n", " ", DOCKERFILE.read_text())
     steps = [line.split(maxsplit=1) for line in text.splitlines() if line and not line.startswith("#")]
     (base,) = [rest for step, rest in steps if step == "FROM"]
     assert re.fullmatch(r"[\w./-]+:\d[\w.-]+", base), "a version, not 'latest'"
     users = [rest for step, rest in steps if step == "USER"]
     assert users
     assert re.fullmatch(r"[1-9]\d*:[1-9]\d*", users[-1])
-    last = max(i for i, (step, _) in enumerate(steps) if step == "USER")
-    for step, rest in steps:
-        assert not (step in ("RUN", "USER") and "sudo" in rest)
-    assert [step for step, _ in steps[last:]].count("RUN") == 1, "pip installs as the user"
     copied: list[str] = []
+    runs_as_last_user = 0
     for step, rest in steps:
-        if step == "COPY":
+        if step in ("RUN", "USER"):
+            assert "sudo" not in rest
+        if step == "USER":
+            runs_as_last_user = 0
+        elif step == "RUN":
+            runs_as_last_user += 1
+        elif step == "COPY":
             copied += rest.split()[1:-1]
+    assert runs_as_last_user == 1, "pip installs as the user"
     allowed = (CLUSTER / "docker" / "Dockerfile.dockerignore").read_text().splitlines()
     for source in copied:
         assert (CLUSTER.parent / source).exists()
@@ -230,7 +258,7 @@ def test_the_recipe_of_the_image_has_no_fault() -> None:
     hadolint = installed("hadolint")
     if hadolint is None:
         pytest.skip("hadolint is not installed; pip install -e '.[test]' has it")
-    checked = subprocess.run([hadolint, CLUSTER / "docker" / "Dockerfile"], capture_output=True, text=True)
+    checked = subprocess.run([hadolint, DOCKERFILE], capture_output=True, text=True)
     assert checked.returncode == 0, checked.stdout
 
 
@@ -264,7 +292,7 @@ def test_a_slurm_node_starts_ray_runs_the_job_and_stops(tiny_llama: Path, tmp_pa
     token.write_text("0123456789abcdef" * 4)
     clean = {name: value for name, value in os.environ.items() if not name.startswith(("RAY_", "SLURM_"))}
     env = clean | {
-        "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
+        "PATH": path_of_this_python(),
         "AVSS_JOB": str(job_file),
         "AVSS_HEAD": "127.0.0.1",
         "AVSS_PORT": str(port),
@@ -299,7 +327,12 @@ class Cluster:
         """What the script says to export."""
         done = self.script(nodes)
         assert done.returncode == 0, done.stderr
-        return dict(shlex.split(line)[1].split("=", 1) for line in done.stdout.splitlines())
+        exports = {}
+        for line in done.stdout.splitlines():
+            _export, assignment = shlex.split(line)
+            name, _, value = assignment.partition("=")
+            exports[name] = value
+        return exports
 
     def processes(self) -> list[psutil.Process]:
         """All that carry this cluster's mark."""
@@ -359,7 +392,9 @@ def test_who_has_no_token_or_a_wrong_one_is_refused(
     token = Path(client["RAY_AUTH_TOKEN_PATH"])
     assert stat.S_IMODE(token.stat().st_mode) == 0o600
     assert stat.S_IMODE(token.parent.stat().st_mode) == 0o700
-    assert [answer(server, t) for t in (token.read_text(), None, "0" * 64)] == [200, 401, 403]
+    assert answer(server, token.read_text()) == 200
+    assert answer(server, None) == 401
+    assert answer(server, "0" * 64) == 403
 
     wrong = tmp_path / "wrong"
     wrong.write_text("0" * 64)
@@ -399,15 +434,24 @@ def test_stop_ends_one_cluster_and_no_other(cluster: tuple[Cluster, dict[str, st
     other = Cluster(tmp_path)
     exports = other.start(1)
     started = other.processes()
-    assert {"raylet", "gcs_server"} <= {process.name() for process in started}
-    temp = Path((tmp_path / "state/avss_dist/cluster/temp").read_text().strip())
-    assert answer(exports["RAY_API_SERVER_ADDRESS"], Path(exports["RAY_AUTH_TOKEN_PATH"]).read_text()) == 200
+    names = {process.name() for process in started}
+    assert "raylet" in names
+    assert "gcs_server" in names
+    state = tmp_path / "state/avss_dist/cluster"
+    temp = Path((state / "temp").read_text().strip())
+    assert status_of(exports) == 200
     assert other.script("stop").returncode == 0
     assert other.processes() == []
     assert not temp.exists()
-    assert not (tmp_path / "state/avss_dist/cluster").exists()
+    assert not state.exists()
     assert other.script("stop").returncode == 0, "stopping nothing is no mistake"
-    assert answer(client["RAY_API_SERVER_ADDRESS"], Path(client["RAY_AUTH_TOKEN_PATH"]).read_text()) == 200
+    assert status_of(client) == 200
+
+
+def status_of(client: dict[str, str]) -> int:
+    """The HTTP status that a job server gives to a client in this environment."""
+    token = Path(client["RAY_AUTH_TOKEN_PATH"])
+    return answer(client["RAY_API_SERVER_ADDRESS"], token.read_text())
 
 
 @pytest.mark.parametrize("arguments", [(), (0,), ("three",), (3, "--cpus"), ("kill-node",), ("kill-node", 0), (999,)])

@@ -53,15 +53,22 @@ def test_a_loss_that_is_not_finite_is_divergence() -> None:
 
 
 def test_the_best_evaluation_is_a_trained_one() -> None:
-    lowest = best(evaluations(history(0.5, 0.9, 0.8, 0.8)))
+    curve = evaluations(history(0.5, 0.9, 0.8, 0.8))
+    lowest = best(curve)
     assert lowest is not None
     assert lowest.step == 20
     assert best(evaluations(history(0.5))) is None
 
 
 def test_an_evaluation_has_the_mean_loss_of_the_steps_before_it() -> None:
-    entries = [*history(1.0), {"loss": 0.8, "step": 1}, {"loss": 0.6, "step": 2}, {"eval_loss": 0.7, "step": 2}]
-    entries += [{"loss": 0.5, "step": 3}, {"eval_loss": 0.6, "eval_kept/a": 0.9, "step": 3}]
+    entries = [
+        *history(1.0),
+        {"loss": 0.8, "step": 1},
+        {"loss": 0.6, "step": 2},
+        {"eval_loss": 0.7, "step": 2},
+        {"loss": 0.5, "step": 3},
+        {"eval_loss": 0.6, "eval_kept/a": 0.9, "step": 3},
+    ]
     points = evaluations(entries)
     assert [point.train_loss for point in points] == [None, pytest.approx(0.7), 0.5]
     assert points[2].kept == {"a": 0.9}
@@ -87,7 +94,8 @@ def points(*values: tuple[float, float, float]) -> Iterator[CurvePoint]:
 def test_the_best_evaluation_keeps_some_text(
     values: list[tuple[float, float, float]], chosen: int, better: bool
 ) -> None:
-    before, *_ = curve = [*points(*values)]
+    curve = [*points(*values)]
+    before, *_ = curve
     lowest = best(curve)
     assert lowest is not None
     assert lowest.step == chosen
@@ -119,12 +127,21 @@ def test_training_goes_on_without_a_tracker_that_fails(capsys: pytest.CaptureFix
     for event in ("on_train_begin", "on_log", "on_log", "on_train_end"):
         getattr(callback, event)(None, None, None)
     assert tracker.heard == ["begin"], "nothing is passed on after a failure"
-    assert capsys.readouterr().err.count("No further reports to the tracker, training goes on: no network") == 1
+    said = capsys.readouterr().err
+    assert said.count("No further reports to the tracker, training goes on: no network") == 1
 
 
 def some_labels(tokens: int, vocabulary: int) -> torch.Tensor:
     """Labels of which about a third do not count."""
-    return torch.where(torch.rand(tokens) < 0.7, torch.randint(vocabulary, (tokens,)), NOT_COUNTED)
+    counted = torch.rand(tokens) < 0.7
+    labels = torch.randint(vocabulary, (tokens,))
+    return torch.where(counted, labels, NOT_COUNTED)
+
+
+def divergence(student: torch.Tensor, teacher: torch.Tensor) -> torch.Tensor:
+    """The divergence of the student's predictions from the teacher's, at each token."""
+    targets = teacher.log_softmax(-1)
+    return kl_div(student.log_softmax(-1), targets, log_target=True, reduction="none").sum(-1)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -138,9 +155,7 @@ def test_value_and_gradient_are_those_of_autograd(
     teacher = (3 * torch.randn(23, 50)).to(dtype)
     labels = some_labels(23, 50)
     counted = labels != NOT_COUNTED
-    targets = teacher.double().log_softmax(-1)
-    divergences = kl_div(student.double().log_softmax(-1), targets, log_target=True, reduction="none").sum(-1)
-    whole = divergences[counted].sum()
+    whole = divergence(student.double(), teacher.double())[counted].sum()
     (expected,) = torch.autograd.grad(2.5 * whole, student, retain_graph=True)
     value = distillation_loss(student, teacher.clone(), labels)
     (gradient,) = torch.autograd.grad(2.5 * value, student)
@@ -159,32 +174,39 @@ def test_the_gradient_is_stored_in_the_memory_of_the_teacher() -> None:
 
 def test_impossible_tokens_count_nothing() -> None:
     """Models mask the logits of padding tokens with minus infinity."""
-    logits = torch.tensor([[0.0, 1.0, -torch.inf]])
+    masked = torch.tensor([[0.0, 1.0, -torch.inf]])
+    unmasked = torch.tensor([[0.0, 1.0, -5.0]])
     label = torch.tensor([1])
-    assert distillation_loss(logits.clone(), logits.clone(), label).item() == pytest.approx(0, abs=1e-7)
-    assert 0 < distillation_loss(torch.tensor([[0.0, 1.0, -5.0]]), logits.clone(), label).item() < 0.01
+    same = distillation_loss(masked.clone(), masked.clone(), label)
+    assert same.item() == pytest.approx(0, abs=1e-7)
+    different = distillation_loss(unmasked, masked.clone(), label)
+    assert 0 < different.item() < 0.01
 
 
 def test_a_student_that_is_not_a_number_is_noticed() -> None:
-    assert distillation_loss(torch.full((1, 3), torch.nan), torch.zeros(1, 3), torch.tensor([1])).isnan()
+    student = torch.full((1, 3), torch.nan)
+    teacher = torch.zeros(1, 3)
+    assert distillation_loss(student, teacher, torch.tensor([1])).isnan()
+
+
+LABELS = torch.tensor([[NOT_COUNTED, 5, 6], [NOT_COUNTED, 7, NOT_COUNTED]])
 
 
 def test_a_token_predicts_the_label_of_the_next_one() -> None:
-    labels = torch.tensor([[NOT_COUNTED, 5, 6], [NOT_COUNTED, 7, NOT_COUNTED]])
-    assert next_labels(labels).tolist() == [5, 6, NOT_COUNTED, 7, NOT_COUNTED, NOT_COUNTED]
+    assert next_labels(LABELS).tolist() == [5, 6, NOT_COUNTED, 7, NOT_COUNTED, NOT_COUNTED]
 
 
 def test_loss_of_text_counts_labelled_tokens() -> None:
     torch.manual_seed(0)
-    logits = {"student": torch.randn(2, 3, 8), "teacher": torch.randn(2, 3, 8)}
-    labels = torch.tensor([[NOT_COUNTED, 5, 6], [NOT_COUNTED, 7, NOT_COUNTED]])
-    batch = {"input_ids": labels, "attention_mask": torch.ones_like(labels), "labels": labels}
-    measured = text_loss(lambda *_: logits["student"].clone(), lambda *_: logits["teacher"].clone(), batch)
-    log = {name: values.log_softmax(-1) for name, values in logits.items()}
-    places = [(0, 0, 5), (0, 1, 6), (1, 0, 7)]
+    student = torch.randn(2, 3, 8)
+    teacher = torch.randn(2, 3, 8)
+    batch = {"input_ids": LABELS, "attention_mask": torch.ones_like(LABELS), "labels": LABELS}
+    measured = text_loss(lambda *_: student.clone(), lambda *_: teacher.clone(), batch)
+    rows = [0, 0, 1]
+    places = [0, 1, 0]  # of the tokens that predict a label
+    labels = [5, 6, 7]
+    surprise = -student.log_softmax(-1)[rows, places, labels]
+    expected = divergence(student, teacher)[rows, places]
     assert measured.tokens == 3
-    assert measured.surprise == pytest.approx(-sum(log["student"][place].item() for place in places), rel=1e-5)
-    expected = sum(
-        (log["teacher"][r, t].exp() * (log["teacher"][r, t] - log["student"][r, t])).sum() for r, t, _ in places
-    )
-    assert measured.divergence == pytest.approx(float(expected), rel=1e-5)
+    assert measured.surprise == pytest.approx(float(surprise.sum()), rel=1e-5)
+    assert measured.divergence == pytest.approx(float(expected.sum()), rel=1e-5)
