@@ -74,12 +74,26 @@ def accumulate(kernels: Kernels, batches: Sequence[Batch], thresholds: Float64, 
     return into
 
 
+def whole_batch(x: torch.Tensor, before: torch.Tensor) -> Batch:
+    """A batch whose tokens all count."""
+    return Batch(x, before, torch.ones(x.shape[:2], dtype=torch.bool))
+
+
+def normal(
+    seed: int, shape: tuple[int, ...], dtype: torch.dtype, mean: float = 0.0, spread: float = 1.0
+) -> torch.Tensor:
+    """Random values of a normal distribution."""
+    values = np.random.default_rng(seed).normal(mean, spread, shape)
+    return torch.from_numpy(values).to(dtype)
+
+
 def measured(kernels: Kernels, *batches: Batch, thresholds: Float64 = GRID, device: str = "cpu") -> LayerStats:
     return stats_of(accumulate(kernels, batches, thresholds, device))
 
 
 def stats_of(into: Accumulator) -> LayerStats:
-    return to_stats({name: t.cpu().numpy() for name, t in into.tensors.items()}, into.dtype, into.thresholds)
+    arrays = {name: tensor.cpu().numpy() for name, tensor in into.tensors.items()}
+    return to_stats(arrays, into.dtype, into.thresholds)
 
 
 def expected(batch: Batch, thresholds: Float64 = GRID) -> LayerStats:
@@ -95,16 +109,20 @@ def from_patterns(patterns: np.ndarray, dtype: torch.dtype) -> torch.Tensor:
 
 
 def patterns_of(values: torch.Tensor) -> np.ndarray:
-    return values.view(torch.int32 if values.dtype == torch.float32 else torch.int16).numpy().astype(np.int64)
+    signed = torch.int32 if values.dtype == torch.float32 else torch.int16
+    return values.view(signed).numpy().astype(np.int64)
 
 
 def any_values(rng: np.random.Generator, shape: tuple[int, ...], dtype: torch.dtype, oddities: float) -> torch.Tensor:
     """Values of many sizes, with a share of oddities: any bit pattern, and those around zero, thresholds and inf."""
-    values = torch.from_numpy(rng.normal(size=shape) * 10.0 ** rng.integers(-7, 4, shape)).to(dtype)
-    special = patterns_of(torch.tensor([0.0, -0.0, np.inf, -np.inf, *THRESHOLDS], dtype=dtype))
-    odd = rng.choice(special, shape) + rng.integers(-1, 2, shape)
-    odd = np.where(rng.random(shape) < 0.3, rng.integers(0, 1 << 32, shape), odd)
-    return from_patterns(np.where(rng.random(shape) < oddities, odd, patterns_of(values)), dtype)
+    values = rng.normal(size=shape) * 10.0 ** rng.integers(-7, 4, shape)
+    patterns = patterns_of(torch.from_numpy(values).to(dtype))
+    special = torch.tensor([0.0, -0.0, np.inf, -np.inf, *THRESHOLDS], dtype=dtype)
+    odd = rng.choice(patterns_of(special), shape) + rng.integers(-1, 2, shape)
+    is_any_pattern = rng.random(shape) < 0.3
+    odd = np.where(is_any_pattern, rng.integers(0, 1 << 32, shape), odd)
+    is_odd = rng.random(shape) < oddities
+    return from_patterns(np.where(is_odd, odd, patterns), dtype)
 
 
 def any_mask(rng: np.random.Generator, kind: str, sequences: int, tokens: int) -> torch.Tensor:
@@ -112,7 +130,8 @@ def any_mask(rng: np.random.Generator, kind: str, sequences: int, tokens: int) -
     if kind == "random":
         mask = rng.random(mask.shape) < 0.6
     elif kind == "left padded":
-        mask = np.arange(tokens) >= rng.integers(0, tokens, sequences)[:, None]
+        starts = rng.integers(0, tokens, sequences)
+        mask = np.arange(tokens) >= starts[:, None]
     elif kind == "one sequence empty":
         mask[rng.integers(sequences)] = False
     elif kind == "all empty":
@@ -131,8 +150,8 @@ def any_batch(
 
 def plain_batch(x: torch.Tensor, seed: int = 0) -> Batch:
     """All tokens count; the block's input is another random tensor of about the same size."""
-    noise = torch.from_numpy(np.random.default_rng(seed).normal(size=x.shape)).to(x.dtype)
-    return Batch(x, x * 0.5 + noise, torch.ones(x.shape[:2], dtype=torch.bool))
+    noise = normal(seed, x.shape, x.dtype)
+    return whole_batch(x, x * 0.5 + noise)
 
 
 shapes = st.tuples(st.integers(1, 3), st.integers(1, 5), st.integers(1, 9))
@@ -168,7 +187,7 @@ def test_an_update_that_its_dtype_cannot_hold_has_a_size(kernels: Kernels, dtype
     before = 2 * x
     x[0, 1] = torch.finfo(dtype).max
     before[0, 1] = torch.finfo(dtype).min
-    stats = measured(kernels, Batch(x, before, torch.ones(1, 3, dtype=torch.bool)))
+    stats = measured(kernels, whole_batch(x, before))
     assert stats.token_count == 3
     assert stats.input_count == 12
     assert stats.cosine_sum == 1.0
@@ -179,9 +198,10 @@ def test_a_small_update_is_that_of_the_values_not_of_their_rounding(kernels: Ker
     """bfloat16 rounds 1.0078125 - 0.00390625 to 1.0: the update is off by 0.4%, its size is not."""
     after = torch.full((1, 2, 8), 1.0078125, dtype=torch.bfloat16)
     before = torch.full((1, 2, 8), 0.00390625, dtype=torch.bfloat16)
-    stats = measured(kernels, Batch(after, before, torch.ones(1, 2, dtype=torch.bool)))
+    stats = measured(kernels, whole_batch(after, before))
     assert (after - before)[0, 0, 0] == 1.0
-    assert stats.relative_magnitude_sum == pytest.approx(2 * (1.0078125 - 0.00390625) / 0.00390625, rel=1e-14)
+    relative_magnitude = (1.0078125 - 0.00390625) / 0.00390625
+    assert stats.relative_magnitude_sum == pytest.approx(2 * relative_magnitude, rel=1e-14)
 
 
 def test_an_update_is_counted_as_its_dtype_rounds_it(kernels: Kernels, dtype: torch.dtype) -> None:
@@ -191,14 +211,15 @@ def test_an_update_is_counted_as_its_dtype_rounds_it(kernels: Kernels, dtype: to
     kernels.finish()
     update = (batch.x - batch.before).double().numpy()
     mask = batch.mask.numpy()
-    assert_close(stats_of(into), oracle_stats(update, mask, GRID, units=True, by=counted_by(dtype)))
+    exact = oracle_stats(update, mask, GRID, units=True, by=counted_by(dtype))
+    assert_close(stats_of(into), exact)
 
 
 def test_tokens_without_an_angle_count_only_in_the_input_moments(kernels: Kernels, dtype: torch.dtype) -> None:
     x = torch.ones(1, 3, 4, dtype=dtype)
     before = torch.ones(1, 3, 4, dtype=dtype)
     x[0, 0] = before[0, 1] = 0
-    stats = measured(kernels, Batch(x, before, torch.ones(1, 3, dtype=torch.bool)))
+    stats = measured(kernels, whole_batch(x, before))
     assert stats.token_count == 1
     assert stats.cosine_sum == 1.0
     assert stats.angular_sum == 0.0
@@ -211,10 +232,12 @@ def test_tokens_without_an_angle_count_only_in_the_input_moments(kernels: Kernel
 def test_parallel_tokens_have_an_angle_whatever_rounds(kernels: Kernels, dtype: torch.dtype, factor: float) -> None:
     rng = np.random.default_rng(3)
     shape = (1, 200, 33)
-    before = torch.from_numpy(rng.integers(1, 64, shape) * 2.0 ** rng.integers(-30, 1, shape)).to(dtype)
-    stats = measured(kernels, Batch(before * factor, before, torch.ones(shape[:2], dtype=torch.bool)))
+    values = rng.integers(1, 64, shape) * 2.0 ** rng.integers(-30, 1, shape)
+    before = torch.from_numpy(values).to(dtype)
+    stats = measured(kernels, whole_batch(before * factor, before))
+    angular_sum = 0 if factor > 0 else 200
     assert stats.cosine_sum == pytest.approx(math.copysign(200, factor), rel=1e-15)
-    assert stats.angular_sum == pytest.approx(0 if factor > 0 else 200, abs=200 * 1e-8)
+    assert stats.angular_sum == pytest.approx(angular_sum, abs=200 * 1e-8)
 
 
 @pytest.mark.parametrize(
@@ -225,19 +248,24 @@ def test_parallel_tokens_have_an_angle_whatever_rounds(kernels: Kernels, dtype: 
 def test_massive_activations_keep_their_digits(
     kernels: Kernels, dtype: torch.dtype, spread: float, outliers: float
 ) -> None:
-    values = np.random.default_rng(3).normal(0, spread, (2, 48, 96))
-    values[:, ::16, 5] = outliers
-    batch = plain_batch(torch.from_numpy(values).to(dtype))
+    x = normal(3, (2, 48, 96), dtype, spread=spread)
+    x[:, ::16, 5] = outliers
+    batch = plain_batch(x)
     assert_close(measured(kernels, batch), expected(batch))
 
 
+def part_of(batch: Batch, start: int, stop: int) -> Batch:
+    """Some sequences of a batch."""
+    return Batch(batch.x[start:stop], batch.before[start:stop], batch.mask[start:stop])
+
+
 def test_a_large_offset_does_not_cancel(kernels: Kernels, dtype: torch.dtype) -> None:
-    x = torch.from_numpy(np.random.default_rng(5).normal(1e4, 1.0, (4, 64, 128))).to(dtype)
+    x = normal(5, (4, 64, 128), dtype, mean=1e4)
     exact = x.double().flatten().tolist()
     mean = math.fsum(exact) / len(exact)
     m2 = math.fsum((v - mean) ** 2 for v in exact)
-    batch = Batch(x, x, torch.ones(4, 64, dtype=torch.bool))
-    stats = measured(kernels, Batch(x[:1], x[:1], batch.mask[:1]), Batch(x[1:], x[1:], batch.mask[1:]))
+    batch = whole_batch(x, x)
+    stats = measured(kernels, part_of(batch, 0, 1), part_of(batch, 1, 4))
     assert stats.mean == pytest.approx(mean, rel=1e-14)
     assert stats.m2 == pytest.approx(m2, rel=1e-9)
     assert stats.input_m2 == pytest.approx(m2, rel=1e-9)
@@ -248,23 +276,26 @@ def test_a_large_offset_does_not_cancel(kernels: Kernels, dtype: torch.dtype) ->
 def around(values: Sequence[float], dtype: torch.dtype) -> torch.Tensor:
     """Each value as the dtype rounds it, with its two neighbours on both sides."""
     centers = patterns_of(torch.tensor(values, dtype=dtype))
-    return from_patterns(np.unique(centers[:, None] + np.arange(-2, 3)), dtype)
+    neighbours = centers[:, None] + np.arange(-2, 3)
+    return from_patterns(np.unique(neighbours), dtype)
 
 
 def test_near_zero_is_strict_and_exact_at_the_threshold(kernels: Kernels, dtype: torch.dtype) -> None:
     representable = torch.tensor(THRESHOLDS, dtype=dtype).double().numpy()
-    thresholds = np.unique(np.concatenate([GRID, representable, np.nextafter(representable, 1)]))
+    above = np.nextafter(representable, 1)
+    thresholds = np.unique(np.concatenate([GRID, representable, above]))
     values = around(THRESHOLDS, dtype)
     x = torch.cat([values, -values])[None, None]
     stats = measured(kernels, plain_batch(x), thresholds=thresholds)
     sizes = x.double().abs()
-    assert stats.near_zero.tolist() == [int((sizes < t).sum()) for t in thresholds]
-    assert len(set(stats.near_zero.tolist())) > len(THRESHOLDS)  # the thresholds tell neighbours apart
+    near_zero = stats.near_zero.tolist()
+    assert near_zero == [int((sizes < threshold).sum()) for threshold in thresholds]
+    assert len(set(near_zero)) > len(THRESHOLDS)  # the thresholds tell neighbours apart
 
 
 def test_several_batches_equal_one(kernels: Kernels, dtype: torch.dtype) -> None:
     whole = any_batch(6, (6, 8, 16), dtype, oddities=0.005)
-    parts = [Batch(whole.x[i:j], whole.before[i:j], whole.mask[i:j]) for i, j in ((0, 1), (1, 4), (4, 6))]
+    parts = [part_of(whole, 0, 1), part_of(whole, 1, 4), part_of(whole, 4, 6)]
     assert_close(measured(kernels, *parts), measured(kernels, whole))
 
 
@@ -281,14 +312,16 @@ def test_what_an_accumulator_does_not_keep_is_absent(kernels: Kernels, dtype: to
     kernels.finish()
     x = batch.x.double().numpy()
     mask = batch.mask.numpy()
-    assert_close(stats_of(into), oracle_stats(x, mask, GRID, by=counted_by(dtype)))
+    exact = oracle_stats(x, mask, GRID, by=counted_by(dtype))
+    assert_close(stats_of(into), exact)
 
 
 def test_shards_in_threads_of_their_own_give_the_same_bytes(dtype: torch.dtype) -> None:
     batches = [any_batch(seed, (5, 32, 64), dtype, oddities=0.001) for seed in (11, 12)]
 
     def bytes_of(_: int) -> dict[str, bytes]:
-        return {name: t.numpy().tobytes() for name, t in accumulate(CpuKernels(), batches, GRID).tensors.items()}
+        into = accumulate(CpuKernels(), batches, GRID)
+        return {name: tensor.numpy().tobytes() for name, tensor in into.tensors.items()}
 
     with ThreadPoolExecutor(4) as pool:
         first, *others = pool.map(bytes_of, range(8))

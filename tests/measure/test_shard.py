@@ -12,7 +12,6 @@ import threading
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
-from operator import itemgetter
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -25,6 +24,7 @@ from support.causal_lm import random_shard
 from support.checkpoints import checkpoint_at
 from support.families import tiny_model
 from support.oracle import FLOAT_FIELDS
+from support.tables import column_of, rows_with
 from support.tiers import all_of
 
 from avss_dist.core.errors import BatchTooLarge, ModelError
@@ -96,17 +96,20 @@ def test_padding_changes_the_tokens_of_some_families_alone_and_they_have_a_note(
     last = len(padded.layers) - 1
     padded_sum = padded.stats[last, "block"].unit_sum
     alone_sum = alone.stats[last, "block"].unit_sum
-    ignored = np.allclose(padded_sum, alone_sum, rtol=0, atol=1e-4 * np.abs(padded_sum).max())
-    noted = any("padding changes the tokens of a row" in note for note in padded.model["notes"])
+    tolerance = 1e-4 * np.abs(padded_sum).max()
+    ignored = np.allclose(padded_sum, alone_sum, rtol=0, atol=tolerance)
+    notes = "\n".join(padded.model["notes"])
     assert ignored == (family not in SEE_PADDING)
-    assert noted == (family in SEE_PADDING)
+    assert ("padding changes the tokens of a row" in notes) == (family in SEE_PADDING)
 
 
 def test_every_token_of_padded_rows_counts_once_and_only_what_is_asked_is_told(tiny_llama: Path) -> None:
     shard = random_shard()
     result = analyze_shard(Replica(checkpoint_at(tiny_llama), SETTINGS), shard, SETTINGS)
     tokens = int(shard.lengths.sum())
-    assert {stats.count for key, stats in result.stats.items() if key[1] == "block"} == {tokens * 32}
+    for (_, site), stats in result.stats.items():
+        if site == "block":
+            assert stats.count == tokens * 32
     assert result.num_tokens == tokens
     assert result.rows is None
     assert result.experts is None
@@ -117,12 +120,17 @@ def test_rows_of_answers_have_the_tokens_of_prompts_and_answers(tiny_llama: Path
     """An answer that begins where its row ends has no token, and one that would begin after it neither."""
     shard = random_shard()
     starts = np.array([3, 0, 9, 23, 20], np.int32)
-    pairing = Pairing(rows=np.arange(5), pairs=np.arange(5) // 2, strata=("good", "bad") * 2 + ("good",), starts=starts)
-    result = analyze_shard(Replica(checkpoint_at(tiny_llama), SETTINGS), replace(shard, pairing=pairing), SETTINGS)
+    rows = np.arange(5)
+    strata = ("good", "bad", "good", "bad", "good")
+    pairing = Pairing(rows=rows, pairs=rows // 2, strata=strata, starts=starts)
+    replica = Replica(checkpoint_at(tiny_llama), SETTINGS)
+    result = analyze_shard(replica, replace(shard, pairing=pairing), SETTINGS)
     assert result.rows is not None
     assert shard.lengths.tolist() == [24, 24, 9, 24, 17]
-    for name, expected in (("prompt_tokens", starts.tolist()), ("answer_tokens", [21, 24, 0, 1, 0])):
-        assert np.unique(result.rows[name].reshape(-1, 5), axis=0).tolist() == [expected]
+    for prompt_tokens in result.rows["prompt_tokens"].reshape(-1, 5):
+        assert prompt_tokens.tolist() == starts.tolist()
+    for answer_tokens in result.rows["answer_tokens"].reshape(-1, 5):
+        assert answer_tokens.tolist() == [21, 24, 0, 1, 0]
 
 
 def test_the_memory_of_counters_is_that_of_the_accumulators(tiny_llama: Path) -> None:
@@ -134,7 +142,8 @@ def test_the_memory_of_counters_is_that_of_the_accumulators(tiny_llama: Path) ->
         into = Accumulator(like, np.array(THRESHOLDS), units=site in UNIT_SITES, geometry=site == "block")
         held += sum(tensor.nbytes for tensor in into.tensors.values())
     counted = counter_bytes(size, SETTINGS, strata=2)
-    assert counted <= 2 * 3 * held < counted + 2 * 3 * len(SITES) * 1000
+    fixed = 2 * 3 * len(SITES) * 1000
+    assert counted <= 2 * 3 * held < counted + fixed
 
 
 BATCHES_OF_8 = Settings(max_sequences=13, sequence_length=32, batch_size=8, sequences_per_shard=13, device="cpu")
@@ -166,12 +175,13 @@ def replica(tiny_llama: Path) -> SmallDevice:
 
 @pytest.fixture(scope="module")
 def shard(tiny_llama: Path) -> Shard:
-    return tokenize_corpus("builtin:pydoc", load_tokenizer(checkpoint_at(tiny_llama)), BATCHES_OF_8).shards[0]
+    tokenizer = load_tokenizer(checkpoint_at(tiny_llama))
+    return tokenize_corpus("builtin:pydoc", tokenizer, BATCHES_OF_8).shards[0]
 
 
-@pytest.mark.parametrize("most", [7, 3, 1])
+@pytest.mark.parametrize(("most", "rows"), [(7, 4), (3, 2), (1, 1)])
 def test_a_batch_that_does_not_fit_is_halved(
-    most: int, replica: SmallDevice, shard: Shard, monkeypatch: pytest.MonkeyPatch
+    most: int, rows: int, replica: SmallDevice, shard: Shard, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     whole = analyze_shard(replica, shard, BATCHES_OF_8)
     monkeypatch.setattr(replica, "most", most)
@@ -183,8 +193,8 @@ def test_a_batch_that_does_not_fit_is_halved(
         for name in ("count", "sequence_count", "token_count", "unit_count", "nonfinite_count"):
             assert getattr(seen, name) == getattr(stats, name), name
         for name in FLOAT_FIELDS:
-            np.testing.assert_allclose(getattr(seen, name), getattr(stats, name), rtol=1e-4, atol=1e-6, err_msg=name)
-    rows = {7: 4, 3: 2, 1: 1}[most]
+            expected_value = getattr(stats, name)
+            np.testing.assert_allclose(getattr(seen, name), expected_value, rtol=1e-4, atol=1e-6, err_msg=name)
     assert halved.model["notes"][-1] == f"8 rows did not fit in memory at once; some batches had {rows}"
     assert whole.model["notes"] == []
 
@@ -299,7 +309,8 @@ def compiled(x: torch.Tensor, tokens: CountedTokens, before: torch.Tensor | None
 
 
 def matrices(x: torch.Tensor, tokens: CountedTokens, before: torch.Tensor | None) -> dict[str, Any]:
-    return dict(by_matrices(tokens.select(x), tokens, GRID, None if before is None else tokens.select(before)))
+    selected = None if before is None else tokens.select(before)
+    return dict(by_matrices(tokens.select(x), tokens, GRID, selected))
 
 
 def mean_of_finite(values: np.ndarray) -> float:
@@ -321,9 +332,10 @@ def pooled_variance(x: np.ndarray) -> float:
 def expected(x: np.ndarray, before: np.ndarray | None) -> dict[str, Any]:
     """Return the fields of the tokens of one row, [tokens, units]."""
     finite = x[np.isfinite(x)]
+    sizes = np.abs(finite)
     fields: dict[str, Any] = {
         "count": finite.size,
-        "near_zero": [(np.abs(finite) < limit).sum() for limit in GRID],
+        "near_zero": [(sizes < limit).sum() for limit in GRID],
         "mean": math.nan,
         "m2": 0.0,
         "pooled_variance": pooled_variance(x),
@@ -331,10 +343,12 @@ def expected(x: np.ndarray, before: np.ndarray | None) -> dict[str, Any]:
         "relative_magnitude": math.nan,
     }
     if finite.size:
-        fields["mean"] = finite.mean()
-        fields["m2"] = ((finite - finite.mean()) ** 2).sum()
+        mean = finite.mean()
+        fields["mean"] = mean
+        fields["m2"] = ((finite - mean) ** 2).sum()
     if before is not None:
-        relative = np.linalg.norm(x - before, axis=1) / np.linalg.norm(before, axis=1)
+        lengths = np.linalg.norm(before, axis=1)
+        relative = np.linalg.norm(x - before, axis=1) / lengths
         fields["relative_magnitude"] = mean_of_finite(relative)
     return fields
 
@@ -358,12 +372,15 @@ def test_rows_are_those_of_numpy(measure: Measure, geometry: bool, units: int) -
     mask[5] = True
     mask[6] = np.arange(6) == 2
     tokens = CountedTokens(torch.from_numpy(mask), torch.device("cpu"), slice(None))
-    fields = measure(torch.from_numpy(x), tokens, torch.from_numpy(before) if geometry else None)
+    inputs = torch.from_numpy(before) if geometry else None
+    fields = measure(torch.from_numpy(x), tokens, inputs)
     assert set(fields) == set(ROW_FIELDS)
-    for i, own in enumerate(mask):
-        old = before[i, own].astype(np.float64) if geometry else None
-        for name, value in expected(x[i, own].astype(np.float64), old).items():
-            np.testing.assert_allclose(fields[name][i].numpy(), value, rtol=1e-10, atol=1e-12, err_msg=f"{name} of {i}")
+    for row, own in enumerate(mask):
+        new = x[row, own].astype(np.float64)
+        old = before[row, own].astype(np.float64) if geometry else None
+        for name, value in expected(new, old).items():
+            measured = fields[name][row].numpy()
+            np.testing.assert_allclose(measured, value, rtol=1e-10, atol=1e-12, err_msg=f"{name} of {row}")
 
 
 def test_masks_are_apart_by_stratum_and_only_those_with_a_token() -> None:
@@ -393,18 +410,16 @@ def test_answers_after_another_prompt_are_not_own() -> None:
 
 
 def test_rows_come_in_the_order_of_their_places() -> None:
-    def batch(first: int, number: int) -> dict[str, torch.Tensor]:
-        return {name: torch.arange(first, first + number) + 100 * i for i, name in enumerate(ROW_FIELDS)}
+    def values_at(places: np.ndarray) -> dict[str, np.ndarray]:
+        """Different values of each field at each place."""
+        return {name: places + 100 * number for number, name in enumerate(ROW_FIELDS)}
 
-    parts = []
-    for places in ([7, 5, 1], [0, 9]):
-        fields = {}
-        for name, first in batch(0, 1).items():
-            fields[name] = np.array(places) + int(first[0])
-        parts.append((np.array(places), fields))
-    merged = in_order(parts)
-    for i, name in enumerate(ROW_FIELDS):
-        assert merged[name].tolist() == [100 * i + place for place in (0, 1, 5, 7, 9)]
+    first = np.array([7, 5, 1])
+    second = np.array([0, 9])
+    merged = in_order([(first, values_at(first)), (second, values_at(second))])
+    expected_values = values_at(np.array([0, 1, 5, 7, 9]))
+    for name in ROW_FIELDS:
+        assert merged[name].tolist() == expected_values[name].tolist()
 
 
 CORPUS = os.environ.get("AVSS_TEST_CORPUS", "builtin:pydoc")
@@ -417,17 +432,20 @@ def test_the_released_reading_of_avss(smollm2: Path) -> None:
     checkpoint = checkpoint_at(smollm2)
     shard = tokenize_corpus(CORPUS, load_tokenizer(checkpoint), settings).shards[0]
     replica = Replica(checkpoint, settings)
-    rows = score_run(analyze_shard(replica, shard, settings).stats, [layer.name for layer in replica.layers])
-    place = itemgetter("recipe", "threshold", "threshold_kind")
-    ours = [row["avss"] for row in rows if place(row) == ("pooled", 1e-5, "absolute")]
+    result = analyze_shard(replica, shard, settings)
+    scores = score_run(result.stats, [layer.name for layer in replica.layers])
+    published = rows_with(scores, recipe="pooled", threshold=1e-5, threshold_kind="absolute")
+    ours = column_of(published, "avss")
 
     outputs: list[torch.Tensor] = []
     for layer in replica.layers:
         layer.module.register_forward_hook(lambda _module, _args, output: outputs.append(first_tensor(output)))
     replica.forward([*shard.batches(1)], no_observation)
-    hidden = torch.stack(outputs).double().view(2, 30, -1, outputs[0].shape[-1])
+    units = outputs[0].shape[-1]
+    hidden = torch.stack(outputs).double().view(2, 30, -1, units)
     variance = hidden.mean(dim=2).var(dim=2).mean(dim=0)
-    sparsity = (hidden.abs() < 1e-5).double().mean(dim=(0, 2, 3))
+    is_near_zero = hidden.abs() < 1e-5
+    sparsity = is_near_zero.double().mean(dim=(0, 2, 3))
     avss = (variance / variance.sum()) / (sparsity / sparsity.sum())
     np.testing.assert_allclose(ours, avss.numpy(), rtol=1e-9)
 
@@ -436,7 +454,8 @@ def test_the_released_reading_of_avss(smollm2: Path) -> None:
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_a_threshold_without_a_rerun_equals_a_rerun(smollm2: Path, dtype: str) -> None:
     """At 40 others: to the element in bfloat16; in float32 within 1%, and to the element at the edge of a bin."""
-    drawn = np.exp(np.random.default_rng(0).uniform(np.log(1e-4), np.log(3.0), 40))
+    rng = np.random.default_rng(0)
+    drawn = np.exp(rng.uniform(np.log(1e-4), np.log(3.0), 40))
     settings = Settings(max_sequences=2, sequence_length=48, batch_size=2, dtype=dtype)
     rerun = replace(settings, thresholds=(*drawn, 0.6875))
     checkpoint = checkpoint_at(smollm2)
@@ -445,12 +464,14 @@ def test_a_threshold_without_a_rerun_equals_a_rerun(smollm2: Path, dtype: str) -
     stored = analyze_shard(replica, shard, settings).stats
     counted = analyze_shard(replica, shard, rerun).stats
     for key, stats in counted.items():
-        below = np.array([stored[key].below(t) for t in stats.thresholds])
-        assert (below[:, 1] <= stats.near_zero).all(), key
-        assert (stats.near_zero <= below[:, 2]).all(), key
+        near_zero = stats.near_zero
+        below = np.array([stored[key].below(threshold) for threshold in stats.thresholds])
+        estimate, low, high = below.T
+        assert (low <= near_zero).all(), key
+        assert (near_zero <= high).all(), key
         if dtype == "bfloat16":
-            assert np.array_equal(below[:, 0], stats.near_zero), key
-        many = stats.near_zero > 10_000
-        assert below[many, 0] == pytest.approx(stats.near_zero[many], rel=0.01), key
+            assert np.array_equal(estimate, near_zero), key
+        many = near_zero > 10_000
+        assert estimate[many] == pytest.approx(near_zero[many], rel=0.01), key
         at = stats.thresholds.searchsorted(0.6875)
-        assert below[at, 0] == stats.near_zero[at], key
+        assert estimate[at] == near_zero[at], key

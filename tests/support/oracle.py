@@ -14,6 +14,7 @@ Float64 = NDArray[np.float64]
 Bool = NDArray[np.bool_]
 By = Literal["value", "cut"]
 
+LEAST_NORMAL = 2.0**-126  # of float32
 FLOAT_FIELDS = (
     *("mean", "m2", "pooled_variance_sum", "unit_sum", "unit_sum_sq"),
     *("cosine_sum", "angular_sum", "relative_magnitude_sum", "input_mean", "input_m2"),
@@ -30,16 +31,23 @@ def counted_by(dtype: Any) -> By:
 def oracle_bins(sizes: Float64) -> NDArray[np.int64]:
     """Eight bins an octave from 2**-126 up, and eight of equal width below (float32 subnormals)."""
     mantissa, exponent = np.frexp(sizes)
-    normal = (exponent + 126) * 8 + np.floor((2 * mantissa - 1) * 8)
-    return np.where(sizes < 2.0**-126, np.floor(sizes * 2.0**129), normal).astype(np.int64)
+    within_octave = np.floor((2 * mantissa - 1) * 8)
+    normal = (exponent + 126) * 8 + within_octave
+    subnormal = np.floor(sizes * 2.0**129)
+    return np.where(sizes < LEAST_NORMAL, subnormal, normal).astype(np.int64)
 
 
 def oracle_cuts(sizes: Float64) -> Float64:
     """Eight significant bits of each, rounded down, or a multiple of 2**-133 (float32 subnormals)."""
     mantissa, exponent = np.frexp(sizes)
-    return np.where(
-        sizes < 2.0**-126, np.floor(sizes * 2.0**133) / 2.0**133, np.ldexp(np.floor(mantissa * 256), exponent - 8)
-    )
+    normal = np.ldexp(np.floor(mantissa * 256), exponent - 8)
+    subnormal = np.floor(sizes * 2.0**133) / 2.0**133
+    return np.where(sizes < LEAST_NORMAL, subnormal, normal)
+
+
+def sum_of_squares(values: Float64, mean: float) -> float:
+    """The sum of the squared differences from a mean; 0 of no values."""
+    return float(((values - mean) ** 2).sum())
 
 
 def oracle_stats(
@@ -67,10 +75,14 @@ def oracle_stats(
         "nonfinite_count": elements.size - finite.size,
         "histogram": np.bincount(oracle_bins(sizes), minlength=HISTOGRAM_BINS),
     }
-    values, fields["abs_value_count"] = np.unique(sizes if by == "value" else oracle_cuts(sizes), return_counts=True)
-    fields |= {"abs_value": values.astype(np.float32), "abs_value_cut": by == "cut"}
+    counted = sizes if by == "value" else oracle_cuts(sizes)
+    values, counts = np.unique(counted, return_counts=True)
+    fields["abs_value"] = values.astype(np.float32)
+    fields["abs_value_count"] = counts
+    fields["abs_value_cut"] = by == "cut"
     if finite.size:
-        fields |= {"mean": finite.mean(), "m2": ((finite - finite.mean()) ** 2).sum()}
+        mean = finite.mean()
+        fields |= {"mean": mean, "m2": sum_of_squares(finite, mean)}
         fields |= {"min": finite.min(), "max": finite.max(), "max_abs": sizes.max()}
     whole = []
     for rows, valid in zip(x, mask, strict=True):
@@ -79,12 +91,13 @@ def oracle_stats(
     fields["sequence_count"] = len(whole)
     if x.shape[2] > 1:  # one unit has no variance over units
         fields["pooled_variance_sum"] = sum(float(rows.mean(0).var(ddof=1)) for rows in whole)
+    is_finite = mask & np.isfinite(x).all(-1)
     if units:
-        tokens = x[mask & np.isfinite(x).all(-1)]
+        tokens = x[is_finite]
         fields |= {"unit_count": len(tokens), "unit_sum": tokens.sum(0), "unit_sum_sq": (tokens**2).sum(0)}
     if before is not None:
-        is_finite = mask & np.isfinite(before).all(-1) & np.isfinite(x).all(-1)
-        fields |= _oracle_geometry(before[is_finite], x[is_finite])
+        both_finite = is_finite & np.isfinite(before).all(-1)
+        fields |= _oracle_geometry(before[both_finite], x[both_finite])
     if first_tokens:
         fields |= _oracle_first_tokens(x, mask)
     return LayerStats(thresholds=thresholds, **fields)
@@ -92,28 +105,43 @@ def oracle_stats(
 
 def _oracle_first_tokens(x: Float64, mask: NDArray[np.bool_]) -> dict[str, Any]:
     """Return count, mean and m2 of the finite elements of the first token that counts in each row."""
-    first = [rows[valid][0] for rows, valid in zip(x, mask, strict=True) if valid.any()]
+    first = []
+    for rows, valid in zip(x, mask, strict=True):
+        first += list(rows[valid][:1])
     elements = np.concatenate([np.zeros(0), *first])
     elements = elements[np.isfinite(elements)]
-    mean = elements.mean() if elements.size else 0.0
-    return {"first_count": elements.size, "first_mean": mean, "first_m2": ((elements - mean) ** 2).sum()}
+    mean = mean_or_zero(elements)
+    return {"first_count": elements.size, "first_mean": mean, "first_m2": sum_of_squares(elements, mean)}
+
+
+def mean_or_zero(values: Float64) -> float:
+    if not values.size:
+        return 0.0
+    return float(values.mean())
 
 
 def _oracle_geometry(before: Float64, after: Float64) -> dict[str, Any]:
+    input_mean = mean_or_zero(before)
+    fields = {
+        "input_count": before.size,
+        "input_mean": input_mean,
+        "input_m2": sum_of_squares(before, input_mean),
+    }
     before_size = np.linalg.norm(before, axis=1)
     after_size = np.linalg.norm(after, axis=1)
     is_nonzero = (before_size > 0) & (after_size > 0)
+    before = before[is_nonzero]
+    after = after[is_nonzero]
     before_size = before_size[is_nonzero]
     after_size = after_size[is_nonzero]
-    cosine = np.clip((before[is_nonzero] * after[is_nonzero]).sum(1) / (before_size * after_size), -1, 1)
-    return {
+    products = (before * after).sum(1)
+    cosine = np.clip(products / (before_size * after_size), -1, 1)
+    relative_magnitude = np.linalg.norm(after - before, axis=1) / before_size
+    return fields | {
         "token_count": int(is_nonzero.sum()),
         "cosine_sum": cosine.sum(),
         "angular_sum": (np.arccos(cosine) / np.pi).sum(),
-        "relative_magnitude_sum": (np.linalg.norm((after - before)[is_nonzero], axis=1) / before_size).sum(),
-        "input_count": before.size,
-        "input_mean": before.mean() if before.size else 0.0,
-        "input_m2": ((before - before.mean()) ** 2).sum() if before.size else 0.0,
+        "relative_magnitude_sum": relative_magnitude.sum(),
     }
 
 
@@ -124,9 +152,10 @@ def assert_close(actual: LayerStats, expected: LayerStats, rtol: float = 1e-12, 
     """
     for name in EXACT_FIELDS:
         assert np.array_equal(getattr(actual, name), getattr(expected, name)), name
-    rms = np.sqrt(expected.m2 / max(expected.count, 1) + expected.mean**2)
-    input_rms = np.sqrt(expected.input_m2 / max(expected.input_count, 1) + expected.input_mean**2)
-    first_rms = np.sqrt(expected.first_m2 / max(expected.first_count, 1) + expected.first_mean**2)
+    rms = root_mean_square(expected.count, expected.mean, expected.m2)
+    input_rms = root_mean_square(expected.input_count, expected.input_mean, expected.input_m2)
+    first_rms = root_mean_square(expected.first_count, expected.first_mean, expected.first_m2)
+    elements = max(expected.count, expected.input_count, 1)
     slack: dict[str, Any] = {
         "mean": rtol * rms,
         "input_mean": rtol * input_rms,
@@ -142,10 +171,15 @@ def assert_close(actual: LayerStats, expected: LayerStats, rtol: float = 1e-12, 
         if name in roots:  # sums of squares of differences: as deviations, beside the size of what was subtracted
             got = np.sqrt(got)
             want = np.sqrt(want)
-            slack[name] = 1e-14 * roots[name] * np.sqrt(max(expected.count, expected.input_count, 1))
+            slack[name] = 1e-14 * roots[name] * np.sqrt(elements)
         assert got.shape == want.shape, name
         limit = rtol * np.abs(want) + slack.get(name, 0.0)
         assert (np.abs(got - want) <= limit).all(), (name, got, want)
+
+
+def root_mean_square(count: int, mean: float, m2: float) -> float:
+    """The root of the mean square of values of which count, mean and sum of squared differences are known."""
+    return float(np.sqrt(m2 / max(count, 1) + mean**2))
 
 
 def assert_same_result(actual: ShardResult, expected: ShardResult) -> None:
@@ -154,5 +188,6 @@ def assert_same_result(actual: ShardResult, expected: ShardResult) -> None:
     assert actual.num_tokens == expected.num_tokens
     assert actual.layers == expected.layers
     assert actual.stats.keys() == expected.stats.keys()
-    assert [key for key, stats in expected.stats.items() if not actual.stats[key].equals(stats)] == []
+    for key, stats in expected.stats.items():
+        assert actual.stats[key].equals(stats), key
     assert {**actual.model, "partition": ""} == {**expected.model, "partition": ""}
