@@ -18,6 +18,7 @@ from avss_dist.core.devices import Devices, devices_here
 from avss_dist.core.errors import ConfigError
 from avss_dist.core.settings import Settings
 from avss_dist.core.text import describe_bytes, parse_bytes
+from avss_dist.models.checkpoint.size import Footprint
 from avss_dist.partition.autotp import UNSUPPORTED
 from avss_dist.partition.choose import (
     PROCESS_BYTES,
@@ -30,6 +31,7 @@ from avss_dist.partition.choose import (
     place,
 )
 from avss_dist.partition.execution import Execution
+from avss_dist.partition.placement import Placement
 
 GB = 10**9
 SETTINGS = Settings()
@@ -42,6 +44,18 @@ def cpus(memory: int) -> Devices:
 def gpus(count: int, memory: int, on_one_node: int = 8) -> Devices:
     devices = devices_of("cuda", memory, count=count, host_bytes=512 * GB)
     return replace(devices, count_of_largest_node=min(count, on_one_node))
+
+
+HOST = cpus(24 * GB)
+ONE_GPU = gpus(1, 80 * GB)
+EIGHT_GPUS = gpus(8, 80 * GB)
+FOUR_HOSTS = gpus(32, 80 * GB)
+LARGE = llama_like(405, layers=126, hidden=16384)
+
+
+def chosen(size: Footprint | None, devices: Devices, *, head: bool = False, **execution: Any) -> Placement:
+    """The placement of a model of a size, with options of `Execution`."""
+    return choose(size, SETTINGS, Execution(**execution), devices, head=head)
 
 
 @pytest.mark.parametrize(
@@ -61,8 +75,10 @@ def gpus(count: int, memory: int, on_one_node: int = 8) -> Devices:
     ],
 )
 def test_auto_takes_the_simplest_that_fits(billions: float, devices: Devices, partition: str, count: int) -> None:
-    placement = choose(llama_like(billions), SETTINGS, Execution(), devices)
-    assert (placement.partition, placement.gpus, placement.ranks) == (partition, count, 1)
+    placement = chosen(llama_like(billions), devices)
+    assert placement.partition == partition
+    assert placement.gpus == count
+    assert placement.ranks == 1
     assert "of weights" in placement.why
     assert ("GPU" in placement.why) == (devices.kind == "cuda")
 
@@ -73,31 +89,29 @@ def test_a_device_map_has_whole_layers() -> None:
     devices = gpus(24, 80 * GB, on_one_node=24)
     room = int(80 * GB * 0.9) - batch_bytes(size, SETTINGS)
     assert size.layer_bytes[0] * 2 < room < size.layer_bytes[0] * 3
-    assert gpus_filled(size, room) == choose(size, SETTINGS, Execution(), devices).gpus == 17 > size.weight_bytes / room
+    assert size.weight_bytes / room < 17
+    assert gpus_filled(size, room) == 17
+    assert chosen(size, devices).gpus == 17
     assert gpus_filled(size, size.layer_bytes[0] - 1) == math.inf
 
 
 def test_auto_spreads_parts_over_the_gpus_of_several_hosts() -> None:
     """Each holds a part, and two layers while one runs; with one GPU a host, links are slow."""
-    size = llama_like(405, layers=126, hidden=16384)
-    placement = choose(size, SETTINGS, Execution(), gpus(32, 80 * GB))
+    placement = chosen(LARGE, FOUR_HOSTS)
     assert placement.partition == "fsdp"
     assert placement.gpus == placement.ranks
     assert 12 < placement.ranks <= 16
     assert placement.copies == 1
     assert f"need {placement.ranks} times one GPU of 80 GB of several hosts: fsdp, whose ranks read" in placement.why
-    for execution, devices in (
-        (Execution(executor="local"), gpus(32, 80 * GB)),
-        (Execution(), gpus(12, 80 * GB)),
-        (Execution(), gpus(32, 80 * GB, on_one_node=1)),
-    ):
-        assert choose(size, SETTINGS, execution, devices).partition == "streaming"
-    assert choose(size, SETTINGS, Execution(), gpus(32, 80 * GB), head=True).partition == "streaming"
+    assert chosen(LARGE, FOUR_HOSTS, executor="local").partition == "streaming"
+    assert chosen(LARGE, FOUR_HOSTS, head=True).partition == "streaming"
+    for devices in (gpus(12, 80 * GB), gpus(32, 80 * GB, on_one_node=1)):
+        assert chosen(LARGE, devices).partition == "streaming"
 
 
 def test_auto_takes_zero3_where_transformers_cannot_load_in_parts(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("transformers.distributed.DistributedConfig", object)  # without the fields of later versions
-    placement = choose(llama_like(405, layers=126, hidden=16384), SETTINGS, Execution(), gpus(32, 80 * GB))
+    placement = chosen(LARGE, FOUR_HOSTS)
     assert placement.partition == "zero3"
     assert "5.23 or newer can" in placement.why
 
@@ -105,16 +119,18 @@ def test_auto_takes_zero3_where_transformers_cannot_load_in_parts(monkeypatch: p
 def test_auto_counts_activations_replicas_and_limits() -> None:
     size = llama_like(8)
     long = Settings(sequence_length=65536, batch_size=64)
-    assert choose(size, long, Execution(), gpus(1, 80 * GB)).partition == "streaming"
-    assert choose(size, SETTINGS, Execution(replicas=2), cpus(24 * GB)).partition == "streaming"
-    one_cpu_a_node = replace(cpus(24 * GB), cpus=64, cpus_of_largest_node=1)
-    assert choose(size, SETTINGS, Execution(replicas="4..64"), one_cpu_a_node).partition == "single", "one on each node"
-    assert choose(size, SETTINGS, Execution(max_memory={"cpu": 8 * GB}), cpus(24 * GB)).partition == "streaming"
-    assert choose(size, SETTINGS, Execution(max_memory={"0": 10 * GB}), gpus(1, 80 * GB)).partition == "streaming"
-    placement = choose(size, SETTINGS, Execution(max_memory={"0": 10 * GB, "1": 20 * GB}), gpus(4, 80 * GB))
-    assert (placement.partition, placement.gpus) == ("device_map", 2)
-    placement = choose(size, SETTINGS, Execution(gpus_per_replica=4), gpus(8, 80 * GB))
-    assert (placement.partition, placement.gpus) == ("device_map", 4)
+    assert choose(size, long, Execution(), ONE_GPU).partition == "streaming"
+    assert chosen(size, HOST, replicas=2).partition == "streaming"
+    one_cpu_a_node = replace(HOST, cpus=64, cpus_of_largest_node=1)
+    assert chosen(size, one_cpu_a_node, replicas="4..64").partition == "single", "one on each node"
+    assert chosen(size, HOST, max_memory={"cpu": 8 * GB}).partition == "streaming"
+    assert chosen(size, ONE_GPU, max_memory={"0": 10 * GB}).partition == "streaming"
+    placement = chosen(size, gpus(4, 80 * GB), max_memory={"0": 10 * GB, "1": 20 * GB})
+    assert placement.partition == "device_map"
+    assert placement.gpus == 2
+    placement = chosen(size, EIGHT_GPUS, gpus_per_replica=4)
+    assert placement.partition == "device_map"
+    assert placement.gpus == 4
 
 
 def test_a_limit_covers_the_process_and_a_batch_as_well_as_weights() -> None:
@@ -125,30 +141,27 @@ def test_a_limit_covers_the_process_and_a_batch_as_well_as_weights() -> None:
     assert beside == PROCESS_BYTES + batch_bytes(size, SETTINGS)
     enough = least_host_bytes("single", size, SETTINGS, "cpu")
     assert enough == beside + size.weight_bytes
-    for limit, partition in ((enough, "single"), (enough - 1, "streaming")):
-        placement = choose(size, SETTINGS, Execution(max_memory={"cpu": limit}), devices)
+    for limit, partition, verb in ((enough, "single", "fit"), (enough - 1, "streaming", "do not fit")):
+        placement = chosen(size, devices, max_memory={"cpu": limit})
         assert placement.partition == partition
         assert placement.max_memory == {"cpu": limit - beside}
-        assert (
-            f"{'fit' if partition == 'single' else 'do not fit'} into {describe_bytes(limit)} of memory for each"
-            in placement.why
-        )
+        assert f"{verb} into {describe_bytes(limit)} of memory for each" in placement.why
         assert "1.07 GB for the interpreter" in placement.why
     least = least_host_bytes("streaming", size, SETTINGS, "cpu", head=True)
-    execution = Execution(max_memory={"cpu": least})
-    placement = choose(size, SETTINGS, execution, devices, head=True)
+    placement = chosen(size, devices, head=True, max_memory={"cpu": least})
     assert placement.max_memory == {"cpu": max(size.layer_bytes) + size.other_bytes}
     with pytest.raises(ConfigError, match=r"`max_memory` allows"):
-        choose(size, SETTINGS, Execution(max_memory={"cpu": least - 1}), devices, head=True)
+        chosen(size, devices, head=True, max_memory={"cpu": least - 1})
 
 
 def test_quantized_weights_that_do_not_fit_unpacked_are_streamed() -> None:
     """With room for a layer and to unpack it; on a GPU, host memory has the layer as it is stored."""
     size = replace(llama_like(70), unpacking_bytes=3 * GB, stored_share=0.5)
-    assert choose(size, SETTINGS, Execution(), cpus(24 * GB)).partition == "streaming"
+    assert chosen(size, HOST).partition == "streaming"
     beside = bytes_beside_weights(size, SETTINGS, "cpu")
     layer = max(size.layer_bytes)
-    assert least_host_bytes("streaming", size, SETTINGS, "cpu") == beside + layer + size.other_bytes + 3 * GB
+    weights = layer + size.other_bytes + 3 * GB
+    assert least_host_bytes("streaming", size, SETTINGS, "cpu") == beside + weights
     beside = bytes_beside_weights(size, SETTINGS, "cuda")
     assert least_host_bytes("streaming", size, SETTINGS, "cuda") == beside + layer // 2
 
@@ -158,19 +171,20 @@ def test_weights_that_stay_quantized_are_not_streamed(devices: Devices) -> None:
     """The refusal names what a run with streaming would be refused for, before anything is opened."""
     size = replace(llama_like(70), quantized=True)
     with pytest.raises(ConfigError, match=r"The weights stay quantized, and 140 GB of weights.* fit into") as refused:
-        choose(size, SETTINGS, Execution(), devices)
+        chosen(size, devices)
     assert refused.value.hint.startswith("Set `dequantize`, with which it is streamed")
     with pytest.raises(ConfigError) as refused:
-        choose(replace(size, can_unpack=False), SETTINGS, Execution(), devices)
+        chosen(replace(size, can_unpack=False), devices)
     assert "dequantize" not in refused.value.hint
-    assert choose(replace(size, quantized=False), SETTINGS, Execution(), devices).partition == "streaming"
-    assert choose(size, SETTINGS, Execution(), gpus(8, 80 * GB)).partition == "device_map"
+    assert chosen(replace(size, quantized=False), devices).partition == "streaming"
+    assert chosen(size, EIGHT_GPUS).partition == "device_map"
 
 
 @pytest.mark.parametrize("partition", ["fsdp", "zero3"])
 def test_ranks_without_room_for_the_layer_that_they_gather_are_refused(partition: str) -> None:
     """Each has its part, the layer twice, and a batch. On CPUs, ranks on one host share its memory."""
-    size = replace(llama_like(671, layers=61, hidden=7168), expert_bytes=20 * GB)
+    dense = llama_like(671, layers=61, hidden=7168)
+    size = replace(dense, expert_bytes=20 * GB)
     part = size.weight_bytes // 32
     layer = size.layer_bytes[0]
     batch = batch_bytes(size, SETTINGS)
@@ -178,16 +192,16 @@ def test_ranks_without_room_for_the_layer_that_they_gather_are_refused(partition
     assert needs_size(execution)
     needed = -(-size.weight_bytes // 32) + 2 * layer + batch
     assert choose(size, SETTINGS, execution, gpus(32, needed)).ranks == 32
+    too_small = gpus(32, needed - 1)
     with pytest.raises(ConfigError) as refused:
-        choose(size, SETTINGS, execution, gpus(32, needed - 1))
-    assert f"{partition} needs {describe_bytes(needed)} of GPU memory for each of 32 ranks, and there are" in str(
-        refused.value
-    )
-    assert f"{describe_bytes(part)} are a rank's part of the weights" in str(refused.value)
-    assert f"the largest of {describe_bytes(layer)}, 20 GB of them its experts" in str(refused.value)
+        choose(size, SETTINGS, execution, too_small)
+    message = str(refused.value)
+    assert f"{partition} needs {describe_bytes(needed)} of GPU memory for each of 32 ranks, and there are" in message
+    assert f"{describe_bytes(part)} are a rank's part of the weights" in message
+    assert f"the largest of {describe_bytes(layer)}, 20 GB of them its experts" in message
     assert refused.value.hint.startswith("Use `partition` expert_parallel")
     with pytest.raises(ConfigError, match="Use `partition` tensor_parallel or streaming, or more `ranks`"):
-        choose(replace(size, expert_bytes=0), SETTINGS, execution, gpus(32, needed - 1))
+        choose(dense, SETTINGS, execution, too_small)
     of_eight = 8 * (needed + PROCESS_BYTES)
     assert choose(size, SETTINGS, execution, cpus(of_eight)).ranks == 32
     with pytest.raises(ConfigError, match="of host memory for each of 32 ranks"):
@@ -196,12 +210,10 @@ def test_ranks_without_room_for_the_layer_that_they_gather_are_refused(partition
 
 def test_a_limit_of_a_gpu_covers_activations_too() -> None:
     size = llama_like(8)
-    execution = Execution(partition="device_map", max_memory={"0": 10 * GB, "1": 20 * GB})
+    limits = {"0": 10 * GB, "1": 20 * GB}
     batch = batch_bytes(size, SETTINGS)
-    assert choose(size, SETTINGS, execution, gpus(2, 80 * GB)).max_memory == {
-        "0": 10 * GB - batch,
-        "1": 20 * GB - batch,
-    }
+    placement = chosen(size, gpus(2, 80 * GB), partition="device_map", max_memory=limits)
+    assert placement.max_memory == {"0": 10 * GB - batch, "1": 20 * GB - batch}
 
 
 @pytest.mark.parametrize(
@@ -218,8 +230,10 @@ def test_a_limit_of_a_gpu_covers_activations_too() -> None:
     ],
 )
 def test_what_was_asked_for_is_taken(options: dict[str, Any], devices: Devices, ranks: int, count: int) -> None:
-    placement = choose(None, SETTINGS, Execution(**options), devices)
-    assert (placement.partition, placement.ranks, placement.gpus) == (options["partition"], ranks, count)
+    placement = chosen(None, devices, **options)
+    assert placement.partition == options["partition"]
+    assert placement.ranks == ranks
+    assert placement.gpus == count
 
 
 @pytest.mark.parametrize(
@@ -251,7 +265,7 @@ def test_what_was_asked_for_is_taken(options: dict[str, Any], devices: Devices, 
 )
 def test_contradictions_are_refused(options: dict[str, Any], devices: Devices, message: str) -> None:
     with pytest.raises(ConfigError, match=message):
-        choose(llama_like(8), SETTINGS, Execution(**options), devices)
+        chosen(llama_like(8), devices, **options)
 
 
 @pytest.mark.parametrize(

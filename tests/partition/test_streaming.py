@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import json
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing
 from dataclasses import replace
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -73,6 +74,12 @@ def assert_same(folder: Path, settings: Settings = SETTINGS, **placement: Any) -
     return got, wanted
 
 
+def assert_as_whole(replica: StreamingReplica, folder: Path) -> None:
+    """A shard's result is that of the model in memory."""
+    streamed = analyze_shard(replica, shard(), SETTINGS)
+    assert_same_result(streamed, analyze_shard(single(folder), shard(), SETTINGS))
+
+
 def weights_of_two_layers(folder: Path, settings: Settings = SETTINGS) -> int:
     """The limit for host memory at which nothing is left for hidden states."""
     left = streaming(folder, settings, max_memory={"cpu": 1 << 40})._passes.host_bytes
@@ -95,8 +102,9 @@ def stored_bytes(folder: Path, *names: str) -> int:
     size = 0
     for file in folder.glob("*.safetensors"):
         with safe_open(file, "pt") as tensors:
-            keys = [key for key in tensors.keys() if any(name in key for name in names)]  # noqa: SIM118
-            size += sum(tensors.get_tensor(key).nbytes for key in keys)
+            for key in tensors.keys():  # noqa: SIM118
+                if any(name in key for name in names):
+                    size += tensors.get_tensor(key).nbytes
     return size
 
 
@@ -105,6 +113,14 @@ def tiny(tmp_path: Path) -> Path:
     llama_folder = tmp_path / "llama"
     llama().save_pretrained(llama_folder)
     return llama_folder
+
+
+def gradients_wanted(layer: Layer) -> list[bool]:
+    return [parameter.requires_grad for parameter in layer.module.parameters()]
+
+
+def names_of(layers: Sequence[Layer]) -> list[str]:
+    return [layer.name for layer in layers]
 
 
 @pytest.mark.parametrize(
@@ -122,11 +138,12 @@ def test_the_bytes_of_single(kind: str, family: str, dtype: str, family_folder: 
     settings = replace(SETTINGS, dtype=dtype, sites=SITES[1:] if mixed else SITES)
     got, wanted = assert_same(folder, settings)
     for ours, theirs in zip(got.layers, wanted.layers, strict=True):
-        assert all(getattr(ours, name) == getattr(theirs, name) for name in ("index", "name", "call", "axes"))
+        for name in ("index", "name", "call", "axes"):
+            assert getattr(ours, name) == getattr(theirs, name)
         assert type(ours.module).__qualname__ == type(theirs.module).__qualname__
         assert points(ours) == points(theirs)
-        wants = [[p.requires_grad for p in layer.module.parameters()] for layer in (ours, theirs)]
-        assert wants[0] == wants[1]  # it decides how torch multiplies, and so the last digits
+        # Whether a gradient is wanted decides how torch multiplies, and so the last digits.
+        assert gradients_wanted(ours) == gradients_wanted(theirs)
 
 
 def test_half_precision_files(tmp_path: Path) -> None:
@@ -159,7 +176,7 @@ def test_several_files_and_a_backbone_without_prefix(tmp_path: Path) -> None:
     backbone = tmp_path / "backbone"
     llama().model.save_pretrained(backbone)
     other, _ = assert_same(backbone)
-    assert [layer.name for layer in other.layers] == [layer.name for layer in replica.layers]
+    assert names_of(other.layers) == names_of(replica.layers)
 
 
 def test_each_weight_is_read_once(tmp_path: Path) -> None:
@@ -184,18 +201,32 @@ def test_weights_are_where_the_system_has_the_files(tmp_path: Path) -> None:
     resident: list[int] = []
 
     def look(*_: Any) -> None:
-        lines = iter(Path("/proc/self/smaps").read_text(encoding="utf-8").splitlines())
-        sizes = [next(x for x in lines if x.startswith("Rss:")) for line in lines if str(tmp_path) in line]
-        resident.append(sum(int(size.split()[1]) * 1024 for size in sizes))
+        resident.append(resident_bytes(tmp_path))
 
     for layer in replica.layers:
         layer.module.register_forward_pre_hook(look)
     replica.forward(list(shard().batches(ROWS)), no_observation)
     look()
-    one = stored_bytes(tmp_path, "model.layers.0.")
-    assert len(resident) == 4
-    assert all(one <= size < 1.5 * one for size in resident[:3])
-    assert resident[3] == 0
+    layer_bytes = stored_bytes(tmp_path, "model.layers.0.")
+    *in_layers, after = resident
+    assert len(in_layers) == 3
+    for size in in_layers:
+        assert layer_bytes <= size < 1.5 * layer_bytes
+    assert after == 0
+
+
+def resident_bytes(folder: Path) -> int:
+    """The bytes of a folder's files that this process has mapped and that are in memory."""
+    total = 0
+    is_in_folder = False
+    for line in Path("/proc/self/smaps").read_text(encoding="utf-8").splitlines():
+        if str(folder) in line:
+            is_in_folder = True
+        elif is_in_folder and line.startswith("Rss:"):
+            _name, kibibytes, _unit = line.split()
+            total += int(kibibytes) * 1024
+            is_in_folder = False
+    return total
 
 
 def test_what_a_model_writes_into_its_weights_does_not_reach_the_file(tiny: Path) -> None:
@@ -211,7 +242,7 @@ def test_what_a_model_writes_into_its_weights_does_not_reach_the_file(tiny: Path
     replica.forward(list(shard().batches(ROWS)), no_observation)
     handle.remove()
     assert weights_file.read_bytes() == before
-    assert_same_result(analyze_shard(replica, shard(), SETTINGS), analyze_shard(single(tiny), shard(), SETTINGS))
+    assert_as_whole(replica, tiny)
 
 
 def test_layers_in_another_order_than_expected(tiny: Path) -> None:
@@ -222,7 +253,8 @@ def test_layers_in_another_order_than_expected(tiny: Path) -> None:
         for index in (2, 0, 1, 1, 0):
             window.load(index)
             weights = replica.layers[index].module.state_dict()
-            assert all(torch.equal(weights[name], stored[f"model.layers.{index}.{name}"]) for name in weights)
+            for name, weight in weights.items():
+                assert torch.equal(weight, stored[f"model.layers.{index}.{name}"])
     assert all(map(without_numbers, replica.layers))
 
 
@@ -252,18 +284,19 @@ def test_two_layers_at_most(tmp_path: Path) -> None:
     """Weights of the layer that runs, and perhaps of the next; after the shard of none. No gradient anywhere."""
     llama(num_hidden_layers=6).save_pretrained(tmp_path)
     replica = streaming(tmp_path)
-    seen: list[tuple[int, list[int], bool]] = []
+    calls: list[int] = []
     for layer in replica.layers:
 
         def look(*_: Any, index: int = layer.index) -> None:
-            there = [other.index for other in replica.layers if not without_numbers(other)]
-            seen.append((index, there, torch.is_grad_enabled()))
+            in_memory = {other.index for other in replica.layers if not without_numbers(other)}
+            calls.append(index)
+            assert index in in_memory
+            assert in_memory <= {index, index + 1}
+            assert not torch.is_grad_enabled()
 
         layer.module.register_forward_pre_hook(look)
     replica.forward(list(shard().batches(2)), no_observation)
-    assert [index for index, _, _ in seen] == [i for i in range(6) for _ in range(3)]
-    assert all(set(there) <= {index, index + 1} and index in there for index, there, _ in seen)
-    assert not any(grad for _, _, grad in seen)
+    assert calls == sorted([0, 1, 2, 3, 4, 5] * 3)
     assert torch.is_grad_enabled()
     assert all(map(without_numbers, replica.layers))
 
@@ -277,21 +310,24 @@ def test_each_batch_runs_in_its_own_context(tiny: Path) -> None:
     outer: ContextVar[str] = ContextVar("outer", default="")
     replica = streaming(tiny)
     batches = list(shard().batches(2))
-    seen: list[tuple[int, int, str]] = []
+    seen: list[tuple[int, int]] = []
 
     @contextmanager
     def context(batch: Any) -> Iterator[None]:
-        before = number.set(next(i for i, other in enumerate(batches) if other is batch))
+        before = number.set(list(map(id, batches)).index(id(batch)))
         yield
         number.reset(before)
 
     for layer in replica.layers:
-        layer.module.register_forward_hook(
-            lambda *_, index=layer.index: seen.append((index, number.get(), outer.get()))
-        )
+
+        def note(*_: Any, index: int = layer.index) -> None:
+            seen.append((index, number.get()))
+            assert outer.get() == "inherited"
+
+        layer.module.register_forward_hook(note)
     outer.set("inherited")
     replica.forward(batches, context)
-    assert seen == [(layer, batch, "inherited") for layer in range(3) for batch in range(3)]
+    assert seen == list(product(range(3), range(3)))
     assert number.get() == -1
 
 
@@ -309,11 +345,17 @@ def test_hidden_states_wait_in_files(
     folder = family_folder("causal", family)
     most = weights_of_two_layers(folder) + (5000 if limit == "some of them" else 0)
     replica, _ = assert_same(folder, max_memory={"cpu": most})
-    most_files: list[int] = []
+    numbers: list[int] = []
+
+    def count(*_: Any) -> None:
+        files = list(offload.rglob("avss-offload-*/*"))
+        numbers.append(len(files))
+
     for layer in replica.layers:
-        layer.module.register_forward_hook(lambda *_: most_files.append(len(list(offload.rglob("avss-offload-*/*")))))
+        layer.module.register_forward_hook(count)
     replica.forward(list(shard().batches(1)), no_observation)
-    assert max(most_files) >= (ROWS - 1 if limit == "none of them" else 1)
+    least = ROWS - 1 if limit == "none of them" else 1
+    assert max(numbers) >= least
     assert list(offload.iterdir()) == []
 
 
@@ -327,7 +369,8 @@ def test_hidden_states_stay_on_a_gpu_while_it_has_room() -> None:
             assert [tensor.untyped_storage().nbytes() for tensor in tensors] == [4000, 4000, 0, 0]
             for batch in range(4):
                 offloader.restore(batch)
-            assert all(torch.equal(tensor, torch.arange(1000.0) + batch) for batch, tensor in enumerate(tensors))
+            for batch, tensor in enumerate(tensors):
+                assert torch.equal(tensor, torch.arange(1000.0) + batch)
 
 
 def test_a_limit_without_room_for_a_layer_is_refused(tiny: Path) -> None:
@@ -377,7 +420,7 @@ def test_after_an_error_the_replica_is_as_before(
     assert all(map(without_numbers, replica.layers))
     assert torch.is_grad_enabled()
     assert greenlet.getcurrent().parent is None
-    assert_same_result(analyze_shard(replica, shard(), SETTINGS), analyze_shard(single(tiny), shard(), SETTINGS))
+    assert_as_whole(replica, tiny)
 
 
 @pytest.mark.parametrize(("harm", "told"), [("shrinks", "ends before its tensor"), ("goes", "cannot be read")])
@@ -394,7 +437,7 @@ def test_a_file_that_changes(harm: str, told: str, tiny: Path) -> None:
         analyze_shard(replica, shard(), SETTINGS)
     assert all(map(without_numbers, replica.layers))
     file.write_bytes(whole)
-    assert_same_result(analyze_shard(replica, shard(), SETTINGS), analyze_shard(single(tiny), shard(), SETTINGS))
+    assert_as_whole(replica, tiny)
 
 
 DEQUANTIZED = replace(SETTINGS, dequantize=True)

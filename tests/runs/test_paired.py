@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 from support.checkpoints import checkpoint_at
-from support.oracle import EXACT_FIELDS, assert_close, oracle_stats
+from support.oracle import EXACT_FIELDS, assert_close, assert_equal_stats, oracle_stats
 from support.pairs import write_pairs
 from support.tables import assert_same_tables
 from support.warehouses import write_shard
@@ -24,6 +24,7 @@ from avss_dist.corpus.shards import Shard, tokenize_corpus
 from avss_dist.measure.rows import CountedTokens, by_matrices, row_tensors
 from avss_dist.measure.shard import analyze_shard
 from avss_dist.models.checkpoint.loading import load_tokenizer
+from avss_dist.models.structure.layers import first_tensor
 from avss_dist.partition.placement import Placement
 from avss_dist.partition.replica import Replica, open_replica
 from avss_dist.stats.layer_stats import ShardResult, merge_stats
@@ -52,7 +53,8 @@ def opened(tiny_llama: Path) -> Iterator[Replica]:
 
 @pytest.fixture(scope="module")
 def shard(tiny_llama: Path, source: str) -> Shard:
-    return tokenize_corpus(source, load_tokenizer(checkpoint_at(tiny_llama)), SETTINGS).shards[0]
+    tokenizer = load_tokenizer(checkpoint_at(tiny_llama))
+    return tokenize_corpus(source, tokenizer, SETTINGS).shards[0]
 
 
 @pytest.fixture(scope="module")
@@ -61,8 +63,9 @@ def measured(opened: Replica, shard: Shard) -> tuple[ShardResult, Raw]:
     raw: Raw = []
 
     def see(_module: Any, args: Any, output: Any) -> None:
-        after = output if isinstance(output, torch.Tensor) else output[0]
-        raw.extend(zip(args[0].double().numpy(), after.double().numpy(), strict=True))
+        before = args[0].double().numpy()
+        after = first_tensor(output).double().numpy()
+        raw.extend(zip(before, after, strict=True))
 
     handle = opened.layers[1].module.register_forward_hook(see)
     result = analyze_shard(opened, shard, SETTINGS)
@@ -80,8 +83,9 @@ def padded(raw: Raw, shard: Shard) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         before[i, : len(old)] = old
         after[i, : len(new)] = new
     positions = np.arange(48)
-    mask = (positions >= shard.pairing.starts[:, None]) & (positions < shard.lengths[:, None])
-    return before, after, mask
+    has_begun = positions >= shard.pairing.starts[:, None]
+    is_real = positions < shard.lengths[:, None]
+    return before, after, has_begun & is_real
 
 
 def test_strata_are_those_of_numpy(measured: tuple[ShardResult, Raw], shard: Shard) -> None:
@@ -107,9 +111,11 @@ def test_rows_are_those_of_numpy_and_add_up_to_their_strata(measured: tuple[Shar
     for i, own in enumerate(mask):
         x = after[i, own]
         old = before[i, own]
+        sizes = np.abs(x)
+        old_lengths = np.linalg.norm(old, axis=1)
+        change = np.linalg.norm(x - old, axis=1) / old_lengths
         assert rows["count"][i] == x.size
-        assert rows["near_zero"][i].tolist() == [(np.abs(x) < t).sum() for t in SETTINGS.thresholds]
-        change = np.linalg.norm(x - old, axis=1) / np.linalg.norm(old, axis=1)
+        assert rows["near_zero"][i].tolist() == [(sizes < threshold).sum() for threshold in SETTINGS.thresholds]
         expected = {
             "mean": x.mean(),
             "m2": x.size * x.var(),
@@ -121,14 +127,16 @@ def test_rows_are_those_of_numpy_and_add_up_to_their_strata(measured: tuple[Shar
             np.testing.assert_allclose(rows[name][i], value, rtol=1e-6)
     for (layer, site, label), stats in result.strata.items():
         own = (columns["stratum"] == label) & (columns["layer"] == layer) & (columns["site"] == site)
-        assert columns["near_zero"][own].sum(axis=0).tolist() == stats.near_zero.tolist()
+        near_zero = columns["near_zero"][own]
+        assert near_zero.sum(axis=0).tolist() == stats.near_zero.tolist()
         assert columns["count"][own].sum() == stats.count
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_rows_are_the_same_on_every_device(dtype: torch.dtype) -> None:
     """What GPUs do, beside what is compiled for CPUs; where something is not finite, or no token counts, too."""
-    x, before = torch.randn((2, 5, 9, 33), generator=torch.Generator().manual_seed(0)).to(dtype)
+    seeded = torch.Generator().manual_seed(0)
+    x, before = torch.randn((2, 5, 9, 33), generator=seeded).to(dtype)
     x[0, 3, 3] = torch.inf
     x[1, 4, 9] = torch.nan
     before[2, 5] = 0
@@ -149,7 +157,9 @@ def test_strata_add_up_to_the_whole_to_the_bit(
     assert shard.pairing is not None
     alike = replace(shard.pairing, strata=("all",) * shard.num_sequences)
     whole = analyze_shard(opened, replace(shard, pairing=alike), SETTINGS).stats
-    added = merge_stats([{(layer, site): stats} for (layer, site, _), stats in measured[0].strata.items()])
+    result, _ = measured
+    parts = [{(layer, site): stats} for (layer, site, _), stats in result.strata.items()]
+    added = merge_stats(parts)
     assert added.keys() == whole.keys()
     for key, stats in whole.items():
         for name in EXACT_FIELDS:
@@ -159,31 +169,35 @@ def test_strata_add_up_to_the_whole_to_the_bit(
 def test_a_result_that_is_sent_is_written_as_by_its_worker(measured: tuple[ShardResult, Raw], tmp_path: Path) -> None:
     run = RunIdentity(run_id="tiny-0123456789", model="tiny", revision=None, family="llama")
     plain, _ = measured
-    write_shard(Store(tmp_path / "here"), run, plain)
-    Store(tmp_path / "there").write_shard_files(run.run_id, 0, pickle.loads(pickle.dumps(encode_shard(run, plain))))
+    by_worker = tmp_path / "by worker"
+    by_driver = tmp_path / "by driver"
+    write_shard(Store(by_worker), run, plain)
+    sent = pickle.loads(pickle.dumps(encode_shard(run, plain)))
+    Store(by_driver).write_shard_files(run.run_id, 0, sent)
     for table in ("shard_stats", "row_stats"):
         file = f"{table}/run_id={run.run_id}/shard-00000.parquet"
-        assert (tmp_path / "here" / file).read_bytes() == (tmp_path / "there" / file).read_bytes()
-    (back,) = Store(tmp_path / "here").reader.each_shard(run.run_id, {0: plain.content_hash})
-    assert all(stats.equals(plain.strata[key]) for key, stats in back.strata.items())
-    assert all(stats.equals(plain.stats[key]) for key, stats in back.stats.items())
+        assert (by_driver / file).read_bytes() == (by_worker / file).read_bytes()
+    (back,) = Store(by_worker).reader.each_shard(run.run_id, {0: plain.content_hash})
+    assert_equal_stats(back.strata, plain.strata)
+    assert_equal_stats(back.stats, plain.stats)
 
 
 def test_a_resumed_run_and_a_streamed_one_are_the_same(tiny_llama: Path, source: str, tmp_path: Path) -> None:
-    runs = [
-        avss_dist.score(tiny_llama, corpus=source, warehouse=tmp_path / name, **options, **OPTIONS)
-        for name, options in (("once", {}), ("again", {"partition": "streaming"}))
-    ]
-    assert runs[0].run_id == runs[1].run_id
     once = tmp_path / "once"
     again = tmp_path / "again"
+    options = {"corpus": source, **OPTIONS}
+    run = avss_dist.score(tiny_llama, warehouse=once, **options)
+    streamed = avss_dist.score(tiny_llama, warehouse=again, partition="streaming", **options)
+    run_id = run.run_id
+    assert streamed.run_id == run_id
     assert_same_tables(again, once)
-    run_id = runs[0].run_id
     for table in ("runs", "stratum_stats"):
-        (next((again / table).rglob("*.parquet"))).unlink()
+        first, *_ = (again / table).rglob("*.parquet")
+        first.unlink()
     for table in ("shard_stats", "row_stats"):
         (again / table / f"run_id={run_id}" / "shard-00001.parquet").unlink()
-    assert avss_dist.score(tiny_llama, corpus=source, warehouse=again, **OPTIONS).resumed_shards == 2
+    resumed = avss_dist.score(tiny_llama, warehouse=again, **options)
+    assert resumed.resumed_shards == 2
     assert_same_tables(again, once)
     warehouse = Warehouse(once)
     assert warehouse.table("row_stats").num_rows == 4 * PAIRS * 3 * 5

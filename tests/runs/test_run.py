@@ -5,7 +5,6 @@ And its parts: the default size of shards, what stops and logs tell of several r
 
 from __future__ import annotations
 
-import json
 import pickle
 import shutil
 import subprocess
@@ -20,11 +19,13 @@ from typing import Any
 import numpy as np
 import pytest
 from support.checkpoints import checkpoint_at, llama
+from support.json_files import write_json_lines
+from support.oracle import assert_equal_stats
 from support.planning import llama_like, plan, run_spec
 from support.processes import threads_of_drivers
 from support.tables import assert_same_tables, measured_files, run_rows
 from support.warehouses import SCALES, activations, stats_of, write_shard
-from transformers import Gemma2Config, LlamaConfig
+from transformers import Gemma2Config, LlamaConfig, PretrainedConfig
 
 import avss_dist
 from avss_dist.analysis.chosen import choose_runs
@@ -98,7 +99,8 @@ def drive(model: Path, out: Path, executor: Any, on_event: OnRunEvent = ignore) 
     store = Store(out)
     store.storage.create()
     with closing(executor):
-        ((_, ending),) = Driver(store, executor, on_event).run([run_spec(model, **SMALL)])
+        driver = Driver(store, executor, on_event)
+        ((_, ending),) = driver.run([run_spec(model, **SMALL)])
     assert isinstance(ending, avss_dist.Run), ending
     return ending
 
@@ -125,16 +127,18 @@ def test_a_model_with_a_long_name_is_scored_and_found(tiny_llama: Path, tmp_path
 
 def test_documents_without_a_token_that_counts_are_shards_without_statistics(tiny_llama: Path, tmp_path: Path) -> None:
     options = {"layout": "padded", "skip_first_tokens": 3, "sequences_per_shard": 1, "max_sequences": None}
-    documents = ["In the beginning was the word.", "a", "And the word was with a cat."]
-    runs = []
-    for name, texts in (("all", documents), ("long", [documents[0], documents[2]])):
-        file = tmp_path / f"{name}.jsonl"
-        file.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
-        runs.append(score(tiny_llama, tmp_path / name, corpus=str(file), **options))
-    everything, long = [Warehouse(run.warehouse).read_layer_stats(run.run_id) for run in runs]
-    assert [run.num_shards for run in runs] == [3, 2]
-    assert everything.keys() == long.keys()
-    assert all(everything[key].equals(long[key]) for key in long)
+    long = [{"text": "In the beginning was the word."}, {"text": "And the word was with a cat."}]
+    all_documents = [long[0], {"text": "a"}, long[1]]
+    measured = []
+    for documents in (long, all_documents):
+        file = tmp_path / f"{len(documents)}.jsonl"
+        write_json_lines(file, documents)
+        run = score(tiny_llama, tmp_path / file.stem, corpus=str(file), **options)
+        assert run.num_shards == len(documents)
+        warehouse = Warehouse(run.warehouse)
+        measured.append(warehouse.read_layer_stats(run.run_id))
+    of_long, of_all = measured
+    assert_equal_stats(of_all, of_long)
 
 
 class Interfering(LocalExecutor):
@@ -188,7 +192,10 @@ def score_twice(model: Path, out: Path, **changes: Any) -> list[avss_dist.Run]:
 @pytest.mark.usefixtures("failing")
 def test_a_repeat_of_a_run_that_fails_fails_with_the_same_error(tiny_llama: Path, tmp_path: Path) -> None:
     runs = score_twice(tiny_llama, tmp_path)
-    assert [(run.status, run.error) for run in runs] == [("failed", "No memory.\nClose other programs.")] * 2
+    assert len(runs) == 2
+    for run in runs:
+        assert run.status == "failed"
+        assert run.error == "No memory.\nClose other programs."
 
 
 @pytest.mark.usefixtures("failing")
@@ -201,7 +208,8 @@ def test_a_repeat_of_a_run_that_fails_adds_no_row(tiny_llama: Path, tmp_path: Pa
 def test_a_repeat_of_a_run_that_fails_has_an_error_of_its_own(tiny_llama: Path, tmp_path: Path) -> None:
     specs = [run_spec(tiny_llama, **SMALL) for _ in range(2)]
     with closing(Failing(Settings())) as executor:
-        (_, first), (_, second) = Driver(Store(tmp_path), executor, ignore).run(specs)
+        driver = Driver(Store(tmp_path), executor, ignore)
+        (_, first), (_, second) = driver.run(specs)
     assert isinstance(first, AvssError)
     first.add_note("a note")
     assert not hasattr(second, "__notes__")
@@ -216,7 +224,9 @@ def test_a_score_that_fails_leaves_no_thread(tiny_llama: Path, tmp_path: Path) -
 
 
 def test_a_repeat_of_a_run_that_is_done_is_skipped(tiny_llama: Path, tmp_path: Path) -> None:
-    assert [run.status for run in score_twice(tiny_llama, tmp_path, max_sequences=4)] == ["done", "skipped"]
+    first, second = score_twice(tiny_llama, tmp_path, max_sequences=4)
+    assert first.status == "done"
+    assert second.status == "skipped"
 
 
 # Rows of old failures that are damaged
@@ -344,20 +354,22 @@ def test_what_cannot_change_a_number_is_the_same_run(
     tiny_llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tiny_llama.parent)
-    usual = plan(tiny_llama, tmp_path, **SMALL).run_id
-    for change in (
-        {"dtype": "float32", "device": "cpu"},
-        {"replicas": 1, "executor": "auto"},
-        {"partition": "streaming"},
-    ):
-        assert plan(tiny_llama, tmp_path, **{**SMALL, **change}).run_id == usual
-    assert plan(Path(tiny_llama.name), tmp_path, **SMALL).run_id == usual
-    files = [tmp_path / name for name in ("one.txt", "two.txt")]
-    for file in files:
-        file.write_text("In the beginning was the word. " * 200)
-    same = {plan(tiny_llama, tmp_path, **{**SMALL, "corpus": str(file)}).run_id for file in files}
-    assert len(same) == 1
-    assert usual not in same
+
+    def id_with(model: Path = tiny_llama, **changes: Any) -> str:
+        return plan(model, tmp_path, **SMALL | changes).run_id
+
+    usual = id_with()
+    assert id_with(dtype="float32", device="cpu") == usual
+    assert id_with(replicas=1, executor="auto") == usual
+    assert id_with(partition="streaming") == usual
+    assert id_with(Path(tiny_llama.name)) == usual
+    first = tmp_path / "one.txt"
+    first.write_text("In the beginning was the word. " * 200)
+    copy = tmp_path / "two.txt"
+    shutil.copy(first, copy)
+    of_text = id_with(corpus=str(first))
+    assert id_with(corpus=str(copy)) == of_text
+    assert of_text != usual
 
 
 @pytest.mark.parametrize(
@@ -377,20 +389,16 @@ def test_a_run_has_the_fingerprint_that_warehouses_know(placement: Placement, ex
 
 def test_runs_whose_sublayers_were_measured_elsewhere_have_another_fingerprint() -> None:
     """Before a norm, by earlier versions."""
-    prints = {
-        planner.run_fingerprint(CHECKPOINT, config, CORPUS, PINNED, Placement())
-        for config in (LlamaConfig(), Gemma2Config())
-    }
-    assert len(prints) == 2
+    assert fingerprint_of(LlamaConfig(), PINNED) != fingerprint_of(Gemma2Config(), PINNED)
+
+
+def fingerprint_of(config: PretrainedConfig, settings: Settings) -> str:
+    return planner.run_fingerprint(CHECKPOINT, config, CORPUS, settings, Placement())
 
 
 def test_runs_without_sublayers_keep_their_fingerprint() -> None:
     settings = replace(PINNED, sites=("block", "update"))
-    prints = {
-        planner.run_fingerprint(CHECKPOINT, config, CORPUS, settings, Placement())
-        for config in (LlamaConfig(), Gemma2Config())
-    }
-    assert len(prints) == 1
+    assert fingerprint_of(LlamaConfig(), settings) == fingerprint_of(Gemma2Config(), settings)
 
 
 def test_an_evaluation_has_the_id_that_warehouses_know() -> None:
@@ -409,13 +417,14 @@ def test_shards_are_merged_in_blocks_when_there_are_many(
     monkeypatch.setattr("avss_dist.runs.merging.BOOTSTRAP_BLOCKS", 4)
     coarse_folder = tmp_path / "coarse"
     score(tiny_llama, coarse_folder, sequences_per_shard=1)
-    fine = Warehouse(fine_folder).scores().to_pydict()
-    coarse = Warehouse(coarse_folder).scores().to_pydict()
-    assert fine["count"] == coarse["count"]
-    assert fine["rank"] == coarse["rank"]
+    fine = Warehouse(fine_folder).scores()
+    coarse = Warehouse(coarse_folder).scores()
+    for name in ("count", "rank"):
+        assert fine[name].equals(coarse[name])
     for name in ("near_zero_count", "variance", "avss_smoothed"):
-        np.testing.assert_allclose(np.array(fine[name], float), np.array(coarse[name], float), rtol=1e-12)
-    assert fine["avss_low"] != coarse["avss_low"]
+        expected = coarse[name].to_numpy().astype(float)
+        np.testing.assert_allclose(fine[name].to_numpy().astype(float), expected, rtol=1e-12)
+    assert not fine["avss_low"].equals(coarse["avss_low"])
 
 
 def test_the_run_row_says_what_ran(tiny_llama: Path, undisturbed: Path) -> None:
@@ -449,11 +458,9 @@ def test_the_run_row_says_what_ran(tiny_llama: Path, undisturbed: Path) -> None:
 
 
 def test_a_mistake_that_concerns_all_models_stops_at_once(tiny_llama: Path, tiny_bert: Path, tmp_path: Path) -> None:
-    options = {k: v for k, v in SMALL.items() if k != "corpus"}
+    options = SMALL | {"corpus": "nothing.txt", "warehouse": tmp_path / "w"}
     with pytest.raises(AvssError, match="no such file"):
-        avss_dist.score_all(
-            [str(tiny_llama), str(tiny_bert)], corpus="nothing.txt", warehouse=tmp_path / "w", **options
-        )
+        avss_dist.score_all([str(tiny_llama), str(tiny_bert)], **options)
     with pytest.raises(ConfigError, match="max_sequences"):
         avss_dist.score(tiny_llama, warehouse=tmp_path, corpus="builtin:pydoc", max_sequence=3)
 
@@ -613,13 +620,11 @@ def store(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Store:
 
 def assert_whole(merged: Merged, summary: ShardSummary) -> None:
     expected = merge_blocks([shard(i) for i in range(NUMBER)], 3)
-    assert merged.stats.keys() == expected.stats.keys()
     assert len(merged.blocks) == 3
     assert len(expected.blocks) == 3
-    assert all(merged.stats[key].equals(stats) for key, stats in expected.stats.items())
+    assert_equal_stats(merged.stats, expected.stats)
     for block, wanted in zip(merged.blocks, expected.blocks, strict=True):
-        assert block.keys() == wanted.keys()
-        assert all(block[key].equals(wanted[key]) for key in wanted)
+        assert_equal_stats(block, wanted)
     assert summary == ShardSummary(
         layers=layer_names(4),
         model={"family": "llama", "notes": ["note 0", "note 1", "note 2"], "last": 4},

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import fields
 from typing import Any, Literal
 
@@ -182,12 +183,17 @@ def root_mean_square(count: int, mean: float, m2: float) -> float:
     return float(np.sqrt(m2 / max(count, 1) + mean**2))
 
 
+def assert_equal_stats(actual: Mapping[Any, LayerStats], expected: Mapping[Any, LayerStats]) -> None:
+    """Statistics of the same keys are equal to the bit."""
+    assert actual.keys() == expected.keys()
+    for key, stats in expected.items():
+        assert actual[key].equals(stats), key
+
+
 def assert_same_result(actual: ShardResult, expected: ShardResult) -> None:
     """Every statistic is equal to the bit, and so is what is said of the model, but for its partition."""
     assert actual.shard_id == expected.shard_id
     assert actual.num_tokens == expected.num_tokens
     assert actual.layers == expected.layers
-    assert actual.stats.keys() == expected.stats.keys()
-    for key, stats in expected.stats.items():
-        assert actual.stats[key].equals(stats), key
+    assert_equal_stats(actual.stats, expected.stats)
     assert {**actual.model, "partition": ""} == {**expected.model, "partition": ""}
