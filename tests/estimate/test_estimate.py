@@ -50,8 +50,10 @@ def header_only(tiny_llama: Path, tmp_path_factory: pytest.TempPathFactory) -> P
     folder = tmp_path_factory.mktemp("header-only")
     for file in tiny_llama.iterdir():
         content = file.read_bytes()
-        end = 8 + int.from_bytes(content[:8], "little") if file.suffix == ".safetensors" else len(content)
-        (folder / file.name).write_bytes(content[:end])
+        if file.suffix == ".safetensors":
+            header = int.from_bytes(content[:8], "little")
+            content = content[: 8 + header]
+        (folder / file.name).write_bytes(content)
     return folder
 
 
@@ -79,10 +81,14 @@ def rows(folder: Path, devices: Devices, ranks: int | None = None, **changes: An
     return {name: _row(name, checkpoint, size, settings, devices, request) for name in PARTITIONS}
 
 
+def by_partition(guess: Estimate) -> dict[str, PartitionEstimate]:
+    return {row.partition: row for row in guess.rows}
+
+
 def test_no_weight_is_read(guess: Estimate) -> None:
     """`guess` is of a checkpoint that has none."""
     assert guess.num_parameters == sum(p.numel() for p in llama().parameters())
-    assert [row.partition for row in guess.rows] == list(PARTITIONS)
+    assert list(by_partition(guess)) == list(PARTITIONS)
     assert [row.ranks for row in guess.rows] == [1, 1, 1, 2, 2, 2, 2]
     for row in guess.rows:
         assert row.device_bytes > PROCESS_BYTES
@@ -90,12 +96,13 @@ def test_no_weight_is_read(guess: Estimate) -> None:
 
 def test_it_is_json(guess: Estimate) -> None:
     read = json.loads(json.dumps(guess.as_dict()))
+    first, *_ = guess.rows
     assert read["rows"][0] == {
         "partition": "single",
         "ranks": 1,
         "gpus": 0,
-        "device_bytes": guess.rows[0].device_bytes,
-        "host_bytes": guess.rows[0].host_bytes,
+        "device_bytes": first.device_bytes,
+        "host_bytes": first.host_bytes,
         "fits": True,
         "why": "175 kB of weights stay in memory",
     }
@@ -154,13 +161,15 @@ print(max(analyze_shard(replica, shard, settings).peak_memory_bytes for shard in
 def test_no_process_takes_more(tmp_path: Path, save_checkpoint: Save) -> None:
     """A random Llama of 400 MB, measured in a process of its own. `PROCESS_BYTES` are more than the libraries take."""
     sizes = {"hidden_size": 1024, "intermediate_size": 2816, "num_hidden_layers": 8, "num_attention_heads": 16}
-    folder = save_checkpoint(llama(**sizes, num_key_value_heads=4, max_position_embeddings=256), tmp_path / "model")
+    model = llama(**sizes, num_key_value_heads=4, max_position_embeddings=256)
+    folder = save_checkpoint(model, tmp_path / "model")
     settings = Settings(max_sequences=4, sequence_length=128, batch_size=4, device="cpu")
     guess = estimated(folder, settings)
     assert guess.weight_bytes > 300e6
-    row_of = {row.partition: row for row in guess.rows}
+    row_of = by_partition(guess)
+    written_settings = json.dumps(settings.as_dict())
     for row in (row_of["single"], row_of["streaming"]):
-        command = [sys.executable, "-c", MEASURE, str(folder), row.partition, json.dumps(settings.as_dict())]
+        command = [sys.executable, "-c", MEASURE, str(folder), row.partition, written_settings]
         done = subprocess.run(command, capture_output=True, text=True, check=True)
         peak = int(done.stdout.split()[-1])
         assert row.device_bytes - PROCESS_BYTES < peak < 1.05 * row.device_bytes, row.partition
@@ -181,7 +190,7 @@ def test_weights_that_stay_quantized_are_not_streamed(tiny_llama: Path) -> None:
 
 def test_a_gguf_file_is_unpacked_layer_by_layer(tmp_path: Path) -> None:
     guess = estimated(write_gguf(llama(), tmp_path / "tiny.gguf"))
-    row_of = {row.partition: row for row in guess.rows}
+    row_of = by_partition(guess)
     assert row_of["streaming"].fits
     assert "unpacked in" in row_of["streaming"].why
     assert not row_of["fsdp"].fits
@@ -234,10 +243,8 @@ def test_unpacking_takes_memory_beside_a_layer(tiny_llama: Path) -> None:
     layer = footprint(str(tiny_llama), SETTINGS).layer_bytes[0]
     packed = {"unpacking_bytes": 10**6, "stored_share": 0.25}
     stored_layer = int(layer * 0.25)
-    more_of_kind = (
-        ("cpu", 10**6 + stored_layer - layer, 10**6 + stored_layer - layer),
-        ("cuda", 10**6, 2 * stored_layer - 2 * layer),
-    )
+    on_host = 10**6 + stored_layer - layer
+    more_of_kind = (("cpu", on_host, on_host), ("cuda", 10**6, 2 * stored_layer - 2 * layer))
     for kind, device_more, host_more in more_of_kind:
         plain = rows(tiny_llama, devices_of(kind, GB))["streaming"]
         unpacked = rows(tiny_llama, devices_of(kind, GB), **packed)["streaming"]
@@ -299,23 +306,28 @@ def test_what_fits_a_limit_is_what_a_run_accepts(tiny_llama: Path) -> None:
     for partition in ("device_map", "streaming"):
         least = least_host_bytes(partition, size, SETTINGS, "cpu")
         for limit, fits in ((least, True), (least - 1, False)):
-            execution = Execution(partition=partition, max_memory={"cpu": limit})
-            row = rows(tiny_llama, devices_of("cpu", limit), max_memory={"cpu": limit})[partition]
+            limits = {"cpu": limit}
+            execution = Execution(partition=partition, max_memory=limits)
+            row = rows(tiny_llama, devices_of("cpu", limit), max_memory=limits)[partition]
             assert row.fits == fits
             assert ("of host memory" in row.why) == (not fits)
             with nullcontext() if fits else pytest.raises(ConfigError, match="`max_memory` allows"):
                 choose(size, SETTINGS, execution, devices)
     least = least_host_bytes("single", size, SETTINGS, "cpu")
     for limit, fits in ((least, True), (least - 1, False)):
-        execution = Execution(max_memory={"cpu": limit})
-        assert rows(tiny_llama, devices_of("cpu", limit), max_memory={"cpu": limit})["single"].fits == fits
-        assert (choose(size, SETTINGS, execution, devices).partition == "single") == fits
+        limits = {"cpu": limit}
+        row = rows(tiny_llama, devices_of("cpu", limit), max_memory=limits)["single"]
+        assert row.fits == fits
+        placement = choose(size, SETTINGS, Execution(max_memory=limits), devices)
+        assert (placement.partition == "single") == fits
 
 
 @pytest.fixture(scope="module")
 def student(tiny_llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("student") / "student"
-    prune(str(tiny_llama), Plan(model=str(tiny_llama), num_layers=3, layers="layers", drop=(1,)), folder)
+    model = str(tiny_llama)
+    plan = Plan(model=model, num_layers=3, layers="layers", drop=(1,))
+    prune(model, plan, folder)
     return folder
 
 
@@ -337,7 +349,8 @@ def test_each_way_has_a_row(student: Path, tiny_llama: Path) -> None:
             assert rows[train, sharding].ranks == 2
             assert not rows[train, sharding].fits
     assert rows["all", ""].trained > rows["lora", ""].trained > 0
-    eight = {row.sharding: row for row in rows_of(student, tiny_llama, devices, ranks=8) if row.train == "all"}
+    by_eight_ranks = rows_of(student, tiny_llama, devices, ranks=8)
+    eight = {row.sharding: row for row in by_eight_ranks if row.train == "all"}
     assert eight["zero3"].device_bytes < eight["zero2"].device_bytes < eight["zero1"].device_bytes
     assert eight["fsdp"].device_bytes < eight["ddp"].device_bytes < rows["all", "ddp"].device_bytes
     assert "exchange" in eight["fsdp"].why

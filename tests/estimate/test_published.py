@@ -52,8 +52,17 @@ def estimated(model: str, nodes: int = 1, **options: Any) -> Estimate:
         return estimate(str(PUBLISHED / model), **options)
 
 
-def rows(model: str, nodes: int = 1) -> dict[str, PartitionEstimate]:
-    return {row.partition: row for row in paper(model, nodes).rows}
+def rows(model: str, nodes: int = 1, **options: Any) -> dict[str, PartitionEstimate]:
+    return by_partition(paper(model, nodes, **options))
+
+
+def by_partition(guess: Estimate) -> dict[str, PartitionEstimate]:
+    return {row.partition: row for row in guess.rows}
+
+
+def fitting(guess: Estimate) -> dict[str, int]:
+    """The GPUs of a replica, by the partitions that fit."""
+    return {row.partition: row.gpus for row in guess.rows if row.fits}
 
 
 WEIGHTS = {
@@ -130,28 +139,28 @@ def test_what_fits_and_what_auto_takes(model: str, cluster: int) -> None:
     fits, further, automatic = FITS[model]
     if cluster:
         fits = fits | further
-    assert [row.partition for row in guess.rows] == list(PARTITIONS)
-    assert {row.partition: row.gpus for row in guess.rows if row.fits} == fits
+    assert list(by_partition(guess)) == list(PARTITIONS)
+    assert fitting(guess) == fits
     assert guess.auto == automatic[cluster]
-    assert tuple(round(row.device_bytes / 1e9) for row in guess.rows) == GPU_GB[model]
+    for row, gigabytes in zip(guess.rows, GPU_GB[model], strict=True):
+        assert round(row.device_bytes / 1e9) == gigabytes
     if guess.auto == "device_map":  # with as many GPUs as whole layers take
         assert guess.auto_why.endswith(f"; over {fits['device_map']} GPUs")
 
 
 def test_reasons() -> None:
-    reasons = {}
-    for model in WEIGHTS:
-        reasons[model] = {row.partition: row.why for row in paper(model, ranks=8).rows}
-    assert "8 ranks do not divide 4 heads" in reasons[QWEN]["tensor_parallel"]
-    assert "has no plan that spreads experts of LlamaForCausalLM" in reasons[LLAMA70]["expert_parallel"]
-    assert "cannot gather them" in reasons[OSS]["fsdp"]
-    assert "cannot gather them" in reasons[OSS]["zero3"]
-    assert "needs the setting dequantize" in reasons[QWEN]["streaming"]
-    assert "transformers cannot unpack these" in reasons[LLAMA405]["streaming"]
-    assert "weights are unpacked to bfloat16" in reasons[QWEN]["streaming"]
+    qwen = rows(QWEN, ranks=8)
+    oss = rows(OSS, ranks=8)
+    assert "8 ranks do not divide 4 heads" in qwen["tensor_parallel"].why
+    assert "has no plan that spreads experts of LlamaForCausalLM" in rows(LLAMA70, ranks=8)["expert_parallel"].why
+    assert "cannot gather them" in oss["fsdp"].why
+    assert "cannot gather them" in oss["zero3"].why
+    assert "needs the setting dequantize" in qwen["streaming"].why
+    assert "transformers cannot unpack these" in rows(LLAMA405, ranks=8)["streaming"].why
+    assert "weights are unpacked to bfloat16" in qwen["streaming"].why
     assert "Set dequantize, with which it is streamed" in paper(DEEPSEEK).auto_why
-    why = {row.partition: row.why for row in paper(DEEPSEEK, 4, ranks=32).rows}
-    assert "32 ranks do not divide the 18432 rows of model.layers.*.mlp.gate_proj.weight" in why["expert_parallel"]
+    spread = rows(DEEPSEEK, 4, ranks=32)["expert_parallel"]
+    assert "32 ranks do not divide the 18432 rows of model.layers.*.mlp.gate_proj.weight" in spread.why
 
 
 def test_unpacked_weights() -> None:
@@ -160,18 +169,17 @@ def test_unpacked_weights() -> None:
     assert guess.weight_bytes == pytest.approx(2 * guess.num_parameters, rel=1e-3)
     assert not guess.quantized
     assert guess.auto == "streaming"
-    row = {row.partition: row for row in guess.rows}["streaming"]
+    row = by_partition(guess)["streaming"]
     assert row.fits
     assert row.device_bytes == rows(DEEPSEEK)["streaming"].device_bytes
-    why = {row.partition: row.why for row in paper(QWEN, ranks=8, dequantize=True).rows}["fsdp"]
-    assert "8 ranks do not divide the 512 rows of model.layers.*.self_attn.k_proj.weight" in why
+    in_parts = rows(QWEN, ranks=8, dequantize=True)["fsdp"]
+    assert "8 ranks do not divide the 512 rows of model.layers.*.self_attn.k_proj.weight" in in_parts.why
 
 
 def test_limits_and_ranks() -> None:
-    row_of = {row.partition: row for row in paper(LLAMA70, ranks=4).rows}
-    assert row_of["fsdp"].ranks == 4
+    assert rows(LLAMA70, ranks=4)["fsdp"].ranks == 4
     limited = estimated(LLAMA70, max_memory={"0": "16GB"})
-    assert {row.partition for row in limited.rows if row.fits} == {"device_map", "streaming"}
+    assert set(fitting(limited)) == {"device_map", "streaming"}
     assert limited.device_bytes == 16e9
 
 

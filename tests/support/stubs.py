@@ -37,24 +37,25 @@ def stub() -> str:
     for name, function in functions.items():
         definitions += _definition(name, function)
     others = {name: value for name, value in public.items() if name not in functions}
-    exported = [_import(value.__module__, name, exported=True) for name, value in others.items()]
+    imports = [_import(value.__module__, name, exported=True) for name, value in others.items()]
     named = {*re.findall(r"\w+", "\n".join(definitions))}
-    needed = [_import(f"avss_dist.{module}", name) for name, module in NOT_PUBLIC.items() if name in named]
-    return "\n".join(
-        [
-            HEAD,
-            "",
-            "from collections.abc import Callable, Mapping, Sequence",
-            "from pathlib import Path",
-            "from typing import Any, Literal",
-            "",
-            *sorted(exported + needed),
-            "",
-            "__version__: str",
-            *definitions,
-            "",
-        ]
-    )
+    for name, module in NOT_PUBLIC.items():
+        if name in named:
+            imports.append(_import(f"avss_dist.{module}", name))
+    lines = [
+        HEAD,
+        "",
+        "from collections.abc import Callable, Mapping, Sequence",
+        "from pathlib import Path",
+        "from typing import Any, Literal",
+        "",
+        *sorted(imports),
+        "",
+        "__version__: str",
+        *definitions,
+        "",
+    ]
+    return "\n".join(lines)
 
 
 def _takes_keywords(value: Any) -> bool:
@@ -63,7 +64,9 @@ def _takes_keywords(value: Any) -> bool:
 
 
 def _import(module: str, name: str, *, exported: bool = False) -> str:
-    return f"from {module} import {name}{f' as {name}' if exported else ''}"
+    if exported:
+        return f"from {module} import {name} as {name}"
+    return f"from {module} import {name}"
 
 
 def _definition(name: str, function: Any) -> Iterator[str]:
