@@ -20,8 +20,8 @@ import pytest
 import torch
 from support.checkpoints import llama, one_thread
 from support.command_line import json_rows, succeed
+from support.json_files import write_json_lines
 from support.rows import column, where
-from support.texts import write_json_lines
 from support.warehouses import identity_of, run_row, write_scores, write_shard
 
 import avss_dist

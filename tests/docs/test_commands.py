@@ -15,7 +15,7 @@ from support.command_line import avss, succeed
 from support.command_line import commands as registered
 from support.documentation import PAGES, ROOT, commands, read
 from support.families import tiny_model
-from support.texts import write_json_lines
+from support.json_files import write_json_lines
 
 from avss_dist.cli.declarations import COMMANDS
 

@@ -23,8 +23,8 @@ from support.causal_lm import open_whole
 from support.checkpoints import llama
 from support.command_line import avss
 from support.documentation import DOCS, read
+from support.json_files import write_json_lines
 from support.rows import where
-from support.texts import write_json_lines
 from transformers import AutoTokenizer
 
 from avss_dist import evaluate

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 from support.checkpoints import one_thread
-from support.texts import write_json_lines
+from support.json_files import write_json_lines
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from avss_dist import evaluate
@@ -20,17 +20,16 @@ ANSWERS = {
     "Who am I?": ("you", ["you"], ["me", "nobody at all"]),
     "Where is it?": ("not here", ["away"], ["here", "it"]),
 }
+QUESTIONS = [
+    {"question": question, "best_answer": best, "correct_answers": correct, "incorrect_answers": incorrect}
+    for question, (best, correct, incorrect) in ANSWERS.items()
+]
 OPTIONS: dict[str, Any] = {"sequence_length": 48, "batch_size": 4, "sequences_per_shard": 4, "executor": "local"}
 
 
 def write_questions(file: Path, *, backwards: bool = False) -> Path:
     """Write the questions and their answers into a file, and return its path."""
-    rows = []
-    for question, (best, correct, incorrect) in ANSWERS.items():
-        answers = {"best_answer": best, "correct_answers": correct, "incorrect_answers": incorrect}
-        rows.append({"question": question, **answers})
-    if backwards:
-        rows.reverse()
+    rows = QUESTIONS[::-1] if backwards else QUESTIONS
     write_json_lines(file, rows)
     return file
 
