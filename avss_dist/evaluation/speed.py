@@ -38,6 +38,10 @@ class Spread:
         """Return the spread of the values of all rounds."""
         return cls(median(values), min(values), max(values))
 
+    def columns(self, name: str) -> NewRow:
+        """Return the three values by the names of their columns: NAME, NAME_low and NAME_high."""
+        return {name: self.median, f"{name}_low": self.low, f"{name}_high": self.high}
+
 
 @dataclass(frozen=True, kw_only=True)
 class SpeedMeasure:
@@ -101,32 +105,27 @@ class Speed(TabularResult):
         """Return a table with a row for each measure: the ratio, the values of both models, and the conditions."""
         rows: list[NewRow] = []
         for measure in self.measures:
-            rows.append(
-                {
-                    "model": self.smaller,
-                    "whole_model": self.whole,
-                    "measure": measure.name,
-                    "unit": measure.unit,
-                    "ratio": measure.ratio.median,
-                    "ratio_low": measure.ratio.low,
-                    "ratio_high": measure.ratio.high,
-                    "value": measure.smaller.median,
-                    "value_low": measure.smaller.low,
-                    "value_high": measure.smaller.high,
-                    "whole": measure.whole.median,
-                    "whole_low": measure.whole.low,
-                    "whole_high": measure.whole.high,
-                    "dtype": self.dtype,
-                    "whole_dtype": self.whole_dtype,
-                    "device": self.device,
-                    "threads": self.threads,
-                    "rounds": self.rounds,
-                    "prompt_tokens": self.prompt_tokens,
-                    "cache_tokens": self.cache_tokens,
-                    "notes": list(self.notes),
-                }
-            )
+            row: NewRow = {"model": self.smaller, "whole_model": self.whole}
+            row |= {"measure": measure.name, "unit": measure.unit}
+            row |= measure.ratio.columns("ratio")
+            row |= measure.smaller.columns("value")
+            row |= measure.whole.columns("whole")
+            row |= self._conditions()
+            rows.append(row)
         return pa.Table.from_pylist(rows)
+
+    def _conditions(self) -> NewRow:
+        """Return the columns that say how all rows were measured."""
+        return {
+            "dtype": self.dtype,
+            "whole_dtype": self.whole_dtype,
+            "device": self.device,
+            "threads": self.threads,
+            "rounds": self.rounds,
+            "prompt_tokens": self.prompt_tokens,
+            "cache_tokens": self.cache_tokens,
+            "notes": list(self.notes),
+        }
 
     def summary(self) -> str:
         """Return the ratios in a line: ``1.31 times as fast at decoding, batch 1 (1.28 to 1.35), ...``."""

@@ -22,7 +22,7 @@ import pytest
 import yaml
 from support.json_files import write_json
 from support.processes import wait_until
-from support.tables import values_in
+from support.rows import values_in
 from support.warm_workers import ray_start_environment
 
 from avss_dist.core.process import current_umask

@@ -18,7 +18,8 @@ from pyarrow import parquet
 from support.command_line import mistake, succeed
 from support.documentation import DOCS
 from support.json_files import write_json, write_json_lines
-from support.tables import only_row, run_rows
+from support.rows import only_row
+from support.tables import run_rows
 from support.word_tokenizers import word_tokenizer as tokenizer_of
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 

@@ -23,7 +23,8 @@ from support.corpora import rows_of
 from support.experiments import cell_times
 from support.families import tiny_model
 from support.quantized import block_fp8
-from support.tables import column_of, evaluation_rows, only_row, rows_with, table_rows, values_in
+from support.rows import column, only_row, values_in, where
+from support.tables import evaluation_rows, table_rows
 from support.tiers import all_of
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
@@ -332,8 +333,8 @@ def test_truncated_permutations_are_counted(trained: Path, tmp_path: Path) -> No
     assert shared.max() <= truncated / 6 + 1e-12
     told = shown(truncating)
     assert f"{truncated} of 6 permutations were truncated where the model only guessed" in told
-    rows = rows_with(table_rows(warehouse, "evaluations"), metric=SHARED)
-    assert column_of(rows, "value") == pytest.approx(shared.tolist())
+    rows = where(table_rows(warehouse, "evaluations"), metric=SHARED)
+    assert column(rows, "value") == pytest.approx(shared.tolist())
     whole = ablate(trained, shapley=6, truncation=False, **text)
     assert whole.permutations == (0, 6)
     (first, *_) = whole.table().to_pylist()
@@ -396,7 +397,7 @@ def test_plans_need_the_ablation_and_evaluate_to_its_losses(tiny_llama: Path, tm
     assert increase.stderr == pytest.approx(stderr)
     rows = evaluation_rows(warehouse, f"gradients:{TEXT}")
     assert values_in(rows, "metric") == {"taylor", "gradient_l1", "gradient_l2", "weight_frobenius"}
-    for row in rows_with(rows, metric="taylor"):
+    for row in where(rows, metric="taylor"):
         assert row["num_samples"] == 6
 
 
@@ -423,7 +424,7 @@ def test_ablate_shows_a_table(tiny_llama: Path, tmp_path: Path) -> None:
         assert words in in_one_line(done.stdout)
     assert "Taylor" not in done.stdout
     rows = ablate(tiny_llama, **text).table().to_pylist()
-    assert column_of(rows, "layer") == [0, 1, 2]
+    assert column(rows, "layer") == [0, 1, 2]
     for row in rows:
         assert row["shapley_low"] <= row["shapley"] <= row["shapley_high"]
         assert f"{row['loss']:.4f}" in done.stdout
@@ -440,14 +441,14 @@ def test_damage_is_kept_and_shown(tiny_llama: Path, tmp_path: Path) -> None:
     for words in ("damage", "predicted", "propagated", "the layer with the lowest damage"):
         assert words in in_one_line(done.stdout)
     rows = evaluation_rows(warehouse, f"damage:{TEXT}")
-    of_layers = rows_with(rows, drop=[])
+    of_layers = where(rows, drop=[])
     metrics = values_in(of_layers, "metric")
     for name in ("propagated", "propagated_cosine", "taylor", "fisher"):
         for lookahead in range(4):
             assert f"{name}_{lookahead}" in metrics
-    blocks = column_of(rows_with(rows, metric="block_distance"), "drop")
+    blocks = column(where(rows, metric="block_distance"), "drop")
     assert sorted(blocks) == [[0], [0, 1], [0, 1, 2], [1], [1, 2], [2]]
-    predicted = rows_with(of_layers, metric="predicted_3")
+    predicted = where(of_layers, metric="predicted_3")
     second = only_row(predicted, layer=1)
     assert second["stderr"] > 0
     printed = succeed("ablate", *options, "--format", "json")
@@ -455,8 +456,8 @@ def test_damage_is_kept_and_shown(tiny_llama: Path, tmp_path: Path) -> None:
     for row in table:
         in_warehouse = only_row(predicted, layer=row["layer"])
         assert row["predicted_3"] == in_warehouse["value"]
-    assert column_of(table, "layer") == [0, 1, 2]
-    assert sum(column_of(table, "damage")) == 6
+    assert column(table, "layer") == [0, 1, 2]
+    assert sum(column(table, "damage")) == 6
 
 
 def test_numbers_that_cannot_be_had_are_shown(tiny_llama: Path, tmp_path: Path) -> None:
@@ -549,12 +550,12 @@ def test_ablate_shows_what_is_measured_and_predicted(model: Path, tmp_path: Path
     rows = [*csv.DictReader(io.StringIO(table.stdout))]
     assert len(rows) == 2 * 4 * (1 + 7)
     for name in ("int4", "q4_0"):
-        of_layer = rows_with(rows, format=name, layer="2")
+        of_layer = where(rows, format=name, layer="2")
         layer = only_row(of_layer, map="")
         maps = [row for row in of_layer if row["map"]]
-        for column in ("first_order", "second_order", "predicted", "output_error", "num_weights"):
-            parts = [float(row[column]) for row in maps]
-            assert float(layer[column]) == pytest.approx(sum(parts))
+        for name in ("first_order", "second_order", "predicted", "output_error", "num_weights"):
+            parts = [float(row[name]) for row in maps]
+            assert float(layer[name]) == pytest.approx(sum(parts))
         assert f"{float(layer['increase']):.5f}" in told
         assert f"{float(layer['predicted']):.5f}" in told
         assert float(layer["increase_stderr"]) > 0
@@ -566,13 +567,13 @@ def test_ablate_shows_what_is_measured_and_predicted(model: Path, tmp_path: Path
 
 def test_rows_of_the_warehouse_name_what_is_rounded(measured: Path) -> None:
     rows = table_rows(measured, "evaluations")
-    places = values_in(rows_with(rows, task=f"rounding:{TEXT}"), "rounding")
+    places = values_in(where(rows, task=f"rounding:{TEXT}"), "rounding")
     assert {"int4@0", "q4_0@3", "int4@2.mlp.up_proj"} <= places
     assert None not in places
-    losses = rows_with(rows, metric="loss", task=f"rounded:int4:{TEXT}")
+    losses = where(rows, metric="loss", task=f"rounded:int4:{TEXT}")
     assert values_in(losses, "rounding") == {None, "int4@0", "int4@1", "int4@2", "int4@3"}
     unrounded = only_row(losses, rounding=None)
-    whole = rows_with(rows, metric="loss", task=f"ablation:{TEXT}", drop=[])
+    whole = where(rows, metric="loss", task=f"ablation:{TEXT}", drop=[])
     assert values_in(whole, "value") == {unrounded["value"]}
     joined = Warehouse(measured).sql(
         """SELECT p.layer, m.value - w.value AS measured, p.value AS predicted
@@ -586,7 +587,7 @@ def test_rows_of_the_warehouse_name_what_is_rounded(measured: Path) -> None:
 def test_the_scorecard_compares_with_rounded_layers(measured: Path) -> None:
     store = Warehouse(measured)
     cards = score_cards(store, store.runs().to_pylist())
-    rows = rows_with(best_readings(cards).to_pylist(), format="int4")
+    rows = where(best_readings(cards).to_pylist(), format="int4")
     scores = {row["score"]: row for row in rows}
     expected = {"avss", "block_influence", "left_out:loss", "last", "predicted", "output_error"}
     assert expected <= {*scores}
@@ -608,14 +609,14 @@ def test_the_scorecard_compares_with_rounded_layers(measured: Path) -> None:
         "of other text",
     ):
         assert words in told, told
-    removals = rows_with(cards.to_pylist(), format=None)
-    assert "loss" in column_of(removals, "score")
-    assert "output_error" not in column_of(removals, "score")
+    removals = where(cards.to_pylist(), format=None)
+    assert "loss" in column(removals, "score")
+    assert "output_error" not in column(removals, "score")
 
 
 def rounded_losses(warehouse: Path, name: str) -> np.ndarray:
     """The losses with each of the four layers rounded to a number format."""
-    rows = rows_with(evaluation_rows(warehouse, f"rounded:{name}:{TEXT}"), metric="loss")
+    rows = where(evaluation_rows(warehouse, f"rounded:{name}:{TEXT}"), metric="loss")
     losses = [only_row(rows, rounding=f"{name}@{layer}")["value"] for layer in range(4)]
     return np.array(losses)
 
@@ -629,7 +630,7 @@ def spearman(first: np.ndarray, second: np.ndarray) -> float:
 def test_the_page_shows_removed_layers_alone(measured: Path) -> None:
     store = Warehouse(measured)
     runs = store.runs().to_pylist()
-    (section,) = _scorecards(store, runs, dict.fromkeys(column_of(runs, "run_id"), "model"))
+    (section,) = _scorecards(store, runs, dict.fromkeys(column(runs, "run_id"), "model"))
     table = section.tables[0]
     (names, *_) = table.value_columns
     shown = [row.values[names.key] for row in table.rows]

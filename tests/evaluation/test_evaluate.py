@@ -14,7 +14,8 @@ import yaml
 from support.checkpoints import checkpoint_at, host_limit, llama
 from support.command_line import as_words, avss, files, mistake, succeed
 from support.experiments import cell_times
-from support.tables import assert_same_evaluations, evaluation_rows, only_row, rows_with, table_rows
+from support.rows import only_row, where
+from support.tables import assert_same_evaluations, evaluation_rows, table_rows
 from support.texts import SAME, TEXT, sentences
 from support.word_tokenizers import word_tokenizer
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -68,7 +69,7 @@ def test_a_plan_is_compared_with_its_whole_model_and_no_cell_is_measured_twice(
     (dropped,) = read_plan(plan).drop
     whole = only_row(rows, metric="perplexity", drop=[])
     without = only_row(rows, metric="perplexity", drop=[dropped])
-    assert len(rows_with(rows, metric="loss")) == 2
+    assert len(where(rows, metric="loss")) == 2
     assert len(rows) == 4
     assert evaluation.retained.value == pytest.approx(whole["value"] / without["value"])
     assert evaluation.retained.low <= evaluation.retained.value <= evaluation.retained.high
@@ -406,7 +407,7 @@ def expecting_bos() -> Any:
 def findings_on_starts(warehouse: Path) -> list[dict[str, Any]]:
     """The findings of a warehouse on the starts of rows."""
     table = findings(Warehouse(warehouse))
-    return rows_with(table.to_pylist(), kind="row_start")
+    return where(table.to_pylist(), kind="row_start")
 
 
 def test_a_model_that_expects_another_start_is_found_out(text: Path, tmp_path: Path) -> None:

@@ -16,7 +16,8 @@ from support.checkpoints import VOCABULARY, llama, one_thread
 from support.command_line import avss, in_one_line, json_rows, mistake, succeed
 from support.experiments import cell_times, comparable, experiment_of, run_job_in
 from support.json_files import write_json_lines
-from support.tables import evaluation_rows, only_row, rows_with, run_rows, table_rows, values_in
+from support.rows import only_row, values_in, where
+from support.tables import evaluation_rows, run_rows, table_rows
 from support.warehouses import identity_of
 from tasks.test_truthfulqa import QUESTIONS
 
@@ -73,7 +74,7 @@ def test_every_method_is_compared_with_the_whole_model(done: Done) -> None:
     guess = only_row(rows, metric="chance")
     assert guess["value"] == pytest.approx(np.log(VOCABULARY))
     assert guess["drop"] == []
-    losses = rows_with(rows, metric="loss")
+    losses = where(rows, metric="loss")
     assert len(losses) == len(rows) - 1
     by_choice = {(row["method"], row["share"]): row for row in losses}
     whole = by_choice["whole model", 0.0]
@@ -114,7 +115,7 @@ def test_the_reading_of_avss_has_columns_of_its_own(done: Done) -> None:
 def test_leave_one_out_drops_the_layers_without_which_the_loss_is_least(done: Done) -> None:
     job, rows = done
     ablation = evaluation_rows(read_job(job).warehouse, "ablation:builtin:pydoc")
-    losses = {tuple(row["drop"]): row["value"] for row in rows_with(ablation, metric="loss")}
+    losses = {tuple(row["drop"]): row["value"] for row in where(ablation, metric="loss")}
     losses.pop(())
     lowest = sorted(losses, key=lambda drop: losses[drop])[:3]
     row = only_row(rows, method="leave one out", share=0.5)
@@ -158,7 +159,7 @@ def test_sets_with_sublayers_are_beside_the_point_of_a_score_card(done: Done, tm
     warehouse = read_job(job).warehouse
     copy = shutil.copytree(warehouse, tmp_path / "w")
     (run_id,) = values_in(evaluation_rows(warehouse, TASK), "run_id")
-    rows = rows_with(table_rows(copy, "evaluations"), run_id=run_id)
+    rows = where(table_rows(copy, "evaluations"), run_id=run_id)
     identity = identity_of(rows[0])
     for row in rows:
         for name in vars(identity):
@@ -166,7 +167,7 @@ def test_sets_with_sublayers_are_beside_the_point_of_a_score_card(done: Done, tm
     whole = only_row(rows, metric="loss", drop=[])
     another = whole | {"drop": [1], "drop_parts": ["attention.0"]}
     Store(copy).write_rows("evaluations", identity, [*rows, another])
-    (copied,) = rows_with(table_rows(copy, "evaluations"), drop_parts=["attention.0"])
+    (copied,) = where(table_rows(copy, "evaluations"), drop_parts=["attention.0"])
     assert copied["run_id"] == run_id
     assert json.dumps(cards_of(copy)) == json.dumps(cards_of(warehouse))
 
@@ -193,7 +194,7 @@ def test_the_score_card_has_the_truth(done: Done) -> None:
             assert 0 <= row["misranked"] <= 1
     best = best_readings(cards).to_pylist()
     for site in ("update", "mlp"):
-        spearmans = values_in(rows_with(rows, site=site), "spearman_loss")
+        spearmans = values_in(where(rows, site=site), "spearman_loss")
         best_of_site = only_row(best, site=site)
         assert best_of_site["spearman_loss"] == max(spearmans - {None})
 

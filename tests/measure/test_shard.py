@@ -24,7 +24,7 @@ from support.causal_lm import random_shard
 from support.checkpoints import checkpoint_at
 from support.families import tiny_model
 from support.oracle import FLOAT_FIELDS
-from support.tables import column_of, rows_with
+from support.rows import column, where
 from support.tiers import all_of
 
 from avss_dist.core.errors import BatchTooLarge, ModelError
@@ -434,8 +434,8 @@ def test_the_released_reading_of_avss(smollm2: Path) -> None:
     replica = Replica(checkpoint, settings)
     result = analyze_shard(replica, shard, settings)
     scores = score_run(result.stats, [layer.name for layer in replica.layers])
-    published = rows_with(scores, recipe="pooled", threshold=1e-5, threshold_kind="absolute")
-    ours = column_of(published, "avss")
+    published = where(scores, recipe="pooled", threshold=1e-5, threshold_kind="absolute")
+    ours = column(published, "avss")
 
     outputs: list[torch.Tensor] = []
     for layer in replica.layers:

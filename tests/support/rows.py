@@ -29,5 +29,16 @@ def where(rows: Iterable[AnyRow], **values: object) -> list[AnyRow]:
     return [row for row in rows if _has(row, values)]
 
 
+def only_row(rows: Iterable[AnyRow], **values: object) -> AnyRow:
+    """Return the only row that has these values."""
+    (row,) = where(rows, **values)
+    return row
+
+
+def values_in(rows: Iterable[Row], name: str) -> set[Any]:
+    """Return the different values of a column."""
+    return set(column(rows, name))
+
+
 def _has(row: Row, values: Row) -> bool:
     return all(row[name] == value for name, value in values.items())

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -62,31 +61,6 @@ def run_rows(warehouse: str | Path) -> list[dict[str, Any]]:
     """Return the row of every run, failed ones too."""
     rows: list[dict[str, Any]] = Warehouse(warehouse).runs().to_pylist()
     return rows
-
-
-def rows_with(rows: Iterable[Mapping[str, Any]], **values: Any) -> list[dict[str, Any]]:
-    """Return the rows that have these values in the columns of these names."""
-    matching = []
-    for row in rows:
-        if all(row[column] == value for column, value in values.items()):
-            matching.append(dict(row))
-    return matching
-
-
-def only_row(rows: Iterable[Mapping[str, Any]], **values: Any) -> dict[str, Any]:
-    """Return the only row that has these values in the columns of these names."""
-    (row,) = rows_with(rows, **values)
-    return row
-
-
-def column_of(rows: Iterable[Mapping[str, Any]], column: str) -> list[Any]:
-    """Return the value of a column in each row."""
-    return [row[column] for row in rows]
-
-
-def values_in(rows: Iterable[Mapping[str, Any]], column: str) -> set[Any]:
-    """Return the different values of a column."""
-    return set(column_of(rows, column))
 
 
 def _without_circumstances(file: Path) -> pa.Table:
