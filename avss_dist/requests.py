@@ -250,7 +250,7 @@ class AblateCommandRequest(AblateRequest):
     """
 
     dry_run: bool = False
-    """Only show what would be done, and how long it takes by the speeds in the warehouse."""
+    """Only show what would be done, and how long it takes."""
 
 
 @checked
@@ -282,7 +282,7 @@ class EvaluateCommandRequest(EvaluateRequest):
     """Evaluate models and plans; a plan skips its layers in place and is compared with the whole model."""
 
     dry_run: bool = False
-    """Only show what would be done, and how long it takes by the speeds in the warehouse."""
+    """Only show what would be done, and how long it takes."""
 
 
 @checked
@@ -359,7 +359,7 @@ class ShrinkCommandRequest(ShrinkRequest):
     """Score a model, drop layers, repair and evaluate the rest, and write it; resumes if stopped."""
 
     dry_run: bool = False
-    """Only show what would be done, and how long it takes by the speeds in the warehouse."""
+    """Only show what would be done, and how long it takes."""
 
 
 @checked
