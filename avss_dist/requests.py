@@ -319,7 +319,7 @@ class ShrinkRequest(ModelRequest, EvaluationOptions):
     """Allow evaluation on text that scores or repairs were made on."""
     distill_tokens: Tokens | None = None
     """Also distill the model from the whole one on so many tokens: 1e6."""
-    speed: bool = True
+    speed: Annotated[bool, RARE] = True
     """Measure how fast it generates on this machine, in turn with the whole model."""
 
     def __post_init__(self) -> None:
