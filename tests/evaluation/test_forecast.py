@@ -144,6 +144,7 @@ def test_shrinking_measures_what_was_forecast(tiny_llama: Path, tmp_path: Path) 
     assert sum(step.evaluations - step.stored for step in forecast.steps if step.step != "scores") == evaluations
 
 
+@pytest.mark.nightly
 def test_stored_scores_are_not_forecast_again(tiny_llama: Path, tmp_path: Path) -> None:
     shrink(str(tiny_llama), output=tmp_path / "out", warehouse=tmp_path / "w", **SHRINK)
     request = ShrinkRequest(str(tiny_llama), output=str(tmp_path / "again"), warehouse=tmp_path / "w", **SHRINK)

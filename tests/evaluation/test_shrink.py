@@ -704,6 +704,7 @@ def test_without_the_option_nothing_is_distilled(warehouse: Path, deep: Path, tm
     assert names_in(tmp_path) == ["out", "w"]
 
 
+@pytest.mark.nightly
 def test_a_failed_training_leaves_the_repaired_checkpoint(
     warehouse: Path, deep: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -296,6 +296,7 @@ def test_shrinking_measures_the_model_without_its_layers(tiny_llama: Path, tmp_p
     assert by_name(done.speed)[speed.CACHE].ratio.median == pytest.approx((LAYERS - 1) / LAYERS)
 
 
+@pytest.mark.nightly
 def test_an_interrupt_of_the_measurement_leaves_no_checkpoint(
     tiny_llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -311,6 +312,7 @@ def test_an_interrupt_of_the_measurement_leaves_no_checkpoint(
     assert files(tmp_path / "out-warehouse").keys() == before.keys()
 
 
+@pytest.mark.nightly
 def test_a_model_that_does_not_generate_is_written_all_the_same(
     tiny_llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

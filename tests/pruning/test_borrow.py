@@ -482,6 +482,7 @@ def test_in_a_mixture_dense_layers_borrow_from_dense_ones(
 # Memory
 
 
+@pytest.mark.nightly
 def test_neurons_that_do_not_fit_at_once_are_compared_in_pieces(
     tmp_path: Path, save_checkpoint: Save, monkeypatch: pytest.MonkeyPatch
 ) -> None:

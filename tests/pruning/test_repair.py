@@ -312,6 +312,7 @@ def test_each_cut_sees_the_repairs_before_it(tmp_path: Path, save_checkpoint: Sa
     assert second.error_after == pytest.approx(relative_error(after), rel=1e-4)
 
 
+@pytest.mark.nightly
 def test_passes_that_begin_at_the_last_cut_change_nothing(
     tmp_path: Path, save_checkpoint: Save, monkeypatch: pytest.MonkeyPatch
 ) -> None:
