@@ -40,7 +40,7 @@ UNCHANGED = InterventionKey()
 
 @dataclass(frozen=True, kw_only=True)
 class Samples:
-    """What models have read that are comparable with each other.
+    """The samples that models were evaluated on. Models with equal ones can be compared.
 
     Attributes:
         task: name of the task.
@@ -197,7 +197,7 @@ class _StoredEvaluation:
 
     @property
     def samples(self) -> Samples | None:
-        """What the evaluation has read. None without cells of the unchanged checkpoint, as nothing else tells it."""
+        """Samples of the evaluation, by the ids of the cells of the unchanged checkpoint. None if some are missing."""
         if not self.unchanged_cells:
             return None
         dtype = str(settings_of(self.rows[0]).get("dtype", ""))

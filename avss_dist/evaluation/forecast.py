@@ -27,7 +27,7 @@ from avss_dist.models.checkpoint.loading import text_config
 from avss_dist.partition.choose import size_of
 from avss_dist.partition.execution import Execution
 from avss_dist.runs.local import open_executor
-from avss_dist.runs.past_speed import finished_rows, replica_speed, run_of_shape
+from avss_dist.runs.past_speed import finished_rows, is_same_kind, replica_speed, run_of_shape
 from avss_dist.stats.metrics import LOSS
 from avss_dist.tasks.backward import BackwardMeasure
 from avss_dist.tasks.map_damage import RoundedLosses
@@ -69,7 +69,7 @@ class ForecastStep:
 
 @dataclass(frozen=True, kw_only=True, repr=False)
 class Forecast(TabularResult):
-    """What a command would do.
+    """The work that a command would do, step by step.
 
     Attributes:
         steps: its steps, in order.
@@ -153,8 +153,7 @@ def _speed_of_losses(warehouse: Warehouse, model: PlacedModel, kind: str) -> Pas
     reference = ""
     for row in rows:
         is_loss = row["metric"] == LOSS and row["task"].startswith(PERPLEXITY)
-        is_same_device = (row["device"] == "cpu") == (kind == "cpu")
-        if is_loss and is_same_device and row["seconds"]:
+        if is_loss and is_same_kind(row["device"], kind) and row["seconds"]:
             tokens += sum(row["weights"])
             seconds += row["seconds"]
             reference = row["run_id"]

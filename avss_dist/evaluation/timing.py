@@ -37,6 +37,7 @@ from avss_dist.models.causal_lm import LanguageModel
 from avss_dist.models.change.remaining import remaining_modules
 from avss_dist.models.checkpoint.loading import quiet, text_config
 from avss_dist.models.forward import changing
+from avss_dist.models.generation import generate_greedily
 from avss_dist.partition.catalog import PARTITIONS, WHOLE
 from avss_dist.partition.choose import size_of
 from avss_dist.partition.placement import SINGLE
@@ -367,17 +368,7 @@ class _Generator:
         try:
             with torch.no_grad(), changing(self._changes()):
                 clock.mark()
-                generated = self._model.module.generate(
-                    inputs=ids,
-                    attention_mask=torch.ones_like(ids),
-                    max_new_tokens=new_tokens,
-                    min_new_tokens=new_tokens,
-                    do_sample=False,
-                    num_beams=1,
-                    use_cache=True,
-                    return_dict_in_generate=True,
-                    stopping_criteria=[clock],
-                )
+                generated = generate_greedily(self._model.module, ids, new_tokens, stopping_criteria=[clock])
         except Exception as error:  # A model's own code can raise anything.
             raise ModelError(
                 f"{self._subject.label} does not generate text ({type(error).__name__}: {first_line(error)})."

@@ -1,4 +1,4 @@
-"""Check that a model whose layers are skipped can generate text with the key-value cache of the remaining layers."""
+"""Greedy generation of a number of tokens, and the check that a model whose layers are skipped has a cache for it."""
 
 from __future__ import annotations
 
@@ -17,6 +17,30 @@ from avss_dist.models.structure.layers import Layer, probe_tokens
 
 CHECKED_TOKENS = 3
 """Number of tokens that are generated to check the key-value cache."""
+
+
+def generate_greedily(model: Any, ids: torch.Tensor, num_tokens: int, **options: Any) -> Any:
+    """Generate exactly so many of the most likely tokens with the key-value cache.
+
+    Args:
+        model: the model of transformers with its head.
+        ids: token ids of prompts of one length, int64[rows, tokens].
+        options: further options of ``generate``.
+
+    Returns:
+        The output of ``generate`` as an object, with ``sequences``.
+    """
+    return model.generate(
+        inputs=ids,
+        attention_mask=torch.ones_like(ids),
+        max_new_tokens=num_tokens,
+        min_new_tokens=num_tokens,
+        do_sample=False,
+        num_beams=1,
+        use_cache=True,
+        return_dict_in_generate=True,
+        **options,
+    )
 
 
 def find_cache_obstacle(
@@ -38,17 +62,7 @@ def find_cache_obstacle(
             with changing(remaining_modules(model, layers, skipped)):
                 if not torch.equal(run(input_ids=ids).logits, expected):
                     return "layers of this family depend on their place"
-                generated = model.generate(
-                    inputs=ids,
-                    attention_mask=torch.ones_like(ids),
-                    max_new_tokens=CHECKED_TOKENS,
-                    min_new_tokens=CHECKED_TOKENS,
-                    do_sample=False,
-                    num_beams=1,
-                    use_cache=True,
-                    output_logits=True,
-                    return_dict_in_generate=True,
-                )
+                generated = generate_greedily(model, ids, CHECKED_TOKENS, output_logits=True)
                 cached = torch.stack(generated.logits, dim=1).float()
                 plain = run(input_ids=generated.sequences).logits[:, -CHECKED_TOKENS - 1 : -1].float()
     except Exception as error:  # A model's own code can raise anything where layers are missing.

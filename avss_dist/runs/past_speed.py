@@ -35,10 +35,14 @@ def run_of_shape(rows: Iterable[TableRow], size: Footprint, partition: str, devi
     """
     shape = {name: getattr(size, name) for name in _SHAPE}
     for row in rows:
-        is_same_device = (row["device"] == "cpu") == (device == "cpu")
-        if is_same_device and row["partition"] == partition and shape.items() <= row.items():
+        if is_same_kind(row["device"], device) and row["partition"] == partition and shape.items() <= row.items():
             return row
     return None
+
+
+def is_same_kind(device: str, kind: str) -> bool:
+    """Return whether the device of a row, ``cpu`` or the name of a GPU, is of a kind, ``cpu`` or ``cuda``."""
+    return (device == "cpu") == (kind == "cpu")
 
 
 def replica_speed(row: TableRow) -> float:

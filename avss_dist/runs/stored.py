@@ -1,4 +1,4 @@
-"""What a warehouse has of a planned run."""
+"""The stored part of a planned run: whether it is done, and how many of its shards are there."""
 
 from __future__ import annotations
 

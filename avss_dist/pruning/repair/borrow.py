@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import replace
 
 import torch
@@ -152,14 +153,11 @@ class BorrowFitter(RepairFitter):
     def _start(self, projection: OutputProjection, borrowed: int, device: torch.device) -> torch.Tensor:
         """Return what each feature of a fit with borrowed neurons adds before the fit, float64[features, channels]."""
         weights = self._weights(projection, device)
-        linear = weights["linear"]
-        start = [linear, linear.new_zeros(borrowed, linear.shape[1])]
-        if "bias" in weights:
-            start.append(weights["bias"][None])
+        start = _feature_weights(weights, borrowed)
         gain = weights.get("gain")
         if gain is None:
-            return torch.cat(start)
-        return torch.cat(start) * gain
+            return start
+        return start * gain
 
     def _preselect(
         self,
@@ -210,10 +208,7 @@ class BorrowFitter(RepairFitter):
         replaced = torch.where(features[:number] >= number)[0]
         borrowed = features[replaced] - number
         weights = self._weights(projection, device)
-        start = torch.cat([weights["linear"], weights["linear"].new_zeros(len(pool), weights["linear"].shape[1])])
-        if "bias" in weights:
-            start = torch.cat([start, weights["bias"][None]])
-        folding = {"linear": start[features]}
+        folding = {"linear": _feature_weights(weights, len(pool))[features]}
         if "gain" in weights:
             folding["gain"] = weights["gain"]
         fitted = choice.fit.weights[torch.searchsorted(choice.columns, features)]
@@ -225,3 +220,17 @@ class BorrowFitter(RepairFitter):
         if len(replaced):
             self._source.changed.update(recipient.patch(pool[borrowed.cpu()], replaced.cpu()))
         return len(replaced)
+
+
+def _feature_weights(weights: Mapping[str, torch.Tensor], borrowed: int) -> torch.Tensor:
+    """Return the weights of all features before a fit, [features, channels]: borrowed neurons have none yet.
+
+    Args:
+        weights: weights of the output projection by role: ``linear``, and perhaps ``bias``.
+        borrowed: number of neurons that could be borrowed.
+    """
+    linear = weights["linear"]
+    parts = [linear, linear.new_zeros(borrowed, linear.shape[1])]
+    if "bias" in weights:
+        parts.append(weights["bias"][None])
+    return torch.cat(parts)

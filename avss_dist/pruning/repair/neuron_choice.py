@@ -1,4 +1,4 @@
-"""Which neurons an MLP has after a cut: its own, or neurons of removed layers in their place.
+"""The choice of the neurons that an MLP has after a cut: its own, or neurons of removed layers in their place.
 
 Let F be the values of a layer's own neurons and of those that it could borrow, W0 its last linear map with zeros for
 the borrowed ones, and T what the MLP should add to the hidden states: what it adds, and what is missing after it.

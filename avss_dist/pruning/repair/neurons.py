@@ -45,22 +45,14 @@ ReadParameter = Callable[[int, str], torch.Tensor]
 
 
 @dataclass(frozen=True)
-class FirstLinear:
-    """A linear map at the beginning of an MLP, which has one or more rows for each neuron.
+class AffineModule:
+    """A module with a weight and perhaps a bias.
 
     Attributes:
         path: path of the module below the layer.
-        parts: number of rows of a neuron: 2 where gate and up are one map.
-        alternates: whether the rows of a neuron stand side by side; else the first rows of all neurons come first.
-        transposed: whether the weight is [inputs, outputs].
-        has_bias: whether the map has a bias.
     """
 
     path: str
-    parts: int
-    alternates: bool
-    transposed: bool
-    has_bias: bool
 
     @property
     def weight(self) -> str:
@@ -71,6 +63,23 @@ class FirstLinear:
     def bias(self) -> str:
         """Path of the bias below the layer."""
         return f"{self.path}.bias"
+
+
+@dataclass(frozen=True)
+class FirstLinear(AffineModule):
+    """A linear map at the beginning of an MLP, which has one or more rows for each neuron.
+
+    Attributes:
+        parts: number of rows of a neuron: 2 where gate and up are one map.
+        alternates: whether the rows of a neuron stand side by side; else the first rows of all neurons come first.
+        transposed: whether the weight is [inputs, outputs].
+        has_bias: whether the map has a bias.
+    """
+
+    parts: int
+    alternates: bool
+    transposed: bool
+    has_bias: bool
 
     @property
     def parameters(self) -> list[str]:
@@ -96,31 +105,19 @@ class FirstLinear:
 
 
 @dataclass(frozen=True)
-class InputNorm:
+class InputNorm(AffineModule):
     """The norm before an MLP.
 
     Attributes:
-        path: path of the module below the layer.
         offset: number that is added to the weight to give the gain.
         has_gain, has_bias: whether the norm has a weight, and a bias.
         is_shared: whether something besides the MLP reads its output.
     """
 
-    path: str
     offset: float
     has_gain: bool
     has_bias: bool
     is_shared: bool
-
-    @property
-    def weight(self) -> str:
-        """Path of the weight below the layer."""
-        return f"{self.path}.weight"
-
-    @property
-    def bias(self) -> str:
-        """Path of the bias below the layer."""
-        return f"{self.path}.bias"
 
 
 @dataclass(frozen=True, eq=False)
