@@ -93,7 +93,7 @@ def compact(
 
 def compare(
     *,
-    by: Literal['run', 'family', 'size', 'revision', 'corpus', 'dtype', 'recipe', 'threshold', 'site', 'score'] = 'run',
+    by: Literal['run', 'family', 'size', 'revision', 'seed', 'corpus', 'dtype', 'recipe', 'threshold', 'site', 'score'] = 'run',
     along: Literal['step', 'tokens', 'size', 'sequence_length'] | None = None,
     score: str | Mapping[int, float] = 'avss',
     share: float = 0.25,

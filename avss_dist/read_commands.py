@@ -71,7 +71,7 @@ LISTED = {
 
 Measurements of single layers are a row for each task and metric. The machine's own tasks are left out.
 """
-RUNS = ("run_id", "model", "status", "corpus", "num_tokens", "dtype", "created_at", "kept_shards", "num_shards")
+RUNS = ("run_id", "model", "status", "corpus", "num_tokens", "dtype", "created_at", "kept_shards", "num_shards", "seed")
 """Columns of the list of runs."""
 
 
@@ -104,7 +104,8 @@ def _listed_runs(opened: Warehouse) -> pa.Table:
     unfinished = opened.unfinished()
     statuses = pa.array([UNFINISHED] * len(unfinished), pa.string())
     started = pc.cast(unfinished["started_at"], pa.timestamp("us", "UTC"))
-    unfinished = unfinished.append_column("status", statuses).append_column("created_at", started).select(RUNS)
+    unfinished = unfinished.append_column("status", statuses).append_column("created_at", started)
+    unfinished = unfinished.append_column("seed", pa.nulls(len(unfinished), pa.int64())).select(RUNS)
     try:
         ended = opened.table("runs", columns=[name for name in RUNS if name != "kept_shards"])
     except WarehouseError:

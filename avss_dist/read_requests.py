@@ -31,7 +31,7 @@ AXES = {
 """Axes along which layer scores are followed, each with the column of ``runs`` that has the place on it, a number."""
 READINGS = ("recipe", "threshold", "site")
 """Properties of a reading of AVSS."""
-BETWEEN_RUNS = ("run", "family", "size", "revision", "corpus", "dtype")
+BETWEEN_RUNS = ("run", "family", "size", "revision", "seed", "corpus", "dtype")
 """Properties in which two runs that are compared can differ."""
 WITHIN_A_RUN = (*READINGS, "score")
 """Properties in which two profiles of one run that are compared can differ."""

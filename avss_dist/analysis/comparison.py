@@ -43,8 +43,14 @@ from avss_dist.warehouse.reader import Warehouse, grouped, slices_by
 
 CONDITIONS = ("corpus", "dtype", "sequence_length", "layout", "row_start", "skip_first_tokens", "numbers_version")
 """Properties besides the model that two runs must share for their scores to be comparable."""
-UNDER_SAME_CONDITIONS = ("run", "family", "size", "revision")
-"""Properties by which runs are compared that share `CONDITIONS`; by ``revision``, also the model."""
+UNDER_SAME_CONDITIONS = ("run", "family", "size", "revision", "seed")
+"""Properties by which runs are compared that share `CONDITIONS`; by ``revision``, also the model.
+
+By ``seed``, they also share `SAME_BUT_SEED`.
+"""
+SAME_BUT_SEED = ("seed_group", "training_step", "training_tokens")
+"""Columns of ``runs`` in which checkpoints are equal that differ in the seed of their training alone."""
+UNKNOWN_SEED = "its seed is not known: a job file tells it by `seeds` or `names`"
 MIN_OF_GROUP = 3  # runs of which one can be the odd one
 MAX_LABELS = 10  # that a message names
 MAX_PAIRS = 1_000_000  # that are listed: those of 1,400 runs
@@ -181,8 +187,9 @@ def compare(
     Args:
         warehouse: warehouse of the runs.
         run_ids: ids of finished runs.
-        by: the property in which a pair differs. ``run``, ``family``, ``size`` and ``revision`` compare runs under the
-            same conditions. ``revision``, ``corpus`` and ``dtype`` compare runs of the same model. ``recipe``,
+        by: the property in which a pair differs. ``run``, ``family``, ``size``, ``revision`` and ``seed`` compare runs
+            under the same conditions. ``revision``, ``corpus`` and ``dtype`` compare runs of the same model, and
+            ``seed`` those of trainings that differ in the seed alone, at the same step. ``recipe``,
             ``threshold`` and ``site`` compare readings of one run, and ``score`` compares AVSS with each baseline
             score.
         site, recipe, threshold, score: selection of profiles. The one that ``by`` names is ignored, but for a score of
@@ -270,7 +277,7 @@ def _survey(selected: Sequence[Profile], by: str, allow_mismatch: bool) -> PairS
         )
         members.append(properties)
     matrix = RankMatrix([profile.score for profile in selected])
-    return survey_pairs(matrix, members, by=by, across_models=by in ("run", "family", "size"), most=EXTREMES)
+    return survey_pairs(matrix, members, by=by, across_models=by in ("run", "family", "size", "seed"), most=EXTREMES)
 
 
 def _indices_of_pairs(selected: Sequence[Profile], by: str, allow_mismatch: bool) -> Indices:
@@ -589,6 +596,8 @@ def _shared(profile: Profile, by: str, allow_mismatch: bool) -> Hashable:
         return (run["model"], run["revision"], *conditions)
     if by == "revision":
         return (run["model"], *conditions)
+    if by == "seed":
+        return (*(run[name] for name in SAME_BUT_SEED), *conditions)
     return tuple(conditions)
 
 
@@ -627,7 +636,9 @@ def _left_out(runs: Sequence[TableRow], scored: Set[str], compared: Set[str], by
     for run in runs:
         if run["run_id"] in compared:
             continue
-        if run["run_id"] in scored:
+        if by == "seed" and run["seed"] is None:
+            reasons[run["run_id"]] = UNKNOWN_SEED
+        elif run["run_id"] in scored:
             reasons[run["run_id"]] = _difference_from(partners, run, by)
         elif is_own(score):
             reasons[run["run_id"]] = "no such scores"
@@ -643,6 +654,8 @@ def _difference_from(partners: Sequence[TableRow], run: TableRow, by: str) -> st
     fewest: list[str] | None = None
     for other in partners:
         if by in ("revision", "corpus", "dtype") and other["model"] != run["model"]:
+            continue
+        if by == "seed" and other["seed_group"] != run["seed_group"]:
             continue
         names = differing([run, other], conditions)
         if fewest is None or len(names) < len(fewest):

@@ -177,6 +177,8 @@ def run(request: RunCommandRequest, format: str) -> int:
         emit_json(job_schema(), indent=2)
         return 0
     job = request.job if isinstance(request.job, JobFile) else read_job(request.job)
+    for note in job.notes:
+        say(note)
     if request.dry_run:
         return _preview(job, format, request.replaced)
     with run_progress(len(job.specs)) as progress:

@@ -13,8 +13,9 @@ from avss_dist.core.process import package_versions
 from avss_dist.core.settings import Settings
 from avss_dist.core.values import NewRow
 from avss_dist.corpus.shards import CorpusPlan
-from avss_dist.models.checkpoint.locate import CONVERTED, Checkpoint, training_point
+from avss_dist.models.checkpoint.locate import CONVERTED, Checkpoint
 from avss_dist.models.checkpoint.quantization import describe_quantization
+from avss_dist.models.checkpoint.training import TrainingPoint
 from avss_dist.partition.placement import Placement
 from avss_dist.runs.merging import Apply, ShardSummary, merge_partials
 from avss_dist.runs.planned import PlannedRun
@@ -151,7 +152,7 @@ class RunInProgress:
             "wall_seconds": time.perf_counter() - self._start,
             "versions": package_versions(),
         }
-        row |= _model_columns(checkpoint, settings)
+        row |= _model_columns(checkpoint, settings, self._planned.training)
         row |= _text_columns(self._planned.corpus, settings)
         row |= {
             "batch_size": settings.batch_size,
@@ -164,16 +165,17 @@ class RunInProgress:
         self._store.delete_unfinished_run(self.run_id)
 
 
-def _model_columns(checkpoint: Checkpoint, settings: Settings) -> NewRow:
+def _model_columns(checkpoint: Checkpoint, settings: Settings, training: TrainingPoint) -> NewRow:
     """Return the columns of ``runs`` that tell which model was measured."""
-    series, step, tokens = training_point(checkpoint)
     return {
         "model": checkpoint.name,
         "revision": checkpoint.revision,
         "revision_name": checkpoint.revision_name or None,
-        "series": series,
-        "training_step": step,
-        "training_tokens": tokens,
+        "series": training.series,
+        "training_step": training.step,
+        "training_tokens": training.tokens,
+        "seed": training.seed,
+        "seed_group": training.seed_group,
         "quantization": describe_quantization(checkpoint, settings),
     }
 

@@ -3,28 +3,43 @@
 from __future__ import annotations
 
 import glob
+import os
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from itertools import islice, product
 from pathlib import Path
 from typing import Annotated, Any, TypeVar
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Discriminator, Field, Tag, create_model
+from pydantic import BeforeValidator, Discriminator, Field, Tag, create_model, model_validator
+from pydantic_core import PydanticCustomError
 
 from avss_dist.analysis.experiment_choices import Experiment
 from avss_dist.core.errors import AvssError, ConfigError, ModelError
 from avss_dist.core.settings import Settings
-from avss_dist.core.text import RedactedURI, docs_page
+from avss_dist.core.text import RedactedURI, basename, docs_page
 from avss_dist.core.validation import Location, check
 from avss_dist.core.values import NewObject
 from avss_dist.core.yaml_files import Document, YamlKind, read_yaml
 from avss_dist.corpus.sources import corpus_problems, require_files
-from avss_dist.models.checkpoint.locate import matching_revisions
+from avss_dist.models.checkpoint.locate import list_revisions, matching_revisions
+from avss_dist.models.checkpoint.training import TrainingPoint, explain_no_step
 from avss_dist.partition.execution import Execution
 from avss_dist.pruning.repair.registry import split_weight
+from avss_dist.runs.job_series import (
+    RevisionRange,
+    Section,
+    SeedGroup,
+    describe_notes,
+    has_pattern,
+    missing_points,
+    nearest_revisions,
+    place_in_training,
+    require_names,
+    require_range,
+    seed_pattern,
+)
 from avss_dist.tasks.harness_files import require_task
 
-MAX_REVISIONS = 10_000
 OVERRIDES: dict[str, type[Settings] | type[Execution]] = {
     **dict.fromkeys([field.name for field in fields(Settings) if field.name != "device"], Settings),
     **dict.fromkeys(["partition", "ranks", "gpus_per_replica", "max_memory"], Execution),
@@ -36,32 +51,8 @@ OPTIONS_ONLY = {"address": "Use avss run --address.", "fresh": "Use avss run --f
 Text = Annotated[str, Field(min_length=1)]
 
 
-class _Section(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
-
-
-class RevisionRange(_Section):
-    """Range of numbered revisions: ``{prefix: step, from: 0, to: 2000, step: 1000}`` is step0, step1000, step2000."""
-
-    prefix: str = ""
-    """Text before the number."""
-    first: Annotated[int, Field(alias="from", ge=0)]
-    """The first number."""
-    last: Annotated[int, Field(alias="to", ge=0)]
-    """Upper bound of the numbers, inclusive."""
-    step: Annotated[int, Field(ge=1)] = 1
-    """Difference of consecutive numbers."""
-
-
-def _short(revisions: RevisionRange) -> RevisionRange:
-    number = (revisions.last - revisions.first) // revisions.step + 1
-    if number < 1 or number > MAX_REVISIONS:
-        raise ConfigError(f"invalid range: expected 'from' up to 'to' in at most {MAX_REVISIONS:,} steps.")
-    return revisions
-
-
 Revision = Annotated[
-    Annotated[Text, Tag("text")] | Annotated[RevisionRange, check(_short), Tag("mapping")],
+    Annotated[Text, Tag("text")] | Annotated[RevisionRange, check(require_range), Tag("mapping")],
     Discriminator(lambda value: "mapping" if isinstance(value, (dict, RevisionRange)) else "text"),
 ]
 
@@ -75,13 +66,57 @@ Revisions = Annotated[list[Revision], Field(min_length=1)]
 RevisionsOrRange = Annotated[Revisions, BeforeValidator(_as_list, json_schema_input_type=RevisionRange | Revisions)]
 
 
-class ModelKeys(_Section):
+def _problem(message: str, hint: str) -> PydanticCustomError:
+    """Return an error of an entry that pydantic collects with those of others."""
+    return PydanticCustomError("problems", "{problems}", {"problems": [ConfigError(message, hint)]})
+
+
+class ModelKeys(Section):
     """Entry of ``models`` without the settings that it overrides."""
 
-    model: Text
+    model: Text = ""
     """Hub id (org/name@revision), folder, .gguf file, or a glob of folders."""
+    seeds: SeedGroup | None = None
+    """Instead of model: trainings that differ in the seed alone, {model: "org/name-seed{}", values: 1..9}."""
     revisions: RevisionsOrRange | None = None
-    """Revisions of a hub id: names, patterns (stage1-step*), ranges {prefix: step, from: 0, to: 3000, step: 1000}."""
+    """Revisions of a hub id: names, patterns (stage1-step*), ranges {prefix: step, from: 0, to: 3000, step: 1000}.
+
+    A range with ``factor: 2`` or ``per_decade: 4`` in place of ``step`` is evenly spaced on a log scale. Each of its
+    points is the nearest revision that exists.
+    """
+    names: Annotated[Text, check(require_names)] = ""
+    """Pattern of names that are not understood: run-{seed}/at-{step}-*, with {step}, {tokens} and {seed}."""
+
+    @model_validator(mode="after")
+    def _require_model(self) -> ModelKeys:
+        """Refuse an entry without a name, or with a name and seeds."""
+        if self.model and self.seeds is not None:
+            raise _problem("`model` and `seeds` exclude each other.", "Give one of them.")
+        if not self.model and self.seeds is None:
+            raise _problem("`model` or `seeds` must be given.", "Name a model, or a group of seeds.")
+        return self
+
+    @property
+    def name(self) -> str:
+        """Name of the model, with ``{}`` in place of a seed."""
+        if self.seeds is not None:
+            return self.seeds.model
+        return self.model
+
+    def named_models(self) -> list[str]:
+        """Return the name of the model, or of the model of each seed."""
+        if self.seeds is not None:
+            return self.seeds.models()
+        return [self.model]
+
+    def patterns(self) -> tuple[str, ...]:
+        """Return the patterns of names that tell step, tokens and seed."""
+        patterns = []
+        if self.seeds is not None:
+            patterns.append(seed_pattern(self.seeds.model))
+        if self.names:
+            patterns.append(self.names)
+        return tuple(patterns)
 
 
 _OVERRIDDEN: dict[str, Any] = dict.fromkeys(OVERRIDES, (Any, None))  # checked together with the settings of the job
@@ -96,7 +131,7 @@ def _as_entry(value: object) -> object:
 Model: Any = Annotated[ModelEntry, BeforeValidator(_as_entry, json_schema_input_type=str | ModelEntry)]
 
 
-class Job(_Section):
+class Job(Section):
     """A job: the runs of every model on every corpus."""
 
     warehouse: Text
@@ -120,6 +155,7 @@ def job_schema() -> NewObject:
     for name in OPTIONS_ONLY:
         del classes[Execution.__name__]["properties"][name]
     entry = classes[ModelEntry.__name__]
+    entry["oneOf"] = [{"required": ["model"]}, {"required": ["seeds"]}]
     for name, overridden in OVERRIDES.items():
         entry["properties"][name] = classes[overridden.__name__]["properties"][name]
     for section in (Settings, Execution, Experiment):
@@ -128,6 +164,7 @@ def job_schema() -> NewObject:
 
 
 MAX_RUNS = 10_000
+NAMES_AN_EPOCH = "this name has an epoch, which is not a step: it is on no curve along steps. names may tell its step."
 T = TypeVar("T", dict[str, object], list[object])
 DISTINGUISHING = tuple(name for name, cls in OVERRIDES.items() if cls is Settings or name in ("partition", "ranks"))
 """Fields that tell two runs of one model apart."""
@@ -149,6 +186,7 @@ class RunSpec:
         title: the model, with the settings that differ from the defaults of the job.
         name: unique name in a job: the title, with the corpus if the job has several.
         line: line of the job file.
+        names: patterns of names that tell step, tokens and seed (`training.compile_names`).
     """
 
     model: str
@@ -158,6 +196,7 @@ class RunSpec:
     title: str
     name: str
     line: int = 0
+    names: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "corpus", RedactedURI(self.corpus))
@@ -174,6 +213,7 @@ class JobFile:
         settings, execution: defaults for all models.
         specs: the runs, model by model.
         experiment: experiment with every run; None without such a section.
+        notes: sentences about checkpoints that are not those that the file asks for.
     """
 
     path: Path
@@ -184,6 +224,7 @@ class JobFile:
     execution: Execution
     specs: tuple[RunSpec, ...]
     experiment: Experiment | None = None
+    notes: tuple[str, ...] = ()
 
     def refuse_unused(self, **options: bool) -> None:
         """Raise ConfigError for options of an experiment if the file has none."""
@@ -206,10 +247,15 @@ def read_job(path: str | Path, *, expand: bool = True) -> JobFile:
 
 @dataclass
 class _Reader:
-    """Reader of a document as a job. It adds problems to the document instead of stopping at the first."""
+    """Reader of a document as a job. It adds problems to the document instead of stopping at the first.
+
+    Attributes:
+        notes: models that a note is about, by the note.
+    """
 
     document: Document
     expand: bool
+    notes: dict[str, list[str]] = field(default_factory=dict)
 
     def job(self) -> JobFile:
         """Return the job.
@@ -227,13 +273,14 @@ class _Reader:
             document.report((), f"more than {MAX_RUNS:,} runs; split them into several jobs")
         self.check_repeated(specs)
         if self.expand:
+            self.check_trainings(specs)
             self.check_corpora(corpora, specs)
             if job and job.experiment:
                 self.check_experiment(job.experiment)
         job = document.require_valid(job)
         models: dict[str, int] = {}
         for index, entry in enumerate(job.models):
-            models.setdefault(entry.model, document.line(("models", index)))
+            models.setdefault(entry.name, document.line(("models", index)))
         return JobFile(
             path=document.path,
             warehouse=RedactedURI(job.warehouse),
@@ -243,6 +290,7 @@ class _Reader:
             execution=job.execution or Execution(),
             specs=tuple(specs),
             experiment=job.experiment,
+            notes=tuple(describe_notes(self.notes)),
         )
 
     def corpora(self) -> dict[str, int]:
@@ -268,6 +316,44 @@ class _Reader:
             if first_line != spec.line:
                 repeated = f"'{spec.model}' is named twice with the same settings, first in line {first_line}"
                 self.document.problems.add((spec.line, repeated))
+
+    def check_trainings(self, specs: Sequence[RunSpec]) -> None:
+        """Report checkpoints that are at the same point of a training. Note those whose point is not known."""
+        points: dict[str, TrainingPoint] = {}
+        model_of_point: dict[tuple[object, ...], str] = {}
+        spec_of_model = {spec.model: spec for spec in specs}
+        for model, spec in spec_of_model.items():
+            point = place_in_training(model, spec.names)
+            points[model] = point
+            if point.step is None and point.tokens is None:
+                if explain_no_step(basename(model).rpartition("@")[2]):
+                    self.note(NAMES_AN_EPOCH, model)
+                continue
+            training = point.seed_group or point.series
+            other = model_of_point.setdefault((training, point.seed, point.step, point.tokens), model)
+            if other != model:
+                problem = f"'{other}' and '{model}' are at the same point of the training '{training}'"
+                self.document.problems.add((spec.line, f"{problem}; leave one out, or tell them apart by names"))
+        for group, sentence in missing_points([*points.values()]):
+            self.note(sentence, group)
+        self.check_patterns(spec_of_model)
+
+    def check_patterns(self, specs: Mapping[str, RunSpec]) -> None:
+        """Report patterns that no name has. Note the names that lack the pattern of their entry."""
+        with_pattern: dict[tuple[int, str], list[bool]] = {}
+        for model, spec in specs.items():
+            for pattern in spec.names:
+                has_it = has_pattern(model, pattern)
+                with_pattern.setdefault((spec.line, pattern), []).append(has_it)
+                if not has_it:
+                    self.note(f"its name does not have the pattern '{pattern}', which tells its place.", model)
+        for (line, pattern), have_it in with_pattern.items():
+            if not any(have_it):
+                self.document.problems.add((line, f"no name of this entry has the pattern '{pattern}'"))
+
+    def note(self, sentence: str, model: str) -> None:
+        """Keep a note on a model."""
+        self.notes.setdefault(sentence, []).append(model)
 
     def check_corpora(self, corpora: Mapping[str, int], specs: Sequence[RunSpec]) -> None:
         """Report texts that cannot be read as the runs read them."""
@@ -305,12 +391,14 @@ class _Reader:
             location = ("models", index)
             entry = self.document.parse(ModelEntry, value, location)
             own = self.settings(value, location)
-            names = self.checkpoints(entry, location) if entry else []
+            if entry is None:
+                continue
+            checkpoints = self.checkpoints(entry, location)
             if defaults is None or own is None:
                 continue
             settings, execution = own
             difference = _difference(own, defaults)
-            for name, corpus in product(names, corpora):
+            for name, corpus in product(checkpoints, corpora):
                 title = f"{name} ({difference})" if difference else name
                 yield RunSpec(
                     model=name,
@@ -320,6 +408,7 @@ class _Reader:
                     title=title,
                     name=f"{title} on {RedactedURI(corpus)}" if len(corpora) > 1 else title,
                     line=self.document.line(location),
+                    names=entry.patterns(),
                 )
 
     def settings(self, entry: Mapping[str, object], *location: Location) -> tuple[Settings, Execution] | None:
@@ -343,16 +432,27 @@ class _Reader:
         return settings, execution
 
     def checkpoints(self, entry: ModelKeys, location: Location) -> list[str]:
-        """Return the checkpoints of an entry of ``models``: its revisions, the folders of a glob, or its name."""
-        name = entry.model
-        if entry.revisions:
-            if Path(name).expanduser().exists() or glob.has_magic(name):
-                problem = f"'{name}' is a folder or a file; only a hub id has revisions"
-                self.document.report((*location, "revisions"), problem)
-            revisions: list[str] = []
-            for index, revision in enumerate(entry.revisions):
-                revisions += self.revisions(name, revision, (*location, "revisions", index))
-            return [f"{name}@{revision}" for revision in revisions]
+        """Return the checkpoints of an entry of ``models``, seed by seed."""
+        checkpoints: list[str] = []
+        for name in entry.named_models():
+            if entry.revisions:
+                checkpoints += self.at_revisions(name, entry.revisions, location)
+            else:
+                checkpoints += self.folders(name, location)
+        return checkpoints
+
+    def at_revisions(self, name: str, revisions: Sequence[str | RevisionRange], location: Location) -> list[str]:
+        """Return a hub id at its revisions."""
+        if os.path.exists(os.path.expanduser(name)) or glob.has_magic(name):
+            problem = f"'{name}' is a folder or a file; only a hub id has revisions"
+            self.document.report((*location, "revisions"), problem)
+        names: list[str] = []
+        for index, revision in enumerate(revisions):
+            names += self.revisions(name, revision, (*location, "revisions", index))
+        return [f"{name}@{revision}" for revision in names]
+
+    def folders(self, name: str, location: Location) -> list[str]:
+        """Return the folders of a glob, or a name that is none."""
         if not self.expand or not glob.has_magic(name):
             return [name]
         matches = glob.glob(str(Path(name).expanduser()), recursive=True)
@@ -362,15 +462,22 @@ class _Reader:
         return models
 
     def revisions(self, model: str, revision: str | RevisionRange, location: Location) -> list[str]:
-        """Return the revisions that an item of ``revisions`` names. The hub is asked for those that match a pattern."""
-        if isinstance(revision, RevisionRange):
-            numbers = range(revision.first, revision.last + 1, revision.step)
-            return [f"{revision.prefix}{number}" for number in numbers]
-        if not self.expand or not glob.has_magic(revision):
+        """Return the revisions that an item of ``revisions`` names.
+
+        The hub is asked for those that match a pattern, or are nearest to points on a log scale.
+        """
+        if isinstance(revision, RevisionRange) and not (self.expand and revision.is_logarithmic):
+            return [f"{revision.prefix}{number}" for number in revision.points()]
+        if isinstance(revision, str) and not (self.expand and glob.has_magic(revision)):
             return [revision]
         try:
-            return [*matching_revisions(model, revision)]
-        except ModelError as error:
+            if isinstance(revision, str):
+                return matching_revisions(model, revision)
+            nearest = nearest_revisions(revision, list_revisions(model))
+            if nearest.note:
+                self.note(nearest.note, model)
+            return nearest.names
+        except (ConfigError, ModelError) as error:
             self.document.report(location, str(error))
             return []
 

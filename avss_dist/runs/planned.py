@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from avss_dist.corpus.shards import CorpusPlan
+from avss_dist.models.checkpoint.training import TrainingPoint
 from avss_dist.runs.result import Run
 from avss_dist.runs.work import ReplicaSpec
 
@@ -17,6 +18,7 @@ class PlannedRun:
         fingerprint: SHA-256 of all inputs that can change a number. The run id begins with the model and ends with it.
         result: what the caller of `score` gets if all of it is done before.
         replicas: model copies that work in parallel.
+        training: point of a training at which the checkpoint was saved.
     """
 
     replica_spec: ReplicaSpec
@@ -24,6 +26,7 @@ class PlannedRun:
     fingerprint: str
     result: Run
     replicas: int
+    training: TrainingPoint
 
     @property
     def run_id(self) -> str:

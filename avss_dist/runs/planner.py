@@ -16,6 +16,7 @@ from avss_dist.corpus.sources import open_source
 from avss_dist.models.checkpoint.loading import load_tokenizer, pin, text_config
 from avss_dist.models.checkpoint.locate import Checkpoint, content_hash, convert_pickles, resolve
 from avss_dist.models.checkpoint.size import Footprint, sharing_skeletons
+from avss_dist.models.checkpoint.training import training_point
 from avss_dist.models.structure.additions import transforms_outputs
 from avss_dist.partition.choose import choose, needs_size, require_ranks, size_of
 from avss_dist.partition.placement import Placement, fingerprint_part
@@ -114,6 +115,7 @@ class Planner:
             fingerprint=run_hash,
             result=result,
             replicas=self.executor.replicas(opened.placement),
+            training=training_point(opened.checkpoint, spec.names),
         )
 
     def begin(self, planned: PlannedRun, *, fresh: bool, storage_is_full: bool) -> RunInProgress | None:

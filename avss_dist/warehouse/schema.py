@@ -256,6 +256,8 @@ TABLES: dict[str, TableInfo] = {
             Column("series", STRING, "the training: the name, with * for what tells its checkpoints apart"),
             Column("training_step", INT64, "optimizer step at which it was saved, by its name"),
             Column("training_tokens", INT64, "text that was read until then, by its name", "tokens"),
+            Column("seed", INT64, "seed of the training, by the job file or its name; or null"),
+            Column("seed_group", STRING, "trainings that differ in the seed alone: series, with * for it; or null"),
             Column("architecture", STRING, "class of the model"),
             Column("num_layers", INT64, "layers of the model", bounds=(1, MAX_INDEX)),
             Column("hidden_size", INT64, "width of the residual stream", "channels"),

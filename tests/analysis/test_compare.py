@@ -294,6 +294,40 @@ def test_revisions_of_a_model(tmp_path: Path) -> None:
     assert correlations == sorted(correlations, reverse=True)
 
 
+def write_seeds(root: Path, *seeds: int | None, **columns: Any) -> None:
+    """A checkpoint of each of several seeds. Without a seed, the name of its model does not tell it."""
+    for number, seed in enumerate(seeds):
+        group = None if seed is None else "org/m-seed*@step*"
+        described = {"seed": seed, "seed_group": group, "training_step": 100, **columns}
+        run_id = f"{number}-{described['training_step']}"
+        write_scores(root, run_id, (UP, MIXED, DOWN)[number], model=f"org/m-seed{seed}", **described)
+
+
+def test_seeds_are_compared_at_the_same_step(tmp_path: Path) -> None:
+    write_seeds(tmp_path, 1, 2, 3)
+    write_seeds(tmp_path, 1, 2, training_step=200)
+    by_seed = pairs(tmp_path, by="seed")
+    assert sorted(sorted(runs_of(pair)) for pair in by_seed) == [
+        ["0-100", "1-100"],
+        ["0-100", "2-100"],
+        ["0-200", "1-200"],
+        ["1-100", "2-100"],
+    ]
+
+
+def test_seeds_of_other_groups_are_not_compared(tmp_path: Path) -> None:
+    write_seeds(tmp_path, 1, 2)
+    write_scores(tmp_path, "other", UP, model="org/o-seed3", seed=3, seed_group="org/o-seed**", training_step=100)
+    (pair,) = pairs(tmp_path, by="seed")
+    assert sides(pair) == {"1", "2"}
+
+
+def test_a_run_without_a_seed_is_left_out_with_the_reason(tmp_path: Path) -> None:
+    write_seeds(tmp_path, 1, 2, None)
+    result = compare(Warehouse(tmp_path), ["0-100", "1-100", "2-100"], by="seed", threshold=PUBLISHED)
+    assert result.left_out["2-100"].startswith("its seed is not known")
+
+
 @pytest.fixture
 def several_profiles(tmp_path: Path) -> Path:
     """A run with profiles of two sites, two recipes and two thresholds, and with other scores."""

@@ -39,6 +39,7 @@ from avss_dist.core.sites import SITES
 from avss_dist.core.thresholds import THRESHOLDS
 from avss_dist.corpus.shards import CorpusPlan, Shard
 from avss_dist.distillation.curve import ignore
+from avss_dist.models.checkpoint.training import TrainingPoint
 from avss_dist.partition.execution import Execution
 from avss_dist.partition.placement import Placement
 from avss_dist.runs.driver import Driver
@@ -265,7 +266,14 @@ def drive(out: Path, workers: int, shards: list[Shard], seconds: float) -> list[
         num_tokens=tokens,
     )
     result = Run(run_id=RUN.run_id, model=RUN.model, warehouse=str(out), status="skipped")
-    planned = PlannedRun(replica_spec=job, corpus=corpus, fingerprint="0" * 64, result=result, replicas=workers)
+    planned = PlannedRun(
+        replica_spec=job,
+        corpus=corpus,
+        fingerprint="0" * 64,
+        result=result,
+        replicas=workers,
+        training=TrainingPoint("virtual"),
+    )
     store = Store(out)
     store.storage.create()
     with closing(VirtualExecutor(Execution(executor="ray", replicas=workers), settings)) as executor:

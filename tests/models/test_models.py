@@ -41,13 +41,11 @@ from avss_dist.models.checkpoint.loading import (
     text_config,
 )
 from avss_dist.models.checkpoint.locate import (
-    Checkpoint,
     content_hash,
     convert_pickles,
     matching_revisions,
     resolve,
     slug,
-    training_point,
 )
 from avss_dist.models.checkpoint.quantization import describe_computing, quantize_skeleton
 from avss_dist.runs.job_file import read_job
@@ -473,38 +471,6 @@ BRANCHES = [
     "stage1-step10000-tokens21B",
     "stage2-step5",
 ]
-
-
-@pytest.mark.parametrize(
-    ("name", "expected"),
-    [
-        ("step3000", ("org/a@step*", 3000, None)),
-        ("step-240000", ("org/a@step-*", 240_000, None)),
-        ("stage1-step140000-tokens294B", ("org/a@stage1-step*-tokens*", 140_000, 294 * 10**9)),
-        ("global_step20k", ("org/a@global_step*", 20_000, None)),
-        ("ckpt_358", ("org/a@ckpt_*", 358, None)),
-        ("iter_0001000", ("org/a@iter_*", 1000, None)),
-        ("tokens-1.5T", ("org/a@tokens-*", None, 1_500_000_000_000)),
-        ("12B-tokens", ("org/a@*-tokens", None, 12 * 10**9)),
-        ("main", ("org/a", None, None)),
-        ("v2", ("org/a", None, None)),
-        ("", ("org/a", None, None)),
-        ("footstep3", ("org/a", None, None)),
-    ],
-)
-def test_a_revision_tells_when_it_was_saved(name: str, expected: tuple[Any, ...]) -> None:
-    checkpoint = Checkpoint(name="org/a", source="hub", path="/x", revision="f00", revision_name=name)
-    assert training_point(checkpoint) == expected
-
-
-def test_folders_beside_each_other_are_a_series() -> None:
-    def saved_in(path: str) -> Checkpoint:
-        return Checkpoint(name=path.removeprefix("/data/"), source="folder", path=path, revision="")
-
-    saved = [training_point(saved_in(f"/data/run7/checkpoint-{n}")) for n in (500, 1000)]
-    assert [point[1] for point in saved] == [500, 1000]
-    assert {point[0] for point in saved} == {"/data/run7/checkpoint-*"}
-    assert training_point(saved_in("/data/models/llama")) == ("models/llama", None, None)
 
 
 def test_a_series_of_folders_drifts_in_the_order_of_its_steps(tiny_llama: Path, tmp_path: Path) -> None:

@@ -376,6 +376,7 @@ def run_rows(**columns: Any) -> pa.Table:
             "created_at": datetime(2026, 12, 1, 13, 40, tzinfo=UTC),
             "kept_shards": 16,
             "num_shards": 16,
+            "seed": None,
             **columns,
         }
         for number, corpus in enumerate(texts)
@@ -406,6 +407,11 @@ def test_names_that_would_be_the_same_are_not_shortened() -> None:
     rows[1]["model"] = "other/SmolLM2-135M-Instruct"
     table, _ = runs_list(pa.Table.from_pylist(rows), 130)
     assert table["model"].to_pylist() == column(rows, "model")
+
+
+def test_a_list_of_runs_of_seeds_has_a_column_of_seeds() -> None:
+    table, _ = runs_list(run_rows(seed=3), 130)
+    assert table["seed"].to_pylist() == [3, 3]
 
 
 def test_an_unfinished_run_has_its_stored_shards() -> None:

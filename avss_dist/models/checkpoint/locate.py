@@ -16,7 +16,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 from avss_dist.core.errors import ModelError, explain_unwritable, first_line, first_names, is_full, unwritable
 from avss_dist.core.extras import require_package
@@ -51,13 +51,6 @@ PICKLED = ("*.bin", "*.pt", "*.pth", "*.ckpt")
 _INDEX = "pytorch_model.bin.index.json"
 CONVERTED = "converted_from_pickles"
 """File in a folder that `convert_pickles` wrote."""
-_WORDS = r"(?<![a-z])(global|train|training)?[-_]?(steps?|checkpoint|ckpt|iter|iteration)[-_]?"
-_STEP = re.compile(rf"{_WORDS}(?P<number>\d+)(?P<unit>k?)(?![a-z\d])", re.IGNORECASE)
-_TOKENS = (
-    re.compile(r"(?<![a-z])tokens?[-_]?(?P<number>\d+(\.\d+)?)(?P<unit>[kmbt]?)(?![a-z\d])", re.IGNORECASE),
-    re.compile(r"(?<![a-z\d.])(?P<number>\d+(\.\d+)?)(?P<unit>[kmbt])[-_]?tok", re.IGNORECASE),
-)
-_THOUSANDS = {"": 1, "k": 10**3, "m": 10**6, "b": 10**9, "t": 10**12}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -509,71 +502,34 @@ def _file_hash(file: Path) -> str:
     return value
 
 
-class TrainingPoint(NamedTuple):
-    """A point of a training.
-
-    Attributes:
-        series: name of the training.
-        step: the optimizer's step, or None.
-        tokens: number of tokens trained on, or None.
-    """
-
-    series: str
-    step: int | None
-    tokens: int | None
-
-
-def training_point(checkpoint: Checkpoint) -> TrainingPoint:
-    """Return the point of a training at which a checkpoint was saved, from its revision or the name of its folder.
-
-    ``org/name@step3000-tokens12B`` is step 3,000 after 12e9 tokens of the series ``org/name@step*-tokens*``.
-    """
-    if checkpoint.source == "hub":
-        prefix = f"{checkpoint.name}@"
-        name = checkpoint.revision_name
-    else:
-        folder, _, name = checkpoint.path.rpartition("/")
-        prefix = f"{folder}/"
-    step = _STEP.search(name)
-    tokens = None
-    for pattern in _TOKENS:
-        tokens = tokens or pattern.search(name)
-    matches = [match for match in (step, tokens) if match]
-    if not matches:
-        return TrainingPoint(checkpoint.name, None, None)
-    # From the end, so that the places of earlier matches stay.
-    matches.sort(key=lambda match: match.start(), reverse=True)
-    for match in matches:
-        name = f"{name[: match.start('number')]}*{name[match.end('unit') :]}"
-    return TrainingPoint(f"{prefix}{name}", _number(step), _number(tokens))
-
-
-def _number(match: re.Match[str] | None) -> int | None:
-    """Return the number that a match of a step or of tokens stands for."""
-    if match is None:
-        return None
-    unit = match["unit"].lower()
-    return round(float(match["number"]) * _THOUSANDS[unit])
-
-
 def matching_revisions(name: str, pattern: str) -> list[str]:
     """Return the branches and tags of a hub id that match a pattern such as ``stage1-step*``, in natural order.
 
     Raises:
         ModelError: no revision matches, there is no such model, or the hub cannot be reached.
     """
+    revisions = list_revisions(name)
+    matches = [revision for revision in revisions if fnmatchcase(revision, pattern)]
+    if not matches:
+        raise ModelError(
+            f"No revision of '{name}' matches '{pattern}'.",
+            f"There are: {first_names(revisions, 5)}.",
+        )
+    return matches
+
+
+def list_revisions(name: str) -> list[str]:
+    """Return the branches and tags of a hub id, in natural order.
+
+    Raises:
+        ModelError: there is no such model, or the hub cannot be reached.
+    """
     from huggingface_hub import HfApi
 
     with explain_hub_errors(name):
         refs = HfApi().list_repo_refs(name)
-    revisions = [ref.name for ref in (*refs.branches, *refs.tags)]
-    matches = [revision for revision in dict.fromkeys(revisions) if fnmatchcase(revision, pattern)]
-    if not matches:
-        raise ModelError(
-            f"No revision of '{name}' matches '{pattern}'.",
-            f"There are: {first_names(sorted(revisions, key=natural_key), 5)}.",
-        )
-    return sorted(matches, key=natural_key)
+    names = dict.fromkeys(ref.name for ref in (*refs.branches, *refs.tags))
+    return sorted(names, key=natural_key)
 
 
 def natural_key(name: str) -> list[tuple[int, str]]:

@@ -15,7 +15,8 @@ from avss_dist.warehouse.schema import UNFINISHED
 LEAST_TELLING = ("dtype", "tokens", "created")
 """Columns that are left out where lines are too long, in this order; last the status, if all runs are done."""
 
-HEADINGS = ("model", "corpus", "run", "status", "tokens", "dtype", "created")
+HEADINGS = ("model", "corpus", "run", "seed", "status", "tokens", "dtype", "created")
+"""Headings in their order. That of seeds is left out where no run has one."""
 DATE_LENGTH = len("2026-12-31")
 ListedRun = dict[str, Any]
 """Values of a run by heading."""
@@ -32,6 +33,8 @@ def runs_list(table: pa.Table, width: int) -> tuple[pa.Table, list[str]]:
     """
     runs = [_listed_run(row) for row in table.to_pylist()]
     headings = list(HEADINGS)
+    if all(run["seed"] is None for run in runs):
+        headings.remove("seed")
     _shorten(runs, "model", basename)
     _shorten(runs, "corpus", basename)
     if not _fit(runs, headings, width):
@@ -59,6 +62,7 @@ def _listed_run(row: TableRow) -> ListedRun:
         "model": row["model"] or "",
         "corpus": row["corpus"] or "",
         "run": row["run_id"],
+        "seed": row["seed"],
         "status": _status(row),
         "tokens": row["num_tokens"],
         "dtype": row["dtype"],
