@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property, partial
+from functools import cached_property
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -21,8 +21,8 @@ from avss_dist.analysis.comparison import (
     profiles,
     runs_with_conditions,
 )
+from avss_dist.analysis.rank_map import RankMap, map_axis
 from avss_dist.analysis.section import (
-    Chart,
     ReportColumn,
     ReportRow,
     ReportTable,
@@ -277,21 +277,23 @@ def ranking_curves(
             f"No two runs are along {along}: {reasons}.",
             f"Score runs of the same {same} that differ in {along}{mismatch}. Axes: {', '.join(AXES)}.",
         )
-    if along in TRAINING:
-        reading = Reading(site=site, recipe=recipe, threshold=threshold, score=score)
-        curves = _with_changes(warehouse, curves, reading)
-    return RankingCurves(curves=curves, left_out=left_out)
+    reading = Reading(site=site, recipe=recipe, threshold=threshold, score=score)
+    return RankingCurves(curves=with_changes(warehouse, curves, reading), left_out=left_out)
 
 
-def _with_changes(warehouse: Warehouse, curves: Sequence[Curve], reading: Reading) -> list[Curve]:
-    """Return curves of trainings with their changes, or the reason why nothing is claimed about them."""
-    limit = MAX_SHARDS if len(curves) == 1 else MAX_SHARDS_OF_SEVERAL
+def with_changes(warehouse: Warehouse, curves: Sequence[Curve], reading: Reading) -> list[Curve]:
+    """Return curves, those of trainings with their changes, or the reason why nothing is claimed about them."""
+    trainings = [curve for curve in curves if curve.along in TRAINING]
+    limit = MAX_SHARDS if len(trainings) == 1 else MAX_SHARDS_OF_SEVERAL
     tested = []
     num_shards = 0
     for curve in curves:
+        if curve.along not in TRAINING:
+            tested.append(curve)
+            continue
         of_curve = sum(run["num_shards"] or 0 for run in curve.runs)
         if num_shards + of_curve > limit:
-            tested.append(replace(curve, no_claim=_describe_limit(of_curve, limit, len(curves))))
+            tested.append(replace(curve, no_claim=_describe_limit(of_curve, limit, len(trainings))))
             continue
         try:
             tested.append(replace(curve, changes=series_changes(warehouse, curve.runs, reading)))
@@ -433,13 +435,7 @@ def curve_section(curve: Curve, name: str) -> Section:
     """
     axis = AXIS_TITLES[curve.along]
     lowest = _lowest_layers(curve)
-    chart = Chart(
-        name=name,
-        title=f"Ranks along {axis}",
-        meaning="A column for each point, a cell for each layer; dark layers are the least important.",
-        rows=_cells(curve),
-        draw=partial(_drawing, curve.along, len(curve.depth)),
-    )
+    chart = _rank_map(curve).chart(name, f"Ranks along {axis}")
     layer_columns = list(_LAYER_COLUMNS)
     if curve.has_trend:
         layer_columns.append(_TREND_COLUMN)
@@ -567,20 +563,17 @@ def _layer_rows(curve: Curve) -> list[ReportRow]:
     return rows
 
 
-def _cells(curve: Curve) -> list[NewRow]:
-    """Return a row for each point and layer, for `_drawing`."""
-    points = curve.points
-    highest_rank = len(curve.depth)
-    cells = []
-    for place, (run, point) in enumerate(zip(curve.runs, points, strict=True)):
-        label = point
-        # Points of the same name would share a column.
-        if points.count(point) > 1:
-            label = f"{point} ({place + 1})"
-        for layer, rank in zip(curve.layers, curve.ranks[place].tolist(), strict=True):
-            share = round((rank - 1) / (highest_rank - 1), 4)
-            cells.append({"point": label, "layer": layer, "run": run["run_id"], "rank": rank, "share": share})
-    return cells
+def _rank_map(curve: Curve) -> RankMap:
+    """Return the map of the ranks of a curve."""
+    axis = AXES[curve.along]
+    return RankMap(
+        axis=map_axis(AXIS_TITLES[curve.along], [float(run[axis]) for run in curve.runs]),
+        points=curve.points,
+        run_ids=[run["run_id"] for run in curve.runs],
+        layers=curve.layers,
+        ranks=curve.ranks,
+        changes=curve.changes,
+    )
 
 
 def curves_chart(curves: Sequence[Curve]) -> ChartType:
@@ -595,21 +588,3 @@ def curves_chart(curves: Sequence[Curve]) -> ChartType:
         data = alt.InlineData(values=list(chart.rows))
         charts.append(chart.draw().properties(width=560, title=title, data=data))
     return alt.vconcat(*charts).properties(padding=12)
-
-
-def _drawing(along: str, number: int) -> ChartType:
-    """Return the heat map of ranks by point and layer.
-
-    Args:
-        number: number of layers.
-    """
-    import altair as alt
-
-    point_axis = alt.Axis(labelAngle=-45, labelOverlap="greedy", labelLimit=120, grid=False)
-    points = alt.X("point:N", sort=None, title=AXIS_TITLES[along], axis=point_axis)
-    layers = alt.Y("layer:O", sort="descending", title="layer").axis(labelOverlap="greedy")
-    legend = alt.Legend(title="rank: 0 least, 1 most important", orient="top", direction="horizontal", titleLimit=240)
-    shares = alt.Color("share:Q", scale=alt.Scale(domain=[0, 1], scheme="viridis"), legend=legend)
-    tooltip = ["point:N", "run:N", "layer:Q", alt.Tooltip("rank:Q", format=".1f")]
-    chart = alt.Chart().mark_rect().properties(height=max(120, 11 * number))
-    return chart.encode(x=points, y=layers, color=shares, tooltip=tooltip)

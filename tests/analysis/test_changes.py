@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import vl_convert
 from support.command_line import avss
 from support.tiers import nightly
 from support.warehouses import PUBLISHED, Stats, stats_of, write_measured
@@ -19,7 +20,10 @@ from avss_dist.analysis import curves
 from avss_dist.analysis.changes import Reading, SeriesChanges, series_changes
 from avss_dist.analysis.comparison import runs_with_conditions
 from avss_dist.analysis.curves import Curve, RankingCurves, curve_section
+from avss_dist.analysis.rank_map import RANK
+from avss_dist.analysis.section import Chart
 from avss_dist.core.errors import QueryError
+from avss_dist.reports.page.charts import section_chart
 from avss_dist.stats.layer_stats import merge_stats
 from avss_dist.warehouse.reader import Warehouse
 
@@ -215,6 +219,41 @@ def test_the_sentences_tell_which_layers_changed_between_which_points(training: 
     sentences = curve_section(curve_of(training), "curve").sentences
     (line,) = [sentence for sentence in sentences if sentence.startswith("200 to 300: ")]
     assert re.search(r"most layer 1 \(\+1\.\d+, p 0\.00024\); in rank 1", line)
+
+
+def map_of(root: Path) -> Chart:
+    (chart,) = curve_section(curve_of(root), "curve").charts
+    return chart
+
+
+def test_the_map_marks_what_changed_and_nothing_else(training: Path) -> None:
+    changes = changes_of(training)
+    marks = {(row["point"], row["layer"]): row["changed"] for row in map_of(training).rows if row["changed"]}
+    changed = {("300", layer) for layer in np.flatnonzero(changes.is_changed[1]).tolist()}
+    assert marks.keys() == changed
+    assert marks["300", 1] == RANK
+
+
+def test_the_map_has_the_size_and_the_p_value_of_a_change(training: Path) -> None:
+    changes = changes_of(training)
+    row = map_of(training).rows[LAYERS * 2 + 1]
+    assert row["change"] == changes.change[1, 1]
+    assert row["p"] == changes.p[1, 1]
+
+
+def test_the_map_is_drawn_with_its_marks(training: Path) -> None:
+    chart = map_of(training)
+    rows = list(chart.rows)
+    spec = section_chart(chart) | {"datasets": {"rows": rows}, "width": 400}
+    svg = vl_convert.vegalite_to_svg(spec)
+    num_changed = sum(bool(row["changed"]) for row in rows)
+    assert svg.count('aria-label="training step: ') == len(rows) + num_changed
+
+
+def test_a_map_without_a_claim_has_no_marks(tmp_path: Path) -> None:
+    for step in (100, 200):
+        write_step(tmp_path, step, shards_of(step, SCALES, 4))
+    assert "changed" not in map_of(tmp_path).rows[0]
 
 
 def test_few_shards_have_a_note_about_the_smallest_p(tmp_path: Path) -> None:

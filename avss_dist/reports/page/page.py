@@ -19,11 +19,12 @@ import pyarrow.compute as pc
 from markupsafe import Markup
 
 from avss_dist import __version__
+from avss_dist.analysis.changes import Reading
 from avss_dist.analysis.chosen import run_labels
 from avss_dist.analysis.compared import compared_sections
 from avss_dist.analysis.comparison import differing, profiles, with_conditions
 from avss_dist.analysis.contrast import contrast, contrast_section
-from avss_dist.analysis.curves import AXES, Curve, curve_section, curves_of
+from avss_dist.analysis.curves import AXES, Curve, curve_section, curves_of, with_changes
 from avss_dist.analysis.experiments import NewestExperiment, newest_experiments
 from avss_dist.analysis.findings import findings
 from avss_dist.analysis.scorecard import best_readings, describe_agreement, page_section, score_cards
@@ -449,15 +450,11 @@ def _curve_sections(warehouse: Warehouse, runs: Sequence[TableRow]) -> list[Sect
 
 
 def _curves(warehouse: Warehouse, runs: Sequence[TableRow]) -> list[Curve]:
-    """Return the longest curves of runs, each set of runs once."""
+    """Return the longest curves of runs, each set of runs once, with the changes of trainings."""
     site, recipe, value, kind = PUBLISHED
-    scored = profiles(
-        warehouse,
-        [with_conditions(run) for run in runs],
-        site=site,
-        recipe=recipe,
-        threshold=Threshold(value=value, kind=kind),
-    )
+    threshold = Threshold(value=value, kind=kind)
+    conditions = [with_conditions(run) for run in runs]
+    scored = profiles(warehouse, conditions, site=site, recipe=recipe, threshold=threshold)
     by_runs: dict[tuple[str, ...], Curve] = {}
     for along in AXES:
         for curve in curves_of(scored, along):
@@ -465,7 +462,8 @@ def _curves(warehouse: Warehouse, runs: Sequence[TableRow]) -> list[Curve]:
             if len(run_ids) >= MIN_CURVE:
                 by_runs.setdefault(run_ids, curve)
     longest_first = sorted(by_runs.values(), key=lambda curve: -len(curve.runs))
-    return longest_first[:MAX_CURVES]
+    reading = Reading(site=site, recipe=recipe, threshold=threshold, score=FROM_ACTIVATIONS[0])
+    return with_changes(warehouse, longest_first[:MAX_CURVES], reading)
 
 
 def _scorecards(
