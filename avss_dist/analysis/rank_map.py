@@ -188,7 +188,12 @@ def draw(axis: MapAxis, num_layers: int, *, has_marks: bool) -> ChartType:
     layers = alt.Y("layer:O", sort="descending", title="layer").axis(labelOverlap="greedy")
     legend = alt.Legend(title="rank: 0 least, 1 most important", orient="top", direction="horizontal", titleLimit=240)
     shares = alt.Color("share:Q", scale=alt.Scale(domain=[0, 1], scheme="viridis"), legend=legend)
-    tooltip = [alt.Tooltip("point:N"), alt.Tooltip("run:N"), alt.Tooltip("layer:Q"), alt.Tooltip("rank:Q", format=".1f")]
+    tooltip = [
+        alt.Tooltip("point:N"),
+        alt.Tooltip("run:N"),
+        alt.Tooltip("layer:Q"),
+        alt.Tooltip("rank:Q", format=".1f"),
+    ]
     if has_marks:
         tooltip += [
             alt.Tooltip("changed:N"),

@@ -674,3 +674,21 @@ def test_a_narrow_terminal_leaves_out_what_matters_least(width: int) -> None:
     assert max(map(len, text.splitlines())) <= width
     assert "81.9%" in text
     assert ("No room for: dropped, text.txt perplexity" in " ".join(text.split("\n"))) == (width == 60)
+
+
+def test_a_map_of_a_training_has_its_changes_and_hostile_names_as_data(tmp_path: Path) -> None:
+    store = Warehouse(tmp_path)
+    about: dict[str, Any] = {
+        "model": "org/a",
+        "series": f"{HOSTILE}@step*",
+        "tokens_fingerprint": "tokens",
+        "shard_tokens": 16,
+    }
+    for step in (1, 2, 4):
+        write_run(store, f"a-{step}", layers=4, seed=step, training_step=step, revision=HOSTILE, **about)
+    page = Page(report_page(store))
+    picture = page.data["pictures"]["curve-1"]
+    assert [row["p"] is None for row in picture["rows"]] == [True] * 4 + [False] * 8
+    assert HOSTILE in picture["label"]
+    assert len(page.attributes("script")) == 3
+    assert not page.attributes("img")

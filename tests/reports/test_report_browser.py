@@ -546,3 +546,36 @@ def test_the_matrix_fits_a_narrow_page_and_draws_something(visit: Callable[..., 
         return new Set(Array.from({ length: height }, (_, i) => data.slice(4 * i, 4 * i + 3).join())).size; }"""
     )
     assert colors > 3
+
+
+@pytest.fixture(scope="module")
+def training(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A page with a training of a hostile name, whose layers change before its last checkpoint."""
+    folder = tmp_path_factory.mktemp("training")
+    store = Warehouse(folder / "warehouse")
+    about: dict[str, Any] = {"series": f"{HOSTILE}@step*", "tokens_fingerprint": "tokens", "shard_tokens": 16}
+    for step, still in ((1, None), (2, None), (4, 2)):
+        write_run(store, f"a-{step}", layers=4, still=still, training_step=step, revision=f"r{step}", **about)
+    (folder / "report.html").write_text(report_page(store), encoding="utf-8")
+    return folder / "report.html"
+
+
+def test_a_map_marks_changes_and_tells_them_at_the_pointer(visit: Callable[..., Any], training: Path) -> None:
+    page = visit(training)
+    marked = [row for row in drawn(page, "curve-1") if row["changed"]]
+    assert {row["point"] for row in marked} == {"4"}
+    marks = page.locator("[data-chart=curve-1] svg .mark-symbol.role-mark path")
+    assert marks.count() == len(marked)
+    marks.first.hover(force=True)
+    page.wait_for_selector("#vg-tooltip-element.visible")
+    told = page.locator("#vg-tooltip-element").inner_text().split()
+    assert {"point", "layer", "rank", "changed", "change", "p"} <= {*told}
+    assert page.evaluate("window.hacked") is None
+
+
+def test_a_map_is_saved_as_a_picture_and_as_numbers(visit: Callable[..., Any], training: Path, tmp_path: Path) -> None:
+    page = visit(training)
+    rows = saved_rows(page, "[data-chart=curve-1] [data-save=csv]", tmp_path)
+    assert [row["point"] for row in rows] == ["1"] * 4 + ["2"] * 4 + ["4"] * 4
+    picture = saved(page, "[data-chart=curve-1] [data-save=png]", tmp_path)
+    assert picture.read_bytes().startswith(b"\x89PNG")
